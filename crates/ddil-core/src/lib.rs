@@ -1,0 +1,1 @@
+//! Training states for diffusion distillation: rollouts, mixing of sources, aggregation

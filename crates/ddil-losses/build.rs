@@ -1,0 +1,1 @@
+../ddil-libtorch/rpath.rs

@@ -1,0 +1,1 @@
+//! Distillation objectives: progressive distillation, and the formulas they are made of

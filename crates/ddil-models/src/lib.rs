@@ -1,0 +1,1 @@
+//! Denoisers on libtorch with diffusers' weight names and numbers

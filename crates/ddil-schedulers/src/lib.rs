@@ -1,0 +1,1 @@
+//! Noise schedules, timestep grids and few-step samplers for diffusion models

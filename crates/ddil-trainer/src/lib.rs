@@ -1,0 +1,1 @@
+//! Trains and distils diffusion models: the run folder, exact resume, and the program ddil

@@ -1,0 +1,2 @@
+//! The program ddil.
+fn main() {}

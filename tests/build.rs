@@ -1,0 +1,1 @@
+../crates/ddil-libtorch/rpath.rs
