@@ -1,0 +1,3 @@
+//! Tests of `ddil-trainer`, a module for each of its files.
+
+mod dataset;
