@@ -43,6 +43,10 @@ CURE = (
     f"Unset it to let this project fetch libtorch {VERSION}, or run `pip install torch=={VERSION}` in a virtual environment "
     "and set LIBTORCH_USE_PYTORCH=1 while it is active."
 )
+CUDA_CURE = (
+    f"Run `pip install torch=={VERSION}` (a CUDA build) in a virtual environment and set LIBTORCH_USE_PYTORCH=1 while it is "
+    f"active, or set LIBTORCH to the folder of a CUDA build of libtorch {VERSION}."
+)
 
 # libtorch_cpu.so of the wheel names libcudart and libcupti, also where there is no GPU.
 WHEELS = {
@@ -110,9 +114,7 @@ def ensure_libraries(lib: pathlib.Path, where: str, cure: str) -> None:
         raise Problem(f"{where}: there is no libtorch_cpu.so in {lib}. {cure}")
     if wants_cuda() and not (lib / "libtorch_cuda.so").is_file():
         raise Problem(
-            f"DDIL_CUDA is set, but {where} is a CPU-only libtorch: there is no libtorch_cuda.so in {lib}. Run "
-            f"`pip install torch=={VERSION}` (a CUDA build) in a virtual environment and set LIBTORCH_USE_PYTORCH=1 while it "
-            f"is active, or set LIBTORCH to the folder of a CUDA build of libtorch {VERSION}."
+            f"DDIL_CUDA is set, but {where} is a CPU-only libtorch: there is no libtorch_cuda.so in {lib}. {CUDA_CURE}"
         )
 
 
@@ -130,9 +132,10 @@ def check_folder(torch: pathlib.Path, lib: pathlib.Path, where: str, cure: str) 
 
 def check_own_folder() -> None:
     """LIBTORCH, with LIBTORCH_LIB beside it for those who keep the libraries elsewhere, as torch-sys reads them."""
-    torch = pathlib.Path(os.environ["LIBTORCH"])
-    if not torch.is_absolute():
-        raise Problem(f"LIBTORCH is {str(torch)!r}, but has to be the absolute path of a folder. {CURE}")
+    value = os.environ["LIBTORCH"]
+    torch = pathlib.Path(value)
+    if not (torch.is_absolute() and torch.is_dir()):
+        raise Problem(f"LIBTORCH is {value!r}, but has to be the absolute path of a folder that exists. {CURE}")
     lib = pathlib.Path(os.environ.get("LIBTORCH_LIB", torch)) / "lib"
     check_folder(torch, lib, f"LIBTORCH={torch}", CURE)
 
@@ -326,7 +329,7 @@ def main() -> None:
 
     folder = cache_root() / "libtorch" / NAME
     if wants_cuda():
-        ensure_libraries(folder / "torch" / "lib", "the one this project fetches", "")
+        raise Problem(f"DDIL_CUDA is set, but the libtorch that this script fetches is CPU-only. {CUDA_CURE}")
     if arguments.check:
         wrong = fault(LINK)
         if wrong:
