@@ -260,7 +260,8 @@ def download_problem(said: str) -> Problem:
             "download was damaged, or pip is set up to use a mirror whose files differ from PyPI's. Run this again; if it "
             "stays, look at `python3 -m pip config list`."
         )
-    offline = ("NewConnectionError", "name resolution", "ConnectTimeout", "ProxyError", "ReadTimeout", "unreachable")
+    # "from versions: none" is all that pip says, once quiet, about an index that does not answer.
+    offline = ("from versions: none", "NewConnectionError", "name resolution", "Timeout", "ProxyError", "unreachable")
     last = (said.strip().splitlines() or ["no reason given"])[-1]
     if any(word in said for word in offline):
         return Problem(
