@@ -30,11 +30,12 @@ setup: tools ## fetch libtorch and Fashion-MNIST into the user's cache, once
 demo: setup ## distil a teacher on Fashion-MNIST with and without DDIL, and compare
 	$(CARGO) $(DEMO)
 
-test: setup ## every test, doc tests too
+test: setup ## every test, doc tests and the tools' own too
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then echo "$(CARGO) nextest run --workspace"; $(CARGO) nextest run --workspace; \
 	else echo "$(CARGO) test --workspace --lib --bins --tests"; $(CARGO) test --workspace --lib --bins --tests; fi
 	$(CARGO) test --workspace --doc
+	$(PYTHON) tools/tests.py
 
 bench: setup ## the benchmarks
 	$(CARGO) bench -p ddil-benches

@@ -191,4 +191,5 @@ def main() -> None:
         check(data, "Run `make setup` again.")
 
 
-run_tool(main)
+if __name__ == "__main__":
+    run_tool(main)

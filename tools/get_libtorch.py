@@ -69,11 +69,12 @@ LIBRARIES = {
     "nvidia/cu13/lib/libcudart.so.13": "96c42e418cec19054186b9429c321603cc190bf26a18104e19408117a2a817b0",
     "nvidia/cu13/lib/libcupti.so.13": "e2f9ed861fe27c492b8bb52b5e3220ef5120f3edcda36312e96b7fd8a186be3e",
 }
-LISTING_SHA256 = "692225dec735a4211871eadc617a8eb3ac47c7f612106cd6d60b35346f6da022"  # over the path and size of every file, see `listing_digest`
+# Over the path and size of every file, see `listing_digest`.
+LISTING_SHA256 = "692225dec735a4211871eadc617a8eb3ac47c7f612106cd6d60b35346f6da022"
 NEEDED_MEGABYTES = 1300
 
 
-# ---- A libtorch of the user's own -----------------------------------------------------------------------------------
+# A libtorch of the user's own.
 
 
 def wants_cuda() -> bool:
@@ -159,7 +160,7 @@ def check_own_python() -> None:
     describe(version, f"the torch of `{python}` in {folder}", lib)
 
 
-# ---- The one fetched into the cache ---------------------------------------------------------------------------------
+# The one fetched into the cache.
 
 
 def listing_digest(folder: pathlib.Path) -> str:
@@ -214,8 +215,8 @@ def ensure_platform() -> None:
         raise Problem(
             f"This script can fetch libtorch for Linux on x86_64 with glibc; this is {sys.platform} on {machine}"
             f"{'' if libc else ' without glibc'}. Run `pip install torch=={VERSION}` in a virtual environment and set "
-            f"LIBTORCH_USE_PYTORCH=1 while it is active, or set LIBTORCH to the folder of a libtorch {VERSION} built for this "
-            "machine. Such machines are not tested by this project."
+            f"LIBTORCH_USE_PYTORCH=1 while it is active, or set LIBTORCH to the folder of a libtorch {VERSION} built for "
+            "this machine. Such machines are not tested by this project."
         )
     if tuple(map(int, libc_version.split(".")[:2])) < (2, 28):
         raise Problem(
@@ -265,9 +266,9 @@ def download_problem(said: str) -> Problem:
     last = (said.strip().splitlines() or ["no reason given"])[-1]
     if any(word in said for word in offline):
         return Problem(
-            f"The package index could not be reached, and libtorch {VERSION} is not in the cache yet (540 MB, once). Connect to "
-            f"the network or set pip's proxy (https_proxy), and run this again; or copy {cache_root()}/libtorch/{NAME} from a "
-            f"machine that has it. pip's last line: {last}"
+            f"The package index could not be reached, and libtorch {VERSION} is not in the cache yet (540 MB, once). "
+            "Connect to the network or set pip's proxy (https_proxy), and run this again; or copy "
+            f"{cache_root()}/libtorch/{NAME} from a machine that has it. pip's last line: {last}"
         )
     return Problem(f"pip could not download libtorch {VERSION}. Its last line: {last}")
 
@@ -341,4 +342,5 @@ def main() -> None:
     check_folder(LINK / "torch", LINK / "torch" / "lib", str(LINK), cure)
 
 
-run_tool(main)
+if __name__ == "__main__":
+    run_tool(main)
