@@ -11,7 +11,11 @@ use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
+use crate::checkpoint::Retention;
+use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
+use crate::lr_schedule::LrSchedule;
+use crate::optimizer::AdamWConfig;
 
 /// What every run has: its name, its seed and the machine it runs on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,51 +74,6 @@ pub enum DataKind {
     ImageFolder,
 }
 
-/// AdamW and its learning rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OptimizerSection {
-    /// The learning rate after the warm-up; default 2e-4.
-    pub learning_rate: f64,
-    /// How the learning rate goes on to the end of the run, or of each stage; default `constant`.
-    pub decay: Decay,
-    /// Updates of linear warm-up; default 0.
-    pub warmup_steps: u64,
-    /// Decay of the first moment; default 0.9.
-    pub beta1: f64,
-    /// Decay of the second moment; default 0.999.
-    pub beta2: f64,
-    /// Decoupled weight decay; default 0.
-    pub weight_decay: f64,
-    /// Added to the root of the second moment; default 1e-8.
-    pub epsilon: f64,
-    /// The gradient's norm is cut down to this; default 1.
-    pub max_grad_norm: f64,
-}
-
-/// What a learning rate does after its warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Decay {
-    /// Stays.
-    #[default]
-    Constant,
-    /// Falls evenly to 0.
-    Linear,
-    /// Falls to 0 along half a cosine.
-    Cosine,
-}
-
-/// The moving average of the weights.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct EmaSection {
-    /// The share of the average that stays at an update; 0 is none. Default 0.999.
-    pub decay: f64,
-    /// Whether the decay of update `k` is at most `(1 + k) / (10 + k)`; default true.
-    pub warmup: bool,
-}
-
 /// What a run writes, and when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -125,8 +84,8 @@ pub struct OutputSection {
     pub sample_interval: u64,
     /// Updates between two checkpoints; default 500.
     pub checkpoint_interval: u64,
-    /// Checkpoints kept; default 2.
-    pub keep_last: usize,
+    /// Which checkpoints are kept; default the last two.
+    pub checkpoints: Retention,
     /// Samples a class, or in all without classes, in a grid; default 8.
     pub samples_per_class: u32,
 }
@@ -146,9 +105,11 @@ pub struct TrainConfig {
     /// What is learned.
     pub train: TrainSection,
     /// The optimizer.
-    pub optimizer: OptimizerSection,
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over the run or over each stage.
+    pub learning_rate: LrSchedule,
     /// The moving average, which is what is exported.
-    pub ema: EmaSection,
+    pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
@@ -191,9 +152,11 @@ pub struct DistillConfig {
     /// Where training states come from.
     pub mixing: MixerConfig,
     /// The optimizer.
-    pub optimizer: OptimizerSection,
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over the run or over each stage.
+    pub learning_rate: LrSchedule,
     /// The moving average, which is what is exported.
-    pub ema: EmaSection,
+    pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
@@ -238,34 +201,13 @@ impl Default for DataSection {
     }
 }
 
-impl Default for OptimizerSection {
-    fn default() -> Self {
-        Self {
-            learning_rate: 2e-4,
-            decay: Decay::Constant,
-            warmup_steps: 0,
-            beta1: 0.9,
-            beta2: 0.999,
-            weight_decay: 0.0,
-            epsilon: 1e-8,
-            max_grad_norm: 1.0,
-        }
-    }
-}
-
-impl Default for EmaSection {
-    fn default() -> Self {
-        Self { decay: 0.999, warmup: true }
-    }
-}
-
 impl Default for OutputSection {
     fn default() -> Self {
         Self {
             log_interval: 10,
             sample_interval: 1000,
             checkpoint_interval: 500,
-            keep_last: 2,
+            checkpoints: Retention::default(),
             samples_per_class: 8,
         }
     }
@@ -355,38 +297,11 @@ impl Precision {
     }
 }
 
-impl OptimizerSection {
-    fn ensure(&self) -> Result<()> {
-        let unit = |x: f64| (0.0..1.0).contains(&x);
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        ensure(
-            "optimizer.learning_rate",
-            self.learning_rate,
-            positive(self.learning_rate),
-            "positive",
-        )?;
-        ensure("optimizer.beta1", self.beta1, unit(self.beta1), "in 0..1")?;
-        ensure("optimizer.beta2", self.beta2, unit(self.beta2), "in 0..1")?;
-        ensure("optimizer.epsilon", self.epsilon, positive(self.epsilon), "positive")?;
-        let decay = self.weight_decay;
-        ensure("optimizer.weight_decay", decay, decay >= 0.0 && decay.is_finite(), "at least 0")?;
-        let norm = self.max_grad_norm;
-        ensure("optimizer.max_grad_norm", norm, positive(norm), "positive")
-    }
-}
-
-impl EmaSection {
-    fn ensure(&self) -> Result<()> {
-        ensure("ema.decay", self.decay, (0.0..1.0).contains(&self.decay), "in 0..1; 0 is none")
-    }
-}
-
 impl OutputSection {
     fn ensure(&self) -> Result<()> {
         ensure("output.log_interval", self.log_interval, self.log_interval > 0, "at least 1")?;
         let interval = self.checkpoint_interval;
-        ensure("output.checkpoint_interval", interval, interval > 0, "at least 1")?;
-        ensure("output.keep_last", self.keep_last, self.keep_last > 0, "at least 1")
+        ensure("output.checkpoint_interval", interval, interval > 0, "at least 1")
     }
 }
 
@@ -407,8 +322,7 @@ impl TrainConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
-        self.optimizer.ensure()?;
-        self.ema.ensure()?;
+        self.learning_rate.ensure_valid()?;
         self.output.ensure()?;
         let schedule = self.schedule.build()?;
         self.train.prediction_type.ensure_defined_on(&schedule)?;
@@ -433,8 +347,7 @@ impl DistillConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
-        self.optimizer.ensure()?;
-        self.ema.ensure()?;
+        self.learning_rate.ensure_valid()?;
         self.output.ensure()?;
         self.thresholding.ensure()?;
         self.teacher.guidance.ensure()?;

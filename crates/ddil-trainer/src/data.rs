@@ -44,10 +44,10 @@ impl TrainingData {
     pub fn batch_at(&mut self, step: u64) -> Result<Data> {
         let mut batch = self.images.batch(&self.indices.at(step))?;
         if self.horizontal_flip {
-            batch.images = flip_horizontally(&batch.images, &self.indices.flips_at(step))?;
+            batch.x0 = flip_horizontally(&batch.x0, &self.indices.flips_at(step))?;
         }
         let conditioning = batch.labels.map_or_else(Conditioning::none, Conditioning::class_labels);
-        Ok(Data { x0: batch.images, conditioning }.to_device(self.device)?)
+        Ok(Data { x0: batch.x0, conditioning }.to_device(self.device)?)
     }
 
     /// The dataset itself.

@@ -7,16 +7,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use crate::checkpoint::{Checkpoint, CheckpointWriter, Retention, discard_newer, find_latest};
-use crate::config::{EmaSection, OptimizerSection, OutputSection};
-use crate::ema::Ema;
+use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
+use crate::config::OutputSection;
+use crate::ema::{Ema, EmaConfig};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use crate::optimizer::{AdamW, LearningRate, ensure_finite};
+use crate::lr_schedule::LrSchedule;
+use crate::optimizer::{AdamW, AdamWConfig, ensure_finite};
 use crate::picture::Picture;
 use crate::progress::Progress;
 use crate::record::{Position, Record};
 use crate::run_folder::RunFolder;
+use crate::state;
 use crate::tensorboard::EventWriter;
 
 /// What is trained: it makes a loss, and everything that its next update depends on can be saved.
@@ -83,9 +85,11 @@ pub enum Outcome {
 #[derive(Clone, Debug)]
 pub struct SessionConfig {
     /// The optimizer.
-    pub optimizer: OptimizerSection,
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over each stage.
+    pub learning_rate: LrSchedule,
     /// The moving average.
-    pub ema: EmaSection,
+    pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
@@ -111,6 +115,7 @@ pub struct Session<T> {
 struct LoopState {
     step: u64,
     seconds: f64,
+    averaged_updates: u64,
     metrics: Position,
 }
 
@@ -172,8 +177,8 @@ impl<T: Task> Session<T> {
         step: u64,
         seconds: f64,
     ) -> Result<Self> {
-        let optimizer = new_optimizer(&task, &config.optimizer)?;
-        let ema = Ema::new(&task.parameters(), config.ema.decay, config.ema.warmup)?;
+        let optimizer = config.optimizer.build(task.parameters())?;
+        let ema = config.ema.build(task.parameters())?;
         let events = EventWriter::create(&folder.file("tensorboard"), step)?;
         Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
     }
@@ -182,11 +187,11 @@ impl<T: Task> Session<T> {
         self.task.restore(checkpoint, self.step)?;
         // A later stage may have made other networks: look at the parameters again.
         let parameters = self.task.parameters();
-        copy_named("parameters", &parameters, &checkpoint.tensors(PARAMETERS)?)?;
-        self.optimizer = new_optimizer(&self.task, &self.config.optimizer)?;
+        state::restore("parameters", &parameters, &checkpoint.tensors(PARAMETERS)?)?;
+        self.begin_stage()?;
         self.optimizer.load_state(&checkpoint.tensors(OPTIMIZER)?)?;
-        self.ema = Ema::new(&parameters, self.config.ema.decay, self.config.ema.warmup)?;
-        self.ema.load_state(&checkpoint.tensors(AVERAGE)?)
+        let LoopState { averaged_updates, .. } = checkpoint.json(STATE)?;
+        self.ema.load(&checkpoint.tensors(AVERAGE)?, averaged_updates)
     }
 
     /// The task.
@@ -235,7 +240,7 @@ impl<T: Task> Session<T> {
         }
         progress.finish();
         let export = self.folder.file("export");
-        self.task.export(&export, &self.ema.named())?;
+        self.task.export(&export, self.ema.tensors())?;
         Ok(Outcome::Completed { export })
     }
 
@@ -251,14 +256,14 @@ impl<T: Task> Session<T> {
         let UpdateLoss { per_sample, figures } = self.task.loss(step)?;
         let loss = per_sample.mean(per_sample.kind());
         loss.f_backward().map_err(Error::torch("backward"))?;
-        let norm = self.optimizer.clip_grad_norm(self.config.optimizer.max_grad_norm)?;
+        let norm = self.optimizer.clip()?;
         // Read after the whole backward pass was queued: one wait for the device an update.
         let (loss, norm) = (loss.double_value(&[]), norm.double_value(&[]));
-        ensure_finite(step + 1, "loss", loss)?;
-        ensure_finite(step + 1, "gradient norm", norm)?;
-        let rate = learning_rate(&self.config.optimizer, per_stage).at(step % per_stage);
+        ensure_finite(step + 1, "loss", loss, || None)?;
+        ensure_finite(step + 1, "gradient norm", norm, || self.optimizer.non_finite_gradient())?;
+        let rate = self.config.learning_rate.lr_at(step % per_stage, per_stage);
         self.optimizer.step(rate)?;
-        self.ema.update(&self.task.parameters())?;
+        self.ema.update()?;
         self.task.after_update(step)?;
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
@@ -267,10 +272,14 @@ impl<T: Task> Session<T> {
     }
 
     fn start_stage(&mut self, step: u64) -> Result<()> {
-        self.task.start_stage(step, &self.ema.named())?;
-        self.optimizer = new_optimizer(&self.task, &self.config.optimizer)?;
-        let EmaSection { decay, warmup } = self.config.ema;
-        self.ema = Ema::new(&self.task.parameters(), decay, warmup)?;
+        self.task.start_stage(step, self.ema.tensors())?;
+        self.begin_stage()
+    }
+
+    /// A fresh optimizer and moving average of the task's present parameters.
+    fn begin_stage(&mut self) -> Result<()> {
+        self.optimizer = self.config.optimizer.build(self.task.parameters())?;
+        self.ema = self.config.ema.build(self.task.parameters())?;
         Ok(())
     }
 
@@ -284,7 +293,7 @@ impl<T: Task> Session<T> {
             self.log(figures)?;
         }
         if due(sample_interval) {
-            let picture = self.task.samples(&self.ema.named())?;
+            let picture = self.task.samples(self.ema.tensors())?;
             picture.save(&self.folder.samples_of(step))?;
             self.events.picture(step, "samples", &picture)?;
         }
@@ -311,68 +320,19 @@ impl<T: Task> Session<T> {
         let mut writer =
             CheckpointWriter::new(&self.folder.checkpoints(), self.step, self.task.kind())?;
         writer.tensors(PARAMETERS, &self.task.parameters())?;
-        writer.tensors(AVERAGE, &self.ema.state_tensors())?;
+        writer.tensors(AVERAGE, self.ema.tensors())?;
         writer.tensors(OPTIMIZER, &self.optimizer.state_tensors()?)?;
         self.task.save(&mut writer)?;
         let metrics = self.record.position()?;
-        writer.json(STATE, &LoopState { step: self.step, seconds: self.seconds, metrics })?;
+        let state = LoopState {
+            step: self.step,
+            seconds: self.seconds,
+            averaged_updates: self.ema.num_updates(),
+            metrics,
+        };
+        writer.json(STATE, &state)?;
         let newest = writer.commit()?;
-        let keep = Retention { keep_last: self.config.output.keep_last, ..Retention::default() };
-        keep.apply(&newest)?;
+        self.config.output.checkpoints.apply(&newest)?;
         self.folder.progress(self.step)
     }
-}
-
-fn new_optimizer<T: Task>(task: &T, section: &OptimizerSection) -> Result<AdamW> {
-    let settings = ddil_libtorch::AdamW {
-        lr: section.learning_rate,
-        beta1: section.beta1,
-        beta2: section.beta2,
-        weight_decay: section.weight_decay,
-        eps: section.epsilon,
-    };
-    AdamW::new(task.parameters(), settings)
-}
-
-fn learning_rate(section: &OptimizerSection, total: u64) -> LearningRate {
-    LearningRate::new(section.learning_rate, section.decay, section.warmup_steps, total)
-}
-
-/// Copies values by name into parameters; names and shapes must be the same.
-///
-/// # Errors
-///
-/// [`Error::StateMismatch`] that lists everything missing, unexpected and misshapen.
-pub(crate) fn copy_named(
-    what: &'static str,
-    into: &[(String, Tensor)],
-    from: &[(String, Tensor)],
-) -> Result<()> {
-    let source = |name: &str| from.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor);
-    let mut problems: Vec<String> = from
-        .iter()
-        .filter(|(name, _)| !into.iter().any(|(n, _)| n == name))
-        .map(|(name, _)| format!("unexpected `{name}`"))
-        .collect();
-    for (name, tensor) in into {
-        match source(name) {
-            None => problems.push(format!("missing `{name}`")),
-            Some(found) if found.size() != tensor.size() => problems.push(format!(
-                "`{name}` has shape {:?}, expected {:?}",
-                found.size(),
-                tensor.size()
-            )),
-            Some(_) => {}
-        }
-    }
-    if !problems.is_empty() {
-        return Err(Error::StateMismatch { what, problems });
-    }
-    let _no_grad = tch::no_grad_guard();
-    for (name, tensor) in into {
-        if let Some(found) = source(name) {
-            tensor.shallow_clone().f_copy_(found).map_err(Error::torch("copy_named"))?;
-        }
-    }
-    Ok(())
 }

@@ -16,7 +16,8 @@ use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline};
 use crate::sampling::{SamplePlan, grid_of_classes};
-use crate::session::{Task, UpdateLoss, copy_named};
+use crate::session::{Task, UpdateLoss};
+use crate::state;
 
 /// A diffusion model on its way: the squared error of its output at random timesteps of noised data.
 ///
@@ -77,7 +78,7 @@ impl TrainTask {
         else {
             return conditioning.shallow_clone();
         };
-        let mut rng = self.streams.rng(step, Stream::Labels);
+        let mut rng = self.streams.rng(step, Stream::Condition);
         let dropout = self.config.train.label_dropout;
         let drop: Vec<bool> =
             (0..labels.size()[0]).map(|_| rng.random::<f64>() < dropout).collect();
@@ -157,7 +158,7 @@ impl Task for TrainTask {
     }
 
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
-        copy_named("moving average", &self.averaged.parameters().learned(), average)?;
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         let per_class = self.config.output.samples_per_class;
         let device = self.device();
         let shape = self.data.image_shape();
@@ -176,7 +177,7 @@ impl Task for TrainTask {
     }
 
     fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()> {
-        copy_named("moving average", &self.averaged.parameters().learned(), average)?;
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Pipeline::write(
             folder,
             &self.averaged,
