@@ -221,7 +221,13 @@ pub enum Error {
         /// Why it failed.
         reason: String,
     },
-    /// libtorch refused an operation.
+    /// A data set is missing or damaged.
+    #[error(transparent)]
+    Dataset(#[from] crate::dataset::Error),
+    /// libtorch refused an operation of ours.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
+    /// libtorch refused an operation of tch's.
     #[error("{op}: {}", first_line(source))]
     Torch {
         /// The function that was at work.
