@@ -70,7 +70,7 @@ fn reads_what_was_written() -> TestResult {
     assert_eq!(read[0].0, "a.bias");
     assert_eq!(read[1].1, tensors(1000)[0].1);
     assert_eq!(read[0].1.size(), [0_i64; 0]);
-    assert_eq!(checkpoint.obstacles_to_exact_resume(), [""; 0]);
+    assert_eq!(checkpoint.obstacles_to_exact_resume()?, [""; 0]);
     Ok(())
 }
 

@@ -46,7 +46,7 @@ impl EmaConfig {
             .iter()
             .map(|(name, tensor)| {
                 let kind = average_kind(tensor.kind());
-                Ok((name.clone(), tensor.f_detach()?.f_copy()?.f_to_kind(kind)?))
+                Ok((name.clone(), duplicate(tensor)?.f_to_kind(kind)?))
             })
             .collect();
         let averages = averages.map_err(Error::torch("EmaConfig::build"))?;
@@ -155,7 +155,7 @@ impl Ema {
     pub fn apply(&self) -> Result<Applied<'_>> {
         let _guard = tch::no_grad_guard();
         let values: Result<Vec<Tensor>, tch::TchError> =
-            self.tensors.iter().map(|(_, tensor)| tensor.f_detach()?.f_copy()).collect();
+            self.tensors.iter().map(|(_, tensor)| duplicate(tensor)).collect();
         let applied = Applied { ema: self, values: values.map_err(Error::torch("Ema::apply"))? };
         for ((_, tensor), (_, average)) in self.tensors.iter().zip(&self.averages) {
             copy(tensor, average)?;
@@ -200,4 +200,11 @@ fn in_kind_of(average: &Tensor, tensor: &Tensor) -> Result<Tensor> {
 
 fn copy(target: &Tensor, source: &Tensor) -> Result<()> {
     target.shallow_clone().f_copy_(source).map(drop).map_err(Error::torch("Ema"))
+}
+
+/// With memory of its own, and not tracked for gradients.
+fn duplicate(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
+    let mut duplicate = tensor.f_detach()?.f_empty_like()?;
+    duplicate.f_copy_(tensor)?;
+    Ok(duplicate)
 }

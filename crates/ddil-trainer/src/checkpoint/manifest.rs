@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::MANIFEST;
+use crate::Result;
 
 /// The layout described here; a reader refuses any other.
 const FORMAT_VERSION: u32 = 1;
@@ -21,7 +22,7 @@ pub struct Manifest {
     /// How many optimizer updates lie behind it.
     pub step: u64,
     /// Threads libtorch used: another number gives other bits from here on.
-    pub num_threads: u32,
+    pub num_threads: usize,
     /// The version of the program that wrote it.
     pub ddil: String,
     /// The version of libtorch that computed it.
@@ -49,16 +50,16 @@ pub(super) struct Sealed {
 }
 
 impl Manifest {
-    pub(super) fn new(step: u64, kind: &str, members: BTreeMap<String, Member>) -> Self {
-        Self {
+    pub(super) fn new(step: u64, kind: &str, members: BTreeMap<String, Member>) -> Result<Self> {
+        Ok(Self {
             format_version: FORMAT_VERSION,
             kind: kind.to_owned(),
             step,
-            num_threads: u32::try_from(tch::get_num_threads()).unwrap_or(0),
+            num_threads: ddil_libtorch::num_threads()?,
             ddil: env!("CARGO_PKG_VERSION").to_owned(),
-            libtorch: crate::LIBTORCH_VERSION.to_owned(),
+            libtorch: ddil_libtorch::version().to_owned(),
             members,
-        }
+        })
     }
 
     pub(super) fn is_known_format(&self) -> bool {

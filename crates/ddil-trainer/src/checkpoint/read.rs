@@ -194,20 +194,22 @@ impl Checkpoint {
     }
 
     /// What keeps a resume from here from being exact to the bit, in words; empty if nothing.
-    pub fn obstacles_to_exact_resume(&self) -> Vec<String> {
-        let now = Manifest::new(self.step(), &self.manifest.kind, self.manifest.members.clone());
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`] if libtorch cannot say how many threads it uses.
+    pub fn obstacles_to_exact_resume(&self) -> Result<Vec<String>> {
+        let now = Manifest::new(self.step(), &self.manifest.kind, self.manifest.members.clone())?;
         let differ = |what: &str, then: &str, now: &str| {
             (then != now).then(|| format!("{what}: {then} then, {now} now"))
         };
         let threads = |manifest: &Manifest| manifest.num_threads.to_string();
-        [
+        let obstacles = [
             differ("number of threads", &threads(&self.manifest), &threads(&now)),
             differ("libtorch", &self.manifest.libtorch, &now.libtorch),
             differ("ddil", &self.manifest.ddil, &now.ddil),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+        ];
+        Ok(obstacles.into_iter().flatten().collect())
     }
 
     /// Whether it has a file of this name.

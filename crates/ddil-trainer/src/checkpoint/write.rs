@@ -117,7 +117,7 @@ impl CheckpointWriter {
     ///
     /// [`Error::Io`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
     pub fn commit(self) -> Result<Checkpoint> {
-        let manifest = Manifest::new(self.step, &self.kind, self.members.clone());
+        let manifest = Manifest::new(self.step, &self.kind, self.members.clone())?;
         let path = self.aside.join(MANIFEST);
         let sealed = manifest.clone().seal().and_then(|sealed| serde_json::to_vec_pretty(&sealed));
         let text =
