@@ -16,6 +16,8 @@ pub mod lr_schedule;
 pub mod network;
 pub mod optimizer;
 pub mod picture;
+pub mod progress;
+pub mod scheduler_file;
 pub mod pipeline;
 pub mod record;
 pub mod results;
