@@ -22,3 +22,6 @@ pub use priors::{PriorSchedule, PriorStep, Priors};
 pub use random::{RandomStreams, Stream};
 pub use rollout::{Trajectory, first_state, rollout, sample};
 pub use states::{Data, Source, States};
+
+/// temporary
+pub type MixerConfig = PriorSchedule;

@@ -124,9 +124,6 @@ pub struct TrainSection {
     pub prediction_type: PredictionType,
     /// How often a label is replaced by the null class, which guidance needs; default 0.1.
     pub label_dropout: f64,
-    /// The loss is the squared error of the network's output times `min(snr, this) / snr` at most; 0 is plain.
-    /// [Hang et al. 2023](https://arxiv.org/abs/2303.09556). Default 0.
-    pub min_snr_gamma: f64,
     /// DDIM steps of the sample grids; default 50.
     pub sample_steps: u32,
     /// Guidance of the sample grids; default 2.
@@ -219,7 +216,6 @@ impl Default for TrainSection {
             updates: 10_000,
             prediction_type: PredictionType::VPrediction,
             label_dropout: 0.1,
-            min_snr_gamma: 0.0,
             sample_steps: 50,
             sample_guidance_scale: 2.0,
         }
@@ -326,12 +322,10 @@ impl TrainConfig {
         self.output.ensure()?;
         let schedule = self.schedule.build()?;
         self.train.prediction_type.ensure_defined_on(&schedule)?;
-        let TrainSection { updates, label_dropout, min_snr_gamma, sample_steps, .. } = self.train;
+        let TrainSection { updates, label_dropout, sample_steps, .. } = self.train;
         ensure("train.updates", updates, updates > 0, "at least 1")?;
         let dropout = (0.0..=1.0).contains(&label_dropout);
         ensure("train.label_dropout", label_dropout, dropout, "in 0..=1")?;
-        let gamma = min_snr_gamma >= 0.0 && min_snr_gamma.is_finite();
-        ensure("train.min_snr_gamma", min_snr_gamma, gamma, "at least 0; 0 is plain")?;
         let most = self.schedule.num_train_timesteps();
         let on_grid = (1..=most).contains(&sample_steps);
         ensure("train.sample_steps", sample_steps, on_grid, &format!("in 1..={most}"))

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_core::Conditioning;
-use ddil_models::{Placement, UNet2DConfig, UnknownKeys, weights};
+use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -182,8 +182,12 @@ impl Pipeline {
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.
 fn image_shape(config: &UNet2DConfig) -> [i64; 3] {
-    let [height, width] = config.sample_shape().unwrap_or([0; 2]);
-    [i64::from(config.in_channels), height, width]
+    let [height, width] = match config.sample_size {
+        Some(SampleSize::Square(side)) => [side; 2],
+        Some(SampleSize::Rectangle(sides)) => sides,
+        None => [0; 2],
+    };
+    [config.in_channels, height, width].map(i64::from)
 }
 
 /// A tensor's device, for messages.

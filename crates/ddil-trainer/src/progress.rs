@@ -1,4 +1,5 @@
 //! temporary
+#![allow(missing_docs)]
 pub struct Progress;
 impl Progress {
     pub fn new(_: &str, _: u64, _: u64) -> Self { Self }

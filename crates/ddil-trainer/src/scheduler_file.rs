@@ -1,4 +1,5 @@
 //! `scheduler_config.json` of a model folder.
+#![allow(missing_docs)]
 
 use std::path::Path;
 

@@ -154,7 +154,7 @@ impl<T: Task> Session<T> {
             return Self::new(task, config, folder, record, timings, 0, 0.0);
         };
         checkpoint.ensure_kind(task.kind())?;
-        for obstacle in checkpoint.obstacles_to_exact_resume() {
+        for obstacle in checkpoint.obstacles_to_exact_resume()? {
             tracing::warn!("the run will not go on to the same bits: {obstacle}");
         }
         let state: LoopState = checkpoint.json(STATE)?;

@@ -86,18 +86,6 @@ impl TrainTask {
         Conditioning::class_labels(labels.where_self(&drop.logical_not(), &labels.full_like(null)))
     }
 
-    /// `min(snr, gamma)` over what the loss on the output weighs already; 1 if there is no gamma.
-    fn weights(&self, timesteps: &Tensor, like: &Tensor) -> Result<Option<Tensor>> {
-        let gamma = self.config.train.min_snr_gamma;
-        if gamma == 0.0 {
-            return Ok(None);
-        }
-        let scales = self.schedule.scales_at(timesteps, like)?;
-        let snr = (scales.alpha / scales.sigma).square().flatten(0, -1);
-        let inherent = self.network.prediction_type().inherent_weight(&snr);
-        Ok(Some(snr.clamp_max(gamma) / inherent))
-    }
-
     fn sample_plan(&self) -> SamplePlan {
         SamplePlan {
             steps: self.config.train.sample_steps,
@@ -142,10 +130,7 @@ impl Task for TrainTask {
             self.network.prediction_type().target(&self.schedule, &data.x0, &noise, &timesteps)?;
         let output = self.network.output(&x_t, &timesteps, &conditioning)?;
         let error = (output - target).square();
-        let mut per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
-        if let Some(weights) = self.weights(&timesteps, &data.x0)? {
-            per_sample = per_sample * weights;
-        }
+        let per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
         Ok(UpdateLoss { per_sample, figures: Vec::new() })
     }
 
