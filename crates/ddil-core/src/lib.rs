@@ -7,12 +7,34 @@
 //!
 //! Works for tensors of any rank with the batch first: vectors, audio, images, video.
 
+mod buffer;
 mod conditioning;
 mod denoiser;
 mod error;
+mod mixer;
+mod priors;
+mod random;
+mod rollout;
+mod rows;
+mod saved;
+mod source;
 mod states;
 
+pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
+pub use ddil_libtorch::Generator;
 pub use denoiser::{Consistent, Denoiser, Guided, Thresholded};
 pub use error::{Error, Result};
+pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
+pub use priors::{PriorSchedule, PriorStep, Priors};
+pub use random::{Draws, RandomStreams, Stream};
+pub use rollout::{
+    MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,
+    rollout_to, sample,
+};
+pub use saved::SavedState;
+pub use source::{
+    ForwardSource, Grids, LossFeedback, SourceConfig, SourceRequest, StudentConfig, StudentPolicy,
+    StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
+};
 pub use states::{Data, Source, States};
