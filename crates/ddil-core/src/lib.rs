@@ -2,8 +2,18 @@
 //!
 //! A student that samples in a few steps meets, at inference, states that its training never showed it. This crate
 //! *collects* training states from three sources ([`Source`]): dataset samples noised forward, the student's own
-//! backward trajectory, the teacher's backward trajectory.
+//! backward trajectory, the teacher's backward trajectory. [`Mixer`] draws a batch from all three;
+//! [`AggregationBuffer`] keeps visited states for a while; [`measure_shift`] says how far the states at inference lie
+//! from those of training.
 //! Rollouts run without gradients and labels are made elsewhere, at the loss.
+//!
+//! | for | there is |
+//! | --- | --- |
+//! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`Consistent`], [`Thresholded`] |
+//! | running it | [`rollout()`], [`sample`], [`rollout_to`], [`MixedRollout`] |
+//! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
+//! | how often | [`Priors`], [`PriorSchedule`] |
+//! | random numbers that resume exactly | [`RandomStreams`], [`Stream`] |
 //!
 //! Works for tensors of any rank with the batch first: vectors, audio, images, video.
 
@@ -17,6 +27,7 @@ mod random;
 mod rollout;
 mod rows;
 mod saved;
+mod shift;
 mod source;
 mod states;
 
@@ -33,6 +44,10 @@ pub use rollout::{
     rollout_to, sample,
 };
 pub use saved::SavedState;
+pub use shift::{
+    Distances, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest, ShiftSummary, measure_shift,
+    shift_at,
+};
 pub use source::{
     ForwardSource, Grids, LossFeedback, SourceConfig, SourceRequest, StudentConfig, StudentPolicy,
     StudentSource, TeacherConfig, TeacherSource, TrajectorySource,

@@ -181,7 +181,7 @@ fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
     let given = given.detach().to_device(device).to_kind(kind);
     // A shallow clone is the same memory; the handle alone has to be mutable.
     let mut stored = stored.shallow_clone();
-    stored
+    let _ = stored
         .f_index_copy_(0, &index(rows, device), &given)
         .map_err(Error::torch("RowStore::write"))?;
     Ok(())

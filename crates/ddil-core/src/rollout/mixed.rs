@@ -164,7 +164,7 @@ impl MixedRollout<'_> {
         let mut hands = vec![Hand::default(); targets.len()];
         let mut visited = Visited::nothing();
         let mut states = Vec::new();
-        for_unfinished(path, x_t, conditioning, targets, |leg| {
+        let _ = for_unfinished(path, x_t, conditioning, targets, |leg| {
             let stepped = self.advance(start, leg, &mut hands, draws)?;
             states.push(stepped.shallow_clone());
             visited.rows.extend(leg.rows);

@@ -222,7 +222,7 @@ impl Chains {
             .zip(&teacher_acts)
             .map(|(&i, &acts)| {
                 let teacher_acted = acts || states.sources[i] == Source::Mixed;
-                let waiting = Waiting { row: 0, birth: feedback.step + 1, teacher_acted };
+                let waiting = Waiting { row: 0, birth: feedback.step, teacher_acted };
                 self.queues.push(states.grid_indices[i] + 1, waiting, most)
             })
             .collect();
