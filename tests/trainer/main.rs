@@ -1,5 +1,6 @@
 //! What a run leaves on disk, and what happens when the disk, the user or a crash gets in its way.
 
 mod checkpoint;
+mod dataset;
 mod record;
 mod settings;
