@@ -234,7 +234,7 @@ impl UNet2DConfig {
     /// # Errors
     ///
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Libtorch`](crate::Error::Libtorch) if the device is not there or its memory does not suffice.
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
         UNet2DModel::new(self, placement, Values::Seeded(seed))
     }
