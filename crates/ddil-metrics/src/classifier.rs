@@ -1,0 +1,289 @@
+//! A small classifier of Fashion-MNIST whose inner features serve as a feature extractor.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use tch::{
+    Device, Kind, Tensor,
+    nn::{self, Module},
+};
+
+use crate::{
+    FeatureExtractor,
+    error::{Error, Result, torch},
+    features::{in_batches, sha256},
+};
+
+/// Weights that `examples/train_classifier.rs` made.
+static PRETRAINED: &[u8] = include_bytes!("../assets/fashion_classifier.safetensors");
+
+/// Number of inner features.
+const DIM: i64 = 64;
+
+/// Height and width of the images: 28 padded to 32.
+const SIZE: i64 = 32;
+
+/// Names of the ten classes, by label.
+pub const FASHION_CLASSES: [&str; 10] = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+];
+
+/// A convolutional classifier of Fashion-MNIST images, padded to 32x32 and scaled to `[-1, 1]`.
+///
+/// As a [`FeatureExtractor`] it gives its 64 features before the last layer, which separate the classes and move
+/// little when an image shifts by a pixel: what Inception's features are to photographs.
+///
+/// The weights are not trained yet.
+///
+/// # Example
+///
+/// ```
+/// use ddil_metrics::{FashionClassifier, FeatureExtractor};
+/// let classifier = FashionClassifier::pretrained(tch::Device::Cpu)?;
+/// let images = tch::Tensor::zeros([3, 1, 32, 32], tch::kind::FLOAT_CPU);
+/// assert_eq!(classifier.features(&images)?.size(), [3, classifier.dim()]);
+/// assert_eq!(classifier.logits(&images)?.size(), [3, 10]);
+/// # Ok::<(), ddil_metrics::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct FashionClassifier {
+    variables: nn::VarStore,
+    layers: Layers,
+    id: String,
+}
+
+impl FashionClassifier {
+    /// The classifier with the weights that come with this crate.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the device cannot be used.
+    pub fn pretrained(device: Device) -> Result<Self> {
+        Self::from_bytes(PRETRAINED, device)
+    }
+
+    /// A classifier with random weights, to be trained.
+    pub fn untrained(device: Device) -> Self {
+        let variables = nn::VarStore::new(device);
+        let layers = Layers::new(&variables.root());
+        Self { variables, layers, id: "fashion-classifier-untrained".to_owned() }
+    }
+
+    /// A classifier with weights from the bytes of a safetensors file. Its id has their SHA-256.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ReadWeights`] if the bytes are no safetensors file, [`Error::WeightsMismatch`] if names, shapes or
+    /// element types are not this network's, [`Error::Torch`] if the device cannot be used.
+    pub fn from_bytes(bytes: &[u8], device: Device) -> Result<Self> {
+        let weights =
+            SafeTensors::deserialize(bytes).map_err(|source| Error::ReadWeights { source })?;
+        let mut classifier = Self::untrained(device);
+        classifier.copy_weights(&weights)?;
+        classifier.variables.freeze();
+        classifier.id = format!("fashion-classifier-{}", sha256(bytes));
+        Ok(classifier)
+    }
+
+    /// The weights as the bytes of a safetensors file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ReadWeights`] if they cannot be laid out, [`Error::Torch`] if they cannot be read from the device.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        const OP: &str = "FashionClassifier::to_bytes";
+        let mut named = BTreeMap::new();
+        for (name, tensor) in self.variables.variables() {
+            let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
+            let values = Vec::<f32>::try_from(tensor.detach().view(-1)).map_err(torch(OP))?;
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            named.insert(name, (shape, bytes));
+        }
+        let views = named
+            .iter()
+            .map(|(name, (shape, bytes))| {
+                Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+            })
+            .collect::<std::result::Result<Vec<_>, _>>();
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        views
+            .and_then(|views| safetensors::serialize(views, Some(metadata)))
+            .map_err(|source| Error::ReadWeights { source })
+    }
+
+    /// The variables, for an optimizer.
+    pub fn variables(&self) -> &nn::VarStore {
+        &self.variables
+    }
+
+    /// Scores of the ten classes, with gradients where the variables have them.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[n, 1, 32, 32]`, values in `[-1, 1]`
+    /// - returns: `[n, 10]`, logarithms of probabilities up to a constant a row
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for images of another shape.
+    pub fn logits(&self, images: &Tensor) -> Result<Tensor> {
+        ensure_fashion_images("FashionClassifier::logits", images)?;
+        Ok(self.layers.head.forward(&self.layers.features(&self.adapt(images))))
+    }
+
+    /// Share of images whose highest score is that of their label.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[n, 1, 32, 32]`, values in `[-1, 1]`
+    /// - `labels`: `[n]`, `Int64`, from 0 to 9
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for images or labels of another shape.
+    pub fn accuracy(&self, images: &Tensor, labels: &Tensor) -> Result<f64> {
+        const OP: &str = "FashionClassifier::accuracy";
+        ensure_fashion_images(OP, images)?;
+        let n = images.size()[0];
+        if labels.size() != [n] {
+            let (found, expected) = (labels.size(), format!("[{n}]"));
+            return Err(Error::Shape { op: OP, name: "labels", found, expected });
+        }
+        let logits = in_batches(images, |batch| self.logits(batch))?;
+        let hits = logits.argmax(1, false).eq_tensor(&labels.to_device(logits.device()));
+        Ok(hits.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]))
+    }
+
+    /// Images on the device and in the kind of the weights.
+    fn adapt(&self, images: &Tensor) -> Tensor {
+        images.to_device(self.variables.device()).to_kind(Kind::Float)
+    }
+
+    fn copy_weights(&mut self, weights: &SafeTensors<'_>) -> Result<()> {
+        let variables = self.variables.variables();
+        ensure_same_weights(&variables, weights)?;
+        let _guard = tch::no_grad_guard();
+        for (name, mut variable) in variables {
+            let view = weights.tensor(&name).map_err(|source| Error::ReadWeights { source })?;
+            let values = Tensor::f_from_data_size(view.data(), &variable.size(), Kind::Float);
+            values
+                .and_then(|values| variable.f_copy_(&values))
+                .map_err(torch("FashionClassifier::from_bytes"))?;
+        }
+        Ok(())
+    }
+}
+
+impl FeatureExtractor for FashionClassifier {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        ensure_fashion_images("FashionClassifier::features", images)?;
+        in_batches(images, |batch| Ok(self.layers.features(&self.adapt(batch))))
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn dim(&self) -> i64 {
+        DIM
+    }
+}
+
+fn ensure_fashion_images(op: &'static str, images: &Tensor) -> Result<()> {
+    let shape = images.size();
+    if shape.len() == 4 && shape[0] > 0 && shape[1..] == [1, SIZE, SIZE] {
+        return Ok(());
+    }
+    let expected = format!("[1 or more, 1, {SIZE}, {SIZE}]");
+    Err(Error::Shape { op, name: "images", found: shape, expected })
+}
+
+/// Compares names, shapes and element types, and lists all that differ at once.
+fn ensure_same_weights(
+    variables: &std::collections::HashMap<String, Tensor>,
+    weights: &SafeTensors<'_>,
+) -> Result<()> {
+    let ours: BTreeSet<String> = variables.keys().cloned().collect();
+    let theirs: BTreeSet<String> = weights.names().into_iter().map(str::to_owned).collect();
+    let missing: Vec<String> = ours.difference(&theirs).cloned().collect();
+    let unexpected: Vec<String> = theirs.difference(&ours).cloned().collect();
+    let misshapen: Vec<String> = ours
+        .intersection(&theirs)
+        .filter_map(|name| {
+            let (expected, view) = (variables[name].size(), weights.tensor(name).ok()?);
+            let found: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+            (found != expected || view.dtype() != Dtype::F32)
+                .then(|| format!("{name}: {:?} {found:?}, expected F32 {expected:?}", view.dtype()))
+        })
+        .collect();
+    if missing.is_empty() && unexpected.is_empty() && misshapen.is_empty() {
+        return Ok(());
+    }
+    Err(Error::WeightsMismatch { missing, unexpected, misshapen })
+}
+
+/// The network: 32x32 to 16, 8 and 4 pixels a side, with a residual block at 8 and one at 4.
+#[derive(Debug)]
+struct Layers {
+    stem: Block,
+    down_8: Block,
+    mid_8: Block,
+    down_4: Block,
+    mid_4: Block,
+    project: nn::Linear,
+    head: nn::Linear,
+}
+
+impl Layers {
+    fn new(root: &nn::Path) -> Self {
+        Self {
+            stem: Block::new(&(root / "stem"), [1, 32], 4, 2),
+            down_8: Block::new(&(root / "down_8"), [32, 64], 3, 2),
+            mid_8: Block::new(&(root / "mid_8"), [64, 64], 3, 1),
+            down_4: Block::new(&(root / "down_4"), [64, 128], 3, 2),
+            mid_4: Block::new(&(root / "mid_4"), [128, 128], 3, 1),
+            project: nn::linear(root / "project", 128, DIM, nn::LinearConfig::default()),
+            head: nn::linear(root / "head", DIM, 10, nn::LinearConfig::default()),
+        }
+    }
+
+    /// `[n, 1, 32, 32]` to `[n, 64]`.
+    fn features(&self, images: &Tensor) -> Tensor {
+        let x = self.down_8.forward(&self.stem.forward(images));
+        let x = self.mid_8.forward(&x) + x;
+        let x = self.down_4.forward(&x);
+        let x = self.mid_4.forward(&x) + x;
+        let pooled = x.mean_dim([2_i64, 3].as_slice(), false, x.kind());
+        self.project.forward(&pooled).silu()
+    }
+}
+
+/// Convolution, group normalization and `SiLU`: nothing depends on the other images of a batch.
+#[derive(Debug)]
+struct Block {
+    conv: nn::Conv2D,
+    norm: nn::GroupNorm,
+}
+
+impl Block {
+    fn new(path: &nn::Path, [from, to]: [i64; 2], kernel: i64, stride: i64) -> Self {
+        let config = nn::ConvConfig { stride, padding: 1, bias: false, ..Default::default() };
+        Self {
+            conv: nn::conv2d(path / "conv", from, to, kernel, config),
+            norm: nn::group_norm(path / "norm", 8, to, nn::GroupNormConfig::default()),
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.norm.forward(&self.conv.forward(x)).silu()
+    }
+}

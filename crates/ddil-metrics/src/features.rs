@@ -1,0 +1,321 @@
+//! From images to features.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+use tch::{CModule, Device, IValue, Kind, Tensor};
+
+use crate::error::{Error, Result, torch};
+
+/// Images that go through a network at a time.
+const IMAGES_AT_ONCE: i64 = 256;
+
+/// Turns images into the features that metrics compare.
+pub trait FeatureExtractor {
+    /// Features of images, one row an image, without gradients.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[n, channels, height, width]`, values in `[-1, 1]`
+    /// - returns: `[n, dim]`, on the extractor's device
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the extractor does not take images of this shape.
+    fn features(&self, images: &Tensor) -> Result<Tensor>;
+
+    /// Name of the extractor and hash of its weights; numbers from different ones do not compare.
+    fn id(&self) -> &str;
+
+    /// Number of features an image.
+    fn dim(&self) -> i64;
+
+    /// How images are brought to the network's size, as reports name it; "none" if they are not resized.
+    fn resize_mode(&self) -> String {
+        Resize::None.to_string()
+    }
+}
+
+/// Rounds images to the 256 levels of a PNG, so that generated images are measured as they would be stored.
+///
+/// Levels are rounded to the nearest, so images that have 256 levels already come back as they were. Values beyond
+/// `[-1, 1]` are clamped.
+///
+/// # Shapes and units
+///
+/// - `images`: any shape, values in `[-1, 1]`
+/// - returns: the same shape and kind
+///
+/// # Example
+///
+/// ```
+/// let images = tch::Tensor::from_slice(&[-1.5_f32, 0.001, 1.0]);
+/// let stored = ddil_metrics::quantize(&images);
+/// assert_eq!(stored.double_value(&[0]), -1.0);
+/// assert_eq!(stored, ddil_metrics::quantize(&stored));
+/// ```
+pub fn quantize(images: &Tensor) -> Tensor {
+    let levels = ((images.detach() + 1.0) * 127.5).clamp(0.0, 255.0).round();
+    levels / 127.5 - 1.0
+}
+
+/// The pixels themselves, flattened.
+///
+/// No network and no bias of one; sees small shifts as large changes. Good for vectors and for tiny images.
+///
+/// # Example
+///
+/// ```
+/// use ddil_metrics::{FeatureExtractor, RawPixels};
+/// let pixels = RawPixels::new([1, 2, 3]);
+/// let images = tch::Tensor::zeros([5, 1, 2, 3], tch::kind::FLOAT_CPU);
+/// assert_eq!(pixels.features(&images)?.size(), [5, 6]);
+/// assert_eq!(pixels.id(), "raw-pixels-1x2x3");
+/// # Ok::<(), ddil_metrics::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct RawPixels {
+    shape: [i64; 3],
+    id: String,
+}
+
+impl RawPixels {
+    /// For images of this shape: channels, height, width.
+    pub fn new(shape: [i64; 3]) -> Self {
+        let [channels, height, width] = shape;
+        Self { shape, id: format!("raw-pixels-{channels}x{height}x{width}") }
+    }
+}
+
+impl FeatureExtractor for RawPixels {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        let shape = images.size();
+        if shape.len() != 4 || shape[1..] != self.shape {
+            let [channels, height, width] = self.shape;
+            return Err(Error::Shape {
+                op: "RawPixels::features",
+                name: "images",
+                found: shape,
+                expected: format!("[n, {channels}, {height}, {width}]"),
+            });
+        }
+        Ok(images.detach().flatten(1, -1))
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn dim(&self) -> i64 {
+        self.shape.iter().product()
+    }
+}
+
+/// The range of pixel values that a network takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PixelRange {
+    /// From -1 to 1, as images are everywhere here.
+    SignedUnit,
+    /// From 0 to 1.
+    Unit,
+    /// From 0 to 255, as floats.
+    Byte,
+}
+
+impl PixelRange {
+    /// Images in `[-1, 1]`, brought to this range.
+    fn scale(self, images: &Tensor) -> Tensor {
+        match self {
+            Self::SignedUnit => images.shallow_clone(),
+            Self::Unit => (images + 1.0) * 0.5,
+            Self::Byte => (images + 1.0) * 127.5,
+        }
+    }
+}
+
+/// How images are brought to a network's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resize {
+    /// Images have the right size.
+    None,
+    /// Bicubic with antialiasing to height and width, then clamped to `[-1, 1]`: close to what PIL does.
+    Bicubic([i64; 2]),
+    /// Bilinear without antialiasing to height and width.
+    Bilinear([i64; 2]),
+}
+
+impl Resize {
+    fn apply(self, images: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+        match self {
+            Self::None => Ok(images.shallow_clone()),
+            Self::Bicubic(size) => {
+                images.f_internal_upsample_bicubic2d_aa(size, false, None, None)?.f_clamp(-1.0, 1.0)
+            }
+            Self::Bilinear(size) => images.f_upsample_bilinear2d(size, false, None, None),
+        }
+    }
+}
+
+impl fmt::Display for Resize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => write!(f, "none"),
+            Self::Bicubic([height, width]) => write!(f, "bicubic-antialias-{height}x{width}"),
+            Self::Bilinear([height, width]) => write!(f, "bilinear-{height}x{width}"),
+        }
+    }
+}
+
+/// What a `TorchScript` network takes and gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TorchScriptOptions {
+    /// Number of features that the network gives an image.
+    pub dim: i64,
+    /// Range of pixel values that it takes.
+    pub range: PixelRange,
+    /// How images are brought to its size.
+    pub resize: Resize,
+    /// Channels that it takes; grey images are repeated to as many.
+    pub channels: i64,
+    /// Whether `true` is handed over as a second argument, by which the Inception network of 2015, as converted for
+    /// `StyleGAN`, is asked for features instead of class scores.
+    pub return_features: bool,
+}
+
+impl TorchScriptOptions {
+    /// For the Inception network of 2015 as converted for `StyleGAN` (`inception-2015-12-05.pt`): 2048 features.
+    pub fn inception_2015() -> Self {
+        Self {
+            dim: 2048,
+            range: PixelRange::Byte,
+            resize: Resize::Bicubic([299, 299]),
+            channels: 3,
+            return_features: true,
+        }
+    }
+}
+
+/// A network from a `TorchScript` file.
+#[derive(Debug)]
+pub struct TorchScriptExtractor {
+    module: CModule,
+    options: TorchScriptOptions,
+    device: Device,
+    id: String,
+}
+
+impl TorchScriptExtractor {
+    /// Loads a network, in evaluation mode. Its id is the file's name and SHA-256.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ReadFile`] if the file cannot be read, [`Error::LoadNetwork`] if it holds no `TorchScript` network,
+    /// [`Error::InvalidSetting`] unless `dim` and `channels` are 1 or more.
+    pub fn open(
+        path: impl AsRef<Path>,
+        options: TorchScriptOptions,
+        device: Device,
+    ) -> Result<Self> {
+        for (name, value) in [("dim", options.dim), ("channels", options.channels)] {
+            if value < 1 {
+                let value = value.to_string();
+                return Err(Error::InvalidSetting { name, value, expected: "1 or more" });
+            }
+        }
+        let path = path.as_ref();
+        let bytes = std::fs::read(path)
+            .map_err(|source| Error::ReadFile { path: PathBuf::from(path), source })?;
+        let load = || {
+            let mut module = CModule::load_data_on_device(&mut bytes.as_slice(), device)?;
+            module.f_set_eval()?;
+            Ok(module)
+        };
+        let module =
+            load().map_err(|source| Error::LoadNetwork { path: PathBuf::from(path), source })?;
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        Ok(Self { module, options, device, id: format!("{stem}-{}", sha256(&bytes)) })
+    }
+
+    fn prepare(&self, images: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+        let images = images.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
+        let images = self.options.resize.apply(&images)?;
+        let images = self.options.range.scale(&images);
+        let channels = self.options.channels;
+        if images.size()[1] == channels {
+            Ok(images)
+        } else {
+            images.f_expand([-1, channels, -1, -1], false)
+        }
+    }
+
+    fn batch_features(&self, images: &Tensor) -> Result<Tensor> {
+        let op = torch("TorchScriptExtractor::features");
+        let mut arguments = vec![IValue::Tensor(self.prepare(images).map_err(&op)?)];
+        if self.options.return_features {
+            arguments.push(IValue::Bool(true));
+        }
+        let answer = self.module.forward_is(&arguments).map_err(&op)?;
+        let wrong = |found| Error::NotATensor { id: self.id.clone(), found, dim: self.options.dim };
+        match answer {
+            IValue::Tensor(features) if features.size() == [images.size()[0], self.options.dim] => {
+                Ok(features)
+            }
+            IValue::Tensor(features) => Err(wrong(format!("a tensor {:?}", features.size()))),
+            _ => Err(wrong("no tensor".to_owned())),
+        }
+    }
+}
+
+impl FeatureExtractor for TorchScriptExtractor {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        let channels = self.options.channels;
+        ensure_images("TorchScriptExtractor::features", images, &[1, channels])?;
+        in_batches(images, |batch| self.batch_features(batch))
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn dim(&self) -> i64 {
+        self.options.dim
+    }
+
+    fn resize_mode(&self) -> String {
+        self.options.resize.to_string()
+    }
+}
+
+/// Checks that `images` is `[n >= 1, one of channels, height, width]`.
+fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<()> {
+    let shape = images.size();
+    if shape.len() == 4 && shape[0] > 0 && channels.contains(&shape[1]) {
+        return Ok(());
+    }
+    let expected = format!("[1 or more, one of {channels:?}, height, width]");
+    Err(Error::Shape { op, name: "images", found: shape, expected })
+}
+
+/// Runs `features` over a few images at a time, without gradients.
+pub(crate) fn in_batches(
+    images: &Tensor,
+    features: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    let parts: Vec<Tensor> =
+        images.split(IMAGES_AT_ONCE, 0).iter().map(features).collect::<Result<_>>()?;
+    Ok(Tensor::cat(&parts, 0))
+}
+
+/// SHA-256 in hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}

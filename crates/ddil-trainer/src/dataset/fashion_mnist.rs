@@ -1,0 +1,114 @@
+use std::{
+    env,
+    fmt::Write,
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::{Error, ImageDataset, Result, idx};
+
+/// Pixels of background on each side: 28 becomes 32, which halves evenly down to 4.
+const PADDING: i64 = 2;
+
+/// Name and SHA-256, unpacked, of the files.
+const TRAIN_IMAGES: (&str, &str) =
+    ("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888");
+const TRAIN_LABELS: (&str, &str) =
+    ("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9");
+const TEST_IMAGES: (&str, &str) =
+    ("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b");
+const TEST_LABELS: (&str, &str) =
+    ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34");
+
+/// Fashion-MNIST: 70 000 grey pictures of clothes in ten classes
+/// ([Xiao et al. 2017](https://arxiv.org/abs/1708.07747)), padded from 28x28 to 32x32 with background.
+#[derive(Debug)]
+pub struct FashionMnist {
+    /// 60 000 samples to train on.
+    pub train: ImageDataset,
+    /// 10 000 samples to test on.
+    pub test: ImageDataset,
+}
+
+impl FashionMnist {
+    /// Reads the data set from a folder, or from the first of [`fashion_mnist_folders`] that has it.
+    ///
+    /// The four IDX files may be packed (`.gz`). Each is checked against the SHA-256 of the published one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Missing`] if no folder has the files, [`Error::Read`] if one cannot be read, [`Error::Checksum`] if one
+    /// is not the published file.
+    pub fn load(folder: Option<&Path>) -> Result<Self> {
+        let folders = folder.map_or_else(fashion_mnist_folders, |path| vec![path.to_owned()]);
+        let Some(folder) = folders.iter().find(|path| find(path, TRAIN_IMAGES.0).is_some()) else {
+            return Err(Error::Missing { dataset: "Fashion-MNIST", looked_in: folders });
+        };
+        Ok(Self {
+            train: read_split(folder, TRAIN_IMAGES, TRAIN_LABELS)?,
+            test: read_split(folder, TEST_IMAGES, TEST_LABELS)?,
+        })
+    }
+}
+
+/// The folders in which [`FashionMnist::load`] looks when it is given none, in order.
+///
+/// `$DDIL_DATA/fashion-mnist` and `$DDIL_DATA` if that is set; else `datasets/fashion-mnist` in `$DDIL_CACHE`, or in
+/// `$XDG_CACHE_HOME/ddil`, or in `~/.cache/ddil`.
+pub fn fashion_mnist_folders() -> Vec<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(data) = set("DDIL_DATA") {
+        return vec![data.join("fashion-mnist"), data];
+    }
+    let cache = set("DDIL_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("ddil")))
+        .or_else(|| set("HOME").map(|home| home.join(".cache/ddil")))
+        .unwrap_or_default();
+    vec![cache.join("datasets/fashion-mnist")]
+}
+
+fn read_split(
+    folder: &Path,
+    images: (&str, &'static str),
+    labels: (&str, &'static str),
+) -> Result<ImageDataset> {
+    let (path, bytes) = read_checked(folder, images)?;
+    let pixels = pad(&idx::images_from(&path, &bytes)?);
+    let (path, bytes) = read_checked(folder, labels)?;
+    let labels = idx::labels_from(&path, &bytes)?;
+    let class_names = ddil_metrics::FASHION_CLASSES.map(str::to_owned).to_vec();
+    ImageDataset::with_class_names(&pixels, Some(&labels), class_names)
+}
+
+/// `[n, 28, 28]` to `[n, 1, 32, 32]`; 0 is the background.
+fn pad(images: &Tensor) -> Tensor {
+    images.unsqueeze(1).constant_pad_nd([PADDING; 4])
+}
+
+fn read_checked(
+    folder: &Path,
+    (name, expected): (&str, &'static str),
+) -> Result<(PathBuf, Vec<u8>)> {
+    let path = find(folder, name).unwrap_or_else(|| folder.join(name));
+    let bytes = idx::read(&path)?;
+    let found = sha256(&bytes);
+    if found != expected {
+        return Err(Error::Checksum { path, found, expected });
+    }
+    Ok((path, bytes))
+}
+
+/// The file of this name, packed or not.
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    [folder.join(name), folder.join(format!("{name}.gz"))].into_iter().find(|path| path.is_file())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}

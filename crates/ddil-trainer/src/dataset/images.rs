@@ -1,0 +1,182 @@
+use tch::{Kind, Tensor};
+
+use super::{Error, Result};
+
+/// Images in memory, one byte a value, with or without labels.
+#[derive(Debug)]
+pub struct ImageDataset {
+    pixels: Tensor,
+    labels: Option<Labels>,
+}
+
+#[derive(Debug)]
+struct Labels {
+    of_samples: Tensor,
+    class_names: Vec<String>,
+}
+
+/// Some samples of a data set, ready for a network.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[batch, channels, height, width]`, `Float`, values from -1 to 1.
+    pub x0: Tensor,
+    /// `[batch]`, `Int64`; absent if the data set has no labels.
+    pub labels: Option<Tensor>,
+}
+
+impl ImageDataset {
+    /// A data set of these images. Class names are "0", "1", ... up to the largest label.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `pixels`: `[n, channels, height, width]`, `Uint8`; 0 becomes -1, 255 becomes 1
+    /// - `labels`: `[n]`, `Int64`, 0 or more
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tensor`] for another shape or kind or for no images at all, [`Error::LabelCount`] if there are not as
+    /// many labels as images, [`Error::Label`] for a negative one.
+    pub fn new(pixels: &Tensor, labels: Option<&Tensor>) -> Result<Self> {
+        let names = labels
+            .filter(|labels| labels.numel() > 0 && labels.kind() == Kind::Int64)
+            .map_or(0, |labels| labels.max().int64_value(&[]) + 1);
+        let class_names = (0..names).map(|class| class.to_string()).collect();
+        Self::with_class_names(pixels, labels, class_names)
+    }
+
+    /// A data set of these images, with a name for each class.
+    ///
+    /// Shapes and errors are those of [`new`](Self::new); a label without a name is an [`Error::Label`] too.
+    ///
+    /// # Errors
+    ///
+    /// As said above.
+    pub fn with_class_names(
+        pixels: &Tensor,
+        labels: Option<&Tensor>,
+        class_names: Vec<String>,
+    ) -> Result<Self> {
+        let shape = pixels.size();
+        if shape.len() != 4 || shape.contains(&0) || pixels.kind() != Kind::Uint8 {
+            return Err(Error::Tensor {
+                name: "pixels",
+                found: format!("{:?} {shape:?}", pixels.kind()),
+                expected: "Uint8 [n, channels, height, width], none of them 0",
+            });
+        }
+        let labels = match labels {
+            Some(labels) => {
+                ensure_labels(labels, shape[0], class_names.len() as i64)?;
+                Some(Labels { of_samples: labels.contiguous(), class_names })
+            }
+            None => None,
+        };
+        Ok(Self { pixels: pixels.contiguous(), labels })
+    }
+
+    /// Number of samples; never 0.
+    #[expect(clippy::len_without_is_empty, reason = "one that exists has samples")]
+    pub fn len(&self) -> i64 {
+        self.pixels.size()[0]
+    }
+
+    /// Channels, height and width.
+    pub fn image_shape(&self) -> [i64; 3] {
+        let shape = self.pixels.size();
+        [shape[1], shape[2], shape[3]]
+    }
+
+    /// All images, `[n, channels, height, width]`, `Uint8`.
+    pub fn pixels(&self) -> &Tensor {
+        &self.pixels
+    }
+
+    /// All labels, `[n]`, `Int64`, if there are any.
+    pub fn labels(&self) -> Option<&Tensor> {
+        self.labels.as_ref().map(|labels| &labels.of_samples)
+    }
+
+    /// Name of each class, by label; empty without labels.
+    pub fn class_names(&self) -> &[String] {
+        self.labels.as_ref().map_or(&[], |labels| &labels.class_names)
+    }
+
+    /// The samples at these indices, in their order; an index may come more than once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for an index below 0 or not below [`len`](Self::len), [`Error::Torch`] if memory runs out.
+    pub fn batch(&self, indices: &[i64]) -> Result<Batch> {
+        let len = self.len();
+        if let Some(&index) = indices.iter().find(|&&index| !(0..len).contains(&index)) {
+            return Err(Error::Index { index, len });
+        }
+        let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
+        let select = |from: &Tensor| {
+            from.f_index_select(0, &chosen).map_err(|source| Error::Torch { op: "batch", source })
+        };
+        let x0 = to_signed_unit(&select(&self.pixels)?);
+        let labels = self.labels().map(select).transpose()?;
+        Ok(Batch { x0, labels })
+    }
+
+    /// `len` samples from `start` on, as many of them as there are: for a test set, which nobody shuffles.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] if `start` is not the index of a sample, [`Error::Torch`] if memory runs out.
+    pub fn range(&self, start: i64, len: i64) -> Result<Batch> {
+        let end = start.saturating_add(len).min(self.len());
+        if !(0..self.len()).contains(&start) {
+            return Err(Error::Index { index: start, len: self.len() });
+        }
+        self.batch(&(start..end).collect::<Vec<_>>())
+    }
+}
+
+/// Mirrors the marked images left to right.
+///
+/// # Shapes and units
+///
+/// - `images`: `[batch, channels, height, width]`, any kind
+/// - `flips`: one mark an image, as [`BatchIndices::flips_at`](super::BatchIndices::flips_at) draws them
+///
+/// # Errors
+///
+/// [`Error::Tensor`] unless there are as many marks as images of four dimensions.
+pub fn flip_horizontally(images: &Tensor, flips: &[bool]) -> Result<Tensor> {
+    let shape = images.size();
+    if shape.len() != 4 || shape[0] != flips.len() as i64 {
+        return Err(Error::Tensor {
+            name: "images",
+            found: format!("{:?} {shape:?} with {} marks", images.kind(), flips.len()),
+            expected: "[batch, channels, height, width] with `batch` marks",
+        });
+    }
+    let marks = Tensor::from_slice(flips).to_device(images.device()).view([-1, 1, 1, 1]);
+    Ok(images.flip([3]).where_self(&marks, images))
+}
+
+/// Bytes 0 to 255 to floats -1 to 1.
+fn to_signed_unit(pixels: &Tensor) -> Tensor {
+    pixels.to_kind(Kind::Float) / 127.5 - 1.0
+}
+
+fn ensure_labels(labels: &Tensor, num_images: i64, num_classes: i64) -> Result<()> {
+    let shape = labels.size();
+    if shape.len() != 1 || labels.kind() != Kind::Int64 {
+        return Err(Error::Tensor {
+            name: "labels",
+            found: format!("{:?} {shape:?}", labels.kind()),
+            expected: "Int64 [n]",
+        });
+    }
+    if shape[0] != num_images {
+        return Err(Error::LabelCount { images: num_images, labels: shape[0] });
+    }
+    let ends = [labels.min(), labels.max()].map(|end| end.int64_value(&[]));
+    match ends.into_iter().find(|end| !(0..num_classes).contains(end)) {
+        Some(found) => Err(Error::Label { found, num_classes }),
+        None => Ok(()),
+    }
+}
