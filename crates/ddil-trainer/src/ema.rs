@@ -115,13 +115,13 @@ impl Ema {
         }
     }
 
-    /// How many updates lie behind it; to be saved beside [`tensors`](Self::tensors).
+    /// How many updates lie behind it; to be saved beside [`averages`](Self::averages).
     pub fn num_updates(&self) -> u64 {
         self.num_updates
     }
 
     /// The averages under the names of what they average, so that the file they are saved in is a weights file.
-    pub fn tensors(&self) -> &[(String, Tensor)] {
+    pub fn averages(&self) -> &[(String, Tensor)] {
         &self.averages
     }
 

@@ -6,11 +6,15 @@ mod files;
 
 pub mod checkpoint;
 pub mod dataset;
+pub mod doctor;
 pub mod ema;
+pub mod environment;
 pub mod interrupt;
+pub mod logging;
 pub mod lr_schedule;
 pub mod optimizer;
 pub mod picture;
+pub mod progress;
 pub mod record;
 pub mod run_folder;
 pub mod settings;

@@ -1,4 +1,4 @@
-//! AdamW whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
+//! `AdamW` whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
 
 use ddil_libtorch::{TensorList, clip_grad_norm_, foreach_zero_, fused_adamw_, grad_norm, grads};
 use serde::{Deserialize, Serialize};
@@ -68,7 +68,7 @@ impl AdamWConfig {
     }
 }
 
-/// AdamW over named parameters, by libtorch's fused kernel.
+/// `AdamW` over named parameters, by libtorch's fused kernel.
 ///
 /// Algorithm 2 of [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101) with Python's conventions; the
 /// formula stands at [`fused_adamw_`]. Saved and loaded, it goes on exactly.
@@ -192,7 +192,7 @@ impl AdamW {
         let num_steps = own.last().map_or(0, |(_, step)| step.int64_value(&[]));
         let _guard = tch::no_grad_guard();
         for mut step in self.steps.to_vec()? {
-            step.f_fill_(num_steps as f64).map_err(Error::torch("AdamW::load_state"))?;
+            let _ = step.f_fill_(num_steps as f64).map_err(Error::torch("AdamW::load_state"))?;
         }
         self.num_steps = num_steps as u64;
         Ok(())
