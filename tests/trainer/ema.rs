@@ -26,8 +26,8 @@ fn moves_as_the_formula_says_with_and_without_warmup() -> TestResult {
             expected = decay * expected + (1.0 - decay) * f64::from(n);
             ema.update()?;
         }
-        assert!((ema.averages()[0].1.double_value(&[1]) - expected).abs() < 1e-9);
-        assert!(!ema.averages()[0].1.requires_grad());
+        assert!((ema.tensors()[0].1.double_value(&[1]) - expected).abs() < 1e-9);
+        assert!(!ema.tensors()[0].1.requires_grad());
     }
     Ok(())
 }
@@ -44,7 +44,7 @@ fn whole_numbers_are_copied_and_half_precision_is_averaged_in_float() -> TestRes
     set(&count, 7.0);
     set(&half, 2.0);
     ema.update()?;
-    let [(_, count_average), (_, half_average)] = ema.averages() else { panic!("two averages") };
+    let [(_, count_average), (_, half_average)] = ema.tensors() else { panic!("two averages") };
     assert_eq!((count_average.kind(), count_average.int64_value(&[0])), (Kind::Int64, 7));
     // 1.001 is not a number in 16 bits.
     assert_eq!(half_average.kind(), Kind::Float);
@@ -63,7 +63,7 @@ fn applied_it_is_taken_out_again_to_the_bit() -> TestResult {
     }
     ema.update()?;
     let applied = ema.apply()?;
-    assert_eq!(weight.detach(), ema.averages()[0].1);
+    assert_eq!(weight.detach(), ema.tensors()[0].1);
     drop(applied);
     assert_eq!(weight.detach(), trained);
     assert!(weight.requires_grad());
@@ -77,17 +77,17 @@ fn loaded_it_goes_on_where_it_was() -> TestResult {
     let mut ema = config.build(named(&weight))?;
     set(&weight, 1.0);
     ema.update()?;
-    let saved = vec![("weight".to_owned(), ema.averages()[0].1.copy())];
+    let saved = vec![("weight".to_owned(), ema.tensors()[0].1.copy())];
     let mut other = config.build(named(&weight))?;
     other.load(&saved, ema.num_updates())?;
     ema.update()?;
     other.update()?;
-    assert_eq!(ema.averages(), other.averages());
+    assert_eq!(ema.tensors(), other.tensors());
     assert_eq!(other.num_updates(), 2);
 
     let target = Tensor::zeros([3], FLOAT_CPU);
     ema.copy_to(&named(&target))?;
-    assert_eq!(target, ema.averages()[0].1);
+    assert_eq!(target, ema.tensors()[0].1);
     let error = other.load(&named(&Tensor::zeros([4], FLOAT_CPU)), 1).expect_err("another shape");
     assert!(matches!(error, Error::StateMismatch { .. }));
     Ok(())

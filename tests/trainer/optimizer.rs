@@ -158,7 +158,10 @@ fn what_is_not_finite_stops_and_says_what_was_seen() -> TestResult {
     let norm = optimizer.clip()?.double_value(&[]);
     let error = ensure_finite(7, "grad_norm", norm, || optimizer.non_finite_gradient());
     let error = error.expect_err("0 times infinity").to_string();
-    assert_eq!(error, "step 7: grad_norm is NaN (the gradient of `wrong` first)");
+    assert_eq!(
+        error,
+        "step 7: grad_norm is NaN (in the gradients of 1 of 2 parameters, `wrong` first)"
+    );
     let error = ensure_finite(8, "loss", f64::NEG_INFINITY, || None).expect_err("not finite");
     assert_eq!(error.to_string(), "step 8: loss is -inf");
     ensure_finite(9, "loss", 1.0, || unreachable!("asked only when needed"))?;

@@ -10,9 +10,18 @@
 mod conditioning;
 mod denoiser;
 mod error;
+mod priors;
+mod random;
+mod rollout;
 mod states;
 
 pub use conditioning::Conditioning;
 pub use denoiser::{Consistent, Denoiser, Guided, Thresholded};
 pub use error::{Error, Result};
+pub use priors::{PriorSchedule, PriorStep, Priors};
+pub use random::{RandomStreams, Stream};
+pub use rollout::{Trajectory, first_state, rollout, sample};
 pub use states::{Data, Source, States};
+
+/// temporary
+pub type MixerConfig = PriorSchedule;

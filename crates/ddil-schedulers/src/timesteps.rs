@@ -138,27 +138,37 @@ impl Timesteps {
     /// Each interval of the grid cut into `substeps` even parts, for a teacher that takes finer steps; the
     /// timesteps of this grid are kept.
     ///
+    /// A trailing grid of `n` timesteps becomes the trailing grid of `n substeps`; any other is cut between its
+    /// neighbours, halves rounded to even as there.
+    ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if an interval has fewer timesteps than parts.
+    /// [`Error::InvalidConfig`] if `substeps` is 0 or an interval has fewer timesteps than parts.
     pub fn refined(&self, substeps: u32, num_train_timesteps: u32) -> Result<Self> {
-        let parts = i64::from(substeps);
-        let list = self
-            .timesteps
-            .iter()
-            .zip(self.timesteps.iter().skip(1).copied().chain([-1]))
-            .flat_map(|(&from, to)| {
-                (0..parts).map(move |k| from - divide_half_even((from - to) * k, parts))
-            })
-            .collect();
-        if substeps == 0 {
-            return Err(Error::InvalidConfig {
-                field: "substeps",
-                value: "0".to_owned(),
-                expected: "at least 1".to_owned(),
-            });
+        let too_many = || Error::InvalidConfig {
+            field: "substeps",
+            value: substeps.to_string(),
+            expected: format!(
+                "at least 1 and at most the timesteps between neighbours of the grid {:?}",
+                self.timesteps
+            ),
+        };
+        let trailing = |n| Self::spaced(TimestepSpacing::Trailing, num_train_timesteps, n, 0);
+        let n = self.timesteps.len() as u32;
+        if trailing(n).is_ok_and(|grid| grid.timesteps == self.timesteps) {
+            return n
+                .checked_mul(substeps)
+                .map_or_else(|| Err(too_many()), trailing)
+                .map_err(|_| too_many());
         }
-        Self::explicit(list, num_train_timesteps)
+        let parts = i64::from(substeps);
+        let list = self.timesteps.iter().zip(self.timesteps.iter().skip(1).chain([&-1]));
+        // Counted from 1, as trailing grids are rounded.
+        let cut = |(from, to): (&i64, &i64)| {
+            let (from, to) = (from + 1, to + 1);
+            (0..parts).map(move |k| divide_half_even(from * parts - (from - to) * k, parts) - 1)
+        };
+        Self::explicit(list.flat_map(cut).collect(), num_train_timesteps).map_err(|_| too_many())
     }
 }
 

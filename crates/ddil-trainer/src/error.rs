@@ -235,6 +235,29 @@ pub enum Error {
         /// What libtorch said.
         source: tch::TchError,
     },
+    /// A folder that should hold a model does not.
+    #[error("{} holds no model: neither it nor its `export` has a {missing}", path.display())]
+    NotAModel {
+        /// The folder.
+        path: PathBuf,
+        /// The file that every model folder has.
+        missing: &'static str,
+    },
+    /// A schedule, grid, sampler or threshold refused.
+    #[error(transparent)]
+    Scheduler(#[from] ddil_schedulers::Error),
+    /// A rollout, source or buffer refused.
+    #[error(transparent)]
+    Core(#[from] ddil_core::Error),
+    /// An objective refused.
+    #[error(transparent)]
+    Losses(#[from] ddil_losses::Error),
+    /// A network or its files refused.
+    #[error(transparent)]
+    Models(#[from] ddil_models::Error),
+    /// A metric refused.
+    #[error(transparent)]
+    Metrics(#[from] ddil_metrics::Error),
 }
 
 impl Error {

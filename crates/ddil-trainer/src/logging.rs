@@ -11,7 +11,10 @@ use tracing_subscriber::{
     EnvFilter, Layer, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
-use crate::{Error, Result, progress};
+use crate::{
+    Error, Result,
+    progress::{Screen, TARGET},
+};
 
 /// Where log messages of the whole program go.
 #[derive(Clone, Debug)]
@@ -27,17 +30,17 @@ impl Logging {
     /// # Errors
     ///
     /// [`Error::Setup`] if the filter cannot be read or messages go elsewhere already.
-    pub fn start(screen: &progress::Screen, filter: &str) -> Result<Self> {
+    pub fn start(filter: &str) -> Result<Self> {
         let refused = |reason: String| Error::Setup { action: "start the log", reason };
         let filter = EnvFilter::try_new(filter).map_err(|error| refused(error.to_string()))?;
-        let (file, bar) = (LogFile::default(), screen.is_terminal());
-        let (screen, to_file) = (screen.clone(), file.clone());
+        let (file, bar) = (LogFile::default(), Screen::stderr().is_terminal());
+        let to_file = file.clone();
         let on_screen = fmt::layer()
-            .with_writer(move || ScreenWriter(screen.clone()))
+            .with_writer(|| ScreenWriter)
             .with_ansi(bar)
             .without_time()
             .with_target(false)
-            .with_filter(filter_fn(move |about| !bar || about.target() != progress::TARGET));
+            .with_filter(filter_fn(move |about| !bar || about.target() != TARGET));
         let in_file = fmt::layer().with_writer(move || to_file.clone()).with_ansi(false);
         tracing_subscriber::registry()
             .with(filter)
@@ -77,11 +80,11 @@ impl Write for LogFile {
     }
 }
 
-struct ScreenWriter(progress::Screen);
+struct ScreenWriter;
 
 impl Write for ScreenWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.suspend(|| io::stderr().write(bytes))
+        Screen::stderr().suspend(|| io::stderr().write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::{
     fmt::Write,
     io::IsTerminal,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -20,20 +21,22 @@ const NEWEST_SHARE: f64 = 0.05;
 
 /// The screen that bar and log messages share, so that neither tears the other.
 #[derive(Clone, Debug)]
-pub struct Screen {
+pub(crate) struct Screen {
     bars: MultiProgress,
     is_terminal: bool,
 }
 
 impl Screen {
-    /// The standard error stream: a bar if that is a terminal, lines if not.
-    pub fn stderr() -> Self {
-        let is_terminal = std::io::stderr().is_terminal();
-        Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()), is_terminal }
+    /// The standard error stream, of which there is one in a program.
+    pub(crate) fn stderr() -> &'static Self {
+        static SCREEN: OnceLock<Screen> = OnceLock::new();
+        SCREEN.get_or_init(|| Self {
+            bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()),
+            is_terminal: std::io::stderr().is_terminal(),
+        })
     }
 
-    /// Whether there is a terminal.
-    pub fn is_terminal(&self) -> bool {
+    pub(crate) fn is_terminal(&self) -> bool {
         self.is_terminal
     }
 
@@ -45,11 +48,24 @@ impl Screen {
 
 /// Shows how far a run is.
 ///
-/// On a terminal this is a bar. In any case a line goes to the log: at the first step, the last, and every ten
-/// seconds between.
+/// If the standard error stream is a terminal, as a bar there. In any case as lines in the log: at the first
+/// step, the last, and every ten seconds between.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::progress::Progress;
+///
+/// let mut progress = Progress::new("train", 0, 100);
+/// for step in 1..=100 {
+///     progress.update(step, &[("loss".to_owned(), 1.0 / step as f64)]);
+/// }
+/// progress.finish();
+/// ```
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
+    label: String,
     num_steps: u64,
     rate: Rate,
     last_line: Option<Instant>,
@@ -57,22 +73,23 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts at a step that is done, 0 for a new run.
-    pub fn start(screen: &Screen, first_step: u64, num_steps: u64) -> Self {
+    /// Starts at a step that is done, 0 for a new run; `label` says what goes on.
+    pub fn new(label: &str, first_step: u64, num_steps: u64) -> Self {
+        let screen = Screen::stderr();
         let bar = screen.is_terminal.then(|| {
             let bar = screen.bars.add(ProgressBar::new(num_steps));
             bar.set_style(style());
+            bar.set_prefix(label.to_owned());
             bar.set_position(first_step);
             bar
         });
         let rate = Rate::start(first_step, Instant::now());
-        Self { bar, num_steps, rate, last_line: None, last_drawn: None }
+        let label = label.to_owned();
+        Self { bar, label, num_steps, rate, last_line: None, last_drawn: None }
     }
 
-    /// Notes that a step is done. `values` are shown in their order, such as `("loss", 0.25)`.
-    ///
-    /// The values are asked for only when they are shown, as reading them may mean to wait for a device.
-    pub fn step<'a>(&mut self, step: u64, values: impl FnOnce() -> Vec<(&'a str, f64)>) {
+    /// Notes that a step is done. The figures are shown in their order.
+    pub fn update(&mut self, step: u64, figures: &[(String, f64)]) {
         let now = Instant::now();
         self.rate.note(step, now);
         let is_due =
@@ -82,11 +99,11 @@ impl Progress {
         if !(line_is_due || bar_is_due) {
             return;
         }
-        let text =
-            describe(self.rate.steps_per_second, self.num_steps.saturating_sub(step), &values());
+        let steps_left = self.num_steps.saturating_sub(step);
+        let text = describe(self.rate.steps_per_second, steps_left, figures);
         if line_is_due {
             self.last_line = Some(now);
-            tracing::info!(target: TARGET, "step {step}/{}  {text}", self.num_steps);
+            tracing::info!(target: TARGET, "{} {step}/{}  {text}", self.label, self.num_steps);
         }
         if let Some(bar) = &self.bar {
             self.last_drawn = Some(now);
@@ -94,19 +111,23 @@ impl Progress {
             bar.set_message(text);
         }
     }
-}
 
-impl Drop for Progress {
-    /// Leaves the bar on the screen as it last was.
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
+    /// Leaves the bar on the screen as it last was; so does dropping.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
             bar.abandon();
         }
     }
 }
 
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}")
+    ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
@@ -138,7 +159,7 @@ impl Rate {
     }
 }
 
-fn describe(rate: Option<f64>, steps_left: u64, values: &[(&str, f64)]) -> String {
+fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> String {
     let mut text = String::new();
     if let Some(rate) = rate {
         let left = duration(steps_left as f64 / rate);
@@ -148,7 +169,7 @@ fn describe(rate: Option<f64>, steps_left: u64, values: &[(&str, f64)]) -> Strin
             _ => write!(text, "{:.0} s/it  {left} left", 1.0 / rate),
         };
     }
-    for (name, value) in values {
+    for (name, value) in figures {
         let separator = if text.is_empty() { "" } else { "  " };
         let _ = write!(text, "{separator}{name} {}", number(*value));
     }
@@ -183,13 +204,14 @@ mod tests {
 
     #[test]
     fn lines_are_tidy() {
-        let values = [("loss", 0.123_456), ("lr", 1e-4), ("grad_norm", 12.0), ("zero", 0.0)];
+        let figures = [("loss", 0.123_456), ("lr", 1e-4), ("grad_norm", 12.0), ("zero", 0.0)];
+        let figures = figures.map(|(name, value)| (name.to_owned(), value));
         assert_eq!(
-            describe(Some(12.34), 24680, &values),
+            describe(Some(12.34), 24680, &figures),
             "12.3 it/s  33m20s left  loss 0.1235  lr 1.00e-4  grad_norm 12.0000  zero 0.0000"
         );
         assert_eq!(describe(Some(0.02), 10, &[]), "50 s/it  8m20s left");
-        assert_eq!(describe(None, 10, &[("loss", f64::NAN)]), "loss NaN");
+        assert_eq!(describe(None, 10, &[("loss".to_owned(), f64::NAN)]), "loss NaN");
     }
 
     #[test]
