@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
+use crate::{TestResult, child, folder_of_child};
 
 fn tensors(seed: i64) -> Vec<(String, Tensor)> {
     let values = Tensor::arange(12, tch::kind::FLOAT_CPU) + seed as f64;
@@ -351,10 +351,9 @@ fn the_last_few_and_every_tenth_are_kept() -> TestResult {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
-    const FOLDER: &str = "DDIL_TEST_FULL_DISK";
     let large = vec![("weight".to_owned(), Tensor::ones([100_000], tch::kind::FLOAT_CPU))];
-    if let Some(folder) = std::env::var_os(FOLDER) {
-        let mut writer = CheckpointWriter::new(Path::new(&folder), 2, "test")?;
+    if let Some(folder) = folder_of_child() {
+        let mut writer = CheckpointWriter::new(&folder, 2, "test")?;
         let error = writer.tensors("student.safetensors", &large).expect_err("the disk is full");
         assert!(matches!(error, Error::Io { action: "write", .. }), "{error:?}");
         return Ok(());
@@ -362,10 +361,12 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 1)?;
     let this_test = "checkpoint::a_full_disk_leaves_the_last_checkpoint_and_no_rubbish";
+    let child = child(this_test, folder.path())?;
     let status = std::process::Command::new("sh")
-        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" --exact \"$1\" --nocapture"])
-        .args([std::env::current_exe()?.as_os_str(), this_test.as_ref()])
-        .env(FOLDER, folder.path())
+        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\""])
+        .arg(child.get_program())
+        .args(child.get_args())
+        .envs(child.get_envs().filter_map(|(name, value)| Some((name, value?))))
         .status()?;
     assert!(status.success());
     assert_eq!(names(folder.path()), ["latest", "step_0000001"]);

@@ -2,5 +2,13 @@
 
 mod checkpoint;
 mod dataset;
+mod doctor;
+mod ema;
+mod interrupt;
+mod lr_schedule;
+mod optimizer;
+mod picture;
 mod record;
+mod run_folder;
 mod settings;
+mod tensorboard;

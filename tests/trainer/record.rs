@@ -6,7 +6,7 @@ use ddil_trainer::{
 };
 use serde_json::{Value, json};
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
+use crate::TestResult;
 
 fn write(record: &mut Record, steps: std::ops::RangeInclusive<u64>) -> Result<(), Error> {
     for step in steps {
