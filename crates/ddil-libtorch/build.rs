@@ -1,15 +1,46 @@
-//! Build script of every package here that links a program, test, bench or example (`build.rs` beside it is a
-//! link to this file): writes the folder of the libtorch that torch-sys was built against into what it links.
+//! Compiles the C++ shim against the libtorch that torch-sys was built against.
+
+#[path = "rpath.rs"]
+mod rpath;
+
+use std::env;
+use std::path::PathBuf;
+
+const SOURCES: [&str; 7] =
+    ["autocast", "elementwise", "error", "generator", "kernels", "list", "runtime"];
+
 fn main() {
-    println!("cargo:rerun-if-changed=build.rs");
-    // Absent in a documentation-only build.
-    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
-    if std::path::Path::new(&lib).join("libtorch_cuda.so").exists() {
-        // Nothing in Rust refers to the CUDA library by name: without this the linker drops it, and a CUDA
-        // build of libtorch would silently run on the CPU.
-        println!("cargo:rustc-link-arg=-Wl,--push-state,--no-as-needed");
-        println!("cargo:rustc-link-arg=-ltorch_cuda");
-        println!("cargo:rustc-link-arg=-Wl,--pop-state");
+    rpath::main();
+    println!("cargo:rerun-if-changed=rpath.rs");
+    println!("cargo:rerun-if-changed=cpp");
+    for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI"] {
+        println!("cargo:rerun-if-env-changed={name}");
     }
+    // Absent in a documentation-only build, which links nothing.
+    let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else { return };
+    // For the build scripts of direct dependents: DEP_DDIL_LIBTORCH_LIB and DEP_DDIL_LIBTORCH_CUDA.
+    println!("cargo:lib={}", lib.display());
+    println!("cargo:cuda={}", u8::from(lib.join("libtorch_cuda.so").exists()));
+    compile(&include_folder(&lib.join("..")));
+}
+
+/// Headers lie beside the libraries unless the user says otherwise, as torch-sys has it.
+fn include_folder(libtorch: &std::path::Path) -> PathBuf {
+    env::var_os("LIBTORCH_INCLUDE").map_or(libtorch.to_owned(), PathBuf::from).join("include")
+}
+
+fn compile(include: &std::path::Path) {
+    let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").pic(true).warnings(true).extra_warnings(true);
+    // Warnings are for our own lines.
+    for folder in [include.to_owned(), include.join("torch/csrc/api/include")] {
+        build.flag("-isystem").flag(folder);
+    }
+    build.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());
+    // One result on every processor: a fused multiply-add rounds once where two instructions round twice.
+    build.flag_if_supported("-ffp-contract=off");
+    // A debug build of the program should not run the loops of the shim unvectorised.
+    build.opt_level(3).debug(false);
+    build.files(SOURCES.map(|name| format!("cpp/{name}.cpp"))).compile("ddil_shim");
 }

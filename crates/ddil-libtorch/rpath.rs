@@ -1,6 +1,8 @@
 //! Build script of every package here that links a program, test, bench or example (`build.rs` beside it is a
 //! link to this file): writes the folder of the libtorch that torch-sys was built against into what it links.
-fn main() {
+
+// Visible to `crates/ddil-libtorch/build.rs`, which does this and more.
+pub(crate) fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     // Absent in a documentation-only build.
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };

@@ -1,1 +1,87 @@
-//! The floor under ddil: what tch does not bind of libtorch, behind a safe face
+//! The floor under ddil: what tch does not bind of libtorch, behind a safe face.
+//!
+//! tch binds most operations of libtorch one by one. Training and sampling need a few things more: optimizer steps over
+//! whole lists of tensors with a state that can be saved, random streams that can be saved, mixed precision on the CPU,
+//! weights used where they lie in a file, and one-pass arithmetic. They are in a small C++ shim, compiled against the
+//! very libtorch that torch-sys was built against, and in the functions of this crate, which are safe. There is no
+//! diffusion here.
+//!
+//! | for | there is |
+//! | --- | --- |
+//! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`grad_norm`], [`clip_grad_norm_`] |
+//! | optimizing | [`fused_adamw_`] |
+//! | mixed precision | [`Autocast`] |
+//! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
+//! | weights in a file | [`MappedFile`] |
+//! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
+//! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
+//! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
+//!
+//! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's reason and without its backtrace.
+//! Names that end in an underscore change their first argument, as in libtorch; since tensors share memory, a tensor
+//! made from another by a view changes with it.
+//!
+//! # Example
+//!
+//! Noise from a stream of its own, and a weighted sum of two tensors in one pass:
+//!
+//! ```
+//! use ddil_libtorch::{Generator, affine};
+//! use tch::{Device, Kind};
+//!
+//! let mut generator = Generator::new(Device::Cpu, 0)?;
+//! let x0 = generator.uniform([4, 3, 8, 8], Kind::Float)?;
+//! let epsilon = generator.normal([4, 3, 8, 8], Kind::Float)?;
+//! let x_t = affine(&x0, &epsilon, 0.8, 0.6)?;
+//! assert_eq!(x_t.size(), [4, 3, 8, 8]);
+//! # Ok::<(), ddil_libtorch::Error>(())
+//! ```
+//!
+//! # Programs of your own
+//!
+//! Cargo does not hand a library's rpath on to the programs that use it, so a program finds libtorch only if its own
+//! build script says where it is. Depend on `ddil-libtorch` directly, which makes `DEP_DDIL_LIBTORCH_LIB` known, and
+//! let `build.rs` say:
+//!
+//! ```no_run
+//! if let Ok(lib) = std::env::var("DEP_DDIL_LIBTORCH_LIB") {
+//!     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
+//!     if std::env::var("DEP_DDIL_LIBTORCH_CUDA").as_deref() == Ok("1") {
+//!         // Nothing refers to the CUDA library by name; without this the linker drops it.
+//!         println!("cargo:rustc-link-arg=-Wl,--push-state,--no-as-needed");
+//!         println!("cargo:rustc-link-arg=-ltorch_cuda");
+//!         println!("cargo:rustc-link-arg=-Wl,--pop-state");
+//!     }
+//! }
+//! ```
+//!
+//! Every package with a program, test, bench or example needs it.
+
+mod allocator;
+mod autocast;
+mod elementwise;
+mod error;
+mod ffi;
+mod foreach;
+mod generator;
+mod list;
+mod mapped;
+mod memory_format;
+mod optim;
+mod threads;
+mod version;
+
+pub use allocator::keep_freed_pages;
+pub use autocast::Autocast;
+pub use elementwise::{
+    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
+};
+pub use error::{Error, Result};
+pub use foreach::{clip_grad_norm_, foreach_lerp_, foreach_zero_, grad_norm, grads};
+pub use generator::{Generator, default_generator_state, set_default_generator_state};
+pub use list::TensorList;
+pub use mapped::MappedFile;
+pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
+pub use optim::{AdamW, fused_adamw_};
+pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
+pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};

@@ -1,1 +1,72 @@
-//! Distillation objectives: progressive distillation, and the formulas they are made of
+//! Distillation objectives: progressive distillation, and the formulas they are made of.
+//!
+//! This crate *compares*: given states, it asks teacher and student and says how far apart they are, one value per
+//! sample. It makes gradients and never steps an optimizer.
+//!
+//! A *formula* is a pure function: tensors or numbers in and out, no network, random numbers or settings in sight
+//! ([`squared_error`], [`pseudo_huber`], [`convex_weights`], [`progressive_target`]). A *method* is an
+//! [`Objective`]: which networks are asked, and in what order. [`ObjectiveConfig`] builds one from a config file;
+//! one of your own implements the trait.
+//!
+//! # Example
+//!
+//! One loss of progressive distillation, with the same closed-form network as student and as teacher:
+//!
+//! ```
+//! use ddil_core::{Conditioning, Denoiser, Source, States};
+//! use ddil_losses::{Networks, ObjectiveConfig, Phase};
+//! use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
+//! use tch::{Kind, Tensor, kind};
+//!
+//! /// Knows data of mean 0 and standard deviation 1: then `x0` is `alpha x_t`.
+//! struct UnitGaussian(NoiseSchedule);
+//!
+//! impl Denoiser for UnitGaussian {
+//!     fn predict(&self, x_t: &Tensor, t: &Tensor, _: &Conditioning) -> ddil_core::Result<Prediction> {
+//!         let x0 = self.0.scales_at(t, x_t)?.alpha * x_t;
+//!         Ok(Prediction::from_x0(&self.0, x0, x_t, t)?)
+//!     }
+//!
+//!     fn schedule(&self) -> &NoiseSchedule {
+//!         &self.0
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let schedule = NoiseScheduleConfig::default().build()?;
+//! let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+//! let objective = ObjectiveConfig::default().build(&schedule, &grid)?;
+//!
+//! let states = States {
+//!     x_t: Tensor::randn([2, 3], kind::FLOAT_CPU),
+//!     timesteps: Tensor::from_slice(&[999_i64, 249]),
+//!     grid_indices: vec![0, 3],
+//!     conditioning: Conditioning::none(),
+//!     sources: vec![Source::Noise, Source::Forward],
+//!     births: vec![0, 0],
+//! };
+//! let network = UnitGaussian(schedule);
+//! let networks = Networks { student: &network, teacher: &network };
+//! let terms = objective.loss(0, Phase::Student, &states, &networks)?;
+//! assert_eq!(terms.per_sample.size(), [2]);
+//! assert!(terms.per_sample.mean(Kind::Float).double_value(&[]) > 0.0);
+//! # Ok(())
+//! # }
+//! ```
+
+mod device_table;
+mod distance;
+mod error;
+mod guidance;
+mod objective;
+mod progressive;
+mod weighting;
+
+pub use distance::{pseudo_huber, squared_error};
+pub use error::{Error, Result};
+pub use guidance::TeacherGuidance;
+pub use objective::{LossTerms, Networks, Objective, ObjectiveConfig, Phase};
+pub use progressive::{
+    Progressive, ProgressiveConfig, convex_weights, halving_stages, progressive_target,
+};
+pub use weighting::{TimestepWeights, Weighting};

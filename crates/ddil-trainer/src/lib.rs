@@ -1,2 +1,35 @@
-//! Trains and distils diffusion models: the run folder, exact resume, and the program ddil
+//! Trains and distils diffusion models: the run folder, exact resume, and the program ddil.
+
+mod crc32c;
+mod error;
+mod files;
+
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod data;
 pub mod dataset;
+pub mod doctor;
+pub mod ema;
+pub mod environment;
+pub mod evaluation;
+pub mod interrupt;
+pub mod logging;
+pub mod lr_schedule;
+pub mod network;
+pub mod optimizer;
+pub mod picture;
+pub mod pipeline;
+pub mod progress;
+pub mod record;
+pub mod results;
+pub mod run_folder;
+pub mod sampling;
+pub mod scheduler_file;
+pub mod session;
+pub mod settings;
+pub mod state;
+pub mod tensorboard;
+pub mod train;
+
+pub use error::{Error, Result};

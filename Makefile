@@ -1,0 +1,51 @@
+# `make help` lists the targets. After `make setup`, plain cargo does everything that is done here.
+# A LIBTORCH or LIBTORCH_USE_PYTORCH of your own, and CARGO_TARGET_DIR, DDIL_CACHE and DDIL_DATA, are respected.
+
+CARGO ?= cargo
+PYTHON ?= python3
+# What `make demo` runs.
+DEMO ?= run --release --bin ddil -- demo
+
+.DEFAULT_GOAL := help
+.PHONY: help tools setup demo test bench lint doc clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# $(call need,program,where to get it): says what is missing before a build script does so at length.
+need = command -v $(1) >/dev/null || { echo "error: '$(1)' was not found. $(2)" >&2; exit 1; }
+
+tools:
+	@$(call need,$(firstword $(CARGO)),Install Rust 1.88 or newer: https://rustup.rs)
+	@$(call need,$(firstword $(PYTHON)),Install Python 3.8 or newer with pip (Debian and Ubuntu: apt-get install python3 python3-pip).)
+	@$(call need,$(firstword $(or $(CXX_OF_USER),c++)),Install a C++17 compiler (Debian and Ubuntu: apt-get install g++).)
+
+# Make gives CXX a value of its own; only one that was set outside counts.
+CXX_OF_USER := $(if $(filter environment% command%,$(origin CXX)),$(CXX))
+
+setup: tools ## fetch libtorch and Fashion-MNIST into the user's cache, once
+	@$(PYTHON) tools/get_libtorch.py
+	@$(PYTHON) tools/get_fashion_mnist.py
+
+demo: setup ## distil a teacher on Fashion-MNIST with and without DDIL, and compare
+	$(CARGO) $(DEMO)
+
+test: setup ## every test, doc tests and the tools' own too
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then echo "$(CARGO) nextest run --workspace"; $(CARGO) nextest run --workspace; \
+	else echo "$(CARGO) test --workspace --lib --bins --tests"; $(CARGO) test --workspace --lib --bins --tests; fi
+	$(CARGO) test --workspace --doc
+	$(PYTHON) tools/tests.py
+
+bench: setup ## the benchmarks
+	$(CARGO) bench -p ddil-benches
+
+lint: setup ## formatting and clippy, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+doc: setup ## the documentation, warnings are errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+clean: ## remove what cargo built; runs/ and the cache stay
+	$(CARGO) clean

@@ -1,0 +1,40 @@
+//! The boundary condition of consistency models.
+
+use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Prediction};
+use tch::Tensor;
+
+use super::Denoiser;
+use crate::conditioning::Conditioning;
+use crate::error::Result;
+
+/// A denoiser that returns its input at timestep 0: `x0` becomes `c_out x0 + c_skip x_t`.
+///
+/// `epsilon` stays the network's own. Section 4.3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+#[derive(Debug)]
+pub struct Consistent<D> {
+    inner: D,
+    boundary: ConsistencyBoundary,
+}
+
+impl<D: Denoiser> Consistent<D> {
+    /// `inner` with the scalings of `boundary` around it.
+    pub fn new(inner: D, boundary: ConsistencyBoundary) -> Self {
+        Self { inner, boundary }
+    }
+}
+
+impl<D: Denoiser> Denoiser for Consistent<D> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Prediction> {
+        let Prediction { x0, epsilon } = self.inner.predict(x_t, timesteps, conditioning)?;
+        Ok(Prediction { x0: self.boundary.apply(&x0, x_t, timesteps)?, epsilon })
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}

@@ -1,0 +1,263 @@
+//! How often states come from each source, and how that changes over a run.
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::states::Source;
+
+/// How far a sum may be from 1 and still be a rounding of it.
+const SUM_TOLERANCE: f64 = 1e-6;
+
+/// The share of training states that come from each source; at least 0 each, 1 together.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "RawPriors", into = "RawPriors")]
+pub struct Priors {
+    forward: f64,
+    student: f64,
+    teacher: f64,
+}
+
+/// [`Priors`] as they are written, not yet checked.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPriors {
+    #[serde(default)]
+    forward: f64,
+    #[serde(default)]
+    student: f64,
+    #[serde(default)]
+    teacher: f64,
+}
+
+impl From<Priors> for RawPriors {
+    fn from(Priors { forward, student, teacher }: Priors) -> Self {
+        Self { forward, student, teacher }
+    }
+}
+
+impl TryFrom<RawPriors> for Priors {
+    type Error = Error;
+
+    fn try_from(RawPriors { forward, student, teacher }: RawPriors) -> Result<Self> {
+        Self::new(forward, student, teacher)
+    }
+}
+
+impl Priors {
+    /// Dataset samples only: the base method without imitation learning.
+    pub const FORWARD_ONLY: Self = Self { forward: 1.0, student: 0.0, teacher: 0.0 };
+
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless each is at least 0 and they sum to 1.
+    pub fn new(forward: f64, student: f64, teacher: f64) -> Result<Self> {
+        let sum = forward + student + teacher;
+        // Written so that a NaN is refused.
+        let possible = [forward, student, teacher].iter().all(|p| *p >= 0.0);
+        if possible && (sum - 1.0).abs() <= SUM_TOLERANCE {
+            return Ok(Self { forward, student, teacher });
+        }
+        Err(Error::InvalidConfig {
+            field: "priors.forward, priors.student, priors.teacher",
+            value: format!("{forward}, {student}, {teacher}"),
+            expected: "at least 0 each and 1 together".to_owned(),
+        })
+    }
+
+    /// Share of dataset samples, noised.
+    pub fn forward(self) -> f64 {
+        self.forward
+    }
+
+    /// Share of states of the student's own trajectories.
+    pub fn student(self) -> f64 {
+        self.student
+    }
+
+    /// Share of states of the teacher's trajectories.
+    pub fn teacher(self) -> f64 {
+        self.teacher
+    }
+
+    /// A source for each sample of a batch, in random order.
+    ///
+    /// Stratified: each count is the expected one, rounded down or up at random so that its mean is exact; a source
+    /// with a prior of 0 is never drawn.
+    pub fn assign(self, batch: usize, rng: &mut impl Rng) -> Vec<Source> {
+        let shares = [
+            (Source::Student, self.student),
+            (Source::Teacher, self.teacher),
+            (Source::Forward, self.forward),
+        ];
+        let drawn: Vec<_> = shares.into_iter().filter(|(_, share)| *share > 0.0).collect();
+        // Systematic sampling: evenly spaced points on a line that the sources share by their priors. One draw moves
+        // them all, so that counts cannot pass the batch, as they could if each were rounded by itself.
+        let offset: f64 = rng.random();
+        let (mut end, mut at) = (0.0, 0);
+        let mut sources = Vec::with_capacity(batch);
+        for (i, (source, share)) in drawn.iter().enumerate() {
+            end += share * batch as f64;
+            let last = i + 1 == drawn.len();
+            while at < batch && (last || at as f64 + offset < end) {
+                sources.push(*source);
+                at += 1;
+            }
+        }
+        sources.shuffle(rng);
+        sources
+    }
+
+    fn lerp(self, to: Self, weight: f64) -> Self {
+        let mix = |a: f64, b: f64| (1.0 - weight) * a + weight * b;
+        Self {
+            forward: mix(self.forward, to.forward),
+            student: mix(self.student, to.student),
+            teacher: mix(self.teacher, to.teacher),
+        }
+    }
+}
+
+/// The priors over a run, by progress: 0 at its first step, 1 past its last.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum PriorSchedule {
+    /// The same throughout.
+    Constant {
+        /// The priors.
+        priors: Priors,
+    },
+    /// Along a straight line.
+    Linear {
+        /// Priors up to `start`.
+        from: Priors,
+        /// Priors from `end` on.
+        to: Priors,
+        /// Progress at which they begin to change.
+        start: f64,
+        /// Progress at which they are changed.
+        end: f64,
+    },
+    /// Along half a cosine: slowly at both ends.
+    Cosine {
+        /// Priors up to `start`.
+        from: Priors,
+        /// Priors from `end` on.
+        to: Priors,
+        /// Progress at which they begin to change.
+        start: f64,
+        /// Progress at which they are changed.
+        end: f64,
+    },
+    /// From one to the next at once.
+    Steps {
+        /// Priors and the progress from which they hold; rising, the first from 0.
+        steps: Vec<PriorStep>,
+    },
+}
+
+/// One entry of [`PriorSchedule::Steps`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PriorStep {
+    /// Progress from which the priors hold.
+    pub from: f64,
+    /// The priors.
+    pub priors: Priors,
+}
+
+impl Default for PriorSchedule {
+    /// [`default_for_pd`](Self::default_for_pd).
+    fn default() -> Self {
+        Self::default_for_pd()
+    }
+}
+
+impl PriorSchedule {
+    /// For progressive distillation: dataset samples only for the first 5 %, then on a line that reaches a half of
+    /// them and a quarter each from student and teacher at 25 %.
+    ///
+    /// The warm-up is there because a fresh student is a copy of a network that was taught to take shorter steps; its
+    /// own trajectories mean nothing at first.
+    pub fn default_for_pd() -> Self {
+        Self::warm_up(Priors { forward: 0.5, student: 0.25, teacher: 0.25 })
+    }
+
+    /// For latent consistency models: as [`default_for_pd`](Self::default_for_pd).
+    pub fn default_for_lcm() -> Self {
+        Self::default_for_pd()
+    }
+
+    /// For DMD2: the same warm-up, then half dataset samples, half the student's own states.
+    pub fn default_for_dmd2() -> Self {
+        Self::warm_up(Priors { forward: 0.5, student: 0.5, teacher: 0.0 })
+    }
+
+    /// The same priors throughout.
+    pub fn constant(priors: Priors) -> Self {
+        Self::Constant { priors }
+    }
+
+    fn warm_up(to: Priors) -> Self {
+        Self::Linear { from: Priors::FORWARD_ONLY, to, start: 0.05, end: 0.25 }
+    }
+
+    /// Checks the settings, once, before any step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1.
+    pub fn ensure(&self) -> Result<()> {
+        match self {
+            Self::Constant { .. } => Ok(()),
+            Self::Linear { start, end, .. } | Self::Cosine { start, end, .. } => {
+                if 0.0 <= *start && start <= end && *end <= 1.0 {
+                    return Ok(());
+                }
+                Err(Error::InvalidConfig {
+                    field: "priors.start, priors.end",
+                    value: format!("{start}, {end}"),
+                    expected: "in order and in 0..=1".to_owned(),
+                })
+            }
+            Self::Steps { steps } => ensure_steps(steps),
+        }
+    }
+
+    /// The priors at `progress`; below 0 counts as 0, above 1 as 1.
+    pub fn at(&self, progress: f64) -> Priors {
+        let progress = progress.clamp(0.0, 1.0);
+        let passed = |start: f64, end: f64| {
+            // A jump where start and end coincide.
+            if progress >= end { 1.0 } else { ((progress - start) / (end - start)).max(0.0) }
+        };
+        match self {
+            Self::Constant { priors } => *priors,
+            Self::Linear { from, to, start, end } => from.lerp(*to, passed(*start, *end)),
+            Self::Cosine { from, to, start, end } => {
+                let angle = std::f64::consts::PI * passed(*start, *end);
+                from.lerp(*to, f64::midpoint(1.0, -angle.cos()))
+            }
+            Self::Steps { steps } => steps
+                .iter()
+                .take_while(|step| step.from <= progress)
+                .last()
+                .map_or(Priors::FORWARD_ONLY, |step| step.priors),
+        }
+    }
+}
+
+fn ensure_steps(steps: &[PriorStep]) -> Result<()> {
+    let from: Vec<f64> = steps.iter().map(|step| step.from).collect();
+    let rises = from.windows(2).all(|pair| pair[0] < pair[1]);
+    let in_range = from.iter().all(|from| (0.0..=1.0).contains(from));
+    if rises && in_range && from.first() == Some(&0.0) {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field: "priors.steps.from",
+        value: format!("{from:?}"),
+        expected: "rising from 0 and in 0..=1".to_owned(),
+    })
+}

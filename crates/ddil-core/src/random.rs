@@ -1,0 +1,169 @@
+//! Random streams that need no state of their own.
+
+use ddil_libtorch::Generator;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde::{Deserialize, Serialize};
+use tch::Device;
+
+use crate::error::Result;
+
+/// What random numbers are for; streams of one step know nothing of each other.
+///
+/// The numbers are part of a run's identity: a new stream takes the next free one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Stream {
+    /// Order and augmentation of the data.
+    Data = 0,
+    /// Noise of the forward process, and of states at the noisiest timestep.
+    Noise = 1,
+    /// Which grid index each sample is trained at.
+    Timesteps = 2,
+    /// Which source each sample comes from.
+    Source = 3,
+    /// Rollouts of the student.
+    Student = 4,
+    /// Rollouts of the teacher.
+    Teacher = 5,
+    /// What happens to states after the loss.
+    Refresh = 6,
+    /// Samples for people and metrics.
+    Sample = 7,
+    /// Directions of sliced distances.
+    Projection = 8,
+    /// What a loss draws for itself: fresh noise, critics' timesteps.
+    Loss = 9,
+    /// Dropped conditions.
+    Condition = 10,
+    /// Guidance weights.
+    Guidance = 11,
+    /// First weights of a network.
+    Weights = 12,
+}
+
+/// Bits that hold the stream's number beside the step.
+const STREAM_BITS: u32 = 5;
+
+/// Seeds for every step, stream and rank of a run, from one seed.
+///
+/// A seed depends on (seed, rank, step, stream) and on nothing that happened before, so a run that goes on from step
+/// `k` draws what the run that was never interrupted draws.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{RandomStreams, Stream};
+/// use tch::{Device, Kind};
+///
+/// let streams = RandomStreams::new(7, 0);
+/// let noise = streams.generator(41, Stream::Noise, Device::Cpu)?.normal([2, 3], Kind::Float)?;
+/// let again = streams.generator(41, Stream::Noise, Device::Cpu)?.normal([2, 3], Kind::Float)?;
+/// assert_eq!(noise, again);
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RandomStreams {
+    /// The run's seed.
+    pub seed: u64,
+    /// Which process of the run this is; 0 where there is one.
+    pub rank: u64,
+}
+
+impl RandomStreams {
+    /// Streams of the process `rank` of a run with this seed.
+    pub fn new(seed: u64, rank: u64) -> Self {
+        Self { seed, rank }
+    }
+
+    /// The seed of one stream at one step.
+    ///
+    /// The high half is a [splitmix64](https://doi.org/10.1145/2660193.2660195) chain over all four. libtorch's CPU
+    /// generator reads the low half alone, and 2³² values would meet by chance within a long run; so the low half is
+    /// a permutation of (step, stream) that seed and rank choose: no two of the first 2²⁷ steps share one.
+    pub fn seed_of(&self, step: u64, stream: Stream) -> u64 {
+        let key = splitmix64(splitmix64(self.seed) ^ self.rank);
+        let counter = (step << STREAM_BITS) | stream as u64;
+        let high = splitmix64(key ^ splitmix64(counter)) & !u64::from(u32::MAX);
+        high | u64::from(permute(counter as u32, key))
+    }
+
+    /// A generator of tensors for one stream at one step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`](crate::Error::Libtorch) if there is no such device.
+    pub fn generator(&self, step: u64, stream: Stream, device: Device) -> Result<Generator> {
+        Ok(Generator::new(device, self.seed_of(step, stream))?)
+    }
+
+    /// Both kinds of generator for one stream at one step.
+    ///
+    /// # Errors
+    ///
+    /// As [`generator`](Self::generator).
+    pub fn draws(&self, step: u64, stream: Stream, device: Device) -> Result<Draws> {
+        let generator = self.generator(step, stream, device)?;
+        Ok(Draws { rng: self.rng(step, stream), generator })
+    }
+
+    /// A generator of host numbers for one stream at one step.
+    pub fn rng(&self, step: u64, stream: Stream) -> StdRng {
+        StdRng::seed_from_u64(self.seed_of(step, stream))
+    }
+}
+
+/// Where a rollout draws from.
+#[derive(Debug)]
+pub struct Draws {
+    /// Choices that the host makes.
+    pub rng: StdRng,
+    /// Noise.
+    pub generator: Generator,
+}
+
+/// One output of Steele, Lea and Flood's generator, from the state `x`; a bijection.
+fn splitmix64(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A bijection of 32 bits that `key` chooses: odd multipliers and xor-shifts, each of which can be undone.
+fn permute(x: u32, key: u64) -> u32 {
+    let mut z = x ^ key as u32;
+    z = (z ^ (z >> 16)).wrapping_mul(0x7feb_352d);
+    z = (z ^ (z >> 15)).wrapping_mul(0x846c_a68b);
+    z = (z ^ (z >> 16)).wrapping_add((key >> 32) as u32);
+    z = (z ^ (z >> 16)).wrapping_mul(0x7feb_352d);
+    z = (z ^ (z >> 15)).wrapping_mul(0x846c_a68b);
+    z ^ (z >> 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first outputs of the published generator from state 0.
+    #[test]
+    fn splitmix64_is_the_published_one() {
+        assert_eq!(splitmix64(0), 0xe220_a839_7b1d_cdaf);
+        assert_eq!(splitmix64(0x9e37_79b9_7f4a_7c15), 0x6e78_9e6a_a1b9_65f4);
+        assert_eq!(splitmix64(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(2)), 0x06c4_5d18_8009_454f);
+    }
+
+    #[test]
+    fn permute_gives_each_value_once() {
+        for key in [0, 1, splitmix64(3)] {
+            let mut seen: Vec<u32> =
+                (0..1 << 16).map(|x| permute(x << 7 | x & 0x7f, key)).collect();
+            let n = seen.len();
+            seen.sort_unstable();
+            seen.dedup();
+            // x << 7 | low bits is injective for x below 2^16, so all images differ.
+            assert_eq!(seen.len(), n);
+        }
+    }
+}

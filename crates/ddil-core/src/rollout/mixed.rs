@@ -1,0 +1,339 @@
+//! Trajectories that student and teacher take turns on.
+
+use ddil_libtorch::Generator;
+use ddil_schedulers::{Sampler, Timesteps};
+use rand::Rng;
+use rand::rngs::StdRng;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::{
+    Leg, ensure_part_of, ensure_ready, ensure_targets, first_state, for_unfinished, index, inverse,
+    step, walk,
+};
+use crate::conditioning::Conditioning;
+use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
+use crate::random::Draws;
+
+/// When the teacher walks in place of the student, interval by interval of the student's grid.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum MixedVariant {
+    /// In each interval with probability `kappa`: DAgger's mixture policy
+    /// ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)).
+    Bernoulli {
+        /// In 0..=1; 0 is the student alone, 1 the teacher alone.
+        kappa: f64,
+    },
+    /// In the first `switch` intervals.
+    TeacherThenStudent {
+        /// The first interval that is the student's.
+        switch: usize,
+    },
+    /// From interval `switch` on.
+    StudentThenTeacher {
+        /// The first interval that is the teacher's.
+        switch: usize,
+    },
+    /// From the first interval on where the two disagree: mean of `|x0_student - x0_teacher|` above `threshold`.
+    ///
+    /// Costs a call of both networks in each interval, and waits for the device to know who acts.
+    Conditional {
+        /// Data scale, at least 0.
+        threshold: f64,
+    },
+}
+
+impl MixedVariant {
+    /// Checks the settings, once, before any step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless `kappa` is in 0..=1 and `threshold` at least 0.
+    pub fn ensure(&self) -> Result<()> {
+        let (field, value, expected) = match *self {
+            Self::Bernoulli { kappa } if !(0.0..=1.0).contains(&kappa) => {
+                ("mixed.kappa", kappa, "in 0..=1")
+            }
+            // Written so that a NaN is refused.
+            Self::Conditional { threshold } if !matches!(threshold, 0.0..) => {
+                ("mixed.threshold", threshold, "at least 0")
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::InvalidConfig { field, value: value.to_string(), expected: expected.to_owned() })
+    }
+
+    /// Whether the teacher walks interval `level`, where that can be said without asking the networks.
+    pub(crate) fn teacher_acts(&self, level: usize, rng: &mut StdRng) -> Option<bool> {
+        match *self {
+            Self::Bernoulli { kappa } => Some(rng.random::<f64>() < kappa),
+            Self::TeacherThenStudent { switch } => Some(level < switch),
+            Self::StudentThenTeacher { switch } => Some(level >= switch),
+            Self::Conditional { .. } => None,
+        }
+    }
+}
+
+/// Student and teacher on one trajectory.
+///
+/// The teacher may take finer steps than the student, each interval of the student's grid in several.
+#[derive(Clone, Copy)]
+pub struct MixedRollout<'a> {
+    /// The learner.
+    pub student: &'a dyn Denoiser,
+    /// How the learner steps.
+    pub student_sampler: &'a dyn Sampler,
+    /// The learner's grid.
+    pub timesteps: &'a Timesteps,
+    /// The expert.
+    pub teacher: &'a dyn Denoiser,
+    /// How the expert steps.
+    pub teacher_sampler: &'a dyn Sampler,
+    /// The expert's grid; holds every timestep of the learner's.
+    pub teacher_timesteps: &'a Timesteps,
+    /// When the expert acts; none is never.
+    pub variant: Option<MixedVariant>,
+}
+
+/// States that a batch of trajectories passed, one row each.
+#[derive(Debug)]
+pub struct Visited {
+    /// The states, `[visited, ..]`.
+    pub x_t: Tensor,
+    /// Which trajectory each is of.
+    pub rows: Vec<usize>,
+    /// Where each is.
+    pub timesteps: Vec<i64>,
+    /// Whether the teacher walked any interval before it.
+    pub teacher_acted: Vec<bool>,
+}
+
+impl std::fmt::Debug for MixedRollout<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MixedRollout")
+            .field("timesteps", self.timesteps)
+            .field("teacher_timesteps", self.teacher_timesteps)
+            .field("variant", &self.variant)
+            .finish_non_exhaustive()
+    }
+}
+
+impl MixedRollout<'_> {
+    /// Runs each sample of a batch from noise to a timestep of its own and keeps what it passes on the way: every
+    /// state but the first, the target last.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `noise`: `[batch, ..]`, unit normal
+    /// - `targets`: one timestep a sample, less noisy than the first
+    ///
+    /// # Errors
+    ///
+    /// As [`rollout_to`](super::rollout_to), and [`Error::InvalidConfig`] for the variant or if the teacher's grid
+    /// misses a timestep of the student's.
+    pub fn visit(
+        &self,
+        noise: &Tensor,
+        conditioning: &Conditioning,
+        targets: &[i64],
+        draws: &mut Draws,
+    ) -> Result<Visited> {
+        let first = self.timesteps.as_slice()[0];
+        let x_t = first_state(self.student.schedule(), first, noise)?;
+        self.visit_from(0, &x_t, conditioning, targets, draws)
+    }
+
+    /// As [`visit`](Self::visit), from states that are already at index `start` of the student's grid.
+    ///
+    /// # Errors
+    ///
+    /// As [`visit`](Self::visit), and [`Error::InvalidConfig`] if `start` is beyond the grid.
+    pub fn visit_from(
+        &self,
+        start: usize,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+        targets: &[i64],
+        draws: &mut Draws,
+    ) -> Result<Visited> {
+        const OP: &str = "MixedRollout::visit";
+        let _no_grad = tch::no_grad_guard();
+        let path = self.ensure(OP, start, x_t, conditioning, targets)?;
+        let mut hands = vec![Hand::default(); targets.len()];
+        let mut visited = Visited::nothing();
+        let mut states = Vec::new();
+        let _ = for_unfinished(path, x_t, conditioning, targets, |leg| {
+            let stepped = self.advance(start, leg, &mut hands, draws)?;
+            states.push(stepped.shallow_clone());
+            visited.rows.extend(leg.rows);
+            visited.timesteps.extend(leg.next);
+            visited.teacher_acted.extend(leg.rows.iter().map(|&row| hands[row].teacher_acted));
+            Ok(stepped)
+        })?;
+        if states.is_empty() {
+            visited.x_t = x_t.narrow(0, 0, 0);
+        } else {
+            visited.x_t = Tensor::f_cat(&states, 0).map_err(Error::torch(OP))?;
+        }
+        Ok(visited)
+    }
+
+    fn ensure(
+        &self,
+        op: &'static str,
+        start: usize,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+        targets: &[i64],
+    ) -> Result<&[i64]> {
+        ensure_ready(op, self.student_sampler, x_t, conditioning, true)?;
+        if let Some(variant) = self.variant {
+            variant.ensure()?;
+            ensure_part_of("timesteps", self.timesteps, self.teacher_timesteps)?;
+        }
+        let path = self.timesteps.as_slice();
+        let Some(path) = path.get(start..).filter(|path| !path.is_empty()) else {
+            return Err(Error::InvalidConfig {
+                field: "start",
+                value: start.to_string(),
+                expected: format!("an index of {path:?}"),
+            });
+        };
+        ensure_targets(op, x_t, path[0], targets)?;
+        Ok(path)
+    }
+
+    /// One interval of the student's grid.
+    fn advance(
+        &self,
+        start: usize,
+        leg: &Leg<'_>,
+        hands: &mut [Hand],
+        draws: &mut Draws,
+    ) -> Result<Tensor> {
+        let level = start + leg.level;
+        let acts = self.who_acts(level, leg, hands, &mut draws.rng)?;
+        let split = |teacher: bool| -> Vec<usize> {
+            (0..acts.len()).filter(|&i| acts[i] == teacher).collect()
+        };
+        let (student_rows, teacher_rows) = (split(false), split(true));
+        for &i in &teacher_rows {
+            hands[leg.rows[i]].teacher_acted = true;
+        }
+        match (student_rows.is_empty(), teacher_rows.is_empty()) {
+            (_, true) => self.student_step(level, &Part::whole(leg), &mut draws.generator),
+            (true, false) => self.teacher_steps(level, &Part::whole(leg), &mut draws.generator),
+            (false, false) => {
+                let student = Part::of(leg, &student_rows)?;
+                let teacher = Part::of(leg, &teacher_rows)?;
+                let student = self.student_step(level, &student, &mut draws.generator)?;
+                let teacher = self.teacher_steps(level, &teacher, &mut draws.generator)?;
+                let back = inverse(&[student_rows, teacher_rows].concat());
+                Tensor::f_cat(&[student, teacher], 0)
+                    .and_then(|both| both.f_index_select(0, &index(&back, leg.x_t.device())))
+                    .map_err(Error::torch("MixedRollout::visit"))
+            }
+        }
+    }
+
+    /// Whether the teacher walks this interval, one a sample of the leg.
+    fn who_acts(
+        &self,
+        level: usize,
+        leg: &Leg<'_>,
+        hands: &mut [Hand],
+        rng: &mut StdRng,
+    ) -> Result<Vec<bool>> {
+        let Some(variant) = self.variant else { return Ok(vec![false; leg.rows.len()]) };
+        if let MixedVariant::Conditional { threshold } = variant {
+            let apart = self.disagreement(level, leg)?;
+            for (&row, apart) in leg.rows.iter().zip(apart) {
+                hands[row].handed_over |= apart > threshold;
+            }
+        }
+        let decide = |&row: &usize| {
+            variant.teacher_acts(level, rng).unwrap_or_else(|| hands[row].handed_over)
+        };
+        Ok(leg.rows.iter().map(decide).collect())
+    }
+
+    /// Mean of `|x0_student - x0_teacher|`, one a sample.
+    fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
+        const OP: &str = "MixedRollout::visit";
+        let timestep = self.timesteps.as_slice()[level];
+        let timesteps = super::filled(leg.x_t.size()[0], timestep, leg.x_t.device());
+        let [student, teacher] = [self.student, self.teacher]
+            .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
+        let apart =
+            (student?.x0 - teacher?.x0).abs().flatten(1, -1).mean_dim(1, false, Kind::Double);
+        Vec::try_from(&apart).map_err(Error::torch(OP))
+    }
+
+    fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
+        let timestep = self.timesteps.as_slice()[level];
+        let prev = Tensor::from_slice(&part.next).to_device(part.x_t.device());
+        let actor = (self.student, self.student_sampler);
+        step(actor, &part.x_t, timestep, &prev, &part.conditioning, Some(generator))
+    }
+
+    /// The interval in the teacher's finer steps.
+    fn teacher_steps(
+        &self,
+        level: usize,
+        part: &Part,
+        generator: &mut Generator,
+    ) -> Result<Tensor> {
+        let grid = self.timesteps.as_slice();
+        let (from, to) = (grid[level], grid.get(level + 1).copied().unwrap_or(-1));
+        let fine = self.teacher_timesteps.as_slice().iter().copied();
+        let path: Vec<i64> = fine.filter(|t| to < *t && *t <= from).collect();
+        let actor = (self.teacher, self.teacher_sampler);
+        walk(actor, &path, &part.x_t, &part.conditioning, &part.next, Some(generator))
+    }
+}
+
+impl Visited {
+    fn nothing() -> Self {
+        let x_t = Tensor::empty([0], tch::kind::FLOAT_CPU);
+        Self { x_t, rows: vec![], timesteps: vec![], teacher_acted: vec![] }
+    }
+
+    /// Where the state of a trajectory at a timestep is among the visited.
+    pub fn position(&self, row: usize, timestep: i64) -> Option<usize> {
+        (0..self.rows.len()).find(|&i| self.rows[i] == row && self.timesteps[i] == timestep)
+    }
+}
+
+/// What is remembered of a trajectory.
+#[derive(Clone, Copy, Default)]
+struct Hand {
+    /// Whether the teacher walked any interval.
+    teacher_acted: bool,
+    /// Whether the teacher walks on from here.
+    handed_over: bool,
+}
+
+/// Some of the samples of a leg.
+struct Part {
+    x_t: Tensor,
+    conditioning: Conditioning,
+    next: Vec<i64>,
+}
+
+impl Part {
+    fn whole(leg: &Leg<'_>) -> Self {
+        let conditioning = leg.conditioning.shallow_clone();
+        Self { x_t: leg.x_t.shallow_clone(), conditioning, next: leg.next.to_vec() }
+    }
+
+    fn of(leg: &Leg<'_>, rows: &[usize]) -> Result<Self> {
+        let order = index(rows, leg.x_t.device());
+        Ok(Self {
+            x_t: leg.x_t.index_select(0, &order),
+            conditioning: leg.conditioning.index_select(&order)?,
+            next: rows.iter().map(|&i| leg.next[i]).collect(),
+        })
+    }
+}

@@ -1,0 +1,150 @@
+//! The batch that every later stage reads.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+
+/// Clean samples of a dataset, `[batch, ..]`, with what is known of them.
+#[derive(Debug)]
+pub struct Data {
+    /// Clean samples, data scale.
+    pub x0: Tensor,
+    /// Their labels, captions, ..; parts of `batch` rows.
+    pub conditioning: Conditioning,
+}
+
+impl Data {
+    /// Everything on `device`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the device is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        let x0 = self.x0.f_to_device(device).map_err(Error::torch("Data::to_device"))?;
+        Ok(Self { x0, conditioning: self.conditioning.to_device(device)? })
+    }
+}
+
+/// Where a training state comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// A dataset sample, noised.
+    Forward,
+    /// The student's own backward trajectory.
+    Student,
+    /// The teacher's backward trajectory.
+    Teacher,
+    /// A trajectory that student and teacher took turns on.
+    Mixed,
+    /// Pure noise: the first state of every trajectory, whoever walks on from it.
+    Noise,
+}
+
+impl Source {
+    /// All of them, in the order in which they are logged.
+    pub const ALL: [Self; 5] =
+        [Self::Forward, Self::Student, Self::Teacher, Self::Mixed, Self::Noise];
+
+    /// The name in configs and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Student => "student",
+            Self::Teacher => "teacher",
+            Self::Mixed => "mixed",
+            Self::Noise => "noise",
+        }
+    }
+}
+
+/// A batch of training states: where each sample is, what was said of it, where it comes from.
+///
+/// Holds no labels: the teacher is asked at the loss, so that states stay valid when loss, guidance or teacher
+/// change (the learner acts, the expert labels; [Ross et al. 2011](https://arxiv.org/abs/1011.0686)).
+#[derive(Debug)]
+pub struct States {
+    /// Noisy samples, `[batch, ..]`, never with a graph behind them.
+    pub x_t: Tensor,
+    /// Their timesteps, `[batch]`, `Int64`.
+    pub timesteps: Tensor,
+    /// Index of each timestep in the student's grid, 0 the noisiest.
+    pub grid_indices: Vec<usize>,
+    /// What was said of each sample on its way here.
+    pub conditioning: Conditioning,
+    /// Where each sample comes from.
+    pub sources: Vec<Source>,
+    /// The student's step at which each state was made.
+    pub births: Vec<u64>,
+}
+
+impl States {
+    /// Number of samples.
+    pub fn len(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.sources.is_empty()
+    }
+
+    /// One batch after another, on the device and in the kind of the first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if there is none; [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
+    /// other.
+    pub fn cat(batches: &[Self]) -> Result<Self> {
+        const OP: &str = "States::cat";
+        let Some(first) = batches.first() else {
+            return Err(Error::InvalidConfig {
+                field: "batches",
+                value: "none".to_owned(),
+                expected: "at least one".to_owned(),
+            });
+        };
+        let (device, kind) = (first.x_t.device(), first.x_t.kind());
+        let x_t: Vec<Tensor> =
+            batches.iter().map(|b| b.x_t.to_device(device).to_kind(kind)).collect();
+        let timesteps: Vec<Tensor> =
+            batches.iter().map(|b| b.timesteps.to_device(device)).collect();
+        let conditioning: Result<Vec<Conditioning>> =
+            batches.iter().map(|b| b.conditioning.to_device(device)).collect();
+        let conditioning = conditioning?;
+        Ok(Self {
+            x_t: Tensor::f_cat(&x_t, 0).map_err(Error::torch(OP))?,
+            timesteps: Tensor::f_cat(&timesteps, 0).map_err(Error::torch(OP))?,
+            grid_indices: batches.iter().flat_map(|b| b.grid_indices.iter().copied()).collect(),
+            conditioning: Conditioning::cat(&conditioning.iter().collect::<Vec<_>>())?,
+            sources: batches.iter().flat_map(|b| b.sources.iter().copied()).collect(),
+            births: batches.iter().flat_map(|b| b.births.iter().copied()).collect(),
+        })
+    }
+
+    /// The samples at `rows`, in that order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if a row is beyond the batch.
+    pub fn index_select(&self, rows: &[usize]) -> Result<Self> {
+        if let Some(row) = rows.iter().find(|row| **row >= self.len()) {
+            return Err(Error::InvalidConfig {
+                field: "rows",
+                value: row.to_string(),
+                expected: format!("below {}, the length of the batch", self.len()),
+            });
+        }
+        let order = crate::rollout::index(rows, self.x_t.device());
+        Ok(Self {
+            x_t: self.x_t.index_select(0, &order),
+            timesteps: self.timesteps.index_select(0, &order),
+            grid_indices: rows.iter().map(|&row| self.grid_indices[row]).collect(),
+            conditioning: self.conditioning.index_select(&order)?,
+            sources: rows.iter().map(|&row| self.sources[row]).collect(),
+            births: rows.iter().map(|&row| self.births[row]).collect(),
+        })
+    }
+}

@@ -1,0 +1,98 @@
+// Random generators with a state of their own, and the state of the default ones. A device is CUDA's number, or -1 for
+// the CPU.
+#include "shim.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/randperm.h>
+
+#include <cstdint>
+#include <mutex>
+
+using at::Generator;
+using at::Tensor;
+
+namespace {
+
+at::Device device_of(int index) {
+  return index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index));
+}
+
+Generator make_generator(const at::Device& device, uint64_t seed) {
+  if (device.is_cpu()) return at::detail::createCPUGenerator(seed);
+  auto& context = at::globalContext();
+  context.lazyInitDevice(device.type());
+  Generator generator = context.getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
+  generator.set_current_seed(seed);
+  return generator;
+}
+
+Tensor empty_for(const Generator& generator, const int64_t* shape, size_t rank, int kind) {
+  const auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).device(generator.device());
+  return at::empty(at::IntArrayRef(shape, rank), options);
+}
+
+}  // namespace
+
+DDIL_EXPORT int ddil_generator_new(int device, uint64_t seed, Generator** out) noexcept {
+  return ddil::guarded([&] { *out = new Generator(make_generator(device_of(device), seed)); });
+}
+
+DDIL_EXPORT void ddil_generator_free(Generator* generator) noexcept { delete generator; }
+
+DDIL_EXPORT int ddil_generator_state(const Generator* generator, Tensor** out) noexcept {
+  return ddil::guarded([&] { *out = new Tensor(generator->get_state()); });
+}
+
+DDIL_EXPORT int ddil_generator_set_state(Generator* generator, const Tensor* state) noexcept {
+  return ddil::guarded([&] { generator->set_state(*state); });
+}
+
+DDIL_EXPORT int ddil_generator_normal(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    at::NoGradGuard no_grad;
+    *out = new Tensor(empty_for(*generator, shape, rank, kind).normal_(0.0, 1.0, *generator));
+  });
+}
+
+DDIL_EXPORT int ddil_generator_uniform(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    at::NoGradGuard no_grad;
+    *out = new Tensor(empty_for(*generator, shape, rank, kind).uniform_(0.0, 1.0, *generator));
+  });
+}
+
+DDIL_EXPORT int ddil_generator_randint(Generator* generator, int64_t low, int64_t high, const int64_t* shape, size_t rank, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    at::NoGradGuard no_grad;
+    const Tensor whole = empty_for(*generator, shape, rank, static_cast<int>(at::kLong));
+    *out = new Tensor(whole.random_(low, high, *generator));
+  });
+}
+
+DDIL_EXPORT int ddil_generator_randperm(Generator* generator, int64_t n, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    const auto options = at::TensorOptions().dtype(at::kLong).device(generator->device());
+    *out = new Tensor(at::randperm(n, *generator, options));
+  });
+}
+
+DDIL_EXPORT int ddil_default_generator_state(int device, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = new Tensor(generator.get_state());
+  });
+}
+
+DDIL_EXPORT int ddil_default_generator_set_state(int device, const Tensor* state) noexcept {
+  return ddil::guarded([&] {
+    Generator generator = at::globalContext().defaultGenerator(device_of(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+  });
+}

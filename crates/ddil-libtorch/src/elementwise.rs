@@ -1,0 +1,149 @@
+#![allow(unsafe_code, reason = "calls C++")]
+
+use tch::Tensor;
+
+use crate::ffi::{self, check, new_tensor};
+use crate::{Error, Result};
+
+/// `a x + b y` as a new tensor.
+///
+/// One pass over memory on libtorch's own threads for `Float` and `Double` on the CPU, in any strides: `channels_last`
+/// stays so. Everywhere else, and where gradients are recorded, libtorch's operations, so the result can be
+/// differentiated.
+///
+/// # Shapes and units
+///
+/// - `x`, `y`: one shape, one device; mixed kinds promote as in libtorch
+/// - returns: that shape
+///
+/// # Errors
+///
+/// [`Error::Torch`] if shapes or devices differ.
+///
+/// # Example
+///
+/// ```
+/// use tch::Tensor;
+///
+/// let (x, y) = (Tensor::from_slice(&[1.0, 2.0]), Tensor::from_slice(&[10.0, 20.0]));
+/// let sum = ddil_libtorch::affine(&x, &y, 0.5, 2.0)?;
+/// assert_eq!(Vec::<f64>::try_from(sum).expect("a vector of doubles"), [20.5, 41.0]);
+/// # Ok::<(), ddil_libtorch::Error>(())
+/// ```
+pub fn affine(x: &Tensor, y: &Tensor, a: f64, b: f64) -> Result<Tensor> {
+    // SAFETY: both tensors live through the call.
+    new_tensor("affine", |out| unsafe { ffi::ddil_affine(x.as_ptr(), y.as_ptr(), a, b, out) })
+}
+
+/// `x = a x + b y` in place; otherwise as [`affine`].
+///
+/// # Errors
+///
+/// [`Error::Torch`] if shapes or devices differ, if `x` requires a gradient while gradients are recorded, cannot hold
+/// the kind of the result, or overlaps itself or a part of `y` in memory; then nothing has changed.
+pub fn affine_(x: &mut Tensor, y: &Tensor, a: f64, b: f64) -> Result<()> {
+    // SAFETY: both tensors live through the call.
+    check("affine_", unsafe { ffi::ddil_affine_in_place(x.as_ptr(), y.as_ptr(), a, b) })
+}
+
+/// `a x + b y + c noise` as a new tensor; otherwise as [`affine`].
+///
+/// # Errors
+///
+/// As [`affine`].
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
+pub fn affine_noise(
+    x: &Tensor,
+    y: &Tensor,
+    noise: &Tensor,
+    a: f64,
+    b: f64,
+    c: f64,
+) -> Result<Tensor> {
+    let (x, y, noise) = (x.as_ptr(), y.as_ptr(), noise.as_ptr());
+    // SAFETY: the tensors live through the call.
+    new_tensor("affine_noise", |out| unsafe { ffi::ddil_affine_noise(x, y, noise, a, b, c, out) })
+}
+
+/// `x = a x + b y + c noise` in place; otherwise as [`affine_`].
+///
+/// # Errors
+///
+/// As [`affine_`].
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
+pub fn affine_noise_(
+    x: &mut Tensor,
+    y: &Tensor,
+    noise: &Tensor,
+    a: f64,
+    b: f64,
+    c: f64,
+) -> Result<()> {
+    let (x, y, noise) = (x.as_ptr(), y.as_ptr(), noise.as_ptr());
+    // SAFETY: the tensors live through the call.
+    check("affine_noise_", unsafe { ffi::ddil_affine_noise_in_place(x, y, noise, a, b, c) })
+}
+
+/// The numbers of [`affine_clamped`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Clamped {
+    /// Weight of `x` in the clamped sum.
+    pub a: f64,
+    /// Weight of `y` in the clamped sum.
+    pub b: f64,
+    /// Least value of the clamped sum.
+    pub lo: f64,
+    /// Greatest value of the clamped sum.
+    pub hi: f64,
+    /// Weight of `x` in the result.
+    pub c: f64,
+    /// Weight of the clamped sum in the result.
+    pub d: f64,
+}
+
+impl Clamped {
+    fn ensure_ordered(&self, op: &'static str) -> Result<()> {
+        let Self { lo, hi, .. } = *self;
+        // Written so that a NaN fails too.
+        if lo <= hi {
+            return Ok(());
+        }
+        Err(Error::InvalidArgument {
+            op,
+            name: "lo, hi",
+            value: format!("{lo}, {hi}"),
+            expected: "in order",
+        })
+    }
+}
+
+/// `c x + d clamp(a x + b y, lo, hi)` as a new tensor: a sampler's step with its estimate of clean data kept in range.
+///
+/// A NaN stays one. Otherwise as [`affine`].
+///
+/// # Errors
+///
+/// [`Error::InvalidArgument`] unless `lo <= hi`, and as [`affine`].
+pub fn affine_clamped(x: &Tensor, y: &Tensor, numbers: &Clamped) -> Result<Tensor> {
+    numbers.ensure_ordered("affine_clamped")?;
+    let Clamped { a, b, lo, hi, c, d } = *numbers;
+    let (x, y) = (x.as_ptr(), y.as_ptr());
+    // SAFETY: both tensors live through the call.
+    new_tensor("affine_clamped", |out| unsafe {
+        ffi::ddil_affine_clamped(x, y, a, b, lo, hi, c, d, out)
+    })
+}
+
+/// `x = c x + d clamp(a x + b y, lo, hi)` in place; otherwise as [`affine_clamped`].
+///
+/// # Errors
+///
+/// [`Error::InvalidArgument`] unless `lo <= hi`, and as [`affine_`].
+pub fn affine_clamped_(x: &mut Tensor, y: &Tensor, numbers: &Clamped) -> Result<()> {
+    numbers.ensure_ordered("affine_clamped_")?;
+    let Clamped { a, b, lo, hi, c, d } = *numbers;
+    let (x, y) = (x.as_ptr(), y.as_ptr());
+    // SAFETY: both tensors live through the call.
+    let code = unsafe { ffi::ddil_affine_clamped_in_place(x, y, a, b, lo, hi, c, d) };
+    check("affine_clamped_", code)
+}

@@ -1,0 +1,102 @@
+use std::path::PathBuf;
+
+use tch::{Device, Kind};
+
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// libtorch refused an operation.
+    #[error("{op}: {message}")]
+    Torch {
+        /// The function that was called.
+        op: &'static str,
+        /// libtorch's reason, without its backtrace.
+        message: String,
+    },
+    /// A number is out of the range that has a meaning.
+    #[error("{op}: `{name}` is {value}, but must be {expected}")]
+    InvalidArgument {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// What was found.
+        value: String,
+        /// What may stand there.
+        expected: &'static str,
+    },
+    /// A tensor that should have received a gradient has none.
+    #[error(
+        "the tensor at index {index} has no gradient: was `backward` called, and does the loss depend on it?"
+    )]
+    MissingGradient {
+        /// Its place in the list.
+        index: usize,
+    },
+    /// The operation exists for other devices only.
+    #[error("{op}: there is no such thing on {device:?}, only on the CPU and on CUDA")]
+    UnsupportedDevice {
+        /// The function that was called.
+        op: &'static str,
+        /// The device asked for.
+        device: Device,
+    },
+    /// The operation exists for other kinds only.
+    #[error("{op}: the kind {kind:?} is not possible here, only {expected}")]
+    UnsupportedKind {
+        /// The function that was called.
+        op: &'static str,
+        /// The kind asked for.
+        kind: Kind,
+        /// The kinds that are possible.
+        expected: &'static str,
+    },
+    /// A file could not be opened or mapped into memory.
+    #[error("could not map {}", path.display())]
+    Map {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A tensor would reach beyond the end of its file.
+    #[error("{}: {kind:?} of shape {shape:?} at byte {offset} does not fit into {len} bytes", path.display())]
+    OutOfBounds {
+        /// The file.
+        path: PathBuf,
+        /// First byte of the tensor.
+        offset: usize,
+        /// Its shape.
+        shape: Vec<i64>,
+        /// Its kind.
+        kind: Kind,
+        /// Length of the file.
+        len: usize,
+    },
+    /// A tensor would start at an address that its kind cannot have.
+    #[error("{}: {kind:?} at byte {offset}, which is not a multiple of {alignment}", path.display())]
+    Misaligned {
+        /// The file.
+        path: PathBuf,
+        /// First byte of the tensor.
+        offset: usize,
+        /// Its kind.
+        kind: Kind,
+        /// What the address must be a multiple of.
+        alignment: usize,
+    },
+    /// A byte of a `Bool` tensor is neither 0 nor 1.
+    #[error("{}: byte {offset} belongs to a Bool tensor, but is {value}", path.display())]
+    NotBool {
+        /// The file.
+        path: PathBuf,
+        /// Place of the byte.
+        offset: usize,
+        /// What was found.
+        value: u8,
+    },
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

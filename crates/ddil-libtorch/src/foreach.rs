@@ -1,0 +1,89 @@
+#![allow(unsafe_code, reason = "calls C++")]
+
+use std::ptr;
+
+use tch::Tensor;
+
+use crate::ffi::{self, check, new_tensor};
+use crate::{Error, Result, TensorList};
+
+/// Moves every tensor a part of the way to its target, in place: `x = x + weight * (target - x)`.
+///
+/// The step of an exponential moving average with decay `1 - weight`. On CUDA one kernel does many tensors. Never
+/// recorded for gradients.
+///
+/// # Errors
+///
+/// [`Error::Torch`] if the lists differ in length, or a pair in shape, kind or device; then nothing has changed.
+pub fn foreach_lerp_(list: &TensorList, targets: &TensorList, weight: f64) -> Result<()> {
+    // SAFETY: both vectors live through the call.
+    let code = unsafe { ffi::ddil_foreach_lerp(list.as_ptr(), targets.as_ptr(), weight) };
+    check("foreach_lerp_", code)
+}
+
+/// Fills every tensor with zeros. Never recorded for gradients.
+///
+/// # Errors
+///
+/// [`Error::Torch`] if libtorch refuses, as for a tensor that overlaps itself.
+pub fn foreach_zero_(list: &TensorList) -> Result<()> {
+    // SAFETY: the vector lives through the call.
+    check("foreach_zero_", unsafe { ffi::ddil_foreach_zero(list.as_ptr()) })
+}
+
+/// The gradients of `params`, in their order.
+///
+/// # Errors
+///
+/// [`Error::MissingGradient`] with the first index that has none.
+pub fn grads(params: &TensorList) -> Result<TensorList> {
+    let mut missing = -1;
+    let mut list = ptr::null_mut();
+    // SAFETY: the vector lives through the call, and the two places that C++ writes to are valid.
+    let code = unsafe { ffi::ddil_list_grads(params.as_ptr(), &raw mut missing, &raw mut list) };
+    check("grads", code)?;
+    if let Ok(index) = usize::try_from(missing) {
+        return Err(Error::MissingGradient { index });
+    }
+    TensorList::made("grads", |out| {
+        // SAFETY: `out` is the valid place that `made` hands over.
+        unsafe { out.write(list) };
+        0
+    })
+}
+
+/// The L2 norm over all elements of all tensors: a scalar on the device of the first one.
+///
+/// Does not wait for the device. 0 for an empty list.
+///
+/// # Errors
+///
+/// [`Error::Torch`] if a tensor is of a whole-number kind.
+pub fn grad_norm(list: &TensorList) -> Result<Tensor> {
+    // SAFETY: the vector lives through the call.
+    new_tensor("grad_norm", |out| unsafe { ffi::ddil_grad_norm(list.as_ptr(), out) })
+}
+
+/// Scales all tensors by `min(1, max_norm / (norm + 1e-6))`, in place, and returns the norm they had.
+///
+/// The norm is that of [`grad_norm`], and the formula that of Python's `torch.nn.utils.clip_grad_norm_`. Does not
+/// wait for a CUDA device. A norm that is not finite makes the gradients so too: look at what is returned.
+///
+/// # Errors
+///
+/// [`Error::InvalidArgument`] if `max_norm` is negative or not a number, [`Error::Torch`] if a tensor is of a
+/// whole-number kind.
+pub fn clip_grad_norm_(list: &TensorList, max_norm: f64) -> Result<Tensor> {
+    if max_norm.is_nan() || max_norm < 0.0 {
+        return Err(Error::InvalidArgument {
+            op: "clip_grad_norm_",
+            name: "max_norm",
+            value: max_norm.to_string(),
+            expected: "0 or more",
+        });
+    }
+    // SAFETY: the vector lives through the call.
+    new_tensor("clip_grad_norm_", |out| unsafe {
+        ffi::ddil_clip_grad_norm(list.as_ptr(), max_norm, out)
+    })
+}

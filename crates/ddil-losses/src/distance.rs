@@ -1,0 +1,85 @@
+//! How far two batches are apart, one value per sample.
+
+use ddil_schedulers::ensure_same_shape;
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+
+/// Mean squared difference over each sample.
+///
+/// # Shapes and units
+///
+/// - `prediction`, `target`: `[batch, ..]`, any rank from 2, the same shape
+/// - returns: `[batch]`, `Float` or `Double`, with a graph where the arguments have one
+///
+/// # Errors
+///
+/// [`Error::Scheduler`] if the shapes differ, [`Error::Shape`] if there is nothing after the batch.
+///
+/// # Example
+///
+/// ```
+/// use tch::Tensor;
+///
+/// # fn main() -> ddil_losses::Result<()> {
+/// let x = Tensor::from_slice2(&[[1.0_f32, 3.0], [0.0, 0.0]]);
+/// let per_sample = ddil_losses::squared_error(&x, &x.zeros_like())?;
+/// assert_eq!(Vec::<f32>::try_from(per_sample).unwrap(), [5.0, 0.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn squared_error(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+    let difference = difference("squared_error", prediction, target)?;
+    Ok(mean_over_sample(&difference.square()))
+}
+
+/// Mean pseudo-Huber distance over each sample, element by element: `sqrt(d² + c²) - c`.
+///
+/// Quadratic for differences far below `c`, linear far above. The loss of latent consistency distillation,
+/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378), there with `c = 0.001`. Written
+/// `d² / (sqrt(d² + c²) + c)`, which is the same number and does not lose small differences in `Float`.
+///
+/// # Shapes and units
+///
+/// - `prediction`, `target`: `[batch, ..]`, any rank from 2, the same shape
+/// - `c`: data scale
+/// - returns: `[batch]`, `Float` or `Double`, with a graph where the arguments have one
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] unless `c` is positive and finite; otherwise as [`squared_error`].
+pub fn pseudo_huber(prediction: &Tensor, target: &Tensor, c: f64) -> Result<Tensor> {
+    if !(c > 0.0 && c.is_finite()) {
+        return Err(Error::InvalidConfig {
+            field: "huber_c",
+            value: c.to_string(),
+            expected: "positive and finite".to_owned(),
+        });
+    }
+    let squared = difference("pseudo_huber", prediction, target)?.square();
+    let root = (&squared + c * c).sqrt();
+    Ok(mean_over_sample(&(squared / (root + c))))
+}
+
+/// `prediction - target` in `Float` at least: squares of small differences are lost in the half kinds.
+fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+    ensure_same_shape(op, ("prediction", prediction), ("target", target))?;
+    if prediction.dim() < 2 {
+        return Err(Error::Shape {
+            op,
+            name: "prediction",
+            shape: prediction.size(),
+            expected: "[batch, ..] with at least one dimension after the batch".to_owned(),
+        });
+    }
+    let difference = prediction - target;
+    Ok(match difference.kind() {
+        Kind::Half | Kind::BFloat16 => difference.to_kind(Kind::Float),
+        _ => difference,
+    })
+}
+
+/// `[batch, ..]` to `[batch]`.
+fn mean_over_sample(values: &Tensor) -> Tensor {
+    values.flatten(1, -1).mean_dim(1, false, values.kind())
+}

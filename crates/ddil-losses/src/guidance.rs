@@ -1,0 +1,130 @@
+//! How a teacher comes by its guidance, so that none is guided twice.
+
+use ddil_core::{Conditioning, Denoiser, Guided};
+use ddil_schedulers::{NoiseSchedule, Prediction};
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// Where the guidance of a teacher comes from.
+///
+/// A kind rather than a number: a student of a guided teacher has guidance baked in, and guiding it again when it
+/// becomes the next stage's teacher would guide twice. So the first stage says [`Cfg`](Self::Cfg) and the
+/// later ones [`BakedIn`](Self::BakedIn). Section 3 of [Meng et al. 2022](https://arxiv.org/abs/2210.03142) has the
+/// embedded kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TeacherGuidance {
+    /// Classifier-free guidance at one scale, by two answers of the network.
+    Cfg {
+        /// `uncond + scale (cond - uncond)`; 1 is off.
+        scale: f64,
+    },
+    /// The network is told a weight `w = scale - 1` a sample, drawn evenly from a range when the state's trajectory
+    /// starts; student and teacher hear the same one.
+    Embedded {
+        /// The smallest weight.
+        min: f64,
+        /// The largest weight.
+        max: f64,
+    },
+    /// The network's answer is guided already, or not to be guided: it is asked once and taken as it is.
+    #[default]
+    BakedIn,
+}
+
+impl TeacherGuidance {
+    /// Checks the settings, once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless numbers are finite, the scale is not negative and the range is in order.
+    pub fn ensure(self) -> Result<()> {
+        let (field, value, expected) = match self {
+            Self::Cfg { scale } if !(scale.is_finite() && scale >= 0.0) => {
+                ("guidance.scale", scale.to_string(), "finite and at least 0; 1 is no guidance")
+            }
+            Self::Embedded { min, max }
+                if !(min.is_finite() && max.is_finite() && min >= -1.0 && min <= max) =>
+            {
+                let expected = "finite, in order, and at least -1 (no condition at all)";
+                ("guidance.min, guidance.max", format!("{min}, {max}"), expected)
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::InvalidConfig { field, value, expected: expected.to_owned() })
+    }
+
+    /// The teacher as it is to be asked. Thresholding goes outside of this.
+    ///
+    /// `null` is what the network is told for "no condition", one row; only [`Cfg`](Self::Cfg) needs it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row.
+    pub fn wrap<'a, D: Denoiser + 'a>(
+        self,
+        teacher: D,
+        null: Conditioning,
+    ) -> Result<Box<dyn Denoiser + 'a>> {
+        self.ensure()?;
+        Ok(match self {
+            Self::Cfg { scale } => Box::new(Guided::new(teacher, scale, null)?),
+            Self::Embedded { .. } => Box::new(ToldItsWeight { inner: teacher }),
+            Self::BakedIn => Box::new(teacher),
+        })
+    }
+
+    /// The conditioning of `batch` new trajectories: for [`Embedded`](Self::Embedded) with a weight a sample drawn
+    /// evenly from the range, unchanged otherwise.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: `guidance_weight` is `[batch]`, `Float`, on `device`
+    pub fn condition<R: Rng + ?Sized>(
+        self,
+        conditioning: Conditioning,
+        batch: usize,
+        device: Device,
+        rng: &mut R,
+    ) -> Conditioning {
+        match self {
+            Self::Embedded { min, max } => {
+                let weights: Vec<f32> =
+                    (0..batch).map(|_| rng.random_range(min..=max) as f32).collect();
+                conditioning.with_guidance_weight(Tensor::from_slice(&weights).to_device(device))
+            }
+            Self::Cfg { .. } | Self::BakedIn => conditioning,
+        }
+    }
+}
+
+/// A denoiser that is asked only with a guidance weight: without one it would answer for whatever weight its
+/// network takes absence to mean.
+#[derive(Debug)]
+struct ToldItsWeight<D> {
+    inner: D,
+}
+
+impl<D: Denoiser> Denoiser for ToldItsWeight<D> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        if conditioning.guidance_weight.is_none() {
+            return Err(ddil_core::Error::ConditioningMissing {
+                network: "a teacher with embedded guidance".to_owned(),
+                field: "guidance_weight",
+            });
+        }
+        self.inner.predict(x_t, timesteps, conditioning)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}

@@ -1,0 +1,369 @@
+//! Progressive distillation: one step of the student for several of the teacher.
+
+use ddil_core::{Denoiser, States};
+use ddil_schedulers::{NoiseSchedule, Timesteps, ensure_same_shape};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::device_table::DeviceTable;
+use crate::distance::squared_error;
+use crate::error::{Error, Result, first_line};
+use crate::objective::{LossTerms, Networks, Objective, Phase};
+use crate::weighting::{TimestepWeights, Weighting};
+
+/// How much each of the teacher's predictions counts in the student's target.
+///
+/// The teacher walks from `timesteps[0]` down to the last of them by deterministic DDIM and predicts `x0` at all but
+/// the last. The one `x0` with which a single DDIM step makes the same way is their mean with the weights
+/// `(h[k+1] - h[k]) / (h[K] - h[0])`, where `h = alpha / sigma`. For two steps that is the target of
+/// [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512) (appendix G), without its subtraction of nearly equal
+/// numbers. The weights are positive and sum to 1: what keeps the teacher's predictions in the data's range keeps
+/// the target there. Holds on every schedule `x_t = alpha x0 + sigma epsilon`.
+///
+/// # Shapes and units
+///
+/// - `timesteps`: two or more, falling, in training timesteps; -1, the clean end, may stand last
+/// - returns: one weight fewer than timesteps
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] if there are fewer than two timesteps or an interval does not gain signal (a final
+/// `alpha_cumprod` equal to that of timestep 0 leaves nothing to do between the two); [`Error::Scheduler`] if one is
+/// off the training grid.
+///
+/// # Example
+///
+/// ```
+/// use ddil_losses::convex_weights;
+/// use ddil_schedulers::NoiseScheduleConfig;
+///
+/// # fn main() -> ddil_losses::Result<()> {
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let weights = convex_weights(&schedule, &[999, 874, 749])?;
+/// assert!((weights[1] - 0.611_420).abs() < 1e-6);
+/// // Nothing but the last prediction counts for clean data.
+/// assert_eq!(convex_weights(&schedule, &[249, 124, -1])?, [0.0, 1.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec<f64>> {
+    let invalid = |expected: &str| Error::InvalidConfig {
+        field: "timesteps",
+        value: format!("{timesteps:?}"),
+        expected: expected.to_owned(),
+    };
+    let root_snrs = timesteps
+        .iter()
+        .map(|&t| Ok(schedule.scale_at(t)?.root_snr()))
+        .collect::<Result<Vec<f64>>>()?;
+    let (Some(first), Some(last)) = (root_snrs.first(), root_snrs.last()) else {
+        return Err(invalid("at least two"));
+    };
+    if root_snrs.len() < 2 {
+        return Err(invalid("at least two"));
+    }
+    let steps = root_snrs.windows(2);
+    if !steps.clone().all(|step| step[0] < step[1]) {
+        return Err(invalid("each less noisy than the one before"));
+    }
+    if last.is_infinite() {
+        // The limit of the formula: the last step alone is infinitely long.
+        let mut weights = vec![0.0; root_snrs.len() - 1];
+        weights[root_snrs.len() - 2] = 1.0;
+        return Ok(weights);
+    }
+    Ok(steps.map(|step| (step[1] - step[0]) / (last - first)).collect())
+}
+
+/// The clean data that the student should predict: the weighted mean of what the teacher predicted on its way.
+///
+/// # Shapes and units
+///
+/// - `teacher_x0`: one a teacher step, each `[batch, ..]`
+/// - `weights`: `[batch, teacher steps]`, rows of [`convex_weights`]
+/// - returns: the shape and kind of the predictions
+///
+/// # Errors
+///
+/// [`Error::Shape`] if `weights` does not fit the predictions; [`Error::Scheduler`] if these differ in shape.
+pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Tensor> {
+    const OP: &str = "progressive_target";
+    let (batch, steps) = match teacher_x0.first() {
+        Some(x0) if x0.dim() > 0 => (x0.size()[0], teacher_x0.len() as i64),
+        _ => (0, 0),
+    };
+    if steps == 0 || weights.size() != [batch, steps] {
+        return Err(Error::Shape {
+            op: OP,
+            name: "weights",
+            shape: weights.size(),
+            expected: format!("[{batch}, {steps}], for {steps} predictions of {batch} samples"),
+        });
+    }
+    let first = &teacher_x0[0];
+    let mut target = column(weights, 0, first) * first;
+    for (k, x0) in teacher_x0.iter().enumerate().skip(1) {
+        ensure_same_shape(OP, ("teacher_x0[0]", first), ("teacher_x0[k]", x0))?;
+        target += column(weights, k, x0) * x0;
+    }
+    Ok(target)
+}
+
+/// Steps of the student in each stage of halving, from half of `start` down to `end`.
+///
+/// The teacher of the first stage takes `start` steps; each student is the next stage's teacher.
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] unless `start` is `end` times 2, 4, 8, ..
+///
+/// # Example
+///
+/// ```
+/// # fn main() -> ddil_losses::Result<()> {
+/// assert_eq!(ddil_losses::halving_stages(32, 4)?, [16, 8, 4]);
+/// assert!(ddil_losses::halving_stages(30, 4).is_err());
+/// # Ok(())
+/// # }
+/// ```
+pub fn halving_stages(start: u32, end: u32) -> Result<Vec<u32>> {
+    let is_power = end > 0 && start.is_multiple_of(end) && (start / end).is_power_of_two();
+    if !is_power || start == end {
+        let nearest = (1..31).map(|k| u64::from(end.max(1)) << k);
+        let nearest = nearest.min_by_key(|n| n.abs_diff(u64::from(start))).unwrap_or(2);
+        return Err(Error::InvalidConfig {
+            field: "start_steps, end_steps",
+            value: format!("{start}, {end}"),
+            expected: format!(
+                "a start that is the end times 2, 4, 8, .., so that each stage halves it; {nearest} to {} would do",
+                end.max(1)
+            ),
+        });
+    }
+    let halves = std::iter::successors(Some(start / 2), |n| Some(n / 2));
+    Ok(halves.take_while(|n| *n >= end).collect())
+}
+
+/// The settings of [`Progressive`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProgressiveConfig {
+    /// Steps of the teacher for one of the student; default 2.
+    pub substeps: u32,
+    /// How much the error counts at each noise level; default `truncated_snr`.
+    pub weighting: Weighting,
+    /// No weight is above this; default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_cap: Option<f64>,
+    /// Before this step the weight is 1 everywhere; default 0.
+    pub snr_loss_start_step: u64,
+}
+
+impl Default for ProgressiveConfig {
+    fn default() -> Self {
+        Self {
+            substeps: 2,
+            weighting: Weighting::TruncatedSnr,
+            weight_cap: None,
+            snr_loss_start_step: 0,
+        }
+    }
+}
+
+/// Progressive distillation of [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512), with any number of teacher
+/// steps for one of the student.
+///
+/// The teacher is asked at each of its steps, and what it predicts (guided and held inside the data's range by the
+/// denoisers around it) makes both its next state and the target. Its noise estimate is not used: a step is
+/// `x_s = r x_t + c x0` with `r = sigma_s / sigma_t` and `c = alpha_s - r alpha_t`, so the identity behind
+/// [`convex_weights`] holds whatever was done to `x0`.
+#[derive(Debug)]
+pub struct Progressive {
+    config: ProgressiveConfig,
+    schedule: NoiseSchedule,
+    grid: Timesteps,
+    weights: TimestepWeights,
+    tables: Tables,
+}
+
+impl Progressive {
+    /// The method for a student that visits `grid`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if `weight_cap` is not positive, `substeps` is 0 or an interval of the grid has fewer
+    /// timesteps than that; [`Error::Scheduler`] if the grid leaves the schedule.
+    pub fn new(
+        config: ProgressiveConfig,
+        schedule: NoiseSchedule,
+        grid: Timesteps,
+    ) -> Result<Self> {
+        let weights = TimestepWeights::new(config.weighting, config.weight_cap, &schedule)?;
+        let tables = Tables::new(&schedule, &grid, config.substeps)?;
+        Ok(Self { config, schedule, grid, weights, tables })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &ProgressiveConfig {
+        &self.config
+    }
+
+    /// The timesteps of the student.
+    pub fn grid(&self) -> &Timesteps {
+        &self.grid
+    }
+
+    fn ensure(&self, phase: Phase, networks: &Networks<'_>) -> Result<()> {
+        if phase != Phase::Student {
+            return Err(Error::Phase { method: "progressive distillation", phase });
+        }
+        let expected = self.schedule.config();
+        for (network, denoiser) in [("student", networks.student), ("teacher", networks.teacher)] {
+            let found = denoiser.schedule().config();
+            if found != expected {
+                let (found, expected) = (format!("{found:?}"), format!("{expected:?}"));
+                return Err(Error::SchedulesDiffer { network, found, expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the walk needs at each state, looked up by timestep on the device: reading timesteps would wait for it.
+    fn rows(&self, states: &States) -> Result<Rows> {
+        let off_grid = |message| Error::OffGrid {
+            op: "Progressive::loss",
+            grid: self.grid.as_slice().to_vec(),
+            message,
+        };
+        if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.grid.len()) {
+            return Err(off_grid(format!("grid index {index}")));
+        }
+        self.tables.select(&states.timesteps, |error| off_grid(first_line(&error)))
+    }
+
+    /// The teacher's walk from `states` to the student's next timestep: its predictions and where it arrives.
+    fn walk(
+        &self,
+        states: &States,
+        teacher: &dyn Denoiser,
+        rows: &Rows,
+    ) -> Result<(Vec<Tensor>, Tensor)> {
+        let _no_grad = tch::no_grad_guard();
+        let mut x = states.x_t.shallow_clone();
+        let mut predictions = Vec::with_capacity(self.config.substeps as usize);
+        for k in 0..self.config.substeps as usize {
+            let timesteps = rows.timesteps.select(1, k as i64).contiguous();
+            let x0 = teacher.predict(&x, &timesteps, &states.conditioning)?.x0;
+            x = column(&rows.keep, k, &x) * &x + column(&rows.gain, k, &x0) * &x0;
+            predictions.push(x0);
+        }
+        Ok((predictions, x))
+    }
+}
+
+impl Objective for Progressive {
+    fn phase(&self, _step: u64) -> Phase {
+        Phase::Student
+    }
+
+    fn loss(
+        &self,
+        step: u64,
+        phase: Phase,
+        states: &States,
+        networks: &Networks<'_>,
+    ) -> Result<LossTerms> {
+        self.ensure(phase, networks)?;
+        let rows = self.rows(states)?;
+        // The teacher first: what it holds in memory is gone before the student's graph is there.
+        let (teacher_x0, teacher_next) = self.walk(states, networks.teacher, &rows)?;
+        let target = progressive_target(&teacher_x0, &rows.weights)?;
+        drop(teacher_x0);
+
+        let student =
+            networks.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?;
+        let mut per_sample = squared_error(&student.x0, &target)?;
+        if step >= self.config.snr_loss_start_step {
+            per_sample = &per_sample * self.weights.gather(&states.timesteps, per_sample.kind())?;
+        }
+        let student_x0 = student.x0.detach();
+        Ok(LossTerms { per_sample, student_x0, teacher_next: Some(teacher_next), target })
+    }
+}
+
+/// What the teacher's walk needs at each entry of the student's grid, computed in `f64` once.
+#[derive(Debug)]
+struct Tables {
+    /// `[num_train_timesteps]`, `Int64`: the entry of the grid at a timestep, one beyond the last if there is none.
+    index_of: DeviceTable,
+    /// `[grid, substeps]`, `Int64`: where the teacher is asked.
+    timesteps: DeviceTable,
+    /// `[3, grid, substeps]`, `Double`: convex weights, `r` and `c` of the teacher's steps.
+    coefficients: DeviceTable,
+}
+
+/// The same for the samples of a batch, each `[batch, substeps]`.
+struct Rows {
+    timesteps: Tensor,
+    weights: Tensor,
+    keep: Tensor,
+    gain: Tensor,
+}
+
+impl Tables {
+    fn new(schedule: &NoiseSchedule, grid: &Timesteps, substeps: u32) -> Result<Self> {
+        let total = schedule.num_train_timesteps();
+        let fine = grid.refined(substeps, total as u32)?;
+        let pairs: Vec<(i64, i64)> = fine.pairs().collect();
+        let (mut weights, mut keep, mut gain) = (Vec::new(), Vec::new(), Vec::new());
+        for walk in pairs.chunks(substeps as usize) {
+            let arrival = walk.last().map(|(_, prev)| *prev);
+            let stops: Vec<i64> = walk.iter().map(|(t, _)| *t).chain(arrival).collect();
+            weights.extend(convex_weights(schedule, &stops)?);
+            for &(t, prev) in walk {
+                let (now, next) = (schedule.scale_at(t)?, schedule.scale_at(prev)?);
+                let kept = next.sigma / now.sigma;
+                keep.push(kept);
+                gain.push(next.alpha - kept * now.alpha);
+            }
+        }
+        let mut index_of = vec![grid.len() as i64; total as usize];
+        for (index, t) in grid.as_slice().iter().enumerate() {
+            index_of[*t as usize] = index as i64;
+        }
+        let shape = [grid.len() as i64, i64::from(substeps)];
+        let table = |values: &[f64]| Tensor::from_slice(values).view(shape);
+        Ok(Self {
+            index_of: DeviceTable::new(Tensor::from_slice(&index_of)),
+            timesteps: DeviceTable::new(Tensor::from_slice(fine.as_slice()).view(shape)),
+            coefficients: DeviceTable::new(Tensor::stack(
+                &[table(&weights), table(&keep), table(&gain)],
+                0,
+            )),
+        })
+    }
+
+    fn select(
+        &self,
+        timesteps: &Tensor,
+        off_grid: impl Fn(tch::TchError) -> Error,
+    ) -> Result<Rows> {
+        let device = timesteps.device();
+        let look_up = |table: &DeviceTable, dim, rows: &Tensor| {
+            table.on(device)?.f_index_select(dim, rows).map_err(&off_grid)
+        };
+        let rows = look_up(&self.index_of, 0, timesteps)?;
+        // `rows` is beyond the other tables for a timestep off the grid, which the look-ups refuse.
+        let timesteps = look_up(&self.timesteps, 0, &rows)?;
+        let coefficients = look_up(&self.coefficients, 1, &rows)?;
+        let [weights, keep, gain] = [0, 1, 2].map(|i| coefficients.select(0, i));
+        Ok(Rows { timesteps, weights, keep, gain })
+    }
+}
+
+/// Column `k` of a `[batch, columns]` table, shaped and cast to be multiplied with `like`.
+fn column(table: &Tensor, k: usize, like: &Tensor) -> Tensor {
+    let mut shape = vec![1; like.dim()];
+    shape[0] = -1;
+    table.select(1, k as i64).to_kind(like.kind()).view(shape.as_slice())
+}

@@ -1,0 +1,109 @@
+//! Reading and writing `config.json` as diffusers lays it out.
+
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::error::{ConfigProblem, Error, Result};
+
+/// The diffusers release whose `config.json` is written.
+const DIFFUSERS_VERSION: &str = "0.42.1";
+
+/// What to do with a key that the settings do not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownKeys {
+    /// An error that names it: it may well be a setting that changes the numbers.
+    #[default]
+    Refuse,
+    /// Nothing.
+    Ignore,
+}
+
+/// Settings of a network that stand in a `config.json`.
+pub(crate) trait Config: Default + Serialize + DeserializeOwned {
+    /// What stands under `_class_name`.
+    const CLASS_NAME: &'static str;
+
+    /// Everything wrong with settings that are each of the right type.
+    fn problems(&self) -> Vec<ConfigProblem>;
+
+    /// An error unless there is no problem.
+    fn ensure_valid(&self) -> Result<()> {
+        match self.problems() {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(Error::InvalidConfig { what: Self::CLASS_NAME.into(), problems }),
+        }
+    }
+}
+
+/// The JSON object in a file.
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let text = fs::read_to_string(path)
+        .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
+    serde_json::from_str(&text)
+        .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
+}
+
+/// Settings from a JSON object, with all that is wrong in one error.
+pub(crate) fn from_object<C: Config>(
+    what: &str,
+    object: &Map<String, Value>,
+    unknown_keys: UnknownKeys,
+) -> Result<C> {
+    let known = to_map(&C::default());
+    let mut problems = Vec::new();
+    for (key, value) in object {
+        if key == "_class_name" {
+            if value != C::CLASS_NAME {
+                problems.push(ConfigProblem::new(key, value, format!("\"{}\"", C::CLASS_NAME)));
+            }
+        } else if key.starts_with('_') {
+            // `_diffusers_version`, `_name_or_path` and their like say where a file came from.
+        } else if known.contains_key(key) {
+            // Alone, so that one wrong value does not hide the next.
+            if let Err(source) = serde_json::from_value::<C>(json!({ key.as_str(): value })) {
+                problems.push(ConfigProblem::new(key, value, source.to_string()));
+            }
+        } else if unknown_keys == UnknownKeys::Refuse {
+            let keys: Vec<_> = known.keys().map(String::as_str).collect();
+            problems.push(ConfigProblem::new(key, value, format!("one of {}", keys.join(", "))));
+        }
+    }
+    let mut settings = object.clone();
+    settings.retain(|key, _| known.contains_key(key));
+    match serde_json::from_value::<C>(Value::Object(settings)) {
+        Ok(config) => {
+            problems.extend(config.problems());
+            if problems.is_empty() {
+                return Ok(config);
+            }
+        }
+        // Every value has been tried alone already.
+        Err(source) if problems.is_empty() => {
+            problems.push(ConfigProblem::new("settings", source, "one value per key"));
+        }
+        Err(_) => {}
+    }
+    Err(Error::InvalidConfig { what: what.to_owned(), problems })
+}
+
+/// The settings as diffusers writes them: class name, version, sorted keys.
+pub(crate) fn to_json<C: Config>(config: &C) -> String {
+    let mut object = to_map(config);
+    object.insert("_class_name".into(), C::CLASS_NAME.into());
+    object.insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
+    let mut text = format!("{:#}", Value::Object(object));
+    text.push('\n');
+    text
+}
+
+fn to_map<C: Config>(config: &C) -> Map<String, Value> {
+    match serde_json::to_value(config) {
+        Ok(Value::Object(map)) => map,
+        // Plain structs of numbers, names and lists; a test of each config serialises it.
+        other => unreachable!("{} is not a JSON object: {other:?}", C::CLASS_NAME),
+    }
+}

@@ -1,0 +1,314 @@
+//! What can go wrong in this crate, and the checks at its public edge.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use tch::{Kind, TchError, Tensor};
+
+/// What this crate's functions return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the library that read or wrote a file.
+pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Settings that describe no network; every problem is listed.
+    #[error("{what} is not valid:{}", Lines(problems))]
+    InvalidConfig {
+        /// The class the settings are for, or the file they came from.
+        what: String,
+        /// All that is wrong with them.
+        problems: Vec<ConfigProblem>,
+    },
+    /// A file is not JSON.
+    #[error("{} is not valid JSON", path.display())]
+    InvalidJson {
+        /// The file.
+        path: PathBuf,
+        /// Where and why parsing stopped.
+        source: BoxedError,
+    },
+    /// A file or folder could not be read.
+    #[error("could not read {}", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: BoxedError,
+    },
+    /// A file could not be written; what stood at its place is unchanged.
+    #[error("could not write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: BoxedError,
+    },
+    /// A weights file is damaged, or no safetensors file at all.
+    #[error("{} is not a whole safetensors file", path.display())]
+    InvalidSafetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: BoxedError,
+    },
+    /// A weights file holds other tensors than the network; nothing was loaded.
+    #[error("{} does not fit the network:{problems}", path.display())]
+    WeightsMismatch {
+        /// The file.
+        path: PathBuf,
+        /// All differences.
+        problems: Box<WeightProblems>,
+    },
+    /// A weights file that would run code when it is read.
+    #[error(
+        "{} is a pickle, which can run code when it is read; convert it once with Python: \
+         `safetensors.torch.save_file(torch.load(path, weights_only=True), \"model.safetensors\")`",
+        path.display()
+    )]
+    Pickle {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An index of shards names a file outside its own folder.
+    #[error("{} names the shard {shard:?}; a shard is a file in the same folder", path.display())]
+    ShardOutsideFolder {
+        /// The index.
+        path: PathBuf,
+        /// The name it gives.
+        shard: String,
+    },
+    /// A folder holds no weights where they are looked for.
+    #[error("{} holds none of {}", path.display(), expected.join(", "))]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+        /// The files that were looked for.
+        expected: &'static [&'static str],
+    },
+    /// A tensor that a file cannot hold.
+    #[error("`{name}` has kind {kind:?}, which a safetensors file cannot hold")]
+    UnsupportedKind {
+        /// The tensor.
+        name: String,
+        /// Its kind.
+        kind: Kind,
+    },
+    /// An argument has a shape that does not fit.
+    #[error("{op}: `{name}` has shape {found:?}; expected {expected}")]
+    InvalidShape {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its shape.
+        found: Vec<i64>,
+        /// What may stand there.
+        expected: String,
+    },
+    /// An argument has a kind that does not fit.
+    #[error("{op}: `{name}` has kind {found:?}; expected {expected}")]
+    InvalidKind {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its kind.
+        found: Kind,
+        /// What may stand there.
+        expected: &'static str,
+    },
+    /// A class-conditional network was called without labels.
+    #[error("{op}: the network was built with class labels, but `class_labels` is None")]
+    MissingClassLabels {
+        /// The function that was called.
+        op: &'static str,
+    },
+    /// A network without classes was given labels.
+    #[error("{op}: the network was built without class labels, but `class_labels` is given")]
+    UnexpectedClassLabels {
+        /// The function that was called.
+        op: &'static str,
+    },
+    /// A class label that the network does not know.
+    #[error("{op}: `class_labels` holds {found}; expected 0 to {max}")]
+    ClassLabelOutOfRange {
+        /// The function that was called.
+        op: &'static str,
+        /// The label.
+        found: i64,
+        /// The largest label there is.
+        max: i64,
+    },
+    /// A guidance weight was given to a network that takes none, or not given to one that does.
+    #[error("{op}: the network takes {} guidance weight", if *expected { "a" } else { "no" })]
+    GuidanceWeight {
+        /// The function that was called.
+        op: &'static str,
+        /// Whether the network takes one.
+        expected: bool,
+    },
+    /// Two networks between which values were to be copied do not have the same parameters.
+    #[error("the networks have different parameters:{problems}")]
+    ParametersDiffer {
+        /// All differences; "file" stands for the network copied from.
+        problems: Box<WeightProblems>,
+    },
+    /// A closed-form distribution with impossible numbers.
+    #[error("{op}: `{name}` is {found}; expected {expected}")]
+    InvalidArgument {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its value, or the offending part.
+        found: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// A noise schedule refused.
+    #[error(transparent)]
+    Scheduler(#[from] ddil_schedulers::Error),
+    /// The floor refused: a generator, a mapped file.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
+    /// libtorch refused an operation: no memory, no such device, or arguments of another kind or device.
+    #[error("{op}: {message}")]
+    Torch {
+        /// The function that was called.
+        op: &'static str,
+        /// libtorch's reason, without the C++ stack trace that follows it.
+        message: String,
+    },
+}
+
+impl Error {
+    /// Wraps a libtorch error; made for `map_err`.
+    pub(crate) fn torch(op: &'static str) -> impl Fn(TchError) -> Self {
+        move |source| {
+            let text = source.to_string();
+            let message = text.lines().next().unwrap_or_default().to_owned();
+            Self::Torch { op, message }
+        }
+    }
+}
+
+/// One thing that is wrong with a network's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigProblem {
+    /// The key, or the keys that do not go together.
+    pub key: String,
+    /// What was found there.
+    pub found: String,
+    /// What may stand there.
+    pub expected: String,
+}
+
+impl ConfigProblem {
+    pub(crate) fn new(
+        key: impl Into<String>,
+        found: impl fmt::Display,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self { key: key.into(), found: found.to_string(), expected: expected.into() }
+    }
+}
+
+impl fmt::Display for ConfigProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` is {}; expected {}", self.key, self.found, self.expected)
+    }
+}
+
+struct Lines<'a, T>(&'a [T]);
+
+impl<T: fmt::Display> fmt::Display for Lines<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+/// How the tensors in a file differ from the parameters that are to be filled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WeightProblems {
+    /// Parameters that the file does not hold.
+    pub missing: Vec<String>,
+    /// Tensors in the file that the network does not have.
+    pub unexpected: Vec<String>,
+    /// Name, shape in the file, shape in the network.
+    pub misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
+    /// Name, kind in the file and kind in the network where one is floating point and the other is not.
+    pub wrong_kind: Vec<(String, String, Kind)>,
+}
+
+impl WeightProblems {
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for WeightProblems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for name in &self.missing {
+            write!(f, "\n  missing: {name}")?;
+        }
+        for name in &self.unexpected {
+            write!(f, "\n  unexpected: {name}")?;
+        }
+        for (name, file, network) in &self.misshapen {
+            write!(f, "\n  {name}: shape {file:?} in the file, {network:?} in the network")?;
+        }
+        for (name, file, network) in &self.wrong_kind {
+            write!(f, "\n  {name}: {file} in the file, {network:?} in the network")?;
+        }
+        Ok(())
+    }
+}
+
+/// Checks `timesteps`: one number or one per sample, integer or floating point.
+pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64) -> Result<()> {
+    let size = timesteps.size();
+    if !(size.is_empty() || size == [batch] || size == [1]) {
+        return Err(Error::InvalidShape {
+            op,
+            name: "timesteps",
+            found: size,
+            expected: format!("[{batch}], one per sample, or []"),
+        });
+    }
+    let kind = timesteps.kind();
+    if !(is_float(kind) || matches!(kind, Kind::Int64 | Kind::Int)) {
+        let expected = "Int64, Int or floating point";
+        return Err(Error::InvalidKind { op, name: "timesteps", found: kind, expected });
+    }
+    Ok(())
+}
+
+/// Checks `class_labels` that index a table: `[batch]`, `Int64`, and in range where that is free to see.
+pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Result<()> {
+    let name = "class_labels";
+    if labels.size() != [batch] {
+        let expected = format!("[{batch}], one per sample");
+        return Err(Error::InvalidShape { op, name, found: labels.size(), expected });
+    }
+    if labels.kind() != Kind::Int64 {
+        return Err(Error::InvalidKind { op, name, found: labels.kind(), expected: "Int64" });
+    }
+    // On an accelerator this would make the host wait for the device in every call.
+    if labels.device() == tch::Device::Cpu && batch > 0 {
+        let (low, high) = (labels.min().int64_value(&[]), labels.max().int64_value(&[]));
+        if low < 0 || high > max {
+            let found = if low < 0 { low } else { high };
+            return Err(Error::ClassLabelOutOfRange { op, found, max });
+        }
+    }
+    Ok(())
+}
+
+/// Whether `kind` is a floating-point kind that parameters can have.
+pub(crate) fn is_float(kind: Kind) -> bool {
+    matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
+}

@@ -1,0 +1,126 @@
+//! The few layers everything else is made of, named and initialised as PyTorch's.
+
+use serde::{Deserialize, Serialize};
+use tch::{TchError, Tensor};
+
+use crate::error::Result;
+use crate::parameters::{Init, Scope};
+
+/// What a layer returns: shapes were checked at the network's edge, memory may still run out.
+pub(crate) type Output = std::result::Result<Tensor, TchError>;
+
+/// The nonlinearity between layers, spelt as in diffusers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// `x * sigmoid(x)`; `swish` is another name for it.
+    #[default]
+    #[serde(alias = "swish")]
+    Silu,
+    /// `x * tanh(ln(1 + exp(x)))`.
+    Mish,
+    /// `x` times the normal distribution function of `x`.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    pub(crate) fn forward(self, x: &Tensor) -> Output {
+        match self {
+            Self::Silu => x.f_silu(),
+            Self::Mish => x.f_mish(),
+            Self::Gelu => x.f_gelu("none"),
+            Self::Relu => x.f_relu(),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Linear {
+    pub(crate) fn new(mut scope: Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
+        // Kaiming-uniform with a = sqrt(5) comes to this bound for weight and bias alike.
+        let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
+        let weight = scope.parameter("weight", &[outputs, inputs], init)?;
+        let bias = scope.parameter("bias", &[outputs], init)?;
+        Ok(Self { weight, bias })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        x.f_linear(&self.weight, Some(&self.bias))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    /// A convolution that keeps height and width; `kernel` is odd.
+    pub(crate) fn new(scope: Scope<'_>, inputs: i64, outputs: i64, kernel: i64) -> Result<Self> {
+        Self::strided(scope, [inputs, outputs], kernel, 1, kernel / 2)
+    }
+
+    pub(crate) fn strided(
+        mut scope: Scope<'_>,
+        [inputs, outputs]: [i64; 2],
+        kernel: i64,
+        stride: i64,
+        padding: i64,
+    ) -> Result<Self> {
+        let init = Init::Uniform { bound: 1.0 / ((inputs * kernel * kernel) as f64).sqrt() };
+        let weight = scope.parameter("weight", &[outputs, inputs, kernel, kernel], init)?;
+        let bias = scope.parameter("bias", &[outputs], init)?;
+        Ok(Self { weight, bias, stride, padding })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    pub(crate) fn new(mut scope: Scope<'_>, groups: i64, channels: i64, eps: f64) -> Result<Self> {
+        let weight = scope.parameter("weight", &[channels], Init::Constant(1.0))?;
+        let bias = scope.parameter("bias", &[channels], Init::Constant(0.0))?;
+        Ok(Self { weight, bias, groups, eps })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        x.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Embedding {
+    weight: Tensor,
+}
+
+impl Embedding {
+    pub(crate) fn new(mut scope: Scope<'_>, entries: i64, width: i64) -> Result<Self> {
+        let weight = scope.parameter("weight", &[entries, width], Init::Normal { std: 1.0 })?;
+        Ok(Self { weight })
+    }
+
+    pub(crate) fn forward(&self, indices: &Tensor) -> Output {
+        Tensor::f_embedding(&self.weight, indices, -1, false, false)
+    }
+}

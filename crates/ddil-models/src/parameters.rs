@@ -1,0 +1,267 @@
+//! The tensors a network owns: named, ordered, on one device, initialised from a seed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ddil_libtorch::Generator;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result, WeightProblems};
+use crate::weights;
+
+/// Where a network lives and how its numbers are laid out.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+///
+/// let placement = Placement { channels_last: true, ..Placement::default() };
+/// assert_eq!(placement.device, tch::Device::Cpu);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The device of every parameter; inputs must be on it.
+    pub device: Device,
+    /// The kind of every parameter, whatever the kind in the file they are loaded from.
+    pub kind: Kind,
+    /// Whether convolutions keep channels innermost in memory (NHWC), the faster order for most of them.
+    pub channels_last: bool,
+}
+
+impl Default for Placement {
+    /// CPU, `Float`, channels outermost.
+    fn default() -> Self {
+        Self { device: Device::Cpu, kind: Kind::Float, channels_last: false }
+    }
+}
+
+/// Where the values of new parameters come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Values {
+    /// PyTorch's default initialisation. Each parameter has its own stream, keyed by its name, so that adding a layer
+    /// leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
+    Seeded(u64),
+    /// Nothing yet: a file fills all of them before anyone looks.
+    Unset,
+}
+
+/// The distribution a parameter is drawn from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Init {
+    Constant(f64),
+    /// Uniform in `[-bound, bound)`.
+    Uniform {
+        bound: f64,
+    },
+    Normal {
+        std: f64,
+    },
+}
+
+#[derive(Debug)]
+struct Parameter {
+    name: String,
+    tensor: Tensor,
+    /// False for constants that are saved with the network.
+    learned: bool,
+}
+
+/// The parameters of one network, in the order of its layers, under the names they have in its files.
+///
+/// The tensors are handles: what changes one changes the network.
+#[derive(Debug)]
+pub struct Parameters {
+    entries: Vec<Parameter>,
+    placement: Placement,
+}
+
+impl Parameters {
+    /// The parameters of a network that was not built here.
+    pub(crate) fn of_foreign(named: Vec<(String, Tensor)>, placement: Placement) -> Self {
+        let entry = |(name, tensor)| Parameter { name, tensor, learned: true };
+        Self { entries: named.into_iter().map(entry).collect(), placement }
+    }
+
+    /// Where the parameters are, and their kind.
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Every parameter with its name, constants among them: what a file holds.
+    pub fn named(&self) -> Vec<(String, Tensor)> {
+        self.entries.iter().map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect()
+    }
+
+    /// The parameters an optimizer may change, with their names.
+    pub fn learned(&self) -> Vec<(String, Tensor)> {
+        let learned = self.entries.iter().filter(|p| p.learned);
+        learned.map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect()
+    }
+
+    /// The parameter of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.entries.iter().find(|p| p.name == name).map(|p| &p.tensor)
+    }
+
+    /// How many numbers there are in all.
+    pub fn num_values(&self) -> usize {
+        self.entries.iter().map(|p| p.tensor.numel()).sum()
+    }
+
+    /// Switches gradients on or off for every learned parameter.
+    pub fn set_trainable(&self, trainable: bool) {
+        for parameter in self.entries.iter().filter(|p| p.learned) {
+            // The flag lives in the tensor behind the handle.
+            let _ = parameter.tensor.set_requires_grad(trainable);
+        }
+    }
+
+    /// Takes over the values of a network with the same parameters, cast to this one's kind and device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ParametersDiffer`] if a name or shape differs; nothing is copied then.
+    pub fn copy_from(&self, other: &Self) -> Result<()> {
+        let mut theirs: BTreeMap<&str, &Tensor> =
+            other.entries.iter().map(|p| (p.name.as_str(), &p.tensor)).collect();
+        let mut problems = WeightProblems::default();
+        let mut pairs = Vec::with_capacity(self.entries.len());
+        for Parameter { name, tensor, .. } in &self.entries {
+            match theirs.remove(name.as_str()) {
+                None => problems.missing.push(name.clone()),
+                Some(source) if source.size() != tensor.size() => {
+                    problems.misshapen.push((name.clone(), source.size(), tensor.size()));
+                }
+                Some(source) => pairs.push((tensor, source)),
+            }
+        }
+        problems.unexpected.extend(theirs.into_keys().map(str::to_owned));
+        if !problems.is_empty() {
+            return Err(Error::ParametersDiffer { problems: Box::new(problems) });
+        }
+        let _no_grad = tch::no_grad_guard();
+        for (target, source) in pairs {
+            let copy = target.shallow_clone().f_copy_(source);
+            copy.map_err(Error::torch("Parameters::copy_from"))?;
+        }
+        Ok(())
+    }
+
+    /// Fills every parameter from a safetensors file or an index of shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::load_into`]: whatever is wrong with the file, no parameter has changed.
+    pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
+        weights::load_into(&self.named(), path)
+    }
+
+    /// Writes every parameter to a safetensors file, as diffusers would.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::save`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        weights::save(&self.named(), path, &BTreeMap::new())
+    }
+}
+
+/// Collects the parameters of a network while its layers are built.
+#[derive(Debug)]
+pub(crate) struct Builder {
+    entries: Vec<Parameter>,
+    placement: Placement,
+    values: Values,
+}
+
+impl Builder {
+    pub(crate) fn new(placement: Placement, values: Values) -> Self {
+        Self { entries: Vec::new(), placement, values }
+    }
+
+    pub(crate) fn root(&mut self) -> Scope<'_> {
+        Scope { builder: self, prefix: String::new() }
+    }
+
+    pub(crate) fn finish(self) -> Parameters {
+        Parameters { entries: self.entries, placement: self.placement }
+    }
+}
+
+/// A place in the tree of names, such as `down_blocks.0.resnets.1`.
+#[derive(Debug)]
+pub(crate) struct Scope<'a> {
+    builder: &'a mut Builder,
+    prefix: String,
+}
+
+impl Scope<'_> {
+    /// The place `name` below this one.
+    pub(crate) fn at(&mut self, name: &str) -> Scope<'_> {
+        let prefix = self.name(name);
+        Scope { builder: self.builder, prefix }
+    }
+
+    /// A learned parameter.
+    pub(crate) fn parameter(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        self.add(name, shape, init, true)
+    }
+
+    /// A constant that is saved with the network.
+    pub(crate) fn constant(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        self.add(name, shape, init, false)
+    }
+
+    fn name(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn add(&mut self, name: &str, shape: &[i64], init: Init, learned: bool) -> Result<Tensor> {
+        let name = self.name(name);
+        let _no_grad = tch::no_grad_guard();
+        let mut tensor = empty(shape, self.builder.placement)?;
+        if let Values::Seeded(seed) = self.builder.values {
+            let values = draw(init, shape, seed, &name)?;
+            tensor.f_copy_(&values).map_err(Error::torch("initialising parameters"))?;
+        }
+        let tensor = tensor.set_requires_grad(learned);
+        let handle = tensor.shallow_clone();
+        self.builder.entries.push(Parameter { name, tensor, learned });
+        Ok(handle)
+    }
+}
+
+fn empty(shape: &[i64], placement: Placement) -> Result<Tensor> {
+    let options = (placement.kind, placement.device);
+    let tensor = match shape {
+        &[_, inner, height, width] if placement.channels_last => {
+            let strides = [inner * height * width, 1, width * inner, inner];
+            Tensor::f_empty_strided(shape, strides, options)
+        }
+        _ => Tensor::f_empty(shape, options),
+    };
+    tensor.map_err(Error::torch("allocating parameters"))
+}
+
+fn draw(init: Init, shape: &[i64], seed: u64, name: &str) -> Result<Tensor> {
+    let mut generator = Generator::new(Device::Cpu, stream_seed(seed, name))?;
+    Ok(match init {
+        Init::Constant(value) => Tensor::full(shape, value, (Kind::Float, Device::Cpu)),
+        Init::Uniform { bound } => (generator.uniform(shape, Kind::Float)? * 2.0 - 1.0) * bound,
+        Init::Normal { std } => generator.normal(shape, Kind::Float)? * std,
+    })
+}
+
+/// A seed of its own for every name.
+fn stream_seed(seed: u64, name: &str) -> u64 {
+    // FNV-1a, which unlike the standard library's hash is the same in every release; then the finalizer of
+    // SplitMix64. libtorch's CPU generator looks at the lower half alone, which the last shift fills from the upper.
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mixed =
+        (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ hash).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}

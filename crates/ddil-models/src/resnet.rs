@@ -1,0 +1,136 @@
+//! Residual blocks and the layers that halve or double a feature map.
+
+use tch::Tensor;
+
+use crate::attention::rescale;
+use crate::error::Result;
+use crate::layers::{Activation, Conv2d, GroupNorm, Linear, Output};
+use crate::parameters::Scope;
+use crate::unet_config::TimeScaleShift;
+
+/// Sizes and settings shared by the residual blocks of a network.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ResnetOptions {
+    pub(crate) time_width: i64,
+    pub(crate) groups: i64,
+    pub(crate) eps: f64,
+    pub(crate) activation: Activation,
+    pub(crate) time_scale_shift: TimeScaleShift,
+    pub(crate) dropout: f64,
+    pub(crate) output_scale: f64,
+}
+
+/// What every block of one forward pass is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pass<'a> {
+    /// The embedding of timestep and class after the activation, which all blocks have in common.
+    pub(crate) time: &'a Tensor,
+    /// Whether dropout drops.
+    pub(crate) training: bool,
+}
+
+/// Norm, activation, convolution, twice, with the timestep in between and the input added at the end.
+#[derive(Debug)]
+pub(crate) struct ResnetBlock2D {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Linear,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+    options: ResnetOptions,
+}
+
+impl ResnetBlock2D {
+    pub(crate) fn new(
+        mut scope: Scope<'_>,
+        inputs: i64,
+        outputs: i64,
+        options: ResnetOptions,
+    ) -> Result<Self> {
+        let ResnetOptions { time_width, groups, eps, .. } = options;
+        let time_outputs = match options.time_scale_shift {
+            TimeScaleShift::Default => outputs,
+            TimeScaleShift::ScaleShift => 2 * outputs,
+        };
+        let norm1 = GroupNorm::new(scope.at("norm1"), groups, inputs, eps)?;
+        let conv1 = Conv2d::new(scope.at("conv1"), inputs, outputs, 3)?;
+        let time_emb_proj = Linear::new(scope.at("time_emb_proj"), time_width, time_outputs)?;
+        let norm2 = GroupNorm::new(scope.at("norm2"), groups, outputs, eps)?;
+        let conv2 = Conv2d::new(scope.at("conv2"), outputs, outputs, 3)?;
+        let conv_shortcut = (inputs != outputs)
+            .then(|| Conv2d::new(scope.at("conv_shortcut"), inputs, outputs, 1))
+            .transpose()?;
+        Ok(Self { norm1, conv1, time_emb_proj, norm2, conv2, conv_shortcut, options })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
+        let activation = self.options.activation;
+        let hidden = self.conv1.forward(&activation.forward(&self.norm1.forward(x)?)?)?;
+        let mut hidden = activation.forward(&self.inject_time(&hidden, pass.time)?)?;
+        if pass.training && self.options.dropout > 0.0 {
+            hidden = hidden.f_dropout(self.options.dropout, true)?;
+        }
+        let hidden = self.conv2.forward(&hidden)?;
+        let sum = match &self.conv_shortcut {
+            Some(conv) => conv.forward(x)?.f_add(&hidden)?,
+            None => x.f_add(&hidden)?,
+        };
+        rescale(sum, self.options.output_scale)
+    }
+
+    /// Adds the timestep before the second norm, or lets it scale and shift what comes out of it.
+    fn inject_time(&self, hidden: &Tensor, time: &Tensor) -> Output {
+        let time = self.time_emb_proj.forward(time)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+        match self.options.time_scale_shift {
+            TimeScaleShift::Default => self.norm2.forward(&hidden.f_add(&time)?),
+            TimeScaleShift::ScaleShift => {
+                let scale_and_shift = time.f_chunk(2, 1)?;
+                self.norm2
+                    .forward(hidden)?
+                    .f_mul(&scale_and_shift[0].f_add_scalar(1.0)?)?
+                    .f_add(&scale_and_shift[1])
+            }
+        }
+    }
+}
+
+/// Halves height and width with a strided convolution.
+#[derive(Debug)]
+pub(crate) struct Downsample2D {
+    conv: Conv2d,
+    pads_itself: bool,
+}
+
+impl Downsample2D {
+    pub(crate) fn new(mut scope: Scope<'_>, channels: i64, padding: i64) -> Result<Self> {
+        let conv = Conv2d::strided(scope.at("conv"), [channels; 2], 3, 2, padding)?;
+        Ok(Self { conv, pads_itself: padding == 0 })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        if self.pads_itself {
+            // One column at the right and one row at the bottom, as the first DDPM networks did.
+            return self.conv.forward(&x.f_constant_pad_nd([0, 1, 0, 1])?);
+        }
+        self.conv.forward(x)
+    }
+}
+
+/// Doubles height and width by repeating pixels, then smooths with a convolution.
+#[derive(Debug)]
+pub(crate) struct Upsample2D {
+    conv: Conv2d,
+}
+
+impl Upsample2D {
+    pub(crate) fn new(mut scope: Scope<'_>, channels: i64) -> Result<Self> {
+        Ok(Self { conv: Conv2d::new(scope.at("conv"), channels, channels, 3)? })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        let size = x.size();
+        let doubled = [2 * size[2], 2 * size[3]];
+        self.conv.forward(&x.f_upsample_nearest2d(doubled, None, None)?)
+    }
+}

@@ -1,0 +1,167 @@
+//! The levels of a U-Net: one resolution each, down, middle and up.
+
+use tch::{TchError, Tensor};
+
+use crate::attention::{AttentionBlock, AttentionOptions};
+use crate::error::Result;
+use crate::layers::Output;
+use crate::parameters::Scope;
+use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
+
+/// A residual block, and attention after it in levels that have it.
+#[derive(Debug)]
+struct Layer {
+    resnet: ResnetBlock2D,
+    attention: Option<AttentionBlock>,
+}
+
+impl Layer {
+    fn new(
+        scope: &mut Scope<'_>,
+        index: usize,
+        [inputs, outputs]: [i64; 2],
+        options: &LevelOptions,
+    ) -> Result<Self> {
+        let name = format!("resnets.{index}");
+        let resnet = ResnetBlock2D::new(scope.at(&name), inputs, outputs, options.resnet)?;
+        let attention = options
+            .attention
+            .map(|attention| {
+                AttentionBlock::new(scope.at(&format!("attentions.{index}")), attention)
+            })
+            .transpose()?;
+        Ok(Self { resnet, attention })
+    }
+
+    fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
+        let hidden = self.resnet.forward(x, pass)?;
+        match &self.attention {
+            Some(attention) => attention.forward(&hidden),
+            None => Ok(hidden),
+        }
+    }
+}
+
+/// What the layers of one level have in common.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LevelOptions {
+    pub(crate) num_layers: usize,
+    pub(crate) resnet: ResnetOptions,
+    /// None in levels without attention.
+    pub(crate) attention: Option<AttentionOptions>,
+}
+
+/// A level on the way down.
+#[derive(Debug)]
+pub(crate) struct DownBlock {
+    layers: Vec<Layer>,
+    downsampler: Option<Downsample2D>,
+}
+
+impl DownBlock {
+    /// `downsample_padding` is none in the last level, which keeps its resolution.
+    pub(crate) fn new(
+        mut scope: Scope<'_>,
+        [inputs, outputs]: [i64; 2],
+        options: &LevelOptions,
+        downsample_padding: Option<i64>,
+    ) -> Result<Self> {
+        let layers = (0..options.num_layers)
+            .map(|i| {
+                let inputs = if i == 0 { inputs } else { outputs };
+                Layer::new(&mut scope, i, [inputs, outputs], options)
+            })
+            .collect::<Result<_>>()?;
+        let downsampler = downsample_padding
+            .map(|padding| Downsample2D::new(scope.at("downsamplers.0"), outputs, padding))
+            .transpose()?;
+        Ok(Self { layers, downsampler })
+    }
+
+    /// Leaves what every layer gave on `skips`, for the level of the same resolution on the way up.
+    pub(crate) fn forward(&self, x: Tensor, pass: Pass<'_>, skips: &mut Vec<Tensor>) -> Output {
+        let mut hidden = x;
+        for layer in &self.layers {
+            hidden = layer.forward(&hidden, pass)?;
+            skips.push(hidden.shallow_clone());
+        }
+        if let Some(downsampler) = &self.downsampler {
+            hidden = downsampler.forward(&hidden)?;
+            skips.push(hidden.shallow_clone());
+        }
+        Ok(hidden)
+    }
+}
+
+/// The level at the bottom: two residual blocks, attention between them.
+#[derive(Debug)]
+pub(crate) struct MidBlock {
+    first: Layer,
+    second: ResnetBlock2D,
+}
+
+impl MidBlock {
+    pub(crate) fn new(mut scope: Scope<'_>, channels: i64, options: &LevelOptions) -> Result<Self> {
+        let first = Layer::new(&mut scope, 0, [channels; 2], options)?;
+        let second = ResnetBlock2D::new(scope.at("resnets.1"), channels, channels, options.resnet)?;
+        Ok(Self { first, second })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
+        self.second.forward(&self.first.forward(x, pass)?, pass)
+    }
+}
+
+/// Channels that meet in a level on the way up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UpChannels {
+    /// From the level below.
+    pub(crate) below: i64,
+    /// Of the last skip, which comes from the level above on the way down.
+    pub(crate) last_skip: i64,
+    /// Of this level.
+    pub(crate) outputs: i64,
+}
+
+/// A level on the way up.
+#[derive(Debug)]
+pub(crate) struct UpBlock {
+    layers: Vec<Layer>,
+    upsampler: Option<Upsample2D>,
+}
+
+impl UpBlock {
+    pub(crate) fn new(
+        mut scope: Scope<'_>,
+        channels: UpChannels,
+        options: &LevelOptions,
+        upsample: bool,
+    ) -> Result<Self> {
+        let UpChannels { below, last_skip, outputs } = channels;
+        let layers = (0..options.num_layers)
+            .map(|i| {
+                let skip = if i + 1 == options.num_layers { last_skip } else { outputs };
+                let inputs = if i == 0 { below } else { outputs };
+                Layer::new(&mut scope, i, [inputs + skip, outputs], options)
+            })
+            .collect::<Result<_>>()?;
+        let upsampler =
+            upsample.then(|| Upsample2D::new(scope.at("upsamplers.0"), outputs)).transpose()?;
+        Ok(Self { layers, upsampler })
+    }
+
+    /// Takes one of `skips` per layer, the latest first.
+    pub(crate) fn forward(&self, x: Tensor, pass: Pass<'_>, skips: &mut Vec<Tensor>) -> Output {
+        let mut hidden = x;
+        for layer in &self.layers {
+            let skip = skips.pop().ok_or_else(|| {
+                TchError::Shape("the way up has more layers than the way down".into())
+            })?;
+            hidden = layer.forward(&Tensor::f_cat(&[hidden, skip], 1)?, pass)?;
+        }
+        match &self.upsampler {
+            Some(upsampler) => upsampler.forward(&hidden),
+            None => Ok(hidden),
+        }
+    }
+}

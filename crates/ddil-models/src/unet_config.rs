@@ -1,0 +1,374 @@
+//! The settings of a [`UNet2DModel`](crate::UNet2DModel), key for key those of diffusers.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Result};
+use crate::layers::Activation;
+use crate::parameters::{Placement, Values};
+use crate::unet::UNet2DModel;
+
+/// Height and width of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SampleSize {
+    /// Both the same.
+    Square(u32),
+    /// Height, width.
+    Rectangle([u32; 2]),
+}
+
+/// How the timestep becomes features.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeEmbeddingType {
+    /// Sines and cosines at fixed frequencies; timesteps are counted from 0.
+    #[default]
+    Positional,
+    /// Sines and cosines of the logarithm at random frequencies; timesteps are noise levels above 0, and the output is
+    /// divided by them.
+    Fourier,
+}
+
+/// A level on the way down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DownBlockType {
+    /// Residual blocks.
+    #[serde(alias = "UNetResDownBlock2D")]
+    DownBlock2D,
+    /// Residual blocks, attention after each.
+    #[serde(alias = "UNetResAttnDownBlock2D")]
+    AttnDownBlock2D,
+}
+
+/// A level on the way up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UpBlockType {
+    /// Residual blocks.
+    #[serde(alias = "UNetResUpBlock2D")]
+    UpBlock2D,
+    /// Residual blocks, attention after each.
+    #[serde(alias = "UNetResAttnUpBlock2D")]
+    AttnUpBlock2D,
+}
+
+/// The level at the bottom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MidBlockType {
+    /// Two residual blocks, attention between them if `add_attention`.
+    UNetMidBlock2D,
+}
+
+/// How height and width are halved and doubled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ResampleType {
+    /// By a convolution.
+    #[default]
+    Conv,
+}
+
+/// How a residual block takes in the timestep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimeScaleShift {
+    /// Added to the features.
+    #[default]
+    Default,
+    /// As scale and shift after the second norm.
+    ScaleShift,
+}
+
+/// What class labels are, if not indices into a learned table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClassEmbedType {
+    /// Numbers, embedded as timesteps are.
+    Timestep,
+    /// Embeddings already, as wide as the time embedding.
+    Identity,
+}
+
+/// The settings of a [`UNet2DModel`]; names, defaults and file format are those of diffusers' class of that name.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{DownBlockType, Placement, UNet2DConfig, UpBlockType};
+///
+/// let config = UNet2DConfig {
+///     in_channels: 1,
+///     out_channels: 1,
+///     down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
+///     up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
+///     block_out_channels: vec![8, 16],
+///     norm_num_groups: 4,
+///     ..UNet2DConfig::default()
+/// };
+/// let unet = config.build(Placement::default(), 0)?;
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UNet2DConfig {
+    /// Height and width the network was made for; it takes others as well. Default none.
+    pub sample_size: Option<SampleSize>,
+    /// Channels of a sample. Default 3.
+    pub in_channels: u32,
+    /// Channels of the output. Default 3.
+    pub out_channels: u32,
+    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`. Default false.
+    pub center_input_sample: bool,
+    /// How the timestep becomes features. Default positional.
+    pub time_embedding_type: TimeEmbeddingType,
+    /// Width of the time embedding; none is four times the first of `block_out_channels`, the default.
+    pub time_embedding_dim: Option<u32>,
+    /// Subtracted from the number of frequencies where they are spaced. Default 0.
+    pub freq_shift: f64,
+    /// Whether cosines come before sines. Default true.
+    pub flip_sin_to_cos: bool,
+    /// Levels on the way down, the finest first. Default one without and three with attention.
+    pub down_block_types: Vec<DownBlockType>,
+    /// The level at the bottom; none leaves it out.
+    pub mid_block_type: Option<MidBlockType>,
+    /// Levels on the way up, the coarsest first; as many as on the way down.
+    pub up_block_types: Vec<UpBlockType>,
+    /// Channels of each level, the finest first. Default 224, 448, 672, 896.
+    pub block_out_channels: Vec<u32>,
+    /// Residual blocks of a level on the way down; there is one more on the way up. Default 2.
+    pub layers_per_block: u32,
+    /// What the output of the bottom level's blocks is divided by. Default 1.
+    pub mid_block_scale_factor: f64,
+    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding at right and bottom alone.
+    pub downsample_padding: u32,
+    /// How maps are halved in levels with attention. Default conv; the only one there is.
+    pub downsample_type: ResampleType,
+    /// How maps are doubled in levels with attention. Default conv; the only one there is.
+    pub upsample_type: ResampleType,
+    /// Probability that a feature is dropped in training. Default 0.
+    pub dropout: f64,
+    /// The nonlinearity. Default silu.
+    pub act_fn: Activation,
+    /// Channels of an attention head; none makes one head of all. Default 8.
+    pub attention_head_dim: Option<u32>,
+    /// Groups of every group norm. Default 32.
+    pub norm_num_groups: u32,
+    /// Groups of the norm in front of the bottom level's attention; none is `norm_num_groups`, or no norm where
+    /// `resnet_time_scale_shift` is not default.
+    pub attn_norm_num_groups: Option<u32>,
+    /// Added to a variance before its root is taken. Default 1e-5.
+    pub norm_eps: f64,
+    /// How a residual block takes in the timestep. Default default.
+    pub resnet_time_scale_shift: TimeScaleShift,
+    /// Whether the bottom level has attention. Default true.
+    pub add_attention: bool,
+    /// What class labels are; none is indices if `num_class_embeds` is given, and no classes otherwise.
+    pub class_embed_type: Option<ClassEmbedType>,
+    /// Size of the table of learned class embeddings, a null class for guidance included.
+    pub num_class_embeds: Option<u32>,
+    /// Number of timesteps the network was trained with; it plays no part in a forward pass.
+    pub num_train_timesteps: Option<u32>,
+}
+
+impl Default for UNet2DConfig {
+    fn default() -> Self {
+        use DownBlockType::{AttnDownBlock2D, DownBlock2D};
+        use UpBlockType::{AttnUpBlock2D, UpBlock2D};
+        Self {
+            sample_size: None,
+            in_channels: 3,
+            out_channels: 3,
+            center_input_sample: false,
+            time_embedding_type: TimeEmbeddingType::Positional,
+            time_embedding_dim: None,
+            freq_shift: 0.0,
+            flip_sin_to_cos: true,
+            down_block_types: vec![DownBlock2D, AttnDownBlock2D, AttnDownBlock2D, AttnDownBlock2D],
+            mid_block_type: Some(MidBlockType::UNetMidBlock2D),
+            up_block_types: vec![AttnUpBlock2D, AttnUpBlock2D, AttnUpBlock2D, UpBlock2D],
+            block_out_channels: vec![224, 448, 672, 896],
+            layers_per_block: 2,
+            mid_block_scale_factor: 1.0,
+            downsample_padding: 1,
+            downsample_type: ResampleType::Conv,
+            upsample_type: ResampleType::Conv,
+            dropout: 0.0,
+            act_fn: Activation::Silu,
+            attention_head_dim: Some(8),
+            norm_num_groups: 32,
+            attn_norm_num_groups: None,
+            norm_eps: 1e-5,
+            resnet_time_scale_shift: TimeScaleShift::Default,
+            add_attention: true,
+            class_embed_type: None,
+            num_class_embeds: None,
+            num_train_timesteps: None,
+        }
+    }
+}
+
+impl UNet2DConfig {
+    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value.
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a `config.json` that diffusers reads.
+    pub fn to_json(&self) -> String {
+        config::to_json(self)
+    }
+
+    /// Checks the settings and builds a network with fresh parameters, as PyTorch would initialise them.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
+        UNet2DModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<UNet2DModel> {
+        let unet = UNet2DModel::new(self, placement, Values::Unset)?;
+        unet.parameters().load(weights)?;
+        Ok(unet)
+    }
+
+    /// Width of the embedding of timestep and class.
+    pub(crate) fn time_width(&self) -> i64 {
+        let width = self.time_embedding_dim.unwrap_or_else(|| 4 * self.block_out_channels[0]);
+        i64::from(width)
+    }
+
+    /// Channels of every level, as tensor sizes.
+    pub(crate) fn channels(&self) -> Vec<i64> {
+        self.block_out_channels.iter().copied().map(i64::from).collect()
+    }
+
+    fn ensure_levels(&self, problems: &mut Vec<ConfigProblem>) {
+        let levels = self.block_out_channels.len();
+        if levels == 0 {
+            problems.push(ConfigProblem::new("block_out_channels", "[]", "at least one level"));
+        }
+        let lists = [
+            ("down_block_types", self.down_block_types.len()),
+            ("up_block_types", self.up_block_types.len()),
+        ];
+        for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
+            let expected = format!("{levels} levels, as many as in `block_out_channels`");
+            problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
+        }
+        let groups = self.norm_num_groups.max(1);
+        for (i, &channels) in self.block_out_channels.iter().enumerate() {
+            if channels == 0 || channels % groups != 0 {
+                let expected = format!("a multiple of norm_num_groups, {groups}");
+                problems.push(ConfigProblem::new(
+                    format!("block_out_channels[{i}]"),
+                    channels,
+                    expected,
+                ));
+            }
+        }
+    }
+
+    fn ensure_attention(&self, problems: &mut Vec<ConfigProblem>) {
+        let levels = self.block_out_channels.len();
+        let attends = |i: usize| {
+            self.down_block_types.get(i) == Some(&DownBlockType::AttnDownBlock2D)
+                || self.up_block_types.iter().rev().nth(i) == Some(&UpBlockType::AttnUpBlock2D)
+                || (i + 1 == levels && self.add_attention && self.mid_block_type.is_some())
+        };
+        for (i, &channels) in
+            self.block_out_channels.iter().enumerate().filter(|&(i, _)| attends(i))
+        {
+            match self.attention_head_dim {
+                Some(dim) if dim == 0 || channels % dim != 0 => {
+                    let key = "attention_head_dim";
+                    let expected = format!("a divisor of block_out_channels[{i}], {channels}");
+                    problems.push(ConfigProblem::new(key, dim, expected));
+                }
+                _ => {}
+            }
+        }
+        if let (Some(groups), Some(&channels)) =
+            (self.attn_norm_num_groups, self.block_out_channels.last())
+            && (groups == 0 || channels % groups != 0)
+        {
+            let expected = format!("a divisor of the last of block_out_channels, {channels}");
+            problems.push(ConfigProblem::new("attn_norm_num_groups", groups, expected));
+        }
+    }
+
+    fn ensure_numbers(&self, problems: &mut Vec<ConfigProblem>) {
+        let counts = [
+            ("in_channels", Some(self.in_channels)),
+            ("out_channels", Some(self.out_channels)),
+            ("layers_per_block", Some(self.layers_per_block)),
+            ("norm_num_groups", Some(self.norm_num_groups)),
+            ("time_embedding_dim", self.time_embedding_dim),
+            ("num_class_embeds", self.num_class_embeds),
+        ];
+        for (key, _) in counts.into_iter().filter(|&(_, count)| count == Some(0)) {
+            problems.push(ConfigProblem::new(key, 0, "at least 1"));
+        }
+        if self.downsample_padding > 1 {
+            problems.push(ConfigProblem::new(
+                "downsample_padding",
+                self.downsample_padding,
+                "0 or 1",
+            ));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            problems.push(ConfigProblem::new(
+                "dropout",
+                self.dropout,
+                "at least 0 and less than 1",
+            ));
+        }
+        let scale = self.mid_block_scale_factor;
+        if !(scale.is_normal()) {
+            problems.push(ConfigProblem::new("mid_block_scale_factor", scale, "finite and not 0"));
+        }
+        if !(self.norm_eps > 0.0 && self.norm_eps.is_finite()) {
+            problems.push(ConfigProblem::new("norm_eps", self.norm_eps, "above 0"));
+        }
+        let half = f64::from(self.block_out_channels.first().copied().unwrap_or(2) / 2);
+        let positional = self.time_embedding_type == TimeEmbeddingType::Positional;
+        if !self.freq_shift.is_finite() || (positional && self.freq_shift >= half) {
+            let expected = format!("less than half of the first of block_out_channels, {half}");
+            problems.push(ConfigProblem::new("freq_shift", self.freq_shift, expected));
+        }
+    }
+}
+
+impl Config for UNet2DConfig {
+    const CLASS_NAME: &'static str = "UNet2DModel";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        self.ensure_levels(&mut problems);
+        self.ensure_attention(&mut problems);
+        self.ensure_numbers(&mut problems);
+        problems
+    }
+}

@@ -1,0 +1,370 @@
+//! Named tensors to and from safetensors files; every name, shape and kind checked.
+//!
+//! Files that are pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are refused: reading one can run code.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Component, Path, PathBuf};
+
+use ddil_libtorch::MappedFile;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::config;
+use crate::error::{BoxedError, Error, Result, WeightProblems, is_float};
+
+/// Copies the tensors in a file into `targets`, which keep their kind, device and memory layout.
+///
+/// The file is a `.safetensors`, or a `.safetensors.index.json` that lists the shards beside it. Values are cast where
+/// both kinds are floating point. Everything is checked before the first value is copied.
+///
+/// # Errors
+///
+/// [`Error::WeightsMismatch`] with every name that is missing, unexpected, misshapen or of a kind that cannot be cast;
+/// otherwise as [`read_all`].
+pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let files = open(path)?;
+    let mut problems = WeightProblems::default();
+    let mut found: BTreeMap<String, (usize, &TensorInfo)> = BTreeMap::new();
+    for (i, file) in files.iter().enumerate() {
+        found.extend(file.header.tensors().into_iter().map(|(name, info)| (name, (i, info))));
+    }
+    for (name, target) in targets {
+        match found.remove(name) {
+            None => problems.missing.push(name.clone()),
+            Some((_, info)) => compare(name, info, target, &mut problems),
+        }
+    }
+    problems.unexpected.extend(found.into_keys());
+    if !problems.is_empty() {
+        return Err(Error::WeightsMismatch { path: path.into(), problems: Box::new(problems) });
+    }
+    let targets: BTreeMap<&str, &Tensor> = targets.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let _no_grad = tch::no_grad_guard();
+    for file in &files {
+        for (name, source) in file.tensors()? {
+            if let Some(target) = targets.get(name.as_str()) {
+                let copy = target.shallow_clone().f_copy_(&source);
+                copy.map_err(Error::torch("weights::load_into"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every tensor in a file or in the shards of an index, on the CPU, in the kind it has there.
+///
+/// The tensors lie in the mapped file ([`MappedFile`]): reading takes no time, and what is written to them stays in
+/// memory.
+///
+/// # Errors
+///
+/// [`Error::Libtorch`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or holds a type that
+/// libtorch has no kind for, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::ShardOutsideFolder`]
+/// for an index.
+pub fn read_all(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
+    let mut all = BTreeMap::new();
+    for file in open(path.as_ref())? {
+        all.extend(file.tensors()?);
+    }
+    Ok(all)
+}
+
+/// The free text a file carries beside its tensors, empty if it has none.
+///
+/// # Errors
+///
+/// As [`read_all`].
+pub fn read_metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, String>> {
+    let mut all = BTreeMap::new();
+    for file in open(path.as_ref())? {
+        all.extend(file.header.metadata().clone().unwrap_or_default());
+    }
+    Ok(all)
+}
+
+/// Writes tensors, whatever their device and layout, to a safetensors file that Python reads as PyTorch's.
+///
+/// Each keeps its kind; the caller who wants half precision casts. `metadata` is written beside `{"format": "pt"}`.
+/// The same tensors and metadata give the same bytes. A reader sees the old file or the whole new one, also after a
+/// power failure.
+///
+/// # Errors
+///
+/// [`Error::Write`] if the file cannot be written, [`Error::UnsupportedKind`] for complex and quantised tensors,
+/// [`Error::Torch`] if a tensor cannot be brought to the CPU.
+///
+/// # Example
+///
+/// ```no_run
+/// use std::collections::BTreeMap;
+/// use tch::{Tensor, kind};
+///
+/// let tensors = [("bias".to_owned(), Tensor::zeros([4], kind::FLOAT_CPU))];
+/// ddil_models::weights::save(&tensors, "model.safetensors", &BTreeMap::new())?;
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+pub fn save(
+    tensors: &[(String, Tensor)],
+    path: impl AsRef<Path>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let (header, order) = layout(tensors, metadata)?;
+    write_whole(path, |file| {
+        let bytes = padded_json(&header).map_err(|e| write_error(path, e))?;
+        file.write_all(&(bytes.len() as u64).to_le_bytes()).map_err(|e| write_error(path, e))?;
+        file.write_all(&bytes).map_err(|e| write_error(path, e))?;
+        for &index in &order {
+            file.write_all(&to_bytes(&tensors[index].1)?).map_err(|e| write_error(path, e))?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes a file aside, waits until it is on disk, then puts it in place.
+pub(crate) fn write_whole(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
+) -> Result<()> {
+    let aside = aside(path);
+    let attempt = || {
+        let file = File::create(&aside).map_err(|e| write_error(path, e))?;
+        let mut buffered = BufWriter::with_capacity(1 << 20, &file);
+        write(&mut buffered)?;
+        buffered.flush().map_err(|e| write_error(path, e))?;
+        drop(buffered);
+        put_in_place(&aside, path)
+    };
+    attempt().inspect_err(|_| {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&aside);
+    })
+}
+
+/// Renames a file once it is on disk.
+pub(crate) fn put_in_place(aside: &Path, path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let place = || {
+        File::open(aside)?.sync_all()?;
+        fs::rename(aside, path)?;
+        // The new name is only safe once the folder is.
+        File::open(folder)?.sync_all()
+    };
+    place().map_err(|e| write_error(path, e))
+}
+
+/// A name beside `path` that no other process uses.
+pub(crate) fn aside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.partial", std::process::id()));
+    path.with_file_name(name)
+}
+
+pub(crate) fn write_error(path: &Path, source: impl Into<BoxedError>) -> Error {
+    Error::Write { path: path.into(), source: source.into() }
+}
+
+/// A mapped file and what its header says of it.
+struct OpenFile {
+    file: MappedFile,
+    header: Metadata,
+    /// Where the tensors start.
+    data_start: usize,
+}
+
+impl OpenFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = MappedFile::open(path)?;
+        let (header_len, header) = SafeTensors::read_metadata(file.bytes()).map_err(|source| {
+            Error::InvalidSafetensors { path: path.into(), source: source.into() }
+        })?;
+        Ok(Self { file, header, data_start: size_of::<u64>() + header_len })
+    }
+
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let tensors = self.header.tensors();
+        tensors
+            .into_iter()
+            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info)?)))
+            .collect()
+    }
+
+    fn tensor(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+        let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
+            path: self.file.path().into(),
+            source: format!("`{name}` is {:?}, which libtorch has no kind for", info.dtype).into(),
+        })?;
+        let size = to_size(&info.shape);
+        let (start, end) = info.data_offsets;
+        let (start, end) = (self.data_start + start, self.data_start + end);
+        if start.is_multiple_of(kind.elt_size_in_bytes()) {
+            return Ok(self.file.tensor(start, size, kind)?);
+        }
+        // The format does not promise alignment, the processor wants it.
+        Tensor::f_from_data_size(&self.file.bytes()[start..end], &size, kind)
+            .map_err(Error::torch("weights::read_all"))
+    }
+}
+
+/// The file, or all shards of an index.
+fn open(path: &Path) -> Result<Vec<OpenFile>> {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    match extension.to_ascii_lowercase().as_str() {
+        "bin" | "pt" | "pth" | "ckpt" | "pkl" => Err(Error::Pickle { path: path.into() }),
+        "json" => open_shards(path),
+        _ => Ok(vec![OpenFile::open(path)?]),
+    }
+}
+
+fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
+    let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
+    let object = config::read_object(index)?;
+    let Some(Value::Object(weight_map)) = object.get("weight_map") else {
+        return Err(invalid("there is no object `weight_map`"));
+    };
+    let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (name, shard) in weight_map {
+        let shard =
+            shard.as_str().ok_or_else(|| invalid("`weight_map` holds more than file names"))?;
+        shards.entry(shard).or_default().insert(name);
+    }
+    let open = |(shard, names): (&str, BTreeSet<&str>)| {
+        let file = OpenFile::open(&shard_path(index, shard)?)?;
+        let held = file.header.tensors();
+        match names.into_iter().find(|&name| !held.contains_key(name)) {
+            Some(name) => Err(invalid(&format!("`{name}` should be in {shard}, but is not"))),
+            None => Ok(file),
+        }
+    };
+    shards.into_iter().map(open).collect()
+}
+
+/// A plain file name and no pickle: an index from elsewhere must not reach beyond its folder.
+fn shard_path(index: &Path, shard: &str) -> Result<PathBuf> {
+    let mut components = Path::new(shard).components();
+    let plain =
+        matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+    if !plain || !shard.ends_with(".safetensors") {
+        return Err(Error::ShardOutsideFolder { path: index.into(), shard: shard.to_owned() });
+    }
+    Ok(index.with_file_name(shard))
+}
+
+fn compare(name: &str, info: &TensorInfo, target: &Tensor, problems: &mut WeightProblems) {
+    let size = to_size(&info.shape);
+    if size != target.size() {
+        problems.misshapen.push((name.to_owned(), size, target.size()));
+    }
+    let target_kind = target.kind();
+    let fits = kind_of(info.dtype)
+        .is_some_and(|kind| kind == target_kind || (is_float(kind) && is_float(target_kind)));
+    if !fits {
+        problems.wrong_kind.push((name.to_owned(), format!("{:?}", info.dtype), target_kind));
+    }
+}
+
+fn to_size(shape: &[usize]) -> Vec<i64> {
+    shape.iter().map(|&n| n as i64).collect()
+}
+
+fn kind_of(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F64 => Kind::Double,
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::I16 => Kind::Int16,
+        Dtype::I8 => Kind::Int8,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        _ => return None,
+    })
+}
+
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    Some(match kind {
+        Kind::Double => Dtype::F64,
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        Kind::Int => Dtype::I32,
+        Kind::Int16 => Dtype::I16,
+        Kind::Int8 => Dtype::I8,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::BOOL,
+        _ => return None,
+    })
+}
+
+/// A header whose entries keep their order; the `safetensors` crate's own writes metadata in a random one.
+struct Header<'a> {
+    metadata: BTreeMap<&'a str, &'a str>,
+    tensors: Vec<(&'a str, TensorInfo)>,
+}
+
+impl Serialize for Header<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.tensors.len() + 1))?;
+        map.serialize_entry("__metadata__", &self.metadata)?;
+        for (name, info) in &self.tensors {
+            map.serialize_entry(name, info)?;
+        }
+        map.end()
+    }
+}
+
+/// The header, and the order of the tensors behind it: widest kind first, which keeps all of them aligned, then by name.
+fn layout<'a>(
+    tensors: &'a [(String, Tensor)],
+    metadata: &'a BTreeMap<String, String>,
+) -> Result<(Header<'a>, Vec<usize>)> {
+    let mut typed = Vec::with_capacity(tensors.len());
+    for (index, (name, tensor)) in tensors.iter().enumerate() {
+        let kind = tensor.kind();
+        let dtype =
+            dtype_of(kind).ok_or_else(|| Error::UnsupportedKind { name: name.clone(), kind })?;
+        typed.push((name.as_str(), dtype, index));
+    }
+    typed.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(b.0)));
+    let mut offset = 0;
+    let mut infos = Vec::with_capacity(typed.len());
+    for &(name, dtype, index) in &typed {
+        let tensor = &tensors[index].1;
+        let end = offset + tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let shape = tensor.size().into_iter().map(|n| n as usize).collect();
+        infos.push((name, TensorInfo { dtype, shape, data_offsets: (offset, end) }));
+        offset = end;
+    }
+    let mut metadata: BTreeMap<_, _> =
+        metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    metadata.insert("format", "pt");
+    let order = typed.into_iter().map(|(_, _, index)| index).collect();
+    Ok((Header { metadata, tensors: infos }, order))
+}
+
+/// The header as JSON, filled up with spaces so that what follows starts at a multiple of 8.
+fn padded_json(header: &Header<'_>) -> serde_json::Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec(header)?;
+    bytes.resize(bytes.len().next_multiple_of(8), b' ');
+    Ok(bytes)
+}
+
+fn to_bytes(tensor: &Tensor) -> Result<Cow<'static, [u8]>> {
+    let copy = || {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let len = tensor.numel();
+        let mut bytes = vec![0; len * tensor.kind().elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, len)?;
+        Ok(Cow::Owned(bytes))
+    };
+    copy().map_err(Error::torch("weights::save"))
+}

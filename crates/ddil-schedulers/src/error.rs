@@ -1,0 +1,139 @@
+//! What can go wrong when a sample is stepped.
+
+use tch::Tensor;
+
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Two arguments that must have the same shape do not.
+    #[error("{op}: `{}` has shape {:?}, but `{}` has shape {:?}", left.0, left.1, right.0, right.1)]
+    ShapeMismatch {
+        /// The function that was called.
+        op: &'static str,
+        /// Name and shape of the first argument.
+        left: (&'static str, Vec<i64>),
+        /// Name and shape of the second argument.
+        right: (&'static str, Vec<i64>),
+    },
+    /// An argument has a shape that the function cannot take.
+    #[error("{op}: `{name}` has shape {shape:?}; expected {expected}")]
+    Shape {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its shape.
+        shape: Vec<i64>,
+        /// What it may be.
+        expected: String,
+    },
+    /// An argument has a kind that the function cannot take.
+    #[error("{op}: `{name}` is {kind:?}; expected {expected}")]
+    Kind {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its kind.
+        kind: tch::Kind,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// A setting is outside of what it may be.
+    #[error("`{field}` is {value}; expected {expected}")]
+    InvalidConfig {
+        /// The setting, as it is spelt in a config file.
+        field: &'static str,
+        /// What was found.
+        value: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// A timestep is not on the training grid.
+    #[error("{op}: timestep {timestep} is not in {lowest}..={highest} (-1 is clean data)")]
+    TimestepOutOfRange {
+        /// The function that was called.
+        op: &'static str,
+        /// What was found.
+        timestep: i64,
+        /// The smallest that may stand there.
+        lowest: i64,
+        /// The largest that may stand there.
+        highest: i64,
+    },
+    /// A stochastic sampler was called without noise.
+    #[error("{op}: this sampler is stochastic and needs `noise` in its step")]
+    NoiseMissing {
+        /// The function that was called.
+        op: &'static str,
+    },
+    /// A prediction type has no meaning on this schedule.
+    #[error("`{prediction_type}` is not defined on this schedule: {reason}")]
+    PredictionType {
+        /// What was asked for.
+        prediction_type: &'static str,
+        /// Why it cannot be had.
+        reason: String,
+    },
+    /// libtorch refused an operation.
+    #[error("{op}: {message}")]
+    Torch {
+        /// The function that was called.
+        op: &'static str,
+        /// libtorch's own words, without its backtrace.
+        message: String,
+    },
+}
+
+/// This crate's results.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wraps what libtorch said in the name of the operation, first line only.
+    pub(crate) fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
+        move |source| {
+            let message = source.to_string();
+            let message = message.lines().next().unwrap_or("libtorch gave no reason").to_owned();
+            Self::Torch { op, message }
+        }
+    }
+}
+
+/// Checks that two named arguments have the same shape.
+///
+/// # Errors
+///
+/// [`Error::ShapeMismatch`] with both names and shapes.
+pub fn ensure_same_shape(
+    op: &'static str,
+    left: (&'static str, &Tensor),
+    right: (&'static str, &Tensor),
+) -> Result<()> {
+    let (left_size, right_size) = (left.1.size(), right.1.size());
+    if left_size == right_size {
+        return Ok(());
+    }
+    Err(Error::ShapeMismatch { op, left: (left.0, left_size), right: (right.0, right_size) })
+}
+
+/// Checks that `timesteps` is `Int64` of shape `[batch]` for the batch of `sample`.
+pub(crate) fn ensure_timesteps(
+    op: &'static str,
+    name: &'static str,
+    timesteps: &Tensor,
+    sample: &Tensor,
+) -> Result<()> {
+    let batch = sample.size().first().copied();
+    if Some(timesteps.size().as_slice()) != batch.as_ref().map(std::slice::from_ref) {
+        let expected = match batch {
+            Some(batch) => format!("[{batch}], one timestep a sample of the batch"),
+            None => "a sample with a batch dimension to go with it".to_owned(),
+        };
+        return Err(Error::Shape { op, name, shape: timesteps.size(), expected });
+    }
+    if timesteps.kind() != tch::Kind::Int64 {
+        return Err(Error::Kind { op, name, kind: timesteps.kind(), expected: "Int64" });
+    }
+    Ok(())
+}

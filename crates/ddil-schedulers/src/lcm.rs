@@ -1,0 +1,93 @@
+//! The multistep sampler of latent consistency models, and their boundary condition.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result, ensure_timesteps};
+use crate::noise_schedule::NoiseSchedule;
+use crate::sampler::{Sampler, SamplerStep};
+
+/// Jumps to clean data and adds fresh noise for the next timestep.
+///
+/// Algorithm 3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378); also the stochastic sampler of DMD2.
+#[derive(Clone, Debug)]
+pub struct Lcm {
+    schedule: NoiseSchedule,
+}
+
+impl Lcm {
+    /// The sampler on `schedule`.
+    pub fn new(schedule: NoiseSchedule) -> Self {
+        Self { schedule }
+    }
+}
+
+impl Sampler for Lcm {
+    /// `x_prev = alpha_prev x0 + sigma_prev noise`; clean data, timestep -1, gets no noise.
+    fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor> {
+        step.ensure("Lcm::step", true)?;
+        let x0 = &step.prediction.x0;
+        let prev = self.schedule.scales_at(step.prev_timesteps, x0)?;
+        let noise = step.noise.ok_or(Error::NoiseMissing { op: "Lcm::step" })?;
+        Ok(prev.alpha * x0 + prev.sigma * noise)
+    }
+
+    fn needs_noise(&self) -> bool {
+        true
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}
+
+/// The scalings that make a consistency function the identity at timestep 0.
+///
+/// `c_skip = sigma_data² / (s² + sigma_data²)` and `c_out = s / sqrt(s² + sigma_data²)` with
+/// `s = timestep_scaling · t`; section 4.3 and appendix D of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConsistencyBoundary {
+    /// Standard deviation that the data are taken to have; default 0.5.
+    pub sigma_data: f64,
+    /// Factor of the timestep; default 10.
+    pub timestep_scaling: f64,
+}
+
+impl Default for ConsistencyBoundary {
+    fn default() -> Self {
+        Self { sigma_data: 0.5, timestep_scaling: 10.0 }
+    }
+}
+
+impl ConsistencyBoundary {
+    /// `(c_skip, c_out)` at one timestep.
+    pub fn scalings(&self, timestep: i64) -> (f64, f64) {
+        let (scaled, data) = (self.timestep_scaling * timestep as f64, self.sigma_data);
+        let total = scaled.powi(2) + data.powi(2);
+        (data.powi(2) / total, scaled / total.sqrt())
+    }
+
+    /// `c_out x0 + c_skip x_t`, per sample.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x0`, `x_t`: `[batch, ..]`; `timesteps`: `[batch]`, `Int64`; returns the shape of `x0`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`], [`Error::Shape`] or [`Error::Kind`] if these are not so.
+    pub fn apply(&self, x0: &Tensor, x_t: &Tensor, timesteps: &Tensor) -> Result<Tensor> {
+        const OP: &str = "ConsistencyBoundary::apply";
+        crate::ensure_same_shape(OP, ("x0", x0), ("x_t", x_t))?;
+        ensure_timesteps(OP, "timesteps", timesteps, x0)?;
+        // In Double: the square of the scaled timestep is 1e8, beyond Half and the precision of Float.
+        let scaled = timesteps.to_kind(Kind::Double) * self.timestep_scaling;
+        let total = scaled.square() + self.sigma_data.powi(2);
+        let mut shape = vec![1; x0.dim()];
+        shape[0] = -1;
+        let c_skip = (self.sigma_data.powi(2) / &total).to_kind(x0.kind()).view(shape.as_slice());
+        let c_out = (scaled / total.sqrt()).to_kind(x0.kind()).view(shape.as_slice());
+        Ok(c_out * x0 + c_skip * x_t)
+    }
+}

@@ -1,0 +1,201 @@
+//! What a network's output says about the clean data and the noise.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result, ensure_same_shape};
+use crate::noise_schedule::{NoiseSchedule, NoiseScheduleConfig, Scales};
+use crate::thresholding::Thresholding;
+
+/// What a network was trained to output; spelt as in published scheduler configs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PredictionType {
+    /// The noise.
+    #[serde(rename = "epsilon")]
+    Epsilon,
+    /// The clean data.
+    #[serde(rename = "sample")]
+    Sample,
+    /// `v = alpha epsilon - sigma x0`, on variance-preserving schedules;
+    /// [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512).
+    #[serde(rename = "v_prediction")]
+    VPrediction,
+    /// `u = epsilon - x0`, the velocity of flow matching.
+    #[serde(rename = "flow_prediction")]
+    Flow,
+}
+
+/// The clean data and the noise that make up a noisy sample, `x_t = alpha x0 + sigma epsilon`.
+///
+/// The common tongue of samplers, rollouts and losses: nobody past [`PredictionType::convert`] asks what the
+/// network was trained to output.
+#[derive(Debug)]
+pub struct Prediction {
+    /// Clean data, data scale, `[batch, ..]`.
+    pub x0: Tensor,
+    /// Noise, unit normal in the ideal, `[batch, ..]`.
+    pub epsilon: Tensor,
+}
+
+impl Prediction {
+    /// Completes a prediction of the clean data: `epsilon = (x_t - alpha x0) / sigma`.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x0`, `x_t`: `[batch, ..]`; `timesteps`: `[batch]`, `Int64`, not -1, where there is no noise to tell
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`] if `x0` and `x_t` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    pub fn from_x0(
+        schedule: &NoiseSchedule,
+        x0: Tensor,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+    ) -> Result<Self> {
+        ensure_same_shape("Prediction::from_x0", ("x0", &x0), ("x_t", x_t))?;
+        let Scales { alpha, sigma } = schedule.scales_at(timesteps, &x0)?;
+        let epsilon = (x_t - alpha * &x0) / sigma;
+        Ok(Self { x0, epsilon })
+    }
+
+    /// Holds `x0` inside the data's range and recomputes `epsilon` from it.
+    ///
+    /// The pair then still makes up `x_t`, so that a step from it stays between the two. Keeping the raw noise
+    /// beside a clipped `x0`, as diffusers does by default, breaks that.
+    ///
+    /// # Errors
+    ///
+    /// As [`Thresholding::apply`] and [`from_x0`](Self::from_x0).
+    pub fn thresholded(
+        self,
+        thresholding: &Thresholding,
+        schedule: &NoiseSchedule,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+    ) -> Result<Self> {
+        if *thresholding == Thresholding::None {
+            return Ok(self);
+        }
+        Self::from_x0(schedule, thresholding.apply(&self.x0)?, x_t, timesteps)
+    }
+
+    /// The same values without a graph behind them.
+    #[must_use]
+    pub fn detach(&self) -> Self {
+        Self { x0: self.x0.detach(), epsilon: self.epsilon.detach() }
+    }
+}
+
+impl PredictionType {
+    /// The name in published scheduler configs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Epsilon => "epsilon",
+            Self::Sample => "sample",
+            Self::VPrediction => "v_prediction",
+            Self::Flow => "flow_prediction",
+        }
+    }
+
+    /// Checks that this output has a meaning on `schedule`, once, before any step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PredictionType`] for `epsilon` where the last timestep holds no signal (`x0` cannot be told from
+    /// the noise there), and for `v_prediction` off a variance-preserving schedule.
+    pub fn ensure_defined_on(self, schedule: &NoiseSchedule) -> Result<()> {
+        let refuse = |reason: &str| {
+            let reason = reason.to_owned();
+            Err(Error::PredictionType { prediction_type: self.as_str(), reason })
+        };
+        let last = schedule.scale_at(schedule.last_timestep())?;
+        match self {
+            Self::Epsilon if last.alpha == 0.0 => refuse(
+                "the last timestep holds no signal (alpha is 0); use `v_prediction` or `sample`",
+            ),
+            Self::VPrediction if !matches!(schedule.config(), NoiseScheduleConfig::Vp(_)) => {
+                refuse("it needs alpha² + sigma² = 1; use `flow_prediction` or `sample`")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads a network's output at `x_t` as clean data and noise.
+    ///
+    /// Computed in `Float` at least: at high noise an error in `epsilon` is multiplied by `sigma / alpha`, 14.6 at
+    /// the last timestep of Stable Diffusion's schedule, which half precision cannot carry.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `model_output`, `x_t`: `[batch, ..]`, the same shape
+    /// - `timesteps`: `[batch]`, `Int64`, in training timesteps
+    /// - returns: the shape of `x_t`, `Float` or `Double`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`] if the two differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    pub fn convert(
+        self,
+        schedule: &NoiseSchedule,
+        model_output: &Tensor,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+    ) -> Result<Prediction> {
+        ensure_same_shape("PredictionType::convert", ("model_output", model_output), ("x_t", x_t))?;
+        let (output, x_t) = (at_least_float(model_output), at_least_float(x_t));
+        let Scales { alpha, sigma } = schedule.scales_at(timesteps, &x_t)?;
+        Ok(match self {
+            Self::Epsilon => Prediction { x0: (&x_t - sigma * &output) / alpha, epsilon: output },
+            Self::Sample => Prediction { epsilon: (&x_t - alpha * &output) / sigma, x0: output },
+            Self::VPrediction => Prediction {
+                x0: &alpha * &x_t - &sigma * &output,
+                epsilon: sigma * &x_t + alpha * &output,
+            },
+            // x_t = alpha x0 + sigma epsilon and u = epsilon - x0, solved for both.
+            Self::Flow => {
+                let total = &alpha + &sigma;
+                Prediction {
+                    x0: (&x_t - &sigma * &output) / &total,
+                    epsilon: (&x_t + &alpha * &output) / total,
+                }
+            }
+        })
+    }
+
+    /// What the network should have said for this clean data and noise: the target of its training.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x0`, `noise`: `[batch, ..]`; `timesteps`: `[batch]`, `Int64`; returns the shape of `x0`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`] if `x0` and `noise` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    pub fn target(
+        self,
+        schedule: &NoiseSchedule,
+        x0: &Tensor,
+        noise: &Tensor,
+        timesteps: &Tensor,
+    ) -> Result<Tensor> {
+        ensure_same_shape("PredictionType::target", ("x0", x0), ("noise", noise))?;
+        Ok(match self {
+            Self::Epsilon => noise.shallow_clone(),
+            Self::Sample => x0.shallow_clone(),
+            Self::VPrediction => {
+                let Scales { alpha, sigma } = schedule.scales_at(timesteps, x0)?;
+                alpha * noise - sigma * x0
+            }
+            Self::Flow => noise - x0,
+        })
+    }
+}
+
+/// `Float` for the half kinds, the tensor's own kind otherwise.
+fn at_least_float(tensor: &Tensor) -> Tensor {
+    match tensor.kind() {
+        Kind::Half | Kind::BFloat16 => tensor.to_kind(Kind::Float),
+        _ => tensor.shallow_clone(),
+    }
+}

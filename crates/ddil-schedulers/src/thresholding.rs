@@ -1,0 +1,239 @@
+//! Treatment of predicted clean data beyond the data's range ("reflected" diffusion).
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The box that clean data live in: one interval, or one a channel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRange {
+    /// The lowest value; one, or one a channel.
+    pub low: Bound,
+    /// The highest value; one, or one a channel.
+    pub high: Bound,
+}
+
+/// One end of a [`DataRange`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Bound {
+    /// The same for every value.
+    Scalar(f64),
+    /// One a channel, dimension 1 of the data.
+    PerChannel(Vec<f64>),
+}
+
+impl Default for DataRange {
+    /// `[-1, 1]`, the range of pixels.
+    fn default() -> Self {
+        Self { low: Bound::Scalar(-1.0), high: Bound::Scalar(1.0) }
+    }
+}
+
+/// What to do with predicted clean data that lie beyond the data's range.
+///
+/// Used the same way everywhere: in samplers, rollouts, teachers and targets. DDIL's "reflected diffusion" is
+/// [`Clamp`](Self::Clamp) on `x0`; [`Reflect`](Self::Reflect) folds instead and is there for comparison.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Thresholding {
+    /// Keep them.
+    #[default]
+    None,
+    /// Project them onto the range.
+    Clamp(DataRange),
+    /// Clip each sample at a quantile of its own absolute values and divide by it.
+    ///
+    /// Section 2.3 of [Saharia et al. 2022](https://arxiv.org/abs/2205.11487). For pixels; a latent would be
+    /// rescaled.
+    Dynamic {
+        /// Which quantile of `|x0|`, in (0, 1]; published default 0.995.
+        ratio: f64,
+        /// The largest divisor; published default 1, which makes this a plain clip at 1.
+        max_value: f64,
+    },
+    /// Fold them back at the walls, as often as it takes.
+    ///
+    /// The operator of [Lou and Ermon 2023](https://arxiv.org/abs/2304.04740), there applied to the state.
+    Reflect(DataRange),
+}
+
+impl DataRange {
+    /// The same interval for every channel.
+    pub fn scalar(low: f64, high: f64) -> Self {
+        Self { low: Bound::Scalar(low), high: Bound::Scalar(high) }
+    }
+
+    /// One interval a channel.
+    pub fn per_channel(low: Vec<f64>, high: Vec<f64>) -> Self {
+        Self { low: Bound::PerChannel(low), high: Bound::PerChannel(high) }
+    }
+
+    fn ensure(&self) -> Result<()> {
+        let (low, high) = (self.low.values(), self.high.values());
+        let comparable = low.len() == high.len() || low.len() == 1 || high.len() == 1;
+        let n = low.len().max(high.len());
+        let ordered = |i: usize| {
+            let (low, high) = (low[i.min(low.len() - 1)], high[i.min(high.len() - 1)]);
+            low.is_finite() && high.is_finite() && low < high
+        };
+        if comparable && !low.is_empty() && !high.is_empty() && (0..n).all(ordered) {
+            return Ok(());
+        }
+        Err(Error::InvalidConfig {
+            field: "thresholding.low, thresholding.high",
+            value: format!("{low:?}, {high:?}"),
+            expected: "finite and in order, each one value or one a channel".to_owned(),
+        })
+    }
+}
+
+impl Bound {
+    fn values(&self) -> &[f64] {
+        match self {
+            Self::Scalar(value) => std::slice::from_ref(value),
+            Self::PerChannel(values) => values,
+        }
+    }
+
+    /// `[1, channels, 1, ..]` to be broadcast over `x0`, or a scalar.
+    fn tensor(&self, x0: &Tensor) -> Result<Tensor> {
+        let values = self.values();
+        if values.len() > 1 && x0.size().get(1) != Some(&(values.len() as i64)) {
+            return Err(Error::Shape {
+                op: "Thresholding::apply",
+                name: "x0",
+                shape: x0.size(),
+                expected: format!("{} channels in dimension 1, one a bound", values.len()),
+            });
+        }
+        let mut shape = vec![1; x0.dim()];
+        if values.len() > 1 {
+            shape[1] = values.len() as i64;
+        }
+        Ok(Tensor::from_slice(values)
+            .view(shape.as_slice())
+            .to_kind(x0.kind())
+            .to_device(x0.device()))
+    }
+}
+
+impl Thresholding {
+    /// Clamp to `[-1, 1]`, for pixels.
+    pub fn clamp_pixels() -> Self {
+        Self::Clamp(DataRange::default())
+    }
+
+    /// Checks the settings, once, before any step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if bounds are not finite and in order, `ratio` is not in (0, 1] or `max_value` is
+    /// below 1.
+    pub fn ensure(&self) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::Clamp(range) | Self::Reflect(range) => range.ensure(),
+            Self::Dynamic { ratio, max_value } => {
+                if 0.0 < *ratio && *ratio <= 1.0 && *max_value >= 1.0 {
+                    return Ok(());
+                }
+                Err(Error::InvalidConfig {
+                    field: "thresholding.ratio, thresholding.max_value",
+                    value: format!("{ratio}, {max_value}"),
+                    expected: "a ratio in (0, 1] and a value of at least 1".to_owned(),
+                })
+            }
+        }
+    }
+
+    /// The data with what lies beyond the range treated.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x0`: `[batch, ..]`, or `[batch, channels, ..]` for a range per channel; returns the same shape and kind
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if a range per channel does not fit the channels of `x0`; as [`ensure`](Self::ensure) for
+    /// the settings.
+    pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
+        self.ensure()?;
+        match self {
+            Self::None => Ok(x0.shallow_clone()),
+            Self::Clamp(DataRange { low: Bound::Scalar(low), high: Bound::Scalar(high) }) => {
+                Ok(x0.clamp(*low, *high))
+            }
+            Self::Clamp(range) => {
+                Ok(x0.clamp_tensor(Some(range.low.tensor(x0)?), Some(range.high.tensor(x0)?)))
+            }
+            Self::Dynamic { ratio, max_value } => dynamic(x0, *ratio, *max_value),
+            Self::Reflect(range) => {
+                Ok(reflect(x0, &range.low.tensor(x0)?, &range.high.tensor(x0)?))
+            }
+        }
+    }
+
+    /// The share of values that [`apply`](Self::apply) changes, one a sample, `[batch]`, `Float`, on the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply).
+    pub fn changed_fraction(&self, x0: &Tensor) -> Result<Tensor> {
+        let changed = self.apply(x0)?.ne_tensor(x0).to_kind(Kind::Float);
+        Ok(changed.flatten(0, -1).view([x0.size().first().copied().unwrap_or(1), -1]).mean_dim(
+            1,
+            false,
+            Kind::Float,
+        ))
+    }
+}
+
+fn dynamic(x0: &Tensor, ratio: f64, max_value: f64) -> Result<Tensor> {
+    const OP: &str = "Thresholding::apply";
+    let kind = x0.kind();
+    let batch = x0.size().first().copied().unwrap_or(1);
+    let flat = x0.reshape([batch, -1]);
+    // quantile takes no half kinds; it is computed in Float for them.
+    let flat = if kind == Kind::Double { flat } else { flat.to_kind(Kind::Float) };
+    let scale = per_sample_quantile(&flat.abs(), ratio)
+        .map_err(Error::torch(OP))?
+        .clamp(1.0, max_value)
+        .view([batch, 1]);
+    let limited = flat.minimum(&scale).maximum(&-&scale) / scale;
+    Ok(limited.view(x0.size().as_slice()).to_kind(kind))
+}
+
+/// The quantile of each row, linearly interpolated; row by row where libtorch's own limit of 2^24 values would
+/// be passed.
+fn per_sample_quantile(rows: &Tensor, ratio: f64) -> std::result::Result<Tensor, tch::TchError> {
+    const LIMIT: usize = 1 << 24;
+    if rows.numel() < LIMIT {
+        return rows.f_quantile_scalar(ratio, 1, false, "linear");
+    }
+    let values = (0..rows.size()[0])
+        .map(|i| {
+            let sorted = rows.select(0, i).f_sort(0, false)?.0;
+            let position = ratio * (sorted.numel() - 1) as f64;
+            let below = position.floor() as i64;
+            let above = (below + 1).min(sorted.numel() as i64 - 1);
+            let (below, above) = (sorted.get(below), sorted.get(above));
+            Ok(&below + (above - &below) * position.fract())
+        })
+        .collect::<std::result::Result<Vec<Tensor>, tch::TchError>>()?;
+    Tensor::f_stack(&values, 0)
+}
+
+/// Folds at both walls: a triangle wave of period `2 (high - low)` that is the identity inside.
+fn reflect(x0: &Tensor, low: &Tensor, high: &Tensor) -> Tensor {
+    let width = high - low;
+    // `remainder` is floored, as the fold needs; `fmod` would mirror negative values the wrong way.
+    let turns = ((x0 - low) / &width).remainder(2.0);
+    let from_far_wall: Tensor = 1.0 - turns;
+    let folded = low + width * (1.0 - from_far_wall.abs());
+    // The fold's own rounding must not move points that need none.
+    let inside = x0.ge_tensor(low).logical_and(&x0.le_tensor(high));
+    x0.where_self(&inside, &folded)
+}

@@ -1,0 +1,203 @@
+//! Which timesteps a run of `n` steps visits.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How `n` timesteps are spread over the training grid; spelt as in published scheduler configs.
+///
+/// Table 2 of [Lin et al. 2023](https://arxiv.org/abs/2305.08891).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimestepSpacing {
+    /// Multiples of `num_train_timesteps / n`, plus an offset; never reaches the noisiest timestep.
+    Leading,
+    /// Evenly from the noisiest timestep to 0, both included.
+    Linspace,
+    /// From the noisiest timestep down in even steps; the one for few steps.
+    Trailing,
+}
+
+/// Which timestep a step goes to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreviousTimestep {
+    /// The next entry of the grid, and clean data after the last.
+    #[default]
+    NextInGrid,
+    /// `num_train_timesteps / n` less (integer division), clean data where that is negative: diffusers' rule.
+    /// It leaves the grid for `linspace`, and wherever `n` does not divide `num_train_timesteps`.
+    Stride,
+}
+
+/// The timesteps of a run, noisiest first, strictly falling, and where each step goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Timesteps {
+    timesteps: Vec<i64>,
+    prev: Vec<i64>,
+}
+
+impl Timesteps {
+    /// `n` timesteps spread over `num_train_timesteps`; `steps_offset` is for leading spacing only.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless `1 <= n <= num_train_timesteps`, or if the offset leaves the grid.
+    pub fn spaced(
+        spacing: TimestepSpacing,
+        num_train_timesteps: u32,
+        n: u32,
+        steps_offset: u32,
+    ) -> Result<Self> {
+        ensure_num_inference_steps(n, num_train_timesteps)?;
+        let (total, n) = (i64::from(num_train_timesteps), i64::from(n));
+        let list = match spacing {
+            TimestepSpacing::Leading => {
+                let stride = total / n;
+                (0..n).rev().map(|j| stride * j + i64::from(steps_offset)).collect()
+            }
+            TimestepSpacing::Linspace => linspace(total, n),
+            TimestepSpacing::Trailing => {
+                (1..=n).rev().map(|i| divide_half_even(total * i, n) - 1).collect()
+            }
+        };
+        Self::explicit(list, num_train_timesteps)
+    }
+
+    /// The grid of latent consistency models: every so many of the teacher's `original_steps`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless `1 <= n <= original_steps <= num_train_timesteps`.
+    pub fn lcm(num_train_timesteps: u32, original_steps: u32, n: u32) -> Result<Self> {
+        ensure_num_inference_steps(original_steps, num_train_timesteps)?;
+        ensure_num_inference_steps(n, original_steps)?;
+        let stride = i64::from(num_train_timesteps / original_steps);
+        let original: Vec<i64> =
+            (1..=i64::from(original_steps)).rev().map(|j| j * stride - 1).collect();
+        let list = (0..n as usize).map(|j| original[j * original.len() / n as usize]).collect();
+        Self::explicit(list, num_train_timesteps)
+    }
+
+    /// A list of one's own, noisiest first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless the list is not empty, strictly falls and stays on the grid.
+    pub fn explicit(timesteps: Vec<i64>, num_train_timesteps: u32) -> Result<Self> {
+        let falls = timesteps.windows(2).all(|pair| pair[0] > pair[1]);
+        let on_grid = |t: &i64| (0..i64::from(num_train_timesteps)).contains(t);
+        if timesteps.is_empty() || !falls || !timesteps.iter().all(on_grid) {
+            return Err(Error::InvalidConfig {
+                field: "timesteps",
+                value: format!("{timesteps:?}"),
+                expected: format!(
+                    "at least one, strictly falling, each in 0..{num_train_timesteps}"
+                ),
+            });
+        }
+        let prev = timesteps.iter().skip(1).copied().chain([-1]).collect();
+        Ok(Self { timesteps, prev })
+    }
+
+    /// The same timesteps with another rule for where each step goes.
+    #[must_use]
+    pub fn with_previous(mut self, rule: PreviousTimestep, num_train_timesteps: u32) -> Self {
+        let stride = i64::from(num_train_timesteps) / self.timesteps.len() as i64;
+        self.prev = match rule {
+            PreviousTimestep::NextInGrid => {
+                self.timesteps.iter().skip(1).copied().chain([-1]).collect()
+            }
+            PreviousTimestep::Stride => {
+                self.timesteps.iter().map(|t| (t - stride).max(-1)).collect()
+            }
+        };
+        self
+    }
+
+    /// The timesteps, noisiest first.
+    pub fn as_slice(&self) -> &[i64] {
+        &self.timesteps
+    }
+
+    /// Number of network calls a sample.
+    pub fn len(&self) -> usize {
+        self.timesteps.len()
+    }
+
+    /// Never true: a grid has at least one timestep.
+    pub fn is_empty(&self) -> bool {
+        self.timesteps.is_empty()
+    }
+
+    /// Each timestep with where its step goes; -1 is clean data.
+    pub fn pairs(&self) -> impl ExactSizeIterator<Item = (i64, i64)> + '_ {
+        self.timesteps.iter().copied().zip(self.prev.iter().copied())
+    }
+
+    /// Each interval of the grid cut into `substeps` even parts, for a teacher that takes finer steps; the
+    /// timesteps of this grid are kept.
+    ///
+    /// A trailing grid of `n` timesteps becomes the trailing grid of `n substeps`; any other is cut between its
+    /// neighbours, halves rounded to even as there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if `substeps` is 0 or an interval has fewer timesteps than parts.
+    pub fn refined(&self, substeps: u32, num_train_timesteps: u32) -> Result<Self> {
+        let too_many = || Error::InvalidConfig {
+            field: "substeps",
+            value: substeps.to_string(),
+            expected: format!(
+                "at least 1 and at most the timesteps between neighbours of the grid {:?}",
+                self.timesteps
+            ),
+        };
+        let trailing = |n| Self::spaced(TimestepSpacing::Trailing, num_train_timesteps, n, 0);
+        let n = self.timesteps.len() as u32;
+        if trailing(n).is_ok_and(|grid| grid.timesteps == self.timesteps) {
+            return n
+                .checked_mul(substeps)
+                .map_or_else(|| Err(too_many()), trailing)
+                .map_err(|_| too_many());
+        }
+        let parts = i64::from(substeps);
+        let list = self.timesteps.iter().zip(self.timesteps.iter().skip(1).chain([&-1]));
+        // Counted from 1, as trailing grids are rounded.
+        let cut = |(from, to): (&i64, &i64)| {
+            let (from, to) = (from + 1, to + 1);
+            (0..parts).map(move |k| divide_half_even(from * parts - (from - to) * k, parts) - 1)
+        };
+        Self::explicit(list.flat_map(cut).collect(), num_train_timesteps).map_err(|_| too_many())
+    }
+}
+
+fn ensure_num_inference_steps(n: u32, most: u32) -> Result<()> {
+    if (1..=most).contains(&n) {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field: "num_inference_steps",
+        value: n.to_string(),
+        expected: format!("in 1..={most}"),
+    })
+}
+
+fn linspace(total: i64, n: i64) -> Vec<i64> {
+    if n == 1 {
+        // numpy's linspace of one value is its start; the noisiest timestep is the only one that makes sense.
+        return vec![total - 1];
+    }
+    (0..n).rev().map(|i| divide_half_even((total - 1) * i, n - 1)).collect()
+}
+
+/// `round(numerator / denominator)` with halves to even, as numpy rounds, in integers: a float grid loses or gains
+/// an entry for some `n`.
+fn divide_half_even(numerator: i64, denominator: i64) -> i64 {
+    let (quotient, rest) = (numerator.div_euclid(denominator), numerator.rem_euclid(denominator));
+    match (2 * rest).cmp(&denominator) {
+        std::cmp::Ordering::Less => quotient,
+        std::cmp::Ordering::Greater => quotient + 1,
+        std::cmp::Ordering::Equal => quotient + quotient.rem_euclid(2),
+    }
+}

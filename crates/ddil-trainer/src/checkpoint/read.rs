@@ -1,0 +1,298 @@
+//! Finding, checking and reading checkpoints.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::{
+    MANIFEST,
+    manifest::{Manifest, Member, Sealed, hex, objection},
+    step_of,
+    tensors::read_tensors,
+};
+use crate::{Error, Result, files::read_json};
+
+/// A checkpoint whose every byte is the one that was written.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: Manifest,
+}
+
+/// What can be wrong with a checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Damage {
+    /// The manifest is missing, cut short or not JSON.
+    #[error("its manifest.json cannot be read: {reason}")]
+    Manifest {
+        /// What the system or the parser said.
+        reason: String,
+    },
+    /// The manifest is not the one that was written.
+    #[error("its manifest.json has another checksum than it says")]
+    ManifestChecksum,
+    /// The layout is not one that this version knows.
+    #[error("its format version is {found}, which this version does not know")]
+    Format {
+        /// What the manifest says.
+        found: u32,
+    },
+    /// The folder's name and the manifest disagree.
+    #[error("its manifest.json is that of step {found}")]
+    OtherStep {
+        /// What the manifest says.
+        found: u64,
+    },
+    /// The manifest names a file that a checkpoint cannot have.
+    #[error("its manifest.json lists a file `{name}`: {reason}")]
+    MemberName {
+        /// The name.
+        name: String,
+        /// Why it cannot be.
+        reason: &'static str,
+    },
+    /// A file is missing or cannot be read.
+    #[error("its file {name} cannot be read: {reason}")]
+    Member {
+        /// The file.
+        name: String,
+        /// What the system said.
+        reason: io::Error,
+    },
+    /// A file has been cut short or has grown.
+    #[error("its file {name} has {found} bytes, not {expected}")]
+    Size {
+        /// The file.
+        name: String,
+        /// Its length.
+        found: u64,
+        /// Its length when it was written.
+        expected: u64,
+    },
+    /// A file has the right length and the wrong content.
+    #[error("its file {name} has another SHA-256 than when it was written")]
+    Checksum {
+        /// The file.
+        name: String,
+    },
+}
+
+/// A checkpoint that was passed over.
+#[derive(Debug)]
+pub struct Damaged {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub reason: Damage,
+}
+
+/// What [`find_latest`] found.
+#[derive(Debug)]
+pub struct Found {
+    /// The newest sound checkpoint, if there is one.
+    pub checkpoint: Option<Checkpoint>,
+    /// Newer ones that are damaged, newest first; to be told to the user.
+    pub damaged: Vec<Damaged>,
+}
+
+/// The newest checkpoint that is sound to the last byte, and the damaged ones that are newer.
+///
+/// A folder that does not exist holds no checkpoints.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the folder cannot be listed.
+pub fn find_latest(checkpoints: &Path) -> Result<Found> {
+    let mut damaged = Vec::new();
+    for path in list(checkpoints)?.into_iter().rev() {
+        match check(&path) {
+            Ok(manifest) => {
+                return Ok(Found { checkpoint: Some(Checkpoint { path, manifest }), damaged });
+            }
+            Err(reason) => damaged.push(Damaged { path, reason }),
+        }
+    }
+    Ok(Found { checkpoint: None, damaged })
+}
+
+/// The folders of all checkpoints, sound or not, oldest first.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the folder cannot be listed; one that does not exist is empty.
+pub fn list(checkpoints: &Path) -> Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(checkpoints) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(Error::io("list", checkpoints))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(Error::io("list", checkpoints))?.path();
+        if let (Some(step), true) = (step_of(&path), path.is_dir()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+impl Checkpoint {
+    /// Opens one checkpoint and reads it through, to be sure of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there is no such folder, [`Error::DamagedCheckpoint`] if it is not what was written.
+    pub fn open(path: &Path) -> Result<Self> {
+        fs::read_dir(path).map_err(Error::io("open", path))?;
+        match check(path) {
+            Ok(manifest) => Ok(Self { path: path.to_owned(), manifest }),
+            Err(source) => Err(Error::DamagedCheckpoint { path: path.to_owned(), source }),
+        }
+    }
+
+    /// One that was written a moment ago.
+    pub(super) fn trusted(path: PathBuf, manifest: Manifest) -> Self {
+        Self { path, manifest }
+    }
+
+    /// How many optimizer updates lie behind it.
+    pub fn step(&self) -> u64 {
+        self.manifest.step
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All that it says of itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Makes sure that a run of this kind wrote it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherCheckpoint`] otherwise.
+    pub fn ensure_kind(&self, expected: &str) -> Result<()> {
+        if self.manifest.kind == expected {
+            return Ok(());
+        }
+        Err(Error::OtherCheckpoint {
+            path: self.path.clone(),
+            found: self.manifest.kind.clone(),
+            expected: expected.to_owned(),
+        })
+    }
+
+    /// What keeps a resume from here from being exact to the bit, in words; empty if nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`] if libtorch cannot say how many threads it uses.
+    pub fn obstacles_to_exact_resume(&self) -> Result<Vec<String>> {
+        let now = Manifest::new(self.step(), &self.manifest.kind, self.manifest.members.clone())?;
+        let differ = |what: &str, then: &str, now: &str| {
+            (then != now).then(|| format!("{what}: {then} then, {now} now"))
+        };
+        let threads = |manifest: &Manifest| manifest.num_threads.to_string();
+        let obstacles = [
+            differ("number of threads", &threads(&self.manifest), &threads(&now)),
+            differ("libtorch", &self.manifest.libtorch, &now.libtorch),
+            differ("ddil", &self.manifest.ddil, &now.ddil),
+        ];
+        Ok(obstacles.into_iter().flatten().collect())
+    }
+
+    /// Whether it has a file of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.manifest.members.contains_key(name)
+    }
+
+    /// Reads a safetensors file onto the CPU, in the kinds that were written, in order of the names.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Tensors`] if it is not safetensors.
+    pub fn tensors(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
+        read_tensors(&self.member(name)?)
+    }
+
+    /// Reads a JSON file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Json`] if it does not hold a `T`.
+    pub fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        read_json(&self.member(name)?)
+    }
+
+    fn member(&self, name: &str) -> Result<PathBuf> {
+        if self.has(name) {
+            return Ok(self.path.join(name));
+        }
+        Err(Error::NoSuchMember {
+            path: self.path.clone(),
+            name: name.to_owned(),
+            known: self.manifest.members.keys().cloned().collect(),
+        })
+    }
+}
+
+fn check(path: &Path) -> Result<Manifest, Damage> {
+    let sealed: Sealed = read_json(&path.join(MANIFEST))
+        .map_err(|error| Damage::Manifest { reason: cause_of(&error) })?;
+    if !sealed.manifest.is_known_format() {
+        return Err(Damage::Format { found: sealed.manifest.format_version });
+    }
+    if !sealed.is_intact() {
+        return Err(Damage::ManifestChecksum);
+    }
+    let manifest = sealed.manifest;
+    if step_of(path).is_some_and(|step| step != manifest.step) {
+        return Err(Damage::OtherStep { found: manifest.step });
+    }
+    for (name, member) in &manifest.members {
+        check_member(path, name, member)?;
+    }
+    Ok(manifest)
+}
+
+fn check_member(folder: &Path, name: &str, expected: &Member) -> Result<(), Damage> {
+    if let Some(reason) = objection(name) {
+        return Err(Damage::MemberName { name: name.to_owned(), reason });
+    }
+    let unreadable = |reason| Damage::Member { name: name.to_owned(), reason };
+    let mut file = File::open(folder.join(name)).map_err(unreadable)?;
+    let found = file.metadata().map_err(unreadable)?.len();
+    if found != expected.bytes {
+        return Err(Damage::Size { name: name.to_owned(), found, expected: expected.bytes });
+    }
+    if sha256_of(&mut file).map_err(unreadable)? != expected.sha256 {
+        return Err(Damage::Checksum { name: name.to_owned() });
+    }
+    Ok(())
+}
+
+fn sha256_of(file: &mut impl Read) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            length => hasher.update(&chunk[..length]),
+        }
+    }
+}
+
+fn cause_of(error: &Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}

@@ -1,0 +1,194 @@
+//! Writing a checkpoint, all or nothing.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::{
+    Checkpoint, LATEST, MANIFEST, REPLACED, folder_of,
+    manifest::{Manifest, Member, hex, objection},
+    tensors::write_tensors,
+};
+use crate::{
+    Error, Result,
+    files::{sync_folder, temporary_sibling, write_atomic},
+};
+
+/// Writes one checkpoint; until [`commit`](Self::commit) it does not exist.
+///
+/// Dropping it without a commit, be it for an error such as a full disk, removes what was written and
+/// leaves earlier checkpoints as they are.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::checkpoint::{CheckpointWriter, find_latest};
+/// use tch::Tensor;
+///
+/// let folder = tempfile::tempdir()?;
+/// let weights = [("weight".to_owned(), Tensor::from_slice(&[1.0_f32, 2.0]))];
+/// let mut writer = CheckpointWriter::new(folder.path(), 1000, "distill")?;
+/// writer.tensors("student.safetensors", &weights)?.json("state.json", &"anything serde can write")?;
+/// writer.commit()?;
+///
+/// let checkpoint = find_latest(folder.path())?.checkpoint.ok_or("just written")?;
+/// assert_eq!(checkpoint.step(), 1000);
+/// assert_eq!(checkpoint.tensors("student.safetensors")?[0].1, weights[0].1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct CheckpointWriter {
+    checkpoints: PathBuf,
+    aside: PathBuf,
+    step: u64,
+    kind: String,
+    members: BTreeMap<String, Member>,
+}
+
+impl CheckpointWriter {
+    /// Starts the checkpoint of a step in the folder that holds all checkpoints, made if need be.
+    ///
+    /// `kind` says what sort of run this is; a resume checks it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a folder cannot be made.
+    pub fn new(checkpoints: &Path, step: u64, kind: &str) -> Result<Self> {
+        let aside = temporary_sibling(&folder_of(checkpoints, step));
+        fs::create_dir_all(checkpoints).map_err(Error::io("create", checkpoints))?;
+        fs::create_dir(&aside).map_err(Error::io("create", &aside))?;
+        let (checkpoints, kind) = (checkpoints.to_owned(), kind.to_owned());
+        Ok(Self { checkpoints, aside, step, kind, members: BTreeMap::new() })
+    }
+
+    /// Adds a safetensors file. Tensors of any device and kind are written as they are, to the bit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Tensors`] for
+    /// a name given twice or a kind that safetensors lacks, [`Error::Io`] if the disk is full.
+    pub fn tensors(&mut self, name: &str, tensors: &[(String, Tensor)]) -> Result<&mut Self> {
+        self.member(name, |path, file| write_tensors(path, file, tensors))
+    }
+
+    /// Adds a JSON file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Json`] for a
+    /// value that JSON cannot hold, [`Error::Io`] if the disk is full.
+    pub fn json(&mut self, name: &str, value: &impl Serialize) -> Result<&mut Self> {
+        self.member(name, |path, file| {
+            serde_json::to_writer_pretty(file, value).map_err(|source| Error::Json {
+                action: "write",
+                path: path.to_owned(),
+                source,
+            })
+        })
+    }
+
+    fn member(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&Path, &mut Hashed) -> Result<()>,
+    ) -> Result<&mut Self> {
+        let taken = self.members.contains_key(name).then_some("it is taken");
+        if let Some(reason) = objection(name).or(taken) {
+            return Err(Error::InvalidMember { name: name.to_owned(), reason });
+        }
+        let path = self.aside.join(name);
+        let mut file = Hashed::create(&path).map_err(Error::io("create", &path))?;
+        write(&path, &mut file)?;
+        let member = file.finish().map_err(Error::io("write", &path))?;
+        self.members.insert(name.to_owned(), member);
+        Ok(self)
+    }
+
+    /// Puts the checkpoint in place and names it in `latest`; one of the same step is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
+    pub fn commit(self) -> Result<Checkpoint> {
+        let manifest = Manifest::new(self.step, &self.kind, self.members.clone())?;
+        let path = self.aside.join(MANIFEST);
+        let sealed = manifest.clone().seal().and_then(|sealed| serde_json::to_vec_pretty(&sealed));
+        let text =
+            sealed.map_err(|source| Error::Json { action: "write", path: path.clone(), source })?;
+        write_atomic(&path, &text)?;
+        sync_folder(&self.aside)?;
+
+        let place = folder_of(&self.checkpoints, self.step);
+        self.move_into(&place)?;
+        let name = place.file_name().unwrap_or_default().to_string_lossy();
+        write_atomic(&self.checkpoints.join(LATEST), format!("{name}\n").as_bytes())?;
+        Ok(Checkpoint::trusted(place, manifest))
+    }
+
+    fn move_into(&self, place: &Path) -> Result<()> {
+        let name = place.file_name().unwrap_or_default().to_string_lossy();
+        let old = place.with_file_name(format!("{REPLACED}{name}"));
+        let replaces = place.exists();
+        if replaces {
+            fs::rename(place, &old).map_err(Error::io("make room for", place))?;
+        }
+        if let Err(error) = fs::rename(&self.aside, place) {
+            if replaces {
+                // What stood there stands there again; the error to tell is the first one.
+                let _ = fs::rename(&old, place);
+            }
+            return Err(Error::io("rename to", place)(error));
+        }
+        sync_folder(&self.checkpoints)?;
+        if replaces {
+            fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for CheckpointWriter {
+    fn drop(&mut self) {
+        // Gone already after a commit; after an error that one is to be told, not this.
+        let _ = fs::remove_dir_all(&self.aside);
+    }
+}
+
+/// A file that takes the checksum of what should be in it, not of what the disk made of it.
+pub(super) struct Hashed {
+    file: BufWriter<File>,
+    hasher: Sha256,
+    bytes: u64,
+}
+
+impl Hashed {
+    fn create(path: &Path) -> io::Result<Self> {
+        let file = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+        Ok(Self { file, hasher: Sha256::new(), bytes: 0 })
+    }
+
+    fn finish(self) -> io::Result<Member> {
+        self.file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+        Ok(Member { bytes: self.bytes, sha256: hex(&self.hasher.finalize()) })
+    }
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}

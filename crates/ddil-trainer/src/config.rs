@@ -1,0 +1,390 @@
+//! The config file of a run, part by part.
+//!
+//! Every table and key has its default documented at its field; `ddil init` writes the same as a commented file.
+
+use std::path::PathBuf;
+
+use ddil_core::MixerConfig;
+use ddil_losses::{ObjectiveConfig, TeacherGuidance};
+use ddil_models::UNet2DConfig;
+use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use crate::checkpoint::Retention;
+use crate::ema::EmaConfig;
+use crate::error::{Error, Result};
+use crate::lr_schedule::LrSchedule;
+use crate::optimizer::AdamWConfig;
+
+/// What every run has: its name, its seed and the machine it runs on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunSection {
+    /// The run's folder is `<folder>/<name>`; default `run`.
+    pub name: String,
+    /// Where run folders are; default `runs`.
+    pub folder: PathBuf,
+    /// What all random numbers of the run follow from; default 0.
+    pub seed: u64,
+    /// `cpu`, `cuda` or `cuda:1`; default `cpu`.
+    pub device: String,
+    /// What convolutions and products are computed in; weights stay `float32`. Default `float32`.
+    pub precision: Precision,
+    /// Whether images keep their channels innermost, the faster order for most convolutions; default true.
+    pub channels_last: bool,
+    /// Threads of libtorch; 0, the default, is one a core.
+    pub threads: u32,
+}
+
+/// What convolutions and products are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits throughout.
+    #[default]
+    Float32,
+    /// bfloat16 by autocast, the rest in 32 bits.
+    Bfloat16,
+}
+
+/// Which data, and how many at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    /// Where the samples come from; default `fashion_mnist`.
+    pub kind: DataKind,
+    /// The folder; the default is the user's cache for Fashion-MNIST, and there is none for images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Samples an update; default 64.
+    pub batch_size: u32,
+    /// Whether samples are mirrored at random; default false.
+    pub horizontal_flip: bool,
+}
+
+/// A kind of dataset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataKind {
+    /// The four IDX files of Fashion-MNIST, padded to 32x32.
+    #[default]
+    FashionMnist,
+    /// A folder of PNG files of one size; names of sub-folders are the classes.
+    ImageFolder,
+}
+
+/// What a run writes, and when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OutputSection {
+    /// Updates between two lines of metrics; default 10.
+    pub log_interval: u64,
+    /// Updates between two sample grids; 0 is none but the last. Default 1000.
+    pub sample_interval: u64,
+    /// Updates between two checkpoints; default 500.
+    pub checkpoint_interval: u64,
+    /// Which checkpoints are kept; default the last two.
+    pub checkpoints: Retention,
+    /// Samples a class, or in all without classes, in a grid; default 8.
+    pub samples_per_class: u32,
+}
+
+/// The config of `ddil train`: a diffusion model from data.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Name, seed and machine.
+    pub run: RunSection,
+    /// Data.
+    pub data: DataSection,
+    /// The network; keys are those of diffusers' `UNet2DModel`.
+    pub model: UNet2DConfig,
+    /// The noise schedule.
+    pub schedule: NoiseScheduleConfig,
+    /// What is learned.
+    pub train: TrainSection,
+    /// The optimizer.
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over the run or over each stage.
+    pub learning_rate: LrSchedule,
+    /// The moving average, which is what is exported.
+    pub ema: EmaConfig,
+    /// Logs, grids, checkpoints.
+    pub output: OutputSection,
+}
+
+/// What `ddil train` learns, for how long, and how its grids are sampled.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSection {
+    /// Updates in all; default 10000.
+    pub updates: u64,
+    /// What the network is trained to output; default `v_prediction`.
+    pub prediction_type: PredictionType,
+    /// How often a label is replaced by the null class, which guidance needs; default 0.1.
+    pub label_dropout: f64,
+    /// DDIM steps of the sample grids; default 50.
+    pub sample_steps: u32,
+    /// Guidance of the sample grids; default 2.
+    pub sample_guidance_scale: f64,
+}
+
+/// The config of `ddil distill`: a few-step student from a teacher.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistillConfig {
+    /// Name, seed and machine.
+    pub run: RunSection,
+    /// Data.
+    pub data: DataSection,
+    /// The expert.
+    pub teacher: TeacherSection,
+    /// The learner.
+    pub student: StudentSection,
+    /// The method.
+    pub objective: ObjectiveConfig,
+    /// What is done with clean data beyond their range: the teacher's, and the student's in its rollouts and samples.
+    pub thresholding: Thresholding,
+    /// Where training states come from.
+    pub mixing: MixerConfig,
+    /// The optimizer.
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over the run or over each stage.
+    pub learning_rate: LrSchedule,
+    /// The moving average, which is what is exported.
+    pub ema: EmaConfig,
+    /// Logs, grids, checkpoints.
+    pub output: OutputSection,
+}
+
+/// The expert: which one, and how it is asked.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TeacherSection {
+    /// A folder as diffusers writes them.
+    pub path: PathBuf,
+    /// Where its guidance comes from; default `baked_in`, which is none for a plain teacher.
+    pub guidance: TeacherGuidance,
+}
+
+/// The learner: it starts as a copy of the teacher and takes fewer steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StudentSection {
+    /// Its steps, stage by stage; the student of a stage is the teacher of the next. Default `[4]`.
+    pub stages: Vec<u32>,
+    /// Updates of each stage; default 2000.
+    pub updates_per_stage: u64,
+}
+
+impl Default for RunSection {
+    fn default() -> Self {
+        Self {
+            name: "run".to_owned(),
+            folder: "runs".into(),
+            seed: 0,
+            device: "cpu".to_owned(),
+            precision: Precision::Float32,
+            channels_last: true,
+            threads: 0,
+        }
+    }
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self { kind: DataKind::FashionMnist, path: None, batch_size: 64, horizontal_flip: false }
+    }
+}
+
+impl Default for OutputSection {
+    fn default() -> Self {
+        Self {
+            log_interval: 10,
+            sample_interval: 1000,
+            checkpoint_interval: 500,
+            checkpoints: Retention::default(),
+            samples_per_class: 8,
+        }
+    }
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            updates: 10_000,
+            prediction_type: PredictionType::VPrediction,
+            label_dropout: 0.1,
+            sample_steps: 50,
+            sample_guidance_scale: 2.0,
+        }
+    }
+}
+
+impl Default for StudentSection {
+    fn default() -> Self {
+        Self { stages: vec![4], updates_per_stage: 2000 }
+    }
+}
+
+impl RunSection {
+    /// The run's own folder.
+    pub fn path(&self) -> PathBuf {
+        self.folder.join(&self.name)
+    }
+
+    /// The device, checked to be there: a GPU that was asked for is never replaced by the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+    pub fn device(&self) -> Result<Device> {
+        parse_device(&self.device)
+    }
+
+    /// Checks what can be checked before any work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] that names the key.
+    pub fn ensure(&self) -> Result<()> {
+        let plain = !self.name.is_empty()
+            && !self.name.starts_with('.')
+            && !self.name.contains(['/', '\\', '\0']);
+        ensure("run.name", &self.name, plain, "the name of a folder, without a path")?;
+        self.device().map(drop)
+    }
+}
+
+/// The device of that name, checked to be usable.
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+pub fn parse_device(name: &str) -> Result<Device> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Some(0),
+        _ => name.strip_prefix("cuda:").and_then(|index| index.parse::<usize>().ok()),
+    };
+    let Some(index) = index else {
+        ensure("run.device", name, false, "`cpu`, `cuda` or `cuda:<index>`")?;
+        return Ok(Device::Cpu);
+    };
+    let found = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+    if index >= found {
+        let expected = match ddil_libtorch::why_no_cuda() {
+            Some(reason) => format!("a device that can be used: {reason}"),
+            None => format!("an index below {found}, the number of GPUs here"),
+        };
+        ensure("run.device", name, false, &expected)?;
+    }
+    Ok(Device::Cuda(index))
+}
+
+impl Precision {
+    /// The kind that autocast computes in, if it is on.
+    pub fn autocast(self) -> Option<Kind> {
+        match self {
+            Self::Float32 => None,
+            Self::Bfloat16 => Some(Kind::BFloat16),
+        }
+    }
+}
+
+impl OutputSection {
+    fn ensure(&self) -> Result<()> {
+        ensure("output.log_interval", self.log_interval, self.log_interval > 0, "at least 1")?;
+        let interval = self.checkpoint_interval;
+        ensure("output.checkpoint_interval", interval, interval > 0, "at least 1")
+    }
+}
+
+impl DataSection {
+    fn ensure(&self) -> Result<()> {
+        ensure("data.batch_size", self.batch_size, self.batch_size > 0, "at least 1")?;
+        let has_path = self.kind == DataKind::FashionMnist || self.path.is_some();
+        ensure("data.path", "not set", has_path, "the folder of the images")
+    }
+}
+
+impl TrainConfig {
+    /// Checks every part, before any work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] or the part's own error, which names the key.
+    pub fn ensure(&self) -> Result<()> {
+        self.run.ensure()?;
+        self.data.ensure()?;
+        self.learning_rate.ensure_valid()?;
+        self.output.ensure()?;
+        let schedule = self.schedule.build()?;
+        self.train.prediction_type.ensure_defined_on(&schedule)?;
+        let TrainSection { updates, label_dropout, sample_steps, .. } = self.train;
+        ensure("train.updates", updates, updates > 0, "at least 1")?;
+        let dropout = (0.0..=1.0).contains(&label_dropout);
+        ensure("train.label_dropout", label_dropout, dropout, "in 0..=1")?;
+        let most = self.schedule.num_train_timesteps();
+        let on_grid = (1..=most).contains(&sample_steps);
+        ensure("train.sample_steps", sample_steps, on_grid, &format!("in 1..={most}"))
+    }
+}
+
+impl DistillConfig {
+    /// Checks every part that can be checked without the teacher, before any work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] or the part's own error, which names the key.
+    pub fn ensure(&self) -> Result<()> {
+        self.run.ensure()?;
+        self.data.ensure()?;
+        self.learning_rate.ensure_valid()?;
+        self.output.ensure()?;
+        self.thresholding.ensure()?;
+        self.teacher.guidance.ensure()?;
+        let path = &self.teacher.path;
+        ensure("teacher.path", "not set", !path.as_os_str().is_empty(), "the teacher's folder")?;
+        self.ensure_stages()
+    }
+
+    /// Updates in all.
+    pub fn total_updates(&self) -> u64 {
+        self.student.updates_per_stage * self.student.stages.len() as u64
+    }
+
+    fn ensure_stages(&self) -> Result<()> {
+        let StudentSection { stages, updates_per_stage } = &self.student;
+        let updates = *updates_per_stage;
+        ensure("student.updates_per_stage", updates, updates > 0, "at least 1")?;
+        let shown = format!("{stages:?}");
+        let counted = !stages.is_empty() && stages.iter().all(|n| *n > 0);
+        ensure("student.stages", &shown, counted, "at least one number of steps, each at least 1")?;
+        let ObjectiveConfig::Progressive(progressive) = &self.objective else { return Ok(()) };
+        let substeps = progressive.substeps;
+        let divide = stages.windows(2).all(|pair| pair[0] == pair[1] * substeps);
+        let expected = format!(
+            "each the one before divided by objective.substeps = {substeps}: a later stage's teacher knows only the \
+             timesteps that it was trained on"
+        );
+        ensure("student.stages", &shown, divide, &expected)
+    }
+}
+
+fn ensure(
+    key: &'static str,
+    value: impl std::fmt::Display,
+    holds: bool,
+    expected: &str,
+) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field: key.to_owned(),
+        value: value.to_string(),
+        expected: expected.to_owned(),
+    })
+}

@@ -1,0 +1,210 @@
+//! An exponential moving average of a network's weights.
+
+use ddil_libtorch::{TensorList, foreach_lerp_};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::{Error, Result, state};
+
+/// The settings of [`Ema`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmaConfig {
+    /// How much of the average an update keeps; 0.999 by default.
+    pub decay: f64,
+    /// Whether early updates keep less, `(1 + n) / (10 + n)` at most after `n` of them; on by default.
+    pub warmup: bool,
+}
+
+impl Default for EmaConfig {
+    fn default() -> Self {
+        Self { decay: 0.999, warmup: true }
+    }
+}
+
+impl EmaConfig {
+    /// Checks the settings and starts an average at the present values of these tensors.
+    ///
+    /// The tensors are watched, not copied: parameters, and buffers if there are any. Averages are of the kind of
+    /// what they average, except that 16-bit tensors are averaged in `Float`, where a decay of 0.999 is not
+    /// rounded away; whole numbers are copied.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] unless `0 <= decay <= 1`, [`Error::Torch`] if memory runs out.
+    pub fn build(self, mut tensors: Vec<(String, Tensor)>) -> Result<Ema> {
+        if !(0.0..=1.0).contains(&self.decay) {
+            return Err(Error::InvalidConfig {
+                field: "decay".into(),
+                value: self.decay.to_string(),
+                expected: "from 0 to 1".into(),
+            });
+        }
+        tensors.sort_by(|(left, _), (right, _)| left.cmp(right));
+        let _guard = tch::no_grad_guard();
+        let averages: Result<Vec<(String, Tensor)>, tch::TchError> = tensors
+            .iter()
+            .map(|(name, tensor)| {
+                let kind = average_kind(tensor.kind());
+                Ok((name.clone(), duplicate(tensor)?.f_to_kind(kind)?))
+            })
+            .collect();
+        let averages = averages.map_err(Error::torch("EmaConfig::build"))?;
+        Ok(Ema { config: self, watched: tensors, averages, num_updates: 0 })
+    }
+}
+
+/// An exponential moving average of named tensors: `average = decay average + (1 - decay) value`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::ema::EmaConfig;
+/// use tch::{Tensor, kind::FLOAT_CPU};
+///
+/// let weight = Tensor::zeros([1], FLOAT_CPU);
+/// let config = EmaConfig { decay: 0.5, warmup: false };
+/// let mut ema = config.build(vec![("weight".into(), weight.shallow_clone())])?;
+/// let _ = weight.shallow_clone().fill_(1.0);
+/// ema.update()?;
+/// {
+///     let _applied = ema.apply()?;
+///     assert_eq!(weight.double_value(&[0]), 0.5);
+/// }
+/// assert_eq!(weight.double_value(&[0]), 1.0);
+/// # Ok::<(), ddil_trainer::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Ema {
+    config: EmaConfig,
+    watched: Vec<(String, Tensor)>,
+    averages: Vec<(String, Tensor)>,
+    num_updates: u64,
+}
+
+impl Ema {
+    /// Takes in the present values. Does not wait for the device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] or [`Error::Libtorch`] if libtorch refuses, as when memory runs out.
+    pub fn update(&mut self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let weight = 1.0 - self.decay();
+        let (mut averages, mut values) = (Vec::new(), Vec::new());
+        for ((_, average), (_, tensor)) in self.averages.iter().zip(&self.watched) {
+            if is_floating(average.kind()) {
+                averages.push(average);
+                values.push(in_kind_of(average, tensor)?);
+            } else {
+                copy(average, tensor)?;
+            }
+        }
+        foreach_lerp_(&TensorList::new(averages)?, &TensorList::new(&values)?, weight)?;
+        self.num_updates += 1;
+        Ok(())
+    }
+
+    /// How much of the average the next update keeps.
+    pub fn decay(&self) -> f64 {
+        let n = self.num_updates as f64;
+        if self.config.warmup {
+            self.config.decay.min((1.0 + n) / (10.0 + n))
+        } else {
+            self.config.decay
+        }
+    }
+
+    /// How many updates lie behind it; to be saved beside [`tensors`](Self::tensors).
+    pub fn num_updates(&self) -> u64 {
+        self.num_updates
+    }
+
+    /// The averages under the names of what they average, so that the file they are saved in is a weights file.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.averages
+    }
+
+    /// Goes on from saved averages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed then.
+    pub fn load(&mut self, saved: &[(String, Tensor)], num_updates: u64) -> Result<()> {
+        state::restore("EMA", &self.averages, saved)?;
+        self.num_updates = num_updates;
+        Ok(())
+    }
+
+    /// Copies the averages into other tensors of the same names, such as those of a new teacher.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed then.
+    pub fn copy_to(&self, targets: &[(String, Tensor)]) -> Result<()> {
+        state::restore("EMA", targets, &self.averages)
+    }
+
+    /// Puts the averages into the network, until what is returned is dropped; then the network is as before.
+    ///
+    /// Holds a copy of the weights meanwhile. Training in between would be undone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if memory runs out; the network is as before then.
+    pub fn apply(&self) -> Result<Applied<'_>> {
+        let _guard = tch::no_grad_guard();
+        let values: Result<Vec<Tensor>, tch::TchError> =
+            self.watched.iter().map(|(_, tensor)| duplicate(tensor)).collect();
+        let applied = Applied { ema: self, values: values.map_err(Error::torch("Ema::apply"))? };
+        for ((_, tensor), (_, average)) in self.watched.iter().zip(&self.averages) {
+            copy(tensor, average)?;
+        }
+        Ok(applied)
+    }
+}
+
+/// A network that has its averaged weights for as long as this lives; see [`Ema::apply`].
+#[derive(Debug)]
+#[must_use = "the averages are taken out again when this is dropped"]
+pub struct Applied<'a> {
+    ema: &'a Ema,
+    values: Vec<Tensor>,
+}
+
+impl Drop for Applied<'_> {
+    fn drop(&mut self) {
+        let _guard = tch::no_grad_guard();
+        for ((_, tensor), value) in self.ema.watched.iter().zip(&self.values) {
+            // Cannot fail: the copy was made from this very tensor.
+            let _ = copy(tensor, value);
+        }
+    }
+}
+
+fn is_floating(kind: Kind) -> bool {
+    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+}
+
+fn average_kind(kind: Kind) -> Kind {
+    match kind {
+        Kind::Half | Kind::BFloat16 => Kind::Float,
+        kind => kind,
+    }
+}
+
+/// The tensor itself where the kinds are the same.
+fn in_kind_of(average: &Tensor, tensor: &Tensor) -> Result<Tensor> {
+    tensor.f_to_kind(average.kind()).map_err(Error::torch("Ema::update"))
+}
+
+fn copy(target: &Tensor, source: &Tensor) -> Result<()> {
+    target.shallow_clone().f_copy_(source).map(drop).map_err(Error::torch("Ema"))
+}
+
+/// With memory of its own, and not tracked for gradients.
+fn duplicate(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
+    let mut duplicate = tensor.f_detach()?.f_empty_like()?;
+    duplicate.f_copy_(tensor)?;
+    Ok(duplicate)
+}

@@ -1,0 +1,297 @@
+//! What can go wrong while a run is set up, trained, saved and resumed.
+
+use std::{io, path::Path, path::PathBuf};
+
+use crate::{checkpoint::Damage, settings::Difference};
+
+/// [`std::result::Result`] with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file system refused something.
+    #[error("could not {action} {}", path.display())]
+    Io {
+        /// What was tried, as in "could not _write_ runs/demo/status.json".
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A config file is not TOML.
+    #[error("{place}: {message}")]
+    ConfigSyntax {
+        /// File, line and column.
+        place: String,
+        /// What the parser said.
+        message: String,
+    },
+    /// A config has a key that means nothing.
+    #[error("{place}: unknown key `{key}`{}", suggestion(nearest.as_deref(), known))]
+    UnknownKey {
+        /// File, line and column, or the `--set` that brought the key.
+        place: String,
+        /// The whole path of the key.
+        key: String,
+        /// The known key that looks most like it.
+        nearest: Option<String>,
+        /// All keys that may stand there.
+        known: Vec<String>,
+    },
+    /// A config has a key with a value that cannot stand there.
+    #[error("{place}: `{key}`: {message}")]
+    InvalidSetting {
+        /// File, line and column, or the `--set` that brought the value.
+        place: String,
+        /// The whole path of the key.
+        key: String,
+        /// What was found and what may stand there.
+        message: String,
+    },
+    /// A config is well formed, but a value in it is impossible.
+    #[error("`{field}` is {value}, but must be {expected}")]
+    InvalidConfig {
+        /// The whole path of the key.
+        field: String,
+        /// What was found.
+        value: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// An override on the command line cannot be read.
+    #[error("--set {text}: {reason}")]
+    InvalidOverride {
+        /// What was given.
+        text: String,
+        /// Why it cannot be applied.
+        reason: String,
+    },
+    /// A value cannot be written as TOML.
+    #[error("could not write the settings as TOML")]
+    WriteSettings {
+        /// What the serialiser said.
+        source: toml::ser::Error,
+    },
+    /// A run is resumed with settings that are not its own.
+    #[error("{} belongs to a run with other settings:{}", path.display(), listed(differences))]
+    OtherConfig {
+        /// The run folder.
+        path: PathBuf,
+        /// Every setting that differs.
+        differences: Vec<Difference>,
+    },
+    /// A JSON file could not be read or written.
+    #[error("could not {action} {} as JSON", path.display())]
+    Json {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// A checkpoint is not what was written.
+    #[error("the checkpoint {} is damaged", path.display())]
+    DamagedCheckpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Damage,
+    },
+    /// A checkpoint is sound, but was written by another kind of run.
+    #[error("{} is a checkpoint of `{found}`, not of `{expected}`", path.display())]
+    OtherCheckpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// The kind that its manifest names.
+        found: String,
+        /// The kind that was asked for.
+        expected: String,
+    },
+    /// A file was asked for that the checkpoint does not have.
+    #[error("the checkpoint {} has no `{name}`, only {}", path.display(), known.join(", "))]
+    NoSuchMember {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// The file asked for.
+        name: String,
+        /// The files it has.
+        known: Vec<String>,
+    },
+    /// A name cannot be that of a file in a checkpoint.
+    #[error("`{name}` cannot name a file in a checkpoint: {reason}")]
+    InvalidMember {
+        /// The name.
+        name: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A safetensors file could not be written or read.
+    #[error("could not {action} the tensors of {}: {reason}", path.display())]
+    Tensors {
+        /// `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A new run was given a folder that already holds something.
+    #[error(
+        "{} already exists and is not empty: choose another folder, or resume the run in it",
+        path.display()
+    )]
+    FolderNotEmpty {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A folder that should hold a run does not.
+    #[error("{} holds no run: it has no {missing}", path.display())]
+    NotARun {
+        /// The folder.
+        path: PathBuf,
+        /// The file that every run has.
+        missing: &'static str,
+    },
+    /// Another process is at work in the run folder.
+    #[error("{} is in use by another process{}", path.display(), holder(*process))]
+    FolderInUse {
+        /// The folder.
+        path: PathBuf,
+        /// The number of that process, where known.
+        process: Option<u32>,
+    },
+    /// A record is not the one that the checkpoint knew.
+    #[error(
+        "{} does not start with the {expected_bytes} bytes that the checkpoint knows: {reason}",
+        path.display()
+    )]
+    DamagedRecord {
+        /// The record.
+        path: PathBuf,
+        /// How long it was when the checkpoint was written.
+        expected_bytes: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Saved state does not fit what it is loaded into.
+    #[error("{what}: the saved state does not fit:{}", listed(problems))]
+    StateMismatch {
+        /// What was being loaded.
+        what: &'static str,
+        /// Every missing, unexpected and misshapen entry.
+        problems: Vec<String>,
+    },
+    /// A parameter that is to be updated has no gradient.
+    #[error("{} of {total} parameters have no gradient, `{}` first", names.len(), names[0])]
+    MissingGradient {
+        /// Their names; at least one.
+        names: Vec<String>,
+        /// How many parameters there are.
+        total: usize,
+    },
+    /// A number that must be finite is not.
+    #[error("step {step}: {name} is {value}{}", detail.as_deref().map_or(String::new(), |detail| format!(" ({detail})")))]
+    NonFinite {
+        /// The step, counted from 1.
+        step: u64,
+        /// The loss, the gradient norm, ...
+        name: String,
+        /// NaN or an infinity.
+        value: f64,
+        /// What else was seen, such as the first parameter with such a gradient.
+        detail: Option<String>,
+    },
+    /// Images cannot be written as PNG.
+    #[error("cannot make a picture of {found}: {expected}")]
+    Picture {
+        /// What was given.
+        found: String,
+        /// What may be given.
+        expected: &'static str,
+    },
+    /// Something outside refused a service: the terminal, the logger, signals.
+    #[error("could not {action}: {reason}")]
+    Setup {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// A data set is missing or damaged.
+    #[error(transparent)]
+    Dataset(#[from] crate::dataset::Error),
+    /// libtorch refused an operation of ours.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
+    /// libtorch refused an operation of tch's.
+    #[error("{op}: {}", first_line(source))]
+    Torch {
+        /// The function that was at work.
+        op: &'static str,
+        /// What libtorch said.
+        source: tch::TchError,
+    },
+    /// A folder that should hold a model does not.
+    #[error("{} holds no model: neither it nor its `export` has a {missing}", path.display())]
+    NotAModel {
+        /// The folder.
+        path: PathBuf,
+        /// The file that every model folder has.
+        missing: &'static str,
+    },
+    /// A schedule, grid, sampler or threshold refused.
+    #[error(transparent)]
+    Scheduler(#[from] ddil_schedulers::Error),
+    /// A rollout, source or buffer refused.
+    #[error(transparent)]
+    Core(#[from] ddil_core::Error),
+    /// An objective refused.
+    #[error(transparent)]
+    Losses(#[from] ddil_losses::Error),
+    /// A network or its files refused.
+    #[error(transparent)]
+    Models(#[from] ddil_models::Error),
+    /// A metric refused.
+    #[error(transparent)]
+    Metrics(#[from] ddil_metrics::Error),
+}
+
+impl Error {
+    /// Names path and action of a refused file system call; for `map_err`.
+    pub(crate) fn io<'a>(
+        action: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<'a> {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+
+    /// Names the function in which libtorch refused; for `map_err`.
+    pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
+        move |source| Self::Torch { op, source }
+    }
+}
+
+fn suggestion(nearest: Option<&str>, known: &[String]) -> String {
+    match (nearest, known) {
+        (Some(nearest), _) => format!("; did you mean `{nearest}`?"),
+        (None, []) => "; no key may stand there".to_owned(),
+        (None, known) => format!("; known are {}", known.join(", ")),
+    }
+}
+
+fn listed<T: std::fmt::Display>(items: &[T]) -> String {
+    items.iter().fold(String::new(), |text, item| text + &format!("\n  {item}"))
+}
+
+fn holder(process: Option<u32>) -> String {
+    process.map_or(String::new(), |process| format!(" ({process})"))
+}
+
+/// What libtorch says goes on with a C++ backtrace that helps nobody here.
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

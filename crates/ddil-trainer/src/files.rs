@@ -1,0 +1,73 @@
+//! Files that are whole or not there, also after a crash.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{Error, Result};
+
+/// What a name starts with while its file or folder is being written, or deleted.
+pub(crate) const TEMPORARY: &str = ".tmp-";
+
+/// Replaces a file by new content: a reader, and a crash, see either all of the old or all of the new.
+pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
+    let aside = temporary_sibling(path);
+    let written = write_synced(&aside, content)
+        .and_then(|()| fs::rename(&aside, path).map_err(Error::io("replace", path)))
+        .and_then(|()| sync_folder(parent(path)));
+    if written.is_err() {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(&aside);
+    }
+    written
+}
+
+fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io("create", path))?;
+    file.write_all(content).map_err(Error::io("write", path))?;
+    file.sync_all().map_err(Error::io("flush to disk", path))
+}
+
+/// Makes names that were created, renamed or removed in a folder survive a power cut.
+pub(crate) fn sync_folder(path: &Path) -> Result<()> {
+    if cfg!(windows) {
+        return Ok(()); // A folder cannot be opened as a file there, and needs no flush.
+    }
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(Error::io("flush to disk", path))
+}
+
+/// A name beside `path`, this process's own, that start-up cleaning knows as left over.
+pub(crate) fn temporary_sibling(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{TEMPORARY}{name}-{}", std::process::id()))
+}
+
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|source| Error::Json {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })?;
+    text.push(b'\n');
+    write_atomic(path, &text)
+}
+
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&text).map_err(|source| Error::Json {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,112 @@
+//! A network as the trainer holds it: its parameters, and how it is asked.
+
+use ddil_core::{Conditioning, Denoiser};
+use ddil_libtorch::Autocast;
+use ddil_models::{Parameters, Placement, UNet2DConfig, UNet2DModel};
+use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
+use tch::{Kind, Tensor};
+
+use crate::config::Precision;
+use crate::error::Result;
+
+/// A UNet with what it was trained to output, on which schedule, and in what precision it computes.
+#[derive(Debug)]
+pub struct Network {
+    unet: UNet2DModel,
+    prediction_type: PredictionType,
+    schedule: NoiseSchedule,
+    autocast: Option<Kind>,
+}
+
+impl Network {
+    /// Puts the parts together.
+    pub fn new(
+        unet: UNet2DModel,
+        prediction_type: PredictionType,
+        schedule: NoiseSchedule,
+        precision: Precision,
+    ) -> Self {
+        Self { unet, prediction_type, schedule, autocast: precision.autocast() }
+    }
+
+    /// A network of the same form and values with parameters of its own.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch refuses, such as memory.
+    pub fn duplicate(&self, trainable: bool) -> Result<Self> {
+        let unet = self.unet.config().build(self.placement(), 0)?;
+        unet.parameters().copy_from(self.unet.parameters())?;
+        unet.parameters().set_trainable(trainable);
+        unet.set_training(trainable);
+        Ok(Self {
+            unet,
+            prediction_type: self.prediction_type,
+            schedule: self.schedule.clone(),
+            autocast: self.autocast,
+        })
+    }
+
+    /// The settings of the UNet.
+    pub fn config(&self) -> &UNet2DConfig {
+        self.unet.config()
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> &Parameters {
+        self.unet.parameters()
+    }
+
+    /// Where the parameters are.
+    pub fn placement(&self) -> Placement {
+        self.unet.parameters().placement()
+    }
+
+    /// What the network was trained to output.
+    pub fn prediction_type(&self) -> PredictionType {
+        self.prediction_type
+    }
+
+    /// Whether the network takes class labels.
+    pub fn is_class_conditional(&self) -> bool {
+        self.unet.config().num_class_embeds.is_some()
+    }
+
+    /// The raw output, `Float`, in the shape of `x_t`.
+    ///
+    /// # Errors
+    ///
+    /// What the network refuses.
+    pub fn output(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let time = self.schedule.time_inputs_at(timesteps)?;
+        let labels = conditioning.class_labels.as_ref();
+        // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
+        // what one without has left there.
+        let _autocast =
+            self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
+        Ok(self.unet.forward(x_t, &time, labels)?.to_kind(Kind::Float))
+    }
+}
+
+impl Denoiser for Network {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let output = self
+            .output(x_t, timesteps, conditioning)
+            .map_err(|error| ddil_core::Error::network("UNet2DModel", error))?;
+        Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}

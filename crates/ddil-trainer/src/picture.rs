@@ -1,0 +1,233 @@
+//! Tensors to pictures: single images, grids, PNG files.
+
+use std::{
+    fs,
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result, files::write_atomic};
+
+/// What a picture can be made of; for error messages.
+const EXPECTED: &str =
+    "expected a floating tensor [n, c, h, w] with c of 1 or 3 and no empty dimension";
+
+/// Eight-bit pixels, grey or RGB, row by row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    width: u32,
+    height: u32,
+    channels: usize,
+    pixels: Vec<u8>,
+}
+
+/// How images are laid out in a grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Images in a row.
+    pub columns: NonZeroU32,
+    /// Every pixel becomes a square of so many.
+    pub scale: NonZeroU32,
+    /// Pixels between images and around them, not scaled.
+    pub gutter: u32,
+    /// What the gutters are filled with; 255 is white.
+    pub background: u8,
+}
+
+impl Layout {
+    /// So many images in a row, not enlarged, with white gutters two pixels wide.
+    pub fn columns(columns: NonZeroU32) -> Self {
+        Self { columns, scale: NonZeroU32::MIN, gutter: 2, background: 255 }
+    }
+}
+
+impl Picture {
+    /// Lays images out row by row, from the left.
+    ///
+    /// A value `x` becomes `(x + 1) * 127.5`, clamped to `[0, 255]` and rounded to the nearest integer,
+    /// halves to the even one.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[n, c, h, w]`, floating, any device, -1 black and 1 white; `c` is 1 (grey) or 3 (RGB)
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Picture`] for another shape or kind, or if a value is not a number.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_trainer::picture::{Layout, Picture};
+    /// use std::num::NonZeroU32;
+    /// use tch::{Tensor, kind};
+    ///
+    /// let columns = NonZeroU32::new(4).ok_or("not zero")?;
+    /// let images = Tensor::zeros([8, 1, 32, 32], kind::FLOAT_CPU);
+    /// let picture = Picture::grid(&images, Layout::columns(columns))?;
+    /// assert_eq!((picture.width(), picture.height()), (4 * 34 + 2, 2 * 34 + 2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn grid(images: &Tensor, layout: Layout) -> Result<Self> {
+        let images = Self::each(images)?;
+        let Some(first) = images.first() else { return Err(refused("no images".into())) };
+        let (columns, scale) = (layout.columns.get().min(images.len() as u32), layout.scale.get());
+        let rows = (images.len() as u32).div_ceil(columns);
+        let cell = |pixels: u32| pixels * scale + layout.gutter;
+        let (cell_width, cell_height) = (cell(first.width), cell(first.height));
+        let mut grid = Self::filled(
+            columns * cell_width + layout.gutter,
+            rows * cell_height + layout.gutter,
+            first.channels,
+            layout.background,
+        );
+        for (index, image) in (0..).zip(&images) {
+            let left = layout.gutter + index % columns * cell_width;
+            let top = layout.gutter + index / columns * cell_height;
+            grid.paste(image, left, top, scale);
+        }
+        Ok(grid)
+    }
+
+    /// One picture of each image, with values as [`grid`](Self::grid) reads them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Picture`] as for [`grid`](Self::grid).
+    pub fn each(images: &Tensor) -> Result<Vec<Self>> {
+        let size = images.size();
+        let &[_, channels @ (1 | 3), height, width] = size.as_slice() else {
+            return Err(refused(format!("a tensor of shape {size:?}")));
+        };
+        if height * width == 0 {
+            return Err(refused(format!("a tensor of shape {size:?}")));
+        }
+        let pixels = to_bytes(images)?;
+        let picture = |pixels: &[u8]| Self {
+            width: width as u32,
+            height: height as u32,
+            channels: channels as usize,
+            pixels: pixels.to_vec(),
+        };
+        Ok(pixels.chunks((channels * height * width) as usize).map(picture).collect())
+    }
+
+    fn filled(width: u32, height: u32, channels: usize, value: u8) -> Self {
+        let pixels = vec![value; width as usize * height as usize * channels];
+        Self { width, height, channels, pixels }
+    }
+
+    fn paste(&mut self, image: &Self, left: u32, top: u32, scale: u32) {
+        for y in 0..image.height * scale {
+            for x in 0..image.width * scale {
+                let from = image.offset(x / scale, y / scale);
+                let to = self.offset(left + x, top + y);
+                let pixel = &image.pixels[from..from + image.channels];
+                self.pixels[to..to + image.channels].copy_from_slice(pixel);
+            }
+        }
+    }
+
+    fn offset(&self, x: u32, y: u32) -> usize {
+        (y as usize * self.width as usize + x as usize) * self.channels
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// 1 for grey, 3 for RGB.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// The pixels row by row, channels together.
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    /// The content of a PNG file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Picture`] if the encoder refuses, as it does a picture of more than 2³¹ pixels a side.
+    pub fn to_png(&self) -> Result<Vec<u8>> {
+        let mut content = Vec::new();
+        let mut encoder = png::Encoder::new(&mut content, self.width, self.height);
+        encoder.set_color(if self.channels == 1 {
+            png::ColorType::Grayscale
+        } else {
+            png::ColorType::Rgb
+        });
+        encoder.set_depth(png::BitDepth::Eight);
+        encoder
+            .write_header()
+            .and_then(|mut writer| {
+                writer.write_image_data(&self.pixels)?;
+                writer.finish()
+            })
+            .map_err(|error| refused(format!("{}x{}: {error}", self.width, self.height)))?;
+        Ok(content)
+    }
+
+    /// Writes a PNG file, whole or not at all; replaces an older one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file cannot be written, [`Error::Picture`] as for [`to_png`](Self::to_png).
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write_atomic(path, &self.to_png()?)
+    }
+}
+
+/// Writes every image to a file of its own, `000000.png` and on, counted from `first`.
+///
+/// The folder is made if need be. Returns the paths in order.
+///
+/// # Errors
+///
+/// [`Error::Picture`] as for [`Picture::grid`], [`Error::Io`] if a file cannot be written.
+pub fn save_each(images: &Tensor, folder: &Path, first: u64) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    (first..)
+        .zip(Picture::each(images)?)
+        .map(|(number, picture)| {
+            let path = folder.join(format!("{number:06}.png"));
+            picture.save(&path)?;
+            Ok(path)
+        })
+        .collect()
+}
+
+/// `[n, c, h, w]` in [-1, 1] to bytes in the order of PNG, `[n, h, w, c]`.
+fn to_bytes(images: &Tensor) -> Result<Vec<u8>> {
+    if !matches!(images.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+        return Err(refused(format!("a tensor of kind {:?}", images.kind())));
+    }
+    let _guard = tch::no_grad_guard();
+    let convert = || {
+        let images = images.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+        if images.f_isnan()?.f_any()?.f_int64_value(&[])? != 0 {
+            return Ok(None);
+        }
+        let scaled = images.f_add_scalar(1)?.f_mul_scalar(127.5)?.f_clamp(0, 255)?.f_round()?;
+        let bytes = scaled.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_to_kind(Kind::Uint8)?;
+        let mut pixels = vec![0; bytes.numel()];
+        bytes.f_copy_data_u8(&mut pixels, bytes.numel())?;
+        Ok(Some(pixels))
+    };
+    let pixels = convert().map_err(Error::torch("Picture::each"))?;
+    pixels.ok_or_else(|| refused("images with values that are not numbers".into()))
+}
+
+fn refused(found: String) -> Error {
+    Error::Picture { found, expected: EXPECTED }
+}

@@ -1,0 +1,200 @@
+//! A model folder as diffusers reads and writes it, with a card for what diffusers has no place for.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ddil_core::Conditioning;
+use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
+use ddil_schedulers::Thresholding;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::config::Precision;
+use crate::error::{Error, Result};
+use crate::files::{read_json, write_json};
+use crate::network::Network;
+use crate::scheduler_file::SchedulerFile;
+
+/// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    /// Version of this file.
+    pub format_version: u32,
+    /// `teacher`, or the method that made the student.
+    pub method: String,
+    /// Names of the classes; none for a model without.
+    pub class_names: Vec<String>,
+    /// The class that stands for "no condition"; none for a model that cannot be guided.
+    pub null_class: Option<i64>,
+    /// Channels, height, width.
+    pub image_shape: [i64; 3],
+    /// The scale of the guidance that is baked in; none for a plain teacher.
+    pub guidance_scale: Option<f64>,
+    /// Updates of its training.
+    pub updates: u64,
+    /// Seconds of its training; not part of what is compared.
+    pub seconds: f64,
+    /// Seed of its training.
+    pub seed: u64,
+}
+
+impl Default for Card {
+    fn default() -> Self {
+        Self {
+            format_version: 1,
+            method: String::new(),
+            class_names: Vec::new(),
+            null_class: None,
+            image_shape: [0; 3],
+            guidance_scale: None,
+            updates: 0,
+            seconds: 0.0,
+            seed: 0,
+        }
+    }
+}
+
+impl Card {
+    /// What the network is told for "no condition", one row.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a model without a null class, which cannot be guided.
+    pub fn null_conditioning(&self) -> Result<Conditioning> {
+        match self.null_class {
+            Some(class) => Ok(Conditioning::class_labels(Tensor::from_slice(&[class]))),
+            None => Err(Error::InvalidConfig {
+                field: "guidance_scale".to_owned(),
+                value: "other than 1".to_owned(),
+                expected: "1: the model was trained without a null class and cannot be guided"
+                    .to_owned(),
+            }),
+        }
+    }
+}
+
+/// A model read from its folder.
+#[derive(Debug)]
+pub struct Pipeline {
+    /// The network.
+    pub network: Network,
+    /// What is done with clean data beyond their range when it is sampled.
+    pub thresholding: Thresholding,
+    /// The timesteps that a student was trained at; none for a teacher.
+    pub timesteps: Option<Vec<i64>>,
+    /// What else is known of it.
+    pub card: Card,
+    /// The folder.
+    pub path: PathBuf,
+}
+
+const INDEX: &str = "model_index.json";
+const CARD: &str = "ddil.json";
+const UNET: &str = "unet";
+const SCHEDULER: &str = "scheduler/scheduler_config.json";
+const WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// `model_index.json`: which class each sub-folder holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Index {
+    #[serde(rename = "_class_name")]
+    class_name: String,
+    #[serde(rename = "_diffusers_version")]
+    diffusers_version: String,
+    scheduler: [String; 2],
+    unet: [String; 2],
+}
+
+impl Pipeline {
+    /// Reads a model folder, or the export of a run folder.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAModel`] if the folder holds no model; what its files refuse: unknown keys, other blocks,
+    /// missing, unexpected or misshapen weights.
+    pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
+        let path = Self::find(path)?;
+        let scheduler = SchedulerFile::read(&path.join(SCHEDULER))?;
+        let config = UNet2DConfig::from_file(path.join(UNET).join("config.json"), UnknownKeys::Refuse)?;
+        let unet = config.build_from(placement, path.join(WEIGHTS))?;
+        unet.parameters().set_trainable(false);
+        let schedule = scheduler.schedule()?;
+        let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
+        let card = match path.join(CARD) {
+            card if card.is_file() => read_json(&card)?,
+            // A folder that diffusers wrote: classes, if any, without a null class.
+            _ => Card { image_shape: image_shape(network.config()), ..Card::default() },
+        };
+        let thresholding = scheduler.thresholding();
+        Ok(Self { network, thresholding, timesteps: scheduler.timesteps(), card, path })
+    }
+
+    /// The model folder at `path`: itself, or the export below it.
+    fn find(path: &Path) -> Result<PathBuf> {
+        [path.to_owned(), path.join("export")]
+            .into_iter()
+            .find(|folder| folder.join(INDEX).is_file())
+            .ok_or_else(|| Error::NotAModel { path: path.to_owned(), missing: INDEX })
+    }
+
+    /// Whether a model can be read from `path`, by the look of it.
+    pub fn is_at(path: &Path) -> bool {
+        Self::find(path).is_ok()
+    }
+
+    /// Writes a model folder that diffusers' `DDIMPipeline` and [`read`](Self::read) read.
+    ///
+    /// A folder that is there already is written over file by file, each of them whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub fn write(
+        folder: &Path,
+        network: &Network,
+        thresholding: &Thresholding,
+        timesteps: Option<&[i64]>,
+        card: &Card,
+    ) -> Result<()> {
+        for sub in [folder.join(UNET), folder.join("scheduler")] {
+            fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
+        }
+        weights::save(&network.parameters().named(), folder.join(WEIGHTS), &BTreeMap::new())?;
+        let config = folder.join(UNET).join("config.json");
+        crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
+        SchedulerFile::new(network, thresholding, timesteps)?.write(&folder.join(SCHEDULER))?;
+        write_json(&folder.join(CARD), card)?;
+        // Last: a folder with an index is a whole one.
+        let class = |name: &str| ["diffusers".to_owned(), name.to_owned()];
+        write_json(
+            &folder.join(INDEX),
+            &Index {
+                class_name: "DDIMPipeline".to_owned(),
+                diffusers_version: "0.38.0".to_owned(),
+                scheduler: class("DDIMScheduler"),
+                unet: class("UNet2DModel"),
+            },
+        )
+    }
+}
+
+/// Channels, height and width by the network's own settings; 0 where they do not say.
+fn image_shape(config: &UNet2DConfig) -> [i64; 3] {
+    let [height, width] = match config.sample_size {
+        Some(SampleSize::Square(side)) => [side; 2],
+        Some(SampleSize::Rectangle(sides)) => sides,
+        None => [0; 2],
+    };
+    [config.in_channels, height, width].map(i64::from)
+}
+
+/// A tensor's device, for messages.
+pub(crate) fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}

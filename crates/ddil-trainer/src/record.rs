@@ -1,0 +1,212 @@
+//! One JSON line a step, cut back exactly when a run is resumed.
+//!
+//! A checkpoint stores the [`Position`] of `metrics.jsonl`. On resume the file is cut there, after its
+//! content up to there has been checked, so a run that was killed and resumed leaves the same bytes as one
+//! that was not. For that no line may hold a time of day or a duration: those go to `timings.jsonl`, a
+//! [`Record`] too, which is cut by step instead.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{BufRead, BufReader, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, crc32c};
+
+/// A file of JSON lines, open at its end.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::record::Record;
+///
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("metrics.jsonl");
+/// let mut record = Record::create(&path)?;
+/// record.write(1, &serde_json::json!({ "loss": 0.5 }))?;
+/// let position = record.position()?;
+/// record.write(2, &serde_json::json!({ "loss": 0.25 }))?;
+///
+/// let mut record = Record::resume(&path, position)?;
+/// record.write(2, &serde_json::json!({ "loss": 0.125 }))?;
+/// assert_eq!(std::fs::read_to_string(&path)?, "{\"step\":1,\"loss\":0.5}\n{\"step\":2,\"loss\":0.125}\n");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Record {
+    path: PathBuf,
+    file: File,
+    position: Position,
+}
+
+/// How far a record goes, and a checksum of all that lies before; what a checkpoint stores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// CRC-32C of those bytes.
+    pub crc32c: u32,
+}
+
+#[derive(Serialize)]
+struct Line<'a, T> {
+    step: u64,
+    #[serde(flatten)]
+    values: &'a T,
+}
+
+#[derive(Deserialize)]
+struct StepOnly {
+    step: u64,
+}
+
+impl Record {
+    /// Starts a record where there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file exists or cannot be made.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().append(true).create_new(true).open(path);
+        let file = file.map_err(Error::io("create", path))?;
+        Ok(Self { path: path.to_owned(), file, position: Position::default() })
+    }
+
+    /// Goes on with a record from where a checkpoint knows it, and forgets the lines behind that.
+    ///
+    /// From the very beginning it is started if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file cannot be opened or cut, [`Error::DamagedRecord`] if it does not start with
+    /// what the checkpoint knows; it is left as it is then.
+    pub fn resume(path: &Path, position: Position) -> Result<Self> {
+        if position.bytes == 0 && !path.exists() {
+            return Self::create(path);
+        }
+        let damaged = |reason: String| Error::DamagedRecord {
+            path: path.to_owned(),
+            expected_bytes: position.bytes,
+            reason,
+        };
+        let found = position_after(path, position.bytes)?;
+        if found.bytes < position.bytes {
+            return Err(damaged(format!("it has {}", found.bytes)));
+        }
+        if found != position {
+            return Err(damaged("they have another checksum".into()));
+        }
+        Self::cut(path, position)
+    }
+
+    /// Goes on with a record whose lines need not be exact, and forgets those of later steps than `step`.
+    ///
+    /// A file that does not exist is started. A last line without its end, left by a crash, goes too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file cannot be opened or cut.
+    pub fn resume_after(path: &Path, step: u64) -> Result<Self> {
+        if !path.exists() {
+            return Self::create(path);
+        }
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let mut reader = BufReader::new(file);
+        let (mut position, mut line) = (Position::default(), Vec::new());
+        loop {
+            line.clear();
+            reader.read_until(b'\n', &mut line).map_err(Error::io("read", path))?;
+            let parsed = serde_json::from_slice(&line);
+            match parsed {
+                Ok(StepOnly { step: found }) if found <= step && line.ends_with(b"\n") => {
+                    position.extend(&line);
+                }
+                _ => return Self::cut(path, position),
+            }
+        }
+    }
+
+    fn cut(path: &Path, position: Position) -> Result<Self> {
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::io("open", path))?;
+        file.set_len(position.bytes).map_err(Error::io("cut", path))?;
+        file.sync_all().map_err(Error::io("flush to disk", path))?;
+        Ok(Self { path: path.to_owned(), file, position })
+    }
+
+    /// Appends `{"step": step, ..values}` as one line; `values` must serialise to an object.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`] if `values` is no object, [`Error::Io`] if the disk is full; what was written of the
+    /// line is taken back then.
+    pub fn write(&mut self, step: u64, values: &impl Serialize) -> Result<()> {
+        let line = serde_json::to_vec(&Line { step, values });
+        let mut line = line.map_err(|source| Error::Json {
+            action: "write",
+            path: self.path.clone(),
+            source,
+        })?;
+        line.push(b'\n');
+        if let Err(error) = self.file.write_all(&line) {
+            // Half a line would make the file unreadable; the error to tell is the first one.
+            let _ = self.file.set_len(self.position.bytes);
+            return Err(Error::io("write", &self.path)(error));
+        }
+        self.position.extend(&line);
+        Ok(())
+    }
+
+    /// Flushes to disk and says how far the record goes, for a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the disk refuses.
+    pub fn position(&self) -> Result<Position> {
+        self.file.sync_data().map_err(Error::io("flush to disk", &self.path))?;
+        Ok(self.position)
+    }
+}
+
+impl Position {
+    fn extend(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        self.crc32c = crc32c::extend(self.crc32c, bytes);
+    }
+}
+
+/// Reads every line of a record, for reports.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the file cannot be read, [`Error::Json`] at the first line that does not hold a `T`.
+pub fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    text.lines()
+        .map(|line| {
+            serde_json::from_str(line).map_err(|source| Error::Json {
+                action: "read",
+                path: path.to_owned(),
+                source,
+            })
+        })
+        .collect()
+}
+
+/// The position after so many bytes, or at the end of a shorter file.
+fn position_after(path: &Path, bytes: u64) -> Result<Position> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let mut reader = BufReader::new(file.take(bytes));
+    let mut position = Position::default();
+    loop {
+        let chunk = reader.fill_buf().map_err(Error::io("read", path))?;
+        if chunk.is_empty() {
+            return Ok(position);
+        }
+        position.extend(chunk);
+        let length = chunk.len();
+        reader.consume(length);
+    }
+}

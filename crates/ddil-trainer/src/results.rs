@@ -1,0 +1,118 @@
+//! What was measured, as `results.json` and as a table.
+
+use std::fmt::Write as _;
+
+use ddil_core::Priors;
+use ddil_schedulers::Thresholding;
+use serde::{Deserialize, Serialize};
+
+/// One measurement: which model, sampled how, and how its samples compare with the data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// The dataset that samples are compared with, and which part of it.
+    pub dataset: String,
+    /// `teacher`, `progressive`, ..; `data` for real samples against real samples.
+    pub method: String,
+    /// Priors of the sources at the end of training; none for a teacher.
+    pub priors: Option<Priors>,
+    /// What was done with clean data beyond their range.
+    pub thresholding: Thresholding,
+    /// Guidance scale of the sampling; none where it is baked in or there is none.
+    pub guidance_scale: Option<f64>,
+    /// Network steps a sample.
+    pub steps: u32,
+    /// The run's seed.
+    pub seed: u64,
+    /// Updates of the training.
+    pub updates: u64,
+    /// Seconds of the training.
+    pub seconds: f64,
+    /// How many samples were compared.
+    pub samples: u64,
+    /// Which features they were compared on.
+    pub extractor: String,
+    /// Fréchet distance.
+    pub frechet: f64,
+    /// Share of samples near real ones.
+    pub precision: f64,
+    /// Share of real samples near generated ones.
+    pub recall: f64,
+    /// How thick real samples lie around generated ones.
+    pub density: f64,
+    /// Share of real samples with a generated one near.
+    pub coverage: f64,
+    /// How far the states met at inference are from those of training, timestep by timestep.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shift: Vec<ShiftRow>,
+}
+
+/// The covariate shift at one timestep.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShiftRow {
+    /// The timestep.
+    pub timestep: i64,
+    /// Energy distance between the states of training and those met at inference.
+    pub energy: f64,
+    /// The same between two halves of the forward states: what chance alone gives.
+    pub null: f64,
+}
+
+/// A table for a terminal, one line a measurement.
+pub fn table(rows: &[(String, &Measurement)]) -> String {
+    const HEADS: [&str; 8] =
+        ["model", "steps", "samples", "frechet", "precision", "recall", "density", "coverage"];
+    let cells: Vec<Vec<String>> = std::iter::once(HEADS.map(str::to_owned).to_vec())
+        .chain(rows.iter().map(|(name, m)| {
+            let rates = [m.precision, m.recall, m.density, m.coverage].map(|x| format!("{x:.3}"));
+            let mut row = vec![
+                name.clone(),
+                m.steps.to_string(),
+                m.samples.to_string(),
+                format!("{:.2}", m.frechet),
+            ];
+            row.extend(rates);
+            row
+        }))
+        .collect();
+    aligned(&cells)
+}
+
+/// A table of the shift, one line a timestep, one column a model.
+pub fn shift_table(rows: &[(String, &Measurement)]) -> String {
+    let with_shift: Vec<_> = rows.iter().filter(|(_, m)| !m.shift.is_empty()).collect();
+    let Some((_, first)) = with_shift.first() else { return String::new() };
+    let mut cells = vec![vec!["timestep".to_owned(), "null".to_owned()]];
+    cells[0].extend(with_shift.iter().map(|(name, _)| name.clone()));
+    for (i, row) in first.shift.iter().enumerate() {
+        let mut line = vec![row.timestep.to_string(), format!("{:.4}", row.null)];
+        line.extend(with_shift.iter().map(|(_, m)| {
+            m.shift.get(i).map_or(String::new(), |shift| format!("{:.4}", shift.energy))
+        }));
+        cells.push(line);
+    }
+    aligned(&cells)
+}
+
+/// Columns of equal width: the first to the left, numbers to the right, a rule below the heads.
+fn aligned(cells: &[Vec<String>]) -> String {
+    let columns = cells.first().map_or(0, Vec::len);
+    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for (i, row) in cells.iter().enumerate() {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            // Writing to a string does not fail.
+            let _ = match column {
+                0 => write!(text, "{cell:<width$}"),
+                _ => write!(text, "  {cell:>width$}"),
+            };
+        }
+        text.push('\n');
+        if i == 0 {
+            let total = widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1);
+            text.push_str(&"-".repeat(total));
+            text.push('\n');
+        }
+    }
+    text
+}

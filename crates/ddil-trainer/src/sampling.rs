@@ -1,0 +1,156 @@
+//! Samples of a model, the same ones for the same seed.
+
+use ddil_core::{Conditioning, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample};
+use ddil_schedulers::{Ddim, Sampler, Thresholding, TimestepSpacing, Timesteps};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::picture::{Layout, Picture};
+use crate::pipeline::Card;
+
+/// How samples are drawn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplePlan {
+    /// Number of steps; not read where `timesteps` are given.
+    pub steps: u32,
+    /// Guidance scale; 1 is none.
+    pub guidance_scale: f64,
+    /// Share of the noise that a DDIM step renews.
+    pub eta: f64,
+    /// What is done with clean data beyond their range.
+    pub thresholding: Thresholding,
+    /// The timesteps that a student was trained at, noisiest first; none spreads `steps` of them evenly.
+    pub timesteps: Option<Vec<i64>>,
+    /// Samples in one call of the network; no part of what comes out but for rounding.
+    pub batch_size: u32,
+    /// What noise and classes follow from.
+    pub seed: u64,
+}
+
+impl SamplePlan {
+    /// The timesteps that are visited.
+    ///
+    /// # Errors
+    ///
+    /// What [`Timesteps`] refuses.
+    pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
+        Ok(match &self.timesteps {
+            Some(list) => Timesteps::explicit(list.clone(), num_train_timesteps)?,
+            None => Timesteps::spaced(
+                TimestepSpacing::Trailing,
+                num_train_timesteps,
+                self.steps,
+                0,
+            )?,
+        })
+    }
+}
+
+/// The noise that `n` samples of a seed start from, `[n, ..]`: the same for every model.
+///
+/// # Errors
+///
+/// What libtorch refuses, such as memory.
+pub fn initial_noise(seed: u64, n: u32, shape: [i64; 3], device: Device) -> Result<Tensor> {
+    let [channels, height, width] = shape;
+    let mut generator = RandomStreams::new(seed, 0).generator(0, Stream::Sample, Device::Cpu)?;
+    // Drawn on the CPU, so that every device starts from the same.
+    let noise = generator.normal([i64::from(n), channels, height, width], Kind::Float)?;
+    noise.f_to_device(device).map_err(Error::torch("initial_noise"))
+}
+
+/// Classes `0, 1, .., 0, 1, ..` for `n` samples, or all the same one; nothing for a model without classes.
+pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Conditioning {
+    let num_classes = card.class_names.len() as i64;
+    if num_classes == 0 {
+        return Conditioning::none();
+    }
+    let labels: Vec<i64> =
+        (0..i64::from(n)).map(|i| only.unwrap_or(i % num_classes)).collect();
+    Conditioning::class_labels(Tensor::from_slice(&labels).to_device(device))
+}
+
+/// Draws one sample for each row of `noise`.
+///
+/// # Shapes and units
+///
+/// - `noise`: `[n, channels, height, width]`, unit normal; `conditioning`: parts of `n` rows
+/// - returns: `[n, channels, height, width]`, data scale
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] for guidance of a model without a null class; what the network refuses.
+pub fn generate(
+    denoiser: &dyn Denoiser,
+    plan: &SamplePlan,
+    card: &Card,
+    noise: &Tensor,
+    conditioning: &Conditioning,
+) -> Result<Tensor> {
+    let schedule = denoiser.schedule().clone();
+    let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
+    let sampler = Ddim::with_eta(schedule, plan.eta)?;
+    let asked = asked(denoiser, plan, card)?;
+    let streams = RandomStreams::new(plan.seed, 0);
+    let n = noise.size()[0];
+    let mut samples = Vec::new();
+    for (i, start) in (0..n).step_by(plan.batch_size.max(1) as usize).enumerate() {
+        let len = i64::from(plan.batch_size.max(1)).min(n - start);
+        let rows = Tensor::arange_start(start, start + len, (Kind::Int64, noise.device()));
+        let mut generator = sampler
+            .needs_noise()
+            .then(|| streams.generator(1 + i as u64, Stream::Sample, noise.device()))
+            .transpose()?;
+        samples.push(sample(
+            &*asked,
+            &sampler,
+            &timesteps,
+            noise.narrow(0, start, len),
+            &conditioning.index_select(&rows)?,
+            generator.as_mut(),
+        )?);
+    }
+    Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))
+}
+
+/// The model as it is asked for samples: guided, then held inside the data's range.
+pub fn asked<'a>(
+    denoiser: &'a dyn Denoiser,
+    plan: &SamplePlan,
+    card: &Card,
+) -> Result<Box<dyn Denoiser + 'a>> {
+    let guided: Box<dyn Denoiser + 'a> = if (plan.guidance_scale - 1.0).abs() < f64::EPSILON {
+        Box::new(denoiser)
+    } else {
+        Box::new(Guided::new(denoiser, plan.guidance_scale, card.null_conditioning()?)?)
+    };
+    Ok(Box::new(Thresholded::new(guided, plan.thresholding.clone())?))
+}
+
+/// A grid with a column a class and `per_class` rows.
+///
+/// # Errors
+///
+/// As [`generate`].
+pub fn grid_of_classes(
+    denoiser: &dyn Denoiser,
+    plan: &SamplePlan,
+    card: &Card,
+    shape: [i64; 3],
+    per_class: u32,
+    device: Device,
+) -> Result<Picture> {
+    let columns = card.class_names.len().max(8) as u32;
+    let n = columns * per_class.max(1);
+    let noise = initial_noise(plan.seed, n, shape, device)?;
+    let samples = generate(denoiser, plan, card, &noise, &classes(card, n, None, device))?;
+    Picture::grid(&samples.to_device(Device::Cpu), layout(columns))
+}
+
+/// `columns` images in a row, each pixel twice as large.
+pub fn layout(columns: u32) -> Layout {
+    let at_least_one = |n: u32| std::num::NonZeroU32::new(n).unwrap_or(std::num::NonZeroU32::MIN);
+    Layout { scale: at_least_one(2), ..Layout::columns(at_least_one(columns)) }
+}

@@ -1,0 +1,338 @@
+//! One loop for every kind of training: update, record, save, stop, go on.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tch::Tensor;
+
+use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
+use crate::config::OutputSection;
+use crate::ema::{Ema, EmaConfig};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::lr_schedule::LrSchedule;
+use crate::optimizer::{AdamW, AdamWConfig, ensure_finite};
+use crate::picture::Picture;
+use crate::progress::Progress;
+use crate::record::{Position, Record};
+use crate::run_folder::RunFolder;
+use crate::state;
+use crate::tensorboard::EventWriter;
+
+/// What is trained: it makes a loss, and everything that its next update depends on can be saved.
+pub trait Task {
+    /// What its checkpoints are called.
+    fn kind(&self) -> &'static str;
+
+    /// Updates in all.
+    fn total_updates(&self) -> u64;
+
+    /// Updates of a stage: at each the optimizer and the moving average start afresh.
+    fn updates_per_stage(&self) -> u64;
+
+    /// Parameters that the optimizer changes, with their names.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// The loss of one update, with its graph.
+    fn loss(&mut self, step: u64) -> Result<UpdateLoss>;
+
+    /// After the optimizer's step.
+    fn after_update(&mut self, step: u64) -> Result<()>;
+
+    /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
+    fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()>;
+
+    /// A picture of what the averaged network samples.
+    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture>;
+
+    /// Adds what the task remembers beside its parameters to a checkpoint.
+    fn save(&self, writer: &mut CheckpointWriter) -> Result<()>;
+
+    /// Takes it back, with the parameters.
+    fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
+
+    /// Writes the finished model, as diffusers would read it.
+    fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()>;
+}
+
+/// The loss of an update and what is to be written down about it.
+#[derive(Debug)]
+pub struct UpdateLoss {
+    /// One value a sample, `[batch]`, with its graph.
+    pub per_sample: Tensor,
+    /// More figures, by name.
+    pub figures: Vec<(String, f64)>,
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All updates are done; the model is in this folder.
+    Completed {
+        /// The exported model.
+        export: PathBuf,
+    },
+    /// Asked to stop; saved at this step.
+    Interrupted {
+        /// Updates done.
+        step: u64,
+    },
+}
+
+/// What the loop needs beside the task.
+#[derive(Clone, Debug)]
+pub struct SessionConfig {
+    /// The optimizer.
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over each stage.
+    pub learning_rate: LrSchedule,
+    /// The moving average.
+    pub ema: EmaConfig,
+    /// Logs, grids, checkpoints.
+    pub output: OutputSection,
+}
+
+/// A task on its way, in its run folder.
+#[derive(Debug)]
+pub struct Session<T> {
+    task: T,
+    config: SessionConfig,
+    folder: RunFolder,
+    step: u64,
+    optimizer: AdamW,
+    ema: Ema,
+    record: Record,
+    timings: Record,
+    events: EventWriter,
+    seconds: f64,
+}
+
+/// What a checkpoint holds of the loop itself.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoopState {
+    step: u64,
+    seconds: f64,
+    averaged_updates: u64,
+    metrics: Position,
+}
+
+const STATE: &str = "session.json";
+const PARAMETERS: &str = "parameters.safetensors";
+const AVERAGE: &str = "ema.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+impl<T: Task> Session<T> {
+    /// Starts a task in a new run folder.
+    ///
+    /// # Errors
+    ///
+    /// What the file system or libtorch refuses.
+    pub fn start(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
+        let record = Record::create(&folder.file("metrics.jsonl"))?;
+        let timings = Record::create(&folder.file("timings.jsonl"))?;
+        Self::new(task, config, folder, record, timings, 0, 0.0)
+    }
+
+    /// Goes on with a task from the last good checkpoint of its run folder.
+    ///
+    /// Without one (the run was killed before the first) the task starts over, which is the same.
+    ///
+    /// # Errors
+    ///
+    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task.
+    pub fn resume(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
+        let found = find_latest(&folder.checkpoints())?;
+        for damaged in &found.damaged {
+            tracing::warn!("{} is damaged and passed over: {}", damaged.path.display(), damaged.reason);
+        }
+        let Some(checkpoint) = found.checkpoint else {
+            let record = Record::resume(&folder.file("metrics.jsonl"), Position::default())?;
+            let timings = Record::resume_after(&folder.file("timings.jsonl"), 0)?;
+            return Self::new(task, config, folder, record, timings, 0, 0.0);
+        };
+        checkpoint.ensure_kind(task.kind())?;
+        for obstacle in checkpoint.obstacles_to_exact_resume()? {
+            tracing::warn!("the run will not go on to the same bits: {obstacle}");
+        }
+        let state: LoopState = checkpoint.json(STATE)?;
+        discard_newer(&folder.checkpoints(), state.step)?;
+        let record = Record::resume(&folder.file("metrics.jsonl"), state.metrics)?;
+        let timings = Record::resume_after(&folder.file("timings.jsonl"), state.step)?;
+        let mut session =
+            Self::new(task, config, folder, record, timings, state.step, state.seconds)?;
+        session.restore(&checkpoint)?;
+        tracing::info!("goes on from {} at step {}", checkpoint.path().display(), state.step);
+        Ok(session)
+    }
+
+    fn new(
+        task: T,
+        config: SessionConfig,
+        folder: RunFolder,
+        record: Record,
+        timings: Record,
+        step: u64,
+        seconds: f64,
+    ) -> Result<Self> {
+        let optimizer = config.optimizer.build(task.parameters())?;
+        let ema = config.ema.build(task.parameters())?;
+        let events = EventWriter::create(folder.path(), step)?;
+        Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
+    }
+
+    fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.task.restore(checkpoint, self.step)?;
+        // A later stage may have made other networks: look at the parameters again.
+        let parameters = self.task.parameters();
+        state::restore("parameters", &parameters, &checkpoint.tensors(PARAMETERS)?)?;
+        self.begin_stage()?;
+        self.optimizer.load_state(&checkpoint.tensors(OPTIMIZER)?)?;
+        let LoopState { averaged_updates, .. } = checkpoint.json(STATE)?;
+        self.ema.load(&checkpoint.tensors(AVERAGE)?, averaged_updates)
+    }
+
+    /// The task.
+    pub fn task(&self) -> &T {
+        &self.task
+    }
+
+    /// Seconds spent in updates so far, over all sessions of the run.
+    pub fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
+    /// Updates done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Runs to the end, or until asked to stop, and says in `status.json` how it went.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NonFinite`] before a loss or gradient that is not finite reaches the weights; what the task, the file
+    /// system or libtorch refuse. The last good checkpoint stays.
+    pub fn run(&mut self, interrupt: &Interrupt) -> Result<Outcome> {
+        let outcome = self.run_to_end(interrupt);
+        match &outcome {
+            Ok(Outcome::Completed { .. }) => self.folder.complete(self.step)?,
+            Ok(Outcome::Interrupted { .. }) => self.folder.interrupt(self.step)?,
+            Err(error) => self.folder.fail(self.step, error)?,
+        }
+        outcome
+    }
+
+    fn run_to_end(&mut self, interrupt: &Interrupt) -> Result<Outcome> {
+        let total = self.task.total_updates();
+        let mut progress = Progress::new(self.task.kind(), self.step, total);
+        while self.step < total {
+            if interrupt.is_requested() {
+                self.save()?;
+                progress.finish();
+                return Ok(Outcome::Interrupted { step: self.step });
+            }
+            let figures = self.update()?;
+            progress.update(self.step, &figures);
+            self.write_outputs(&figures, total)?;
+        }
+        progress.finish();
+        let export = self.folder.file("export");
+        self.task.export(&export, self.ema.tensors())?;
+        Ok(Outcome::Completed { export })
+    }
+
+    /// One update; afterwards `self.step` counts it.
+    fn update(&mut self) -> Result<Vec<(String, f64)>> {
+        let started = Instant::now();
+        let step = self.step;
+        let per_stage = self.task.updates_per_stage();
+        if step > 0 && step.is_multiple_of(per_stage) {
+            self.start_stage(step)?;
+        }
+        self.optimizer.zero_grad()?;
+        let UpdateLoss { per_sample, figures } = self.task.loss(step)?;
+        let loss = per_sample.mean(per_sample.kind());
+        loss.f_backward().map_err(Error::torch("backward"))?;
+        let norm = self.optimizer.clip()?;
+        // Read after the whole backward pass was queued: one wait for the device an update.
+        let (loss, norm) = (loss.double_value(&[]), norm.double_value(&[]));
+        ensure_finite(step + 1, "loss", loss, || None)?;
+        ensure_finite(step + 1, "gradient norm", norm, || self.optimizer.non_finite_gradient())?;
+        let rate = self.config.learning_rate.lr_at(step % per_stage, per_stage);
+        self.optimizer.step(rate)?;
+        self.ema.update()?;
+        self.task.after_update(step)?;
+        self.step += 1;
+        self.seconds += started.elapsed().as_secs_f64();
+        let own = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];
+        Ok(own.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(figures).collect())
+    }
+
+    fn start_stage(&mut self, step: u64) -> Result<()> {
+        self.task.start_stage(step, self.ema.tensors())?;
+        self.begin_stage()
+    }
+
+    /// A fresh optimizer and moving average of the task's present parameters.
+    fn begin_stage(&mut self) -> Result<()> {
+        self.optimizer = self.config.optimizer.build(self.task.parameters())?;
+        self.ema = self.config.ema.build(self.task.parameters())?;
+        Ok(())
+    }
+
+    fn write_outputs(&mut self, figures: &[(String, f64)], total: u64) -> Result<()> {
+        let OutputSection { log_interval, sample_interval, checkpoint_interval, .. } =
+            self.config.output;
+        let step = self.step;
+        let last = step == total;
+        let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
+        if due(log_interval) {
+            self.log(figures)?;
+        }
+        if due(sample_interval) {
+            let picture = self.task.samples(self.ema.tensors())?;
+            picture.save(&self.folder.samples_of(step))?;
+            self.events.picture(step, "samples", &picture)?;
+        }
+        if due(checkpoint_interval) {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, figures: &[(String, f64)]) -> Result<()> {
+        let values: Map<String, Value> =
+            figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
+        self.record.write(self.step, &values)?;
+        // Wall-clock times differ from run to run, so they are kept apart from what must not.
+        self.timings.write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
+        for (name, value) in figures {
+            self.events.scalar(self.step, name, *value as f32)?;
+        }
+        self.events.flush()
+    }
+
+    /// Saves everything that the next update depends on, and lets go of the oldest checkpoints.
+    fn save(&mut self) -> Result<()> {
+        let mut writer =
+            CheckpointWriter::new(&self.folder.checkpoints(), self.step, self.task.kind())?;
+        writer.tensors(PARAMETERS, &self.task.parameters())?;
+        writer.tensors(AVERAGE, self.ema.tensors())?;
+        writer.tensors(OPTIMIZER, &self.optimizer.state_tensors()?)?;
+        self.task.save(&mut writer)?;
+        let metrics = self.record.position()?;
+        let state = LoopState {
+            step: self.step,
+            seconds: self.seconds,
+            averaged_updates: self.ema.num_updates(),
+            metrics,
+        };
+        writer.json(STATE, &state)?;
+        let newest = writer.commit()?;
+        self.config.output.checkpoints.apply(&newest)?;
+        self.folder.progress(self.step)
+    }
+}

@@ -1,0 +1,356 @@
+//! A TOML file and `--set` overrides, read into any settings type, with errors that say where.
+//!
+//! Nothing here knows which settings there are: [`Settings`] reads the text, takes overrides, and builds
+//! any `T: DeserializeOwned` whose structs say `deny_unknown_fields`. Overrides change the tree of values
+//! before the type sees it, so file and command line are held to the same rules.
+
+use std::{
+    collections::BTreeSet,
+    fmt, fs,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+use serde_path_to_error::Segment;
+use toml::{
+    Spanned, Table, Value,
+    de::{DeTable, DeValue},
+};
+
+use crate::{Error, Result};
+
+/// Two names less alike than this are not taken for a slip of memory or of the keyboard.
+const LEAST_SIMILARITY: f64 = 0.65;
+
+/// A TOML document with overrides, not yet read into a type.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::settings::Settings;
+/// use serde::Deserialize;
+///
+/// #[derive(Deserialize)]
+/// #[serde(deny_unknown_fields)]
+/// struct Train {
+///     batch_size: u32,
+///     lr: f64,
+/// }
+///
+/// let mut settings = Settings::parse("train.toml", "batch_size = 8\nlr = 1e-4\n")?;
+/// settings.set("batch_size=32")?;
+/// let train: Train = settings.build()?;
+/// assert_eq!((train.batch_size, train.lr), (32, 1e-4));
+///
+/// settings.set("batchsize=32")?;
+/// let error = settings.build::<Train>().err().expect("there is no such key").to_string();
+/// assert_eq!(error, "--set batchsize=32: unknown key `batchsize`; did you mean `batch_size`?");
+/// # Ok::<(), ddil_trainer::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Settings {
+    path: PathBuf,
+    text: String,
+    /// Always a table.
+    values: Value,
+    overrides: Vec<Override>,
+}
+
+#[derive(Clone, Debug)]
+struct Override {
+    text: String,
+    key: Vec<String>,
+}
+
+impl Settings {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if there is no such file, [`Error::ConfigSyntax`] if it is not TOML.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        Self::parse(path, text)
+    }
+
+    /// Takes TOML from memory; `path` is what errors call it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ConfigSyntax`] if it is not TOML.
+    pub fn parse(path: impl Into<PathBuf>, text: impl Into<String>) -> Result<Self> {
+        let (path, text) = (path.into(), text.into());
+        match text.parse() {
+            Ok(table) => {
+                Ok(Self { path, text, values: Value::Table(table), overrides: Vec::new() })
+            }
+            Err(error) => Err(Error::ConfigSyntax {
+                place: place(&path, &text, error.span()),
+                message: error.message().replace('\n', ", "),
+            }),
+        }
+    }
+
+    /// Overrides one value: `a.b=c`, where `c` is TOML or, if it is not, a string.
+    ///
+    /// Numbers step into arrays, as in `stages.0.num_steps=8`. Whether there is such a key is found when
+    /// the settings are built.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOverride`] if there is no `=`, a part of the key is empty, or the key leads through
+    /// something that is neither a table nor an array.
+    pub fn set(&mut self, assignment: &str) -> Result<()> {
+        let invalid = |reason: String| Error::InvalidOverride { text: assignment.into(), reason };
+        let (key, value) =
+            assignment.split_once('=').ok_or_else(|| invalid("expected key=value".into()))?;
+        let key: Vec<String> = key.split('.').map(|part| part.trim().to_owned()).collect();
+        if key.iter().any(String::is_empty) {
+            return Err(invalid("the key has an empty part".into()));
+        }
+        insert(&mut self.values, &key, parse_value(value)).map_err(invalid)?;
+        self.overrides.push(Override { text: assignment.to_owned(), key });
+        Ok(())
+    }
+
+    /// Reads the values into a settings type.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::UnknownKey`] with the nearest known key, or [`Error::InvalidSetting`] for a value of the
+    /// wrong type, out of range, or missing. Both say where: line and column, or the override.
+    pub fn build<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_path_to_error::deserialize(self.values.clone())
+            .map_err(|error| self.explain(key_of(error.path()), error.inner().message()))
+    }
+
+    fn explain(&self, mut key: Vec<String>, message: &str) -> Error {
+        let names = backticked(message);
+        let (found, known) = names.split_first().map_or(("", &[][..]), |(a, b)| (a.as_str(), b));
+        let nearest = nearest(found, known);
+        if message.starts_with("unknown field") {
+            // Beyond a tagged enum, whose content serde buffers, the path ends at the enum.
+            if key.last().is_none_or(|last| last != found) {
+                let way = self.way_down(&key, found);
+                key.extend(way);
+            }
+            let (place, key) = (self.place_of(&key), key.join("."));
+            return Error::UnknownKey { place, key, nearest, known: known.to_vec() };
+        }
+        let hint = nearest.filter(|_| message.starts_with("unknown variant"));
+        let hint = hint.map_or(String::new(), |hint| format!("; did you mean `{hint}`?"));
+        Error::InvalidSetting {
+            place: self.place_of(&key),
+            key: if key.is_empty() { "(top level)".into() } else { key.join(".") },
+            message: format!("{}{hint}", message.replace("missing field", "missing key")),
+        }
+    }
+
+    /// The way from `key` down to the only key called `name` below it, or `name` itself.
+    fn way_down(&self, key: &[String], name: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        if let Some(value) = key.iter().try_fold(&self.values, |value, part| child(value, part)) {
+            search(value, name, &[], &mut found);
+        }
+        match found.as_slice() {
+            [only] => only.clone(),
+            _ => vec![name.to_owned()],
+        }
+    }
+
+    /// Where a key was given: on the command line, else in the file, else the file as such.
+    fn place_of(&self, key: &[String]) -> String {
+        let mut overrides = self.overrides.iter().rev();
+        if let Some(given) = overrides.find(|given| key.starts_with(&given.key)) {
+            return format!("--set {}", given.text);
+        }
+        let span =
+            DeTable::parse(&self.text).ok().and_then(|table| span_in_table(table.get_ref(), key));
+        place(&self.path, &self.text, span)
+    }
+}
+
+/// Writes settings as TOML, every value in it, for the copy that is kept with a run.
+///
+/// # Errors
+///
+/// [`Error::WriteSettings`] for what TOML cannot say, such as an integer beyond 63 bits.
+pub fn to_toml(settings: &impl Serialize) -> Result<String> {
+    toml::to_string(settings).map_err(|source| Error::WriteSettings { source })
+}
+
+/// A setting that two configs give different values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// The whole path of the key.
+    pub key: String,
+    /// The first config's value as TOML; `None` if it has no such key.
+    pub left: Option<String>,
+    /// The second config's value as TOML; `None` if it has no such key.
+    pub right: Option<String>,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = |value: &Option<String>| value.clone().unwrap_or_else(|| "not set".into());
+        write!(f, "{}: {} there, {} here", self.key, shown(&self.left), shown(&self.right))
+    }
+}
+
+/// Every setting in which two configs differ, in order of the keys.
+///
+/// # Errors
+///
+/// [`Error::WriteSettings`] for what TOML cannot say.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::settings::differences;
+///
+/// let left = toml::toml! { lr = 0.1 }.to_owned();
+/// let right = toml::toml! { lr = 0.2 }.to_owned();
+/// assert_eq!(differences(&left, &right)?[0].to_string(), "lr: 0.1 there, 0.2 here");
+/// # Ok::<(), ddil_trainer::Error>(())
+/// ```
+pub fn differences<T: Serialize>(left: &T, right: &T) -> Result<Vec<Difference>> {
+    let to_value =
+        |settings: &T| Value::try_from(settings).map_err(|source| Error::WriteSettings { source });
+    let mut found = Vec::new();
+    compare("", Some(&to_value(left)?), Some(&to_value(right)?), &mut found);
+    Ok(found)
+}
+
+fn compare(key: &str, left: Option<&Value>, right: Option<&Value>, found: &mut Vec<Difference>) {
+    match (left, right) {
+        (Some(Value::Table(left)), Some(Value::Table(right))) => {
+            let names: BTreeSet<&String> = left.keys().chain(right.keys()).collect();
+            for name in names {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                compare(&key, left.get(name), right.get(name), found);
+            }
+        }
+        (left, right) if left != right => found.push(Difference {
+            key: key.to_owned(),
+            left: left.map(Value::to_string),
+            right: right.map(Value::to_string),
+        }),
+        _ => {}
+    }
+}
+
+/// TOML where it is TOML; what is left is a string that the shell stripped of its quotes.
+fn parse_value(text: &str) -> Value {
+    match text.trim().parse() {
+        Ok(Value::Datetime(_)) | Err(_) => Value::String(text.to_owned()),
+        Ok(value) => value,
+    }
+}
+
+fn insert(target: &mut Value, key: &[String], value: Value) -> Result<(), String> {
+    let Some((first, rest)) = key.split_first() else {
+        *target = value;
+        return Ok(());
+    };
+    match target {
+        Value::Table(table) => {
+            let fresh = Value::Table(Table::new());
+            insert(table.entry(first.as_str()).or_insert(fresh), rest, value)
+        }
+        Value::Array(items) => {
+            let count = items.len();
+            let item = first.parse().ok().and_then(|index: usize| items.get_mut(index));
+            let item = item.ok_or(format!("`{first}` is not one of its {count} entries"))?;
+            insert(item, rest, value)
+        }
+        other => Err(format!("`{first}` cannot stand below a value of type {}", other.type_str())),
+    }
+}
+
+fn child<'a>(value: &'a Value, part: &str) -> Option<&'a Value> {
+    match value {
+        Value::Table(table) => table.get(part),
+        Value::Array(items) => items.get(part.parse::<usize>().ok()?),
+        _ => None,
+    }
+}
+
+fn search(value: &Value, name: &str, way: &[String], found: &mut Vec<Vec<String>>) {
+    let children: Vec<(String, &Value)> = match value {
+        Value::Table(table) => table.iter().map(|(key, value)| (key.clone(), value)).collect(),
+        Value::Array(items) => {
+            items.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+        }
+        _ => return,
+    };
+    for (key, value) in children {
+        let way = [way, std::slice::from_ref(&key)].concat();
+        search(value, name, &way, found);
+        if key == name {
+            found.push(way);
+        }
+    }
+}
+
+fn key_of(path: &serde_path_to_error::Path) -> Vec<String> {
+    path.iter()
+        .filter_map(|segment| match segment {
+            Segment::Map { key } => Some(key.clone()),
+            Segment::Seq { index } => Some(index.to_string()),
+            Segment::Enum { .. } | Segment::Unknown => None,
+        })
+        .collect()
+}
+
+/// The span of the deepest part of a key that is in the file.
+fn span_in_table(table: &DeTable<'_>, key: &[String]) -> Option<Range<usize>> {
+    let (first, rest) = key.split_first()?;
+    let (name, value) = table.iter().find(|(name, _)| name.get_ref() == first.as_str())?;
+    span_in_value(value.get_ref(), rest).or(Some(name.span()))
+}
+
+fn span_in_value(value: &DeValue<'_>, key: &[String]) -> Option<Range<usize>> {
+    match value {
+        DeValue::Table(table) => span_in_table(table, key),
+        DeValue::Array(items) => {
+            let (first, rest) = key.split_first()?;
+            let item: &Spanned<DeValue<'_>> = items.get(first.parse::<usize>().ok()?)?;
+            span_in_value(item.get_ref(), rest).or(Some(item.span()))
+        }
+        _ => None,
+    }
+}
+
+/// `file:line:column`, counted from 1 and in characters; the file alone where there is no span.
+fn place(path: &Path, text: &str, span: Option<Range<usize>>) -> String {
+    let before = span.and_then(|span| text.get(..span.start));
+    let Some(before) = before else { return path.display().to_string() };
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("{}:{line}:{column}", path.display())
+}
+
+/// The words that serde puts between backticks: first what it found, then what may stand there.
+fn backticked(message: &str) -> Vec<String> {
+    message.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+fn nearest(found: &str, known: &[String]) -> Option<String> {
+    known
+        .iter()
+        .map(|name| (similarity(found, name), name))
+        .filter(|(similarity, _)| *similarity >= LEAST_SIMILARITY)
+        .max_by(|(left, _), (right, _)| left.total_cmp(right))
+        .map(|(_, name)| name.clone())
+}
+
+/// From 0 to 1: few edits (`edn` for `end`), a common beginning (`lr` for `learning_rate`), or one name within
+/// the other (`steps` for `num_steps`).
+fn similarity(left: &str, right: &str) -> f64 {
+    let shorter = left.len().min(right.len());
+    let within = shorter >= 3 && (left.contains(right) || right.contains(left));
+    strsim::normalized_damerau_levenshtein(left, right)
+        .max(strsim::jaro(left, right))
+        .max(if within { 0.75 } else { 0.0 })
+}

@@ -1,0 +1,73 @@
+//! Named tensors put back where they came from, all or none.
+
+use std::collections::BTreeMap;
+
+use tch::Tensor;
+
+use crate::{Error, Result};
+
+/// Copies saved tensors into the ones of the same names, in place; nothing is changed unless all fit.
+///
+/// `what` names the thing in the error, such as `optimizer`.
+///
+/// # Errors
+///
+/// [`Error::StateMismatch`] with every name that is missing or unexpected and every tensor of another shape or
+/// kind.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::state;
+/// use tch::{Tensor, kind::FLOAT_CPU};
+///
+/// let weights = [("weight".to_owned(), Tensor::zeros([2], FLOAT_CPU))];
+/// let saved = [("weight".to_owned(), Tensor::ones([2], FLOAT_CPU))];
+/// state::restore("student", &weights, &saved)?;
+/// assert_eq!(weights[0].1, saved[0].1);
+///
+/// let saved = [("wait".to_owned(), Tensor::ones([2], FLOAT_CPU))];
+/// let error = state::restore("student", &weights, &saved).err().ok_or("they do not fit")?;
+/// assert_eq!(
+///     error.to_string(),
+///     "student: the saved state does not fit:\n  wait: not expected\n  weight: missing"
+/// );
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn restore(
+    what: &'static str,
+    targets: &[(String, Tensor)],
+    saved: &[(String, Tensor)],
+) -> Result<()> {
+    let by_name: BTreeMap<&str, &Tensor> =
+        saved.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let expected: BTreeMap<&str, &Tensor> =
+        targets.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+
+    let mut problems: Vec<String> = by_name
+        .keys()
+        .filter(|name| !expected.contains_key(*name))
+        .map(|name| format!("{name}: not expected"))
+        .collect();
+    problems.extend(expected.iter().filter_map(|(name, target)| match by_name.get(name) {
+        None => Some(format!("{name}: missing")),
+        Some(tensor) => {
+            difference(target, tensor).map(|difference| format!("{name}: {difference}"))
+        }
+    }));
+    if !problems.is_empty() {
+        return Err(Error::StateMismatch { what, problems });
+    }
+    let _guard = tch::no_grad_guard();
+    for (name, target) in expected {
+        let mut target = target.shallow_clone();
+        target.f_copy_(by_name[name]).map_err(Error::torch("state::restore"))?;
+    }
+    Ok(())
+}
+
+fn difference(target: &Tensor, saved: &Tensor) -> Option<String> {
+    let describe = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+    let (expected, found) = (describe(target), describe(saved));
+    (expected != found).then(|| format!("is {found}, not {expected}"))
+}

@@ -1,0 +1,217 @@
+//! The task of `ddil train`: a diffusion model from data.
+
+use std::path::Path;
+
+use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
+use ddil_models::{Placement, UNet2DModel};
+use ddil_schedulers::{NoiseSchedule, Thresholding};
+use rand::Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::checkpoint::{Checkpoint, CheckpointWriter};
+use crate::config::TrainConfig;
+use crate::data::TrainingData;
+use crate::error::{Error, Result};
+use crate::network::Network;
+use crate::picture::Picture;
+use crate::pipeline::{Card, Pipeline};
+use crate::sampling::{SamplePlan, grid_of_classes};
+use crate::session::{Task, UpdateLoss};
+use crate::state;
+
+/// A diffusion model on its way: the squared error of its output at random timesteps of noised data.
+///
+/// [Ho et al. 2020](https://arxiv.org/abs/2006.11239); labels are dropped at random for guidance,
+/// [Ho and Salimans 2022](https://arxiv.org/abs/2207.12598).
+#[derive(Debug)]
+pub struct TrainTask {
+    config: TrainConfig,
+    schedule: NoiseSchedule,
+    network: Network,
+    /// A second network of the same form, into which the moving average is put to be sampled.
+    averaged: Network,
+    data: TrainingData,
+    streams: RandomStreams,
+}
+
+impl TrainTask {
+    /// The task at its first update.
+    ///
+    /// # Errors
+    ///
+    /// What the config, the data or the network refuse; [`Error::InvalidConfig`] if the network does not fit the
+    /// data.
+    pub fn new(config: &TrainConfig) -> Result<Self> {
+        config.ensure()?;
+        let device = config.run.device()?;
+        let data = TrainingData::open(&config.data, config.run.seed, device)?;
+        ensure_fits(config, &data)?;
+        let schedule = config.schedule.build()?;
+        let placement =
+            Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
+        let network = |trainable: bool| -> Result<Network> {
+            let unet: UNet2DModel = config.model.build(placement, config.run.seed)?;
+            unet.parameters().set_trainable(trainable);
+            unet.set_training(trainable);
+            let precision = config.run.precision;
+            Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
+        };
+        let (network, averaged) = (network(true)?, network(false)?);
+        let streams = RandomStreams::new(config.run.seed, 0);
+        Ok(Self { config: config.clone(), schedule, network, averaged, data, streams })
+    }
+
+    fn device(&self) -> Device {
+        self.network.placement().device
+    }
+
+    /// Random timesteps, one a sample.
+    fn timesteps(&self, step: u64, batch: i64) -> Result<Tensor> {
+        let mut generator = self.streams.generator(step, Stream::Timesteps, self.device())?;
+        Ok(generator.randint(0, self.schedule.num_train_timesteps(), [batch])?)
+    }
+
+    /// The labels with some of them replaced by the null class.
+    fn dropped(&self, step: u64, conditioning: &Conditioning) -> Conditioning {
+        let Some((labels, null)) =
+            conditioning.class_labels.as_ref().zip(self.data.null_class())
+        else {
+            return conditioning.shallow_clone();
+        };
+        let mut rng = self.streams.rng(step, Stream::Condition);
+        let dropout = self.config.train.label_dropout;
+        let drop: Vec<bool> =
+            (0..labels.size()[0]).map(|_| rng.random::<f64>() < dropout).collect();
+        let drop = Tensor::from_slice(&drop).to_device(labels.device());
+        Conditioning::class_labels(labels.where_self(&drop.logical_not(), &labels.full_like(null)))
+    }
+
+    fn sample_plan(&self) -> SamplePlan {
+        SamplePlan {
+            steps: self.config.train.sample_steps,
+            guidance_scale: self.config.train.sample_guidance_scale,
+            eta: 0.0,
+            thresholding: Thresholding::clamp_pixels(),
+            timesteps: None,
+            batch_size: 100,
+            seed: self.config.run.seed,
+        }
+    }
+}
+
+impl Task for TrainTask {
+    fn kind(&self) -> &'static str {
+        "train"
+    }
+
+    fn total_updates(&self) -> u64 {
+        self.config.train.updates
+    }
+
+    fn updates_per_stage(&self) -> u64 {
+        self.config.train.updates
+    }
+
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.network.parameters().learned()
+    }
+
+    fn loss(&mut self, step: u64) -> Result<UpdateLoss> {
+        let data = self.data.batch_at(step)?;
+        let batch = data.x0.size()[0];
+        let conditioning = self.dropped(step, &data.conditioning);
+        let timesteps = self.timesteps(step, batch)?;
+        let noise = self
+            .streams
+            .generator(step, Stream::Noise, self.device())?
+            .normal(data.x0.size(), Kind::Float)?;
+        let x_t = self.schedule.add_noise(&data.x0, &noise, &timesteps)?;
+        let target =
+            self.network.prediction_type().target(&self.schedule, &data.x0, &noise, &timesteps)?;
+        let output = self.network.output(&x_t, &timesteps, &conditioning)?;
+        let error = (output - target).square();
+        let per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
+        Ok(UpdateLoss { per_sample, figures: Vec::new() })
+    }
+
+    fn after_update(&mut self, _step: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn start_stage(&mut self, _step: u64, _average: &[(String, Tensor)]) -> Result<()> {
+        Ok(())
+    }
+
+    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
+        let per_class = self.config.output.samples_per_class;
+        let device = self.device();
+        let shape = self.data.image_shape();
+        let denoiser: &dyn Denoiser = &self.averaged;
+        let card = self.card();
+        grid_of_classes(denoiser, &self.sample_plan(), &card, shape, per_class, device)
+    }
+
+    fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {
+        // Data, noise and labels of an update follow from its number alone.
+        Ok(())
+    }
+
+    fn restore(&mut self, _checkpoint: &Checkpoint, _step: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()> {
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
+        Pipeline::write(
+            folder,
+            &self.averaged,
+            &Thresholding::clamp_pixels(),
+            None,
+            &self.card(),
+        )
+    }
+}
+
+impl TrainTask {
+    fn card(&self) -> Card {
+        Card {
+            method: "teacher".to_owned(),
+            class_names: self.data.class_names().to_vec(),
+            null_class: self.data.null_class(),
+            image_shape: self.data.image_shape(),
+            guidance_scale: None,
+            updates: self.config.train.updates,
+            seed: self.config.run.seed,
+            ..Card::default()
+        }
+    }
+}
+
+fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
+    let [channels, ..] = data.image_shape();
+    let model = &config.model;
+    let invalid = |field: &str, value: String, expected: String| {
+        Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
+    };
+    if [model.in_channels, model.out_channels].map(i64::from) != [channels; 2] {
+        return invalid(
+            "model.in_channels, model.out_channels",
+            format!("{}, {}", model.in_channels, model.out_channels),
+            format!("{channels}, the channels of the data"),
+        );
+    }
+    match (model.num_class_embeds, data.null_class()) {
+        (Some(found), Some(null)) if i64::from(found) != null + 1 => invalid(
+            "model.num_class_embeds",
+            found.to_string(),
+            format!("{}: the {null} classes of the data and the null class", null + 1),
+        ),
+        (Some(found), None) => invalid(
+            "model.num_class_embeds",
+            found.to_string(),
+            "left out, as the data have no classes".to_owned(),
+        ),
+        _ => Ok(()),
+    }
+}

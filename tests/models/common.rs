@@ -1,0 +1,28 @@
+//! What several modules need.
+
+use std::path::PathBuf;
+
+use tch::Tensor;
+
+pub(crate) type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+/// Every recorded network.
+pub(crate) const GOLDEN: [&str; 5] = [
+    "unet_unconditional",
+    "unet_class_labels",
+    "unet_fourier_scale_shift",
+    "unet_timestep_classes",
+    "unet_identity_classes",
+];
+
+/// A folder that `tools/record_unet.py` wrote.
+pub(crate) fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/models").join(name)
+}
+
+/// Largest difference, relative to the largest expected value.
+pub(crate) fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(found.size(), expected.size());
+    let difference = (found - expected).abs().max().double_value(&[]);
+    difference / expected.abs().max().double_value(&[])
+}
