@@ -4,6 +4,7 @@ mod checkpoint;
 mod doctor;
 mod ema;
 mod interrupt;
+mod logging;
 mod lr_schedule;
 mod optimizer;
 mod picture;
