@@ -373,3 +373,38 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     assert_eq!(latest(folder.path()), (Some(1), vec![]));
     Ok(())
 }
+
+/// Killed at whatever moment, a run finds its last checkpoint, or one that was just becoming so.
+#[cfg(unix)]
+#[test]
+fn kill_9_at_any_moment_costs_no_checkpoint() -> TestResult {
+    if let Some(folder) = folder_of_child() {
+        let first = find_latest(&folder)?.checkpoint.map_or(0, |checkpoint| checkpoint.step());
+        tidy(&folder)?;
+        for step in first + 1.. {
+            Retention::default().apply(&save(&folder, step)?)?;
+            fs::write(folder.join("committed"), step.to_string())?;
+        }
+    }
+    let folder = tempfile::tempdir()?;
+    let committed = || {
+        let text = fs::read_to_string(folder.path().join("committed")).unwrap_or_default();
+        text.parse::<u64>().unwrap_or(0)
+    };
+    for round in 0..6 {
+        let before = committed();
+        let mut process =
+            child("checkpoint::kill_9_at_any_moment_costs_no_checkpoint", folder.path())?
+                .spawn()?;
+        while committed() <= before {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(1700 * round));
+        process.kill()?;
+        process.wait()?;
+        let (step, damaged) = latest(folder.path());
+        assert_eq!(damaged, [""; 0]);
+        assert!(step >= Some(committed()), "{step:?} after {}", committed());
+    }
+    Ok(())
+}

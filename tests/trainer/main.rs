@@ -5,6 +5,7 @@ mod dataset;
 mod doctor;
 mod ema;
 mod interrupt;
+mod logging;
 mod lr_schedule;
 mod optimizer;
 mod picture;

@@ -20,7 +20,7 @@ fn train(optimizer: &mut AdamW, params: &[Tensor]) -> TestResult {
     optimizer.zero_grad()?;
     let loss = params.iter().map(|param| (param.square() * 3.0 + param).sum(Kind::Double));
     loss.sum::<Tensor>().backward();
-    optimizer.clip()?;
+    let _norm = optimizer.clip()?;
     Ok(optimizer.step(0.05)?)
 }
 

@@ -77,6 +77,19 @@ fn a_record_that_is_not_the_checkpoints_is_refused_and_left_alone() -> TestResul
 }
 
 #[test]
+fn a_run_killed_before_its_first_checkpoint_starts_its_record_over() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("metrics.jsonl");
+    write(&mut Record::resume(&path, Position::default())?, 1..=3)?;
+    write(&mut Record::resume(&path, Position::default())?, 1..=1)?;
+    assert_eq!(read_lines::<Value>(&path)?.len(), 1);
+    fs::remove_file(&path)?;
+    let later = Position { bytes: 5, crc32c: 0 };
+    assert!(matches!(Record::resume(&path, later), Err(Error::Io { .. })));
+    Ok(())
+}
+
+#[test]
 fn a_record_is_not_started_over_another() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("metrics.jsonl");
