@@ -1,5 +1,6 @@
 //! Networks in folders.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use ddil_core::Conditioning;
@@ -116,7 +117,7 @@ fn write_folders_for_diffusers() -> TestResult {
         weights::save(
             &recorded,
             root.join(name).join("expected.safetensors"),
-            &Default::default(),
+            &BTreeMap::default(),
         )?;
     }
     Ok(())

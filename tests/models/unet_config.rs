@@ -6,7 +6,7 @@ use ddil_models::{
     ConfigProblem, DownBlockType, Error, Placement, SampleSize, UNet2DConfig, UnknownKeys,
     UpBlockType,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::common::{GOLDEN, TestResult, golden};
@@ -39,7 +39,7 @@ fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
             };
             assert!(same, "{name} {key}: {value} became {}", written[key]);
         }
-        assert_eq!(read.as_object().map(|o| o.len()), written.as_object().map(|o| o.len()));
+        assert_eq!(read.as_object().map(Map::len), written.as_object().map(Map::len));
     }
     Ok(())
 }
@@ -121,9 +121,12 @@ fn small() -> UNet2DConfig {
     }
 }
 
+/// Makes one setting impossible.
+type Spoil = fn(&mut UNet2DConfig);
+
 #[test]
 fn impossible_values_are_refused_by_key() {
-    let cases: [(&str, fn(&mut UNet2DConfig)); 17] = [
+    let cases: [(&str, Spoil); 17] = [
         ("block_out_channels", |c| c.block_out_channels.clear()),
         ("block_out_channels[1]", |c| c.block_out_channels[1] = 5),
         ("block_out_channels[0]", |c| c.block_out_channels[0] = 0),

@@ -45,7 +45,7 @@ pub enum ModelConfig {
     UNet2D(UNet2DConfig),
     /// A small network for vectors.
     Mlp(MlpConfig),
-    /// A TorchScript program.
+    /// A `TorchScript` program.
     TorchScript(TorchScriptConfig),
 }
 
@@ -96,7 +96,7 @@ impl ModelConfig {
     ///
     /// # Errors
     ///
-    /// As [`UNet2DConfig::build`]; [`Error::InvalidConfig`] for a TorchScript program, which has no fresh parameters.
+    /// As [`UNet2DConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
         Ok(match self {
             Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
@@ -117,18 +117,19 @@ impl ModelConfig {
 /// A network of any class.
 #[derive(Debug)]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "one lives for a whole run, and none is moved in it")]
 pub enum Model {
     /// A U-Net for pixels.
     UNet2D(UNet2DModel),
     /// A small network for vectors.
     Mlp(Mlp),
-    /// A TorchScript program.
+    /// A `TorchScript` program.
     TorchScript(TorchScript),
 }
 
 impl Model {
     /// Loads a network from a folder as diffusers writes it: `config.json` and
-    /// `diffusion_pytorch_model.safetensors`, or the index of its shards, or the TorchScript program.
+    /// `diffusion_pytorch_model.safetensors`, or the index of its shards, or the `TorchScript` program.
     ///
     /// # Errors
     ///
@@ -196,7 +197,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if a TorchScript program refuses.
+    /// [`Error::Torch`] if a `TorchScript` program refuses.
     pub fn set_training(&self, training: bool) -> Result<()> {
         match self {
             Self::UNet2D(unet) => unet.set_training(training),

@@ -39,7 +39,7 @@ impl Default for Placement {
 /// Where the values of new parameters come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Values {
-    /// PyTorch's default initialisation. Each parameter has its own stream, keyed by its name, so that adding a layer
+    /// The default initialisation of `torch.nn`. Each parameter has its own stream, keyed by its name, so that adding a layer
     /// leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
     Seeded(u64),
     /// Nothing yet: a file fills all of them before anyone looks.

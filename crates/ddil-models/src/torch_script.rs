@@ -1,4 +1,4 @@
-//! Networks that come as a TorchScript program.
+//! Networks that come as a `TorchScript` program.
 
 use std::cell::RefCell;
 use std::path::{Component, Path};
@@ -59,7 +59,7 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] if the file is missing or no TorchScript program.
+    /// [`Error::Read`] if the file is missing or no `TorchScript` program.
     pub fn load(
         path: impl AsRef<Path>,
         config: &TorchScriptConfig,

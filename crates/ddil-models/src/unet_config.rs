@@ -227,7 +227,7 @@ impl UNet2DConfig {
         config::to_json(self)
     }
 
-    /// Checks the settings and builds a network with fresh parameters, as PyTorch would initialise them.
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
     ///
     /// The same seed gives the same parameters on every device.
     ///

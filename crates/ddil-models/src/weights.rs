@@ -88,7 +88,7 @@ pub fn read_metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, String>>
     Ok(all)
 }
 
-/// Writes tensors, whatever their device and layout, to a safetensors file that Python reads as PyTorch's.
+/// Writes tensors, whatever their device and layout, to a safetensors file that `safetensors.torch` reads.
 ///
 /// Each keeps its kind; the caller who wants half precision casts. `metadata` is written beside `{"format": "pt"}`.
 /// The same tensors and metadata give the same bytes. A reader sees the old file or the whole new one, also after a
