@@ -8,8 +8,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Result, torch};
 
-/// Most elements of a block: 64 MiB of `f64`.
-const BLOCK_ELEMENTS: i64 = 8 << 20;
+/// Most elements of a block: 8 MiB of `f64`, which the allocator hands out again where it would fetch a larger piece
+/// from the system, page by page, every time.
+const BLOCK_ELEMENTS: i64 = 1 << 20;
 
 /// Squared distances up to this many times the rounding error of a product are taken again by differences when their
 /// values are summed, which leaves the others at least ten correct digits.
@@ -62,9 +63,9 @@ impl<'a> Pairs<'a> {
     ///
     /// `radii` is `[m]` or `[len, 1]`.
     pub(crate) fn closer(&self, squares: &Tensor, block: Block, radii: &Tensor) -> Result<Tensor> {
-        let gaps = squares - radii.square();
+        let mut gaps = squares - radii.square();
         let mut closer = gaps.lt(0.0);
-        let ties = gaps.abs().le(self.rounding).nonzero();
+        let ties = gaps.abs_().le(self.rounding).nonzero();
         let radii = radii.expand_as(squares);
         for (rows, columns) in pairs_at(&ties, self.a.size()[1]) {
             let place = [Some(&rows), Some(&columns)];
