@@ -246,7 +246,7 @@ fn what_cannot_be_changed_in_place_is_refused_and_unchanged() -> TestResult {
 }
 
 #[test]
-fn tensors_that_overlap_in_part_are_refused_and_unchanged() -> TestResult {
+fn tensors_that_overlap_in_part_are_refused_and_unchanged() {
     for kind in [Kind::Float, Kind::Half] {
         let line = Tensor::ones([4], (kind, Device::Cpu));
         let (mut x, y) = (line.slice(0, 0, 3, 1), line.slice(0, 1, 4, 1));
@@ -256,7 +256,6 @@ fn tensors_that_overlap_in_part_are_refused_and_unchanged() -> TestResult {
         refusal(affine_(&mut expanded, &y, 2.0, 1.0));
         assert_eq!(line.sum(Kind::Float).double_value(&[]), 4.0);
     }
-    Ok(())
 }
 
 #[test]

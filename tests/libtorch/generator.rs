@@ -1,4 +1,4 @@
-//! The numbers are those of PyTorch 2.13.0, drawn on the CPU with `torch.Generator().manual_seed(seed)`.
+//! The numbers are those of `PyTorch` 2.13.0, drawn on the CPU with `torch.Generator().manual_seed(seed)`.
 
 use ddil_libtorch::{Error, Generator, default_generator_state, set_default_generator_state};
 use tch::{Device, Kind, Tensor, kind};
@@ -74,7 +74,7 @@ fn a_stream_goes_on_as_pytorchs_does() -> TestResult {
 fn a_saved_state_continues_to_the_bit() -> TestResult {
     let mut generator = cpu(3)?;
     // An odd number of draws leaves half a pair of normal numbers inside.
-    generator.normal([3], Kind::Float)?;
+    drop(generator.normal([3], Kind::Float)?);
     let state = generator.state()?;
     let draw = |generator: &mut Generator| -> ddil_libtorch::Result<_> {
         let numbers = generator.normal([7], Kind::Float)?;
@@ -92,7 +92,7 @@ fn a_saved_state_continues_to_the_bit() -> TestResult {
 #[test]
 fn streams_do_not_touch_each_other() -> TestResult {
     let (mut one, mut other) = (cpu(5)?, cpu(5)?);
-    other.normal([2], Kind::Float)?;
+    drop(other.normal([2], Kind::Float)?);
     assert_eq!(one.normal([4], Kind::Float)?, cpu(5)?.normal([4], Kind::Float)?);
     assert_eq!(one.device(), Device::Cpu);
     Ok(())
@@ -151,7 +151,7 @@ fn the_default_generator_continues_to_the_bit() -> TestResult {
     assert_eq!(Tensor::randn([33], kind::FLOAT_CPU), expected);
     // A stream of its own leaves it alone.
     let before = default_generator_state(Device::Cpu)?;
-    cpu(1)?.normal([8], Kind::Float)?;
+    drop(cpu(1)?.normal([8], Kind::Float)?);
     assert_eq!(default_generator_state(Device::Cpu)?, before);
     Ok(())
 }

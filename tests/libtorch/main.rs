@@ -1,5 +1,7 @@
 //! Tests of `ddil-libtorch`, a module for each of its files.
 
+#![expect(clippy::float_cmp, reason = "small whole numbers come out exact")]
+
 mod autocast;
 mod elementwise;
 mod foreach;
