@@ -5,10 +5,10 @@ mod error;
 mod files;
 
 pub mod checkpoint;
-pub mod cli;
 pub mod config;
 pub mod data;
 pub mod dataset;
+pub mod distill;
 pub mod doctor;
 pub mod ema;
 pub mod environment;

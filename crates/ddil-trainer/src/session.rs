@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
-use crate::config::OutputSection;
+use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -53,8 +53,8 @@ pub trait Task {
     /// Takes it back, with the parameters.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
-    /// Writes the finished model, as diffusers would read it.
-    fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()>;
+    /// Writes the finished model, as diffusers would read it; `seconds` went into its updates.
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()>;
 }
 
 /// The loss of an update and what is to be written down about it.
@@ -92,6 +92,20 @@ pub struct SessionConfig {
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
+}
+
+impl From<&TrainConfig> for SessionConfig {
+    fn from(config: &TrainConfig) -> Self {
+        let TrainConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
+        Self { optimizer, learning_rate, ema, output }
+    }
+}
+
+impl From<&DistillConfig> for SessionConfig {
+    fn from(config: &DistillConfig) -> Self {
+        let DistillConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
+        Self { optimizer, learning_rate, ema, output }
+    }
 }
 
 /// A task on its way, in its run folder.
@@ -146,7 +160,11 @@ impl<T: Task> Session<T> {
     pub fn resume(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
         let found = find_latest(&folder.checkpoints())?;
         for damaged in &found.damaged {
-            tracing::warn!("{} is damaged and passed over: {}", damaged.path.display(), damaged.reason);
+            tracing::warn!(
+                "{} is damaged and passed over: {}",
+                damaged.path.display(),
+                damaged.reason
+            );
         }
         let Some(checkpoint) = found.checkpoint else {
             let record = Record::resume(&folder.file("metrics.jsonl"), Position::default())?;
@@ -199,6 +217,11 @@ impl<T: Task> Session<T> {
         &self.task
     }
 
+    /// The run's folder.
+    pub fn folder(&self) -> &RunFolder {
+        &self.folder
+    }
+
     /// Seconds spent in updates so far, over all sessions of the run.
     pub fn seconds(&self) -> f64 {
         self.seconds
@@ -240,7 +263,7 @@ impl<T: Task> Session<T> {
         }
         progress.finish();
         let export = self.folder.file("export");
-        self.task.export(&export, self.ema.tensors())?;
+        self.task.export(&export, self.ema.tensors(), self.seconds)?;
         Ok(Outcome::Completed { export })
     }
 
@@ -308,7 +331,8 @@ impl<T: Task> Session<T> {
             figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
         self.record.write(self.step, &values)?;
         // Wall-clock times differ from run to run, so they are kept apart from what must not.
-        self.timings.write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
+        self.timings
+            .write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
         for (name, value) in figures {
             self.events.scalar(self.step, name, *value as f32)?;
         }
