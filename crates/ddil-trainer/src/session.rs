@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -262,9 +263,8 @@ impl<T: Task> Session<T> {
             self.write_outputs(&figures, total)?;
         }
         progress.finish();
-        let export = self.folder.file("export");
-        self.task.export(&export, self.ema.tensors(), self.seconds)?;
-        Ok(Outcome::Completed { export })
+        // Once more, for a run that was resumed after its last update.
+        self.export().map(|export| Outcome::Completed { export })
     }
 
     /// One update; afterwards `self.step` counts it.
@@ -357,6 +357,28 @@ impl<T: Task> Session<T> {
         writer.json(STATE, &state)?;
         let newest = writer.commit()?;
         self.config.output.checkpoints.apply(&newest)?;
+        self.export()?;
         self.folder.progress(self.step)
+    }
+
+    /// Puts the averaged model of this step in place of the last one, whole.
+    fn export(&self) -> Result<PathBuf> {
+        let [export, aside, replaced] =
+            ["export", ".export-new", ".export-old"].map(|name| self.folder.file(name));
+        let remove = |folder: &Path| match fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io("remove", folder)(error))
+            }
+            _ => Ok(()),
+        };
+        remove(&aside)?;
+        remove(&replaced)?;
+        self.task.export(&aside, self.ema.tensors(), self.seconds)?;
+        if export.exists() {
+            fs::rename(&export, &replaced).map_err(Error::io("rename", &export))?;
+        }
+        fs::rename(&aside, &export).map_err(Error::io("rename", &aside))?;
+        remove(&replaced)?;
+        Ok(export)
     }
 }
