@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
+use crate::{TestResult, child, folder_of_child};
 
 fn tensors(seed: i64) -> Vec<(String, Tensor)> {
     let values = Tensor::arange(12, tch::kind::FLOAT_CPU) + seed as f64;
@@ -351,10 +351,9 @@ fn the_last_few_and_every_tenth_are_kept() -> TestResult {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
-    const FOLDER: &str = "DDIL_TEST_FULL_DISK";
     let large = vec![("weight".to_owned(), Tensor::ones([100_000], tch::kind::FLOAT_CPU))];
-    if let Some(folder) = std::env::var_os(FOLDER) {
-        let mut writer = CheckpointWriter::new(Path::new(&folder), 2, "test")?;
+    if let Some(folder) = folder_of_child() {
+        let mut writer = CheckpointWriter::new(&folder, 2, "test")?;
         let error = writer.tensors("student.safetensors", &large).expect_err("the disk is full");
         assert!(matches!(error, Error::Io { action: "write", .. }), "{error:?}");
         return Ok(());
@@ -362,13 +361,50 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 1)?;
     let this_test = "checkpoint::a_full_disk_leaves_the_last_checkpoint_and_no_rubbish";
+    let child = child(this_test, folder.path())?;
     let status = std::process::Command::new("sh")
-        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" --exact \"$1\" --nocapture"])
-        .args([std::env::current_exe()?.as_os_str(), this_test.as_ref()])
-        .env(FOLDER, folder.path())
+        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\""])
+        .arg(child.get_program())
+        .args(child.get_args())
+        .envs(child.get_envs().filter_map(|(name, value)| Some((name, value?))))
         .status()?;
     assert!(status.success());
     assert_eq!(names(folder.path()), ["latest", "step_0000001"]);
     assert_eq!(latest(folder.path()), (Some(1), vec![]));
+    Ok(())
+}
+
+/// Killed at whatever moment, a run finds its last checkpoint, or one that was just becoming so.
+#[cfg(unix)]
+#[test]
+fn kill_9_at_any_moment_costs_no_checkpoint() -> TestResult {
+    if let Some(folder) = folder_of_child() {
+        let first = find_latest(&folder)?.checkpoint.map_or(0, |checkpoint| checkpoint.step());
+        tidy(&folder)?;
+        for step in first + 1.. {
+            Retention::default().apply(&save(&folder, step)?)?;
+            fs::write(folder.join("committed"), step.to_string())?;
+        }
+    }
+    let folder = tempfile::tempdir()?;
+    let committed = || {
+        let text = fs::read_to_string(folder.path().join("committed")).unwrap_or_default();
+        text.parse::<u64>().unwrap_or(0)
+    };
+    for round in 0..6 {
+        let before = committed();
+        let mut process =
+            child("checkpoint::kill_9_at_any_moment_costs_no_checkpoint", folder.path())?
+                .spawn()?;
+        while committed() <= before {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(1700 * round));
+        process.kill()?;
+        process.wait()?;
+        let (step, damaged) = latest(folder.path());
+        assert_eq!(damaged, [""; 0]);
+        assert!(step >= Some(committed()), "{step:?} after {}", committed());
+    }
     Ok(())
 }

@@ -6,7 +6,7 @@ use ddil_trainer::{
 };
 use serde_json::{Value, json};
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
+use crate::TestResult;
 
 fn write(record: &mut Record, steps: std::ops::RangeInclusive<u64>) -> Result<(), Error> {
     for step in steps {
@@ -73,6 +73,19 @@ fn a_record_that_is_not_the_checkpoints_is_refused_and_left_alone() -> TestResul
         assert!(error.to_string().contains(reason), "{error}");
         assert_eq!(fs::read(&path)?, content);
     }
+    Ok(())
+}
+
+#[test]
+fn a_run_killed_before_its_first_checkpoint_starts_its_record_over() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("metrics.jsonl");
+    write(&mut Record::resume(&path, Position::default())?, 1..=3)?;
+    write(&mut Record::resume(&path, Position::default())?, 1..=1)?;
+    assert_eq!(read_lines::<Value>(&path)?.len(), 1);
+    fs::remove_file(&path)?;
+    let later = Position { bytes: 5, crc32c: 0 };
+    assert!(matches!(Record::resume(&path, later), Err(Error::Io { .. })));
     Ok(())
 }
 

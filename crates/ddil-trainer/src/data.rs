@@ -4,7 +4,9 @@ use ddil_core::{Conditioning, Data};
 use tch::Device;
 
 use crate::config::{DataKind, DataSection};
-use crate::dataset::{BatchIndices, FashionMnist, ImageDataset, flip_horizontally, read_image_folder};
+use crate::dataset::{
+    BatchIndices, FashionMnist, ImageDataset, flip_horizontally, read_image_folder,
+};
 use crate::error::{Error, Result};
 
 /// A dataset with the order in which its samples come.

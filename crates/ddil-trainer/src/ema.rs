@@ -50,7 +50,7 @@ impl EmaConfig {
             })
             .collect();
         let averages = averages.map_err(Error::torch("EmaConfig::build"))?;
-        Ok(Ema { config: self, tensors, averages, num_updates: 0 })
+        Ok(Ema { config: self, watched: tensors, averages, num_updates: 0 })
     }
 }
 
@@ -77,7 +77,7 @@ impl EmaConfig {
 #[derive(Debug)]
 pub struct Ema {
     config: EmaConfig,
-    tensors: Vec<(String, Tensor)>,
+    watched: Vec<(String, Tensor)>,
     averages: Vec<(String, Tensor)>,
     num_updates: u64,
 }
@@ -92,7 +92,7 @@ impl Ema {
         let _guard = tch::no_grad_guard();
         let weight = 1.0 - self.decay();
         let (mut averages, mut values) = (Vec::new(), Vec::new());
-        for ((_, average), (_, tensor)) in self.averages.iter().zip(&self.tensors) {
+        for ((_, average), (_, tensor)) in self.averages.iter().zip(&self.watched) {
             if is_floating(average.kind()) {
                 averages.push(average);
                 values.push(in_kind_of(average, tensor)?);
@@ -155,9 +155,9 @@ impl Ema {
     pub fn apply(&self) -> Result<Applied<'_>> {
         let _guard = tch::no_grad_guard();
         let values: Result<Vec<Tensor>, tch::TchError> =
-            self.tensors.iter().map(|(_, tensor)| duplicate(tensor)).collect();
+            self.watched.iter().map(|(_, tensor)| duplicate(tensor)).collect();
         let applied = Applied { ema: self, values: values.map_err(Error::torch("Ema::apply"))? };
-        for ((_, tensor), (_, average)) in self.tensors.iter().zip(&self.averages) {
+        for ((_, tensor), (_, average)) in self.watched.iter().zip(&self.averages) {
             copy(tensor, average)?;
         }
         Ok(applied)
@@ -175,7 +175,7 @@ pub struct Applied<'a> {
 impl Drop for Applied<'_> {
     fn drop(&mut self) {
         let _guard = tch::no_grad_guard();
-        for ((_, tensor), value) in self.ema.tensors.iter().zip(&self.values) {
+        for ((_, tensor), value) in self.ema.watched.iter().zip(&self.values) {
             // Cannot fail: the copy was made from this very tensor.
             let _ = copy(tensor, value);
         }

@@ -1,6 +1,8 @@
 //! Generated images against real ones, on features.
 
-use ddil_metrics::{FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize};
+use ddil_metrics::{
+    FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
+};
 use tch::{Kind, Tensor};
 
 use crate::error::Result;

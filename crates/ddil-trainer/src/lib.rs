@@ -5,24 +5,27 @@ mod error;
 mod files;
 
 pub mod checkpoint;
-pub mod cli;
 pub mod config;
 pub mod data;
 pub mod dataset;
+pub mod distill;
+pub mod doctor;
 pub mod ema;
+pub mod environment;
 pub mod evaluation;
 pub mod interrupt;
+pub mod logging;
 pub mod lr_schedule;
 pub mod network;
 pub mod optimizer;
 pub mod picture;
-pub mod progress;
-pub mod scheduler_file;
 pub mod pipeline;
+pub mod progress;
 pub mod record;
 pub mod results;
 pub mod run_folder;
 pub mod sampling;
+pub mod scheduler_file;
 pub mod session;
 pub mod settings;
 pub mod state;
@@ -30,6 +33,3 @@ pub mod tensorboard;
 pub mod train;
 
 pub use error::{Error, Result};
-
-/// The libtorch that tch speaks to.
-const LIBTORCH_VERSION: &str = "2.13.0";

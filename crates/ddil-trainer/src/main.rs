@@ -1,11 +1,39 @@
 //! The program `ddil`.
-fn main() {
-    let config: ddil_trainer::config::TrainConfig = ddil_trainer::settings::Settings::read(std::path::Path::new(&std::env::args().nth(1).expect("config"))).and_then(|s| s.build()).expect("config");
+
+mod cli;
+mod commands;
+mod presets;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            // What went wrong and what led to it, each on a line of its own.
+            eprintln!("error: {error}");
+            error.chain().skip(1).for_each(|cause| eprintln!("  because {cause}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<ExitCode> {
+    // Before libtorch allocates anything: pages that temporaries free are kept for the next ones.
     ddil_libtorch::keep_freed_pages();
-    let task = ddil_trainer::train::TrainTask::new(&config).expect("task");
-    let folder = ddil_trainer::run_folder::RunFolder::create(&config.run.path(), &config).expect("folder");
-    let sc = ddil_trainer::session::SessionConfig { optimizer: config.optimizer, learning_rate: config.learning_rate, ema: config.ema, output: config.output.clone() };
-    let mut s = ddil_trainer::session::Session::start(task, sc, folder).expect("session");
-    let i = ddil_trainer::interrupt::Interrupt::listen().expect("i");
-    println!("{:?}", s.run(&i));
+    match command {
+        Command::Init(args) => commands::init::run(args),
+        Command::Train(args) => commands::train::train(args),
+        Command::Distill(args) => commands::train::distill(args),
+        Command::Sample(args) => commands::sample::run(args),
+        Command::Evaluate(args) => commands::evaluate::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Demo(args) => commands::demo::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
+    }
 }

@@ -87,8 +87,7 @@ impl Network {
         let labels = conditioning.class_labels.as_ref();
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
-        let _autocast =
-            self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
+        let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
         Ok(self.unet.forward(x_t, &time, labels)?.to_kind(Kind::Float))
     }
 }

@@ -1,8 +1,8 @@
-//! AdamW whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
+//! `AdamW` whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
 
 use ddil_libtorch::{TensorList, clip_grad_norm_, foreach_zero_, fused_adamw_, grad_norm, grads};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{Error, Result, state};
 
@@ -68,7 +68,7 @@ impl AdamWConfig {
     }
 }
 
-/// AdamW over named parameters, by libtorch's fused kernel.
+/// `AdamW` over named parameters, by libtorch's fused kernel.
 ///
 /// Algorithm 2 of [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101) with Python's conventions; the
 /// formula stands at [`fused_adamw_`]. Saved and loaded, it goes on exactly.
@@ -118,17 +118,27 @@ impl AdamW {
 
     /// Scales gradients down to `max_grad_norm` and returns the norm they had, a scalar on their device.
     ///
-    /// The scale is `min(1, max_grad_norm / (norm + 1e-6))`. Does not wait for the device.
+    /// The scale is `min(1, max_grad_norm / (norm + 1e-6))`. Does not wait for a CUDA device; on the CPU, a norm
+    /// that is not finite leaves them as they are, to be looked at.
     ///
     /// # Errors
     ///
     /// [`Error::MissingGradient`] if a parameter has none, [`Error::Libtorch`] if libtorch refuses.
     pub fn clip(&self) -> Result<Tensor> {
         let grads = self.grads()?;
-        if self.config.max_grad_norm.is_infinite() {
-            return Ok(grad_norm(&grads)?);
+        let max_grad_norm = self.config.max_grad_norm;
+        if max_grad_norm.is_finite() && !self.is_on_cpu()? {
+            return Ok(clip_grad_norm_(&grads, max_grad_norm)?);
         }
-        Ok(clip_grad_norm_(&grads, self.config.max_grad_norm)?)
+        let norm = grad_norm(&grads)?;
+        if max_grad_norm.is_finite() {
+            let value = norm.f_double_value(&[]).map_err(Error::torch("AdamW::clip"))?;
+            let scale = max_grad_norm / (value + 1e-6);
+            if value.is_finite() && scale < 1.0 {
+                scale_all(&grads, scale)?;
+            }
+        }
+        Ok(norm)
     }
 
     /// Updates the parameters, in place, from their gradients.
@@ -152,7 +162,7 @@ impl AdamW {
         self.num_steps
     }
 
-    /// The first parameter whose gradient has a value that is not finite, for an error message.
+    /// Which gradients have values that are not finite, in words for an error message; `None` if none has.
     ///
     /// Waits for the device, once for each parameter.
     pub fn non_finite_gradient(&self) -> Option<String> {
@@ -161,8 +171,12 @@ impl AdamW {
             let grad = param.grad();
             !grad.defined() || grad.isfinite().all().int64_value(&[]) != 0
         };
-        let name = self.names.iter().zip(&params).find(|(_, param)| !is_finite(param))?.0;
-        Some(format!("the gradient of `{name}` first"))
+        let named = self.names.iter().zip(&params);
+        let found: Vec<&String> =
+            named.filter(|(_, param)| !is_finite(param)).map(|(name, _)| name).collect();
+        let first = found.first()?;
+        let (count, total) = (found.len(), self.names.len());
+        Some(format!("in the gradients of {count} of {total} parameters, `{first}` first"))
     }
 
     /// All of its state: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. The tensors are shared, not copied.
@@ -192,10 +206,14 @@ impl AdamW {
         let num_steps = own.last().map_or(0, |(_, step)| step.int64_value(&[]));
         let _guard = tch::no_grad_guard();
         for mut step in self.steps.to_vec()? {
-            step.f_fill_(num_steps as f64).map_err(Error::torch("AdamW::load_state"))?;
+            let _ = step.f_fill_(num_steps as f64).map_err(Error::torch("AdamW::load_state"))?;
         }
         self.num_steps = num_steps as u64;
         Ok(())
+    }
+
+    fn is_on_cpu(&self) -> Result<bool> {
+        Ok(self.params.is_empty() || self.params.get(0)?.device() == Device::Cpu)
     }
 
     fn grads(&self) -> Result<TensorList> {
@@ -212,6 +230,14 @@ impl AdamW {
             grads => Ok(grads?),
         }
     }
+}
+
+fn scale_all(grads: &TensorList, scale: f64) -> Result<()> {
+    let _guard = tch::no_grad_guard();
+    for mut grad in grads.to_vec()? {
+        let _ = grad.f_mul_scalar_(scale).map_err(Error::torch("AdamW::clip"))?;
+    }
+    Ok(())
 }
 
 /// Stops a run at a number that is not finite, before it reaches the weights.

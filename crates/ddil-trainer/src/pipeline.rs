@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_core::Conditioning;
+use ddil_core::{Conditioning, Priors};
 use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::config::Precision;
 use crate::error::{Error, Result};
@@ -32,6 +32,8 @@ pub struct Card {
     pub image_shape: [i64; 3],
     /// The scale of the guidance that is baked in; none for a plain teacher.
     pub guidance_scale: Option<f64>,
+    /// Priors of the sources at the end of a student's training; none for a teacher.
+    pub priors: Option<Priors>,
     /// Updates of its training.
     pub updates: u64,
     /// Seconds of its training; not part of what is compared.
@@ -49,6 +51,7 @@ impl Default for Card {
             null_class: None,
             image_shape: [0; 3],
             guidance_scale: None,
+            priors: None,
             updates: 0,
             seconds: 0.0,
             seed: 0,
@@ -117,7 +120,8 @@ impl Pipeline {
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         let path = Self::find(path)?;
         let scheduler = SchedulerFile::read(&path.join(SCHEDULER))?;
-        let config = UNet2DConfig::from_file(path.join(UNET).join("config.json"), UnknownKeys::Refuse)?;
+        let config =
+            UNet2DConfig::from_file(path.join(UNET).join("config.json"), UnknownKeys::Refuse)?;
         let unet = config.build_from(placement, path.join(WEIGHTS))?;
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
@@ -188,13 +192,4 @@ fn image_shape(config: &UNet2DConfig) -> [i64; 3] {
         None => [0; 2],
     };
     [config.in_channels, height, width].map(i64::from)
-}
-
-/// A tensor's device, for messages.
-pub(crate) fn device_name(device: Device) -> String {
-    match device {
-        Device::Cpu => "cpu".to_owned(),
-        Device::Cuda(index) => format!("cuda:{index}"),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }

@@ -1,8 +1,234 @@
-//! temporary
-#![allow(missing_docs)]
-pub struct Progress;
+//! How far a run is: a bar on a terminal, now and then a line elsewhere.
+
+use std::{
+    fmt::Write,
+    io::IsTerminal,
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Lines of progress have this target, so that a terminal, which has the bar, need not show them too.
+pub(crate) const TARGET: &str = "ddil::progress";
+
+/// At most so often a line goes to the log.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// At most so often the bar is drawn afresh.
+const BAR_INTERVAL: Duration = Duration::from_millis(100);
+/// How much of the speed shown is that of the last step.
+const NEWEST_SHARE: f64 = 0.05;
+
+/// The screen that bar and log messages share, so that neither tears the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Screen {
+    bars: MultiProgress,
+    is_terminal: bool,
+}
+
+impl Screen {
+    /// The standard error stream, of which there is one in a program.
+    pub(crate) fn stderr() -> &'static Self {
+        static SCREEN: OnceLock<Screen> = OnceLock::new();
+        SCREEN.get_or_init(|| Self {
+            bars: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()),
+            is_terminal: std::io::stderr().is_terminal(),
+        })
+    }
+
+    pub(crate) fn is_terminal(&self) -> bool {
+        self.is_terminal
+    }
+
+    /// Runs what writes to the screen while the bar is out of the way.
+    pub(crate) fn suspend<T>(&self, write: impl FnOnce() -> T) -> T {
+        if self.is_terminal { self.bars.suspend(write) } else { write() }
+    }
+}
+
+/// Shows how far a run is.
+///
+/// If the standard error stream is a terminal, as a bar there. In any case as lines in the log: at the first
+/// step, the last, and every ten seconds between.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::progress::Progress;
+///
+/// let mut progress = Progress::new("train", 0, 100);
+/// for step in 1..=100 {
+///     progress.update(step, &[("loss".to_owned(), 1.0 / step as f64)]);
+/// }
+/// progress.finish();
+/// ```
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    label: String,
+    num_steps: u64,
+    rate: Rate,
+    last_line: Option<Instant>,
+    last_drawn: Option<Instant>,
+}
+
 impl Progress {
-    pub fn new(_: &str, _: u64, _: u64) -> Self { Self }
-    pub fn update(&mut self, step: u64, figures: &[(String, f64)]) { if step % 20 == 0 { println!("{step} {figures:?}"); } }
-    pub fn finish(&mut self) {}
+    /// Starts at a step that is done, 0 for a new run; `label` says what goes on.
+    pub fn new(label: &str, first_step: u64, num_steps: u64) -> Self {
+        let screen = Screen::stderr();
+        let bar = screen.is_terminal.then(|| {
+            let bar = screen.bars.add(ProgressBar::new(num_steps));
+            bar.set_style(style());
+            bar.set_prefix(label.to_owned());
+            bar.set_position(first_step);
+            bar
+        });
+        let rate = Rate::start(first_step, Instant::now());
+        let label = label.to_owned();
+        Self { bar, label, num_steps, rate, last_line: None, last_drawn: None }
+    }
+
+    /// Notes that a step is done. The figures are shown in their order.
+    pub fn update(&mut self, step: u64, figures: &[(String, f64)]) {
+        let now = Instant::now();
+        self.rate.note(step, now);
+        let is_due =
+            |last: Option<Instant>, interval| last.is_none_or(|last| now - last >= interval);
+        let line_is_due = step >= self.num_steps || is_due(self.last_line, LINE_INTERVAL);
+        let bar_is_due = self.bar.is_some() && is_due(self.last_drawn, BAR_INTERVAL);
+        if !(line_is_due || bar_is_due) {
+            return;
+        }
+        let steps_left = self.num_steps.saturating_sub(step);
+        let text = describe(self.rate.steps_per_second, steps_left, figures);
+        if line_is_due {
+            self.last_line = Some(now);
+            tracing::info!(target: TARGET, "{} {step}/{}  {text}", self.label, self.num_steps);
+        }
+        if let Some(bar) = &self.bar {
+            self.last_drawn = Some(now);
+            bar.set_position(step);
+            bar.set_message(text);
+        }
+    }
+
+    /// Leaves the bar on the screen as it last was; so does dropping.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.abandon();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Steps a second, smoothed.
+#[derive(Debug)]
+struct Rate {
+    step: u64,
+    at: Instant,
+    steps_per_second: Option<f64>,
+}
+
+impl Rate {
+    fn start(step: u64, at: Instant) -> Self {
+        Self { step, at, steps_per_second: None }
+    }
+
+    fn note(&mut self, step: u64, now: Instant) {
+        let seconds = (now - self.at).as_secs_f64();
+        if step <= self.step || seconds <= 0.0 {
+            return;
+        }
+        let newest = (step - self.step) as f64 / seconds;
+        self.steps_per_second = Some(match self.steps_per_second {
+            // Seconds a step are averaged, not steps a second, so that what is left is estimated without bias.
+            Some(rate) => 1.0 / ((1.0 - NEWEST_SHARE) / rate + NEWEST_SHARE / newest),
+            None => newest,
+        });
+        (self.step, self.at) = (step, now);
+    }
+}
+
+fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> String {
+    let mut text = String::new();
+    if let Some(rate) = rate {
+        let left = duration(steps_left as f64 / rate);
+        // Writing to a string cannot fail.
+        let _ = match rate {
+            0.1.. => write!(text, "{rate:.1} it/s  {left} left"),
+            _ => write!(text, "{:.0} s/it  {left} left", 1.0 / rate),
+        };
+    }
+    for (name, value) in figures {
+        let separator = if text.is_empty() { "" } else { "  " };
+        let _ = write!(text, "{separator}{name} {}", number(*value));
+    }
+    text
+}
+
+/// Four digits, in scientific form where many zeros would stand before them.
+fn number(value: f64) -> String {
+    if value != 0.0 && value.is_finite() && !(1e-3..1e6).contains(&value.abs()) {
+        format!("{value:.2e}")
+    } else {
+        format!("{value:.4}")
+    }
+}
+
+/// `42s`, `3m05s`, `2h07m`, `1d03h`.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    let two =
+        |large: u64, unit: char, small: u64, rest: char| format!("{large}{unit}{small:02}{rest}");
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => two(seconds / 60, 'm', seconds % 60, 's'),
+        3600..86400 => two(seconds / 3600, 'h', seconds / 60 % 60, 'm'),
+        _ => two(seconds / 86400, 'd', seconds / 3600 % 24, 'h'),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_tidy() {
+        let figures = [("loss", 0.123_456), ("lr", 1e-4), ("grad_norm", 12.0), ("zero", 0.0)];
+        let figures = figures.map(|(name, value)| (name.to_owned(), value));
+        assert_eq!(
+            describe(Some(12.34), 24680, &figures),
+            "12.3 it/s  33m20s left  loss 0.1235  lr 1.00e-4  grad_norm 12.0000  zero 0.0000"
+        );
+        assert_eq!(describe(Some(0.02), 10, &[]), "50 s/it  8m20s left");
+        assert_eq!(describe(None, 10, &[("loss".to_owned(), f64::NAN)]), "loss NaN");
+    }
+
+    #[test]
+    fn durations_have_two_parts() {
+        let shown = [0.4, 59.0, 60.0, 3599.0, 7_620.0, 97_200.0].map(duration);
+        assert_eq!(shown, ["0s", "59s", "1m00s", "59m59s", "2h07m", "1d03h"]);
+    }
+
+    #[test]
+    fn the_rate_settles_at_the_speed_and_starts_where_the_run_does() {
+        let start = Instant::now();
+        let mut rate = Rate::start(1000, start);
+        assert_eq!(rate.steps_per_second, None);
+        for step in 1..=200 {
+            rate.note(1000 + step, start + Duration::from_millis(250 * step));
+        }
+        let settled = rate.steps_per_second.expect("steps were noted");
+        assert!((settled - 4.0).abs() < 1e-9, "{settled}");
+    }
 }

@@ -77,11 +77,16 @@ impl Record {
 
     /// Goes on with a record from where a checkpoint knows it, and forgets the lines behind that.
     ///
+    /// From the very beginning it is started if there is none.
+    ///
     /// # Errors
     ///
     /// [`Error::Io`] if the file cannot be opened or cut, [`Error::DamagedRecord`] if it does not start with
     /// what the checkpoint knows; it is left as it is then.
     pub fn resume(path: &Path, position: Position) -> Result<Self> {
+        if position.bytes == 0 && !path.exists() {
+            return Self::create(path);
+        }
         let damaged = |reason: String| Error::DamagedRecord {
             path: path.to_owned(),
             expected_bytes: position.bytes,

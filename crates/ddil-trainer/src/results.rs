@@ -1,10 +1,14 @@
 //! What was measured, as `results.json` and as a table.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use ddil_core::Priors;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::files::{read_json, write_json};
 
 /// One measurement: which model, sampled how, and how its samples compare with the data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,8 +35,12 @@ pub struct Measurement {
     pub samples: u64,
     /// Which features they were compared on.
     pub extractor: String,
-    /// Fréchet distance.
+    /// Fréchet distance to the dataset.
     pub frechet: f64,
+    /// Fréchet distance to the teacher's own samples at its full number of steps, where they were drawn: what a
+    /// student of a guided teacher is to learn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frechet_to_teacher: Option<f64>,
     /// Share of samples near real ones.
     pub precision: f64,
     /// Share of real samples near generated ones.
@@ -57,10 +65,41 @@ pub struct ShiftRow {
     pub null: f64,
 }
 
+/// Adds a measurement to a file that holds an array of them, or starts one.
+///
+/// # Errors
+///
+/// What the file system refuses; [`Error::Json`](crate::Error::Json) if the file holds something else, which is
+/// then left as it is.
+pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
+    let mut all: Vec<Measurement> = if path.exists() { read_json(path)? } else { Vec::new() };
+    all.push(measurement.clone());
+    write_json(path, &all)
+}
+
+/// Writes measurements as an array, in place of what was there.
+///
+/// # Errors
+///
+/// What the file system refuses.
+pub fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
+    let measurements: Vec<&Measurement> = rows.iter().map(|(_, m)| m).collect();
+    write_json(path, &measurements)
+}
+
 /// A table for a terminal, one line a measurement.
-pub fn table(rows: &[(String, &Measurement)]) -> String {
-    const HEADS: [&str; 8] =
-        ["model", "steps", "samples", "frechet", "precision", "recall", "density", "coverage"];
+pub fn table(rows: &[(String, Measurement)]) -> String {
+    const HEADS: [&str; 9] = [
+        "model",
+        "steps",
+        "samples",
+        "frechet",
+        "to teacher",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ];
     let cells: Vec<Vec<String>> = std::iter::once(HEADS.map(str::to_owned).to_vec())
         .chain(rows.iter().map(|(name, m)| {
             let rates = [m.precision, m.recall, m.density, m.coverage].map(|x| format!("{x:.3}"));
@@ -69,6 +108,7 @@ pub fn table(rows: &[(String, &Measurement)]) -> String {
                 m.steps.to_string(),
                 m.samples.to_string(),
                 format!("{:.2}", m.frechet),
+                m.frechet_to_teacher.map_or("-".to_owned(), |x| format!("{x:.2}")),
             ];
             row.extend(rates);
             row
@@ -78,7 +118,7 @@ pub fn table(rows: &[(String, &Measurement)]) -> String {
 }
 
 /// A table of the shift, one line a timestep, one column a model.
-pub fn shift_table(rows: &[(String, &Measurement)]) -> String {
+pub fn shift_table(rows: &[(String, Measurement)]) -> String {
     let with_shift: Vec<_> = rows.iter().filter(|(_, m)| !m.shift.is_empty()).collect();
     let Some((_, first)) = with_shift.first() else { return String::new() };
     let mut cells = vec![vec!["timestep".to_owned(), "null".to_owned()]];

@@ -38,12 +38,9 @@ impl SamplePlan {
     pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
         Ok(match &self.timesteps {
             Some(list) => Timesteps::explicit(list.clone(), num_train_timesteps)?,
-            None => Timesteps::spaced(
-                TimestepSpacing::Trailing,
-                num_train_timesteps,
-                self.steps,
-                0,
-            )?,
+            None => {
+                Timesteps::spaced(TimestepSpacing::Trailing, num_train_timesteps, self.steps, 0)?
+            }
         })
     }
 }
@@ -67,8 +64,7 @@ pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Condit
     if num_classes == 0 {
         return Conditioning::none();
     }
-    let labels: Vec<i64> =
-        (0..i64::from(n)).map(|i| only.unwrap_or(i % num_classes)).collect();
+    let labels: Vec<i64> = (0..i64::from(n)).map(|i| only.unwrap_or(i % num_classes)).collect();
     Conditioning::class_labels(Tensor::from_slice(&labels).to_device(device))
 }
 

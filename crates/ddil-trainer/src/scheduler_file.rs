@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use ddil_schedulers::{
-    BetaSchedule, FinalAlphaCumprod, NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, VpConfig,
+    BetaSchedule, FinalAlphaCumprod, NoiseSchedule, NoiseScheduleConfig, PredictionType,
+    Thresholding, VpConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -30,9 +31,15 @@ pub struct SchedulerFile {
 }
 
 impl SchedulerFile {
-    pub fn new(network: &Network, thresholding: &Thresholding, timesteps: Option<&[i64]>) -> Result<Self> {
+    pub fn new(
+        network: &Network,
+        thresholding: &Thresholding,
+        timesteps: Option<&[i64]>,
+    ) -> Result<Self> {
         use ddil_core::Denoiser;
-        let NoiseScheduleConfig::Vp(vp) = network.schedule().config().clone() else { unreachable!() };
+        let NoiseScheduleConfig::Vp(vp) = network.schedule().config().clone() else {
+            unreachable!()
+        };
         Ok(Self {
             class_name: "DDIMScheduler".into(),
             num_train_timesteps: vp.num_train_timesteps,
@@ -60,7 +67,11 @@ impl SchedulerFile {
             beta_end: self.beta_end,
             trained_betas: None,
             rescale_betas_zero_snr: self.rescale_betas_zero_snr,
-            final_alpha_cumprod: if self.set_alpha_to_one { FinalAlphaCumprod::One } else { FinalAlphaCumprod::First },
+            final_alpha_cumprod: if self.set_alpha_to_one {
+                FinalAlphaCumprod::One
+            } else {
+                FinalAlphaCumprod::First
+            },
         })
         .build()?)
     }

@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
-use crate::config::OutputSection;
+use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -53,8 +54,8 @@ pub trait Task {
     /// Takes it back, with the parameters.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
-    /// Writes the finished model, as diffusers would read it.
-    fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()>;
+    /// Writes the finished model, as diffusers would read it; `seconds` went into its updates.
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()>;
 }
 
 /// The loss of an update and what is to be written down about it.
@@ -92,6 +93,20 @@ pub struct SessionConfig {
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
+}
+
+impl From<&TrainConfig> for SessionConfig {
+    fn from(config: &TrainConfig) -> Self {
+        let TrainConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
+        Self { optimizer, learning_rate, ema, output }
+    }
+}
+
+impl From<&DistillConfig> for SessionConfig {
+    fn from(config: &DistillConfig) -> Self {
+        let DistillConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
+        Self { optimizer, learning_rate, ema, output }
+    }
 }
 
 /// A task on its way, in its run folder.
@@ -146,7 +161,11 @@ impl<T: Task> Session<T> {
     pub fn resume(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
         let found = find_latest(&folder.checkpoints())?;
         for damaged in &found.damaged {
-            tracing::warn!("{} is damaged and passed over: {}", damaged.path.display(), damaged.reason);
+            tracing::warn!(
+                "{} is damaged and passed over: {}",
+                damaged.path.display(),
+                damaged.reason
+            );
         }
         let Some(checkpoint) = found.checkpoint else {
             let record = Record::resume(&folder.file("metrics.jsonl"), Position::default())?;
@@ -179,7 +198,7 @@ impl<T: Task> Session<T> {
     ) -> Result<Self> {
         let optimizer = config.optimizer.build(task.parameters())?;
         let ema = config.ema.build(task.parameters())?;
-        let events = EventWriter::create(&folder.file("tensorboard"), step)?;
+        let events = EventWriter::create(folder.path(), step)?;
         Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
     }
 
@@ -197,6 +216,11 @@ impl<T: Task> Session<T> {
     /// The task.
     pub fn task(&self) -> &T {
         &self.task
+    }
+
+    /// The run's folder.
+    pub fn folder(&self) -> &RunFolder {
+        &self.folder
     }
 
     /// Seconds spent in updates so far, over all sessions of the run.
@@ -239,9 +263,8 @@ impl<T: Task> Session<T> {
             self.write_outputs(&figures, total)?;
         }
         progress.finish();
-        let export = self.folder.file("export");
-        self.task.export(&export, self.ema.tensors())?;
-        Ok(Outcome::Completed { export })
+        // Once more, for a run that was resumed after its last update.
+        self.export().map(|export| Outcome::Completed { export })
     }
 
     /// One update; afterwards `self.step` counts it.
@@ -308,7 +331,8 @@ impl<T: Task> Session<T> {
             figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
         self.record.write(self.step, &values)?;
         // Wall-clock times differ from run to run, so they are kept apart from what must not.
-        self.timings.write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
+        self.timings
+            .write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
         for (name, value) in figures {
             self.events.scalar(self.step, name, *value as f32)?;
         }
@@ -333,6 +357,28 @@ impl<T: Task> Session<T> {
         writer.json(STATE, &state)?;
         let newest = writer.commit()?;
         self.config.output.checkpoints.apply(&newest)?;
+        self.export()?;
         self.folder.progress(self.step)
+    }
+
+    /// Puts the averaged model of this step in place of the last one, whole.
+    fn export(&self) -> Result<PathBuf> {
+        let [export, aside, replaced] =
+            ["export", ".export-new", ".export-old"].map(|name| self.folder.file(name));
+        let remove = |folder: &Path| match fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io("remove", folder)(error))
+            }
+            _ => Ok(()),
+        };
+        remove(&aside)?;
+        remove(&replaced)?;
+        self.task.export(&aside, self.ema.tensors(), self.seconds)?;
+        if export.exists() {
+            fs::rename(&export, &replaced).map_err(Error::io("rename", &export))?;
+        }
+        fs::rename(&aside, &export).map_err(Error::io("rename", &aside))?;
+        remove(&replaced)?;
+        Ok(export)
     }
 }

@@ -4,7 +4,7 @@
 //! each the protobuf message `tensorflow.Event`. The few fields written here are stable since 2016.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{BufWriter, Write},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
@@ -20,7 +20,7 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts an event file in a run's folder, `events.out.tfevents.<seconds>.ddil`.
+    /// Starts an event file in a folder, made if need be, `events.out.tfevents.<seconds>.ddil`.
     ///
     /// `first_step` is the first step that will be written. What earlier files of the folder hold of that
     /// step and later ones, `TensorBoard` forgets: so the curves of a resumed run have no kinks.
@@ -29,6 +29,7 @@ impl EventWriter {
     ///
     /// [`Error::Io`] if the file cannot be made.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         // TensorBoard reads in order of the names, and takes the one that sorts last for the live one.
         let path = folder.join(format!("events.out.tfevents.{:020.9}.ddil", since_epoch()));
         let file = OpenOptions::new().write(true).create_new(true).open(&path);

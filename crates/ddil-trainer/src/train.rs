@@ -73,8 +73,7 @@ impl TrainTask {
 
     /// The labels with some of them replaced by the null class.
     fn dropped(&self, step: u64, conditioning: &Conditioning) -> Conditioning {
-        let Some((labels, null)) =
-            conditioning.class_labels.as_ref().zip(self.data.null_class())
+        let Some((labels, null)) = conditioning.class_labels.as_ref().zip(self.data.null_class())
         else {
             return conditioning.shallow_clone();
         };
@@ -161,14 +160,14 @@ impl Task for TrainTask {
         Ok(())
     }
 
-    fn export(&self, folder: &Path, average: &[(String, Tensor)]) -> Result<()> {
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()> {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Pipeline::write(
             folder,
             &self.averaged,
             &Thresholding::clamp_pixels(),
             None,
-            &self.card(),
+            &Card { seconds, ..self.card() },
         )
     }
 }

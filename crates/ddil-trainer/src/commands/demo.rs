@@ -1,0 +1,264 @@
+//! `ddil demo`: the main job on real input.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use ddil_core::{
+    Conditioning, Data, Denoiser, PriorSchedule, Priors, RandomStreams, ShiftConfig, ShiftRequest,
+    measure_shift,
+};
+use ddil_losses::TeacherGuidance;
+use ddil_metrics::FashionClassifier;
+use ddil_models::Placement;
+use ddil_schedulers::Ddim;
+use ddil_trainer::config::DistillConfig;
+use ddil_trainer::dataset::FashionMnist;
+use ddil_trainer::distill::DistillTask;
+use ddil_trainer::evaluation::Reference;
+use ddil_trainer::interrupt::Interrupt;
+use ddil_trainer::logging::Logging;
+use ddil_trainer::picture::Picture;
+use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::results::{self, Measurement, ShiftRow, shift_table, table};
+use ddil_trainer::run_folder::RunFolder;
+use ddil_trainer::sampling::{SamplePlan, asked, generate, initial_noise, layout};
+use ddil_trainer::session::{Outcome, Session, SessionConfig};
+use ddil_trainer::settings::Settings;
+use tch::{Device, Kind, Tensor};
+
+use super::evaluate::{all_images, data_row, described, draw, row};
+use super::set_threads;
+use crate::cli::DemoArgs;
+use crate::presets;
+
+/// One student of the demonstration.
+struct Arm {
+    name: &'static str,
+    about: &'static str,
+    config: DistillConfig,
+}
+
+/// A model with how it is sampled and what it is called in the table.
+struct Candidate {
+    name: String,
+    pipeline: Pipeline,
+    plan: SamplePlan,
+    is_student: bool,
+}
+
+pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    ensure!(args.num_samples >= 20, "--num-samples is {}; expected at least 20", args.num_samples);
+    let logging = Logging::start("info")?;
+    let interrupt = Interrupt::listen()?;
+    if args.fresh && args.folder.exists() {
+        fs::remove_dir_all(&args.folder)
+            .with_context(|| format!("could not remove {}", args.folder.display()))?;
+    }
+    let arms = arms(args)?;
+    set_threads(arms[0].config.run.threads)?;
+    let started = Instant::now();
+    for arm in &arms {
+        println!("\n{}: {}", arm.name, arm.about);
+        if !train(arm, &logging, &interrupt)? {
+            println!("stopped; the same command goes on from here");
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    let candidates = candidates(&arms)?;
+    let rows = measure(&candidates, args.num_samples)?;
+    write_outputs(&args.folder, &candidates, &rows)?;
+    print_report(&args.folder, &rows, started.elapsed().as_secs_f64());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The same config twice, but for the priors.
+fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
+    let preset = presets::find("fashion-mnist-pd-ddil").context("the demonstration's preset")?;
+    let mut settings = Settings::parse("fashion-mnist-pd-ddil.toml", preset.text)?;
+    for text in &args.overrides {
+        settings.set(text)?;
+    }
+    let mut ddil: DistillConfig = settings.build()?;
+    ddil.run.folder.clone_from(&args.folder);
+    ddil.teacher.path.clone_from(&args.teacher);
+    let mut base = ddil.clone();
+    base.mixing.priors = PriorSchedule::constant(Priors::FORWARD_ONLY);
+    "base".clone_into(&mut base.run.name);
+    "ddil".clone_into(&mut ddil.run.name);
+    Ok([
+        Arm {
+            name: "base",
+            about: "progressive distillation on noised dataset samples alone",
+            config: base,
+        },
+        Arm {
+            name: "ddil",
+            about: "the same, on states of dataset, student and teacher mixed",
+            config: ddil,
+        },
+    ])
+}
+
+/// Trains a student, or goes on with it; false if it was asked to stop.
+fn train(arm: &Arm, logging: &Logging, interrupt: &Interrupt) -> anyhow::Result<bool> {
+    let (config, path) = (&arm.config, arm.config.run.path());
+    let task = DistillTask::new(config)?;
+    let mut session = if path.join("config.toml").is_file() {
+        let folder = RunFolder::resume(&path)?;
+        folder.ensure_config(config).context("give --fresh to start the demonstration anew")?;
+        Session::resume(task, SessionConfig::from(config), folder)?
+    } else {
+        let folder = RunFolder::create(&path, config)?;
+        Session::start(task, SessionConfig::from(config), folder)?
+    };
+    logging.also_to(&session.folder().file("run.log"))?;
+    Ok(matches!(session.run(interrupt)?, Outcome::Completed { .. }))
+}
+
+/// Teacher at 50 and at the students' steps, unguided at 50, and both students.
+fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
+    let config = &arms[0].config;
+    let device = config.run.device()?;
+    let placement =
+        Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
+    let scale = match config.teacher.guidance {
+        TeacherGuidance::Cfg { scale } => scale,
+        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => 1.0,
+    };
+    let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
+        steps,
+        guidance_scale,
+        eta: 0.0,
+        thresholding: config.thresholding.clone(),
+        timesteps,
+        batch_size: 100,
+        seed: config.run.seed,
+    };
+    let read = |path: &Path| Pipeline::read(path, placement, config.run.precision);
+    let teacher = || read(&config.teacher.path);
+    let few = config.student.stages.last().copied().unwrap_or(1);
+    let mut candidates = Vec::new();
+    for (steps, scale) in [(50, 1.0), (50, scale), (few, scale)] {
+        candidates.push(Candidate {
+            name: format!("teacher, guidance {scale}"),
+            pipeline: teacher()?,
+            plan: plan(steps, scale, None),
+            is_student: false,
+        });
+    }
+    for arm in arms {
+        let pipeline = read(&arm.config.run.path())?;
+        let plan = plan(few, 1.0, pipeline.timesteps.clone());
+        let name = format!("student, {}", arm.name);
+        candidates.push(Candidate { name, pipeline, plan, is_student: true });
+    }
+    Ok(candidates)
+}
+
+fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
+    let extractor = FashionClassifier::pretrained(Device::Cpu)?;
+    let data = FashionMnist::load(None)?;
+    let reference = Reference::new("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
+    let mut rows = vec![data_row(&data, n, &reference, &extractor)?];
+    let mut images = Vec::new();
+    for Candidate { name, pipeline, plan, .. } in candidates {
+        tracing::info!("sampling {n} images: {name}, {} steps", plan.steps);
+        images.push(draw(pipeline, plan, n)?);
+    }
+    // The second candidate is what the students were taught: the guided teacher at its full steps.
+    let taught = Reference::new("teacher", &images[1], &extractor)?;
+    for (candidate, images) in candidates.iter().zip(&images) {
+        let Candidate { name, pipeline, plan, is_student } = candidate;
+        let scores = reference.score(images, &extractor)?;
+        let mut measurement =
+            described(row("", &scores, &reference, &extractor), &pipeline.card, plan);
+        measurement.frechet_to_teacher = Some(taught.score(images, &extractor)?.frechet);
+        if *is_student {
+            measurement.shift = shift(candidate, &data)?;
+        }
+        rows.push((name.clone(), measurement));
+    }
+    Ok(rows)
+}
+
+/// How far the states that a student meets are from noised data, at each of its timesteps.
+fn shift(candidate: &Candidate, data: &FashionMnist) -> anyhow::Result<Vec<ShiftRow>> {
+    const STATES: i64 = 1000;
+    let Candidate { pipeline, plan, .. } = candidate;
+    let device = pipeline.network.placement().device;
+    let batch = data.train.range(0, 2 * STATES)?;
+    let conditioning = batch.labels.map_or_else(Conditioning::none, Conditioning::class_labels);
+    let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
+    let student = asked(&pipeline.network, plan, &pipeline.card)?;
+    let schedule = pipeline.network.schedule().clone();
+    let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
+    let report = measure_shift(
+        &ShiftRequest {
+            data: &data,
+            student: &*student,
+            sampler: &Ddim::new(schedule),
+            timesteps: &timesteps,
+            step: 0,
+            streams: &RandomStreams::new(plan.seed, 0),
+        },
+        &ShiftConfig::default(),
+    )?;
+    let rows = report.timesteps.iter().map(|at| ShiftRow {
+        timestep: at.timestep,
+        energy: at.shift.energy,
+        null: at.null.energy,
+    });
+    Ok(rows.collect())
+}
+
+fn write_outputs(
+    folder: &Path,
+    candidates: &[Candidate],
+    rows: &[(String, Measurement)],
+) -> anyhow::Result<()> {
+    results::write(&folder.join("results.json"), rows)?;
+    side_by_side(candidates)?.save(&picture_path(folder))?;
+    Ok(())
+}
+
+/// A row a model, two columns a class, the same noise in each column.
+fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Picture> {
+    const COLUMNS: u32 = 20;
+    let mut rows = Vec::new();
+    for Candidate { pipeline, plan, .. } in candidates {
+        let device = pipeline.network.placement().device;
+        let noise = initial_noise(plan.seed, COLUMNS, pipeline.card.image_shape, device)?;
+        let labels = Tensor::arange(i64::from(COLUMNS), (Kind::Int64, device));
+        let labels = labels.divide_scalar_mode(2, "floor").to_kind(Kind::Int64);
+        let conditioning = Conditioning::class_labels(labels);
+        let images = generate(&pipeline.network, plan, &pipeline.card, &noise, &conditioning)?;
+        rows.push(images.to_device(Device::Cpu));
+    }
+    Ok(Picture::grid(&Tensor::f_cat(&rows, 0)?, layout(COLUMNS))?)
+}
+
+fn picture_path(folder: &Path) -> PathBuf {
+    folder.join("side_by_side.png")
+}
+
+fn print_report(folder: &Path, rows: &[(String, Measurement)], seconds: f64) {
+    println!("\n{}", table(rows));
+    println!(
+        "frechet is to the test images, `to teacher` to the guided teacher at 50 steps; `data` is what"
+    );
+    println!("as many training images have. Differences below that of `data` say nothing.\n");
+    println!("Shift: energy distance of the states met at inference to noised data\n");
+    println!("{}", shift_table(rows));
+    println!("in {seconds:.0} s\n");
+    println!(
+        "  {}   teacher (3 rows), base, ddil; same noise in each column",
+        picture_path(folder).display()
+    );
+    println!("  {}", folder.join("results.json").display());
+    println!("\nTo go on:");
+    println!("  ddil sample {0}/ddil --num-samples 100", folder.display());
+    println!("  ddil init fashion-mnist-pd-ddil    # a config of your own");
+}

@@ -1,0 +1,35 @@
+//! `ddil init`.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+
+use crate::cli::InitArgs;
+use crate::presets::{PRESETS, find, nearest};
+
+pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
+    let Some(name) = &args.preset else {
+        println!("Presets, each for `ddil init <preset>`:");
+        for preset in &PRESETS {
+            println!("  {:<24} for `ddil {}`: {}", preset.name, preset.verb, preset.about);
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
+    let Some(preset) = find(name) else {
+        match nearest(name) {
+            Some(nearest) => bail!("there is no preset `{name}`; did you mean `{nearest}`?"),
+            None => bail!("there is no preset `{name}`; `ddil init` lists them"),
+        }
+    };
+    let path = args.output.clone().unwrap_or_else(|| format!("{name}.toml").into());
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).open(&path).with_context(|| {
+            format!("could not write {}; nothing is overwritten", path.display())
+        })?;
+    file.write_all(preset.text.as_bytes())
+        .with_context(|| format!("could not write {}", path.display()))?;
+    println!("wrote {}; go on with\n  ddil {} {}", path.display(), preset.verb, path.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,103 @@
+//! `ddil inspect`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use ddil_core::Denoiser;
+use ddil_models::Placement;
+use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
+use ddil_trainer::config::Precision;
+use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::run_folder::{Status, is_in_use};
+use serde_json::{Value, json};
+
+use crate::cli::InspectArgs;
+
+pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
+    let found = describe(&args.path)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        print_tree(&found, 0);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(path: &Path) -> anyhow::Result<Value> {
+    if path.join("status.json").is_file() {
+        return run_folder(path);
+    }
+    if path.join("manifest.json").is_file() {
+        return checkpoint(path);
+    }
+    if Pipeline::is_at(path) {
+        return model(path);
+    }
+    bail!(
+        "{} is no run folder (status.json), no checkpoint (manifest.json) and no model \
+         (model_index.json)",
+        path.display()
+    )
+}
+
+fn run_folder(path: &Path) -> anyhow::Result<Value> {
+    let checkpoints = path.join("checkpoints");
+    let found = find_latest(&checkpoints)?;
+    let newest = found.checkpoint.as_ref().map(|c| c.path().display().to_string());
+    let damaged: Vec<String> = found
+        .damaged
+        .iter()
+        .map(|damaged| format!("{}: {}", damaged.path.display(), damaged.reason))
+        .collect();
+    let model = Pipeline::is_at(path).then(|| model(path)).transpose()?;
+    Ok(json!({
+        "kind": "run",
+        "status": Status::read(path)?,
+        "in_use": is_in_use(path)?,
+        "checkpoints": list(&checkpoints)?.len(),
+        "newest_sound_checkpoint": newest,
+        "damaged": damaged,
+        "export": model,
+    }))
+}
+
+fn checkpoint(path: &Path) -> anyhow::Result<Value> {
+    let checkpoint = Checkpoint::open(path)?;
+    Ok(json!({
+        "kind": "checkpoint",
+        "manifest": checkpoint.manifest(),
+        "differs_from_here": checkpoint.obstacles_to_exact_resume()?,
+    }))
+}
+
+fn model(path: &Path) -> anyhow::Result<Value> {
+    let pipeline = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+    let parameters = pipeline.network.parameters();
+    Ok(json!({
+        "kind": "model",
+        "folder": pipeline.path.display().to_string(),
+        "card": pipeline.card,
+        "parameters": parameters.num_values(),
+        "prediction_type": pipeline.network.prediction_type(),
+        "schedule": pipeline.network.schedule().config(),
+        "thresholding": pipeline.thresholding,
+        "timesteps": pipeline.timesteps,
+    }))
+}
+
+/// Names to the left, values behind them, parts indented.
+fn print_tree(value: &Value, depth: usize) {
+    let Value::Object(fields) = value else { return };
+    for (name, value) in fields {
+        let indent = "  ".repeat(depth);
+        match value {
+            Value::Object(_) => {
+                println!("{indent}{name}:");
+                print_tree(value, depth + 1);
+            }
+            Value::String(text) => println!("{indent}{name}: {text}"),
+            other => println!("{indent}{name}: {other}"),
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! One file a verb.
+
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod evaluate;
+pub(crate) mod init;
+pub(crate) mod inspect;
+pub(crate) mod sample;
+pub(crate) mod train;
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use ddil_models::Placement;
+use ddil_trainer::config::{Precision, parse_device};
+use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::sampling::SamplePlan;
+use tch::Kind;
+
+use crate::cli::SamplingArgs;
+
+/// Steps of a model that does not say.
+const TEACHER_STEPS: u32 = 50;
+
+/// Sets the number of threads, once, before the first operation.
+fn set_threads(threads: u32) -> anyhow::Result<()> {
+    if threads > 0 {
+        ddil_libtorch::set_num_threads(threads as usize)?;
+    }
+    Ok(())
+}
+
+/// Reads a model and says how its samples are to be drawn.
+fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, SamplePlan)> {
+    set_threads(args.threads)?;
+    let device = parse_device(&args.device)?;
+    let precision = match args.precision.as_str() {
+        "float32" => Precision::Float32,
+        "bfloat16" => Precision::Bfloat16,
+        other => bail!("--precision is `{other}`; expected `float32` or `bfloat16`"),
+    };
+    let placement = Placement { device, kind: Kind::Float, channels_last: true };
+    let pipeline = Pipeline::read(path, placement, precision)
+        .with_context(|| format!("no model could be read from {}", path.display()))?;
+    let plan = plan(&pipeline, args);
+    Ok((pipeline, plan))
+}
+
+fn plan(pipeline: &Pipeline, args: &SamplingArgs) -> SamplePlan {
+    let own = pipeline.timesteps.clone();
+    // A student's own timesteps, unless another number of steps is asked for.
+    let timesteps = own.filter(|own| args.steps.is_none_or(|steps| own.len() == steps as usize));
+    let steps = match &timesteps {
+        Some(own) => own.len() as u32,
+        None => args.steps.unwrap_or(TEACHER_STEPS),
+    };
+    SamplePlan {
+        steps,
+        guidance_scale: args.guidance_scale.unwrap_or(1.0),
+        eta: args.eta,
+        thresholding: pipeline.thresholding.clone(),
+        timesteps,
+        batch_size: args.batch_size,
+        seed: args.seed,
+    }
+}

@@ -1,0 +1,137 @@
+//! `ddil train` and `ddil distill`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use ddil_trainer::Result;
+use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
+use ddil_trainer::distill::DistillTask;
+use ddil_trainer::interrupt::Interrupt;
+use ddil_trainer::logging::Logging;
+use ddil_trainer::run_folder::RunFolder;
+use ddil_trainer::session::{Outcome, Session, SessionConfig, Task};
+use ddil_trainer::settings::{Settings, to_toml};
+use ddil_trainer::train::TrainTask;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::set_threads;
+use crate::cli::RunArgs;
+
+/// A config file of one of the two verbs.
+trait Job: Serialize + DeserializeOwned {
+    type Task: Task;
+    const VERB: &'static str;
+
+    fn run_section(&self) -> &RunSection;
+    fn session(&self) -> SessionConfig;
+    fn task(&self) -> Result<Self::Task>;
+}
+
+impl Job for TrainConfig {
+    type Task = TrainTask;
+    const VERB: &'static str = "train";
+
+    fn run_section(&self) -> &RunSection {
+        &self.run
+    }
+
+    fn session(&self) -> SessionConfig {
+        SessionConfig::from(self)
+    }
+
+    fn task(&self) -> Result<TrainTask> {
+        TrainTask::new(self)
+    }
+}
+
+impl Job for DistillConfig {
+    type Task = DistillTask;
+    const VERB: &'static str = "distill";
+
+    fn run_section(&self) -> &RunSection {
+        &self.run
+    }
+
+    fn session(&self) -> SessionConfig {
+        SessionConfig::from(self)
+    }
+
+    fn task(&self) -> Result<DistillTask> {
+        DistillTask::new(self)
+    }
+}
+
+pub(crate) fn train(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    run::<TrainConfig>(args)
+}
+
+pub(crate) fn distill(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    run::<DistillConfig>(args)
+}
+
+fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let logging = Logging::start("info")?;
+    let interrupt = Interrupt::listen()?;
+    let config: J = read_config(args)?;
+    set_threads(config.run_section().threads)?;
+    if args.dry_run {
+        let task = config.task()?;
+        print!("{}", to_toml(&config)?);
+        println!("\n# {} updates; nothing was written", task.total_updates());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut session = match &args.resume {
+        Some(path) => resume(&config, path, &logging)?,
+        None => {
+            // The task first: what it refuses leaves no folder behind.
+            let task = config.task()?;
+            let folder = RunFolder::create(&config.run_section().path(), &config)?;
+            logging.also_to(&folder.file("run.log"))?;
+            Session::start(task, config.session(), folder)?
+        }
+    };
+    tracing::info!("{} in {}", J::VERB, session.folder().path().display());
+    report::<J>(&session.run(&interrupt)?, session.folder().path());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The config of the command line, or of the run that is resumed, which must then be the same.
+fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
+    let path = match (&args.config, &args.resume) {
+        (Some(path), _) => path.clone(),
+        (None, Some(folder)) => {
+            if !folder.join("config.toml").is_file() {
+                bail!("{} holds no run: it has no config.toml", folder.display());
+            }
+            folder.join("config.toml")
+        }
+        (None, None) => bail!("expected a config file, or --resume with a run folder"),
+    };
+    let mut settings = Settings::read(&path)?;
+    for text in &args.overrides {
+        settings.set(text)?;
+    }
+    Ok(settings.build()?)
+}
+
+fn resume<J: Job>(config: &J, path: &Path, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
+    let folder = RunFolder::resume(path)?;
+    folder.ensure_config(config)?;
+    logging.also_to(&folder.file("run.log"))?;
+    Ok(Session::resume(config.task()?, config.session(), folder)?)
+}
+
+fn report<J: Job>(outcome: &Outcome, folder: &Path) {
+    match outcome {
+        Outcome::Completed { export } => {
+            println!("done: the model is in {}", export.display());
+            println!("  ddil sample {0}\n  ddil evaluate {0}", folder.display());
+        }
+        Outcome::Interrupted { step } => {
+            println!("saved at step {step}; go on with");
+            println!("  ddil {} --resume {}", J::VERB, folder.display());
+        }
+    }
+}

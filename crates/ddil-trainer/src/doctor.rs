@@ -1,0 +1,259 @@
+//! Whether this machine is ready, and if not, what to do.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+use tch::Tensor;
+
+use crate::{
+    Result,
+    dataset::{self, FashionMnist},
+    environment::Environment,
+};
+
+/// With less than this a run may well fill the disk.
+const LOW_DISK_BYTES: u64 = 2 << 30;
+
+/// What a look at the machine brought.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::doctor::{Doctor, Health};
+///
+/// let doctor = Doctor { folders: vec![std::env::temp_dir()], ..Doctor::default() };
+/// let report = doctor.examine()?;
+/// assert!(!report.is_broken(), "{report}");
+/// println!("{report}");
+/// # Ok::<(), ddil_trainer::Error>(())
+/// ```
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Machine and versions.
+    pub environment: Environment,
+    /// One entry a question.
+    pub findings: Vec<Finding>,
+}
+
+/// What is to be looked at, beside the machine itself.
+#[derive(Clone, Debug, Default)]
+pub struct Doctor {
+    /// Folders that runs and downloads are written to; they need not exist.
+    pub folders: Vec<PathBuf>,
+    /// What [`keep_freed_pages`](ddil_libtorch::keep_freed_pages) answered at the start.
+    pub keeps_freed_pages: bool,
+    /// Whether data sets are read and their checksums compared, which takes a moment.
+    pub verify_datasets: bool,
+}
+
+/// The answer to one question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub subject: String,
+    /// How it is.
+    pub health: Health,
+    /// What was seen, and what helps if something is wrong.
+    pub detail: String,
+}
+
+/// How something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Health {
+    /// As it should be.
+    Good,
+    /// Not for everything; most things work.
+    Limited,
+    /// Nothing works.
+    Broken,
+}
+
+impl Report {
+    /// Whether the program cannot work here; its exit code is 1 then.
+    pub fn is_broken(&self) -> bool {
+        self.findings.iter().any(|finding| finding.health == Health::Broken)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.findings.iter().map(|finding| finding.subject.len()).max().unwrap_or(0);
+        for Finding { subject, health, detail } in &self.findings {
+            let mark = match health {
+                Health::Good => "ok",
+                Health::Limited => "note",
+                Health::Broken => "BROKEN",
+            };
+            writeln!(f, "{mark:6}  {subject:width$}  {detail}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Doctor {
+    /// Looks at everything. Something broken is no error, but a finding.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`](crate::Error::Libtorch) if libtorch fails to answer at all.
+    pub fn examine(&self) -> Result<Report> {
+        let environment = Environment::here()?;
+        let mut findings = vec![
+            finding(
+                "ddil",
+                Health::Good,
+                format!("{} on {}", environment.ddil, environment.platform),
+            ),
+            libtorch(&environment),
+            arithmetic(),
+            processors(&environment),
+            cuda(&environment),
+            allocator(self.keeps_freed_pages),
+        ];
+        if self.verify_datasets {
+            findings.push(fashion_mnist());
+        }
+        findings.extend(self.folders.iter().map(|folder| disk(folder)));
+        Ok(Report { environment, findings })
+    }
+}
+
+fn finding(subject: impl Into<String>, health: Health, detail: impl Into<String>) -> Finding {
+    Finding { subject: subject.into(), health, detail: detail.into() }
+}
+
+fn libtorch(environment: &Environment) -> Finding {
+    let Environment { libtorch: built, tch, loaded, .. } = environment;
+    let place =
+        loaded.path.as_ref().map_or("an unknown place".into(), |path| path.display().to_string());
+    let found = loaded.version.as_deref().unwrap_or("of unknown version");
+    let number = |version: &str| version.split('+').next().map(str::to_owned);
+    if loaded.version.as_deref().is_some_and(|loaded| number(loaded) != number(built)) {
+        let cure = "set LIBTORCH to the version it was built against, or build anew";
+        return finding(
+            "libtorch",
+            Health::Broken,
+            format!("built against {built}, but {found} is loaded from {place}: {cure}"),
+        );
+    }
+    finding("libtorch", Health::Good, format!("{built} (tch {tch}), loaded {found} from {place}"))
+}
+
+/// A product and its gradient, with known results.
+fn arithmetic() -> Finding {
+    let compute = || {
+        let x = Tensor::f_ones([4, 4], tch::kind::FLOAT_CPU)?.f_set_requires_grad(true)?;
+        let product = x.f_matmul(&x)?;
+        product.f_sum(tch::Kind::Float)?.f_backward()?;
+        Ok((product.f_double_value(&[0, 0])?, x.f_grad()?.f_double_value(&[0, 0])?))
+    };
+    match compute() {
+        Ok((4.0, 8.0)) => {
+            finding("arithmetic", Health::Good, "a product and its gradient are right")
+        }
+        Ok(wrong) => finding("arithmetic", Health::Broken, format!("{wrong:?} for (4, 8)")),
+        Err(error) => {
+            let error: tch::TchError = error;
+            let error = crate::Error::Torch { op: "a small product", source: error };
+            finding("arithmetic", Health::Broken, error.to_string())
+        }
+    }
+}
+
+fn processors(environment: &Environment) -> Finding {
+    let Environment { cpu, num_cpus, num_threads, num_interop_threads, .. } = environment;
+    let detail = format!(
+        "{num_cpus} for this process ({cpu}); libtorch uses {num_threads} threads an operation, \
+         {num_interop_threads} operations side by side"
+    );
+    let fits = num_threads <= num_cpus || *num_cpus == 0;
+    finding("processors", if fits { Health::Good } else { Health::Limited }, detail)
+}
+
+fn cuda(environment: &Environment) -> Finding {
+    match &environment.why_no_cuda {
+        None => {
+            let count = environment.num_cuda_devices;
+            finding(
+                "CUDA",
+                Health::Good,
+                format!("{count} device(s): cuda:0 to cuda:{}", count - 1),
+            )
+        }
+        Some(reason) => finding("CUDA", Health::Limited, format!("not usable: {reason}")),
+    }
+}
+
+fn allocator(keeps_freed_pages: bool) -> Finding {
+    if keeps_freed_pages {
+        return finding("allocator", Health::Good, "freed memory is kept and used again");
+    }
+    finding(
+        "allocator",
+        Health::Limited,
+        "freed memory goes back to the system at once, which makes the CPU slower",
+    )
+}
+
+fn fashion_mnist() -> Finding {
+    let subject = "Fashion-MNIST";
+    match FashionMnist::load(None) {
+        Ok(data) => {
+            let count = data.train.len() + data.test.len();
+            finding(subject, Health::Good, format!("{count} images, checksums right"))
+        }
+        Err(error @ dataset::Error::Missing { .. }) => {
+            finding(subject, Health::Limited, error.to_string())
+        }
+        Err(error) => finding(subject, Health::Broken, error.to_string()),
+    }
+}
+
+fn disk(folder: &Path) -> Finding {
+    let subject = format!("disk {}", folder.display());
+    let Some(existing) = folder.ancestors().find(|folder| {
+        folder.is_dir() || (folder.as_os_str().is_empty() && Path::new(".").is_dir())
+    }) else {
+        return finding(subject, Health::Broken, "there is no such place");
+    };
+    let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
+    if let Err(error) = tempfile::tempfile_in(existing) {
+        return finding(subject, Health::Broken, format!("cannot be written to: {error}"));
+    }
+    match fs4::available_space(existing) {
+        Ok(bytes) => {
+            let health = if bytes < LOW_DISK_BYTES { Health::Limited } else { Health::Good };
+            finding(subject, health, format!("{:.1} GiB free", bytes as f64 / f64::from(1 << 30)))
+        }
+        Err(error) => finding(subject, Health::Limited, format!("free space unknown: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_libtorch_than_the_one_built_against_is_broken() -> Result<()> {
+        let mut environment = Environment::here()?;
+        assert_eq!(libtorch(&environment).health, Health::Good);
+        environment.loaded.version = Some("2.12.0+cpu".into());
+        let finding = libtorch(&environment);
+        assert_eq!(finding.health, Health::Broken);
+        assert!(finding.detail.contains("2.12.0"), "{finding:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_need_not_exist_yet_but_must_be_possible() -> std::io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        assert_ne!(disk(&folder.path().join("a/b/c")).health, Health::Broken);
+        assert_ne!(disk(Path::new("runs-to-come")).health, Health::Broken);
+        assert_eq!(disk(Path::new("/proc/no")).health, Health::Broken);
+        Ok(())
+    }
+}

@@ -1,0 +1,93 @@
+//! The log: on the screen without tearing the bar, and in the run folder.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tracing_subscriber::{
+    EnvFilter, Layer, filter::filter_fn, fmt, layer::SubscriberExt, util::SubscriberInitExt,
+};
+
+use crate::{
+    Error, Result,
+    progress::{Screen, TARGET},
+};
+
+/// Where log messages of the whole program go.
+#[derive(Clone, Debug)]
+pub struct Logging {
+    file: LogFile,
+}
+
+impl Logging {
+    /// Sends messages to the screen from now on; once in a program.
+    ///
+    /// `filter` is in the words of `tracing-subscriber`, such as `info` or `ddil_trainer=debug`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setup`] if the filter cannot be read or messages go elsewhere already.
+    pub fn start(filter: &str) -> Result<Self> {
+        let refused = |reason: String| Error::Setup { action: "start the log", reason };
+        let filter = EnvFilter::try_new(filter).map_err(|error| refused(error.to_string()))?;
+        let (file, bar) = (LogFile::default(), Screen::stderr().is_terminal());
+        let to_file = file.clone();
+        let on_screen = fmt::layer()
+            .with_writer(|| ScreenWriter)
+            .with_ansi(bar)
+            .without_time()
+            .with_target(false)
+            .with_filter(filter_fn(move |about| !bar || about.target() != TARGET));
+        let in_file = fmt::layer().with_writer(move || to_file.clone()).with_ansi(false);
+        tracing_subscriber::registry()
+            .with(filter)
+            .with(on_screen)
+            .with(in_file)
+            .try_init()
+            .map_err(|error| refused(error.to_string()))?;
+        Ok(Self { file })
+    }
+
+    /// Sends messages to a file as well, behind what is in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the file cannot be opened.
+    pub fn also_to(&self, path: &Path) -> Result<()> {
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        let file = file.map_err(Error::io("open", path))?;
+        *self.file.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct LogFile(Arc<Mutex<Option<File>>>);
+
+impl Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(file) => file.write(bytes),
+            None => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct ScreenWriter;
+
+impl Write for ScreenWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Screen::stderr().suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}

@@ -1,0 +1,41 @@
+//! Config files to start from.
+
+/// A commented config file.
+pub(crate) struct Preset {
+    /// What it is called.
+    pub(crate) name: &'static str,
+    /// Which verb reads it.
+    pub(crate) verb: &'static str,
+    /// What it is for.
+    pub(crate) about: &'static str,
+    /// The file.
+    pub(crate) text: &'static str,
+}
+
+/// All of them.
+pub(crate) const PRESETS: [Preset; 2] = [
+    Preset {
+        name: "fashion-mnist-teacher",
+        verb: "train",
+        about: "a class-conditional pixel teacher on Fashion-MNIST",
+        text: include_str!("../presets/fashion-mnist-teacher.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-pd-ddil",
+        verb: "distill",
+        about: "the same teacher to 4 steps, by progressive distillation with DDIL",
+        text: include_str!("../presets/fashion-mnist-pd-ddil.toml"),
+    },
+];
+
+/// The preset of that name.
+pub(crate) fn find(name: &str) -> Option<&'static Preset> {
+    PRESETS.iter().find(|preset| preset.name == name)
+}
+
+/// The name that looks most like one.
+pub(crate) fn nearest(name: &str) -> Option<&'static str> {
+    let likeness = |preset: &&Preset| strsim::jaro_winkler(name, preset.name);
+    let best = PRESETS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(&best) > 0.7).then_some(best.name)
+}

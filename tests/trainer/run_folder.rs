@@ -1,0 +1,134 @@
+use std::{fs, path::Path, thread::sleep, time::Duration};
+
+use ddil_trainer::{
+    Error,
+    run_folder::{RunFolder, State, Status, is_in_use},
+};
+use serde_json::json;
+
+use crate::{TestResult, child, folder_of_child};
+
+fn config(steps: u32) -> serde_json::Value {
+    json!({ "train": { "num_steps": steps } })
+}
+
+fn state(path: &Path) -> State {
+    Status::read(path).expect("there is a status").state
+}
+
+#[test]
+fn a_new_run_has_its_folders_and_settings() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("runs/demo");
+    let run = RunFolder::create(&path, &config(10))?;
+    assert_eq!(fs::read_to_string(path.join("config.toml"))?, "[train]\nnum_steps = 10\n");
+    assert!(run.checkpoints().is_dir());
+    assert_eq!(run.samples_of(1000), path.join("samples/step_0001000.png"));
+    assert_eq!(Status::read(&path)?, Status { state: State::Running, step: 0, error: None });
+    Ok(())
+}
+
+#[test]
+fn a_folder_with_anything_in_it_is_left_alone() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("thesis.tex"), "years of work")?;
+    let error = RunFolder::create(folder.path(), &config(10)).expect_err("it is not empty");
+    assert!(matches!(error, Error::FolderNotEmpty { .. }));
+    assert_eq!(fs::read_dir(folder.path())?.count(), 1);
+    let error = RunFolder::resume(folder.path()).expect_err("it is no run");
+    assert!(error.to_string().ends_with("holds no run: it has no config.toml"), "{error}");
+    assert!(RunFolder::resume(&folder.path().join("nowhere")).is_err());
+    Ok(())
+}
+
+#[test]
+fn settings_of_another_run_are_refused_with_what_differs() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    RunFolder::create(&path, &config(10))?.complete(0)?;
+    let run = RunFolder::resume(&path)?;
+    run.ensure_config(&config(10))?;
+    let error = run.ensure_config(&config(20)).expect_err("they differ").to_string();
+    let expected = "other settings:\n  train.num_steps: 10 there, 20 here";
+    assert!(error.ends_with(expected), "{error}");
+    Ok(())
+}
+
+#[test]
+fn an_error_is_never_covered_by_success() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    let mut run = RunFolder::create(&path, &config(10))?;
+    run.progress(3)?;
+    assert_eq!(Status::read(&path)?, Status { state: State::Running, step: 3, error: None });
+    let source = Error::Io {
+        action: "write",
+        path: "student.safetensors".into(),
+        source: std::io::Error::other("no space left"),
+    };
+    run.fail(4, &source)?;
+    run.complete(10)?;
+    run.interrupt(10)?;
+    drop(run);
+    let status = Status::read(&path)?;
+    assert_eq!((status.state, status.step), (State::Failed, 4));
+    let error = status.error.ok_or("what went wrong")?;
+    assert_eq!(error, "could not write student.safetensors: no space left");
+
+    // A run that failed can be taken up again, and then succeed.
+    let mut run = RunFolder::resume(&path)?;
+    assert_eq!((state(&path), run.status().step), (State::Running, 4));
+    run.complete(10)?;
+    drop(run);
+    assert_eq!(Status::read(&path)?, Status { state: State::Completed, step: 10, error: None });
+    Ok(())
+}
+
+#[test]
+fn a_run_that_just_ends_has_failed() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    let result = std::panic::catch_unwind(|| {
+        let _run = RunFolder::create(&path, &config(10)).expect("the folder is new");
+        panic!("an operation panics");
+    });
+    assert!(result.is_err());
+    assert_eq!(state(&path), State::Failed);
+    RunFolder::resume(&path)?.interrupt(2)?;
+    assert_eq!(state(&path), State::Interrupted);
+    Ok(())
+}
+
+#[test]
+fn two_runs_never_share_a_folder_and_kill_9_frees_it() -> TestResult {
+    if let Some(folder) = folder_of_child() {
+        let _run = RunFolder::create(&folder, &config(10))?;
+        fs::write(folder.join("samples/ready"), "")?;
+        sleep(Duration::from_secs(60));
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    let test = "run_folder::two_runs_never_share_a_folder_and_kill_9_frees_it";
+    let mut process = child(test, &path)?.spawn()?;
+    for _ in 0..600 {
+        if path.join("samples/ready").exists() {
+            break;
+        }
+        sleep(Duration::from_millis(50));
+    }
+    let error = RunFolder::resume(&path).expect_err("it is in use");
+    let expected = format!("is in use by another process ({})", process.id());
+    assert!(error.to_string().ends_with(&expected), "{error}");
+    assert!(matches!(RunFolder::create(&path, &config(10)), Err(Error::FolderNotEmpty { .. })));
+    assert!(is_in_use(&path)?);
+
+    fs::create_dir(path.join("checkpoints/.tmp-step_0000001-1"))?;
+    process.kill()?;
+    process.wait()?;
+    assert!(!is_in_use(&path)?);
+    assert_eq!(state(&path), State::Running);
+    let run = RunFolder::resume(&path)?;
+    assert_eq!(fs::read_dir(run.checkpoints())?.count(), 0, "what was half done is gone");
+    Ok(())
+}
