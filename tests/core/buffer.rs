@@ -20,7 +20,7 @@ fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64]) -> State
     column[0] = n;
     let x_t = numbers.to_kind(Kind::Float).view(column.as_slice()).expand(&whole, false);
     let grid = trailing(4);
-    let timesteps: Vec<i64> = grid_indices.iter().map(|&i| grid.as_slice()[i]).collect();
+    let timesteps: Vec<i64> = grid_indices.iter().map(|&i| grid.as_slice()[i % 4]).collect();
     States {
         x_t: x_t.contiguous(),
         timesteps: Tensor::from_slice(&timesteps),
