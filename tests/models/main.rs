@@ -1,4 +1,12 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
 mod common;
+mod denoiser;
+mod mlp;
+mod model;
+mod parameters;
+mod torch_script;
+mod toy;
 mod unet;
+mod unet_config;
+mod weights;

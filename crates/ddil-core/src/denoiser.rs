@@ -1,10 +1,12 @@
 //! What a network can be asked.
 
 mod consistent;
+mod counted;
 mod guided;
 mod thresholded;
 
 pub use consistent::Consistent;
+pub(crate) use counted::Counted;
 pub use guided::Guided;
 pub use thresholded::Thresholded;
 

@@ -68,6 +68,18 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// States came in another order than that of the student's updates.
+    #[error(
+        "{op}: a state of step {birth} came after one of step {latest}; flush when counting begins anew"
+    )]
+    OutOfOrder {
+        /// The function that was called.
+        op: &'static str,
+        /// The step of the late state.
+        birth: u64,
+        /// The newest step so far.
+        latest: u64,
+    },
     /// A saved buffer could not be read or written.
     #[error("could not {action} {}", path.display())]
     Io {

@@ -2,26 +2,54 @@
 //!
 //! A student that samples in a few steps meets, at inference, states that its training never showed it. This crate
 //! *collects* training states from three sources ([`Source`]): dataset samples noised forward, the student's own
-//! backward trajectory, the teacher's backward trajectory.
+//! backward trajectory, the teacher's backward trajectory. [`Mixer`] draws a batch from all three;
+//! [`AggregationBuffer`] keeps visited states for a while; [`measure_shift`] says how far the states at inference lie
+//! from those of training.
 //! Rollouts run without gradients and labels are made elsewhere, at the loss.
+//!
+//! | for | there is |
+//! | --- | --- |
+//! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`Consistent`], [`Thresholded`] |
+//! | running it | [`rollout()`], [`sample`], [`rollout_to`], [`MixedRollout`] |
+//! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
+//! | how often | [`Priors`], [`PriorSchedule`] |
+//! | random numbers that resume exactly | [`RandomStreams`], [`Stream`] |
 //!
 //! Works for tensors of any rank with the batch first: vectors, audio, images, video.
 
+mod buffer;
 mod conditioning;
 mod denoiser;
 mod error;
+mod mixer;
 mod priors;
 mod random;
 mod rollout;
+mod rows;
+mod saved;
+mod shift;
+mod source;
 mod states;
 
+pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
+pub use ddil_libtorch::Generator;
 pub use denoiser::{Consistent, Denoiser, Guided, Thresholded};
 pub use error::{Error, Result};
+pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{PriorSchedule, PriorStep, Priors};
-pub use random::{RandomStreams, Stream};
-pub use rollout::{Trajectory, first_state, rollout, sample};
+pub use random::{Draws, RandomStreams, Stream};
+pub use rollout::{
+    MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,
+    rollout_to, sample,
+};
+pub use saved::SavedState;
+pub use shift::{
+    Distances, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest, ShiftSummary, measure_shift,
+    shift_at,
+};
+pub use source::{
+    ForwardSource, Grids, LossFeedback, SourceConfig, SourceRequest, StudentConfig, StudentPolicy,
+    StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
+};
 pub use states::{Data, Source, States};
-
-/// temporary
-pub type MixerConfig = PriorSchedule;

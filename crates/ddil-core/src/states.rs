@@ -90,4 +90,61 @@ impl States {
     pub fn is_empty(&self) -> bool {
         self.sources.is_empty()
     }
+
+    /// One batch after another, on the device and in the kind of the first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if there is none; [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
+    /// other.
+    pub fn cat(batches: &[Self]) -> Result<Self> {
+        const OP: &str = "States::cat";
+        let Some(first) = batches.first() else {
+            return Err(Error::InvalidConfig {
+                field: "batches",
+                value: "none".to_owned(),
+                expected: "at least one".to_owned(),
+            });
+        };
+        let (device, kind) = (first.x_t.device(), first.x_t.kind());
+        let x_t: Vec<Tensor> =
+            batches.iter().map(|b| b.x_t.to_device(device).to_kind(kind)).collect();
+        let timesteps: Vec<Tensor> =
+            batches.iter().map(|b| b.timesteps.to_device(device)).collect();
+        let conditioning: Result<Vec<Conditioning>> =
+            batches.iter().map(|b| b.conditioning.to_device(device)).collect();
+        let conditioning = conditioning?;
+        Ok(Self {
+            x_t: Tensor::f_cat(&x_t, 0).map_err(Error::torch(OP))?,
+            timesteps: Tensor::f_cat(&timesteps, 0).map_err(Error::torch(OP))?,
+            grid_indices: batches.iter().flat_map(|b| b.grid_indices.iter().copied()).collect(),
+            conditioning: Conditioning::cat(&conditioning.iter().collect::<Vec<_>>())?,
+            sources: batches.iter().flat_map(|b| b.sources.iter().copied()).collect(),
+            births: batches.iter().flat_map(|b| b.births.iter().copied()).collect(),
+        })
+    }
+
+    /// The samples at `rows`, in that order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if a row is beyond the batch.
+    pub fn index_select(&self, rows: &[usize]) -> Result<Self> {
+        if let Some(row) = rows.iter().find(|row| **row >= self.len()) {
+            return Err(Error::InvalidConfig {
+                field: "rows",
+                value: row.to_string(),
+                expected: format!("below {}, the length of the batch", self.len()),
+            });
+        }
+        let order = crate::rollout::index(rows, self.x_t.device());
+        Ok(Self {
+            x_t: self.x_t.index_select(0, &order),
+            timesteps: self.timesteps.index_select(0, &order),
+            grid_indices: rows.iter().map(|&row| self.grid_indices[row]).collect(),
+            conditioning: self.conditioning.index_select(&order)?,
+            sources: rows.iter().map(|&row| self.sources[row]).collect(),
+            births: rows.iter().map(|&row| self.births[row]).collect(),
+        })
+    }
 }

@@ -51,6 +51,7 @@ pub fn affine_(x: &mut Tensor, y: &Tensor, a: f64, b: f64) -> Result<()> {
 /// # Errors
 ///
 /// As [`affine`].
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
 pub fn affine_noise(
     x: &Tensor,
     y: &Tensor,
@@ -69,6 +70,7 @@ pub fn affine_noise(
 /// # Errors
 ///
 /// As [`affine_`].
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
 pub fn affine_noise_(
     x: &mut Tensor,
     y: &Tensor,

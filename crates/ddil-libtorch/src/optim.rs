@@ -45,7 +45,7 @@ fn invalid(name: &'static str, value: f64, expected: &'static str) -> Error {
     Error::InvalidArgument { op: "fused_adamw_", name, value: value.to_string(), expected }
 }
 
-/// One AdamW step over all parameters, in place, in one pass over memory.
+/// One `AdamW` step over all parameters, in place, in one pass over memory.
 ///
 /// With `t` the step counter after it has grown by one, `m` in `exp_avgs` and `v` in `exp_avg_sqs`:
 ///

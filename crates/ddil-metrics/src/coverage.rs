@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
-    distances::{block_distances, blocks},
+    distances::Pairs,
     error::{Error, Result, ensure_pair, torch},
 };
 
@@ -150,16 +150,18 @@ pub fn prdc(real: &Tensor, fake: &Tensor, neighbours: Neighbours) -> Result<Prdc
     let [fake_pr, _] = radii(OP, &fake, ks)?;
 
     let (n, m) = (real.size()[0], fake.size()[0]);
+    let pairs = Pairs::new(OP, &real, &fake);
     let mut precise = Tensor::zeros([m], (Kind::Bool, fake.device()));
     let (mut recalled, mut covered, mut inside) = (0, 0, 0);
-    for block in blocks(n, m) {
-        let distances = block_distances(OP, &real, &fake, block)?;
+    for block in pairs.blocks() {
+        let squares = pairs.squares(block)?;
         let rows = |radii: &Tensor| radii.narrow(0, block.0, block.1).unsqueeze(1);
-        precise = precise.logical_or(&distances.lt_tensor(&rows(&real_pr)).any_dim(0, false));
-        recalled += count(&distances.lt_tensor(&fake_pr).any_dim(1, false));
-        let in_ball = distances.lt_tensor(&rows(&real_dc));
-        inside += count(&in_ball);
-        covered += count(&in_ball.any_dim(1, false));
+        let in_real = pairs.closer(&squares, block, &rows(&real_pr))?;
+        precise = precise.logical_or(&in_real.any_dim(0, false));
+        recalled += count(&pairs.closer(&squares, block, &fake_pr)?.any_dim(1, false));
+        let in_real = pairs.closer(&squares, block, &rows(&real_dc))?;
+        inside += count(&in_real);
+        covered += count(&in_real.any_dim(1, false));
     }
     Ok(Prdc {
         precision: count(&precise) as f64 / m as f64,
@@ -171,15 +173,21 @@ pub fn prdc(real: &Tensor, fake: &Tensor, neighbours: Neighbours) -> Result<Prdc
 
 /// For each of two `k`, the distance of every row to the k-th nearest other row.
 fn radii(op: &'static str, features: &Tensor, ks: [i64; 2]) -> Result<[Tensor; 2]> {
-    let n = features.size()[0];
+    let most = ks[0].max(ks[1]);
+    let pairs = Pairs::new(op, features, features);
     let mut found = [const { Vec::new() }; 2];
-    for block in blocks(n, n) {
-        let distances = block_distances(op, features, features, block)?;
+    for block in pairs.blocks() {
+        let squares = pairs.squares(block)?;
         // A row's own column is left out by its index: by value a copy of the row would go with it.
-        let _ = distances.diagonal(block.0, 0, 1).fill_(f64::INFINITY);
-        let (nearest, _) = distances.f_topk(ks[0].max(ks[1]), 1, false, true).map_err(torch(op))?;
+        let _ = squares.diagonal(block.0, 0, 1).fill_(f64::INFINITY);
+        let (_, nearest) = squares.f_topk(most, 1, false, false).map_err(torch(op))?;
+        let rows =
+            Tensor::arange_start(block.0, block.0 + block.1, (Kind::Int64, nearest.device()))
+                .repeat_interleave_self_int(most, 0, None);
+        let distances =
+            pairs.exact(&rows, &nearest.flatten(0, 1)).view([-1, most]).sort(1, false).0;
         for (of_k, k) in found.iter_mut().zip(ks) {
-            of_k.push(nearest.select(1, k - 1));
+            of_k.push(distances.select(1, k - 1));
         }
     }
     Ok(found.map(|parts| Tensor::cat(&parts, 0)))

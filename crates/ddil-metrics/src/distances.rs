@@ -1,39 +1,118 @@
 //! Distances of every row of one set to every row of another, in blocks of bounded size.
+//!
+//! A matrix product gives squared distances many times faster than differences do, but rounds: a sample gets a small
+//! distance from itself, and samples equally far away come in a random order. So products decide where they are sure,
+//! and differences where rounding could change the answer: where two distances tie, and where samples coincide.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::error::{Result, torch};
 
-/// Most elements of a block of distances: 64 MiB of `f64`.
-const BLOCK_ELEMENTS: i64 = 8 << 20;
+/// Most elements of a block: 8 MiB of `f64`, which the allocator hands out again where it would fetch a larger piece
+/// from the system, page by page, every time.
+const BLOCK_ELEMENTS: i64 = 1 << 20;
 
-/// libtorch's `cdist` without its matrix-product path, whose rounding gives a sample a distance to itself and
-/// breaks ties at random; this path takes differences first.
-const EXACT_DIFFERENCES: i64 = 2;
+/// Squared distances up to this many times the rounding error of a product are taken again by differences when their
+/// values are summed, which leaves the others at least ten correct digits.
+const SUM_MARGIN: f64 = 1e10;
 
-/// First row and number of rows of each block, when every row meets `num_columns` others.
-pub(crate) fn blocks(num_rows: i64, num_columns: i64) -> impl Iterator<Item = (i64, i64)> {
+/// All pairs of a row of `a` and a row of `b`, `f64` matrices with equally many columns.
+pub(crate) struct Pairs<'a> {
+    op: &'static str,
+    a: &'a Tensor,
+    b: &'a Tensor,
+    centred: [Tensor; 2],
+    /// Squared lengths of the centred rows.
+    lengths: [Tensor; 2],
+    /// Bound of the rounding error of a squared distance.
+    rounding: f64,
+}
+
+/// First row and number of rows of a block.
+pub(crate) type Block = (i64, i64);
+
+impl<'a> Pairs<'a> {
+    pub(crate) fn new(op: &'static str, a: &'a Tensor, b: &'a Tensor) -> Self {
+        // The nearer the origin, the less is lost in a product.
+        let centre = a.mean_dim([0_i64].as_slice(), true, Kind::Double);
+        let centred = [a - &centre, b - &centre];
+        let lengths = centred.each_ref().map(|rows| row_sums(&rows.square()));
+        let longest: f64 = lengths.iter().map(|lengths| lengths.max().double_value(&[])).sum();
+        // A sum of d products is off by at most d roundings; the rest is for the centring and the three terms.
+        let rounding = 2.0 * (a.size()[1] as f64 + 4.0) * f64::EPSILON * longest;
+        Self { op, a, b, centred, lengths, rounding }
+    }
+
+    /// Blocks of rows of `a`, each of which meets all rows of `b`.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
+        blocks(self.a.size()[0], self.b.size()[0])
+    }
+
+    /// Squared distances `[len, m]` of a block, up to `rounding`.
+    pub(crate) fn squares(&self, (start, len): Block) -> Result<Tensor> {
+        let [a, b] = &self.centred;
+        let [of_a, of_b] = &self.lengths;
+        let mut squares =
+            a.narrow(0, start, len).f_matmul(&(b * -2.0).tr()).map_err(torch(self.op))?;
+        squares += of_a.narrow(0, start, len).unsqueeze(1);
+        squares += of_b;
+        Ok(squares)
+    }
+
+    /// Where the distance of a pair is below its radius, `[len, m]`, as differences would decide.
+    ///
+    /// `radii` is `[m]` or `[len, 1]`.
+    pub(crate) fn closer(&self, squares: &Tensor, block: Block, radii: &Tensor) -> Result<Tensor> {
+        let mut gaps = squares - radii.square();
+        let mut closer = gaps.lt(0.0);
+        let ties = gaps.abs_().le(self.rounding).nonzero();
+        let radii = radii.expand_as(squares);
+        for (rows, columns) in pairs_at(&ties, self.a.size()[1]) {
+            let place = [Some(&rows), Some(&columns)];
+            let decided = self.exact(&(&rows + block.0), &columns).lt_tensor(&radii.index(&place));
+            let _ = closer.f_index_put_(&place, &decided, false).map_err(torch(self.op))?;
+        }
+        Ok(closer)
+    }
+
+    /// Sum of all distances.
+    pub(crate) fn sum_of_distances(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for block in self.blocks() {
+            let squares = self.squares(block)?;
+            let near = squares.le(self.rounding * SUM_MARGIN);
+            sum += squares.masked_fill(&near, 0.0).sqrt().sum(Kind::Double).double_value(&[]);
+            for (rows, columns) in pairs_at(&near.nonzero(), self.a.size()[1]) {
+                let exact = self.exact(&(rows + block.0), &columns);
+                sum += exact.sum(Kind::Double).double_value(&[]);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Distances of single pairs, from differences; a row is at distance 0 from its copy.
+    pub(crate) fn exact(&self, rows: &Tensor, columns: &Tensor) -> Tensor {
+        let gaps = self.a.index_select(0, rows) - self.b.index_select(0, columns);
+        row_sums(&gaps.square()).sqrt()
+    }
+}
+
+/// Rows and columns of the places `[p, 2]`, few enough at a time for their rows to fit a block.
+fn pairs_at(places: &Tensor, dim: i64) -> impl Iterator<Item = (Tensor, Tensor)> {
+    blocks(places.size()[0], dim).map(move |(start, len)| {
+        let places = places.narrow(0, start, len);
+        (places.select(1, 0), places.select(1, 1))
+    })
+}
+
+/// First row and number of rows of each block, when every row has `num_columns` elements.
+pub(crate) fn blocks(num_rows: i64, num_columns: i64) -> impl Iterator<Item = Block> + use<> {
     let rows = (BLOCK_ELEMENTS / num_columns.max(1)).max(1);
     (0..num_rows).step_by(rows as usize).map(move |start| (start, rows.min(num_rows - start)))
 }
 
-/// Euclidean distances `[len, m]` of `len` rows of `a`, from `start` on, to all `m` rows of `b`.
-pub(crate) fn block_distances(
-    op: &'static str,
-    a: &Tensor,
-    b: &Tensor,
-    (start, len): (i64, i64),
-) -> Result<Tensor> {
-    Tensor::f_cdist(&a.narrow(0, start, len), b, 2.0, EXACT_DIFFERENCES).map_err(torch(op))
-}
-
-/// Sum of the distances over all pairs of a row of `a` and a row of `b`.
-pub(crate) fn sum_of_distances(op: &'static str, a: &Tensor, b: &Tensor) -> Result<f64> {
-    let mut sum = 0.0;
-    for block in blocks(a.size()[0], b.size()[0]) {
-        sum += block_distances(op, a, b, block)?.sum(None).double_value(&[]);
-    }
-    Ok(sum)
+fn row_sums(rows: &Tensor) -> Tensor {
+    rows.sum_dim_intlist([1_i64].as_slice(), false, Kind::Double)
 }
 
 #[cfg(test)]
@@ -54,12 +133,41 @@ mod tests {
         }
     }
 
+    /// Rounding stays under its bound, even far from the origin.
     #[test]
-    fn a_sample_is_at_no_distance_from_itself() -> Result<()> {
+    fn products_are_as_good_as_promised() -> Result<()> {
         tch::manual_seed(0);
-        let a = Tensor::randn([40, 300], tch::kind::DOUBLE_CPU) + 100.0;
-        let own = block_distances("test", &a, &a, (0, 40))?.diag(0).abs().max().double_value(&[]);
-        assert!(own == 0.0, "{own}");
+        for (dim, centre) in [(3, 0.0), (300, 0.0), (300, 1e4)] {
+            let a = Tensor::randn([40, dim], tch::kind::DOUBLE_CPU) + centre;
+            let b = Tensor::cat(&[&a, &(&a * 3.0)], 0);
+            let pairs = Pairs::new("test", &a, &b);
+            let exact = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum_dim_intlist(
+                [2_i64].as_slice(),
+                false,
+                Kind::Double,
+            );
+            let error = (pairs.squares((0, 40))? - exact).abs().max().double_value(&[]);
+            assert!(error <= pairs.rounding, "{error}, bound {}", pairs.rounding);
+            assert!(error > 0.0, "nothing was tested");
+        }
+        Ok(())
+    }
+
+    /// Every pair ties here: each has its own distance for a radius, and is not closer than that.
+    #[test]
+    fn a_distance_is_not_below_itself() -> Result<()> {
+        tch::manual_seed(1);
+        let a = Tensor::randn([1, 30], tch::kind::DOUBLE_CPU);
+        let b = Tensor::randn([500, 30], tch::kind::DOUBLE_CPU);
+        let pairs = Pairs::new("test", &a, &b);
+        let columns = Tensor::arange(500, tch::kind::INT64_CPU);
+        let radii = pairs.exact(&columns.zeros_like(), &columns);
+        let count = |radii: &Tensor| -> Result<i64> {
+            let closer = pairs.closer(&pairs.squares((0, 1))?, (0, 1), radii)?;
+            Ok(closer.sum(Kind::Int64).int64_value(&[]))
+        };
+        assert_eq!(count(&radii)?, 0);
+        assert_eq!(count(&(radii * (1.0 + 2.0 * f64::EPSILON)))?, 500);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::{
-    distances::sum_of_distances,
+    distances::Pairs,
     error::{Result, ensure_features},
 };
 
@@ -32,5 +32,5 @@ pub fn mean_pairwise_distance(features: &Tensor) -> Result<f64> {
     const OP: &str = "mean_pairwise_distance";
     let features = ensure_features(OP, "features", features, 2)?;
     let n = features.size()[0] as f64;
-    Ok(sum_of_distances(OP, &features, &features)? / (n * (n - 1.0)))
+    Ok(Pairs::new(OP, &features, &features).sum_of_distances()? / (n * (n - 1.0)))
 }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::{
-    distances::sum_of_distances,
+    distances::Pairs,
     error::{Result, ensure_pair},
 };
 
@@ -38,8 +38,8 @@ pub fn energy_distance(a: &Tensor, b: &Tensor) -> Result<f64> {
     let (a, b) = ensure_pair(OP, ("a", a), ("b", b), 2)?;
     let (n, m) = (a.size()[0] as f64, b.size()[0] as f64);
 
-    let between = sum_of_distances(OP, &a, &b)? / (n * m);
-    let within_a = sum_of_distances(OP, &a, &a)? / (n * (n - 1.0));
-    let within_b = sum_of_distances(OP, &b, &b)? / (m * (m - 1.0));
+    let between = Pairs::new(OP, &a, &b).sum_of_distances()? / (n * m);
+    let within_a = Pairs::new(OP, &a, &a).sum_of_distances()? / (n * (n - 1.0));
+    let within_b = Pairs::new(OP, &b, &b).sum_of_distances()? / (m * (m - 1.0));
     Ok(2.0 * between - within_a - within_b)
 }

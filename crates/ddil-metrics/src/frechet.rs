@@ -248,17 +248,26 @@ pub fn frechet_distance(a: &Statistics, b: &Statistics) -> Result<f64> {
 
     let root_a = square_root(OP, &cov_a)?;
     let product = root_a.matmul(&cov_b).matmul(&root_a);
-    // Rounding leaves the product a little asymmetric, and eigenvalues of a singular one a little below 0.
+    // Rounding leaves the product a little asymmetric.
     let product = (&product + product.tr()) / 2.0;
     let eigenvalues = product.f_linalg_eigvalsh("L").map_err(torch(OP))?;
-    let cross = eigenvalues.clamp_min(0.0).sqrt().sum(Kind::Double).double_value(&[]);
+    let cross = roots(&eigenvalues).sum(Kind::Double).double_value(&[]);
     Ok(means + traces - 2.0 * cross)
 }
 
 /// The symmetric square root of a symmetric positive semi-definite matrix.
 fn square_root(op: &'static str, matrix: &Tensor) -> Result<Tensor> {
     let (values, vectors) = matrix.f_linalg_eigh("L").map_err(torch(op))?;
-    Ok((&vectors * values.clamp_min(0.0).sqrt()).matmul(&vectors.tr()))
+    Ok((&vectors * roots(&values)).matmul(&vectors.tr()))
+}
+
+/// Square roots of the eigenvalues of a positive semi-definite matrix.
+///
+/// Those of a singular matrix come out as rounding errors of either sign, whose roots would be far larger than the
+/// errors themselves and add up: all below the rounding error of the largest count as 0.
+fn roots(eigenvalues: &Tensor) -> Tensor {
+    let floor = eigenvalues.abs().max() * (eigenvalues.numel() as f64 * f64::EPSILON);
+    eigenvalues.masked_fill(&eigenvalues.le_tensor(&floor), 0.0).sqrt()
 }
 
 fn to_vec(op: &'static str, values: &Tensor) -> Result<Vec<f64>> {

@@ -86,7 +86,7 @@ impl TimeProjection {
     }
 }
 
-/// Two linear layers with a SiLU between them.
+/// Two linear layers with a `silu` between them.
 #[derive(Debug)]
 pub(crate) struct TimestepEmbedding {
     linear_1: Linear,

@@ -143,6 +143,14 @@ pub enum Error {
         /// The largest label there is.
         max: i64,
     },
+    /// A guidance weight was given to a network that takes none, or not given to one that does.
+    #[error("{op}: the network takes {} guidance weight", if *expected { "a" } else { "no" })]
+    GuidanceWeight {
+        /// The function that was called.
+        op: &'static str,
+        /// Whether the network takes one.
+        expected: bool,
+    },
     /// Two networks between which values were to be copied do not have the same parameters.
     #[error("the networks have different parameters:{problems}")]
     ParametersDiffer {
@@ -161,9 +169,15 @@ pub enum Error {
         /// What may stand there.
         expected: String,
     },
+    /// A noise schedule refused.
+    #[error(transparent)]
+    Scheduler(#[from] ddil_schedulers::Error),
+    /// The floor refused: a generator, a mapped file.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
     /// libtorch refused an operation: no memory, no such device, or arguments of another kind or device.
     #[error("{op}: {message}")]
-    Libtorch {
+    Torch {
         /// The function that was called.
         op: &'static str,
         /// libtorch's reason, without the C++ stack trace that follows it.
@@ -173,11 +187,11 @@ pub enum Error {
 
 impl Error {
     /// Wraps a libtorch error; made for `map_err`.
-    pub(crate) fn libtorch(op: &'static str) -> impl Fn(TchError) -> Self {
+    pub(crate) fn torch(op: &'static str) -> impl Fn(TchError) -> Self {
         move |source| {
             let text = source.to_string();
             let message = text.lines().next().unwrap_or_default().to_owned();
-            Self::Libtorch { op, message }
+            Self::Torch { op, message }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The few layers everything else is made of, named and initialised as PyTorch's.
+//! The few layers everything else is made of, named and initialised as in `torch.nn`.
 
 use serde::{Deserialize, Serialize};
 use tch::{TchError, Tensor};

@@ -6,20 +6,30 @@
 
 mod attention;
 mod config;
+mod denoiser;
 mod embeddings;
 mod error;
 mod layers;
+mod mlp;
+mod model;
 mod parameters;
 mod resnet;
+mod torch_script;
+mod toy;
 mod unet;
 mod unet_blocks;
 mod unet_config;
 pub mod weights;
 
 pub use config::UnknownKeys;
+pub use denoiser::NetworkDenoiser;
 pub use error::{BoxedError, ConfigProblem, Error, Result, WeightProblems};
 pub use layers::Activation;
+pub use mlp::{Mlp, MlpConfig, SkipConfig};
+pub use model::{Model, ModelConfig};
 pub use parameters::{Parameters, Placement};
+pub use torch_script::{TorchScript, TorchScriptConfig};
+pub use toy::{GaussianMixture, MixtureDenoiser};
 pub use unet::{UNet2DModel, UNet2DOutput};
 pub use unet_config::{
     ClassEmbedType, DownBlockType, MidBlockType, ResampleType, SampleSize, TimeEmbeddingType,

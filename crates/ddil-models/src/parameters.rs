@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use rand_distr::StandardNormal;
+use ddil_libtorch::Generator;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result, WeightProblems};
@@ -41,7 +39,7 @@ impl Default for Placement {
 /// Where the values of new parameters come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Values {
-    /// PyTorch's default initialisation. Each parameter has its own stream, keyed by its name, so that adding a layer
+    /// The default initialisation of `torch.nn`. Each parameter has its own stream, keyed by its name, so that adding a layer
     /// leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
     Seeded(u64),
     /// Nothing yet: a file fills all of them before anyone looks.
@@ -79,6 +77,12 @@ pub struct Parameters {
 }
 
 impl Parameters {
+    /// The parameters of a network that was not built here.
+    pub(crate) fn of_foreign(named: Vec<(String, Tensor)>, placement: Placement) -> Self {
+        let entry = |(name, tensor)| Parameter { name, tensor, learned: true };
+        Self { entries: named.into_iter().map(entry).collect(), placement }
+    }
+
     /// Where the parameters are, and their kind.
     pub fn placement(&self) -> Placement {
         self.placement
@@ -139,7 +143,7 @@ impl Parameters {
         let _no_grad = tch::no_grad_guard();
         for (target, source) in pairs {
             let copy = target.shallow_clone().f_copy_(source);
-            copy.map_err(Error::libtorch("Parameters::copy_from"))?;
+            copy.map_err(Error::torch("Parameters::copy_from"))?;
         }
         Ok(())
     }
@@ -218,9 +222,8 @@ impl Scope<'_> {
         let _no_grad = tch::no_grad_guard();
         let mut tensor = empty(shape, self.builder.placement)?;
         if let Values::Seeded(seed) = self.builder.values {
-            let values = draw(init, tensor.numel(), seed, &name);
-            let values = Tensor::from_slice(&values).view(shape);
-            tensor.f_copy_(&values).map_err(Error::libtorch("initialising parameters"))?;
+            let values = draw(init, shape, seed, &name)?;
+            tensor.f_copy_(&values).map_err(Error::torch("initialising parameters"))?;
         }
         let tensor = tensor.set_requires_grad(learned);
         let handle = tensor.shallow_clone();
@@ -238,37 +241,27 @@ fn empty(shape: &[i64], placement: Placement) -> Result<Tensor> {
         }
         _ => Tensor::f_empty(shape, options),
     };
-    tensor.map_err(Error::libtorch("allocating parameters"))
+    tensor.map_err(Error::torch("allocating parameters"))
 }
 
-fn draw(init: Init, len: usize, seed: u64, name: &str) -> Vec<f32> {
-    let mut rng = StdRng::seed_from_u64(seed ^ fnv1a(name));
-    match init {
-        Init::Constant(value) => vec![value as f32; len],
-        Init::Uniform { bound } => {
-            let bound = bound as f32;
-            (0..len).map(|_| bound * (2.0 * rng.random::<f32>() - 1.0)).collect()
-        }
-        Init::Normal { std } => {
-            let std = std as f32;
-            (0..len).map(|_| std * rng.sample::<f32, _>(StandardNormal)).collect()
-        }
-    }
+fn draw(init: Init, shape: &[i64], seed: u64, name: &str) -> Result<Tensor> {
+    let mut generator = Generator::new(Device::Cpu, stream_seed(seed, name))?;
+    Ok(match init {
+        Init::Constant(value) => Tensor::full(shape, value, (Kind::Float, Device::Cpu)),
+        Init::Uniform { bound } => (generator.uniform(shape, Kind::Float)? * 2.0 - 1.0) * bound,
+        Init::Normal { std } => generator.normal(shape, Kind::Float)? * std,
+    })
 }
 
-/// The 64-bit FNV-1a hash, which unlike the standard library's is the same in every release.
-fn fnv1a(text: &str) -> u64 {
-    text.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
-}
-
-/// `tensor` with channels innermost in memory if `channels_last`, as it is otherwise.
-pub(crate) fn to_memory_format(
-    tensor: &Tensor,
-    channels_last: bool,
-) -> std::result::Result<Tensor, tch::TchError> {
-    if !channels_last || tensor.dim() != 4 {
-        return Ok(tensor.shallow_clone());
-    }
-    tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])
+/// A seed of its own for every name.
+fn stream_seed(seed: u64, name: &str) -> u64 {
+    // FNV-1a, which unlike the standard library's hash is the same in every release; then the finalizer of
+    // SplitMix64. libtorch's CPU generator looks at the lower half alone, which the last shift fills from the upper.
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mixed =
+        (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ hash).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use tch::{Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
 use crate::attention::AttentionOptions;
 use crate::config::Config;
@@ -11,7 +11,7 @@ use crate::embeddings::{
 };
 use crate::error::{Error, Result, ensure_labels, ensure_timesteps, is_float};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Output};
-use crate::parameters::{Builder, Parameters, Placement, Scope, Values, to_memory_format};
+use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
 use crate::resnet::{Pass, ResnetOptions};
 use crate::unet_blocks::{DownBlock, LevelOptions, MidBlock, UpBlock, UpChannels};
 use crate::unet_config::{
@@ -145,7 +145,7 @@ impl UNet2DModel {
     /// # Errors
     ///
     /// [`Error::InvalidShape`], [`Error::InvalidKind`]; [`Error::MissingClassLabels`],
-    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`]; [`Error::Libtorch`] if memory runs out or
+    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or
     /// an input is on another device.
     pub fn forward(
         &self,
@@ -168,6 +168,7 @@ impl UNet2DModel {
         class_labels: Option<&Tensor>,
     ) -> Result<UNet2DOutput> {
         self.ensure_inputs(sample, timesteps, class_labels)?;
+        let sample = &self.in_memory_format(sample)?;
         let run = || {
             let timesteps = one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(&timesteps, class_labels)?;
@@ -176,7 +177,7 @@ impl UNet2DModel {
             let sample = self.up(&features, skips, pass)?;
             Ok(UNet2DOutput { sample: self.scale_output(sample, &timesteps)?, features })
         };
-        run().map_err(Error::libtorch(FORWARD))
+        run().map_err(Error::torch(FORWARD))
     }
 
     /// What leaves the bottom level, without the way up; see [`UNet2DOutput::features`].
@@ -191,13 +192,22 @@ impl UNet2DModel {
         class_labels: Option<&Tensor>,
     ) -> Result<Tensor> {
         self.ensure_inputs(sample, timesteps, class_labels)?;
+        let sample = &self.in_memory_format(sample)?;
         let run = || {
             let timesteps = one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(&timesteps, class_labels)?;
             let pass = Pass { time: &time, training: self.training.get() };
             Ok(self.down(sample, pass)?.0)
         };
-        run().map_err(Error::libtorch("UNet2DModel::features"))
+        run().map_err(Error::torch("UNet2DModel::features"))
+    }
+
+    fn in_memory_format(&self, sample: &Tensor) -> Result<Tensor> {
+        Ok(if self.parameters.placement().channels_last {
+            ddil_libtorch::channels_last(sample)?
+        } else {
+            sample.shallow_clone()
+        })
     }
 
     /// The embedding of timestep and class, after the activation that every block would apply to it.
@@ -225,7 +235,7 @@ impl UNet2DModel {
         sample: &Tensor,
         pass: Pass<'_>,
     ) -> std::result::Result<(Tensor, Vec<Tensor>), TchError> {
-        let mut sample = to_memory_format(sample, self.parameters.placement().channels_last)?;
+        let mut sample = sample.shallow_clone();
         if self.config.center_input_sample {
             sample = sample.f_mul_scalar(2.0)?.f_add_scalar(-1.0)?;
         }
@@ -416,11 +426,4 @@ fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool)
         output_scale: 1.0,
     };
     LevelOptions { num_layers, resnet, attention: attends.then_some(attention) }
-}
-
-impl UNet2DModel {
-    /// The kind of the parameters.
-    pub fn kind(&self) -> Kind {
-        self.parameters.placement().kind
-    }
 }

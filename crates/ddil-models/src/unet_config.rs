@@ -227,14 +227,14 @@ impl UNet2DConfig {
         config::to_json(self)
     }
 
-    /// Checks the settings and builds a network with fresh parameters, as PyTorch would initialise them.
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
     ///
     /// The same seed gives the same parameters on every device.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Libtorch`](crate::Error::Libtorch) if the device is not there or its memory does not suffice.
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
         UNet2DModel::new(self, placement, Values::Seeded(seed))
     }

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Component, Path, PathBuf};
 
+use ddil_libtorch::MappedFile;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
@@ -49,7 +50,7 @@ pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result
         for (name, source) in file.tensors()? {
             if let Some(target) = targets.get(name.as_str()) {
                 let copy = target.shallow_clone().f_copy_(&source);
-                copy.map_err(Error::libtorch("weights::load_into"))?;
+                copy.map_err(Error::torch("weights::load_into"))?;
             }
         }
     }
@@ -58,9 +59,12 @@ pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result
 
 /// Every tensor in a file or in the shards of an index, on the CPU, in the kind it has there.
 ///
+/// The tensors lie in the mapped file ([`MappedFile`]): reading takes no time, and what is written to them stays in
+/// memory.
+///
 /// # Errors
 ///
-/// [`Error::Read`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or holds a type that
+/// [`Error::Libtorch`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or holds a type that
 /// libtorch has no kind for, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::ShardOutsideFolder`]
 /// for an index.
 pub fn read_all(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
@@ -84,7 +88,7 @@ pub fn read_metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, String>>
     Ok(all)
 }
 
-/// Writes tensors, whatever their device and layout, to a safetensors file that Python reads as PyTorch's.
+/// Writes tensors, whatever their device and layout, to a safetensors file that `safetensors.torch` reads.
 ///
 /// Each keeps its kind; the caller who wants half precision casts. `metadata` is written beside `{"format": "pt"}`.
 /// The same tensors and metadata give the same bytes. A reader sees the old file or the whole new one, also after a
@@ -93,7 +97,7 @@ pub fn read_metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, String>>
 /// # Errors
 ///
 /// [`Error::Write`] if the file cannot be written, [`Error::UnsupportedKind`] for complex and quantised tensors,
-/// [`Error::Libtorch`] if a tensor cannot be brought to the CPU.
+/// [`Error::Torch`] if a tensor cannot be brought to the CPU.
 ///
 /// # Example
 ///
@@ -135,11 +139,7 @@ pub(crate) fn write_whole(
         write(&mut buffered)?;
         buffered.flush().map_err(|e| write_error(path, e))?;
         drop(buffered);
-        file.sync_all().map_err(|e| write_error(path, e))?;
-        fs::rename(&aside, path).map_err(|e| write_error(path, e))?;
-        // The new name is only safe once the folder is.
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| write_error(path, e))
+        put_in_place(&aside, path)
     };
     attempt().inspect_err(|_| {
         // The first error is the one to report.
@@ -147,51 +147,68 @@ pub(crate) fn write_whole(
     })
 }
 
+/// Renames a file once it is on disk.
+pub(crate) fn put_in_place(aside: &Path, path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let place = || {
+        File::open(aside)?.sync_all()?;
+        fs::rename(aside, path)?;
+        // The new name is only safe once the folder is.
+        File::open(folder)?.sync_all()
+    };
+    place().map_err(|e| write_error(path, e))
+}
+
 /// A name beside `path` that no other process uses.
-fn aside(path: &Path) -> PathBuf {
+pub(crate) fn aside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.partial", std::process::id()));
     path.with_file_name(name)
 }
 
-fn write_error(path: &Path, source: impl Into<BoxedError>) -> Error {
+pub(crate) fn write_error(path: &Path, source: impl Into<BoxedError>) -> Error {
     Error::Write { path: path.into(), source: source.into() }
 }
 
-/// A file's bytes and what its header says of them.
+/// A mapped file and what its header says of it.
 struct OpenFile {
-    path: PathBuf,
-    bytes: Vec<u8>,
+    file: MappedFile,
     header: Metadata,
+    /// Where the tensors start.
+    data_start: usize,
 }
 
 impl OpenFile {
     fn open(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path)
-            .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|source| {
+        let file = MappedFile::open(path)?;
+        let (header_len, header) = SafeTensors::read_metadata(file.bytes()).map_err(|source| {
             Error::InvalidSafetensors { path: path.into(), source: source.into() }
         })?;
-        Ok(Self { path: path.into(), bytes, header })
+        Ok(Self { file, header, data_start: size_of::<u64>() + header_len })
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let invalid =
-            |source: BoxedError| Error::InvalidSafetensors { path: self.path.clone(), source };
-        let views = SafeTensors::deserialize(&self.bytes).map_err(|e| invalid(e.into()))?;
-        let tensor = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
-            let kind = kind_of(view.dtype()).ok_or_else(|| {
-                invalid(
-                    format!("`{name}` has type {:?}, which libtorch has no kind for", view.dtype())
-                        .into(),
-                )
-            })?;
-            let size = to_size(view.shape());
-            let tensor = Tensor::f_from_data_size(view.data(), &size, kind)
-                .map_err(Error::libtorch("weights::read_all"))?;
-            Ok((name.to_owned(), tensor))
-        };
-        views.iter().map(tensor).collect()
+        let tensors = self.header.tensors();
+        tensors
+            .into_iter()
+            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info)?)))
+            .collect()
+    }
+
+    fn tensor(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+        let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
+            path: self.file.path().into(),
+            source: format!("`{name}` is {:?}, which libtorch has no kind for", info.dtype).into(),
+        })?;
+        let size = to_size(&info.shape);
+        let (start, end) = info.data_offsets;
+        let (start, end) = (self.data_start + start, self.data_start + end);
+        if start.is_multiple_of(kind.elt_size_in_bytes()) {
+            return Ok(self.file.tensor(start, size, kind)?);
+        }
+        // The format does not promise alignment, the processor wants it.
+        Tensor::f_from_data_size(&self.file.bytes()[start..end], &size, kind)
+            .map_err(Error::torch("weights::read_all"))
     }
 }
 
@@ -349,5 +366,5 @@ fn to_bytes(tensor: &Tensor) -> Result<Cow<'static, [u8]>> {
         tensor.f_copy_data_u8(&mut bytes, len)?;
         Ok(Cow::Owned(bytes))
     };
-    copy().map_err(Error::libtorch("weights::save"))
+    copy().map_err(Error::torch("weights::save"))
 }

@@ -164,7 +164,7 @@ impl MixedRollout<'_> {
         let mut hands = vec![Hand::default(); targets.len()];
         let mut visited = Visited::nothing();
         let mut states = Vec::new();
-        for_unfinished(path, x_t, conditioning, targets, |leg| {
+        let _ = for_unfinished(path, x_t, conditioning, targets, |leg| {
             let stepped = self.advance(start, leg, &mut hands, draws)?;
             states.push(stepped.shallow_clone());
             visited.rows.extend(leg.rows);
@@ -266,16 +266,12 @@ impl MixedRollout<'_> {
         let timesteps = super::filled(leg.x_t.size()[0], timestep, leg.x_t.device());
         let [student, teacher] = [self.student, self.teacher]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
-        let apart = (student?.x0 - teacher?.x0).abs().flatten(1, -1).mean_dim(1, false, Kind::Double);
+        let apart =
+            (student?.x0 - teacher?.x0).abs().flatten(1, -1).mean_dim(1, false, Kind::Double);
         Vec::try_from(&apart).map_err(Error::torch(OP))
     }
 
-    fn student_step(
-        &self,
-        level: usize,
-        part: &Part,
-        generator: &mut Generator,
-    ) -> Result<Tensor> {
+    fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
         let timestep = self.timesteps.as_slice()[level];
         let prev = Tensor::from_slice(&part.next).to_device(part.x_t.device());
         let actor = (self.student, self.student_sampler);

@@ -1,0 +1,37 @@
+//! Metrics of 64 features a sample, as the Fashion-MNIST classifier gives them, with one thread of libtorch.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use ddil_metrics::{Neighbours, Statistics, energy_distance, frechet_distance, kid, prdc};
+use tch::{Tensor, kind};
+
+fn metrics(c: &mut Criterion) {
+    tch::set_num_threads(1);
+    tch::manual_seed(0);
+    let mut group = c.benchmark_group("metrics");
+    group.sample_size(10);
+    for n in [2_000, 10_000] {
+        let sets = [0; 2].map(|_| Tensor::randn([n, 64], kind::FLOAT_CPU));
+        let [real, fake] = &sets;
+        group.bench_with_input(BenchmarkId::new("frechet", n), &sets, |b, _| {
+            b.iter(|| {
+                let [real, fake] = [real, fake].map(Statistics::from_features);
+                black_box(frechet_distance(&real?, &fake?))
+            });
+        });
+        group.bench_with_input(BenchmarkId::new("prdc", n), &sets, |b, _| {
+            b.iter(|| black_box(prdc(real, fake, Neighbours::default())));
+        });
+        group.bench_with_input(BenchmarkId::new("kid", n), &sets, |b, _| {
+            b.iter(|| black_box(kid(real, fake)));
+        });
+        group.bench_with_input(BenchmarkId::new("energy_distance", n), &sets, |b, _| {
+            b.iter(|| black_box(energy_distance(real, fake)));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, metrics);
+criterion_main!(benches);

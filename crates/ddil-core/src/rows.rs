@@ -1,0 +1,188 @@
+//! Rows of states in one block of memory.
+
+use tch::{Kind, Tensor};
+
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+use crate::rollout::index;
+
+/// States and what was said of them, `[capacity, ..]`, written and read a batch of rows at a time.
+///
+/// The block is allocated at the first write, in the shape, on the device and with the conditioning of what is
+/// written.
+#[derive(Debug)]
+pub(crate) struct RowStore {
+    what: &'static str,
+    /// What states are stored as; none is as they come.
+    kind: Option<Kind>,
+    block: Option<Block>,
+}
+
+#[derive(Debug)]
+struct Block {
+    x_t: Tensor,
+    conditioning: Conditioning,
+}
+
+impl RowStore {
+    pub(crate) fn new(what: &'static str, kind: Option<Kind>) -> Self {
+        Self { what, kind, block: None }
+    }
+
+    /// Bytes of one row of what would be written.
+    pub(crate) fn row_bytes(&self, x_t: &Tensor, conditioning: &Conditioning) -> u64 {
+        let per_row = |tensor: &Tensor, kind: Kind| {
+            let values: i64 = tensor.size().iter().skip(1).product();
+            values as u64 * kind.elt_size_in_bytes() as u64
+        };
+        let said: u64 = conditioning.parts().map(|(_, part)| per_row(part, part.kind())).sum();
+        per_row(x_t, self.kind.unwrap_or(x_t.kind())) + said
+    }
+
+    /// Bytes of the block.
+    pub(crate) fn bytes(&self) -> u64 {
+        let capacity = self.capacity().unwrap_or(0) as u64;
+        self.block.as_ref().map_or(0, |b| self.row_bytes(&b.x_t, &b.conditioning) * capacity)
+    }
+
+    /// Number of rows, once there is a block.
+    pub(crate) fn capacity(&self) -> Option<usize> {
+        Some(self.block.as_ref()?.x_t.size()[0] as usize)
+    }
+
+    /// Gives the memory back.
+    pub(crate) fn clear(&mut self) {
+        self.block = None;
+    }
+
+    /// Checks that states to be written are like those stored.
+    pub(crate) fn ensure_like(&self, x_t: &Tensor, conditioning: &Conditioning) -> Result<()> {
+        self.block.as_ref().map_or(Ok(()), |block| block.ensure_like(self.what, x_t, conditioning))
+    }
+
+    /// Puts a batch at `rows`, each named once.
+    pub(crate) fn write(
+        &mut self,
+        capacity: usize,
+        rows: &[usize],
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        self.ensure_like(x_t, conditioning)?;
+        let block = match &mut self.block {
+            Some(block) => block,
+            none => none.insert(Block::zeros(capacity, self.kind, x_t, conditioning)?),
+        };
+        copy_rows(&block.x_t, rows, x_t)?;
+        for ((_, stored), (_, part)) in block.conditioning.parts().zip(conditioning.parts()) {
+            copy_rows(stored, rows, part)?;
+        }
+        Ok(())
+    }
+
+    /// Copies of `rows`, in the kind that they are stored as.
+    pub(crate) fn read(&self, rows: &[usize]) -> Result<(Tensor, Conditioning)> {
+        let Some(block) = &self.block else {
+            return Err(Error::NoState {
+                source_name: self.what,
+                reason: "nothing was stored".to_owned(),
+            });
+        };
+        let order = index(rows, block.x_t.device());
+        let x_t = block.x_t.f_index_select(0, &order).map_err(Error::torch("RowStore::read"))?;
+        Ok((x_t, block.conditioning.index_select(&order)?))
+    }
+
+    /// Copies of the whole block, by name; none before the first write.
+    pub(crate) fn tensors(&self) -> Vec<(String, Tensor)> {
+        let Some(block) = &self.block else { return vec![] };
+        let said = block.conditioning.parts();
+        let said = said.map(|(name, part)| (format!("conditioning.{name}"), part.copy()));
+        std::iter::once(("x_t".to_owned(), block.x_t.copy())).chain(said).collect()
+    }
+
+    /// Takes a block back that [`tensors`](Self::tensors) gave.
+    pub(crate) fn restore(&mut self, capacity: usize, tensors: &[(String, Tensor)]) -> Result<()> {
+        let what = self.what;
+        let refuse = |problem: String| Err(Error::Restore { what, problem });
+        self.block = None;
+        let Some((_, x_t)) = tensors.iter().find(|(name, _)| name == "x_t") else {
+            return if tensors.is_empty() {
+                Ok(())
+            } else {
+                refuse("there is no `x_t`".to_owned())
+            };
+        };
+        if self.kind.is_some_and(|kind| kind != x_t.kind()) {
+            let wanted = self.kind;
+            return refuse(format!("`x_t` is {:?}; expected {wanted:?}", x_t.kind()));
+        }
+        if x_t.size().first() != Some(&(capacity as i64)) {
+            return refuse(format!("`x_t` is {:?}; expected {capacity} rows", x_t.size()));
+        }
+        let said = tensors.iter().filter(|(name, _)| name != "x_t");
+        let said = said
+            .map(|(name, part)| (name.trim_start_matches("conditioning.").to_owned(), part.copy()));
+        let conditioning = Conditioning::from_parts(said)?;
+        conditioning.ensure_batch("RowStore::restore", capacity as i64)?;
+        self.block = Some(Block { x_t: x_t.copy(), conditioning });
+        Ok(())
+    }
+}
+
+impl Block {
+    fn zeros(
+        capacity: usize,
+        kind: Option<Kind>,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Self> {
+        let zeros = |like: &Tensor, kind: Kind| {
+            let mut shape = like.size();
+            shape[0] = capacity as i64;
+            // Zeros rather than whatever is there: a saved block is then the same for the same run.
+            Tensor::f_zeros(shape, (kind, like.device())).map_err(Error::torch("RowStore::write"))
+        };
+        let parts: Result<Vec<_>> = conditioning
+            .parts()
+            .map(|(name, part)| Ok((name.to_owned(), zeros(part, part.kind())?)))
+            .collect();
+        let x_t = zeros(x_t, kind.unwrap_or(x_t.kind()))?;
+        Ok(Self { x_t, conditioning: Conditioning::from_parts(parts?)? })
+    }
+
+    /// Checks that what is to be stored is like what is stored.
+    fn ensure_like(
+        &self,
+        op: &'static str,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<()> {
+        let (stored, given) = (self.x_t.size(), x_t.size());
+        if stored[1..] != *given.get(1..).unwrap_or_default() {
+            let expected = format!("[batch, ..{:?}], as what is stored", &stored[1..]);
+            return Err(Error::Shape { op, name: "x_t", shape: given, expected });
+        }
+        let rows = |c: &Conditioning| -> Vec<_> {
+            c.parts().map(|(name, part)| (name, part.size()[1..].to_vec())).collect()
+        };
+        let (stored, given) = (rows(&self.conditioning), rows(conditioning));
+        if stored == given {
+            return Ok(());
+        }
+        let problem = format!("are {given:?}; stored ones are {stored:?}");
+        Err(Error::Conditioning { op, field: "parts", problem })
+    }
+}
+
+fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
+    let (device, kind) = (stored.device(), stored.kind());
+    let given = given.detach().to_device(device).to_kind(kind);
+    // A shallow clone is the same memory; the handle alone has to be mutable.
+    let mut stored = stored.shallow_clone();
+    let _ = stored
+        .f_index_copy_(0, &index(rows, device), &given)
+        .map_err(Error::torch("RowStore::write"))?;
+    Ok(())
+}

@@ -1,0 +1,307 @@
+//! How far the states at inference lie from those of training.
+
+use ddil_libtorch::Generator;
+use ddil_schedulers::{Sampler, Timesteps};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
+use crate::random::{RandomStreams, Stream};
+use crate::rollout::rollout;
+use crate::states::Data;
+
+/// Settings of the meter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ShiftConfig {
+    /// Directions of the sliced distance; default 256.
+    pub projections: i64,
+    /// Most values kept along each dimension past the channels, by averaging; default all. 8 is usual for latents.
+    pub pool: Option<i64>,
+    /// States a rollout, and rows of the distance matrix that are in memory at once; default 512.
+    pub batch_size: i64,
+}
+
+impl Default for ShiftConfig {
+    fn default() -> Self {
+        Self { projections: 256, pool: None, batch_size: 512 }
+    }
+}
+
+impl ShiftConfig {
+    fn ensure(&self) -> Result<()> {
+        let Self { projections, pool, batch_size } = *self;
+        if projections > 0 && batch_size > 0 && pool.is_none_or(|size| size > 0) {
+            return Ok(());
+        }
+        Err(Error::InvalidConfig {
+            field: "shift.projections, shift.pool, shift.batch_size",
+            value: format!("{projections}, {pool:?}, {batch_size}"),
+            expected: "at least 1 each".to_owned(),
+        })
+    }
+}
+
+/// How far two sets of states are apart.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Distances {
+    /// Mean over random directions of the squared 2-Wasserstein distance along each
+    /// ([Bonneel et al. 2015](https://doi.org/10.1007/s10851-014-0506-3)); at least 0, above it by chance alone.
+    pub sliced_w2: f64,
+    /// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased: around 0 for equal laws, then of either sign
+    /// ([Székely and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018)).
+    pub energy: f64,
+    /// Root mean square over channels of the difference of means.
+    pub mean_gap: f64,
+    /// Mean over channels of the second standard deviation less the first: above 0 where states at inference are
+    /// spread further than training's, as strong guidance makes them.
+    pub std_gap: f64,
+}
+
+/// The shift at one timestep.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShiftAt {
+    /// Where.
+    pub timestep: i64,
+    /// From the states of training to those of inference.
+    pub shift: Distances,
+    /// Between two sets of one law, of the same size: what chance alone does.
+    pub null: Distances,
+}
+
+/// The shift over a grid in one number a distance.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShiftSummary {
+    /// `sum (D - D_null) / sum D_null` of the sliced distance: 0 is no shift, 1 is as much again as chance.
+    pub relative_sliced_w2: f64,
+    /// `sum (D - D_null)` of the energy distance, whose null is around 0 and cannot be divided by.
+    pub excess_energy: f64,
+}
+
+/// The shift at each timestep of a grid.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShiftReport {
+    /// Noisiest first.
+    pub timesteps: Vec<ShiftAt>,
+}
+
+impl ShiftReport {
+    /// Everything in one number a distance.
+    pub fn summary(&self) -> ShiftSummary {
+        let sum = |f: &dyn Fn(&ShiftAt) -> f64| -> f64 { self.timesteps.iter().map(f).sum() };
+        let null = sum(&|at| at.null.sliced_w2);
+        let excess = sum(&|at| at.shift.sliced_w2 - at.null.sliced_w2);
+        ShiftSummary {
+            relative_sliced_w2: if null > 0.0 { excess / null } else { 0.0 },
+            excess_energy: sum(&|at| at.shift.energy - at.null.energy),
+        }
+    }
+}
+
+/// Compares states of training and inference at one timestep.
+///
+/// # Shapes and units
+///
+/// - `train`, `inference`, both of `null`: `[n, ..]`, the same shape; `null` are two sets of one law
+/// - `generator`: for the directions of the sliced distance, the same for both comparisons
+///
+/// # Errors
+///
+/// [`Error::Shape`] if shapes differ or there are fewer than two states; [`Error::InvalidConfig`] for the settings.
+pub fn shift_at(
+    timestep: i64,
+    train: &Tensor,
+    inference: &Tensor,
+    null: (&Tensor, &Tensor),
+    config: &ShiftConfig,
+    generator: &mut Generator,
+) -> Result<ShiftAt> {
+    config.ensure()?;
+    let _no_grad = tch::no_grad_guard();
+    for (name, states) in [("inference", inference), ("null.0", null.0), ("null.1", null.1)] {
+        if states.size() != train.size() || train.dim() < 2 || train.size()[0] < 2 {
+            return Err(Error::Shape {
+                op: "shift_at",
+                name,
+                shape: states.size(),
+                expected: format!("that of `train`, {:?}, with at least 2 rows", train.size()),
+            });
+        }
+    }
+    let prepare = |states: &Tensor| pooled(&states.to_kind(Kind::Float), config.pool);
+    let (train, inference) = (prepare(train)?, prepare(inference)?);
+    let null = (prepare(null.0)?, prepare(null.1)?);
+    let width = train.flatten(1, -1).size()[1];
+    let directions = generator.normal([width, config.projections], Kind::Float)?;
+    let norms = directions.square().sum_dim_intlist(0, true, Kind::Float).sqrt();
+    let directions = (directions / norms).to_device(train.device());
+    Ok(ShiftAt {
+        timestep,
+        shift: distances(&train, &inference, &directions, config.batch_size)?,
+        null: distances(&null.0, &null.1, &directions, config.batch_size)?,
+    })
+}
+
+/// What [`measure_shift`] needs.
+#[derive(Clone, Copy)]
+pub struct ShiftRequest<'a> {
+    /// Dataset samples. One half stands for training, and lends rollouts its conditioning, so that both sides are told
+    /// the same; the other half is the null. Of an odd number the last is left out.
+    pub data: &'a Data,
+    /// Who samples.
+    pub student: &'a dyn Denoiser,
+    /// How, exactly as deployed.
+    pub sampler: &'a dyn Sampler,
+    /// Where.
+    pub timesteps: &'a Timesteps,
+    /// The student's update at which this is asked.
+    pub step: u64,
+    /// Random numbers.
+    pub streams: &'a RandomStreams,
+}
+
+/// Measures the shift from the forward marginals, which plain distillation trains on, to the states that a student
+/// enters when it samples, at each timestep of its grid.
+///
+/// # Errors
+///
+/// As [`shift_at`], and whatever the student says.
+pub fn measure_shift(request: &ShiftRequest<'_>, config: &ShiftConfig) -> Result<ShiftReport> {
+    config.ensure()?;
+    let _no_grad = tch::no_grad_guard();
+    let x0 = &request.data.x0;
+    let half = x0.size().first().copied().unwrap_or(0) / 2;
+    if half < 2 {
+        let expected = "at least 4 samples".to_owned();
+        let (op, shape) = ("measure_shift", x0.size());
+        return Err(Error::Shape { op, name: "data.x0", shape, expected });
+    }
+    let mut generator = request.streams.generator(request.step, Stream::Projection, x0.device())?;
+    let visited = inference_states(request, half, config.batch_size, &mut generator)?;
+    let noised = |start: i64, timestep: i64, generator: &mut Generator| -> Result<Tensor> {
+        let x0 = x0.narrow(0, start, half);
+        let noise = generator.normal(x0.size(), x0.kind())?;
+        let timesteps = Tensor::full([half], timestep, (Kind::Int64, x0.device()));
+        Ok(request.sampler.schedule().add_noise(&x0, &noise, &timesteps)?)
+    };
+    let timesteps = request.timesteps.as_slice().iter().zip(&visited).map(|(&t, inference)| {
+        let train = noised(0, t, &mut generator)?;
+        let other = noised(half, t, &mut generator)?;
+        shift_at(t, &train, inference, (&train, &other), config, &mut generator)
+    });
+    Ok(ShiftReport { timesteps: timesteps.collect::<Result<_>>()? })
+}
+
+impl std::fmt::Debug for ShiftRequest<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShiftRequest")
+            .field("timesteps", self.timesteps)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The states that `n` samples enter the network in, one tensor a timestep.
+fn inference_states(
+    request: &ShiftRequest<'_>,
+    n: i64,
+    batch_size: i64,
+    generator: &mut Generator,
+) -> Result<Vec<Tensor>> {
+    let x0 = &request.data.x0;
+    let mut visited: Vec<Vec<Tensor>> = request.timesteps.as_slice().iter().map(|_| vec![]).collect();
+    let mut start = 0;
+    while start < n {
+        let rows = batch_size.min(n - start);
+        let order = Tensor::arange_start(start, start + rows, (Kind::Int64, x0.device()));
+        let conditioning = request.data.conditioning.index_select(&order)?;
+        let mut shape = x0.size();
+        shape[0] = rows;
+        let noise = generator.normal(&shape, x0.kind())?;
+        let (student, sampler) = (request.student, request.sampler);
+        let reborrowed = Some(&mut *generator);
+        let trajectory =
+            rollout(student, sampler, request.timesteps, noise, &conditioning, reborrowed)?;
+        for (visited, state) in visited.iter_mut().zip(trajectory.states) {
+            visited.push(state);
+        }
+        start += rows;
+    }
+    visited
+        .iter()
+        .map(|parts| Tensor::f_cat(parts, 0).map_err(Error::torch("measure_shift")))
+        .collect()
+}
+
+/// States averaged to at most `size` values along each dimension past the channels.
+fn pooled(states: &Tensor, size: Option<i64>) -> Result<Tensor> {
+    const OP: &str = "shift_at";
+    let Some(size) = size else { return Ok(states.shallow_clone()) };
+    let to: Vec<i64> = states.size().iter().skip(2).map(|n| size.min(*n)).collect();
+    match to.len() {
+        1 => states.f_adaptive_avg_pool1d(to),
+        2 => states.f_adaptive_avg_pool2d(to),
+        3 => states.f_adaptive_avg_pool3d(to),
+        // Vectors have nothing to average over; beyond video there is no such operation.
+        _ => return Ok(states.shallow_clone()),
+    }
+    .map_err(Error::torch(OP))
+}
+
+fn distances(
+    first: &Tensor,
+    second: &Tensor,
+    directions: &Tensor,
+    block: i64,
+) -> Result<Distances> {
+    const OP: &str = "shift_at";
+    let (mean_gap, std_gap) = moment_gaps(first, second);
+    let (first, second) = (first.flatten(1, -1), second.flatten(1, -1));
+    let sorted = |states: &Tensor| states.matmul(directions).sort(0, false).0;
+    let sliced_w2 = (sorted(&first) - sorted(&second)).square().mean(Kind::Double);
+    let energy = energy_distance(&first, &second, block).map_err(Error::torch(OP))?;
+    Ok(Distances { sliced_w2: sliced_w2.double_value(&[]), energy, mean_gap, std_gap })
+}
+
+/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, with no state compared to itself.
+fn energy_distance(
+    first: &Tensor,
+    second: &Tensor,
+    block: i64,
+) -> std::result::Result<f64, tch::TchError> {
+    let n = first.size()[0] as f64;
+    let across = total_distance(first, second, block)? / (n * n);
+    let within = total_distance(first, first, block)? + total_distance(second, second, block)?;
+    let energy: Tensor = across * 2.0 - within / (n * (n - 1.0));
+    energy.f_double_value(&[])
+}
+
+/// Sum of all pairwise Euclidean distances, some rows at a time.
+fn total_distance(
+    first: &Tensor,
+    second: &Tensor,
+    block: i64,
+) -> std::result::Result<Tensor, tch::TchError> {
+    /// Differences rather than a matrix product, which would leave a state at a distance from itself.
+    const WITHOUT_PRODUCT: i64 = 2;
+    let mut total = Tensor::zeros([], (Kind::Double, first.device()));
+    for rows in first.f_split(block, 0)? {
+        let distances = Tensor::f_cdist(&rows, second, 2.0, WITHOUT_PRODUCT)?;
+        total += distances.f_sum(Kind::Double)?;
+    }
+    Ok(total)
+}
+
+/// Root mean square over channels of the difference of means, mean difference of standard deviations.
+fn moment_gaps(first: &Tensor, second: &Tensor) -> (f64, f64) {
+    let moments = |states: &Tensor| {
+        // One row a channel, over samples and places.
+        let rows = states.to_kind(Kind::Double).transpose(0, 1).flatten(1, -1);
+        (rows.mean_dim(1, false, Kind::Double), rows.std_dim(1, true, false))
+    };
+    let ((mean, std), (other_mean, other_std)) = (moments(first), moments(second));
+    let mean_gap = (other_mean - mean).square().mean(Kind::Double).sqrt();
+    let std_gap = (other_std - std).mean(Kind::Double);
+    (mean_gap.double_value(&[]), std_gap.double_value(&[]))
+}

@@ -1,0 +1,332 @@
+//! States that the student visits.
+
+mod chains;
+
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use self::chains::Chains;
+use super::{Grids, LossFeedback, Selected, Shared, SourceRequest, TrajectorySource};
+use crate::buffer::{AggregationBuffer, BufferConfig};
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+use crate::random::{Draws, Stream};
+use crate::rollout::{MixedVariant, Visited, index, inverse};
+use crate::saved::SavedState;
+use crate::states::{Source, States};
+
+/// How the student's states are come by.
+///
+/// In passes of the student a state, with `n` the length of the grid: `Fresh` about `n / 2`, `FreshAll` about 1,
+/// `Buffer` about `new_fraction` times `n`, `Chain` about `refresh_fraction` times `n / 2`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum StudentPolicy {
+    /// A rollout of its own for each state: independent and of the very student.
+    Fresh,
+    /// Rollouts whose states are all used in the batch.
+    FreshAll,
+    /// An [`AggregationBuffer`] that fresh rollouts go to.
+    Buffer {
+        /// Share of the states asked for that are rolled out anew; default 0.25. The states of such a rollout all
+        /// go to the buffer. An index with no state young enough is always rolled out.
+        #[serde(default = "default_new_fraction")]
+        new_fraction: f64,
+        /// The buffer.
+        #[serde(default)]
+        buffer: BufferConfig,
+    },
+    /// Trajectories that each loss moves on by a step, from the clean estimate that it needed anyway: no passes at
+    /// all, and states at most a few updates old. What the chains lack at an index is walked to from where they are.
+    Chain {
+        /// Share of the states asked for that are rolled out anew, so that batches that follow each other have less
+        /// in common; default 0.1.
+        #[serde(default = "default_refresh_fraction")]
+        refresh_fraction: f64,
+    },
+}
+
+fn default_new_fraction() -> f64 {
+    0.25
+}
+
+fn default_refresh_fraction() -> f64 {
+    0.1
+}
+
+impl Default for StudentPolicy {
+    fn default() -> Self {
+        Self::Chain { refresh_fraction: default_refresh_fraction() }
+    }
+}
+
+/// Settings of the student's source.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StudentConfig {
+    /// How states are come by; default chains.
+    pub policy: StudentPolicy,
+    /// When the teacher walks in place of the student; default never.
+    pub mixed: Option<MixedVariant>,
+}
+
+impl StudentConfig {
+    fn ensure(&self, grids: &Grids) -> Result<()> {
+        if let Some(mixed) = self.mixed {
+            mixed.ensure()?;
+        }
+        let fraction = match self.policy {
+            StudentPolicy::Buffer { new_fraction, .. } => ("policy.new_fraction", new_fraction),
+            StudentPolicy::Chain { refresh_fraction } => {
+                ("policy.refresh_fraction", refresh_fraction)
+            }
+            StudentPolicy::Fresh | StudentPolicy::FreshAll => ("", 0.0),
+        };
+        if !(0.0..=1.0).contains(&fraction.1) {
+            return Err(Error::InvalidConfig {
+                field: fraction.0,
+                value: fraction.1.to_string(),
+                expected: "in 0..=1".to_owned(),
+            });
+        }
+        let everywhere =
+            matches!(self.policy, StudentPolicy::FreshAll | StudentPolicy::Chain { .. });
+        if everywhere && grids.rollout != grids.student {
+            return Err(Error::InvalidConfig {
+                field: "policy.kind",
+                value: "fresh_all or chain".to_owned(),
+                expected:
+                    "fresh or buffer where the student is sampled at other timesteps than it \
+                           is trained at"
+                        .to_owned(),
+            });
+        }
+        let chain = matches!(self.policy, StudentPolicy::Chain { .. });
+        if chain && matches!(self.mixed, Some(MixedVariant::Conditional { .. })) {
+            return Err(Error::InvalidConfig {
+                field: "mixed.kind",
+                value: "conditional".to_owned(),
+                expected: "another with chains, which ask no network".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The student's backward trajectories.
+#[derive(Debug)]
+pub struct StudentSource {
+    mixed: Option<MixedVariant>,
+    memory: Memory,
+}
+
+/// What is kept from step to step, by policy.
+#[derive(Debug)]
+enum Memory {
+    Fresh,
+    FreshAll,
+    Buffer { new_fraction: f64, buffer: AggregationBuffer },
+    Chain { refresh_fraction: f64, chains: Chains },
+}
+
+impl StudentSource {
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] that names the setting.
+    pub fn new(config: StudentConfig, grids: &Grids) -> Result<Self> {
+        config.ensure(grids)?;
+        let memory = match config.policy {
+            StudentPolicy::Fresh => Memory::Fresh,
+            StudentPolicy::FreshAll => Memory::FreshAll,
+            StudentPolicy::Buffer { new_fraction, buffer } => {
+                let buffer = AggregationBuffer::new(buffer, &grids.student)?;
+                Memory::Buffer { new_fraction, buffer }
+            }
+            StudentPolicy::Chain { refresh_fraction } => {
+                Memory::Chain { refresh_fraction, chains: Chains::new(&grids.student) }
+            }
+        };
+        Ok(Self { mixed: config.mixed, memory })
+    }
+
+    /// The buffer, if that is the policy.
+    pub fn buffer(&self) -> Option<&AggregationBuffer> {
+        match &self.memory {
+            Memory::Buffer { buffer, .. } => Some(buffer),
+            _ => None,
+        }
+    }
+}
+
+impl TrajectorySource for StudentSource {
+    fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
+        let mut draws = request.streams.draws(request.step, Stream::Student, request.device())?;
+        let mixed = self.mixed;
+        match &mut self.memory {
+            Memory::Fresh => fresh(request, mixed, &Shared::alone(request.len()), &mut draws),
+            Memory::FreshAll => {
+                let shared = Shared::new(request.grid_indices, request.grids.student.len());
+                fresh(request, mixed, &shared, &mut draws)
+            }
+            Memory::Buffer { new_fraction, buffer } => {
+                buffered(request, mixed, *new_fraction, buffer, &mut draws)
+            }
+            Memory::Chain { refresh_fraction, chains } => {
+                chains.states(request, mixed, *refresh_fraction, &mut draws)
+            }
+        }
+    }
+
+    fn after_loss(&mut self, feedback: &LossFeedback<'_>) -> Result<()> {
+        match &mut self.memory {
+            Memory::Chain { chains, .. } => chains.advance(feedback, self.mixed),
+            _ => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) {
+        match &mut self.memory {
+            Memory::Buffer { buffer, .. } => buffer.flush(),
+            Memory::Chain { chains, .. } => chains.flush(),
+            Memory::Fresh | Memory::FreshAll => {}
+        }
+    }
+
+    fn save(&self) -> Result<SavedState> {
+        match &self.memory {
+            Memory::Buffer { buffer, .. } => buffer.save(),
+            Memory::Chain { chains, .. } => chains.save(),
+            Memory::Fresh | Memory::FreshAll => Ok(SavedState::default()),
+        }
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<()> {
+        match &mut self.memory {
+            Memory::Buffer { buffer, .. } => buffer.restore(saved),
+            Memory::Chain { chains, .. } => chains.restore(saved),
+            Memory::Fresh | Memory::FreshAll if saved.tensors.is_empty() => Ok(()),
+            Memory::Fresh | Memory::FreshAll => Err(Error::Restore {
+                what: "student source",
+                problem: "its policy keeps nothing, but something was saved".to_owned(),
+            }),
+        }
+    }
+}
+
+/// Rolls trajectories out from noise and takes the states asked for.
+fn fresh(
+    request: &SourceRequest<'_>,
+    mixed: Option<MixedVariant>,
+    shared: &Shared,
+    draws: &mut Draws,
+) -> Result<States> {
+    let targets = shared.targets(&request.timesteps());
+    let (visited, prompts) = roll_out(request, mixed, shared, &targets, draws)?;
+    taken(request, shared, &visited, &prompts)
+}
+
+/// Trajectories from fresh noise to `targets`, with what each was told.
+fn roll_out(
+    request: &SourceRequest<'_>,
+    mixed: Option<MixedVariant>,
+    shared: &Shared,
+    targets: &[i64],
+    draws: &mut Draws,
+) -> Result<(Visited, Conditioning)> {
+    let kind = request.data.x0.kind();
+    let noise = draws.generator.normal(request.shape(targets.len()), kind)?;
+    let prompts = shared.prompts(request.prompts, request.device())?;
+    let rollout = request.rollout(&request.grids.rollout, mixed);
+    Ok((rollout.visit(&noise, &prompts, targets, draws)?, prompts))
+}
+
+/// The states asked for among those visited.
+fn taken(
+    request: &SourceRequest<'_>,
+    shared: &Shared,
+    visited: &Visited,
+    prompts: &Conditioning,
+) -> Result<States> {
+    let positions = shared
+        .trajectories
+        .iter()
+        .zip(request.timesteps())
+        .map(|(&row, timestep)| visited.position(row, timestep))
+        .collect::<Option<Vec<usize>>>()
+        .ok_or_else(noise_is_no_state)?;
+    let device = visited.x_t.device();
+    let x_t = visited.x_t.index_select(0, &index(&positions, device));
+    let conditioning = prompts.index_select(&index(&shared.trajectories, device))?;
+    let sources = positions.iter().map(|&p| source(visited.teacher_acted[p])).collect();
+    Ok(request.made(x_t, conditioning, sources))
+}
+
+/// States from the buffer, some of them rolled out and put there first.
+fn buffered(
+    request: &SourceRequest<'_>,
+    mixed: Option<MixedVariant>,
+    new_fraction: f64,
+    buffer: &mut AggregationBuffer,
+    draws: &mut Draws,
+) -> Result<States> {
+    let (mut old, mut new) = (Vec::new(), Vec::new());
+    for (i, &grid_index) in request.grid_indices.iter().enumerate() {
+        let is_new = draws.rng.random::<f64>() < new_fraction;
+        let kept = buffer.available(grid_index, request.step) > 0;
+        if is_new || !kept { new.push(i) } else { old.push(i) }
+    }
+    let indices: Vec<usize> = old.iter().map(|&i| request.grid_indices[i]).collect();
+    let mut parts = Vec::with_capacity(2);
+    if !old.is_empty() {
+        parts.push(buffer.sample(&indices, request.step, &mut draws.rng)?);
+    }
+    if !new.is_empty() {
+        let part = Selected::of(request, &new)?;
+        parts.push(rolled_into(&part.request(request), mixed, buffer, draws)?);
+    }
+    let order = inverse(&[old, new].concat());
+    States::cat(&parts)?.index_select(&order)
+}
+
+/// Rolls whole trajectories out, puts all that they visit into the buffer and takes the states asked for.
+fn rolled_into(
+    request: &SourceRequest<'_>,
+    mixed: Option<MixedVariant>,
+    buffer: &mut AggregationBuffer,
+    draws: &mut Draws,
+) -> Result<States> {
+    let shared = Shared::alone(request.len());
+    let grids = request.grids;
+    let targets = if grids.rollout == grids.student {
+        vec![grids.student.as_slice().last().copied().unwrap_or(-1); request.len()]
+    } else {
+        // Between two timesteps of the rollout there are many to stop at; the one asked for is as good as any.
+        request.timesteps()
+    };
+    let (visited, prompts) = roll_out(request, mixed, &shared, &targets, draws)?;
+    let grid_indices: Option<Vec<usize>> =
+        visited.timesteps.iter().map(|&t| grids.student_index(t)).collect();
+    let device = visited.x_t.device();
+    buffer.insert(&States {
+        x_t: visited.x_t.shallow_clone(),
+        timesteps: Tensor::from_slice(&visited.timesteps).to_device(device),
+        grid_indices: grid_indices.ok_or_else(noise_is_no_state)?,
+        conditioning: prompts.index_select(&index(&visited.rows, device))?,
+        sources: visited.teacher_acted.iter().map(|&acted| source(acted)).collect(),
+        births: vec![request.step; visited.rows.len()],
+    })?;
+    taken(request, &shared, &visited, &prompts)
+}
+
+/// Whose trajectory it is.
+fn source(teacher_acted: bool) -> Source {
+    if teacher_acted { Source::Mixed } else { Source::Student }
+}
+
+fn noise_is_no_state() -> Error {
+    Error::NoState {
+        source_name: "student",
+        reason: "index 0 is noise and no state of a trajectory".to_owned(),
+    }
+}

@@ -1,0 +1,356 @@
+//! Trajectories that walk one interval a loss.
+
+use std::collections::VecDeque;
+
+use ddil_schedulers::{Prediction, Timesteps};
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::{noise_is_no_state, source};
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+use crate::random::{Draws, Stream};
+use crate::rollout::{MixedVariant, index, inverse, sampler_step};
+use crate::rows::RowStore;
+use crate::saved::SavedState;
+use crate::source::{LossFeedback, Selected, SourceRequest};
+use crate::states::{Source, States};
+
+/// States that wait at each grid index to be trained on, made by the student of a few updates ago.
+///
+/// A batch draws its grid indices evenly, so on average as many states arrive at an index as are asked for there. By
+/// chance there are too few, and then a state is walked on from an earlier index, or too many, and then the oldest
+/// are dropped.
+#[derive(Debug)]
+pub(super) struct Chains {
+    /// Length of the grid.
+    len: usize,
+    queues: Queues,
+    rows: RowStore,
+}
+
+/// What lies where in the rows.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Queues {
+    /// Most states that wait at an index: the largest batch of the first loss.
+    most: usize,
+    /// Rows that hold nothing.
+    free: Vec<usize>,
+    /// One a grid index from 1, oldest first.
+    waiting: Vec<VecDeque<Waiting>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Waiting {
+    row: usize,
+    birth: u64,
+    teacher_acted: bool,
+}
+
+/// Requests, and the waiting states that they go on from; none from noise.
+#[derive(Default)]
+struct Group {
+    requests: Vec<usize>,
+    from: Vec<Waiting>,
+}
+
+/// How the requests of a batch are met.
+struct Plan {
+    /// Those whose states wait where they are wanted.
+    there: Group,
+    /// Those that have a way to go, by the grid index that they start at; 0 is noise.
+    walks: Vec<(usize, Group)>,
+}
+
+const WHAT: &str = "chains";
+
+impl Chains {
+    pub(super) fn new(timesteps: &Timesteps) -> Self {
+        let waiting = vec![VecDeque::new(); timesteps.len() - 1];
+        let queues = Queues { waiting, ..Queues::default() };
+        Self { len: timesteps.len(), queues, rows: RowStore::new(WHAT, None) }
+    }
+
+    /// A state for each request: one that waits there, else one walked on from an earlier index.
+    pub(super) fn states(
+        &mut self,
+        request: &SourceRequest<'_>,
+        mixed: Option<MixedVariant>,
+        refresh_fraction: f64,
+        draws: &mut Draws,
+    ) -> Result<States> {
+        if request.grid_indices.contains(&0) {
+            return Err(noise_is_no_state());
+        }
+        let Plan { there, walks } = self.plan(request, refresh_fraction, &mut draws.rng);
+        let mut parts = Vec::new();
+        let mut order = there.requests.clone();
+        if !there.requests.is_empty() {
+            let part = Selected::of(request, &there.requests)?;
+            parts.push(self.waiting_states(&part.request(request), &there.from)?);
+        }
+        for (start, group) in &walks {
+            let part = Selected::of(request, &group.requests)?;
+            parts.push(self.walk_on(&part.request(request), mixed, *start, &group.from, draws)?);
+            order.extend(&group.requests);
+        }
+        let groups = walks.iter().map(|(_, group)| group).chain([&there]);
+        self.queues.free.extend(groups.flat_map(|group| &group.from).map(|waiting| waiting.row));
+        States::cat(&parts)?.index_select(&inverse(&order))
+    }
+
+    /// Which waiting state each request goes on from. States that wait where they are wanted come first, whoever
+    /// asked.
+    fn plan(
+        &mut self,
+        request: &SourceRequest<'_>,
+        refresh_fraction: f64,
+        rng: &mut impl Rng,
+    ) -> Plan {
+        // What waits longer than a trajectory takes was left over; it is of an older student than need be.
+        self.queues.forget(request.step, self.len as u64);
+        let mut there = Group::default();
+        let mut walks: Vec<(usize, Group)> =
+            (0..self.len).map(|start| (start, Group::default())).collect();
+        let mut unmet = Vec::new();
+        for (i, &grid_index) in request.grid_indices.iter().enumerate() {
+            if rng.random::<f64>() < refresh_fraction {
+                walks[0].1.requests.push(i);
+            } else if let Some(waiting) = self.queues.newest(grid_index) {
+                there.add(i, waiting);
+            } else {
+                unmet.push(i);
+            }
+        }
+        for i in unmet {
+            let earlier = (1..request.grid_indices[i]).rev();
+            match earlier.filter_map(|at| Some((at, self.queues.newest(at)?))).next() {
+                Some((start, waiting)) => walks[start].1.add(i, waiting),
+                None => walks[0].1.requests.push(i),
+            }
+        }
+        walks.retain(|(_, group)| !group.requests.is_empty());
+        Plan { there, walks }
+    }
+
+    /// States that are where they are wanted.
+    fn waiting_states(&self, request: &SourceRequest<'_>, from: &[Waiting]) -> Result<States> {
+        let (x_t, conditioning) = self.read(request, from)?;
+        let sources = from.iter().map(|waiting| source(waiting.teacher_acted)).collect();
+        let births = from.iter().map(|waiting| waiting.birth).collect();
+        Ok(States { births, ..request.made(x_t, conditioning, sources) })
+    }
+
+    /// States that have a way to go from grid index `start`.
+    fn walk_on(
+        &self,
+        request: &SourceRequest<'_>,
+        mixed: Option<MixedVariant>,
+        start: usize,
+        from: &[Waiting],
+        draws: &mut Draws,
+    ) -> Result<States> {
+        let rollout = request.rollout(&request.grids.student, mixed);
+        let targets = request.timesteps();
+        let (visited, conditioning) = if start == 0 {
+            let kind = request.data.x0.kind();
+            let noise = draws.generator.normal(request.shape(request.len()), kind)?;
+            let visited = rollout.visit(&noise, request.prompts, &targets, draws)?;
+            (visited, request.prompts.shallow_clone())
+        } else {
+            let (x_t, told) = self.read(request, from)?;
+            (rollout.visit_from(start, &x_t, &told, &targets, draws)?, told)
+        };
+        let positions = (0..request.len())
+            .map(|row| visited.position(row, targets[row]))
+            .collect::<Option<Vec<usize>>>()
+            .ok_or_else(noise_is_no_state)?;
+        let x_t = visited.x_t.index_select(0, &index(&positions, visited.x_t.device()));
+        let acted = |(row, &position): (usize, &usize)| {
+            visited.teacher_acted[position] || from.get(row).is_some_and(|w| w.teacher_acted)
+        };
+        let sources = positions.iter().enumerate().map(acted).map(source).collect();
+        Ok(request.made(x_t, conditioning, sources))
+    }
+
+    fn read(
+        &self,
+        request: &SourceRequest<'_>,
+        from: &[Waiting],
+    ) -> Result<(Tensor, Conditioning)> {
+        let rows: Vec<usize> = from.iter().map(|waiting| waiting.row).collect();
+        let (x_t, conditioning) = self.rows.read(&rows)?;
+        Ok((x_t.to_device(request.device()), conditioning.to_device(request.device())?))
+    }
+
+    /// Moves the states of a batch that trajectories can go on from by one interval, to wait there.
+    pub(super) fn advance(
+        &mut self,
+        feedback: &LossFeedback<'_>,
+        mixed: Option<MixedVariant>,
+    ) -> Result<()> {
+        let states = feedback.states;
+        let goes_on = |&i: &usize| {
+            let walked =
+                matches!(states.sources[i], Source::Student | Source::Mixed | Source::Noise);
+            walked && states.grid_indices[i] + 1 < self.len
+        };
+        let rows: Vec<usize> = (0..states.len()).filter(goes_on).collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let _no_grad = tch::no_grad_guard();
+        let device = states.x_t.device();
+        let mut draws = feedback.streams.draws(feedback.step, Stream::Refresh, device)?;
+        let teacher_acts: Vec<bool> = rows
+            .iter()
+            .map(|&i| {
+                let acts = |mixed: MixedVariant| {
+                    mixed.teacher_acts(states.grid_indices[i], &mut draws.rng)
+                };
+                mixed.and_then(acts).unwrap_or(false)
+            })
+            .collect();
+        let x_t = next_states(feedback, &rows, &teacher_acts, &mut draws)?;
+        let conditioning = states.conditioning.index_select(&index(&rows, device))?;
+        let most = states.len();
+        let places: Vec<usize> = rows
+            .iter()
+            .zip(&teacher_acts)
+            .map(|(&i, &acts)| {
+                let teacher_acted = acts || states.sources[i] == Source::Mixed;
+                let waiting = Waiting { row: 0, birth: feedback.step, teacher_acted };
+                self.queues.push(states.grid_indices[i] + 1, waiting, most)
+            })
+            .collect();
+        self.write(&places, &x_t, &conditioning)
+    }
+
+    /// Writes rows; where one was given away twice in a batch, the later state keeps it.
+    fn write(&mut self, places: &[usize], x_t: &Tensor, conditioning: &Conditioning) -> Result<()> {
+        let last: std::collections::BTreeMap<usize, usize> =
+            places.iter().enumerate().map(|(i, &row)| (row, i)).collect();
+        let (rows, from): (Vec<usize>, Vec<usize>) = last.into_iter().unzip();
+        let from = index(&from, x_t.device());
+        let capacity = self.queues.capacity();
+        self.rows.write(
+            capacity,
+            &rows,
+            &x_t.index_select(0, &from),
+            &conditioning.index_select(&from)?,
+        )
+    }
+
+    pub(super) fn flush(&mut self) {
+        *self = Self {
+            len: self.len,
+            queues: Queues { waiting: vec![VecDeque::new(); self.len - 1], ..Queues::default() },
+            rows: RowStore::new(WHAT, None),
+        };
+    }
+
+    pub(super) fn save(&self) -> Result<SavedState> {
+        SavedState::new(WHAT, self.rows.tensors(), &self.queues)
+    }
+
+    pub(super) fn restore(&mut self, saved: &SavedState) -> Result<()> {
+        let queues: Queues = saved.metadata(WHAT)?;
+        let capacity = queues.capacity();
+        let in_range = queues.waiting.iter().flatten().all(|waiting| waiting.row < capacity)
+            && queues.free.iter().all(|&row| row < capacity);
+        if queues.waiting.len() + 1 != self.len || !in_range {
+            let problem = format!(
+                "they are of a grid of {} timesteps, not of {}",
+                queues.waiting.len() + 1,
+                self.len
+            );
+            return Err(Error::Restore { what: WHAT, problem });
+        }
+        self.rows.restore(capacity, &saved.tensors)?;
+        self.queues = queues;
+        Ok(())
+    }
+}
+
+/// The state at the next grid index of each of `rows`.
+fn next_states(
+    feedback: &LossFeedback<'_>,
+    rows: &[usize],
+    teacher_acts: &[bool],
+    draws: &mut Draws,
+) -> Result<Tensor> {
+    let (states, grid) = (feedback.states, feedback.grids.student.as_slice());
+    let device = states.x_t.device();
+    let order = index(rows, device);
+    let next: Vec<i64> = rows.iter().map(|&i| grid[states.grid_indices[i] + 1]).collect();
+    let next = Tensor::from_slice(&next).to_device(device);
+    let x_t = states.x_t.index_select(0, &order);
+    let timesteps = states.timesteps.to_device(device).index_select(0, &order);
+    let x0 = feedback.student_x0.detach().index_select(0, &order);
+    let prediction = Prediction::from_x0(feedback.sampler.schedule(), x0, &x_t, &timesteps)?;
+    let generator = Some(&mut draws.generator);
+    let student = sampler_step(feedback.sampler, &prediction, &timesteps, &next, generator)?;
+    if !teacher_acts.contains(&true) {
+        return Ok(student);
+    }
+    let Some(teacher) = feedback.teacher_next else {
+        return Err(Error::InvalidConfig {
+            field: "mixed",
+            value: "a teacher that acts".to_owned(),
+            expected: "none with chains, where the loss takes no step of the teacher".to_owned(),
+        });
+    };
+    let teacher = teacher.detach().index_select(0, &order);
+    let mut shape = vec![1; student.dim()];
+    shape[0] = -1;
+    let acts = Tensor::from_slice(teacher_acts).to_device(device).view(shape.as_slice());
+    Ok(teacher.where_self(&acts, &student))
+}
+
+impl Group {
+    fn add(&mut self, request: usize, from: Waiting) {
+        self.requests.push(request);
+        self.from.push(from);
+    }
+}
+
+impl Queues {
+    /// Rows that there are.
+    fn capacity(&self) -> usize {
+        self.most * self.waiting.len()
+    }
+
+    /// Drops what has waited for more than `max_age` updates.
+    fn forget(&mut self, step: u64, max_age: u64) {
+        for queue in &mut self.waiting {
+            while queue.front().is_some_and(|first| step.saturating_sub(first.birth) > max_age) {
+                self.free.extend(queue.pop_front().map(|waiting| waiting.row));
+            }
+        }
+    }
+
+    /// Takes the newest state that waits at a grid index.
+    fn newest(&mut self, grid_index: usize) -> Option<Waiting> {
+        self.waiting.get_mut(grid_index.checked_sub(1)?)?.pop_back()
+    }
+
+    /// Lets a state wait at a grid index; says in which row.
+    fn push(&mut self, grid_index: usize, waiting: Waiting, batch: usize) -> usize {
+        if self.most == 0 {
+            self.most = batch;
+            self.free = (0..self.capacity()).rev().collect();
+        }
+        let most = self.most;
+        let queue = &mut self.waiting[grid_index - 1];
+        if queue.len() == most {
+            self.free.extend(queue.pop_front().map(|oldest| oldest.row));
+        }
+        // There are as many rows as can wait, so one is free.
+        let row = self.free.pop().unwrap_or_default();
+        queue.push_back(Waiting { row, ..waiting });
+        row
+    }
+}

@@ -1,0 +1,226 @@
+//! States that the teacher visits.
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use super::{Grids, Shared, SourceRequest, TrajectorySource};
+use crate::buffer::StorageKind;
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+use crate::random::{Draws, Stream};
+use crate::rollout::{MixedVariant, Visited, index};
+use crate::rows::RowStore;
+use crate::saved::SavedState;
+use crate::states::{Source, States};
+
+/// Settings of the teacher's source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TeacherConfig {
+    /// Trajectories that are kept and used again; default 8192, 0 rolls out anew each time. The teacher does not
+    /// change, so its states never age; filled as they are asked for.
+    pub pool: usize,
+    /// States kept of each trajectory; default all. For grids of many timesteps.
+    pub states_per_trajectory: Option<usize>,
+    /// DDIM steps of the teacher in each interval of the student's grid; default 2.
+    pub substeps: u32,
+    /// What states of the pool are stored as; default f16.
+    pub storage: StorageKind,
+}
+
+impl Default for TeacherConfig {
+    fn default() -> Self {
+        Self {
+            pool: 8192,
+            states_per_trajectory: None,
+            substeps: 2,
+            storage: StorageKind::default(),
+        }
+    }
+}
+
+/// The teacher's backward trajectories, with a pool of them that is filled by and by.
+#[derive(Debug)]
+pub struct TeacherSource {
+    config: TeacherConfig,
+    /// States kept of each trajectory.
+    kept: usize,
+    pool: Pool,
+    rows: RowStore,
+}
+
+/// What lies where in the rows: those of a trajectory side by side.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pool {
+    /// Step at which each trajectory was made.
+    births: Vec<u64>,
+    /// Rows of each grid index.
+    at: Vec<Vec<usize>>,
+}
+
+const WHAT: &str = "teacher pool";
+
+/// The teacher in every interval.
+const TEACHER_ALONE: MixedVariant = MixedVariant::TeacherThenStudent { switch: usize::MAX };
+
+impl TeacherSource {
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if no state a trajectory were kept.
+    pub fn new(config: TeacherConfig, grids: &Grids) -> Result<Self> {
+        if config.states_per_trajectory == Some(0) {
+            return Err(Error::InvalidConfig {
+                field: "teacher.states_per_trajectory",
+                value: "0".to_owned(),
+                expected: "at least 1".to_owned(),
+            });
+        }
+        let all = grids.student.len() - 1;
+        Ok(Self {
+            kept: config.states_per_trajectory.map_or(all, |kept| kept.min(all)),
+            pool: Pool { births: vec![], at: vec![vec![]; grids.student.len()] },
+            rows: RowStore::new(WHAT, Some(config.storage.kind())),
+            config,
+        })
+    }
+
+    /// Trajectories in the pool.
+    pub fn pooled(&self) -> usize {
+        self.pool.births.len()
+    }
+
+    /// Rolls trajectories out for the requests among them, keeps what there is room for.
+    fn fresh(&mut self, request: &SourceRequest<'_>, draws: &mut Draws) -> Result<States> {
+        let shared = if self.config.pool == 0 {
+            Shared::alone(request.len())
+        } else {
+            Shared::new(request.grid_indices, request.grids.student.len())
+        };
+        let timesteps = request.timesteps();
+        let pooling = self.pooled() < self.config.pool;
+        let targets = if pooling {
+            let last = request.grids.student.as_slice().last().copied().unwrap_or(-1);
+            vec![last; shared.prompts.len()]
+        } else {
+            shared.targets(&timesteps)
+        };
+        let x0 = &request.data.x0;
+        let noise = draws.generator.normal(request.shape(targets.len()), x0.kind())?;
+        let prompts = shared.prompts(request.prompts, request.device())?;
+        let visited = request
+            .rollout(&request.grids.student, Some(TEACHER_ALONE))
+            .visit(&noise, &prompts, &targets, draws)?;
+        if pooling {
+            self.keep(request, &visited, &prompts, draws)?;
+        }
+        let wanted: Option<Vec<usize>> = shared
+            .trajectories
+            .iter()
+            .zip(&timesteps)
+            .map(|(&row, &timestep)| visited.position(row, timestep))
+            .collect();
+        let wanted = wanted.ok_or_else(|| Error::NoState {
+            source_name: "teacher",
+            reason: "index 0 is noise and no state of a trajectory".to_owned(),
+        })?;
+        let device = visited.x_t.device();
+        let x_t = visited.x_t.index_select(0, &index(&wanted, device));
+        let conditioning = prompts.index_select(&index(&shared.trajectories, device))?;
+        Ok(request.made(x_t, conditioning, vec![Source::Teacher; request.len()]))
+    }
+
+    /// Puts trajectories into the pool while there is room.
+    fn keep(
+        &mut self,
+        request: &SourceRequest<'_>,
+        visited: &Visited,
+        prompts: &Conditioning,
+        draws: &mut Draws,
+    ) -> Result<()> {
+        let trajectories = (self.config.pool - self.pooled()).min(prompts_len(visited));
+        let mut indices: Vec<usize> = (1..request.grids.student.len()).collect();
+        let (mut rows, mut from) = (Vec::new(), Vec::new());
+        for trajectory in 0..trajectories {
+            if self.kept < indices.len() {
+                indices.shuffle(&mut draws.rng);
+            }
+            for (slot, &grid_index) in indices.iter().take(self.kept).enumerate() {
+                let timestep = request.grids.student.as_slice()[grid_index];
+                let Some(position) = visited.position(trajectory, timestep) else { continue };
+                let row = self.pooled() * self.kept + slot;
+                rows.push(row);
+                from.push(position);
+                self.pool.at[grid_index].push(row);
+            }
+            self.pool.births.push(request.step);
+        }
+        let device = visited.x_t.device();
+        let x_t = visited.x_t.index_select(0, &index(&from, device));
+        let told: Vec<usize> = from.iter().map(|&position| visited.rows[position]).collect();
+        let told = prompts.index_select(&index(&told, device))?;
+        self.rows.write(self.config.pool * self.kept, &rows, &x_t, &told)
+    }
+
+    /// Draws from the pool, evenly and with replacement.
+    fn pooled_states(&self, request: &SourceRequest<'_>, rng: &mut impl Rng) -> Result<States> {
+        let choose = |&grid_index: &usize| {
+            let at = &self.pool.at[grid_index];
+            at[rng.random_range(0..at.len())]
+        };
+        let rows: Vec<usize> = request.grid_indices.iter().map(choose).collect();
+        let (x_t, conditioning) = self.rows.read(&rows)?;
+        let mut states = request.made(x_t, conditioning, vec![Source::Teacher; rows.len()]);
+        states.births = rows.iter().map(|row| self.pool.births[row / self.kept]).collect();
+        Ok(states)
+    }
+}
+
+impl TrajectorySource for TeacherSource {
+    fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
+        let mut draws = request.streams.draws(request.step, Stream::Teacher, request.device())?;
+        let full = self.pooled() >= self.config.pool;
+        // With few states a trajectory an index may be missing from the whole pool.
+        let covered = request.grid_indices.iter().all(|&i| !self.pool.at[i].is_empty());
+        if self.config.pool > 0 && full && covered {
+            return self.pooled_states(request, &mut draws.rng);
+        }
+        self.fresh(request, &mut draws)
+    }
+
+    fn flush(&mut self) {
+        self.pool.births.clear();
+        self.pool.at.iter_mut().for_each(Vec::clear);
+        self.rows.clear();
+    }
+
+    fn save(&self) -> Result<SavedState> {
+        SavedState::new(WHAT, self.rows.tensors(), &self.pool)
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<()> {
+        let pool: Pool = saved.metadata(WHAT)?;
+        let capacity = self.config.pool * self.kept;
+        let rows_fit = pool.at.iter().flatten().all(|&row| row < pool.births.len() * self.kept);
+        if pool.at.len() != self.pool.at.len() || pool.births.len() > self.config.pool || !rows_fit
+        {
+            let problem = format!(
+                "{} trajectories over {} grid indices; there is room for {} over {}",
+                pool.births.len(),
+                pool.at.len(),
+                self.config.pool,
+                self.pool.at.len()
+            );
+            return Err(Error::Restore { what: WHAT, problem });
+        }
+        self.rows.restore(capacity, &saved.tensors)?;
+        self.pool = pool;
+        Ok(())
+    }
+}
+
+/// Number of trajectories that were visited.
+fn prompts_len(visited: &Visited) -> usize {
+    visited.rows.iter().max().map_or(0, |row| row + 1)
+}

@@ -1,0 +1,333 @@
+//! A small network for vectors.
+
+use std::f64::consts::PI;
+use std::path::Path;
+
+use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scales};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::embeddings::{SinusoidalProjection, one_per_sample};
+use crate::error::{ConfigProblem, Error, Result, ensure_labels, ensure_timesteps, is_float};
+use crate::layers::{Activation, Embedding, Linear, Output};
+use crate::parameters::{Builder, Parameters, Placement, Values};
+
+const FORWARD: &str = "Mlp::forward";
+/// Guidance weights are of the order of one; the sinusoids were made for timesteps up to a thousand.
+const GUIDANCE_SCALE: f64 = 1000.0;
+
+/// A skip connection around the network that makes its output clean data, and a sane one from the first step.
+///
+/// `x0 = c_skip x_t + c_out F(c_in x_t)` with `s² = alpha² sigma_data² + sigma²`, `c_skip = alpha sigma_data² / s²`,
+/// `c_out = sigma sigma_data / s`, `c_in = 1 / s`: equation 7 and table 1 of
+/// [Karras et al. 2022](https://arxiv.org/abs/2206.00364), written for any alpha. With F = 0 it is the exact denoiser
+/// of Gaussian data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SkipConfig {
+    /// Standard deviation of the data. Default 0.5.
+    pub sigma_data: f64,
+    /// Where alpha and sigma come from. Default Stable Diffusion's.
+    pub schedule: NoiseScheduleConfig,
+}
+
+impl Default for SkipConfig {
+    fn default() -> Self {
+        Self { sigma_data: 0.5, schedule: NoiseScheduleConfig::default() }
+    }
+}
+
+/// The settings of an [`Mlp`].
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, Placement};
+/// use tch::{Tensor, kind};
+///
+/// let mlp = MlpConfig { num_class_embeds: Some(5), ..MlpConfig::default() }.build(Placement::default(), 0)?;
+/// let (x_t, timesteps) = (Tensor::randn([4, 2], kind::FLOAT_CPU), Tensor::full([4], 500, kind::INT64_CPU));
+/// let labels = Tensor::from_slice(&[0_i64, 1, 2, 4]);
+/// assert_eq!(mlp.forward(&x_t, &timesteps, Some(&labels), None)?.size(), [4, 2]);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MlpConfig {
+    /// Length of a sample. Default 2.
+    pub dim: u32,
+    /// Width of each hidden layer. Default three of 64.
+    pub hidden_widths: Vec<u32>,
+    /// Sines and cosines of the input at frequencies pi, 2 pi, 4 pi, .. beside the input itself. Without them a small
+    /// network cannot follow narrow modes. Default 2.
+    pub fourier_octaves: u32,
+    /// Sines and cosines of the timestep, and of the guidance weight. Default 32.
+    pub time_features: u32,
+    /// Number of class labels, a null class for guidance included; none for no classes, the default.
+    pub num_class_embeds: Option<u32>,
+    /// Length of the embedding of a class. Default 16.
+    pub class_features: u32,
+    /// Whether the network is told a guidance weight. Default false.
+    pub embed_guidance: bool,
+    /// The nonlinearity. Default silu.
+    pub act_fn: Activation,
+    /// A skip connection that makes the output clean data; none, the default, for a plain network.
+    pub skip: Option<SkipConfig>,
+}
+
+impl Default for MlpConfig {
+    fn default() -> Self {
+        Self {
+            dim: 2,
+            hidden_widths: vec![64; 3],
+            fourier_octaves: 2,
+            time_features: 32,
+            num_class_embeds: None,
+            class_features: 16,
+            embed_guidance: false,
+            act_fn: Activation::Silu,
+            skip: None,
+        }
+    }
+}
+
+impl MlpConfig {
+    /// Settings from a `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// As [`UNet2DConfig::from_file`](crate::UNet2DConfig::from_file).
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a `config.json`.
+    pub fn to_json(&self) -> String {
+        config::to_json(self)
+    }
+
+    /// Checks the settings and builds a network with fresh parameters.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] with every impossible value, [`Error::Scheduler`] if the schedule cannot be;
+    /// [`Error::Torch`] if the device is not there.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<Mlp> {
+        Mlp::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a network with the parameters in a safetensors file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<Mlp> {
+        let mlp = Mlp::new(self, placement, Values::Unset)?;
+        mlp.parameters().load(weights)?;
+        Ok(mlp)
+    }
+
+    fn num_inputs(&self) -> i64 {
+        let times = 1 + u32::from(self.embed_guidance);
+        let class = if self.num_class_embeds.is_some() { self.class_features } else { 0 };
+        i64::from(self.dim * (1 + 2 * self.fourier_octaves) + times * self.time_features + class)
+    }
+}
+
+impl Config for MlpConfig {
+    const CLASS_NAME: &'static str = "Mlp";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let mut at_least = |key: &str, value: u32, min: u32| {
+            if value < min {
+                problems.push(ConfigProblem::new(key, value, format!("at least {min}")));
+            }
+        };
+        at_least("dim", self.dim, 1);
+        at_least("time_features", self.time_features, 2);
+        at_least("class_features", self.class_features, 1);
+        at_least("num_class_embeds", self.num_class_embeds.unwrap_or(1), 1);
+        for (i, &width) in self.hidden_widths.iter().enumerate() {
+            at_least(&format!("hidden_widths[{i}]"), width, 1);
+        }
+        // Beyond, neighbouring floats are further apart than a period.
+        if self.fourier_octaves > 16 {
+            problems.push(ConfigProblem::new(
+                "fourier_octaves",
+                self.fourier_octaves,
+                "at most 16",
+            ));
+        }
+        if let Some(SkipConfig { sigma_data, .. }) = self.skip
+            && !(sigma_data > 0.0 && sigma_data.is_finite())
+        {
+            problems.push(ConfigProblem::new("skip.sigma_data", sigma_data, "finite and above 0"));
+        }
+        problems
+    }
+}
+
+/// A network of linear layers for vectors, told timestep, class and guidance weight beside the sample.
+///
+/// Parameters are called `layers.0.weight`, `layers.0.bias`, .. and `class_embedding.weight`.
+#[derive(Debug)]
+pub struct Mlp {
+    config: MlpConfig,
+    parameters: Parameters,
+    layers: Vec<Linear>,
+    class_embedding: Option<Embedding>,
+    schedule: Option<NoiseSchedule>,
+}
+
+impl Mlp {
+    fn new(config: &MlpConfig, placement: Placement, values: Values) -> Result<Self> {
+        config.ensure_valid()?;
+        let schedule = config.skip.as_ref().map(|skip| skip.schedule.build()).transpose()?;
+        let mut builder = Builder::new(placement, values);
+        let mut root = builder.root();
+        let class_features = config.class_features.into();
+        let class_embedding = config
+            .num_class_embeds
+            .map(|len| Embedding::new(root.at("class_embedding"), len.into(), class_features))
+            .transpose()?;
+        let mut widths = vec![config.num_inputs()];
+        widths.extend(config.hidden_widths.iter().copied().map(i64::from));
+        widths.push(config.dim.into());
+        let layers = widths.windows(2).enumerate();
+        let layers = layers
+            .map(|(i, pair)| Linear::new(root.at(&format!("layers.{i}")), pair[0], pair[1]))
+            .collect::<Result<_>>()?;
+        let (config, parameters) = (config.clone(), builder.finish());
+        Ok(Self { config, parameters, layers, class_embedding, schedule })
+    }
+
+    /// The settings the network was built from.
+    pub fn config(&self) -> &MlpConfig {
+        &self.config
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// What the network makes of noisy samples: clean data if there is a skip connection, else whatever it is trained
+    /// to say.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values a sample, kind of the parameters
+    /// - `timesteps`: `[batch]` or `[]`, counted from 0; `[batch]`, `Int64` with a skip connection
+    /// - `class_labels`: `[batch]`, `Int64` (their range is checked on the CPU alone)
+    /// - `guidance_weight`: `[batch]`, floating point, scale less one
+    /// - returns: the shape of `x_t`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::MissingClassLabels`],
+    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`];
+    /// [`Error::Scheduler`] for timesteps the schedule does not have; [`Error::Torch`].
+    pub fn forward(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.ensure_inputs(x_t, timesteps, class_labels, guidance_weight)?;
+        let batch = x_t.size()[0];
+        let flat = x_t.f_reshape([batch, -1]).map_err(Error::torch(FORWARD))?;
+        let extras = |kind| self.extras(timesteps, class_labels, guidance_weight, batch, kind);
+        let run = |x: &Tensor| self.network(x, &extras(flat.kind())?);
+        let output = match (&self.config.skip, &self.schedule) {
+            (Some(skip), Some(schedule)) => {
+                let Scales { alpha, sigma } = schedule.scales_at(timesteps, &flat)?;
+                let data = skip.sigma_data;
+                let variance = alpha.square() * (data * data) + sigma.square();
+                let scale = variance.rsqrt();
+                let network = run(&(&flat * &scale)).map_err(Error::torch(FORWARD))?;
+                alpha * (data * data) / variance * &flat + sigma * scale * data * network
+            }
+            _ => run(&flat).map_err(Error::torch(FORWARD))?,
+        };
+        output.f_reshape(x_t.size()).map_err(Error::torch(FORWARD))
+    }
+
+    fn network(&self, x: &Tensor, extras: &[Tensor]) -> Output {
+        let mut features = vec![x.shallow_clone()];
+        for octave in 0..self.config.fourier_octaves {
+            let angles = x.f_mul_scalar(PI * f64::from(1_u32 << octave))?;
+            features.extend([angles.f_sin()?, angles.f_cos()?]);
+        }
+        features.extend(extras.iter().map(Tensor::shallow_clone));
+        let mut hidden = Tensor::f_cat(&features, 1)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            if i > 0 {
+                hidden = self.config.act_fn.forward(&hidden)?;
+            }
+            hidden = layer.forward(&hidden)?;
+        }
+        Ok(hidden)
+    }
+
+    /// Features of timestep, class and guidance weight.
+    fn extras(
+        &self,
+        timesteps: &Tensor,
+        class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
+        batch: i64,
+        kind: Kind,
+    ) -> std::result::Result<Vec<Tensor>, tch::TchError> {
+        let width = self.config.time_features.into();
+        let projection = SinusoidalProjection { width, cosines_first: true, freq_shift: 0.0 };
+        let time = projection.forward(&one_per_sample(timesteps, batch)?)?;
+        let mut extras = vec![time.f_to_kind(kind)?];
+        if let Some(weight) = guidance_weight {
+            let weight = weight.f_to_kind(Kind::Float)?.f_mul_scalar(GUIDANCE_SCALE)?;
+            extras.push(projection.forward(&weight)?.f_to_kind(kind)?);
+        }
+        if let (Some(embedding), Some(labels)) = (&self.class_embedding, class_labels) {
+            extras.push(embedding.forward(labels)?);
+        }
+        Ok(extras)
+    }
+
+    fn ensure_inputs(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
+    ) -> Result<()> {
+        let op = FORWARD;
+        let (size, dim) = (x_t.size(), i64::from(self.config.dim));
+        if size.len() < 2 || size[1..].iter().product::<i64>() != dim {
+            let expected = format!("[batch, {dim}], or as many values a sample");
+            return Err(Error::InvalidShape { op, name: "x_t", found: size, expected });
+        }
+        if !is_float(x_t.kind()) {
+            let (name, expected) = ("x_t", "floating point");
+            return Err(Error::InvalidKind { op, name, found: x_t.kind(), expected });
+        }
+        let batch = size[0];
+        ensure_timesteps(op, timesteps, batch)?;
+        match (self.config.num_class_embeds, class_labels) {
+            (None, None) => {}
+            (Some(len), Some(labels)) => ensure_labels(op, labels, batch, i64::from(len) - 1)?,
+            (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
+            (Some(_), None) => return Err(Error::MissingClassLabels { op }),
+        }
+        match guidance_weight {
+            Some(weight) if self.config.embed_guidance && weight.size() != [batch] => {
+                let (name, found) = ("guidance_weight", weight.size());
+                Err(Error::InvalidShape { op, name, found, expected: format!("[{batch}]") })
+            }
+            _ if self.config.embed_guidance == guidance_weight.is_some() => Ok(()),
+            _ => Err(Error::GuidanceWeight { op, expected: self.config.embed_guidance }),
+        }
+    }
+}

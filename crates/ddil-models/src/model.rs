@@ -1,0 +1,260 @@
+//! Every network of this crate under one name, and the folder it is kept in.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ddil_core::Conditioning;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Error, Result};
+use crate::mlp::{Mlp, MlpConfig};
+use crate::parameters::{Parameters, Placement};
+use crate::torch_script::{TorchScript, TorchScriptConfig};
+use crate::unet::UNet2DModel;
+use crate::unet_config::UNet2DConfig;
+use crate::weights::{write_error, write_whole};
+
+const CONFIG_FILE: &str = "config.json";
+/// Where diffusers keeps weights, the first that is there counts. The last one is found to be refused with a reason.
+const WEIGHT_FILES: [&str; 3] = [
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+];
+
+/// The settings of a network; the class stands under `_class_name`, as in diffusers' files.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, ModelConfig, Placement};
+///
+/// let config = ModelConfig::Mlp(MlpConfig::default());
+/// let model = config.build(Placement::default(), 0)?;
+/// assert_eq!(model.config(), config);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "_class_name")]
+#[non_exhaustive]
+pub enum ModelConfig {
+    /// A U-Net for pixels.
+    #[serde(rename = "UNet2DModel")]
+    UNet2D(UNet2DConfig),
+    /// A small network for vectors.
+    Mlp(MlpConfig),
+    /// A `TorchScript` program.
+    TorchScript(TorchScriptConfig),
+}
+
+impl ModelConfig {
+    /// Settings from a `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// As [`UNet2DConfig::from_file`]; [`Error::InvalidConfig`] for a class this crate does not have.
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        let object = config::read_object(path)?;
+        let what = path.display().to_string();
+        let class = object.get("_class_name").cloned().unwrap_or_default();
+        Ok(match class.as_str() {
+            Some(UNet2DConfig::CLASS_NAME) => {
+                Self::UNet2D(config::from_object(&what, &object, unknown_keys)?)
+            }
+            Some(MlpConfig::CLASS_NAME) => {
+                Self::Mlp(config::from_object(&what, &object, unknown_keys)?)
+            }
+            Some(TorchScriptConfig::CLASS_NAME) => {
+                Self::TorchScript(config::from_object(&what, &object, unknown_keys)?)
+            }
+            _ => {
+                let classes = [
+                    UNet2DConfig::CLASS_NAME,
+                    MlpConfig::CLASS_NAME,
+                    TorchScriptConfig::CLASS_NAME,
+                ];
+                let expected = format!("one of {}", classes.join(", "));
+                let problems = vec![ConfigProblem::new("_class_name", class, expected)];
+                return Err(Error::InvalidConfig { what, problems });
+            }
+        })
+    }
+
+    /// The settings as a `config.json`.
+    pub fn to_json(&self) -> String {
+        match self {
+            Self::UNet2D(config) => config.to_json(),
+            Self::Mlp(config) => config.to_json(),
+            Self::TorchScript(config) => config::to_json(config),
+        }
+    }
+
+    /// Checks the settings and builds a network with fresh parameters.
+    ///
+    /// # Errors
+    ///
+    /// As [`UNet2DConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
+        Ok(match self {
+            Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
+            Self::Mlp(config) => Model::Mlp(config.build(placement, seed)?),
+            Self::TorchScript(config) => {
+                let expected =
+                    "a class whose parameters can be initialised; load a program from its folder";
+                let problem = ConfigProblem::new("_class_name", "TorchScript", expected);
+                return Err(Error::InvalidConfig {
+                    what: config.file.clone(),
+                    problems: vec![problem],
+                });
+            }
+        })
+    }
+}
+
+/// A network of any class.
+#[derive(Debug)]
+#[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "one lives for a whole run, and none is moved in it")]
+pub enum Model {
+    /// A U-Net for pixels.
+    UNet2D(UNet2DModel),
+    /// A small network for vectors.
+    Mlp(Mlp),
+    /// A `TorchScript` program.
+    TorchScript(TorchScript),
+}
+
+impl Model {
+    /// Loads a network from a folder as diffusers writes it: `config.json` and
+    /// `diffusion_pytorch_model.safetensors`, or the index of its shards, or the `TorchScript` program.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelConfig::from_file`] and [`weights::load_into`](crate::weights::load_into); [`Error::NoWeights`] if there are none.
+    pub fn from_folder(
+        folder: impl AsRef<Path>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        Ok(match ModelConfig::from_file(folder.join(CONFIG_FILE), unknown_keys)? {
+            ModelConfig::UNet2D(config) => {
+                Self::UNet2D(config.build_from(placement, weights_in(folder)?)?)
+            }
+            ModelConfig::Mlp(config) => {
+                Self::Mlp(config.build_from(placement, weights_in(folder)?)?)
+            }
+            ModelConfig::TorchScript(config) => {
+                let path = folder.join(&config.file);
+                Self::TorchScript(TorchScript::load(path, &config, placement.device)?)
+            }
+        })
+    }
+
+    /// Writes the network to a folder as diffusers would, which is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::save`](crate::weights::save).
+    pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
+        match self {
+            Self::UNet2D(_) | Self::Mlp(_) => {
+                self.parameters().save(folder.join(WEIGHT_FILES[0]))?;
+            }
+            Self::TorchScript(script) => script.save(folder.join(&script.config().file))?,
+        }
+        let path = folder.join(CONFIG_FILE);
+        write_whole(&path, |file| {
+            use std::io::Write as _;
+            file.write_all(self.config().to_json().as_bytes()).map_err(|e| write_error(&path, e))
+        })
+    }
+
+    /// The settings the network was built from.
+    pub fn config(&self) -> ModelConfig {
+        match self {
+            Self::UNet2D(unet) => ModelConfig::UNet2D(unet.config().clone()),
+            Self::Mlp(mlp) => ModelConfig::Mlp(mlp.config().clone()),
+            Self::TorchScript(script) => ModelConfig::TorchScript(script.config().clone()),
+        }
+    }
+
+    /// The parameters, under the names they have in files.
+    pub fn parameters(&self) -> &Parameters {
+        match self {
+            Self::UNet2D(unet) => unet.parameters(),
+            Self::Mlp(mlp) => mlp.parameters(),
+            Self::TorchScript(script) => script.parameters(),
+        }
+    }
+
+    /// Switches dropout on or off; it is off in a new network.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if a `TorchScript` program refuses.
+    pub fn set_training(&self, training: bool) -> Result<()> {
+        match self {
+            Self::UNet2D(unet) => unet.set_training(training),
+            // There is nothing in it that training changes.
+            Self::Mlp(_) => {}
+            Self::TorchScript(script) => script.set_training(training)?,
+        }
+        Ok(())
+    }
+
+    /// What the network is called in its `config.json`.
+    pub fn class_name(&self) -> &'static str {
+        match self {
+            Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
+            Self::Mlp(_) => MlpConfig::CLASS_NAME,
+            Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
+        }
+    }
+
+    /// Which parts of a [`Conditioning`] the network can be told.
+    pub fn conditioning_fields(&self) -> &'static [&'static str] {
+        match self {
+            Self::UNet2D(_) | Self::TorchScript(_) => &["class_labels"],
+            Self::Mlp(_) => &["class_labels", "guidance_weight"],
+        }
+    }
+
+    /// What the network makes of noisy samples, not yet read as clean data and noise.
+    ///
+    /// # Shapes and units
+    ///
+    /// - as the network of that class has them; parts of `conditioning` that it cannot be told are not looked at
+    ///
+    /// # Errors
+    ///
+    /// As the network of that class.
+    pub fn forward(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let labels = conditioning.class_labels.as_ref();
+        match self {
+            Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels),
+            Self::Mlp(mlp) => {
+                mlp.forward(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
+            }
+            Self::TorchScript(script) => script.forward(x_t, timesteps, labels),
+        }
+    }
+}
+
+fn weights_in(folder: &Path) -> Result<PathBuf> {
+    let files = WEIGHT_FILES.iter().map(|file| folder.join(file));
+    files
+        .into_iter()
+        .find(|path| path.exists())
+        .ok_or_else(|| Error::NoWeights { path: folder.into(), expected: &WEIGHT_FILES[..2] })
+}

@@ -1,0 +1,156 @@
+//! Networks that come as a `TorchScript` program.
+
+use std::cell::RefCell;
+use std::path::{Component, Path};
+
+use serde::{Deserialize, Serialize};
+use tch::{CModule, Kind, Tensor};
+
+use crate::config::Config;
+use crate::error::{ConfigProblem, Error, Result, ensure_timesteps};
+use crate::parameters::{Parameters, Placement};
+
+const FORWARD: &str = "TorchScript::forward";
+
+/// The settings of a [`TorchScript`] network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TorchScriptConfig {
+    /// Name of the program in the network's folder. Default `model.pt`.
+    pub file: String,
+    /// Whether the program takes class labels as its third argument. Default false.
+    pub class_labels: bool,
+}
+
+impl Default for TorchScriptConfig {
+    fn default() -> Self {
+        Self { file: "model.pt".to_owned(), class_labels: false }
+    }
+}
+
+impl Config for TorchScriptConfig {
+    const CLASS_NAME: &'static str = "TorchScript";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut components = Path::new(&self.file).components();
+        match (components.next(), components.next()) {
+            (Some(Component::Normal(_)), None) => Vec::new(),
+            _ => vec![ConfigProblem::new("file", &self.file, "the name of a file in the folder")],
+        }
+    }
+}
+
+/// A network saved by `torch.jit.save`, whose `forward(x_t, timesteps)` or `forward(x_t, timesteps, class_labels)` gives
+/// one tensor.
+///
+/// Gradients flow through it, and its parameters can be trained. It runs the program in the file: load only what you
+/// trust.
+#[derive(Debug)]
+pub struct TorchScript {
+    // Switching between training and evaluation needs exclusive access, in tch's eyes.
+    module: RefCell<CModule>,
+    config: TorchScriptConfig,
+    parameters: Parameters,
+}
+
+impl TorchScript {
+    /// Loads a program onto a device. Its parameters keep their kind and order in memory and take no gradients until
+    /// [`Parameters::set_trainable`] says so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`] if the file is missing or no `TorchScript` program.
+    pub fn load(
+        path: impl AsRef<Path>,
+        config: &TorchScriptConfig,
+        device: tch::Device,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let read = |source: tch::TchError| {
+            let first_line = source.to_string().lines().next().unwrap_or_default().to_owned();
+            Error::Read { path: path.into(), source: first_line.into() }
+        };
+        let mut module = CModule::load_on_device(path, device).map_err(read)?;
+        module.f_set_eval().map_err(read)?;
+        let named = module.named_parameters().map_err(read)?;
+        let kind = named.first().map_or(Kind::Float, |(_, tensor)| tensor.kind());
+        let placement = Placement { device, kind, channels_last: false };
+        let parameters = Parameters::of_foreign(named, placement);
+        parameters.set_trainable(false);
+        Ok(Self { module: RefCell::new(module), config: config.clone(), parameters })
+    }
+
+    /// The settings the network was loaded with.
+    pub fn config(&self) -> &TorchScriptConfig {
+        &self.config
+    }
+
+    /// The parameters, under the names they have in the program.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// Switches the program between training and evaluation; it starts in evaluation.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the program refuses.
+    pub fn set_training(&self, training: bool) -> Result<()> {
+        let mut module = self.module.borrow_mut();
+        if training { module.f_set_train() } else { module.f_set_eval() }
+            .map_err(Error::torch("TorchScript::set_training"))
+    }
+
+    /// What the program makes of noisy samples.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`: `[batch, ..]`; `timesteps`: `[batch]`; `class_labels`: `[batch]`; whatever else the program asks
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::MissingClassLabels`],
+    /// [`Error::UnexpectedClassLabels`]; [`Error::Torch`] for what the program refuses.
+    pub fn forward(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        class_labels: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let op = FORWARD;
+        let size = x_t.size();
+        let Some(&batch) = size.first() else {
+            let expected = "[batch, ..]".to_owned();
+            return Err(Error::InvalidShape { op, name: "x_t", found: size, expected });
+        };
+        ensure_timesteps(op, timesteps, batch)?;
+        let mut inputs = vec![x_t, timesteps];
+        match (self.config.class_labels, class_labels) {
+            (true, Some(labels)) => inputs.push(labels),
+            (false, None) => {}
+            (true, None) => return Err(Error::MissingClassLabels { op }),
+            (false, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
+        }
+        self.module.borrow().forward_ts(&inputs).map_err(Error::torch(op))
+    }
+
+    /// Writes the program with the parameters as they are now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Write`] if the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let aside = crate::weights::aside(path);
+        let written = self.module.borrow().save(&aside);
+        let written = written.map_err(|e| crate::weights::write_error(path, first_line(&e)));
+        written.and_then(|()| crate::weights::put_in_place(&aside, path)).inspect_err(|_| {
+            // The first error is the one to report.
+            let _ = std::fs::remove_file(&aside);
+        })
+    }
+}
+
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

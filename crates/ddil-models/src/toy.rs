@@ -1,0 +1,418 @@
+//! A closed-form teacher: the exact denoiser of a mixture of Gaussians.
+
+use std::f64::consts::PI;
+
+use ddil_core::{Conditioning, Denoiser};
+use ddil_libtorch::Generator;
+use ddil_schedulers::{NoiseSchedule, Prediction, Scales};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result, ensure_labels, is_float};
+
+/// A mixture of isotropic Gaussians whose posterior mean is known in closed form.
+///
+/// Stands in for a perfectly trained network in tests and examples: it makes no error, so whatever a student lacks is
+/// the student's.
+///
+/// With components `(w_k, m_k, s_k)` and `x_t = alpha x0 + sigma epsilon`, component k is seen at
+/// `N(alpha m_k, v_k)`, `v_k = alpha² s_k² + sigma²`, and given k
+///
+/// - `E[x0 | x_t, k] = m_k + (alpha s_k² / v_k) (x_t - alpha m_k)`
+/// - `E[epsilon | x_t, k] = (sigma / v_k) (x_t - alpha m_k)`
+///
+/// which are averaged with the posterior weights of the components. Everything is computed in `Double`.
+///
+/// Components may carry class labels. Label `num_classes` is the null class: all components, as without labels.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::GaussianMixture;
+/// use tch::{Tensor, kind};
+///
+/// let mixture = GaussianMixture::ring(8)?;
+/// // Pure noise says nothing: what is left is the mean of the mixture.
+/// let (alpha, sigma) = (Tensor::zeros([5], kind::FLOAT_CPU), Tensor::ones([5], kind::FLOAT_CPU));
+/// let prediction = mixture.posterior(&Tensor::randn([5, 2], kind::FLOAT_CPU), &alpha, &sigma, None)?;
+/// assert!(prediction.x0.abs().max().double_value(&[]) < 1e-6);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct GaussianMixture {
+    /// `[components, dim]`, `Double`, as are the others.
+    means: Tensor,
+    /// `[components]`.
+    variances: Tensor,
+    /// `[components]`, normalised.
+    log_weights: Tensor,
+    classes: Option<Classes>,
+}
+
+#[derive(Debug)]
+struct Classes {
+    /// `[components]`, `Int64`.
+    of_component: Tensor,
+    count: i64,
+}
+
+impl GaussianMixture {
+    /// A mixture without classes.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `means`: `[components, dim]`, data scale
+    /// - `stds`: one standard deviation per component, data scale
+    /// - `weights`: one per component, above 0; they need not add up to 1
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], or [`Error::InvalidArgument`] for a number that is not finite and above 0.
+    pub fn new(means: &Tensor, stds: &[f64], weights: &[f64]) -> Result<Self> {
+        const OP: &str = "GaussianMixture::new";
+        let size = means.size();
+        if size.len() != 2 || size.contains(&0) || !is_float(means.kind()) {
+            let expected = "[components, dim], floating point".to_owned();
+            return Err(Error::InvalidShape { op: OP, name: "means", found: size, expected });
+        }
+        for (name, values) in [("stds", stds), ("weights", weights)] {
+            if values.len() as i64 != size[0] {
+                let (found, expected) = (vec![values.len() as i64], format!("[{}]", size[0]));
+                return Err(Error::InvalidShape { op: OP, name, found, expected });
+            }
+            if let Some(value) = values.iter().find(|v| !(**v > 0.0 && v.is_finite())) {
+                let (found, expected) = (value.to_string(), "finite and above 0".to_owned());
+                return Err(Error::InvalidArgument { op: OP, name, found, expected });
+            }
+        }
+        let total: f64 = weights.iter().sum();
+        let log_weights: Vec<f64> = weights.iter().map(|w| (w / total).ln()).collect();
+        let device = means.device();
+        Ok(Self {
+            means: means.detach().to_kind(Kind::Double),
+            variances: Tensor::from_slice(stds).square().to_device(device),
+            log_weights: Tensor::from_slice(&log_weights).to_device(device),
+            classes: None,
+        })
+    }
+
+    /// The same mixture with a class for each component.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`] unless there is one label per component and the labels are 0, 1, .. without a gap.
+    pub fn with_classes(mut self, labels: &[i64]) -> Result<Self> {
+        let count = labels.iter().max().map_or(0, |max| max + 1);
+        let all_there = (0..count).all(|class| labels.contains(&class));
+        if labels.len() as i64 != self.num_components()
+            || !all_there
+            || labels.iter().any(|&l| l < 0)
+        {
+            return Err(Error::InvalidArgument {
+                op: "GaussianMixture::with_classes",
+                name: "labels",
+                found: format!("{labels:?}"),
+                expected: format!("{} labels from 0 on without a gap", self.num_components()),
+            });
+        }
+        let of_component = Tensor::from_slice(labels).to_device(self.means.device());
+        self.classes = Some(Classes { of_component, count });
+        Ok(self)
+    }
+
+    /// `modes` equal Gaussians of standard deviation 0.08 on a circle of radius 0.8, two neighbours to a class.
+    ///
+    /// With one or two modes there is one class.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`] for no modes.
+    pub fn ring(modes: usize) -> Result<Self> {
+        let angle = |i: usize| 2.0 * PI * i as f64 / modes as f64;
+        let means: Vec<f64> =
+            (0..modes).flat_map(|i| [0.8 * angle(i).cos(), 0.8 * angle(i).sin()]).collect();
+        let labels: Vec<i64> = (0..modes as i64).map(|i| i / 2).collect();
+        Self::equal(&means, 0.08, &labels)
+    }
+
+    /// `side * side` equal Gaussians of standard deviation 0.05, evenly spaced over `[-0.8, 0.8]²`, a row to a class.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`] if `side` is 0.
+    pub fn grid(side: usize) -> Result<Self> {
+        let spacing = 1.6 / (side.max(2) - 1) as f64;
+        let place = |i: usize| if side > 1 { spacing * i as f64 - 0.8 } else { 0.0 };
+        let cells = || (0..side * side).map(|i| (i % side, i / side));
+        let means: Vec<f64> = cells().flat_map(|(x, y)| [place(x), place(y)]).collect();
+        let labels: Vec<i64> = cells().map(|(_, y)| y as i64).collect();
+        Self::equal(&means, 0.05, &labels)
+    }
+
+    fn equal(means: &[f64], std: f64, labels: &[i64]) -> Result<Self> {
+        let means = Tensor::from_slice(means).view([-1, 2]);
+        let ones = vec![1.0; labels.len()];
+        Self::new(&means, &vec![std; labels.len()], &ones)?.with_classes(labels)
+    }
+
+    /// The same mixture with its numbers on `device`, which saves a transfer in every call there.
+    #[must_use]
+    pub fn to_device(&self, device: Device) -> Self {
+        let classes = self.classes.as_ref().map(|classes| Classes {
+            of_component: classes.of_component.to_device(device),
+            count: classes.count,
+        });
+        Self {
+            means: self.means.to_device(device),
+            variances: self.variances.to_device(device),
+            log_weights: self.log_weights.to_device(device),
+            classes,
+        }
+    }
+
+    /// Length of a sample.
+    pub fn dim(&self) -> i64 {
+        self.means.size()[1]
+    }
+
+    /// Number of Gaussians.
+    pub fn num_components(&self) -> i64 {
+        self.means.size()[0]
+    }
+
+    /// Number of classes, 0 without; it is also the label of the null class.
+    pub fn num_classes(&self) -> i64 {
+        self.classes.as_ref().map_or(0, |classes| classes.count)
+    }
+
+    /// The clean data and the noise to be expected behind noisy samples, exactly.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values a sample, floating point
+    /// - `alpha`, `sigma`: `[batch]`, `[batch, 1, ..]` or one value for all; not both 0
+    /// - `labels`: `[batch]`, `Int64`, 0 to `num_classes`, the last for all components
+    /// - returns: shape and kind of `x_t`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::UnexpectedClassLabels`],
+    /// [`Error::ClassLabelOutOfRange`] (on the CPU alone).
+    pub fn posterior(
+        &self,
+        x_t: &Tensor,
+        alpha: &Tensor,
+        sigma: &Tensor,
+        labels: Option<&Tensor>,
+    ) -> Result<Prediction> {
+        const OP: &str = "GaussianMixture::posterior";
+        let seen = self.seen(OP, x_t, alpha, sigma, labels)?;
+        let weights = seen.log_joint.softmax(1, Kind::Double).unsqueeze(-1);
+        let pulled = &seen.residuals / seen.variances.unsqueeze(-1);
+        let shrink = (&seen.alpha * self.variances.to_device(x_t.device())).unsqueeze(-1);
+        let x0 = self.means.to_device(x_t.device()) + shrink * &pulled;
+        let average = |of_component: Tensor| {
+            let mean = (&weights * of_component).sum_dim_intlist(1, false, Kind::Double);
+            mean.view(x_t.size().as_slice()).to_kind(x_t.kind())
+        };
+        Ok(Prediction { x0: average(x0), epsilon: average(pulled * seen.sigma.unsqueeze(-1)) })
+    }
+
+    /// The logarithm of the density of noisy samples; its gradient is `-epsilon / sigma` of [`Self::posterior`].
+    ///
+    /// At alpha 1 and sigma 0 it is the density of the data.
+    ///
+    /// # Shapes and units
+    ///
+    /// - arguments as in [`Self::posterior`]
+    /// - returns: `[batch]`, `Double`, nats
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::posterior`].
+    pub fn log_density(
+        &self,
+        x_t: &Tensor,
+        alpha: &Tensor,
+        sigma: &Tensor,
+        labels: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let seen = self.seen("GaussianMixture::log_density", x_t, alpha, sigma, labels)?;
+        let normaliser = seen.log_prior.logsumexp([1].as_slice(), false);
+        let constant = 0.5 * self.dim() as f64 * (2.0 * PI).ln();
+        Ok(seen.log_joint.logsumexp([1].as_slice(), false) - normaliser - constant)
+    }
+
+    /// Draws clean samples.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `labels`: `[n]`, `Int64`, 0 to `num_classes`
+    /// - returns: `[n, dim]`, `Float`, on the device of `generator`
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::posterior`] for the labels; [`Error::Libtorch`] if drawing fails.
+    pub fn sample(
+        &self,
+        n: i64,
+        labels: Option<&Tensor>,
+        generator: &mut Generator,
+    ) -> Result<Tensor> {
+        const OP: &str = "GaussianMixture::sample";
+        let device = generator.device();
+        let log_prior = self.log_prior(OP, labels, n, device)?;
+        // The largest of log weight plus Gumbel noise is a draw from the weights.
+        let uniform = generator.uniform([n, self.num_components()], Kind::Double)?;
+        let gumbel = -(-(uniform + f64::MIN_POSITIVE).log()).log();
+        let component = (log_prior + gumbel).argmax(1, false);
+        let normal = generator.normal([n, self.dim()], Kind::Double)?;
+        let means = self.means.to_device(device).index_select(0, &component);
+        let stds = self.variances.to_device(device).sqrt().index_select(0, &component);
+        Ok((means + normal * stds.unsqueeze(-1)).to_kind(Kind::Float))
+    }
+
+    /// Distance of each sample to the nearest mean.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `samples`: `[batch, dim]` or `[batch, ..]`; returns `[batch]`, `Double`, data scale
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`].
+    pub fn distance_to_nearest(&self, samples: &Tensor) -> Result<Tensor> {
+        let x = self.flat("GaussianMixture::distance_to_nearest", "samples", samples)?;
+        let offsets = x.unsqueeze(1) - self.means.to_device(x.device());
+        let squared = offsets.square().sum_dim_intlist(-1, false, Kind::Double);
+        Ok(squared.amin([1].as_slice(), false).sqrt())
+    }
+
+    /// The mixture as a denoiser on `schedule`.
+    pub fn on(self, schedule: NoiseSchedule) -> MixtureDenoiser {
+        MixtureDenoiser { mixture: self, schedule }
+    }
+
+    fn seen(
+        &self,
+        op: &'static str,
+        x_t: &Tensor,
+        alpha: &Tensor,
+        sigma: &Tensor,
+        labels: Option<&Tensor>,
+    ) -> Result<Seen> {
+        let x = self.flat(op, "x_t", x_t)?;
+        let (batch, device) = (x.size()[0], x.device());
+        let alpha = column(op, "alpha", alpha, batch, device)?;
+        let sigma = column(op, "sigma", sigma, batch, device)?;
+        let log_prior = self.log_prior(op, labels, batch, device)?;
+        let variances = alpha.square() * self.variances.to_device(device) + sigma.square();
+        let residuals = x.unsqueeze(1) - alpha.unsqueeze(-1) * self.means.to_device(device);
+        let squared = residuals.square().sum_dim_intlist(-1, false, Kind::Double);
+        let log_likelihood = (squared / &variances + self.dim() as f64 * variances.log()) * -0.5;
+        let log_joint = &log_prior + log_likelihood;
+        Ok(Seen { alpha, sigma, variances, residuals, log_prior, log_joint })
+    }
+
+    /// `[batch, dim]`, `Double`.
+    fn flat(&self, op: &'static str, name: &'static str, x: &Tensor) -> Result<Tensor> {
+        let size = x.size();
+        if size.len() < 2 || size[1..].iter().product::<i64>() != self.dim() {
+            let expected = format!("[batch, {}], or as many values a sample", self.dim());
+            return Err(Error::InvalidShape { op, name, found: size, expected });
+        }
+        if !is_float(x.kind()) {
+            return Err(Error::InvalidKind {
+                op,
+                name,
+                found: x.kind(),
+                expected: "floating point",
+            });
+        }
+        Ok(x.reshape([size[0], self.dim()]).to_kind(Kind::Double))
+    }
+
+    /// `[batch, components]`: the log weights, minus infinity for components of other classes.
+    fn log_prior(
+        &self,
+        op: &'static str,
+        labels: Option<&Tensor>,
+        batch: i64,
+        device: Device,
+    ) -> Result<Tensor> {
+        let weights = self.log_weights.to_device(device).unsqueeze(0).expand([batch, -1], false);
+        let Some(labels) = labels else { return Ok(weights) };
+        let Some(classes) = &self.classes else { return Err(Error::UnexpectedClassLabels { op }) };
+        ensure_labels(op, labels, batch, classes.count)?;
+        let labels = labels.to_device(device).unsqueeze(1);
+        let others = labels
+            .ne_tensor(&classes.of_component.to_device(device).unsqueeze(0))
+            .logical_and(&labels.ne(classes.count));
+        Ok(weights.masked_fill(&others, f64::NEG_INFINITY))
+    }
+}
+
+/// Noisy samples as each component sees them; all `Double`.
+struct Seen {
+    /// `[batch or 1, 1]`.
+    alpha: Tensor,
+    /// `[batch or 1, 1]`.
+    sigma: Tensor,
+    /// `[batch or 1, components]`: `v_k`.
+    variances: Tensor,
+    /// `[batch, components, dim]`: `x_t - alpha m_k`.
+    residuals: Tensor,
+    /// `[batch, components]`.
+    log_prior: Tensor,
+    /// `[batch, components]`: log of weight times density, without the factor that all have in common.
+    log_joint: Tensor,
+}
+
+fn column(
+    op: &'static str,
+    name: &'static str,
+    values: &Tensor,
+    batch: i64,
+    device: Device,
+) -> Result<Tensor> {
+    let count = values.numel() as i64;
+    if count != 1 && count != batch {
+        let expected = format!("[{batch}], one per sample, or one for all");
+        return Err(Error::InvalidShape { op, name, found: values.size(), expected });
+    }
+    Ok(values.reshape([-1, 1]).to_device(device).to_kind(Kind::Double))
+}
+
+/// A [`GaussianMixture`] on a noise schedule: a teacher that is never wrong.
+#[derive(Debug)]
+pub struct MixtureDenoiser {
+    mixture: GaussianMixture,
+    schedule: NoiseSchedule,
+}
+
+impl MixtureDenoiser {
+    /// The mixture behind it.
+    pub fn mixture(&self) -> &GaussianMixture {
+        &self.mixture
+    }
+}
+
+impl Denoiser for MixtureDenoiser {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        crate::denoiser::ensure_only("GaussianMixture", conditioning, &["class_labels"])?;
+        let Scales { alpha, sigma } =
+            self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
+        let labels = conditioning.class_labels.as_ref();
+        self.mixture
+            .posterior(x_t, &alpha, &sigma, labels)
+            .map_err(|source| ddil_core::Error::network("GaussianMixture", source))
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}

@@ -1,0 +1,78 @@
+use ddil_core::{Conditioning, Consistent, Denoiser, Error, Guided, Thresholded};
+use ddil_schedulers::{ConsistencyBoundary, DataRange, Thresholding};
+use tch::{Kind, Tensor};
+
+use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal};
+
+/// Class 0 stands for "no condition".
+fn null() -> Conditioning {
+    Conditioning::class_labels(Tensor::from_slice(&[0_i64]))
+}
+
+#[test]
+fn guidance_is_its_formula() -> ddil_core::Result<()> {
+    for shape in SHAPES {
+        let inner = Gaussian::new(-0.3, 0.4, 0.5);
+        let x_t = normal(0, shape);
+        let timesteps = Tensor::from_slice(&[999_i64, 499, 20]);
+        let told = labels(3);
+        let unsaid = Conditioning::class_labels(Tensor::zeros([3], (Kind::Int64, x_t.device())));
+        let cond = inner.predict(&x_t, &timesteps, &told)?;
+        let uncond = inner.predict(&x_t, &timesteps, &unsaid)?;
+        for scale in [0.0, 1.0, 3.0] {
+            let guided = Guided::new(&inner, scale, null())?.predict(&x_t, &timesteps, &told)?;
+            let x0 = &uncond.x0 + scale * (&cond.x0 - &uncond.x0);
+            let epsilon = &uncond.epsilon + scale * (&cond.epsilon - &uncond.epsilon);
+            assert!(max_abs_difference(&guided.x0, &x0) < 1e-5, "{shape:?} {scale}");
+            assert!(max_abs_difference(&guided.epsilon, &epsilon) < 1e-4, "{shape:?} {scale}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn guidance_of_one_asks_once() -> ddil_core::Result<()> {
+    let inner = Gaussian::new(0.0, 0.4, 0.5);
+    let (x_t, timesteps) = (normal(0, &[3, 2]), Tensor::from_slice(&[5_i64, 5, 5]));
+    let _ = Guided::new(&inner, 1.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
+    assert_eq!(inner.asked.get(), 3);
+    let _ = Guided::new(&inner, 2.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
+    assert_eq!(inner.asked.get(), 9);
+    assert!(matches!(Guided::new(&inner, f64::NAN, null()), Err(Error::InvalidConfig { .. })));
+    assert!(matches!(Guided::new(&inner, 2.0, labels(2)), Err(Error::Conditioning { .. })));
+    Ok(())
+}
+
+#[test]
+fn thresholding_keeps_the_pair_consistent() -> ddil_core::Result<()> {
+    let inner = Gaussian::new(2.0, 0.0, 0.5);
+    let x_t = normal(0, &[3, 2, 4, 4]);
+    let timesteps = Tensor::from_slice(&[999_i64, 499, 20]);
+    let clamp = Thresholding::Clamp(DataRange::scalar(-1.0, 1.0));
+    let prediction = Thresholded::new(&inner, clamp)?.predict(&x_t, &timesteps, &labels(3))?;
+    assert!(prediction.x0.abs().max().double_value(&[]) <= 1.0);
+    let scales = inner.schedule.scales_at(&timesteps, &x_t)?;
+    let rebuilt = scales.alpha * prediction.x0 + scales.sigma * prediction.epsilon;
+    assert!(max_abs_difference(&rebuilt, &x_t) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn consistency_is_the_identity_at_timestep_0() -> ddil_core::Result<()> {
+    let inner = Gaussian::new(2.0, 0.0, 0.5);
+    let x_t = normal(0, &[3, 2]);
+    let timesteps = Tensor::from_slice(&[0_i64, 0, 999]);
+    let boundary = ConsistencyBoundary::default();
+    let prediction = Consistent::new(&inner, boundary).predict(&x_t, &timesteps, &labels(3))?;
+    let raw = inner.predict(&x_t, &timesteps, &labels(3))?;
+    assert_eq!(prediction.x0.narrow(0, 0, 2), x_t.narrow(0, 0, 2));
+    assert!(max_abs_difference(&prediction.x0.get(2), &raw.x0.get(2)) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn conditioning_of_other_kinds_cannot_be_joined() {
+    let weighted = labels(2).with_guidance_weight(Tensor::from_slice(&[7.5_f32, 7.5]));
+    let joined = Conditioning::cat(&[&labels(2), &weighted]);
+    assert!(matches!(joined, Err(Error::Conditioning { .. })));
+}

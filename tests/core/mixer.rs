@@ -1,0 +1,482 @@
+use ddil_core::{
+    BufferConfig, Conditioning, Data, Denoiser, Error, MixRequest, MixedVariant, Mixer,
+    MixerConfig, PriorSchedule, Priors, RandomStreams, Source, SourceRequest, States, Stream,
+    StudentConfig, StudentPolicy, TeacherConfig, TrajectorySource, draw_grid_indices,
+};
+use ddil_schedulers::{DataRange, Ddim, Lcm, Thresholding, Timesteps};
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal, schedule, trailing};
+
+/// A mixer with its networks, asked as a trainer asks it.
+struct Run {
+    mixer: Mixer,
+    student: Gaussian,
+    teacher: Gaussian,
+    streams: RandomStreams,
+    shape: Vec<i64>,
+}
+
+impl Run {
+    fn new(config: MixerConfig, shape: &[i64]) -> Self {
+        let mixer = Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule())));
+        Self {
+            mixer: mixer.expect("it is valid"),
+            student: Gaussian::new(-0.2, 0.0, 0.5),
+            teacher: Gaussian::new(0.2, 0.0, 0.5),
+            streams: RandomStreams::new(11, 0),
+            shape: shape.to_vec(),
+        }
+    }
+
+    /// Labels of data are even, of prompts odd.
+    fn data(&self, step: u64) -> Data {
+        let n = self.shape[0] as usize;
+        let labels = labels(n).class_labels.expect("there are labels") * 2;
+        let x0 = normal(500 + step, &self.shape) * 0.5 + 3.0;
+        Data { x0, conditioning: Conditioning::class_labels(labels) }
+    }
+
+    fn next(&mut self, step: u64) -> ddil_core::Result<States> {
+        let data = self.data(step);
+        let odd = labels(self.shape[0] as usize).class_labels.expect("there are labels") * 2 + 1;
+        self.mixer.next_states(&MixRequest {
+            step,
+            total_steps: 100,
+            data: &data,
+            prompts: &Conditioning::class_labels(odd),
+            student: &self.student,
+            teacher: &self.teacher,
+            streams: &self.streams,
+        })
+    }
+
+    /// A step with its loss: batch, then the student's estimates of it.
+    fn step(&mut self, step: u64) -> ddil_core::Result<States> {
+        let states = self.next(step)?;
+        let told = &states.conditioning;
+        let x0 = self.student.predict(&states.x_t, &states.timesteps, told)?.x0;
+        self.mixer.after_loss(step, &states, &x0, None, &self.streams)?;
+        Ok(states)
+    }
+}
+
+fn mix(forward: f64, student: f64, teacher: f64) -> MixerConfig {
+    let priors = Priors::new(forward, student, teacher).expect("they sum to 1");
+    MixerConfig { priors: PriorSchedule::constant(priors), ..MixerConfig::default() }
+}
+
+fn policies() -> Vec<StudentPolicy> {
+    vec![
+        StudentPolicy::Fresh,
+        StudentPolicy::FreshAll,
+        StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
+        StudentPolicy::Chain { refresh_fraction: 0.1 },
+    ]
+}
+
+fn label_list(states: &States) -> Vec<i64> {
+    let labels = states.conditioning.class_labels.as_ref().expect("all have labels");
+    Vec::try_from(labels).expect("they are Int64")
+}
+
+/// The sanity setting: plain distillation, bit for bit, from the streams that plain distillation would use.
+#[test]
+fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
+    for shape in SHAPES {
+        let mut run = Run::new(MixerConfig::forward_only(), shape);
+        for step in 0..5 {
+            let states = run.next(step)?;
+            let Data { x0, conditioning } = run.data(step);
+            let indices = draw_grid_indices(3, 4, &mut run.streams.rng(step, Stream::Timesteps));
+            let grid = trailing(4);
+            let timesteps: Vec<i64> = indices.iter().map(|&i| grid.as_slice()[i]).collect();
+            let timesteps = Tensor::from_slice(&timesteps);
+            let mut generator = run.streams.generator(step, Stream::Noise, Device::Cpu)?;
+            let noise = generator.normal(shape, Kind::Float)?;
+            assert_eq!(states.x_t, schedule().add_noise(&x0, &noise, &timesteps)?);
+            assert_eq!(states.timesteps, timesteps);
+            assert_eq!(states.conditioning.class_labels, conditioning.class_labels);
+            assert_eq!(states.sources, [Source::Forward; 3]);
+        }
+        assert_eq!((run.student.asked.get(), run.teacher.asked.get()), (0, 0));
+    }
+    Ok(())
+}
+
+/// Runs that differ in their priors alone see the same data at the same timesteps with the same noise.
+#[test]
+fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
+    for policy in policies() {
+        let student = StudentConfig { policy, mixed: None };
+        let mut plain =
+            Run::new(MixerConfig { student: student.clone(), ..mix(1.0, 0.0, 0.0) }, &[16, 2]);
+        let mut mixed = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &[16, 2]);
+        for step in 0..8 {
+            let (plain, mixed) = (plain.step(step)?, mixed.step(step)?);
+            assert_eq!(plain.grid_indices, mixed.grid_indices);
+            for row in 0..16 {
+                if matches!(mixed.sources[row], Source::Forward | Source::Noise) {
+                    assert_eq!(plain.x_t.get(row as i64), mixed.x_t.get(row as i64));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The acceptance test of mixing: frequencies within three standard deviations, and each timestep as often from
+/// every source.
+#[test]
+fn sources_come_as_often_as_their_priors() -> ddil_core::Result<()> {
+    let (f, s, t) = (0.5, 0.3, 0.2);
+    let mut run = Run::new(
+        MixerConfig {
+            teacher: TeacherConfig { pool: 50, ..TeacherConfig::default() },
+            ..mix(f, s, t)
+        },
+        &[10, 1],
+    );
+    let steps = 1200;
+    let mut counts = [[0_u32; 4]; 5];
+    for step in 0..steps {
+        let states = run.step(step)?;
+        for (source, index) in states.sources.iter().zip(&states.grid_indices) {
+            let place = Source::ALL.iter().position(|s| s == source).expect("it is one of them");
+            counts[place][*index] += 1;
+        }
+    }
+    let n = f64::from(steps as u32) * 10.0 / 4.0;
+    for (place, share) in [(0, f), (1, s), (2, t)] {
+        let deviation = (share * (1.0 - share) * n).sqrt();
+        for (index, found) in counts[place].iter().enumerate().skip(1) {
+            let gap = f64::from(*found) - share * n;
+            assert!(gap.abs() < 3.0 * deviation, "source {place} at {index}: {found}");
+        }
+    }
+    // The noisiest index is noise, whatever was drawn: a quarter of all states.
+    assert!((f64::from(counts[4][0]) - n).abs() < 3.0 * (0.25 * n).sqrt());
+    assert_eq!(counts.iter().take(4).map(|at| at[0]).sum::<u32>(), 0);
+    let counters = run.mixer.counters();
+    assert!((counters.fraction(Source::Student) - 0.75 * s).abs() < 0.02);
+    assert_eq!(counters.states.iter().sum::<u64>(), steps * 10);
+    Ok(())
+}
+
+#[test]
+fn noisiest_states_are_noise() -> ddil_core::Result<()> {
+    for (pure, expected) in [(true, Source::Noise), (false, Source::Forward)] {
+        let config = MixerConfig { pure_noise_at_tmax: pure, ..mix(1.0, 0.0, 0.0) };
+        let mut run = Run::new(config, &[400, 8]);
+        let states = run.next(0)?;
+        let rows: Vec<i64> = (0..400).filter(|i| states.grid_indices[*i as usize] == 0).collect();
+        assert_eq!(rows.len(), 100);
+        assert!(rows.iter().all(|row| states.sources[*row as usize] == expected));
+        // Data around 3 leak through an alpha of 0.068.
+        let mean = states.x_t.index_select(0, &Tensor::from_slice(&rows)).mean(Kind::Double);
+        let leak = if pure { 0.0 } else { 3.0 * 0.068_264_9 };
+        assert!((mean.double_value(&[]) - leak).abs() < 4.0 / 800_f64.sqrt());
+        // Told what the data are told.
+        assert!(label_list(&states).iter().all(|label| label % 2 == 0));
+    }
+    let mut run = Run::new(mix(0.0, 0.5, 0.5), &[16, 8]);
+    let states = run.next(0)?;
+    for row in 0..16 {
+        assert_eq!(states.sources[row] == Source::Noise, states.grid_indices[row] == 0);
+    }
+    // Stands for backward sources and is told what they are told.
+    assert!(label_list(&states).iter().all(|label| label % 2 == 1));
+    Ok(())
+}
+
+#[test]
+fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
+    for shape in SHAPES {
+        let shape: Vec<i64> = [&[12], &shape[1..]].concat();
+        for policy in policies() {
+            let student = StudentConfig {
+                policy,
+                mixed: Some(MixedVariant::StudentThenTeacher { switch: 9 }),
+            };
+            let mut run = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &shape);
+            for step in 0..6 {
+                let states = run.step(step)?;
+                assert_eq!(states.x_t.size(), shape);
+                assert_eq!(states.x_t.kind(), Kind::Float);
+                let grid = trailing(4);
+                let timesteps: Vec<i64> =
+                    states.grid_indices.iter().map(|&i| grid.as_slice()[i]).collect();
+                assert_eq!(states.timesteps, Tensor::from_slice(&timesteps));
+                assert!(!states.x_t.requires_grad());
+                assert!(states.x_t.isfinite().all().double_value(&[]) > 0.0);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A mixer that was saved and one that went on give the same batches and the same saved state, bit for bit.
+#[test]
+fn restored_goes_on_the_same() -> ddil_core::Result<()> {
+    for policy in policies() {
+        let config = MixerConfig {
+            student: StudentConfig { policy: policy.clone(), mixed: None },
+            teacher: TeacherConfig { pool: 9, ..TeacherConfig::default() },
+            ..mix(0.3, 0.4, 0.3)
+        };
+        let mut original = Run::new(config.clone(), &[16, 3]);
+        for step in 0..5 {
+            let _ = original.step(step)?;
+        }
+        let mut saved = original.mixer.state()?;
+        let text = serde_json::to_string(&saved.metadata).expect("it can be written");
+        saved.metadata = serde_json::from_str(&text).expect("it can be read");
+        let mut restored = Run::new(config, &[16, 3]);
+        restored.mixer.restore(&saved)?;
+        for step in 5..12 {
+            let (a, b) = (original.step(step)?, restored.step(step)?);
+            assert_eq!(a.x_t, b.x_t, "{policy:?} at {step}");
+            assert_eq!(label_list(&a), label_list(&b));
+            assert_eq!((a.sources, a.births), (b.sources, b.births));
+        }
+        let (a, b) = (original.mixer.state()?, restored.mixer.state()?);
+        assert_eq!(a.metadata, b.metadata);
+        assert_eq!(a.tensors, b.tensors);
+        assert_eq!(original.mixer.counters(), restored.mixer.counters());
+    }
+    Ok(())
+}
+
+#[test]
+fn refuses_anothers_state() -> ddil_core::Result<()> {
+    let mut run = Run::new(mix(0.4, 0.3, 0.3), &[16, 3]);
+    for step in 0..3 {
+        let _ = run.step(step)?;
+    }
+    let saved = run.mixer.state()?;
+    let mixer = |config: MixerConfig, grid: Timesteps| {
+        Mixer::new(config, grid, Box::new(Ddim::new(schedule()))).expect("it is valid")
+    };
+    let other_grid = mixer(mix(0.4, 0.3, 0.3), trailing(8)).restore(&saved);
+    assert!(matches!(other_grid, Err(Error::Restore { what: "mixer", .. })), "{other_grid:?}");
+    for policy in policies().into_iter().take(3) {
+        let student = StudentConfig { policy: policy.clone(), mixed: None };
+        let other = MixerConfig { student, ..mix(0.4, 0.3, 0.3) };
+        let restored = mixer(other, trailing(4)).restore(&saved);
+        assert!(matches!(restored, Err(Error::Restore { .. })), "{policy:?}: {restored:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn flush_forgets_states() -> ddil_core::Result<()> {
+    for policy in policies() {
+        let student = StudentConfig { policy, mixed: None };
+        let mut run = Run::new(MixerConfig { student, ..mix(0.2, 0.4, 0.4) }, &[16, 3]);
+        for step in 0..4 {
+            let _ = run.step(step)?;
+        }
+        run.mixer.flush();
+        assert!(run.mixer.state()?.tensors.is_empty());
+        // A new stage counts its steps from 0, and its networks may take another shape.
+        run.shape = vec![16, 2, 2];
+        let states = run.step(0)?;
+        assert!(states.births.iter().all(|birth| *birth == 0));
+    }
+    Ok(())
+}
+
+/// Rollouts hold estimates inside the range; the states that follow stay within what range and noise allow.
+#[test]
+fn rollouts_are_thresholded() -> ddil_core::Result<()> {
+    for policy in policies() {
+        let config = MixerConfig {
+            student: StudentConfig { policy, mixed: None },
+            thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
+            ..mix(0.0, 0.5, 0.5)
+        };
+        let mut run = Run::new(config, &[64, 4]);
+        // Both believe in data far outside of the range.
+        (run.student.center, run.teacher.center) = (5.0, -5.0);
+        for step in 0..6 {
+            let states = run.step(step)?;
+            for row in 0..64 {
+                if states.grid_indices[row] == 3 {
+                    let largest = states.x_t.get(row as i64).abs().max().double_value(&[]);
+                    assert!(largest < 4.0, "{largest} from {:?}", states.sources[row]);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
+    let mut run = Run::new(MixerConfig::default(), &[16, 2]);
+    for step in 0..=5 {
+        let _ = run.step(step)?;
+    }
+    assert_eq!((run.teacher.asked.get(), run.mixer.counters().teacher_evaluations), (0, 0));
+    for step in 6..40 {
+        let _ = run.step(step)?;
+    }
+    let counters = *run.mixer.counters();
+    assert!(counters.fraction(Source::Student) > 0.1 && counters.fraction(Source::Teacher) > 0.1);
+    assert_eq!(run.teacher.asked.get(), counters.teacher_evaluations);
+    // The rest of the student's calls were the losses'.
+    assert_eq!(run.student.asked.get(), counters.student_evaluations + 40 * 16);
+    // Chains walk in the loss; what is left is refreshing and chance.
+    let wanted = counters.states[1] as f64;
+    assert!((counters.student_evaluations as f64) < 0.8 * wanted, "{counters:?}");
+    Ok(())
+}
+
+#[test]
+fn latent_consistency_grids_mix() -> ddil_core::Result<()> {
+    let config = MixerConfig {
+        student: StudentConfig {
+            policy: StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
+            mixed: Some(MixedVariant::Bernoulli { kappa: 0.5 }),
+        },
+        teacher: TeacherConfig {
+            pool: 20,
+            states_per_trajectory: Some(2),
+            substeps: 1,
+            ..TeacherConfig::default()
+        },
+        ..mix(0.4, 0.3, 0.3)
+    };
+    let mut run = Run::new(MixerConfig::default(), &[20, 2]);
+    run.mixer = Mixer::with_rollout(
+        config,
+        Timesteps::lcm(1000, 50, 50)?,
+        Timesteps::lcm(1000, 50, 4)?,
+        Box::new(Lcm::new(schedule())),
+    )?;
+    let mut seen = std::collections::HashSet::new();
+    for step in 0..20 {
+        let states = run.step(step)?;
+        seen.extend(states.sources);
+    }
+    assert!(Source::ALL.iter().all(|source| seen.contains(source)), "{seen:?}");
+    Ok(())
+}
+
+/// Someone else's source takes the place of one of the three.
+#[test]
+fn a_source_of_ones_own() -> ddil_core::Result<()> {
+    #[derive(Debug)]
+    struct Sevens;
+    impl TrajectorySource for Sevens {
+        fn states(&mut self, request: &SourceRequest<'_>) -> ddil_core::Result<States> {
+            Ok(States {
+                x_t: request.data.x0.full_like(7.0),
+                timesteps: Tensor::from_slice(&request.timesteps()),
+                grid_indices: request.grid_indices.to_vec(),
+                conditioning: request.prompts.shallow_clone(),
+                sources: vec![Source::Teacher; request.len()],
+                births: vec![request.step; request.len()],
+            })
+        }
+    }
+    let mut run = Run::new(mix(0.5, 0.0, 0.5), &[16, 2]);
+    run.mixer = run.mixer.with_source(Source::Teacher, Box::new(Sevens))?;
+    let states = run.step(0)?;
+    for row in 0..16 {
+        let seven = states.x_t.double_value(&[row as i64, 0]) == 7.0;
+        assert_eq!(seven, states.sources[row] == Source::Teacher);
+    }
+    assert!(run.mixer.with_source(Source::Noise, Box::new(Sevens)).is_err());
+    Ok(())
+}
+
+#[test]
+fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
+    let mut run = Run::new(mix(0.5, 0.5, 0.0), &[16, 2]);
+    let mut ask = |x0: Tensor, told: usize, prompts: Conditioning| {
+        let data = Data { x0, conditioning: labels(told) };
+        run.mixer.next_states(&MixRequest {
+            step: 0,
+            total_steps: 1,
+            data: &data,
+            prompts: &prompts,
+            student: &run.student,
+            teacher: &run.teacher,
+            streams: &run.streams,
+        })
+    };
+    let x0 = || normal(0, &[8, 2]);
+    assert!(matches!(ask(x0(), 7, labels(8)), Err(Error::Conditioning { .. })));
+    assert!(matches!(ask(x0(), 8, labels(9)), Err(Error::Conditioning { .. })));
+    assert!(matches!(ask(normal(0, &[8]), 8, labels(8)), Err(Error::Shape { .. })));
+    assert!(matches!(ask(normal(0, &[0, 2]), 0, labels(0)), Err(Error::Shape { .. })));
+    assert!(ask(x0(), 8, labels(8)).is_ok());
+
+    let states = run.next(0)?;
+    let short = run.mixer.after_loss(0, &states, &normal(0, &[3, 2]), None, &run.streams);
+    assert!(matches!(short, Err(Error::Scheduler(_))));
+    Ok(())
+}
+
+#[test]
+fn settings_are_read_strictly() {
+    let read = serde_json::from_str::<MixerConfig>;
+    assert_eq!(read("{}").ok(), Some(MixerConfig::default()));
+    for unknown in [
+        r#"{"prior": {}}"#,
+        r#"{"teacher": {"pols": 3}}"#,
+        r#"{"student": {"polity": {"kind": "fresh"}}}"#,
+        r#"{"student": {"mixed": {"kind": "bernoulli", "kappa": 0.1, "lambda": 1}}}"#,
+    ] {
+        let refused = read(unknown).expect_err("a key is unknown").to_string();
+        assert!(refused.contains("unknown field"), "{refused}");
+    }
+    let written = serde_json::to_string(&mix(0.5, 0.25, 0.25)).expect("it can be written");
+    assert_eq!(read(&written).ok(), Some(mix(0.5, 0.25, 0.25)));
+    let config = MixerConfig {
+        teacher: TeacherConfig { substeps: 0, ..TeacherConfig::default() },
+        ..MixerConfig::default()
+    };
+    assert!(Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule()))).is_err());
+}
+
+proptest! {
+    /// Every index is drawn as often as every other, but for a rest.
+    #[test]
+    fn grid_indices_are_stratified(batch in 0_usize..60, n in 1_usize..9, seed: u64) {
+        let indices = draw_grid_indices(batch, n, &mut StdRng::seed_from_u64(seed));
+        prop_assert_eq!(indices.len(), batch);
+        for index in 0..n {
+            let count = indices.iter().filter(|i| **i == index).count();
+            prop_assert!(count == batch / n || count == batch / n + 1);
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_one_visits_every_index() {
+    let mut counts = [0_i32; 4];
+    for step in 0..4000 {
+        let mut rng = RandomStreams::new(0, 0).rng(step, Stream::Timesteps);
+        counts[draw_grid_indices(1, 4, &mut rng)[0]] += 1;
+    }
+    assert!(counts.iter().all(|count| (count - 1000).abs() < 3 * 28), "{counts:?}");
+}
+
+/// A student of one step is trained on noise alone: there is nothing else to see.
+#[test]
+fn one_step_is_all_noise() -> ddil_core::Result<()> {
+    let mut run = Run::new(MixerConfig::default(), &[6, 2]);
+    run.mixer = Mixer::new(mix(0.2, 0.4, 0.4), trailing(1), Box::new(Ddim::new(schedule())))?;
+    for step in 0..3 {
+        let states = run.step(step)?;
+        assert_eq!(states.sources, [Source::Noise; 6]);
+        let mut generator = run.streams.generator(step, Stream::Noise, Device::Cpu)?;
+        assert!(max_abs_difference(&states.x_t, &generator.normal([6, 2], Kind::Float)?) == 0.0);
+    }
+    Ok(())
+}

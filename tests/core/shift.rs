@@ -1,0 +1,141 @@
+use ddil_core::{
+    Data, Error, Generator, RandomStreams, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest,
+    measure_shift, shift_at,
+};
+use ddil_schedulers::Ddim;
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{Gaussian, labels, normal, schedule, trailing};
+
+fn compare(train: &Tensor, inference: &Tensor, config: &ShiftConfig) -> ddil_core::Result<ShiftAt> {
+    let null = (normal(90, &train.size()), normal(91, &train.size()));
+    let mut generator = Generator::new(Device::Cpu, 0)?;
+    shift_at(499, train, inference, (&null.0, &null.1), config, &mut generator)
+}
+
+#[test]
+fn null_is_its_own_measure() -> ddil_core::Result<()> {
+    let config = ShiftConfig::default();
+    for shape in [&[600, 6][..], &[600, 2, 5], &[600, 2, 3, 3], &[600, 1, 2, 2, 2]] {
+        let at = compare(&normal(1, shape), &normal(2, shape), &config)?;
+        let ratio = at.shift.sliced_w2 / at.null.sliced_w2;
+        assert!((0.6..1.6).contains(&ratio), "{shape:?}: {ratio}");
+        assert!(at.shift.energy.abs() < 0.02, "{shape:?}: {}", at.shift.energy);
+        let shifted = compare(&normal(1, shape), &(normal(2, shape) + 0.3), &config)?;
+        assert!(shifted.shift.sliced_w2 > 5.0 * shifted.null.sliced_w2, "{shape:?}");
+        assert!(shifted.shift.energy > 0.02, "{shape:?}: {}", shifted.shift.energy);
+        let report = ShiftReport { timesteps: vec![at] };
+        assert!(report.summary().relative_sliced_w2.abs() < 0.6);
+    }
+    Ok(())
+}
+
+/// Against plain loops over pairs.
+#[test]
+fn energy_distance_is_its_formula() -> ddil_core::Result<()> {
+    let (n, x, y) = (7, normal(1, &[7, 3]), normal(2, &[7, 3]) * 1.5);
+    let mean = |a: &Tensor, b: &Tensor, skip_same: bool| {
+        let (mut total, mut pairs) = (0.0, 0.0);
+        for i in 0..n {
+            for j in (0..n).filter(|j| !(skip_same && *j == i)) {
+                total += (a.get(i) - b.get(j)).square().sum(Kind::Double).double_value(&[]).sqrt();
+                pairs += 1.0;
+            }
+        }
+        total / pairs
+    };
+    let expected = 2.0 * mean(&x, &y, false) - mean(&x, &x, true) - mean(&y, &y, true);
+    for batch_size in [1, 3, 100] {
+        let config = ShiftConfig { batch_size, ..ShiftConfig::default() };
+        let found = compare(&x, &y, &config)?.shift.energy;
+        assert!((found - expected).abs() < 1e-5, "{found} for {expected}");
+    }
+    Ok(())
+}
+
+/// In one dimension there is one direction and the distance is that of sorted values; a moved set is moved.
+#[test]
+fn sliced_distance_is_its_formula() -> ddil_core::Result<()> {
+    let x = Tensor::from_slice(&[3_f32, 1.0, 2.0]).view([3, 1]);
+    let y = Tensor::from_slice(&[1.0_f32, 5.0, 2.0]).view([3, 1]);
+    let at = compare(&x, &y, &ShiftConfig::default())?;
+    assert!((at.shift.sliced_w2 - 4.0 / 3.0).abs() < 1e-5, "{}", at.shift.sliced_w2);
+
+    // Moved by `d`, each direction `u` sees `(d·u)²`, on average `|d|² / dimension`.
+    let x = normal(1, &[50, 8]);
+    let config = ShiftConfig { projections: 20_000, ..ShiftConfig::default() };
+    let at = compare(&x, &(&x + 0.5), &config)?;
+    assert!((at.shift.sliced_w2 - 0.25).abs() < 0.01, "{}", at.shift.sliced_w2);
+    assert!((at.shift.mean_gap - 0.5).abs() < 1e-5);
+    assert!(at.shift.std_gap.abs() < 1e-5);
+    let wider = compare(&x, &(&x * 2.0), &config)?.shift.std_gap;
+    assert!((wider - 1.0).abs() < 0.15, "{wider}");
+    Ok(())
+}
+
+#[test]
+fn pooling_averages_places() -> ddil_core::Result<()> {
+    // A chequerboard of +1 and -1 is nothing once averaged.
+    let board = Tensor::from_slice(&[1_f32, -1.0, -1.0, 1.0]).view([1, 1, 2, 2]);
+    let x = normal(1, &[20, 1, 2, 2]);
+    let pooled = ShiftConfig { pool: Some(1), ..ShiftConfig::default() };
+    let at = compare(&x, &(&x + &board), &pooled)?;
+    assert!(at.shift.sliced_w2 < 1e-9);
+    let at = compare(&x, &(&x + &board), &ShiftConfig::default())?;
+    assert!(at.shift.sliced_w2 > 0.5);
+    Ok(())
+}
+
+#[test]
+fn refuses_what_cannot_be_compared() -> ddil_core::Result<()> {
+    let x = normal(1, &[4, 3]);
+    let config = ShiftConfig::default();
+    assert!(matches!(compare(&x, &normal(2, &[5, 3]), &config), Err(Error::Shape { .. })));
+    let one = normal(1, &[1, 3]);
+    assert!(matches!(compare(&one, &one, &config), Err(Error::Shape { .. })));
+    let none = ShiftConfig { projections: 0, ..config };
+    assert!(matches!(compare(&x, &x, &none), Err(Error::InvalidConfig { .. })));
+    Ok(())
+}
+
+fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Result<ShiftReport> {
+    let data = Data { x0: normal(5, &[n, 6]) * 0.5, conditioning: labels(n as usize) };
+    measure_shift(
+        &ShiftRequest {
+            data: &data,
+            student,
+            sampler: &Ddim::new(schedule()),
+            timesteps: &trailing(20),
+            step: 0,
+            streams: &RandomStreams::new(0, 0),
+        },
+        config,
+    )
+}
+
+/// The exact denoiser's own states are those of the forward process; a student that is wrong about the data leaves
+/// them, ever more as noise falls.
+#[test]
+fn a_wrong_student_shifts() -> ddil_core::Result<()> {
+    let config = ShiftConfig { batch_size: 300, ..ShiftConfig::default() };
+    let exact = measure(&Gaussian::new(0.0, 0.0, 0.5), 1400, &config)?;
+    let wrong = measure(&Gaussian::new(0.4, 0.0, 0.5), 1400, &config)?;
+    assert_eq!(exact.timesteps.len(), 20);
+    assert!(exact.summary().relative_sliced_w2 < 1.5, "{:?}", exact.summary());
+    assert!(wrong.summary().relative_sliced_w2 > 10.0, "{:?}", wrong.summary());
+    assert!(wrong.summary().excess_energy > 10.0 * exact.summary().excess_energy.abs());
+    let energy = |at: usize| wrong.timesteps[at].shift.energy;
+    assert!(energy(0) < energy(10) && energy(10) < energy(19));
+    assert!((wrong.timesteps[19].shift.mean_gap - 0.4).abs() < 0.08);
+    // Exactly the same when asked again; a report can be kept.
+    let again = measure(&Gaussian::new(0.4, 0.0, 0.5), 1400, &config)?;
+    let text = serde_json::to_string(&again).expect("it can be written");
+    assert_eq!(serde_json::from_str::<ShiftReport>(&text).expect("it can be read"), wrong);
+    Ok(())
+}
+
+#[test]
+fn measuring_needs_some_data() {
+    let measured = measure(&Gaussian::new(0.0, 0.0, 0.5), 3, &ShiftConfig::default());
+    assert!(matches!(measured, Err(Error::Shape { name: "data.x0", .. })));
+}

@@ -1,0 +1,484 @@
+use ddil_core::{
+    BufferConfig, Conditioning, Data, Denoiser, Error, Grids, LossFeedback, MixedVariant,
+    RandomStreams, Source, SourceConfig, SourceRequest, States, StorageKind, StudentConfig,
+    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource, rollout,
+    rollout_keeping,
+};
+use ddil_schedulers::{Ddim, Lcm, Sampler, Timesteps};
+use tch::{Kind, Tensor};
+
+use crate::common::{Gaussian, SHAPES, max_abs_difference, normal, schedule, trailing};
+
+/// Everything that a source is asked with.
+struct Bench {
+    student: Gaussian,
+    teacher: Gaussian,
+    sampler: Box<dyn Sampler>,
+    ddim: Ddim,
+    grids: Grids,
+    streams: RandomStreams,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let grid = trailing(4);
+        Self {
+            student: Gaussian::new(-0.5, 0.0, 0.4),
+            teacher: Gaussian::new(0.5, 0.0, 0.4),
+            sampler: Box::new(Ddim::new(schedule())),
+            ddim: Ddim::new(schedule()),
+            grids: Grids {
+                rollout: grid.clone(),
+                teacher: grid.refined(2, 1000).expect("there is room"),
+                student: grid,
+            },
+            streams: RandomStreams::new(3, 0),
+        }
+    }
+
+    /// A latent consistency model's grids: trained at 50 timesteps, sampled at 4.
+    fn lcm() -> Self {
+        let grid = Timesteps::lcm(1000, 50, 50).expect("it is valid");
+        let grids = Grids {
+            rollout: Timesteps::lcm(1000, 50, 4).expect("it is valid"),
+            teacher: grid.clone(),
+            student: grid,
+        };
+        Self { grids, sampler: Box::new(Lcm::new(schedule())), ..Self::new() }
+    }
+
+    /// Asks with labels `first_label, first_label + 1, ..` as prompts.
+    fn ask(
+        &self,
+        source: &mut dyn TrajectorySource,
+        step: u64,
+        grid_indices: &[usize],
+        shape: &[i64],
+        first_label: i64,
+    ) -> ddil_core::Result<States> {
+        let n = grid_indices.len() as i64;
+        let mut whole = vec![n];
+        whole.extend(shape);
+        let told = |first: i64| {
+            let labels = Tensor::arange_start(first, first + n, (Kind::Int64, tch::Device::Cpu));
+            Conditioning::class_labels(labels)
+        };
+        let data = Data { x0: Tensor::zeros(&whole, tch::kind::FLOAT_CPU), conditioning: told(0) };
+        source.states(&SourceRequest {
+            step,
+            grid_indices,
+            data: &data,
+            noise: &normal(step, &whole),
+            prompts: &told(first_label),
+            grids: &self.grids,
+            sampler: &*self.sampler,
+            teacher_sampler: &self.ddim,
+            student: &self.student,
+            teacher: &self.teacher,
+            streams: &self.streams,
+        })
+    }
+
+    fn student(&self, policy: StudentPolicy) -> StudentSource {
+        let config = StudentConfig { policy, mixed: None };
+        StudentSource::new(config, &self.grids).expect("it is valid")
+    }
+}
+
+fn label_list(states: &States) -> Vec<i64> {
+    let labels = states.conditioning.class_labels.as_ref().expect("prompts have labels");
+    Vec::try_from(labels).expect("they are Int64")
+}
+
+/// With a Gaussian student and DDIM, a state is an affine map of its first noise. At index `i` over many samples it
+/// must have the mean and spread that the map gives to unit noise.
+fn assert_law(bench: &Bench, denoiser: &dyn Denoiser, grid: &Timesteps, states: &States) {
+    let ends = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
+    let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
+    let map = rollout_keeping(denoiser, &bench.ddim, grid, &bench.grids.student, ends, &none, None)
+        .expect("it runs");
+    for index in 1..bench.grids.student.len() {
+        let rows: Vec<i64> = (0..states.len())
+            .filter(|&i| states.grid_indices[i] == index)
+            .map(|i| i as i64)
+            .collect();
+        let values = states.x_t.index_select(0, &Tensor::from_slice(&rows)).flatten(0, -1);
+        let (offset, one) =
+            (map.states[index].double_value(&[0, 0]), map.states[index].double_value(&[1, 0]));
+        let unit = (values - offset) / (one - offset);
+        let n = unit.numel() as f64;
+        let (mean, std) =
+            (unit.mean(Kind::Double).double_value(&[]), unit.std(true).double_value(&[]));
+        assert!(mean.abs() < 4.0 / n.sqrt(), "index {index}: mean {mean} of {n}");
+        assert!((std - 1.0).abs() < 4.0 / (2.0 * n).sqrt(), "index {index}: std {std} of {n}");
+    }
+}
+
+/// 1, 2, 3, 1, 2, 3, ..
+fn cycle(n: usize) -> Vec<usize> {
+    (0..n).map(|i| 1 + i % 3).collect()
+}
+
+#[test]
+fn every_policy_gives_the_students_law() -> ddil_core::Result<()> {
+    for policy in [
+        StudentPolicy::Fresh,
+        StudentPolicy::FreshAll,
+        StudentPolicy::Buffer {
+            new_fraction: 0.5,
+            buffer: BufferConfig { storage: StorageKind::F32, ..BufferConfig::default() },
+        },
+        StudentPolicy::Chain { refresh_fraction: 0.0 },
+    ] {
+        let bench = Bench::new();
+        let mut source = bench.student(policy.clone());
+        let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
+        assert_eq!(states.grid_indices, cycle(900));
+        assert!(states.sources.iter().all(|source| *source == Source::Student));
+        if !matches!(policy, StudentPolicy::Buffer { .. }) {
+            assert_law(&bench, &bench.student, &bench.grids.student, &states);
+        }
+        let again = bench.ask(&mut source, 1, &cycle(900), &[4], 0)?;
+        assert_ne!(states.x_t, again.x_t);
+    }
+    Ok(())
+}
+
+#[test]
+fn policies_cost_what_they_say() -> ddil_core::Result<()> {
+    let indices = [1, 2, 3, 3, 2, 1, 1, 3];
+    let bench = Bench::new();
+    let mut fresh = bench.student(StudentPolicy::Fresh);
+    let _ = bench.ask(&mut fresh, 0, &indices, &[2], 0)?;
+    assert_eq!(bench.student.asked.take(), indices.iter().sum::<usize>() as u64);
+
+    // Three trajectories serve all eight.
+    let mut shared = bench.student(StudentPolicy::FreshAll);
+    let states = bench.ask(&mut shared, 0, &indices, &[2], 100)?;
+    assert_eq!(bench.student.asked.take(), 9);
+    assert_eq!(label_list(&states), [100, 100, 100, 103, 103, 103, 106, 106]);
+
+    // All is rolled out while there is nothing, and nothing with a fraction of 0 once there is.
+    let buffer = BufferConfig::default();
+    let mut source = bench.student(StudentPolicy::Buffer { new_fraction: 0.0, buffer });
+    let _ = bench.ask(&mut source, 0, &indices, &[2], 0)?;
+    assert_eq!(bench.student.asked.take(), 3 * 8);
+    assert_eq!(source.buffer().expect("it has one").len(), 3 * 8);
+    let states = bench.ask(&mut source, 1, &indices, &[2], 50)?;
+    assert_eq!(bench.student.asked.take(), 0);
+    assert!(states.births.iter().all(|birth| *birth == 0));
+    // Beyond the age limit all is rolled out again.
+    let states = bench.ask(&mut source, 1001, &indices, &[2], 50)?;
+    assert_eq!(bench.student.asked.take(), 3 * 8);
+    assert_eq!(label_list(&states), [50, 51, 52, 53, 54, 55, 56, 57]);
+    Ok(())
+}
+
+/// States of one trajectory lie on one trajectory, and carry the prompt that it was told.
+#[test]
+fn shared_trajectories_are_trajectories() -> ddil_core::Result<()> {
+    let mut bench = Bench::new();
+    bench.student = Gaussian::new(0.0, 0.5, 0.4);
+    let mut source = bench.student(StudentPolicy::FreshAll);
+    let states = bench.ask(&mut source, 0, &[1, 2, 3], &[5], 2)?;
+    assert_eq!(label_list(&states), [2, 2, 2]);
+    let told = states.conditioning.index_select(&Tensor::from_slice(&[0_i64]))?;
+    for index in 1..3_usize {
+        let grid = Timesteps::explicit(bench.grids.student.as_slice()[index..].to_vec(), 1000)?;
+        let now = states.x_t.narrow(0, index as i64 - 1, 1);
+        let on = rollout(&bench.student, &bench.ddim, &grid, now, &told, None)?;
+        let next = states.x_t.narrow(0, index as i64, 1);
+        assert!(max_abs_difference(&on.states[1], &next) < 1e-5);
+    }
+    Ok(())
+}
+
+/// The student is sampled at 4 timesteps and trained at 50: a state is the last estimate, noised to where it is
+/// wanted.
+#[test]
+fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
+    let bench = Bench::lcm();
+    // Data without spread: every estimate is the mean, every state `alpha mean + sigma noise`.
+    let bench = Bench { student: Gaussian::new(0.7, 0.0, 1e-6), ..bench };
+    let indices: Vec<usize> = (0..49 * 20).map(|i| 1 + i % 49).collect();
+    for policy in [
+        StudentPolicy::Fresh,
+        StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
+    ] {
+        let mut source = bench.student(policy);
+        let states = bench.ask(&mut source, 0, &indices, &[8], 0)?;
+        let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
+        let noise = (&states.x_t - scales.alpha * 0.7) / scales.sigma;
+        let n = noise.numel() as f64;
+        assert!(noise.mean(Kind::Double).double_value(&[]).abs() < 4.0 / n.sqrt());
+        assert!((noise.std(true).double_value(&[]) - 1.0).abs() < 4.0 / (2.0 * n).sqrt());
+    }
+    // One call for each timestep of the rollout that is noisier: 2.44 a state on average.
+    let mut fresh = bench.student(StudentPolicy::Fresh);
+    bench.student.asked.set(0);
+    let _ = bench.ask(&mut fresh, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
+    assert_eq!(bench.student.asked.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
+
+    for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
+        let config = StudentConfig { policy, mixed: None };
+        assert!(matches!(
+            StudentSource::new(config, &bench.grids),
+            Err(Error::InvalidConfig { field: "policy.kind", .. })
+        ));
+    }
+    Ok(())
+}
+
+#[test]
+fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()> {
+    for pool in [0, 5000] {
+        let bench = Bench::new();
+        let config = TeacherConfig { pool, storage: StorageKind::F32, ..TeacherConfig::default() };
+        let mut source = TeacherSource::new(config, &bench.grids)?;
+        let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
+        assert!(states.sources.iter().all(|source| *source == Source::Teacher));
+        assert_eq!(bench.student.asked.get(), 0);
+        assert_law(&bench, &bench.teacher, &bench.grids.teacher, &states);
+        for shape in SHAPES {
+            let mut source = TeacherSource::new(TeacherConfig::default(), &bench.grids)?;
+            let states = bench.ask(&mut source, 0, &cycle(5), &shape[1..], 0)?;
+            assert_eq!(states.x_t.size()[1..], shape[1..]);
+        }
+    }
+    Ok(())
+}
+
+/// Once the pool is full the teacher is never asked again, and what comes is what was rolled out.
+#[test]
+fn pool_is_filled_once() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let config = TeacherConfig { pool: 10, storage: StorageKind::F32, ..TeacherConfig::default() };
+    let mut source = TeacherSource::new(config, &bench.grids)?;
+    let mut made = std::collections::HashMap::new();
+    for step in 0..4 {
+        let states = bench.ask(&mut source, step, &cycle(9), &[2], 100 * step as i64)?;
+        for (i, label) in label_list(&states).into_iter().enumerate() {
+            let value = states.x_t.double_value(&[i as i64, 0]);
+            made.insert((label, states.grid_indices[i]), value);
+        }
+    }
+    // Three trajectories a step, each in 2 substeps for each of 3 intervals; the last step had room for one.
+    assert_eq!((source.pooled(), bench.teacher.asked.take()), (10, 4 * 3 * 6));
+    let mut seen = std::collections::HashSet::new();
+    for step in 4..40 {
+        let states = bench.ask(&mut source, step, &cycle(9), &[2], -1)?;
+        for (i, label) in label_list(&states).into_iter().enumerate() {
+            let value = states.x_t.double_value(&[i as i64, 0]);
+            assert_eq!(made.get(&(label, states.grid_indices[i])), Some(&value));
+            assert_eq!(states.births[i] as i64, label / 100);
+            seen.insert(label);
+        }
+    }
+    assert_eq!((seen.len(), bench.teacher.asked.get()), (10, 0));
+    source.flush();
+    assert_eq!(source.pooled(), 0);
+    Ok(())
+}
+
+#[test]
+fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
+    let bench = Bench::lcm();
+    let config =
+        TeacherConfig { pool: 60, states_per_trajectory: Some(2), ..TeacherConfig::default() };
+    let mut source = TeacherSource::new(config, &bench.grids)?;
+    for step in 0..10 {
+        let indices: Vec<usize> = (0..12).map(|_| 1 + (step as usize * 5) % 49).collect();
+        let states = bench.ask(&mut source, step, &indices, &[2], 0)?;
+        assert_eq!(states.grid_indices, indices);
+    }
+    assert_eq!(source.pooled(), 60);
+    let (_, x_t) = &source.save()?.tensors[0];
+    assert_eq!(x_t.size(), [120, 2]);
+    Ok(())
+}
+
+/// Chains, run as a trainer would: batches with even grid indices, then the student's estimates of them.
+fn run_chain(
+    bench: &Bench,
+    source: &mut dyn TrajectorySource,
+    steps: std::ops::Range<u64>,
+    teacher_next: impl Fn(&States) -> Option<Tensor>,
+) -> ddil_core::Result<Vec<States>> {
+    steps
+        .map(|step| {
+            let first = step as i64 * 1000;
+            let states = bench.ask(source, step, &cycle(12), &[3], first)?;
+            // Four samples of pure noise go through the loss with the others.
+            let noise = States {
+                x_t: normal(1000 + step, &[4, 3]),
+                timesteps: Tensor::full([4], 999, tch::kind::INT64_CPU),
+                grid_indices: vec![0; 4],
+                conditioning: Conditioning::class_labels(Tensor::arange_start(
+                    first + 500,
+                    first + 504,
+                    tch::kind::INT64_CPU,
+                )),
+                sources: vec![Source::Noise; 4],
+                births: vec![step; 4],
+            };
+            let batch = States::cat(&[states, noise])?;
+            let x0 = bench.student.predict(&batch.x_t, &batch.timesteps, &batch.conditioning)?.x0;
+            source.after_loss(&LossFeedback {
+                step,
+                states: &batch,
+                student_x0: &x0,
+                teacher_next: teacher_next(&batch).as_ref(),
+                grids: &bench.grids,
+                sampler: &*bench.sampler,
+                streams: &bench.streams,
+            })?;
+            Ok(batch)
+        })
+        .collect()
+}
+
+/// While the student does not change, a chain is a fresh rollout from its first noise.
+#[test]
+fn chains_are_rollouts() -> ddil_core::Result<()> {
+    let bench = Bench { student: Gaussian::new(0.0, 1e-4, 0.4), ..Bench::new() };
+    let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
+    let batches = run_chain(&bench, &mut source, 0..12, |_| None)?;
+    let mut compared = 0;
+    for batch in &batches {
+        for (row, label) in label_list(batch).into_iter().enumerate() {
+            // Labels from 500 are those of noise in the batch of step `label / 1000`.
+            let (step, place) = (label / 1000, label % 1000 - 500);
+            if place < 0 || batch.grid_indices[row] == 0 {
+                continue;
+            }
+            let noise = normal(1000 + step as u64, &[4, 3]).narrow(0, place, 1);
+            let told = Conditioning::class_labels(Tensor::from_slice(&[label]));
+            let own =
+                rollout(&bench.student, &bench.ddim, &bench.grids.student, noise, &told, None)?;
+            let expected = own.states[batch.grid_indices[row]].get(0);
+            assert!(max_abs_difference(&batch.x_t.get(row as i64), &expected) < 1e-4);
+            compared += 1;
+        }
+    }
+    assert!(compared > 60, "{compared}");
+    Ok(())
+}
+
+/// In the long run the loss does all of the walking: as many states arrive at an index as are asked for.
+#[test]
+fn chains_cost_no_calls() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
+    let _ = run_chain(&bench, &mut source, 0..5, |_| None)?;
+    bench.student.asked.set(0);
+    let batches = run_chain(&bench, &mut source, 5..25, |_| None)?;
+    // 16 a step by the loss of this test itself.
+    assert_eq!(bench.student.asked.get(), 20 * 16);
+    for (step, batch) in (5..).zip(&batches) {
+        assert!(batch.births.iter().all(|birth| step - birth <= 1), "{:?}", batch.births);
+    }
+
+    let mut refreshed = bench.student(StudentPolicy::Chain { refresh_fraction: 1.0 });
+    bench.student.asked.set(0);
+    let _ = run_chain(&bench, &mut refreshed, 0..5, |_| None)?;
+    assert_eq!(bench.student.asked.get(), 5 * (16 + 4 * (1 + 2 + 3)));
+    Ok(())
+}
+
+#[test]
+fn chains_forget_what_waits_too_long() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
+    let _ = run_chain(&bench, &mut source, 0..5, |_| None)?;
+    let late = run_chain(&bench, &mut source, 50..51, |_| None)?;
+    assert!(late[0].births.iter().all(|birth| *birth == 50));
+    source.flush();
+    bench.student.asked.set(0);
+    let _ = run_chain(&bench, &mut source, 51..52, |_| None)?;
+    assert_eq!(bench.student.asked.get(), 16 + 4 * (1 + 2 + 3));
+    Ok(())
+}
+
+/// With the teacher in every interval, what waits is what the loss said of the teacher.
+#[test]
+fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let config = StudentConfig {
+        policy: StudentPolicy::Chain { refresh_fraction: 0.0 },
+        mixed: Some(MixedVariant::Bernoulli { kappa: 1.0 }),
+    };
+    let mut source = StudentSource::new(config.clone(), &bench.grids)?;
+    let marked = |batch: &States| Some(batch.x_t.full_like(42.0));
+    let batches = run_chain(&bench, &mut source, 0..6, marked)?;
+    let last = &batches[5];
+    for row in 0..12 {
+        assert_eq!(last.x_t.double_value(&[row, 0]), 42.0);
+        assert_eq!(last.sources[row as usize], Source::Mixed);
+    }
+    let mut source = StudentSource::new(config, &bench.grids)?;
+    let unknown = run_chain(&bench, &mut source, 0..1, |_| None);
+    assert!(matches!(unknown, Err(Error::InvalidConfig { field: "mixed", .. })));
+    Ok(())
+}
+
+#[test]
+fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let config = StudentConfig {
+        policy: StudentPolicy::Fresh,
+        mixed: Some(MixedVariant::TeacherThenStudent { switch: 1 }),
+    };
+    let mut source = StudentSource::new(config, &bench.grids)?;
+    let states = bench.ask(&mut source, 0, &cycle(9), &[2], 0)?;
+    assert!(states.sources.iter().all(|source| *source == Source::Mixed));
+    assert!(bench.teacher.asked.get() > 0);
+    Ok(())
+}
+
+#[test]
+fn settings_are_checked() {
+    let grids = Bench::new().grids;
+    let student = |policy, mixed| {
+        SourceConfig::Student(StudentConfig { policy, mixed }).build(&grids).map(|_| ())
+    };
+    let chain = |refresh_fraction| StudentPolicy::Chain { refresh_fraction };
+    for refused in [
+        student(chain(1.5), None),
+        student(chain(f64::NAN), None),
+        student(chain(0.0), Some(MixedVariant::Conditional { threshold: 1.0 })),
+        student(StudentPolicy::Fresh, Some(MixedVariant::Bernoulli { kappa: 2.0 })),
+        student(
+            StudentPolicy::Buffer { new_fraction: -0.1, buffer: BufferConfig::default() },
+            None,
+        ),
+        SourceConfig::Teacher(TeacherConfig {
+            states_per_trajectory: Some(0),
+            ..TeacherConfig::default()
+        })
+        .build(&grids)
+        .map(|_| ()),
+    ] {
+        assert!(matches!(refused, Err(Error::InvalidConfig { .. })), "{refused:?}");
+    }
+    assert!(SourceConfig::Forward.build(&grids).is_ok());
+    let read = serde_json::from_str::<StudentPolicy>;
+    assert_eq!(read(r#"{"kind": "chain"}"#).ok(), Some(StudentPolicy::default()));
+    assert!(read(r#"{"kind": "chain", "refresh": 0.1}"#).is_err());
+    assert!(read(r#"{"kind": "buffer", "buffer": {"capacitance": 1}}"#).is_err());
+}
+
+#[test]
+fn grids_are_checked() -> ddil_core::Result<()> {
+    let good = Bench::lcm().grids;
+    good.ensure()?;
+    let other = Timesteps::explicit(vec![999, 500], 1000)?;
+    let late = Timesteps::explicit(vec![979, 499], 1000)?;
+    for refused in [
+        Grids { rollout: other.clone(), ..good.clone() },
+        Grids { rollout: late, ..good.clone() },
+        Grids { teacher: other, ..good },
+    ] {
+        assert!(matches!(refused.ensure(), Err(Error::InvalidConfig { .. })), "{refused:?}");
+    }
+    Ok(())
+}

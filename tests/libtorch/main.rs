@@ -1,0 +1,35 @@
+//! Tests of `ddil-libtorch`, a module for each of its files.
+
+#![expect(clippy::float_cmp, reason = "small whole numbers come out exact")]
+
+mod autocast;
+mod elementwise;
+mod foreach;
+mod generator;
+mod list;
+mod mapped;
+mod memory_format;
+mod optim;
+mod process;
+
+use tch::{Kind, Tensor};
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+/// Largest absolute difference of two tensors.
+fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
+    assert_eq!(left.size(), right.size());
+    if left.numel() == 0 {
+        return 0.0;
+    }
+    let [left, right] = [left, right].map(|t| t.to_kind(Kind::Double));
+    (left - right).abs().max().double_value(&[])
+}
+
+/// What an error says, or a failure of the test if there is none.
+fn refusal<T>(result: ddil_libtorch::Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("this should have been refused"),
+        Err(error) => error.to_string(),
+    }
+}

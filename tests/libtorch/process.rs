@@ -1,0 +1,83 @@
+//! Settings of the process: allocator, threads, version.
+
+use ddil_libtorch::{Error, NoCuda};
+use tch::{Device, Kind, Tensor, kind};
+
+use crate::{TestResult, refusal};
+
+#[test]
+fn the_version_is_the_one_that_tch_speaks_to() {
+    assert!(ddil_libtorch::version().starts_with("2.13."));
+}
+
+#[test]
+fn cuda_is_ready_or_there_is_a_reason() -> TestResult {
+    let count = ddil_libtorch::cuda_device_count()?;
+    assert_eq!(count, usize::try_from(tch::Cuda::device_count())?);
+    let reason = ddil_libtorch::why_no_cuda();
+    assert_eq!(reason.is_none(), count > 0);
+    if !ddil_libtorch::cuda_built() {
+        assert!(matches!(reason, Some(NoCuda::CpuOnly | NoCuda::NotLoaded)));
+    }
+    if let Some(reason) = reason {
+        assert!(reason.to_string().len() > 20);
+    }
+    Ok(())
+}
+
+#[test]
+fn freed_pages_can_be_kept_with_glibc() {
+    assert_eq!(ddil_libtorch::keep_freed_pages(), cfg!(target_env = "gnu"));
+}
+
+#[test]
+fn the_number_of_threads_is_what_was_set() -> TestResult {
+    // On a thread of its own, whose setting no other test sees.
+    let seen = std::thread::spawn(|| {
+        ddil_libtorch::set_num_threads(1)?;
+        ddil_libtorch::num_threads()
+    });
+    assert_eq!(seen.join().expect("the thread returns")?, 1);
+    assert!(ddil_libtorch::num_interop_threads()? >= 1);
+    for n in [0, usize::MAX] {
+        let result = ddil_libtorch::set_num_threads(n);
+        assert!(matches!(result, Err(Error::InvalidArgument { name: "n", .. })));
+        assert!(ddil_libtorch::set_num_interop_threads(n).is_err());
+    }
+    Ok(())
+}
+
+/// `put_` adds in any order, which libtorch has no deterministic kernel for unless it accumulates.
+#[test]
+fn deterministic_refuses_what_it_cannot_promise() -> TestResult {
+    const CHILD: &str = "DDIL_TEST_DETERMINISTIC";
+    if std::env::var_os(CHILD).is_none() {
+        let status = std::process::Command::new(std::env::current_exe()?)
+            .args(["process::deterministic_refuses_what_it_cannot_promise", "--exact"])
+            .env(CHILD, "1")
+            .status()?;
+        assert!(status.success());
+        return Ok(());
+    }
+    let put = || {
+        let index = Tensor::from_slice(&[0_i64, 0]);
+        Tensor::zeros([2], kind::FLOAT_CPU).f_put_(
+            &index,
+            &Tensor::ones([2], (Kind::Float, Device::Cpu)),
+            false,
+        )
+    };
+    assert!(put().is_ok());
+    ddil_libtorch::deterministic(true)?;
+    assert!(put().is_err());
+    ddil_libtorch::deterministic(false)?;
+    assert!(put().is_ok());
+    Ok(())
+}
+
+#[test]
+fn a_reason_comes_without_its_backtrace() {
+    let (two, three) = (Tensor::zeros([2], kind::FLOAT_CPU), Tensor::zeros([3], kind::FLOAT_CPU));
+    let said = refusal(ddil_libtorch::affine(&two, &three, 1.0, 1.0));
+    assert_eq!(said, "affine: `x` has shape [2], but `y` has shape [3]");
+}

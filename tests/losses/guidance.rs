@@ -1,0 +1,75 @@
+use ddil_core::{Conditioning, Denoiser};
+use ddil_losses::TeacherGuidance;
+use rand::SeedableRng;
+use tch::{Device, Tensor, kind};
+
+use crate::toy::{Echo, schedules, values};
+
+/// What a guided echo says: its condition is 3, no condition is 1.
+fn answer(guidance: TeacherGuidance, conditioning: &Conditioning) -> ddil_core::Result<f64> {
+    let [schedule, ..] = schedules();
+    let null = Conditioning::class_labels(Tensor::from_slice(&[1_i64]));
+    let teacher = guidance.wrap(Echo(schedule), null).expect("the settings are valid");
+    let (x_t, t) = (Tensor::zeros([1, 1], kind::DOUBLE_CPU), Tensor::from_slice(&[499_i64]));
+    Ok(values(&teacher.predict(&x_t, &t, conditioning)?.x0)[0])
+}
+
+fn three() -> Conditioning {
+    Conditioning::class_labels(Tensor::from_slice(&[3_i64]))
+}
+
+#[test]
+fn each_kind_asks_its_teacher_its_own_way() {
+    let guided = answer(TeacherGuidance::Cfg { scale: 2.5 }, &three()).expect("it can answer");
+    assert!((guided - 6.0).abs() < 1e-12, "1 + 2.5 (3 - 1), not {guided}");
+    let plain = answer(TeacherGuidance::BakedIn, &three()).expect("it can answer");
+    assert_eq!(plain, 3.0);
+    let told = three().with_guidance_weight(Tensor::from_slice(&[0.5_f32]));
+    let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
+    assert_eq!(answer(embedded, &told).expect("it can answer"), 3.5);
+}
+
+#[test]
+fn an_embedded_teacher_is_never_asked_without_a_weight() {
+    let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
+    let message = answer(embedded, &three()).expect_err("no weight was told").to_string();
+    assert!(message.contains("guidance_weight"), "{message}");
+}
+
+#[test]
+fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
+    let embedded = TeacherGuidance::Embedded { min: 2.0, max: 14.0 };
+    let draw = |seed| {
+        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+        let told = embedded.condition(three(), 4000, Device::Cpu, &mut rng);
+        values(&told.guidance_weight.expect("an embedded teacher is told a weight"))
+    };
+    let weights = draw(7);
+    assert!(weights.iter().all(|w| (2.0..=14.0).contains(w)));
+    let mean = weights.iter().sum::<f64>() / 4000.0;
+    // Three standard errors of the mean of a uniform law of width 12.
+    assert!((mean - 8.0).abs() < 3.0 * 12.0 / 12_f64.sqrt() / 4000_f64.sqrt(), "{mean}");
+    assert_eq!(weights, draw(7));
+    assert_ne!(weights, draw(8));
+    let mut rng = rand::rngs::StdRng::seed_from_u64(0);
+    let untold = TeacherGuidance::BakedIn.condition(three(), 4000, Device::Cpu, &mut rng);
+    assert!(untold.guidance_weight.is_none());
+}
+
+#[test]
+fn settings_are_spelt_by_kind_and_checked() {
+    let cfg: TeacherGuidance =
+        serde_json::from_str(r#"{"kind": "cfg", "scale": 4.0}"#).expect("valid settings");
+    assert_eq!(cfg, TeacherGuidance::Cfg { scale: 4.0 });
+    assert!(serde_json::from_str::<TeacherGuidance>(r#"{"kind": "cfg", "scal": 4.0}"#).is_err());
+    let impossible = [
+        TeacherGuidance::Cfg { scale: f64::NAN },
+        TeacherGuidance::Cfg { scale: -1.0 },
+        TeacherGuidance::Embedded { min: 5.0, max: 2.0 },
+        TeacherGuidance::Embedded { min: 0.0, max: f64::INFINITY },
+    ];
+    for guidance in impossible {
+        let message = guidance.ensure().expect_err("it cannot be").to_string();
+        assert!(message.contains("guidance."), "{message}");
+    }
+}

@@ -1,0 +1,137 @@
+//! Denoisers whose answers are known.
+
+use ddil_core::{Conditioning, Denoiser, Source, States};
+use ddil_schedulers::{
+    EdmConfig, FlowConfig, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing,
+    Timesteps,
+};
+use tch::{Kind, Tensor};
+
+/// Stable Diffusion's schedule, flow matching and EDM.
+pub fn schedules() -> [NoiseSchedule; 3] {
+    [
+        NoiseScheduleConfig::default(),
+        NoiseScheduleConfig::Flow(FlowConfig::default()),
+        NoiseScheduleConfig::Edm(EdmConfig::default()),
+    ]
+    .map(|config| config.build().expect("a family's defaults are valid"))
+}
+
+pub fn trailing(n: u32) -> Timesteps {
+    Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("n is in 1..=1000")
+}
+
+/// States at the given entries of `grid`, in `Double`.
+pub fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> States {
+    let timesteps: Vec<i64> = grid_indices.iter().map(|i| grid.as_slice()[*i]).collect();
+    States {
+        x_t,
+        timesteps: Tensor::from_slice(&timesteps),
+        grid_indices: grid_indices.to_vec(),
+        conditioning: Conditioning::none(),
+        sources: vec![Source::Forward; grid_indices.len()],
+        births: vec![0; grid_indices.len()],
+    }
+}
+
+/// The best guess for data of one mean and standard deviation: linear in `x_t`.
+#[derive(Debug)]
+pub struct Gaussian {
+    pub schedule: NoiseSchedule,
+    pub mean: f64,
+    pub std: f64,
+}
+
+impl Gaussian {
+    /// `x0 = slope x_t + offset` at timestep `t`.
+    pub fn line(&self, t: i64) -> (f64, f64) {
+        let scale = self.schedule.scale_at(t).expect("tests stay on the grid");
+        let variance = self.std.powi(2);
+        let slope = scale.alpha * variance / (scale.alpha.powi(2) * variance + scale.sigma.powi(2));
+        (slope, self.mean - slope * scale.alpha * self.mean)
+    }
+}
+
+impl Denoiser for Gaussian {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let scales = self.schedule.scales_at(timesteps, x_t)?;
+        let variance = self.std.powi(2);
+        let slope =
+            &scales.alpha * variance / (scales.alpha.square() * variance + scales.sigma.square());
+        let x0 = &slope * (x_t - &scales.alpha * self.mean) + self.mean;
+        Ok(Prediction::from_x0(&self.schedule, x0, x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}
+
+/// Predicts `factor x_t` for clean data; the factor may be trainable.
+#[derive(Debug)]
+pub struct Linear {
+    pub schedule: NoiseSchedule,
+    pub factor: Tensor,
+}
+
+impl Linear {
+    pub fn trainable(schedule: NoiseSchedule, factor: f64) -> Self {
+        Self { schedule, factor: Tensor::from(factor).set_requires_grad(true) }
+    }
+}
+
+impl Denoiser for Linear {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let x0 = &self.factor * x_t;
+        Ok(Prediction::from_x0(&self.schedule, x0, x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}
+
+/// Answers the sum of its class label and guidance weight, whatever the sample.
+#[derive(Debug)]
+pub struct Echo(pub NoiseSchedule);
+
+impl Denoiser for Echo {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let mut x0 = x_t.zeros_like();
+        let told = [&conditioning.class_labels, &conditioning.guidance_weight];
+        for part in told.into_iter().flatten() {
+            x0 += part.to_kind(Kind::Double).view([-1, 1]);
+        }
+        Ok(Prediction::from_x0(&self.0, x0, x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.0
+    }
+}
+
+/// The values of a tensor in `Double`.
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).expect("a flat Double tensor")
+}
+
+/// The largest absolute difference.
+pub fn gap(left: &Tensor, right: &Tensor) -> f64 {
+    assert_eq!(left.size(), right.size());
+    (left - right).abs().max().double_value(&[])
+}

@@ -1,0 +1,134 @@
+//! Feature extractors other than the classifier, and quantisation.
+
+use ddil_metrics::{
+    Error, FeatureExtractor, PixelRange, RawPixels, Resize, TorchScriptExtractor,
+    TorchScriptOptions, quantize,
+};
+use proptest::prelude::*;
+use tch::{CModule, Device, Kind, Tensor, kind};
+
+/// A TorchScript file of a function of one image batch, traced here.
+fn traced(folder: &tempfile::TempDir, forward: fn(&Tensor) -> Tensor) -> std::path::PathBuf {
+    let path = folder.path().join("network.pt");
+    let mut closure = |inputs: &[Tensor]| vec![forward(&inputs[0])];
+    let images = Tensor::ones([2, 3, 4, 4], kind::FLOAT_CPU);
+    CModule::create_by_tracing("network", "forward", &[images], &mut closure)
+        .and_then(|module| module.save(&path))
+        .expect("the folder can be written");
+    path
+}
+
+fn channel_means(images: &Tensor) -> Tensor {
+    images.mean_dim([2_i64, 3].as_slice(), false, Kind::Float)
+}
+
+fn options() -> TorchScriptOptions {
+    TorchScriptOptions {
+        dim: 3,
+        range: PixelRange::SignedUnit,
+        resize: Resize::None,
+        channels: 3,
+        return_features: false,
+    }
+}
+
+#[test]
+fn raw_pixels_are_the_pixels() -> ddil_metrics::Result<()> {
+    let pixels = RawPixels::new([3, 2, 2]);
+    let images = Tensor::arange(24, kind::FLOAT_CPU).view([2, 3, 2, 2]);
+    assert_eq!(pixels.features(&images)?, images.view([2, 12]));
+    assert_eq!((pixels.dim(), pixels.id()), (12, "raw-pixels-3x2x2"));
+    assert_eq!(pixels.resize_mode(), "none");
+    for bad in [images.view([3, 2, 2, 2]), images.view([6, 2, 2])] {
+        assert!(matches!(pixels.features(&bad), Err(Error::Shape { .. })));
+    }
+    Ok(())
+}
+
+#[test]
+fn torch_script_network_sees_the_range_it_takes() -> Result<(), Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let path = traced(&folder, channel_means);
+    let images = Tensor::full([300, 1, 4, 4], 0.5, kind::FLOAT_CPU);
+    for (range, expected) in
+        [(PixelRange::SignedUnit, 0.5), (PixelRange::Unit, 0.75), (PixelRange::Byte, 191.25)]
+    {
+        let options = TorchScriptOptions { range, ..options() };
+        let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
+        let features = network.features(&images)?;
+        // Grey images were repeated to three channels, and 300 are more than one batch.
+        assert_eq!(features.size(), [300, 3]);
+        assert_eq!(features.min().double_value(&[]), expected);
+        assert_eq!(features.max().double_value(&[]), expected);
+        assert!(network.id().starts_with("network-") && network.id().len() == 8 + 64);
+    }
+    Ok(())
+}
+
+#[test]
+fn resized_images_keep_flat_areas_and_range() -> Result<(), Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let path = traced(&folder, channel_means);
+    for (resize, mode) in [
+        (Resize::Bicubic([6, 5]), "bicubic-antialias-6x5"),
+        (Resize::Bilinear([6, 5]), "bilinear-6x5"),
+    ] {
+        let options = TorchScriptOptions { resize, ..options() };
+        let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
+        let features = network.features(&Tensor::full([1, 3, 9, 9], -1.0, kind::FLOAT_CPU))?;
+        assert!((features + 1.0).abs().max().double_value(&[]) < 1e-6);
+        assert_eq!(network.resize_mode(), mode);
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_networks() -> Result<(), Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let open =
+        |path: &std::path::Path, options| TorchScriptExtractor::open(path, options, Device::Cpu);
+    let absent = folder.path().join("absent.pt");
+    assert!(
+        matches!(open(&absent, options()), Err(Error::ReadFile { path, .. }) if path == absent)
+    );
+    let damaged = folder.path().join("damaged.pt");
+    std::fs::write(&damaged, b"not a network")?;
+    assert!(matches!(open(&damaged, options()), Err(Error::LoadNetwork { .. })));
+
+    let path = traced(&folder, channel_means);
+    let no_features = TorchScriptOptions { dim: 0, ..options() };
+    assert!(matches!(open(&path, no_features), Err(Error::InvalidSetting { name: "dim", .. })));
+    let wrong_dim = open(&path, TorchScriptOptions { dim: 4, ..options() })?;
+    let images = Tensor::zeros([2, 3, 4, 4], kind::FLOAT_CPU);
+    assert!(matches!(wrong_dim.features(&images), Err(Error::NotATensor { dim: 4, .. })));
+    let wants_more = open(&path, TorchScriptOptions { return_features: true, ..options() })?;
+    let error = wants_more.features(&images).expect_err("the network takes one argument");
+    assert!(!error.to_string().contains('\n'), "no backtrace: {error}");
+    assert!(matches!(
+        open(&path, options())?.features(&Tensor::zeros([2, 2, 4, 4], kind::FLOAT_CPU)),
+        Err(Error::Shape { .. })
+    ));
+    Ok(())
+}
+
+proptest! {
+    /// Quantised images are within half a level, have 256 levels, and stay as they are from then on.
+    #[test]
+    fn quantising_twice_is_quantising_once(value in -1.0_f32..1.0) {
+        let image = Tensor::from_slice(&[value]);
+        let stored = quantize(&image);
+        prop_assert!((&stored - image).abs().double_value(&[0]) <= 1.0 / 255.0 + 1e-6);
+        let level = (stored.double_value(&[0]) + 1.0) * 127.5;
+        prop_assert!((level - level.round()).abs() < 1e-4);
+        prop_assert_eq!(&quantize(&stored), &stored);
+    }
+}
+
+/// Each of the 256 levels, as a data set scales them, comes back bit for bit.
+#[test]
+fn every_level_survives() {
+    let levels = Tensor::arange(256, kind::FLOAT_CPU) / 127.5 - 1.0;
+    assert_eq!(quantize(&levels), levels);
+    let beyond = quantize(&Tensor::from_slice(&[-7.0_f32, 7.0]));
+    assert_eq!(beyond, Tensor::from_slice(&[-1.0_f32, 1.0]));
+}

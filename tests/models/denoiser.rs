@@ -1,0 +1,120 @@
+//! `NetworkDenoiser`: what a network says, read as clean data and noise.
+
+use std::rc::Rc;
+
+use ddil_core::{Conditioning, Denoiser};
+use ddil_models::{
+    Error, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement, SkipConfig, UnknownKeys,
+    weights,
+};
+use ddil_schedulers::{FlowConfig, NoiseScheduleConfig, PredictionType, VpConfig};
+use tch::{Kind, Tensor, kind};
+
+use crate::common::{TestResult, golden, relative_error};
+
+const TYPES: [PredictionType; 3] =
+    [PredictionType::Epsilon, PredictionType::Sample, PredictionType::VPrediction];
+
+fn unet() -> ddil_models::Result<Model> {
+    Model::from_folder(golden("unet_class_labels"), Placement::default(), UnknownKeys::Refuse)
+}
+
+#[test]
+fn the_raw_output_is_read_as_the_type_says() -> TestResult {
+    let recorded = weights::read_all(golden("unet_class_labels").join("expected.safetensors"))?;
+    let (x_t, timesteps) = (&recorded["sample"], &recorded["timesteps"]);
+    let conditioning = Conditioning::class_labels(recorded["class_labels"].shallow_clone());
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let network = Rc::new(unet()?);
+    for prediction_type in TYPES {
+        let denoiser =
+            NetworkDenoiser::new(Rc::clone(&network), prediction_type, schedule.clone())?;
+        let found = denoiser.predict(x_t, timesteps, &conditioning)?;
+        let expected = prediction_type.convert(&schedule, &recorded["output"], x_t, timesteps)?;
+        assert!(relative_error(&found.x0, &expected.x0) < 1e-5);
+        assert!(relative_error(&found.epsilon, &expected.epsilon) < 1e-5);
+        // A graph leads back to the parameters.
+        found.x0.sum(Kind::Float).backward();
+    }
+    let parameter = network.parameters().get("conv_in.weight").expect("it has one");
+    assert!(parameter.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_half_precision_network_takes_full_precision_samples() -> TestResult {
+    let placement = Placement { kind: Kind::BFloat16, ..Placement::default() };
+    let model = ModelConfig::Mlp(MlpConfig::default()).build(placement, 0)?;
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let denoiser = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule)?;
+    let x_t = Tensor::randn([2, 2], kind::FLOAT_CPU);
+    let found =
+        denoiser.predict(&x_t, &Tensor::from_slice(&[5_i64, 900]), &Conditioning::none())?;
+    assert_eq!(found.x0.kind(), Kind::Float);
+    Ok(())
+}
+
+#[test]
+fn flow_networks_are_told_a_thousand_sigma() -> TestResult {
+    let model = Model::from_folder(
+        golden("unet_unconditional"),
+        Placement::default(),
+        UnknownKeys::Refuse,
+    )?;
+    let schedule = NoiseScheduleConfig::Flow(FlowConfig::default()).build()?;
+    let x_t = Tensor::randn([2, 1, 8, 8], kind::FLOAT_CPU);
+    let t = Tensor::from_slice(&[99_i64, 499]);
+    let output =
+        model.forward(&x_t, &Tensor::from_slice(&[100.0_f32, 500.0]), &Conditioning::none())?;
+    let expected = PredictionType::Flow.convert(&schedule, &output, &x_t, &t)?;
+    let denoiser = NetworkDenoiser::new(&model, PredictionType::Flow, schedule)?;
+    let found = denoiser.predict(&x_t, &t, &Conditioning::none())?;
+    assert!(relative_error(&found.x0, &expected.x0) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn what_a_network_cannot_be_told_is_refused() -> TestResult {
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let network = unet()?;
+    let denoiser = NetworkDenoiser::new(&network, PredictionType::Epsilon, schedule)?;
+    let (x_t, t) =
+        (Tensor::zeros([2, 3, 8, 4], kind::FLOAT_CPU), Tensor::zeros([2], kind::INT64_CPU));
+    let error = denoiser.predict(&x_t, &t, &Conditioning::none());
+    assert!(matches!(
+        error,
+        Err(ddil_core::Error::ConditioningMissing { field: "class_labels", .. })
+    ));
+    let weighted = Conditioning::class_labels(t.shallow_clone())
+        .with_guidance_weight(Tensor::ones([2], kind::FLOAT_CPU));
+    let error = denoiser.predict(&x_t, &t, &weighted).expect_err("no guidance weight");
+    assert!(matches!(error, ddil_core::Error::Conditioning { field: "guidance_weight", .. }));
+    let wrong =
+        denoiser.predict(&x_t.narrow(1, 0, 1), &t, &Conditioning::class_labels(t.shallow_clone()));
+    assert!(matches!(wrong, Err(ddil_core::Error::Network { .. })));
+    Ok(())
+}
+
+#[test]
+fn a_skip_connection_decides_type_and_schedule() -> TestResult {
+    let config = MlpConfig { skip: Some(SkipConfig::default()), ..MlpConfig::default() };
+    let model = ModelConfig::Mlp(config).build(Placement::default(), 0)?;
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let other =
+        NoiseScheduleConfig::Vp(VpConfig { beta_end: 0.02, ..VpConfig::default() }).build()?;
+    assert!(NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone()).is_ok());
+    let wrong_type = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule);
+    assert!(matches!(wrong_type, Err(Error::InvalidArgument { name: "prediction_type", .. })));
+    let wrong_schedule = NetworkDenoiser::new(&model, PredictionType::Sample, other);
+    assert!(matches!(wrong_schedule, Err(Error::InvalidArgument { name: "schedule", .. })));
+    Ok(())
+}
+
+#[test]
+fn noise_cannot_be_asked_for_where_there_is_no_signal() -> TestResult {
+    let config = VpConfig { rescale_betas_zero_snr: true, ..VpConfig::default() };
+    let schedule = NoiseScheduleConfig::Vp(config).build()?;
+    let refused = NetworkDenoiser::new(unet()?, PredictionType::Epsilon, schedule);
+    assert!(matches!(refused, Err(Error::Scheduler(_))));
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! `Mlp`: its skip connection, its inputs, its names.
+
+use ddil_models::{Error, GaussianMixture, Mlp, MlpConfig, Placement, SkipConfig};
+use ddil_schedulers::NoiseScheduleConfig;
+use tch::{Kind, Tensor, kind};
+
+use crate::common::{TestResult, relative_error};
+
+fn build(config: &MlpConfig) -> ddil_models::Result<Mlp> {
+    config.build(Placement { kind: Kind::Double, ..Placement::default() }, 0)
+}
+
+fn with_skip(sigma_data: f64) -> MlpConfig {
+    let skip = SkipConfig { sigma_data, schedule: NoiseScheduleConfig::default() };
+    MlpConfig { skip: Some(skip), ..MlpConfig::default() }
+}
+
+/// With a silent network the skip connection alone is the exact denoiser of one centred Gaussian.
+#[test]
+fn the_skip_connection_is_the_denoiser_of_a_gaussian() -> TestResult {
+    let mlp = build(&with_skip(0.7))?;
+    {
+        let _no_grad = tch::no_grad_guard();
+        for (_, parameter) in mlp.parameters().named() {
+            let _ = parameter.shallow_clone().zero_();
+        }
+    }
+    let gaussian = GaussianMixture::new(&Tensor::zeros([1, 2], kind::DOUBLE_CPU), &[0.7], &[1.0])?;
+    let x_t = Tensor::randn([4, 2], kind::DOUBLE_CPU);
+    let timesteps = Tensor::from_slice(&[999_i64, 500, 10, 0]);
+    let scales = NoiseScheduleConfig::default().build()?.scales_at(&timesteps, &x_t)?;
+    let expected = gaussian.posterior(&x_t, &scales.alpha, &scales.sigma, None)?.x0;
+    assert!(relative_error(&mlp.forward(&x_t, &timesteps, None, None)?, &expected) < 1e-12);
+    Ok(())
+}
+
+/// The network's own share vanishes with the noise and is of the size of the data in pure noise.
+#[test]
+fn the_networks_share_grows_with_the_noise() -> TestResult {
+    let mlp = build(&with_skip(0.5))?;
+    let x_t = Tensor::randn([1, 2], kind::DOUBLE_CPU);
+    let first = mlp.forward(&x_t, &Tensor::from_slice(&[0_i64]), None, None)?;
+    assert!(relative_error(&first, &x_t) < 0.1);
+    let last = mlp.forward(&x_t, &Tensor::from_slice(&[999_i64]), None, None)?;
+    assert!(last.abs().max().double_value(&[]) < 1.0);
+    Ok(())
+}
+
+#[test]
+fn every_input_is_heard() -> TestResult {
+    let config =
+        MlpConfig { num_class_embeds: Some(3), embed_guidance: true, ..MlpConfig::default() };
+    let mlp = build(&config)?;
+    let x_t = Tensor::randn([1, 2], kind::DOUBLE_CPU);
+    let ask = |t: i64, label: i64, weight: f64| {
+        let [t, label] = [t, label].map(|v| Tensor::from_slice(&[v]));
+        mlp.forward(&x_t, &t, Some(&label), Some(&Tensor::from_slice(&[weight]))).expect("it fits")
+    };
+    let base = ask(500, 1, 2.0);
+    assert_eq!(base, ask(500, 1, 2.0));
+    for other in [ask(501, 1, 2.0), ask(500, 2, 2.0), ask(500, 1, 2.5)] {
+        assert_ne!(base, other);
+    }
+    let image = mlp.forward(
+        &x_t.view([1, 2, 1, 1]),
+        &Tensor::from(500_i64),
+        Some(&Tensor::from_slice(&[1_i64])),
+        Some(&Tensor::from_slice(&[2.0])),
+    )?;
+    assert_eq!(image.size(), [1, 2, 1, 1]);
+    assert_eq!(image.view([1, 2]), base);
+    Ok(())
+}
+
+#[test]
+fn names_and_sizes_are_what_files_hold() -> TestResult {
+    let config =
+        MlpConfig { hidden_widths: vec![8, 6], num_class_embeds: Some(3), ..MlpConfig::default() };
+    let named = build(&config)?.parameters().named();
+    let found: Vec<_> = named.iter().map(|(name, t)| (name.as_str(), t.size())).collect();
+    // Input, its sines and cosines at two octaves, timestep, class.
+    let inputs = 2 * 5 + 32 + 16;
+    let expected = [
+        ("class_embedding.weight", vec![3, 16]),
+        ("layers.0.weight", vec![8, inputs]),
+        ("layers.0.bias", vec![8]),
+        ("layers.1.weight", vec![6, 8]),
+        ("layers.1.bias", vec![6]),
+        ("layers.2.weight", vec![2, 6]),
+        ("layers.2.bias", vec![2]),
+    ];
+    assert_eq!(found, expected);
+    Ok(())
+}
+
+#[test]
+fn gradients_reach_every_parameter() -> TestResult {
+    let config = MlpConfig { num_class_embeds: Some(2), ..with_skip(0.5) };
+    let mlp = build(&config)?;
+    let x_t = Tensor::randn([4, 2], kind::DOUBLE_CPU);
+    let (t, labels) =
+        (Tensor::full([4], 500, kind::INT64_CPU), Tensor::from_slice(&[0_i64, 1, 0, 1]));
+    mlp.forward(&x_t, &t, Some(&labels), None)?.square().sum(Kind::Double).backward();
+    for (name, parameter) in mlp.parameters().learned() {
+        assert!(parameter.grad().abs().sum(Kind::Double).double_value(&[]) > 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused() -> TestResult {
+    let config =
+        MlpConfig { num_class_embeds: Some(3), embed_guidance: true, ..MlpConfig::default() };
+    let mlp = build(&config)?;
+    let (x, t) = (Tensor::zeros([2, 2], kind::DOUBLE_CPU), Tensor::full([2], 5, kind::INT64_CPU));
+    let (labels, w) = (Tensor::from_slice(&[0_i64, 2]), Tensor::ones([2], kind::DOUBLE_CPU));
+    let ask = |x: &Tensor, t: &Tensor, labels, w| mlp.forward(x, t, labels, w);
+    assert!(ask(&x, &t, Some(&labels), Some(&w)).is_ok());
+    let wide = Tensor::zeros([2, 3], kind::DOUBLE_CPU);
+    assert!(matches!(
+        ask(&wide, &t, Some(&labels), Some(&w)),
+        Err(Error::InvalidShape { name: "x_t", .. })
+    ));
+    assert!(matches!(
+        ask(&x, &w.narrow(0, 0, 1), None, Some(&w)),
+        Err(Error::MissingClassLabels { .. })
+    ));
+    assert!(matches!(
+        ask(&x, &t, Some(&labels), None),
+        Err(Error::GuidanceWeight { expected: true, .. })
+    ));
+    let three = Tensor::from_slice(&[0_i64, 3]);
+    assert!(matches!(
+        ask(&x, &t, Some(&three), Some(&w)),
+        Err(Error::ClassLabelOutOfRange { found: 3, max: 2, .. })
+    ));
+    let plain = build(&MlpConfig::default())?;
+    assert!(matches!(
+        plain.forward(&x, &t, None, Some(&w)),
+        Err(Error::GuidanceWeight { expected: false, .. })
+    ));
+    assert!(matches!(
+        plain.forward(&x, &t, Some(&labels), None),
+        Err(Error::UnexpectedClassLabels { .. })
+    ));
+    // With a skip connection the timestep is looked up, so it must be on the grid's terms.
+    assert!(build(&with_skip(0.5))?.forward(&x, &w, None, None).is_err());
+
+    let config =
+        MlpConfig { dim: 0, hidden_widths: vec![4, 0], time_features: 1, ..with_skip(-1.0) };
+    let Err(Error::InvalidConfig { problems, .. }) = build(&config) else {
+        panic!("four problems")
+    };
+    let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
+    assert_eq!(keys, ["dim", "time_features", "hidden_widths[1]", "skip.sigma_data"]);
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! Networks in folders.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use ddil_core::Conditioning;
+use ddil_models::{
+    Error, MlpConfig, Model, ModelConfig, Placement, SkipConfig, UnknownKeys, weights,
+};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use crate::common::{GOLDEN, TestResult, golden, relative_error};
+
+fn answer(model: &Model, name: &str) -> TestResult {
+    let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
+    let input = recorded.get("sample").unwrap_or_else(|| &recorded["x_t"]);
+    let class_labels = recorded.get("class_labels").map(Tensor::shallow_clone);
+    let conditioning = Conditioning { class_labels, ..Conditioning::none() };
+    let output = model.forward(input, &recorded["timesteps"], &conditioning)?;
+    assert!(relative_error(&output, &recorded["output"]) < 1e-5, "{name}");
+    Ok(())
+}
+
+fn load(folder: impl AsRef<std::path::Path>) -> ddil_models::Result<Model> {
+    Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)
+}
+
+#[test]
+fn folders_go_round() -> TestResult {
+    for name in GOLDEN.into_iter().chain(["torch_script"]) {
+        let model = load(golden(name))?;
+        answer(&model, name)?;
+        let folder = TempDir::new()?;
+        model.save_to_folder(folder.path().join("new/folder"))?;
+        let again = load(folder.path().join("new/folder"))?;
+        assert_eq!(again.config(), model.config());
+        answer(&again, name)?;
+        assert_eq!(fs::read_dir(folder.path().join("new/folder"))?.count(), 2);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_mlp_keeps_its_schedule_in_its_folder() -> TestResult {
+    let config = MlpConfig { skip: Some(SkipConfig::default()), ..MlpConfig::default() };
+    let config = ModelConfig::Mlp(config);
+    let model = config.build(Placement::default(), 5)?;
+    let folder = TempDir::new()?;
+    model.save_to_folder(folder.path())?;
+    let again = load(folder.path())?;
+    assert_eq!(again.config(), config);
+    let (x, t) =
+        (Tensor::randn([3, 2], (Kind::Float, Device::Cpu)), Tensor::from_slice(&[1_i64, 2, 999]));
+    let none = Conditioning::none();
+    assert_eq!(again.forward(&x, &t, &none)?, model.forward(&x, &t, &none)?);
+    Ok(())
+}
+
+#[test]
+fn settings_are_tagged_with_their_class() -> TestResult {
+    let json = serde_json::to_value(ModelConfig::Mlp(MlpConfig::default()))?;
+    assert_eq!(json["_class_name"], "Mlp");
+    assert_eq!(
+        serde_json::from_value::<ModelConfig>(json)?,
+        ModelConfig::Mlp(MlpConfig::default())
+    );
+    let wrong = serde_json::json!({"_class_name": "Mlp", "width": 3});
+    assert!(serde_json::from_value::<ModelConfig>(wrong).is_err());
+    Ok(())
+}
+
+#[test]
+fn folders_that_hold_no_network_are_refused() -> TestResult {
+    let folder = TempDir::new()?;
+    assert!(matches!(load(folder.path()), Err(Error::Read { .. })));
+    let config = folder.path().join("config.json");
+    fs::write(&config, r#"{"_class_name": "AutoencoderKL"}"#)?;
+    let error = load(folder.path()).expect_err("another class").to_string();
+    assert!(error.contains("AutoencoderKL") && error.contains("UNet2DModel"), "{error}");
+    fs::write(&config, "{}")?;
+    assert!(load(folder.path()).expect_err("no class").to_string().contains("_class_name"));
+    fs::copy(golden("unet_unconditional").join("config.json"), &config)?;
+    assert!(matches!(load(folder.path()), Err(Error::NoWeights { .. })));
+    fs::write(folder.path().join("diffusion_pytorch_model.bin"), "PK")?;
+    assert!(matches!(load(folder.path()), Err(Error::Pickle { .. })));
+    let other = golden("unet_class_labels").join("diffusion_pytorch_model.safetensors");
+    fs::copy(other, folder.path().join("diffusion_pytorch_model.safetensors"))?;
+    let Err(Error::WeightsMismatch { problems, .. }) = load(folder.path()) else {
+        panic!("the weights of another network")
+    };
+    assert!(!problems.missing.is_empty() && !problems.unexpected.is_empty());
+    assert!(problems.misshapen.iter().any(|(name, ..)| name == "conv_in.weight"));
+
+    fs::write(&config, r#"{"_class_name": "TorchScript", "file": "../model.pt"}"#)?;
+    assert!(matches!(load(folder.path()), Err(Error::InvalidConfig { .. })));
+    Ok(())
+}
+
+/// Then `tools/record_unet.py --check` loads every folder in diffusers.
+#[test]
+#[ignore = "needs DDIL_WRITE_MODELS, a folder to write networks to"]
+fn write_folders_for_diffusers() -> TestResult {
+    let root = std::path::PathBuf::from(std::env::var("DDIL_WRITE_MODELS")?);
+    for name in GOLDEN {
+        let Model::UNet2D(unet) = load(golden(name))? else { panic!("{name} is a U-Net") };
+        // Fresh parameters: nothing that diffusers wrote is left in the folder.
+        let model = ModelConfig::UNet2D(unet.config().clone()).build(Placement::default(), 1)?;
+        model.save_to_folder(root.join(name))?;
+        let mut recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
+        recorded.retain(|key, _| ["sample", "timesteps", "class_labels"].contains(&key.as_str()));
+        let class_labels = recorded.get("class_labels").map(Tensor::shallow_clone);
+        let conditioning = Conditioning { class_labels, ..Conditioning::none() };
+        let output = model.forward(&recorded["sample"], &recorded["timesteps"], &conditioning)?;
+        recorded.insert("output".to_owned(), output);
+        let recorded: Vec<_> = recorded.into_iter().collect();
+        weights::save(
+            &recorded,
+            root.join(name).join("expected.safetensors"),
+            &BTreeMap::default(),
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! What `ddil-schedulers` promises, file by file.

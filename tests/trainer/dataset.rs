@@ -1,0 +1,349 @@
+//! Images from disk and the order in which they are seen.
+
+use std::{
+    collections::HashSet,
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use ddil_trainer::dataset::{
+    BatchIndices, Error, FashionMnist, ImageDataset, fashion_mnist_folders, flip_horizontally,
+    read_idx_images, read_idx_labels, read_image_folder,
+};
+use proptest::prelude::*;
+use tch::{Kind, Tensor, kind};
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+const IMAGES_MAGIC: [u8; 4] = [0, 0, 8, 3];
+const LABELS_MAGIC: [u8; 4] = [0, 0, 8, 1];
+
+fn idx(magic: [u8; 4], dims: &[u32], values: &[u8]) -> Vec<u8> {
+    let dims = dims.iter().flat_map(|dim| dim.to_be_bytes());
+    magic.into_iter().chain(dims).chain(values.iter().copied()).collect()
+}
+
+fn written(folder: &tempfile::TempDir, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder.path().join(name);
+    fs::write(&path, bytes).expect("the folder can be written");
+    path
+}
+
+#[test]
+fn idx_files_are_read_plain_and_packed() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let bytes = idx(IMAGES_MAGIC, &[2, 2, 3], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]);
+    let images = read_idx_images(&written(&folder, "images", &bytes))?;
+    assert_eq!((images.size(), images.kind()), (vec![2, 2, 3], Kind::Uint8));
+    assert_eq!(images.int64_value(&[1, 1, 2]), 255);
+    assert_eq!(images.int64_value(&[0, 1, 0]), 3);
+
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packer.write_all(&bytes)?;
+    let packed = written(&folder, "images.gz", &packer.finish()?);
+    assert_eq!(read_idx_images(&packed)?, images);
+
+    let labels =
+        read_idx_labels(&written(&folder, "labels", &idx(LABELS_MAGIC, &[3], &[9, 0, 200])))?;
+    assert_eq!(labels, Tensor::from_slice(&[9_i64, 0, 200]));
+    Ok(())
+}
+
+#[test]
+fn damaged_idx_files() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let good = idx(IMAGES_MAGIC, &[2, 2, 3], &[7; 12]);
+    for (name, bytes, expected) in
+        [("short", &good[..27], 28), ("long", &[&good[..], &[0]].concat(), 28)]
+    {
+        let path = written(&folder, name, bytes);
+        let error = read_idx_images(&path).expect_err("the length is wrong");
+        assert!(
+            matches!(&error, Error::IdxLength { found, expected: e, dims, .. }
+                if *found == bytes.len() as u64 && *e == expected && dims == &[2, 2, 3]),
+            "{error}"
+        );
+        assert!(error.to_string().contains(name), "{error}");
+    }
+    let in_header = written(&folder, "in-header", &good[..10]);
+    assert!(matches!(
+        read_idx_images(&in_header),
+        Err(Error::IdxLength { found: 10, expected: 16, .. })
+    ));
+    // Dimensions whose product is beyond 64 bits.
+    let huge = written(&folder, "huge", &idx(IMAGES_MAGIC, &[u32::MAX; 3], &[1]));
+    assert!(matches!(read_idx_images(&huge), Err(Error::IdxLength { .. })));
+
+    let path = written(&folder, "swapped", &good);
+    assert!(matches!(
+        read_idx_labels(&path),
+        Err(Error::IdxHeader { found, .. }) if found == IMAGES_MAGIC
+    ));
+    for (name, bytes) in [("empty", &[][..]), ("html", b"<html>"), ("gzip", &[0x1f, 0x8b, 8, 0])] {
+        let path = written(&folder, name, bytes);
+        assert!(matches!(read_idx_images(&path), Err(Error::IdxHeader { .. })), "{name}");
+    }
+    let not_packed = written(&folder, "not-packed.gz", &good);
+    assert!(matches!(read_idx_images(&not_packed), Err(Error::Read { .. })));
+    assert!(matches!(read_idx_images(&folder.path().join("absent")), Err(Error::Read { .. })));
+    Ok(())
+}
+
+#[test]
+fn missing_fashion_mnist_names_folder_and_cure() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let error = FashionMnist::load(Some(folder.path())).expect_err("the folder is empty");
+    let message = error.to_string();
+    assert!(message.contains(&folder.path().display().to_string()), "{message}");
+    assert!(message.contains("make setup") && message.contains("DDIL_DATA"), "{message}");
+    assert!(!fashion_mnist_folders().is_empty());
+    Ok(())
+}
+
+#[test]
+fn other_files_under_the_names_of_fashion_mnist() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let bytes = idx(IMAGES_MAGIC, &[1, 28, 28], &[0; 784]);
+    let path = written(&folder, "train-images-idx3-ubyte", &bytes);
+    let error = FashionMnist::load(Some(folder.path())).expect_err("not the published file");
+    assert!(matches!(error, Error::Checksum { path: named, .. } if named == path));
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs Fashion-MNIST: `make setup`"]
+fn fashion_mnist() -> TestResult {
+    let FashionMnist { train, test } = FashionMnist::load(None)?;
+    assert_eq!((train.len(), test.len()), (60_000, 10_000));
+    for (dataset, of_each) in [(&train, 6000), (&test, 1000)] {
+        assert_eq!(dataset.image_shape(), [1, 32, 32]);
+        let labels = dataset.labels().ok_or("no labels")?;
+        let counts = labels.bincount::<Tensor>(None, 10);
+        assert_eq!(counts, Tensor::full([10], of_each, kind::INT64_CPU));
+    }
+    assert_eq!(train.class_names()[9], "Ankle boot");
+
+    let batch = train.batch(&[0, 1])?;
+    // The first sample is an ankle boot, on a border of background.
+    assert_eq!(batch.labels.ok_or("no labels")?.int64_value(&[0]), 9);
+    for border in [batch.x0.narrow(2, 0, 2), batch.x0.narrow(3, 30, 2)] {
+        assert_eq!(border.max().double_value(&[]), -1.0);
+    }
+    assert_eq!(batch.x0.max().double_value(&[]), 1.0);
+    Ok(())
+}
+
+fn pixels(n: i64) -> Tensor {
+    Tensor::arange(n * 12, kind::INT64_CPU).remainder(256).to_kind(Kind::Uint8).view([n, 1, 3, 4])
+}
+
+#[test]
+fn batches_are_scaled_and_in_order() -> TestResult {
+    let labels = Tensor::from_slice(&[2_i64, 0, 1, 1]);
+    let dataset = ImageDataset::new(&pixels(4), Some(&labels))?;
+    let batch = dataset.batch(&[3, 0, 3])?;
+    assert_eq!((batch.x0.size(), batch.x0.kind()), (vec![3, 1, 3, 4], Kind::Float));
+    assert_eq!(batch.labels, Some(Tensor::from_slice(&[1_i64, 2, 1])));
+    // Bytes come back from the floats exactly.
+    let bytes = ((batch.x0 + 1.0) * 127.5).round().to_kind(Kind::Uint8);
+    assert_eq!(bytes.get(0), pixels(4).get(3));
+    assert_eq!(bytes.get(1), pixels(4).get(0));
+    assert_eq!(dataset.class_names(), ["0", "1", "2"]);
+
+    let all = Tensor::from_slice(&[0_u8, 255]).view([2, 1, 1, 1]);
+    let ends = ImageDataset::new(&all, None)?.range(0, 9)?;
+    assert_eq!(ends.x0.view(-1), Tensor::from_slice(&[-1.0_f32, 1.0]));
+    assert!(ends.labels.is_none());
+    Ok(())
+}
+
+#[test]
+fn marked_images_are_mirrored() -> TestResult {
+    let images = pixels(3);
+    let flipped = flip_horizontally(&images, &[false, true, false])?;
+    assert_eq!(flipped.get(0), images.get(0));
+    assert_eq!(flipped.get(2), images.get(2));
+    let row = |images: &Tensor| Vec::<i64>::try_from(images.get(1).get(0).get(0));
+    let mirrored: Vec<i64> = row(&images)?.into_iter().rev().collect();
+    assert_eq!(row(&flipped)?, mirrored);
+    assert!(matches!(flip_horizontally(&images, &[true]), Err(Error::Tensor { .. })));
+    Ok(())
+}
+
+#[test]
+fn bad_samples() -> TestResult {
+    let labels = |labels: &[i64]| Tensor::from_slice(labels);
+    for bad in [pixels(2).squeeze(), pixels(2).to_kind(Kind::Float), pixels(2).narrow(0, 0, 0)] {
+        assert!(matches!(ImageDataset::new(&bad, None), Err(Error::Tensor { name: "pixels", .. })));
+    }
+    let with =
+        |labels: &Tensor| ImageDataset::new(&pixels(2), Some(labels)).expect_err("bad labels");
+    assert!(matches!(with(&labels(&[0])), Error::LabelCount { images: 2, labels: 1 }));
+    assert!(matches!(with(&labels(&[0, -1])), Error::Label { found: -1, .. }));
+    assert!(matches!(with(&labels(&[0, 1]).to_kind(Kind::Float)), Error::Tensor { .. }));
+    let unnamed = ImageDataset::with_class_names(
+        &pixels(2),
+        Some(&labels(&[0, 3])),
+        ["a", "b"].map(str::to_owned).to_vec(),
+    );
+    assert!(matches!(unnamed, Err(Error::Label { found: 3, num_classes: 2 })));
+
+    let dataset = ImageDataset::new(&pixels(2), None)?;
+    for index in [-1, 2, i64::MAX] {
+        assert!(matches!(dataset.batch(&[0, index]), Err(Error::Index { len: 2, .. })));
+    }
+    assert!(matches!(dataset.range(2, 1), Err(Error::Index { index: 2, len: 2 })));
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Laid end to end, batches go through every sample once an epoch, at any size.
+    #[test]
+    fn every_sample_once_an_epoch(len in 1_i64..40, batch_size in 1_usize..50, seed: u64) {
+        let mut indices = BatchIndices::new(len, batch_size, seed).expect("good sizes");
+        let num_epochs = 3;
+        let steps = (num_epochs * len as u64).div_ceil(batch_size as u64);
+        let seen: Vec<i64> = (0..steps).flat_map(|step| indices.at(step)).collect();
+        for epoch in seen.chunks_exact(len as usize).take(num_epochs as usize) {
+            let distinct: HashSet<i64> = epoch.iter().copied().collect();
+            prop_assert_eq!(distinct.len(), len as usize);
+            prop_assert!(epoch.iter().all(|index| (0..len).contains(index)));
+        }
+    }
+
+    /// A batch depends on seed and step, not on what was asked before.
+    #[test]
+    fn a_function_of_the_step(steps in prop::collection::vec(0_u64..1000, 1..8), seed: u64) {
+        let mut wandering = BatchIndices::new(13, 5, seed).expect("good sizes");
+        for step in steps {
+            let mut fresh = BatchIndices::new(13, 5, seed).expect("good sizes");
+            prop_assert_eq!(wandering.at(step), fresh.at(step));
+            prop_assert_eq!(wandering.flips_at(step), fresh.flips_at(step));
+        }
+    }
+
+    /// The ranks' batches, one after another, are the batch of a single process.
+    #[test]
+    fn ranks_share_a_batch(num_ranks in 1_usize..5, step in 0_u64..100, seed: u64) {
+        let mut whole = BatchIndices::new(17, 3 * num_ranks, seed).expect("good sizes");
+        let (mut shares, mut flips) = (Vec::new(), Vec::new());
+        for rank in 0..num_ranks {
+            let share = BatchIndices::new(17, 3, seed).expect("good sizes");
+            let mut share = share.for_rank(rank, num_ranks).expect("the rank is one of them");
+            shares.extend(share.at(step));
+            flips.extend(share.flips_at(step));
+        }
+        prop_assert_eq!(shares, whole.at(step));
+        prop_assert_eq!(flips, whole.flips_at(step));
+    }
+}
+
+#[test]
+fn epochs_and_seeds_are_shuffled_apart() -> TestResult {
+    let mut indices = BatchIndices::new(200, 200, 1)?;
+    let mut other_seed = BatchIndices::new(200, 200, 2)?;
+    let orders = [indices.at(0), indices.at(1), other_seed.at(0), (0..200).collect()];
+    for (i, one) in orders.iter().enumerate() {
+        for other in &orders[i + 1..] {
+            // Two independent orders agree in one place on average.
+            let same = one.iter().zip(other).filter(|(one, other)| one == other).count();
+            assert!(same < 10, "{same}");
+        }
+    }
+    let heads = (0..50).flat_map(|step| indices.flips_at(step)).filter(|&flip| flip).count();
+    assert!((4800..5200).contains(&heads), "{heads} of 10000");
+    assert_eq!((indices.epoch_of(0), indices.epoch_of(7)), (0, 7));
+    assert_eq!(BatchIndices::new(10, 4, 0)?.steps_per_epoch(), 3);
+    // Steps far beyond any run do not overflow.
+    assert_eq!(indices.at(u64::MAX).len(), 200);
+    Ok(())
+}
+
+#[test]
+fn impossible_sizes() {
+    for (len, batch_size) in [(0, 1), (-1, 1), (1, 0)] {
+        let refused = BatchIndices::new(len, batch_size, 0);
+        assert!(matches!(refused, Err(Error::InvalidSetting { .. })));
+    }
+    let indices = BatchIndices::new(5, 2, 0).expect("good sizes");
+    assert!(matches!(indices.for_rank(2, 2), Err(Error::InvalidSetting { name: "rank", .. })));
+}
+
+fn write_png(path: &Path, (width, height): (u32, u32), colour: png::ColorType, pixels: &[u8]) {
+    let file = fs::File::create(path).expect("the folder can be written");
+    let mut encoder = png::Encoder::new(file, width, height);
+    encoder.set_color(colour);
+    let mut writer = encoder.write_header().expect("the header can be written");
+    writer.write_image_data(pixels).expect("as many pixels as the header says");
+}
+
+#[test]
+fn pictures_without_labels_come_by_name() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    write_png(&at("b.PNG"), (2, 3), png::ColorType::Rgb, &[10; 18]);
+    let first: Vec<u8> = (0..18).collect();
+    write_png(&at("a.png"), (2, 3), png::ColorType::Rgb, &first);
+    written(&folder, "notes.txt", b"not a picture");
+    written(&folder, ".hidden.png", b"not a picture");
+    fs::create_dir(at("empty"))?;
+
+    let dataset = read_image_folder(folder.path())?;
+    assert_eq!((dataset.len(), dataset.image_shape()), (2, [3, 3, 2]));
+    assert!(dataset.labels().is_none() && dataset.class_names().is_empty());
+    // Red of the second row's second pixel, and blue of the last.
+    assert_eq!(dataset.pixels().int64_value(&[0, 0, 1, 1]), 9);
+    assert_eq!(dataset.pixels().int64_value(&[0, 2, 2, 1]), 17);
+    Ok(())
+}
+
+#[test]
+fn folders_of_pictures_are_classes() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for (class, count) in [("shoe", 2), ("bag", 1)] {
+        fs::create_dir(folder.path().join(class))?;
+        for i in 0..count {
+            let path = folder.path().join(class).join(format!("{i}.png"));
+            write_png(&path, (2, 2), png::ColorType::Grayscale, &[count * 10 + i; 4]);
+        }
+    }
+    let dataset = read_image_folder(folder.path())?;
+    assert_eq!(dataset.class_names(), ["bag", "shoe"]);
+    assert_eq!(dataset.labels(), Some(&Tensor::from_slice(&[0_i64, 1, 1])));
+    assert_eq!(dataset.image_shape(), [1, 2, 2]);
+    let firsts = dataset.pixels().select(1, 0).select(1, 0).select(1, 0);
+    assert_eq!(firsts, Tensor::from_slice(&[10_u8, 20, 21]));
+
+    write_png(&folder.path().join("loose.png"), (2, 2), png::ColorType::Grayscale, &[0; 4]);
+    assert!(matches!(read_image_folder(folder.path()), Err(Error::MixedFolder { .. })));
+    Ok(())
+}
+
+#[test]
+fn bad_pictures() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let refused = || read_image_folder(folder.path()).expect_err("a bad picture").to_string();
+    assert!(refused().contains("no file ending in .png"));
+    assert!(matches!(read_image_folder(&at("absent")), Err(Error::Read { .. })));
+
+    write_png(&at("a.png"), (2, 2), png::ColorType::Grayscale, &[0; 4]);
+    write_png(&at("b.png"), (2, 3), png::ColorType::Grayscale, &[0; 6]);
+    let message = refused();
+    assert!(message.contains("b.png is grey, 2x3 pixels; expected grey, 2x2"), "{message}");
+    write_png(&at("b.png"), (2, 2), png::ColorType::Rgb, &[0; 12]);
+    assert!(refused().contains("b.png is RGB, 2x2 pixels; expected grey, 2x2"));
+    write_png(&at("b.png"), (2, 2), png::ColorType::Rgba, &[0; 16]);
+    assert!(refused().contains("without transparency"));
+    written(&folder, "b.png", b"not a picture");
+    assert!(
+        matches!(read_image_folder(folder.path()), Err(Error::Png { path, .. }) if path == at("b.png"))
+    );
+    let good = fs::read(at("a.png"))?;
+    written(&folder, "b.png", &good[..good.len() - 20]);
+    assert!(matches!(read_image_folder(folder.path()), Err(Error::Png { .. })));
+    Ok(())
+}
