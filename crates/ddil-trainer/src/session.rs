@@ -198,7 +198,7 @@ impl<T: Task> Session<T> {
     ) -> Result<Self> {
         let optimizer = config.optimizer.build(task.parameters())?;
         let ema = config.ema.build(task.parameters())?;
-        let events = EventWriter::create(folder.path(), step)?;
+        let events = EventWriter::create(folder.path(), step + 1)?;
         Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
     }
 
