@@ -6,8 +6,9 @@ use ddil_trainer::doctor::Doctor;
 
 use crate::cli::DoctorArgs;
 
-pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let report = Doctor::default().examine()?;
+pub(crate) fn run(args: &DoctorArgs, keeps_freed_pages: bool) -> anyhow::Result<ExitCode> {
+    let folders = vec!["runs".into(), std::env::temp_dir()];
+    let report = Doctor { folders, keeps_freed_pages, verify_datasets: true }.examine()?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
