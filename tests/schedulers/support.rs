@@ -12,7 +12,11 @@ pub(crate) const BETA_SCHEDULES: [BetaSchedule; 3] =
     [BetaSchedule::Linear, BetaSchedule::ScaledLinear, BetaSchedule::SquaredcosCapV2];
 
 /// The schedules of the recorded files: published betas, rescaled or not.
-pub(crate) fn vp(beta_schedule: BetaSchedule, zero_snr: bool, last: FinalAlphaCumprod) -> NoiseSchedule {
+pub(crate) fn vp(
+    beta_schedule: BetaSchedule,
+    zero_snr: bool,
+    last: FinalAlphaCumprod,
+) -> NoiseSchedule {
     let (beta_start, beta_end) = match beta_schedule {
         BetaSchedule::ScaledLinear => (0.000_85, 0.012),
         BetaSchedule::Linear | BetaSchedule::SquaredcosCapV2 => (0.0001, 0.02),
