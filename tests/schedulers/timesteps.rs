@@ -112,7 +112,7 @@ proptest! {
 
     #[test]
     fn a_refined_grid_keeps_its_timesteps(n in 1_u32..60, parts in 1_u32..9, spacing in 0_usize..3) {
-        let grid = spaced(SPACINGS[spacing], n, 30);
+        let grid = spaced(SPACINGS[spacing], n, 8);
         if let Ok(fine) = grid.refined(parts, 1000) {
             prop_assert!(grid.as_slice().iter().eq(fine.as_slice().iter().step_by(parts as usize)));
             prop_assert_eq!(fine.len(), grid.len() * parts as usize);
