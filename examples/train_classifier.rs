@@ -1,6 +1,6 @@
 //! Trains the Fashion-MNIST classifier whose features the metrics use, and writes its weights.
 //!
-//! Run with `cargo run --release -p ddil-examples --example train_classifier -- [weights.safetensors]`; without an
+//! Run with `cargo run --release --example train_classifier -- [weights.safetensors]`; without an
 //! argument it overwrites the weights that `ddil-metrics` comes with. Minutes on one core.
 
 use std::{env, error::Error, fs, time::Instant};

@@ -114,7 +114,7 @@ proptest! {
 fn draws_evenly() -> ddil_core::Result<()> {
     let mut buffer = buffer(BufferConfig::default());
     buffer.insert(&states(0, 0, &[2; 10], &[1]))?;
-    let drawn = buffer.sample(&[2; 5000], 0, &mut StdRng::seed_from_u64(0))?;
+    let drawn = buffer.sample(&vec![2; 5000], 0, &mut StdRng::seed_from_u64(0))?;
     let mut counts = [0_i32; 10];
     for number in numbers(&drawn) {
         counts[number as usize] += 1;

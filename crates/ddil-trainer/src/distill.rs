@@ -17,7 +17,7 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline};
+use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Task, UpdateLoss};
 use crate::state;
@@ -82,6 +82,7 @@ impl DistillTask {
         let (student, averaged) = (teacher.duplicate(true)?, teacher.duplicate(false)?);
         let schedule = teacher.schedule().clone();
         let stage = Stage::new(config, &schedule, 0)?;
+        scheduler(&student, &config.thresholding, Some(&stage.grid))?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
         Ok(Self {
@@ -304,7 +305,7 @@ impl Task for DistillTask {
             folder,
             &self.averaged,
             &self.config.thresholding,
-            Some(self.stage.grid.as_slice()),
+            Some(&self.stage.grid),
             &Card { seconds, ..self.student_card() },
         )
     }

@@ -23,6 +23,8 @@ use crate::state;
 use crate::tensorboard::EventWriter;
 
 /// What is trained: it makes a loss, and everything that its next update depends on can be saved.
+///
+/// Each method fails with whatever data, networks, file system or libtorch refuse.
 pub trait Task {
     /// What its checkpoints are called.
     fn kind(&self) -> &'static str;
@@ -37,24 +39,52 @@ pub trait Task {
     fn parameters(&self) -> Vec<(String, Tensor)>;
 
     /// The loss of one update, with its graph.
+    ///
+    /// # Errors
+    ///
+    /// What data and networks refuse.
     fn loss(&mut self, step: u64) -> Result<UpdateLoss>;
 
     /// After the optimizer's step.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch refuses.
     fn after_update(&mut self, step: u64) -> Result<()>;
 
     /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StateMismatch`] if the average is of other parameters.
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()>;
 
     /// A picture of what the averaged network samples.
+    ///
+    /// # Errors
+    ///
+    /// What the network refuses.
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture>;
 
     /// Adds what the task remembers beside its parameters to a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()>;
 
-    /// Takes it back, with the parameters.
+    /// Takes it back; the parameters themselves follow afterwards.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses; [`Error::StateMismatch`] for the state of another task.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
     /// Writes the finished model, as diffusers would read it; `seconds` went into its updates.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
     fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()>;
 }
 
@@ -240,7 +270,7 @@ impl<T: Task> Session<T> {
     ) -> Result<Self> {
         let optimizer = config.optimizer.build(task.parameters())?;
         let ema = config.ema.build(task.parameters())?;
-        let events = EventWriter::create(folder.path(), step)?;
+        let events = EventWriter::create(folder.path(), step + 1)?;
         Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
     }
 

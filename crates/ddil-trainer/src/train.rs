@@ -14,7 +14,7 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline};
+use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Task, UpdateLoss};
 use crate::state;
@@ -61,6 +61,7 @@ impl TrainTask {
             Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };
         let (network, averaged) = (network(true)?, network(false)?);
+        scheduler(&network, &Thresholding::clamp_pixels(), None)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         Ok(Self { config: config.clone(), schedule, network, averaged, data, streams })
     }
