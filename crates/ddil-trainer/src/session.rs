@@ -164,6 +164,60 @@ struct LoopState {
     metrics: Position,
 }
 
+/// Where a resumed run goes on.
+struct Start {
+    checkpoint: Option<Checkpoint>,
+    record: Record,
+    timings: Record,
+    step: u64,
+    seconds: f64,
+}
+
+impl Start {
+    fn find(folder: &RunFolder, kind: &str) -> Result<Self> {
+        let checkpoint = newest_sound(&folder.checkpoints())?;
+        let (mut step, mut seconds, mut metrics) = (0, 0.0, Position::default());
+        if let Some(checkpoint) = &checkpoint {
+            checkpoint.ensure_kind(kind)?;
+            for obstacle in checkpoint.obstacles_to_exact_resume()? {
+                tracing::warn!("the run will not go on to the same bits: {obstacle}");
+            }
+            LoopState { step, seconds, metrics, .. } = checkpoint.json(STATE)?;
+        }
+        // What may still refuse comes before anything is given up.
+        let record = Record::resume(&folder.file("metrics.jsonl"), metrics)?;
+        let timings = Record::resume_after(&folder.file("timings.jsonl"), step)?;
+        if checkpoint.is_some() {
+            discard_newer(&folder.checkpoints(), step)?;
+        }
+        Ok(Self { checkpoint, record, timings, step, seconds })
+    }
+}
+
+/// The checkpoint to go on from; none if the run was killed before its first.
+fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
+    let found = find_latest(checkpoints)?;
+    for damaged in &found.damaged {
+        let (path, reason) = (damaged.path.display(), &damaged.reason);
+        tracing::warn!("{path} is damaged and passed over: {reason}");
+    }
+    let count = found.damaged.len();
+    match (found.checkpoint, found.damaged.into_iter().next()) {
+        (None, Some(newest)) => Err(Error::NoSoundCheckpoint {
+            path: checkpoints.to_owned(),
+            count,
+            newest: newest.reason,
+        }),
+        (checkpoint, _) => Ok(checkpoint),
+    }
+}
+
+/// Notes in `status.json` what kept a run from going on.
+fn failed(folder: &mut RunFolder, error: Error) -> Error {
+    let _ = folder.fail(folder.status().step, &error);
+    error
+}
+
 const STATE: &str = "session.json";
 const PARAMETERS: &str = "parameters.safetensors";
 const AVERAGE: &str = "ema.safetensors";
@@ -183,37 +237,25 @@ impl<T: Task> Session<T> {
 
     /// Goes on with a task from the last good checkpoint of its run folder.
     ///
-    /// Without one (the run was killed before the first) the task starts over, which is the same.
+    /// Without any (the run was killed before the first) the task starts over, which is the same.
     ///
     /// # Errors
     ///
-    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task.
-    pub fn resume(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
-        let found = find_latest(&folder.checkpoints())?;
-        for damaged in &found.damaged {
-            tracing::warn!(
-                "{} is damaged and passed over: {}",
-                damaged.path.display(),
-                damaged.reason
-            );
+    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task,
+    /// [`Error::NoSoundCheckpoint`] if all are damaged. `status.json` says so then.
+    pub fn resume(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
+        let Start { checkpoint, record, timings, step, seconds } =
+            match Start::find(&folder, task.kind()) {
+                Ok(start) => start,
+                Err(error) => return Err(failed(&mut folder, error)),
+            };
+        let mut session = Self::new(task, config, folder, record, timings, step, seconds)?;
+        if let Some(checkpoint) = checkpoint {
+            if let Err(error) = session.restore(&checkpoint) {
+                return Err(failed(&mut session.folder, error));
+            }
+            tracing::info!("goes on from {} at step {step}", checkpoint.path().display());
         }
-        let Some(checkpoint) = found.checkpoint else {
-            let record = Record::resume(&folder.file("metrics.jsonl"), Position::default())?;
-            let timings = Record::resume_after(&folder.file("timings.jsonl"), 0)?;
-            return Self::new(task, config, folder, record, timings, 0, 0.0);
-        };
-        checkpoint.ensure_kind(task.kind())?;
-        for obstacle in checkpoint.obstacles_to_exact_resume()? {
-            tracing::warn!("the run will not go on to the same bits: {obstacle}");
-        }
-        let state: LoopState = checkpoint.json(STATE)?;
-        discard_newer(&folder.checkpoints(), state.step)?;
-        let record = Record::resume(&folder.file("metrics.jsonl"), state.metrics)?;
-        let timings = Record::resume_after(&folder.file("timings.jsonl"), state.step)?;
-        let mut session =
-            Self::new(task, config, folder, record, timings, state.step, state.seconds)?;
-        session.restore(&checkpoint)?;
-        tracing::info!("goes on from {} at step {}", checkpoint.path().display(), state.step);
         Ok(session)
     }
 
@@ -274,7 +316,10 @@ impl<T: Task> Session<T> {
         match &outcome {
             Ok(Outcome::Completed { .. }) => self.folder.complete(self.step)?,
             Ok(Outcome::Interrupted { .. }) => self.folder.interrupt(self.step)?,
-            Err(error) => self.folder.fail(self.step, error)?,
+            Err(error) => {
+                // On a full disk this fails too; the error to tell is the first one.
+                let _ = self.folder.fail(self.step, error);
+            }
         }
         outcome
     }
