@@ -14,7 +14,7 @@ use ddil_trainer::results::{Measurement, append, table};
 use ddil_trainer::sampling::{SamplePlan, classes, generate, initial_noise};
 use tch::{Device, Tensor};
 
-use super::{open_model, set_threads};
+use super::{open_model, say, set_threads};
 use crate::cli::EvaluateArgs;
 
 /// What generated images are compared with.
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = &args.json {
         append(path, &measurement)?;
     }
-    print!("{}", table(&[(name, measurement)]));
+    say(&table(&[(name, measurement)]))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,0 +1,108 @@
+//! A distillation method of one's own: the student predicts where the teacher's trajectory ends.
+//!
+//! That is knowledge distillation ([Luhman and Luhman 2021](https://arxiv.org/abs/2101.02388)), the simplest method
+//! there is: from a state, the teacher walks all the way to a sample, and the student is told to get there in one
+//! step. Here it is an [`Objective`] outside of `ddil-losses`; mixing, sources and optimizer know nothing of it.
+//!
+//! Run with `cargo run --release --example custom_objective`.
+
+use std::error::Error;
+
+use ddil_core::{Conditioning, Source, States, sample};
+use ddil_losses::{LossTerms, Networks, Objective, Phase, pseudo_huber};
+use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
+use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
+use ddil_trainer::optimizer::AdamWConfig;
+use tch::{Kind, Tensor, kind};
+
+/// The noisiest timestep, where the student takes its one step.
+const NOISIEST: i64 = 999;
+const TEACHER_STEPS: u32 = 50;
+/// Standard deviation of the data.
+const STD: f64 = 0.5;
+const BATCH_SIZE: i64 = 256;
+const UPDATES: u64 = 100;
+
+/// Distance of the student's prediction to the sample at the end of the teacher's DDIM trajectory.
+#[derive(Debug)]
+struct KnowledgeDistillation {
+    sampler: Ddim,
+    teacher_timesteps: Timesteps,
+}
+
+impl Objective for KnowledgeDistillation {
+    /// There are no critics: the student is trained in every step.
+    fn phase(&self, _step: u64) -> Phase {
+        Phase::Student
+    }
+
+    fn loss(
+        &self,
+        _step: u64,
+        _phase: Phase,
+        states: &States,
+        networks: &Networks<'_>,
+    ) -> ddil_losses::Result<LossTerms> {
+        let (x_t, conditioning) = (&states.x_t, &states.conditioning);
+        // Without gradients, as every rollout of `ddil-core`.
+        let start = x_t.shallow_clone();
+        let (teacher, grid) = (networks.teacher, &self.teacher_timesteps);
+        let target = sample(teacher, &self.sampler, grid, start, conditioning, None)?;
+
+        let x0 = networks.student.predict(x_t, &states.timesteps, conditioning)?.x0;
+        let per_sample = pseudo_huber(&x0, &target, 0.01)?;
+        Ok(LossTerms { per_sample, student_x0: x0.detach(), teacher_next: None, target })
+    }
+}
+
+/// States in which every trajectory of one step begins.
+fn noise() -> States {
+    States {
+        x_t: Tensor::randn([BATCH_SIZE, 2], kind::FLOAT_CPU),
+        timesteps: Tensor::full([BATCH_SIZE], NOISIEST, kind::INT64_CPU),
+        grid_indices: vec![0; BATCH_SIZE as usize],
+        conditioning: Conditioning::none(),
+        sources: vec![Source::Noise; BATCH_SIZE as usize],
+        births: vec![0; BATCH_SIZE as usize],
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    tch::set_num_threads(1);
+    tch::manual_seed(0);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let mean = Tensor::from_slice(&[0.0, 0.0]).view([1, 2]);
+    let teacher = GaussianMixture::new(&mean, &[STD], &[1.0])?.on(schedule.clone());
+    let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
+    let student = NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone())?;
+    let objective = KnowledgeDistillation {
+        sampler: Ddim::new(schedule.clone()),
+        teacher_timesteps: Timesteps::spaced(TimestepSpacing::Trailing, 1000, TEACHER_STEPS, 0)?,
+    };
+    let mut optimizer = AdamWConfig::default().build(model.parameters().learned())?;
+
+    let networks = Networks { student: &student, teacher: &teacher };
+    let mut losses = Vec::new();
+    for step in 0..UPDATES {
+        let terms = objective.loss(step, objective.phase(step), &noise(), &networks)?;
+        let loss = terms.per_sample.mean(Kind::Float);
+        optimizer.zero_grad()?;
+        loss.backward();
+        let _norm = optimizer.clip()?;
+        optimizer.step(2e-3)?;
+        losses.push(loss.double_value(&[]));
+    }
+
+    // Gaussian data have trajectories in closed form: x_t shrinks as its standard deviation does.
+    let states = noise();
+    let terms = objective.loss(UPDATES, Phase::Student, &states, &networks)?;
+    let scale = schedule.scale_at(NOISIEST)?;
+    let end = &states.x_t * (STD / (scale.alpha * STD).hypot(scale.sigma));
+    let error = |x0: &Tensor| (x0 - &end).square().mean(Kind::Float).sqrt().double_value(&[]);
+    let (teacher_error, student_error) = (error(&terms.target), error(&terms.student_x0));
+    println!("loss of the first and the last update: {:.4}, {:.4}", losses[0], losses[99]);
+    println!("error of the teacher's {TEACHER_STEPS} steps: {teacher_error:.4}, root mean square");
+    println!("error of the student's one step: {student_error:.4}, where the data have {STD}");
+    assert!(teacher_error < 0.1 * STD && student_error < 0.15 * STD);
+    Ok(())
+}

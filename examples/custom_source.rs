@@ -1,0 +1,110 @@
+//! Training states from a source of one's own: forward states with too much noise.
+//!
+//! A student that samples never meets exactly the states it was trained on. Input perturbation
+//! ([Ning et al. 2023](https://arxiv.org/abs/2301.11706)) gets it used to that without any rollout: each training
+//! state is noised a bit more than its timestep says. Here that is a [`TrajectorySource`] of twenty lines, which a
+//! [`Mixer`] takes in place of its own forward source; distillation does not notice.
+//!
+//! Run with `cargo run --release --example custom_source`.
+
+use std::error::Error;
+
+use ddil_core::{
+    Data, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Source,
+    SourceRequest, States, Stream, TrajectorySource,
+};
+use ddil_losses::{Networks, Objective, Phase, Progressive, ProgressiveConfig};
+use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
+use ddil_schedulers::{
+    Ddim, NoiseScheduleConfig, PredictionType, Scales, TimestepSpacing, Timesteps,
+};
+use ddil_trainer::optimizer::AdamWConfig;
+use tch::{Device, Kind, Tensor};
+
+const BATCH_SIZE: i64 = 256;
+const UPDATES: u64 = 50;
+
+/// Dataset samples under noise of variance `1 + strength²`.
+#[derive(Debug)]
+struct Perturbed {
+    strength: f64,
+}
+
+impl TrajectorySource for Perturbed {
+    fn states(&mut self, request: &SourceRequest<'_>) -> ddil_core::Result<States> {
+        let x0 = &request.data.x0;
+        // Everything random comes from the request's streams, so that a resumed run draws the same again. The mixer
+        // has drawn from `Noise` already; `Refresh` is free here.
+        let mut generator =
+            request.streams.generator(request.step, Stream::Refresh, x0.device())?;
+        let extra = generator.normal(x0.size(), x0.kind())?;
+        let noise = request.noise + extra * self.strength;
+
+        let timesteps = Tensor::from_slice(&request.timesteps()).to_device(x0.device());
+        Ok(States {
+            x_t: request.sampler.schedule().add_noise(x0, &noise, &timesteps)?,
+            timesteps,
+            grid_indices: request.grid_indices.to_vec(),
+            conditioning: request.data.conditioning.shallow_clone(),
+            sources: vec![Source::Forward; request.len()],
+            births: vec![request.step; request.len()],
+        })
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    tch::set_num_threads(1);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+    let teacher = GaussianMixture::ring(8)?.on(schedule.clone());
+    let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
+    let student = NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone())?;
+    let objective = Progressive::new(ProgressiveConfig::default(), schedule.clone(), grid.clone())?;
+    let mut optimizer = AdamWConfig::default().build(model.parameters().learned())?;
+
+    let config = MixerConfig {
+        priors: PriorSchedule::constant(Priors::new(1.0, 0.0, 0.0)?),
+        pure_noise_at_tmax: false,
+        ..MixerConfig::default()
+    };
+    let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?
+        .with_source(Source::Forward, Box::new(Perturbed { strength: 0.5 }))?;
+
+    let streams = RandomStreams::new(0, 0);
+    let (mut losses, mut variance) = (Vec::new(), 0.0);
+    for step in 0..UPDATES {
+        let mut generator = streams.generator(step, Stream::Data, Device::Cpu)?;
+        let x0 = teacher.mixture().sample(BATCH_SIZE, None, &mut generator)?;
+        let data = Data { x0, conditioning: ddil_core::Conditioning::none() };
+        let states = mixer.next_states(&MixRequest {
+            step,
+            total_steps: UPDATES,
+            prompts: &data.conditioning,
+            data: &data,
+            student: &student,
+            teacher: &teacher,
+            streams: &streams,
+        })?;
+
+        let networks = Networks { student: &student, teacher: &teacher };
+        let terms = objective.loss(step, Phase::Student, &states, &networks)?;
+        let loss = terms.per_sample.mean(Kind::Float);
+        optimizer.zero_grad()?;
+        loss.backward();
+        let _norm = optimizer.clip()?;
+        optimizer.step(2e-3)?;
+        losses.push(loss.double_value(&[]));
+
+        // The mixer gives a state for each sample in the order of the data, so the noise can be read off.
+        let Scales { alpha, sigma } = schedule.scales_at(&states.timesteps, &data.x0)?;
+        let noise = (&states.x_t - alpha * &data.x0) / sigma;
+        variance += noise.square().mean(Kind::Double).double_value(&[]) / UPDATES as f64;
+    }
+
+    println!("variance of the noise: {variance:.3}, where plain forward states have 1");
+    assert!((variance - 1.25).abs() < 0.02, "1 + 0.5² was asked for");
+    let [first, last] = [&losses[..10], &losses[40..]].map(|l| l.iter().sum::<f64>() / 10.0);
+    println!("mean loss of the first and the last ten updates: {first:.4}, {last:.4}");
+    assert!(last < 0.5 * first, "the student learns from such states");
+    Ok(())
+}

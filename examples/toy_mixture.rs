@@ -1,0 +1,531 @@
+//! What DDIL changes, and where: a four-step student of a teacher that is never wrong.
+//!
+//! The data are eight Gaussians on a ring, two neighbours to a class, so the exact denoiser is known in closed form
+//! and whatever a student lacks is the student's. Progressive distillation trains the same small network from the
+//! same start on states of different origin:
+//!
+//! - `forward`: noised data, which is plain progressive distillation;
+//! - `mix`: half of the states from the student's own trajectories, which is DDIL;
+//! - `student`, `teacher`: all states from trajectories of the one or the other.
+//!
+//! All of it twice. With guidance the states that sampling visits are far from noised data, and a student trained on
+//! noised data alone is asked about states that it has never seen. Without guidance an exact teacher visits nothing
+//! but noised data, so there is nothing to correct: that is the control. The `teacher` arm tells two explanations
+//! apart: where it does as well as `student`, it is the shift of the guided trajectories that matters and not the
+//! student's own errors.
+//!
+//! Prints energy distances to samples that the same teacher, with the same guidance, takes 128 steps for, over seeds;
+//! writes a picture. One thread a seed.
+//!
+//! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
+//! picture is `runs/toy_mixture.png`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+use std::{env, fs, thread};
+
+use ddil_core::{
+    Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors,
+    RandomStreams, ShiftConfig, ShiftRequest, Stream, StudentConfig, StudentPolicy, TeacherConfig,
+    measure_shift, sample,
+};
+use ddil_losses::{
+    Networks, Objective, Phase, Progressive, ProgressiveConfig, TimestepWeights, Weighting,
+};
+use ddil_metrics::energy_distance;
+use ddil_models::{
+    GaussianMixture, MixtureDenoiser, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement,
+    SkipConfig,
+};
+use ddil_schedulers::{
+    BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, PredictionType, TimestepSpacing,
+    Timesteps, VpConfig,
+};
+use ddil_trainer::ema::EmaConfig;
+use ddil_trainer::lr_schedule::{Decay, LrSchedule};
+use ddil_trainer::optimizer::AdamWConfig;
+use tch::{Device, Kind, Tensor};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+const SEEDS: u64 = 4;
+const GUIDANCE_SCALES: [f64; 2] = [3.0, 1.0];
+/// Name, and shares of forward, student and teacher states.
+const ARMS: [(&str, [f64; 3]); 4] = [
+    ("forward", [1.0, 0.0, 0.0]),
+    ("mix", [0.5, 0.5, 0.0]),
+    ("student", [0.0, 1.0, 0.0]),
+    ("teacher", [0.0, 0.0, 1.0]),
+];
+
+const STUDENT_STEPS: u32 = 4;
+/// Steps of the teacher for one of the student.
+const SUBSTEPS: u32 = 4;
+/// Steps of the samples that everything is compared to.
+const REFERENCE_STEPS: u32 = 128;
+
+const BATCH_SIZE: i64 = 256;
+const START_UPDATES: u64 = 500;
+const UPDATES: u64 = 1000;
+const PEAK_LEARNING_RATE: f64 = 5e-3;
+const EMA_DECAY: f64 = 0.995;
+
+/// Samples an energy distance is computed from, of each side.
+const NUM_SAMPLES: i64 = 4096;
+/// Samples the shift is computed from, half of them of each side.
+const NUM_SHIFT_SAMPLES: i64 = 2048;
+/// Of these, samples that are drawn in the picture.
+const NUM_POINTS: i64 = 1500;
+
+fn main() -> Result<()> {
+    let start = Instant::now();
+    let picture = env::args().nth(1).map_or_else(|| "runs/toy_mixture.png".into(), PathBuf::from);
+    // Tensors are so small that threads within an operation would wait for each other most of the time.
+    tch::set_num_threads(1);
+
+    let seeds = thread::scope(|scope| {
+        let threads: Vec<_> = (0..SEEDS).map(|seed| scope.spawn(move || run_seed(seed))).collect();
+        let results = threads.into_iter().map(|t| t.join().map_err(|_| "a thread panicked")?);
+        results.collect::<Result<Vec<[Comparison; 2]>>>()
+    })?;
+
+    for (i, guidance_scale) in GUIDANCE_SCALES.into_iter().enumerate() {
+        print_comparison(guidance_scale, &seeds.iter().map(|s| &s[i]).collect::<Vec<_>>());
+    }
+    if let Some(folder) = picture.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    plot::draw(&picture, &seeds)?;
+    println!("{}, {:.0} s", picture.display(), start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// One seed at one guidance scale.
+struct Comparison {
+    /// Some of the teacher's samples, with their classes.
+    reference: Points,
+    /// The teacher in as many steps as the student, and in as many as the student learns from.
+    teachers: [Outcome; 2],
+    arms: [Outcome; ARMS.len()],
+}
+
+/// What came of one way to sample.
+struct Outcome {
+    /// Energy distance to the reference.
+    distance: f64,
+    /// Energy distance of forward states to those visited, less that of two sets of forward states; a number for each
+    /// timestep.
+    shift: Vec<f64>,
+    points: Points,
+}
+
+/// Samples and their classes.
+type Points = Vec<(f64, f64, usize)>;
+
+fn run_seed(seed: u64) -> Result<[Comparison; 2]> {
+    let lab = Lab::new(seed)?;
+    let start = lab.start()?;
+    let [guided, control] = GUIDANCE_SCALES.map(|scale| lab.compare(&start, scale));
+    Ok([guided?, control?])
+}
+
+/// What all runs of a seed have in common.
+struct Lab {
+    schedule: NoiseSchedule,
+    grid: Timesteps,
+    exact: MixtureDenoiser,
+    streams: RandomStreams,
+}
+
+impl Lab {
+    fn new(seed: u64) -> Result<Self> {
+        let schedule = NoiseScheduleConfig::Vp(VpConfig {
+            beta_schedule: BetaSchedule::SquaredcosCapV2,
+            ..VpConfig::default()
+        });
+        let schedule = schedule.build()?;
+        let exact = GaussianMixture::ring(8)?.on(schedule.clone());
+        let streams = RandomStreams::new(seed, 0);
+        Ok(Self { grid: trailing(STUDENT_STEPS)?, schedule, exact, streams })
+    }
+
+    /// Random data of random classes.
+    fn data(&self, step: u64, stream: Stream, n: i64) -> Result<Data> {
+        let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
+        let mixture = self.exact.mixture();
+        let labels = generator.randint(0, mixture.num_classes(), [n])?;
+        let x0 = mixture.sample(n, Some(&labels), &mut generator)?;
+        Ok(Data { x0, conditioning: Conditioning::class_labels(labels) })
+    }
+
+    /// A network of about 10 000 parameters.
+    fn network(&self) -> Result<Model> {
+        let config = MlpConfig {
+            time_features: 16,
+            num_class_embeds: Some(self.exact.mixture().num_classes() as u32),
+            class_features: 8,
+            skip: Some(SkipConfig {
+                // 0.8² / 2 + 0.08² is the variance of the ring in each dimension.
+                sigma_data: 0.57,
+                schedule: self.schedule.config().clone(),
+            }),
+            ..MlpConfig::default()
+        };
+        Ok(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?)
+    }
+
+    fn denoiser<'a>(&self, model: &'a Model) -> Result<NetworkDenoiser<&'a Model>> {
+        Ok(NetworkDenoiser::new(model, PredictionType::Sample, self.schedule.clone())?)
+    }
+
+    /// What a teacher's weights are elsewhere: a network that knows how to denoise, and nothing of few steps or of
+    /// guidance. All arms begin with it.
+    fn start(&self) -> Result<Model> {
+        let model = self.network()?;
+        let student = self.denoiser(&model)?;
+        let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
+        let mut trainer = Trainer::new(&model, START_UPDATES)?;
+        for step in 0..START_UPDATES {
+            let data = self.data(step, Stream::Data, BATCH_SIZE)?;
+            let mut generator = self.streams.generator(step, Stream::Noise, Device::Cpu)?;
+            let noise = generator.normal(data.x0.size(), Kind::Float)?;
+            let t = generator.randint(0, self.schedule.num_train_timesteps(), [BATCH_SIZE])?;
+            let x_t = self.schedule.add_noise(&data.x0, &noise, &t)?;
+
+            let target = self.exact.predict(&x_t, &t, &data.conditioning)?.x0;
+            let x0 = student.predict(&x_t, &t, &data.conditioning)?.x0;
+            let errors = ddil_losses::squared_error(&x0, &target)?;
+            trainer.update(&(errors * weights.gather(&t, Kind::Float)?))?;
+        }
+        trainer.finish()?;
+        Ok(model)
+    }
+
+    /// All arms against one teacher.
+    fn compare(&self, start: &Model, guidance_scale: f64) -> Result<Comparison> {
+        let null = Tensor::from_slice(&[self.exact.mixture().num_classes()]);
+        let null = Conditioning::class_labels(null);
+        let teacher = Guided::new(&self.exact, guidance_scale, null)?;
+        let reference = self.samples(&teacher, &trailing(REFERENCE_STEPS)?, 0)?;
+
+        let judge = |denoiser: &dyn Denoiser, timesteps: &Timesteps| {
+            self.judge(denoiser, timesteps, &reference)
+        };
+        let teachers = [judge(&teacher, &self.grid)?, judge(&teacher, &self.grid_of_teacher()?)?];
+        let arms = ARMS.map(|(_, [forward, student, teacher_share])| {
+            let priors = Priors::new(forward, student, teacher_share)?;
+            let model = self.distil(start, &teacher, priors)?;
+            judge(&self.denoiser(&model)?, &self.grid)
+        });
+        let [forward, mix, student, teacher] = arms;
+        Ok(Comparison {
+            reference: points(&reference),
+            teachers,
+            arms: [forward?, mix?, student?, teacher?],
+        })
+    }
+
+    fn grid_of_teacher(&self) -> Result<Timesteps> {
+        Ok(self.grid.refined(SUBSTEPS, self.schedule.num_train_timesteps() as u32)?)
+    }
+
+    /// The training loop: mix states, ask the objective, update.
+    fn distil(&self, start: &Model, teacher: &dyn Denoiser, priors: Priors) -> Result<Model> {
+        let model = self.network()?;
+        model.parameters().copy_from(start.parameters())?;
+        let student = self.denoiser(&model)?;
+        let networks = Networks { student: &student, teacher };
+        let config = ProgressiveConfig { substeps: SUBSTEPS, ..ProgressiveConfig::default() };
+        let objective = Progressive::new(config, self.schedule.clone(), self.grid.clone())?;
+        let mut mixer = self.mixer(priors)?;
+        let mut trainer = Trainer::new(&model, UPDATES)?;
+        for step in 0..UPDATES {
+            let data = self.data(step, Stream::Data, BATCH_SIZE)?;
+            let states = mixer.next_states(&MixRequest {
+                step,
+                total_steps: UPDATES,
+                data: &data,
+                prompts: &data.conditioning,
+                student: &student,
+                teacher,
+                streams: &self.streams,
+            })?;
+            let terms = objective.loss(step, Phase::Student, &states, &networks)?;
+            trainer.update(&terms.per_sample)?;
+        }
+        trainer.finish()?;
+        Ok(model)
+    }
+
+    fn mixer(&self, priors: Priors) -> Result<Mixer> {
+        let config = MixerConfig {
+            priors: PriorSchedule::constant(priors),
+            // Whole trajectories of the very student, all states of which are used.
+            student: StudentConfig { policy: StudentPolicy::FreshAll, mixed: None },
+            teacher: TeacherConfig { substeps: SUBSTEPS, ..TeacherConfig::default() },
+            ..MixerConfig::default()
+        };
+        let sampler = Box::new(Ddim::new(self.schedule.clone()));
+        Ok(Mixer::new(config, self.grid.clone(), sampler)?)
+    }
+
+    /// Samples for measuring; `draw` tells independent sets apart.
+    fn samples(&self, denoiser: &dyn Denoiser, timesteps: &Timesteps, draw: u64) -> Result<Data> {
+        let mut generator = self.streams.generator(draw, Stream::Sample, Device::Cpu)?;
+        let labels = generator.randint(0, self.exact.mixture().num_classes(), [NUM_SAMPLES])?;
+        let noise = generator.normal([NUM_SAMPLES, 2], Kind::Float)?;
+        let (sampler, conditioning) =
+            (Ddim::new(self.schedule.clone()), Conditioning::class_labels(labels));
+        let x0 = sample(denoiser, &sampler, timesteps, noise, &conditioning, None)?;
+        Ok(Data { x0, conditioning })
+    }
+
+    fn judge(
+        &self,
+        denoiser: &dyn Denoiser,
+        timesteps: &Timesteps,
+        reference: &Data,
+    ) -> Result<Outcome> {
+        let samples = self.samples(denoiser, timesteps, 1)?;
+        let request = ShiftRequest {
+            data: &self.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?,
+            student: denoiser,
+            sampler: &Ddim::new(self.schedule.clone()),
+            timesteps,
+            step: 0,
+            streams: &self.streams,
+        };
+        let shift = measure_shift(&request, &ShiftConfig::default())?.timesteps;
+        Ok(Outcome {
+            distance: energy_distance(&samples.x0, &reference.x0)?,
+            shift: shift.iter().map(|at| at.shift.energy - at.null.energy).collect(),
+            points: points(&samples),
+        })
+    }
+}
+
+/// Steps the optimizer and keeps the average that is sampled with.
+struct Trainer<'a> {
+    model: &'a Model,
+    optimizer: ddil_trainer::optimizer::AdamW,
+    ema: ddil_trainer::ema::Ema,
+    lr: LrSchedule,
+    updates: u64,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(model: &'a Model, updates: u64) -> Result<Self> {
+        let config = AdamWConfig { beta2: 0.99, ..AdamWConfig::default() };
+        let optimizer = config.build(model.parameters().learned())?;
+        let ema = EmaConfig { decay: EMA_DECAY, ..EmaConfig::default() };
+        let ema = ema.build(model.parameters().learned())?;
+        let lr =
+            LrSchedule { peak: PEAK_LEARNING_RATE, decay: Decay::Cosine, ..LrSchedule::default() };
+        Ok(Self { model, optimizer, ema, lr, updates })
+    }
+
+    fn update(&mut self, per_sample: &Tensor) -> Result<()> {
+        self.optimizer.zero_grad()?;
+        per_sample.mean(Kind::Float).backward();
+        let _norm = self.optimizer.clip()?;
+        self.optimizer.step(self.lr.lr_at(self.optimizer.num_steps(), self.updates))?;
+        Ok(self.ema.update()?)
+    }
+
+    /// Leaves the average in the network.
+    fn finish(self) -> Result<()> {
+        Ok(self.ema.copy_to(&self.model.parameters().learned())?)
+    }
+}
+
+fn trailing(num_steps: u32) -> Result<Timesteps> {
+    Ok(Timesteps::spaced(TimestepSpacing::Trailing, 1000, num_steps, 0)?)
+}
+
+fn points(samples: &Data) -> Points {
+    let labels = samples.conditioning.class_labels.as_ref();
+    let class = |i| labels.map_or(0, |labels| labels.int64_value(&[i]) as usize);
+    let coordinate = |i, d| samples.x0.double_value(&[i, d]);
+    (0..NUM_POINTS).map(|i| (coordinate(i, 0), coordinate(i, 1), class(i))).collect()
+}
+
+/// Mean and its standard error.
+fn mean_and_error(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (mean, (variance / n).sqrt())
+}
+
+fn print_comparison(guidance_scale: f64, seeds: &[&Comparison]) {
+    println!(
+        "guidance {guidance_scale}: energy distance to {REFERENCE_STEPS} steps of the teacher, x 1000"
+    );
+    let row = |name: &str, outcome: &dyn Fn(&Comparison) -> &Outcome| {
+        let distances: Vec<f64> = seeds.iter().map(|s| 1e3 * outcome(s).distance).collect();
+        let (mean, error) = mean_and_error(&distances);
+        print!("  {name:<28} {mean:6.2} ± {error:.2}");
+    };
+    row("the teacher in 4 steps", &|s| &s.teachers[0]);
+    println!();
+    row("the teacher in 16 steps", &|s| &s.teachers[1]);
+    println!();
+    for (arm, (name, _)) in ARMS.iter().enumerate() {
+        row(&format!("student in 4, {name}"), &|s| &s.arms[arm]);
+        let ratios: Vec<f64> =
+            seeds.iter().map(|s| s.arms[arm].distance / s.arms[0].distance).collect();
+        let (mean, error) = mean_and_error(&ratios);
+        let by_seed: Vec<String> = ratios.iter().map(|ratio| format!("{ratio:.2}")).collect();
+        println!("   / forward: {mean:.2} ± {error:.2} ({})", by_seed.join(" "));
+    }
+    print_shift(seeds);
+}
+
+fn print_shift(seeds: &[&Comparison]) {
+    println!("  shift of the visited states from noised data at t = 999, 749, 499, 249, x 1000");
+    for (arm, (name, _)) in ARMS.iter().enumerate() {
+        let at = |i: usize| {
+            let shifts: Vec<f64> = seeds.iter().map(|s| 1e3 * s.arms[arm].shift[i]).collect();
+            let (mean, error) = mean_and_error(&shifts);
+            format!("{mean:7.1} ± {error:.1}")
+        };
+        let row: Vec<String> = (0..STUDENT_STEPS as usize).map(at).collect();
+        println!("  {:<28} {}", format!("student in 4, {name}"), row.join("  "));
+    }
+    println!();
+}
+
+/// The picture.
+mod plot {
+    use std::path::Path;
+
+    use plotters::coord::Shift;
+    use plotters::prelude::*;
+    use plotters::style::register_font;
+    use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+    use super::{ARMS, Comparison, GUIDANCE_SCALES, Points, Result, mean_and_error};
+
+    type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+
+    const SIZE: (u32, u32) = (1500, 1080);
+    /// Of Okabe and Ito, told apart by most eyes.
+    const CLASS_COLORS: [RGBColor; 4] = [
+        RGBColor(0, 114, 178),
+        RGBColor(230, 159, 0),
+        RGBColor(0, 158, 115),
+        RGBColor(204, 121, 167),
+    ];
+    const BAR_COLORS: [RGBColor; 5] = [
+        RGBColor(150, 150, 150),
+        RGBColor(213, 94, 0),
+        RGBColor(0, 114, 178),
+        RGBColor(86, 180, 233),
+        RGBColor(0, 158, 115),
+    ];
+
+    pub(super) fn draw(path: &Path, seeds: &[[Comparison; 2]]) -> Result<()> {
+        register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+            .map_err(|_| "the font cannot be read")?;
+        let root = BitMapBackend::new(path, SIZE).into_drawing_area();
+        root.fill(&WHITE)?;
+        let (top, bottom) = root.split_vertically(560);
+
+        let guided = &seeds[0][0];
+        let panels = [
+            ("teacher, 128 steps", &guided.reference),
+            ("student, 4 steps, forward", &guided.arms[0].points),
+            ("student, 4 steps, mix", &guided.arms[1].points),
+        ];
+        for (area, (caption, points)) in top.split_evenly((1, 3)).iter().zip(panels) {
+            let caption = format!("{caption}, guidance {}", GUIDANCE_SCALES[0]);
+            scatter(area, &caption, points)?;
+        }
+        for (area, setting) in bottom.split_evenly((1, 2)).iter().zip(0..) {
+            let comparisons: Vec<&Comparison> = seeds.iter().map(|s| &s[setting]).collect();
+            bars(area, GUIDANCE_SCALES[setting], &comparisons)?;
+        }
+        root.present()?;
+        Ok(())
+    }
+
+    fn scatter(area: &Area<'_>, caption: &str, points: &Points) -> Result<()> {
+        let mut chart = ChartBuilder::on(area)
+            .caption(caption, ("sans-serif", 23))
+            .margin(12)
+            .x_label_area_size(34)
+            .y_label_area_size(48)
+            .build_cartesian_2d(-1.4..1.4, -1.4..1.4)?;
+        chart
+            .configure_mesh()
+            .disable_mesh()
+            .x_labels(5)
+            .y_labels(5)
+            .label_style(("sans-serif", 17))
+            .draw()?;
+        for (class, color) in CLASS_COLORS.into_iter().enumerate() {
+            let of_class = points.iter().filter(|point| point.2 == class);
+            chart
+                .draw_series(
+                    of_class.map(|&(x, y, _)| Circle::new((x, y), 2, color.mix(0.6).filled())),
+                )?
+                .label(format!("class {class}"))
+                .legend(move |(x, y)| Circle::new((x + 8, y), 5, color.filled()));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::MiddleMiddle)
+            .label_font(("sans-serif", 17))
+            .border_style(TRANSPARENT)
+            .draw()?;
+        Ok(())
+    }
+
+    fn bars(area: &Area<'_>, guidance_scale: f64, seeds: &[&Comparison]) -> Result<()> {
+        let over_seeds = |outcome: &dyn Fn(&Comparison) -> f64| {
+            mean_and_error(&seeds.iter().map(|s| 1e3 * outcome(s)).collect::<Vec<_>>())
+        };
+        let mut rows = vec![over_seeds(&|s| s.teachers[1].distance)];
+        rows.extend((0..ARMS.len()).map(|arm| over_seeds(&|s| s.arms[arm].distance)));
+        let top = rows.iter().map(|(mean, error)| mean + error).fold(0.0, f64::max) * 1.2;
+
+        let caption = format!("guidance {guidance_scale}: distance to the teacher's 128 steps");
+        let mut chart = ChartBuilder::on(area)
+            .caption(caption, ("sans-serif", 25))
+            .margin(12)
+            .x_label_area_size(38)
+            .y_label_area_size(80)
+            .build_cartesian_2d((0..rows.len() - 1).into_segmented(), 0.0..top)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .y_desc("energy distance × 1000, ± s.e.")
+            .x_label_formatter(&|segment| match segment {
+                SegmentValue::CenterOf(0) => "teacher, 16 steps".to_owned(),
+                SegmentValue::CenterOf(i) => ARMS.get(i - 1).map_or("", |arm| arm.0).to_owned(),
+                _ => String::new(),
+            })
+            .label_style(("sans-serif", 18))
+            .draw()?;
+        for (i, ((mean, error), color)) in rows.into_iter().zip(BAR_COLORS).enumerate() {
+            let corners = [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), mean)];
+            let mut bar = Rectangle::new(corners, color.filled());
+            bar.set_margin(0, 0, 24, 24);
+            chart.draw_series([bar])?;
+            let at = |y| (SegmentValue::CenterOf(i), y);
+            let line = BLACK.stroke_width(2);
+            let (low, high) = (mean - error, mean + error);
+            chart.draw_series([PathElement::new(vec![at(low), at(high)], line)])?;
+            for end in [low, high] {
+                let cap = PathElement::new(vec![(-8, 0), (8, 0)], line);
+                chart.draw_series([EmptyElement::at(at(end)) + cap])?;
+            }
+            let style = ("sans-serif", 20).into_font().color(&BLACK);
+            let style = style.pos(Pos::new(HPos::Center, VPos::Bottom));
+            let text = Text::new(format!("{mean:.2}"), (0, -8), style);
+            chart.draw_series([EmptyElement::at(at(high)) + text])?;
+        }
+        Ok(())
+    }
+}
