@@ -42,6 +42,7 @@ impl TrainingData {
     }
 
     /// The same without labels, for a network that takes none.
+    #[must_use]
     pub fn ignore_labels(self) -> Self {
         Self { labelled: false, ..self }
     }

@@ -447,8 +447,16 @@ impl<T: Task> Session<T> {
             _ => Ok(()),
         };
         remove(&aside)?;
+        if !export.exists() && replaced.exists() {
+            // Killed between the two renames below.
+            fs::rename(&replaced, &export).map_err(Error::io("put back", &export))?;
+        }
         remove(&replaced)?;
-        self.task.export(&aside, self.ema.tensors(), self.seconds)?;
+        if let Err(error) = self.task.export(&aside, self.ema.tensors(), self.seconds) {
+            // Half a model is of no use, and the disk may be full.
+            let _ = remove(&aside);
+            return Err(error);
+        }
         if export.exists() {
             fs::rename(&export, &replaced).map_err(Error::io("rename", &export))?;
         }

@@ -419,7 +419,8 @@ fn end_of(run: &Path) -> BTreeMap<String, Vec<u8>> {
     }
     for (name, bytes) in snapshot(run) {
         let name = name.display().to_string();
-        assert!(!name.contains(".tmp-") && !name.contains(".old-"), "{name} was left behind");
+        let left = [".tmp-", ".old-", ".export-"].iter().any(|part| name.contains(part));
+        assert!(!left, "{name} was left behind");
         if name == "metrics.jsonl" || name.starts_with("samples/") {
             end.insert(name, bytes);
         }
