@@ -16,10 +16,7 @@ pub(crate) const TEMPORARY: &str = ".tmp-";
 /// Replaces a file by new content: a reader, and a crash, see either all of the old or all of the new.
 pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let aside = temporary_sibling(path);
-<<<<<<< HEAD
-=======
     // Errors name the file that is meant, not the one beside it.
->>>>>>> e2e
     let written = write_synced(&aside, path, content)
         .and_then(|()| fs::rename(&aside, path).map_err(Error::io("replace", path)))
         .and_then(|()| sync_folder(parent(path)));
@@ -30,10 +27,6 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     written
 }
 
-<<<<<<< HEAD
-/// Writes `aside`; errors speak of `path`, which is what the caller knows.
-=======
->>>>>>> e2e
 fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
     let mut file = File::create(aside).map_err(Error::io("create", path))?;
     file.write_all(content).map_err(Error::io("write", path))?;
