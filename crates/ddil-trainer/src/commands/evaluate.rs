@@ -22,6 +22,12 @@ const REFERENCE: &str = "fashion_mnist/test";
 
 pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples > 1, "--num-samples is {}; expected at least 2", args.num_samples);
+    let subject = &args.subject;
+    ensure!(
+        subject == Path::new("data") || subject.is_dir(),
+        "{} is neither a model folder nor a folder of images, nor `data`",
+        subject.display()
+    );
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::load(None)?;
     let reference = Reference::new(REFERENCE, &all_images(&data.test)?, &extractor)?;

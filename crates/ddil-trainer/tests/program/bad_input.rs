@@ -148,11 +148,8 @@ fn fashion_mnist_that_is_missing_or_changed() -> TestResult {
 
     // Found by the environment instead of the config.
     let config = fs::read_to_string(workshop.path("train.toml"))?;
-    let config: String = config
-        .lines()
-        .filter(|line| !line.starts_with("path ="))
-        .map(|l| format!("{l}\n"))
-        .collect();
+    let lines: Vec<&str> = config.lines().filter(|line| !line.starts_with("path =")).collect();
+    let config = lines.join("\n");
     fs::write(workshop.path("train.toml"), config)?;
     let mut command = workshop.command(&arguments("train", "refused", &[settings[0]]));
     let stderr = command.env("DDIL_DATA", workshop.path("runs_not")).output()?.stderr;

@@ -152,7 +152,7 @@ impl Workshop {
     }
 
     fn common(&self) -> String {
-        let (runs, data) = (self.path("runs"), self.path("data"));
+        let [runs, data] = ["runs", "data"].map(|name| self.path(name).display().to_string());
         format!(
             "[run]\nfolder = {runs:?}\nseed = 3\nthreads = 1\n\n[data]\nkind = \"image_folder\"\npath = {data:?}\n\
              batch_size = 4\nhorizontal_flip = true\n"
@@ -344,8 +344,8 @@ fn write_png(path: &Path, side: u32, pixels: &[u8]) {
 
 /// Lines of the run's metrics so far.
 pub(crate) fn num_lines(run: &Path) -> usize {
-    let text = fs::read(run.join("metrics.jsonl")).unwrap_or_default();
-    text.iter().filter(|byte| **byte == b'\n').count()
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    text.matches('\n').count()
 }
 
 /// `status.json`.
