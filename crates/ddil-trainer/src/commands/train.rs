@@ -84,13 +84,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     }
     let mut session = match &args.resume {
         Some(path) => resume(&config, path, &logging)?,
-        None => {
-            // The task first: what it refuses leaves no folder behind.
-            let task = config.task()?;
-            let folder = RunFolder::create(&config.run_section().path(), &config)?;
-            logging.also_to(&folder.file("run.log"))?;
-            Session::start(task, config.session(), folder)?
-        }
+        None => start(&config, &logging)?,
     };
     tracing::info!("{} in {}", J::VERB, session.folder().path().display());
     let outcome = session.run(&interrupt).with_context(|| {
@@ -123,6 +117,14 @@ fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
         settings.set(text)?;
     }
     Ok(settings.build()?)
+}
+
+/// A new run; what the task refuses leaves no folder behind.
+fn start<J: Job>(config: &J, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
+    let task = config.task()?;
+    let folder = RunFolder::create(&config.run_section().path(), config)?;
+    logging.also_to(&folder.file("run.log"))?;
+    Ok(Session::start(task, config.session(), folder)?)
 }
 
 fn resume<J: Job>(config: &J, path: &Path, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
