@@ -82,15 +82,14 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
         println!("\n# {} updates; nothing was written", task.total_updates());
         return Ok(ExitCode::SUCCESS);
     }
-    let mut session = match &args.resume {
-        Some(path) => resume(&config, path, &logging)?,
-        None => {
-            // The task first: what it refuses leaves no folder behind.
-            let task = config.task()?;
-            let folder = RunFolder::create(&config.run_section().path(), &config)?;
-            logging.also_to(&folder.file("run.log"))?;
-            Session::start(task, config.session(), folder)?
-        }
+    let mut session = if let Some(path) = &args.resume {
+        resume(&config, path, &logging)?
+    } else {
+        // The task first: what it refuses leaves no folder behind.
+        let task = config.task()?;
+        let folder = RunFolder::create(&config.run_section().path(), &config)?;
+        logging.also_to(&folder.file("run.log"))?;
+        Session::start(task, config.session(), folder)?
     };
     tracing::info!("{} in {}", J::VERB, session.folder().path().display());
     let outcome = session.run(&interrupt).with_context(|| {
