@@ -14,12 +14,13 @@
 //! apart: where it does as well as `student`, it is the shift of the guided trajectories that matters and not the
 //! student's own errors.
 //!
-//! Prints energy distances to samples that the same teacher, with the same guidance, takes 128 steps for, over seeds;
+//! Prints energy distances to samples that the same teacher, with the same guidance, takes 64 steps for, over seeds;
 //! writes a picture. One thread a seed.
 //!
 //! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
 //! picture is `runs/toy_mixture.png`.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::time::Instant;
 use std::{env, fs, thread};
@@ -46,9 +47,9 @@ use ddil_trainer::lr_schedule::{Decay, LrSchedule};
 use ddil_trainer::optimizer::AdamWConfig;
 use tch::{Device, Kind, Tensor};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-const SEEDS: u64 = 4;
+const SEEDS: u64 = 3;
 const GUIDANCE_SCALES: [f64; 2] = [3.0, 1.0];
 /// Name, and shares of forward, student and teacher states.
 const ARMS: [(&str, [f64; 3]); 4] = [
@@ -62,7 +63,7 @@ const STUDENT_STEPS: u32 = 4;
 /// Steps of the teacher for one of the student.
 const SUBSTEPS: u32 = 4;
 /// Steps of the samples that everything is compared to.
-const REFERENCE_STEPS: u32 = 128;
+const REFERENCE_STEPS: u32 = 64;
 
 const BATCH_SIZE: i64 = 256;
 const START_UPDATES: u64 = 500;
@@ -71,10 +72,10 @@ const PEAK_LEARNING_RATE: f64 = 5e-3;
 const EMA_DECAY: f64 = 0.995;
 
 /// Samples an energy distance is computed from, of each side.
-const NUM_SAMPLES: i64 = 4096;
+const NUM_SAMPLES: i64 = 3000;
 /// Samples the shift is computed from, half of them of each side.
 const NUM_SHIFT_SAMPLES: i64 = 2048;
-/// Of these, samples that are drawn in the picture.
+/// Samples of each sort that are drawn in the picture.
 const NUM_POINTS: i64 = 1500;
 
 fn main() -> Result<()> {
@@ -104,12 +105,12 @@ fn main() -> Result<()> {
 struct Comparison {
     /// Some of the teacher's samples, with their classes.
     reference: Points,
-    /// The teacher in as many steps as the student, and in as many as the student learns from.
-    teachers: [Outcome; 2],
+    /// Energy distance of the teacher in as many steps as the student, and in as many as the student learns from.
+    teachers: [f64; 2],
     arms: [Outcome; ARMS.len()],
 }
 
-/// What came of one way to sample.
+/// What came of one student.
 struct Outcome {
     /// Energy distance to the reference.
     distance: f64,
@@ -208,14 +209,16 @@ impl Lab {
         let teacher = Guided::new(&self.exact, guidance_scale, null)?;
         let reference = self.samples(&teacher, &trailing(REFERENCE_STEPS)?, 0)?;
 
-        let judge = |denoiser: &dyn Denoiser, timesteps: &Timesteps| {
-            self.judge(denoiser, timesteps, &reference)
+        let distance_of_teacher = |timesteps: &Timesteps| {
+            let samples = self.samples(&teacher, timesteps, 1)?;
+            Ok::<_, Box<dyn Error + Send + Sync>>(energy_distance(&samples.x0, &reference.x0)?)
         };
-        let teachers = [judge(&teacher, &self.grid)?, judge(&teacher, &self.grid_of_teacher()?)?];
+        let fine = self.grid.refined(SUBSTEPS, self.schedule.num_train_timesteps() as u32)?;
+        let teachers = [distance_of_teacher(&self.grid)?, distance_of_teacher(&fine)?];
         let arms = ARMS.map(|(_, [forward, student, teacher_share])| {
             let priors = Priors::new(forward, student, teacher_share)?;
             let model = self.distil(start, &teacher, priors)?;
-            judge(&self.denoiser(&model)?, &self.grid)
+            self.judge(&self.denoiser(&model)?, &reference)
         });
         let [forward, mix, student, teacher] = arms;
         Ok(Comparison {
@@ -223,10 +226,6 @@ impl Lab {
             teachers,
             arms: [forward?, mix?, student?, teacher?],
         })
-    }
-
-    fn grid_of_teacher(&self) -> Result<Timesteps> {
-        Ok(self.grid.refined(SUBSTEPS, self.schedule.num_train_timesteps() as u32)?)
     }
 
     /// The training loop: mix states, ask the objective, update.
@@ -280,18 +279,13 @@ impl Lab {
         Ok(Data { x0, conditioning })
     }
 
-    fn judge(
-        &self,
-        denoiser: &dyn Denoiser,
-        timesteps: &Timesteps,
-        reference: &Data,
-    ) -> Result<Outcome> {
-        let samples = self.samples(denoiser, timesteps, 1)?;
+    fn judge(&self, student: &dyn Denoiser, reference: &Data) -> Result<Outcome> {
+        let samples = self.samples(student, &self.grid, 1)?;
         let request = ShiftRequest {
             data: &self.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?,
-            student: denoiser,
+            student,
             sampler: &Ddim::new(self.schedule.clone()),
-            timesteps,
+            timesteps: &self.grid,
             step: 0,
             streams: &self.streams,
         };
@@ -361,17 +355,17 @@ fn print_comparison(guidance_scale: f64, seeds: &[&Comparison]) {
     println!(
         "guidance {guidance_scale}: energy distance to {REFERENCE_STEPS} steps of the teacher, x 1000"
     );
-    let row = |name: &str, outcome: &dyn Fn(&Comparison) -> &Outcome| {
-        let distances: Vec<f64> = seeds.iter().map(|s| 1e3 * outcome(s).distance).collect();
+    let row = |name: &str, distance: &dyn Fn(&Comparison) -> f64| {
+        let distances: Vec<f64> = seeds.iter().map(|s| 1e3 * distance(s)).collect();
         let (mean, error) = mean_and_error(&distances);
         print!("  {name:<28} {mean:6.2} ± {error:.2}");
     };
-    row("the teacher in 4 steps", &|s| &s.teachers[0]);
+    row("the teacher in 4 steps", &|s| s.teachers[0]);
     println!();
-    row("the teacher in 16 steps", &|s| &s.teachers[1]);
+    row("the teacher in 16 steps", &|s| s.teachers[1]);
     println!();
     for (arm, (name, _)) in ARMS.iter().enumerate() {
-        row(&format!("student in 4, {name}"), &|s| &s.arms[arm]);
+        row(&format!("student in 4, {name}"), &|s| s.arms[arm].distance);
         let ratios: Vec<f64> =
             seeds.iter().map(|s| s.arms[arm].distance / s.arms[0].distance).collect();
         let (mean, error) = mean_and_error(&ratios);
@@ -404,7 +398,9 @@ mod plot {
     use plotters::style::register_font;
     use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-    use super::{ARMS, Comparison, GUIDANCE_SCALES, Points, Result, mean_and_error};
+    use super::{
+        ARMS, Comparison, GUIDANCE_SCALES, Points, REFERENCE_STEPS, Result, mean_and_error,
+    };
 
     type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 
@@ -433,9 +429,9 @@ mod plot {
 
         let guided = &seeds[0][0];
         let panels = [
-            ("teacher, 128 steps", &guided.reference),
-            ("student, 4 steps, forward", &guided.arms[0].points),
-            ("student, 4 steps, mix", &guided.arms[1].points),
+            (format!("teacher, {REFERENCE_STEPS} steps"), &guided.reference),
+            ("student, 4 steps, forward".to_owned(), &guided.arms[0].points),
+            ("student, 4 steps, mix".to_owned(), &guided.arms[1].points),
         ];
         for (area, (caption, points)) in top.split_evenly((1, 3)).iter().zip(panels) {
             let caption = format!("{caption}, guidance {}", GUIDANCE_SCALES[0]);
@@ -485,11 +481,14 @@ mod plot {
         let over_seeds = |outcome: &dyn Fn(&Comparison) -> f64| {
             mean_and_error(&seeds.iter().map(|s| 1e3 * outcome(s)).collect::<Vec<_>>())
         };
-        let mut rows = vec![over_seeds(&|s| s.teachers[1].distance)];
+        let mut rows = vec![over_seeds(&|s| s.teachers[1])];
         rows.extend((0..ARMS.len()).map(|arm| over_seeds(&|s| s.arms[arm].distance)));
+        // A fifth of room for the numbers.
         let top = rows.iter().map(|(mean, error)| mean + error).fold(0.0, f64::max) * 1.2;
 
-        let caption = format!("guidance {guidance_scale}: distance to the teacher's 128 steps");
+        let caption = format!(
+            "guidance {guidance_scale}: distance to {REFERENCE_STEPS} steps of the teacher"
+        );
         let mut chart = ChartBuilder::on(area)
             .caption(caption, ("sans-serif", 25))
             .margin(12)
@@ -508,12 +507,15 @@ mod plot {
             })
             .label_style(("sans-serif", 18))
             .draw()?;
-        for (i, ((mean, error), color)) in rows.into_iter().zip(BAR_COLORS).enumerate() {
-            let corners = [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), mean)];
-            let mut bar = Rectangle::new(corners, color.filled());
+        for (i, ((mean, error), color)) in rows.iter().copied().zip(BAR_COLORS).enumerate() {
+            let at = |y| (SegmentValue::CenterOf(i), y);
+            let mut bar = Rectangle::new(
+                [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), mean)],
+                color.filled(),
+            );
             bar.set_margin(0, 0, 24, 24);
             chart.draw_series([bar])?;
-            let at = |y| (SegmentValue::CenterOf(i), y);
+
             let line = BLACK.stroke_width(2);
             let (low, high) = (mean - error, mean + error);
             chart.draw_series([PathElement::new(vec![at(low), at(high)], line)])?;
@@ -521,10 +523,14 @@ mod plot {
                 let cap = PathElement::new(vec![(-8, 0), (8, 0)], line);
                 chart.draw_series([EmptyElement::at(at(end)) + cap])?;
             }
-            let style = ("sans-serif", 20).into_font().color(&BLACK);
-            let style = style.pos(Pos::new(HPos::Center, VPos::Bottom));
-            let text = Text::new(format!("{mean:.2}"), (0, -8), style);
-            chart.draw_series([EmptyElement::at(at(high)) + text])?;
+            let text = if i > 1 {
+                format!("{mean:.2} (× {:.2})", mean / rows[1].0)
+            } else {
+                format!("{mean:.2}")
+            };
+            let centered = Pos::new(HPos::Center, VPos::Bottom);
+            let style = ("sans-serif", 18).into_font().color(&BLACK).pos(centered);
+            chart.draw_series([EmptyElement::at(at(high)) + Text::new(text, (0, -8), style)])?;
         }
         Ok(())
     }

@@ -37,14 +37,14 @@ pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> S
 /// The best guess for data of one mean and standard deviation: linear in `x_t`.
 #[derive(Debug)]
 pub(crate) struct Gaussian {
-    pub schedule: NoiseSchedule,
-    pub mean: f64,
-    pub std: f64,
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) mean: f64,
+    pub(crate) std: f64,
 }
 
 impl Gaussian {
     /// `x0 = slope x_t + offset` at timestep `t`.
-    pub fn line(&self, t: i64) -> (f64, f64) {
+    pub(crate) fn line(&self, t: i64) -> (f64, f64) {
         let scale = self.schedule.scale_at(t).expect("tests stay on the grid");
         let variance = self.std.powi(2);
         let slope = scale.alpha * variance / (scale.alpha.powi(2) * variance + scale.sigma.powi(2));
@@ -75,12 +75,12 @@ impl Denoiser for Gaussian {
 /// Predicts `factor x_t` for clean data; the factor may be trainable.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    pub schedule: NoiseSchedule,
-    pub factor: Tensor,
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) factor: Tensor,
 }
 
 impl Linear {
-    pub fn trainable(schedule: NoiseSchedule, factor: f64) -> Self {
+    pub(crate) fn trainable(schedule: NoiseSchedule, factor: f64) -> Self {
         Self { schedule, factor: Tensor::from(factor).set_requires_grad(true) }
     }
 }

@@ -420,7 +420,7 @@ impl CommonConfig {
             Thresholding::Clamp(DataRange {
                 low: Bound::Scalar(low),
                 high: Bound::Scalar(high),
-            }) if (low + high).abs() == 0.0 => {
+            }) if *low == -high => {
                 config.clip_sample = true;
                 config.clip_sample_range = *high;
             }

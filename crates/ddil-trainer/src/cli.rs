@@ -151,7 +151,7 @@ pub(crate) struct DemoArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) overrides: Vec<String>,
     /// Samples that each model is measured on.
-    #[arg(long, short, default_value_t = 1000)]
+    #[arg(long, short, default_value_t = 500)]
     pub(crate) num_samples: u32,
     /// Remove what an earlier demonstration left in the folder.
     #[arg(long)]
