@@ -38,7 +38,7 @@ test: setup ## every test, doc tests and the tools' own too
 	$(PYTHON) tools/tests.py
 
 bench: setup ## the benchmarks
-	$(CARGO) bench -p ddil-benches
+	$(CARGO) bench --workspace --benches
 
 lint: setup ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check

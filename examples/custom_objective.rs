@@ -4,7 +4,7 @@
 //! there is: from a state, the teacher walks all the way to a sample, and the student is told to get there in one
 //! step. Here it is an [`Objective`] outside of `ddil-losses`; mixing, sources and optimizer know nothing of it.
 //!
-//! Run with `cargo run --release -p ddil-examples --example custom_objective`.
+//! Run with `cargo run --release --example custom_objective`.
 
 use std::error::Error;
 

@@ -5,7 +5,7 @@
 //! state is noised a bit more than its timestep says. Here that is a [`TrajectorySource`] of twenty lines, which a
 //! [`Mixer`] takes in place of its own forward source; distillation does not notice.
 //!
-//! Run with `cargo run --release -p ddil-examples --example custom_source`.
+//! Run with `cargo run --release --example custom_source`.
 
 use std::error::Error;
 

@@ -1,6 +1,6 @@
 //! Draws 16 samples from a closed-form teacher in four steps.
 //!
-//! Run with `cargo run --release -p ddil-examples --example few_step_sampling`.
+//! Run with `cargo run --release --example few_step_sampling`.
 
 use std::error::Error;
 

@@ -17,7 +17,7 @@
 //! Prints energy distances to samples that the same teacher, with the same guidance, takes 64 steps for, over seeds;
 //! writes a picture. One thread a seed.
 //!
-//! Run with `cargo run --release -p ddil-examples --example toy_mixture -- [picture.png]`. Without an argument the
+//! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
 //! picture is `runs/toy_mixture.png`.
 
 use std::error::Error;

@@ -9,18 +9,18 @@ use tch::{Kind, Tensor, kind};
 /// The exact denoiser of data `N(mean, std²)`, with a mean of its own for each class label.
 ///
 /// `E[x0 | x_t] = mean + alpha std² / (alpha² std² + sigma²) (x_t - alpha mean)`.
-pub struct Gaussian {
-    pub schedule: NoiseSchedule,
+pub(crate) struct Gaussian {
+    pub(crate) schedule: NoiseSchedule,
     /// Mean of class `c` is `center + c · per_class`.
-    pub center: f64,
-    pub per_class: f64,
-    pub std: f64,
+    pub(crate) center: f64,
+    pub(crate) per_class: f64,
+    pub(crate) std: f64,
     /// Samples it was asked about.
-    pub asked: Cell<u64>,
+    pub(crate) asked: Cell<u64>,
 }
 
 impl Gaussian {
-    pub fn new(center: f64, per_class: f64, std: f64) -> Self {
+    pub(crate) fn new(center: f64, per_class: f64, std: f64) -> Self {
         Self { schedule: schedule(), center, per_class, std, asked: Cell::new(0) }
     }
 
@@ -58,30 +58,30 @@ impl Denoiser for Gaussian {
     }
 }
 
-pub fn schedule() -> NoiseSchedule {
+pub(crate) fn schedule() -> NoiseSchedule {
     NoiseScheduleConfig::default().build().expect("the default is valid")
 }
 
 /// `[999, 749, 499, 249]` for 4.
-pub fn trailing(n: u32) -> Timesteps {
+pub(crate) fn trailing(n: u32) -> Timesteps {
     Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("n is in range")
 }
 
-pub fn labels(n: usize) -> Conditioning {
+pub(crate) fn labels(n: usize) -> Conditioning {
     Conditioning::class_labels(Tensor::arange(n as i64, kind::INT64_CPU))
 }
 
 /// Unit noise from a seed, apart from libtorch's own generator, which other tests draw from too.
-pub fn normal(seed: u64, shape: &[i64]) -> Tensor {
+pub(crate) fn normal(seed: u64, shape: &[i64]) -> Tensor {
     ddil_core::Generator::new(tch::Device::Cpu, seed)
         .and_then(|mut generator| generator.normal(shape, Kind::Float))
         .expect("the CPU is there")
 }
 
-pub fn max_abs_difference(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn max_abs_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a - b).abs().max().double_value(&[])
 }
 
 /// One shape a kind of data: vectors, audio, images, video.
-pub const SHAPES: [&[i64]; 4] = [&[3, 5], &[3, 2, 7], &[3, 2, 4, 4], &[3, 2, 3, 4, 4]];
+pub(crate) const SHAPES: [&[i64]; 4] = [&[3, 5], &[3, 2, 7], &[3, 2, 4, 4], &[3, 2, 3, 4, 4]];

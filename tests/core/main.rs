@@ -1,4 +1,5 @@
 //! Tests of `ddil-core`, a module a file of its sources.
+#![expect(clippy::float_cmp, reason = "values that are stored and read back are the same bits")]
 
 mod buffer;
 mod common;

@@ -64,7 +64,7 @@ fn refuses_what_cannot_be() -> ddil_core::Result<()> {
 
 #[test]
 fn settings_are_read_strictly() {
-    let read = serde_json::from_str::<PriorSchedule>;
+    let read = |text: &str| serde_json::from_str::<PriorSchedule>(text);
     let linear = r#"{"kind": "linear", "start": 0.1, "end": 0.2,
         "from": {"forward": 1.0}, "to": {"forward": 0.5, "student": 0.5}}"#;
     let schedule = read(linear).expect("it is valid");

@@ -15,24 +15,25 @@ fn draws() -> Draws {
     RandomStreams::new(0, 0).draws(0, Stream::Sample, Device::Cpu).expect("the CPU is there")
 }
 
+/// Answers with a tensor that wants a gradient.
+struct Trainable(NoiseSchedule, Tensor);
+impl Denoiser for Trainable {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        Ok(Prediction::from_x0(&self.0, x_t * &self.1, x_t, timesteps)?)
+    }
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.0
+    }
+}
+
 #[test]
 fn runs_for_any_rank_and_without_gradients() -> ddil_core::Result<()> {
     let weight = Tensor::from(0.5_f32).set_requires_grad(true);
-    /// Answers with a tensor that wants a gradient.
-    struct Trainable(NoiseSchedule, Tensor);
-    impl Denoiser for Trainable {
-        fn predict(
-            &self,
-            x_t: &Tensor,
-            timesteps: &Tensor,
-            _: &Conditioning,
-        ) -> ddil_core::Result<Prediction> {
-            Ok(Prediction::from_x0(&self.0, x_t * &self.1, x_t, timesteps)?)
-        }
-        fn schedule(&self) -> &NoiseSchedule {
-            &self.0
-        }
-    }
     let student = Trainable(schedule(), weight);
     let sampler = Ddim::new(schedule());
     for shape in SHAPES {

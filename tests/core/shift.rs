@@ -13,19 +13,27 @@ fn compare(train: &Tensor, inference: &Tensor, config: &ShiftConfig) -> ddil_cor
     shift_at(499, train, inference, (&null.0, &null.1), config, &mut generator)
 }
 
+/// Eight comparisons of `inference` with unit noise, beside as many of unit noise with itself.
+fn report(shape: &[i64], inference: impl Fn(Tensor) -> Tensor) -> ddil_core::Result<ShiftReport> {
+    let config = ShiftConfig { projections: 64, ..ShiftConfig::default() };
+    let mut generator = Generator::new(Device::Cpu, 0)?;
+    let timesteps = (0..8).map(|round| {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|i| normal(4 * round + i, shape));
+        shift_at(499, &a, &inference(b), (&c, &d), &config, &mut generator)
+    });
+    Ok(ShiftReport { timesteps: timesteps.collect::<ddil_core::Result<_>>()? })
+}
+
+/// Forward against forward is the null; what is moved is far beyond it.
 #[test]
 fn null_is_its_own_measure() -> ddil_core::Result<()> {
-    let config = ShiftConfig::default();
-    for shape in [&[600, 6][..], &[600, 2, 5], &[600, 2, 3, 3], &[600, 1, 2, 2, 2]] {
-        let at = compare(&normal(1, shape), &normal(2, shape), &config)?;
-        let ratio = at.shift.sliced_w2 / at.null.sliced_w2;
-        assert!((0.6..1.6).contains(&ratio), "{shape:?}: {ratio}");
-        assert!(at.shift.energy.abs() < 0.02, "{shape:?}: {}", at.shift.energy);
-        let shifted = compare(&normal(1, shape), &(normal(2, shape) + 0.3), &config)?;
-        assert!(shifted.shift.sliced_w2 > 5.0 * shifted.null.sliced_w2, "{shape:?}");
-        assert!(shifted.shift.energy > 0.02, "{shape:?}: {}", shifted.shift.energy);
-        let report = ShiftReport { timesteps: vec![at] };
-        assert!(report.summary().relative_sliced_w2.abs() < 0.6);
+    for shape in [&[300, 6][..], &[300, 2, 4], &[300, 2, 2, 2], &[300, 1, 2, 2, 2]] {
+        let same = report(shape, |states| states)?.summary();
+        assert!(same.relative_sliced_w2.abs() < 0.5, "{shape:?}: {same:?}");
+        assert!(same.excess_energy.abs() < 0.05, "{shape:?}: {same:?}");
+        let moved = report(shape, |states| states + 0.3)?.summary();
+        assert!(moved.relative_sliced_w2 > 5.0, "{shape:?}: {moved:?}");
+        assert!(moved.excess_energy > 0.5, "{shape:?}: {moved:?}");
     }
     Ok(())
 }
@@ -87,7 +95,7 @@ fn pooling_averages_places() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_cannot_be_compared() -> ddil_core::Result<()> {
+fn refuses_what_cannot_be_compared() {
     let x = normal(1, &[4, 3]);
     let config = ShiftConfig::default();
     assert!(matches!(compare(&x, &normal(2, &[5, 3]), &config), Err(Error::Shape { .. })));
@@ -95,7 +103,6 @@ fn refuses_what_cannot_be_compared() -> ddil_core::Result<()> {
     assert!(matches!(compare(&one, &one, &config), Err(Error::Shape { .. })));
     let none = ShiftConfig { projections: 0, ..config };
     assert!(matches!(compare(&x, &x, &none), Err(Error::InvalidConfig { .. })));
-    Ok(())
 }
 
 fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Result<ShiftReport> {
@@ -118,17 +125,17 @@ fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Resul
 #[test]
 fn a_wrong_student_shifts() -> ddil_core::Result<()> {
     let config = ShiftConfig { batch_size: 300, ..ShiftConfig::default() };
-    let exact = measure(&Gaussian::new(0.0, 0.0, 0.5), 1400, &config)?;
-    let wrong = measure(&Gaussian::new(0.4, 0.0, 0.5), 1400, &config)?;
+    let exact = measure(&Gaussian::new(0.0, 0.0, 0.5), 800, &config)?;
+    let wrong = measure(&Gaussian::new(0.4, 0.0, 0.5), 800, &config)?;
     assert_eq!(exact.timesteps.len(), 20);
     assert!(exact.summary().relative_sliced_w2 < 1.5, "{:?}", exact.summary());
-    assert!(wrong.summary().relative_sliced_w2 > 10.0, "{:?}", wrong.summary());
+    assert!(wrong.summary().relative_sliced_w2 > 3.0, "{:?}", wrong.summary());
     assert!(wrong.summary().excess_energy > 10.0 * exact.summary().excess_energy.abs());
     let energy = |at: usize| wrong.timesteps[at].shift.energy;
     assert!(energy(0) < energy(10) && energy(10) < energy(19));
     assert!((wrong.timesteps[19].shift.mean_gap - 0.4).abs() < 0.08);
     // Exactly the same when asked again; a report can be kept.
-    let again = measure(&Gaussian::new(0.4, 0.0, 0.5), 1400, &config)?;
+    let again = measure(&Gaussian::new(0.4, 0.0, 0.5), 800, &config)?;
     let text = serde_json::to_string(&again).expect("it can be written");
     assert_eq!(serde_json::from_str::<ShiftReport>(&text).expect("it can be read"), wrong);
     Ok(())

@@ -297,6 +297,40 @@ fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
     Ok(())
 }
 
+/// Four samples of pure noise, which go through a loss with the others; labels from 500 in each 1000.
+fn noise(step: u64) -> States {
+    let first = step as i64 * 1000 + 500;
+    let labels = Tensor::arange_start(first, first + 4, tch::kind::INT64_CPU);
+    States {
+        x_t: normal(1000 + step, &[4, 3]),
+        timesteps: Tensor::full([4], 999, tch::kind::INT64_CPU),
+        grid_indices: vec![0; 4],
+        conditioning: Conditioning::class_labels(labels),
+        sources: vec![Source::Noise; 4],
+        births: vec![step; 4],
+    }
+}
+
+/// What a loss would have computed of a batch.
+fn show_loss(
+    bench: &Bench,
+    source: &mut dyn TrajectorySource,
+    step: u64,
+    states: &States,
+    teacher_next: Option<&Tensor>,
+) -> ddil_core::Result<()> {
+    let x0 = bench.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0;
+    source.after_loss(&LossFeedback {
+        step,
+        states,
+        student_x0: &x0,
+        teacher_next,
+        grids: &bench.grids,
+        sampler: &*bench.sampler,
+        streams: &bench.streams,
+    })
+}
+
 /// Chains, run as a trainer would: batches with even grid indices, then the student's estimates of them.
 fn run_chain(
     bench: &Bench,
@@ -308,30 +342,8 @@ fn run_chain(
         .map(|step| {
             let first = step as i64 * 1000;
             let states = bench.ask(source, step, &cycle(12), &[3], first)?;
-            // Four samples of pure noise go through the loss with the others.
-            let noise = States {
-                x_t: normal(1000 + step, &[4, 3]),
-                timesteps: Tensor::full([4], 999, tch::kind::INT64_CPU),
-                grid_indices: vec![0; 4],
-                conditioning: Conditioning::class_labels(Tensor::arange_start(
-                    first + 500,
-                    first + 504,
-                    tch::kind::INT64_CPU,
-                )),
-                sources: vec![Source::Noise; 4],
-                births: vec![step; 4],
-            };
-            let batch = States::cat(&[states, noise])?;
-            let x0 = bench.student.predict(&batch.x_t, &batch.timesteps, &batch.conditioning)?.x0;
-            source.after_loss(&LossFeedback {
-                step,
-                states: &batch,
-                student_x0: &x0,
-                teacher_next: teacher_next(&batch).as_ref(),
-                grids: &bench.grids,
-                sampler: &*bench.sampler,
-                streams: &bench.streams,
-            })?;
+            let batch = States::cat(&[states, noise(step)])?;
+            show_loss(bench, source, step, &batch, teacher_next(&batch).as_ref())?;
             Ok(batch)
         })
         .collect()
@@ -382,6 +394,28 @@ fn chains_cost_no_calls() -> ddil_core::Result<()> {
     bench.student.asked.set(0);
     let _ = run_chain(&bench, &mut refreshed, 0..5, |_| None)?;
     assert_eq!(bench.student.asked.get(), 5 * (16 + 4 * (1 + 2 + 3)));
+    Ok(())
+}
+
+/// Where more states wait than are asked for, those of the newest student are given.
+#[test]
+fn chains_give_the_newest() -> ddil_core::Result<()> {
+    let bench = Bench::new();
+    let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
+    let twice = States::cat(&[noise(0), noise(0)])?;
+    show_loss(&bench, &mut source, 0, &twice, None)?;
+    show_loss(&bench, &mut source, 1, &noise(1), None)?;
+    bench.student.asked.set(0);
+    // As many wait at an index as there were in the first batch: four of each step.
+    let asked = [[1; 3]; 3].map(|indices| bench.ask(&mut source, 2, &indices, &[3], 0));
+    let births: Vec<u64> = asked
+        .into_iter()
+        .collect::<ddil_core::Result<Vec<_>>>()?
+        .into_iter()
+        .flat_map(|states| states.births)
+        .collect();
+    assert_eq!(births, [1, 1, 1, 1, 0, 0, 0, 0, 2]);
+    assert_eq!(bench.student.asked.get(), 1);
     Ok(())
 }
 

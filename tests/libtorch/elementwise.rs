@@ -156,12 +156,12 @@ fn a_tensor_can_be_added_to_itself() -> TestResult {
 
 #[test]
 fn nan_stays_nan() -> TestResult {
-    let x = Tensor::from_slice(&[f32::NAN, 0.0, f32::INFINITY]);
-    let y = x.zeros_like();
-    let numbers = Clamped { a: 1.0, b: 0.0, lo: -1.0, hi: 1.0, c: 0.0, d: 1.0 };
-    let result = affine_clamped(&x, &y, &numbers)?;
-    assert!(result.double_value(&[0]).is_nan());
-    assert_eq!(result.double_value(&[1]), 0.0);
+    // Only the clamped sum sees `y`.
+    let y = Tensor::from_slice(&[f32::NAN, 0.5, f32::INFINITY, f32::NEG_INFINITY]);
+    let numbers = Clamped { a: 0.0, b: 1.0, lo: -1.0, hi: 2.0, c: 0.0, d: 1.0 };
+    let result = Vec::<f32>::try_from(affine_clamped(&y.zeros_like(), &y, &numbers)?)?;
+    assert!(result[0].is_nan());
+    assert_eq!(result[1..], [0.5, 2.0, -1.0]);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use ddil_schedulers::{
 use tch::{Kind, Tensor};
 
 /// Stable Diffusion's schedule, flow matching and EDM.
-pub fn schedules() -> [NoiseSchedule; 3] {
+pub(crate) fn schedules() -> [NoiseSchedule; 3] {
     [
         NoiseScheduleConfig::default(),
         NoiseScheduleConfig::Flow(FlowConfig::default()),
@@ -17,12 +17,12 @@ pub fn schedules() -> [NoiseSchedule; 3] {
     .map(|config| config.build().expect("a family's defaults are valid"))
 }
 
-pub fn trailing(n: u32) -> Timesteps {
+pub(crate) fn trailing(n: u32) -> Timesteps {
     Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("n is in 1..=1000")
 }
 
 /// States at the given entries of `grid`, in `Double`.
-pub fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> States {
+pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> States {
     let timesteps: Vec<i64> = grid_indices.iter().map(|i| grid.as_slice()[*i]).collect();
     States {
         x_t,
@@ -36,15 +36,15 @@ pub fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> States {
 
 /// The best guess for data of one mean and standard deviation: linear in `x_t`.
 #[derive(Debug)]
-pub struct Gaussian {
-    pub schedule: NoiseSchedule,
-    pub mean: f64,
-    pub std: f64,
+pub(crate) struct Gaussian {
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) mean: f64,
+    pub(crate) std: f64,
 }
 
 impl Gaussian {
     /// `x0 = slope x_t + offset` at timestep `t`.
-    pub fn line(&self, t: i64) -> (f64, f64) {
+    pub(crate) fn line(&self, t: i64) -> (f64, f64) {
         let scale = self.schedule.scale_at(t).expect("tests stay on the grid");
         let variance = self.std.powi(2);
         let slope = scale.alpha * variance / (scale.alpha.powi(2) * variance + scale.sigma.powi(2));
@@ -74,13 +74,13 @@ impl Denoiser for Gaussian {
 
 /// Predicts `factor x_t` for clean data; the factor may be trainable.
 #[derive(Debug)]
-pub struct Linear {
-    pub schedule: NoiseSchedule,
-    pub factor: Tensor,
+pub(crate) struct Linear {
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) factor: Tensor,
 }
 
 impl Linear {
-    pub fn trainable(schedule: NoiseSchedule, factor: f64) -> Self {
+    pub(crate) fn trainable(schedule: NoiseSchedule, factor: f64) -> Self {
         Self { schedule, factor: Tensor::from(factor).set_requires_grad(true) }
     }
 }
@@ -103,7 +103,7 @@ impl Denoiser for Linear {
 
 /// Answers the sum of its class label and guidance weight, whatever the sample.
 #[derive(Debug)]
-pub struct Echo(pub NoiseSchedule);
+pub(crate) struct Echo(pub NoiseSchedule);
 
 impl Denoiser for Echo {
     fn predict(
@@ -126,12 +126,12 @@ impl Denoiser for Echo {
 }
 
 /// The values of a tensor in `Double`.
-pub fn values(tensor: &Tensor) -> Vec<f64> {
+pub(crate) fn values(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).expect("a flat Double tensor")
 }
 
 /// The largest absolute difference.
-pub fn gap(left: &Tensor, right: &Tensor) -> f64 {
+pub(crate) fn gap(left: &Tensor, right: &Tensor) -> f64 {
     assert_eq!(left.size(), right.size());
     (left - right).abs().max().double_value(&[])
 }

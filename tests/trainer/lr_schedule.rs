@@ -1,3 +1,5 @@
+#![expect(clippy::float_cmp, reason = "these numbers are exact in binary")]
+
 use ddil_trainer::lr_schedule::{Decay, LrSchedule};
 use proptest::prelude::*;
 

@@ -28,3 +28,19 @@ fn child(test: &str, folder: &std::path::Path) -> std::io::Result<std::process::
 fn folder_of_child() -> Option<std::path::PathBuf> {
     std::env::var_os("DDIL_TEST_CHILD").map(Into::into)
 }
+
+/// As [`child`], in a process whose files cannot grow beyond 32 or 64 KiB, which stands in for a full disk: writes
+/// fail half-way.
+#[cfg(unix)]
+fn child_on_full_disk(
+    test: &str,
+    folder: &std::path::Path,
+) -> std::io::Result<std::process::Command> {
+    let child = child(test, folder)?;
+    let mut shell = std::process::Command::new("sh");
+    // Without the trap the process would be killed by a signal, which a full disk does not send.
+    shell.args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\""]);
+    shell.arg(child.get_program()).args(child.get_args());
+    shell.envs(child.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    Ok(shell)
+}

@@ -6,7 +6,7 @@ use ddil_trainer::{
 };
 use serde_json::{Value, json};
 
-use crate::TestResult;
+use crate::{TestResult, child_on_full_disk, folder_of_child};
 
 fn write(record: &mut Record, steps: std::ops::RangeInclusive<u64>) -> Result<(), Error> {
     for step in steps {
@@ -124,5 +124,24 @@ fn what_is_no_object_is_refused() -> TestResult {
     let mut record = Record::create(&path)?;
     assert!(matches!(record.write(1, &3), Err(Error::Json { .. })));
     assert_eq!(record.position()?, Position::default());
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_no_half_line() -> TestResult {
+    if let Some(folder) = folder_of_child() {
+        let mut record = Record::create(&folder.join("metrics.jsonl"))?;
+        let long = json!({ "text": "x".repeat(7_000) });
+        let error =
+            (1..100).find_map(|step| record.write(step, &long).err()).ok_or("it is full")?;
+        assert!(matches!(error, Error::Io { action: "write", .. }), "{error:?}");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let test = "record::a_full_disk_leaves_no_half_line";
+    assert!(child_on_full_disk(test, folder.path())?.status()?.success());
+    let lines = read_lines::<Value>(&folder.path().join("metrics.jsonl"))?;
+    assert!((1..99).contains(&lines.len()), "{}", lines.len());
     Ok(())
 }

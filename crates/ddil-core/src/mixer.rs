@@ -122,6 +122,55 @@ fn place(source: Source) -> usize {
 ///
 /// Which data, which index and which noise a sample gets does not depend on the priors: runs that differ in them
 /// alone are paired.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{
+///     Conditioning, Data, Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Result,
+/// };
+/// use ddil_schedulers::{Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
+/// use tch::{Tensor, kind};
+///
+/// /// Believes that all data are 0.
+/// struct Zero(NoiseSchedule);
+///
+/// impl Denoiser for Zero {
+///     fn predict(&self, x_t: &Tensor, timesteps: &Tensor, _: &Conditioning) -> Result<Prediction> {
+///         Ok(Prediction::from_x0(&self.0, x_t.zeros_like(), x_t, timesteps)?)
+///     }
+///
+///     fn schedule(&self) -> &NoiseSchedule {
+///         &self.0
+///     }
+/// }
+///
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+/// let priors = PriorSchedule::constant(Priors::new(0.5, 0.25, 0.25)?);
+/// let config = MixerConfig { priors, ..MixerConfig::default() };
+/// let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?;
+///
+/// let (student, teacher) = (Zero(schedule.clone()), Zero(schedule));
+/// let streams = RandomStreams::new(0, 0);
+/// for step in 0..3 {
+///     let data = Data { x0: Tensor::ones([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+///     let states = mixer.next_states(&MixRequest {
+///         step,
+///         total_steps: 3,
+///         data: &data,
+///         prompts: &Conditioning::none(),
+///         student: &student,
+///         teacher: &teacher,
+///         streams: &streams,
+///     })?;
+///     assert_eq!(states.len(), 8);
+///     // The loss goes here; its clean estimates move the student's chains on.
+///     let student_x0 = states.x_t.zeros_like();
+///     mixer.after_loss(step, &states, &student_x0, None, &streams)?;
+/// }
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Mixer {
     config: MixerConfig,

@@ -210,8 +210,8 @@ fn inference_states(
     generator: &mut Generator,
 ) -> Result<Vec<Tensor>> {
     let x0 = &request.data.x0;
-    let mut visited: Vec<Vec<Tensor>> =
-        request.timesteps.as_slice().iter().map(|_| vec![]).collect();
+    let mut visited: Vec<Vec<Tensor>> = Vec::new();
+    visited.resize_with(request.timesteps.len(), Vec::new);
     let mut start = 0;
     while start < n {
         let rows = batch_size.min(n - start);

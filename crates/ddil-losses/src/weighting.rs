@@ -56,7 +56,7 @@ impl Weighting {
 /// ```
 #[derive(Debug)]
 pub struct TimestepWeights {
-    /// One entry a timestep, and the clean end last.
+    /// The clean end, then one entry a timestep.
     weights: Vec<f64>,
     table: DeviceTable,
 }
@@ -85,7 +85,7 @@ impl TimestepWeights {
             let weight = cap.map_or(weight, |cap| weight.min(cap));
             Ok(if weight.is_finite() { weight } else { 0.0 })
         };
-        let timesteps = (0..schedule.num_train_timesteps()).chain([-1]);
+        let timesteps = -1..schedule.num_train_timesteps();
         let weights = timesteps.map(capped).collect::<Result<Vec<f64>>>()?;
         let table = DeviceTable::new(Tensor::from_slice(&weights));
         Ok(Self { weights, table })
@@ -97,18 +97,14 @@ impl TimestepWeights {
     ///
     /// [`Error::Scheduler`] if `timestep` is off the training grid.
     pub fn at(&self, timestep: i64) -> Result<f64> {
-        let clean = self.weights.len() as i64 - 1;
-        match timestep {
-            -1 => Ok(self.weights[clean as usize]),
-            t if (0..clean).contains(&t) => Ok(self.weights[t as usize]),
-            timestep => Err(ddil_schedulers::Error::TimestepOutOfRange {
-                op: "TimestepWeights::at",
-                timestep,
-                lowest: -1,
-                highest: clean - 1,
-            }
-            .into()),
+        let highest = self.weights.len() as i64 - 2;
+        if (-1..=highest).contains(&timestep) {
+            return Ok(self.weights[(timestep + 1) as usize]);
         }
+        let op = "TimestepWeights::at";
+        let off_grid =
+            ddil_schedulers::Error::TimestepOutOfRange { op, timestep, lowest: -1, highest };
+        Err(off_grid.into())
     }
 
     /// Looks up the weights of a batch.
@@ -124,9 +120,8 @@ impl TimestepWeights {
     /// synchronisation) or `timesteps` is no `Int64` vector.
     pub fn gather(&self, timesteps: &Tensor, kind: Kind) -> Result<Tensor> {
         const OP: &str = "TimestepWeights::gather";
-        let clean = self.weights.len() as i64 - 1;
-        let rows = timesteps.where_self(&timesteps.ne(-1), &timesteps.full_like(clean));
         let table = self.table.on(timesteps.device())?;
+        let rows = timesteps.f_add_scalar(1).map_err(Error::torch(OP))?;
         Ok(table.f_index_select(0, &rows).map_err(Error::torch(OP))?.to_kind(kind))
     }
 }

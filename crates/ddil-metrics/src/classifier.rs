@@ -42,7 +42,8 @@ pub const FASHION_CLASSES: [&str; 10] = [
 /// As a [`FeatureExtractor`] it gives its 64 features before the last layer, which separate the classes and move
 /// little when an image shifts by a pixel: what Inception's features are to photographs.
 ///
-/// Test accuracy of the weights that come along: 90.32 %.
+/// The weights that come along reach 91.96 % on the 10 000 test images. `cargo run --release -p ddil-examples --example
+/// train_classifier` made them from the 60 000 training images: ten epochs, five and a half minutes of one core.
 ///
 /// # Example
 ///
@@ -239,6 +240,7 @@ struct Layers {
     mid_8: Block,
     down_4: Block,
     mid_4: Block,
+    narrow_4: Block,
     project: nn::Linear,
     head: nn::Linear,
 }
@@ -251,7 +253,8 @@ impl Layers {
             mid_8: Block::new(&(root / "mid_8"), [64, 64], 3, 1),
             down_4: Block::new(&(root / "down_4"), [64, 128], 3, 2),
             mid_4: Block::new(&(root / "mid_4"), [128, 128], 3, 1),
-            project: nn::linear(root / "project", 128, DIM, nn::LinearConfig::default()),
+            narrow_4: Block::new(&(root / "narrow_4"), [128, 32], 1, 1),
+            project: nn::linear(root / "project", 32 * 4 * 4, DIM, nn::LinearConfig::default()),
             head: nn::linear(root / "head", DIM, 10, nn::LinearConfig::default()),
         }
     }
@@ -262,8 +265,8 @@ impl Layers {
         let x = self.mid_8.forward(&x) + x;
         let x = self.down_4.forward(&x);
         let x = self.mid_4.forward(&x) + x;
-        let pooled = x.mean_dim([2_i64, 3].as_slice(), false, x.kind());
-        self.project.forward(&pooled).silu()
+        // Not pooled over places: where a sleeve or a heel is tells classes apart, and good samples from bad.
+        self.project.forward(&self.narrow_4.forward(&x).flatten(1, -1)).silu()
     }
 }
 
@@ -276,7 +279,8 @@ struct Block {
 
 impl Block {
     fn new(path: &nn::Path, [from, to]: [i64; 2], kernel: i64, stride: i64) -> Self {
-        let config = nn::ConvConfig { stride, padding: 1, bias: false, ..Default::default() };
+        let padding = i64::from(kernel > 1);
+        let config = nn::ConvConfig { stride, padding, bias: false, ..Default::default() };
         Self {
             conv: nn::conv2d(path / "conv", from, to, kernel, config),
             norm: nn::group_norm(path / "norm", 8, to, nn::GroupNormConfig::default()),

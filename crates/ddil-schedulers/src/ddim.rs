@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::noise_schedule::{NoiseSchedule, Scales};
+use crate::noise_schedule::{NoiseSchedule, Scale, Scales};
 use crate::sampler::{Sampler, SamplerStep};
 
 /// The sampler of [Song et al. 2021](https://arxiv.org/abs/2010.02502).
@@ -30,6 +30,13 @@ impl Ddim {
         }
         let expected = "in 0..=1".to_owned();
         Err(Error::InvalidConfig { field: "sampler.eta", value: eta.to_string(), expected })
+    }
+
+    /// The parts of a step from `now` to `prev` that go to the noise estimate and to fresh noise.
+    pub(crate) fn noise_shares(&self, now: Scale, prev: Scale) -> (f64, f64) {
+        let ratio = (now.alpha * prev.sigma) / (now.sigma * prev.alpha);
+        let fresh = self.eta * prev.sigma * (1.0 - ratio.powi(2)).max(0.0).sqrt();
+        ((prev.sigma.powi(2) - fresh.powi(2)).max(0.0).sqrt(), fresh)
     }
 
     /// The share of the noise that a step renews.

@@ -1,5 +1,7 @@
 //! What can go wrong when a sample is stepped.
 
+use std::path::PathBuf;
+
 use tch::Tensor;
 
 /// Everything that can go wrong in this crate.
@@ -76,6 +78,55 @@ pub enum Error {
         /// Why it cannot be had.
         reason: String,
     },
+    /// A scheduler config has keys that its class does not have.
+    #[error("{class} has no key {}; its keys are {}", list(unknown), list(known))]
+    UnknownKeys {
+        /// The class that the file names.
+        class: &'static str,
+        /// All of the keys that it does not have.
+        unknown: Vec<String>,
+        /// The keys that it has.
+        known: Vec<String>,
+    },
+    /// A text is not JSON, or not an object.
+    #[error("a scheduler config must be a JSON object")]
+    Parse {
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A file could not be read or written.
+    #[error("could not {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the file system said.
+        source: std::io::Error,
+    },
+    /// Settings that a scheduler config of diffusers has no words for.
+    #[error("`{field}` cannot be said in a {class} config: {reason}")]
+    NotRepresentable {
+        /// The class to be written.
+        class: &'static str,
+        /// The setting.
+        field: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The step of a plan that does not have so many.
+    #[error("{op}: there is no step {index} in a plan of {len} steps, counted from 0")]
+    NoSuchStep {
+        /// The function that was called.
+        op: &'static str,
+        /// The step that was asked for.
+        index: usize,
+        /// How many there are.
+        len: usize,
+    },
+    /// The arithmetic of a step was refused.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
     /// libtorch refused an operation.
     #[error("{op}: {message}")]
     Torch {
@@ -84,6 +135,10 @@ pub enum Error {
         /// libtorch's own words, without its backtrace.
         message: String,
     },
+}
+
+fn list(names: &[String]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
 /// This crate's results.

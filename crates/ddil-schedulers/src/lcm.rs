@@ -4,11 +4,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_timesteps};
-use crate::noise_schedule::NoiseSchedule;
+use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::sampler::{Sampler, SamplerStep};
 
 /// Jumps to clean data and adds fresh noise for the next timestep.
 ///
+/// The last step, to timestep -1, returns the clean data as they are, whatever the schedule's final `alpha_cumprod`.
 /// Algorithm 3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378); also the stochastic sampler of DMD2.
 #[derive(Clone, Debug)]
 pub struct Lcm {
@@ -27,9 +28,16 @@ impl Sampler for Lcm {
     fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor> {
         step.ensure("Lcm::step", true)?;
         let x0 = &step.prediction.x0;
-        let prev = self.schedule.scales_at(step.prev_timesteps, x0)?;
         let noise = step.noise.ok_or(Error::NoiseMissing { op: "Lcm::step" })?;
-        Ok(prev.alpha * x0 + prev.sigma * noise)
+        let prev = self.schedule.scales_at(step.prev_timesteps, x0)?;
+        let noised = prev.alpha * x0 + prev.sigma * noise;
+        if self.schedule.scale_at(-1)? == Scale::CLEAN {
+            return Ok(noised);
+        }
+        let mut per_sample = vec![1; x0.dim()];
+        per_sample[0] = -1;
+        let ends = step.prev_timesteps.eq(-1).to_device(x0.device()).view(per_sample.as_slice());
+        Ok(x0.where_self(&ends, &noised))
     }
 
     fn needs_noise(&self) -> bool {

@@ -7,8 +7,11 @@
 //! becomes a [`Prediction`] `{ x0, epsilon }`; every [`Sampler`] goes on from there, for VP, flow matching and
 //! EDM schedules alike, because all of them are `x_t = alpha_t x0 + sigma_t epsilon`.
 //!
-//! Names follow diffusers; numbers are checked against it. Where it steps by a fixed stride that is not on its
-//! own grid, this crate steps to the next grid entry; [`PreviousTimestep::Stride`] reproduces the other rule.
+//! Names follow diffusers; numbers are checked against it, and its `scheduler_config.json` is read and written
+//! ([`SchedulerConfig`]). Where it steps by a fixed stride that is not on its own grid, or keeps the noise estimate
+//! beside a clipped `x0`, this crate does not; [`Compatibility::Diffusers`] reproduces both.
+//!
+//! A whole batch at one timestep is stepped fastest by a [`Plan`], which [`Ddim::plan`] and [`Lcm::plan`] make.
 //!
 //! # Example
 //!
@@ -37,15 +40,18 @@
 //! # }
 //! ```
 
+mod config_file;
 mod ddim;
 mod error;
 mod lcm;
 mod noise_schedule;
+mod plan;
 mod prediction;
 mod sampler;
 mod thresholding;
 mod timesteps;
 
+pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddim::Ddim;
 pub use error::{Error, Result, ensure_same_shape};
 pub use lcm::{ConsistencyBoundary, Lcm};
@@ -53,6 +59,7 @@ pub use noise_schedule::{
     BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, NoiseSchedule, NoiseScheduleConfig,
     Scale, Scales, VpConfig,
 };
+pub use plan::Plan;
 pub use prediction::{Prediction, PredictionType};
 pub use sampler::{Sampler, SamplerStep};
 pub use thresholding::{Bound, DataRange, Thresholding};

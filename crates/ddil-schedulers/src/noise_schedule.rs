@@ -158,13 +158,13 @@ impl VpConfig {
             })
             .collect();
         if self.rescale_betas_zero_snr {
-            rescale_to_zero_snr(&mut alphas_cumprod);
+            rescale_to_zero_snr(&mut alphas_cumprod)?;
         }
         let clean = match self.final_alpha_cumprod {
             FinalAlphaCumprod::One => 1.0,
             FinalAlphaCumprod::First => alphas_cumprod[0],
         };
-        let scales = alphas_cumprod.iter().chain([&clean]).map(|&alpha_cumprod| Scale {
+        let scales = std::iter::once(clean).chain(alphas_cumprod).map(|alpha_cumprod| Scale {
             alpha: alpha_cumprod.sqrt(),
             sigma: (1.0 - alpha_cumprod).max(0.0).sqrt(),
         });
@@ -177,20 +177,29 @@ impl VpConfig {
             return self.checked_trained_betas(betas);
         }
         let Self { beta_start, beta_end, .. } = *self;
-        if !(0.0 < beta_start && beta_start <= beta_end && beta_end < 1.0) {
-            return Err(Error::InvalidConfig {
-                field: "schedule.beta_start, schedule.beta_end",
-                value: format!("{beta_start}, {beta_end}"),
-                expected: "in order and strictly between 0 and 1".to_owned(),
-            });
+        match self.beta_schedule {
+            BetaSchedule::SquaredcosCapV2 => Ok(squared_cosine_betas(n)),
+            BetaSchedule::Linear => {
+                self.ensure_beta_range()?;
+                Ok(linspace(beta_start, beta_end, n))
+            }
+            BetaSchedule::ScaledLinear => {
+                self.ensure_beta_range()?;
+                let roots = linspace(beta_start.sqrt(), beta_end.sqrt(), n);
+                Ok(roots.into_iter().map(|root| root * root).collect())
+            }
         }
-        Ok(match self.beta_schedule {
-            BetaSchedule::Linear => linspace(beta_start, beta_end, n),
-            BetaSchedule::ScaledLinear => linspace(beta_start.sqrt(), beta_end.sqrt(), n)
-                .into_iter()
-                .map(|root| root * root)
-                .collect(),
-            BetaSchedule::SquaredcosCapV2 => squared_cosine_betas(n),
+    }
+
+    fn ensure_beta_range(&self) -> Result<()> {
+        let Self { beta_start, beta_end, .. } = *self;
+        if 0.0 < beta_start && beta_start <= beta_end && beta_end < 1.0 {
+            return Ok(());
+        }
+        Err(Error::InvalidConfig {
+            field: "schedule.beta_start, schedule.beta_end",
+            value: format!("{beta_start}, {beta_end}"),
+            expected: "in order and strictly between 0 and 1".to_owned(),
         })
     }
 
@@ -206,10 +215,14 @@ impl VpConfig {
                 &format!("num_train_timesteps = {} of them", self.num_train_timesteps),
             ));
         }
-        match betas.iter().position(|beta| !(0.0 < *beta && *beta < 1.0)) {
-            Some(i) => {
-                Err(invalid(format!("{} at index {i}", betas[i]), "strictly between 0 and 1"))
-            }
+        let last = betas.len() - 1;
+        let possible =
+            |i: usize, beta: f64| 0.0 < beta && (beta < 1.0 || (i == last && beta <= 1.0));
+        match betas.iter().enumerate().find(|(i, beta)| !possible(*i, **beta)) {
+            Some((i, beta)) => Err(invalid(
+                format!("{beta} at index {i}"),
+                "strictly between 0 and 1; the last may be 1, which leaves no signal",
+            )),
             None => Ok(betas.to_vec()),
         }
     }
@@ -224,7 +237,7 @@ impl FlowConfig {
             let sigma = self.shift * u / (1.0 + (self.shift - 1.0) * u);
             Scale { alpha: 1.0 - sigma, sigma }
         });
-        let scales = scales.chain([Scale::CLEAN]).collect();
+        let scales = [Scale::CLEAN].into_iter().chain(scales).collect();
         Ok(NoiseSchedule::new(NoiseScheduleConfig::Flow(self.clone()), scales))
     }
 }
@@ -243,7 +256,7 @@ impl EdmConfig {
         }
         let roots = linspace(sigma_min.powf(rho.recip()), sigma_max.powf(rho.recip()), n);
         let scales = roots.into_iter().map(|root| Scale { alpha: 1.0, sigma: root.powf(rho) });
-        let scales = scales.chain([Scale::CLEAN]).collect();
+        let scales = [Scale::CLEAN].into_iter().chain(scales).collect();
         Ok(NoiseSchedule::new(NoiseScheduleConfig::Edm(self.clone()), scales))
     }
 }
@@ -298,7 +311,7 @@ pub struct NoiseSchedule {
 #[derive(Debug)]
 struct Inner {
     config: NoiseScheduleConfig,
-    /// One entry a timestep, and the clean end last, so that -1 has a row of its own.
+    /// The clean end, then one entry a timestep: -1 has an entry of its own, and nothing beyond the grid has one.
     scales: Vec<Scale>,
     /// `[num_train_timesteps + 1, 2]` in `Double`, one a device that was asked for.
     tables: Mutex<Vec<(Device, Tensor)>>,
@@ -332,8 +345,7 @@ impl NoiseSchedule {
     pub fn scale_at(&self, timestep: i64) -> Result<Scale> {
         let n = self.num_train_timesteps();
         match timestep {
-            -1 => Ok(self.inner.scales[n as usize]),
-            t if (0..n).contains(&t) => Ok(self.inner.scales[t as usize]),
+            t if (-1..n).contains(&t) => Ok(self.inner.scales[(t + 1) as usize]),
             timestep => Err(Error::TimestepOutOfRange {
                 op: "NoiseSchedule::scale_at",
                 timestep,
@@ -368,10 +380,8 @@ impl NoiseSchedule {
         const OP: &str = "NoiseSchedule::scales_at";
         ensure_timesteps(OP, "timesteps", timesteps, like)?;
         let table = self.table(like.device())?;
-        // -1 has a row of its own at the end: an index of -1 would mean the noisiest timestep in Python.
-        let clean = self.num_train_timesteps();
-        let rows = timesteps.f_to_device(like.device()).map_err(Error::torch(OP))?;
-        let rows = rows.where_self(&rows.ne(-1), &rows.full_like(clean));
+        // The clean end, -1, is row 0: an index of -1 would mean the noisiest timestep in Python.
+        let rows = timesteps.f_to_device(like.device()).map_err(Error::torch(OP))? + 1;
         let scales = table.f_index_select(0, &rows).map_err(Error::torch(OP))?;
         let mut shape = vec![1; like.dim()];
         shape[0] = timesteps.size()[0];
@@ -416,7 +426,7 @@ impl NoiseSchedule {
         }
     }
 
-    /// The whole table on `device`: rows are timesteps and the clean end, columns `alpha` and `sigma`.
+    /// The whole table on `device`: rows are the clean end and the timesteps, columns `alpha` and `sigma`.
     fn table(&self, device: Device) -> Result<Tensor> {
         const OP: &str = "NoiseSchedule::table";
         // A panic while the lock is held leaves at worst one table less.
@@ -455,14 +465,20 @@ fn squared_cosine_betas(n: usize) -> Vec<f64> {
 ///
 /// Stays in the domain of roots: going back to betas and multiplying again, as the reference does, divides by
 /// what is about to be zero.
-fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) {
+fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
     let roots: Vec<f64> = alphas_cumprod.iter().map(|a| a.sqrt()).collect();
     let (first, last) = (roots[0], roots[roots.len() - 1]);
-    if first > last {
-        for (alpha_cumprod, root) in alphas_cumprod.iter_mut().zip(roots) {
-            *alpha_cumprod = ((root - last) * first / (first - last)).powi(2);
-        }
+    if first <= last {
+        return Err(Error::InvalidConfig {
+            field: "schedule.rescale_betas_zero_snr",
+            value: "true".to_owned(),
+            expected: "false for a single timestep, which would hold no signal at all".to_owned(),
+        });
     }
+    for (alpha_cumprod, root) in alphas_cumprod.iter_mut().zip(roots) {
+        *alpha_cumprod = ((root - last) * first / (first - last)).powi(2);
+    }
+    Ok(())
 }
 
 fn ensure_num_train_timesteps(n: u32) -> Result<usize> {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_same_shape};
-use crate::noise_schedule::{NoiseSchedule, NoiseScheduleConfig, Scales};
+use crate::noise_schedule::{NoiseSchedule, NoiseScheduleConfig, Scale, Scales};
 use crate::thresholding::Thresholding;
 
 /// What a network was trained to output; spelt as in published scheduler configs.
@@ -80,6 +80,18 @@ impl Prediction {
         Self::from_x0(schedule, thresholding.apply(&self.x0)?, x_t, timesteps)
     }
 
+    /// Holds `x0` inside the data's range and leaves `epsilon` as it was: the pair no longer makes up `x_t`.
+    ///
+    /// Only to reproduce samples that diffusers draws with its default `use_clipped_model_output=False`; see
+    /// [`Compatibility::Diffusers`](crate::Compatibility::Diffusers).
+    ///
+    /// # Errors
+    ///
+    /// As [`Thresholding::apply`].
+    pub fn thresholded_keeping_epsilon(self, thresholding: &Thresholding) -> Result<Self> {
+        Ok(Self { x0: thresholding.apply(&self.x0)?, ..self })
+    }
+
     /// The same values without a graph behind them.
     #[must_use]
     pub fn detach(&self) -> Self {
@@ -105,13 +117,17 @@ impl PredictionType {
     /// [`Error::PredictionType`] for `epsilon` where the last timestep holds no signal (`x0` cannot be told from
     /// the noise there), and for `v_prediction` off a variance-preserving schedule.
     pub fn ensure_defined_on(self, schedule: &NoiseSchedule) -> Result<()> {
+        self.ensure_defined_at(schedule, schedule.scale_at(schedule.last_timestep())?)
+    }
+
+    /// The same at one noise level.
+    pub(crate) fn ensure_defined_at(self, schedule: &NoiseSchedule, scale: Scale) -> Result<()> {
         let refuse = |reason: &str| {
             let reason = reason.to_owned();
             Err(Error::PredictionType { prediction_type: self.as_str(), reason })
         };
-        let last = schedule.scale_at(schedule.last_timestep())?;
         match self {
-            Self::Epsilon if last.alpha == 0.0 => refuse(
+            Self::Epsilon if scale.alpha == 0.0 => refuse(
                 "the last timestep holds no signal (alpha is 0); use `v_prediction` or `sample`",
             ),
             Self::VPrediction if !matches!(schedule.config(), NoiseScheduleConfig::Vp(_)) => {
@@ -193,7 +209,7 @@ impl PredictionType {
 }
 
 /// `Float` for the half kinds, the tensor's own kind otherwise.
-fn at_least_float(tensor: &Tensor) -> Tensor {
+pub(crate) fn at_least_float(tensor: &Tensor) -> Tensor {
     match tensor.kind() {
         Kind::Half | Kind::BFloat16 => tensor.to_kind(Kind::Float),
         _ => tensor.shallow_clone(),

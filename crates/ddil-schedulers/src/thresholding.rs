@@ -113,10 +113,10 @@ impl Bound {
         if values.len() > 1 {
             shape[1] = values.len() as i64;
         }
-        Ok(Tensor::from_slice(values)
-            .view(shape.as_slice())
-            .to_kind(x0.kind())
-            .to_device(x0.device()))
+        // Filled on the device: a copy from the host would wait for it.
+        let bounds: Vec<Tensor> =
+            values.iter().map(|v| Tensor::full([1], *v, (x0.kind(), x0.device()))).collect();
+        Ok(Tensor::cat(&bounds, 0).view(shape.as_slice()))
     }
 }
 
@@ -161,7 +161,13 @@ impl Thresholding {
     /// the settings.
     pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
         self.ensure()?;
+        if x0.dim() == 0 {
+            let expected = "[batch, ..]".to_owned();
+            let op = "Thresholding::apply";
+            return Err(Error::Shape { op, name: "x0", shape: x0.size(), expected });
+        }
         match self {
+            _ if x0.numel() == 0 => Ok(x0.shallow_clone()),
             Self::None => Ok(x0.shallow_clone()),
             Self::Clamp(DataRange { low: Bound::Scalar(low), high: Bound::Scalar(high) }) => {
                 Ok(x0.clamp(*low, *high))
@@ -183,11 +189,7 @@ impl Thresholding {
     /// As [`apply`](Self::apply).
     pub fn changed_fraction(&self, x0: &Tensor) -> Result<Tensor> {
         let changed = self.apply(x0)?.ne_tensor(x0).to_kind(Kind::Float);
-        Ok(changed.flatten(0, -1).view([x0.size().first().copied().unwrap_or(1), -1]).mean_dim(
-            1,
-            false,
-            Kind::Float,
-        ))
+        Ok(changed.unsqueeze(-1).flatten(1, -1).mean_dim(1, false, Kind::Float))
     }
 }
 
@@ -232,8 +234,9 @@ fn reflect(x0: &Tensor, low: &Tensor, high: &Tensor) -> Tensor {
     // `remainder` is floored, as the fold needs; `fmod` would mirror negative values the wrong way.
     let turns = ((x0 - low) / &width).remainder(2.0);
     let from_far_wall: Tensor = 1.0 - turns;
-    let folded = low + width * (1.0 - from_far_wall.abs());
-    // The fold's own rounding must not move points that need none.
+    let from_low: Tensor = width * (1.0 - from_far_wall.abs());
+    let folded = (low + from_low).maximum(low).minimum(high);
+    // The fold's own rounding must not move points that need none, nor any past a wall.
     let inside = x0.ge_tensor(low).logical_and(&x0.le_tensor(high));
     x0.where_self(&inside, &folded)
 }

@@ -64,6 +64,43 @@ impl Timesteps {
         Self::explicit(list, num_train_timesteps)
     }
 
+    /// What diffusers' `DDIMScheduler` visits: its list, and its rule for where each step goes
+    /// ([`PreviousTimestep::Stride`]).
+    ///
+    /// The lists differ from [`spaced`](Self::spaced) where diffusers spreads timesteps in floating point: entries that
+    /// should lie half-way are rounded to either side (linspace from `n` = 27, trailing from 48), and for some trailing
+    /// ones (61 is the first) there is one entry more, timestep -1, which is left out here. And a single linspace
+    /// timestep is 0 there, where next to nothing is left to remove.
+    ///
+    /// # Errors
+    ///
+    /// As [`spaced`](Self::spaced).
+    pub fn diffusers(
+        spacing: TimestepSpacing,
+        num_train_timesteps: u32,
+        n: u32,
+        steps_offset: u32,
+    ) -> Result<Self> {
+        let exact = Self::spaced(spacing, num_train_timesteps, n, steps_offset)?;
+        let total = f64::from(num_train_timesteps);
+        let round = |t: f64| t.round_ties_even() as i64;
+        let list = match spacing {
+            TimestepSpacing::Leading => exact.timesteps,
+            TimestepSpacing::Linspace if n == 1 => vec![0],
+            TimestepSpacing::Linspace => {
+                let stride = (total - 1.0) / f64::from(n - 1);
+                (0..n).rev().map(|i| round(f64::from(i) * stride)).collect()
+            }
+            TimestepSpacing::Trailing => {
+                // `numpy.arange` adds multiples of the rounded difference of its first two values.
+                let stride = (total - total / f64::from(n)) - total;
+                (0..n).map(|i| round(total + f64::from(i) * stride) - 1).collect()
+            }
+        };
+        let grid = Self::explicit(list, num_train_timesteps)?;
+        Ok(grid.with_previous(PreviousTimestep::Stride, num_train_timesteps))
+    }
+
     /// The grid of latent consistency models: every so many of the teacher's `original_steps`.
     ///
     /// # Errors

@@ -7,15 +7,15 @@ use clap::{Args, Parser, Subcommand};
 /// Turns slow diffusion models into few-step students.
 #[derive(Debug, Parser)]
 #[command(name = "ddil", version, about, max_term_width = 100)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Write a commented config file to start from.
     Init(InitArgs),
     /// Train a teacher on data.
@@ -36,132 +36,132 @@ pub enum Command {
 
 /// Arguments of `ddil init`.
 #[derive(Debug, Args)]
-pub struct InitArgs {
+pub(crate) struct InitArgs {
     /// Which one; without it the presets are listed.
-    pub preset: Option<String>,
+    pub(crate) preset: Option<String>,
     /// Where to write it; the default is the preset's name with `.toml`. Nothing is overwritten.
     #[arg(long, short)]
-    pub output: Option<PathBuf>,
+    pub(crate) output: Option<PathBuf>,
 }
 
 /// Arguments of `ddil train` and `ddil distill`.
 #[derive(Debug, Args)]
-pub struct RunArgs {
+pub(crate) struct RunArgs {
     /// The config file; with --resume the run folder's own is taken.
     #[arg(required_unless_present = "resume")]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Override a value, as in `--set run.seed=3`; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
+    pub(crate) overrides: Vec<String>,
     /// Go on with the run in this folder, from its last good checkpoint.
     #[arg(long, value_name = "RUN_FOLDER")]
-    pub resume: Option<PathBuf>,
+    pub(crate) resume: Option<PathBuf>,
     /// Check the config, the data and the teacher, say what would be done, and stop.
     #[arg(long)]
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
 }
 
 /// Which samples, and how.
 #[derive(Debug, Args)]
-pub struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Number of steps; the default is the model's own timesteps, or 50 for a teacher.
     #[arg(long)]
-    pub steps: Option<u32>,
+    pub(crate) steps: Option<u32>,
     /// Guidance scale; the default is the model's own, none for a student.
     #[arg(long)]
-    pub guidance_scale: Option<f64>,
+    pub(crate) guidance_scale: Option<f64>,
     /// Share of the noise that a DDIM step renews.
     #[arg(long, default_value_t = 0.0)]
-    pub eta: f64,
+    pub(crate) eta: f64,
     /// Seed of noise and classes.
     #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Samples in one call of the network.
     #[arg(long, default_value_t = 100)]
-    pub batch_size: u32,
+    pub(crate) batch_size: u32,
     /// `cpu`, `cuda` or `cuda:1`.
     #[arg(long, default_value = "cpu")]
-    pub device: String,
+    pub(crate) device: String,
     /// What convolutions and products are computed in: `float32` or `bfloat16`.
     #[arg(long, default_value = "float32")]
-    pub precision: String,
+    pub(crate) precision: String,
     /// Threads of libtorch; 0 is one a core.
     #[arg(long, default_value_t = 0)]
-    pub threads: u32,
+    pub(crate) threads: u32,
 }
 
 /// Arguments of `ddil sample`.
 #[derive(Debug, Args)]
-pub struct SampleArgs {
+pub(crate) struct SampleArgs {
     /// A model folder, or a run folder, whose export is taken.
-    pub model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Number of samples.
     #[arg(long, short, default_value_t = 64)]
-    pub num_samples: u32,
+    pub(crate) num_samples: u32,
     /// Only this class; the default goes through all of them.
     #[arg(long)]
-    pub class: Option<i64>,
+    pub(crate) class: Option<i64>,
     /// The grid that is written.
     #[arg(long, short, default_value = "samples.png")]
-    pub output: PathBuf,
+    pub(crate) output: PathBuf,
     /// Also write every sample as a PNG of its own into this folder.
     #[arg(long)]
-    pub folder: Option<PathBuf>,
+    pub(crate) folder: Option<PathBuf>,
     /// How.
     #[command(flatten)]
-    pub sampling: SamplingArgs,
+    pub(crate) sampling: SamplingArgs,
 }
 
 /// Arguments of `ddil evaluate`.
 #[derive(Debug, Args)]
-pub struct EvaluateArgs {
+pub(crate) struct EvaluateArgs {
     /// A model folder, a run folder or a folder of PNG files; `data` compares real data with real data.
-    pub subject: PathBuf,
+    pub(crate) subject: PathBuf,
     /// Number of samples to draw.
     #[arg(long, short, default_value_t = 5000)]
-    pub num_samples: u32,
+    pub(crate) num_samples: u32,
     /// Add the measurement to this file, an array.
     #[arg(long)]
-    pub json: Option<PathBuf>,
+    pub(crate) json: Option<PathBuf>,
     /// How.
     #[command(flatten)]
-    pub sampling: SamplingArgs,
+    pub(crate) sampling: SamplingArgs,
 }
 
 /// Arguments of `ddil inspect`.
 #[derive(Debug, Args)]
-pub struct InspectArgs {
+pub(crate) struct InspectArgs {
     /// A model folder, a checkpoint folder or a run folder.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// As JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// Arguments of `ddil demo`.
 #[derive(Debug, Args)]
-pub struct DemoArgs {
+pub(crate) struct DemoArgs {
     /// The folder of the demonstration; nothing in it is overwritten unless --fresh is given.
     #[arg(long, default_value = "runs/demo")]
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// The teacher.
     #[arg(long, default_value = "assets/fashion-mnist-teacher")]
-    pub teacher: PathBuf,
+    pub(crate) teacher: PathBuf,
     /// Override a value of both students' config; may be given again.
     #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
+    pub(crate) overrides: Vec<String>,
     /// Samples that each model is measured on.
-    #[arg(long, short, default_value_t = 1000)]
-    pub num_samples: u32,
+    #[arg(long, short, default_value_t = 500)]
+    pub(crate) num_samples: u32,
     /// Remove what an earlier demonstration left in the folder.
     #[arg(long)]
-    pub fresh: bool,
+    pub(crate) fresh: bool,
 }
 
 /// Arguments of `ddil doctor`.
 #[derive(Debug, Args)]
-pub struct DoctorArgs {
+pub(crate) struct DoctorArgs {
     /// As JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }

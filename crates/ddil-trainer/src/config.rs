@@ -126,7 +126,8 @@ pub struct TrainSection {
     pub label_dropout: f64,
     /// DDIM steps of the sample grids; default 50.
     pub sample_steps: u32,
-    /// Guidance of the sample grids; default 2.
+    /// Guidance of the sample grids; default 2. Plays no part where there is no null class to guide with: without
+    /// labels, and with a `label_dropout` of 0.
     pub sample_guidance_scale: f64,
 }
 
@@ -318,7 +319,7 @@ impl TrainConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
-        self.learning_rate.ensure_valid()?;
+        ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
         let schedule = self.schedule.build()?;
         self.train.prediction_type.ensure_defined_on(&schedule)?;
@@ -328,7 +329,10 @@ impl TrainConfig {
         ensure("train.label_dropout", label_dropout, dropout, "in 0..=1")?;
         let most = self.schedule.num_train_timesteps();
         let on_grid = (1..=most).contains(&sample_steps);
-        ensure("train.sample_steps", sample_steps, on_grid, &format!("in 1..={most}"))
+        ensure("train.sample_steps", sample_steps, on_grid, &format!("in 1..={most}"))?;
+        let scale = self.train.sample_guidance_scale;
+        let possible = scale.is_finite() && scale >= 0.0;
+        ensure("train.sample_guidance_scale", scale, possible, "finite and at least 0; 1 is none")
     }
 }
 
@@ -341,7 +345,7 @@ impl DistillConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
-        self.learning_rate.ensure_valid()?;
+        ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
         self.thresholding.ensure()?;
         self.teacher.guidance.ensure()?;
@@ -352,7 +356,7 @@ impl DistillConfig {
 
     /// Updates in all.
     pub fn total_updates(&self) -> u64 {
-        self.student.updates_per_stage * self.student.stages.len() as u64
+        self.student.updates_per_stage.saturating_mul(self.student.stages.len() as u64)
     }
 
     fn ensure_stages(&self) -> Result<()> {
@@ -371,6 +375,24 @@ impl DistillConfig {
         );
         ensure("student.stages", &shown, divide, &expected)
     }
+}
+
+/// Checks what an update is made of, before there is a run folder.
+fn ensure_updates(optimizer: &AdamWConfig, rate: &LrSchedule, ema: &EmaConfig) -> Result<()> {
+    under("optimizer", optimizer.ensure_valid())?;
+    under("learning_rate", rate.ensure_valid())?;
+    under("ema", ema.ensure_valid())
+}
+
+/// Puts the table's name in front of the keys that an error names.
+fn under(table: &str, result: Result<()>) -> Result<()> {
+    result.map_err(|error| match error {
+        Error::InvalidConfig { field, value, expected } => {
+            let keys: Vec<String> = field.split(", ").map(|key| format!("{table}.{key}")).collect();
+            Error::InvalidConfig { field: keys.join(", "), value, expected }
+        }
+        error => error,
+    })
 }
 
 fn ensure(

@@ -15,6 +15,8 @@ pub struct TrainingData {
     images: ImageDataset,
     indices: BatchIndices,
     horizontal_flip: bool,
+    /// Whether labels are handed out, if there are any.
+    labelled: bool,
     device: Device,
 }
 
@@ -35,7 +37,14 @@ impl TrainingData {
             });
         }
         let indices = BatchIndices::new(len, batch as usize, seed)?;
-        Ok(Self { images, indices, horizontal_flip: section.horizontal_flip, device })
+        let labelled = images.labels().is_some();
+        Ok(Self { images, indices, horizontal_flip: section.horizontal_flip, labelled, device })
+    }
+
+    /// The same without labels, for a network that takes none.
+    #[must_use]
+    pub fn ignore_labels(self) -> Self {
+        Self { labelled: false, ..self }
     }
 
     /// The batch of update `step`.
@@ -48,7 +57,8 @@ impl TrainingData {
         if self.horizontal_flip {
             batch.x0 = flip_horizontally(&batch.x0, &self.indices.flips_at(step))?;
         }
-        let conditioning = batch.labels.map_or_else(Conditioning::none, Conditioning::class_labels);
+        let labels = batch.labels.filter(|_| self.labelled);
+        let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);
         Ok(Data { x0: batch.x0, conditioning }.to_device(self.device)?)
     }
 
@@ -64,12 +74,12 @@ impl TrainingData {
 
     /// Names of the classes; none without labels.
     pub fn class_names(&self) -> &[String] {
-        self.images.class_names()
+        if self.labelled { self.images.class_names() } else { &[] }
     }
 
     /// The class that stands for "no condition": the one after the last; none without labels.
     pub fn null_class(&self) -> Option<i64> {
-        self.images.labels().map(|_| self.class_names().len() as i64)
+        self.labelled.then(|| self.class_names().len() as i64)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline};
+use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Task, UpdateLoss};
 use crate::state;
@@ -48,6 +48,8 @@ struct Stage {
     objective: Box<dyn Objective>,
     mixer: Mixer,
     guidance: TeacherGuidance,
+    /// The mixer counts its steps within the stage, as priors do; what it draws is still every stage's own.
+    streams: RandomStreams,
 }
 
 #[derive(Debug)]
@@ -75,10 +77,12 @@ impl DistillTask {
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
         let data = TrainingData::open(&config.data, config.run.seed, device)?;
         ensure_fits(config, &teacher, &data)?;
+        let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
         let Pipeline { network: teacher, card, .. } = teacher;
         let (student, averaged) = (teacher.duplicate(true)?, teacher.duplicate(false)?);
         let schedule = teacher.schedule().clone();
         let stage = Stage::new(config, &schedule, 0)?;
+        scheduler(&student, &config.thresholding, Some(&stage.grid))?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
         Ok(Self {
@@ -135,9 +139,9 @@ impl DistillTask {
     }
 
     /// The loss by source and the share of each source, for the record.
-    fn figures(states: &States, per_sample: &Tensor) -> Vec<(String, f64)> {
-        let values: Vec<f64> =
-            Vec::try_from(per_sample.detach().to_kind(Kind::Double)).unwrap_or_default();
+    fn figures(states: &States, per_sample: &Tensor) -> Result<Vec<(String, f64)>> {
+        let values: Vec<f64> = Vec::try_from(per_sample.detach().to_kind(Kind::Double))
+            .map_err(Error::torch("DistillTask::figures"))?;
         let mut figures = Vec::new();
         for source in Source::ALL {
             let of_source: Vec<f64> = states
@@ -155,7 +159,7 @@ impl DistillTask {
                 figures.push((format!("share_{name}"), share));
             }
         }
-        figures
+        Ok(figures)
     }
 }
 
@@ -170,7 +174,17 @@ impl Stage {
         let mixer = Mixer::new(mixer, grid.clone(), Box::new(Ddim::new(schedule.clone())))?;
         // What the first student learned is guided already.
         let guidance = if index == 0 { config.teacher.guidance } else { TeacherGuidance::BakedIn };
-        Ok(Self { index, grid, objective, mixer, guidance })
+        let streams = stage_streams(config.run.seed, index);
+        Ok(Self { index, grid, objective, mixer, guidance, streams })
+    }
+}
+
+/// The run's own streams in the first stage, others in each later one.
+fn stage_streams(seed: u64, index: usize) -> RandomStreams {
+    let streams = RandomStreams::new(seed, 0);
+    match index {
+        0 => streams,
+        _ => RandomStreams::new(streams.seed_of(index as u64, Stream::Weights), 0),
     }
 }
 
@@ -192,6 +206,8 @@ impl Task for DistillTask {
     }
 
     fn loss(&mut self, step: u64) -> Result<UpdateLoss> {
+        // The student's dropout draws from the global generator.
+        tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         let data = self.data.batch_at(step)?;
         let prompts = self.prompts(step, &data.conditioning, data.x0.size()[0])?;
         let per_stage = self.updates_per_stage();
@@ -200,13 +216,13 @@ impl Task for DistillTask {
             asked(&self.teacher, self.stage.guidance, &self.card, &self.config.thresholding)?;
         let states = {
             let request = MixRequest {
-                step,
+                step: stage_step,
                 total_steps: per_stage,
                 data: &data,
                 prompts: &prompts,
                 student: &self.student,
                 teacher: &*teacher,
-                streams: &self.streams,
+                streams: &self.stage.streams,
             };
             self.stage.mixer.next_states(&request)?
         };
@@ -214,7 +230,7 @@ impl Task for DistillTask {
         let phase = self.stage.objective.phase(stage_step);
         let terms = self.stage.objective.loss(stage_step, phase, &states, &networks)?;
         drop(teacher);
-        let figures = Self::figures(&states, &terms.per_sample);
+        let figures = Self::figures(&states, &terms.per_sample)?;
         self.pending = Some(Pending {
             states,
             student_x0: terms.student_x0,
@@ -227,8 +243,9 @@ impl Task for DistillTask {
         let Some(Pending { states, student_x0, teacher_next }) = self.pending.take() else {
             return Ok(());
         };
-        let next = teacher_next.as_ref();
-        Ok(self.stage.mixer.after_loss(step, &states, &student_x0, next, &self.streams)?)
+        let (next, step) = (teacher_next.as_ref(), step % self.updates_per_stage());
+        let Stage { mixer, streams, .. } = &mut self.stage;
+        Ok(mixer.after_loss(step, &states, &student_x0, next, streams)?)
     }
 
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()> {
@@ -288,7 +305,7 @@ impl Task for DistillTask {
             folder,
             &self.averaged,
             &self.config.thresholding,
-            Some(self.stage.grid.as_slice()),
+            Some(&self.stage.grid),
             &Card { seconds, ..self.student_card() },
         )
     }
@@ -321,6 +338,13 @@ fn ensure_fits(config: &DistillConfig, teacher: &Pipeline, data: &TrainingData) 
             format!("{taught:?}, which the teacher was trained on"),
         );
     }
+    if matches!(config.teacher.guidance, TeacherGuidance::Embedded { .. }) {
+        return invalid(
+            "teacher.guidance",
+            "embedded".to_owned(),
+            "cfg or baked_in: the teacher takes no guidance weight".to_owned(),
+        );
+    }
     let has_null = teacher.card.null_class.is_some();
     if matches!(config.teacher.guidance, TeacherGuidance::Cfg { .. }) && !has_null {
         return invalid(
@@ -337,6 +361,25 @@ fn ensure_fits(config: &DistillConfig, teacher: &Pipeline, data: &TrainingData) 
             "with labels, which the teacher asks for".to_owned(),
         );
     }
+    ensure_classes(teacher, data)?;
     let ObjectiveConfig::Progressive(_) = &config.objective;
     Ok(())
+}
+
+/// Labels of the data must be those that the teacher learned.
+fn ensure_classes(teacher: &Pipeline, data: &TrainingData) -> Result<()> {
+    let (Some(embeds), Some(found)) =
+        (teacher.network.config().num_class_embeds.map(i64::from), data.null_class())
+    else {
+        return Ok(());
+    };
+    let (known, expected) = match teacher.card.class_names.len() as i64 {
+        0 => (found <= embeds, format!("at most {embeds}, as the teacher")),
+        own => (found == own, format!("{own}, as the teacher")),
+    };
+    if known {
+        return Ok(());
+    }
+    let (field, value) = ("data".to_owned(), format!("of {found} classes"));
+    Err(Error::InvalidConfig { field, value, expected })
 }

@@ -33,13 +33,7 @@ impl EmaConfig {
     ///
     /// [`Error::InvalidConfig`] unless `0 <= decay <= 1`, [`Error::Torch`] if memory runs out.
     pub fn build(self, mut tensors: Vec<(String, Tensor)>) -> Result<Ema> {
-        if !(0.0..=1.0).contains(&self.decay) {
-            return Err(Error::InvalidConfig {
-                field: "decay".into(),
-                value: self.decay.to_string(),
-                expected: "from 0 to 1".into(),
-            });
-        }
+        self.ensure_valid()?;
         tensors.sort_by(|(left, _), (right, _)| left.cmp(right));
         let _guard = tch::no_grad_guard();
         let averages: Result<Vec<(String, Tensor)>, tch::TchError> = tensors
@@ -51,6 +45,17 @@ impl EmaConfig {
             .collect();
         let averages = averages.map_err(Error::torch("EmaConfig::build"))?;
         Ok(Ema { config: self, watched: tensors, averages, num_updates: 0 })
+    }
+
+    pub(crate) fn ensure_valid(&self) -> Result<()> {
+        if (0.0..=1.0).contains(&self.decay) {
+            return Ok(());
+        }
+        Err(Error::InvalidConfig {
+            field: "decay".into(),
+            value: self.decay.to_string(),
+            expected: "from 0 to 1".into(),
+        })
     }
 }
 

@@ -101,6 +101,19 @@ pub enum Error {
         /// What is wrong with it.
         source: Damage,
     },
+    /// A run has checkpoints, and none of them is what was written.
+    #[error(
+        "none of the {count} checkpoints in {} is sound; move them away to start the run over (the newest: {newest})",
+        path.display()
+    )]
+    NoSoundCheckpoint {
+        /// The folder of the checkpoints.
+        path: PathBuf,
+        /// How many there are.
+        count: usize,
+        /// What is wrong with the newest.
+        newest: Damage,
+    },
     /// A checkpoint is sound, but was written by another kind of run.
     #[error("{} is a checkpoint of `{found}`, not of `{expected}`", path.display())]
     OtherCheckpoint {

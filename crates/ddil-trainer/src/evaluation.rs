@@ -45,7 +45,9 @@ impl Reference {
 
     /// Compares images, generated or held out, with the real ones.
     ///
-    /// They are rounded to 8 bits first, as a PNG would.
+    /// They are rounded to 8 bits first, as a PNG would. Precision, recall, density and coverage are counted against
+    /// as many real images as there are others, the first ones, since all four depend on both numbers; the Fréchet
+    /// distance takes all real images.
     ///
     /// # Errors
     ///
@@ -53,10 +55,11 @@ impl Reference {
     pub fn score(&self, images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Scores> {
         let features = features(&quantize(images), extractor)?;
         let statistics = Statistics::from_features(&features)?;
+        let real = self.features.narrow(0, 0, self.features.size()[0].min(features.size()[0]));
         Ok(Scores {
             samples: statistics.num_samples(),
             frechet: frechet_distance(&self.statistics, &statistics)?,
-            prdc: prdc(&self.features, &features, Neighbours::default())?,
+            prdc: prdc(&real, &features, Neighbours::default())?,
         })
     }
 }

@@ -16,7 +16,8 @@ pub(crate) const TEMPORARY: &str = ".tmp-";
 /// Replaces a file by new content: a reader, and a crash, see either all of the old or all of the new.
 pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let aside = temporary_sibling(path);
-    let written = write_synced(&aside, content)
+    // Errors name the file that is meant, not the one beside it.
+    let written = write_synced(&aside, path, content)
         .and_then(|()| fs::rename(&aside, path).map_err(Error::io("replace", path)))
         .and_then(|()| sync_folder(parent(path)));
     if written.is_err() {
@@ -26,8 +27,8 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     written
 }
 
-fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io("create", path))?;
+fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = File::create(aside).map_err(Error::io("create", path))?;
     file.write_all(content).map_err(Error::io("write", path))?;
     file.sync_all().map_err(Error::io("flush to disk", path))
 }

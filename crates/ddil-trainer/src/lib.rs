@@ -25,7 +25,6 @@ pub mod record;
 pub mod results;
 pub mod run_folder;
 pub mod sampling;
-pub mod scheduler_file;
 pub mod session;
 pub mod settings;
 pub mod state;

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> anyhow::Result<ExitCode> {
     // Before libtorch allocates anything: pages that temporaries free are kept for the next ones.
-    ddil_libtorch::keep_freed_pages();
+    let keeps_freed_pages = ddil_libtorch::keep_freed_pages();
     match command {
         Command::Init(args) => commands::init::run(args),
         Command::Train(args) => commands::train::train(args),
@@ -34,6 +34,6 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Demo(args) => commands::demo::run(args),
-        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Doctor(args) => commands::doctor::run(args, keeps_freed_pages),
     }
 }

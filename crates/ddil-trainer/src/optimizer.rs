@@ -47,7 +47,7 @@ impl AdamWConfig {
         Ok(AdamW { config: self, names, params, exp_avgs, exp_avg_sqs, steps, num_steps: 0 })
     }
 
-    fn ensure_valid(&self) -> Result<()> {
+    pub(crate) fn ensure_valid(&self) -> Result<()> {
         let Self { beta1, beta2, weight_decay, eps, max_grad_norm } = *self;
         let unit = "at least 0 and below 1";
         let checks = [

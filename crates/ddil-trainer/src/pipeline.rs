@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_core::{Conditioning, Priors};
+use ddil_core::{Conditioning, Denoiser, Priors};
 use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
-use ddil_schedulers::Thresholding;
+use ddil_schedulers::{CommonConfig, SchedulerConfig, Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -14,7 +14,6 @@ use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::files::{read_json, write_json};
 use crate::network::Network;
-use crate::scheduler_file::SchedulerFile;
 
 /// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -119,7 +118,7 @@ impl Pipeline {
     /// missing, unexpected or misshapen weights.
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         let path = Self::find(path)?;
-        let scheduler = SchedulerFile::read(&path.join(SCHEDULER))?;
+        let scheduler = SchedulerConfig::read(path.join(SCHEDULER))?;
         let config =
             UNet2DConfig::from_file(path.join(UNET).join("config.json"), UnknownKeys::Refuse)?;
         let unet = config.build_from(placement, path.join(WEIGHTS))?;
@@ -132,7 +131,8 @@ impl Pipeline {
             _ => Card { image_shape: image_shape(network.config()), ..Card::default() },
         };
         let thresholding = scheduler.thresholding();
-        Ok(Self { network, thresholding, timesteps: scheduler.timesteps(), card, path })
+        let timesteps = scheduler.common().ddil_timesteps.clone();
+        Ok(Self { network, thresholding, timesteps, card, path })
     }
 
     /// The model folder at `path`: itself, or the export below it.
@@ -159,16 +159,17 @@ impl Pipeline {
         folder: &Path,
         network: &Network,
         thresholding: &Thresholding,
-        timesteps: Option<&[i64]>,
+        timesteps: Option<&Timesteps>,
         card: &Card,
     ) -> Result<()> {
+        let scheduler = scheduler(network, thresholding, timesteps)?;
         for sub in [folder.join(UNET), folder.join("scheduler")] {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
         weights::save(&network.parameters().named(), folder.join(WEIGHTS), &BTreeMap::new())?;
         let config = folder.join(UNET).join("config.json");
         crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
-        SchedulerFile::new(network, thresholding, timesteps)?.write(&folder.join(SCHEDULER))?;
+        scheduler.write(folder.join(SCHEDULER))?;
         write_json(&folder.join(CARD), card)?;
         // Last: a folder with an index is a whole one.
         let class = |name: &str| ["diffusers".to_owned(), name.to_owned()];
@@ -182,6 +183,25 @@ impl Pipeline {
             },
         )
     }
+}
+
+/// How a model is sampled, in diffusers' words: by DDIM, at a student's own timesteps.
+///
+/// # Errors
+///
+/// [`Error::Scheduler`] for what `DDIMScheduler` does not know: other families of schedules, flow prediction, ranges
+/// that are not symmetric, reflection. Asked before a run begins, so that none ends without its model.
+pub fn scheduler(
+    network: &Network,
+    thresholding: &Thresholding,
+    timesteps: Option<&Timesteps>,
+) -> Result<SchedulerConfig> {
+    let schedule = network.schedule().config();
+    let config = CommonConfig::new(schedule, network.prediction_type(), thresholding)?;
+    Ok(SchedulerConfig::Ddim(match timesteps {
+        Some(timesteps) => config.with_trained_timesteps(timesteps),
+        None => config,
+    }))
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.

@@ -105,7 +105,7 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
             let rates = [m.precision, m.recall, m.density, m.coverage].map(|x| format!("{x:.3}"));
             let mut row = vec![
                 name.clone(),
-                m.steps.to_string(),
+                if m.steps == 0 { "-".to_owned() } else { m.steps.to_string() },
                 m.samples.to_string(),
                 format!("{:.2}", m.frechet),
                 m.frechet_to_teacher.map_or("-".to_owned(), |x| format!("{x:.2}")),

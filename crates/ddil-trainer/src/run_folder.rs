@@ -182,12 +182,28 @@ impl RunFolder {
     ///
     /// [`Error::OtherConfig`] with every setting that differs, and those of [`Settings::build`].
     pub fn ensure_config<T: Serialize + DeserializeOwned>(&self, config: &T) -> Result<()> {
-        let own: T = self.settings()?.build()?;
+        Self::ensure_config_at(&self.path, config)
+    }
+
+    /// As [`ensure_config`](Self::ensure_config), of a run that is not taken over yet and stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// As there, and [`Error::NotARun`] if there is no run.
+    pub fn ensure_config_at<T>(path: &Path, config: &T) -> Result<()>
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        let file = path.join(CONFIG);
+        if !file.is_file() {
+            return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
+        }
+        let own: T = Settings::read(&file)?.build()?;
         let differences = differences(&own, config)?;
         if differences.is_empty() {
             return Ok(());
         }
-        Err(Error::OtherConfig { path: self.path.clone(), differences })
+        Err(Error::OtherConfig { path: path.to_owned(), differences })
     }
 
     /// Writes a JSON file such as `environment.json` or `results.json`, whole or not at all.

@@ -112,6 +112,10 @@ pub fn generate(
 }
 
 /// The model as it is asked for samples: guided, then held inside the data's range.
+///
+/// # Errors
+///
+/// [`Error::InvalidConfig`] for guidance of a model without a null class, and for a threshold that cannot be.
 pub fn asked<'a>(
     denoiser: &'a dyn Denoiser,
     plan: &SamplePlan,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -22,6 +23,8 @@ use crate::state;
 use crate::tensorboard::EventWriter;
 
 /// What is trained: it makes a loss, and everything that its next update depends on can be saved.
+///
+/// Each method fails with whatever data, networks, file system or libtorch refuse.
 pub trait Task {
     /// What its checkpoints are called.
     fn kind(&self) -> &'static str;
@@ -36,24 +39,52 @@ pub trait Task {
     fn parameters(&self) -> Vec<(String, Tensor)>;
 
     /// The loss of one update, with its graph.
+    ///
+    /// # Errors
+    ///
+    /// What data and networks refuse.
     fn loss(&mut self, step: u64) -> Result<UpdateLoss>;
 
     /// After the optimizer's step.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch refuses.
     fn after_update(&mut self, step: u64) -> Result<()>;
 
     /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StateMismatch`] if the average is of other parameters.
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()>;
 
     /// A picture of what the averaged network samples.
+    ///
+    /// # Errors
+    ///
+    /// What the network refuses.
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture>;
 
     /// Adds what the task remembers beside its parameters to a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()>;
 
-    /// Takes it back, with the parameters.
+    /// Takes it back; the parameters themselves follow afterwards.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses; [`Error::StateMismatch`] for the state of another task.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
     /// Writes the finished model, as diffusers would read it; `seconds` went into its updates.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
     fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()>;
 }
 
@@ -133,6 +164,60 @@ struct LoopState {
     metrics: Position,
 }
 
+/// Where a resumed run goes on.
+struct Start {
+    checkpoint: Option<Checkpoint>,
+    record: Record,
+    timings: Record,
+    step: u64,
+    seconds: f64,
+}
+
+impl Start {
+    fn find(folder: &RunFolder, kind: &str) -> Result<Self> {
+        let checkpoint = newest_sound(&folder.checkpoints())?;
+        let (mut step, mut seconds, mut metrics) = (0, 0.0, Position::default());
+        if let Some(checkpoint) = &checkpoint {
+            checkpoint.ensure_kind(kind)?;
+            for obstacle in checkpoint.obstacles_to_exact_resume()? {
+                tracing::warn!("the run will not go on to the same bits: {obstacle}");
+            }
+            LoopState { step, seconds, metrics, .. } = checkpoint.json(STATE)?;
+        }
+        // What may still refuse comes before anything is given up.
+        let record = Record::resume(&folder.file("metrics.jsonl"), metrics)?;
+        let timings = Record::resume_after(&folder.file("timings.jsonl"), step)?;
+        if checkpoint.is_some() {
+            discard_newer(&folder.checkpoints(), step)?;
+        }
+        Ok(Self { checkpoint, record, timings, step, seconds })
+    }
+}
+
+/// The checkpoint to go on from; none if the run was killed before its first.
+fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
+    let found = find_latest(checkpoints)?;
+    for damaged in &found.damaged {
+        let (path, reason) = (damaged.path.display(), &damaged.reason);
+        tracing::warn!("{path} is damaged and passed over: {reason}");
+    }
+    let count = found.damaged.len();
+    match (found.checkpoint, found.damaged.into_iter().next()) {
+        (None, Some(newest)) => Err(Error::NoSoundCheckpoint {
+            path: checkpoints.to_owned(),
+            count,
+            newest: newest.reason,
+        }),
+        (checkpoint, _) => Ok(checkpoint),
+    }
+}
+
+/// Notes in `status.json` what kept a run from going on.
+fn failed(folder: &mut RunFolder, error: Error) -> Error {
+    let _ = folder.fail(folder.status().step, &error);
+    error
+}
+
 const STATE: &str = "session.json";
 const PARAMETERS: &str = "parameters.safetensors";
 const AVERAGE: &str = "ema.safetensors";
@@ -152,37 +237,25 @@ impl<T: Task> Session<T> {
 
     /// Goes on with a task from the last good checkpoint of its run folder.
     ///
-    /// Without one (the run was killed before the first) the task starts over, which is the same.
+    /// Without any (the run was killed before the first) the task starts over, which is the same.
     ///
     /// # Errors
     ///
-    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task.
-    pub fn resume(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
-        let found = find_latest(&folder.checkpoints())?;
-        for damaged in &found.damaged {
-            tracing::warn!(
-                "{} is damaged and passed over: {}",
-                damaged.path.display(),
-                damaged.reason
-            );
+    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task,
+    /// [`Error::NoSoundCheckpoint`] if all are damaged. `status.json` says so then.
+    pub fn resume(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
+        let Start { checkpoint, record, timings, step, seconds } =
+            match Start::find(&folder, task.kind()) {
+                Ok(start) => start,
+                Err(error) => return Err(failed(&mut folder, error)),
+            };
+        let mut session = Self::new(task, config, folder, record, timings, step, seconds)?;
+        if let Some(checkpoint) = checkpoint {
+            if let Err(error) = session.restore(&checkpoint) {
+                return Err(failed(&mut session.folder, error));
+            }
+            tracing::info!("goes on from {} at step {step}", checkpoint.path().display());
         }
-        let Some(checkpoint) = found.checkpoint else {
-            let record = Record::resume(&folder.file("metrics.jsonl"), Position::default())?;
-            let timings = Record::resume_after(&folder.file("timings.jsonl"), 0)?;
-            return Self::new(task, config, folder, record, timings, 0, 0.0);
-        };
-        checkpoint.ensure_kind(task.kind())?;
-        for obstacle in checkpoint.obstacles_to_exact_resume()? {
-            tracing::warn!("the run will not go on to the same bits: {obstacle}");
-        }
-        let state: LoopState = checkpoint.json(STATE)?;
-        discard_newer(&folder.checkpoints(), state.step)?;
-        let record = Record::resume(&folder.file("metrics.jsonl"), state.metrics)?;
-        let timings = Record::resume_after(&folder.file("timings.jsonl"), state.step)?;
-        let mut session =
-            Self::new(task, config, folder, record, timings, state.step, state.seconds)?;
-        session.restore(&checkpoint)?;
-        tracing::info!("goes on from {} at step {}", checkpoint.path().display(), state.step);
         Ok(session)
     }
 
@@ -197,7 +270,7 @@ impl<T: Task> Session<T> {
     ) -> Result<Self> {
         let optimizer = config.optimizer.build(task.parameters())?;
         let ema = config.ema.build(task.parameters())?;
-        let events = EventWriter::create(folder.path(), step)?;
+        let events = EventWriter::create(folder.path(), step + 1)?;
         Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
     }
 
@@ -243,7 +316,10 @@ impl<T: Task> Session<T> {
         match &outcome {
             Ok(Outcome::Completed { .. }) => self.folder.complete(self.step)?,
             Ok(Outcome::Interrupted { .. }) => self.folder.interrupt(self.step)?,
-            Err(error) => self.folder.fail(self.step, error)?,
+            Err(error) => {
+                // On a full disk this fails too; the error to tell is the first one.
+                let _ = self.folder.fail(self.step, error);
+            }
         }
         outcome
     }
@@ -262,9 +338,8 @@ impl<T: Task> Session<T> {
             self.write_outputs(&figures, total)?;
         }
         progress.finish();
-        let export = self.folder.file("export");
-        self.task.export(&export, self.ema.tensors(), self.seconds)?;
-        Ok(Outcome::Completed { export })
+        // Once more, for a run that was resumed after its last update.
+        self.export().map(|export| Outcome::Completed { export })
     }
 
     /// One update; afterwards `self.step` counts it.
@@ -357,6 +432,36 @@ impl<T: Task> Session<T> {
         writer.json(STATE, &state)?;
         let newest = writer.commit()?;
         self.config.output.checkpoints.apply(&newest)?;
+        self.export()?;
         self.folder.progress(self.step)
+    }
+
+    /// Puts the averaged model of this step in place of the last one, whole.
+    fn export(&self) -> Result<PathBuf> {
+        let [export, aside, replaced] =
+            ["export", ".export-new", ".export-old"].map(|name| self.folder.file(name));
+        let remove = |folder: &Path| match fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io("remove", folder)(error))
+            }
+            _ => Ok(()),
+        };
+        remove(&aside)?;
+        if !export.exists() && replaced.exists() {
+            // Killed between the two renames below.
+            fs::rename(&replaced, &export).map_err(Error::io("put back", &export))?;
+        }
+        remove(&replaced)?;
+        if let Err(error) = self.task.export(&aside, self.ema.tensors(), self.seconds) {
+            // Half a model is of no use, and the disk may be full.
+            let _ = remove(&aside);
+            return Err(error);
+        }
+        if export.exists() {
+            fs::rename(&export, &replaced).map_err(Error::io("rename", &export))?;
+        }
+        fs::rename(&aside, &export).map_err(Error::io("rename", &aside))?;
+        remove(&replaced)?;
+        Ok(export)
     }
 }

@@ -22,8 +22,9 @@ pub struct EventWriter {
 impl EventWriter {
     /// Starts an event file in a folder, made if need be, `events.out.tfevents.<seconds>.ddil`.
     ///
-    /// `first_step` is the first step that will be written. What earlier files of the folder hold of that
-    /// step and later ones, `TensorBoard` forgets: so the curves of a resumed run have no kinks.
+    /// `first_step` is the first step that will be written, one more than the last one that is done. What earlier
+    /// files of the folder hold of that step and later ones, `TensorBoard` forgets: so the curves of a resumed run
+    /// have no kinks.
     ///
     /// # Errors
     ///

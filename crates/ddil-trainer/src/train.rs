@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
-use ddil_models::{Placement, UNet2DModel};
+use ddil_models::{Placement, SampleSize, UNet2DModel};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -14,7 +14,7 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline};
+use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Task, UpdateLoss};
 use crate::state;
@@ -46,6 +46,10 @@ impl TrainTask {
         let device = config.run.device()?;
         let data = TrainingData::open(&config.data, config.run.seed, device)?;
         ensure_fits(config, &data)?;
+        let data = match config.model.num_class_embeds {
+            Some(_) => data,
+            None => data.ignore_labels(),
+        };
         let schedule = config.schedule.build()?;
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
@@ -57,6 +61,7 @@ impl TrainTask {
             Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };
         let (network, averaged) = (network(true)?, network(false)?);
+        scheduler(&network, &Thresholding::clamp_pixels(), None)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         Ok(Self { config: config.clone(), schedule, network, averaged, data, streams })
     }
@@ -85,10 +90,18 @@ impl TrainTask {
         Conditioning::class_labels(labels.where_self(&drop.logical_not(), &labels.full_like(null)))
     }
 
+    /// The class that the network learns to take for "no condition"; none if it never sees it.
+    fn null_class(&self) -> Option<i64> {
+        self.data.null_class().filter(|_| self.config.train.label_dropout > 0.0)
+    }
+
     fn sample_plan(&self) -> SamplePlan {
         SamplePlan {
             steps: self.config.train.sample_steps,
-            guidance_scale: self.config.train.sample_guidance_scale,
+            guidance_scale: match self.null_class() {
+                Some(_) => self.config.train.sample_guidance_scale,
+                None => 1.0,
+            },
             eta: 0.0,
             thresholding: Thresholding::clamp_pixels(),
             timesteps: None,
@@ -116,6 +129,8 @@ impl Task for TrainTask {
     }
 
     fn loss(&mut self, step: u64) -> Result<UpdateLoss> {
+        // The network's dropout draws from the global generator.
+        tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         let data = self.data.batch_at(step)?;
         let batch = data.x0.size()[0];
         let conditioning = self.dropped(step, &data.conditioning);
@@ -177,7 +192,7 @@ impl TrainTask {
         Card {
             method: "teacher".to_owned(),
             class_names: self.data.class_names().to_vec(),
-            null_class: self.data.null_class(),
+            null_class: self.null_class(),
             image_shape: self.data.image_shape(),
             guidance_scale: None,
             updates: self.config.train.updates,
@@ -188,7 +203,7 @@ impl TrainTask {
 }
 
 fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
-    let [channels, ..] = data.image_shape();
+    let [channels, height, width] = data.image_shape();
     let model = &config.model;
     let invalid = |field: &str, value: String, expected: String| {
         Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
@@ -198,6 +213,37 @@ fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
             "model.in_channels, model.out_channels",
             format!("{}, {}", model.in_channels, model.out_channels),
             format!("{channels}, the channels of the data"),
+        );
+    }
+    let own = match model.sample_size {
+        Some(SampleSize::Square(side)) => [side; 2].map(i64::from),
+        Some(SampleSize::Rectangle(sides)) => sides.map(i64::from),
+        None => [height, width],
+    };
+    if own != [height, width] {
+        return invalid(
+            "model.sample_size",
+            format!("{own:?}"),
+            format!("{:?}, height and width of the data, or left out", [height, width]),
+        );
+    }
+    let halvings = model.block_out_channels.len().saturating_sub(1) as u32;
+    let multiple = 2_i64.saturating_pow(halvings);
+    if height % multiple != 0 || width % multiple != 0 {
+        return invalid(
+            "model.block_out_channels",
+            format!("{} levels", model.block_out_channels.len()),
+            format!(
+                "fewer: the data are {height}x{width}, which cannot be halved {halvings} times"
+            ),
+        );
+    }
+    if let Some(kind) = model.class_embed_type {
+        return invalid(
+            "model.class_embed_type",
+            format!("{kind:?}"),
+            "left out: classes are learned from their indices, see model.num_class_embeds"
+                .to_owned(),
         );
     }
     match (model.num_class_embeds, data.null_class()) {

@@ -14,7 +14,7 @@ use ddil_trainer::results::{Measurement, append, table};
 use ddil_trainer::sampling::{SamplePlan, classes, generate, initial_noise};
 use tch::{Device, Tensor};
 
-use super::{open_model, set_threads};
+use super::{open_model, say, set_threads};
 use crate::cli::EvaluateArgs;
 
 /// What generated images are compared with.
@@ -22,6 +22,12 @@ const REFERENCE: &str = "fashion_mnist/test";
 
 pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples > 1, "--num-samples is {}; expected at least 2", args.num_samples);
+    let subject = &args.subject;
+    ensure!(
+        subject == Path::new("data") || subject.is_dir(),
+        "{} is neither a model folder nor a folder of images, nor `data`",
+        subject.display()
+    );
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::load(None)?;
     let reference = Reference::new(REFERENCE, &all_images(&data.test)?, &extractor)?;
@@ -37,7 +43,7 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = &args.json {
         append(path, &measurement)?;
     }
-    print!("{}", table(&[(name, measurement)]));
+    say(&table(&[(name, measurement)]))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -6,15 +6,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
+use super::say;
 use crate::cli::InitArgs;
 use crate::presets::{PRESETS, find, nearest};
 
 pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.preset else {
-        println!("Presets, each for `ddil init <preset>`:");
-        for preset in &PRESETS {
-            println!("  {:<24} for `ddil {}`: {}", preset.name, preset.verb, preset.about);
-        }
+        let lines = PRESETS.iter().map(|preset| {
+            format!("  {:<24} for `ddil {}`: {}\n", preset.name, preset.verb, preset.about)
+        });
+        say(&("Presets, each for `ddil init <preset>`:\n".to_owned() + &lines.collect::<String>()))?;
         return Ok(ExitCode::SUCCESS);
     };
     let Some(preset) = find(name) else {

@@ -12,15 +12,14 @@ use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
+use super::say;
 use crate::cli::InspectArgs;
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let found = describe(&args.path)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&found)?);
-    } else {
-        print_tree(&found, 0);
-    }
+    let text =
+        if args.json { serde_json::to_string_pretty(&found)? + "\n" } else { tree(&found, 0) };
+    say(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -87,17 +86,13 @@ fn model(path: &Path) -> anyhow::Result<Value> {
 }
 
 /// Names to the left, values behind them, parts indented.
-fn print_tree(value: &Value, depth: usize) {
-    let Value::Object(fields) = value else { return };
-    for (name, value) in fields {
-        let indent = "  ".repeat(depth);
-        match value {
-            Value::Object(_) => {
-                println!("{indent}{name}:");
-                print_tree(value, depth + 1);
-            }
-            Value::String(text) => println!("{indent}{name}: {text}"),
-            other => println!("{indent}{name}: {other}"),
-        }
-    }
+fn tree(value: &Value, depth: usize) -> String {
+    let Value::Object(fields) = value else { return String::new() };
+    let indent = "  ".repeat(depth);
+    let lines = fields.iter().map(|(name, value)| match value {
+        Value::Object(_) => format!("{indent}{name}:\n{}", tree(value, depth + 1)),
+        Value::String(text) => format!("{indent}{name}: {text}\n"),
+        other => format!("{indent}{name}: {other}\n"),
+    });
+    lines.collect()
 }

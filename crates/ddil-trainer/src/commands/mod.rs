@@ -8,6 +8,7 @@ pub(crate) mod inspect;
 pub(crate) mod sample;
 pub(crate) mod train;
 
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -21,6 +22,14 @@ use crate::cli::SamplingArgs;
 
 /// Steps of a model that does not say.
 const TEACHER_STEPS: u32 = 50;
+
+/// Prints to the standard output; a reader that has seen enough, such as `head`, is no error.
+fn say(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => Ok(other?),
+    }
+}
 
 /// Sets the number of threads, once, before the first operation.
 fn set_threads(threads: u32) -> anyhow::Result<()> {

@@ -14,10 +14,8 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples > 0, "--num-samples is 0; expected at least 1");
     let (pipeline, plan) = open_model(&args.model, &args.sampling)?;
     let num_classes = pipeline.card.class_names.len() as i64;
-    if let Some(class) = args.class {
-        if !(0..num_classes).contains(&class) {
-            bail!("--class is {class}; the model has {num_classes} classes, counted from 0");
-        }
+    if let Some(class) = args.class.filter(|class| !(0..num_classes).contains(class)) {
+        bail!("--class is {class}; the model has {num_classes} classes, counted from 0");
     }
     let device = pipeline.network.placement().device;
     let (n, shape) = (args.num_samples, pipeline.card.image_shape);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use ddil_trainer::Result;
 use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::distill::DistillTask;
@@ -93,7 +93,16 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
         }
     };
     tracing::info!("{} in {}", J::VERB, session.folder().path().display());
-    report::<J>(&session.run(&interrupt)?, session.folder().path());
+    let outcome = session.run(&interrupt).with_context(|| {
+        format!(
+            "the run stopped at step {}; its checkpoints are as they were, and\n  ddil {} --resume {}\ngoes on from \
+             the last one",
+            session.step(),
+            J::VERB,
+            session.folder().path().display()
+        )
+    });
+    report::<J>(&outcome?, session.folder().path());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -117,10 +126,12 @@ fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
 }
 
 fn resume<J: Job>(config: &J, path: &Path, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
+    // What the config, the data or the teacher refuse leaves the run as it is, and so does a run of other settings.
+    RunFolder::ensure_config_at(path, config)?;
+    let task = config.task()?;
     let folder = RunFolder::resume(path)?;
-    folder.ensure_config(config)?;
     logging.also_to(&folder.file("run.log"))?;
-    Ok(Session::resume(config.task()?, config.session(), folder)?)
+    Ok(Session::resume(task, config.session(), folder)?)
 }
 
 fn report<J: Job>(outcome: &Outcome, folder: &Path) {

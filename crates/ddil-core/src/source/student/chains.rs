@@ -126,8 +126,9 @@ impl Chains {
             }
         }
         for i in unmet {
-            let earlier = (1..request.grid_indices[i]).rev();
-            match earlier.filter_map(|at| Some((at, self.queues.newest(at)?))).next() {
+            let mut earlier = (1..request.grid_indices[i]).rev();
+            let found = earlier.find_map(|at| Some((at, self.queues.newest(at)?)));
+            match found {
                 Some((start, waiting)) => walks[start].1.add(i, waiting),
                 None => walks[0].1.requests.push(i),
             }

@@ -1,0 +1,10 @@
+//! The program `ddil` from outside: what it refuses, and that a run which is killed and resumed ends on the same bits.
+//!
+//! Everything a test needs it makes itself, in a folder of its own: a few tiny pictures, a network of a few thousand
+//! weights, runs of a dozen updates.
+
+mod bad_input;
+mod failing;
+mod resume;
+mod support;
+mod verbs;

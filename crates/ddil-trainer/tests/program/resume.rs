@@ -1,0 +1,194 @@
+//! Killed, resumed, and the same to the bit.
+
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::support::{
+    CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, arguments, assert_same_end, checkpoints,
+    num_lines, status,
+};
+
+const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = \
+                      { capacity = 16, max_age = 4 } }";
+const TWO_STAGES: [&str; 2] = ["student.stages=[4, 2]", "student.updates_per_stage=6"];
+/// Long enough for several kills.
+const LONG: u64 = 40;
+
+/// From every checkpoint of a run, the border of two stages among them, the same end is reached.
+fn every_checkpoint_leads_to_the_same_end(workshop: &Workshop, verb: &str, settings: &[&str]) {
+    let whole = workshop.complete(verb, "whole", settings);
+    let steps: Vec<u64> = checkpoints(&whole).into_keys().collect();
+    let expected: Vec<u64> = (1..=UPDATES / CHECKPOINT_INTERVAL).map(|i| i * 3).collect();
+    assert_eq!(steps, expected);
+    // From 0: killed before the first checkpoint.
+    for step in std::iter::once(0).chain(steps) {
+        let run = workshop.rewound(&whole, &format!("from_{step}"), step);
+        let resumed = workshop.ddil(&[verb, "--resume", &run.display().to_string()]).succeeded();
+        assert!(!resumed.stderr.contains("WARN"), "{}", resumed.stderr);
+        assert_same_end(&whole, &run);
+    }
+}
+
+#[test]
+fn train_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::new(), "train", &[]);
+}
+
+#[test]
+fn chains_go_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[]);
+}
+
+#[test]
+fn a_buffer_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[BUFFER]);
+}
+
+#[test]
+fn two_stages_go_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &TWO_STAGES);
+}
+
+#[test]
+fn two_stages_with_a_buffer_go_on_from_every_checkpoint() {
+    let settings = [TWO_STAGES[0], TWO_STAGES[1], BUFFER];
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
+}
+
+/// `kill -9` at random moments, again and again, until the run gets through.
+fn kills_change_nothing(workshop: &Workshop, verb: &str, settings: &[&str], seed: u64) {
+    let whole = workshop.complete(verb, "whole", settings);
+    let run = workshop.run("killed");
+    let path = run.display().to_string();
+    let (first, again) = (arguments(verb, "killed", settings), [verb, "--resume", &path]);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut cut_short = 0;
+    for attempt in 0..5 {
+        let arguments: &[&str] = if attempt == 0 { &first } else { &again };
+        let mut running = workshop.start(arguments);
+        let lines = 2 + attempt * LONG as usize / 6;
+        running.wait_until(|| num_lines(&run) >= lines);
+        sleep(Duration::from_micros(rng.random_range(0..20_000)));
+        running.kill();
+        cut_short += usize::from(status(&run)["state"] != "completed");
+    }
+    assert!(cut_short >= 3, "the kills came too late, {cut_short} of 5 in time");
+    workshop.ddil(&again).succeeded();
+    assert_same_end(&whole, &run);
+}
+
+#[test]
+fn train_survives_kill_9() {
+    let updates = format!("train.updates={LONG}");
+    kills_change_nothing(&Workshop::new(), "train", &[&updates], 1);
+}
+
+#[test]
+fn chains_survive_kill_9() {
+    let updates = format!("student.updates_per_stage={LONG}");
+    kills_change_nothing(&Workshop::with_teacher(), "distill", &[&updates], 2);
+}
+
+#[test]
+fn a_buffer_survives_kill_9_in_both_stages() {
+    let updates = format!("student.updates_per_stage={}", LONG / 2);
+    let settings = [TWO_STAGES[0], &updates, BUFFER];
+    kills_change_nothing(&Workshop::with_teacher(), "distill", &settings, 3);
+}
+
+/// A signal saves and ends well; what is printed goes on with the run.
+fn a_signal_saves(workshop: &Workshop, verb: &str, settings: &[&str], signal: &str) {
+    let whole = workshop.complete(verb, "whole", settings);
+    let run = workshop.run("stopped");
+    let mut running = workshop.start(&arguments(verb, "stopped", settings));
+    assert!(running.wait_until(|| num_lines(&run) >= 4), "the run did not get anywhere");
+    let ended = running.signal(signal).succeeded();
+    let step = status(&run)["step"].as_u64().expect("it is a number");
+    assert_eq!(status(&run)["state"], "interrupted");
+    assert!((4..LONG).contains(&step), "{step}");
+    assert_eq!(checkpoints(&run).into_keys().next_back(), Some(step));
+    assert!(ended.stdout.contains(&format!("saved at step {step}")), "{}", ended.stdout);
+    let command = ended.stdout.lines().last().expect("it says how to go on").trim();
+    let words: Vec<&str> = command.split(' ').skip(1).collect();
+    assert_eq!(words[..2], [verb, "--resume"]);
+    workshop.ddil(&words).succeeded();
+    assert_same_end(&whole, &run);
+}
+
+#[test]
+fn ctrl_c_saves_a_training() {
+    let updates = format!("train.updates={LONG}");
+    a_signal_saves(&Workshop::new(), "train", &[&updates], "INT");
+}
+
+#[test]
+fn sigterm_saves_a_distillation() {
+    let updates = format!("student.updates_per_stage={LONG}");
+    a_signal_saves(&Workshop::with_teacher(), "distill", &[&updates, BUFFER], "TERM");
+}
+
+#[test]
+fn a_run_that_is_done_stays_as_it_is() {
+    let workshop = Workshop::new();
+    let run = workshop.complete("train", "done", &[]);
+    let path = run.display().to_string();
+    let copy = workshop.rewound(&run, "copy", UPDATES);
+    workshop.ddil(&["train", "--resume", &path]).succeeded();
+    workshop.ddil(&["train", "--resume", &copy.display().to_string()]).succeeded();
+    assert_same_end(&run, &copy);
+}
+
+fn flip_a_byte(path: &Path) -> TestResult {
+    let mut bytes = fs::read(path)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    Ok(fs::write(path, bytes)?)
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_with_a_word() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let whole = workshop.complete("distill", "whole", &[]);
+    let run = workshop.rewound(&whole, "damaged", 9);
+    flip_a_byte(&checkpoints(&run)[&9].join("mixer.safetensors"))?;
+    let resumed = workshop.ddil(&["distill", "--resume", &run.display().to_string()]).succeeded();
+    for words in ["step_0000009 is damaged and passed over", "mixer.safetensors", "at step 6"] {
+        assert!(resumed.stderr.contains(words), "{words}: {}", resumed.stderr);
+    }
+    assert_same_end(&whole, &run);
+    Ok(())
+}
+
+#[test]
+fn without_a_sound_checkpoint_nothing_is_given_up() -> TestResult {
+    let workshop = Workshop::new();
+    let run = workshop.complete("train", "run", &[]);
+    for checkpoint in checkpoints(&run).into_values() {
+        fs::write(checkpoint.join("optimizer.safetensors"), "cut short")?;
+    }
+    let metrics = fs::read(run.join("metrics.jsonl"))?;
+    let refused = workshop.ddil(&["train", "--resume", &run.display().to_string()]);
+    refused.refused(&["none of the 4 checkpoints", "optimizer.safetensors", "start the run over"]);
+    assert_eq!(fs::read(run.join("metrics.jsonl"))?, metrics);
+    assert_eq!(checkpoints(&run).len(), 4);
+    assert_eq!(status(&run)["state"], "failed");
+    Ok(())
+}
+
+#[test]
+fn metrics_that_were_cut_are_told_and_not_continued() -> TestResult {
+    let workshop = Workshop::new();
+    let whole = workshop.complete("train", "whole", &[]);
+    let run = workshop.rewound(&whole, "cut", 9);
+    fs::write(run.join("metrics.jsonl"), "{\"step\":1}\n")?;
+    let refused = workshop.ddil(&["train", "--resume", &run.display().to_string()]);
+    refused.refused(&["metrics.jsonl", "bytes"]);
+    assert_eq!(fs::read_to_string(run.join("metrics.jsonl"))?, "{\"step\":1}\n");
+    assert_eq!(checkpoints(&run).into_keys().next_back(), Some(9));
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! `init`, `sample`, `inspect`, `evaluate`, and the way from data to a student.
+
+use std::fs;
+use std::path::Path;
+
+use ddil_trainer::dataset::{FashionMnist, read_image_folder};
+use serde_json::Value;
+
+use crate::support::{
+    TestResult, Workshop, arguments, checkpoints, json, num_lines, snapshot, status,
+};
+
+/// Names and verbs of the presets that `ddil init` lists.
+fn presets(workshop: &Workshop) -> Vec<(String, String)> {
+    let listed = workshop.ddil(&["init"]).succeeded().stdout;
+    let rows = listed.lines().filter(|line| line.contains("for `ddil ") && line.contains("`: "));
+    rows.map(|row| {
+        let name = row.split_whitespace().next().expect("it starts with the name").to_owned();
+        let verb = row.split("`ddil ").nth(1).and_then(|rest| rest.split('`').next());
+        (name, verb.expect("the verb follows").to_owned())
+    })
+    .collect()
+}
+
+#[test]
+fn init_writes_presets_that_their_verbs_read() {
+    let workshop = Workshop::new();
+    let presets = presets(&workshop);
+    assert!(presets.len() >= 2, "{presets:?}");
+    for (name, verb) in presets {
+        let file = format!("{name}.toml");
+        let wrote = workshop.ddil(&["init", &name]).succeeded();
+        assert!(wrote.stdout.contains(&format!("ddil {verb} {file}")), "{}", wrote.stdout);
+        let checked = workshop.ddil(&[&verb, &file, "--dry-run"]);
+        // Read without an objection; data and teacher need not be here.
+        let elsewhere = ["no Fashion-MNIST in", "holds no model", "No such file"];
+        assert!(
+            checked.code == Some(0) || elsewhere.iter().any(|words| checked.stderr.contains(words)),
+            "{name}: {}",
+            checked.stderr
+        );
+        assert!(!checked.stderr.contains("unknown key"), "{}", checked.stderr);
+        assert!(!workshop.path("runs").exists(), "a dry run writes nothing");
+    }
+}
+
+#[test]
+fn init_overwrites_nothing() -> TestResult {
+    let workshop = Workshop::new();
+    let (name, _) = presets(&workshop).remove(0);
+    let file = workshop.path(&format!("{name}.toml"));
+    fs::write(&file, "mine")?;
+    workshop.ddil(&["init", &name]).refused(&[&format!("{name}.toml"), "overwritten"]);
+    assert_eq!(fs::read_to_string(&file)?, "mine");
+    workshop.ddil(&["init", &name, "--output", "other.toml"]).succeeded();
+    assert!(workshop.path("other.toml").is_file());
+    let almost = &name[..name.len() - 1];
+    workshop.ddil(&["init", almost]).refused(&[almost, &format!("did you mean `{name}`?")]);
+    workshop.ddil(&["init", "zzz"]).refused(&["zzz", "lists them"]);
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_checks_and_writes_nothing() {
+    let workshop = Workshop::with_teacher();
+    for verb in ["train", "distill"] {
+        let mut arguments = arguments(verb, "dry", &[]);
+        arguments.push("--dry-run");
+        let ended = workshop.ddil(&arguments).succeeded();
+        assert!(ended.stdout.contains("12 updates; nothing was written"), "{}", ended.stdout);
+        assert!(!workshop.path("runs").exists());
+    }
+}
+
+#[test]
+fn from_data_to_a_student() -> TestResult {
+    let workshop = Workshop::new();
+    let teacher = workshop.complete("train", "teacher", &[]);
+    let path = format!("teacher.path={}", teacher.display());
+    let settings = [path.as_str(), "student.stages=[4, 2]", "student.updates_per_stage=6"];
+    let student = workshop.complete("distill", "student", &settings);
+
+    let card = json(&student.join("export/ddil.json"));
+    assert_eq!((&card["method"], &card["guidance_scale"]), (&"progressive".into(), &2.0.into()));
+    assert_eq!((&card["null_class"], &card["updates"]), (&3.into(), &12.into()));
+    assert_eq!(card["class_names"], serde_json::json!(["class0", "class1", "class2"]));
+    let scheduler = json(&student.join("export/scheduler/scheduler_config.json"));
+    assert!(scheduler.to_string().contains("499"), "the student's own timesteps: {scheduler}");
+
+    // Every line has all figures; in each stage the priors start with the data alone.
+    assert_eq!(num_lines(&student), 12);
+    let metrics = fs::read_to_string(student.join("metrics.jsonl"))?;
+    for (i, line) in metrics.lines().enumerate() {
+        let line: Value = serde_json::from_str(line)?;
+        assert_eq!(line["step"], 1 + i as u64);
+        assert!(line["loss"].is_f64() && line["grad_norm"].is_f64(), "{line}");
+        if i % 6 == 0 {
+            assert!(line["share_student"].is_null() && line["share_teacher"].is_null(), "{line}");
+        }
+    }
+    assert!(metrics.contains("share_student") && metrics.contains("share_teacher"));
+    assert_eq!(num_lines(&teacher), 12);
+    for run in [&teacher, &student] {
+        assert!(run.join("samples/step_0000012.png").is_file());
+        assert!(run.join("config.toml").is_file() && run.join("run.log").is_file());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_without_classes_is_trained_and_distilled() -> TestResult {
+    let workshop = Workshop::new();
+    let config = fs::read_to_string(workshop.path("train.toml"))?;
+    fs::write(workshop.path("train.toml"), config.replace("num_class_embeds = 4\n", ""))?;
+    // The labels that the folder's classes make are not used.
+    let teacher = workshop.complete("train", "teacher", &[]);
+    assert_eq!(json(&teacher.join("export/ddil.json"))["null_class"], Value::Null);
+    let path = format!("teacher.path={}", teacher.display());
+    let guided = workshop.ddil(&arguments("distill", "guided", &[&path]));
+    guided.refused(&["teacher.guidance", "cannot be guided"]);
+    let plain = "teacher.guidance={ kind = \"baked_in\" }";
+    let student = workshop.complete("distill", "student", &[&path, plain]);
+    workshop.ddil(&["sample", &student.display().to_string(), "-n", "3"]).succeeded();
+    Ok(())
+}
+
+#[test]
+fn a_teacher_whose_labels_were_never_dropped_cannot_be_guided() {
+    let workshop = Workshop::new();
+    let teacher = workshop.complete("train", "teacher", &["train.label_dropout=0.0"]);
+    let path = format!("teacher.path={}", teacher.display());
+    let guided = workshop.ddil(&arguments("distill", "guided", &[&path]));
+    guided.refused(&["teacher.guidance", "without a null class"]);
+    let path = teacher.display().to_string();
+    workshop
+        .ddil(&["sample", &path, "--guidance-scale", "3", "--steps", "2"])
+        .refused(&["without a null class"]);
+}
+
+fn sample(workshop: &Workshop, output: &str, more: &[&str]) -> Vec<u8> {
+    let mut arguments = vec!["sample", "teacher", "-n", "6", "--steps", "3", "--threads", "1"];
+    arguments.extend(["--output", output]);
+    arguments.extend(more);
+    workshop.ddil(&arguments).succeeded();
+    fs::read(workshop.path(output)).expect("it was written")
+}
+
+#[test]
+fn samples_follow_from_the_seed() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let first = sample(&workshop, "a.png", &["--folder", "each"]);
+    assert!(first.starts_with(b"\x89PNG"));
+    assert_eq!(sample(&workshop, "b.png", &[]), first);
+    assert_ne!(sample(&workshop, "c.png", &["--seed", "1"]), first);
+    assert_ne!(sample(&workshop, "d.png", &["--guidance-scale", "3"]), first);
+    let noisy = ["--eta", "1.0"];
+    assert_eq!(sample(&workshop, "e.png", &noisy), sample(&workshop, "f.png", &noisy));
+    assert_eq!(snapshot(&workshop.path("each")).len(), 6);
+    assert_eq!(read_image_folder(&workshop.path("each"))?.image_shape(), [1, 8, 8]);
+    Ok(())
+}
+
+#[test]
+fn samples_that_cannot_be() {
+    let workshop = Workshop::with_teacher();
+    let refused = |more: &[&str], words: &[&str]| {
+        let mut arguments = vec!["sample"];
+        arguments.extend(more);
+        workshop.ddil(&arguments).refused(words);
+        assert!(!workshop.path("samples.png").exists(), "{more:?}");
+    };
+    refused(&["nowhere"], &["nowhere", "no model"]);
+    refused(&["data"], &["data", "no model"]);
+    refused(&["teacher", "-n", "0"], &["--num-samples", "at least 1"]);
+    refused(&["teacher", "--steps", "0"], &["0"]);
+    refused(&["teacher", "--steps", "1001"], &["1001", "1000"]);
+    refused(&["teacher", "--class", "3"], &["--class", "3 classes"]);
+    refused(&["teacher", "--precision", "half"], &["--precision", "half", "bfloat16"]);
+    refused(&["teacher", "--device", "tpu"], &["tpu"]);
+    refused(&["teacher", "--eta", "2", "--steps", "2"], &["eta", "2"]);
+    refused(&["teacher", "--eta", "x"], &["--eta"]);
+    refused(&["teacher", "--guidance-scale", "nan", "--steps", "2"], &["NaN"]);
+    refused(&["teacher", "--steps", "2", "--output", "no/such/a.png"], &["no/such/a.png"]);
+}
+
+#[track_caller]
+fn inspected(workshop: &Workshop, path: &Path) -> Value {
+    let path = path.display().to_string();
+    let text = workshop.ddil(&["inspect", &path]).succeeded().stdout;
+    let json = workshop.ddil(&["inspect", &path, "--json"]).succeeded().stdout;
+    let value: Value = serde_json::from_str(&json).expect("it is JSON");
+    let kind = value["kind"].as_str().expect("it says what it is");
+    assert!(text.contains(&format!("kind: {kind}")), "{text}");
+    value
+}
+
+#[test]
+fn inspect_tells_what_a_folder_is() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let run = workshop.complete("distill", "run", &[]);
+    let teacher = inspected(&workshop, &workshop.path("teacher"));
+    assert_eq!((&teacher["kind"], &teacher["card"]["null_class"]), (&"model".into(), &3.into()));
+    assert!(teacher["parameters"].as_u64() > Some(1000));
+    let found = inspected(&workshop, &run);
+    assert_eq!((&found["kind"], &found["checkpoints"]), (&"run".into(), &4.into()));
+    assert_eq!(found["status"], status(&run));
+    assert_eq!(found["export"]["card"]["method"], "progressive");
+    let newest = checkpoints(&run).pop_last().ok_or("a checkpoint")?.1;
+    let checkpoint = inspected(&workshop, &newest);
+    assert_eq!(checkpoint["kind"], "checkpoint");
+    assert_eq!(checkpoint["manifest"]["step"], 12);
+
+    fs::write(newest.join("ema.safetensors"), "cut short")?;
+    let path = newest.display().to_string();
+    workshop.ddil(&["inspect", &path]).refused(&[&path, "damaged", "ema.safetensors"]);
+    let damaged = inspected(&workshop, &run)["damaged"].to_string();
+    assert!(damaged.contains("step_0000012"), "{damaged}");
+    workshop.ddil(&["inspect", "data"]).refused(&["data", "no model"]);
+    Ok(())
+}
+
+/// What it measures is tested on the library: reading the whole of Fashion-MNIST takes its time.
+#[test]
+fn evaluate_refuses_before_it_measures() {
+    let workshop = Workshop::with_teacher();
+    workshop.ddil(&["evaluate", "nowhere"]).refused(&["nowhere", "neither a model folder"]);
+    workshop.ddil(&["evaluate", "teacher", "-n", "1"]).refused(&["--num-samples", "at least 2"]);
+    if FashionMnist::load(None).is_err() {
+        workshop.ddil(&["evaluate", "teacher"]).refused(&["no Fashion-MNIST in", "make setup"]);
+    }
+}

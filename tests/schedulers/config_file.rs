@@ -1,0 +1,163 @@
+use ddil_schedulers::{
+    BetaSchedule, CommonConfig, DataRange, FinalAlphaCumprod, FlowConfig, LcmConfig,
+    NoiseScheduleConfig, PredictionType, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps,
+    VpConfig,
+};
+
+use crate::support::{assert_close, recorded};
+
+#[test]
+fn files_of_diffusers_are_read_and_written_back_to_the_byte() {
+    for (file, class) in [("ddim", "DDIMScheduler"), ("lcm", "LCMScheduler")] {
+        let path = recorded(&format!("{file}_scheduler_config.json"));
+        let config = SchedulerConfig::read(&path).expect("a file of diffusers");
+        assert_eq!(config.class(), class);
+        let text = std::fs::read_to_string(&path).expect("the file is checked in");
+        assert_eq!(config.to_json().trim_end(), text.trim_end());
+    }
+}
+
+#[test]
+fn what_a_file_says_is_what_is_built() {
+    let text = r#"{
+        "_class_name": "LCMScheduler", "beta_schedule": "squaredcos_cap_v2", "thresholding": true,
+        "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.5, "set_alpha_to_one": false,
+        "prediction_type": "v_prediction", "original_inference_steps": 25, "timestep_scaling": 5
+    }"#;
+    let config = SchedulerConfig::from_json(text).expect("valid settings");
+    let dynamic = Thresholding::Dynamic { ratio: 0.9, max_value: 2.5 };
+    assert_eq!(config.thresholding(), dynamic);
+    assert_eq!(config.prediction_type(), PredictionType::VPrediction);
+    assert_eq!(config.boundary().map(|b| b.timestep_scaling), Some(5.0));
+    let expected = Timesteps::lcm(1000, 25, 4).expect("it fits");
+    assert_eq!(config.timesteps(Some(4)).expect("it fits"), expected);
+    assert_eq!(config.compatible_timesteps(4).expect("it fits"), expected);
+    let sampler = config.sampler().expect("valid settings");
+    assert!(sampler.needs_noise());
+    let ends = [-1, 0].map(|t| sampler.schedule().alpha_cumprod_at(t).expect("on the grid"));
+    assert_close(&ends[..1], &ends[1..], 0.0);
+    assert_close(&ends[..1], &[0.999_958_716], 1e-9);
+}
+
+#[test]
+fn what_is_left_out_is_the_default_of_its_class() {
+    let ddim = SchedulerConfig::from_json(r#"{"_class_name": "DDIMScheduler"}"#).expect("valid");
+    assert_eq!(ddim, SchedulerConfig::Ddim(CommonConfig::default()));
+    assert_eq!(ddim.thresholding(), Thresholding::clamp_pixels());
+    let lcm = SchedulerConfig::from_json(r#"{"_class_name": "LCMScheduler"}"#).expect("valid");
+    assert_eq!(lcm, SchedulerConfig::Lcm(LcmConfig::default()));
+    assert_eq!(lcm.thresholding(), Thresholding::None);
+    assert_eq!(lcm.common().beta_schedule, BetaSchedule::ScaledLinear);
+}
+
+#[test]
+fn a_student_carries_its_timesteps() {
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("it fits");
+    let schedule = NoiseScheduleConfig::Vp(VpConfig {
+        beta_schedule: BetaSchedule::SquaredcosCapV2,
+        final_alpha_cumprod: FinalAlphaCumprod::First,
+        rescale_betas_zero_snr: true,
+        ..VpConfig::default()
+    });
+    let clamp = Thresholding::Clamp(DataRange::scalar(-2.0, 2.0));
+    let common = CommonConfig::new(&schedule, PredictionType::VPrediction, &clamp)
+        .expect("diffusers has words for it")
+        .with_trained_timesteps(&grid);
+    let lcm = LcmConfig { common: common.clone(), ..LcmConfig::default() };
+    for config in [SchedulerConfig::Ddim(common), SchedulerConfig::Lcm(lcm)] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("scheduler_config.json");
+        config.write(&path).expect("it can be written");
+        let read = SchedulerConfig::read(&path).expect("as written");
+        assert_eq!(read, config);
+        assert_eq!(read.timesteps(None).expect("trained timesteps"), grid);
+        assert_eq!(read.thresholding(), clamp);
+        assert_eq!(*read.schedule().expect("valid").config(), schedule);
+        // Without them it is told how many steps to take.
+        assert_eq!(read.timesteps(Some(2)).expect("it fits").len(), 2);
+    }
+    let untrained = SchedulerConfig::Ddim(CommonConfig::default());
+    assert!(!untrained.to_json().contains("ddil_timesteps"));
+    let message = untrained.timesteps(None).expect_err("nothing says how many").to_string();
+    assert!(message.contains("num_inference_steps"), "{message}");
+}
+
+#[test]
+fn all_unknown_keys_are_named_unless_they_are_to_be_passed_over() {
+    let text = r#"{"_class_name": "DDIMScheduler", "skip_prk_steps": true, "shift": 3.0, "beta_start": 0.001}"#;
+    let message = SchedulerConfig::from_json(text).expect_err("unknown keys").to_string();
+    let named = "DDIMScheduler has no key `shift`, `skip_prk_steps`; its keys are `_class_name`";
+    assert!(message.starts_with(named) && message.contains("`ddil_timesteps`"), "{message}");
+    let (config, passed_over) = SchedulerConfig::from_json_lenient(text).expect("lenient");
+    assert_eq!(passed_over, ["shift", "skip_prk_steps"]);
+    assert_close(&[config.common().beta_start], &[0.001], 0.0);
+    // LCM's keys are unknown to DDIM.
+    let text = r#"{"_class_name": "DDIMScheduler", "timestep_scaling": 10.0}"#;
+    assert!(SchedulerConfig::from_json(text).is_err());
+}
+
+#[test]
+fn values_that_cannot_be_are_refused_by_name() {
+    let refused = [
+        (r#""beta_start": "small""#, r#"`beta_start` is "small"; expected a number"#),
+        (r#""num_train_timesteps": -5"#, "`num_train_timesteps` is -5"),
+        (r#""beta_schedule": "sigmoid""#, "squaredcos_cap_v2"),
+        (r#""prediction_type": "flow_prediction""#, "epsilon, sample or v_prediction"),
+        (r#""prediction_type": "noise""#, "epsilon, sample or v_prediction"),
+        (r#""timestep_spacing": "even""#, "leading, linspace or trailing"),
+        (r#""clip_sample": 1"#, "true or false"),
+        (r#""clip_sample_range": -1.0"#, "thresholding.low"),
+        (r#""beta_end": 2.0"#, "beta_end"),
+        (r#""trained_betas": [0.1]"#, "a list of 1"),
+        (r#""ddil_timesteps": [249, 499]"#, "strictly falling"),
+        (r#""ddil_timesteps": [1000]"#, "strictly falling"),
+        (r#""ddil_timesteps": "all""#, "a list of whole numbers"),
+    ];
+    for (line, named) in refused {
+        let text = format!(r#"{{"_class_name": "DDIMScheduler", {line}}}"#);
+        let message = SchedulerConfig::from_json(&text).expect_err(line).to_string();
+        assert!(message.contains(named), "{message}");
+    }
+    let lcm = r#"{"_class_name": "LCMScheduler", "original_inference_steps": 2000}"#;
+    assert!(SchedulerConfig::from_json(lcm).is_err());
+}
+
+#[test]
+fn texts_and_files_that_cannot_be_read_are_refused() {
+    for text in ["", "[]", "{", "null"] {
+        let message = SchedulerConfig::from_json(text).expect_err("no object").to_string();
+        assert!(message.contains("JSON object"), "{message}");
+    }
+    for (text, named) in [
+        ("{}", "`_class_name` is ``"),
+        (r#"{"_class_name": "PNDMScheduler"}"#, "`PNDMScheduler`"),
+        (r#"{"_class_name": 3}"#, "`_class_name` is 3"),
+    ] {
+        let message = SchedulerConfig::from_json(text).expect_err("no such class").to_string();
+        assert!(message.contains(named), "{message}");
+    }
+    let missing = SchedulerConfig::read("no/such/file.json").expect_err("no such file");
+    assert_eq!(missing.to_string(), "could not read no/such/file.json");
+    assert!(std::error::Error::source(&missing).is_some());
+    let config = SchedulerConfig::Ddim(CommonConfig::default());
+    let unwritable = config.write("no/such/folder/file.json").expect_err("no such folder");
+    assert!(unwritable.to_string().starts_with("could not write no/such/folder"));
+}
+
+#[test]
+fn settings_that_diffusers_has_no_words_for_are_refused() {
+    let (vp, none) = (NoiseScheduleConfig::default(), Thresholding::None);
+    let say = |schedule: &NoiseScheduleConfig, output, thresholding: &Thresholding| {
+        CommonConfig::new(schedule, output, thresholding).expect_err("no words").to_string()
+    };
+    let flow = NoiseScheduleConfig::Flow(FlowConfig::default());
+    assert!(say(&flow, PredictionType::Sample, &none).contains("schedule.family"));
+    assert!(say(&vp, PredictionType::Flow, &none).contains("prediction_type"));
+    for thresholding in [
+        Thresholding::Reflect(DataRange::default()),
+        Thresholding::Clamp(DataRange::scalar(-1.0, 2.0)),
+        Thresholding::Clamp(DataRange::per_channel(vec![-1.0], vec![1.0])),
+    ] {
+        assert!(say(&vp, PredictionType::Epsilon, &thresholding).contains("thresholding"));
+    }
+}
