@@ -394,6 +394,8 @@ mod plot {
     use std::path::Path;
 
     use plotters::coord::Shift;
+    use plotters::coord::ranged1d::SegmentedCoord;
+    use plotters::coord::types::{RangedCoordf64, RangedCoordusize};
     use plotters::prelude::*;
     use plotters::style::register_font;
     use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -403,6 +405,11 @@ mod plot {
     };
 
     type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
+    type Bars<'a> = ChartContext<
+        'a,
+        BitMapBackend<'a>,
+        Cartesian2d<SegmentedCoord<RangedCoordusize>, RangedCoordf64>,
+    >;
 
     const SIZE: (u32, u32) = (1500, 1080);
     /// Of Okabe and Ito, told apart by most eyes.
@@ -507,31 +514,41 @@ mod plot {
             })
             .label_style(("sans-serif", 18))
             .draw()?;
-        for (i, ((mean, error), color)) in rows.iter().copied().zip(BAR_COLORS).enumerate() {
-            let at = |y| (SegmentValue::CenterOf(i), y);
-            let mut bar = Rectangle::new(
-                [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), mean)],
-                color.filled(),
-            );
-            bar.set_margin(0, 0, 24, 24);
-            chart.draw_series([bar])?;
-
-            let line = BLACK.stroke_width(2);
-            let (low, high) = (mean - error, mean + error);
-            chart.draw_series([PathElement::new(vec![at(low), at(high)], line)])?;
-            for end in [low, high] {
-                let cap = PathElement::new(vec![(-8, 0), (8, 0)], line);
-                chart.draw_series([EmptyElement::at(at(end)) + cap])?;
-            }
-            let text = if i > 1 {
-                format!("{mean:.2} (× {:.2})", mean / rows[1].0)
-            } else {
-                format!("{mean:.2}")
+        let forward = rows[1].0;
+        for (i, (&(mean, error), color)) in rows.iter().zip(BAR_COLORS).enumerate() {
+            let text = match i {
+                0 | 1 => format!("{mean:.2}"),
+                _ => format!("{mean:.2} (× {:.2})", mean / forward),
             };
-            let centered = Pos::new(HPos::Center, VPos::Bottom);
-            let style = ("sans-serif", 18).into_font().color(&BLACK).pos(centered);
-            chart.draw_series([EmptyElement::at(at(high)) + Text::new(text, (0, -8), style)])?;
+            bar(&mut chart, i, (mean, error), color, text)?;
         }
+        Ok(())
+    }
+
+    /// A bar with an error bar and a text above it.
+    fn bar(
+        chart: &mut Bars<'_>,
+        i: usize,
+        (mean, error): (f64, f64),
+        color: RGBColor,
+        text: String,
+    ) -> Result<()> {
+        let at = |y| (SegmentValue::CenterOf(i), y);
+        let corners = [(SegmentValue::Exact(i), 0.0), (SegmentValue::Exact(i + 1), mean)];
+        let mut bar = Rectangle::new(corners, color.filled());
+        bar.set_margin(0, 0, 24, 24);
+        chart.draw_series([bar])?;
+
+        let line = BLACK.stroke_width(2);
+        let (low, high) = (mean - error, mean + error);
+        chart.draw_series([PathElement::new(vec![at(low), at(high)], line)])?;
+        for end in [low, high] {
+            let cap = PathElement::new(vec![(-8, 0), (8, 0)], line);
+            chart.draw_series([EmptyElement::at(at(end)) + cap])?;
+        }
+        let centered = Pos::new(HPos::Center, VPos::Bottom);
+        let style = ("sans-serif", 18).into_font().color(&BLACK).pos(centered);
+        chart.draw_series([EmptyElement::at(at(high)) + Text::new(text, (0, -8), style)])?;
         Ok(())
     }
 }
