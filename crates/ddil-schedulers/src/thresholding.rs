@@ -217,11 +217,11 @@ fn per_sample_quantile(rows: &Tensor, ratio: f64) -> std::result::Result<Tensor,
     }
     let values = (0..rows.size()[0])
         .map(|i| {
-            let sorted = rows.select(0, i).f_sort(0, false)?.0;
-            let position = ratio * (sorted.numel() - 1) as f64;
-            let below = position.floor() as i64;
-            let above = (below + 1).min(sorted.numel() as i64 - 1);
-            let (below, above) = (sorted.get(below), sorted.get(above));
+            let row = rows.select(0, i);
+            let position = ratio * (row.numel() - 1) as f64;
+            let nth = |n: i64| row.f_kthvalue(n + 1, 0, false).map(|(value, _)| value);
+            let below = nth(position.floor() as i64)?;
+            let above = nth(position.ceil() as i64)?;
             Ok(&below + (above - &below) * position.fract())
         })
         .collect::<std::result::Result<Vec<Tensor>, tch::TchError>>()?;
