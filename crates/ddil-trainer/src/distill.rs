@@ -19,7 +19,7 @@ use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
-use crate::session::{Task, UpdateLoss};
+use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
 /// A student on its way: the mixer collects states, the teacher labels them, the objective compares.
@@ -132,7 +132,6 @@ impl DistillTask {
             method: self.config.objective.as_str().to_owned(),
             guidance_scale,
             priors: Some(self.config.mixing.priors.at(1.0)),
-            updates: self.config.total_updates(),
             seed: self.config.run.seed,
             ..self.card.clone()
         }
@@ -299,14 +298,15 @@ impl Task for DistillTask {
         Ok(self.stage.mixer.restore(&SavedState { tensors, metadata })?)
     }
 
-    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()> {
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
+        let Spent { updates, seconds } = spent;
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Pipeline::write(
             folder,
             &self.averaged,
             &self.config.thresholding,
             Some(&self.stage.grid),
-            &Card { seconds, ..self.student_card() },
+            &Card { updates, seconds, ..self.student_card() },
         )
     }
 }

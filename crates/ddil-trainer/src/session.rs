@@ -80,12 +80,21 @@ pub trait Task {
     /// What the file system refuses; [`Error::StateMismatch`] for the state of another task.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
-    /// Writes the finished model, as diffusers would read it; `seconds` went into its updates.
+    /// Writes the finished model, as diffusers would read it, and what went into it.
     ///
     /// # Errors
     ///
     /// What the file system refuses.
-    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()>;
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()>;
+}
+
+/// What has gone into a model so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spent {
+    /// Updates done.
+    pub updates: u64,
+    /// Seconds in them, over all sessions of the run.
+    pub seconds: f64,
 }
 
 /// The loss of an update and what is to be written down about it.
@@ -452,7 +461,8 @@ impl<T: Task> Session<T> {
             fs::rename(&replaced, &export).map_err(Error::io("put back", &export))?;
         }
         remove(&replaced)?;
-        if let Err(error) = self.task.export(&aside, self.ema.tensors(), self.seconds) {
+        let spent = Spent { updates: self.step, seconds: self.seconds };
+        if let Err(error) = self.task.export(&aside, self.ema.tensors(), spent) {
             // Half a model is of no use, and the disk may be full.
             let _ = remove(&aside);
             return Err(error);

@@ -16,7 +16,7 @@ use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline, scheduler};
 use crate::sampling::{SamplePlan, grid_of_classes};
-use crate::session::{Task, UpdateLoss};
+use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
 /// A diffusion model on its way: the squared error of its output at random timesteps of noised data.
@@ -175,14 +175,15 @@ impl Task for TrainTask {
         Ok(())
     }
 
-    fn export(&self, folder: &Path, average: &[(String, Tensor)], seconds: f64) -> Result<()> {
+    fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
+        let Spent { updates, seconds } = spent;
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Pipeline::write(
             folder,
             &self.averaged,
             &Thresholding::clamp_pixels(),
             None,
-            &Card { seconds, ..self.card() },
+            &Card { updates, seconds, ..self.card() },
         )
     }
 }
@@ -195,7 +196,6 @@ impl TrainTask {
             null_class: self.null_class(),
             image_shape: self.data.image_shape(),
             guidance_scale: None,
-            updates: self.config.train.updates,
             seed: self.config.run.seed,
             ..Card::default()
         }
