@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Sets this project's sampler steps against diffusers', both in one run, round by round in turn.
 
-    python benches/peers/compare_steps.py [--threads N] [--rounds N] [--same-malloc]
+    python benches/peers/compare_steps.py [--threads N] [--rounds N] [--best] [--same-malloc]
 
 Builds benches/step_times.rs with cargo. Needs a Python with torch and diffusers (the versions of
-tools/record_schedulers.py). Prints medians in microseconds and, in brackets, how many times faster than diffusers.
+tools/record_schedulers.py). Prints medians in microseconds and, in brackets, how many times faster than diffusers. --best takes each side's fastest
+round instead, for a machine with other work on it.
 
 This project's program keeps freed memory, as all of its programs do; Python returns it to the system. --same-malloc
 tells Python's allocator the same.
@@ -28,6 +29,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--best", action="store_true")
     parser.add_argument("--same-malloc", action="store_true")
     return parser.parse_args()
 
@@ -66,11 +68,12 @@ def main():
     program.stdin.close()
     program.wait()
 
-    print(f"{options.threads} thread(s), median of {options.rounds} rounds, microseconds a step")
+    middle, name = (min, "best") if options.best else (statistics.median, "median")
+    print(f"{options.threads} thread(s), {name} of {options.rounds} rounds, microseconds a step")
     print(f"{'':28}{'diffusers':>12}" + "".join(f"{way:>22}" for way in WAYS))
     for case in pairs[0][0]:
-        peer = statistics.median(theirs[case] for theirs, _ in pairs)
-        ours = [statistics.median(ours[f"{case} | {way}"] for _, ours in pairs) for way in WAYS]
+        peer = middle(theirs[case] for theirs, _ in pairs)
+        ours = [middle(ours[f"{case} | {way}"] for _, ours in pairs) for way in WAYS]
         cells = "".join(f"{time:13.1f} ({peer / time:5.1f}x)" for time in ours)
         print(f"{case:28}{peer:12.1f}{cells}")
 
