@@ -35,7 +35,7 @@ def arguments():
 
 
 def built():
-    command = ["cargo", "build", "--release", "-q", "-p", "ddil-benches", "--example", "step_times"]
+    command = ["cargo", "build", "--release", "-q", "--workspace", "--example", "step_times"]
     subprocess.run(command, cwd=ROOT, check=True)
     target = os.environ.get("CARGO_TARGET_DIR", ROOT / "target")
     return pathlib.Path(target) / "release" / "examples" / "step_times"
