@@ -5,9 +5,8 @@ use crate::ffi;
 /// Makes the C library keep freed memory instead of giving it back to the system, and says whether it agreed.
 ///
 /// A network's intermediate results are large and short-lived. By default glibc maps each one afresh, and the system
-/// hands out its pages one fault at a time; with this the pages are used again. Convolution networks on the CPU gain
-/// about a third in a forward pass and a seventh in a training step; the price is that the process stays at its peak
-/// of memory. CUDA memory is not touched, as libtorch has its own allocator there.
+/// hands out its pages one fault at a time; with this the pages are used again. The price is that the process stays at
+/// its peak of memory. CUDA memory is not touched, as libtorch has its own allocator there.
 ///
 /// Sets `M_MMAP_THRESHOLD` to 1 GiB, `M_TRIM_THRESHOLD` to never and `M_TOP_PAD` to 64 MiB. Call it first thing in
 /// `main`, and train on the main thread: other threads use smaller pools of the C library, from which blocks beyond

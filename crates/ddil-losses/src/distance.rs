@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 /// # fn main() -> ddil_losses::Result<()> {
 /// let x = Tensor::from_slice2(&[[1.0_f32, 3.0], [0.0, 0.0]]);
 /// let per_sample = ddil_losses::squared_error(&x, &x.zeros_like())?;
-/// assert_eq!(Vec::<f32>::try_from(per_sample).unwrap(), [5.0, 0.0]);
+/// assert_eq!(per_sample, Tensor::from_slice(&[5.0_f32, 0.0]));
 /// # Ok(())
 /// # }
 /// ```
