@@ -11,7 +11,7 @@ use ddil_core::{
     Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors,
     RandomStreams, Stream, Thresholded,
 };
-use ddil_losses::{Networks, Objective, Phase, Progressive, ProgressiveConfig};
+use ddil_losses::{LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig};
 use ddil_models::{DownBlockType, Placement, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{
     BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType,
@@ -172,8 +172,9 @@ fn update(
     })?;
     let timed_teacher = Timed { inner: teacher, spent: &of_teacher };
     let timed_student = Timed { inner: &arm.student, spent: &of_student };
-    let networks = Networks { student: &timed_student, teacher: &timed_teacher };
-    let terms = objective.loss(step, Phase::Student, &states, &networks)?;
+    let networks = Networks::new(&timed_student, &timed_teacher);
+    let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
+    let terms = objective.loss(&request)?;
 
     let before = Instant::now();
     arm.optimizer.zero_grad()?;

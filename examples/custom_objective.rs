@@ -8,8 +8,8 @@
 
 use std::error::Error;
 
-use ddil_core::{Conditioning, Source, States, sample};
-use ddil_losses::{LossTerms, Networks, Objective, Phase, pseudo_huber};
+use ddil_core::{Conditioning, RandomStreams, Source, States, sample};
+use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase, pseudo_huber};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
 use ddil_trainer::optimizer::AdamWConfig;
@@ -32,17 +32,12 @@ struct KnowledgeDistillation {
 
 impl Objective for KnowledgeDistillation {
     /// There are no critics: the student is trained in every step.
-    fn phase(&self, _step: u64) -> Phase {
-        Phase::Student
+    fn phases(&self, _step: u64) -> &'static [Phase] {
+        &[Phase::Student]
     }
 
-    fn loss(
-        &self,
-        _step: u64,
-        _phase: Phase,
-        states: &States,
-        networks: &Networks<'_>,
-    ) -> ddil_losses::Result<LossTerms> {
+    fn loss(&self, request: &LossRequest<'_>) -> ddil_losses::Result<LossTerms> {
+        let LossRequest { states, networks, .. } = *request;
         let (x_t, conditioning) = (&states.x_t, &states.conditioning);
         // Without gradients, as every rollout of `ddil-core`.
         let start = x_t.shallow_clone();
@@ -51,7 +46,13 @@ impl Objective for KnowledgeDistillation {
 
         let x0 = networks.student.predict(x_t, &states.timesteps, conditioning)?.x0;
         let per_sample = pseudo_huber(&x0, &target, 0.01)?;
-        Ok(LossTerms { per_sample, student_x0: x0.detach(), teacher_next: None, target })
+        Ok(LossTerms {
+            per_sample,
+            student_x0: x0.detach(),
+            teacher_next: None,
+            target,
+            parts: Vec::new(),
+        })
     }
 }
 
@@ -81,10 +82,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let mut optimizer = AdamWConfig::default().build(model.parameters().learned())?;
 
-    let networks = Networks { student: &student, teacher: &teacher };
+    let networks = Networks::new(&student, &teacher);
+    let streams = RandomStreams::new(0, 0);
     let mut losses = Vec::new();
     for step in 0..UPDATES {
-        let terms = objective.loss(step, objective.phase(step), &noise(), &networks)?;
+        let states = noise();
+        let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
+        let terms = objective.loss(&request)?;
         let loss = terms.per_sample.mean(Kind::Float);
         optimizer.zero_grad()?;
         loss.backward();
@@ -95,7 +99,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Gaussian data have trajectories in closed form: x_t shrinks as its standard deviation does.
     let states = noise();
-    let terms = objective.loss(UPDATES, Phase::Student, &states, &networks)?;
+    let request = LossRequest::new(UPDATES, Phase::Student, &states, networks, &streams);
+    let terms = objective.loss(&request)?;
     let scale = schedule.scale_at(NOISIEST)?;
     let end = &states.x_t * (STD / (scale.alpha * STD).hypot(scale.sigma));
     let error = |x0: &Tensor| (x0 - &end).square().mean(Kind::Float).sqrt().double_value(&[]);

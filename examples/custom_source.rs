@@ -13,7 +13,7 @@ use ddil_core::{
     Data, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Source,
     SourceRequest, States, Stream, TrajectorySource,
 };
-use ddil_losses::{Networks, Objective, Phase, Progressive, ProgressiveConfig};
+use ddil_losses::{LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{
     Ddim, NoiseScheduleConfig, PredictionType, Scales, TimestepSpacing, Timesteps,
@@ -86,8 +86,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             streams: &streams,
         })?;
 
-        let networks = Networks { student: &student, teacher: &teacher };
-        let terms = objective.loss(step, Phase::Student, &states, &networks)?;
+        let networks = Networks::new(&student, &teacher);
+        let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
+        let terms = objective.loss(&request)?;
         let loss = terms.per_sample.mean(Kind::Float);
         optimizer.zero_grad()?;
         loss.backward();

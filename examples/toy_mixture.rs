@@ -31,7 +31,8 @@ use ddil_core::{
     measure_shift, sample,
 };
 use ddil_losses::{
-    Networks, Objective, Phase, Progressive, ProgressiveConfig, TimestepWeights, Weighting,
+    LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig, TimestepWeights,
+    Weighting,
 };
 use ddil_metrics::energy_distance;
 use ddil_models::{
@@ -233,7 +234,7 @@ impl Lab {
         let model = self.network()?;
         model.parameters().copy_from(start.parameters())?;
         let student = self.denoiser(&model)?;
-        let networks = Networks { student: &student, teacher };
+        let networks = Networks::new(&student, teacher);
         let config = ProgressiveConfig { substeps: SUBSTEPS, ..ProgressiveConfig::default() };
         let objective = Progressive::new(config, self.schedule.clone(), self.grid.clone())?;
         let mut mixer = self.mixer(priors)?;
@@ -249,7 +250,8 @@ impl Lab {
                 teacher,
                 streams: &self.streams,
             })?;
-            let terms = objective.loss(step, Phase::Student, &states, &networks)?;
+            let request = LossRequest::new(step, Phase::Student, &states, networks, &self.streams);
+            let terms = objective.loss(&request)?;
             trainer.update(&terms.per_sample)?;
         }
         trainer.finish()?;

@@ -1,7 +1,7 @@
-use ddil_losses::{Networks, ObjectiveConfig, Phase, ProgressiveConfig, Weighting};
+use ddil_losses::{Networks, ObjectiveConfig, Phase, ProgressiveConfig, Requirements, Weighting};
 use tch::{Tensor, kind};
 
-use crate::toy::{Gaussian, schedules, states, trailing};
+use crate::toy::{Gaussian, ask, schedules, states, trailing};
 
 #[test]
 fn a_method_is_named_in_its_settings() {
@@ -44,11 +44,12 @@ fn a_built_method_is_an_object_that_trains_its_student() {
     let [schedule, ..] = schedules();
     let grid = trailing(4);
     let objective = ObjectiveConfig::default().build(&schedule, &grid).expect("valid settings");
-    assert_eq!(objective.phase(17), Phase::Student);
+    assert_eq!(objective.phases(17), [Phase::Student]);
+    assert_eq!(objective.requirements(), Requirements::default());
     let network = Gaussian { schedule, mean: 0.0, std: 1.0 };
     let batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &grid, &[0]);
-    let networks = Networks { student: &network, teacher: &network };
-    let terms = objective.loss(0, Phase::Student, &batch, &networks).expect("valid states");
+    let networks = Networks::new(&network, &network);
+    let terms = ask(&*objective, 0, Phase::Student, &batch, &networks).expect("valid states");
     // A mean of 0 and states of 0: everybody predicts 0.
     assert_eq!(f64::try_from(terms.per_sample).expect("one value"), 0.0);
 }

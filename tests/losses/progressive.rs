@@ -1,7 +1,7 @@
 use ddil_core::{Conditioning, Denoiser, Thresholded};
 use ddil_losses::{
-    LossTerms, Networks, Objective, Phase, Progressive, ProgressiveConfig, Weighting,
-    convex_weights, halving_stages, progressive_target,
+    LossTerms, Networks, Phase, Progressive, ProgressiveConfig, Weighting, convex_weights,
+    halving_stages, progressive_target,
 };
 use ddil_schedulers::{
     Ddim, FinalAlphaCumprod, NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep,
@@ -10,7 +10,7 @@ use ddil_schedulers::{
 use proptest::prelude::*;
 use tch::{Kind, Tensor, kind};
 
-use crate::toy::{Gaussian, Linear, gap, schedules, states, trailing, values};
+use crate::toy::{Gaussian, Linear, ask, gap, schedules, states, trailing, values};
 
 /// A teacher's walk over `stops` and the target as the reference code computes it: where the walk ends, solved for
 /// the clean data of a single step.
@@ -118,7 +118,7 @@ fn objective(schedule: &NoiseSchedule, grid: &Timesteps, config: ProgressiveConf
 }
 
 fn loss(objective: &Progressive, batch: &ddil_core::States, networks: &Networks<'_>) -> LossTerms {
-    objective.loss(0, Phase::Student, batch, networks).expect("valid states")
+    ask(objective, 0, Phase::Student, batch, networks).expect("valid states")
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn a_student_step_with_the_target_lands_where_the_teacher_does() {
             let progressive = objective(&schedule, &grid, config);
             let network = Gaussian { schedule: schedule.clone(), mean: 0.3, std: 0.6 };
             let batch = states(Tensor::randn([5, 2, 3], kind::DOUBLE_CPU), &grid, &indices);
-            let networks = Networks { student: &network, teacher: &network };
+            let networks = Networks::new(&network, &network);
             let terms = loss(&progressive, &batch, &networks);
 
             let prev: Vec<i64> =
@@ -157,7 +157,7 @@ fn a_teacher_in_the_box_keeps_the_target_in_the_box() {
     let teacher = Thresholded::new(&wild, Thresholding::clamp_pixels()).expect("valid bounds");
     let x_t = Tensor::randn([64, 3], kind::FLOAT_CPU);
     let batch = states(x_t, &grid, &[0, 1, 2, 3].repeat(16));
-    let networks = Networks { student: &wild, teacher: &teacher };
+    let networks = Networks::new(&wild, &teacher);
     let terms = loss(&progressive, &batch, &networks);
     let beyond = terms.target.abs().max().double_value(&[]);
     assert!(beyond <= 1.0 + 1e-6, "{beyond}");
@@ -173,7 +173,7 @@ fn the_student_gets_a_gradient_and_the_teacher_none() {
     let student = Linear::trainable(schedule.clone(), 0.5);
     let teacher = Linear::trainable(schedule, 0.9);
     let batch = states(Tensor::randn([2, 3], kind::DOUBLE_CPU), &grid, &[0, 1]);
-    let terms = loss(&progressive, &batch, &Networks { student: &student, teacher: &teacher });
+    let terms = loss(&progressive, &batch, &Networks::new(&student, &teacher));
     assert!(!terms.target.requires_grad() && !terms.student_x0.requires_grad());
     assert!(terms.teacher_next.is_some_and(|next| !next.requires_grad()));
     terms.per_sample.mean(Kind::Double).backward();
@@ -198,7 +198,7 @@ fn the_loss_of_a_gaussian_teacher_is_its_closed_form() {
         let rows = [0.4, -1.3].repeat(4);
         let x_t = Tensor::from_slice(&rows).view([4, 2]);
         let batch = states(x_t, &grid, &[0, 1, 2, 3]);
-        let networks = Networks { student: &student, teacher: &teacher };
+        let networks = Networks::new(&student, &teacher);
         let per_sample = values(&loss(&progressive, &batch, &networks).per_sample);
 
         let fine: Vec<_> = grid.refined(2, 1000).expect("it fits").pairs().collect();
@@ -237,7 +237,7 @@ fn each_sample_of_a_mixed_batch_is_treated_as_it_would_be_alone() {
     let progressive = objective(&schedule, &grid, ProgressiveConfig::default());
     let teacher = Gaussian { schedule: schedule.clone(), mean: -0.1, std: 0.5 };
     let student = Linear { schedule, factor: Tensor::from(0.3) };
-    let networks = Networks { student: &student, teacher: &teacher };
+    let networks = Networks::new(&student, &teacher);
     let x_t = Tensor::randn([8, 5], kind::DOUBLE_CPU);
     let indices = [4, 7, 0, 3, 3, 1, 6, 2];
     let together = loss(&progressive, &states(x_t.shallow_clone(), &grid, &indices), &networks);
@@ -262,10 +262,10 @@ fn weights_set_in_at_their_step() {
     let progressive = objective(&schedule, &grid, config);
     let teacher = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 0.5 };
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.3) };
-    let networks = Networks { student: &student, teacher: &teacher };
+    let networks = Networks::new(&student, &teacher);
     let batch = states(Tensor::randn([1, 5], kind::DOUBLE_CPU), &grid, &[2]);
     let at = |step| {
-        let terms = progressive.loss(step, Phase::Student, &batch, &networks);
+        let terms = ask(&progressive, step, Phase::Student, &batch, &networks);
         values(&terms.expect("valid states").per_sample)[0]
     };
     let snr = schedule.scale_at(499).expect("on the grid").snr();
@@ -297,7 +297,7 @@ fn a_network_is_told_the_same_at_every_teacher_step() {
     let mut batch = states(Tensor::randn([1, 5], kind::DOUBLE_CPU), &grid, &[0]);
     batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[7_i64]));
     let network = WantsSeven(schedule);
-    loss(&progressive, &batch, &Networks { student: &network, teacher: &network });
+    loss(&progressive, &batch, &Networks::new(&network, &network));
 }
 
 #[test]
@@ -307,14 +307,14 @@ fn what_the_method_cannot_do_is_refused_by_name() {
     let progressive = objective(&schedule, &grid, ProgressiveConfig::default());
     let network = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 1.0 };
     let other = Gaussian { schedule: flow, mean: 0.0, std: 1.0 };
-    let networks = Networks { student: &network, teacher: &network };
+    let networks = Networks::new(&network, &network);
     let batch = |t: i64, index| {
         let mut batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &grid, &[0]);
         (batch.timesteps, batch.grid_indices) = (Tensor::from_slice(&[t]), vec![index]);
         batch
     };
     let say = |phase, batch: &ddil_core::States, networks: &Networks<'_>| {
-        let refused = progressive.loss(0, phase, batch, networks);
+        let refused = ask(&progressive, 0, phase, batch, networks);
         refused.expect_err("it cannot be done").to_string()
     };
     assert!(say(Phase::Critic, &batch(999, 0), &networks).contains("Critic"));
@@ -322,7 +322,7 @@ fn what_the_method_cannot_do_is_refused_by_name() {
         let message = say(Phase::Student, &batch(t, index), &networks);
         assert!(message.contains("[999, 749, 499, 249]"), "{message}");
     }
-    let mixed = Networks { student: &network, teacher: &other };
+    let mixed = Networks::new(&network, &other);
     assert!(say(Phase::Student, &batch(999, 0), &mixed).contains("teacher follows another"));
 }
 

@@ -1,6 +1,7 @@
 //! Denoisers whose answers are known.
 
-use ddil_core::{Conditioning, Denoiser, Source, States};
+use ddil_core::{Conditioning, Denoiser, RandomStreams, Source, States};
+use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase};
 use ddil_schedulers::{
     EdmConfig, FlowConfig, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing,
     Timesteps,
@@ -32,6 +33,18 @@ pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> S
         sources: vec![Source::Forward; grid_indices.len()],
         births: vec![0; grid_indices.len()],
     }
+}
+
+/// What a method that draws nothing says of a batch.
+pub(crate) fn ask(
+    objective: &dyn Objective,
+    step: u64,
+    phase: Phase,
+    states: &States,
+    networks: &Networks<'_>,
+) -> ddil_losses::Result<LossTerms> {
+    let streams = RandomStreams::new(0, 0);
+    objective.loss(&LossRequest::new(step, phase, states, *networks, &streams))
 }
 
 /// The best guess for data of one mean and standard deviation: linear in `x_t`.

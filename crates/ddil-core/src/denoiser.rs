@@ -75,3 +75,28 @@ impl<D: Denoiser + ?Sized> Denoiser for Box<D> {
         (**self).schedule()
     }
 }
+
+/// Tells noised samples of a student from noised data.
+///
+/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867), section 4.3: a head on features of the network that follows
+/// the student's law, asked at every noise level.
+pub trait Discriminator {
+    /// How much more likely each sample is real than made, as a logit.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`: `[batch, ..]`, data scale times `alpha` plus noise
+    /// - `timesteps`: `[batch]`, `Int64`, in training timesteps
+    /// - `conditioning`: parts of `batch` rows each
+    /// - returns: `[batch]`, positive for real, with a graph behind it if gradients are on
+    ///
+    /// # Errors
+    ///
+    /// As [`Denoiser::predict`].
+    fn logits(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor>;
+}

@@ -34,7 +34,7 @@ mod states;
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
-pub use denoiser::{Consistent, Denoiser, Guided, Thresholded};
+pub use denoiser::{Consistent, Denoiser, Discriminator, Guided, Thresholded};
 pub use error::{Error, Result};
 pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{PriorSchedule, PriorStep, Priors};

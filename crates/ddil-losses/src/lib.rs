@@ -13,8 +13,8 @@
 //! One loss of progressive distillation, with the same closed-form network as student and as teacher:
 //!
 //! ```
-//! use ddil_core::{Conditioning, Denoiser, Source, States};
-//! use ddil_losses::{Networks, ObjectiveConfig, Phase};
+//! use ddil_core::{Conditioning, Denoiser, RandomStreams, Source, States};
+//! use ddil_losses::{LossRequest, Networks, ObjectiveConfig, Phase};
 //! use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
 //! use tch::{Kind, Tensor, kind};
 //!
@@ -46,8 +46,8 @@
 //!     births: vec![0, 0],
 //! };
 //! let network = UnitGaussian(schedule);
-//! let networks = Networks { student: &network, teacher: &network };
-//! let terms = objective.loss(0, Phase::Student, &states, &networks)?;
+//! let (networks, streams) = (Networks::new(&network, &network), RandomStreams::new(0, 0));
+//! let terms = objective.loss(&LossRequest::new(0, Phase::Student, &states, networks, &streams))?;
 //! assert_eq!(terms.per_sample.size(), [2]);
 //! assert!(terms.per_sample.mean(Kind::Float).double_value(&[]) > 0.0);
 //! # Ok(())
@@ -65,7 +65,9 @@ mod weighting;
 pub use distance::{pseudo_huber, squared_error};
 pub use error::{Error, Result};
 pub use guidance::TeacherGuidance;
-pub use objective::{LossTerms, Networks, Objective, ObjectiveConfig, Phase};
+pub use objective::{
+    Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase, Requirements,
+};
 pub use progressive::{
     Progressive, ProgressiveConfig, convex_weights, halving_stages, progressive_target,
 };

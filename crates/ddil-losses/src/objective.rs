@@ -1,7 +1,9 @@
 //! What every distillation method can be asked.
 
-use ddil_core::{Denoiser, States};
-use ddil_schedulers::{NoiseSchedule, Timesteps};
+use ddil_core::{Data, Denoiser, Discriminator, RandomStreams, States};
+use ddil_schedulers::{
+    ConsistencyBoundary, Ddim, NoiseSchedule, Sampler, TimestepSpacing, Timesteps,
+};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -29,6 +31,71 @@ pub struct Networks<'a> {
     pub student: &'a dyn Denoiser,
     /// The expert; asked without gradients.
     pub teacher: &'a dyn Denoiser,
+    /// A moving average of the learner, for methods that compare the learner with it; asked without gradients.
+    pub target: Option<&'a dyn Denoiser>,
+    /// Who judges what the learner makes, for methods that have such a network.
+    pub critic: Option<Critic<'a>>,
+}
+
+/// A network that follows the law of the student's samples, and tells them from real ones.
+#[derive(Clone, Copy)]
+pub struct Critic<'a> {
+    /// The denoiser of the student's samples as it is trained: bare.
+    pub fake_score: &'a dyn Denoiser,
+    /// The same as it is asked for the student's gradient: held inside the data's range, as the teacher is.
+    pub asked: &'a dyn Denoiser,
+    /// Tells noised samples of the student from noised data; none trains without.
+    pub discriminator: Option<&'a dyn Discriminator>,
+}
+
+impl<'a> Networks<'a> {
+    /// Learner and expert, which is all that most methods need.
+    pub fn new(student: &'a dyn Denoiser, teacher: &'a dyn Denoiser) -> Self {
+        Self { student, teacher, target: None, critic: None }
+    }
+}
+
+/// What a method has to be lent beside learner and expert.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Requirements {
+    /// The decay of the moving average that [`Networks::target`] is; none needs no target.
+    pub target_decay: Option<f64>,
+    /// Whether there must be a [`Networks::critic`].
+    pub critic: bool,
+    /// Whether it must have a discriminator, and the request real data.
+    pub discriminator: bool,
+}
+
+/// What a method is asked for, and what it may use.
+#[derive(Clone, Copy)]
+pub struct LossRequest<'a> {
+    /// Updates so far.
+    pub step: u64,
+    /// Who is trained.
+    pub phase: Phase,
+    /// `[batch, ..]` at timesteps of the student's grid, mixed within the batch.
+    pub states: &'a States,
+    /// The networks.
+    pub networks: Networks<'a>,
+    /// Random numbers, for methods that draw noise and timesteps of their own.
+    pub streams: &'a RandomStreams,
+    /// What the student predicted for the same states in an earlier phase of this step, where there was one.
+    pub student_x0: Option<&'a Tensor>,
+    /// Dataset samples with what is known of them, for methods that show them to a discriminator.
+    pub real: Option<&'a Data>,
+}
+
+impl<'a> LossRequest<'a> {
+    /// A request with what every method needs.
+    pub fn new(
+        step: u64,
+        phase: Phase,
+        states: &'a States,
+        networks: Networks<'a>,
+        streams: &'a RandomStreams,
+    ) -> Self {
+        Self { step, phase, states, networks, streams, student_x0: None, real: None }
+    }
 }
 
 /// What a method has to say of a batch of states.
@@ -40,8 +107,10 @@ pub struct LossTerms {
     pub student_x0: Tensor,
     /// The teacher's state at the student's next timestep, `[batch, ..]`, for methods whose teacher gets there.
     pub teacher_next: Option<Tensor>,
-    /// What the student should have predicted, `[batch, ..]`, without a graph.
+    /// What the student (in a critic's phase the critic) should have predicted, `[batch, ..]`, without a graph.
     pub target: Tensor,
+    /// Further figures for the record, by name, `[batch]` each and without a graph: the parts of the loss.
+    pub parts: Vec<(&'static str, Tensor)>,
 }
 
 /// A distillation method: which networks it asks, in what order, and what it makes of the answers.
@@ -49,27 +118,22 @@ pub struct LossTerms {
 /// Makes gradients and steps no optimizer. Outside of this crate, implement it and pass a reference: nothing else
 /// needs to know.
 pub trait Objective: std::fmt::Debug {
-    /// Who is trained in step `step`, counted from 0.
-    fn phase(&self, step: u64) -> Phase;
+    /// Who is trained in step `step`, counted from 0, one after the other; never empty.
+    fn phases(&self, step: u64) -> &'static [Phase];
 
-    /// The loss of `states` in `phase` of step `step`.
-    ///
-    /// # Shapes and units
-    ///
-    /// - `states`: `[batch, ..]` at timesteps of the student's grid, mixed within the batch
+    /// What the method has to be lent beside learner and expert; nothing for most.
+    fn requirements(&self) -> Requirements {
+        Requirements::default()
+    }
+
+    /// The loss of a batch of states in one phase of a step.
     ///
     /// # Errors
     ///
     /// [`Error::OffGrid`](crate::Error::OffGrid) for states off the student's grid,
     /// [`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) for networks of another schedule,
     /// [`Error::Phase`](crate::Error::Phase) for a phase that the method does not have, and what the networks say.
-    fn loss(
-        &self,
-        step: u64,
-        phase: Phase,
-        states: &States,
-        networks: &Networks<'_>,
-    ) -> Result<LossTerms>;
+    fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms>;
 }
 
 /// The `objective` part of a config file: a method by name, with its settings.
@@ -104,6 +168,46 @@ impl ObjectiveConfig {
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Progressive(_) => "progressive",
+        }
+    }
+
+    /// The timesteps that a student of `steps` steps is trained at.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid.
+    pub fn training_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
+        let total = schedule.num_train_timesteps() as u32;
+        match self {
+            Self::Progressive(_) => {
+                Ok(Timesteps::spaced(TimestepSpacing::Trailing, total, steps, 0)?)
+            }
+        }
+    }
+
+    /// The timesteps that a student samples at in `steps` steps; part of those it is trained at where `steps` are
+    /// the student's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`training_grid`](Self::training_grid).
+    pub fn sampling_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
+        match self {
+            Self::Progressive(_) => self.training_grid(schedule, steps),
+        }
+    }
+
+    /// How a student steps.
+    pub fn sampler(&self, schedule: &NoiseSchedule) -> Box<dyn Sampler> {
+        match self {
+            Self::Progressive(_) => Box::new(Ddim::new(schedule.clone())),
+        }
+    }
+
+    /// The boundary condition that a student has around it, in its loss and when it samples.
+    pub fn boundary(&self) -> Option<ConsistencyBoundary> {
+        match self {
+            Self::Progressive(_) => None,
         }
     }
 }

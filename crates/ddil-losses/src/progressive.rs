@@ -8,7 +8,7 @@ use tch::Tensor;
 use crate::device_table::DeviceTable;
 use crate::distance::squared_error;
 use crate::error::{Error, Result, first_line};
-use crate::objective::{LossTerms, Networks, Objective, Phase};
+use crate::objective::{LossRequest, LossTerms, Networks, Objective, Phase};
 use crate::weighting::{TimestepWeights, Weighting};
 
 /// How much each of the teacher's predictions counts in the student's target.
@@ -262,18 +262,13 @@ impl Progressive {
 }
 
 impl Objective for Progressive {
-    fn phase(&self, _step: u64) -> Phase {
-        Phase::Student
+    fn phases(&self, _step: u64) -> &'static [Phase] {
+        &[Phase::Student]
     }
 
-    fn loss(
-        &self,
-        step: u64,
-        phase: Phase,
-        states: &States,
-        networks: &Networks<'_>,
-    ) -> Result<LossTerms> {
-        self.ensure(phase, networks)?;
+    fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
+        let LossRequest { step, phase, states, networks, .. } = *request;
+        self.ensure(phase, &networks)?;
         let rows = self.rows(states)?;
         // The teacher first: what it holds in memory is gone before the student's graph is there.
         let (teacher_x0, teacher_next) = self.walk(states, networks.teacher, &rows)?;
@@ -286,8 +281,13 @@ impl Objective for Progressive {
         if step >= self.config.snr_loss_start_step {
             per_sample = &per_sample * self.weights.gather(&states.timesteps, per_sample.kind())?;
         }
-        let student_x0 = student.x0.detach();
-        Ok(LossTerms { per_sample, student_x0, teacher_next: Some(teacher_next), target })
+        Ok(LossTerms {
+            per_sample,
+            student_x0: student.x0.detach(),
+            teacher_next: Some(teacher_next),
+            target,
+            parts: Vec::new(),
+        })
     }
 }
 

@@ -6,9 +6,9 @@ use ddil_core::{
     Conditioning, Denoiser, MixRequest, Mixer, MixerConfig, RandomStreams, SavedState, Source,
     States, Stream, Thresholded,
 };
-use ddil_losses::{Networks, Objective, ObjectiveConfig, TeacherGuidance};
+use ddil_losses::{LossRequest, Networks, Objective, ObjectiveConfig, Phase, TeacherGuidance};
 use ddil_models::Placement;
-use ddil_schedulers::{Ddim, NoiseSchedule, Thresholding, TimestepSpacing, Timesteps};
+use ddil_schedulers::{Ddim, NoiseSchedule, Thresholding, Timesteps};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
@@ -164,9 +164,8 @@ impl DistillTask {
 
 impl Stage {
     fn new(config: &DistillConfig, schedule: &NoiseSchedule, index: usize) -> Result<Self> {
-        let num_train_timesteps = schedule.num_train_timesteps() as u32;
         let steps = config.student.stages[index];
-        let grid = Timesteps::spaced(TimestepSpacing::Trailing, num_train_timesteps, steps, 0)?;
+        let grid = config.objective.training_grid(schedule, steps)?;
         let objective = config.objective.build(schedule, &grid)?;
         let mixer =
             MixerConfig { thresholding: config.thresholding.clone(), ..config.mixing.clone() };
@@ -225,9 +224,10 @@ impl Task for DistillTask {
             };
             self.stage.mixer.next_states(&request)?
         };
-        let networks = Networks { student: &self.student, teacher: &*teacher };
-        let phase = self.stage.objective.phase(stage_step);
-        let terms = self.stage.objective.loss(stage_step, phase, &states, &networks)?;
+        let networks = Networks::new(&self.student, &*teacher);
+        let streams = &self.stage.streams;
+        let request = LossRequest::new(stage_step, Phase::Student, &states, networks, streams);
+        let terms = self.stage.objective.loss(&request)?;
         drop(teacher);
         let figures = Self::figures(&states, &terms.per_sample)?;
         self.pending = Some(Pending {
