@@ -89,7 +89,7 @@ impl Discriminator for Judge {
     }
 }
 
-/// Numbers of a reference run of the published code, whose normaliser has no 1e-6.
+/// Worked out in fractions with the published normaliser, which has no 1e-6.
 #[test]
 fn the_gradient_is_the_golden_one() {
     let row = |values: [f64; 4]| Tensor::from_slice2(&[values]);

@@ -332,7 +332,12 @@ impl Dmd2 {
     fn student_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
         let LossRequest { step, states, networks, streams, .. } = *request;
         let told = &states.conditioning;
-        ensure_one_schedule(&self.schedule, [("student", networks.student)])?;
+        let asked = [
+            ("student", networks.student),
+            ("teacher", networks.teacher),
+            ("critic", judges.critic.asked),
+        ];
+        ensure_one_schedule(&self.schedule, asked)?;
         let x0 = networks.student.predict(&states.x_t, &states.timesteps, told)?.x0;
         let mut generator = streams.generator(step, Stream::StudentLoss, x0.device())?;
         let gradient = self.gradient(&x0, request, judges.critic.asked, &mut generator)?;
@@ -359,7 +364,6 @@ impl Dmd2 {
     ) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let (teacher, told) = (request.networks.teacher, &request.states.conditioning);
-        ensure_one_schedule(&self.schedule, [("teacher", teacher), ("critic", critic)])?;
         let Noised { x_t, timesteps } = self.noised(x0, self.matching_timesteps(), generator)?;
         let fake = critic.predict(&x_t, &timesteps, told)?.x0;
         let real = teacher.predict(&x_t, &timesteps, told)?.x0;
