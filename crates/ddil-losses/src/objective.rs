@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::progressive::{Progressive, ProgressiveConfig};
 
 /// Who is trained in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// The student.

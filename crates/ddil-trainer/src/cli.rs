@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Evaluate(EvaluateArgs),
     /// Say what a model folder, a checkpoint or a run is.
     Inspect(InspectArgs),
+    /// Find the range of a dataset, channel by channel, to hold predictions in.
+    Range(RangeArgs),
     /// Distil the Fashion-MNIST teacher with and without DDIL and compare the students.
     Demo(DemoArgs),
     /// Say what of this machine ddil can use, and what is wrong with it.
@@ -70,9 +72,9 @@ pub(crate) struct SamplingArgs {
     /// Guidance scale; the default is the model's own, none for a student.
     #[arg(long)]
     pub(crate) guidance_scale: Option<f64>,
-    /// Share of the noise that a DDIM step renews.
-    #[arg(long, default_value_t = 0.0)]
-    pub(crate) eta: f64,
+    /// Share of the noise that a DDIM step renews; the default is none.
+    #[arg(long)]
+    pub(crate) eta: Option<f64>,
     /// Seed of noise and classes.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -136,6 +138,19 @@ pub(crate) struct InspectArgs {
     /// As JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Arguments of `ddil range`.
+#[derive(Debug, Args)]
+pub(crate) struct RangeArgs {
+    /// A folder of PNG files, or `fashion_mnist`.
+    pub(crate) data: PathBuf,
+    /// The share of values that may lie beyond the range at either end.
+    #[arg(long, default_value_t = 0.0005)]
+    pub(crate) quantile: f64,
+    /// How much the range is widened at either end, as a share of its width.
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) margin: f64,
 }
 
 /// Arguments of `ddil demo`.

@@ -47,6 +47,39 @@ impl Network {
         })
     }
 
+    /// A network of another form that starts from those of these weights that match it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Models`](crate::Error::Models) for a form that cannot be.
+    pub fn derive(&self, config: &UNet2DConfig, seed: u64) -> Result<(Self, Matched)> {
+        let unet = config.build(self.placement(), seed)?;
+        let matched = unet.parameters().copy_matching(self.unet.parameters())?;
+        unet.set_training(true);
+        let autocast = self.autocast;
+        let (prediction_type, schedule) = (self.prediction_type, self.schedule.clone());
+        Ok((Self { unet, prediction_type, schedule, autocast }, matched))
+    }
+
+    /// What a head says of the features of the network's bottleneck, `[batch]`, `Float`.
+    ///
+    /// # Errors
+    ///
+    /// What network and head refuse.
+    pub fn judged_by(
+        &self,
+        head: &DiscriminatorHead,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let time = self.schedule.time_inputs_at(timesteps)?;
+        let labels = conditioning.class_labels.as_ref();
+        let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
+        let features = self.unet.forward_with_features(x_t, &time, labels)?.features;
+        Ok(head.forward(&features)?.to_kind(Kind::Float))
+    }
+
     /// The settings of the UNet.
     pub fn config(&self) -> &UNet2DConfig {
         self.unet.config()

@@ -13,7 +13,6 @@ use ddil_core::{
 use ddil_losses::TeacherGuidance;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_schedulers::Ddim;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::dataset::FashionMnist;
 use ddil_trainer::distill::DistillTask;
@@ -24,7 +23,7 @@ use ddil_trainer::picture::Picture;
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::results::{self, Measurement, ShiftRow, shift_table, table};
 use ddil_trainer::run_folder::RunFolder;
-use ddil_trainer::sampling::{SamplePlan, asked, generate, initial_noise, layout};
+use ddil_trainer::sampling::{SamplePlan, SamplerKind, asked, generate, initial_noise, layout};
 use ddil_trainer::session::{Outcome, Session, SessionConfig};
 use ddil_trainer::settings::Settings;
 use tch::{Device, Kind, Tensor};
@@ -131,7 +130,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,
         guidance_scale,
-        eta: 0.0,
+        sampler: SamplerKind::Ddim { eta: 0.0 },
         thresholding: config.thresholding.clone(),
         timesteps,
         batch_size: 100,
@@ -199,7 +198,7 @@ fn shift(candidate: &Candidate, data: &FashionMnist) -> anyhow::Result<Vec<Shift
         &ShiftRequest {
             data: &data,
             student: &*student,
-            sampler: &Ddim::new(schedule),
+            sampler: &*plan.sampler.build(&schedule)?,
             timesteps: &timesteps,
             step: 0,
             streams: &RandomStreams::new(plan.seed, 0),
