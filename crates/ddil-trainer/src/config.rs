@@ -429,12 +429,8 @@ impl DistillConfig {
         let counted = !stages.is_empty() && stages.iter().all(|n| *n > 0);
         ensure("student.stages", &shown, counted, "at least one number of steps, each at least 1")?;
         let ObjectiveConfig::Progressive(progressive) = &self.objective else {
-<<<<<<< HEAD
             let expected = "one number of steps: only progressive distillation goes in stages";
             return ensure("student.stages", &shown, stages.len() == 1, expected);
-=======
-            return Ok(());
->>>>>>> losses3
         };
         let substeps = progressive.substeps;
         let divide = stages.windows(2).all(|pair| pair[0] == pair[1] * substeps);

@@ -3,6 +3,7 @@
 use ddil_core::{
     Conditioning, Consistent, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample,
 };
+use ddil_losses::ObjectiveConfig;
 use ddil_schedulers::{
     ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Prediction, Sampler, Thresholding,
     TimestepSpacing, Timesteps,
@@ -33,6 +34,23 @@ pub enum SamplerKind {
 }
 
 impl SamplerKind {
+    /// How students of a method step.
+    pub fn of(objective: &ObjectiveConfig, schedule: &NoiseSchedule) -> Self {
+        match objective {
+            ObjectiveConfig::Progressive(_) => Self::Ddim { eta: 0.0 },
+            ObjectiveConfig::Lcm(lcm) => Self::Lcm {
+                original_steps: lcm.num_ddim_timesteps,
+                boundary: lcm.boundary(),
+            },
+            // Trained without a boundary, which at its timesteps is the identity but for rounding; diffusers' scheduler
+            // has one always.
+            ObjectiveConfig::Dmd2(_) => Self::Lcm {
+                original_steps: schedule.num_train_timesteps() as u32,
+                boundary: ConsistencyBoundary::default(),
+            },
+        }
+    }
+
     /// The sampler.
     ///
     /// # Errors
