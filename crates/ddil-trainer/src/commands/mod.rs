@@ -1,5 +1,6 @@
 //! One file a verb.
 
+pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
@@ -14,14 +15,12 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use ddil_models::Placement;
 use ddil_trainer::config::{Precision, parse_device};
+use ddil_trainer::evaluation::plan_at;
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::sampling::SamplePlan;
 use tch::Kind;
 
 use crate::cli::SamplingArgs;
-
-/// Steps of a model that does not say.
-const TEACHER_STEPS: u32 = 50;
 
 /// Prints to the standard output; a reader that has seen enough, such as `head`, is no error.
 fn say(text: &str) -> anyhow::Result<()> {
@@ -56,20 +55,11 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
 }
 
 fn plan(pipeline: &Pipeline, args: &SamplingArgs) -> SamplePlan {
-    let own = pipeline.timesteps.clone();
-    // A student's own timesteps, unless another number of steps is asked for.
-    let timesteps = own.filter(|own| args.steps.is_none_or(|steps| own.len() == steps as usize));
-    let steps = match &timesteps {
-        Some(own) => own.len() as u32,
-        None => args.steps.unwrap_or(TEACHER_STEPS),
-    };
     SamplePlan {
-        steps,
         guidance_scale: args.guidance_scale.unwrap_or(1.0),
         eta: args.eta,
-        thresholding: pipeline.thresholding.clone(),
-        timesteps,
         batch_size: args.batch_size,
         seed: args.seed,
+        ..plan_at(pipeline, args.steps)
     }
 }
