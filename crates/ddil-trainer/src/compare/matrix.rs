@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use toml::Table;
+use toml::Value;
 
 use crate::config::DistillConfig;
 use crate::error::{Error, Result, with_causes};
@@ -52,7 +52,7 @@ pub struct Matrix {
     pub base: String,
     /// What is changed of the base in every cell, as `"key.of.the.config" = value`.
     #[serde(default)]
-    pub set: Table,
+    pub set: Changes,
     /// One cell each; default `[0]`.
     #[serde(default = "one_seed")]
     pub seeds: Vec<u64>,
@@ -72,6 +72,9 @@ pub struct Matrix {
     #[serde(default)]
     pub evaluate: EvaluateConfig,
 }
+
+/// Values for keys of a config, such as `"mixing.priors"`.
+pub type Changes = BTreeMap<String, Value>;
 
 /// Something that varies.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,7 +97,7 @@ pub struct AxisValue {
     pub name: String,
     /// What it changes of the config, as `"key.of.the.config" = value`; default nothing.
     #[serde(default)]
-    pub set: Table,
+    pub set: Changes,
 }
 
 /// How cells are measured; the same noise and the same classes for every cell and for the teacher.
@@ -366,7 +369,7 @@ impl Matrix {
 
     fn problems_of_changes(&self, problems: &mut Vec<String>) {
         let of_axes = self.axes.iter().flat_map(|axis| &axis.values).map(|value| &value.set);
-        for key in std::iter::once(&self.set).chain(of_axes).flat_map(Table::keys) {
+        for key in std::iter::once(&self.set).chain(of_axes).flat_map(Changes::keys) {
             let reserved = RESERVED.iter().find(|(name, _)| name == key || key == "run");
             if let Some((name, why)) = reserved {
                 problems.push(format!("`{name}` cannot be set: it {why}"));
