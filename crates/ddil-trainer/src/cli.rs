@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Range(RangeArgs),
     /// Distil the Fashion-MNIST teacher with and without DDIL and compare the students.
     Demo(DemoArgs),
+    /// Distil in many ways, with several seeds, and compare what comes of it.
+    Compare(CompareArgs),
     /// Say what of this machine ddil can use, and what is wrong with it.
     Doctor(DoctorArgs),
 }
@@ -171,6 +173,23 @@ pub(crate) struct DemoArgs {
     /// Remove what an earlier demonstration left in the folder.
     #[arg(long)]
     pub(crate) fresh: bool,
+}
+
+/// Arguments of `ddil compare`.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The file that says what is compared; `ddil init` has examples. A comparison that was stopped goes on.
+    #[arg(required_unless_present = "worker")]
+    pub(crate) matrix: Option<PathBuf>,
+    /// Start those cells anew that lie there with other settings; the others stay.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// List the cells and what of them is done, and stop.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do one job of a comparison, read from the standard input; it stops when that closes.
+    #[arg(long, hide = true)]
+    pub(crate) worker: bool,
 }
 
 /// Arguments of `ddil doctor`.

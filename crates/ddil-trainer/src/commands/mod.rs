@@ -1,5 +1,6 @@
 //! One file a verb.
 
+pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
