@@ -8,7 +8,6 @@ use ddil_core::{
 use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
 };
-use ddil_schedulers::Ddim;
 use tch::{Device, Kind, Tensor};
 
 use crate::dataset::ImageDataset;
