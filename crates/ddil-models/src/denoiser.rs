@@ -105,7 +105,7 @@ impl<N: Borrow<Model>> Denoiser for NetworkDenoiser<N> {
         let output =
             network.forward(&input, &time, conditioning).map_err(|source| match source {
                 Error::MissingClassLabels { .. } => missing(network, "class_labels"),
-                Error::GuidanceWeight { .. } => missing(network, "guidance_weight"),
+                Error::GuidanceWeight { expected: true, .. } => missing(network, "guidance_weight"),
                 source => ddil_core::Error::network(network.class_name(), source),
             })?;
         Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)

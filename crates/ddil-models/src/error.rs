@@ -308,6 +308,30 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
     Ok(())
 }
 
+/// Checks `guidance_weight`: `[batch]` and floating point for a network that takes one, absent for any other.
+pub(crate) fn ensure_guidance_weight(
+    op: &'static str,
+    weight: Option<&Tensor>,
+    batch: i64,
+    expected: bool,
+) -> Result<()> {
+    let name = "guidance_weight";
+    let weight = match weight {
+        Some(weight) if expected => weight,
+        None if !expected => return Ok(()),
+        _ => return Err(Error::GuidanceWeight { op, expected }),
+    };
+    if weight.size() != [batch] {
+        let expected = format!("[{batch}], one per sample");
+        return Err(Error::InvalidShape { op, name, found: weight.size(), expected });
+    }
+    if !is_float(weight.kind()) {
+        let (found, expected) = (weight.kind(), "floating point");
+        return Err(Error::InvalidKind { op, name, found, expected });
+    }
+    Ok(())
+}
+
 /// Whether `kind` is a floating-point kind that parameters can have.
 pub(crate) fn is_float(kind: Kind) -> bool {
     matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)

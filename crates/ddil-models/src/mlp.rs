@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::embeddings::{SinusoidalProjection, one_per_sample};
-use crate::error::{ConfigProblem, Error, Result, ensure_labels, ensure_timesteps, is_float};
+use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
+use crate::error::{
+    ConfigProblem, Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
+};
 use crate::layers::{Activation, Embedding, Linear, Output};
 use crate::parameters::{Builder, Parameters, Placement, Values};
 
 const FORWARD: &str = "Mlp::forward";
-/// Guidance weights are of the order of one; the sinusoids were made for timesteps up to a thousand.
-const GUIDANCE_SCALE: f64 = 1000.0;
 
 /// A skip connection around the network that makes its output clean data, and a sane one from the first step.
 ///
@@ -321,13 +321,6 @@ impl Mlp {
             (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
             (Some(_), None) => return Err(Error::MissingClassLabels { op }),
         }
-        match guidance_weight {
-            Some(weight) if self.config.embed_guidance && weight.size() != [batch] => {
-                let (name, found) = ("guidance_weight", weight.size());
-                Err(Error::InvalidShape { op, name, found, expected: format!("[{batch}]") })
-            }
-            _ if self.config.embed_guidance == guidance_weight.is_some() => Ok(()),
-            _ => Err(Error::GuidanceWeight { op, expected: self.config.embed_guidance }),
-        }
+        ensure_guidance_weight(op, guidance_weight, batch, self.config.embed_guidance)
     }
 }

@@ -219,10 +219,12 @@ impl Model {
 
     /// Which parts of a [`Conditioning`] the network can be told.
     pub fn conditioning_fields(&self) -> &'static [&'static str] {
-        match self {
-            Self::UNet2D(_) | Self::TorchScript(_) => &["class_labels"],
-            Self::Mlp(_) => &["class_labels", "guidance_weight"],
-        }
+        let takes_weight = match self {
+            Self::UNet2D(unet) => unet.config().time_cond_proj_dim.is_some(),
+            Self::Mlp(mlp) => mlp.config().embed_guidance,
+            Self::TorchScript(_) => false,
+        };
+        if takes_weight { &["class_labels", "guidance_weight"] } else { &["class_labels"] }
     }
 
     /// What the network makes of noisy samples, not yet read as clean data and noise.
@@ -241,11 +243,10 @@ impl Model {
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
         let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
         match self {
-            Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels),
-            Self::Mlp(mlp) => {
-                mlp.forward(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
-            }
+            Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
+            Self::Mlp(mlp) => mlp.forward(x_t, timesteps, labels, weight),
             Self::TorchScript(script) => script.forward(x_t, timesteps, labels),
         }
     }

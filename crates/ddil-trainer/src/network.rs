@@ -118,10 +118,11 @@ impl Network {
     ) -> Result<Tensor> {
         let time = self.schedule.time_inputs_at(timesteps)?;
         let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        Ok(self.unet.forward(x_t, &time, labels)?.to_kind(Kind::Float))
+        Ok(self.unet.forward(x_t, &time, labels, weight)?.to_kind(Kind::Float))
     }
 }
 
