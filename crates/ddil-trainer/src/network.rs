@@ -2,7 +2,9 @@
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_libtorch::Autocast;
-use ddil_models::{Parameters, Placement, UNet2DConfig, UNet2DModel};
+use ddil_models::{
+    DiscriminatorHead, Matched, Parameters, Placement, UNet2DConfig, UNet2DModel,
+};
 use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
 use tch::{Kind, Tensor};
 
@@ -75,8 +77,9 @@ impl Network {
     ) -> Result<Tensor> {
         let time = self.schedule.time_inputs_at(timesteps)?;
         let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        let features = self.unet.forward_with_features(x_t, &time, labels)?.features;
+        let features = self.unet.features(x_t, &time, labels, weight)?;
         Ok(head.forward(&features)?.to_kind(Kind::Float))
     }
 

@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
-use ddil_losses::TeacherGuidance;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
 use ddil_trainer::compare::distil;
+use ddil_trainer::compare::job::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::dataset::FashionMnist;
 use ddil_trainer::evaluation::{Reference, draw, shift};
@@ -114,10 +114,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let device = config.run.device()?;
     let placement =
         Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
-    let scale = match config.teacher.guidance {
-        TeacherGuidance::Cfg { scale } => scale,
-        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => 1.0,
-    };
+    let scale = TeacherSamples::taught_scale(config.teacher.guidance);
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,
         guidance_scale,

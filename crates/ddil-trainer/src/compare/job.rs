@@ -104,11 +104,14 @@ pub struct TeacherSamples {
 }
 
 impl TeacherSamples {
-    /// The scale at which students of a config are taught.
+    /// The scale at which students of a config are taught; of a range of them the middle, at which they are sampled.
     pub fn taught_scale(guidance: TeacherGuidance) -> f64 {
         match guidance {
             TeacherGuidance::Cfg { scale } => scale,
-            TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => 1.0,
+            TeacherGuidance::CfgRange { min, max } | TeacherGuidance::Embedded { min, max } => {
+                1.0 + f64::midpoint(min, max)
+            }
+            TeacherGuidance::BakedIn => 1.0,
         }
     }
 
