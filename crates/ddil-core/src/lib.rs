@@ -30,11 +30,15 @@ mod saved;
 mod shift;
 mod source;
 mod states;
+mod tally;
 
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
-pub use denoiser::{Consistent, Denoiser, Discriminator, Guided, GuidedByWeight, Thresholded};
+pub use denoiser::{
+    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, Guided, GuidedByWeight,
+    Thresholded,
+};
 pub use error::{Error, Result};
 pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{PriorSchedule, PriorStep, Priors};

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::conditioning::Conditioning;
-use crate::denoiser::{Counted, Denoiser, Thresholded};
+use crate::denoiser::{ClipMeter, Counted, Denoiser, Thresholded};
 use crate::error::{Error, Result};
 use crate::priors::{PriorSchedule, Priors};
 use crate::random::{RandomStreams, Stream};
@@ -36,6 +36,11 @@ pub struct MixerConfig {
     /// What is done in rollouts to clean estimates beyond the data's range; default nothing. Should be what is done
     /// when the student samples.
     pub thresholding: Thresholding,
+    /// Whether it is done to the student's estimates; default true.
+    pub threshold_student: bool,
+    /// Whether it is done to the teacher's; default true. Otherwise they are taken as the teacher gives them, which
+    /// is right, and saves the work, where the teacher that is lent holds them already.
+    pub threshold_teacher: bool,
 }
 
 impl Default for MixerConfig {
@@ -46,11 +51,23 @@ impl Default for MixerConfig {
             teacher: TeacherConfig::default(),
             pure_noise_at_tmax: true,
             thresholding: Thresholding::None,
+            threshold_student: true,
+            threshold_teacher: true,
         }
     }
 }
 
 impl MixerConfig {
+    /// What is done to the student's estimates.
+    fn student_thresholding(&self) -> Thresholding {
+        if self.threshold_student { self.thresholding.clone() } else { Thresholding::None }
+    }
+
+    /// What is done to the teacher's estimates.
+    fn teacher_thresholding(&self) -> Thresholding {
+        if self.threshold_teacher { self.thresholding.clone() } else { Thresholding::None }
+    }
+
     /// Plain distillation, without imitation learning: noised dataset samples and nothing else, bit for bit.
     pub fn forward_only() -> Self {
         Self {
@@ -179,6 +196,14 @@ pub struct Mixer {
     teacher_sampler: Ddim,
     sources: Sources,
     counters: MixerCounters,
+    meters: RolloutMeters,
+}
+
+/// Who measures what thresholding changes in rollouts.
+#[derive(Debug, Default)]
+struct RolloutMeters {
+    student: Option<ClipMeter>,
+    teacher: Option<ClipMeter>,
 }
 
 /// One a prior.
@@ -234,8 +259,8 @@ impl Mixer {
             teacher: Box::new(TeacherSource::new(config.teacher.clone(), &grids)?),
         };
         let teacher_sampler = Ddim::new(sampler.schedule().clone());
-        let counters = MixerCounters::default();
-        Ok(Self { config, grids, sampler, teacher_sampler, sources, counters })
+        let (counters, meters) = (MixerCounters::default(), RolloutMeters::default());
+        Ok(Self { config, grids, sampler, teacher_sampler, sources, counters, meters })
     }
 
     /// The same with a source of one's own in place of one of the three.
@@ -257,6 +282,16 @@ impl Mixer {
             }
         }
         Ok(self)
+    }
+
+    /// The same with meters of what thresholding changes in the rollouts of student and teacher.
+    ///
+    /// They see what the mixer itself changes: not what a teacher that is lent held already, nor the estimates of
+    /// [`after_loss`](Self::after_loss), which chains go on from, and whose meter is the loss's.
+    #[must_use]
+    pub fn with_rollout_meters(self, student: ClipMeter, teacher: ClipMeter) -> Self {
+        let meters = RolloutMeters { student: Some(student), teacher: Some(teacher) };
+        Self { meters, ..self }
     }
 
     /// The settings.
@@ -306,9 +341,11 @@ impl Mixer {
         let priors = self.priors_at(step, request.total_steps);
         let assigned = priors.assign(batch, &mut streams.rng(step, Stream::Source));
 
-        let thresholding = &self.config.thresholding;
-        let student = Counted::new(Thresholded::new(request.student, thresholding.clone())?);
-        let teacher = Counted::new(Thresholded::new(request.teacher, thresholding.clone())?);
+        let RolloutMeters { student, teacher } = &self.meters;
+        let (student, teacher) = (
+            in_rollouts(request.student, self.config.student_thresholding(), student)?,
+            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher)?,
+        );
         let whole = SourceRequest {
             step,
             grid_indices: &grid_indices,
@@ -356,7 +393,7 @@ impl Mixer {
         if let Some(teacher_next) = teacher_next {
             ddil_schedulers::ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
         }
-        let student_x0 = &self.config.thresholding.apply(&student_x0.detach())?;
+        let student_x0 = &self.config.student_thresholding().apply(&student_x0.detach())?;
         let feedback = LossFeedback {
             step,
             states,
@@ -461,6 +498,19 @@ impl Sources {
         let x0 = &whole.data.x0;
         Ok(States { x_t: states.x_t.to_device(x0.device()).to_kind(x0.kind()), ..states })
     }
+}
+
+/// A network as rollouts ask it.
+fn in_rollouts<'a>(
+    network: &'a dyn Denoiser,
+    thresholding: Thresholding,
+    meter: &Option<ClipMeter>,
+) -> Result<Counted<Thresholded<&'a dyn Denoiser>>> {
+    let thresholded = Thresholded::new(network, thresholding)?;
+    Ok(Counted::new(match meter {
+        Some(meter) => thresholded.metered(meter.clone()),
+        None => thresholded,
+    }))
 }
 
 /// Pure noise, told what the source it stands for would have been told.
