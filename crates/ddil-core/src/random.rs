@@ -40,6 +40,8 @@ pub enum Stream {
     Guidance = 11,
     /// First weights of a network.
     Weights = 12,
+    /// Directions of the distances that adaptive priors follow.
+    Priors = 13,
 }
 
 /// Bits that hold the stream's number beside the step.

@@ -64,3 +64,38 @@ impl Tally {
 fn zeros(len: usize, device: Device) -> Tensor {
     Tensor::zeros([2, len as i64], (Kind::Double, device))
 }
+
+#[cfg(test)]
+#[expect(clippy::float_cmp, reason = "sums of small whole numbers are exact")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_is_what_was_added() -> Result<()> {
+        let mut tally = Tally::new(3);
+        assert_eq!(tally.take("test")?, [(0.0, 0.0); 3]);
+        let places = Tensor::from_slice(&[2_i64, 0, 2]);
+        tally.add("test", &places, &Tensor::from_slice(&[1_f32, 5.0, 3.0]))?;
+        tally.add("test", &places, &Tensor::from_slice(&[0_f32, 1.0, 0.0]))?;
+        let mut copy = Tally::new(3);
+        copy.restore("test", tally.tensor().as_ref())?;
+        for tally in [&mut tally, &mut copy] {
+            assert_eq!(tally.take("test")?, [(6.0, 2.0), (0.0, 0.0), (4.0, 4.0)]);
+            assert_eq!(tally.take("test")?, [(0.0, 0.0); 3]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() -> Result<()> {
+        let mut tally = Tally::new(3);
+        let one = Tensor::from_slice(&[1_f32]);
+        let beyond = tally.add("test", &Tensor::from_slice(&[3_i64]), &one);
+        assert!(matches!(beyond, Err(Error::Torch { .. })));
+        let mut other = Tally::new(4);
+        other.add("test", &Tensor::from_slice(&[3_i64]), &one)?;
+        let restored = tally.restore("test", other.tensor().as_ref());
+        assert!(matches!(restored, Err(Error::Restore { what: "test", .. })));
+        Ok(())
+    }
+}

@@ -61,7 +61,7 @@ pub struct ClipMeter(Arc<Mutex<Meter>>);
 #[derive(Debug)]
 struct Meter {
     num_train_timesteps: usize,
-    /// One place a timestep, for each entry of [`SOURCES`].
+    /// One place a timestep, for each source and for none.
     tally: Tally,
     rows: Rows,
 }
@@ -69,21 +69,14 @@ struct Meter {
 /// Where the rows of the next calls come from.
 #[derive(Debug, Default)]
 struct Rows {
-    /// Places in [`SOURCES`].
+    /// Places in [`Source::ALL`].
     sources: Vec<i64>,
     /// The same on the device of the calls.
     on_device: Option<Tensor>,
 }
 
-/// Rows without a source come last.
-const SOURCES: [Option<Source>; Source::ALL.len() + 1] = [
-    Some(Source::Forward),
-    Some(Source::Student),
-    Some(Source::Teacher),
-    Some(Source::Mixed),
-    Some(Source::Noise),
-    None,
-];
+/// Place of rows without a source: after those that have one.
+const NO_SOURCE: usize = Source::ALL.len();
 
 /// What thresholding changed at one timestep, of states of one source.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,7 +108,7 @@ impl ClipMeter {
     /// A meter that has seen nothing, for networks on `schedule`.
     pub fn new(schedule: &NoiseSchedule) -> Self {
         let num_train_timesteps = schedule.num_train_timesteps() as usize;
-        let tally = Tally::new(SOURCES.len() * num_train_timesteps);
+        let tally = Tally::new((NO_SOURCE + 1) * num_train_timesteps);
         Self(Arc::new(Mutex::new(Meter { num_train_timesteps, tally, rows: Rows::default() })))
     }
 
@@ -123,8 +116,7 @@ impl ClipMeter {
     ///
     /// Calls on any other number of rows count as of no source.
     pub fn rows_are(&self, sources: &[Source]) {
-        let place = |source: &Source| SOURCES.iter().position(|s| *s == Some(*source));
-        let sources = sources.iter().filter_map(place).map(|place| place as i64).collect();
+        let sources = sources.iter().map(|source| source.place() as i64).collect();
         self.meter().rows = Rows { sources, on_device: None };
     }
 
@@ -139,7 +131,8 @@ impl ClipMeter {
         let num_train_timesteps = meter.num_train_timesteps;
         let tally = meter.tally.take("ClipMeter::take")?;
         let mut clipped = Vec::new();
-        for (source, at) in SOURCES.into_iter().zip(tally.chunks(num_train_timesteps.max(1))) {
+        let sources = Source::ALL.into_iter().map(Some).chain([None]);
+        for (source, at) in sources.zip(tally.chunks(num_train_timesteps.max(1))) {
             let measured = at.iter().enumerate().rev().filter(|(_, (_, count))| *count > 0.0);
             clipped.extend(measured.map(|(timestep, (sum, count))| ClippedFraction {
                 timestep: timestep as i64,
@@ -185,11 +178,11 @@ impl ClipMeter {
 }
 
 impl Rows {
-    /// The source of each row, as a place in [`SOURCES`].
+    /// The place of each row's source.
     fn sources_of(&mut self, timesteps: &Tensor) -> Tensor {
         let device = timesteps.device();
         if timesteps.size() != [self.sources.len() as i64] {
-            return timesteps.full_like(SOURCES.len() as i64 - 1);
+            return timesteps.full_like(NO_SOURCE as i64);
         }
         let known = self.on_device.take().filter(|sources| sources.device() == device);
         let sources = known.unwrap_or_else(|| on(device, &self.sources));
