@@ -2,6 +2,7 @@
 
 mod common;
 mod denoiser;
+mod matching;
 mod mlp;
 mod model;
 mod parameters;

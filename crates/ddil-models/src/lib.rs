@@ -27,7 +27,7 @@ pub use error::{BoxedError, ConfigProblem, Error, Result, WeightProblems};
 pub use layers::Activation;
 pub use mlp::{Mlp, MlpConfig, SkipConfig};
 pub use model::{Model, ModelConfig};
-pub use parameters::{Parameters, Placement};
+pub use parameters::{Matched, Parameters, Placement};
 pub use torch_script::{TorchScript, TorchScriptConfig};
 pub use toy::{GaussianMixture, MixtureDenoiser};
 pub use unet::{UNet2DModel, UNet2DOutput};

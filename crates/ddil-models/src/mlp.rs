@@ -13,7 +13,7 @@ use crate::error::{
     ConfigProblem, Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
 };
 use crate::layers::{Activation, Embedding, Linear, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values};
 
 const FORWARD: &str = "Mlp::forward";
 
@@ -129,10 +129,12 @@ impl MlpConfig {
         Ok(mlp)
     }
 
-    fn num_inputs(&self) -> i64 {
-        let times = 1 + u32::from(self.embed_guidance);
+    /// How many inputs the first layer has of each kind: sample, timestep, guidance weight, class.
+    fn inputs(&self) -> Vec<i64> {
+        let weight = if self.embed_guidance { self.time_features } else { 0 };
         let class = if self.num_class_embeds.is_some() { self.class_features } else { 0 };
-        i64::from(self.dim * (1 + 2 * self.fourier_octaves) + times * self.time_features + class)
+        let sample = self.dim * (1 + 2 * self.fourier_octaves);
+        [sample, self.time_features, weight, class].map(i64::from).to_vec()
     }
 }
 
@@ -193,13 +195,16 @@ impl Mlp {
             .num_class_embeds
             .map(|len| Embedding::new(root.at("class_embedding"), len.into(), class_features))
             .transpose()?;
-        let mut widths = vec![config.num_inputs()];
+        let inputs = config.inputs();
+        let mut widths = vec![inputs.iter().sum()];
         widths.extend(config.hidden_widths.iter().copied().map(i64::from));
         widths.push(config.dim.into());
         let layers = widths.windows(2).enumerate();
         let layers = layers
             .map(|(i, pair)| Linear::new(root.at(&format!("layers.{i}")), pair[0], pair[1]))
             .collect::<Result<_>>()?;
+        let joined = Joined { axis: 1, parts: inputs, share: Share::First };
+        root.mark("layers.0.weight", joined);
         let (config, parameters) = (config.clone(), builder.finish());
         Ok(Self { config, parameters, layers, class_embedding, schedule })
     }

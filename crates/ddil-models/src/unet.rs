@@ -101,11 +101,11 @@ impl UNet2DModel {
         let mut root = builder.root();
 
         let conv_in = Conv2d::new(root.at("conv_in"), config.in_channels.into(), first, 3)?;
-        let (time_proj, features) = time_projection(&mut root, config)?;
+        let time_proj = time_projection(&mut root, config)?;
         let width = config.time_width();
-        let guidance_embedding = guidance_embedding(&mut root, config, features)?;
-        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), features, width)?;
-        let class_embedding = class_embedding(&mut root, config, features)?;
+        let guidance_embedding = guidance_embedding(&mut root, config, &time_proj)?;
+        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), &time_proj, width)?;
+        let class_embedding = class_embedding(&mut root, config, &time_proj)?;
         let down_blocks = down_blocks(&mut root, config)?;
         let mid_block = mid_block(&mut root, config)?;
         let up_blocks = up_blocks(&mut root, config)?;
@@ -342,18 +342,16 @@ impl UNet2DModel {
     }
 }
 
-/// The projection of the timestep, and how many features it gives.
-fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<(TimeProjection, i64)> {
+fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<TimeProjection> {
     let width = i64::from(config.block_out_channels[0]);
     Ok(match config.time_embedding_type {
         TimeEmbeddingType::Positional => {
             let (cosines_first, freq_shift) = (config.flip_sin_to_cos, config.freq_shift);
             let projection = SinusoidalProjection { width, cosines_first, freq_shift };
-            (TimeProjection::Positional(projection), width)
+            TimeProjection::Positional(projection)
         }
         TimeEmbeddingType::Fourier => {
-            let projection = FourierProjection::new(root.at("time_proj"), width)?;
-            (TimeProjection::Fourier(projection), 2 * width)
+            TimeProjection::Fourier(FourierProjection::new(root.at("time_proj"), width)?)
         }
     })
 }
@@ -361,7 +359,7 @@ fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<(TimeP
 fn guidance_embedding(
     root: &mut Scope<'_>,
     config: &UNet2DConfig,
-    features: i64,
+    features: &TimeProjection,
 ) -> Result<Option<GuidanceEmbedding>> {
     let mut scope = root.at("time_embedding");
     let width = config.time_cond_proj_dim.map(i64::from);
@@ -371,7 +369,7 @@ fn guidance_embedding(
 fn class_embedding(
     root: &mut Scope<'_>,
     config: &UNet2DConfig,
-    features: i64,
+    features: &TimeProjection,
 ) -> Result<Option<ClassEmbedding>> {
     let width = config.time_width();
     let scope = root.at("class_embedding");
