@@ -2,6 +2,7 @@
 
 mod common;
 mod denoiser;
+mod discriminator;
 mod matching;
 mod mlp;
 mod model;
