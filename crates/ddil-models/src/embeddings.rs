@@ -88,7 +88,7 @@ pub(crate) struct GuidanceProjection {
 impl GuidanceProjection {
     /// `[batch]` to `[batch, width]`, always `Float`, rounded step by step as diffusers rounds: an angle of thousands
     /// keeps only three digits of its sine, and a student that is trained on those must see the same ones elsewhere.
-    pub(crate) fn forward(&self, weight: &Tensor) -> Output {
+    pub(crate) fn forward(self, weight: &Tensor) -> Output {
         let half = self.width / 2;
         let step = MAX_PERIOD.ln() as f32 / (half - 1) as f32;
         let frequencies = Tensor::f_arange(half, (Kind::Float, weight.device()))?

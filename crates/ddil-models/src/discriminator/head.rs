@@ -184,7 +184,7 @@ impl Config for DiscriminatorHeadConfig {
             let key = if self.width.is_some() { "width" } else { "in_channels" };
             problems.push(ConfigProblem::new(key, width, expected));
         } else if let Some(groups) = self.norm_num_groups
-            && (groups == 0 || width % groups != 0 || width / groups < MIN_GROUP)
+            && (!width.is_multiple_of(groups) || width / groups < MIN_GROUP)
         {
             let expected = format!("a divisor of {width} that leaves {MIN_GROUP} channels or more");
             problems.push(ConfigProblem::new("norm_num_groups", groups, expected));
