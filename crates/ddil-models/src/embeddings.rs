@@ -6,7 +6,7 @@ use tch::{Kind, TchError, Tensor};
 
 use crate::error::Result;
 use crate::layers::{Linear, Output};
-use crate::parameters::{Init, Scope};
+use crate::parameters::{Init, Joined, Scope, Share};
 
 /// Standard deviation of the random frequencies of [`FourierProjection`].
 const FOURIER_SCALE: f64 = 16.0;
@@ -88,7 +88,7 @@ pub(crate) struct GuidanceProjection {
 impl GuidanceProjection {
     /// `[batch]` to `[batch, width]`, always `Float`, rounded step by step as diffusers rounds: an angle of thousands
     /// keeps only three digits of its sine, and a student that is trained on those must see the same ones elsewhere.
-    pub(crate) fn forward(&self, weight: &Tensor) -> Output {
+    pub(crate) fn forward(self, weight: &Tensor) -> Output {
         let half = self.width / 2;
         let step = MAX_PERIOD.ln() as f32 / (half - 1) as f32;
         let frequencies = Tensor::f_arange(half, (Kind::Float, weight.device()))?
@@ -104,6 +104,11 @@ impl GuidanceProjection {
     }
 }
 
+/// Sines and cosines, and a zero where the width is odd.
+fn sinusoids(width: i64, axis: usize) -> Joined {
+    Joined { axis, parts: vec![width / 2, width / 2, width % 2], share: Share::Spaced }
+}
+
 /// How the timestep becomes features.
 #[derive(Debug)]
 pub(crate) enum TimeProjection {
@@ -112,6 +117,25 @@ pub(crate) enum TimeProjection {
 }
 
 impl TimeProjection {
+    /// How many features it gives.
+    pub(crate) fn width(&self) -> i64 {
+        match self {
+            Self::Positional(projection) => projection.width,
+            Self::Fourier(projection) => 2 * projection.weight.numel() as i64,
+        }
+    }
+
+    /// The kinds of features it gives, along an axis of the parameter that meets them.
+    fn joined(&self, axis: usize) -> Joined {
+        match self {
+            Self::Positional(projection) => sinusoids(projection.width, axis),
+            // Random frequencies are saved, and the narrower network has the first ones.
+            Self::Fourier(_) => {
+                Joined { axis, parts: vec![self.width() / 2; 2], share: Share::First }
+            }
+        }
+    }
+
     pub(crate) fn forward(&self, timesteps: &Tensor) -> Output {
         match self {
             Self::Positional(projection) => projection.forward(timesteps),
@@ -128,8 +152,9 @@ pub(crate) struct TimestepEmbedding {
 }
 
 impl TimestepEmbedding {
-    pub(crate) fn new(mut scope: Scope<'_>, inputs: i64, width: i64) -> Result<Self> {
-        let linear_1 = Linear::new(scope.at("linear_1"), inputs, width)?;
+    pub(crate) fn new(mut scope: Scope<'_>, inputs: &TimeProjection, width: i64) -> Result<Self> {
+        let linear_1 = Linear::new(scope.at("linear_1"), inputs.width(), width)?;
+        scope.mark("linear_1.weight", inputs.joined(1));
         let linear_2 = Linear::new(scope.at("linear_2"), width, width)?;
         Ok(Self { linear_1, linear_2 })
     }
@@ -149,8 +174,11 @@ pub(crate) struct GuidanceEmbedding {
 }
 
 impl GuidanceEmbedding {
-    pub(crate) fn new(mut scope: Scope<'_>, width: i64, features: i64) -> Result<Self> {
-        let weight = scope.parameter("weight", &[features, width], Init::Constant(0.0))?;
+    pub(crate) fn new(mut scope: Scope<'_>, width: i64, features: &TimeProjection) -> Result<Self> {
+        let init = Init::Constant(0.0);
+        let weight = scope.parameter("weight", &[features.width(), width], init)?;
+        scope.mark("weight", features.joined(0));
+        scope.mark("weight", sinusoids(width, 1));
         Ok(Self { projection: GuidanceProjection { width }, weight })
     }
 

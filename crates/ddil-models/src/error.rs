@@ -151,6 +151,12 @@ pub enum Error {
         /// Whether the network takes one.
         expected: bool,
     },
+    /// A network that gives its output alone was asked for features.
+    #[error("{network} gives no features for a discriminator; a UNet2DModel and an Mlp do")]
+    NoFeatures {
+        /// The class of the network.
+        network: &'static str,
+    },
     /// Two networks between which values were to be copied do not have the same parameters.
     #[error("the networks have different parameters:{problems}")]
     ParametersDiffer {

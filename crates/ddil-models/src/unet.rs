@@ -14,6 +14,7 @@ use crate::error::{
     Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
 };
 use crate::layers::{Conv2d, Embedding, GroupNorm, Output};
+use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
 use crate::resnet::{Pass, ResnetOptions};
 use crate::unet_blocks::{DownBlock, LevelOptions, MidBlock, UpBlock, UpChannels};
@@ -22,16 +23,6 @@ use crate::unet_config::{
 };
 
 const FORWARD: &str = "UNet2DModel::forward";
-
-/// What a forward pass gives when features are asked for as well.
-#[derive(Debug)]
-pub struct UNet2DOutput {
-    /// `[batch, out_channels, height, width]`.
-    pub sample: Tensor,
-    /// What left the bottom level: `[batch, channels, height / 2^n, width / 2^n]`, with the last of
-    /// `block_out_channels` and n one less than its length.
-    pub features: Tensor,
-}
 
 /// What the network is told beside the sample.
 #[derive(Clone, Copy, Debug)]
@@ -101,11 +92,11 @@ impl UNet2DModel {
         let mut root = builder.root();
 
         let conv_in = Conv2d::new(root.at("conv_in"), config.in_channels.into(), first, 3)?;
-        let (time_proj, features) = time_projection(&mut root, config)?;
+        let time_proj = time_projection(&mut root, config)?;
         let width = config.time_width();
-        let guidance_embedding = guidance_embedding(&mut root, config, features)?;
-        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), features, width)?;
-        let class_embedding = class_embedding(&mut root, config, features)?;
+        let guidance_embedding = guidance_embedding(&mut root, config, &time_proj)?;
+        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), &time_proj, width)?;
+        let class_embedding = class_embedding(&mut root, config, &time_proj)?;
         let down_blocks = down_blocks(&mut root, config)?;
         let mid_block = mid_block(&mut root, config)?;
         let up_blocks = up_blocks(&mut root, config)?;
@@ -176,7 +167,12 @@ impl UNet2DModel {
         Ok(output.sample)
     }
 
-    /// As [`Self::forward`], with what left the bottom level beside it, for a critic that looks at features.
+    /// As [`Self::forward`], with what left the bottom level beside it, for a discriminator that looks at features.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last of
+    ///   `block_out_channels` and n one less than its length; both of one graph
     ///
     /// # Errors
     ///
@@ -187,7 +183,7 @@ impl UNet2DModel {
         timesteps: &Tensor,
         class_labels: Option<&Tensor>,
         guidance_weight: Option<&Tensor>,
-    ) -> Result<UNet2DOutput> {
+    ) -> Result<NetworkOutput> {
         let told = Told { timesteps, class_labels, guidance_weight };
         self.ensure_inputs(sample, told)?;
         let sample = &self.in_memory_format(sample)?;
@@ -197,12 +193,12 @@ impl UNet2DModel {
             let pass = Pass { time: &time, training: self.training.get() };
             let (features, skips) = self.down(sample, pass)?;
             let sample = self.up(&features, skips, pass)?;
-            Ok(UNet2DOutput { sample: self.scale_output(sample, timesteps)?, features })
+            Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
         };
         run().map_err(Error::torch(FORWARD))
     }
 
-    /// What leaves the bottom level, without the way up; see [`UNet2DOutput::features`].
+    /// What leaves the bottom level, without the way up: the features of [`Self::forward_with_features`].
     ///
     /// # Errors
     ///
@@ -342,18 +338,16 @@ impl UNet2DModel {
     }
 }
 
-/// The projection of the timestep, and how many features it gives.
-fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<(TimeProjection, i64)> {
+fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<TimeProjection> {
     let width = i64::from(config.block_out_channels[0]);
     Ok(match config.time_embedding_type {
         TimeEmbeddingType::Positional => {
             let (cosines_first, freq_shift) = (config.flip_sin_to_cos, config.freq_shift);
             let projection = SinusoidalProjection { width, cosines_first, freq_shift };
-            (TimeProjection::Positional(projection), width)
+            TimeProjection::Positional(projection)
         }
         TimeEmbeddingType::Fourier => {
-            let projection = FourierProjection::new(root.at("time_proj"), width)?;
-            (TimeProjection::Fourier(projection), 2 * width)
+            TimeProjection::Fourier(FourierProjection::new(root.at("time_proj"), width)?)
         }
     })
 }
@@ -361,7 +355,7 @@ fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<(TimeP
 fn guidance_embedding(
     root: &mut Scope<'_>,
     config: &UNet2DConfig,
-    features: i64,
+    features: &TimeProjection,
 ) -> Result<Option<GuidanceEmbedding>> {
     let mut scope = root.at("time_embedding");
     let width = config.time_cond_proj_dim.map(i64::from);
@@ -371,7 +365,7 @@ fn guidance_embedding(
 fn class_embedding(
     root: &mut Scope<'_>,
     config: &UNet2DConfig,
-    features: i64,
+    features: &TimeProjection,
 ) -> Result<Option<ClassEmbedding>> {
     let width = config.time_width();
     let scope = root.at("class_embedding");
