@@ -135,7 +135,10 @@ impl Report {
             let measured_as = plan.setting.measured_as(Some(taught));
             if let Some(found) = NamedRows::read(&samples.row(folder, taught), &measured_as)? {
                 let name = found.rows.first().map_or(String::new(), |(name, _)| name.clone());
-                entries.extend(found.rows.into_iter().map(|row| of_row(EntryKind::Teacher, row)));
+                // Which steps are some student's own is up to the matrix, not to the row.
+                let now = |(name, row)| (name, Row { own_steps: *own_steps, ..row });
+                let rows = found.rows.into_iter().map(now);
+                entries.extend(rows.map(|row| of_row(EntryKind::Teacher, row)));
                 if *own_steps {
                     let name = format!("{name}, {} steps", samples.steps);
                     pictures.push((name, first_drawn(folder, samples)?));
@@ -258,7 +261,7 @@ impl Report {
         let mut text = table_of(&self.name, &table::summary(self));
         let _ = writeln!(
             text,
-            "\nMean ± standard error over seeds. `frechet` is to the data, `to teacher` to the teacher's samples in full. \
+            "\nMean ± standard error over seeds; at steps with a `*` students that were made for others. `frechet` is to the data, `to teacher` to the teacher's samples in full. \
              A cell\nwith coverage below {LEAST_COVERAGE} or samples that are no numbers has collapsed; cells that \
              diverged are in no mean."
         );
@@ -282,6 +285,15 @@ impl Report {
             let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
         }
         text
+    }
+
+    /// What [`write`](Self::write) writes.
+    pub fn files(&self) -> Vec<&'static str> {
+        let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
+        if !self.pictures.is_empty() {
+            files.push("side_by_side.png");
+        }
+        files
     }
 
     /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.

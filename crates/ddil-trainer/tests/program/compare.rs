@@ -192,7 +192,7 @@ fn a_cell_that_fails_is_told_and_tried_again() -> TestResult {
 
 /// Stops a comparison in the midst of its cells, takes it up again, and compares with one that was never stopped.
 fn goes_on_after(stop: impl Fn(crate::support::Running)) {
-    let long = HEAD.replace("updates_per_stage\" = 3", "updates_per_stage\" = 40");
+    let long = HEAD.replace("updates_per_stage\" = 3", "updates_per_stage\" = 24");
     let one_arm = "[[axes]]\nname = \"priors\"\nvalues = [{ name = \"mixed\" }]\n";
     let workshop = Workshop::with_teacher();
     write_matrix(&workshop, &format!("{}\n{one_arm}", long.replace("\"tiny\"", "\"whole\"")));
@@ -233,7 +233,7 @@ fn kill_9_of_the_comparison_loses_no_cell() {
 }
 
 #[test]
-fn other_settings_are_refused_until_told() -> TestResult {
+fn other_settings_are_refused_until_told() {
     let workshop = prepared("");
     workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     let before = times(&cells(&workshop));
@@ -266,7 +266,18 @@ fn other_settings_are_refused_until_told() -> TestResult {
         .map(|entry| entry["measurement"]["samples"].clone())
         .collect();
     assert_eq!(own, [24; 4]);
-    Ok(())
+}
+
+#[test]
+fn without_measurements_nothing_is_trained() {
+    let workshop = prepared("");
+    write_matrix(
+        &workshop,
+        &format!("{}\n{PRIORS}", HEAD.replace("raw_pixels", "fashion_classifier")),
+    );
+    // The classifier knows pictures of another size.
+    workshop.ddil(&["compare", "matrix.toml"]).refused(&["real images", "[24, 1, 8, 8]", "32"]);
+    assert!(!cells(&workshop).join("mixed_seed0").exists());
 }
 
 #[test]
