@@ -137,7 +137,7 @@ impl Counted {
 fn outcome(job: &Job) -> String {
     let record = job.cell_record().ok().flatten();
     match record.map(|CellRecord { outcome, .. }| outcome) {
-        Some(Outcome::Diverged { step, message }) => format!("diverged at step {step} ({message})"),
+        Some(Outcome::Diverged { message, .. }) => format!("diverged, {message},"),
         Some(Outcome::Done { rows }) => {
             let own = rows.iter().find(|row| row.own_steps);
             let scores = own.and_then(|row| row.measurement.as_ref()).map_or(String::new(), |m| {

@@ -261,17 +261,17 @@ impl Report {
         let mut text = table_of(&self.name, &table::summary(self));
         let _ = writeln!(
             text,
-            "\nMean ± standard error over seeds; at steps with a `*` students that were made for others. `frechet` is to the data, `to teacher` to the teacher's samples in full. \
-             A cell\nwith coverage below {LEAST_COVERAGE} or samples that are no numbers has collapsed; cells that \
-             diverged are in no mean."
+            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
+             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
+             are no numbers has collapsed; cells that diverged or failed are in no mean."
         );
         let differences = table::differences(self);
         if differences.len() > 1 {
             text += &table_of("Paired differences to the baseline", &differences);
             let _ = writeln!(
                 text,
-                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many of \
-                 those."
+                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
+                 errors that is."
             );
         }
         let shifts = self.shifts();
