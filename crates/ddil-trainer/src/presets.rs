@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 4] = [
+pub(crate) const PRESETS: [Preset; 5] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",
@@ -37,6 +37,12 @@ pub(crate) const PRESETS: [Preset; 4] = [
         verb: "distill",
         about: "the same teacher to 4 steps, by distribution matching (DMD2) with DDIL",
         text: include_str!("../presets/fashion-mnist-dmd2-ddil.toml"),
+    },
+    Preset {
+        name: "compare-fashion-mnist-pd",
+        verb: "compare",
+        about: "that distillation with and without DDIL and thresholds, three seeds each",
+        text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
     },
 ];
 

@@ -1,5 +1,6 @@
 //! `ddil compare`: many distillations, what they came to, and how far they differ.
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
@@ -26,6 +27,7 @@ pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
     let plan = read_plan(path)?;
     if args.dry_run {
         say(&listed(&plan)?)?;
+        plan.ensure_possible()?;
         return Ok(ExitCode::SUCCESS);
     }
     plan.folder().create()?;
@@ -61,27 +63,26 @@ fn read_plan(path: &Path) -> anyhow::Result<Plan> {
 fn listed(plan: &Plan) -> anyhow::Result<String> {
     let standings = plan.standings()?;
     let width = standings.iter().map(|(planned, _)| planned.cell.name.len()).max().unwrap_or(0);
-    let mut text: String = standings
-        .iter()
-        .map(|(planned, standing)| format!("{:<width$}  {standing}\n", planned.cell.name))
-        .collect();
+    let mut text = String::new();
+    for (planned, standing) in &standings {
+        writeln!(text, "{:<width$}  {standing}", planned.cell.name)?;
+    }
+    let (all, teachers) = (standings.len(), plan.teachers.len());
     let [draws, rows, cells] = plan.stages()?.map(|jobs| jobs.len());
-    text += &format!(
-        "\n{} cells, {cells} to do; {} rows of teachers, {rows} to do after {draws} jobs; nothing was written\n",
-        standings.len(),
-        plan.teachers.len(),
-    );
+    writeln!(
+        text,
+        "\n{all} cells, {cells} to do; {teachers} rows of teachers, {rows} to do after {draws} jobs; nothing was written"
+    )?;
     Ok(text)
 }
 
 /// Does what is left; returns how many jobs failed.
 fn work(plan: &Plan, interrupt: &Interrupt) -> anyhow::Result<usize> {
-    let command = || Ok(program()?);
     let mut num_failed = 0;
     for stage in plan.stages()? {
         let counted = Counted::new(stage.len());
         let on_event = |job: &Job, event: Event| counted.tell(job, &event);
-        let ended = workers::run(stage, plan.matrix.workers, interrupt, &command, &on_event)?;
+        let ended = workers::run(stage, plan.matrix.workers, interrupt, &program, &on_event)?;
         let failed = |end: &End| matches!(end, End::Failed(_));
         num_failed += ended.iter().filter(|(_, end)| failed(end)).count();
         if let Some((job, End::Failed(message))) =
@@ -136,7 +137,7 @@ impl Counted {
 fn outcome(job: &Job) -> String {
     let record = job.cell_record().ok().flatten();
     match record.map(|CellRecord { outcome, .. }| outcome) {
-        Some(Outcome::Diverged { step, message }) => format!("diverged at step {step} ({message})"),
+        Some(Outcome::Diverged { message, .. }) => format!("diverged, {message},"),
         Some(Outcome::Done { rows }) => {
             let own = rows.iter().find(|row| row.own_steps);
             let scores = own.and_then(|row| row.measurement.as_ref()).map_or(String::new(), |m| {
@@ -156,10 +157,11 @@ fn report(plan: &Plan, interrupt: &Interrupt) -> anyhow::Result<()> {
     say(&report.text())?;
     let open = |standing: &Standing| !matches!(standing, Standing::Done | Standing::Diverged(_));
     let left = plan.standings()?.iter().filter(|(_, standing)| open(standing)).count();
-    if interrupt.is_requested() {
-        println!("\nstopped; {left} cells are left, and the same command goes on from here");
-    }
-    println!("\n{}", plan.folder().path().display());
-    println!("  results.json, table.md, quality.svg, shift.svg, side_by_side.png");
-    Ok(())
+    let stopped = if interrupt.is_requested() {
+        format!("\nstopped; {left} cells are left, and the same command goes on from here\n")
+    } else {
+        String::new()
+    };
+    let (folder, files) = (plan.folder().path().display(), report.files().join(", "));
+    say(&format!("{stopped}\n{folder}\n  {files}\n"))
 }

@@ -1,5 +1,6 @@
 //! What a process of a comparison is asked to do, from beginning to end.
 
+use std::fs;
 use std::path::PathBuf;
 
 use ddil_losses::TeacherGuidance;
@@ -238,17 +239,14 @@ impl Job {
             Task::Draw { teacher, start } => measure::draw_part(setting, teacher, *start),
             Task::Teacher { teacher, taught, own_steps } => {
                 let row = measure::teacher(setting, teacher, taught, *own_steps)?;
-                let rows = vec![(self.name_of_teacher(teacher), row)];
+                let name = format!("teacher, guidance {}", teacher.guidance_scale);
+                let rows = vec![(name, row)];
                 let measured_as = setting.measured_as(Some(taught));
                 let path = teacher.row(&setting.folder, taught);
                 write_json(&path, &NamedRows { measured_as, rows })
             }
             Task::Cell { .. } => self.perform_cell(logging, interrupt, end_at_once),
         }
-    }
-
-    fn name_of_teacher(&self, teacher: &TeacherSamples) -> String {
-        format!("teacher, guidance {}", teacher.guidance_scale)
     }
 
     fn perform_cell(
@@ -306,6 +304,21 @@ impl Job {
     pub fn cell_record(&self) -> Result<Option<CellRecord>> {
         let Task::Cell { cell, .. } = &self.task else { return Ok(None) };
         CellRecord::read(&self.setting.folder.record_of(cell))
+    }
+
+    /// Removes the record of a failure, before it is tried again.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub(super) fn forget_failure(&self) -> Result<()> {
+        if let (Task::Cell { cell, .. }, Some(CellRecord { outcome: Outcome::Failed { .. }, .. })) =
+            (&self.task, self.cell_record()?)
+        {
+            let path = self.setting.folder.record_of(cell);
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        Ok(())
     }
 
     /// Writes down how a cell ended; nothing for other jobs.

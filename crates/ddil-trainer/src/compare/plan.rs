@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
 use super::job::{Job, Setting, Task, TeacherSamples};
-use super::matrix::{Cell, Matrix, Problems};
+use super::matrix::{Cell, Matrix, Problems, hex};
 use super::record::{CellRecord, Outcome};
 use crate::config::DistillConfig;
 use crate::distill::DistillTask;
@@ -342,7 +342,7 @@ fn checksum(path: &Path) -> Result<String> {
         sum.update(format!("{name}\0{}\0", content.len()));
         sum.update(content);
     }
-    Ok(sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&sum.finalize()))
 }
 
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {

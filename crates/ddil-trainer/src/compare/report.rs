@@ -135,7 +135,10 @@ impl Report {
             let measured_as = plan.setting.measured_as(Some(taught));
             if let Some(found) = NamedRows::read(&samples.row(folder, taught), &measured_as)? {
                 let name = found.rows.first().map_or(String::new(), |(name, _)| name.clone());
-                entries.extend(found.rows.into_iter().map(|row| of_row(EntryKind::Teacher, row)));
+                // Which steps are some student's own is up to the matrix, not to the row.
+                let now = |(name, row)| (name, Row { own_steps: *own_steps, ..row });
+                let rows = found.rows.into_iter().map(now);
+                entries.extend(rows.map(|row| of_row(EntryKind::Teacher, row)));
                 if *own_steps {
                     let name = format!("{name}, {} steps", samples.steps);
                     pictures.push((name, first_drawn(folder, samples)?));
@@ -258,17 +261,17 @@ impl Report {
         let mut text = table_of(&self.name, &table::summary(self));
         let _ = writeln!(
             text,
-            "\nMean ± standard error over seeds. `frechet` is to the data, `to teacher` to the teacher's samples in full. \
-             A cell\nwith coverage below {LEAST_COVERAGE} or samples that are no numbers has collapsed; cells that \
-             diverged are in no mean."
+            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
+             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
+             are no numbers has collapsed; cells that diverged or failed are in no mean."
         );
         let differences = table::differences(self);
         if differences.len() > 1 {
             text += &table_of("Paired differences to the baseline", &differences);
             let _ = writeln!(
                 text,
-                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many of \
-                 those."
+                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
+                 errors that is."
             );
         }
         let shifts = self.shifts();
@@ -282,6 +285,15 @@ impl Report {
             let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
         }
         text
+    }
+
+    /// What [`write`](Self::write) writes.
+    pub fn files(&self) -> Vec<&'static str> {
+        let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
+        if !self.pictures.is_empty() {
+            files.push("side_by_side.png");
+        }
+        files
     }
 
     /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.

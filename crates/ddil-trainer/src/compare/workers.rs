@@ -94,6 +94,7 @@ fn done_in_a_process(
     command: &dyn Fn() -> io::Result<Command>,
     stops: &dyn Fn() -> bool,
 ) -> Result<End> {
+    job.forget_failure()?;
     let (mut child, input) = start(job, command)?;
     let mut input = Some(input);
     let status = loop {
@@ -108,8 +109,7 @@ fn done_in_a_process(
         }
         sleep(POLL_INTERVAL);
     };
-    drop(input);
-    end_of(job, status)
+    end_of(job, status, input.is_none())
 }
 
 /// Starts the process and hands it the job.
@@ -135,15 +135,16 @@ fn start(job: &Job, command: &dyn Fn() -> io::Result<Command>) -> Result<(Child,
     Ok((child, input))
 }
 
-fn end_of(job: &Job, status: ExitStatus) -> Result<End> {
-    if status.success() {
-        return Ok(if job.is_done()? { End::Done } else { End::Stopped });
+fn end_of(job: &Job, status: ExitStatus, was_asked_to_stop: bool) -> Result<End> {
+    if job.is_done()? {
+        return Ok(End::Done);
     }
-    if let Task::Cell { cell, .. } = &job.task {
-        let record = CellRecord::read(&job.setting.folder.record_of(cell))?;
-        if let Some(CellRecord { outcome: Outcome::Failed { message }, .. }) = record {
-            return Ok(End::Failed(message));
-        }
+    if let Some(CellRecord { outcome: Outcome::Failed { message }, .. }) = job.cell_record()? {
+        return Ok(End::Failed(message));
+    }
+    // One that is in the midst of a computation when it is told to end may stumble on its way out.
+    if status.success() || was_asked_to_stop {
+        return Ok(End::Stopped);
     }
     let said = last_line(job).map_or(String::new(), |line| format!(": {line}"));
     let message = format!("its process ended with {status}{said}");
