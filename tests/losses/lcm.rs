@@ -9,7 +9,9 @@ use ddil_schedulers::{
 };
 use tch::{Kind, Tensor, kind};
 
-use crate::toy::{Echo, Gaussian, Linear, Silent, TwoPoints, ask, gap, schedules, states, values};
+use crate::toy::{
+    Echo, Gaussian, Linear, Recorder, Silent, TwoPoints, ask, gap, schedules, states, values,
+};
 
 fn solver_grid() -> Timesteps {
     Timesteps::lcm(1000, 50, 50).expect("50 divides 1000")
@@ -221,6 +223,21 @@ fn each_sample_of_a_mixed_batch_is_treated_as_it_would_be_alone() {
         assert_eq!(gap(&together.per_sample.narrow(0, i, 1), &alone.per_sample), 0.0);
         assert_eq!(gap(&together.target.narrow(0, i, 1), &alone.target), 0.0);
     }
+}
+
+#[test]
+fn the_average_is_asked_where_the_solver_arrives_and_the_others_where_the_state_is() {
+    let [schedule, ..] = schedules();
+    let lcm = method(&schedule, LatentConsistencyConfig::default());
+    let [student, teacher, target] = [(); 3].map(|()| Recorder::new(schedule.clone()));
+    let mut batch = states(Tensor::randn([3, 2], kind::DOUBLE_CPU), &solver_grid(), &[0, 30, 49]);
+    batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[7_i64, 8, 9]));
+    loss(&lcm, &batch, &cast(&student, &teacher, &target));
+    let labels = vec![7, 8, 9];
+    let here = [(vec![999, 399, 19], labels.clone())];
+    assert_eq!(*student.asked.borrow(), here);
+    assert_eq!(*teacher.asked.borrow(), here);
+    assert_eq!(*target.asked.borrow(), [(vec![979, 379, 0], labels)]);
 }
 
 /// A teacher guided by the weight of each sample against a student that is told it.
