@@ -2,6 +2,7 @@
 
 mod cast;
 mod checks;
+mod meters;
 mod stage;
 
 use std::path::Path;
@@ -17,8 +18,9 @@ use ddil_models::Placement;
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Device, Kind, Tensor};
 
-use self::cast::{Cast, Judge};
+use self::cast::{Cast, CriticNetworks, Judge};
 use self::checks::ensure_fits;
+use self::meters::{Meters, Place};
 use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::DistillConfig;
@@ -41,6 +43,7 @@ pub struct DistillTask {
     card: Card,
     cast: Cast,
     stage: Stage,
+    meters: Meters,
     /// The batch of the present update, kept from phase to phase and for the mixer.
     pending: Option<Pending>,
 }
@@ -77,10 +80,12 @@ impl DistillTask {
         ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
         let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
         let Pipeline { network: teacher, card, .. } = teacher;
-        let cast = Cast::new(config, stage.objective.requirements(), teacher)?;
+        let cast = Cast::new(config, stage.objective.requirements(), teacher, card.image_shape)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
-        let task = Self { config, schedule, data, streams, card, cast, stage, pending: None };
+        let meters = Meters::new(&schedule);
+        let task =
+            Self { config, schedule, data, streams, card, cast, stage, meters, pending: None };
         task.scheduler()?;
         Ok(task)
     }
@@ -123,8 +128,13 @@ impl DistillTask {
         let [of_teacher, of_student] =
             [places.teacher, places.rollout].map(|on| self.thresholding(on));
         let Cast { teacher, student, .. } = &self.cast;
-        let teacher = asked(teacher, self.stage.guidance, &self.card, of_teacher)?;
-        let student = rolled_out(student, of_student, &self.config.objective)?;
+        let (meters, logged) = (&self.meters, self.is_logged(step));
+        let teacher = guided(teacher, self.stage.guidance, &self.card)?;
+        let teacher = Thresholded::new(teacher, of_teacher)?;
+        let teacher = meters.put_on(teacher, Place::TeacherRollout, logged);
+        let student = Thresholded::new(student, of_student)?;
+        let student = meters.put_on(student, Place::StudentRollout, logged);
+        let student = with_boundary(student, &self.config.objective);
         let total_steps = self.config.student.updates_per_stage;
         let states = self.stage.mixer.next_states(&MixRequest {
             step: step % total_steps,
@@ -132,30 +142,33 @@ impl DistillTask {
             data: &data,
             prompts: &prompts,
             student: &*student,
-            teacher: &*teacher,
+            teacher: &teacher,
             streams: &self.stage.streams,
         })?;
         Ok(Pending { states, real, student_x0: None, teacher_next: None })
     }
 
-    /// The teacher as it is asked: guided, then held inside the data's range.
-    fn asked_teacher(&self) -> Result<Box<dyn Denoiser + '_>> {
-        let thresholding = self.thresholding(self.config.thresholding_places.teacher);
-        asked(&self.cast.teacher, self.stage.guidance, &self.card, thresholding)
-    }
-
     /// What the method says of the present states in one phase.
     fn terms(&self, step: u64, phase: Phase, pending: &Pending) -> Result<LossTerms> {
         let (cast, places) = (&self.cast, self.config.thresholding_places);
-        let held = |network, on| Thresholded::new(network, self.thresholding(on));
-        let teacher = self.asked_teacher()?;
-        let student = held(&cast.student, places.student_loss)?;
+        self.meters.rows_are(&pending.states.sources);
+        let logged = self.is_logged(step);
+        let held = |network, on, place| -> Result<Thresholded<&Network>> {
+            let held = Thresholded::new(network, self.thresholding(on))?;
+            Ok(self.meters.put_on(held, place, logged))
+        };
+        let teacher = guided(&cast.teacher, self.stage.guidance, &self.card)?;
+        let teacher = Thresholded::new(teacher, self.thresholding(places.teacher))?;
+        let teacher = self.meters.put_on(teacher, Place::Teacher, logged);
+        let student = held(&cast.student, places.student_loss, Place::Student)?;
         let target = cast.target.as_ref();
-        let target = target.map(|target| held(&target.network, places.target)).transpose()?;
+        let target =
+            target.map(|target| held(&target.network, places.target, Place::Target)).transpose()?;
         let critic = cast.critic.as_ref();
-        let in_gradient =
-            critic.map(|critic| held(&critic.fake_score, places.critic)).transpose()?;
-        let judge: Option<Judge<'_>> = critic.and_then(|critic| critic.judge());
+        let in_gradient = critic
+            .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
+            .transpose()?;
+        let judge: Option<Judge<'_>> = critic.and_then(CriticNetworks::judge);
         let critic = critic.zip(in_gradient.as_ref()).map(|(critic, asked)| Critic {
             fake_score: &critic.fake_score,
             asked,
@@ -163,15 +176,26 @@ impl DistillTask {
         });
         let networks = Networks {
             student: if places.student_loss { &student } else { &cast.student },
-            teacher: &*teacher,
+            teacher: &teacher,
             target: target.as_ref().map(|target| target as _),
             critic,
         };
+        let stage_step = step % self.config.student.updates_per_stage;
         Ok(self.stage.objective.loss(&LossRequest {
             student_x0: pending.student_x0.as_ref(),
             real: pending.real.as_ref(),
-            ..LossRequest::new(step, phase, &pending.states, networks, &self.stage.streams)
+            ..LossRequest::new(stage_step, phase, &pending.states, networks, &self.stage.streams)
         })?)
+    }
+
+    /// Whether a line of the record may tell of this update: one is written now or before the student's next update.
+    ///
+    /// Figures make the host wait for the device, so they are made for these updates alone.
+    fn is_logged(&self, step: u64) -> bool {
+        let (interval, total) = (self.config.output.log_interval, self.config.total_updates());
+        let trains = |step: &u64| self.phases(*step).contains(&Phase::Student);
+        let next = (step + 1..total).find(trains).unwrap_or(total);
+        next == total || next / interval > step / interval
     }
 
     /// How the student steps when it is sampled.
@@ -218,20 +242,19 @@ impl DistillTask {
     }
 }
 
-/// The loss by source and the share of each source, then the parts of the loss, for the record.
-fn figures(phase: Phase, states: &States, terms: &LossTerms) -> Result<Vec<(String, f64)>> {
+/// The loss by source and the share of each source in the student's phase, and the parts of the loss, for the record.
+fn figures(
+    states: Option<&States>,
+    per_sample: &Tensor,
+    parts: &[(&'static str, Tensor)],
+) -> Result<Vec<(String, f64)>> {
     let mut figures = Vec::new();
-    if phase == Phase::Student {
-        let values: Vec<f64> = Vec::try_from(terms.per_sample.detach().to_kind(Kind::Double))
+    if let Some(states) = states {
+        let values: Vec<f64> = Vec::try_from(per_sample.detach().to_kind(Kind::Double))
             .map_err(Error::torch("figures"))?;
         for source in Source::ALL {
-            let of_source: Vec<f64> = states
-                .sources
-                .iter()
-                .zip(&values)
-                .filter(|(s, _)| **s == source)
-                .map(|(_, value)| *value)
-                .collect();
+            let of_source = states.sources.iter().zip(&values).filter(|(s, _)| **s == source);
+            let of_source: Vec<f64> = of_source.map(|(_, value)| *value).collect();
             if !of_source.is_empty() {
                 let name = source.as_str();
                 let mean = of_source.iter().sum::<f64>() / of_source.len() as f64;
@@ -241,7 +264,7 @@ fn figures(phase: Phase, states: &States, terms: &LossTerms) -> Result<Vec<(Stri
             }
         }
     }
-    for (name, values) in &terms.parts {
+    for (name, values) in parts {
         figures.push(((*name).to_owned(), values.mean(Kind::Double).double_value(&[])));
     }
     Ok(figures)
@@ -286,12 +309,21 @@ impl Task for DistillTask {
             }
         };
         self.cast.open_for(phase);
-        let terms = self.terms(step % self.updates_per_stage(), phase, &pending)?;
-        let figures = figures(phase, &pending.states, &terms)?;
-        pending.student_x0 = Some(terms.student_x0);
-        pending.teacher_next = terms.teacher_next;
+        let LossTerms { per_sample, student_x0, teacher_next, parts, .. } =
+            self.terms(step, phase, &pending)?;
+        if phase == Phase::Student {
+            self.stage.mixer.see_losses(&pending.states, &per_sample)?;
+        }
+        let figures = if self.is_logged(step) {
+            let of_student = (phase == Phase::Student).then_some(&pending.states);
+            [figures(of_student, &per_sample, &parts)?, self.meters.figures()?].concat()
+        } else {
+            Vec::new()
+        };
+        pending.student_x0 = Some(student_x0);
+        pending.teacher_next = teacher_next;
         self.pending = Some(pending);
-        Ok(UpdateLoss { per_sample: terms.per_sample, figures })
+        Ok(UpdateLoss { per_sample, figures })
     }
 
     fn after_update(&mut self, step: u64) -> Result<()> {
@@ -313,7 +345,8 @@ impl Task for DistillTask {
         let index = (step / self.updates_per_stage()) as usize;
         self.stage = Stage::new(&self.config, &self.schedule, index)?;
         // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
-        self.cast = self.cast.next(&self.config, self.requirements(), average)?;
+        self.cast =
+            self.cast.next(&self.config, self.requirements(), average, self.card.image_shape)?;
         Ok(())
     }
 
@@ -344,7 +377,8 @@ impl Task for DistillTask {
         if index > 0 {
             // Of the student's form; the weights come from the file.
             let any = self.cast.student.parameters().learned();
-            self.cast = self.cast.next(&self.config, self.requirements(), &any)?;
+            self.cast =
+                self.cast.next(&self.config, self.requirements(), &any, self.card.image_shape)?;
             let saved = checkpoint.tensors(TEACHER)?;
             state::restore("teacher", &self.cast.teacher.parameters().named(), &saved)?;
         }
@@ -369,12 +403,11 @@ impl Task for DistillTask {
     }
 }
 
-/// A teacher as it is asked: guided, then held inside the data's range.
-fn asked<'a>(
+/// A teacher with its guidance around it; thresholding goes outside of that.
+fn guided<'a>(
     teacher: &'a Network,
     guidance: TeacherGuidance,
     card: &Card,
-    thresholding: Thresholding,
 ) -> Result<Box<dyn Denoiser + 'a>> {
     let null = match guidance {
         TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => {
@@ -382,19 +415,16 @@ fn asked<'a>(
         }
         TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
     };
-    let guided = guidance.wrap(teacher, null)?;
-    Ok(Box::new(Thresholded::new(guided, thresholding)?))
+    Ok(guidance.wrap(teacher, null)?)
 }
 
-/// A student as it is asked in rollouts: held inside the data's range, with its boundary around it.
-fn rolled_out<'a>(
-    student: &'a Network,
-    thresholding: Thresholding,
+/// A student as it is asked when it is sampled: with its boundary around it, if the method has one.
+fn with_boundary<'a>(
+    student: impl Denoiser + 'a,
     objective: &ObjectiveConfig,
-) -> Result<Box<dyn Denoiser + 'a>> {
-    let held = Thresholded::new(student, thresholding)?;
-    Ok(match objective.boundary() {
-        Some(boundary) => Box::new(Consistent::new(held, boundary)),
-        None => Box::new(held),
-    })
+) -> Box<dyn Denoiser + 'a> {
+    match objective.boundary() {
+        Some(boundary) => Box::new(Consistent::new(student, boundary)),
+        None => Box::new(student),
+    }
 }

@@ -2,9 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_libtorch::Autocast;
-use ddil_models::{
-    DiscriminatorHead, Matched, Parameters, Placement, UNet2DConfig, UNet2DModel,
-};
+use ddil_models::{DiscriminatorHead, Matched, Parameters, Placement, UNet2DConfig, UNet2DModel};
 use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
 use tch::{Kind, Tensor};
 
@@ -79,7 +77,7 @@ impl Network {
         let labels = conditioning.class_labels.as_ref();
         let weight = conditioning.guidance_weight.as_ref();
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        let features = self.unet.features(x_t, &time, labels, weight)?;
+        let features = self.unet.features(x_t, &time, labels, weight)?.to_kind(Kind::Float);
         Ok(head.forward(&features)?.to_kind(Kind::Float))
     }
 

@@ -38,10 +38,9 @@ impl SamplerKind {
     pub fn of(objective: &ObjectiveConfig, schedule: &NoiseSchedule) -> Self {
         match objective {
             ObjectiveConfig::Progressive(_) => Self::Ddim { eta: 0.0 },
-            ObjectiveConfig::Lcm(lcm) => Self::Lcm {
-                original_steps: lcm.num_ddim_timesteps,
-                boundary: lcm.boundary(),
-            },
+            ObjectiveConfig::Lcm(lcm) => {
+                Self::Lcm { original_steps: lcm.num_ddim_timesteps, boundary: lcm.boundary() }
+            }
             // Trained without a boundary, which at its timesteps is the identity but for rounding; diffusers' scheduler
             // has one always.
             ObjectiveConfig::Dmd2(_) => Self::Lcm {

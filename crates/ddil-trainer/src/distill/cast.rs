@@ -3,7 +3,7 @@
 use ddil_core::{Conditioning, Discriminator};
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Phase, Requirements};
-use ddil_models::DiscriminatorHead;
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, SampleSize, UNet2DConfig};
 use tch::Tensor;
 
 use crate::config::DistillConfig;
@@ -49,9 +49,10 @@ impl Cast {
         config: &DistillConfig,
         requirements: Requirements,
         teacher: Network,
+        image_shape: [i64; 3],
     ) -> Result<Self> {
         let student = student(config, &teacher)?;
-        Self::of(config, requirements, teacher, student)
+        Self::of(config, requirements, teacher, student, image_shape)
     }
 
     /// The networks of a later stage, whose teacher is the student that the one before it ended with.
@@ -60,12 +61,13 @@ impl Cast {
         config: &DistillConfig,
         requirements: Requirements,
         average: &[(String, Tensor)],
+        image_shape: [i64; 3],
     ) -> Result<Self> {
         let (teacher, student) = (self.student.duplicate(false)?, self.student.duplicate(true)?);
         for (what, network) in [("teacher", &teacher), ("student", &student)] {
             state::restore(what, &network.parameters().learned(), average)?;
         }
-        Self::of(config, requirements, teacher, student)
+        Self::of(config, requirements, teacher, student, image_shape)
     }
 
     fn of(
@@ -73,6 +75,7 @@ impl Cast {
         requirements: Requirements,
         teacher: Network,
         student: Network,
+        image_shape: [i64; 3],
     ) -> Result<Self> {
         let averaged = student.duplicate(false)?;
         let target = requirements
@@ -81,8 +84,9 @@ impl Cast {
                 Ok::<_, crate::Error>(Target { network: student.duplicate(false)?, decay })
             })
             .transpose()?;
-        let critic =
-            requirements.critic.then(|| CriticNetworks::new(config, requirements, &teacher));
+        let critic = requirements
+            .critic
+            .then(|| CriticNetworks::new(requirements, &teacher, image_shape, config.run.seed));
         Ok(Self { teacher, student, averaged, target, critic: critic.transpose()? })
     }
 
@@ -133,15 +137,24 @@ impl Target {
 }
 
 impl CriticNetworks {
-    fn new(config: &DistillConfig, requirements: Requirements, teacher: &Network) -> Result<Self> {
+    /// A copy of the teacher, and a fresh head where one is needed.
+    fn new(
+        requirements: Requirements,
+        teacher: &Network,
+        image_shape: [i64; 3],
+        seed: u64,
+    ) -> Result<Self> {
         let fake_score = teacher.duplicate(true)?;
+        let [_, height, width] = image_shape;
+        let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
+        let unet = UNet2DConfig {
+            sample_size: Some(SampleSize::Rectangle(sides)),
+            ..teacher.config().clone()
+        };
         let head = requirements
             .discriminator
-            .then(|| {
-                DiscriminatorHead::for_unet(teacher.config(), teacher.placement(), config.run.seed)
-            })
-            .transpose()?;
-        Ok(Self { fake_score, head })
+            .then(|| DiscriminatorHeadConfig::for_unet(&unet)?.build(teacher.placement(), seed));
+        Ok(Self { fake_score, head: head.transpose()? })
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {

@@ -162,9 +162,11 @@ fn a_student_may_be_told_its_guidance() -> TestResult {
     let unsaid = sampled("unsaid.png", &[])?;
     assert!(unsaid == sampled("three.png", &["--guidance-scale", "3"])?);
     assert!(unsaid != sampled("four.png", &["--guidance-scale", "4"])?);
-    workshop
-        .ddil(&["sample", &path, "--guidance-scale", "5"])
-        .refused(&["guidance_scale", "5", "2..=4"]);
+    workshop.ddil(&["sample", &path, "--guidance-scale", "5"]).refused(&[
+        "guidance_scale",
+        "5",
+        "2..=4",
+    ]);
     Ok(())
 }
 
