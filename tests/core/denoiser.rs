@@ -1,4 +1,7 @@
-use ddil_core::{Conditioning, Consistent, Denoiser, Error, Guided, GuidedByWeight, Thresholded};
+use ddil_core::{
+    ClipMeter, Conditioning, Consistent, Denoiser, Error, Guided, GuidedByWeight, Source,
+    Thresholded,
+};
 use ddil_schedulers::{ConsistencyBoundary, DataRange, NoiseSchedule, Prediction, Thresholding};
 use tch::{Kind, Tensor};
 
@@ -169,5 +172,83 @@ fn a_weight_must_be_said_once_a_sample() -> ddil_core::Result<()> {
     let weighted = null().with_guidance_weight(Tensor::from_slice(&[0_f32]));
     assert!(matches!(GuidedByWeight::new(&inner, weighted), Err(Error::Conditioning { .. })));
     assert!(matches!(GuidedByWeight::new(&inner, labels(2)), Err(Error::Conditioning { .. })));
+    Ok(())
+}
+
+/// Says the same whatever it is asked.
+struct Says(Gaussian, Tensor);
+
+impl Denoiser for Says {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        Ok(Prediction::from_x0(self.schedule(), self.1.shallow_clone(), x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.0.schedule()
+    }
+}
+
+/// `(timestep, source, fraction, samples)` of all that was measured.
+fn read(meter: &ClipMeter) -> ddil_core::Result<Vec<(i64, Option<Source>, f64, u64)>> {
+    let clipped = meter.take()?.into_iter();
+    Ok(clipped.map(|c| (c.timestep, c.source, c.fraction, c.samples)).collect())
+}
+
+#[test]
+fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> {
+    let x0 = Tensor::from_slice(&[2_f32, 0.0, 0.5, -3.0, 1.0, 1.5, -1.5, 9.0]).view([4, 1, 2]);
+    let network = Says(Gaussian::new(0.0, 0.0, 1.0), x0.shallow_clone());
+    let meter = ClipMeter::new(network.schedule());
+    let clamp = Thresholding::clamp_pixels();
+    let plain = Thresholded::new(&network, clamp.clone())?;
+    let metered = Thresholded::new(&network, clamp)?.metered(meter.clone());
+    let (x_t, timesteps) = (normal(0, &[4, 1, 2]), Tensor::from_slice(&[999_i64, 999, 499, 0]));
+    let ask = |network: &dyn Denoiser| network.predict(&x_t, &timesteps, &Conditioning::none());
+
+    // Nobody said where rows come from.
+    assert_eq!(ask(&metered)?.x0, ask(&plain)?.x0);
+    let expected = [(999, None, 0.5, 2), (499, None, 0.5, 1), (0, None, 1.0, 1)];
+    assert_eq!(read(&meter)?, expected);
+    assert!(read(&meter)?.is_empty());
+
+    // Said once, it holds for every call on as many rows; calls add up.
+    meter.rows_are(&[Source::Student, Source::Student, Source::Forward, Source::Noise]);
+    let _ = (ask(&metered)?, ask(&metered)?);
+    let narrow = |t: &Tensor| t.narrow(0, 0, 2);
+    meter.measure(&Thresholding::clamp_pixels(), &narrow(&x0), &narrow(&timesteps))?;
+    let expected = [
+        (499, Some(Source::Forward), 0.5, 2),
+        (999, Some(Source::Student), 0.5, 4),
+        (0, Some(Source::Noise), 1.0, 2),
+        (999, None, 0.5, 2),
+    ];
+    assert_eq!(read(&meter)?, expected);
+
+    // Nothing is thresholded, so nothing is measured.
+    let off = Thresholded::new(&network, Thresholding::None)?.metered(meter.clone());
+    assert_eq!(ask(&off)?.x0, x0);
+    assert!(read(&meter)?.is_empty());
+    let beyond =
+        meter.measure(&Thresholding::clamp_pixels(), &x0, &Tensor::from_slice(&[9_i64; 3]));
+    assert!(matches!(beyond, Err(Error::Torch { .. })), "{beyond:?}");
+    Ok(())
+}
+
+#[test]
+fn a_meter_leaves_gradients_alone() -> ddil_core::Result<()> {
+    let x0 = Tensor::from_slice(&[2_f32, 0.5]).view([2, 1]).set_requires_grad(true);
+    let network = Says(Gaussian::new(0.0, 0.0, 1.0), x0.shallow_clone());
+    let meter = ClipMeter::new(network.schedule());
+    let metered = Thresholded::new(&network, Thresholding::clamp_pixels())?.metered(meter.clone());
+    let timesteps = Tensor::from_slice(&[9_i64, 9]);
+    let said = metered.predict(&normal(0, &[2, 1]), &timesteps, &Conditioning::none())?;
+    said.x0.sum(Kind::Float).backward();
+    assert_eq!(x0.grad(), Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]));
+    assert_eq!(read(&meter)?, [(9, None, 0.5, 2)]);
     Ok(())
 }

@@ -1,5 +1,5 @@
 use ddil_core::{
-    BufferConfig, Conditioning, Data, Denoiser, Error, MixRequest, MixedVariant, Mixer,
+    BufferConfig, ClipMeter, Conditioning, Data, Denoiser, Error, MixRequest, MixedVariant, Mixer,
     MixerConfig, PriorSchedule, Priors, RandomStreams, Source, SourceRequest, States, Stream,
     StudentConfig, StudentPolicy, TeacherConfig, TrajectorySource, draw_grid_indices,
 };
@@ -308,6 +308,52 @@ fn rollouts_are_thresholded() -> ddil_core::Result<()> {
                     let largest = states.x_t.get(row as i64).abs().max().double_value(&[]);
                     assert!(largest < 4.0, "{largest} from {:?}", states.sources[row]);
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Largest value of the states at the last index, of student and of teacher.
+fn largest(run: &mut Run, steps: u64) -> ddil_core::Result<[f64; 2]> {
+    let mut largest = [0.0_f64; 2];
+    for step in 0..steps {
+        let states = run.step(step)?;
+        for row in (0..states.len()).filter(|&row| states.grid_indices[row] == 3) {
+            let of = match states.sources[row] {
+                Source::Student => 0,
+                Source::Teacher => 1,
+                _ => continue,
+            };
+            let found = states.x_t.get(row as i64).abs().max().double_value(&[]);
+            largest[of] = largest[of].max(found);
+        }
+    }
+    Ok(largest)
+}
+
+#[test]
+fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result<()> {
+    for policy in policies() {
+        for (threshold_student, threshold_teacher) in [(true, false), (false, true)] {
+            let config = MixerConfig {
+                student: StudentConfig { policy: policy.clone(), mixed: None },
+                thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
+                threshold_student,
+                threshold_teacher,
+                ..mix(0.0, 0.5, 0.5)
+            };
+            let mut run = Run::new(config, &[64, 4]);
+            (run.student.center, run.teacher.center) = (9.0, -9.0);
+            let meters = [0; 2].map(|_| ClipMeter::new(&schedule()));
+            run.mixer = run.mixer.with_rollout_meters(meters[0].clone(), meters[1].clone());
+            let [student, teacher] = largest(&mut run, 6)?;
+            assert_eq!(student < 5.0, threshold_student, "{policy:?}: {student}");
+            assert_eq!(teacher < 5.0, threshold_teacher, "{policy:?}: {teacher}");
+            for (meter, on) in meters.iter().zip([threshold_student, threshold_teacher]) {
+                let clipped = meter.take()?;
+                assert_eq!(!clipped.is_empty(), on, "{policy:?}: {clipped:?}");
+                assert!(clipped.iter().all(|c| c.source.is_none() && c.fraction > 0.9));
             }
         }
     }

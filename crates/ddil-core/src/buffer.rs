@@ -233,6 +233,26 @@ impl AggregationBuffer {
         })
     }
 
+    /// The newest states at a grid index, oldest first, as many as were asked for.
+    pub(crate) fn newest(&self, grid_index: usize, states: usize) -> Result<Tensor> {
+        let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get(ring));
+        let enough = ring.filter(|ring| ring.items.len() >= states).zip(self.ring_len);
+        let Some((ring, ring_len)) = enough else {
+            let reason = format!("there are fewer than {states} at grid index {grid_index}");
+            return Err(Error::NoState { source_name: WHAT, reason });
+        };
+        let first_row = (grid_index - 1) * ring_len;
+        let newest = ring.items.len() - states..ring.items.len();
+        let rows: Vec<usize> =
+            newest.map(|position| first_row + ring.place(position, ring_len)).collect();
+        Ok(self.rows.read(&rows)?.0)
+    }
+
+    /// States per ring, once the size of a state is known.
+    pub(crate) fn ring_len(&self) -> Option<usize> {
+        self.ring_len
+    }
+
     /// Forgets everything: at a new stage, or when guidance or thresholding changes.
     pub fn flush(&mut self) {
         self.rings.fill(Ring::default());

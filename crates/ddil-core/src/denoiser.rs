@@ -1,10 +1,12 @@
 //! What a network can be asked.
 
+mod clip_meter;
 mod consistent;
 mod counted;
 mod guided;
 mod thresholded;
 
+pub use clip_meter::{ClipMeter, ClippedFraction};
 pub use consistent::Consistent;
 pub(crate) use counted::Counted;
 pub use guided::{Guided, GuidedByWeight};

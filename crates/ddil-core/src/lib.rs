@@ -12,7 +12,8 @@
 //! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
 //! | running it | [`rollout()`], [`sample`], [`rollout_to`], [`MixedRollout`] |
 //! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
-//! | how often | [`Priors`], [`PriorSchedule`] |
+//! | how often | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`] |
+//! | what is measured meanwhile | [`ClipMeter`], [`LossMeter`], [`measure_shift`] |
 //! | random numbers that resume exactly | [`RandomStreams`], [`Stream`] |
 //!
 //! Works for tensors of any rank with the batch first: vectors, audio, images, video.
@@ -21,6 +22,7 @@ mod buffer;
 mod conditioning;
 mod denoiser;
 mod error;
+mod loss_meter;
 mod mixer;
 mod priors;
 mod random;
@@ -30,14 +32,19 @@ mod saved;
 mod shift;
 mod source;
 mod states;
+mod tally;
 
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
-pub use denoiser::{Consistent, Denoiser, Discriminator, Guided, GuidedByWeight, Thresholded};
+pub use denoiser::{
+    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, Guided, GuidedByWeight,
+    Thresholded,
+};
 pub use error::{Error, Result};
+pub use loss_meter::{LossMeter, LossTable};
 pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
-pub use priors::{PriorSchedule, PriorStep, Priors};
+pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Priors};
 pub use random::{Draws, RandomStreams, Stream};
 pub use rollout::{
     MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,

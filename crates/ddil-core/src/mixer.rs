@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::conditioning::Conditioning;
-use crate::denoiser::{Counted, Denoiser, Thresholded};
+use crate::denoiser::{ClipMeter, Counted, Denoiser, Thresholded};
 use crate::error::{Error, Result};
-use crate::priors::{PriorSchedule, Priors};
+use crate::priors::{Adaptation, PriorSchedule, Priors};
 use crate::random::{RandomStreams, Stream};
 use crate::rollout::{first_state, index, inverse};
 use crate::saved::SavedState;
@@ -36,6 +36,11 @@ pub struct MixerConfig {
     /// What is done in rollouts to clean estimates beyond the data's range; default nothing. Should be what is done
     /// when the student samples.
     pub thresholding: Thresholding,
+    /// Whether it is done to the student's estimates; default true.
+    pub threshold_student: bool,
+    /// Whether it is done to the teacher's; default true. Otherwise they are taken as the teacher gives them, which
+    /// is right, and saves the work, where the teacher that is lent holds them already.
+    pub threshold_teacher: bool,
 }
 
 impl Default for MixerConfig {
@@ -46,11 +51,23 @@ impl Default for MixerConfig {
             teacher: TeacherConfig::default(),
             pure_noise_at_tmax: true,
             thresholding: Thresholding::None,
+            threshold_student: true,
+            threshold_teacher: true,
         }
     }
 }
 
 impl MixerConfig {
+    /// What is done to the student's estimates.
+    fn student_thresholding(&self) -> Thresholding {
+        if self.threshold_student { self.thresholding.clone() } else { Thresholding::None }
+    }
+
+    /// What is done to the teacher's estimates.
+    fn teacher_thresholding(&self) -> Thresholding {
+        if self.threshold_teacher { self.thresholding.clone() } else { Thresholding::None }
+    }
+
     /// Plain distillation, without imitation learning: noised dataset samples and nothing else, bit for bit.
     pub fn forward_only() -> Self {
         Self {
@@ -96,19 +113,14 @@ impl MixerCounters {
     /// Share of a source among all states given; 0 before the first.
     pub fn fraction(&self, source: Source) -> f64 {
         let total: u64 = self.states.iter().sum();
-        if total == 0 { 0.0 } else { self.states[place(source)] as f64 / total as f64 }
+        if total == 0 { 0.0 } else { self.states[source.place()] as f64 / total as f64 }
     }
 
     fn count(&mut self, states: &States) {
         for &source in &states.sources {
-            self.states[place(source)] += 1;
+            self.states[source.place()] += 1;
         }
     }
-}
-
-/// Place of a source in [`Source::ALL`].
-fn place(source: Source) -> usize {
-    Source::ALL.iter().position(|s| *s == source).unwrap_or_default()
 }
 
 /// Makes training batches from the three sources.
@@ -178,7 +190,17 @@ pub struct Mixer {
     sampler: Box<dyn Sampler>,
     teacher_sampler: Ddim,
     sources: Sources,
+    /// There with adaptive priors.
+    adaptation: Option<Adaptation>,
     counters: MixerCounters,
+    meters: RolloutMeters,
+}
+
+/// Who measures what thresholding changes in rollouts.
+#[derive(Debug, Default)]
+struct RolloutMeters {
+    student: Option<ClipMeter>,
+    teacher: Option<ClipMeter>,
 }
 
 /// One a prior.
@@ -196,6 +218,8 @@ struct Metadata {
     timesteps: Vec<i64>,
     counters: MixerCounters,
     sources: [serde_json::Value; 3],
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    adaptation: Option<serde_json::Value>,
 }
 
 const WHAT: &str = "mixer";
@@ -233,9 +257,15 @@ impl Mixer {
             student: Box::new(StudentSource::new(config.student.clone(), &grids)?),
             teacher: Box::new(TeacherSource::new(config.teacher.clone(), &grids)?),
         };
+        let adaptation = match &config.priors {
+            PriorSchedule::Adaptive(priors) => {
+                Some(Adaptation::new(priors.clone(), &grids.student)?)
+            }
+            _ => None,
+        };
         let teacher_sampler = Ddim::new(sampler.schedule().clone());
-        let counters = MixerCounters::default();
-        Ok(Self { config, grids, sampler, teacher_sampler, sources, counters })
+        let (counters, meters) = (MixerCounters::default(), RolloutMeters::default());
+        Ok(Self { config, grids, sampler, teacher_sampler, sources, adaptation, counters, meters })
     }
 
     /// The same with a source of one's own in place of one of the three.
@@ -259,6 +289,16 @@ impl Mixer {
         Ok(self)
     }
 
+    /// The same with meters of what thresholding changes in the rollouts of student and teacher.
+    ///
+    /// They see what the mixer itself changes: not what a teacher that is lent held already, nor the estimates of
+    /// [`after_loss`](Self::after_loss), which chains go on from, and whose meter is the loss's.
+    #[must_use]
+    pub fn with_rollout_meters(self, student: ClipMeter, teacher: ClipMeter) -> Self {
+        let meters = RolloutMeters { student: Some(student), teacher: Some(teacher) };
+        Self { meters, ..self }
+    }
+
     /// The settings.
     pub fn config(&self) -> &MixerConfig {
         &self.config
@@ -279,9 +319,37 @@ impl Mixer {
         &self.counters
     }
 
-    /// The priors at a step.
+    /// The priors at a step; of adaptive ones, which differ from index to index, the mean over those past noise.
     pub fn priors_at(&self, step: u64, total_steps: u64) -> Priors {
-        self.config.priors.at(step as f64 / total_steps.max(1) as f64)
+        match self.adaptation {
+            None => self.config.priors.at(progress(step, total_steps)),
+            Some(_) => {
+                let priors = self.priors_by_index(step, total_steps);
+                Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
+            }
+        }
+    }
+
+    /// The priors at a step, one a grid index.
+    pub fn priors_by_index(&self, step: u64, total_steps: u64) -> Vec<Priors> {
+        let progress = progress(step, total_steps);
+        let at = |index: usize| match &self.adaptation {
+            None => self.config.priors.at(progress),
+            Some(adaptation) => adaptation.priors(progress, index),
+        };
+        (0..self.grids.student.len()).map(at).collect()
+    }
+
+    /// A source for each sample.
+    fn assign(&self, request: &MixRequest<'_>, grid_indices: &[usize]) -> Vec<Source> {
+        let MixRequest { step, total_steps, streams, .. } = *request;
+        let mut rng = streams.rng(step, Stream::Source);
+        if self.adaptation.is_none() {
+            return self.priors_at(step, total_steps).assign(grid_indices.len(), &mut rng);
+        }
+        let by_index = self.priors_by_index(step, total_steps);
+        let priors: Vec<Priors> = grid_indices.iter().map(|&index| by_index[index]).collect();
+        Priors::assign_each(&priors, grid_indices, &mut rng)
     }
 
     /// The next training batch: a state for each dataset sample.
@@ -303,12 +371,16 @@ impl Mixer {
         let x0 = &request.data.x0;
         let noise =
             streams.generator(step, Stream::Noise, x0.device())?.normal(x0.size(), x0.kind())?;
-        let priors = self.priors_at(step, request.total_steps);
-        let assigned = priors.assign(batch, &mut streams.rng(step, Stream::Source));
+        if let Some(adaptation) = &mut self.adaptation {
+            adaptation.refresh(step, streams)?;
+        }
+        let assigned = self.assign(request, &grid_indices);
 
-        let thresholding = &self.config.thresholding;
-        let student = Counted::new(Thresholded::new(request.student, thresholding.clone())?);
-        let teacher = Counted::new(Thresholded::new(request.teacher, thresholding.clone())?);
+        let RolloutMeters { student, teacher } = &self.meters;
+        let (student, teacher) = (
+            in_rollouts(request.student, self.config.student_thresholding(), student)?,
+            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher)?,
+        );
         let whole = SourceRequest {
             step,
             grid_indices: &grid_indices,
@@ -327,6 +399,9 @@ impl Mixer {
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
         self.counters.count(&states);
+        if let Some(adaptation) = &mut self.adaptation {
+            adaptation.see_states(step, &states)?;
+        }
         Ok(states)
     }
 
@@ -356,7 +431,7 @@ impl Mixer {
         if let Some(teacher_next) = teacher_next {
             ddil_schedulers::ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
         }
-        let student_x0 = &self.config.thresholding.apply(&student_x0.detach())?;
+        let student_x0 = &self.config.student_thresholding().apply(&student_x0.detach())?;
         let feedback = LossFeedback {
             step,
             states,
@@ -369,8 +444,27 @@ impl Mixer {
         self.sources.each().into_iter().try_for_each(|source| source.after_loss(&feedback))
     }
 
-    /// Forgets all states: at a new stage, or when guidance or thresholding changes. Counters go on.
+    /// Shows adaptive priors the losses of a batch, one a sample; others look away. Waits for no device.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `per_sample`: `[batch]`, as the states
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] unless there is a loss a state.
+    pub fn see_losses(&mut self, states: &States, per_sample: &Tensor) -> Result<()> {
+        self.adaptation
+            .as_mut()
+            .map_or(Ok(()), |adaptation| adaptation.see_losses(per_sample, states))
+    }
+
+    /// Forgets all states and what adaptive priors measured: at a new stage, or when guidance or thresholding
+    /// changes. Counters go on.
     pub fn flush(&mut self) {
+        if let Some(adaptation) = &mut self.adaptation {
+            adaptation.flush();
+        }
         self.sources.each().into_iter().for_each(|source| source.flush());
     }
 
@@ -385,15 +479,19 @@ impl Mixer {
             self.sources.student.save()?,
             self.sources.teacher.save()?,
         ];
+        let adaptation = self.adaptation.as_ref().map(Adaptation::save).transpose()?;
         let metadata = Metadata {
             timesteps: self.grids.student.as_slice().to_vec(),
             counters: self.counters,
             sources: [&forward, &student, &teacher].map(|saved| saved.metadata.clone()),
+            adaptation: adaptation.as_ref().map(|saved| saved.metadata.clone()),
         };
+        let adaptation = adaptation.into_iter().flat_map(|saved| saved.prefixed(ADAPTATION));
         let tensors = forward
             .prefixed(NAMES[0])
             .chain(student.prefixed(NAMES[1]))
             .chain(teacher.prefixed(NAMES[2]))
+            .chain(adaptation)
             .collect();
         SavedState::new(WHAT, tensors, &metadata)
     }
@@ -410,9 +508,18 @@ impl Mixer {
             let problem = format!("it is of the grid {:?}, not of {here:?}", metadata.timesteps);
             return Err(Error::Restore { what: WHAT, problem });
         }
+        if self.adaptation.is_some() != metadata.adaptation.is_some() {
+            let named = |adaptive: bool| if adaptive { "adaptive" } else { "settled" };
+            let (was, is) = (metadata.adaptation.is_some(), self.adaptation.is_some());
+            let problem = format!("its priors are {}, not {}", named(was), named(is));
+            return Err(Error::Restore { what: WHAT, problem });
+        }
         let parts = NAMES.into_iter().zip(&metadata.sources);
         for (source, (name, metadata)) in self.sources.each().into_iter().zip(parts) {
             source.restore(&saved.part(name, metadata))?;
+        }
+        if let Some((here, there)) = self.adaptation.as_mut().zip(metadata.adaptation.as_ref()) {
+            here.restore(&saved.part(ADAPTATION, there))?;
         }
         self.counters = metadata.counters;
         Ok(())
@@ -421,6 +528,14 @@ impl Mixer {
 
 /// Names of the sources' parts of a saved mixer, in the order of [`Sources::each`].
 const NAMES: [&str; 3] = ["forward", "student", "teacher"];
+
+/// Name of what adaptive priors remember in a saved mixer.
+const ADAPTATION: &str = "adaptation";
+
+/// How much of a run is done.
+fn progress(step: u64, total_steps: u64) -> f64 {
+    step as f64 / total_steps.max(1) as f64
+}
 
 impl Sources {
     fn each(&mut self) -> [&mut Box<dyn TrajectorySource>; 3] {
@@ -461,6 +576,19 @@ impl Sources {
         let x0 = &whole.data.x0;
         Ok(States { x_t: states.x_t.to_device(x0.device()).to_kind(x0.kind()), ..states })
     }
+}
+
+/// A network as rollouts ask it.
+fn in_rollouts<'a>(
+    network: &'a dyn Denoiser,
+    thresholding: Thresholding,
+    meter: &Option<ClipMeter>,
+) -> Result<Counted<Thresholded<&'a dyn Denoiser>>> {
+    let thresholded = Thresholded::new(network, thresholding)?;
+    Ok(Counted::new(match meter {
+        Some(meter) => thresholded.metered(meter.clone()),
+        None => thresholded,
+    }))
 }
 
 /// Pure noise, told what the source it stands for would have been told.

@@ -1,5 +1,10 @@
 //! How often states come from each source, and how that changes over a run.
 
+mod adaptive;
+
+pub(crate) use adaptive::Adaptation;
+pub use adaptive::{AdaptivePriors, AdaptiveSignal};
+
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -109,6 +114,36 @@ impl Priors {
         sources
     }
 
+    /// A source for each sample by priors of its own: the `i`-th by `priors[i]`, at grid index `grid_indices[i]`.
+    ///
+    /// Stratified over the batch and, as far as their numbers allow, at each grid index; every sample gets each source
+    /// with exactly its probability.
+    pub(crate) fn assign_each(
+        priors: &[Self],
+        grid_indices: &[usize],
+        rng: &mut impl Rng,
+    ) -> Vec<Source> {
+        let mut order: Vec<usize> = (0..priors.len()).collect();
+        order.shuffle(rng);
+        order.sort_by_key(|&i| grid_indices[i]);
+        let mut sources = vec![Source::Forward; priors.len()];
+        let (students, others) = systematic(&order, |i| priors[i].student, rng);
+        // Of those that are not the student's, the teacher's part of what is left.
+        let of_rest = |i: usize| priors[i].teacher / (1.0 - priors[i].student);
+        let (teachers, _) = systematic(&others, of_rest, rng);
+        students.into_iter().for_each(|i| sources[i] = Source::Student);
+        teachers.into_iter().for_each(|i| sources[i] = Source::Teacher);
+        sources
+    }
+
+    /// The mean of some priors; of none, dataset samples only.
+    pub(crate) fn mean(priors: &[Self]) -> Self {
+        let Some((first, rest)) = priors.split_first() else { return Self::FORWARD_ONLY };
+        rest.iter()
+            .enumerate()
+            .fold(*first, |mean, (i, priors)| mean.lerp(*priors, 1.0 / (i + 2) as f64))
+    }
+
     fn lerp(self, to: Self, weight: f64) -> Self {
         let mix = |a: f64, b: f64| (1.0 - weight) * a + weight * b;
         Self {
@@ -155,6 +190,8 @@ pub enum PriorSchedule {
         /// Priors and the progress from which they hold; rising, the first from 0.
         steps: Vec<PriorStep>,
     },
+    /// Each grid index by itself, by what is measured there during the run.
+    Adaptive(AdaptivePriors),
 }
 
 /// One entry of [`PriorSchedule::Steps`].
@@ -207,7 +244,8 @@ impl PriorSchedule {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1.
+    /// [`Error::InvalidConfig`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1; as
+    /// [`AdaptivePriors::ensure`].
     pub fn ensure(&self) -> Result<()> {
         match self {
             Self::Constant { .. } => Ok(()),
@@ -222,10 +260,11 @@ impl PriorSchedule {
                 })
             }
             Self::Steps { steps } => ensure_steps(steps),
+            Self::Adaptive(adaptive) => adaptive.ensure(),
         }
     }
 
-    /// The priors at `progress`; below 0 counts as 0, above 1 as 1.
+    /// The priors at `progress`; below 0 counts as 0, above 1 as 1. Adaptive ones as long as nothing is measured.
     pub fn at(&self, progress: f64) -> Priors {
         let progress = progress.clamp(0.0, 1.0);
         let passed = |start: f64, end: f64| {
@@ -244,8 +283,25 @@ impl PriorSchedule {
                 .take_while(|step| step.from <= progress)
                 .last()
                 .map_or(Priors::FORWARD_ONLY, |step| step.priors),
+            Self::Adaptive(adaptive) => adaptive.at(progress, None),
         }
     }
+}
+
+/// Chooses each of `rows` with its probability, those chosen first, the others second.
+///
+/// Points a length of 1 apart on a line that the rows share by their probabilities; one draw moves them all.
+fn systematic(
+    rows: &[usize],
+    probability: impl Fn(usize) -> f64,
+    rng: &mut impl Rng,
+) -> (Vec<usize>, Vec<usize>) {
+    let mut passed: f64 = rng.random();
+    rows.iter().partition(|&&row| {
+        let before = passed.floor();
+        passed += probability(row);
+        passed.floor() > before
+    })
 }
 
 fn ensure_steps(steps: &[PriorStep]) -> Result<()> {
@@ -260,4 +316,66 @@ fn ensure_steps(steps: &[PriorStep]) -> Result<()> {
         value: format!("{from:?}"),
         expected: "rising from 0 and in 0..=1".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+
+    fn count(sources: &[Source], rows: impl Iterator<Item = usize>, source: Source) -> usize {
+        rows.filter(|&row| sources[row] == source).count()
+    }
+
+    /// 40 samples at 4 grid indices, each with priors of its own.
+    fn batch() -> (Vec<Priors>, Vec<usize>) {
+        let by_index = [(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (0.0, 0.65, 0.35), (0.0, 1.0, 0.0)];
+        let by_index = by_index.map(|(f, s, t)| Priors::new(f, s, t).expect("they sum to 1"));
+        let grid_indices: Vec<usize> = (0..40).map(|row| (row * 7) % 4).collect();
+        (grid_indices.iter().map(|&index| by_index[index]).collect(), grid_indices)
+    }
+
+    #[test]
+    fn each_sample_follows_its_own_priors() {
+        let (priors, grid_indices) = batch();
+        let mut rng = StdRng::seed_from_u64(0);
+        let rounds = 4000;
+        let mut drawn = vec![[0_u32; 2]; 40];
+        for _ in 0..rounds {
+            let sources = Priors::assign_each(&priors, &grid_indices, &mut rng);
+            for (drawn, source) in drawn.iter_mut().zip(&sources) {
+                drawn[0] += u32::from(*source == Source::Student);
+                drawn[1] += u32::from(*source == Source::Teacher);
+            }
+            let total: f64 = priors.iter().map(|p| p.student).sum();
+            let found = count(&sources, 0..40, Source::Student) as f64;
+            assert!((found - total).abs() < 1.0, "{found} for {total}");
+            for index in 0..4 {
+                let rows = || (0..40).filter(|&row| grid_indices[row] == index);
+                let expected: f64 = rows().map(|row| priors[row].student).sum();
+                let found = count(&sources, rows(), Source::Student) as f64;
+                assert!((found - expected).abs() < 1.0 + 1e-9, "{found} for {expected}");
+            }
+        }
+        let n = f64::from(rounds);
+        for (priors, drawn) in priors.iter().zip(drawn) {
+            for (share, drawn) in [priors.student, priors.teacher].into_iter().zip(drawn) {
+                let deviation = (share * (1.0 - share) / n).sqrt();
+                let found = f64::from(drawn) / n;
+                assert!((found - share).abs() <= 4.0 * deviation, "{found} for {share}");
+            }
+        }
+    }
+
+    #[test]
+    fn means_stay_on_the_simplex() {
+        let (priors, _) = batch();
+        let mean = Priors::mean(&priors[..4]);
+        assert!((mean.forward - 0.35).abs() < 1e-12);
+        assert!((mean.student - 0.5).abs() < 1e-12);
+        assert!((mean.teacher - 0.15).abs() < 1e-12);
+        assert_eq!(Priors::mean(&[]), Priors::FORWARD_ONLY);
+    }
 }

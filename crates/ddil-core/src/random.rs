@@ -44,6 +44,8 @@ pub enum Stream {
     StudentLoss = 13,
     /// The same for the critic's phase.
     CriticLoss = 14,
+    /// Directions of the distances that adaptive priors follow.
+    Priors = 15,
 }
 
 /// Bits that hold the stream's number beside the step.

@@ -48,6 +48,17 @@ impl Source {
     pub const ALL: [Self; 5] =
         [Self::Forward, Self::Student, Self::Teacher, Self::Mixed, Self::Noise];
 
+    /// Place in [`ALL`](Self::ALL).
+    pub(crate) fn place(self) -> usize {
+        match self {
+            Self::Forward => 0,
+            Self::Student => 1,
+            Self::Teacher => 2,
+            Self::Mixed => 3,
+            Self::Noise => 4,
+        }
+    }
+
     /// The name in configs and logs.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -146,5 +157,17 @@ impl States {
             sources: rows.iter().map(|&row| self.sources[row]).collect(),
             births: rows.iter().map(|&row| self.births[row]).collect(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_those_of_the_list() {
+        for (place, source) in Source::ALL.into_iter().enumerate() {
+            assert_eq!(source.place(), place);
+        }
     }
 }

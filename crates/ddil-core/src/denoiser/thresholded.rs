@@ -3,7 +3,7 @@
 use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
 use tch::Tensor;
 
-use super::Denoiser;
+use super::{ClipMeter, Denoiser};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
@@ -15,6 +15,7 @@ use crate::error::Result;
 pub struct Thresholded<D> {
     inner: D,
     thresholding: Thresholding,
+    meter: Option<ClipMeter>,
 }
 
 impl<D: Denoiser> Thresholded<D> {
@@ -23,7 +24,13 @@ impl<D: Denoiser> Thresholded<D> {
     /// As [`Thresholding::ensure`] for the settings.
     pub fn new(inner: D, thresholding: Thresholding) -> Result<Self> {
         thresholding.ensure()?;
-        Ok(Self { inner, thresholding })
+        Ok(Self { inner, thresholding, meter: None })
+    }
+
+    /// The same, with every call measured. Nothing is measured where nothing is thresholded.
+    #[must_use]
+    pub fn metered(self, meter: ClipMeter) -> Self {
+        Self { meter: Some(meter), ..self }
     }
 }
 
@@ -35,7 +42,15 @@ impl<D: Denoiser> Denoiser for Thresholded<D> {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         let raw = self.inner.predict(x_t, timesteps, conditioning)?;
-        Ok(raw.thresholded(&self.thresholding, self.schedule(), x_t, timesteps)?)
+        if self.thresholding == Thresholding::None {
+            return Ok(raw);
+        }
+        let raw_x0 = self.meter.as_ref().map(|meter| (meter, raw.x0.shallow_clone()));
+        let held = raw.thresholded(&self.thresholding, self.schedule(), x_t, timesteps)?;
+        if let Some((meter, raw_x0)) = raw_x0 {
+            meter.measure(&self.thresholding, &raw_x0, timesteps)?;
+        }
+        Ok(held)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

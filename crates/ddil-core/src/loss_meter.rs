@@ -1,0 +1,137 @@
+//! How much worse a student is on states of its own than on those of the data.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::states::{Source, States};
+use crate::tally::Tally;
+
+/// Sums per-sample losses by source and grid index.
+///
+/// It adds on the device, waits for nothing until [`take`](Self::take), and its memory does not grow if nobody reads.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{Conditioning, LossMeter, Source, States};
+/// use tch::{Tensor, kind};
+///
+/// let states = States {
+///     x_t: Tensor::zeros([3, 2], kind::FLOAT_CPU),
+///     timesteps: Tensor::from_slice(&[749_i64, 749, 499]),
+///     grid_indices: vec![1, 1, 2],
+///     conditioning: Conditioning::none(),
+///     sources: vec![Source::Forward, Source::Student, Source::Student],
+///     births: vec![0; 3],
+/// };
+/// let mut meter = LossMeter::new(4);
+/// meter.add(&Tensor::from_slice(&[0.25_f32, 1.0, 9.0]), &states)?;
+/// let losses = meter.take()?;
+/// assert_eq!(losses.gap(Source::Student, 1), Some(0.75));
+/// // Nothing to compare with.
+/// assert_eq!(losses.gap(Source::Student, 2), None);
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct LossMeter {
+    num_indices: usize,
+    /// One place a grid index, for each source.
+    tally: Tally,
+}
+
+/// Mean losses by source and grid index.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossTable {
+    num_indices: usize,
+    /// Sum and count at each place.
+    sums: Vec<(f64, f64)>,
+}
+
+impl LossMeter {
+    /// A meter that has seen nothing, for a grid of that many timesteps.
+    pub fn new(num_indices: usize) -> Self {
+        Self { num_indices, tally: Tally::new(Source::ALL.len() * num_indices) }
+    }
+
+    /// Adds the losses of a batch.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `per_sample`: `[batch]`, one a state
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] unless there is a loss a state; [`Error::InvalidConfig`] for a grid index beyond the grid.
+    pub fn add(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
+        const OP: &str = "LossMeter::add";
+        let expected = [states.len() as i64];
+        if per_sample.size() != expected {
+            let (name, shape) = ("per_sample", per_sample.size());
+            let expected = format!("{expected:?}, a loss a state");
+            return Err(Error::Shape { op: OP, name, shape, expected });
+        }
+        if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.num_indices) {
+            return Err(Error::InvalidConfig {
+                field: "grid_indices",
+                value: index.to_string(),
+                expected: format!("below {}, the length of the grid", self.num_indices),
+            });
+        }
+        let places = states.sources.iter().zip(&states.grid_indices);
+        let places: Vec<i64> = places
+            .map(|(source, index)| (source.place() * self.num_indices + index) as i64)
+            .collect();
+        let places =
+            Tensor::from_slice(&places).to_device_(per_sample.device(), Kind::Int64, true, false);
+        self.tally.add(OP, &places, per_sample)
+    }
+
+    /// The means since the last time; begins anew. Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the device cannot be read.
+    pub fn take(&mut self) -> Result<LossTable> {
+        Ok(LossTable { num_indices: self.num_indices, sums: self.tally.take("LossMeter::take")? })
+    }
+
+    /// The sums, to be saved.
+    pub(crate) fn tensor(&self) -> Option<Tensor> {
+        self.tally.tensor()
+    }
+
+    pub(crate) fn restore(&mut self, what: &'static str, sums: Option<&Tensor>) -> Result<()> {
+        self.tally.restore(what, sums)
+    }
+}
+
+impl LossTable {
+    /// Mean loss of the states of these sources at a grid index; none where there were none.
+    pub fn mean(&self, sources: &[Source], grid_index: usize) -> Option<f64> {
+        let (sum, count) = self.total(sources, grid_index);
+        (count > 0.0).then(|| sum / count)
+    }
+
+    /// How many states of these sources there were at a grid index.
+    pub fn samples(&self, sources: &[Source], grid_index: usize) -> u64 {
+        self.total(sources, grid_index).1 as u64
+    }
+
+    /// `E[loss on states of the source] - E[loss on noised data]` at a grid index; none where either is missing.
+    ///
+    /// The quantity that on-policy training bounds ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)): above 0
+    /// where the student is worse on the states that it meets than on those that plain distillation shows it.
+    pub fn gap(&self, source: Source, grid_index: usize) -> Option<f64> {
+        Some(self.mean(&[source], grid_index)? - self.mean(&[Source::Forward], grid_index)?)
+    }
+
+    fn total(&self, sources: &[Source], grid_index: usize) -> (f64, f64) {
+        if grid_index >= self.num_indices {
+            return (0.0, 0.0);
+        }
+        sources
+            .iter()
+            .map(|source| self.sums[source.place() * self.num_indices + grid_index])
+            .fold((0.0, 0.0), |(sum, count), (s, c)| (sum + s, count + c))
+    }
+}
