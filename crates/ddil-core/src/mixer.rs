@@ -352,6 +352,24 @@ impl Mixer {
         Priors::assign_each(&priors, grid_indices, &mut rng)
     }
 
+    /// Checks that batches of this size can be made, once, before any work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for an empty batch, and for a buffer that holds fewer states than a batch: it would
+    /// forget what was just put into it.
+    pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
+        if batch == 0 {
+            return Err(Error::InvalidConfig {
+                field: "batch_size",
+                value: "0".to_owned(),
+                expected: "at least 1".to_owned(),
+            });
+        }
+        let Sources { forward, student, teacher } = &self.sources;
+        [forward, student, teacher].iter().try_for_each(|source| source.ensure_batch_size(batch))
+    }
+
     /// The next training batch: a state for each dataset sample.
     ///
     /// # Errors
