@@ -321,13 +321,11 @@ impl Mixer {
 
     /// The priors at a step; of adaptive ones, which differ from index to index, the mean over those past noise.
     pub fn priors_at(&self, step: u64, total_steps: u64) -> Priors {
-        match self.adaptation {
-            None => self.config.priors.at(progress(step, total_steps)),
-            Some(_) => {
-                let priors = self.priors_by_index(step, total_steps);
-                Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
-            }
+        if self.adaptation.is_none() {
+            return self.config.priors.at(progress(step, total_steps));
         }
+        let priors = self.priors_by_index(step, total_steps);
+        Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
     }
 
     /// The priors at a step, one a grid index.
@@ -396,8 +394,8 @@ impl Mixer {
 
         let RolloutMeters { student, teacher } = &self.meters;
         let (student, teacher) = (
-            in_rollouts(request.student, self.config.student_thresholding(), student)?,
-            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher)?,
+            in_rollouts(request.student, self.config.student_thresholding(), student.as_ref())?,
+            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher.as_ref())?,
         );
         let whole = SourceRequest {
             step,
@@ -600,7 +598,7 @@ impl Sources {
 fn in_rollouts<'a>(
     network: &'a dyn Denoiser,
     thresholding: Thresholding,
-    meter: &Option<ClipMeter>,
+    meter: Option<&ClipMeter>,
 ) -> Result<Counted<Thresholded<&'a dyn Denoiser>>> {
     let thresholded = Thresholded::new(network, thresholding)?;
     Ok(Counted::new(match meter {

@@ -301,7 +301,7 @@ impl Visited {
     }
 
     /// The same as rows of a larger batch: trajectory `i` of this one is `rows[i]` there.
-    pub(crate) fn as_rows(mut self, rows: &[usize]) -> Self {
+    pub(crate) fn renumbered(mut self, rows: &[usize]) -> Self {
         self.rows.iter_mut().for_each(|row| *row = rows[*row]);
         self
     }

@@ -303,7 +303,7 @@ fn roll_out(
         let targets: Vec<i64> = rows.iter().map(|&row| targets[row]).collect();
         let request = *request;
         let visited = request.rollout(grid, ways.mixed).visit(&noise, &told, &targets, draws)?;
-        parts.push(visited.as_rows(&rows));
+        parts.push(visited.renumbered(&rows));
     }
     Ok((Visited::cat(parts)?, prompts))
 }
