@@ -20,7 +20,11 @@ impl Run {
     fn with_sampler(priors: AdaptivePriors, student: f64, sampler: Box<dyn Sampler>) -> Self {
         let config = MixerConfig {
             priors: PriorSchedule::Adaptive(priors),
-            student: StudentConfig { policy: StudentPolicy::FreshAll, mixed: None },
+            student: StudentConfig {
+                policy: StudentPolicy::FreshAll,
+                mixed: None,
+                ..StudentConfig::default()
+            },
             ..MixerConfig::default()
         };
         Self {
@@ -209,7 +213,11 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
 fn refuses_what_followed_something_else() -> ddil_core::Result<()> {
     let (shift, ratio) = (AdaptiveSignal::Shift, AdaptiveSignal::LossRatio);
     let settled = MixerConfig {
-        student: StudentConfig { policy: StudentPolicy::FreshAll, mixed: None },
+        student: StudentConfig {
+            policy: StudentPolicy::FreshAll,
+            mixed: None,
+            ..StudentConfig::default()
+        },
         ..MixerConfig::default()
     };
     let settled = Mixer::new(settled, trailing(4), Box::new(Ddim::new(schedule())))?.state()?;

@@ -193,8 +193,11 @@ impl Denoiser for Says {
     }
 }
 
-/// `(timestep, source, fraction, samples)` of all that was measured.
-fn read(meter: &ClipMeter) -> ddil_core::Result<Vec<(i64, Option<Source>, f64, u64)>> {
+/// `(timestep, source, fraction, samples)`.
+type Clipped = (i64, Option<Source>, f64, u64);
+
+/// All that was measured.
+fn read(meter: &ClipMeter) -> ddil_core::Result<Vec<Clipped>> {
     let clipped = meter.take()?.into_iter();
     Ok(clipped.map(|c| (c.timestep, c.source, c.fraction, c.samples)).collect())
 }

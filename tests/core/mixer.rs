@@ -111,7 +111,7 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
 #[test]
 fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig { policy, mixed: None };
+        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
         let mut plain =
             Run::new(MixerConfig { student: student.clone(), ..mix(1.0, 0.0, 0.0) }, &[16, 2]);
         let mut mixed = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &[16, 2]);
@@ -200,6 +200,7 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
             let student = StudentConfig {
                 policy,
                 mixed: Some(MixedVariant::StudentThenTeacher { switch: 9 }),
+                ..StudentConfig::default()
             };
             let mut run = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &shape);
             for step in 0..6 {
@@ -223,7 +224,11 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
 fn restored_goes_on_the_same() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = MixerConfig {
-            student: StudentConfig { policy: policy.clone(), mixed: None },
+            student: StudentConfig {
+                policy: policy.clone(),
+                mixed: None,
+                ..StudentConfig::default()
+            },
             teacher: TeacherConfig { pool: 9, ..TeacherConfig::default() },
             ..mix(0.3, 0.4, 0.3)
         };
@@ -263,7 +268,8 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
     let other_grid = mixer(mix(0.4, 0.3, 0.3), trailing(8)).restore(&saved);
     assert!(matches!(other_grid, Err(Error::Restore { what: "mixer", .. })), "{other_grid:?}");
     for policy in policies().into_iter().take(3) {
-        let student = StudentConfig { policy: policy.clone(), mixed: None };
+        let student =
+            StudentConfig { policy: policy.clone(), mixed: None, ..StudentConfig::default() };
         let other = MixerConfig { student, ..mix(0.4, 0.3, 0.3) };
         let restored = mixer(other, trailing(4)).restore(&saved);
         assert!(matches!(restored, Err(Error::Restore { .. })), "{policy:?}: {restored:?}");
@@ -274,7 +280,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
 #[test]
 fn flush_forgets_states() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig { policy, mixed: None };
+        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
         let mut run = Run::new(MixerConfig { student, ..mix(0.2, 0.4, 0.4) }, &[16, 3]);
         for step in 0..4 {
             let _ = run.step(step)?;
@@ -294,7 +300,7 @@ fn flush_forgets_states() -> ddil_core::Result<()> {
 fn rollouts_are_thresholded() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = MixerConfig {
-            student: StudentConfig { policy, mixed: None },
+            student: StudentConfig { policy, mixed: None, ..StudentConfig::default() },
             thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
             ..mix(0.0, 0.5, 0.5)
         };
@@ -337,7 +343,11 @@ fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result
     for policy in policies() {
         for (threshold_student, threshold_teacher) in [(true, false), (false, true)] {
             let config = MixerConfig {
-                student: StudentConfig { policy: policy.clone(), mixed: None },
+                student: StudentConfig {
+                    policy: policy.clone(),
+                    mixed: None,
+                    ..StudentConfig::default()
+                },
                 thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
                 threshold_student,
                 threshold_teacher,
@@ -387,6 +397,7 @@ fn latent_consistency_grids_mix() -> ddil_core::Result<()> {
         student: StudentConfig {
             policy: StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
             mixed: Some(MixedVariant::Bernoulli { kappa: 0.5 }),
+            ..StudentConfig::default()
         },
         teacher: TeacherConfig {
             pool: 20,
@@ -525,4 +536,24 @@ fn one_step_is_all_noise() -> ddil_core::Result<()> {
         assert!(max_abs_difference(&states.x_t, &generator.normal([6, 2], Kind::Float)?) == 0.0);
     }
     Ok(())
+}
+
+#[test]
+fn refuses_a_buffer_smaller_than_a_batch() {
+    // Three rings past noise, of 5 each.
+    let buffer = BufferConfig { capacity: 17, ..BufferConfig::default() };
+    let policy = StudentPolicy::Buffer { new_fraction: 0.25, buffer };
+    let student = StudentConfig { policy, ..StudentConfig::default() };
+    let mixer = Run::new(MixerConfig { student, ..mix(0.5, 0.5, 0.0) }, &[16, 2]).mixer;
+    assert!(mixer.ensure_batch_size(15).is_ok());
+    let refused = mixer.ensure_batch_size(16).expect_err("there is room for 15");
+    let message = refused.to_string();
+    assert!(message.contains("17") && message.contains("16"), "{message}");
+    assert!(matches!(refused, Error::InvalidConfig { field: "buffer.capacity", .. }));
+    assert!(mixer.ensure_batch_size(0).is_err());
+    for policy in policies() {
+        let student = StudentConfig { policy, ..StudentConfig::default() };
+        let mixer = Run::new(MixerConfig { student, ..mix(0.5, 0.5, 0.0) }, &[16, 2]).mixer;
+        assert!(mixer.ensure_batch_size(2046).is_ok());
+    }
 }

@@ -2,7 +2,7 @@ use ddil_core::{
     Data, Error, Generator, RandomStreams, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest,
     measure_shift, shift_at,
 };
-use ddil_schedulers::Ddim;
+use ddil_schedulers::{Ddim, Lcm, Timesteps};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{Gaussian, labels, normal, schedule, trailing};
@@ -145,4 +145,65 @@ fn a_wrong_student_shifts() -> ddil_core::Result<()> {
 fn measuring_needs_some_data() {
     let measured = measure(&Gaussian::new(0.0, 0.0, 0.5), 3, &ShiftConfig::default());
     assert!(matches!(measured, Err(Error::Shape { name: "data.x0", .. })));
+}
+
+/// A student that is sure of `believed`, sampled with fresh noise at four of the fifty timesteps it was trained at.
+fn measure_renoised(
+    believed: f64,
+    step: u64,
+    streams: &RandomStreams,
+) -> ddil_core::Result<ShiftReport> {
+    let n = 800;
+    let data = Data {
+        x0: Tensor::full([n, 6], 0.5, tch::kind::FLOAT_CPU),
+        conditioning: labels(n as usize),
+    };
+    let config = ShiftConfig { batch_size: 300, ..ShiftConfig::default() };
+    measure_shift(
+        &ShiftRequest {
+            data: &data,
+            student: &Gaussian::new(believed, 0.0, 1e-6),
+            sampler: &Lcm::new(schedule()),
+            timesteps: &Timesteps::lcm(1000, 50, 4)?,
+            step,
+            streams,
+        },
+        &config,
+    )
+}
+
+/// A sampler that noises its estimates afresh enters each timestep in `alpha x0 + sigma noise`: the forward marginal
+/// if the estimate is right, and moved by `alpha` times its error if not.
+#[test]
+fn stochastic_samplers_are_measured_where_they_are_asked() -> ddil_core::Result<()> {
+    let streams = RandomStreams::new(0, 0);
+    let right = measure_renoised(0.5, 0, &streams)?;
+    let found: Vec<i64> = right.timesteps.iter().map(|at| at.timestep).collect();
+    assert_eq!(found, Timesteps::lcm(1000, 50, 4)?.as_slice());
+    assert!(right.summary().relative_sliced_w2.abs() < 0.7, "{:?}", right.summary());
+    assert!(right.summary().excess_energy.abs() < 0.05, "{:?}", right.summary());
+    let wrong = measure_renoised(1.5, 0, &streams)?;
+    for at in wrong.timesteps.iter().skip(1) {
+        let alpha = schedule().scale_at(at.timestep)?.alpha;
+        assert!((at.shift.mean_gap - alpha).abs() < 0.12, "{at:?} for {alpha}");
+        assert!(at.shift.std_gap.abs() < 0.1, "{at:?}");
+        // Each direction sees its part of the way, on average a sixth of `6 alpha²`.
+        assert!((at.shift.sliced_w2 - alpha * alpha).abs() < 0.15, "{at:?} for {alpha}");
+    }
+    // All start in noise, whatever they believe.
+    assert!(wrong.timesteps[0].shift.mean_gap < 0.15);
+    Ok(())
+}
+
+/// What is drawn depends on seed and step alone.
+#[test]
+fn measuring_has_draws_of_its_own() -> ddil_core::Result<()> {
+    let streams = RandomStreams::new(0, 0);
+    let first = measure_renoised(0.5, 3, &streams)?;
+    tch::manual_seed(1);
+    let _ = Tensor::randn([5], tch::kind::FLOAT_CPU);
+    assert_eq!(measure_renoised(0.5, 3, &streams)?, first);
+    assert_ne!(measure_renoised(0.5, 4, &streams)?, first);
+    assert_ne!(measure_renoised(0.5, 3, &RandomStreams::new(1, 0))?, first);
+    Ok(())
 }

@@ -1,8 +1,8 @@
 use ddil_core::{
     BufferConfig, Conditioning, Data, Denoiser, Error, Grids, LossFeedback, MixedVariant,
-    RandomStreams, Source, SourceConfig, SourceRequest, States, StorageKind, StudentConfig,
-    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource, rollout,
-    rollout_keeping,
+    RandomStreams, RolloutSteps, Source, SourceConfig, SourceRequest, States, StorageKind,
+    StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
+    rollout, rollout_keeping,
 };
 use ddil_schedulers::{Ddim, Lcm, Sampler, Timesteps};
 use tch::{Kind, Tensor};
@@ -80,7 +80,7 @@ impl Bench {
     }
 
     fn student(&self, policy: StudentPolicy) -> StudentSource {
-        let config = StudentConfig { policy, mixed: None };
+        let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
         StudentSource::new(config, &self.grids).expect("it is valid")
     }
 }
@@ -220,13 +220,81 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     assert_eq!(bench.student.asked.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
 
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
-        let config = StudentConfig { policy, mixed: None };
+        let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
         assert!(matches!(
             StudentSource::new(config, &bench.grids),
             Err(Error::InvalidConfig { field: "policy.kind", .. })
         ));
     }
     Ok(())
+}
+
+/// Each trajectory on a grid of its own number of steps; whatever that is, a state is an estimate of its own prompt's
+/// data, noised to where it is wanted.
+#[test]
+fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
+    let bench = Bench { student: Gaussian::new(0.0, 0.5, 1e-6), ..Bench::lcm() };
+    let indices: Vec<usize> = (0..49 * 20).map(|i| 1 + i % 49).collect();
+    let steps = Some(RolloutSteps { min: 2, max: 8 });
+    for policy in [
+        StudentPolicy::Fresh,
+        StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
+    ] {
+        let config = StudentConfig { policy, rollout_steps: steps, ..StudentConfig::default() };
+        let mut source = StudentSource::new(config.clone(), &bench.grids)?;
+        let states = bench.ask(&mut source, 0, &indices, &[8], 3)?;
+        assert_eq!(label_list(&states), (3..3 + 49 * 20).collect::<Vec<i64>>());
+        let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
+        let means =
+            Tensor::from_slice(&label_list(&states)).to_kind(Kind::Float).view([-1, 1]) * 0.5;
+        let noise = (&states.x_t - scales.alpha * means) / scales.sigma;
+        let n = noise.numel() as f64;
+        assert!(noise.mean(Kind::Double).double_value(&[]).abs() < 5e-3 + 4.0 / n.sqrt());
+        assert!((noise.std(true).double_value(&[]) - 1.0).abs() < 5e-3 + 4.0 / (2.0 * n).sqrt());
+        let mut again = StudentSource::new(config, &bench.grids)?;
+        assert_eq!(states.x_t, bench.ask(&mut again, 0, &indices, &[8], 3)?.x_t);
+    }
+    // At the last index a trajectory of n steps was asked n times: 5 on average, each of 2 to 8 as often.
+    let config = |min, max| StudentConfig {
+        policy: StudentPolicy::Fresh,
+        rollout_steps: Some(RolloutSteps { min, max }),
+        ..StudentConfig::default()
+    };
+    bench.student.asked.set(0);
+    let mut source = StudentSource::new(config(2, 8), &bench.grids)?;
+    let _ = bench.ask(&mut source, 0, &[49; 700], &[1], 0)?;
+    let mean = bench.student.asked.take() as f64 / 700.0;
+    assert!((mean - 5.0).abs() < 4.0 * 2.0 / 700_f64.sqrt(), "{mean}");
+    // Of four steps only, it costs what the four-step grid costs.
+    let mut source = StudentSource::new(config(4, 4), &bench.grids)?;
+    let _ = bench.ask(&mut source, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
+    assert_eq!(bench.student.asked.take(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
+    Ok(())
+}
+
+#[test]
+fn rollout_steps_are_checked() {
+    let grids = Bench::lcm().grids;
+    let build = |policy: StudentPolicy, min, max| {
+        let rollout_steps = Some(RolloutSteps { min, max });
+        let config = StudentConfig { policy, rollout_steps, ..StudentConfig::default() };
+        StudentSource::new(config, &grids)
+    };
+    assert!(build(StudentPolicy::Fresh, 1, 50).is_ok());
+    for (min, max) in [(0, 4), (5, 4), (4, 51)] {
+        let refused = build(StudentPolicy::Fresh, min, max);
+        assert!(matches!(
+            refused,
+            Err(Error::InvalidConfig { field: "student.rollout_steps", .. })
+        ));
+    }
+    let grid = Bench::new().grids;
+    for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
+        let rollout_steps = Some(RolloutSteps { min: 2, max: 4 });
+        let config = StudentConfig { policy, rollout_steps, ..StudentConfig::default() };
+        let refused = StudentSource::new(config, &grid);
+        assert!(matches!(refused, Err(Error::InvalidConfig { field: "policy.kind", .. })));
+    }
 }
 
 #[test]
@@ -440,6 +508,7 @@ fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
     let config = StudentConfig {
         policy: StudentPolicy::Chain { refresh_fraction: 0.0 },
         mixed: Some(MixedVariant::Bernoulli { kappa: 1.0 }),
+        ..StudentConfig::default()
     };
     let mut source = StudentSource::new(config.clone(), &bench.grids)?;
     let marked = |batch: &States| Some(batch.x_t.full_like(42.0));
@@ -461,6 +530,7 @@ fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
     let config = StudentConfig {
         policy: StudentPolicy::Fresh,
         mixed: Some(MixedVariant::TeacherThenStudent { switch: 1 }),
+        ..StudentConfig::default()
     };
     let mut source = StudentSource::new(config, &bench.grids)?;
     let states = bench.ask(&mut source, 0, &cycle(9), &[2], 0)?;
@@ -473,7 +543,9 @@ fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
 fn settings_are_checked() {
     let grids = Bench::new().grids;
     let student = |policy, mixed| {
-        SourceConfig::Student(StudentConfig { policy, mixed }).build(&grids).map(|_| ())
+        SourceConfig::Student(StudentConfig { policy, mixed, ..StudentConfig::default() })
+            .build(&grids)
+            .map(|_| ())
     };
     let chain = |refresh_fraction| StudentPolicy::Chain { refresh_fraction };
     for refused in [

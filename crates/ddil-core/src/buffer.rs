@@ -149,6 +149,28 @@ impl AggregationBuffer {
         &self.config
     }
 
+    /// Checks that there is room for a batch, so that what one draws is not overwritten before the next.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if all rings together hold fewer states.
+    pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
+        let rings = self.rings.len();
+        let per_ring = self.config.capacity / rings.max(1);
+        // Without rings all states are noise, which is not kept.
+        if rings == 0 || per_ring * rings >= batch {
+            return Ok(());
+        }
+        Err(Error::InvalidConfig {
+            field: "buffer.capacity",
+            value: format!(
+                "{}, which is {per_ring} states at each of {rings} grid indices",
+                self.config.capacity
+            ),
+            expected: format!("room for at least {batch} states, a batch"),
+        })
+    }
+
     /// States kept, whatever their age.
     pub fn len(&self) -> usize {
         self.rings.iter().map(|ring| ring.items.len()).sum()

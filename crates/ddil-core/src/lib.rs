@@ -56,7 +56,7 @@ pub use shift::{
     shift_at,
 };
 pub use source::{
-    ForwardSource, Grids, LossFeedback, SourceConfig, SourceRequest, StudentConfig, StudentPolicy,
-    StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
+    ForwardSource, Grids, LossFeedback, RolloutSteps, SourceConfig, SourceRequest, StudentConfig,
+    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
 };
 pub use states::{Data, Source, States};

@@ -321,13 +321,11 @@ impl Mixer {
 
     /// The priors at a step; of adaptive ones, which differ from index to index, the mean over those past noise.
     pub fn priors_at(&self, step: u64, total_steps: u64) -> Priors {
-        match self.adaptation {
-            None => self.config.priors.at(progress(step, total_steps)),
-            Some(_) => {
-                let priors = self.priors_by_index(step, total_steps);
-                Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
-            }
+        if self.adaptation.is_none() {
+            return self.config.priors.at(progress(step, total_steps));
         }
+        let priors = self.priors_by_index(step, total_steps);
+        Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
     }
 
     /// The priors at a step, one a grid index.
@@ -350,6 +348,24 @@ impl Mixer {
         let by_index = self.priors_by_index(step, total_steps);
         let priors: Vec<Priors> = grid_indices.iter().map(|&index| by_index[index]).collect();
         Priors::assign_each(&priors, grid_indices, &mut rng)
+    }
+
+    /// Checks that batches of this size can be made, once, before any work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for an empty batch, and for a buffer that holds fewer states than a batch: it would
+    /// forget what was just put into it.
+    pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
+        if batch == 0 {
+            return Err(Error::InvalidConfig {
+                field: "batch_size",
+                value: "0".to_owned(),
+                expected: "at least 1".to_owned(),
+            });
+        }
+        let Sources { forward, student, teacher } = &self.sources;
+        [forward, student, teacher].iter().try_for_each(|source| source.ensure_batch_size(batch))
     }
 
     /// The next training batch: a state for each dataset sample.
@@ -378,8 +394,8 @@ impl Mixer {
 
         let RolloutMeters { student, teacher } = &self.meters;
         let (student, teacher) = (
-            in_rollouts(request.student, self.config.student_thresholding(), student)?,
-            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher)?,
+            in_rollouts(request.student, self.config.student_thresholding(), student.as_ref())?,
+            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher.as_ref())?,
         );
         let whole = SourceRequest {
             step,
@@ -582,7 +598,7 @@ impl Sources {
 fn in_rollouts<'a>(
     network: &'a dyn Denoiser,
     thresholding: Thresholding,
-    meter: &Option<ClipMeter>,
+    meter: Option<&ClipMeter>,
 ) -> Result<Counted<Thresholded<&'a dyn Denoiser>>> {
     let thresholded = Thresholded::new(network, thresholding)?;
     Ok(Counted::new(match meter {

@@ -131,8 +131,11 @@ impl Priors {
         // Of those that are not the student's, the teacher's part of what is left.
         let of_rest = |i: usize| priors[i].teacher / (1.0 - priors[i].student);
         let (teachers, _) = systematic(&others, of_rest, rng);
-        students.into_iter().for_each(|i| sources[i] = Source::Student);
-        teachers.into_iter().for_each(|i| sources[i] = Source::Teacher);
+        for (source, rows) in [(Source::Student, students), (Source::Teacher, teachers)] {
+            for row in rows {
+                sources[row] = source;
+            }
+        }
         sources
     }
 

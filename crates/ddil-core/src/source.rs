@@ -5,7 +5,7 @@ mod student;
 mod teacher;
 
 pub use forward::ForwardSource;
-pub use student::{StudentConfig, StudentPolicy, StudentSource};
+pub use student::{RolloutSteps, StudentConfig, StudentPolicy, StudentSource};
 pub use teacher::{TeacherConfig, TeacherSource};
 
 use ddil_schedulers::{Sampler, Timesteps};
@@ -38,6 +38,15 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
     ///
     /// As the source says.
     fn after_loss(&mut self, _feedback: &LossFeedback<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Checks that batches of this size can be served, once, before any work. Most sources can serve any.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if there is no room for what a batch needs.
+    fn ensure_batch_size(&self, _batch: usize) -> Result<()> {
         Ok(())
     }
 

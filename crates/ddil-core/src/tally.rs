@@ -66,7 +66,6 @@ fn zeros(len: usize, device: Device) -> Tensor {
 }
 
 #[cfg(test)]
-#[expect(clippy::float_cmp, reason = "sums of small whole numbers are exact")]
 mod tests {
     use super::*;
 

@@ -157,8 +157,15 @@ struct Followed {
 
 #[derive(Debug)]
 enum Memory {
-    Shift { forward: AggregationBuffer, student: AggregationBuffer },
+    Shift(Box<Stores>),
     LossRatio { losses: LossMeter, means: Vec<Means> },
+}
+
+/// The newest states of either side.
+#[derive(Debug)]
+struct Stores {
+    forward: AggregationBuffer,
+    student: AggregationBuffer,
 }
 
 /// Losses at one grid index over the intervals so far.
@@ -183,6 +190,7 @@ struct Metadata {
 }
 
 const WHAT: &str = "adaptive priors";
+/// Names of both stores in what is saved.
 const STORES: [&str; 2] = ["forward", "student"];
 const LOSSES: &str = "losses";
 
@@ -211,10 +219,9 @@ impl Adaptation {
         }
         *measured_at = step;
         match &mut self.memory {
-            Memory::Shift { forward, student } => {
+            Memory::Shift(stores) => {
                 for (index, &timestep) in self.timesteps.iter().enumerate().skip(1) {
-                    let measured =
-                        shift_signal(forward, student, (index, timestep), step, streams)?;
+                    let measured = stores.signal(index, timestep, step, streams)?;
                     signal[index] = measured.or(signal[index]);
                 }
             }
@@ -232,16 +239,16 @@ impl Adaptation {
 
     /// Keeps some of the states of a batch, if they are what is measured.
     pub(crate) fn see_states(&mut self, step: u64, states: &States) -> Result<()> {
-        let Memory::Shift { forward, student } = &mut self.memory else { return Ok(()) };
-        keep(forward, 2 * FEWEST_STATES, step, states, &[Source::Forward])?;
-        keep(student, FEWEST_STATES, step, states, &OF_STUDENT)
+        let Memory::Shift(stores) = &mut self.memory else { return Ok(()) };
+        keep(&mut stores.forward, 2 * FEWEST_STATES, step, states, &[Source::Forward])?;
+        keep(&mut stores.student, FEWEST_STATES, step, states, &OF_STUDENT)
     }
 
     /// Takes the losses of a batch in, if they are what is measured.
     pub(crate) fn see_losses(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
         match &mut self.memory {
             Memory::LossRatio { losses, .. } => losses.add(per_sample, states),
-            Memory::Shift { .. } => Ok(()),
+            Memory::Shift(_) => Ok(()),
         }
     }
 
@@ -250,9 +257,9 @@ impl Adaptation {
         signal.fill(None);
         *measured_at = 0;
         match &mut self.memory {
-            Memory::Shift { forward, student } => {
-                forward.flush();
-                student.flush();
+            Memory::Shift(stores) => {
+                stores.forward.flush();
+                stores.student.flush();
             }
             Memory::LossRatio { losses, means } => {
                 *losses = LossMeter::new(self.timesteps.len());
@@ -264,8 +271,8 @@ impl Adaptation {
     pub(crate) fn save(&self) -> Result<SavedState> {
         let followed = self.followed.clone();
         match &self.memory {
-            Memory::Shift { forward, student } => {
-                let (forward, student) = (forward.save()?, student.save()?);
+            Memory::Shift(stores) => {
+                let (forward, student) = (stores.forward.save()?, stores.student.save()?);
                 let stores = vec![forward.metadata.clone(), student.metadata.clone()];
                 let tensors = forward.prefixed(STORES[0]).chain(student.prefixed(STORES[1]));
                 let metadata = Metadata { followed, stores, means: vec![] };
@@ -287,12 +294,12 @@ impl Adaptation {
             return refuse("they are of a grid of another length");
         }
         match &mut self.memory {
-            Memory::Shift { forward, student } => {
-                let [of_forward, of_student] = &stores[..] else {
+            Memory::Shift(here) => {
+                let [forward, student] = &stores[..] else {
                     return refuse("they did not follow the shift");
                 };
-                forward.restore(&saved.part(STORES[0], of_forward))?;
-                student.restore(&saved.part(STORES[1], of_student))?;
+                here.forward.restore(&saved.part(STORES[0], forward))?;
+                here.student.restore(&saved.part(STORES[1], student))?;
             }
             Memory::LossRatio { losses, means } => {
                 if saved_means.len() != means.len() {
@@ -324,10 +331,8 @@ impl Memory {
                 };
                 let third = config.byte_budget / 3;
                 let (states, twice) = (config.states, 2 * config.states);
-                Ok(Self::Shift {
-                    forward: store(twice, 2 * third)?,
-                    student: store(states, third)?,
-                })
+                let (forward, student) = (store(twice, 2 * third)?, store(states, third)?);
+                Ok(Self::Shift(Box::new(Stores { forward, student })))
             }
             AdaptiveSignal::LossRatio => Ok(Self::LossRatio {
                 losses: LossMeter::new(timesteps.len()),
@@ -368,28 +373,32 @@ fn keep(
     }
 }
 
-/// `1 - D_null / D` at a grid index; none where there are too few states of either side.
-fn shift_signal(
-    forward: &mut AggregationBuffer,
-    student: &mut AggregationBuffer,
-    (grid_index, timestep): (usize, i64),
-    step: u64,
-    streams: &RandomStreams,
-) -> Result<Option<f64>> {
-    let n = (forward.available(grid_index, step) / 2).min(student.available(grid_index, step));
-    if n < FEWEST_STATES {
-        return Ok(None);
+impl Stores {
+    /// `1 - D_null / D` at a grid index; none where there are too few states of either side.
+    fn signal(
+        &mut self,
+        grid_index: usize,
+        timestep: i64,
+        step: u64,
+        streams: &RandomStreams,
+    ) -> Result<Option<f64>> {
+        let Self { forward, student } = self;
+        let pairs = forward.available(grid_index, step) / 2;
+        let n = pairs.min(student.available(grid_index, step));
+        if n < FEWEST_STATES {
+            return Ok(None);
+        }
+        let forward = forward.newest(grid_index, 2 * n)?;
+        let student = student.newest(grid_index, n)?;
+        let half = |start: usize| forward.narrow(0, start as i64, n as i64);
+        let config = ShiftConfig { projections: PROJECTIONS, ..ShiftConfig::default() };
+        let mut generator = streams.generator(step, Stream::Priors, student.device())?;
+        let (train, other) = (half(n), half(0));
+        let at = shift_at(timestep, &train, &student, (&train, &other), &config, &mut generator)?;
+        // Of two sets that are the same point, or of states that are not numbers, nothing can be said.
+        let signal = 1.0 - at.null.sliced_w2 / at.shift.sliced_w2;
+        Ok(signal.is_finite().then(|| signal.clamp(0.0, 1.0)))
     }
-    let (forward, student) = (forward.newest(grid_index, 2 * n)?, student.newest(grid_index, n)?);
-    let half = |start: usize| forward.narrow(0, start as i64, n as i64);
-    let config = ShiftConfig { projections: PROJECTIONS, ..ShiftConfig::default() };
-    let mut generator = streams.generator(step, Stream::Priors, student.device())?;
-    let (train, other) = (half(n), half(0));
-    let at = shift_at(timestep, &train, &student, (&train, &other), &config, &mut generator)?;
-    let (found, chance) = (at.shift.sliced_w2, at.null.sliced_w2);
-    // Of two sets that are the same point, or of states that are not numbers, nothing can be said.
-    let signal = 1.0 - chance / found;
-    Ok(signal.is_finite().then(|| signal.clamp(0.0, 1.0)))
 }
 
 fn ensure_seen(losses: &LossTable, num_indices: usize) -> Result<()> {

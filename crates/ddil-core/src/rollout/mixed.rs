@@ -300,6 +300,28 @@ impl Visited {
         Self { x_t, rows: vec![], timesteps: vec![], teacher_acted: vec![] }
     }
 
+    /// The same as rows of a larger batch: trajectory `i` of this one is `rows[i]` there.
+    pub(crate) fn renumbered(mut self, rows: &[usize]) -> Self {
+        self.rows.iter_mut().for_each(|row| *row = rows[*row]);
+        self
+    }
+
+    /// All that was visited, one after another.
+    pub(crate) fn cat(parts: Vec<Self>) -> Result<Self> {
+        let mut all = Self::nothing();
+        let mut states = Vec::with_capacity(parts.len());
+        for part in parts {
+            states.push(part.x_t);
+            all.rows.extend(part.rows);
+            all.timesteps.extend(part.timesteps);
+            all.teacher_acted.extend(part.teacher_acted);
+        }
+        if !states.is_empty() {
+            all.x_t = Tensor::f_cat(&states, 0).map_err(Error::torch("Visited::cat"))?;
+        }
+        Ok(all)
+    }
+
     /// Where the state of a trajectory at a timestep is among the visited.
     pub fn position(&self, row: usize, timestep: i64) -> Option<usize> {
         (0..self.rows.len()).find(|&i| self.rows[i] == row && self.timesteps[i] == timestep)

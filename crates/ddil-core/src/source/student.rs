@@ -2,6 +2,7 @@
 
 mod chains;
 
+use ddil_schedulers::Timesteps;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -69,6 +70,40 @@ pub struct StudentConfig {
     pub policy: StudentPolicy,
     /// When the teacher walks in place of the student; default never.
     pub mixed: Option<MixedVariant>,
+    /// Fewest and most steps of a rollout, of which each trajectory draws its own number, so that the student sees
+    /// what it meets at other step counts too; default the one grid that it is sampled at. For students whose
+    /// sampler can go to any timestep, with the policies `fresh` and `buffer`.
+    ///
+    /// `n` steps are at every so many of the training grid, as [`Timesteps::lcm`] has them.
+    pub rollout_steps: Option<RolloutSteps>,
+}
+
+/// How many steps a rollout may have, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutSteps {
+    /// Fewest, at least 1.
+    pub min: usize,
+    /// Most, at most the length of the training grid.
+    pub max: usize,
+}
+
+impl RolloutSteps {
+    /// A grid for each number of steps.
+    fn grids(self, training: &Timesteps) -> Result<Vec<Timesteps>> {
+        let Self { min, max } = self;
+        let (all, len) = (training.as_slice(), training.len());
+        if !(1 <= min && min <= max && max <= len) {
+            return Err(Error::InvalidConfig {
+                field: "student.rollout_steps",
+                value: format!("{min}..={max}"),
+                expected: format!("in order and in 1..={len}, the length of the training grid"),
+            });
+        }
+        let num_train_timesteps = all[0] as u32 + 1;
+        let grid = |n: usize| (0..n).map(|step| all[step * len / n]).collect();
+        (min..=max).map(|n| Ok(Timesteps::explicit(grid(n), num_train_timesteps)?)).collect()
+    }
 }
 
 impl StudentConfig {
@@ -92,7 +127,7 @@ impl StudentConfig {
         }
         let everywhere =
             matches!(self.policy, StudentPolicy::FreshAll | StudentPolicy::Chain { .. });
-        if everywhere && grids.rollout != grids.student {
+        if everywhere && (grids.rollout != grids.student || self.rollout_steps.is_some()) {
             return Err(Error::InvalidConfig {
                 field: "policy.kind",
                 value: "fresh_all or chain".to_owned(),
@@ -117,8 +152,16 @@ impl StudentConfig {
 /// The student's backward trajectories.
 #[derive(Debug)]
 pub struct StudentSource {
-    mixed: Option<MixedVariant>,
+    ways: Ways,
     memory: Memory,
+}
+
+/// How a trajectory may go.
+#[derive(Debug)]
+struct Ways {
+    mixed: Option<MixedVariant>,
+    /// Grids of which each trajectory draws one; none where all are on the grid of the run.
+    grids: Vec<Timesteps>,
 }
 
 /// What is kept from step to step, by policy.
@@ -136,6 +179,8 @@ impl StudentSource {
     /// [`Error::InvalidConfig`] that names the setting.
     pub fn new(config: StudentConfig, grids: &Grids) -> Result<Self> {
         config.ensure(grids)?;
+        let drawn = config.rollout_steps.map(|steps| steps.grids(&grids.student)).transpose()?;
+        let ways = Ways { mixed: config.mixed, grids: drawn.unwrap_or_default() };
         let memory = match config.policy {
             StudentPolicy::Fresh => Memory::Fresh,
             StudentPolicy::FreshAll => Memory::FreshAll,
@@ -147,7 +192,7 @@ impl StudentSource {
                 Memory::Chain { refresh_fraction, chains: Chains::new(&grids.student) }
             }
         };
-        Ok(Self { mixed: config.mixed, memory })
+        Ok(Self { ways, memory })
     }
 
     /// The buffer, if that is the policy.
@@ -162,27 +207,31 @@ impl StudentSource {
 impl TrajectorySource for StudentSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
         let mut draws = request.streams.draws(request.step, Stream::Student, request.device())?;
-        let mixed = self.mixed;
+        let ways = &self.ways;
         match &mut self.memory {
-            Memory::Fresh => fresh(request, mixed, &Shared::alone(request.len()), &mut draws),
+            Memory::Fresh => fresh(request, ways, &Shared::alone(request.len()), &mut draws),
             Memory::FreshAll => {
                 let shared = Shared::new(request.grid_indices, request.grids.student.len());
-                fresh(request, mixed, &shared, &mut draws)
+                fresh(request, ways, &shared, &mut draws)
             }
             Memory::Buffer { new_fraction, buffer } => {
-                buffered(request, mixed, *new_fraction, buffer, &mut draws)
+                buffered(request, ways, *new_fraction, buffer, &mut draws)
             }
             Memory::Chain { refresh_fraction, chains } => {
-                chains.states(request, mixed, *refresh_fraction, &mut draws)
+                chains.states(request, ways.mixed, *refresh_fraction, &mut draws)
             }
         }
     }
 
     fn after_loss(&mut self, feedback: &LossFeedback<'_>) -> Result<()> {
         match &mut self.memory {
-            Memory::Chain { chains, .. } => chains.advance(feedback, self.mixed),
+            Memory::Chain { chains, .. } => chains.advance(feedback, self.ways.mixed),
             _ => Ok(()),
         }
+    }
+
+    fn ensure_batch_size(&self, batch: usize) -> Result<()> {
+        self.buffer().map_or(Ok(()), |buffer| buffer.ensure_batch_size(batch))
     }
 
     fn flush(&mut self) {
@@ -217,19 +266,19 @@ impl TrajectorySource for StudentSource {
 /// Rolls trajectories out from noise and takes the states asked for.
 fn fresh(
     request: &SourceRequest<'_>,
-    mixed: Option<MixedVariant>,
+    ways: &Ways,
     shared: &Shared,
     draws: &mut Draws,
 ) -> Result<States> {
     let targets = shared.targets(&request.timesteps());
-    let (visited, prompts) = roll_out(request, mixed, shared, &targets, draws)?;
+    let (visited, prompts) = roll_out(request, ways, shared, &targets, draws)?;
     taken(request, shared, &visited, &prompts)
 }
 
 /// Trajectories from fresh noise to `targets`, with what each was told.
 fn roll_out(
     request: &SourceRequest<'_>,
-    mixed: Option<MixedVariant>,
+    ways: &Ways,
     shared: &Shared,
     targets: &[i64],
     draws: &mut Draws,
@@ -237,8 +286,26 @@ fn roll_out(
     let kind = request.data.x0.kind();
     let noise = draws.generator.normal(request.shape(targets.len()), kind)?;
     let prompts = shared.prompts(request.prompts, request.device())?;
-    let rollout = request.rollout(&request.grids.rollout, mixed);
-    Ok((rollout.visit(&noise, &prompts, targets, draws)?, prompts))
+    if ways.grids.is_empty() {
+        let rollout = request.rollout(&request.grids.rollout, ways.mixed);
+        return Ok((rollout.visit(&noise, &prompts, targets, draws)?, prompts));
+    }
+    let drawn: Vec<usize> =
+        targets.iter().map(|_| draws.rng.random_range(0..ways.grids.len())).collect();
+    let mut parts = Vec::new();
+    for (i, grid) in ways.grids.iter().enumerate() {
+        let rows: Vec<usize> = (0..targets.len()).filter(|&row| drawn[row] == i).collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let order = index(&rows, request.device());
+        let (noise, told) = (noise.index_select(0, &order), prompts.index_select(&order)?);
+        let targets: Vec<i64> = rows.iter().map(|&row| targets[row]).collect();
+        let request = *request;
+        let visited = request.rollout(grid, ways.mixed).visit(&noise, &told, &targets, draws)?;
+        parts.push(visited.renumbered(&rows));
+    }
+    Ok((Visited::cat(parts)?, prompts))
 }
 
 /// The states asked for among those visited.
@@ -265,7 +332,7 @@ fn taken(
 /// States from the buffer, some of them rolled out and put there first.
 fn buffered(
     request: &SourceRequest<'_>,
-    mixed: Option<MixedVariant>,
+    ways: &Ways,
     new_fraction: f64,
     buffer: &mut AggregationBuffer,
     draws: &mut Draws,
@@ -283,7 +350,7 @@ fn buffered(
     }
     if !new.is_empty() {
         let part = Selected::of(request, &new)?;
-        parts.push(rolled_into(&part.request(request), mixed, buffer, draws)?);
+        parts.push(rolled_into(&part.request(request), ways, buffer, draws)?);
     }
     let order = inverse(&[old, new].concat());
     States::cat(&parts)?.index_select(&order)
@@ -292,19 +359,19 @@ fn buffered(
 /// Rolls whole trajectories out, puts all that they visit into the buffer and takes the states asked for.
 fn rolled_into(
     request: &SourceRequest<'_>,
-    mixed: Option<MixedVariant>,
+    ways: &Ways,
     buffer: &mut AggregationBuffer,
     draws: &mut Draws,
 ) -> Result<States> {
     let shared = Shared::alone(request.len());
     let grids = request.grids;
-    let targets = if grids.rollout == grids.student {
+    let targets = if grids.rollout == grids.student && ways.grids.is_empty() {
         vec![grids.student.as_slice().last().copied().unwrap_or(-1); request.len()]
     } else {
         // Between two timesteps of the rollout there are many to stop at; the one asked for is as good as any.
         request.timesteps()
     };
-    let (visited, prompts) = roll_out(request, mixed, &shared, &targets, draws)?;
+    let (visited, prompts) = roll_out(request, ways, &shared, &targets, draws)?;
     let grid_indices: Option<Vec<usize>> =
         visited.timesteps.iter().map(|&t| grids.student_index(t)).collect();
     let device = visited.x_t.device();
@@ -328,5 +395,20 @@ fn noise_is_no_state() -> Error {
     Error::NoState {
         source_name: "student",
         reason: "index 0 is noise and no state of a trajectory".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drawn_grids_are_those_of_latent_consistency_models() -> Result<()> {
+        let training = Timesteps::lcm(1000, 50, 50)?;
+        let grids = RolloutSteps { min: 1, max: 50 }.grids(&training)?;
+        for (n, grid) in (1..=50).zip(&grids) {
+            assert_eq!(*grid, Timesteps::lcm(1000, 50, n)?);
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,80 @@
+//! The buffer of visited states: insertion and sampling of a batch of 64, pixel images and latents.
+//!
+//! `cargo bench -p ddil-benches --bench buffer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
+//! one. Beside them, copying the same rows out of a plain tensor: what sampling could cost at least.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ddil_core::{AggregationBuffer, BufferConfig, Conditioning, Source, States, StorageKind};
+use ddil_schedulers::{TimestepSpacing, Timesteps};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tch::{Tensor, kind};
+
+const BATCH: usize = 64;
+const SHAPES: [[i64; 3]; 2] = [[1, 32, 32], [4, 64, 64]];
+
+fn grid_indices() -> Vec<usize> {
+    (0..BATCH).map(|row| 1 + row % 3).collect()
+}
+
+fn states(shape: [i64; 3]) -> States {
+    let whole = [&[BATCH as i64][..], &shape].concat();
+    States {
+        x_t: Tensor::randn(whole, kind::FLOAT_CPU),
+        timesteps: Tensor::full([BATCH as i64], 499, kind::INT64_CPU),
+        grid_indices: grid_indices(),
+        conditioning: Conditioning::class_labels(Tensor::zeros([BATCH as i64], kind::INT64_CPU)),
+        sources: vec![Source::Student; BATCH],
+        births: vec![0; BATCH],
+    }
+}
+
+fn filled(shape: [i64; 3], storage: StorageKind) -> (AggregationBuffer, States) {
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("4 steps fit");
+    let config = BufferConfig { storage, ..BufferConfig::default() };
+    let mut buffer = AggregationBuffer::new(config, &grid).expect("the settings are valid");
+    let states = states(shape);
+    for _ in 0..40 {
+        buffer.insert(&states).expect("they fit");
+    }
+    (buffer, states)
+}
+
+fn buffer(c: &mut Criterion) {
+    let mut group = c.benchmark_group("buffer");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+    for shape in SHAPES {
+        let label = shape.map(|n| n.to_string()).join("x");
+        group.throughput(Throughput::Elements(BATCH as u64));
+        for (name, storage) in [("f16", StorageKind::F16), ("f32", StorageKind::F32)] {
+            let (mut buffer, states) = filled(shape, storage);
+            group.bench_function(BenchmarkId::new(format!("insert {name}"), &label), |b| {
+                b.iter(|| buffer.insert(black_box(&states)).expect("they fit"));
+            });
+            let (indices, mut rng) = (grid_indices(), StdRng::seed_from_u64(0));
+            group.bench_function(BenchmarkId::new(format!("sample {name}"), &label), |b| {
+                b.iter(|| black_box(buffer.sample(&indices, 0, &mut rng).expect("it is full")));
+            });
+        }
+        let kept = Tensor::randn([&[2046_i64][..], &shape].concat(), kind::FLOAT_CPU);
+        let rows = Tensor::randint(2046, [BATCH as i64], kind::INT64_CPU);
+        group.bench_function(BenchmarkId::new("index_select f32", &label), |b| {
+            b.iter(|| black_box(kept.index_select(0, &rows)));
+        });
+    }
+    group.finish();
+}
+
+/// Threads fixed, freed memory kept as the programs of this project keep it.
+fn prepared() -> Criterion {
+    let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
+    tch::set_num_threads(threads.unwrap_or(1));
+    ddil_libtorch::keep_freed_pages();
+    Criterion::default()
+}
+
+criterion_group! { name = benches; config = prepared(); targets = buffer }
+criterion_main!(benches);
