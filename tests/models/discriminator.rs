@@ -39,7 +39,7 @@ fn has_gradient(tensor: &Tensor) -> bool {
 fn a_head_is_its_formula() -> TestResult {
     let settings =
         DiscriminatorHeadConfig { width: Some(16), norm_num_groups: Some(2), ..config(12, 8) };
-    let head = build(&settings)?;
+    let head = settings.build(Placement { kind: Kind::Double, ..Placement::default() }, 0)?;
     let get = |name: &str| head.parameters().get(name).expect("it is there");
     {
         let _no_grad = tch::no_grad_guard();
@@ -53,7 +53,7 @@ fn a_head_is_its_formula() -> TestResult {
             .group_norm(2, Some(get("norm.weight")), Some(get("norm.bias")), 1e-5, false)
             .silu()
     };
-    let features = Tensor::randn([3, 12, 8, 8], kind::FLOAT_CPU);
+    let features = Tensor::randn([3, 12, 8, 8], kind::DOUBLE_CPU);
     let hidden = block(&block(&features, 0, 2, 1), 1, 4, 0);
     assert_eq!(hidden.size(), [3, 16, 1, 1]);
     let expected = hidden
@@ -61,10 +61,10 @@ fn a_head_is_its_formula() -> TestResult {
         .linear(&get("conv_out.weight").view([1, 16]), Some(get("conv_out.bias")));
     let found = head.forward(&features)?;
     assert_eq!(found.size(), [3]);
-    assert!(relative_error(&found, &expected.view([3])) < 1e-5);
+    assert!(relative_error(&found, &expected.view([3])) < 1e-9);
     // Samples do not see each other.
     assert!(
-        relative_error(&head.forward(&features.narrow(0, 1, 1))?, &found.narrow(0, 1, 1)) < 1e-5
+        relative_error(&head.forward(&features.narrow(0, 1, 1))?, &found.narrow(0, 1, 1)) < 1e-9
     );
     Ok(())
 }
