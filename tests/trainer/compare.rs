@@ -291,7 +291,7 @@ fn arms_are_put_together_over_seeds() -> TestResult {
 }
 
 #[test]
-fn differences_are_between_cells_that_share_all_else() -> TestResult {
+fn differences_are_between_cells_that_share_all_else() {
     let report = report();
     let differences = report.differences();
     let told: Vec<_> =
@@ -309,7 +309,6 @@ fn differences_are_between_cells_that_share_all_else() -> TestResult {
     assert_eq!(frechet.standard_error, Some(1.0));
     let single = differences[4].of[0].1;
     assert_eq!((single.n, single.mean, single.standard_error), (1, -1.0, None));
-    Ok(())
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, RandomStreams, ShiftConfig, ShiftRequest, measure_shift,
+    Conditioning, Data, Denoiser, RandomStreams, ShiftConfig, ShiftRequest, Stream, measure_shift,
 };
 use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
@@ -92,7 +92,13 @@ pub fn draw(
         Tensor::arange_start(i64::from(range.start), i64::from(range.end), (Kind::Int64, device));
     let conditioning = classes(&pipeline.card, total, None, device).index_select(&rows)?;
     let noise = noise.index_select(0, &rows);
-    let images = generate(&pipeline.network, plan, &pipeline.card, &noise, &conditioning)?;
+    // A sampler that draws noise on its way draws other noise for other parts.
+    let seed = match range.start {
+        0 => plan.seed,
+        start => RandomStreams::new(plan.seed, 0).seed_of(u64::from(start), Stream::Sample),
+    };
+    let plan = SamplePlan { seed, ..plan.clone() };
+    let images = generate(&pipeline.network, &plan, &pipeline.card, &noise, &conditioning)?;
     Ok(images.to_device(Device::Cpu))
 }
 

@@ -145,10 +145,8 @@ impl TeacherSamples {
 impl Setting {
     /// What a measurement depends on beside the model, as a checksum.
     pub fn measured_as(&self, taught: Option<&TeacherSamples>) -> String {
-        // The size of a batch is no part of what comes out.
-        let evaluate = EvaluateConfig { batch_size: 0, ..self.evaluate.clone() };
         let taught = taught.map(TeacherSamples::key);
-        let parts = (evaluate, self.data.kind, &self.data.path, taught);
+        let parts = (&self.evaluate, self.data.kind, &self.data.path, taught);
         sha256(&serde_json::to_vec(&parts).unwrap_or_default())
     }
 }
