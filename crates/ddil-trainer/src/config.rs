@@ -408,10 +408,12 @@ impl DistillConfig {
         self.teacher.guidance.ensure()?;
         let path = &self.teacher.path;
         ensure("teacher.path", "not set", !path.as_os_str().is_empty(), "the teacher's folder")?;
-        let none = self.mixing.thresholding == Thresholding::None;
+        let MixerConfig { thresholding, threshold_student, threshold_teacher, .. } = &self.mixing;
+        let none = *thresholding == Thresholding::None && *threshold_student && *threshold_teacher;
         let expected =
             "left out: [thresholding] and [thresholding_places] say it for the whole run";
-        ensure("mixing.thresholding", "set", none, expected)?;
+        let fields = "mixing.thresholding, mixing.threshold_student, mixing.threshold_teacher";
+        ensure(fields, "set", none, expected)?;
         ensure_critic(&self.critic)?;
         self.ensure_stages()
     }

@@ -78,12 +78,13 @@ impl DistillTask {
         let schedule = teacher.network.schedule().clone();
         let stage = Stage::new(config, &schedule, 0)?;
         ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
+        stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
         let Pipeline { network: teacher, card, .. } = teacher;
         let cast = Cast::new(config, stage.objective.requirements(), teacher, card.image_shape)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
-        let meters = Meters::new(&schedule);
+        let meters = Meters::new(&schedule, &config.objective);
         let task =
             Self { config, schedule, data, streams, card, cast, stage, meters, pending: None };
         task.scheduler()?;

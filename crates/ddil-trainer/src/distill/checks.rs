@@ -1,6 +1,8 @@
 //! What must fit before any work begins.
 
-use ddil_losses::{Requirements, TeacherGuidance};
+use ddil_losses::{
+    LatentConsistencyConfig, ObjectiveConfig, Requirements, Solver, TeacherGuidance,
+};
 
 use ddil_models::UNet2DConfig;
 
@@ -72,6 +74,17 @@ fn ensure_guidance(
             return invalid(FIELD, "baked_in", expected);
         }
         _ => {}
+    }
+    let is_own_teacher = matches!(
+        &config.objective,
+        ObjectiveConfig::Lcm(LatentConsistencyConfig { solver: Solver::Target, .. })
+    );
+    if is_own_teacher
+        && matches!(guidance, TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. })
+    {
+        let expected =
+            "baked_in: with objective.solver = \"target\" no teacher is asked, so none is guided";
+        return invalid(FIELD, guidance.as_str(), expected);
     }
     if guidance.is_told_to_student() && requirements.critic {
         let expected =
