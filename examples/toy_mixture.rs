@@ -262,7 +262,11 @@ impl Lab {
         let config = MixerConfig {
             priors: PriorSchedule::constant(priors),
             // Whole trajectories of the very student, all states of which are used.
-            student: StudentConfig { policy: StudentPolicy::FreshAll, mixed: None, ..StudentConfig::default() },
+            student: StudentConfig {
+                policy: StudentPolicy::FreshAll,
+                mixed: None,
+                ..StudentConfig::default()
+            },
             teacher: TeacherConfig { substeps: SUBSTEPS, ..TeacherConfig::default() },
             ..MixerConfig::default()
         };

@@ -2,21 +2,23 @@
 """Records what diffusers' UNet2DModel answers, for tests/models/unet.rs to compare with.
 
     python3 -m venv .venv
-    .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 safetensors numpy
+    .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
     .venv/bin/python tools/record_unet.py            # writes tests/golden/models
     .venv/bin/python tools/record_unet.py --check DIR...  # loads folders that ddil wrote
 
 Each folder holds what `save_pretrained` writes, and `expected.safetensors`: `sample`, `timesteps`,
-`class_labels` where there are classes, the `output`, the `features` that leave the bottom level, and
+`class_labels` and `guidance_weight` where the network is told them, the `output`, the `features` that leave the bottom level, and
 `grad.NAME`, the gradient of the sum of squared outputs with respect to a few parameters.
 The same versions write the same bytes.
 """
 
 import argparse
+import json
 import pathlib
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DModel
+from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
@@ -53,17 +55,47 @@ CONFIGS = {
         down_block_types=(DOWN, ATTN_DOWN), up_block_types=(ATTN_UP, UP), attention_head_dim=None,
         norm_num_groups=4, mid_block_type=None, class_embed_type="identity", act_fn="gelu",
     ),
+    # Not a setting of diffusers' UNet2DModel: its parts are put together here.
+    "unet_guidance": dict(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=(DOWN, DOWN), up_block_types=(UP, UP), norm_num_groups=4, num_class_embeds=3,
+        add_attention=False, time_cond_proj_dim=33,
+    ),
 }
 
 GRADIENTS = [
     "conv_in.weight",
     "time_embedding.linear_1.weight",
+    "time_embedding.cond_proj.weight",
     "class_embedding.weight",
     "class_embedding.linear_2.bias",
     "down_blocks.1.attentions.0.to_q.weight",
     "mid_block.resnets.1.time_emb_proj.weight",
     "up_blocks.0.upsamplers.0.conv.bias",
 ]
+
+
+class GuidedEmbedding(TimestepEmbedding):
+    """diffusers' embedding of a timestep, with the condition that UNet2DModel would not hand on."""
+
+    condition = None
+
+    def forward(self, sample, condition=None):
+        return super().forward(sample, self.condition)
+
+
+def build(config):
+    config = dict(config)
+    width = config.pop("time_cond_proj_dim", None)
+    model = UNet2DModel(**config)
+    if width is not None:
+        first = config["block_out_channels"][0]
+        model.time_embedding = GuidedEmbedding(first, 4 * first, cond_proj_dim=width)
+    return model.eval()
+
+
+def embed_guidance(weight, width):
+    return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, weight, width)
 
 
 def inputs(config):
@@ -78,7 +110,10 @@ def inputs(config):
     elif config.get("class_embed_type") == "identity":
         recorded["class_labels"] = torch.randn(batch, 4 * config["block_out_channels"][0])
     elif "num_class_embeds" in config:
-        recorded["class_labels"] = torch.tensor([0, 10, 4])
+        classes = config["num_class_embeds"]
+        recorded["class_labels"] = torch.tensor([0, classes - 1, (classes - 2) // 2])
+    if "time_cond_proj_dim" in config:
+        recorded["guidance_weight"] = torch.tensor([7.5, 0.0, 2.25])
     return recorded
 
 
@@ -98,13 +133,16 @@ def answer(model, recorded):
 
 def record(name, config):
     torch.manual_seed(0)
-    model = UNet2DModel(**config).eval()
+    model = build(config)
     with torch.no_grad():
         # Fresh norms are all ones and zeros, which would hide a norm that is left out.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     recorded = inputs(config)
+    if "guidance_weight" in recorded:
+        width = config["time_cond_proj_dim"]
+        model.time_embedding.condition = embed_guidance(recorded["guidance_weight"], width)
     output, features = answer(model, recorded)
     output.square().sum().backward()
     recorded |= {"output": output, "features": features}
@@ -112,6 +150,10 @@ def record(name, config):
     recorded |= {f"grad.{key}": parameters[key].grad for key in GRADIENTS if key in parameters}
     folder = GOLDEN / name
     model.save_pretrained(folder)
+    if "time_cond_proj_dim" in config:
+        path = folder / "config.json"
+        settings = json.loads(path.read_text()) | {"time_cond_proj_dim": config["time_cond_proj_dim"]}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     recorded = {key: value.detach().contiguous() for key, value in recorded.items()}
     save_file(recorded, folder / "expected.safetensors")
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, output std {output.std():.3f}")

@@ -7,12 +7,13 @@ use tch::Tensor;
 pub(crate) type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 /// Every recorded network.
-pub(crate) const GOLDEN: [&str; 5] = [
+pub(crate) const GOLDEN: [&str; 6] = [
     "unet_unconditional",
     "unet_class_labels",
     "unet_fourier_scale_shift",
     "unet_timestep_classes",
     "unet_identity_classes",
+    "unet_guidance",
 ];
 
 /// A folder that `tools/record_unet.py` wrote.

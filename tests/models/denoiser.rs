@@ -118,3 +118,23 @@ fn noise_cannot_be_asked_for_where_there_is_no_signal() -> TestResult {
     assert!(matches!(refused, Err(Error::Scheduler(_))));
     Ok(())
 }
+
+#[test]
+fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
+    let folder = golden("unet_guidance");
+    let recorded = weights::read_all(folder.join("expected.safetensors"))?;
+    let network = Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?;
+    assert_eq!(network.conditioning_fields(), ["class_labels", "guidance_weight"]);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let (x_t, t) = (&recorded["sample"], &recorded["timesteps"]);
+    let labels = Conditioning::class_labels(recorded["class_labels"].shallow_clone());
+    let error = denoiser.predict(x_t, t, &labels);
+    assert!(matches!(
+        error,
+        Err(ddil_core::Error::ConditioningMissing { field: "guidance_weight", .. })
+    ));
+    let told = labels.with_guidance_weight(recorded["guidance_weight"].shallow_clone());
+    assert!(relative_error(&denoiser.predict(x_t, t, &told)?.x0, &recorded["output"]) < 1e-5);
+    Ok(())
+}

@@ -2,6 +2,8 @@
 
 mod common;
 mod denoiser;
+mod discriminator;
+mod matching;
 mod mlp;
 mod model;
 mod parameters;

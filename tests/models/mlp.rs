@@ -38,7 +38,7 @@ fn the_skip_connection_is_the_denoiser_of_a_gaussian() -> TestResult {
 #[test]
 fn the_networks_share_grows_with_the_noise() -> TestResult {
     let mlp = build(&with_skip(0.5))?;
-    let x_t = Tensor::randn([1, 2], kind::DOUBLE_CPU);
+    let x_t = Tensor::from_slice(&[0.8, -1.1]).view([1, 2]);
     let first = mlp.forward(&x_t, &Tensor::from_slice(&[0_i64]), None, None)?;
     assert!(relative_error(&first, &x_t) < 0.1);
     let last = mlp.forward(&x_t, &Tensor::from_slice(&[999_i64]), None, None)?;
@@ -153,5 +153,25 @@ fn what_does_not_fit_is_refused() -> TestResult {
     };
     let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
     assert_eq!(keys, ["dim", "time_features", "hidden_widths[1]", "skip.sigma_data"]);
+    Ok(())
+}
+
+/// Features are what the last layer makes its output of, in the graph of both.
+#[test]
+fn features_are_what_enters_the_last_layer() -> TestResult {
+    let mlp = build(&MlpConfig { hidden_widths: vec![8, 6], ..MlpConfig::default() })?;
+    let (x_t, t) =
+        (Tensor::randn([4, 2], kind::DOUBLE_CPU), Tensor::full([4], 500, kind::INT64_CPU));
+    let x_t = x_t.set_requires_grad(true);
+    let pass = mlp.forward_with_features(&x_t, &t, None, None)?;
+    assert_eq!(pass.features.size(), [4, 6]);
+    let get = |name: &str| mlp.parameters().get(name).expect("it is there");
+    let output = pass.features.linear(get("layers.2.weight"), Some(get("layers.2.bias")));
+    assert!(relative_error(&pass.sample, &output) < 1e-12);
+    assert_eq!(pass.sample, mlp.forward(&x_t, &t, None, None)?);
+
+    pass.features.square().sum(Kind::Double).backward();
+    assert!(x_t.grad().abs().sum(Kind::Double).double_value(&[]) > 0.0);
+    assert!(get("layers.1.weight").grad().defined() && !get("layers.2.weight").grad().defined());
     Ok(())
 }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use ddil_libtorch::Autocast;
-use ddil_models::{Error, Placement, UNet2DConfig, UNet2DModel, UnknownKeys, weights};
-use tch::{Device, Kind, Tensor};
+use ddil_models::{
+    DownBlockType, Error, Placement, UNet2DConfig, UNet2DModel, UnknownKeys, UpBlockType, weights,
+};
+use tch::{Device, Kind, Tensor, kind};
 
 use crate::common::{GOLDEN, TestResult, golden, relative_error};
 
@@ -22,7 +24,8 @@ fn expected(name: &str) -> ddil_models::Result<BTreeMap<String, Tensor>> {
 }
 
 fn forward(unet: &UNet2DModel, recorded: &BTreeMap<String, Tensor>) -> ddil_models::Result<Tensor> {
-    unet.forward(&recorded["sample"], &recorded["timesteps"], recorded.get("class_labels"))
+    let (labels, weight) = (recorded.get("class_labels"), recorded.get("guidance_weight"));
+    unet.forward(&recorded["sample"], &recorded["timesteps"], labels, weight)
 }
 
 #[test]
@@ -36,6 +39,7 @@ fn outputs_are_those_of_diffusers() -> TestResult {
                 &recorded["sample"],
                 &recorded["timesteps"],
                 recorded.get("class_labels"),
+                recorded.get("guidance_weight"),
             )?;
             for (part, found) in [("output", &output.sample), ("features", &output.features)] {
                 let error = relative_error(found, &recorded[part]);
@@ -72,7 +76,7 @@ fn features_alone_are_those_of_a_whole_pass() -> TestResult {
     let unet = load("unet_class_labels", Placement::default())?;
     let recorded = expected("unet_class_labels")?;
     let labels = recorded.get("class_labels");
-    let features = unet.features(&recorded["sample"], &recorded["timesteps"], labels)?;
+    let features = unet.features(&recorded["sample"], &recorded["timesteps"], labels, None)?;
     assert!(relative_error(&features, &recorded["features"]) <= TOLERANCE);
     Ok(())
 }
@@ -83,7 +87,7 @@ fn double_and_half_precision_follow_the_placement() -> TestResult {
     for (kind, tolerance) in [(Kind::Double, 1e-5), (Kind::BFloat16, 0.05)] {
         let unet = load("unet_unconditional", Placement { kind, ..Placement::default() })?;
         let sample = recorded["sample"].to_kind(kind);
-        let output = unet.forward(&sample, &recorded["timesteps"], None)?;
+        let output = unet.forward(&sample, &recorded["timesteps"], None, None)?;
         assert_eq!(output.kind(), kind);
         let error = relative_error(&output.to_kind(Kind::Float), &recorded["output"]);
         assert!(error <= tolerance, "{kind:?}: {error}");
@@ -115,9 +119,9 @@ fn autocast_to_bfloat16_stays_close() -> TestResult {
 fn one_timestep_serves_the_whole_batch() -> TestResult {
     let unet = load("unet_unconditional", Placement::default())?;
     let sample = &expected("unet_unconditional")?["sample"];
-    let each = unet.forward(sample, &Tensor::from_slice(&[7_i64; 3]), None)?;
-    assert_eq!(unet.forward(sample, &Tensor::from(7_i64), None)?, each);
-    assert_eq!(unet.forward(sample, &Tensor::from_slice(&[7.0_f32; 3]), None)?, each);
+    let each = unet.forward(sample, &Tensor::from_slice(&[7_i64; 3]), None, None)?;
+    assert_eq!(unet.forward(sample, &Tensor::from(7_i64), None, None)?, each);
+    assert_eq!(unet.forward(sample, &Tensor::from_slice(&[7.0_f32; 3]), None, None)?, each);
     Ok(())
 }
 
@@ -139,7 +143,7 @@ fn no_gradient_reaches_a_frozen_network_and_one_reaches_its_input() -> TestResul
     unet.parameters().set_trainable(false);
     let recorded = expected("unet_fourier_scale_shift")?;
     let sample = recorded["sample"].copy().set_requires_grad(true);
-    unet.forward(&sample, &recorded["timesteps"], None)?.sum(Kind::Float).backward();
+    unet.forward(&sample, &recorded["timesteps"], None, None)?.sum(Kind::Float).backward();
     assert!(sample.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
     assert!(unet.parameters().named().iter().all(|(_, parameter)| !parameter.grad().defined()));
     Ok(())
@@ -162,9 +166,9 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
     let (sample, t) = (float(&[3, 3, 8, 4]), Tensor::from_slice(&[1_i64; 3]));
     let labels = Tensor::from_slice(&[0_i64, 1, 10]);
     let refusal = |sample: &Tensor, t: &Tensor, labels: Option<&Tensor>| {
-        unet.forward(sample, t, labels).expect_err("it does not fit").to_string()
+        unet.forward(sample, t, labels, None).expect_err("it does not fit").to_string()
     };
-    assert!(unet.forward(&sample, &t, Some(&labels)).is_ok());
+    assert!(unet.forward(&sample, &t, Some(&labels), None).is_ok());
 
     for shape in [&[3, 3, 8][..], &[3, 1, 8, 4], &[3, 3, 7, 4], &[3, 3, 8, 3], &[3, 3, 0, 4]] {
         let message = refusal(&float(shape), &t, Some(&labels));
@@ -195,12 +199,90 @@ fn labels_for_a_network_without_classes_are_refused() -> TestResult {
     let unet = load("unet_unconditional", Placement::default())?;
     let recorded = expected("unet_unconditional")?;
     let labels = Tensor::from_slice(&[0_i64; 3]);
-    let error = unet.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels));
+    let error = unet.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels), None);
     assert!(matches!(error, Err(Error::UnexpectedClassLabels { .. })));
 
     let identity = load("unet_identity_classes", Placement::default())?;
     let recorded = expected("unet_identity_classes")?;
-    let error = identity.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels));
+    let error = identity.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels), None);
     assert!(matches!(error, Err(Error::InvalidShape { name: "class_labels", .. })));
+    Ok(())
+}
+
+fn told_guidance() -> UNet2DConfig {
+    UNet2DConfig { time_cond_proj_dim: Some(16), ..untold() }
+}
+
+fn untold() -> UNet2DConfig {
+    UNet2DConfig {
+        in_channels: 1,
+        out_channels: 1,
+        down_block_types: vec![DownBlockType::DownBlock2D; 2],
+        up_block_types: vec![UpBlockType::UpBlock2D; 2],
+        block_out_channels: vec![8, 8],
+        layers_per_block: 1,
+        norm_num_groups: 4,
+        add_attention: false,
+        ..UNet2DConfig::default()
+    }
+}
+
+/// At first whatever the weight is makes no difference, but the gradient says how it should.
+#[test]
+fn a_fresh_network_that_is_told_its_guidance_is_the_one_that_is_not() -> TestResult {
+    let placement = Placement { kind: Kind::Double, ..Placement::default() };
+    let (student, teacher) = (told_guidance().build(placement, 3)?, untold().build(placement, 3)?);
+    let (x_t, t) =
+        (Tensor::randn([2, 1, 4, 4], kind::DOUBLE_CPU), Tensor::from_slice(&[999_i64, 3]));
+    let weight = Tensor::from_slice(&[7.5, 0.3]);
+    let output = student.forward(&x_t, &t, None, Some(&weight))?;
+    assert_eq!(output, teacher.forward(&x_t, &t, None, None)?);
+
+    output.square().sum(Kind::Double).backward();
+    let projection =
+        student.parameters().get("time_embedding.cond_proj.weight").expect("it has one");
+    assert_eq!(projection.size(), [8, 16]);
+    assert!(projection.grad().abs().sum(Kind::Double).double_value(&[]) > 0.0);
+
+    let _no_grad = tch::no_grad_guard();
+    let _ = projection.shallow_clone().fill_(0.1);
+    let one = student.forward(&x_t, &t, None, Some(&weight))?;
+    assert_ne!(one, output);
+    assert_ne!(one, student.forward(&x_t, &t, None, Some(&(weight + 1.0)))?);
+    Ok(())
+}
+
+#[test]
+fn a_guidance_weight_is_neither_missed_nor_passed_over() -> TestResult {
+    let (told, untold) =
+        (told_guidance().build(Placement::default(), 0)?, untold().build(Placement::default(), 0)?);
+    let (x_t, t) = (Tensor::zeros([2, 1, 4, 4], kind::FLOAT_CPU), Tensor::from(5_i64));
+    let weight = Tensor::ones([2], kind::FLOAT_CPU);
+    let missing = told.forward(&x_t, &t, None, None);
+    assert!(matches!(missing, Err(Error::GuidanceWeight { expected: true, .. })));
+    let surplus = untold.features(&x_t, &t, None, Some(&weight));
+    assert!(matches!(surplus, Err(Error::GuidanceWeight { expected: false, .. })));
+    let one = told.forward(&x_t, &t, None, Some(&weight.narrow(0, 0, 1)));
+    assert!(matches!(one, Err(Error::InvalidShape { name: "guidance_weight", .. })));
+    let integers = told.forward(&x_t, &t, None, Some(&weight.to_kind(Kind::Int64)));
+    assert!(matches!(integers, Err(Error::InvalidKind { name: "guidance_weight", .. })));
+    Ok(())
+}
+
+/// What a critic and its discriminator share: one pass, gradients from both ends.
+#[test]
+fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
+    let unet = untold().build(Placement::default(), 0)?;
+    let x_t = Tensor::randn([2, 1, 4, 4], kind::FLOAT_CPU).set_requires_grad(true);
+    let pass = unet.forward_with_features(&x_t, &Tensor::from(5_i64), None, None)?;
+    let gradient = |of: &Tensor| {
+        Tensor::run_backward(&[of.square().sum(Kind::Float)], &[&x_t], true, false).remove(0)
+    };
+    let (output, features) = (gradient(&pass.sample), gradient(&pass.features));
+    assert!(features.abs().sum(Kind::Float).double_value(&[]) > 0.0);
+    (pass.sample.square().sum(Kind::Float) + pass.features.square().sum(Kind::Float)).backward();
+    assert!(relative_error(&x_t.grad(), &(output + features)) < 1e-5);
+    let up = unet.parameters().get("conv_out.weight").expect("it has one").grad();
+    assert!(up.defined());
     Ok(())
 }

@@ -1,4 +1,4 @@
-use ddil_schedulers::{DataRange, Thresholding};
+use ddil_schedulers::{Bound, DataRange, Thresholding};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, kind};
 
@@ -165,4 +165,37 @@ fn kinds_are_spelt_in_settings() {
     let written = serde_json::to_string(&clamp).expect("it can be written");
     assert_eq!(read(&written).expect("as written"), clamp);
     assert!(read(r#"{"kind": "clamp", "low": -1, "hihg": 1}"#).is_err());
+}
+
+#[test]
+fn the_range_of_samples_is_that_of_each_channel() {
+    // 1001 values a channel: -1 .. 1 and 10 .. 20, spread over samples and pixels.
+    let line = Tensor::linspace(0.0, 1.0, 1001, kind::DOUBLE_CPU);
+    let shuffled = line.index_select(0, &Tensor::randperm(1001, kind::INT64_CPU));
+    let channels = Tensor::stack(&[&shuffled * 2.0 - 1.0, &shuffled * 10.0 + 10.0], 0);
+    let x0 = channels.view([2, 91, 11]).transpose(0, 1).contiguous();
+    let range = DataRange::of_samples(&x0, 0.1, 0.25).expect("valid samples");
+    // Quantiles at -0.8, 0.8 and 11, 19, widened by a quarter of 1.6 and of 8.
+    let Thresholding::Clamp(DataRange {
+        low: Bound::PerChannel(low),
+        high: Bound::PerChannel(high),
+    }) = Thresholding::Clamp(range)
+    else {
+        panic!("one bound a channel");
+    };
+    assert_close(&low, &[-1.2, 9.0], 1e-12);
+    assert_close(&high, &[1.2, 21.0], 1e-12);
+}
+
+#[test]
+fn samples_without_a_range_are_refused() {
+    let say = |x0: &Tensor, quantile, margin| {
+        DataRange::of_samples(x0, quantile, margin).expect_err("there is none").to_string()
+    };
+    let x0 = Tensor::from_slice(&[0.0, 1.0]).view([2, 1]);
+    assert!(say(&x0.view([2]), 0.0, 0.0).contains("[samples, channels, ..]"));
+    assert!(say(&x0, 0.5, 0.0).contains("below 0.5"));
+    assert!(say(&x0, 0.0, -1.0).contains("at least 0"));
+    assert!(say(&x0.ones_like(), 0.0, 0.1).contains("in order"));
+    assert!(say(&(&x0 / 0.0), 0.0, 0.1).contains("finite"));
 }

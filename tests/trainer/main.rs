@@ -1,6 +1,7 @@
 //! What a run leaves on disk, and what happens when the disk, the user or a crash gets in its way.
 
 mod checkpoint;
+mod compare;
 mod dataset;
 mod doctor;
 mod ema;

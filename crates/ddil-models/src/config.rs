@@ -26,6 +26,8 @@ pub enum UnknownKeys {
 pub(crate) trait Config: Default + Serialize + DeserializeOwned {
     /// What stands under `_class_name`.
     const CLASS_NAME: &'static str;
+    /// Keys that diffusers' class of that name does not have; a file holds them only where they are set.
+    const OWN_KEYS: &'static [&'static str] = &[];
 
     /// Everything wrong with settings that are each of the right type.
     fn problems(&self) -> Vec<ConfigProblem>;
@@ -90,9 +92,10 @@ pub(crate) fn from_object<C: Config>(
     Err(Error::InvalidConfig { what: what.to_owned(), problems })
 }
 
-/// The settings as diffusers writes them: class name, version, sorted keys.
+/// The settings as diffusers writes them: class name, version, sorted keys; [`Config::OWN_KEYS`] only where they are set.
 pub(crate) fn to_json<C: Config>(config: &C) -> String {
     let mut object = to_map(config);
+    object.retain(|key, value| !(value.is_null() && C::OWN_KEYS.contains(&key.as_str())));
     object.insert("_class_name".into(), C::CLASS_NAME.into());
     object.insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
     let mut text = format!("{:#}", Value::Object(object));

@@ -94,20 +94,11 @@ impl<N: Borrow<Model>> Denoiser for NetworkDenoiser<N> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        let network = self.network.borrow();
-        ensure_only(network.class_name(), conditioning, network.conditioning_fields())?;
-        let time = match (self.schedule.config(), network) {
-            // An MLP may look the timestep up in its own schedule.
-            (NoiseScheduleConfig::Vp(_), _) | (_, Model::Mlp(_)) => timesteps.shallow_clone(),
-            _ => self.schedule.time_inputs_at(timesteps)?,
-        };
-        let input = x_t.to_kind(network.parameters().placement().kind);
-        let output =
-            network.forward(&input, &time, conditioning).map_err(|source| match source {
-                Error::MissingClassLabels { .. } => missing(network, "class_labels"),
-                Error::GuidanceWeight { .. } => missing(network, "guidance_weight"),
-                source => ddil_core::Error::network(network.class_name(), source),
-            })?;
+        let (network, schedule) = (self.network.borrow(), &self.schedule);
+        let op = "Denoiser::predict";
+        let output = ask(op, (network, schedule), (x_t, timesteps), conditioning, |x_t, time| {
+            network.forward(x_t, time, conditioning)
+        })?;
         Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)
     }
 
@@ -116,12 +107,35 @@ impl<N: Borrow<Model>> Denoiser for NetworkDenoiser<N> {
     }
 }
 
+/// Asks a network in the kind of its parameters and with the time it knows, and says whose fault it is if that fails.
+pub(crate) fn ask(
+    op: &'static str,
+    (network, schedule): (&Model, &NoiseSchedule),
+    (x_t, timesteps): (&Tensor, &Tensor),
+    conditioning: &Conditioning,
+    answer: impl FnOnce(&Tensor, &Tensor) -> crate::Result<Tensor>,
+) -> ddil_core::Result<Tensor> {
+    ensure_only(op, network.class_name(), conditioning, network.conditioning_fields())?;
+    let time = match (schedule.config(), network) {
+        // An MLP may look the timestep up in its own schedule.
+        (NoiseScheduleConfig::Vp(_), _) | (_, Model::Mlp(_)) => timesteps.shallow_clone(),
+        _ => schedule.time_inputs_at(timesteps)?,
+    };
+    let input = x_t.to_kind(network.parameters().placement().kind);
+    answer(&input, &time).map_err(|source| match source {
+        Error::MissingClassLabels { .. } => missing(network, "class_labels"),
+        Error::GuidanceWeight { expected: true, .. } => missing(network, "guidance_weight"),
+        source => ddil_core::Error::network(network.class_name(), source),
+    })
+}
+
 fn missing(network: &Model, field: &'static str) -> ddil_core::Error {
     ddil_core::Error::ConditioningMissing { network: network.class_name().to_owned(), field }
 }
 
 /// Refuses a conditioning that says more than the network can be told.
 pub(crate) fn ensure_only(
+    op: &'static str,
     network: &'static str,
     conditioning: &Conditioning,
     fields: &[&str],
@@ -130,7 +144,7 @@ pub(crate) fn ensure_only(
         None => Ok(()),
         Some((field, _)) => {
             let problem = format!("means nothing to {network}, which can be told {fields:?}");
-            Err(ddil_core::Error::Conditioning { op: "Denoiser::predict", field, problem })
+            Err(ddil_core::Error::Conditioning { op, field, problem })
         }
     }
 }

@@ -151,6 +151,12 @@ pub enum Error {
         /// Whether the network takes one.
         expected: bool,
     },
+    /// A network that gives its output alone was asked for features.
+    #[error("{network} gives no features for a discriminator; a UNet2DModel and an Mlp do")]
+    NoFeatures {
+        /// The class of the network.
+        network: &'static str,
+    },
     /// Two networks between which values were to be copied do not have the same parameters.
     #[error("the networks have different parameters:{problems}")]
     ParametersDiffer {
@@ -304,6 +310,30 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
             let found = if low < 0 { low } else { high };
             return Err(Error::ClassLabelOutOfRange { op, found, max });
         }
+    }
+    Ok(())
+}
+
+/// Checks `guidance_weight`: `[batch]` and floating point for a network that takes one, absent for any other.
+pub(crate) fn ensure_guidance_weight(
+    op: &'static str,
+    weight: Option<&Tensor>,
+    batch: i64,
+    expected: bool,
+) -> Result<()> {
+    let name = "guidance_weight";
+    let weight = match weight {
+        Some(weight) if expected => weight,
+        None if !expected => return Ok(()),
+        _ => return Err(Error::GuidanceWeight { op, expected }),
+    };
+    if weight.size() != [batch] {
+        let expected = format!("[{batch}], one per sample");
+        return Err(Error::InvalidShape { op, name, found: weight.size(), expected });
+    }
+    if !is_float(weight.kind()) {
+        let (found, expected) = (weight.kind(), "floating point");
+        return Err(Error::InvalidKind { op, name, found, expected });
     }
     Ok(())
 }

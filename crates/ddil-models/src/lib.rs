@@ -7,6 +7,7 @@
 mod attention;
 mod config;
 mod denoiser;
+mod discriminator;
 mod embeddings;
 mod error;
 mod layers;
@@ -23,14 +24,15 @@ pub mod weights;
 
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
+pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, ConfigProblem, Error, Result, WeightProblems};
 pub use layers::Activation;
 pub use mlp::{Mlp, MlpConfig, SkipConfig};
-pub use model::{Model, ModelConfig};
-pub use parameters::{Parameters, Placement};
+pub use model::{Model, ModelConfig, NetworkOutput};
+pub use parameters::{Matched, Parameters, Placement};
 pub use torch_script::{TorchScript, TorchScriptConfig};
 pub use toy::{GaussianMixture, MixtureDenoiser};
-pub use unet::{UNet2DModel, UNet2DOutput};
+pub use unet::UNet2DModel;
 pub use unet_config::{
     ClassEmbedType, DownBlockType, MidBlockType, ResampleType, SampleSize, TimeEmbeddingType,
     TimeScaleShift, UNet2DConfig, UpBlockType,

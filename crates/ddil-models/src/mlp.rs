@@ -5,17 +5,18 @@ use std::path::Path;
 
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scales};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::embeddings::{SinusoidalProjection, one_per_sample};
-use crate::error::{ConfigProblem, Error, Result, ensure_labels, ensure_timesteps, is_float};
-use crate::layers::{Activation, Embedding, Linear, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
+use crate::error::{
+    ConfigProblem, Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
+};
+use crate::layers::{Activation, Embedding, Linear};
+use crate::model::NetworkOutput;
+use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values};
 
 const FORWARD: &str = "Mlp::forward";
-/// Guidance weights are of the order of one; the sinusoids were made for timesteps up to a thousand.
-const GUIDANCE_SCALE: f64 = 1000.0;
 
 /// A skip connection around the network that makes its output clean data, and a sane one from the first step.
 ///
@@ -129,10 +130,18 @@ impl MlpConfig {
         Ok(mlp)
     }
 
-    fn num_inputs(&self) -> i64 {
-        let times = 1 + u32::from(self.embed_guidance);
+    /// Width of what enters the last layer.
+    pub(crate) fn num_features(&self) -> u32 {
+        let inputs = || self.inputs().iter().sum::<i64>() as u32;
+        self.hidden_widths.last().copied().unwrap_or_else(inputs)
+    }
+
+    /// How many inputs the first layer has of each kind: sample, timestep, guidance weight, class.
+    fn inputs(&self) -> Vec<i64> {
+        let weight = if self.embed_guidance { self.time_features } else { 0 };
         let class = if self.num_class_embeds.is_some() { self.class_features } else { 0 };
-        i64::from(self.dim * (1 + 2 * self.fourier_octaves) + times * self.time_features + class)
+        let sample = self.dim * (1 + 2 * self.fourier_octaves);
+        [sample, self.time_features, weight, class].map(i64::from).to_vec()
     }
 }
 
@@ -177,7 +186,8 @@ impl Config for MlpConfig {
 pub struct Mlp {
     config: MlpConfig,
     parameters: Parameters,
-    layers: Vec<Linear>,
+    hidden: Vec<Linear>,
+    last: Linear,
     class_embedding: Option<Embedding>,
     schedule: Option<NoiseSchedule>,
 }
@@ -193,15 +203,19 @@ impl Mlp {
             .num_class_embeds
             .map(|len| Embedding::new(root.at("class_embedding"), len.into(), class_features))
             .transpose()?;
-        let mut widths = vec![config.num_inputs()];
-        widths.extend(config.hidden_widths.iter().copied().map(i64::from));
-        widths.push(config.dim.into());
-        let layers = widths.windows(2).enumerate();
-        let layers = layers
-            .map(|(i, pair)| Linear::new(root.at(&format!("layers.{i}")), pair[0], pair[1]))
-            .collect::<Result<_>>()?;
+        let inputs = config.inputs();
+        let mut width = inputs.iter().sum();
+        let mut hidden = Vec::with_capacity(config.hidden_widths.len());
+        for (i, &next) in config.hidden_widths.iter().enumerate() {
+            hidden.push(Linear::new(root.at(&format!("layers.{i}")), width, next.into())?);
+            width = next.into();
+        }
+        let name = format!("layers.{}", hidden.len());
+        let last = Linear::new(root.at(&name), width, config.dim.into())?;
+        let joined = Joined { axis: 1, parts: inputs, share: Share::First };
+        root.mark("layers.0.weight", joined);
         let (config, parameters) = (config.clone(), builder.finish());
-        Ok(Self { config, parameters, layers, class_embedding, schedule })
+        Ok(Self { config, parameters, hidden, last, class_embedding, schedule })
     }
 
     /// The settings the network was built from.
@@ -237,26 +251,53 @@ impl Mlp {
         class_labels: Option<&Tensor>,
         guidance_weight: Option<&Tensor>,
     ) -> Result<Tensor> {
+        Ok(self.forward_with_features(x_t, timesteps, class_labels, guidance_weight)?.sample)
+    }
+
+    /// As [`Self::forward`], with what entered the last layer beside it, for a discriminator that looks at features.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: as `sample` the output; as `features` `[batch, width]`, with the last of `hidden_widths`, after the
+    ///   nonlinearity; both of one graph
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward`].
+    pub fn forward_with_features(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
+    ) -> Result<NetworkOutput> {
         self.ensure_inputs(x_t, timesteps, class_labels, guidance_weight)?;
         let batch = x_t.size()[0];
         let flat = x_t.f_reshape([batch, -1]).map_err(Error::torch(FORWARD))?;
         let extras = |kind| self.extras(timesteps, class_labels, guidance_weight, batch, kind);
         let run = |x: &Tensor| self.network(x, &extras(flat.kind())?);
-        let output = match (&self.config.skip, &self.schedule) {
+        let (output, features) = match (&self.config.skip, &self.schedule) {
             (Some(skip), Some(schedule)) => {
                 let Scales { alpha, sigma } = schedule.scales_at(timesteps, &flat)?;
                 let data = skip.sigma_data;
                 let variance = alpha.square() * (data * data) + sigma.square();
                 let scale = variance.rsqrt();
-                let network = run(&(&flat * &scale)).map_err(Error::torch(FORWARD))?;
-                alpha * (data * data) / variance * &flat + sigma * scale * data * network
+                let (network, features) = run(&(&flat * &scale)).map_err(Error::torch(FORWARD))?;
+                let skipped = alpha * (data * data) / variance * &flat;
+                (skipped + sigma * scale * data * network, features)
             }
             _ => run(&flat).map_err(Error::torch(FORWARD))?,
         };
-        output.f_reshape(x_t.size()).map_err(Error::torch(FORWARD))
+        let sample = output.f_reshape(x_t.size()).map_err(Error::torch(FORWARD))?;
+        Ok(NetworkOutput { sample, features })
     }
 
-    fn network(&self, x: &Tensor, extras: &[Tensor]) -> Output {
+    /// The output of the last layer, and what entered it.
+    fn network(
+        &self,
+        x: &Tensor,
+        extras: &[Tensor],
+    ) -> std::result::Result<(Tensor, Tensor), TchError> {
         let mut features = vec![x.shallow_clone()];
         for octave in 0..self.config.fourier_octaves {
             let angles = x.f_mul_scalar(PI * f64::from(1_u32 << octave))?;
@@ -264,13 +305,10 @@ impl Mlp {
         }
         features.extend(extras.iter().map(Tensor::shallow_clone));
         let mut hidden = Tensor::f_cat(&features, 1)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            if i > 0 {
-                hidden = self.config.act_fn.forward(&hidden)?;
-            }
-            hidden = layer.forward(&hidden)?;
+        for layer in &self.hidden {
+            hidden = self.config.act_fn.forward(&layer.forward(&hidden)?)?;
         }
-        Ok(hidden)
+        Ok((self.last.forward(&hidden)?, hidden))
     }
 
     /// Features of timestep, class and guidance weight.
@@ -281,7 +319,7 @@ impl Mlp {
         guidance_weight: Option<&Tensor>,
         batch: i64,
         kind: Kind,
-    ) -> std::result::Result<Vec<Tensor>, tch::TchError> {
+    ) -> std::result::Result<Vec<Tensor>, TchError> {
         let width = self.config.time_features.into();
         let projection = SinusoidalProjection { width, cosines_first: true, freq_shift: 0.0 };
         let time = projection.forward(&one_per_sample(timesteps, batch)?)?;
@@ -321,13 +359,6 @@ impl Mlp {
             (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
             (Some(_), None) => return Err(Error::MissingClassLabels { op }),
         }
-        match guidance_weight {
-            Some(weight) if self.config.embed_guidance && weight.size() != [batch] => {
-                let (name, found) = ("guidance_weight", weight.size());
-                Err(Error::InvalidShape { op, name, found, expected: format!("[{batch}]") })
-            }
-            _ if self.config.embed_guidance == guidance_weight.is_some() => Ok(()),
-            _ => Err(Error::GuidanceWeight { op, expected: self.config.embed_guidance }),
-        }
+        ensure_guidance_weight(op, guidance_weight, batch, self.config.embed_guidance)
     }
 }

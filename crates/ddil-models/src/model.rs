@@ -114,6 +114,15 @@ impl ModelConfig {
     }
 }
 
+/// What a forward pass gives when features are asked for as well.
+#[derive(Debug)]
+pub struct NetworkOutput {
+    /// The output itself, as `forward` gives it.
+    pub sample: Tensor,
+    /// What a discriminator looks at: the bottom level of a U-Net, the last hidden layer of an [`Mlp`].
+    pub features: Tensor,
+}
+
 /// A network of any class.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -219,10 +228,12 @@ impl Model {
 
     /// Which parts of a [`Conditioning`] the network can be told.
     pub fn conditioning_fields(&self) -> &'static [&'static str] {
-        match self {
-            Self::UNet2D(_) | Self::TorchScript(_) => &["class_labels"],
-            Self::Mlp(_) => &["class_labels", "guidance_weight"],
-        }
+        let takes_weight = match self {
+            Self::UNet2D(unet) => unet.config().time_cond_proj_dim.is_some(),
+            Self::Mlp(mlp) => mlp.config().embed_guidance,
+            Self::TorchScript(_) => false,
+        };
+        if takes_weight { &["class_labels", "guidance_weight"] } else { &["class_labels"] }
     }
 
     /// What the network makes of noisy samples, not yet read as clean data and noise.
@@ -241,12 +252,55 @@ impl Model {
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
         let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
         match self {
-            Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels),
-            Self::Mlp(mlp) => {
-                mlp.forward(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
-            }
+            Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
+            Self::Mlp(mlp) => mlp.forward(x_t, timesteps, labels, weight),
             Self::TorchScript(script) => script.forward(x_t, timesteps, labels),
+        }
+    }
+
+    /// As [`Self::forward`], with the features beside the output, from one pass.
+    ///
+    /// # Shapes and units
+    ///
+    /// - as [`UNet2DModel::forward_with_features`] and [`Mlp::forward_with_features`]
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward`]; [`Error::NoFeatures`] for a `TorchScript` program, which gives its output alone.
+    pub fn forward_with_features(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<NetworkOutput> {
+        let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
+        match self {
+            Self::UNet2D(unet) => unet.forward_with_features(x_t, timesteps, labels, weight),
+            Self::Mlp(mlp) => mlp.forward_with_features(x_t, timesteps, labels, weight),
+            Self::TorchScript(_) => Err(Error::NoFeatures { network: self.class_name() }),
+        }
+    }
+
+    /// The features alone, which for a U-Net is half the work.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward_with_features`].
+    pub fn features(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        match self {
+            Self::UNet2D(unet) => {
+                let labels = conditioning.class_labels.as_ref();
+                unet.features(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
+            }
+            _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The tensors a network owns: named, ordered, on one device, initialised from a seed.
 
+mod matching;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -8,6 +10,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result, WeightProblems};
 use crate::weights;
+
+pub use matching::Matched;
+pub(crate) use matching::{Joined, Share};
 
 /// Where a network lives and how its numbers are laid out.
 ///
@@ -65,6 +70,8 @@ struct Parameter {
     tensor: Tensor,
     /// False for constants that are saved with the network.
     learned: bool,
+    /// Axes along which features of several kinds lie.
+    joined: Vec<Joined>,
 }
 
 /// The parameters of one network, in the order of its layers, under the names they have in its files.
@@ -79,7 +86,7 @@ pub struct Parameters {
 impl Parameters {
     /// The parameters of a network that was not built here.
     pub(crate) fn of_foreign(named: Vec<(String, Tensor)>, placement: Placement) -> Self {
-        let entry = |(name, tensor)| Parameter { name, tensor, learned: true };
+        let entry = |(name, tensor)| Parameter { name, tensor, learned: true, joined: Vec::new() };
         Self { entries: named.into_iter().map(entry).collect(), placement }
     }
 
@@ -213,6 +220,15 @@ impl Scope<'_> {
         self.add(name, shape, init, false)
     }
 
+    /// Says of what kinds the features along an axis of the parameter `name` are, if there is one of that name.
+    pub(crate) fn mark(&mut self, name: &str, joined: Joined) {
+        let name = self.name(name);
+        // The latest ones are marked.
+        if let Some(parameter) = self.builder.entries.iter_mut().rev().find(|p| p.name == name) {
+            parameter.joined.push(joined);
+        }
+    }
+
     fn name(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
@@ -227,7 +243,7 @@ impl Scope<'_> {
         }
         let tensor = tensor.set_requires_grad(learned);
         let handle = tensor.shallow_clone();
-        self.builder.entries.push(Parameter { name, tensor, learned });
+        self.builder.entries.push(Parameter { name, tensor, learned, joined: Vec::new() });
         Ok(handle)
     }
 }

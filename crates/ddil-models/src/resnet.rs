@@ -5,7 +5,7 @@ use tch::Tensor;
 use crate::attention::rescale;
 use crate::error::Result;
 use crate::layers::{Activation, Conv2d, GroupNorm, Linear, Output};
-use crate::parameters::Scope;
+use crate::parameters::{Joined, Scope, Share};
 use crate::unet_config::TimeScaleShift;
 
 /// Sizes and settings shared by the residual blocks of a network.
@@ -56,6 +56,12 @@ impl ResnetBlock2D {
         let norm1 = GroupNorm::new(scope.at("norm1"), groups, inputs, eps)?;
         let conv1 = Conv2d::new(scope.at("conv1"), inputs, outputs, 3)?;
         let time_emb_proj = Linear::new(scope.at("time_emb_proj"), time_width, time_outputs)?;
+        if options.time_scale_shift == TimeScaleShift::ScaleShift {
+            for name in ["time_emb_proj.weight", "time_emb_proj.bias"] {
+                let parts = vec![outputs; 2];
+                scope.mark(name, Joined { axis: 0, parts, share: Share::First });
+            }
+        }
         let norm2 = GroupNorm::new(scope.at("norm2"), groups, outputs, eps)?;
         let conv2 = Conv2d::new(scope.at("conv2"), outputs, outputs, 3)?;
         let conv_shortcut = (inputs != outputs)

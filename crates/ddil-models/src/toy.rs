@@ -403,7 +403,8 @@ impl Denoiser for MixtureDenoiser {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        crate::denoiser::ensure_only("GaussianMixture", conditioning, &["class_labels"])?;
+        let op = "Denoiser::predict";
+        crate::denoiser::ensure_only(op, "GaussianMixture", conditioning, &["class_labels"])?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
         let labels = conditioning.class_labels.as_ref();

@@ -7,10 +7,14 @@ use tch::{TchError, Tensor};
 use crate::attention::AttentionOptions;
 use crate::config::Config;
 use crate::embeddings::{
-    FourierProjection, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
+    FourierProjection, GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding,
+    one_per_sample,
 };
-use crate::error::{Error, Result, ensure_labels, ensure_timesteps, is_float};
+use crate::error::{
+    Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
+};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Output};
+use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
 use crate::resnet::{Pass, ResnetOptions};
 use crate::unet_blocks::{DownBlock, LevelOptions, MidBlock, UpBlock, UpChannels};
@@ -20,14 +24,12 @@ use crate::unet_config::{
 
 const FORWARD: &str = "UNet2DModel::forward";
 
-/// What a forward pass gives when features are asked for as well.
-#[derive(Debug)]
-pub struct UNet2DOutput {
-    /// `[batch, out_channels, height, width]`.
-    pub sample: Tensor,
-    /// What left the bottom level: `[batch, channels, height / 2^n, width / 2^n]`, with the last of
-    /// `block_out_channels` and n one less than its length.
-    pub features: Tensor,
+/// What the network is told beside the sample.
+#[derive(Clone, Copy, Debug)]
+struct Told<'a> {
+    timesteps: &'a Tensor,
+    class_labels: Option<&'a Tensor>,
+    guidance_weight: Option<&'a Tensor>,
 }
 
 #[derive(Debug)]
@@ -59,7 +61,8 @@ enum ClassEmbedding {
 /// let unet = config.build(Placement::default(), 0)?;
 ///
 /// let x_t = Tensor::randn([2, 3, 8, 8], kind::FLOAT_CPU);
-/// let output = unet.forward(&x_t, &Tensor::from_slice(&[999_i64, 4]), Some(&Tensor::from_slice(&[3_i64, 10])))?;
+/// let (timesteps, labels) = (Tensor::from_slice(&[999_i64, 4]), Tensor::from_slice(&[3_i64, 10]));
+/// let output = unet.forward(&x_t, &timesteps, Some(&labels), None)?;
 /// assert_eq!(output.size(), [2, 3, 8, 8]);
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
@@ -69,6 +72,7 @@ pub struct UNet2DModel {
     parameters: Parameters,
     conv_in: Conv2d,
     time_proj: TimeProjection,
+    guidance_embedding: Option<GuidanceEmbedding>,
     time_embedding: TimestepEmbedding,
     class_embedding: Option<ClassEmbedding>,
     down_blocks: Vec<DownBlock>,
@@ -88,10 +92,11 @@ impl UNet2DModel {
         let mut root = builder.root();
 
         let conv_in = Conv2d::new(root.at("conv_in"), config.in_channels.into(), first, 3)?;
-        let (time_proj, features) = time_projection(&mut root, config)?;
+        let time_proj = time_projection(&mut root, config)?;
         let width = config.time_width();
-        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), features, width)?;
-        let class_embedding = class_embedding(&mut root, config, features)?;
+        let guidance_embedding = guidance_embedding(&mut root, config, &time_proj)?;
+        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), &time_proj, width)?;
+        let class_embedding = class_embedding(&mut root, config, &time_proj)?;
         let down_blocks = down_blocks(&mut root, config)?;
         let mid_block = mid_block(&mut root, config)?;
         let up_blocks = up_blocks(&mut root, config)?;
@@ -104,6 +109,7 @@ impl UNet2DModel {
             parameters: builder.finish(),
             conv_in,
             time_proj,
+            guidance_embedding,
             time_embedding,
             class_embedding,
             down_blocks,
@@ -140,23 +146,33 @@ impl UNet2DModel {
     ///   levels above 0
     /// - `class_labels`: `[batch]`, `Int64` for a table of classes (their range is checked on the CPU alone); any
     ///   timestep kind for [`ClassEmbedType::Timestep`]; `[batch, time_embedding_dim]` for [`ClassEmbedType::Identity`]
+    /// - `guidance_weight`: `[batch]`, floating point, guidance scale less one; there for a network with a
+    ///   `time_cond_proj_dim` and for no other
     /// - returns: `[batch, out_channels, height, width]`
     ///
     /// # Errors
     ///
     /// [`Error::InvalidShape`], [`Error::InvalidKind`]; [`Error::MissingClassLabels`],
-    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or
-    /// an input is on another device.
+    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`]; [`Error::Torch`]
+    /// if memory runs out or an input is on another device.
     pub fn forward(
         &self,
         sample: &Tensor,
         timesteps: &Tensor,
         class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
     ) -> Result<Tensor> {
-        Ok(self.forward_with_features(sample, timesteps, class_labels)?.sample)
+        let output =
+            self.forward_with_features(sample, timesteps, class_labels, guidance_weight)?;
+        Ok(output.sample)
     }
 
-    /// As [`Self::forward`], with what left the bottom level beside it, for a critic that looks at features.
+    /// As [`Self::forward`], with what left the bottom level beside it, for a discriminator that looks at features.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last of
+    ///   `block_out_channels` and n one less than its length; both of one graph
     ///
     /// # Errors
     ///
@@ -166,21 +182,23 @@ impl UNet2DModel {
         sample: &Tensor,
         timesteps: &Tensor,
         class_labels: Option<&Tensor>,
-    ) -> Result<UNet2DOutput> {
-        self.ensure_inputs(sample, timesteps, class_labels)?;
+        guidance_weight: Option<&Tensor>,
+    ) -> Result<NetworkOutput> {
+        let told = Told { timesteps, class_labels, guidance_weight };
+        self.ensure_inputs(sample, told)?;
         let sample = &self.in_memory_format(sample)?;
         let run = || {
-            let timesteps = one_per_sample(timesteps, sample.size()[0])?;
-            let time = self.embed(&timesteps, class_labels)?;
+            let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
+            let time = self.embed(Told { timesteps, ..told })?;
             let pass = Pass { time: &time, training: self.training.get() };
             let (features, skips) = self.down(sample, pass)?;
             let sample = self.up(&features, skips, pass)?;
-            Ok(UNet2DOutput { sample: self.scale_output(sample, &timesteps)?, features })
+            Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
         };
         run().map_err(Error::torch(FORWARD))
     }
 
-    /// What leaves the bottom level, without the way up; see [`UNet2DOutput::features`].
+    /// What leaves the bottom level, without the way up: the features of [`Self::forward_with_features`].
     ///
     /// # Errors
     ///
@@ -190,12 +208,14 @@ impl UNet2DModel {
         sample: &Tensor,
         timesteps: &Tensor,
         class_labels: Option<&Tensor>,
+        guidance_weight: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.ensure_inputs(sample, timesteps, class_labels)?;
+        let told = Told { timesteps, class_labels, guidance_weight };
+        self.ensure_inputs(sample, told)?;
         let sample = &self.in_memory_format(sample)?;
         let run = || {
-            let timesteps = one_per_sample(timesteps, sample.size()[0])?;
-            let time = self.embed(&timesteps, class_labels)?;
+            let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
+            let time = self.embed(Told { timesteps, ..told })?;
             let pass = Pass { time: &time, training: self.training.get() };
             Ok(self.down(sample, pass)?.0)
         };
@@ -210,11 +230,15 @@ impl UNet2DModel {
         })
     }
 
-    /// The embedding of timestep and class, after the activation that every block would apply to it.
-    fn embed(&self, timesteps: &Tensor, class_labels: Option<&Tensor>) -> Output {
+    /// The embedding of timestep, class and guidance, after the activation that every block would apply to it.
+    fn embed(&self, told: Told<'_>) -> Output {
+        let Told { timesteps, class_labels, guidance_weight } = told;
         let kind = self.parameters.placement().kind;
-        let time = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
-        let mut time = self.time_embedding.forward(&time)?;
+        let mut features = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
+        if let (Some(embedding), Some(weight)) = (&self.guidance_embedding, guidance_weight) {
+            features = embedding.forward(&features, weight)?;
+        }
+        let mut time = self.time_embedding.forward(&features)?;
         if let (Some(embedding), Some(labels)) = (&self.class_embedding, class_labels) {
             let class = match embedding {
                 ClassEmbedding::Table { table, .. } => table.forward(labels)?,
@@ -265,12 +289,7 @@ impl UNet2DModel {
         }
     }
 
-    fn ensure_inputs(
-        &self,
-        sample: &Tensor,
-        timesteps: &Tensor,
-        class_labels: Option<&Tensor>,
-    ) -> Result<()> {
+    fn ensure_inputs(&self, sample: &Tensor, told: Told<'_>) -> Result<()> {
         let op = FORWARD;
         let channels = i64::from(self.config.in_channels);
         let step = 1 << (self.config.block_out_channels.len() - 1);
@@ -287,8 +306,9 @@ impl UNet2DModel {
             return Err(Error::InvalidKind { op, name, found, expected: "floating point" });
         }
         let batch = sample.size()[0];
-        ensure_timesteps(op, timesteps, batch)?;
-        self.ensure_class_labels(class_labels, batch)
+        ensure_timesteps(op, told.timesteps, batch)?;
+        self.ensure_class_labels(told.class_labels, batch)?;
+        ensure_guidance_weight(op, told.guidance_weight, batch, self.guidance_embedding.is_some())
     }
 
     fn ensure_class_labels(&self, class_labels: Option<&Tensor>, batch: i64) -> Result<()> {
@@ -318,26 +338,34 @@ impl UNet2DModel {
     }
 }
 
-/// The projection of the timestep, and how many features it gives.
-fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<(TimeProjection, i64)> {
+fn time_projection(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<TimeProjection> {
     let width = i64::from(config.block_out_channels[0]);
     Ok(match config.time_embedding_type {
         TimeEmbeddingType::Positional => {
             let (cosines_first, freq_shift) = (config.flip_sin_to_cos, config.freq_shift);
             let projection = SinusoidalProjection { width, cosines_first, freq_shift };
-            (TimeProjection::Positional(projection), width)
+            TimeProjection::Positional(projection)
         }
         TimeEmbeddingType::Fourier => {
-            let projection = FourierProjection::new(root.at("time_proj"), width)?;
-            (TimeProjection::Fourier(projection), 2 * width)
+            TimeProjection::Fourier(FourierProjection::new(root.at("time_proj"), width)?)
         }
     })
+}
+
+fn guidance_embedding(
+    root: &mut Scope<'_>,
+    config: &UNet2DConfig,
+    features: &TimeProjection,
+) -> Result<Option<GuidanceEmbedding>> {
+    let mut scope = root.at("time_embedding");
+    let width = config.time_cond_proj_dim.map(i64::from);
+    width.map(|width| GuidanceEmbedding::new(scope.at("cond_proj"), width, features)).transpose()
 }
 
 fn class_embedding(
     root: &mut Scope<'_>,
     config: &UNet2DConfig,
-    features: i64,
+    features: &TimeProjection,
 ) -> Result<Option<ClassEmbedding>> {
     let width = config.time_width();
     let scope = root.at("class_embedding");

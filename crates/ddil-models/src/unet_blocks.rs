@@ -5,7 +5,7 @@ use tch::{TchError, Tensor};
 use crate::attention::{AttentionBlock, AttentionOptions};
 use crate::error::Result;
 use crate::layers::Output;
-use crate::parameters::Scope;
+use crate::parameters::{Joined, Scope, Share};
 use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
 
 /// A residual block, and attention after it in levels that have it.
@@ -123,6 +123,15 @@ pub(crate) struct UpChannels {
     pub(crate) outputs: i64,
 }
 
+/// Marks what meets a residual block's two inputs, which lie behind one another.
+fn mark_inputs(mut resnet: Scope<'_>, parts: [i64; 2]) {
+    let places =
+        [("norm1.weight", 0), ("norm1.bias", 0), ("conv1.weight", 1), ("conv_shortcut.weight", 1)];
+    for (name, axis) in places {
+        resnet.mark(name, Joined { axis, parts: parts.to_vec(), share: Share::First });
+    }
+}
+
 /// A level on the way up.
 #[derive(Debug)]
 pub(crate) struct UpBlock {
@@ -142,7 +151,9 @@ impl UpBlock {
             .map(|i| {
                 let skip = if i + 1 == options.num_layers { last_skip } else { outputs };
                 let inputs = if i == 0 { below } else { outputs };
-                Layer::new(&mut scope, i, [inputs + skip, outputs], options)
+                let layer = Layer::new(&mut scope, i, [inputs + skip, outputs], options)?;
+                mark_inputs(scope.at(&format!("resnets.{i}")), [inputs, skip]);
+                Ok(layer)
             })
             .collect::<Result<_>>()?;
         let upsampler =

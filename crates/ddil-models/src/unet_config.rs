@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
+use crate::embeddings::MIN_GUIDANCE_WIDTH;
 use crate::error::{ConfigProblem, Result};
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values};
@@ -170,6 +171,12 @@ pub struct UNet2DConfig {
     pub num_class_embeds: Option<u32>,
     /// Number of timesteps the network was trained with; it plays no part in a forward pass.
     pub num_train_timesteps: Option<u32>,
+    /// Width of the embedding of a guidance weight, which the network is then told beside the timestep; none, the
+    /// default, for a network that is told no weight. 256 is usual.
+    ///
+    /// The key is that of diffusers' `UNet2DConditionModel`; its `UNet2DModel` has none and would ignore it, so it
+    /// stands in a `config.json` only where it is set, and a network that has it is not for diffusers to load.
+    pub time_cond_proj_dim: Option<u32>,
 }
 
 impl Default for UNet2DConfig {
@@ -205,6 +212,7 @@ impl Default for UNet2DConfig {
             class_embed_type: None,
             num_class_embeds: None,
             num_train_timesteps: None,
+            time_cond_proj_dim: None,
         }
     }
 }
@@ -331,6 +339,12 @@ impl UNet2DConfig {
         for (key, _) in counts.into_iter().filter(|&(_, count)| count == Some(0)) {
             problems.push(ConfigProblem::new(key, 0, "at least 1"));
         }
+        if let Some(dim) = self.time_cond_proj_dim
+            && dim < MIN_GUIDANCE_WIDTH
+        {
+            let expected = format!("at least {MIN_GUIDANCE_WIDTH}, two frequencies");
+            problems.push(ConfigProblem::new("time_cond_proj_dim", dim, expected));
+        }
         if self.downsample_padding > 1 {
             problems.push(ConfigProblem::new(
                 "downsample_padding",
@@ -363,6 +377,7 @@ impl UNet2DConfig {
 
 impl Config for UNet2DConfig {
     const CLASS_NAME: &'static str = "UNet2DModel";
+    const OWN_KEYS: &'static [&'static str] = &["time_cond_proj_dim"];
 
     fn problems(&self) -> Vec<ConfigProblem> {
         let mut problems = Vec::new();

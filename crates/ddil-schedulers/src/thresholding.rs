@@ -71,6 +71,62 @@ impl DataRange {
         Self { low: Bound::PerChannel(low), high: Bound::PerChannel(high) }
     }
 
+    /// The box that samples fill, channel by channel: from their `quantile` to their `1 - quantile`, widened at both
+    /// ends by `margin` times its width.
+    ///
+    /// For latents, which have no walls of their own. Too tight a box costs contrast; one that contains the data
+    /// changes no prediction that is a mean of data, only what guidance pushes out.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x0`: `[samples, channels, ..]`, data scale (latents already multiplied by their scaling factor)
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for fewer than two dimensions or no samples; [`Error::InvalidConfig`] unless `quantile` is in
+    /// [0, 0.5) and `margin` is not negative, and for a channel that has one value only or one that is not finite.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_schedulers::{Bound, DataRange};
+    /// use tch::{Kind, Tensor};
+    ///
+    /// let x0 = Tensor::linspace(-2.0, 4.0, 601, (Kind::Float, tch::Device::Cpu)).view([601, 1]);
+    /// let DataRange { low, high } = DataRange::of_samples(&x0, 0.0, 0.5)?;
+    /// assert_eq!((low, high), (Bound::PerChannel(vec![-5.0]), Bound::PerChannel(vec![7.0])));
+    /// # Ok::<(), ddil_schedulers::Error>(())
+    /// ```
+    pub fn of_samples(x0: &Tensor, quantile: f64, margin: f64) -> Result<Self> {
+        const OP: &str = "DataRange::of_samples";
+        if x0.dim() < 2 || x0.numel() == 0 {
+            let expected = "[samples, channels, ..] with at least one value".to_owned();
+            return Err(Error::Shape { op: OP, name: "x0", shape: x0.size(), expected });
+        }
+        if !((0.0..0.5).contains(&quantile) && margin >= 0.0 && margin.is_finite()) {
+            return Err(Error::InvalidConfig {
+                field: "quantile, margin",
+                value: format!("{quantile}, {margin}"),
+                expected: "a quantile from 0 to below 0.5 and a margin of at least 0".to_owned(),
+            });
+        }
+        let kind = if x0.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let channels = x0.unsqueeze(-1).flatten(2, -1).transpose(0, 1).to_kind(kind).flatten(1, -1);
+        let ends = |ratio| -> Result<Vec<f64>> {
+            let found = per_sample_quantile(&channels, ratio).map_err(Error::torch(OP))?;
+            Vec::try_from(found.to_kind(Kind::Double)).map_err(Error::torch(OP))
+        };
+        let (low, high) = (ends(quantile)?, ends(1.0 - quantile)?);
+        let widened = |ends: (&f64, &f64)| {
+            let room = margin * (ends.1 - ends.0);
+            (ends.0 - room, ends.1 + room)
+        };
+        let (low, high) = low.iter().zip(&high).map(widened).unzip();
+        let range = Self::per_channel(low, high);
+        range.ensure()?;
+        Ok(range)
+    }
+
     fn ensure(&self) -> Result<()> {
         let (low, high) = (self.low.values(), self.high.values());
         let comparable = low.len() == high.len() || low.len() == 1 || high.len() == 1;

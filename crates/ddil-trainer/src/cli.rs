@@ -28,8 +28,12 @@ pub(crate) enum Command {
     Evaluate(EvaluateArgs),
     /// Say what a model folder, a checkpoint or a run is.
     Inspect(InspectArgs),
+    /// Find the range of a dataset, channel by channel, to hold predictions in.
+    Range(RangeArgs),
     /// Distil the Fashion-MNIST teacher with and without DDIL and compare the students.
     Demo(DemoArgs),
+    /// Distil in many ways, with several seeds, and compare what comes of it.
+    Compare(CompareArgs),
     /// Say what of this machine ddil can use, and what is wrong with it.
     Doctor(DoctorArgs),
 }
@@ -70,9 +74,9 @@ pub(crate) struct SamplingArgs {
     /// Guidance scale; the default is the model's own, none for a student.
     #[arg(long)]
     pub(crate) guidance_scale: Option<f64>,
-    /// Share of the noise that a DDIM step renews.
-    #[arg(long, default_value_t = 0.0)]
-    pub(crate) eta: f64,
+    /// Share of the noise that a DDIM step renews; the default is none.
+    #[arg(long)]
+    pub(crate) eta: Option<f64>,
     /// Seed of noise and classes.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -138,6 +142,19 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
+/// Arguments of `ddil range`.
+#[derive(Debug, Args)]
+pub(crate) struct RangeArgs {
+    /// A folder of PNG files, or `fashion_mnist`.
+    pub(crate) data: PathBuf,
+    /// The share of values that may lie beyond the range at either end.
+    #[arg(long, default_value_t = 0.0005)]
+    pub(crate) quantile: f64,
+    /// How much the range is widened at either end, as a share of its width.
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) margin: f64,
+}
+
 /// Arguments of `ddil demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
@@ -156,6 +173,23 @@ pub(crate) struct DemoArgs {
     /// Remove what an earlier demonstration left in the folder.
     #[arg(long)]
     pub(crate) fresh: bool,
+}
+
+/// Arguments of `ddil compare`.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The file that says what is compared; `ddil init` has examples. A comparison that was stopped goes on.
+    #[arg(required_unless_present = "worker")]
+    pub(crate) matrix: Option<PathBuf>,
+    /// Start those cells anew that lie there with other settings; the others stay.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// List the cells and what of them is done, and stop.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do one job of a comparison, read from the standard input; it stops when that closes.
+    #[arg(long, hide = true)]
+    pub(crate) worker: bool,
 }
 
 /// Arguments of `ddil doctor`.

@@ -145,18 +145,55 @@ pub struct DistillConfig {
     pub student: StudentSection,
     /// The method.
     pub objective: ObjectiveConfig,
-    /// What is done with clean data beyond their range: the teacher's, and the student's in its rollouts and samples.
+    /// What is done with clean data beyond their range.
     pub thresholding: Thresholding,
+    /// Whose clean data that is done with.
+    pub thresholding_places: ThresholdingPlaces,
     /// Where training states come from.
     pub mixing: MixerConfig,
     /// The optimizer.
     pub optimizer: AdamWConfig,
     /// The learning rate, over the run or over each stage.
     pub learning_rate: LrSchedule,
+    /// The critic, of a method that has one.
+    pub critic: CriticSection,
     /// The moving average, which is what is exported.
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
+}
+
+/// Whose clean data are held inside their range.
+///
+/// The critic's own loss is not among them: what it is to follow is what the student makes, wherever that lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "one switch a place")]
+pub struct ThresholdingPlaces {
+    /// The teacher's, after guidance, in labels and in its rollouts; default true.
+    pub teacher: bool,
+    /// Those of the student's moving average where that makes the target; default true.
+    pub target: bool,
+    /// The critic's where it makes the student's gradient; default true.
+    pub critic: bool,
+    /// The student's in its rollouts; default true, and to be what `inference` is.
+    pub rollout: bool,
+    /// The student's when it samples; default true.
+    pub inference: bool,
+    /// The student's inside its loss; default false: beyond the range there would be no gradient.
+    pub student_loss: bool,
+}
+
+/// How a critic is trained; what is left out is as for the student.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CriticSection {
+    /// Its optimizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<AdamWConfig>,
+    /// Its learning rate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<LrSchedule>,
 }
 
 /// The expert: which one, and how it is asked.
@@ -169,7 +206,7 @@ pub struct TeacherSection {
     pub guidance: TeacherGuidance,
 }
 
-/// The learner: it starts as a copy of the teacher and takes fewer steps.
+/// The learner: it starts from the teacher's weights and takes fewer steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StudentSection {
@@ -177,6 +214,13 @@ pub struct StudentSection {
     pub stages: Vec<u32>,
     /// Updates of each stage; default 2000.
     pub updates_per_stage: u64,
+    /// Width of the embedding by which a student hears the guidance weight, where that is drawn for each sample;
+    /// default 256, as diffusers has it. Plays no part elsewhere.
+    pub time_cond_proj_dim: u32,
+    /// A network of its own, with fewer channels, layers or blocks than the teacher's, that starts from the weights of
+    /// the teacher that match; default the teacher's own network. Keys are those of diffusers' `UNet2DModel`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<UNet2DConfig>,
 }
 
 impl Default for RunSection {
@@ -225,7 +269,20 @@ impl Default for TrainSection {
 
 impl Default for StudentSection {
     fn default() -> Self {
-        Self { stages: vec![4], updates_per_stage: 2000 }
+        Self { stages: vec![4], updates_per_stage: 2000, time_cond_proj_dim: 256, model: None }
+    }
+}
+
+impl Default for ThresholdingPlaces {
+    fn default() -> Self {
+        Self {
+            teacher: true,
+            target: true,
+            critic: true,
+            rollout: true,
+            inference: true,
+            student_loss: false,
+        }
     }
 }
 
@@ -351,6 +408,13 @@ impl DistillConfig {
         self.teacher.guidance.ensure()?;
         let path = &self.teacher.path;
         ensure("teacher.path", "not set", !path.as_os_str().is_empty(), "the teacher's folder")?;
+        let MixerConfig { thresholding, threshold_student, threshold_teacher, .. } = &self.mixing;
+        let none = *thresholding == Thresholding::None && *threshold_student && *threshold_teacher;
+        let expected =
+            "left out: [thresholding] and [thresholding_places] say it for the whole run";
+        let fields = "mixing.thresholding, mixing.threshold_student, mixing.threshold_teacher";
+        ensure(fields, "set", none, expected)?;
+        ensure_critic(&self.critic)?;
         self.ensure_stages()
     }
 
@@ -360,13 +424,16 @@ impl DistillConfig {
     }
 
     fn ensure_stages(&self) -> Result<()> {
-        let StudentSection { stages, updates_per_stage } = &self.student;
+        let StudentSection { stages, updates_per_stage, .. } = &self.student;
         let updates = *updates_per_stage;
         ensure("student.updates_per_stage", updates, updates > 0, "at least 1")?;
         let shown = format!("{stages:?}");
         let counted = !stages.is_empty() && stages.iter().all(|n| *n > 0);
         ensure("student.stages", &shown, counted, "at least one number of steps, each at least 1")?;
-        let ObjectiveConfig::Progressive(progressive) = &self.objective;
+        let ObjectiveConfig::Progressive(progressive) = &self.objective else {
+            let expected = "one number of steps: only progressive distillation goes in stages";
+            return ensure("student.stages", &shown, stages.len() == 1, expected);
+        };
         let substeps = progressive.substeps;
         let divide = stages.windows(2).all(|pair| pair[0] == pair[1] * substeps);
         let expected = format!(
@@ -382,6 +449,17 @@ fn ensure_updates(optimizer: &AdamWConfig, rate: &LrSchedule, ema: &EmaConfig) -
     under("optimizer", optimizer.ensure_valid())?;
     under("learning_rate", rate.ensure_valid())?;
     under("ema", ema.ensure_valid())
+}
+
+/// The same for a critic, whose parts may be left out.
+fn ensure_critic(critic: &CriticSection) -> Result<()> {
+    if let Some(optimizer) = &critic.optimizer {
+        under("critic.optimizer", optimizer.ensure_valid())?;
+    }
+    match critic.learning_rate {
+        Some(rate) => under("critic.learning_rate", rate.ensure_valid()),
+        None => Ok(()),
+    }
 }
 
 /// Puts the table's name in front of the keys that an error names.

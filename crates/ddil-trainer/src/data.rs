@@ -9,11 +9,16 @@ use crate::dataset::{
 };
 use crate::error::{Error, Result};
 
+/// Keeps the order of what a discriminator is shown apart from that of what is noised.
+const REAL: u64 = 0x7265_616c;
+
 /// A dataset with the order in which its samples come.
 #[derive(Debug)]
 pub struct TrainingData {
     images: ImageDataset,
     indices: BatchIndices,
+    /// Another order of the same samples.
+    real: BatchIndices,
     horizontal_flip: bool,
     /// Whether labels are handed out, if there are any.
     labelled: bool,
@@ -37,8 +42,10 @@ impl TrainingData {
             });
         }
         let indices = BatchIndices::new(len, batch as usize, seed)?;
+        let real = BatchIndices::new(len, batch as usize, seed ^ REAL)?;
         let labelled = images.labels().is_some();
-        Ok(Self { images, indices, horizontal_flip: section.horizontal_flip, labelled, device })
+        let horizontal_flip = section.horizontal_flip;
+        Ok(Self { images, indices, real, horizontal_flip, labelled, device })
     }
 
     /// The same without labels, for a network that takes none.
@@ -53,9 +60,24 @@ impl TrainingData {
     ///
     /// What libtorch refuses, such as memory.
     pub fn batch_at(&mut self, step: u64) -> Result<Data> {
-        let mut batch = self.images.batch(&self.indices.at(step))?;
+        let (indices, flips) = (self.indices.at(step), self.indices.flips_at(step));
+        self.batch(&indices, &flips)
+    }
+
+    /// The batch that update `step` shows to a discriminator: as large, of the same samples in another order.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch refuses, such as memory.
+    pub fn real_at(&mut self, step: u64) -> Result<Data> {
+        let (indices, flips) = (self.real.at(step), self.real.flips_at(step));
+        self.batch(&indices, &flips)
+    }
+
+    fn batch(&self, indices: &[i64], flips: &[bool]) -> Result<Data> {
+        let mut batch = self.images.batch(indices)?;
         if self.horizontal_flip {
-            batch.x0 = flip_horizontally(&batch.x0, &self.indices.flips_at(step))?;
+            batch.x0 = flip_horizontally(&batch.x0, flips)?;
         }
         let labels = batch.labels.filter(|_| self.labelled);
         let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);

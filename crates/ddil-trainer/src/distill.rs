@@ -1,24 +1,35 @@
 //! The task of `ddil distill`: a few-step student from a teacher.
 
+mod cast;
+mod checks;
+mod meters;
+mod stage;
+
 use std::path::Path;
 
 use ddil_core::{
-    Conditioning, Denoiser, MixRequest, Mixer, MixerConfig, RandomStreams, SavedState, Source,
+    Conditioning, Consistent, Data, Denoiser, MixRequest, RandomStreams, SavedState, Source,
     States, Stream, Thresholded,
 };
-use ddil_losses::{LossRequest, Networks, Objective, ObjectiveConfig, Phase, TeacherGuidance};
+use ddil_losses::{
+    Critic, LossRequest, LossTerms, Networks, ObjectiveConfig, Phase, Requirements, TeacherGuidance,
+};
 use ddil_models::Placement;
-use ddil_schedulers::{Ddim, NoiseSchedule, Thresholding, Timesteps};
+use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Device, Kind, Tensor};
 
+use self::cast::{Cast, CriticNetworks, Judge};
+use self::checks::ensure_fits;
+use self::meters::{Meters, Place};
+use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::DistillConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline, scheduler};
-use crate::sampling::{SamplePlan, grid_of_classes};
+use crate::pipeline::{Card, Pipeline, Scheduler};
+use crate::sampling::{SamplePlan, SamplerKind, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
@@ -30,41 +41,29 @@ pub struct DistillTask {
     data: TrainingData,
     streams: RandomStreams,
     card: Card,
-    /// The teacher of the present stage.
-    teacher: Network,
-    student: Network,
-    /// A third network of the same form, into which the moving average is put to be sampled.
-    averaged: Network,
+    cast: Cast,
     stage: Stage,
-    /// What the loss said, kept for the mixer until the optimizer has stepped.
+    meters: Meters,
+    /// The batch of the present update, kept from phase to phase and for the mixer.
     pending: Option<Pending>,
 }
 
-/// What changes from stage to stage.
-#[derive(Debug)]
-struct Stage {
-    index: usize,
-    grid: Timesteps,
-    objective: Box<dyn Objective>,
-    mixer: Mixer,
-    guidance: TeacherGuidance,
-    /// The mixer counts its steps within the stage, as priors do; what it draws is still every stage's own.
-    streams: RandomStreams,
-}
-
+/// The states of an update, and what was said of them so far.
 #[derive(Debug)]
 struct Pending {
     states: States,
-    student_x0: Tensor,
+    real: Option<Data>,
+    student_x0: Option<Tensor>,
     teacher_next: Option<Tensor>,
 }
 
 const TEACHER: &str = "teacher.safetensors";
+const TARGET: &str = "target.safetensors";
 const MIXER: &str = "mixer.safetensors";
 const MIXER_STATE: &str = "mixer.json";
 
 impl DistillTask {
-    /// The task at its first update: the student is a copy of the teacher.
+    /// The task at its first update: the student has the teacher's weights.
     ///
     /// # Errors
     ///
@@ -76,31 +75,33 @@ impl DistillTask {
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
         let data = TrainingData::open(&config.data, config.run.seed, device)?;
-        ensure_fits(config, &teacher, &data)?;
+        let schedule = teacher.network.schedule().clone();
+        let stage = Stage::new(config, &schedule, 0)?;
+        ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
+        stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
         let Pipeline { network: teacher, card, .. } = teacher;
-        let (student, averaged) = (teacher.duplicate(true)?, teacher.duplicate(false)?);
-        let schedule = teacher.schedule().clone();
-        let stage = Stage::new(config, &schedule, 0)?;
-        scheduler(&student, &config.thresholding, Some(&stage.grid))?;
+        let cast = Cast::new(config, stage.objective.requirements(), teacher, card.image_shape)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
-        Ok(Self {
-            config,
-            schedule,
-            data,
-            streams,
-            card,
-            teacher,
-            student,
-            averaged,
-            stage,
-            pending: None,
-        })
+        let meters = Meters::new(&schedule, &config.objective);
+        let task =
+            Self { config, schedule, data, streams, card, cast, stage, meters, pending: None };
+        task.scheduler()?;
+        Ok(task)
     }
 
     fn device(&self) -> Device {
-        self.student.placement().device
+        self.cast.student.placement().device
+    }
+
+    fn requirements(&self) -> Requirements {
+        self.stage.objective.requirements()
+    }
+
+    /// What is done with clean data at a place where that is switched on.
+    fn thresholding(&self, on: bool) -> Thresholding {
+        if on { self.config.thresholding.clone() } else { Thresholding::None }
     }
 
     /// What backward trajectories are told: the batch's own labels in another order, so that classes come as often
@@ -110,46 +111,151 @@ impl DistillTask {
         Ok(conditioning.index_select(&generator.randperm(batch)?)?)
     }
 
+    /// The states of an update.
+    fn collect(&mut self, step: u64) -> Result<Pending> {
+        let data = self.data.batch_at(step)?;
+        let batch = data.x0.size()[0];
+        let prompts = self.prompts(step, &data.conditioning, batch)?;
+        // A weight for each sample where guidance is drawn: another one for each trajectory that may begin here.
+        let (guidance, device) = (self.config.teacher.guidance, self.device());
+        let mut rng = self.streams.rng(step, Stream::Guidance);
+        let mut told = |said| guidance.condition(said, batch as usize, device, &mut rng);
+        let data = Data { x0: data.x0, conditioning: told(data.conditioning) };
+        let prompts = told(prompts);
+        let real =
+            self.requirements().discriminator.then(|| self.data.real_at(step)).transpose()?;
+
+        let places = self.config.thresholding_places;
+        let [of_teacher, of_student] =
+            [places.teacher, places.rollout].map(|on| self.thresholding(on));
+        let Cast { teacher, student, .. } = &self.cast;
+        let (meters, logged) = (&self.meters, self.is_logged(step));
+        let teacher = guided(teacher, self.stage.guidance, &self.card)?;
+        let teacher = Thresholded::new(teacher, of_teacher)?;
+        let teacher = meters.put_on(teacher, Place::TeacherRollout, logged);
+        let student = Thresholded::new(student, of_student)?;
+        let student = meters.put_on(student, Place::StudentRollout, logged);
+        let student = with_boundary(student, &self.config.objective);
+        let total_steps = self.config.student.updates_per_stage;
+        let states = self.stage.mixer.next_states(&MixRequest {
+            step: step % total_steps,
+            total_steps,
+            data: &data,
+            prompts: &prompts,
+            student: &*student,
+            teacher: &teacher,
+            streams: &self.stage.streams,
+        })?;
+        Ok(Pending { states, real, student_x0: None, teacher_next: None })
+    }
+
+    /// What the method says of the present states in one phase.
+    fn terms(&self, step: u64, phase: Phase, pending: &Pending) -> Result<LossTerms> {
+        let (cast, places) = (&self.cast, self.config.thresholding_places);
+        self.meters.rows_are(&pending.states.sources);
+        let logged = self.is_logged(step);
+        let held = |network, on, place| -> Result<Thresholded<&Network>> {
+            let held = Thresholded::new(network, self.thresholding(on))?;
+            Ok(self.meters.put_on(held, place, logged))
+        };
+        let teacher = guided(&cast.teacher, self.stage.guidance, &self.card)?;
+        let teacher = Thresholded::new(teacher, self.thresholding(places.teacher))?;
+        let teacher = self.meters.put_on(teacher, Place::Teacher, logged);
+        let student = held(&cast.student, places.student_loss, Place::Student)?;
+        let target = cast.target.as_ref();
+        let target =
+            target.map(|target| held(&target.network, places.target, Place::Target)).transpose()?;
+        let critic = cast.critic.as_ref();
+        let in_gradient = critic
+            .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
+            .transpose()?;
+        let judge: Option<Judge<'_>> = critic.and_then(CriticNetworks::judge);
+        let critic = critic.zip(in_gradient.as_ref()).map(|(critic, asked)| Critic {
+            fake_score: &critic.fake_score,
+            asked,
+            discriminator: judge.as_ref().map(|judge| judge as _),
+        });
+        let networks = Networks {
+            student: if places.student_loss { &student } else { &cast.student },
+            teacher: &teacher,
+            target: target.as_ref().map(|target| target as _),
+            critic,
+        };
+        let stage_step = step % self.config.student.updates_per_stage;
+        Ok(self.stage.objective.loss(&LossRequest {
+            student_x0: pending.student_x0.as_ref(),
+            real: pending.real.as_ref(),
+            ..LossRequest::new(stage_step, phase, &pending.states, networks, &self.stage.streams)
+        })?)
+    }
+
+    /// Whether a line of the record may tell of this update: one is written now or before the student's next update.
+    ///
+    /// Figures make the host wait for the device, so they are made for these updates alone.
+    fn is_logged(&self, step: u64) -> bool {
+        let (interval, total) = (self.config.output.log_interval, self.config.total_updates());
+        let trains = |step: &u64| self.phases(*step).contains(&Phase::Student);
+        let next = (step + 1..total).find(trains).unwrap_or(total);
+        next == total || next / interval > step / interval
+    }
+
+    /// How the student steps when it is sampled.
+    fn sampler(&self) -> SamplerKind {
+        SamplerKind::of(&self.config.objective, &self.schedule)
+    }
+
     /// How the present student is sampled.
-    fn sample_plan(&self) -> SamplePlan {
+    fn sample_plan(&self, card: &Card) -> SamplePlan {
         SamplePlan {
-            steps: self.stage.grid.len() as u32,
-            guidance_scale: 1.0,
-            eta: 0.0,
-            thresholding: self.config.thresholding.clone(),
-            timesteps: Some(self.stage.grid.as_slice().to_vec()),
+            steps: self.stage.sampling.len() as u32,
+            guidance_scale: card.default_guidance_scale(),
+            sampler: self.sampler(),
+            thresholding: self.thresholding(self.config.thresholding_places.inference),
+            timesteps: Some(self.stage.sampling.as_slice().to_vec()),
             batch_size: 100,
             seed: self.config.run.seed,
         }
     }
 
+    /// The same in diffusers' words.
+    fn scheduler(&self) -> Result<Scheduler> {
+        let thresholding = self.thresholding(self.config.thresholding_places.inference);
+        let timesteps = Some(&self.stage.sampling);
+        Scheduler::new(&self.cast.student, self.sampler(), &thresholding, timesteps)
+    }
+
     fn student_card(&self) -> Card {
-        let guidance_scale = match self.config.teacher.guidance {
-            TeacherGuidance::Cfg { scale } => Some(scale),
-            _ => self.card.guidance_scale,
+        let (guidance_scale, guidance_range) = match self.config.teacher.guidance {
+            TeacherGuidance::Cfg { scale } => (Some(scale), None),
+            TeacherGuidance::BakedIn => (self.card.guidance_scale, None),
+            TeacherGuidance::Embedded { min, max } | TeacherGuidance::CfgRange { min, max } => {
+                (None, Some([1.0 + min, 1.0 + max]))
+            }
         };
         Card {
             method: self.config.objective.as_str().to_owned(),
             guidance_scale,
+            guidance_range,
             priors: Some(self.config.mixing.priors.at(1.0)),
             seed: self.config.run.seed,
             ..self.card.clone()
         }
     }
+}
 
-    /// The loss by source and the share of each source, for the record.
-    fn figures(states: &States, per_sample: &Tensor) -> Result<Vec<(String, f64)>> {
+/// The loss by source and the share of each source in the student's phase, and the parts of the loss, for the record.
+fn figures(
+    states: Option<&States>,
+    per_sample: &Tensor,
+    parts: &[(&'static str, Tensor)],
+) -> Result<Vec<(String, f64)>> {
+    let mut figures = Vec::new();
+    if let Some(states) = states {
         let values: Vec<f64> = Vec::try_from(per_sample.detach().to_kind(Kind::Double))
-            .map_err(Error::torch("DistillTask::figures"))?;
-        let mut figures = Vec::new();
+            .map_err(Error::torch("figures"))?;
         for source in Source::ALL {
-            let of_source: Vec<f64> = states
-                .sources
-                .iter()
-                .zip(&values)
-                .filter(|(s, _)| **s == source)
-                .map(|(_, value)| *value)
-                .collect();
+            let of_source = states.sources.iter().zip(&values).filter(|(s, _)| **s == source);
+            let of_source: Vec<f64> = of_source.map(|(_, value)| *value).collect();
             if !of_source.is_empty() {
                 let name = source.as_str();
                 let mean = of_source.iter().sum::<f64>() / of_source.len() as f64;
@@ -158,32 +264,11 @@ impl DistillTask {
                 figures.push((format!("share_{name}"), share));
             }
         }
-        Ok(figures)
     }
-}
-
-impl Stage {
-    fn new(config: &DistillConfig, schedule: &NoiseSchedule, index: usize) -> Result<Self> {
-        let steps = config.student.stages[index];
-        let grid = config.objective.training_grid(schedule, steps)?;
-        let objective = config.objective.build(schedule, &grid)?;
-        let mixer =
-            MixerConfig { thresholding: config.thresholding.clone(), ..config.mixing.clone() };
-        let mixer = Mixer::new(mixer, grid.clone(), Box::new(Ddim::new(schedule.clone())))?;
-        // What the first student learned is guided already.
-        let guidance = if index == 0 { config.teacher.guidance } else { TeacherGuidance::BakedIn };
-        let streams = stage_streams(config.run.seed, index);
-        Ok(Self { index, grid, objective, mixer, guidance, streams })
+    for (name, values) in parts {
+        figures.push(((*name).to_owned(), values.mean(Kind::Double).double_value(&[])));
     }
-}
-
-/// The run's own streams in the first stage, others in each later one.
-fn stage_streams(seed: u64, index: usize) -> RandomStreams {
-    let streams = RandomStreams::new(seed, 0);
-    match index {
-        0 => streams,
-        _ => RandomStreams::new(streams.seed_of(index as u64, Stream::Weights), 0),
-    }
+    Ok(figures)
 }
 
 impl Task for DistillTask {
@@ -199,49 +284,59 @@ impl Task for DistillTask {
         self.config.student.updates_per_stage
     }
 
-    fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.student.parameters().learned()
+    fn trained(&self) -> &'static [Phase] {
+        if self.cast.critic.is_some() {
+            &[Phase::Student, Phase::Critic]
+        } else {
+            &[Phase::Student]
+        }
     }
 
-    fn loss(&mut self, step: u64) -> Result<UpdateLoss> {
-        // The student's dropout draws from the global generator.
-        tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
-        let data = self.data.batch_at(step)?;
-        let prompts = self.prompts(step, &data.conditioning, data.x0.size()[0])?;
-        let per_stage = self.updates_per_stage();
-        let stage_step = step % per_stage;
-        let teacher =
-            asked(&self.teacher, self.stage.guidance, &self.card, &self.config.thresholding)?;
-        let states = {
-            let request = MixRequest {
-                step: stage_step,
-                total_steps: per_stage,
-                data: &data,
-                prompts: &prompts,
-                student: &self.student,
-                teacher: &*teacher,
-                streams: &self.stage.streams,
-            };
-            self.stage.mixer.next_states(&request)?
+    fn phases(&self, step: u64) -> &'static [Phase] {
+        self.stage.objective.phases(step % self.updates_per_stage())
+    }
+
+    fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)> {
+        self.cast.parameters(phase)
+    }
+
+    fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss> {
+        let mut pending = match self.pending.take() {
+            Some(pending) => pending,
+            None => {
+                // Dropout draws from the global generator.
+                tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
+                self.collect(step)?
+            }
         };
-        let networks = Networks::new(&self.student, &*teacher);
-        let streams = &self.stage.streams;
-        let request = LossRequest::new(stage_step, Phase::Student, &states, networks, streams);
-        let terms = self.stage.objective.loss(&request)?;
-        drop(teacher);
-        let figures = Self::figures(&states, &terms.per_sample)?;
-        self.pending = Some(Pending {
-            states,
-            student_x0: terms.student_x0,
-            teacher_next: terms.teacher_next,
-        });
-        Ok(UpdateLoss { per_sample: terms.per_sample, figures })
+        self.cast.open_for(phase);
+        let LossTerms { per_sample, student_x0, teacher_next, parts, .. } =
+            self.terms(step, phase, &pending)?;
+        if phase == Phase::Student {
+            self.stage.mixer.see_losses(&pending.states, &per_sample)?;
+        }
+        let figures = if self.is_logged(step) {
+            let of_student = (phase == Phase::Student).then_some(&pending.states);
+            [figures(of_student, &per_sample, &parts)?, self.meters.figures()?].concat()
+        } else {
+            Vec::new()
+        };
+        pending.student_x0 = Some(student_x0);
+        pending.teacher_next = teacher_next;
+        self.pending = Some(pending);
+        Ok(UpdateLoss { per_sample, figures })
     }
 
     fn after_update(&mut self, step: u64) -> Result<()> {
-        let Some(Pending { states, student_x0, teacher_next }) = self.pending.take() else {
+        if self.phases(step).contains(&Phase::Student) {
+            self.cast.follow()?;
+        }
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        let Pending { states, student_x0: Some(student_x0), teacher_next, .. } = pending else {
             return Ok(());
         };
+        let thresholding = self.thresholding(self.config.thresholding_places.rollout);
+        let student_x0 = thresholding.apply(&student_x0)?;
         let (next, step) = (teacher_next.as_ref(), step % self.updates_per_stage());
         let Stage { mixer, streams, .. } = &mut self.stage;
         Ok(mixer.after_loss(step, &states, &student_x0, next, streams)?)
@@ -249,30 +344,26 @@ impl Task for DistillTask {
 
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()> {
         let index = (step / self.updates_per_stage()) as usize;
-        // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
-        state::restore("teacher", &self.teacher.parameters().learned(), average)?;
-        state::restore("student", &self.student.parameters().learned(), average)?;
         self.stage = Stage::new(&self.config, &self.schedule, index)?;
+        // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
+        self.cast =
+            self.cast.next(&self.config, self.requirements(), average, self.card.image_shape)?;
         Ok(())
     }
 
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
-        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
-        let per_class = self.config.output.samples_per_class;
-        let (shape, device) = (self.data.image_shape(), self.device());
-        grid_of_classes(
-            &self.averaged,
-            &self.sample_plan(),
-            &self.student_card(),
-            shape,
-            per_class,
-            device,
-        )
+        let (card, device) = (self.student_card(), self.device());
+        let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
+        let student = self.cast.averaged(average)?;
+        grid_of_classes(student, &self.sample_plan(&card), &card, shape, per_class, device)
     }
 
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()> {
         if self.stage.index > 0 {
-            writer.tensors(TEACHER, &self.teacher.parameters().named())?;
+            writer.tensors(TEACHER, &self.cast.teacher.parameters().named())?;
+        }
+        if let Some(target) = &self.cast.target {
+            writer.tensors(TARGET, &target.network.parameters().learned())?;
         }
         let SavedState { tensors, metadata } = self.stage.mixer.state()?;
         writer.tensors(MIXER, &tensors)?;
@@ -283,11 +374,19 @@ impl Task for DistillTask {
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()> {
         // A checkpoint at the border of two stages is still of the first: the second starts with its first update.
         let index = (step.saturating_sub(1) / self.updates_per_stage()) as usize;
-        if index > 0 {
-            let saved = checkpoint.tensors(TEACHER)?;
-            state::restore("teacher", &self.teacher.parameters().named(), &saved)?;
-        }
         self.stage = Stage::new(&self.config, &self.schedule, index)?;
+        if index > 0 {
+            // Of the student's form; the weights come from the file.
+            let any = self.cast.student.parameters().learned();
+            self.cast =
+                self.cast.next(&self.config, self.requirements(), &any, self.card.image_shape)?;
+            let saved = checkpoint.tensors(TEACHER)?;
+            state::restore("teacher", &self.cast.teacher.parameters().named(), &saved)?;
+        }
+        if let Some(target) = &self.cast.target {
+            let saved = checkpoint.tensors(TARGET)?;
+            state::restore("target", &target.network.parameters().learned(), &saved)?;
+        }
         let device = self.device();
         let tensors = checkpoint.tensors(MIXER)?;
         let on_device = |tensor: Tensor| tensor.f_to_device(device);
@@ -300,86 +399,33 @@ impl Task for DistillTask {
 
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
         let Spent { updates, seconds } = spent;
-        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
-        Pipeline::write(
-            folder,
-            &self.averaged,
-            &self.config.thresholding,
-            Some(&self.stage.grid),
-            &Card { updates, seconds, ..self.student_card() },
-        )
+        let card = Card { updates, seconds, ..self.student_card() };
+        Pipeline::write(folder, self.cast.averaged(average)?, &self.scheduler()?, &card)
     }
 }
 
-/// A teacher as it is asked: guided, then held inside the data's range.
-fn asked<'a>(
+/// A teacher with its guidance around it; thresholding goes outside of that.
+fn guided<'a>(
     teacher: &'a Network,
     guidance: TeacherGuidance,
     card: &Card,
-    thresholding: &Thresholding,
 ) -> Result<Box<dyn Denoiser + 'a>> {
     let null = match guidance {
-        TeacherGuidance::Cfg { .. } => card.null_conditioning()?,
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => {
+            card.null_conditioning()?
+        }
         TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
     };
-    let guided = guidance.wrap(teacher, null)?;
-    Ok(Box::new(Thresholded::new(guided, thresholding.clone())?))
+    Ok(guidance.wrap(teacher, null)?)
 }
 
-fn ensure_fits(config: &DistillConfig, teacher: &Pipeline, data: &TrainingData) -> Result<()> {
-    let invalid = |field: &str, value: String, expected: String| {
-        Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
-    };
-    let (taught, found) = (teacher.card.image_shape, data.image_shape());
-    if taught != found {
-        return invalid(
-            "data",
-            format!("images of channels, height, width {found:?}"),
-            format!("{taught:?}, which the teacher was trained on"),
-        );
+/// A student as it is asked when it is sampled: with its boundary around it, if the method has one.
+fn with_boundary<'a>(
+    student: impl Denoiser + 'a,
+    objective: &ObjectiveConfig,
+) -> Box<dyn Denoiser + 'a> {
+    match objective.boundary() {
+        Some(boundary) => Box::new(Consistent::new(student, boundary)),
+        None => Box::new(student),
     }
-    if matches!(config.teacher.guidance, TeacherGuidance::Embedded { .. }) {
-        return invalid(
-            "teacher.guidance",
-            "embedded".to_owned(),
-            "cfg or baked_in: the teacher takes no guidance weight".to_owned(),
-        );
-    }
-    let has_null = teacher.card.null_class.is_some();
-    if matches!(config.teacher.guidance, TeacherGuidance::Cfg { .. }) && !has_null {
-        return invalid(
-            "teacher.guidance",
-            "cfg".to_owned(),
-            "baked_in: the teacher was trained without a null class and cannot be guided"
-                .to_owned(),
-        );
-    }
-    if teacher.network.is_class_conditional() && data.null_class().is_none() {
-        return invalid(
-            "data",
-            "without labels".to_owned(),
-            "with labels, which the teacher asks for".to_owned(),
-        );
-    }
-    ensure_classes(teacher, data)?;
-    let ObjectiveConfig::Progressive(_) = &config.objective;
-    Ok(())
-}
-
-/// Labels of the data must be those that the teacher learned.
-fn ensure_classes(teacher: &Pipeline, data: &TrainingData) -> Result<()> {
-    let (Some(embeds), Some(found)) =
-        (teacher.network.config().num_class_embeds.map(i64::from), data.null_class())
-    else {
-        return Ok(());
-    };
-    let (known, expected) = match teacher.card.class_names.len() as i64 {
-        0 => (found <= embeds, format!("at most {embeds}, as the teacher")),
-        own => (found == own, format!("{own}, as the teacher")),
-    };
-    if known {
-        return Ok(());
-    }
-    let (field, value) = ("data".to_owned(), format!("of {found} classes"));
-    Err(Error::InvalidConfig { field, value, expected })
 }

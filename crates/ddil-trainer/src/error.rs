@@ -218,6 +218,22 @@ pub enum Error {
         /// What else was seen, such as the first parameter with such a gradient.
         detail: Option<String>,
     },
+    /// A comparison cannot be begun as it is written down.
+    #[error("{place} cannot be compared:{}", listed(problems))]
+    Comparison {
+        /// The file, or the comparison's folder.
+        place: String,
+        /// Everything that is wrong with it.
+        problems: Vec<String>,
+    },
+    /// A plot could not be drawn.
+    #[error("could not draw {}: {reason}", path.display())]
+    Plot {
+        /// The file.
+        path: PathBuf,
+        /// What was refused.
+        reason: String,
+    },
     /// Images cannot be written as PNG.
     #[error("cannot make a picture of {found}: {expected}")]
     Picture {
@@ -286,6 +302,12 @@ impl Error {
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
     }
+}
+
+/// An error and what led to it, in one line.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn suggestion(nearest: Option<&str>, known: &[String]) -> String {

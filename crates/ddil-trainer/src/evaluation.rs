@@ -1,11 +1,20 @@
 //! Generated images against real ones, on features.
 
+use std::ops::Range;
+
+use ddil_core::{
+    Conditioning, Data, Denoiser, RandomStreams, ShiftConfig, ShiftRequest, Stream, measure_shift,
+};
 use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::dataset::ImageDataset;
 use crate::error::Result;
+use crate::pipeline::Pipeline;
+use crate::results::ShiftRow;
+use crate::sampling::{SamplePlan, asked, classes, generate, initial_noise};
 
 /// Real images as features: what generated ones are compared with.
 #[derive(Debug)]
@@ -62,6 +71,73 @@ impl Reference {
             prdc: prdc(&real, &features, Neighbours::default())?,
         })
     }
+}
+
+/// The samples `range` of the `total` that belong to a plan's seed, on the CPU; classes take turns.
+///
+/// They start from the same noise whichever of them are asked for.
+///
+/// # Errors
+///
+/// What the network refuses.
+pub fn draw(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    total: u32,
+    range: Range<u32>,
+) -> Result<Tensor> {
+    let device = pipeline.network.placement().device;
+    let noise = initial_noise(plan.seed, total, pipeline.card.image_shape, device)?;
+    let rows =
+        Tensor::arange_start(i64::from(range.start), i64::from(range.end), (Kind::Int64, device));
+    let conditioning = classes(&pipeline.card, total, None, device).index_select(&rows)?;
+    let noise = noise.index_select(0, &rows);
+    // A sampler that draws noise on its way draws other noise for other parts.
+    let seed = match range.start {
+        0 => plan.seed,
+        start => RandomStreams::new(plan.seed, 0).seed_of(u64::from(start), Stream::Sample),
+    };
+    let plan = SamplePlan { seed, ..plan.clone() };
+    let images = generate(&pipeline.network, &plan, &pipeline.card, &noise, &conditioning)?;
+    Ok(images.to_device(Device::Cpu))
+}
+
+/// How far the states that a student meets are from noised data, at each of its timesteps.
+///
+/// `states` images stand for training at each timestep, as many others for chance; fewer where the dataset has fewer.
+///
+/// # Errors
+///
+/// What the network refuses, and fewer than four images.
+pub fn shift(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    images: &ImageDataset,
+    states: u32,
+) -> Result<Vec<ShiftRow>> {
+    let device = pipeline.network.placement().device;
+    let batch = images.range(0, 2 * i64::from(states))?;
+    let labels = batch.labels.filter(|_| pipeline.network.is_class_conditional());
+    let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);
+    let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
+    let student = asked(&pipeline.network, plan, &pipeline.card)?;
+    let schedule = pipeline.network.schedule().clone();
+    let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
+    let request = ShiftRequest {
+        data: &data,
+        student: &*student,
+        sampler: &*plan.sampler.build(&schedule)?,
+        timesteps: &timesteps,
+        step: 0,
+        streams: &RandomStreams::new(plan.seed, 0),
+    };
+    let report = measure_shift(&request, &ShiftConfig::default())?;
+    let rows = report.timesteps.iter().map(|at| ShiftRow {
+        timestep: at.timestep,
+        energy: at.shift.energy,
+        null: at.null.energy,
+    });
+    Ok(rows.collect())
 }
 
 /// Features in batches, so that memory does not grow with the number of images.

@@ -5,6 +5,7 @@ mod error;
 mod files;
 
 pub mod checkpoint;
+pub mod compare;
 pub mod config;
 pub mod data;
 pub mod dataset;

@@ -33,7 +33,9 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Sample(args) => commands::sample::run(args),
         Command::Evaluate(args) => commands::evaluate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Range(args) => commands::range::run(args),
         Command::Demo(args) => commands::demo::run(args),
+        Command::Compare(args) => commands::compare::run(args),
         Command::Doctor(args) => commands::doctor::run(args, keeps_freed_pages),
     }
 }

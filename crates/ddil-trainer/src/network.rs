@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_libtorch::Autocast;
-use ddil_models::{Parameters, Placement, UNet2DConfig, UNet2DModel};
+use ddil_models::{DiscriminatorHead, Matched, Parameters, Placement, UNet2DConfig, UNet2DModel};
 use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
 use tch::{Kind, Tensor};
 
@@ -47,6 +47,40 @@ impl Network {
         })
     }
 
+    /// A network of another form that starts from those of these weights that match it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Models`](crate::Error::Models) for a form that cannot be.
+    pub fn derive(&self, config: &UNet2DConfig, seed: u64) -> Result<(Self, Matched)> {
+        let unet = config.build(self.placement(), seed)?;
+        let matched = unet.parameters().copy_matching(self.unet.parameters())?;
+        unet.set_training(true);
+        let autocast = self.autocast;
+        let (prediction_type, schedule) = (self.prediction_type, self.schedule.clone());
+        Ok((Self { unet, prediction_type, schedule, autocast }, matched))
+    }
+
+    /// What a head says of the features of the network's bottleneck, `[batch]`, `Float`.
+    ///
+    /// # Errors
+    ///
+    /// What network and head refuse.
+    pub fn judged_by(
+        &self,
+        head: &DiscriminatorHead,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let time = self.schedule.time_inputs_at(timesteps)?;
+        let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
+        let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
+        let features = self.unet.features(x_t, &time, labels, weight)?.to_kind(Kind::Float);
+        Ok(head.forward(&features)?.to_kind(Kind::Float))
+    }
+
     /// The settings of the UNet.
     pub fn config(&self) -> &UNet2DConfig {
         self.unet.config()
@@ -85,10 +119,11 @@ impl Network {
     ) -> Result<Tensor> {
         let time = self.schedule.time_inputs_at(timesteps)?;
         let labels = conditioning.class_labels.as_ref();
+        let weight = conditioning.guidance_weight.as_ref();
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        Ok(self.unet.forward(x_t, &time, labels)?.to_kind(Kind::Float))
+        Ok(self.unet.forward(x_t, &time, labels, weight)?.to_kind(Kind::Float))
     }
 }
 

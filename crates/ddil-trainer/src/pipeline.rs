@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_core::{Conditioning, Denoiser, Priors};
 use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
-use ddil_schedulers::{CommonConfig, SchedulerConfig, Thresholding, Timesteps};
+use ddil_schedulers::{CommonConfig, LcmConfig, SchedulerConfig, Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -14,6 +14,7 @@ use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::files::{read_json, write_json};
 use crate::network::Network;
+use crate::sampling::SamplerKind;
 
 /// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +32,12 @@ pub struct Card {
     pub image_shape: [i64; 3],
     /// The scale of the guidance that is baked in; none for a plain teacher.
     pub guidance_scale: Option<f64>,
+    /// The least and the greatest scale of guidance that the network may be told; none for one that is told none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance_range: Option<[f64; 2]>,
+    /// What is done with clean data beyond their range, where diffusers' scheduler has no word for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thresholding: Option<Thresholding>,
     /// Priors of the sources at the end of a student's training; none for a teacher.
     pub priors: Option<Priors>,
     /// Updates of its training.
@@ -50,6 +57,8 @@ impl Default for Card {
             null_class: None,
             image_shape: [0; 3],
             guidance_scale: None,
+            guidance_range: None,
+            thresholding: None,
             priors: None,
             updates: 0,
             seconds: 0.0,
@@ -59,6 +68,12 @@ impl Default for Card {
 }
 
 impl Card {
+    /// What a sampler is told unless somebody asks for another scale: the middle of the range for a network that is
+    /// told its guidance, none for every other.
+    pub fn default_guidance_scale(&self) -> f64 {
+        self.guidance_range.map_or(1.0, |[min, max]| f64::midpoint(min, max))
+    }
+
     /// What the network is told for "no condition", one row.
     ///
     /// # Errors
@@ -82,6 +97,8 @@ impl Card {
 pub struct Pipeline {
     /// The network.
     pub network: Network,
+    /// How it steps when it is sampled.
+    pub sampler: SamplerKind,
     /// What is done with clean data beyond their range when it is sampled.
     pub thresholding: Thresholding,
     /// The timesteps that a student was trained at; none for a teacher.
@@ -125,14 +142,20 @@ impl Pipeline {
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
-        let card = match path.join(CARD) {
+        let card: Card = match path.join(CARD) {
             card if card.is_file() => read_json(&card)?,
             // A folder that diffusers wrote: classes, if any, without a null class.
             _ => Card { image_shape: image_shape(network.config()), ..Card::default() },
         };
-        let thresholding = scheduler.thresholding();
+        let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
-        Ok(Self { network, thresholding, timesteps, card, path })
+        let sampler = match (&scheduler, scheduler.boundary()) {
+            (SchedulerConfig::Lcm(lcm), Some(boundary)) => {
+                SamplerKind::Lcm { original_steps: lcm.original_inference_steps, boundary }
+            }
+            _ => SamplerKind::Ddim { eta: 0.0 },
+        };
+        Ok(Self { network, sampler, thresholding, timesteps, card, path })
     }
 
     /// The model folder at `path`: itself, or the export below it.
@@ -148,7 +171,8 @@ impl Pipeline {
         Self::find(path).is_ok()
     }
 
-    /// Writes a model folder that diffusers' `DDIMPipeline` and [`read`](Self::read) read.
+    /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) read: `DDIMPipeline` for DDIM,
+    /// `DDPMPipeline`, which takes any scheduler, for LCM.
     ///
     /// A folder that is there already is written over file by file, each of them whole or not at all.
     ///
@@ -158,50 +182,84 @@ impl Pipeline {
     pub fn write(
         folder: &Path,
         network: &Network,
-        thresholding: &Thresholding,
-        timesteps: Option<&Timesteps>,
+        scheduler: &Scheduler,
         card: &Card,
     ) -> Result<()> {
-        let scheduler = scheduler(network, thresholding, timesteps)?;
         for sub in [folder.join(UNET), folder.join("scheduler")] {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
         weights::save(&network.parameters().named(), folder.join(WEIGHTS), &BTreeMap::new())?;
         let config = folder.join(UNET).join("config.json");
         crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
-        scheduler.write(folder.join(SCHEDULER))?;
-        write_json(&folder.join(CARD), card)?;
+        scheduler.config.write(folder.join(SCHEDULER))?;
+        let thresholding = scheduler.unspoken.clone();
+        write_json(&folder.join(CARD), &Card { thresholding, ..card.clone() })?;
+        let pipeline = match scheduler.config {
+            SchedulerConfig::Ddim(_) => "DDIMPipeline",
+            SchedulerConfig::Lcm(_) => "DDPMPipeline",
+        };
         // Last: a folder with an index is a whole one.
         let class = |name: &str| ["diffusers".to_owned(), name.to_owned()];
         write_json(
             &folder.join(INDEX),
             &Index {
-                class_name: "DDIMPipeline".to_owned(),
+                class_name: pipeline.to_owned(),
                 diffusers_version: "0.38.0".to_owned(),
-                scheduler: class("DDIMScheduler"),
+                scheduler: class(scheduler.config.class()),
                 unet: class("UNet2DModel"),
             },
         )
     }
 }
 
-/// How a model is sampled, in diffusers' words: by DDIM, at a student's own timesteps.
-///
-/// # Errors
-///
-/// [`Error::Scheduler`] for what `DDIMScheduler` does not know: other families of schedules, flow prediction, ranges
-/// that are not symmetric, reflection. Asked before a run begins, so that none ends without its model.
-pub fn scheduler(
-    network: &Network,
-    thresholding: &Thresholding,
-    timesteps: Option<&Timesteps>,
-) -> Result<SchedulerConfig> {
-    let schedule = network.schedule().config();
-    let config = CommonConfig::new(schedule, network.prediction_type(), thresholding)?;
-    Ok(SchedulerConfig::Ddim(match timesteps {
-        Some(timesteps) => config.with_trained_timesteps(timesteps),
-        None => config,
-    }))
+/// How a model is sampled, in diffusers' words as far as they go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scheduler {
+    /// `scheduler_config.json`.
+    config: SchedulerConfig,
+    /// A treatment of clean data that the file has no words for, which the card keeps.
+    unspoken: Option<Thresholding>,
+}
+
+impl Scheduler {
+    /// Puts a model's way of sampling into diffusers' words. Asked before a run begins, so that none ends without its
+    /// model.
+    ///
+    /// A treatment of clean data that diffusers does not know (a range that is not symmetric or differs by channel,
+    /// reflection) goes to the card, where only this program looks for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Scheduler`] for what diffusers' schedulers do not know: other families of schedules, flow prediction.
+    pub fn new(
+        network: &Network,
+        sampler: SamplerKind,
+        thresholding: &Thresholding,
+        timesteps: Option<&Timesteps>,
+    ) -> Result<Self> {
+        let (schedule, output) = (network.schedule().config(), network.prediction_type());
+        let spoken = CommonConfig::new(schedule, output, thresholding);
+        let (config, unspoken) = match spoken {
+            Err(ddil_schedulers::Error::NotRepresentable { field: "thresholding", .. }) => {
+                let config = CommonConfig::new(schedule, output, &Thresholding::None)?;
+                (config, Some(thresholding.clone()))
+            }
+            spoken => (spoken?, None),
+        };
+        let common = match timesteps {
+            Some(timesteps) => config.with_trained_timesteps(timesteps),
+            None => config,
+        };
+        let config = match sampler {
+            SamplerKind::Ddim { .. } => SchedulerConfig::Ddim(common),
+            SamplerKind::Lcm { original_steps, boundary } => SchedulerConfig::Lcm(LcmConfig {
+                common,
+                original_inference_steps: original_steps,
+                timestep_scaling: boundary.timestep_scaling,
+            }),
+        };
+        Ok(Self { config, unspoken })
+    }
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.

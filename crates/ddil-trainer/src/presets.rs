@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 2] = [
+pub(crate) const PRESETS: [Preset; 5] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",
@@ -25,6 +25,24 @@ pub(crate) const PRESETS: [Preset; 2] = [
         verb: "distill",
         about: "the same teacher to 4 steps, by progressive distillation with DDIL",
         text: include_str!("../presets/fashion-mnist-pd-ddil.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-lcm-ddil",
+        verb: "distill",
+        about: "the same teacher to a latent consistency model with DDIL",
+        text: include_str!("../presets/fashion-mnist-lcm-ddil.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-dmd2-ddil",
+        verb: "distill",
+        about: "the same teacher to 4 steps, by distribution matching (DMD2) with DDIL",
+        text: include_str!("../presets/fashion-mnist-dmd2-ddil.toml"),
+    },
+    Preset {
+        name: "compare-fashion-mnist-pd",
+        verb: "compare",
+        about: "that distillation with and without DDIL and thresholds, three seeds each",
+        text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
     },
 ];
 

@@ -169,7 +169,9 @@ fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> St
             _ => write!(text, "{:.0} s/it  {left} left", 1.0 / rate),
         };
     }
-    for (name, value) in figures {
+    // Too many to be read as they pass; they are in the record.
+    let shown = figures.iter().filter(|(name, _)| !name.starts_with("clipped_"));
+    for (name, value) in shown {
         let separator = if text.is_empty() { "" } else { "  " };
         let _ = write!(text, "{separator}{name} {}", number(*value));
     }

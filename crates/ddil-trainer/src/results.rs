@@ -4,11 +4,15 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use ddil_core::Priors;
+use ddil_metrics::FeatureExtractor;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::evaluation::{Reference, Scores};
 use crate::files::{read_json, write_json};
+use crate::pipeline::Card;
+use crate::sampling::SamplePlan;
 
 /// One measurement: which model, sampled how, and how its samples compare with the data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,6 +56,53 @@ pub struct Measurement {
     /// How far the states met at inference are from those of training, timestep by timestep.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shift: Vec<ShiftRow>,
+}
+
+impl Measurement {
+    /// The scores of something that is no model; `method` says what.
+    pub fn of(
+        method: &str,
+        scores: &Scores,
+        reference: &Reference,
+        extractor: &dyn FeatureExtractor,
+    ) -> Self {
+        Self {
+            dataset: reference.name.clone(),
+            method: method.to_owned(),
+            priors: None,
+            thresholding: Thresholding::None,
+            guidance_scale: None,
+            steps: 0,
+            seed: 0,
+            updates: 0,
+            seconds: 0.0,
+            samples: scores.samples,
+            extractor: extractor.id().to_owned(),
+            frechet: scores.frechet,
+            frechet_to_teacher: None,
+            precision: scores.prdc.precision,
+            recall: scores.prdc.recall,
+            density: scores.prdc.density,
+            coverage: scores.prdc.coverage,
+            shift: Vec::new(),
+        }
+    }
+
+    /// The same with what is known of the model and of how it was sampled.
+    #[must_use]
+    pub fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
+        Self {
+            method: card.method.clone(),
+            priors: card.priors,
+            thresholding: plan.thresholding.clone(),
+            guidance_scale: (plan.guidance_scale != 1.0).then_some(plan.guidance_scale),
+            steps: plan.steps,
+            seed: card.seed,
+            updates: card.updates,
+            seconds: card.seconds,
+            ..self
+        }
+    }
 }
 
 /// The covariate shift at one timestep.
@@ -134,7 +185,7 @@ pub fn shift_table(rows: &[(String, Measurement)]) -> String {
 }
 
 /// Columns of equal width: the first to the left, numbers to the right, a rule below the heads.
-fn aligned(cells: &[Vec<String>]) -> String {
+pub(crate) fn aligned(cells: &[Vec<String>]) -> String {
     let columns = cells.first().map_or(0, Vec::len);
     let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     Error, Result, checkpoint,
+    error::with_causes,
     files::{read_json, write_atomic, write_json},
     settings::{Settings, differences, to_toml},
 };
@@ -307,8 +308,14 @@ fn ensure_empty(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Takes a folder for this process alone, as long as what is returned is kept.
+///
 /// The lock file is never removed: who removed it could take it from under another process.
-fn lock(folder: &Path) -> Result<File> {
+///
+/// # Errors
+///
+/// [`Error::FolderInUse`] if another process has it, [`Error::Io`].
+pub fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).open(&path);
@@ -333,9 +340,4 @@ fn in_use(folder: &Path, file: &mut File) -> Error {
     let read = file.read_to_string(&mut text).ok();
     let process = read.and_then(|_| text.trim().parse().ok());
     Error::FolderInUse { path: folder.to_owned(), process }
-}
-
-fn with_causes(error: &dyn StdError) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

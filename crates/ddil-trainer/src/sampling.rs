@@ -1,13 +1,83 @@
 //! Samples of a model, the same ones for the same seed.
 
-use ddil_core::{Conditioning, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample};
-use ddil_schedulers::{Ddim, Sampler, Thresholding, TimestepSpacing, Timesteps};
+use ddil_core::{
+    Conditioning, Consistent, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample,
+};
+use ddil_losses::ObjectiveConfig;
+use ddil_schedulers::{
+    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Prediction, Sampler, Thresholding,
+    TimestepSpacing, Timesteps,
+};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::picture::{Layout, Picture};
-use crate::pipeline::Card;
+use crate::pipeline::{Card, Pipeline};
+
+/// How a model steps from one timestep to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SamplerKind {
+    /// DDIM.
+    Ddim {
+        /// Share of the noise that a step renews.
+        eta: f64,
+    },
+    /// To clean data and back with fresh noise, as latent consistency models and DMD2's students are sampled.
+    Lcm {
+        /// The number of even timesteps among which those of a few steps are chosen.
+        original_steps: u32,
+        /// The boundary condition around the network.
+        boundary: ConsistencyBoundary,
+    },
+}
+
+impl SamplerKind {
+    /// How students of a method step.
+    pub fn of(objective: &ObjectiveConfig, schedule: &NoiseSchedule) -> Self {
+        match objective {
+            ObjectiveConfig::Progressive(_) => Self::Ddim { eta: 0.0 },
+            ObjectiveConfig::Lcm(lcm) => {
+                Self::Lcm { original_steps: lcm.num_ddim_timesteps, boundary: lcm.boundary() }
+            }
+            // Trained without a boundary, which at its timesteps is the identity but for rounding; diffusers' scheduler
+            // has one always.
+            ObjectiveConfig::Dmd2(_) => Self::Lcm {
+                original_steps: schedule.num_train_timesteps() as u32,
+                boundary: ConsistencyBoundary::default(),
+            },
+        }
+    }
+
+    /// The sampler.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Scheduler`] for an `eta` outside of 0 to 1.
+    pub fn build(&self, schedule: &NoiseSchedule) -> Result<Box<dyn Sampler>> {
+        Ok(match self {
+            Self::Ddim { eta } => Box::new(Ddim::with_eta(schedule.clone(), *eta)?),
+            Self::Lcm { .. } => Box::new(Lcm::new(schedule.clone())),
+        })
+    }
+
+    /// The timesteps of any number of steps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Scheduler`] for more steps than there are timesteps to choose from, and for none.
+    pub fn timesteps(&self, num_train_timesteps: u32, steps: u32) -> Result<Timesteps> {
+        Ok(match *self {
+            Self::Ddim { .. } => {
+                Timesteps::spaced(TimestepSpacing::Trailing, num_train_timesteps, steps, 0)?
+            }
+            Self::Lcm { original_steps, .. } => {
+                Timesteps::lcm(num_train_timesteps, original_steps, steps)?
+            }
+        })
+    }
+}
 
 /// How samples are drawn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,11 +87,11 @@ pub struct SamplePlan {
     pub steps: u32,
     /// Guidance scale; 1 is none.
     pub guidance_scale: f64,
-    /// Share of the noise that a DDIM step renews.
-    pub eta: f64,
+    /// How the model steps.
+    pub sampler: SamplerKind,
     /// What is done with clean data beyond their range.
     pub thresholding: Thresholding,
-    /// The timesteps that a student was trained at, noisiest first; none spreads `steps` of them evenly.
+    /// The timesteps that a student was trained at, noisiest first; none takes `steps` of the sampler's.
     pub timesteps: Option<Vec<i64>>,
     /// Samples in one call of the network; no part of what comes out but for rounding.
     pub batch_size: u32,
@@ -29,19 +99,40 @@ pub struct SamplePlan {
     pub seed: u64,
 }
 
+/// Steps of a model that does not say.
+const TEACHER_STEPS: u32 = 50;
+
 impl SamplePlan {
+    /// How a model is sampled in its own way: a student at its own timesteps unless another number of steps is asked
+    /// for, a teacher in 50 steps.
+    pub fn of(pipeline: &Pipeline, steps: Option<u32>) -> Self {
+        let own = pipeline.timesteps.clone();
+        let timesteps = own.filter(|own| steps.is_none_or(|steps| own.len() == steps as usize));
+        let steps = match &timesteps {
+            Some(own) => own.len() as u32,
+            None => steps.unwrap_or(TEACHER_STEPS),
+        };
+        Self {
+            steps,
+            guidance_scale: pipeline.card.default_guidance_scale(),
+            sampler: pipeline.sampler,
+            thresholding: pipeline.thresholding.clone(),
+            timesteps,
+            batch_size: 100,
+            seed: 0,
+        }
+    }
+
     /// The timesteps that are visited.
     ///
     /// # Errors
     ///
     /// What [`Timesteps`] refuses.
     pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
-        Ok(match &self.timesteps {
-            Some(list) => Timesteps::explicit(list.clone(), num_train_timesteps)?,
-            None => {
-                Timesteps::spaced(TimestepSpacing::Trailing, num_train_timesteps, self.steps, 0)?
-            }
-        })
+        match &self.timesteps {
+            Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?),
+            None => self.sampler.timesteps(num_train_timesteps, self.steps),
+        }
     }
 }
 
@@ -87,7 +178,7 @@ pub fn generate(
 ) -> Result<Tensor> {
     let schedule = denoiser.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
-    let sampler = Ddim::with_eta(schedule, plan.eta)?;
+    let sampler = plan.sampler.build(&schedule)?;
     let asked = asked(denoiser, plan, card)?;
     let streams = RandomStreams::new(plan.seed, 0);
     let n = noise.size()[0];
@@ -101,7 +192,7 @@ pub fn generate(
             .transpose()?;
         samples.push(sample(
             &*asked,
-            &sampler,
+            &*sampler,
             &timesteps,
             noise.narrow(0, start, len),
             &conditioning.index_select(&rows)?,
@@ -111,22 +202,67 @@ pub fn generate(
     Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))
 }
 
-/// The model as it is asked for samples: guided, then held inside the data's range.
+/// The model as it is asked for samples: guided, held inside the data's range, with its boundary around it.
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] for guidance of a model without a null class, and for a threshold that cannot be.
+/// [`Error::InvalidConfig`] for guidance of a model without a null class, for guidance that a network which is told
+/// its scale has not learned, and for a threshold that cannot be.
 pub fn asked<'a>(
     denoiser: &'a dyn Denoiser,
     plan: &SamplePlan,
     card: &Card,
 ) -> Result<Box<dyn Denoiser + 'a>> {
-    let guided: Box<dyn Denoiser + 'a> = if (plan.guidance_scale - 1.0).abs() < f64::EPSILON {
+    let scale = plan.guidance_scale;
+    let guided: Box<dyn Denoiser + 'a> = if let Some(range) = card.guidance_range {
+        Box::new(Told::new(denoiser, scale, range)?)
+    } else if (scale - 1.0).abs() < f64::EPSILON {
         Box::new(denoiser)
     } else {
-        Box::new(Guided::new(denoiser, plan.guidance_scale, card.null_conditioning()?)?)
+        Box::new(Guided::new(denoiser, scale, card.null_conditioning()?)?)
     };
-    Ok(Box::new(Thresholded::new(guided, plan.thresholding.clone())?))
+    let held = Thresholded::new(guided, plan.thresholding.clone())?;
+    Ok(match plan.sampler {
+        SamplerKind::Ddim { .. } => Box::new(held),
+        SamplerKind::Lcm { boundary, .. } => Box::new(Consistent::new(held, boundary)),
+    })
+}
+
+/// A network that is told how strongly to guide itself, always the same.
+struct Told<'a> {
+    inner: &'a dyn Denoiser,
+    weight: f64,
+}
+
+impl<'a> Told<'a> {
+    fn new(inner: &'a dyn Denoiser, scale: f64, [min, max]: [f64; 2]) -> Result<Self> {
+        if (min..=max).contains(&scale) {
+            return Ok(Self { inner, weight: scale - 1.0 });
+        }
+        Err(Error::InvalidConfig {
+            field: "guidance_scale".to_owned(),
+            value: scale.to_string(),
+            expected: format!("in {min}..={max}, the scales that the student was trained with"),
+        })
+    }
+}
+
+impl Denoiser for Told<'_> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let batch = x_t.size().first().copied().unwrap_or(0);
+        let weight = Tensor::full([batch], self.weight, (Kind::Float, x_t.device()));
+        let told = conditioning.shallow_clone().with_guidance_weight(weight);
+        self.inner.predict(x_t, timesteps, &told)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
 }
 
 /// A grid with a column a class and `per_class` rows.

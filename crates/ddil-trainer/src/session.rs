@@ -1,20 +1,24 @@
 //! One loop for every kind of training: update, record, save, stop, go on.
 
+mod trainee;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use std::{fs, io};
 
+use ddil_losses::Phase;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
+use self::trainee::Trainee;
+pub use self::trainee::UpdateConfig;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
 use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use crate::lr_schedule::LrSchedule;
-use crate::optimizer::{AdamW, AdamWConfig, ensure_finite};
 use crate::picture::Picture;
 use crate::progress::Progress;
 use crate::record::{Position, Record};
@@ -35,17 +39,27 @@ pub trait Task {
     /// Updates of a stage: at each the optimizer and the moving average start afresh.
     fn updates_per_stage(&self) -> u64;
 
-    /// Parameters that the optimizer changes, with their names.
-    fn parameters(&self) -> Vec<(String, Tensor)>;
+    /// Who is trained, each by an optimizer of its own; the student first.
+    fn trained(&self) -> &'static [Phase] {
+        &[Phase::Student]
+    }
 
-    /// The loss of one update, with its graph.
+    /// Who is trained in an update, one after the other.
+    fn phases(&self, _step: u64) -> &'static [Phase] {
+        &[Phase::Student]
+    }
+
+    /// Parameters that the optimizer of a phase changes, with their names.
+    fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)>;
+
+    /// The loss of one phase of an update, with its graph.
     ///
     /// # Errors
     ///
     /// What data and networks refuse.
-    fn loss(&mut self, step: u64) -> Result<UpdateLoss>;
+    fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss>;
 
-    /// After the optimizer's step.
+    /// After the optimizers' steps.
     ///
     /// # Errors
     ///
@@ -124,11 +138,11 @@ pub enum Outcome {
 /// What the loop needs beside the task.
 #[derive(Clone, Debug)]
 pub struct SessionConfig {
-    /// The optimizer.
-    pub optimizer: AdamWConfig,
-    /// The learning rate, over each stage.
-    pub learning_rate: LrSchedule,
-    /// The moving average.
+    /// How the student is updated.
+    pub student: UpdateConfig,
+    /// How the critic is updated, of a method that has one.
+    pub critic: UpdateConfig,
+    /// The moving average of the student.
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
@@ -137,14 +151,19 @@ pub struct SessionConfig {
 impl From<&TrainConfig> for SessionConfig {
     fn from(config: &TrainConfig) -> Self {
         let TrainConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
-        Self { optimizer, learning_rate, ema, output }
+        let student = UpdateConfig { optimizer, learning_rate };
+        Self { critic: student.clone(), student, ema, output }
     }
 }
 
 impl From<&DistillConfig> for SessionConfig {
     fn from(config: &DistillConfig) -> Self {
-        let DistillConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
-        Self { optimizer, learning_rate, ema, output }
+        let DistillConfig { optimizer, learning_rate, critic, ema, output, .. } = config.clone();
+        let critic = UpdateConfig {
+            optimizer: critic.optimizer.unwrap_or_else(|| optimizer.clone()),
+            learning_rate: critic.learning_rate.unwrap_or(learning_rate),
+        };
+        Self { student: UpdateConfig { optimizer, learning_rate }, critic, ema, output }
     }
 }
 
@@ -155,8 +174,11 @@ pub struct Session<T> {
     config: SessionConfig,
     folder: RunFolder,
     step: u64,
-    optimizer: AdamW,
+    /// One a trained network, in the order of [`Task::trained`].
+    trainees: Vec<Trainee>,
     ema: Ema,
+    /// The newest figures of each phase: not every update has every phase, and every line of the record tells of all.
+    figures: BTreeMap<Phase, Vec<(String, f64)>>,
     record: Record,
     timings: Record,
     events: EventWriter,
@@ -171,6 +193,8 @@ struct LoopState {
     seconds: f64,
     averaged_updates: u64,
     metrics: Position,
+    #[serde(default)]
+    figures: BTreeMap<Phase, Vec<(String, f64)>>,
 }
 
 /// Where a resumed run goes on.
@@ -228,9 +252,7 @@ fn failed(folder: &mut RunFolder, error: Error) -> Error {
 }
 
 const STATE: &str = "session.json";
-const PARAMETERS: &str = "parameters.safetensors";
 const AVERAGE: &str = "ema.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
 
 impl<T: Task> Session<T> {
     /// Starts a task in a new run folder.
@@ -277,20 +299,40 @@ impl<T: Task> Session<T> {
         step: u64,
         seconds: f64,
     ) -> Result<Self> {
-        let optimizer = config.optimizer.build(task.parameters())?;
-        let ema = config.ema.build(task.parameters())?;
+        let trainees = Trainee::all(&task, &config)?;
+        let ema = config.ema.build(task.parameters(Phase::Student))?;
         let events = EventWriter::create(folder.path(), step + 1)?;
-        Ok(Self { task, config, folder, step, optimizer, ema, record, timings, events, seconds })
+        let figures = BTreeMap::new();
+        Ok(Self {
+            task,
+            config,
+            folder,
+            step,
+            trainees,
+            ema,
+            figures,
+            record,
+            timings,
+            events,
+            seconds,
+        })
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         self.task.restore(checkpoint, self.step)?;
         // A later stage may have made other networks: look at the parameters again.
-        let parameters = self.task.parameters();
-        state::restore("parameters", &parameters, &checkpoint.tensors(PARAMETERS)?)?;
+        for phase in self.task.trained() {
+            let parameters = self.task.parameters(*phase);
+            let saved = checkpoint.tensors(trainee::parameters_file(*phase))?;
+            state::restore("parameters", &parameters, &saved)?;
+        }
         self.begin_stage()?;
-        self.optimizer.load_state(&checkpoint.tensors(OPTIMIZER)?)?;
-        let LoopState { averaged_updates, .. } = checkpoint.json(STATE)?;
+        for trainee in &mut self.trainees {
+            let saved = checkpoint.tensors(trainee::optimizer_file(trainee.phase))?;
+            trainee.optimizer.load_state(&saved)?;
+        }
+        let LoopState { averaged_updates, figures, .. } = checkpoint.json(STATE)?;
+        self.figures = figures;
         self.ema.load(&checkpoint.tensors(AVERAGE)?, averaged_updates)
     }
 
@@ -359,23 +401,32 @@ impl<T: Task> Session<T> {
         if step > 0 && step.is_multiple_of(per_stage) {
             self.start_stage(step)?;
         }
-        self.optimizer.zero_grad()?;
-        let UpdateLoss { per_sample, figures } = self.task.loss(step)?;
-        let loss = per_sample.mean(per_sample.kind());
-        loss.f_backward().map_err(Error::torch("backward"))?;
-        let norm = self.optimizer.clip()?;
-        // Read after the whole backward pass was queued: one wait for the device an update.
-        let (loss, norm) = (loss.double_value(&[]), norm.double_value(&[]));
-        ensure_finite(step + 1, "loss", loss, || None)?;
-        ensure_finite(step + 1, "gradient norm", norm, || self.optimizer.non_finite_gradient())?;
-        let rate = self.config.learning_rate.lr_at(step % per_stage, per_stage);
-        self.optimizer.step(rate)?;
-        self.ema.update()?;
+        for phase in self.task.phases(step) {
+            let figures = self.update_of(*phase, step, step % per_stage, per_stage)?;
+            self.figures.insert(*phase, figures);
+        }
         self.task.after_update(step)?;
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
-        let own = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];
-        Ok(own.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(figures).collect())
+        Ok(self.figures.values().flatten().cloned().collect())
+    }
+
+    /// One phase of an update.
+    fn update_of(
+        &mut self,
+        phase: Phase,
+        step: u64,
+        stage_step: u64,
+        per_stage: u64,
+    ) -> Result<Vec<(String, f64)>> {
+        let trainee = trainee::find(&mut self.trainees, phase)?;
+        trainee.optimizer.zero_grad()?;
+        let UpdateLoss { per_sample, figures } = self.task.loss(step, phase)?;
+        let own = trainee.update(&per_sample, step, stage_step, per_stage)?;
+        if phase == Phase::Student {
+            self.ema.update()?;
+        }
+        Ok(own.into_iter().chain(figures).collect())
     }
 
     fn start_stage(&mut self, step: u64) -> Result<()> {
@@ -383,10 +434,10 @@ impl<T: Task> Session<T> {
         self.begin_stage()
     }
 
-    /// A fresh optimizer and moving average of the task's present parameters.
+    /// Fresh optimizers and a fresh moving average of the task's present parameters.
     fn begin_stage(&mut self) -> Result<()> {
-        self.optimizer = self.config.optimizer.build(self.task.parameters())?;
-        self.ema = self.config.ema.build(self.task.parameters())?;
+        self.trainees = Trainee::all(&self.task, &self.config)?;
+        self.ema = self.config.ema.build(self.task.parameters(Phase::Student))?;
         Ok(())
     }
 
@@ -427,9 +478,12 @@ impl<T: Task> Session<T> {
     fn save(&mut self) -> Result<()> {
         let mut writer =
             CheckpointWriter::new(&self.folder.checkpoints(), self.step, self.task.kind())?;
-        writer.tensors(PARAMETERS, &self.task.parameters())?;
+        for Trainee { phase, optimizer, .. } in &self.trainees {
+            let parameters = self.task.parameters(*phase);
+            writer.tensors(trainee::parameters_file(*phase), &parameters)?;
+            writer.tensors(trainee::optimizer_file(*phase), &optimizer.state_tensors()?)?;
+        }
         writer.tensors(AVERAGE, self.ema.tensors())?;
-        writer.tensors(OPTIMIZER, &self.optimizer.state_tensors()?)?;
         self.task.save(&mut writer)?;
         let metrics = self.record.position()?;
         let state = LoopState {
@@ -437,6 +491,7 @@ impl<T: Task> Session<T> {
             seconds: self.seconds,
             averaged_updates: self.ema.num_updates(),
             metrics,
+            figures: self.figures.clone(),
         };
         writer.json(STATE, &state)?;
         let newest = writer.commit()?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
+use ddil_losses::Phase;
 use ddil_models::{Placement, SampleSize, UNet2DModel};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
@@ -14,8 +15,8 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline, scheduler};
-use crate::sampling::{SamplePlan, grid_of_classes};
+use crate::pipeline::{Card, Pipeline, Scheduler};
+use crate::sampling::{SamplePlan, SamplerKind, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
@@ -61,7 +62,7 @@ impl TrainTask {
             Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };
         let (network, averaged) = (network(true)?, network(false)?);
-        scheduler(&network, &Thresholding::clamp_pixels(), None)?;
+        scheduler(&network)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         Ok(Self { config: config.clone(), schedule, network, averaged, data, streams })
     }
@@ -102,7 +103,7 @@ impl TrainTask {
                 Some(_) => self.config.train.sample_guidance_scale,
                 None => 1.0,
             },
-            eta: 0.0,
+            sampler: SamplerKind::Ddim { eta: 0.0 },
             thresholding: Thresholding::clamp_pixels(),
             timesteps: None,
             batch_size: 100,
@@ -124,11 +125,11 @@ impl Task for TrainTask {
         self.config.train.updates
     }
 
-    fn parameters(&self) -> Vec<(String, Tensor)> {
+    fn parameters(&self, _phase: Phase) -> Vec<(String, Tensor)> {
         self.network.parameters().learned()
     }
 
-    fn loss(&mut self, step: u64) -> Result<UpdateLoss> {
+    fn loss(&mut self, step: u64, _phase: Phase) -> Result<UpdateLoss> {
         // The network's dropout draws from the global generator.
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         let data = self.data.batch_at(step)?;
@@ -181,8 +182,7 @@ impl Task for TrainTask {
         Pipeline::write(
             folder,
             &self.averaged,
-            &Thresholding::clamp_pixels(),
-            None,
+            &scheduler(&self.averaged)?,
             &Card { updates, seconds, ..self.card() },
         )
     }
@@ -200,6 +200,12 @@ impl TrainTask {
             ..Card::default()
         }
     }
+}
+
+/// A teacher is sampled by DDIM, at any number of steps.
+fn scheduler(network: &Network) -> Result<Scheduler> {
+    let sampler = SamplerKind::Ddim { eta: 0.0 };
+    Scheduler::new(network, sampler, &Thresholding::clamp_pixels(), None)
 }
 
 fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {

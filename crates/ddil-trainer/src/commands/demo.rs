@@ -6,30 +6,26 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use ddil_core::{
-    Conditioning, Data, Denoiser, PriorSchedule, Priors, RandomStreams, ShiftConfig, ShiftRequest,
-    measure_shift,
-};
-use ddil_losses::TeacherGuidance;
+use ddil_core::{Conditioning, PriorSchedule, Priors};
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_schedulers::Ddim;
+use ddil_trainer::compare::distil;
+use ddil_trainer::compare::job::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::dataset::FashionMnist;
-use ddil_trainer::distill::DistillTask;
-use ddil_trainer::evaluation::Reference;
+use ddil_trainer::evaluation::{Reference, draw, shift};
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
 use ddil_trainer::picture::Picture;
 use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::results::{self, Measurement, ShiftRow, shift_table, table};
+use ddil_trainer::results::{self, Measurement, shift_table, table};
 use ddil_trainer::run_folder::RunFolder;
-use ddil_trainer::sampling::{SamplePlan, asked, generate, initial_noise, layout};
-use ddil_trainer::session::{Outcome, Session, SessionConfig};
+use ddil_trainer::sampling::{SamplePlan, SamplerKind, generate, initial_noise, layout};
+use ddil_trainer::session::Outcome;
 use ddil_trainer::settings::Settings;
 use tch::{Device, Kind, Tensor};
 
-use super::evaluate::{all_images, data_row, described, draw, row};
+use super::evaluate::{all_images, data_row};
 use super::set_threads;
 use crate::cli::DemoArgs;
 use crate::presets;
@@ -105,17 +101,11 @@ fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
 /// Trains a student, or goes on with it; false if it was asked to stop.
 fn train(arm: &Arm, logging: &Logging, interrupt: &Interrupt) -> anyhow::Result<bool> {
     let (config, path) = (&arm.config, arm.config.run.path());
-    let task = DistillTask::new(config)?;
-    let mut session = if path.join("config.toml").is_file() {
-        let folder = RunFolder::resume(&path)?;
-        folder.ensure_config(config).context("give --fresh to start the demonstration anew")?;
-        Session::resume(task, SessionConfig::from(config), folder)?
-    } else {
-        let folder = RunFolder::create(&path, config)?;
-        Session::start(task, SessionConfig::from(config), folder)?
-    };
-    logging.also_to(&session.folder().file("run.log"))?;
-    Ok(matches!(session.run(interrupt)?, Outcome::Completed { .. }))
+    if path.join("config.toml").is_file() {
+        RunFolder::ensure_config_at(&path, config)
+            .context("give --fresh to start the demonstration anew")?;
+    }
+    Ok(matches!(distil(config, logging, interrupt)?, Outcome::Completed { .. }))
 }
 
 /// Teacher at 50 and at the students' steps, unguided at 50, and both students.
@@ -124,14 +114,11 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let device = config.run.device()?;
     let placement =
         Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
-    let scale = match config.teacher.guidance {
-        TeacherGuidance::Cfg { scale } => scale,
-        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => 1.0,
-    };
+    let scale = TeacherSamples::taught_scale(config.teacher.guidance);
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,
         guidance_scale,
-        eta: 0.0,
+        sampler: SamplerKind::Ddim { eta: 0.0 },
         thresholding: config.thresholding.clone(),
         timesteps,
         batch_size: 100,
@@ -158,6 +145,9 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     Ok(candidates)
 }
 
+/// States on each side of the shift.
+const SHIFT_STATES: u32 = 1000;
+
 fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::load(None)?;
@@ -166,7 +156,7 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
     let mut images = Vec::new();
     for Candidate { name, pipeline, plan, .. } in candidates {
         tracing::info!("sampling {n} images: {name}, {} steps", plan.steps);
-        images.push(draw(pipeline, plan, n)?);
+        images.push(draw(pipeline, plan, n, 0..n)?);
     }
     // The second candidate is what the students were taught: the guided teacher at its full steps.
     let taught = Reference::new("teacher", &images[1], &extractor)?;
@@ -174,44 +164,14 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
         let Candidate { name, pipeline, plan, is_student } = candidate;
         let scores = reference.score(images, &extractor)?;
         let mut measurement =
-            described(row("", &scores, &reference, &extractor), &pipeline.card, plan);
+            Measurement::of("", &scores, &reference, &extractor).of_model(&pipeline.card, plan);
         measurement.frechet_to_teacher = Some(taught.score(images, &extractor)?.frechet);
         if *is_student {
-            measurement.shift = shift(candidate, &data)?;
+            measurement.shift = shift(pipeline, plan, &data.train, SHIFT_STATES)?;
         }
         rows.push((name.clone(), measurement));
     }
     Ok(rows)
-}
-
-/// How far the states that a student meets are from noised data, at each of its timesteps.
-fn shift(candidate: &Candidate, data: &FashionMnist) -> anyhow::Result<Vec<ShiftRow>> {
-    const STATES: i64 = 1000;
-    let Candidate { pipeline, plan, .. } = candidate;
-    let device = pipeline.network.placement().device;
-    let batch = data.train.range(0, 2 * STATES)?;
-    let conditioning = batch.labels.map_or_else(Conditioning::none, Conditioning::class_labels);
-    let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
-    let student = asked(&pipeline.network, plan, &pipeline.card)?;
-    let schedule = pipeline.network.schedule().clone();
-    let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
-    let report = measure_shift(
-        &ShiftRequest {
-            data: &data,
-            student: &*student,
-            sampler: &Ddim::new(schedule),
-            timesteps: &timesteps,
-            step: 0,
-            streams: &RandomStreams::new(plan.seed, 0),
-        },
-        &ShiftConfig::default(),
-    )?;
-    let rows = report.timesteps.iter().map(|at| ShiftRow {
-        timestep: at.timestep,
-        energy: at.shift.energy,
-        null: at.null.energy,
-    });
-    Ok(rows.collect())
 }
 
 fn write_outputs(

@@ -6,12 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use ddil_metrics::{FashionClassifier, FeatureExtractor};
-use ddil_schedulers::Thresholding;
 use ddil_trainer::dataset::{FashionMnist, read_image_folder};
-use ddil_trainer::evaluation::{Reference, Scores};
-use ddil_trainer::pipeline::{Card, Pipeline};
+use ddil_trainer::evaluation::{Reference, draw};
+use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::results::{Measurement, append, table};
-use ddil_trainer::sampling::{SamplePlan, classes, generate, initial_noise};
 use tch::{Device, Tensor};
 
 use super::{open_model, say, set_threads};
@@ -56,7 +54,7 @@ pub(crate) fn data_row(
 ) -> anyhow::Result<(String, Measurement)> {
     let images = data.train.range(0, i64::from(n).min(data.train.len()))?.x0;
     let scores = reference.score(&images, extractor)?;
-    Ok(("data".to_owned(), row("data", &scores, reference, extractor)))
+    Ok(("data".to_owned(), Measurement::of("data", &scores, reference, extractor)))
 }
 
 fn model_row(
@@ -66,10 +64,11 @@ fn model_row(
 ) -> anyhow::Result<(String, Measurement)> {
     let (pipeline, plan) = open_model(&args.subject, &args.sampling)?;
     let started = Instant::now();
-    let images = draw(&pipeline, &plan, args.num_samples)?;
+    let images = draw(&pipeline, &plan, args.num_samples, 0..args.num_samples)?;
     eprintln!("{} samples in {:.1} s", args.num_samples, started.elapsed().as_secs_f64());
     let scores = reference.score(&images, extractor)?;
-    let measurement = described(row("", &scores, reference, extractor), &pipeline.card, &plan);
+    let measurement =
+        Measurement::of("", &scores, reference, extractor).of_model(&pipeline.card, &plan);
     Ok((measurement.method.clone(), measurement))
 }
 
@@ -83,63 +82,10 @@ fn folder_row(
         format!("{} is neither a model folder nor a folder of images", folder.display())
     })?;
     let scores = reference.score(&all_images(&images)?, extractor)?;
-    Ok((folder.display().to_string(), row("images", &scores, reference, extractor)))
-}
-
-/// Samples of a model, on the CPU.
-pub(crate) fn draw(pipeline: &Pipeline, plan: &SamplePlan, n: u32) -> anyhow::Result<Tensor> {
-    let device = pipeline.network.placement().device;
-    let noise = initial_noise(plan.seed, n, pipeline.card.image_shape, device)?;
-    let conditioning = classes(&pipeline.card, n, None, device);
-    let images = generate(&pipeline.network, plan, &pipeline.card, &noise, &conditioning)?;
-    Ok(images.to_device(Device::Cpu))
+    Ok((folder.display().to_string(), Measurement::of("images", &scores, reference, extractor)))
 }
 
 /// Every image of a dataset, `[n, channels, height, width]` in `[-1, 1]`.
 pub(crate) fn all_images(images: &ddil_trainer::dataset::ImageDataset) -> anyhow::Result<Tensor> {
     Ok(images.range(0, images.len())?.x0)
-}
-
-/// The scores of something that is no model.
-pub(crate) fn row(
-    method: &str,
-    scores: &Scores,
-    reference: &Reference,
-    extractor: &dyn FeatureExtractor,
-) -> Measurement {
-    Measurement {
-        dataset: reference.name.clone(),
-        method: method.to_owned(),
-        priors: None,
-        thresholding: Thresholding::None,
-        guidance_scale: None,
-        steps: 0,
-        seed: 0,
-        updates: 0,
-        seconds: 0.0,
-        samples: scores.samples,
-        extractor: extractor.id().to_owned(),
-        frechet: scores.frechet,
-        frechet_to_teacher: None,
-        precision: scores.prdc.precision,
-        recall: scores.prdc.recall,
-        density: scores.prdc.density,
-        coverage: scores.prdc.coverage,
-        shift: Vec::new(),
-    }
-}
-
-/// The same with what is known of the model and of how it was sampled.
-pub(crate) fn described(row: Measurement, card: &Card, plan: &SamplePlan) -> Measurement {
-    Measurement {
-        method: card.method.clone(),
-        priors: card.priors,
-        thresholding: plan.thresholding.clone(),
-        guidance_scale: (plan.guidance_scale != 1.0).then_some(plan.guidance_scale),
-        steps: plan.steps,
-        seed: card.seed,
-        updates: card.updates,
-        seconds: card.seconds,
-        ..row
-    }
 }

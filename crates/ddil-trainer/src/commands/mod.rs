@@ -1,27 +1,26 @@
 //! One file a verb.
 
+pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod init;
 pub(crate) mod inspect;
+pub(crate) mod range;
 pub(crate) mod sample;
 pub(crate) mod train;
 
 use std::io::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use ddil_models::Placement;
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::sampling::SamplePlan;
+use ddil_trainer::sampling::{SamplePlan, SamplerKind};
 use tch::Kind;
 
 use crate::cli::SamplingArgs;
-
-/// Steps of a model that does not say.
-const TEACHER_STEPS: u32 = 50;
 
 /// Prints to the standard output; a reader that has seen enough, such as `head`, is no error.
 fn say(text: &str) -> anyhow::Result<()> {
@@ -51,25 +50,15 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
     let placement = Placement { device, kind: Kind::Float, channels_last: true };
     let pipeline = Pipeline::read(path, placement, precision)
         .with_context(|| format!("no model could be read from {}", path.display()))?;
-    let plan = plan(&pipeline, args);
-    Ok((pipeline, plan))
-}
-
-fn plan(pipeline: &Pipeline, args: &SamplingArgs) -> SamplePlan {
-    let own = pipeline.timesteps.clone();
-    // A student's own timesteps, unless another number of steps is asked for.
-    let timesteps = own.filter(|own| args.steps.is_none_or(|steps| own.len() == steps as usize));
-    let steps = match &timesteps {
-        Some(own) => own.len() as u32,
-        None => args.steps.unwrap_or(TEACHER_STEPS),
-    };
-    SamplePlan {
-        steps,
-        guidance_scale: args.guidance_scale.unwrap_or(1.0),
-        eta: args.eta,
-        thresholding: pipeline.thresholding.clone(),
-        timesteps,
-        batch_size: args.batch_size,
-        seed: args.seed,
+    let mut plan = SamplePlan::of(&pipeline, args.steps);
+    if let Some(eta) = args.eta {
+        ensure!(
+            matches!(plan.sampler, SamplerKind::Ddim { .. }),
+            "--eta is for DDIM; this model is sampled as latent consistency models are"
+        );
+        plan.sampler = SamplerKind::Ddim { eta };
     }
+    plan.guidance_scale = args.guidance_scale.unwrap_or(plan.guidance_scale);
+    (plan.batch_size, plan.seed) = (args.batch_size, args.seed);
+    Ok((pipeline, plan))
 }

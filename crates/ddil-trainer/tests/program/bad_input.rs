@@ -185,6 +185,57 @@ fn distillations_that_cannot_be() {
 }
 
 #[test]
+fn methods_that_do_not_fit_their_settings() {
+    let lcm = "objective={ method = \"lcm\", num_ddim_timesteps = 10 }";
+    let itself = "objective={ method = \"lcm\", num_ddim_timesteps = 10, solver = \"target\" }";
+    let dmd2 = "objective={ method = \"dmd2\" }";
+    let told = "teacher.guidance={ kind = \"cfg_range\", min = 0.0, max = 3.0 }";
+    let buffer = "mixing.student.policy={ kind = \"buffer\", buffer = { capacity = 40 } }";
+    let small = "mixing.student.policy={ kind = \"buffer\", buffer = { capacity = 3 } }";
+    let mixing = "mixing.thresholding={ kind = \"clamp\", low = -1.0, high = 1.0 }";
+    each_is_refused(
+        &Workshop::with_teacher(),
+        "distill",
+        &[
+            (&[lcm], &["policy.kind", "fresh or buffer"]),
+            (&[lcm, buffer, "student.stages=[11]"], &["11", "10"]),
+            (&[lcm, buffer, "student.stages=[4, 2]"], &["student.stages", "only progressive"]),
+            (&[itself, buffer], &["teacher.guidance", "cfg", "solver"]),
+            (&[dmd2, "student.stages=[3]"], &["3", "1000"]),
+            (&[dmd2, "student.stages=[4, 2]"], &["student.stages", "only progressive"]),
+            (&[dmd2, told], &["teacher.guidance", "cfg_range", "critic"]),
+            (&[dmd2, "critic.learning_rate.peak=-1.0"], &["critic.learning_rate.peak", "-1"]),
+            (&["critic.learning_rate.peak=0.1"], &["critic", "progressive trains no critic"]),
+            (&[small], &["capacity", "3", "4"]),
+            (&[mixing], &["mixing.thresholding", "[thresholding]"]),
+            (&["thresholding_places.taecher=true"], &["did you mean `teacher`?"]),
+        ],
+    );
+}
+
+#[test]
+fn students_that_do_not_fit_their_teacher() {
+    let model = |changes: &str| {
+        let text = format!(
+            "student.model={{ in_channels = 1, out_channels = 1, block_out_channels = [8, 8], \
+             layers_per_block = 1, norm_num_groups = 4, num_class_embeds = 4, \
+             down_block_types = [\"DownBlock2D\", \"AttnDownBlock2D\"], \
+             up_block_types = [\"AttnUpBlock2D\", \"UpBlock2D\"], {changes} }}"
+        );
+        let text: &'static str = text.leak();
+        text
+    };
+    each_is_refused(
+        &Workshop::with_teacher(),
+        "distill",
+        &[
+            (&[model("num_class_embeds = 5")], &["num_class_embeds"]),
+            (&[model("flip_sin_to_cos = true, norm_eps = -1.0")], &["norm_eps"]),
+        ],
+    );
+}
+
+#[test]
 fn teachers_that_do_not_fit() {
     let workshop = Workshop::with_teacher();
     workshop.write_teacher("unguided", None);

@@ -4,6 +4,7 @@
 //! weights, runs of a dozen updates.
 
 mod bad_input;
+mod compare;
 mod failing;
 mod resume;
 mod support;

@@ -16,6 +16,13 @@ use crate::support::{
 const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = \
                       { capacity = 16, max_age = 4 } }";
 const TWO_STAGES: [&str; 2] = ["student.stages=[4, 2]", "student.updates_per_stage=6"];
+const LCM: [&str; 3] = [
+    "objective={ method = \"lcm\", num_ddim_timesteps = 10 }",
+    "mixing.teacher={ pool = 8, substeps = 1 }",
+    BUFFER,
+];
+/// The student is updated every third time only, so that checkpoints fall between its updates.
+const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3 }";
 /// Long enough for several kills.
 const LONG: u64 = 40;
 
@@ -60,6 +67,16 @@ fn two_stages_with_a_buffer_go_on_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
 }
 
+#[test]
+fn a_latent_consistency_model_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &LCM);
+}
+
+#[test]
+fn a_student_with_a_critic_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[DMD2]);
+}
+
 /// `kill -9` at random moments, again and again, until the run gets through.
 fn kills_change_nothing(workshop: &Workshop, verb: &str, settings: &[&str], seed: u64) {
     let whole = workshop.complete(verb, "whole", settings);
@@ -99,6 +116,12 @@ fn a_buffer_survives_kill_9_in_both_stages() {
     let updates = format!("student.updates_per_stage={}", LONG / 2);
     let settings = [TWO_STAGES[0], &updates, BUFFER];
     kills_change_nothing(&Workshop::with_teacher(), "distill", &settings, 3);
+}
+
+#[test]
+fn a_critic_survives_kill_9() {
+    let updates = format!("student.updates_per_stage={LONG}");
+    kills_change_nothing(&Workshop::with_teacher(), "distill", &[&updates, DMD2], 4);
 }
 
 /// A signal saves and ends well; what is printed goes on with the run.

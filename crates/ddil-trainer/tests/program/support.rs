@@ -12,7 +12,8 @@ use ddil_models::{DownBlockType, Placement, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::config::Precision;
 use ddil_trainer::network::Network;
-use ddil_trainer::pipeline::{Card, Pipeline};
+use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
+use ddil_trainer::sampling::SamplerKind;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -134,8 +135,10 @@ impl Workshop {
             ..Card::default()
         };
         let folder = self.path(name);
-        Pipeline::write(&folder, &network, &Thresholding::clamp_pixels(), None, &card)
-            .expect("the folder is writable");
+        let sampler = SamplerKind::Ddim { eta: 0.0 };
+        let scheduler = Scheduler::new(&network, sampler, &Thresholding::clamp_pixels(), None)
+            .expect("diffusers knows it");
+        Pipeline::write(&folder, &network, &scheduler, &card).expect("the folder is writable");
         folder
     }
 

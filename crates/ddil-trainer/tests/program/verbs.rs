@@ -107,6 +107,140 @@ fn from_data_to_a_student() -> TestResult {
     Ok(())
 }
 
+const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\" }";
+
+/// What the lines of a run's metrics say under a name, where they say anything.
+fn figures(run: &Path, name: &str) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
+    let mut found = Vec::new();
+    for line in fs::read_to_string(run.join("metrics.jsonl"))?.lines() {
+        found.extend(serde_json::from_str::<Value>(line)?[name].as_f64());
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_latent_consistency_model_carries_its_sampler() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let settings = ["objective={ method = \"lcm\", num_ddim_timesteps = 10 }", BUFFER];
+    let student = workshop.complete("distill", "student", &settings);
+    let scheduler = json(&student.join("export/scheduler/scheduler_config.json"));
+    assert_eq!(scheduler["_class_name"], "LCMScheduler");
+    assert_eq!(scheduler["original_inference_steps"], 10);
+    assert_eq!(scheduler["ddil_timesteps"], serde_json::json!([999, 799, 499, 299]));
+    let path = student.display().to_string();
+    for steps in ["1", "4", "10"] {
+        workshop.ddil(&["sample", &path, "--steps", steps, "-n", "3"]).succeeded();
+    }
+    workshop.ddil(&["sample", &path, "--steps", "11"]).refused(&["11", "10"]);
+    workshop.ddil(&["sample", &path, "--eta", "0.5"]).refused(&["--eta", "DDIM"]);
+    Ok(())
+}
+
+#[test]
+fn a_student_may_be_told_its_guidance() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let settings = [
+        "objective={ method = \"lcm\", num_ddim_timesteps = 10 }",
+        BUFFER,
+        "teacher.guidance={ kind = \"cfg_range\", min = 1.0, max = 3.0 }",
+        "student.time_cond_proj_dim=16",
+    ];
+    let student = workshop.complete("distill", "student", &settings);
+    assert_eq!(json(&student.join("export/unet/config.json"))["time_cond_proj_dim"], 16);
+    assert_eq!(
+        json(&student.join("export/ddil.json"))["guidance_range"],
+        serde_json::json!([2.0, 4.0])
+    );
+    let path = student.display().to_string();
+    let sampled = |name: &str, more: &[&str]| -> Result<Vec<u8>, std::io::Error> {
+        let mut arguments = vec!["sample", &path, "-n", "6", "--output", name];
+        arguments.extend(more);
+        workshop.ddil(&arguments).succeeded();
+        fs::read(workshop.path(name))
+    };
+    // The middle of the range is what it is asked with unless somebody says otherwise.
+    let unsaid = sampled("unsaid.png", &[])?;
+    assert!(unsaid == sampled("three.png", &["--guidance-scale", "3"])?);
+    assert!(unsaid != sampled("four.png", &["--guidance-scale", "4"])?);
+    workshop.ddil(&["sample", &path, "--guidance-scale", "5"]).refused(&[
+        "guidance_scale",
+        "5",
+        "2..=4",
+    ]);
+    Ok(())
+}
+
+#[test]
+fn distribution_matching_trains_student_and_critic() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let settings = ["objective={ method = \"dmd2\", critic_ratio = 3 }"];
+    let student = workshop.complete("distill", "student", &settings);
+    let scheduler = json(&student.join("export/scheduler/scheduler_config.json"));
+    assert_eq!(scheduler["_class_name"], "LCMScheduler");
+    assert_eq!(scheduler["ddil_timesteps"], serde_json::json!([999, 749, 499, 249]));
+    for name in ["loss", "critic_loss", "fake_score", "gan_real", "distribution_matching"] {
+        assert_eq!(figures(&student, name)?.len(), 12, "every line has `{name}`");
+    }
+    // The student's own figures change with its updates, every third time.
+    let losses = figures(&student, "loss")?;
+    let changes = losses.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert_eq!(changes, 3, "{losses:?}");
+    let critics = figures(&student, "critic_loss")?;
+    assert!(critics.windows(2).all(|pair| pair[0] != pair[1]), "{critics:?}");
+    let path = student.display().to_string();
+    for steps in ["1", "2", "4", "8"] {
+        workshop.ddil(&["sample", &path, "--steps", steps, "-n", "3"]).succeeded();
+    }
+    Ok(())
+}
+
+#[test]
+fn a_student_may_be_its_own_teacher_and_smaller_than_its_teacher() {
+    let workshop = Workshop::with_teacher();
+    let itself = [
+        "objective={ method = \"lcm\", num_ddim_timesteps = 10, solver = \"target\" }",
+        BUFFER,
+        "teacher.guidance={ kind = \"baked_in\" }",
+    ];
+    workshop.complete("distill", "itself", &itself);
+    let smaller = "student.model={ in_channels = 1, out_channels = 1, layers_per_block = 1, \
+                   block_out_channels = [4, 8], norm_num_groups = 4, num_class_embeds = 4, \
+                   down_block_types = [\"DownBlock2D\", \"AttnDownBlock2D\"], \
+                   up_block_types = [\"AttnUpBlock2D\", \"UpBlock2D\"] }";
+    let settings = [smaller, "student.stages=[4, 2]", "student.updates_per_stage=6"];
+    let said = workshop.ddil(&arguments("distill", "smaller", &settings)).succeeded().stderr;
+    assert!(said.contains("the student starts from the teacher's weights"), "{said}");
+    let config = json(&workshop.run("smaller").join("export/unet/config.json"));
+    assert_eq!(config["block_out_channels"], serde_json::json!([4, 8]));
+}
+
+#[test]
+fn a_box_that_diffusers_does_not_know_stays_with_the_model() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let settings = ["thresholding={ kind = \"clamp\", low = [-0.5], high = 0.25 }"];
+    let student = workshop.complete("distill", "student", &settings);
+    let scheduler = json(&student.join("export/scheduler/scheduler_config.json"));
+    assert_eq!(scheduler["clip_sample"], false);
+    let card = json(&student.join("export/ddil.json"));
+    assert_eq!(card["thresholding"]["high"], 0.25);
+    let path = student.display().to_string();
+    workshop.ddil(&["sample", &path, "-n", "5", "--folder", "samples"]).succeeded();
+    let images = read_image_folder(&workshop.path("samples"))?;
+    let x0 = images.range(0, images.len())?.x0;
+    assert!(x0.max().double_value(&[]) <= 0.26 && x0.min().double_value(&[]) >= -0.51);
+    Ok(())
+}
+
+#[test]
+fn the_range_of_a_folder_is_a_table_for_a_config() {
+    let workshop = Workshop::new();
+    let found = workshop.ddil(&["range", "data", "--margin", "0"]).succeeded().stdout;
+    assert!(found.contains("[thresholding]\nkind = \"clamp\"\n"), "{found}");
+    assert!(found.starts_with("# 24 samples of data, 1 channels"), "{found}");
+    workshop.ddil(&["range", "nowhere"]).refused(&["nowhere", "neither a folder"]);
+    workshop.ddil(&["range", "data", "--quantile", "0.5"]).refused(&["quantile", "below 0.5"]);
+}
+
 #[test]
 fn a_model_without_classes_is_trained_and_distilled() -> TestResult {
     let workshop = Workshop::new();

@@ -1,0 +1,343 @@
+//! The layers that make one number of a network's features.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Error, Result, is_float};
+use crate::layers::{Conv2d, GroupNorm, Output};
+use crate::mlp::MlpConfig;
+use crate::model::ModelConfig;
+use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::torch_script::TorchScriptConfig;
+use crate::unet_config::{SampleSize, UNet2DConfig};
+
+const CLASS_NAME: &str = "DiscriminatorHead";
+/// Side at which the map is taken in whole.
+const LAST_SIDE: u32 = 4;
+const KERNEL: i64 = 4;
+const MAX_GROUPS: u32 = 32;
+/// Least channels of a group. The last norm sees one pixel: a group of one channel would be 0 whatever was said, and
+/// one of two only a sign.
+const MIN_GROUP: u32 = 8;
+const NORM_EPS: f64 = 1e-5;
+
+/// The settings of a [`DiscriminatorHead`]; the defaults are those for Stable Diffusion 1.5.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{DiscriminatorHeadConfig, Placement};
+/// use tch::{Tensor, kind};
+///
+/// let config = DiscriminatorHeadConfig { in_channels: 16, side: 4, ..Default::default() };
+/// let head = config.build(Placement::default(), 0)?;
+/// assert_eq!(head.forward(&Tensor::randn([3, 16, 4, 4], kind::FLOAT_CPU))?.size(), [3]);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DiscriminatorHeadConfig {
+    /// Channels of the features. Default 1280.
+    pub in_channels: u32,
+    /// Height and width of the features; 1 for features that are vectors. Default 8.
+    pub side: u32,
+    /// Channels inside the head; none, the default, is as many as the features have.
+    pub width: Option<u32>,
+    /// Groups of every norm, a divisor of the width that leaves a group 8 channels or more. None, the default, is the
+    /// largest such divisor up to 32: 32 for a width of 1280, 12 for 96.
+    pub norm_num_groups: Option<u32>,
+}
+
+impl Default for DiscriminatorHeadConfig {
+    fn default() -> Self {
+        Self { in_channels: 1280, side: 8, width: None, norm_num_groups: None }
+    }
+}
+
+impl DiscriminatorHeadConfig {
+    /// A head for what leaves the bottom level of a U-Net.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the number
+    /// of levels less one; and as [`Self::build`].
+    pub fn for_unet(unet: &UNet2DConfig) -> Result<Self> {
+        unet.ensure_valid()?;
+        let step = 1_u32.checked_shl(unet.block_out_channels.len() as u32 - 1);
+        let sample_side = match unet.sample_size {
+            Some(SampleSize::Square(side)) => Some(side),
+            Some(SampleSize::Rectangle([height, width])) if height == width => Some(height),
+            _ => None,
+        };
+        let side = sample_side.zip(step).filter(|(side, step)| side % step == 0);
+        let Some((side, step)) = side else {
+            let step = step.map_or("2 to the levels less one".to_owned(), |step| step.to_string());
+            let expected = format!("one side, a multiple of {step}, for a discriminator");
+            let found = format!("{:?}", unet.sample_size);
+            let problems = vec![ConfigProblem::new("sample_size", found, expected)];
+            return Err(Error::InvalidConfig { what: UNet2DConfig::CLASS_NAME.into(), problems });
+        };
+        Self::of(unet.block_out_channels.last().copied().unwrap_or(0), side / step)
+    }
+
+    /// A head for the last hidden layer of an [`Mlp`](crate::Mlp): one hidden layer more, as wide, then one number.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`].
+    pub fn for_mlp(mlp: &MlpConfig) -> Result<Self> {
+        mlp.ensure_valid()?;
+        Self::of(mlp.num_features(), 1)
+    }
+
+    /// As [`Self::for_unet`] or [`Self::for_mlp`].
+    ///
+    /// # Errors
+    ///
+    /// As those; [`Error::NoFeatures`] for a `TorchScript` program.
+    pub fn for_model(model: &ModelConfig) -> Result<Self> {
+        match model {
+            ModelConfig::UNet2D(unet) => Self::for_unet(unet),
+            ModelConfig::Mlp(mlp) => Self::for_mlp(mlp),
+            ModelConfig::TorchScript(_) => {
+                Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })
+            }
+        }
+    }
+
+    fn of(in_channels: u32, side: u32) -> Result<Self> {
+        let config = Self { in_channels, side, ..Self::default() };
+        config.ensure_valid()?;
+        Ok(config)
+    }
+
+    /// Settings from a JSON file.
+    ///
+    /// # Errors
+    ///
+    /// As [`UNet2DConfig::from_file`].
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a JSON file.
+    pub fn to_json(&self) -> String {
+        config::to_json(self)
+    }
+
+    /// Checks the settings and builds a head with fresh parameters, initialised as `torch.nn` would.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] with every impossible value; [`Error::Torch`] if the device is not there or its memory
+    /// does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<DiscriminatorHead> {
+        DiscriminatorHead::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a head with the parameters in a safetensors file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<DiscriminatorHead> {
+        let head = DiscriminatorHead::new(self, placement, Values::Unset)?;
+        head.parameters().load(weights)?;
+        Ok(head)
+    }
+
+    fn inner_width(&self) -> u32 {
+        self.width.unwrap_or(self.in_channels)
+    }
+
+    /// Groups of every norm.
+    fn num_groups(&self) -> u32 {
+        let width = self.inner_width();
+        self.norm_num_groups.unwrap_or_else(|| {
+            let fits = |groups: &u32| width.is_multiple_of(*groups) && width / groups >= MIN_GROUP;
+            (1..=MAX_GROUPS).rev().find(fits).unwrap_or(1)
+        })
+    }
+}
+
+impl Config for DiscriminatorHeadConfig {
+    const CLASS_NAME: &'static str = CLASS_NAME;
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        for (key, value) in [("in_channels", self.in_channels), ("side", self.side)] {
+            if value == 0 {
+                problems.push(ConfigProblem::new(key, value, "at least 1"));
+            }
+        }
+        let width = self.inner_width();
+        if width < MIN_GROUP {
+            let expected = format!("at least {MIN_GROUP}, a group of a norm");
+            let key = if self.width.is_some() { "width" } else { "in_channels" };
+            problems.push(ConfigProblem::new(key, width, expected));
+        } else if let Some(groups) = self.norm_num_groups
+            && (!width.is_multiple_of(groups) || width / groups < MIN_GROUP)
+        {
+            let expected = format!("a divisor of {width} that leaves {MIN_GROUP} channels or more");
+            problems.push(ConfigProblem::new("norm_num_groups", groups, expected));
+        }
+        problems
+    }
+}
+
+/// Channels of the features of a network.
+pub(super) fn num_features(model: &ModelConfig) -> Result<u32> {
+    match model {
+        ModelConfig::UNet2D(unet) => Ok(unet.block_out_channels.last().copied().unwrap_or(0)),
+        ModelConfig::Mlp(mlp) => Ok(mlp.num_features()),
+        ModelConfig::TorchScript(_) => {
+            Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })
+        }
+    }
+}
+
+/// The head that DMD2 puts on the bottleneck of its fake score: features to one logit a sample.
+///
+/// While the map is larger than 4x4, a 4x4 convolution with stride 2 and padding 1 halves it, rounding down; then a
+/// convolution as large as what is left takes in the whole map; each is followed by a group norm and `silu`. A 1x1
+/// convolution makes the logit. That is the head of section 4.3 of
+/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867) for sides of 4, 8, 16, ..: one halving for Stable Diffusion
+/// 1.5 (1280x8x8), three for SDXL (1280x32x32). A side of 1 makes it a network of two linear layers.
+///
+/// Parameters are called `blocks.0.conv.weight`, `blocks.0.norm.weight`, .. and `conv_out.weight`.
+#[derive(Debug)]
+pub struct DiscriminatorHead {
+    config: DiscriminatorHeadConfig,
+    parameters: Parameters,
+    blocks: Vec<Block>,
+    conv_out: Conv2d,
+}
+
+#[derive(Debug)]
+struct Block {
+    conv: Conv2d,
+    norm: GroupNorm,
+}
+
+impl DiscriminatorHead {
+    fn new(config: &DiscriminatorHeadConfig, placement: Placement, values: Values) -> Result<Self> {
+        config.ensure_valid()?;
+        let (width, groups) = (i64::from(config.inner_width()), i64::from(config.num_groups()));
+        let mut builder = Builder::new(placement, values);
+        let mut root = builder.root();
+        let mut blocks = Vec::new();
+        let mut inputs = i64::from(config.in_channels);
+        for [kernel, stride, padding] in convolutions(config.side) {
+            let mut scope = root.at(&format!("blocks.{}", blocks.len()));
+            let conv = Conv2d::strided(scope.at("conv"), [inputs, width], kernel, stride, padding)?;
+            let norm = GroupNorm::new(scope.at("norm"), groups, width, NORM_EPS)?;
+            blocks.push(Block { conv, norm });
+            inputs = width;
+        }
+        let conv_out = Conv2d::new(root.at("conv_out"), width, 1, 1)?;
+        Ok(Self { config: config.clone(), parameters: builder.finish(), blocks, conv_out })
+    }
+
+    /// The settings the head was built from.
+    pub fn config(&self) -> &DiscriminatorHeadConfig {
+        &self.config
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// How much more likely each sample is real than made, as a logit.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `features`: `[batch, in_channels, side, side]`, or `[batch, in_channels]` where the side is 1; kind of the
+    ///   parameters
+    /// - returns: `[batch]`, positive for real
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`]; [`Error::Torch`] if memory runs out or the features are on
+    /// another device.
+    pub fn forward(&self, features: &Tensor) -> Result<Tensor> {
+        self.ensure_features(features)?;
+        self.run(features).map_err(Error::torch("DiscriminatorHead::forward"))
+    }
+
+    fn run(&self, features: &Tensor) -> Output {
+        let (channels, side) = (i64::from(self.config.in_channels), i64::from(self.config.side));
+        // A vector is a map of one pixel.
+        let mut hidden = features.f_reshape([features.size()[0], channels, side, side])?;
+        for Block { conv, norm } in &self.blocks {
+            hidden = norm.forward(&conv.forward(&hidden)?)?.f_silu()?;
+        }
+        self.conv_out.forward(&hidden)?.f_flatten(0, -1)
+    }
+
+    fn ensure_features(&self, features: &Tensor) -> Result<()> {
+        let (op, name) = ("DiscriminatorHead::forward", "features");
+        let DiscriminatorHeadConfig { in_channels, side, .. } = self.config;
+        let (channels, side) = (i64::from(in_channels), i64::from(side));
+        let fits = match features.size()[..] {
+            [_, c, height, width] => (c, height, width) == (channels, side, side),
+            [_, c] => c == channels && side == 1,
+            _ => false,
+        };
+        if !fits {
+            let expected = format!("[batch, {channels}, {side}, {side}]");
+            return Err(Error::InvalidShape { op, name, found: features.size(), expected });
+        }
+        if !is_float(features.kind()) {
+            let (found, expected) = (features.kind(), "floating point");
+            return Err(Error::InvalidKind { op, name, found, expected });
+        }
+        Ok(())
+    }
+}
+
+/// Kernel, stride and padding of every block, from a map of that side to one pixel.
+fn convolutions(mut side: u32) -> Vec<[i64; 3]> {
+    let mut convolutions = Vec::new();
+    while side > LAST_SIDE {
+        convolutions.push([KERNEL, 2, 1]);
+        side /= 2;
+    }
+    convolutions.push([side.into(), 1, 0]);
+    convolutions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_side_ends_in_one_pixel() {
+        for first in 1..=70 {
+            let mut side = i64::from(first);
+            for [kernel, stride, padding] in convolutions(first) {
+                assert!(side + 2 * padding >= kernel, "{first}");
+                side = (side + 2 * padding - kernel) / stride + 1;
+            }
+            assert_eq!(side, 1, "{first}");
+        }
+        assert_eq!(convolutions(8), [[4, 2, 1], [4, 1, 0]]);
+        assert_eq!(convolutions(32).len(), 4);
+    }
+
+    #[test]
+    fn groups_hold_several_channels() {
+        for (in_channels, groups) in [(1280, 32), (320, 32), (96, 12), (64, 8), (13, 1), (8, 1)] {
+            let config = DiscriminatorHeadConfig { in_channels, ..Default::default() };
+            assert_eq!(config.num_groups(), groups, "{in_channels}");
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Starting a network from those parameters of another that match its own.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use tch::Tensor;
+
+use super::{Parameter, Parameters};
+use crate::error::{Error, Result};
+
+/// Names shown of a list, so that a line of a log stays one.
+const NAMES_SHOWN: usize = 8;
+
+/// Features of several kinds that lie behind one another along an axis of a parameter: a narrower network takes of
+/// each kind its share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Joined {
+    pub(crate) axis: usize,
+    /// How many there are of each kind.
+    pub(crate) parts: Vec<i64>,
+    pub(crate) share: Share,
+}
+
+/// Which features of a kind a narrower network takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// The first ones.
+    First,
+    /// Evenly spaced ones: frequencies that span the same range.
+    Spaced,
+}
+
+/// What [`Parameters::copy_matching`] did, for the log: names with how many values each has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Matched {
+    /// Parameters of the same shape in both networks, taken over whole.
+    pub copied: Vec<(String, usize)>,
+    /// Parameters that are larger in the other network, of which a part was taken.
+    pub sliced: Vec<(String, usize)>,
+    /// Parameters without a match, which keep the values they had.
+    pub fresh: Vec<(String, usize)>,
+    /// Parameters of the other network that nothing here is called.
+    pub unused: Vec<(String, usize)>,
+}
+
+impl fmt::Display for Matched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lists = [
+            ("copied", &self.copied, false),
+            ("sliced", &self.sliced, false),
+            ("fresh", &self.fresh, true),
+            ("unused", &self.unused, true),
+        ];
+        for (i, (what, list, named)) in lists.into_iter().enumerate() {
+            let separator = if i == 0 { "" } else { ", " };
+            let values: usize = list.iter().map(|(_, values)| values).sum();
+            write!(f, "{separator}{what} {} ({values} values)", list.len())?;
+            if named && !list.is_empty() {
+                let shown: Vec<_> =
+                    list.iter().take(NAMES_SHOWN).map(|(name, _)| name.as_str()).collect();
+                let more = if list.len() > NAMES_SHOWN { ", .." } else { "" };
+                write!(f, " [{}{more}]", shown.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Parameters {
+    /// Starts from another network's values where names match, for a student with fewer channels or layers than its
+    /// teacher, or with an input more; says what came of each parameter.
+    ///
+    /// - same name and shape: copied;
+    /// - same name, no side longer than the other's: the leading part along each side. Where features of several kinds
+    ///   lie behind one another, each kind gives its own leading part: the two halves of what enters a level on the
+    ///   way up (from below, and over the skip), scale and shift, and the inputs of the first layer of an
+    ///   [`Mlp`](crate::Mlp). Of the sines and cosines of a timestep evenly spaced ones are taken, which have the
+    ///   frequencies of the narrower network wherever its width divides the wider one's;
+    /// - otherwise, and where kinds differ in number: untouched, which is their fresh initialisation in a network just
+    ///   built, zero for a guidance embedding.
+    ///
+    /// A plain heuristic: a part of a network is not the network, it is a better start than none. Channels are not
+    /// chosen by their weight, what is left is not rescaled, and groups of a norm come to hold other channels.
+    /// Matching is by name alone. With fewer layers per block the first ones are kept. With fewer levels the finest are
+    /// kept on the way down and the coarsest on the way up, since diffusers counts them in that order: there a level
+    /// starts from weights of another resolution. In an [`Mlp`](crate::Mlp) with fewer layers the last one starts
+    /// from a hidden one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if libtorch refuses a copy.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_models::{MlpConfig, Placement};
+    ///
+    /// let teacher = MlpConfig::default().build(Placement::default(), 0)?;
+    /// let config = MlpConfig { hidden_widths: vec![32, 32, 32], ..MlpConfig::default() };
+    /// let student = config.build(Placement::default(), 1)?;
+    /// let matched = student.parameters().copy_matching(teacher.parameters())?;
+    /// // The bias of the last layer; all else is a part.
+    /// assert_eq!(matched.copied, [("layers.3.bias".to_owned(), 2)]);
+    /// assert!(matched.fresh.is_empty());
+    /// # Ok::<_, ddil_models::Error>(())
+    /// ```
+    pub fn copy_matching(&self, other: &Self) -> Result<Matched> {
+        let mut theirs: BTreeMap<&str, &Parameter> =
+            other.entries.iter().map(|p| (p.name.as_str(), p)).collect();
+        let mut matched = Matched::default();
+        let _no_grad = tch::no_grad_guard();
+        for target in &self.entries {
+            let source = theirs.remove(target.name.as_str());
+            let kept = source.and_then(|source| Some((source, target.kept_of(source)?)));
+            let list = match kept {
+                None => &mut matched.fresh,
+                Some((source, kept)) => {
+                    target
+                        .take(source, &kept)
+                        .map_err(Error::torch("Parameters::copy_matching"))?;
+                    let whole = target.tensor.size() == source.tensor.size();
+                    if whole { &mut matched.copied } else { &mut matched.sliced }
+                }
+            };
+            list.push((target.name.clone(), target.tensor.numel()));
+        }
+        let unused = theirs.into_values().map(|p| (p.name.clone(), p.tensor.numel()));
+        matched.unused = unused.collect();
+        Ok(matched)
+    }
+}
+
+impl Parameter {
+    /// What to take of each axis of `source`; none where this one asks for more than there is.
+    fn kept_of(&self, source: &Self) -> Option<Vec<Vec<i64>>> {
+        let rank = self.tensor.dim();
+        if rank != source.tensor.dim() {
+            return None;
+        }
+        (0..rank).map(|axis| kept(&self.along(axis), &source.along(axis))).collect()
+    }
+
+    /// The kinds of features along an axis: one, unless it is known better.
+    fn along(&self, axis: usize) -> Joined {
+        let known = self.joined.iter().find(|joined| joined.axis == axis);
+        known.cloned().unwrap_or_else(|| {
+            let parts = vec![self.tensor.size()[axis]];
+            Joined { axis, parts, share: Share::First }
+        })
+    }
+
+    fn take(&self, source: &Self, kept: &[Vec<i64>]) -> std::result::Result<(), tch::TchError> {
+        let mut values = source.tensor.shallow_clone();
+        for (axis, kept) in kept.iter().enumerate() {
+            if kept.len() as i64 != values.size()[axis] {
+                let kept = Tensor::from_slice(kept).f_to_device(values.device())?;
+                values = values.f_index_select(axis as i64, &kept)?;
+            }
+        }
+        self.tensor.shallow_clone().f_copy_(&values)
+    }
+}
+
+/// Indices into the source, ascending.
+fn kept(target: &Joined, source: &Joined) -> Option<Vec<i64>> {
+    if target.parts.len() != source.parts.len() {
+        return None;
+    }
+    let mut indices = Vec::new();
+    let mut start = 0;
+    for (&wanted, &there) in target.parts.iter().zip(&source.parts) {
+        if wanted > there {
+            return None;
+        }
+        indices.extend((0..wanted).map(|i| match target.share {
+            Share::First => start + i,
+            Share::Spaced => start + i * there / wanted,
+        }));
+        start += there;
+    }
+    Some(indices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(parts: &[i64], share: Share) -> Joined {
+        Joined { axis: 0, parts: parts.to_vec(), share }
+    }
+
+    #[test]
+    fn every_kind_gives_its_own_share() {
+        let of = |target: &[i64], source: &[i64], share| {
+            kept(&joined(target, share), &joined(source, share))
+        };
+        assert_eq!(of(&[2], &[4], Share::First), Some(vec![0, 1]));
+        assert_eq!(of(&[2, 1], &[3, 2], Share::First), Some(vec![0, 1, 3]));
+        assert_eq!(of(&[2, 2, 0], &[4, 4, 1], Share::Spaced), Some(vec![0, 2, 4, 6]));
+        // As many in all, but not of each kind.
+        assert_eq!(of(&[3, 1], &[2, 2], Share::First), None);
+        assert_eq!(of(&[2], &[1, 1], Share::First), None);
+    }
+}

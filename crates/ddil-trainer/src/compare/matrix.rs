@@ -1,0 +1,515 @@
+//! The file that says what is compared: a base config, axes of changes to it, and seeds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use toml::Value;
+
+use crate::config::DistillConfig;
+use crate::error::{Error, Result, with_causes};
+use crate::settings::{Settings, to_toml};
+
+/// What `ddil compare` reads.
+///
+/// Paths in it, as those in the base, are taken from where the program is started.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::compare::Matrix;
+/// use ddil_trainer::settings::Settings;
+///
+/// let matrix = r#"
+///     name = "priors"
+///     base = "student.toml"
+///     seeds = [0, 1]
+///
+///     [[axes]]
+///     name = "states"
+///     baseline = "forward"
+///     values = [
+///         { name = "forward", set = { "mixing.priors" = { kind = "constant", priors = { forward = 1.0 } } } },
+///         { name = "mixed" },
+///     ]
+/// "#;
+/// let matrix = Matrix::from_settings(&Settings::parse("matrix.toml", matrix)?)?;
+/// let base = Settings::parse("student.toml", "teacher = { path = \"teacher\" }")?;
+/// let names: Vec<String> = matrix.cells(&base)?.into_iter().map(|cell| cell.name).collect();
+/// assert_eq!(names, ["forward_seed0", "forward_seed1", "mixed_seed0", "mixed_seed1"]);
+/// # Ok::<(), ddil_trainer::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Matrix {
+    /// The comparison's folder is `<folder>/<name>`.
+    pub name: String,
+    /// Where that folder is; default `runs`.
+    #[serde(default = "runs")]
+    pub folder: PathBuf,
+    /// A preset or a file of `ddil distill`.
+    pub base: String,
+    /// What is changed of the base in every cell, as `"key.of.the.config" = value`.
+    #[serde(default)]
+    pub set: Changes,
+    /// One cell each; default `[0]`.
+    #[serde(default = "one_seed")]
+    pub seeds: Vec<u64>,
+    /// Cells at work at the same time; default 2.
+    #[serde(default = "two")]
+    pub workers: u32,
+    /// Threads of each; default 1.
+    #[serde(default = "one")]
+    pub threads: u32,
+    /// What varies. Cells are all combinations of the axes' values with the seeds.
+    #[serde(default)]
+    pub axes: Vec<Axis>,
+    /// Combinations that are left out: those with all of these values, as `{ axis = "value", .. }`.
+    #[serde(default)]
+    pub exclude: Vec<BTreeMap<String, String>>,
+    /// How each cell is measured.
+    #[serde(default)]
+    pub evaluate: EvaluateConfig,
+}
+
+/// Values for keys of a config, such as `"mixing.priors"`.
+pub type Changes = BTreeMap<String, Value>;
+
+/// Something that varies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Axis {
+    /// What it is called.
+    pub name: String,
+    /// The value that others are compared with, pair by pair; default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<String>,
+    /// Its values, at least one.
+    pub values: Vec<AxisValue>,
+}
+
+/// One value of an axis.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AxisValue {
+    /// What it is called; part of the names of its cells.
+    pub name: String,
+    /// What it changes of the config, as `"key.of.the.config" = value`; default nothing.
+    #[serde(default)]
+    pub set: Changes,
+}
+
+/// How cells are measured; the same noise and the same classes for every cell and for the teacher.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluateConfig {
+    /// Samples that a row is measured on; default 10000.
+    pub samples: u32,
+    /// Numbers of steps at which each student is sampled, beside its own; default none.
+    pub steps: Vec<u32>,
+    /// Samples at numbers of steps that are not the student's own; default as many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub samples_off_steps: Option<u32>,
+    /// States on each side of the shift at each timestep; 0 does not measure it. Default 1000.
+    pub shift_samples: u32,
+    /// Steps of the teacher's own samples; default 50.
+    pub teacher_steps: u32,
+    /// Samples in one call of a network; default 100.
+    pub batch_size: u32,
+    /// What noise follows from; default 0.
+    pub seed: u64,
+    /// Which features are compared; default `fashion_classifier`.
+    pub extractor: Extractor,
+    /// A folder of held-out images, where the data is a folder of images; the default compares with the training images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+}
+
+/// Which features are compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Extractor {
+    /// Those of a classifier of Fashion-MNIST, for grey images of 32x32.
+    #[default]
+    FashionClassifier,
+    /// The pixels themselves, for tiny images.
+    RawPixels,
+}
+
+/// One distillation of a comparison.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cell {
+    /// Names of its values and its seed; its run is called so.
+    pub name: String,
+    /// The same without the seed.
+    pub arm: String,
+    /// Its value on each axis, in the order of the axes.
+    pub values: Vec<String>,
+    /// Its seed.
+    pub seed: u64,
+    /// Its whole config.
+    pub config: DistillConfig,
+}
+
+/// What a comparison sets itself.
+const RESERVED: [(&str, &str); 4] = [
+    ("run.name", "is the cell's"),
+    ("run.folder", "follows from `folder` and `name`"),
+    ("run.seed", "follows from `seeds`"),
+    ("run.threads", "is `threads`"),
+];
+
+impl Default for EvaluateConfig {
+    fn default() -> Self {
+        Self {
+            samples: 10_000,
+            steps: Vec::new(),
+            samples_off_steps: None,
+            shift_samples: 1000,
+            teacher_steps: 50,
+            batch_size: 100,
+            seed: 0,
+            extractor: Extractor::default(),
+            reference: None,
+        }
+    }
+}
+
+impl EvaluateConfig {
+    /// Samples at a number of steps.
+    pub fn samples_at(&self, own_steps: bool) -> u32 {
+        if own_steps { self.samples } else { self.samples_off_steps.unwrap_or(self.samples) }
+    }
+
+    /// Numbers of steps at which a student is measured: its own and the others, each once, in order.
+    pub fn step_counts(&self, own: u32) -> BTreeSet<u32> {
+        self.steps.iter().copied().chain([own]).collect()
+    }
+
+    fn problems(&self, problems: &mut Vec<String>) {
+        /// Neighbourhoods of five need more points than that.
+        const LEAST_SAMPLES: u32 = 10;
+        let mut at_least = |name: &str, value: u32, least: u32| {
+            if value < least {
+                problems
+                    .push(format!("`evaluate.{name}` is {value}, but must be at least {least}"));
+            }
+        };
+        at_least("samples", self.samples, LEAST_SAMPLES);
+        at_least("samples_off_steps", self.samples_at(false), LEAST_SAMPLES);
+        at_least("teacher_steps", self.teacher_steps, 1);
+        at_least("batch_size", self.batch_size, 1);
+        if self.shift_samples > 0 {
+            at_least("shift_samples", self.shift_samples, 2);
+        }
+        for steps in &self.steps {
+            at_least("steps", *steps, 1);
+        }
+        if self.samples_at(false) > self.samples {
+            problems.push(format!(
+                "`evaluate.samples_off_steps` is {}, but must be at most `evaluate.samples`, which is {}",
+                self.samples_at(false),
+                self.samples
+            ));
+        }
+    }
+}
+
+impl Matrix {
+    /// Reads a file and checks what can be checked without the base.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Settings::read`] and [`Settings::build`], which say where; [`Error::Comparison`] with everything else
+    /// that is wrong.
+    pub fn read(path: &Path) -> Result<Self> {
+        Self::from_settings(&Settings::read(path)?)
+    }
+
+    /// As [`read`](Self::read), from settings that were read already.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn from_settings(settings: &Settings) -> Result<Self> {
+        let matrix: Self = settings.build()?;
+        let mut problems = Vec::new();
+        matrix.problems(&mut problems);
+        matrix.comparable(problems).map(|()| matrix)
+    }
+
+    /// The comparison's folder.
+    pub fn path(&self) -> PathBuf {
+        self.folder.join(&self.name)
+    }
+
+    /// Every cell with its checked config, seeds innermost.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Comparison`] with every cell that cannot be, and why: unknown keys, impossible values, two that are
+    /// the same.
+    pub fn cells(&self, base: &Settings) -> Result<Vec<Cell>> {
+        let mut problems = Problems::default();
+        let mut cells = Vec::new();
+        for values in self.combinations() {
+            for seed in &self.seeds {
+                match self.cell(base, &values, *seed) {
+                    Ok(cell) => cells.push(cell),
+                    Err(error) => problems.add(cell_name(&arm_name(&values), *seed), &error),
+                }
+            }
+        }
+        let mut problems = problems.into_lines();
+        if problems.is_empty() {
+            self.problems_of_cells(&cells, &mut problems);
+        }
+        self.comparable(problems).map(|()| cells)
+    }
+
+    /// The base with what is changed in every cell.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Settings::set`].
+    pub fn with_changes(&self, base: &Settings) -> Result<Settings> {
+        let mut settings = base.clone();
+        for (key, value) in &self.set {
+            settings.set(&format!("{key}={value}"))?;
+        }
+        Ok(settings)
+    }
+
+    fn comparable(&self, problems: Vec<String>) -> Result<()> {
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Comparison { place: format!("`{}`", self.name), problems })
+    }
+
+    fn cell(&self, base: &Settings, values: &[&AxisValue], seed: u64) -> Result<Cell> {
+        let arm = arm_name(values);
+        let name = cell_name(&arm, seed);
+        let mut settings = self.with_changes(base)?;
+        for (key, value) in values.iter().flat_map(|value| &value.set) {
+            settings.set(&format!("{key}={value}"))?;
+        }
+        let mut config: DistillConfig = settings.build()?;
+        config.run.name.clone_from(&name);
+        config.run.folder = self.path().join("cells");
+        config.run.seed = seed;
+        config.run.threads = self.threads;
+        config.ensure()?;
+        let values = values.iter().map(|value| value.name.clone()).collect();
+        Ok(Cell { name, arm, values, seed, config })
+    }
+
+    /// One value of each axis, in all ways that are not excluded; the last axis changes fastest.
+    fn combinations(&self) -> Vec<Vec<&AxisValue>> {
+        let all = self.axes.iter().fold(vec![Vec::new()], |combinations, axis| {
+            let longer = |start: &Vec<_>, value| [start.as_slice(), &[value]].concat();
+            let of = |start| axis.values.iter().map(move |value| longer(&start, value));
+            combinations.into_iter().flat_map(of).collect()
+        });
+        all.into_iter().filter(|values| !self.is_excluded(values)).collect()
+    }
+
+    fn is_excluded(&self, values: &[&AxisValue]) -> bool {
+        let has = |(axis, value): (&String, &String)| {
+            self.axes.iter().zip(values).any(|(a, v)| a.name == *axis && v.name == *value)
+        };
+        self.exclude.iter().any(|combination| combination.iter().all(has))
+    }
+
+    fn problems(&self, problems: &mut Vec<String>) {
+        if !is_plain(&self.name) {
+            problems.push(format!("`name` is `{}`, but must be {PLAIN}", self.name));
+        }
+        if self.seeds.is_empty() || has_twice(self.seeds.iter()).is_some() {
+            problems.push(format!("`seeds` is {:?}, but must be different numbers", self.seeds));
+        }
+        for (key, value) in [("workers", self.workers), ("threads", self.threads)] {
+            if value == 0 {
+                problems.push(format!("`{key}` is 0, but must be at least 1"));
+            }
+        }
+        self.problems_of_axes(problems);
+        self.problems_of_changes(problems);
+        self.problems_of_exclusions(problems);
+        self.evaluate.problems(problems);
+        if problems.is_empty() && self.combinations().is_empty() {
+            problems.push("`exclude` leaves no cell".to_owned());
+        }
+    }
+
+    fn problems_of_axes(&self, problems: &mut Vec<String>) {
+        if let Some(name) = has_twice(self.axes.iter().map(|axis| &axis.name)) {
+            problems.push(format!("two axes are called `{name}`"));
+        }
+        for Axis { name, baseline, values } in &self.axes {
+            let names: Vec<&String> = values.iter().map(|value| &value.name).collect();
+            if names.is_empty() {
+                problems.push(format!("axis `{name}` has no values"));
+            }
+            if let Some(twice) = has_twice(names.iter()) {
+                problems.push(format!("axis `{name}` has two values `{twice}`"));
+            }
+            for value in names.iter().filter(|value| !is_plain(value)) {
+                problems
+                    .push(format!("axis `{name}`: `{value}` is no name, which must be {PLAIN}"));
+            }
+            if let Some(baseline) = baseline.as_ref().filter(|name| !names.contains(name)) {
+                problems.push(format!(
+                    "axis `{name}`: the baseline `{baseline}` is not one of its values"
+                ));
+            }
+        }
+    }
+
+    fn problems_of_changes(&self, problems: &mut Vec<String>) {
+        let of_axes = self.axes.iter().flat_map(|axis| &axis.values).map(|value| &value.set);
+        for key in std::iter::once(&self.set).chain(of_axes).flat_map(Changes::keys) {
+            let reserved = RESERVED.iter().find(|(name, _)| name == key || key == "run");
+            if let Some((name, why)) = reserved {
+                problems.push(format!("`{name}` cannot be set: it {why}"));
+            }
+        }
+    }
+
+    fn problems_of_exclusions(&self, problems: &mut Vec<String>) {
+        for (axis, value) in self.exclude.iter().flatten() {
+            let Some(found) = self.axes.iter().find(|found| found.name == *axis) else {
+                problems.push(format!("`exclude`: there is no axis `{axis}`"));
+                continue;
+            };
+            if found.values.iter().all(|known| known.name != *value) {
+                problems.push(format!("`exclude`: axis `{axis}` has no value `{value}`"));
+            }
+        }
+        if self.exclude.iter().any(BTreeMap::is_empty) {
+            problems
+                .push("`exclude` has an empty combination, which would be every cell".to_owned());
+        }
+    }
+
+    fn problems_of_cells(&self, cells: &[Cell], problems: &mut Vec<String>) {
+        if let Some(name) = has_twice(cells.iter().map(|cell| &cell.name)) {
+            problems.push(format!("two cells are called `{name}`"));
+        }
+        // A comparison of something with itself is a slip: a change that changes nothing.
+        let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+        for cell in cells.iter().filter(|cell| Some(&cell.seed) == self.seeds.first()) {
+            let Ok(text) = nameless(&cell.config) else { continue };
+            if let Some(other) = seen.insert(text, &cell.arm) {
+                problems.push(format!("`{other}` and `{}` are the same config", cell.arm));
+            }
+        }
+        let data = |cell: &Cell| (cell.config.data.kind, cell.config.data.path.clone());
+        if let Some(other) = cells.iter().find(|cell| data(cell) != data(&cells[0])) {
+            problems.push(format!(
+                "`{}` has other data than `{}`, but all are compared with the same",
+                other.arm, cells[0].arm
+            ));
+        }
+    }
+}
+
+impl Cell {
+    /// What tells whether a result is this cell's: a checksum of its config.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WriteSettings`] for what TOML cannot say.
+    pub fn config_sha256(&self) -> Result<String> {
+        Ok(sha256(to_toml(&self.config)?.as_bytes()))
+    }
+
+    /// Steps that its student is made for.
+    pub fn own_steps(&self) -> u32 {
+        self.config.student.stages.last().copied().unwrap_or(1)
+    }
+}
+
+/// The same words for many cells, said once.
+#[derive(Default)]
+pub(super) struct Problems(Vec<(String, Vec<String>)>);
+
+impl Problems {
+    pub(super) fn add(&mut self, cell: String, error: &Error) {
+        let message = with_causes(error);
+        match self.0.iter_mut().find(|(known, _)| *known == message) {
+            Some((_, cells)) => cells.push(cell),
+            None => self.0.push((message, vec![cell])),
+        }
+    }
+
+    pub(super) fn into_lines(self) -> Vec<String> {
+        let line = |(message, cells): (String, Vec<String>)| match cells.as_slice() {
+            [one] => format!("{one}: {message}"),
+            [first, rest @ ..] => format!("{first} and {} more: {message}", rest.len()),
+            [] => message,
+        };
+        self.0.into_iter().map(line).collect()
+    }
+}
+
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
+}
+
+/// The config without what differs between two cells of the same settings.
+fn nameless(config: &DistillConfig) -> Result<String> {
+    let mut config = config.clone();
+    config.run.name.clear();
+    to_toml(&config)
+}
+
+fn arm_name(values: &[&AxisValue]) -> String {
+    match values {
+        [] => "base".to_owned(),
+        values => values.iter().map(|value| value.name.as_str()).collect::<Vec<_>>().join("_"),
+    }
+}
+
+fn cell_name(arm: &str, seed: u64) -> String {
+    format!("{arm}_seed{seed}")
+}
+
+const PLAIN: &str = "letters, digits, `-`, `+`, `.` and `_`, not beginning with a `.`";
+
+fn is_plain(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-+._".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(is_plain)
+}
+
+fn has_twice<T: Ord>(items: impl Iterator<Item = T>) -> Option<T> {
+    let mut seen = BTreeSet::new();
+    for item in items {
+        if seen.contains(&item) {
+            return Some(item);
+        }
+        seen.insert(item);
+    }
+    None
+}
+
+fn runs() -> PathBuf {
+    "runs".into()
+}
+
+fn one_seed() -> Vec<u64> {
+    vec![0]
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn two() -> u32 {
+    2
+}

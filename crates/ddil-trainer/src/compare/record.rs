@@ -1,0 +1,110 @@
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::files::{read_json, write_json};
+use crate::results::Measurement;
+
+/// How a cell ended, in a file beside its run folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CellRecord {
+    /// Version of this file.
+    pub format_version: u32,
+    /// The cell.
+    pub cell: String,
+    /// Checksum of its config.
+    pub config_sha256: String,
+    /// What its measurement depends on beside the cell, as a checksum.
+    pub measured_as: String,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// How a cell ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Outcome {
+    /// Trained and measured.
+    Done {
+        /// One for each number of steps.
+        rows: Vec<Row>,
+    },
+    /// The loss, the gradient or the samples were no longer numbers.
+    Diverged {
+        /// The update at which that was seen, counted from 1.
+        step: u64,
+        /// What was seen.
+        message: String,
+    },
+    /// Something else went wrong; it is tried again.
+    Failed {
+        /// What was said.
+        message: String,
+    },
+}
+
+/// A model measured at one number of steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    /// Steps of its sampling.
+    pub steps: u32,
+    /// Whether it is made for so many.
+    pub own_steps: bool,
+    /// Why it counts as collapsed, if it does.
+    pub collapsed: Option<String>,
+    /// What was measured; nothing if its samples are no numbers.
+    pub measurement: Option<Measurement>,
+}
+
+/// Rows of something that is no cell, with what they depend on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NamedRows {
+    pub(super) measured_as: String,
+    pub(super) rows: Vec<(String, Row)>,
+}
+
+impl CellRecord {
+    /// Puts together what is written beside a cell.
+    pub fn new(cell: &str, config_sha256: &str, measured_as: &str, outcome: Outcome) -> Self {
+        Self {
+            format_version: 1,
+            cell: cell.to_owned(),
+            config_sha256: config_sha256.to_owned(),
+            measured_as: measured_as.to_owned(),
+            outcome,
+        }
+    }
+
+    /// Reads a record; none where there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`](crate::Error::Json) if the file is something else.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        path.exists().then(|| read_json(path)).transpose()
+    }
+
+    /// Writes it, whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        write_json(path, self)
+    }
+}
+
+impl NamedRows {
+    /// The rows of a file if they were measured as asked for.
+    pub(super) fn read(path: &Path, measured_as: &str) -> Result<Option<Self>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let rows: Self = read_json(path)?;
+        Ok((rows.measured_as == measured_as).then_some(rows))
+    }
+}

@@ -1,0 +1,419 @@
+//! What a comparison has come to so far.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::folder::ComparisonFolder;
+use super::matrix::Axis;
+use super::measure::{LEAST_COVERAGE, SHOWN, first_drawn, load_images};
+use super::plan::{Plan, PlannedCell, PlannedTeacher};
+use super::plot::{self, Shift};
+use super::record::{CellRecord, NamedRows, Outcome, Row};
+use super::statistics::Estimate;
+use super::table::{self, Metric};
+use crate::error::{Error, Result};
+use crate::files::{write_atomic, write_json};
+use crate::picture::Picture;
+use crate::results::Measurement;
+use crate::sampling::layout;
+
+/// One line of `results.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// What it is of.
+    pub kind: EntryKind,
+    /// The cell, or what it is of.
+    pub name: String,
+    /// The cell's value on each axis; nothing for others.
+    pub axes: BTreeMap<String, String>,
+    /// The cell's seed.
+    pub seed: Option<u64>,
+    /// How it ended.
+    pub state: EntryState,
+    /// Why, where it did not end well; the step too, where it diverged.
+    pub message: Option<String>,
+    /// Steps of its sampling; 0 for real images.
+    pub steps: u32,
+    /// Whether it is made for so many.
+    pub own_steps: bool,
+    /// What was measured, as `ddil evaluate --json` writes it.
+    pub measurement: Option<Measurement>,
+}
+
+/// What an entry is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryKind {
+    /// Real images against real images.
+    Data,
+    /// A teacher.
+    Teacher,
+    /// A cell.
+    Cell,
+}
+
+/// How an entry ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryState {
+    /// Measured.
+    Done,
+    /// Measured, as far as it can be, with coverage below 0.1 or samples that are no numbers.
+    Collapsed,
+    /// Its training diverged.
+    Diverged,
+    /// Something else went wrong.
+    Failed,
+}
+
+/// What a comparison has come to so far: everything that is made of it follows from this.
+#[derive(Debug)]
+pub struct Report {
+    /// The comparison.
+    pub name: String,
+    /// What varies.
+    pub axes: Vec<Axis>,
+    /// Everything that was measured or went wrong.
+    pub entries: Vec<Entry>,
+    /// Rows of pictures: what they are of, and the images.
+    pictures: Vec<(String, Tensor)>,
+}
+
+/// The cells of an arm at one number of steps.
+#[derive(Clone, Debug)]
+pub struct ArmAt<'a> {
+    /// Its value on each axis.
+    pub values: Vec<&'a str>,
+    /// Steps of the sampling.
+    pub steps: u32,
+    /// Whether the students are made for so many.
+    pub own_steps: bool,
+    /// What was measured, by seed.
+    pub measured: BTreeMap<u64, &'a Measurement>,
+    /// How many of its cells collapsed, here.
+    pub num_collapsed: usize,
+    /// How many diverged.
+    pub num_diverged: usize,
+    /// How many failed.
+    pub num_failed: usize,
+}
+
+/// How far an arm is from the one that differs from it in nothing but a baseline.
+#[derive(Clone, Debug)]
+pub struct Difference<'a> {
+    /// The axis.
+    pub axis: &'a str,
+    /// The value on it.
+    pub value: &'a str,
+    /// What it is compared with.
+    pub baseline: &'a str,
+    /// The values on the other axes, which both have.
+    pub others: Vec<&'a str>,
+    /// Steps of the sampling.
+    pub steps: u32,
+    /// Mean of `value - baseline` over the seeds that both have.
+    pub of: Vec<(Metric, Estimate)>,
+}
+
+impl Report {
+    /// Reads what the jobs of a comparison have left so far.
+    ///
+    /// # Errors
+    ///
+    /// Files that are not what they should be.
+    pub fn gather(plan: &Plan) -> Result<Self> {
+        let (folder, matrix) = (plan.folder(), &plan.matrix);
+        let (mut entries, mut pictures) = (Vec::new(), Vec::new());
+        if let Some(found) = NamedRows::read(&folder.real(), &plan.setting.measured_as(None))? {
+            entries.extend(found.rows.into_iter().map(|row| of_row(EntryKind::Data, row)));
+        }
+        for PlannedTeacher { samples, taught, own_steps } in &plan.teachers {
+            let measured_as = plan.setting.measured_as(Some(taught));
+            if let Some(found) = NamedRows::read(&samples.row(folder, taught), &measured_as)? {
+                let name = found.rows.first().map_or(String::new(), |(name, _)| name.clone());
+                // Which steps are some student's own is up to the matrix, not to the row.
+                let now = |(name, row)| (name, Row { own_steps: *own_steps, ..row });
+                let rows = found.rows.into_iter().map(now);
+                entries.extend(rows.map(|row| of_row(EntryKind::Teacher, row)));
+                if *own_steps {
+                    let name = format!("{name}, {} steps", samples.steps);
+                    pictures.push((name, first_drawn(folder, samples)?));
+                }
+            }
+        }
+        for planned in &plan.cells {
+            entries.extend(of_cell(plan, planned)?);
+            let cell = &planned.cell;
+            let samples = folder.samples_of(&cell.name);
+            if Some(&cell.seed) == matrix.seeds.first() && samples.is_file() {
+                pictures.push((cell.name.clone(), load_images(&samples)?));
+            }
+        }
+        let (name, axes) = (matrix.name.clone(), matrix.axes.clone());
+        Ok(Self { name, axes, entries, pictures })
+    }
+
+    /// A report of entries that were read elsewhere, without pictures.
+    pub fn new(name: &str, axes: Vec<Axis>, entries: Vec<Entry>) -> Self {
+        Self { name: name.to_owned(), axes, entries, pictures: Vec::new() }
+    }
+
+    /// Entries of one kind.
+    pub fn of_kind(&self, kind: EntryKind) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(move |entry| entry.kind == kind)
+    }
+
+    /// Cells put together over seeds, in the order of the matrix, then by steps.
+    pub fn arms(&self) -> Vec<ArmAt<'_>> {
+        let mut arms: Vec<ArmAt<'_>> = Vec::new();
+        for entry in self.of_kind(EntryKind::Cell) {
+            let values = self.values_of(entry);
+            let found =
+                arms.iter().position(|arm| arm.values == values && arm.steps == entry.steps);
+            let at = found.unwrap_or_else(|| {
+                let last =
+                    arms.iter().rposition(|arm| arm.values == values && arm.steps < entry.steps);
+                let at = last.map_or_else(
+                    || arms.iter().position(|arm| arm.values == values).unwrap_or(arms.len()),
+                    |last| last + 1,
+                );
+                arms.insert(at, ArmAt::new(values, entry));
+                at
+            });
+            arms[at].add(entry);
+        }
+        for arm in &mut arms {
+            let of_arm = |entry: &&Entry| self.values_of(entry) == arm.values;
+            let count = |state: EntryState| {
+                self.of_kind(EntryKind::Cell).filter(of_arm).filter(|e| e.state == state).count()
+            };
+            (arm.num_diverged, arm.num_failed) =
+                (count(EntryState::Diverged), count(EntryState::Failed));
+        }
+        arms
+    }
+
+    /// Every arm against the one with the baseline of an axis and the same values elsewhere, seed by seed.
+    pub fn differences(&self) -> Vec<Difference<'_>> {
+        let arms = self.arms();
+        let mut all = Vec::new();
+        for (i, axis) in self.axes.iter().enumerate() {
+            let Some(baseline) = axis.baseline.as_deref() else { continue };
+            let without = |values: &[&'_ str]| [&values[..i], &values[i + 1..]].concat().join("\0");
+            for arm in arms.iter().filter(|arm| arm.values[i] != baseline) {
+                let base = arms.iter().find(|base| {
+                    base.values[i] == baseline
+                        && base.steps == arm.steps
+                        && without(&base.values) == without(&arm.values)
+                });
+                let Some(base) = base else { continue };
+                let difference = |metric: Metric| Some((metric, arm.difference(base, metric)?));
+                let of: Vec<_> = Metric::ALL.into_iter().filter_map(difference).collect();
+                if of.is_empty() {
+                    continue;
+                }
+                all.push(Difference {
+                    axis: &axis.name,
+                    value: arm.values[i],
+                    baseline,
+                    others: [&arm.values[..i], &arm.values[i + 1..]].concat(),
+                    steps: arm.steps,
+                    of,
+                });
+            }
+        }
+        all
+    }
+
+    /// The shift of every arm at its own steps.
+    pub fn shifts(&self) -> Vec<Shift> {
+        let with_shift = |arm: ArmAt<'_>| {
+            let mut at: BTreeMap<i64, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
+            for row in arm.measured.values().flat_map(|measurement| &measurement.shift) {
+                let (energy, null) = at.entry(row.timestep).or_default();
+                energy.push(row.energy);
+                null.push(row.null);
+            }
+            let estimate = |(t, (energy, null)): (&i64, &(Vec<f64>, Vec<f64>))| {
+                Some((*t, Estimate::of(energy)?, Estimate::of(null)?))
+            };
+            let points: Vec<_> = at.iter().rev().filter_map(estimate).collect();
+            (!points.is_empty()).then(|| Shift { name: arm.name(), points })
+        };
+        self.arms().into_iter().filter(|arm| arm.own_steps).filter_map(with_shift).collect()
+    }
+
+    /// Tables for a terminal.
+    pub fn text(&self) -> String {
+        self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
+    }
+
+    /// The same in Markdown.
+    pub fn markdown(&self) -> String {
+        self.written(&|title, cells| format!("\n### {title}\n\n{}", table::markdown(cells)))
+    }
+
+    fn written(&self, table_of: &dyn Fn(&str, &[Vec<String>]) -> String) -> String {
+        let mut text = table_of(&self.name, &table::summary(self));
+        let _ = writeln!(
+            text,
+            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
+             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
+             are no numbers has collapsed; cells that diverged or failed are in no mean."
+        );
+        let differences = table::differences(self);
+        if differences.len() > 1 {
+            text += &table_of("Paired differences to the baseline", &differences);
+            let _ = writeln!(
+                text,
+                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
+                 errors that is."
+            );
+        }
+        let shifts = self.shifts();
+        if !shifts.is_empty() {
+            text += &table_of("Shift", &table::shift(&shifts));
+            text += "\nEnergy distance of the states met at inference to noised data, timestep by timestep; `chance` is \
+                     between two\nhalves of noised data.\n";
+        }
+        if !self.pictures.is_empty() {
+            let names: Vec<&str> = self.pictures.iter().map(|(name, _)| name.as_str()).collect();
+            let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
+        }
+        text
+    }
+
+    /// What [`write`](Self::write) writes.
+    pub fn files(&self) -> Vec<&'static str> {
+        let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
+        if !self.pictures.is_empty() {
+            files.push("side_by_side.png");
+        }
+        files
+    }
+
+    /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub fn write(&self, folder: &ComparisonFolder) -> Result<()> {
+        write_json(&folder.file("results.json"), &self.entries)?;
+        write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
+        plot::write(&folder.file("quality.svg"), plot::quality(self))?;
+        plot::write(&folder.file("shift.svg"), plot::shift(&self.shifts()))?;
+        if let Some(picture) = self.side_by_side()? {
+            picture.save(&folder.file("side_by_side.png"))?;
+        }
+        Ok(())
+    }
+
+    /// A row of samples for each teacher and each arm, from the same noise in each column.
+    fn side_by_side(&self) -> Result<Option<Picture>> {
+        let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
+        let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {
+            return Ok(None);
+        };
+        let rows: Vec<Tensor> = rows.iter().map(|images| images.narrow(0, 0, columns)).collect();
+        let images = Tensor::f_cat(&rows, 0).map_err(Error::torch("side_by_side"))?;
+        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, SHOWN) as u32))?))
+    }
+
+    fn values_of<'a>(&self, entry: &'a Entry) -> Vec<&'a str> {
+        let value = |axis: &Axis| entry.axes.get(&axis.name).map_or("", String::as_str);
+        self.axes.iter().map(value).collect()
+    }
+}
+
+impl<'a> ArmAt<'a> {
+    fn new(values: Vec<&'a str>, entry: &Entry) -> Self {
+        Self {
+            values,
+            steps: entry.steps,
+            own_steps: entry.own_steps,
+            measured: BTreeMap::new(),
+            num_collapsed: 0,
+            num_diverged: 0,
+            num_failed: 0,
+        }
+    }
+
+    fn add(&mut self, entry: &'a Entry) {
+        self.num_collapsed += usize::from(entry.state == EntryState::Collapsed);
+        if let (Some(seed), Some(measurement)) = (entry.seed, &entry.measurement) {
+            self.measured.insert(seed, measurement);
+        }
+    }
+
+    /// Its values, in one word.
+    pub fn name(&self) -> String {
+        if self.values.is_empty() { "student".to_owned() } else { self.values.join(", ") }
+    }
+
+    /// A metric over its seeds.
+    pub fn estimate(&self, metric: Metric) -> Option<Estimate> {
+        let values: Vec<f64> = self.measured.values().filter_map(|m| metric.of(m)).collect();
+        Estimate::of(&values)
+    }
+
+    fn difference(&self, base: &Self, metric: Metric) -> Option<Estimate> {
+        let pair = |(seed, own): (&u64, &&Measurement)| {
+            Some((metric.of(own)?, metric.of(base.measured.get(seed)?)?))
+        };
+        let pairs: Vec<(f64, f64)> = self.measured.iter().filter_map(pair).collect();
+        Estimate::of_differences(&pairs)
+    }
+}
+
+fn of_row(kind: EntryKind, (name, row): (String, Row)) -> Entry {
+    let Row { steps, own_steps, collapsed, measurement } = row;
+    let state = if collapsed.is_some() { EntryState::Collapsed } else { EntryState::Done };
+    Entry {
+        kind,
+        name,
+        axes: BTreeMap::new(),
+        seed: None,
+        state,
+        message: collapsed,
+        steps,
+        own_steps,
+        measurement,
+    }
+}
+
+/// One entry for each number of steps; one in all for a cell that was not measured.
+fn of_cell(plan: &Plan, planned: &PlannedCell) -> Result<Vec<Entry>> {
+    let PlannedCell { cell, config_sha256, taught } = planned;
+    let record = CellRecord::read(&plan.folder().record_of(&cell.name))?;
+    let Some(CellRecord { measured_as, outcome, .. }) =
+        record.filter(|record| record.config_sha256 == *config_sha256)
+    else {
+        return Ok(Vec::new());
+    };
+    let axes: BTreeMap<String, String> = plan
+        .matrix
+        .axes
+        .iter()
+        .zip(&cell.values)
+        .map(|(axis, value)| (axis.name.clone(), value.clone()))
+        .collect();
+    let of_cell = |entry: Entry| Entry { axes: axes.clone(), seed: Some(cell.seed), ..entry };
+    let unmeasured = |state: EntryState, message: String| {
+        let steps = cell.own_steps();
+        let row = Row { steps, own_steps: true, collapsed: Some(message), measurement: None };
+        Entry { state, ..of_row(EntryKind::Cell, (cell.name.clone(), row)) }
+    };
+    let entries = match outcome {
+        Outcome::Done { .. } if measured_as != plan.setting.measured_as(Some(taught)) => Vec::new(),
+        Outcome::Done { rows } => {
+            rows.into_iter().map(|row| of_row(EntryKind::Cell, (cell.name.clone(), row))).collect()
+        }
+        Outcome::Diverged { message, .. } => vec![unmeasured(EntryState::Diverged, message)],
+        Outcome::Failed { message } => vec![unmeasured(EntryState::Failed, message)],
+    };
+    Ok(entries.into_iter().map(of_cell).collect())
+}

@@ -1,0 +1,214 @@
+//! Tables of a comparison, as rows of words; the first row has the heads.
+
+use super::plot::Shift;
+use super::report::{ArmAt, Difference, Entry, EntryKind, Report};
+use super::statistics::Estimate;
+use crate::results::Measurement;
+
+/// A figure that arms are compared by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// Fréchet distance to the data.
+    Frechet,
+    /// Fréchet distance to the teacher's samples.
+    ToTeacher,
+    /// Precision.
+    Precision,
+    /// Recall.
+    Recall,
+    /// Density.
+    Density,
+    /// Coverage.
+    Coverage,
+    /// Mean over timesteps of the shift's energy distance.
+    Shift,
+}
+
+impl Metric {
+    /// All of them, in the order of the tables.
+    pub const ALL: [Self; 7] = [
+        Self::Frechet,
+        Self::ToTeacher,
+        Self::Precision,
+        Self::Recall,
+        Self::Density,
+        Self::Coverage,
+        Self::Shift,
+    ];
+
+    /// What it is called.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Frechet => "frechet",
+            Self::ToTeacher => "to teacher",
+            Self::Precision => "precision",
+            Self::Recall => "recall",
+            Self::Density => "density",
+            Self::Coverage => "coverage",
+            Self::Shift => "shift",
+        }
+    }
+
+    /// Its value in a measurement, if it was measured.
+    pub fn of(self, measurement: &Measurement) -> Option<f64> {
+        match self {
+            Self::Frechet => Some(measurement.frechet),
+            Self::ToTeacher => measurement.frechet_to_teacher,
+            Self::Precision => Some(measurement.precision),
+            Self::Recall => Some(measurement.recall),
+            Self::Density => Some(measurement.density),
+            Self::Coverage => Some(measurement.coverage),
+            Self::Shift => {
+                let energies: Vec<f64> = measurement.shift.iter().map(|row| row.energy).collect();
+                Estimate::of(&energies).map(|estimate| estimate.mean)
+            }
+        }
+    }
+
+    /// Digits that are worth showing.
+    fn decimals(self) -> usize {
+        match self {
+            Self::Frechet | Self::ToTeacher => 2,
+            Self::Shift => 4,
+            _ => 3,
+        }
+    }
+}
+
+/// Real images and teachers first, then the arms.
+pub fn summary(report: &Report) -> Vec<Vec<String>> {
+    let mut heads = axes(report);
+    heads.extend(["steps", "samples", "seeds"].map(str::to_owned));
+    heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
+    let mut rows = vec![heads];
+    let others = [EntryKind::Data, EntryKind::Teacher];
+    rows.extend(others.iter().flat_map(|kind| report.of_kind(*kind)).map(|e| of_entry(report, e)));
+    rows.extend(report.arms().iter().map(of_arm));
+    rows
+}
+
+/// Arms against baselines; the heads alone if there is nothing to compare.
+pub fn differences(report: &Report) -> Vec<Vec<String>> {
+    let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
+    heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
+    let mut rows = vec![heads];
+    rows.extend(report.differences().iter().map(of_difference));
+    rows
+}
+
+/// A row an arm, a column a timestep, and chance at the end.
+pub fn shift(shifts: &[Shift]) -> Vec<Vec<String>> {
+    let timesteps = plot_order(shifts);
+    let mut rows = vec![vec!["at timestep".to_owned()]];
+    rows[0].extend(timesteps.iter().map(ToString::to_string));
+    let cell = |estimate: Option<Estimate>| {
+        estimate.map_or("-".to_owned(), |estimate| estimate.shown(Metric::Shift.decimals()))
+    };
+    for Shift { name, points } in shifts {
+        let mut row = vec![name.clone()];
+        row.extend(
+            timesteps
+                .iter()
+                .map(|t| cell(points.iter().find(|point| point.0 == *t).map(|point| point.1))),
+        );
+        rows.push(row);
+    }
+    let mut chance = vec!["chance".to_owned()];
+    chance.extend(timesteps.iter().map(|t| {
+        let at = |shift: &Shift| shift.points.iter().find(|point| point.0 == *t).map(|p| p.2.mean);
+        let values: Vec<f64> = shifts.iter().filter_map(at).collect();
+        cell(Estimate::of(&values).map(|e| Estimate { standard_error: None, ..e }))
+    }));
+    rows.push(chance);
+    rows
+}
+
+/// A table in Markdown.
+pub fn markdown(rows: &[Vec<String>]) -> String {
+    let line = |row: &Vec<String>| {
+        let cells: Vec<String> = row.iter().map(|cell| cell.replace('|', "\\|")).collect();
+        format!("| {} |\n", cells.join(" | "))
+    };
+    let Some((heads, rows)) = rows.split_first() else { return String::new() };
+    let rule: String = heads.iter().map(|_| " --- |").collect();
+    let rest: String = rows.iter().map(line).collect();
+    format!("{}|{rule}\n{rest}", line(heads))
+}
+
+/// Every timestep of some shifts, noisiest first.
+pub(super) fn plot_order(shifts: &[Shift]) -> Vec<i64> {
+    let of = |shift: &Shift| shift.points.iter().map(|point| point.0).collect::<Vec<_>>();
+    let mut timesteps: Vec<i64> = shifts.iter().flat_map(of).collect();
+    timesteps.sort_unstable_by(|a, b| b.cmp(a));
+    timesteps.dedup();
+    timesteps
+}
+
+/// At least one column, for what has no axis.
+fn axes(report: &Report) -> Vec<String> {
+    match report.axes.as_slice() {
+        [] => vec!["model".to_owned()],
+        axes => axes.iter().map(|axis| axis.name.clone()).collect(),
+    }
+}
+
+fn of_entry(report: &Report, entry: &Entry) -> Vec<String> {
+    let mut row = vec![String::new(); axes(report).len()];
+    row[0].clone_from(&entry.name);
+    row.push(if entry.steps == 0 { "-".to_owned() } else { entry.steps.to_string() });
+    let measurement = entry.measurement.as_ref();
+    row.push(measurement.map_or("-".to_owned(), |m| m.samples.to_string()));
+    row.push("-".to_owned());
+    row.extend(Metric::ALL.map(|metric| {
+        let value = measurement.and_then(|m| metric.of(m));
+        value.map_or("-".to_owned(), |value| format!("{value:.*}", metric.decimals()))
+    }));
+    row
+}
+
+fn of_arm(arm: &ArmAt<'_>) -> Vec<String> {
+    let mut row: Vec<String> = match arm.values.as_slice() {
+        [] => vec![arm.name()],
+        values => values.iter().map(|value| (*value).to_owned()).collect(),
+    };
+    let samples = arm.measured.values().map(|m| m.samples).max();
+    row.push(format!("{}{}", arm.steps, if arm.own_steps { "" } else { "*" }));
+    row.push(samples.map_or("-".to_owned(), |n| n.to_string()));
+    row.push(seeds(arm));
+    row.extend(Metric::ALL.map(|metric| {
+        arm.estimate(metric).map_or("-".to_owned(), |estimate| estimate.shown(metric.decimals()))
+    }));
+    row
+}
+
+/// How many cells were measured, and what became of the others.
+fn seeds(arm: &ArmAt<'_>) -> String {
+    let counts = [
+        (arm.num_collapsed, "collapsed"),
+        (arm.num_diverged, "diverged"),
+        (arm.num_failed, "failed"),
+    ];
+    let told = counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}"));
+    arm.measured.len().to_string() + &told.collect::<String>()
+}
+
+fn of_difference(difference: &Difference<'_>) -> Vec<String> {
+    let Difference { axis, value, baseline, others, steps, of } = difference;
+    let elsewhere = if others.is_empty() { "-".to_owned() } else { others.join(", ") };
+    let seeds = of.iter().map(|(_, estimate)| estimate.n).max().unwrap_or(0);
+    let mut row = vec![
+        format!("{axis}: {value} - {baseline}"),
+        elsewhere,
+        steps.to_string(),
+        seeds.to_string(),
+    ];
+    row.extend(Metric::ALL.map(|metric| {
+        let found = of.iter().find(|(of, _)| *of == metric);
+        found.map_or("-".to_owned(), |(_, estimate)| {
+            let errors =
+                estimate.standard_errors().map_or(String::new(), |n| format!(" ({n:+.1})"));
+            format!("{}{errors}", estimate.shown(metric.decimals()))
+        })
+    }));
+    row
+}

@@ -1,0 +1,199 @@
+//! The networks of a distillation.
+
+use ddil_core::{Conditioning, Discriminator};
+use ddil_libtorch::{TensorList, foreach_lerp_};
+use ddil_losses::{Phase, Requirements};
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, SampleSize, UNet2DConfig};
+use tch::Tensor;
+
+use crate::config::DistillConfig;
+use crate::error::Result;
+use crate::network::Network;
+use crate::state;
+
+/// Who takes part: expert and learner, and whom the method needs beside them.
+#[derive(Debug)]
+pub(super) struct Cast {
+    /// The teacher of the present stage.
+    pub(super) teacher: Network,
+    pub(super) student: Network,
+    /// A network of the student's form, into which its moving average is put to be sampled and exported.
+    pub(super) averaged: Network,
+    pub(super) target: Option<Target>,
+    pub(super) critic: Option<CriticNetworks>,
+}
+
+/// A moving average of the student that makes labels; not the one that is exported.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) network: Network,
+    decay: f64,
+}
+
+/// The network that follows what the student makes, with the head that tells it from real data.
+#[derive(Debug)]
+pub(super) struct CriticNetworks {
+    pub(super) fake_score: Network,
+    pub(super) head: Option<DiscriminatorHead>,
+}
+
+/// The critic's own features with the head behind them.
+pub(super) struct Judge<'a> {
+    fake_score: &'a Network,
+    head: &'a DiscriminatorHead,
+}
+
+impl Cast {
+    /// The networks of a first stage.
+    pub(super) fn new(
+        config: &DistillConfig,
+        requirements: Requirements,
+        teacher: Network,
+        image_shape: [i64; 3],
+    ) -> Result<Self> {
+        let student = student(config, &teacher)?;
+        Self::of(config, requirements, teacher, student, image_shape)
+    }
+
+    /// The networks of a later stage, whose teacher is the student that the one before it ended with.
+    pub(super) fn next(
+        &self,
+        config: &DistillConfig,
+        requirements: Requirements,
+        average: &[(String, Tensor)],
+        image_shape: [i64; 3],
+    ) -> Result<Self> {
+        let (teacher, student) = (self.student.duplicate(false)?, self.student.duplicate(true)?);
+        for (what, network) in [("teacher", &teacher), ("student", &student)] {
+            state::restore(what, &network.parameters().learned(), average)?;
+        }
+        Self::of(config, requirements, teacher, student, image_shape)
+    }
+
+    fn of(
+        config: &DistillConfig,
+        requirements: Requirements,
+        teacher: Network,
+        student: Network,
+        image_shape: [i64; 3],
+    ) -> Result<Self> {
+        let averaged = student.duplicate(false)?;
+        let target = requirements
+            .target_decay
+            .map(|decay| {
+                Ok::<_, crate::Error>(Target { network: student.duplicate(false)?, decay })
+            })
+            .transpose()?;
+        let critic = requirements
+            .critic
+            .then(|| CriticNetworks::new(requirements, &teacher, image_shape, config.run.seed));
+        Ok(Self { teacher, student, averaged, target, critic: critic.transpose()? })
+    }
+
+    /// What the optimizer of a phase changes.
+    pub(super) fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)> {
+        match (phase, &self.critic) {
+            (Phase::Student, _) => self.student.parameters().learned(),
+            (Phase::Critic, Some(critic)) => critic.parameters(),
+            (Phase::Critic, None) => Vec::new(),
+        }
+    }
+
+    /// Lets gradients through to the parameters of one phase only. Those of the other would be thrown away, and the
+    /// student's adversarial gradient comes through the critic.
+    pub(super) fn open_for(&self, phase: Phase) {
+        if let Some(critic) = &self.critic {
+            critic.fake_score.parameters().set_trainable(phase == Phase::Critic);
+            if let Some(head) = &critic.head {
+                head.parameters().set_trainable(phase == Phase::Critic);
+            }
+        }
+    }
+
+    /// The student's moving average, put where it can be sampled.
+    pub(super) fn averaged(&self, average: &[(String, Tensor)]) -> Result<&Network> {
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
+        Ok(&self.averaged)
+    }
+
+    /// After an update of the student: the target follows it.
+    pub(super) fn follow(&self) -> Result<()> {
+        match &self.target {
+            Some(target) => target.follow(&self.student),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Target {
+    fn follow(&self, student: &Network) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let values = |network: &Network| -> Result<TensorList> {
+            let learned = network.parameters().learned();
+            Ok(TensorList::new(learned.iter().map(|(_, tensor)| tensor))?)
+        };
+        Ok(foreach_lerp_(&values(&self.network)?, &values(student)?, 1.0 - self.decay)?)
+    }
+}
+
+impl CriticNetworks {
+    /// A copy of the teacher, and a fresh head where one is needed.
+    fn new(
+        requirements: Requirements,
+        teacher: &Network,
+        image_shape: [i64; 3],
+        seed: u64,
+    ) -> Result<Self> {
+        let fake_score = teacher.duplicate(true)?;
+        let [_, height, width] = image_shape;
+        let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
+        let unet = UNet2DConfig {
+            sample_size: Some(SampleSize::Rectangle(sides)),
+            ..teacher.config().clone()
+        };
+        let head = requirements
+            .discriminator
+            .then(|| DiscriminatorHeadConfig::for_unet(&unet)?.build(teacher.placement(), seed));
+        Ok(Self { fake_score, head: head.transpose()? })
+    }
+
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        let named = |prefix: &'static str, parameters: Vec<(String, Tensor)>| {
+            parameters.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
+        };
+        let head = self.head.iter().flat_map(|head| named("head", head.parameters().learned()));
+        named("fake_score", self.fake_score.parameters().learned()).chain(head).collect()
+    }
+
+    /// What tells noised samples from noised data, if anything does.
+    pub(super) fn judge(&self) -> Option<Judge<'_>> {
+        self.head.as_ref().map(|head| Judge { fake_score: &self.fake_score, head })
+    }
+}
+
+impl Discriminator for Judge<'_> {
+    fn logits(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Tensor> {
+        self.fake_score
+            .judged_by(self.head, x_t, timesteps, conditioning)
+            .map_err(|error| ddil_core::Error::network("discriminator", error))
+    }
+}
+
+/// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.
+fn student(config: &DistillConfig, teacher: &Network) -> Result<Network> {
+    let mut model = config.student.model.clone().unwrap_or_else(|| teacher.config().clone());
+    if config.teacher.guidance.is_told_to_student() {
+        model.time_cond_proj_dim = Some(config.student.time_cond_proj_dim);
+    }
+    if model == *teacher.config() {
+        return teacher.duplicate(true);
+    }
+    let (student, report) = teacher.derive(&model, config.run.seed)?;
+    tracing::info!("the student starts from the teacher's weights: {report}");
+    Ok(student)
+}

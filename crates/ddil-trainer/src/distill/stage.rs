@@ -1,0 +1,54 @@
+//! What changes from stage to stage.
+
+use ddil_core::{Mixer, MixerConfig, RandomStreams, Stream};
+use ddil_losses::{Objective, TeacherGuidance};
+use ddil_schedulers::{NoiseSchedule, Thresholding, Timesteps};
+
+use crate::config::DistillConfig;
+use crate::error::Result;
+
+/// The grid, the method and the mixer of a stage.
+#[derive(Debug)]
+pub(super) struct Stage {
+    pub(super) index: usize,
+    /// Where the student is sampled.
+    pub(super) sampling: Timesteps,
+    pub(super) objective: Box<dyn Objective>,
+    pub(super) mixer: Mixer,
+    pub(super) guidance: TeacherGuidance,
+    /// The mixer counts its steps within the stage, as priors do; what it draws is still every stage's own.
+    pub(super) streams: RandomStreams,
+}
+
+impl Stage {
+    pub(super) fn new(
+        config: &DistillConfig,
+        schedule: &NoiseSchedule,
+        index: usize,
+    ) -> Result<Self> {
+        let steps = config.student.stages[index];
+        let training = config.objective.training_grid(schedule, steps)?;
+        let sampling = config.objective.sampling_grid(schedule, steps)?;
+        let objective = config.objective.build(schedule, &training)?;
+        // The networks come to the mixer as they are to be asked.
+        let mixer = MixerConfig { thresholding: Thresholding::None, ..config.mixing.clone() };
+        let sampler = config.objective.sampler(schedule);
+        let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
+        let guidance = match (index, config.teacher.guidance) {
+            (0, guidance) => guidance,
+            // What the first student learned is guided already, or told how strongly it is to be.
+            (_, guidance) => guidance.of_student(),
+        };
+        let streams = stage_streams(config.run.seed, index);
+        Ok(Self { index, sampling, objective, mixer, guidance, streams })
+    }
+}
+
+/// The run's own streams in the first stage, others in each later one.
+fn stage_streams(seed: u64, index: usize) -> RandomStreams {
+    let streams = RandomStreams::new(seed, 0);
+    match index {
+        0 => streams,
+        _ => RandomStreams::new(streams.seed_of(index as u64, Stream::Weights), 0),
+    }
+}

@@ -1,0 +1,92 @@
+//! A network that is trained, with its optimizer.
+
+use ddil_losses::Phase;
+use tch::Tensor;
+
+use super::{SessionConfig, Task};
+use crate::error::{Error, Result};
+use crate::lr_schedule::LrSchedule;
+use crate::optimizer::{AdamW, AdamWConfig, ensure_finite};
+
+/// How a network is updated.
+#[derive(Clone, Debug)]
+pub struct UpdateConfig {
+    /// The optimizer.
+    pub optimizer: AdamWConfig,
+    /// The learning rate, over each stage.
+    pub learning_rate: LrSchedule,
+}
+
+/// Who is trained in a phase.
+#[derive(Debug)]
+pub(super) struct Trainee {
+    pub(super) phase: Phase,
+    pub(super) optimizer: AdamW,
+    learning_rate: LrSchedule,
+}
+
+/// What a checkpoint calls the parameters of a phase.
+pub(super) fn parameters_file(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Student => "parameters.safetensors",
+        Phase::Critic => "critic.safetensors",
+    }
+}
+
+/// What a checkpoint calls the optimizer of a phase.
+pub(super) fn optimizer_file(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Student => "optimizer.safetensors",
+        Phase::Critic => "critic_optimizer.safetensors",
+    }
+}
+
+/// The one of a phase.
+pub(super) fn find(trainees: &mut [Trainee], phase: Phase) -> Result<&mut Trainee> {
+    let of_phase = trainees.iter_mut().find(|trainee| trainee.phase == phase);
+    of_phase.ok_or(Error::Losses(ddil_losses::Error::Phase { method: "this task", phase }))
+}
+
+impl Trainee {
+    /// Everybody that a task trains, with fresh optimizers.
+    pub(super) fn all(task: &impl Task, config: &SessionConfig) -> Result<Vec<Self>> {
+        let trainee = |phase: &Phase| {
+            let UpdateConfig { optimizer, learning_rate } = match phase {
+                Phase::Student => &config.student,
+                Phase::Critic => &config.critic,
+            };
+            Ok(Self {
+                phase: *phase,
+                optimizer: optimizer.build(task.parameters(*phase))?,
+                learning_rate: *learning_rate,
+            })
+        };
+        task.trained().iter().map(trainee).collect()
+    }
+
+    /// From the loss to the optimizer's step; `step` counts the run's updates, `stage_step` the stage's.
+    pub(super) fn update(
+        &mut self,
+        per_sample: &Tensor,
+        step: u64,
+        stage_step: u64,
+        per_stage: u64,
+    ) -> Result<Vec<(String, f64)>> {
+        let loss = per_sample.mean(per_sample.kind());
+        loss.f_backward().map_err(Error::torch("backward"))?;
+        let norm = self.optimizer.clip()?;
+        // Read after the whole backward pass was queued: one wait for the device a phase.
+        let (loss, norm) = (loss.double_value(&[]), norm.double_value(&[]));
+        let (whose, prefix) = match self.phase {
+            Phase::Student => ("", ""),
+            Phase::Critic => ("critic's ", "critic_"),
+        };
+        ensure_finite(step + 1, &format!("{whose}loss"), loss, || None)?;
+        let detail = || self.optimizer.non_finite_gradient();
+        ensure_finite(step + 1, &format!("{whose}gradient norm"), norm, detail)?;
+        let rate = self.learning_rate.lr_at(stage_step, per_stage);
+        self.optimizer.step(rate)?;
+        let figures = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];
+        Ok(figures.map(|(name, value)| (format!("{prefix}{name}"), value)).to_vec())
+    }
+}
