@@ -58,7 +58,10 @@ impl<'a> Distillation<'a> {
         let config = MixerConfig {
             priors: PriorSchedule::constant(priors),
             student: StudentConfig { policy: budget.policy.clone(), mixed: None },
-            teacher: TeacherConfig { substeps: budget.teacher_substeps, ..TeacherConfig::default() },
+            teacher: TeacherConfig {
+                substeps: budget.teacher_substeps,
+                ..TeacherConfig::default()
+            },
             thresholding: thresholding.clone(),
             ..MixerConfig::default()
         };
@@ -174,9 +177,9 @@ impl<'a> Weights<'a> {
         let needs = objective.requirements();
         let Budget { updates, learning_rate, critic_learning_rate, ema_decay, .. } = *budget;
         let trainer = Trainer::new(student, Training { updates, learning_rate, ema_decay })?;
-        let ema = needs.target_decay.map(|decay| {
-            EmaConfig { decay, warmup: false }.build(student.parameters().learned())
-        });
+        let ema = needs
+            .target_decay
+            .map(|decay| EmaConfig { decay, warmup: false }.build(student.parameters().learned()));
         // A critic is updated more often than the student; its rate falls as the student's does.
         let per_update = |phase| {
             let steps = 0..100;

@@ -2,9 +2,7 @@
 
 use std::cell::Cell;
 
-use ddil_core::{
-    Conditioning, Data, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample,
-};
+use ddil_core::{Conditioning, Data, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample};
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{TimestepWeights, Weighting};
 use ddil_models::{
@@ -124,7 +122,11 @@ impl Lab {
     ) -> Result<impl Denoiser + 'a> {
         let null = Tensor::from_slice(&[self.mixture().num_classes()]);
         let null = Conditioning::class_labels(null);
-        let guided = Guided::new(Counting::new(&self.exact, evaluations), self.setting.guidance_scale(), null)?;
+        let guided = Guided::new(
+            Counting::new(&self.exact, evaluations),
+            self.setting.guidance_scale(),
+            null,
+        )?;
         Ok(Thresholded::new(guided, thresholding)?)
     }
 

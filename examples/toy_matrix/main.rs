@@ -69,7 +69,9 @@ fn run(options: &Options, store: &Store) -> Result<()> {
             scope.spawn(|| {
                 let mut starts = Starts::default();
                 while !failed.load(Ordering::Relaxed) {
-                    let Some(arms) = groups.get(next.fetch_add(1, Ordering::Relaxed)) else { return };
+                    let Some(arms) = groups.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                        return;
+                    };
                     if let Err(e) = run_group(options, store, arms, &mut starts) {
                         failed.store(true, Ordering::Relaxed);
                         *error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(e);

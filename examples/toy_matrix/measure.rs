@@ -2,6 +2,7 @@
 
 use std::cell::Cell as Count;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use ddil_core::{Data, Denoiser, ShiftConfig, ShiftRequest, Stream, Thresholded, measure_shift};
 use ddil_examples::{Result, Training};
@@ -33,15 +34,17 @@ pub(crate) struct Starts(HashMap<(bool, u64, u64), Model>);
 impl Starts {
     fn get(&mut self, lab: &Lab, budget: &Budget) -> Result<&Model> {
         let key = (lab.setting == Setting::Grid, lab.streams.seed, budget.start_updates);
-        if !self.0.contains_key(&key) {
-            let training = Training {
-                updates: budget.start_updates,
-                learning_rate: budget.start_learning_rate,
-                ema_decay: budget.ema_decay,
-            };
-            self.0.insert(key, lab.start(training, budget.batch_size)?);
-        }
-        self.0.get(&key).ok_or_else(|| "there is a network to begin with".into())
+        Ok(match self.0.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let training = Training {
+                    updates: budget.start_updates,
+                    learning_rate: budget.start_learning_rate,
+                    ema_decay: budget.ema_decay,
+                };
+                entry.insert(lab.start(training, budget.batch_size)?)
+            }
+        })
     }
 }
 
@@ -94,8 +97,7 @@ impl Bench {
     pub(crate) fn new(cell: Cell, budget: &Budget) -> Result<Self> {
         let Cell { setting, thresholded, seed, .. } = cell;
         let lab = Lab::new(setting, seed)?;
-        let thresholding =
-            if thresholded { setting.thresholding() } else { Thresholding::None };
+        let thresholding = if thresholded { setting.thresholding() } else { Thresholding::None };
         let count = Count::new(0);
         let teacher = lab.teacher(thresholding.clone(), &count)?;
         let reference = Reference::new(lab.reference(&teacher, 3 * budget.num_samples)?);
@@ -123,8 +125,7 @@ impl Bench {
     ) -> Result<(Record, Points)> {
         let start = starts.get(&self.lab, budget)?;
         let priors = cell.arm.priors()?;
-        let distillation =
-            Distillation::new(&self.lab, budget, self.thresholding.clone(), priors)?;
+        let distillation = Distillation::new(&self.lab, budget, self.thresholding.clone(), priors)?;
         let student = distillation.run(start)?;
         self.judge(cell, budget, &student)
     }
@@ -141,9 +142,7 @@ impl Bench {
             let n = budget.num_samples / n;
             samples.push(lab.samples(&denoiser, &*sampler, &timesteps, 1, n)?);
         }
-        let finite = |data: &Data| {
-            data.x0.isfinite().all().int64_value(&[]) != 0
-        };
+        let finite = |data: &Data| data.x0.isfinite().all().int64_value(&[]) != 0;
         let diverged = student.diverged || !samples.iter().all(finite);
         let distance = |data: &Data| finite(data).then(|| self.reference.distance(&data.x0));
         let last = samples.last().ok_or("there are samples")?;

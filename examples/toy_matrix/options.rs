@@ -65,12 +65,12 @@ impl Options {
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
         match name {
-            "--setting" => self.settings = some_of(value, Setting::ALL, Setting::name)?,
-            "--method" => self.methods = some_of(value, Method::ALL, Method::name)?,
-            "--source" => self.arms = some_of(value, Arm::ALL, Arm::name)?,
+            "--setting" => self.settings = some_of(value, &Setting::ALL, Setting::name)?,
+            "--method" => self.methods = some_of(value, &Method::ALL, Method::name)?,
+            "--source" => self.arms = some_of(value, &Arm::ALL, Arm::name)?,
             "--threshold" => {
                 let name = |on| if on { "on" } else { "off" };
-                self.thresholds = some_of(value, [false, true], name)?;
+                self.thresholds = some_of(value, &[false, true], name)?;
             }
             "--seeds" => {
                 self.seeds = match value.split_once("..") {
@@ -129,14 +129,10 @@ impl Options {
 }
 
 /// Those of `all` whose names are listed, in the order of the list.
-fn some_of<T: Copy>(
-    list: &str,
-    all: impl IntoIterator<Item = T> + Clone,
-    name: impl Fn(T) -> &'static str,
-) -> Result<Vec<T>> {
+fn some_of<T: Copy>(list: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<Vec<T>> {
     let find = |wanted: &str| {
-        all.clone().into_iter().find(|t| name(*t) == wanted).ok_or_else(|| {
-            let names: Vec<_> = all.clone().into_iter().map(&name).collect();
+        all.iter().copied().find(|t| name(*t) == wanted).ok_or_else(|| {
+            let names: Vec<_> = all.iter().copied().map(&name).collect();
             format!("{wanted} is none of {}", names.join(", ")).into()
         })
     };

@@ -296,7 +296,8 @@ fn a_mixture_can_lack_components() -> TestResult {
     let far: Vec<bool> = Vec::try_from(distances.gt(0.5))?;
     assert_eq!(far, [false, true, false, false, false, true, false, false]);
     // The weights still sum to 1: at a mean of six, the density is 8 / 6 of that of eight.
-    let (alpha, sigma) = (Tensor::ones([1], kind::DOUBLE_CPU), Tensor::zeros([1], kind::DOUBLE_CPU));
+    let (alpha, sigma) =
+        (Tensor::ones([1], kind::DOUBLE_CPU), Tensor::zeros([1], kind::DOUBLE_CPU));
     let [with, without] = [&ring, &lacking].map(|m| m.log_density(&place(3), &alpha, &sigma, None));
     let ratio = (without? - with?).exp().double_value(&[0]);
     assert!((ratio - 8.0 / 6.0).abs() < 1e-6);

@@ -169,7 +169,11 @@ impl GaussianMixture {
             of_component: select(&classes.of_component),
             count: classes.count,
         });
-        let has = |class| classes.as_ref().is_none_or(|c| bool::try_from(c.of_component.eq(class).any()).unwrap_or(false));
+        let has = |class| {
+            classes
+                .as_ref()
+                .is_none_or(|c| bool::try_from(c.of_component.eq(class).any()).unwrap_or(false))
+        };
         if kept.is_empty()
             || components.iter().any(|k| !all.contains(k))
             || !(0..self.num_classes()).all(has)
@@ -178,7 +182,10 @@ impl GaussianMixture {
                 op: "GaussianMixture::without",
                 name: "components",
                 found: format!("{components:?}"),
-                expected: format!("some of {} components, not all of a class", self.num_components()),
+                expected: format!(
+                    "some of {} components, not all of a class",
+                    self.num_components()
+                ),
             });
         }
         let log_weights = select(&self.log_weights);
