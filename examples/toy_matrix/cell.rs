@@ -3,8 +3,9 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use ddil_core::{Priors, StudentPolicy};
+use ddil_core::{Priors, StudentPolicy, TeacherConfig};
 use ddil_examples::Result;
+use ddil_losses::scratch::{Dmd2Config, LcmConfig};
 use ddil_losses::{ObjectiveConfig, ProgressiveConfig};
 use ddil_models::GaussianMixture;
 use ddil_schedulers::{DataRange, Thresholding};
@@ -91,20 +92,26 @@ impl Setting {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Method {
     Progressive,
+    Lcm,
+    Dmd2,
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 1] = [Self::Progressive];
+    pub(crate) const ALL: [Self; 3] = [Self::Progressive, Self::Lcm, Self::Dmd2];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Progressive => "progressive",
+            Self::Lcm => "lcm",
+            Self::Dmd2 => "dmd2",
         }
     }
 
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Progressive => "PD",
+            Self::Lcm => "LCM",
+            Self::Dmd2 => "DMD2",
         }
     }
 }
@@ -152,8 +159,8 @@ pub(crate) struct Budget {
     pub(crate) objective: ObjectiveConfig,
     /// How the student's own states are come by.
     pub(crate) policy: StudentPolicy,
-    /// DDIM steps of the teacher in each interval of the training grid, where its trajectories are states.
-    pub(crate) teacher_substeps: u32,
+    /// The teacher's trajectories.
+    pub(crate) teacher: TeacherConfig,
     /// Updates of the student.
     pub(crate) updates: u64,
     pub(crate) batch_size: i64,
@@ -175,15 +182,34 @@ impl Budget {
                 substeps: 4,
                 ..ProgressiveConfig::default()
             }),
+            Method::Lcm => {
+                ObjectiveConfig::Lcm(LcmConfig { solver_steps: 32, ema: 0.95, huber: 1e-3 })
+            }
+            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config { ratio: 5 }),
+        };
+        let policy = match method {
+            // Whole trajectories of the very student, all states of which are used.
+            Method::Progressive | Method::Dmd2 => StudentPolicy::FreshAll,
+            // It is trained at other timesteps than it visits.
+            Method::Lcm => StudentPolicy::Fresh,
+        };
+        let teacher = match method {
+            Method::Progressive | Method::Dmd2 => {
+                TeacherConfig { substeps: 4, ..TeacherConfig::default() }
+            }
+            // Each of the 32 timesteps is a step of the teacher. Until the pool is full, a batch is of 8 trajectories
+            // with 32 states each, which teaches little; so it is small.
+            Method::Lcm => TeacherConfig { substeps: 1, pool: 512, ..TeacherConfig::default() },
         };
         let (updates, learning_rate) = match method {
             Method::Progressive => (1000, 5e-3),
+            Method::Lcm => (1200, 1e-3),
+            Method::Dmd2 => (400, 5e-4),
         };
         Self {
             objective,
-            // Whole trajectories of the very student, all states of which are used.
-            policy: StudentPolicy::FreshAll,
-            teacher_substeps: 4,
+            policy,
+            teacher,
             updates,
             batch_size: 256,
             learning_rate,

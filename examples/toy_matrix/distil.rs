@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use ddil_core::{
     Consistent, Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, States, Stream,
-    StudentConfig, TeacherConfig, Thresholded,
+    StudentConfig, Thresholded,
 };
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, Phase};
