@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use ddil_core::{RandomStreams, Stream};
 use tch::{Device, Kind};
 
-const STREAMS: [Stream; 13] = [
+const STREAMS: [Stream; 15] = [
     Stream::Data,
     Stream::Noise,
     Stream::Timesteps,
@@ -17,6 +17,8 @@ const STREAMS: [Stream; 13] = [
     Stream::Condition,
     Stream::Guidance,
     Stream::Weights,
+    Stream::StudentLoss,
+    Stream::CriticLoss,
 ];
 
 /// Seeds are part of a run's identity: a run that is resumed by a later version must find its own.

@@ -22,7 +22,7 @@ fn defaults_are_the_documented_ones() {
     let config: ObjectiveConfig =
         serde_json::from_str(r#"{"method": "progressive"}"#).expect("valid settings");
     assert_eq!((&config, config.as_str()), (&ObjectiveConfig::default(), "progressive"));
-    let ObjectiveConfig::Progressive(config) = config;
+    let ObjectiveConfig::Progressive(config) = config else { panic!("{config:?}") };
     assert_eq!((config.substeps, config.weighting), (2, Weighting::TruncatedSnr));
     assert_eq!((config.weight_cap, config.snr_loss_start_step), (None, 0));
 }

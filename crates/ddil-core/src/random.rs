@@ -32,7 +32,7 @@ pub enum Stream {
     Sample = 7,
     /// Directions of sliced distances.
     Projection = 8,
-    /// What a loss draws for itself: fresh noise, critics' timesteps.
+    /// What networks draw while a loss asks them, as dropout does.
     Loss = 9,
     /// Dropped conditions.
     Condition = 10,
@@ -40,6 +40,10 @@ pub enum Stream {
     Guidance = 11,
     /// First weights of a network.
     Weights = 12,
+    /// What a loss draws for the student's phase of a step: noise, timesteps.
+    StudentLoss = 13,
+    /// The same for the critic's phase.
+    CriticLoss = 14,
 }
 
 /// Bits that hold the stream's number beside the step.

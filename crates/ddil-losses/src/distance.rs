@@ -49,20 +49,26 @@ pub fn squared_error(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
 ///
 /// [`Error::InvalidConfig`] unless `c` is positive and finite; otherwise as [`squared_error`].
 pub fn pseudo_huber(prediction: &Tensor, target: &Tensor, c: f64) -> Result<Tensor> {
-    if !(c > 0.0 && c.is_finite()) {
-        return Err(Error::InvalidConfig {
-            field: "huber_c",
-            value: c.to_string(),
-            expected: "positive and finite".to_owned(),
-        });
-    }
+    ensure_huber_c("huber_c", c)?;
     let squared = difference("pseudo_huber", prediction, target)?.square();
     let root = (&squared + c * c).sqrt();
     Ok(mean_over_sample(&(squared / (root + c))))
 }
 
+/// Refuses a `c` that [`pseudo_huber`] cannot take.
+pub(crate) fn ensure_huber_c(field: &'static str, c: f64) -> Result<()> {
+    if c > 0.0 && c.is_finite() {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field,
+        value: c.to_string(),
+        expected: "positive and finite".to_owned(),
+    })
+}
+
 /// `prediction - target` in `Float` at least: squares of small differences are lost in the half kinds.
-fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+pub(crate) fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     ensure_same_shape(op, ("prediction", prediction), ("target", target))?;
     if prediction.dim() < 2 {
         return Err(Error::Shape {
@@ -80,6 +86,6 @@ fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<
 }
 
 /// `[batch, ..]` to `[batch]`.
-fn mean_over_sample(values: &Tensor) -> Tensor {
+pub(crate) fn mean_over_sample(values: &Tensor) -> Tensor {
     values.flatten(1, -1).mean_dim(1, false, values.kind())
 }

@@ -64,6 +64,14 @@ pub enum Error {
         /// The phase that was asked for.
         phase: Phase,
     },
+    /// A request lacks what the method requires.
+    #[error("{method} needs {what}")]
+    Missing {
+        /// The method.
+        method: &'static str,
+        /// What is not there.
+        what: &'static str,
+    },
     /// libtorch refused an operation.
     #[error("{op}: {message}")]
     Torch {

@@ -22,6 +22,15 @@ pub enum TeacherGuidance {
         /// `uncond + scale (cond - uncond)`; 1 is off.
         scale: f64,
     },
+    /// Classifier-free guidance by a weight `w = scale - 1` a sample, drawn evenly from a range when the state's
+    /// trajectory starts: `cond + w (cond - uncond)`, by two answers of a network that is told no weight. The student
+    /// is told it and learns the whole range.
+    CfgRange {
+        /// The smallest weight; 0 is no guidance.
+        min: f64,
+        /// The largest weight.
+        max: f64,
+    },
     /// The network is told a weight `w = scale - 1` a sample, drawn evenly from a range when the state's trajectory
     /// starts; student and teacher hear the same one.
     Embedded {
@@ -46,7 +55,7 @@ impl TeacherGuidance {
             Self::Cfg { scale } if !(scale.is_finite() && scale >= 0.0) => {
                 ("guidance.scale", scale.to_string(), "finite and at least 0; 1 is no guidance")
             }
-            Self::Embedded { min, max }
+            Self::Embedded { min, max } | Self::CfgRange { min, max }
                 if !(min.is_finite() && max.is_finite() && min >= -1.0 && min <= max) =>
             {
                 let expected = "finite, in order, and at least -1 (no condition at all)";
@@ -57,9 +66,36 @@ impl TeacherGuidance {
         Err(Error::InvalidConfig { field, value, expected: expected.to_owned() })
     }
 
+    /// The kind, as in config files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cfg { .. } => "cfg",
+            Self::CfgRange { .. } => "cfg_range",
+            Self::Embedded { .. } => "embedded",
+            Self::BakedIn => "baked_in",
+        }
+    }
+
+    /// Whether the student is told a weight: its network then needs an embedding of it.
+    pub fn is_told_to_student(self) -> bool {
+        matches!(self, Self::CfgRange { .. } | Self::Embedded { .. })
+    }
+
+    /// Where the guidance of the student comes from, once it is the teacher of a next stage.
+    #[must_use]
+    pub fn of_student(self) -> Self {
+        match self {
+            Self::Cfg { .. } | Self::BakedIn => Self::BakedIn,
+            Self::CfgRange { min, max } | Self::Embedded { min, max } => {
+                Self::Embedded { min, max }
+            }
+        }
+    }
+
     /// The teacher as it is to be asked. Thresholding goes outside of this.
     ///
-    /// `null` is what the network is told for "no condition", one row; only [`Cfg`](Self::Cfg) needs it.
+    /// `null` is what the network is told for "no condition", one row; only [`Cfg`](Self::Cfg) and
+    /// [`CfgRange`](Self::CfgRange) need it.
     ///
     /// # Errors
     ///
@@ -72,13 +108,14 @@ impl TeacherGuidance {
         self.ensure()?;
         Ok(match self {
             Self::Cfg { scale } => Box::new(Guided::new(teacher, scale, null)?),
+            Self::CfgRange { .. } => Box::new(GuidedByWeight { inner: teacher, null }),
             Self::Embedded { .. } => Box::new(ToldItsWeight { inner: teacher }),
             Self::BakedIn => Box::new(teacher),
         })
     }
 
-    /// The conditioning of `batch` new trajectories: for [`Embedded`](Self::Embedded) with a weight a sample drawn
-    /// evenly from the range, unchanged otherwise.
+    /// The conditioning of `batch` new trajectories: with a weight a sample drawn evenly from the range for
+    /// [`CfgRange`](Self::CfgRange) and [`Embedded`](Self::Embedded), unchanged otherwise.
     ///
     /// # Shapes and units
     ///
@@ -91,13 +128,51 @@ impl TeacherGuidance {
         rng: &mut R,
     ) -> Conditioning {
         match self {
-            Self::Embedded { min, max } => {
+            Self::Embedded { min, max } | Self::CfgRange { min, max } => {
                 let weights: Vec<f32> =
                     (0..batch).map(|_| rng.random_range(min..=max) as f32).collect();
                 conditioning.with_guidance_weight(Tensor::from_slice(&weights).to_device(device))
             }
             Self::Cfg { .. } | Self::BakedIn => conditioning,
         }
+    }
+}
+
+/// Stands in for the core's guidance by a weight a sample.
+#[derive(Debug)]
+struct GuidedByWeight<D> {
+    inner: D,
+    null: Conditioning,
+}
+
+impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let Some(weight) = &conditioning.guidance_weight else {
+            return Err(ddil_core::Error::ConditioningMissing {
+                network: "a teacher guided by a weight a sample".to_owned(),
+                field: "guidance_weight",
+            });
+        };
+        let batch = x_t.size()[0];
+        let untold = Conditioning { guidance_weight: None, ..conditioning.shallow_clone() };
+        let rows = Tensor::zeros([batch], (tch::Kind::Int64, x_t.device()));
+        let null = self.null.index_select(&rows)?.to_device(x_t.device())?;
+        let cond = self.inner.predict(x_t, timesteps, &untold)?;
+        let uncond = self.inner.predict(x_t, timesteps, &null)?;
+        let scale = crate::grid_rows::per_sample(&(weight + 1.0), x_t);
+        Ok(Prediction {
+            x0: uncond.x0.lerp_tensor(&cond.x0, &scale),
+            epsilon: uncond.epsilon.lerp_tensor(&cond.epsilon, &scale),
+        })
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
     }
 }
 

@@ -56,15 +56,22 @@
 
 mod device_table;
 mod distance;
+mod dmd2;
 mod error;
+mod grid_rows;
 mod guidance;
+mod lcm;
 mod objective;
 mod progressive;
 mod weighting;
 
 pub use distance::{pseudo_huber, squared_error};
+pub use dmd2::{
+    Dmd2, Dmd2Config, discriminator_loss, distribution_matching_gradient, generator_loss,
+};
 pub use error::{Error, Result};
 pub use guidance::TeacherGuidance;
+pub use lcm::{ConsistencyDistance, LatentConsistency, LatentConsistencyConfig, Solver};
 pub use objective::{
     Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase, Requirements,
 };

@@ -2,16 +2,18 @@
 
 use ddil_core::{Data, Denoiser, Discriminator, RandomStreams, States};
 use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, NoiseSchedule, Sampler, TimestepSpacing, Timesteps,
+    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Sampler, TimestepSpacing, Timesteps,
 };
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::error::Result;
+use crate::dmd2::{Dmd2, Dmd2Config};
+use crate::error::{Error, Result};
+use crate::lcm::{LatentConsistency, LatentConsistencyConfig};
 use crate::progressive::{Progressive, ProgressiveConfig};
 
 /// Who is trained in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// The student.
@@ -56,14 +58,23 @@ impl<'a> Networks<'a> {
 }
 
 /// What a method has to be lent beside learner and expert.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Requirements {
+    /// Whether the teacher is asked; where not, [`Networks::teacher`] may be any network.
+    pub teacher: bool,
     /// The decay of the moving average that [`Networks::target`] is; none needs no target.
     pub target_decay: Option<f64>,
     /// Whether there must be a [`Networks::critic`].
     pub critic: bool,
     /// Whether it must have a discriminator, and the request real data.
     pub discriminator: bool,
+}
+
+impl Default for Requirements {
+    /// A teacher and nothing else, which is all that most methods need.
+    fn default() -> Self {
+        Self { teacher: true, target_decay: None, critic: false, discriminator: false }
+    }
 }
 
 /// What a method is asked for, and what it may use.
@@ -132,8 +143,26 @@ pub trait Objective: std::fmt::Debug {
     ///
     /// [`Error::OffGrid`](crate::Error::OffGrid) for states off the student's grid,
     /// [`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) for networks of another schedule,
-    /// [`Error::Phase`](crate::Error::Phase) for a phase that the method does not have, and what the networks say.
+    /// [`Error::Phase`](crate::Error::Phase) for a phase that the method does not have,
+    /// [`Error::Missing`](crate::Error::Missing) for what [`requirements`](Self::requirements) name and is not there,
+    /// and what the networks say.
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms>;
+}
+
+/// Refuses networks that follow another noise schedule than the objective.
+pub(crate) fn ensure_one_schedule<'a>(
+    schedule: &NoiseSchedule,
+    networks: impl IntoIterator<Item = (&'static str, &'a dyn Denoiser)>,
+) -> Result<()> {
+    let expected = schedule.config();
+    for (network, denoiser) in networks {
+        let found = denoiser.schedule().config();
+        if found != expected {
+            let (found, expected) = (format!("{found:?}"), format!("{expected:?}"));
+            return Err(Error::SchedulesDiffer { network, found, expected });
+        }
+    }
+    Ok(())
 }
 
 /// The `objective` part of a config file: a method by name, with its settings.
@@ -142,6 +171,10 @@ pub trait Objective: std::fmt::Debug {
 pub enum ObjectiveConfig {
     /// Progressive distillation.
     Progressive(ProgressiveConfig),
+    /// Latent consistency distillation.
+    Lcm(LatentConsistencyConfig),
+    /// Improved distribution matching distillation.
+    Dmd2(Dmd2Config),
 }
 
 impl Default for ObjectiveConfig {
@@ -157,31 +190,39 @@ impl ObjectiveConfig {
     ///
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) that names the first setting that cannot be.
     pub fn build(&self, schedule: &NoiseSchedule, grid: &Timesteps) -> Result<Box<dyn Objective>> {
-        match self {
+        let (schedule, grid) = (schedule.clone(), grid.clone());
+        Ok(match self {
             Self::Progressive(config) => {
-                Ok(Box::new(Progressive::new(config.clone(), schedule.clone(), grid.clone())?))
+                Box::new(Progressive::new(config.clone(), schedule, grid)?)
             }
-        }
+            Self::Lcm(config) => Box::new(LatentConsistency::new(config.clone(), schedule, grid)?),
+            Self::Dmd2(config) => Box::new(Dmd2::new(config.clone(), schedule, grid)?),
+        })
     }
 
     /// The name of the method, as in config files and logs.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Progressive(_) => "progressive",
+            Self::Lcm(_) => "lcm",
+            Self::Dmd2(_) => "dmd2",
         }
     }
 
     /// The timesteps that a student of `steps` steps is trained at.
     ///
+    /// Those that it samples at, save for a latent consistency model, which is trained at all timesteps of its solver
+    /// whatever `steps` are.
+    ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid,
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if the method does not allow it: the steps of
+    /// [`Dmd2`](Self::Dmd2) have to divide the training timesteps.
     pub fn training_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
-        let total = schedule.num_train_timesteps() as u32;
         match self {
-            Self::Progressive(_) => {
-                Ok(Timesteps::spaced(TimestepSpacing::Trailing, total, steps, 0)?)
-            }
+            Self::Lcm(config) => config.grid(schedule, config.num_ddim_timesteps),
+            Self::Progressive(_) | Self::Dmd2(_) => self.sampling_grid(schedule, steps),
         }
     }
 
@@ -192,8 +233,13 @@ impl ObjectiveConfig {
     ///
     /// As [`training_grid`](Self::training_grid).
     pub fn sampling_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
+        let total = schedule.num_train_timesteps() as u32;
         match self {
-            Self::Progressive(_) => self.training_grid(schedule, steps),
+            Self::Progressive(_) => {
+                Ok(Timesteps::spaced(TimestepSpacing::Trailing, total, steps, 0)?)
+            }
+            Self::Lcm(config) => config.grid(schedule, steps),
+            Self::Dmd2(_) => Dmd2Config::grid(schedule, steps),
         }
     }
 
@@ -201,13 +247,15 @@ impl ObjectiveConfig {
     pub fn sampler(&self, schedule: &NoiseSchedule) -> Box<dyn Sampler> {
         match self {
             Self::Progressive(_) => Box::new(Ddim::new(schedule.clone())),
+            Self::Lcm(_) | Self::Dmd2(_) => Box::new(Lcm::new(schedule.clone())),
         }
     }
 
-    /// The boundary condition that a student has around it, in its loss and when it samples.
+    /// The boundary condition that a student has around it when it samples; in its loss the objective applies it.
     pub fn boundary(&self) -> Option<ConsistencyBoundary> {
         match self {
-            Self::Progressive(_) => None,
+            Self::Lcm(config) => Some(config.boundary()),
+            Self::Progressive(_) | Self::Dmd2(_) => None,
         }
     }
 }

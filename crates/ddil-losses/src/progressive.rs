@@ -7,8 +7,9 @@ use tch::Tensor;
 
 use crate::device_table::DeviceTable;
 use crate::distance::squared_error;
-use crate::error::{Error, Result, first_line};
-use crate::objective::{LossRequest, LossTerms, Networks, Objective, Phase};
+use crate::error::{Error, Result};
+use crate::grid_rows::{GridRows, per_sample};
+use crate::objective::{LossRequest, LossTerms, Objective, Phase, ensure_one_schedule};
 use crate::weighting::{TimestepWeights, Weighting};
 
 /// How much each of the teacher's predictions counts in the student's target.
@@ -101,10 +102,10 @@ pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Ten
         });
     }
     let first = &teacher_x0[0];
-    let mut target = column(weights, 0, first) * first;
-    for (k, x0) in teacher_x0.iter().enumerate().skip(1) {
+    let mut target = per_sample(&weights.select(1, 0), first) * first;
+    for (k, x0) in (0..).zip(teacher_x0).skip(1) {
         ensure_same_shape(OP, ("teacher_x0[0]", first), ("teacher_x0[k]", x0))?;
-        target += column(weights, k, x0) * x0;
+        target += per_sample(&weights.select(1, k), x0) * x0;
     }
     Ok(target)
 }
@@ -181,7 +182,6 @@ impl Default for ProgressiveConfig {
 pub struct Progressive {
     config: ProgressiveConfig,
     schedule: NoiseSchedule,
-    grid: Timesteps,
     weights: TimestepWeights,
     tables: Tables,
 }
@@ -199,8 +199,8 @@ impl Progressive {
         grid: Timesteps,
     ) -> Result<Self> {
         let weights = TimestepWeights::new(config.weighting, config.weight_cap, &schedule)?;
-        let tables = Tables::new(&schedule, &grid, config.substeps)?;
-        Ok(Self { config, schedule, grid, weights, tables })
+        let tables = Tables::new(&schedule, grid, config.substeps)?;
+        Ok(Self { config, schedule, weights, tables })
     }
 
     /// The settings.
@@ -210,35 +210,7 @@ impl Progressive {
 
     /// The timesteps of the student.
     pub fn grid(&self) -> &Timesteps {
-        &self.grid
-    }
-
-    fn ensure(&self, phase: Phase, networks: &Networks<'_>) -> Result<()> {
-        if phase != Phase::Student {
-            return Err(Error::Phase { method: "progressive distillation", phase });
-        }
-        let expected = self.schedule.config();
-        for (network, denoiser) in [("student", networks.student), ("teacher", networks.teacher)] {
-            let found = denoiser.schedule().config();
-            if found != expected {
-                let (found, expected) = (format!("{found:?}"), format!("{expected:?}"));
-                return Err(Error::SchedulesDiffer { network, found, expected });
-            }
-        }
-        Ok(())
-    }
-
-    /// What the walk needs at each state, looked up by timestep on the device: reading timesteps would wait for it.
-    fn rows(&self, states: &States) -> Result<Rows> {
-        let off_grid = |message| Error::OffGrid {
-            op: "Progressive::loss",
-            grid: self.grid.as_slice().to_vec(),
-            message,
-        };
-        if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.grid.len()) {
-            return Err(off_grid(format!("grid index {index}")));
-        }
-        self.tables.select(&states.timesteps, |error| off_grid(first_line(&error)))
+        self.tables.entries.grid()
     }
 
     /// The teacher's walk from `states` to the student's next timestep: its predictions and where it arrives.
@@ -252,9 +224,11 @@ impl Progressive {
         let mut x = states.x_t.shallow_clone();
         let mut predictions = Vec::with_capacity(self.config.substeps as usize);
         for k in 0..self.config.substeps as usize {
-            let timesteps = rows.timesteps.select(1, k as i64).contiguous();
+            let column = |table: &Tensor| table.select(1, k as i64);
+            let timesteps = column(&rows.timesteps).contiguous();
             let x0 = teacher.predict(&x, &timesteps, &states.conditioning)?.x0;
-            x = column(&rows.keep, k, &x) * &x + column(&rows.gain, k, &x0) * &x0;
+            x = per_sample(&column(&rows.keep), &x) * &x
+                + per_sample(&column(&rows.gain), &x0) * &x0;
             predictions.push(x0);
         }
         Ok((predictions, x))
@@ -268,8 +242,12 @@ impl Objective for Progressive {
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
         let LossRequest { step, phase, states, networks, .. } = *request;
-        self.ensure(phase, &networks)?;
-        let rows = self.rows(states)?;
+        if phase != Phase::Student {
+            return Err(Error::Phase { method: "progressive distillation", phase });
+        }
+        let asked = [("student", networks.student), ("teacher", networks.teacher)];
+        ensure_one_schedule(&self.schedule, asked)?;
+        let rows = self.tables.select(states)?;
         // The teacher first: what it holds in memory is gone before the student's graph is there.
         let (teacher_x0, teacher_next) = self.walk(states, networks.teacher, &rows)?;
         let target = progressive_target(&teacher_x0, &rows.weights)?;
@@ -294,8 +272,7 @@ impl Objective for Progressive {
 /// What the teacher's walk needs at each entry of the student's grid, computed in `f64` once.
 #[derive(Debug)]
 struct Tables {
-    /// `[num_train_timesteps]`, `Int64`: the entry of the grid at a timestep, one beyond the last if there is none.
-    index_of: DeviceTable,
+    entries: GridRows,
     /// `[grid, substeps]`, `Int64`: where the teacher is asked.
     timesteps: DeviceTable,
     /// `[3, grid, substeps]`, `Double`: convex weights, `r` and `c` of the teacher's steps.
@@ -311,7 +288,7 @@ struct Rows {
 }
 
 impl Tables {
-    fn new(schedule: &NoiseSchedule, grid: &Timesteps, substeps: u32) -> Result<Self> {
+    fn new(schedule: &NoiseSchedule, grid: Timesteps, substeps: u32) -> Result<Self> {
         let total = schedule.num_train_timesteps();
         let fine = grid.refined(substeps, total as u32)?;
         let pairs: Vec<(i64, i64)> = fine.pairs().collect();
@@ -327,14 +304,10 @@ impl Tables {
                 gain.push(next.alpha - kept * now.alpha);
             }
         }
-        let mut index_of = vec![grid.len() as i64; total as usize];
-        for (index, t) in grid.as_slice().iter().enumerate() {
-            index_of[*t as usize] = index as i64;
-        }
         let shape = [grid.len() as i64, i64::from(substeps)];
         let table = |values: &[f64]| Tensor::from_slice(values).view(shape);
         Ok(Self {
-            index_of: DeviceTable::new(Tensor::from_slice(&index_of)),
+            entries: GridRows::new(grid, total),
             timesteps: DeviceTable::new(Tensor::from_slice(fine.as_slice()).view(shape)),
             coefficients: DeviceTable::new(Tensor::stack(
                 &[table(&weights), table(&keep), table(&gain)],
@@ -343,27 +316,12 @@ impl Tables {
         })
     }
 
-    fn select(
-        &self,
-        timesteps: &Tensor,
-        off_grid: impl Fn(tch::TchError) -> Error,
-    ) -> Result<Rows> {
-        let device = timesteps.device();
-        let look_up = |table: &DeviceTable, dim, rows: &Tensor| {
-            table.on(device)?.f_index_select(dim, rows).map_err(&off_grid)
-        };
-        let rows = look_up(&self.index_of, 0, timesteps)?;
-        // `rows` is beyond the other tables for a timestep off the grid, which the look-ups refuse.
-        let timesteps = look_up(&self.timesteps, 0, &rows)?;
-        let coefficients = look_up(&self.coefficients, 1, &rows)?;
+    fn select(&self, states: &States) -> Result<Rows> {
+        const OP: &str = "Progressive::loss";
+        let rows = self.entries.of(OP, states)?;
+        let timesteps = self.entries.look_up(OP, &self.timesteps, 0, &rows)?;
+        let coefficients = self.entries.look_up(OP, &self.coefficients, 1, &rows)?;
         let [weights, keep, gain] = [0, 1, 2].map(|i| coefficients.select(0, i));
         Ok(Rows { timesteps, weights, keep, gain })
     }
-}
-
-/// Column `k` of a `[batch, columns]` table, shaped and cast to be multiplied with `like`.
-fn column(table: &Tensor, k: usize, like: &Tensor) -> Tensor {
-    let mut shape = vec![1; like.dim()];
-    shape[0] = -1;
-    table.select(1, k as i64).to_kind(like.kind()).view(shape.as_slice())
 }

@@ -366,7 +366,9 @@ impl DistillConfig {
         let shown = format!("{stages:?}");
         let counted = !stages.is_empty() && stages.iter().all(|n| *n > 0);
         ensure("student.stages", &shown, counted, "at least one number of steps, each at least 1")?;
-        let ObjectiveConfig::Progressive(progressive) = &self.objective;
+        let ObjectiveConfig::Progressive(progressive) = &self.objective else {
+            return Ok(());
+        };
         let substeps = progressive.substeps;
         let divide = stages.windows(2).all(|pair| pair[0] == pair[1] * substeps);
         let expected = format!(

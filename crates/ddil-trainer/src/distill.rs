@@ -319,7 +319,9 @@ fn asked<'a>(
     thresholding: &Thresholding,
 ) -> Result<Box<dyn Denoiser + 'a>> {
     let null = match guidance {
-        TeacherGuidance::Cfg { .. } => card.null_conditioning()?,
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => {
+            card.null_conditioning()?
+        }
         TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
     };
     let guided = guidance.wrap(teacher, null)?;
@@ -338,10 +340,10 @@ fn ensure_fits(config: &DistillConfig, teacher: &Pipeline, data: &TrainingData) 
             format!("{taught:?}, which the teacher was trained on"),
         );
     }
-    if matches!(config.teacher.guidance, TeacherGuidance::Embedded { .. }) {
+    if config.teacher.guidance.is_told_to_student() {
         return invalid(
             "teacher.guidance",
-            "embedded".to_owned(),
+            config.teacher.guidance.as_str().to_owned(),
             "cfg or baked_in: the teacher takes no guidance weight".to_owned(),
         );
     }
@@ -362,8 +364,10 @@ fn ensure_fits(config: &DistillConfig, teacher: &Pipeline, data: &TrainingData) 
         );
     }
     ensure_classes(teacher, data)?;
-    let ObjectiveConfig::Progressive(_) = &config.objective;
-    Ok(())
+    match &config.objective {
+        ObjectiveConfig::Progressive(_) => Ok(()),
+        other => invalid("objective.method", other.as_str().to_owned(), "progressive".to_owned()),
+    }
 }
 
 /// Labels of the data must be those that the teacher learned.

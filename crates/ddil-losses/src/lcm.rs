@@ -1,0 +1,271 @@
+//! Latent consistency distillation: one answer along the whole path of the teacher.
+
+use ddil_core::{Denoiser, States};
+use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Timesteps};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::device_table::DeviceTable;
+use crate::distance::{ensure_huber_c, pseudo_huber, squared_error};
+use crate::error::{Error, Result};
+use crate::grid_rows::{GridRows, per_sample};
+use crate::objective::{
+    LossRequest, LossTerms, Objective, Phase, Requirements, ensure_one_schedule,
+};
+
+const METHOD: &str = "latent consistency distillation";
+
+/// Who takes the step between two timesteps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Solver {
+    /// The teacher: consistency distillation.
+    #[default]
+    Teacher,
+    /// The moving average of the student: nothing is asked of a teacher.
+    Target,
+}
+
+/// How far the student's estimate is from the target, with its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ConsistencyDistance {
+    /// [`pseudo_huber`], element by element.
+    Huber {
+        /// Where it turns from quadratic to linear, in data scale; default 0.001.
+        #[serde(default = "default_huber_c")]
+        c: f64,
+    },
+    // Braces, as serde lets unknown keys pass beside a variant without.
+    /// [`squared_error`].
+    L2 {},
+}
+
+fn default_huber_c() -> f64 {
+    1e-3
+}
+
+impl Default for ConsistencyDistance {
+    fn default() -> Self {
+        Self::Huber { c: default_huber_c() }
+    }
+}
+
+impl ConsistencyDistance {
+    fn between(self, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Huber { c } => pseudo_huber(prediction, target, c),
+            Self::L2 {} => squared_error(prediction, target),
+        }
+    }
+}
+
+/// The settings of [`LatentConsistency`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LatentConsistencyConfig {
+    /// Timesteps of the solver, which are those that the student is trained at; default 50.
+    pub num_ddim_timesteps: u32,
+    /// Who takes the step between two of them; default the teacher.
+    pub solver: Solver,
+    /// How far the student is from the target; default pseudo-Huber with `c = 0.001`.
+    pub loss: ConsistencyDistance,
+    /// Decay of the moving average that makes the target; default 0.95.
+    pub ema_decay: f64,
+    /// Factor of the timestep in the boundary condition; default 10.
+    pub timestep_scaling: f64,
+    /// Standard deviation that the data are taken to have in the boundary condition; default 0.5.
+    pub sigma_data: f64,
+}
+
+impl Default for LatentConsistencyConfig {
+    fn default() -> Self {
+        let ConsistencyBoundary { sigma_data, timestep_scaling } = ConsistencyBoundary::default();
+        Self {
+            num_ddim_timesteps: 50,
+            solver: Solver::default(),
+            loss: ConsistencyDistance::default(),
+            ema_decay: 0.95,
+            timestep_scaling,
+            sigma_data,
+        }
+    }
+}
+
+impl LatentConsistencyConfig {
+    /// The boundary condition around the student.
+    pub fn boundary(&self) -> ConsistencyBoundary {
+        ConsistencyBoundary { sigma_data: self.sigma_data, timestep_scaling: self.timestep_scaling }
+    }
+
+    /// Every so many of the solver's timesteps.
+    pub(crate) fn grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
+        let total = schedule.num_train_timesteps() as u32;
+        if !(1..=total).contains(&self.num_ddim_timesteps) {
+            return Err(Error::InvalidConfig {
+                field: "num_ddim_timesteps",
+                value: self.num_ddim_timesteps.to_string(),
+                expected: format!("in 1..={total}"),
+            });
+        }
+        Ok(Timesteps::lcm(total, self.num_ddim_timesteps, steps)?)
+    }
+
+    fn ensure(&self) -> Result<()> {
+        if let ConsistencyDistance::Huber { c } = self.loss {
+            ensure_huber_c("loss.c", c)?;
+        }
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let checks = [
+            (
+                "ema_decay",
+                self.ema_decay,
+                (0.0..1.0).contains(&self.ema_decay),
+                "at least 0 and below 1",
+            ),
+            (
+                "timestep_scaling",
+                self.timestep_scaling,
+                positive(self.timestep_scaling),
+                "positive and finite",
+            ),
+            ("sigma_data", self.sigma_data, positive(self.sigma_data), "positive and finite"),
+        ];
+        match checks.into_iter().find(|check| !check.2) {
+            Some((field, value, _, expected)) => Err(Error::InvalidConfig {
+                field,
+                value: value.to_string(),
+                expected: expected.to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Latent consistency distillation of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+#[derive(Debug)]
+pub struct LatentConsistency {
+    config: LatentConsistencyConfig,
+    schedule: NoiseSchedule,
+    entries: GridRows,
+    /// `[grid]`, `Int64`: where the solver's step ends.
+    ends: DeviceTable,
+    /// `[2, grid]`, `Double`: `r` and `c` of the solver's step.
+    coefficients: DeviceTable,
+}
+
+impl LatentConsistency {
+    /// The method for a student that is trained on `grid`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] that names the setting, or if the grid holds timestep 0, where the boundary condition
+    /// leaves nothing to learn; [`Error::Scheduler`] if it leaves the schedule.
+    pub fn new(
+        config: LatentConsistencyConfig,
+        schedule: NoiseSchedule,
+        grid: Timesteps,
+    ) -> Result<Self> {
+        config.ensure()?;
+        if grid.as_slice().last() == Some(&0) {
+            return Err(Error::InvalidConfig {
+                field: "timesteps",
+                value: format!("{:?}", grid.as_slice()),
+                expected: "a grid that ends above 0, where the last step of the solver ends"
+                    .to_owned(),
+            });
+        }
+        let ends: Vec<i64> = grid.as_slice().iter().skip(1).copied().chain([0]).collect();
+        let (mut keep, mut gain) = (Vec::new(), Vec::new());
+        for (&t, &end) in grid.as_slice().iter().zip(&ends) {
+            let (now, next) = (schedule.scale_at(t)?, schedule.scale_at(end)?);
+            keep.push(next.sigma / now.sigma);
+            gain.push(next.alpha - next.sigma / now.sigma * now.alpha);
+        }
+        let coefficients = [keep, gain].map(|column| Tensor::from_slice(&column));
+        let entries = GridRows::new(grid, schedule.num_train_timesteps());
+        Ok(Self {
+            config,
+            schedule,
+            entries,
+            ends: DeviceTable::new(Tensor::from_slice(&ends)),
+            coefficients: DeviceTable::new(Tensor::stack(&coefficients, 0)),
+        })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &LatentConsistencyConfig {
+        &self.config
+    }
+
+    /// The timesteps that the student is trained at.
+    pub fn grid(&self) -> &Timesteps {
+        self.entries.grid()
+    }
+
+    /// One step of the solver: where it ends, `[batch]`, and the state there.
+    fn solve(&self, states: &States, solver: &dyn Denoiser) -> Result<(Tensor, Tensor)> {
+        const OP: &str = "LatentConsistency::loss";
+        let rows = self.entries.of(OP, states)?;
+        let ends = self.entries.look_up(OP, &self.ends, 0, &rows)?;
+        let coefficients = self.entries.look_up(OP, &self.coefficients, 1, &rows)?;
+        let x0 = solver.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0;
+        let [keep, gain] = [0, 1].map(|i| per_sample(&coefficients.select(0, i), &x0));
+        Ok((ends, keep * &states.x_t + gain * x0))
+    }
+
+    /// What the student should say, and the state at the end of the solver's step.
+    fn target(
+        &self,
+        states: &States,
+        solver: &dyn Denoiser,
+        target: &dyn Denoiser,
+    ) -> Result<(Tensor, Tensor)> {
+        let _no_grad = tch::no_grad_guard();
+        let (ends, x_end) = self.solve(states, solver)?;
+        let x0 = target.predict(&x_end, &ends, &states.conditioning)?.x0;
+        Ok((self.config.boundary().apply(&x0, &x_end, &ends)?, x_end))
+    }
+}
+
+impl Objective for LatentConsistency {
+    fn phases(&self, _step: u64) -> &'static [Phase] {
+        &[Phase::Student]
+    }
+
+    fn requirements(&self) -> Requirements {
+        Requirements {
+            teacher: self.config.solver == Solver::Teacher,
+            target_decay: Some(self.config.ema_decay),
+            ..Requirements::default()
+        }
+    }
+
+    fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
+        let LossRequest { phase, states, networks, .. } = *request;
+        if phase != Phase::Student {
+            return Err(Error::Phase { method: METHOD, phase });
+        }
+        let what = "a moving average of the student as `target`";
+        let target = networks.target.ok_or(Error::Missing { method: METHOD, what })?;
+        let solver = match self.config.solver {
+            Solver::Teacher => ("teacher", networks.teacher),
+            Solver::Target => ("target", target),
+        };
+        let asked = [("student", networks.student), ("target", target), solver];
+        ensure_one_schedule(&self.schedule, asked)?;
+
+        // The target first: what its networks hold in memory is gone before the student's graph is there.
+        let (target, x_end) = self.target(states, solver.1, target)?;
+        let States { x_t, timesteps, conditioning, .. } = states;
+        let x0 = networks.student.predict(x_t, timesteps, conditioning)?.x0;
+        let estimate = self.config.boundary().apply(&x0, x_t, timesteps)?;
+        Ok(LossTerms {
+            per_sample: self.config.loss.between(&estimate, &target)?,
+            student_x0: estimate.detach(),
+            teacher_next: (self.config.solver == Solver::Teacher).then_some(x_end),
+            target,
+            parts: Vec::new(),
+        })
+    }
+}
