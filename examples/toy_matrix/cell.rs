@@ -5,8 +5,7 @@ use std::hash::{Hash, Hasher};
 
 use ddil_core::{Priors, StudentPolicy, TeacherConfig};
 use ddil_examples::Result;
-use ddil_losses::scratch::{Dmd2Config, LcmConfig};
-use ddil_losses::{ObjectiveConfig, ProgressiveConfig};
+use ddil_losses::{Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig};
 use ddil_models::GaussianMixture;
 use ddil_schedulers::{DataRange, Thresholding};
 use serde::{Deserialize, Serialize};
@@ -182,10 +181,13 @@ impl Budget {
                 substeps: 4,
                 ..ProgressiveConfig::default()
             }),
-            Method::Lcm => {
-                ObjectiveConfig::Lcm(LcmConfig { solver_steps: 32, ema: 0.95, huber: 1e-3 })
+            Method::Lcm => ObjectiveConfig::Lcm(LatentConsistencyConfig {
+                num_ddim_timesteps: 32,
+                ..LatentConsistencyConfig::default()
+            }),
+            Method::Dmd2 => {
+                ObjectiveConfig::Dmd2(Dmd2Config { gan: false, ..Dmd2Config::default() })
             }
-            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config { ratio: 5 }),
         };
         let policy = match method {
             // Whole trajectories of the very student, all states of which are used.

@@ -58,10 +58,7 @@ impl<'a> Distillation<'a> {
         let config = MixerConfig {
             priors: PriorSchedule::constant(priors),
             student: StudentConfig { policy: budget.policy.clone(), mixed: None },
-            teacher: TeacherConfig {
-                substeps: budget.teacher_substeps,
-                ..TeacherConfig::default()
-            },
+            teacher: budget.teacher.clone(),
             thresholding: thresholding.clone(),
             ..MixerConfig::default()
         };
