@@ -5,7 +5,9 @@ use std::hash::{Hash, Hasher};
 
 use ddil_core::{Priors, StudentPolicy, TeacherConfig};
 use ddil_examples::Result;
-use ddil_losses::{Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig};
+use ddil_losses::{
+    Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig, Weighting,
+};
 use ddil_models::GaussianMixture;
 use ddil_schedulers::{DataRange, Thresholding};
 use serde::{Deserialize, Serialize};
@@ -185,9 +187,12 @@ impl Budget {
                 num_ddim_timesteps: 32,
                 ..LatentConsistencyConfig::default()
             }),
-            Method::Dmd2 => {
-                ObjectiveConfig::Dmd2(Dmd2Config { gan: false, ..Dmd2Config::default() })
-            }
+            // With the weight of v's errors the critic learns at high noise too, where modes are told apart.
+            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config {
+                gan: false,
+                critic_weighting: Weighting::SnrPlusOne,
+                ..Dmd2Config::default()
+            }),
         };
         let policy = match method {
             // Whole trajectories of the very student, all states of which are used.
@@ -206,7 +211,7 @@ impl Budget {
         let (updates, learning_rate) = match method {
             Method::Progressive => (1000, 5e-3),
             Method::Lcm => (1200, 1e-3),
-            Method::Dmd2 => (400, 5e-4),
+            Method::Dmd2 => (1000, 1e-3),
         };
         Self {
             objective,
@@ -215,7 +220,7 @@ impl Budget {
             updates,
             batch_size: 256,
             learning_rate,
-            critic_learning_rate: 1e-3,
+            critic_learning_rate: 2e-3,
             ema_decay: 0.995,
             start_updates: 1500,
             start_learning_rate: 5e-3,
