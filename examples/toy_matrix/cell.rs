@@ -167,7 +167,8 @@ pub(crate) struct Budget {
     pub(crate) batch_size: i64,
     pub(crate) learning_rate: f64,
     /// For the critic, where there is one.
-    pub(crate) critic_learning_rate: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) critic_learning_rate: Option<f64>,
     pub(crate) ema_decay: f64,
     /// Updates of the network that all students begin as.
     pub(crate) start_updates: u64,
@@ -220,7 +221,7 @@ impl Budget {
             updates,
             batch_size: 256,
             learning_rate,
-            critic_learning_rate: 2e-3,
+            critic_learning_rate: (method == Method::Dmd2).then_some(2e-3),
             ema_decay: 0.995,
             start_updates: 1500,
             start_learning_rate: 5e-3,

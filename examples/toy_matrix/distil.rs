@@ -187,7 +187,7 @@ impl<'a> Weights<'a> {
             updates as f64 * per_update(Phase::Critic) / per_update(Phase::Student).max(1.0);
         let training = Training {
             updates: critic_updates as u64,
-            learning_rate: critic_learning_rate,
+            learning_rate: critic_learning_rate.unwrap_or(learning_rate),
             ema_decay,
         };
         let critic_trainer = needs.critic.then(|| Trainer::new(critic, training));

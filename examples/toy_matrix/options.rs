@@ -116,7 +116,9 @@ impl Options {
         let budget = Budget {
             updates: self.updates.unwrap_or(budget.updates),
             learning_rate: self.learning_rate.unwrap_or(budget.learning_rate),
-            critic_learning_rate: self.critic_learning_rate.unwrap_or(budget.critic_learning_rate),
+            critic_learning_rate: budget
+                .critic_learning_rate
+                .map(|rate| self.critic_learning_rate.unwrap_or(rate)),
             start_updates: self.start_updates.unwrap_or(budget.start_updates),
             start_learning_rate: self.start_learning_rate.unwrap_or(budget.start_learning_rate),
             ..budget
