@@ -57,7 +57,7 @@ impl Options {
             }
         }
         if options.smoke {
-            options.seeds = 0..2;
+            options.seeds = 0..1;
             options.thresholds = vec![true];
         }
         Ok(options)

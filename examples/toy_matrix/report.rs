@@ -52,6 +52,7 @@ impl Cells {
 pub(crate) fn write(options: &Options, store: &Store) -> Result<()> {
     let cells = Cells::new(options, store)?;
     let mut text = String::new();
+    summary(&mut text, &cells)?;
     for thresholded in [false, true] {
         for setting in Setting::ALL {
             for method in Method::ALL {
@@ -69,6 +70,60 @@ pub(crate) fn write(options: &Options, store: &Store) -> Result<()> {
         picture::draw(&options.out, store, method)?;
     }
     Ok(())
+}
+
+/// A line for each setting, method and threshold.
+fn summary(text: &mut String, cells: &Cells) -> Result<()> {
+    writeln!(
+        text,
+        "### Energy distance in 4 steps, over that of `forward` for the same seed: mean [least .. most]\n"
+    )?;
+    writeln!(
+        text,
+        "| method | setting | thresholded | n | `forward`, × 1000 | `mix` | `student` | `teacher` | KL of `forward`, `mix`, `student` |"
+    )?;
+    writeln!(text, "| - | - | - | - | - | - | - | - | - |")?;
+    for method in Method::ALL {
+        for setting in Setting::ALL {
+            for thresholded in [false, true] {
+                let group = cells.of(setting, method, thresholded);
+                let forward = group.arm(Arm::Forward);
+                if forward.is_empty() {
+                    continue;
+                }
+                let distances: Vec<f64> = forward.iter().filter_map(|r| r.distances[2]).collect();
+                let ratios = [Arm::Mix, Arm::Student, Arm::Teacher].map(|arm| ratios(&group, arm));
+                let kl = [Arm::Forward, Arm::Mix, Arm::Student].map(|arm| {
+                    let kls: Vec<f64> =
+                        group.arm(arm).iter().filter_map(|r| r.modes).map(|m| m.kl).collect();
+                    format!("{:.4}", mean_and_error(&kls).0)
+                });
+                writeln!(
+                    text,
+                    "| {} | {} | {} | {} | {} | {} | {} |",
+                    method.title(),
+                    setting.title(),
+                    if thresholded { "yes" } else { "no" },
+                    forward.len(),
+                    thousandths(&distances),
+                    ratios.join(" | "),
+                    kl.join(", "),
+                )?;
+            }
+        }
+    }
+    Ok(writeln!(text)?)
+}
+
+/// Ratios to `forward` of the same seeds.
+fn ratios(cells: &Cells, arm: Arm) -> String {
+    let ratios: Vec<f64> = cells.pairs(arm).iter().map(|(arm, forward)| arm / forward).collect();
+    if ratios.is_empty() {
+        return "-".to_owned();
+    }
+    let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    format!("{:.2} [{least:.2} .. {most:.2}]", mean_and_error(&ratios).0)
 }
 
 fn table(
@@ -148,12 +203,8 @@ fn against_forward(cells: &Cells, arm: Arm) -> String {
     if arm == Arm::Forward || pairs.is_empty() {
         return " | ".to_owned();
     }
-    let ratios: Vec<f64> = pairs.iter().map(|(arm, forward)| arm / forward).collect();
-    let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let differences: Vec<f64> = pairs.iter().map(|(arm, forward)| arm - forward).collect();
-    let (mean, _) = mean_and_error(&ratios);
-    format!("{mean:.2} [{least:.2} .. {most:.2}] | {}", thousandths(&differences))
+    format!("{} | {}", ratios(cells, arm), thousandths(&differences))
 }
 
 fn columns_of_modes(modes: &[Modes], has_missing: bool) -> String {
@@ -177,8 +228,10 @@ fn shift(records: &[&Record]) -> String {
         records.iter().map(|r| &r.shift).filter(|s| !s.is_empty()).collect();
     let Some(first) = shifts.first() else { return "-".to_owned() };
     let mean = |i: usize| shifts.iter().map(|s| 1e3 * s[i]).sum::<f64>() / shifts.len() as f64;
-    let means: Vec<String> = (0..first.len()).map(|i| format!("{:.0}", mean(i))).collect();
-    means.join(" / ").replace("-0 ", "0 ")
+    // Adding 0 makes the negative zero that small means round to a positive one.
+    let means: Vec<String> =
+        (0..first.len()).map(|i| format!("{:.0}", mean(i).round() + 0.0)).collect();
+    means.join(" / ")
 }
 
 /// What an update costs, over all settings.
