@@ -1,5 +1,5 @@
-use ddil_core::{Conditioning, Consistent, Denoiser, Error, Guided, Thresholded};
-use ddil_schedulers::{ConsistencyBoundary, DataRange, Thresholding};
+use ddil_core::{Conditioning, Consistent, Denoiser, Error, Guided, GuidedByWeight, Thresholded};
+use ddil_schedulers::{ConsistencyBoundary, DataRange, NoiseSchedule, Prediction, Thresholding};
 use tch::{Kind, Tensor};
 
 use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal};
@@ -75,4 +75,99 @@ fn conditioning_of_other_kinds_cannot_be_joined() {
     let weighted = labels(2).with_guidance_weight(Tensor::from_slice(&[7.5_f32, 7.5]));
     let joined = Conditioning::cat(&[&labels(2), &weighted]);
     assert!(matches!(joined, Err(Error::Conditioning { .. })));
+}
+
+/// What a network was told, by an inner network that keeps it.
+#[derive(Default)]
+struct Told(std::cell::RefCell<Vec<Conditioning>>);
+
+impl Told {
+    fn network<'a>(&'a self, inner: &'a Gaussian) -> impl Denoiser + 'a {
+        struct Listening<'a>(&'a Told, &'a Gaussian);
+        impl Denoiser for Listening<'_> {
+            fn predict(
+                &self,
+                x_t: &Tensor,
+                timesteps: &Tensor,
+                conditioning: &Conditioning,
+            ) -> ddil_core::Result<Prediction> {
+                self.0.0.borrow_mut().push(conditioning.shallow_clone());
+                self.1.predict(x_t, timesteps, conditioning)
+            }
+
+            fn schedule(&self) -> &NoiseSchedule {
+                self.1.schedule()
+            }
+        }
+        Listening(self, inner)
+    }
+}
+
+#[test]
+fn guidance_by_weight_is_its_formula() -> ddil_core::Result<()> {
+    for shape in SHAPES {
+        let inner = Gaussian::new(-0.3, 0.4, 0.5);
+        let x_t = normal(0, shape);
+        let timesteps = Tensor::from_slice(&[999_i64, 499, 20]);
+        let weights = [-1.0, 0.0, 6.5];
+        let told = labels(3).with_guidance_weight(Tensor::from_slice(&weights));
+        let heard = Told::default();
+        let network = GuidedByWeight::new(heard.network(&inner), null())?;
+        let guided = network.predict(&x_t, &timesteps, &told)?;
+
+        let cond = inner.predict(&x_t, &timesteps, &labels(3))?;
+        let zeros = Tensor::zeros([3], (Kind::Int64, x_t.device()));
+        let uncond = inner.predict(&x_t, &timesteps, &Conditioning::class_labels(zeros))?;
+        for (row, w) in weights.into_iter().enumerate() {
+            let row = row as i64;
+            let expected = |cond: &Tensor, uncond: &Tensor| {
+                let (cond, uncond) = (cond.get(row), uncond.get(row));
+                &cond + w * (&cond - uncond)
+            };
+            let x0 = expected(&cond.x0, &uncond.x0);
+            let epsilon = expected(&cond.epsilon, &uncond.epsilon);
+            assert!(max_abs_difference(&guided.x0.get(row), &x0) < 1e-5, "{shape:?} {w}");
+            assert!(max_abs_difference(&guided.epsilon.get(row), &epsilon) < 1e-4, "{shape:?} {w}");
+        }
+        // One call of twice the size, which hears nothing of weights.
+        let heard = heard.0.take();
+        assert_eq!(heard.len(), 1);
+        assert!(heard[0].guidance_weight.is_none());
+        assert_eq!(heard[0].class_labels, Some(Tensor::from_slice(&[0_i64, 1, 2, 0, 0, 0])));
+    }
+    Ok(())
+}
+
+#[test]
+fn equal_weights_are_a_guidance_scale() -> ddil_core::Result<()> {
+    let inner = Gaussian::new(-0.3, 0.4, 0.5);
+    let (x_t, timesteps) = (normal(0, &[3, 2, 4, 4]), Tensor::from_slice(&[999_i64, 499, 20]));
+    for scale in [0.0, 2.0, 7.5] {
+        let weight = Tensor::full([3], scale - 1.0, tch::kind::DOUBLE_CPU);
+        let told = labels(3).with_guidance_weight(weight);
+        let by_weight = GuidedByWeight::new(&inner, null())?.predict(&x_t, &timesteps, &told)?;
+        let guided = Guided::new(&inner, scale, null())?.predict(&x_t, &timesteps, &labels(3))?;
+        assert_eq!(by_weight.x0, guided.x0);
+        assert_eq!(by_weight.epsilon, guided.epsilon);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_weight_must_be_said_once_a_sample() -> ddil_core::Result<()> {
+    let inner = Gaussian::new(0.0, 0.4, 0.5);
+    let network = GuidedByWeight::new(&inner, null())?;
+    let (x_t, timesteps) = (normal(0, &[3, 2]), Tensor::from_slice(&[5_i64, 5, 5]));
+    let unsaid = network.predict(&x_t, &timesteps, &labels(3));
+    assert!(matches!(unsaid, Err(Error::ConditioningMissing { field: "guidance_weight", .. })));
+    for shape in [&[2_i64][..], &[3, 1], &[]] {
+        let told = labels(3).with_guidance_weight(Tensor::ones(shape, tch::kind::FLOAT_CPU));
+        let answer = network.predict(&x_t, &timesteps, &told);
+        assert!(matches!(answer, Err(Error::Conditioning { field: "guidance_weight", .. })));
+    }
+    assert_eq!(inner.asked.get(), 0);
+    let weighted = null().with_guidance_weight(Tensor::from_slice(&[0_f32]));
+    assert!(matches!(GuidedByWeight::new(&inner, weighted), Err(Error::Conditioning { .. })));
+    assert!(matches!(GuidedByWeight::new(&inner, labels(2)), Err(Error::Conditioning { .. })));
+    Ok(())
 }

@@ -25,25 +25,52 @@ fn each_kind_asks_its_teacher_its_own_way() {
     let plain = answer(TeacherGuidance::BakedIn, &three()).expect("it can answer");
     assert_eq!(plain, 3.0);
     let told = three().with_guidance_weight(Tensor::from_slice(&[0.5_f32]));
+    let by_weight = answer(TeacherGuidance::CfgRange { min: 0.0, max: 1.0 }, &told);
+    // 3 + 0.5 (3 - 1): the network itself is not told the weight.
+    assert_eq!(by_weight.expect("it can answer"), 4.0);
     let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
     assert_eq!(answer(embedded, &told).expect("it can answer"), 3.5);
 }
 
 #[test]
-fn an_embedded_teacher_is_never_asked_without_a_weight() {
-    let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
-    let message = answer(embedded, &three()).expect_err("no weight was told").to_string();
-    assert!(message.contains("guidance_weight"), "{message}");
+fn a_teacher_that_goes_by_a_weight_is_never_asked_without() {
+    let [min, max] = [0.0, 1.0];
+    for guidance in [TeacherGuidance::Embedded { min, max }, TeacherGuidance::CfgRange { min, max }]
+    {
+        let message = answer(guidance, &three()).expect_err("no weight was told").to_string();
+        assert!(message.contains("guidance_weight"), "{message}");
+    }
+}
+
+#[test]
+fn nobody_is_guided_twice() {
+    let [min, max] = [2.0, 14.0];
+    let embedded = TeacherGuidance::Embedded { min, max };
+    for (guidance, name, of_student) in [
+        (TeacherGuidance::Cfg { scale: 3.0 }, "cfg", TeacherGuidance::BakedIn),
+        (TeacherGuidance::BakedIn, "baked_in", TeacherGuidance::BakedIn),
+        (TeacherGuidance::CfgRange { min, max }, "cfg_range", embedded),
+        (embedded, "embedded", embedded),
+    ] {
+        assert_eq!(guidance.of_student(), of_student);
+        assert_eq!(guidance.is_told_to_student(), of_student == embedded);
+        let written = serde_json::to_value(guidance).expect("settings can be written");
+        assert_eq!((guidance.as_str(), &written["kind"]), (name, &name.into()));
+        let read: TeacherGuidance = serde_json::from_value(written).expect("as written");
+        assert_eq!(read, guidance);
+    }
 }
 
 #[test]
 fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
-    let embedded = TeacherGuidance::Embedded { min: 2.0, max: 14.0 };
-    let draw = |seed| {
+    let [min, max] = [2.0, 14.0];
+    let drawn = |guidance: TeacherGuidance, seed| {
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        let told = embedded.condition(three(), 4000, Device::Cpu, &mut rng);
-        values(&told.guidance_weight.expect("an embedded teacher is told a weight"))
+        let told = guidance.condition(three(), 4000, Device::Cpu, &mut rng);
+        assert!(told.class_labels.is_some(), "what was said before is still said");
+        values(&told.guidance_weight.expect("there is a weight for each sample"))
     };
+    let draw = |seed| drawn(TeacherGuidance::CfgRange { min, max }, seed);
     let weights = draw(7);
     assert!(weights.iter().all(|w| (2.0..=14.0).contains(w)));
     let mean = weights.iter().sum::<f64>() / 4000.0;
@@ -51,6 +78,7 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     assert!((mean - 8.0).abs() < 3.0 * 12.0 / 12_f64.sqrt() / 4000_f64.sqrt(), "{mean}");
     assert_eq!(weights, draw(7));
     assert_ne!(weights, draw(8));
+    assert_eq!(weights, drawn(TeacherGuidance::Embedded { min, max }, 7));
     let mut rng = rand::rngs::StdRng::seed_from_u64(0);
     let untold = TeacherGuidance::BakedIn.condition(three(), 4000, Device::Cpu, &mut rng);
     assert!(untold.guidance_weight.is_none());
@@ -67,6 +95,7 @@ fn settings_are_spelt_by_kind_and_checked() {
         TeacherGuidance::Cfg { scale: -1.0 },
         TeacherGuidance::Embedded { min: 5.0, max: 2.0 },
         TeacherGuidance::Embedded { min: 0.0, max: f64::INFINITY },
+        TeacherGuidance::CfgRange { min: -1.5, max: 2.0 },
     ];
     for guidance in impossible {
         let message = guidance.ensure().expect_err("it cannot be").to_string();

@@ -1,7 +1,9 @@
 //! What `ddil-losses` promises, file by file.
 
 mod distance;
+mod dmd2;
 mod guidance;
+mod lcm;
 mod objective;
 mod progressive;
 mod toy;

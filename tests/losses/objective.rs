@@ -1,4 +1,7 @@
-use ddil_losses::{Networks, ObjectiveConfig, Phase, ProgressiveConfig, Requirements, Weighting};
+use ddil_losses::{
+    ConsistencyDistance, Dmd2Config, LatentConsistencyConfig, Networks, ObjectiveConfig, Phase,
+    ProgressiveConfig, Requirements, Solver, Weighting,
+};
 use tch::{Tensor, kind};
 
 use crate::toy::{Gaussian, ask, schedules, states, trailing};
@@ -27,11 +30,96 @@ fn defaults_are_the_documented_ones() {
     assert_eq!((config.weight_cap, config.snr_loss_start_step), (None, 0));
 }
 
+/// What a user who leaves everything out gets, so that no default changes unnoticed.
+#[test]
+fn written_settings_are_the_documented_ones() {
+    for (config, expected) in [
+        (
+            ObjectiveConfig::Lcm(LatentConsistencyConfig::default()),
+            r#"method = "lcm"
+num_ddim_timesteps = 50
+solver = "teacher"
+ema_decay = 0.95
+timestep_scaling = 10.0
+sigma_data = 0.5
+
+[loss]
+kind = "huber"
+c = 0.001
+"#,
+        ),
+        (
+            ObjectiveConfig::Dmd2(Dmd2Config::default()),
+            r#"method = "dmd2"
+critic_ratio = 5
+dm_weight = 1.0
+dm_min_timestep = 0.02
+dm_max_timestep = 0.98
+critic_weighting = "snr"
+critic_weight_cap = 10000.0
+gan = true
+gan_weight = 0.005
+critic_gan_weight = 0.01
+"#,
+        ),
+    ] {
+        let written = toml::to_string(&config).expect("settings can be written");
+        assert_eq!(written, expected);
+        let left_out = format!("method = \"{}\"", config.as_str());
+        assert_eq!(toml::from_str::<ObjectiveConfig>(&left_out).expect("valid settings"), config);
+    }
+}
+
+#[test]
+fn settings_are_read_as_they_were_written() {
+    let lcm = LatentConsistencyConfig {
+        num_ddim_timesteps: 25,
+        solver: Solver::Target,
+        loss: ConsistencyDistance::L2 {},
+        ema_decay: 0.9,
+        timestep_scaling: 5.0,
+        sigma_data: 1.0,
+    };
+    let dmd2 = Dmd2Config {
+        critic_ratio: 10,
+        dm_weight: 0.5,
+        dm_min_timestep: 0.0,
+        dm_max_timestep: 1.0,
+        critic_weighting: Weighting::SnrPlusOne,
+        critic_weight_cap: 100.0,
+        gan: false,
+        gan_weight: 1e-3,
+        critic_gan_weight: 1.0,
+    };
+    let huber = LatentConsistencyConfig {
+        loss: ConsistencyDistance::Huber { c: 0.5 },
+        ..LatentConsistencyConfig::default()
+    };
+    for config in
+        [ObjectiveConfig::Lcm(lcm), ObjectiveConfig::Lcm(huber), ObjectiveConfig::Dmd2(dmd2)]
+    {
+        let as_toml = toml::to_string(&config).expect("settings can be written");
+        assert_eq!(toml::from_str::<ObjectiveConfig>(&as_toml).expect("as written"), config);
+        let as_json = serde_json::to_string(&config).expect("settings can be written");
+        assert_eq!(serde_json::from_str::<ObjectiveConfig>(&as_json).expect("as written"), config);
+    }
+    let short = r#"{"method": "lcm", "loss": {"kind": "huber"}}"#;
+    let short: ObjectiveConfig = serde_json::from_str(short).expect("`c` has a default");
+    assert_eq!(short, ObjectiveConfig::Lcm(LatentConsistencyConfig::default()));
+}
+
 #[test]
 fn unknown_methods_and_keys_are_refused() {
     for (settings, named) in [
         (r#"{"method": "progresive"}"#, "progresive"),
         (r#"{"method": "progressive", "substep": 4}"#, "substep"),
+        (r#"{"method": "lcm", "huber_c": 0.1}"#, "huber_c"),
+        (r#"{"method": "lcm", "solver": "student"}"#, "student"),
+        (r#"{"method": "lcm", "loss": {"kind": "l1"}}"#, "l1"),
+        (r#"{"method": "lcm", "loss": {"kind": "huber", "delta": 1.0}}"#, "delta"),
+        (r#"{"method": "lcm", "loss": {"kind": "l2", "c": 0.1}}"#, "`c`"),
+        (r#"{"method": "dmd2", "gan_wieght": 0.1}"#, "gan_wieght"),
+        (r#"{"method": "dmd2", "critic_weighting": "snr_trunc"}"#, "snr_trunc"),
     ] {
         let refused = serde_json::from_str::<ObjectiveConfig>(settings);
         let message = refused.expect_err("the key is unknown").to_string();

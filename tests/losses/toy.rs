@@ -1,5 +1,7 @@
 //! Denoisers whose answers are known.
 
+use std::cell::RefCell;
+
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Source, States};
 use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase};
 use ddil_schedulers::{
@@ -147,4 +149,87 @@ pub(crate) fn values(tensor: &Tensor) -> Vec<f64> {
 pub(crate) fn gap(left: &Tensor, right: &Tensor) -> f64 {
     assert_eq!(left.size(), right.size());
     (left - right).abs().max().double_value(&[])
+}
+
+/// The best guess for data that are `at` or `-at`, each as often: a mixture of two points.
+#[derive(Debug)]
+pub(crate) struct TwoPoints {
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) at: f64,
+}
+
+impl TwoPoints {
+    /// What it says of one value at timestep `t`.
+    pub(crate) fn x0(&self, t: i64, x: f64) -> f64 {
+        let scale = self.schedule.scale_at(t).expect("tests stay on the grid");
+        self.at * (scale.alpha * self.at * x / scale.sigma.powi(2)).tanh()
+    }
+}
+
+impl Denoiser for TwoPoints {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let scales = self.schedule.scales_at(timesteps, x_t)?;
+        let x0 = (scales.alpha * self.at * x_t / scales.sigma.square()).tanh() * self.at;
+        Ok(Prediction::from_x0(&self.schedule, x0, x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+}
+
+/// Must not be asked.
+#[derive(Debug)]
+pub(crate) struct Silent(pub NoiseSchedule);
+
+impl Denoiser for Silent {
+    fn predict(&self, _: &Tensor, _: &Tensor, _: &Conditioning) -> ddil_core::Result<Prediction> {
+        let network = "the silent one".to_owned();
+        Err(ddil_core::Error::ConditioningMissing { network, field: "class_labels" })
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.0
+    }
+}
+
+/// Keeps what it was asked about and told; answers with zeros.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    pub(crate) schedule: NoiseSchedule,
+    /// Timesteps and class labels of each call.
+    pub(crate) asked: RefCell<Vec<(Vec<i64>, Vec<i64>)>>,
+}
+
+impl Recorder {
+    pub(crate) fn new(schedule: NoiseSchedule) -> Self {
+        Self { schedule, asked: RefCell::default() }
+    }
+
+    pub(crate) fn note(&self, timesteps: &Tensor, told: &Conditioning) {
+        let integers = |tensor: &Tensor| Vec::try_from(tensor).expect("a vector of integers");
+        let labels = told.class_labels.as_ref().map(integers).unwrap_or_default();
+        self.asked.borrow_mut().push((integers(timesteps), labels));
+    }
+}
+
+impl Denoiser for Recorder {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        told: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        self.note(timesteps, told);
+        Ok(Prediction::from_x0(&self.schedule, x_t.zeros_like(), x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
 }

@@ -7,7 +7,7 @@ mod thresholded;
 
 pub use consistent::Consistent;
 pub(crate) use counted::Counted;
-pub use guided::Guided;
+pub use guided::{Guided, GuidedByWeight};
 pub use thresholded::Thresholded;
 
 use ddil_schedulers::{NoiseSchedule, Prediction};

@@ -9,7 +9,7 @@
 //!
 //! | for | there is |
 //! | --- | --- |
-//! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`Consistent`], [`Thresholded`] |
+//! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
 //! | running it | [`rollout()`], [`sample`], [`rollout_to`], [`MixedRollout`] |
 //! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
 //! | how often | [`Priors`], [`PriorSchedule`] |
@@ -34,7 +34,7 @@ mod states;
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
-pub use denoiser::{Consistent, Denoiser, Discriminator, Guided, Thresholded};
+pub use denoiser::{Consistent, Denoiser, Discriminator, Guided, GuidedByWeight, Thresholded};
 pub use error::{Error, Result};
 pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{PriorSchedule, PriorStep, Priors};

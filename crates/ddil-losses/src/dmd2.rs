@@ -1,6 +1,6 @@
 //! Improved distribution matching distillation: the law of the student's samples against the teacher's.
 
-use ddil_core::{Conditioning, Discriminator, Generator, RandomStreams, Stream};
+use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Stream};
 use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -21,7 +21,37 @@ const MIN_SCALE: f64 = 1e-6;
 
 /// The gradient of distribution matching with respect to the student's samples.
 ///
-/// `(x0_fake - x0_real) / (mean |x0_student - x0_real| + 1e-6)`, the mean over each sample.
+/// `(x0_fake - x0_real) / (mean |x0_student - x0_real| + 1e-6)`, the mean over each sample. At a noised sample of the
+/// student, `x0_fake` is what a network trained on the student's samples sees behind it and `x0_real` what the teacher
+/// sees: their difference is that of the two scores, the gradient of the Kullback-Leibler divergence between the two
+/// noised laws up to a positive factor. The divisor makes it of order 1 at every noise level. Section 3.2 of
+/// [Yin et al. 2023](https://arxiv.org/abs/2311.18828), kept by [DMD2](https://arxiv.org/abs/2405.14867); the 1e-6 is
+/// for a student that already says what the teacher says.
+///
+/// # Shapes and units
+///
+/// - all three: `[batch, ..]`, any rank from 2, data scale
+/// - returns: the same shape, `Float` or `Double`, without a graph; what is not finite stays so
+///
+/// # Errors
+///
+/// [`Error::Scheduler`] if the shapes differ, [`Error::Shape`] if there is nothing after the batch.
+///
+/// # Example
+///
+/// ```
+/// use tch::Tensor;
+///
+/// # fn main() -> ddil_losses::Result<()> {
+/// let student = Tensor::from_slice2(&[[1.0, 2.0]]);
+/// let fake = Tensor::from_slice2(&[[1.1, 1.9]]);
+/// let real = Tensor::from_slice2(&[[0.8, 1.6]]);
+/// // Means of 0.2 and 0.4 are 0.3, as both differences are.
+/// let gradient = ddil_losses::distribution_matching_gradient(&student, &fake, &real)?;
+/// assert!((gradient - 1.0).abs().max().double_value(&[]) < 1e-5);
+/// # Ok(())
+/// # }
+/// ```
 pub fn distribution_matching_gradient(
     x0_student: &Tensor,
     x0_fake: &Tensor,
@@ -36,32 +66,48 @@ pub fn distribution_matching_gradient(
     Ok(&direction / per_sample(&scale, &direction))
 }
 
-/// What the student pays for samples that are taken for made: `softplus(-logit)`, one a sample.
+/// The student's adversarial loss: `softplus(-logit)`, high for samples that are taken for made.
+///
+/// The non-saturating loss of [Goodfellow et al. 2014](https://arxiv.org/abs/1406.2661), section 3: the negative log
+/// of the probability that the sample is real.
+///
+/// # Shapes and units
+///
+/// - `logits`: any shape, positive for real, as [`Discriminator::logits`]; returns the same shape
 pub fn generator_loss(logits: &Tensor) -> Tensor {
     (-logits).softplus()
 }
 
-/// What a discriminator pays for each real and each made sample: `softplus(-logit)` and `softplus(logit)`.
+/// The discriminator's loss: `softplus(-logit)` of each real and `softplus(logit)` of each made sample.
+///
+/// The two halves of the binary cross entropy; section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867).
+///
+/// # Shapes and units
+///
+/// - `real_logits`, `fake_logits`: any shapes, positive for real; returns one of each, in this order
 pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> (Tensor, Tensor) {
     ((-real_logits).softplus(), fake_logits.softplus())
 }
 
-/// The settings of [`Dmd2`].
+/// The settings of [`Dmd2`]; the defaults are those published for SDXL in four steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Dmd2Config {
-    /// The student is trained in every so many-th step, the critic in each; default 5.
+    /// The critic is trained in each step, the student in every so many-th; default 5. Two time scales: the critic
+    /// has to keep up with the student.
     pub critic_ratio: u64,
     /// Factor of the distribution matching loss; default 1.
     pub dm_weight: f64,
-    /// The least noise at which student and teacher are compared, as a share of the training timesteps; default 0.02.
+    /// The least noisy timestep at which student and teacher are compared, as a share of all; default 0.02.
     pub dm_min_timestep: f64,
-    /// The most noise at which they are; default 0.98.
+    /// The noisiest one; default 0.98.
     pub dm_max_timestep: f64,
-    /// How much an error of the critic counts at each noise level; default `snr`, which is the squared error of
-    /// `epsilon`. `snr_plus_one` is that of `v`, `constant` that of `x0`.
+    /// How much the critic's error in the clean data counts at each noise level; default `snr`, which makes it the
+    /// squared error of `epsilon`. `snr_plus_one` is that of `v`, `constant` that of the clean data themselves: best
+    /// is the one that the network was trained with.
     pub critic_weighting: Weighting,
-    /// No such weight is above this; default 10 000.
+    /// No such weight is above this; default 10 000. Reached on no usual variance-preserving schedule before timestep
+    /// 0; flow matching and EDM go on to less noise than single precision can tell from none.
     pub critic_weight_cap: f64,
     /// Whether a discriminator is trained beside the critic, on dataset samples; default true.
     pub gan: bool,
@@ -130,8 +176,62 @@ impl Dmd2Config {
     }
 }
 
-/// Improved distribution matching distillation (DMD2) of
-/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867).
+/// Improved distribution matching distillation (DMD2) of [Yin et al. 2024](https://arxiv.org/abs/2405.14867): what the
+/// student makes of its states shall have the law of what the teacher makes.
+///
+/// States are not labelled. From each the student predicts clean data `x0`, and these are compared with the teacher's
+/// law by way of a critic, a denoiser that is trained on the student's samples all along. Timesteps and noise below
+/// are fresh for each term, from the streams of the request.
+///
+/// | phase | loss | noised to |
+/// |---|---|---|
+/// | student | half the squared distance of `x0` and `x0 - gradient`, times `dm_weight`: its gradient is [`distribution_matching_gradient`] | 2 % to 98 % of the timesteps |
+/// | | plus [`generator_loss`] of the noised `x0`, times `gan_weight` | any timestep |
+/// | critic | squared error of what the critic sees behind the noised `x0`, weighted as `critic_weighting` says | any timestep |
+/// | | plus [`discriminator_loss`] of noised `x0` and of noised dataset samples, times `critic_gan_weight` | any timestep, each its own |
+///
+/// In every `critic_ratio`-th step the student is trained, then the critic in any case, on the same samples where the
+/// request has them ([`LossRequest::student_x0`]); otherwise the student is asked, without gradients.
+///
+/// The critic follows whatever mixture of states the student is trained on, so that published recipes differ in
+/// nothing but where states come from: the student's own trajectories alone, noised dataset samples alone, or a
+/// mixture of both.
+///
+/// # Who gets a gradient
+///
+/// In the student's phase the student alone, through its own prediction: teacher and critic are asked without
+/// gradients. The adversarial part reaches `x0` *through* the discriminator, which therefore must be asked with
+/// gradients on; keeping its parameters (and those of the critic whose features it reads) out of it is for the caller
+/// to do, by freezing them for the phase. In the critic's phase critic and discriminator get one, the student none.
+///
+/// # Which network is asked
+///
+/// [`Critic::asked`] stands in the gradient, held inside the data's range as the teacher is; [`Critic::fake_score`] is
+/// trained bare, as what it is to follow is what the student says, wherever that lies. Guidance is the teacher's alone.
+///
+/// # Figures
+///
+/// [`LossTerms::parts`], without their factors: `distribution_matching` (mean absolute gradient) and `gan_student` in
+/// the student's phase, `fake_score`, `gan_fake` and `gan_real` in the critic's.
+///
+/// # Example
+///
+/// ```
+/// use ddil_losses::{Dmd2Config, ObjectiveConfig, Phase};
+/// use ddil_schedulers::NoiseScheduleConfig;
+///
+/// # fn main() -> ddil_losses::Result<()> {
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let method = ObjectiveConfig::Dmd2(Dmd2Config { critic_ratio: 2, ..Dmd2Config::default() });
+/// let grid = method.training_grid(&schedule, 4)?;
+/// assert_eq!(grid.as_slice(), [999, 749, 499, 249]);
+/// let objective = method.build(&schedule, &grid)?;
+/// assert_eq!(objective.phases(0), [Phase::Student, Phase::Critic]);
+/// assert_eq!(objective.phases(1), [Phase::Critic]);
+/// assert!(objective.requirements().discriminator);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Dmd2 {
     config: Dmd2Config,
@@ -177,7 +277,7 @@ impl Dmd2 {
         (at(self.config.dm_min_timestep), at(self.config.dm_max_timestep))
     }
 
-    /// Clean data noised to timesteps drawn from `low..=high`, with these.
+    /// Clean data noised to timesteps drawn evenly from `low..=high`.
     fn noised(
         &self,
         x0: &Tensor,
@@ -195,7 +295,7 @@ impl Dmd2 {
         self.noised(x0, (0, self.schedule.last_timestep()), generator)
     }
 
-    /// How real `x0` looks once it is noised, `[batch]`.
+    /// How real `x0` looks once it is noised to any timestep, `[batch]`.
     fn judged(
         &self,
         x0: &Tensor,
@@ -212,101 +312,86 @@ impl Dmd2 {
         Err(Error::Shape { op: OP, name: "logits", shape: logits.size(), expected })
     }
 
-    /// The critic with what the settings ask of it.
-    fn critic<'a>(
-        &self,
-        request: &LossRequest<'a>,
-    ) -> Result<(Critic<'a>, Option<&'a dyn Discriminator>)> {
+    /// Whom the phase needs, or what is missing.
+    fn judges<'a>(&self, request: &LossRequest<'a>) -> Result<Judges<'a>> {
         let missing = |what| Error::Missing { method: METHOD, what };
         let critic = request.networks.critic.ok_or_else(|| missing("a critic"))?;
         if !self.config.gan {
-            return Ok((critic, None));
+            return Ok(Judges { critic, discriminator: None, real: None });
         }
-        let discriminator =
-            critic.discriminator.ok_or_else(|| missing("a discriminator, as `gan` is on"))?;
-        if request.phase == Phase::Critic && request.real.is_none() {
-            return Err(missing("dataset samples to show to its discriminator, as `gan` is on"));
-        }
-        Ok((critic, Some(discriminator)))
-    }
-
-    fn generator(
-        streams: &RandomStreams,
-        step: u64,
-        phase: Phase,
-        x0: &Tensor,
-    ) -> Result<Generator> {
-        let stream = match phase {
-            Phase::Student => Stream::StudentLoss,
-            Phase::Critic => Stream::CriticLoss,
+        let what = "a discriminator, as `gan` is on";
+        let discriminator = Some(critic.discriminator.ok_or_else(|| missing(what))?);
+        let what = "dataset samples to show to its discriminator, as `gan` is on";
+        let real = match request.phase {
+            Phase::Student => None,
+            Phase::Critic => Some(request.real.ok_or_else(|| missing(what))?),
         };
-        Ok(streams.generator(step, stream, x0.device())?)
+        Ok(Judges { critic, discriminator, real })
     }
 
-    fn student_terms(
-        &self,
-        request: &LossRequest<'_>,
-        critic: Critic<'_>,
-        discriminator: Option<&dyn Discriminator>,
-    ) -> Result<LossTerms> {
-        let LossRequest { step, phase, states, networks, streams, .. } = *request;
+    fn student_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
+        let LossRequest { step, states, networks, streams, .. } = *request;
         let told = &states.conditioning;
         let asked = [
             ("student", networks.student),
             ("teacher", networks.teacher),
-            ("critic", critic.asked),
+            ("critic", judges.critic.asked),
         ];
         ensure_one_schedule(&self.schedule, asked)?;
         let x0 = networks.student.predict(&states.x_t, &states.timesteps, told)?.x0;
-        let mut generator = Self::generator(streams, step, phase, &x0)?;
-        let (gradient, target) = {
-            let _no_grad = tch::no_grad_guard();
-            let Noised { x_t, timesteps } =
-                self.noised(&x0, self.matching_timesteps(), &mut generator)?;
-            let fake = critic.asked.predict(&x_t, &timesteps, told)?.x0;
-            let real = networks.teacher.predict(&x_t, &timesteps, told)?.x0;
-            let gradient = distribution_matching_gradient(&x0, &fake, &real)?;
-            let target = &x0 - &gradient;
-            (gradient, target)
-        };
-        // Half the squared distance to a target one gradient away has that gradient.
+        let mut generator = streams.generator(step, Stream::StudentLoss, x0.device())?;
+        let gradient = self.gradient(&x0, request, judges.critic.asked, &mut generator)?;
+        // The loss is half a squared distance, whose gradient is the way to the target.
+        let target = x0.detach() - &gradient;
         let mut per_sample = squared_error(&x0, &target)? * (0.5 * self.config.dm_weight);
         let mut parts = vec![("distribution_matching", mean_over_sample(&gradient.abs()))];
-        if let Some(discriminator) = discriminator {
+        if let Some(discriminator) = judges.discriminator {
             let logits = self.judged(&x0, told, discriminator, &mut generator)?;
-            let loss = generator_loss(&logits).to_kind(per_sample.kind());
-            parts.push(("gan_student", loss.detach()));
-            per_sample = per_sample + loss * self.config.gan_weight;
+            let adversarial = generator_loss(&logits).to_kind(per_sample.kind());
+            parts.push(("gan_student", adversarial.detach()));
+            per_sample += adversarial * self.config.gan_weight;
         }
         Ok(LossTerms { per_sample, student_x0: x0.detach(), teacher_next: None, target, parts })
     }
 
-    fn critic_terms(
+    /// The gradient of distribution matching at `x0`, noised anew.
+    fn gradient(
         &self,
+        x0: &Tensor,
         request: &LossRequest<'_>,
-        critic: Critic<'_>,
-        discriminator: Option<&dyn Discriminator>,
-    ) -> Result<LossTerms> {
-        let LossRequest { step, phase, states, streams, .. } = *request;
+        critic: &dyn Denoiser,
+        generator: &mut Generator,
+    ) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let (teacher, told) = (request.networks.teacher, &request.states.conditioning);
+        let Noised { x_t, timesteps } = self.noised(x0, self.matching_timesteps(), generator)?;
+        let fake = critic.predict(&x_t, &timesteps, told)?.x0;
+        let real = teacher.predict(&x_t, &timesteps, told)?.x0;
+        distribution_matching_gradient(x0, &fake, &real)
+    }
+
+    fn critic_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
+        let LossRequest { step, states, streams, .. } = *request;
         let told = &states.conditioning;
-        ensure_one_schedule(&self.schedule, [("critic", critic.fake_score)])?;
+        ensure_one_schedule(&self.schedule, [("critic", judges.critic.fake_score)])?;
+        if let Some(Data { x0: real, .. }) = judges.real {
+            ensure_same_shape(OP, ("real", real), ("x_t", &states.x_t))?;
+        }
         let x0 = self.student_x0(request)?;
-        let mut generator = Self::generator(streams, step, phase, &x0)?;
+        let mut generator = streams.generator(step, Stream::CriticLoss, x0.device())?;
         let Noised { x_t, timesteps } = self.noised_anywhere(&x0, &mut generator)?;
-        let guess = critic.fake_score.predict(&x_t, &timesteps, told)?.x0;
+        let guess = judges.critic.fake_score.predict(&x_t, &timesteps, told)?.x0;
         let error = squared_error(&guess, &x0)?;
         let mut per_sample = &error * self.critic_weights.gather(&timesteps, error.kind())?;
         let mut parts = vec![("fake_score", per_sample.detach())];
-        if let (Some(discriminator), Some(real)) = (discriminator, request.real) {
-            ensure_same_shape(OP, ("real", &real.x0), ("student_x0", &x0))?;
-            let fake_logits = self.judged(&x0, told, discriminator, &mut generator)?;
-            let real_logits =
-                self.judged(&real.x0, &real.conditioning, discriminator, &mut generator)?;
-            let (of_real, of_fake) = discriminator_loss(&real_logits, &fake_logits);
-            parts.push(("gan_fake", of_fake.detach()));
-            parts.push(("gan_real", of_real.detach()));
-            let both = (of_real + of_fake).to_kind(per_sample.kind());
-            per_sample = per_sample + both * self.config.critic_gan_weight;
+        if let (Some(discriminator), Some(real)) = (judges.discriminator, judges.real) {
+            let made = self.judged(&x0, told, discriminator, &mut generator)?;
+            let real = self.judged(&real.x0, &real.conditioning, discriminator, &mut generator)?;
+            let (of_real, of_made) = discriminator_loss(&real, &made);
+            parts.extend([("gan_fake", of_made.detach()), ("gan_real", of_real.detach())]);
+            let both = (of_made + of_real).to_kind(per_sample.kind());
+            // Not in place: the figure above is the same memory.
+            per_sample = &per_sample + both * self.config.critic_gan_weight;
         }
         let target = x0.shallow_clone();
         Ok(LossTerms { per_sample, student_x0: x0, teacher_next: None, target, parts })
@@ -323,6 +408,14 @@ impl Dmd2 {
         let _no_grad = tch::no_grad_guard();
         Ok(networks.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0)
     }
+}
+
+/// Who judges the student's samples in a phase, and on what beside them.
+#[derive(Clone, Copy)]
+struct Judges<'a> {
+    critic: Critic<'a>,
+    discriminator: Option<&'a dyn Discriminator>,
+    real: Option<&'a Data>,
 }
 
 /// A noised batch.
@@ -345,11 +438,11 @@ impl Objective for Dmd2 {
     }
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
-        let (critic, discriminator) = self.critic(request)?;
+        let judges = self.judges(request)?;
         self.entries.ensure(OP, request.states)?;
         match request.phase {
-            Phase::Student => self.student_terms(request, critic, discriminator),
-            Phase::Critic => self.critic_terms(request, critic, discriminator),
+            Phase::Student => self.student_terms(request, judges),
+            Phase::Critic => self.critic_terms(request, judges),
         }
     }
 }

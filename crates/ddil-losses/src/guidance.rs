@@ -1,6 +1,6 @@
 //! How a teacher comes by its guidance, so that none is guided twice.
 
-use ddil_core::{Conditioning, Denoiser, Guided};
+use ddil_core::{Conditioning, Denoiser, Guided, GuidedByWeight};
 use ddil_schedulers::{NoiseSchedule, Prediction};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -99,7 +99,8 @@ impl TeacherGuidance {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row.
+    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row or holds a
+    /// weight.
     pub fn wrap<'a, D: Denoiser + 'a>(
         self,
         teacher: D,
@@ -108,7 +109,7 @@ impl TeacherGuidance {
         self.ensure()?;
         Ok(match self {
             Self::Cfg { scale } => Box::new(Guided::new(teacher, scale, null)?),
-            Self::CfgRange { .. } => Box::new(GuidedByWeight { inner: teacher, null }),
+            Self::CfgRange { .. } => Box::new(GuidedByWeight::new(teacher, null)?),
             Self::Embedded { .. } => Box::new(ToldItsWeight { inner: teacher }),
             Self::BakedIn => Box::new(teacher),
         })
@@ -135,44 +136,6 @@ impl TeacherGuidance {
             }
             Self::Cfg { .. } | Self::BakedIn => conditioning,
         }
-    }
-}
-
-/// Stands in for the core's guidance by a weight a sample.
-#[derive(Debug)]
-struct GuidedByWeight<D> {
-    inner: D,
-    null: Conditioning,
-}
-
-impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
-    fn predict(
-        &self,
-        x_t: &Tensor,
-        timesteps: &Tensor,
-        conditioning: &Conditioning,
-    ) -> ddil_core::Result<Prediction> {
-        let Some(weight) = &conditioning.guidance_weight else {
-            return Err(ddil_core::Error::ConditioningMissing {
-                network: "a teacher guided by a weight a sample".to_owned(),
-                field: "guidance_weight",
-            });
-        };
-        let batch = x_t.size()[0];
-        let untold = Conditioning { guidance_weight: None, ..conditioning.shallow_clone() };
-        let rows = Tensor::zeros([batch], (tch::Kind::Int64, x_t.device()));
-        let null = self.null.index_select(&rows)?.to_device(x_t.device())?;
-        let cond = self.inner.predict(x_t, timesteps, &untold)?;
-        let uncond = self.inner.predict(x_t, timesteps, &null)?;
-        let scale = crate::grid_rows::per_sample(&(weight + 1.0), x_t);
-        Ok(Prediction {
-            x0: uncond.x0.lerp_tensor(&cond.x0, &scale),
-            epsilon: uncond.epsilon.lerp_tensor(&cond.epsilon, &scale),
-        })
-    }
-
-    fn schedule(&self) -> &NoiseSchedule {
-        self.inner.schedule()
     }
 }
 

@@ -10,23 +10,24 @@ use crate::distance::{ensure_huber_c, pseudo_huber, squared_error};
 use crate::error::{Error, Result};
 use crate::grid_rows::{GridRows, per_sample};
 use crate::objective::{
-    LossRequest, LossTerms, Objective, Phase, Requirements, ensure_one_schedule,
+    LossRequest, LossTerms, Networks, Objective, Phase, Requirements, ensure_one_schedule,
 };
 
 const METHOD: &str = "latent consistency distillation";
 
-/// Who takes the step between two timesteps.
+/// Who sees the clean data that the step between two timesteps is taken by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Solver {
-    /// The teacher: consistency distillation.
+    /// The teacher.
     #[default]
     Teacher,
-    /// The moving average of the student: nothing is asked of a teacher.
+    /// The moving average of the student itself, without its boundary condition: self-distillation, in which no
+    /// teacher is asked.
     Target,
 }
 
-/// How far the student's estimate is from the target, with its settings.
+/// How far the student's estimate is from the target.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ConsistencyDistance {
@@ -142,7 +143,53 @@ impl LatentConsistencyConfig {
     }
 }
 
-/// Latent consistency distillation of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+/// Latent consistency distillation of [Luo et al. 2023](https://arxiv.org/abs/2310.04378): the student gives one answer
+/// along the whole path of the teacher.
+///
+/// At a state `x_t` of the grid the solver takes one deterministic step by the clean data `x0` that the teacher sees,
+/// to the next timestep `s` of the grid:
+///
+/// ```text
+/// x_s       = r x_t + c x0                 r = sigma_s / sigma_t,  c = alpha_s - r alpha_t
+/// estimate  = c_out(t) student(x_t, t) + c_skip(t) x_t
+/// target    = c_out(s) average(x_s, s) + c_skip(s) x_s
+/// loss      = distance(estimate, target)
+/// ```
+///
+/// `average` is the moving average of the student, [`Networks::target`]; the scalings are those of
+/// [`ConsistencyBoundary`]. The teacher's noise estimate is not used, so that the step stays what it is when `x0` is
+/// held inside the data's range. Guidance comes with the networks and the states: a teacher guided at one scale
+/// ([`Cfg`](crate::TeacherGuidance::Cfg)), or by the weight that each state carries and the student is told
+/// ([`CfgRange`](crate::TeacherGuidance::CfgRange)); student, teacher and average hear the same.
+///
+/// The last step of the solver ends at timestep 0 and not at clean data, as in the published training code. There
+/// `c_skip` is 1 and `c_out` 0, so that the target is the solver's state itself, whatever the average says: this is
+/// what holds the student's answer to the path.
+///
+/// [`LossTerms::student_x0`] is the estimate, with the boundary condition applied: what the student's sampler noises
+/// again. [`LossTerms::teacher_next`] is the teacher's `x_s`, its state at the next timestep of the *training* grid;
+/// for the last entry, which no trajectory goes on from, at timestep 0. A student that samples on a coarser grid
+/// takes longer steps than that, and cannot mix its chains with them. Without a teacher
+/// ([`Solver::Target`]) there is none.
+///
+/// # Example
+///
+/// ```
+/// use ddil_losses::{LatentConsistencyConfig, ObjectiveConfig};
+/// use ddil_schedulers::NoiseScheduleConfig;
+///
+/// # fn main() -> ddil_losses::Result<()> {
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let method = ObjectiveConfig::Lcm(LatentConsistencyConfig::default());
+/// // Trained at 50 timesteps, sampled at 4 of them.
+/// let training = method.training_grid(&schedule, 4)?;
+/// assert_eq!((training.len(), training.as_slice()[49]), (50, 19));
+/// assert_eq!(method.sampling_grid(&schedule, 4)?.as_slice(), [999, 759, 499, 259]);
+/// let objective = method.build(&schedule, &training)?;
+/// assert_eq!(objective.requirements().target_decay, Some(0.95));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct LatentConsistency {
     config: LatentConsistencyConfig,
@@ -150,7 +197,7 @@ pub struct LatentConsistency {
     entries: GridRows,
     /// `[grid]`, `Int64`: where the solver's step ends.
     ends: DeviceTable,
-    /// `[2, grid]`, `Double`: `r` and `c` of the solver's step.
+    /// `[grid, 2]`, `Double`: `r` and `c` of the solver's step.
     coefficients: DeviceTable,
 }
 
@@ -176,20 +223,20 @@ impl LatentConsistency {
             });
         }
         let ends: Vec<i64> = grid.as_slice().iter().skip(1).copied().chain([0]).collect();
-        let (mut keep, mut gain) = (Vec::new(), Vec::new());
+        let mut coefficients = Vec::with_capacity(2 * ends.len());
         for (&t, &end) in grid.as_slice().iter().zip(&ends) {
             let (now, next) = (schedule.scale_at(t)?, schedule.scale_at(end)?);
-            keep.push(next.sigma / now.sigma);
-            gain.push(next.alpha - next.sigma / now.sigma * now.alpha);
+            let keep = next.sigma / now.sigma;
+            coefficients.extend([keep, next.alpha - keep * now.alpha]);
         }
-        let coefficients = [keep, gain].map(|column| Tensor::from_slice(&column));
+        let coefficients = Tensor::from_slice(&coefficients).view([-1, 2]);
         let entries = GridRows::new(grid, schedule.num_train_timesteps());
         Ok(Self {
             config,
             schedule,
             entries,
             ends: DeviceTable::new(Tensor::from_slice(&ends)),
-            coefficients: DeviceTable::new(Tensor::stack(&coefficients, 0)),
+            coefficients: DeviceTable::new(coefficients),
         })
     }
 
@@ -203,14 +250,34 @@ impl LatentConsistency {
         self.entries.grid()
     }
 
+    /// Who takes the solver's step and who makes the target.
+    fn networks<'a>(
+        &self,
+        phase: Phase,
+        networks: &Networks<'a>,
+    ) -> Result<(&'a dyn Denoiser, &'a dyn Denoiser)> {
+        if phase != Phase::Student {
+            return Err(Error::Phase { method: METHOD, phase });
+        }
+        let what = "a moving average of the student as `target`";
+        let target = networks.target.ok_or(Error::Missing { method: METHOD, what })?;
+        let (name, solver) = match self.config.solver {
+            Solver::Teacher => ("teacher", networks.teacher),
+            Solver::Target => ("target", target),
+        };
+        let asked = [("student", networks.student), ("target", target), (name, solver)];
+        ensure_one_schedule(&self.schedule, asked)?;
+        Ok((solver, target))
+    }
+
     /// One step of the solver: where it ends, `[batch]`, and the state there.
     fn solve(&self, states: &States, solver: &dyn Denoiser) -> Result<(Tensor, Tensor)> {
         const OP: &str = "LatentConsistency::loss";
         let rows = self.entries.of(OP, states)?;
         let ends = self.entries.look_up(OP, &self.ends, 0, &rows)?;
-        let coefficients = self.entries.look_up(OP, &self.coefficients, 1, &rows)?;
+        let coefficients = self.entries.look_up(OP, &self.coefficients, 0, &rows)?;
         let x0 = solver.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0;
-        let [keep, gain] = [0, 1].map(|i| per_sample(&coefficients.select(0, i), &x0));
+        let [keep, gain] = [0, 1].map(|i| per_sample(&coefficients.select(1, i), &x0));
         Ok((ends, keep * &states.x_t + gain * x0))
     }
 
@@ -243,20 +310,9 @@ impl Objective for LatentConsistency {
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
         let LossRequest { phase, states, networks, .. } = *request;
-        if phase != Phase::Student {
-            return Err(Error::Phase { method: METHOD, phase });
-        }
-        let what = "a moving average of the student as `target`";
-        let target = networks.target.ok_or(Error::Missing { method: METHOD, what })?;
-        let solver = match self.config.solver {
-            Solver::Teacher => ("teacher", networks.teacher),
-            Solver::Target => ("target", target),
-        };
-        let asked = [("student", networks.student), ("target", target), solver];
-        ensure_one_schedule(&self.schedule, asked)?;
-
+        let (solver, target) = self.networks(phase, &networks)?;
         // The target first: what its networks hold in memory is gone before the student's graph is there.
-        let (target, x_end) = self.target(states, solver.1, target)?;
+        let (target, x_end) = self.target(states, solver, target)?;
         let States { x_t, timesteps, conditioning, .. } = states;
         let x0 = networks.student.predict(x_t, timesteps, conditioning)?.x0;
         let estimate = self.config.boundary().apply(&x0, x_t, timesteps)?;

@@ -1,12 +1,22 @@
-//! Distillation objectives: progressive distillation, and the formulas they are made of.
+//! Distillation objectives (progressive, latent consistency, distribution matching), and the formulas they are made of.
 //!
 //! This crate *compares*: given states, it asks teacher and student and says how far apart they are, one value per
 //! sample. It makes gradients and never steps an optimizer.
 //!
 //! A *formula* is a pure function: tensors or numbers in and out, no network, random numbers or settings in sight
-//! ([`squared_error`], [`pseudo_huber`], [`convex_weights`], [`progressive_target`]). A *method* is an
-//! [`Objective`]: which networks are asked, and in what order. [`ObjectiveConfig`] builds one from a config file;
-//! one of your own implements the trait.
+//! ([`squared_error`], [`pseudo_huber`], [`convex_weights`], [`progressive_target`],
+//! [`distribution_matching_gradient`], [`generator_loss`], [`discriminator_loss`]). A *method* is an [`Objective`]:
+//! which networks are asked, and in what order. [`ObjectiveConfig`] builds one from a config file; one of your own
+//! implements the trait.
+//!
+//! | method | trained at | steps by | label of a state | beside student and teacher |
+//! |---|---|---|---|---|
+//! | [`Progressive`] | its own timesteps | DDIM | where several steps of the teacher lead | nobody |
+//! | [`LatentConsistency`] | all timesteps of a solver | noising again | what its average says one step further | the average |
+//! | [`Dmd2`] | its own timesteps | noising again | none: samples are compared with the teacher's law | a critic, and a discriminator with dataset samples |
+//!
+//! What a network is told beside the state, and how often states of which source come, is no concern of theirs: a
+//! batch of [`States`](ddil_core::States) brings both. [`TeacherGuidance`] says where a teacher's guidance comes from.
 //!
 //! # Example
 //!

@@ -114,7 +114,8 @@ impl<'a> LossRequest<'a> {
 pub struct LossTerms {
     /// The loss of each sample, `[batch]`, with the graph behind it.
     pub per_sample: Tensor,
-    /// The clean data that the student predicted, `[batch, ..]`, without a graph: what its next state is made of.
+    /// The clean data that the student predicted, `[batch, ..]`, without a graph: what its next state is made of. With
+    /// the boundary condition applied where the method has one.
     pub student_x0: Tensor,
     /// The teacher's state at the student's next timestep, `[batch, ..]`, for methods whose teacher gets there.
     pub teacher_next: Option<Tensor>,

@@ -1,7 +1,7 @@
 //! Classifier-free guidance.
 
 use ddil_schedulers::{NoiseSchedule, Prediction};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::Denoiser;
 use crate::conditioning::Conditioning;
@@ -52,25 +52,120 @@ impl<D: Denoiser> Denoiser for Guided<D> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
-        const OP: &str = "Guided::predict";
         if (self.guidance_scale - 1.0).abs() < f64::EPSILON {
             return self.inner.predict(x_t, timesteps, conditioning);
         }
-        let batch = x_t.size().first().copied().unwrap_or(0);
-        conditioning.ensure_batch(OP, batch)?;
-        let rows = Tensor::zeros([batch], (tch::Kind::Int64, x_t.device()));
-        let null = self.null.index_select(&rows)?.to_device(x_t.device())?;
-        let both = Conditioning::cat(&[conditioning, &null])?;
-        let twice = |t: &Tensor| Tensor::f_cat(&[t, t], 0).map_err(Error::torch(OP));
-        let answer = self.inner.predict(&twice(x_t)?, &twice(timesteps)?, &both)?;
-        let guide = |both: &Tensor| {
-            let (cond, uncond) = (both.narrow(0, 0, batch), both.narrow(0, batch, batch));
-            uncond.lerp(&cond, self.guidance_scale)
-        };
-        Ok(Prediction { x0: guide(&answer.x0), epsilon: guide(&answer.epsilon) })
+        let both =
+            Both::ask("Guided::predict", &self.inner, x_t, timesteps, conditioning, &self.null)?;
+        Ok(both.map(|cond, uncond| uncond.lerp(cond, self.guidance_scale)))
     }
 
     fn schedule(&self) -> &NoiseSchedule {
         self.inner.schedule()
+    }
+}
+
+/// A denoiser guided by the weight that each sample carries: `cond + w (cond - uncond)`.
+///
+/// `w` is `guidance_weight` of the conditioning, `w = guidance_scale - 1`: 0 is off, -1 is unconditional. The form in
+/// which a latent consistency model's teacher is guided, equation 13 of
+/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378): each trajectory has a weight of its own, which the student is
+/// told. The network inside is not told it, as it was never taught what that means. One call on a batch of twice the
+/// size, whatever the weights are: looking at them would wait for the device.
+///
+/// # Shapes and units
+///
+/// - `conditioning.guidance_weight`: `[batch]`
+///
+/// # Errors
+///
+/// [`Error::ConditioningMissing`] where there is no weight.
+#[derive(Debug)]
+pub struct GuidedByWeight<D> {
+    inner: D,
+    null: Conditioning,
+}
+
+impl<D: Denoiser> GuidedByWeight<D> {
+    /// `null` is what the network is told for "no condition", as in [`Guided::new`]: one row, without a weight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Conditioning`] if `null` does not have one row, or has a weight.
+    pub fn new(inner: D, null: Conditioning) -> Result<Self> {
+        const OP: &str = "GuidedByWeight::new";
+        null.ensure_batch(OP, 1)?;
+        if null.guidance_weight.is_some() {
+            let problem = "is part of what is said for no condition".to_owned();
+            return Err(Error::Conditioning { op: OP, field: "guidance_weight", problem });
+        }
+        Ok(Self { inner, null })
+    }
+}
+
+impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<Prediction> {
+        const OP: &str = "GuidedByWeight::predict";
+        let Some(weight) = &conditioning.guidance_weight else {
+            return Err(Error::ConditioningMissing {
+                network: "a denoiser guided by the weight of each sample".to_owned(),
+                field: "guidance_weight",
+            });
+        };
+        let batch = x_t.size().first().copied().unwrap_or(0);
+        if weight.size() != [batch] {
+            let problem = format!("has shape {:?}; expected [{batch}]", weight.size());
+            return Err(Error::Conditioning { op: OP, field: "guidance_weight", problem });
+        }
+        let told = Conditioning { guidance_weight: None, ..conditioning.shallow_clone() };
+        let both = Both::ask(OP, &self.inner, x_t, timesteps, &told, &self.null)?;
+        let mut shape = vec![1; x_t.dim()];
+        shape[0] = -1;
+        let scale: Tensor = weight.to_device(x_t.device()).to_kind(Kind::Float) + 1.0;
+        let scale = scale.view(shape.as_slice());
+        Ok(both.map(|cond, uncond| uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))))
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}
+
+/// What a network says of a batch with its conditions and without, from one call.
+struct Both {
+    answer: Prediction,
+    batch: i64,
+}
+
+impl Both {
+    fn ask(
+        op: &'static str,
+        inner: &dyn Denoiser,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+        null: &Conditioning,
+    ) -> Result<Self> {
+        let batch = x_t.size().first().copied().unwrap_or(0);
+        conditioning.ensure_batch(op, batch)?;
+        let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));
+        let null = null.index_select(&rows)?.to_device(x_t.device())?;
+        let told = Conditioning::cat(&[conditioning, &null])?;
+        let twice = |t: &Tensor| Tensor::f_cat(&[t, t], 0).map_err(Error::torch(op));
+        let answer = inner.predict(&twice(x_t)?, &twice(timesteps)?, &told)?;
+        Ok(Self { answer, batch })
+    }
+
+    /// Combines the answer with conditions and the one without.
+    fn map(self, combine: impl Fn(&Tensor, &Tensor) -> Tensor) -> Prediction {
+        let halves = |both: &Tensor| {
+            combine(&both.narrow(0, 0, self.batch), &both.narrow(0, self.batch, self.batch))
+        };
+        Prediction { x0: halves(&self.answer.x0), epsilon: halves(&self.answer.epsilon) }
     }
 }

@@ -126,7 +126,9 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
         Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
     let scale = match config.teacher.guidance {
         TeacherGuidance::Cfg { scale } => scale,
-        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => 1.0,
+        TeacherGuidance::CfgRange { .. }
+        | TeacherGuidance::Embedded { .. }
+        | TeacherGuidance::BakedIn => 1.0,
     };
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,

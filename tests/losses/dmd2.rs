@@ -1,0 +1,734 @@
+use std::cell::RefCell;
+
+use ddil_core::{
+    Conditioning, Data, Denoiser, Discriminator, MixRequest, Mixer, MixerConfig, PriorSchedule,
+    Priors, RandomStreams, Source, States, Stream,
+};
+use ddil_losses::{
+    Critic, Dmd2, Dmd2Config, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase,
+    Requirements, TimestepWeights, Weighting, discriminator_loss, distribution_matching_gradient,
+    generator_loss, squared_error,
+};
+use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
+use tch::{Device, Kind, Tensor, kind};
+
+use crate::toy::{
+    Gaussian, Linear, Recorder, Silent, TwoPoints, gap, schedules, states, trailing, values,
+};
+
+const STREAMS: RandomStreams = RandomStreams { seed: 5, rank: 0 };
+
+fn method(schedule: &NoiseSchedule, config: Dmd2Config) -> Dmd2 {
+    Dmd2::new(config, schedule.clone(), trailing(4)).expect("valid settings")
+}
+
+fn no_gan() -> Dmd2Config {
+    Dmd2Config { gan: false, ..Dmd2Config::default() }
+}
+
+/// Networks whose critic is the same in the gradient and in its own loss.
+fn cast<'a>(
+    student: &'a dyn Denoiser,
+    teacher: &'a dyn Denoiser,
+    fake_score: &'a dyn Denoiser,
+) -> Networks<'a> {
+    let critic = Critic { fake_score, asked: fake_score, discriminator: None };
+    Networks { critic: Some(critic), ..Networks::new(student, teacher) }
+}
+
+fn judged<'a>(networks: Networks<'a>, discriminator: &'a dyn Discriminator) -> Networks<'a> {
+    let critic =
+        networks.critic.map(|critic| Critic { discriminator: Some(discriminator), ..critic });
+    Networks { critic, ..networks }
+}
+
+fn request<'a>(phase: Phase, states: &'a States, networks: Networks<'a>) -> LossRequest<'a> {
+    LossRequest::new(7, phase, states, networks, &STREAMS)
+}
+
+fn loss(method: &Dmd2, request: &LossRequest<'_>) -> LossTerms {
+    method.loss(request).expect("a valid request")
+}
+
+fn part(terms: &LossTerms, name: &str) -> Vec<f64> {
+    let found = terms.parts.iter().find(|(found, _)| *found == name);
+    values(&found.unwrap_or_else(|| panic!("no {name} in {:?}", terms.parts)).1)
+}
+
+/// What a phase draws first: timesteps from `low..=high` and noise.
+fn first_draws(stream: Stream, low: i64, high: i64, shape: &[i64]) -> (Vec<i64>, Vec<f64>) {
+    let mut generator = STREAMS.generator(7, stream, Device::Cpu).expect("there is a CPU");
+    let timesteps = generator.randint(low, high + 1, &shape[..1]).expect("low is below high");
+    let noise = generator.normal(shape, Kind::Double).expect("a valid shape");
+    (Vec::try_from(timesteps).expect("a vector"), values(&noise))
+}
+
+/// The logit is `factor` times the sample's mean, plus its class label.
+#[derive(Debug)]
+struct Judge {
+    factor: Tensor,
+    /// Class labels of each call.
+    told: RefCell<Vec<Vec<f64>>>,
+}
+
+impl Judge {
+    fn trainable(factor: f64) -> Self {
+        let factor = Tensor::from(factor).set_requires_grad(true);
+        Self { factor, told: RefCell::default() }
+    }
+}
+
+impl Discriminator for Judge {
+    fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
+        let mut logits = &self.factor * x_t.flatten(1, -1).mean_dim(1, false, x_t.kind());
+        if let Some(labels) = &told.class_labels {
+            self.told.borrow_mut().push(values(labels));
+            logits += labels;
+        }
+        Ok(logits)
+    }
+}
+
+/// Worked out in fractions with the published normaliser, which has no 1e-6.
+#[test]
+fn the_gradient_is_the_golden_one() {
+    let row = |values: [f64; 4]| Tensor::from_slice2(&[values]);
+    let student = row([1.0, 2.0, -1.0, 0.5]).set_requires_grad(true);
+    let (real, fake) = (row([0.8, 1.5, -1.2, 0.5]), row([1.1, 1.9, -0.9, 0.1]));
+    let gradient = distribution_matching_gradient(&student, &fake, &real).expect("they fit");
+    assert!(!gradient.requires_grad());
+    let golden = row([4.0 / 3.0, 16.0 / 9.0, 4.0 / 3.0, -16.0 / 9.0]);
+    assert!(gap(&gradient, &golden) < 1e-5);
+    assert!(gap(&gradient, &(&golden * 0.225 / (0.225 + 1e-6))) < 1e-12);
+
+    let target = student.detach() - &gradient;
+    let loss = squared_error(&student, &target).expect("they fit") * 0.5;
+    assert!((loss.double_value(&[0]) - 1.234_568).abs() < 2e-5);
+    loss.mean(Kind::Double).backward();
+    assert!(gap(&student.grad(), &(gradient / 4.0)) < 1e-12);
+}
+
+#[test]
+fn each_sample_has_its_own_normaliser() {
+    let x = Tensor::from_slice2(&[[1.0, 1.0], [100.0, 100.0]]);
+    let zero = x.zeros_like();
+    let gradient = distribution_matching_gradient(&x, &x, &zero).expect("they fit");
+    assert!(gap(&gradient, &x.ones_like()) < 2e-6);
+}
+
+#[test]
+fn nothing_pulls_where_the_scores_agree() {
+    let x = Tensor::randn([3, 4], kind::FLOAT_CPU);
+    let other = Tensor::randn([3, 4], kind::FLOAT_CPU);
+    let gradient = distribution_matching_gradient(&x, &other, &other).expect("they fit");
+    assert_eq!(gap(&gradient, &x.zeros_like()), 0.0);
+    // Nor where the student says what both say, which is 0 / 0 without the 1e-6.
+    let gradient = distribution_matching_gradient(&x, &x, &x).expect("they fit");
+    assert_eq!(gap(&gradient, &x.zeros_like()), 0.0);
+}
+
+#[test]
+fn half_kinds_are_compared_in_float_and_misfits_refused() {
+    let half = |value: f64| Tensor::full([1, 4], value, (Kind::Half, Device::Cpu));
+    let gradient =
+        distribution_matching_gradient(&half(1.0), &half(0.5), &half(0.25)).expect("they fit");
+    assert_eq!(gradient.kind(), Kind::Float);
+    assert!((gradient.double_value(&[0, 0]) - 1.0 / 3.0).abs() < 1e-6);
+    let x = Tensor::zeros([2, 3], kind::FLOAT_CPU);
+    let y = Tensor::zeros([2, 4], kind::FLOAT_CPU);
+    for (student, fake, real) in [(&y, &x, &x), (&x, &y, &x), (&x, &x, &y)] {
+        assert!(distribution_matching_gradient(student, fake, real).is_err());
+    }
+    let flat = Tensor::zeros([2], kind::FLOAT_CPU);
+    assert!(distribution_matching_gradient(&flat, &flat, &flat).is_err());
+}
+
+#[test]
+fn adversarial_losses_are_cross_entropies_without_overflow() {
+    let logits = Tensor::from_slice(&[-1000.0, -1.0, 0.0, 2.0, 1000.0]);
+    let probability = logits.sigmoid();
+    let (of_real, of_fake) = discriminator_loss(&logits, &logits);
+    let generator = values(&generator_loss(&logits));
+    assert_eq!(generator, values(&of_real));
+    for (i, p) in values(&probability).into_iter().enumerate().skip(1).take(3) {
+        assert!((generator[i] + p.ln()).abs() < 1e-12);
+        assert!((values(&of_fake)[i] + (1.0 - p).ln()).abs() < 1e-12);
+    }
+    assert_eq!((generator[0], generator[4]), (1000.0, 0.0));
+}
+
+/// Loss and its derivative by the student's factor, value by value.
+fn is_closed_form(
+    schedule: &NoiseSchedule,
+    teacher: &dyn Denoiser,
+    teacher_x0: impl Fn(i64, f64) -> f64,
+) {
+    const FACTOR: f64 = 0.8;
+    let dmd2 = method(schedule, Dmd2Config { dm_weight: 3.0, ..no_gan() });
+    let student = Linear::trainable(schedule.clone(), FACTOR);
+    let fake = Gaussian { schedule: schedule.clone(), mean: -0.4, std: 0.3 };
+    let x = [0.4, -1.3, 0.9, 2.0, -0.2, 0.1, 1.1, -0.6];
+    let batch = states(Tensor::from_slice(&x).view([4, 2]), &trailing(4), &[0, 1, 2, 3]);
+    let terms = loss(&dmd2, &request(Phase::Student, &batch, cast(&student, teacher, &fake)));
+    terms.per_sample.sum(Kind::Double).backward();
+
+    let (timesteps, noise) = first_draws(Stream::StudentLoss, 20, 980, &[4, 2]);
+    let mut derivative = 0.0;
+    for (i, t) in timesteps.into_iter().enumerate() {
+        let scale = schedule.scale_at(t).expect("on the grid");
+        let (slope, offset) = fake.line(t);
+        let seen = [2 * i, 2 * i + 1].map(|j| {
+            let x0 = FACTOR * x[j];
+            let x_t = scale.alpha * x0 + scale.sigma * noise[j];
+            (x[j], x0, slope * x_t + offset, teacher_x0(t, x_t))
+        });
+        let scale = seen.iter().map(|(_, x0, _, real)| (x0 - real).abs()).sum::<f64>() / 2.0 + 1e-6;
+        let gradient = seen.map(|(x, _, fake, real)| (x, (fake - real) / scale));
+        let expected = 3.0 * gradient.iter().map(|(_, g)| 0.5 * g * g).sum::<f64>() / 2.0;
+        let found = values(&terms.per_sample)[i];
+        assert!((found / expected - 1.0).abs() < 1e-9, "{found} {expected} {t}");
+        let size = gradient.iter().map(|(_, g)| g.abs()).sum::<f64>() / 2.0;
+        assert!((part(&terms, "distribution_matching")[i] / size - 1.0).abs() < 1e-9);
+        derivative += 3.0 * gradient.iter().map(|(x, g)| g * x).sum::<f64>() / 2.0;
+    }
+    let found = student.factor.grad().double_value(&[]);
+    assert!((found / derivative - 1.0).abs() < 1e-9, "{found} {derivative}");
+    assert_eq!(gap(&terms.student_x0, &(FACTOR * &batch.x_t)), 0.0);
+}
+
+#[test]
+fn the_students_loss_and_its_derivative_are_closed_forms() {
+    for schedule in schedules() {
+        let teacher = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
+        is_closed_form(&schedule, &teacher, |t, x| {
+            let (slope, offset) = teacher.line(t);
+            slope * x + offset
+        });
+        let teacher = TwoPoints { schedule: schedule.clone(), at: 0.9 };
+        is_closed_form(&schedule, &teacher, |t, x| teacher.x0(t, x));
+    }
+}
+
+#[test]
+fn the_critics_loss_is_the_error_that_its_weighting_names() {
+    let [schedule, ..] = schedules();
+    let batch = states(Tensor::randn([4, 3], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 2, 3]);
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.8) };
+    let fake = Gaussian { schedule: schedule.clone(), mean: -0.4, std: 0.3 };
+    let x0 = 0.8 * &batch.x_t;
+    let (timesteps, noise) = first_draws(Stream::CriticLoss, 0, 999, &[4, 3]);
+    let (timesteps, noise) =
+        (Tensor::from_slice(&timesteps), Tensor::from_slice(&noise).view([4, 3]));
+    let x_t = schedule.add_noise(&x0, &noise, &timesteps).expect("they fit");
+    let said = fake.predict(&x_t, &timesteps, &Conditioning::none()).expect("it can answer");
+    let v = |p: &Prediction| {
+        PredictionType::VPrediction
+            .target(&schedule, &p.x0, &p.epsilon, &timesteps)
+            .expect("they fit")
+    };
+    let truth = Prediction { x0: x0.shallow_clone(), epsilon: noise.shallow_clone() };
+    for (weighting, expected) in [
+        (Weighting::Constant, squared_error(&said.x0, &x0)),
+        (Weighting::Snr, squared_error(&said.epsilon, &noise)),
+        (Weighting::SnrPlusOne, squared_error(&v(&said), &v(&truth))),
+    ] {
+        let expected = expected.expect("they fit");
+        let dmd2 = method(&schedule, Dmd2Config { critic_weighting: weighting, ..no_gan() });
+        let silent = Silent(schedule.clone());
+        let terms = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
+        assert!(gap(&(&terms.per_sample / expected), &x0.ones_like().select(1, 0)) < 1e-9);
+        assert_eq!(part(&terms, "fake_score"), values(&terms.per_sample));
+        assert_eq!(gap(&terms.target, &x0), 0.0);
+    }
+}
+
+#[test]
+fn the_default_cap_leaves_usual_schedules_alone() {
+    let [schedule, flow, edm] = schedules();
+    let config = Dmd2Config::default();
+    let capped = |schedule: &NoiseSchedule| {
+        let weights =
+            TimestepWeights::new(config.critic_weighting, Some(config.critic_weight_cap), schedule);
+        let weights = weights.expect("a good cap");
+        (0..1000)
+            .filter(|&t| {
+                let raw = schedule.scale_at(t).expect("on the grid").snr();
+                weights.at(t).expect("on the grid") < raw
+            })
+            .count()
+    };
+    assert_eq!(capped(&schedule), 0);
+    // Noise below a hundredth of the signal.
+    assert!(capped(&flow) < 20, "{}", capped(&flow));
+    assert!(capped(&edm) < 400, "{}", capped(&edm));
+}
+
+#[test]
+fn a_discriminator_adds_its_terms_with_their_factors() {
+    let [schedule, ..] = schedules();
+    let config = Dmd2Config { gan_weight: 0.25, critic_gan_weight: 0.125, ..Dmd2Config::default() };
+    let (with, without) = (method(&schedule, config), method(&schedule, no_gan()));
+    let judge = Judge::trainable(0.7);
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.8) };
+    let teacher = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
+    let fake = Gaussian { schedule, mean: -0.4, std: 0.3 };
+    let networks = judged(cast(&student, &teacher, &fake), &judge);
+    let mut batch = states(Tensor::randn([3, 5], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
+    batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[1_i64, 2, 3]));
+    let real = Data {
+        x0: Tensor::randn([3, 5], kind::DOUBLE_CPU),
+        conditioning: Conditioning::class_labels(Tensor::from_slice(&[4_i64, 5, 6])),
+    };
+
+    for phase in [Phase::Student, Phase::Critic] {
+        let request = LossRequest { real: Some(&real), ..request(phase, &batch, networks) };
+        let (terms, plain) = (loss(&with, &request), loss(&without, &request));
+        let added = values(&(&terms.per_sample - &plain.per_sample));
+        let expected: Vec<f64> = match phase {
+            Phase::Student => part(&terms, "gan_student").iter().map(|x| 0.25 * x).collect(),
+            Phase::Critic => part(&terms, "gan_fake")
+                .iter()
+                .zip(part(&terms, "gan_real"))
+                .map(|(fake, real)| 0.125 * (fake + real))
+                .collect(),
+        };
+        for (added, expected) in added.into_iter().zip(expected) {
+            assert!((added - expected).abs() < 1e-12, "{added} {expected}");
+        }
+        // The figures are the parts without factors, whatever is added to the loss later.
+        for (name, values) in &plain.parts {
+            assert_eq!(part(&terms, name), self::values(values));
+        }
+    }
+    // What the student made is judged with the states' labels, dataset samples with their own.
+    let made = vec![1.0, 2.0, 3.0];
+    assert_eq!(*judge.told.borrow(), [made.clone(), made, vec![4.0, 5.0, 6.0]]);
+}
+
+/// Noise aside, a logit of `k alpha mean(x0)`: values and derivatives by hand.
+#[test]
+fn adversarial_terms_are_closed_forms() {
+    let [schedule, ..] = schedules();
+    let config = Dmd2Config { dm_weight: 0.0, gan_weight: 1.0, ..Dmd2Config::default() };
+    let dmd2 = method(&schedule, config);
+    let judge = Judge::trainable(0.7);
+    let student = Linear::trainable(schedule.clone(), 0.8);
+    let network = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
+    let x_t = Tensor::randn([2, 3], kind::DOUBLE_CPU);
+    let means = values(&x_t.mean_dim(1, false, Kind::Double));
+    let batch = states(x_t, &trailing(4), &[1, 2]);
+    let networks = judged(cast(&student, &network, &network), &judge);
+    let terms = loss(&dmd2, &request(Phase::Student, &batch, networks));
+    terms.per_sample.sum(Kind::Double).backward();
+
+    let mut generator =
+        STREAMS.generator(7, Stream::StudentLoss, Device::Cpu).expect("there is a CPU");
+    let _of_matching = (
+        generator.randint(20, 981, [2]).expect("20 is below 981"),
+        generator.normal([2, 3], Kind::Double).expect("a valid shape"),
+    );
+    let timesteps = generator.randint(0, 1000, [2]).expect("a valid request");
+    let noise = generator.normal([2, 3], Kind::Double).expect("a valid request");
+    let noise = values(&noise.mean_dim(1, false, Kind::Double));
+    let (mut by_factor, mut by_judge) = (0.0, 0.0);
+    for i in 0..2 {
+        let t = timesteps.int64_value(&[i as i64]);
+        let scale = schedule.scale_at(t).expect("on the grid");
+        let mean = scale.alpha * 0.8 * means[i] + scale.sigma * noise[i];
+        let expected = (-0.7 * mean).exp().ln_1p();
+        assert!((values(&terms.per_sample)[i] - expected).abs() < 1e-12);
+        let by_logit = -1.0 / (1.0 + (0.7 * mean).exp());
+        by_factor += by_logit * 0.7 * scale.alpha * means[i];
+        by_judge += by_logit * mean;
+    }
+    assert!((student.factor.grad().double_value(&[]) - by_factor).abs() < 1e-12);
+    // Keeping this one out is for the caller to do.
+    assert!((judge.factor.grad().double_value(&[]) - by_judge).abs() < 1e-12);
+}
+
+#[test]
+fn each_phase_gives_gradients_to_whom_it_trains() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, Dmd2Config::default());
+    let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
+    let real =
+        Data { x0: Tensor::randn([3, 4], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
+    for phase in [Phase::Student, Phase::Critic] {
+        let [student, teacher, fake_score, asked] =
+            [0.5, 0.9, 0.7, 0.6].map(|factor| Linear::trainable(schedule.clone(), factor));
+        let judge = Judge::trainable(0.3);
+        let frozen = Judge { factor: Tensor::from(0.3), told: RefCell::default() };
+        let discriminator: &dyn Discriminator = match phase {
+            // As the caller is asked to do.
+            Phase::Student => &frozen,
+            Phase::Critic => &judge,
+        };
+        let critic =
+            Critic { fake_score: &fake_score, asked: &asked, discriminator: Some(discriminator) };
+        let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
+        let terms =
+            loss(&dmd2, &LossRequest { real: Some(&real), ..request(phase, &batch, networks) });
+        assert!(!terms.target.requires_grad() && !terms.student_x0.requires_grad());
+        assert!(terms.parts.iter().all(|(_, figures)| !figures.requires_grad()));
+        assert_eq!(terms.teacher_next.map(|next| next.size()), None);
+        terms.per_sample.mean(Kind::Double).backward();
+        let got =
+            [&student.factor, &teacher.factor, &fake_score.factor, &asked.factor, &judge.factor]
+                .map(|factor| factor.grad().defined() && factor.grad().double_value(&[]) != 0.0);
+        let expected = match phase {
+            Phase::Student => [true, false, false, false, false],
+            Phase::Critic => [false, false, true, false, true],
+        };
+        assert_eq!(got, expected, "{phase:?}");
+    }
+}
+
+/// The student of a step is asked once, and in a step of the critic alone without gradients.
+#[test]
+fn the_critic_takes_the_samples_that_there_are() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, no_gan());
+    let student = Linear::trainable(schedule.clone(), 0.5);
+    let fake = Linear::trainable(schedule.clone(), 0.7);
+    let silent = Silent(schedule);
+    let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
+    let alone = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
+    assert!(!alone.student_x0.requires_grad());
+
+    let earlier = loss(&dmd2, &request(Phase::Student, &batch, cast(&student, &fake, &fake)));
+    let kept = LossRequest {
+        student_x0: Some(&earlier.student_x0),
+        ..request(Phase::Critic, &batch, cast(&silent, &silent, &fake))
+    };
+    let after = loss(&dmd2, &kept);
+    assert_eq!(gap(&after.per_sample, &alone.per_sample), 0.0);
+    assert_eq!(gap(&after.student_x0, &earlier.student_x0), 0.0);
+    // Even if a graph came with them.
+    let with_graph = earlier.student_x0.copy().set_requires_grad(true);
+    let terms = loss(&dmd2, &LossRequest { student_x0: Some(&with_graph), ..kept });
+    terms.per_sample.mean(Kind::Double).backward();
+    assert!(!with_graph.grad().defined() && fake.factor.grad().defined());
+}
+
+#[test]
+fn timesteps_are_drawn_from_the_whole_of_their_range() {
+    let [schedule, ..] = schedules();
+    let recorder = || Recorder::new(schedule.clone());
+    let (teacher, asked, fake_score) = (recorder(), recorder(), recorder());
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(1.0) };
+    let dmd2 = method(&schedule, no_gan());
+    assert_eq!(dmd2.matching_timesteps(), (20, 980));
+    let mut batch =
+        states(Tensor::zeros([20_000, 1], kind::FLOAT_CPU), &trailing(4), &vec![2; 20_000]);
+    batch.conditioning = Conditioning::class_labels(Tensor::full([20_000], 7, kind::INT64_CPU));
+    let critic = Critic { fake_score: &fake_score, asked: &asked, discriminator: None };
+    let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
+    for phase in [Phase::Student, Phase::Critic] {
+        loss(&dmd2, &request(phase, &batch, networks));
+    }
+    let of = |recorder: &Recorder| recorder.asked.borrow().clone();
+    let (of_teacher, of_asked, of_fake) = (of(&teacher), of(&asked), of(&fake_score));
+    assert_eq!([of_teacher.len(), of_asked.len(), of_fake.len()], [1, 1, 1]);
+    // Teacher and critic are compared at the same noised samples.
+    assert_eq!(of_teacher, of_asked);
+    for ((timesteps, labels), (low, high)) in [(&of_teacher[0], (20, 980)), (&of_fake[0], (0, 999))]
+    {
+        assert!(labels.iter().all(|label| *label == 7));
+        assert_eq!((timesteps.iter().min(), timesteps.iter().max()), (Some(&low), Some(&high)));
+        let mean = timesteps.iter().sum::<i64>() as f64 / 20_000.0;
+        // Three standard errors of the mean of a uniform law.
+        let error = (high - low) as f64 / 12_f64.sqrt() / 20_000_f64.sqrt();
+        assert!((mean - f64::midpoint(low as f64, high as f64)).abs() < 3.0 * error, "{mean}");
+    }
+}
+
+#[test]
+fn draws_differ_by_step_and_phase_and_by_nothing_else() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, no_gan());
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(1.0) };
+    let batch = states(Tensor::randn([16, 1], kind::DOUBLE_CPU), &trailing(4), &[1; 16]);
+    let drawn = |step, phase, dmd2: &Dmd2| {
+        let recorder = Recorder::new(schedule.clone());
+        let networks = cast(&student, &recorder, &recorder);
+        loss(dmd2, &LossRequest { step, ..request(phase, &batch, networks) });
+        let asked = recorder.asked.borrow();
+        asked[0].0.clone()
+    };
+    let first = drawn(7, Phase::Student, &dmd2);
+    assert_eq!(first, drawn(7, Phase::Student, &dmd2));
+    assert_ne!(first, drawn(8, Phase::Student, &dmd2));
+    let whole = Dmd2Config { dm_min_timestep: 0.0, dm_max_timestep: 1.0, ..no_gan() };
+    let whole = method(&schedule, whole);
+    assert_eq!(whole.matching_timesteps(), (0, 999));
+    assert_ne!(drawn(7, Phase::Student, &whole), drawn(7, Phase::Critic, &whole));
+}
+
+/// The same draws, another neighbour.
+#[test]
+fn the_loss_of_a_sample_depends_on_no_other() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, Dmd2Config::default());
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.6) };
+    let teacher = TwoPoints { schedule: schedule.clone(), at: 0.8 };
+    let fake = Gaussian { schedule, mean: 0.1, std: 0.5 };
+    let judge = Judge::trainable(0.4);
+    let networks = judged(cast(&student, &teacher, &fake), &judge);
+    let mut neighbours =
+        [Tensor::zeros([1, 4], kind::DOUBLE_CPU), Tensor::ones([1, 4], kind::DOUBLE_CPU)];
+    let same = Tensor::randn([1, 4], kind::DOUBLE_CPU);
+    for phase in [Phase::Student, Phase::Critic] {
+        let of_first = neighbours.each_mut().map(|other| {
+            let batch = states(Tensor::cat(&[&same, &*other], 0), &trailing(4), &[2, 1]);
+            let real = Data { x0: batch.x_t.copy(), conditioning: Conditioning::none() };
+            let request = LossRequest { real: Some(&real), ..request(phase, &batch, networks) };
+            values(&loss(&dmd2, &request).per_sample)
+        });
+        assert_eq!(of_first[0][0], of_first[1][0]);
+        assert_ne!(of_first[0][1], of_first[1][1]);
+    }
+}
+
+/// A student that shifts unit noise, and the exact score of what it makes: descent takes its mean to the teacher's.
+#[test]
+fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
+    struct Shift {
+        schedule: NoiseSchedule,
+        by: Tensor,
+    }
+    impl Denoiser for Shift {
+        fn predict(
+            &self,
+            x_t: &Tensor,
+            t: &Tensor,
+            _: &Conditioning,
+        ) -> ddil_core::Result<Prediction> {
+            Ok(Prediction::from_x0(&self.schedule, x_t + &self.by, x_t, t)?)
+        }
+        fn schedule(&self) -> &NoiseSchedule {
+            &self.schedule
+        }
+    }
+    let [schedule, ..] = schedules();
+    let dmd2 = Dmd2::new(no_gan(), schedule.clone(), trailing(1)).expect("valid settings");
+    let teacher = Gaussian { schedule: schedule.clone(), mean: 1.0, std: 1.0 };
+    for start in [-2.0, 3.0] {
+        let mut mean = start;
+        for step in 0..60 {
+            let by = Tensor::from(mean).set_requires_grad(true);
+            let student = Shift { schedule: schedule.clone(), by };
+            let fake = Gaussian { schedule: schedule.clone(), mean, std: 1.0 };
+            let batch = states(Tensor::randn([64, 2], kind::DOUBLE_CPU), &trailing(1), &[0; 64]);
+            let networks = cast(&student, &teacher, &fake);
+            let request = LossRequest { step, ..request(Phase::Student, &batch, networks) };
+            let terms = loss(&dmd2, &request);
+            terms.per_sample.mean(Kind::Double).backward();
+            let gradient = student.by.grad().double_value(&[]);
+            // Downhill in the Kullback-Leibler divergence (mean - 1)² / 2.
+            assert!(gradient * (mean - 1.0) > 0.0, "{gradient} at {mean}");
+            mean -= 0.2 * gradient;
+        }
+        assert!((mean - 1.0).abs() < 0.1, "from {start} to {mean}");
+    }
+}
+
+/// Published recipes train on the student's states alone or on noised data alone: priors and nothing else.
+#[test]
+fn states_of_every_source_are_trained_on() {
+    let [schedule, ..] = schedules();
+    let config = ObjectiveConfig::Dmd2(Dmd2Config { gan: true, ..Dmd2Config::default() });
+    let grid = config.training_grid(&schedule, 4).expect("4 divides 1000");
+    let objective = config.build(&schedule, &grid).expect("valid settings");
+    let teacher = TwoPoints { schedule: schedule.clone(), at: 0.8 };
+    let student = Gaussian { schedule: schedule.clone(), mean: 0.1, std: 0.5 };
+    let judge = Judge::trainable(0.4);
+    let networks = judged(cast(&student, &teacher, &student), &judge);
+    let data =
+        Data { x0: Tensor::ones([32, 3], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+    for (priors, expected) in [
+        ((0.0, 1.0, 0.0), vec![Source::Student, Source::Noise]),
+        ((1.0, 0.0, 0.0), vec![Source::Forward, Source::Noise]),
+        ((0.4, 0.4, 0.2), vec![Source::Forward, Source::Student, Source::Teacher, Source::Noise]),
+    ] {
+        let priors = Priors::new(priors.0, priors.1, priors.2).expect("they sum to 1");
+        let mixing =
+            MixerConfig { priors: PriorSchedule::constant(priors), ..MixerConfig::default() };
+        let sampler = config.sampler(&schedule);
+        let mut mixer = Mixer::new(mixing, grid.clone(), sampler).expect("valid settings");
+        let mut seen = Vec::new();
+        for step in 0..6 {
+            let request = MixRequest {
+                step,
+                total_steps: 6,
+                data: &data,
+                prompts: &Conditioning::none(),
+                student: &student,
+                teacher: &teacher,
+                streams: &STREAMS,
+            };
+            let states = mixer.next_states(&request).expect("valid settings");
+            seen.extend(states.sources.iter().copied());
+            let mut student_x0 = None;
+            for phase in objective.phases(step) {
+                let terms = objective.loss(&LossRequest {
+                    student_x0: student_x0.as_ref(),
+                    real: Some(&data),
+                    ..LossRequest::new(step, *phase, &states, networks, &STREAMS)
+                });
+                let terms = terms.expect("valid states");
+                assert_eq!(terms.per_sample.size(), [32]);
+                assert!(terms.per_sample.isfinite().all().int64_value(&[]) == 1);
+                student_x0 = Some(terms.student_x0);
+            }
+            let student_x0 = student_x0.expect("there is a phase in each step");
+            mixer.after_loss(step, &states, &student_x0, None, &STREAMS).expect("they fit");
+        }
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, expected);
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_not_hidden() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, no_gan());
+    let lost = Linear { schedule: schedule.clone(), factor: Tensor::from(f64::NAN) };
+    let student = Linear { schedule, factor: Tensor::from(0.5) };
+    let batch = states(Tensor::ones([2, 3], kind::DOUBLE_CPU), &trailing(4), &[0, 1]);
+    for (phase, networks) in [
+        (Phase::Student, cast(&student, &lost, &student)),
+        (Phase::Student, cast(&student, &student, &lost)),
+        (Phase::Student, cast(&lost, &student, &student)),
+        (Phase::Critic, cast(&student, &student, &lost)),
+        (Phase::Critic, cast(&lost, &student, &student)),
+    ] {
+        let terms = loss(&dmd2, &request(phase, &batch, networks));
+        assert!(values(&terms.per_sample).iter().all(|value| value.is_nan()), "{phase:?}");
+    }
+}
+
+#[test]
+fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all() {
+    let [schedule, ..] = schedules();
+    for (critic_ratio, student_steps) in [(5, vec![0, 5, 10]), (1, (0..12).collect())] {
+        let dmd2 = method(&schedule, Dmd2Config { critic_ratio, ..Dmd2Config::default() });
+        for step in 0..12 {
+            let expected: &[Phase] = if student_steps.contains(&step) {
+                &[Phase::Student, Phase::Critic]
+            } else {
+                &[Phase::Critic]
+            };
+            assert_eq!(dmd2.phases(step), expected, "{step}");
+        }
+    }
+    let needs = |gan| method(&schedule, Dmd2Config { gan, ..Dmd2Config::default() }).requirements();
+    let plain = Requirements { critic: true, ..Requirements::default() };
+    assert_eq!(needs(false), plain);
+    assert_eq!(needs(true), Requirements { discriminator: true, ..plain });
+}
+
+#[test]
+fn what_is_missing_is_named_before_any_network_is_asked() {
+    let [schedule, ..] = schedules();
+    let dmd2 = method(&schedule, Dmd2Config::default());
+    let silent = Silent(schedule);
+    let judge = Judge::trainable(0.4);
+    let batch = states(Tensor::zeros([2, 3], kind::DOUBLE_CPU), &trailing(4), &[0, 1]);
+    let bare = Networks::new(&silent, &silent);
+    let unjudged = cast(&silent, &silent, &silent);
+    let full = judged(unjudged, &judge);
+    let say = |request: &LossRequest<'_>| {
+        dmd2.loss(request).expect_err("something is missing").to_string()
+    };
+    for phase in [Phase::Student, Phase::Critic] {
+        let message = say(&request(phase, &batch, bare));
+        assert!(message.contains("needs a critic"), "{message}");
+        let message = say(&request(phase, &batch, unjudged));
+        assert!(message.contains("needs a discriminator"), "{message}");
+    }
+    let message = say(&request(Phase::Critic, &batch, full));
+    assert!(message.contains("needs dataset samples"), "{message}");
+    let few =
+        Data { x0: Tensor::zeros([1, 3], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
+    let message = say(&LossRequest { real: Some(&few), ..request(Phase::Critic, &batch, full) });
+    assert!(message.contains("`real` has shape [1, 3]"), "{message}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    struct TwoLogits;
+    impl Discriminator for TwoLogits {
+        fn logits(&self, x_t: &Tensor, _: &Tensor, _: &Conditioning) -> ddil_core::Result<Tensor> {
+            Ok(x_t.narrow(1, 0, 1))
+        }
+    }
+    let [schedule, flow, _] = schedules();
+    let dmd2 = method(&schedule, no_gan());
+    let network = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 1.0 };
+    let other = Gaussian { schedule: flow, mean: 0.0, std: 1.0 };
+    let networks = cast(&network, &network, &network);
+    let batch = |t: i64, index| {
+        let mut batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &trailing(4), &[0]);
+        (batch.timesteps, batch.grid_indices) = (Tensor::from_slice(&[t]), vec![index]);
+        batch
+    };
+    let say =
+        |request: &LossRequest<'_>| dmd2.loss(request).expect_err("it does not fit").to_string();
+    let good = batch(999, 0);
+    for phase in [Phase::Student, Phase::Critic] {
+        for (t, index) in [(998, 0), (0, 0), (-1, 0), (1000, 0), (999, 4)] {
+            let message = say(&request(phase, &batch(t, index), networks));
+            assert!(message.contains("[999, 749, 499, 249]"), "{message}");
+        }
+        for (name, networks) in [
+            ("student", cast(&other, &network, &network)),
+            ("critic", cast(&network, &network, &other)),
+        ] {
+            let message = say(&request(phase, &good, networks));
+            assert!(message.contains(&format!("{name} follows another")), "{message}");
+        }
+    }
+    let message = say(&request(Phase::Student, &good, cast(&network, &other, &network)));
+    assert!(message.contains("teacher follows another"), "{message}");
+    let wide = Tensor::zeros([1, 3], kind::DOUBLE_CPU);
+    let kept = LossRequest { student_x0: Some(&wide), ..request(Phase::Critic, &good, networks) };
+    assert!(say(&kept).contains("student_x0"), "{}", say(&kept));
+
+    let dmd2 = method(&schedule, Dmd2Config::default());
+    let refused = dmd2.loss(&request(Phase::Student, &good, judged(networks, &TwoLogits)));
+    let message = refused.expect_err("one logit a sample").to_string();
+    assert!(message.contains("`logits` has shape [1, 1]"), "{message}");
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused_by_name() {
+    let [schedule, ..] = schedules();
+    let good = Dmd2Config::default;
+    for (named, config) in [
+        ("critic_ratio", Dmd2Config { critic_ratio: 0, ..good() }),
+        ("dm_weight", Dmd2Config { dm_weight: -1.0, ..good() }),
+        ("gan_weight", Dmd2Config { gan_weight: f64::NAN, ..good() }),
+        ("critic_gan_weight", Dmd2Config { critic_gan_weight: f64::INFINITY, ..good() }),
+        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_min_timestep: 0.99, ..good() }),
+        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_max_timestep: 1.01, ..good() }),
+        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_min_timestep: f64::NAN, ..good() }),
+        ("critic_weight_cap", Dmd2Config { critic_weight_cap: 0.0, ..good() }),
+    ] {
+        let refused = Dmd2::new(config, schedule.clone(), trailing(4));
+        let message = refused.expect_err("it cannot be").to_string();
+        assert!(message.starts_with(&format!("`{named}`")), "{message}");
+    }
+    let method = ObjectiveConfig::Dmd2(good());
+    for steps in [0, 3, 6, 1001] {
+        for grid in [method.training_grid(&schedule, steps), method.sampling_grid(&schedule, steps)]
+        {
+            let message = grid.expect_err("it does not divide 1000").to_string();
+            assert!(message.contains(&format!("`steps` is {steps}")), "{message}");
+            assert!(message.contains("divisor of the 1000"), "{message}");
+        }
+    }
+    assert_eq!(method.sampling_grid(&schedule, 8).expect("8 divides 1000"), trailing(8));
+    assert_eq!((method.boundary(), method.as_str()), (None, "dmd2"));
+    assert!(method.sampler(&schedule).needs_noise());
+}
