@@ -39,10 +39,10 @@ impl Cells {
         self.0.values().filter(|record| record.cell.arm == arm).collect()
     }
 
-    /// Of the seeds that both have come to an end with: an arm's distances in 4 steps, and those of `forward`.
-    fn pairs(&self, arm: Arm) -> Vec<(f64, f64)> {
-        let forward = self.arm(Arm::Forward);
-        let of_seed = |seed| forward.iter().find(|r| r.cell.seed == seed)?.distances[2];
+    /// Of the seeds that both have come to an end with: an arm's distances in 4 steps, and another's.
+    fn pairs(&self, arm: Arm, other: Arm) -> Vec<(f64, f64)> {
+        let others = self.arm(other);
+        let of_seed = |seed| others.iter().find(|r| r.cell.seed == seed)?.distances[2];
         let pair = |record: &Record| Some((record.distances[2]?, of_seed(record.cell.seed)?));
         self.arm(arm).into_iter().filter_map(pair).collect()
     }
@@ -80,9 +80,9 @@ fn summary(text: &mut String, cells: &Cells) -> Result<()> {
     )?;
     writeln!(
         text,
-        "| method | setting | thresholded | n | `forward`, × 1000 | `mix` | `student` | `teacher` | KL of `forward`, `mix`, `student` |"
+        "| method | setting | thresholded | n | `forward`, × 1000 | `mix` | `student` | `teacher` | `mix` / `student` | KL of `forward`, `mix`, `student` |"
     )?;
-    writeln!(text, "| - | - | - | - | - | - | - | - | - |")?;
+    writeln!(text, "| - | - | - | - | - | - | - | - | - | - |")?;
     for method in Method::ALL {
         for setting in Setting::ALL {
             for thresholded in [false, true] {
@@ -92,7 +92,12 @@ fn summary(text: &mut String, cells: &Cells) -> Result<()> {
                     continue;
                 }
                 let distances: Vec<f64> = forward.iter().filter_map(|r| r.distances[2]).collect();
-                let ratios = [Arm::Mix, Arm::Student, Arm::Teacher].map(|arm| ratios(&group, arm));
+                let ratios = [
+                    ratios(&group, Arm::Mix, Arm::Forward),
+                    ratios(&group, Arm::Student, Arm::Forward),
+                    ratios(&group, Arm::Teacher, Arm::Forward),
+                    ratios(&group, Arm::Mix, Arm::Student),
+                ];
                 let kl = [Arm::Forward, Arm::Mix, Arm::Student].map(|arm| {
                     let kls: Vec<f64> =
                         group.arm(arm).iter().filter_map(|r| r.modes).map(|m| m.kl).collect();
@@ -115,9 +120,10 @@ fn summary(text: &mut String, cells: &Cells) -> Result<()> {
     Ok(writeln!(text)?)
 }
 
-/// Ratios to `forward` of the same seeds.
-fn ratios(cells: &Cells, arm: Arm) -> String {
-    let ratios: Vec<f64> = cells.pairs(arm).iter().map(|(arm, forward)| arm / forward).collect();
+/// Ratios to another arm of the same seeds.
+fn ratios(cells: &Cells, arm: Arm, other: Arm) -> String {
+    let pairs = cells.pairs(arm, other);
+    let ratios: Vec<f64> = pairs.iter().map(|(arm, other)| arm / other).collect();
     if ratios.is_empty() {
         return "-".to_owned();
     }
@@ -199,12 +205,12 @@ fn thousandths(values: &[f64]) -> String {
 
 /// Ratios to `forward` of the same seeds, and differences, times 1000.
 fn against_forward(cells: &Cells, arm: Arm) -> String {
-    let pairs = cells.pairs(arm);
+    let pairs = cells.pairs(arm, Arm::Forward);
     if arm == Arm::Forward || pairs.is_empty() {
         return " | ".to_owned();
     }
     let differences: Vec<f64> = pairs.iter().map(|(arm, forward)| arm - forward).collect();
-    format!("{} | {}", ratios(cells, arm), thousandths(&differences))
+    format!("{} | {}", ratios(cells, arm, Arm::Forward), thousandths(&differences))
 }
 
 fn columns_of_modes(modes: &[Modes], has_missing: bool) -> String {
