@@ -57,7 +57,7 @@ impl<'a> Distillation<'a> {
         let objective = budget.objective.build(&lab.schedule, &grid)?;
         let config = MixerConfig {
             priors: PriorSchedule::constant(priors),
-            student: StudentConfig { policy: budget.policy.clone(), mixed: None },
+            student: StudentConfig { policy: budget.policy.clone(), ..StudentConfig::default() },
             teacher: budget.teacher.clone(),
             thresholding: thresholding.clone(),
             ..MixerConfig::default()
