@@ -20,7 +20,6 @@
 //! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
 //! picture is `runs/toy_mixture.png`.
 
-use std::error::Error;
 use std::path::PathBuf;
 use std::time::Instant;
 use std::{env, fs, thread};
@@ -30,6 +29,7 @@ use ddil_core::{
     RandomStreams, ShiftConfig, ShiftRequest, Stream, StudentConfig, StudentPolicy, TeacherConfig,
     measure_shift, sample,
 };
+use ddil_examples::{Result, Trainer, Training, mean_and_error};
 use ddil_losses::{
     LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig, TimestepWeights,
     Weighting,
@@ -43,12 +43,7 @@ use ddil_schedulers::{
     BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, PredictionType, TimestepSpacing,
     Timesteps, VpConfig,
 };
-use ddil_trainer::ema::EmaConfig;
-use ddil_trainer::lr_schedule::{Decay, LrSchedule};
-use ddil_trainer::optimizer::AdamWConfig;
 use tch::{Device, Kind, Tensor};
-
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const SEEDS: u64 = 3;
 const GUIDANCE_SCALES: [f64; 2] = [3.0, 1.0];
@@ -186,7 +181,7 @@ impl Lab {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
         let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
-        let mut trainer = Trainer::new(&model, START_UPDATES)?;
+        let mut trainer = Trainer::new(&model, training(START_UPDATES))?;
         for step in 0..START_UPDATES {
             let data = self.data(step, Stream::Data, BATCH_SIZE)?;
             let mut generator = self.streams.generator(step, Stream::Noise, Device::Cpu)?;
@@ -197,7 +192,7 @@ impl Lab {
             let target = self.exact.predict(&x_t, &t, &data.conditioning)?.x0;
             let x0 = student.predict(&x_t, &t, &data.conditioning)?.x0;
             let errors = ddil_losses::squared_error(&x0, &target)?;
-            trainer.update(&(errors * weights.gather(&t, Kind::Float)?))?;
+            ensure_finite(trainer.update(&(errors * weights.gather(&t, Kind::Float)?))?)?;
         }
         trainer.finish()?;
         Ok(model)
@@ -212,7 +207,7 @@ impl Lab {
 
         let distance_of_teacher = |timesteps: &Timesteps| {
             let samples = self.samples(&teacher, timesteps, 1)?;
-            Ok::<_, Box<dyn Error + Send + Sync>>(energy_distance(&samples.x0, &reference.x0)?)
+            Result::Ok(energy_distance(&samples.x0, &reference.x0)?)
         };
         let fine = self.grid.refined(SUBSTEPS, self.schedule.num_train_timesteps() as u32)?;
         let teachers = [distance_of_teacher(&self.grid)?, distance_of_teacher(&fine)?];
@@ -238,7 +233,7 @@ impl Lab {
         let config = ProgressiveConfig { substeps: SUBSTEPS, ..ProgressiveConfig::default() };
         let objective = Progressive::new(config, self.schedule.clone(), self.grid.clone())?;
         let mut mixer = self.mixer(priors)?;
-        let mut trainer = Trainer::new(&model, UPDATES)?;
+        let mut trainer = Trainer::new(&model, training(UPDATES))?;
         for step in 0..UPDATES {
             let data = self.data(step, Stream::Data, BATCH_SIZE)?;
             let states = mixer.next_states(&MixRequest {
@@ -252,7 +247,7 @@ impl Lab {
             })?;
             let request = LossRequest::new(step, Phase::Student, &states, networks, &self.streams);
             let terms = objective.loss(&request)?;
-            trainer.update(&terms.per_sample)?;
+            ensure_finite(trainer.update(&terms.per_sample)?)?;
         }
         trainer.finish()?;
         Ok(model)
@@ -304,38 +299,12 @@ impl Lab {
     }
 }
 
-/// Steps the optimizer and keeps the average that is sampled with.
-struct Trainer<'a> {
-    model: &'a Model,
-    optimizer: ddil_trainer::optimizer::AdamW,
-    ema: ddil_trainer::ema::Ema,
-    lr: LrSchedule,
-    updates: u64,
+fn training(updates: u64) -> Training {
+    Training { updates, learning_rate: PEAK_LEARNING_RATE, ema_decay: EMA_DECAY }
 }
 
-impl<'a> Trainer<'a> {
-    fn new(model: &'a Model, updates: u64) -> Result<Self> {
-        let config = AdamWConfig { beta2: 0.99, ..AdamWConfig::default() };
-        let optimizer = config.build(model.parameters().learned())?;
-        let ema = EmaConfig { decay: EMA_DECAY, ..EmaConfig::default() };
-        let ema = ema.build(model.parameters().learned())?;
-        let lr =
-            LrSchedule { peak: PEAK_LEARNING_RATE, decay: Decay::Cosine, ..LrSchedule::default() };
-        Ok(Self { model, optimizer, ema, lr, updates })
-    }
-
-    fn update(&mut self, per_sample: &Tensor) -> Result<()> {
-        self.optimizer.zero_grad()?;
-        per_sample.mean(Kind::Float).backward();
-        let _norm = self.optimizer.clip()?;
-        self.optimizer.step(self.lr.lr_at(self.optimizer.num_steps(), self.updates))?;
-        Ok(self.ema.update()?)
-    }
-
-    /// Leaves the average in the network.
-    fn finish(self) -> Result<()> {
-        Ok(self.ema.copy_to(&self.model.parameters().learned())?)
-    }
+fn ensure_finite(is_finite: bool) -> Result<()> {
+    if is_finite { Ok(()) } else { Err("a loss or a gradient is not finite".into()) }
 }
 
 fn trailing(num_steps: u32) -> Result<Timesteps> {
@@ -347,14 +316,6 @@ fn points(samples: &Data) -> Points {
     let class = |i| labels.map_or(0, |labels| labels.int64_value(&[i]) as usize);
     let coordinate = |i, d| samples.x0.double_value(&[i, d]);
     (0..NUM_POINTS).map(|i| (coordinate(i, 0), coordinate(i, 1), class(i))).collect()
-}
-
-/// Mean and its standard error.
-fn mean_and_error(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (mean, (variance / n).sqrt())
 }
 
 fn print_comparison(guidance_scale: f64, seeds: &[&Comparison]) {

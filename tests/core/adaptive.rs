@@ -314,6 +314,22 @@ fn settings_are_read_strictly() {
     assert!(unknown.to_string().contains("every"), "{unknown}");
 }
 
+/// Where dataset samples stay at the noisiest timestep, they are not taken for what is measured.
+#[test]
+fn noisiest_states_are_not_compared() -> ddil_core::Result<()> {
+    for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {
+        let mut run = Run::new(adaptive(signal));
+        let config = MixerConfig { pure_noise_at_tmax: false, ..run.mixer.config().clone() };
+        run.mixer = Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule())))?;
+        for step in 0..30 {
+            let _ = run.step(step, 1.0, 1.0)?;
+        }
+        close(run.student_shares(30)[0], 0.2);
+        assert!(run.student_shares(30)[3] > 0.3);
+    }
+    Ok(())
+}
+
 /// One timestep: all is noise, and there is nothing to measure.
 #[test]
 fn one_step_is_all_noise() -> ddil_core::Result<()> {

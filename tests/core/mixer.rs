@@ -370,6 +370,29 @@ fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result
     Ok(())
 }
 
+/// What a loss said moves chains on as it is, or held, as rollouts would.
+#[test]
+fn chains_are_thresholded_by_the_students_switch() -> ddil_core::Result<()> {
+    for threshold_student in [true, false] {
+        let policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
+        let config = MixerConfig {
+            student: StudentConfig { policy, ..StudentConfig::default() },
+            thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
+            threshold_student,
+            ..mix(0.0, 1.0, 0.0)
+        };
+        let mut run = Run::new(config, &[64, 4]);
+        run.student.center = 100.0;
+        let _ = run.step(0)?;
+        let states = run.step(1)?;
+        let waited: Vec<i64> = (0..64).filter(|&row| states.births[row as usize] == 0).collect();
+        assert!(waited.len() > 10);
+        let x_t = states.x_t.index_select(0, &Tensor::from_slice(&waited));
+        assert_eq!(x_t.min().double_value(&[]) > 3.0, !threshold_student);
+    }
+    Ok(())
+}
+
 #[test]
 fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
     let mut run = Run::new(MixerConfig::default(), &[16, 2]);

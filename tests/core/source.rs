@@ -272,6 +272,22 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
     Ok(())
 }
 
+/// Also where the run's own rollouts are on the whole grid, which drawn ones are not.
+#[test]
+fn drawn_steps_stop_where_a_state_is_wanted() -> ddil_core::Result<()> {
+    let bench = Bench { sampler: Box::new(Lcm::new(schedule())), ..Bench::new() };
+    let config = StudentConfig {
+        policy: StudentPolicy::Buffer { new_fraction: 1.0, buffer: BufferConfig::default() },
+        rollout_steps: Some(RolloutSteps { min: 1, max: 3 }),
+        ..StudentConfig::default()
+    };
+    let mut source = StudentSource::new(config, &bench.grids)?;
+    let states = bench.ask(&mut source, 0, &cycle(60), &[2], 0)?;
+    assert_eq!(states.grid_indices, cycle(60));
+    assert_eq!(label_list(&states), (0..60).collect::<Vec<i64>>());
+    Ok(())
+}
+
 #[test]
 fn rollout_steps_are_checked() {
     let grids = Bench::lcm().grids;

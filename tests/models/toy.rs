@@ -285,3 +285,26 @@ fn guidance_with_the_null_class_extrapolates() -> TestResult {
     assert!(relative_error(&guided, &(&uncond + 3.0 * (cond - &uncond))) < 1e-12);
     Ok(())
 }
+
+#[test]
+fn a_mixture_can_lack_components() -> TestResult {
+    let ring = GaussianMixture::ring(8)?;
+    let lacking = ring.without(&[1, 5])?;
+    assert_eq!((lacking.num_components(), lacking.num_classes()), (6, 4));
+    let place = |k: i64| ring.means().get(k).unsqueeze(0);
+    let distances = lacking.distance_to_nearest(ring.means())?;
+    let far: Vec<bool> = Vec::try_from(distances.gt(0.5))?;
+    assert_eq!(far, [false, true, false, false, false, true, false, false]);
+    // The weights still sum to 1: at a mean of six, the density is 8 / 6 of that of eight.
+    let (alpha, sigma) =
+        (Tensor::ones([1], kind::DOUBLE_CPU), Tensor::zeros([1], kind::DOUBLE_CPU));
+    let [with, without] = [&ring, &lacking].map(|m| m.log_density(&place(3), &alpha, &sigma, None));
+    let ratio = (without? - with?).exp().double_value(&[0]);
+    assert!((ratio - 8.0 / 6.0).abs() < 1e-6);
+
+    // Neither a class nor the whole may go, and what is not there cannot.
+    for components in [vec![0, 1], (0..8).collect(), vec![8], vec![-1]] {
+        assert!(matches!(ring.without(&components), Err(Error::InvalidArgument { .. })));
+    }
+    Ok(())
+}

@@ -68,6 +68,23 @@ fn cells_are_all_combinations_but_those_left_out() -> TestResult {
 }
 
 #[test]
+fn an_exception_holds_where_its_values_meet_and_comes_last() -> TestResult {
+    let exceptions = "exceptions = [{ at = { clip = \"on\", steps = \"2\" }, set = { \"student.stages\" = [1] } }]\n\n[set]";
+    let text = MATRIX.replace("[set]", exceptions);
+    let found = cells(&text)?;
+    let stages: Vec<_> = found.iter().map(|cell| cell.config.student.stages[0]).collect();
+    assert_eq!(stages, [4, 4, 4, 4, 1, 1]);
+    refused(
+        &text.replace("clip = \"on\", steps", "clop = \"on\", steps"),
+        &["`exceptions`", "`clop`"],
+    );
+    refused(&text.replace("{ clip = \"on\", steps = \"2\" }", "{}"), &["`exceptions`", "empty"]);
+    let reserved = text.replace("{ \"student.stages\" = [1] }", "{ \"run.name\" = \"mine\" }");
+    refused(&reserved, &["`run.name` cannot be set"]);
+    Ok(())
+}
+
+#[test]
 fn defaults_are_those_that_are_documented() -> TestResult {
     let matrix = matrix("name = \"plain\"\nbase = \"b.toml\"")?;
     assert_eq!((matrix.seeds.as_slice(), matrix.workers, matrix.threads), (&[0][..], 2, 1));

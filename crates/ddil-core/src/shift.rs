@@ -132,10 +132,7 @@ pub fn shift_at(
     let prepare = |states: &Tensor| pooled(&states.to_kind(Kind::Float), config.pool);
     let (train, inference) = (prepare(train)?, prepare(inference)?);
     let null = (prepare(null.0)?, prepare(null.1)?);
-    let width = train.flatten(1, -1).size()[1];
-    let directions = generator.normal([width, config.projections], Kind::Float)?;
-    let norms = directions.square().sum_dim_intlist(0, true, Kind::Float).sqrt();
-    let directions = (directions / norms).to_device(train.device());
+    let directions = directions(&train, config.projections, generator)?;
     Ok(ShiftAt {
         timestep,
         shift: distances(&train, &inference, &directions, config.batch_size)?,
@@ -258,11 +255,28 @@ fn distances(
 ) -> Result<Distances> {
     const OP: &str = "shift_at";
     let (mean_gap, std_gap) = moment_gaps(first, second);
+    let sliced_w2 = sliced_w2(first, second, directions);
     let (first, second) = (first.flatten(1, -1), second.flatten(1, -1));
-    let sorted = |states: &Tensor| states.matmul(directions).sort(0, false).0;
-    let sliced_w2 = (sorted(&first) - sorted(&second)).square().mean(Kind::Double);
     let energy = energy_distance(&first, &second, block).map_err(Error::torch(OP))?;
-    Ok(Distances { sliced_w2: sliced_w2.double_value(&[]), energy, mean_gap, std_gap })
+    Ok(Distances { sliced_w2, energy, mean_gap, std_gap })
+}
+
+/// Random unit vectors for states like these, one a column.
+pub(crate) fn directions(
+    states: &Tensor,
+    projections: i64,
+    generator: &mut Generator,
+) -> Result<Tensor> {
+    let width: i64 = states.size().iter().skip(1).product();
+    let directions = generator.normal([width, projections], Kind::Float)?;
+    let norms = directions.square().sum_dim_intlist(0, true, Kind::Float).sqrt();
+    Ok((directions / norms).to_device(states.device()))
+}
+
+/// Mean over directions of the squared distance of two sets of the same size, in `Float`. Waits for the device.
+pub(crate) fn sliced_w2(first: &Tensor, second: &Tensor, directions: &Tensor) -> f64 {
+    let sorted = |states: &Tensor| states.flatten(1, -1).matmul(directions).sort(0, false).0;
+    (sorted(first) - sorted(second)).square().mean(Kind::Double).double_value(&[])
 }
 
 /// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, with no state compared to itself.

@@ -154,6 +154,49 @@ impl GaussianMixture {
         Self::new(&means, &vec![std; labels.len()], &ones)?.with_classes(labels)
     }
 
+    /// The same mixture without some of its components, for data that lack what a teacher knows.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`] for a component that there is not, or if the mixture or one of its classes were
+    /// left without any.
+    pub fn without(&self, components: &[i64]) -> Result<Self> {
+        let all = 0..self.num_components();
+        let kept: Vec<i64> = all.clone().filter(|k| !components.contains(k)).collect();
+        let index = Tensor::from_slice(&kept).to_device(self.means.device());
+        let select = |values: &Tensor| values.index_select(0, &index);
+        let classes = self.classes.as_ref().map(|classes| Classes {
+            of_component: select(&classes.of_component),
+            count: classes.count,
+        });
+        let has = |class| {
+            classes
+                .as_ref()
+                .is_none_or(|c| bool::try_from(c.of_component.eq(class).any()).unwrap_or(false))
+        };
+        if kept.is_empty()
+            || components.iter().any(|k| !all.contains(k))
+            || !(0..self.num_classes()).all(has)
+        {
+            return Err(Error::InvalidArgument {
+                op: "GaussianMixture::without",
+                name: "components",
+                found: format!("{components:?}"),
+                expected: format!(
+                    "some of {} components, not all of a class",
+                    self.num_components()
+                ),
+            });
+        }
+        let log_weights = select(&self.log_weights);
+        Ok(Self {
+            means: select(&self.means),
+            variances: select(&self.variances),
+            log_weights: &log_weights - log_weights.logsumexp([0].as_slice(), true),
+            classes,
+        })
+    }
+
     /// The same mixture with its numbers on `device`, which saves a transfer in every call there.
     #[must_use]
     pub fn to_device(&self, device: Device) -> Self {
@@ -167,6 +210,11 @@ impl GaussianMixture {
             log_weights: self.log_weights.to_device(device),
             classes,
         }
+    }
+
+    /// Where the Gaussians are centred, `[components, dim]`, `Double`.
+    pub fn means(&self) -> &Tensor {
+        &self.means
     }
 
     /// Length of a sample.

@@ -32,7 +32,7 @@ mod training;
 
 pub use folder::ComparisonFolder;
 pub use job::Job;
-pub use matrix::{Cell, EvaluateConfig, Extractor, Matrix};
+pub use matrix::{Cell, EvaluateConfig, Exception, Extractor, Matrix};
 pub use plan::{Plan, Standing};
 pub use record::{CellRecord, Outcome, Row};
 pub use report::{Entry, EntryKind, EntryState, Report};

@@ -301,13 +301,12 @@ impl Task for DistillTask {
     }
 
     fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss> {
-        let mut pending = match self.pending.take() {
-            Some(pending) => pending,
-            None => {
-                // Dropout draws from the global generator.
-                tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
-                self.collect(step)?
-            }
+        let mut pending = if let Some(pending) = self.pending.take() {
+            pending
+        } else {
+            // Dropout draws from the global generator.
+            tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
+            self.collect(step)?
         };
         self.cast.open_for(phase);
         let LossTerms { per_sample, student_x0, teacher_next, parts, .. } =

@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 5] = [
+pub(crate) const PRESETS: [Preset; 9] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",
@@ -37,6 +37,30 @@ pub(crate) const PRESETS: [Preset; 5] = [
         verb: "distill",
         about: "the same teacher to 4 steps, by distribution matching (DMD2) with DDIL",
         text: include_str!("../presets/fashion-mnist-dmd2-ddil.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-self-ddil",
+        verb: "distill",
+        about: "a few-step student that is its own teacher",
+        text: include_str!("../presets/fashion-mnist-self-ddil.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-small-ddil",
+        verb: "distill",
+        about: "a student that is smaller than its teacher",
+        text: include_str!("../presets/fashion-mnist-small-ddil.toml"),
+    },
+    Preset {
+        name: "compare-fashion-mnist",
+        verb: "compare",
+        about: "three methods as published, with DDIL and with thresholds too",
+        text: include_str!("../presets/compare-fashion-mnist.toml"),
+    },
+    Preset {
+        name: "compare-stability",
+        verb: "compare",
+        about: "how often small batches and high learning rates break a run",
+        text: include_str!("../presets/compare-stability.toml"),
     },
     Preset {
         name: "compare-fashion-mnist-pd",

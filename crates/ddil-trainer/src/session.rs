@@ -160,7 +160,7 @@ impl From<&DistillConfig> for SessionConfig {
     fn from(config: &DistillConfig) -> Self {
         let DistillConfig { optimizer, learning_rate, critic, ema, output, .. } = config.clone();
         let critic = UpdateConfig {
-            optimizer: critic.optimizer.unwrap_or_else(|| optimizer.clone()),
+            optimizer: critic.optimizer.unwrap_or(optimizer),
             learning_rate: critic.learning_rate.unwrap_or(learning_rate),
         };
         Self { student: UpdateConfig { optimizer, learning_rate }, critic, ema, output }

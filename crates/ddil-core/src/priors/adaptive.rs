@@ -2,7 +2,7 @@
 
 use ddil_schedulers::Timesteps;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::Priors;
 use crate::buffer::{AggregationBuffer, BufferConfig};
@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::loss_meter::{LossMeter, LossTable};
 use crate::random::{RandomStreams, Stream};
 use crate::saved::SavedState;
-use crate::shift::{ShiftConfig, shift_at};
+use crate::shift::{directions, sliced_w2};
 use crate::states::{Source, States};
 
 /// What adaptive priors follow; between 0 and 1 at each grid index.
@@ -140,7 +140,6 @@ impl AdaptivePriors {
 #[derive(Debug)]
 pub(crate) struct Adaptation {
     config: AdaptivePriors,
-    timesteps: Vec<i64>,
     followed: Followed,
     memory: Memory,
 }
@@ -202,7 +201,7 @@ impl Adaptation {
         config.ensure()?;
         let memory = Memory::new(&config, timesteps)?;
         let followed = Followed { signal: vec![None; timesteps.len()], measured_at: 0 };
-        Ok(Self { config, timesteps: timesteps.as_slice().to_vec(), followed, memory })
+        Ok(Self { config, followed, memory })
     }
 
     /// The priors at a grid index.
@@ -220,14 +219,13 @@ impl Adaptation {
         *measured_at = step;
         match &mut self.memory {
             Memory::Shift(stores) => {
-                for (index, &timestep) in self.timesteps.iter().enumerate().skip(1) {
-                    let measured = stores.signal(index, timestep, step, streams)?;
-                    signal[index] = measured.or(signal[index]);
+                for (index, signal) in signal.iter_mut().enumerate().skip(1) {
+                    *signal = stores.signal(index, step, streams)?.or(*signal);
                 }
             }
             Memory::LossRatio { losses, means } => {
                 let table = losses.take()?;
-                ensure_seen(&table, self.timesteps.len())?;
+                ensure_seen(&table, means.len())?;
                 for (index, means) in means.iter_mut().enumerate().skip(1) {
                     means.take_in(&table, index, self.config.decay);
                     signal[index] = means.ratio().or(signal[index]);
@@ -262,7 +260,7 @@ impl Adaptation {
                 stores.student.flush();
             }
             Memory::LossRatio { losses, means } => {
-                *losses = LossMeter::new(self.timesteps.len());
+                *losses = LossMeter::new(means.len());
                 means.fill(Means::default());
             }
         }
@@ -290,7 +288,7 @@ impl Adaptation {
         let Metadata { followed, stores, means: saved_means } = saved.metadata(WHAT)?;
         let refuse =
             |problem: &str| Err(Error::Restore { what: WHAT, problem: problem.to_owned() });
-        if followed.signal.len() != self.timesteps.len() {
+        if followed.signal.len() != self.followed.signal.len() {
             return refuse("they are of a grid of another length");
         }
         match &mut self.memory {
@@ -378,7 +376,6 @@ impl Stores {
     fn signal(
         &mut self,
         grid_index: usize,
-        timestep: i64,
         step: u64,
         streams: &RandomStreams,
     ) -> Result<Option<f64>> {
@@ -388,15 +385,15 @@ impl Stores {
         if n < FEWEST_STATES {
             return Ok(None);
         }
-        let forward = forward.newest(grid_index, 2 * n)?;
-        let student = student.newest(grid_index, n)?;
+        let forward = forward.newest(grid_index, 2 * n)?.to_kind(Kind::Float);
+        let student = student.newest(grid_index, n)?.to_kind(Kind::Float);
         let half = |start: usize| forward.narrow(0, start as i64, n as i64);
-        let config = ShiftConfig { projections: PROJECTIONS, ..ShiftConfig::default() };
         let mut generator = streams.generator(step, Stream::Priors, student.device())?;
-        let (train, other) = (half(n), half(0));
-        let at = shift_at(timestep, &train, &student, (&train, &other), &config, &mut generator)?;
+        let directions = directions(&student, PROJECTIONS, &mut generator)?;
+        let found = sliced_w2(&half(n), &student, &directions);
+        let chance = sliced_w2(&half(n), &half(0), &directions);
         // Of two sets that are the same point, or of states that are not numbers, nothing can be said.
-        let signal = 1.0 - at.null.sliced_w2 / at.shift.sliced_w2;
+        let signal = 1.0 - chance / found;
         Ok(signal.is_finite().then(|| signal.clamp(0.0, 1.0)))
     }
 }

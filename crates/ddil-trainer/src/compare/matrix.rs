@@ -68,6 +68,10 @@ pub struct Matrix {
     /// Combinations that are left out: those with all of these values, as `{ axis = "value", .. }`.
     #[serde(default)]
     pub exclude: Vec<BTreeMap<String, String>>,
+    /// What is changed in some combinations only, after everything else: where what a value means depends on another
+    /// axis. Default nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exceptions: Vec<Exception>,
     /// How each cell is measured.
     #[serde(default)]
     pub evaluate: EvaluateConfig,
@@ -97,6 +101,16 @@ pub struct AxisValue {
     pub name: String,
     /// What it changes of the config, as `"key.of.the.config" = value`; default nothing.
     #[serde(default)]
+    pub set: Changes,
+}
+
+/// What is changed where values of several axes meet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exception {
+    /// The combinations: those with all of these values, as `{ axis = "value", .. }`.
+    pub at: BTreeMap<String, String>,
+    /// What is changed of the config, as `"key.of.the.config" = value`.
     pub set: Changes,
 }
 
@@ -292,7 +306,10 @@ impl Matrix {
         let arm = arm_name(values);
         let name = cell_name(&arm, seed);
         let mut settings = self.with_changes(base)?;
-        for (key, value) in values.iter().flat_map(|value| &value.set) {
+        let exceptions =
+            self.exceptions.iter().filter(|exception| self.are_at(values, &exception.at));
+        let changes = values.iter().map(|value| &value.set);
+        for (key, value) in changes.chain(exceptions.map(|exception| &exception.set)).flatten() {
             settings.set(&format!("{key}={value}"))?;
         }
         let mut config: DistillConfig = settings.build()?;
@@ -316,10 +333,15 @@ impl Matrix {
     }
 
     fn is_excluded(&self, values: &[&AxisValue]) -> bool {
+        self.exclude.iter().any(|combination| self.are_at(values, combination))
+    }
+
+    /// Whether values are all those of a combination.
+    fn are_at(&self, values: &[&AxisValue], combination: &BTreeMap<String, String>) -> bool {
         let has = |(axis, value): (&String, &String)| {
             self.axes.iter().zip(values).any(|(a, v)| a.name == *axis && v.name == *value)
         };
-        self.exclude.iter().any(|combination| combination.iter().all(has))
+        combination.iter().all(has)
     }
 
     fn problems(&self, problems: &mut Vec<String>) {
@@ -336,7 +358,9 @@ impl Matrix {
         }
         self.problems_of_axes(problems);
         self.problems_of_changes(problems);
-        self.problems_of_exclusions(problems);
+        let exceptions = self.exceptions.iter().map(|exception| &exception.at);
+        self.problems_of_combinations("exclude", self.exclude.iter(), problems);
+        self.problems_of_combinations("exceptions", exceptions, problems);
         self.evaluate.problems(problems);
         if problems.is_empty() && self.combinations().is_empty() {
             problems.push("`exclude` leaves no cell".to_owned());
@@ -369,7 +393,9 @@ impl Matrix {
 
     fn problems_of_changes(&self, problems: &mut Vec<String>) {
         let of_axes = self.axes.iter().flat_map(|axis| &axis.values).map(|value| &value.set);
-        for key in std::iter::once(&self.set).chain(of_axes).flat_map(Changes::keys) {
+        let of_exceptions = self.exceptions.iter().map(|exception| &exception.set);
+        let changes = std::iter::once(&self.set).chain(of_axes).chain(of_exceptions);
+        for key in changes.flat_map(Changes::keys) {
             let reserved = RESERVED.iter().find(|(name, _)| name == key || key == "run");
             if let Some((name, why)) = reserved {
                 problems.push(format!("`{name}` cannot be set: it {why}"));
@@ -377,19 +403,26 @@ impl Matrix {
         }
     }
 
-    fn problems_of_exclusions(&self, problems: &mut Vec<String>) {
-        for (axis, value) in self.exclude.iter().flatten() {
-            let Some(found) = self.axes.iter().find(|found| found.name == *axis) else {
-                problems.push(format!("`exclude`: there is no axis `{axis}`"));
-                continue;
-            };
-            if found.values.iter().all(|known| known.name != *value) {
-                problems.push(format!("`exclude`: axis `{axis}` has no value `{value}`"));
+    fn problems_of_combinations<'a>(
+        &self,
+        key: &str,
+        combinations: impl Iterator<Item = &'a BTreeMap<String, String>>,
+        problems: &mut Vec<String>,
+    ) {
+        for combination in combinations {
+            if combination.is_empty() {
+                problems
+                    .push(format!("`{key}` has an empty combination, which would be every cell"));
             }
-        }
-        if self.exclude.iter().any(BTreeMap::is_empty) {
-            problems
-                .push("`exclude` has an empty combination, which would be every cell".to_owned());
+            for (axis, value) in combination {
+                let Some(found) = self.axes.iter().find(|found| found.name == *axis) else {
+                    problems.push(format!("`{key}`: there is no axis `{axis}`"));
+                    continue;
+                };
+                if found.values.iter().all(|known| known.name != *value) {
+                    problems.push(format!("`{key}`: axis `{axis}` has no value `{value}`"));
+                }
+            }
         }
     }
 

@@ -1,0 +1,285 @@
+//! What a run of the matrix is: which data, which method, which states, and with what budget.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+
+use ddil_core::{Priors, StudentPolicy, TeacherConfig};
+use ddil_examples::Result;
+use ddil_losses::{
+    Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig, Weighting,
+};
+use ddil_models::GaussianMixture;
+use ddil_schedulers::{DataRange, Thresholding};
+use serde::{Deserialize, Serialize};
+
+/// Data, and how strongly the teacher is guided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Setting {
+    /// A ring of 8 modes, guidance 3.
+    Guided3,
+    /// The same without guidance: the control.
+    Unguided,
+    /// The same, unguided, and two modes that the teacher knows are missing from the data.
+    Missing,
+    /// The ring under guidance 7.
+    Guided7,
+    /// A grid of 25 modes under guidance 3.
+    Grid,
+}
+
+impl Setting {
+    /// In the order in which they are run.
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Guided3, Self::Unguided, Self::Missing, Self::Guided7, Self::Grid];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Guided3 => "guided-3",
+            Self::Unguided => "unguided",
+            Self::Missing => "missing",
+            Self::Guided7 => "guided-7",
+            Self::Grid => "grid",
+        }
+    }
+
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Guided3 => "ring of 8, guidance 3",
+            Self::Unguided => "ring of 8, no guidance",
+            Self::Missing => "ring of 8, two modes missing from the data, no guidance",
+            Self::Guided7 => "ring of 8, guidance 7",
+            Self::Grid => "grid of 25, guidance 3",
+        }
+    }
+
+    pub(crate) fn guidance_scale(self) -> f64 {
+        match self {
+            Self::Guided3 | Self::Grid => 3.0,
+            Self::Guided7 => 7.0,
+            Self::Unguided | Self::Missing => 1.0,
+        }
+    }
+
+    /// What the teacher knows.
+    pub(crate) fn mixture(self) -> Result<GaussianMixture> {
+        Ok(if self == Self::Grid { GaussianMixture::grid(5)? } else { GaussianMixture::ring(8)? })
+    }
+
+    /// Components that are not in the data: one each of two classes, which keep their other.
+    pub(crate) fn missing(self) -> &'static [i64] {
+        if self == Self::Missing { &[1, 5] } else { &[] }
+    }
+
+    /// Standard deviation of a mode.
+    pub(crate) fn mode_std(self) -> f64 {
+        if self == Self::Grid { 0.05 } else { 0.08 }
+    }
+
+    /// Standard deviation of the data in each dimension.
+    pub(crate) fn sigma_data(self) -> f64 {
+        // 0.8² / 2 + 0.08² for the ring, 0.4² · 2 + 0.05² for the grid.
+        if self == Self::Grid { 0.568 } else { 0.571 }
+    }
+
+    /// Just around the data: three standard deviations beyond the outermost modes.
+    pub(crate) fn thresholding(self) -> Thresholding {
+        let reach = 0.8 + 3.0 * self.mode_std();
+        Thresholding::Clamp(DataRange::scalar(-reach, reach))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Method {
+    Progressive,
+    Lcm,
+    Dmd2,
+}
+
+impl Method {
+    pub(crate) const ALL: [Self; 3] = [Self::Progressive, Self::Lcm, Self::Dmd2];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Progressive => "progressive",
+            Self::Lcm => "lcm",
+            Self::Dmd2 => "dmd2",
+        }
+    }
+
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Progressive => "PD",
+            Self::Lcm => "LCM",
+            Self::Dmd2 => "DMD2",
+        }
+    }
+}
+
+/// Where training states come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Arm {
+    /// Noised data: the method without imitation learning.
+    Forward,
+    /// Half of them, half the student's own: DDIL.
+    Mix,
+    /// The student's own alone.
+    Student,
+    /// The teacher's alone.
+    Teacher,
+}
+
+impl Arm {
+    pub(crate) const ALL: [Self; 4] = [Self::Forward, Self::Mix, Self::Student, Self::Teacher];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Mix => "mix",
+            Self::Student => "student",
+            Self::Teacher => "teacher",
+        }
+    }
+
+    pub(crate) fn priors(self) -> Result<Priors> {
+        let [forward, student, teacher] = match self {
+            Self::Forward => [1.0, 0.0, 0.0],
+            Self::Mix => [0.5, 0.5, 0.0],
+            Self::Student => [0.0, 1.0, 0.0],
+            Self::Teacher => [0.0, 0.0, 1.0],
+        };
+        Ok(Priors::new(forward, student, teacher)?)
+    }
+}
+
+/// How long and how fast a student is trained: by method, and the same for all arms.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Budget {
+    pub(crate) objective: ObjectiveConfig,
+    /// How the student's own states are come by.
+    pub(crate) policy: StudentPolicy,
+    /// The teacher's trajectories.
+    pub(crate) teacher: TeacherConfig,
+    /// Updates of the student.
+    pub(crate) updates: u64,
+    pub(crate) batch_size: i64,
+    pub(crate) learning_rate: f64,
+    /// For the critic, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) critic_learning_rate: Option<f64>,
+    pub(crate) ema_decay: f64,
+    /// Updates of the network that all students begin as.
+    pub(crate) start_updates: u64,
+    pub(crate) start_learning_rate: f64,
+    /// Samples a student is judged by, in as many steps as it is made for; the reference has three times as many.
+    pub(crate) num_samples: i64,
+}
+
+impl Budget {
+    pub(crate) fn of(method: Method) -> Self {
+        let objective = match method {
+            Method::Progressive => ObjectiveConfig::Progressive(ProgressiveConfig {
+                substeps: 4,
+                ..ProgressiveConfig::default()
+            }),
+            Method::Lcm => ObjectiveConfig::Lcm(LatentConsistencyConfig {
+                num_ddim_timesteps: 32,
+                ..LatentConsistencyConfig::default()
+            }),
+            // With the weight of v's errors the critic learns at high noise too, where modes are told apart.
+            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config {
+                gan: false,
+                critic_weighting: Weighting::SnrPlusOne,
+                ..Dmd2Config::default()
+            }),
+        };
+        let policy = match method {
+            // Whole trajectories of the very student, all states of which are used.
+            Method::Progressive | Method::Dmd2 => StudentPolicy::FreshAll,
+            // It is trained at other timesteps than it visits.
+            Method::Lcm => StudentPolicy::Fresh,
+        };
+        let teacher = match method {
+            Method::Progressive | Method::Dmd2 => {
+                TeacherConfig { substeps: 4, ..TeacherConfig::default() }
+            }
+            // Each of the 32 timesteps is a step of the teacher. Until the pool is full, a batch is of 8 trajectories
+            // with 32 states each, which teaches little; so it is small.
+            Method::Lcm => TeacherConfig { substeps: 1, pool: 512, ..TeacherConfig::default() },
+        };
+        let (updates, learning_rate) = match method {
+            Method::Progressive => (1000, 5e-3),
+            Method::Lcm => (1200, 1e-3),
+            Method::Dmd2 => (1000, 1e-3),
+        };
+        Self {
+            objective,
+            policy,
+            teacher,
+            updates,
+            batch_size: 256,
+            learning_rate,
+            critic_learning_rate: (method == Method::Dmd2).then_some(2e-3),
+            ema_decay: 0.995,
+            start_updates: 1500,
+            start_learning_rate: 5e-3,
+            num_samples: 6000,
+        }
+    }
+
+    /// Tells runs of other settings apart.
+    pub(crate) fn hash(&self) -> Result<String> {
+        let mut hasher = DefaultHasher::new();
+        serde_json::to_string(self)?.hash(&mut hasher);
+        Ok(format!("{:016x}", hasher.finish()))
+    }
+}
+
+/// One run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(crate) struct Cell {
+    pub(crate) setting: Setting,
+    pub(crate) method: Method,
+    pub(crate) thresholded: bool,
+    pub(crate) seed: u64,
+    pub(crate) arm: Arm,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    #[serde(flatten)]
+    pub(crate) cell: Cell,
+    /// Of the budget.
+    pub(crate) hash: String,
+    /// A loss, a gradient or a sample was not finite.
+    pub(crate) diverged: bool,
+    /// Energy distances in 1, 2 and 4 steps; none where a sample is not finite.
+    pub(crate) distances: [Option<f64>; 3],
+    /// In 4 steps.
+    pub(crate) modes: Option<Modes>,
+    /// Energy distance of forward states to those visited, less that of two sets of forward states; by timestep.
+    pub(crate) shift: Vec<f64>,
+    /// Evaluations of student, teacher and critic, a sample of the batch and an update of the student.
+    pub(crate) evaluations: [f64; 3],
+    /// Processor time an update of the student.
+    pub(crate) seconds_per_update: f64,
+    /// The same of the teacher: energy distances in as many steps as the student, and in as many as it learns from.
+    pub(crate) teacher_distances: [f64; 2],
+    pub(crate) teacher_modes: Modes,
+}
+
+/// How samples lie about the modes that the teacher knows.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Modes {
+    /// Kullback-Leibler divergence of the shares of the modes, by nearest mode, from even ones; nats.
+    pub(crate) kl: f64,
+    /// Share of samples further than three standard deviations from every mode.
+    pub(crate) off: f64,
+    /// Share of modes that get a fifth of their due or more.
+    pub(crate) coverage: f64,
+    /// Share of samples in the modes that the data lack, relative to what is due to them; 1 where none are.
+    pub(crate) missing: f64,
+}

@@ -1,0 +1,239 @@
+//! The training loop: mix states, ask the objective, update.
+
+use std::cell::Cell;
+use std::fs;
+use std::time::Instant;
+
+use ddil_core::{
+    Consistent, Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, States, Stream,
+    StudentConfig, Thresholded,
+};
+use ddil_examples::{Result, Trainer, Training};
+use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, Phase};
+use ddil_models::Model;
+use ddil_schedulers::{Sampler, Thresholding, Timesteps};
+use ddil_trainer::ema::{Ema, EmaConfig};
+
+use crate::cell::Budget;
+use crate::lab::{Counting, Lab};
+
+/// Steps that students are made for.
+pub(crate) const STUDENT_STEPS: u32 = 4;
+
+/// A trained student, and what it took.
+pub(crate) struct Student {
+    pub(crate) model: Model,
+    pub(crate) diverged: bool,
+    /// Of student, teacher and critic, a sample of the batch and an update of the student.
+    pub(crate) evaluations: [f64; 3],
+    pub(crate) seconds_per_update: f64,
+}
+
+/// Evaluations so far.
+#[derive(Default)]
+struct Counts {
+    student: Cell<u64>,
+    teacher: Cell<u64>,
+    critic: Cell<u64>,
+}
+
+/// A student to be, and all that trains it.
+pub(crate) struct Distillation<'a> {
+    lab: &'a Lab,
+    budget: &'a Budget,
+    thresholding: Thresholding,
+    objective: Box<dyn Objective>,
+    mixer: Mixer,
+}
+
+impl<'a> Distillation<'a> {
+    pub(crate) fn new(
+        lab: &'a Lab,
+        budget: &'a Budget,
+        thresholding: Thresholding,
+        priors: Priors,
+    ) -> Result<Self> {
+        let grid = budget.objective.training_grid(&lab.schedule, STUDENT_STEPS)?;
+        let objective = budget.objective.build(&lab.schedule, &grid)?;
+        let config = MixerConfig {
+            priors: PriorSchedule::constant(priors),
+            student: StudentConfig { policy: budget.policy.clone(), ..StudentConfig::default() },
+            teacher: budget.teacher.clone(),
+            thresholding: thresholding.clone(),
+            ..MixerConfig::default()
+        };
+        let (rollout, sampler) = sampled_with(lab, budget, STUDENT_STEPS)?;
+        let mixer = Mixer::with_rollout(config, grid, rollout, sampler)?;
+        Ok(Self { lab, budget, thresholding, objective, mixer })
+    }
+
+    /// Trains a copy of `start`.
+    pub(crate) fn run(mut self, start: &Model) -> Result<Student> {
+        let (lab, budget) = (self.lab, self.budget);
+        let needs = self.objective.requirements();
+        let counts = Counts::default();
+        let [model, target, critic] = [lab.copy(start)?, lab.copy(start)?, lab.copy(start)?];
+        let student = Counting::new(lab.denoiser(&model)?, &counts.student);
+        let teacher = lab.teacher(self.thresholding.clone(), &counts.teacher)?;
+        let averaged = Counting::new(lab.denoiser(&target)?, &counts.student);
+        let averaged = Thresholded::new(averaged, self.thresholding.clone())?;
+        let fake_score = Counting::new(lab.denoiser(&critic)?, &counts.critic);
+        let asked = Thresholded::new(&fake_score, self.thresholding.clone())?;
+        let networks = Networks {
+            target: needs.target_decay.map(|_| &averaged as &dyn Denoiser),
+            critic: needs.critic.then_some(Critic {
+                fake_score: &fake_score,
+                asked: &asked,
+                discriminator: None,
+            }),
+            ..Networks::new(&student, &teacher)
+        };
+        let mut weights = Weights::new(&model, &target, &critic, budget, &*self.objective)?;
+
+        let (begun, mut updates, mut step, mut diverged) = (cpu_seconds(), 0, 0, false);
+        while updates < budget.updates && !diverged {
+            let states = self.mix(step, updates, networks)?;
+            let mut terms: Option<LossTerms> = None;
+            for &phase in self.objective.phases(step) {
+                let student_x0 = terms.as_ref().map(|terms| &terms.student_x0);
+                let request = LossRequest {
+                    student_x0,
+                    ..LossRequest::new(step, phase, &states, networks, &lab.streams)
+                };
+                weights.train(phase);
+                let of_phase = self.objective.loss(&request)?;
+                diverged |= !weights.update(phase, &of_phase)?;
+                updates += u64::from(phase == Phase::Student);
+                terms = Some(of_phase);
+            }
+            if let Some(terms) = terms {
+                let next = terms.teacher_next.as_ref();
+                self.mixer.after_loss(step, &states, &terms.student_x0, next, &lab.streams)?;
+            }
+            step += 1;
+        }
+        let seconds = cpu_seconds() - begun;
+        weights.finish()?;
+        let per_update = 1.0 / updates.max(1) as f64;
+        let per_sample = per_update / budget.batch_size as f64;
+        let evaluations = [&counts.student, &counts.teacher, &counts.critic]
+            .map(|count| count.get() as f64 * per_sample);
+        let seconds_per_update = seconds * per_update;
+        drop((student, fake_score, averaged));
+        Ok(Student { model, diverged, evaluations, seconds_per_update })
+    }
+
+    fn mix(&mut self, step: u64, updates: u64, networks: Networks<'_>) -> Result<States> {
+        let data = self.lab.data(step, Stream::Data, self.budget.batch_size)?;
+        let student = deployed(self.budget, networks.student);
+        Ok(self.mixer.next_states(&MixRequest {
+            step,
+            total_steps: self.budget.updates.max(updates),
+            data: &data,
+            prompts: &data.conditioning,
+            student: &*student,
+            teacher: networks.teacher,
+            streams: &self.lab.streams,
+        })?)
+    }
+}
+
+/// A student as it samples, but for thresholding: with the boundary condition of its method.
+pub(crate) fn deployed<'a>(budget: &Budget, student: impl Denoiser + 'a) -> Box<dyn Denoiser + 'a> {
+    match budget.objective.boundary() {
+        Some(boundary) => Box::new(Consistent::new(student, boundary)),
+        None => Box::new(student),
+    }
+}
+
+/// Where and how a student samples.
+pub(crate) fn sampled_with(
+    lab: &Lab,
+    budget: &Budget,
+    steps: u32,
+) -> Result<(Timesteps, Box<dyn Sampler>)> {
+    let objective = &budget.objective;
+    Ok((objective.sampling_grid(&lab.schedule, steps)?, objective.sampler(&lab.schedule)))
+}
+
+/// What is updated: the student, its average that methods compare it with, the critic.
+struct Weights<'a> {
+    student: Trainer<'a>,
+    target: Option<(Ema, &'a Model)>,
+    critic: Option<(Trainer<'a>, &'a Model)>,
+}
+
+impl<'a> Weights<'a> {
+    fn new(
+        student: &'a Model,
+        target: &'a Model,
+        critic: &'a Model,
+        budget: &Budget,
+        objective: &dyn Objective,
+    ) -> Result<Self> {
+        let needs = objective.requirements();
+        let Budget { updates, learning_rate, critic_learning_rate, ema_decay, .. } = *budget;
+        let trainer = Trainer::new(student, Training { updates, learning_rate, ema_decay })?;
+        let ema = needs
+            .target_decay
+            .map(|decay| EmaConfig { decay, warmup: false }.build(student.parameters().learned()));
+        // A critic is updated more often than the student; its rate falls as the student's does.
+        let per_update = |phase| {
+            let steps = 0..100;
+            let phases = steps.flat_map(|step| objective.phases(step));
+            phases.filter(|p| **p == phase).count() as f64
+        };
+        let critic_updates =
+            updates as f64 * per_update(Phase::Critic) / per_update(Phase::Student).max(1.0);
+        let training = Training {
+            updates: critic_updates as u64,
+            learning_rate: critic_learning_rate.unwrap_or(learning_rate),
+            ema_decay,
+        };
+        let critic_trainer = needs.critic.then(|| Trainer::new(critic, training));
+        target.parameters().set_trainable(false);
+        Ok(Self {
+            student: trainer,
+            target: ema.transpose()?.map(|ema| (ema, target)),
+            critic: critic_trainer.transpose()?.map(|trainer| (trainer, critic)),
+        })
+    }
+
+    /// Freezes the critic while the student is trained: the student's gradient goes through it and not into it.
+    fn train(&self, phase: Phase) {
+        if let Some((_, critic)) = &self.critic {
+            critic.parameters().set_trainable(phase == Phase::Critic);
+        }
+    }
+
+    /// False for numbers that are not finite.
+    fn update(&mut self, phase: Phase, terms: &LossTerms) -> Result<bool> {
+        match (phase, &mut self.critic) {
+            (Phase::Critic, Some((critic, _))) => critic.update(&terms.per_sample),
+            (Phase::Critic, None) => Err("a critic is to be trained that is not there".into()),
+            (Phase::Student, _) => {
+                let finite = self.student.update(&terms.per_sample)?;
+                if let Some((ema, target)) = &mut self.target {
+                    ema.update()?;
+                    ema.copy_to(&target.parameters().learned())?;
+                }
+                Ok(finite)
+            }
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        self.student.finish()
+    }
+}
+
+/// Seconds that this thread has been on a processor, which other work on the machine does not lengthen; where the
+/// system does not say, seconds of the clock.
+fn cpu_seconds() -> f64 {
+    let nanoseconds = || -> Option<f64> {
+        let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+        text.split_whitespace().next()?.parse().ok()
+    };
+    thread_local!(static START: Instant = Instant::now());
+    nanoseconds().map_or_else(|| START.with(Instant::elapsed).as_secs_f64(), |ns| ns * 1e-9)
+}

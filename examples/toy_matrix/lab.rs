@@ -1,0 +1,191 @@
+//! What all runs on one mixture and seed have in common.
+
+use std::cell::Cell;
+
+use ddil_core::{Conditioning, Data, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample};
+use ddil_examples::{Result, Trainer, Training};
+use ddil_losses::{TimestepWeights, Weighting};
+use ddil_models::{
+    GaussianMixture, MixtureDenoiser, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement,
+    SkipConfig,
+};
+use ddil_schedulers::{
+    BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, Sampler,
+    Thresholding, TimestepSpacing, Timesteps, VpConfig,
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::cell::Setting;
+
+/// Steps of the samples that guided students are compared to.
+const REFERENCE_STEPS: u32 = 64;
+
+pub(crate) struct Lab {
+    pub(crate) setting: Setting,
+    pub(crate) schedule: NoiseSchedule,
+    pub(crate) streams: RandomStreams,
+    exact: MixtureDenoiser,
+    /// What the dataset holds, which may be less than the teacher knows.
+    dataset: GaussianMixture,
+}
+
+impl Lab {
+    pub(crate) fn new(setting: Setting, seed: u64) -> Result<Self> {
+        let schedule = NoiseScheduleConfig::Vp(VpConfig {
+            beta_schedule: BetaSchedule::SquaredcosCapV2,
+            ..VpConfig::default()
+        });
+        let schedule = schedule.build()?;
+        let mixture = setting.mixture()?;
+        Ok(Self {
+            setting,
+            dataset: mixture.without(setting.missing())?,
+            exact: mixture.on(schedule.clone()),
+            schedule,
+            streams: RandomStreams::new(seed, 0),
+        })
+    }
+
+    /// Everything that the teacher knows.
+    pub(crate) fn mixture(&self) -> &GaussianMixture {
+        self.exact.mixture()
+    }
+
+    /// Samples of the dataset, of even classes.
+    pub(crate) fn data(&self, step: u64, stream: Stream, n: i64) -> Result<Data> {
+        self.draw(&self.dataset, step, stream, n)
+    }
+
+    fn draw(&self, mixture: &GaussianMixture, step: u64, stream: Stream, n: i64) -> Result<Data> {
+        let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
+        let labels = generator.randint(0, mixture.num_classes(), [n])?;
+        let x0 = mixture.sample(n, Some(&labels), &mut generator)?;
+        Ok(Data { x0, conditioning: Conditioning::class_labels(labels) })
+    }
+
+    /// A network of about 10 000 parameters.
+    pub(crate) fn network(&self) -> Result<Model> {
+        let config = MlpConfig {
+            time_features: 16,
+            num_class_embeds: Some(self.mixture().num_classes() as u32),
+            class_features: 8,
+            skip: Some(SkipConfig {
+                sigma_data: self.setting.sigma_data(),
+                schedule: self.schedule.config().clone(),
+            }),
+            ..MlpConfig::default()
+        };
+        Ok(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?)
+    }
+
+    /// A network with the weights of another.
+    pub(crate) fn copy(&self, of: &Model) -> Result<Model> {
+        let model = self.network()?;
+        model.parameters().copy_from(of.parameters())?;
+        Ok(model)
+    }
+
+    pub(crate) fn denoiser<'a>(&self, model: &'a Model) -> Result<NetworkDenoiser<&'a Model>> {
+        Ok(NetworkDenoiser::new(model, PredictionType::Sample, self.schedule.clone())?)
+    }
+
+    /// What a teacher's weights are elsewhere: a network that knows how to denoise all that the teacher knows, and
+    /// nothing of few steps or of guidance. All arms begin with it.
+    pub(crate) fn start(&self, training: Training, batch_size: i64) -> Result<Model> {
+        let model = self.network()?;
+        let student = self.denoiser(&model)?;
+        let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
+        let mut trainer = Trainer::new(&model, training)?;
+        for step in 0..training.updates {
+            let data = self.draw(self.mixture(), step, Stream::Data, batch_size)?;
+            let mut generator = self.streams.generator(step, Stream::Noise, Device::Cpu)?;
+            let noise = generator.normal(data.x0.size(), Kind::Float)?;
+            let t = generator.randint(0, self.schedule.num_train_timesteps(), [batch_size])?;
+            let x_t = self.schedule.add_noise(&data.x0, &noise, &t)?;
+
+            let target = self.exact.predict(&x_t, &t, &data.conditioning)?.x0;
+            let x0 = student.predict(&x_t, &t, &data.conditioning)?.x0;
+            let errors = ddil_losses::squared_error(&x0, &target)?;
+            if !trainer.update(&(errors * weights.gather(&t, Kind::Float)?))? {
+                return Err("the network to begin with diverged".into());
+            }
+        }
+        trainer.finish()?;
+        Ok(model)
+    }
+
+    /// The teacher as it is asked: guided, then held inside the data's range.
+    pub(crate) fn teacher<'a>(
+        &'a self,
+        thresholding: Thresholding,
+        evaluations: &'a Cell<u64>,
+    ) -> Result<impl Denoiser + 'a> {
+        let null = Tensor::from_slice(&[self.mixture().num_classes()]);
+        let null = Conditioning::class_labels(null);
+        let guided = Guided::new(
+            Counting::new(&self.exact, evaluations),
+            self.setting.guidance_scale(),
+            null,
+        )?;
+        Ok(Thresholded::new(guided, thresholding)?)
+    }
+
+    /// What a perfect student's samples would be: data, or what the guided teacher makes in many steps.
+    pub(crate) fn reference(&self, teacher: &dyn Denoiser, n: i64) -> Result<Data> {
+        if self.setting.guidance_scale() == 1.0 {
+            return self.draw(self.mixture(), 0, Stream::Sample, n);
+        }
+        let ddim = Ddim::new(self.schedule.clone());
+        self.samples(teacher, &ddim, &trailing(REFERENCE_STEPS)?, 0, n)
+    }
+
+    /// Samples for measuring, of even classes; `draw` tells independent sets apart.
+    pub(crate) fn samples(
+        &self,
+        denoiser: &dyn Denoiser,
+        sampler: &dyn Sampler,
+        timesteps: &Timesteps,
+        draw: u64,
+        n: i64,
+    ) -> Result<Data> {
+        let mut generator = self.streams.generator(draw, Stream::Sample, Device::Cpu)?;
+        let labels = generator.randint(0, self.mixture().num_classes(), [n])?;
+        let noise = generator.normal([n, 2], Kind::Float)?;
+        let conditioning = Conditioning::class_labels(labels);
+        let generator = Some(&mut generator);
+        let x0 = sample(denoiser, sampler, timesteps, noise, &conditioning, generator)?;
+        Ok(Data { x0, conditioning })
+    }
+}
+
+pub(crate) fn trailing(num_steps: u32) -> Result<Timesteps> {
+    Ok(Timesteps::spaced(TimestepSpacing::Trailing, 1000, num_steps, 0)?)
+}
+
+/// A denoiser that counts the samples it was asked about.
+pub(crate) struct Counting<'a, D> {
+    inner: D,
+    evaluations: &'a Cell<u64>,
+}
+
+impl<'a, D> Counting<'a, D> {
+    pub(crate) fn new(inner: D, evaluations: &'a Cell<u64>) -> Self {
+        Self { inner, evaluations }
+    }
+}
+
+impl<D: Denoiser> Denoiser for Counting<'_, D> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        self.evaluations.set(self.evaluations.get() + x_t.size()[0] as u64);
+        self.inner.predict(x_t, timesteps, conditioning)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}
