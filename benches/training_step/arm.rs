@@ -108,7 +108,7 @@ impl Arm {
         let sampling = method.sampling_grid(&schedule, STEPS)?;
         let objective = method.build(&schedule, &training)?;
         let sampler = method.sampler(&schedule);
-        let mixer = Mixer::with_rollout(way.mixer()?, training, sampling, sampler)?;
+        let mixer = Mixer::with_rollout(way.mixer(workload.pool)?, training, sampling, sampler)?;
         let teacher = workload.teacher()?;
         let student = teacher.duplicate(true)?;
         let learned = || student.parameters().learned();

@@ -25,9 +25,6 @@ use crate::way::{Method, Way};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Updates of a round: a whole turn of DMD2, which trains its student in one of five.
-const UPDATES_A_ROUND: u64 = 5;
-
 /// Times updates of the three methods.
 #[derive(Debug, Parser)]
 struct Options {
@@ -57,15 +54,21 @@ struct Workload {
     side: i64,
     unet: UNet2DConfig,
     precision: Precision,
-    /// Updates of the mixer alone, before anything is timed.
+    /// Updates of the mixer alone, before anything is timed; a multiple of 5.
     filling: u64,
+    /// Trajectories in the teacher's pool, so few that they are all there after the filling.
+    pool: usize,
     rounds: u64,
+    /// Updates of a round: a whole turn of DMD2, which trains its student in one of five.
+    updates: u64,
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    if options.threads > 0 {
-        tch::set_num_threads(options.threads);
+    // More would wait for each other longer than they work on a tiny network.
+    let threads = if options.test { 1 } else { options.threads };
+    if threads > 0 {
+        tch::set_num_threads(threads);
     }
     ddil_libtorch::keep_freed_pages();
     let workload = if options.test { Workload::tiny() } else { Workload::of(&options) };
@@ -88,8 +91,8 @@ fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
     // One more round at the start, which is not kept.
     for round in 0..=workload.rounds {
         arms.iter_mut().for_each(Arm::begin_round);
-        let first = workload.filling + round * UPDATES_A_ROUND;
-        for step in first..first + UPDATES_A_ROUND {
+        let first = workload.filling + round * workload.updates;
+        for step in first..first + workload.updates {
             // Another one is first each time, so that none always follows the same.
             let turn = step as usize % arms.len();
             arms.rotate_left(turn);
@@ -107,20 +110,29 @@ fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
 
 impl Workload {
     fn of(options: &Options) -> Self {
-        let Options { precision, rounds, .. } = *options;
-        Self { batch: 32, side: 32, unet: fashion_mnist(), precision, filling: 300, rounds }
+        Self {
+            batch: 32,
+            side: 32,
+            unet: fashion_mnist(),
+            precision: options.precision,
+            filling: 300,
+            pool: 32,
+            rounds: options.rounds,
+            updates: 5,
+        }
     }
 
     fn tiny() -> Self {
         let unet = UNet2DConfig {
             sample_size: Some(SampleSize::Square(8)),
-            block_out_channels: vec![8, 16],
-            down_block_types: vec![DownBlockType::DownBlock2D; 2],
-            up_block_types: vec![UpBlockType::UpBlock2D; 2],
+            block_out_channels: vec![8],
+            attention_head_dim: Some(8),
+            down_block_types: vec![DownBlockType::DownBlock2D],
+            up_block_types: vec![UpBlockType::UpBlock2D],
             ..fashion_mnist()
         };
-        let precision = Precision::Float32;
-        Self { batch: 4, side: 8, unet, precision, filling: UPDATES_A_ROUND, rounds: 1 }
+        let (precision, pool) = (Precision::Float32, 2);
+        Self { batch: 4, side: 8, unet, precision, filling: 5, pool, rounds: 1, updates: 1 }
     }
 
     fn schedule() -> Result<NoiseSchedule> {

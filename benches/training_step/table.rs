@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use crate::Workload;
 use crate::arm::{Arm, Round};
 use crate::meter::Role;
-use crate::{UPDATES_A_ROUND, Workload};
 
 /// How and where it is measured, before it is.
 pub(crate) fn print_setting(workload: &Workload) {
-    let Workload { batch, precision, filling, rounds, .. } = workload;
+    let Workload { batch, precision, filling, rounds, updates, .. } = workload;
     println!(
-        "batch {batch}, {precision:?}, {} threads; {rounds} rounds of {UPDATES_A_ROUND} updates in turn, after \
-         {filling} of the mixer alone and {UPDATES_A_ROUND} whole ones{}\n",
+        "batch {batch}, {precision:?}, {} threads; {rounds} rounds of {updates} updates in turn, after \
+         {filling} of the mixer alone and {updates} whole ones{}\n",
         tch::get_num_threads(),
         load()
     );
@@ -35,7 +35,7 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
     );
     println!("{}", "| --- ".repeat(10) + "|");
     for arm in measured.iter().flatten() {
-        println!("{}", parts(arm));
+        println!("{}", parts(arm, workload));
     }
     if let Some(peak) = peak_memory() {
         println!("\npeak memory of the process, all ways in it: {peak}");
@@ -51,12 +51,13 @@ fn name(arm: &Arm) -> String {
 
 /// What an update costs, in time, in ratios and in passes a sample.
 fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
-    let milliseconds = median(&each(arm, |round| milliseconds(round.wall)));
+    let milliseconds =
+        median(&each(arm, |round| milliseconds(round.wall))) / workload.updates as f64;
     let wall = each(arm, |round| round.wall.as_secs_f64());
     let base_wall = each(base, |round| round.wall.as_secs_f64());
     let processor = |round: &Round| round.processor.map_or(f64::NAN, |time| time.as_secs_f64());
     let processor = ratio(&each(arm, processor), &each(base, processor));
-    let samples = (arm.rounds.len() as u64 * UPDATES_A_ROUND) as f64 * workload.batch as f64;
+    let samples = (arm.rounds.len() as u64 * workload.updates) as f64 * workload.batch as f64;
     let all = |roles: &[Role]| roles.iter().map(|role| arm.meters.of(*role)).collect::<Vec<_>>();
     let passes = |roles: &[Role]| {
         decimal(all(roles).iter().map(|tally| tally.passes).sum::<u64>() as f64 / samples)
@@ -81,8 +82,8 @@ fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
 }
 
 /// Where the time of an update goes, in means over all rounds.
-fn parts(arm: &Arm) -> String {
-    let updates = (arm.rounds.len() as u64 * UPDATES_A_ROUND) as f64;
+fn parts(arm: &Arm, workload: &Workload) -> String {
+    let updates = (arm.rounds.len() as u64 * workload.updates) as f64;
     let mean = |part: fn(&Round) -> Duration| {
         milliseconds(arm.rounds.iter().map(part).sum::<Duration>()) / updates
     };

@@ -99,20 +99,20 @@ impl Way {
         }
     }
 
-    pub(crate) fn mixer(&self) -> ddil_core::Result<MixerConfig> {
+    pub(crate) fn mixer(&self, pool: usize) -> ddil_core::Result<MixerConfig> {
         let priors = match self.sources {
-            Sources::Forward => return Ok(MixerConfig::forward_only()),
+            Sources::Forward => Priors::FORWARD_ONLY,
             Sources::Student => Priors::new(0.0, 1.0, 0.0)?,
             Sources::Mixture | Sources::Filling => self.method.mixture(),
         };
-        // A full pool costs the same whatever its size.
-        let pool = if self.sources == Sources::Filling { 2048 } else { 32 };
+        let pool = if self.sources == Sources::Filling { 2048 } else { pool };
         // As in the presets: steps between 2 of 50 timesteps are short enough.
         let substeps = if self.method == Method::Lcm { 1 } else { 2 };
         Ok(MixerConfig {
             priors: PriorSchedule::constant(priors),
             student: StudentConfig { policy: self.policy.clone(), ..StudentConfig::default() },
             teacher: TeacherConfig { pool, substeps, ..TeacherConfig::default() },
+            pure_noise_at_tmax: self.sources != Sources::Forward,
             ..MixerConfig::default()
         })
     }
