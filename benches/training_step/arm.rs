@@ -178,6 +178,15 @@ impl Arm {
         self.meters = Meters::default();
     }
 
+    /// Trajectories that the teacher walked, as passes tell: two of a guided network at each timestep that it is asked
+    /// at on the way to the student's last one.
+    pub(crate) fn teacher_trajectories(&self) -> f64 {
+        let grids = self.mixer.grids();
+        let last = grids.student.as_slice().iter().min().copied().unwrap_or(-1);
+        let asked = grids.teacher.as_slice().iter().filter(|timestep| **timestep > last).count();
+        self.meters.of(Role::TeacherRollout).passes as f64 / (2 * asked) as f64
+    }
+
     /// One update, whose cost goes to the present round.
     pub(crate) fn update(&mut self, step: u64) -> Result<()> {
         let [data, real] = [Stream::Data, Stream::Condition].map(|stream| self.data(step, stream));

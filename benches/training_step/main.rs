@@ -43,7 +43,7 @@ struct Options {
     /// Only sees that everything runs: one round of a tiny network.
     #[arg(long)]
     test: bool,
-    /// What cargo says.
+    /// What `cargo bench` says; without it this is a test, as criterion has it.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -65,13 +65,14 @@ struct Workload {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    let test = options.test || !options.bench;
     // More would wait for each other longer than they work on a tiny network.
-    let threads = if options.test { 1 } else { options.threads };
+    let threads = if test { 1 } else { options.threads };
     if threads > 0 {
         tch::set_num_threads(threads);
     }
     ddil_libtorch::keep_freed_pages();
-    let workload = if options.test { Workload::tiny() } else { Workload::of(&options) };
+    let workload = if test { Workload::tiny() } else { Workload::of(&options) };
     table::print_setting(&workload);
     let methods = if options.method.is_empty() { Method::ALL.to_vec() } else { options.method };
     let measured: Result<Vec<Vec<Arm>>> =

@@ -5,12 +5,13 @@ use std::time::Duration;
 use crate::Workload;
 use crate::arm::{Arm, Round};
 use crate::meter::Role;
+use crate::way::Sources;
 
 /// How and where it is measured, before it is.
 pub(crate) fn print_setting(workload: &Workload) {
     let Workload { batch, precision, filling, rounds, updates, .. } = workload;
     println!(
-        "batch {batch}, {precision:?}, {} threads; {rounds} rounds of {updates} updates in turn, after \
+        "batch {batch}, {precision:?}, threads {}; {rounds} rounds of {updates} updates in turn, after \
          {filling} of the mixer alone and {updates} whole ones{}\n",
         tch::get_num_threads(),
         load()
@@ -29,6 +30,9 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
             println!("{}", cost(arm, &arms[0], workload));
         }
     }
+    for arms in measured {
+        print_pool(arms, workload);
+    }
     println!("\nMilliseconds of an update by part:\n");
     println!(
         "| method | states | policy | states | teacher | student | target or critic | backward | optimizer | rest |"
@@ -41,6 +45,28 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
         println!("\npeak memory of the process, all ways in it: {peak}");
     }
     println!("at the end{}", load());
+}
+
+/// What it costs to fill a teacher's pool: the last way against the same with a full one.
+fn print_pool(arms: &[Arm], workload: &Workload) {
+    let [base, .., filling] = arms else { return };
+    let alike = |arm: &&Arm| {
+        arm.way.sources == Sources::Mixture && arm.way.policy() == filling.way.policy()
+    };
+    let Some(full) = arms.iter().find(alike).filter(|_| filling.way.sources == Sources::Filling)
+    else {
+        return;
+    };
+    let wall = |arm: &Arm| each(arm, |round| round.wall.as_secs_f64());
+    let extra: Vec<f64> = wall(filling).iter().zip(wall(full)).map(|(a, b)| a - b).collect();
+    let share: Vec<f64> = extra.iter().zip(wall(base)).map(|(extra, base)| extra / base).collect();
+    let updates = (filling.rounds.len() as u64 * workload.updates) as f64;
+    let trajectories = filling.teacher_trajectories() / updates;
+    let (method, cost) = (base.way.method.name(), median(&share) / trajectories);
+    println!(
+        "\n{method}: while the teacher's pool fills, {trajectories:.2} trajectories an update, which cost {cost:.3} \
+         updates of the base each"
+    );
 }
 
 /// Which way it is.
