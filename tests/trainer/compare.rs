@@ -2,10 +2,11 @@ use std::collections::BTreeMap;
 
 use ddil_schedulers::Thresholding;
 use ddil_trainer::compare::matrix::{Axis, AxisValue};
+use ddil_trainer::compare::metric::Metric;
 use ddil_trainer::compare::statistics::Estimate;
-use ddil_trainer::compare::table::{self, Metric};
-use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot};
-use ddil_trainer::results::{Measurement, ShiftRow};
+use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot, table};
+use ddil_trainer::evaluation::ShiftRow;
+use ddil_trainer::results::Measurement;
 use ddil_trainer::settings::Settings;
 use proptest::prelude::*;
 
