@@ -3,10 +3,7 @@
 use ddil_core::{
     Conditioning, Consistent, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample,
 };
-use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Prediction, Sampler, Thresholding,
-    TimestepSpacing, Timesteps,
-};
+use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 

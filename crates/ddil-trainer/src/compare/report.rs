@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::matrix::Axis;
-use super::measure::{LEAST_COVERAGE, first_drawn, load_images};
+use super::measure::{first_drawn, load_images};
 use super::metric::Metric;
 use super::plan::{Plan, PlannedCell, PlannedTeacher};
 use super::record::{CellRecord, NamedRows, Outcome, Row};
@@ -74,7 +74,7 @@ pub struct Report {
     /// Everything that was measured or went wrong.
     pub entries: Vec<Entry>,
     /// Rows of pictures: what they are of, and the images.
-    pictures: Vec<(String, Tensor)>,
+    pub(super) pictures: Vec<(String, Tensor)>,
 }
 
 /// The cells of an arm at one number of steps.
