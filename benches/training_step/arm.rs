@@ -1,0 +1,364 @@
+//! One way of training with everything of its own.
+
+use std::time::{Duration, Instant};
+
+use ddil_core::{
+    Conditioning, Consistent, Data, Denoiser, Discriminator, Guided, MixRequest, Mixer,
+    RandomStreams, States, Stream, Thresholded,
+};
+use ddil_libtorch::{TensorList, foreach_lerp_};
+use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig};
+use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
+use ddil_trainer::ema::{Ema, EmaConfig};
+use ddil_trainer::network::Network;
+use ddil_trainer::optimizer::{AdamW, AdamWConfig, ensure_finite};
+use tch::{Device, Kind, Tensor};
+
+use crate::meter::{Metered, Meters, Role, processor_time};
+use crate::way::Way;
+use crate::{Result, Workload};
+
+const STEPS: u32 = 4;
+const GUIDANCE_SCALE: f64 = 3.0;
+const LEARNING_RATE: f64 = 1e-4;
+
+/// The class that stands for no condition, and the number of the others.
+const NULL_CLASS: i64 = 10;
+
+/// What a round took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Round {
+    pub(crate) wall: Duration,
+    /// Of all threads, where the system tells.
+    pub(crate) processor: Option<Duration>,
+    /// The mixer, rollouts and all.
+    pub(crate) states: Duration,
+    pub(crate) backward: Duration,
+    /// Clipping, steps, moving averages.
+    pub(crate) optimizer: Duration,
+}
+
+/// A way of training on its way.
+pub(crate) struct Arm {
+    pub(crate) way: Way,
+    pub(crate) meters: Meters,
+    pub(crate) rounds: Vec<Round>,
+    batch: i64,
+    side: i64,
+    method: ObjectiveConfig,
+    objective: Box<dyn Objective>,
+    mixer: Mixer,
+    streams: RandomStreams,
+    teacher: Network,
+    student: Network,
+    student_optimizer: AdamW,
+    ema: Ema,
+    target: Option<Target>,
+    critic: Option<Judges>,
+}
+
+/// The moving average that makes labels.
+struct Target {
+    network: Network,
+    decay: f64,
+}
+
+/// The critic, its discriminator's head, and the optimizer of both.
+struct Judges {
+    fake_score: Network,
+    head: DiscriminatorHead,
+    optimizer: AdamW,
+}
+
+/// The critic's features and the head behind them.
+struct Judge<'a>(&'a Judges);
+
+impl Discriminator for Judge<'_> {
+    fn logits(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Tensor> {
+        let Judges { fake_score, head, .. } = self.0;
+        let logits = fake_score.judged_by(head, x_t, timesteps, conditioning);
+        logits.map_err(|error| ddil_core::Error::network("discriminator", error))
+    }
+}
+
+/// Says that all data are 0, and costs nothing.
+struct Free<'a>(&'a NoiseSchedule);
+
+impl Denoiser for Free<'_> {
+    fn predict(&self, x_t: &Tensor, _: &Tensor, _: &Conditioning) -> ddil_core::Result<Prediction> {
+        Ok(Prediction { x0: x_t.zeros_like(), epsilon: x_t.shallow_clone() })
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.0
+    }
+}
+
+impl Arm {
+    pub(crate) fn new(way: Way, workload: &Workload) -> Result<Self> {
+        let schedule = Workload::schedule()?;
+        let method = way.method.objective();
+        let training = method.training_grid(&schedule, STEPS)?;
+        let sampling = method.sampling_grid(&schedule, STEPS)?;
+        let objective = method.build(&schedule, &training)?;
+        let sampler = method.sampler(&schedule);
+        let mixer = Mixer::with_rollout(way.mixer()?, training, sampling, sampler)?;
+        let teacher = workload.teacher()?;
+        let student = teacher.duplicate(true)?;
+        let learned = || student.parameters().learned();
+        let requirements = objective.requirements();
+        let target = requirements
+            .target_decay
+            .map(|decay| {
+                Ok::<_, ddil_trainer::Error>(Target { network: student.duplicate(false)?, decay })
+            })
+            .transpose()?;
+        let critic = requirements.critic.then(|| Judges::new(&teacher)).transpose()?;
+        Ok(Self {
+            student_optimizer: AdamWConfig::default().build(learned())?,
+            ema: EmaConfig::default().build(learned())?,
+            way,
+            meters: Meters::default(),
+            rounds: Vec::new(),
+            batch: workload.batch,
+            side: workload.side,
+            method,
+            objective,
+            mixer,
+            streams: RandomStreams::new(0, 0),
+            teacher,
+            student,
+            target,
+            critic,
+        })
+    }
+
+    /// Random data of an update, and as many in another order.
+    fn data(&self, step: u64, stream: Stream) -> Result<Data> {
+        let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
+        let labels = generator.randint(0, NULL_CLASS, [self.batch])?;
+        let x0 = generator.normal([self.batch, 1, self.side, self.side], Kind::Float)?;
+        let conditioning = Conditioning::class_labels(labels);
+        Ok(Data { x0: x0.clamp(-1.0, 1.0), conditioning })
+    }
+
+    /// So many updates of the mixer alone, by networks that cost nothing: what it keeps is there afterwards.
+    pub(crate) fn fill(&mut self, updates: u64) -> Result<()> {
+        let schedule = Workload::schedule()?;
+        for step in 0..updates {
+            let data = self.data(step, Stream::Data)?;
+            let states = self.mixer.next_states(&MixRequest {
+                step,
+                total_steps: u64::MAX,
+                data: &data,
+                prompts: &data.conditioning,
+                student: &Free(&schedule),
+                teacher: &Free(&schedule),
+                streams: &self.streams,
+            })?;
+            let student_x0 = states.x_t.zeros_like();
+            self.mixer.after_loss(step, &states, &student_x0, None, &self.streams)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn begin_round(&mut self) {
+        let processor = processor_time().map(|_| Duration::ZERO);
+        self.rounds.push(Round { processor, ..Round::default() });
+    }
+
+    pub(crate) fn forget_rounds(&mut self) {
+        self.rounds.clear();
+        self.meters = Meters::default();
+    }
+
+    /// One update, whose cost goes to the present round.
+    pub(crate) fn update(&mut self, step: u64) -> Result<()> {
+        let [data, real] = [Stream::Data, Stream::Condition].map(|stream| self.data(step, stream));
+        let (data, real) = (data?, real?);
+        let (processor, started) = (processor_time(), Instant::now());
+        let mut spent = Round::default();
+
+        let states = self.collect(step, &data)?;
+        spent.states += started.elapsed();
+        let mut said: Option<LossTerms> = None;
+        let phases = self.objective.phases(step);
+        for phase in phases {
+            let earlier = said.as_ref().map(|terms| &terms.student_x0);
+            said = Some(self.train((step, *phase), &states, &real, earlier, &mut spent)?);
+        }
+        if phases.contains(&Phase::Student) {
+            let before = Instant::now();
+            self.target.as_ref().map_or(Ok(()), |target| target.follow(&self.student))?;
+            spent.optimizer += before.elapsed();
+        }
+        if let Some(LossTerms { student_x0, teacher_next, .. }) = said {
+            let before = Instant::now();
+            let student_x0 = Thresholding::clamp_pixels().apply(&student_x0)?;
+            let next = teacher_next.as_ref();
+            self.mixer.after_loss(step, &states, &student_x0, next, &self.streams)?;
+            spent.states += before.elapsed();
+        }
+
+        spent.wall = started.elapsed();
+        spent.processor =
+            processor_time().zip(processor).map(|(after, before)| after.saturating_sub(before));
+        if let Some(round) = self.rounds.last_mut() {
+            round.add(&spent);
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self, step: u64, data: &Data) -> Result<States> {
+        let mut generator = self.streams.generator(step, Stream::Condition, Device::Cpu)?;
+        let prompts = data.conditioning.index_select(&generator.randperm(self.batch)?)?;
+        let teacher = guided(self.meters.put_on(Role::TeacherRollout, &self.teacher))?;
+        let student = held(self.meters.put_on(Role::StudentRollout, &self.student))?;
+        let student: Box<dyn Denoiser> = match self.method.boundary() {
+            Some(boundary) => Box::new(Consistent::new(student, boundary)),
+            None => Box::new(student),
+        };
+        Ok(self.mixer.next_states(&MixRequest {
+            step,
+            total_steps: u64::MAX,
+            data,
+            prompts: &prompts,
+            student: &*student,
+            teacher: &teacher,
+            streams: &self.streams,
+        })?)
+    }
+
+    /// One phase of an update: loss, gradients, step.
+    fn train(
+        &mut self,
+        (step, phase): (u64, Phase),
+        states: &States,
+        real: &Data,
+        student_x0: Option<&Tensor>,
+        spent: &mut Round,
+    ) -> Result<LossTerms> {
+        let before = Instant::now();
+        if let Some(critic) = &self.critic {
+            critic.open_for(phase);
+        }
+        self.optimizer(phase)?.zero_grad()?;
+        spent.optimizer += before.elapsed();
+        let terms = self.terms((step, phase), states, real, student_x0)?;
+
+        let before = Instant::now();
+        let loss = terms.per_sample.mean(terms.per_sample.kind());
+        loss.f_backward()?;
+        spent.backward += before.elapsed();
+
+        let before = Instant::now();
+        let optimizer = self.optimizer(phase)?;
+        let norm = optimizer.clip()?;
+        ensure_finite(step, "loss", loss.double_value(&[]), || None)?;
+        ensure_finite(step, "gradient norm", norm.double_value(&[]), || None)?;
+        optimizer.step(LEARNING_RATE)?;
+        if phase == Phase::Student {
+            self.ema.update()?;
+        }
+        spent.optimizer += before.elapsed();
+        Ok(terms)
+    }
+
+    fn optimizer(&mut self, phase: Phase) -> Result<&mut AdamW> {
+        match (phase, &mut self.critic) {
+            (Phase::Student, _) => Ok(&mut self.student_optimizer),
+            (Phase::Critic, Some(critic)) => Ok(&mut critic.optimizer),
+            (Phase::Critic, None) => Err("the method has no critic".into()),
+        }
+    }
+
+    /// What the method says of the states.
+    fn terms(
+        &self,
+        (step, phase): (u64, Phase),
+        states: &States,
+        real: &Data,
+        student_x0: Option<&Tensor>,
+    ) -> Result<LossTerms> {
+        let meters = &self.meters;
+        let student = meters.put_on(Role::Student, &self.student);
+        let teacher = guided(meters.put_on(Role::Teacher, &self.teacher))?;
+        let target = self.target.as_ref();
+        let target =
+            target.map(|target| held(meters.put_on(Role::Target, &target.network))).transpose()?;
+        let critic = self.critic.as_ref();
+        let fake_score = critic.map(|critic| meters.put_on(Role::Critic, &critic.fake_score));
+        let asked = critic
+            .map(|critic| held(meters.put_on(Role::Critic, &critic.fake_score)))
+            .transpose()?;
+        let judge = critic.map(|critic| meters.put_on(Role::Discriminator, Judge(critic)));
+        let critic = fake_score.as_ref().zip(asked.as_ref()).map(|(fake_score, asked)| Critic {
+            fake_score,
+            asked,
+            discriminator: judge.as_ref().map(|judge| judge as _),
+        });
+        let target = target.as_ref().map(|target| target as _);
+        let networks = Networks { student: &student, teacher: &teacher, target, critic };
+        let real = Some(real);
+        let request = LossRequest::new(step, phase, states, networks, &self.streams);
+        Ok(self.objective.loss(&LossRequest { student_x0, real, ..request })?)
+    }
+}
+
+/// A teacher as it is asked everywhere.
+fn guided<'a>(
+    teacher: Metered<'a, &'a Network>,
+) -> Result<Thresholded<Guided<Metered<'a, &'a Network>>>> {
+    let null = Conditioning::class_labels(Tensor::from_slice(&[NULL_CLASS]));
+    held(Guided::new(teacher, GUIDANCE_SCALE, null)?)
+}
+
+/// Inside the data's range.
+fn held<D: Denoiser>(network: D) -> Result<Thresholded<D>> {
+    Ok(Thresholded::new(network, Thresholding::clamp_pixels())?)
+}
+
+impl Target {
+    fn follow(&self, student: &Network) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let values = |network: &Network| {
+            let learned = network.parameters().learned();
+            TensorList::new(learned.iter().map(|(_, tensor)| tensor))
+        };
+        Ok(foreach_lerp_(&values(&self.network)?, &values(student)?, 1.0 - self.decay)?)
+    }
+}
+
+impl Judges {
+    fn new(teacher: &Network) -> Result<Self> {
+        let fake_score = teacher.duplicate(true)?;
+        let head = DiscriminatorHeadConfig::for_unet(teacher.config())?;
+        let head = head.build(teacher.placement(), 0)?;
+        let of_head = head.parameters().learned().into_iter();
+        let of_head = of_head.map(|(name, tensor)| (format!("head.{name}"), tensor));
+        let parameters = fake_score.parameters().learned().into_iter().chain(of_head).collect();
+        let optimizer = AdamWConfig::default().build(parameters)?;
+        Ok(Self { fake_score, head, optimizer })
+    }
+
+    fn open_for(&self, phase: Phase) {
+        self.fake_score.parameters().set_trainable(phase == Phase::Critic);
+        self.head.parameters().set_trainable(phase == Phase::Critic);
+    }
+}
+
+impl Round {
+    fn add(&mut self, other: &Self) {
+        self.wall += other.wall;
+        self.processor = self.processor.zip(other.processor).map(|(a, b)| a + b);
+        self.states += other.states;
+        self.backward += other.backward;
+        self.optimizer += other.optimizer;
+    }
+}

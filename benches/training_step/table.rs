@@ -1,0 +1,157 @@
+//! What was measured, as Markdown.
+
+use std::time::Duration;
+
+use crate::arm::{Arm, Round};
+use crate::meter::Role;
+use crate::{UPDATES_A_ROUND, Workload};
+
+/// How and where it is measured, before it is.
+pub(crate) fn print_setting(workload: &Workload) {
+    let Workload { batch, precision, filling, rounds, .. } = workload;
+    println!(
+        "batch {batch}, {precision:?}, {} threads; {rounds} rounds of {UPDATES_A_ROUND} updates in turn, after \
+         {filling} of the mixer alone and {UPDATES_A_ROUND} whole ones{}\n",
+        tch::get_num_threads(),
+        load()
+    );
+}
+
+/// Both tables, and the most memory that the process ever held.
+pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
+    println!(
+        "| method | states | policy | ms | of base | of base, processor | student | teacher | target or critic \
+         | discriminator | backward | student, rollouts | teacher, rollouts |"
+    );
+    println!("{}", "| --- ".repeat(13) + "|");
+    for arms in measured {
+        for arm in arms {
+            println!("{}", cost(arm, &arms[0], workload));
+        }
+    }
+    println!("\nMilliseconds of an update by part:\n");
+    println!(
+        "| method | states | policy | states | teacher | student | target or critic | backward | optimizer | rest |"
+    );
+    println!("{}", "| --- ".repeat(10) + "|");
+    for arm in measured.iter().flatten() {
+        println!("{}", parts(arm));
+    }
+    if let Some(peak) = peak_memory() {
+        println!("\npeak memory of the process, all ways in it: {peak}");
+    }
+    println!("at the end{}", load());
+}
+
+/// Which way it is.
+fn name(arm: &Arm) -> String {
+    let way = &arm.way;
+    format!("| {} | {} | {} ", way.method.name(), way.states(), way.policy())
+}
+
+/// What an update costs, in time, in ratios and in passes a sample.
+fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
+    let milliseconds = median(&each(arm, |round| milliseconds(round.wall)));
+    let wall = each(arm, |round| round.wall.as_secs_f64());
+    let base_wall = each(base, |round| round.wall.as_secs_f64());
+    let processor = |round: &Round| round.processor.map_or(f64::NAN, |time| time.as_secs_f64());
+    let processor = ratio(&each(arm, processor), &each(base, processor));
+    let samples = (arm.rounds.len() as u64 * UPDATES_A_ROUND) as f64 * workload.batch as f64;
+    let all = |roles: &[Role]| roles.iter().map(|role| arm.meters.of(*role)).collect::<Vec<_>>();
+    let passes = |roles: &[Role]| {
+        decimal(all(roles).iter().map(|tally| tally.passes).sum::<u64>() as f64 / samples)
+    };
+    let in_loss = [Role::Student, Role::Teacher, Role::Target, Role::Critic, Role::Discriminator];
+    let backward = all(&in_loss).iter().map(|tally| tally.backward).sum::<u64>() as f64 / samples;
+    [
+        name(arm),
+        format!("{milliseconds:.0} "),
+        format!("{} ", ratio(&wall, &base_wall)),
+        format!("{processor} "),
+        passes(&[Role::Student]),
+        passes(&[Role::Teacher]),
+        passes(&[Role::Target, Role::Critic]),
+        passes(&[Role::Discriminator]),
+        decimal(backward),
+        passes(&[Role::StudentRollout]),
+        passes(&[Role::TeacherRollout]),
+    ]
+    .join("| ")
+        + "|"
+}
+
+/// Where the time of an update goes, in means over all rounds.
+fn parts(arm: &Arm) -> String {
+    let updates = (arm.rounds.len() as u64 * UPDATES_A_ROUND) as f64;
+    let mean = |part: fn(&Round) -> Duration| {
+        milliseconds(arm.rounds.iter().map(part).sum::<Duration>()) / updates
+    };
+    let asked = |roles: &[Role]| {
+        milliseconds(roles.iter().map(|role| arm.meters.of(*role).time).sum()) / updates
+    };
+    let [wall, states, backward, optimizer] = [
+        mean(|round| round.wall),
+        mean(|round| round.states),
+        mean(|round| round.backward),
+        mean(|round| round.optimizer),
+    ];
+    let [teacher, student, critic] = [
+        asked(&[Role::Teacher]),
+        asked(&[Role::Student]),
+        asked(&[Role::Target, Role::Critic, Role::Discriminator]),
+    ];
+    let shown = [states, teacher, student, critic, backward, optimizer];
+    let rest = wall - shown.iter().sum::<f64>();
+    let cells = shown.iter().chain([&rest]).map(|part| format!("| {part:.1} "));
+    name(arm) + &cells.collect::<String>() + "|"
+}
+
+/// Median of the ratios round by round, and the quartiles.
+fn ratio(these: &[f64], base: &[f64]) -> String {
+    let ratios: Vec<f64> = these.iter().zip(base).map(|(this, base)| this / base).collect();
+    if ratios.iter().any(|ratio| ratio.is_nan()) {
+        return String::new();
+    }
+    let [low, high] = [0.25, 0.75].map(|share| quantile(&ratios, share));
+    format!("{:.3} ({low:.3}-{high:.3})", median(&ratios))
+}
+
+fn each(arm: &Arm, figure: impl Fn(&Round) -> f64) -> Vec<f64> {
+    arm.rounds.iter().map(figure).collect()
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// Two decimals, and nothing for nothing.
+fn decimal(value: f64) -> String {
+    if value == 0.0 { String::new() } else { format!("{value:.2} ") }
+}
+
+fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = share * (sorted.len() - 1) as f64;
+    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    low + (high - low) * at.fract()
+}
+
+/// Who else is at work, where the system tells.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ')
+        .next()
+        .filter(|load| !load.is_empty())
+        .map_or_else(String::new, |load| format!("; load {load}"))
+}
+
+fn peak_memory() -> Option<String> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(peak.trim().to_owned())
+}

@@ -1,0 +1,138 @@
+//! The ways of training that are compared.
+
+use ddil_core::{
+    BufferConfig, MixerConfig, PriorSchedule, Priors, StudentConfig, StudentPolicy, TeacherConfig,
+};
+use ddil_losses::{Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig};
+
+/// A distillation method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Method {
+    Pd,
+    Lcm,
+    Dmd2,
+}
+
+impl Method {
+    pub(crate) const ALL: [Self; 3] = [Self::Pd, Self::Lcm, Self::Dmd2];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Pd => "PD",
+            Self::Lcm => "LCM",
+            Self::Dmd2 => "DMD2",
+        }
+    }
+
+    pub(crate) fn objective(self) -> ObjectiveConfig {
+        match self {
+            Self::Pd => ObjectiveConfig::Progressive(ProgressiveConfig::default()),
+            Self::Lcm => ObjectiveConfig::Lcm(LatentConsistencyConfig::default()),
+            Self::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config::default()),
+        }
+    }
+
+    /// The method's own mixture, as it is once the warm-up is over.
+    fn mixture(self) -> Priors {
+        let schedule = match self {
+            Self::Pd => PriorSchedule::default_for_pd(),
+            Self::Lcm => PriorSchedule::default_for_lcm(),
+            Self::Dmd2 => PriorSchedule::default_for_dmd2(),
+        };
+        schedule.at(1.0)
+    }
+
+    /// Those that its grids allow. Chains, and rollouts whose states are all used, need a student that is trained
+    /// where it is sampled.
+    fn policies(self) -> Vec<StudentPolicy> {
+        let buffer = StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() };
+        match self {
+            Self::Lcm => vec![StudentPolicy::Fresh, buffer],
+            Self::Pd | Self::Dmd2 => {
+                let chain = StudentPolicy::default();
+                vec![StudentPolicy::Fresh, StudentPolicy::FreshAll, chain, buffer]
+            }
+        }
+    }
+
+    /// The one that the presets have.
+    fn preferred(self) -> StudentPolicy {
+        let policies = self.policies();
+        policies[policies.len() - if self == Self::Lcm { 1 } else { 2 }].clone()
+    }
+}
+
+/// Where states come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sources {
+    /// Noised data alone.
+    Forward,
+    /// The student's trajectories alone: DMD2 as published.
+    Student,
+    /// The method's mixture.
+    Mixture,
+    /// The same while the teacher's pool is not full yet.
+    Filling,
+}
+
+/// A method with the states that it is trained on.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    pub(crate) method: Method,
+    pub(crate) sources: Sources,
+    policy: StudentPolicy,
+}
+
+impl Way {
+    /// All of a method; first the one that the others are compared with.
+    pub(crate) fn all(method: Method) -> Vec<Self> {
+        let way = |sources, policy| Self { method, sources, policy };
+        let forward = way(Sources::Forward, StudentPolicy::Fresh);
+        let mixed = method.policies().into_iter().map(|policy| way(Sources::Mixture, policy));
+        let official = way(Sources::Student, StudentPolicy::Fresh);
+        match method {
+            Method::Dmd2 => [official, forward].into_iter().chain(mixed).collect(),
+            Method::Pd | Method::Lcm => {
+                let filling = way(Sources::Filling, method.preferred());
+                std::iter::once(forward).chain(mixed).chain([filling]).collect()
+            }
+        }
+    }
+
+    pub(crate) fn mixer(&self) -> ddil_core::Result<MixerConfig> {
+        let priors = match self.sources {
+            Sources::Forward => return Ok(MixerConfig::forward_only()),
+            Sources::Student => Priors::new(0.0, 1.0, 0.0)?,
+            Sources::Mixture | Sources::Filling => self.method.mixture(),
+        };
+        // A full pool costs the same whatever its size.
+        let pool = if self.sources == Sources::Filling { 2048 } else { 32 };
+        // As in the presets: steps between 2 of 50 timesteps are short enough.
+        let substeps = if self.method == Method::Lcm { 1 } else { 2 };
+        Ok(MixerConfig {
+            priors: PriorSchedule::constant(priors),
+            student: StudentConfig { policy: self.policy.clone(), ..StudentConfig::default() },
+            teacher: TeacherConfig { pool, substeps, ..TeacherConfig::default() },
+            ..MixerConfig::default()
+        })
+    }
+
+    pub(crate) fn states(&self) -> &'static str {
+        match self.sources {
+            Sources::Forward => "forward only",
+            Sources::Student => "student only",
+            Sources::Mixture => "DDIL",
+            Sources::Filling => "DDIL, pool filling",
+        }
+    }
+
+    pub(crate) fn policy(&self) -> &'static str {
+        match self.policy {
+            _ if self.sources == Sources::Forward => "",
+            StudentPolicy::Fresh => "fresh",
+            StudentPolicy::FreshAll => "fresh_all",
+            StudentPolicy::Buffer { .. } => "buffer",
+            StudentPolicy::Chain { .. } => "chain",
+        }
+    }
+}
