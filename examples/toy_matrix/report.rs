@@ -101,6 +101,9 @@ fn summary(text: &mut String, cells: &Cells) -> Result<()> {
                 let kl = [Arm::Forward, Arm::Mix, Arm::Student].map(|arm| {
                     let kls: Vec<f64> =
                         group.arm(arm).iter().filter_map(|r| r.modes).map(|m| m.kl).collect();
+                    if kls.is_empty() {
+                        return "-".to_owned();
+                    }
                     format!("{:.4}", mean_and_error(&kls).0)
                 });
                 writeln!(

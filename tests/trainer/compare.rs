@@ -2,10 +2,11 @@ use std::collections::BTreeMap;
 
 use ddil_schedulers::Thresholding;
 use ddil_trainer::compare::matrix::{Axis, AxisValue};
+use ddil_trainer::compare::metric::Metric;
 use ddil_trainer::compare::statistics::Estimate;
-use ddil_trainer::compare::table::{self, Metric};
-use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot};
-use ddil_trainer::results::{Measurement, ShiftRow};
+use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot, table};
+use ddil_trainer::evaluation::ShiftRow;
+use ddil_trainer::results::Measurement;
 use ddil_trainer::settings::Settings;
 use proptest::prelude::*;
 
@@ -159,6 +160,9 @@ fn a_paired_difference_forgets_what_the_pair_shares() -> TestResult {
     assert_eq!(one.shown(1), "1.0");
     let equal = Estimate::of(&[4.0, 4.0]).ok_or("there are values")?;
     assert_eq!((equal.standard_error, equal.standard_errors()), (Some(0.0), None));
+    // The same but for rounding: 0.3 is not what 0.1 and 0.2 make.
+    let rounded = Estimate::of(&[0.3, 0.1 + 0.2]).ok_or("there are values")?;
+    assert!(rounded.standard_error > Some(0.0) && rounded.standard_errors().is_none());
     assert_eq!(Estimate::of(&[]), None);
     Ok(())
 }

@@ -43,5 +43,7 @@ fn child_on_full_disk(
     shell.args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\""]);
     shell.arg(child.get_program()).args(child.get_args());
     shell.envs(child.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    // Where the tests' own output goes to a file, that too would be too large for the child.
+    shell.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
     Ok(shell)
 }

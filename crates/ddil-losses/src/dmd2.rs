@@ -9,8 +9,9 @@ use crate::distance::{difference, mean_over_sample, squared_error};
 use crate::error::{Error, Result};
 use crate::grid_rows::{GridRows, per_sample};
 use crate::objective::{
-    Critic, LossRequest, LossTerms, Objective, Phase, Requirements, ensure_one_schedule,
+    Critic, LossRequest, LossTerms, Objective, Requirements, ensure_one_schedule,
 };
+use crate::phase::Phase;
 use crate::weighting::{TimestepWeights, Weighting};
 
 const METHOD: &str = "DMD2";

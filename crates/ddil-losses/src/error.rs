@@ -1,6 +1,6 @@
 //! What can go wrong when a student is compared.
 
-use crate::objective::Phase;
+use crate::phase::Phase;
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]

@@ -10,8 +10,9 @@ use crate::distance::{ensure_huber_c, pseudo_huber, squared_error};
 use crate::error::{Error, Result};
 use crate::grid_rows::{GridRows, per_sample};
 use crate::objective::{
-    LossRequest, LossTerms, Networks, Objective, Phase, Requirements, ensure_one_schedule,
+    LossRequest, LossTerms, Networks, Objective, Requirements, ensure_one_schedule,
 };
+use crate::phase::Phase;
 
 const METHOD: &str = "latent consistency distillation";
 

@@ -64,6 +64,7 @@
 //! # }
 //! ```
 
+mod config;
 mod device_table;
 mod distance;
 mod dmd2;
@@ -72,9 +73,11 @@ mod grid_rows;
 mod guidance;
 mod lcm;
 mod objective;
+mod phase;
 mod progressive;
 mod weighting;
 
+pub use config::ObjectiveConfig;
 pub use distance::{pseudo_huber, squared_error};
 pub use dmd2::{
     Dmd2, Dmd2Config, discriminator_loss, distribution_matching_gradient, generator_loss,
@@ -82,9 +85,8 @@ pub use dmd2::{
 pub use error::{Error, Result};
 pub use guidance::TeacherGuidance;
 pub use lcm::{ConsistencyDistance, LatentConsistency, LatentConsistencyConfig, Solver};
-pub use objective::{
-    Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase, Requirements,
-};
+pub use objective::{Critic, LossRequest, LossTerms, Networks, Objective, Requirements};
+pub use phase::Phase;
 pub use progressive::{
     Progressive, ProgressiveConfig, convex_weights, halving_stages, progressive_target,
 };

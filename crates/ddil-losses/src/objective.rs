@@ -1,26 +1,11 @@
 //! What every distillation method can be asked.
 
 use ddil_core::{Data, Denoiser, Discriminator, RandomStreams, States};
-use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Sampler, TimestepSpacing, Timesteps,
-};
-use serde::{Deserialize, Serialize};
+use ddil_schedulers::NoiseSchedule;
 use tch::Tensor;
 
-use crate::dmd2::{Dmd2, Dmd2Config};
 use crate::error::{Error, Result};
-use crate::lcm::{LatentConsistency, LatentConsistencyConfig};
-use crate::progressive::{Progressive, ProgressiveConfig};
-
-/// Who is trained in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// The student.
-    Student,
-    /// The critics of a method that has some.
-    Critic,
-}
+use crate::phase::Phase;
 
 /// The networks that a method may ask, as they are to be asked: the teacher with its guidance and thresholding
 /// around it, the student bare.
@@ -164,99 +149,4 @@ pub(crate) fn ensure_one_schedule<'a>(
         }
     }
     Ok(())
-}
-
-/// The `objective` part of a config file: a method by name, with its settings.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "method", rename_all = "snake_case")]
-pub enum ObjectiveConfig {
-    /// Progressive distillation.
-    Progressive(ProgressiveConfig),
-    /// Latent consistency distillation.
-    Lcm(LatentConsistencyConfig),
-    /// Improved distribution matching distillation.
-    Dmd2(Dmd2Config),
-}
-
-impl Default for ObjectiveConfig {
-    fn default() -> Self {
-        Self::Progressive(ProgressiveConfig::default())
-    }
-}
-
-impl ObjectiveConfig {
-    /// Checks the settings and builds the method for a student that visits `grid`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) that names the first setting that cannot be.
-    pub fn build(&self, schedule: &NoiseSchedule, grid: &Timesteps) -> Result<Box<dyn Objective>> {
-        let (schedule, grid) = (schedule.clone(), grid.clone());
-        Ok(match self {
-            Self::Progressive(config) => {
-                Box::new(Progressive::new(config.clone(), schedule, grid)?)
-            }
-            Self::Lcm(config) => Box::new(LatentConsistency::new(config.clone(), schedule, grid)?),
-            Self::Dmd2(config) => Box::new(Dmd2::new(config.clone(), schedule, grid)?),
-        })
-    }
-
-    /// The name of the method, as in config files and logs.
-    pub fn as_str(&self) -> &'static str {
-        match self {
-            Self::Progressive(_) => "progressive",
-            Self::Lcm(_) => "lcm",
-            Self::Dmd2(_) => "dmd2",
-        }
-    }
-
-    /// The timesteps that a student of `steps` steps is trained at.
-    ///
-    /// Those that it samples at, save for a latent consistency model, which is trained at all timesteps of its solver
-    /// whatever `steps` are.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid,
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if the method does not allow it: the steps of
-    /// [`Dmd2`](Self::Dmd2) have to divide the training timesteps.
-    pub fn training_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
-        match self {
-            Self::Lcm(config) => config.grid(schedule, config.num_ddim_timesteps),
-            Self::Progressive(_) | Self::Dmd2(_) => self.sampling_grid(schedule, steps),
-        }
-    }
-
-    /// The timesteps that a student samples at in `steps` steps; part of those it is trained at where `steps` are
-    /// the student's own.
-    ///
-    /// # Errors
-    ///
-    /// As [`training_grid`](Self::training_grid).
-    pub fn sampling_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
-        let total = schedule.num_train_timesteps() as u32;
-        match self {
-            Self::Progressive(_) => {
-                Ok(Timesteps::spaced(TimestepSpacing::Trailing, total, steps, 0)?)
-            }
-            Self::Lcm(config) => config.grid(schedule, steps),
-            Self::Dmd2(_) => Dmd2Config::grid(schedule, steps),
-        }
-    }
-
-    /// How a student steps.
-    pub fn sampler(&self, schedule: &NoiseSchedule) -> Box<dyn Sampler> {
-        match self {
-            Self::Progressive(_) => Box::new(Ddim::new(schedule.clone())),
-            Self::Lcm(_) | Self::Dmd2(_) => Box::new(Lcm::new(schedule.clone())),
-        }
-    }
-
-    /// The boundary condition that a student has around it when it samples; in its loss the objective applies it.
-    pub fn boundary(&self) -> Option<ConsistencyBoundary> {
-        match self {
-            Self::Lcm(config) => Some(config.boundary()),
-            Self::Progressive(_) | Self::Dmd2(_) => None,
-        }
-    }
 }

@@ -9,7 +9,8 @@ use crate::device_table::DeviceTable;
 use crate::distance::squared_error;
 use crate::error::{Error, Result};
 use crate::grid_rows::{GridRows, per_sample};
-use crate::objective::{LossRequest, LossTerms, Objective, Phase, ensure_one_schedule};
+use crate::objective::{LossRequest, LossTerms, Objective, ensure_one_schedule};
+use crate::phase::Phase;
 use crate::weighting::{TimestepWeights, Weighting};
 
 /// How much each of the teacher's predictions counts in the student's target.

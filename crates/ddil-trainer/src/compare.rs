@@ -18,9 +18,11 @@
 
 pub mod job;
 pub mod matrix;
+pub mod metric;
 pub mod plan;
 pub mod plot;
 pub mod report;
+pub mod setting;
 pub mod statistics;
 pub mod table;
 pub mod workers;
@@ -28,6 +30,7 @@ pub mod workers;
 mod folder;
 mod measure;
 mod record;
+mod render;
 mod training;
 
 pub use folder::ComparisonFolder;

@@ -8,12 +8,12 @@ use ddil_core::{
 use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
 };
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::dataset::ImageDataset;
 use crate::error::Result;
 use crate::pipeline::Pipeline;
-use crate::results::ShiftRow;
 use crate::sampling::{SamplePlan, asked, classes, generate, initial_noise};
 
 /// Real images as features: what generated ones are compared with.
@@ -34,6 +34,17 @@ pub struct Scores {
     pub frechet: f64,
     /// Precision, recall, density and coverage.
     pub prdc: Prdc,
+}
+
+/// The covariate shift at one timestep.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShiftRow {
+    /// The timestep.
+    pub timestep: i64,
+    /// Energy distance between the states of training and those met at inference.
+    pub energy: f64,
+    /// The same between two halves of the forward states: what chance alone gives.
+    pub null: f64,
 }
 
 impl Reference {

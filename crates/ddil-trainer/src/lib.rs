@@ -25,6 +25,7 @@ pub mod progress;
 pub mod record;
 pub mod results;
 pub mod run_folder;
+pub mod sampler;
 pub mod sampling;
 pub mod session;
 pub mod settings;

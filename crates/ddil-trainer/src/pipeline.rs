@@ -14,7 +14,7 @@ use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::files::{read_json, write_json};
 use crate::network::Network;
-use crate::sampling::SamplerKind;
+use crate::sampler::SamplerKind;
 
 /// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::evaluation::{Reference, Scores};
+use crate::evaluation::{Reference, Scores, ShiftRow};
 use crate::files::{read_json, write_json};
 use crate::pipeline::Card;
 use crate::sampling::SamplePlan;
@@ -103,17 +103,6 @@ impl Measurement {
             ..self
         }
     }
-}
-
-/// The covariate shift at one timestep.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ShiftRow {
-    /// The timestep.
-    pub timestep: i64,
-    /// Energy distance between the states of training and those met at inference.
-    pub energy: f64,
-    /// The same between two halves of the forward states: what chance alone gives.
-    pub null: f64,
 }
 
 /// Adds a measurement to a file that holds an array of them, or starts one.

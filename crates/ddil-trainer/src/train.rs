@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline, Scheduler};
-use crate::sampling::{SamplePlan, SamplerKind, grid_of_classes};
+use crate::sampler::SamplerKind;
+use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 

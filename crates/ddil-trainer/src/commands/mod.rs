@@ -17,7 +17,8 @@ use anyhow::{Context, bail, ensure};
 use ddil_models::Placement;
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::sampling::{SamplePlan, SamplerKind};
+use ddil_trainer::sampler::SamplerKind;
+use ddil_trainer::sampling::SamplePlan;
 use tch::Kind;
 
 use crate::cli::SamplingArgs;

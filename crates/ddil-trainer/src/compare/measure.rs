@@ -8,9 +8,9 @@ use ddil_models::{Placement, weights};
 use tch::{Device, Kind, Tensor};
 
 use super::folder::ComparisonFolder;
-use super::job::{Setting, TeacherSamples};
 use super::matrix::Extractor;
 use super::record::Row;
+use super::setting::{Setting, TeacherSamples};
 use crate::config::{DataKind, DistillConfig, Precision, parse_device};
 use crate::dataset::{FashionMnist, ImageDataset, read_image_folder};
 use crate::error::{Error, Result};

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
-use super::job::{Job, Setting, Task, TeacherSamples};
+use super::job::{Job, Task};
 use super::matrix::{Cell, Matrix, Problems, hex};
 use super::record::{CellRecord, Outcome};
+use super::setting::{Setting, TeacherSamples};
 use crate::config::DistillConfig;
 use crate::distill::DistillTask;
 use crate::error::{Error, Result};

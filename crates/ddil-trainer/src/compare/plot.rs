@@ -8,20 +8,11 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use plotters::prelude::*;
 use plotters::style::register_font;
 
-use super::report::{EntryKind, Report};
+use super::metric::Metric;
+use super::report::{EntryKind, Report, Shift, timesteps};
 use super::statistics::Estimate;
-use super::table::{Metric, plot_order};
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
-
-/// The shift of an arm at each timestep, noisiest first: the timestep, what was measured, and what chance gives.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Shift {
-    /// The arm.
-    pub name: String,
-    /// Timestep, energy distance over seeds, and that of chance.
-    pub points: Vec<(i64, Estimate, Estimate)>,
-}
 
 /// A line with what stands in the legend for it.
 struct Line {
@@ -140,7 +131,7 @@ pub fn quality(report: &Report) -> std::result::Result<String, String> {
 ///
 /// What the plotting library refuses.
 pub fn shift(shifts: &[Shift]) -> std::result::Result<String, String> {
-    let timesteps = plot_order(shifts);
+    let timesteps = timesteps(shifts);
     // From noise to data, as samples go.
     let place = |t: i64| timesteps.iter().position(|known| *known == t).unwrap_or(0) as f64;
     let nulls: Vec<f64> =

@@ -1,24 +1,18 @@
 //! What a comparison has come to so far.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::folder::ComparisonFolder;
 use super::matrix::Axis;
-use super::measure::{LEAST_COVERAGE, SHOWN, first_drawn, load_images};
+use super::measure::{first_drawn, load_images};
+use super::metric::Metric;
 use super::plan::{Plan, PlannedCell, PlannedTeacher};
-use super::plot::{self, Shift};
 use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::statistics::Estimate;
-use super::table::{self, Metric};
-use crate::error::{Error, Result};
-use crate::files::{write_atomic, write_json};
-use crate::picture::Picture;
+use crate::error::Result;
 use crate::results::Measurement;
-use crate::sampling::layout;
 
 /// One line of `results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -80,7 +74,7 @@ pub struct Report {
     /// Everything that was measured or went wrong.
     pub entries: Vec<Entry>,
     /// Rows of pictures: what they are of, and the images.
-    pictures: Vec<(String, Tensor)>,
+    pub(super) pictures: Vec<(String, Tensor)>,
 }
 
 /// The cells of an arm at one number of steps.
@@ -117,6 +111,15 @@ pub struct Difference<'a> {
     pub steps: u32,
     /// Mean of `value - baseline` over the seeds that both have.
     pub of: Vec<(Metric, Estimate)>,
+}
+
+/// The shift of an arm at each timestep, noisiest first: the timestep, what was measured, and what chance gives.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shift {
+    /// The arm.
+    pub name: String,
+    /// Timestep, energy distance over seeds, and that of chance.
+    pub points: Vec<(i64, Estimate, Estimate)>,
 }
 
 impl Report {
@@ -247,82 +250,6 @@ impl Report {
         self.arms().into_iter().filter(|arm| arm.own_steps).filter_map(with_shift).collect()
     }
 
-    /// Tables for a terminal.
-    pub fn text(&self) -> String {
-        self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
-    }
-
-    /// The same in Markdown.
-    pub fn markdown(&self) -> String {
-        self.written(&|title, cells| format!("\n### {title}\n\n{}", table::markdown(cells)))
-    }
-
-    fn written(&self, table_of: &dyn Fn(&str, &[Vec<String>]) -> String) -> String {
-        let mut text = table_of(&self.name, &table::summary(self));
-        let _ = writeln!(
-            text,
-            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
-             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
-             are no numbers has collapsed; cells that diverged or failed are in no mean."
-        );
-        let differences = table::differences(self);
-        if differences.len() > 1 {
-            text += &table_of("Paired differences to the baseline", &differences);
-            let _ = writeln!(
-                text,
-                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
-                 errors that is."
-            );
-        }
-        let shifts = self.shifts();
-        if !shifts.is_empty() {
-            text += &table_of("Shift", &table::shift(&shifts));
-            text += "\nEnergy distance of the states met at inference to noised data, timestep by timestep; `chance` is \
-                     between two\nhalves of noised data.\n";
-        }
-        if !self.pictures.is_empty() {
-            let names: Vec<&str> = self.pictures.iter().map(|(name, _)| name.as_str()).collect();
-            let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
-        }
-        text
-    }
-
-    /// What [`write`](Self::write) writes.
-    pub fn files(&self) -> Vec<&'static str> {
-        let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
-        if !self.pictures.is_empty() {
-            files.push("side_by_side.png");
-        }
-        files
-    }
-
-    /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.
-    ///
-    /// # Errors
-    ///
-    /// What the file system refuses.
-    pub fn write(&self, folder: &ComparisonFolder) -> Result<()> {
-        write_json(&folder.file("results.json"), &self.entries)?;
-        write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
-        plot::write(&folder.file("quality.svg"), plot::quality(self))?;
-        plot::write(&folder.file("shift.svg"), plot::shift(&self.shifts()))?;
-        if let Some(picture) = self.side_by_side()? {
-            picture.save(&folder.file("side_by_side.png"))?;
-        }
-        Ok(())
-    }
-
-    /// A row of samples for each teacher and each arm, from the same noise in each column.
-    fn side_by_side(&self) -> Result<Option<Picture>> {
-        let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
-        let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {
-            return Ok(None);
-        };
-        let rows: Vec<Tensor> = rows.iter().map(|images| images.narrow(0, 0, columns)).collect();
-        let images = Tensor::f_cat(&rows, 0).map_err(Error::torch("side_by_side"))?;
-        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, SHOWN) as u32))?))
-    }
-
     fn values_of<'a>(&self, entry: &'a Entry) -> Vec<&'a str> {
         let value = |axis: &Axis| entry.axes.get(&axis.name).map_or("", String::as_str);
         self.axes.iter().map(value).collect()
@@ -416,4 +343,13 @@ fn of_cell(plan: &Plan, planned: &PlannedCell) -> Result<Vec<Entry>> {
         Outcome::Failed { message } => vec![unmeasured(EntryState::Failed, message)],
     };
     Ok(entries.into_iter().map(of_cell).collect())
+}
+
+/// Every timestep of some shifts, noisiest first.
+pub(super) fn timesteps(shifts: &[Shift]) -> Vec<i64> {
+    let of = |shift: &Shift| shift.points.iter().map(|point| point.0).collect::<Vec<_>>();
+    let mut timesteps: Vec<i64> = shifts.iter().flat_map(of).collect();
+    timesteps.sort_unstable_by(|a, b| b.cmp(a));
+    timesteps.dedup();
+    timesteps
 }

@@ -48,9 +48,12 @@ impl Estimate {
         Self::of(&differences)
     }
 
-    /// How many standard errors the mean is away from 0; none where the error is not known or 0.
+    /// How many standard errors the mean is away from 0; none where the error is not known, or is 0 but for rounding.
     pub fn standard_errors(&self) -> Option<f64> {
-        self.standard_error.filter(|error| *error > 0.0).map(|error| self.mean / error)
+        /// Values that agree to so many digits are the same.
+        const ROUNDING: f64 = 1e-9;
+        let least = ROUNDING * self.mean.abs();
+        self.standard_error.filter(|error| *error > least).map(|error| self.mean / error)
     }
 
     /// As `9.33 ± 0.12`, or `9.33` where there is no error.

@@ -1,79 +1,8 @@
 //! Tables of a comparison, as rows of words; the first row has the heads.
 
-use super::plot::Shift;
-use super::report::{ArmAt, Difference, Entry, EntryKind, Report};
+use super::metric::Metric;
+use super::report::{ArmAt, Difference, Entry, EntryKind, Report, Shift, timesteps};
 use super::statistics::Estimate;
-use crate::results::Measurement;
-
-/// A figure that arms are compared by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Metric {
-    /// Fréchet distance to the data.
-    Frechet,
-    /// Fréchet distance to the teacher's samples.
-    ToTeacher,
-    /// Precision.
-    Precision,
-    /// Recall.
-    Recall,
-    /// Density.
-    Density,
-    /// Coverage.
-    Coverage,
-    /// Mean over timesteps of the shift's energy distance.
-    Shift,
-}
-
-impl Metric {
-    /// All of them, in the order of the tables.
-    pub const ALL: [Self; 7] = [
-        Self::Frechet,
-        Self::ToTeacher,
-        Self::Precision,
-        Self::Recall,
-        Self::Density,
-        Self::Coverage,
-        Self::Shift,
-    ];
-
-    /// What it is called.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Frechet => "frechet",
-            Self::ToTeacher => "to teacher",
-            Self::Precision => "precision",
-            Self::Recall => "recall",
-            Self::Density => "density",
-            Self::Coverage => "coverage",
-            Self::Shift => "shift",
-        }
-    }
-
-    /// Its value in a measurement, if it was measured.
-    pub fn of(self, measurement: &Measurement) -> Option<f64> {
-        match self {
-            Self::Frechet => Some(measurement.frechet),
-            Self::ToTeacher => measurement.frechet_to_teacher,
-            Self::Precision => Some(measurement.precision),
-            Self::Recall => Some(measurement.recall),
-            Self::Density => Some(measurement.density),
-            Self::Coverage => Some(measurement.coverage),
-            Self::Shift => {
-                let energies: Vec<f64> = measurement.shift.iter().map(|row| row.energy).collect();
-                Estimate::of(&energies).map(|estimate| estimate.mean)
-            }
-        }
-    }
-
-    /// Digits that are worth showing.
-    fn decimals(self) -> usize {
-        match self {
-            Self::Frechet | Self::ToTeacher => 2,
-            Self::Shift => 4,
-            _ => 3,
-        }
-    }
-}
 
 /// Real images and teachers first, then the arms.
 pub fn summary(report: &Report) -> Vec<Vec<String>> {
@@ -98,7 +27,7 @@ pub fn differences(report: &Report) -> Vec<Vec<String>> {
 
 /// A row an arm, a column a timestep, and chance at the end.
 pub fn shift(shifts: &[Shift]) -> Vec<Vec<String>> {
-    let timesteps = plot_order(shifts);
+    let timesteps = timesteps(shifts);
     let mut rows = vec![vec!["at timestep".to_owned()]];
     rows[0].extend(timesteps.iter().map(ToString::to_string));
     let cell = |estimate: Option<Estimate>| {
@@ -133,15 +62,6 @@ pub fn markdown(rows: &[Vec<String>]) -> String {
     let rule: String = heads.iter().map(|_| " --- |").collect();
     let rest: String = rows.iter().map(line).collect();
     format!("{}|{rule}\n{rest}", line(heads))
-}
-
-/// Every timestep of some shifts, noisiest first.
-pub(super) fn plot_order(shifts: &[Shift]) -> Vec<i64> {
-    let of = |shift: &Shift| shift.points.iter().map(|point| point.0).collect::<Vec<_>>();
-    let mut timesteps: Vec<i64> = shifts.iter().flat_map(of).collect();
-    timesteps.sort_unstable_by(|a, b| b.cmp(a));
-    timesteps.dedup();
-    timesteps
 }
 
 /// At least one column, for what has no axis.

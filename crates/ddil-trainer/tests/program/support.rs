@@ -13,7 +13,7 @@ use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::config::Precision;
 use ddil_trainer::network::Network;
 use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
-use ddil_trainer::sampling::SamplerKind;
+use ddil_trainer::sampler::SamplerKind;
 use serde_json::Value;
 use tempfile::TempDir;
 

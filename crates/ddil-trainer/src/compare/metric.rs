@@ -1,0 +1,74 @@
+//! The figures that arms are compared by.
+
+use super::statistics::Estimate;
+use crate::results::Measurement;
+
+/// A figure that arms are compared by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// Fréchet distance to the data.
+    Frechet,
+    /// Fréchet distance to the teacher's samples.
+    ToTeacher,
+    /// Precision.
+    Precision,
+    /// Recall.
+    Recall,
+    /// Density.
+    Density,
+    /// Coverage.
+    Coverage,
+    /// Mean over timesteps of the shift's energy distance.
+    Shift,
+}
+
+impl Metric {
+    /// All of them, in the order of the tables.
+    pub const ALL: [Self; 7] = [
+        Self::Frechet,
+        Self::ToTeacher,
+        Self::Precision,
+        Self::Recall,
+        Self::Density,
+        Self::Coverage,
+        Self::Shift,
+    ];
+
+    /// What it is called.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Frechet => "frechet",
+            Self::ToTeacher => "to teacher",
+            Self::Precision => "precision",
+            Self::Recall => "recall",
+            Self::Density => "density",
+            Self::Coverage => "coverage",
+            Self::Shift => "shift",
+        }
+    }
+
+    /// Its value in a measurement, if it was measured.
+    pub fn of(self, measurement: &Measurement) -> Option<f64> {
+        match self {
+            Self::Frechet => Some(measurement.frechet),
+            Self::ToTeacher => measurement.frechet_to_teacher,
+            Self::Precision => Some(measurement.precision),
+            Self::Recall => Some(measurement.recall),
+            Self::Density => Some(measurement.density),
+            Self::Coverage => Some(measurement.coverage),
+            Self::Shift => {
+                let energies: Vec<f64> = measurement.shift.iter().map(|row| row.energy).collect();
+                Estimate::of(&energies).map(|estimate| estimate.mean)
+            }
+        }
+    }
+
+    /// Digits that are worth showing.
+    pub(super) fn decimals(self) -> usize {
+        match self {
+            Self::Frechet | Self::ToTeacher => 2,
+            Self::Shift => 4,
+            _ => 3,
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! A report as people read it: tables and pictures.
+
+use std::fmt::Write as _;
+
+use tch::Tensor;
+
+use super::folder::ComparisonFolder;
+use super::measure::{LEAST_COVERAGE, SHOWN};
+use super::report::Report;
+use super::{plot, table};
+use crate::error::{Error, Result};
+use crate::files::{write_atomic, write_json};
+use crate::picture::Picture;
+use crate::sampling::layout;
+
+impl Report {
+    /// Tables for a terminal.
+    pub fn text(&self) -> String {
+        self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
+    }
+
+    /// The same in Markdown.
+    pub fn markdown(&self) -> String {
+        self.written(&|title, cells| format!("\n### {title}\n\n{}", table::markdown(cells)))
+    }
+
+    fn written(&self, table_of: &dyn Fn(&str, &[Vec<String>]) -> String) -> String {
+        let mut text = table_of(&self.name, &table::summary(self));
+        let _ = writeln!(
+            text,
+            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
+             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
+             are no numbers has collapsed; cells that diverged or failed are in no mean."
+        );
+        let differences = table::differences(self);
+        if differences.len() > 1 {
+            text += &table_of("Paired differences to the baseline", &differences);
+            let _ = writeln!(
+                text,
+                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
+                 errors that is."
+            );
+        }
+        let shifts = self.shifts();
+        if !shifts.is_empty() {
+            text += &table_of("Shift", &table::shift(&shifts));
+            text += "\nEnergy distance of the states met at inference to noised data, timestep by timestep; `chance` is \
+                     between two\nhalves of noised data.\n";
+        }
+        if !self.pictures.is_empty() {
+            let names: Vec<&str> = self.pictures.iter().map(|(name, _)| name.as_str()).collect();
+            let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
+        }
+        text
+    }
+
+    /// What [`write`](Self::write) writes.
+    pub fn files(&self) -> Vec<&'static str> {
+        let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
+        if !self.pictures.is_empty() {
+            files.push("side_by_side.png");
+        }
+        files
+    }
+
+    /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub fn write(&self, folder: &ComparisonFolder) -> Result<()> {
+        write_json(&folder.file("results.json"), &self.entries)?;
+        write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
+        plot::write(&folder.file("quality.svg"), plot::quality(self))?;
+        plot::write(&folder.file("shift.svg"), plot::shift(&self.shifts()))?;
+        if let Some(picture) = self.side_by_side()? {
+            picture.save(&folder.file("side_by_side.png"))?;
+        }
+        Ok(())
+    }
+
+    /// A row of samples for each teacher and each arm, from the same noise in each column.
+    fn side_by_side(&self) -> Result<Option<Picture>> {
+        let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
+        let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {
+            return Ok(None);
+        };
+        let rows: Vec<Tensor> = rows.iter().map(|images| images.narrow(0, 0, columns)).collect();
+        let images = Tensor::f_cat(&rows, 0).map_err(Error::torch("side_by_side"))?;
+        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, SHOWN) as u32))?))
+    }
+}
