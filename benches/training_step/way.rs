@@ -92,7 +92,8 @@ impl Way {
         let official = way(Sources::Student, StudentPolicy::Fresh);
         match method {
             Method::Dmd2 => [official, forward].into_iter().chain(mixed).collect(),
-            Method::Pd | Method::Lcm => {
+            Method::Lcm => std::iter::once(forward).chain(mixed).collect(),
+            Method::Pd => {
                 let filling = way(Sources::Filling, method.preferred());
                 std::iter::once(forward).chain(mixed).chain([filling]).collect()
             }

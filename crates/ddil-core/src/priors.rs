@@ -224,14 +224,17 @@ impl PriorSchedule {
         Self::warm_up(Priors { forward: 0.5, student: 0.25, teacher: 0.25 })
     }
 
-    /// For latent consistency models: as [`default_for_pd`](Self::default_for_pd).
+    /// For latent consistency models: the same warm-up, then half dataset samples, half the student's own states.
+    ///
+    /// None of the teacher's: they are of its ODE, which a sampler that noises again at each step never meets, and in
+    /// two dimensions they doubled the distance to the teacher (`docs/RESULTS.md`).
     pub fn default_for_lcm() -> Self {
-        Self::default_for_pd()
+        Self::warm_up(Priors { forward: 0.5, student: 0.5, teacher: 0.0 })
     }
 
-    /// For DMD2: the same warm-up, then half dataset samples, half the student's own states.
+    /// For DMD2, whose sampler is the same: as [`default_for_lcm`](Self::default_for_lcm).
     pub fn default_for_dmd2() -> Self {
-        Self::warm_up(Priors { forward: 0.5, student: 0.5, teacher: 0.0 })
+        Self::default_for_lcm()
     }
 
     /// The same priors throughout.

@@ -18,8 +18,8 @@ use crate::states::{Source, States};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// Trajectories that are kept and used again; default 8192, 0 rolls out anew each time. The teacher does not
-    /// change, so its states never age; filled as they are asked for.
+    /// Trajectories that are kept and used again; default 1024, 0 rolls out anew each time. The teacher does not
+    /// change, so its states never age; filled as they are asked for, and no cheaper than 0 before it is full.
     pub pool: usize,
     /// States kept of each trajectory; default all. For grids of many timesteps.
     pub states_per_trajectory: Option<usize>,
@@ -32,7 +32,7 @@ pub struct TeacherConfig {
 impl Default for TeacherConfig {
     fn default() -> Self {
         Self {
-            pool: 8192,
+            pool: 1024,
             states_per_trajectory: None,
             substeps: 2,
             storage: StorageKind::default(),
