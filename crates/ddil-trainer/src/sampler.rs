@@ -47,7 +47,7 @@ impl SamplerKind {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for an `eta` outside of 0 to 1.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) for an `eta` outside of 0 to 1.
     pub fn build(&self, schedule: &NoiseSchedule) -> Result<Box<dyn Sampler>> {
         Ok(match self {
             Self::Ddim { eta } => Box::new(Ddim::with_eta(schedule.clone(), *eta)?),
@@ -59,7 +59,7 @@ impl SamplerKind {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for more steps than there are timesteps to choose from, and for none.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) for more steps than there are timesteps to choose from, and for none.
     pub fn timesteps(&self, num_train_timesteps: u32, steps: u32) -> Result<Timesteps> {
         Ok(match *self {
             Self::Ddim { .. } => {
