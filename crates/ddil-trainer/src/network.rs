@@ -73,12 +73,10 @@ impl Network {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        let time = self.schedule.time_inputs_at(timesteps)?;
-        let labels = conditioning.class_labels.as_ref();
-        let weight = conditioning.guidance_weight.as_ref();
-        let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        let features = self.unet.features(x_t, &time, labels, weight)?.to_kind(Kind::Float);
-        Ok(head.forward(&features)?.to_kind(Kind::Float))
+        self.pass(x_t, timesteps, conditioning, |unet, time, labels, weight| {
+            let features = unet.features(x_t, time, labels, weight)?.to_kind(Kind::Float);
+            head.forward(&features)
+        })
     }
 
     /// The settings of the UNet.
@@ -117,13 +115,31 @@ impl Network {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
+        self.pass(x_t, timesteps, conditioning, |unet, time, labels, weight| {
+            unet.forward(x_t, time, labels, weight)
+        })
+    }
+
+    /// One pass in the precision of the network, with the time, the labels and the weights as the UNet takes them.
+    fn pass(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+        ask: impl FnOnce(
+            &UNet2DModel,
+            &Tensor,
+            Option<&Tensor>,
+            Option<&Tensor>,
+        ) -> ddil_models::Result<Tensor>,
+    ) -> Result<Tensor> {
         let time = self.schedule.time_inputs_at(timesteps)?;
         let labels = conditioning.class_labels.as_ref();
         let weight = conditioning.guidance_weight.as_ref();
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        Ok(self.unet.forward(x_t, &time, labels, weight)?.to_kind(Kind::Float))
+        Ok(ask(&self.unet, &time, labels, weight)?.to_kind(Kind::Float))
     }
 }
 
