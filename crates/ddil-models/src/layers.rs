@@ -165,12 +165,7 @@ impl Linear {
 }
 
 impl Embedding {
-    pub(crate) fn normal(
-        mut scope: Scope<'_>,
-        entries: i64,
-        width: i64,
-        std: f64,
-    ) -> Result<Self> {
+    pub(crate) fn normal(mut scope: Scope<'_>, entries: i64, width: i64, std: f64) -> Result<Self> {
         let weight = scope.parameter("weight", &[entries, width], Init::Normal { std })?;
         Ok(Self { weight })
     }

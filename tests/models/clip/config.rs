@@ -117,7 +117,12 @@ fn all_problems_are_listed_at_once() {
         "vocab_size": -1,
     });
     let expected = [
-        "model_type", "pruned_heads", "architectures", "hidden_act", "hidden_size", "hiden_size",
+        "model_type",
+        "pruned_heads",
+        "architectures",
+        "hidden_act",
+        "hidden_size",
+        "hiden_size",
         "vocab_size",
     ];
     assert_eq!(keys(text(&config)), expected);
@@ -166,11 +171,8 @@ fn impossible_text_settings_are_refused_by_key() {
         let found = keys(config.build(Placement::default(), 0));
         assert!(found.iter().any(|found| found == key), "{key}: {found:?}");
     }
-    let plain = ClipTextConfig {
-        architectures: [ClipTextClass::TextModel],
-        projection_dim: None,
-        ..small
-    };
+    let plain =
+        ClipTextConfig { architectures: [ClipTextClass::TextModel], projection_dim: None, ..small };
     assert!(plain.build(Placement::default(), 0).is_ok());
 }
 
@@ -228,7 +230,8 @@ fn both_towers_are_read_from_one_file_with_the_problems_of_both() -> TestResult 
     assert_eq!(keys(from(&file)), expected);
     assert_eq!(keys(from(&json!({"model_type": "clip"}))), ["text_config", "vision_config"]);
     let broken = ClipConfig { vision: small_vision(), ..config };
-    let broken = ClipConfig { text: ClipTextConfig { vocab_size: 0, ..broken.text.clone() }, ..broken };
+    let broken =
+        ClipConfig { text: ClipTextConfig { vocab_size: 0, ..broken.text.clone() }, ..broken };
     let found = keys(broken.build(Placement::default(), 0));
     assert_eq!(found, ["text_config.vocab_size"]);
     Ok(())

@@ -47,7 +47,8 @@ fn cosines_are_those_of_transformers() -> TestResult {
             let images = signed(&recorded[&format!("{i}.images")]);
             let found = score.similarities(&images, ids, Some(mask))?;
             assert_eq!((found.size(), found.kind()), (vec![2], Kind::Float));
-            for (name, tolerance) in [("cosines", tolerance), ("rounded_cosines", rounded_tolerance)]
+            for (name, tolerance) in
+                [("cosines", tolerance), ("rounded_cosines", rounded_tolerance)]
             {
                 let cosines = &recorded[&format!("{i}.{name}")];
                 let error = (&found - cosines).abs().max().double_value(&[]);

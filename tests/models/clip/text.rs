@@ -204,10 +204,8 @@ fn every_form_of_the_names_loads() -> TestResult {
 
 #[test]
 fn any_other_surplus_or_missing_tensor_is_an_error() -> TestResult {
-    let config = ClipTextConfig::from_file(
-        golden(ENCODERS[1]).join("config.json"),
-        UnknownKeys::Refuse,
-    )?;
+    let config =
+        ClipTextConfig::from_file(golden(ENCODERS[1]).join("config.json"), UnknownKeys::Refuse)?;
     let folder = TempDir::new()?;
     let path = folder.path().join("model.safetensors");
     let mut tensors = weights::read_all(golden(ENCODERS[1]).join("model.safetensors"))?;

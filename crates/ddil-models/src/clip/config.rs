@@ -618,11 +618,7 @@ impl ClipConfig {
     /// # Errors
     ///
     /// As [`ClipTextConfig::build_from`].
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipModel> {
+    pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<ClipModel> {
         let clip = ClipModel::new(self, placement, Values::Unset)?;
         files::load(clip.parameters().named(), weights.as_ref())?;
         Ok(clip)
@@ -706,7 +702,8 @@ fn read<C: ModelType>(
         _ => {}
     }
     // Both mean that nobody said.
-    settings.retain(|key, value| !(key == "architectures" && (value.is_null() || *value == json!([]))));
+    settings
+        .retain(|key, value| !(key == "architectures" && (value.is_null() || *value == json!([]))));
     settings.retain(|key, _| !GENERIC_KEYS.contains(&key.as_str()));
     let config = keep_problems(config::from_object(what, &settings, unknown_keys), &mut problems)?;
     match config {
@@ -747,7 +744,8 @@ fn nested<C: ModelType>(
     match read(key, &settings, unknown_keys) {
         Ok(config) => Some(config),
         Err(Error::InvalidConfig { problems: more, .. }) => {
-            let named = more.into_iter().map(|p| ConfigProblem { key: format!("{key}.{}", p.key), ..p });
+            let named =
+                more.into_iter().map(|p| ConfigProblem { key: format!("{key}.{}", p.key), ..p });
             problems.extend(named);
             None
         }

@@ -151,7 +151,8 @@ impl ClipScore {
         attention_mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         const OP: &str = "ClipScore::similarities";
-        if let (Some(&pictures), Some(&captions)) = (images.size().first(), input_ids.size().first())
+        if let (Some(&pictures), Some(&captions)) =
+            (images.size().first(), input_ids.size().first())
             && pictures != captions
         {
             return Err(Error::InvalidShape {
@@ -163,7 +164,9 @@ impl ClipScore {
         }
         let text = self.text_embeds(input_ids, attention_mask)?;
         let cosines = || self.image_embeds(images)?.f_mul(&text).map_err(Error::torch(OP));
-        cosines()?.f_sum_dim_intlist([-1_i64].as_slice(), false, Kind::Float).map_err(Error::torch(OP))
+        cosines()?
+            .f_sum_dim_intlist([-1_i64].as_slice(), false, Kind::Float)
+            .map_err(Error::torch(OP))
     }
 
     /// The mean of [`Self::similarities`].
@@ -184,17 +187,17 @@ impl ClipScore {
             return Err(Error::InvalidShape { op: OP, name, found, expected });
         }
         let cosines = self.similarities(images, input_ids, attention_mask)?;
-        cosines.f_mean(Kind::Double).and_then(|mean| mean.f_double_value(&[])).map_err(Error::torch(OP))
+        cosines
+            .f_mean(Kind::Double)
+            .and_then(|mean| mean.f_double_value(&[]))
+            .map_err(Error::torch(OP))
     }
 }
 
 fn normalise(images: &Tensor, size: i64) -> Output {
     let [height, width] = [images.size()[2], images.size()[3]];
-    let (resized_height, resized_width) = if height <= width {
-        (size, size * width / height)
-    } else {
-        (size * height / width, size)
-    };
+    let (resized_height, resized_width) =
+        if height <= width { (size, size * width / height) } else { (size * height / width, size) };
     let images = images.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?.f_div_scalar(2.0)?;
     let resized = images
         .f_internal_upsample_bicubic2d_aa([resized_height, resized_width], false, None, None)?
@@ -210,7 +213,6 @@ fn normalise(images: &Tensor, size: i64) -> Output {
 /// Rows of length 1.
 fn unit(embeds: &Tensor) -> std::result::Result<Tensor, TchError> {
     let embeds = embeds.f_to_kind(Kind::Float)?;
-    let squares =
-        embeds.f_square()?.f_sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float)?;
+    let squares = embeds.f_square()?.f_sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float)?;
     embeds.f_div(&squares.f_sqrt()?)
 }
