@@ -251,10 +251,17 @@ def preprocess(picture, size):
     height, width, _ = picture.shape
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)
-    channels = [Image.fromarray(picture[..., c].astype(numpy.float32), mode="F") for c in range(3)]
-    resized = numpy.stack([numpy.asarray(c.resize((width, height), Image.Resampling.BICUBIC)) for c in channels])
+    prepared = []
+    for channel in range(3):
+        values = picture[..., channel].astype(numpy.float32)
+        # Width, then height, as Pillow does it with 8 bits.
+        for shape in [(width, values.shape[0]), (width, height)]:
+            image = Image.fromarray(values, mode="F").resize(shape, Image.Resampling.BICUBIC)
+            values = numpy.asarray(image).clip(0, 255)
+        prepared.append(values)
+    resized = numpy.stack(prepared)
     top, left = (height - size) // 2, (width - size) // 2
-    cut = resized.clip(0, 255)[:, top : top + size, left : left + size] / 255
+    cut = resized[:, top : top + size, left : left + size] / 255
     processor = CLIPImageProcessorPil()
     mean, std = numpy.array(processor.image_mean), numpy.array(processor.image_std)
     return torch.tensor((cut - mean[:, None, None]) / std[:, None, None], dtype=torch.float32)

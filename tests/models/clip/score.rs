@@ -26,11 +26,12 @@ fn pictures_are_prepared_as_by_the_reference() -> TestResult {
         let error = relative_error(&found, &recorded[&format!("{i}.pixel_values")]);
         println!("shape {i}: {error:.1e}");
         assert!(error <= TOLERANCE, "shape {i}: {error}");
-        // Half a step of 8 bits, and another half in between, over the smallest deviation of a channel.
+        // Half a step of 8 bits after each direction, and as much of the weights' own rounding, over the smallest
+        // deviation of a channel.
         let rounded = (found - &recorded[&format!("{i}.rounded_pixel_values")]).abs().max();
         let rounded = rounded.double_value(&[]);
         println!("shape {i}, against 8 bits: {rounded:.1e}");
-        assert!(rounded <= 1.01 / 255.0 / 0.26, "shape {i}: {rounded}");
+        assert!(rounded <= 2.0 / 255.0 / 0.26, "shape {i}: {rounded}");
     }
     Ok(())
 }
@@ -40,7 +41,7 @@ fn cosines_are_those_of_transformers() -> TestResult {
     let recorded = expected("clip")?;
     let (ids, mask) = (&recorded["input_ids"], &recorded["attention_mask"]);
     for (kind, tolerance, rounded_tolerance) in
-        [(Kind::Float, TOLERANCE, 1e-2), (Kind::BFloat16, 2e-2, 3e-2)]
+        [(Kind::Float, TOLERANCE, 1e-3), (Kind::BFloat16, 2e-2, 2e-2)]
     {
         let score = score(Placement { kind, ..Placement::default() })?;
         for i in 0..NUM_SHAPES {

@@ -82,8 +82,8 @@ impl ClipScore {
     /// Pictures as the vision tower wants them: the shorter side made `image_size` long by antialiased bicubic
     /// interpolation, the middle cut out, channels normalised.
     ///
-    /// The result is that of CLIP's preprocessing but for its rounding to 8 bits: overshoots of the interpolation are cut
-    /// off at black and white.
+    /// The result is that of CLIP's preprocessing but for its rounding to 8 bits: width first, then height, with what the
+    /// interpolation makes darker than black or lighter than white cut off after each.
     ///
     /// # Shapes and units
     ///
@@ -200,6 +200,8 @@ fn normalise(images: &Tensor, size: i64) -> Output {
         if height <= width { (size, size * width / height) } else { (size * height / width, size) };
     let images = images.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?.f_div_scalar(2.0)?;
     let resized = images
+        .f_internal_upsample_bicubic2d_aa([height, resized_width], false, None, None)?
+        .f_clamp(0.0, 1.0)?
         .f_internal_upsample_bicubic2d_aa([resized_height, resized_width], false, None, None)?
         .f_clamp(0.0, 1.0)?
         .f_narrow(2, (resized_height - size) / 2, size)?

@@ -274,8 +274,7 @@ impl Settings {
             let special = named.iter().any(|(_, named)| named.content() == mark.content());
             add(&mut tokenizer, &mark, special);
             if tokenizer.token_to_id(mark.content()) != Some(id) {
-                let expected =
-                    format!("{:?} at the place that follows the vocabulary", mark.content());
+                let expected = format!("the number that {:?} has here", mark.content());
                 problems.push(ConfigProblem::new("added_tokens_decoder", id, expected));
             }
         }
@@ -289,6 +288,9 @@ impl Settings {
                     "a token of the vocabulary",
                 )),
             }
+        }
+        // Where one token has two names, the flags under the last of them count.
+        for (_, mark) in named.iter().rev() {
             add(&mut tokenizer, mark, true);
         }
         let max_length = match self.model_max_length {
