@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use ddil_models::{ClipTokenizer, Error};
+use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::Tensor;
@@ -205,4 +206,23 @@ fn damaged_files_are_named() -> TestResult {
     let text = refusal("tokenizer.json", &word_level.to_string())?;
     assert!(text.contains("byte-pair"), "{text}");
     Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is typed has a start, an end, and tokens of the vocabulary; what is cut off is its end.
+    #[test]
+    fn any_text_is_a_row(prompt in "\\PC{0,120}|.{0,40}|[a-z!' ]{60,200}") {
+        let tokenizer = ClipTokenizer::from_folder(golden(TOKENIZERS[0])).expect("it is recorded");
+        let found = tokenizer.encode(&[&prompt]).expect("there is a token for each byte");
+        let (ids, mask) = (rows(&found.input_ids).remove(0), rows(&found.attention_mask).remove(0));
+        prop_assert_eq!((ids.len(), ids[0]), (77, 572));
+        prop_assert!(ids.iter().all(|id| (0..574).contains(id)));
+        let kept = mask.iter().filter(|&&kept| kept == 1).count();
+        prop_assert!(ids[kept - 1..].iter().all(|&id| id == 573));
+        if let Some(cut) = &found.truncated[0] {
+            prop_assert!(kept == 77 && prompt.ends_with(cut.as_str()));
+        }
+    }
 }

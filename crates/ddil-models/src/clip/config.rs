@@ -1,4 +1,4 @@
-//! The settings of CLIP's towers, key for key those of transformers.
+//! The settings of both of CLIP's towers, key for key those of transformers, and how its files are read.
 
 use std::path::Path;
 
@@ -10,11 +10,10 @@ use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Error, Result};
 use crate::parameters::{Placement, Values};
 
-use super::encoder::EncoderOptions;
 use super::files;
 use super::model::ClipModel;
-use super::text::ClipTextModel;
-use super::vision::ClipVisionModel;
+use super::text_config::ClipTextConfig;
+use super::vision_config::ClipVisionConfig;
 
 /// The transformers release whose `config.json` is written.
 const TRANSFORMERS_VERSION: &str = "5.24.0";
@@ -83,7 +82,7 @@ const GENERIC_KEYS: [&str; 54] = [
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClipActivation {
-    /// `x * sigmoid(1.702 x)`, of OpenAI's networks.
+    /// `x * sigmoid(1.702 x)`, of `OpenAI`'s networks.
     #[default]
     QuickGelu,
     /// `x` times the normal distribution function of `x`, of `OpenCLIP`'s.
@@ -96,428 +95,6 @@ impl ClipActivation {
             Self::QuickGelu => x.f_mul(&x.f_mul_scalar(1.702)?.f_sigmoid()?),
             Self::Gelu => x.f_gelu("none"),
         }
-    }
-}
-
-/// The class of a text encoder, which says whether it ends with a projection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ClipTextClass {
-    /// Hidden states alone, as Stable Diffusion wants them.
-    #[default]
-    #[serde(rename = "CLIPTextModel")]
-    TextModel,
-    /// With `text_embeds`, as Stable Diffusion XL's second encoder and the score have them.
-    #[serde(rename = "CLIPTextModelWithProjection")]
-    TextModelWithProjection,
-}
-
-/// The class of a vision tower, which says whether it ends with a projection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ClipVisionClass {
-    /// Hidden states alone.
-    #[default]
-    #[serde(rename = "CLIPVisionModel")]
-    VisionModel,
-    /// With `image_embeds`.
-    #[serde(rename = "CLIPVisionModelWithProjection")]
-    VisionModelWithProjection,
-}
-
-/// The settings of a [`ClipTextModel`]; names, defaults and file format are those of transformers' class of that name.
-///
-/// Dropout is not applied: in every published encoder it is 0.
-///
-/// # Example
-///
-/// ```
-/// use ddil_models::{ClipTextConfig, Placement};
-///
-/// let config = ClipTextConfig {
-///     vocab_size: 100,
-///     hidden_size: 8,
-///     intermediate_size: 16,
-///     num_hidden_layers: 2,
-///     num_attention_heads: 2,
-///     eos_token_id: 99,
-///     ..ClipTextConfig::default()
-/// };
-/// let encoder = config.build(Placement::default(), 0)?;
-/// assert_eq!(ClipTextConfig::stable_diffusion_2().num_hidden_layers, 23);
-/// # Ok::<_, ddil_models::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ClipTextConfig {
-    /// The class; a file without it is one without projection.
-    pub architectures: [ClipTextClass; 1],
-    /// Number of tokens. Default 49408.
-    pub vocab_size: u32,
-    /// Width of a hidden state. Default 512.
-    pub hidden_size: u32,
-    /// Width between the two linear layers that follow attention. Default 2048.
-    pub intermediate_size: u32,
-    /// Width of `text_embeds`; it plays no part in a class without projection. Default 512.
-    pub projection_dim: Option<u32>,
-    /// Default 12.
-    pub num_hidden_layers: u32,
-    /// Default 8.
-    pub num_attention_heads: u32,
-    /// Length of the longest prompt, in tokens. Default 77.
-    pub max_position_embeddings: u32,
-    /// The nonlinearity. Default quick gelu.
-    pub hidden_act: ClipActivation,
-    /// Added to a variance before its root is taken. Default 1e-5.
-    pub layer_norm_eps: f64,
-    /// Written back; not applied. Default 0.
-    pub attention_dropout: f64,
-    /// Written back; transformers looks at it in the vision tower alone. Default 0.02.
-    pub initializer_range: f64,
-    /// Scale of fresh parameters. Default 1.
-    pub initializer_factor: f64,
-    /// Plays no part in a forward pass. Default 1.
-    pub pad_token_id: Option<i64>,
-    /// Plays no part in a forward pass. Default 49406.
-    pub bos_token_id: Option<i64>,
-    /// The token whose first position is the pooled one; 2, which older files have, stands for the largest token of a
-    /// prompt. Default 49407.
-    pub eos_token_id: i64,
-}
-
-impl Default for ClipTextConfig {
-    fn default() -> Self {
-        Self {
-            architectures: [ClipTextClass::TextModel],
-            vocab_size: 49408,
-            hidden_size: 512,
-            intermediate_size: 2048,
-            projection_dim: Some(512),
-            num_hidden_layers: 12,
-            num_attention_heads: 8,
-            max_position_embeddings: 77,
-            hidden_act: ClipActivation::QuickGelu,
-            layer_norm_eps: 1e-5,
-            attention_dropout: 0.0,
-            initializer_range: 0.02,
-            initializer_factor: 1.0,
-            pad_token_id: Some(1),
-            bos_token_id: Some(49406),
-            eos_token_id: 49407,
-        }
-    }
-}
-
-impl ClipTextConfig {
-    /// The encoder of Stable Diffusion 1 and the first one of Stable Diffusion XL: CLIP's `ViT-L/14`.
-    pub fn stable_diffusion() -> Self {
-        Self {
-            hidden_size: 768,
-            intermediate_size: 3072,
-            projection_dim: Some(768),
-            num_attention_heads: 12,
-            bos_token_id: Some(0),
-            eos_token_id: 2,
-            ..Self::default()
-        }
-    }
-
-    /// The encoder of Stable Diffusion 2: `OpenCLIP`'s `ViT-H/14` without its last layer.
-    pub fn stable_diffusion_2() -> Self {
-        Self {
-            hidden_size: 1024,
-            intermediate_size: 4096,
-            projection_dim: Some(512),
-            num_hidden_layers: 23,
-            num_attention_heads: 16,
-            hidden_act: ClipActivation::Gelu,
-            ..Self::stable_diffusion()
-        }
-    }
-
-    /// The second encoder of Stable Diffusion XL: `OpenCLIP`'s `ViT-bigG/14`, with projection.
-    pub fn stable_diffusion_xl_second() -> Self {
-        Self {
-            architectures: [ClipTextClass::TextModelWithProjection],
-            hidden_size: 1280,
-            intermediate_size: 5120,
-            projection_dim: Some(1280),
-            num_hidden_layers: 32,
-            num_attention_heads: 20,
-            ..Self::stable_diffusion_2()
-        }
-    }
-
-    /// Settings from a `config.json` that transformers or [`Self::to_json`] wrote; keys that are absent have their
-    /// default.
-    ///
-    /// Keys that transformers writes for every kind of network, such as those of text generation, change nothing here:
-    /// they are passed over.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Read`], [`Error::InvalidJson`], and [`Error::InvalidConfig`] with every key that is unknown or has an
-    /// impossible value.
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` that transformers reads.
-    pub fn to_json(&self) -> String {
-        write(self)
-    }
-
-    /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`] with every impossible value; [`Error::Torch`] if the device is not there or its memory
-    /// does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
-        ClipTextModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
-    ///
-    /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
-    /// `CLIPTextModel` (`encoder...`). Older files hold `text_model.embeddings.position_ids`, which is no parameter; it
-    /// is passed over.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipTextModel> {
-        let encoder = ClipTextModel::new(self, placement, Values::Unset)?;
-        files::load(encoder.parameters().named(), weights.as_ref())?;
-        Ok(encoder)
-    }
-
-    /// Whether there is a projection.
-    pub(super) fn projects(&self) -> bool {
-        self.architectures == [ClipTextClass::TextModelWithProjection]
-    }
-
-    pub(super) fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
-    }
-}
-
-impl Config for ClipTextConfig {
-    const CLASS_NAME: &'static str = "CLIPTextModel";
-
-    fn problems(&self) -> Vec<ConfigProblem> {
-        let mut problems = Vec::new();
-        let counts = [
-            ("vocab_size", self.vocab_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("max_position_embeddings", self.max_position_embeddings),
-        ];
-        ensure_counts(&counts, &mut problems);
-        ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
-        match self.projection_dim {
-            Some(0) => problems.push(ConfigProblem::new("projection_dim", 0, "at least 1")),
-            None if self.projects() => {
-                problems.push(ConfigProblem::new("projection_dim", "null", "a width"));
-            }
-            _ => {}
-        }
-        let eos = self.eos_token_id;
-        if eos != LARGEST_TOKEN && !(0..self.vocab_size.into()).contains(&eos) {
-            let expected = format!("{LARGEST_TOKEN}, or less than vocab_size, {}", self.vocab_size);
-            problems.push(ConfigProblem::new("eos_token_id", eos, expected));
-        }
-        ensure_numbers(
-            self.layer_norm_eps,
-            self.attention_dropout,
-            [
-                ("initializer_range", self.initializer_range),
-                ("initializer_factor", self.initializer_factor),
-            ],
-            &mut problems,
-        );
-        problems
-    }
-}
-
-/// What `eos_token_id` is where the pooled position is that of the largest token.
-pub(super) const LARGEST_TOKEN: i64 = 2;
-
-/// The settings of a [`ClipVisionModel`]; names, defaults and file format are those of transformers' class of that name.
-///
-/// # Example
-///
-/// ```
-/// use ddil_models::{ClipVisionConfig, Placement};
-///
-/// let config = ClipVisionConfig {
-///     hidden_size: 8,
-///     intermediate_size: 16,
-///     num_hidden_layers: 2,
-///     num_attention_heads: 2,
-///     image_size: 16,
-///     patch_size: 8,
-///     ..ClipVisionConfig::default()
-/// };
-/// let tower = config.build(Placement::default(), 0)?;
-/// # Ok::<_, ddil_models::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ClipVisionConfig {
-    /// The class; a file without it is one without projection.
-    pub architectures: [ClipVisionClass; 1],
-    /// Width of a hidden state. Default 768.
-    pub hidden_size: u32,
-    /// Width between the two linear layers that follow attention. Default 3072.
-    pub intermediate_size: u32,
-    /// Width of `image_embeds`; it plays no part in a class without projection. Default 512.
-    pub projection_dim: u32,
-    /// Default 12.
-    pub num_hidden_layers: u32,
-    /// Default 12.
-    pub num_attention_heads: u32,
-    /// Channels of a picture. Default 3.
-    pub num_channels: u32,
-    /// Height and width of a picture. Default 224.
-    pub image_size: u32,
-    /// Height and width of the patches it is cut into. Default 32.
-    pub patch_size: u32,
-    /// The nonlinearity. Default quick gelu.
-    pub hidden_act: ClipActivation,
-    /// Added to a variance before its root is taken. Default 1e-5.
-    pub layer_norm_eps: f64,
-    /// Written back; not applied. Default 0.
-    pub attention_dropout: f64,
-    /// Standard deviation of fresh embeddings. Default 0.02.
-    pub initializer_range: f64,
-    /// Scale of fresh parameters. Default 1.
-    pub initializer_factor: f64,
-}
-
-impl Default for ClipVisionConfig {
-    fn default() -> Self {
-        Self {
-            architectures: [ClipVisionClass::VisionModel],
-            hidden_size: 768,
-            intermediate_size: 3072,
-            projection_dim: 512,
-            num_hidden_layers: 12,
-            num_attention_heads: 12,
-            num_channels: 3,
-            image_size: 224,
-            patch_size: 32,
-            hidden_act: ClipActivation::QuickGelu,
-            layer_norm_eps: 1e-5,
-            attention_dropout: 0.0,
-            initializer_range: 0.02,
-            initializer_factor: 1.0,
-        }
-    }
-}
-
-impl ClipVisionConfig {
-    /// Settings from a `config.json`, as [`ClipTextConfig::from_file`].
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::from_file`].
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` that transformers reads.
-    pub fn to_json(&self) -> String {
-        write(self)
-    }
-
-    /// Checks the settings and builds a tower with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build`].
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipVisionModel> {
-        ClipVisionModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any of
-    /// the names that [`ClipTextConfig::build_from`] speaks of.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build_from`].
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipVisionModel> {
-        let tower = ClipVisionModel::new(self, placement, Values::Unset)?;
-        files::load(tower.parameters().named(), weights.as_ref())?;
-        Ok(tower)
-    }
-
-    /// Whether there is a projection.
-    pub(super) fn projects(&self) -> bool {
-        self.architectures == [ClipVisionClass::VisionModelWithProjection]
-    }
-
-    pub(super) fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
-    }
-}
-
-impl Config for ClipVisionConfig {
-    const CLASS_NAME: &'static str = "CLIPVisionModel";
-
-    fn problems(&self) -> Vec<ConfigProblem> {
-        let mut problems = Vec::new();
-        let counts = [
-            ("intermediate_size", self.intermediate_size),
-            ("projection_dim", self.projection_dim),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_channels", self.num_channels),
-            ("patch_size", self.patch_size),
-        ];
-        ensure_counts(&counts, &mut problems);
-        ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
-        if self.image_size < self.patch_size.max(1) {
-            let expected = format!("at least patch_size, {}", self.patch_size);
-            problems.push(ConfigProblem::new("image_size", self.image_size, expected));
-        }
-        ensure_numbers(
-            self.layer_norm_eps,
-            self.attention_dropout,
-            [
-                ("initializer_range", self.initializer_range),
-                ("initializer_factor", self.initializer_factor),
-            ],
-            &mut problems,
-        );
-        problems
     }
 }
 
@@ -664,16 +241,8 @@ impl Config for Whole {
 }
 
 /// What stands under `model_type` in a transformers file.
-trait ModelType: Config {
+pub(super) trait ModelType: Config {
     const MODEL_TYPE: &'static str;
-}
-
-impl ModelType for ClipTextConfig {
-    const MODEL_TYPE: &'static str = "clip_text_model";
-}
-
-impl ModelType for ClipVisionConfig {
-    const MODEL_TYPE: &'static str = "clip_vision_model";
 }
 
 impl ModelType for Whole {
@@ -681,7 +250,7 @@ impl ModelType for Whole {
 }
 
 /// Settings from a transformers file, with all that is wrong in one error.
-fn read<C: ModelType>(
+pub(super) fn read<C: ModelType>(
     what: &str,
     object: &Map<String, Value>,
     unknown_keys: UnknownKeys,
@@ -757,7 +326,7 @@ fn nested<C: ModelType>(
 }
 
 /// The settings as transformers writes them: class, type, version, sorted keys.
-fn write<C: ModelType>(config: &C) -> String {
+pub(super) fn write<C: ModelType>(config: &C) -> String {
     let mut object = config::to_map(config);
     object.insert("model_type".into(), C::MODEL_TYPE.into());
     object.insert("transformers_version".into(), TRANSFORMERS_VERSION.into());
@@ -766,23 +335,23 @@ fn write<C: ModelType>(config: &C) -> String {
     text
 }
 
-fn ensure_counts(counts: &[(&str, u32)], problems: &mut Vec<ConfigProblem>) {
+pub(super) fn ensure_counts(counts: &[(&str, u32)], problems: &mut Vec<ConfigProblem>) {
     for &(key, _) in counts.iter().filter(|&&(_, count)| count == 0) {
         problems.push(ConfigProblem::new(key, 0, "at least 1"));
     }
 }
 
-fn ensure_heads(width: u32, heads: u32, problems: &mut Vec<ConfigProblem>) {
+pub(super) fn ensure_heads(width: u32, heads: u32, problems: &mut Vec<ConfigProblem>) {
     if width == 0 {
         problems.push(ConfigProblem::new("hidden_size", 0, "at least 1"));
     }
-    if heads == 0 || width % heads != 0 {
+    if heads == 0 || !width.is_multiple_of(heads) {
         let expected = format!("a divisor of hidden_size, {width}");
         problems.push(ConfigProblem::new("num_attention_heads", heads, expected));
     }
 }
 
-fn ensure_numbers(
+pub(super) fn ensure_numbers(
     eps: f64,
     dropout: f64,
     scales: [(&str, f64); 2],

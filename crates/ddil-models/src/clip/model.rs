@@ -8,10 +8,12 @@ use crate::config::{Config, UnknownKeys};
 use crate::error::{ConfigProblem, Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
-use super::config::{ClipConfig, ClipTextClass, ClipVisionClass};
+use super::config::ClipConfig;
 use super::files;
 use super::text::ClipTextModel;
+use super::text_config::ClipTextClass;
 use super::vision::ClipVisionModel;
+use super::vision_config::ClipVisionClass;
 
 /// CLIP whole: transformers' `CLIPModel`; made by [`ClipConfig::build`] or [`Self::from_folder`].
 #[derive(Debug)]

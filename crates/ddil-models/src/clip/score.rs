@@ -9,8 +9,8 @@ use super::model::ClipModel;
 
 const PREPROCESS: &str = "ClipScore::preprocess";
 /// Mean and standard deviation of the channels of the pictures CLIP was trained with, which are in `[0, 1]`.
-const MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+const MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
+const STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 
 /// The cosine between the embeddings of a picture and of its caption
 /// ([Hessel et al. 2021](https://arxiv.org/abs/2104.08718)), neither scaled nor cut off at 0.
@@ -206,8 +206,9 @@ fn normalise(images: &Tensor, size: i64) -> Output {
         .f_clamp(0.0, 1.0)?
         .f_narrow(2, (resized_height - size) / 2, size)?
         .f_narrow(3, (resized_width - size) / 2, size)?;
-    let per_channel = |values: &[f32; 3]| -> Output {
-        Tensor::f_from_slice(values)?.f_to_device(resized.device())?.f_view([1, 3, 1, 1])
+    let per_channel = |values: &[f64; 3]| -> Output {
+        let values = Tensor::f_from_slice(values)?.f_to_kind(Kind::Float)?;
+        values.f_to_device(resized.device())?.f_view([1, 3, 1, 1])
     };
     resized.f_sub(&per_channel(&MEAN)?)?.f_div(&per_channel(&STD)?)
 }

@@ -9,9 +9,9 @@ use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
 use crate::parameters::{Builder, Parameters, Placement, Values};
 
-use super::config::{ClipTextConfig, LARGEST_TOKEN};
 use super::encoder::{Encoder, Mask};
 use super::files;
+use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
 
 /// Which hidden state of a text encoder a denoiser is told.
 ///

@@ -181,6 +181,7 @@ enum Mark {
 }
 
 #[derive(Clone, Debug, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the keys of the file")]
 struct Flagged {
     content: String,
     #[serde(default)]
@@ -217,6 +218,7 @@ impl Mark {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_field_names, reason = "the keys of the file")]
 struct Marks {
     bos_token: Option<Mark>,
     eos_token: Option<Mark>,

@@ -9,9 +9,9 @@ use crate::error::{Error, Result, is_float};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
 use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values};
 
-use super::config::ClipVisionConfig;
 use super::encoder::{Encoder, Mask};
 use super::files;
+use super::vision_config::ClipVisionConfig;
 
 const FORWARD: &str = "ClipVisionModel::forward";
 
