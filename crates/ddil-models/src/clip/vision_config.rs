@@ -101,11 +101,11 @@ impl Default for ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
-    /// Settings from a `config.json`, as [`ClipTextConfig::from_file`].
+    /// Settings from a `config.json`, as [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::from_file`].
+    /// As [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
@@ -121,17 +121,17 @@ impl ClipVisionConfig {
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::build`].
+    /// As [`ClipTextConfig::build`](super::ClipTextConfig::build).
     pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipVisionModel> {
         ClipVisionModel::new(self, placement, Values::Seeded(seed))
     }
 
     /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any of
-    /// the names that [`ClipTextConfig::build_from`] speaks of.
+    /// the names that [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from) speaks of.
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::build_from`].
+    /// As [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
     pub fn build_from(
         &self,
         placement: Placement,
