@@ -1,5 +1,6 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
+mod clip;
 mod common;
 mod denoiser;
 mod discriminator;

@@ -5,6 +5,7 @@
 //! there.
 
 mod attention;
+mod clip;
 mod config;
 mod denoiser;
 mod discriminator;
@@ -22,6 +23,13 @@ mod unet_blocks;
 mod unet_config;
 pub mod weights;
 
+pub use clip::{
+    ClipActivation, ClipConfig, ClipModel, ClipScore, ClipTextClass, ClipTextConfig, ClipTextModel,
+    ClipTextOutput, ClipVisionClass, ClipVisionConfig, ClipVisionModel, ClipVisionOutput,
+    HiddenState,
+};
+#[cfg(feature = "tokenizer")]
+pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
