@@ -151,8 +151,20 @@ pub enum Error {
         /// Whether the network takes one.
         expected: bool,
     },
+    /// A part of the conditioning that the network needs is missing, or one that it cannot be told is there.
+    #[error("{op}: the network {} `{name}`", if *expected { "needs" } else { "cannot be told" })]
+    ConditioningPart {
+        /// The function that was called.
+        op: &'static str,
+        /// The part.
+        name: &'static str,
+        /// Whether the network needs it.
+        expected: bool,
+    },
     /// A network that gives its output alone was asked for features.
-    #[error("{network} gives no features for a discriminator; a UNet2DModel and an Mlp do")]
+    #[error(
+        "{network} gives no features for a discriminator; a UNet2DModel, a UNet2DConditionModel and an Mlp do"
+    )]
     NoFeatures {
         /// The class of the network.
         network: &'static str,

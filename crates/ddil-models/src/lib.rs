@@ -4,7 +4,9 @@
 //! JSON as diffusers lays them out, so a teacher trained there loads here unrenamed, and a student trained here loads
 //! there.
 
+mod addition_embedding;
 mod attention;
+mod class_embedding;
 mod config;
 mod denoiser;
 mod discriminator;
@@ -17,8 +19,12 @@ mod parameters;
 mod resnet;
 mod torch_script;
 mod toy;
+mod transformer;
 mod unet;
 mod unet_blocks;
+mod unet_body;
+mod unet_condition;
+mod unet_condition_config;
 mod unet_config;
 pub mod weights;
 
@@ -33,6 +39,11 @@ pub use parameters::{Matched, Parameters, Placement};
 pub use torch_script::{TorchScript, TorchScriptConfig};
 pub use toy::{GaussianMixture, MixtureDenoiser};
 pub use unet::UNet2DModel;
+pub use unet_condition::{UNet2DConditionInputs, UNet2DConditionModel};
+pub use unet_condition_config::{
+    AdditionEmbedType, AttentionType, ConditionDownBlockType, ConditionMidBlockType,
+    ConditionUpBlockType, PerLevel, TransformerDepth, TransformerLayers, UNet2DConditionConfig,
+};
 pub use unet_config::{
     ClassEmbedType, DownBlockType, MidBlockType, ResampleType, SampleSize, TimeEmbeddingType,
     TimeScaleShift, UNet2DConfig, UpBlockType,

@@ -13,6 +13,8 @@ use crate::mlp::{Mlp, MlpConfig};
 use crate::parameters::{Parameters, Placement};
 use crate::torch_script::{TorchScript, TorchScriptConfig};
 use crate::unet::UNet2DModel;
+use crate::unet_condition::UNet2DConditionModel;
+use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::UNet2DConfig;
 use crate::weights::{write_error, write_whole};
 
@@ -43,6 +45,9 @@ pub enum ModelConfig {
     /// A U-Net for pixels.
     #[serde(rename = "UNet2DModel")]
     UNet2D(UNet2DConfig),
+    /// A U-Net that is told a text.
+    #[serde(rename = "UNet2DConditionModel")]
+    UNet2DCondition(UNet2DConditionConfig),
     /// A small network for vectors.
     Mlp(MlpConfig),
     /// A `TorchScript` program.
@@ -64,6 +69,9 @@ impl ModelConfig {
             Some(UNet2DConfig::CLASS_NAME) => {
                 Self::UNet2D(config::from_object(&what, &object, unknown_keys)?)
             }
+            Some(UNet2DConditionConfig::CLASS_NAME) => {
+                Self::UNet2DCondition(config::from_object(&what, &object, unknown_keys)?)
+            }
             Some(MlpConfig::CLASS_NAME) => {
                 Self::Mlp(config::from_object(&what, &object, unknown_keys)?)
             }
@@ -73,6 +81,7 @@ impl ModelConfig {
             _ => {
                 let classes = [
                     UNet2DConfig::CLASS_NAME,
+                    UNet2DConditionConfig::CLASS_NAME,
                     MlpConfig::CLASS_NAME,
                     TorchScriptConfig::CLASS_NAME,
                 ];
@@ -87,6 +96,7 @@ impl ModelConfig {
     pub fn to_json(&self) -> String {
         match self {
             Self::UNet2D(config) => config.to_json(),
+            Self::UNet2DCondition(config) => config.to_json(),
             Self::Mlp(config) => config.to_json(),
             Self::TorchScript(config) => config::to_json(config),
         }
@@ -100,6 +110,7 @@ impl ModelConfig {
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
         Ok(match self {
             Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
+            Self::UNet2DCondition(config) => Model::UNet2DCondition(config.build(placement, seed)?),
             Self::Mlp(config) => Model::Mlp(config.build(placement, seed)?),
             Self::TorchScript(config) => {
                 let expected =
@@ -130,6 +141,8 @@ pub struct NetworkOutput {
 pub enum Model {
     /// A U-Net for pixels.
     UNet2D(UNet2DModel),
+    /// A U-Net that is told a text.
+    UNet2DCondition(UNet2DConditionModel),
     /// A small network for vectors.
     Mlp(Mlp),
     /// A `TorchScript` program.
@@ -153,6 +166,9 @@ impl Model {
             ModelConfig::UNet2D(config) => {
                 Self::UNet2D(config.build_from(placement, weights_in(folder)?)?)
             }
+            ModelConfig::UNet2DCondition(config) => {
+                Self::UNet2DCondition(config.build_from(placement, weights_in(folder)?)?)
+            }
             ModelConfig::Mlp(config) => {
                 Self::Mlp(config.build_from(placement, weights_in(folder)?)?)
             }
@@ -172,7 +188,7 @@ impl Model {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
         match self {
-            Self::UNet2D(_) | Self::Mlp(_) => {
+            Self::UNet2D(_) | Self::UNet2DCondition(_) | Self::Mlp(_) => {
                 self.parameters().save(folder.join(WEIGHT_FILES[0]))?;
             }
             Self::TorchScript(script) => script.save(folder.join(&script.config().file))?,
@@ -188,6 +204,7 @@ impl Model {
     pub fn config(&self) -> ModelConfig {
         match self {
             Self::UNet2D(unet) => ModelConfig::UNet2D(unet.config().clone()),
+            Self::UNet2DCondition(unet) => ModelConfig::UNet2DCondition(unet.config().clone()),
             Self::Mlp(mlp) => ModelConfig::Mlp(mlp.config().clone()),
             Self::TorchScript(script) => ModelConfig::TorchScript(script.config().clone()),
         }
@@ -197,6 +214,7 @@ impl Model {
     pub fn parameters(&self) -> &Parameters {
         match self {
             Self::UNet2D(unet) => unet.parameters(),
+            Self::UNet2DCondition(unet) => unet.parameters(),
             Self::Mlp(mlp) => mlp.parameters(),
             Self::TorchScript(script) => script.parameters(),
         }
@@ -210,6 +228,7 @@ impl Model {
     pub fn set_training(&self, training: bool) -> Result<()> {
         match self {
             Self::UNet2D(unet) => unet.set_training(training),
+            Self::UNet2DCondition(unet) => unet.set_training(training),
             // There is nothing in it that training changes.
             Self::Mlp(_) => {}
             Self::TorchScript(script) => script.set_training(training)?,
@@ -221,26 +240,31 @@ impl Model {
     pub fn class_name(&self) -> &'static str {
         match self {
             Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
+            Self::UNet2DCondition(_) => UNet2DConditionConfig::CLASS_NAME,
             Self::Mlp(_) => MlpConfig::CLASS_NAME,
             Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
         }
     }
 
     /// Which parts of a [`Conditioning`] the network can be told.
-    pub fn conditioning_fields(&self) -> &'static [&'static str] {
+    pub fn conditioning_fields(&self) -> Vec<&'static str> {
         let takes_weight = match self {
+            Self::UNet2DCondition(unet) => return unet.conditioning_fields(),
             Self::UNet2D(unet) => unet.config().time_cond_proj_dim.is_some(),
             Self::Mlp(mlp) => mlp.config().embed_guidance,
             Self::TorchScript(_) => false,
         };
-        if takes_weight { &["class_labels", "guidance_weight"] } else { &["class_labels"] }
+        let mut fields = vec!["class_labels"];
+        fields.extend(takes_weight.then_some("guidance_weight"));
+        fields
     }
 
     /// What the network makes of noisy samples, not yet read as clean data and noise.
     ///
     /// # Shapes and units
     ///
-    /// - as the network of that class has them; parts of `conditioning` that it cannot be told are not looked at
+    /// - as the network of that class has them; parts of `conditioning` that no network of its class can be told are not
+    ///   looked at
     ///
     /// # Errors
     ///
@@ -255,6 +279,7 @@ impl Model {
         let weight = conditioning.guidance_weight.as_ref();
         match self {
             Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
+            Self::UNet2DCondition(unet) => unet.forward(x_t, timesteps, conditioning.into()),
             Self::Mlp(mlp) => mlp.forward(x_t, timesteps, labels, weight),
             Self::TorchScript(script) => script.forward(x_t, timesteps, labels),
         }
@@ -279,6 +304,9 @@ impl Model {
         let weight = conditioning.guidance_weight.as_ref();
         match self {
             Self::UNet2D(unet) => unet.forward_with_features(x_t, timesteps, labels, weight),
+            Self::UNet2DCondition(unet) => {
+                unet.forward_with_features(x_t, timesteps, conditioning.into())
+            }
             Self::Mlp(mlp) => mlp.forward_with_features(x_t, timesteps, labels, weight),
             Self::TorchScript(_) => Err(Error::NoFeatures { network: self.class_name() }),
         }
@@ -300,6 +328,7 @@ impl Model {
                 let labels = conditioning.class_labels.as_ref();
                 unet.features(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
             }
+            Self::UNet2DCondition(unet) => unet.features(x_t, timesteps, conditioning.into()),
             _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),
         }
     }

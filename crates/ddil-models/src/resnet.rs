@@ -20,11 +20,22 @@ pub(crate) struct ResnetOptions {
     pub(crate) output_scale: f64,
 }
 
+/// What levels with cross attention look at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Text<'a> {
+    /// `[batch, tokens, width]`.
+    pub(crate) states: &'a Tensor,
+    /// Added to the scores of attention; broadcasts to `[batch, heads, pixels, tokens]`.
+    pub(crate) bias: Option<&'a Tensor>,
+}
+
 /// What every block of one forward pass is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pass<'a> {
     /// The embedding of timestep and class after the activation, which all blocks have in common.
     pub(crate) time: &'a Tensor,
+    /// None in networks without cross attention.
+    pub(crate) text: Option<Text<'a>>,
     /// Whether dropout drops.
     pub(crate) training: bool,
 }
@@ -136,7 +147,11 @@ impl Upsample2D {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
         let size = x.size();
-        let doubled = [2 * size[2], 2 * size[3]];
-        self.conv.forward(&x.f_upsample_nearest2d(doubled, None, None)?)
+        self.forward_to(x, [2 * size[2], 2 * size[3]])
+    }
+
+    /// To that height and width, one less than the double where an odd one was halved.
+    pub(crate) fn forward_to(&self, x: &Tensor, size: [i64; 2]) -> Output {
+        self.conv.forward(&x.f_upsample_nearest2d(size, None, None)?)
     }
 }
