@@ -6,7 +6,7 @@ use tch::Tensor;
 
 pub(crate) type TestResult = Result<(), Box<dyn std::error::Error>>;
 
-/// Every recorded network.
+/// Every recorded network for pixels.
 pub(crate) const GOLDEN: [&str; 6] = [
     "unet_unconditional",
     "unet_class_labels",
@@ -14,6 +14,17 @@ pub(crate) const GOLDEN: [&str; 6] = [
     "unet_timestep_classes",
     "unet_identity_classes",
     "unet_guidance",
+];
+
+/// Every recorded network that is told a text.
+pub(crate) const CONDITION_GOLDEN: [&str; 7] = [
+    "unet_condition_sd15",
+    "unet_condition_sd21",
+    "unet_condition_sdxl",
+    "unet_condition_ssd1b",
+    "unet_condition_lcm",
+    "unet_condition_text",
+    "unet_condition_classes",
 ];
 
 /// A folder that `tools/record_unet.py` wrote.

@@ -10,5 +10,7 @@ mod parameters;
 mod torch_script;
 mod toy;
 mod unet;
+mod unet_condition;
+mod unet_condition_config;
 mod unet_config;
 mod weights;

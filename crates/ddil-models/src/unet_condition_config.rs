@@ -378,7 +378,7 @@ impl UNet2DConditionConfig {
     }
 
     /// SSD-1B of [Gupta et al. 2024](https://arxiv.org/abs/2401.02677): SDXL with a bottom level of one residual block
-    /// and with blocks of its transformers left out.
+    /// and with blocks of its transformers left out; 1,331,334,404 parameters.
     ///
     /// Depths and the bottom level are those that public loaders of its single-file checkpoint expect. Its own
     /// `config.json` was not at hand: what it gives for the transformers of the finest level, which has none, may
@@ -486,7 +486,7 @@ impl UNet2DConditionConfig {
         let depth = match self.transformer_layers_per_block.at(level) {
             // There is one transformer, and diffusers takes the first number of a list.
             Some(TransformerDepth::Each(depths)) => {
-                depths.first().copied().map(TransformerDepth::All)
+                Some(TransformerDepth::All(depths.first().copied().unwrap_or(0)))
             }
             depth => depth,
         };
