@@ -86,10 +86,14 @@ fn worst_gradient(name: &str, placement: Placement) -> Result<f64, Box<dyn std::
         let row = [0, 1].map(|j| rows.double_value(&[i as i64, j]));
         let gradient = tensor.grad();
         assert!(gradient.defined(), "{name} {parameter} has no gradient");
-        // Some are zero but for rounding: a bias in front of a norm that takes the mean away.
-        let scale = row[0].max(1e-6 * largest);
-        for (found, expected) in summary(&gradient).into_iter().zip(row) {
-            let error = (found - expected).abs() / scale;
+        let found = summary(&gradient);
+        // Zero but for rounding: a bias in front of a norm that takes the mean away, or of all keys of an attention.
+        if row[0] < 1e-8 * largest {
+            assert!(found[0] < 1e-6 * largest, "{name} {parameter}: {found:?}");
+            continue;
+        }
+        for (found, expected) in found.into_iter().zip(row) {
+            let error = (found - expected).abs() / row[0];
             assert!(error < 1.0, "{name} {parameter}: {found} and {expected}");
             worst = worst.max(error);
         }
@@ -100,13 +104,15 @@ fn worst_gradient(name: &str, placement: Placement) -> Result<f64, Box<dyn std::
 #[test]
 fn gradients_of_every_parameter_are_those_of_diffusers() -> TestResult {
     for name in CONDITION_GOLDEN {
-        for (kind, tolerance) in [(Kind::Float, 1e-3), (Kind::Double, 1e-8)] {
-            for channels_last in [false, true] {
-                let placement = Placement { kind, channels_last, ..Placement::default() };
-                let error = worst_gradient(name, placement)?;
-                println!("{name} gradients, {kind:?}, channels last {channels_last}: {error:.1e}");
-                assert!(error <= tolerance, "{name} {kind:?}: {error}");
-            }
+        // diffusers pools a text with a softmax in `Float`, whatever the kind.
+        let double = if name == "unet_condition_text" { 1e-6 } else { 1e-10 };
+        for (kind, channels_last, tolerance) in
+            [(Kind::Float, false, 1e-4), (Kind::Float, true, 1e-4), (Kind::Double, false, double)]
+        {
+            let placement = Placement { kind, channels_last, ..Placement::default() };
+            let error = worst_gradient(name, placement)?;
+            println!("{name} gradients, {kind:?}, channels last {channels_last}: {error:.1e}");
+            assert!(error <= tolerance, "{name} {kind:?}: {error}");
         }
     }
     Ok(())
@@ -115,6 +121,8 @@ fn gradients_of_every_parameter_are_those_of_diffusers() -> TestResult {
 #[test]
 fn half_precision_and_autocast_stay_close() -> TestResult {
     for name in CONDITION_GOLDEN {
+        // That one's embeddings alone are six layers deep.
+        let tolerance = if name == "unet_condition_text" { 3e-2 } else { 2e-2 };
         let recorded = expected(name)?;
         for channels_last in [false, true] {
             let kind = Kind::BFloat16;
@@ -124,7 +132,7 @@ fn half_precision_and_autocast_stay_close() -> TestResult {
             assert_eq!(output.kind(), kind);
             let error = relative_error(&output.to_kind(Kind::Float), &recorded["output"]);
             println!("{name} bf16, channels last {channels_last}: {error:.1e}");
-            assert!(error <= 2e-2, "{name}: {error}");
+            assert!(error <= tolerance, "{name}: {error}");
 
             let whole = load(name, Placement { channels_last, ..Placement::default() })?;
             let output = {
@@ -133,7 +141,7 @@ fn half_precision_and_autocast_stay_close() -> TestResult {
             };
             let error = relative_error(&output.to_kind(Kind::Float), &recorded["output"]);
             println!("{name} autocast, channels last {channels_last}: {error:.1e}");
-            assert!(error <= 2e-2, "{name}: {error}");
+            assert!(error <= tolerance, "{name}: {error}");
             output.sum(Kind::Float).backward();
             let gradient = whole.parameters().get("conv_in.weight").expect("it has one").grad();
             assert_eq!(gradient.kind(), Kind::Float);

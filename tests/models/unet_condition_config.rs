@@ -235,10 +235,10 @@ fn lists_have_one_entry_a_level() {
         ("cross_attention_dim", |c| c.cross_attention_dim = PerLevel::Each(vec![6])),
         ("attention_head_dim", |c| c.attention_head_dim = PerLevel::Each(vec![2; 3])),
         ("transformer_layers_per_block", |c| {
-            c.transformer_layers_per_block = TransformerLayers::Each(vec![])
+            c.transformer_layers_per_block = TransformerLayers::Each(vec![]);
         }),
         ("reverse_transformer_layers_per_block", |c| {
-            c.reverse_transformer_layers_per_block = Some(vec![])
+            c.reverse_transformer_layers_per_block = Some(vec![]);
         }),
     ]);
 }
@@ -252,14 +252,14 @@ fn heads_text_and_depths_fit_the_levels() {
         ("cross_attention_dim", |c| c.cross_attention_dim = PerLevel::All(0)),
         ("cross_attention_dim", |c| c.cross_attention_dim = PerLevel::Each(vec![6, 7])),
         ("transformer_layers_per_block[0]", |c| {
-            c.transformer_layers_per_block = TransformerLayers::All(0)
+            c.transformer_layers_per_block = TransformerLayers::All(0);
         }),
         // Down there is one transformer in the level, up there are two.
         ("reverse_transformer_layers_per_block", |c| {
-            c.transformer_layers_per_block = TransformerLayers::Each(vec![Each(vec![1]), All(1)])
+            c.transformer_layers_per_block = TransformerLayers::Each(vec![Each(vec![1]), All(1)]);
         }),
         ("reverse_transformer_layers_per_block[1]", |c| {
-            c.reverse_transformer_layers_per_block = Some(vec![All(1), Each(vec![1])])
+            c.reverse_transformer_layers_per_block = Some(vec![All(1), Each(vec![1])]);
         }),
         ("transformer_layers_per_block[0]", |c| {
             c.transformer_layers_per_block =
@@ -277,10 +277,10 @@ fn heads_text_and_depths_fit_the_levels() {
 fn embeddings_have_the_widths_they_need() {
     ensure_refused(&[
         ("projection_class_embeddings_input_dim", |c| {
-            c.class_embed_type = Some(ClassEmbedType::Projection)
+            c.class_embed_type = Some(ClassEmbedType::Projection);
         }),
         ("projection_class_embeddings_input_dim", |c| {
-            c.class_embed_type = Some(ClassEmbedType::SimpleProjection)
+            c.class_embed_type = Some(ClassEmbedType::SimpleProjection);
         }),
         ("projection_class_embeddings_input_dim", |c| {
             c.addition_embed_type = Some(AdditionEmbedType::TextTime);
@@ -296,7 +296,7 @@ fn embeddings_have_the_widths_they_need() {
             c.projection_class_embeddings_input_dim = Some(40);
         }),
         ("addition_embed_type_num_heads", |c| {
-            c.addition_embed_type = Some(AdditionEmbedType::Text)
+            c.addition_embed_type = Some(AdditionEmbedType::Text);
         }),
         ("cross_attention_dim", |c| {
             c.addition_embed_type = Some(AdditionEmbedType::Text);

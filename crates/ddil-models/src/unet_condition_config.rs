@@ -165,6 +165,7 @@ pub enum AttentionType {
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "they are keys of diffusers' file")]
 pub struct UNet2DConditionConfig {
     /// Height and width the network was made for; it takes others as well. Default none.
     pub sample_size: Option<SampleSize>,
