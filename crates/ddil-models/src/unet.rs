@@ -129,7 +129,8 @@ impl UNet2DModel {
     /// - `timesteps`: `[batch]` or `[]`, `Int64` or floating point, counted from 0; for a Fourier time embedding noise
     ///   levels above 0
     /// - `class_labels`: `[batch]`, `Int64` for a table of classes (their range is checked on the CPU alone); any
-    ///   timestep kind for [`ClassEmbedType::Timestep`]; `[batch, time_embedding_dim]` for [`ClassEmbedType::Identity`]
+    ///   timestep kind for [`ClassEmbedType::Timestep`](crate::ClassEmbedType::Timestep); `[batch, time_embedding_dim]`
+    ///   for [`ClassEmbedType::Identity`](crate::ClassEmbedType::Identity)
     /// - `guidance_weight`: `[batch]`, floating point, guidance scale less one; there for a network with a
     ///   `time_cond_proj_dim` and for no other
     /// - returns: `[batch, out_channels, height, width]`
