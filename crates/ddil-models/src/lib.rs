@@ -5,6 +5,9 @@
 //! there.
 
 mod attention;
+mod autoencoder;
+mod autoencoder_blocks;
+mod autoencoder_config;
 mod config;
 mod denoiser;
 mod discriminator;
@@ -22,10 +25,12 @@ mod unet_blocks;
 mod unet_config;
 pub mod weights;
 
+pub use autoencoder::{AutoencoderKL, DiagonalGaussian};
+pub use autoencoder_config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
-pub use error::{BoxedError, ConfigProblem, Error, Result, WeightProblems};
+pub use error::{BoxedError, ConfigProblem, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;
 pub use mlp::{Mlp, MlpConfig, SkipConfig};
 pub use model::{Model, ModelConfig, NetworkOutput};

@@ -190,7 +190,7 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, training: self.training.get() };
+            let pass = Pass { time: Some(&time), training: self.training.get() };
             let (features, skips) = self.down(sample, pass)?;
             let sample = self.up(&features, skips, pass)?;
             Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
@@ -216,7 +216,7 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, training: self.training.get() };
+            let pass = Pass { time: Some(&time), training: self.training.get() };
             Ok(self.down(sample, pass)?.0)
         };
         run().map_err(Error::torch("UNet2DModel::features"))
@@ -445,7 +445,7 @@ fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool)
         output_scale: 1.0,
     };
     let resnet = ResnetOptions {
-        time_width: config.time_width(),
+        time_width: Some(config.time_width()),
         groups,
         eps: config.norm_eps,
         activation: config.act_fn,
