@@ -73,21 +73,23 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// An index of shards names a file outside its own folder.
-    #[error("{} names the shard {shard:?}; a shard is a file in the same folder", path.display())]
-    ShardOutsideFolder {
+    /// An index and its shards do not agree; nothing was loaded.
+    #[error("{} does not fit its shards:{problems}", path.display())]
+    InvalidIndex {
         /// The index.
         path: PathBuf,
-        /// The name it gives.
-        shard: String,
+        /// All disagreements.
+        problems: Box<IndexProblems>,
     },
     /// A folder holds no weights where they are looked for.
-    #[error("{} holds none of {}", path.display(), expected.join(", "))]
+    #[error("{} holds none of {}{}", path.display(), expected.join(", "), Others(others))]
     NoWeights {
         /// The folder.
         path: PathBuf,
         /// The files that were looked for.
-        expected: &'static [&'static str],
+        expected: Vec<String>,
+        /// Weights of another variant that are there, each with its variant.
+        others: Vec<(String, Option<String>)>,
     },
     /// A tensor that a file cannot hold.
     #[error("`{name}` has kind {kind:?}, which a safetensors file cannot hold")]
@@ -246,6 +248,54 @@ struct Lines<'a, T>(&'a [T]);
 impl<T: fmt::Display> fmt::Display for Lines<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+struct Others<'a>(&'a [(String, Option<String>)]);
+
+impl fmt::Display for Others<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().enumerate().try_for_each(|(i, (file, variant))| {
+            let separator = if i == 0 { "; there is " } else { ", " };
+            match variant {
+                Some(variant) => write!(f, "{separator}{file} (variant `{variant}`)"),
+                None => write!(f, "{separator}{file} (no variant)"),
+            }
+        })
+    }
+}
+
+/// How an index of shards differs from what the shards hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IndexProblems {
+    /// Shards that are no `.safetensors` file in the folder of the index.
+    pub outside: Vec<String>,
+    /// Shards that are missing or damaged, each with the reason.
+    pub unreadable: Vec<(String, String)>,
+    /// Tensor, and the shard that does not hold it although the index says so.
+    pub absent: Vec<(String, String)>,
+    /// Tensor, shard that holds it although the index does not say so, and where the index says it is, if anywhere.
+    pub surplus: Vec<(String, String, Option<String>)>,
+}
+
+impl fmt::Display for IndexProblems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for shard in &self.outside {
+            write!(f, "\n  shard {shard:?} is no .safetensors file in the same folder")?;
+        }
+        for (shard, reason) in &self.unreadable {
+            write!(f, "\n  shard {shard:?}: {reason}")?;
+        }
+        for (tensor, shard) in &self.absent {
+            write!(f, "\n  {tensor}: not in {shard:?}")?;
+        }
+        for (tensor, shard, place) in &self.surplus {
+            match place {
+                Some(place) => write!(f, "\n  {tensor}: in {shard:?} as well as in {place:?}")?,
+                None => write!(f, "\n  {tensor}: in {shard:?}, but not in the index")?,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -6,6 +6,9 @@
 
 mod addition_embedding;
 mod attention;
+mod autoencoder;
+mod autoencoder_blocks;
+mod autoencoder_config;
 mod class_embedding;
 mod config;
 mod denoiser;
@@ -28,10 +31,12 @@ mod unet_condition_config;
 mod unet_config;
 pub mod weights;
 
+pub use autoencoder::{AutoencoderKL, DiagonalGaussian};
+pub use autoencoder_config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
-pub use error::{BoxedError, ConfigProblem, Error, Result, WeightProblems};
+pub use error::{BoxedError, ConfigProblem, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;
 pub use mlp::{Mlp, MlpConfig, SkipConfig};
 pub use model::{Model, ModelConfig, NetworkOutput};

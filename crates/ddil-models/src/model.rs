@@ -1,7 +1,7 @@
 //! Every network of this crate under one name, and the folder it is kept in.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ddil_core::Conditioning;
 use serde::{Deserialize, Serialize};
@@ -16,15 +16,7 @@ use crate::unet::UNet2DModel;
 use crate::unet_condition::UNet2DConditionModel;
 use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::UNet2DConfig;
-use crate::weights::{write_error, write_whole};
-
-const CONFIG_FILE: &str = "config.json";
-/// Where diffusers keeps weights, the first that is there counts. The last one is found to be refused with a reason.
-const WEIGHT_FILES: [&str; 3] = [
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
-];
+use crate::weights::{WeightFiles, write_error};
 
 /// The settings of a network; the class stands under `_class_name`, as in diffusers' files.
 ///
@@ -151,27 +143,42 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a network from a folder as diffusers writes it: `config.json` and
-    /// `diffusion_pytorch_model.safetensors`, or the index of its shards, or the `TorchScript` program.
+    /// Loads a network from a folder as diffusers writes it: `config.json` and the weights that
+    /// [`WeightFiles::DIFFUSION`] finds, or the `TorchScript` program.
     ///
     /// # Errors
     ///
-    /// As [`ModelConfig::from_file`] and [`weights::load_into`](crate::weights::load_into); [`Error::NoWeights`] if there are none.
+    /// As [`ModelConfig::from_file`], [`WeightFiles::find`] and [`weights::load_into`](crate::weights::load_into).
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
+        Self::from_folder_variant(folder, None, placement, unknown_keys)
+    }
+
+    /// As [`Self::from_folder`], with weights of a variant such as `fp16`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::from_folder`]; the error says which variants there are if this one is not.
+    pub fn from_folder_variant(
+        folder: impl AsRef<Path>,
+        variant: Option<&str>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
         let folder = folder.as_ref();
-        Ok(match ModelConfig::from_file(folder.join(CONFIG_FILE), unknown_keys)? {
+        let files = WeightFiles { variant, ..WeightFiles::DIFFUSION };
+        Ok(match ModelConfig::from_file(folder.join(config::FILE_NAME), unknown_keys)? {
             ModelConfig::UNet2D(config) => {
-                Self::UNet2D(config.build_from(placement, weights_in(folder)?)?)
+                Self::UNet2D(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::UNet2DCondition(config) => {
-                Self::UNet2DCondition(config.build_from(placement, weights_in(folder)?)?)
+                Self::UNet2DCondition(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::Mlp(config) => {
-                Self::Mlp(config.build_from(placement, weights_in(folder)?)?)
+                Self::Mlp(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::TorchScript(config) => {
                 let path = folder.join(&config.file);
@@ -190,15 +197,11 @@ impl Model {
         fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
         match self {
             Self::UNet2D(_) | Self::UNet2DCondition(_) | Self::Mlp(_) => {
-                self.parameters().save(folder.join(WEIGHT_FILES[0]))?;
+                WeightFiles::DIFFUSION.save(&self.parameters().named(), folder)?;
             }
             Self::TorchScript(script) => script.save(folder.join(&script.config().file))?,
         }
-        let path = folder.join(CONFIG_FILE);
-        write_whole(&path, |file| {
-            use std::io::Write as _;
-            file.write_all(self.config().to_json().as_bytes()).map_err(|e| write_error(&path, e))
-        })
+        config::write(&folder.join(config::FILE_NAME), &self.config().to_json())
     }
 
     /// The settings the network was built from.
@@ -333,12 +336,4 @@ impl Model {
             _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),
         }
     }
-}
-
-fn weights_in(folder: &Path) -> Result<PathBuf> {
-    let files = WEIGHT_FILES.iter().map(|file| folder.join(file));
-    files
-        .into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| Error::NoWeights { path: folder.into(), expected: &WEIGHT_FILES[..2] })
 }

@@ -175,7 +175,7 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, text: None, training: self.training.get() };
+            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
             let (features, skips) = self.body.down(sample, pass)?;
             let sample = self.body.up(&features, skips, pass)?;
             Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
@@ -201,7 +201,7 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, text: None, training: self.training.get() };
+            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
             Ok(self.body.down(sample, pass)?.0)
         };
         run().map_err(Error::torch("UNet2DModel::features"))
@@ -333,7 +333,7 @@ fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool)
         output_scale: 1.0,
     };
     let resnet = ResnetOptions {
-        time_width: config.time_width(),
+        time_width: Some(config.time_width()),
         groups,
         eps: config.norm_eps,
         activation: config.act_fn,

@@ -93,7 +93,7 @@ struct Told {
 impl Told {
     fn pass(&self, training: bool) -> Pass<'_> {
         let text = self.text.as_ref().map(|states| Text { states, bias: self.bias.as_ref() });
-        Pass { time: &self.time, text, training }
+        Pass { time: Some(&self.time), text, training }
     }
 }
 
@@ -536,7 +536,7 @@ fn level(
     let groups = i64::from(config.norm_num_groups);
     let channels = i64::from(config.block_out_channels[level]);
     let resnet = ResnetOptions {
-        time_width: config.time_width(),
+        time_width: Some(config.time_width()),
         groups,
         eps: config.norm_eps,
         activation: config.act_fn,
