@@ -268,8 +268,8 @@ impl UNet2DConfig {
 
     /// Width of the embedding of timestep and class.
     pub(crate) fn time_width(&self) -> i64 {
-        let width = self.time_embedding_dim.unwrap_or_else(|| 4 * self.block_out_channels[0]);
-        i64::from(width)
+        let width = self.time_embedding_dim.map(i64::from);
+        width.unwrap_or_else(|| 4 * i64::from(self.block_out_channels[0]))
     }
 
     /// Channels of every level, as tensor sizes.
