@@ -1,5 +1,7 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
+mod autoencoder;
+mod autoencoder_config;
 mod common;
 mod denoiser;
 mod discriminator;
@@ -11,4 +13,5 @@ mod torch_script;
 mod toy;
 mod unet;
 mod unet_config;
+mod weight_files;
 mod weights;
