@@ -8,7 +8,7 @@
 
 Each folder holds what `save_pretrained` writes, and `expected.safetensors`: `images`, `mean` and `logvar` of their
 latents, `sample`, a draw with a generator seeded with 7, `scaled`, the mean as a diffusion model sees it, `decoded`, the
-images of the mean, and for every parameter `grad.NAME`: norm of the gradient of the sum of squares of `decoded`, and its
+images of the mean, `bfloat16.NAME`, three of these from the network in that kind, and for every parameter `grad.NAME`: norm of the gradient of the sum of squares of `decoded`, and its
 product with cos(0), cos(1), cos(2), ..
 The same versions write the same bytes.
 """
@@ -25,7 +25,7 @@ GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "
 # Between them they use every setting that changes a number.
 CONFIGS = {
     "autoencoder_sd": dict(
-        in_channels=3, out_channels=3, block_out_channels=(4, 8, 12), layers_per_block=1, norm_num_groups=4,
+        in_channels=3, out_channels=3, block_out_channels=(8, 8, 12), layers_per_block=1, norm_num_groups=4,
         latent_channels=4, sample_size=16,
     ),
     "autoencoder_shift": dict(
@@ -53,7 +53,7 @@ def scale(config, latents):
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def answer(model, images):
+def answer(model, images, latents=None):
     distribution = model.encode(images).latent_dist
     return {
         "mean": distribution.mean,
@@ -61,7 +61,7 @@ def answer(model, images):
         "sample": distribution.sample(torch.Generator().manual_seed(7)),
         "kl": distribution.kl(),
         "scaled": scale(model.config, distribution.mean),
-        "decoded": model.decode(distribution.mean).sample,
+        "decoded": model.decode(distribution.mean if latents is None else latents).sample,
     }
 
 
@@ -86,6 +86,9 @@ def record(name, config):
         recorded[f"grad.{key}"] = summary(parameter.grad)
     folder = GOLDEN / name
     model.save_pretrained(folder)
+    with torch.no_grad():
+        halved = answer(model.bfloat16(), images.bfloat16(), recorded["mean"].bfloat16())
+    recorded |= {f"bfloat16.{key}": halved[key] for key in ["mean", "logvar", "decoded"]}
     recorded = {key: value.detach().contiguous() for key, value in recorded.items()}
     save_file(recorded, folder / "expected.safetensors")
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, std {recorded['decoded'].std():.3f}")

@@ -1,5 +1,7 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
+mod autoencoder;
+mod autoencoder_config;
 mod common;
 mod denoiser;
 mod discriminator;
@@ -13,4 +15,5 @@ mod unet;
 mod unet_condition;
 mod unet_condition_config;
 mod unet_config;
+mod weight_files;
 mod weights;

@@ -49,6 +49,7 @@ pub enum DecoderBlockType {
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "the keys of the file")]
 pub struct AutoencoderKLConfig {
     /// Channels of an image. Default 3.
     pub in_channels: u32,

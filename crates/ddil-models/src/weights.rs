@@ -28,7 +28,7 @@ const RELEASE_BYTES: usize = 1 << 20;
 /// The file is a `.safetensors`, or a `.safetensors.index.json` that lists the shards beside it. Values are cast where
 /// both kinds are floating point. Everything is checked before the first value is copied. They are copied tensor by
 /// tensor from the mapped file, whose pages are given back on the way: beside the targets no more memory is needed than
-/// the largest tensor has.
+/// the largest tensor has (twice that in a file whose values do not lie where a processor can read them).
 ///
 /// # Errors
 ///
@@ -256,9 +256,10 @@ impl OpenFile {
     fn copy(mut self, mut copies: Vec<Copy<'_>>) -> Result<()> {
         copies.sort_by_key(|copy| copy.info.data_offsets.0);
         let _no_grad = tch::no_grad_guard();
+        let room = self.room(&copies)?;
         let mut num_read = 0;
         for Copy { name, info, target } in copies {
-            let source = self.tensor(&name, &info)?;
+            let source = self.tensor(&name, &info, room.as_ref())?;
             let copy = || {
                 // Trailing sides of 1 of a tensor under another name.
                 let source = source.f_view(&target.size()[..])?;
@@ -278,18 +279,19 @@ impl OpenFile {
     /// Whether what is to be copied as truth values is any: the one thing that the header does not tell.
     fn ensure_bools(&self, copies: &[Copy<'_>]) -> Result<()> {
         let mut bools = copies.iter().filter(|copy| copy.info.dtype == Dtype::BOOL);
-        bools.try_for_each(|copy| self.tensor(&copy.name, &copy.info).map(|_| ()))
+        bools.try_for_each(|copy| self.tensor(&copy.name, &copy.info, None).map(|_| ()))
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let tensors = self.header.tensors();
         tensors
             .into_iter()
-            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info)?)))
+            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info, None)?)))
             .collect()
     }
 
-    fn tensor(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+    /// The tensor where it lies, or copied to `room` (bytes of its own if none) where the processor could not read it.
+    fn tensor(&self, name: &str, info: &TensorInfo, room: Option<&Tensor>) -> Result<Tensor> {
         let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
             path: self.file.path().into(),
             source: format!("`{name}` is {:?}, which libtorch has no kind for", info.dtype).into(),
@@ -297,12 +299,40 @@ impl OpenFile {
         let size = to_size(&info.shape);
         let (start, end) = info.data_offsets;
         let (start, end) = (self.data_start + start, self.data_start + end);
-        if start.is_multiple_of(kind.elt_size_in_bytes()) {
+        if self.is_aligned(info) {
             return Ok(self.file.tensor(start, size, kind)?);
         }
         // The format does not promise alignment, the processor wants it.
-        Tensor::f_from_data_size(&self.file.bytes()[start..end], &size, kind)
-            .map_err(Error::torch("weights::read_all"))
+        let num_bytes = to_size(&[end - start]);
+        let bytes = self.file.tensor(start, &num_bytes, Kind::Uint8)?;
+        let aligned = || {
+            let mut copy = match room {
+                Some(room) => room.f_narrow(0, 0, num_bytes[0])?,
+                None => Tensor::f_empty(&num_bytes, (Kind::Uint8, Device::Cpu))?,
+            };
+            copy.f_copy_(&bytes)?;
+            copy.f_view_dtype(kind)?.f_view(&size[..])
+        };
+        aligned().map_err(Error::torch("weights::read_all"))
+    }
+
+    /// Whether the processor can read the tensor where it lies.
+    fn is_aligned(&self, info: &TensorInfo) -> bool {
+        let start = self.data_start + info.data_offsets.0;
+        kind_of(info.dtype).is_none_or(|kind| start.is_multiple_of(kind.elt_size_in_bytes()))
+    }
+
+    /// Bytes for the largest of these tensors that cannot be used where it lies, if there is one.
+    fn room(&self, copies: &[Copy<'_>]) -> Result<Option<Tensor>> {
+        let misaligned = copies.iter().filter(|copy| !self.is_aligned(&copy.info));
+        let bytes = |copy: &Copy<'_>| copy.info.data_offsets.1 - copy.info.data_offsets.0;
+        let empty = |n| Tensor::f_empty(to_size(&[n]), (Kind::Uint8, Device::Cpu));
+        misaligned
+            .map(bytes)
+            .max()
+            .map(empty)
+            .transpose()
+            .map_err(Error::torch("weights::load_into"))
     }
 }
 
