@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what diffusers' UNet2DModel answers, for tests/models/unet.rs to compare with.
+"""Records what diffusers' U-Nets answer, for tests/models/unet.rs and unet_condition.rs to compare with.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
@@ -9,6 +9,11 @@
 Each folder holds what `save_pretrained` writes, and `expected.safetensors`: `sample`, `timesteps`,
 `class_labels` and `guidance_weight` where the network is told them, the `output`, the `features` that leave the bottom level, and
 `grad.NAME`, the gradient of the sum of squared outputs with respect to a few parameters.
+
+Folders of UNet2DConditionModel have all parts of what that network is told under the names of ddil's
+UNet2DConditionInputs, weights in half precision, and of the gradients of all parameters a summary, computed in double precision: row i of
+`gradients` holds, for parameter i in the order of their names, the norm of the gradient and its product with the vector
+cos(1), cos(2), ..
 The same versions write the same bytes.
 """
 
@@ -17,7 +22,7 @@ import json
 import pathlib
 
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +65,60 @@ CONFIGS = {
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=(DOWN, DOWN), up_block_types=(UP, UP), norm_num_groups=4, num_class_embeds=3,
         add_attention=False, time_cond_proj_dim=33,
+    ),
+}
+
+CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+CROSS_MID, PLAIN_MID = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+
+# The same of UNet2DConditionModel: networks of the Stable Diffusion family in small, then what they leave out. "size" is
+# that of the sample.
+CONDITION_CONFIGS = {
+    "unet_condition_sd15": dict(
+        size=(9, 7), sample_size=8, block_out_channels=(8, 8, 16), layers_per_block=1,
+        down_block_types=(CROSS_DOWN, CROSS_DOWN, DOWN), up_block_types=(UP, CROSS_UP, CROSS_UP),
+        attention_head_dim=4, norm_num_groups=4, cross_attention_dim=12, dropout=0.1,
+    ),
+    "unet_condition_sd21": dict(
+        size=(8, 8), sample_size=8, block_out_channels=(8, 16), layers_per_block=(1, 2),
+        down_block_types=(CROSS_DOWN, DOWN), up_block_types=(UP, CROSS_UP), attention_head_dim=(2, 4),
+        norm_num_groups=4, cross_attention_dim=20, use_linear_projection=True, upcast_attention=True,
+        mid_block_scale_factor=1.4142,
+    ),
+    "unet_condition_sdxl": dict(
+        size=(8, 12), sample_size=8, block_out_channels=(8, 8, 12), layers_per_block=1,
+        down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, CROSS_UP, UP),
+        attention_head_dim=(1, 2, 4), norm_num_groups=4, cross_attention_dim=12, use_linear_projection=True,
+        transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time", addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=46,
+    ),
+    "unet_condition_ssd1b": dict(
+        size=(8, 8), sample_size=8, block_out_channels=(8, 8), layers_per_block=2,
+        down_block_types=(DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, UP), mid_block_type=PLAIN_MID,
+        attention_head_dim=(1, 2), norm_num_groups=4, cross_attention_dim=12, use_linear_projection=True,
+        transformer_layers_per_block=[1, [2, 1]], reverse_transformer_layers_per_block=[[2, 1, 3], 1],
+        addition_embed_type="text_time", addition_time_embed_dim=6, projection_class_embeddings_input_dim=46,
+    ),
+    "unet_condition_lcm": dict(
+        size=(8, 8), sample_size=8, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=(CROSS_DOWN, DOWN), up_block_types=(UP, CROSS_UP), mid_block_type=None,
+        attention_head_dim=2, norm_num_groups=4, cross_attention_dim=12, time_cond_proj_dim=16, masked=True,
+        class_embed_type="simple_projection", projection_class_embeddings_input_dim=5, freq_shift=1,
+    ),
+    "unet_condition_text": dict(
+        size=(5, 6), sample_size=(5, 6), in_channels=2, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=(CROSS_DOWN, CROSS_DOWN), up_block_types=(CROSS_UP, CROSS_UP), attention_head_dim=2,
+        only_cross_attention=(False, True), norm_num_groups=2, cross_attention_dim=12, addition_embed_type="text",
+        addition_embed_type_num_heads=3, class_embed_type="projection", projection_class_embeddings_input_dim=5,
+        resnet_time_scale_shift="scale_shift", time_embedding_act_fn="gelu", timestep_post_act="mish", act_fn="relu",
+        time_embedding_dim=20, conv_in_kernel=1, conv_out_kernel=5, center_input_sample=True, flip_sin_to_cos=False,
+        downsample_padding=0, norm_eps=1e-6,
+    ),
+    "unet_condition_classes": dict(
+        size=(4, 4), sample_size=4, block_out_channels=(8, 8), layers_per_block=1, down_block_types=(DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP), attention_head_dim=4, norm_num_groups=4, cross_attention_dim=(10, 12),
+        only_cross_attention=True, class_embed_type="timestep", act_fn="mish", mid_block_type=PLAIN_MID,
+        transformer_layers_per_block=2,
     ),
 }
 
@@ -159,14 +218,113 @@ def record(name, config):
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, output std {output.std():.3f}")
 
 
-def check(folder):
-    """Loads a folder that ddil wrote and compares with the answer it wrote beside it."""
+def condition_inputs(config, size):
+    """What the network is told, by the names of ddil's UNet2DConditionInputs."""
+    batch, channels = 3, config.in_channels
+    width = config.cross_attention_dim
+    recorded = {
+        "sample": torch.randn(batch, channels, *size),
+        "timesteps": torch.tensor([999, 500, 0]),
+        "encoder_hidden_states": torch.randn(batch, 5, width if isinstance(width, int) else width[0]),
+    }
+    if config.addition_embed_type == "text_time":
+        recorded["text_embeds"] = torch.randn(batch, 10)
+        recorded["time_ids"] = torch.tensor([[64.0, 48.0, 0.0, 3.0, 1024.0, 512.0]] * batch)
+        recorded["time_ids"][1] += 7.0
+    if config.class_embed_type == "timestep":
+        recorded["class_labels"] = torch.tensor([0.5, 3.0, 7.0])
+    elif config.class_embed_type is not None:
+        recorded["class_labels"] = torch.randn(batch, config.projection_class_embeddings_input_dim)
+    if config.time_cond_proj_dim is not None:
+        recorded["guidance_weight"] = torch.tensor([7.5, 0.0, 2.25])
+    return recorded
+
+
+def condition_answer(model, recorded):
+    """The output and the features of the bottom level."""
+    features = []
+    bottom = model.mid_block if model.mid_block is not None else model.down_blocks[-1]
+
+    def keep(_module, _args, output):
+        features.append(output[0] if isinstance(output, tuple) else output)
+
+    told = {name: recorded.get(name) for name in ("class_labels", "encoder_attention_mask")}
+    kind = recorded["sample"].dtype
+    if "guidance_weight" in recorded:
+        width = model.config.time_cond_proj_dim
+        # Always in single precision, as the pipelines have it.
+        weight = recorded["guidance_weight"].float()
+        told["timestep_cond"] = embed_guidance(weight, width).to(kind)
+    if "time_ids" in recorded:
+        told["added_cond_kwargs"] = {name: recorded[name] for name in ("text_embeds", "time_ids")}
+    handle = bottom.register_forward_hook(keep)
+    output = model(recorded["sample"], recorded["timesteps"], recorded["encoder_hidden_states"], **told).sample
+    handle.remove()
+    return output, features[0]
+
+
+def gradient_summary(model, recorded):
+    """A row for each parameter in the order of their names."""
+    double = {name: part.double() if part.is_floating_point() else part for name, part in recorded.items()}
+    model = model.double()
+    condition_answer(model, double)[0].square().sum().backward()
+    rows = []
+    for _, parameter in sorted(model.named_parameters()):
+        # A parameter that the output does not depend on has none.
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = gradient.flatten()
+        vector = torch.arange(1, gradient.numel() + 1, dtype=torch.float64).cos()
+        rows.append([gradient.norm().item(), (gradient @ vector).item()])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def record_condition(name, config):
+    torch.manual_seed(0)
+    config = dict(config)
+    size, masked = config.pop("size"), config.pop("masked", False)
+    model = UNet2DConditionModel(**config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    # Files half the size, of the same values.
+    folder = GOLDEN / name
+    model.half().save_pretrained(folder)
+    model = model.float()
+    recorded = condition_inputs(model.config, size)
+    if masked:
+        recorded["encoder_attention_mask"] = torch.tensor([[True] * (5 - i) + [False] * i for i in range(3)])
+    with torch.no_grad():
+        output, features = condition_answer(model, recorded)
+    recorded |= {"output": output, "features": features, "gradients": gradient_summary(model, recorded)}
+    save_file({key: value.contiguous() for key, value in recorded.items()}, folder / "expected.safetensors")
+    print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, output std {output.std():.3f}")
+
+
+def check_condition(folder):
+    model, loading = UNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    recorded = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        output, _ = condition_answer(model.eval(), recorded)
+    return output, recorded["output"]
+
+
+def check_plain(folder):
     model, loading = UNet2DModel.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
     recorded = load_file(folder / "expected.safetensors")
     with torch.no_grad():
         output, _ = answer(model.eval(), recorded)
-    error = (output - recorded["output"]).abs().max() / recorded["output"].abs().max()
+    return output, recorded["output"]
+
+
+def check(folder):
+    """Loads a folder that ddil wrote and compares with the answer it wrote beside it."""
+    if json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DConditionModel":
+        output, expected = check_condition(folder)
+    else:
+        output, expected = check_plain(folder)
+    error = (output - expected).abs().max() / expected.abs().max()
     print(f"{folder.name}: max relative error {error:.2e}")
     assert error <= 1e-5
 
@@ -182,6 +340,8 @@ def main():
     else:
         for name, config in CONFIGS.items():
             record(name, config)
+        for name, config in CONDITION_CONFIGS.items():
+            record_condition(name, config)
 
 
 if __name__ == "__main__":

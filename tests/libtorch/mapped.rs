@@ -120,3 +120,24 @@ fn files_that_cannot_be_mapped() -> TestResult {
     assert!(file.tensor(0, [1], Kind::Float).is_err());
     Ok(())
 }
+
+#[test]
+fn pages_are_given_back_once_no_tensor_is_left() -> TestResult {
+    let folder = TempDir::new()?;
+    let path = folder.path().join("numbers");
+    std::fs::write(&path, [1_u8, 2, 3])?;
+    let mut file = MappedFile::open(&path)?;
+    let tensor = file.tensor(0, [3], Kind::Uint8)?;
+    let _ = tensor.shallow_clone().fill_(9);
+    assert!(!file.release_pages());
+    assert_eq!(Vec::<u8>::try_from(&tensor)?, [9, 9, 9]);
+    let view = tensor.narrow(0, 0, 1);
+    drop(tensor);
+    assert!(!file.release_pages());
+    drop(view);
+    assert_eq!(file.release_pages(), cfg!(unix));
+    assert_eq!(file.bytes(), [1, 2, 3]);
+    #[cfg(target_os = "linux")]
+    assert_eq!(Vec::<u8>::try_from(file.tensor(0, [3], Kind::Uint8)?)?, [1, 2, 3]);
+    Ok(())
+}

@@ -138,3 +138,49 @@ fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
     assert!(relative_error(&denoiser.predict(x_t, t, &told)?.x0, &recorded["output"]) < 1e-5);
     Ok(())
 }
+
+#[test]
+fn a_unet_that_is_told_a_text_hears_every_part() -> TestResult {
+    let folder = golden("unet_condition_sdxl");
+    let recorded = weights::read_all(folder.join("expected.safetensors"))?;
+    let network = Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?;
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let (x_t, t) = (&recorded["sample"], &recorded["timesteps"]);
+    let fields = network.conditioning_fields();
+    assert_eq!(fields, ["encoder_hidden_states", "text_embeds", "time_ids"]);
+    let told = |left_out: &str| {
+        let parts = fields.iter().filter(|field| **field != left_out);
+        let parts = parts.map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
+        Conditioning::from_parts(parts)
+    };
+    let found = denoiser.predict(x_t, t, &told("")?)?;
+    assert!(relative_error(&found.x0, &recorded["output"]) < 1e-5);
+    for missing in &fields {
+        let error = denoiser.predict(x_t, t, &told(missing)?).expect_err("a part is missing");
+        let named = matches!(error,
+            ddil_core::Error::ConditioningMissing { field, .. } if field == *missing);
+        assert!(named, "{missing}: {error}");
+    }
+    let weighted = told("")?.with_guidance_weight(Tensor::ones([3], kind::FLOAT_CPU));
+    let error = denoiser.predict(x_t, t, &weighted).expect_err("no guidance weight");
+    assert!(matches!(error, ddil_core::Error::Conditioning { field: "guidance_weight", .. }));
+    Ok(())
+}
+
+#[test]
+fn a_half_precision_unet_takes_full_precision_text() -> TestResult {
+    let folder = golden("unet_condition_ssd1b");
+    let recorded = weights::read_all(folder.join("expected.safetensors"))?;
+    let placement = Placement { kind: Kind::BFloat16, ..Placement::default() };
+    let network = Model::from_folder(folder, placement, UnknownKeys::Refuse)?;
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let fields = network.conditioning_fields();
+    let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
+    let told = Conditioning::from_parts(parts)?;
+    let found = denoiser.predict(&recorded["sample"], &recorded["timesteps"], &told)?;
+    assert_eq!(found.x0.kind(), Kind::Float);
+    assert!(relative_error(&found.x0, &recorded["output"]) < 2e-2);
+    Ok(())
+}

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use ddil_core::{Conditioning, Denoiser, Discriminator};
 use ddil_models::{
     DiscriminatorHead, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig,
-    NetworkDenoiser, NetworkDiscriminator, Parameters, Placement, SampleSize, UNet2DConfig,
-    UnknownKeys,
+    NetworkDenoiser, NetworkDiscriminator, Parameters, Placement, SampleSize,
+    UNet2DConditionConfig, UNet2DConfig, UnknownKeys, weights,
 };
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
 use tch::{Kind, Tensor, kind};
@@ -283,5 +283,36 @@ fn what_does_not_fit_a_discriminator_is_refused() -> TestResult {
     // A smaller sample than the head is made for.
     let small = discriminator.logits(&x_t.narrow(2, 0, 4), &t, &labels);
     assert!(matches!(small, Err(ddil_core::Error::Network { .. })));
+    Ok(())
+}
+
+#[test]
+fn a_unet_that_is_told_a_text_has_features_for_a_head() -> TestResult {
+    for (unet, channels, side) in [
+        (UNet2DConditionConfig::sd15(), 1280, 8),
+        (UNet2DConditionConfig::sdxl(), 1280, 32),
+        (UNet2DConditionConfig::ssd_1b(), 1280, 32),
+    ] {
+        let head = DiscriminatorHeadConfig::for_model(&ModelConfig::UNet2DCondition(unet))?;
+        assert_eq!((head.in_channels, head.side), (channels, side));
+    }
+    let name = "unet_condition_ssd1b";
+    let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
+    let network = load(name)?;
+    let head = build(&DiscriminatorHeadConfig::for_model(&network.config())?)?;
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let discriminator = NetworkDiscriminator::new(&network, &head, schedule)?;
+    let fields = network.conditioning_fields();
+    let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
+    let told = Conditioning::from_parts(parts)?;
+    let x_t = recorded["sample"].copy().set_requires_grad(true);
+    let logits = discriminator.logits(&x_t, &recorded["timesteps"], &told)?;
+    assert!(relative_error(&logits, &head.forward(&recorded["features"])?) < 1e-4);
+    logits.sum(Kind::Float).backward();
+    assert!(has_gradient(&x_t));
+    let error = discriminator.logits(&x_t, &recorded["timesteps"], &Conditioning::none());
+    let field = "encoder_hidden_states";
+    assert!(matches!(error,
+        Err(ddil_core::Error::ConditioningMissing { field: f, .. }) if f == field));
     Ok(())
 }

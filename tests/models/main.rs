@@ -1,5 +1,7 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
+mod autoencoder;
+mod autoencoder_config;
 mod clip;
 mod common;
 mod denoiser;
@@ -11,5 +13,8 @@ mod parameters;
 mod torch_script;
 mod toy;
 mod unet;
+mod unet_condition;
+mod unet_condition_config;
 mod unet_config;
+mod weight_files;
 mod weights;

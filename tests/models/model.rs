@@ -10,15 +10,24 @@ use ddil_models::{
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::common::{GOLDEN, TestResult, golden, relative_error};
+use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, golden, relative_error};
+
+/// What a network was told when its answer was recorded.
+fn conditioning(recorded: &BTreeMap<String, Tensor>) -> Conditioning {
+    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
+    Conditioning {
+        class_labels: part("class_labels"),
+        encoder_hidden_states: part("encoder_hidden_states"),
+        text_embeds: part("text_embeds"),
+        time_ids: part("time_ids"),
+        guidance_weight: part("guidance_weight"),
+    }
+}
 
 fn answer(model: &Model, name: &str) -> TestResult {
     let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
     let input = recorded.get("sample").unwrap_or_else(|| &recorded["x_t"]);
-    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
-    let (class_labels, guidance_weight) = (part("class_labels"), part("guidance_weight"));
-    let conditioning = Conditioning { class_labels, guidance_weight, ..Conditioning::none() };
-    let output = model.forward(input, &recorded["timesteps"], &conditioning)?;
+    let output = model.forward(input, &recorded["timesteps"], &conditioning(&recorded))?;
     assert!(relative_error(&output, &recorded["output"]) < 1e-5, "{name}");
     Ok(())
 }
@@ -29,7 +38,9 @@ fn load(folder: impl AsRef<std::path::Path>) -> ddil_models::Result<Model> {
 
 #[test]
 fn folders_go_round() -> TestResult {
-    for name in GOLDEN.into_iter().chain(["torch_script"]) {
+    // A conditioning has no mask.
+    let unmasked = CONDITION_GOLDEN.into_iter().filter(|name| *name != "unet_condition_lcm");
+    for name in GOLDEN.into_iter().chain(unmasked).chain(["torch_script"]) {
         let model = load(golden(name))?;
         answer(&model, name)?;
         let folder = TempDir::new()?;
@@ -103,20 +114,17 @@ fn folders_that_hold_no_network_are_refused() -> TestResult {
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write networks to"]
 fn write_folders_for_diffusers() -> TestResult {
     let root = std::path::PathBuf::from(std::env::var("DDIL_WRITE_MODELS")?);
-    for name in GOLDEN {
-        let Model::UNet2D(unet) = load(golden(name))? else { panic!("{name} is a U-Net") };
-        if unet.config().time_cond_proj_dim.is_some() {
-            // Nothing that diffusers has.
-            continue;
-        }
+    // `unet_guidance` is nothing that diffusers has.
+    for name in GOLDEN.into_iter().filter(|name| *name != "unet_guidance").chain(CONDITION_GOLDEN) {
         // Fresh parameters: nothing that diffusers wrote is left in the folder.
-        let model = ModelConfig::UNet2D(unet.config().clone()).build(Placement::default(), 1)?;
+        let model = load(golden(name))?.config().build(Placement::default(), 1)?;
         model.save_to_folder(root.join(name))?;
         let mut recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
-        recorded.retain(|key, _| ["sample", "timesteps", "class_labels"].contains(&key.as_str()));
-        let class_labels = recorded.get("class_labels").map(Tensor::shallow_clone);
-        let conditioning = Conditioning { class_labels, ..Conditioning::none() };
-        let output = model.forward(&recorded["sample"], &recorded["timesteps"], &conditioning)?;
+        let fields = model.conditioning_fields();
+        let kept = |key: &str| ["sample", "timesteps"].contains(&key) || fields.contains(&key);
+        recorded.retain(|key, _| kept(key));
+        let told = conditioning(&recorded);
+        let output = model.forward(&recorded["sample"], &recorded["timesteps"], &told)?;
         recorded.insert("output".to_owned(), output);
         let recorded: Vec<_> = recorded.into_iter().collect();
         weights::save(

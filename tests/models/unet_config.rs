@@ -3,8 +3,8 @@
 use std::fs;
 
 use ddil_models::{
-    ConfigProblem, DownBlockType, Error, Placement, SampleSize, UNet2DConfig, UnknownKeys,
-    UpBlockType,
+    ClassEmbedType, ConfigProblem, DownBlockType, Error, Placement, SampleSize, UNet2DConfig,
+    UnknownKeys, UpBlockType,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -126,7 +126,7 @@ type Spoil = fn(&mut UNet2DConfig);
 
 #[test]
 fn impossible_values_are_refused_by_key() {
-    let cases: [(&str, Spoil); 17] = [
+    let cases: [(&str, Spoil); 18] = [
         ("block_out_channels", |c| c.block_out_channels.clear()),
         ("block_out_channels[1]", |c| c.block_out_channels[1] = 5),
         ("block_out_channels[0]", |c| c.block_out_channels[0] = 0),
@@ -144,6 +144,7 @@ fn impossible_values_are_refused_by_key() {
         ("dropout", |c| c.dropout = 1.0),
         ("norm_eps", |c| c.norm_eps = f64::NAN),
         ("freq_shift", |c| c.freq_shift = 2.0),
+        ("class_embed_type", |c| c.class_embed_type = Some(ClassEmbedType::Projection)),
     ];
     assert!(small().build(Placement::default(), 0).is_ok());
     for (key, spoil) in cases {

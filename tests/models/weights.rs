@@ -262,10 +262,21 @@ fn shards_load_as_one() -> TestResult {
 #[test]
 fn an_index_does_not_reach_beyond_its_folder() -> TestResult {
     let folder = TempDir::new()?;
-    for shard in ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a.bin"] {
+    for shard in [
+        "../a.safetensors",
+        "/etc/passwd",
+        "sub/a.safetensors",
+        "a.safetensors/",
+        "./a.safetensors",
+        "..",
+        "",
+        "a.bin",
+    ] {
         let index = sharded(folder.path(), &format!("{{\"x\": \"{shard}\"}}"));
-        let error = weights::read_all(index).expect_err("another folder");
-        assert!(matches!(error, Error::ShardOutsideFolder { .. }), "{shard}: {error:?}");
+        let Err(Error::InvalidIndex { problems, .. }) = weights::read_all(index) else {
+            panic!("{shard} is in another folder")
+        };
+        assert_eq!(problems.outside, [shard]);
     }
     Ok(())
 }
@@ -273,12 +284,207 @@ fn an_index_does_not_reach_beyond_its_folder() -> TestResult {
 #[test]
 fn an_index_that_is_wrong_is_refused() -> TestResult {
     let folder = TempDir::new()?;
-    for map in ["[]", r#"{"x": 1}"#, r#"{"y": "a.safetensors"}"#] {
+    for map in ["[]", r#"{"x": 1}"#, r#"{"x": "a.safetensors", "x": "b.safetensors"}"#, r#"{"x": "#]
+    {
         let error = weights::read_all(sharded(folder.path(), map)).expect_err(map);
         assert!(matches!(error, Error::InvalidJson { .. }), "{map}: {error:?}");
     }
-    assert!(weights::read_all(sharded(folder.path(), r#"{"x": "c.safetensors"}"#)).is_err());
     Ok(())
+}
+
+#[test]
+fn all_that_is_wrong_with_shards_is_listed_and_nothing_is_loaded() -> TestResult {
+    let folder = TempDir::new()?;
+    let map = r#"{
+        "x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors", "u": "gone.safetensors",
+        "v": "../a.safetensors", "w": "cut.safetensors"
+    }"#;
+    let index = sharded(folder.path(), map);
+    fs::write(folder.path().join("cut.safetensors"), "piece")?;
+    let both = named([("y", Tensor::ones([3], FLOAT)), ("spare", Tensor::ones([1], FLOAT))]);
+    weights::save(&both, folder.path().join("b.safetensors"), &no_metadata())?;
+    let y = Tensor::zeros([3], FLOAT);
+    let error = weights::load_into(&named([("y", y.shallow_clone())]), &index);
+    let error = error.expect_err("six things are wrong");
+    let text = error.to_string();
+    let Error::InvalidIndex { problems, .. } = error else { panic!("{error:?}") };
+    let pair = |left: &str, right: &str| (left.to_owned(), right.to_owned());
+    assert_eq!(problems.outside, ["../a.safetensors"]);
+    let unreadable: Vec<_> = problems.unreadable.iter().map(|(shard, _)| shard).collect();
+    assert_eq!(unreadable, ["cut.safetensors", "gone.safetensors"]);
+    assert_eq!(problems.absent, [pair("z", "a.safetensors"), pair("x", "b.safetensors")]);
+    assert_eq!(
+        problems.surplus,
+        [
+            ("x".into(), "a.safetensors".into(), Some("b.safetensors".into())),
+            ("spare".into(), "b.safetensors".into(), None),
+        ]
+    );
+    for part in [
+        "model.safetensors.index.json",
+        "shard \"../a.safetensors\" is no",
+        "No such file",
+        "z: not in \"a.safetensors\"",
+        "x: in \"a.safetensors\" as well as in \"b.safetensors\"",
+        "spare: in \"b.safetensors\", but not in the index",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    assert_eq!(y, Tensor::zeros([3], FLOAT));
+    Ok(())
+}
+
+/// A file with this header and so many bytes behind it.
+fn with_header(path: &Path, header: &str, num_bytes: usize) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes());
+    bytes.extend((0..num_bytes).map(|i| i as u8));
+    fs::write(path, bytes).expect("a file");
+}
+
+#[test]
+fn headers_that_contradict_themselves_are_refused() -> TestResult {
+    let folder = TempDir::new()?;
+    let path = folder.path().join("weights.safetensors");
+    let info = |dtype: &str, shape: &str, offsets: &str| {
+        format!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}"#)
+    };
+    let a = info("F32", "[2]", "[0,8]");
+    let valid = format!(r#"{{"a":{a},"b":{}}}"#, info("F32", "[2]", "[8,16]"));
+    with_header(&path, &valid, 16);
+    assert_eq!(weights::read_all(&path)?.len(), 2);
+    let b = |dtype, shape, offsets| format!(r#"{{"a":{a},"b":{}}}"#, info(dtype, shape, offsets));
+    for (why, header) in [
+        ("overlap", b("F32", "[2]", "[4,12]")),
+        ("the same place", b("F32", "[2]", "[0,8]")),
+        ("a hole", b("F32", "[1]", "[12,16]")),
+        ("backwards", b("F32", "[2]", "[16,8]")),
+        ("beyond the end", b("F32", "[2000]", "[8,8008]")),
+        ("short of the end", b("F32", "[1]", "[8,12]")),
+        ("another size", b("F32", "[3]", "[8,16]")),
+        ("negative", b("F32", "[-2]", "[8,16]")),
+        ("overflow", b("F32", "[9223372036854775807,9223372036854775807]", "[8,16]")),
+        ("no such type", b("F31", "[2]", "[8,16]")),
+        ("a fraction", b("F32", "[2.5]", "[8,16]")),
+        ("one name twice", format!(r#"{{"a":{a},"a":{a},"b":{}}}"#, info("F32", "[2]", "[8,16]"))),
+        ("one name, two types", format!(r#"{{"a":{a},"a":{}}}"#, info("F32", "[4]", "[0,16]"))),
+        ("no object", "[]".to_owned()),
+        ("no tensor", r#"{"a":1}"#.to_owned()),
+        ("not text", r#"{"a":"#.to_owned()),
+    ] {
+        with_header(&path, &header, 16);
+        let target = Tensor::zeros([2], FLOAT);
+        let error = weights::load_into(&named([("a", target.shallow_clone())]), &path);
+        assert!(matches!(error, Err(Error::InvalidSafetensors { .. })), "{why}: {error:?}");
+        assert_eq!(target, Tensor::zeros([2], FLOAT));
+    }
+    Ok(())
+}
+
+#[test]
+fn tensors_in_any_order_are_read() -> TestResult {
+    let folder = TempDir::new()?;
+    let path = folder.path().join("weights.safetensors");
+    let header = r#"{"z":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"__metadata__":{"k":"v"},
+        "a":{"dtype":"U8","shape":[1],"data_offsets":[5,6]},
+        "m":{"shape":[3],"data_offsets":[2,5],"dtype":"U8"}}"#;
+    with_header(&path, header, 6);
+    let zeros = |n: i64| Tensor::zeros([n], (Kind::Uint8, Device::Cpu));
+    let targets = named([("a", zeros(1)), ("m", zeros(3)), ("z", zeros(2))]);
+    weights::load_into(&targets, &path)?;
+    let found: Vec<_> =
+        targets.iter().map(|(_, t)| Vec::<u8>::try_from(t).expect("bytes")).collect();
+    assert_eq!(found, [vec![5], vec![2, 3, 4], vec![0, 1]]);
+    Ok(())
+}
+
+/// Only the values tell, and by then another tensor could have been copied.
+#[test]
+fn a_truth_value_that_is_none_is_refused_before_anything_is_loaded() -> TestResult {
+    let folder = TempDir::new()?;
+    let path = folder.path().join("weights.safetensors");
+    let header = r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
+        "b":{"dtype":"BOOL","shape":[2],"data_offsets":[2,4]}}"#;
+    with_header(&path, header, 4);
+    let targets = named([
+        ("a", Tensor::full([2], 9, (Kind::Uint8, Device::Cpu))),
+        ("b", Tensor::zeros([2], (Kind::Bool, Device::Cpu))),
+    ]);
+    let error = weights::load_into(&targets, &path);
+    assert!(matches!(error, Err(Error::Libtorch(_))), "{error:?}");
+    assert_eq!(Vec::<u8>::try_from(&targets[0].1)?, [9, 9]);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Whichever byte is changed and wherever the file is cut: an answer or an error, no panic.
+    #[test]
+    fn changed_bytes_do_no_harm(at in 0_usize..400, to in any::<u8>(), len in 0_usize..400) {
+        let folder = TempDir::new().expect("a temporary folder");
+        let path = folder.path().join("weights.safetensors");
+        let tensors = named([
+            ("w", Tensor::ones([3, 5], FLOAT)),
+            ("flags", Tensor::ones([3], (Kind::Bool, Device::Cpu))),
+        ]);
+        weights::save(&tensors, &path, &no_metadata())?;
+        let mut bytes = fs::read(&path).expect("it was written");
+        let place = at % bytes.len();
+        bytes[place] = to;
+        // Half of the cases leave the length alone.
+        if len % 2 == 0 {
+            bytes.truncate(len);
+        }
+        fs::write(&path, bytes).expect("a file");
+        let target = Tensor::zeros([3, 5], FLOAT);
+        let flags = Tensor::zeros([3], (Kind::Bool, Device::Cpu));
+        let targets = named([("w", target.shallow_clone()), ("flags", flags)]);
+        if weights::load_into(&targets, &path).is_err() {
+            prop_assert_eq!(target, Tensor::zeros([3, 5], FLOAT));
+        }
+    }
+}
+
+/// 192 MiB in 12 tensors of 16 MiB, and fewer that are not aligned or half as wide as the targets.
+#[test]
+#[cfg(target_os = "linux")]
+fn loading_takes_the_memory_of_one_tensor() -> TestResult {
+    use crate::common::{alone, peak_memory};
+
+    alone("weights::loading_takes_the_memory_of_one_tensor", || {
+        let folder = TempDir::new()?;
+        let path = folder.path().join("weights.safetensors");
+        let targets: Vec<_> =
+            (0..12).map(|i| (format!("t{i}"), Tensor::ones([4 << 20], FLOAT))).collect();
+        for (dtype, width, padding, num) in [("F32", 4, 0, 12), ("F32", 4, 1, 4), ("F16", 2, 0, 4)]
+        {
+            let size = width << 22;
+            let entries: Vec<_> = (0..num)
+                .map(|i| {
+                    let [start, end] = [i * size, (i + 1) * size];
+                    format!(
+                        r#""t{i}":{{"dtype":"{dtype}","shape":[4194304],"data_offsets":[{start},{end}]}}"#
+                    )
+                })
+                .collect();
+            let mut header = format!("{{{}}}", entries.join(","));
+            while header.len() % 4 != padding {
+                header.push(' ');
+            }
+            // Zeros that take no room on the disk.
+            with_header(&path, &header, 0);
+            let file = fs::OpenOptions::new().write(true).open(&path)?;
+            file.set_len((8 + header.len() + num * size) as u64)?;
+            let start = peak_memory()?;
+            weights::load_into(&targets[..num], &path)?;
+            let growth = peak_memory()? - start;
+            println!("{dtype}, padding {padding}: {} MiB", growth >> 20);
+            assert!(growth < 36 << 20, "{dtype}: {growth}");
+            assert_eq!(targets[num - 1].1.abs().max().double_value(&[]), 0.0);
+        }
+        Ok(())
+    })
 }
 
 #[test]

@@ -75,6 +75,45 @@ impl MappedFile {
         &self.path
     }
 
+    /// Gives back the memory of the pages read so far, which are read anew when they are next touched, and says whether
+    /// it could: only where the system has such a call, and while no tensor lies over the file.
+    ///
+    /// What was written to tensors that are gone by now is forgotten.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use ddil_libtorch::MappedFile;
+    /// # let path = std::env::temp_dir().join(format!("ddil-pages-{}", std::process::id()));
+    /// std::fs::write(&path, [7; 3])?;
+    /// let mut file = MappedFile::open(&path)?;
+    /// let numbers = file.tensor(0, [3], tch::Kind::Uint8)?;
+    /// assert!(!file.release_pages());
+    /// drop(numbers);
+    /// assert_eq!(file.release_pages(), cfg!(unix));
+    /// assert_eq!(file.bytes(), [7; 3]);
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn release_pages(&mut self) -> bool {
+        // No tensor and, as `self` is borrowed mutably, nobody who could make one.
+        let Some(private) = Arc::get_mut(&mut self.private) else { return false };
+        #[cfg(unix)]
+        {
+            use memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the bytes of the private mapping fall back to those of the file, which nobody sees happen.
+            let private = unsafe { private.unchecked_advise(DontNeed) };
+            // SAFETY: this mapping was never written to, so its pages are the file's before and after.
+            let view = unsafe { self.view.unchecked_advise(DontNeed) };
+            private.is_ok() && view.is_ok()
+        }
+        #[cfg(not(unix))]
+        {
+            let _ = private;
+            false
+        }
+    }
+
     /// A contiguous CPU tensor over the bytes from `offset` on, without a copy.
     ///
     /// Numbers are taken in the processor's byte order.

@@ -1,4 +1,4 @@
-//! Self-attention over the pixels of a feature map.
+//! Attention: of tokens to one another or to a text, and of the pixels of a feature map.
 
 use tch::Tensor;
 
@@ -18,15 +18,83 @@ pub(crate) struct AttentionOptions {
     pub(crate) output_scale: f64,
 }
 
-/// `(x + out(attention(norm(x)))) / output_scale`, every pixel a token.
+/// Sizes of a [`MultiHeadAttention`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MultiHeadOptions {
+    /// Of the tokens that ask, and of the answer; a multiple of `heads`.
+    pub(crate) channels: i64,
+    /// Of the tokens that are asked.
+    pub(crate) context_channels: i64,
+    pub(crate) heads: i64,
+    /// Whether queries, keys and values have a bias; the way out always has one.
+    pub(crate) biased: bool,
+}
+
+/// `out(softmax(Q K^T / sqrt(channels of a head)) V)`, section 3.2 of
+/// [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762).
 #[derive(Debug)]
-pub(crate) struct AttentionBlock {
-    group_norm: Option<GroupNorm>,
+pub(crate) struct MultiHeadAttention {
     to_q: Linear,
     to_k: Linear,
     to_v: Linear,
     to_out: Linear,
     heads: i64,
+}
+
+impl MultiHeadAttention {
+    pub(crate) fn new(mut scope: Scope<'_>, options: MultiHeadOptions) -> Result<Self> {
+        let MultiHeadOptions { channels, context_channels, heads, biased } = options;
+        let linear = if biased { Linear::new } else { Linear::without_bias };
+        Ok(Self {
+            to_q: linear(scope.at("to_q"), channels, channels)?,
+            to_k: linear(scope.at("to_k"), context_channels, channels)?,
+            to_v: linear(scope.at("to_v"), context_channels, channels)?,
+            to_out: Linear::new(scope.at("to_out.0"), channels, channels)?,
+            heads,
+        })
+    }
+
+    /// `[batch, tokens, channels]` from those and `[batch, others, context_channels]`; `bias` is added to the scores
+    /// and broadcasts to `[batch, heads, tokens, others]`.
+    pub(crate) fn forward(
+        &self,
+        tokens: &Tensor,
+        context: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Output {
+        let (query, key) = (self.to_q.forward(tokens)?, self.to_k.forward(context)?);
+        let value = self.to_v.forward(context)?;
+        self.to_out.forward(&attend([&query, &key, &value], self.heads, bias)?)
+    }
+}
+
+/// Scaled dot-product attention with `heads` heads: `[batch, tokens, channels]` as the queries, from queries, keys and
+/// values of that many channels.
+pub(crate) fn attend(query_key_value: [&Tensor; 3], heads: i64, bias: Option<&Tensor>) -> Output {
+    let split = |tokens: &Tensor| {
+        let size = tokens.size();
+        tokens.f_reshape([size[0], size[1], heads, size[2] / heads])?.f_transpose(1, 2)
+    };
+    let [query, key, value] = query_key_value;
+    Tensor::f_scaled_dot_product_attention(
+        &split(query)?,
+        &split(key)?,
+        &split(value)?,
+        bias,
+        0.0,
+        false,
+        None,
+        false,
+    )?
+    .f_transpose(1, 2)?
+    .f_reshape(query.size())
+}
+
+/// `(x + attention(norm(x))) / output_scale`, every pixel a token.
+#[derive(Debug)]
+pub(crate) struct AttentionBlock {
+    group_norm: Option<GroupNorm>,
+    attention: MultiHeadAttention,
     output_scale: f64,
 }
 
@@ -36,15 +104,11 @@ impl AttentionBlock {
         let group_norm = norm_groups
             .map(|groups| GroupNorm::new(scope.at("group_norm"), groups, channels, eps))
             .transpose()?;
-        Ok(Self {
-            group_norm,
-            to_q: Linear::new(scope.at("to_q"), channels, channels)?,
-            to_k: Linear::new(scope.at("to_k"), channels, channels)?,
-            to_v: Linear::new(scope.at("to_v"), channels, channels)?,
-            to_out: Linear::new(scope.at("to_out.0"), channels, channels)?,
-            heads: channels / head_dim,
-            output_scale,
-        })
+        let heads = channels / head_dim;
+        let options =
+            MultiHeadOptions { channels, context_channels: channels, heads, biased: true };
+        let attention = MultiHeadAttention::new(scope, options)?;
+        Ok(Self { group_norm, attention, output_scale })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
@@ -55,27 +119,8 @@ impl AttentionBlock {
             None => x.shallow_clone(),
         };
         let tokens = normed.f_flatten(2, -1)?.f_transpose(1, 2)?;
-        let attended = self.attend(&tokens)?;
-        let residual = self.to_out.forward(&attended)?.f_transpose(1, 2)?.f_reshape(&size)?;
-        rescale(x.f_add(&residual)?, self.output_scale)
-    }
-
-    /// `[batch, tokens, channels]` to the same.
-    fn attend(&self, tokens: &Tensor) -> Output {
-        let query = self.split_heads(&self.to_q.forward(tokens)?)?;
-        let key = self.split_heads(&self.to_k.forward(tokens)?)?;
-        let value = self.split_heads(&self.to_v.forward(tokens)?)?;
-        let no_mask = None::<&Tensor>;
-        Tensor::f_scaled_dot_product_attention(
-            &query, &key, &value, no_mask, 0.0, false, None, false,
-        )?
-        .f_transpose(1, 2)?
-        .f_reshape(tokens.size())
-    }
-
-    fn split_heads(&self, tokens: &Tensor) -> Output {
-        let size = tokens.size();
-        tokens.f_reshape([size[0], size[1], self.heads, size[2] / self.heads])?.f_transpose(1, 2)
+        let attended = self.attention.forward(&tokens, &tokens, None)?;
+        rescale(x.f_add(&attended.f_transpose(1, 2)?.f_reshape(&size)?)?, self.output_scale)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Reading and writing `config.json` as diffusers lays it out.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 
 use serde::Serialize;
@@ -8,7 +9,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::error::{ConfigProblem, Error, Result};
+use crate::weights::{write_error, write_whole};
 
+/// Where a folder keeps a network's settings.
+pub(crate) const FILE_NAME: &str = "config.json";
 /// The diffusers release whose `config.json` is written.
 const DIFFUSERS_VERSION: &str = "0.42.1";
 
@@ -90,6 +94,11 @@ pub(crate) fn from_object<C: Config>(
         Err(_) => {}
     }
     Err(Error::InvalidConfig { what: what.to_owned(), problems })
+}
+
+/// Puts a text in the place of a file, whole or not at all.
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, |file| file.write_all(text.as_bytes()).map_err(|e| write_error(path, e)))
 }
 
 /// The settings as diffusers writes them: class name, version, sorted keys; [`Config::OWN_KEYS`] only where they are set.

@@ -115,7 +115,7 @@ pub(crate) fn ask(
     conditioning: &Conditioning,
     answer: impl FnOnce(&Tensor, &Tensor) -> crate::Result<Tensor>,
 ) -> ddil_core::Result<Tensor> {
-    ensure_only(op, network.class_name(), conditioning, network.conditioning_fields())?;
+    ensure_only(op, network.class_name(), conditioning, &network.conditioning_fields())?;
     let time = match (schedule.config(), network) {
         // An MLP may look the timestep up in its own schedule.
         (NoiseScheduleConfig::Vp(_), _) | (_, Model::Mlp(_)) => timesteps.shallow_clone(),
@@ -124,6 +124,7 @@ pub(crate) fn ask(
     let input = x_t.to_kind(network.parameters().placement().kind);
     answer(&input, &time).map_err(|source| match source {
         Error::MissingClassLabels { .. } => missing(network, "class_labels"),
+        Error::ConditioningPart { name, expected: true, .. } => missing(network, name),
         Error::GuidanceWeight { expected: true, .. } => missing(network, "guidance_weight"),
         source => ddil_core::Error::network(network.class_name(), source),
     })

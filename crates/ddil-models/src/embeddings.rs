@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 use tch::{Kind, TchError, Tensor};
 
 use crate::error::Result;
-use crate::layers::{Linear, Output};
+use crate::layers::{Activation, Linear, Output};
 use crate::parameters::{Init, Joined, Scope, Share};
 
 /// Standard deviation of the random frequencies of [`FourierProjection`].
@@ -144,23 +144,38 @@ impl TimeProjection {
     }
 }
 
-/// Two linear layers with a `silu` between them.
+/// Two linear layers with an activation between them, `silu` unless told otherwise.
 #[derive(Debug)]
 pub(crate) struct TimestepEmbedding {
     linear_1: Linear,
+    activation: Activation,
     linear_2: Linear,
+    last_activation: Option<Activation>,
 }
 
 impl TimestepEmbedding {
     pub(crate) fn new(mut scope: Scope<'_>, inputs: &TimeProjection, width: i64) -> Result<Self> {
-        let linear_1 = Linear::new(scope.at("linear_1"), inputs.width(), width)?;
+        let embedding = Self::of_features(scope.reborrow(), inputs.width(), width)?;
         scope.mark("linear_1.weight", inputs.joined(1));
+        Ok(embedding)
+    }
+
+    /// For features that are not those of a timestep.
+    pub(crate) fn of_features(mut scope: Scope<'_>, inputs: i64, width: i64) -> Result<Self> {
+        let linear_1 = Linear::new(scope.at("linear_1"), inputs, width)?;
         let linear_2 = Linear::new(scope.at("linear_2"), width, width)?;
-        Ok(Self { linear_1, linear_2 })
+        Ok(Self { linear_1, activation: Activation::Silu, linear_2, last_activation: None })
+    }
+
+    /// The same with another activation between the layers, and one after them.
+    pub(crate) fn with_activations(self, activation: Activation, last: Option<Activation>) -> Self {
+        Self { activation, last_activation: last, ..self }
     }
 
     pub(crate) fn forward(&self, features: &Tensor) -> Output {
-        self.linear_2.forward(&self.linear_1.forward(features)?.f_silu()?)
+        let hidden = self.activation.forward(&self.linear_1.forward(features)?)?;
+        let embedding = self.linear_2.forward(&hidden)?;
+        self.last_activation.map_or(Ok(embedding.shallow_clone()), |last| last.forward(&embedding))
     }
 }
 

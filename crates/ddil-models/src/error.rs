@@ -73,21 +73,23 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// An index of shards names a file outside its own folder.
-    #[error("{} names the shard {shard:?}; a shard is a file in the same folder", path.display())]
-    ShardOutsideFolder {
+    /// An index and its shards do not agree; nothing was loaded.
+    #[error("{} does not fit its shards:{problems}", path.display())]
+    InvalidIndex {
         /// The index.
         path: PathBuf,
-        /// The name it gives.
-        shard: String,
+        /// All disagreements.
+        problems: Box<IndexProblems>,
     },
     /// A folder holds no weights where they are looked for.
-    #[error("{} holds none of {}", path.display(), expected.join(", "))]
+    #[error("{} holds none of {}{}", path.display(), expected.join(", "), Others(others))]
     NoWeights {
         /// The folder.
         path: PathBuf,
         /// The files that were looked for.
-        expected: &'static [&'static str],
+        expected: Vec<String>,
+        /// Weights of another variant that are there, each with its variant.
+        others: Vec<(String, Option<String>)>,
     },
     /// A tensor that a file cannot hold.
     #[error("`{name}` has kind {kind:?}, which a safetensors file cannot hold")]
@@ -151,8 +153,20 @@ pub enum Error {
         /// Whether the network takes one.
         expected: bool,
     },
+    /// A part of the conditioning that the network needs is missing, or one that it cannot be told is there.
+    #[error("{op}: the network {} `{name}`", if *expected { "needs" } else { "cannot be told" })]
+    ConditioningPart {
+        /// The function that was called.
+        op: &'static str,
+        /// The part.
+        name: &'static str,
+        /// Whether the network needs it.
+        expected: bool,
+    },
     /// A network that gives its output alone was asked for features.
-    #[error("{network} gives no features for a discriminator; a UNet2DModel and an Mlp do")]
+    #[error(
+        "{network} gives no features for a discriminator; a UNet2DModel, a UNet2DConditionModel and an Mlp do"
+    )]
     NoFeatures {
         /// The class of the network.
         network: &'static str,
@@ -266,6 +280,54 @@ struct Lines<'a, T>(&'a [T]);
 impl<T: fmt::Display> fmt::Display for Lines<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+struct Others<'a>(&'a [(String, Option<String>)]);
+
+impl fmt::Display for Others<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().enumerate().try_for_each(|(i, (file, variant))| {
+            let separator = if i == 0 { "; there is " } else { ", " };
+            match variant {
+                Some(variant) => write!(f, "{separator}{file} (variant `{variant}`)"),
+                None => write!(f, "{separator}{file} (no variant)"),
+            }
+        })
+    }
+}
+
+/// How an index of shards differs from what the shards hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IndexProblems {
+    /// Shards that are no `.safetensors` file in the folder of the index.
+    pub outside: Vec<String>,
+    /// Shards that are missing or damaged, each with the reason.
+    pub unreadable: Vec<(String, String)>,
+    /// Tensor, and the shard that does not hold it although the index says so.
+    pub absent: Vec<(String, String)>,
+    /// Tensor, shard that holds it although the index does not say so, and where the index says it is, if anywhere.
+    pub surplus: Vec<(String, String, Option<String>)>,
+}
+
+impl fmt::Display for IndexProblems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for shard in &self.outside {
+            write!(f, "\n  shard {shard:?} is no .safetensors file in the same folder")?;
+        }
+        for (shard, reason) in &self.unreadable {
+            write!(f, "\n  shard {shard:?}: {reason}")?;
+        }
+        for (tensor, shard) in &self.absent {
+            write!(f, "\n  {tensor}: not in {shard:?}")?;
+        }
+        for (tensor, shard, place) in &self.surplus {
+            match place {
+                Some(place) => write!(f, "\n  {tensor}: in {shard:?} as well as in {place:?}")?,
+                None => write!(f, "\n  {tensor}: in {shard:?}, but not in the index")?,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Every network of this crate under one name, and the folder it is kept in.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ddil_core::Conditioning;
 use serde::{Deserialize, Serialize};
@@ -13,16 +13,10 @@ use crate::mlp::{Mlp, MlpConfig};
 use crate::parameters::{Parameters, Placement};
 use crate::torch_script::{TorchScript, TorchScriptConfig};
 use crate::unet::UNet2DModel;
+use crate::unet_condition::UNet2DConditionModel;
+use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::UNet2DConfig;
-use crate::weights::{write_error, write_whole};
-
-const CONFIG_FILE: &str = "config.json";
-/// Where diffusers keeps weights, the first that is there counts. The last one is found to be refused with a reason.
-const WEIGHT_FILES: [&str; 3] = [
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
-];
+use crate::weights::{WeightFiles, write_error};
 
 /// The settings of a network; the class stands under `_class_name`, as in diffusers' files.
 ///
@@ -39,10 +33,14 @@ const WEIGHT_FILES: [&str; 3] = [
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "_class_name")]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "a run has a handful, and copies none in a loop")]
 pub enum ModelConfig {
     /// A U-Net for pixels.
     #[serde(rename = "UNet2DModel")]
     UNet2D(UNet2DConfig),
+    /// A U-Net that is told a text.
+    #[serde(rename = "UNet2DConditionModel")]
+    UNet2DCondition(UNet2DConditionConfig),
     /// A small network for vectors.
     Mlp(MlpConfig),
     /// A `TorchScript` program.
@@ -64,6 +62,9 @@ impl ModelConfig {
             Some(UNet2DConfig::CLASS_NAME) => {
                 Self::UNet2D(config::from_object(&what, &object, unknown_keys)?)
             }
+            Some(UNet2DConditionConfig::CLASS_NAME) => {
+                Self::UNet2DCondition(config::from_object(&what, &object, unknown_keys)?)
+            }
             Some(MlpConfig::CLASS_NAME) => {
                 Self::Mlp(config::from_object(&what, &object, unknown_keys)?)
             }
@@ -73,6 +74,7 @@ impl ModelConfig {
             _ => {
                 let classes = [
                     UNet2DConfig::CLASS_NAME,
+                    UNet2DConditionConfig::CLASS_NAME,
                     MlpConfig::CLASS_NAME,
                     TorchScriptConfig::CLASS_NAME,
                 ];
@@ -87,6 +89,7 @@ impl ModelConfig {
     pub fn to_json(&self) -> String {
         match self {
             Self::UNet2D(config) => config.to_json(),
+            Self::UNet2DCondition(config) => config.to_json(),
             Self::Mlp(config) => config.to_json(),
             Self::TorchScript(config) => config::to_json(config),
         }
@@ -100,6 +103,7 @@ impl ModelConfig {
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
         Ok(match self {
             Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
+            Self::UNet2DCondition(config) => Model::UNet2DCondition(config.build(placement, seed)?),
             Self::Mlp(config) => Model::Mlp(config.build(placement, seed)?),
             Self::TorchScript(config) => {
                 let expected =
@@ -130,6 +134,8 @@ pub struct NetworkOutput {
 pub enum Model {
     /// A U-Net for pixels.
     UNet2D(UNet2DModel),
+    /// A U-Net that is told a text.
+    UNet2DCondition(UNet2DConditionModel),
     /// A small network for vectors.
     Mlp(Mlp),
     /// A `TorchScript` program.
@@ -137,24 +143,42 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a network from a folder as diffusers writes it: `config.json` and
-    /// `diffusion_pytorch_model.safetensors`, or the index of its shards, or the `TorchScript` program.
+    /// Loads a network from a folder as diffusers writes it: `config.json` and the weights that
+    /// [`WeightFiles::DIFFUSION`] finds, or the `TorchScript` program.
     ///
     /// # Errors
     ///
-    /// As [`ModelConfig::from_file`] and [`weights::load_into`](crate::weights::load_into); [`Error::NoWeights`] if there are none.
+    /// As [`ModelConfig::from_file`], [`WeightFiles::find`] and [`weights::load_into`](crate::weights::load_into).
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
+        Self::from_folder_variant(folder, None, placement, unknown_keys)
+    }
+
+    /// As [`Self::from_folder`], with weights of a variant such as `fp16`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::from_folder`]; the error says which variants there are if this one is not.
+    pub fn from_folder_variant(
+        folder: impl AsRef<Path>,
+        variant: Option<&str>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
         let folder = folder.as_ref();
-        Ok(match ModelConfig::from_file(folder.join(CONFIG_FILE), unknown_keys)? {
+        let files = WeightFiles { variant, ..WeightFiles::DIFFUSION };
+        Ok(match ModelConfig::from_file(folder.join(config::FILE_NAME), unknown_keys)? {
             ModelConfig::UNet2D(config) => {
-                Self::UNet2D(config.build_from(placement, weights_in(folder)?)?)
+                Self::UNet2D(config.build_from(placement, files.find(folder)?)?)
+            }
+            ModelConfig::UNet2DCondition(config) => {
+                Self::UNet2DCondition(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::Mlp(config) => {
-                Self::Mlp(config.build_from(placement, weights_in(folder)?)?)
+                Self::Mlp(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::TorchScript(config) => {
                 let path = folder.join(&config.file);
@@ -172,22 +196,19 @@ impl Model {
         let folder = folder.as_ref();
         fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
         match self {
-            Self::UNet2D(_) | Self::Mlp(_) => {
-                self.parameters().save(folder.join(WEIGHT_FILES[0]))?;
+            Self::UNet2D(_) | Self::UNet2DCondition(_) | Self::Mlp(_) => {
+                WeightFiles::DIFFUSION.save(&self.parameters().named(), folder)?;
             }
             Self::TorchScript(script) => script.save(folder.join(&script.config().file))?,
         }
-        let path = folder.join(CONFIG_FILE);
-        write_whole(&path, |file| {
-            use std::io::Write as _;
-            file.write_all(self.config().to_json().as_bytes()).map_err(|e| write_error(&path, e))
-        })
+        config::write(&folder.join(config::FILE_NAME), &self.config().to_json())
     }
 
     /// The settings the network was built from.
     pub fn config(&self) -> ModelConfig {
         match self {
             Self::UNet2D(unet) => ModelConfig::UNet2D(unet.config().clone()),
+            Self::UNet2DCondition(unet) => ModelConfig::UNet2DCondition(unet.config().clone()),
             Self::Mlp(mlp) => ModelConfig::Mlp(mlp.config().clone()),
             Self::TorchScript(script) => ModelConfig::TorchScript(script.config().clone()),
         }
@@ -197,6 +218,7 @@ impl Model {
     pub fn parameters(&self) -> &Parameters {
         match self {
             Self::UNet2D(unet) => unet.parameters(),
+            Self::UNet2DCondition(unet) => unet.parameters(),
             Self::Mlp(mlp) => mlp.parameters(),
             Self::TorchScript(script) => script.parameters(),
         }
@@ -210,6 +232,7 @@ impl Model {
     pub fn set_training(&self, training: bool) -> Result<()> {
         match self {
             Self::UNet2D(unet) => unet.set_training(training),
+            Self::UNet2DCondition(unet) => unet.set_training(training),
             // There is nothing in it that training changes.
             Self::Mlp(_) => {}
             Self::TorchScript(script) => script.set_training(training)?,
@@ -221,26 +244,31 @@ impl Model {
     pub fn class_name(&self) -> &'static str {
         match self {
             Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
+            Self::UNet2DCondition(_) => UNet2DConditionConfig::CLASS_NAME,
             Self::Mlp(_) => MlpConfig::CLASS_NAME,
             Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
         }
     }
 
     /// Which parts of a [`Conditioning`] the network can be told.
-    pub fn conditioning_fields(&self) -> &'static [&'static str] {
+    pub fn conditioning_fields(&self) -> Vec<&'static str> {
         let takes_weight = match self {
+            Self::UNet2DCondition(unet) => return unet.conditioning_fields(),
             Self::UNet2D(unet) => unet.config().time_cond_proj_dim.is_some(),
             Self::Mlp(mlp) => mlp.config().embed_guidance,
             Self::TorchScript(_) => false,
         };
-        if takes_weight { &["class_labels", "guidance_weight"] } else { &["class_labels"] }
+        let mut fields = vec!["class_labels"];
+        fields.extend(takes_weight.then_some("guidance_weight"));
+        fields
     }
 
     /// What the network makes of noisy samples, not yet read as clean data and noise.
     ///
     /// # Shapes and units
     ///
-    /// - as the network of that class has them; parts of `conditioning` that it cannot be told are not looked at
+    /// - as the network of that class has them; parts of `conditioning` that no network of its class can be told are not
+    ///   looked at
     ///
     /// # Errors
     ///
@@ -255,6 +283,7 @@ impl Model {
         let weight = conditioning.guidance_weight.as_ref();
         match self {
             Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
+            Self::UNet2DCondition(unet) => unet.forward(x_t, timesteps, conditioning.into()),
             Self::Mlp(mlp) => mlp.forward(x_t, timesteps, labels, weight),
             Self::TorchScript(script) => script.forward(x_t, timesteps, labels),
         }
@@ -279,6 +308,9 @@ impl Model {
         let weight = conditioning.guidance_weight.as_ref();
         match self {
             Self::UNet2D(unet) => unet.forward_with_features(x_t, timesteps, labels, weight),
+            Self::UNet2DCondition(unet) => {
+                unet.forward_with_features(x_t, timesteps, conditioning.into())
+            }
             Self::Mlp(mlp) => mlp.forward_with_features(x_t, timesteps, labels, weight),
             Self::TorchScript(_) => Err(Error::NoFeatures { network: self.class_name() }),
         }
@@ -300,15 +332,8 @@ impl Model {
                 let labels = conditioning.class_labels.as_ref();
                 unet.features(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
             }
+            Self::UNet2DCondition(unet) => unet.features(x_t, timesteps, conditioning.into()),
             _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),
         }
     }
-}
-
-fn weights_in(folder: &Path) -> Result<PathBuf> {
-    let files = WEIGHT_FILES.iter().map(|file| folder.join(file));
-    files
-        .into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| Error::NoWeights { path: folder.into(), expected: &WEIGHT_FILES[..2] })
 }

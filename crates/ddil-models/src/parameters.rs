@@ -34,6 +34,17 @@ pub struct Placement {
     pub channels_last: bool,
 }
 
+impl Placement {
+    /// `sample` in the memory format of the parameters.
+    pub(crate) fn arrange(self, sample: &Tensor) -> Result<Tensor> {
+        Ok(if self.channels_last {
+            ddil_libtorch::channels_last(sample)?
+        } else {
+            sample.shallow_clone()
+        })
+    }
+}
+
 impl Default for Placement {
     /// CPU, `Float`, channels outermost.
     fn default() -> Self {
@@ -49,6 +60,8 @@ pub(crate) enum Values {
     Seeded(u64),
     /// Nothing yet: a file fills all of them before anyone looks.
     Unset,
+    /// None ever: a network that is built for the names and sizes of its parameters, which take no memory.
+    Sizes,
 }
 
 /// The distribution a parameter is drawn from.
@@ -109,6 +122,11 @@ impl Parameters {
     /// The parameter of that name.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.entries.iter().find(|p| p.name == name).map(|p| &p.tensor)
+    }
+
+    /// Name and shape of every parameter, constants among them.
+    pub fn shapes(&self) -> Vec<(String, Vec<i64>)> {
+        self.entries.iter().map(|p| (p.name.clone(), p.tensor.size())).collect()
     }
 
     /// How many numbers there are in all.
@@ -210,6 +228,11 @@ impl Scope<'_> {
         Scope { builder: self.builder, prefix }
     }
 
+    /// The same place.
+    pub(crate) fn reborrow(&mut self) -> Scope<'_> {
+        Scope { builder: self.builder, prefix: self.prefix.clone() }
+    }
+
     /// A learned parameter.
     pub(crate) fn parameter(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
         self.add(name, shape, init, true)
@@ -236,7 +259,10 @@ impl Scope<'_> {
     fn add(&mut self, name: &str, shape: &[i64], init: Init, learned: bool) -> Result<Tensor> {
         let name = self.name(name);
         let _no_grad = tch::no_grad_guard();
-        let mut tensor = empty(shape, self.builder.placement)?;
+        let mut tensor = match self.builder.values {
+            Values::Sizes => sized(shape)?,
+            Values::Seeded(_) | Values::Unset => empty(shape, self.builder.placement)?,
+        };
         if let Values::Seeded(seed) = self.builder.values {
             let values = draw(init, shape, seed, &name)?;
             tensor.f_copy_(&values).map_err(Error::torch("initialising parameters"))?;
@@ -246,6 +272,14 @@ impl Scope<'_> {
         self.builder.entries.push(Parameter { name, tensor, learned, joined: Vec::new() });
         Ok(handle)
     }
+}
+
+/// One number that says it is as many as `shape` has.
+fn sized(shape: &[i64]) -> Result<Tensor> {
+    let number = Tensor::f_zeros([1], (Kind::Float, Device::Cpu));
+    number
+        .and_then(|number| number.f_expand(shape, false))
+        .map_err(Error::torch("sizing parameters"))
 }
 
 fn empty(shape: &[i64], placement: Placement) -> Result<Tensor> {

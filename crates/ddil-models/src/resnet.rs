@@ -1,6 +1,6 @@
 //! Residual blocks and the layers that halve or double a feature map.
 
-use tch::Tensor;
+use tch::{TchError, Tensor};
 
 use crate::attention::rescale;
 use crate::error::Result;
@@ -11,7 +11,8 @@ use crate::unet_config::TimeScaleShift;
 /// Sizes and settings shared by the residual blocks of a network.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ResnetOptions {
-    pub(crate) time_width: i64,
+    /// Width of the time embedding; none in networks without a timestep.
+    pub(crate) time_width: Option<i64>,
     pub(crate) groups: i64,
     pub(crate) eps: f64,
     pub(crate) activation: Activation,
@@ -20,11 +21,23 @@ pub(crate) struct ResnetOptions {
     pub(crate) output_scale: f64,
 }
 
+/// What levels with cross attention look at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Text<'a> {
+    /// `[batch, tokens, width]`.
+    pub(crate) states: &'a Tensor,
+    /// Added to the scores of attention; broadcasts to `[batch, heads, pixels, tokens]`.
+    pub(crate) bias: Option<&'a Tensor>,
+}
+
 /// What every block of one forward pass is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pass<'a> {
     /// The embedding of timestep and class after the activation, which all blocks have in common.
-    pub(crate) time: &'a Tensor,
+    /// None in networks without a timestep.
+    pub(crate) time: Option<&'a Tensor>,
+    /// None in networks without cross attention.
+    pub(crate) text: Option<Text<'a>>,
     /// Whether dropout drops.
     pub(crate) training: bool,
 }
@@ -34,7 +47,7 @@ pub(crate) struct Pass<'a> {
 pub(crate) struct ResnetBlock2D {
     norm1: GroupNorm,
     conv1: Conv2d,
-    time_emb_proj: Linear,
+    time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
@@ -55,7 +68,9 @@ impl ResnetBlock2D {
         };
         let norm1 = GroupNorm::new(scope.at("norm1"), groups, inputs, eps)?;
         let conv1 = Conv2d::new(scope.at("conv1"), inputs, outputs, 3)?;
-        let time_emb_proj = Linear::new(scope.at("time_emb_proj"), time_width, time_outputs)?;
+        let time_emb_proj = time_width
+            .map(|width| Linear::new(scope.at("time_emb_proj"), width, time_outputs))
+            .transpose()?;
         if options.time_scale_shift == TimeScaleShift::ScaleShift {
             for name in ["time_emb_proj.weight", "time_emb_proj.bias"] {
                 let parts = vec![outputs; 2];
@@ -86,8 +101,10 @@ impl ResnetBlock2D {
     }
 
     /// Adds the timestep before the second norm, or lets it scale and shift what comes out of it.
-    fn inject_time(&self, hidden: &Tensor, time: &Tensor) -> Output {
-        let time = self.time_emb_proj.forward(time)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+    fn inject_time(&self, hidden: &Tensor, time: Option<&Tensor>) -> Output {
+        let Some(projection) = &self.time_emb_proj else { return self.norm2.forward(hidden) };
+        let time = time.ok_or_else(|| TchError::Shape("the blocks are told no timestep".into()))?;
+        let time = projection.forward(time)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
         match self.options.time_scale_shift {
             TimeScaleShift::Default => self.norm2.forward(&hidden.f_add(&time)?),
             TimeScaleShift::ScaleShift => {
@@ -136,7 +153,11 @@ impl Upsample2D {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
         let size = x.size();
-        let doubled = [2 * size[2], 2 * size[3]];
-        self.conv.forward(&x.f_upsample_nearest2d(doubled, None, None)?)
+        self.forward_to(x, [2 * size[2], 2 * size[3]])
+    }
+
+    /// To that height and width, one less than the double where an odd one was halved.
+    pub(crate) fn forward_to(&self, x: &Tensor, size: [i64; 2]) -> Output {
+        self.conv.forward(&x.f_upsample_nearest2d(size, None, None)?)
     }
 }

@@ -2,24 +2,24 @@
 
 use std::cell::Cell;
 
-use tch::{TchError, Tensor};
+use tch::Tensor;
 
 use crate::attention::AttentionOptions;
+use crate::class_embedding::{ClassEmbedding, ClassOptions};
 use crate::config::Config;
 use crate::embeddings::{
     FourierProjection, GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding,
     one_per_sample,
 };
-use crate::error::{
-    Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
-};
-use crate::layers::{Conv2d, Embedding, GroupNorm, Output};
+use crate::error::{Error, Result, ensure_guidance_weight, ensure_timesteps, is_float};
+use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
 use crate::resnet::{Pass, ResnetOptions};
-use crate::unet_blocks::{DownBlock, LevelOptions, MidBlock, UpBlock, UpChannels};
+use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
+use crate::unet_body::Body;
 use crate::unet_config::{
-    ClassEmbedType, DownBlockType, TimeEmbeddingType, TimeScaleShift, UNet2DConfig, UpBlockType,
+    DownBlockType, TimeEmbeddingType, TimeScaleShift, UNet2DConfig, UpBlockType,
 };
 
 const FORWARD: &str = "UNet2DModel::forward";
@@ -30,13 +30,6 @@ struct Told<'a> {
     timesteps: &'a Tensor,
     class_labels: Option<&'a Tensor>,
     guidance_weight: Option<&'a Tensor>,
-}
-
-#[derive(Debug)]
-enum ClassEmbedding {
-    Table { table: Embedding, len: i64 },
-    Timestep(TimestepEmbedding),
-    Identity,
 }
 
 /// The U-Net of [Ho et al. 2020](https://arxiv.org/abs/2006.11239) as diffusers generalised it; made by
@@ -70,24 +63,18 @@ enum ClassEmbedding {
 pub struct UNet2DModel {
     config: UNet2DConfig,
     parameters: Parameters,
-    conv_in: Conv2d,
     time_proj: TimeProjection,
     guidance_embedding: Option<GuidanceEmbedding>,
     time_embedding: TimestepEmbedding,
     class_embedding: Option<ClassEmbedding>,
-    down_blocks: Vec<DownBlock>,
-    mid_block: Option<MidBlock>,
-    up_blocks: Vec<UpBlock>,
-    conv_norm_out: GroupNorm,
-    conv_out: Conv2d,
+    body: Body,
     training: Cell<bool>,
 }
 
 impl UNet2DModel {
     pub(crate) fn new(config: &UNet2DConfig, placement: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
-        let channels = config.channels();
-        let first = channels[0];
+        let first = config.channels()[0];
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
 
@@ -96,27 +83,24 @@ impl UNet2DModel {
         let width = config.time_width();
         let guidance_embedding = guidance_embedding(&mut root, config, &time_proj)?;
         let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), &time_proj, width)?;
-        let class_embedding = class_embedding(&mut root, config, &time_proj)?;
-        let down_blocks = down_blocks(&mut root, config)?;
-        let mid_block = mid_block(&mut root, config)?;
-        let up_blocks = up_blocks(&mut root, config)?;
-        let groups = config.norm_num_groups.into();
-        let conv_norm_out =
-            GroupNorm::new(root.at("conv_norm_out"), groups, first, config.norm_eps)?;
-        let conv_out = Conv2d::new(root.at("conv_out"), first, config.out_channels.into(), 3)?;
+        let class_options = ClassOptions {
+            embed_type: config.class_embed_type,
+            num_classes: config.num_class_embeds,
+            label_width: 0,
+            width,
+            activation: Activation::Silu,
+        };
+        let class_embedding =
+            ClassEmbedding::new(root.at("class_embedding"), class_options, &time_proj)?;
+        let body = body(&mut root, config, conv_in)?;
         Ok(Self {
             config: config.clone(),
             parameters: builder.finish(),
-            conv_in,
             time_proj,
             guidance_embedding,
             time_embedding,
             class_embedding,
-            down_blocks,
-            mid_block,
-            up_blocks,
-            conv_norm_out,
-            conv_out,
+            body,
             training: Cell::new(false),
         })
     }
@@ -145,7 +129,8 @@ impl UNet2DModel {
     /// - `timesteps`: `[batch]` or `[]`, `Int64` or floating point, counted from 0; for a Fourier time embedding noise
     ///   levels above 0
     /// - `class_labels`: `[batch]`, `Int64` for a table of classes (their range is checked on the CPU alone); any
-    ///   timestep kind for [`ClassEmbedType::Timestep`]; `[batch, time_embedding_dim]` for [`ClassEmbedType::Identity`]
+    ///   timestep kind for [`ClassEmbedType::Timestep`](crate::ClassEmbedType::Timestep); `[batch, time_embedding_dim]`
+    ///   for [`ClassEmbedType::Identity`](crate::ClassEmbedType::Identity)
     /// - `guidance_weight`: `[batch]`, floating point, guidance scale less one; there for a network with a
     ///   `time_cond_proj_dim` and for no other
     /// - returns: `[batch, out_channels, height, width]`
@@ -186,13 +171,13 @@ impl UNet2DModel {
     ) -> Result<NetworkOutput> {
         let told = Told { timesteps, class_labels, guidance_weight };
         self.ensure_inputs(sample, told)?;
-        let sample = &self.in_memory_format(sample)?;
+        let sample = &self.parameters.placement().arrange(sample)?;
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, training: self.training.get() };
-            let (features, skips) = self.down(sample, pass)?;
-            let sample = self.up(&features, skips, pass)?;
+            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
+            let (features, skips) = self.body.down(sample, pass)?;
+            let sample = self.body.up(&features, skips, pass)?;
             Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
         };
         run().map_err(Error::torch(FORWARD))
@@ -212,22 +197,14 @@ impl UNet2DModel {
     ) -> Result<Tensor> {
         let told = Told { timesteps, class_labels, guidance_weight };
         self.ensure_inputs(sample, told)?;
-        let sample = &self.in_memory_format(sample)?;
+        let sample = &self.parameters.placement().arrange(sample)?;
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: &time, training: self.training.get() };
-            Ok(self.down(sample, pass)?.0)
+            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
+            Ok(self.body.down(sample, pass)?.0)
         };
         run().map_err(Error::torch("UNet2DModel::features"))
-    }
-
-    fn in_memory_format(&self, sample: &Tensor) -> Result<Tensor> {
-        Ok(if self.parameters.placement().channels_last {
-            ddil_libtorch::channels_last(sample)?
-        } else {
-            sample.shallow_clone()
-        })
     }
 
     /// The embedding of timestep, class and guidance, after the activation that every block would apply to it.
@@ -240,46 +217,10 @@ impl UNet2DModel {
         }
         let mut time = self.time_embedding.forward(&features)?;
         if let (Some(embedding), Some(labels)) = (&self.class_embedding, class_labels) {
-            let class = match embedding {
-                ClassEmbedding::Table { table, .. } => table.forward(labels)?,
-                ClassEmbedding::Timestep(embedding) => {
-                    let labels = one_per_sample(labels, timesteps.size()[0])?;
-                    embedding.forward(&self.time_proj.forward(&labels)?.f_to_kind(kind)?)?
-                }
-                ClassEmbedding::Identity => labels.shallow_clone(),
-            };
-            time = time.f_add(&class.f_to_kind(kind)?)?;
+            let class = embedding.forward(labels, &self.time_proj, kind)?;
+            time = time.f_add(&class)?;
         }
         self.config.act_fn.forward(&time)
-    }
-
-    /// Down to and through the bottom level, and what the levels on the way up will need.
-    fn down(
-        &self,
-        sample: &Tensor,
-        pass: Pass<'_>,
-    ) -> std::result::Result<(Tensor, Vec<Tensor>), TchError> {
-        let mut sample = sample.shallow_clone();
-        if self.config.center_input_sample {
-            sample = sample.f_mul_scalar(2.0)?.f_add_scalar(-1.0)?;
-        }
-        let mut hidden = self.conv_in.forward(&sample)?;
-        let mut skips = vec![hidden.shallow_clone()];
-        for block in &self.down_blocks {
-            hidden = block.forward(hidden, pass, &mut skips)?;
-        }
-        if let Some(mid_block) = &self.mid_block {
-            hidden = mid_block.forward(&hidden, pass)?;
-        }
-        Ok((hidden, skips))
-    }
-
-    fn up(&self, features: &Tensor, mut skips: Vec<Tensor>, pass: Pass<'_>) -> Output {
-        let mut hidden = features.shallow_clone();
-        for block in &self.up_blocks {
-            hidden = block.forward(hidden, pass, &mut skips)?;
-        }
-        self.conv_out.forward(&self.conv_norm_out.forward(&hidden)?.f_silu()?)
     }
 
     fn scale_output(&self, sample: Tensor, timesteps: &Tensor) -> Output {
@@ -307,34 +248,8 @@ impl UNet2DModel {
         }
         let batch = sample.size()[0];
         ensure_timesteps(op, told.timesteps, batch)?;
-        self.ensure_class_labels(told.class_labels, batch)?;
+        ClassEmbedding::ensure(op, self.class_embedding.as_ref(), told.class_labels, batch)?;
         ensure_guidance_weight(op, told.guidance_weight, batch, self.guidance_embedding.is_some())
-    }
-
-    fn ensure_class_labels(&self, class_labels: Option<&Tensor>, batch: i64) -> Result<()> {
-        let op = FORWARD;
-        let (embedding, labels) = match (&self.class_embedding, class_labels) {
-            (None, None) => return Ok(()),
-            (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
-            (Some(_), None) => return Err(Error::MissingClassLabels { op }),
-            (Some(embedding), Some(labels)) => (embedding, labels),
-        };
-        match embedding {
-            ClassEmbedding::Table { len, .. } => ensure_labels(op, labels, batch, len - 1),
-            ClassEmbedding::Timestep(_) if labels.size() == [batch] => Ok(()),
-            ClassEmbedding::Identity if labels.size() == [batch, self.config.time_width()] => {
-                Ok(())
-            }
-            ClassEmbedding::Timestep(_) | ClassEmbedding::Identity => Err(Error::InvalidShape {
-                op,
-                name: "class_labels",
-                found: labels.size(),
-                expected: match embedding {
-                    ClassEmbedding::Identity => format!("[{batch}, {}]", self.config.time_width()),
-                    _ => format!("[{batch}], one per sample"),
-                },
-            }),
-        }
     }
 }
 
@@ -362,48 +277,39 @@ fn guidance_embedding(
     width.map(|width| GuidanceEmbedding::new(scope.at("cond_proj"), width, features)).transpose()
 }
 
-fn class_embedding(
-    root: &mut Scope<'_>,
-    config: &UNet2DConfig,
-    features: &TimeProjection,
-) -> Result<Option<ClassEmbedding>> {
-    let width = config.time_width();
-    let scope = root.at("class_embedding");
-    Ok(match (config.class_embed_type, config.num_class_embeds) {
-        (Some(ClassEmbedType::Timestep), _) => {
-            Some(ClassEmbedding::Timestep(TimestepEmbedding::new(scope, features, width)?))
-        }
-        (Some(ClassEmbedType::Identity), _) => Some(ClassEmbedding::Identity),
-        (None, Some(len)) => {
-            let len = i64::from(len);
-            Some(ClassEmbedding::Table { table: Embedding::new(scope, len, width)?, len })
-        }
-        (None, None) => None,
-    })
-}
-
-fn down_blocks(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<Vec<DownBlock>> {
+fn body(root: &mut Scope<'_>, config: &UNet2DConfig, conv_in: Conv2d) -> Result<Body> {
     let channels = config.channels();
-    let last = channels.len() - 1;
-    let levels = config.down_block_types.iter().enumerate();
-    levels
-        .map(|(i, block_type)| {
-            let attends = *block_type == DownBlockType::AttnDownBlock2D;
-            let options = level(config, channels[i], config.layers_per_block as usize, attends);
-            let padding = (i < last).then_some(i64::from(config.downsample_padding));
-            let inputs = channels[i.saturating_sub(1)];
-            let scope = root.at(&format!("down_blocks.{i}"));
-            DownBlock::new(scope, [inputs, channels[i]], &options, padding)
+    let num_layers = config.layers_per_block as usize;
+    let down_levels: Vec<_> = (config.down_block_types.iter().zip(&channels))
+        .map(|(block, &channels)| {
+            level(config, channels, num_layers, *block == DownBlockType::AttnDownBlock2D)
         })
-        .collect()
+        .collect();
+    let up_levels: Vec<_> = (config.up_block_types.iter().zip(channels.iter().rev()))
+        .map(|(block, &channels)| {
+            level(config, channels, num_layers + 1, *block == UpBlockType::AttnUpBlock2D)
+        })
+        .collect();
+    let padding = i64::from(config.downsample_padding);
+    let (first, groups) = (channels[0], config.norm_num_groups.into());
+    Ok(Body {
+        centers_input: config.center_input_sample,
+        conv_in,
+        down_blocks: down_blocks(root, &channels, &down_levels, padding)?,
+        mid_block: mid_block(root, config)?,
+        up_blocks: up_blocks(root, &channels, &up_levels)?,
+        conv_norm_out: GroupNorm::new(root.at("conv_norm_out"), groups, first, config.norm_eps)?,
+        last_activation: Activation::Silu,
+        conv_out: Conv2d::new(root.at("conv_out"), first, config.out_channels.into(), 3)?,
+    })
 }
 
 fn mid_block(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<Option<MidBlock>> {
     let channels = i64::from(config.block_out_channels[config.block_out_channels.len() - 1]);
     let scale = config.mid_block_scale_factor;
-    let mut options = level(config, channels, 1, config.add_attention);
+    let mut options = level(config, channels, 2, config.add_attention);
     options.resnet.output_scale = scale;
-    if let Some(attention) = &mut options.attention {
+    if let LevelAttention::Pixels(attention) = &mut options.attention {
         attention.output_scale = scale;
         let default = match config.resnet_time_scale_shift {
             TimeScaleShift::Default => Some(config.norm_num_groups),
@@ -417,24 +323,6 @@ fn mid_block(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<Option<MidBl
         .transpose()
 }
 
-fn up_blocks(root: &mut Scope<'_>, config: &UNet2DConfig) -> Result<Vec<UpBlock>> {
-    let channels: Vec<i64> = config.channels().into_iter().rev().collect();
-    let last = channels.len() - 1;
-    let levels = config.up_block_types.iter().enumerate();
-    levels
-        .map(|(i, block_type)| {
-            let attends = *block_type == UpBlockType::AttnUpBlock2D;
-            let options = level(config, channels[i], config.layers_per_block as usize + 1, attends);
-            let up_channels = UpChannels {
-                below: channels[i.saturating_sub(1)],
-                last_skip: channels[(i + 1).min(last)],
-                outputs: channels[i],
-            };
-            UpBlock::new(root.at(&format!("up_blocks.{i}")), up_channels, &options, i < last)
-        })
-        .collect()
-}
-
 fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool) -> LevelOptions {
     let groups = i64::from(config.norm_num_groups);
     let attention = AttentionOptions {
@@ -445,7 +333,7 @@ fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool)
         output_scale: 1.0,
     };
     let resnet = ResnetOptions {
-        time_width: config.time_width(),
+        time_width: Some(config.time_width()),
         groups,
         eps: config.norm_eps,
         activation: config.act_fn,
@@ -453,5 +341,6 @@ fn level(config: &UNet2DConfig, channels: i64, num_layers: usize, attends: bool)
         dropout: config.dropout,
         output_scale: 1.0,
     };
-    LevelOptions { num_layers, resnet, attention: attends.then_some(attention) }
+    let attention = if attends { LevelAttention::Pixels(attention) } else { LevelAttention::None };
+    LevelOptions { num_layers, resnet, attention }
 }

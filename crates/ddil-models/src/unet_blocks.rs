@@ -7,12 +7,22 @@ use crate::error::Result;
 use crate::layers::Output;
 use crate::parameters::{Joined, Scope, Share};
 use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
+use crate::transformer::{TextTransformer, TransformerOptions};
+use crate::unet_condition_config::TransformerDepth;
+
+/// What follows a residual block.
+#[derive(Debug)]
+enum Attention {
+    None,
+    Pixels(AttentionBlock),
+    Text(TextTransformer),
+}
 
 /// A residual block, and attention after it in levels that have it.
 #[derive(Debug)]
 struct Layer {
     resnet: ResnetBlock2D,
-    attention: Option<AttentionBlock>,
+    attention: Attention,
 }
 
 impl Layer {
@@ -24,31 +34,53 @@ impl Layer {
     ) -> Result<Self> {
         let name = format!("resnets.{index}");
         let resnet = ResnetBlock2D::new(scope.at(&name), inputs, outputs, options.resnet)?;
-        let attention = options
-            .attention
-            .map(|attention| {
-                AttentionBlock::new(scope.at(&format!("attentions.{index}")), attention)
-            })
-            .transpose()?;
+        let scope = scope.at(&format!("attentions.{index}"));
+        let attention = match &options.attention {
+            LevelAttention::None => Attention::None,
+            LevelAttention::Pixels(options) => {
+                Attention::Pixels(AttentionBlock::new(scope, *options)?)
+            }
+            LevelAttention::Text { options, depth } => {
+                Attention::Text(TextTransformer::new(scope, *options, depth.at(index))?)
+            }
+        };
         Ok(Self { resnet, attention })
     }
 
     fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
         let hidden = self.resnet.forward(x, pass)?;
         match &self.attention {
-            Some(attention) => attention.forward(&hidden),
-            None => Ok(hidden),
+            Attention::None => Ok(hidden),
+            Attention::Pixels(attention) => attention.forward(&hidden),
+            Attention::Text(transformer) => {
+                let missing =
+                    || TchError::Shape("a level looks at a text, and there is none".into());
+                transformer.forward(&hidden, pass.text.ok_or_else(missing)?)
+            }
         }
     }
 }
 
+/// What follows the residual blocks of a level.
+#[derive(Clone, Debug)]
+pub(crate) enum LevelAttention {
+    None,
+    /// Attention of the pixels to one another.
+    Pixels(AttentionOptions),
+    /// Transformers that look at the text as well.
+    Text {
+        options: TransformerOptions,
+        depth: TransformerDepth,
+    },
+}
+
 /// What the layers of one level have in common.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct LevelOptions {
+    /// Residual blocks.
     pub(crate) num_layers: usize,
     pub(crate) resnet: ResnetOptions,
-    /// None in levels without attention.
-    pub(crate) attention: Option<AttentionOptions>,
+    pub(crate) attention: LevelAttention,
 }
 
 /// A level on the way down.
@@ -60,7 +92,7 @@ pub(crate) struct DownBlock {
 
 impl DownBlock {
     /// `downsample_padding` is none in the last level, which keeps its resolution.
-    pub(crate) fn new(
+    fn new(
         mut scope: Scope<'_>,
         [inputs, outputs]: [i64; 2],
         options: &LevelOptions,
@@ -93,34 +125,39 @@ impl DownBlock {
     }
 }
 
-/// The level at the bottom: two residual blocks, attention between them.
+/// The level at the bottom: two residual blocks, attention between them; or one of them alone.
 #[derive(Debug)]
 pub(crate) struct MidBlock {
     first: Layer,
-    second: ResnetBlock2D,
+    second: Option<ResnetBlock2D>,
 }
 
 impl MidBlock {
     pub(crate) fn new(mut scope: Scope<'_>, channels: i64, options: &LevelOptions) -> Result<Self> {
         let first = Layer::new(&mut scope, 0, [channels; 2], options)?;
-        let second = ResnetBlock2D::new(scope.at("resnets.1"), channels, channels, options.resnet)?;
+        let second = (options.num_layers > 1)
+            .then(|| ResnetBlock2D::new(scope.at("resnets.1"), channels, channels, options.resnet))
+            .transpose()?;
         Ok(Self { first, second })
     }
 
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
-        self.second.forward(&self.first.forward(x, pass)?, pass)
+        let hidden = self.first.forward(x, pass)?;
+        self.second
+            .as_ref()
+            .map_or(Ok(hidden.shallow_clone()), |second| second.forward(&hidden, pass))
     }
 }
 
 /// Channels that meet in a level on the way up.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct UpChannels {
+struct UpChannels {
     /// From the level below.
-    pub(crate) below: i64,
+    below: i64,
     /// Of the last skip, which comes from the level above on the way down.
-    pub(crate) last_skip: i64,
+    last_skip: i64,
     /// Of this level.
-    pub(crate) outputs: i64,
+    outputs: i64,
 }
 
 /// Marks what meets a residual block's two inputs, which lie behind one another.
@@ -140,7 +177,7 @@ pub(crate) struct UpBlock {
 }
 
 impl UpBlock {
-    pub(crate) fn new(
+    fn new(
         mut scope: Scope<'_>,
         channels: UpChannels,
         options: &LevelOptions,
@@ -170,9 +207,46 @@ impl UpBlock {
             })?;
             hidden = layer.forward(&Tensor::f_cat(&[hidden, skip], 1)?, pass)?;
         }
-        match &self.upsampler {
-            Some(upsampler) => upsampler.forward(&hidden),
-            None => Ok(hidden),
+        match (&self.upsampler, skips.last().map(Tensor::size)) {
+            // To the size of the level above, which is odd where its half was rounded up.
+            (Some(upsampler), Some(above)) => upsampler.forward_to(&hidden, [above[2], above[3]]),
+            (Some(upsampler), None) => upsampler.forward(&hidden),
+            (None, _) => Ok(hidden),
         }
     }
+}
+
+/// All levels on the way down; `channels` and `levels` the finest first.
+pub(crate) fn down_blocks(
+    root: &mut Scope<'_>,
+    channels: &[i64],
+    levels: &[LevelOptions],
+    downsample_padding: i64,
+) -> Result<Vec<DownBlock>> {
+    let last = channels.len() - 1;
+    let block = |(i, options): (usize, &LevelOptions)| {
+        let padding = (i < last).then_some(downsample_padding);
+        let sides = [channels[i.saturating_sub(1)], channels[i]];
+        DownBlock::new(root.at(&format!("down_blocks.{i}")), sides, options, padding)
+    };
+    levels.iter().enumerate().map(block).collect()
+}
+
+/// All levels on the way up; `channels` the finest first, `levels` the coarsest first.
+pub(crate) fn up_blocks(
+    root: &mut Scope<'_>,
+    channels: &[i64],
+    levels: &[LevelOptions],
+) -> Result<Vec<UpBlock>> {
+    let last = channels.len() - 1;
+    let block = |(i, options): (usize, &LevelOptions)| {
+        let level = last - i;
+        let up_channels = UpChannels {
+            below: channels[(level + 1).min(last)],
+            last_skip: channels[level.saturating_sub(1)],
+            outputs: channels[level],
+        };
+        UpBlock::new(root.at(&format!("up_blocks.{i}")), up_channels, options, i < last)
+    };
+    levels.iter().enumerate().map(block).collect()
 }

@@ -84,12 +84,16 @@ pub enum TimeScaleShift {
 
 /// What class labels are, if not indices into a learned table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum ClassEmbedType {
     /// Numbers, embedded as timesteps are.
     Timestep,
     /// Embeddings already, as wide as the time embedding.
     Identity,
+    /// Vectors, through two linear layers; for a [`UNet2DConditionModel`](crate::UNet2DConditionModel) alone.
+    Projection,
+    /// Vectors, through one linear layer; for a [`UNet2DConditionModel`](crate::UNet2DConditionModel) alone.
+    SimpleProjection,
 }
 
 /// The settings of a [`UNet2DModel`]; names, defaults and file format are those of diffusers' class of that name.
@@ -264,39 +268,13 @@ impl UNet2DConfig {
 
     /// Width of the embedding of timestep and class.
     pub(crate) fn time_width(&self) -> i64 {
-        let width = self.time_embedding_dim.unwrap_or_else(|| 4 * self.block_out_channels[0]);
-        i64::from(width)
+        let width = self.time_embedding_dim.map(i64::from);
+        width.unwrap_or_else(|| 4 * i64::from(self.block_out_channels[0]))
     }
 
     /// Channels of every level, as tensor sizes.
     pub(crate) fn channels(&self) -> Vec<i64> {
         self.block_out_channels.iter().copied().map(i64::from).collect()
-    }
-
-    fn ensure_levels(&self, problems: &mut Vec<ConfigProblem>) {
-        let levels = self.block_out_channels.len();
-        if levels == 0 {
-            problems.push(ConfigProblem::new("block_out_channels", "[]", "at least one level"));
-        }
-        let lists = [
-            ("down_block_types", self.down_block_types.len()),
-            ("up_block_types", self.up_block_types.len()),
-        ];
-        for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
-            let expected = format!("{levels} levels, as many as in `block_out_channels`");
-            problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
-        }
-        let groups = self.norm_num_groups.max(1);
-        for (i, &channels) in self.block_out_channels.iter().enumerate() {
-            if channels == 0 || channels % groups != 0 {
-                let expected = format!("a multiple of norm_num_groups, {groups}");
-                problems.push(ConfigProblem::new(
-                    format!("block_out_channels[{i}]"),
-                    channels,
-                    expected,
-                ));
-            }
-        }
     }
 
     fn ensure_attention(&self, problems: &mut Vec<ConfigProblem>) {
@@ -328,50 +306,112 @@ impl UNet2DConfig {
     }
 
     fn ensure_numbers(&self, problems: &mut Vec<ConfigProblem>) {
-        let counts = [
+        problems.extend(count_problems(&[
             ("in_channels", Some(self.in_channels)),
             ("out_channels", Some(self.out_channels)),
             ("layers_per_block", Some(self.layers_per_block)),
             ("norm_num_groups", Some(self.norm_num_groups)),
             ("time_embedding_dim", self.time_embedding_dim),
             ("num_class_embeds", self.num_class_embeds),
-        ];
-        for (key, _) in counts.into_iter().filter(|&(_, count)| count == Some(0)) {
-            problems.push(ConfigProblem::new(key, 0, "at least 1"));
-        }
-        if let Some(dim) = self.time_cond_proj_dim
-            && dim < MIN_GUIDANCE_WIDTH
+        ]));
+        let positional = self.time_embedding_type == TimeEmbeddingType::Positional;
+        let first = self.block_out_channels.first().copied().unwrap_or(2);
+        let numbers = CommonNumbers {
+            downsample_padding: self.downsample_padding,
+            dropout: self.dropout,
+            mid_block_scale_factor: self.mid_block_scale_factor,
+            norm_eps: self.norm_eps,
+            freq_shift: self.freq_shift,
+            time_features: positional.then_some(first),
+            time_cond_proj_dim: self.time_cond_proj_dim,
+        };
+        problems.extend(numbers.problems());
+        if let Some(found @ (ClassEmbedType::Projection | ClassEmbedType::SimpleProjection)) =
+            self.class_embed_type
         {
+            let found = format!("{found:?}");
+            problems.push(ConfigProblem::new("class_embed_type", found, "timestep or identity"));
+        }
+    }
+}
+
+/// What is wrong with the levels of a U-Net.
+pub(crate) fn level_problems(
+    channels: &[u32],
+    norm_num_groups: u32,
+    num_down: usize,
+    num_up: usize,
+) -> Vec<ConfigProblem> {
+    let mut problems = Vec::new();
+    let levels = channels.len();
+    if levels == 0 {
+        problems.push(ConfigProblem::new("block_out_channels", "[]", "at least one level"));
+    }
+    let lists = [("down_block_types", num_down), ("up_block_types", num_up)];
+    for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
+        let expected = format!("{levels} levels, as many as in `block_out_channels`");
+        problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
+    }
+    let groups = norm_num_groups.max(1);
+    for (i, &channels) in channels.iter().enumerate() {
+        if channels == 0 || channels % groups != 0 {
+            let (key, expected) = (
+                format!("block_out_channels[{i}]"),
+                format!("a multiple of norm_num_groups, {groups}"),
+            );
+            problems.push(ConfigProblem::new(key, channels, expected));
+        }
+    }
+    problems
+}
+
+/// A problem for each of the counts that is 0.
+pub(crate) fn count_problems(counts: &[(&str, Option<u32>)]) -> Vec<ConfigProblem> {
+    let zeros = counts.iter().filter(|(_, count)| *count == Some(0));
+    zeros.map(|(key, _)| ConfigProblem::new(*key, 0, "at least 1")).collect()
+}
+
+/// Numbers that every U-Net's settings have.
+pub(crate) struct CommonNumbers {
+    pub(crate) downsample_padding: u32,
+    pub(crate) dropout: f64,
+    pub(crate) mid_block_scale_factor: f64,
+    pub(crate) norm_eps: f64,
+    pub(crate) freq_shift: f64,
+    /// How many sines and cosines the timestep becomes; none where `freq_shift` does not space them.
+    pub(crate) time_features: Option<u32>,
+    pub(crate) time_cond_proj_dim: Option<u32>,
+}
+
+impl CommonNumbers {
+    pub(crate) fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let mut refuse = |key, found: &dyn std::fmt::Display, expected: String| {
+            problems.push(ConfigProblem::new(key, found, expected));
+        };
+        if let Some(dim) = self.time_cond_proj_dim.filter(|&dim| dim < MIN_GUIDANCE_WIDTH) {
             let expected = format!("at least {MIN_GUIDANCE_WIDTH}, two frequencies");
-            problems.push(ConfigProblem::new("time_cond_proj_dim", dim, expected));
+            refuse("time_cond_proj_dim", &dim, expected);
         }
         if self.downsample_padding > 1 {
-            problems.push(ConfigProblem::new(
-                "downsample_padding",
-                self.downsample_padding,
-                "0 or 1",
-            ));
+            refuse("downsample_padding", &self.downsample_padding, "0 or 1".into());
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            problems.push(ConfigProblem::new(
-                "dropout",
-                self.dropout,
-                "at least 0 and less than 1",
-            ));
+            refuse("dropout", &self.dropout, "at least 0 and less than 1".into());
         }
         let scale = self.mid_block_scale_factor;
-        if !(scale.is_normal()) {
-            problems.push(ConfigProblem::new("mid_block_scale_factor", scale, "finite and not 0"));
+        if !scale.is_normal() {
+            refuse("mid_block_scale_factor", &scale, "finite and not 0".into());
         }
         if !(self.norm_eps > 0.0 && self.norm_eps.is_finite()) {
-            problems.push(ConfigProblem::new("norm_eps", self.norm_eps, "above 0"));
+            refuse("norm_eps", &self.norm_eps, "above 0".into());
         }
-        let half = f64::from(self.block_out_channels.first().copied().unwrap_or(2) / 2);
-        let positional = self.time_embedding_type == TimeEmbeddingType::Positional;
-        if !self.freq_shift.is_finite() || (positional && self.freq_shift >= half) {
+        let half = self.time_features.map_or(f64::INFINITY, |features| f64::from(features / 2));
+        if !self.freq_shift.is_finite() || self.freq_shift >= half {
             let expected = format!("less than half of the first of block_out_channels, {half}");
-            problems.push(ConfigProblem::new("freq_shift", self.freq_shift, expected));
+            refuse("freq_shift", &self.freq_shift, expected);
         }
+        problems
     }
 }
 
@@ -380,8 +420,12 @@ impl Config for UNet2DConfig {
     const OWN_KEYS: &'static [&'static str] = &["time_cond_proj_dim"];
 
     fn problems(&self) -> Vec<ConfigProblem> {
-        let mut problems = Vec::new();
-        self.ensure_levels(&mut problems);
+        let mut problems = level_problems(
+            &self.block_out_channels,
+            self.norm_num_groups,
+            self.down_block_types.len(),
+            self.up_block_types.len(),
+        );
         self.ensure_attention(&mut problems);
         self.ensure_numbers(&mut problems);
         problems

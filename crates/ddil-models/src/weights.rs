@@ -2,59 +2,120 @@
 //!
 //! Files that are pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are refused: reading one can run code.
 
+mod files;
+mod index;
+
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use ddil_libtorch::MappedFile;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
-use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::config;
 use crate::error::{BoxedError, Error, Result, WeightProblems, is_float};
+
+pub use files::WeightFiles;
+
+/// Pages of a file are given back once so many bytes were read; fewer would only cost calls.
+const RELEASE_BYTES: usize = 1 << 20;
 
 /// Copies the tensors in a file into `targets`, which keep their kind, device and memory layout.
 ///
 /// The file is a `.safetensors`, or a `.safetensors.index.json` that lists the shards beside it. Values are cast where
-/// both kinds are floating point. Everything is checked before the first value is copied.
+/// both kinds are floating point. Everything is checked before the first value is copied. They are copied tensor by
+/// tensor from the mapped file, whose pages are given back on the way: beside the targets no more memory is needed than
+/// the largest tensor has (twice that in a file whose values do not lie where a processor can read them).
 ///
 /// # Errors
 ///
 /// [`Error::WeightsMismatch`] with every name that is missing, unexpected, misshapen or of a kind that cannot be cast;
 /// otherwise as [`read_all`].
 pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result<()> {
+    load_renamed(targets, path, |_| None).map(|_| ())
+}
+
+/// As [`load_into`], for files that use other names: `new_name` says what such a name stands for, and the shape of that
+/// tensor may go on with sides of 1 (the weight of a 1 by 1 convolution for that of a linear layer).
+///
+/// Returns the names that were changed, each with what it was changed to. A name is left alone, and thus unexpected,
+/// where the file has the new one as well.
+pub(crate) fn load_renamed(
+    targets: &[(String, Tensor)],
+    path: impl AsRef<Path>,
+    new_name: impl Fn(&str) -> Option<String>,
+) -> Result<Vec<(String, String)>> {
     let path = path.as_ref();
     let files = open(path)?;
+    let mut found = sources(&files, new_name);
+    let mut renamed = Vec::new();
     let mut problems = WeightProblems::default();
-    let mut found: BTreeMap<String, (usize, &TensorInfo)> = BTreeMap::new();
-    for (i, file) in files.iter().enumerate() {
-        found.extend(file.header.tensors().into_iter().map(|(name, info)| (name, (i, info))));
-    }
+    let mut copies: Vec<Vec<Copy<'_>>> = files.iter().map(|_| Vec::new()).collect();
     for (name, target) in targets {
-        match found.remove(name) {
-            None => problems.missing.push(name.clone()),
-            Some((_, info)) => compare(name, info, target, &mut problems),
+        let Some(source) = found.remove(name) else {
+            problems.missing.push(name.clone());
+            continue;
+        };
+        compare(name, &source, target, &mut problems);
+        if source.name != *name {
+            renamed.push((source.name.clone(), name.clone()));
         }
+        copies[source.file].push(Copy { name: source.name, info: source.info.clone(), target });
     }
-    problems.unexpected.extend(found.into_keys());
+    problems.unexpected.extend(found.into_values().map(|source| source.name));
+    problems.unexpected.sort();
     if !problems.is_empty() {
         return Err(Error::WeightsMismatch { path: path.into(), problems: Box::new(problems) });
     }
-    let targets: BTreeMap<&str, &Tensor> = targets.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    let _no_grad = tch::no_grad_guard();
-    for file in &files {
-        for (name, source) in file.tensors()? {
-            if let Some(target) = targets.get(name.as_str()) {
-                let copy = target.shallow_clone().f_copy_(&source);
-                copy.map_err(Error::torch("weights::load_into"))?;
+    for (file, copies) in files.iter().zip(&copies) {
+        file.ensure_bools(copies)?;
+    }
+    for (file, copies) in files.into_iter().zip(copies) {
+        file.copy(copies)?;
+    }
+    Ok(renamed)
+}
+
+/// A tensor in one of several files.
+struct Source<'a> {
+    file: usize,
+    /// What the file calls it.
+    name: String,
+    info: &'a TensorInfo,
+}
+
+/// A tensor of a file that is to be copied.
+struct Copy<'a> {
+    name: String,
+    info: TensorInfo,
+    target: &'a Tensor,
+}
+
+/// Every tensor of the files under the name it is to be read as.
+fn sources(
+    files: &[OpenFile],
+    new_name: impl Fn(&str) -> Option<String>,
+) -> BTreeMap<String, Source<'_>> {
+    let mut found = BTreeMap::new();
+    let mut old = Vec::new();
+    for (file, open) in files.iter().enumerate() {
+        for (name, info) in open.header.tensors() {
+            match new_name(&name) {
+                Some(new) => old.push((new, Source { file, name, info })),
+                None => {
+                    found.insert(name.clone(), Source { file, name, info });
+                }
             }
         }
     }
-    Ok(())
+    for (new, source) in old {
+        let name = if found.contains_key(&new) { source.name.clone() } else { new };
+        found.insert(name, source);
+    }
+    found
 }
 
 /// Every tensor in a file or in the shards of an index, on the CPU, in the kind it has there.
@@ -65,8 +126,8 @@ pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result
 /// # Errors
 ///
 /// [`Error::Libtorch`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or holds a type that
-/// libtorch has no kind for, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::ShardOutsideFolder`]
-/// for an index.
+/// libtorch has no kind for, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::InvalidIndex`] for an
+/// index.
 pub fn read_all(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     let mut all = BTreeMap::new();
     for file in open(path.as_ref())? {
@@ -184,18 +245,53 @@ impl OpenFile {
         let (header_len, header) = SafeTensors::read_metadata(file.bytes()).map_err(|source| {
             Error::InvalidSafetensors { path: path.into(), source: source.into() }
         })?;
-        Ok(Self { file, header, data_start: size_of::<u64>() + header_len })
+        let data_start = size_of::<u64>() + header_len;
+        index::ensure_unique_keys(&file.bytes()[size_of::<u64>()..data_start]).map_err(
+            |source| Error::InvalidSafetensors { path: path.into(), source: source.into() },
+        )?;
+        Ok(Self { file, header, data_start })
+    }
+
+    /// Fills the targets in the order in which their values lie in the file.
+    fn copy(mut self, mut copies: Vec<Copy<'_>>) -> Result<()> {
+        copies.sort_by_key(|copy| copy.info.data_offsets.0);
+        let _no_grad = tch::no_grad_guard();
+        let room = self.room(&copies)?;
+        let mut num_read = 0;
+        for Copy { name, info, target } in copies {
+            let source = self.tensor(&name, &info, room.as_ref())?;
+            let copy = || {
+                // Trailing sides of 1 of a tensor under another name.
+                let source = source.f_view(&target.size()[..])?;
+                target.shallow_clone().f_copy_(&source)
+            };
+            copy().map_err(Error::torch("weights::load_into"))?;
+            drop(source);
+            num_read += info.data_offsets.1 - info.data_offsets.0;
+            if num_read >= RELEASE_BYTES {
+                self.file.release_pages();
+                num_read = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what is to be copied as truth values is any: the one thing that the header does not tell.
+    fn ensure_bools(&self, copies: &[Copy<'_>]) -> Result<()> {
+        let mut bools = copies.iter().filter(|copy| copy.info.dtype == Dtype::BOOL);
+        bools.try_for_each(|copy| self.tensor(&copy.name, &copy.info, None).map(|_| ()))
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let tensors = self.header.tensors();
         tensors
             .into_iter()
-            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info)?)))
+            .map(|(name, info)| Ok((name.clone(), self.tensor(&name, info, None)?)))
             .collect()
     }
 
-    fn tensor(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+    /// The tensor where it lies, or copied to `room` (bytes of its own if none) where the processor could not read it.
+    fn tensor(&self, name: &str, info: &TensorInfo, room: Option<&Tensor>) -> Result<Tensor> {
         let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
             path: self.file.path().into(),
             source: format!("`{name}` is {:?}, which libtorch has no kind for", info.dtype).into(),
@@ -203,62 +299,72 @@ impl OpenFile {
         let size = to_size(&info.shape);
         let (start, end) = info.data_offsets;
         let (start, end) = (self.data_start + start, self.data_start + end);
-        if start.is_multiple_of(kind.elt_size_in_bytes()) {
+        if self.is_aligned(info) {
             return Ok(self.file.tensor(start, size, kind)?);
         }
         // The format does not promise alignment, the processor wants it.
-        Tensor::f_from_data_size(&self.file.bytes()[start..end], &size, kind)
-            .map_err(Error::torch("weights::read_all"))
+        let num_bytes = to_size(&[end - start]);
+        let bytes = self.file.tensor(start, &num_bytes, Kind::Uint8)?;
+        let aligned = || {
+            let mut copy = match room {
+                Some(room) => room.f_narrow(0, 0, num_bytes[0])?,
+                None => Tensor::f_empty(&num_bytes, (Kind::Uint8, Device::Cpu))?,
+            };
+            copy.f_copy_(&bytes)?;
+            copy.f_view_dtype(kind)?.f_view(&size[..])
+        };
+        aligned().map_err(Error::torch("weights::read_all"))
+    }
+
+    /// Whether the processor can read the tensor where it lies.
+    fn is_aligned(&self, info: &TensorInfo) -> bool {
+        let start = self.data_start + info.data_offsets.0;
+        kind_of(info.dtype).is_none_or(|kind| start.is_multiple_of(kind.elt_size_in_bytes()))
+    }
+
+    /// Bytes for the largest of these tensors that cannot be used where it lies, if there is one.
+    fn room(&self, copies: &[Copy<'_>]) -> Result<Option<Tensor>> {
+        let misaligned = copies.iter().filter(|copy| !self.is_aligned(&copy.info));
+        let bytes = |copy: &Copy<'_>| copy.info.data_offsets.1 - copy.info.data_offsets.0;
+        let empty = |n| Tensor::f_empty(to_size(&[n]), (Kind::Uint8, Device::Cpu));
+        misaligned
+            .map(bytes)
+            .max()
+            .map(empty)
+            .transpose()
+            .map_err(Error::torch("weights::load_into"))
     }
 }
 
 /// The file, or all shards of an index.
 fn open(path: &Path) -> Result<Vec<OpenFile>> {
+    if is_pickle(path) {
+        return Err(Error::Pickle { path: path.into() });
+    }
+    if has_extension(path, &["json"]) {
+        return index::open_shards(path);
+    }
+    Ok(vec![OpenFile::open(path)?])
+}
+
+/// Whether the name says that reading the file can run code.
+fn is_pickle(path: &Path) -> bool {
+    has_extension(path, &["bin", "pt", "pth", "ckpt", "pkl"])
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    match extension.to_ascii_lowercase().as_str() {
-        "bin" | "pt" | "pth" | "ckpt" | "pkl" => Err(Error::Pickle { path: path.into() }),
-        "json" => open_shards(path),
-        _ => Ok(vec![OpenFile::open(path)?]),
-    }
+    extensions.iter().any(|other| extension.eq_ignore_ascii_case(other))
 }
 
-fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
-    let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
-    let object = config::read_object(index)?;
-    let Some(Value::Object(weight_map)) = object.get("weight_map") else {
-        return Err(invalid("there is no object `weight_map`"));
-    };
-    let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (name, shard) in weight_map {
-        let shard =
-            shard.as_str().ok_or_else(|| invalid("`weight_map` holds more than file names"))?;
-        shards.entry(shard).or_default().insert(name);
-    }
-    let open = |(shard, names): (&str, BTreeSet<&str>)| {
-        let file = OpenFile::open(&shard_path(index, shard)?)?;
-        let held = file.header.tensors();
-        match names.into_iter().find(|&name| !held.contains_key(name)) {
-            Some(name) => Err(invalid(&format!("`{name}` should be in {shard}, but is not"))),
-            None => Ok(file),
-        }
-    };
-    shards.into_iter().map(open).collect()
-}
-
-/// A plain file name and no pickle: an index from elsewhere must not reach beyond its folder.
-fn shard_path(index: &Path, shard: &str) -> Result<PathBuf> {
-    let mut components = Path::new(shard).components();
-    let plain =
-        matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
-    if !plain || !shard.ends_with(".safetensors") {
-        return Err(Error::ShardOutsideFolder { path: index.into(), shard: shard.to_owned() });
-    }
-    Ok(index.with_file_name(shard))
-}
-
-fn compare(name: &str, info: &TensorInfo, target: &Tensor, problems: &mut WeightProblems) {
+fn compare(name: &str, source: &Source<'_>, target: &Tensor, problems: &mut WeightProblems) {
+    let info = source.info;
     let size = to_size(&info.shape);
-    if size != target.size() {
+    let mut kept = size.clone();
+    while source.name != name && kept.len() > target.dim() && kept.last() == Some(&1) {
+        kept.pop();
+    }
+    if kept != target.size() {
         problems.misshapen.push((name.to_owned(), size, target.size()));
     }
     let target_kind = target.kind();

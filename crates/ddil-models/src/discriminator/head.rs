@@ -12,6 +12,7 @@ use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
 use crate::parameters::{Builder, Parameters, Placement, Values};
 use crate::torch_script::TorchScriptConfig;
+use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::{SampleSize, UNet2DConfig};
 
 const CLASS_NAME: &str = "DiscriminatorHead";
@@ -66,8 +67,27 @@ impl DiscriminatorHeadConfig {
     /// of levels less one; and as [`Self::build`].
     pub fn for_unet(unet: &UNet2DConfig) -> Result<Self> {
         unet.ensure_valid()?;
-        let step = 1_u32.checked_shl(unet.block_out_channels.len() as u32 - 1);
-        let sample_side = match unet.sample_size {
+        Self::of_bottom(UNet2DConfig::CLASS_NAME, unet.sample_size, &unet.block_out_channels)
+    }
+
+    /// The same for a U-Net that is told a text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::for_unet`].
+    pub fn for_unet_condition(unet: &UNet2DConditionConfig) -> Result<Self> {
+        unet.ensure_valid()?;
+        let class = UNet2DConditionConfig::CLASS_NAME;
+        Self::of_bottom(class, unet.sample_size, &unet.block_out_channels)
+    }
+
+    fn of_bottom(
+        class: &'static str,
+        sample_size: Option<SampleSize>,
+        channels: &[u32],
+    ) -> Result<Self> {
+        let step = 1_u32.checked_shl(channels.len() as u32 - 1);
+        let sample_side = match sample_size {
             Some(SampleSize::Square(side)) => Some(side),
             Some(SampleSize::Rectangle([height, width])) if height == width => Some(height),
             _ => None,
@@ -76,11 +96,11 @@ impl DiscriminatorHeadConfig {
         let Some((side, step)) = side else {
             let step = step.map_or("2 to the levels less one".to_owned(), |step| step.to_string());
             let expected = format!("one side, a multiple of {step}, for a discriminator");
-            let found = format!("{:?}", unet.sample_size);
+            let found = format!("{sample_size:?}");
             let problems = vec![ConfigProblem::new("sample_size", found, expected)];
-            return Err(Error::InvalidConfig { what: UNet2DConfig::CLASS_NAME.into(), problems });
+            return Err(Error::InvalidConfig { what: class.into(), problems });
         };
-        Self::of(unet.block_out_channels.last().copied().unwrap_or(0), side / step)
+        Self::of(channels.last().copied().unwrap_or(0), side / step)
     }
 
     /// A head for the last hidden layer of an [`Mlp`](crate::Mlp): one hidden layer more, as wide, then one number.
@@ -101,6 +121,7 @@ impl DiscriminatorHeadConfig {
     pub fn for_model(model: &ModelConfig) -> Result<Self> {
         match model {
             ModelConfig::UNet2D(unet) => Self::for_unet(unet),
+            ModelConfig::UNet2DCondition(unet) => Self::for_unet_condition(unet),
             ModelConfig::Mlp(mlp) => Self::for_mlp(mlp),
             ModelConfig::TorchScript(_) => {
                 Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })
@@ -197,6 +218,9 @@ impl Config for DiscriminatorHeadConfig {
 pub(super) fn num_features(model: &ModelConfig) -> Result<u32> {
     match model {
         ModelConfig::UNet2D(unet) => Ok(unet.block_out_channels.last().copied().unwrap_or(0)),
+        ModelConfig::UNet2DCondition(unet) => {
+            Ok(unet.block_out_channels.last().copied().unwrap_or(0))
+        }
         ModelConfig::Mlp(mlp) => Ok(mlp.num_features()),
         ModelConfig::TorchScript(_) => {
             Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })

@@ -1,0 +1,519 @@
+//! The autoencoder between images and latents, with the weight names and numbers of diffusers' `AutoencoderKL`.
+
+use std::path::Path;
+
+use ddil_libtorch::Generator;
+use tch::{Kind, Tensor};
+
+use crate::autoencoder_blocks::{Decoder, Encoder};
+use crate::autoencoder_config::AutoencoderKLConfig;
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{Error, Result, is_float};
+use crate::layers::{Conv2d, Output};
+use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::weights::{self, WeightFiles};
+
+const ENCODE: &str = "AutoencoderKL::encode";
+const DECODE: &str = "AutoencoderKL::decode";
+const SCALE: &str = "AutoencoderKL::scale";
+
+/// Logarithms of variances are kept in here, as in diffusers.
+const LOGVAR_RANGE: [f64; 2] = [-30.0, 20.0];
+
+/// What the attention's layers were called in 2022, and what they are called now.
+const OLD_NAMES: [(&str, &str); 4] =
+    [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
+
+/// The variational autoencoder of latent diffusion ([Rombach et al. 2021](https://arxiv.org/abs/2112.10752), section
+/// 3.1); made by [`AutoencoderKLConfig::build`] or [`Self::from_folder`].
+///
+/// It answers no timestep, so it is none of the [`Model`](crate::Model)s. Images are in `[-1, 1]`. A diffusion model
+/// sees latents scaled to about unit variance, `z = (latents - shift_factor) * scaling_factor`:
+/// [`Self::encode_scaled`] and [`Self::decode_scaled`] are the pair for it. Parameters have the names they have in
+/// diffusers' files, and outputs agree with diffusers' up to rounding.
+///
+/// # Half precision
+///
+/// SDXL's activations exceed what `Half` holds. With `force_upcast` a network asked for in `Half` therefore keeps its
+/// parameters in `Float` and computes in `Float`; it takes images and latents of any floating-point kind, and gives
+/// images and scaled latents in the kind of its input. `BFloat16` holds all of them and is never changed.
+///
+/// # Old names
+///
+/// Files of 2022, that of Stable Diffusion 1.5 among them, call the attention's layers `query`, `key`, `value` and
+/// `proj_attn`, some with weights of shape `[channels, channels, 1, 1]`. Such names below
+/// `encoder.mid_block.attentions.0` and `decoder.mid_block.attentions.0` are read as `to_q`, `to_k`, `to_v` and
+/// `to_out.0`, and the weights without their last two sides; [`Self::renamed`] says which. A file that has both names
+/// for one parameter is refused. [`Self::save_to_folder`] writes the new names.
+///
+/// # Example
+///
+/// ```
+/// use ddil_libtorch::Generator;
+/// use ddil_models::{AutoencoderKLConfig, Placement};
+/// use tch::{Device, Tensor, kind};
+///
+/// let config = AutoencoderKLConfig {
+///     block_out_channels: vec![4, 4, 8, 8],
+///     norm_num_groups: 4,
+///     layers_per_block: 1,
+///     ..AutoencoderKLConfig::sd15()
+/// };
+/// let vae = config.build(Placement::default(), 0)?;
+///
+/// let images = Tensor::rand([2, 3, 16, 24], kind::FLOAT_CPU) * 2.0 - 1.0;
+/// let mut generator = Generator::new(Device::Cpu, 7)?;
+/// let latents = vae.encode_scaled(&images, &mut generator)?;
+/// assert_eq!(latents.size(), [2, 4, 2, 3]);
+/// assert_eq!(vae.decode_scaled(&latents)?.size(), images.size());
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct AutoencoderKL {
+    config: AutoencoderKLConfig,
+    parameters: Parameters,
+    encoder: Encoder,
+    decoder: Decoder,
+    quant_conv: Option<Conv2d>,
+    post_quant_conv: Option<Conv2d>,
+    statistics: Option<Statistics>,
+    /// Whether `Float` stands in for `Half`.
+    upcasts: bool,
+    sliced: bool,
+    renamed: Vec<(String, String)>,
+}
+
+/// Mean and standard deviation of each latent channel, `[1, channels, 1, 1]`.
+#[derive(Debug)]
+struct Statistics {
+    mean: Tensor,
+    std: Tensor,
+}
+
+impl AutoencoderKL {
+    pub(crate) fn new(
+        config: &AutoencoderKLConfig,
+        mut placement: Placement,
+        values: Values,
+    ) -> Result<Self> {
+        config.ensure_valid()?;
+        let upcasts = config.force_upcast && placement.kind == Kind::Half;
+        if upcasts {
+            placement.kind = Kind::Float;
+        }
+        let mut builder = Builder::new(placement, values);
+        let mut root = builder.root();
+        let latent_channels = i64::from(config.latent_channels);
+        let encoder = Encoder::new(root.at("encoder"), config)?;
+        let decoder = Decoder::new(root.at("decoder"), config)?;
+        let mut pointwise = |name, channels| Conv2d::new(root.at(name), channels, channels, 1);
+        let quant_conv = config
+            .use_quant_conv
+            .then(|| pointwise("quant_conv", 2 * latent_channels))
+            .transpose()?;
+        let post_quant_conv = config
+            .use_post_quant_conv
+            .then(|| pointwise("post_quant_conv", latent_channels))
+            .transpose()?;
+        let statistics = statistics(config, placement)?;
+        Ok(Self {
+            config: config.clone(),
+            parameters: builder.finish(),
+            encoder,
+            decoder,
+            quant_conv,
+            post_quant_conv,
+            statistics,
+            upcasts,
+            sliced: false,
+            renamed: Vec::new(),
+        })
+    }
+
+    /// Loads a network from a folder as diffusers writes it: `config.json` and the weights that
+    /// [`WeightFiles::DIFFUSION`] finds, of `variant` (such as `fp16`) if one is given.
+    ///
+    /// # Errors
+    ///
+    /// As [`AutoencoderKLConfig::from_file`], [`WeightFiles::find`] and
+    /// [`weights::load_into`](crate::weights::load_into).
+    pub fn from_folder(
+        folder: impl AsRef<Path>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+        variant: Option<&str>,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join(config::FILE_NAME);
+        let config = AutoencoderKLConfig::from_file(path, unknown_keys)?;
+        let files = WeightFiles { variant, ..WeightFiles::DIFFUSION };
+        config.build_from(placement, files.find(folder)?)
+    }
+
+    /// Writes the network to a folder as diffusers would, which is made if it is not there: `config.json` and
+    /// `diffusion_pytorch_model.safetensors`.
+    ///
+    /// # Errors
+    ///
+    /// As [`WeightFiles::save`].
+    pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        WeightFiles::DIFFUSION.save(&self.parameters.named(), folder)?;
+        config::write(&folder.join(config::FILE_NAME), &self.config.to_json())
+    }
+
+    /// The settings the network was built from.
+    pub fn config(&self) -> &AutoencoderKLConfig {
+        &self.config
+    }
+
+    /// The parameters, under the names they have in files.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// Which [old names](#old-names) the file had that the parameters came from, each with the name it was read as.
+    pub fn renamed(&self) -> &[(String, String)] {
+        &self.renamed
+    }
+
+    /// Whether a batch goes through one sample at a time, which needs the memory of one; off in a new network.
+    ///
+    /// The numbers are the same up to rounding.
+    pub fn set_sliced(&mut self, sliced: bool) {
+        self.sliced = sliced;
+    }
+
+    /// The distribution of the latents of images, not scaled for a diffusion model.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[batch, in_channels, height, width]` in `[-1, 1]`, height and width multiples of the pixels a
+    ///   latent spans (8 in Stable Diffusion), of the parameters' kind unless the network
+    ///   [computes in `Float`](#half-precision)
+    /// - returns: mean and logarithm of the variance, `[batch, latent_channels, height / 8, width / 8]`, of the
+    ///   parameters' kind
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`] and [`Error::InvalidKind`] if `images` does not fit, [`Error::Torch`] if libtorch
+    /// refuses.
+    pub fn encode(&self, images: &Tensor) -> Result<DiagonalGaussian> {
+        self.ensure_images(images)?;
+        let images = self.prepare(images)?;
+        let run = || {
+            let moments = self.by_sample(&images, |images| {
+                let moments = self.encoder.forward(images)?;
+                match &self.quant_conv {
+                    Some(conv) => conv.forward(&moments),
+                    None => Ok(moments),
+                }
+            })?;
+            let channels = i64::from(self.config.latent_channels);
+            let [low, high] = LOGVAR_RANGE;
+            Ok(DiagonalGaussian {
+                mean: moments.f_narrow(1, 0, channels)?,
+                logvar: moments.f_narrow(1, channels, channels)?.f_clamp(low, high)?,
+            })
+        };
+        run().map_err(Error::torch(ENCODE))
+    }
+
+    /// The images of latents that are not scaled for a diffusion model.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `latents`: `[batch, latent_channels, height, width]`, of the parameters' kind unless the network
+    ///   [computes in `Float`](#half-precision)
+    /// - returns: `[batch, out_channels, 8 * height, 8 * width]` (in Stable Diffusion), about `[-1, 1]` and not
+    ///   clamped
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::encode`], of `latents`.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        ensure_latents(DECODE, latents, self.config.latent_channels)?;
+        self.decode_prepared(&self.prepare(latents)?, latents.kind())
+    }
+
+    /// Latents of images as a diffusion model sees them: a draw from [`Self::encode`], scaled.
+    ///
+    /// For the most probable latents instead of a draw: `vae.scale(vae.encode(&images)?.mode())`.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: as in [`Self::encode`]
+    /// - returns: as the mean there, about unit variance, of the kind of `images`
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::encode`] and [`DiagonalGaussian::sample`].
+    pub fn encode_scaled(&self, images: &Tensor, generator: &mut Generator) -> Result<Tensor> {
+        let latents = self.scale(&self.encode(images)?.sample(generator)?)?;
+        self.restore(latents, images.kind()).map_err(Error::torch(ENCODE))
+    }
+
+    /// Images of latents as a diffusion model gives them.
+    ///
+    /// # Shapes and units
+    ///
+    /// - as [`Self::decode`], latents of about unit variance
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::decode`].
+    pub fn decode_scaled(&self, latents: &Tensor) -> Result<Tensor> {
+        ensure_latents(DECODE, latents, self.config.latent_channels)?;
+        // In the kind that computes: in `Half` the division would cost three digits.
+        let latents_prepared = self.prepare(latents)?;
+        self.decode_prepared(&self.unscale(&latents_prepared)?, latents.kind())
+    }
+
+    /// Latents as a diffusion model sees them: `(latents - shift_factor) * scaling_factor`, or
+    /// `(latents - latents_mean) * scaling_factor / latents_std` where those are given.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `latents`: `[batch, latent_channels, height, width]`
+    /// - returns: the same shape and kind
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::decode`].
+    pub fn scale(&self, latents: &Tensor) -> Result<Tensor> {
+        ensure_latents(SCALE, latents, self.config.latent_channels)?;
+        let factor = self.config.scaling_factor;
+        let run = || {
+            let Some(Statistics { mean, std }) = &self.statistics else {
+                return match self.config.shift_factor {
+                    Some(shift) => latents.f_sub_scalar(shift)?.f_mul_scalar(factor),
+                    None => latents.f_mul_scalar(factor),
+                };
+            };
+            let kind = latents.kind();
+            let centred = latents.f_sub(&mean.f_to_kind(kind)?)?;
+            centred.f_mul_scalar(factor)?.f_div(&std.f_to_kind(kind)?)
+        };
+        run().map_err(Error::torch(SCALE))
+    }
+
+    /// The inverse of [`Self::scale`].
+    ///
+    /// # Shapes and units
+    ///
+    /// - as [`Self::scale`]
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::scale`].
+    pub fn unscale(&self, latents: &Tensor) -> Result<Tensor> {
+        ensure_latents(SCALE, latents, self.config.latent_channels)?;
+        let factor = self.config.scaling_factor;
+        let run = || {
+            let Some(Statistics { mean, std }) = &self.statistics else {
+                let unscaled = latents.f_div_scalar(factor)?;
+                return match self.config.shift_factor {
+                    Some(shift) => unscaled.f_add_scalar(shift),
+                    None => Ok(unscaled),
+                };
+            };
+            let kind = latents.kind();
+            let spread = latents.f_mul(&std.f_to_kind(kind)?)?;
+            spread.f_div_scalar(factor)?.f_add(&mean.f_to_kind(kind)?)
+        };
+        run().map_err(Error::torch(SCALE))
+    }
+
+    pub(crate) fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.renamed = weights::load_renamed(&self.parameters.named(), path, new_name)?;
+        Ok(())
+    }
+
+    fn decode_prepared(&self, latents: &Tensor, kind: Kind) -> Result<Tensor> {
+        let run = || {
+            let images = self.by_sample(latents, |latents| match &self.post_quant_conv {
+                Some(conv) => self.decoder.forward(&conv.forward(latents)?),
+                None => self.decoder.forward(latents),
+            })?;
+            self.restore(images, kind)
+        };
+        run().map_err(Error::torch(DECODE))
+    }
+
+    /// Whole, or sample by sample.
+    fn by_sample(&self, x: &Tensor, forward: impl Fn(&Tensor) -> Output) -> Output {
+        let batch = x.size()[0];
+        if !self.sliced || batch < 2 {
+            return forward(x);
+        }
+        let slices = (0..batch).map(|i| forward(&x.f_narrow(0, i, 1)?));
+        Tensor::f_cat(&slices.collect::<std::result::Result<Vec<_>, _>>()?, 0)
+    }
+
+    /// An input in the kind and memory format of the parameters.
+    fn prepare(&self, x: &Tensor) -> Result<Tensor> {
+        let x = if self.upcasts {
+            x.f_to_kind(Kind::Float).map_err(Error::torch("AutoencoderKL"))?
+        } else {
+            x.shallow_clone()
+        };
+        if self.parameters.placement().channels_last {
+            return Ok(ddil_libtorch::channels_last(&x)?);
+        }
+        Ok(x)
+    }
+
+    /// An output in the kind of the input, if that was cast.
+    fn restore(&self, x: Tensor, kind: Kind) -> Output {
+        if self.upcasts { x.f_to_kind(kind) } else { Ok(x) }
+    }
+
+    fn ensure_images(&self, images: &Tensor) -> Result<()> {
+        let (op, name) = (ENCODE, "images");
+        let channels = i64::from(self.config.in_channels);
+        let step = self.config.downscaling();
+        let fits = matches!(images.size()[..], [batch, c, height, width] if batch > 0 && c == channels
+            && height > 0 && width > 0 && height % step == 0 && width % step == 0);
+        if !fits {
+            let expected = format!(
+                "[batch, {channels}, height, width] with height and width multiples of {step}"
+            );
+            return Err(Error::InvalidShape { op, name, found: images.size(), expected });
+        }
+        ensure_float(op, name, images)
+    }
+}
+
+fn ensure_latents(op: &'static str, latents: &Tensor, channels: u32) -> Result<()> {
+    let name = "latents";
+    let size = latents.size();
+    let fits = matches!(size[..], [batch, c, height, width]
+        if batch > 0 && c == i64::from(channels) && height > 0 && width > 0);
+    if !fits {
+        let expected = format!("[batch, {channels}, height, width]");
+        return Err(Error::InvalidShape { op, name, found: size, expected });
+    }
+    ensure_float(op, name, latents)
+}
+
+fn ensure_float(op: &'static str, name: &'static str, x: &Tensor) -> Result<()> {
+    let found = x.kind();
+    if is_float(found) {
+        return Ok(());
+    }
+    Err(Error::InvalidKind { op, name, found, expected: "floating point" })
+}
+
+fn statistics(config: &AutoencoderKLConfig, placement: Placement) -> Result<Option<Statistics>> {
+    let (Some(mean), Some(std)) = (&config.latents_mean, &config.latents_std) else {
+        return Ok(None);
+    };
+    let per_channel = |values: &[f64]| {
+        Tensor::f_from_slice(values)?
+            .f_to_device(placement.device)?
+            .f_to_kind(placement.kind)?
+            .f_view([1, -1, 1, 1])
+    };
+    let build = || Ok(Statistics { mean: per_channel(mean)?, std: per_channel(std)? });
+    build().map(Some).map_err(Error::torch("AutoencoderKL"))
+}
+
+/// What a parameter with an [old name](AutoencoderKL#old-names) is called now.
+fn new_name(old: &str) -> Option<String> {
+    ["encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0."].iter().find_map(|path| {
+        let (layer, part) = old.strip_prefix(path)?.split_once('.')?;
+        let (_, new) = OLD_NAMES.iter().find(|(old, _)| *old == layer)?;
+        matches!(part, "weight" | "bias").then(|| format!("{path}{new}.{part}"))
+    })
+}
+
+/// A normal distribution with independent values: what an [`AutoencoderKL`] knows of the latents of an image.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::DiagonalGaussian;
+/// use tch::{Tensor, kind};
+///
+/// let standard = DiagonalGaussian {
+///     mean: Tensor::zeros([2, 4, 8, 8], kind::FLOAT_CPU),
+///     logvar: Tensor::zeros([2, 4, 8, 8], kind::FLOAT_CPU),
+/// };
+/// assert_eq!(Vec::<f32>::try_from(standard.kl()?)?, [0.0, 0.0]);
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct DiagonalGaussian {
+    /// The mean.
+    pub mean: Tensor,
+    /// The logarithm of the variance, between -30 and 20 in what a network gives.
+    pub logvar: Tensor,
+}
+
+impl DiagonalGaussian {
+    /// The most probable value: the mean.
+    pub fn mode(&self) -> &Tensor {
+        &self.mean
+    }
+
+    /// A draw, `mean + exp(logvar / 2) * noise`; gradients reach both.
+    ///
+    /// `generator` gives the numbers that diffusers draws with a `torch.Generator` of the same seed and device.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: shape, kind and device of the mean
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`] if the generator refuses, [`Error::Torch`] if mean and variance do not go together.
+    pub fn sample(&self, generator: &mut Generator) -> Result<Tensor> {
+        let Self { mean, logvar } = self;
+        let noise = generator.normal(mean.size(), mean.kind())?;
+        let run = || {
+            let noise = noise.f_to_device(mean.device())?;
+            mean.f_add(&logvar.f_mul_scalar(0.5)?.f_exp()?.f_mul(&noise)?)
+        };
+        run().map_err(Error::torch("DiagonalGaussian::sample"))
+    }
+
+    /// The divergence from the standard normal distribution, one value per sample: the sum of
+    /// `(mean^2 + exp(logvar) - 1 - logvar) / 2`.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: `[batch]`, in nats, `Double` if the mean is and `Float` otherwise
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if mean and variance do not go together.
+    pub fn kl(&self) -> Result<Tensor> {
+        let Self { mean, logvar } = self;
+        let kind = if mean.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let run = || {
+            let excess = mean.f_square()?.f_add(&logvar.f_exp()?)?.f_sub_scalar(1.0)?;
+            let dims: Vec<i64> = (1..i64::try_from(mean.dim()).unwrap_or(1)).collect();
+            excess.f_sub(logvar)?.f_sum_dim_intlist(&dims[..], false, kind)?.f_mul_scalar(0.5)
+        };
+        run().map_err(Error::torch("DiagonalGaussian::kl"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::new_name;
+
+    #[test]
+    fn old_names_become_new_ones_in_the_attention_alone() {
+        let new = |name| new_name(&format!("decoder.mid_block.attentions.0.{name}"));
+        let path = |name| Some(format!("decoder.mid_block.attentions.0.{name}"));
+        assert_eq!(new("query.weight"), path("to_q.weight"));
+        assert_eq!(new("key.bias"), path("to_k.bias"));
+        assert_eq!(new("value.weight"), path("to_v.weight"));
+        assert_eq!(new("proj_attn.bias"), path("to_out.0.bias"));
+        assert_eq!(new("to_q.weight"), None);
+        assert_eq!(new("query.scale"), None);
+        assert_eq!(new_name("encoder.mid_block.attentions.1.query.weight"), None);
+        assert_eq!(new_name("query.weight"), None);
+    }
+}

@@ -1,0 +1,283 @@
+//! The settings of an [`AutoencoderKL`](crate::AutoencoderKL), key for key those of diffusers.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::autoencoder::AutoencoderKL;
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Result};
+use crate::layers::Activation;
+use crate::parameters::{Placement, Values};
+use crate::unet_config::SampleSize;
+
+/// Far more halvings than any image has.
+const MAX_LEVELS: usize = 16;
+
+/// A level of the encoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EncoderBlockType {
+    /// Residual blocks.
+    DownEncoderBlock2D,
+}
+
+/// A level of the decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DecoderBlockType {
+    /// Residual blocks.
+    UpDecoderBlock2D,
+}
+
+/// The settings of an [`AutoencoderKL`]; names, defaults and file format are those of diffusers' class of that name.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{AutoencoderKLConfig, Placement};
+///
+/// let published = AutoencoderKLConfig::sd15();
+/// assert_eq!(published.block_out_channels, [128, 256, 512, 512]);
+///
+/// let tiny = AutoencoderKLConfig {
+///     block_out_channels: vec![8, 8, 8, 16],
+///     layers_per_block: 1,
+///     norm_num_groups: 4,
+///     ..published
+/// };
+/// let vae = tiny.build(Placement::default(), 0)?;
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "the keys of the file")]
+pub struct AutoencoderKLConfig {
+    /// Channels of an image. Default 3.
+    pub in_channels: u32,
+    /// Channels of a decoded image. Default 3.
+    pub out_channels: u32,
+    /// Levels of the encoder, the finest first. Default one.
+    pub down_block_types: Vec<EncoderBlockType>,
+    /// Levels of the decoder, the coarsest first; as many as the encoder's.
+    pub up_block_types: Vec<DecoderBlockType>,
+    /// Channels of each level, the finest first; every level but the last halves height and width. Default 64.
+    pub block_out_channels: Vec<u32>,
+    /// Residual blocks of a level of the encoder; there is one more in the decoder. Default 1.
+    pub layers_per_block: u32,
+    /// The nonlinearity in the residual blocks; in front of the last convolutions it is always silu. Default silu.
+    pub act_fn: Activation,
+    /// Channels of the latents. Default 4.
+    pub latent_channels: u32,
+    /// Groups of every group norm. Default 32.
+    pub norm_num_groups: u32,
+    /// Height and width the network was made for; it takes others as well. Default 32.
+    pub sample_size: SampleSize,
+    /// Factor that gives the latents unit variance for a diffusion model. Default 0.18215.
+    pub scaling_factor: f64,
+    /// Subtracted from the latents before they are scaled. Default none.
+    pub shift_factor: Option<f64>,
+    /// Mean of each latent channel, subtracted before scaling; comes with `latents_std`. Default none.
+    pub latents_mean: Option<Vec<f64>>,
+    /// Standard deviation of each latent channel, divided by before scaling; comes with `latents_mean`. Default none.
+    pub latents_std: Option<Vec<f64>>,
+    /// Whether a network asked for in `Half` computes in `Float`: activations of some exceed what `Half` holds.
+    /// Default true.
+    pub force_upcast: bool,
+    /// Whether a 1 by 1 convolution follows the encoder. Default true.
+    pub use_quant_conv: bool,
+    /// Whether a 1 by 1 convolution precedes the decoder. Default true.
+    pub use_post_quant_conv: bool,
+    /// Whether the coarsest level has attention. Default true.
+    pub mid_block_add_attention: bool,
+}
+
+impl Default for AutoencoderKLConfig {
+    fn default() -> Self {
+        Self {
+            in_channels: 3,
+            out_channels: 3,
+            down_block_types: vec![EncoderBlockType::DownEncoderBlock2D],
+            up_block_types: vec![DecoderBlockType::UpDecoderBlock2D],
+            block_out_channels: vec![64],
+            layers_per_block: 1,
+            act_fn: Activation::Silu,
+            latent_channels: 4,
+            norm_num_groups: 32,
+            sample_size: SampleSize::Square(32),
+            scaling_factor: 0.18215,
+            shift_factor: None,
+            latents_mean: None,
+            latents_std: None,
+            force_upcast: true,
+            use_quant_conv: true,
+            use_post_quant_conv: true,
+            mid_block_add_attention: true,
+        }
+    }
+}
+
+impl AutoencoderKLConfig {
+    /// The autoencoder of Stable Diffusion 1.x and 2.x: 8 pixels a latent, 4 channels.
+    ///
+    /// As its published file says nothing of `force_upcast`, the default holds here too. This network can be trusted
+    /// in `Half`; set `force_upcast` to false where memory counts.
+    pub fn sd15() -> Self {
+        Self {
+            down_block_types: vec![EncoderBlockType::DownEncoderBlock2D; 4],
+            up_block_types: vec![DecoderBlockType::UpDecoderBlock2D; 4],
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            sample_size: SampleSize::Square(512),
+            ..Self::default()
+        }
+    }
+
+    /// The autoencoder of SDXL: the layers of [`Self::sd15`] trained anew, whose activations exceed what `Half` holds.
+    pub fn sdxl() -> Self {
+        Self {
+            sample_size: SampleSize::Square(1024),
+            scaling_factor: 0.13025,
+            force_upcast: true,
+            ..Self::sd15()
+        }
+    }
+
+    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value.
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a `config.json` that diffusers reads.
+    pub fn to_json(&self) -> String {
+        config::to_json(self)
+    }
+
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<AutoencoderKL> {
+        AutoencoderKL::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards, also
+    /// under the [old names](AutoencoderKL#old-names) of the attention's layers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<AutoencoderKL> {
+        let mut vae = AutoencoderKL::new(self, placement, Values::Unset)?;
+        vae.load(weights)?;
+        Ok(vae)
+    }
+
+    /// Channels of every level, as tensor sizes.
+    pub(crate) fn channels(&self) -> Vec<i64> {
+        self.block_out_channels.iter().copied().map(i64::from).collect()
+    }
+
+    /// How many pixels a latent spans along each side.
+    pub(crate) fn downscaling(&self) -> i64 {
+        1 << (self.block_out_channels.len() - 1)
+    }
+
+    fn ensure_levels(&self, problems: &mut Vec<ConfigProblem>) {
+        let levels = self.block_out_channels.len();
+        if !(1..=MAX_LEVELS).contains(&levels) {
+            let found = format!("{levels} levels long");
+            let expected = format!("1 to {MAX_LEVELS} levels");
+            problems.push(ConfigProblem::new("block_out_channels", found, expected));
+        }
+        let lists = [
+            ("down_block_types", self.down_block_types.len()),
+            ("up_block_types", self.up_block_types.len()),
+        ];
+        for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
+            let expected = format!("{levels} levels, as many as in `block_out_channels`");
+            problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
+        }
+        let groups = self.norm_num_groups.max(1);
+        for (i, &channels) in self.block_out_channels.iter().enumerate() {
+            if channels == 0 || channels % groups != 0 {
+                let key = format!("block_out_channels[{i}]");
+                let expected = format!("a multiple of norm_num_groups, {groups}");
+                problems.push(ConfigProblem::new(key, channels, expected));
+            }
+        }
+    }
+
+    fn ensure_numbers(&self, problems: &mut Vec<ConfigProblem>) {
+        let counts = [
+            ("in_channels", self.in_channels),
+            ("out_channels", self.out_channels),
+            ("layers_per_block", self.layers_per_block),
+            ("latent_channels", self.latent_channels),
+            ("norm_num_groups", self.norm_num_groups),
+        ];
+        for (key, _) in counts.into_iter().filter(|&(_, count)| count == 0) {
+            problems.push(ConfigProblem::new(key, 0, "at least 1"));
+        }
+        if !(self.scaling_factor.is_normal() && self.scaling_factor > 0.0) {
+            let (key, expected) = ("scaling_factor", "above 0");
+            problems.push(ConfigProblem::new(key, self.scaling_factor, expected));
+        }
+        if let Some(shift) = self.shift_factor.filter(|shift| !shift.is_finite()) {
+            problems.push(ConfigProblem::new("shift_factor", shift, "finite"));
+        }
+    }
+
+    fn ensure_statistics(&self, problems: &mut Vec<ConfigProblem>) {
+        let statistics = [
+            ("latents_mean", &self.latents_mean, "finite"),
+            ("latents_std", &self.latents_std, "above 0"),
+        ];
+        for (key, values, range) in statistics {
+            let Some(values) = values else { continue };
+            if values.len() != self.latent_channels as usize {
+                let found = format!("{} values long", values.len());
+                let expected = format!("one value for each of {} channels", self.latent_channels);
+                problems.push(ConfigProblem::new(key, found, expected));
+            }
+            let fits = |v: f64| v.is_finite() && (range == "finite" || v > 0.0);
+            for (i, &value) in values.iter().enumerate().filter(|&(_, &v)| !fits(v)) {
+                problems.push(ConfigProblem::new(format!("{key}[{i}]"), value, range));
+            }
+        }
+        let keys = "latents_mean, latents_std";
+        if self.latents_mean.is_some() != self.latents_std.is_some() {
+            problems.push(ConfigProblem::new(keys, "one without the other", "both or none"));
+        }
+        if self.latents_mean.is_some() && self.shift_factor.is_some() {
+            let expected = "one way to centre latents; no published network has both";
+            let keys = format!("shift_factor, {keys}");
+            problems.push(ConfigProblem::new(keys, "all given", expected));
+        }
+    }
+}
+
+impl Config for AutoencoderKLConfig {
+    const CLASS_NAME: &'static str = "AutoencoderKL";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        self.ensure_levels(&mut problems);
+        self.ensure_numbers(&mut problems);
+        self.ensure_statistics(&mut problems);
+        problems
+    }
+}

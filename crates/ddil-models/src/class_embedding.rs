@@ -1,0 +1,107 @@
+//! What a U-Net adds to the embedding of the timestep for a class.
+
+use tch::{Kind, Tensor};
+
+use crate::embeddings::{TimeProjection, TimestepEmbedding};
+use crate::error::{Error, Result, ensure_labels};
+use crate::layers::{Activation, Embedding, Linear, Output};
+use crate::parameters::Scope;
+use crate::unet_config::ClassEmbedType;
+
+/// The settings of a [`ClassEmbedding`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClassOptions {
+    pub(crate) embed_type: Option<ClassEmbedType>,
+    /// Size of the table where there is no type.
+    pub(crate) num_classes: Option<u32>,
+    /// Width of the labels for the two projections.
+    pub(crate) label_width: u32,
+    /// Of the embedding.
+    pub(crate) width: i64,
+    /// Between the layers for labels that are embedded as timesteps are.
+    pub(crate) activation: Activation,
+}
+
+#[derive(Debug)]
+pub(crate) enum ClassEmbedding {
+    Table { table: Embedding, len: i64 },
+    Timestep(TimestepEmbedding),
+    Identity { width: i64 },
+    Projection { embedding: TimestepEmbedding, label_width: i64 },
+    SimpleProjection { linear: Linear, label_width: i64 },
+}
+
+impl ClassEmbedding {
+    /// None for a network without classes; `features` is what timesteps are made of.
+    pub(crate) fn new(
+        scope: Scope<'_>,
+        options: ClassOptions,
+        features: &TimeProjection,
+    ) -> Result<Option<Self>> {
+        let ClassOptions { embed_type, num_classes, width, activation, .. } = options;
+        let label_width = i64::from(options.label_width);
+        Ok(Some(match (embed_type, num_classes) {
+            (Some(ClassEmbedType::Timestep), _) => {
+                let embedding = TimestepEmbedding::new(scope, features, width)?;
+                Self::Timestep(embedding.with_activations(activation, None))
+            }
+            (Some(ClassEmbedType::Identity), _) => Self::Identity { width },
+            (Some(ClassEmbedType::Projection), _) => {
+                let embedding = TimestepEmbedding::of_features(scope, label_width, width)?;
+                Self::Projection { embedding, label_width }
+            }
+            (Some(ClassEmbedType::SimpleProjection), _) => Self::SimpleProjection {
+                linear: Linear::new(scope, label_width, width)?,
+                label_width,
+            },
+            (None, Some(len)) => {
+                let len = i64::from(len);
+                Self::Table { table: Embedding::new(scope, len, width)?, len }
+            }
+            (None, None) => return Ok(None),
+        }))
+    }
+
+    /// `[batch, width]`; `time` is what timesteps are made of, `kind` that of the parameters.
+    pub(crate) fn forward(&self, labels: &Tensor, time: &TimeProjection, kind: Kind) -> Output {
+        let class = match self {
+            Self::Table { table, .. } => table.forward(labels)?,
+            Self::Timestep(embedding) => {
+                embedding.forward(&time.forward(labels)?.f_to_kind(kind)?)?
+            }
+            Self::Identity { .. } => labels.shallow_clone(),
+            Self::Projection { embedding, .. } => embedding.forward(&labels.f_to_kind(kind)?)?,
+            Self::SimpleProjection { linear, .. } => linear.forward(&labels.f_to_kind(kind)?)?,
+        };
+        class.f_to_kind(kind)
+    }
+
+    /// Checks that labels are there where they are needed, and of the right shape.
+    pub(crate) fn ensure(
+        op: &'static str,
+        embedding: Option<&Self>,
+        labels: Option<&Tensor>,
+        batch: i64,
+    ) -> Result<()> {
+        let (embedding, labels) = match (embedding, labels) {
+            (None, None) => return Ok(()),
+            (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
+            (Some(_), None) => return Err(Error::MissingClassLabels { op }),
+            (Some(embedding), Some(labels)) => (embedding, labels),
+        };
+        let (expected, text) = match embedding {
+            Self::Table { len, .. } => return ensure_labels(op, labels, batch, len - 1),
+            Self::Timestep(_) => (vec![batch], format!("[{batch}], one per sample")),
+            Self::Identity { width: n }
+            | Self::Projection { label_width: n, .. }
+            | Self::SimpleProjection { label_width: n, .. } => {
+                (vec![batch, *n], format!("[{batch}, {n}]"))
+            }
+        };
+        if labels.size() != expected {
+            let (name, found) = ("class_labels", labels.size());
+            return Err(Error::InvalidShape { op, name, found, expected: text });
+        }
+        Ok(())
+    }
+}

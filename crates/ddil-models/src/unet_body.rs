@@ -1,0 +1,53 @@
+//! The layers between embeddings and output that every U-Net has.
+
+use tch::{TchError, Tensor};
+
+use crate::layers::{Activation, Conv2d, GroupNorm, Output};
+use crate::resnet::Pass;
+use crate::unet_blocks::{DownBlock, MidBlock, UpBlock};
+
+#[derive(Debug)]
+pub(crate) struct Body {
+    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`.
+    pub(crate) centers_input: bool,
+    pub(crate) conv_in: Conv2d,
+    pub(crate) down_blocks: Vec<DownBlock>,
+    pub(crate) mid_block: Option<MidBlock>,
+    pub(crate) up_blocks: Vec<UpBlock>,
+    pub(crate) conv_norm_out: GroupNorm,
+    /// Between the last norm and the last convolution.
+    pub(crate) last_activation: Activation,
+    pub(crate) conv_out: Conv2d,
+}
+
+impl Body {
+    /// Down to and through the bottom level, and what the levels on the way up will need.
+    pub(crate) fn down(
+        &self,
+        sample: &Tensor,
+        pass: Pass<'_>,
+    ) -> Result<(Tensor, Vec<Tensor>), TchError> {
+        let mut sample = sample.shallow_clone();
+        if self.centers_input {
+            sample = sample.f_mul_scalar(2.0)?.f_add_scalar(-1.0)?;
+        }
+        let mut hidden = self.conv_in.forward(&sample)?;
+        let mut skips = vec![hidden.shallow_clone()];
+        for block in &self.down_blocks {
+            hidden = block.forward(hidden, pass, &mut skips)?;
+        }
+        if let Some(mid_block) = &self.mid_block {
+            hidden = mid_block.forward(&hidden, pass)?;
+        }
+        Ok((hidden, skips))
+    }
+
+    pub(crate) fn up(&self, features: &Tensor, mut skips: Vec<Tensor>, pass: Pass<'_>) -> Output {
+        let mut hidden = features.shallow_clone();
+        for block in &self.up_blocks {
+            hidden = block.forward(hidden, pass, &mut skips)?;
+        }
+        let hidden = self.last_activation.forward(&self.conv_norm_out.forward(&hidden)?)?;
+        self.conv_out.forward(&hidden)
+    }
+}

@@ -1,0 +1,722 @@
+//! The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel), key for key those of diffusers.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Result};
+use crate::layers::Activation;
+use crate::parameters::{Placement, Values};
+use crate::unet_condition::UNet2DConditionModel;
+use crate::unet_config::{
+    ClassEmbedType, CommonNumbers, SampleSize, TimeEmbeddingType, TimeScaleShift, count_problems,
+    level_problems,
+};
+
+/// One value for all levels, or one a level, the finest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "one value for all levels, or a list of one a level")]
+pub enum PerLevel<T> {
+    /// The same everywhere.
+    All(T),
+    /// One a level.
+    Each(Vec<T>),
+}
+
+impl<T: Copy> PerLevel<T> {
+    /// The value of a level; none where the list is too short.
+    pub fn at(&self, level: usize) -> Option<T> {
+        match self {
+            Self::All(value) => Some(*value),
+            Self::Each(values) => values.get(level).copied(),
+        }
+    }
+
+    fn length_problem(&self, key: &str, levels: usize) -> Option<ConfigProblem> {
+        match self {
+            Self::Each(values) if values.len() != levels => {
+                Some(wrong_length(key, values.len(), levels))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn wrong_length(key: &str, len: usize, levels: usize) -> ConfigProblem {
+    let expected = format!("{levels} levels, as many as in `block_out_channels`, or one number");
+    ConfigProblem::new(key, format!("{len} levels long"), expected)
+}
+
+/// Blocks in the transformers of one level.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a number of blocks, or a list of one a transformer")]
+pub enum TransformerDepth {
+    /// As many in each.
+    All(u32),
+    /// Of one after the other.
+    Each(Vec<u32>),
+}
+
+impl TransformerDepth {
+    /// Blocks of one of the transformers; the list was checked to be as long as there are transformers.
+    pub(crate) fn at(&self, index: usize) -> usize {
+        match self {
+            Self::All(depth) => *depth as usize,
+            Self::Each(depths) => depths.get(index).map_or(0, |&depth| depth as usize),
+        }
+    }
+
+    /// Whether there is a number above 0 for each of that many transformers, and no more.
+    fn fits(&self, num_layers: u32) -> bool {
+        match self {
+            Self::All(depth) => *depth > 0,
+            Self::Each(depths) => depths.len() == num_layers as usize && !depths.contains(&0),
+        }
+    }
+}
+
+/// Blocks in the transformers of all levels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a number of blocks, or a list of one number or list a level")]
+pub enum TransformerLayers {
+    /// As many everywhere.
+    All(u32),
+    /// Level by level, the finest first.
+    Each(Vec<TransformerDepth>),
+}
+
+impl TransformerLayers {
+    fn at(&self, level: usize) -> Option<TransformerDepth> {
+        match self {
+            Self::All(depth) => Some(TransformerDepth::All(*depth)),
+            Self::Each(depths) => depths.get(level).cloned(),
+        }
+    }
+
+    fn is_nested(&self) -> bool {
+        let nested = |depth: &TransformerDepth| matches!(depth, TransformerDepth::Each(_));
+        matches!(self, Self::Each(depths) if depths.iter().any(nested))
+    }
+}
+
+/// A level on the way down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConditionDownBlockType {
+    /// Residual blocks, a transformer after each.
+    CrossAttnDownBlock2D,
+    /// Residual blocks.
+    #[serde(alias = "UNetResDownBlock2D")]
+    DownBlock2D,
+}
+
+/// A level on the way up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConditionUpBlockType {
+    /// Residual blocks, a transformer after each.
+    CrossAttnUpBlock2D,
+    /// Residual blocks.
+    #[serde(alias = "UNetResUpBlock2D")]
+    UpBlock2D,
+}
+
+/// The level at the bottom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConditionMidBlockType {
+    /// Two residual blocks, a transformer between them.
+    UNetMidBlock2DCrossAttn,
+    /// One residual block.
+    UNetMidBlock2D,
+}
+
+/// What is added to the embedding of the timestep for a text as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdditionEmbedType {
+    /// A pooled text embedding and numbers of size and crop (SDXL).
+    TextTime,
+    /// The tokens of the text, pooled by attention.
+    Text,
+}
+
+/// How blocks of a transformer attend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionType {
+    /// To the pixels, then to the text. The only one there is.
+    #[default]
+    Default,
+}
+
+/// The settings of a [`UNet2DConditionModel`]; names, defaults and file format are those of diffusers' class of that
+/// name.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::UNet2DConditionConfig;
+///
+/// // Names and shapes without the 3.4 GB of values.
+/// let shapes = UNet2DConditionConfig::sd15().parameter_shapes()?;
+/// let values: i64 = shapes.iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+/// assert_eq!(values, 859_520_964);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "they are keys of diffusers' file")]
+pub struct UNet2DConditionConfig {
+    /// Height and width the network was made for; it takes others as well. Default none.
+    pub sample_size: Option<SampleSize>,
+    /// Channels of a sample. Default 4.
+    pub in_channels: u32,
+    /// Channels of the output. Default 4.
+    pub out_channels: u32,
+    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`. Default false.
+    pub center_input_sample: bool,
+    /// Whether cosines come before sines. Default true.
+    pub flip_sin_to_cos: bool,
+    /// Subtracted from the number of frequencies where they are spaced. Default 0.
+    pub freq_shift: f64,
+    /// Levels on the way down, the finest first. Default three with cross attention and one without.
+    pub down_block_types: Vec<ConditionDownBlockType>,
+    /// The level at the bottom; none leaves it out. Default with cross attention.
+    pub mid_block_type: Option<ConditionMidBlockType>,
+    /// Levels on the way up, the coarsest first; as many as on the way down.
+    pub up_block_types: Vec<ConditionUpBlockType>,
+    /// Whether the first attention of every block looks at the text as well; that of the bottom level never does.
+    /// Default false.
+    pub only_cross_attention: PerLevel<bool>,
+    /// Channels of each level, the finest first. Default 320, 640, 1280, 1280.
+    pub block_out_channels: Vec<u32>,
+    /// Residual blocks of a level on the way down; there is one more on the way up. Default 2.
+    pub layers_per_block: PerLevel<u32>,
+    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding at right and bottom alone.
+    pub downsample_padding: u32,
+    /// What the output of the bottom level's residual blocks is divided by. Default 1.
+    pub mid_block_scale_factor: f64,
+    /// Probability that a feature of a residual block is dropped in training. Default 0.
+    pub dropout: f64,
+    /// The nonlinearity of residual blocks. Default silu.
+    pub act_fn: Activation,
+    /// Groups of every group norm. Default 32.
+    pub norm_num_groups: u32,
+    /// Added to a variance before its root is taken, in residual blocks. Default 1e-5.
+    pub norm_eps: f64,
+    /// Width of the text's embeddings; levels with cross attention all have the same. Default 1280.
+    pub cross_attention_dim: PerLevel<u32>,
+    /// Blocks in a transformer. Default 1.
+    pub transformer_layers_per_block: TransformerLayers,
+    /// The same for the way up, the coarsest level first; none, the default, is the mirror image of the way down, which
+    /// must not have lists in its list then.
+    pub reverse_transformer_layers_per_block: Option<Vec<TransformerDepth>>,
+    /// Width of a text that is to be projected first. Only none is supported.
+    pub encoder_hid_dim: Option<u32>,
+    /// How a text is projected first. Only none is supported.
+    pub encoder_hid_dim_type: Option<String>,
+    /// Heads of every attention, **not** their size: the name is a mistake of diffusers that its files have kept. A
+    /// head has channels / `attention_head_dim` channels. Default 8.
+    pub attention_head_dim: PerLevel<u32>,
+    /// Refused by diffusers as it is here, as long as `attention_head_dim` has that meaning.
+    pub num_attention_heads: Option<PerLevel<u32>>,
+    /// Whether there are two transformers side by side. Only false is supported.
+    pub dual_cross_attention: bool,
+    /// Whether linear layers and not 1x1 convolutions lead into and out of a transformer. Default false.
+    pub use_linear_projection: bool,
+    /// What class labels are; none is indices if `num_class_embeds` is given, and no classes otherwise.
+    pub class_embed_type: Option<ClassEmbedType>,
+    /// What is added to the embedding of the timestep for the text as a whole. Default none.
+    pub addition_embed_type: Option<AdditionEmbedType>,
+    /// Sines and cosines of each number of size and crop, for [`AdditionEmbedType::TextTime`]. SDXL has 256.
+    pub addition_time_embed_dim: Option<u32>,
+    /// Size of the table of learned class embeddings.
+    pub num_class_embeds: Option<u32>,
+    /// Whether scores of attention are to be computed in `Float`. It changes nothing, as in diffusers on its default
+    /// path: libtorch's attention sums in `Float` whatever the kind.
+    pub upcast_attention: Option<bool>,
+    /// How a residual block takes in the timestep. Default default.
+    pub resnet_time_scale_shift: TimeScaleShift,
+    /// A setting of blocks that are not supported; it means nothing to those that are. Default false.
+    pub resnet_skip_time_act: bool,
+    /// A setting of blocks that are not supported; it means nothing to those that are. Default 1.
+    pub resnet_out_scale_factor: f64,
+    /// How the timestep becomes features. Only positional is supported.
+    pub time_embedding_type: TimeEmbeddingType,
+    /// Width of the time embedding; none is four times the first of `block_out_channels`, the default.
+    pub time_embedding_dim: Option<u32>,
+    /// An activation once more on the time embedding before it goes to the blocks. Default none.
+    pub time_embedding_act_fn: Option<Activation>,
+    /// An activation after the layers that embed the timestep, before class and text are added. Default none.
+    pub timestep_post_act: Option<Activation>,
+    /// Width of the embedding of a guidance weight, which the network is then told beside the timestep; none, the
+    /// default, for a network that is told no weight. 256 in the networks of
+    /// [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+    pub time_cond_proj_dim: Option<u32>,
+    /// Height and width of the first convolution, odd. Default 3.
+    pub conv_in_kernel: u32,
+    /// Height and width of the last convolution, odd. Default 3.
+    pub conv_out_kernel: u32,
+    /// Width of class labels that are projected; or, for [`AdditionEmbedType::TextTime`], of the pooled text embedding
+    /// and the features of all numbers of size and crop: 1280 + 6 * 256 = 2816 for SDXL.
+    pub projection_class_embeddings_input_dim: Option<u32>,
+    /// How blocks of a transformer attend. Only default is supported.
+    pub attention_type: AttentionType,
+    /// Whether the class embedding stands beside that of the timestep. Only false is supported.
+    pub class_embeddings_concat: bool,
+    /// A setting of a bottom level that is not supported; it means nothing to those that are. Default none.
+    pub mid_block_only_cross_attention: Option<bool>,
+    /// A norm of the text in front of cross attention. Only none is supported.
+    pub cross_attention_norm: Option<String>,
+    /// Heads that pool the text for [`AdditionEmbedType::Text`]. Default 64.
+    pub addition_embed_type_num_heads: u32,
+}
+
+impl Default for UNet2DConditionConfig {
+    fn default() -> Self {
+        use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
+        use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};
+        let (cross_down, cross_up) = (CrossAttnDownBlock2D, CrossAttnUpBlock2D);
+        Self {
+            sample_size: None,
+            in_channels: 4,
+            out_channels: 4,
+            center_input_sample: false,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            down_block_types: vec![cross_down, cross_down, cross_down, DownBlock2D],
+            mid_block_type: Some(ConditionMidBlockType::UNetMidBlock2DCrossAttn),
+            up_block_types: vec![UpBlock2D, cross_up, cross_up, cross_up],
+            only_cross_attention: PerLevel::All(false),
+            block_out_channels: vec![320, 640, 1280, 1280],
+            layers_per_block: PerLevel::All(2),
+            downsample_padding: 1,
+            mid_block_scale_factor: 1.0,
+            dropout: 0.0,
+            act_fn: Activation::Silu,
+            norm_num_groups: 32,
+            norm_eps: 1e-5,
+            cross_attention_dim: PerLevel::All(1280),
+            transformer_layers_per_block: TransformerLayers::All(1),
+            reverse_transformer_layers_per_block: None,
+            encoder_hid_dim: None,
+            encoder_hid_dim_type: None,
+            attention_head_dim: PerLevel::All(8),
+            num_attention_heads: None,
+            dual_cross_attention: false,
+            use_linear_projection: false,
+            class_embed_type: None,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            num_class_embeds: None,
+            upcast_attention: Some(false),
+            resnet_time_scale_shift: TimeScaleShift::Default,
+            resnet_skip_time_act: false,
+            resnet_out_scale_factor: 1.0,
+            time_embedding_type: TimeEmbeddingType::Positional,
+            time_embedding_dim: None,
+            time_embedding_act_fn: None,
+            timestep_post_act: None,
+            time_cond_proj_dim: None,
+            conv_in_kernel: 3,
+            conv_out_kernel: 3,
+            projection_class_embeddings_input_dim: None,
+            attention_type: AttentionType::Default,
+            class_embeddings_concat: false,
+            mid_block_only_cross_attention: None,
+            cross_attention_norm: None,
+            addition_embed_type_num_heads: 64,
+        }
+    }
+}
+
+impl UNet2DConditionConfig {
+    /// Stable Diffusion 1.5: 8 heads everywhere, a text of width 768, 859,520,964 parameters.
+    pub fn sd15() -> Self {
+        Self {
+            sample_size: Some(SampleSize::Square(64)),
+            cross_attention_dim: PerLevel::All(768),
+            ..Self::default()
+        }
+    }
+
+    /// Stable Diffusion 2.1 at 768 pixels, which says v: heads of 64 channels, a text of width 1024, linear
+    /// projections, 865,910,724 parameters. The variant at 512 pixels, which says epsilon, differs in `sample_size`
+    /// (64) alone as far as numbers go.
+    pub fn sd21() -> Self {
+        Self {
+            sample_size: Some(SampleSize::Square(96)),
+            attention_head_dim: PerLevel::Each(vec![5, 10, 20, 20]),
+            cross_attention_dim: PerLevel::All(1024),
+            use_linear_projection: true,
+            upcast_attention: Some(true),
+            ..Self::default()
+        }
+    }
+
+    /// SDXL 1.0, base: three levels, the finest without attention, transformers of 2 and 10 blocks, a text of width 2048
+    /// and a pooled one beside numbers of size and crop; 2,567,463,684 parameters.
+    pub fn sdxl() -> Self {
+        use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
+        use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};
+        Self {
+            sample_size: Some(SampleSize::Square(128)),
+            down_block_types: vec![DownBlock2D, CrossAttnDownBlock2D, CrossAttnDownBlock2D],
+            up_block_types: vec![CrossAttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D],
+            block_out_channels: vec![320, 640, 1280],
+            cross_attention_dim: PerLevel::All(2048),
+            transformer_layers_per_block: TransformerLayers::Each(
+                [1, 2, 10].map(TransformerDepth::All).into(),
+            ),
+            attention_head_dim: PerLevel::Each(vec![5, 10, 20]),
+            use_linear_projection: true,
+            addition_embed_type: Some(AdditionEmbedType::TextTime),
+            addition_time_embed_dim: Some(256),
+            upcast_attention: None,
+            projection_class_embeddings_input_dim: Some(2816),
+            ..Self::default()
+        }
+    }
+
+    /// SSD-1B of [Gupta et al. 2024](https://arxiv.org/abs/2401.02677): SDXL with a bottom level of one residual block
+    /// and with blocks of its transformers left out; 1,331,334,404 parameters.
+    ///
+    /// Depths and the bottom level are those that public loaders of its single-file checkpoint expect. Its own
+    /// `config.json` was not at hand: what it gives for the transformers of the finest level, which has none, may
+    /// differ, and changes nothing.
+    pub fn ssd_1b() -> Self {
+        use TransformerDepth::{All, Each};
+        let down = vec![All(1), Each(vec![2, 2]), Each(vec![4, 4])];
+        let up = vec![Each(vec![4, 4, 10]), Each(vec![2, 1, 1]), All(1)];
+        Self {
+            mid_block_type: Some(ConditionMidBlockType::UNetMidBlock2D),
+            transformer_layers_per_block: TransformerLayers::Each(down),
+            reverse_transformer_layers_per_block: Some(up),
+            ..Self::sdxl()
+        }
+    }
+
+    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value
+    /// or one that is not supported.
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a `config.json` that diffusers reads.
+    pub fn to_json(&self) -> String {
+        config::to_json(self)
+    }
+
+    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        let unet = UNet2DConditionModel::new(self, Placement::default(), Values::Sizes)?;
+        Ok(unet.parameters().shapes())
+    }
+
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would; the embedding of
+    /// a guidance weight starts at zero.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DConditionModel> {
+        UNet2DConditionModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<UNet2DConditionModel> {
+        let unet = UNet2DConditionModel::new(self, placement, Values::Unset)?;
+        unet.parameters().load(weights)?;
+        Ok(unet)
+    }
+
+    /// Width of the embedding of timestep, class and text.
+    pub(crate) fn time_width(&self) -> i64 {
+        let width = self.time_embedding_dim.map(i64::from);
+        width.unwrap_or_else(|| 4 * i64::from(self.block_out_channels[0]))
+    }
+
+    /// Channels of every level, as tensor sizes.
+    pub(crate) fn channels(&self) -> Vec<i64> {
+        self.block_out_channels.iter().copied().map(i64::from).collect()
+    }
+
+    /// Width of the text that levels with cross attention look at; none where no level does.
+    pub(crate) fn text_width(&self) -> Option<u32> {
+        let place = self.cross_attention().into_iter().next();
+        place.and_then(|place| self.cross_attention_dim.at(place.level))
+    }
+
+    /// What the level has on the way down, if it has cross attention.
+    pub(crate) fn cross_down(&self, level: usize) -> Option<CrossAttention> {
+        let block_type = self.down_block_types.get(level)?;
+        (*block_type == ConditionDownBlockType::CrossAttnDownBlock2D).then(|| CrossAttention {
+            level,
+            num_layers: self.num_layers(level),
+            key: format!("transformer_layers_per_block[{level}]"),
+            depth: self.transformer_layers_per_block.at(level),
+        })
+    }
+
+    /// What the bottom level has, if it has cross attention.
+    pub(crate) fn cross_mid(&self) -> Option<CrossAttention> {
+        let crosses = self.mid_block_type == Some(ConditionMidBlockType::UNetMidBlock2DCrossAttn);
+        let level = self.block_out_channels.len().checked_sub(1).filter(|_| crosses)?;
+        let depth = match self.transformer_layers_per_block.at(level) {
+            // There is one transformer, and diffusers takes the first number of a list.
+            Some(TransformerDepth::Each(depths)) => {
+                Some(TransformerDepth::All(depths.first().copied().unwrap_or(0)))
+            }
+            depth => depth,
+        };
+        let key = format!("transformer_layers_per_block[{level}]");
+        Some(CrossAttention { level, num_layers: 1, key, depth })
+    }
+
+    /// What number `i` on the way up has, if it has cross attention.
+    pub(crate) fn cross_up(&self, i: usize) -> Option<CrossAttention> {
+        let block_type = self.up_block_types.get(i)?;
+        let level = self.block_out_channels.len().checked_sub(i + 1)?;
+        let (key, depth) = match &self.reverse_transformer_layers_per_block {
+            Some(depths) => {
+                (format!("reverse_transformer_layers_per_block[{i}]"), depths.get(i).cloned())
+            }
+            None => (
+                format!("transformer_layers_per_block[{level}]"),
+                self.transformer_layers_per_block.at(level),
+            ),
+        };
+        (*block_type == ConditionUpBlockType::CrossAttnUpBlock2D).then(|| {
+            let num_layers = self.num_layers(level).saturating_add(1);
+            CrossAttention { level, num_layers, key, depth }
+        })
+    }
+
+    /// Residual blocks of a level on the way down.
+    pub(crate) fn num_layers(&self, level: usize) -> u32 {
+        self.layers_per_block.at(level).unwrap_or(0)
+    }
+
+    /// Every place with cross attention: down, bottom, up.
+    fn cross_attention(&self) -> Vec<CrossAttention> {
+        let down = (0..self.down_block_types.len()).filter_map(|level| self.cross_down(level));
+        let up = (0..self.up_block_types.len()).filter_map(|i| self.cross_up(i));
+        down.chain(self.cross_mid()).chain(up).collect()
+    }
+
+    fn length_problems(&self) -> Vec<ConfigProblem> {
+        let levels = self.block_out_channels.len();
+        let mut problems: Vec<_> = [
+            self.only_cross_attention.length_problem("only_cross_attention", levels),
+            self.layers_per_block.length_problem("layers_per_block", levels),
+            self.cross_attention_dim.length_problem("cross_attention_dim", levels),
+            self.attention_head_dim.length_problem("attention_head_dim", levels),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let (key, reverse_key) =
+            ("transformer_layers_per_block", "reverse_transformer_layers_per_block");
+        if let TransformerLayers::Each(depths) = &self.transformer_layers_per_block
+            && depths.len() != levels
+        {
+            problems.push(wrong_length(key, depths.len(), levels));
+        }
+        match &self.reverse_transformer_layers_per_block {
+            Some(depths) if depths.len() != levels => {
+                problems.push(wrong_length(reverse_key, depths.len(), levels));
+            }
+            None if self.transformer_layers_per_block.is_nested() => {
+                let expected = format!("a list, since `{key}` has lists in its list");
+                problems.push(ConfigProblem::new(reverse_key, "null", expected));
+            }
+            _ => {}
+        }
+        problems
+    }
+
+    fn attention_problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let places = self.cross_attention();
+        let levels: BTreeSet<usize> = places.iter().map(|place| place.level).collect();
+        let channels = |level: usize| self.block_out_channels.get(level).copied();
+        for &level in &levels {
+            if let (Some(heads), Some(channels)) =
+                (self.attention_head_dim.at(level), channels(level))
+                && (heads == 0 || channels % heads != 0)
+            {
+                let expected = format!(
+                    "a number of heads that divides block_out_channels[{level}], {channels}"
+                );
+                problems.push(ConfigProblem::new("attention_head_dim", heads, expected));
+            }
+        }
+        let widths: BTreeSet<u32> =
+            levels.iter().filter_map(|&level| self.cross_attention_dim.at(level)).collect();
+        if widths.len() > 1 || widths.contains(&0) {
+            let found = format!("{widths:?} where there is cross attention");
+            let expected = "one width above 0, since all levels look at the same text";
+            problems.push(ConfigProblem::new("cross_attention_dim", found, expected));
+        }
+        // A mirror image is seen twice.
+        let mut seen = BTreeSet::new();
+        for CrossAttention { num_layers, key, depth, .. } in places {
+            if let Some(depth) = depth.filter(|depth| !depth.fits(num_layers))
+                && seen.insert(key.clone())
+            {
+                let expected = format!("above 0, and a list {num_layers} long if it is one");
+                problems.push(ConfigProblem::new(key, format!("{depth:?}"), expected));
+            }
+        }
+        problems
+    }
+
+    fn embedding_problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let width = self.projection_class_embeddings_input_dim;
+        let key = "projection_class_embeddings_input_dim";
+        let projects = matches!(
+            self.class_embed_type,
+            Some(ClassEmbedType::Projection | ClassEmbedType::SimpleProjection)
+        );
+        let text_time = self.addition_embed_type == Some(AdditionEmbedType::TextTime);
+        if width.is_none() && (projects || text_time) {
+            let expected = "the width of what is projected, for this class_embed_type or \
+                            addition_embed_type";
+            problems.push(ConfigProblem::new(key, "null", expected));
+        }
+        if text_time {
+            let features = self.addition_time_embed_dim.unwrap_or(0);
+            if f64::from(features / 2) <= self.freq_shift.max(0.0) {
+                let found = self.addition_time_embed_dim.map_or("null".into(), |n| n.to_string());
+                let expected =
+                    "the sines and cosines of a number, at least 2 and more than twice freq_shift";
+                problems.push(ConfigProblem::new("addition_time_embed_dim", found, expected));
+            }
+        }
+        if self.addition_embed_type == Some(AdditionEmbedType::Text) {
+            problems.extend(self.pooling_problem());
+        }
+        problems
+    }
+
+    fn pooling_problem(&self) -> Option<ConfigProblem> {
+        let heads = self.addition_embed_type_num_heads;
+        match self.cross_attention_dim {
+            PerLevel::Each(_) => Some(ConfigProblem::new(
+                "cross_attention_dim",
+                "a list",
+                "one width, for the addition_embed_type text",
+            )),
+            PerLevel::All(width) if heads == 0 || width == 0 || width % heads != 0 => {
+                let expected = format!("a divisor of cross_attention_dim, {width}");
+                Some(ConfigProblem::new("addition_embed_type_num_heads", heads, expected))
+            }
+            PerLevel::All(_) => None,
+        }
+    }
+
+    /// Values that diffusers knows and this crate does not.
+    fn unsupported(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let mut refuse = |key: &str, found: Option<String>, expected: &str| {
+            problems.extend(found.map(|found| ConfigProblem::new(key, found, expected)));
+        };
+        let is_set = |set: bool| set.then(|| "true".to_owned());
+        refuse("dual_cross_attention", is_set(self.dual_cross_attention), "false");
+        refuse("class_embeddings_concat", is_set(self.class_embeddings_concat), "false");
+        refuse("encoder_hid_dim", self.encoder_hid_dim.map(|dim| dim.to_string()), "null");
+        refuse("encoder_hid_dim_type", self.encoder_hid_dim_type.clone(), "null");
+        refuse("cross_attention_norm", self.cross_attention_norm.clone(), "null");
+        let heads = self.num_attention_heads.as_ref().map(|heads| format!("{heads:?}"));
+        refuse("num_attention_heads", heads, "null; the number of heads is `attention_head_dim`");
+        let fourier = self.time_embedding_type == TimeEmbeddingType::Fourier;
+        refuse("time_embedding_type", fourier.then(|| "fourier".to_owned()), "positional");
+        problems
+    }
+
+    fn number_problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = count_problems(&[
+            ("in_channels", Some(self.in_channels)),
+            ("out_channels", Some(self.out_channels)),
+            ("norm_num_groups", Some(self.norm_num_groups)),
+            ("time_embedding_dim", self.time_embedding_dim),
+            ("num_class_embeds", self.num_class_embeds),
+            ("projection_class_embeddings_input_dim", self.projection_class_embeddings_input_dim),
+        ]);
+        if (0..self.block_out_channels.len())
+            .any(|level| self.layers_per_block.at(level) == Some(0))
+        {
+            problems.push(ConfigProblem::new("layers_per_block", 0, "at least 1"));
+        }
+        let kernels =
+            [("conv_in_kernel", self.conv_in_kernel), ("conv_out_kernel", self.conv_out_kernel)];
+        for (key, kernel) in kernels.into_iter().filter(|(_, kernel)| kernel % 2 == 0) {
+            problems.push(ConfigProblem::new(key, kernel, "odd, so that maps keep their size"));
+        }
+        let numbers = CommonNumbers {
+            downsample_padding: self.downsample_padding,
+            dropout: self.dropout,
+            mid_block_scale_factor: self.mid_block_scale_factor,
+            norm_eps: self.norm_eps,
+            freq_shift: self.freq_shift,
+            time_features: Some(self.block_out_channels.first().copied().unwrap_or(2)),
+            time_cond_proj_dim: self.time_cond_proj_dim,
+        };
+        problems.extend(numbers.problems());
+        problems
+    }
+}
+
+/// The transformers of a level, in one direction.
+#[derive(Clone, Debug)]
+pub(crate) struct CrossAttention {
+    /// Which level, the finest is 0.
+    pub(crate) level: usize,
+    /// How many transformers.
+    num_layers: u32,
+    /// The setting that says how deep they are.
+    key: String,
+    pub(crate) depth: Option<TransformerDepth>,
+}
+
+impl Config for UNet2DConditionConfig {
+    const CLASS_NAME: &'static str = "UNet2DConditionModel";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = level_problems(
+            &self.block_out_channels,
+            self.norm_num_groups,
+            self.down_block_types.len(),
+            self.up_block_types.len(),
+        );
+        problems.extend(self.length_problems());
+        problems.extend(self.attention_problems());
+        problems.extend(self.embedding_problems());
+        problems.extend(self.number_problems());
+        problems.extend(self.unsupported());
+        problems
+    }
+}
