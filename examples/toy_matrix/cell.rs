@@ -191,7 +191,7 @@ impl Budget {
             // With the weight of v's errors the critic learns at high noise too, where modes are told apart.
             Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config {
                 gan: false,
-                critic_weighting: Weighting::SnrPlusOne,
+                critic_weighting: Some(Weighting::SnrPlusOne),
                 ..Dmd2Config::default()
             }),
         };

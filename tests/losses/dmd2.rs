@@ -227,13 +227,16 @@ fn the_critics_loss_is_the_error_that_its_weighting_names() {
             .expect("they fit")
     };
     let truth = Prediction { x0: x0.shallow_clone(), epsilon: noise.shallow_clone() };
-    for (weighting, expected) in [
-        (Weighting::Constant, squared_error(&said.x0, &x0)),
-        (Weighting::Snr, squared_error(&said.epsilon, &noise)),
-        (Weighting::SnrPlusOne, squared_error(&v(&said), &v(&truth))),
+    for (output, expected) in [
+        (PredictionType::Sample, squared_error(&said.x0, &x0)),
+        (PredictionType::Epsilon, squared_error(&said.epsilon, &noise)),
+        (PredictionType::VPrediction, squared_error(&v(&said), &v(&truth))),
     ] {
         let expected = expected.expect("they fit");
-        let dmd2 = method(&schedule, Dmd2Config { critic_weighting: weighting, ..no_gan() });
+        let dmd2 = method(
+            &schedule,
+            Dmd2Config { critic_weighting: Some(Weighting::of(output)), ..no_gan() },
+        );
         let silent = Silent(schedule.clone());
         let terms = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
         assert!(gap(&(&terms.per_sample / expected), &x0.ones_like().select(1, 0)) < 1e-9);
@@ -248,7 +251,7 @@ fn the_default_cap_leaves_usual_schedules_alone() {
     let config = Dmd2Config::default();
     let capped = |schedule: &NoiseSchedule| {
         let weights =
-            TimestepWeights::new(config.critic_weighting, Some(config.critic_weight_cap), schedule);
+            TimestepWeights::new(Weighting::Snr, Some(config.critic_weight_cap), schedule);
         let weights = weights.expect("a good cap");
         (0..1000)
             .filter(|&t| {

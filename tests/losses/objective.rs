@@ -2,6 +2,7 @@ use ddil_losses::{
     ConsistencyDistance, Dmd2Config, LatentConsistencyConfig, Networks, ObjectiveConfig, Phase,
     ProgressiveConfig, Requirements, Solver, Weighting,
 };
+use ddil_schedulers::PredictionType;
 use tch::{Tensor, kind};
 
 use crate::toy::{Gaussian, ask, schedules, states, trailing};
@@ -55,7 +56,6 @@ critic_ratio = 5
 dm_weight = 1.0
 dm_min_timestep = 0.02
 dm_max_timestep = 0.98
-critic_weighting = "snr"
 critic_weight_cap = 10000.0
 gan = true
 gan_weight = 0.005
@@ -68,6 +68,25 @@ critic_gan_weight = 0.01
         let left_out = format!("method = \"{}\"", config.as_str());
         assert_eq!(toml::from_str::<ObjectiveConfig>(&left_out).expect("valid settings"), config);
     }
+}
+
+#[test]
+fn the_critic_is_weighed_as_its_network_was_trained_unless_told_otherwise() {
+    let dmd2 = |critic_weighting| {
+        ObjectiveConfig::Dmd2(Dmd2Config { critic_weighting, ..Dmd2Config::default() })
+    };
+    for (output, weighting) in [
+        (PredictionType::Epsilon, Weighting::Snr),
+        (PredictionType::Sample, Weighting::Constant),
+        (PredictionType::VPrediction, Weighting::SnrPlusOne),
+        (PredictionType::Flow, Weighting::SnrPlusOne),
+    ] {
+        assert_eq!(dmd2(None).trained_to_predict(output), dmd2(Some(weighting)));
+        let told = dmd2(Some(Weighting::TruncatedSnr));
+        assert_eq!(told.clone().trained_to_predict(output), told);
+    }
+    let lcm = ObjectiveConfig::Lcm(LatentConsistencyConfig::default());
+    assert_eq!(lcm.clone().trained_to_predict(PredictionType::VPrediction), lcm);
 }
 
 #[test]
@@ -85,7 +104,7 @@ fn settings_are_read_as_they_were_written() {
         dm_weight: 0.5,
         dm_min_timestep: 0.0,
         dm_max_timestep: 1.0,
-        critic_weighting: Weighting::SnrPlusOne,
+        critic_weighting: Some(Weighting::SnrPlusOne),
         critic_weight_cap: 100.0,
         gan: false,
         gan_weight: 1e-3,

@@ -2,6 +2,7 @@
 
 mod autoencoder;
 mod autoencoder_config;
+mod clip;
 mod common;
 mod denoiser;
 mod discriminator;

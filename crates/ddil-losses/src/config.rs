@@ -1,7 +1,8 @@
 //! A method by name, with its settings.
 
 use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, Sampler, TimestepSpacing, Timesteps,
+    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, PredictionType, Sampler, TimestepSpacing,
+    Timesteps,
 };
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +11,7 @@ use crate::error::Result;
 use crate::lcm::{LatentConsistency, LatentConsistencyConfig};
 use crate::objective::Objective;
 use crate::progressive::{Progressive, ProgressiveConfig};
+use crate::weighting::Weighting;
 
 /// The `objective` part of a config file: a method by name, with its settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,6 +54,19 @@ impl ObjectiveConfig {
             Self::Progressive(_) => "progressive",
             Self::Lcm(_) => "lcm",
             Self::Dmd2(_) => "dmd2",
+        }
+    }
+
+    /// The same settings, with what depends on a network's output and was left open set for networks that are trained
+    /// to put out `output`: how [`Dmd2`](Self::Dmd2) weighs its critic's error.
+    #[must_use]
+    pub fn trained_to_predict(self, output: PredictionType) -> Self {
+        match self {
+            Self::Dmd2(config) => {
+                let weighting = config.critic_weighting.unwrap_or(Weighting::of(output));
+                Self::Dmd2(Dmd2Config { critic_weighting: Some(weighting), ..config })
+            }
+            Self::Progressive(_) | Self::Lcm(_) => self,
         }
     }
 

@@ -103,10 +103,12 @@ pub struct Dmd2Config {
     pub dm_min_timestep: f64,
     /// The noisiest one; default 0.98.
     pub dm_max_timestep: f64,
-    /// How much the critic's error in the clean data counts at each noise level; default `snr`, which makes it the
-    /// squared error of `epsilon`. `snr_plus_one` is that of `v`, `constant` that of the clean data themselves: best
-    /// is the one that the network was trained with.
-    pub critic_weighting: Weighting,
+    /// How much the critic's error in the clean data counts at each noise level; left out, the default, it is
+    /// [`Weighting::of`] what the network puts out, as far as that is known
+    /// ([`ObjectiveConfig::trained_to_predict`](crate::ObjectiveConfig::trained_to_predict)), and else `snr`, that of
+    /// `epsilon`. Another weight than the network was trained with leaves the critic behind where it counts little.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub critic_weighting: Option<Weighting>,
     /// No such weight is above this; default 10 000. Reached on no usual variance-preserving schedule before timestep
     /// 0; flow matching and EDM go on to less noise than single precision can tell from none.
     pub critic_weight_cap: f64,
@@ -125,7 +127,7 @@ impl Default for Dmd2Config {
             dm_weight: 1.0,
             dm_min_timestep: 0.02,
             dm_max_timestep: 0.98,
-            critic_weighting: Weighting::Snr,
+            critic_weighting: None,
             critic_weight_cap: 1e4,
             gan: true,
             gan_weight: 5e-3,
@@ -253,7 +255,7 @@ impl Dmd2 {
             schedule.scale_at(t)?;
         }
         let critic_weights = TimestepWeights::new(
-            config.critic_weighting,
+            config.critic_weighting.unwrap_or(Weighting::Snr),
             Some(config.critic_weight_cap),
             &schedule,
         )?;

@@ -1,6 +1,6 @@
 //! How much an error in the predicted clean data counts at each noise level.
 
-use ddil_schedulers::{NoiseSchedule, Scale};
+use ddil_schedulers::{NoiseSchedule, PredictionType, Scale};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -27,6 +27,17 @@ pub enum Weighting {
 }
 
 impl Weighting {
+    /// The weight that turns the error of `x0` into that of what a network puts out.
+    ///
+    /// For a velocity of flow matching there is none among these; `snr_plus_one` is between half of it and all of it.
+    pub fn of(output: PredictionType) -> Self {
+        match output {
+            PredictionType::Epsilon => Self::Snr,
+            PredictionType::Sample => Self::Constant,
+            PredictionType::VPrediction | PredictionType::Flow => Self::SnrPlusOne,
+        }
+    }
+
     /// The weight at a noise level; infinite for clean data, save for [`Constant`](Self::Constant).
     pub fn weight(self, scale: Scale) -> f64 {
         match self {

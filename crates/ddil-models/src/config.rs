@@ -112,7 +112,7 @@ pub(crate) fn to_json<C: Config>(config: &C) -> String {
     text
 }
 
-fn to_map<C: Config>(config: &C) -> Map<String, Value> {
+pub(crate) fn to_map<C: Config>(config: &C) -> Map<String, Value> {
     match serde_json::to_value(config) {
         Ok(Value::Object(map)) => map,
         // Plain structs of numbers, names and lists; a test of each config serialises it.

@@ -159,6 +159,38 @@ pub enum Error {
         /// The class of the network.
         network: &'static str,
     },
+    /// A text encoder without projection was asked for what a projection gives.
+    #[error("{op}: the network has no projection; one of class CLIP...WithProjection has")]
+    NoProjection {
+        /// The function that was called.
+        op: &'static str,
+    },
+    /// A folder does not hold the files that make up a tokenizer.
+    #[error("{} holds no {}", path.display(), missing.join(", no "))]
+    NoTokenizer {
+        /// The folder.
+        path: PathBuf,
+        /// Every file that is not there.
+        missing: Vec<&'static str>,
+    },
+    /// A file of a tokenizer describes none.
+    #[error("{} describes no tokenizer", path.display())]
+    InvalidTokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: BoxedError,
+    },
+    /// A text could not be cut into tokens.
+    #[error("{op}: {text:?} cannot be cut into tokens")]
+    Tokenize {
+        /// The function that was called.
+        op: &'static str,
+        /// The text.
+        text: String,
+        /// Why.
+        source: BoxedError,
+    },
     /// Two networks between which values were to be copied do not have the same parameters.
     #[error("the networks have different parameters:{problems}")]
     ParametersDiffer {

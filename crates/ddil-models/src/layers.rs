@@ -39,7 +39,7 @@ impl Activation {
 #[derive(Debug)]
 pub(crate) struct Linear {
     weight: Tensor,
-    bias: Tensor,
+    bias: Option<Tensor>,
 }
 
 impl Linear {
@@ -47,12 +47,17 @@ impl Linear {
         // Kaiming-uniform with a = sqrt(5) comes to this bound for weight and bias alike.
         let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
         let weight = scope.parameter("weight", &[outputs, inputs], init)?;
-        let bias = scope.parameter("bias", &[outputs], init)?;
+        let bias = Some(scope.parameter("bias", &[outputs], init)?);
         Ok(Self { weight, bias })
     }
 
+    pub(crate) fn without_bias(mut scope: Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
+        let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
+        Ok(Self { weight: scope.parameter("weight", &[outputs, inputs], init)?, bias: None })
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
-        x.f_linear(&self.weight, Some(&self.bias))
+        x.f_linear(&self.weight, self.bias.as_ref())
     }
 }
 
@@ -109,6 +114,26 @@ impl GroupNorm {
     }
 }
 
+/// Over the last axis.
+#[derive(Debug)]
+pub(crate) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub(crate) fn new(mut scope: Scope<'_>, width: i64, eps: f64) -> Result<Self> {
+        let weight = scope.parameter("weight", &[width], Init::Constant(1.0))?;
+        let bias = scope.parameter("bias", &[width], Init::Constant(0.0))?;
+        Ok(Self { weight, bias, eps })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Output {
+        x.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Embedding {
     weight: Tensor,
@@ -122,5 +147,26 @@ impl Embedding {
 
     pub(crate) fn forward(&self, indices: &Tensor) -> Output {
         Tensor::f_embedding(&self.weight, indices, -1, false, false)
+    }
+}
+
+/// Transformers start from normal weights and no bias.
+impl Linear {
+    pub(crate) fn normal(
+        mut scope: Scope<'_>,
+        inputs: i64,
+        outputs: i64,
+        std: f64,
+    ) -> Result<Self> {
+        let weight = scope.parameter("weight", &[outputs, inputs], Init::Normal { std })?;
+        let bias = Some(scope.parameter("bias", &[outputs], Init::Constant(0.0))?);
+        Ok(Self { weight, bias })
+    }
+}
+
+impl Embedding {
+    pub(crate) fn normal(mut scope: Scope<'_>, entries: i64, width: i64, std: f64) -> Result<Self> {
+        let weight = scope.parameter("weight", &[entries, width], Init::Normal { std })?;
+        Ok(Self { weight })
     }
 }

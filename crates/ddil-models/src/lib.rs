@@ -8,6 +8,7 @@ mod attention;
 mod autoencoder;
 mod autoencoder_blocks;
 mod autoencoder_config;
+mod clip;
 mod config;
 mod denoiser;
 mod discriminator;
@@ -27,6 +28,13 @@ pub mod weights;
 
 pub use autoencoder::{AutoencoderKL, DiagonalGaussian};
 pub use autoencoder_config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
+pub use clip::{
+    ClipActivation, ClipConfig, ClipModel, ClipScore, ClipTextClass, ClipTextConfig, ClipTextModel,
+    ClipTextOutput, ClipVisionClass, ClipVisionConfig, ClipVisionModel, ClipVisionOutput,
+    HiddenState,
+};
+#[cfg(feature = "tokenizer")]
+pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};

@@ -77,6 +77,9 @@ impl DistillTask {
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
         let data = TrainingData::open(&config.data, config.run.seed, device)?;
         let schedule = teacher.network.schedule().clone();
+        let output = teacher.network.prediction_type();
+        let objective = config.objective.clone().trained_to_predict(output);
+        let config = &DistillConfig { objective, ..config.clone() };
         let stage = Stage::new(config, &schedule, 0)?;
         ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;

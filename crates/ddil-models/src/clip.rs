@@ -1,0 +1,23 @@
+//! CLIP: text encoders for prompts, the vision tower, and the score that holds a picture against its caption.
+
+mod config;
+mod encoder;
+mod files;
+mod model;
+mod score;
+mod text;
+mod text_config;
+#[cfg(feature = "tokenizer")]
+mod tokenizer;
+mod vision;
+mod vision_config;
+
+pub use config::{ClipActivation, ClipConfig};
+pub use model::ClipModel;
+pub use score::ClipScore;
+pub use text::{ClipTextModel, ClipTextOutput, HiddenState};
+pub use text_config::{ClipTextClass, ClipTextConfig};
+#[cfg(feature = "tokenizer")]
+pub use tokenizer::{ClipTokenizer, TokenizedPrompts};
+pub use vision::{ClipVisionModel, ClipVisionOutput};
+pub use vision_config::{ClipVisionClass, ClipVisionConfig};

@@ -1,0 +1,392 @@
+//! The text encoder: token ids in, what a denoiser is told of a prompt out.
+
+use std::path::Path;
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::config::{Config, UnknownKeys};
+use crate::error::{Error, Result};
+use crate::layers::{Embedding, LayerNorm, Linear, Output};
+use crate::parameters::{Builder, Parameters, Placement, Values};
+
+use super::encoder::{Encoder, Mask};
+use super::files;
+use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
+
+/// Which hidden state of a text encoder a denoiser is told.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::HiddenState;
+///
+/// assert_eq!(HiddenState::default(), HiddenState::stable_diffusion(0));
+/// let penultimate = HiddenState { skipped_layers: 1, final_norm: false };
+/// assert_eq!(HiddenState::stable_diffusion_xl(0), penultimate);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HiddenState {
+    /// How many of the last layers are left out.
+    pub skipped_layers: u32,
+    /// Whether the final layer norm is applied.
+    pub final_norm: bool,
+}
+
+impl HiddenState {
+    /// What Stable Diffusion 1 and 2 are told: the state after the final norm.
+    ///
+    /// `clip_skip` is diffusers': the number of last layers left out, with 0 the same as none.
+    pub const fn stable_diffusion(clip_skip: u32) -> Self {
+        Self { skipped_layers: clip_skip, final_norm: true }
+    }
+
+    /// What Stable Diffusion XL is told by each of its encoders: the state before the last layer, without norm.
+    ///
+    /// `clip_skip` is diffusers': the number of layers left out beside the last one.
+    pub const fn stable_diffusion_xl(clip_skip: u32) -> Self {
+        Self { skipped_layers: clip_skip.saturating_add(1), final_norm: false }
+    }
+}
+
+impl Default for HiddenState {
+    fn default() -> Self {
+        Self::stable_diffusion(0)
+    }
+}
+
+/// All that a text encoder says of a batch of prompts.
+#[derive(Debug)]
+pub struct ClipTextOutput {
+    /// After all layers and the final norm; `[batch, tokens, hidden_size]`.
+    pub last_hidden_state: Tensor,
+    /// The embeddings of the tokens, then what leaves each layer, before the final norm; one more than there are layers.
+    pub hidden_states: Vec<Tensor>,
+    /// `last_hidden_state` at the end of the prompt; `[batch, hidden_size]`.
+    pub pooled: Tensor,
+    /// `pooled`, projected, if there is a projection; `[batch, projection_dim]`.
+    pub text_embeds: Option<Tensor>,
+}
+
+/// The text tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)); made by [`ClipTextConfig::build`]
+/// or [`Self::from_folder`].
+///
+/// It is transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection` if the settings say so: parameters have the
+/// names of published files, and outputs agree with transformers' up to rounding.
+///
+/// The end of a prompt is the first position of `eos_token_id`, or the first position of the largest token where
+/// `eos_token_id` is 2: published files say 2 though no such token ends a prompt. In a prompt without the token it is the
+/// first position.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipTextConfig, HiddenState, Placement};
+/// use tch::Tensor;
+///
+/// let config = ClipTextConfig {
+///     vocab_size: 100,
+///     hidden_size: 8,
+///     intermediate_size: 16,
+///     num_hidden_layers: 2,
+///     num_attention_heads: 2,
+///     eos_token_id: 99,
+///     ..ClipTextConfig::default()
+/// };
+/// let encoder = config.build(Placement::default(), 0)?;
+///
+/// let input_ids = Tensor::from_slice(&[98_i64, 5, 7, 99, 99]).view([1, 5]);
+/// let state = encoder.hidden_state(&input_ids, None, HiddenState::default())?;
+/// assert_eq!(state.size(), [1, 5, 8]);
+/// assert_eq!(state, encoder.forward(&input_ids, None)?.last_hidden_state);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ClipTextModel {
+    config: ClipTextConfig,
+    parameters: Parameters,
+    token_embedding: Embedding,
+    position_embedding: Embedding,
+    encoder: Encoder,
+    final_layer_norm: LayerNorm,
+    text_projection: Option<Linear>,
+}
+
+impl ClipTextModel {
+    pub(super) fn new(config: &ClipTextConfig, place: Placement, values: Values) -> Result<Self> {
+        config.ensure_valid()?;
+        let width = i64::from(config.hidden_size);
+        let std = 0.02 * config.initializer_factor;
+        let mut builder = Builder::new(place, values);
+        let mut root = builder.root();
+        let mut scope = root.at("text_model");
+        let (vocab, positions) = (config.vocab_size.into(), config.max_position_embeddings.into());
+        let token_embedding =
+            Embedding::normal(scope.at("embeddings.token_embedding"), vocab, width, std)?;
+        let position_embedding =
+            Embedding::normal(scope.at("embeddings.position_embedding"), positions, width, std)?;
+        let encoder = Encoder::new(scope.at("encoder"), config.encoder_options())?;
+        let final_layer_norm =
+            LayerNorm::new(scope.at("final_layer_norm"), width, config.layer_norm_eps)?;
+        let text_projection = config
+            .projection_dim
+            .filter(|_| config.projects())
+            .map(|outputs| Linear::without_bias(root.at("text_projection"), width, outputs.into()))
+            .transpose()?;
+        let config = config.clone();
+        let parameters = builder.finish();
+        Ok(Self {
+            config,
+            parameters,
+            token_embedding,
+            position_embedding,
+            encoder,
+            final_layer_norm,
+            text_projection,
+        })
+    }
+
+    /// Loads an encoder from a folder as transformers writes it, such as `text_encoder` of a pipeline: `config.json`
+    /// and `model.safetensors`, or the index of its shards, or either of them in half precision
+    /// (`model.fp16.safetensors`).
+    ///
+    /// # Errors
+    ///
+    /// As [`ClipTextConfig::from_file`] and [`ClipTextConfig::build_from`]; [`Error::NoWeights`] if there are none, and
+    /// [`Error::Pickle`] if there are no others.
+    pub fn from_folder(
+        folder: impl AsRef<Path>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        ClipTextConfig::from_file(folder.join(files::CONFIG_FILE), unknown_keys)?
+            .build_from(placement, files::weights_in(folder)?)
+    }
+
+    /// Writes the encoder to a folder that transformers loads, which is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::save`](crate::weights::save).
+    pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
+        files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
+    }
+
+    /// The settings the encoder was built from.
+    pub fn config(&self) -> &ClipTextConfig {
+        &self.config
+    }
+
+    /// The parameters, under the names they have in files.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// Everything the encoder says of prompts.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `input_ids`: `[batch, tokens]`, `Int64`, at most `max_position_embeddings` tokens, each less than `vocab_size`
+    /// - `attention_mask`: `[batch, tokens]`, integer or `Bool`, 0 for tokens that no other may look at; Stable Diffusion
+    ///   gives none
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::InvalidArgument`] for a token that there is none of, which
+    /// is looked for on the CPU alone, and [`Error::Torch`].
+    pub fn forward(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+    ) -> Result<ClipTextOutput> {
+        const OP: &str = "ClipTextModel::forward";
+        self.ensure_tokens(OP, input_ids, attention_mask)?;
+        let mut hidden_states = Vec::with_capacity(self.encoder.num_layers() + 1);
+        let run = || {
+            let keep = |state: &Tensor| hidden_states.push(state.shallow_clone());
+            let last = self.encode(input_ids, attention_mask, 0, keep)?;
+            hidden_states.push(last.shallow_clone());
+            let last_hidden_state = self.final_layer_norm.forward(&last)?;
+            let pooled = self.pool(&last_hidden_state, input_ids)?;
+            let text_embeds = self.text_projection.as_ref().map(|p| p.forward(&pooled)).transpose();
+            Ok((last_hidden_state, pooled, text_embeds?))
+        };
+        let (last_hidden_state, pooled, text_embeds) = wrap(OP, run)?;
+        Ok(ClipTextOutput { last_hidden_state, hidden_states, pooled, text_embeds })
+    }
+
+    /// One hidden state, `[batch, tokens, hidden_size]`, without the work that only others need.
+    ///
+    /// # Shapes and units
+    ///
+    /// As [`Self::forward`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward`]; [`Error::InvalidArgument`] if more layers are to be left out than there are.
+    pub fn hidden_state(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        which: HiddenState,
+    ) -> Result<Tensor> {
+        const OP: &str = "ClipTextModel::hidden_state";
+        self.ensure_tokens(OP, input_ids, attention_mask)?;
+        let skipped = self.ensure_layers(OP, which)?;
+        wrap(OP, || {
+            let state = self.encode(input_ids, attention_mask, skipped, |_| {})?;
+            if which.final_norm { self.final_layer_norm.forward(&state) } else { Ok(state) }
+        })
+    }
+
+    /// One hidden state and `text_embeds`, `[batch, projection_dim]`, from one pass: what Stable Diffusion XL is told by its
+    /// second encoder.
+    ///
+    /// # Shapes and units
+    ///
+    /// As [`Self::forward`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::hidden_state`]; [`Error::NoProjection`] for an encoder without one.
+    pub fn hidden_state_and_text_embeds(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        which: HiddenState,
+    ) -> Result<(Tensor, Tensor)> {
+        const OP: &str = "ClipTextModel::hidden_state_and_text_embeds";
+        let projection = self.text_projection.as_ref().ok_or(Error::NoProjection { op: OP })?;
+        self.ensure_tokens(OP, input_ids, attention_mask)?;
+        let skipped = self.ensure_layers(OP, which)?;
+        let (mut layer, mut wanted) = (0, None);
+        wrap(OP, || {
+            let keep = |state: &Tensor| {
+                if layer + skipped == self.encoder.num_layers() {
+                    wanted = Some(state.shallow_clone());
+                }
+                layer += 1;
+            };
+            let last = self.encode(input_ids, attention_mask, 0, keep)?;
+            let normed = self.final_layer_norm.forward(&last)?;
+            let state = match wanted {
+                Some(state) if which.final_norm => self.final_layer_norm.forward(&state)?,
+                Some(state) => state,
+                None if which.final_norm => normed.shallow_clone(),
+                None => last,
+            };
+            Ok((state, projection.forward(&self.pool(&normed, input_ids)?)?))
+        })
+    }
+
+    /// `text_embeds` alone, `[batch, projection_dim]`.
+    ///
+    /// # Shapes and units
+    ///
+    /// As [`Self::forward`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::forward`]; [`Error::NoProjection`] for an encoder without one.
+    pub fn text_embeds(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let last = HiddenState { skipped_layers: 0, final_norm: false };
+        Ok(self.hidden_state_and_text_embeds(input_ids, attention_mask, last)?.1)
+    }
+
+    /// What leaves the last layer but `skipped`; `visit` sees what enters each.
+    fn encode(
+        &self,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        skipped: usize,
+        visit: impl FnMut(&Tensor),
+    ) -> Output {
+        let (len, device) = (input_ids.size()[1], input_ids.device());
+        let positions = Tensor::f_arange(len, (Kind::Int64, device))?;
+        let tokens = self.token_embedding.forward(input_ids)?;
+        let tokens = tokens.f_add(&self.position_embedding.forward(&positions)?)?;
+        let mask = attention_mask.map_or(Ok(Mask::Causal), |mask| causal(mask).map(Mask::Given))?;
+        self.encoder.forward(tokens, &mask, self.encoder.num_layers() - skipped, visit)
+    }
+
+    /// `state` at the end of each prompt.
+    fn pool(&self, state: &Tensor, input_ids: &Tensor) -> Output {
+        let end = match self.config.eos_token_id {
+            LARGEST_TOKEN => input_ids.f_argmax(-1, false)?,
+            eos => input_ids.f_eq(eos)?.f_to_kind(Kind::Int)?.f_argmax(-1, false)?,
+        };
+        let (batch, width) = (state.size()[0], state.size()[2]);
+        let end = end.f_view([batch, 1, 1])?.f_expand([batch, 1, width], false)?;
+        state.f_gather(1, &end, false)?.f_squeeze_dim(1)
+    }
+
+    fn ensure_layers(&self, op: &'static str, which: HiddenState) -> Result<usize> {
+        let (skipped, layers) = (which.skipped_layers, self.config.num_hidden_layers);
+        if skipped > layers {
+            let expected = format!("at most {layers}, the number of layers");
+            let (name, found) = ("skipped_layers", skipped.to_string());
+            return Err(Error::InvalidArgument { op, name, found, expected });
+        }
+        Ok(skipped as usize)
+    }
+
+    fn ensure_tokens(
+        &self,
+        op: &'static str,
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+    ) -> Result<()> {
+        let (name, found, max) =
+            ("input_ids", input_ids.size(), self.config.max_position_embeddings);
+        if found.len() != 2 || found[1] < 1 || found[1] > i64::from(max) {
+            let expected = format!("[batch, tokens] with 1 to {max} tokens");
+            return Err(Error::InvalidShape { op, name, found, expected });
+        }
+        if input_ids.kind() != Kind::Int64 {
+            let (found, expected) = (input_ids.kind(), "Int64");
+            return Err(Error::InvalidKind { op, name, found, expected });
+        }
+        if let Some(mask) = attention_mask {
+            ensure_mask(op, mask, &found)?;
+        }
+        // On an accelerator this would make the host wait for the device.
+        if input_ids.device() == Device::Cpu && input_ids.numel() > 0 {
+            let (low, high) = (input_ids.min().int64_value(&[]), input_ids.max().int64_value(&[]));
+            let vocab = i64::from(self.config.vocab_size);
+            if low < 0 || high >= vocab {
+                let found = if low < 0 { low } else { high }.to_string();
+                let expected = format!("tokens from 0 to {}", vocab - 1);
+                return Err(Error::InvalidArgument { op, name, found, expected });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn ensure_mask(op: &'static str, mask: &Tensor, size: &[i64]) -> Result<()> {
+    let name = "attention_mask";
+    if mask.size() != size {
+        let expected = format!("{size:?}, as `input_ids`");
+        return Err(Error::InvalidShape { op, name, found: mask.size(), expected });
+    }
+    if !matches!(mask.kind(), Kind::Int64 | Kind::Int | Kind::Bool) {
+        let (found, expected) = (mask.kind(), "Int64, Int or Bool");
+        return Err(Error::InvalidKind { op, name, found, expected });
+    }
+    Ok(())
+}
+
+/// `[batch, tokens]` to `[batch, 1, tokens, tokens]`: who is looked at, and by none that stands before it.
+fn causal(mask: &Tensor) -> Output {
+    let (batch, len) = (mask.size()[0], mask.size()[1]);
+    let earlier = Tensor::f_ones([len, len], (Kind::Bool, mask.device()))?.f_tril(0)?;
+    mask.f_ne(0)?.f_view([batch, 1, 1, len])?.f_logical_and(&earlier)
+}
+
+fn wrap<T>(op: &'static str, run: impl FnOnce() -> std::result::Result<T, TchError>) -> Result<T> {
+    run().map_err(Error::torch(op))
+}

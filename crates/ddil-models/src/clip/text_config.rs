@@ -1,0 +1,266 @@
+//! The settings of a [`ClipTextModel`](crate::ClipTextModel), key for key those of transformers.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{self, Config, UnknownKeys};
+use crate::error::{ConfigProblem, Result};
+use crate::parameters::{Placement, Values};
+
+use super::config::{
+    ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
+};
+use super::encoder::EncoderOptions;
+use super::files;
+use super::text::ClipTextModel;
+
+/// What `eos_token_id` is where the pooled position is that of the largest token.
+pub(super) const LARGEST_TOKEN: i64 = 2;
+
+/// The class of a text encoder, which says whether it ends with a projection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ClipTextClass {
+    /// Hidden states alone, as Stable Diffusion wants them.
+    #[default]
+    #[serde(rename = "CLIPTextModel")]
+    TextModel,
+    /// With `text_embeds`, as Stable Diffusion XL's second encoder and the score have them.
+    #[serde(rename = "CLIPTextModelWithProjection")]
+    TextModelWithProjection,
+}
+
+/// The settings of a [`ClipTextModel`]; names, defaults and file format are those of transformers' class of that name.
+///
+/// Dropout is not applied: in every published encoder it is 0.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipTextConfig, Placement};
+///
+/// let config = ClipTextConfig {
+///     vocab_size: 100,
+///     hidden_size: 8,
+///     intermediate_size: 16,
+///     num_hidden_layers: 2,
+///     num_attention_heads: 2,
+///     eos_token_id: 99,
+///     ..ClipTextConfig::default()
+/// };
+/// let encoder = config.build(Placement::default(), 0)?;
+/// assert_eq!(ClipTextConfig::stable_diffusion_2().num_hidden_layers, 23);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClipTextConfig {
+    /// The class; a file without it is one without projection.
+    pub architectures: [ClipTextClass; 1],
+    /// Number of tokens. Default 49408.
+    pub vocab_size: u32,
+    /// Width of a hidden state. Default 512.
+    pub hidden_size: u32,
+    /// Width between the two linear layers that follow attention. Default 2048.
+    pub intermediate_size: u32,
+    /// Width of `text_embeds`; it plays no part in a class without projection. Default 512.
+    pub projection_dim: Option<u32>,
+    /// Default 12.
+    pub num_hidden_layers: u32,
+    /// Default 8.
+    pub num_attention_heads: u32,
+    /// Length of the longest prompt, in tokens. Default 77.
+    pub max_position_embeddings: u32,
+    /// The nonlinearity. Default quick gelu.
+    pub hidden_act: ClipActivation,
+    /// Added to a variance before its root is taken. Default 1e-5.
+    pub layer_norm_eps: f64,
+    /// Written back; not applied. Default 0.
+    pub attention_dropout: f64,
+    /// Written back; transformers looks at it in the vision tower alone. Default 0.02.
+    pub initializer_range: f64,
+    /// Scale of fresh parameters. Default 1.
+    pub initializer_factor: f64,
+    /// Plays no part in a forward pass. Default 1.
+    pub pad_token_id: Option<i64>,
+    /// Plays no part in a forward pass. Default 49406.
+    pub bos_token_id: Option<i64>,
+    /// The token whose first position is the pooled one; 2, which older files have, stands for the largest token of a
+    /// prompt. Default 49407.
+    pub eos_token_id: i64,
+}
+
+impl Default for ClipTextConfig {
+    fn default() -> Self {
+        Self {
+            architectures: [ClipTextClass::TextModel],
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            projection_dim: Some(512),
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: ClipActivation::QuickGelu,
+            layer_norm_eps: 1e-5,
+            attention_dropout: 0.0,
+            initializer_range: 0.02,
+            initializer_factor: 1.0,
+            pad_token_id: Some(1),
+            bos_token_id: Some(49406),
+            eos_token_id: 49407,
+        }
+    }
+}
+
+impl ClipTextConfig {
+    /// The encoder of Stable Diffusion 1 and the first one of Stable Diffusion XL: CLIP's `ViT-L/14`.
+    pub fn stable_diffusion() -> Self {
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            projection_dim: Some(768),
+            num_attention_heads: 12,
+            bos_token_id: Some(0),
+            eos_token_id: 2,
+            ..Self::default()
+        }
+    }
+
+    /// The encoder of Stable Diffusion 2: `OpenCLIP`'s `ViT-H/14` without its last layer.
+    pub fn stable_diffusion_2() -> Self {
+        Self {
+            hidden_size: 1024,
+            intermediate_size: 4096,
+            projection_dim: Some(512),
+            num_hidden_layers: 23,
+            num_attention_heads: 16,
+            hidden_act: ClipActivation::Gelu,
+            ..Self::stable_diffusion()
+        }
+    }
+
+    /// The second encoder of Stable Diffusion XL: `OpenCLIP`'s `ViT-bigG/14`, with projection.
+    pub fn stable_diffusion_xl_second() -> Self {
+        Self {
+            architectures: [ClipTextClass::TextModelWithProjection],
+            hidden_size: 1280,
+            intermediate_size: 5120,
+            projection_dim: Some(1280),
+            num_hidden_layers: 32,
+            num_attention_heads: 20,
+            ..Self::stable_diffusion_2()
+        }
+    }
+
+    /// Settings from a `config.json` that transformers or [`Self::to_json`] wrote; keys that are absent have their
+    /// default.
+    ///
+    /// Keys that transformers writes for every kind of network, such as those of text generation, change nothing here:
+    /// they are passed over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an
+    /// impossible value.
+    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
+        let path = path.as_ref();
+        read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+    }
+
+    /// The settings as a `config.json` that transformers reads.
+    pub fn to_json(&self) -> String {
+        write(self)
+    }
+
+    /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
+    /// `torch.nn` would.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value; [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory
+    /// does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
+        ClipTextModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
+    ///
+    /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
+    /// `CLIPTextModel` (`encoder...`). Older files hold `text_model.embeddings.position_ids`, which is no parameter; it
+    /// is passed over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<ClipTextModel> {
+        let encoder = ClipTextModel::new(self, placement, Values::Unset)?;
+        files::load(encoder.parameters().named(), weights.as_ref())?;
+        Ok(encoder)
+    }
+
+    /// Whether there is a projection.
+    pub(super) fn projects(&self) -> bool {
+        self.architectures == [ClipTextClass::TextModelWithProjection]
+    }
+
+    pub(super) fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions {
+            width: self.hidden_size.into(),
+            inner: self.intermediate_size.into(),
+            num_layers: self.num_hidden_layers.into(),
+            heads: self.num_attention_heads.into(),
+            activation: self.hidden_act,
+            eps: self.layer_norm_eps,
+            initializer_factor: self.initializer_factor,
+        }
+    }
+}
+
+impl Config for ClipTextConfig {
+    const CLASS_NAME: &'static str = "CLIPTextModel";
+
+    fn problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        let counts = [
+            ("vocab_size", self.vocab_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ];
+        ensure_counts(&counts, &mut problems);
+        ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
+        match self.projection_dim {
+            Some(0) => problems.push(ConfigProblem::new("projection_dim", 0, "at least 1")),
+            None if self.projects() => {
+                problems.push(ConfigProblem::new("projection_dim", "null", "a width"));
+            }
+            _ => {}
+        }
+        let eos = self.eos_token_id;
+        if eos != LARGEST_TOKEN && !(0..self.vocab_size.into()).contains(&eos) {
+            let expected = format!("{LARGEST_TOKEN}, or less than vocab_size, {}", self.vocab_size);
+            problems.push(ConfigProblem::new("eos_token_id", eos, expected));
+        }
+        ensure_numbers(
+            self.layer_norm_eps,
+            self.attention_dropout,
+            [
+                ("initializer_range", self.initializer_range),
+                ("initializer_factor", self.initializer_factor),
+            ],
+            &mut problems,
+        );
+        problems
+    }
+}
+
+impl ModelType for ClipTextConfig {
+    const MODEL_TYPE: &'static str = "clip_text_model";
+}

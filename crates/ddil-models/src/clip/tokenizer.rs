@@ -1,0 +1,407 @@
+//! CLIP's tokenizer: prompts in, token ids of one length out.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tch::Tensor;
+use tokenizers::models::bpe::{BPE, Merges};
+use tokenizers::normalizers::replace::ReplacePattern;
+use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, Encoding, ModelWrapper, SplitDelimiterBehavior, Tokenizer};
+
+use crate::error::{BoxedError, ConfigProblem, Error, Result};
+
+const CONFIG_FILE: &str = "tokenizer_config.json";
+const SPECIAL_FILE: &str = "special_tokens_map.json";
+const ADDED_FILE: &str = "added_tokens.json";
+const WHOLE_FILE: &str = "tokenizer.json";
+const VOCAB_FILE: &str = "vocab.json";
+const MERGES_FILE: &str = "merges.txt";
+
+const START: &str = "<|startoftext|>";
+const END: &str = "<|endoftext|>";
+/// What the last token of a word ends with.
+const WORD_END: &str = "</w>";
+/// Words as CLIP cuts them: marks, English endings, letters, single digits, runs of anything else.
+const WORDS: &str =
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+/// Tokens of a prompt where the files do not say, marks included.
+const MAX_LENGTH: usize = 77;
+/// Larger numbers in files stand for "no limit".
+const LARGEST_MAX_LENGTH: f64 = 1e6;
+
+/// Prompts as a text encoder takes them.
+#[derive(Debug)]
+pub struct TokenizedPrompts {
+    /// `[batch, max_length]`, `Int64`, on the CPU: the mark of the start, the prompt, the mark of the end, padding.
+    pub input_ids: Tensor,
+    /// `[batch, max_length]`, `Int64`, on the CPU: 0 for padding, 1 for everything else.
+    pub attention_mask: Tensor,
+    /// For each prompt that is too long the end of it that was cut off, so that somebody can be told.
+    pub truncated: Vec<Option<String>>,
+}
+
+/// CLIP's byte-level byte-pair encoding ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), token for token that of
+/// transformers' `CLIPTokenizer`.
+///
+/// A prompt is brought into Unicode's composed form (NFC) and lower case, with every run of white space as one space; HTML
+/// entities stay as they are. The names of special tokens stand for these tokens wherever they are in a prompt. Where `!` is
+/// the padding, as with Stable Diffusion XL's second encoder, that holds for every `!`, as in transformers.
+///
+/// # Example
+///
+/// ```no_run
+/// use ddil_models::ClipTokenizer;
+///
+/// let tokenizer = ClipTokenizer::from_folder("stable-diffusion-v1-5/tokenizer")?;
+/// let prompts = tokenizer.encode(&["a photo of a cat", ""])?;
+/// assert_eq!(prompts.input_ids.size(), [2, 77]);
+/// for cut in prompts.truncated.iter().flatten() {
+///     eprintln!("the prompt is too long; this part of it is not used: {cut}");
+/// }
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ClipTokenizer {
+    tokenizer: Tokenizer,
+    start: i64,
+    end: i64,
+    padding: i64,
+    max_length: usize,
+}
+
+impl ClipTokenizer {
+    /// Loads a tokenizer from a folder as transformers writes it, such as `tokenizer` of a pipeline.
+    ///
+    /// The folder holds `tokenizer_config.json`, and either `tokenizer.json` or both `vocab.json` and `merges.txt`.
+    /// `special_tokens_map.json` and `added_tokens.json`, which newer releases do not write, are read if they are there and
+    /// the configuration has no `added_tokens_decoder`. No other place is looked at.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoTokenizer`] with every file that is missing; [`Error::Read`], [`Error::InvalidJson`] and
+    /// [`Error::InvalidTokenizer`] for a file that is no such thing; [`Error::InvalidConfig`] with every special token
+    /// that is not in the vocabulary.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        ensure_files(folder)?;
+        let settings = Settings::read(folder)?;
+        let whole = folder.join(WHOLE_FILE);
+        let tokenizer = if whole.exists() {
+            read_whole(&whole)?
+        } else {
+            let unknown = settings.marks.unk_token.as_ref().map_or(END, Mark::content);
+            from_vocabulary(folder, unknown)?
+        };
+        settings.finish(tokenizer, folder)
+    }
+
+    /// Cuts prompts into tokens: all to the same length, longer ones truncated, shorter ones padded.
+    ///
+    /// What is cut off a long prompt is returned beside the tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Tokenize`] for a text that the vocabulary has no tokens for, [`Error::Torch`] if memory does not suffice.
+    pub fn encode(&self, prompts: &[&str]) -> Result<TokenizedPrompts> {
+        const OP: &str = "ClipTokenizer::encode";
+        let room = self.max_length - 2;
+        let mut input_ids = Vec::with_capacity(prompts.len() * self.max_length);
+        let mut attention_mask = Vec::with_capacity(input_ids.capacity());
+        let mut truncated = Vec::with_capacity(prompts.len());
+        for &prompt in prompts {
+            let encoding = self
+                .tokenizer
+                .encode(prompt, false)
+                .map_err(|source| Error::Tokenize { op: OP, text: prompt.to_owned(), source })?;
+            let ids = encoding.get_ids();
+            let kept = ids.len().min(room);
+            input_ids.push(self.start);
+            input_ids.extend(ids[..kept].iter().copied().map(i64::from));
+            input_ids.push(self.end);
+            input_ids.extend(std::iter::repeat_n(self.padding, room - kept));
+            attention_mask.extend((0..self.max_length).map(|i| i64::from(i < kept + 2)));
+            truncated.push((ids.len() > room).then(|| text_from(prompt, &encoding, room)));
+        }
+        let size = [prompts.len() as i64, self.max_length as i64];
+        let tensor = |values: &[i64]| {
+            let tensor = Tensor::f_from_slice(values).and_then(|tensor| tensor.f_view(size));
+            tensor.map_err(Error::torch(OP))
+        };
+        let (input_ids, attention_mask) = (tensor(&input_ids)?, tensor(&attention_mask)?);
+        Ok(TokenizedPrompts { input_ids, attention_mask, truncated })
+    }
+
+    /// Tokens of every encoded prompt, marks and padding included; 77 in all published ones.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// Number of tokens, which a text encoder's `vocab_size` must not be less than.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// The token a prompt starts with.
+    pub fn start_token(&self) -> i64 {
+        self.start
+    }
+
+    /// The token a prompt ends with.
+    pub fn end_token(&self) -> i64 {
+        self.end
+    }
+
+    /// The token that fills up what follows.
+    pub fn padding_token(&self) -> i64 {
+        self.padding
+    }
+}
+
+/// The part of a prompt from a token on.
+fn text_from(prompt: &str, encoding: &Encoding, token: usize) -> String {
+    let start = encoding.get_offsets()[token].0;
+    // A token can start inside a letter.
+    let start = (0..=start.min(prompt.len())).rev().find(|&i| prompt.is_char_boundary(i));
+    prompt[start.unwrap_or(0)..].to_owned()
+}
+
+/// A special token as files have it: its text, or with flags.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Mark {
+    Text(String),
+    Flagged(Flagged),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "the keys of the file")]
+struct Flagged {
+    content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    normalized: Option<bool>,
+    #[serde(default)]
+    special: bool,
+}
+
+impl Mark {
+    fn content(&self) -> &str {
+        match self {
+            Self::Text(content) => content,
+            Self::Flagged(flagged) => &flagged.content,
+        }
+    }
+
+    fn token(&self, special: bool) -> AddedToken {
+        let Self::Flagged(flagged) = self else {
+            return AddedToken::from(self.content(), special);
+        };
+        let special = special || flagged.special;
+        AddedToken::from(self.content(), special)
+            .single_word(flagged.single_word)
+            .lstrip(flagged.lstrip)
+            .rstrip(flagged.rstrip)
+            .normalized(flagged.normalized.unwrap_or(!special))
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+#[expect(clippy::struct_field_names, reason = "the keys of the file")]
+struct Marks {
+    bos_token: Option<Mark>,
+    eos_token: Option<Mark>,
+    unk_token: Option<Mark>,
+    pad_token: Option<Mark>,
+}
+
+/// What the files say beside the vocabulary.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Settings {
+    #[serde(flatten)]
+    marks: Marks,
+    model_max_length: Option<f64>,
+    added_tokens_decoder: Option<BTreeMap<u32, Mark>>,
+}
+
+impl Settings {
+    fn read(folder: &Path) -> Result<Self> {
+        let mut settings: Self = read_json(&folder.join(CONFIG_FILE))?;
+        if settings.added_tokens_decoder.is_some() {
+            return Ok(settings);
+        }
+        let (special, added) = (folder.join(SPECIAL_FILE), folder.join(ADDED_FILE));
+        if special.exists() {
+            let marks: Marks = read_json(&special)?;
+            let Marks { bos_token, eos_token, unk_token, pad_token } = settings.marks;
+            settings.marks = Marks {
+                bos_token: marks.bos_token.or(bos_token),
+                eos_token: marks.eos_token.or(eos_token),
+                unk_token: marks.unk_token.or(unk_token),
+                pad_token: marks.pad_token.or(pad_token),
+            };
+        }
+        if added.exists() {
+            let tokens: BTreeMap<String, u32> = read_json(&added)?;
+            let mark = |(content, id)| (id, Mark::Text(content));
+            settings.added_tokens_decoder = Some(tokens.into_iter().map(mark).collect());
+        }
+        Ok(settings)
+    }
+
+    /// Adds the special tokens in the order in which transformers does, and looks all of them up.
+    fn finish(self, mut tokenizer: Tokenizer, folder: &Path) -> Result<ClipTokenizer> {
+        let mut problems = Vec::new();
+        let Marks { bos_token, eos_token, unk_token, pad_token } = self.marks;
+        let named = [
+            ("bos_token", bos_token, START),
+            ("eos_token", eos_token, END),
+            ("unk_token", unk_token, END),
+            ("pad_token", pad_token, END),
+        ]
+        .map(|(key, mark, default)| (key, mark.unwrap_or_else(|| Mark::Text(default.into()))));
+        for (id, mark) in self.added_tokens_decoder.into_iter().flatten() {
+            let special = named.iter().any(|(_, named)| named.content() == mark.content());
+            add(&mut tokenizer, &mark, special);
+            if tokenizer.token_to_id(mark.content()) != Some(id) {
+                let expected = format!("the number that {:?} has here", mark.content());
+                problems.push(ConfigProblem::new("added_tokens_decoder", id, expected));
+            }
+        }
+        let mut ids = [0; 4];
+        for ((key, mark), id) in named.iter().zip(&mut ids) {
+            match tokenizer.token_to_id(mark.content()) {
+                Some(found) => *id = i64::from(found),
+                None => problems.push(ConfigProblem::new(
+                    *key,
+                    format!("{:?}", mark.content()),
+                    "a token of the vocabulary",
+                )),
+            }
+        }
+        // Where one token has two names, the flags under the last of them count.
+        for (_, mark) in named.iter().rev() {
+            add(&mut tokenizer, mark, true);
+        }
+        let max_length = match self.model_max_length {
+            Some(length) if length < 3.0 => {
+                problems.push(ConfigProblem::new("model_max_length", length, "at least 3"));
+                MAX_LENGTH
+            }
+            Some(length) if length < LARGEST_MAX_LENGTH => length as usize,
+            _ => MAX_LENGTH,
+        };
+        if !problems.is_empty() {
+            let what = folder.join(CONFIG_FILE).display().to_string();
+            return Err(Error::InvalidConfig { what, problems });
+        }
+        let [start, end, _, padding] = ids;
+        Ok(ClipTokenizer { tokenizer, start, end, padding, max_length })
+    }
+}
+
+/// Adds a token unless there is one of that text already.
+fn add(tokenizer: &mut Tokenizer, mark: &Mark, special: bool) {
+    if !tokenizer.get_added_vocabulary().get_vocab().contains_key(mark.content()) {
+        tokenizer.add_tokens(&[mark.token(special)]);
+    }
+}
+
+fn ensure_files(folder: &Path) -> Result<()> {
+    let absent = |file: &&'static str| !folder.join(file).exists();
+    let mut missing: Vec<_> = [VOCAB_FILE, MERGES_FILE].into_iter().filter(absent).collect();
+    if folder.join(WHOLE_FILE).exists() {
+        missing.clear();
+    }
+    missing.extend(Some(CONFIG_FILE).filter(absent));
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::NoTokenizer { path: folder.into(), missing })
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path)
+        .map_err(|source| Error::Read { path: path.into(), source: source.into() })
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_str(&read_text(path)?)
+        .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
+}
+
+fn invalid(path: &Path, source: impl Into<BoxedError>) -> Error {
+    Error::InvalidTokenizer { path: path.into(), source: source.into() }
+}
+
+/// A tokenizer in one file, with its limits taken off: they are this module's work.
+fn read_whole(path: &Path) -> Result<Tokenizer> {
+    let mut tokenizer: Tokenizer =
+        read_text(path)?.parse().map_err(|source: BoxedError| invalid(path, source))?;
+    let is_clip = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe)
+        if bpe.end_of_word_suffix.as_deref() == Some(WORD_END));
+    if !is_clip {
+        let reason = format!("it is no byte-pair encoding whose words end with {WORD_END}");
+        return Err(invalid(path, reason));
+    }
+    tokenizer.with_truncation(None).map_err(|source| invalid(path, source))?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The tokenizer that CLIP's class makes of a vocabulary and merges.
+fn from_vocabulary(folder: &Path, unknown: &str) -> Result<Tokenizer> {
+    let (vocab_file, merges_file) = (folder.join(VOCAB_FILE), folder.join(MERGES_FILE));
+    let vocab: BTreeMap<String, u32> = read_json(&vocab_file)?;
+    if !vocab.contains_key(unknown) {
+        return Err(invalid(&vocab_file, format!("it has no token {unknown:?} for unknown text")));
+    }
+    let merges = read_merges(&merges_file)?;
+    let model = BPE::builder()
+        .vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
+        .unk_token(unknown.to_owned())
+        .end_of_word_suffix(WORD_END.to_owned())
+        .build()
+        .map_err(|source| invalid(&merges_file, source))?;
+    let mut tokenizer = Tokenizer::new(model);
+    let parts = || -> Result<_, BoxedError> {
+        let spaces = Replace::new(ReplacePattern::Regex(r"\s+".into()), " ")?;
+        let words = SplitPattern::Regex(WORDS.into());
+        Ok((spaces, Split::new(words, SplitDelimiterBehavior::Removed, true)?))
+    };
+    let (spaces, words) = parts().map_err(|source| invalid(&vocab_file, source))?;
+    tokenizer.with_normalizer(Some(Normalizers::new(vec![
+        NFC.into(),
+        spaces.into(),
+        Lowercase.into(),
+    ])));
+    let bytes = ByteLevel::new(false, true, true);
+    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![words.into(), bytes.into()])));
+    Ok(tokenizer)
+}
+
+/// Two tokens a line, the most frequent pair first.
+fn read_merges(path: &Path) -> Result<Merges> {
+    let text = read_text(path)?;
+    let lines = text.lines().enumerate();
+    let merges = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with("#version"));
+    let merge = |(i, line): (usize, &str)| match line.split_once(' ') {
+        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
+            Ok((left.to_owned(), right.to_owned()))
+        }
+        _ => Err(invalid(path, format!("line {} is {line:?}; expected two tokens", i + 1))),
+    };
+    merges.map(merge).collect()
+}

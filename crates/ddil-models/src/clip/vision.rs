@@ -1,0 +1,223 @@
+//! The vision tower: pictures in, their place in the space of captions out.
+
+use std::path::Path;
+
+use tch::{Kind, TchError, Tensor};
+
+use crate::config::{Config, UnknownKeys};
+use crate::error::{Error, Result, is_float};
+use crate::layers::{Embedding, LayerNorm, Linear, Output};
+use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values};
+
+use super::encoder::{Encoder, Mask};
+use super::files;
+use super::vision_config::ClipVisionConfig;
+
+const FORWARD: &str = "ClipVisionModel::forward";
+
+/// What the vision tower says of a batch of pictures.
+#[derive(Debug)]
+pub struct ClipVisionOutput {
+    /// After all layers, without norm; `[batch, 1 + patches, hidden_size]`.
+    pub last_hidden_state: Tensor,
+    /// The first token of `last_hidden_state`, which stands for the whole picture, after the final norm;
+    /// `[batch, hidden_size]`.
+    pub pooled: Tensor,
+    /// `pooled`, projected, if there is a projection; `[batch, projection_dim]`.
+    pub image_embeds: Option<Tensor>,
+}
+
+/// The vision tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), a transformer over patches; made
+/// by [`ClipVisionConfig::build`] or [`Self::from_folder`].
+///
+/// It is transformers' `CLIPVisionModel`, or `CLIPVisionModelWithProjection` if the settings say so.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipVisionClass, ClipVisionConfig, Placement};
+/// use tch::{Tensor, kind};
+///
+/// let config = ClipVisionConfig {
+///     architectures: [ClipVisionClass::VisionModelWithProjection],
+///     hidden_size: 8,
+///     intermediate_size: 16,
+///     projection_dim: 4,
+///     num_hidden_layers: 2,
+///     num_attention_heads: 2,
+///     image_size: 16,
+///     patch_size: 8,
+///     ..ClipVisionConfig::default()
+/// };
+/// let tower = config.build(Placement::default(), 0)?;
+///
+/// let output = tower.forward(&Tensor::randn([3, 3, 16, 16], kind::FLOAT_CPU))?;
+/// assert_eq!(output.last_hidden_state.size(), [3, 5, 8]);
+/// assert_eq!(output.image_embeds.map(|embeds| embeds.size()), Some(vec![3, 4]));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ClipVisionModel {
+    config: ClipVisionConfig,
+    parameters: Parameters,
+    embeddings: Embeddings,
+    pre_layrnorm: LayerNorm,
+    encoder: Encoder,
+    post_layernorm: LayerNorm,
+    visual_projection: Option<Linear>,
+}
+
+impl ClipVisionModel {
+    pub(super) fn new(config: &ClipVisionConfig, place: Placement, values: Values) -> Result<Self> {
+        config.ensure_valid()?;
+        let (width, eps) = (i64::from(config.hidden_size), config.layer_norm_eps);
+        let mut builder = Builder::new(place, values);
+        let mut root = builder.root();
+        let mut scope = root.at("vision_model");
+        let embeddings = Embeddings::new(scope.at("embeddings"), config)?;
+        // Spelt so in every published file.
+        let pre_layrnorm = LayerNorm::new(scope.at("pre_layrnorm"), width, eps)?;
+        let encoder = Encoder::new(scope.at("encoder"), config.encoder_options())?;
+        let post_layernorm = LayerNorm::new(scope.at("post_layernorm"), width, eps)?;
+        let outputs = config.projection_dim.into();
+        let visual_projection = config
+            .projects()
+            .then(|| Linear::without_bias(root.at("visual_projection"), width, outputs))
+            .transpose()?;
+        let config = config.clone();
+        let parameters = builder.finish();
+        Ok(Self {
+            config,
+            parameters,
+            embeddings,
+            pre_layrnorm,
+            encoder,
+            post_layernorm,
+            visual_projection,
+        })
+    }
+
+    /// Loads a tower from a folder as transformers writes it; see [`ClipTextModel::from_folder`](super::ClipTextModel::from_folder).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn from_folder(
+        folder: impl AsRef<Path>,
+        placement: Placement,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        ClipVisionConfig::from_file(folder.join(files::CONFIG_FILE), unknown_keys)?
+            .build_from(placement, files::weights_in(folder)?)
+    }
+
+    /// Writes the tower to a folder that transformers loads, which is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::save`](crate::weights::save).
+    pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
+        files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
+    }
+
+    /// The settings the tower was built from.
+    pub fn config(&self) -> &ClipVisionConfig {
+        &self.config
+    }
+
+    /// The parameters, under the names they have in files.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// Everything the tower says of pictures.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `pixel_values`: `[batch, num_channels, image_size, image_size]`, floating point, normalised as
+    ///   [`ClipScore::preprocess`](super::ClipScore::preprocess) does; cast to the kind of the parameters
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::InvalidKind`] and [`Error::Torch`].
+    pub fn forward(&self, pixel_values: &Tensor) -> Result<ClipVisionOutput> {
+        self.ensure_pictures(pixel_values)?;
+        let run = || -> std::result::Result<_, TchError> {
+            let tokens = self.embeddings.forward(pixel_values)?;
+            let tokens = self.pre_layrnorm.forward(&tokens)?;
+            let last_hidden_state =
+                self.encoder.forward(tokens, &Mask::All, self.encoder.num_layers(), |_| {})?;
+            let pooled = self.post_layernorm.forward(&last_hidden_state.f_select(1, 0)?)?;
+            let image_embeds =
+                self.visual_projection.as_ref().map(|p| p.forward(&pooled)).transpose()?;
+            Ok(ClipVisionOutput { last_hidden_state, pooled, image_embeds })
+        };
+        run().map_err(Error::torch(FORWARD))
+    }
+
+    fn ensure_pictures(&self, pixel_values: &Tensor) -> Result<()> {
+        let ClipVisionConfig { num_channels, image_size, .. } = self.config;
+        let (op, name, found) = (FORWARD, "pixel_values", pixel_values.size());
+        let [channels, size] = [num_channels, image_size].map(i64::from);
+        if found.len() != 4 || found[1..] != [channels, size, size] {
+            let expected = format!("[batch, {channels}, {size}, {size}]");
+            return Err(Error::InvalidShape { op, name, found, expected });
+        }
+        let kind = pixel_values.kind();
+        if !is_float(kind) {
+            return Err(Error::InvalidKind { op, name, found: kind, expected: "floating point" });
+        }
+        Ok(())
+    }
+}
+
+/// A token for the whole picture and one for each patch, with their places.
+#[derive(Debug)]
+struct Embeddings {
+    class_embedding: Tensor,
+    patch_embedding: Tensor,
+    position_embedding: Embedding,
+    patch_size: i64,
+    kind: Kind,
+}
+
+impl Embeddings {
+    fn new(mut scope: Scope<'_>, config: &ClipVisionConfig) -> Result<Self> {
+        let [width, channels, patch_size, image_size] =
+            [config.hidden_size, config.num_channels, config.patch_size, config.image_size]
+                .map(i64::from);
+        let class_std = config.initializer_factor / (width as f64).sqrt();
+        let std = config.initializer_range * config.initializer_factor;
+        let class_embedding =
+            scope.parameter("class_embedding", &[width], Init::Normal { std: class_std })?;
+        let patch_embedding = scope.at("patch_embedding").parameter(
+            "weight",
+            &[width, channels, patch_size, patch_size],
+            Init::Normal { std },
+        )?;
+        let tokens = 1 + (image_size / patch_size).pow(2);
+        let position_embedding =
+            Embedding::normal(scope.at("position_embedding"), tokens, width, std)?;
+        let kind = class_embedding.kind();
+        Ok(Self { class_embedding, patch_embedding, position_embedding, patch_size, kind })
+    }
+
+    fn forward(&self, pixel_values: &Tensor) -> Output {
+        let stride = [self.patch_size; 2];
+        let patches = pixel_values.f_to_kind(self.kind)?.f_conv2d(
+            &self.patch_embedding,
+            None::<&Tensor>,
+            stride,
+            [0, 0],
+            [1, 1],
+            1,
+        )?;
+        let patches = patches.f_flatten(2, -1)?.f_transpose(1, 2)?;
+        let size = patches.size();
+        let class = self.class_embedding.f_expand([size[0], 1, size[2]], false)?;
+        let tokens = Tensor::f_cat(&[class, patches], 1)?;
+        let positions = Tensor::f_arange(size[1] + 1, (Kind::Int64, tokens.device()))?;
+        tokens.f_add(&self.position_embedding.forward(&positions)?)
+    }
+}
