@@ -1,23 +1,14 @@
 //! Folders of transformers networks: which file holds the weights, and the names found in it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
+use crate::config;
 use crate::error::{Error, Result};
-use crate::weights::{self, write_error, write_whole};
+use crate::weights::{self, WeightFiles};
 
-pub(super) const CONFIG_FILE: &str = "config.json";
-/// Where transformers keeps weights, the first that is there counts. The last two are found to be refused with a reason.
-const WEIGHT_FILES: [&str; 6] = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model.fp16.safetensors",
-    "model.safetensors.index.fp16.json",
-    "pytorch_model.bin",
-    "pytorch_model.fp16.bin",
-];
+pub(super) use crate::config::FILE_NAME as CONFIG_FILE;
 
 /// Constants that older releases saved: the numbers 0, 1, 2 and so on.
 const POSITION_IDS: [&str; 3] = [
@@ -26,11 +17,18 @@ const POSITION_IDS: [&str; 3] = [
     "embeddings.position_ids",
 ];
 
+/// The weights of a folder, of the variant `fp16` where there are no others.
 pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
-    let mut files = WEIGHT_FILES.iter().map(|file| folder.join(file));
-    files
-        .find(|path| path.exists())
-        .ok_or_else(|| Error::NoWeights { path: folder.into(), expected: &WEIGHT_FILES[..4] })
+    let files = WeightFiles::TRANSFORMERS;
+    let half = Some("fp16");
+    match files.find(folder) {
+        Err(Error::NoWeights { others, .. })
+            if others.iter().any(|(_, variant)| variant.as_deref() == half) =>
+        {
+            WeightFiles { variant: half, ..files }.find(folder)
+        }
+        found => found,
+    }
 }
 
 /// Fills `parameters`, which have the names of published files, from a file that has those or shorter ones.
@@ -59,12 +57,7 @@ pub(super) fn load(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<()>
 }
 
 /// Writes weights and settings to a folder, which is made if it is not there.
-pub(super) fn save(folder: &Path, parameters: &[(String, Tensor)], config: &str) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
-    weights::save(parameters, folder.join(WEIGHT_FILES[0]), &std::collections::BTreeMap::new())?;
-    let path = folder.join(CONFIG_FILE);
-    write_whole(&path, |file| {
-        use std::io::Write as _;
-        file.write_all(config.as_bytes()).map_err(|e| write_error(&path, e))
-    })
+pub(super) fn save(folder: &Path, parameters: &[(String, Tensor)], json: &str) -> Result<()> {
+    WeightFiles::TRANSFORMERS.save(parameters, folder)?;
+    config::write(&folder.join(CONFIG_FILE), json)
 }

@@ -64,8 +64,6 @@ fn shard_path(index: &Path, shard: &str) -> Option<PathBuf> {
     let mut components = Path::new(shard).components();
     let plain =
         matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
-    // A trailing separator is no component.
-    let plain = plain && !shard.contains(['/', '\\']);
     (plain && shard.ends_with(".safetensors")).then(|| index.with_file_name(shard))
 }
 
