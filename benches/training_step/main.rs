@@ -15,7 +15,7 @@ mod table;
 mod way;
 
 use clap::Parser;
-use ddil_models::{DownBlockType, Placement, SampleSize, UNet2DConfig, UpBlockType};
+use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
 use ddil_trainer::config::Precision;
 use ddil_trainer::network::Network;
@@ -152,7 +152,7 @@ impl Workload {
         let unet = self.unet.build(placement, 0)?;
         unet.parameters().set_trainable(false);
         let output = PredictionType::VPrediction;
-        Ok(Network::new(unet, output, Self::schedule()?, self.precision))
+        Ok(Network::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
     }
 }
 

@@ -5,7 +5,8 @@ use std::fs;
 
 use ddil_core::Conditioning;
 use ddil_models::{
-    Error, MlpConfig, Model, ModelConfig, Placement, SkipConfig, UnknownKeys, weights,
+    Error, MlpConfig, Model, ModelConfig, Placement, SampleSize, SkipConfig, UNet2DConditionConfig,
+    UNet2DConfig, UnknownKeys, weights,
 };
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -134,4 +135,34 @@ fn write_folders_for_diffusers() -> TestResult {
         )?;
     }
     Ok(())
+}
+
+#[test]
+fn u_nets_have_in_common_what_settings_say_of_them() {
+    let pixels = UNet2DConfig {
+        in_channels: 3,
+        out_channels: 6,
+        sample_size: Some(SampleSize::Square(8)),
+        num_class_embeds: Some(11),
+        ..UNet2DConfig::default()
+    };
+    let latents = UNet2DConditionConfig::sd15();
+    for (config, channels, size, classes) in [
+        (ModelConfig::UNet2D(pixels), [3, 6], Some([8; 2]), Some(11)),
+        (ModelConfig::UNet2DCondition(latents), [4, 4], Some([64; 2]), None),
+    ] {
+        assert_eq!(config.channels(), Some(channels));
+        assert_eq!(config.sample_size(), size);
+        assert_eq!(config.num_class_embeds(), classes);
+        assert_eq!(config.time_cond_proj_dim(), None);
+        let told = config.clone().with_time_cond_proj_dim(16).expect("a U-Net");
+        assert_eq!(told.time_cond_proj_dim(), Some(16));
+        let sized = config.clone().with_sample_size([4, 12]).expect("a U-Net");
+        assert_eq!((sized.sample_size(), sized.class_name()), (Some([4, 12]), config.class_name()));
+    }
+    let mlp = ModelConfig::Mlp(MlpConfig::default());
+    assert_eq!((mlp.channels(), mlp.sample_size(), mlp.time_cond_proj_dim()), (None, None, None));
+    let refused = mlp.clone().with_sample_size([4, 4]).expect_err("no U-Net").to_string();
+    assert!(refused.contains("`_class_name` is Mlp"), "{refused}");
+    assert!(mlp.with_time_cond_proj_dim(16).is_err());
 }

@@ -15,7 +15,7 @@ use crate::torch_script::{TorchScript, TorchScriptConfig};
 use crate::unet::UNet2DModel;
 use crate::unet_condition::UNet2DConditionModel;
 use crate::unet_condition_config::UNet2DConditionConfig;
-use crate::unet_config::UNet2DConfig;
+use crate::unet_config::{SampleSize, UNet2DConfig};
 use crate::weights::{WeightFiles, write_error};
 
 /// The settings of a network; the class stands under `_class_name`, as in diffusers' files.
@@ -93,6 +93,98 @@ impl ModelConfig {
             Self::Mlp(config) => config.to_json(),
             Self::TorchScript(config) => config::to_json(config),
         }
+    }
+
+    /// The class, as it stands under `_class_name`.
+    pub fn class_name(&self) -> &'static str {
+        match self {
+            Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
+            Self::UNet2DCondition(_) => UNet2DConditionConfig::CLASS_NAME,
+            Self::Mlp(_) => MlpConfig::CLASS_NAME,
+            Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
+        }
+    }
+
+    /// Channels of a U-Net's samples, in and out; none for other classes.
+    pub fn channels(&self) -> Option<[u32; 2]> {
+        match self {
+            Self::UNet2D(unet) => Some([unet.in_channels, unet.out_channels]),
+            Self::UNet2DCondition(unet) => Some([unet.in_channels, unet.out_channels]),
+            Self::Mlp(_) | Self::TorchScript(_) => None,
+        }
+    }
+
+    /// Height and width that a U-Net was made for; none where its settings do not say, and for other classes.
+    pub fn sample_size(&self) -> Option<[u32; 2]> {
+        let size = match self {
+            Self::UNet2D(unet) => unet.sample_size,
+            Self::UNet2DCondition(unet) => unet.sample_size,
+            Self::Mlp(_) | Self::TorchScript(_) => None,
+        };
+        size.map(|size| match size {
+            SampleSize::Square(side) => [side; 2],
+            SampleSize::Rectangle(sides) => sides,
+        })
+    }
+
+    /// Entries of the table of classes; none for a network without one.
+    pub fn num_class_embeds(&self) -> Option<u32> {
+        match self {
+            Self::UNet2D(unet) => unet.num_class_embeds,
+            Self::UNet2DCondition(unet) => unet.num_class_embeds,
+            Self::Mlp(mlp) => mlp.num_class_embeds,
+            Self::TorchScript(_) => None,
+        }
+    }
+
+    /// Width of a U-Net's embedding of the guidance weight; none for one that is told no weight, and for other classes.
+    pub fn time_cond_proj_dim(&self) -> Option<u32> {
+        match self {
+            Self::UNet2D(unet) => unet.time_cond_proj_dim,
+            Self::UNet2DCondition(unet) => unet.time_cond_proj_dim,
+            Self::Mlp(_) | Self::TorchScript(_) => None,
+        }
+    }
+
+    /// The same U-Net, told a guidance weight through an embedding of that width.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for other classes.
+    pub fn with_time_cond_proj_dim(self, width: u32) -> Result<Self> {
+        match self {
+            Self::UNet2D(unet) => {
+                Ok(Self::UNet2D(UNet2DConfig { time_cond_proj_dim: Some(width), ..unet }))
+            }
+            Self::UNet2DCondition(unet) => Ok(Self::UNet2DCondition(UNet2DConditionConfig {
+                time_cond_proj_dim: Some(width),
+                ..unet
+            })),
+            Self::Mlp(_) | Self::TorchScript(_) => Err(self.not_a_unet()),
+        }
+    }
+
+    /// The same U-Net for samples of that height and width.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for other classes.
+    pub fn with_sample_size(self, sides: [u32; 2]) -> Result<Self> {
+        let sample_size = Some(SampleSize::Rectangle(sides));
+        match self {
+            Self::UNet2D(unet) => Ok(Self::UNet2D(UNet2DConfig { sample_size, ..unet })),
+            Self::UNet2DCondition(unet) => {
+                Ok(Self::UNet2DCondition(UNet2DConditionConfig { sample_size, ..unet }))
+            }
+            Self::Mlp(_) | Self::TorchScript(_) => Err(self.not_a_unet()),
+        }
+    }
+
+    fn not_a_unet(&self) -> Error {
+        let expected =
+            format!("{} or {}", UNet2DConfig::CLASS_NAME, UNet2DConditionConfig::CLASS_NAME);
+        let problem = ConfigProblem::new("_class_name", self.class_name(), expected);
+        Error::InvalidConfig { what: self.class_name().to_owned(), problems: vec![problem] }
     }
 
     /// Checks the settings and builds a network with fresh parameters.

@@ -2,17 +2,17 @@
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_libtorch::Autocast;
-use ddil_models::{DiscriminatorHead, Matched, Parameters, Placement, UNet2DConfig, UNet2DModel};
+use ddil_models::{DiscriminatorHead, Matched, Model, ModelConfig, Parameters, Placement};
 use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
 use tch::{Kind, Tensor};
 
 use crate::config::Precision;
 use crate::error::Result;
 
-/// A UNet with what it was trained to output, on which schedule, and in what precision it computes.
+/// A U-Net with what it was trained to output, on which schedule, and in what precision it computes.
 #[derive(Debug)]
 pub struct Network {
-    unet: UNet2DModel,
+    model: Model,
     prediction_type: PredictionType,
     schedule: NoiseSchedule,
     autocast: Option<Kind>,
@@ -21,12 +21,12 @@ pub struct Network {
 impl Network {
     /// Puts the parts together.
     pub fn new(
-        unet: UNet2DModel,
+        model: Model,
         prediction_type: PredictionType,
         schedule: NoiseSchedule,
         precision: Precision,
     ) -> Self {
-        Self { unet, prediction_type, schedule, autocast: precision.autocast() }
+        Self { model, prediction_type, schedule, autocast: precision.autocast() }
     }
 
     /// A network of the same form and values with parameters of its own.
@@ -35,16 +35,11 @@ impl Network {
     ///
     /// What libtorch refuses, such as memory.
     pub fn duplicate(&self, trainable: bool) -> Result<Self> {
-        let unet = self.unet.config().build(self.placement(), 0)?;
-        unet.parameters().copy_from(self.unet.parameters())?;
-        unet.parameters().set_trainable(trainable);
-        unet.set_training(trainable);
-        Ok(Self {
-            unet,
-            prediction_type: self.prediction_type,
-            schedule: self.schedule.clone(),
-            autocast: self.autocast,
-        })
+        let model = self.model.config().build(self.placement(), 0)?;
+        model.parameters().copy_from(self.parameters())?;
+        model.parameters().set_trainable(trainable);
+        model.set_training(trainable)?;
+        Ok(self.with_model(model))
     }
 
     /// A network of another form that starts from those of these weights that match it.
@@ -52,13 +47,16 @@ impl Network {
     /// # Errors
     ///
     /// [`Error::Models`](crate::Error::Models) for a form that cannot be.
-    pub fn derive(&self, config: &UNet2DConfig, seed: u64) -> Result<(Self, Matched)> {
-        let unet = config.build(self.placement(), seed)?;
-        let matched = unet.parameters().copy_matching(self.unet.parameters())?;
-        unet.set_training(true);
-        let autocast = self.autocast;
-        let (prediction_type, schedule) = (self.prediction_type, self.schedule.clone());
-        Ok((Self { unet, prediction_type, schedule, autocast }, matched))
+    pub fn derive(&self, config: &ModelConfig, seed: u64) -> Result<(Self, Matched)> {
+        let model = config.build(self.placement(), seed)?;
+        let matched = model.parameters().copy_matching(self.parameters())?;
+        model.set_training(true)?;
+        Ok((self.with_model(model), matched))
+    }
+
+    fn with_model(&self, model: Model) -> Self {
+        let schedule = self.schedule.clone();
+        Self { model, prediction_type: self.prediction_type, schedule, autocast: self.autocast }
     }
 
     /// What a head says of the features of the network's bottleneck, `[batch]`, `Float`.
@@ -73,25 +71,25 @@ impl Network {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        self.pass(x_t, timesteps, conditioning, |unet, time, labels, weight| {
-            let features = unet.features(x_t, time, labels, weight)?.to_kind(Kind::Float);
+        self.pass(x_t, timesteps, |model, time| {
+            let features = model.features(x_t, time, conditioning)?.to_kind(Kind::Float);
             head.forward(&features)
         })
     }
 
-    /// The settings of the UNet.
-    pub fn config(&self) -> &UNet2DConfig {
-        self.unet.config()
+    /// The settings of the U-Net.
+    pub fn config(&self) -> ModelConfig {
+        self.model.config()
     }
 
     /// The parameters.
     pub fn parameters(&self) -> &Parameters {
-        self.unet.parameters()
+        self.model.parameters()
     }
 
     /// Where the parameters are.
     pub fn placement(&self) -> Placement {
-        self.unet.parameters().placement()
+        self.model.parameters().placement()
     }
 
     /// What the network was trained to output.
@@ -101,7 +99,7 @@ impl Network {
 
     /// Whether the network takes class labels.
     pub fn is_class_conditional(&self) -> bool {
-        self.unet.config().num_class_embeds.is_some()
+        self.model.config().num_class_embeds().is_some()
     }
 
     /// The raw output, `Float`, in the shape of `x_t`.
@@ -115,31 +113,21 @@ impl Network {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        self.pass(x_t, timesteps, conditioning, |unet, time, labels, weight| {
-            unet.forward(x_t, time, labels, weight)
-        })
+        self.pass(x_t, timesteps, |model, time| model.forward(x_t, time, conditioning))
     }
 
-    /// One pass in the precision of the network, with the time, the labels and the weights as the UNet takes them.
+    /// One pass in the precision of the network, told the time as it knows it.
     fn pass(
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
-        conditioning: &Conditioning,
-        ask: impl FnOnce(
-            &UNet2DModel,
-            &Tensor,
-            Option<&Tensor>,
-            Option<&Tensor>,
-        ) -> ddil_models::Result<Tensor>,
+        ask: impl FnOnce(&Model, &Tensor) -> ddil_models::Result<Tensor>,
     ) -> Result<Tensor> {
         let time = self.schedule.time_inputs_at(timesteps)?;
-        let labels = conditioning.class_labels.as_ref();
-        let weight = conditioning.guidance_weight.as_ref();
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        Ok(ask(&self.unet, &time, labels, weight)?.to_kind(Kind::Float))
+        Ok(ask(&self.model, &time)?.to_kind(Kind::Float))
     }
 }
 
@@ -152,7 +140,7 @@ impl Denoiser for Network {
     ) -> ddil_core::Result<Prediction> {
         let output = self
             .output(x_t, timesteps, conditioning)
-            .map_err(|error| ddil_core::Error::network("UNet2DModel", error))?;
+            .map_err(|error| ddil_core::Error::network(self.model.class_name(), error))?;
         Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)
     }
 

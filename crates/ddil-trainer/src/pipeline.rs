@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_core::{Conditioning, Denoiser, Priors};
-use ddil_models::{Placement, SampleSize, UNet2DConfig, UnknownKeys, weights};
+use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, weights};
 use ddil_schedulers::{CommonConfig, LcmConfig, SchedulerConfig, Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -136,16 +136,21 @@ impl Pipeline {
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         let path = Self::find(path)?;
         let scheduler = SchedulerConfig::read(path.join(SCHEDULER))?;
-        let config =
-            UNet2DConfig::from_file(path.join(UNET).join("config.json"), UnknownKeys::Refuse)?;
-        let unet = config.build_from(placement, path.join(WEIGHTS))?;
+        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
+        if unet.config().channels().is_none() {
+            return Err(Error::InvalidConfig {
+                field: path.join(UNET).join("config.json").display().to_string(),
+                value: unet.class_name().to_owned(),
+                expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
+            });
+        }
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(CARD) {
             card if card.is_file() => read_json(&card)?,
             // A folder that diffusers wrote: classes, if any, without a null class.
-            _ => Card { image_shape: image_shape(network.config()), ..Card::default() },
+            _ => Card { image_shape: image_shape(&network.config()), ..Card::default() },
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
@@ -263,11 +268,8 @@ impl Scheduler {
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.
-fn image_shape(config: &UNet2DConfig) -> [i64; 3] {
-    let [height, width] = match config.sample_size {
-        Some(SampleSize::Square(side)) => [side; 2],
-        Some(SampleSize::Rectangle(sides)) => sides,
-        None => [0; 2],
-    };
-    [config.in_channels, height, width].map(i64::from)
+fn image_shape(config: &ModelConfig) -> [i64; 3] {
+    let [channels, _] = config.channels().unwrap_or_default();
+    let [height, width] = config.sample_size().unwrap_or_default();
+    [channels, height, width].map(i64::from)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_losses::Phase;
-use ddil_models::{Placement, SampleSize, UNet2DModel};
+use ddil_models::{Model, Placement, SampleSize};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -56,10 +56,10 @@ impl TrainTask {
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let network = |trainable: bool| -> Result<Network> {
-            let unet: UNet2DModel = config.model.build(placement, config.run.seed)?;
+            let unet = config.model.build(placement, config.run.seed)?;
             unet.parameters().set_trainable(trainable);
             unet.set_training(trainable);
-            let precision = config.run.precision;
+            let (precision, unet) = (config.run.precision, Model::UNet2D(unet));
             Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };
         let (network, averaged) = (network(true)?, network(false)?);

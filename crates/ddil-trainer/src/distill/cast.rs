@@ -3,7 +3,7 @@
 use ddil_core::{Conditioning, Discriminator};
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Phase, Requirements};
-use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, SampleSize, UNet2DConfig};
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig};
 use tch::Tensor;
 
 use crate::config::DistillConfig;
@@ -147,13 +147,10 @@ impl CriticNetworks {
         let fake_score = teacher.duplicate(true)?;
         let [_, height, width] = image_shape;
         let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
-        let unet = UNet2DConfig {
-            sample_size: Some(SampleSize::Rectangle(sides)),
-            ..teacher.config().clone()
-        };
+        let unet = teacher.config().with_sample_size(sides)?;
         let head = requirements
             .discriminator
-            .then(|| DiscriminatorHeadConfig::for_unet(&unet)?.build(teacher.placement(), seed));
+            .then(|| DiscriminatorHeadConfig::for_model(&unet)?.build(teacher.placement(), seed));
         Ok(Self { fake_score, head: head.transpose()? })
     }
 
@@ -186,11 +183,12 @@ impl Discriminator for Judge<'_> {
 
 /// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.
 fn student(config: &DistillConfig, teacher: &Network) -> Result<Network> {
-    let mut model = config.student.model.clone().unwrap_or_else(|| teacher.config().clone());
+    let own = config.student.model.clone().map(ModelConfig::UNet2D);
+    let mut model = own.unwrap_or_else(|| teacher.config());
     if config.teacher.guidance.is_told_to_student() {
-        model.time_cond_proj_dim = Some(config.student.time_cond_proj_dim);
+        model = model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?;
     }
-    if model == *teacher.config() {
+    if model == teacher.config() {
         return teacher.duplicate(true);
     }
     let (student, report) = teacher.derive(&model, config.run.seed)?;

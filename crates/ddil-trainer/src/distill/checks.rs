@@ -4,7 +4,7 @@ use ddil_losses::{
     LatentConsistencyConfig, ObjectiveConfig, Requirements, Solver, TeacherGuidance,
 };
 
-use ddil_models::UNet2DConfig;
+use ddil_models::{ModelConfig, UNet2DConfig};
 
 use crate::config::{CriticSection, DistillConfig};
 use crate::data::TrainingData;
@@ -31,7 +31,17 @@ pub(super) fn ensure_fits(
     }
     ensure_guidance(config, requirements, teacher)?;
     if let Some(model) = &config.student.model {
-        ensure_student(model, teacher.network.config())?;
+        match teacher.network.config() {
+            ModelConfig::UNet2D(taught) => ensure_student(model, &taught)?,
+            other => {
+                let expected = "left out: it is a UNet2DModel, and the teacher is not".to_owned();
+                return invalid(
+                    "student.model",
+                    format!("set beside a {}", other.class_name()),
+                    expected,
+                );
+            }
+        }
     }
     if config.critic != CriticSection::default() && !requirements.critic {
         let expected = format!("left out: {} trains no critic", config.objective.as_str());
@@ -53,7 +63,7 @@ fn ensure_guidance(
 ) -> Result<()> {
     const FIELD: &str = "teacher.guidance";
     let guidance = config.teacher.guidance;
-    let is_told = teacher.network.config().time_cond_proj_dim.is_some();
+    let is_told = teacher.network.config().time_cond_proj_dim().is_some();
     let has_null = teacher.card.null_class.is_some();
     match guidance {
         TeacherGuidance::Embedded { .. } if !is_told => {
@@ -116,7 +126,7 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
 /// Labels of the data must be those that the teacher learned.
 fn ensure_classes(teacher: &Pipeline, data: &TrainingData) -> Result<()> {
     let (Some(embeds), Some(found)) =
-        (teacher.network.config().num_class_embeds.map(i64::from), data.null_class())
+        (teacher.network.config().num_class_embeds().map(i64::from), data.null_class())
     else {
         return Ok(());
     };
