@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ddil_models::{DownBlockType, Placement, UNet2DConfig, UpBlockType};
+use ddil_models::{DownBlockType, Model, Placement, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::config::Precision;
 use ddil_trainer::network::Network;
@@ -126,7 +126,12 @@ impl Workshop {
         };
         let unet = config.build(Placement::default(), 5).expect("the config is valid");
         let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
-        let network = Network::new(unet, PredictionType::VPrediction, schedule, Precision::Float32);
+        let network = Network::new(
+            Model::UNet2D(unet),
+            PredictionType::VPrediction,
+            schedule,
+            Precision::Float32,
+        );
         let card = Card {
             method: "teacher".to_owned(),
             class_names: ["class0", "class1", "class2"].map(str::to_owned).to_vec(),
