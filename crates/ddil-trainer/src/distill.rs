@@ -28,7 +28,7 @@ use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline, Scheduler};
+use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
 use crate::sampler::SamplerKind;
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
@@ -42,6 +42,8 @@ pub struct DistillTask {
     data: TrainingData,
     streams: RandomStreams,
     card: Card,
+    /// What stands around the teacher, and will around the student.
+    frame: Frame,
     cast: Cast,
     stage: Stage,
     meters: Meters,
@@ -84,13 +86,23 @@ impl DistillTask {
         ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
-        let Pipeline { network: teacher, card, .. } = teacher;
+        let Pipeline { network: teacher, card, frame, .. } = teacher;
         let cast = Cast::new(config, stage.objective.requirements(), teacher, card.image_shape)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
         let meters = Meters::new(&schedule, &config.objective);
-        let task =
-            Self { config, schedule, data, streams, card, cast, stage, meters, pending: None };
+        let task = Self {
+            config,
+            schedule,
+            data,
+            streams,
+            card,
+            frame,
+            cast,
+            stage,
+            meters,
+            pending: None,
+        };
         task.scheduler()?;
         Ok(task)
     }
@@ -403,7 +415,8 @@ impl Task for DistillTask {
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
         let Spent { updates, seconds } = spent;
         let card = Card { updates, seconds, ..self.student_card() };
-        Pipeline::write(folder, self.cast.averaged(average)?, &self.scheduler()?, &card)
+        let student = self.cast.averaged(average)?;
+        Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.frame))
     }
 }
 

@@ -185,6 +185,7 @@ impl Task for TrainTask {
             &self.averaged,
             &scheduler(&self.averaged)?,
             &Card { updates, seconds, ..self.card() },
+            None,
         )
     }
 }

@@ -75,7 +75,7 @@ fn model(path: &Path) -> anyhow::Result<Value> {
     let parameters = pipeline.network.parameters();
     Ok(json!({
         "kind": "model",
-        "folder": pipeline.path.display().to_string(),
+        "folder": pipeline.frame.path().display().to_string(),
         "card": pipeline.card,
         "parameters": parameters.num_values(),
         "prediction_type": pipeline.network.prediction_type(),

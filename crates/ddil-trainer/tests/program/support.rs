@@ -143,7 +143,8 @@ impl Workshop {
         let sampler = SamplerKind::Ddim { eta: 0.0 };
         let scheduler = Scheduler::new(&network, sampler, &Thresholding::clamp_pixels(), None)
             .expect("diffusers knows it");
-        Pipeline::write(&folder, &network, &scheduler, &card).expect("the folder is writable");
+        Pipeline::write(&folder, &network, &scheduler, &card, None)
+            .expect("the folder is writable");
         folder
     }
 

@@ -1,0 +1,99 @@
+//! What stands around the network in a model folder, and its copy in another.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ddil_models::{ModelConfig, Placement};
+use ddil_schedulers::SchedulerConfig;
+
+use super::index::{Index, PipelineClass};
+use super::text_to_image::TextToImage;
+use crate::error::{Error, Result};
+
+/// A model folder without its network and scheduler: for a text-to-image model the text encoders with their tokenizers and
+/// the autoencoder, for one of pixels nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frame {
+    path: PathBuf,
+    index: Index,
+}
+
+/// What a folder has of its own.
+const OWN: [&str; 2] = ["unet", "scheduler"];
+
+impl Frame {
+    /// Looks at the index of a folder.
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        Ok(Self { path: folder.to_owned(), index: Index::read(folder)? })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The class of the pipeline.
+    pub fn class(&self) -> PipelineClass {
+        self.index.class
+    }
+
+    /// Loads the parts of a text-to-image model.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a model of pixels, and for one that lacks a part; what a part refuses.
+    pub fn text_to_image(&self, placement: Placement) -> Result<TextToImage> {
+        TextToImage::read(&self.path, &self.index, placement)
+    }
+
+    /// Copies the parts around a network and writes the index.
+    pub(super) fn write(
+        folder: &Path,
+        network: &ModelConfig,
+        scheduler: &SchedulerConfig,
+        around: Option<&Self>,
+    ) -> Result<()> {
+        let class = match scheduler {
+            SchedulerConfig::Ddim(_) => PipelineClass::Ddim,
+            SchedulerConfig::Lcm(_) => PipelineClass::Ddpm,
+        };
+        let own = Index::of_pixels(class, network.class_name(), scheduler.class());
+        let index = match around {
+            Some(around) if around.class().is_text_to_image() => {
+                around.copy_parts(folder)?;
+                let mut index = around.index.clone();
+                index.parts.extend(own.parts);
+                if network.time_cond_proj_dim().is_some() {
+                    index.tell_guidance();
+                }
+                index
+            }
+            _ => own,
+        };
+        index.write(folder)
+    }
+
+    fn copy_parts(&self, folder: &Path) -> Result<()> {
+        let others = self.index.parts.iter().filter(|(name, _)| !OWN.contains(&name.as_str()));
+        for (name, _) in others.filter(|(_, part)| part.is_some()) {
+            copy_folder(&self.path.join(name), &folder.join(name))?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies a folder, file by file; a file that is there already is replaced.
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(Error::io("create", to))?;
+    for entry in fs::read_dir(from).map_err(Error::io("list", from))? {
+        let (source, target) = entry
+            .map(|entry| (entry.path(), to.join(entry.file_name())))
+            .map_err(Error::io("list", from))?;
+        if source.is_dir() {
+            copy_folder(&source, &target)?;
+        } else {
+            fs::copy(&source, &target).map_err(Error::io("copy", &source))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,200 @@
+//! `model_index.json`: the class of a pipeline and the parts of its folder.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::files::{read_json, write_json};
+
+/// The file's name.
+pub(super) const FILE_NAME: &str = "model_index.json";
+
+/// The diffusers release whose layout is written.
+const DIFFUSERS_VERSION: &str = "0.42.1";
+
+/// A pipeline of diffusers that this program reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PipelineClass {
+    /// A U-Net for pixels, sampled with DDIM.
+    Ddim,
+    /// The same with any scheduler.
+    Ddpm,
+    /// Text to image with one text encoder.
+    StableDiffusion,
+    /// Text to image with two text encoders, told sizes and crops.
+    StableDiffusionXl,
+    /// Text to image in a few steps, with a U-Net that is told its guidance.
+    LatentConsistency,
+}
+
+impl PipelineClass {
+    const ALL: [Self; 5] = [
+        Self::Ddim,
+        Self::Ddpm,
+        Self::StableDiffusion,
+        Self::StableDiffusionXl,
+        Self::LatentConsistency,
+    ];
+
+    /// The name of the class.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ddim => "DDIMPipeline",
+            Self::Ddpm => "DDPMPipeline",
+            Self::StableDiffusion => "StableDiffusionPipeline",
+            Self::StableDiffusionXl => "StableDiffusionXLPipeline",
+            Self::LatentConsistency => "LatentConsistencyModelPipeline",
+        }
+    }
+
+    /// Whether prompts are turned into pictures.
+    pub fn is_text_to_image(self) -> bool {
+        !matches!(self, Self::Ddim | Self::Ddpm)
+    }
+}
+
+/// A library and a class of it, as a part of a pipeline has them.
+pub(super) type Class = [String; 2];
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Index {
+    pub(super) class: PipelineClass,
+    /// The folders of the parts; a part that a pipeline can do without and does is none.
+    pub(super) parts: BTreeMap<String, Option<Class>>,
+    /// Whatever else stands there, such as `force_zeros_for_empty_prompt`.
+    pub(super) settings: BTreeMap<String, Value>,
+}
+
+impl Index {
+    /// A pipeline of a U-Net and a scheduler.
+    pub(super) fn of_pixels(class: PipelineClass, unet: &str, scheduler: &str) -> Self {
+        let part = |class: &str| Some(["diffusers".to_owned(), class.to_owned()]);
+        let parts = [("unet", part(unet)), ("scheduler", part(scheduler))];
+        let parts = parts.into_iter().map(|(name, part)| (name.to_owned(), part)).collect();
+        Self { class, parts, settings: BTreeMap::new() }
+    }
+
+    /// The index of a folder.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`], [`Error::Json`]; [`Error::InvalidConfig`] for a pipeline that this program does not know.
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(FILE_NAME);
+        let object: Map<String, Value> = read_json(&path)?;
+        let named = object.get("_class_name").cloned().unwrap_or_default();
+        let class = PipelineClass::ALL.into_iter().find(|class| named == class.as_str());
+        let Some(class) = class else {
+            let known = PipelineClass::ALL.map(PipelineClass::as_str).join(", ");
+            return Err(Error::InvalidConfig {
+                field: format!("_class_name in {}", path.display()),
+                value: named.to_string(),
+                expected: format!("one of {known}"),
+            });
+        };
+        let mut index = Self { class, parts: BTreeMap::new(), settings: BTreeMap::new() };
+        for (key, value) in object.into_iter().filter(|(key, _)| !key.starts_with('_')) {
+            match part(&value) {
+                Some(part) => drop(index.parts.insert(key, part)),
+                None => drop(index.settings.insert(key, value)),
+            }
+        }
+        Ok(index)
+    }
+
+    /// For a network that is told its guidance: the plain pipeline of Stable Diffusion cannot tell it, that of XL can.
+    pub(super) fn tell_guidance(&mut self) {
+        if self.class == PipelineClass::StableDiffusion {
+            self.class = PipelineClass::LatentConsistency;
+        }
+    }
+
+    /// Whether the pipeline has a part of that name.
+    pub(super) fn has(&self, part: &str) -> bool {
+        self.parts.get(part).is_some_and(Option::is_some)
+    }
+
+    /// Whether a setting of that name is on.
+    pub(super) fn is_on(&self, setting: &str) -> bool {
+        self.settings.get(setting) == Some(&Value::Bool(true))
+    }
+
+    /// Writes the index of a folder, whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let mut object = Map::new();
+        object.insert("_class_name".to_owned(), self.class.as_str().into());
+        object.insert("_diffusers_version".to_owned(), DIFFUSERS_VERSION.into());
+        for (name, part) in &self.parts {
+            let part = match part {
+                Some([library, class]) => json!([library, class]),
+                None => json!([null, null]),
+            };
+            object.insert(name.clone(), part);
+        }
+        object.extend(self.settings.clone());
+        write_json(&folder.join(FILE_NAME), &object)
+    }
+}
+
+/// A part as it stands in the file: two names, or twice nothing.
+fn part(value: &Value) -> Option<Option<Class>> {
+    match value.as_array()?.as_slice() {
+        [Value::String(library), Value::String(class)] => {
+            Some(Some([library.clone(), class.clone()]))
+        }
+        [Value::Null, Value::Null] => Some(None),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STABLE_DIFFUSION: &str = r#"{
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.6.0",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": true,
+        "safety_checker": [null, null],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"]
+    }"#;
+
+    #[test]
+    fn what_is_read_is_written_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(FILE_NAME), STABLE_DIFFUSION).expect("written");
+        let index = Index::read(folder.path()).expect("a pipeline");
+        assert_eq!(index.class, PipelineClass::StableDiffusion);
+        assert!(index.class.is_text_to_image());
+        assert!(index.has("text_encoder") && !index.has("safety_checker") && !index.has("other"));
+        assert!(index.is_on("requires_safety_checker") && !index.is_on("vae"));
+        index.write(folder.path()).expect("written");
+        assert_eq!(Index::read(folder.path()).expect("a pipeline"), index);
+        let written: Map<String, Value> =
+            read_json(&folder.path().join(FILE_NAME)).expect("an object");
+        assert_eq!(written["safety_checker"], json!([null, null]));
+        assert_eq!(written["unet"], json!(["diffusers", "UNet2DConditionModel"]));
+    }
+
+    #[test]
+    fn other_pipelines_are_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(FILE_NAME), r#"{"_class_name": "FluxPipeline"}"#)
+            .expect("written");
+        let refused = Index::read(folder.path()).expect_err("another pipeline").to_string();
+        assert!(refused.contains("FluxPipeline"), "{refused}");
+        assert!(refused.contains("StableDiffusionXLPipeline"), "{refused}");
+    }
+}

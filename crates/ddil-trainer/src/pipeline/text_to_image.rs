@@ -1,0 +1,250 @@
+//! What stands around the U-Net of a text-to-image model: prompts on one side, pictures on the other.
+
+use std::path::Path;
+
+use ddil_core::Conditioning;
+use ddil_libtorch::Generator;
+use ddil_models::{
+    AutoencoderKL, ClipTextModel, ClipTokenizer, HiddenState, Placement, TokenizedPrompts,
+    UnknownKeys,
+};
+use tch::{Kind, Tensor};
+
+use super::index::{Index, PipelineClass};
+use crate::error::{Error, Result};
+
+/// The frozen parts of a text-to-image model: tokenizers, text encoders, autoencoder.
+///
+/// They are needed while data are encoded and while pictures are drawn, not while a student is trained.
+#[derive(Debug)]
+pub struct TextToImage {
+    /// One, or two for Stable Diffusion XL.
+    encoders: Vec<TextEncoder>,
+    vae: AutoencoderKL,
+    family: Family,
+}
+
+#[derive(Debug)]
+struct TextEncoder {
+    tokenizer: ClipTokenizer,
+    model: ClipTextModel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    StableDiffusion,
+    StableDiffusionXl {
+        /// Whether the prompt of classifier-free guidance is zeros, and not what the encoders say of an empty text.
+        zeros_for_empty_prompt: bool,
+    },
+}
+
+/// Prompts as a network is told them.
+#[derive(Debug)]
+pub struct EncodedPrompts {
+    /// What the network is told, a row a prompt; without sizes, which depend on the picture.
+    pub conditioning: Conditioning,
+    /// What was cut off each prompt that is longer than the encoders take.
+    pub truncated: Vec<Option<String>>,
+}
+
+impl TextToImage {
+    /// Reads the parts of a pipeline's folder.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a pipeline without text, or one that lacks a part; what a part refuses.
+    pub(super) fn read(folder: &Path, index: &Index, placement: Placement) -> Result<Self> {
+        let (names, family): (&[_], _) = match index.class {
+            PipelineClass::StableDiffusion | PipelineClass::LatentConsistency => {
+                (&[("tokenizer", "text_encoder")], Family::StableDiffusion)
+            }
+            PipelineClass::StableDiffusionXl => {
+                let zeros_for_empty_prompt = index.is_on("force_zeros_for_empty_prompt");
+                let names = &[("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")];
+                (names, Family::StableDiffusionXl { zeros_for_empty_prompt })
+            }
+            PipelineClass::Ddim | PipelineClass::Ddpm => {
+                return Err(refuse(folder, index.class.as_str(), "a text-to-image pipeline"));
+            }
+        };
+        let needed = names.iter().flat_map(|(tokenizer, encoder)| [*tokenizer, *encoder]);
+        let missing: Vec<&str> = needed.chain(["vae"]).filter(|name| !index.has(name)).collect();
+        if !missing.is_empty() {
+            let expected = format!("a pipeline with {}", missing.join(", "));
+            return Err(refuse(folder, "without them", &expected));
+        }
+        let encoders = names.iter().map(|(tokenizer, encoder)| {
+            let (tokenizer, model) = (folder.join(tokenizer), folder.join(encoder));
+            TextEncoder::read(&tokenizer, &model, placement)
+        });
+        let vae =
+            AutoencoderKL::from_folder(folder.join("vae"), placement, UnknownKeys::Refuse, None)?;
+        vae.parameters().set_trainable(false);
+        Ok(Self { encoders: encoders.collect::<Result<_>>()?, vae, family })
+    }
+
+    /// What the network is told of prompts.
+    ///
+    /// Stable Diffusion is told the last hidden state of its encoder; XL the last but one of both, side by side, and
+    /// the second encoder's projection of the whole prompt as `text_embeds`.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: `encoder_hidden_states` `[prompts, tokens, width]`, for XL `text_embeds` `[prompts, width]`; `Float`
+    ///
+    /// # Errors
+    ///
+    /// What tokenizers and encoders refuse.
+    pub fn encode(&self, prompts: &[&str]) -> Result<EncodedPrompts> {
+        let _no_grad = tch::no_grad_guard();
+        let mut truncated: Vec<Option<String>> = vec![None; prompts.len()];
+        let mut states = Vec::with_capacity(self.encoders.len());
+        let mut text_embeds = None;
+        for (i, encoder) in self.encoders.iter().enumerate() {
+            let tokens = encoder.tokenizer.encode(prompts)?;
+            let TokenizedPrompts { input_ids, truncated: cut, .. } = tokens;
+            for (kept, cut) in truncated.iter_mut().zip(cut) {
+                // The part that no encoder reads is the shortest one.
+                *kept = shorter(kept.take(), cut, i == 0);
+            }
+            let ids = input_ids.to_device(encoder.model.parameters().placement().device);
+            let state = match self.family {
+                Family::StableDiffusion => {
+                    encoder.model.hidden_state(&ids, None, HiddenState::stable_diffusion(0))?
+                }
+                Family::StableDiffusionXl { .. } => {
+                    let which = HiddenState::stable_diffusion_xl(0);
+                    if i + 1 < self.encoders.len() {
+                        encoder.model.hidden_state(&ids, None, which)?
+                    } else {
+                        let (state, whole) =
+                            encoder.model.hidden_state_and_text_embeds(&ids, None, which)?;
+                        text_embeds = Some(whole.to_kind(Kind::Float));
+                        state
+                    }
+                }
+            };
+            states.push(state.to_kind(Kind::Float));
+        }
+        let states = Tensor::f_cat(&states, -1).map_err(Error::torch("TextToImage::encode"))?;
+        let conditioning = Conditioning {
+            encoder_hidden_states: Some(states),
+            text_embeds,
+            ..Conditioning::none()
+        };
+        Ok(EncodedPrompts { conditioning, truncated })
+    }
+
+    /// What the network is told for "no prompt" by classifier-free guidance, one row: an empty text, or zeros where the
+    /// pipeline says so, as Stable Diffusion XL's does.
+    ///
+    /// # Errors
+    ///
+    /// As [`encode`](Self::encode).
+    pub fn empty(&self) -> Result<Conditioning> {
+        let EncodedPrompts { conditioning, .. } = self.encode(&[""])?;
+        if self.family != (Family::StableDiffusionXl { zeros_for_empty_prompt: true }) {
+            return Ok(conditioning);
+        }
+        let zeros = |part: &Option<Tensor>| part.as_ref().map(Tensor::zeros_like);
+        Ok(Conditioning {
+            encoder_hidden_states: zeros(&conditioning.encoder_hidden_states),
+            text_embeds: zeros(&conditioning.text_embeds),
+            ..Conditioning::none()
+        })
+    }
+
+    /// What a network that is told sizes is told of a picture of that height and width, neither scaled nor cropped,
+    /// `[batch, 6]`; none for one that is told no sizes.
+    pub fn time_ids(&self, [height, width]: [i64; 2], batch: i64) -> Option<Tensor> {
+        match self.family {
+            Family::StableDiffusion => None,
+            Family::StableDiffusionXl { .. } => {
+                let [height, width] = [height, width].map(|side| side as f32);
+                let row = Tensor::from_slice(&[height, width, 0.0, 0.0, height, width]);
+                let device = self.vae.parameters().placement().device;
+                Some(row.to_device(device).repeat([batch, 1]))
+            }
+        }
+    }
+
+    /// Pixels of a picture to a latent, in each direction.
+    pub fn pixels_per_latent(&self) -> i64 {
+        1 << (self.vae.config().block_out_channels.len() - 1)
+    }
+
+    /// Channels, height and width of the latents of pictures of that height and width.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for sides that are no multiples of [`pixels_per_latent`](Self::pixels_per_latent).
+    pub fn latent_shape(&self, [height, width]: [i64; 2]) -> Result<[i64; 3]> {
+        let factor = self.pixels_per_latent();
+        if [height, width].iter().any(|side| *side <= 0 || side % factor != 0) {
+            return Err(Error::InvalidConfig {
+                field: "height, width".to_owned(),
+                value: format!("{height}, {width}"),
+                expected: format!("positive multiples of {factor}"),
+            });
+        }
+        let channels = i64::from(self.vae.config().latent_channels);
+        Ok([channels, height / factor, width / factor])
+    }
+
+    /// Latents of pictures, drawn from what the autoencoder says of them, as the U-Net knows them.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[batch, channels, height, width]` in `[-1, 1]`
+    /// - returns: `[batch, latent_channels, height / factor, width / factor]`, scaled
+    ///
+    /// # Errors
+    ///
+    /// What the autoencoder refuses.
+    pub fn encode_images(&self, images: &Tensor, generator: &mut Generator) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        Ok(self.vae.encode_scaled(images, generator)?)
+    }
+
+    /// Pictures of latents.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `latents`: as [`encode_images`](Self::encode_images) returns them
+    /// - returns: `[batch, channels, height, width]`, about `[-1, 1]`
+    ///
+    /// # Errors
+    ///
+    /// What the autoencoder refuses.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        Ok(self.vae.decode_scaled(latents)?)
+    }
+}
+
+impl TextEncoder {
+    fn read(tokenizer: &Path, model: &Path, placement: Placement) -> Result<Self> {
+        let tokenizer = ClipTokenizer::from_folder(tokenizer)?;
+        let model = ClipTextModel::from_folder(model, placement, UnknownKeys::Refuse)?;
+        model.parameters().set_trainable(false);
+        Ok(Self { tokenizer, model })
+    }
+}
+
+/// The shorter of two cut-off parts; nothing is shortest.
+fn shorter(kept: Option<String>, cut: Option<String>, is_first: bool) -> Option<String> {
+    match (kept, cut) {
+        (None, cut) if is_first => cut,
+        (Some(kept), Some(cut)) => Some(if cut.len() < kept.len() { cut } else { kept }),
+        _ => None,
+    }
+}
+
+fn refuse(folder: &Path, value: &str, expected: &str) -> Error {
+    Error::InvalidConfig {
+        field: folder.display().to_string(),
+        value: value.to_owned(),
+        expected: expected.to_owned(),
+    }
+}
