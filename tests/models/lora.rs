@@ -5,8 +5,8 @@ use std::path::Path;
 
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    Error, Lora, LoraConfig, LoraFormat, MlpConfig, Placement, UNet2DConditionModel,
-    WeightProblems, weights,
+    Error, Lora, LoraConfig, LoraFormat, MlpConfig, Placement, UNet2DConditionModel, UNet2DConfig,
+    UnknownKeys, WeightProblems, weights,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -381,6 +381,11 @@ fn what_does_not_fit_is_refused_by_name() -> TestResult {
     })?;
     assert_eq!(problems(result).wrong_kind, [(down, "Int64".to_owned(), Kind::Float)]);
 
+    let (_, result) = changed(folder.path(), |tensors| {
+        tensors.insert(format!("unet.{layer}.alpha"), Tensor::from(f64::NAN));
+    })?;
+    assert!(matches!(result, Err(Error::InvalidArgument { name: "alpha", .. })));
+
     let text = "text_encoder.a.lora_A.weight";
     let (_, result) = changed(folder.path(), |tensors| {
         *tensors = BTreeMap::from([(text.to_owned(), Tensor::from(1.0))]);
@@ -405,16 +410,70 @@ fn one_layer_gives_what_the_equation_says() -> TestResult {
     Ok(())
 }
 
+#[test]
+fn metadata_say_what_alpha_is() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("lora.safetensors");
+    let tensors: Vec<_> =
+        weights::read_all(golden("lora_sdxl").join(DIFFUSERS))?.into_iter().collect();
+    let read = |settings: &str| {
+        let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), settings.to_owned())]);
+        weights::save(&tensors, &path, &metadata)?;
+        let (unet, _) = network("sdxl", Placement::default())?;
+        Lora::from_file(unet.parameters(), &path)
+    };
+    for (settings, query, other) in [
+        (r#"{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 0.5}}"#, 0.5, 4.0),
+        (r#"{"lora_alpha": 8.5}"#, 8.5, 8.5),
+        (r#"{"text_encoder.lora_alpha": 9}"#, 2.0, 2.0),
+        (r#"{"unet.lora_alpha": 4, "unet.use_rslora": true}"#, 32.0_f64.sqrt(), 32.0_f64.sqrt()),
+    ] {
+        for layer in read(settings)?.layers() {
+            let expected = if layer.name.ends_with(".to_q") { query } else { other };
+            assert!((layer.alpha - expected).abs() < 1e-12, "{settings} {layer:?}");
+        }
+    }
+    let pattern = read(r#"{"unet.alpha_pattern": {"to_[qk]": 1}}"#);
+    assert!(matches!(pattern, Err(Error::InvalidArgument { name: "alpha_pattern", .. })));
+    assert!(matches!(read("{"), Err(Error::InvalidJson { .. })));
+    Ok(())
+}
+
+#[test]
+fn networks_for_pixels_have_adapters_too() -> TestResult {
+    let folder = golden("unet_class_labels");
+    let recorded = expected("unet_class_labels")?;
+    let unet = UNet2DConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?
+        .build_from(Placement::default(), folder.join("diffusion_pytorch_model.safetensors"))?;
+    let (sample, t) = (&recorded["sample"], &recorded["timesteps"]);
+    let forward = || unet.forward(sample, t, recorded.get("class_labels"), None);
+    let plain = forward()?;
+    let targets = ["to_q", "conv1", "downsamplers.0.conv", "time_emb_proj"].map(str::to_owned);
+    let config = LoraConfig { targets: targets.into(), ..small() };
+    let mut lora = Lora::attach(unet.parameters(), &config, 0)?;
+    assert_eq!(forward()?, plain);
+    fill(&lora);
+    let apart = forward()?;
+    assert!(relative_error(&apart, &plain) > 0.01);
+    lora.merge()?;
+    assert!(relative_error(&forward()?, &apart) <= TOLERANCE);
+    Ok(())
+}
+
 /// Then `tools/record_lora.py --check` loads every folder in diffusers.
 #[test]
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write adapters to"]
 fn write_folders_for_diffusers() -> TestResult {
     let root = std::path::PathBuf::from(std::env::var("DDIL_WRITE_MODELS")?);
-    for name in NAMES {
+    // Alike on all layers, then of several ranks and alphas.
+    for (name, file) in [("sd15", None), ("sdxl", None), ("sd15", Some("mixed"))] {
         let (unet, inputs) = network(name, Placement::default())?;
-        let lora = Lora::attach(unet.parameters(), &small(), 0)?;
+        let lora = match file {
+            None => Lora::attach(unet.parameters(), &small(), 0)?,
+            Some(_) => Lora::from_file(unet.parameters(), golden("lora_sd15").join(DIFFUSERS))?,
+        };
         fill(&lora);
-        let folder = root.join(format!("lora_{name}"));
+        let folder = root.join(file.unwrap_or("alike")).join(format!("lora_{name}"));
         std::fs::create_dir_all(&folder)?;
         for (file, format) in FILES.into_iter().zip([LoraFormat::Diffusers, LoraFormat::Kohya]) {
             lora.save(folder.join(file), format)?;

@@ -12,6 +12,7 @@ use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
 use adapter::Adapter;
 pub(crate) use adapter::{Form, Layer, Slot};
+use files::Found;
 pub use files::LoraFormat;
 
 /// Which layers get an adapter, and how large it is.
@@ -200,24 +201,32 @@ impl Lora {
     ///
     /// [`Error::WeightsMismatch`] with every name that is no adapter of a layer of this network, every A without B or
     /// the reverse, and every shape that does not fit; [`Error::NoAdapter`] if nothing in it is for this network;
+    /// [`Error::InvalidArgument`] for an alpha that is not finite, or that the metadata give by a regular expression;
     /// [`Error::AdapterAttached`]; otherwise as [`weights::read_all`](crate::weights::read_all).
     pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
         let found = files::read(network.layers(), path.as_ref())?;
         let plan: Vec<_> = found.adapters.iter().map(|a| (a.layer, a.rank, a.alpha)).collect();
         let mut lora = Self::build(network, &plan, Values::Unset, "Lora::from_file")?;
-        let _no_grad = tch::no_grad_guard();
-        for (adapted, from) in lora.adapted.iter().zip(&found.adapters) {
-            if let Some(adapter) = &*adapted.layer.slot.lock() {
-                for (to, from) in [(&adapter.down, &from.down), (&adapter.up, &from.up)] {
-                    let copy = from
-                        .f_view(&to.size()[..])
-                        .and_then(|from| to.shallow_clone().f_copy_(&from));
-                    copy.map_err(Error::torch("Lora::from_file"))?;
-                }
-            }
+        if let Err(error) = lora.fill(&found.adapters) {
+            lora.detach()?;
+            return Err(error);
         }
         lora.ignored = found.ignored;
         Ok(lora)
+    }
+
+    /// Takes over the values of a file, in the order of the layers.
+    fn fill(&self, found: &[Found<'_>]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (adapted, found) in self.adapted.iter().zip(found) {
+            let mut slot = adapted.layer.slot.lock();
+            let Some(adapter) = &mut *slot else { continue };
+            for (to, from) in [(&mut adapter.down, &found.down), (&mut adapter.up, &found.up)] {
+                let copy = from.f_view(&to.size()[..]).and_then(|from| to.f_copy_(&from));
+                copy.map_err(Error::torch("Lora::from_file"))?;
+            }
+        }
+        Ok(())
     }
 
     fn build(

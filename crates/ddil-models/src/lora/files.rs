@@ -162,7 +162,15 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
     if adapters.is_empty() {
         return Err(Error::NoAdapter { path: path.into(), ignored });
     }
+    if let Some(Found { layer, alpha, .. }) = adapters.iter().find(|a| !a.alpha.is_finite()) {
+        let found = format!("{alpha} for `{}`", layer.name);
+        return Err(invalid("alpha", found, "a finite number"));
+    }
     Ok(Contents { adapters, ignored })
+}
+
+fn invalid(name: &'static str, found: String, expected: &str) -> Error {
+    Error::InvalidArgument { op: "Lora::from_file", name, found, expected: expected.into() }
 }
 
 /// The layers by the names they have in files.
@@ -278,11 +286,22 @@ impl Alphas {
         let settings: Map<String, Value> = serde_json::from_str(&text)
             .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })?;
         let get = |key: &str| settings.get(&format!("{UNET}{key}")).or_else(|| settings.get(key));
-        let pattern = get("alpha_pattern").and_then(Value::as_object);
-        let pattern = pattern.into_iter().flatten();
+        let mut pattern = Vec::new();
+        for (key, value) in get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
+            let is_name = key.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '.');
+            let Some(alpha) = value.as_f64().filter(|_| is_name) else {
+                let found = format!("{key:?}: {value}");
+                return Err(invalid(
+                    "alpha_pattern",
+                    found,
+                    "names or ends of names, with numbers",
+                ));
+            };
+            pattern.push((key.clone(), alpha));
+        }
         Ok(Self {
             general: get("lora_alpha").and_then(Value::as_f64),
-            pattern: pattern.filter_map(|(k, v)| Some((k.clone(), v.as_f64()?))).collect(),
+            pattern,
             root: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         })
     }
