@@ -475,7 +475,10 @@ fn write_folders_for_diffusers() -> TestResult {
         fill(&lora);
         let folder = root.join(file.unwrap_or("alike")).join(format!("lora_{name}"));
         std::fs::create_dir_all(&folder)?;
-        for (file, format) in FILES.into_iter().zip([LoraFormat::Diffusers, LoraFormat::Kohya]) {
+        // diffusers reads no differing alphas under kohya's names.
+        let formats = [LoraFormat::Diffusers, LoraFormat::Kohya].into_iter();
+        let formats = formats.take(if file.is_none() { 2 } else { 1 });
+        for (file, format) in FILES.into_iter().zip(formats) {
             lora.save(folder.join(file), format)?;
         }
         let output = ("output".to_owned(), forward(&unet, &inputs)?);
