@@ -89,6 +89,9 @@ def record(name, config):
     folder = GOLDEN / f"lora_{name}"
     # Left out once, as older files have it.
     metadata = _collate_lora_metadata({"unet": model}) if name == "sd15" else {}
+    for settings in metadata.values():
+        # A set otherwise, whose order changes from run to run.
+        settings["target_modules"] = sorted(settings["target_modules"])
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=state, **metadata)
     save_file(kohya(model, state), folder / "kohya.safetensors", metadata={"format": "pt"})
     recorded = {"output": output, "gradients": gradients(model, inputs)}
