@@ -347,7 +347,7 @@ impl Target {
 impl Judges {
     fn new(teacher: &Network) -> Result<Self> {
         let fake_score = teacher.duplicate(true)?;
-        let head = DiscriminatorHeadConfig::for_unet(teacher.config())?;
+        let head = DiscriminatorHeadConfig::for_model(&teacher.config())?;
         let head = head.build(teacher.placement(), 0)?;
         let of_head = head.parameters().learned().into_iter();
         let of_head = of_head.map(|(name, tensor)| (format!("head.{name}"), tensor));

@@ -13,7 +13,7 @@ use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
 use tch::{Device, Kind, Tensor, kind};
 
 use crate::toy::{
-    Gaussian, Linear, Recorder, Silent, TwoPoints, gap, schedules, states, trailing, values,
+    Echo, Gaussian, Linear, Recorder, Silent, TwoPoints, gap, schedules, states, trailing, values,
 };
 
 const STREAMS: RandomStreams = RandomStreams { seed: 5, rank: 0 };
@@ -629,6 +629,49 @@ fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all(
     let plain = Requirements { critic: true, ..Requirements::default() };
     assert_eq!(needs(false), plain);
     assert_eq!(needs(true), Requirements { discriminator: true, ..plain });
+}
+
+/// Says what guidance weight the rows of each call come with.
+#[derive(Debug, Default)]
+struct Ear(RefCell<Vec<Option<Vec<f64>>>>);
+
+impl Discriminator for Ear {
+    fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
+        self.0.borrow_mut().push(told.guidance_weight.as_ref().map(values));
+        Ok(x_t.flatten(1, -1).mean_dim(1, false, x_t.kind()))
+    }
+}
+
+#[test]
+fn a_critic_that_sees_the_source_has_a_law_for_each() {
+    let [schedule, ..] = schedules();
+    let constant =
+        |factor: f64| Linear { schedule: schedule.clone(), factor: Tensor::from(factor) };
+    // The student says 2, the teacher 0, and the critic the number that it is told.
+    let (student, teacher, critic) = (constant(2.0), constant(0.0), Echo(schedule.clone()));
+    let ear = Ear::default();
+    let mut batch = states(Tensor::ones([5, 3], kind::DOUBLE_CPU), &trailing(4), &[1; 5]);
+    batch.sources =
+        vec![Source::Forward, Source::Student, Source::Teacher, Source::Noise, Source::Mixed];
+    let numbers = vec![1.0, 0.0, 2.0, 0.0, 3.0];
+    let real = Data { x0: batch.x_t.zeros_like(), conditioning: Conditioning::none() };
+
+    for (critic_sees_source, told) in [(true, Some(numbers.clone())), (false, None)] {
+        let config = Dmd2Config { critic_sees_source, ..Dmd2Config::default() };
+        let dmd2 = method(&schedule, config);
+        assert_eq!(dmd2.requirements().critic_sees_source, critic_sees_source);
+        let networks = judged(cast(&student, &teacher, &critic), &ear);
+        let terms = loss(&dmd2, &request(Phase::Student, &batch, networks));
+        let gradient = terms.student_x0 - terms.target;
+        for (row, number) in numbers.iter().enumerate() {
+            let expected = if critic_sees_source { number / 2.0 } else { 0.0 };
+            assert!((gradient.double_value(&[row as i64, 0]) - expected).abs() < 1e-5, "{row}");
+        }
+        let asked = request(Phase::Critic, &batch, networks);
+        loss(&dmd2, &LossRequest { real: Some(&real), ..asked });
+        // The student's samples in its own phase, then made and real ones in the critic's: all are told the same.
+        assert_eq!(ear.0.take(), vec![told; 3]);
+    }
 }
 
 #[test]

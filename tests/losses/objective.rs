@@ -106,6 +106,7 @@ fn settings_are_read_as_they_were_written() {
         dm_max_timestep: 1.0,
         critic_weighting: Some(Weighting::SnrPlusOne),
         critic_weight_cap: 100.0,
+        critic_sees_source: true,
         gan: false,
         gan_weight: 1e-3,
         critic_gan_weight: 1.0,

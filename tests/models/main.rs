@@ -6,6 +6,7 @@ mod clip;
 mod common;
 mod denoiser;
 mod discriminator;
+mod lora;
 mod matching;
 mod mlp;
 mod model;

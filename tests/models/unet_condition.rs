@@ -16,19 +16,19 @@ use crate::common::{CONDITION_GOLDEN, TestResult, golden, relative_error};
 /// Relative to the largest value, in `Float`.
 const TOLERANCE: f64 = 1e-5;
 
-type Recorded = BTreeMap<String, Tensor>;
+pub(crate) type Recorded = BTreeMap<String, Tensor>;
 
-fn load(name: &str, placement: Placement) -> ddil_models::Result<UNet2DConditionModel> {
+pub(crate) fn load(name: &str, placement: Placement) -> ddil_models::Result<UNet2DConditionModel> {
     let folder = golden(name);
     UNet2DConditionConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?
         .build_from(placement, folder.join("diffusion_pytorch_model.safetensors"))
 }
 
-fn expected(name: &str) -> ddil_models::Result<Recorded> {
+pub(crate) fn expected(name: &str) -> ddil_models::Result<Recorded> {
     weights::read_all(golden(name).join("expected.safetensors"))
 }
 
-fn inputs(recorded: &Recorded) -> UNet2DConditionInputs<'_> {
+pub(crate) fn inputs(recorded: &Recorded) -> UNet2DConditionInputs<'_> {
     UNet2DConditionInputs {
         encoder_hidden_states: recorded.get("encoder_hidden_states"),
         encoder_attention_mask: recorded.get("encoder_attention_mask"),
@@ -39,7 +39,10 @@ fn inputs(recorded: &Recorded) -> UNet2DConditionInputs<'_> {
     }
 }
 
-fn forward(unet: &UNet2DConditionModel, recorded: &Recorded) -> ddil_models::Result<Tensor> {
+pub(crate) fn forward(
+    unet: &UNet2DConditionModel,
+    recorded: &Recorded,
+) -> ddil_models::Result<Tensor> {
     unet.forward(&recorded["sample"], &recorded["timesteps"], inputs(recorded))
 }
 
@@ -63,7 +66,7 @@ fn outputs_are_those_of_diffusers() -> TestResult {
 }
 
 /// Norm and product with cos(1), cos(2), .., as `tools/record_unet.py` has them.
-fn summary(gradient: &Tensor) -> [f64; 2] {
+pub(crate) fn summary(gradient: &Tensor) -> [f64; 2] {
     let gradient = gradient.to_kind(Kind::Double).contiguous().view([-1]);
     let vector = Tensor::arange_start(1, gradient.size()[0] + 1, kind::DOUBLE_CPU).cos();
     [gradient.norm().double_value(&[]), gradient.dot(&vector).double_value(&[])]

@@ -1,6 +1,6 @@
 //! Improved distribution matching distillation: the law of the student's samples against the teacher's.
 
-use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Stream};
+use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Source, States, Stream};
 use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -112,6 +112,12 @@ pub struct Dmd2Config {
     /// No such weight is above this; default 10 000. Reached on no usual variance-preserving schedule before timestep
     /// 0; flow matching and EDM go on to less noise than single precision can tell from none.
     pub critic_weight_cap: f64,
+    /// Whether the critic is told where a sample's state came from, so that it follows the law of what the student makes
+    /// of each source by itself; default false, one law for all. Told nothing, the student is compared with the teacher
+    /// over all sources together: what it makes of dataset samples can make up for what it does not make of its own.
+    /// The critic has to take a guidance weight, in whose place it is told the source.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub critic_sees_source: bool,
     /// Whether a discriminator is trained beside the critic, on dataset samples; default true.
     pub gan: bool,
     /// Factor of the student's adversarial loss; default 0.005.
@@ -129,6 +135,7 @@ impl Default for Dmd2Config {
             dm_max_timestep: 0.98,
             critic_weighting: None,
             critic_weight_cap: 1e4,
+            critic_sees_source: false,
             gan: true,
             gan_weight: 5e-3,
             critic_gan_weight: 1e-2,
@@ -315,6 +322,23 @@ impl Dmd2 {
         Err(Error::Shape { op: OP, name: "logits", shape: logits.size(), expected })
     }
 
+    /// What the critic is told of samples, which came from `states` or stand beside some that did.
+    fn told_critic(&self, conditioning: &Conditioning, states: &States) -> Conditioning {
+        let told = conditioning.shallow_clone();
+        if !self.config.critic_sees_source {
+            return told;
+        }
+        let number = |source: &Source| match source {
+            // The start of a trajectory is a part of it.
+            Source::Student | Source::Noise => 0.0_f32,
+            Source::Forward => 1.0,
+            Source::Teacher => 2.0,
+            Source::Mixed => 3.0,
+        };
+        let numbers: Vec<f32> = states.sources.iter().map(number).collect();
+        told.with_guidance_weight(Tensor::from_slice(&numbers).to_device(states.x_t.device()))
+    }
+
     /// Whom the phase needs, or what is missing.
     fn judges<'a>(&self, request: &LossRequest<'a>) -> Result<Judges<'a>> {
         let missing = |what| Error::Missing { method: METHOD, what };
@@ -343,13 +367,15 @@ impl Dmd2 {
         ensure_one_schedule(&self.schedule, asked)?;
         let x0 = networks.student.predict(&states.x_t, &states.timesteps, told)?.x0;
         let mut generator = streams.generator(step, Stream::StudentLoss, x0.device())?;
-        let gradient = self.gradient(&x0, request, judges.critic.asked, &mut generator)?;
+        let told_critic = &self.told_critic(told, states);
+        let gradient =
+            self.gradient(&x0, request, (judges.critic.asked, told_critic), &mut generator)?;
         // The loss is half a squared distance, whose gradient is the way to the target.
         let target = x0.detach() - &gradient;
         let mut per_sample = squared_error(&x0, &target)? * (0.5 * self.config.dm_weight);
         let mut parts = vec![("distribution_matching", mean_over_sample(&gradient.abs()))];
         if let Some(discriminator) = judges.discriminator {
-            let logits = self.judged(&x0, told, discriminator, &mut generator)?;
+            let logits = self.judged(&x0, told_critic, discriminator, &mut generator)?;
             let adversarial = generator_loss(&logits).to_kind(per_sample.kind());
             parts.push(("gan_student", adversarial.detach()));
             per_sample += adversarial * self.config.gan_weight;
@@ -362,20 +388,20 @@ impl Dmd2 {
         &self,
         x0: &Tensor,
         request: &LossRequest<'_>,
-        critic: &dyn Denoiser,
+        (critic, told_critic): (&dyn Denoiser, &Conditioning),
         generator: &mut Generator,
     ) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let (teacher, told) = (request.networks.teacher, &request.states.conditioning);
         let Noised { x_t, timesteps } = self.noised(x0, self.matching_timesteps(), generator)?;
-        let fake = critic.predict(&x_t, &timesteps, told)?.x0;
+        let fake = critic.predict(&x_t, &timesteps, told_critic)?.x0;
         let real = teacher.predict(&x_t, &timesteps, told)?.x0;
         distribution_matching_gradient(x0, &fake, &real)
     }
 
     fn critic_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
         let LossRequest { step, states, streams, .. } = *request;
-        let told = &states.conditioning;
+        let told = &self.told_critic(&states.conditioning, states);
         ensure_one_schedule(&self.schedule, [("critic", judges.critic.fake_score)])?;
         if let Some(Data { x0: real, .. }) = judges.real {
             ensure_same_shape(OP, ("real", real), ("x_t", &states.x_t))?;
@@ -389,7 +415,9 @@ impl Dmd2 {
         let mut parts = vec![("fake_score", per_sample.detach())];
         if let (Some(discriminator), Some(real)) = (judges.discriminator, judges.real) {
             let made = self.judged(&x0, told, discriminator, &mut generator)?;
-            let real = self.judged(&real.x0, &real.conditioning, discriminator, &mut generator)?;
+            // Told the same sources as the made ones, or these alone would give them away.
+            let told_of_real = &self.told_critic(&real.conditioning, states);
+            let real = self.judged(&real.x0, told_of_real, discriminator, &mut generator)?;
             let (of_real, of_made) = discriminator_loss(&real, &made);
             parts.extend([("gan_fake", of_made.detach()), ("gan_real", of_real.detach())]);
             let both = (of_made + of_real).to_kind(per_sample.kind());
@@ -437,7 +465,12 @@ impl Objective for Dmd2 {
     }
 
     fn requirements(&self) -> Requirements {
-        Requirements { critic: true, discriminator: self.config.gan, ..Requirements::default() }
+        Requirements {
+            critic: true,
+            critic_sees_source: self.config.critic_sees_source,
+            discriminator: self.config.gan,
+            ..Requirements::default()
+        }
     }
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {

@@ -44,6 +44,7 @@ impl<'a> Networks<'a> {
 
 /// What a method has to be lent beside learner and expert.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "one switch a need")]
 pub struct Requirements {
     /// Whether the teacher is asked; where not, [`Networks::teacher`] may be any network.
     pub teacher: bool,
@@ -51,6 +52,8 @@ pub struct Requirements {
     pub target_decay: Option<f64>,
     /// Whether there must be a [`Networks::critic`].
     pub critic: bool,
+    /// Whether it must take a guidance weight, in whose place it is told the source of a sample's state.
+    pub critic_sees_source: bool,
     /// Whether it must have a discriminator, and the request real data.
     pub discriminator: bool,
 }
@@ -58,7 +61,13 @@ pub struct Requirements {
 impl Default for Requirements {
     /// A teacher and nothing else, which is all that most methods need.
     fn default() -> Self {
-        Self { teacher: true, target_decay: None, critic: false, discriminator: false }
+        Self {
+            teacher: true,
+            target_decay: None,
+            critic: false,
+            critic_sees_source: false,
+            discriminator: false,
+        }
     }
 }
 

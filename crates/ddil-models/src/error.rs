@@ -209,6 +209,31 @@ pub enum Error {
         /// All differences; "file" stands for the network copied from.
         problems: Box<WeightProblems>,
     },
+    /// A layer that is to have an adapter has one already.
+    #[error("{op}: `{layer}` has an adapter already; detach it first")]
+    AdapterAttached {
+        /// The function that was called.
+        op: &'static str,
+        /// The first such layer.
+        layer: String,
+    },
+    /// An adapter that is part of the base weights cannot be switched off, scaled or merged once more.
+    #[error("{op}: the adapter is merged into the base weights; unmerge it first")]
+    AdapterMerged {
+        /// The function that was called.
+        op: &'static str,
+    },
+    /// A file holds no adapter for the network.
+    #[error(
+        "{} holds no adapter for the network, only {} tensors for text encoders",
+        path.display(), ignored.len()
+    )]
+    NoAdapter {
+        /// The file.
+        path: PathBuf,
+        /// What it holds for text encoders.
+        ignored: Vec<String>,
+    },
     /// A closed-form distribution with impossible numbers.
     #[error("{op}: `{name}` is {found}; expected {expected}")]
     InvalidArgument {

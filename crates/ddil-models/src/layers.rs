@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::{TchError, Tensor};
 
 use crate::error::Result;
+use crate::lora::{Form, Slot};
 use crate::parameters::{Init, Scope};
 
 /// What a layer returns: shapes were checked at the network's edge, memory may still run out.
@@ -40,6 +41,7 @@ impl Activation {
 pub(crate) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Slot,
 }
 
 impl Linear {
@@ -48,16 +50,19 @@ impl Linear {
         let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
         let weight = scope.parameter("weight", &[outputs, inputs], init)?;
         let bias = Some(scope.parameter("bias", &[outputs], init)?);
-        Ok(Self { weight, bias })
+        let adapter = scope.adaptable(&weight, Form::Linear);
+        Ok(Self { weight, bias, adapter })
     }
 
     pub(crate) fn without_bias(mut scope: Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
         let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
-        Ok(Self { weight: scope.parameter("weight", &[outputs, inputs], init)?, bias: None })
+        let weight = scope.parameter("weight", &[outputs, inputs], init)?;
+        let adapter = scope.adaptable(&weight, Form::Linear);
+        Ok(Self { weight, bias: None, adapter })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
-        x.f_linear(&self.weight, self.bias.as_ref())
+        self.adapter.adapt(x, x.f_linear(&self.weight, self.bias.as_ref())?)
     }
 }
 
@@ -67,6 +72,7 @@ pub(crate) struct Conv2d {
     bias: Tensor,
     stride: i64,
     padding: i64,
+    adapter: Slot,
 }
 
 impl Conv2d {
@@ -85,12 +91,14 @@ impl Conv2d {
         let init = Init::Uniform { bound: 1.0 / ((inputs * kernel * kernel) as f64).sqrt() };
         let weight = scope.parameter("weight", &[outputs, inputs, kernel, kernel], init)?;
         let bias = scope.parameter("bias", &[outputs], init)?;
-        Ok(Self { weight, bias, stride, padding })
+        let adapter = scope.adaptable(&weight, Form::Conv { stride, padding });
+        Ok(Self { weight, bias, stride, padding, adapter })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)
+        let y = x.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)?;
+        self.adapter.adapt(x, y)
     }
 }
 
@@ -160,7 +168,8 @@ impl Linear {
     ) -> Result<Self> {
         let weight = scope.parameter("weight", &[outputs, inputs], Init::Normal { std })?;
         let bias = Some(scope.parameter("bias", &[outputs], Init::Constant(0.0))?);
-        Ok(Self { weight, bias })
+        let adapter = scope.adaptable(&weight, Form::Linear);
+        Ok(Self { weight, bias, adapter })
     }
 }
 

@@ -9,6 +9,7 @@ use ddil_libtorch::Generator;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result, WeightProblems};
+use crate::lora::{Form, Layer, Slot};
 use crate::weights;
 
 pub use matching::Matched;
@@ -93,6 +94,8 @@ struct Parameter {
 #[derive(Debug)]
 pub struct Parameters {
     entries: Vec<Parameter>,
+    /// The layers that may have an adapter.
+    layers: Vec<Layer>,
     placement: Placement,
 }
 
@@ -100,12 +103,18 @@ impl Parameters {
     /// The parameters of a network that was not built here.
     pub(crate) fn of_foreign(named: Vec<(String, Tensor)>, placement: Placement) -> Self {
         let entry = |(name, tensor)| Parameter { name, tensor, learned: true, joined: Vec::new() };
-        Self { entries: named.into_iter().map(entry).collect(), placement }
+        let entries = named.into_iter().map(entry).collect();
+        Self { entries, layers: Vec::new(), placement }
     }
 
     /// Where the parameters are, and their kind.
     pub fn placement(&self) -> Placement {
         self.placement
+    }
+
+    /// The layers of the network that may have an adapter, in their order.
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
     }
 
     /// Every parameter with its name, constants among them: what a file holds.
@@ -196,13 +205,14 @@ impl Parameters {
 #[derive(Debug)]
 pub(crate) struct Builder {
     entries: Vec<Parameter>,
+    layers: Vec<Layer>,
     placement: Placement,
     values: Values,
 }
 
 impl Builder {
     pub(crate) fn new(placement: Placement, values: Values) -> Self {
-        Self { entries: Vec::new(), placement, values }
+        Self { entries: Vec::new(), layers: Vec::new(), placement, values }
     }
 
     pub(crate) fn root(&mut self) -> Scope<'_> {
@@ -210,7 +220,7 @@ impl Builder {
     }
 
     pub(crate) fn finish(self) -> Parameters {
-        Parameters { entries: self.entries, placement: self.placement }
+        Parameters { entries: self.entries, layers: self.layers, placement: self.placement }
     }
 }
 
@@ -250,6 +260,13 @@ impl Scope<'_> {
         if let Some(parameter) = self.builder.entries.iter_mut().rev().find(|p| p.name == name) {
             parameter.joined.push(joined);
         }
+    }
+
+    /// Makes the layer at this place known as one that may have an adapter beside `weight`.
+    pub(crate) fn adaptable(&mut self, weight: &Tensor, form: Form) -> Slot {
+        let (name, weight, slot) = (self.prefix.clone(), weight.shallow_clone(), Slot::default());
+        self.builder.layers.push(Layer { name, weight, form, slot: slot.clone() });
+        slot
     }
 
     fn name(&self, name: &str) -> String {

@@ -11,6 +11,9 @@ use crate::error::Result;
 use crate::network::Network;
 use crate::state;
 
+/// Width of the embedding by which a critic is told the source of a sample's state, one of four numbers.
+const SOURCE_WIDTH: u32 = 32;
+
 /// Who takes part: expert and learner, and whom the method needs beside them.
 #[derive(Debug)]
 pub(super) struct Cast {
@@ -144,7 +147,12 @@ impl CriticNetworks {
         image_shape: [i64; 3],
         seed: u64,
     ) -> Result<Self> {
-        let fake_score = teacher.duplicate(true)?;
+        let fake_score = if requirements.critic_sees_source {
+            let told = teacher.config().with_time_cond_proj_dim(SOURCE_WIDTH)?;
+            teacher.derive(&told, seed)?.0
+        } else {
+            teacher.duplicate(true)?
+        };
         let [_, height, width] = image_shape;
         let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
         let unet = teacher.config().with_sample_size(sides)?;

@@ -22,7 +22,7 @@ const LCM: [&str; 3] = [
     BUFFER,
 ];
 /// The student is updated every third time only, so that checkpoints fall between its updates.
-const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3 }";
+const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true }";
 /// Long enough for several kills.
 const LONG: u64 = 40;
 

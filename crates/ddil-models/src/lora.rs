@@ -1,0 +1,428 @@
+//! Adapters of low rank: a network that learns beside frozen weights.
+
+mod adapter;
+mod files;
+
+use std::path::Path;
+
+use tch::{Kind, Tensor};
+
+use crate::error::{ConfigProblem, Error, Result};
+use crate::parameters::{Builder, Init, Parameters, Placement, Values};
+
+use adapter::Adapter;
+pub(crate) use adapter::{Form, Layer, Slot};
+use files::Found;
+pub use files::LoraFormat;
+
+/// Which layers get an adapter, and how large it is.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::LoraConfig;
+///
+/// let attention = ["to_q", "to_k", "to_v", "to_out.0"].map(str::to_owned);
+/// let config = LoraConfig { rank: 4, alpha: 4.0, targets: attention.into() };
+/// assert_eq!(LoraConfig::default().rank, 64);
+/// # let _ = config;
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// How many numbers lie between A and B, at least 1.
+    pub rank: i64,
+    /// What an adapter adds is multiplied by `alpha / rank`; above 0.
+    pub alpha: f64,
+    /// A layer gets an adapter if its name is one of these, or ends with a dot and one of these.
+    pub targets: Vec<String>,
+}
+
+impl Default for LoraConfig {
+    /// Rank and alpha 64 on every layer of the blocks of a [`UNet2DConditionModel`](crate::UNet2DConditionModel), as
+    /// LCM-LoRA ([Luo et al. 2023](https://arxiv.org/abs/2311.05556)) was trained.
+    fn default() -> Self {
+        let targets = [
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "proj_in",
+            "proj_out",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "conv1",
+            "conv2",
+            "conv_shortcut",
+            "downsamplers.0.conv",
+            "upsamplers.0.conv",
+            "time_emb_proj",
+        ];
+        Self { rank: 64, alpha: 64.0, targets: targets.map(str::to_owned).into() }
+    }
+}
+
+impl LoraConfig {
+    /// The layers with an adapter, in the order of the network.
+    fn select<'a>(&self, layers: &'a [Layer]) -> Result<Vec<&'a Layer>> {
+        let mut problems = Vec::new();
+        if self.rank < 1 {
+            problems.push(ConfigProblem::new("rank", self.rank, "at least 1"));
+        }
+        if !(self.alpha.is_finite() && self.alpha > 0.0) {
+            problems.push(ConfigProblem::new("alpha", self.alpha, "a finite number above 0"));
+        }
+        if self.targets.is_empty() {
+            problems.push(ConfigProblem::new("targets", "empty", one_of(layers)));
+        }
+        let unmatched = |target: &&String| !layers.iter().any(|layer| matches(&layer.name, target));
+        let unmatched: Vec<_> = self.targets.iter().filter(unmatched).cloned().collect();
+        if !unmatched.is_empty() {
+            let found = format!("{}, which no layer is called", unmatched.join(", "));
+            problems.push(ConfigProblem::new("targets", found, one_of(layers)));
+        }
+        if !problems.is_empty() {
+            return Err(Error::InvalidConfig { what: "LoraConfig".into(), problems });
+        }
+        let selected = |layer: &&Layer| self.targets.iter().any(|t| matches(&layer.name, t));
+        Ok(layers.iter().filter(selected).collect())
+    }
+}
+
+/// Whether `name` is `target`, or ends with it behind a dot.
+fn matches(name: &str, target: &str) -> bool {
+    name.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// What the layers are called, every last part once.
+fn one_of(layers: &[Layer]) -> String {
+    let mut endings: Vec<&str> = layers.iter().map(|layer| ending(&layer.name)).collect();
+    endings.sort_unstable();
+    endings.dedup();
+    format!("whole names or ends of names such as {}", endings.join(", "))
+}
+
+/// The last part of a name, with the one before it where that is a number alone.
+fn ending(name: &str) -> &str {
+    let mut dots = name.rmatch_indices('.').map(|(at, _)| at);
+    let Some(dot) = dots.next() else { return name };
+    if name[dot + 1..].bytes().all(|b| b.is_ascii_digit()) {
+        return dots.next().map_or(name, |before| &name[before + 1..]);
+    }
+    &name[dot + 1..]
+}
+
+/// What a [`Lora`] has on one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraLayer {
+    /// The layer.
+    pub name: String,
+    /// How many numbers lie between A and B.
+    pub rank: i64,
+    /// What is added is multiplied by `alpha / rank`.
+    pub alpha: f64,
+}
+
+/// A layer with an adapter.
+#[derive(Debug)]
+struct Adapted {
+    layer: Layer,
+    rank: i64,
+    alpha: f64,
+    /// The weight as it was before the adapter was merged into it.
+    base: Option<Tensor>,
+}
+
+/// Adapters of low rank on layers of a network
+/// ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)).
+///
+/// A layer that gave `W x + b` gives `W x + b + scale (alpha / rank) B A x`: A has `rank` outputs and starts as a fresh
+/// layer does, B starts at 0, so that the network at first is what it was. The A of a convolution is one of the same
+/// kernel, stride and padding, B one of 1 by 1.
+///
+/// The network's own parameters are frozen while adapters are attached, and the same network with its adapters switched
+/// off is its own teacher. A and B are `Float` (`Double` in a network of that kind), also where the network is in half
+/// precision: the input of a layer is cast to the adapter's kind and the sum is rounded to the layer's. Under autocast
+/// both run in the lower kind.
+///
+/// A `Lora` that is dropped leaves its adapters in the network, as they are; [`Self::detach`] takes them out.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{Lora, LoraConfig, MlpConfig, Placement};
+/// use tch::{Tensor, kind};
+///
+/// let network = MlpConfig::default().build(Placement::default(), 0)?;
+/// let config = LoraConfig { rank: 2, alpha: 4.0, targets: vec!["layers.0".into()] };
+/// let mut lora = Lora::attach(network.parameters(), &config, 0)?;
+///
+/// // What an optimizer is given:
+/// let learned = lora.parameters().learned();
+/// assert_eq!(learned[0].0, "layers.0.lora_A.weight");
+/// lora.set_enabled(false)?; // the teacher
+/// lora.set_enabled(true)?; // the student
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Lora {
+    adapted: Vec<Adapted>,
+    parameters: Parameters,
+    /// Base parameters that were trainable before.
+    trainable: Vec<Tensor>,
+    scale: f64,
+    enabled: bool,
+    ignored: Vec<String>,
+}
+
+impl Lora {
+    /// Puts fresh adapters on layers of the network that `network` belongs to, and freezes its parameters.
+    ///
+    /// The values of A have a stream of random numbers for each name, as a network's own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] with all that is wrong with the settings, targets that match no layer among it;
+    /// [`Error::AdapterAttached`]; [`Error::Torch`] if memory runs out.
+    pub fn attach(network: &Parameters, config: &LoraConfig, seed: u64) -> Result<Self> {
+        let selected = config.select(network.layers())?;
+        let plan: Vec<_> =
+            selected.into_iter().map(|layer| (layer, config.rank, config.alpha)).collect();
+        Self::build(network, &plan, Values::Seeded(seed), "Lora::attach")
+    }
+
+    /// Puts the adapters of a file on the layers it names, each of the rank it has there.
+    ///
+    /// The file is one of diffusers (`unet.LAYER.lora_A.weight`, or `lora.down.weight` of older ones; with or without
+    /// `unet.`) or one with kohya's names (`lora_unet_LAYER.lora_down.weight`, dots of the layer's name written `_`).
+    /// Alpha is that of the file, or the rank where it has none. What belongs to text encoders is left out and listed in
+    /// [`Self::ignored`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WeightsMismatch`] with every name that is no adapter of a layer of this network, every A without B or
+    /// the reverse, and every shape that does not fit; [`Error::NoAdapter`] if nothing in it is for this network;
+    /// [`Error::InvalidArgument`] for an alpha that is not finite, or that the metadata give by a regular expression;
+    /// [`Error::AdapterAttached`]; otherwise as [`weights::read_all`](crate::weights::read_all).
+    pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
+        let found = files::read(network.layers(), path.as_ref())?;
+        let plan: Vec<_> = found.adapters.iter().map(|a| (a.layer, a.rank, a.alpha)).collect();
+        let mut lora = Self::build(network, &plan, Values::Unset, "Lora::from_file")?;
+        if let Err(error) = lora.fill(&found.adapters) {
+            lora.detach()?;
+            return Err(error);
+        }
+        lora.ignored = found.ignored;
+        Ok(lora)
+    }
+
+    /// Takes over the values of a file, in the order of the layers.
+    fn fill(&self, found: &[Found<'_>]) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (adapted, found) in self.adapted.iter().zip(found) {
+            let mut slot = adapted.layer.slot.lock();
+            let Some(adapter) = &mut *slot else { continue };
+            for (to, from) in [(&mut adapter.down, &found.down), (&mut adapter.up, &found.up)] {
+                let copy = from.f_view(&to.size()[..]).and_then(|from| to.f_copy_(&from));
+                copy.map_err(Error::torch("Lora::from_file"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn build(
+        network: &Parameters,
+        plan: &[(&Layer, i64, f64)],
+        values: Values,
+        op: &'static str,
+    ) -> Result<Self> {
+        if let Some((layer, ..)) = plan.iter().find(|(layer, ..)| layer.slot.lock().is_some()) {
+            return Err(Error::AdapterAttached { op, layer: layer.name.clone() });
+        }
+        let (adapters, parameters) = adapters(network.placement(), plan, values)?;
+        let mut adapted = Vec::with_capacity(plan.len());
+        for ((layer, rank, alpha), adapter) in plan.iter().zip(adapters) {
+            *layer.slot.lock() = Some(adapter);
+            adapted.push(Adapted { layer: layer.handle(), rank: *rank, alpha: *alpha, base: None });
+        }
+        let learned = network.learned().into_iter().map(|(_, tensor)| tensor);
+        let trainable = learned.filter(Tensor::requires_grad).collect();
+        network.set_trainable(false);
+        Ok(Self { adapted, parameters, trainable, scale: 1.0, enabled: true, ignored: Vec::new() })
+    }
+
+    /// A and B of every layer, named `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The layers with an adapter, in the order of the network.
+    pub fn layers(&self) -> Vec<LoraLayer> {
+        let layer =
+            |a: &Adapted| LoraLayer { name: a.layer.name.clone(), rank: a.rank, alpha: a.alpha };
+        self.adapted.iter().map(layer).collect()
+    }
+
+    /// What the file it came from held for text encoders.
+    pub fn ignored(&self) -> &[String] {
+        &self.ignored
+    }
+}
+
+/// New adapters and the parameters they are made of.
+fn adapters(
+    base: Placement,
+    plan: &[(&Layer, i64, f64)],
+    values: Values,
+) -> Result<(Vec<Adapter>, Parameters)> {
+    let kind = if base.kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let mut builder = Builder::new(Placement { kind, ..base }, values);
+    let mut root = builder.root();
+    let mut adapters = Vec::with_capacity(plan.len());
+    for &(layer, rank, alpha) in plan {
+        let mut scope = root.at(&layer.name);
+        let [down, up] = layer.shapes(rank);
+        let inputs: i64 = down[1..].iter().product();
+        let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
+        adapters.push(Adapter {
+            form: layer.form,
+            down: scope.parameter("lora_A.weight", &down, init)?,
+            up: scope.parameter("lora_B.weight", &up, Init::Constant(0.0))?,
+            scale: alpha / rank as f64,
+            active: true,
+        });
+    }
+    Ok((adapters, builder.finish()))
+}
+
+/// What the network makes of its adapters.
+impl Lora {
+    /// Switches the adapters on or off; without them the network is what it was.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`].
+    pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
+        self.ensure_apart("Lora::set_enabled")?;
+        self.enabled = enabled;
+        self.update();
+        Ok(())
+    }
+
+    /// Whether the adapters are switched on.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// What multiplies all adapters, beside `alpha / rank`.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Sets [`Self::scale`], which is 1 at first; files do not know of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`] if `scale` is not finite, [`Error::AdapterMerged`].
+    pub fn set_scale(&mut self, scale: f64) -> Result<()> {
+        let op = "Lora::set_scale";
+        self.ensure_apart(op)?;
+        if !scale.is_finite() {
+            let (found, expected) = (scale.to_string(), "a finite number".into());
+            return Err(Error::InvalidArgument { op, name: "scale", found, expected });
+        }
+        self.scale = scale;
+        self.update();
+        Ok(())
+    }
+
+    /// Whether the adapters are part of the base weights.
+    pub fn is_merged(&self) -> bool {
+        self.adapted.iter().any(|adapted| adapted.base.is_some())
+    }
+
+    /// Adds the adapters to the base weights, after which the network is as fast as without.
+    ///
+    /// A copy of each such weight is kept for [`Self::unmerge`] until the `Lora` is dropped. The sum is rounded to the kind
+    /// of the weight: in half precision, outputs are those of adapters apart only up to that rounding. Switched off or
+    /// not, all of it is added.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out, after which nothing is merged.
+    pub fn merge(&mut self) -> Result<()> {
+        self.ensure_apart("Lora::merge")?;
+        let result = self.adapted.iter_mut().try_for_each(Adapted::merge);
+        if let Err(error) = result {
+            self.unmerge()?;
+            return Err(error);
+        }
+        self.update();
+        Ok(())
+    }
+
+    /// Puts the base weights back, bit for bit; nothing happens if they are there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if libtorch refuses the copy.
+    pub fn unmerge(&mut self) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for adapted in &mut self.adapted {
+            if let Some(base) = &adapted.base {
+                let copy = adapted.layer.weight.f_copy_(base);
+                copy.map_err(Error::torch("Lora::unmerge"))?;
+                adapted.base = None;
+            }
+        }
+        self.update();
+        Ok(())
+    }
+
+    /// Takes the adapters out of the network: its weights are what they were, and those that were trainable are again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::unmerge`].
+    pub fn detach(mut self) -> Result<()> {
+        self.unmerge()?;
+        for adapted in &self.adapted {
+            *adapted.layer.slot.lock() = None;
+        }
+        for tensor in &self.trainable {
+            let _ = tensor.set_requires_grad(true);
+        }
+        Ok(())
+    }
+
+    /// Tells the layers what holds now.
+    fn update(&self) {
+        for adapted in &self.adapted {
+            if let Some(adapter) = &mut *adapted.layer.slot.lock() {
+                adapter.active = self.enabled && adapted.base.is_none();
+                adapter.scale = self.scale * adapted.alpha / adapted.rank as f64;
+            }
+        }
+    }
+
+    fn ensure_apart(&self, op: &'static str) -> Result<()> {
+        if self.is_merged() { Err(Error::AdapterMerged { op }) } else { Ok(()) }
+    }
+}
+
+impl Adapted {
+    fn merge(&mut self) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let weight = &mut self.layer.weight;
+        let slot = self.layer.slot.lock();
+        let Some(adapter) = &*slot else { return Ok(()) };
+        let mut sum = || {
+            let mut base = weight.f_empty_like()?;
+            base.f_copy_(weight)?;
+            let sum = adapter.delta(weight)?.f_add(&base)?;
+            weight.f_copy_(&sum)?;
+            Ok(base)
+        };
+        self.base = Some(sum().map_err(Error::torch("Lora::merge"))?);
+        Ok(())
+    }
+}

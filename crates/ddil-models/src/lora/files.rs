@@ -1,0 +1,316 @@
+//! Adapters in files: the names diffusers gives them, and kohya's.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::{Layer, Lora, LoraLayer, matches};
+use crate::error::{Error, Result, WeightProblems, is_float};
+use crate::weights;
+
+/// Where diffusers writes the settings of PEFT's adapters.
+const METADATA: &str = "lora_adapter_metadata";
+/// What names start with for the network, and for text encoders.
+const UNET: &str = "unet.";
+const KOHYA_UNET: &str = "lora_unet_";
+const TEXT_ENCODERS: [&str; 3] = ["text_encoder.", "text_encoder_2.", "lora_te"];
+
+/// How a file names what an adapter is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoraFormat {
+    /// `unet.LAYER.lora_A.weight`, ranks and alphas in the file's metadata: what diffusers' `save_lora_weights` writes
+    /// to `pytorch_lora_weights.safetensors`.
+    #[default]
+    Diffusers,
+    /// `lora_unet_LAYER.lora_down.weight` and a tensor `lora_unet_LAYER.alpha`, with `_` for the dots in a layer's name:
+    /// what kohya's programs and many interfaces read. diffusers 0.42 reads it right if all layers have the same alpha; of
+    /// an alpha that attention has by itself it only warns.
+    Kohya,
+}
+
+/// An adapter in a file.
+pub(super) struct Found<'a> {
+    pub(super) layer: &'a Layer,
+    pub(super) rank: i64,
+    pub(super) alpha: f64,
+    pub(super) down: Tensor,
+    pub(super) up: Tensor,
+}
+
+pub(super) struct Contents<'a> {
+    /// In the order of the network.
+    pub(super) adapters: Vec<Found<'a>>,
+    pub(super) ignored: Vec<String>,
+}
+
+/// What a tensor is to its adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Down,
+    Up,
+    Alpha,
+}
+
+/// What a file has for one layer, each with its name there.
+#[derive(Default)]
+struct Parts {
+    down: Option<(String, Tensor)>,
+    up: Option<(String, Tensor)>,
+    alpha: Option<(String, Tensor)>,
+}
+
+impl Lora {
+    /// Writes the adapters, on the CPU or not, in their kind; [`Self::scale`] is not part of the file.
+    ///
+    /// # Errors
+    ///
+    /// As [`weights::save`].
+    pub fn save(&self, path: impl AsRef<Path>, format: LoraFormat) -> Result<()> {
+        let layers = self.layers();
+        let tensors = self.parameters().named();
+        match format {
+            LoraFormat::Diffusers => {
+                let rename = |(name, tensor)| (format!("{UNET}{name}"), tensor);
+                let tensors: Vec<_> = tensors.into_iter().map(rename).collect();
+                let settings = settings(&layers).to_string();
+                weights::save(&tensors, path, &BTreeMap::from([(METADATA.to_owned(), settings)]))
+            }
+            LoraFormat::Kohya => weights::save(&kohya(&layers, tensors), path, &BTreeMap::new()),
+        }
+    }
+}
+
+/// PEFT's settings of these adapters, as diffusers writes them for a U-Net.
+fn settings(layers: &[LoraLayer]) -> Value {
+    let (rank, alpha) = layers.first().map_or((1, 1.0), |layer| (layer.rank, layer.alpha));
+    let mut ranks = Map::new();
+    let mut alphas = Map::new();
+    for layer in layers {
+        if layer.rank != rank {
+            ranks.insert(layer.name.clone(), layer.rank.into());
+        }
+        if layer.alpha != alpha {
+            alphas.insert(layer.name.clone(), layer.alpha.into());
+        }
+    }
+    let targets: Vec<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
+    json!({
+        "unet.peft_type": "LORA",
+        "unet.r": rank,
+        "unet.lora_alpha": alpha,
+        "unet.target_modules": targets,
+        "unet.rank_pattern": ranks,
+        "unet.alpha_pattern": alphas,
+    })
+}
+
+fn kohya(layers: &[LoraLayer], tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+    let mut renamed = Vec::with_capacity(tensors.len() + layers.len());
+    for (name, tensor) in tensors {
+        let ends = [(".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight")];
+        let new = ends.iter().find_map(|(old, new)| {
+            let layer = name.strip_suffix(old)?;
+            Some(format!("{KOHYA_UNET}{}{new}", underscored(layer)))
+        });
+        renamed.push((new.unwrap_or(name), tensor));
+    }
+    for layer in layers {
+        let alpha = Tensor::full([0; 0], layer.alpha, (Kind::Float, Device::Cpu));
+        renamed.push((format!("{KOHYA_UNET}{}.alpha", underscored(&layer.name)), alpha));
+    }
+    renamed
+}
+
+fn underscored(name: &str) -> String {
+    name.replace('.', "_")
+}
+
+/// The adapters in a file for these layers.
+pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>> {
+    let alphas = Alphas::read(path)?;
+    let names = Names::of(layers);
+    let mut found: BTreeMap<usize, Parts> = BTreeMap::new();
+    let mut problems = WeightProblems::default();
+    let mut ignored = Vec::new();
+    for (name, tensor) in weights::read_all(path)? {
+        if TEXT_ENCODERS.iter().any(|prefix| name.starts_with(prefix)) {
+            ignored.push(name);
+            continue;
+        }
+        let taken = names.parse(&name).is_some_and(|(layer, part)| {
+            let parts = found.entry(layer).or_default();
+            let place = match part {
+                Part::Down => &mut parts.down,
+                Part::Up => &mut parts.up,
+                Part::Alpha => &mut parts.alpha,
+            };
+            // A second name for the same thing is one too many.
+            place.is_none() && place.replace((name.clone(), tensor)).is_none()
+        });
+        if !taken {
+            problems.unexpected.push(name);
+        }
+    }
+    let mut adapters = Vec::with_capacity(found.len());
+    for (index, parts) in found {
+        adapters.extend(parts.check(&layers[index], &alphas, &mut problems));
+    }
+    if !problems.is_empty() {
+        return Err(Error::WeightsMismatch { path: path.into(), problems: Box::new(problems) });
+    }
+    if adapters.is_empty() {
+        return Err(Error::NoAdapter { path: path.into(), ignored });
+    }
+    if let Some(Found { layer, alpha, .. }) = adapters.iter().find(|a| !a.alpha.is_finite()) {
+        let found = format!("{alpha} for `{}`", layer.name);
+        return Err(invalid("alpha", found, "a finite number"));
+    }
+    Ok(Contents { adapters, ignored })
+}
+
+fn invalid(name: &'static str, found: String, expected: &str) -> Error {
+    Error::InvalidArgument { op: "Lora::from_file", name, found, expected: expected.into() }
+}
+
+/// The layers by the names they have in files.
+struct Names<'a> {
+    plain: BTreeMap<&'a str, usize>,
+    underscored: BTreeMap<String, usize>,
+}
+
+impl<'a> Names<'a> {
+    fn of(layers: &'a [Layer]) -> Self {
+        let names = || layers.iter().enumerate();
+        Self {
+            plain: names().map(|(i, layer)| (layer.name.as_str(), i)).collect(),
+            underscored: names().map(|(i, layer)| (underscored(&layer.name), i)).collect(),
+        }
+    }
+
+    /// The layer that a tensor is for, and what it is to it.
+    fn parse(&self, name: &str) -> Option<(usize, Part)> {
+        let ends = [
+            (".lora_A.weight", Part::Down),
+            (".lora_B.weight", Part::Up),
+            (".lora.down.weight", Part::Down),
+            (".lora.up.weight", Part::Up),
+            (".lora_down.weight", Part::Down),
+            (".lora_up.weight", Part::Up),
+            (".alpha", Part::Alpha),
+        ];
+        let (name, part) =
+            ends.iter().find_map(|(end, part)| Some((name.strip_suffix(end)?, *part)))?;
+        let layer = match name.strip_prefix(KOHYA_UNET) {
+            Some(name) => self.underscored.get(name),
+            None => self.plain.get(name.strip_prefix(UNET).unwrap_or(name)),
+        };
+        layer.map(|&layer| (layer, part))
+    }
+}
+
+impl Parts {
+    /// The adapter, unless something is wrong with it.
+    fn check<'a>(
+        self,
+        layer: &'a Layer,
+        alphas: &Alphas,
+        problems: &mut WeightProblems,
+    ) -> Option<Found<'a>> {
+        let mut missing = |end: &str| problems.missing.push(format!("{}.{end}", layer.name));
+        let (down, up) = match (self.down, self.up) {
+            (Some(down), Some(up)) => (down, up),
+            (down, up) => {
+                down.is_none().then(|| missing("lora_A.weight"));
+                up.is_none().then(|| missing("lora_B.weight"));
+                return None;
+            }
+        };
+        let rank = down.1.size().first().copied().unwrap_or(0).max(1);
+        let [down_shape, up_shape] = layer.shapes(rank);
+        let fits = fits(&down, &down_shape, problems) & fits(&up, &up_shape, problems);
+        let alpha = match self.alpha {
+            Some(alpha) => number(&alpha, problems)?,
+            None => alphas.of(&layer.name, rank),
+        };
+        fits.then_some(Found { layer, rank, alpha, down: down.1, up: up.1 })
+    }
+}
+
+/// Whether a tensor has a floating-point kind and that shape, but for sides of 1 at its end.
+fn fits((name, tensor): &(String, Tensor), shape: &[i64], problems: &mut WeightProblems) -> bool {
+    let right = trimmed(&tensor.size()) == trimmed(shape) && tensor.dim() >= 2;
+    if !right {
+        problems.misshapen.push((name.clone(), tensor.size(), shape.to_vec()));
+    }
+    let float = is_float(tensor.kind());
+    if !float {
+        problems.wrong_kind.push((name.clone(), format!("{:?}", tensor.kind()), Kind::Float));
+    }
+    right && float
+}
+
+fn trimmed(shape: &[i64]) -> Vec<i64> {
+    let mut shape = shape.to_vec();
+    while shape.len() > 2 && shape.last() == Some(&1) {
+        shape.pop();
+    }
+    shape
+}
+
+/// The number that a tensor holds.
+fn number((name, tensor): &(String, Tensor), problems: &mut WeightProblems) -> Option<f64> {
+    if tensor.numel() != 1 {
+        problems.misshapen.push((name.clone(), tensor.size(), Vec::new()));
+        return None;
+    }
+    Some(tensor.to_kind(Kind::Double).view([1]).double_value(&[0]))
+}
+
+/// What a file's metadata say of alpha.
+#[derive(Default)]
+struct Alphas {
+    /// The rank where there is none.
+    general: Option<f64>,
+    /// By the end of a layer's name.
+    pattern: Vec<(String, f64)>,
+    /// Whether what is added is divided by the root of the rank in place of the rank.
+    root: bool,
+}
+
+impl Alphas {
+    fn read(path: &Path) -> Result<Self> {
+        let Some(text) = weights::read_metadata(path)?.remove(METADATA) else {
+            return Ok(Self::default());
+        };
+        let settings: Map<String, Value> = serde_json::from_str(&text)
+            .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })?;
+        let get = |key: &str| settings.get(&format!("{UNET}{key}")).or_else(|| settings.get(key));
+        let mut pattern = Vec::new();
+        for (key, value) in get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
+            let is_name = key.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '.');
+            let Some(alpha) = value.as_f64().filter(|_| is_name) else {
+                let found = format!("{key:?}: {value}");
+                return Err(invalid(
+                    "alpha_pattern",
+                    found,
+                    "names or ends of names, with numbers",
+                ));
+            };
+            pattern.push((key.clone(), alpha));
+        }
+        Ok(Self {
+            general: get("lora_alpha").and_then(Value::as_f64),
+            pattern,
+            root: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        })
+    }
+
+    fn of(&self, layer: &str, rank: i64) -> f64 {
+        let rank = rank as f64;
+        let own = self.pattern.iter().find(|(key, _)| matches(layer, key)).map(|(_, alpha)| *alpha);
+        let alpha = own.or(self.general).unwrap_or(rank);
+        if self.root { alpha * rank.sqrt() } else { alpha }
+    }
+}

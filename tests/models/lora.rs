@@ -1,0 +1,488 @@
+//! `Lora` against what diffusers and PEFT made of the same adapters, and its refusals.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ddil_libtorch::Autocast;
+use ddil_models::{
+    Error, Lora, LoraConfig, LoraFormat, MlpConfig, Placement, UNet2DConditionModel, UNet2DConfig,
+    UnknownKeys, WeightProblems, weights,
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{TestResult, golden, relative_error};
+use crate::unet_condition::{Recorded, expected, forward, load, summary};
+
+/// Relative to the largest value, in `Float`.
+const TOLERANCE: f64 = 1e-5;
+const NAMES: [&str; 2] = ["sd15", "sdxl"];
+const DIFFUSERS: &str = "pytorch_lora_weights.safetensors";
+const FILES: [&str; 2] = [DIFFUSERS, "kohya.safetensors"];
+
+fn network(
+    name: &str,
+    placement: Placement,
+) -> ddil_models::Result<(UNet2DConditionModel, Recorded)> {
+    let name = format!("unet_condition_{name}");
+    Ok((load(&name, placement)?, expected(&name)?))
+}
+
+fn recorded(name: &str) -> ddil_models::Result<Recorded> {
+    expected(&format!("lora_{name}"))
+}
+
+fn small() -> LoraConfig {
+    LoraConfig { rank: 2, alpha: 3.0, ..LoraConfig::default() }
+}
+
+/// Values for B, which starts at 0.
+fn fill(lora: &Lora) {
+    let _no_grad = tch::no_grad_guard();
+    for (i, (name, mut tensor)) in lora.parameters().named().into_iter().enumerate() {
+        if name.ends_with("lora_B.weight") {
+            let n = tensor.numel() as i64;
+            let waves = Tensor::arange(n, (Kind::Float, Device::Cpu)) + i as f64;
+            tensor.copy_(&(waves.sin() * 0.2).view(&tensor.size()[..]));
+        }
+    }
+}
+
+#[test]
+fn outputs_are_those_of_peft() -> TestResult {
+    for name in NAMES {
+        let answers = recorded(name)?;
+        for (channels_last, file) in [(false, FILES[0]), (true, FILES[0]), (false, FILES[1])] {
+            let placement = Placement { channels_last, ..Placement::default() };
+            let (unet, inputs) = network(name, placement)?;
+            let plain = forward(&unet, &inputs)?;
+            let path = golden(&format!("lora_{name}")).join(file);
+            let mut lora = Lora::from_file(unet.parameters(), path)?;
+            let apart = forward(&unet, &inputs)?;
+            let before = unet.parameters().named().into_iter().map(|(_, t)| t.copy());
+            let before: Vec<_> = before.collect();
+
+            lora.merge()?;
+            let merged = forward(&unet, &inputs)?;
+            for (what, found, expected) in [
+                ("output", &apart, &answers["output"]),
+                ("fused", &merged, &answers["fused"]),
+                ("merged", &merged, &apart),
+            ] {
+                let error = relative_error(found, expected);
+                println!("{name}/{file} {what}, channels last {channels_last}: {error:.1e}");
+                assert!(error <= TOLERANCE, "{name}/{file} {what}: {error}");
+            }
+            assert!(relative_error(&apart, &plain) > 0.5);
+
+            lora.unmerge()?;
+            for ((name, now), before) in unet.parameters().named().iter().zip(&before) {
+                assert!(now.equal(before), "{name}");
+            }
+            assert_eq!(forward(&unet, &inputs)?, apart);
+            lora.set_enabled(false)?;
+            assert_eq!(forward(&unet, &inputs)?, plain);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_are_those_of_peft_and_the_base_has_none() -> TestResult {
+    for (kind, tolerance) in [(Kind::Float, 1e-3), (Kind::Double, 1e-10)] {
+        for name in NAMES {
+            let (unet, mut inputs) = network(name, Placement { kind, ..Placement::default() })?;
+            let path = golden(&format!("lora_{name}")).join(DIFFUSERS);
+            let lora = Lora::from_file(unet.parameters(), path)?;
+            let sample = inputs["sample"].to_kind(kind);
+            inputs.insert("sample".into(), sample);
+            forward(&unet, &inputs)?.square().sum(kind).backward();
+
+            let mut named = lora.parameters().learned();
+            named.sort_by(|(a, _), (b, _)| a.cmp(b));
+            let rows = &recorded(name)?["gradients"];
+            assert_eq!(rows.size(), [named.len() as i64, 2]);
+            let mut worst = 0.0_f64;
+            for (i, (parameter, tensor)) in named.iter().enumerate() {
+                let row = [0, 1].map(|j| rows.double_value(&[i as i64, j]));
+                assert!(row[0] > 0.0, "{parameter}");
+                for (found, expected) in summary(&tensor.grad()).into_iter().zip(row) {
+                    worst = worst.max((found - expected).abs() / row[0]);
+                }
+            }
+            println!("{name} gradients, {kind:?}: {worst:.1e}");
+            assert!(worst <= tolerance, "{name} {kind:?}: {worst}");
+            for (parameter, tensor) in unet.parameters().named() {
+                assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{parameter}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_fresh_adapter_changes_nothing_and_learns_b_first() -> TestResult {
+    let (unet, inputs) = network("sd15", Placement::default())?;
+    let plain = forward(&unet, &inputs)?;
+    let lora = Lora::attach(unet.parameters(), &small(), 7)?;
+    let output = forward(&unet, &inputs)?;
+    assert_eq!(output, plain);
+
+    output.square().sum(Kind::Float).backward();
+    for (name, tensor) in lora.parameters().learned() {
+        let moved = tensor.grad().abs().max().double_value(&[]) > 0.0;
+        assert_eq!(moved, name.ends_with("lora_B.weight"), "{name}");
+    }
+    fill(&lora);
+    lora.parameters().learned().iter_mut().for_each(|(_, tensor)| tensor.zero_grad());
+    forward(&unet, &inputs)?.square().sum(Kind::Float).backward();
+    for (name, tensor) in lora.parameters().learned() {
+        assert!(tensor.grad().abs().max().double_value(&[]) > 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn values_follow_seed_and_name() -> TestResult {
+    let build = |seed| {
+        let (unet, _) = network("sd15", Placement::default())?;
+        Ok::<_, Error>(Lora::attach(unet.parameters(), &small(), seed)?.parameters().named())
+    };
+    let (one, same, other) = (build(1)?, build(1)?, build(2)?);
+    for (((name, one), (_, same)), (_, other)) in one.iter().zip(&same).zip(&other) {
+        assert!(one.equal(same), "{name}");
+        let is_down = name.ends_with("lora_A.weight");
+        assert_ne!(one.equal(other), is_down, "{name}");
+        assert_eq!(one.kind(), Kind::Float);
+        let bound = 1.0 / ((one.numel() / 2) as f64).sqrt();
+        let largest = one.abs().max().double_value(&[]);
+        // Of 16 values or more, the largest is seldom in the lower half.
+        let range = if is_down { bound / 2.0..=bound } else { 0.0..=0.0 };
+        assert!(range.contains(&largest), "{name}: {largest} of {bound}");
+    }
+    // The same layer draws the same, whatever else has an adapter.
+    let (unet, _) = network("sd15", Placement::default())?;
+    let config = LoraConfig { targets: vec!["conv2".into()], ..small() };
+    let few = Lora::attach(unet.parameters(), &config, 1)?;
+    let all: BTreeMap<_, _> = one.into_iter().collect();
+    assert!(few.parameters().named().iter().all(|(name, tensor)| tensor.equal(&all[name])));
+    Ok(())
+}
+
+#[test]
+fn targets_are_whole_parts_of_names() -> TestResult {
+    let (unet, _) = network("sd15", Placement::default())?;
+    let config = LoraConfig { targets: vec!["to_out.0".into(), "conv_in".into()], ..small() };
+    let lora = Lora::attach(unet.parameters(), &config, 0)?;
+    let names: Vec<_> = lora.layers().into_iter().map(|layer| layer.name).collect();
+    assert!(names.contains(&"conv_in".to_owned()));
+    let out = names.iter().filter(|name| name.ends_with(".to_out.0")).count();
+    let expected =
+        unet.parameters().shapes().iter().filter(|(n, _)| n.ends_with("to_out.0.weight")).count();
+    assert_eq!((out, names.len()), (expected, expected + 1));
+    lora.detach()?;
+
+    // "n_out.0" ends "attn.to_out.0" nowhere.
+    let targets = ["to_q", "out.0", "to_x", ""].map(str::to_owned).into();
+    let config = LoraConfig { rank: 0, alpha: f64::NAN, targets };
+    match Lora::attach(unet.parameters(), &config, 0) {
+        Err(Error::InvalidConfig { problems, .. }) => {
+            let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
+            assert_eq!(keys, ["rank", "alpha", "targets"]);
+            assert!(problems[2].found.starts_with("out.0, to_x, ,"), "{}", problems[2].found);
+            for name in ["to_q", "to_out.0", "conv_shortcut", "net.2"] {
+                assert!(problems[2].expected.contains(name), "{}", problems[2].expected);
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    let config = LoraConfig { targets: Vec::new(), ..small() };
+    assert!(matches!(
+        Lora::attach(unet.parameters(), &config, 0),
+        Err(Error::InvalidConfig { problems, .. }) if problems.len() == 1 && problems[0].found == "empty"
+    ));
+    Ok(())
+}
+
+#[test]
+fn an_adapter_is_attached_once_and_detached_without_a_trace() -> TestResult {
+    let (unet, inputs) = network("sd15", Placement::default())?;
+    let plain = forward(&unet, &inputs)?;
+    let mut lora = Lora::attach(unet.parameters(), &small(), 0)?;
+    fill(&lora);
+    assert!(matches!(
+        Lora::attach(unet.parameters(), &small(), 0),
+        Err(Error::AdapterAttached { layer, .. }) if !layer.is_empty()
+    ));
+    let whole = forward(&unet, &inputs)? - &plain;
+
+    lora.set_scale(0.0)?;
+    assert_eq!(forward(&unet, &inputs)?, plain);
+    lora.set_scale(1e-3)?;
+    let part = forward(&unet, &inputs)? - &plain;
+    let ratio = (part.norm() / whole.norm()).double_value(&[]);
+    assert!((1e-4..1e-2).contains(&ratio), "{ratio}");
+    assert!(lora.set_scale(f64::INFINITY).is_err());
+
+    lora.merge()?;
+    assert!(lora.is_merged());
+    assert!(matches!(lora.merge(), Err(Error::AdapterMerged { .. })));
+    assert!(matches!(lora.set_enabled(false), Err(Error::AdapterMerged { .. })));
+    assert!(matches!(lora.set_scale(1.0), Err(Error::AdapterMerged { .. })));
+    lora.detach()?;
+    assert_eq!(forward(&unet, &inputs)?, plain);
+    assert!(unet.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad()));
+    Lora::attach(unet.parameters(), &small(), 0)?;
+    Ok(())
+}
+
+#[test]
+fn half_precision_and_autocast_stay_close() -> TestResult {
+    for name in NAMES {
+        let path = golden(&format!("lora_{name}")).join(DIFFUSERS);
+        let answer = &recorded(name)?["output"];
+        for channels_last in [false, true] {
+            let kind = Kind::BFloat16;
+            let placement = Placement { channels_last, ..Placement::default() };
+            let (half, mut inputs) = network(name, Placement { kind, ..placement })?;
+            let lora = Lora::from_file(half.parameters(), &path)?;
+            assert!(lora.parameters().named().iter().all(|(_, t)| t.kind() == Kind::Float));
+            let (whole, floats) = network(name, placement)?;
+            let sample = inputs["sample"].to_kind(kind);
+            inputs.insert("sample".into(), sample);
+            let output = forward(&half, &inputs)?;
+            assert_eq!(output.kind(), kind);
+            output.square().sum(Kind::Float).backward();
+            let (_, tensor) = &lora.parameters().learned()[0];
+            assert_eq!(tensor.grad().kind(), Kind::Float);
+
+            let lora = Lora::from_file(whole.parameters(), &path)?;
+            let cast = {
+                let _autocast = Autocast::new(Device::Cpu, kind)?;
+                forward(&whole, &floats)?
+            };
+            cast.to_kind(Kind::Float).square().sum(Kind::Float).backward();
+            assert!(lora.parameters().learned().iter().all(|(_, t)| t.grad().defined()));
+            for (what, found) in [("bf16", output), ("autocast", cast)] {
+                let error = relative_error(&found.to_kind(Kind::Float), answer);
+                println!("{name} {what}, channels last {channels_last}: {error:.1e}");
+                assert!(error <= 3e-2, "{name} {what}: {error}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn files_come_back_with_ranks_and_alphas() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (unet, inputs) = network("sd15", Placement::default())?;
+    let path = golden("lora_sd15").join(DIFFUSERS);
+    let lora = Lora::from_file(unet.parameters(), path)?;
+    let output = forward(&unet, &inputs)?;
+    let layers = lora.layers();
+    let by_name = |name: &str| layers.iter().find(|l| l.name == name).map(|l| (l.rank, l.alpha));
+    assert_eq!(by_name("mid_block.resnets.0.conv1"), Some((5, 3.0)));
+    let value = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v";
+    assert_eq!(by_name(value), Some((2, 7.0)));
+    for format in [LoraFormat::Diffusers, LoraFormat::Kohya] {
+        let path = folder.path().join("lora.safetensors");
+        lora.save(&path, format)?;
+        assert_eq!(weights::read_metadata(&path)?["format"], "pt");
+        let (other, _) = network("sd15", Placement::default())?;
+        let read = Lora::from_file(other.parameters(), &path)?;
+        assert_eq!(read.layers(), layers, "{format:?}");
+        assert_eq!(forward(&other, &inputs)?, output, "{format:?}");
+    }
+    // Names are those of the recorded files.
+    for (format, file) in [(LoraFormat::Diffusers, FILES[0]), (LoraFormat::Kohya, FILES[1])] {
+        let path = folder.path().join("lora.safetensors");
+        lora.save(&path, format)?;
+        let (ours, theirs) =
+            (weights::read_all(&path)?, weights::read_all(golden("lora_sd15").join(file))?);
+        assert!(ours.keys().eq(theirs.keys()), "{format:?}");
+        assert!(ours.values().zip(theirs.values()).all(|(a, b)| a.equal(b)), "{format:?}");
+    }
+    Ok(())
+}
+
+type Named = BTreeMap<String, Tensor>;
+
+/// Loads the recorded file after a change to it.
+fn changed(
+    folder: &Path,
+    change: impl FnOnce(&mut Named),
+) -> Result<(UNet2DConditionModel, Result<Lora, Error>), Error> {
+    let mut tensors = weights::read_all(golden("lora_sdxl").join(DIFFUSERS))?;
+    change(&mut tensors);
+    let path = folder.join("changed.safetensors");
+    weights::save(&tensors.into_iter().collect::<Vec<_>>(), &path, &BTreeMap::new())?;
+    let (unet, _) = network("sdxl", Placement::default())?;
+    let lora = Lora::from_file(unet.parameters(), path);
+    Ok((unet, lora))
+}
+
+fn problems(result: Result<Lora, Error>) -> WeightProblems {
+    match result {
+        Err(Error::WeightsMismatch { problems, .. }) => *problems,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_file_may_cover_fewer_layers_and_have_older_names() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let (_, lora) = changed(folder.path(), |tensors| {
+        tensors.retain(|name, _| name.contains("attn1.to_q"));
+        let old = std::mem::take(tensors).into_iter().map(|(name, tensor)| {
+            let name = name.replace("lora_A", "lora.down").replace("lora_B", "lora.up");
+            (name, tensor)
+        });
+        tensors.extend(old);
+        for text in ["text_encoder.a.lora_A.weight", "lora_te1_a.lora_down.weight"] {
+            tensors.insert(text.into(), Tensor::from(1.0));
+        }
+    })?;
+    let lora = lora?;
+    assert!(!lora.layers().is_empty());
+    assert!(lora.layers().iter().all(|l| l.name.ends_with("attn1.to_q") && l.alpha == 2.0));
+    assert_eq!(lora.ignored(), ["lora_te1_a.lora_down.weight", "text_encoder.a.lora_A.weight"]);
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let layer = "mid_block.resnets.0.conv1";
+    let (down, up) = (format!("unet.{layer}.lora_A.weight"), format!("unet.{layer}.lora_B.weight"));
+    let (unet, result) = changed(folder.path(), |tensors| {
+        tensors.remove(&up);
+        tensors.insert("unet.nowhere.lora_A.weight".into(), Tensor::from(1.0));
+        tensors.insert(format!("unet.{layer}.lora_magnitude_vector"), Tensor::from(1.0));
+        tensors.insert("unet.conv_in.alpha".into(), Tensor::from(1.0));
+    })?;
+    let found = problems(result);
+    let missing: Vec<_> = ["conv_in.lora_A", "conv_in.lora_B", &format!("{layer}.lora_B")]
+        .map(|name| format!("{name}.weight"))
+        .into();
+    assert_eq!(found.missing, missing);
+    let unexpected = [&format!("unet.{layer}.lora_magnitude_vector"), "unet.nowhere.lora_A.weight"];
+    assert_eq!(found.unexpected, unexpected);
+    // Nothing was attached.
+    Lora::attach(unet.parameters(), &small(), 0)?;
+
+    let (_, result) = changed(folder.path(), |tensors| {
+        let rank_3 = tensors[&up].repeat([1, 2, 1, 1]);
+        tensors.insert(up.clone(), rank_3);
+    })?;
+    assert_eq!(problems(result).misshapen.len(), 1);
+    let (_, result) = changed(folder.path(), |tensors| {
+        let whole = tensors[&down].to_kind(Kind::Int64);
+        tensors.insert(down.clone(), whole);
+    })?;
+    assert_eq!(problems(result).wrong_kind, [(down, "Int64".to_owned(), Kind::Float)]);
+
+    let (_, result) = changed(folder.path(), |tensors| {
+        tensors.insert(format!("unet.{layer}.alpha"), Tensor::from(f64::NAN));
+    })?;
+    assert!(matches!(result, Err(Error::InvalidArgument { name: "alpha", .. })));
+
+    let text = "text_encoder.a.lora_A.weight";
+    let (_, result) = changed(folder.path(), |tensors| {
+        *tensors = BTreeMap::from([(text.to_owned(), Tensor::from(1.0))]);
+    })?;
+    assert!(matches!(result, Err(Error::NoAdapter { ignored, .. }) if ignored == [text]));
+    Ok(())
+}
+
+#[test]
+fn one_layer_gives_what_the_equation_says() -> TestResult {
+    let network = MlpConfig::default().build(Placement::default(), 0)?;
+    let config = LoraConfig { rank: 2, alpha: 6.0, targets: vec!["layers.0".into()] };
+    let mut lora = Lora::attach(network.parameters(), &config, 0)?;
+    fill(&lora);
+    let name = "layers.0.weight";
+    let get = |name: &str| network.parameters().get(name).map(Tensor::copy).ok_or("absent");
+    let before = get(name)?;
+    lora.merge()?;
+    let named: BTreeMap<_, _> = lora.parameters().named().into_iter().collect();
+    let (a, b) = (&named["layers.0.lora_A.weight"], &named["layers.0.lora_B.weight"]);
+    assert!(relative_error(&(get(name)? - before), &(b.matmul(a) * 3.0)) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn metadata_say_what_alpha_is() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("lora.safetensors");
+    let tensors: Vec<_> =
+        weights::read_all(golden("lora_sdxl").join(DIFFUSERS))?.into_iter().collect();
+    let read = |settings: &str| {
+        let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), settings.to_owned())]);
+        weights::save(&tensors, &path, &metadata)?;
+        let (unet, _) = network("sdxl", Placement::default())?;
+        Lora::from_file(unet.parameters(), &path)
+    };
+    for (settings, query, other) in [
+        (r#"{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 0.5}}"#, 0.5, 4.0),
+        (r#"{"lora_alpha": 8.5}"#, 8.5, 8.5),
+        (r#"{"text_encoder.lora_alpha": 9}"#, 2.0, 2.0),
+        (r#"{"unet.lora_alpha": 4, "unet.use_rslora": true}"#, 32.0_f64.sqrt(), 32.0_f64.sqrt()),
+    ] {
+        for layer in read(settings)?.layers() {
+            let expected = if layer.name.ends_with(".to_q") { query } else { other };
+            assert!((layer.alpha - expected).abs() < 1e-12, "{settings} {layer:?}");
+        }
+    }
+    let pattern = read(r#"{"unet.alpha_pattern": {"to_[qk]": 1}}"#);
+    assert!(matches!(pattern, Err(Error::InvalidArgument { name: "alpha_pattern", .. })));
+    assert!(matches!(read("{"), Err(Error::InvalidJson { .. })));
+    Ok(())
+}
+
+#[test]
+fn networks_for_pixels_have_adapters_too() -> TestResult {
+    let folder = golden("unet_class_labels");
+    let recorded = expected("unet_class_labels")?;
+    let unet = UNet2DConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?
+        .build_from(Placement::default(), folder.join("diffusion_pytorch_model.safetensors"))?;
+    let (sample, t) = (&recorded["sample"], &recorded["timesteps"]);
+    let forward = || unet.forward(sample, t, recorded.get("class_labels"), None);
+    let plain = forward()?;
+    let targets = ["to_q", "conv1", "downsamplers.0.conv", "time_emb_proj"].map(str::to_owned);
+    let config = LoraConfig { targets: targets.into(), ..small() };
+    let mut lora = Lora::attach(unet.parameters(), &config, 0)?;
+    assert_eq!(forward()?, plain);
+    fill(&lora);
+    let apart = forward()?;
+    assert!(relative_error(&apart, &plain) > 0.01);
+    lora.merge()?;
+    assert!(relative_error(&forward()?, &apart) <= TOLERANCE);
+    Ok(())
+}
+
+/// Then `tools/record_lora.py --check` loads every folder in diffusers.
+#[test]
+#[ignore = "needs DDIL_WRITE_MODELS, a folder to write adapters to"]
+fn write_folders_for_diffusers() -> TestResult {
+    let root = std::path::PathBuf::from(std::env::var("DDIL_WRITE_MODELS")?);
+    // Alike on all layers, then of several ranks and alphas.
+    for (name, file) in [("sd15", None), ("sdxl", None), ("sd15", Some("mixed"))] {
+        let (unet, inputs) = network(name, Placement::default())?;
+        let lora = match file {
+            None => Lora::attach(unet.parameters(), &small(), 0)?,
+            Some(_) => Lora::from_file(unet.parameters(), golden("lora_sd15").join(DIFFUSERS))?,
+        };
+        fill(&lora);
+        let folder = root.join(file.unwrap_or("alike")).join(format!("lora_{name}"));
+        std::fs::create_dir_all(&folder)?;
+        // diffusers reads no differing alphas under kohya's names.
+        let formats = [LoraFormat::Diffusers, LoraFormat::Kohya].into_iter();
+        let formats = formats.take(if file.is_none() { 2 } else { 1 });
+        for (file, format) in FILES.into_iter().zip(formats) {
+            lora.save(folder.join(file), format)?;
+        }
+        let output = ("output".to_owned(), forward(&unet, &inputs)?);
+        weights::save(&[output], folder.join("expected.safetensors"), &BTreeMap::new())?;
+    }
+    Ok(())
+}

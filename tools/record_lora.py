@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Records what diffusers and PEFT make of adapters of low rank, for tests/models/lora.rs to compare with.
+
+    python3 -m venv .venv
+    .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 peft==0.21.2 transformers safetensors numpy
+    .venv/bin/python tools/record_lora.py            # writes tests/golden/models
+    .venv/bin/python tools/record_lora.py --check DIR...  # loads adapters that ddil wrote
+
+Each folder is for the network and the inputs of `unet_condition_NAME` beside it. It holds the adapters as
+`save_lora_weights` writes them and with kohya's names, and `expected.safetensors`: the `output` with the adapters, the
+output `fused` with them in the base weights, and `gradients` of the sum of squared outputs: row i for parameter i in the
+order of their names, as record_unet.py has them, in double precision.
+The same versions write the same bytes.
+"""
+
+import argparse
+import pathlib
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from record_unet import condition_answer
+from safetensors.torch import load_file, save_file
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
+
+# Those of diffusers' script that trains an LCM-LoRA.
+TARGETS = [
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+]
+LORAS = {
+    # Rank and alpha differ, and not all are alike.
+    "sd15": dict(r=2, lora_alpha=3, rank_pattern={"mid_block.resnets.0.conv1": 5}, alpha_pattern={"attn2.to_v": 7}),
+    # Nothing to say of alpha.
+    "sdxl": dict(r=2, lora_alpha=2),
+}
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def base(name):
+    folder = GOLDEN / f"unet_condition_{name}"
+    model = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    return model, load_file(folder / "expected.safetensors")
+
+
+def kohya(model, state):
+    """As the script that trains an LCM-LoRA names it."""
+    renamed = {}
+    for key, tensor in state.items():
+        key = f"lora_unet.{key}".replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        key = key.replace(".", "_", key.count(".") - 2)
+        renamed[key] = tensor
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            renamed[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(float(module.lora_alpha["default"]))
+    return renamed
+
+
+def plain(name):
+    return name.replace(".default.", ".")
+
+
+def gradients(model, inputs):
+    model = model.double()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    condition_answer(model, inputs)[0].square().sum().backward()
+    named = sorted((plain(name), p.grad) for name, p in model.named_parameters() if "lora_" in name)
+    rows = []
+    for _, gradient in named:
+        flat = gradient.flatten()
+        rows.append(torch.stack([flat.norm(), flat @ torch.arange(1, len(flat) + 1, dtype=flat.dtype).cos()]))
+    model.float()
+    return torch.stack(rows)
+
+
+def record(name, config):
+    torch.manual_seed(0)
+    model, inputs = base(name)
+    model.add_adapter(LoraConfig(target_modules=TARGETS, **config))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+        output, _ = condition_answer(model, inputs)
+    state = get_peft_model_state_dict(model)
+    folder = GOLDEN / f"lora_{name}"
+    # Left out once, as older files have it.
+    metadata = _collate_lora_metadata({"unet": model}) if name == "sd15" else {}
+    for settings in metadata.values():
+        # A set otherwise, whose order changes from run to run.
+        settings["target_modules"] = sorted(settings["target_modules"])
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=state, **metadata)
+    save_file(kohya(model, state), folder / "kohya.safetensors", metadata={"format": "pt"})
+    recorded = {"output": output, "gradients": gradients(model, inputs)}
+    model.fuse_lora()
+    with torch.no_grad():
+        recorded["fused"], _ = condition_answer(model, inputs)
+    save_file({key: value.detach().contiguous() for key, value in recorded.items()}, folder / "expected.safetensors")
+    change = (output - inputs["output"]).abs().max() / inputs["output"].abs().max()
+    print(f"lora_{name}: {sum(p.numel() for p in state.values())} values, the output changes by {change:.2f}")
+
+
+def check(folder):
+    """Loads every file of adapters in a folder as `load_lora_weights` does, and compares with the answer beside it."""
+    name = folder.name.removeprefix("lora_")
+    expected = load_file(folder / "expected.safetensors")["output"]
+    for file in filter(lambda file: (folder / file).exists(), [WEIGHTS, "kohya.safetensors"]):
+        model, inputs = base(name)
+        mixin = StableDiffusionLoraLoaderMixin
+        state, alphas, metadata = mixin.lora_state_dict(folder, weight_name=file, return_lora_metadata=True)
+        mixin.load_lora_into_unet(state, network_alphas=alphas, unet=model, metadata=metadata)
+        with torch.no_grad():
+            output, _ = condition_answer(model, inputs)
+        error = (output - expected).abs().max() / expected.abs().max()
+        change = (output - inputs["output"]).abs().max() / inputs["output"].abs().max()
+        print(f"{folder.name}/{file}: max relative error {error:.2e}, of an output that changes by {change:.2f}")
+        assert error <= 1e-5 and change > 0.01
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.check:
+        for folder in arguments.check:
+            check(folder)
+    else:
+        for name, config in LORAS.items():
+            record(name, config)
+
+
+if __name__ == "__main__":
+    main()
