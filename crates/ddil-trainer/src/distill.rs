@@ -26,6 +26,7 @@ use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::DistillConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
+use crate::guide::Guide;
 use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
@@ -44,6 +45,7 @@ pub struct DistillTask {
     card: Card,
     /// What stands around the teacher, and will around the student.
     frame: Frame,
+    guide: Guide,
     cast: Cast,
     stage: Stage,
     meters: Meters,
@@ -146,7 +148,7 @@ impl DistillTask {
             [places.teacher, places.rollout].map(|on| self.thresholding(on));
         let Cast { teacher, student, .. } = &self.cast;
         let (meters, logged) = (&self.meters, self.is_logged(step));
-        let teacher = guided(teacher, self.stage.guidance, &self.card)?;
+        let teacher = self.guide.teacher(teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, of_teacher)?;
         let teacher = meters.put_on(teacher, Place::TeacherRollout, logged);
         let student = Thresholded::new(student, of_student)?;
@@ -174,7 +176,7 @@ impl DistillTask {
             let held = Thresholded::new(network, self.thresholding(on))?;
             Ok(self.meters.put_on(held, place, logged))
         };
-        let teacher = guided(&cast.teacher, self.stage.guidance, &self.card)?;
+        let teacher = self.guide.teacher(&cast.teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, self.thresholding(places.teacher))?;
         let teacher = self.meters.put_on(teacher, Place::Teacher, logged);
         let student = held(&cast.student, places.student_loss, Place::Student)?;
@@ -418,21 +420,6 @@ impl Task for DistillTask {
         let student = self.cast.averaged(average)?;
         Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.frame))
     }
-}
-
-/// A teacher with its guidance around it; thresholding goes outside of that.
-fn guided<'a>(
-    teacher: &'a Network,
-    guidance: TeacherGuidance,
-    card: &Card,
-) -> Result<Box<dyn Denoiser + 'a>> {
-    let null = match guidance {
-        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => {
-            card.null_conditioning()?
-        }
-        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
-    };
-    Ok(guidance.wrap(teacher, null)?)
 }
 
 /// A student as it is asked when it is sampled: with its boundary around it, if the method has one.

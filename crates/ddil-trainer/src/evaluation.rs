@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::dataset::ImageDataset;
 use crate::error::Result;
+use crate::guide::Guide;
 use crate::pipeline::Pipeline;
 use crate::sampling::{SamplePlan, asked, classes, generate, initial_noise};
 
@@ -109,7 +110,8 @@ pub fn draw(
         start => RandomStreams::new(plan.seed, 0).seed_of(u64::from(start), Stream::Sample),
     };
     let plan = SamplePlan { seed, ..plan.clone() };
-    let images = generate(&pipeline.network, &plan, &pipeline.card, &noise, &conditioning)?;
+    let guide = Guide::of_classes(&pipeline.card);
+    let images = generate(&pipeline.network, &plan, &guide, &noise, &conditioning)?;
     Ok(images.to_device(Device::Cpu))
 }
 
@@ -131,7 +133,8 @@ pub fn shift(
     let labels = batch.labels.filter(|_| pipeline.network.is_class_conditional());
     let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);
     let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
-    let student = asked(&pipeline.network, plan, &pipeline.card)?;
+    let guide = Guide::of_classes(&pipeline.card);
+    let student = asked(&pipeline.network, plan, &guide)?;
     let schedule = pipeline.network.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
     let request = ShiftRequest {

@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod ema;
 pub mod environment;
 pub mod evaluation;
+pub mod guide;
 pub mod interrupt;
 pub mod logging;
 pub mod lr_schedule;

@@ -1,13 +1,12 @@
 //! Samples of a model, the same ones for the same seed.
 
-use ddil_core::{
-    Conditioning, Consistent, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample,
-};
-use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding, Timesteps};
+use ddil_core::{Conditioning, Consistent, Denoiser, RandomStreams, Stream, Thresholded, sample};
+use ddil_schedulers::{Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::guide::Guide;
 use crate::picture::{Layout, Picture};
 use crate::pipeline::{Card, Pipeline};
 use crate::sampler::SamplerKind;
@@ -105,14 +104,14 @@ pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Condit
 pub fn generate(
     denoiser: &dyn Denoiser,
     plan: &SamplePlan,
-    card: &Card,
+    guide: &Guide,
     noise: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<Tensor> {
     let schedule = denoiser.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
     let sampler = plan.sampler.build(&schedule)?;
-    let asked = asked(denoiser, plan, card)?;
+    let asked = asked(denoiser, plan, guide)?;
     let streams = RandomStreams::new(plan.seed, 0);
     let n = noise.size()[0];
     let mut samples = Vec::new();
@@ -144,58 +143,14 @@ pub fn generate(
 pub fn asked<'a>(
     denoiser: &'a dyn Denoiser,
     plan: &SamplePlan,
-    card: &Card,
+    guide: &Guide,
 ) -> Result<Box<dyn Denoiser + 'a>> {
-    let scale = plan.guidance_scale;
-    let guided: Box<dyn Denoiser + 'a> = if let Some(range) = card.guidance_range {
-        Box::new(Told::new(denoiser, scale, range)?)
-    } else if (scale - 1.0).abs() < f64::EPSILON {
-        Box::new(denoiser)
-    } else {
-        Box::new(Guided::new(denoiser, scale, card.null_conditioning()?)?)
-    };
+    let guided = guide.guided(denoiser, plan.guidance_scale)?;
     let held = Thresholded::new(guided, plan.thresholding.clone())?;
     Ok(match plan.sampler {
         SamplerKind::Ddim { .. } => Box::new(held),
         SamplerKind::Lcm { boundary, .. } => Box::new(Consistent::new(held, boundary)),
     })
-}
-
-/// A network that is told how strongly to guide itself, always the same.
-struct Told<'a> {
-    inner: &'a dyn Denoiser,
-    weight: f64,
-}
-
-impl<'a> Told<'a> {
-    fn new(inner: &'a dyn Denoiser, scale: f64, [min, max]: [f64; 2]) -> Result<Self> {
-        if (min..=max).contains(&scale) {
-            return Ok(Self { inner, weight: scale - 1.0 });
-        }
-        Err(Error::InvalidConfig {
-            field: "guidance_scale".to_owned(),
-            value: scale.to_string(),
-            expected: format!("in {min}..={max}, the scales that the student was trained with"),
-        })
-    }
-}
-
-impl Denoiser for Told<'_> {
-    fn predict(
-        &self,
-        x_t: &Tensor,
-        timesteps: &Tensor,
-        conditioning: &Conditioning,
-    ) -> ddil_core::Result<Prediction> {
-        let batch = x_t.size().first().copied().unwrap_or(0);
-        let weight = Tensor::full([batch], self.weight, (Kind::Float, x_t.device()));
-        let told = conditioning.shallow_clone().with_guidance_weight(weight);
-        self.inner.predict(x_t, timesteps, &told)
-    }
-
-    fn schedule(&self) -> &NoiseSchedule {
-        self.inner.schedule()
-    }
 }
 
 /// A grid with a column a class and `per_class` rows.
@@ -214,7 +169,8 @@ pub fn grid_of_classes(
     let columns = card.class_names.len().max(8) as u32;
     let n = columns * per_class.max(1);
     let noise = initial_noise(plan.seed, n, shape, device)?;
-    let samples = generate(denoiser, plan, card, &noise, &classes(card, n, None, device))?;
+    let (guide, conditioning) = (Guide::of_classes(card), classes(card, n, None, device));
+    let samples = generate(denoiser, plan, &guide, &noise, &conditioning)?;
     Picture::grid(&samples.to_device(Device::Cpu), layout(columns))
 }
 

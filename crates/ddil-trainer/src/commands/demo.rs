@@ -14,6 +14,7 @@ use ddil_trainer::compare::setting::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::dataset::FashionMnist;
 use ddil_trainer::evaluation::{Reference, draw, shift};
+use ddil_trainer::guide::Guide;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
 use ddil_trainer::picture::Picture;
@@ -195,7 +196,13 @@ fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Picture> {
         let labels = Tensor::arange(i64::from(COLUMNS), (Kind::Int64, device));
         let labels = labels.divide_scalar_mode(2, "floor").to_kind(Kind::Int64);
         let conditioning = Conditioning::class_labels(labels);
-        let images = generate(&pipeline.network, plan, &pipeline.card, &noise, &conditioning)?;
+        let images = generate(
+            &pipeline.network,
+            plan,
+            &Guide::of_classes(&pipeline.card),
+            &noise,
+            &conditioning,
+        )?;
         rows.push(images.to_device(Device::Cpu));
     }
     Ok(Picture::grid(&Tensor::f_cat(&rows, 0)?, layout(COLUMNS))?)

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{bail, ensure};
+use ddil_trainer::guide::Guide;
 use ddil_trainer::picture::{Picture, save_each};
 use ddil_trainer::sampling::{classes, generate, initial_noise, layout};
 use tch::Device;
@@ -21,7 +22,13 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     let (n, shape) = (args.num_samples, pipeline.card.image_shape);
     let noise = initial_noise(plan.seed, n, shape, device)?;
     let conditioning = classes(&pipeline.card, n, args.class, device);
-    let samples = generate(&pipeline.network, &plan, &pipeline.card, &noise, &conditioning)?;
+    let samples = generate(
+        &pipeline.network,
+        &plan,
+        &Guide::of_classes(&pipeline.card),
+        &noise,
+        &conditioning,
+    )?;
     let samples = samples.to_device(Device::Cpu);
     let columns = if num_classes > 0 && args.class.is_none() { num_classes } else { 8 };
     Picture::grid(&samples, layout(columns as u32))?.save(&args.output)?;

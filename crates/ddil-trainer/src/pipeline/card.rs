@@ -1,11 +1,8 @@
 //! `ddil.json`: what a model is, beyond its weights and its scheduler.
 
-use ddil_core::{Conditioning, Priors};
+use ddil_core::Priors;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
-
-use crate::error::{Error, Result};
 
 /// The file's name.
 pub(super) const FILE_NAME: &str = "ddil.json";
@@ -66,22 +63,5 @@ impl Card {
     /// told its guidance, none for every other.
     pub fn default_guidance_scale(&self) -> f64 {
         self.guidance_range.map_or(1.0, |[min, max]| f64::midpoint(min, max))
-    }
-
-    /// What the network is told for "no condition", one row.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`] for a model without a null class, which cannot be guided.
-    pub fn null_conditioning(&self) -> Result<Conditioning> {
-        match self.null_class {
-            Some(class) => Ok(Conditioning::class_labels(Tensor::from_slice(&[class]))),
-            None => Err(Error::InvalidConfig {
-                field: "guidance_scale".to_owned(),
-                value: "other than 1".to_owned(),
-                expected: "1: the model was trained without a null class and cannot be guided"
-                    .to_owned(),
-            }),
-        }
     }
 }
