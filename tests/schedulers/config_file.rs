@@ -161,3 +161,41 @@ fn settings_that_diffusers_has_no_words_for_are_refused() {
         assert!(say(&vp, PredictionType::Epsilon, &thresholding).contains("thresholding"));
     }
 }
+
+/// As the published folders of Stable Diffusion 1.5 and XL have them.
+const PNDM: &str = r#"{
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+    "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1, "trained_betas": null,
+    "clip_sample": false
+}"#;
+const EULER: &str = r#"{
+    "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "interpolation_type": "linear", "num_train_timesteps": 1000,
+    "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
+    "use_karras_sigmas": false
+}"#;
+
+#[test]
+fn solvers_that_are_not_here_leave_their_schedule_to_ddim() {
+    for (text, class, end) in [
+        (PNDM, "PNDMScheduler", FinalAlphaCumprod::First),
+        (EULER, "EulerDiscreteScheduler", FinalAlphaCumprod::One),
+    ] {
+        let (config, solver) = SchedulerConfig::from_json_any(text).expect("a known solver");
+        assert_eq!((config.class(), solver.as_deref()), ("DDIMScheduler", Some(class)));
+        let expected = VpConfig { final_alpha_cumprod: end, ..VpConfig::default() };
+        let expected = NoiseScheduleConfig::Vp(expected);
+        assert_eq!(*config.schedule().expect("valid").config(), expected);
+        assert_eq!(config.thresholding(), Thresholding::None);
+        assert_eq!(config.common().steps_offset, 1);
+    }
+    let (config, solver) =
+        SchedulerConfig::from_json_any(r#"{"_class_name": "DDIMScheduler"}"#).expect("its own");
+    assert_eq!((solver, config.thresholding()), (None, Thresholding::clamp_pixels()));
+    let flow = r#"{"_class_name": "FlowMatchEulerDiscreteScheduler"}"#;
+    let refused = SchedulerConfig::from_json_any(flow).expect_err("another family").to_string();
+    assert!(refused.contains("FlowMatchEulerDiscreteScheduler"), "{refused}");
+    let unknown = r#"{"_class_name": "DDIMScheduler", "use_karras_sigmas": true}"#;
+    assert!(SchedulerConfig::from_json_any(unknown).is_err());
+}

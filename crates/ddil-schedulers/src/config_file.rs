@@ -162,6 +162,38 @@ impl SchedulerConfig {
         Self::from_json(&read(path.as_ref())?)
     }
 
+    /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does: for a
+    /// solver that this crate does not have, DDIM on the same noise schedule takes its place, and the class of the solver
+    /// is returned.
+    ///
+    /// Keys of that class alone are not looked at: they say how it steps. None of these classes clips clean data unless
+    /// the file says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read); [`Error::InvalidConfig`] for a class that is none of these.
+    pub fn read_any(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
+        Self::from_json_any(&read(path.as_ref())?)
+    }
+
+    /// Reads the text of such a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_json`](Self::from_json).
+    pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
+        let mut keys: Map<String, Value> =
+            serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
+        let solver = keys.get("_class_name").and_then(Value::as_str).map(str::to_owned);
+        let Some(solver) = solver.filter(|class| SOLVERS.contains(&class.as_str())) else {
+            return Ok((Self::from_json(text)?, None));
+        };
+        let defaults = CommonConfig { clip_sample: false, ..CommonConfig::default() };
+        let config = Self::Ddim(CommonConfig::take(&mut keys, defaults)?);
+        config.ensure()?;
+        Ok((config, Some(solver)))
+    }
+
     /// Reads a file and passes over keys that its class does not have; these are returned.
     ///
     /// # Errors
@@ -371,6 +403,23 @@ impl SchedulerConfig {
         keys
     }
 }
+
+/// Solvers of diffusers for networks that DDIM can sample as well.
+const SOLVERS: [&str; 13] = [
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+];
 
 /// Keys that are written only where there is something to say.
 const OPTIONAL_KEYS: [&str; 2] = ["_diffusers_version", "ddil_timesteps"];

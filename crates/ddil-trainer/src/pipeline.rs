@@ -55,7 +55,10 @@ impl Pipeline {
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         let frame = Frame::read(&Self::find(path)?)?;
         let path = frame.path();
-        let scheduler = SchedulerConfig::read(path.join(SCHEDULER))?;
+        let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
+        if let Some(solver) = solver {
+            tracing::info!("{}: DDIM takes the place of {solver}", path.display());
+        }
         let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
         if unet.config().channels().is_none() {
             return Err(Error::InvalidConfig {
