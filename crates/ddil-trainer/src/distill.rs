@@ -93,7 +93,9 @@ impl DistillTask {
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
         let meters = Meters::new(&schedule, &config.objective);
+        let guide = Guide::of_classes(&card);
         let task = Self {
+            guide,
             config,
             schedule,
             data,
