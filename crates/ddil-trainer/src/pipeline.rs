@@ -136,14 +136,20 @@ impl Pipeline {
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         let path = Self::find(path)?;
         let scheduler = SchedulerConfig::read(path.join(SCHEDULER))?;
-        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
-        if unet.config().channels().is_none() {
-            return Err(Error::InvalidConfig {
-                field: path.join(UNET).join("config.json").display().to_string(),
-                value: unet.class_name().to_owned(),
-                expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
-            });
-        }
+        let config = path.join(UNET).join("config.json");
+        // Nothing here tells a network a text yet, so one that has to be told would fail at its first pass.
+        let unet = match ModelConfig::from_file(&config, UnknownKeys::Refuse)? {
+            ModelConfig::UNet2D(unet) => unet,
+            other => {
+                return Err(Error::InvalidConfig {
+                    field: format!("_class_name in {}", config.display()),
+                    value: other.class_name().to_owned(),
+                    expected: "UNet2DModel, a network of pixels and classes".to_owned(),
+                });
+            }
+        };
+        let weights = weights::WeightFiles::DIFFUSION.find(path.join(UNET))?;
+        let unet = Model::UNet2D(unet.build_from(placement, weights)?);
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
