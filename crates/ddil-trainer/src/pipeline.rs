@@ -59,14 +59,16 @@ impl Pipeline {
         if let Some(solver) = solver {
             tracing::info!("{}: DDIM takes the place of {solver}", path.display());
         }
-        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
-        if unet.config().channels().is_none() {
+        let config_file = path.join(UNET).join("config.json");
+        let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
+        if config.channels().is_none() {
             return Err(Error::InvalidConfig {
-                field: path.join(UNET).join("config.json").display().to_string(),
-                value: unet.class_name().to_owned(),
+                field: format!("_class_name in {}", config_file.display()),
+                value: config.class_name().to_owned(),
                 expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
             });
         }
+        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);

@@ -334,3 +334,13 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     assert_eq!(snapshot(&workshop.run("thesis")).len(), 1);
     Ok(())
 }
+
+#[test]
+fn a_teacher_that_is_to_be_told_a_text_is_refused_before_its_weights_are_read() {
+    let workshop = Workshop::with_teacher();
+    let config = workshop.path("teacher").join("unet/config.json");
+    let text = ddil_models::UNet2DConditionConfig::default().to_json();
+    fs::write(&config, text).expect("the folder is writable");
+    let words = ["UNet2DConditionModel", "config.json", "UNet2DModel, a network of pixels"];
+    each_is_refused(&workshop, "distill", &[(&[], &words)]);
+}
