@@ -7,9 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ddil_core::{Conditioning, Consistent, Denoiser, Guided};
-use ddil_models::{
-    AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights,
-};
+use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
 use ddil_schedulers::{NoiseSchedule, Prediction, SamplerStep, SchedulerConfig};
 use ddil_trainer::config::Precision;
 use ddil_trainer::pipeline::{Pipeline, Scheduler, TextToImage};
@@ -55,8 +53,8 @@ fn main() -> Result<(), Failure> {
     let jobs: Vec<Job> = serde_json::from_str(&std::fs::read_to_string(path)?)?;
     for job in &jobs {
         let inputs = weights::read_all(&job.inputs)?;
-        let answers = answer(job, &inputs)
-            .map_err(|error| format!("{}: {error}", job.outputs.display()))?;
+        let answers =
+            answer(job, &inputs).map_err(|error| format!("{}: {error}", job.outputs.display()))?;
         let named: Vec<(String, Tensor)> = answers
             .into_iter()
             .map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Float).contiguous()))
