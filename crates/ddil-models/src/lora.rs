@@ -583,9 +583,8 @@ impl Adapted {
     /// The weight with the adapter of that number in it.
     fn merged(&self, number: u32) -> Result<Tensor, tch::TchError> {
         let weight = &self.layer.weight;
-        let sum = |adapter: &mut Adapter| {
-            adapter.delta(weight)?.f_add(weight)?.f_to_kind(weight.kind())
-        };
+        let sum =
+            |adapter: &mut Adapter| adapter.delta(weight)?.f_add(weight)?.f_to_kind(weight.kind());
         self.layer.slot.with(number, sum).unwrap_or_else(|| Ok(weight.shallow_clone()))
     }
 }

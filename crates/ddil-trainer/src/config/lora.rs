@@ -55,12 +55,7 @@ pub enum LoraExport {
 
 impl Default for LoraSection {
     fn default() -> Self {
-        Self {
-            rank: 64,
-            alpha: 64.0,
-            targets: LoraTargets::Default,
-            export: LoraExport::Adapter,
-        }
+        Self { rank: 64, alpha: 64.0, targets: LoraTargets::Default, export: LoraExport::Adapter }
     }
 }
 

@@ -47,13 +47,14 @@ impl Pipeline {
         fs::create_dir_all(&scheduler_folder).map_err(Error::io("create", &scheduler_folder))?;
         lora.save(folder.join(WEIGHTS), LoraFormat::Diffusers)?;
         scheduler.config.write(folder.join(SCHEDULER))?;
+        let is_text_to_image = base.class().is_text_to_image();
         let base = fs::canonicalize(base.path()).map_err(Error::io("find", base.path()))?;
         let layer = lora.layers().into_iter().next();
         let (rank, alpha) = layer.map_or((0, 0.0), |layer| (layer.rank, layer.alpha));
         let thresholding = scheduler.unspoken.clone();
         let adapter = Some(AdapterCard { base, rank, alpha });
         let card = Card { thresholding, adapter, ..card };
-        let text = model_card(&card, scheduler);
+        let text = model_card(&card, scheduler, is_text_to_image);
         write_atomic(&folder.join(MODEL_CARD), text.as_bytes())?;
         // Last: a folder with a card is a whole one.
         write_json(&folder.join(card::FILE_NAME), &card)
@@ -79,7 +80,8 @@ impl Pipeline {
             return Err(Error::InvalidConfig {
                 field: format!("adapter.base in {}", path.display()),
                 value: base.display().to_string(),
-                expected: "the folder of the whole model that the adapter was trained on".to_owned(),
+                expected: "the folder of the whole model that the adapter was trained on"
+                    .to_owned(),
             });
         }
         let scheduler = Self::read_scheduler(folder)?;
@@ -90,7 +92,7 @@ impl Pipeline {
 }
 
 /// What the adapter is and how it is used, for people and for the hubs that read such files.
-fn model_card(card: &Card, scheduler: &Scheduler) -> String {
+fn model_card(card: &Card, scheduler: &Scheduler, is_text_to_image: bool) -> String {
     let Some(AdapterCard { base, rank, alpha }) = &card.adapter else { return String::new() };
     let base = base.file_name().unwrap_or_default().to_string_lossy();
     let (class, method) = (scheduler.config.class(), &card.method);
@@ -102,6 +104,10 @@ fn model_card(card: &Card, scheduler: &Scheduler) -> String {
     );
     if let Some(scale) = card.guidance_scale {
         let _ = writeln!(text, "Guidance of scale {scale} is part of it: sample with none.\n");
+    }
+    if !is_text_to_image {
+        text += "diffusers loads no adapters into pipelines of pixels: `ddil sample` does.\n";
+        return text;
     }
     let steps = scheduler.config.common().ddil_timesteps.as_ref().map_or(4, Vec::len);
     let _ = write!(
