@@ -1,15 +1,21 @@
 //! `Network`: an adapter as a student on its teacher's own weights.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::{DownBlockType, LoraConfig, Model, Placement, UNet2DConfig, UpBlockType};
-use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
+use ddil_models::{
+    DownBlockType, LoraConfig, Model, Placement, UNet2DConfig, UpBlockType, weights,
+};
+use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::Error;
 use ddil_trainer::config::Precision;
 use ddil_trainer::ema::EmaConfig;
 use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::AdamWConfig;
+use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
+use ddil_trainer::sampler::SamplerKind;
 use tch::{Kind, Tensor, kind};
 
 use crate::TestResult;
@@ -64,7 +70,7 @@ fn train(student: &Network, updates: u32) -> TestResult {
     for _ in 0..updates {
         optimizer.zero_grad()?;
         (ask(student)? - 1.0).square().mean(Kind::Float).backward();
-        optimizer.clip()?;
+        let _ = optimizer.clip()?;
         optimizer.step(0.01)?;
     }
     Ok(())
@@ -204,4 +210,80 @@ fn targets_that_no_layer_is_called_are_refused() -> TestResult {
     let again = teacher.with_adapter(&LoraConfig { targets: vec!["to_q".into()], ..config }, 0);
     assert!(matches!(again, Err(Error::Models(ddil_models::Error::AdapterAttached { .. }))));
     Ok(())
+}
+
+/// A text-to-image pipeline as far as a student needs it: an index, a U-Net that diffusers wrote, a scheduler.
+fn write_text_to_image(folder: &Path) -> TestResult {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    for part in ["unet", "scheduler"] {
+        fs::create_dir_all(folder.join(part))?;
+    }
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        let from = golden.join("models/unet_condition_sd15").join(file);
+        fs::copy(from, folder.join("unet").join(file))?;
+    }
+    let scheduler = golden.join("schedulers/ddim_scheduler_config.json");
+    fs::copy(scheduler, folder.join("scheduler/scheduler_config.json"))?;
+    let index = r#"{"_class_name": "StableDiffusionPipeline", "vae": [null, null],
+        "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}"#;
+    Ok(fs::write(folder.join("model_index.json"), index)?)
+}
+
+/// With `DDIL_WRITE_MODELS` the folder stays there, for `tools/record_lora.py --check-pipeline`.
+#[test]
+fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
+    let temporary = tempfile::tempdir()?;
+    let root = std::env::var_os("DDIL_WRITE_MODELS");
+    let root = root.map_or_else(|| temporary.path().to_owned(), Into::into);
+    let [base, folder] = ["base", "adapter"].map(|name| root.join(name));
+    write_text_to_image(&base)?;
+    let Pipeline { network, frame, .. } =
+        Pipeline::read(&base, Placement::default(), Precision::Float32)?;
+    let config = LoraConfig { rank: 2, alpha: 3.0, ..LoraConfig::default() };
+    let (teacher, student) = network.with_adapter(&config, 0)?;
+
+    let wave = |shape: &[i64]| {
+        Tensor::arange(shape.iter().product::<i64>(), kind::FLOAT_CPU).sin().view(shape)
+    };
+    let (x_t, states) = (wave(&[2, 4, 8, 8]), wave(&[2, 5, 12]));
+    let timesteps = Tensor::from_slice(&[999_i64, 499]);
+    let told = Conditioning {
+        encoder_hidden_states: Some(states.shallow_clone()),
+        guidance_weight: Some(Tensor::from_slice(&[3_f32, 7.0])),
+        ..Conditioning::none()
+    };
+    let deaf = Conditioning { guidance_weight: None, ..told.shallow_clone() };
+    let of_teacher = teacher.output(&x_t, &timesteps, &deaf)?;
+    assert_eq!(student.output(&x_t, &timesteps, &told)?, of_teacher);
+    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
+    for _ in 0..2 {
+        optimizer.zero_grad()?;
+        (student.output(&x_t, &timesteps, &told)? - 1.0).square().mean(Kind::Float).backward();
+        optimizer.step(0.02)?;
+    }
+    let output = student.output(&x_t, &timesteps, &told)?;
+    assert!(error(&output, &of_teacher) > 0.01);
+    assert_eq!(teacher.output(&x_t, &timesteps, &deaf)?, of_teacher);
+
+    let boundary = ConsistencyBoundary::default();
+    let sampler = SamplerKind::Lcm { original_steps: 50, boundary };
+    let scheduler = Scheduler::new(&student, sampler, &Thresholding::None, None)?;
+    let card = Card { method: "lcm".to_owned(), guidance_scale: Some(6.0), ..Card::default() };
+    Pipeline::write_adapter(&folder, &student, &scheduler, card, &frame)?;
+    let text = fs::read_to_string(folder.join("README.md"))?;
+    for words in ["load_lora_weights", "LCMScheduler", "scale 6", "num_inference_steps=4"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let read = Pipeline::read(&folder, Placement::default(), Precision::Float32)?;
+    assert_eq!((read.sampler, read.frame.path()), (sampler, &*fs::canonicalize(&base)?));
+    let again = read.network.output(&x_t, &timesteps, &deaf)?;
+    assert!(error(&again, &output) <= 1e-5, "{}", error(&again, &output));
+    let refused = Pipeline::write_adapter(&folder, &teacher, &scheduler, read.card, &frame);
+    assert!(matches!(refused, Err(Error::InvalidConfig { .. })));
+
+    let tensors = [("x_t", x_t), ("encoder_hidden_states", states), ("timesteps", timesteps)];
+    let outputs = [("output", output.detach()), ("of_teacher", of_teacher)];
+    let tensors = tensors.into_iter().chain(outputs);
+    let tensors: Vec<_> = tensors.map(|(name, tensor)| (name.to_owned(), tensor)).collect();
+    Ok(weights::save(&tensors, root.join("expected.safetensors"), &BTreeMap::new())?)
 }
