@@ -60,7 +60,7 @@ impl Pipeline {
         }
         let scheduler = Self::read_scheduler(&folder)?;
         let (unet, frame) = Self::read_base(&folder, placement)?;
-        Self::assemble(&folder, scheduler, unet, frame, precision)
+        Self::assemble(&folder, &scheduler, unet, frame, precision)
     }
 
     fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
@@ -91,7 +91,7 @@ impl Pipeline {
     /// Puts a network together with the scheduler and the card of a folder.
     fn assemble(
         path: &Path,
-        scheduler: SchedulerConfig,
+        scheduler: &SchedulerConfig,
         unet: Model,
         frame: Frame,
         precision: Precision,
@@ -105,7 +105,7 @@ impl Pipeline {
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
-        let sampler = match (&scheduler, scheduler.boundary()) {
+        let sampler = match (scheduler, scheduler.boundary()) {
             (SchedulerConfig::Lcm(lcm), Some(boundary)) => {
                 SamplerKind::Lcm { original_steps: lcm.original_inference_steps, boundary }
             }

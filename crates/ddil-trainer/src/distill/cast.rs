@@ -55,12 +55,11 @@ impl Cast {
         teacher: Network,
         image_shape: [i64; 3],
     ) -> Result<Self> {
-        let (teacher, student) = match &config.student.lora {
-            Some(lora) => with_adapter(lora, teacher, config.run.seed)?,
-            None => {
-                let student = student(config, &teacher)?;
-                (teacher, student)
-            }
+        let (teacher, student) = if let Some(lora) = &config.student.lora {
+            with_adapter(lora, teacher, config.run.seed)?
+        } else {
+            let student = student(config, &teacher)?;
+            (teacher, student)
         };
         Self::of(config, requirements, teacher, student, image_shape)
     }

@@ -87,7 +87,7 @@ impl Pipeline {
         let scheduler = Self::read_scheduler(folder)?;
         let (unet, frame) = Self::read_base(&base, placement)?;
         Lora::from_file(unet.parameters(), folder.join(WEIGHTS))?.fuse()?;
-        Self::assemble(folder, scheduler, unet, frame, precision)
+        Self::assemble(folder, &scheduler, unet, frame, precision)
     }
 }
 
