@@ -4,6 +4,7 @@
 //! Run with `cargo run --release --example caption_fashion_mnist -- [folder] [pictures]`; the folder is
 //! `runs/fashion-mnist-captions` by default, with 5000 pictures. Seconds.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::{env, fs};
 
@@ -35,7 +36,7 @@ fn main() -> Result<()> {
         for ((path, label), index) in paths.iter().zip(labels).zip(start as u64..) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let text = captions::of_picture(label as usize, index, NUM_CAPTIONS);
-            metadata += &format!("{}\n", json!({ "file_name": name, "text": text }));
+            writeln!(metadata, "{}", json!({ "file_name": name, "text": text }))?;
         }
     }
     // Last: a folder with it is a whole one.

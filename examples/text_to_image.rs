@@ -5,7 +5,8 @@
 //! - `--model folder`: as diffusers' `StableDiffusionPipeline` writes it; by default the small one that comes along
 //! - `--steps n`, `--guidance scale`, `--seed n`: 50, 3 and 0 by default; a student has steps of its own
 //! - `--out picture.png`: `runs/text_to_image.png` by default
-//! - `--record file.safetensors`: noise and pictures as they are, to compare with another program's
+//! - `--record file.safetensors`: noise, pictures as they are, and how they were drawn, to compare with diffusers by
+//!   `tools/record_text_to_image.py`
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -19,8 +20,7 @@ use ddil_trainer::config::Precision;
 use ddil_trainer::picture::{Layout, Picture};
 use ddil_trainer::pipeline::Pipeline;
 
-const MODEL: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
 const PROMPTS: [&str; 4] =
     ["a small grey picture of an ankle boot", "sneaker", "a dress", "a photo of a handbag"];
 /// Guidance of a teacher; a student has its own.
@@ -83,11 +83,17 @@ fn main() -> Result<()> {
         seed: options.seed,
     };
     let prompts: Vec<&str> = options.prompts.iter().map(String::as_str).collect();
-    let Drawn { noise, images } = draw(&pipeline, &parts, &prompts, sampling)?;
+    let Drawn { noise, images, plan } = draw(&pipeline, &parts, &prompts, sampling)?;
 
     if let Some(path) = &options.record {
         let tensors = [("noise".to_owned(), noise), ("images".to_owned(), images.shallow_clone())];
-        weights::save(&tensors, path, &BTreeMap::new())?;
+        let how = [
+            ("prompts", serde_json::to_string(&prompts)?),
+            ("steps", plan.steps.to_string()),
+            ("guidance_scale", plan.guidance_scale.to_string()),
+        ];
+        let how = how.map(|(key, value)| (key.to_owned(), value));
+        weights::save(&tensors, path, &BTreeMap::from(how))?;
     }
     let [columns, scale] = [MAX_COLUMNS, 4].map(|n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN));
     if let Some(folder) = options.out.parent() {

@@ -27,8 +27,7 @@ use ddil_trainer::picture::{Layout, Picture};
 use ddil_trainer::pipeline::Pipeline;
 use tch::{Device, Tensor};
 
-const MODEL: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
 const GUIDANCE_SCALE: f64 = 3.0;
 
 struct Options {
@@ -54,7 +53,8 @@ impl Options {
             if given.as_os_str().is_empty() { other.into() } else { given }
         };
         let quick = options.quick;
-        options.run = or(options.run, if quick { "runs/text_to_image_quick" } else { "runs/text_to_image" });
+        options.run =
+            or(options.run, if quick { "runs/text_to_image_quick" } else { "runs/text_to_image" });
         // A quick run never takes the place of the model that comes along.
         let model = if quick { options.run.join("model") } else { MODEL.into() };
         options.model = if options.model.as_os_str().is_empty() { model } else { options.model };
@@ -81,7 +81,11 @@ fn main() -> Result<()> {
     let (vae, _) = train_autoencoder(&settings, &data.train, &options.progress("autoencoder"))?;
     let limit = options.quick.then_some(500);
     let latents = Latents::of(&vae, &data.train, limit)?;
-    println!("latents of {} pictures, {:.0} s", latents.num_pictures(), start.elapsed().as_secs_f64());
+    println!(
+        "latents of {} pictures, {:.0} s",
+        latents.num_pictures(),
+        start.elapsed().as_secs_f64()
+    );
     let networks = Networks::new(&settings)?;
     let prompts = Prompts::new(&tokenizer)?;
     let progress = options.progress("diffusion");
@@ -105,7 +109,7 @@ fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Resul
     let sampled = |phrasings: &[&str], sampling: Sampling| -> Result<Vec<f64>> {
         let of_class = |label| {
             let captions = captions(phrasings, label);
-            let count = if options.quick { 4 } else { 48 };
+            let count = if options.quick { 4 } else { 24 };
             let prompts: Vec<&str> =
                 captions.iter().map(String::as_str).cycle().take(count).collect();
             let seed = label as u64;
@@ -163,11 +167,11 @@ fn of_test_images(test: &ImageDataset, vae: Option<&AutoencoderKL>) -> Result<Ve
 
 fn print_table(columns: &[(&str, Vec<f64>)]) {
     println!("share of pictures that the classifier sees as what was asked for, in %");
-    let heads: String = columns.iter().map(|(head, _)| format!("{head:>13}")).collect();
-    println!("{:12}{heads}", "");
+    let line = |first: &str, cells: Vec<String>| println!("{first:12}{}", cells.concat());
+    line("", columns.iter().map(|(head, _)| format!("{head:>13}")).collect());
     let row = |name: &str, value: &dyn Fn(&[f64]) -> f64| {
         let cells = columns.iter().map(|(_, values)| format!("{:13.1}", 100.0 * value(values)));
-        println!("{name:12}{}", cells.collect::<String>());
+        line(name, cells.collect());
     };
     for (label, name) in FASHION_CLASSES.iter().enumerate() {
         row(name, &|values| values[label]);

@@ -52,7 +52,8 @@ pub fn caption(phrasing: &str, name: &str) -> String {
 /// Every caption of a class in these phrasings; none for a label that there is none of.
 pub fn captions(phrasings: &[&str], label: usize) -> Vec<String> {
     let names = NAMES.get(label).copied().unwrap_or_default();
-    let pairs = phrasings.iter().flat_map(|phrasing| names.iter().map(move |name| (phrasing, name)));
+    let pairs =
+        phrasings.iter().flat_map(|phrasing| names.iter().map(move |name| (phrasing, name)));
     pairs.map(|(phrasing, name)| caption(phrasing, name)).collect()
 }
 
@@ -89,7 +90,10 @@ mod tests {
                 assert!(other.is_none_or(|other| other == label), "{caption}: {other:?}, {label}");
             }
         }
-        assert_eq!(caption("[thing], or [a thing]", "an ankle boot"), "ankle boot, or an ankle boot");
+        assert_eq!(
+            caption("[thing], or [a thing]", "an ankle boot"),
+            "ankle boot, or an ankle boot"
+        );
         assert_eq!(caption("[thing], or [a thing]", "trousers"), "trousers, or trousers");
         assert!(captions(&PHRASINGS, NAMES.len()).is_empty());
     }

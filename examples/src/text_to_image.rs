@@ -18,3 +18,6 @@ pub use folder::{Parts, write_folder, write_tokenizer};
 pub use latents::Latents;
 pub use settings::{Settings, StageSettings, vocabulary};
 pub use stage::Progress;
+
+#[cfg(test)]
+mod tests;

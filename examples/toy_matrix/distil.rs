@@ -193,7 +193,8 @@ impl<'a> Weights<'a> {
             learning_rate: critic_learning_rate.unwrap_or(learning_rate),
             ema_decay,
         };
-        let critic_trainer = needs.critic.then(|| Trainer::new(critic.parameters().learned(), training));
+        let critic_trainer =
+            needs.critic.then(|| Trainer::new(critic.parameters().learned(), training));
         target.parameters().set_trainable(false);
         Ok(Self {
             student: trainer,

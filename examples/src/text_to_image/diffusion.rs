@@ -38,10 +38,8 @@ impl Networks {
     }
 
     fn learned(&self) -> Vec<(String, Tensor)> {
-        let groups = [
-            ("text_encoder", self.text_encoder.parameters()),
-            ("unet", self.unet.parameters()),
-        ];
+        let groups =
+            [("text_encoder", self.text_encoder.parameters()), ("unet", self.unet.parameters())];
         let named = |(group, parameters): (&str, &ddil_models::Parameters)| {
             let learned = parameters.learned().into_iter();
             learned.map(|(name, tensor)| (format!("{group}.{name}"), tensor)).collect::<Vec<_>>()

@@ -23,6 +23,8 @@ pub struct Drawn {
     pub noise: Tensor,
     /// `[prompts, 3, height, width]`, about `[-1, 1]`.
     pub images: Tensor,
+    /// How they were drawn.
+    pub plan: SamplePlan,
 }
 
 /// Draws a picture of every prompt, as a model of either sort is sampled: a teacher with DDIM, a student as it was
@@ -45,11 +47,10 @@ pub fn draw(
     let guidance_scale = sampling.guidance_scale.unwrap_or(own.guidance_scale);
     let plan = SamplePlan { guidance_scale, seed: sampling.seed, ..own };
     let guide = Guide::of_prompts(&pipeline.card, parts.empty()?);
-    let [channels, height, width] = pipeline.card.image_shape;
-    let shape = [channels, height, width];
+    let shape = pipeline.card.image_shape;
     let noise = initial_noise(plan.seed, prompts.len() as u32, shape, Device::Cpu)?;
 
     let _no_grad = tch::no_grad_guard();
     let latents = generate(&pipeline.network, &plan, &guide, &noise, &encoded.conditioning)?;
-    Ok(Drawn { noise, images: parts.decode(&latents)? })
+    Ok(Drawn { noise, images: parts.decode(&latents)?, plan })
 }

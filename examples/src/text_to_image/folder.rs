@@ -93,6 +93,7 @@ fn index() -> serde_json::Value {
 /// Writes the weights of a file again with half the bytes.
 fn halve(path: &Path) -> Result<()> {
     let tensors = weights::read_all(path)?.into_iter();
-    let tensors: Vec<_> = tensors.map(|(name, tensor)| (name, tensor.to_kind(Kind::Half))).collect();
+    let tensors: Vec<_> =
+        tensors.map(|(name, tensor)| (name, tensor.to_kind(Kind::Half))).collect();
     Ok(weights::save(&tensors, path, &weights::read_metadata(path)?)?)
 }

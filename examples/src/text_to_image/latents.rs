@@ -35,7 +35,11 @@ impl Latents {
         }
         let labels = images.labels().ok_or("the pictures have no labels")?.narrow(0, 0, len);
         let labels = Vec::<i64>::try_from(&labels)?.into_iter().map(|label| label as usize);
-        Ok(Self { mean: Tensor::cat(&means, 0), std: Tensor::cat(&stds, 0), labels: labels.collect() })
+        Ok(Self {
+            mean: Tensor::cat(&means, 0),
+            std: Tensor::cat(&stds, 0),
+            labels: labels.collect(),
+        })
     }
 
     /// Number of pictures.
@@ -48,11 +52,7 @@ impl Latents {
     /// # Errors
     ///
     /// What libtorch refuses.
-    pub fn draw(
-        &self,
-        indices: &[i64],
-        generator: &mut Generator,
-    ) -> Result<(Tensor, Vec<usize>)> {
+    pub fn draw(&self, indices: &[i64], generator: &mut Generator) -> Result<(Tensor, Vec<usize>)> {
         let rows = Tensor::from_slice(indices);
         let [mean, std] = [&self.mean, &self.std].map(|part| part.f_index_select(0, &rows));
         let (mean, std) = (mean?, std?);

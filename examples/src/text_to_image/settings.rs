@@ -49,7 +49,7 @@ impl Settings {
         Self {
             vae: autoencoder(&[16, 32, 48], 8),
             text_encoder: text_encoder(vocabulary, 64),
-            unet: unet(&[64, 96], 64, 16),
+            unet: unet([64, 96], 64, 16),
             prediction_type: PredictionType::VPrediction,
             schedule: NoiseScheduleConfig::default(),
             autoencoder: StageSettings {
@@ -57,8 +57,8 @@ impl Settings {
                 batch_size: 32,
             },
             diffusion: StageSettings {
-                training: Training { updates: 4000, learning_rate: 1e-3, ema_decay: 0.995 },
-                batch_size: 64,
+                training: Training { updates: 5000, learning_rate: 1e-3, ema_decay: 0.998 },
+                batch_size: 32,
             },
             prompt_dropout: 0.1,
             seed: 0,
@@ -74,9 +74,9 @@ impl Settings {
         Self {
             vae: autoencoder(&[8, 8, 8], 4),
             text_encoder: text_encoder(vocabulary, 16),
-            unet: unet(&[8, 8], 16, 4),
-            autoencoder: stage(40),
-            diffusion: stage(40),
+            unet: unet([8, 8], 16, 4),
+            autoencoder: stage(30),
+            diffusion: stage(30),
             ..Self::new(vocabulary)
         }
     }
@@ -131,13 +131,14 @@ fn text_encoder(vocabulary: &Vocabulary, width: u32) -> ClipTextConfig {
     }
 }
 
-fn unet(channels: &[u32], text_width: u32, groups: u32) -> UNet2DConditionConfig {
-    let (down, up) =
-        (ConditionDownBlockType::CrossAttnDownBlock2D, ConditionUpBlockType::CrossAttnUpBlock2D);
+/// As in Stable Diffusion, the coarsest level is told of the text at the bottom alone.
+fn unet(channels: [u32; 2], text_width: u32, groups: u32) -> UNet2DConditionConfig {
+    use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
+    use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};
     UNet2DConditionConfig {
         sample_size: Some(SampleSize::Square(8)),
-        down_block_types: vec![down; channels.len()],
-        up_block_types: vec![up; channels.len()],
+        down_block_types: vec![CrossAttnDownBlock2D, DownBlock2D],
+        up_block_types: vec![UpBlock2D, CrossAttnUpBlock2D],
         block_out_channels: channels.to_vec(),
         layers_per_block: PerLevel::All(1),
         attention_head_dim: PerLevel::All(4),
