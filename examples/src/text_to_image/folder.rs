@@ -38,7 +38,11 @@ pub fn write_tokenizer(
     Ok(ClipTokenizer::from_folder(folder)?)
 }
 
-/// Writes what stands beside the tokenizer in a folder of diffusers' `StableDiffusionPipeline`, weights in `Half`.
+/// Writes what stands beside the tokenizer in a folder of diffusers' `StableDiffusionPipeline`, weights of autoencoder and
+/// U-Net in `Half`.
+///
+/// diffusers computes in `Float` all the same. transformers computes in the kind of the file, so the text encoder's is
+/// `Float`: else its states would not fit the U-Net.
 ///
 /// # Errors
 ///
@@ -48,7 +52,6 @@ pub fn write_folder(folder: &Path, settings: &Settings, parts: &Parts<'_>) -> Re
     vae.save_to_folder(folder.join("vae"))?;
     halve(&folder.join("vae/diffusion_pytorch_model.safetensors"))?;
     text_encoder.save_to_folder(folder.join("text_encoder"))?;
-    halve(&folder.join("text_encoder/model.safetensors"))?;
     fs::create_dir_all(folder.join("unet"))?;
     fs::write(folder.join("unet/config.json"), settings.unet.to_json())?;
     let weights_file = folder.join("unet/diffusion_pytorch_model.safetensors");

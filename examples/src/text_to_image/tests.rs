@@ -150,6 +150,6 @@ fn pictures_are_those_of_diffusers() -> Result<()> {
     let drawn = draw(&pipeline, &parts, &prompts, sampling)?;
     assert_eq!(drawn.noise, expected["noise"]);
     let error = (drawn.images - &expected["images"]).abs().max().double_value(&[]);
-    assert!(error < 2.0 / 255.0, "{error}");
+    assert!(error < 1e-4, "{error}");
     Ok(())
 }
