@@ -2,7 +2,9 @@
 //! U-Net of Stable Diffusion's classes, in a folder that diffusers' `StableDiffusionPipeline` reads.
 //!
 //! Then draws pictures of captions in phrasings that were held out, writes a grid of them and prints how often the
-//! Fashion-MNIST classifier sees what was asked for.
+//! Fashion-MNIST classifier sees what was asked for. For the model that comes along that is 97.9 % of 240 pictures (50
+//! steps of DDIM, guidance 3; 77.9 % without guidance), where it is 92.4 % of 1000 test images: guided pictures are more
+//! typical of their class than real ones.
 //!
 //! Run with `cargo run --release --example train_text_to_image -- [--quick] [--run folder] [model folder]`; without a folder
 //! it overwrites the model that comes with these examples. Half an hour on one core, seconds with `--quick`. Checkpoints go
