@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use ddil_examples::Result;
@@ -73,6 +73,10 @@ impl Options {
 
 fn main() -> Result<()> {
     let options = Options::parse(env::args().skip(1))?;
+    if options.model == Path::new(MODEL) {
+        // So small that threads within an operation would wait for each other most of the time.
+        tch::set_num_threads(1);
+    }
     let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
     let parts = pipeline.frame.text_to_image(Placement::default())?;
     // A student says at which timesteps it was trained, and has its guidance in it.
