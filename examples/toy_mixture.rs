@@ -181,7 +181,7 @@ impl Lab {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
         let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
-        let mut trainer = Trainer::new(&model, training(START_UPDATES))?;
+        let mut trainer = Trainer::new(model.parameters().learned(), training(START_UPDATES))?;
         for step in 0..START_UPDATES {
             let data = self.data(step, Stream::Data, BATCH_SIZE)?;
             let mut generator = self.streams.generator(step, Stream::Noise, Device::Cpu)?;
@@ -233,7 +233,7 @@ impl Lab {
         let config = ProgressiveConfig { substeps: SUBSTEPS, ..ProgressiveConfig::default() };
         let objective = Progressive::new(config, self.schedule.clone(), self.grid.clone())?;
         let mut mixer = self.mixer(priors)?;
-        let mut trainer = Trainer::new(&model, training(UPDATES))?;
+        let mut trainer = Trainer::new(model.parameters().learned(), training(UPDATES))?;
         for step in 0..UPDATES {
             let data = self.data(step, Stream::Data, BATCH_SIZE)?;
             let states = mixer.next_states(&MixRequest {

@@ -158,9 +158,9 @@ pub(crate) fn sampled_with(
 
 /// What is updated: the student, its average that methods compare it with, the critic.
 struct Weights<'a> {
-    student: Trainer<'a>,
+    student: Trainer,
     target: Option<(Ema, &'a Model)>,
-    critic: Option<(Trainer<'a>, &'a Model)>,
+    critic: Option<(Trainer, &'a Model)>,
 }
 
 impl<'a> Weights<'a> {
@@ -173,7 +173,10 @@ impl<'a> Weights<'a> {
     ) -> Result<Self> {
         let needs = objective.requirements();
         let Budget { updates, learning_rate, critic_learning_rate, ema_decay, .. } = *budget;
-        let trainer = Trainer::new(student, Training { updates, learning_rate, ema_decay })?;
+        let trainer = Trainer::new(
+            student.parameters().learned(),
+            Training { updates, learning_rate, ema_decay },
+        )?;
         let ema = needs
             .target_decay
             .map(|decay| EmaConfig { decay, warmup: false }.build(student.parameters().learned()));
@@ -190,7 +193,8 @@ impl<'a> Weights<'a> {
             learning_rate: critic_learning_rate.unwrap_or(learning_rate),
             ema_decay,
         };
-        let critic_trainer = needs.critic.then(|| Trainer::new(critic, training));
+        let critic_trainer =
+            needs.critic.then(|| Trainer::new(critic.parameters().learned(), training));
         target.parameters().set_trainable(false);
         Ok(Self {
             student: trainer,

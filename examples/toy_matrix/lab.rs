@@ -95,7 +95,7 @@ impl Lab {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
         let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
-        let mut trainer = Trainer::new(&model, training)?;
+        let mut trainer = Trainer::new(model.parameters().learned(), training)?;
         for step in 0..training.updates {
             let data = self.draw(self.mixture(), step, Stream::Data, batch_size)?;
             let mut generator = self.streams.generator(step, Stream::Noise, Device::Cpu)?;

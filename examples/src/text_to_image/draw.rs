@@ -1,0 +1,56 @@
+use ddil_trainer::guide::Guide;
+use ddil_trainer::pipeline::{Pipeline, TextToImage};
+use ddil_trainer::sampling::{SamplePlan, generate, initial_noise};
+use tch::{Device, Tensor};
+
+use crate::Result;
+
+/// How pictures of prompts are drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    /// Steps; none takes those of the model.
+    pub steps: Option<u32>,
+    /// Guidance scale; none takes that of the model, which for a teacher is 1, no guidance.
+    pub guidance_scale: Option<f64>,
+    /// What the noise follows from.
+    pub seed: u64,
+}
+
+/// Pictures and what they were drawn from.
+#[derive(Debug)]
+pub struct Drawn {
+    /// `[prompts, channels, height, width]`, unit normal.
+    pub noise: Tensor,
+    /// `[prompts, 3, height, width]`, about `[-1, 1]`.
+    pub images: Tensor,
+    /// How they were drawn.
+    pub plan: SamplePlan,
+}
+
+/// Draws a picture of every prompt, as a model of either sort is sampled: a teacher with DDIM, a student as it was
+/// distilled.
+///
+/// # Errors
+///
+/// A prompt that is too long; what networks refuse.
+pub fn draw(
+    pipeline: &Pipeline,
+    parts: &TextToImage,
+    prompts: &[&str],
+    sampling: Sampling,
+) -> Result<Drawn> {
+    let encoded = parts.encode(prompts)?;
+    if let Some(cut) = encoded.truncated.iter().flatten().next() {
+        return Err(format!("a prompt is too long: the model would not read {cut:?}").into());
+    }
+    let own = SamplePlan::of(pipeline, sampling.steps);
+    let guidance_scale = sampling.guidance_scale.unwrap_or(own.guidance_scale);
+    let plan = SamplePlan { guidance_scale, seed: sampling.seed, ..own };
+    let guide = Guide::of_prompts(&pipeline.card, parts.empty()?);
+    let shape = pipeline.card.image_shape;
+    let noise = initial_noise(plan.seed, prompts.len() as u32, shape, Device::Cpu)?;
+
+    let _no_grad = tch::no_grad_guard();
+    let latents = generate(&pipeline.network, &plan, &guide, &noise, &encoded.conditioning)?;
+    Ok(Drawn { noise, images: parts.decode(&latents)?, plan })
+}
