@@ -155,7 +155,7 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
         let guide = Guide::of_prompts(&teacher.card, empty.shallow_clone());
         let guided = guide.teacher(&teacher.network, TeacherGuidance::Cfg { scale: 3.0 })?;
         let (x_t, t) =
-            (Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[999, 500]));
+            (Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[999_i64, 500]));
         let found = guided.predict(&x_t, &t, &told)?.epsilon;
 
         empty = empty.index_select(&Tensor::from_slice(&[0_i64, 0]))?;
