@@ -216,8 +216,9 @@ impl Encoding {
         for chunk in self.samples.chunks(at_once) {
             let first = time_ids.len();
             ensure_wanted(interrupt, "encoding pictures", first, n)?;
-            let read =
-                |sample: &Captioned| read_cropped(&images.join(&sample.file_name), self.size);
+            let read = |sample: &Captioned| {
+                read_cropped(&images.join(&sample.file_name), self.shape.image_channels, self.size)
+            };
             let pictures: Vec<Cropped> = chunk.iter().map(read).collect::<Result<_, _>>()?;
             let pixels: Vec<&Tensor> = pictures.iter().map(|picture| &picture.pixels).collect();
             let pixels = Tensor::f_stack(&pixels, 0).map_err(Error::torch("encode"))?;

@@ -232,6 +232,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
         return invalid("teacher's in_channels, out_channels", value, expected);
     }
     Ok(EncodedShape {
+        image_channels: i64::from(vae.in_channels),
         channels,
         pixels_per_latent: 1 << (vae.block_out_channels.len() - 1),
         scaling: LatentScaling {

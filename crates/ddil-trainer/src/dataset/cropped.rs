@@ -8,7 +8,7 @@ use super::{Error, Result};
 /// A picture brought to a size: its shorter side scaled, the rest cut off evenly.
 #[derive(Debug)]
 pub struct Cropped {
-    /// `[3, height, width]`, `Float`, values from -1 to 1; a grey picture is three times the same.
+    /// `[channels, height, width]`, `Float`, values from -1 to 1; a grey picture in colour is three times the same.
     pub pixels: Tensor,
     /// Height and width of the file.
     pub original: [i64; 2],
@@ -17,18 +17,25 @@ pub struct Cropped {
 }
 
 /// Reads a PNG and brings it to a size, as training scripts for text-to-image models do: scaled until it covers the
-/// size, by antialiased linear interpolation, then cropped in the middle.
+/// size, by antialiased linear interpolation, then cropped in the middle. `channels` are 3, or 1 for grey ones.
 ///
 /// # Errors
 ///
-/// [`Error::Read`] and [`Error::Png`]; [`Error::Picture`] for one with transparency; [`Error::Torch`] if memory runs out.
-pub fn read_cropped(path: &Path, [height, width]: [i64; 2]) -> Result<Cropped> {
-    let (Layout { channels, height: own_height, width: own_width }, bytes) = read_picture(path)?;
+/// [`Error::Read`] and [`Error::Png`]; [`Error::Picture`] for one with transparency, and for one in colour
+/// where grey ones are wanted; [`Error::Torch`] if memory runs out.
+pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<Cropped> {
+    let (layout, bytes) = read_picture(path)?;
+    let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
+    let own_channels = own_channels as i64;
+    if own_channels != 1 && own_channels != channels {
+        let (found, expected) = (layout.to_string(), format!("grey: {channels} channels"));
+        return Err(Error::Picture { path: path.to_owned(), found, expected });
+    }
     let original = [i64::from(own_height), i64::from(own_width)];
     let scaled = covering(original, [height, width]);
     let cut_off = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
     let run = || -> std::result::Result<Tensor, tch::TchError> {
-        let size = [original[0], original[1], channels as i64];
+        let size = [original[0], original[1], own_channels];
         let pixels = Tensor::f_from_data_size(&bytes, &size, Kind::Uint8)?
             .f_permute([2, 0, 1])?
             .f_to_kind(Kind::Float)?
@@ -43,7 +50,7 @@ pub fn read_cropped(path: &Path, [height, width]: [i64; 2]) -> Result<Cropped> {
             .f_narrow(3, cut_off[1], width)?
             .f_div_scalar(127.5)?
             .f_sub_scalar(1.0)?
-            .f_expand([1, 3, height, width], false)?
+            .f_expand([1, channels, height, width], false)?
             .f_squeeze_dim(0)?
             .f_contiguous()
     };
@@ -73,5 +80,57 @@ mod tests {
         assert_eq!(covering([5, 9], [10, 10]), [10, 18]);
         assert_eq!(covering([100, 7], [64, 64]), [914, 64]);
         assert_eq!(covering([40, 40], [10, 30]), [30, 30]);
+    }
+
+    fn written(
+        name: &str,
+        colour: png::ColorType,
+        [height, width]: [u32; 2],
+        bytes: &[u8],
+    ) -> std::path::PathBuf {
+        let path = std::env::temp_dir().join(format!("ddil-{}-{name}.png", std::process::id()));
+        let file = std::fs::File::create(&path).expect("it is writable");
+        let mut encoder = png::Encoder::new(file, width, height);
+        encoder.set_color(colour);
+        let mut writer = encoder.write_header().expect("the header is valid");
+        writer.write_image_data(bytes).expect("there are as many pixels");
+        path
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.flatten(0, -1)).expect("numbers")
+    }
+
+    #[test]
+    fn the_middle_is_kept_and_grey_is_a_colour() -> Result<()> {
+        // Two rows of four: the outer columns are cut off.
+        let path =
+            written("grey", png::ColorType::Grayscale, [2, 4], &[9, 0, 255, 9, 9, 51, 204, 9]);
+        let middle = [-1.0, 1.0, -0.6, 0.6];
+        let grey = read_cropped(&path, 1, [2, 2])?;
+        assert_eq!((grey.original, grey.cut_off), ([2, 4], [0, 1]));
+        let near = |found: &[f32], expected: &[f32]| {
+            found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6)
+        };
+        assert!(near(&values(&grey.pixels), &middle));
+        let colour = read_cropped(&path, 3, [2, 2])?;
+        assert_eq!(colour.pixels.size(), [3, 2, 2]);
+        assert!(near(&values(&colour.pixels), &middle.repeat(3)));
+        std::fs::remove_file(path).expect("it is there");
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_scaled_keeps_its_mean_and_colours_are_not_taken_for_grey() -> Result<()> {
+        let bytes: Vec<u8> = (0..3 * 16).map(|i| if i / 3 % 2 == 0 { 0 } else { 200 }).collect();
+        let path = written("rgb", png::ColorType::Rgb, [4, 4], &bytes);
+        // Without antialiasing stripes of one pixel would come out as one of the two.
+        let small = read_cropped(&path, 3, [2, 2])?.pixels;
+        let inner = small.mean(Kind::Float).double_value(&[]);
+        assert!((inner - (100.0 / 127.5 - 1.0)).abs() < 1e-5, "{inner}");
+        let refused = read_cropped(&path, 1, [2, 2]).expect_err("it has colours").to_string();
+        assert!(refused.contains("RGB, 4x4 pixels") && refused.contains("grey"), "{refused}");
+        std::fs::remove_file(path).expect("it is there");
+        Ok(())
     }
 }

@@ -71,6 +71,8 @@ pub struct LatentScaling {
 /// What a teacher takes, which encoded data must fit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EncodedShape {
+    /// Channels of a picture.
+    pub image_channels: i64,
     /// Channels of a latent.
     pub channels: i64,
     /// Pixels of a picture to a latent, in each direction.
