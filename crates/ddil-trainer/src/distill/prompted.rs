@@ -1,5 +1,7 @@
 //! What a distillation needs of texts beside its data: the empty prompt, and the prompts of the grids.
 
+use std::collections::BTreeMap;
+
 use ddil_core::Conditioning;
 use ddil_models::Placement;
 use tch::Device;
@@ -52,7 +54,16 @@ fn shown(
     frame: &Frame,
     placement: Placement,
 ) -> Result<Conditioning> {
-    let known = |text: &String| encoded.texts().iter().position(|t| t == text).map(|i| i as i64);
+    // The row of no prompt may be zeros, and not what the encoders say of an empty text.
+    let is_text = |row: &i64| encoded.info().empty_prompt != Some(*row);
+    let rows: BTreeMap<&str, i64> = encoded
+        .texts()
+        .iter()
+        .map(String::as_str)
+        .zip(0..)
+        .filter(|(_, row)| is_text(row))
+        .collect();
+    let known = |text: &String| rows.get(text.as_str()).copied();
     let told = if wanted.is_empty() {
         encoded.told(&data.first_prompts(SHOWN))?
     } else if let Some(rows) = wanted.iter().map(known).collect::<Option<Vec<i64>>>() {

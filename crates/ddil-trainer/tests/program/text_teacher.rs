@@ -240,7 +240,8 @@ pub(crate) fn write_captions(folder: &Path) {
         let name = format!("{number:02}.png");
         let (width, height) = (SIDE + 4 * (number % 2), SIDE + 6 * (number % 3));
         write_colours(&folder.join(&name), width, height, number);
-        lines += &format!("{}\n", json!({ "file_name": name, "text": text }));
+        lines.push_str(&json!({ "file_name": name, "text": text }).to_string());
+        lines.push('\n');
     }
     fs::write(folder.join("metadata.jsonl"), lines).expect("it is writable");
 }

@@ -1,5 +1,6 @@
 //! Students of text-to-image models.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -361,7 +362,7 @@ fn edit(file: &Path, name: &str, change: impl FnOnce(&Tensor) -> Option<Tensor>)
     }
     // What is written over lies in the mapped file.
     let copies: Vec<_> = tensors.into_iter().map(|(name, t)| (name, t.copy())).collect();
-    Ok(weights::save(&copies, file, &Default::default())?)
+    Ok(weights::save(&copies, file, &BTreeMap::new())?)
 }
 
 #[test]
@@ -440,7 +441,7 @@ fn encoded_data_may_be_of_half_precision_and_without_a_spread() -> TestResult {
     let latents = cache.join("latents.safetensors");
     edit(&latents, "std", |_| None)?;
     let mean = weights::read_all(&latents)?.remove("mean").and_then(|t| half(&t)).ok_or("mean")?;
-    weights::save(&[("latents".to_owned(), mean)], &latents, &Default::default())?;
+    weights::save(&[("latents".to_owned(), mean)], &latents, &BTreeMap::new())?;
     workshop.complete("distill", "half", &set(&LATENTS));
     let range = workshop.ddil(&["range", "cache"]).succeeded().stdout;
     assert!(range.contains("# 6 samples of cache, 4 channels"), "{range}");
