@@ -535,3 +535,87 @@ impl std::fmt::Display for LatentScaling {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ddil_core::{RandomStreams, Stream};
+    use tch::kind;
+
+    use super::*;
+
+    const SHAPE: [i64; 3] = [2, 8, 8];
+
+    /// Two samples: the first has two phrasings and latents about 5, the second one and latents about -5.
+    fn written() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("a folder");
+        let save = |name: &str, tensors: &[(&str, Tensor)]| {
+            let tensors: Vec<_> =
+                tensors.iter().map(|(name, t)| ((*name).to_owned(), t.shallow_clone())).collect();
+            weights::save(&tensors, folder.path().join(name), &BTreeMap::new()).expect("written");
+        };
+        let signs = Tensor::from_slice(&[5.0_f32, -5.0]).view([2, 1, 1, 1]);
+        let mean = Tensor::ones([2, 2, 8, 8], kind::FLOAT_CPU) * signs;
+        save(LATENTS, &[("std", mean.ones_like() * 0.5), ("mean", mean)]);
+        let states = Tensor::arange(4, kind::FLOAT_CPU).view([4, 1, 1]);
+        save(PROMPTS, &[("encoder_hidden_states", states)]);
+        save(SAMPLES, &[("prompts", Tensor::from_slice2(&[[1_i64, 2], [3, -1]]))]);
+        fs::write(folder.path().join(TEXTS), r#"["", "a", "b", "c"]"#).expect("written");
+        let info = r#"{"format_version": 1, "image_size": [16, 16], "scaling": {"factor": 0.5},
+            "num_samples": 2, "num_prompts": 4, "empty_prompt": 0}"#;
+        fs::write(folder.path().join(INFO), info).expect("written");
+        folder
+    }
+
+    fn batch(data: &EncodedDataset, step: u64, indices: &[i64]) -> EncodedBatch {
+        let streams = RandomStreams::new(7, 0);
+        let mut draws = streams.draws(step, Stream::Data, Device::Cpu).expect("there is a CPU");
+        data.batch(indices, SHAPE, &mut draws, Device::Cpu).expect("the indices are there")
+    }
+
+    fn rows(batch: &EncodedBatch) -> Vec<f32> {
+        let states = batch.conditioning.encoder_hidden_states.as_ref().expect("they are told");
+        Vec::try_from(states.flatten(0, -1)).expect("numbers")
+    }
+
+    #[test]
+    fn latents_and_phrasings_are_drawn_afresh_at_each_step() -> Result<()> {
+        let folder = written();
+        let data = EncodedDataset::open(folder.path(), None)?;
+        assert_eq!((data.len(), data.latent_shape()), (2, Some(SHAPE)));
+        let (first, again) = (batch(&data, 3, &[1, 0]), batch(&data, 3, &[1, 0]));
+        assert_eq!((&first.x0, rows(&first)), (&again.x0, rows(&again)));
+        assert_ne!(first.x0, batch(&data, 4, &[1, 0]).x0);
+
+        // The draws of many steps have the mean and the spread that were stored.
+        let drawn: Vec<EncodedBatch> = (0..64).map(|step| batch(&data, step, &[1, 0])).collect();
+        let x0: Vec<&Tensor> = drawn.iter().map(|batch| &batch.x0).collect();
+        let x0 = Tensor::stack(&x0, 1);
+        for (sample, mean) in [(0, -5.0), (1, 5.0)] {
+            let values = x0.get(sample);
+            let n = values.numel() as f64;
+            let error = (values.mean(Kind::Double).double_value(&[]) - mean).abs();
+            assert!(error < 5.0 * 0.5 / n.sqrt(), "{error}");
+            assert!((values.std(true).double_value(&[]) - 0.5).abs() < 0.02);
+        }
+        let told: Vec<Vec<f32>> = drawn.iter().map(rows).collect();
+        assert!(told.iter().all(|rows| rows[0] == 3.0 && [1.0, 2.0].contains(&rows[1])));
+        let seconds = told.iter().filter(|rows| rows[1] == 2.0).count();
+        assert!((16..=48).contains(&seconds), "{seconds} of 64");
+        Ok(())
+    }
+
+    #[test]
+    fn a_sample_that_is_not_there_is_refused() -> Result<()> {
+        let folder = written();
+        let data = EncodedDataset::open(folder.path(), None)?;
+        let mut draws =
+            RandomStreams::new(0, 0).draws(0, Stream::Data, Device::Cpu).expect("there is a CPU");
+        for index in [-1, 2] {
+            let refused = data.batch(&[0, index], SHAPE, &mut draws, Device::Cpu);
+            assert!(matches!(refused, Err(Error::Index { len: 2, .. })), "{refused:?}");
+        }
+        let empty = data.empty_prompt()?.and_then(|told| told.encoder_hidden_states);
+        assert_eq!(empty.map(|states| states.double_value(&[0, 0, 0])), Some(0.0));
+        Ok(())
+    }
+}
