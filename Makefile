@@ -7,7 +7,7 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test bench lint doc clean
+.PHONY: help tools setup demo test bench parity lint doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,19 @@ test: setup ## every test, doc tests and the tools' own too
 
 bench: setup ## the benchmarks
 	$(CARGO) bench --workspace --benches
+
+# Gigabytes, once: PyTorch's wheel and what it is linked to.
+PEERS := $(or $(DDIL_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddil)/peers
+PEERS_PYTHON ?= $(PEERS)/bin/python
+PEERS_PACKAGES := torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate safetensors numpy pillow
+
+$(PEERS)/bin/python:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $(PEERS_PACKAGES) || { rm -rf $(PEERS); exit 1; }
+
+parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the cache, or set PEERS_PYTHON
+	$(CARGO) build --release --package ddil-examples --example parity
+	$(PEERS_PYTHON) tools/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
 
 lint: setup ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check

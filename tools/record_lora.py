@@ -5,6 +5,7 @@
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 peft==0.21.2 transformers safetensors numpy
     .venv/bin/python tools/record_lora.py            # writes tests/golden/models
     .venv/bin/python tools/record_lora.py --check DIR...  # loads adapters that ddil wrote
+    .venv/bin/python tools/record_lora.py --check-pipeline DIR  # loads what a run exports into a pipeline
 
 Each folder is for the network and the inputs of `unet_condition_NAME` beside it. It holds the adapters as
 `save_lora_weights` writes them and with kohya's names, and `expected.safetensors`: the `output` with the adapters, the
@@ -17,7 +18,7 @@ import argparse
 import pathlib
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
@@ -120,11 +121,38 @@ def check(folder):
         assert error <= 1e-5 and change > 0.01
 
 
+def check_pipeline(root):
+    """Loads the adapter of tests/trainer/network.rs with `load_lora_weights`, and compares."""
+    expected = load_file(root / "expected.safetensors")
+    unet = UNet2DConditionModel.from_pretrained(root / "base", subfolder="unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(root / "base", subfolder="scheduler")
+    parts = dict(vae=None, text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
+    pipe = StableDiffusionPipeline(unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts)
+    inputs = [expected[name] for name in ("x_t", "timesteps", "encoder_hidden_states")]
+
+    def error(name):
+        with torch.no_grad():
+            output = pipe.unet(*inputs).sample
+        return float((output - expected[name]).abs().max() / expected[name].abs().max())
+
+    print(f"base: max relative error {error('of_teacher'):.2e}")
+    pipe.load_lora_weights(root / "adapter")
+    pipe.scheduler = LCMScheduler.from_pretrained(root / "adapter", subfolder="scheduler")
+    apart, change = error("output"), error("of_teacher")
+    pipe.fuse_lora()
+    print(f"adapter: {apart:.2e}, fused {error('output'):.2e}, of an output that changes by {change:.2f}")
+    print(f"adapters {pipe.get_active_adapters()}, {type(pipe.scheduler).__name__}")
+    assert max(apart, error("output")) <= 1e-5 and change > 0.01
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--check-pipeline", type=pathlib.Path, metavar="DIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.check_pipeline:
+        return check_pipeline(arguments.check_pipeline)
     if arguments.check:
         for folder in arguments.check:
             check(folder)

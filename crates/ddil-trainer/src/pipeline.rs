@@ -1,5 +1,6 @@
 //! A model folder as diffusers reads and writes it, with a card for what diffusers has no place for.
 
+mod adapter;
 mod card;
 mod frame;
 mod index;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, weights};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
-pub use self::card::Card;
+pub use self::card::{AdapterCard, Card};
 pub use self::frame::Frame;
 pub use self::index::PipelineClass;
 pub use self::scheduler::Scheduler;
@@ -46,19 +47,33 @@ const SCHEDULER: &str = "scheduler/scheduler_config.json";
 const WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 
 impl Pipeline {
-    /// Reads a model folder, or the export of a run folder.
+    /// Reads a model folder, or the export of a run folder; of an adapter, the base and the adapter in its weights.
     ///
     /// # Errors
     ///
     /// [`Error::NotAModel`] if the folder holds no model; what its files refuse: unknown keys, other blocks,
     /// missing, unexpected or misshapen weights.
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
-        let frame = Frame::read(&Self::find(path)?)?;
-        let path = frame.path();
+        let folder = Self::find(path)?;
+        if !folder.join(index::FILE_NAME).is_file() {
+            return Self::read_adapter(&folder, placement, precision);
+        }
+        let scheduler = Self::read_scheduler(&folder)?;
+        let (unet, frame) = Self::read_base(&folder, placement)?;
+        Self::assemble(&folder, &scheduler, unet, frame, precision)
+    }
+
+    fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
         let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
         if let Some(solver) = solver {
             tracing::info!("{}: DDIM takes the place of {solver}", path.display());
         }
+        Ok(scheduler)
+    }
+
+    /// The network of a whole model, frozen, and what stands around it.
+    fn read_base(path: &Path, placement: Placement) -> Result<(Model, Frame)> {
+        let frame = Frame::read(path)?;
         let config_file = path.join(UNET).join("config.json");
         let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
         if config.channels().is_none() {
@@ -70,6 +85,17 @@ impl Pipeline {
         }
         let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
         unet.parameters().set_trainable(false);
+        Ok((unet, frame))
+    }
+
+    /// Puts a network together with the scheduler and the card of a folder.
+    fn assemble(
+        path: &Path,
+        scheduler: &SchedulerConfig,
+        unet: Model,
+        frame: Frame,
+        precision: Precision,
+    ) -> Result<Self> {
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
@@ -79,7 +105,7 @@ impl Pipeline {
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
-        let sampler = match (&scheduler, scheduler.boundary()) {
+        let sampler = match (scheduler, scheduler.boundary()) {
             (SchedulerConfig::Lcm(lcm), Some(boundary)) => {
                 SamplerKind::Lcm { original_steps: lcm.original_inference_steps, boundary }
             }
@@ -92,7 +118,7 @@ impl Pipeline {
     fn find(path: &Path) -> Result<PathBuf> {
         [path.to_owned(), path.join("export")]
             .into_iter()
-            .find(|folder| folder.join(index::FILE_NAME).is_file())
+            .find(|folder| folder.join(index::FILE_NAME).is_file() || adapter::is_in(folder))
             .ok_or_else(|| Error::NotAModel { path: path.to_owned(), missing: index::FILE_NAME })
     }
 
@@ -121,7 +147,7 @@ impl Pipeline {
         for sub in [folder.join(UNET), folder.join("scheduler")] {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
-        weights::save(&network.parameters().named(), folder.join(WEIGHTS), &BTreeMap::new())?;
+        weights::save(&network.weights()?, folder.join(WEIGHTS), &BTreeMap::new())?;
         let config = folder.join(UNET).join("config.json");
         crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
         scheduler.config.write(folder.join(SCHEDULER))?;

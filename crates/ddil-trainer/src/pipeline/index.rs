@@ -144,6 +144,7 @@ impl Index {
 }
 
 /// A part as it stands in the file: two names, or twice nothing.
+#[expect(clippy::option_option, reason = "a part, a part that is left out, or no part at all")]
 fn part(value: &Value) -> Option<Option<Class>> {
     match value.as_array()?.as_slice() {
         [Value::String(library), Value::String(class)] => {

@@ -1,0 +1,260 @@
+//! Answers what another implementation is asked too, so that `tools/parity.py` can compare.
+//!
+//! `cargo run --release --example parity -- JOBS.json`: a list of jobs, each with `inputs` and `outputs`, safetensors
+//! files. Nothing is compared here.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ddil_core::{Conditioning, Consistent, Denoiser, Guided};
+use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
+use ddil_schedulers::{NoiseSchedule, Prediction, SamplerStep, SchedulerConfig};
+use ddil_trainer::config::Precision;
+use ddil_trainer::pipeline::{Pipeline, Scheduler, TextToImage};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+type Failure = Box<dyn std::error::Error>;
+type Tensors = BTreeMap<String, Tensor>;
+
+#[derive(Deserialize)]
+struct Job {
+    #[serde(flatten)]
+    what: What,
+    inputs: PathBuf,
+    outputs: PathBuf,
+    #[serde(default)]
+    bfloat16: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "what", rename_all = "snake_case")]
+enum What {
+    /// A U-Net's `output`, and the gradients of the sum of its squares.
+    Unet {
+        folder: PathBuf,
+        #[serde(default)]
+        gradients: bool,
+    },
+    /// An autoencoder's `mean` of `image` and `decoded` of `latent`.
+    Autoencoder { folder: PathBuf },
+    /// A text encoder's states of `input_ids`.
+    Text { folder: PathBuf },
+    /// A U-Net's `output` with an adapter `apart` and `merged`.
+    Lora { folder: PathBuf, adapter: PathBuf },
+    /// A pipeline's `image` of prompts, from `noise` and, for LCM, `fresh` noise a step.
+    Pipeline { folder: PathBuf, prompts: Vec<String>, steps: u32, guidance_scale: f64 },
+    /// A pipeline, written to another folder.
+    Copy { folder: PathBuf, to: PathBuf },
+}
+
+fn main() -> Result<(), Failure> {
+    let path = std::env::args().nth(1).ok_or("usage: parity JOBS.json")?;
+    let jobs: Vec<Job> = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    for job in &jobs {
+        let inputs = weights::read_all(&job.inputs)?;
+        let answers =
+            answer(job, &inputs).map_err(|error| format!("{}: {error}", job.outputs.display()))?;
+        let named: Vec<(String, Tensor)> = answers
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Float).contiguous()))
+            .collect();
+        weights::save(&named, &job.outputs, &BTreeMap::new())?;
+    }
+    Ok(())
+}
+
+fn answer(job: &Job, inputs: &Tensors) -> Result<Tensors, Failure> {
+    let kind = if job.bfloat16 { Kind::BFloat16 } else { Kind::Float };
+    let placement = Placement { device: Device::Cpu, kind, channels_last: false };
+    match &job.what {
+        What::Unet { folder, gradients } => unet(folder, placement, *gradients, inputs),
+        What::Autoencoder { folder } => autoencoder(folder, placement, inputs),
+        What::Text { folder } => text(folder, placement, inputs),
+        What::Lora { folder, adapter } => lora(folder, adapter, placement, inputs),
+        What::Pipeline { folder, prompts, steps, guidance_scale } => {
+            let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+            pipeline(folder, placement, &prompts, (*steps, *guidance_scale), inputs)
+        }
+        What::Copy { folder, to } => copy(folder, to, placement),
+    }
+}
+
+/// An input by its name, in the kind of the network.
+fn part(inputs: &Tensors, name: &str, kind: Kind) -> Result<Tensor, Failure> {
+    let tensor = inputs.get(name).ok_or_else(|| format!("no input `{name}`"))?;
+    Ok(tensor.to_kind(kind))
+}
+
+fn named<const N: usize>(tensors: [(&str, Tensor); N]) -> Tensors {
+    tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect()
+}
+
+/// What a network is told, of the inputs that there are.
+fn told(inputs: &Tensors, kind: Kind) -> Conditioning {
+    let part = |name: &str| inputs.get(name).map(|tensor| tensor.to_kind(kind));
+    Conditioning {
+        encoder_hidden_states: part("encoder_hidden_states"),
+        text_embeds: part("text_embeds"),
+        time_ids: inputs.get("time_ids").map(Tensor::shallow_clone),
+        guidance_weight: inputs.get("guidance_weight").map(Tensor::shallow_clone),
+        ..Conditioning::none()
+    }
+}
+
+fn pass(model: &Model, inputs: &Tensors, kind: Kind) -> Result<Tensor, Failure> {
+    let sample = part(inputs, "sample", kind)?;
+    let timesteps = part(inputs, "timesteps", Kind::Int64)?;
+    Ok(model.forward(&sample, &timesteps, &told(inputs, kind))?)
+}
+
+fn unet(
+    folder: &Path,
+    placement: Placement,
+    gradients: bool,
+    inputs: &Tensors,
+) -> Result<Tensors, Failure> {
+    let model = Model::from_folder(folder, placement, UnknownKeys::Refuse)?;
+    model.parameters().set_trainable(gradients);
+    let output = pass(&model, inputs, placement.kind)?;
+    let mut answers = named([("output", output.shallow_clone())]);
+    if gradients {
+        output.square().sum(Kind::Float).backward();
+        let learned = model.parameters().learned().into_iter();
+        answers.extend(learned.map(|(name, tensor)| (format!("grad.{name}"), tensor.grad())));
+    }
+    Ok(answers)
+}
+
+fn autoencoder(folder: &Path, placement: Placement, inputs: &Tensors) -> Result<Tensors, Failure> {
+    let vae = AutoencoderKL::from_folder(folder, placement, UnknownKeys::Refuse, None)?;
+    let _no_grad = tch::no_grad_guard();
+    let mean = vae.encode(&part(inputs, "image", placement.kind)?)?.mean;
+    let decoded = vae.decode(&part(inputs, "latent", placement.kind)?)?;
+    Ok(named([("mean", mean), ("decoded", decoded)]))
+}
+
+fn text(folder: &Path, placement: Placement, inputs: &Tensors) -> Result<Tensors, Failure> {
+    let model = ClipTextModel::from_folder(folder, placement, UnknownKeys::Refuse)?;
+    let _no_grad = tch::no_grad_guard();
+    let output = model.forward(&part(inputs, "input_ids", Kind::Int64)?, None)?;
+    let last_but_one = output.hidden_states.len().checked_sub(2).ok_or("a single layer")?;
+    let mut answers = named([
+        ("last_hidden_state", output.last_hidden_state),
+        ("last_but_one", output.hidden_states[last_but_one].shallow_clone()),
+        ("pooled", output.pooled),
+    ]);
+    answers.extend(output.text_embeds.map(|embeds| ("text_embeds".to_owned(), embeds)));
+    Ok(answers)
+}
+
+fn lora(
+    folder: &Path,
+    adapter: &Path,
+    placement: Placement,
+    inputs: &Tensors,
+) -> Result<Tensors, Failure> {
+    let model = Model::from_folder(folder, placement, UnknownKeys::Refuse)?;
+    let _no_grad = tch::no_grad_guard();
+    let mut lora = Lora::from_file(model.parameters(), adapter)?;
+    let apart = pass(&model, inputs, placement.kind)?;
+    lora.merge()?;
+    let merged = pass(&model, inputs, placement.kind)?;
+    Ok(named([("apart", apart), ("merged", merged)]))
+}
+
+/// A network that is told the strength of its guidance.
+struct Told<'a> {
+    inner: &'a dyn Denoiser,
+    weight: f64,
+}
+
+impl Denoiser for Told<'_> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let weight = Tensor::full([x_t.size()[0]], self.weight, (Kind::Float, x_t.device()));
+        let told = conditioning.shallow_clone().with_guidance_weight(weight);
+        self.inner.predict(x_t, timesteps, &told)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}
+
+/// What the prompts and "no prompt" are to a network.
+fn conditions(
+    parts: &TextToImage,
+    prompts: &[&str],
+    sides: [i64; 2],
+) -> Result<[Conditioning; 2], Failure> {
+    let mut said = parts.encode(prompts)?.conditioning;
+    let mut empty = parts.empty()?;
+    said.time_ids = parts.time_ids(sides, prompts.len() as i64);
+    empty.time_ids = parts.time_ids(sides, 1);
+    Ok([said, empty])
+}
+
+fn pipeline(
+    folder: &Path,
+    placement: Placement,
+    prompts: &[&str],
+    (steps, guidance_scale): (u32, f64),
+    inputs: &Tensors,
+) -> Result<Tensors, Failure> {
+    let _no_grad = tch::no_grad_guard();
+    // Of half precision, the products and convolutions: states and steps stay as they are.
+    let precision = match placement.kind {
+        Kind::BFloat16 => Precision::Bfloat16,
+        _ => Precision::Float32,
+    };
+    let placement = Placement { kind: Kind::Float, ..placement };
+    let pipeline = Pipeline::read(folder, placement, precision)?;
+    let parts = pipeline.frame.text_to_image(placement)?;
+    let scheduler = SchedulerConfig::read(folder.join("scheduler/scheduler_config.json"))?;
+    let mut x_t = part(inputs, "noise", Kind::Float)?;
+    let sides = [2, 3].map(|dim| x_t.size()[dim] * parts.pixels_per_latent());
+    let [said, empty] = conditions(&parts, prompts, sides)?;
+    let network = &pipeline.network;
+    let guided: Box<dyn Denoiser + '_> = if network.config().time_cond_proj_dim().is_some() {
+        Box::new(Told { inner: network, weight: guidance_scale - 1.0 })
+    } else {
+        Box::new(Guided::new(network, guidance_scale, empty)?)
+    };
+    let asked: Box<dyn Denoiser + '_> = match scheduler.boundary() {
+        Some(boundary) => Box::new(Consistent::new(guided, boundary)),
+        None => guided,
+    };
+    let sampler = scheduler.sampler()?;
+    let timesteps = scheduler.compatible_timesteps(steps)?;
+    for (i, (timestep, prev)) in timesteps.pairs().enumerate() {
+        let at = |timestep| Tensor::full([x_t.size()[0]], timestep, (Kind::Int64, Device::Cpu));
+        let (now, prev) = (at(timestep), at(prev));
+        let prediction = asked.predict(&x_t, &now, &said)?;
+        let step = SamplerStep::new(&prediction, &now, &prev);
+        x_t = match inputs.get("fresh") {
+            Some(fresh) => sampler.step(&step.with_noise(&fresh.get(i as i64)))?,
+            None => sampler.step(&step)?,
+        };
+    }
+    let image = parts.decode(&x_t)?;
+    Ok(named([("latent", x_t), ("image", image)]))
+}
+
+fn copy(folder: &Path, to: &Path, placement: Placement) -> Result<Tensors, Failure> {
+    let pipeline = Pipeline::read(folder, placement, Precision::Float32)?;
+    let schedule = SchedulerConfig::read(folder.join("scheduler/scheduler_config.json"))?;
+    let timesteps = schedule.timesteps(Some(4))?;
+    let scheduler = Scheduler::new(
+        &pipeline.network,
+        pipeline.sampler,
+        &pipeline.thresholding,
+        Some(&timesteps),
+    )?;
+    Pipeline::write(to, &pipeline.network, &scheduler, &pipeline.card, Some(&pipeline.frame))?;
+    Ok(named([("done", Tensor::from(1.0_f32))]))
+}
