@@ -114,6 +114,15 @@ fn each_method_learns_from_each_kind_of_data() {
 }
 
 #[test]
+fn an_adapter_learns_from_captions() {
+    let workshop = workshop(Family::StableDiffusion);
+    let run = workshop.complete("distill", "adapter", &["student.lora={ rank = 2 }"]);
+    let student = read(&run).expect("the adapter and its base are a model");
+    assert_eq!(student.frame.class(), PipelineClass::StableDiffusion);
+    assert!(student.card.adapter.is_some());
+}
+
+#[test]
 fn captions_and_the_latents_of_their_cache_train_to_the_same_bits() {
     for family in FAMILIES {
         let workshop = workshop(family);
