@@ -2,8 +2,10 @@ use ddil_core::{
     ClipMeter, Conditioning, Consistent, Denoiser, Error, Guided, GuidedByWeight, Source,
     Thresholded,
 };
-use ddil_schedulers::{ConsistencyBoundary, DataRange, NoiseSchedule, Prediction, Thresholding};
-use tch::{Kind, Tensor};
+use ddil_schedulers::{
+    ConsistencyBoundary, DataRange, NoiseSchedule, NoiseScheduleConfig, Prediction, Thresholding,
+};
+use tch::{Kind, Tensor, kind};
 
 use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal};
 
@@ -30,6 +32,47 @@ fn guidance_is_its_formula() -> ddil_core::Result<()> {
             assert!(max_abs_difference(&guided.epsilon, &epsilon) < 1e-4, "{shape:?} {scale}");
         }
     }
+    Ok(())
+}
+
+/// Takes the first number of size and crop for clean data.
+struct BySize(NoiseSchedule);
+
+impl Denoiser for BySize {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        told: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let sizes = told.time_ids.as_ref().expect("sizes are told").narrow(1, 0, 1);
+        Ok(Prediction::from_x0(&self.0, sizes.expand_as(x_t), x_t, timesteps)?)
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        &self.0
+    }
+}
+
+#[test]
+fn guidance_is_not_away_from_the_size() -> ddil_core::Result<()> {
+    let inner = BySize(NoiseScheduleConfig::default().build()?);
+    let sizes = Tensor::from_slice2(&[[512.0_f32, 0.0], [64.0, 0.0]]);
+    let told = |sizes: Option<Tensor>, n: i64| Conditioning {
+        text_embeds: Some(Tensor::zeros([n, 1], kind::FLOAT_CPU)),
+        time_ids: sizes,
+        ..Conditioning::none()
+    };
+    let (x_t, timesteps) = (normal(0, &[2, 3]), Tensor::from_slice(&[999_i64, 499]));
+    let x0 = |null: Conditioning| -> ddil_core::Result<Tensor> {
+        let said = told(Some(sizes.shallow_clone()), 2);
+        Ok(Guided::new(&inner, 3.0, null)?.predict(&x_t, &timesteps, &said)?.x0)
+    };
+    let own = sizes.narrow(1, 0, 1).expand([2, 3], false);
+    assert!(max_abs_difference(&x0(told(None, 1))?, &own) < 1e-3);
+    // Sizes of its own count as any other condition.
+    let other = told(Some(Tensor::zeros([1, 2], kind::FLOAT_CPU)), 1);
+    assert!(max_abs_difference(&x0(other)?, &(own * 3.0)) < 1e-3);
     Ok(())
 }
 

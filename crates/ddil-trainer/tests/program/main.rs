@@ -9,4 +9,6 @@ mod failing;
 mod lora;
 mod resume;
 mod support;
+mod text_teacher;
+mod text_to_image;
 mod verbs;
