@@ -28,6 +28,7 @@ pub enum TeacherStates {
 }
 
 impl TeacherStates {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
     fn is_visited(&self) -> bool {
         *self == Self::Visited
     }
