@@ -80,9 +80,12 @@ pub(crate) struct SamplingArgs {
     /// Seed of noise and classes.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Samples in one call of the network.
-    #[arg(long, default_value_t = 100)]
-    pub(crate) batch_size: u32,
+    /// How the model steps, `ddim` or `lcm`, where not as its folder says: `lcm` for a teacher with an LCM-LoRA.
+    #[arg(long)]
+    pub(crate) sampler: Option<String>,
+    /// Samples in one call of the network; the default is 100, or 1 for text to image.
+    #[arg(long)]
+    pub(crate) batch_size: Option<u32>,
     /// `cpu`, `cuda` or `cuda:1`.
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
@@ -99,12 +102,21 @@ pub(crate) struct SamplingArgs {
 pub(crate) struct SampleArgs {
     /// A model folder, or a run folder, whose export is taken.
     pub(crate) model: PathBuf,
-    /// Number of samples.
-    #[arg(long, short, default_value_t = 64)]
-    pub(crate) num_samples: u32,
+    /// Number of samples, of each prompt where there are prompts; the default is 64, or 1 of a prompt.
+    #[arg(long, short)]
+    pub(crate) num_samples: Option<u32>,
     /// Only this class; the default goes through all of them.
     #[arg(long)]
     pub(crate) class: Option<i64>,
+    /// What the pictures of a text-to-image model are to show.
+    #[command(flatten)]
+    pub(crate) prompting: PromptArgs,
+    /// Add the adapters in this file to the network's weights.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) lora: Option<PathBuf>,
+    /// How strongly the adapters act.
+    #[arg(long, default_value_t = 1.0, requires = "lora")]
+    pub(crate) lora_scale: f64,
     /// The grid that is written.
     #[arg(long, short, default_value = "samples.png")]
     pub(crate) output: PathBuf,
@@ -114,6 +126,26 @@ pub(crate) struct SampleArgs {
     /// How.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+/// What the pictures of a text-to-image model are to show, and how large they are.
+#[derive(Debug, Args)]
+pub(crate) struct PromptArgs {
+    /// What a picture is to show; may be given again.
+    #[arg(long = "prompt", value_name = "PROMPT")]
+    pub(crate) prompts: Vec<String>,
+    /// More prompts, one a line; empty lines are passed over.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompts_file: Option<PathBuf>,
+    /// What the pictures are to be guided away from; the default is what the model is told of no prompt.
+    #[arg(long)]
+    pub(crate) negative_prompt: Option<String>,
+    /// Height in pixels; the default is what the network was made for.
+    #[arg(long)]
+    pub(crate) height: Option<u32>,
+    /// Width in pixels; the default is what the network was made for.
+    #[arg(long)]
+    pub(crate) width: Option<u32>,
 }
 
 /// Arguments of `ddil evaluate`.

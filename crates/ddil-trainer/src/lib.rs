@@ -23,6 +23,7 @@ pub mod optimizer;
 pub mod picture;
 pub mod pipeline;
 pub mod progress;
+pub mod prompting;
 pub mod record;
 pub mod results;
 pub mod run_folder;

@@ -35,6 +35,8 @@ pub struct Pipeline {
     pub thresholding: Thresholding,
     /// The timesteps that a student was trained at; none for a teacher.
     pub timesteps: Option<Vec<i64>>,
+    /// How it is sampled, as its folder has it.
+    pub scheduler: SchedulerConfig,
     /// What else is known of it.
     pub card: Card,
     /// The folder, and what stands in it around the network.
@@ -74,8 +76,7 @@ impl Pipeline {
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
             card if card.is_file() => read_json(&card)?,
-            // A folder that diffusers wrote: classes, if any, without a null class.
-            _ => Card { image_shape: image_shape(&network.config()), ..Card::default() },
+            _ => foreign_card(&network.config()),
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
@@ -85,7 +86,7 @@ impl Pipeline {
             }
             _ => SamplerKind::Ddim { eta: 0.0 },
         };
-        Ok(Self { network, sampler, thresholding, timesteps, card, frame })
+        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, frame })
     }
 
     /// The model folder at `path`: itself, or the export below it.
@@ -99,6 +100,26 @@ impl Pipeline {
     /// Whether a model can be read from `path`, by the look of it.
     pub fn is_at(path: &Path) -> bool {
         Self::find(path).is_ok()
+    }
+
+    /// The class of the pipeline at `path`; nothing but its index is read.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read), as far as the index goes.
+    pub fn class_at(path: &Path) -> Result<PipelineClass> {
+        Ok(Frame::read(&Self::find(path)?)?.class())
+    }
+
+    /// The scale of guidance that samples have unless somebody asks for another: that of the card, and for a teacher of
+    /// text to image the one that diffusers' pipeline of its class has.
+    pub fn default_guidance_scale(&self) -> f64 {
+        let is_teacher = self.card.method.is_empty() || self.card.method == "teacher";
+        match (self.frame.class(), self.sampler) {
+            (PipelineClass::StableDiffusion, SamplerKind::Ddim { .. }) if is_teacher => 7.5,
+            (PipelineClass::StableDiffusionXl, SamplerKind::Ddim { .. }) if is_teacher => 5.0,
+            _ => self.card.default_guidance_scale(),
+        }
     }
 
     /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) read.
@@ -130,6 +151,14 @@ impl Pipeline {
         // Last: a folder with an index is a whole one.
         Frame::write(folder, &network.config(), &scheduler.config, frame)
     }
+}
+
+/// What is known of a folder that another program wrote: classes, if any, without a null class.
+fn foreign_card(network: &ModelConfig) -> Card {
+    // Published networks that are told their guidance learned it in 3..=15 (Luo et al. 2023, arXiv:2310.04378) or 6..=16
+    // (diffusers' training script); the middle of this is the default of diffusers' pipeline.
+    let guidance_range = network.time_cond_proj_dim().map(|_| [1.0, 16.0]);
+    Card { image_shape: image_shape(network), guidance_range, ..Card::default() }
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.
