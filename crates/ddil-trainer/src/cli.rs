@@ -26,6 +26,10 @@ pub(crate) enum Command {
     Sample(SampleArgs),
     /// Compare samples of a model, or a folder of images, with real data.
     Evaluate(EvaluateArgs),
+    /// Write a run's student or a model elsewhere, in a form that other programs read.
+    Export(ExportArgs),
+    /// Check a model of diffusers, tensor by tensor, and write it as a folder to train and distil from.
+    Import(ImportArgs),
     /// Say what a model folder, a checkpoint or a run is.
     Inspect(InspectArgs),
     /// Find the range of a dataset, channel by channel, to hold predictions in.
@@ -162,6 +166,63 @@ pub(crate) struct EvaluateArgs {
     /// How.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+/// Arguments of `ddil export`.
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// A run folder, whose averaged student is taken, a model folder, or a file of adapters.
+    pub(crate) source: PathBuf,
+    /// The folder, or file, that is written; nothing is overwritten unless --force is given.
+    pub(crate) output: PathBuf,
+    /// `diffusers`, a folder that `DiffusionPipeline.from_pretrained` loads, or `single-file-unet`, the network's weights alone.
+    #[arg(long, default_value = "diffusers")]
+    pub(crate) format: String,
+    /// What weights are cast to, `float32`, `float16` or `bfloat16`; the default leaves them as they are.
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+    /// The variant that stands in the names of the files, such as `fp16`, which readers have to ask for; the default is none.
+    #[arg(long)]
+    pub(crate) variant: Option<String>,
+    /// What one file of weights holds at most.
+    #[arg(long, default_value = "10GB")]
+    pub(crate) max_shard_size: String,
+    /// Write adapters under the names of `diffusers` or of `kohya`.
+    #[arg(long, value_name = "NAMES")]
+    pub(crate) lora: Option<String>,
+    /// The model that the adapters are for, where it is none of the known ones.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base: Option<PathBuf>,
+    /// Replace a model, or a file, that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// Arguments of `ddil import`.
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// A pipeline's folder as diffusers writes it, or that of a network alone.
+    pub(crate) source: PathBuf,
+    /// The folder that is written; nothing is overwritten unless --force is given.
+    pub(crate) output: PathBuf,
+    /// What weights are cast to: `float32`, `float16` or `bfloat16`.
+    #[arg(long, default_value = "float32")]
+    pub(crate) dtype: String,
+    /// The variant that is read, such as `fp16`; the default is none, or the only one there is.
+    #[arg(long)]
+    pub(crate) variant: Option<String>,
+    /// The scheduler of a network that comes alone: a `scheduler_config.json`, or a folder or pipeline that has one.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) scheduler_from: Option<PathBuf>,
+    /// The pipeline that a network which comes alone is put into, in the place of that pipeline's own.
+    #[arg(long, value_name = "PIPELINE")]
+    pub(crate) parts_from: Option<PathBuf>,
+    /// What one file of weights holds at most.
+    #[arg(long, default_value = "10GB")]
+    pub(crate) max_shard_size: String,
+    /// Replace a model that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// Arguments of `ddil inspect`.

@@ -3,6 +3,7 @@
 mod card;
 mod frame;
 mod index;
+mod parts;
 mod scheduler;
 mod text_to_image;
 
@@ -16,6 +17,7 @@ use ddil_schedulers::{SchedulerConfig, Thresholding};
 pub use self::card::Card;
 pub use self::frame::Frame;
 pub use self::index::PipelineClass;
+pub use self::parts::{PartSummary, Parts, WeightForm};
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImage};
 use crate::config::Precision;
@@ -55,6 +57,26 @@ impl Pipeline {
     /// [`Error::NotAModel`] if the folder holds no model; what its files refuse: unknown keys, other blocks,
     /// missing, unexpected or misshapen weights.
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
+        Self::read_with(path, precision, |folder, _| {
+            Ok(Model::from_folder(folder, placement, UnknownKeys::Refuse)?)
+        })
+    }
+
+    /// As [`read`](Self::read), with a network whose weights are zeros that take no memory: for everything that is known of
+    /// a model beside them. The files of the weights need not be there.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read), save for weights.
+    pub fn read_without_values(path: &Path) -> Result<Self> {
+        Self::read_with(path, Precision::Float32, |_, config| Ok(config.without_values()?))
+    }
+
+    fn read_with(
+        path: &Path,
+        precision: Precision,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
+    ) -> Result<Self> {
         let frame = Frame::read(&Self::find(path)?)?;
         let path = frame.path();
         let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
@@ -70,7 +92,7 @@ impl Pipeline {
                 expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
             });
         }
-        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
+        let unet = network(&path.join(UNET), &config)?;
         unet.parameters().set_trainable(false);
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
