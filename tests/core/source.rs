@@ -1,8 +1,8 @@
 use ddil_core::{
     BufferConfig, Conditioning, Data, Denoiser, Error, Grids, LossFeedback, MixedVariant,
     RandomStreams, RolloutSteps, Source, SourceConfig, SourceRequest, States, StorageKind,
-    StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
-    rollout, rollout_keeping,
+    StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates,
+    TrajectorySource, rollout, rollout_keeping,
 };
 use ddil_schedulers::{Ddim, Lcm, Sampler, Timesteps};
 use tch::{Kind, Tensor};
@@ -378,6 +378,88 @@ fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
     assert_eq!(source.pooled(), 60);
     let (_, x_t) = &source.save()?.tensors[0];
     assert_eq!(x_t.size(), [120, 2]);
+    Ok(())
+}
+
+/// What is left of the states when the noise of the request is taken out of them.
+fn cleaned(bench: &Bench, step: u64, states: &States) -> ddil_core::Result<Tensor> {
+    let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
+    Ok((&states.x_t - scales.sigma * normal(step, &states.x_t.size())) / scales.alpha)
+}
+
+/// Where the teacher arrives, told a label, is an affine map of its first noise; here for noise 0 and 1.
+fn teacher_ends(bench: &Bench) -> ddil_core::Result<[f64; 2]> {
+    let noise = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
+    let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
+    let x0 = rollout(&bench.teacher, &bench.ddim, &bench.grids.teacher, noise, &none, None)?.x0;
+    Ok([x0.double_value(&[0, 0]), x0.double_value(&[1, 0])])
+}
+
+#[test]
+fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddil_core::Result<()> {
+    for (pool, steps) in [(0, 1), (40, 1), (40, 30)] {
+        let bench = Bench::new();
+        let config = TeacherConfig {
+            pool,
+            states: TeacherStates::Renoised,
+            storage: StorageKind::F32,
+            ..TeacherConfig::default()
+        };
+        let mut source = TeacherSource::new(config, &bench.grids)?;
+        let mut ends = Vec::new();
+        for step in 0..steps {
+            let states = bench.ask(&mut source, step, &cycle(900), &[4], 0)?;
+            assert_eq!(states.grid_indices, cycle(900));
+            assert!(states.sources.iter().all(|source| *source == Source::Teacher));
+            ends.push(cleaned(&bench, step, &states)?);
+        }
+        assert_eq!((source.pooled(), bench.student.asked.get()), (pool, 0));
+        let ends = Tensor::cat(&ends, 0);
+        let [at_zero, at_one] = teacher_ends(&bench)?;
+        let unit = (&ends - at_zero) / (at_one - at_zero);
+        // A trajectory serves several states, so that fewer are independent than there are.
+        let independent = if pool == 0 { 3600.0 } else { 160.0 };
+        let mean = unit.mean(Kind::Double).double_value(&[]);
+        let std = unit.std(true).double_value(&[]);
+        assert!(mean.abs() < 4.0 / f64::sqrt(independent), "{mean}");
+        assert!((std - 1.0).abs() < 4.0 / f64::sqrt(2.0 * independent), "{std}");
+    }
+    Ok(())
+}
+
+/// A full pool serves each timestep from each of its trajectories, with noise of the request's own, and asks nobody.
+#[test]
+fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
+    let bench = Bench { teacher: Gaussian::new(0.5, 1.0, 0.4), ..Bench::lcm() };
+    let config = TeacherConfig {
+        pool: 3,
+        states: TeacherStates::Renoised,
+        storage: StorageKind::F32,
+        ..TeacherConfig::default()
+    };
+    let mut source = TeacherSource::new(config.clone(), &bench.grids)?;
+    bench.ask(&mut source, 0, &[49, 49, 49], &[2], 0)?;
+    assert_eq!((source.pooled(), bench.teacher.asked.take()), (3, 3 * 50));
+    let mut seen = std::collections::HashMap::new();
+    for step in 1..60 {
+        let indices = vec![step as usize % 49 + 1; 4];
+        let states = bench.ask(&mut source, step, &indices, &[2], -1)?;
+        let ends = cleaned(&bench, step, &states)?;
+        for (i, label) in label_list(&states).into_iter().enumerate() {
+            let end = ends.double_value(&[i as i64, 0]);
+            let first = *seen.entry(label).or_insert(end);
+            // Taking the noise out at the last timestep divides by an alpha of .068.
+            assert!((end - first).abs() < 1e-4, "{label} at {}: {end}, {first}", indices[0]);
+            assert_eq!(states.births[i], 0);
+        }
+    }
+    assert_eq!((seen.len(), bench.teacher.asked.get()), (3, 0));
+
+    let mut restored = TeacherSource::new(config, &bench.grids)?;
+    restored.restore(&source.save()?)?;
+    let [one, other] = [&mut source, &mut restored]
+        .map(|source| bench.ask(source, 60, &[1, 20, 49], &[2], 0).map(|states| states.x_t));
+    assert_eq!(one?, other?);
     Ok(())
 }
 

@@ -402,6 +402,18 @@ fn plots_have_a_bar_for_every_mean_of_more_than_one_seed() -> TestResult {
     Ok(())
 }
 
+/// Coverage grows with the number of samples, so that points of different ones make no line.
+#[test]
+fn coverage_is_plotted_of_one_number_of_samples_alone() -> TestResult {
+    let plotted = |report: &Report| Ok::<_, String>(plot::quality(report)?.contains("coverage"));
+    let mut report = report();
+    assert!(plotted(&report)?);
+    let own = report.entries.iter_mut().filter(|entry| entry.own_steps);
+    own.filter_map(|entry| entry.measurement.as_mut()).for_each(|measured| measured.samples = 500);
+    assert!(!plotted(&report)?);
+    Ok(())
+}
+
 #[test]
 fn plots_of_nothing_are_plots() -> TestResult {
     let nothing = Report::new("nothing", Vec::new(), Vec::new());

@@ -57,6 +57,6 @@ pub use shift::{
 };
 pub use source::{
     ForwardSource, Grids, LossFeedback, RolloutSteps, SourceConfig, SourceRequest, StudentConfig,
-    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TrajectorySource,
+    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates, TrajectorySource,
 };
 pub use states::{Data, Source, States};

@@ -6,7 +6,7 @@ mod teacher;
 
 pub use forward::ForwardSource;
 pub use student::{RolloutSteps, StudentConfig, StudentPolicy, StudentSource};
-pub use teacher::{TeacherConfig, TeacherSource};
+pub use teacher::{TeacherConfig, TeacherSource, TeacherStates};
 
 use ddil_schedulers::{Sampler, Timesteps};
 use serde::{Deserialize, Serialize};

@@ -3,6 +3,7 @@
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use super::{Grids, Shared, SourceRequest, TrajectorySource};
 use crate::buffer::StorageKind;
@@ -14,6 +15,24 @@ use crate::rows::RowStore;
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 
+/// What of the teacher's trajectories becomes training states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TeacherStates {
+    /// What it passes on its way: states of a sampler that goes along the teacher's ODE, as DDIM does.
+    #[default]
+    Visited,
+    /// What it arrives at, noised: states of a sampler that noises its clean estimate afresh at each step, as those of
+    /// LCM and DMD2 do, in the hands of the teacher. A trajectory serves every timestep.
+    Renoised,
+}
+
+impl TeacherStates {
+    fn is_visited(&self) -> bool {
+        *self == Self::Visited
+    }
+}
+
 /// Settings of the teacher's source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -21,6 +40,10 @@ pub struct TeacherConfig {
     /// Trajectories that are kept and used again; default 1024, 0 rolls out anew each time. The teacher does not
     /// change, so its states never age; filled as they are asked for, and no cheaper than 0 before it is full.
     pub pool: usize,
+    /// What of a trajectory is trained on; default the states that it passes.
+    // Not written where it is the default, so that runs of before there was a choice keep their name.
+    #[serde(skip_serializing_if = "TeacherStates::is_visited")]
+    pub states: TeacherStates,
     /// States kept of each trajectory; default all. For grids of many timesteps.
     pub states_per_trajectory: Option<usize>,
     /// DDIM steps of the teacher in each interval of the student's grid; default 2.
@@ -33,6 +56,7 @@ impl Default for TeacherConfig {
     fn default() -> Self {
         Self {
             pool: 1024,
+            states: TeacherStates::default(),
             states_per_trajectory: None,
             substeps: 2,
             storage: StorageKind::default(),
@@ -56,9 +80,12 @@ pub struct TeacherSource {
 struct Pool {
     /// Step at which each trajectory was made.
     births: Vec<u64>,
-    /// Rows of each grid index.
+    /// Rows of each grid index; ends of trajectories are at 0, where no state is kept.
     at: Vec<Vec<usize>>,
 }
+
+/// Timestep of clean data.
+const END: i64 = -1;
 
 const WHAT: &str = "teacher pool";
 
@@ -77,7 +104,10 @@ impl TeacherSource {
                 expected: "at least 1".to_owned(),
             });
         }
-        let all = grids.student.len() - 1;
+        let all = match config.states {
+            TeacherStates::Visited => grids.student.len() - 1,
+            TeacherStates::Renoised => 1,
+        };
         Ok(Self {
             kept: config.states_per_trajectory.map_or(all, |kept| kept.min(all)),
             pool: Pool { births: vec![], at: vec![vec![]; grids.student.len()] },
@@ -91,6 +121,22 @@ impl TeacherSource {
         self.pool.births.len()
     }
 
+    /// Where in the pool the states for a grid index are.
+    fn slot(&self, grid_index: usize) -> usize {
+        match self.config.states {
+            TeacherStates::Visited => grid_index,
+            TeacherStates::Renoised => 0,
+        }
+    }
+
+    /// The timestep that a trajectory has to come to for a state at another.
+    fn source_of(&self, timestep: i64) -> i64 {
+        match self.config.states {
+            TeacherStates::Visited => timestep,
+            TeacherStates::Renoised => END,
+        }
+    }
+
     /// Rolls trajectories out for the requests among them, keeps what there is room for.
     fn fresh(&mut self, request: &SourceRequest<'_>, draws: &mut Draws) -> Result<States> {
         let shared = if self.config.pool == 0 {
@@ -98,11 +144,12 @@ impl TeacherSource {
         } else {
             Shared::new(request.grid_indices, request.grids.student.len())
         };
-        let timesteps = request.timesteps();
+        let timesteps: Vec<i64> =
+            request.timesteps().into_iter().map(|timestep| self.source_of(timestep)).collect();
         let pooling = self.pooled() < self.config.pool;
         let targets = if pooling {
-            let last = request.grids.student.as_slice().last().copied().unwrap_or(-1);
-            vec![last; shared.prompts.len()]
+            let last = request.grids.student.as_slice().last().copied().unwrap_or(END);
+            vec![self.source_of(last); shared.prompts.len()]
         } else {
             shared.targets(&timesteps)
         };
@@ -128,6 +175,23 @@ impl TeacherSource {
         let device = visited.x_t.device();
         let x_t = visited.x_t.index_select(0, &index(&wanted, device));
         let conditioning = prompts.index_select(&index(&shared.trajectories, device))?;
+        self.made(request, x_t, conditioning)
+    }
+
+    /// States from rows of trajectories, in the order of the request.
+    fn made(
+        &self,
+        request: &SourceRequest<'_>,
+        rows: Tensor,
+        conditioning: Conditioning,
+    ) -> Result<States> {
+        let x_t = match self.config.states {
+            TeacherStates::Visited => rows,
+            TeacherStates::Renoised => {
+                let timesteps = Tensor::from_slice(&request.timesteps()).to_device(rows.device());
+                request.sampler.schedule().add_noise(&rows, request.noise, &timesteps)?
+            }
+        };
         Ok(request.made(x_t, conditioning, vec![Source::Teacher; request.len()]))
     }
 
@@ -140,14 +204,17 @@ impl TeacherSource {
         draws: &mut Draws,
     ) -> Result<()> {
         let trajectories = (self.config.pool - self.pooled()).min(prompts_len(visited));
-        let mut indices: Vec<usize> = (1..request.grids.student.len()).collect();
+        let mut indices: Vec<usize> = match self.config.states {
+            TeacherStates::Visited => (1..request.grids.student.len()).collect(),
+            TeacherStates::Renoised => vec![0],
+        };
         let (mut rows, mut from) = (Vec::new(), Vec::new());
         for trajectory in 0..trajectories {
             if self.kept < indices.len() {
                 indices.shuffle(&mut draws.rng);
             }
             for (slot, &grid_index) in indices.iter().take(self.kept).enumerate() {
-                let timestep = request.grids.student.as_slice()[grid_index];
+                let timestep = self.source_of(request.grids.student.as_slice()[grid_index]);
                 let Some(position) = visited.position(trajectory, timestep) else { continue };
                 let row = self.pooled() * self.kept + slot;
                 rows.push(row);
@@ -166,12 +233,12 @@ impl TeacherSource {
     /// Draws from the pool, evenly and with replacement.
     fn pooled_states(&self, request: &SourceRequest<'_>, rng: &mut impl Rng) -> Result<States> {
         let choose = |&grid_index: &usize| {
-            let at = &self.pool.at[grid_index];
+            let at = &self.pool.at[self.slot(grid_index)];
             at[rng.random_range(0..at.len())]
         };
         let rows: Vec<usize> = request.grid_indices.iter().map(choose).collect();
         let (x_t, conditioning) = self.rows.read(&rows)?;
-        let mut states = request.made(x_t, conditioning, vec![Source::Teacher; rows.len()]);
+        let mut states = self.made(request, x_t, conditioning)?;
         states.births = rows.iter().map(|row| self.pool.births[row / self.kept]).collect();
         Ok(states)
     }
@@ -182,7 +249,7 @@ impl TrajectorySource for TeacherSource {
         let mut draws = request.streams.draws(request.step, Stream::Teacher, request.device())?;
         let full = self.pooled() >= self.config.pool;
         // With few states a trajectory an index may be missing from the whole pool.
-        let covered = request.grid_indices.iter().all(|&i| !self.pool.at[i].is_empty());
+        let covered = request.grid_indices.iter().all(|&i| !self.pool.at[self.slot(i)].is_empty());
         if self.config.pool > 0 && full && covered {
             return self.pooled_states(request, &mut draws.rng);
         }

@@ -97,13 +97,18 @@ const COLORS: [RGBColor; 7] = [
 
 /// Fréchet distances and coverage by number of steps, a line an arm, with error bars of one standard error.
 ///
-/// Dashed: the teacher's samples in full, and two halves of the real images.
+/// Dashed: the teacher's samples in full, and two halves of the real images. Coverage, which grows with the number of
+/// samples, is left out where not all points of the lines are of the same number.
 ///
 /// # Errors
 ///
 /// What the plotting library refuses.
 pub fn quality(report: &Report) -> std::result::Result<String, String> {
-    let panels = [Metric::Frechet, Metric::ToTeacher, Metric::Coverage].map(|metric| {
+    let mut shown = vec![Metric::Frechet, Metric::ToTeacher];
+    if report.has_one_number_of_samples() {
+        shown.push(Metric::Coverage);
+    }
+    let panels = shown.into_iter().map(|metric| {
         let lines = lines_of(report, metric);
         let mut steps: Vec<u32> = report.arms().iter().map(|arm| arm.steps).collect();
         steps.sort_unstable();
@@ -122,7 +127,7 @@ pub fn quality(report: &Report) -> std::result::Result<String, String> {
             levels: levels_of(report, metric),
         }
     });
-    draw(&panels).map_err(|refusal| refusal.to_string())
+    draw(&panels.collect::<Vec<_>>()).map_err(|refusal| refusal.to_string())
 }
 
 /// The shift by timestep, a line an arm, with error bars of one standard error; dashed is chance.

@@ -170,6 +170,14 @@ impl Report {
         self.entries.iter().filter(move |entry| entry.kind == kind)
     }
 
+    /// Whether all measured cells are measured on the same number of samples, at all numbers of steps.
+    pub fn has_one_number_of_samples(&self) -> bool {
+        let measured = self.of_kind(EntryKind::Cell).filter_map(|entry| entry.measurement.as_ref());
+        let mut counts = measured.map(|measurement| measurement.samples);
+        let first = counts.next();
+        counts.all(|count| Some(count) == first)
+    }
+
     /// Cells put together over seeds, in the order of the matrix, then by steps.
     pub fn arms(&self) -> Vec<ArmAt<'_>> {
         let mut arms: Vec<ArmAt<'_>> = Vec::new();
