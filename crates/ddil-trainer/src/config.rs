@@ -54,12 +54,22 @@ pub enum Precision {
 pub struct DataSection {
     /// Where the samples come from; default `fashion_mnist`.
     pub kind: DataKind,
-    /// The folder; the default is the user's cache for Fashion-MNIST, and there is none for images.
+    /// The folder, or the file of prompts; the default is the user's cache for Fashion-MNIST, and there is none for
+    /// other kinds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Height and width in pixels that pictures with captions are brought to, and that prompts alone stand for; default
+    /// what the teacher was made for. Plays no part in other kinds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<u32>,
+    /// Where captions or prompts are kept once they are encoded; default a folder in the user's cache. A cache of other
+    /// data in it is replaced. Plays no part in other kinds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
     /// Samples an update; default 64.
     pub batch_size: u32,
-    /// Whether samples are mirrored at random; default false.
+    /// Whether samples are mirrored at random; default false, and false for text-to-image data, whose latents are not
+    /// those of the mirrored picture.
     pub horizontal_flip: bool,
 }
 
@@ -72,6 +82,30 @@ pub enum DataKind {
     FashionMnist,
     /// A folder of PNG files of one size; names of sub-folders are the classes.
     ImageFolder,
+    /// A folder of PNG files with captions, which the teacher's own parts encode once.
+    Captions,
+    /// A folder of latents and prompts that are encoded already, as `docs/TEXT_DATA.md` describes it.
+    Latents,
+    /// A text file with one prompt a line and no pictures: for backward sources alone.
+    Prompts,
+}
+
+impl DataKind {
+    /// The name in config files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::FashionMnist => "fashion_mnist",
+            Self::ImageFolder => "image_folder",
+            Self::Captions => "captions",
+            Self::Latents => "latents",
+            Self::Prompts => "prompts",
+        }
+    }
+
+    /// Whether a text-to-image teacher learns from it, and no other.
+    pub fn is_text(self) -> bool {
+        !matches!(self, Self::FashionMnist | Self::ImageFolder)
+    }
 }
 
 /// What a run writes, and when.
@@ -86,8 +120,11 @@ pub struct OutputSection {
     pub checkpoint_interval: u64,
     /// Which checkpoints are kept; default the last two.
     pub checkpoints: Retention,
-    /// Samples a class, or in all without classes, in a grid; default 8.
+    /// Samples a class or a prompt, or in all without either, in a grid; default 8.
     pub samples_per_class: u32,
+    /// Prompts of the grids of a text-to-image student; default the first of the data.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub prompts: Vec<String>,
 }
 
 /// The config of `ddil train`: a diffusion model from data.
@@ -239,7 +276,14 @@ impl Default for RunSection {
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { kind: DataKind::FashionMnist, path: None, batch_size: 64, horizontal_flip: false }
+        Self {
+            kind: DataKind::FashionMnist,
+            path: None,
+            resolution: None,
+            cache: None,
+            batch_size: 64,
+            horizontal_flip: false,
+        }
     }
 }
 
@@ -251,6 +295,7 @@ impl Default for OutputSection {
             checkpoint_interval: 500,
             checkpoints: Retention::default(),
             samples_per_class: 8,
+            prompts: Vec::new(),
         }
     }
 }
@@ -363,7 +408,24 @@ impl DataSection {
     fn ensure(&self) -> Result<()> {
         ensure("data.batch_size", self.batch_size, self.batch_size > 0, "at least 1")?;
         let has_path = self.kind == DataKind::FashionMnist || self.path.is_some();
-        ensure("data.path", "not set", has_path, "the folder of the images")
+        let expected = match self.kind {
+            DataKind::Prompts => "the file of the prompts",
+            DataKind::Latents => "the folder of the encoded data",
+            _ => "the folder of the images",
+        };
+        ensure("data.path", "not set", has_path, expected)?;
+        let (kind, is_text) = (self.kind.as_str(), self.kind.is_text());
+        let is_encoded = matches!(self.kind, DataKind::Captions | DataKind::Prompts);
+        let flips = !(self.horizontal_flip && is_text);
+        let expected = format!("false with data.kind = {kind:?}: latents are not mirrored");
+        ensure("data.horizontal_flip", "true", flips, &expected)?;
+        let expected = format!("left out with data.kind = {kind:?}, where nothing is encoded");
+        let sized = self.resolution.is_none() || is_encoded;
+        ensure("data.resolution", "set", sized, &expected)?;
+        let cached = self.cache.is_none() || is_encoded;
+        ensure("data.cache", "set", cached, &expected)?;
+        let named = self.cache.as_ref().is_none_or(|path| path.file_name().is_some());
+        ensure("data.cache", "no name of a folder", named, "the path of a folder")
     }
 }
 
@@ -376,6 +438,11 @@ impl TrainConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
+        let expected =
+            "fashion_mnist or image_folder: a model that is trained from data knows no text";
+        ensure("data.kind", self.data.kind.as_str(), !self.data.kind.is_text(), expected)?;
+        let expected = "left out: a model that is trained from data knows no text";
+        ensure("output.prompts", "set", self.output.prompts.is_empty(), expected)?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
         let schedule = self.schedule.build()?;

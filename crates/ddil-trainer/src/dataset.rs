@@ -1,8 +1,9 @@
-//! Images from disk, and the order in which training sees them.
+//! Images and texts from disk, and the order in which training sees them.
 //!
 //! An [`ImageDataset`] keeps its images as bytes and makes a batch of floats when one is asked for. Which images that
 //! are is said by [`BatchIndices`], a pure function of seed and step: a resumed run goes on where it stopped, with
-//! nothing to restore.
+//! nothing to restore. An [`EncodedDataset`] holds latents and prompts as a text-to-image model's own parts made them of
+//! pictures with captions ([`read_captions`]).
 //!
 //! # Example
 //!
@@ -21,6 +22,9 @@
 //! # Ok::<(), ddil_trainer::dataset::Error>(())
 //! ```
 
+mod captions;
+mod cropped;
+pub(crate) mod encoded;
 mod error;
 mod fashion_mnist;
 mod folder;
@@ -28,8 +32,11 @@ mod idx;
 mod images;
 mod indices;
 
+pub use captions::{Captioned, read_captions, read_prompts};
+pub use cropped::{Cropped, read_cropped};
+pub use encoded::{EncodedBatch, EncodedDataset, EncodedInfo, EncodedShape, LatentScaling};
 pub use error::{Error, Result};
-pub use fashion_mnist::{FashionMnist, fashion_mnist_folders};
+pub use fashion_mnist::{FashionMnist, cache_folder, fashion_mnist_folders};
 pub use folder::read_image_folder;
 pub use idx::{read_idx_images, read_idx_labels};
 pub use images::{Batch, ImageDataset, flip_horizontally};

@@ -3,6 +3,7 @@
 mod cast;
 mod checks;
 mod meters;
+mod prompted;
 mod stage;
 
 use std::path::Path;
@@ -21,17 +22,19 @@ use tch::{Device, Kind, Tensor};
 use self::cast::{Cast, CriticNetworks, Judge};
 use self::checks::ensure_fits;
 use self::meters::{Meters, Place};
+use self::prompted::Prompted;
 use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::DistillConfig;
-use crate::data::TrainingData;
+use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
 use crate::guide::Guide;
+use crate::interrupt::Interrupt;
 use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
 use crate::sampler::SamplerKind;
-use crate::sampling::{SamplePlan, grid_of_classes};
+use crate::sampling::{SamplePlan, grid_of_classes, grid_of_prompts};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
@@ -45,6 +48,8 @@ pub struct DistillTask {
     card: Card,
     /// What stands around the teacher, and will around the student.
     frame: Frame,
+    /// Of a text-to-image model.
+    prompted: Option<Prompted>,
     guide: Guide,
     cast: Cast,
     stage: Stage,
@@ -62,53 +67,146 @@ struct Pending {
     teacher_next: Option<Tensor>,
 }
 
+/// Latents in one call of a network that is sampled for a grid; a pixel of theirs stands for many.
+const LATENTS_AT_ONCE: u32 = 4;
+
 const TEACHER: &str = "teacher.safetensors";
 const TARGET: &str = "target.safetensors";
 const MIXER: &str = "mixer.safetensors";
 const MIXER_STATE: &str = "mixer.json";
 
-impl DistillTask {
-    /// The task at its first update: the student has the teacher's weights.
-    ///
-    /// # Errors
-    ///
-    /// What the config, the data or the teacher refuse; [`Error::InvalidConfig`] if they do not fit each other.
-    pub fn new(config: &DistillConfig) -> Result<Self> {
+/// A distillation whose parts fit each other, before its data are encoded.
+struct Prepared {
+    config: DistillConfig,
+    placement: Placement,
+    schedule: NoiseSchedule,
+    data: DataSource,
+    is_class_conditional: bool,
+    card: Card,
+    frame: Frame,
+    cast: Cast,
+    stage: Stage,
+}
+
+impl Prepared {
+    /// Reads the teacher, looks at the data and builds the networks: whatever may be refused is refused here.
+    fn new(config: &DistillConfig) -> Result<Self> {
         config.ensure()?;
         let device = config.run.device()?;
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
-        let data = TrainingData::open(&config.data, config.run.seed, device)?;
+        let data = DataSource::find(&config.data, &teacher)?;
+        data.ensure_batch_size(config.data.batch_size)?;
         let schedule = teacher.network.schedule().clone();
         let output = teacher.network.prediction_type();
         let objective = config.objective.clone().trained_to_predict(output);
-        let config = &DistillConfig { objective, ..config.clone() };
-        let stage = Stage::new(config, &schedule, 0)?;
-        ensure_fits(config, stage.objective.requirements(), &teacher, &data)?;
+        let config = DistillConfig { objective, ..config.clone() };
+        let stage = Stage::new(&config, &schedule, 0)?;
+        ensure_fits(&config, &stage, &teacher, &data)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
-        let data = if teacher.network.is_class_conditional() { data } else { data.ignore_labels() };
+        let is_class_conditional = teacher.network.is_class_conditional();
         let Pipeline { network: teacher, card, frame, .. } = teacher;
-        let cast = Cast::new(config, stage.objective.requirements(), teacher, card.image_shape)?;
-        let streams = RandomStreams::new(config.run.seed, 0);
-        let config = config.clone();
+        // A U-Net for latents takes other sizes than that it was made for.
+        let card = Card { image_shape: data.image_shape(), ..card };
+        let requirements = stage.objective.requirements();
+        let cast = Cast::new(&config, requirements, teacher, card.image_shape)?;
+        let prepared = Self {
+            config,
+            placement,
+            schedule,
+            data,
+            is_class_conditional,
+            card,
+            frame,
+            cast,
+            stage,
+        };
+        scheduler(&prepared.config, &prepared.schedule, &prepared.stage, &prepared.cast.student)?;
+        Ok(prepared)
+    }
+
+    /// Opens the data, which may have to be encoded first.
+    fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
+        let Self { config, placement, schedule, data, card, frame, cast, stage, .. } = self;
+        let (seed, device) = (config.run.seed, placement.device);
+        let encoders = Some((&frame, placement));
+        let data = data.open(&config.data, seed, device, encoders, interrupt)?;
+        let data = if self.is_class_conditional { data } else { data.ignore_labels() };
+        let prompted = Prompted::new(&data, &config.output.prompts, &frame, placement)?;
+        let guide = guide(&card, prompted.as_ref());
         let meters = Meters::new(&schedule, &config.objective);
-        let guide = Guide::of_classes(&card);
-        let task = Self {
-            guide,
+        let streams = RandomStreams::new(seed, 0);
+        Ok(DistillTask {
             config,
             schedule,
             data,
             streams,
             card,
             frame,
+            prompted,
+            guide,
             cast,
             stage,
             meters,
             pending: None,
-        };
-        task.scheduler()?;
-        Ok(task)
+        })
+    }
+}
+
+/// How a model of that card is guided.
+fn guide(card: &Card, prompted: Option<&Prompted>) -> Guide {
+    match prompted.and_then(Prompted::empty) {
+        Some(empty) => Guide::of_prompts(card, empty),
+        // By its classes, or by a scale that it is told.
+        None => Guide::of_classes(card),
+    }
+}
+
+/// How students of that method step when they are sampled, in diffusers' words.
+fn scheduler(
+    config: &DistillConfig,
+    schedule: &NoiseSchedule,
+    stage: &Stage,
+    student: &Network,
+) -> Result<Scheduler> {
+    let thresholding = if config.thresholding_places.inference {
+        config.thresholding.clone()
+    } else {
+        Thresholding::None
+    };
+    let sampler = SamplerKind::of(&config.objective, schedule);
+    Scheduler::new(student, sampler, &thresholding, Some(&stage.sampling))
+}
+
+impl DistillTask {
+    /// The task at its first update: the student has the teacher's weights.
+    ///
+    /// Pictures with captions, and prompts, are encoded first, unless a cache has them.
+    ///
+    /// # Errors
+    ///
+    /// What the config, the data or the teacher refuse; [`Error::InvalidConfig`] if they do not fit each other.
+    pub fn new(config: &DistillConfig) -> Result<Self> {
+        Self::interruptible(config, &Interrupt::default())
+    }
+
+    /// The same, where somebody may ask for a stop while data are encoded.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and [`Error::Interrupted`].
+    pub fn interruptible(config: &DistillConfig, interrupt: &Interrupt) -> Result<Self> {
+        Prepared::new(config)?.open(interrupt)
+    }
+
+    /// Checks that such a task can be made, without encoding or writing anything.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn check(config: &DistillConfig) -> Result<()> {
+        Prepared::new(config).map(drop)
     }
 
     fn device(&self) -> Device {
@@ -124,8 +222,8 @@ impl DistillTask {
         if on { self.config.thresholding.clone() } else { Thresholding::None }
     }
 
-    /// What backward trajectories are told: the batch's own labels in another order, so that classes come as often
-    /// as in the data and no trajectory is tied to a sample.
+    /// What backward trajectories are told: the batch's own labels or prompts in another order, so that each comes as
+    /// often as in the data and no trajectory is tied to a sample.
     fn prompts(&self, step: u64, conditioning: &Conditioning, batch: i64) -> Result<Conditioning> {
         let mut generator = self.streams.generator(step, Stream::Condition, Device::Cpu)?;
         Ok(conditioning.index_select(&generator.randperm(batch)?)?)
@@ -232,16 +330,14 @@ impl DistillTask {
             sampler: self.sampler(),
             thresholding: self.thresholding(self.config.thresholding_places.inference),
             timesteps: Some(self.stage.sampling.as_slice().to_vec()),
-            batch_size: 100,
+            batch_size: if self.prompted.is_some() { LATENTS_AT_ONCE } else { 100 },
             seed: self.config.run.seed,
         }
     }
 
     /// The same in diffusers' words.
     fn scheduler(&self) -> Result<Scheduler> {
-        let thresholding = self.thresholding(self.config.thresholding_places.inference);
-        let timesteps = Some(&self.stage.sampling);
-        Scheduler::new(&self.cast.student, self.sampler(), &thresholding, timesteps)
+        scheduler(&self.config, &self.schedule, &self.stage, &self.cast.student)
     }
 
     fn student_card(&self) -> Card {
@@ -373,8 +469,17 @@ impl Task for DistillTask {
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
         let (card, device) = (self.student_card(), self.device());
         let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
-        let student = self.cast.averaged(average)?;
-        grid_of_classes(student, &self.sample_plan(&card), &card, shape, per_class, device)
+        let (student, plan) = (self.cast.averaged(average)?, self.sample_plan(&card));
+        let Some(prompted) = &self.prompted else {
+            return grid_of_classes(student, &plan, &card, shape, per_class, device);
+        };
+        let guide = guide(&card, Some(prompted));
+        let vae = self.frame.autoencoder(student.placement())?;
+        let decode = |latents: &Tensor| {
+            let _no_grad = tch::no_grad_guard();
+            Ok(vae.decode_scaled(latents)?)
+        };
+        grid_of_prompts(student, &plan, &guide, &prompted.shown, per_class, shape, decode)
     }
 
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()> {

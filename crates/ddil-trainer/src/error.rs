@@ -253,6 +253,24 @@ pub enum Error {
     /// A data set is missing or damaged.
     #[error(transparent)]
     Dataset(#[from] crate::dataset::Error),
+    /// What was kept of encoded data is not what was written.
+    #[error("the cache of encoded data {} is damaged; remove it to have it made anew", path.display())]
+    DamagedCache {
+        /// The cache's folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: crate::dataset::Error,
+    },
+    /// Somebody asked for a stop before the first update.
+    #[error("stopped while {action}: {done} of {total} were done, and none of it is kept")]
+    Interrupted {
+        /// What went on.
+        action: &'static str,
+        /// How far it was.
+        done: usize,
+        /// How far it had to go.
+        total: usize,
+    },
     /// libtorch refused an operation of ours.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),

@@ -31,7 +31,7 @@ use crate::{
     settings::{Settings, differences, to_toml},
 };
 
-const LOCK: &str = ".lock";
+pub(crate) const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
 const STATUS: &str = "status.json";
 

@@ -185,6 +185,39 @@ pub fn grid_of_classes(
     Picture::grid(&samples.to_device(Device::Cpu), layout(columns))
 }
 
+/// A grid with a column a prompt, eight at most, and `per_prompt` samples of each, decoded to pictures.
+///
+/// # Shapes and units
+///
+/// - `prompts`: one row a prompt; `shape`: that of latents; `decode`: `[n, ..]` of that shape to pictures
+///
+/// # Errors
+///
+/// As [`generate`], and whatever `decode` says.
+pub fn grid_of_prompts(
+    denoiser: &dyn Denoiser,
+    plan: &SamplePlan,
+    guide: &Guide,
+    prompts: &Conditioning,
+    per_prompt: u32,
+    shape: [i64; 3],
+    decode: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Picture> {
+    let rows = prompts.parts().next().map_or(0, |(_, part)| part.size()[0]) as u32;
+    let (n, columns) = (rows * per_prompt.max(1), rows.clamp(1, 8));
+    let device = prompts.parts().next().map_or(Device::Cpu, |(_, part)| part.device());
+    let order: Vec<i64> = (0..n).map(|i| i64::from(i % rows)).collect();
+    let noise = initial_noise(plan.seed, n, shape, device)?;
+    let told = prompts.index_select(&Tensor::from_slice(&order))?;
+    let latents = generate(denoiser, plan, guide, &noise, &told)?;
+    let decoded: Result<Vec<Tensor>> =
+        latents.split(1, 0).iter().map(|one| Ok(decode(one)?.to_device(Device::Cpu))).collect();
+    let pictures = Tensor::f_cat(&decoded?, 0).map_err(Error::torch("grid_of_prompts"))?;
+    let one = std::num::NonZeroU32::MIN;
+    // Pictures of hundreds of pixels need no enlarging.
+    Picture::grid(&pictures, Layout { scale: one, ..layout(columns) })
+}
+
 /// `columns` images in a row, each pixel twice as large.
 pub fn layout(columns: u32) -> Layout {
     let at_least_one = |n: u32| std::num::NonZeroU32::new(n).unwrap_or(std::num::NonZeroU32::MIN);

@@ -21,7 +21,8 @@ pub struct Guided<D> {
 
 impl<D: Denoiser> Guided<D> {
     /// `null` is what the network is told for "no condition": parts of one row each (the null class, the
-    /// embedding of an empty prompt), the same parts as the conditions themselves.
+    /// embedding of an empty prompt), the same parts as the conditions themselves. Without `time_ids`, those of each
+    /// condition hold for both answers.
     ///
     /// # Errors
     ///
@@ -154,7 +155,11 @@ impl Both {
         let batch = x_t.size().first().copied().unwrap_or(0);
         conditioning.ensure_batch(op, batch)?;
         let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));
-        let null = null.index_select(&rows)?.to_device(x_t.device())?;
+        let mut null = null.index_select(&rows)?.to_device(x_t.device())?;
+        if null.time_ids.is_none() {
+            // The size of a picture is no condition to be guided away from: both answers are of the same one.
+            null.time_ids = conditioning.time_ids.as_ref().map(Tensor::shallow_clone);
+        }
         let told = Conditioning::cat(&[conditioning, &null])?;
         let twice = |t: &Tensor| Tensor::f_cat(&[t, t], 0).map_err(Error::torch(op));
         let answer = inner.predict(&twice(x_t)?, &twice(timesteps)?, &told)?;

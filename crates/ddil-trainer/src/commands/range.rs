@@ -3,14 +3,19 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
+use ddil_core::{RandomStreams, Stream};
 use ddil_schedulers::{DataRange, Thresholding};
-use ddil_trainer::dataset::{FashionMnist, ImageDataset, read_image_folder};
+use ddil_trainer::dataset::{EncodedDataset, FashionMnist, ImageDataset, read_image_folder};
 use ddil_trainer::settings::to_toml;
 use serde::Serialize;
+use tch::{Device, Tensor};
 
 use super::{evaluate::all_images, say};
 use crate::cli::RangeArgs;
+
+/// Enough for the quantiles of each channel: a few hundred megabytes.
+const MOST_LATENTS: i64 = 4096;
 
 /// The table as it stands in a config file.
 #[derive(Serialize)]
@@ -19,9 +24,13 @@ struct Tables {
 }
 
 pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
-    let images = open(&args.data)?;
-    let range = DataRange::of_samples(&all_images(&images)?, args.quantile, args.margin)?;
-    let (n, [channels, ..]) = (images.len(), images.image_shape());
+    let samples = if args.data.join("dataset.json").is_file() {
+        latents(&args.data)?
+    } else {
+        all_images(&open(&args.data)?)?
+    };
+    let range = DataRange::of_samples(&samples, args.quantile, args.margin)?;
+    let (n, channels) = (samples.size()[0], samples.size()[1]);
     say(&format!(
         "# {n} samples of {}, {channels} channels: quantiles {} and {}, widened by {} of the width\n{}",
         args.data.display(),
@@ -33,11 +42,22 @@ pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Latents of a folder of encoded data, drawn once each; the first ones where there are very many.
+fn latents(folder: &Path) -> anyhow::Result<Tensor> {
+    let data = EncodedDataset::open(folder, None)?;
+    let Some(shape) = data.latent_shape() else {
+        bail!("{} has prompts and no latents", folder.display());
+    };
+    let first: Vec<i64> = (0..data.len().min(MOST_LATENTS)).collect();
+    let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, Device::Cpu)?;
+    Ok(data.batch(&first, shape, &mut draws, Device::Cpu)?.x0)
+}
+
 fn open(data: &Path) -> anyhow::Result<ImageDataset> {
     if data == Path::new("fashion_mnist") {
         return Ok(FashionMnist::load(None)?.train);
     }
     let path = data.display();
-    ensure!(data.is_dir(), "{path} is neither a folder of images nor `fashion_mnist`");
+    ensure!(data.is_dir(), "{path} is neither a folder of images or latents nor `fashion_mnist`");
     read_image_folder(data).with_context(|| format!("no images could be read from {path}"))
 }

@@ -26,7 +26,10 @@ trait Job: Serialize + DeserializeOwned {
 
     fn run_section(&self) -> &RunSection;
     fn session(&self) -> SessionConfig;
-    fn task(&self) -> Result<Self::Task>;
+    fn task(&self, interrupt: &Interrupt) -> Result<Self::Task>;
+    /// Checks that there can be such a task, and writes nothing.
+    fn check(&self) -> Result<()>;
+    fn num_updates(&self) -> u64;
 }
 
 impl Job for TrainConfig {
@@ -41,8 +44,16 @@ impl Job for TrainConfig {
         SessionConfig::from(self)
     }
 
-    fn task(&self) -> Result<TrainTask> {
+    fn task(&self, _interrupt: &Interrupt) -> Result<TrainTask> {
         TrainTask::new(self)
+    }
+
+    fn check(&self) -> Result<()> {
+        TrainTask::new(self).map(drop)
+    }
+
+    fn num_updates(&self) -> u64 {
+        self.train.updates
     }
 }
 
@@ -58,8 +69,16 @@ impl Job for DistillConfig {
         SessionConfig::from(self)
     }
 
-    fn task(&self) -> Result<DistillTask> {
-        DistillTask::new(self)
+    fn task(&self, interrupt: &Interrupt) -> Result<DistillTask> {
+        DistillTask::interruptible(self, interrupt)
+    }
+
+    fn check(&self) -> Result<()> {
+        DistillTask::check(self)
+    }
+
+    fn num_updates(&self) -> u64 {
+        self.total_updates()
     }
 }
 
@@ -77,14 +96,14 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let config: J = read_config(args)?;
     set_threads(config.run_section().threads)?;
     if args.dry_run {
-        let task = config.task()?;
+        config.check()?;
         print!("{}", to_toml(&config)?);
-        println!("\n# {} updates; nothing was written", task.total_updates());
+        println!("\n# {} updates; nothing was written", config.num_updates());
         return Ok(ExitCode::SUCCESS);
     }
     let mut session = match &args.resume {
-        Some(path) => resume(&config, path, &logging)?,
-        None => start(&config, &logging)?,
+        Some(path) => resume(&config, path, &logging, &interrupt)?,
+        None => start(&config, &logging, &interrupt)?,
     };
     tracing::info!("{} in {}", J::VERB, session.folder().path().display());
     let outcome = session.run(&interrupt).with_context(|| {
@@ -120,17 +139,26 @@ fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
 }
 
 /// A new run; what the task refuses leaves no folder behind.
-fn start<J: Job>(config: &J, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
-    let task = config.task()?;
+fn start<J: Job>(
+    config: &J,
+    logging: &Logging,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Session<J::Task>> {
+    let task = config.task(interrupt)?;
     let folder = RunFolder::create(&config.run_section().path(), config)?;
     logging.also_to(&folder.file("run.log"))?;
     Ok(Session::start(task, config.session(), folder)?)
 }
 
-fn resume<J: Job>(config: &J, path: &Path, logging: &Logging) -> anyhow::Result<Session<J::Task>> {
+fn resume<J: Job>(
+    config: &J,
+    path: &Path,
+    logging: &Logging,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Session<J::Task>> {
     // What the config, the data or the teacher refuse leaves the run as it is, and so does a run of other settings.
     RunFolder::ensure_config_at(path, config)?;
-    let task = config.task()?;
+    let task = config.task(interrupt)?;
     let folder = RunFolder::resume(path)?;
     logging.also_to(&folder.file("run.log"))?;
     Ok(Session::resume(task, config.session(), folder)?)

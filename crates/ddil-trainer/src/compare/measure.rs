@@ -51,6 +51,14 @@ impl Real {
                 let name = if test.is_some() { "images/held_out" } else { "images/train" };
                 (train, test, name)
             }
+            (kind, _) => {
+                return Err(Error::InvalidConfig {
+                    field: "data.kind".to_owned(),
+                    value: kind.as_str().to_owned(),
+                    expected: "fashion_mnist or image_folder: comparisons look at pixels"
+                        .to_owned(),
+                });
+            }
         };
         let extractor: Box<dyn FeatureExtractor> = match setting.evaluate.extractor {
             Extractor::FashionClassifier => Box::new(FashionClassifier::pretrained(Device::Cpu)?),

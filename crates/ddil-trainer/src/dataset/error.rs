@@ -133,6 +133,25 @@ pub enum Error {
         /// A folder of pictures in it.
         folder: PathBuf,
     },
+    /// Captions cannot be read as they stand.
+    #[error("{} cannot be read as captions:{}", path.display(), lines(problems))]
+    Captions {
+        /// The folder or file.
+        path: PathBuf,
+        /// Everything that is wrong with it.
+        problems: Vec<String>,
+    },
+    /// A folder of latents and prompts is damaged, or does not fit itself or the teacher.
+    #[error("{} cannot be used as encoded data:{}", path.display(), lines(problems))]
+    Encoded {
+        /// The folder.
+        path: PathBuf,
+        /// Everything that is wrong with it.
+        problems: Vec<String>,
+    },
+    /// A generator of random numbers refused.
+    #[error(transparent)]
+    Libtorch(#[from] ddil_libtorch::Error),
     /// libtorch refused an operation.
     #[error("{op}: libtorch refused")]
     Torch {
@@ -145,6 +164,16 @@ pub enum Error {
 
 /// What the functions of this module return.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// The first of many lines: a thousand pictures without captions are one mistake.
+fn lines(problems: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let shown = problems.iter().take(SHOWN).fold(String::new(), |text, line| text + "\n  " + line);
+    match problems.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown}\n  and {more} more"),
+    }
+}
 
 fn list(folders: &[PathBuf]) -> String {
     folders.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" or ")

@@ -58,15 +58,23 @@ impl FashionMnist {
 /// `$DDIL_DATA/fashion-mnist` and `$DDIL_DATA` if that is set; else `datasets/fashion-mnist` in `$DDIL_CACHE`, or in
 /// `$XDG_CACHE_HOME/ddil`, or in `~/.cache/ddil`.
 pub fn fashion_mnist_folders() -> Vec<PathBuf> {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(data) = set("DDIL_DATA") {
         return vec![data.join("fashion-mnist"), data];
     }
-    let cache = set("DDIL_CACHE")
+    vec![cache_folder().join("datasets/fashion-mnist")]
+}
+
+/// The folder of what can be fetched or made again: `$DDIL_CACHE`, or `$XDG_CACHE_HOME/ddil`, or `~/.cache/ddil`.
+pub fn cache_folder() -> PathBuf {
+    set("DDIL_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("ddil")))
         .or_else(|| set("HOME").map(|home| home.join(".cache/ddil")))
-        .unwrap_or_default();
-    vec![cache.join("datasets/fashion-mnist")]
+        .unwrap_or_default()
+}
+
+/// A variable of the environment that says something.
+fn set(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 fn read_split(

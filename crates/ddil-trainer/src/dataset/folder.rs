@@ -66,7 +66,7 @@ fn labelled(classes: &[(PathBuf, Vec<PathBuf>)]) -> Result<ImageDataset> {
 }
 
 /// Entries of a folder that are not hidden, by name.
-fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = |source| Error::Read { path: folder.to_owned(), source };
     let mut entries = Vec::new();
     for entry in fs::read_dir(folder).map_err(read)? {
@@ -79,17 +79,17 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-fn is_picture(path: &Path) -> bool {
+pub(super) fn is_picture(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"))
         && path.is_file()
 }
 
 /// A picture's channels, height and width; its bytes are rows of pixels.
 #[derive(Clone, Copy, PartialEq)]
-struct Layout {
-    channels: usize,
-    height: u32,
-    width: u32,
+pub(super) struct Layout {
+    pub(super) channels: usize,
+    pub(super) height: u32,
+    pub(super) width: u32,
 }
 
 impl std::fmt::Display for Layout {
@@ -120,7 +120,7 @@ fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
     Ok(pixels.permute([0, 3, 1, 2]).contiguous())
 }
 
-fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
+pub(super) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
     let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let mut decoder = Decoder::new(BufReader::new(file));

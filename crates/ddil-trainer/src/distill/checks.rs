@@ -1,25 +1,35 @@
 //! What must fit before any work begins.
 
+use ddil_core::PriorSchedule;
 use ddil_losses::{
     LatentConsistencyConfig, ObjectiveConfig, Requirements, Solver, TeacherGuidance,
 };
 
 use ddil_models::{ModelConfig, UNet2DConfig};
+use ddil_schedulers::Thresholding;
+use tch::{Tensor, kind};
 
-use crate::config::{CriticSection, DistillConfig};
-use crate::data::TrainingData;
+use super::stage::Stage;
+use crate::config::{CriticSection, DataKind, DistillConfig};
+use crate::data::DataSource;
 use crate::error::{Error, Result};
 use crate::pipeline::Pipeline;
 
 /// Checks teacher, student, data and method against each other.
 pub(super) fn ensure_fits(
     config: &DistillConfig,
-    requirements: Requirements,
+    stage: &Stage,
     teacher: &Pipeline,
-    data: &TrainingData,
+    data: &DataSource,
 ) -> Result<()> {
+    let requirements = stage.objective.requirements();
+    ensure_kind(config, teacher)?;
     let (taught, found) = (teacher.card.image_shape, data.image_shape());
-    if taught != found {
+    if taught != found && teacher.frame.class().is_text_to_image() {
+        tracing::warn!(
+            "latents are {found:?}, but the teacher was made for {taught:?} (channels, height, width)"
+        );
+    } else if taught != found {
         return invalid(
             "data",
             format!("images of channels, height, width {found:?}"),
@@ -29,7 +39,11 @@ pub(super) fn ensure_fits(
     if teacher.network.is_class_conditional() && data.null_class().is_none() {
         return invalid("data", "without labels", "with labels, which the teacher asks for");
     }
-    ensure_guidance(config, requirements, teacher)?;
+    ensure_thresholding(config, found)?;
+    ensure_guidance(config, requirements, teacher, data)?;
+    if !data.has_samples() {
+        ensure_no_samples(config, requirements, stage)?;
+    }
     if let Some(model) = &config.student.model {
         match teacher.network.config() {
             ModelConfig::UNet2D(taught) => ensure_student(model, &taught)?,
@@ -50,6 +64,68 @@ pub(super) fn ensure_fits(
     ensure_classes(teacher, data)
 }
 
+/// The network must be told what the data say, and nothing else.
+fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
+    let (class, model) = (teacher.frame.class(), teacher.network.config());
+    let is_told_text = matches!(model, ModelConfig::UNet2DCondition(_));
+    if is_told_text != class.is_text_to_image() {
+        let expected =
+            "a UNet2DConditionModel in a text-to-image pipeline, or a UNet2DModel in one of pixels";
+        let found = format!("a {} in a {}", model.class_name(), class.as_str());
+        return invalid("teacher.path", found, expected);
+    }
+    if is_told_text && teacher.network.is_class_conditional() {
+        let expected = "one without class labels: data of texts have none";
+        return invalid("teacher.path", "a text-to-image model with class labels", expected);
+    }
+    if !is_told_text && !config.output.prompts.is_empty() {
+        let expected = "left out: the teacher is told no text";
+        return invalid("output.prompts", "set", expected);
+    }
+    Ok(())
+}
+
+/// A box must have as many sides as the data have channels.
+fn ensure_thresholding(config: &DistillConfig, [channels, ..]: [i64; 3]) -> Result<()> {
+    let held = &config.thresholding;
+    if !matches!(held, Thresholding::Clamp(_) | Thresholding::Reflect(_)) {
+        return Ok(());
+    }
+    Ok(held.apply(&Tensor::zeros([1, channels, 1, 1], kind::FLOAT_CPU)).map(drop)?)
+}
+
+/// Prompts alone are no samples: nothing may ask for any.
+fn ensure_no_samples(
+    config: &DistillConfig,
+    requirements: Requirements,
+    stage: &Stage,
+) -> Result<()> {
+    let kind = DataKind::Prompts.as_str();
+    if requirements.discriminator {
+        let expected = format!(
+            "false with data.kind = {kind:?}: the discriminator is shown samples of the data, and prompts alone are none"
+        );
+        return invalid("objective.gan", "true", expected);
+    }
+    let priors = &config.mixing.priors;
+    let probed = match priors {
+        PriorSchedule::Steps { steps } => steps.iter().map(|step| step.from).collect(),
+        // Between its ends a schedule is a mixture of them.
+        _ => vec![0.0, 1.0],
+    };
+    let is_asked = probed.into_iter().any(|progress| priors.at(progress).forward() > 0.0);
+    // A student of one step is trained on pure noise alone.
+    let is_noise = stage.mixer.grids().student.len() == 1 && config.mixing.pure_noise_at_tmax;
+    if is_asked && !is_noise {
+        let expected = format!(
+            "without a share for `forward` at any time with data.kind = {kind:?}: prompts alone are no samples that could \
+             be noised"
+        );
+        return invalid("mixing.priors", "with dataset samples", expected);
+    }
+    Ok(())
+}
+
 fn invalid(field: &str, value: impl Into<String>, expected: impl Into<String>) -> Result<()> {
     let (value, expected) = (value.into(), expected.into());
     Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
@@ -60,11 +136,12 @@ fn ensure_guidance(
     config: &DistillConfig,
     requirements: Requirements,
     teacher: &Pipeline,
+    data: &DataSource,
 ) -> Result<()> {
     const FIELD: &str = "teacher.guidance";
     let guidance = config.teacher.guidance;
     let is_told = teacher.network.config().time_cond_proj_dim().is_some();
-    let has_null = teacher.card.null_class.is_some();
+    let (has_null, is_text) = (teacher.card.null_class.is_some(), config.data.kind.is_text());
     match guidance {
         TeacherGuidance::Embedded { .. } if !is_told => {
             let expected = "cfg, cfg_range or baked_in: the teacher takes no guidance weight";
@@ -74,7 +151,13 @@ fn ensure_guidance(
             let expected = "embedded: the teacher is told its guidance and would be guided twice";
             return invalid(FIELD, guidance.as_str(), expected);
         }
-        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if !has_null => {
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. }
+            if is_text && !data.has_empty_prompt() =>
+        {
+            let expected = "baked_in: the encoded data do not say what the empty prompt is";
+            return invalid(FIELD, guidance.as_str(), expected);
+        }
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if !is_text && !has_null => {
             let expected =
                 "baked_in: the teacher was trained without a null class and cannot be guided";
             return invalid(FIELD, guidance.as_str(), expected);
@@ -124,7 +207,7 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
 }
 
 /// Labels of the data must be those that the teacher learned.
-fn ensure_classes(teacher: &Pipeline, data: &TrainingData) -> Result<()> {
+fn ensure_classes(teacher: &Pipeline, data: &DataSource) -> Result<()> {
     let (Some(embeds), Some(found)) =
         (teacher.network.config().num_class_embeds().map(i64::from), data.null_class())
     else {

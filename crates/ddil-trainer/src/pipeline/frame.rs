@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_models::{ModelConfig, Placement};
+use ddil_models::{AutoencoderKL, ModelConfig, Placement, UnknownKeys};
 use ddil_schedulers::SchedulerConfig;
 
 use super::index::{Index, PipelineClass};
@@ -17,6 +17,9 @@ pub struct Frame {
     path: PathBuf,
     index: Index,
 }
+
+/// The folder of the autoencoder.
+const VAE: &str = "vae";
 
 /// What a folder has of its own.
 const OWN: [&str; 2] = ["unet", "scheduler"];
@@ -44,6 +47,32 @@ impl Frame {
     /// [`Error::InvalidConfig`] for a model of pixels, and for one that lacks a part; what a part refuses.
     pub fn text_to_image(&self, placement: Placement) -> Result<TextToImage> {
         TextToImage::read(&self.path, &self.index, placement)
+    }
+
+    /// Loads the autoencoder of a text-to-image model alone, which is all that latents need to be seen.
+    ///
+    /// # Errors
+    ///
+    /// What its files refuse.
+    pub fn autoencoder(&self, placement: Placement) -> Result<AutoencoderKL> {
+        let folder = self.path.join(VAE);
+        let vae = AutoencoderKL::from_folder(folder, placement, UnknownKeys::Refuse, None)?;
+        vae.parameters().set_trainable(false);
+        Ok(vae)
+    }
+
+    /// Names of the folders that encoded texts and pictures depend on.
+    pub(crate) fn text_parts(&self) -> Vec<String> {
+        let of_text = |name: &str| {
+            name == VAE || name.starts_with("text_encoder") || name.starts_with("tokenizer")
+        };
+        let parts = self.index.parts.iter().filter(|(name, part)| part.is_some() && of_text(name));
+        parts.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The class and what else the index says beside the parts, in one line.
+    pub(crate) fn settings(&self) -> String {
+        format!("{} {:?}", self.index.class.as_str(), self.index.settings)
     }
 
     /// Copies the parts around a network and writes the index.

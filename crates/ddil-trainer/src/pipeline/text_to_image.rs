@@ -207,6 +207,28 @@ impl TextToImage {
         Ok(self.vae.encode_scaled(images, generator)?)
     }
 
+    /// What the autoencoder says of pictures: mean and standard deviation of the latents that
+    /// [`encode_images`](Self::encode_images) draws.
+    ///
+    /// # Shapes and units
+    ///
+    /// - as there, both
+    ///
+    /// # Errors
+    ///
+    /// What the autoencoder refuses.
+    pub fn latent_distribution(&self, images: &Tensor) -> Result<[Tensor; 2]> {
+        const OP: &str = "TextToImage::latent_distribution";
+        let _no_grad = tch::no_grad_guard();
+        let device = self.vae.parameters().placement().device;
+        let images = images.f_to_device(device).map_err(Error::torch(OP))?;
+        let latents = self.vae.encode(&images)?;
+        let std = (latents.logvar * 0.5).exp();
+        // Scaling is affine, and a spread knows no shift.
+        let shift = self.vae.scale(&std.zeros_like())?;
+        Ok([self.vae.scale(&latents.mean)?, self.vae.scale(&std)? - shift])
+    }
+
     /// Pictures of latents.
     ///
     /// # Shapes and units

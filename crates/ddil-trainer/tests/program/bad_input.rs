@@ -7,7 +7,7 @@ use crate::support::{TestResult, Workshop, arguments, snapshot, write_pictures};
 
 /// Each setting is refused with these words, and no run folder is made.
 #[track_caller]
-fn each_is_refused(workshop: &Workshop, verb: &str, cases: &[(&[&str], &[&str])]) {
+pub(crate) fn each_is_refused(workshop: &Workshop, verb: &str, cases: &[(&[&str], &[&str])]) {
     for (settings, words) in cases {
         let ended = workshop.ddil(&arguments(verb, "refused", settings));
         assert_ne!(ended.code, Some(0), "{settings:?} was taken");
@@ -336,11 +336,12 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
 }
 
 #[test]
-fn a_teacher_that_is_to_be_told_a_text_is_refused_before_its_weights_are_read() {
+fn a_u_net_that_is_told_a_text_does_not_belong_in_a_pipeline_of_pixels() {
     let workshop = Workshop::with_teacher();
-    let config = workshop.path("teacher").join("unet/config.json");
-    let text = ddil_models::UNet2DConditionConfig::default().to_json();
-    fs::write(&config, text).expect("the folder is writable");
-    let words = ["UNet2DConditionModel", "config.json", "UNet2DModel, a network of pixels"];
+    let unet = crate::text_teacher::unet(crate::text_teacher::Family::StableDiffusion);
+    let unet = unet.build(ddil_models::Placement::default(), 0).expect("the config is valid");
+    let model = ddil_models::Model::UNet2DCondition(unet);
+    model.save_to_folder(workshop.path("teacher").join("unet")).expect("it is writable");
+    let words = ["UNet2DConditionModel in a DDIMPipeline", "text-to-image pipeline"];
     each_is_refused(&workshop, "distill", &[(&[], &words)]);
 }

@@ -8,4 +8,6 @@ mod compare;
 mod failing;
 mod resume;
 mod support;
+mod text_teacher;
+mod text_to_image;
 mod verbs;

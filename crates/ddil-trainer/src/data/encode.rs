@@ -1,0 +1,377 @@
+//! Pictures and prompts through the teacher's own encoders, once, into a folder.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use ddil_core::Conditioning;
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::row_file::RowFile;
+use crate::dataset::encoded::{FORMAT_VERSION, INFO, LATENTS, PROMPTS, SAMPLES, TEXTS};
+use crate::dataset::{Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, read_cropped};
+use crate::error::{Error, Result};
+use crate::files::{TEMPORARY, parent, sync_folder, write_json};
+use crate::interrupt::Interrupt;
+use crate::pipeline::{EncodedPrompts, Frame, TextToImage};
+use crate::progress::Progress;
+use crate::run_folder;
+
+/// Prompts in one call of a text encoder.
+const PROMPTS_AT_ONCE: usize = 32;
+/// Pixels in one call of the autoencoder, four pictures of 512x512, whose layers need most of the memory.
+const PIXELS_AT_ONCE: i64 = 1 << 20;
+/// Most pictures in one call, however small.
+const PICTURES_AT_ONCE: i64 = 64;
+
+/// Data that are to be encoded, unless a folder has them already.
+#[derive(Debug)]
+pub(super) struct Encoding {
+    /// Pictures below `images`, or none of them and one prompt a sample.
+    pub(super) samples: Vec<Captioned>,
+    /// The folder of the pictures; none for prompts alone.
+    pub(super) images: Option<PathBuf>,
+    /// Height and width that pictures are brought to.
+    pub(super) size: [i64; 2],
+    /// What the teacher takes.
+    pub(super) shape: EncodedShape,
+    /// Where what is encoded is kept, which may be there already.
+    pub(super) folder: PathBuf,
+    /// What it is made from.
+    pub(super) key: String,
+}
+
+/// How a cache stands.
+enum Cache {
+    Absent,
+    Fits,
+    /// Made from something else.
+    Other,
+}
+
+impl Encoding {
+    /// The encoded data, from the cache if it fits.
+    pub(super) fn open(
+        &self,
+        parts: impl Fn() -> Result<TextToImage>,
+        interrupt: &Interrupt,
+    ) -> Result<EncodedDataset> {
+        match self.cache()? {
+            Cache::Fits => tracing::info!("the encoded data are in {}", self.folder.display()),
+            Cache::Absent | Cache::Other => self.make(parts, interrupt)?,
+        }
+        EncodedDataset::open(&self.folder, Some(&self.shape)).map_err(|error| self.damaged(error))
+    }
+
+    /// Looks at the cache, and makes sure that it may be written to.
+    pub(super) fn ensure_cache(&self) -> Result<()> {
+        self.cache().map(drop)
+    }
+
+    fn damaged(&self, source: crate::dataset::Error) -> Error {
+        Error::DamagedCache { path: self.folder.clone(), source }
+    }
+
+    fn cache(&self) -> Result<Cache> {
+        let folder = &self.folder;
+        if !folder.join(INFO).exists() {
+            let mut entries = match fs::read_dir(folder) {
+                Ok(entries) => entries,
+                Err(_) if !folder.exists() => return Ok(Cache::Absent),
+                Err(error) => return Err(Error::io("list", folder)(error)),
+            };
+            return match entries.next() {
+                None => Ok(Cache::Absent),
+                Some(_) => Err(self.foreign("other files in it")),
+            };
+        }
+        match EncodedInfo::read(folder).map_err(|error| self.damaged(error))?.key {
+            None => Err(self.foreign(
+                "encoded data that are no cache in it, which are read with data.kind = \"latents\"",
+            )),
+            Some(key) if key == self.key => Ok(Cache::Fits),
+            Some(_) => Ok(Cache::Other),
+        }
+    }
+
+    /// Nothing that somebody else put there is written over.
+    fn foreign(&self, found: &str) -> Error {
+        Error::InvalidConfig {
+            field: "data.cache".to_owned(),
+            value: format!("{} with {found}", self.folder.display()),
+            expected: "a folder that is empty, not there, or a cache".to_owned(),
+        }
+    }
+
+    /// Makes the cache aside, and puts it in place once it is whole.
+    fn make(&self, parts: impl Fn() -> Result<TextToImage>, interrupt: &Interrupt) -> Result<()> {
+        let name = self.folder.file_name().unwrap_or_default().to_string_lossy();
+        let aside = self.folder.with_file_name(format!("{TEMPORARY}{name}"));
+        fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
+        let _lock = run_folder::lock(&aside)?;
+        // Another process may have been quicker.
+        match self.cache()? {
+            Cache::Fits => {}
+            cache => {
+                let path = self.folder.display();
+                if matches!(cache, Cache::Other) {
+                    tracing::info!(
+                        "the cache in {path} was made from other files or settings: made anew"
+                    );
+                }
+                tracing::info!("encodes {} samples into {path}", self.samples.len());
+                let encoded = self.encode(&parts()?, &aside, interrupt);
+                let placed = encoded.and_then(|()| self.put_in_place(&aside));
+                if placed.is_err() {
+                    // Half of it is of no use.
+                    let _ = fs::remove_dir_all(&aside);
+                }
+                return placed;
+            }
+        }
+        fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+    }
+
+    fn put_in_place(&self, aside: &Path) -> Result<()> {
+        let lock = aside.join(run_folder::LOCK);
+        fs::remove_file(&lock).map_err(Error::io("remove", &lock))?;
+        sync_folder(aside)?;
+        if self.folder.exists() {
+            fs::remove_dir_all(&self.folder).map_err(Error::io("remove", &self.folder))?;
+        }
+        fs::rename(aside, &self.folder).map_err(Error::io("rename", aside))?;
+        sync_folder(parent(&self.folder))
+    }
+
+    fn encode(&self, parts: &TextToImage, aside: &Path, interrupt: &Interrupt) -> Result<()> {
+        let (texts, rows) = self.distinct();
+        encode_prompts(parts, &texts, aside, interrupt)?;
+        let time_ids = if let Some(images) = &self.images {
+            self.encode_pictures(parts, images, aside, interrupt)?
+        } else {
+            let [height, width] = self.size.map(|side| side as f32);
+            vec![[height, width, 0.0, 0.0, height, width]; self.samples.len()]
+        };
+        let mut samples = vec![("prompts".to_owned(), rows)];
+        if self.shape.pooled_width.is_some() {
+            let time_ids = Tensor::f_from_slice(&time_ids.concat())
+                .and_then(|ids| ids.f_view([-1, 6]))
+                .map_err(Error::torch("encode"))?;
+            samples.push(("time_ids".to_owned(), time_ids));
+        }
+        ddil_models::weights::save(&samples, aside.join(SAMPLES), &BTreeMap::new())?;
+        write_json(&aside.join(TEXTS), &texts)?;
+        let info = EncodedInfo {
+            format_version: FORMAT_VERSION,
+            image_size: self.size,
+            scaling: self.shape.scaling.clone(),
+            num_samples: self.samples.len() as i64,
+            num_prompts: texts.len() as i64,
+            empty_prompt: Some(0),
+            key: Some(self.key.clone()),
+        };
+        // Last: a folder with this file is a whole one.
+        write_json(&aside.join(INFO), &info)
+    }
+
+    /// Every text once, the empty prompt first, and the rows of each sample's phrasings.
+    fn distinct(&self) -> (Vec<&str>, Tensor) {
+        let mut texts = vec![""];
+        let mut known = BTreeMap::new();
+        let most = self.samples.iter().map(|sample| sample.texts.len()).max().unwrap_or(1);
+        let mut rows = Vec::with_capacity(self.samples.len() * most);
+        for sample in &self.samples {
+            for text in &sample.texts {
+                let row = *known.entry(text.as_str()).or_insert_with(|| {
+                    texts.push(text);
+                    texts.len() as i64 - 1
+                });
+                rows.push(row);
+            }
+            rows.extend(std::iter::repeat_n(-1, most - sample.texts.len()));
+        }
+        (texts, Tensor::from_slice(&rows).view([-1, most as i64]))
+    }
+
+    /// Returns the numbers of size and crop of each picture.
+    fn encode_pictures(
+        &self,
+        parts: &TextToImage,
+        images: &Path,
+        aside: &Path,
+        interrupt: &Interrupt,
+    ) -> Result<Vec<[f32; 6]>> {
+        let n = self.samples.len();
+        let [height, width] = self.size;
+        let [channels, latent_height, latent_width] = parts.latent_shape(self.size)?;
+        let shape = vec![n as i64, channels, latent_height, latent_width];
+        let names = [("mean", shape.clone()), ("std", shape)];
+        let mut file = RowFile::create(&aside.join(LATENTS), &names)?;
+        let mut progress = Progress::new("encode pictures", 0, n as u64);
+        let at_once = (PIXELS_AT_ONCE / (height * width)).clamp(1, PICTURES_AT_ONCE) as usize;
+        let (mut time_ids, mut enlarged) = (Vec::with_capacity(n), 0);
+        for chunk in self.samples.chunks(at_once) {
+            let first = time_ids.len();
+            ensure_wanted(interrupt, "encoding pictures", first, n)?;
+            let read =
+                |sample: &Captioned| read_cropped(&images.join(&sample.file_name), self.size);
+            let pictures: Vec<Cropped> = chunk.iter().map(read).collect::<Result<_, _>>()?;
+            let pixels: Vec<&Tensor> = pictures.iter().map(|picture| &picture.pixels).collect();
+            let pixels = Tensor::f_stack(&pixels, 0).map_err(Error::torch("encode"))?;
+            let [mean, std] = parts.latent_distribution(&pixels)?;
+            file.write("mean", first as i64, &mean)?;
+            file.write("std", first as i64, &std)?;
+            for Cropped { original, cut_off, .. } in pictures {
+                let is_small = original[0] < height || original[1] < width;
+                enlarged += usize::from(is_small);
+                let numbers = [original, cut_off, self.size].concat();
+                time_ids.push(std::array::from_fn(|i| numbers[i] as f32));
+            }
+            progress.update(time_ids.len() as u64, &[]);
+        }
+        progress.finish();
+        if enlarged > 0 {
+            tracing::warn!(
+                "{enlarged} of {n} pictures are smaller than {width}x{height}: enlarged"
+            );
+        }
+        file.finish()?;
+        Ok(time_ids)
+    }
+}
+
+/// What the network is told of every text, in a file; the first text is the empty prompt.
+fn encode_prompts(
+    parts: &TextToImage,
+    texts: &[&str],
+    aside: &Path,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let (n, path) = (texts.len(), aside.join(PROMPTS));
+    let mut progress = Progress::new("encode prompts", 0, n as u64);
+    let rows = |told: &Conditioning| {
+        let shape = |part: &Tensor| [&[n as i64], &part.size()[1..]].concat();
+        let parts = told.parts().map(|(name, part)| (name, shape(part)));
+        parts.collect::<Vec<_>>()
+    };
+    let empty = parts.empty()?;
+    let mut file = RowFile::create(&path, &rows(&empty))?;
+    let mut first = 0;
+    let mut truncated = Truncated::default();
+    let mut write = |told: &Conditioning, first: usize| {
+        told.parts().try_for_each(|(name, part)| file.write(name, first as i64, part))
+    };
+    write(&empty, 0)?;
+    first += 1;
+    for chunk in texts[1..].chunks(PROMPTS_AT_ONCE) {
+        ensure_wanted(interrupt, "encoding prompts", first, n)?;
+        let EncodedPrompts { conditioning, truncated: cut } = parts.encode(chunk)?;
+        write(&conditioning, first)?;
+        truncated.see(chunk, cut);
+        first += chunk.len();
+        progress.update(first as u64, &[]);
+    }
+    progress.finish();
+    truncated.tell(n - 1);
+    file.finish()
+}
+
+/// Prompts that are longer than an encoder takes.
+#[derive(Default)]
+struct Truncated {
+    count: usize,
+    first: Option<(String, String)>,
+}
+
+impl Truncated {
+    fn see(&mut self, texts: &[&str], cut: Vec<Option<String>>) {
+        for (text, cut) in texts.iter().zip(cut) {
+            let Some(cut) = cut else { continue };
+            self.count += 1;
+            self.first.get_or_insert_with(|| ((*text).to_owned(), cut));
+        }
+    }
+
+    fn tell(self, total: usize) {
+        let Some((text, cut)) = self.first else { return };
+        tracing::warn!(
+            "{} of {total} prompts are longer than the text encoder takes and were cut; of {text:?} it is not told \
+             {cut:?}",
+            self.count
+        );
+    }
+}
+
+fn ensure_wanted(
+    interrupt: &Interrupt,
+    action: &'static str,
+    done: usize,
+    total: usize,
+) -> Result<()> {
+    if interrupt.is_requested() {
+        return Err(Error::Interrupted { action, done, total });
+    }
+    Ok(())
+}
+
+/// What encoded data depend on: the captions, names, sizes and times of the pictures, the size they are brought to, and
+/// the files of the encoders.
+pub(super) fn key(
+    samples: &[Captioned],
+    images: Option<&Path>,
+    size: [i64; 2],
+    frame: &Frame,
+) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut note = |text: String| {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    };
+    note(format!("{FORMAT_VERSION} {size:?} {:?}", images.is_some()));
+    for sample in samples {
+        if let Some(images) = images {
+            note(signature(images, &sample.file_name)?);
+        }
+        note(format!("{:?}", sample.texts));
+    }
+    note(frame.settings());
+    for name in frame.text_parts() {
+        let mut files = Vec::new();
+        collect(frame.path(), Path::new(&name), &mut files)?;
+        files.sort();
+        for file in files {
+            note(signature(frame.path(), &file)?);
+        }
+    }
+    Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
+}
+
+/// Name, size and time of a file.
+fn signature(folder: &Path, name: &Path) -> Result<String> {
+    let path = folder.join(name);
+    let metadata = fs::metadata(&path).map_err(Error::io("look at", &path))?;
+    let modified = metadata.modified().map_err(Error::io("look at", &path))?;
+    let age = modified.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    Ok(format!("{} {} {age}", name.display(), metadata.len()))
+}
+
+/// Files below a folder, by their paths from `root`.
+fn collect(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let path = root.join(folder);
+    for entry in fs::read_dir(&path).map_err(Error::io("list", &path))? {
+        let name = folder.join(entry.map_err(Error::io("list", &path))?.file_name());
+        if root.join(&name).is_dir() {
+            collect(root, &name, files)?;
+        } else {
+            files.push(name);
+        }
+    }
+    Ok(())
+}

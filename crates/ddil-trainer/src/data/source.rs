@@ -1,0 +1,260 @@
+//! Data as they are found, before anything is encoded.
+
+use std::path::{Path, PathBuf};
+
+use ddil_models::{
+    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, UNet2DConditionConfig, UnknownKeys,
+};
+use tch::Device;
+
+use super::encode::{Encoding, key};
+use super::{Samples, TrainingData};
+use crate::config::{DataKind, DataSection};
+use crate::dataset::{
+    Captioned, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
+    cache_folder, read_captions, read_image_folder, read_prompts,
+};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::pipeline::{Frame, Pipeline};
+
+/// Data that were looked at and are known to fit a teacher; what has to be encoded is not yet.
+#[derive(Debug)]
+pub struct DataSource {
+    found: Found,
+    /// Channels, height and width of what the network sees.
+    shape: [i64; 3],
+}
+
+#[derive(Debug)]
+enum Found {
+    Images(ImageDataset),
+    Encoded(EncodedDataset),
+    Raw(Encoding),
+}
+
+impl DataSource {
+    /// Pixels with labels, for a network that learns these.
+    ///
+    /// # Errors
+    ///
+    /// What is missing or damaged, and where; [`Error::InvalidConfig`] for data of texts.
+    pub fn of_pixels(section: &DataSection) -> Result<Self> {
+        let images = match (section.kind, &section.path) {
+            (DataKind::FashionMnist, path) => FashionMnist::load(path.as_deref())?.train,
+            (DataKind::ImageFolder, Some(path)) => read_image_folder(path)?,
+            (DataKind::ImageFolder, None) => {
+                return invalid("data.path", "not set", "the folder of the images");
+            }
+            (kind, _) => {
+                let expected = "fashion_mnist or image_folder: the model knows pixels and no text";
+                return invalid("data.kind", kind.as_str(), expected);
+            }
+        };
+        let shape = images.image_shape();
+        Ok(Self { found: Found::Images(images), shape })
+    }
+
+    /// The data of a config, for a teacher. Pictures and texts are looked at; encoding is left for
+    /// [`open`](Self::open).
+    ///
+    /// # Errors
+    ///
+    /// What is missing, damaged or does not fit the teacher, and where; [`Error::InvalidConfig`] for pixels where the
+    /// teacher knows latents, and the other way round.
+    pub fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
+        let class = teacher.frame.class();
+        if !class.is_text_to_image() {
+            return Self::of_pixels(section);
+        }
+        if !section.kind.is_text() {
+            let expected =
+                format!("captions, latents or prompts: the teacher is a {}", class.as_str());
+            return invalid("data.kind", section.kind.as_str(), expected);
+        }
+        let shape = encoded_shape(teacher)?;
+        let Some(path) = &section.path else {
+            return invalid("data.path", "not set", "a folder, or a file of prompts");
+        };
+        if section.kind == DataKind::Latents {
+            return Self::of_latents(path, &shape);
+        }
+        Self::raw(section, path, shape, teacher)
+    }
+
+    fn of_latents(path: &Path, shape: &EncodedShape) -> Result<Self> {
+        let data = EncodedDataset::open(path, Some(shape))?;
+        let Some(shape) = data.latent_shape() else {
+            let expected =
+                "a folder with latents.safetensors: prompts alone are data.kind = \"prompts\"";
+            return invalid("data.path", path.display().to_string(), expected);
+        };
+        Ok(Self { found: Found::Encoded(data), shape })
+    }
+
+    fn raw(
+        section: &DataSection,
+        path: &Path,
+        shape: EncodedShape,
+        teacher: &Pipeline,
+    ) -> Result<Self> {
+        let factor = shape.pixels_per_latent;
+        let [_, own_height, own_width] = teacher.card.image_shape;
+        let own = [own_height, own_width].map(|side| side * factor);
+        let size = section.resolution.map_or(own, |side| [i64::from(side); 2]);
+        if size.iter().any(|side| *side < 1 || side % factor != 0) {
+            let (value, expected) = match section.resolution {
+                Some(side) => (side.to_string(), format!("a multiple of {factor}")),
+                None => ("not set".to_owned(), "set: the teacher's U-Net names no size".to_owned()),
+            };
+            return invalid("data.resolution", value, expected);
+        }
+        let (samples, images) = if section.kind == DataKind::Captions {
+            (read_captions(path)?, Some(path.to_owned()))
+        } else {
+            let prompt = |text| Captioned { file_name: PathBuf::new(), texts: vec![text] };
+            (read_prompts(path)?.into_iter().map(prompt).collect(), None)
+        };
+        let key = key(&samples, images.as_deref(), size, &teacher.frame)?;
+        let folder = section.cache.clone();
+        // Enough of it that no two meet.
+        let folder = folder.unwrap_or_else(|| cache_folder().join("encoded").join(&key[..32]));
+        let [height, width] = size.map(|side| side / factor);
+        let of_latents = [shape.channels, height, width];
+        let encoding = Encoding { samples, images, size, shape, folder, key };
+        encoding.ensure_cache()?;
+        Ok(Self { found: Found::Raw(encoding), shape: of_latents })
+    }
+
+    /// Number of samples.
+    #[expect(clippy::len_without_is_empty, reason = "data that exist have samples")]
+    pub fn len(&self) -> i64 {
+        match &self.found {
+            Found::Images(images) => images.len(),
+            Found::Encoded(data) => data.len(),
+            Found::Raw(encoding) => encoding.samples.len() as i64,
+        }
+    }
+
+    /// Channels, height and width of what the network sees.
+    pub fn image_shape(&self) -> [i64; 3] {
+        self.shape
+    }
+
+    /// The class that stands for "no condition": the one after the last; none without labels.
+    pub fn null_class(&self) -> Option<i64> {
+        match &self.found {
+            Found::Images(images) => images.labels().map(|_| images.class_names().len() as i64),
+            Found::Encoded(_) | Found::Raw(_) => None,
+        }
+    }
+
+    /// Whether it is known what the network is told for "no prompt".
+    pub fn has_empty_prompt(&self) -> bool {
+        match &self.found {
+            Found::Images(_) => false,
+            Found::Encoded(data) => data.info().empty_prompt.is_some(),
+            Found::Raw(_) => true,
+        }
+    }
+
+    /// Whether there are samples, and not prompts alone.
+    pub fn has_samples(&self) -> bool {
+        !matches!(&self.found, Found::Raw(Encoding { images: None, .. }))
+    }
+
+    /// The data as training reads them; batches come out on `device`.
+    ///
+    /// Where the data are to be encoded and no cache has them, `frame`'s text encoders and autoencoder are loaded, used
+    /// and let go.
+    ///
+    /// # Errors
+    ///
+    /// What is damaged; what the encoders refuse; [`Error::Interrupted`]; [`Error::InvalidConfig`] if a batch is larger
+    /// than the dataset.
+    pub fn open(
+        self,
+        section: &DataSection,
+        seed: u64,
+        device: Device,
+        encoders: Option<(&Frame, ddil_models::Placement)>,
+        interrupt: &Interrupt,
+    ) -> Result<TrainingData> {
+        self.ensure_batch_size(section.batch_size)?;
+        let shape = self.shape;
+        let samples = match self.found {
+            Found::Images(images) => Samples::Images(images),
+            Found::Encoded(data) => Samples::Encoded(Box::new(data)),
+            Found::Raw(encoding) => {
+                let parts = || match encoders {
+                    Some((frame, placement)) => frame.text_to_image(placement),
+                    None => invalid("data.kind", "to be encoded", "of pixels"),
+                };
+                Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
+            }
+        };
+        TrainingData::new(samples, shape, section, seed, device)
+    }
+
+    /// Checks that a batch can be drawn.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] if a batch is larger than the dataset.
+    pub fn ensure_batch_size(&self, batch: u32) -> Result<()> {
+        let len = self.len();
+        if i64::from(batch) <= len {
+            return Ok(());
+        }
+        let expected = format!("at most {len}, the number of samples");
+        invalid("data.batch_size", batch.to_string(), expected)
+    }
+}
+
+/// What a text-to-image teacher takes.
+fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
+    let config = match teacher.network.config() {
+        ModelConfig::UNet2DCondition(config) => config,
+        other => {
+            let expected = "UNet2DConditionModel, as a text-to-image pipeline has it";
+            return invalid("teacher's unet", other.class_name(), expected);
+        }
+    };
+    let Some(text_width) = config.cross_attention_dim.at(0).map(i64::from) else {
+        return invalid("teacher's cross_attention_dim", "empty", "a width");
+    };
+    let path = teacher.frame.path().join("vae").join("config.json");
+    let vae = AutoencoderKLConfig::from_file(path, UnknownKeys::Refuse)?;
+    let channels = i64::from(vae.latent_channels);
+    if [config.in_channels, config.out_channels].map(i64::from) != [channels; 2] {
+        let value = format!("{}, {}", config.in_channels, config.out_channels);
+        let expected = format!("{channels}, the channels of its autoencoder's latents");
+        return invalid("teacher's in_channels, out_channels", value, expected);
+    }
+    Ok(EncodedShape {
+        channels,
+        pixels_per_latent: 1 << (vae.block_out_channels.len() - 1),
+        scaling: LatentScaling {
+            factor: vae.scaling_factor,
+            shift: vae.shift_factor,
+            mean: vae.latents_mean,
+            std: vae.latents_std,
+        },
+        text_width,
+        pooled_width: pooled_width(&config),
+    })
+}
+
+/// Width of `text_embeds`: what the numbers of size and crop leave of the projection's input.
+fn pooled_width(config: &UNet2DConditionConfig) -> Option<i64> {
+    if config.addition_embed_type != Some(AdditionEmbedType::TextTime) {
+        return None;
+    }
+    let width = i64::from(config.projection_class_embeddings_input_dim?);
+    Some(width - 6 * i64::from(config.addition_time_embed_dim?))
+}
+
+fn invalid<T>(field: &str, value: impl Into<String>, expected: impl Into<String>) -> Result<T> {
+    let (value, expected) = (value.into(), expected.into());
+    Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
+}

@@ -1,0 +1,535 @@
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use ddil_core::{Conditioning, Draws};
+use ddil_models::weights;
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::{Error, Result};
+
+/// The only version of the format so far.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+
+/// Numbers of size and crop of a picture.
+const NUM_TIME_IDS: i64 = 6;
+
+/// Scaling factors are typed in decimals: they are the same if they differ by no more than rounding.
+const SAME_SCALING: f64 = 1e-9;
+
+/// The files of such a folder.
+pub(crate) const INFO: &str = "dataset.json";
+pub(crate) const LATENTS: &str = "latents.safetensors";
+pub(crate) const PROMPTS: &str = "prompts.safetensors";
+pub(crate) const SAMPLES: &str = "samples.safetensors";
+pub(crate) const TEXTS: &str = "prompts.json";
+
+/// What `dataset.json` says of a folder of encoded data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncodedInfo {
+    /// Version of the format; 1.
+    pub format_version: u32,
+    /// Height and width of the pictures in pixels.
+    pub image_size: [i64; 2],
+    /// What was done to the autoencoder's latents before they were stored.
+    pub scaling: LatentScaling,
+    /// Number of samples.
+    pub num_samples: i64,
+    /// Number of prompts.
+    pub num_prompts: i64,
+    /// Row of the prompts that says what a network is told for "no prompt"; none where that is not known, and then no
+    /// teacher can be guided by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub empty_prompt: Option<i64>,
+    /// Of a cache: what it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+}
+
+/// How latents of an autoencoder become those of a diffusion model, in the words of its `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LatentScaling {
+    /// `scaling_factor`.
+    pub factor: f64,
+    /// `shift_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
+    /// `latents_mean`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean: Option<Vec<f64>>,
+    /// `latents_std`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub std: Option<Vec<f64>>,
+}
+
+/// What a teacher takes, which encoded data must fit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncodedShape {
+    /// Channels of a latent.
+    pub channels: i64,
+    /// Pixels of a picture to a latent, in each direction.
+    pub pixels_per_latent: i64,
+    /// How its latents are scaled.
+    pub scaling: LatentScaling,
+    /// Width of `encoder_hidden_states`.
+    pub text_width: i64,
+    /// Width of `text_embeds`, for a teacher that is told these and sizes.
+    pub pooled_width: Option<i64>,
+}
+
+/// Latents and prompts as a text-to-image model's own parts made them, in a folder as `docs/TEXT_DATA.md` describes it.
+///
+/// The large tensors lie in mapped files: opening reads the headers, a batch its own rows.
+#[derive(Debug)]
+pub struct EncodedDataset {
+    path: PathBuf,
+    info: EncodedInfo,
+    latents: Option<Latents>,
+    prompts: Conditioning,
+    time_ids: Option<Tensor>,
+    /// Rows of the prompts of each sample; at least one each.
+    of_samples: Vec<Vec<i64>>,
+    texts: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Latents {
+    /// What the autoencoder says of each picture: latents are drawn afresh at each use.
+    Distribution { mean: Tensor, std: Tensor },
+    /// The latents themselves.
+    Fixed(Tensor),
+}
+
+/// Samples of an [`EncodedDataset`], ready for a network.
+#[derive(Debug)]
+pub struct EncodedBatch {
+    /// `[batch, channels, height, width]`, `Float`, as the network knows latents; zeros where the data have none.
+    pub x0: Tensor,
+    /// One prompt a sample, with its numbers of size and crop where there are such.
+    pub conditioning: Conditioning,
+}
+
+impl EncodedInfo {
+    /// What `dataset.json` says in a folder.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`]; [`Error::Encoded`] if it is not understood.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(INFO);
+        let text = fs::read(&path).map_err(|source| Error::Read { path, source })?;
+        let info: Self = serde_json::from_slice(&text).map_err(|error| Error::Encoded {
+            path: folder.to_owned(),
+            problems: vec![format!("{INFO}: {error}")],
+        })?;
+        Ok(info)
+    }
+}
+
+impl EncodedDataset {
+    /// Opens a folder, for a teacher if one is given.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`] if there is no `dataset.json`; [`Error::Encoded`] with everything that is missing, damaged or
+    /// does not fit the rest or the teacher.
+    pub fn open(folder: &Path, teacher: Option<&EncodedShape>) -> Result<Self> {
+        let info = EncodedInfo::read(folder)?;
+        let mut problems = Vec::new();
+        let mut read = |name: &str, needed: bool| {
+            let path = folder.join(name);
+            if !path.exists() && !needed {
+                return BTreeMap::new();
+            }
+            weights::read_all(&path).unwrap_or_else(|error| {
+                problems.push(format!("{name}: {}", crate::error::with_causes(&error)));
+                BTreeMap::new()
+            })
+        };
+        let (latents, prompts, samples) =
+            (read(LATENTS, false), read(PROMPTS, true), read(SAMPLES, true));
+        let mut checks = Checks { info: &info, teacher, problems };
+        checks.info();
+        let latents = checks.latents(latents);
+        let prompts = checks.prompts(prompts);
+        let (of_samples, time_ids) = checks.samples(samples);
+        let texts = checks.texts(folder);
+        let problems = checks.problems;
+        if !problems.is_empty() {
+            return Err(Error::Encoded { path: folder.to_owned(), problems });
+        }
+        Ok(Self { path: folder.to_owned(), info, latents, prompts, time_ids, of_samples, texts })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says of itself.
+    pub fn info(&self) -> &EncodedInfo {
+        &self.info
+    }
+
+    /// Number of samples; never 0.
+    #[expect(clippy::len_without_is_empty, reason = "one that exists has samples")]
+    pub fn len(&self) -> i64 {
+        self.of_samples.len() as i64
+    }
+
+    /// Whether there are latents, and not prompts alone.
+    pub fn has_latents(&self) -> bool {
+        self.latents.is_some()
+    }
+
+    /// Channels, height and width of the latents, where there are any.
+    pub fn latent_shape(&self) -> Option<[i64; 3]> {
+        let (Latents::Distribution { mean: latents, .. } | Latents::Fixed(latents)) =
+            self.latents.as_ref()?;
+        let size = latents.size();
+        Some([size[1], size[2], size[3]])
+    }
+
+    /// The texts of the prompts, by row.
+    pub fn texts(&self) -> &[String] {
+        &self.texts
+    }
+
+    /// Rows of the prompts of a sample.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] if there is no such sample.
+    pub fn prompts_of(&self, sample: i64) -> Result<&[i64]> {
+        let rows = usize::try_from(sample).ok().and_then(|sample| self.of_samples.get(sample));
+        rows.map(Vec::as_slice).ok_or(Error::Index { index: sample, len: self.len() })
+    }
+
+    /// What a network is told of the prompts at these rows, without numbers of size and crop; `Float`, on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] for a row that is not there.
+    pub fn told(&self, rows: &[i64]) -> Result<Conditioning> {
+        let rows = Tensor::from_slice(rows);
+        Ok(Conditioning {
+            encoder_hidden_states: select(self.prompts.encoder_hidden_states.as_ref(), &rows)?,
+            text_embeds: select(self.prompts.text_embeds.as_ref(), &rows)?,
+            ..Conditioning::none()
+        })
+    }
+
+    /// What a network is told for "no prompt", one row; none if the folder does not say.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch refuses, such as memory.
+    pub fn empty_prompt(&self) -> Result<Option<Conditioning>> {
+        self.info.empty_prompt.map(|row| self.told(&[row])).transpose()
+    }
+
+    /// The samples at these indices, each with one of its phrasings and, where the autoencoder left a distribution, with
+    /// latents drawn from that.
+    ///
+    /// `shape` is that of the zeros which stand for latents where there are none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for an index that is not there, [`Error::Torch`] if memory runs out.
+    pub fn batch(
+        &self,
+        indices: &[i64],
+        shape: [i64; 3],
+        draws: &mut Draws,
+        device: Device,
+    ) -> Result<EncodedBatch> {
+        let phrasing = |&index: &i64| {
+            let rows = self.prompts_of(index)?;
+            // One draw a sample, however many phrasings it has.
+            Ok(rows[draws.rng.random_range(0..rows.len())])
+        };
+        let prompts: Vec<i64> = indices.iter().map(phrasing).collect::<Result<_>>()?;
+        let rows = Tensor::from_slice(indices);
+        let time_ids = select(self.time_ids.as_ref(), &rows)?;
+        let conditioning = Conditioning { time_ids, ..self.told(&prompts)? };
+        let torch = |source| Error::Torch { op: "EncodedDataset::batch", source };
+        let on_device = |tensor: &Tensor| -> Result<Tensor> {
+            let chosen = tensor.f_index_select(0, &rows).map_err(torch)?;
+            // Cast there: half precision is half the way.
+            let moved = chosen.f_to_device(device).and_then(|t| t.f_to_kind(Kind::Float));
+            moved.map_err(torch)
+        };
+        let x0 = match &self.latents {
+            Some(Latents::Distribution { mean, std }) => {
+                let mean = on_device(mean)?;
+                let noise = draws.generator.normal(mean.size(), Kind::Float)?;
+                mean + on_device(std)? * noise
+            }
+            Some(Latents::Fixed(latents)) => on_device(latents)?,
+            None => {
+                let [channels, height, width] = shape;
+                let size = [indices.len() as i64, channels, height, width];
+                Tensor::f_zeros(size, (Kind::Float, device)).map_err(torch)?
+            }
+        };
+        Ok(EncodedBatch { x0, conditioning })
+    }
+}
+
+/// Rows of a part that is there, `Float`.
+fn select(part: Option<&Tensor>, rows: &Tensor) -> Result<Option<Tensor>> {
+    let chosen = part.map(|part| part.f_index_select(0, rows)?.f_to_kind(Kind::Float)).transpose();
+    chosen.map_err(|source| Error::Torch { op: "EncodedDataset::told", source })
+}
+
+/// What was found in a folder against what it says and what the teacher takes.
+struct Checks<'a> {
+    info: &'a EncodedInfo,
+    teacher: Option<&'a EncodedShape>,
+    problems: Vec<String>,
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+
+impl Checks<'_> {
+    fn problem(&mut self, problem: impl Into<String>) {
+        self.problems.push(problem.into());
+    }
+
+    fn info(&mut self) {
+        let EncodedInfo { format_version, image_size, num_samples, num_prompts, .. } = *self.info;
+        if format_version != FORMAT_VERSION {
+            self.problem(format!(
+                "{INFO}: `format_version` is {format_version}, but this program knows {FORMAT_VERSION}"
+            ));
+        }
+        if num_samples < 1 || num_prompts < 1 {
+            self.problem(format!(
+                "{INFO}: {num_samples} samples and {num_prompts} prompts; at least one each is needed"
+            ));
+        }
+        if let Some(row) = self.info.empty_prompt.filter(|row| !(0..num_prompts).contains(row)) {
+            self.problem(format!(
+                "{INFO}: `empty_prompt` is {row}, but there are {num_prompts} prompts"
+            ));
+        }
+        let Some(teacher) = self.teacher else { return };
+        let factor = teacher.pixels_per_latent;
+        if image_size.iter().any(|side| *side < factor || side % factor != 0) {
+            self.problem(format!(
+                "{INFO}: `image_size` is {image_size:?}, but both must be multiples of {factor}, the teacher's pixels \
+                 to a latent"
+            ));
+        }
+        if !self.info.scaling.is_same(&teacher.scaling) {
+            self.problem(format!(
+                "{INFO}: `scaling` is {}, but the teacher's is {}",
+                self.info.scaling, teacher.scaling
+            ));
+        }
+    }
+
+    fn latents(&mut self, mut tensors: Tensors) -> Option<Latents> {
+        if tensors.is_empty() {
+            return None;
+        }
+        let latents =
+            match (tensors.remove("mean"), tensors.remove("std"), tensors.remove("latents")) {
+                (Some(mean), Some(std), None) if mean.size() == std.size() => {
+                    Some(Latents::Distribution { mean, std })
+                }
+                (Some(mean), Some(std), None) => {
+                    let sizes = (mean.size(), std.size());
+                    self.problem(format!(
+                        "{LATENTS}: `mean` is {:?} and `std` {:?}",
+                        sizes.0, sizes.1
+                    ));
+                    None
+                }
+                (None, None, Some(latents)) => Some(Latents::Fixed(latents)),
+                _ => {
+                    self.problem(format!("{LATENTS}: needs either `mean` and `std` or `latents`"));
+                    None
+                }
+            };
+        self.unknown(LATENTS, &tensors);
+        let n = self.info.num_samples;
+        let mut expected = vec![Some(n), None, None, None];
+        if let Some(teacher) = self.teacher {
+            let [height, width] = self.info.image_size.map(|side| side / teacher.pixels_per_latent);
+            expected = [n, teacher.channels, height, width].map(Some).to_vec();
+        }
+        match &latents {
+            Some(Latents::Distribution { mean, std }) => {
+                self.shape(LATENTS, "mean", mean, &expected);
+                self.shape(LATENTS, "std", std, &expected);
+            }
+            Some(Latents::Fixed(fixed)) => self.shape(LATENTS, "latents", fixed, &expected),
+            None => {}
+        }
+        latents
+    }
+
+    fn prompts(&mut self, mut tensors: Tensors) -> Conditioning {
+        let states = tensors.remove("encoder_hidden_states");
+        let pooled = tensors.remove("text_embeds");
+        self.unknown(PROMPTS, &tensors);
+        let n = Some(self.info.num_prompts);
+        let teacher = self.teacher;
+        match &states {
+            Some(states) => {
+                let width = teacher.map(|teacher| teacher.text_width);
+                self.shape(PROMPTS, "encoder_hidden_states", states, &[n, None, width]);
+            }
+            None => self.problem(format!("{PROMPTS}: no `encoder_hidden_states`")),
+        }
+        match (&pooled, teacher.map(|teacher| teacher.pooled_width)) {
+            (Some(_), Some(None)) => self.problem(format!(
+                "{PROMPTS}: has `text_embeds`, which the teacher is not told: they are of another model"
+            )),
+            (None, Some(Some(_))) => {
+                self.problem(format!("{PROMPTS}: no `text_embeds`, which the teacher is told"));
+            }
+            (Some(pooled), width) => self.shape(PROMPTS, "text_embeds", pooled, &[n, width.flatten()]),
+            (None, _) => {}
+        }
+        Conditioning { encoder_hidden_states: states, text_embeds: pooled, ..Conditioning::none() }
+    }
+
+    fn samples(&mut self, mut tensors: Tensors) -> (Vec<Vec<i64>>, Option<Tensor>) {
+        let (table, time_ids) = (tensors.remove("prompts"), tensors.remove("time_ids"));
+        self.unknown(SAMPLES, &tensors);
+        let n = self.info.num_samples;
+        if let Some(time_ids) = &time_ids {
+            self.shape(SAMPLES, "time_ids", time_ids, &[Some(n), Some(NUM_TIME_IDS)]);
+        }
+        let is_told = self.teacher.map(|teacher| teacher.pooled_width.is_some());
+        match (is_told, time_ids.is_some()) {
+            (Some(true), false) => {
+                self.problem(format!("{SAMPLES}: no `time_ids`, which the teacher is told"));
+            }
+            (Some(false), true) => {
+                self.problem(format!("{SAMPLES}: has `time_ids`, which the teacher is not told"));
+            }
+            _ => {}
+        }
+        let Some(table) = table else {
+            self.problem(format!("{SAMPLES}: no `prompts`"));
+            return (Vec::new(), time_ids);
+        };
+        (self.rows(&table), time_ids)
+    }
+
+    /// The rows of each sample's prompts.
+    fn rows(&mut self, table: &Tensor) -> Vec<Vec<i64>> {
+        let (size, kind, n) = (table.size(), table.kind(), self.info.num_samples);
+        let fits = size.len() == 2 && size[0] == n && size[1] > 0;
+        if !fits || !matches!(kind, Kind::Int64 | Kind::Int) {
+            self.problem(format!(
+                "{SAMPLES}: `prompts` is {kind:?} {size:?}, but must be Int64 or Int [{n}, phrasings]"
+            ));
+            return Vec::new();
+        }
+        let values = Vec::<i64>::try_from(table.to_kind(Kind::Int64).flatten(0, 1));
+        let values = match values {
+            Ok(values) => values,
+            Err(error) => {
+                self.problem(format!("{SAMPLES}: `prompts`: {error}"));
+                return Vec::new();
+            }
+        };
+        let known = -1..self.info.num_prompts;
+        if let Some(beyond) = values.iter().find(|row| !known.contains(row)) {
+            self.problem(format!(
+                "{SAMPLES}: `prompts` names prompt {beyond}; there are {}, counted from 0, and -1 is none",
+                known.end
+            ));
+        }
+        let rows: Vec<Vec<i64>> = values
+            .chunks(size[1] as usize)
+            .map(|rows| rows.iter().copied().filter(|row| *row >= 0).collect())
+            .collect();
+        if let Some(sample) = rows.iter().position(Vec::is_empty) {
+            self.problem(format!("{SAMPLES}: sample {sample} has no prompt"));
+        }
+        rows
+    }
+
+    fn texts(&mut self, folder: &Path) -> Vec<String> {
+        let read = fs::read(folder.join(TEXTS)).map_err(|error| error.to_string());
+        let texts: std::result::Result<Vec<String>, String> = read
+            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));
+        match texts {
+            Ok(texts) if texts.len() as i64 == self.info.num_prompts => texts,
+            Ok(texts) => {
+                let n = self.info.num_prompts;
+                self.problem(format!("{TEXTS}: {} texts for {n} prompts", texts.len()));
+                Vec::new()
+            }
+            Err(problem) => {
+                self.problem(format!("{TEXTS}: {problem}"));
+                Vec::new()
+            }
+        }
+    }
+
+    /// A shape, where `None` is any length, of numbers with a point.
+    fn shape(&mut self, file: &str, name: &str, tensor: &Tensor, expected: &[Option<i64>]) {
+        let size = tensor.size();
+        let fits = size.len() == expected.len()
+            && size
+                .iter()
+                .zip(expected)
+                .all(|(n, expected)| *n > 0 && expected.is_none_or(|e| e == *n));
+        if !fits {
+            let sides = expected.iter().map(|n| n.map_or("any".to_owned(), |n| n.to_string()));
+            let expected = sides.collect::<Vec<_>>().join(", ");
+            self.problem(format!("{file}: `{name}` is {size:?}, but must be [{expected}]"));
+        }
+        if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) {
+            self.problem(format!(
+                "{file}: `{name}` is {:?}, but must be Float, Half or BFloat16",
+                tensor.kind()
+            ));
+        }
+    }
+
+    fn unknown(&mut self, file: &str, left: &Tensors) {
+        for name in left.keys() {
+            self.problem(format!("{file}: `{name}` means nothing here"));
+        }
+    }
+}
+
+impl LatentScaling {
+    fn is_same(&self, other: &Self) -> bool {
+        let near = |a: f64, b: f64| (a - b).abs() <= SAME_SCALING * a.abs().max(b.abs());
+        let lists = |a: &Option<Vec<f64>>, b: &Option<Vec<f64>>| match (a, b) {
+            (Some(a), Some(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b)),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        near(self.factor, other.factor)
+            && near(self.shift.unwrap_or(0.0), other.shift.unwrap_or(0.0))
+            && lists(&self.mean, &other.mean)
+            && lists(&self.std, &other.std)
+    }
+}
+
+impl std::fmt::Display for LatentScaling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "factor {}", self.factor)?;
+        if let Some(shift) = self.shift {
+            write!(f, ", shift {shift}")?;
+        }
+        match (&self.mean, &self.std) {
+            (Some(mean), Some(std)) => write!(f, ", mean {mean:?}, std {std:?}"),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! What a distillation needs of texts beside its data: the empty prompt, and the prompts of the grids.
+
+use ddil_core::Conditioning;
+use ddil_models::Placement;
+use tch::Device;
+
+use crate::data::{TrainingData, sampled_time_ids};
+use crate::dataset::EncodedDataset;
+use crate::error::Result;
+use crate::pipeline::{EncodedPrompts, Frame};
+
+/// Prompts of a grid where the config names none.
+const SHOWN: usize = 4;
+
+/// What the networks are told for guidance and for grids, on their device.
+#[derive(Debug)]
+pub(super) struct Prompted {
+    /// For "no prompt", one row, if the data say.
+    empty: Option<Conditioning>,
+    /// The prompts of the grids.
+    pub(super) shown: Conditioning,
+}
+
+impl Prompted {
+    /// From the data, and from the text encoders where a prompt is none of the data's; nothing for data of pixels.
+    ///
+    /// The encoders are let go at once, and the autoencoder is loaded for each grid anew: during training neither is
+    /// asked anything, and in their place there is room for a batch (those of Stable Diffusion XL take 3.5 GB).
+    pub(super) fn new(
+        data: &TrainingData,
+        wanted: &[String],
+        frame: &Frame,
+        placement: Placement,
+    ) -> Result<Option<Self>> {
+        let Some(encoded) = data.encoded() else { return Ok(None) };
+        let shown = shown(data, encoded, wanted, frame, placement)?;
+        let device = placement.device;
+        let empty = encoded.empty_prompt()?.map(|empty| empty.to_device(device)).transpose()?;
+        Ok(Some(Self { empty, shown: shown.to_device(device)? }))
+    }
+
+    /// A copy of what stands for "no prompt".
+    pub(super) fn empty(&self) -> Option<Conditioning> {
+        self.empty.as_ref().map(Conditioning::shallow_clone)
+    }
+}
+
+fn shown(
+    data: &TrainingData,
+    encoded: &EncodedDataset,
+    wanted: &[String],
+    frame: &Frame,
+    placement: Placement,
+) -> Result<Conditioning> {
+    let known = |text: &String| encoded.texts().iter().position(|t| t == text).map(|i| i as i64);
+    let told = if wanted.is_empty() {
+        encoded.told(&data.first_prompts(SHOWN))?
+    } else if let Some(rows) = wanted.iter().map(known).collect::<Option<Vec<i64>>>() {
+        encoded.told(&rows)?
+    } else {
+        let parts = frame.text_to_image(placement)?;
+        let texts: Vec<&str> = wanted.iter().map(String::as_str).collect();
+        let EncodedPrompts { conditioning, truncated } = parts.encode(&texts)?;
+        for (text, cut) in wanted.iter().zip(truncated) {
+            let Some(cut) = cut else { continue };
+            tracing::warn!("output.prompts: {text:?} is too long; the encoder is not told {cut:?}");
+        }
+        conditioning.to_device(Device::Cpu)?
+    };
+    let is_told_sizes = told.text_embeds.is_some();
+    let n = told.encoder_hidden_states.as_ref().map_or(0, |states| states.size()[0]);
+    let time_ids = is_told_sizes.then(|| sampled_time_ids(encoded.info().image_size, n));
+    Ok(Conditioning { time_ids, ..told })
+}
