@@ -486,3 +486,167 @@ fn write_folders_for_diffusers() -> TestResult {
     }
     Ok(())
 }
+
+/// Gradients of A and B, cleared afterwards.
+fn gradients(lora: &Lora) -> Vec<Tensor> {
+    let take = |(_, mut tensor): (String, Tensor)| {
+        let gradient = tensor.grad().copy();
+        tensor.zero_grad();
+        gradient
+    };
+    lora.parameters().learned().into_iter().map(take).collect()
+}
+
+#[test]
+fn teacher_and_averages_are_asked_in_the_midst_of_a_students_graph() -> TestResult {
+    let (unet, inputs) = network("sd15", Placement::default())?;
+    let plain = forward(&unet, &inputs)?;
+    let student = Lora::attach(unet.parameters(), &small(), 0)?;
+    fill(&student);
+    let average = student.duplicate()?;
+    average.parameters().set_trainable(false);
+    for (_, mut tensor) in average.parameters().named() {
+        let _no_grad = tch::no_grad_guard();
+        let _ = tensor.g_mul_scalar_(0.5);
+    }
+    let alone = forward(&unet, &inputs)?;
+    alone.square().sum(Kind::Float).backward();
+    let expected = gradients(&student);
+
+    let first = forward(&unet, &inputs)?;
+    let [of_teacher, of_average] = {
+        let _no_grad = tch::no_grad_guard();
+        let of_teacher = {
+            let _teacher = student.switched(false)?;
+            forward(&unet, &inputs)?
+        };
+        let _average = average.switched(true)?;
+        assert!(average.is_enabled() && !student.is_enabled());
+        [of_teacher, forward(&unet, &inputs)?]
+    };
+    assert!(student.is_enabled());
+    assert_eq!((&of_teacher, &first), (&plain, &alone));
+    assert!(relative_error(&of_average, &plain) > 0.01);
+    assert!(relative_error(&of_average, &first) > 0.01);
+    // Whoever is on meanwhile: the graph goes through what was asked.
+    student.set_enabled(false)?;
+    first.square().sum(Kind::Float).backward();
+    assert_eq!(gradients(&student), expected);
+    for (name, tensor) in unet.parameters().named().into_iter().chain(average.parameters().named())
+    {
+        assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_duplicate_has_the_values_and_scale_and_goes_its_own_way() -> TestResult {
+    let (unet, inputs) = network("sd15", Placement::default())?;
+    let plain = forward(&unet, &inputs)?;
+    let mut one = Lora::attach(unet.parameters(), &small(), 0)?;
+    fill(&one);
+    one.set_scale(0.5)?;
+    let of_one = forward(&unet, &inputs)?;
+    let mut two = one.duplicate()?;
+    assert!(one.is_enabled() && !two.is_enabled());
+    assert_eq!(two.layers(), one.layers());
+    assert!(two.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad()));
+    two.set_enabled(true)?;
+    assert_eq!(forward(&unet, &inputs)?, of_one);
+    one.set_scale(0.0)?;
+    assert_eq!(forward(&unet, &inputs)?, of_one);
+    one.set_enabled(true)?;
+    assert_eq!(forward(&unet, &inputs)?, plain);
+
+    two.merge()?;
+    let merged = |result| matches!(result, Err(Error::AdapterMerged { .. }));
+    assert!(
+        merged(one.set_enabled(false))
+            && merged(one.merge())
+            && merged(one.unmerge().and(one.set_scale(1.0)))
+    );
+    assert!(merged(one.switched(true).map(drop)) && merged(one.duplicate().map(drop)));
+    assert!(relative_error(&forward(&unet, &inputs)?, &of_one) <= TOLERANCE);
+    two.unmerge()?;
+    assert_eq!(forward(&unet, &inputs)?, plain);
+
+    let trainable = || unet.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad());
+    assert!(matches!(two.fuse(), Err(Error::AdapterAttached { op: "Lora::fuse", .. })));
+    one.detach()?;
+    assert!(!trainable());
+    Ok(())
+}
+
+#[test]
+fn the_last_to_leave_thaws_the_base() -> TestResult {
+    let (unet, _) = network("sd15", Placement::default())?;
+    let one = Lora::attach(unet.parameters(), &small(), 0)?;
+    let two = one.duplicate()?;
+    let trainable = || unet.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad());
+    one.detach()?;
+    assert!(!trainable());
+    two.detach()?;
+    assert!(trainable());
+    Ok(())
+}
+
+#[test]
+fn fused_weights_are_the_merged_ones() -> TestResult {
+    for channels_last in [false, true] {
+        let placement = Placement { channels_last, ..Placement::default() };
+        let (unet, inputs) = network("sd15", placement)?;
+        let mut lora = Lora::attach(unet.parameters(), &small(), 0)?;
+        fill(&lora);
+        let apart = forward(&unet, &inputs)?;
+        let before: BTreeMap<_, _> =
+            unet.parameters().named().into_iter().map(|(n, t)| (n, t.copy())).collect();
+        let merged = lora.merged()?;
+        assert_eq!(merged.len(), lora.layers().len());
+        let current = |name: &str| unet.parameters().get(name).ok_or("absent");
+        for (name, before) in &before {
+            assert_eq!(current(name)?, before, "{name}");
+        }
+        lora.merge()?;
+        for (name, weight) in &merged {
+            assert_eq!(current(name)?, weight, "{name}");
+            assert_ne!(weight, &before[name], "{name}");
+        }
+        lora.unmerge()?;
+        lora.fuse()?;
+        for (name, weight) in &merged {
+            assert_eq!(current(name)?, weight, "{name}");
+        }
+        assert!(relative_error(&forward(&unet, &inputs)?, &apart) <= TOLERANCE);
+        // Nothing is left that a further adapter could meet.
+        Lora::attach(unet.parameters(), &small(), 0)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn default_targets_are_those_that_a_network_has() -> TestResult {
+    let (unet, _) = network("sd15", Placement::default())?;
+    assert_eq!(LoraConfig::default_for(unet.parameters()), LoraConfig::default());
+    let mlp = MlpConfig::default().build(Placement::default(), 0)?;
+    let none = LoraConfig::default_for(mlp.parameters());
+    assert!(none.targets.is_empty());
+    assert!(matches!(
+        Lora::attach(mlp.parameters(), &none, 0),
+        Err(Error::InvalidConfig { problems, .. }) if problems[0].key == "targets"
+    ));
+    Ok(())
+}
+
+/// The switch is one number, so its cost does not grow with the network: printed, to be read.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_the_switch() -> TestResult {
+    let (unet, _) = network("sd15", Placement::default())?;
+    let lora = Lora::attach(unet.parameters(), &small(), 0)?;
+    let started = std::time::Instant::now();
+    for _ in 0..1_000_000 {
+        let _teacher = std::hint::black_box(&lora).switched(false)?;
+    }
+    println!("{} layers: {:?} a million", lora.layers().len(), started.elapsed());
+    Ok(())
+}

@@ -8,6 +8,7 @@ mod ema;
 mod interrupt;
 mod logging;
 mod lr_schedule;
+mod network;
 mod optimizer;
 mod picture;
 mod record;

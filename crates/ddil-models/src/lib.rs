@@ -47,7 +47,7 @@ pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, ConfigProblem, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;
-pub use lora::{Lora, LoraConfig, LoraFormat, LoraLayer};
+pub use lora::{Lora, LoraConfig, LoraFormat, LoraLayer, Switched};
 pub use mlp::{Mlp, MlpConfig, SkipConfig};
 pub use model::{Model, ModelConfig, NetworkOutput};
 pub use parameters::{Matched, Parameters, Placement};

@@ -4,13 +4,14 @@ mod adapter;
 mod files;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
 use crate::error::{ConfigProblem, Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
-use adapter::Adapter;
+use adapter::{Adapter, Switch};
 pub(crate) use adapter::{Form, Layer, Slot};
 use files::Found;
 pub use files::LoraFormat;
@@ -62,6 +63,27 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// The default for a network of any class: rank and alpha 64 on those of the default targets that its layers are called.
+    ///
+    /// A [`UNet2DModel`](crate::UNet2DModel), for one, has attention without feed-forward layers around it.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_models::{LoraConfig, Placement, UNet2DConfig};
+    ///
+    /// let unet = UNet2DConfig::default().build(Placement::default(), 0)?;
+    /// let config = LoraConfig::default_for(unet.parameters());
+    /// assert!(config.targets.contains(&"to_q".to_owned()));
+    /// assert!(!config.targets.contains(&"ff.net.2".to_owned()));
+    /// # Ok::<_, ddil_models::Error>(())
+    /// ```
+    pub fn default_for(network: &Parameters) -> Self {
+        let Self { rank, alpha, mut targets } = Self::default();
+        targets.retain(|target| network.layers().iter().any(|layer| matches(&layer.name, target)));
+        Self { rank, alpha, targets }
+    }
+
     /// The layers with an adapter, in the order of the network.
     fn select<'a>(&self, layers: &'a [Layer]) -> Result<Vec<&'a Layer>> {
         let mut problems = Vec::new();
@@ -144,6 +166,20 @@ struct Adapted {
 /// precision: the input of a layer is cast to the adapter's kind and the sum is rounded to the layer's. Under autocast
 /// both run in the lower kind.
 ///
+/// # One network, several roles
+///
+/// An adapter is added in the pass: a layer computes from its own weight and from A and B side by side, and looks once
+/// whether it is to. So to switch is to store one number, whatever the size of the network ([`Self::set_enabled`], or
+/// [`Self::switched`] for the length of a scope), and writes to no tensor: what the graph of an earlier pass has saved is
+/// as it was, and passes of teacher and student may alternate freely before one backward pass. [`Self::duplicate`] puts a
+/// second adapter on the same layers, such as a moving average of the first; at most one of them is on at a time.
+///
+/// The switch belongs to the network, not to a thread. A network can be sent to another thread but is not shared between
+/// two, so that nobody switches while a pass is under way.
+///
+/// [`Self::merge`] is the exception: it writes to the base weights, so graphs from before it can no longer be gone
+/// through (libtorch says so), and no adapter of the network can be switched until [`Self::unmerge`].
+///
 /// A `Lora` that is dropped leaves its adapters in the network, as they are; [`Self::detach`] takes them out.
 ///
 /// # Example
@@ -154,13 +190,21 @@ struct Adapted {
 ///
 /// let network = MlpConfig::default().build(Placement::default(), 0)?;
 /// let config = LoraConfig { rank: 2, alpha: 4.0, targets: vec!["layers.0".into()] };
-/// let mut lora = Lora::attach(network.parameters(), &config, 0)?;
+/// let student = Lora::attach(network.parameters(), &config, 0)?;
+/// let average = student.duplicate()?;
 ///
 /// // What an optimizer is given:
-/// let learned = lora.parameters().learned();
+/// let learned = student.parameters().learned();
 /// assert_eq!(learned[0].0, "layers.0.lora_A.weight");
-/// lora.set_enabled(false)?; // the teacher
-/// lora.set_enabled(true)?; // the student
+/// {
+///     let _teacher = student.switched(false)?;
+///     assert!(!student.is_enabled());
+/// }
+/// {
+///     let _average = average.switched(true)?;
+///     assert!(average.is_enabled() && !student.is_enabled());
+/// }
+/// assert!(student.is_enabled());
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Debug)]
@@ -170,8 +214,23 @@ pub struct Lora {
     /// Base parameters that were trainable before.
     trainable: Vec<Tensor>,
     scale: f64,
-    enabled: bool,
+    number: u32,
+    switch: Arc<Switch>,
     ignored: Vec<String>,
+}
+
+/// A network that is asked with one adapter, or with none, for as long as this lives; see [`Lora::switched`].
+#[derive(Debug)]
+#[must_use = "the switch goes back when this is dropped"]
+pub struct Switched<'a> {
+    switch: &'a Switch,
+    before: u32,
+}
+
+impl Drop for Switched<'_> {
+    fn drop(&mut self) {
+        self.switch.put_on(self.before);
+    }
 }
 
 impl Lora {
@@ -219,12 +278,13 @@ impl Lora {
     fn fill(&self, found: &[Found<'_>]) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         for (adapted, found) in self.adapted.iter().zip(found) {
-            let mut slot = adapted.layer.slot.lock();
-            let Some(adapter) = &mut *slot else { continue };
-            for (to, from) in [(&mut adapter.down, &found.down), (&mut adapter.up, &found.up)] {
-                let copy = from.f_view(&to.size()[..]).and_then(|from| to.f_copy_(&from));
-                copy.map_err(Error::torch("Lora::from_file"))?;
-            }
+            let copied = adapted.layer.slot.with(self.number, |adapter| {
+                for (to, from) in [(&mut adapter.down, &found.down), (&mut adapter.up, &found.up)] {
+                    to.f_copy_(&from.f_view(&to.size()[..])?)?;
+                }
+                Ok(())
+            });
+            copied.unwrap_or(Ok(())).map_err(Error::torch("Lora::from_file"))?;
         }
         Ok(())
     }
@@ -235,19 +295,54 @@ impl Lora {
         values: Values,
         op: &'static str,
     ) -> Result<Self> {
-        if let Some((layer, ..)) = plan.iter().find(|(layer, ..)| layer.slot.lock().is_some()) {
+        if let Some((layer, ..)) = plan.iter().find(|(layer, ..)| !layer.slot.lock().is_empty()) {
             return Err(Error::AdapterAttached { op, layer: layer.name.clone() });
         }
-        let (adapters, parameters) = adapters(network.placement(), plan, values)?;
+        let switch = Arc::new(Switch::default());
+        let mut lora = Self::beside(network.placement(), plan, values, switch)?;
+        let learned = network.learned().into_iter().map(|(_, tensor)| tensor);
+        lora.trainable = learned.filter(Tensor::requires_grad).collect();
+        network.set_trainable(false);
+        lora.switch.put_on(lora.number);
+        Ok(lora)
+    }
+
+    /// One more adapter behind a switch, not yet on.
+    fn beside(
+        base: Placement,
+        plan: &[(&Layer, i64, f64)],
+        values: Values,
+        switch: Arc<Switch>,
+    ) -> Result<Self> {
+        let number = switch.next();
+        let (adapters, parameters) = adapters(base, plan, values, &switch, number)?;
         let mut adapted = Vec::with_capacity(plan.len());
         for ((layer, rank, alpha), adapter) in plan.iter().zip(adapters) {
-            *layer.slot.lock() = Some(adapter);
+            layer.slot.lock().push(adapter);
             adapted.push(Adapted { layer: layer.handle(), rank: *rank, alpha: *alpha, base: None });
         }
-        let learned = network.learned().into_iter().map(|(_, tensor)| tensor);
-        let trainable = learned.filter(Tensor::requires_grad).collect();
-        network.set_trainable(false);
-        Ok(Self { adapted, parameters, trainable, scale: 1.0, enabled: true, ignored: Vec::new() })
+        let (trainable, ignored) = (Vec::new(), Vec::new());
+        Ok(Self { adapted, parameters, trainable, scale: 1.0, number, switch, ignored })
+    }
+
+    /// Another adapter on the same layers, with the same values and scale, which is off; its A and B are trainable.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out.
+    pub fn duplicate(&self) -> Result<Self> {
+        self.ensure_apart("Lora::duplicate")?;
+        let plan: Vec<_> = self.adapted.iter().map(|a| (&a.layer, a.rank, a.alpha)).collect();
+        let switch = Arc::clone(&self.switch);
+        let mut other = Self::beside(self.parameters.placement(), &plan, Values::Unset, switch)?;
+        other.trainable = self.trainable.iter().map(Tensor::shallow_clone).collect();
+        other.scale = self.scale;
+        other.rescale();
+        if let Err(error) = other.parameters.copy_from(&self.parameters) {
+            other.detach()?;
+            return Err(error);
+        }
+        Ok(other)
     }
 
     /// A and B of every layer, named `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
@@ -273,6 +368,8 @@ fn adapters(
     base: Placement,
     plan: &[(&Layer, i64, f64)],
     values: Values,
+    switch: &Arc<Switch>,
+    number: u32,
 ) -> Result<(Vec<Adapter>, Parameters)> {
     let kind = if base.kind == Kind::Double { Kind::Double } else { Kind::Float };
     let mut builder = Builder::new(Placement { kind, ..base }, values);
@@ -284,11 +381,12 @@ fn adapters(
         let inputs: i64 = down[1..].iter().product();
         let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
         adapters.push(Adapter {
+            number,
+            switch: Arc::clone(switch),
             form: layer.form,
             down: scope.parameter("lora_A.weight", &down, init)?,
             up: scope.parameter("lora_B.weight", &up, Init::Constant(0.0))?,
             scale: alpha / rank as f64,
-            active: true,
         });
     }
     Ok((adapters, builder.finish()))
@@ -296,21 +394,36 @@ fn adapters(
 
 /// What the network makes of its adapters.
 impl Lora {
-    /// Switches the adapters on or off; without them the network is what it was.
+    /// Switches the adapters on, and any other of the same network off; or all of them off, after which the network is
+    /// what it was.
     ///
     /// # Errors
     ///
     /// [`Error::AdapterMerged`].
-    pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
+    pub fn set_enabled(&self, enabled: bool) -> Result<()> {
         self.ensure_apart("Lora::set_enabled")?;
-        self.enabled = enabled;
-        self.update();
+        self.switch.put_on(self.number_if(enabled));
         Ok(())
+    }
+
+    /// As [`Self::set_enabled`] until what is returned is dropped; then it is as before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`].
+    pub fn switched(&self, enabled: bool) -> Result<Switched<'_>> {
+        self.ensure_apart("Lora::switched")?;
+        let before = self.switch.put_on(self.number_if(enabled));
+        Ok(Switched { switch: &self.switch, before })
     }
 
     /// Whether the adapters are switched on.
     pub fn is_enabled(&self) -> bool {
-        self.enabled
+        self.switch.on() == self.number
+    }
+
+    fn number_if(&self, enabled: bool) -> u32 {
+        if enabled { self.number } else { 0 }
     }
 
     /// What multiplies all adapters, beside `alpha / rank`.
@@ -331,7 +444,7 @@ impl Lora {
             return Err(Error::InvalidArgument { op, name: "scale", found, expected });
         }
         self.scale = scale;
-        self.update();
+        self.rescale();
         Ok(())
     }
 
@@ -351,13 +464,50 @@ impl Lora {
     /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out, after which nothing is merged.
     pub fn merge(&mut self) -> Result<()> {
         self.ensure_apart("Lora::merge")?;
-        let result = self.adapted.iter_mut().try_for_each(Adapted::merge);
+        let number = self.number;
+        let result = self.adapted.iter_mut().try_for_each(|adapted| adapted.merge(number));
         if let Err(error) = result {
             self.unmerge()?;
             return Err(error);
         }
-        self.update();
+        self.switch.set_merged(true);
         Ok(())
+    }
+
+    /// The weights that [`Self::merge`] would make, under the names they have in the network, which stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out.
+    pub fn merged(&self) -> Result<Vec<(String, Tensor)>> {
+        self.ensure_apart("Lora::merged")?;
+        let _no_grad = tch::no_grad_guard();
+        let merged = self.adapted.iter().map(|adapted| {
+            let sum = adapted.merged(self.number).map_err(Error::torch("Lora::merged"))?;
+            Ok((format!("{}.weight", adapted.layer.name), sum))
+        });
+        merged.collect()
+    }
+
+    /// Adds the adapters to the base weights for good and takes them out, without a copy of all those weights.
+    ///
+    /// What was trainable is again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterMerged`]; [`Error::AdapterAttached`] if another adapter stands on the same layers, which would
+    /// then stand on other weights; [`Error::Torch`] if memory runs out, after which part of the weights is changed.
+    pub fn fuse(mut self) -> Result<()> {
+        let op = "Lora::fuse";
+        self.ensure_apart(op)?;
+        if let Some(shared) = self.adapted.iter().find(|a| a.layer.slot.lock().len() > 1) {
+            return Err(Error::AdapterAttached { op, layer: shared.layer.name.clone() });
+        }
+        for adapted in &mut self.adapted {
+            adapted.merge(self.number)?;
+            adapted.base = None;
+        }
+        self.detach()
     }
 
     /// Puts the base weights back, bit for bit; nothing happens if they are there.
@@ -366,6 +516,9 @@ impl Lora {
     ///
     /// [`Error::Torch`] if libtorch refuses the copy.
     pub fn unmerge(&mut self) -> Result<()> {
+        if !self.is_merged() {
+            return Ok(());
+        }
         let _no_grad = tch::no_grad_guard();
         for adapted in &mut self.adapted {
             if let Some(base) = &adapted.base {
@@ -374,55 +527,64 @@ impl Lora {
                 adapted.base = None;
             }
         }
-        self.update();
+        self.switch.set_merged(false);
         Ok(())
     }
 
-    /// Takes the adapters out of the network: its weights are what they were, and those that were trainable are again.
+    /// Takes the adapters out of the network. With the last ones its weights are what they were, and those that were
+    /// trainable are again.
     ///
     /// # Errors
     ///
     /// As [`Self::unmerge`].
     pub fn detach(mut self) -> Result<()> {
         self.unmerge()?;
+        let mut others = 0;
         for adapted in &self.adapted {
-            *adapted.layer.slot.lock() = None;
+            let mut adapters = adapted.layer.slot.lock();
+            adapters.retain(|adapter| adapter.number != self.number);
+            others += adapters.len();
         }
-        for tensor in &self.trainable {
-            let _ = tensor.set_requires_grad(true);
+        if others == 0 {
+            for tensor in &self.trainable {
+                let _ = tensor.set_requires_grad(true);
+            }
         }
         Ok(())
     }
 
-    /// Tells the layers what holds now.
-    fn update(&self) {
+    /// Tells the layers what multiplies their adapters now.
+    fn rescale(&self) {
         for adapted in &self.adapted {
-            if let Some(adapter) = &mut *adapted.layer.slot.lock() {
-                adapter.active = self.enabled && adapted.base.is_none();
-                adapter.scale = self.scale * adapted.alpha / adapted.rank as f64;
-            }
+            let scale = self.scale * adapted.alpha / adapted.rank as f64;
+            adapted.layer.slot.with(self.number, |adapter| adapter.scale = scale);
         }
     }
 
     fn ensure_apart(&self, op: &'static str) -> Result<()> {
-        if self.is_merged() { Err(Error::AdapterMerged { op }) } else { Ok(()) }
+        if self.switch.is_merged() { Err(Error::AdapterMerged { op }) } else { Ok(()) }
     }
 }
 
 impl Adapted {
-    fn merge(&mut self) -> Result<()> {
+    fn merge(&mut self, number: u32) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        let weight = &mut self.layer.weight;
-        let slot = self.layer.slot.lock();
-        let Some(adapter) = &*slot else { return Ok(()) };
         let mut sum = || {
-            let mut base = weight.f_empty_like()?;
-            base.f_copy_(weight)?;
-            let sum = adapter.delta(weight)?.f_add(&base)?;
-            weight.f_copy_(&sum)?;
+            let sum = self.merged(number)?;
+            let mut base = self.layer.weight.f_empty_like()?;
+            base.f_copy_(&self.layer.weight)?;
+            self.layer.weight.f_copy_(&sum)?;
             Ok(base)
         };
         self.base = Some(sum().map_err(Error::torch("Lora::merge"))?);
         Ok(())
+    }
+
+    /// The weight with the adapter of that number in it.
+    fn merged(&self, number: u32) -> Result<Tensor, tch::TchError> {
+        let weight = &self.layer.weight;
+        let sum =
+            |adapter: &mut Adapter| adapter.delta(weight)?.f_add(weight)?.f_to_kind(weight.kind());
+        self.layer.slot.with(number, sum).unwrap_or_else(|| Ok(weight.shallow_clone()))
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Every table and key has its default documented at its field; `ddil init` writes the same as a commented file.
 
+mod lora;
+
 use std::path::PathBuf;
 
 use ddil_core::MixerConfig;
@@ -11,6 +13,7 @@ use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
+pub use self::lora::{LoraExport, LoraSection, LoraTargets};
 use crate::checkpoint::Retention;
 use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
@@ -258,6 +261,9 @@ pub struct StudentSection {
     /// the teacher that match; default the teacher's own network. Keys are those of diffusers' `UNet2DModel`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<UNet2DConfig>,
+    /// An adapter in place of a whole network; default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSection>,
 }
 
 impl Default for RunSection {
@@ -314,7 +320,13 @@ impl Default for TrainSection {
 
 impl Default for StudentSection {
     fn default() -> Self {
-        Self { stages: vec![4], updates_per_stage: 2000, time_cond_proj_dim: 256, model: None }
+        Self {
+            stages: vec![4],
+            updates_per_stage: 2000,
+            time_cond_proj_dim: 256,
+            model: None,
+            lora: None,
+        }
     }
 }
 
@@ -482,7 +494,22 @@ impl DistillConfig {
         let fields = "mixing.thresholding, mixing.threshold_student, mixing.threshold_teacher";
         ensure(fields, "set", none, expected)?;
         ensure_critic(&self.critic)?;
-        self.ensure_stages()
+        self.ensure_stages()?;
+        self.ensure_lora()
+    }
+
+    /// An adapter stands on the teacher's own network, which is there once.
+    fn ensure_lora(&self) -> Result<()> {
+        let StudentSection { lora: Some(lora), model, stages, .. } = &self.student else {
+            return Ok(());
+        };
+        lora.ensure()?;
+        let expected =
+            "left out, or student.model is: an adapter stands on the teacher's own network";
+        ensure("student.lora", "set beside student.model", model.is_none(), expected)?;
+        let expected = "one number of steps beside student.lora: the adapter of a later stage would stand on weights \
+                        with the first one's in them, and be of no use on the base";
+        ensure("student.stages", format!("{stages:?}"), stages.len() == 1, expected)
     }
 
     /// Updates in all.

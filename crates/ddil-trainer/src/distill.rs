@@ -25,7 +25,7 @@ use self::meters::{Meters, Place};
 use self::prompted::Prompted;
 use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
-use crate::config::DistillConfig;
+use crate::config::{DistillConfig, LoraExport};
 use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
 use crate::guide::Guide;
@@ -340,10 +340,20 @@ impl DistillTask {
         scheduler(&self.config, &self.schedule, &self.stage, &self.cast.student)
     }
 
+    /// Whether what is given away is the adapter alone.
+    fn exports_adapter(&self) -> bool {
+        let lora = self.config.student.lora.as_ref();
+        lora.is_some_and(|lora| lora.export == LoraExport::Adapter)
+    }
+
     fn student_card(&self) -> Card {
         let (guidance_scale, guidance_range) = match self.config.teacher.guidance {
             TeacherGuidance::Cfg { scale } => (Some(scale), None),
             TeacherGuidance::BakedIn => (self.card.guidance_scale, None),
+            // Told none of them, an adapter has learned their average.
+            TeacherGuidance::CfgRange { min, max } if self.config.student.lora.is_some() => {
+                (Some(1.0 + f64::midpoint(min, max)), None)
+            }
             TeacherGuidance::Embedded { min, max } | TeacherGuidance::CfgRange { min, max } => {
                 (None, Some([1.0 + min, 1.0 + max]))
             }
@@ -353,6 +363,7 @@ impl DistillTask {
             guidance_scale,
             guidance_range,
             priors: Some(self.config.mixing.priors.at(1.0)),
+            adapter: None,
             seed: self.config.run.seed,
             ..self.card.clone()
         }
@@ -525,6 +536,9 @@ impl Task for DistillTask {
         let Spent { updates, seconds } = spent;
         let card = Card { updates, seconds, ..self.student_card() };
         let student = self.cast.averaged(average)?;
+        if self.exports_adapter() {
+            return Pipeline::write_adapter(folder, student, &self.scheduler()?, card, &self.frame);
+        }
         Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.frame))
     }
 }

@@ -1,5 +1,6 @@
 //! A model folder as diffusers reads and writes it, with a card for what diffusers has no place for.
 
+mod adapter;
 mod card;
 mod frame;
 mod index;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, weights};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
-pub use self::card::Card;
+pub use self::card::{AdapterCard, Card};
 pub use self::frame::Frame;
 pub use self::index::PipelineClass;
 pub use self::parts::{PartSummary, Parts, WeightForm};
@@ -50,7 +51,7 @@ const SCHEDULER: &str = "scheduler/scheduler_config.json";
 const WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 
 impl Pipeline {
-    /// Reads a model folder, or the export of a run folder.
+    /// Reads a model folder, or the export of a run folder; of an adapter, the base and the adapter in its weights.
     ///
     /// # Errors
     ///
@@ -69,7 +70,12 @@ impl Pipeline {
     ///
     /// As [`read`](Self::read), save for weights.
     pub fn read_without_values(path: &Path) -> Result<Self> {
-        Self::read_with(path, Precision::Float32, |_, config| Ok(config.without_values()?))
+        let folder = Self::find(path)?;
+        let base = Self::base_of(&folder)?;
+        let scheduler = Self::read_scheduler(&folder)?;
+        let without_values = |_: &Path, config: &ModelConfig| Ok(config.without_values()?);
+        let (unet, frame) = Self::read_base(&base, without_values)?;
+        Self::assemble(&folder, scheduler, unet, frame, Precision::Float32)
     }
 
     fn read_with(
@@ -77,12 +83,29 @@ impl Pipeline {
         precision: Precision,
         network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
     ) -> Result<Self> {
-        let frame = Frame::read(&Self::find(path)?)?;
-        let path = frame.path();
+        let folder = Self::find(path)?;
+        if !folder.join(index::FILE_NAME).is_file() {
+            return Self::read_adapter(&folder, network, precision);
+        }
+        let scheduler = Self::read_scheduler(&folder)?;
+        let (unet, frame) = Self::read_base(&folder, network)?;
+        Self::assemble(&folder, scheduler, unet, frame, precision)
+    }
+
+    fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
         let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
         if let Some(solver) = solver {
             tracing::info!("{}: DDIM takes the place of {solver}", path.display());
         }
+        Ok(scheduler)
+    }
+
+    /// The network of a whole model, frozen, and what stands around it.
+    fn read_base(
+        path: &Path,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
+    ) -> Result<(Model, Frame)> {
+        let frame = Frame::read(path)?;
         let config_file = path.join(UNET).join("config.json");
         let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
         if config.channels().is_none() {
@@ -94,6 +117,17 @@ impl Pipeline {
         }
         let unet = network(&path.join(UNET), &config)?;
         unet.parameters().set_trainable(false);
+        Ok((unet, frame))
+    }
+
+    /// Puts a network together with the scheduler and the card of a folder.
+    fn assemble(
+        path: &Path,
+        scheduler: SchedulerConfig,
+        unet: Model,
+        frame: Frame,
+        precision: Precision,
+    ) -> Result<Self> {
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
@@ -115,7 +149,7 @@ impl Pipeline {
     fn find(path: &Path) -> Result<PathBuf> {
         [path.to_owned(), path.join("export")]
             .into_iter()
-            .find(|folder| folder.join(index::FILE_NAME).is_file())
+            .find(|folder| folder.join(index::FILE_NAME).is_file() || adapter::is_in(folder))
             .ok_or_else(|| Error::NotAModel { path: path.to_owned(), missing: index::FILE_NAME })
     }
 
@@ -130,7 +164,7 @@ impl Pipeline {
     ///
     /// As [`read`](Self::read), as far as the index goes.
     pub fn class_at(path: &Path) -> Result<PipelineClass> {
-        Ok(Frame::read(&Self::find(path)?)?.class())
+        Ok(Frame::read(&Self::base_of(&Self::find(path)?)?)?.class())
     }
 
     /// The scale of guidance that samples have unless somebody asks for another: that of the card, and for a teacher of
@@ -164,7 +198,7 @@ impl Pipeline {
         for sub in [folder.join(UNET), folder.join("scheduler")] {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
-        weights::save(&network.parameters().named(), folder.join(WEIGHTS), &BTreeMap::new())?;
+        weights::save(&network.weights()?, folder.join(WEIGHTS), &BTreeMap::new())?;
         let config = folder.join(UNET).join("config.json");
         crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
         scheduler.config.write(folder.join(SCHEDULER))?;

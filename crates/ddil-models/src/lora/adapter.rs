@@ -1,5 +1,6 @@
 //! What a layer holds for an adapter, and what an adapter adds to the layer's output.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tch::{TchError, Tensor};
@@ -33,24 +34,69 @@ impl Form {
     }
 }
 
+/// Which of the adapters that stand on the same layers is asked: one word for all layers, read at every pass.
+///
+/// Nothing else is ordered by it, so the loads and stores need no order either.
+#[derive(Debug, Default)]
+pub(crate) struct Switch {
+    /// Number of the one that is on; 0 is none.
+    on: AtomicU32,
+    /// How many there have been.
+    made: AtomicU32,
+    /// Whether one is part of the base weights, and none may be added.
+    merged: AtomicBool,
+}
+
+impl Switch {
+    /// The number of a further adapter.
+    pub(crate) fn next(&self) -> u32 {
+        self.made.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Which one is on; 0 is none.
+    pub(crate) fn on(&self) -> u32 {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// Puts one on, or none, and returns which one was.
+    pub(crate) fn put_on(&self, number: u32) -> u32 {
+        self.on.swap(number, Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_merged(&self) -> bool {
+        self.merged.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_merged(&self, merged: bool) {
+        self.merged.store(merged, Ordering::Relaxed);
+    }
+}
+
 /// Two weights of low rank beside the one of a layer.
 #[derive(Debug)]
 pub(crate) struct Adapter {
+    pub(crate) number: u32,
+    pub(crate) switch: Arc<Switch>,
     pub(crate) form: Form,
     /// A: inputs to `rank` numbers.
     pub(crate) down: Tensor,
     /// B: `rank` numbers to outputs.
     pub(crate) up: Tensor,
     pub(crate) scale: f64,
-    pub(crate) active: bool,
 }
 
 impl Adapter {
+    fn is_asked(&self) -> bool {
+        self.switch.on() == self.number && !self.switch.is_merged()
+    }
+
     /// `y + scale * B(A x)`, in the kind of `y`.
     fn add(&self, x: &Tensor, y: &Tensor) -> Output {
         let x = x.f_to_kind(self.down.kind())?;
         let inner = self.form.apply(&x, &self.down)?;
-        let delta = self.form.pointwise().apply(&inner, &self.up)?.f_mul_scalar(self.scale)?;
+        let delta = self.form.pointwise().apply(&inner, &self.up)?;
+        // A pass over the output less, where alpha is the rank.
+        let delta = if self.scale == 1.0 { delta } else { delta.f_mul_scalar(self.scale)? };
         y.f_add(&delta)?.f_to_kind(y.kind())
     }
 
@@ -61,21 +107,26 @@ impl Adapter {
     }
 }
 
-/// Where a layer finds its adapter; empty unless one is attached.
+/// Where a layer finds its adapters; empty unless one is attached.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Slot(Arc<Mutex<Option<Adapter>>>);
+pub(crate) struct Slot(Arc<Mutex<Vec<Adapter>>>);
 
 impl Slot {
-    /// The output `y` of a layer for `x`, adapted if there is an adapter.
+    /// The output `y` of a layer for `x`, with what the adapter adds that is on.
     pub(crate) fn adapt(&self, x: &Tensor, y: Tensor) -> Result<Tensor, TchError> {
-        match &*self.lock() {
-            Some(adapter) if adapter.active => adapter.add(x, &y),
-            _ => Ok(y),
+        match self.lock().iter().find(|adapter| adapter.is_asked()) {
+            Some(adapter) => adapter.add(x, &y),
+            None => Ok(y),
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Option<Adapter>> {
-        // An adapter is only ever replaced whole.
+    /// Does something with the adapter of that number; nothing if it is not there.
+    pub(crate) fn with<T>(&self, number: u32, act: impl FnOnce(&mut Adapter) -> T) -> Option<T> {
+        self.lock().iter_mut().find(|adapter| adapter.number == number).map(act)
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Adapter>> {
+        // An adapter is only ever put in or taken out whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

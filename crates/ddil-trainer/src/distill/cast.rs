@@ -6,8 +6,8 @@ use ddil_losses::{Phase, Requirements};
 use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig};
 use tch::Tensor;
 
-use crate::config::DistillConfig;
-use crate::error::Result;
+use crate::config::{DistillConfig, LoraSection};
+use crate::error::{Error, Result};
 use crate::network::Network;
 use crate::state;
 
@@ -33,7 +33,8 @@ pub(super) struct Target {
     decay: f64,
 }
 
-/// The network that follows what the student makes, with the head that tells it from real data.
+/// The network that follows what the student makes, with the head that tells it from real data; a whole network also where
+/// the student is an adapter.
 #[derive(Debug)]
 pub(super) struct CriticNetworks {
     pub(super) fake_score: Network,
@@ -54,7 +55,13 @@ impl Cast {
         teacher: Network,
         image_shape: [i64; 3],
     ) -> Result<Self> {
-        let student = student(config, &teacher)?;
+        let (teacher, student) = match &config.student.lora {
+            Some(lora) => with_adapter(lora, teacher, config.run.seed)?,
+            None => {
+                let student = student(config, &teacher)?;
+                (teacher, student)
+            }
+        };
         Self::of(config, requirements, teacher, student, image_shape)
     }
 
@@ -187,6 +194,21 @@ impl Discriminator for Judge<'_> {
             .judged_by(self.head, x_t, timesteps, conditioning)
             .map_err(|error| ddil_core::Error::network("discriminator", error))
     }
+}
+
+/// The teacher, and an adapter on it that learns.
+fn with_adapter(lora: &LoraSection, teacher: Network, seed: u64) -> Result<(Network, Network)> {
+    let config = lora.on(teacher.parameters());
+    let (teacher, student) = teacher.with_adapter(&config, seed).map_err(|error| match error {
+        Error::Models(ddil_models::Error::InvalidConfig { problems, .. }) => {
+            let what = "student.lora".to_owned();
+            Error::Models(ddil_models::Error::InvalidConfig { what, problems })
+        }
+        error => error,
+    })?;
+    let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
+    tracing::info!("the student is an adapter of {own} numbers on the teacher's {all}");
+    Ok((teacher, student))
 }
 
 /// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.

@@ -44,6 +44,11 @@ pub(super) fn ensure_fits(
     if !data.has_samples() {
         ensure_no_samples(config, requirements, stage)?;
     }
+    if config.student.lora.is_some() && teacher.card.adapter.is_some() {
+        let expected = "left out: the teacher is an adapter itself; one that was exported with \
+                        student.lora.export = \"merged\" can be the base of another";
+        return invalid("student.lora", "set", expected);
+    }
     if let Some(model) = &config.student.model {
         match teacher.network.config() {
             ModelConfig::UNet2D(taught) => ensure_student(model, &taught)?,

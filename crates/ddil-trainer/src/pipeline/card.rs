@@ -1,5 +1,7 @@
 //! `ddil.json`: what a model is, beyond its weights and its scheduler.
 
+use std::path::PathBuf;
+
 use ddil_core::Priors;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,9 @@ pub struct Card {
     /// What is done with clean data beyond their range, where diffusers' scheduler has no word for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thresholding: Option<Thresholding>,
+    /// The base of a model that is an adapter; none for a whole one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterCard>,
     /// Priors of the sources at the end of a student's training; none for a teacher.
     pub priors: Option<Priors>,
     /// Updates of its training.
@@ -37,6 +42,18 @@ pub struct Card {
     pub seconds: f64,
     /// Seed of its training.
     pub seed: u64,
+}
+
+/// What an adapter stands on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterCard {
+    /// The folder of the whole model whose network it was trained on.
+    pub base: PathBuf,
+    /// How many numbers lie between the two factors of an adapter.
+    pub rank: i64,
+    /// What an adapter adds is multiplied by `alpha / rank`.
+    pub alpha: f64,
 }
 
 impl Default for Card {
@@ -50,6 +67,7 @@ impl Default for Card {
             guidance_scale: None,
             guidance_range: None,
             thresholding: None,
+            adapter: None,
             priors: None,
             updates: 0,
             seconds: 0.0,

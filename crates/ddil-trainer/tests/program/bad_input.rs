@@ -111,6 +111,38 @@ fn a_model_that_does_not_fit_the_data() {
 }
 
 #[test]
+fn adapters_that_cannot_be() {
+    let progressive = "objective={ method = \"progressive\", substeps = 2 }";
+    let lora = "student.lora={ rank = 2 }";
+    let model = "student.model={ in_channels = 1, out_channels = 1 }";
+    each_is_refused(
+        &Workshop::with_teacher(),
+        "distill",
+        &[
+            (&["student.lora={ rank = 0 }"], &["student.lora.rank", "at least 1"]),
+            (&["student.lora={ alpha = 0.0 }"], &["student.lora.alpha", "above 0"]),
+            (&["student.lora={ alpha = inf }"], &["student.lora.alpha", "inf", "finite"]),
+            (&["student.lora={ ranks = 2 }"], &["did you mean `rank`?"]),
+            (
+                &["student.lora={ targets = \"all\" }"],
+                &["targets", "all", "\"default\" or a list of names"],
+            ),
+            (&["student.lora={ targets = [] }"], &["student.lora", "targets", "empty", "to_q"]),
+            (
+                &["student.lora={ targets = [\"to_q\", \"ff.net.2\"] }"],
+                &["student.lora", "ff.net.2, which no layer is called", "conv_shortcut"],
+            ),
+            (&["student.lora={ export = \"both\" }"], &["export", "both", "`adapter`", "`merged`"]),
+            (&[lora, model], &["student.lora", "student.model", "the teacher's own network"]),
+            (
+                &[progressive, lora, "student.stages=[4, 2]"],
+                &["student.stages", "[4, 2]", "beside student.lora", "base"],
+            ),
+        ],
+    );
+}
+
+#[test]
 fn data_that_are_not_there() -> TestResult {
     let workshop = Workshop::new();
     fs::create_dir(workshop.path("empty"))?;

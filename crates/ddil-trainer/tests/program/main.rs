@@ -6,6 +6,7 @@
 mod bad_input;
 mod compare;
 mod failing;
+mod lora;
 mod resume;
 mod support;
 mod text_teacher;

@@ -23,6 +23,8 @@ const LCM: [&str; 3] = [
 ];
 /// The student is updated every third time only, so that checkpoints fall between its updates.
 const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true }";
+/// An adapter in place of a whole student.
+const LORA: &str = "student.lora={ rank = 2, alpha = 4.0 }";
 /// Long enough for several kills.
 const LONG: u64 = 40;
 
@@ -75,6 +77,17 @@ fn a_latent_consistency_model_goes_on_from_every_checkpoint() {
 #[test]
 fn a_student_with_a_critic_goes_on_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[DMD2]);
+}
+
+#[test]
+fn an_adapter_goes_on_from_every_checkpoint() {
+    let settings = [LCM[0], LCM[1], LCM[2], LORA];
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
+}
+
+#[test]
+fn an_adapter_with_a_critic_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[DMD2, LORA]);
 }
 
 /// `kill -9` at random moments, again and again, until the run gets through.

@@ -1,0 +1,131 @@
+//! A folder with an adapter in place of a whole model, as diffusers' `load_lora_weights` reads it.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ddil_models::{Lora, LoraFormat, Model, ModelConfig};
+
+use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
+use crate::config::Precision;
+use crate::error::{Error, Result};
+use crate::files::{read_json, write_atomic, write_json};
+use crate::network::Network;
+
+/// What diffusers calls the file.
+const WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+const MODEL_CARD: &str = "README.md";
+
+/// Whether a folder holds an adapter and says what it stands on.
+pub(super) fn is_in(folder: &Path) -> bool {
+    [WEIGHTS, card::FILE_NAME].iter().all(|file| folder.join(file).is_file())
+}
+
+impl Pipeline {
+    /// Writes a folder with an adapter: `pytorch_lora_weights.safetensors` under diffusers' names, with ranks and alphas in
+    /// its metadata; `scheduler/`; `README.md`, which says how to use it; and the card, by which [`read`](Self::read) finds
+    /// the base.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a network without an adapter; what the file system refuses.
+    pub fn write_adapter(
+        folder: &Path,
+        network: &Network,
+        scheduler: &Scheduler,
+        card: Card,
+        base: &Frame,
+    ) -> Result<()> {
+        let Some(lora) = network.adapter() else {
+            return Err(Error::InvalidConfig {
+                field: "network".to_owned(),
+                value: "a whole one".to_owned(),
+                expected: "one with an adapter".to_owned(),
+            });
+        };
+        let scheduler_folder = folder.join("scheduler");
+        fs::create_dir_all(&scheduler_folder).map_err(Error::io("create", &scheduler_folder))?;
+        lora.save(folder.join(WEIGHTS), LoraFormat::Diffusers)?;
+        scheduler.config.write(folder.join(SCHEDULER))?;
+        let is_text_to_image = base.class().is_text_to_image();
+        let base = fs::canonicalize(base.path()).map_err(Error::io("find", base.path()))?;
+        let layer = lora.layers().into_iter().next();
+        let (rank, alpha) = layer.map_or((0, 0.0), |layer| (layer.rank, layer.alpha));
+        let thresholding = scheduler.unspoken.clone();
+        let adapter = Some(AdapterCard { base, rank, alpha });
+        let card = Card { thresholding, adapter, ..card };
+        let text = model_card(&card, scheduler, is_text_to_image);
+        write_atomic(&folder.join(MODEL_CARD), text.as_bytes())?;
+        // Last: a folder with a card is a whole one.
+        write_json(&folder.join(card::FILE_NAME), &card)
+    }
+
+    /// Reads the base of an adapter and adds the adapter to its weights.
+    pub(super) fn read_adapter(
+        folder: &Path,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
+        precision: Precision,
+    ) -> Result<Self> {
+        let base = Self::base_of(folder)?;
+        let scheduler = Self::read_scheduler(folder)?;
+        let (unet, frame) = Self::read_base(&base, network)?;
+        Lora::from_file(unet.parameters(), folder.join(WEIGHTS))?.fuse()?;
+        Self::assemble(folder, scheduler, unet, frame, precision)
+    }
+
+    /// The folder of the whole model: itself, or that which its adapter stands on.
+    pub(super) fn base_of(folder: &Path) -> Result<PathBuf> {
+        if folder.join(index::FILE_NAME).is_file() {
+            return Ok(folder.to_owned());
+        }
+        let path = folder.join(card::FILE_NAME);
+        let card: Card = read_json(&path)?;
+        let Some(AdapterCard { base, .. }) = card.adapter else {
+            return Err(Error::InvalidConfig {
+                field: format!("adapter in {}", path.display()),
+                value: "not set".to_owned(),
+                expected: format!("the base that {WEIGHTS} stands on"),
+            });
+        };
+        // Whole models only: an adapter on an adapter could stand on itself.
+        if !base.join(index::FILE_NAME).is_file() {
+            return Err(Error::InvalidConfig {
+                field: format!("adapter.base in {}", path.display()),
+                value: base.display().to_string(),
+                expected: "the folder of the whole model that the adapter was trained on"
+                    .to_owned(),
+            });
+        }
+        Ok(base)
+    }
+}
+
+/// What the adapter is and how it is used, for people and for the hubs that read such files.
+fn model_card(card: &Card, scheduler: &Scheduler, is_text_to_image: bool) -> String {
+    let Some(AdapterCard { base, rank, alpha }) = &card.adapter else { return String::new() };
+    let base = base.file_name().unwrap_or_default().to_string_lossy();
+    let (class, method) = (scheduler.config.class(), &card.method);
+    let mut text = format!(
+        "---\nbase_model: {base:?}\nlibrary_name: diffusers\ntags: [lora, {method}]\n---\n\n\
+         # Adapter of `{base}` for a few steps\n\n\
+         Distilled with `ddil` (method `{method}`, {} updates). Rank {rank}, alpha {alpha}.\n\n",
+        card.updates
+    );
+    if let Some(scale) = card.guidance_scale {
+        let _ = writeln!(text, "Guidance of scale {scale} is part of it: sample with none.\n");
+    }
+    if !is_text_to_image {
+        text += "diffusers loads no adapters into pipelines of pixels: `ddil sample` does.\n";
+        return text;
+    }
+    let steps = scheduler.config.common().ddil_timesteps.as_ref().map_or(4, Vec::len);
+    let _ = write!(
+        text,
+        "```python\nfrom diffusers import DiffusionPipeline, {class}\n\n\
+         pipe = DiffusionPipeline.from_pretrained({base:?})\n\
+         pipe.load_lora_weights(\".\")  # this folder\n\
+         pipe.scheduler = {class}.from_pretrained(\".\", subfolder=\"scheduler\")\n\
+         pipe(\"a prompt\", num_inference_steps={steps}, guidance_scale=1.0)\n```\n"
+    );
+    text
+}

@@ -1,0 +1,207 @@
+//! `Network`: an adapter as a student on its teacher's own weights.
+
+use std::collections::BTreeMap;
+
+use ddil_core::{Conditioning, Denoiser};
+use ddil_models::{DownBlockType, LoraConfig, Model, Placement, UNet2DConfig, UpBlockType};
+use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
+use ddil_trainer::Error;
+use ddil_trainer::config::Precision;
+use ddil_trainer::ema::EmaConfig;
+use ddil_trainer::network::Network;
+use ddil_trainer::optimizer::AdamWConfig;
+use tch::{Kind, Tensor, kind};
+
+use crate::TestResult;
+
+fn pixels() -> UNet2DConfig {
+    UNet2DConfig {
+        sample_size: None,
+        in_channels: 1,
+        out_channels: 1,
+        down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
+        up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
+        block_out_channels: vec![8, 16],
+        layers_per_block: 1,
+        norm_num_groups: 4,
+        num_class_embeds: Some(4),
+        // So that training mode would show.
+        dropout: 0.5,
+        ..UNet2DConfig::default()
+    }
+}
+
+fn network(precision: Precision) -> Result<Network, Box<dyn std::error::Error>> {
+    let model = Model::UNet2D(pixels().build(Placement::default(), 5)?);
+    model.parameters().set_trainable(false);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    Ok(Network::new(model, PredictionType::VPrediction, schedule, precision))
+}
+
+fn pair(precision: Precision) -> Result<(Network, Network), Box<dyn std::error::Error>> {
+    let whole = network(precision)?;
+    let config = LoraConfig { rank: 2, alpha: 4.0, ..LoraConfig::default_for(whole.parameters()) };
+    Ok(whole.with_adapter(&config, 1)?)
+}
+
+fn ask(network: &Network) -> Result<Tensor, ddil_trainer::Error> {
+    let waves = Tensor::arange(3 * 64, kind::FLOAT_CPU).sin().view([3, 1, 8, 8]);
+    let told = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 2, 3]));
+    network.output(&waves, &Tensor::from_slice(&[10_i64, 500, 999]), &told)
+}
+
+fn copies(named: Vec<(String, Tensor)>) -> BTreeMap<String, Tensor> {
+    named.into_iter().map(|(name, tensor)| (name, tensor.copy())).collect()
+}
+
+fn error(value: &Tensor, expected: &Tensor) -> f64 {
+    ((value - expected).abs().max() / expected.abs().max()).double_value(&[])
+}
+
+/// Some updates of the student towards another answer than the teacher's.
+fn train(student: &Network, updates: u32) -> TestResult {
+    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
+    for _ in 0..updates {
+        optimizer.zero_grad()?;
+        (ask(student)? - 1.0).square().mean(Kind::Float).backward();
+        optimizer.clip()?;
+        optimizer.step(0.01)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_starts_as_its_teacher() -> TestResult {
+    for precision in [Precision::Float32, Precision::Bfloat16] {
+        let expected = ask(&network(precision)?)?;
+        let (teacher, student) = pair(precision)?;
+        assert_eq!(ask(&teacher)?, expected);
+        assert_eq!(ask(&student)?, expected);
+        assert!(teacher.adapter().is_none() && student.adapter().is_some());
+    }
+    Ok(())
+}
+
+#[test]
+fn updates_change_the_adapter_and_nothing_else() -> TestResult {
+    let (teacher, student) = pair(Precision::Float32)?;
+    let (base, own) = (copies(teacher.parameters().named()), copies(student.parameters().named()));
+    assert!(own.keys().all(|name| name.contains(".lora_")));
+    let (of_teacher, at_first) = (ask(&teacher)?, ask(&student)?);
+    train(&student, 2)?;
+    for (name, tensor) in student.parameters().learned() {
+        assert!(tensor.grad().abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
+        assert_ne!(tensor, own[&name], "{name} has not moved");
+    }
+    for (name, tensor) in teacher.parameters().named() {
+        assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{name} has a gradient");
+        assert_eq!(tensor, base[&name], "{name} has moved");
+    }
+    assert_ne!(ask(&student)?, at_first);
+    assert_eq!(ask(&teacher)?, of_teacher);
+    Ok(())
+}
+
+#[test]
+fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
+    let (teacher, student) = pair(Precision::Float32)?;
+    let average = student.duplicate(false)?;
+    let mut ema = EmaConfig { decay: 0.5, warmup: false }.build(student.parameters().learned())?;
+    train(&student, 2)?;
+    let at_first = ask(&average)?;
+    assert_eq!(at_first, ask(&teacher)?);
+    ema.update()?;
+    ema.copy_to(&average.parameters().learned())?;
+    let output = ask(&average)?;
+    assert!(error(&output, &at_first) > 1e-4 && error(&output, &ask(&student)?) > 1e-4);
+    assert!(!output.requires_grad());
+    // The base is there once: what is written to it is seen by all.
+    let before = [ask(&teacher)?, ask(&student)?, output];
+    let mut bias = teacher.parameters().get("conv_out.bias").ok_or("absent")?.shallow_clone();
+    let _ = bias.g_add_scalar_(1.0);
+    for (network, before) in [&teacher, &student, &average].into_iter().zip(before) {
+        assert!(error(&(ask(network)? - 1.0), &before) < 1e-5);
+    }
+    // A copy of the teacher is one of the base alone, and whole.
+    let copy = teacher.duplicate(true)?;
+    assert_eq!(ask(&copy.duplicate(false)?)?, ask(&teacher)?);
+    assert!(copy.adapter().is_none());
+    assert_eq!(copy.parameters().num_values(), teacher.parameters().num_values());
+    Ok(())
+}
+
+#[test]
+fn a_whole_network_of_its_weights_answers_the_same() -> TestResult {
+    let (teacher, student) = pair(Precision::Float32)?;
+    train(&student, 3)?;
+    let (expected, of_teacher) = (ask(&student)?, ask(&teacher)?);
+    let weights: BTreeMap<_, _> = student.weights()?.into_iter().collect();
+    let whole = network(Precision::Float32)?;
+    for (name, mut tensor) in whole.parameters().named() {
+        let _no_grad = tch::no_grad_guard();
+        tensor.copy_(&weights[&name]);
+    }
+    assert_eq!(weights.len(), whole.parameters().named().len());
+    let output = ask(&whole)?;
+    assert!(error(&output, &expected) <= 1e-5, "{}", error(&output, &expected));
+    assert!(error(&output, &of_teacher) > 1e-3);
+    assert_eq!(ask(&teacher)?, of_teacher);
+    Ok(())
+}
+
+/// As in an update: teacher and student by turns, then one backward pass.
+#[test]
+fn a_teachers_answer_within_a_loss_leaves_its_gradient_alone() -> TestResult {
+    let (teacher, student) = pair(Precision::Float32)?;
+    train(&student, 2)?;
+    let gradients = |label: &Tensor| -> Result<Vec<Tensor>, Box<dyn std::error::Error>> {
+        for (_, mut tensor) in student.parameters().learned() {
+            tensor.zero_grad();
+        }
+        let output = ask(&student)?;
+        let again = {
+            let _no_grad = tch::no_grad_guard();
+            ask(&teacher)?
+        };
+        assert_eq!(&again, label);
+        (output - again).square().sum(Kind::Float).backward();
+        let learned = student.parameters().learned();
+        Ok(learned.iter().map(|(_, tensor)| tensor.grad().copy()).collect())
+    };
+    let label = ask(&teacher)?;
+    assert!(!label.requires_grad());
+    let first = gradients(&label)?;
+    // Without the teacher between pass and backward pass.
+    for (_, mut tensor) in student.parameters().learned() {
+        tensor.zero_grad();
+    }
+    (ask(&student)? - &label).square().sum(Kind::Float).backward();
+    let learned = student.parameters().learned();
+    let second: Vec<Tensor> = learned.iter().map(|(_, tensor)| tensor.grad().copy()).collect();
+    assert_eq!(first, second);
+    Ok(())
+}
+
+#[test]
+fn a_weight_that_the_base_has_no_place_for_is_not_heard() -> TestResult {
+    let (teacher, student) = pair(Precision::Float32)?;
+    let x_t = Tensor::zeros([2, 1, 8, 8], kind::FLOAT_CPU);
+    let t = Tensor::from_slice(&[10_i64, 20]);
+    let labels = || Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1]));
+    let told = labels().with_guidance_weight(Tensor::from_slice(&[3_f32, 7.0]));
+    assert_eq!(student.predict(&x_t, &t, &told)?.x0, student.predict(&x_t, &t, &labels())?.x0);
+    assert!(teacher.predict(&x_t, &t, &told).is_err());
+    Ok(())
+}
+
+#[test]
+fn targets_that_no_layer_is_called_are_refused() -> TestResult {
+    let targets = vec!["to_q".to_owned(), "ff.net.2".to_owned()];
+    let config = LoraConfig { targets, ..LoraConfig::default() };
+    let refused = network(Precision::Float32)?.with_adapter(&config, 0);
+    assert!(matches!(refused, Err(Error::Models(ddil_models::Error::InvalidConfig { .. }))));
+    let (teacher, _student) = pair(Precision::Float32)?;
+    let again = teacher.with_adapter(&LoraConfig { targets: vec!["to_q".into()], ..config }, 0);
+    assert!(matches!(again, Err(Error::Models(ddil_models::Error::AdapterAttached { .. }))));
+    Ok(())
+}
