@@ -18,6 +18,7 @@ pub mod guide;
 pub mod interrupt;
 pub mod logging;
 pub mod lr_schedule;
+pub mod memory;
 pub mod network;
 pub mod optimizer;
 pub mod picture;

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, weights};
+use ddil_models::weights::{self, WeightFiles};
+use ddil_models::{Model, ModelConfig, Placement, UnknownKeys};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
@@ -76,6 +77,19 @@ impl Pipeline {
         let without_values = |_: &Path, config: &ModelConfig| Ok(config.without_values()?);
         let (unet, frame) = Self::read_base(&base, without_values)?;
         Self::assemble(&folder, scheduler, unet, frame, Precision::Float32)
+    }
+
+    /// Checks that a model's weights are there and are those of its network, by the headers of their files.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn ensure_weights(path: &Path) -> Result<()> {
+        let folder = Self::base_of(&Self::find(path)?)?.join(UNET);
+        let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
+        let network = config.without_values()?;
+        let file = WeightFiles::DIFFUSION.find(&folder)?;
+        Ok(weights::ensure_fits(&network.parameters().named(), file)?)
     }
 
     fn read_with(
