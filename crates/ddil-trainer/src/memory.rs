@@ -25,6 +25,11 @@ const HALF: u64 = 2;
 ///
 /// Weights, gradients, the optimizer's state and moving averages are exact. Activations follow from the shapes of the
 /// weights, see [`Activations::of`].
+///
+/// Measured on the CPU against the peak of resident memory, less the 170 MB of program and libtorch: the plan was 18 % too
+/// low for progressive distillation of 8.6 million weights (batches of 8 latents of 32x32, where activations are three
+/// quarters of all), 16 % under autocast to bfloat16, and 6 % for a latent consistency model of 34 million weights (batches
+/// of 4, 24x24). The difference is scratch memory and what the allocator keeps; leave a fifth free.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryPlan {
     /// Where and in what the run computes.
@@ -138,7 +143,7 @@ impl fmt::Display for MemoryPlan {
         line(f, &Row::bytes("at most at once, about", self.peak()))?;
         write!(
             f,
-            "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted)"
+            "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted: leave a fifth free)"
         )
     }
 }
