@@ -10,7 +10,7 @@
 //! | for | there is |
 //! | --- | --- |
 //! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
-//! | running it | [`rollout()`], [`sample`], [`rollout_to`], [`MixedRollout`] |
+//! | running it | [`rollout()`], [`sample`], [`sample_each`], [`rollout_to`], [`MixedRollout`] |
 //! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
 //! | how often | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`] |
 //! | what is measured meanwhile | [`ClipMeter`], [`LossMeter`], [`measure_shift`] |
@@ -48,7 +48,7 @@ pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Prior
 pub use random::{Draws, RandomStreams, Stream};
 pub use rollout::{
     MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,
-    rollout_to, sample,
+    rollout_to, sample, sample_each,
 };
 pub use saved::SavedState;
 pub use shift::{

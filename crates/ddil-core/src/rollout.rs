@@ -111,12 +111,12 @@ pub fn rollout_keeping(
 ) -> Result<Trajectory> {
     ensure_part_of("timesteps", kept, timesteps)?;
     let mut states = Vec::with_capacity(kept.len());
-    let x0 =
-        run((denoiser, sampler), timesteps, noise, conditioning, generator, |timestep, x_t| {
-            if kept.as_slice().contains(&timestep) {
-                states.push(x_t.shallow_clone());
-            }
-        })?;
+    let fresh = Fresh::OfBatch(generator);
+    let x0 = run((denoiser, sampler), timesteps, noise, conditioning, fresh, |timestep, x_t| {
+        if kept.as_slice().contains(&timestep) {
+            states.push(x_t.shallow_clone());
+        }
+    })?;
     let conditioning = conditioning.shallow_clone();
     Ok(Trajectory { states, timesteps: kept.clone(), x0, conditioning })
 }
@@ -134,7 +134,69 @@ pub fn sample(
     conditioning: &Conditioning,
     generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
-    run((denoiser, sampler), timesteps, noise, conditioning, generator, |_, _| {})
+    let fresh = Fresh::OfBatch(generator);
+    run((denoiser, sampler), timesteps, noise, conditioning, fresh, |_, _| {})
+}
+
+/// As [`sample`], with a generator for each sample: what one becomes depends on no other, but for rounding.
+///
+/// # Shapes and units
+///
+/// - `generators`: one a sample, on any device; none for a sampler that needs no noise
+///
+/// # Errors
+///
+/// As [`sample`], and [`Error::Shape`] for another number of generators.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{Conditioning, Denoiser, RandomStreams, Result, Stream, sample_each};
+/// use ddil_schedulers::{Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, Timesteps};
+/// use tch::{Device, Kind, Tensor};
+///
+/// /// Believes that all data are what they look like.
+/// struct Same(NoiseSchedule);
+///
+/// impl Denoiser for Same {
+///     fn predict(&self, x_t: &Tensor, timesteps: &Tensor, _: &Conditioning) -> Result<Prediction> {
+///         Ok(Prediction::from_x0(&self.0, x_t.shallow_clone(), x_t, timesteps)?)
+///     }
+///
+///     fn schedule(&self) -> &NoiseSchedule {
+///         &self.0
+///     }
+/// }
+///
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let timesteps = Timesteps::lcm(1000, 50, 2)?;
+/// let (model, sampler) = (Same(schedule.clone()), Lcm::new(schedule));
+/// let streams = RandomStreams::new(0, 0);
+/// let run = |rows: std::ops::Range<u64>| {
+///     let noise = Tensor::zeros([rows.end as i64 - rows.start as i64, 3], (Kind::Float, Device::Cpu));
+///     let generators = rows.map(|row| streams.generator(row, Stream::Sample, Device::Cpu));
+///     let mut generators = generators.collect::<Result<Vec<_>>>()?;
+///     sample_each(&model, &sampler, &timesteps, noise, &Conditioning::none(), &mut generators)
+/// };
+/// assert_eq!(run(0..3)?.get(2), run(2..3)?.get(0));
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
+pub fn sample_each(
+    denoiser: &dyn Denoiser,
+    sampler: &dyn Sampler,
+    timesteps: &Timesteps,
+    noise: Tensor,
+    conditioning: &Conditioning,
+    generators: &mut [Generator],
+) -> Result<Tensor> {
+    let batch = noise.size().first().copied().unwrap_or(0);
+    if sampler.needs_noise() && batch != generators.len() as i64 {
+        let expected = format!("{} rows, one a generator", generators.len());
+        let (op, shape) = ("sample_each", noise.size());
+        return Err(Error::Shape { op, name: "noise", shape, expected });
+    }
+    let fresh = Fresh::OfEach(generators);
+    run((denoiser, sampler), timesteps, noise, conditioning, fresh, |_, _| {})
 }
 
 /// Runs each sample of a batch to a timestep of its own; at each step only those not yet there are evaluated.
@@ -170,24 +232,51 @@ pub fn rollout_to(
 /// Who answers, and how a step follows from the answer.
 type Actor<'a> = (&'a dyn Denoiser, &'a dyn Sampler);
 
+/// Where the noise that a sampler renews comes from.
+enum Fresh<'a> {
+    /// One draw for a whole batch.
+    OfBatch(Option<&'a mut Generator>),
+    /// One draw for each sample.
+    OfEach(&'a mut [Generator]),
+}
+
+impl Fresh<'_> {
+    /// Noise in the form of `like`; none without a generator.
+    fn like(&mut self, like: &Tensor) -> Result<Option<Tensor>> {
+        let noise = match self {
+            Self::OfBatch(None) => return Ok(None),
+            Self::OfBatch(Some(generator)) => generator.normal(like.size(), like.kind())?,
+            Self::OfEach(generators) => {
+                let (shape, kind) = (like.size(), like.kind());
+                let rows = generators.iter_mut().map(|one| Ok(one.normal(&shape[1..], kind)?));
+                let rows = rows.collect::<Result<Vec<_>>>()?;
+                Tensor::f_stack(&rows, 0).map_err(Error::torch("rollout"))?
+            }
+        };
+        Ok(Some(noise.to_device(like.device())))
+    }
+}
+
 /// Walks a whole grid and shows every state to `visit`.
 fn run(
-    actor: Actor<'_>,
+    (denoiser, sampler): Actor<'_>,
     timesteps: &Timesteps,
     noise: Tensor,
     conditioning: &Conditioning,
-    mut generator: Option<&mut Generator>,
+    mut fresh: Fresh<'_>,
     mut visit: impl FnMut(i64, &Tensor),
 ) -> Result<Tensor> {
     let _no_grad = tch::no_grad_guard();
-    ensure_ready("rollout", actor.1, &noise, conditioning, generator.is_some())?;
+    let can_draw = !matches!(fresh, Fresh::OfBatch(None));
+    ensure_ready("rollout", sampler, &noise, conditioning, can_draw)?;
     let batch = noise.size()[0];
-    let mut x_t = first_state(actor.0.schedule(), timesteps.as_slice()[0], &noise)?;
+    let mut x_t = first_state(denoiser.schedule(), timesteps.as_slice()[0], &noise)?;
     drop(noise);
     for (timestep, prev) in timesteps.pairs() {
         visit(timestep, &x_t);
-        let prev = filled(batch, prev, x_t.device());
-        x_t = step(actor, &x_t, timestep, &prev, conditioning, generator.as_deref_mut())?;
+        let [timestep, prev] = [timestep, prev].map(|at| filled(batch, at, x_t.device()));
+        let prediction = denoiser.predict(&x_t, &timestep, conditioning)?;
+        x_t = renewed_step(sampler, &prediction, &timestep, &prev, &mut fresh)?;
     }
     Ok(x_t)
 }
@@ -214,13 +303,21 @@ pub(crate) fn sampler_step(
     prev_timesteps: &Tensor,
     generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
+    let fresh = &mut Fresh::OfBatch(generator);
+    renewed_step(sampler, prediction, timesteps, prev_timesteps, fresh)
+}
+
+fn renewed_step(
+    sampler: &dyn Sampler,
+    prediction: &Prediction,
+    timesteps: &Tensor,
+    prev_timesteps: &Tensor,
+    fresh: &mut Fresh<'_>,
+) -> Result<Tensor> {
     let step = SamplerStep::new(prediction, timesteps, prev_timesteps);
-    match generator.filter(|_| sampler.needs_noise()) {
-        Some(generator) => {
-            let x0 = &prediction.x0;
-            let noise = generator.normal(x0.size(), x0.kind())?.to_device(x0.device());
-            Ok(sampler.step(&step.with_noise(&noise))?)
-        }
+    let noise = if sampler.needs_noise() { fresh.like(&prediction.x0)? } else { None };
+    match &noise {
+        Some(noise) => Ok(sampler.step(&step.with_noise(noise))?),
         None => Ok(sampler.step(&step)?),
     }
 }

@@ -158,6 +158,16 @@ impl AutoencoderKLConfig {
         config::to_json(self)
     }
 
+    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        let vae = AutoencoderKL::new(self, Placement::default(), Values::Sizes)?;
+        Ok(vae.parameters().shapes())
+    }
+
     /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
     ///
     /// The same seed gives the same parameters on every device.

@@ -187,6 +187,31 @@ impl ModelConfig {
         Error::InvalidConfig { what: self.class_name().to_owned(), problems: vec![problem] }
     }
 
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
+    /// names and sizes, and for adapters that are to fit.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`].
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_models::{ModelConfig, UNet2DConditionConfig};
+    ///
+    /// let unet = ModelConfig::UNet2DCondition(UNet2DConditionConfig::sdxl());
+    /// assert_eq!(unet.without_values()?.parameters().num_values(), 2_567_463_684);
+    /// # Ok::<_, ddil_models::Error>(())
+    /// ```
+    pub fn without_values(&self) -> Result<Model> {
+        Ok(match self {
+            Self::UNet2D(config) => Model::UNet2D(config.without_values()?),
+            Self::UNet2DCondition(config) => Model::UNet2DCondition(config.without_values()?),
+            // Small, or with parameters of their own.
+            Self::Mlp(_) | Self::TorchScript(_) => self.build(Placement::default(), 0)?,
+        })
+    }
+
     /// Checks the settings and builds a network with fresh parameters.
     ///
     /// # Errors

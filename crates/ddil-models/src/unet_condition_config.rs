@@ -420,8 +420,17 @@ impl UNet2DConditionConfig {
     ///
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
     pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        let unet = UNet2DConditionModel::new(self, Placement::default(), Values::Sizes)?;
-        Ok(unet.parameters().shapes())
+        Ok(self.without_values()?.parameters().shapes())
+    }
+
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
+    /// names and sizes, and for adapters that are to fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn without_values(&self) -> Result<UNet2DConditionModel> {
+        UNet2DConditionModel::new(self, Placement::default(), Values::Sizes)
     }
 
     /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would; the embedding of

@@ -239,6 +239,25 @@ impl UNet2DConfig {
         config::to_json(self)
     }
 
+    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        Ok(self.without_values()?.parameters().shapes())
+    }
+
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
+    /// names and sizes, and for adapters that are to fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn without_values(&self) -> Result<UNet2DModel> {
+        UNet2DModel::new(self, Placement::default(), Values::Sizes)
+    }
+
     /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
     ///
     /// The same seed gives the same parameters on every device.

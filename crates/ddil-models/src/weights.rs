@@ -50,7 +50,34 @@ pub(crate) fn load_renamed(
 ) -> Result<Vec<(String, String)>> {
     let path = path.as_ref();
     let files = open(path)?;
-    let mut found = sources(&files, new_name);
+    let (copies, renamed) = planned(&files, targets, path, new_name)?;
+    for (file, copies) in files.into_iter().zip(copies) {
+        file.copy(copies)?;
+    }
+    Ok(renamed)
+}
+
+/// Checks that a file holds what [`load_into`] would copy into `targets`, of which sizes and kinds alone are looked at.
+///
+/// # Errors
+///
+/// As [`load_into`].
+pub fn ensure_fits(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    planned(&open(path)?, targets, path, |_| None).map(|_| ())
+}
+
+/// What is to be copied from each of several files, and the names that were changed.
+type Planned<'a> = (Vec<Vec<Copy<'a>>>, Vec<(String, String)>);
+
+/// Compares files with `targets`, down to the last difference.
+fn planned<'a>(
+    files: &[OpenFile],
+    targets: &'a [(String, Tensor)],
+    path: &Path,
+    new_name: impl Fn(&str) -> Option<String>,
+) -> Result<Planned<'a>> {
+    let mut found = sources(files, new_name);
     let mut renamed = Vec::new();
     let mut problems = WeightProblems::default();
     let mut copies: Vec<Vec<Copy<'_>>> = files.iter().map(|_| Vec::new()).collect();
@@ -73,10 +100,7 @@ pub(crate) fn load_renamed(
     for (file, copies) in files.iter().zip(&copies) {
         file.ensure_bools(copies)?;
     }
-    for (file, copies) in files.into_iter().zip(copies) {
-        file.copy(copies)?;
-    }
-    Ok(renamed)
+    Ok((copies, renamed))
 }
 
 /// A tensor in one of several files.
@@ -175,14 +199,30 @@ pub fn save(
     path: impl AsRef<Path>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
+    save_as(tensors, path, metadata, None)
+}
+
+/// As [`save`], with floating-point values cast to `kind` where one is given; no more than one tensor is cast at a time.
+///
+/// # Errors
+///
+/// As [`save`].
+pub fn save_as(
+    tensors: &[(String, Tensor)],
+    path: impl AsRef<Path>,
+    metadata: &BTreeMap<String, String>,
+    kind: Option<Kind>,
+) -> Result<()> {
     let path = path.as_ref();
-    let (header, order) = layout(tensors, metadata)?;
+    let (header, order) = layout(tensors, metadata, kind)?;
     write_whole(path, |file| {
         let bytes = padded_json(&header).map_err(|e| write_error(path, e))?;
         file.write_all(&(bytes.len() as u64).to_le_bytes()).map_err(|e| write_error(path, e))?;
         file.write_all(&bytes).map_err(|e| write_error(path, e))?;
         for &index in &order {
-            file.write_all(&to_bytes(&tensors[index].1)?).map_err(|e| write_error(path, e))?;
+            let tensor = &tensors[index].1;
+            let bytes = to_bytes(tensor, written_kind(tensor, kind))?;
+            file.write_all(&bytes).map_err(|e| write_error(path, e))?;
         }
         Ok(())
     })
@@ -432,10 +472,11 @@ impl Serialize for Header<'_> {
 fn layout<'a>(
     tensors: &'a [(String, Tensor)],
     metadata: &'a BTreeMap<String, String>,
+    kind: Option<Kind>,
 ) -> Result<(Header<'a>, Vec<usize>)> {
     let mut typed = Vec::with_capacity(tensors.len());
     for (index, (name, tensor)) in tensors.iter().enumerate() {
-        let kind = tensor.kind();
+        let kind = written_kind(tensor, kind);
         let dtype =
             dtype_of(kind).ok_or_else(|| Error::UnsupportedKind { name: name.clone(), kind })?;
         typed.push((name.as_str(), dtype, index));
@@ -445,7 +486,7 @@ fn layout<'a>(
     let mut infos = Vec::with_capacity(typed.len());
     for &(name, dtype, index) in &typed {
         let tensor = &tensors[index].1;
-        let end = offset + tensor.numel() * tensor.kind().elt_size_in_bytes();
+        let end = offset + tensor.numel() * written_kind(tensor, kind).elt_size_in_bytes();
         let shape = tensor.size().into_iter().map(|n| n as usize).collect();
         infos.push((name, TensorInfo { dtype, shape, data_offsets: (offset, end) }));
         offset = end;
@@ -464,9 +505,16 @@ fn padded_json(header: &Header<'_>) -> serde_json::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn to_bytes(tensor: &Tensor) -> Result<Cow<'static, [u8]>> {
+/// The kind in which a tensor is written: only floating-point values are cast.
+fn written_kind(tensor: &Tensor, kind: Option<Kind>) -> Kind {
+    let own = tensor.kind();
+    kind.filter(|_| is_float(own)).unwrap_or(own)
+}
+
+fn to_bytes(tensor: &Tensor, kind: Kind) -> Result<Cow<'static, [u8]>> {
     let copy = || {
-        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let tensor =
+            tensor.f_detach()?.f_to_kind(kind)?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let len = tensor.numel();
         let mut bytes = vec![0; len * tensor.kind().elt_size_in_bytes()];
         tensor.f_copy_data_u8(&mut bytes, len)?;

@@ -26,6 +26,10 @@ pub(crate) enum Command {
     Sample(SampleArgs),
     /// Compare samples of a model, or a folder of images, with real data.
     Evaluate(EvaluateArgs),
+    /// Write a run's student or a model elsewhere, in a form that other programs read.
+    Export(ExportArgs),
+    /// Check a model of diffusers, tensor by tensor, and write it as a folder to train and distil from.
+    Import(ImportArgs),
     /// Say what a model folder, a checkpoint or a run is.
     Inspect(InspectArgs),
     /// Find the range of a dataset, channel by channel, to hold predictions in.
@@ -80,9 +84,12 @@ pub(crate) struct SamplingArgs {
     /// Seed of noise and classes.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Samples in one call of the network.
-    #[arg(long, default_value_t = 100)]
-    pub(crate) batch_size: u32,
+    /// How the model steps, `ddim` or `lcm`, where not as its folder says: `lcm` for a teacher with an LCM-LoRA.
+    #[arg(long)]
+    pub(crate) sampler: Option<String>,
+    /// Samples in one call of the network; the default is 100, or 1 for text to image.
+    #[arg(long)]
+    pub(crate) batch_size: Option<u32>,
     /// `cpu`, `cuda` or `cuda:1`.
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
@@ -99,12 +106,21 @@ pub(crate) struct SamplingArgs {
 pub(crate) struct SampleArgs {
     /// A model folder, or a run folder, whose export is taken.
     pub(crate) model: PathBuf,
-    /// Number of samples.
-    #[arg(long, short, default_value_t = 64)]
-    pub(crate) num_samples: u32,
+    /// Number of samples, of each prompt where there are prompts; the default is 64, or 1 of a prompt.
+    #[arg(long, short)]
+    pub(crate) num_samples: Option<u32>,
     /// Only this class; the default goes through all of them.
     #[arg(long)]
     pub(crate) class: Option<i64>,
+    /// What the pictures of a text-to-image model are to show.
+    #[command(flatten)]
+    pub(crate) prompting: PromptArgs,
+    /// Add the adapters in this file to the network's weights.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) lora: Option<PathBuf>,
+    /// How strongly the adapters act.
+    #[arg(long, default_value_t = 1.0, requires = "lora")]
+    pub(crate) lora_scale: f64,
     /// The grid that is written.
     #[arg(long, short, default_value = "samples.png")]
     pub(crate) output: PathBuf,
@@ -114,6 +130,26 @@ pub(crate) struct SampleArgs {
     /// How.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+/// What the pictures of a text-to-image model are to show, and how large they are.
+#[derive(Debug, Args)]
+pub(crate) struct PromptArgs {
+    /// What a picture is to show; may be given again.
+    #[arg(long = "prompt", value_name = "PROMPT")]
+    pub(crate) prompts: Vec<String>,
+    /// More prompts, one a line; empty lines are passed over.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompts_file: Option<PathBuf>,
+    /// What the pictures are to be guided away from; the default is what the model is told of no prompt.
+    #[arg(long)]
+    pub(crate) negative_prompt: Option<String>,
+    /// Height in pixels; the default is what the network was made for.
+    #[arg(long)]
+    pub(crate) height: Option<u32>,
+    /// Width in pixels; the default is what the network was made for.
+    #[arg(long)]
+    pub(crate) width: Option<u32>,
 }
 
 /// Arguments of `ddil evaluate`.
@@ -130,6 +166,63 @@ pub(crate) struct EvaluateArgs {
     /// How.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+/// Arguments of `ddil export`.
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// A run folder, whose averaged student is taken, a model folder, or a file of adapters.
+    pub(crate) source: PathBuf,
+    /// The folder, or file, that is written; nothing is overwritten unless --force is given.
+    pub(crate) output: PathBuf,
+    /// `diffusers`, a folder that `DiffusionPipeline.from_pretrained` loads, or `single-file-unet`, the network's weights alone.
+    #[arg(long, default_value = "diffusers")]
+    pub(crate) format: String,
+    /// What weights are cast to, `float32`, `float16` or `bfloat16`; the default leaves them as they are.
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+    /// The variant that stands in the names of the files, such as `fp16`, which readers have to ask for; the default is none.
+    #[arg(long)]
+    pub(crate) variant: Option<String>,
+    /// What one file of weights holds at most.
+    #[arg(long, default_value = "10GB")]
+    pub(crate) max_shard_size: String,
+    /// Write adapters under the names of `diffusers` or of `kohya`.
+    #[arg(long, value_name = "NAMES")]
+    pub(crate) lora: Option<String>,
+    /// The model that the adapters are for, where it is none of the known ones.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base: Option<PathBuf>,
+    /// Replace a model, or a file, that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// Arguments of `ddil import`.
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// A pipeline's folder as diffusers writes it, or that of a network alone.
+    pub(crate) source: PathBuf,
+    /// The folder that is written; nothing is overwritten unless --force is given.
+    pub(crate) output: PathBuf,
+    /// What weights are cast to: `float32`, `float16` or `bfloat16`.
+    #[arg(long, default_value = "float32")]
+    pub(crate) dtype: String,
+    /// The variant that is read, such as `fp16`; the default is none, or the only one there is.
+    #[arg(long)]
+    pub(crate) variant: Option<String>,
+    /// The scheduler of a network that comes alone: a `scheduler_config.json`, or a folder or pipeline that has one.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) scheduler_from: Option<PathBuf>,
+    /// The pipeline that a network which comes alone is put into, in the place of that pipeline's own.
+    #[arg(long, value_name = "PIPELINE")]
+    pub(crate) parts_from: Option<PathBuf>,
+    /// What one file of weights holds at most.
+    #[arg(long, default_value = "10GB")]
+    pub(crate) max_shard_size: String,
+    /// Replace a model that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// Arguments of `ddil inspect`.

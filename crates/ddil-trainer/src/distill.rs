@@ -75,6 +75,28 @@ const TARGET: &str = "target.safetensors";
 const MIXER: &str = "mixer.safetensors";
 const MIXER_STATE: &str = "mixer.json";
 
+/// What a config comes to with its teacher and its data.
+struct Fitted {
+    config: DistillConfig,
+    data: DataSource,
+    stage: Stage,
+}
+
+impl Fitted {
+    /// Looks at the data, and checks that everything fits; the teacher is not asked anything.
+    fn new(config: &DistillConfig, teacher: &Pipeline) -> Result<Self> {
+        let data = DataSource::find(&config.data, teacher)?;
+        data.ensure_batch_size(config.data.batch_size)?;
+        let output = teacher.network.prediction_type();
+        let objective = config.objective.clone().trained_to_predict(output);
+        let config = DistillConfig { objective, ..config.clone() };
+        let stage = Stage::new(&config, teacher.network.schedule(), 0)?;
+        ensure_fits(&config, &stage, teacher, &data)?;
+        stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
+        Ok(Self { config, data, stage })
+    }
+}
+
 /// A distillation whose parts fit each other, before its data are encoded.
 struct Prepared {
     config: DistillConfig,
@@ -96,15 +118,8 @@ impl Prepared {
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
-        let data = DataSource::find(&config.data, &teacher)?;
-        data.ensure_batch_size(config.data.batch_size)?;
+        let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
-        let output = teacher.network.prediction_type();
-        let objective = config.objective.clone().trained_to_predict(output);
-        let config = DistillConfig { objective, ..config.clone() };
-        let stage = Stage::new(&config, &schedule, 0)?;
-        ensure_fits(&config, &stage, &teacher, &data)?;
-        stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         let is_class_conditional = teacher.network.is_class_conditional();
         let Pipeline { network: teacher, card, frame, .. } = teacher;
         // A U-Net for latents takes other sizes than that it was made for.
@@ -200,13 +215,21 @@ impl DistillTask {
         Prepared::new(config)?.open(interrupt)
     }
 
-    /// Checks that such a task can be made, without encoding or writing anything.
+    /// Checks that such a task can be made, without encoding or writing anything: config, data and the teacher's settings
+    /// against each other, and names and shapes of the teacher's weights, whose values are not read.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new), but for damage to the values of the teacher's weights and for want of memory.
     pub fn check(config: &DistillConfig) -> Result<()> {
-        Prepared::new(config).map(drop)
+        config.ensure()?;
+        config.run.device()?;
+        let teacher = Pipeline::read_without_values(&config.teacher.path)?;
+        let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
+        let (requirements, network) = (stage.objective.requirements(), &teacher.network);
+        Cast::ensure(&config, requirements, network, data.image_shape())?;
+        scheduler(&config, network.schedule(), &stage, network)?;
+        Pipeline::ensure_weights(&config.teacher.path)
     }
 
     fn device(&self) -> Device {

@@ -290,6 +290,14 @@ pub enum Error {
         /// The file that every model folder has.
         missing: &'static str,
     },
+    /// Parts of a model are not what they should be; nothing was written.
+    #[error("the model of {} cannot be taken over:{}", path.display(), listed(problems))]
+    Parts {
+        /// The folder of its network.
+        path: PathBuf,
+        /// All that is wrong, part by part.
+        problems: Vec<String>,
+    },
     /// A schedule, grid, sampler or threshold refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),

@@ -32,6 +32,8 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Distill(args) => commands::train::distill(args),
         Command::Sample(args) => commands::sample::run(args),
         Command::Evaluate(args) => commands::evaluate::run(args),
+        Command::Export(args) => commands::export::run(args),
+        Command::Import(args) => commands::import::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Range(args) => commands::range::run(args),
         Command::Demo(args) => commands::demo::run(args),

@@ -4,6 +4,7 @@ mod adapter;
 mod card;
 mod frame;
 mod index;
+mod parts;
 mod scheduler;
 mod text_to_image;
 
@@ -11,12 +12,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, weights};
+use ddil_models::weights::{self, WeightFiles};
+use ddil_models::{Model, ModelConfig, Placement, UnknownKeys};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
 pub use self::frame::Frame;
 pub use self::index::PipelineClass;
+pub use self::parts::{PartSummary, Parts, WeightForm};
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImage};
 use crate::config::Precision;
@@ -36,6 +39,8 @@ pub struct Pipeline {
     pub thresholding: Thresholding,
     /// The timesteps that a student was trained at; none for a teacher.
     pub timesteps: Option<Vec<i64>>,
+    /// How it is sampled, as its folder has it.
+    pub scheduler: SchedulerConfig,
     /// What else is known of it.
     pub card: Card,
     /// The folder, and what stands in it around the network.
@@ -54,13 +59,51 @@ impl Pipeline {
     /// [`Error::NotAModel`] if the folder holds no model; what its files refuse: unknown keys, other blocks,
     /// missing, unexpected or misshapen weights.
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
+        Self::read_with(path, precision, |folder, _| {
+            Ok(Model::from_folder(folder, placement, UnknownKeys::Refuse)?)
+        })
+    }
+
+    /// As [`read`](Self::read), with a network whose weights are zeros that take no memory: for everything that is known of
+    /// a model beside them. The files of the weights need not be there.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read), save for weights.
+    pub fn read_without_values(path: &Path) -> Result<Self> {
+        let folder = Self::find(path)?;
+        let base = Self::base_of(&folder)?;
+        let scheduler = Self::read_scheduler(&folder)?;
+        let without_values = |_: &Path, config: &ModelConfig| Ok(config.without_values()?);
+        let (unet, frame) = Self::read_base(&base, without_values)?;
+        Self::assemble(&folder, scheduler, unet, frame, Precision::Float32)
+    }
+
+    /// Checks that a model's weights are there and are those of its network, by the headers of their files.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn ensure_weights(path: &Path) -> Result<()> {
+        let folder = Self::base_of(&Self::find(path)?)?.join(UNET);
+        let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
+        let network = config.without_values()?;
+        let file = WeightFiles::DIFFUSION.find(&folder)?;
+        Ok(weights::ensure_fits(&network.parameters().named(), file)?)
+    }
+
+    fn read_with(
+        path: &Path,
+        precision: Precision,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
+    ) -> Result<Self> {
         let folder = Self::find(path)?;
         if !folder.join(index::FILE_NAME).is_file() {
-            return Self::read_adapter(&folder, placement, precision);
+            return Self::read_adapter(&folder, network, precision);
         }
         let scheduler = Self::read_scheduler(&folder)?;
-        let (unet, frame) = Self::read_base(&folder, placement)?;
-        Self::assemble(&folder, &scheduler, unet, frame, precision)
+        let (unet, frame) = Self::read_base(&folder, network)?;
+        Self::assemble(&folder, scheduler, unet, frame, precision)
     }
 
     fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
@@ -72,7 +115,10 @@ impl Pipeline {
     }
 
     /// The network of a whole model, frozen, and what stands around it.
-    fn read_base(path: &Path, placement: Placement) -> Result<(Model, Frame)> {
+    fn read_base(
+        path: &Path,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
+    ) -> Result<(Model, Frame)> {
         let frame = Frame::read(path)?;
         let config_file = path.join(UNET).join("config.json");
         let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
@@ -83,7 +129,7 @@ impl Pipeline {
                 expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
             });
         }
-        let unet = Model::from_folder(path.join(UNET), placement, UnknownKeys::Refuse)?;
+        let unet = network(&path.join(UNET), &config)?;
         unet.parameters().set_trainable(false);
         Ok((unet, frame))
     }
@@ -91,7 +137,7 @@ impl Pipeline {
     /// Puts a network together with the scheduler and the card of a folder.
     fn assemble(
         path: &Path,
-        scheduler: &SchedulerConfig,
+        scheduler: SchedulerConfig,
         unet: Model,
         frame: Frame,
         precision: Precision,
@@ -100,18 +146,17 @@ impl Pipeline {
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
             card if card.is_file() => read_json(&card)?,
-            // A folder that diffusers wrote: classes, if any, without a null class.
-            _ => Card { image_shape: image_shape(&network.config()), ..Card::default() },
+            _ => foreign_card(&network.config()),
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
-        let sampler = match (scheduler, scheduler.boundary()) {
+        let sampler = match (&scheduler, scheduler.boundary()) {
             (SchedulerConfig::Lcm(lcm), Some(boundary)) => {
                 SamplerKind::Lcm { original_steps: lcm.original_inference_steps, boundary }
             }
             _ => SamplerKind::Ddim { eta: 0.0 },
         };
-        Ok(Self { network, sampler, thresholding, timesteps, card, frame })
+        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, frame })
     }
 
     /// The model folder at `path`: itself, or the export below it.
@@ -125,6 +170,26 @@ impl Pipeline {
     /// Whether a model can be read from `path`, by the look of it.
     pub fn is_at(path: &Path) -> bool {
         Self::find(path).is_ok()
+    }
+
+    /// The class of the pipeline at `path`; nothing but its index is read.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read), as far as the index goes.
+    pub fn class_at(path: &Path) -> Result<PipelineClass> {
+        Ok(Frame::read(&Self::base_of(&Self::find(path)?)?)?.class())
+    }
+
+    /// The scale of guidance that samples have unless somebody asks for another: that of the card, and for a teacher of
+    /// text to image the one that diffusers' pipeline of its class has.
+    pub fn default_guidance_scale(&self) -> f64 {
+        let is_teacher = self.card.method.is_empty() || self.card.method == "teacher";
+        match (self.frame.class(), self.sampler) {
+            (PipelineClass::StableDiffusion, SamplerKind::Ddim { .. }) if is_teacher => 7.5,
+            (PipelineClass::StableDiffusionXl, SamplerKind::Ddim { .. }) if is_teacher => 5.0,
+            _ => self.card.default_guidance_scale(),
+        }
     }
 
     /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) read.
@@ -156,6 +221,14 @@ impl Pipeline {
         // Last: a folder with an index is a whole one.
         Frame::write(folder, &network.config(), &scheduler.config, frame)
     }
+}
+
+/// What is known of a folder that another program wrote: classes, if any, without a null class.
+fn foreign_card(network: &ModelConfig) -> Card {
+    // Published networks that are told their guidance learned it in 3..=15 (Luo et al. 2023, arXiv:2310.04378) or 6..=16
+    // (diffusers' training script); the middle of this is the default of diffusers' pipeline.
+    let guidance_range = network.time_cond_proj_dim().map(|_| [1.0, 16.0]);
+    Card { image_shape: image_shape(network), guidance_range, ..Card::default() }
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.

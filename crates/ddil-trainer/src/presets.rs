@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 9] = [
+pub(crate) const PRESETS: [Preset; 14] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",
@@ -67,6 +67,36 @@ pub(crate) const PRESETS: [Preset; 9] = [
         verb: "compare",
         about: "that distillation with and without DDIL and thresholds, three seeds each",
         text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
+    },
+    Preset {
+        name: "sd15-pd-ddil",
+        verb: "distill",
+        about: "Stable Diffusion 1.5 to 4 steps, by progressive distillation with DDIL",
+        text: include_str!("../presets/sd15-pd-ddil.toml"),
+    },
+    Preset {
+        name: "sd15-lcm-ddil",
+        verb: "distill",
+        about: "the same to a latent consistency model with DDIL",
+        text: include_str!("../presets/sd15-lcm-ddil.toml"),
+    },
+    Preset {
+        name: "sd15-lcm-lora-ddil",
+        verb: "distill",
+        about: "the same as an adapter, an LCM-LoRA",
+        text: include_str!("../presets/sd15-lcm-lora-ddil.toml"),
+    },
+    Preset {
+        name: "ssd1b-dmd2-ddil",
+        verb: "distill",
+        about: "SSD-1B to 4 steps, by distribution matching (DMD2) with DDIL",
+        text: include_str!("../presets/ssd1b-dmd2-ddil.toml"),
+    },
+    Preset {
+        name: "sdxl-lcm-lora-ddil",
+        verb: "distill",
+        about: "SDXL to a latent consistency model, as an adapter with DDIL",
+        text: include_str!("../presets/sdxl-lcm-lora-ddil.toml"),
     },
 ];
 

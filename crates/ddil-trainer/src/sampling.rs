@@ -1,6 +1,8 @@
 //! Samples of a model, the same ones for the same seed.
 
-use ddil_core::{Conditioning, Consistent, Denoiser, RandomStreams, Stream, Thresholded, sample};
+use ddil_core::{
+    Conditioning, Consistent, Denoiser, RandomStreams, Stream, Thresholded, sample_each,
+};
 use ddil_schedulers::{Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -31,26 +33,35 @@ pub struct SamplePlan {
     pub seed: u64,
 }
 
-/// Steps of a model that does not say.
+/// Steps of a teacher, and of a few-step student, that do not say.
 const TEACHER_STEPS: u32 = 50;
+const STUDENT_STEPS: u32 = 4;
+
+/// Samples in one call of the network: small pictures, and latents.
+const BATCH_OF_PIXELS: u32 = 100;
+const BATCH_OF_LATENTS: u32 = 1;
 
 impl SamplePlan {
     /// How a model is sampled in its own way: a student at its own timesteps unless another number of steps is asked
-    /// for, a teacher in 50 steps.
+    /// for, a teacher in 50 steps, a consistency model that does not say in 4.
+    ///
+    /// Text-to-image models take their timesteps where their scheduler's file has them; others go from the noisiest.
     pub fn of(pipeline: &Pipeline, steps: Option<u32>) -> Self {
         let own = pipeline.timesteps.clone();
         let timesteps = own.filter(|own| steps.is_none_or(|steps| own.len() == steps as usize));
-        let steps = match &timesteps {
-            Some(own) => own.len() as u32,
-            None => steps.unwrap_or(TEACHER_STEPS),
+        let steps = match (&timesteps, pipeline.sampler) {
+            (Some(own), _) => own.len() as u32,
+            (None, SamplerKind::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
+            (None, SamplerKind::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
         };
+        let of_latents = pipeline.frame.class().is_text_to_image();
         Self {
             steps,
-            guidance_scale: pipeline.card.default_guidance_scale(),
+            guidance_scale: pipeline.default_guidance_scale(),
             sampler: pipeline.sampler,
             thresholding: pipeline.thresholding.clone(),
             timesteps,
-            batch_size: 100,
+            batch_size: if of_latents { BATCH_OF_LATENTS } else { BATCH_OF_PIXELS },
             seed: 0,
         }
     }
@@ -115,20 +126,20 @@ pub fn generate(
     let streams = RandomStreams::new(plan.seed, 0);
     let n = noise.size()[0];
     let mut samples = Vec::new();
-    for (i, start) in (0..n).step_by(plan.batch_size.max(1) as usize).enumerate() {
+    for start in (0..n).step_by(plan.batch_size.max(1) as usize) {
         let len = i64::from(plan.batch_size.max(1)).min(n - start);
         let rows = Tensor::arange_start(start, start + len, (Kind::Int64, noise.device()));
-        let mut generator = sampler
-            .needs_noise()
-            .then(|| streams.generator(1 + i as u64, Stream::Sample, noise.device()))
-            .transpose()?;
-        samples.push(sample(
+        // One a sample and on the CPU: what becomes of it depends neither on the batch nor on the device.
+        let drawing = if sampler.needs_noise() { start..start + len } else { 0..0 };
+        let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
+        let mut generators = drawing.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
+        samples.push(sample_each(
             &*asked,
             &*sampler,
             &timesteps,
             noise.narrow(0, start, len),
             &conditioning.index_select(&rows)?,
-            generator.as_mut(),
+            &mut generators,
         )?);
     }
     Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))

@@ -173,6 +173,16 @@ impl ClipTextConfig {
         write(self)
     }
 
+    /// Name and shape of every parameter of the encoder, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
+        Ok(encoder.parameters().shapes())
+    }
+
     /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
     /// `torch.nn` would.
     ///

@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::{save, write_error};
+use super::{save_as, write_error, written_kind};
 use crate::config;
 use crate::error::{Error, Result};
 
@@ -102,14 +102,22 @@ impl WeightFiles<'_> {
     ///
     /// # Errors
     ///
-    /// As [`save`], and as [`Self::find`] for a stem or variant.
+    /// As [`save`](super::save), and as [`Self::find`] for a stem or variant.
     pub fn save(&self, tensors: &[(String, Tensor)], folder: impl AsRef<Path>) -> Result<PathBuf> {
-        let folder = folder.as_ref();
+        self.save_whole(tensors, folder.as_ref(), None)
+    }
+
+    fn save_whole(
+        &self,
+        tensors: &[(String, Tensor)],
+        folder: &Path,
+        kind: Option<Kind>,
+    ) -> Result<PathBuf> {
         self.ensure_names()?;
         fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
         let name = self.whole_name();
         let path = folder.join(&name);
-        save(tensors, &path, &BTreeMap::new())?;
+        save_as(tensors, &path, &BTreeMap::new(), kind)?;
         self.remove(folder, |part, other| part != Part::Whole && other != name)?;
         Ok(path)
     }
@@ -130,11 +138,27 @@ impl WeightFiles<'_> {
         folder: impl AsRef<Path>,
         max_shard_bytes: u64,
     ) -> Result<PathBuf> {
-        let shards = split(tensors, max_shard_bytes);
-        if shards.len() < 2 {
-            return self.save(tensors, folder);
-        }
+        self.save_sharded_as(tensors, folder, max_shard_bytes, None)
+    }
+
+    /// As [`Self::save_sharded`], with floating-point values cast to `kind` where one is given; no more than one tensor is
+    /// cast at a time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::save`].
+    pub fn save_sharded_as(
+        &self,
+        tensors: &[(String, Tensor)],
+        folder: impl AsRef<Path>,
+        max_shard_bytes: u64,
+        kind: Option<Kind>,
+    ) -> Result<PathBuf> {
         let folder = folder.as_ref();
+        let shards = split(tensors, max_shard_bytes, kind);
+        if shards.len() < 2 {
+            return self.save_whole(tensors, folder, kind);
+        }
         self.ensure_names()?;
         fs::create_dir_all(folder).map_err(|e| write_error(folder, e))?;
         self.remove(folder, |part, _| part == Part::Index)?;
@@ -142,11 +166,11 @@ impl WeightFiles<'_> {
         let mut written = Vec::new();
         for (i, shard) in shards.iter().enumerate() {
             let name = self.shard_name(i + 1, shards.len());
-            save(shard, folder.join(&name), &BTreeMap::new())?;
+            save_as(shard, folder.join(&name), &BTreeMap::new(), kind)?;
             weight_map.extend(shard.iter().map(|(t, _)| (t.clone(), Value::from(name.clone()))));
             written.push(name);
         }
-        let total_size: u64 = tensors.iter().map(|(_, tensor)| num_bytes(tensor)).sum();
+        let total_size: u64 = tensors.iter().map(|(_, tensor)| num_bytes(tensor, kind)).sum();
         let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
         let name = self.index_names()[0].clone();
         config::write(&folder.join(&name), &format!("{index:#}\n"))?;
@@ -261,16 +285,20 @@ fn strip_number(word: &str) -> Option<&str> {
     (counts(number) && counts(total)).then_some(rest)
 }
 
-fn num_bytes(tensor: &Tensor) -> u64 {
-    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
+fn num_bytes(tensor: &Tensor, kind: Option<Kind>) -> u64 {
+    (tensor.numel() * written_kind(tensor, kind).elt_size_in_bytes()) as u64
 }
 
 /// In the order given, a new shard where the next tensor would not fit.
-fn split(tensors: &[(String, Tensor)], max_shard_bytes: u64) -> Vec<Vec<(String, Tensor)>> {
+fn split(
+    tensors: &[(String, Tensor)],
+    max_shard_bytes: u64,
+    kind: Option<Kind>,
+) -> Vec<Vec<(String, Tensor)>> {
     let mut shards: Vec<Vec<(String, Tensor)>> = Vec::new();
     let mut room = 0;
     for (name, tensor) in tensors {
-        let bytes = num_bytes(tensor);
+        let bytes = num_bytes(tensor, kind);
         if shards.is_empty() || bytes > room {
             shards.push(Vec::new());
             room = max_shard_bytes;

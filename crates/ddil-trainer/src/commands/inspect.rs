@@ -8,7 +8,7 @@ use ddil_core::Denoiser;
 use ddil_models::Placement;
 use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::pipeline::{Parts, Pipeline};
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
@@ -71,6 +71,9 @@ fn checkpoint(path: &Path) -> anyhow::Result<Value> {
 }
 
 fn model(path: &Path) -> anyhow::Result<Value> {
+    if Pipeline::class_at(path)?.is_text_to_image() {
+        return text_to_image(path);
+    }
     let pipeline = Pipeline::read(path, Placement::default(), Precision::Float32)?;
     let parameters = pipeline.network.parameters();
     Ok(json!({
@@ -82,6 +85,42 @@ fn model(path: &Path) -> anyhow::Result<Value> {
         "schedule": pipeline.network.schedule().config(),
         "thresholding": pipeline.thresholding,
         "timesteps": pipeline.timesteps,
+    }))
+}
+
+/// By settings and headers alone: the weights may be larger than the memory.
+fn text_to_image(path: &Path) -> anyhow::Result<Value> {
+    let parts = Parts::of_pipeline(path, None)?;
+    let (scheduler, solver) = parts.scheduler()?;
+    let network = parts.network()?;
+    let pipeline = Pipeline::read_without_values(path)?;
+    let summaries = parts.summaries()?;
+    let parameters: u64 = summaries.iter().filter_map(|part| part.parameters).sum();
+    let [channels, _] = network.channels().unwrap_or_default();
+    let latent_shape = network.sample_size().map(|[height, width]| [channels, height, width]);
+    let named =
+        summaries.into_iter().map(|part| Ok((part.name.clone(), serde_json::to_value(part)?)));
+    let guidance = match pipeline.card.guidance_range {
+        Some([min, max]) => format!("told to the network, {min} to {max}"),
+        None => {
+            format!("by the sampler, {} unless asked otherwise", pipeline.default_guidance_scale())
+        }
+    };
+    Ok(json!({
+        "kind": "model",
+        "folder": pipeline.frame.path().display().to_string(),
+        "class": parts.class().as_str(),
+        "card": pipeline.card,
+        "parts": Value::Object(named.collect::<serde_json::Result<_>>()?),
+        "parameters": parameters,
+        "prediction_type": scheduler.prediction_type(),
+        "schedule": pipeline.network.schedule().config(),
+        "sampler": pipeline.sampler,
+        "replaces_scheduler": solver,
+        "thresholding": pipeline.thresholding,
+        "timesteps": pipeline.timesteps,
+        "latent_shape": latent_shape,
+        "guidance": guidance,
     }))
 }
 

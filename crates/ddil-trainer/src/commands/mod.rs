@@ -4,6 +4,8 @@ pub(crate) mod compare;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
+pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod range;
@@ -15,6 +17,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use ddil_models::Placement;
+use ddil_schedulers::ConsistencyBoundary;
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::sampler::SamplerKind;
@@ -22,6 +25,9 @@ use ddil_trainer::sampling::SamplePlan;
 use tch::Kind;
 
 use crate::cli::SamplingArgs;
+
+/// The number of even timesteps that published latent consistency models choose theirs from, as diffusers has it.
+const LCM_ORIGINAL_STEPS: u32 = 50;
 
 /// Prints to the standard output; a reader that has seen enough, such as `head`, is no error.
 fn say(text: &str) -> anyhow::Result<()> {
@@ -49,8 +55,17 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         other => bail!("--precision is `{other}`; expected `float32` or `bfloat16`"),
     };
     let placement = Placement { device, kind: Kind::Float, channels_last: true };
-    let pipeline = Pipeline::read(path, placement, precision)
+    let mut pipeline = Pipeline::read(path, placement, precision)
         .with_context(|| format!("no model could be read from {}", path.display()))?;
+    pipeline.sampler = match args.sampler.as_deref() {
+        None => pipeline.sampler,
+        Some("ddim") => SamplerKind::Ddim { eta: 0.0 },
+        Some("lcm") => SamplerKind::Lcm {
+            original_steps: LCM_ORIGINAL_STEPS,
+            boundary: ConsistencyBoundary::default(),
+        },
+        Some(other) => bail!("--sampler is `{other}`; expected `ddim` or `lcm`"),
+    };
     let mut plan = SamplePlan::of(&pipeline, args.steps);
     if let Some(eta) = args.eta {
         ensure!(
@@ -60,6 +75,8 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         plan.sampler = SamplerKind::Ddim { eta };
     }
     plan.guidance_scale = args.guidance_scale.unwrap_or(plan.guidance_scale);
-    (plan.batch_size, plan.seed) = (args.batch_size, args.seed);
+    plan.batch_size = args.batch_size.unwrap_or(plan.batch_size);
+    ensure!(plan.batch_size > 0, "--batch-size is 0; expected at least 1");
+    plan.seed = args.seed;
     Ok((pipeline, plan))
 }

@@ -9,6 +9,7 @@ use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::distill::DistillTask;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
+use ddil_trainer::memory::MemoryPlan;
 use ddil_trainer::run_folder::RunFolder;
 use ddil_trainer::session::{Outcome, Session, SessionConfig, Task};
 use ddil_trainer::settings::{Settings, to_toml};
@@ -16,7 +17,7 @@ use ddil_trainer::train::TrainTask;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::set_threads;
+use super::{say, set_threads};
 use crate::cli::RunArgs;
 
 /// A config file of one of the two verbs.
@@ -29,6 +30,10 @@ trait Job: Serialize + DeserializeOwned {
     fn task(&self, interrupt: &Interrupt) -> Result<Self::Task>;
     /// Checks that there can be such a task, and writes nothing.
     fn check(&self) -> Result<()>;
+    /// What it will need, from settings alone; nothing for a verb that has no such plan.
+    fn plan(&self) -> Result<Option<MemoryPlan>>;
+    /// What [`check`](Self::check) looks at.
+    fn checked(&self) -> &'static str;
     fn num_updates(&self) -> u64;
 }
 
@@ -50,6 +55,14 @@ impl Job for TrainConfig {
 
     fn check(&self) -> Result<()> {
         TrainTask::new(self).map(drop)
+    }
+
+    fn plan(&self) -> Result<Option<MemoryPlan>> {
+        Ok(None)
+    }
+
+    fn checked(&self) -> &'static str {
+        "every setting and the data"
     }
 
     fn num_updates(&self) -> u64 {
@@ -77,6 +90,14 @@ impl Job for DistillConfig {
         DistillTask::check(self)
     }
 
+    fn plan(&self) -> Result<Option<MemoryPlan>> {
+        MemoryPlan::of(self).map(Some)
+    }
+
+    fn checked(&self) -> &'static str {
+        "every setting, the data, the teacher's settings, names and shapes of its weights; their values were not read"
+    }
+
     fn num_updates(&self) -> u64 {
         self.total_updates()
     }
@@ -96,10 +117,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let config: J = read_config(args)?;
     set_threads(config.run_section().threads)?;
     if args.dry_run {
-        config.check()?;
-        print!("{}", to_toml(&config)?);
-        println!("\n# {} updates; nothing was written", config.num_updates());
-        return Ok(ExitCode::SUCCESS);
+        return dry_run(&config);
     }
     let mut session = match &args.resume {
         Some(path) => resume(&config, path, &logging, &interrupt)?,
@@ -116,6 +134,24 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
         )
     });
     report::<J>(&outcome?, session.folder().path());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what a run would be and need, then checks it: the plan is there also where something is missing.
+fn dry_run<J: Job>(config: &J) -> anyhow::Result<ExitCode> {
+    say(&to_toml(config)?)?;
+    match config.plan() {
+        Ok(Some(plan)) => say(&format!("\n# {}\n", plan.to_string().replace('\n', "\n# ")))?,
+        Ok(None) => {}
+        // Where the plan fails the check says best why.
+        Err(error) => {
+            config.check()?;
+            return Err(error.into());
+        }
+    }
+    config.check()?;
+    say(&format!("\n# checked: {}\n", config.checked()))?;
+    say(&format!("# {} updates; nothing was written\n", config.num_updates()))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -64,6 +64,29 @@ impl Cast {
         Self::of(config, requirements, teacher, student, image_shape)
     }
 
+    /// Checks that there can be such networks, without memory for their weights.
+    pub(super) fn ensure(
+        config: &DistillConfig,
+        requirements: Requirements,
+        teacher: &Network,
+        image_shape: [i64; 3],
+    ) -> Result<()> {
+        match &config.student.lora {
+            Some(lora) => {
+                let whole = lora.on(teacher.parameters());
+                let thin = ddil_models::LoraConfig { rank: 1, ..whole };
+                let network = teacher.config().without_values()?;
+                let attached = ddil_models::Lora::attach(network.parameters(), &thin, 0);
+                attached.map_err(in_student_lora)?;
+            }
+            None => drop(student_model(config, teacher)?.without_values()?),
+        }
+        if requirements.critic {
+            critic_model(requirements, teacher)?.without_values()?;
+        }
+        head(requirements, teacher, image_shape, config.run.seed).map(drop)
+    }
+
     /// The networks of a later stage, whose teacher is the student that the one before it ended with.
     pub(super) fn next(
         &self,
@@ -154,18 +177,11 @@ impl CriticNetworks {
         seed: u64,
     ) -> Result<Self> {
         let fake_score = if requirements.critic_sees_source {
-            let told = teacher.config().with_time_cond_proj_dim(SOURCE_WIDTH)?;
-            teacher.derive(&told, seed)?.0
+            teacher.derive(&critic_model(requirements, teacher)?, seed)?.0
         } else {
             teacher.duplicate(true)?
         };
-        let [_, height, width] = image_shape;
-        let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
-        let unet = teacher.config().with_sample_size(sides)?;
-        let head = requirements
-            .discriminator
-            .then(|| DiscriminatorHeadConfig::for_model(&unet)?.build(teacher.placement(), seed));
-        Ok(Self { fake_score, head: head.transpose()? })
+        Ok(Self { fake_score, head: head(requirements, teacher, image_shape, seed)? })
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
@@ -198,25 +214,62 @@ impl Discriminator for Judge<'_> {
 /// The teacher, and an adapter on it that learns.
 fn with_adapter(lora: &LoraSection, teacher: Network, seed: u64) -> Result<(Network, Network)> {
     let config = lora.on(teacher.parameters());
-    let (teacher, student) = teacher.with_adapter(&config, seed).map_err(|error| match error {
-        Error::Models(ddil_models::Error::InvalidConfig { problems, .. }) => {
-            let what = "student.lora".to_owned();
-            Error::Models(ddil_models::Error::InvalidConfig { what, problems })
-        }
-        error => error,
-    })?;
+    let (teacher, student) = teacher.with_adapter(&config, seed).map_err(in_student_lora)?;
     let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
     tracing::info!("the student is an adapter of {own} numbers on the teacher's {all}");
     Ok((teacher, student))
 }
 
+/// Names the table of the config in what the settings of adapters are refused for.
+fn in_student_lora(error: impl Into<Error>) -> Error {
+    match error.into() {
+        Error::Models(ddil_models::Error::InvalidConfig { problems, .. }) => {
+            let what = "student.lora".to_owned();
+            Error::Models(ddil_models::Error::InvalidConfig { what, problems })
+        }
+        error => error,
+    }
+}
+
+/// The form of the critic's network.
+fn critic_model(requirements: Requirements, teacher: &Network) -> Result<ModelConfig> {
+    let model = teacher.config();
+    if requirements.critic_sees_source {
+        return Ok(model.with_time_cond_proj_dim(SOURCE_WIDTH)?);
+    }
+    Ok(model)
+}
+
+/// A fresh head on the critic's features, where one is needed.
+fn head(
+    requirements: Requirements,
+    teacher: &Network,
+    image_shape: [i64; 3],
+    seed: u64,
+) -> Result<Option<DiscriminatorHead>> {
+    if !requirements.discriminator {
+        return Ok(None);
+    }
+    let [_, height, width] = image_shape;
+    let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
+    let unet = teacher.config().with_sample_size(sides)?;
+    let head = DiscriminatorHeadConfig::for_model(&unet)?.build(teacher.placement(), seed)?;
+    Ok(Some(head))
+}
+
+/// The form of the student's network.
+fn student_model(config: &DistillConfig, teacher: &Network) -> Result<ModelConfig> {
+    let own = config.student.model.clone().map(ModelConfig::UNet2D);
+    let model = own.unwrap_or_else(|| teacher.config());
+    if config.teacher.guidance.is_told_to_student() {
+        return Ok(model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?);
+    }
+    Ok(model)
+}
+
 /// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.
 fn student(config: &DistillConfig, teacher: &Network) -> Result<Network> {
-    let own = config.student.model.clone().map(ModelConfig::UNet2D);
-    let mut model = own.unwrap_or_else(|| teacher.config());
-    if config.teacher.guidance.is_told_to_student() {
-        model = model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?;
-    }
+    let model = student_model(config, teacher)?;
     if model == teacher.config() {
         return teacher.duplicate(true);
     }

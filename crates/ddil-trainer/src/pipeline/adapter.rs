@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use ddil_models::{Lora, LoraFormat, Placement};
+use ddil_models::{Lora, LoraFormat, Model, ModelConfig};
 
 use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
 use crate::config::Precision;
@@ -63,9 +63,21 @@ impl Pipeline {
     /// Reads the base of an adapter and adds the adapter to its weights.
     pub(super) fn read_adapter(
         folder: &Path,
-        placement: Placement,
+        network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
         precision: Precision,
     ) -> Result<Self> {
+        let base = Self::base_of(folder)?;
+        let scheduler = Self::read_scheduler(folder)?;
+        let (unet, frame) = Self::read_base(&base, network)?;
+        Lora::from_file(unet.parameters(), folder.join(WEIGHTS))?.fuse()?;
+        Self::assemble(folder, scheduler, unet, frame, precision)
+    }
+
+    /// The folder of the whole model: itself, or that which its adapter stands on.
+    pub(super) fn base_of(folder: &Path) -> Result<PathBuf> {
+        if folder.join(index::FILE_NAME).is_file() {
+            return Ok(folder.to_owned());
+        }
         let path = folder.join(card::FILE_NAME);
         let card: Card = read_json(&path)?;
         let Some(AdapterCard { base, .. }) = card.adapter else {
@@ -84,10 +96,7 @@ impl Pipeline {
                     .to_owned(),
             });
         }
-        let scheduler = Self::read_scheduler(folder)?;
-        let (unet, frame) = Self::read_base(&base, placement)?;
-        Lora::from_file(unet.parameters(), folder.join(WEIGHTS))?.fuse()?;
-        Self::assemble(folder, &scheduler, unet, frame, precision)
+        Ok(base)
     }
 }
 

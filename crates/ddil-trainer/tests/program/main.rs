@@ -11,4 +11,5 @@ mod resume;
 mod support;
 mod text_teacher;
 mod text_to_image;
+mod text_verbs;
 mod verbs;

@@ -1,0 +1,171 @@
+//! `ddil export`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail, ensure};
+use ddil_models::{
+    Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, UNet2DConditionConfig, UnknownKeys,
+};
+use ddil_trainer::checkpoint::find_latest;
+use ddil_trainer::pipeline::{PartSummary, Parts, Pipeline, WeightForm};
+use tch::Kind;
+
+use super::say;
+use crate::cli::ExportArgs;
+
+pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
+    if args.source.is_file() {
+        return adapters(args);
+    }
+    ensure!(
+        args.lora.is_none(),
+        "--lora is for a file of adapters, and {} is none",
+        args.source.display()
+    );
+    ensure!(
+        args.base.is_none(),
+        "--base is for a file of adapters, and {} is none",
+        args.source.display()
+    );
+    say_what_is_exported(&args.source)?;
+    let form = WeightForm {
+        kind: args.dtype.as_deref().map(parse_kind).transpose()?,
+        variant: args.variant.clone(),
+        max_shard_bytes: parse_bytes(&args.max_shard_size)?,
+    };
+    let parts = Parts::of_pipeline(&args.source, None)
+        .with_context(|| format!("{} cannot be exported", args.source.display()))?;
+    match args.format.as_str() {
+        "diffusers" => {
+            let written = parts.write(&args.output, &form, args.force)?;
+            say(&format!("{}{}\n", table(&written), args.output.display()))?;
+        }
+        "single-file-unet" => {
+            ensure!(
+                form.variant.is_none(),
+                "--variant is for a folder; the file's name is yours to choose"
+            );
+            ensure_free(&args.output, args.force)?;
+            parts.write_network(&args.output, form.kind)?;
+            say(&format!("the network in one file: {}\n", args.output.display()))?;
+        }
+        other => bail!("--format is `{other}`; expected `diffusers` or `single-file-unet`"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Names the step of a run's model, and refuses a run that has none yet.
+fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
+    if !source.join("status.json").is_file() {
+        return Ok(());
+    }
+    let latest = find_latest(&source.join("checkpoints"))?.checkpoint;
+    let Some(latest) = latest else {
+        bail!("{} has no checkpoint yet, and thus no model to export", source.display());
+    };
+    ensure!(
+        Pipeline::is_at(source),
+        "{} has a checkpoint, but its model was not written; `ddil distill --resume` writes it",
+        source.display()
+    );
+    eprintln!("the moving average of step {}", latest.step());
+    Ok(())
+}
+
+/// Adapters under the names of another format.
+fn adapters(args: &ExportArgs) -> anyhow::Result<ExitCode> {
+    let source = args.source.display();
+    let format = match args.lora.as_deref() {
+        Some("diffusers") => LoraFormat::Diffusers,
+        Some("kohya") => LoraFormat::Kohya,
+        Some(other) => bail!("--lora is `{other}`; expected `diffusers` or `kohya`"),
+        None => bail!(
+            "{source} is a file; --lora diffusers|kohya writes its adapters under other names"
+        ),
+    };
+    for (flag, given) in [("--dtype", args.dtype.is_some()), ("--variant", args.variant.is_some())]
+    {
+        ensure!(!given, "{flag} is for models; adapters are written as they are");
+    }
+    ensure_free(&args.output, args.force)?;
+    let lora = read_adapters(&args.source, args.base.as_deref())?;
+    lora.save(&args.output, format)?;
+    if !lora.ignored().is_empty() {
+        eprintln!(
+            "warning: {} tensors are for text encoders and were left out",
+            lora.ignored().len()
+        );
+    }
+    say(&format!("{} adapters: {}\n", lora.layers().len(), args.output.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The adapters of a file on a network without values: the one that is named, or the first known one that they fit.
+fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<Lora> {
+    if let Some(base) = base {
+        let places = ["config.json", "unet/config.json", "export/unet/config.json"];
+        let found = places.iter().map(|place| base.join(place)).find(|place| place.is_file());
+        let Some(config) = found else { bail!("--base: {} holds no model", base.display()) };
+        let network = ModelConfig::from_file(config, UnknownKeys::Refuse)?.without_values()?;
+        return Ok(Lora::from_file(network.parameters(), path)?);
+    }
+    let known = [
+        UNet2DConditionConfig::sd15(),
+        UNet2DConditionConfig::sd21(),
+        UNet2DConditionConfig::sdxl(),
+        UNet2DConditionConfig::ssd_1b(),
+    ];
+    for config in known {
+        let network = Model::UNet2DCondition(config.without_values()?);
+        match Lora::from_file(network.parameters(), path) {
+            Err(ModelsError::WeightsMismatch { .. }) => {}
+            read => return Ok(read?),
+        }
+    }
+    bail!(
+        "the adapters of {} fit none of Stable Diffusion 1.5, 2.1, XL and SSD-1B; name their model with --base",
+        path.display()
+    )
+}
+
+fn ensure_free(path: &Path, force: bool) -> anyhow::Result<()> {
+    ensure!(force || !path.exists(), "{} exists; --force replaces it", path.display());
+    ensure!(!path.is_dir(), "{} is a folder; expected the name of a file", path.display());
+    Ok(())
+}
+
+/// `float32`, `float16` or `bfloat16`.
+pub(super) fn parse_kind(name: &str) -> anyhow::Result<Kind> {
+    Ok(match name {
+        "float32" => Kind::Float,
+        "float16" => Kind::Half,
+        "bfloat16" => Kind::BFloat16,
+        other => bail!("--dtype is `{other}`; expected `float32`, `float16` or `bfloat16`"),
+    })
+}
+
+/// A number of bytes with a unit of diffusers, as in `5GB`.
+pub(super) fn parse_bytes(text: &str) -> anyhow::Result<u64> {
+    let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000), ("", 1)];
+    let bytes = units.iter().find_map(|(unit, factor)| {
+        let number = text.strip_suffix(unit)?.trim().parse::<u64>().ok()?;
+        number.checked_mul(*factor)
+    });
+    match bytes {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => bail!("--max-shard-size is `{text}`; expected a number such as 500MB or 5GB"),
+    }
+}
+
+/// One line a part.
+pub(super) fn table(parts: &[PartSummary]) -> String {
+    let lines = parts.iter().map(|part| {
+        let count = part.parameters.map_or(String::new(), |n| format!("{n} values"));
+        let kinds = part.kinds.join(", ");
+        let variant = part.variant.as_ref().map_or(String::new(), |v| format!(", variant {v}"));
+        let line = format!("  {:<18} {:<30} {count} {kinds}{variant}", part.name, part.class);
+        line.trim_end().to_owned() + "\n"
+    });
+    lines.collect()
+}

@@ -1,0 +1,65 @@
+//! `ddil import`.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+use ddil_trainer::pipeline::{Parts, Pipeline, WeightForm};
+
+use super::export::{parse_bytes, parse_kind, table};
+use super::say;
+use crate::cli::ImportArgs;
+
+/// Files of whole pipelines in one, which other programs write.
+const SINGLE_FILES: [&str; 5] = ["safetensors", "ckpt", "bin", "pt", "pth"];
+
+pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
+    let form = WeightForm {
+        kind: Some(parse_kind(&args.dtype)?),
+        variant: None,
+        max_shard_bytes: parse_bytes(&args.max_shard_size)?,
+    };
+    let parts = open(args)?;
+    let written = parts.write(&args.output, &form, args.force)?;
+    if parts.has_usual_scheduler() {
+        eprintln!(
+            "warning: the network came without a scheduler and was given that of Stable Diffusion, which predicts \
+             noise; --scheduler-from names another"
+        );
+    }
+    say(&format!(
+        "{}, every tensor checked, written as {}\n{}{}\n",
+        parts.class().as_str(),
+        args.dtype,
+        table(&written),
+        args.output.display()
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open(args: &ImportArgs) -> anyhow::Result<Parts> {
+    let (source, variant) = (&args.source, args.variant.as_deref());
+    let shown = source.display();
+    let extension = source.extension().and_then(|end| end.to_str()).unwrap_or_default();
+    if source.is_file() && SINGLE_FILES.contains(&extension) {
+        bail!(
+            "{shown} is one file, and its names are not those of diffusers; convert it once with diffusers, \
+             `StableDiffusionPipeline.from_single_file(file).save_pretrained(folder, safe_serialization=True)`, and import \
+             that folder"
+        );
+    }
+    if Pipeline::is_at(source) {
+        for (flag, given) in
+            [("--scheduler-from", &args.scheduler_from), ("--parts-from", &args.parts_from)]
+        {
+            if given.is_some() {
+                bail!("{flag} is for a network alone; {shown} is a whole pipeline");
+            }
+        }
+        return Ok(Parts::of_pipeline(source, variant)?);
+    }
+    if Parts::is_network_at(source) {
+        let (others, scheduler) = (args.parts_from.as_deref(), args.scheduler_from.as_deref());
+        return Ok(Parts::of_network(source, others, scheduler, variant)?);
+    }
+    bail!("{shown} is neither a pipeline (model_index.json) nor a network (config.json)")
+}

@@ -1,0 +1,219 @@
+//! What a pass of a U-Net keeps in memory, by the shapes of its weights.
+
+/// Where and in what a U-Net is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassShape {
+    /// Samples in one call.
+    pub batch: u64,
+    /// Height and width of a sample.
+    pub size: [u64; 2],
+    /// Tokens of a text, for networks that are told one.
+    pub tokens: u64,
+    /// Bytes of a value that convolutions, products and attention compute: 2 under autocast to half precision.
+    pub computed_bytes: u64,
+    /// Bytes of a value that norms and the activations behind them compute: 4 on CUDA, where autocast keeps them in single
+    /// precision, and as the others on the CPU.
+    pub normed_bytes: u64,
+}
+
+/// Bytes of a pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activations {
+    /// Kept for the backward pass: the way down and the bottom level, whose output a discriminator looks at.
+    pub kept_down: u64,
+    /// Kept for the backward pass: the way up.
+    pub kept_up: u64,
+    /// What the way down leaves for the way up, kept also without gradients.
+    pub skips: u64,
+    /// What the largest layer works with, in and out.
+    pub largest: u64,
+}
+
+impl Activations {
+    /// Of a U-Net with weights of these names and shapes, of either class.
+    ///
+    /// libtorch keeps what the backward pass of each operation reads. In values a pixel, with c channels in and d out:
+    ///
+    /// | layer | with gradients | while it is at work |
+    /// | --- | --- | --- |
+    /// | residual block | `3 c + 3 d`: input, norm and activation before each of two convolutions | `max(3 c + d, c + 3 d)` |
+    /// | transformer's way in and out | `2 c + c` | |
+    /// | attention of pixels to pixels | `6 c`: input, norm, query, key, value, answer | `6 c` |
+    /// | attention to a text | `4 c`, and `2 c` a token | `5 c` |
+    /// | feed-forward | `18 c`: input, norm, `8 c` in, `4 c` gated half, `4 c` product | `19 c` |
+    /// | halving, doubling | `c` before the convolution | `2 c` |
+    /// | last norm and convolution | `3 c` | `3 c` |
+    ///
+    /// Scores of attention are never whole in memory (flash attention,
+    /// [Dao et al. 2022](https://arxiv.org/abs/2205.14135)). Not counted are the scratch memory of convolutions and what
+    /// the allocator keeps beyond what is used.
+    pub fn of(shapes: &[(String, Vec<i64>)], pass: PassShape) -> Self {
+        let levels = 1 + shapes.iter().filter_map(|(name, _)| down_level(name)).max().unwrap_or(0);
+        let mut all = Self::default();
+        for (name, shape) in shapes {
+            let level = level_of(name, levels);
+            if let Some(layer) = Layer::of(name, shape) {
+                all.add(layer, name, pass, pass.pixels(level));
+            }
+            all.skips += skipped(name, shape, pass, level);
+        }
+        all
+    }
+
+    /// Kept for the backward pass, and what that works with.
+    pub fn training(&self) -> u64 {
+        self.kept_down + self.kept_up + self.largest
+    }
+
+    /// At most at once, without gradients.
+    pub fn inference(&self) -> u64 {
+        self.skips + self.largest
+    }
+
+    fn add(&mut self, layer: Layer, name: &str, pass: PassShape, pixels: u64) {
+        let Layer { normed, computed, at_work, per_token, scale } = layer;
+        let bytes = normed * pass.normed_bytes + computed * pass.computed_bytes;
+        let tokens = pass.batch * pass.tokens * per_token * pass.computed_bytes;
+        let kept = pixels * scale * bytes + tokens;
+        if name.starts_with("up_blocks") || name.starts_with("conv_out") {
+            self.kept_up += kept;
+        } else {
+            self.kept_down += kept;
+        }
+        self.largest = self.largest.max(pixels * scale * at_work * pass.computed_bytes);
+    }
+}
+
+impl PassShape {
+    /// Pixels of a batch at a level, sides rounded up where they are halved.
+    fn pixels(&self, level: u32) -> u64 {
+        let side = |side: u64| (0..level).fold(side, |side, _| side.div_ceil(2));
+        self.batch * side(self.size[0]) * side(self.size[1])
+    }
+}
+
+/// What the backward pass of a layer reads, in values a pixel.
+struct Layer {
+    normed: u64,
+    computed: u64,
+    /// In values a pixel, while it runs.
+    at_work: u64,
+    /// Values a token of the text.
+    per_token: u64,
+    /// 4 for a layer that works at twice the height and width.
+    scale: u64,
+}
+
+impl Layer {
+    /// The layer that a weight stands for; none for weights that are counted with another.
+    fn of(name: &str, shape: &[i64]) -> Option<Self> {
+        let [out, inputs] = [*shape.first()? as u64, shape.get(1).copied().unwrap_or(0) as u64];
+        let layer = |normed, computed, at_work| {
+            Some(Self { normed, computed, at_work, per_token: 0, scale: 1 })
+        };
+        let is = |end: &str| name.ends_with(end);
+        let in_transformer = name.contains("transformer_blocks");
+        if is("resnets.0.conv1.weight") || (name.contains("resnets.") && is(".conv1.weight")) {
+            return layer(2 * inputs, inputs, (3 * inputs + out).max(inputs + 3 * out));
+        }
+        if name.contains("resnets.") && is(".conv2.weight") {
+            return layer(2 * out, out, 0);
+        }
+        if is(".proj_in.weight") {
+            return layer(out, out, 0);
+        }
+        if is(".proj_out.weight") {
+            return layer(0, out, 0);
+        }
+        if is("attn2.to_q.weight") {
+            return Some(Self { per_token: 2 * out, ..layer(out, 3 * out, 5 * out)? });
+        }
+        if is("attn1.to_q.weight") || (!in_transformer && is("to_q.weight")) {
+            return layer(out, 5 * out, 6 * out);
+        }
+        if is("ff.net.0.proj.weight") {
+            return layer(inputs, 17 * inputs, 19 * inputs);
+        }
+        if is("downsamplers.0.conv.weight") {
+            return layer(0, out, 2 * out);
+        }
+        if is("upsamplers.0.conv.weight") {
+            return Some(Self { scale: 4, ..layer(0, out, 2 * out)? });
+        }
+        match name {
+            "conv_in.weight" => layer(0, inputs, out),
+            "conv_out.weight" => layer(2 * inputs, inputs, 3 * inputs),
+            _ => None,
+        }
+    }
+}
+
+/// Bytes that the way down leaves for the way up behind a weight's layer.
+fn skipped(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
+    let channels = shape.first().copied().unwrap_or(0) as u64;
+    let is_down = name.starts_with("down_blocks");
+    let pixels = match name {
+        "conv_in.weight" => pass.pixels(0),
+        _ if is_down && name.ends_with(".conv2.weight") => pass.pixels(level),
+        _ if is_down && name.ends_with("downsamplers.0.conv.weight") => pass.pixels(level + 1),
+        _ => 0,
+    };
+    pixels * channels * pass.computed_bytes
+}
+
+fn down_level(name: &str) -> Option<u32> {
+    name.strip_prefix("down_blocks.")?.split('.').next()?.parse().ok()
+}
+
+/// How often the sides of a map were halved where a weight is at work.
+fn level_of(name: &str, levels: u32) -> u32 {
+    let up = |name: &str| name.strip_prefix("up_blocks.")?.split('.').next()?.parse::<u32>().ok();
+    match (down_level(name), up(name)) {
+        (Some(level), _) => level,
+        (_, Some(i)) => (levels - 1).saturating_sub(i),
+        _ if name.starts_with("mid_block") => levels - 1,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASS: PassShape =
+        PassShape { batch: 2, size: [8, 6], tokens: 7, computed_bytes: 4, normed_bytes: 4 };
+
+    fn shapes(weights: &[(&str, &[i64])]) -> Vec<(String, Vec<i64>)> {
+        weights.iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec())).collect()
+    }
+
+    /// Counted by hand, layer by layer.
+    #[test]
+    fn a_small_network_adds_up() {
+        let network = shapes(&[
+            ("conv_in.weight", &[16, 4, 3, 3]),
+            ("down_blocks.0.resnets.0.conv1.weight", &[16, 16, 3, 3]),
+            ("down_blocks.0.resnets.0.conv2.weight", &[16, 16, 3, 3]),
+            ("down_blocks.0.downsamplers.0.conv.weight", &[16, 16, 3, 3]),
+            ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.weight", &[16, 16]),
+            ("mid_block.attentions.0.to_q.weight", &[16, 16]),
+            ("up_blocks.1.resnets.0.conv1.weight", &[16, 32, 3, 3]),
+            ("conv_out.weight", &[4, 16, 3, 3]),
+        ]);
+        let fine = 2 * 8 * 6 * 4;
+        let coarse = 2 * 4 * 3 * 4;
+        let all = Activations::of(&network, PASS);
+        let text = 2 * 7 * 2 * 16 * 4;
+        assert_eq!(all.kept_down, fine * (4 + 48 + 48 + 16) + coarse * (4 * 16 + 6 * 16) + text);
+        assert_eq!(all.kept_up, fine * (3 * 32 + 3 * 16));
+        assert_eq!(all.skips, fine * (16 + 16) + coarse * 16);
+        assert_eq!(all.largest, fine * (3 * 32 + 16));
+    }
+
+    #[test]
+    fn twice_the_batch_is_twice_the_memory() {
+        let network = shapes(&[("up_blocks.0.resnets.1.conv1.weight", &[8, 12, 3, 3])]);
+        let [one, two] = [2, 4].map(|batch| Activations::of(&network, PassShape { batch, ..PASS }));
+        assert_eq!((2 * one.kept_up, 2 * one.largest), (two.kept_up, two.largest));
+    }
+}
