@@ -69,6 +69,12 @@ pub(crate) const PRESETS: [Preset; 14] = [
         text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
     },
     Preset {
+        name: "fashion-mnist-text-lcm-ddil",
+        verb: "distill",
+        about: "a text-to-image model of Fashion-MNIST to 4 steps, as a consistency model with DDIL",
+        text: include_str!("../presets/fashion-mnist-text-lcm-ddil.toml"),
+    },
+    Preset {
         name: "sd15-pd-ddil",
         verb: "distill",
         about: "Stable Diffusion 1.5 to 4 steps, by progressive distillation with DDIL",
