@@ -25,7 +25,7 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for what diffusers' schedulers do not know: other families of schedules, flow prediction.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) for what diffusers' schedulers do not know: other families of schedules, flow prediction.
     pub fn new(
         network: &Network,
         sampler: SamplerKind,
