@@ -16,6 +16,8 @@ use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
 use crate::error::Result;
 use crate::pipeline::Pipeline;
 
+/// Width of the embedding by which a critic is told a source.
+const SOURCE_WIDTH: u32 = 32;
 /// Bytes of a weight, which is in single precision whatever a run computes in.
 const WEIGHT: u64 = 4;
 /// Bytes of a value in half precision.
@@ -213,9 +215,11 @@ impl Networks {
             Some(lora) => adapter_values(lora, &student),
             None => count(&student),
         };
-        let critic = requirements.critic.then(|| match requirements.critic_sees_source {
-            true => shapes_of(&taught.clone().with_time_cond_proj_dim(32)?),
-            false => Ok(teacher_shapes.clone()),
+        let critic = requirements.critic.then(|| {
+            if requirements.critic_sees_source {
+                return shapes_of(&taught.clone().with_time_cond_proj_dim(SOURCE_WIDTH)?);
+            }
+            Ok(teacher_shapes.clone())
         });
         let head = if requirements.discriminator {
             let [_, height, width] = sample_shape(config, teacher)?;

@@ -16,7 +16,11 @@ use crate::cli::ExportArgs;
 
 pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     if args.source.is_file() {
-        return adapters(args);
+        return adapters(args, &args.source, args.base.as_deref());
+    }
+    if let Some((file, base)) = Pipeline::adapter_at(&args.source)? {
+        say_what_is_exported(&args.source)?;
+        return adapters(args, &file, Some(args.base.as_ref().unwrap_or(&base)));
     }
     ensure!(
         args.lora.is_none(),
@@ -74,14 +78,14 @@ fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
 }
 
 /// Adapters under the names of another format.
-fn adapters(args: &ExportArgs) -> anyhow::Result<ExitCode> {
-    let source = args.source.display();
+fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let source = file.display();
     let format = match args.lora.as_deref() {
         Some("diffusers") => LoraFormat::Diffusers,
         Some("kohya") => LoraFormat::Kohya,
         Some(other) => bail!("--lora is `{other}`; expected `diffusers` or `kohya`"),
         None => bail!(
-            "{source} is a file; --lora diffusers|kohya writes its adapters under other names"
+            "{source} holds adapters; --lora diffusers|kohya writes its adapters under other names"
         ),
     };
     for (flag, given) in [("--dtype", args.dtype.is_some()), ("--variant", args.variant.is_some())]
@@ -89,7 +93,7 @@ fn adapters(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         ensure!(!given, "{flag} is for models; adapters are written as they are");
     }
     ensure_free(&args.output, args.force)?;
-    let lora = read_adapters(&args.source, args.base.as_deref())?;
+    let lora = read_adapters(file, base)?;
     lora.save(&args.output, format)?;
     if !lora.ignored().is_empty() {
         eprintln!(

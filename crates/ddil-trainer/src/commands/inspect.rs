@@ -90,7 +90,9 @@ fn model(path: &Path) -> anyhow::Result<Value> {
 
 /// By settings and headers alone: the weights may be larger than the memory.
 fn text_to_image(path: &Path) -> anyhow::Result<Value> {
-    let parts = Parts::of_pipeline(path, None)?;
+    let adapter = Pipeline::adapter_at(path)?;
+    let whole = adapter.as_ref().map_or(path, |(_, base)| base);
+    let parts = Parts::of_pipeline(whole, None)?;
     let (scheduler, solver) = parts.scheduler()?;
     let network = parts.network()?;
     let pipeline = Pipeline::read_without_values(path)?;

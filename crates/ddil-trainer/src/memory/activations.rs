@@ -53,7 +53,7 @@ impl Activations {
         for (name, shape) in shapes {
             let level = level_of(name, levels);
             if let Some(layer) = Layer::of(name, shape) {
-                all.add(layer, name, pass, pass.pixels(level));
+                all.add(&layer, name, pass, pass.pixels(level));
             }
             all.skips += skipped(name, shape, pass, level);
         }
@@ -70,8 +70,8 @@ impl Activations {
         self.skips + self.largest
     }
 
-    fn add(&mut self, layer: Layer, name: &str, pass: PassShape, pixels: u64) {
-        let Layer { normed, computed, at_work, per_token, scale } = layer;
+    fn add(&mut self, layer: &Layer, name: &str, pass: PassShape, pixels: u64) {
+        let &Layer { normed, computed, at_work, per_token, scale } = layer;
         let bytes = normed * pass.normed_bytes + computed * pass.computed_bytes;
         let tokens = pass.batch * pass.tokens * per_token * pass.computed_bytes;
         let kept = pixels * scale * bytes + tokens;
@@ -113,7 +113,7 @@ impl Layer {
         };
         let is = |end: &str| name.ends_with(end);
         let in_transformer = name.contains("transformer_blocks");
-        if is("resnets.0.conv1.weight") || (name.contains("resnets.") && is(".conv1.weight")) {
+        if name.contains("resnets.") && is(".conv1.weight") {
             return layer(2 * inputs, inputs, (3 * inputs + out).max(inputs + 3 * out));
         }
         if name.contains("resnets.") && is(".conv2.weight") {

@@ -73,6 +73,20 @@ impl Pipeline {
         Self::assemble(folder, scheduler, unet, frame, precision)
     }
 
+    /// The file of adapters that a folder, or the export of a run, has in place of a whole model, and the folder of the
+    /// model that they stand on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`] for a card that cannot be read, [`Error::InvalidConfig`] if it names no base.
+    pub fn adapter_at(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+        let Ok(folder) = Self::find(path) else { return Ok(None) };
+        if folder.join(index::FILE_NAME).is_file() {
+            return Ok(None);
+        }
+        Ok(Some((folder.join(WEIGHTS), Self::base_of(&folder)?)))
+    }
+
     /// The folder of the whole model: itself, or that which its adapter stands on.
     pub(super) fn base_of(folder: &Path) -> Result<PathBuf> {
         if folder.join(index::FILE_NAME).is_file() {

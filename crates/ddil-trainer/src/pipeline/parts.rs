@@ -298,10 +298,10 @@ impl Parts {
                 Err(error) => problems.push(format!("{name}: {}", advice(&error))),
             }
         }
-        match problems.is_empty() {
-            true => Ok(answers),
-            false => Err(Error::Parts { path: self.folder(UNET).to_owned(), problems }),
+        if problems.is_empty() {
+            return Ok(answers);
         }
+        Err(Error::Parts { path: self.folder(UNET).to_owned(), problems })
     }
 
     fn summary(&self, name: &str, class: &str) -> Result<PartSummary> {

@@ -1,5 +1,6 @@
 //! `sample`, `export`, `import`, `inspect` and dry runs of text-to-image models.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -225,7 +226,7 @@ fn adapters_act_by_their_scale_and_change_their_names() -> TestResult {
         "unet.other.lora_A.weight".to_owned(),
         Tensor::zeros([2, 8], (Kind::Float, Device::Cpu)),
     )];
-    weights::save(&tensors, workshop.path("other.safetensors"), &Default::default())?;
+    weights::save(&tensors, workshop.path("other.safetensors"), &BTreeMap::new())?;
     let arguments = ["sample", "teacher", "--prompt", "a", "--lora", "other.safetensors"];
     workshop.ddil(&arguments).refused(&["other.safetensors", "unet.other.lora_A.weight"]);
     Ok(())
@@ -263,7 +264,7 @@ fn a_model_goes_out_in_another_form_and_comes_back() -> TestResult {
 
     workshop.ddil(&["import", "half", "back"]).succeeded();
     let rounded = |values: Vec<(String, Vec<f64>)>| -> Vec<Vec<f32>> {
-        let half = |v: &f64| f32::from(half_of(*v));
+        let half = |v: &f64| half_of(*v);
         values.iter().map(|(_, values)| values.iter().map(half).collect()).collect()
     };
     let back = values(&workshop.path("back").join(UNET));
@@ -317,6 +318,19 @@ fn a_run_gives_its_averaged_student() {
 }
 
 #[test]
+fn an_adapter_leaves_its_run_under_either_names() {
+    let workshop = Workshop::of_text(Family::StableDiffusion);
+    workshop.complete("distill", "thin", &["student.lora={ rank = 2, alpha = 2.0 }"]);
+    workshop.ddil(&["export", "runs/thin", "x.safetensors"]).refused(&["holds adapters", "--lora"]);
+    let convert = ["export", "runs/thin", "kohya.safetensors", "--lora", "kohya"];
+    workshop.ddil(&convert).succeeded();
+    let names = weights::read_all(workshop.path("kohya.safetensors")).expect("it was written");
+    assert!(names.keys().all(|name| name.starts_with("lora_unet_")), "{names:?}");
+    let found = workshop.ddil(&["inspect", "runs/thin/export"]).succeeded().stdout;
+    assert!(found.contains("class: StableDiffusionPipeline"), "{found}");
+}
+
+#[test]
 fn an_import_lists_all_that_is_wrong_and_writes_nothing() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let teacher = workshop.path("teacher");
@@ -332,7 +346,7 @@ fn an_import_lists_all_that_is_wrong_and_writes_nothing() -> TestResult {
             *tensor = Tensor::zeros([5], (Kind::Float, Device::Cpu));
         }
     }
-    weights::save(&tensors, &file, &Default::default())?;
+    weights::save(&tensors, &file, &BTreeMap::new())?;
     fs::rename(
         teacher.join("text_encoder/model.safetensors"),
         teacher.join("text_encoder/pytorch_model.bin"),
