@@ -235,17 +235,34 @@ def drawn(pipeline, noise, steps, guidance_scale):
     return {"latent": latent, "image": pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample}
 
 
+def start(pipeline):
+    """Noise for two pictures, and how many steps are made from there."""
+    torch.manual_seed(4)
+    config = pipeline.unet.config
+    shape = (2, config.in_channels, config.sample_size, config.sample_size)
+    inputs = {"noise": torch.randn(shape)}
+    if not isinstance(pipeline.scheduler, LCMScheduler):
+        return inputs, 10
+    # What LCMScheduler draws, step by step.
+    generator = torch.Generator().manual_seed(5)
+    return inputs | {"fresh": torch.stack([torch.randn(shape, generator=generator) for _ in range(4)])}, 4
+
+
+def ask_model(questions, folder):
+    """A text-to-image folder of the user's: a student without guidance, a teacher with."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    inputs, steps = start(pipeline)
+    scale = 1.0 if isinstance(pipeline.scheduler, LCMScheduler) else 7.5
+    expected = {name: (tensor, WHOLE, None) for name, tensor in drawn(pipeline, inputs["noise"], steps, scale).items()}
+    job = dict(prompts=PROMPTS, steps=steps, guidance_scale=scale)
+    questions.ask(f"{folder.name}, {steps} steps", "pipeline", inputs, expected, folder=str(folder), **job)
+
+
 def ask_pipelines(questions, vocab, tokenizer):
     for number, (title, pipeline, scale) in enumerate(pipelines(vocab, tokenizer)):
         folder = questions.folder / f"pipeline{number}"
         pipeline.save_pretrained(folder)
-        torch.manual_seed(4)
-        inputs = {"noise": torch.randn(2, 4, 8, 8)}
-        steps = 10
-        if isinstance(pipeline.scheduler, LCMScheduler):
-            steps, generator = 4, torch.Generator().manual_seed(5)
-            # What LCMScheduler draws, step by step.
-            inputs["fresh"] = torch.stack([torch.randn(2, 4, 8, 8, generator=generator) for _ in range(steps)])
+        inputs, steps = start(pipeline)
         job = dict(prompts=PROMPTS, steps=steps, guidance_scale=scale)
         expected = drawn(pipeline, inputs["noise"], steps, scale)
         whole = {name: (tensor, WHOLE, None) for name, tensor in expected.items()}
@@ -317,8 +334,10 @@ def ask_sd15(questions):
     questions.ask("text encoder of SD 1.5", "text", inputs, expected, folder=str(questions.folder / "sd15_text"))
 
 
-def rows(folder, program, sd15):
+def rows(folder, program, sd15, models):
     questions = Questions(folder)
+    for model in models:
+        ask_model(questions, model.resolve())
     vocab = vocabulary(learn_merges())
     write_tokenizer(folder / "tokenizer", vocab, learn_merges(), END)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -350,6 +369,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ddil", required=True, metavar="PROGRAM", help="the example `parity`, built")
     parser.add_argument("--sd15", action="store_true", help="also the networks of Stable Diffusion 1.5 at their size")
+    parser.add_argument("--model", nargs="*", default=[], type=pathlib.Path, help="text-to-image folders of your own too")
     arguments = parser.parse_args()
     # Both say at length what is cut off a long prompt, and diffusers which settings it does not know.
     diffusers.logging.set_verbosity_error()
@@ -359,7 +379,8 @@ def main():
     failed = 0
     print("| what | answer | error | at most | diffusers' own |\n| - | - | - | - | - |")
     with tempfile.TemporaryDirectory() as folder:
-        for title, name, error, bound, theirs in grouped(rows(pathlib.Path(folder), arguments.ddil, arguments.sd15)):
+        asked = rows(pathlib.Path(folder), arguments.ddil, arguments.sd15, arguments.model)
+        for title, name, error, bound, theirs in grouped(asked):
             own = "" if theirs is None else f"{theirs:.1e}"
             wrong = not error <= bound
             failed += wrong

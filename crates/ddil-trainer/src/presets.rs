@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 14] = [
+pub(crate) const PRESETS: [Preset; 15] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",

@@ -63,6 +63,12 @@ fn model_row(
     extractor: &dyn FeatureExtractor,
 ) -> anyhow::Result<(String, Measurement)> {
     let (pipeline, plan) = open_model(&args.subject, &args.sampling)?;
+    ensure!(
+        !pipeline.frame.class().is_text_to_image(),
+        "{0} draws what it is asked for; draw with `ddil sample {0} --prompts-file .. --folder pictures`, then evaluate \
+         that folder",
+        args.subject.display()
+    );
     let started = Instant::now();
     let images = draw(&pipeline, &plan, args.num_samples, 0..args.num_samples)?;
     eprintln!("{} samples in {:.1} s", args.num_samples, started.elapsed().as_secs_f64());

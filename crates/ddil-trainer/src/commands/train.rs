@@ -35,6 +35,13 @@ trait Job: Serialize + DeserializeOwned {
     /// What [`check`](Self::check) looks at.
     fn checked(&self) -> &'static str;
     fn num_updates(&self) -> u64;
+    /// What one would do next with the run in `folder`.
+    fn next(&self, folder: &Path) -> Vec<String>;
+}
+
+/// What can be done with a model of pixels.
+fn sample_and_evaluate(folder: &Path) -> Vec<String> {
+    ["sample", "evaluate"].map(|verb| format!("ddil {verb} {}", folder.display())).to_vec()
 }
 
 impl Job for TrainConfig {
@@ -43,6 +50,10 @@ impl Job for TrainConfig {
 
     fn run_section(&self) -> &RunSection {
         &self.run
+    }
+
+    fn next(&self, folder: &Path) -> Vec<String> {
+        sample_and_evaluate(folder)
     }
 
     fn session(&self) -> SessionConfig {
@@ -76,6 +87,13 @@ impl Job for DistillConfig {
 
     fn run_section(&self) -> &RunSection {
         &self.run
+    }
+
+    fn next(&self, folder: &Path) -> Vec<String> {
+        if self.data.kind.is_text() {
+            return vec![format!("ddil sample {} --prompt \"..\"", folder.display())];
+        }
+        sample_and_evaluate(folder)
     }
 
     fn session(&self) -> SessionConfig {
@@ -133,7 +151,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
             session.folder().path().display()
         )
     });
-    report::<J>(&outcome?, session.folder().path());
+    report(&outcome?, &config, session.folder().path());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -200,11 +218,11 @@ fn resume<J: Job>(
     Ok(Session::resume(task, config.session(), folder)?)
 }
 
-fn report<J: Job>(outcome: &Outcome, folder: &Path) {
+fn report<J: Job>(outcome: &Outcome, config: &J, folder: &Path) {
     match outcome {
         Outcome::Completed { export } => {
             println!("done: the model is in {}", export.display());
-            println!("  ddil sample {0}\n  ddil evaluate {0}", folder.display());
+            config.next(folder).iter().for_each(|command| println!("  {command}"));
         }
         Outcome::Interrupted { step } => {
             println!("saved at step {step}; go on with");

@@ -222,7 +222,7 @@ impl Plan {
                 continue;
             }
             checked.push(arm);
-            if let Err(error) = DistillTask::new(&planned.cell.config) {
+            if let Err(error) = ensure_comparable(&planned.cell.config) {
                 problems.add(arm.to_owned(), &error);
             }
         }
@@ -356,4 +356,19 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Checks that a student can be trained and that there are pixels to measure it against.
+fn ensure_comparable(config: &DistillConfig) -> Result<()> {
+    let kind = config.data.kind;
+    if kind.is_text() {
+        return Err(Error::InvalidConfig {
+            field: "data.kind".to_owned(),
+            value: kind.as_str().to_owned(),
+            expected:
+                "fashion_mnist or image_folder: pictures are measured against those of the data"
+                    .to_owned(),
+        });
+    }
+    DistillTask::new(config).map(drop)
 }
