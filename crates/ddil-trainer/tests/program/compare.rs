@@ -107,7 +107,8 @@ fn a_comparison_is_made_whole_and_then_left_alone() -> TestResult {
         assert_eq!(measurement["seed"], entry["seed"]);
     }
     let folder = workshop.run("tiny");
-    for (name, bars) in [("quality.svg", 12), ("shift.svg", 8)] {
+    // Two panels: coverage of 20 samples and of 12 is not comparable.
+    for (name, bars) in [("quality.svg", 8), ("shift.svg", 8)] {
         let svg = fs::read_to_string(folder.join(name))?;
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{name}");
         // Each bar has its mean in its middle.
