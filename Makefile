@@ -50,7 +50,7 @@ $(PEERS)/bin/python:
 	$(PEERS)/bin/pip install --quiet $(PEERS_PACKAGES) || { rm -rf $(PEERS); exit 1; }
 
 parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the cache, or set PEERS_PYTHON
-	$(CARGO) build --release --package ddil-examples --example parity
+	$(CARGO) build --release --workspace --example parity
 	$(PEERS_PYTHON) tools/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
 
 lint: setup ## formatting and clippy, warnings are errors
