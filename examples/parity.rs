@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ddil_core::{Conditioning, Consistent, Denoiser, Guided};
+use ddil_core::{Conditioning, Consistent, Denoiser};
 use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
-use ddil_schedulers::{NoiseSchedule, Prediction, SamplerStep, SchedulerConfig};
+use ddil_schedulers::{SamplerStep, SchedulerConfig};
 use ddil_trainer::config::Precision;
+use ddil_trainer::guide::Guide;
 use ddil_trainer::pipeline::{Pipeline, Scheduler, TextToImage};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -163,29 +164,6 @@ fn lora(
     Ok(named([("apart", apart), ("merged", merged)]))
 }
 
-/// A network that is told the strength of its guidance.
-struct Told<'a> {
-    inner: &'a dyn Denoiser,
-    weight: f64,
-}
-
-impl Denoiser for Told<'_> {
-    fn predict(
-        &self,
-        x_t: &Tensor,
-        timesteps: &Tensor,
-        conditioning: &Conditioning,
-    ) -> ddil_core::Result<Prediction> {
-        let weight = Tensor::full([x_t.size()[0]], self.weight, (Kind::Float, x_t.device()));
-        let told = conditioning.shallow_clone().with_guidance_weight(weight);
-        self.inner.predict(x_t, timesteps, &told)
-    }
-
-    fn schedule(&self) -> &NoiseSchedule {
-        self.inner.schedule()
-    }
-}
-
 /// What the prompts and "no prompt" are to a network.
 fn conditions(
     parts: &TextToImage,
@@ -219,12 +197,8 @@ fn pipeline(
     let mut x_t = part(inputs, "noise", Kind::Float)?;
     let sides = [2, 3].map(|dim| x_t.size()[dim] * parts.pixels_per_latent());
     let [said, empty] = conditions(&parts, prompts, sides)?;
-    let network = &pipeline.network;
-    let guided: Box<dyn Denoiser + '_> = if network.config().time_cond_proj_dim().is_some() {
-        Box::new(Told { inner: network, weight: guidance_scale - 1.0 })
-    } else {
-        Box::new(Guided::new(network, guidance_scale, empty)?)
-    };
+    let guided = Guide::of_prompts(&pipeline.card, empty);
+    let guided = guided.guided(&pipeline.network, guidance_scale)?;
     let asked: Box<dyn Denoiser + '_> = match scheduler.boundary() {
         Some(boundary) => Box::new(Consistent::new(guided, boundary)),
         None => guided,

@@ -374,6 +374,40 @@ fn edit(file: &Path, name: &str, change: impl FnOnce(&Tensor) -> Option<Tensor>)
     Ok(weights::save(&copies, file, &BTreeMap::new())?)
 }
 
+/// Writes another text in place of one in `dataset.json`.
+fn reword(folder: &Path, from: &str, to: &str) -> TestResult {
+    let text = fs::read_to_string(folder.join("dataset.json"))?;
+    assert!(text.contains(from), "{text}");
+    Ok(fs::write(folder.join("dataset.json"), text.replace(from, to))?)
+}
+
+/// Makes every file of a folder of encoded data wrong at once.
+fn spoil(folder: &Path) -> TestResult {
+    reword(folder, "0.18215", "0.13025")?;
+    edit(&folder.join("latents.safetensors"), "std", |std| Some(std.narrow(1, 0, 3)))?;
+    edit(&folder.join("prompts.safetensors"), "text_embeds", |_| None)?;
+    edit(&folder.join("prompts.safetensors"), "encoder_hidden_states", |states| {
+        Some(states.narrow(2, 0, 5))
+    })?;
+    edit(&folder.join("samples.safetensors"), "prompts", |prompts| Some(prompts + 3))?;
+    edit(&folder.join("samples.safetensors"), "time_ids", |ids| Some(ids.to_kind(Kind::Int64)))?;
+    fs::write(folder.join("prompts.json"), "[\"\"]")?;
+    Ok(())
+}
+
+/// What is to be said of it.
+const SPOILT: &[&str] = &[
+    "0.13025",
+    "teacher's is factor 0.18215",
+    "`mean` is [6, 4, 8, 8] and `std` [6, 3, 8, 8]",
+    "no `text_embeds`",
+    "`encoder_hidden_states` is",
+    "any, 20]",
+    "names prompt",
+    "`time_ids` is Int64",
+    "prompts.json: 1 texts",
+];
+
 #[test]
 fn encoded_data_that_do_not_fit_are_refused_with_all_that_is_wrong() -> TestResult {
     let workshop = workshop(Family::StableDiffusionXl);
@@ -384,36 +418,11 @@ fn encoded_data_that_do_not_fit_are_refused_with_all_that_is_wrong() -> TestResu
         copy_folder(&cache, &workshop.path(name));
         workshop.path(name)
     };
-    let info = |folder: &Path, from: &str, to: &str| -> TestResult {
-        let text = fs::read_to_string(folder.join("dataset.json"))?;
-        assert!(text.contains(from), "{text}");
-        Ok(fs::write(folder.join("dataset.json"), text.replace(from, to))?)
-    };
-
     let many = broken("many");
-    info(&many, "0.18215", "0.13025")?;
-    edit(&many.join("latents.safetensors"), "std", |std| Some(std.narrow(1, 0, 3)))?;
-    edit(&many.join("prompts.safetensors"), "text_embeds", |_| None)?;
-    edit(&many.join("prompts.safetensors"), "encoder_hidden_states", |states| {
-        Some(states.narrow(2, 0, 5))
-    })?;
-    edit(&many.join("samples.safetensors"), "prompts", |prompts| Some(prompts + 3))?;
-    edit(&many.join("samples.safetensors"), "time_ids", |ids| Some(ids.to_kind(Kind::Int64)))?;
-    fs::write(many.join("prompts.json"), "[\"\"]")?;
-    let of_all: &[&str] = &[
-        "0.13025",
-        "teacher's is factor 0.18215",
-        "`mean` is [6, 4, 8, 8] and `std` [6, 3, 8, 8]",
-        "no `text_embeds`",
-        "`encoder_hidden_states` is",
-        "any, 20]",
-        "names prompt",
-        "`time_ids` is Int64",
-        "prompts.json: 1 texts",
-    ];
-    info(&broken("version"), "\"format_version\": 1", "\"format_version\": 2")?;
-    info(&broken("key"), "\"num_prompts\"", "\"num_promts\"")?;
-    info(&broken("guideless"), "\"empty_prompt\": 0", "\"empty_prompt\": null")?;
+    spoil(&many)?;
+    reword(&broken("version"), "\"format_version\": 1", "\"format_version\": 2")?;
+    reword(&broken("key"), "\"num_prompts\"", "\"num_promts\"")?;
+    reword(&broken("guideless"), "\"empty_prompt\": 0", "\"empty_prompt\": null")?;
     fs::remove_file(broken("latentless").join("latents.safetensors"))?;
     let cut = broken("cut").join("latents.safetensors");
     fs::write(&cut, &fs::read(&cut)?[..900])?;
@@ -424,7 +433,7 @@ fn encoded_data_that_do_not_fit_are_refused_with_all_that_is_wrong() -> TestResu
         &workshop,
         "distill",
         &[
-            (&[path("many")], of_all),
+            (&[path("many")], SPOILT),
             (&[path("version")], &["format_version", "2", "1"]),
             (&[path("key")], &["dataset.json", "num_promts"]),
             (&[path("guideless")], &["teacher.guidance", "cfg", "empty prompt"]),
