@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use ddil_core::sample;
+use ddil_core::{Denoiser, sample};
 use ddil_schedulers::{Error, NoiseSchedule, Sampler, SamplerStep, Timesteps};
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::prompting::Told;

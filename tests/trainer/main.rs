@@ -11,6 +11,7 @@ mod lr_schedule;
 mod network;
 mod optimizer;
 mod picture;
+mod pictures;
 mod record;
 mod run_folder;
 mod settings;

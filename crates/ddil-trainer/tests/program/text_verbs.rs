@@ -318,6 +318,24 @@ fn a_run_gives_its_averaged_student() {
 }
 
 #[test]
+fn a_student_of_another_size_says_so_and_is_drawn_at_it() -> TestResult {
+    let workshop = Workshop::of_text(Family::StableDiffusionXl);
+    let smaller = "data.resolution=12";
+    let run = workshop.complete("distill", "whole", &[smaller]);
+    // A number and no list: diffusers' pipeline of XL multiplies it.
+    assert_eq!(json(&run.join("export/unet/config.json"))["sample_size"], 6);
+    let drawn = sample(&workshop, "runs/whole", "a", &["--prompt", "a cat"]);
+    assert_eq!(drawn[0].len(), 3 * 12 * 12);
+    let lora = "student.lora={ rank = 2 }";
+    workshop.complete("distill", "thin", &[smaller, lora]);
+    // The base was made for another size.
+    assert_eq!(json(&workshop.path("teacher/unet/config.json"))["sample_size"], 8);
+    let drawn = sample(&workshop, "runs/thin", "b", &["--prompt", "a cat"]);
+    assert_eq!(drawn[0].len(), 3 * 12 * 12);
+    Ok(())
+}
+
+#[test]
 fn an_adapter_leaves_its_run_under_either_names() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     workshop.complete("distill", "thin", &["student.lora={ rank = 2, alpha = 2.0 }"]);
