@@ -87,7 +87,8 @@ type Numbered = Vec<(u64, std::result::Result<Line, String>)>;
 /// A JSON object a line; lines of white space are passed over.
 fn of_lines(text: &str) -> Numbered {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-    let read = |line| serde_json::from_str(line).map_err(|error: serde_json::Error| error.to_string());
+    let read =
+        |line| serde_json::from_str(line).map_err(|error: serde_json::Error| error.to_string());
     lines.map(|(number, line)| (number, read(line))).collect()
 }
 
@@ -98,7 +99,8 @@ fn of_table(text: &str) -> Numbered {
         Ok(names) => names.clone(),
         Err(error) => return vec![(1, Err(error.to_string()))],
     };
-    if let Some(missing) = ["file_name", "text"].iter().find(|name| !names.iter().any(|n| n == **name))
+    if let Some(missing) =
+        ["file_name", "text"].iter().find(|name| !names.iter().any(|n| n == **name))
     {
         let found = names.iter().collect::<Vec<_>>().join(", ");
         return vec![(1, Err(format!("there is no column `{missing}`; the columns are {found}")))];
@@ -107,11 +109,12 @@ fn of_table(text: &str) -> Numbered {
     let mut row = csv::StringRecord::new();
     loop {
         let number = table.position().line();
-        match table.read_record(&mut row) {
+        let read = match table.read_record(&mut row) {
             Ok(false) => return rows,
-            Ok(true) => rows.push((number, row.deserialize(Some(&names)).map_err(|e| e.to_string()))),
-            Err(error) => rows.push((number, Err(error.to_string()))),
-        }
+            Ok(true) => row.deserialize(Some(&names)),
+            Err(error) => Err(error),
+        };
+        rows.push((number, read.map_err(|error| error.to_string())));
     }
 }
 
@@ -132,10 +135,7 @@ fn captioned(folder: &Path, file: &str, lines: Numbered) -> (Vec<Captioned>, Vec
     (samples, problems)
 }
 
-fn sample(
-    folder: &Path,
-    Line { file_name, text }: Line,
-) -> std::result::Result<Captioned, String> {
+fn sample(folder: &Path, Line { file_name, text }: Line) -> std::result::Result<Captioned, String> {
     let name = file_name.display();
     if !file_name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
     {
@@ -161,7 +161,9 @@ fn from_text_files(folder: &Path) -> Result<(Vec<Captioned>, Vec<String>)> {
         let file_name = PathBuf::from(path.file_name().unwrap_or_default());
         if !beside.is_file() {
             let name = file_name.display();
-            problems.push(format!("{name} has neither a .txt beside it nor a line in {LINES} or {TABLE}"));
+            problems.push(format!(
+                "{name} has neither a .txt beside it nor a line in {LINES} or {TABLE}"
+            ));
             continue;
         }
         let texts = lines(&read_text(&beside)?);

@@ -191,7 +191,9 @@ impl EncodedDataset {
 
     /// Says in the log what the encoders were not told of the prompts, if anything.
     pub(crate) fn tell_truncated(&self) {
-        let Some(TruncatedPrompts { count, prompt, cut_off }) = &self.info.truncated else { return };
+        let Some(TruncatedPrompts { count, prompt, cut_off }) = &self.info.truncated else {
+            return;
+        };
         let total = self.info.num_prompts - i64::from(self.info.empty_prompt.is_some());
         tracing::warn!(
             "{count} of {total} prompts are longer than the text encoder takes and were cut; of {prompt:?} it is not told \

@@ -55,11 +55,8 @@ fn turned(layout: Layout, pixels: Vec<u8>, orientation: u32) -> (Layout, Vec<u8>
     let (channels, last_row, last_column) =
         (layout.channels, layout.height as usize - 1, layout.width as usize - 1);
     let is_on_its_side = orientation >= 5;
-    let [height, width] = if is_on_its_side {
-        [layout.width, layout.height]
-    } else {
-        [layout.height, layout.width]
-    };
+    let [height, width] =
+        if is_on_its_side { [layout.width, layout.height] } else { [layout.height, layout.width] };
     let mut shown = Vec::with_capacity(pixels.len());
     for row in 0..height as usize {
         for column in 0..width as usize {

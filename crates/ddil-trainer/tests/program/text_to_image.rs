@@ -245,7 +245,8 @@ fn long_prompts_are_cut_with_a_word_and_dry_runs_encode_nothing() -> TestResult 
     assert!(dry.stdout.contains("4 updates; nothing was written"), "{}", dry.stdout);
     assert!(!workshop.path("said").exists() && !workshop.path("runs").exists());
     // Said again where the cache is used again.
-    for (name, words) in [("long", "encodes 2 samples"), ("again", "the encoded data are in said")] {
+    for (name, words) in [("long", "encodes 2 samples"), ("again", "the encoded data are in said")]
+    {
         let ended = said(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
         for words in [words, "1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {
             assert!(ended.contains(words), "{words}: {ended}");
