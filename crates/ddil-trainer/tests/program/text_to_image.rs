@@ -212,11 +212,20 @@ fn a_cache_is_used_again_and_made_anew_for_other_data() -> TestResult {
         lines.replace("2 dogs", "3 dogs, red cat"),
     )?;
     anew("caption");
-    let config = workshop.path("teacher/text_encoder/config.json");
-    fs::write(&config, fs::read(&config)?)?;
-    anew("encoder");
-    let said = said(&workshop, "resolution", &["data.resolution=24"]);
-    for words in ["made anew", "[4, 12, 12]", "[4, 8, 8]", "are smaller than 24x24"] {
+    for part in ["text_encoder", "vae"] {
+        let config = workshop.path("teacher").join(part).join("config.json");
+        fs::write(&config, fs::read(&config)?)?;
+        anew(part);
+    }
+    // What the index says may decide what "no prompt" is.
+    let index = workshop.path("teacher/model_index.json");
+    let text = fs::read_to_string(&index)?;
+    fs::write(&index, text.replacen('{', "{\"force_zeros_for_empty_prompt\": true,", 1))?;
+    anew("index");
+    let said = said(&workshop, "resolution", &["data.resolution=20"]);
+    // Two are too low, three too narrow, one of them both.
+    for words in ["made anew", "[4, 10, 10]", "[4, 8, 8]", "4 of 6 pictures are smaller than 20x20"]
+    {
         assert!(said.contains(words), "{words}: {said}");
     }
     Ok(())
@@ -266,6 +275,10 @@ fn grids_show_the_prompts_asked_for() {
     let grid = |run: &Path| snapshot(&run.join("samples"));
     assert!(grid(&of_data) == grid(&named), "the data's first prompts are these");
     assert!(grid(&of_data) != grid(&other));
+    // An empty text is something to be told; what stands for no prompt here, zeros, is not it.
+    let empty = workshop.complete("distill", "empty", &["output.prompts=[\"\"]"]);
+    let blank = workshop.complete("distill", "blank", &["output.prompts=[\" \"]"]);
+    assert!(grid(&empty) == grid(&blank));
 }
 
 #[test]
