@@ -6,6 +6,7 @@ mod dataset;
 mod doctor;
 mod ema;
 mod interrupt;
+mod latents;
 mod logging;
 mod lr_schedule;
 mod memory;
@@ -20,6 +21,20 @@ mod settings;
 mod tensorboard;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+/// Copies a folder and all that is in it; a file that is there already is replaced.
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let (path, to) = entry.map(|entry| (entry.path(), to.join(entry.file_name())))?;
+        if path.is_dir() {
+            copy_folder(&path, &to)?
+        } else {
+            std::fs::copy(&path, &to).map(drop)?
+        }
+    }
+    Ok(())
+}
 
 /// A command that runs one test of this program again, in a process of its own that finds `folder` in
 /// the environment variable `DDIL_TEST_CHILD`.

@@ -10,20 +10,11 @@ use ddil_models::{ClipTextConfig, Placement, UnknownKeys, weights};
 use ddil_trainer::pipeline::{Parts, WeightForm};
 use tch::Kind;
 
-use crate::{TestResult, child, folder_of_child};
+use crate::{TestResult, child, copy_folder, folder_of_child};
 
 /// A pipeline that `tools/record_pipelines.py` wrote.
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pipelines/lcm")
-}
-
-fn copy_folder(from: &Path, to: &Path) -> std::io::Result<()> {
-    fs::create_dir_all(to)?;
-    for entry in fs::read_dir(from)? {
-        let (path, to) = entry.map(|entry| (entry.path(), to.join(entry.file_name())))?;
-        if path.is_dir() { copy_folder(&path, &to)? } else { fs::copy(&path, &to).map(drop)? }
-    }
-    Ok(())
 }
 
 const MEGABYTE: usize = 1 << 20;
