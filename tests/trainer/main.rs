@@ -28,9 +28,9 @@ fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<
     for entry in std::fs::read_dir(from)? {
         let (path, to) = entry.map(|entry| (entry.path(), to.join(entry.file_name())))?;
         if path.is_dir() {
-            copy_folder(&path, &to)?
+            copy_folder(&path, &to)?;
         } else {
-            std::fs::copy(&path, &to).map(drop)?
+            std::fs::copy(&path, &to)?;
         }
     }
     Ok(())
