@@ -6,16 +6,18 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ddil_core::{Conditioning, Consistent, Denoiser};
+use ddil_core::Conditioning;
+use ddil_examples::replay::replay;
 use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
-use ddil_schedulers::{SamplerStep, SchedulerConfig};
+use ddil_schedulers::SchedulerConfig;
 use ddil_trainer::config::Precision;
-use ddil_trainer::guide::Guide;
-use ddil_trainer::pipeline::{Pipeline, Scheduler, TextToImage};
+use ddil_trainer::pipeline::{Pipeline, Scheduler};
+use ddil_trainer::prompting::PromptRequest;
+use ddil_trainer::sampling::SamplePlan;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-type Failure = Box<dyn std::error::Error>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Deserialize)]
@@ -74,8 +76,7 @@ fn answer(job: &Job, inputs: &Tensors) -> Result<Tensors, Failure> {
         What::Text { folder } => text(folder, placement, inputs),
         What::Lora { folder, adapter } => lora(folder, adapter, placement, inputs),
         What::Pipeline { folder, prompts, steps, guidance_scale } => {
-            let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-            pipeline(folder, placement, &prompts, (*steps, *guidance_scale), inputs)
+            pipeline(folder, placement, prompts, (*steps, *guidance_scale), inputs)
         }
         What::Copy { folder, to } => copy(folder, to, placement),
     }
@@ -164,23 +165,10 @@ fn lora(
     Ok(named([("apart", apart), ("merged", merged)]))
 }
 
-/// What the prompts and "no prompt" are to a network.
-fn conditions(
-    parts: &TextToImage,
-    prompts: &[&str],
-    sides: [i64; 2],
-) -> Result<[Conditioning; 2], Failure> {
-    let mut said = parts.encode(prompts)?.conditioning;
-    let mut empty = parts.empty()?;
-    said.time_ids = parts.time_ids(sides, prompts.len() as i64);
-    empty.time_ids = parts.time_ids(sides, 1);
-    Ok([said, empty])
-}
-
 fn pipeline(
     folder: &Path,
     placement: Placement,
-    prompts: &[&str],
+    prompts: &[String],
     (steps, guidance_scale): (u32, f64),
     inputs: &Tensors,
 ) -> Result<Tensors, Failure> {
@@ -193,30 +181,20 @@ fn pipeline(
     let placement = Placement { kind: Kind::Float, ..placement };
     let pipeline = Pipeline::read(folder, placement, precision)?;
     let parts = pipeline.frame.text_to_image(placement)?;
-    let scheduler = SchedulerConfig::read(folder.join("scheduler/scheduler_config.json"))?;
-    let mut x_t = part(inputs, "noise", Kind::Float)?;
-    let sides = [2, 3].map(|dim| x_t.size()[dim] * parts.pixels_per_latent());
-    let [said, empty] = conditions(&parts, prompts, sides)?;
-    let guided = Guide::of_prompts(&pipeline.card, empty);
-    let guided = guided.guided(&pipeline.network, guidance_scale)?;
-    let asked: Box<dyn Denoiser + '_> = match scheduler.boundary() {
-        Some(boundary) => Box::new(Consistent::new(guided, boundary)),
-        None => guided,
+    let noise = part(inputs, "noise", Kind::Float)?;
+    let side = |dim: usize| (noise.size()[dim] * parts.pixels_per_latent()) as u32;
+    let request = PromptRequest {
+        prompts: prompts.to_vec(),
+        negative_prompt: None,
+        size: [2, 3].map(|dim| Some(side(dim))),
+        per_prompt: 1,
     };
-    let sampler = scheduler.sampler()?;
-    let timesteps = scheduler.compatible_timesteps(steps)?;
-    for (i, (timestep, prev)) in timesteps.pairs().enumerate() {
-        let at = |timestep| Tensor::full([x_t.size()[0]], timestep, (Kind::Int64, Device::Cpu));
-        let (now, prev) = (at(timestep), at(prev));
-        let prediction = asked.predict(&x_t, &now, &said)?;
-        let step = SamplerStep::new(&prediction, &now, &prev);
-        x_t = match inputs.get("fresh") {
-            Some(fresh) => sampler.step(&step.with_noise(&fresh.get(i as i64)))?,
-            None => sampler.step(&step)?,
-        };
-    }
-    let image = parts.decode(&x_t)?;
-    Ok(named([("latent", x_t), ("image", image)]))
+    let plan = SamplePlan { guidance_scale, ..SamplePlan::of(&pipeline, Some(steps)) };
+    let told = request.told(&pipeline, &parts, &plan)?;
+    let timesteps = pipeline.scheduler.compatible_timesteps(steps)?;
+    let latent = replay(&pipeline, &plan, &timesteps, &told, (&noise, inputs.get("fresh")))?;
+    let image = parts.decode(&latent)?;
+    Ok(named([("latent", latent), ("image", image)]))
 }
 
 fn copy(folder: &Path, to: &Path, placement: Placement) -> Result<Tensors, Failure> {

@@ -19,26 +19,27 @@ import tempfile
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft import LoraConfig, get_peft_model_state_dict
-from record_clip import END, learn_merges, scatter, vocabulary, write_tokenizer
-from record_lora import TARGETS
+from record_clip import scatter
+from record_lora import attach
+from record_pipelines import (
+    GUIDANCE,
+    PROMPTS,
+    Words,
+    autoencoder,
+    drawn,
+    latent_consistency,
+    stable_diffusion,
+    stable_diffusion_xl,
+    start,
+    text_encoder,
+)
 from record_unet import CONDITION_CONFIGS, condition_answer, condition_inputs
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 MODULE, WHOLE, HALF, GRADIENT, PIXEL = 1e-5, 1e-4, 2e-2, 1e-3, 1 / 255
-PROMPTS = ["a photo of a cat", "it's a red chair, oil on canvas " * 12]
 
 
 class Questions:
@@ -106,14 +107,6 @@ def ask_gradients(questions):
     questions.ask("U-Net, gradients", "unet", inputs, expected, folder=str(folder), gradients=True)
 
 
-def autoencoder(**changes):
-    levels = dict(block_out_channels=(8, 12), norm_num_groups=4, layers_per_block=1, sample_size=16) | changes
-    down, up = (
-        (block,) * len(levels["block_out_channels"]) for block in ("DownEncoderBlock2D", "UpDecoderBlock2D")
-    )
-    return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=down, up_block_types=up, **levels)
-
-
 @torch.no_grad()
 def ask_autoencoder(questions):
     torch.manual_seed(1)
@@ -132,20 +125,12 @@ def ask_autoencoder(questions):
     questions.ask("autoencoder, bfloat16", "autoencoder", inputs, expected, folder=str(folder), bfloat16=True)
 
 
-def text_encoder(cls, vocab, **changes):
-    settings = dict(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-        projection_dim=10, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1,
-    )
-    return scatter(cls(CLIPTextConfig(**settings | changes)))
-
-
 @torch.no_grad()
-def ask_encoders(questions, tokenizer, vocab):
-    ids = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+def ask_encoders(questions, words):
+    ids = words.tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     for title, cls, act in [("", CLIPTextModel, "quick_gelu"), (" with projection", CLIPTextModelWithProjection, "gelu")]:
         torch.manual_seed(2)
-        model, folder = text_encoder(cls, vocab, hidden_act=act), questions.folder / f"text{len(title)}"
+        model, folder = text_encoder(cls, words.vocab, hidden_act=act), questions.folder / f"text{len(title)}"
         model.save_pretrained(folder)
 
         def answer(model):
@@ -167,11 +152,7 @@ def ask_lora(questions):
     config = CONDITION_CONFIGS["unet_condition_sd15"]
     model, folder = random_unet(config), questions.folder / "unet_condition_sd15"
     inputs = condition_inputs(model.config, config["size"])
-    model.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(0.2 * torch.randn_like(parameter))
-    layers = get_peft_model_state_dict(model)
+    layers = attach(model, r=2, lora_alpha=3)
     StableDiffusionLoraLoaderMixin.save_lora_weights(questions.folder / "lora", unet_lora_layers=layers)
     # As loaded: the file says nothing of alpha.
     fresh = random_unet(config)
@@ -185,67 +166,14 @@ def ask_lora(questions):
     questions.ask("LoRA on a U-Net", "lora", inputs, expected, folder=str(folder), adapter=adapter)
 
 
-def pipeline_parts(vocab, tokenizer, xl, **changes):
-    torch.manual_seed(3)
-    config = dict(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=(1, 2), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32 if xl else 16,
-    )
-    if xl:
-        config |= dict(
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=6,
-            projection_class_embeddings_input_dim=46,
-        )
-    parts = dict(
-        vae=scatter(autoencoder()), unet=scatter(UNet2DConditionModel(**config | changes)),
-        text_encoder=text_encoder(CLIPTextModel, vocab), tokenizer=tokenizer,
-    )
-    if xl:
-        parts |= dict(text_encoder_2=text_encoder(CLIPTextModelWithProjection, vocab), tokenizer_2=tokenizer)
-    else:
-        parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return parts
-
-
-def pipelines(vocab, tokenizer):
-    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    ddim = dict(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    sd15 = pipeline_parts(vocab, tokenizer, False)
-    yield "SD 1.5, DDIM", StableDiffusionPipeline(**sd15, scheduler=DDIMScheduler(**ddim)), 7.5
-    sd21 = DDIMScheduler(**ddim, prediction_type="v_prediction")
-    parts = pipeline_parts(vocab, tokenizer, False, use_linear_projection=True)
-    yield "SD 2.1, DDIM", StableDiffusionPipeline(**parts, scheduler=sd21), 7.5
+def pipelines(words):
+    yield "SD 1.5, DDIM", stable_diffusion(words), GUIDANCE["sd"]
+    predicts_v = stable_diffusion(words, dict(prediction_type="v_prediction"), use_linear_projection=True)
+    yield "SD 2.1, DDIM", predicts_v, GUIDANCE["sd"]
     for zeros in (True, False):
-        xl = pipeline_parts(vocab, tokenizer, True)
-        pipeline = StableDiffusionXLPipeline(**xl, scheduler=DDIMScheduler(**ddim), force_zeros_for_empty_prompt=zeros)
-        yield f"SDXL, DDIM, {'zeros' if zeros else 'the empty text'} for no prompt", pipeline, 5.0
-    told = pipeline_parts(vocab, tokenizer, False, time_cond_proj_dim=16)
-    yield "LCM", LatentConsistencyModelPipeline(**told, scheduler=LCMScheduler(**schedule)), 8.0
-
-
-@torch.no_grad()
-def drawn(pipeline, noise, steps, guidance_scale):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    latent = pipeline(
-        PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), generator=generator,
-        output_type="latent",
-    ).images
-    return {"latent": latent, "image": pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample}
-
-
-def start(pipeline):
-    """Noise for two pictures, and how many steps are made from there."""
-    torch.manual_seed(4)
-    config = pipeline.unet.config
-    shape = (2, config.in_channels, config.sample_size, config.sample_size)
-    inputs = {"noise": torch.randn(shape)}
-    if not isinstance(pipeline.scheduler, LCMScheduler):
-        return inputs, 10
-    # What LCMScheduler draws, step by step.
-    generator = torch.Generator().manual_seed(5)
-    return inputs | {"fresh": torch.stack([torch.randn(shape, generator=generator) for _ in range(4)])}, 4
+        title = f"SDXL, DDIM, {'zeros' if zeros else 'the empty text'} for no prompt"
+        yield title, stable_diffusion_xl(words, zeros), GUIDANCE["sdxl"]
+    yield "LCM", latent_consistency(words), GUIDANCE["lcm"]
 
 
 def ask_model(questions, folder):
@@ -258,8 +186,8 @@ def ask_model(questions, folder):
     questions.ask(f"{folder.name}, {steps} steps", "pipeline", inputs, expected, folder=str(folder), **job)
 
 
-def ask_pipelines(questions, vocab, tokenizer):
-    for number, (title, pipeline, scale) in enumerate(pipelines(vocab, tokenizer)):
+def ask_pipelines(questions, words):
+    for number, (title, pipeline, scale) in enumerate(pipelines(words)):
         folder = questions.folder / f"pipeline{number}"
         pipeline.save_pretrained(folder)
         inputs, steps = start(pipeline)
@@ -338,15 +266,13 @@ def rows(folder, program, sd15, models):
     questions = Questions(folder)
     for model in models:
         ask_model(questions, model.resolve())
-    vocab = vocabulary(learn_merges())
-    write_tokenizer(folder / "tokenizer", vocab, learn_merges(), END)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    words = Words(folder)
     ask_unets(questions)
     ask_gradients(questions)
     ask_autoencoder(questions)
-    ask_encoders(questions, tokenizer, vocab)
+    ask_encoders(questions, words)
     ask_lora(questions)
-    asked = list(ask_pipelines(questions, vocab, tokenizer))
+    asked = list(ask_pipelines(questions, words))
     if sd15:
         ask_sd15(questions)
     yield from questions.answers(program)

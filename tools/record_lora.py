@@ -77,16 +77,22 @@ def gradients(model, inputs):
     return torch.stack(rows)
 
 
+@torch.no_grad()
+def attach(model, **config):
+    """Adapters that do something, and these as PEFT keeps them."""
+    model.add_adapter(LoraConfig(target_modules=TARGETS, **config))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return get_peft_model_state_dict(model)
+
+
 def record(name, config):
     torch.manual_seed(0)
     model, inputs = base(name)
-    model.add_adapter(LoraConfig(target_modules=TARGETS, **config))
+    state = attach(model, **config)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
         output, _ = condition_answer(model, inputs)
-    state = get_peft_model_state_dict(model)
     folder = GOLDEN / f"lora_{name}"
     # Left out once, as older files have it.
     metadata = _collate_lora_metadata({"unet": model}) if name == "sd15" else {}

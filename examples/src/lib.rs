@@ -3,6 +3,7 @@
 mod trainer;
 
 pub mod captions;
+pub mod replay;
 pub mod text_to_image;
 pub mod vocabulary;
 

@@ -286,6 +286,10 @@ fn old_names_of_the_attention_are_read() -> TestResult {
         assert_eq!(vae.encode(&recorded["images"])?.mean.size(), recorded["mean"].size());
         let error = relative_error(&vae.decode(&recorded["mean"])?, &recorded["decoded"]);
         assert!(error <= TOLERANCE, "{error}");
+        // Where they lie in the file they have the names and shapes of today too.
+        let file = folder.path().join("diffusion_pytorch_model.safetensors");
+        let read: BTreeMap<_, _> = vae.config().read_weights(file)?.into_iter().collect();
+        assert_eq!(read, vae.parameters().named().into_iter().collect());
 
         vae.save_to_folder(folder.path())?;
         let again = load(folder.path(), Placement::default())?;

@@ -6,17 +6,35 @@ mod dataset;
 mod doctor;
 mod ema;
 mod interrupt;
+mod latents;
 mod logging;
 mod lr_schedule;
+mod memory;
 mod network;
 mod optimizer;
+mod parts;
 mod picture;
+mod pictures;
 mod record;
 mod run_folder;
 mod settings;
 mod tensorboard;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+/// Copies a folder and all that is in it; a file that is there already is replaced.
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let (path, to) = entry.map(|entry| (entry.path(), to.join(entry.file_name())))?;
+        if path.is_dir() {
+            copy_folder(&path, &to)?;
+        } else {
+            std::fs::copy(&path, &to)?;
+        }
+    }
+    Ok(())
+}
 
 /// A command that runs one test of this program again, in a process of its own that finds `folder` in
 /// the environment variable `DDIL_TEST_CHILD`.

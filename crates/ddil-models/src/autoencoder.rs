@@ -329,6 +329,11 @@ impl AutoencoderKL {
         Ok(())
     }
 
+    /// The tensors of a file that would be loaded, where they lie in it.
+    pub(crate) fn read(&self, path: &Path) -> Result<Vec<(String, Tensor)>> {
+        weights::read_renamed(&self.parameters.named(), path, new_name)
+    }
+
     fn decode_prepared(&self, latents: &Tensor, kind: Kind) -> Result<Tensor> {
         let run = || {
             let images = self.by_sample(latents, |latents| match &self.post_quant_conv {

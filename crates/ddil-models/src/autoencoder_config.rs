@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::autoencoder::AutoencoderKL;
 use crate::config::{self, Config, UnknownKeys};
@@ -194,6 +195,16 @@ impl AutoencoderKLConfig {
         let mut vae = AutoencoderKL::new(self, placement, Values::Unset)?;
         vae.load(weights)?;
         Ok(vae)
+    }
+
+    /// The weights in a file or index, checked against the settings: under the names of today, in the kinds that they have
+    /// in the file, and where they lie in it, so that no memory is needed for their values.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build_from`].
+    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
+        AutoencoderKL::new(self, Placement::default(), Values::Sizes)?.read(weights.as_ref())
     }
 
     /// Channels of every level, as tensor sizes.

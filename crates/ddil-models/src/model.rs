@@ -170,7 +170,11 @@ impl ModelConfig {
     ///
     /// [`Error::InvalidConfig`] for other classes.
     pub fn with_sample_size(self, sides: [u32; 2]) -> Result<Self> {
-        let sample_size = Some(SampleSize::Rectangle(sides));
+        let [height, width] = sides;
+        let is_square = height == width;
+        // diffusers' pipeline of Stable Diffusion XL multiplies what stands there, and takes no list.
+        let sample_size =
+            Some(if is_square { SampleSize::Square(height) } else { SampleSize::Rectangle(sides) });
         match self {
             Self::UNet2D(unet) => Ok(Self::UNet2D(UNet2DConfig { sample_size, ..unet })),
             Self::UNet2DCondition(unet) => {

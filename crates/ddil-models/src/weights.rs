@@ -67,6 +67,27 @@ pub fn ensure_fits(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Resu
     planned(&open(path)?, targets, path, |_| None).map(|_| ())
 }
 
+/// The tensors of a file under the names of `targets`, of which sizes and kinds alone are looked at: checked as
+/// [`load_renamed`] checks them, in the kinds that they have in the file, and where they lie in it.
+pub(crate) fn read_renamed(
+    targets: &[(String, Tensor)],
+    path: &Path,
+    new_name: impl Fn(&str) -> Option<String>,
+) -> Result<Vec<(String, Tensor)>> {
+    let files = open(path)?;
+    let (copies, renamed) = planned(&files, targets, path, new_name)?;
+    let new_names: BTreeMap<String, String> = renamed.into_iter().collect();
+    let mut read = Vec::with_capacity(targets.len());
+    for (file, copies) in files.iter().zip(copies) {
+        for Copy { name, info, target } in copies {
+            let tensor = file.tensor(&name, &info, None)?.f_view(&target.size()[..]);
+            let name = new_names.get(&name).cloned().unwrap_or(name);
+            read.push((name, tensor.map_err(Error::torch("weights::read_renamed"))?));
+        }
+    }
+    Ok(read)
+}
+
 /// What is to be copied from each of several files, and the names that were changed.
 type Planned<'a> = (Vec<Vec<Copy<'a>>>, Vec<(String, String)>);
 

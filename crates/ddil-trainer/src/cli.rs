@@ -155,7 +155,7 @@ pub(crate) struct PromptArgs {
 /// Arguments of `ddil evaluate`.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArgs {
-    /// A model folder, a run folder or a folder of PNG files; `data` compares real data with real data.
+    /// A model folder, a run folder or a folder of PNG or JPEG files; `data` compares real data with real data.
     pub(crate) subject: PathBuf,
     /// Number of samples to draw.
     #[arg(long, short, default_value_t = 5000)]
@@ -238,7 +238,7 @@ pub(crate) struct InspectArgs {
 /// Arguments of `ddil range`.
 #[derive(Debug, Args)]
 pub(crate) struct RangeArgs {
-    /// A folder of PNG files, or `fashion_mnist`.
+    /// A folder of PNG or JPEG files, or `fashion_mnist`.
     pub(crate) data: PathBuf,
     /// The share of values that may lie beyond the range at either end.
     #[arg(long, default_value_t = 0.0005)]

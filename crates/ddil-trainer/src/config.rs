@@ -83,9 +83,9 @@ pub enum DataKind {
     /// The four IDX files of Fashion-MNIST, padded to 32x32.
     #[default]
     FashionMnist,
-    /// A folder of PNG files of one size; names of sub-folders are the classes.
+    /// A folder of PNG or JPEG files of one size; names of sub-folders are the classes.
     ImageFolder,
-    /// A folder of PNG files with captions, which the teacher's own parts encode once.
+    /// A folder of PNG or JPEG files with captions, which the teacher's own parts encode once.
     Captions,
     /// A folder of latents and prompts that are encoded already, as `docs/TEXT_DATA.md` describes it.
     Latents,

@@ -31,10 +31,13 @@ mod folder;
 mod idx;
 mod images;
 mod indices;
+mod jpeg;
 
 pub use captions::{Captioned, read_captions, read_prompts};
 pub use cropped::{Cropped, read_cropped};
-pub use encoded::{EncodedBatch, EncodedDataset, EncodedInfo, EncodedShape, LatentScaling};
+pub use encoded::{
+    EncodedBatch, EncodedDataset, EncodedInfo, EncodedShape, LatentScaling, TruncatedPrompts,
+};
 pub use error::{Error, Result};
 pub use fashion_mnist::{FashionMnist, cache_folder, fashion_mnist_folders};
 pub use folder::read_image_folder;

@@ -197,7 +197,8 @@ impl Pipeline {
     /// Without a frame it is a U-Net and a scheduler: `DDIMPipeline` for DDIM, `DDPMPipeline`, which takes any scheduler,
     /// for LCM. With that of a text-to-image model, what stands around its network is copied.
     ///
-    /// A folder that is there already is written over file by file, each of them whole or not at all.
+    /// The settings of the network say the size of the card, which is that of what it was trained on. A folder that is there
+    /// already is written over file by file, each of them whole or not at all.
     ///
     /// # Errors
     ///
@@ -213,13 +214,14 @@ impl Pipeline {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
         weights::save(&network.weights()?, folder.join(WEIGHTS), &BTreeMap::new())?;
-        let config = folder.join(UNET).join("config.json");
-        crate::files::write_atomic(&config, network.config().to_json().as_bytes())?;
+        let config = sized(network.config(), card)?;
+        let config_file = folder.join(UNET).join("config.json");
+        crate::files::write_atomic(&config_file, config.to_json().as_bytes())?;
         scheduler.config.write(folder.join(SCHEDULER))?;
         let thresholding = scheduler.unspoken.clone();
         write_json(&folder.join(card::FILE_NAME), &Card { thresholding, ..card.clone() })?;
         // Last: a folder with an index is a whole one.
-        Frame::write(folder, &network.config(), &scheduler.config, frame)
+        Frame::write(folder, &config, &scheduler.config, frame)
     }
 }
 
@@ -229,6 +231,17 @@ fn foreign_card(network: &ModelConfig) -> Card {
     // (diffusers' training script); the middle of this is the default of diffusers' pipeline.
     let guidance_range = network.time_cond_proj_dim().map(|_| [1.0, 16.0]);
     Card { image_shape: image_shape(network), guidance_range, ..Card::default() }
+}
+
+/// The settings of a network with the size of samples that its card says, by which diffusers and `ddil sample` choose the
+/// size of a picture: a U-Net for latents may have been trained at another than that it was made for.
+fn sized(config: ModelConfig, card: &Card) -> Result<ModelConfig> {
+    let [_, height, width] = card.image_shape;
+    let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
+    if sides.contains(&0) || config.sample_size() == Some(sides) {
+        return Ok(config);
+    }
+    Ok(config.with_sample_size(sides)?)
 }
 
 /// Channels, height and width by the network's own settings; 0 where they do not say.

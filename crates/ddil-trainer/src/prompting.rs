@@ -17,7 +17,7 @@ pub struct PromptRequest {
     pub prompts: Vec<String>,
     /// What they are guided away from; none is what the model is told of no prompt.
     pub negative_prompt: Option<String>,
-    /// Height and width in pixels; a side that is none is what the network was made for.
+    /// Height and width in pixels; a side that is none is that of the pictures which the model was trained on.
     pub size: [Option<u32>; 2],
     /// Pictures of each prompt.
     pub per_prompt: u32,
@@ -41,13 +41,14 @@ impl PromptRequest {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if neither the request nor the network says.
+    /// [`Error::InvalidConfig`] if neither the request nor the model says.
     pub fn pixels(&self, pipeline: &Pipeline, text: &TextToImage) -> Result<[i64; 2]> {
-        let own = pipeline.network.config().sample_size();
+        // The card's and not the network's: an adapter may stand on a network that was made for another size.
+        let [_, own_height, own_width] = pipeline.card.image_shape;
+        let own = [own_height, own_width].map(|side| side * text.pixels_per_latent());
         let mut pixels = [0; 2];
         for (i, side) in pixels.iter_mut().enumerate() {
-            let latents = own.map(|own| i64::from(own[i]) * text.pixels_per_latent());
-            let asked = self.size[i].map(i64::from).or(latents);
+            let asked = self.size[i].map(i64::from).or(Some(own[i]).filter(|own| *own > 0));
             *side = asked.ok_or_else(|| Error::InvalidConfig {
                 field: ["height", "width"][i].to_owned(),
                 value: "not set".to_owned(),

@@ -198,6 +198,9 @@ fn every_form_of_the_names_loads() -> TestResult {
             ClipTextModel::from_folder(folder.path(), Placement::default(), UnknownKeys::Refuse)?;
         let output = encoder.hidden_state(&recorded["input_ids"], None, HiddenState::default())?;
         close("last_hidden_state", &output, &recorded["last_hidden_state"]);
+        let read = encoder.config().read_weights(folder.path().join("model.safetensors"))?;
+        let read: BTreeMap<_, _> = read.into_iter().collect();
+        assert_eq!(read, encoder.parameters().named().into_iter().collect(), "{prefix}, {old}");
     }
     Ok(())
 }
@@ -216,6 +219,8 @@ fn any_other_surplus_or_missing_tensor_is_an_error() -> TestResult {
     let Error::WeightsMismatch { problems, .. } = error else { panic!("{error}") };
     assert_eq!(problems.missing, ["text_projection.weight"]);
     assert_eq!(problems.unexpected, ["text_model.embeddings.position_id"]);
+    let error = config.read_weights(&path).expect_err("the same").to_string();
+    assert!(error.contains("text_projection.weight") && error.contains("position_id"), "{error}");
     Ok(())
 }
 

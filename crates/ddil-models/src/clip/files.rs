@@ -36,15 +36,39 @@ pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
 /// transformers 5 writes a tower that stands alone without the prefix it has beside a projection; everything else is as
 /// [`weights::load_into`].
 pub(super) fn load(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<()> {
+    weights::load_into(&as_in_file(parameters, path)?.targets, path)
+}
+
+/// The tensors of such a file that would fill `parameters`, under the names of these, where they lie in the file.
+pub(super) fn read(
+    parameters: Vec<(String, Tensor)>,
+    path: &Path,
+) -> Result<Vec<(String, Tensor)>> {
+    let InFile { targets, prefix } = as_in_file(parameters, path)?;
+    let read = weights::read_renamed(&targets, path, |_| None)?.into_iter();
+    let parameters = read.filter(|(name, _)| !POSITION_IDS.contains(&name.as_str()));
+    Ok(parameters.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)).collect())
+}
+
+/// Parameters by the names that a file has for them.
+struct InFile {
+    /// With constants of the file that are no parameters.
+    targets: Vec<(String, Tensor)>,
+    /// What the file leaves away.
+    prefix: &'static str,
+}
+
+fn as_in_file(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<InFile> {
     // The tensors lie in the mapped file: this reads no more than its header.
     let held = weights::read_all(path)?;
-    let mut targets = parameters;
+    let (mut targets, mut left_away) = (parameters, "");
     for prefix in ["text_model.", "vision_model."] {
         let alone = targets.iter().all(|(name, _)| name.starts_with(prefix));
         if alone && !held.keys().any(|name| name.starts_with(prefix)) {
             for (name, _) in &mut targets {
                 name.drain(..prefix.len());
             }
+            left_away = prefix;
         }
     }
     for name in POSITION_IDS {
@@ -53,7 +77,7 @@ pub(super) fn load(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<()>
             targets.push((name.to_owned(), unused));
         }
     }
-    weights::load_into(&targets, path)
+    Ok(InFile { targets, prefix: left_away })
 }
 
 /// Writes weights and settings to a folder, which is made if it is not there.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Result};
@@ -213,6 +214,17 @@ impl ClipTextConfig {
         let encoder = ClipTextModel::new(self, placement, Values::Unset)?;
         files::load(encoder.parameters().named(), weights.as_ref())?;
         Ok(encoder)
+    }
+
+    /// The weights in a file or index, checked against the settings: under the names of published files, in the kinds that
+    /// they have in the file, and where they lie in it, so that no memory is needed for their values.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build_from`].
+    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
+        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
+        files::read(encoder.parameters().named(), weights.as_ref())
     }
 
     /// Whether there is a projection.

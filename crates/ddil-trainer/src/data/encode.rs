@@ -12,7 +12,9 @@ use tch::Tensor;
 
 use super::row_file::RowFile;
 use crate::dataset::encoded::{FORMAT_VERSION, INFO, LATENTS, PROMPTS, SAMPLES, TEXTS};
-use crate::dataset::{Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, read_cropped};
+use crate::dataset::{
+    Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
+};
 use crate::error::{Error, Result};
 use crate::files::{TEMPORARY, parent, sync_folder, write_json};
 use crate::interrupt::Interrupt;
@@ -148,7 +150,7 @@ impl Encoding {
 
     fn encode(&self, parts: &TextToImage, aside: &Path, interrupt: &Interrupt) -> Result<()> {
         let (texts, rows) = self.distinct();
-        encode_prompts(parts, &texts, aside, interrupt)?;
+        let truncated = encode_prompts(parts, &texts, aside, interrupt)?;
         let time_ids = if let Some(images) = &self.images {
             self.encode_pictures(parts, images, aside, interrupt)?
         } else {
@@ -172,6 +174,7 @@ impl Encoding {
             num_prompts: texts.len() as i64,
             empty_prompt: Some(0),
             key: Some(self.key.clone()),
+            truncated,
         };
         // Last: a folder with this file is a whole one.
         write_json(&aside.join(INFO), &info)
@@ -244,13 +247,13 @@ impl Encoding {
     }
 }
 
-/// What the network is told of every text, in a file; the first text is the empty prompt.
+/// What the network is told of every text, in a file; the first text is the empty prompt. Returns what it is not told.
 fn encode_prompts(
     parts: &TextToImage,
     texts: &[&str],
     aside: &Path,
     interrupt: &Interrupt,
-) -> Result<()> {
+) -> Result<Option<TruncatedPrompts>> {
     let (n, path) = (texts.len(), aside.join(PROMPTS));
     let mut progress = Progress::new("encode prompts", 0, n as u64);
     let rows = |told: &Conditioning| {
@@ -261,7 +264,7 @@ fn encode_prompts(
     let empty = parts.empty()?;
     let mut file = RowFile::create(&path, &rows(&empty))?;
     let mut first = 0;
-    let mut truncated = Truncated::default();
+    let mut truncated = None;
     let mut write = |told: &Conditioning, first: usize| {
         told.parts().try_for_each(|(name, part)| file.write(name, first as i64, part))
     };
@@ -271,38 +274,25 @@ fn encode_prompts(
         ensure_wanted(interrupt, "encoding prompts", first, n)?;
         let EncodedPrompts { conditioning, truncated: cut } = parts.encode(chunk)?;
         write(&conditioning, first)?;
-        truncated.see(chunk, cut);
+        note_truncated(&mut truncated, chunk, cut);
         first += chunk.len();
         progress.update(first as u64, &[]);
     }
     progress.finish();
-    truncated.tell(n - 1);
-    file.finish()
+    file.finish()?;
+    Ok(truncated)
 }
 
-/// Prompts that are longer than an encoder takes.
-#[derive(Default)]
-struct Truncated {
-    count: usize,
-    first: Option<(String, String)>,
-}
-
-impl Truncated {
-    fn see(&mut self, texts: &[&str], cut: Vec<Option<String>>) {
-        for (text, cut) in texts.iter().zip(cut) {
-            let Some(cut) = cut else { continue };
-            self.count += 1;
-            self.first.get_or_insert_with(|| ((*text).to_owned(), cut));
-        }
-    }
-
-    fn tell(self, total: usize) {
-        let Some((text, cut)) = self.first else { return };
-        tracing::warn!(
-            "{} of {total} prompts are longer than the text encoder takes and were cut; of {text:?} it is not told \
-             {cut:?}",
-            self.count
-        );
+/// Counts prompts of which a part was cut off, and keeps the first.
+fn note_truncated(
+    truncated: &mut Option<TruncatedPrompts>,
+    texts: &[&str],
+    cut: Vec<Option<String>>,
+) {
+    for (text, cut) in texts.iter().zip(cut) {
+        let Some(cut_off) = cut else { continue };
+        let prompt = (*text).to_owned();
+        truncated.get_or_insert_with(|| TruncatedPrompts { count: 0, prompt, cut_off }).count += 1;
     }
 }
 

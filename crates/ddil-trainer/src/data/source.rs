@@ -193,6 +193,9 @@ impl DataSource {
                 Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
             }
         };
+        if let Samples::Encoded(data) = &samples {
+            data.tell_truncated();
+        }
         TrainingData::new(samples, shape, section, seed, device)
     }
 

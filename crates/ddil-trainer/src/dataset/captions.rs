@@ -6,11 +6,12 @@ use std::{
 
 use serde::Deserialize;
 
-use super::folder::{is_picture, list};
+use super::folder::{ENDINGS, is_picture, list};
 use super::{Error, Result};
 
-/// The file that says which picture has which captions.
-const METADATA: &str = "metadata.jsonl";
+/// The files that may say which picture has which captions.
+const LINES: &str = "metadata.jsonl";
+const TABLE: &str = "metadata.csv";
 
 /// A picture and what may be said of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub struct Captioned {
     pub texts: Vec<String>,
 }
 
-/// A line of the file; more keys may stand there, as other programs have them.
+/// A line of such a file; more keys may stand there, as other programs have them.
 #[derive(Deserialize)]
 struct Line {
     file_name: PathBuf,
@@ -35,22 +36,27 @@ enum Texts {
     Several(Vec<String>),
 }
 
-/// The PNG files of a folder with their captions.
+/// The PNG and JPEG files of a folder with their captions.
 ///
 /// As the image folders of Hugging Face have them: a line `{"file_name": "0001.png", "text": "a cat"}` a picture in
-/// `metadata.jsonl`, in the order of the lines; `text` may be a list of phrasings. Without that file, a `.txt` beside
-/// each picture with one phrasing a line, in the order of the names.
+/// `metadata.jsonl`, in the order of the lines, where `text` may be a list of phrasings; or a row a picture in
+/// `metadata.csv`, which has columns `file_name` and `text`. Without such a file, a `.txt` beside each picture with one
+/// phrasing a line, in the order of the names.
 ///
 /// # Errors
 ///
 /// [`Error::Read`] and [`Error::NoPictures`]; [`Error::Captions`] with every line that cannot be read and every picture
-/// that is not there, is no `.png` or has no caption.
+/// that is not there, is of another format or has no caption, and if both files are there.
 pub fn read_captions(folder: &Path) -> Result<Vec<Captioned>> {
-    let metadata = folder.join(METADATA);
-    let (samples, problems) = if metadata.is_file() {
-        from_lines(folder, &read_text(&metadata)?)
-    } else {
-        from_text_files(folder)?
+    let [lines, table] = [LINES, TABLE].map(|name| folder.join(name));
+    let (samples, problems) = match (lines.is_file(), table.is_file()) {
+        (true, true) => {
+            let problem = format!("both {LINES} and {TABLE} are there; keep the one that counts");
+            (Vec::new(), vec![problem])
+        }
+        (true, false) => captioned(folder, LINES, of_lines(&read_text(&lines)?)),
+        (false, true) => captioned(folder, TABLE, of_table(&read_text(&table)?)),
+        (false, false) => from_text_files(folder)?,
     };
     if !problems.is_empty() {
         return Err(Error::Captions { path: folder.to_owned(), problems });
@@ -75,34 +81,68 @@ pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn from_lines(folder: &Path, text: &str) -> (Vec<Captioned>, Vec<String>) {
+/// Lines by their numbers, or what is wrong with them.
+type Numbered = Vec<(u64, std::result::Result<Line, String>)>;
+
+/// A JSON object a line; lines of white space are passed over.
+fn of_lines(text: &str) -> Numbered {
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    let read =
+        |line| serde_json::from_str(line).map_err(|error: serde_json::Error| error.to_string());
+    lines.map(|(number, line)| (number, read(line))).collect()
+}
+
+/// A table with a row of names; a row may have line breaks within quotes, and is known by its first line.
+fn of_table(text: &str) -> Numbered {
+    let mut table = csv::Reader::from_reader(text.as_bytes());
+    let names = match table.headers() {
+        Ok(names) => names.clone(),
+        Err(error) => return vec![(1, Err(error.to_string()))],
+    };
+    if let Some(missing) =
+        ["file_name", "text"].iter().find(|name| !names.iter().any(|n| n == **name))
+    {
+        let found = names.iter().collect::<Vec<_>>().join(", ");
+        return vec![(1, Err(format!("there is no column `{missing}`; the columns are {found}")))];
+    }
+    let mut rows = Vec::new();
+    let mut row = csv::StringRecord::new();
+    loop {
+        let number = table.position().line();
+        let read = match table.read_record(&mut row) {
+            Ok(false) => return rows,
+            Ok(true) => row.deserialize(Some(&names)),
+            Err(error) => Err(error),
+        };
+        rows.push((number, read.map_err(|error| error.to_string())));
+    }
+}
+
+/// The samples of a file and all that is wrong with it.
+fn captioned(folder: &Path, file: &str, lines: Numbered) -> (Vec<Captioned>, Vec<String>) {
     let (mut samples, mut problems) = (Vec::new(), Vec::new());
     let mut seen = BTreeSet::new();
-    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        let read = serde_json::from_str(line).map_err(|error| error.to_string());
-        match read.and_then(|line| captioned(folder, line)) {
+    for (number, line) in lines {
+        match line.and_then(|line| sample(folder, line)) {
             Ok(sample) if !seen.insert(sample.file_name.clone()) => {
                 let name = sample.file_name.display();
-                problems.push(format!("{METADATA}:{number}: {name} has a line already"));
+                problems.push(format!("{file}:{number}: {name} has a line already"));
             }
             Ok(sample) => samples.push(sample),
-            Err(problem) => problems.push(format!("{METADATA}:{number}: {problem}")),
+            Err(problem) => problems.push(format!("{file}:{number}: {problem}")),
         }
     }
     (samples, problems)
 }
 
-fn captioned(
-    folder: &Path,
-    Line { file_name, text }: Line,
-) -> std::result::Result<Captioned, String> {
+fn sample(folder: &Path, Line { file_name, text }: Line) -> std::result::Result<Captioned, String> {
     let name = file_name.display();
     if !file_name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
     {
         return Err(format!("{name} is not below the folder"));
     }
     if !is_picture(&folder.join(&file_name)) {
-        return Err(format!("{name} is no file ending in .png"));
+        return Err(format!("{name} is no file ending in {ENDINGS}"));
     }
     let texts = match text {
         Texts::One(text) => vec![text],
@@ -121,7 +161,9 @@ fn from_text_files(folder: &Path) -> Result<(Vec<Captioned>, Vec<String>)> {
         let file_name = PathBuf::from(path.file_name().unwrap_or_default());
         if !beside.is_file() {
             let name = file_name.display();
-            problems.push(format!("{name} has neither a .txt beside it nor a line in {METADATA}"));
+            problems.push(format!(
+                "{name} has neither a .txt beside it nor a line in {LINES} or {TABLE}"
+            ));
             continue;
         }
         let texts = lines(&read_text(&beside)?);

@@ -16,12 +16,12 @@ pub struct Cropped {
     pub cut_off: [i64; 2],
 }
 
-/// Reads a PNG and brings it to a size, as training scripts for text-to-image models do: scaled until it covers the
+/// Reads a PNG or a JPEG and brings it to a size, as training scripts for text-to-image models do: scaled until it covers the
 /// size, by antialiased linear interpolation, then cropped in the middle. `channels` are 3, or 1 for grey ones.
 ///
 /// # Errors
 ///
-/// [`Error::Read`] and [`Error::Png`]; [`Error::Picture`] for one with transparency, and for one in colour
+/// [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, and for one in colour
 /// where grey ones are wanted; [`Error::Torch`] if memory runs out.
 pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<Cropped> {
     let (layout, bytes) = read_picture(path)?;

@@ -49,6 +49,21 @@ pub struct EncodedInfo {
     /// Of a cache: what it was made from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// Prompts of which the end is not in the data; none where each is there as a whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truncated: Option<TruncatedPrompts>,
+}
+
+/// Prompts that are longer than the text encoders take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TruncatedPrompts {
+    /// How many there are.
+    pub count: u64,
+    /// The first of them.
+    pub prompt: String,
+    /// What was cut off it.
+    pub cut_off: String,
 }
 
 /// How latents of an autoencoder become those of a diffusion model, in the words of its `config.json`.
@@ -172,6 +187,18 @@ impl EncodedDataset {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Says in the log what the encoders were not told of the prompts, if anything.
+    pub(crate) fn tell_truncated(&self) {
+        let Some(TruncatedPrompts { count, prompt, cut_off }) = &self.info.truncated else {
+            return;
+        };
+        let total = self.info.num_prompts - i64::from(self.info.empty_prompt.is_some());
+        tracing::warn!(
+            "{count} of {total} prompts are longer than the text encoder takes and were cut; of {prompt:?} it is not told \
+             {cut_off:?}"
+        );
     }
 
     /// What it says of itself.

@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use super::folder::ENDINGS;
+
 /// Everything that can go wrong between images on disk and a batch.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -107,6 +109,14 @@ pub enum Error {
         /// What the decoder said.
         source: png::DecodingError,
     },
+    /// A file is no JPEG that can be read.
+    #[error("could not read {} as a JPEG", path.display())]
+    Jpeg {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A picture has another size or colour type than the first, or one that is not taken.
     #[error("{} is {found}; expected {expected}", path.display())]
     Picture {
@@ -118,7 +128,7 @@ pub enum Error {
         expected: String,
     },
     /// A folder has no picture in it.
-    #[error("no file ending in .png in {} or its folders", path.display())]
+    #[error("no file ending in {ENDINGS} in {} or its folders", path.display())]
     NoPictures {
         /// The folder.
         path: PathBuf,

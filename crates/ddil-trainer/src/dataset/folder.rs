@@ -7,17 +7,17 @@ use std::{
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
-use super::{Error, ImageDataset, Result};
+use super::{Error, ImageDataset, Result, jpeg};
 
-/// A data set of the PNG files in a folder, in the order of their names.
+/// A data set of the PNG and JPEG files in a folder, in the order of their names.
 ///
 /// Pictures in the folder itself have no labels. Pictures in folders of it have: classes are those folders' names,
-/// sorted. All must be of one size, and all grey or all RGB; palettes and 16 bits a value are brought to 8 bits. Other
-/// files are left alone, and so are names that begin with a dot.
+/// sorted. All must be of one size, and all grey or all RGB; palettes and 16 bits a value are brought to 8 bits, and a JPEG
+/// is turned as its Exif data say. Other files are left alone, and so are names that begin with a dot.
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Png`] and [`Error::NoPictures`]; [`Error::Picture`] for a picture that differs from the
+/// [`Error::Read`], [`Error::Png`], [`Error::Jpeg`] and [`Error::NoPictures`]; [`Error::Picture`] for a picture that differs from the
 /// first or has transparency; [`Error::MixedFolder`] for pictures with labels beside pictures without.
 pub fn read_image_folder(folder: &Path) -> Result<ImageDataset> {
     let entries = list(folder)?;
@@ -79,13 +79,23 @@ pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
+/// What the names of pictures end in, in words.
+pub(super) const ENDINGS: &str = ".png, .jpg or .jpeg";
+
 pub(super) fn is_picture(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"))
-        && path.is_file()
+    (has_extension(path, "png") || is_jpeg(path)) && path.is_file()
+}
+
+fn is_jpeg(path: &Path) -> bool {
+    has_extension(path, "jpg") || has_extension(path, "jpeg")
+}
+
+fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
 /// A picture's channels, height and width; its bytes are rows of pixels.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Layout {
     pub(super) channels: usize,
     pub(super) height: u32,
@@ -121,6 +131,10 @@ fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
 }
 
 pub(super) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
+    if is_jpeg(path) { jpeg::read(path) } else { read_png(path) }
+}
+
+fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
     let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let mut decoder = Decoder::new(BufReader::new(file));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ClipTextConfig, ClipTokenizer, Error as ModelsError,
-    ModelConfig, Placement, UnknownKeys,
+    ModelConfig, UnknownKeys,
     weights::{self, WeightFiles},
 };
 use ddil_schedulers::{BetaSchedule, CommonConfig, SchedulerConfig};
@@ -234,8 +234,7 @@ impl Parts {
         self.each(|name, class| self.summary(name, class))
     }
 
-    /// Checks every part: settings, names and shapes of all tensors, vocabularies, schedule. Each part is read by itself, so
-    /// that no two are in memory at once, and the network not at all.
+    /// Checks every part: settings, names, shapes and kinds of all tensors, vocabularies, schedule. Values are not read.
     ///
     /// # Errors
     ///
@@ -249,7 +248,8 @@ impl Parts {
 
     /// Checks every part and writes them to a new folder, which is whole once it is there.
     ///
-    /// Tensors are cast and written one by one. Of other files, settings and vocabularies are copied, and nothing else.
+    /// Tensors are cast and written one by one from where they lie in their files: no memory is needed for more than one of
+    /// them. Of other files, settings and vocabularies are copied, and nothing else.
     ///
     /// # Errors
     ///
@@ -337,32 +337,26 @@ impl Parts {
                 let (file, _) = self.weights(name)?;
                 Ok(weights::ensure_fits(&without_values.parameters().named(), file)?)
             }
-            Role::Autoencoder | Role::TextEncoder => self.read(name, None).map(drop),
+            Role::Autoencoder | Role::TextEncoder => self.read(name).map(drop),
             Role::Tokenizer => Ok(ClipTokenizer::from_folder(folder).map(drop)?),
             Role::Scheduler => Ok(self.scheduler()?.0.schedule().map(drop)?),
             Role::Other => Ok(()),
         }
     }
 
-    /// The tensors of a part under the names that they are to have: the network's and those of parts without use where they
-    /// lie in their files, the others read and checked.
-    fn read(&self, name: &str, kind: Option<Kind>) -> Result<Vec<(String, Tensor)>> {
+    /// The tensors of a part where they lie in its files, under the names that they are to have; those of encoders and
+    /// autoencoder checked against their settings.
+    fn read(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
         let config = self.folder(name).join("config.json");
         let (file, _) = self.weights(name)?;
-        let found = weights::read_all(&file)?;
-        let own = found.values().map(Tensor::kind).find(|kind| *kind != Kind::Int64);
-        let kind = kind.or(own).unwrap_or(Kind::Float);
-        let placement = Placement { kind, ..Placement::default() };
         Ok(match Role::of(name) {
             Role::Autoencoder => {
-                let config = AutoencoderKLConfig::from_file(config, UnknownKeys::Refuse)?;
-                config.build_from(placement, file)?.parameters().named()
+                AutoencoderKLConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
             }
             Role::TextEncoder => {
-                let config = ClipTextConfig::from_file(config, UnknownKeys::Refuse)?;
-                config.build_from(placement, file)?.parameters().named()
+                ClipTextConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
             }
-            _ => found.into_iter().collect(),
+            _ => weights::read_all(&file)?.into_iter().collect(),
         })
     }
 
@@ -423,7 +417,7 @@ impl Parts {
                 }
                 role => {
                     copy_settings(self.folder(name), &to)?;
-                    let tensors = self.read(name, form.kind)?;
+                    let tensors = self.read(name)?;
                     let variant = form.variant.as_deref();
                     let files = WeightFiles { stem: role.stem(), variant };
                     files.save_sharded_as(&tensors, &to, form.max_shard_bytes, form.kind)?;

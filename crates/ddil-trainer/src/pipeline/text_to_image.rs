@@ -270,3 +270,20 @@ fn refuse(folder: &Path, value: &str, expected: &str) -> Error {
         expected: expected.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A prompt as long as one encoder takes is whole to it, and what the other is not told is heard once.
+    #[test]
+    fn of_two_encoders_the_one_that_reads_more_counts() {
+        let cut = |text: &str| Some(text.to_owned());
+        assert_eq!(shorter(None, cut("end"), true), cut("end"));
+        assert_eq!(shorter(None, None, true), None);
+        assert_eq!(shorter(cut("the end"), cut("end"), false), cut("end"));
+        assert_eq!(shorter(cut("end"), cut("the end"), false), cut("end"));
+        assert_eq!(shorter(cut("end"), None, false), None);
+        assert_eq!(shorter(None, cut("end"), false), None);
+    }
+}

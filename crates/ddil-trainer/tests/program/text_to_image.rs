@@ -8,13 +8,14 @@ use ddil_core::Denoiser;
 use ddil_losses::TeacherGuidance;
 use ddil_models::{Placement, weights};
 use ddil_trainer::config::Precision;
+use ddil_trainer::dataset::{Captioned, read_captions, read_cropped};
 use ddil_trainer::guide::Guide;
 use ddil_trainer::pipeline::{Pipeline, PipelineClass};
 use tch::{Kind, Tensor, kind};
 
 use crate::bad_input::each_is_refused;
 use crate::support::{
-    TestResult, Workshop, arguments, assert_same_end, checkpoints, copy_folder, snapshot,
+    TestResult, Workshop, arguments, assert_same_end, checkpoints, copy_folder, json, snapshot,
 };
 use crate::text_teacher::{Family, SIDE, TOKENS, WIDTHS, write_colours};
 
@@ -212,12 +213,72 @@ fn a_cache_is_used_again_and_made_anew_for_other_data() -> TestResult {
         lines.replace("2 dogs", "3 dogs, red cat"),
     )?;
     anew("caption");
-    let config = workshop.path("teacher/text_encoder/config.json");
-    fs::write(&config, fs::read(&config)?)?;
-    anew("encoder");
-    let said = said(&workshop, "resolution", &["data.resolution=24"]);
-    for words in ["made anew", "[4, 12, 12]", "[4, 8, 8]", "are smaller than 24x24"] {
+    for part in ["text_encoder", "vae"] {
+        let config = workshop.path("teacher").join(part).join("config.json");
+        fs::write(&config, fs::read(&config)?)?;
+        anew(part);
+    }
+    // What the index says may decide what "no prompt" is.
+    let index = workshop.path("teacher/model_index.json");
+    let text = fs::read_to_string(&index)?;
+    fs::write(&index, text.replacen('{', "{\"force_zeros_for_empty_prompt\": true,", 1))?;
+    anew("index");
+    let said = said(&workshop, "resolution", &["data.resolution=20"]);
+    // Two are too low, three too narrow, one of them both.
+    for words in ["made anew", "[4, 10, 10]", "[4, 8, 8]", "4 of 6 pictures are smaller than 20x20"]
+    {
         assert!(said.contains(words), "{words}: {said}");
+    }
+    Ok(())
+}
+
+fn near(found: &Tensor, expected: &Tensor) -> bool {
+    found.size() == expected.size() && (found - expected).abs().max().double_value(&[]) < 1e-5
+}
+
+fn numbers(row: &Tensor) -> Result<Vec<i64>, tch::TchError> {
+    Vec::try_from(row.to_kind(Kind::Int64))
+}
+
+#[test]
+fn a_cache_holds_what_the_teachers_own_parts_say() -> TestResult {
+    let workshop = workshop(Family::StableDiffusionXl);
+    workshop.complete("distill", "captions", &[]);
+    let file = |name: &str| weights::read_all(workshop.path("cache").join(name));
+    let (latents, prompts) = (file("latents.safetensors")?, file("prompts.safetensors")?);
+    let samples = file("samples.safetensors")?;
+    let texts: Vec<String> =
+        serde_json::from_slice(&fs::read(workshop.path("cache/prompts.json"))?)?;
+    let parts = read(&workshop.path("teacher"))?.frame.text_to_image(Placement::default())?;
+    let captions = read_captions(&workshop.path("captions"))?;
+    assert_eq!((captions.len(), latents["mean"].size()[0]), (6, 6));
+    let size = [i64::from(SIDE); 2];
+    for (i, Captioned { file_name, texts: own }) in (0..).zip(captions) {
+        let picture = read_cropped(&workshop.path("captions").join(file_name), 3, size)?;
+        let [mean, std] = parts.latent_distribution(&picture.pixels.unsqueeze(0))?;
+        assert!(near(&latents["mean"].get(i), &mean.get(0)), "mean of {i}");
+        assert!(near(&latents["std"].get(i), &std.get(0)), "std of {i}");
+        let sizes = [picture.original, picture.cut_off, size].concat();
+        assert_eq!(numbers(&samples["time_ids"].get(i))?, sizes, "{i}");
+        let rows = numbers(&samples["prompts"].get(i))?;
+        let told = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
+        assert!(told.eq(&own), "{rows:?} for {own:?}");
+    }
+
+    // Every text once, behind what stands for no prompt.
+    let said: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
+    let said = parts.encode(&said)?.conditioning;
+    let n = texts.len() as i64 - 1;
+    for (name, part) in said.parts() {
+        assert!(near(&prompts[name].narrow(0, 1, n), part), "{name}");
+        assert_eq!(prompts[name].get(0).abs().max().double_value(&[]), 0.0, "{name}");
+    }
+    assert_eq!(json(&workshop.path("cache/dataset.json"))["empty_prompt"], 0);
+
+    workshop.complete("distill", "prompts", &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
+    let samples = weights::read_all(workshop.path("said/samples.safetensors"))?;
+    for row in 0..3 {
+        assert_eq!(numbers(&samples["time_ids"].get(row))?, [16, 16, 0, 0, 16, 16]);
     }
     Ok(())
 }
@@ -244,9 +305,13 @@ fn long_prompts_are_cut_with_a_word_and_dry_runs_encode_nothing() -> TestResult 
     let dry = workshop.ddil(&dry).succeeded();
     assert!(dry.stdout.contains("4 updates; nothing was written"), "{}", dry.stdout);
     assert!(!workshop.path("said").exists() && !workshop.path("runs").exists());
-    let ended = said(&workshop, "long", &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
-    for words in ["1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {
-        assert!(ended.contains(words), "{words}: {ended}");
+    // Said again where the cache is used again.
+    for (name, words) in [("long", "encodes 2 samples"), ("again", "the encoded data are in said")]
+    {
+        let ended = said(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
+        for words in [words, "1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {
+            assert!(ended.contains(words), "{words}: {ended}");
+        }
     }
     Ok(())
 }
@@ -262,6 +327,10 @@ fn grids_show_the_prompts_asked_for() {
     let grid = |run: &Path| snapshot(&run.join("samples"));
     assert!(grid(&of_data) == grid(&named), "the data's first prompts are these");
     assert!(grid(&of_data) != grid(&other));
+    // An empty text is something to be told; what stands for no prompt here, zeros, is not it.
+    let empty = workshop.complete("distill", "empty", &["output.prompts=[\"\"]"]);
+    let blank = workshop.complete("distill", "blank", &["output.prompts=[\" \"]"]);
+    assert!(grid(&empty) == grid(&blank));
 }
 
 #[test]

@@ -95,7 +95,13 @@ fn a_long_prompt_is_cut_and_the_rest_is_shown() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let arguments = ["sample", "teacher", "--steps", "1", "--prompt", "a red cat, 2 dogs"];
     let ended = workshop.ddil(&arguments).succeeded();
-    for words in ["longer than the text encoder reads", "a red cat, 2 dogs", "cut off: gs"] {
+    let words = ["longer than the text encoder reads", "a red cat, 2 dogs", "cut off: gs"];
+    for words in words {
+        assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
+    }
+    let negative = ["sample", "teacher", "--steps", "1", "--prompt", "a cat", "--negative-prompt"];
+    let ended = workshop.ddil(&[&negative[..], &["a red cat, 2 dogs"]].concat()).succeeded();
+    for words in words {
         assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
     }
 }
@@ -216,6 +222,17 @@ fn adapters_act_by_their_scale_and_change_their_names() -> TestResult {
         .map(|file| weights::read_all(workshop.path(file)).expect("it was written"));
     assert_eq!(there, back);
 
+    let mut with_text: Vec<_> = there.into_iter().collect();
+    for part in ["lora_A", "lora_B"] {
+        let name =
+            format!("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.{part}.weight");
+        with_text.push((name, Tensor::zeros([8, 8], (Kind::Float, Device::Cpu))));
+    }
+    weights::save(&with_text, workshop.path("with_text.safetensors"), &BTreeMap::new())?;
+    let ended = convert("with_text.safetensors", "x.safetensors", "kohya", &base).succeeded();
+    assert!(ended.stderr.contains("2 tensors are for text encoders"), "{}", ended.stderr);
+    fs::remove_file(workshop.path("x.safetensors"))?;
+
     convert("lora.safetensors", "back.safetensors", "kohya", &base).refused(&["--force"]);
     convert("lora.safetensors", "x.safetensors", "peft", &base).refused(&["--lora", "peft"]);
     convert("lora.safetensors", "x.safetensors", "kohya", &[]).refused(&["--base"]);
@@ -277,6 +294,21 @@ fn a_model_goes_out_in_another_form_and_comes_back() -> TestResult {
     export("unet.safetensors", &one).succeeded();
     let kinds = weights::read_all(workshop.path("unet.safetensors"))?;
     assert!(kinds.values().all(|tensor| tensor.kind() == Kind::BFloat16));
+    // Not asked for another kind, it keeps its own.
+    workshop.ddil(&["export", "half", "kept"]).succeeded();
+    for file in [UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    {
+        let kept = weights::read_all(workshop.path("kept").join(file))?;
+        assert!(kept.values().all(|tensor| tensor.kind() == Kind::Half), "{file}");
+    }
+
+    // Shards become one file again, and no list of them is left.
+    export("shards", &["--max-shard-size", "20KB"]).succeeded();
+    let index = "unet/diffusion_pytorch_model.safetensors.index.json";
+    assert!(workshop.path("shards").join(index).is_file());
+    workshop.ddil(&["import", "shards", "joined"]).succeeded();
+    assert!(!workshop.path("joined").join(index).exists());
+    assert_eq!(sample(&workshop, "joined", "d", &prompt), picture);
     export("same", &[]).refused(&["same", "not empty"]);
     export("same", &["--force"]).succeeded();
     export("teacher", &["--force"]).refused(&["another folder than the source"]);
@@ -315,6 +347,36 @@ fn a_run_gives_its_averaged_student() {
     fs::create_dir_all(workshop.path("young/checkpoints")).expect("it is writable");
     fs::write(workshop.path("young/status.json"), "{}").expect("it is writable");
     workshop.ddil(&["export", "young", "x"]).refused(&["young", "no checkpoint yet"]);
+}
+
+/// From the same noise, told the same, sizes included.
+#[test]
+fn a_grid_shows_what_the_exported_student_draws() {
+    let workshop = Workshop::of_text(Family::StableDiffusionXl);
+    let run = workshop.complete("distill", "run", &["output.prompts=[\"a cat\"]"]);
+    let grids = snapshot(&run.join("samples")).into_keys();
+    let grids: Vec<Vec<u8>> = grids.map(|name| pixels(&run.join("samples").join(name))).collect();
+    assert_eq!(grids.len(), 1);
+    let drawn = ["sample", "runs/run", "--seed", "3", "--threads", "1", "--prompt", "a cat"];
+    workshop.ddil(&[&drawn[..], &["--output", "drawn.png"]].concat()).succeeded();
+    assert_alike(&grids, &[pixels(&workshop.path("drawn.png"))]);
+}
+
+#[test]
+fn a_student_of_another_size_says_so_and_is_drawn_at_it() {
+    let workshop = Workshop::of_text(Family::StableDiffusionXl);
+    let smaller = "data.resolution=12";
+    let run = workshop.complete("distill", "whole", &[smaller]);
+    // A number and no list: diffusers' pipeline of XL multiplies it.
+    assert_eq!(json(&run.join("export/unet/config.json"))["sample_size"], 6);
+    let drawn = sample(&workshop, "runs/whole", "a", &["--prompt", "a cat"]);
+    assert_eq!(drawn[0].len(), 3 * 12 * 12);
+    let lora = "student.lora={ rank = 2 }";
+    workshop.complete("distill", "thin", &[smaller, lora]);
+    // The base was made for another size.
+    assert_eq!(json(&workshop.path("teacher/unet/config.json"))["sample_size"], 8);
+    let drawn = sample(&workshop, "runs/thin", "b", &["--prompt", "a cat"]);
+    assert_eq!(drawn[0].len(), 3 * 12 * 12);
 }
 
 #[test]
@@ -387,7 +449,10 @@ fn a_network_alone_is_given_a_scheduler_or_other_parts() -> TestResult {
     assert_eq!(scheduler["beta_schedule"], "scaled_linear");
     workshop.ddil(&["sample", "usual", "--prompt", "a"]).refused(&["text_encoder", "vae"]);
 
+    // What is known of the teacher's own network does not hold for this one.
+    fs::write(workshop.path("teacher/ddil.json"), "{}")?;
     workshop.ddil(&["import", "alone", "whole", "--parts-from", "teacher"]).succeeded();
+    assert!(!workshop.path("whole/ddil.json").exists());
     let index = json(&workshop.path("whole/model_index.json"));
     assert_eq!(index["_class_name"], "LatentConsistencyModelPipeline");
     assert_eq!(sample(&workshop, "whole", "a", &["--prompt", "a cat"]).len(), 1);

@@ -1,0 +1,77 @@
+//! JPEG files.
+
+use std::fs;
+use std::path::Path;
+
+use exif::{In, Reader, Tag};
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use super::folder::Layout;
+use super::{Error, Result};
+
+/// A grey or coloured JPEG, turned as its Exif data say.
+pub(super) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
+    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let jpeg = |error| Error::Jpeg { path: path.to_owned(), source: Box::new(error) };
+    // Strict: one that ends early is refused, and not filled up with grey.
+    let options = DecoderOptions::default().set_strict_mode(true);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
+    decoder.decode_headers().map_err(jpeg)?;
+    let (channels, colour) = match decoder.input_colorspace() {
+        Some(ColorSpace::Luma) => (1, ColorSpace::Luma),
+        Some(ColorSpace::YCbCr | ColorSpace::RGB) => (3, ColorSpace::RGB),
+        other => {
+            let found = other.map_or("of no known colours".to_owned(), |own| format!("{own:?}"));
+            let expected = "grey or RGB".to_owned();
+            return Err(Error::Picture { path: path.to_owned(), found, expected });
+        }
+    };
+    decoder.set_options(options.jpeg_set_out_colorspace(colour));
+    let pixels = decoder.decode().map_err(jpeg)?;
+    let (width, height) = decoder.info().map_or((0, 0), |info| (info.width, info.height));
+    let layout = Layout { channels, height: height.into(), width: width.into() };
+    Ok(turned(layout, pixels, decoder.exif().map_or(UPRIGHT, |exif| orientation(exif))))
+}
+
+/// The orientation of a picture as it should be shown.
+const UPRIGHT: u32 = 1;
+
+/// How a picture is to be turned, 1 to 8 (tag 0x0112 of Exif 2.32). Data that cannot be read say nothing of it, as for
+/// Pillow.
+fn orientation(exif: &[u8]) -> u32 {
+    let read = Reader::new().read_raw(exif.to_vec()).ok();
+    let field = read.as_ref().and_then(|exif| exif.get_field(Tag::Orientation, In::PRIMARY));
+    field.and_then(|field| field.value.get_uint(0)).unwrap_or(UPRIGHT)
+}
+
+/// The picture as it should be shown.
+fn turned(layout: Layout, pixels: Vec<u8>, orientation: u32) -> (Layout, Vec<u8>) {
+    if !(2..=8).contains(&orientation) {
+        return (layout, pixels);
+    }
+    let (channels, last_row, last_column) =
+        (layout.channels, layout.height as usize - 1, layout.width as usize - 1);
+    let is_on_its_side = orientation >= 5;
+    let [height, width] =
+        if is_on_its_side { [layout.width, layout.height] } else { [layout.height, layout.width] };
+    let mut shown = Vec::with_capacity(pixels.len());
+    for row in 0..height as usize {
+        for column in 0..width as usize {
+            let (from_row, from_column) = match orientation {
+                2 => (row, last_column - column),
+                3 => (last_row - row, last_column - column),
+                4 => (last_row - row, column),
+                5 => (column, row),
+                6 => (last_row - column, row),
+                7 => (last_row - column, last_column - row),
+                _ => (column, last_column - row),
+            };
+            let start = (from_row * layout.width as usize + from_column) * channels;
+            shown.extend_from_slice(&pixels[start..start + channels]);
+        }
+    }
+    (Layout { channels, height, width }, shown)
+}

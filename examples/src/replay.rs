@@ -1,0 +1,168 @@
+//! Latents from noise that somebody else drew, to compare with what they made of it.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use ddil_core::{Denoiser, sample};
+use ddil_schedulers::{Error, NoiseSchedule, Sampler, SamplerStep, Timesteps};
+use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::prompting::Told;
+use ddil_trainer::sampling::{SamplePlan, asked};
+use tch::Tensor;
+
+use crate::Result;
+
+/// Draws latents as a pipeline is sampled, from given noise.
+///
+/// # Shapes and units
+///
+/// - `noise`: `[pictures, channels, height, width]`, unit normal; `fresh`: `[steps, pictures, ..]`, what each step
+///   renews, for samplers that do
+///
+/// # Errors
+///
+/// What the network refuses; a sampler that wants noise at more steps than there are in `fresh`.
+pub fn replay(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    timesteps: &Timesteps,
+    told: &Told,
+    (noise, fresh): (&Tensor, Option<&Tensor>),
+) -> Result<Tensor> {
+    let inner = plan.sampler.build(pipeline.network.schedule())?;
+    let fresh = fresh.map_or_else(VecDeque::new, |fresh| fresh.unbind(0).into());
+    let sampler = Replayed { inner, fresh: Mutex::new(fresh) };
+    let asked = asked(&pipeline.network, plan, &told.guide)?;
+    Ok(sample(&*asked, &sampler, timesteps, noise.shallow_clone(), &told.conditioning, None)?)
+}
+
+/// A sampler whose fresh noise is known in advance.
+#[derive(Debug)]
+struct Replayed {
+    inner: Box<dyn Sampler>,
+    /// For the steps to come.
+    fresh: Mutex<VecDeque<Tensor>>,
+}
+
+impl Sampler for Replayed {
+    fn step(&self, step: &SamplerStep<'_>) -> ddil_schedulers::Result<Tensor> {
+        if !self.inner.needs_noise() {
+            return self.inner.step(step);
+        }
+        let next = self.fresh.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let noise = next.ok_or(Error::NoiseMissing { op: "replay" })?;
+        self.inner.step(&step.with_noise(&noise))
+    }
+
+    fn needs_noise(&self) -> bool {
+        false
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use ddil_models::{Lora, Placement, weights};
+    use ddil_trainer::config::Precision;
+    use ddil_trainer::pipeline::PipelineClass;
+    use ddil_trainer::prompting::{PromptRequest, spaced_as_published};
+    use serde::Deserialize;
+
+    use super::*;
+
+    /// Of everything that is drawn, relative to the largest value.
+    const MAX_ERROR: f64 = 1e-4;
+
+    #[derive(Deserialize)]
+    struct How {
+        prompts: Vec<String>,
+        steps: u32,
+        guidance_scale: f64,
+    }
+
+    /// A folder that `tools/record_pipelines.py` wrote, and how it is drawn from.
+    struct Recorded {
+        folder: PathBuf,
+        tensors: BTreeMap<String, Tensor>,
+        how: How,
+    }
+
+    impl Recorded {
+        fn read(name: &str) -> Result<Self> {
+            let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/pipelines");
+            let folder = PathBuf::from(root).join(name);
+            let file = folder.join("expected.safetensors");
+            let how = serde_json::from_str(&weights::read_metadata(&file)?["how"])?;
+            Ok(Self { tensors: weights::read_all(&file)?, folder, how })
+        }
+
+        /// Latents and pictures of a pipeline on the way of `ddil sample`, in its own steps.
+        fn drawn(&self, pipeline: &Pipeline) -> Result<[Tensor; 2]> {
+            let (noise, fresh) = (&self.tensors["noise"], self.tensors.get("fresh"));
+            let text = pipeline.frame.text_to_image(Placement::default())?;
+            let side = |dim: usize| (noise.size()[dim] * text.pixels_per_latent()) as u32;
+            let request = PromptRequest {
+                prompts: self.how.prompts.clone(),
+                negative_prompt: None,
+                size: [2, 3].map(|dim| Some(side(dim))),
+                per_prompt: 1,
+            };
+            let own = SamplePlan::of(pipeline, Some(self.how.steps));
+            let plan = SamplePlan { guidance_scale: self.how.guidance_scale, ..own };
+            let plan = spaced_as_published(pipeline, plan)?;
+            let told = request.told(pipeline, &text, &plan)?;
+            assert_eq!(told.truncated.len(), 1, "the second prompt is too long");
+            let num_train_timesteps = pipeline.network.schedule().num_train_timesteps();
+            let timesteps = plan.timesteps(num_train_timesteps as u32)?;
+            let latents = replay(pipeline, &plan, &timesteps, &told, (noise, fresh))?;
+            let images = text.decode(&latents)?;
+            Ok([latents, images])
+        }
+
+        #[track_caller]
+        fn compare(&self, kind: &str, found: &[Tensor; 2]) {
+            for (name, found) in ["latent", "image"].iter().zip(found) {
+                let expected = &self.tensors[&format!("{kind}.{name}")];
+                let error = (found - expected).abs().max() / expected.abs().max();
+                let error = error.double_value(&[]);
+                assert!(error < MAX_ERROR, "{}: {kind}.{name}: {error:e}", self.folder.display());
+            }
+        }
+    }
+
+    /// With an adapter beside the weights and inside of them too.
+    fn are_those_of_diffusers(name: &str, class: PipelineClass) -> Result<()> {
+        tch::set_num_threads(1);
+        let recorded = Recorded::read(name)?;
+        let pipeline = Pipeline::read(&recorded.folder, Placement::default(), Precision::Float32)?;
+        assert_eq!(pipeline.frame.class(), class);
+        recorded.compare("plain", &recorded.drawn(&pipeline)?);
+        let file = recorded.folder.join("lora/pytorch_lora_weights.safetensors");
+        let mut lora = Lora::from_file(pipeline.network.parameters(), file)?;
+        recorded.compare("apart", &recorded.drawn(&pipeline)?);
+        lora.merge()?;
+        recorded.compare("merged", &recorded.drawn(&pipeline)?);
+        lora.unmerge()?;
+        lora.set_scale(0.0)?;
+        recorded.compare("plain", &recorded.drawn(&pipeline)?);
+        Ok(())
+    }
+
+    /// Two text encoders with a pooled output, sizes and crops, zeros for no prompt, DDIM, guidance.
+    #[test]
+    fn pictures_of_stable_diffusion_xl_are_those_of_diffusers() -> Result<()> {
+        are_those_of_diffusers("sdxl", PipelineClass::StableDiffusionXl)
+    }
+
+    /// A network that is told its guidance, and noise renewed at each step.
+    #[test]
+    fn pictures_of_a_latent_consistency_model_are_those_of_diffusers() -> Result<()> {
+        are_those_of_diffusers("lcm", PipelineClass::LatentConsistency)
+    }
+}

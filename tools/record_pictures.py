@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Records how Pillow reads JPEG files, for tests/trainer/pictures.rs to compare with.
+
+    python3 -m venv .venv
+    .venv/bin/pip install pillow==13.0.0 numpy
+    .venv/bin/python tools/record_pictures.py    # writes tests/golden/pictures
+
+Of every JPEG there is what Pillow makes of it, turned as its Exif data say, as a PNG of the same name; of `cmyk.jpg`, which
+is refused, there is none. The same versions write the same bytes.
+"""
+
+import pathlib
+
+import numpy
+from PIL import ExifTags, Image, ImageOps
+
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "pictures"
+# How a picture is laid down that is turned back by each orientation.
+LAID_DOWN = {
+    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+}
+
+
+def picture():
+    """24 wide and 16 high; no two corners are alike."""
+    rows, columns = numpy.mgrid[0:16, 0:24]
+    red, green, blue = 10 * columns, 15 * rows, 5 * columns + 8 * rows
+    return Image.fromarray(numpy.stack([red, green, blue], -1).astype(numpy.uint8))
+
+
+def record(name, image, **settings):
+    path = GOLDEN / f"{name}.jpg"
+    image.save(path, quality=90, **settings)
+    if image.mode != "CMYK":
+        ImageOps.exif_transpose(Image.open(path)).save(GOLDEN / f"{name}.png")
+
+
+def main():
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    shown = picture()
+    for orientation, way in LAID_DOWN.items():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        record(f"turned_{orientation}", shown if way is None else shown.transpose(way), exif=exif, subsampling=0)
+    record("grey", shown.convert("L"))
+    record("progressive", shown, progressive=True, subsampling=2)
+    record("cmyk", shown.convert("CMYK"))
+    sizes = [Image.open(path).size for path in sorted(GOLDEN.glob("turned_*.png"))]
+    assert set(sizes) == {shown.size}, sizes
+
+
+if __name__ == "__main__":
+    main()
