@@ -9,6 +9,7 @@ mod interrupt;
 mod logging;
 mod lr_schedule;
 mod network;
+mod not_finite;
 mod optimizer;
 mod picture;
 mod record;
