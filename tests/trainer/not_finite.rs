@@ -82,7 +82,7 @@ impl Task for OneWeight {
         let answer = self.data(step).mean_dim(1, false, Kind::Float) * &self.weight;
         let mut per_sample = answer.square();
         if self.goes_wrong(step, Place::Loss) {
-            per_sample = per_sample / 0.0;
+            per_sample /= 0.0;
         }
         if self.goes_wrong(step, Place::Gradient) {
             // The root's slope at 0 is infinite.
@@ -90,7 +90,7 @@ impl Task for OneWeight {
         }
         let mut answers = Tensor::from(1.0_f32);
         if self.goes_wrong(step, Place::Answer) {
-            answers = answers / 0.0;
+            answers /= 0.0;
         }
         Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: Some(answers) })
     }

@@ -64,7 +64,7 @@ struct About<'a> {
     num_rows: usize,
     /// The row of the batch that each row of the file was.
     rows: &'a [usize],
-    about_rows: Vec<&'a Row>,
+    of_rows: Vec<&'a Row>,
 }
 
 impl Evidence {
@@ -182,7 +182,7 @@ impl Evidence {
             error,
             findings: &self.findings,
             num_rows: self.rows.len(),
-            about_rows: rows.iter().map(|row| &self.rows[*row]).collect(),
+            of_rows: rows.iter().map(|row| &self.rows[*row]).collect(),
             rows: &rows,
         };
         let mut writer = CheckpointWriter::new(&folder, step, NOT_FINITE)?;
@@ -231,19 +231,16 @@ impl Finding {
     }
 
     fn to_string_of(&self, num_rows: usize) -> String {
-        let mut text = format!("not finite: {}", self.what);
-        let listed = |text: &mut String, what: &str, items: Vec<String>| {
-            if !items.is_empty() {
-                *text += &format!(", {what} {}", items.join(", "));
-            }
-        };
-        listed(&mut text, "timestep", self.timesteps.iter().map(i64::to_string).collect());
-        let sources = self.sources.iter().map(|source| (*source).to_owned());
-        listed(&mut text, "source", sources.collect());
-        if !self.rows.is_empty() {
-            text += &format!(", in {} of {num_rows} rows", self.rows.len());
-        }
-        text
+        let timesteps: Vec<String> = self.timesteps.iter().map(i64::to_string).collect();
+        let sources: Vec<&str> = self.sources.iter().copied().collect();
+        let rows = format!("in {} of {num_rows} rows", self.rows.len());
+        let parts = [
+            Some(format!("not finite: {}", self.what)),
+            (!timesteps.is_empty()).then(|| format!("timestep {}", timesteps.join(", "))),
+            (!sources.is_empty()).then(|| format!("source {}", sources.join(", "))),
+            Some(rows).filter(|_| !self.rows.is_empty()),
+        ];
+        parts.into_iter().flatten().collect::<Vec<String>>().join(", ")
     }
 }
 
@@ -254,9 +251,7 @@ fn bytes_of_row(tensor: &Tensor) -> usize {
 
 /// The rows with values that are not finite. Waits for the device.
 pub(crate) fn rows_not_finite(tensor: &Tensor) -> Result<Vec<usize>> {
-    let is_float =
-        matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
-    if tensor.numel() == 0 || !is_float {
+    if tensor.numel() == 0 || !is_float(tensor) {
         return Ok(Vec::new());
     }
     let rows = tensor.size().first().copied().unwrap_or(1);
@@ -268,15 +263,23 @@ pub(crate) fn rows_not_finite(tensor: &Tensor) -> Result<Vec<usize>> {
     Ok(finite.iter().enumerate().filter(|(_, finite)| !**finite).map(|(row, _)| row).collect())
 }
 
-/// The places of those of some tensors that have values that are not finite. Waits for the device, once.
+/// The places of those of some tensors of one device that have values that are not finite. Waits for the device, once.
 pub(crate) fn not_finite_among(tensors: &[(String, Tensor)]) -> Result<Vec<usize>> {
-    let all_finite = |tensor: &Tensor| tensor.f_detach()?.f_isfinite()?.f_all();
-    let flags: std::result::Result<Vec<Tensor>, _> =
-        tensors.iter().map(|(_, tensor)| all_finite(tensor)).collect();
-    let flags = flags.and_then(|flags| match flags.as_slice() {
-        [] => Ok(Vec::new()),
-        flags => Vec::<bool>::try_from(Tensor::f_stack(flags, 0)?),
-    });
-    let flags = flags.map_err(Error::torch("not_finite_among"))?;
-    Ok(flags.iter().enumerate().filter(|(_, finite)| !**finite).map(|(at, _)| at).collect())
+    let of_floats: Vec<usize> = (0..tensors.len()).filter(|at| is_float(&tensors[*at].1)).collect();
+    let look = || {
+        let all_finite = |at: &usize| tensors[*at].1.f_detach()?.f_isfinite()?.f_all();
+        let flags: Vec<Tensor> =
+            of_floats.iter().map(all_finite).collect::<std::result::Result<_, _>>()?;
+        match flags.as_slice() {
+            [] => Ok(Vec::new()),
+            flags => Vec::<bool>::try_from(Tensor::f_stack(flags, 0)?),
+        }
+    };
+    let finite = look().map_err(Error::torch("not_finite_among"))?;
+    Ok(of_floats.iter().zip(finite).filter(|(_, finite)| !finite).map(|(at, _)| *at).collect())
+}
+
+/// Other kinds have no values that are not finite.
+fn is_float(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }

@@ -31,7 +31,7 @@ use crate::{
     error::with_causes,
     evidence::NOT_FINITE,
     fault::{self, Point},
-    files::{TEMPORARY, read_json, write_atomic, write_json},
+    files::{TEMPORARY, parent, read_json, sync_folder, write_atomic, write_json},
     settings::{Settings, differences, to_toml},
 };
 
@@ -116,6 +116,8 @@ impl RunFolder {
     pub fn create(path: &Path, config: &impl Serialize) -> Result<Self> {
         let config = to_toml(config)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        // All that will be flushed to disk below is of no use if its name is lost.
+        sync_folder(parent(path))?;
         // Looked at before anything is written, so that a folder of someone else's stays as it is.
         ensure_empty(path)?;
         let lock = lock(path)?;

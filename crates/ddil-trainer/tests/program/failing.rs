@@ -18,7 +18,10 @@ fn a_loss_that_is_not_finite_stops_before_the_weights() -> TestResult {
     let ended = workshop.ddil(&arguments("train", "wild", &settings));
     let run = workshop.run("wild");
     let step = status(&run)["step"].as_u64().ok_or("a number")?;
-    ended.refused(&[&format!("step {}", step + 1), "NaN", "ddil train --resume"]);
+    let saved = format!("not_finite/step_{:07}", step + 1);
+    let words = ["NaN", "answer of the network, timestep", "ddil train --resume", &saved];
+    ended.refused(&words).refused(&[&format!("step {}", step + 1)]);
+    assert!(run.join(saved).join("batch.safetensors").is_file());
     assert!((1..UPDATES).contains(&step), "{step}");
     assert_eq!(status(&run)["state"], "failed");
     let reason = status(&run)["error"].as_str().ok_or("the reason")?.to_owned();
@@ -165,6 +168,9 @@ fn a_stream_that_is_full_is_no_panic() -> TestResult {
     let ended = Ended::of(command.stderr(full()?).stdout(Stdio::piped()).output()?).succeeded();
     assert!(ended.stdout.contains("done: the model is in"), "{}", ended.stdout);
     assert_eq!(status(&workshop.run("deaf"))["state"], "completed");
+
+    let mut command = workshop.command(&["train", "nowhere.toml"]);
+    assert_eq!(command.stderr(full()?).output()?.status.code(), Some(1));
 
     let mut command = workshop.command(&arguments("train", "mute", &[]));
     let ended = Ended::of(command.stdout(full()?).output()?);

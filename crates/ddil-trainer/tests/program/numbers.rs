@@ -60,7 +60,7 @@ fn a_teacher_that_is_not_a_number_is_named_before_it_teaches() {
     let about = saved(&workshop, 1);
     let what = about["findings"][0]["what"].as_str().unwrap_or_default().to_owned();
     assert!(what.contains("weights of the teacher"), "{about}");
-    assert!(about["about_rows"][0]["timestep"].is_number(), "{about}");
+    assert!(about["of_rows"][0]["timestep"].is_number(), "{about}");
 }
 
 /// Makes a checkpoint anew with a value in one of its tensors.

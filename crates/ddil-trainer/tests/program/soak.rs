@@ -166,8 +166,9 @@ struct Report {
 
 impl Report {
     fn new(run: &Path, looks: &[Look], updates: u64) -> Self {
-        // The first tenth is warming up: caches, the allocator's pools, a buffer that fills.
-        let steady: Vec<&Look> = looks.iter().filter(|look| look.step * 10 >= updates).collect();
+        // The first tenth is warming up: caches, the allocator's pools, a buffer that fills. At the end files are closed.
+        let is_steady = |look: &&Look| look.step * 10 >= updates && look.step < updates;
+        let steady: Vec<&Look> = looks.iter().filter(is_steady).collect();
         assert!(steady.len() >= 20, "{} looks are too few; ask for more updates", steady.len());
         let fifth = steady.len() / 5;
         let (first, last) = (&steady[..fifth], &steady[steady.len() - fifth..]);
