@@ -176,6 +176,12 @@ fn a_stream_that_is_full_is_no_panic() -> TestResult {
     let ended = Ended::of(command.stdout(full()?).output()?);
     ended.refused(&["No space left on device"]);
     assert_eq!(status(&workshop.run("mute"))["state"], "completed");
+    // Nobody reads any more: nothing is wrong with that.
+    let arguments = arguments("train", "unheard", &[]);
+    let mut command = workshop.command(&arguments);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    drop(child.stdout.take());
+    assert!(child.wait()?.success());
     for arguments in [vec!["init"], vec!["init", "fashion-mnist-pd-ddil"], vec!["doctor"]] {
         let mut command = workshop.command(&arguments);
         Ended::of(command.stdout(full()?).output()?).refused(&["No space left on device"]);

@@ -12,7 +12,7 @@ use ddil_trainer::fault::POINTS;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::methods::{METHODS, Method};
+use crate::methods::{Method, soaked};
 use crate::support::{Ended, Workshop, assert_same_end, seed, snapshot, status};
 
 /// Updates of a run: more than all the faults of one walk can hold up.
@@ -290,7 +290,7 @@ fn a_disk_that_fails_at_any_point_costs_nothing_that_was_saved() {
 #[ignore = "needs half an hour: make soak"]
 fn soak_every_fault_at_every_point() {
     let mut rng = StdRng::seed_from_u64(seed(3));
-    for method in &METHODS {
+    for method in soaked() {
         let workshop = method.workshop();
         let mut walk = Walk::new(&workshop, method);
         let passed = walk.trace();

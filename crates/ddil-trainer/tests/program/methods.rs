@@ -45,6 +45,15 @@ pub(crate) const METHODS: [Method; 4] = [
     },
 ];
 
+/// The methods of a long test: all, or those named in `DDIL_SOAK_METHODS`, between commas.
+pub(crate) fn soaked() -> Vec<&'static Method> {
+    let named = std::env::var("DDIL_SOAK_METHODS").ok();
+    match &named {
+        Some(names) => names.split(',').map(Method::named).collect(),
+        None => METHODS.iter().collect(),
+    }
+}
+
 impl Method {
     pub(crate) fn named(name: &str) -> &'static Self {
         METHODS.iter().find(|method| method.name == name).expect("it is one of the methods")

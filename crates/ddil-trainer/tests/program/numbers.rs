@@ -7,7 +7,10 @@ use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use serde_json::Value;
 
 use crate::methods::Method;
-use crate::support::{Ended, TestResult, Workshop, checkpoints, json, num_lines, status};
+use crate::support::{
+    Ended, TestResult, Workshop, arguments, checkpoints, copy_folder, json, num_lines, status,
+};
+use crate::text_teacher::Family;
 
 /// Puts a value into every element of a tensor of a safetensors file.
 fn poison(path: &Path, tensor: &str, value: f32) -> TestResult {
@@ -61,6 +64,27 @@ fn a_teacher_that_is_not_a_number_is_named_before_it_teaches() {
     let what = about["findings"][0]["what"].as_str().unwrap_or_default().to_owned();
     assert!(what.contains("weights of the teacher"), "{about}");
     assert!(about["of_rows"][0]["timestep"].is_number(), "{about}");
+}
+
+/// Pictures are numbers; encoded data are what somebody wrote.
+#[test]
+fn data_that_are_not_numbers_are_named() -> TestResult {
+    let workshop = Workshop::of_text(Family::StableDiffusion);
+    workshop.complete("distill", "whole", &[]);
+    let bad = [
+        ("latents.safetensors", "mean", "not finite: data, timestep"),
+        ("prompts.safetensors", "encoder_hidden_states", "encoder_hidden_states of the data"),
+    ];
+    for (file, tensor, words) in bad {
+        let folder = workshop.path(tensor);
+        copy_folder(&workshop.path("cache"), &folder);
+        poison(&folder.join(file), tensor, f32::NAN)?;
+        let data = format!("data={{ kind = \"latents\", path = {tensor:?}, batch_size = 4 }}");
+        let ended = workshop.ddil(&arguments("distill", tensor, &[&data]));
+        ended.refused(&["step 1: loss is NaN", words, "in 4 of 4 rows"]);
+        assert!(checkpoints(&workshop.run(tensor)).is_empty());
+    }
+    Ok(())
 }
 
 /// Makes a checkpoint anew with a value in one of its tensors.

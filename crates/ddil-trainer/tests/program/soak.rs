@@ -1,6 +1,6 @@
 //! Long runs: `make soak`.
 //!
-//! `DDIL_SOAK_KILLS` and `DDIL_SOAK_UPDATES` say how long, `DDIL_SEED` what is drawn.
+//! `DDIL_SOAK_KILLS` and `DDIL_SOAK_UPDATES` say how long, `DDIL_SOAK_METHODS` of what, `DDIL_SEED` what is drawn.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-use crate::methods::{METHODS, Method};
+use crate::methods::{Method, soaked};
 use crate::support::{Workshop, assert_same_end, checkpoints, seed, status};
 
 const KILLS: u64 = 200;
@@ -34,8 +34,9 @@ fn given(name: &str, default: u64) -> u64 {
 #[ignore = "needs minutes: make soak"]
 fn soak_kills_at_random_instants() {
     let (mut rng, kills) = (StdRng::seed_from_u64(seed(4)), given("DDIL_SOAK_KILLS", KILLS));
-    let share = kills.div_ceil(METHODS.len() as u64);
-    for method in &METHODS {
+    let methods = soaked();
+    let share = kills.div_ceil(methods.len() as u64);
+    for method in methods {
         let workshop = method.workshop();
         let (landed, runs) = kills_of(&workshop, method, share, &mut rng);
         println!("{}: {landed} kills, {runs} runs ended on the same bits", method.name);
@@ -117,7 +118,8 @@ fn soak_long_runs() {
         "| method | updates | resident, MiB | growth, KiB | ms an update, first and last fifth | files | buffer, bytes of budget |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- |");
-    let problems: Vec<String> = METHODS.iter().flat_map(|method| soak(method, updates)).collect();
+    let problems: Vec<String> =
+        soaked().into_iter().flat_map(|method| soak(method, updates)).collect();
     assert!(problems.is_empty(), "{problems:#?}");
 }
 
