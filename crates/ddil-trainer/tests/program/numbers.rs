@@ -93,8 +93,8 @@ fn poison_checkpoint(path: &Path, file: &str, tensor: &str, value: f64) -> TestR
     let folder = path.parent().ok_or("it has one")?;
     let mut new = CheckpointWriter::new(folder, old.step(), &old.manifest().kind)?;
     for name in old.manifest().members.keys() {
-        if name.ends_with(".json") {
-            new.json(name, &old.json::<Value>(name)?)?;
+        if let Ok(value) = old.json::<Value>(name) {
+            new.json(name, &value)?;
             continue;
         }
         let mut tensors = old.tensors(name)?;

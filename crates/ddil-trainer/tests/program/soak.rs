@@ -19,7 +19,8 @@ const UPDATES: u64 = 10_000;
 
 /// Growth of memory from the second tenth of a run to its last that is noise.
 const MAX_GROWTH_KIB: f64 = 4096.0;
-/// Time of an update at the end of a run over that at its beginning.
+/// Processor time of an update at the end of a run over that at its beginning; other processes of the machine do not
+/// count in it.
 const MAX_SLOWDOWN: f64 = 1.25;
 /// Between two looks at the process.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -93,6 +94,8 @@ struct Look {
     resident_kib: f64,
     files: usize,
     step: u64,
+    /// Of the processor, so far.
+    seconds: f64,
 }
 
 impl Look {
@@ -105,8 +108,17 @@ impl Look {
         let status = fs::read(run.join("status.json")).ok();
         let status = status.and_then(|text| serde_json::from_slice::<Value>(&text).ok());
         let step = status.and_then(|status| status["step"].as_u64()).unwrap_or(0);
-        Some(Self { resident_kib, files, step })
+        Some(Self { resident_kib, files, step, seconds: processor_seconds(process)? })
     }
+}
+
+/// User's and system's time, fields 14 and 15 of a process's `stat`, in hundredths of a second.
+fn processor_seconds(process: u32) -> Option<f64> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The second field is a name in brackets, with whatever in it.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    let hundredths = |field: usize| fields.get(field - 3)?.parse::<f64>().ok();
+    Some((hundredths(14)? + hundredths(15)?) / 100.0)
 }
 
 /// Long runs stay as they are: memory, speed, files, and the buffer within its budget.
@@ -115,7 +127,7 @@ impl Look {
 fn soak_long_runs() {
     let updates = given("DDIL_SOAK_UPDATES", UPDATES);
     println!(
-        "| method | updates | resident, MiB | growth, KiB | ms an update, first and last fifth | files | buffer, bytes of budget |"
+        "| method | updates | resident, MiB | growth, KiB | processor's ms an update, early and late | files | buffer, bytes of budget |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- |");
     let problems: Vec<String> =
@@ -160,7 +172,7 @@ struct Report {
     updates: u64,
     resident_kib: f64,
     growth_kib: f64,
-    /// Of an update, in the first fifth and the last.
+    /// Of the processor, an update, after a tenth of the run and before its end.
     milliseconds: [f64; 2],
     files: [usize; 2],
     buffer_bytes: Option<u64>,
@@ -181,7 +193,7 @@ impl Report {
             updates,
             resident_kib: resident(last),
             growth_kib: resident(last) - resident(first),
-            milliseconds: pace(run),
+            milliseconds: [(10, 30), (75, 95)].map(|part| pace(looks, updates, part)),
             files: [files(first), files(last)],
             buffer_bytes: buffer_bytes(run),
         }
@@ -217,20 +229,11 @@ impl Report {
     }
 }
 
-/// Median milliseconds of an update in the first fifth and the last of the lines of a run.
-fn pace(run: &Path) -> [f64; 2] {
-    let text = fs::read_to_string(run.join("timings.jsonl")).expect("the program wrote it");
-    let point = |line: &str| {
-        let line: Value = serde_json::from_str(line).expect("the program wrote it");
-        (line["step"].as_f64().unwrap_or(0.0), line["seconds"].as_f64().unwrap_or(0.0))
-    };
-    let points: Vec<(f64, f64)> = text.lines().map(point).collect();
-    let between: Vec<f64> = points
-        .windows(2)
-        .map(|pair| 1000.0 * (pair[1].1 - pair[0].1) / (pair[1].0 - pair[0].0))
-        .collect();
-    let fifth = (between.len() / 5).max(1);
-    [&between[..fifth], &between[between.len() - fifth..]].map(|part| median(part.iter().copied()))
+/// The processor's milliseconds an update between two hundredths of a run.
+fn pace(looks: &[Look], updates: u64, (from, to): (u64, u64)) -> f64 {
+    let at = |hundredths: u64| looks.iter().find(|look| look.step * 100 >= updates * hundredths);
+    let (from, to) = at(from).zip(at(to)).expect("the run got that far");
+    1000.0 * (to.seconds - from.seconds) / (to.step - from.step) as f64
 }
 
 /// Bytes of all that the student's buffer keeps, in the last checkpoint.
