@@ -7,7 +7,7 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test bench parity lint doc clean
+.PHONY: help tools setup demo test soak bench parity lint doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ test: setup ## every test, doc tests and the tools' own too
 	else echo "$(CARGO) test --workspace --lib --bins --tests"; $(CARGO) test --workspace --lib --bins --tests; fi
 	$(CARGO) test --workspace --doc
 	$(PYTHON) tools/tests.py
+
+# Faults are brought about in a debug build, where the points for them are; what runs long is what is shipped.
+SOAK := --workspace --test program -- --ignored --nocapture --test-threads 1
+soak: setup ## an hour of kills, failing disks and long runs (DDIL_SOAK_UPDATES, _KILLS, _METHODS; DDIL_SEED)
+	$(CARGO) test $(SOAK) soak_every_fault soak_kills
+	$(CARGO) test --release $(SOAK) soak_long_runs
 
 bench: setup ## the benchmarks
 	$(CARGO) bench --workspace --benches

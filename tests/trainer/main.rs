@@ -11,6 +11,7 @@ mod logging;
 mod lr_schedule;
 mod memory;
 mod network;
+mod not_finite;
 mod optimizer;
 mod parts;
 mod picture;

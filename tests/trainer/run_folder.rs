@@ -99,6 +99,41 @@ fn a_run_that_just_ends_has_failed() -> TestResult {
     Ok(())
 }
 
+/// A lock is held by a process, not by a file: what one that is gone left says nothing.
+#[test]
+fn a_lock_file_that_was_left_is_no_lock() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    RunFolder::create(&path, &config(10))?.complete(0)?;
+    for left in ["1", "1 elsewhere", "", "not a number", &"9".repeat(10_000)] {
+        fs::write(path.join(".lock"), left)?;
+        assert!(!is_in_use(&path)?, "{left:.20}");
+        RunFolder::resume(&path)?.complete(0)?;
+    }
+    let text = fs::read_to_string(path.join(".lock"))?;
+    assert!(text.starts_with(&format!("{}", std::process::id())), "{text}");
+    Ok(())
+}
+
+/// Killed before there was anything to resume, the same command starts again; killed a little later, the run resumes.
+#[test]
+fn a_run_that_was_killed_while_it_was_made_can_be_made_or_resumed() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run");
+    fs::create_dir(&path)?;
+    fs::write(path.join(".lock"), "4711\n")?;
+    fs::write(path.join(".tmp-config.toml-4711"), "[tr")?;
+    RunFolder::create(&path, &config(10))?.interrupt(0)?;
+    assert!(!path.join(".tmp-config.toml-4711").exists());
+
+    fs::remove_dir(path.join("samples"))?;
+    fs::remove_dir(path.join("checkpoints"))?;
+    fs::remove_file(path.join("status.json"))?;
+    let run = RunFolder::resume(&path)?;
+    assert!(run.checkpoints().is_dir() && path.join("samples").is_dir());
+    Ok(())
+}
+
 #[test]
 fn two_runs_never_share_a_folder_and_kill_9_frees_it() -> TestResult {
     if let Some(folder) = folder_of_child() {
@@ -122,6 +157,19 @@ fn two_runs_never_share_a_folder_and_kill_9_frees_it() -> TestResult {
     assert!(error.to_string().ends_with(&expected), "{error}");
     assert!(matches!(RunFolder::create(&path, &config(10)), Err(Error::FolderNotEmpty { .. })));
     assert!(is_in_use(&path)?);
+
+    // On a disk that machines share, the number alone would lead astray.
+    fs::write(path.join(".lock"), "4711 elsewhere\n")?;
+    let error = RunFolder::resume(&path).expect_err("it is in use");
+    let Error::FolderInUse { holder: Some(holder), .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert_eq!((holder.process, holder.host.as_deref()), (4711, Some("elsewhere")));
+    let expected = "in use by another process (process 4711 on the machine `elsewhere`)";
+    assert!(error.to_string().ends_with(expected), "{error}");
+    fs::write(path.join(".lock"), "")?;
+    let error = RunFolder::resume(&path).expect_err("it is in use").to_string();
+    assert!(error.ends_with("is in use by another process"), "{error}");
 
     fs::create_dir(path.join("checkpoints/.tmp-step_0000001-1"))?;
     process.kill()?;

@@ -28,6 +28,7 @@ use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::{DistillConfig, LoraExport};
 use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
+use crate::evidence::Evidence;
 use crate::guide::Guide;
 use crate::interrupt::Interrupt;
 use crate::network::Network;
@@ -454,6 +455,7 @@ impl Task for DistillTask {
         let mut pending = if let Some(pending) = self.pending.take() {
             pending
         } else {
+            self.cast.named().for_each(|(_, network)| network.watch().forget());
             // Dropout draws from the global generator.
             tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
             self.collect(step)?
@@ -473,7 +475,32 @@ impl Task for DistillTask {
         pending.student_x0 = Some(student_x0);
         pending.teacher_next = teacher_next;
         self.pending = Some(pending);
-        Ok(UpdateLoss { per_sample, figures })
+        Ok(UpdateLoss { per_sample, figures, answers: self.cast.sum_of_answers()? })
+    }
+
+    fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
+        let Some(pending) = &self.pending else { return Ok(None) };
+        let data = self.data.batch_at(step)?;
+        let mut evidence = Evidence::of_states(&pending.states)?;
+        evidence.look_at("data", "data.x0", &data.x0)?;
+        evidence.look_at_conditioning("data", &data.conditioning)?;
+        if let Some(real) = &pending.real {
+            evidence.look_at("real data", "real.x0", &real.x0)?;
+            evidence.look_at_conditioning("real data", &real.conditioning)?;
+        }
+        for (name, network) in self.cast.named() {
+            evidence.look_at_weights(name, &network.parameters().named())?;
+            network.watch().look_closely();
+        }
+        evidence.look_at("states", "states.x_t", &pending.states.x_t)?;
+        evidence.look_at("timesteps", "states.timesteps", &pending.states.timesteps)?;
+        evidence.look_at_conditioning("states", &pending.states.conditioning)?;
+        tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
+        self.terms(step, phase, pending)?;
+        for (name, network) in self.cast.named() {
+            evidence.heard(name, network.watch().sum().as_ref(), &network.watch().faulty());
+        }
+        Ok(Some(evidence))
     }
 
     fn after_update(&mut self, step: u64) -> Result<()> {

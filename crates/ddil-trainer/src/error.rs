@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, path::PathBuf};
 
-use crate::{checkpoint::Damage, settings::Difference};
+use crate::{checkpoint::Damage, run_folder::Holder, settings::Difference};
 
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -170,12 +170,12 @@ pub enum Error {
         missing: &'static str,
     },
     /// Another process is at work in the run folder.
-    #[error("{} is in use by another process{}", path.display(), holder(*process))]
+    #[error("{} is in use by another process{}", path.display(), in_brackets(holder.as_ref().map(ToString::to_string).as_deref()))]
     FolderInUse {
         /// The folder.
         path: PathBuf,
-        /// The number of that process, where known.
-        process: Option<u32>,
+        /// That process, where known.
+        holder: Option<Holder>,
     },
     /// A record is not the one that the checkpoint knew.
     #[error(
@@ -207,7 +207,7 @@ pub enum Error {
         total: usize,
     },
     /// A number that must be finite is not.
-    #[error("step {step}: {name} is {value}{}", detail.as_deref().map_or(String::new(), |detail| format!(" ({detail})")))]
+    #[error("step {step}: {name} is {value}{}{}", in_brackets(detail.as_deref()), saved_in(saved.as_deref()))]
     NonFinite {
         /// The step, counted from 1.
         step: u64,
@@ -215,8 +215,10 @@ pub enum Error {
         name: String,
         /// NaN or an infinity.
         value: f64,
-        /// What else was seen, such as the first parameter with such a gradient.
+        /// What else was seen, such as whose answer it was, or the first parameter with such a gradient.
         detail: Option<String>,
+        /// Where the batch was saved, to be looked at; see [`evidence`](crate::evidence).
+        saved: Option<PathBuf>,
     },
     /// A comparison cannot be begun as it is written down.
     #[error("{place} cannot be compared:{}", listed(problems))]
@@ -348,8 +350,12 @@ fn listed<T: std::fmt::Display>(items: &[T]) -> String {
     items.iter().fold(String::new(), |text, item| text + &format!("\n  {item}"))
 }
 
-fn holder(process: Option<u32>) -> String {
-    process.map_or(String::new(), |process| format!(" ({process})"))
+fn in_brackets(text: Option<&str>) -> String {
+    text.map_or(String::new(), |text| format!(" ({text})"))
+}
+
+fn saved_in(folder: Option<&Path>) -> String {
+    folder.map_or(String::new(), |folder| format!("; the batch is in {}", folder.display()))
 }
 
 /// What libtorch says goes on with a C++ backtrace that helps nobody here.

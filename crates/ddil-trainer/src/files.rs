@@ -2,13 +2,16 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io,
     path::{Path, PathBuf},
 };
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    fault::{self, Point},
+};
 
 /// What a name starts with while its file or folder is being written, or deleted.
 pub(crate) const TEMPORARY: &str = ".tmp-";
@@ -18,7 +21,7 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     let aside = temporary_sibling(path);
     // Errors name the file that is meant, not the one beside it.
     let written = write_synced(&aside, path, content)
-        .and_then(|()| fs::rename(&aside, path).map_err(Error::io("replace", path)))
+        .and_then(|()| rename(Point::FileRename, &aside, path).map_err(Error::io("replace", path)))
         .and_then(|()| sync_folder(parent(path)));
     if written.is_err() {
         // The first error is the one to tell.
@@ -28,9 +31,19 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
-    let mut file = File::create(aside).map_err(Error::io("create", path))?;
-    file.write_all(content).map_err(Error::io("write", path))?;
-    file.sync_all().map_err(Error::io("flush to disk", path))
+    let created = fault::reach(Point::FileCreate, path).and_then(|()| File::create(aside));
+    let mut file = created.map_err(Error::io("create", path))?;
+    fault::write_all(Point::FileWrite, path, &mut file, content)
+        .map_err(Error::io("write", path))?;
+    fault::reach(Point::FileFlush, path)
+        .and_then(|()| file.sync_all())
+        .map_err(Error::io("flush to disk", path))
+}
+
+/// Renames a file or folder; the fault point is that of the name it gets.
+pub(crate) fn rename(point: Point, from: &Path, to: &Path) -> io::Result<()> {
+    fault::reach(point, to)?;
+    fs::rename(from, to)
 }
 
 /// Makes names that were created, renamed or removed in a folder survive a power cut.
@@ -38,7 +51,10 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     if cfg!(windows) {
         return Ok(()); // A folder cannot be opened as a file there, and needs no flush.
     }
-    File::open(path).and_then(|folder| folder.sync_all()).map_err(Error::io("flush to disk", path))
+    fault::reach(Point::FolderFlush, path)
+        .and_then(|()| File::open(path))
+        .and_then(|folder| folder.sync_all())
+        .map_err(Error::io("flush to disk", path))
 }
 
 /// A name beside `path`, this process's own, that start-up cleaning knows as left over.

@@ -2,6 +2,11 @@
 
 mod crc32c;
 mod error;
+#[cfg(all(feature = "fault-points", debug_assertions))]
+#[doc(hidden)]
+pub mod fault;
+#[cfg(not(all(feature = "fault-points", debug_assertions)))]
+mod fault;
 mod files;
 
 pub mod checkpoint;
@@ -14,6 +19,7 @@ pub mod doctor;
 pub mod ema;
 pub mod environment;
 pub mod evaluation;
+pub mod evidence;
 pub mod guide;
 pub mod interrupt;
 pub mod logging;
@@ -35,5 +41,6 @@ pub mod settings;
 pub mod state;
 pub mod tensorboard;
 pub mod train;
+mod watch;
 
 pub use error::{Error, Result};

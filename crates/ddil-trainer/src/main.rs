@@ -4,6 +4,7 @@ mod cli;
 mod commands;
 mod presets;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,9 +16,12 @@ fn main() -> ExitCode {
     match run(&cli.command) {
         Ok(code) => code,
         Err(error) => {
-            // What went wrong and what led to it, each on a line of its own.
-            eprintln!("error: {error}");
-            error.chain().skip(1).for_each(|cause| eprintln!("  because {cause}"));
+            // What went wrong and what led to it, each on a line of its own; if nobody can read it, the exit code says it.
+            let mut stderr = std::io::stderr();
+            let _ = writeln!(stderr, "error: {error}");
+            for cause in error.chain().skip(1) {
+                let _ = writeln!(stderr, "  because {cause}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 
 use crate::config::Precision;
 use crate::error::Result;
+use crate::watch::Watch;
 
 /// A U-Net with what it was trained to output, on which schedule, and in what precision it computes.
 ///
@@ -26,6 +27,8 @@ pub struct Network {
     prediction_type: PredictionType,
     schedule: NoiseSchedule,
     autocast: Option<Kind>,
+    /// What it answered.
+    watch: Watch,
 }
 
 /// Some adapters of a U-Net, and whether they take part.
@@ -44,7 +47,7 @@ impl Network {
         precision: Precision,
     ) -> Self {
         let (model, autocast) = (Rc::new(model), precision.autocast());
-        Self { model, adapter: None, prediction_type, schedule, autocast }
+        Self { model, adapter: None, prediction_type, schedule, autocast, watch: Watch::default() }
     }
 
     /// The network without and with a fresh adapter, which at first adds nothing: a teacher and its student on one base.
@@ -65,7 +68,7 @@ impl Network {
     fn sharing(&self, adapter: Adapter) -> Self {
         let (model, schedule) = (Rc::clone(&self.model), self.schedule.clone());
         let adapter = Some(adapter);
-        Self { model, adapter, schedule, ..*self }
+        Self { model, adapter, schedule, watch: Watch::default(), ..*self }
     }
 
     /// What the network adds to its base, if that is all it has of its own.
@@ -106,7 +109,7 @@ impl Network {
 
     fn with_model(&self, model: Model) -> Self {
         let (model, schedule) = (Rc::new(model), self.schedule.clone());
-        Self { model, adapter: None, schedule, ..*self }
+        Self { model, adapter: None, schedule, watch: Watch::default(), ..*self }
     }
 
     /// What a head says of the features of the network's bottleneck, `[batch]`, `Float`.
@@ -211,7 +214,14 @@ impl Network {
         // One guard a call: the cache of cast weights must not outlive a pass, or a pass with gradients would find
         // what one without has left there.
         let _autocast = self.autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
-        Ok(ask(&self.model, &time)?.to_kind(Kind::Float))
+        let answer = ask(&self.model, &time)?.to_kind(Kind::Float);
+        self.watch.see(x_t, timesteps, &answer)?;
+        Ok(answer)
+    }
+
+    /// What it answered.
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
     }
 }
 

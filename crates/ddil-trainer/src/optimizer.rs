@@ -256,5 +256,5 @@ pub fn ensure_finite(
     if value.is_finite() {
         return Ok(());
     }
-    Err(Error::NonFinite { step, name: name.to_owned(), value, detail: detail() })
+    Err(Error::NonFinite { step, name: name.to_owned(), value, detail: detail(), saved: None })
 }

@@ -7,13 +7,16 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, crc32c};
+use crate::{
+    Error, Result, crc32c,
+    fault::{self, Point},
+};
 
 /// A file of JSON lines, open at its end.
 ///
@@ -70,7 +73,8 @@ impl Record {
     ///
     /// [`Error::Io`] if the file exists or cannot be made.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().append(true).create_new(true).open(path);
+        let file = fault::reach(Point::RecordCreate, path)
+            .and_then(|()| OpenOptions::new().append(true).create_new(true).open(path));
         let file = file.map_err(Error::io("create", path))?;
         Ok(Self { path: path.to_owned(), file, position: Position::default() })
     }
@@ -131,7 +135,9 @@ impl Record {
 
     fn cut(path: &Path, position: Position) -> Result<Self> {
         let file = OpenOptions::new().append(true).open(path).map_err(Error::io("open", path))?;
-        file.set_len(position.bytes).map_err(Error::io("cut", path))?;
+        fault::reach(Point::RecordCut, path)
+            .and_then(|()| file.set_len(position.bytes))
+            .map_err(Error::io("cut", path))?;
         file.sync_all().map_err(Error::io("flush to disk", path))?;
         Ok(Self { path: path.to_owned(), file, position })
     }
@@ -150,7 +156,8 @@ impl Record {
             source,
         })?;
         line.push(b'\n');
-        if let Err(error) = self.file.write_all(&line) {
+        let written = fault::write_all(Point::RecordWrite, &self.path, &mut self.file, &line);
+        if let Err(error) = written {
             // Half a line would make the file unreadable; the error to tell is the first one.
             let _ = self.file.set_len(self.position.bytes);
             return Err(Error::io("write", &self.path)(error));
@@ -165,7 +172,9 @@ impl Record {
     ///
     /// [`Error::Io`] if the disk refuses.
     pub fn position(&self) -> Result<Position> {
-        self.file.sync_data().map_err(Error::io("flush to disk", &self.path))?;
+        fault::reach(Point::RecordFlush, &self.path)
+            .and_then(|()| self.file.sync_data())
+            .map_err(Error::io("flush to disk", &self.path))?;
         Ok(self.position)
     }
 }

@@ -11,13 +11,15 @@
 //!   run.log
 //!   samples/           step_0001000.png
 //!   checkpoints/       see `checkpoint`
+//!   not_finite/        see `evidence`; only if numbers stopped being numbers
 //!   results.json       measurements
 //! ```
 
 use std::{
     error::Error as StdError,
+    fmt::{self, Display, Formatter},
     fs::{self, File},
-    io::{ErrorKind, Read, Seek, Write},
+    io::{ErrorKind, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -27,7 +29,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     Error, Result, checkpoint,
     error::with_causes,
-    files::{read_json, write_atomic, write_json},
+    evidence::NOT_FINITE,
+    fault::{self, Point},
+    files::{TEMPORARY, parent, read_json, sync_folder, write_atomic, write_json},
     settings::{Settings, differences, to_toml},
 };
 
@@ -112,15 +116,15 @@ impl RunFolder {
     pub fn create(path: &Path, config: &impl Serialize) -> Result<Self> {
         let config = to_toml(config)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        // All that will be flushed to disk below is of no use if its name is lost.
+        sync_folder(parent(path))?;
         // Looked at before anything is written, so that a folder of someone else's stays as it is.
         ensure_empty(path)?;
         let lock = lock(path)?;
         ensure_empty(path)?;
+        checkpoint::tidy(path)?;
         write_atomic(&path.join(CONFIG), config.as_bytes())?;
-        for folder in ["samples", "checkpoints"] {
-            let folder = path.join(folder);
-            fs::create_dir(&folder).map_err(Error::io("create", &folder))?;
-        }
+        make_folders(path)?;
         Self::running(path, lock, 0)
     }
 
@@ -135,8 +139,11 @@ impl RunFolder {
             return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
         }
         let lock = lock(path)?;
-        checkpoint::tidy(path)?;
-        checkpoint::tidy(&path.join("checkpoints"))?;
+        for folder in ["", "samples", "checkpoints", NOT_FINITE] {
+            checkpoint::tidy(&path.join(folder))?;
+        }
+        // The first session may have been killed before it made them.
+        make_folders(path)?;
         let step = Status::read(path).map_or(0, |status| status.step);
         Self::running(path, lock, step)
     }
@@ -299,11 +306,24 @@ pub fn is_in_use(path: &Path) -> Result<bool> {
     }
 }
 
+/// A lock, and settings that a killed process was about to write, are nothing yet.
 fn ensure_empty(path: &Path) -> Result<()> {
+    let half = format!("{TEMPORARY}{CONFIG}-");
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
-        if entry.map_err(Error::io("list", path))?.file_name() != LOCK {
+        let name = entry.map_err(Error::io("list", path))?.file_name();
+        if name != LOCK && !name.to_string_lossy().starts_with(&half) {
             return Err(Error::FolderNotEmpty { path: path.to_owned() });
         }
+    }
+    Ok(())
+}
+
+fn make_folders(path: &Path) -> Result<()> {
+    for folder in ["samples", "checkpoints"] {
+        let folder = path.join(folder);
+        fault::reach(Point::RunCreate, &folder)
+            .and_then(|()| fs::create_dir_all(&folder))
+            .map_err(Error::io("create", &folder))?;
     }
     Ok(())
 }
@@ -328,9 +348,10 @@ pub fn lock(folder: &Path) -> Result<File> {
         }
         Err(error) => return Err(Error::io("lock", &path)(error)),
     }
+    let own = format!("{}\n", Holder::here().to_line());
     file.set_len(0)
         .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .and_then(|()| fault::write_all(Point::LockWrite, &path, &mut file, own.as_bytes()))
         .map_err(Error::io("write", &path))?;
     Ok(file)
 }
@@ -338,6 +359,51 @@ pub fn lock(folder: &Path) -> Result<File> {
 fn in_use(folder: &Path, file: &mut File) -> Error {
     let mut text = String::new();
     let read = file.read_to_string(&mut text).ok();
-    let process = read.and_then(|_| text.trim().parse().ok());
-    Error::FolderInUse { path: folder.to_owned(), process }
+    let holder = read.and_then(|_| Holder::from_line(&text));
+    Error::FolderInUse { path: folder.to_owned(), holder }
+}
+
+/// Who holds the lock of a folder, as far as the lock file tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Holder {
+    /// The number of the process, on its own machine.
+    pub process: u32,
+    /// What that machine calls itself; nothing where it does not say.
+    pub host: Option<String>,
+}
+
+impl Holder {
+    fn here() -> Self {
+        Self { process: std::process::id(), host: host() }
+    }
+
+    fn to_line(&self) -> String {
+        let host = self.host.as_deref().unwrap_or_default();
+        format!("{} {host}", self.process).trim_end().to_owned()
+    }
+
+    fn from_line(line: &str) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        let process = words.next()?.parse().ok()?;
+        Some(Self { process, host: words.next().map(str::to_owned) })
+    }
+}
+
+impl Display for Holder {
+    /// The host too, where the number alone would lead astray: of a shared disk, the process may be on another machine.
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Some(host) if self.host != self::host() => {
+                write!(f, "process {} on the machine `{host}`", self.process)
+            }
+            _ => write!(f, "{}", self.process),
+        }
+    }
+}
+
+/// What this machine calls itself.
+fn host() -> Option<String> {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+    Some(name.split_whitespace().next()?.to_owned())
 }

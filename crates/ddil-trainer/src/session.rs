@@ -10,14 +10,17 @@ use std::{fs, io};
 use ddil_losses::Phase;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use self::trainee::Trainee;
 pub use self::trainee::UpdateConfig;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
 use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_causes};
+use crate::evidence::{Evidence, not_finite_among};
+use crate::fault::{self, Point};
+use crate::files::{parent, rename, sync_folder};
 use crate::interrupt::Interrupt;
 use crate::picture::Picture;
 use crate::progress::Progress;
@@ -58,6 +61,17 @@ pub trait Task {
     ///
     /// What data and networks refuse.
     fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss>;
+
+    /// What can be said of the batch of a phase whose numbers are not finite, and the batch itself to be saved.
+    ///
+    /// Asked before the parameters change, and before the run stops for it.
+    ///
+    /// # Errors
+    ///
+    /// What networks refuse.
+    fn inspect(&mut self, _step: u64, _phase: Phase) -> Result<Option<Evidence>> {
+        Ok(None)
+    }
 
     /// After the optimizers' steps.
     ///
@@ -118,6 +132,9 @@ pub struct UpdateLoss {
     pub per_sample: Tensor,
     /// More figures, by name.
     pub figures: Vec<(String, f64)>,
+    /// Sum of all that networks answered on the way to this loss, a scalar on its device: finite where they were. None
+    /// where nobody watches.
+    pub answers: Option<Tensor>,
 }
 
 /// How a session ended.
@@ -260,9 +277,11 @@ impl<T: Task> Session<T> {
     /// # Errors
     ///
     /// What the file system or libtorch refuses.
-    pub fn start(task: T, config: SessionConfig, folder: RunFolder) -> Result<Self> {
-        let record = Record::create(&folder.file("metrics.jsonl"))?;
-        let timings = Record::create(&folder.file("timings.jsonl"))?;
+    pub fn start(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
+        let create = |name: &str| Record::create(&folder.file(name));
+        let records =
+            create("metrics.jsonl").and_then(|record| Ok((record, create("timings.jsonl")?)));
+        let (record, timings) = records.map_err(|error| failed(&mut folder, error))?;
         Self::new(task, config, folder, record, timings, 0, 0.0)
     }
 
@@ -293,15 +312,19 @@ impl<T: Task> Session<T> {
     fn new(
         task: T,
         config: SessionConfig,
-        folder: RunFolder,
+        mut folder: RunFolder,
         record: Record,
         timings: Record,
         step: u64,
         seconds: f64,
     ) -> Result<Self> {
-        let trainees = Trainee::all(&task, &config)?;
-        let ema = config.ema.build(task.parameters(Phase::Student))?;
-        let events = EventWriter::create(folder.path(), step + 1)?;
+        let parts = || {
+            let trainees = Trainee::all(&task, &config)?;
+            let ema = config.ema.build(task.parameters(Phase::Student))?;
+            Ok((trainees, ema, EventWriter::create(folder.path(), step + 1)?))
+        };
+        let parts = parts();
+        let (trainees, ema, events) = parts.map_err(|error| failed(&mut folder, error))?;
         let figures = BTreeMap::new();
         Ok(Self {
             task,
@@ -421,12 +444,41 @@ impl<T: Task> Session<T> {
     ) -> Result<Vec<(String, f64)>> {
         let trainee = trainee::find(&mut self.trainees, phase)?;
         trainee.optimizer.zero_grad()?;
-        let UpdateLoss { per_sample, figures } = self.task.loss(step, phase)?;
-        let own = trainee.update(&per_sample, step, stage_step, per_stage)?;
+        let UpdateLoss { per_sample, figures, answers } = self.task.loss(step, phase)?;
+        let own = trainee.update(&per_sample, answers.as_ref(), step, stage_step, per_stage);
+        let own = own.map_err(|error| self.explain(error, step, phase))?;
         if phase == Phase::Student {
             self.ema.update()?;
         }
         Ok(own.into_iter().chain(figures).collect())
+    }
+
+    /// Adds to an error about numbers what can be said of the batch, and saves that to be looked at.
+    fn explain(&mut self, error: Error, step: u64, phase: Phase) -> Error {
+        let Error::NonFinite { step: update, name, value, detail, saved } = error else {
+            return error;
+        };
+        let evidence = self.task.inspect(step, phase).unwrap_or_else(|error| {
+            tracing::warn!("the batch could not be looked at: {}", with_causes(&error));
+            None
+        });
+        let found = evidence.as_ref().and_then(Evidence::first);
+        let detail = match (found, detail) {
+            (Some(found), Some(detail)) => Some(format!("{found}; {detail}")),
+            (found, detail) => found.or(detail),
+        };
+        let mut error = Error::NonFinite { step: update, name, value, detail, saved };
+        if let Some(evidence) = evidence {
+            let written = evidence.write(self.folder.path(), update, &error.to_string());
+            match (&mut error, written) {
+                (Error::NonFinite { saved, .. }, Ok(folder)) => *saved = Some(folder),
+                (_, Err(cause)) => {
+                    tracing::warn!("the batch could not be saved: {}", with_causes(&cause));
+                }
+                (_, Ok(_)) => {}
+            }
+        }
+        error
     }
 
     fn start_stage(&mut self, step: u64) -> Result<()> {
@@ -476,6 +528,7 @@ impl<T: Task> Session<T> {
 
     /// Saves everything that the next update depends on, and lets go of the oldest checkpoints.
     fn save(&mut self) -> Result<()> {
+        self.ensure_worth_saving()?;
         let mut writer =
             CheckpointWriter::new(&self.folder.checkpoints(), self.step, self.task.kind())?;
         for Trainee { phase, optimizer, .. } in &self.trainees {
@@ -500,6 +553,34 @@ impl<T: Task> Session<T> {
         self.folder.progress(self.step)
     }
 
+    /// A step can leave weights that are not finite where loss and gradient still were: no checkpoint is made of them.
+    fn ensure_worth_saving(&self) -> Result<()> {
+        let ensure = |what: String, tensors: &[(String, Tensor)]| {
+            let found = not_finite_among(tensors)?;
+            let Some((name, tensor)) = found.first().map(|first| &tensors[*first]) else {
+                return Ok(());
+            };
+            let sum = tensor.f_detach().and_then(|tensor| tensor.f_sum(Kind::Double));
+            let value = sum.and_then(|sum| sum.f_double_value(&[]));
+            let value = value.map_err(Error::torch("Session::save"))?;
+            let name = format!("the sum of `{name}`, {what},");
+            let detail = Some(format!("{} of {} are not finite", found.len(), tensors.len()));
+            Err(Error::NonFinite { step: self.step, name, value, detail, saved: None })
+        };
+        for Trainee { phase, optimizer, .. } in &self.trainees {
+            let whose = match phase {
+                Phase::Student => "student",
+                Phase::Critic => "critic",
+            };
+            ensure(format!("a parameter of the {whose}"), &self.task.parameters(*phase))?;
+            ensure(
+                format!("in the state of the {whose}'s optimizer"),
+                &optimizer.state_tensors()?,
+            )?;
+        }
+        ensure("in the moving average".to_owned(), self.ema.tensors())
+    }
+
     /// Puts the averaged model of this step in place of the last one, whole.
     fn export(&self) -> Result<PathBuf> {
         let [export, aside, replaced] =
@@ -517,15 +598,21 @@ impl<T: Task> Session<T> {
         }
         remove(&replaced)?;
         let spent = Spent { updates: self.step, seconds: self.seconds };
-        if let Err(error) = self.task.export(&aside, self.ema.tensors(), spent) {
+        let written = fault::reach(Point::ExportWrite, &export)
+            .map_err(Error::io("write", &export))
+            .and_then(|()| self.task.export(&aside, self.ema.tensors(), spent));
+        if let Err(error) = written {
             // Half a model is of no use, and the disk may be full.
             let _ = remove(&aside);
             return Err(error);
         }
         if export.exists() {
-            fs::rename(&export, &replaced).map_err(Error::io("rename", &export))?;
+            rename(Point::ExportMakeRoom, &export, &replaced)
+                .map_err(Error::io("rename", &export))?;
         }
-        fs::rename(&aside, &export).map_err(Error::io("rename", &aside))?;
+        rename(Point::ExportRename, &aside, &export).map_err(Error::io("rename", &aside))?;
+        sync_folder(parent(&export))?;
+        fault::reach(Point::ExportClear, &export).map_err(Error::io("remove", &replaced))?;
         remove(&replaced)?;
         Ok(export)
     }

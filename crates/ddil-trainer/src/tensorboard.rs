@@ -10,7 +10,11 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::{Error, Result, crc32c, picture::Picture};
+use crate::{
+    Error, Result, crc32c,
+    fault::{self, Point},
+    picture::Picture,
+};
 
 /// Writes one event file; `TensorBoard` reads all that lie in a folder together.
 #[derive(Debug)]
@@ -33,7 +37,8 @@ impl EventWriter {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         // TensorBoard reads in order of the names, and takes the one that sorts last for the live one.
         let path = folder.join(format!("events.out.tfevents.{:020.9}.ddil", since_epoch()));
-        let file = OpenOptions::new().write(true).create_new(true).open(&path);
+        let file = fault::reach(Point::EventsCreate, &path)
+            .and_then(|()| OpenOptions::new().write(true).create_new(true).open(&path));
         let file = BufWriter::new(file.map_err(Error::io("create", &path))?);
         let mut writer = Self { path, file };
         writer.event(0, &Message::default().bytes(event::FILE_VERSION, b"brain.Event:2"))?;
@@ -96,7 +101,8 @@ impl EventWriter {
         let header =
             Message::default().double(event::WALL_TIME, since_epoch()).varint(event::STEP, step);
         let record = framed(&[header.0, content.0.clone()].concat());
-        self.file.write_all(&record).map_err(Error::io("write", &self.path))
+        fault::write_all(Point::EventsWrite, &self.path, &mut self.file, &record)
+            .map_err(Error::io("write", &self.path))
     }
 }
 

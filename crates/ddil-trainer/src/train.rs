@@ -13,6 +13,7 @@ use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::TrainConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
+use crate::evidence::Evidence;
 use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline, Scheduler};
@@ -133,6 +134,7 @@ impl Task for TrainTask {
     fn loss(&mut self, step: u64, _phase: Phase) -> Result<UpdateLoss> {
         // The network's dropout draws from the global generator.
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
+        self.network.watch().forget();
         let data = self.data.batch_at(step)?;
         let batch = data.x0.size()[0];
         let conditioning = self.dropped(step, &data.conditioning);
@@ -147,7 +149,20 @@ impl Task for TrainTask {
         let output = self.network.output(&x_t, &timesteps, &conditioning)?;
         let error = (output - target).square();
         let per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
-        Ok(UpdateLoss { per_sample, figures: Vec::new() })
+        Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: self.network.watch().sum() })
+    }
+
+    fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
+        self.network.watch().look_closely();
+        self.loss(step, phase)?;
+        let data = self.data.batch_at(step)?;
+        let mut evidence = Evidence::of_timesteps(&self.timesteps(step, data.x0.size()[0])?)?;
+        evidence.look_at("data", "data.x0", &data.x0)?;
+        evidence.look_at_conditioning("data", &data.conditioning)?;
+        evidence.look_at_weights("network", &self.parameters(phase))?;
+        let watch = self.network.watch();
+        evidence.heard("network", watch.sum().as_ref(), &watch.faulty());
+        Ok(Some(evidence))
     }
 
     fn after_update(&mut self, _step: u64) -> Result<()> {

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::{Checkpoint, REPLACED, list, step_of};
 use crate::{
     Error, Result,
-    files::{TEMPORARY, temporary_sibling},
+    fault::{self, Point},
+    files::{TEMPORARY, rename, temporary_sibling},
 };
 
 /// Which checkpoints are kept: the last few, and every so many steps one for good.
@@ -107,6 +108,8 @@ pub fn tidy(checkpoints: &Path) -> Result<()> {
 /// Takes the name away first: killed half-way, this leaves no folder that looks like a damaged checkpoint.
 fn remove(path: &Path) -> Result<()> {
     let aside = temporary_sibling(path);
-    fs::rename(path, &aside).map_err(Error::io("remove", path))?;
-    fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+    rename(Point::RetentionRename, path, &aside).map_err(Error::io("remove", path))?;
+    fault::reach(Point::RetentionRemove, path)
+        .and_then(|()| fs::remove_dir_all(&aside))
+        .map_err(Error::io("remove", &aside))
 }

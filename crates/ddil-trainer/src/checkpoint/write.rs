@@ -18,7 +18,8 @@ use super::{
 };
 use crate::{
     Error, Result,
-    files::{sync_folder, temporary_sibling, write_atomic},
+    fault::{self, Point},
+    files::{rename, sync_folder, temporary_sibling, write_atomic},
 };
 
 /// Writes one checkpoint; until [`commit`](Self::commit) it does not exist.
@@ -63,7 +64,9 @@ impl CheckpointWriter {
     pub fn new(checkpoints: &Path, step: u64, kind: &str) -> Result<Self> {
         let aside = temporary_sibling(&folder_of(checkpoints, step));
         fs::create_dir_all(checkpoints).map_err(Error::io("create", checkpoints))?;
-        fs::create_dir(&aside).map_err(Error::io("create", &aside))?;
+        fault::reach(Point::CheckpointCreate, &folder_of(checkpoints, step))
+            .and_then(|()| fs::create_dir(&aside))
+            .map_err(Error::io("create", &aside))?;
         let (checkpoints, kind) = (checkpoints.to_owned(), kind.to_owned());
         Ok(Self { checkpoints, aside, step, kind, members: BTreeMap::new() })
     }
@@ -137,9 +140,10 @@ impl CheckpointWriter {
         let old = place.with_file_name(format!("{REPLACED}{name}"));
         let replaces = place.exists();
         if replaces {
-            fs::rename(place, &old).map_err(Error::io("make room for", place))?;
+            rename(Point::CheckpointMakeRoom, place, &old)
+                .map_err(Error::io("make room for", place))?;
         }
-        if let Err(error) = fs::rename(&self.aside, place) {
+        if let Err(error) = rename(Point::CheckpointRename, &self.aside, place) {
             if replaces {
                 // What stood there stands there again; the error to tell is the first one.
                 let _ = fs::rename(&old, place);
@@ -148,7 +152,9 @@ impl CheckpointWriter {
         }
         sync_folder(&self.checkpoints)?;
         if replaces {
-            fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
+            fault::reach(Point::CheckpointClear, place)
+                .and_then(|()| fs::remove_dir_all(&old))
+                .map_err(Error::io("remove", &old))?;
         }
         Ok(())
     }
@@ -163,6 +169,7 @@ impl Drop for CheckpointWriter {
 
 /// A file that takes the checksum of what should be in it, not of what the disk made of it.
 pub(super) struct Hashed {
+    path: PathBuf,
     file: BufWriter<File>,
     hasher: Sha256,
     bytes: u64,
@@ -170,22 +177,25 @@ pub(super) struct Hashed {
 
 impl Hashed {
     fn create(path: &Path) -> io::Result<Self> {
+        fault::reach(Point::MemberCreate, path)?;
         let file = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
-        Ok(Self { file, hasher: Sha256::new(), bytes: 0 })
+        Ok(Self { path: path.to_owned(), file, hasher: Sha256::new(), bytes: 0 })
     }
 
     fn finish(self) -> io::Result<Member> {
-        self.file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+        let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        fault::reach(Point::MemberFlush, &self.path)?;
+        file.sync_all()?;
         Ok(Member { bytes: self.bytes, sha256: hex(&self.hasher.finalize()) })
     }
 }
 
 impl Write for Hashed {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.file.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        self.bytes += written as u64;
-        Ok(written)
+        fault::write_all(Point::MemberWrite, &self.path, &mut self.file, bytes)?;
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

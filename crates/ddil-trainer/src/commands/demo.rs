@@ -28,7 +28,7 @@ use ddil_trainer::settings::Settings;
 use tch::{Device, Kind, Tensor};
 
 use super::evaluate::{all_images, data_row};
-use super::set_threads;
+use super::{say, set_threads};
 use crate::cli::DemoArgs;
 use crate::presets;
 
@@ -59,16 +59,16 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     set_threads(arms[0].config.run.threads)?;
     let started = Instant::now();
     for arm in &arms {
-        println!("\n{}: {}", arm.name, arm.about);
+        say(&format!("\n{}: {}\n", arm.name, arm.about))?;
         if !train(arm, &logging, &interrupt)? {
-            println!("stopped; the same command goes on from here");
+            say("stopped; the same command goes on from here\n")?;
             return Ok(ExitCode::SUCCESS);
         }
     }
     let candidates = candidates(&arms)?;
     let rows = measure(&candidates, args.num_samples)?;
     write_outputs(&args.folder, &candidates, &rows)?;
-    print_report(&args.folder, &rows, started.elapsed().as_secs_f64());
+    say(&report(&args.folder, &rows, started.elapsed().as_secs_f64()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -212,21 +212,27 @@ fn picture_path(folder: &Path) -> PathBuf {
     folder.join("side_by_side.png")
 }
 
-fn print_report(folder: &Path, rows: &[(String, Measurement)], seconds: f64) {
-    println!("\n{}", table(rows));
-    println!(
-        "frechet is to the test images, `to teacher` to the guided teacher at 50 steps; `data` is what"
-    );
-    println!("as many training images have. Differences below that of `data` say nothing.\n");
-    println!("Shift: energy distance of the states met at inference to noised data\n");
-    println!("{}", shift_table(rows));
-    println!("in {seconds:.0} s\n");
-    println!(
-        "  {}   teacher (3 rows), base, ddil; same noise in each column",
-        picture_path(folder).display()
-    );
-    println!("  {}", folder.join("results.json").display());
-    println!("\nTo go on:");
-    println!("  ddil sample {0}/ddil --num-samples 100", folder.display());
-    println!("  ddil init fashion-mnist-pd-ddil    # a config of your own");
+fn report(folder: &Path, rows: &[(String, Measurement)], seconds: f64) -> String {
+    let (table, shift, picture) = (table(rows), shift_table(rows), picture_path(folder));
+    let (picture, results) = (picture.display(), folder.join("results.json"));
+    let (folder, results) = (folder.display(), results.display());
+    format!(
+        "
+{table}
+frechet is to the test images, `to teacher` to the guided teacher at 50 steps; `data` is what
+as many training images have. Differences below that of `data` say nothing.
+
+Shift: energy distance of the states met at inference to noised data
+
+{shift}
+in {seconds:.0} s
+
+  {picture}   teacher (3 rows), base, ddil; same noise in each column
+  {results}
+
+To go on:
+  ddil sample {folder}/ddil --num-samples 100
+  ddil init fashion-mnist-pd-ddil    # a config of your own
+"
+    )
 }

@@ -31,6 +31,7 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
         })?;
     file.write_all(preset.text.as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;
-    println!("wrote {}; go on with\n  ddil {} {}", path.display(), preset.verb, path.display());
+    let (path, verb) = (path.display(), preset.verb);
+    say(&format!("wrote {path}; go on with\n  ddil {verb} {path}\n"))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -14,7 +14,7 @@ use ddil_trainer::prompting::{PromptRequest, decode, draw_latents, spaced_as_pub
 use ddil_trainer::sampling::{SamplePlan, classes, generate, initial_noise, layout};
 use tch::{Device, Tensor};
 
-use super::open_model;
+use super::{open_model, say};
 use crate::cli::{PromptArgs, SampleArgs};
 
 /// Pictures that are to be written, and how they are laid out.
@@ -137,10 +137,10 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
 fn write(args: &SampleArgs, drawn: &Drawn) -> anyhow::Result<ExitCode> {
     Picture::grid(&drawn.images, drawn.layout)?.save(&args.output)?;
     let n = drawn.images.size()[0];
-    println!("{n} samples in {} steps: {}", drawn.steps, args.output.display());
+    say(&format!("{n} samples in {} steps: {}\n", drawn.steps, args.output.display()))?;
     if let Some(folder) = &args.folder {
         let files = save_each(&drawn.images, folder, 0)?;
-        println!("{} files in {}", files.len(), folder.display());
+        say(&format!("{} files in {}\n", files.len(), folder.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

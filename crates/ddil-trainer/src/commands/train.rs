@@ -151,7 +151,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
             session.folder().path().display()
         )
     });
-    report(&outcome?, &config, session.folder().path());
+    say(&report(&outcome?, &config, session.folder().path()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -218,15 +218,16 @@ fn resume<J: Job>(
     Ok(Session::resume(task, config.session(), folder)?)
 }
 
-fn report<J: Job>(outcome: &Outcome, config: &J, folder: &Path) {
+fn report<J: Job>(outcome: &Outcome, config: &J, folder: &Path) -> String {
     match outcome {
         Outcome::Completed { export } => {
-            println!("done: the model is in {}", export.display());
-            config.next(folder).iter().for_each(|command| println!("  {command}"));
+            let done = format!("done: the model is in {}\n", export.display());
+            let next = config.next(folder);
+            next.iter().fold(done, |text, command| text + "  " + command + "\n")
         }
         Outcome::Interrupted { step } => {
-            println!("saved at step {step}; go on with");
-            println!("  ddil {} --resume {}", J::VERB, folder.display());
+            let folder = folder.display();
+            format!("saved at step {step}; go on with\n  ddil {} --resume {folder}\n", J::VERB)
         }
     }
 }

@@ -4,7 +4,7 @@ use ddil_core::{Conditioning, Discriminator};
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Phase, Requirements};
 use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::config::{DistillConfig, LoraSection};
 use crate::error::{Error, Result};
@@ -146,6 +146,27 @@ impl Cast {
     pub(super) fn averaged(&self, average: &[(String, Tensor)]) -> Result<&Network> {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Ok(&self.averaged)
+    }
+
+    /// Everybody who answers in a loss, by name.
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &Network)> {
+        let target = self.target.as_ref().map(|target| ("target", &target.network));
+        let critic = self.critic.as_ref().map(|critic| ("critic", &critic.fake_score));
+        [("teacher", &self.teacher), ("student", &self.student)]
+            .into_iter()
+            .chain(target)
+            .chain(critic)
+    }
+
+    /// Sum of all that they answered, a scalar.
+    pub(super) fn sum_of_answers(&self) -> Result<Option<Tensor>> {
+        let sums: Vec<Tensor> =
+            self.named().filter_map(|(_, network)| network.watch().sum()).collect();
+        if sums.is_empty() {
+            return Ok(None);
+        }
+        let sum = Tensor::f_stack(&sums, 0).and_then(|sums| sums.f_sum(Kind::Float));
+        sum.map(Some).map_err(Error::torch("Cast::sum_of_answers"))
     }
 
     /// After an update of the student: the target follows it.

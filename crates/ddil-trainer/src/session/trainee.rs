@@ -41,6 +41,13 @@ pub(super) fn optimizer_file(phase: Phase) -> &'static str {
     }
 }
 
+/// The values of some scalars of one device, read at once.
+fn values(scalars: [&Tensor; 3]) -> Result<[f64; 3]> {
+    let read = || Vec::<f64>::try_from(Tensor::f_stack(&scalars, 0)?);
+    let values = read().map_err(Error::torch("Trainee::update"))?;
+    Ok([values[0], values[1], values[2]])
+}
+
 /// The one of a phase.
 pub(super) fn find(trainees: &mut [Trainee], phase: Phase) -> Result<&mut Trainee> {
     let of_phase = trainees.iter_mut().find(|trainee| trainee.phase == phase);
@@ -68,6 +75,7 @@ impl Trainee {
     pub(super) fn update(
         &mut self,
         per_sample: &Tensor,
+        answers: Option<&Tensor>,
         step: u64,
         stage_step: u64,
         per_stage: u64,
@@ -76,7 +84,7 @@ impl Trainee {
         loss.f_backward().map_err(Error::torch("backward"))?;
         let norm = self.optimizer.clip()?;
         // Read after the whole backward pass was queued: one wait for the device a phase.
-        let (loss, norm) = (loss.double_value(&[]), norm.double_value(&[]));
+        let [loss, norm, answers] = values([&loss, &norm, answers.unwrap_or(&loss)])?;
         let (whose, prefix) = match self.phase {
             Phase::Student => ("", ""),
             Phase::Critic => ("critic's ", "critic_"),
@@ -84,6 +92,7 @@ impl Trainee {
         ensure_finite(step + 1, &format!("{whose}loss"), loss, || None)?;
         let detail = || self.optimizer.non_finite_gradient();
         ensure_finite(step + 1, &format!("{whose}gradient norm"), norm, detail)?;
+        ensure_finite(step + 1, "the sum of the networks' answers", answers, || None)?;
         let rate = self.learning_rate.lr_at(stage_step, per_stage);
         self.optimizer.step(rate)?;
         let figures = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];

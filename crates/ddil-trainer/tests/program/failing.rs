@@ -1,8 +1,13 @@
 //! What goes wrong on the way: the run stops, says why, and can go on.
 
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
 use crate::support::{
-    TestResult, UPDATES, Workshop, arguments, assert_same_end, checkpoints, num_lines, snapshot,
-    status,
+    Ended, TestResult, UPDATES, Workshop, arguments, assert_same_end, checkpoints, num_lines,
+    snapshot, status,
 };
 
 #[test]
@@ -13,7 +18,10 @@ fn a_loss_that_is_not_finite_stops_before_the_weights() -> TestResult {
     let ended = workshop.ddil(&arguments("train", "wild", &settings));
     let run = workshop.run("wild");
     let step = status(&run)["step"].as_u64().ok_or("a number")?;
-    ended.refused(&[&format!("step {}", step + 1), "NaN", "ddil train --resume"]);
+    let saved = format!("not_finite/step_{:07}", step + 1);
+    let words = ["NaN", "answer of the network, timestep", "ddil train --resume", &saved];
+    ended.refused(&words).refused(&[&format!("step {}", step + 1)]);
+    assert!(run.join(saved).join("batch.safetensors").is_file());
     assert!((1..UPDATES).contains(&step), "{step}");
     assert_eq!(status(&run)["state"], "failed");
     let reason = status(&run)["error"].as_str().ok_or("the reason")?.to_owned();
@@ -56,6 +64,131 @@ fn a_full_disk_loses_nothing_that_was_saved() -> TestResult {
     Ok(())
 }
 
+/// A small disk of its own under a folder, for who may mount one.
+struct SmallDisk<'a>(&'a Path);
+
+impl<'a> SmallDisk<'a> {
+    fn mount(folder: &'a Path, kib: u32) -> Option<Self> {
+        fs::create_dir_all(folder).ok()?;
+        let size = format!("size={kib}k");
+        let options = ["-t", "tmpfs", "-o", &size, "tmpfs"];
+        let mounted = Command::new("mount").args(options).arg(folder).output().ok()?;
+        mounted.status.success().then_some(Self(folder))
+    }
+
+    fn remount(&self, option: &str) {
+        let remount = ["-o", &format!("remount,{option}")];
+        let done = Command::new("mount").args(remount).arg(self.0).status();
+        assert!(done.is_ok_and(|status| status.success()), "what is mounted can be mounted again");
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_disk_that_is_really_full_or_cannot_be_written_loses_nothing() -> TestResult {
+    let workshop = Workshop::new();
+    let runs = workshop.path("runs");
+    let Some(disk) = SmallDisk::mount(&runs, 16 << 10) else {
+        eprintln!("SKIPPED: only root can mount a small disk");
+        return Ok(());
+    };
+    let whole = workshop.complete("train", "whole", &[]);
+    let run = workshop.rewound(&whole, "full", 3);
+    let resume = ["train", "--resume", &run.display().to_string()];
+    let saved = snapshot(&checkpoints(&run)[&3]);
+    // What is left is less than a checkpoint.
+    let rest = runs.join("filler");
+    let size = saved.values().map(Vec::len).sum::<usize>() / 2;
+    fill(&rest, size)?;
+    workshop.ddil(&resume).refused(&["could not write", "No space left on device", "--resume"]);
+    assert_ne!(status(&run)["state"], "completed");
+    assert!(snapshot(&checkpoints(&run)[&3]) == saved);
+
+    fs::remove_file(&rest)?;
+    disk.remount("ro");
+    workshop.ddil(&resume).refused(&["could not open", ".lock", "Read-only file system"]);
+    assert!(snapshot(&checkpoints(&run)[&3]) == saved);
+
+    disk.remount("rw");
+    workshop.ddil(&resume).succeeded();
+    assert_same_end(&whole, &run);
+    Ok(())
+}
+
+/// Writes to a disk until so many bytes are left.
+fn fill(path: &Path, left: usize) -> TestResult {
+    let mut file = fs::File::create(path)?;
+    while file.write_all(&[0; 1 << 12]).is_ok() {}
+    let length = file.metadata()?.len() as usize;
+    Ok(file.set_len(length.saturating_sub(left) as u64)?)
+}
+
+/// As root nothing is forbidden, so it is another user who tries, where there is one to become.
+#[test]
+fn a_folder_that_may_not_be_written_is_told_and_left() -> TestResult {
+    let workshop = Workshop::new();
+    let run = workshop.complete("train", "run", &[]);
+    let before = snapshot(&run);
+    let path = run.display().to_string();
+    let readable = ["a+rX,a-w", &workshop.path("").display().to_string()].map(str::to_owned);
+    assert!(Command::new("chmod").arg("-R").args(readable).status()?.success());
+    let mut command = workshop.command(&["train", "--resume", &path]);
+    if fs::write(run.join("probe"), "").is_ok() {
+        use std::os::unix::process::CommandExt;
+        fs::remove_file(run.join("probe"))?;
+        command.uid(65534).gid(65534);
+    }
+    let refused = command.output();
+    let restored = Command::new("chmod").args(["-R", "u+w"]).arg(workshop.path("")).status()?;
+    assert!(restored.success());
+    let Ok(refused) = refused.map(Ended::of) else {
+        eprintln!("SKIPPED: this user may write everywhere and become nobody else");
+        return Ok(());
+    };
+    if refused.code == Some(127) || refused.stderr.contains("error while loading") {
+        eprintln!("SKIPPED: nobody else can run the program: {}", refused.stderr);
+        return Ok(());
+    }
+    refused.refused(&["could not open", ".lock", "Permission denied"]);
+    assert!(snapshot(&run) == before);
+    Ok(())
+}
+
+/// Nobody listens any more, or what listens is full: a run is not lost for that, and nothing panics.
+#[test]
+fn a_stream_that_is_full_is_no_panic() -> TestResult {
+    let workshop = Workshop::new();
+    let full = || fs::File::options().write(true).open("/dev/full");
+    let mut command = workshop.command(&arguments("train", "deaf", &[]));
+    let ended = Ended::of(command.stderr(full()?).stdout(Stdio::piped()).output()?).succeeded();
+    assert!(ended.stdout.contains("done: the model is in"), "{}", ended.stdout);
+    assert_eq!(status(&workshop.run("deaf"))["state"], "completed");
+
+    let mut command = workshop.command(&["train", "nowhere.toml"]);
+    assert_eq!(command.stderr(full()?).output()?.status.code(), Some(1));
+
+    let mut command = workshop.command(&arguments("train", "mute", &[]));
+    let ended = Ended::of(command.stdout(full()?).output()?);
+    ended.refused(&["No space left on device"]);
+    assert_eq!(status(&workshop.run("mute"))["state"], "completed");
+    // Nobody reads any more: nothing is wrong with that.
+    let arguments = arguments("train", "unheard", &[]);
+    let mut command = workshop.command(&arguments);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    drop(child.stdout.take());
+    assert!(child.wait()?.success());
+    for arguments in [vec!["init"], vec!["init", "fashion-mnist-pd-ddil"], vec!["doctor"]] {
+        let mut command = workshop.command(&arguments);
+        Ended::of(command.stdout(full()?).output()?).refused(&["No space left on device"]);
+    }
+    Ok(())
+}
+
 #[test]
 fn two_runs_never_share_a_folder() -> TestResult {
     let workshop = Workshop::new();
@@ -69,6 +202,8 @@ fn two_runs_never_share_a_folder() -> TestResult {
     workshop.ddil(&arguments("train", "busy", &[])).refused(&[&path, "already exists"]);
     assert_eq!(status(&run)["state"], "running");
     running.kill();
+    // What the killed process left in the lock says nothing to the next.
+    assert!(fs::read_to_string(run.join(".lock"))?.starts_with(&id));
     let inspected = workshop.ddil(&["inspect", &path, "--json"]).succeeded();
     let found: serde_json::Value = serde_json::from_str(&inspected.stdout)?;
     assert_eq!((&found["status"]["state"], &found["in_use"]), (&"running".into(), &false.into()));

@@ -5,9 +5,15 @@
 
 mod bad_input;
 mod compare;
+mod determinism;
 mod failing;
+#[cfg(debug_assertions)]
+mod faults;
 mod lora;
+mod methods;
+mod numbers;
 mod resume;
+mod soak;
 mod support;
 mod text_teacher;
 mod text_to_image;

@@ -240,8 +240,16 @@ pub(crate) fn arguments<'a>(verb: &'a str, name: &'a str, settings: &[&'a str]) 
     arguments
 }
 
+/// What a test draws from: `DDIL_SEED`, or its own number; printed, as a test that fails shows what it printed.
+pub(crate) fn seed(own: u64) -> u64 {
+    let given = std::env::var("DDIL_SEED").ok();
+    let seed = given.map_or(own, |seed| seed.parse().expect("DDIL_SEED is a number"));
+    println!("DDIL_SEED={seed}");
+    seed
+}
+
 /// How the program ended and what it said.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
@@ -249,7 +257,7 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Self {
             code: output.status.code(),
@@ -301,6 +309,18 @@ impl Running {
             sleep(Duration::from_millis(1));
         }
         true
+    }
+
+    /// Whether it has come to an end.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let child = self.child.as_mut().expect("it has not been waited for");
+        child.try_wait().expect("it is our child").is_some()
+    }
+
+    /// Waits for the end, however long that takes.
+    pub(crate) fn ended(mut self) -> Ended {
+        let child = self.child.take().expect("it has not been waited for");
+        Ended::of(child.wait_with_output().expect("it is our child"))
     }
 
     /// `kill -9`.

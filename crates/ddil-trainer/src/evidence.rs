@@ -1,0 +1,285 @@
+//! What is kept of a batch at which numbers stopped being numbers.
+//!
+//! ```text
+//! <run>/not_finite/step_0000120/
+//!   batch.json          what was found where, and of each row of the batch its timestep and its source
+//!   batch.safetensors   the rows: data, states, what was said of them
+//!   manifest.json       as in a checkpoint
+//! ```
+//!
+//! One such folder is kept, the newest, of at most 64 MiB or one row: the rows in which something was found, then others
+//! for comparison.
+
+use std::collections::BTreeSet;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use ddil_core::{Conditioning, States};
+use serde::Serialize;
+use tch::{Kind, Tensor};
+
+use crate::checkpoint::{CheckpointWriter, Retention, discard_newer};
+use crate::error::{Error, Result};
+use crate::watch::FaultyAnswer;
+
+/// The folder in a run's own.
+pub(crate) const NOT_FINITE: &str = "not_finite";
+const MAX_BYTES: usize = 64 << 20;
+
+/// What was found of a batch, in the order of causes.
+#[derive(Debug, Default)]
+pub struct Evidence {
+    rows: Vec<Row>,
+    findings: Vec<Finding>,
+    tensors: Vec<(String, Tensor)>,
+}
+
+/// What is known of a row of the batch.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestep: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<&'static str>,
+    /// The student's update at which the state was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    birth: Option<u64>,
+}
+
+/// Something with values that are not finite.
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: String,
+    /// Rows of the batch; none if it is not of rows.
+    rows: Vec<usize>,
+    timesteps: BTreeSet<i64>,
+    sources: BTreeSet<&'static str>,
+}
+
+/// What `batch.json` says.
+#[derive(Serialize)]
+struct About<'a> {
+    error: &'a str,
+    findings: &'a [Finding],
+    num_rows: usize,
+    /// The row of the batch that each row of the file was.
+    rows: &'a [usize],
+    of_rows: Vec<&'a Row>,
+}
+
+impl Evidence {
+    /// Of a batch of which each row has one timestep, and no more is known.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the timesteps cannot be read.
+    pub fn of_timesteps(timesteps: &Tensor) -> Result<Self> {
+        let timesteps: Vec<i64> =
+            Vec::try_from(timesteps).map_err(Error::torch("Evidence::of_timesteps"))?;
+        let row = |timestep| Row { timestep: Some(timestep), source: None, birth: None };
+        Ok(Self { rows: timesteps.into_iter().map(row).collect(), ..Self::default() })
+    }
+
+    /// Of training states.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if their timesteps cannot be read.
+    pub fn of_states(states: &States) -> Result<Self> {
+        let mut evidence = Self::of_timesteps(&states.timesteps)?;
+        let told = states.sources.iter().zip(&states.births);
+        for (row, (source, birth)) in evidence.rows.iter_mut().zip(told) {
+            (row.source, row.birth) = (Some(source.as_str()), Some(*birth));
+        }
+        Ok(evidence)
+    }
+
+    /// Looks at a tensor of one row a sample, and keeps it to be saved.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if it cannot be looked at.
+    pub fn look_at(&mut self, what: &str, name: &str, tensor: &Tensor) -> Result<()> {
+        let rows = rows_not_finite(tensor)?;
+        self.found(what, &rows, None);
+        self.tensors.push((name.to_owned(), tensor.shallow_clone()));
+        Ok(())
+    }
+
+    /// Looks at all that a network is told, and keeps it to be saved.
+    ///
+    /// # Errors
+    ///
+    /// As [`look_at`](Self::look_at).
+    pub fn look_at_conditioning(&mut self, whose: &str, conditioning: &Conditioning) -> Result<()> {
+        conditioning.parts().try_for_each(|(part, tensor)| {
+            self.look_at(&format!("{part} of the {whose}"), &format!("{whose}.{part}"), tensor)
+        })
+    }
+
+    /// Looks at the weights of a network.
+    ///
+    /// # Errors
+    ///
+    /// As [`look_at`](Self::look_at).
+    pub fn look_at_weights(&mut self, whose: &str, weights: &[(String, Tensor)]) -> Result<()> {
+        let found = not_finite_among(weights)?;
+        if let Some(first) = found.first() {
+            let (first, of) = (&weights[*first].0, weights.len());
+            let what = format!("{} of {of} weights of the {whose}, `{first}` first", found.len());
+            self.findings.push(Finding::of(what));
+        }
+        Ok(())
+    }
+
+    /// Takes note of what a network said when it was asked once more, and of its answers before.
+    pub(crate) fn heard(&mut self, whose: &str, sum: Option<&Tensor>, faulty: &[FaultyAnswer]) {
+        for answer in faulty {
+            self.found(&format!("answer of the {whose}"), &answer.rows, Some(&answer.timesteps));
+        }
+        let was_finite = sum.is_none_or(|sum| sum.f_double_value(&[]).is_ok_and(f64::is_finite));
+        if faulty.is_empty() && !was_finite {
+            self.findings.push(Finding::of(format!(
+                "an answer of the {whose} in this update, to another question than the loss's or to one that was not \
+                 finite"
+            )));
+        }
+    }
+
+    /// The first thing that was found, in words.
+    pub fn first(&self) -> Option<String> {
+        self.findings.first().map(|finding| finding.to_string_of(self.rows.len()))
+    }
+
+    fn found(&mut self, what: &str, rows: &[usize], timesteps: Option<&[i64]>) {
+        if rows.is_empty() {
+            return;
+        }
+        let num_rows = self.rows.len().max(1);
+        let timestep = |row: &usize| match timesteps {
+            Some(asked) => asked.get(*row).copied(),
+            None => self.rows.get(*row).and_then(|row| row.timestep),
+        };
+        let of_batch: BTreeSet<usize> = rows.iter().map(|row| row % num_rows).collect();
+        let source = |row: &usize| self.rows.get(*row).and_then(|row| row.source);
+        self.findings.push(Finding {
+            what: what.to_owned(),
+            timesteps: rows.iter().filter_map(timestep).collect(),
+            sources: of_batch.iter().filter_map(source).collect(),
+            rows: of_batch.into_iter().collect(),
+        });
+    }
+
+    /// Writes it below a run's folder, in place of an older one, and says where.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub(crate) fn write(&self, run: &Path, step: u64, error: &str) -> Result<PathBuf> {
+        let folder = run.join(NOT_FINITE);
+        let rows = self.rows_to_keep();
+        let about = About {
+            error,
+            findings: &self.findings,
+            num_rows: self.rows.len(),
+            of_rows: rows.iter().map(|row| &self.rows[*row]).collect(),
+            rows: &rows,
+        };
+        let mut writer = CheckpointWriter::new(&folder, step, NOT_FINITE)?;
+        writer.json("batch.json", &about)?;
+        writer.tensors("batch.safetensors", &self.kept(&rows)?)?;
+        let written = writer.commit()?;
+        discard_newer(&folder, step)?;
+        Retention { keep_last: NonZeroU32::MIN, keep_interval: None }.apply(&written)?;
+        Ok(written.path().to_owned())
+    }
+
+    /// The rows in which something was found, then the others, as many as there is room for.
+    fn rows_to_keep(&self) -> Vec<usize> {
+        let found: BTreeSet<usize> =
+            self.findings.iter().flat_map(|finding| finding.rows.iter().copied()).collect();
+        let others = (0..self.rows.len()).filter(|row| !found.contains(row));
+        let mut rows: Vec<usize> = found.iter().copied().chain(others).collect();
+        let row_bytes: usize = self.of_rows().map(|(_, tensor)| bytes_of_row(tensor)).sum();
+        rows.truncate((MAX_BYTES / row_bytes.max(1)).max(1));
+        rows
+    }
+
+    fn of_rows(&self) -> impl Iterator<Item = &(String, Tensor)> {
+        let rows = self.rows.len() as i64;
+        self.tensors.iter().filter(move |(_, tensor)| tensor.size().first() == Some(&rows))
+    }
+
+    fn kept(&self, rows: &[usize]) -> Result<Vec<(String, Tensor)>> {
+        let order: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+        let order = Tensor::from_slice(&order);
+        let rows_of = |tensor: &Tensor| {
+            tensor.f_detach()?.f_index_select(0, &order.f_to_device(tensor.device())?)
+        };
+        self.of_rows()
+            .map(|(name, tensor)| {
+                Ok((name.clone(), rows_of(tensor).map_err(Error::torch("Evidence::write"))?))
+            })
+            .collect()
+    }
+}
+
+impl Finding {
+    /// Of something that has no rows.
+    fn of(what: String) -> Self {
+        Self { what, rows: Vec::new(), timesteps: BTreeSet::new(), sources: BTreeSet::new() }
+    }
+
+    fn to_string_of(&self, num_rows: usize) -> String {
+        let timesteps: Vec<String> = self.timesteps.iter().map(i64::to_string).collect();
+        let sources: Vec<&str> = self.sources.iter().copied().collect();
+        let rows = format!("in {} of {num_rows} rows", self.rows.len());
+        let parts = [
+            Some(format!("not finite: {}", self.what)),
+            (!timesteps.is_empty()).then(|| format!("timestep {}", timesteps.join(", "))),
+            (!sources.is_empty()).then(|| format!("source {}", sources.join(", "))),
+            Some(rows).filter(|_| !self.rows.is_empty()),
+        ];
+        parts.into_iter().flatten().collect::<Vec<String>>().join(", ")
+    }
+}
+
+fn bytes_of_row(tensor: &Tensor) -> usize {
+    let values: i64 = tensor.size().iter().skip(1).product();
+    values as usize * tensor.kind().elt_size_in_bytes()
+}
+
+/// The rows with values that are not finite. Waits for the device.
+pub(crate) fn rows_not_finite(tensor: &Tensor) -> Result<Vec<usize>> {
+    if tensor.numel() == 0 || !is_float(tensor) {
+        return Ok(Vec::new());
+    }
+    let rows = tensor.size().first().copied().unwrap_or(1);
+    let finite = || {
+        let by_row = tensor.f_detach()?.f_isfinite()?.f_reshape([rows, -1])?;
+        Vec::<bool>::try_from(by_row.f_all_dim(1, false)?)
+    };
+    let finite = finite().map_err(Error::torch("rows_not_finite"))?;
+    Ok(finite.iter().enumerate().filter(|(_, finite)| !**finite).map(|(row, _)| row).collect())
+}
+
+/// The places of those of some tensors of one device that have values that are not finite. Waits for the device, once.
+pub(crate) fn not_finite_among(tensors: &[(String, Tensor)]) -> Result<Vec<usize>> {
+    let of_floats: Vec<usize> = (0..tensors.len()).filter(|at| is_float(&tensors[*at].1)).collect();
+    let look = || {
+        let all_finite = |at: &usize| tensors[*at].1.f_detach()?.f_isfinite()?.f_all();
+        let flags: Vec<Tensor> =
+            of_floats.iter().map(all_finite).collect::<std::result::Result<_, _>>()?;
+        match flags.as_slice() {
+            [] => Ok(Vec::new()),
+            flags => Vec::<bool>::try_from(Tensor::f_stack(flags, 0)?),
+        }
+    };
+    let finite = look().map_err(Error::torch("not_finite_among"))?;
+    Ok(of_floats.iter().zip(finite).filter(|(_, finite)| !finite).map(|(at, _)| *at).collect())
+}
+
+/// Other kinds have no values that are not finite.
+fn is_float(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+}
