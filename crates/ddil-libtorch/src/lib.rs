@@ -11,6 +11,7 @@
 //! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`grad_norm`], [`clip_grad_norm_`] |
 //! | optimizing | [`fused_adamw_`] |
 //! | mixed precision | [`Autocast`] |
+//! | memory | [`recomputed`] |
 //! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
@@ -68,6 +69,7 @@ mod list;
 mod mapped;
 mod memory_format;
 mod optim;
+mod recompute;
 mod threads;
 mod version;
 
@@ -83,5 +85,6 @@ pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
 pub use optim::{AdamW, fused_adamw_};
+pub use recompute::recomputed;
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};
