@@ -18,8 +18,12 @@ struct Layers {
 
 impl Layers {
     fn new(dropout: bool) -> Self {
+        Self::on(Device::Cpu, dropout)
+    }
+
+    fn on(device: Device, dropout: bool) -> Self {
         let weight = |rows: i64, columns: i64| {
-            let waves = Tensor::arange(rows * columns, kind::FLOAT_CPU).sin();
+            let waves = Tensor::arange(rows * columns, (Kind::Float, device)).sin();
             waves.view([rows, columns]).set_requires_grad(true)
         };
         Self { first: weight(7, 5), second: weight(3, 7), dropout }
@@ -46,8 +50,12 @@ impl Layers {
 
 /// A sample with a gradient, and a factor without one.
 fn inputs() -> [Tensor; 2] {
-    let waves = Tensor::arange(20, kind::FLOAT_CPU).cos().view([4, 5]);
-    [waves.set_requires_grad(true), Tensor::ones([4, 3], kind::FLOAT_CPU) * 0.5]
+    inputs_on(Device::Cpu)
+}
+
+fn inputs_on(device: Device) -> [Tensor; 2] {
+    let waves = Tensor::arange(20, (Kind::Float, device)).cos().view([4, 5]);
+    [waves.set_requires_grad(true), Tensor::ones([4, 3], (Kind::Float, device)) * 0.5]
 }
 
 /// Output, gradient of the sample and of both weights, by one way of computing the same.
@@ -57,14 +65,14 @@ fn one_pass(
     ask: impl Fn(&Layers, &[Tensor]) -> ddil_libtorch::Result<Tensor>,
 ) -> ddil_libtorch::Result<[Tensor; 4]> {
     tch::manual_seed(3);
-    let layers = Layers::new(layers.dropout);
-    let inputs = inputs();
+    let device = layers.first.device();
+    let (layers, inputs) = (Layers::on(device, layers.dropout), inputs_on(device));
     let output = {
-        let _autocast = autocast.map(|kind| Autocast::new(Device::Cpu, kind)).transpose()?;
+        let _autocast = autocast.map(|kind| Autocast::new(device, kind)).transpose()?;
         ask(&layers, &inputs)?
     };
     // What draws between the passes must not be drawn again, nor lost.
-    let _ = Tensor::randn([100], kind::FLOAT_CPU);
+    let _ = Tensor::randn([100], (Kind::Float, device));
     output.to_kind(Kind::Float).square().sum(Kind::Float).backward();
     Ok([output.detach(), inputs[0].grad(), layers.first.grad(), layers.second.grad()])
 }
@@ -260,6 +268,23 @@ fn a_graph_may_be_sent_to_another_thread() -> TestResult {
         .collect();
     for thread in threads {
         assert_eq!(thread.join().expect("no panic")?, expected);
+    }
+    Ok(())
+}
+
+/// There the backward pass runs on a thread of the device, which has neither the autocast nor the random numbers of this
+/// one.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_computes_again_as_it_computed_first() -> TestResult {
+    let _alone = GENERATOR.lock();
+    for dropout in [false, true] {
+        for autocast in [None, Some(Kind::BFloat16), Some(Kind::Half)] {
+            let layers = Layers::on(Device::Cuda(0), dropout);
+            let expected = one_pass(&layers, autocast, plain)?;
+            let found = one_pass(&layers, autocast, Layers::recomputed)?;
+            assert_eq!(found, expected, "dropout {dropout}, autocast {autocast:?}");
+        }
     }
     Ok(())
 }

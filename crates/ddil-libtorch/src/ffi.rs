@@ -40,6 +40,7 @@ unsafe extern "C" {
     pub(crate) fn ddil_list_steps(list: *const List, out: *mut *mut List) -> c_int;
     pub(crate) fn ddil_list_grads(list: *const List, missing: *mut i64, out: *mut *mut List) -> c_int;
 
+    pub(crate) fn ddil_drop_grads(list: *const List) -> c_int;
     pub(crate) fn ddil_foreach_lerp(list: *const List, targets: *const List, weight: f64) -> c_int;
     pub(crate) fn ddil_foreach_zero(list: *const List) -> c_int;
     pub(crate) fn ddil_grad_norm(list: *const List, out: Out) -> c_int;

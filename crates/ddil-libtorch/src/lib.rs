@@ -8,7 +8,7 @@
 //!
 //! | for | there is |
 //! | --- | --- |
-//! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`grad_norm`], [`clip_grad_norm_`] |
+//! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`drop_grads`], [`grad_norm`], [`clip_grad_norm_`] |
 //! | optimizing | [`fused_adamw_`] |
 //! | mixed precision | [`Autocast`] |
 //! | memory | [`recomputed`] |
@@ -79,7 +79,7 @@ pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
 };
 pub use error::{Error, Result};
-pub use foreach::{clip_grad_norm_, foreach_lerp_, foreach_zero_, grad_norm, grads};
+pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};
 pub use generator::{Generator, default_generator_state, set_default_generator_state};
 pub use list::TensorList;
 pub use mapped::MappedFile;

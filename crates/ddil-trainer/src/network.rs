@@ -121,6 +121,11 @@ impl Network {
         Ok(self.model.set_activation_checkpointing(on)?)
     }
 
+    /// Whether the backward pass computes inner results once more.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.model.activation_checkpointing()
+    }
+
     fn with_model(&self, model: Model) -> Self {
         let (model, schedule) = (Rc::new(model), self.schedule.clone());
         Self { model, adapter: None, schedule, ..*self }
