@@ -48,6 +48,8 @@ fn kept_pages_are_used_again() -> TestResult {
         let status = std::process::Command::new(std::env::current_exe()?)
             .args(["process::kept_pages_are_used_again", "--exact"])
             .env(CHILD, "1")
+            // One pool of memory for all threads: the test is not on the main one.
+            .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
             .status()?;
         assert!(status.success());
         return Ok(());

@@ -6,6 +6,7 @@ use ddil_models::{
     DownBlockType, Lora, LoraConfig, MlpConfig, Model, ModelConfig, Placement, UNet2DConfig,
     UnknownKeys, UpBlockType,
 };
+use ddil_trainer::memory::{Activations, PassShape};
 use tch::{Device, Kind, Tensor, kind};
 
 use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, golden};
@@ -26,7 +27,6 @@ fn told(recorded: &Recorded) -> Conditioning {
         text_embeds: part("text_embeds"),
         time_ids: part("time_ids"),
         guidance_weight: part("guidance_weight"),
-        ..Conditioning::none()
     }
 }
 
@@ -240,4 +240,91 @@ fn a_training_step_takes_half_the_memory() -> TestResult {
         assert!(2 * with < without, "{with} {without}");
         Ok(())
     })
+}
+
+/// Processor time of this process so far, of all threads, in clock ticks.
+#[cfg(target_os = "linux")]
+fn ticks() -> Result<f64, Box<dyn std::error::Error>> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let rest: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    Ok(rest[11].parse::<f64>()? + rest[12].parse::<f64>()?)
+}
+
+/// Stable Diffusion 1.5's blocks with 64, 128 and 128 channels, eight latents of 32x32.
+#[cfg(target_os = "linux")]
+fn measure_a_step(autocast: Option<Kind>) -> TestResult {
+    use crate::common::peak_memory;
+    use ddil_models::{
+        ConditionDownBlockType as Down, ConditionUpBlockType as Up, PerLevel, UNet2DConditionConfig,
+    };
+    let crosses = Down::CrossAttnDownBlock2D;
+    let config = UNet2DConditionConfig {
+        down_block_types: vec![crosses, crosses, Down::DownBlock2D],
+        up_block_types: vec![Up::UpBlock2D, Up::CrossAttnUpBlock2D, Up::CrossAttnUpBlock2D],
+        block_out_channels: vec![64, 128, 128],
+        attention_head_dim: PerLevel::All(8),
+        cross_attention_dim: PerLevel::All(768),
+        ..UNet2DConditionConfig::sd15()
+    };
+    let model = ModelConfig::UNet2DCondition(config).build(Placement::default(), 0)?;
+    let recorded = |batch: i64, side: i64| {
+        let mut recorded = waves(&[batch, 4, side, side]);
+        let states = Tensor::randn([batch, 77, 768], kind::FLOAT_CPU);
+        recorded.insert("encoder_hidden_states".into(), states);
+        recorded
+    };
+    let step = |recorded: &Recorded, checkpointing: bool| {
+        model.set_activation_checkpointing(checkpointing)?;
+        one_pass(&model, model.parameters(), recorded, autocast, || Ok(())).map(drop)
+    };
+    let large = recorded(8, 32);
+    step(&recorded(1, 8), false)?;
+    let before = peak_memory()?;
+    // The smaller one first: the peak is that of the whole process.
+    for checkpointing in [true, false] {
+        step(&large, checkpointing)?;
+        let taken = (peak_memory()? - before) >> 20;
+        let pass = pass_shape(autocast, checkpointing);
+        let planned = Activations::of(&model.parameters().shapes(), pass).training() >> 20;
+        println!("checkpointing {checkpointing}: {taken} MB, {planned} MB of activations planned");
+    }
+    let mut times = [0.0; 2];
+    for _ in 0..3 {
+        for (time, checkpointing) in times.iter_mut().zip([true, false]) {
+            let before = ticks()?;
+            step(&large, checkpointing)?;
+            *time += ticks()? - before;
+        }
+    }
+    println!("processor time: {:.2} of the plain step", times[0] / times[1]);
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn pass_shape(autocast: Option<Kind>, checkpointing: bool) -> PassShape {
+    let bytes = if autocast.is_some() { 2 } else { 4 };
+    PassShape {
+        batch: 8,
+        size: [32, 32],
+        tokens: 77,
+        computed_bytes: bytes,
+        normed_bytes: bytes,
+        checkpointing,
+    }
+}
+
+/// `cargo test --release --workspace --test models measured_in_float32 -- --ignored --nocapture`: the peak is that of a
+/// process.
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "a measurement"]
+fn measured_in_float32() -> TestResult {
+    measure_a_step(None)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "a measurement"]
+fn measured_in_bfloat16() -> TestResult {
+    measure_a_step(Some(Kind::BFloat16))
 }
