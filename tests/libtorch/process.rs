@@ -63,6 +63,8 @@ fn kept_pages_are_used_again() -> TestResult {
     };
     let given_back = faults()?;
     ddil_libtorch::keep_freed_pages();
+    // An aligned block needs a hole a little larger than itself, which comes of several that were freed.
+    faults()?;
     let kept = faults()?;
     assert!(5 * kept < given_back, "{kept} of {given_back}");
     Ok(())
