@@ -6,8 +6,8 @@ mod rpath;
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 7] =
-    ["autocast", "elementwise", "error", "generator", "kernels", "list", "runtime"];
+const SOURCES: [&str; 8] =
+    ["autocast", "elementwise", "error", "generator", "kernels", "list", "recompute", "runtime"];
 
 fn main() {
     rpath::main();

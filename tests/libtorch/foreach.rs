@@ -1,5 +1,5 @@
 use ddil_libtorch::{
-    Error, TensorList, clip_grad_norm_, foreach_lerp_, foreach_zero_, grad_norm, grads,
+    Error, TensorList, clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -74,6 +74,21 @@ fn grads_come_in_order_and_the_missing_one_is_named() -> TestResult {
     let list = grads(&params)?;
     assert_eq!(list.get(0)?.double_value(&[0]), 4.0);
     assert_eq!(list.get(1)?.double_value(&[0]), 1.0);
+    Ok(())
+}
+
+#[test]
+fn dropped_gradients_are_gone_and_come_anew() -> TestResult {
+    let leaf = Tensor::ones([3], kind::FLOAT_CPU).set_requires_grad(true);
+    let list = TensorList::new([&leaf])?;
+    drop_grads(&list)?;
+    for _ in 0..2 {
+        leaf.square().sum(Kind::Float).backward();
+        assert_eq!(leaf.grad(), Tensor::full([3], 2.0, kind::FLOAT_CPU));
+        drop_grads(&list)?;
+        assert!(!leaf.grad().defined());
+        assert!(matches!(grads(&list), Err(Error::MissingGradient { index: 0 })));
+    }
     Ok(())
 }
 

@@ -30,6 +30,46 @@ fn freed_pages_can_be_kept_with_glibc() {
     assert_eq!(ddil_libtorch::keep_freed_pages(), cfg!(target_env = "gnu"));
 }
 
+/// Pages that the system had to hand out so far.
+#[cfg(target_os = "linux")]
+fn page_faults() -> Result<u64, Box<dyn std::error::Error>> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // The name of the program may hold spaces, and ends with a bracket; `minflt` is the eighth behind it.
+    let rest = stat.rsplit(')').next().unwrap_or_default();
+    Ok(rest.split_whitespace().nth(7).ok_or("no count of faults")?.parse()?)
+}
+
+/// Beyond the 32 MiB up to which glibc may learn by itself to keep what is freed.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn kept_pages_are_used_again() -> TestResult {
+    const CHILD: &str = "DDIL_TEST_PAGES";
+    if std::env::var_os(CHILD).is_none() {
+        let status = std::process::Command::new(std::env::current_exe()?)
+            .args(["process::kept_pages_are_used_again", "--exact"])
+            .env(CHILD, "1")
+            // One pool of memory for all threads: the test is not on the main one.
+            .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+            .status()?;
+        assert!(status.success());
+        return Ok(());
+    }
+    let faults = || -> Result<u64, Box<dyn std::error::Error>> {
+        let before = page_faults()?;
+        for _ in 0..20 {
+            drop(Tensor::ones([40 << 18], kind::FLOAT_CPU));
+        }
+        Ok(page_faults()? - before)
+    };
+    let given_back = faults()?;
+    ddil_libtorch::keep_freed_pages();
+    // An aligned block needs a hole a little larger than itself, which comes of several that were freed.
+    faults()?;
+    let kept = faults()?;
+    assert!(5 * kept < given_back, "{kept} of {given_back}");
+    Ok(())
+}
+
 #[test]
 fn the_number_of_threads_is_what_was_set() -> TestResult {
     // On a thread of its own, whose setting no other test sees.

@@ -11,6 +11,7 @@ mod matching;
 mod mlp;
 mod model;
 mod parameters;
+mod recompute;
 mod torch_script;
 mod toy;
 mod unet;

@@ -5,6 +5,7 @@ mod compare;
 mod dataset;
 mod doctor;
 mod ema;
+mod fast_path;
 mod interrupt;
 mod latents;
 mod logging;

@@ -89,6 +89,20 @@ fn an_adapter_starts_as_its_teacher() -> TestResult {
 }
 
 #[test]
+fn whoever_is_made_of_a_network_is_checkpointed_as_it_is() -> TestResult {
+    let whole = network(Precision::Float32)?;
+    assert!(!whole.duplicate(true)?.activation_checkpointing());
+    whole.set_activation_checkpointing(true)?;
+    let (derived, _) = whole.derive(&whole.config(), 3)?;
+    assert!(derived.activation_checkpointing());
+    assert!(whole.duplicate(true)?.duplicate(false)?.activation_checkpointing());
+    let config = LoraConfig { rank: 2, ..LoraConfig::default_for(whole.parameters()) };
+    let (teacher, student) = whole.with_adapter(&config, 1)?;
+    assert!(teacher.activation_checkpointing() && student.activation_checkpointing());
+    Ok(())
+}
+
+#[test]
 fn updates_change_the_adapter_and_nothing_else() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     let (base, own) = (copies(teacher.parameters().named()), copies(student.parameters().named()));

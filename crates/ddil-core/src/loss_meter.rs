@@ -1,8 +1,9 @@
 //! How much worse a student is on states of its own than on those of the data.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::error::{Error, Result};
+use crate::rollout::on_device;
 use crate::states::{Source, States};
 use crate::tally::Tally;
 
@@ -81,8 +82,7 @@ impl LossMeter {
         let places: Vec<i64> = places
             .map(|(source, index)| (source.place() * self.num_indices + index) as i64)
             .collect();
-        let places =
-            Tensor::from_slice(&places).to_device_(per_sample.device(), Kind::Int64, true, false);
+        let places = on_device(&places, per_sample.device());
         self.tally.add(OP, &places, per_sample)
     }
 

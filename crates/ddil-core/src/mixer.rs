@@ -11,7 +11,7 @@ use crate::denoiser::{ClipMeter, Counted, Denoiser, Thresholded};
 use crate::error::{Error, Result};
 use crate::priors::{Adaptation, PriorSchedule, Priors};
 use crate::random::{RandomStreams, Stream};
-use crate::rollout::{first_state, index, inverse};
+use crate::rollout::{first_state, index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::source::{
     ForwardSource, Grids, LossFeedback, Selected, SourceRequest, StudentConfig, StudentSource,
@@ -617,7 +617,7 @@ fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Re
     let conditioning = Conditioning::cat(&[&request.data.conditioning, request.prompts])?
         .index_select(&index(&told, request.device()))?;
     Ok(States {
-        timesteps: Tensor::from_slice(&request.timesteps()).to_device(x_t.device()),
+        timesteps: on_device(&request.timesteps(), x_t.device()),
         x_t,
         grid_indices: request.grid_indices.to_vec(),
         conditioning,

@@ -8,6 +8,7 @@ use ddil_libtorch::Generator;
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep, Timesteps,
 };
+use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
@@ -385,7 +386,7 @@ fn walk(
     mut generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
     for_unfinished(path, x_t, conditioning, targets, |leg| {
-        let prev = Tensor::from_slice(leg.next).to_device(leg.x_t.device());
+        let prev = on_device(leg.next, leg.x_t.device());
         let generator = generator.as_deref_mut();
         step(actor, leg.x_t, path[leg.level], &prev, leg.conditioning, generator)
     })
@@ -448,7 +449,13 @@ fn filled(batch: i64, timestep: i64, device: Device) -> Tensor {
 /// Rows of a batch as libtorch takes them.
 pub(crate) fn index(rows: &[usize], device: Device) -> Tensor {
     let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-    Tensor::from_slice(&rows).to_device(device)
+    on_device(&rows, device)
+}
+
+/// Numbers of the host on a device, without waiting for it: a plain copy ends when all that was queued before it has, and
+/// in the middle of an update that is whole passes of networks.
+pub(crate) fn on_device<T: Element>(numbers: &[T], device: Device) -> Tensor {
+    Tensor::from_slice(numbers).to_device_(device, T::KIND, true, false)
 }
 
 /// The permutation that undoes another.

@@ -16,7 +16,7 @@ use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::random::RandomStreams;
-use crate::rollout::{MixedRollout, MixedVariant, ensure_part_of, index};
+use crate::rollout::{MixedRollout, MixedVariant, ensure_part_of, index, on_device};
 use crate::saved::SavedState;
 use crate::states::{Data, States};
 
@@ -201,7 +201,7 @@ impl<'a> SourceRequest<'a> {
         sources: Vec<crate::states::Source>,
     ) -> States {
         States {
-            timesteps: Tensor::from_slice(&self.timesteps()).to_device(x_t.device()),
+            timesteps: on_device(&self.timesteps(), x_t.device()),
             x_t,
             grid_indices: self.grid_indices.to_vec(),
             conditioning,

@@ -15,8 +15,10 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 using at::Tensor;
@@ -70,6 +72,17 @@ Tensor norm_of(const List& list) {
   List norms = at::_foreach_norm(list, 2);
   for (Tensor& norm : norms) norm = norm.to(norms.front().device());
   return at::linalg_vector_norm(at::stack(norms), 2);
+}
+
+void scale(const List& list, const Tensor& factor) {
+  std::vector<std::pair<at::Device, List>> by_device;
+  for (const Tensor& tensor : list) {
+    auto same = [&](const auto& group) { return group.first == tensor.device(); };
+    auto group = std::find_if(by_device.begin(), by_device.end(), same);
+    if (group == by_device.end()) group = by_device.insert(group, {tensor.device(), List()});
+    group->second.push_back(tensor);
+  }
+  for (const auto& [device, tensors] : by_device) at::_foreach_mul_(tensors, factor.to(device));
 }
 
 }  // namespace
@@ -128,6 +141,12 @@ DDIL_EXPORT int ddil_list_grads(const List* list, int64_t* missing, List** out) 
   });
 }
 
+DDIL_EXPORT int ddil_drop_grads(const List* list) noexcept {
+  return ddil::guarded([&] {
+    for (const Tensor& tensor : *list) tensor.mutable_grad().reset();
+  });
+}
+
 DDIL_EXPORT int ddil_foreach_lerp(const List* list, const List* targets, double weight) noexcept {
   return ddil::guarded([&] {
     at::NoGradGuard no_grad;
@@ -157,9 +176,7 @@ DDIL_EXPORT int ddil_clip_grad_norm(const List* list, double max_norm, Tensor** 
     Tensor coefficient = norm.add(1e-6).reciprocal().mul(max_norm).clamp_max(1.0);
     // Reading the coefficient waits for nothing on the CPU, and saves a pass over all gradients.
     const bool nothing_to_do = norm.is_cpu() && coefficient.item<double>() == 1.0;
-    if (!nothing_to_do) {
-      for (const Tensor& tensor : *list) tensor.mul_(coefficient.to(tensor.device()));
-    }
+    if (!nothing_to_do) scale(*list, coefficient);
     *out = new Tensor(norm);
   });
 }

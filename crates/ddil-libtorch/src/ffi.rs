@@ -29,6 +29,7 @@ pub(crate) type Out = *mut *mut C_tensor;
 #[rustfmt::skip]
 unsafe extern "C" {
     fn ddil_last_error() -> *const c_char;
+    pub(crate) fn ddil_set_last_error(message: *const c_char);
 
     pub(crate) fn ddil_list_new(out: *mut *mut List) -> c_int;
     pub(crate) fn ddil_list_free(list: *mut List);
@@ -39,6 +40,7 @@ unsafe extern "C" {
     pub(crate) fn ddil_list_steps(list: *const List, out: *mut *mut List) -> c_int;
     pub(crate) fn ddil_list_grads(list: *const List, missing: *mut i64, out: *mut *mut List) -> c_int;
 
+    pub(crate) fn ddil_drop_grads(list: *const List) -> c_int;
     pub(crate) fn ddil_foreach_lerp(list: *const List, targets: *const List, weight: f64) -> c_int;
     pub(crate) fn ddil_foreach_zero(list: *const List) -> c_int;
     pub(crate) fn ddil_grad_norm(list: *const List, out: Out) -> c_int;
@@ -50,6 +52,11 @@ unsafe extern "C" {
 
     pub(crate) fn ddil_autocast_push(cuda: bool, enable: bool, kind: c_int, was_enabled: *mut bool, previous_kind: *mut c_int) -> c_int;
     pub(crate) fn ddil_autocast_pop(cuda: bool, was_enabled: bool, previous_kind: c_int) -> c_int;
+
+    pub(crate) fn ddil_recomputed(
+        inputs: *const List, function: *mut c_void,
+        call: extern "C" fn(*mut c_void, *const List, *mut List) -> c_int, release: extern "C" fn(*mut c_void), out: Out,
+    ) -> c_int;
 
     pub(crate) fn ddil_generator_new(device: c_int, seed: u64, out: *mut *mut Generator) -> c_int;
     pub(crate) fn ddil_generator_free(generator: *mut Generator);

@@ -52,6 +52,17 @@ pub fn grads(params: &TensorList) -> Result<TensorList> {
     })
 }
 
+/// Drops the gradients of `params`: the next backward pass puts its own in their place, where to one that is there it
+/// would add, and meanwhile they take no memory.
+///
+/// # Errors
+///
+/// [`Error::Torch`] if libtorch refuses.
+pub fn drop_grads(params: &TensorList) -> Result<()> {
+    // SAFETY: the vector lives through the call.
+    check("drop_grads", unsafe { ffi::ddil_drop_grads(params.as_ptr()) })
+}
+
 /// The L2 norm over all elements of all tensors: a scalar on the device of the first one.
 ///
 /// Does not wait for the device. 0 for an empty list.

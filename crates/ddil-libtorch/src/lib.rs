@@ -8,9 +8,10 @@
 //!
 //! | for | there is |
 //! | --- | --- |
-//! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`grad_norm`], [`clip_grad_norm_`] |
+//! | lists of tensors | [`TensorList`], [`foreach_lerp_`], [`foreach_zero_`], [`grads`], [`drop_grads`], [`grad_norm`], [`clip_grad_norm_`] |
 //! | optimizing | [`fused_adamw_`] |
 //! | mixed precision | [`Autocast`] |
+//! | memory | [`recomputed`] |
 //! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
@@ -68,6 +69,7 @@ mod list;
 mod mapped;
 mod memory_format;
 mod optim;
+mod recompute;
 mod threads;
 mod version;
 
@@ -77,11 +79,12 @@ pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
 };
 pub use error::{Error, Result};
-pub use foreach::{clip_grad_norm_, foreach_lerp_, foreach_zero_, grad_norm, grads};
+pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};
 pub use generator::{Generator, default_generator_state, set_default_generator_state};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
 pub use optim::{AdamW, fused_adamw_};
+pub use recompute::recomputed;
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};

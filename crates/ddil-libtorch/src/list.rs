@@ -14,8 +14,9 @@ use crate::{Error, Result};
 /// Holds the tensors themselves, not copies: an operation that changes the list in place changes the tensors it was
 /// made from.
 ///
-/// A list of gradients goes stale when the gradients are dropped, which is what tch's `Optimizer::zero_grad` does:
-/// set them to zero with [`foreach_zero_`](crate::foreach_zero_) instead, or make the list again.
+/// A list of gradients goes stale when the gradients are dropped, by [`drop_grads`](crate::drop_grads) or by tch's
+/// `Optimizer::zero_grad`: make it again after the next backward pass, or set them to zero with
+/// [`foreach_zero_`](crate::foreach_zero_).
 ///
 /// # Example
 ///

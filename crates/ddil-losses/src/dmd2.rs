@@ -3,7 +3,7 @@
 use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Source, States, Stream};
 use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_same_shape};
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::distance::{difference, mean_over_sample, squared_error};
 use crate::error::{Error, Result};
@@ -336,7 +336,10 @@ impl Dmd2 {
             Source::Mixed => 3.0,
         };
         let numbers: Vec<f32> = states.sources.iter().map(number).collect();
-        told.with_guidance_weight(Tensor::from_slice(&numbers).to_device(states.x_t.device()))
+        let device = states.x_t.device();
+        // Queued: a plain copy would wait for all that the device has to do.
+        let numbers = Tensor::from_slice(&numbers).to_device_(device, Kind::Float, true, false);
+        told.with_guidance_weight(numbers)
     }
 
     /// Whom the phase needs, or what is missing.

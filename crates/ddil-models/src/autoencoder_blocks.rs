@@ -15,7 +15,7 @@ use crate::unet_config::TimeScaleShift;
 const EPS: f64 = 1e-6;
 
 /// There is no timestep, and dropout is not among the settings.
-const PASS: Pass<'static> = Pass { time: None, text: None, training: false };
+const PASS: Pass<'static> = Pass { time: None, text: None, training: false, recompute: None };
 
 /// What changes height and width after the residual blocks of a level.
 #[derive(Debug)]

@@ -21,6 +21,7 @@ mod lora;
 mod mlp;
 mod model;
 mod parameters;
+mod recompute;
 mod resnet;
 mod torch_script;
 mod toy;

@@ -12,7 +12,7 @@ use crate::error::{ConfigProblem, Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
 use adapter::{Adapter, Switch};
-pub(crate) use adapter::{Form, Layer, Slot};
+pub(crate) use adapter::{AsAsked, Form, Layer, Slot, Switches};
 use files::Found;
 pub use files::LoraFormat;
 

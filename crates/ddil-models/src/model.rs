@@ -361,6 +361,30 @@ impl Model {
         Ok(())
     }
 
+    /// Switches activation checkpointing on or off, see [`UNet2DModel::set_activation_checkpointing`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] to switch it on for other classes than U-Nets, which are not made of blocks.
+    pub fn set_activation_checkpointing(&self, on: bool) -> Result<()> {
+        match self {
+            Self::UNet2D(unet) => unet.set_activation_checkpointing(on),
+            Self::UNet2DCondition(unet) => unet.set_activation_checkpointing(on),
+            Self::Mlp(_) | Self::TorchScript(_) if on => return Err(self.config().not_a_unet()),
+            Self::Mlp(_) | Self::TorchScript(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether the backward pass computes inner results once more.
+    pub fn activation_checkpointing(&self) -> bool {
+        match self {
+            Self::UNet2D(unet) => unet.activation_checkpointing(),
+            Self::UNet2DCondition(unet) => unet.activation_checkpointing(),
+            Self::Mlp(_) | Self::TorchScript(_) => false,
+        }
+    }
+
     /// What the network is called in its `config.json`.
     pub fn class_name(&self) -> &'static str {
         match self {

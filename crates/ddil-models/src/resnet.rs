@@ -6,6 +6,7 @@ use crate::attention::rescale;
 use crate::error::Result;
 use crate::layers::{Activation, Conv2d, GroupNorm, Linear, Output};
 use crate::parameters::{Joined, Scope, Share};
+use crate::recompute::{Part, Recompute};
 use crate::unet_config::TimeScaleShift;
 
 /// Sizes and settings shared by the residual blocks of a network.
@@ -40,6 +41,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) text: Option<Text<'a>>,
     /// Whether dropout drops.
     pub(crate) training: bool,
+    /// There if what blocks compute is not kept for the backward pass.
+    pub(crate) recompute: Option<&'a Recompute>,
 }
 
 /// Norm, activation, convolution, twice, with the timestep in between and the input added at the end.
@@ -115,6 +118,22 @@ impl ResnetBlock2D {
                     .f_add(&scale_and_shift[1])
             }
         }
+    }
+}
+
+impl Part<ResnetBlock2D> {
+    /// Through the block, from maps whose channels are to lie behind one another.
+    pub(crate) fn forward_joined(&self, maps: &[&Tensor], pass: Pass<'_>) -> Output {
+        let (num_maps, training) = (maps.len(), pass.training);
+        let inputs: Vec<&Tensor> = maps.iter().copied().chain(pass.time).collect();
+        self.forward(&inputs, pass.recompute, move |block, inputs| {
+            let (maps, time) = inputs.split_at(num_maps);
+            let pass = Pass { time: time.first().copied(), text: None, training, recompute: None };
+            match maps {
+                [x] => block.forward(x, pass),
+                maps => block.forward(&Tensor::f_cat(maps, 1)?, pass),
+            }
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use crate::attention::{MultiHeadAttention, MultiHeadOptions};
 use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear, Output};
 use crate::parameters::{Joined, Scope, Share};
+use crate::recompute::{Part, Recompute};
 use crate::resnet::Text;
 
 /// Of the group norm in front; the network's own setting is for residual blocks alone.
@@ -33,7 +34,7 @@ pub(crate) struct TransformerOptions {
 pub(crate) struct TextTransformer {
     norm: GroupNorm,
     proj_in: Projection,
-    blocks: Vec<TransformerBlock>,
+    blocks: Vec<Part<TransformerBlock>>,
     proj_out: Projection,
 }
 
@@ -47,16 +48,24 @@ impl TextTransformer {
         let norm = GroupNorm::new(scope.at("norm"), norm_groups, channels, GROUP_NORM_EPS)?;
         let proj_in = Projection::new(scope.at("proj_in"), channels, linear_projection)?;
         let blocks = (0..num_blocks)
-            .map(|i| TransformerBlock::new(scope.at(&format!("transformer_blocks.{i}")), options))
+            .map(|i| {
+                let scope = scope.at(&format!("transformer_blocks.{i}"));
+                Ok(Part::new(TransformerBlock::new(scope, options)?))
+            })
             .collect::<Result<_>>()?;
         let proj_out = Projection::new(scope.at("proj_out"), channels, linear_projection)?;
         Ok(Self { norm, proj_in, blocks, proj_out })
     }
 
-    pub(crate) fn forward(&self, x: &Tensor, text: Text<'_>) -> Output {
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        text: Text<'_>,
+        recompute: Option<&Recompute>,
+    ) -> Output {
         let mut tokens = self.proj_in.to_tokens(&self.norm.forward(x)?)?;
         for block in &self.blocks {
-            tokens = block.forward(&tokens, text)?;
+            tokens = block.forward_told(&tokens, text, recompute)?;
         }
         // `x` comes first: where the two differ in memory format, the sum has that of the map.
         x.f_add(&self.proj_out.to_map(&tokens, &x.size())?)
@@ -145,6 +154,20 @@ impl TransformerBlock {
         let normed = self.norm2.forward(&tokens)?;
         let tokens = tokens.f_add(&self.attn2.forward(&normed, text.states, text.bias)?)?;
         tokens.f_add(&self.ff.forward(&self.norm3.forward(&tokens)?)?)
+    }
+}
+
+impl Part<TransformerBlock> {
+    fn forward_told(
+        &self,
+        tokens: &Tensor,
+        text: Text<'_>,
+        recompute: Option<&Recompute>,
+    ) -> Output {
+        let inputs: Vec<&Tensor> = [tokens, text.states].into_iter().chain(text.bias).collect();
+        self.forward(&inputs, recompute, |block, inputs| {
+            block.forward(inputs[0], Text { states: inputs[1], bias: inputs.get(2).copied() })
+        })
     }
 }
 

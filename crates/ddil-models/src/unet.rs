@@ -15,6 +15,7 @@ use crate::error::{Error, Result, ensure_guidance_weight, ensure_timesteps, is_f
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
+use crate::recompute::Recompute;
 use crate::resnet::{Pass, ResnetOptions};
 use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
 use crate::unet_body::Body;
@@ -69,6 +70,7 @@ pub struct UNet2DModel {
     class_embedding: Option<ClassEmbedding>,
     body: Body,
     training: Cell<bool>,
+    recomputes: Cell<bool>,
 }
 
 impl UNet2DModel {
@@ -102,6 +104,7 @@ impl UNet2DModel {
             class_embedding,
             body,
             training: Cell::new(false),
+            recomputes: Cell::new(false),
         })
     }
 
@@ -118,6 +121,27 @@ impl UNet2DModel {
     /// Switches dropout on or off; it is off in a new network.
     pub fn set_training(&self, training: bool) {
         self.training.set(training);
+    }
+
+    /// Switches activation checkpointing on or off; it is off in a new network.
+    ///
+    /// With it a pass keeps the inputs of residual blocks, attention and transformer blocks and nothing of what is
+    /// computed inside them, which the backward pass computes once more: less memory for about one more forward pass
+    /// ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)). Outputs and gradients are the same. Passes without
+    /// gradients take no notice of it. Between the two passes no weight and no adapter may change; which adapter is on
+    /// may, see [`Lora`](crate::Lora).
+    pub fn set_activation_checkpointing(&self, on: bool) {
+        self.recomputes.set(on);
+    }
+
+    /// Whether the backward pass computes inner results once more.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.recomputes.get()
+    }
+
+    /// What a pass is told that begins now, if it is to be gone through again.
+    fn recompute(&self) -> Option<Recompute> {
+        self.recomputes.get().then(|| Recompute::of(&self.parameters))
     }
 
     /// What the network makes of noisy samples; what that is (epsilon, x0, v) depends on its training.
@@ -175,7 +199,8 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
+            let recompute = self.recompute();
+            let pass = self.pass(&time, recompute.as_ref());
             let (features, skips) = self.body.down(sample, pass)?;
             let sample = self.body.up(&features, skips, pass)?;
             Ok(NetworkOutput { sample: self.scale_output(sample, timesteps)?, features })
@@ -201,10 +226,15 @@ impl UNet2DModel {
         let run = || {
             let timesteps = &one_per_sample(timesteps, sample.size()[0])?;
             let time = self.embed(Told { timesteps, ..told })?;
-            let pass = Pass { time: Some(&time), text: None, training: self.training.get() };
+            let recompute = self.recompute();
+            let pass = self.pass(&time, recompute.as_ref());
             Ok(self.body.down(sample, pass)?.0)
         };
         run().map_err(Error::torch("UNet2DModel::features"))
+    }
+
+    fn pass<'a>(&self, time: &'a Tensor, recompute: Option<&'a Recompute>) -> Pass<'a> {
+        Pass { time: Some(time), text: None, training: self.training.get(), recompute }
     }
 
     /// The embedding of timestep, class and guidance, after the activation that every block would apply to it.

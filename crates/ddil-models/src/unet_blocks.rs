@@ -6,6 +6,7 @@ use crate::attention::{AttentionBlock, AttentionOptions};
 use crate::error::Result;
 use crate::layers::Output;
 use crate::parameters::{Joined, Scope, Share};
+use crate::recompute::Part;
 use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
 use crate::transformer::{TextTransformer, TransformerOptions};
 use crate::unet_condition_config::TransformerDepth;
@@ -14,14 +15,14 @@ use crate::unet_condition_config::TransformerDepth;
 #[derive(Debug)]
 enum Attention {
     None,
-    Pixels(AttentionBlock),
+    Pixels(Part<AttentionBlock>),
     Text(TextTransformer),
 }
 
 /// A residual block, and attention after it in levels that have it.
 #[derive(Debug)]
 struct Layer {
-    resnet: ResnetBlock2D,
+    resnet: Part<ResnetBlock2D>,
     attention: Attention,
 }
 
@@ -34,11 +35,12 @@ impl Layer {
     ) -> Result<Self> {
         let name = format!("resnets.{index}");
         let resnet = ResnetBlock2D::new(scope.at(&name), inputs, outputs, options.resnet)?;
+        let resnet = Part::new(resnet);
         let scope = scope.at(&format!("attentions.{index}"));
         let attention = match &options.attention {
             LevelAttention::None => Attention::None,
             LevelAttention::Pixels(options) => {
-                Attention::Pixels(AttentionBlock::new(scope, *options)?)
+                Attention::Pixels(Part::new(AttentionBlock::new(scope, *options)?))
             }
             LevelAttention::Text { options, depth } => {
                 Attention::Text(TextTransformer::new(scope, *options, depth.at(index))?)
@@ -47,15 +49,19 @@ impl Layer {
         Ok(Self { resnet, attention })
     }
 
-    fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
-        let hidden = self.resnet.forward(x, pass)?;
+    /// From maps whose channels are to lie behind one another.
+    fn forward(&self, maps: &[&Tensor], pass: Pass<'_>) -> Output {
+        let hidden = self.resnet.forward_joined(maps, pass)?;
         match &self.attention {
             Attention::None => Ok(hidden),
-            Attention::Pixels(attention) => attention.forward(&hidden),
+            Attention::Pixels(attention) => {
+                attention
+                    .forward(&[&hidden], pass.recompute, |block, inputs| block.forward(inputs[0]))
+            }
             Attention::Text(transformer) => {
                 let missing =
                     || TchError::Shape("a level looks at a text, and there is none".into());
-                transformer.forward(&hidden, pass.text.ok_or_else(missing)?)
+                transformer.forward(&hidden, pass.text.ok_or_else(missing)?, pass.recompute)
             }
         }
     }
@@ -114,7 +120,7 @@ impl DownBlock {
     pub(crate) fn forward(&self, x: Tensor, pass: Pass<'_>, skips: &mut Vec<Tensor>) -> Output {
         let mut hidden = x;
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, pass)?;
+            hidden = layer.forward(&[&hidden], pass)?;
             skips.push(hidden.shallow_clone());
         }
         if let Some(downsampler) = &self.downsampler {
@@ -129,7 +135,7 @@ impl DownBlock {
 #[derive(Debug)]
 pub(crate) struct MidBlock {
     first: Layer,
-    second: Option<ResnetBlock2D>,
+    second: Option<Part<ResnetBlock2D>>,
 }
 
 impl MidBlock {
@@ -137,15 +143,16 @@ impl MidBlock {
         let first = Layer::new(&mut scope, 0, [channels; 2], options)?;
         let second = (options.num_layers > 1)
             .then(|| ResnetBlock2D::new(scope.at("resnets.1"), channels, channels, options.resnet))
-            .transpose()?;
+            .transpose()?
+            .map(Part::new);
         Ok(Self { first, second })
     }
 
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
-        let hidden = self.first.forward(x, pass)?;
+        let hidden = self.first.forward(&[x], pass)?;
         self.second
             .as_ref()
-            .map_or(Ok(hidden.shallow_clone()), |second| second.forward(&hidden, pass))
+            .map_or(Ok(hidden.shallow_clone()), |second| second.forward_joined(&[&hidden], pass))
     }
 }
 
@@ -205,7 +212,7 @@ impl UpBlock {
             let skip = skips.pop().ok_or_else(|| {
                 TchError::Shape("the way up has more layers than the way down".into())
             })?;
-            hidden = layer.forward(&Tensor::f_cat(&[hidden, skip], 1)?, pass)?;
+            hidden = layer.forward(&[&hidden, &skip], pass)?;
         }
         match (&self.upsampler, skips.last().map(Tensor::size)) {
             // To the size of the level above, which is odd where its half was rounded up.

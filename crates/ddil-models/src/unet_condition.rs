@@ -15,6 +15,7 @@ use crate::error::{Error, Result, ensure_guidance_weight, ensure_timesteps, is_f
 use crate::layers::{Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
+use crate::recompute::Recompute;
 use crate::resnet::{Pass, ResnetOptions, Text};
 use crate::transformer::TransformerOptions;
 use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
@@ -91,9 +92,9 @@ struct Told {
 }
 
 impl Told {
-    fn pass(&self, training: bool) -> Pass<'_> {
+    fn pass<'a>(&'a self, training: bool, recompute: Option<&'a Recompute>) -> Pass<'a> {
         let text = self.text.as_ref().map(|states| Text { states, bias: self.bias.as_ref() });
-        Pass { time: Some(&self.time), text, training }
+        Pass { time: Some(&self.time), text, training, recompute }
     }
 }
 
@@ -151,6 +152,7 @@ pub struct UNet2DConditionModel {
     add_embedding: Option<AdditionEmbedding>,
     body: Body,
     training: Cell<bool>,
+    recomputes: Cell<bool>,
 }
 
 impl UNet2DConditionModel {
@@ -190,6 +192,7 @@ impl UNet2DConditionModel {
             add_embedding,
             body,
             training: Cell::new(false),
+            recomputes: Cell::new(false),
         })
     }
 
@@ -206,6 +209,27 @@ impl UNet2DConditionModel {
     /// Switches dropout on or off; it is off in a new network.
     pub fn set_training(&self, training: bool) {
         self.training.set(training);
+    }
+
+    /// Switches activation checkpointing on or off; it is off in a new network.
+    ///
+    /// With it a pass keeps the inputs of residual blocks, attention and transformer blocks and nothing of what is
+    /// computed inside them, which the backward pass computes once more: less memory for about one more forward pass
+    /// ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)). Outputs and gradients are the same. Passes without
+    /// gradients take no notice of it. Between the two passes no weight and no adapter may change; which adapter is on
+    /// may, see [`Lora`](crate::Lora).
+    pub fn set_activation_checkpointing(&self, on: bool) {
+        self.recomputes.set(on);
+    }
+
+    /// Whether the backward pass computes inner results once more.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.recomputes.get()
+    }
+
+    /// What a pass is told that begins now, if it is to be gone through again.
+    fn recompute(&self) -> Option<Recompute> {
+        self.recomputes.get().then(|| Recompute::of(&self.parameters))
     }
 
     /// Names of the parts of a [`Conditioning`] that the network needs.
@@ -265,7 +289,8 @@ impl UNet2DConditionModel {
         let sample = &self.parameters.placement().arrange(sample)?;
         let run = || {
             let told = self.told(timesteps, sample.size()[0], inputs)?;
-            let pass = told.pass(self.training.get());
+            let recompute = self.recompute();
+            let pass = told.pass(self.training.get(), recompute.as_ref());
             let (features, skips) = self.body.down(sample, pass)?;
             Ok(NetworkOutput { sample: self.body.up(&features, skips, pass)?, features })
         };
@@ -287,7 +312,8 @@ impl UNet2DConditionModel {
         let sample = &self.parameters.placement().arrange(sample)?;
         let run = || {
             let told = self.told(timesteps, sample.size()[0], inputs)?;
-            Ok(self.body.down(sample, told.pass(self.training.get()))?.0)
+            let recompute = self.recompute();
+            Ok(self.body.down(sample, told.pass(self.training.get(), recompute.as_ref()))?.0)
         };
         run().map_err(Error::torch("UNet2DConditionModel::features"))
     }

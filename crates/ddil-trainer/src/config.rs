@@ -36,6 +36,9 @@ pub struct RunSection {
     pub precision: Precision,
     /// Whether images keep their channels innermost, the faster order for most convolutions; default true.
     pub channels_last: bool,
+    /// Whether the backward pass computes the inner results of the blocks of U-Nets once more instead of keeping them:
+    /// less memory for about one more forward pass of what learns; default false.
+    pub activation_checkpointing: bool,
     /// Threads of libtorch; 0, the default, is one a core.
     pub threads: u32,
 }
@@ -275,6 +278,7 @@ impl Default for RunSection {
             device: "cpu".to_owned(),
             precision: Precision::Float32,
             channels_last: true,
+            activation_checkpointing: false,
             threads: 0,
         }
     }

@@ -119,6 +119,8 @@ impl Prepared {
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
+        // Nothing to the teacher, which has no backward pass, but its student and critic are made of it.
+        teacher.network.set_activation_checkpointing(config.run.activation_checkpointing)?;
         let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
         let is_class_conditional = teacher.network.is_class_conditional();

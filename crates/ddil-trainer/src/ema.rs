@@ -44,7 +44,8 @@ impl EmaConfig {
             })
             .collect();
         let averages = averages.map_err(Error::torch("EmaConfig::build"))?;
-        Ok(Ema { config: self, watched: tensors, averages, num_updates: 0 })
+        let together = Together::of(&averages, &tensors)?;
+        Ok(Ema { config: self, watched: tensors, averages, together, num_updates: 0 })
     }
 
     pub(crate) fn ensure_valid(&self) -> Result<()> {
@@ -84,7 +85,30 @@ pub struct Ema {
     config: EmaConfig,
     watched: Vec<(String, Tensor)>,
     averages: Vec<(String, Tensor)>,
+    together: Together,
     num_updates: u64,
+}
+
+/// What one call moves: all averages of the kind of what they average.
+#[derive(Debug)]
+struct Together {
+    averages: TensorList,
+    values: TensorList,
+    /// Places of the others.
+    rest: Vec<usize>,
+}
+
+impl Together {
+    fn of(averages: &[(String, Tensor)], values: &[(String, Tensor)]) -> Result<Self> {
+        let moves = |place: &usize| {
+            let kind = averages[*place].1.kind();
+            is_floating(kind) && kind == values[*place].1.kind()
+        };
+        let (together, rest): (Vec<usize>, Vec<usize>) = (0..averages.len()).partition(moves);
+        let list =
+            |named: &[(String, Tensor)]| TensorList::new(together.iter().map(|i| &named[*i].1));
+        Ok(Self { averages: list(averages)?, values: list(values)?, rest })
+    }
 }
 
 impl Ema {
@@ -96,16 +120,11 @@ impl Ema {
     pub fn update(&mut self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let weight = 1.0 - self.decay();
-        let (mut averages, mut values) = (Vec::new(), Vec::new());
-        for ((_, average), (_, tensor)) in self.averages.iter().zip(&self.watched) {
-            if is_floating(average.kind()) {
-                averages.push(average);
-                values.push(in_kind_of(average, tensor)?);
-            } else {
-                copy(average, tensor)?;
-            }
+        let Together { averages, values, rest } = &self.together;
+        foreach_lerp_(averages, values, weight)?;
+        for place in rest {
+            follow(&self.averages[*place].1, &self.watched[*place].1, weight)?;
         }
-        foreach_lerp_(&TensorList::new(averages)?, &TensorList::new(&values)?, weight)?;
         self.num_updates += 1;
         Ok(())
     }
@@ -198,9 +217,16 @@ fn average_kind(kind: Kind) -> Kind {
     }
 }
 
-/// The tensor itself where the kinds are the same.
-fn in_kind_of(average: &Tensor, tensor: &Tensor) -> Result<Tensor> {
-    tensor.f_to_kind(average.kind()).map_err(Error::torch("Ema::update"))
+/// One average on its own: of a tensor of another kind, or of whole numbers, which are copied.
+fn follow(average: &Tensor, tensor: &Tensor, weight: f64) -> Result<()> {
+    if !is_floating(average.kind()) {
+        return copy(average, tensor);
+    }
+    let value = tensor.f_to_kind(average.kind());
+    value
+        .and_then(|value| average.shallow_clone().f_lerp_(&value, weight))
+        .map(drop)
+        .map_err(Error::torch("Ema::update"))
 }
 
 fn copy(target: &Tensor, source: &Tensor) -> Result<()> {

@@ -86,6 +86,7 @@ impl MemoryPlan {
             size: [sample_shape[1], sample_shape[2]].map(|side| side as u64),
             tokens: networks.text.tokens,
             computed_bytes: computed_bytes(config),
+            checkpointing: config.run.activation_checkpointing,
             normed_bytes: if config.run.device == "cpu" { computed_bytes(config) } else { WEIGHT },
         };
         let mut held = networks.held();
@@ -280,10 +281,11 @@ impl Networks {
         let teacher = Activations::of(&self.teacher, asked).inference() + copies(&self.teacher);
         let mut learning = student.kept_down + student.kept_up + copies(&self.student);
         let mut rows = Vec::new();
-        let mut at_work = teacher.max(student.largest);
+        let mut at_work = teacher.max(student.recomputed + student.largest);
         if let Some(critic) = &self.critic {
             let of_critic = Activations::of(critic, pass);
             at_work = at_work.max(of_critic.inference() + copies(critic));
+            at_work = at_work.max(of_critic.recomputed + of_critic.largest);
             let judged = if self.head > 0 { of_critic.kept_down } else { 0 };
             // The adversarial gradient comes through the critic's way down; in its own phase that judges both kinds.
             learning += judged;

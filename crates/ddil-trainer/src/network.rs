@@ -88,7 +88,7 @@ impl Network {
             lora.parameters().set_trainable(trainable);
             return Ok(self.sharing(Adapter { lora, on: true }));
         }
-        let model = self.model.config().build(self.placement(), 0)?;
+        let model = self.build_as(&self.model.config(), 0)?;
         model.parameters().copy_from(self.model.parameters())?;
         model.parameters().set_trainable(trainable);
         model.set_training(trainable)?;
@@ -101,10 +101,32 @@ impl Network {
     ///
     /// [`Error::Models`](crate::Error::Models) for a form that cannot be.
     pub fn derive(&self, config: &ModelConfig, seed: u64) -> Result<(Self, Matched)> {
-        let model = config.build(self.placement(), seed)?;
+        let model = self.build_as(config, seed)?;
         let matched = model.parameters().copy_matching(self.model.parameters())?;
         model.set_training(true)?;
         Ok((self.with_model(model), matched))
+    }
+
+    /// A fresh U-Net where this one is and that goes through its backward pass as this one does.
+    fn build_as(&self, config: &ModelConfig, seed: u64) -> Result<Model> {
+        let model = config.build(self.placement(), seed)?;
+        model.set_activation_checkpointing(self.model.activation_checkpointing())?;
+        Ok(model)
+    }
+
+    /// Switches activation checkpointing on or off, for this network and for all that are made of it from then on; see
+    /// [`Model::set_activation_checkpointing`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Models`](crate::Error::Models) to switch it on for what is no U-Net.
+    pub fn set_activation_checkpointing(&self, on: bool) -> Result<()> {
+        Ok(self.model.set_activation_checkpointing(on)?)
+    }
+
+    /// Whether the backward pass computes inner results once more.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.model.activation_checkpointing()
     }
 
     fn with_model(&self, model: Model) -> Self {

@@ -1,6 +1,6 @@
 //! `AdamW` whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
 
-use ddil_libtorch::{TensorList, clip_grad_norm_, foreach_zero_, fused_adamw_, grad_norm, grads};
+use ddil_libtorch::{TensorList, clip_grad_norm_, drop_grads, fused_adamw_, grad_norm, grads};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -106,14 +106,13 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Sets all gradients to zero, in place.
+    /// Drops all gradients, so that the next backward pass begins anew.
     ///
     /// # Errors
     ///
     /// [`Error::Libtorch`] if libtorch refuses.
     pub fn zero_grad(&self) -> Result<()> {
-        let grads = self.params.to_vec()?.into_iter().map(|param| param.grad());
-        Ok(foreach_zero_(&TensorList::new(grads.filter(Tensor::defined))?)?)
+        Ok(drop_grads(&self.params)?)
     }
 
     /// Scales gradients down to `max_grad_norm` and returns the norm they had, a scalar on their device.

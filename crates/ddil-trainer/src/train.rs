@@ -60,6 +60,7 @@ impl TrainTask {
             let unet = config.model.build(placement, config.run.seed)?;
             unet.parameters().set_trainable(trainable);
             unet.set_training(trainable);
+            unet.set_activation_checkpointing(config.run.activation_checkpointing);
             let (precision, unet) = (config.run.precision, Model::UNet2D(unet));
             Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };

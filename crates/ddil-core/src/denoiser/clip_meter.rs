@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ddil_schedulers::{NoiseSchedule, Thresholding};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::error::Result;
+use crate::rollout::on_device;
 use crate::states::Source;
 use crate::tally::Tally;
 
@@ -185,11 +186,7 @@ impl Rows {
             return timesteps.full_like(NO_SOURCE as i64);
         }
         let known = self.on_device.take().filter(|sources| sources.device() == device);
-        let sources = known.unwrap_or_else(|| on(device, &self.sources));
+        let sources = known.unwrap_or_else(|| on_device(&self.sources, device));
         self.on_device.insert(sources).shallow_clone()
     }
-}
-
-fn on(device: Device, values: &[i64]) -> Tensor {
-    Tensor::from_slice(values).to_device_(device, Kind::Int64, true, false)
 }

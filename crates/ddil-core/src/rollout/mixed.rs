@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     Leg, ensure_part_of, ensure_ready, ensure_targets, first_state, for_unfinished, index, inverse,
-    step, walk,
+    on_device, step, walk,
 };
 use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
@@ -273,7 +273,7 @@ impl MixedRollout<'_> {
 
     fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
         let timestep = self.timesteps.as_slice()[level];
-        let prev = Tensor::from_slice(&part.next).to_device(part.x_t.device());
+        let prev = on_device(&part.next, part.x_t.device());
         let actor = (self.student, self.student_sampler);
         step(actor, &part.x_t, timestep, &prev, &part.conditioning, Some(generator))
     }

@@ -5,7 +5,6 @@ mod chains;
 use ddil_schedulers::Timesteps;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
 use self::chains::Chains;
 use super::{Grids, LossFeedback, Selected, Shared, SourceRequest, TrajectorySource};
@@ -13,7 +12,7 @@ use crate::buffer::{AggregationBuffer, BufferConfig};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::random::{Draws, Stream};
-use crate::rollout::{MixedVariant, Visited, index, inverse};
+use crate::rollout::{MixedVariant, Visited, index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 
@@ -377,7 +376,7 @@ fn rolled_into(
     let device = visited.x_t.device();
     buffer.insert(&States {
         x_t: visited.x_t.shallow_clone(),
-        timesteps: Tensor::from_slice(&visited.timesteps).to_device(device),
+        timesteps: on_device(&visited.timesteps, device),
         grid_indices: grid_indices.ok_or_else(noise_is_no_state)?,
         conditioning: prompts.index_select(&index(&visited.rows, device))?,
         sources: visited.teacher_acted.iter().map(|&acted| source(acted)).collect(),

@@ -10,7 +10,7 @@ use crate::buffer::StorageKind;
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::random::{Draws, Stream};
-use crate::rollout::{MixedVariant, Visited, index};
+use crate::rollout::{MixedVariant, Visited, index, on_device};
 use crate::rows::RowStore;
 use crate::saved::SavedState;
 use crate::states::{Source, States};
@@ -189,7 +189,7 @@ impl TeacherSource {
         let x_t = match self.config.states {
             TeacherStates::Visited => rows,
             TeacherStates::Renoised => {
-                let timesteps = Tensor::from_slice(&request.timesteps()).to_device(rows.device());
+                let timesteps = on_device(&request.timesteps(), rows.device());
                 request.sampler.schedule().add_noise(&rows, request.noise, &timesteps)?
             }
         };

@@ -72,6 +72,54 @@ impl Switch {
     }
 }
 
+/// The adapters of a network as one pass of it finds them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Switches(Vec<Asked>);
+
+#[derive(Clone, Debug)]
+struct Asked {
+    switch: Arc<Switch>,
+    on: u32,
+    merged: bool,
+}
+
+/// A network that is asked as an earlier pass asked it, for as long as this lives.
+pub(crate) struct AsAsked<'a>(Vec<(&'a Switch, u32)>);
+
+impl Switches {
+    /// As they stand now.
+    pub(crate) fn of(layers: &[Layer]) -> Self {
+        let mut found: Vec<Asked> = Vec::new();
+        for layer in layers {
+            for Adapter { switch, .. } in &*layer.slot.lock() {
+                if !found.iter().any(|asked| Arc::ptr_eq(&asked.switch, switch)) {
+                    let (on, merged) = (switch.on(), switch.is_merged());
+                    found.push(Asked { switch: Arc::clone(switch), on, merged });
+                }
+            }
+        }
+        Self(found)
+    }
+
+    /// Puts them as they stood.
+    pub(crate) fn put_on(&self) -> Result<AsAsked<'_>, TchError> {
+        if self.0.iter().any(|asked| asked.switch.is_merged() != asked.merged) {
+            let reason = "adapters were merged or unmerged between the forward pass and the backward pass, which computes \
+                          again what was not kept";
+            return Err(TchError::Torch(reason.to_owned()));
+        }
+        Ok(AsAsked(self.0.iter().map(|a| (&*a.switch, a.switch.put_on(a.on))).collect()))
+    }
+}
+
+impl Drop for AsAsked<'_> {
+    fn drop(&mut self) {
+        for (switch, before) in &self.0 {
+            switch.put_on(*before);
+        }
+    }
+}
+
 /// Two weights of low rank beside the one of a layer.
 #[derive(Debug)]
 pub(crate) struct Adapter {

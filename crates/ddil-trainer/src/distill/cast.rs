@@ -31,6 +31,9 @@ pub(super) struct Cast {
 pub(super) struct Target {
     pub(super) network: Network,
     decay: f64,
+    /// What it learned, and what the student has.
+    averages: TensorList,
+    values: TensorList,
 }
 
 /// The network that follows what the student makes, with the head that tells it from real data; a whole network also where
@@ -110,12 +113,8 @@ impl Cast {
         image_shape: [i64; 3],
     ) -> Result<Self> {
         let averaged = student.duplicate(false)?;
-        let target = requirements
-            .target_decay
-            .map(|decay| {
-                Ok::<_, crate::Error>(Target { network: student.duplicate(false)?, decay })
-            })
-            .transpose()?;
+        let target =
+            requirements.target_decay.map(|decay| Target::of(&student, decay)).transpose()?;
         let critic = requirements
             .critic
             .then(|| CriticNetworks::new(requirements, &teacher, image_shape, config.run.seed));
@@ -172,20 +171,24 @@ impl Cast {
     /// After an update of the student: the target follows it.
     pub(super) fn follow(&self) -> Result<()> {
         match &self.target {
-            Some(target) => target.follow(&self.student),
+            Some(target) => target.follow(),
             None => Ok(()),
         }
     }
 }
 
 impl Target {
-    fn follow(&self, student: &Network) -> Result<()> {
-        let _no_grad = tch::no_grad_guard();
-        let values = |network: &Network| -> Result<TensorList> {
-            let learned = network.parameters().learned();
-            Ok(TensorList::new(learned.iter().map(|(_, tensor)| tensor))?)
+    fn of(student: &Network, decay: f64) -> Result<Self> {
+        let network = student.duplicate(false)?;
+        let list = |network: &Network| {
+            TensorList::new(network.parameters().learned().into_iter().map(|(_, tensor)| tensor))
         };
-        Ok(foreach_lerp_(&values(&self.network)?, &values(student)?, 1.0 - self.decay)?)
+        let (averages, values) = (list(&network)?, list(student)?);
+        Ok(Self { network, decay, averages, values })
+    }
+
+    fn follow(&self) -> Result<()> {
+        Ok(foreach_lerp_(&self.averages, &self.values, 1.0 - self.decay)?)
     }
 }
 

@@ -1,5 +1,7 @@
 //! What a pass of a U-Net keeps in memory, by the shapes of its weights.
 
+use std::collections::BTreeMap;
+
 /// Where and in what a U-Net is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassShape {
@@ -14,6 +16,8 @@ pub struct PassShape {
     /// Bytes of a value that norms and the activations behind them compute: 4 on CUDA, where autocast keeps them in single
     /// precision, and as the others on the CPU.
     pub normed_bytes: u64,
+    /// Whether the backward pass computes the inner results of blocks once more.
+    pub checkpointing: bool,
 }
 
 /// Bytes of a pass.
@@ -27,6 +31,8 @@ pub struct Activations {
     pub skips: u64,
     /// What the largest layer works with, in and out.
     pub largest: u64,
+    /// Kept for the backward pass of one block at a time, the largest, where blocks are computed once more.
+    pub recomputed: u64,
 }
 
 impl Activations {
@@ -44,25 +50,39 @@ impl Activations {
     /// | halving, doubling | `c` before the convolution | `2 c` |
     /// | last norm and convolution | `3 c` | `3 c` |
     ///
+    /// With activation checkpointing, a residual block, an attention block of pixels and a transformer block keep their
+    /// output alone, `d` or `c`, and what the table says of the largest of them comes and goes.
+    ///
     /// Scores of attention are never whole in memory (flash attention,
     /// [Dao et al. 2022](https://arxiv.org/abs/2205.14135)). Not counted are the scratch memory of convolutions and what
     /// the allocator keeps beyond what is used.
     pub fn of(shapes: &[(String, Vec<i64>)], pass: PassShape) -> Self {
         let levels = 1 + shapes.iter().filter_map(|(name, _)| down_level(name)).max().unwrap_or(0);
         let mut all = Self::default();
+        let mut blocks = BTreeMap::new();
         for (name, shape) in shapes {
             let level = level_of(name, levels);
             if let Some(layer) = Layer::of(name, shape) {
-                all.add(&layer, name, pass, pass.pixels(level));
+                let pixels = pass.pixels(level);
+                all.largest = all.largest.max(layer.at_work(pass, pixels));
+                let kept = layer.kept(pass, pixels);
+                match block_of(name).filter(|_| pass.checkpointing) {
+                    Some(block) => *blocks.entry(block).or_insert(0) += kept,
+                    None => all.keep(name, kept),
+                }
+            }
+            if pass.checkpointing {
+                all.keep(name, block_output(name, shape, pass, level));
             }
             all.skips += skipped(name, shape, pass, level);
         }
+        all.recomputed = blocks.into_values().max().unwrap_or(0);
         all
     }
 
     /// Kept for the backward pass, and what that works with.
     pub fn training(&self) -> u64 {
-        self.kept_down + self.kept_up + self.largest
+        self.kept_down + self.kept_up + self.recomputed + self.largest
     }
 
     /// At most at once, without gradients.
@@ -70,17 +90,12 @@ impl Activations {
         self.skips + self.largest
     }
 
-    fn add(&mut self, layer: &Layer, name: &str, pass: PassShape, pixels: u64) {
-        let &Layer { normed, computed, at_work, per_token, scale } = layer;
-        let bytes = normed * pass.normed_bytes + computed * pass.computed_bytes;
-        let tokens = pass.batch * pass.tokens * per_token * pass.computed_bytes;
-        let kept = pixels * scale * bytes + tokens;
+    fn keep(&mut self, name: &str, kept: u64) {
         if name.starts_with("up_blocks") || name.starts_with("conv_out") {
             self.kept_up += kept;
         } else {
             self.kept_down += kept;
         }
-        self.largest = self.largest.max(pixels * scale * at_work * pass.computed_bytes);
     }
 }
 
@@ -105,6 +120,18 @@ struct Layer {
 }
 
 impl Layer {
+    /// Bytes that the backward pass reads.
+    fn kept(&self, pass: PassShape, pixels: u64) -> u64 {
+        let bytes = self.normed * pass.normed_bytes + self.computed * pass.computed_bytes;
+        let tokens = pass.batch * pass.tokens * self.per_token * pass.computed_bytes;
+        pixels * self.scale * bytes + tokens
+    }
+
+    /// Bytes while it runs.
+    fn at_work(&self, pass: PassShape, pixels: u64) -> u64 {
+        pixels * self.scale * self.at_work * pass.computed_bytes
+    }
+
     /// The layer that a weight stands for; none for weights that are counted with another.
     fn of(name: &str, shape: &[i64]) -> Option<Self> {
         let [out, inputs] = [*shape.first()? as u64, shape.get(1).copied().unwrap_or(0) as u64];
@@ -161,6 +188,32 @@ fn skipped(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
     pixels * channels * pass.computed_bytes
 }
 
+/// The block that a weight belongs to and that may be computed once more; none for what stands between blocks.
+fn block_of(name: &str) -> Option<&str> {
+    let (unit, at) = ["transformer_blocks.", "resnets."]
+        .iter()
+        .find_map(|unit| Some((*unit, name.find(unit)?)))
+        .or_else(|| {
+            // Of pixels; a transformer's own norm and projections are not computed again.
+            let at = name.find("attentions.").filter(|_| name.ends_with("to_q.weight"))?;
+            Some(("attentions.", at))
+        })?;
+    let number = at + unit.len();
+    let end = name[number..].find('.').map_or(name.len(), |dot| number + dot);
+    Some(&name[..end])
+}
+
+/// Bytes of what a block gives, behind the weight that its last layer stands for.
+fn block_output(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
+    let is_last = ["conv2.weight", "ff.net.0.proj.weight"].iter().any(|end| name.ends_with(end))
+        || (name.ends_with("to_q.weight") && !name.contains("transformer_blocks"));
+    let width = if name.ends_with("ff.net.0.proj.weight") { shape.get(1) } else { shape.first() };
+    match (block_of(name).filter(|_| is_last), width) {
+        (Some(_), Some(&width)) => pass.pixels(level) * width as u64 * pass.computed_bytes,
+        _ => 0,
+    }
+}
+
 fn down_level(name: &str) -> Option<u32> {
     name.strip_prefix("down_blocks.")?.split('.').next()?.parse().ok()
 }
@@ -180,8 +233,14 @@ fn level_of(name: &str, levels: u32) -> u32 {
 mod tests {
     use super::*;
 
-    const PASS: PassShape =
-        PassShape { batch: 2, size: [8, 6], tokens: 7, computed_bytes: 4, normed_bytes: 4 };
+    const PASS: PassShape = PassShape {
+        batch: 2,
+        size: [8, 6],
+        tokens: 7,
+        computed_bytes: 4,
+        normed_bytes: 4,
+        checkpointing: false,
+    };
 
     fn shapes(weights: &[(&str, &[i64])]) -> Vec<(String, Vec<i64>)> {
         weights.iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec())).collect()
@@ -208,6 +267,38 @@ mod tests {
         assert_eq!(all.kept_up, fine * (3 * 32 + 3 * 16));
         assert_eq!(all.skips, fine * (16 + 16) + coarse * 16);
         assert_eq!(all.largest, fine * (3 * 32 + 16));
+    }
+
+    /// Blocks keep what they give; the largest, here the transformer's, is computed again.
+    #[test]
+    fn with_checkpointing_blocks_keep_what_they_give() {
+        let block = "down_blocks.1.attentions.0.transformer_blocks.0";
+        let names = ["attn1.to_q", "attn2.to_q", "ff.net.0.proj"];
+        let named = names.map(|name| format!("{block}.{name}.weight"));
+        let network = shapes(&[
+            ("conv_in.weight", &[16, 4, 3, 3]),
+            ("down_blocks.0.resnets.0.conv1.weight", &[16, 16, 3, 3]),
+            ("down_blocks.0.resnets.0.conv2.weight", &[16, 16, 3, 3]),
+            ("down_blocks.0.downsamplers.0.conv.weight", &[16, 16, 3, 3]),
+            ("down_blocks.1.attentions.0.proj_in.weight", &[16, 16]),
+            (&named[0], &[16, 16]),
+            (&named[1], &[16, 16]),
+            (&named[2], &[128, 16]),
+            ("down_blocks.1.attentions.0.proj_out.weight", &[16, 16]),
+            ("mid_block.attentions.0.to_q.weight", &[16, 16]),
+            ("up_blocks.1.resnets.0.conv1.weight", &[16, 32, 3, 3]),
+            ("up_blocks.1.resnets.0.conv2.weight", &[16, 16, 3, 3]),
+        ]);
+        let (fine, coarse) = (2 * 8 * 6 * 4, 2 * 4 * 3 * 4);
+        let text = 2 * 7 * 2 * 16 * 4;
+        let all = Activations::of(&network, PassShape { checkpointing: true, ..PASS });
+        // In, block and way down; the transformer's way in, block and way out, and the attention of pixels.
+        assert_eq!(all.kept_down, fine * (4 + 16 + 16) + coarse * (32 + 16 + 16 + 16));
+        assert_eq!(all.kept_up, fine * 16);
+        let transformer = coarse * (6 + 4 + 18) * 16 + text;
+        assert_eq!(all.recomputed, transformer.max(fine * (3 * 32 + 3 * 16)));
+        let plain = Activations::of(&network, PASS);
+        assert_eq!((plain.recomputed, plain.skips), (0, all.skips));
     }
 
     #[test]

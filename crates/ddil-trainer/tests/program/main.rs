@@ -3,6 +3,7 @@
 //! Everything a test needs it makes itself, in a folder of its own: a few tiny pictures, a network of a few thousand
 //! weights, runs of a dozen updates.
 
+mod activation_checkpointing;
 mod bad_input;
 mod compare;
 mod determinism;

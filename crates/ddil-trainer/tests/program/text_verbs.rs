@@ -529,5 +529,10 @@ fn stable_diffusion_is_planned_from_its_settings() -> TestResult {
     plan.data.batch_size = 8;
     let twice = MemoryPlan::of(&plan)?.peak();
     assert!(twice > planned.peak());
+    plan.run.activation_checkpointing = true;
+    let recomputed = MemoryPlan::of(&plan)?;
+    assert_eq!(recomputed.held, planned.held);
+    let activations = |plan: &MemoryPlan| plan.peak() - plan.at_rest();
+    assert!(2 * activations(&recomputed) < twice - planned.at_rest());
     Ok(())
 }

@@ -11,7 +11,7 @@ use super::{noise_is_no_state, source};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::random::{Draws, Stream};
-use crate::rollout::{MixedVariant, index, inverse, sampler_step};
+use crate::rollout::{MixedVariant, index, inverse, on_device, sampler_step};
 use crate::rows::RowStore;
 use crate::saved::SavedState;
 use crate::source::{LossFeedback, Selected, SourceRequest};
@@ -287,7 +287,7 @@ fn next_states(
     let device = states.x_t.device();
     let order = index(rows, device);
     let next: Vec<i64> = rows.iter().map(|&i| grid[states.grid_indices[i] + 1]).collect();
-    let next = Tensor::from_slice(&next).to_device(device);
+    let next = on_device(&next, device);
     let x_t = states.x_t.index_select(0, &order);
     let timesteps = states.timesteps.to_device(device).index_select(0, &order);
     let x0 = feedback.student_x0.detach().index_select(0, &order);
@@ -307,7 +307,7 @@ fn next_states(
     let teacher = teacher.detach().index_select(0, &order);
     let mut shape = vec![1; student.dim()];
     shape[0] = -1;
-    let acts = Tensor::from_slice(teacher_acts).to_device(device).view(shape.as_slice());
+    let acts = on_device(teacher_acts, device).view(shape.as_slice());
     Ok(teacher.where_self(&acts, &student))
 }
 
