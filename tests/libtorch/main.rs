@@ -11,6 +11,7 @@ mod mapped;
 mod memory_format;
 mod optim;
 mod process;
+mod row_file;
 
 use tch::{Kind, Tensor};
 
