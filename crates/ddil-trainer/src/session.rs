@@ -66,6 +66,15 @@ pub trait Task {
     /// What libtorch refuses.
     fn after_update(&mut self, step: u64) -> Result<()>;
 
+    /// The run's folder is this one: said once, before the first update or [`restore`](Self::restore).
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses. Most tasks write nothing but what they are asked for, and look away.
+    fn enter(&mut self, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+
     /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
     ///
     /// # Errors
@@ -291,7 +300,7 @@ impl<T: Task> Session<T> {
     }
 
     fn new(
-        task: T,
+        mut task: T,
         config: SessionConfig,
         folder: RunFolder,
         record: Record,
@@ -299,6 +308,7 @@ impl<T: Task> Session<T> {
         step: u64,
         seconds: f64,
     ) -> Result<Self> {
+        task.enter(folder.path())?;
         let trainees = Trainee::all(&task, &config)?;
         let ema = config.ema.build(task.parameters(Phase::Student))?;
         let events = EventWriter::create(folder.path(), step + 1)?;
