@@ -275,6 +275,16 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn any_changed_bit_is_noticed(file in 0_usize..18, at in 0_usize..4114, bit in 0_u8..8) {
+        let error = refusal(file, |path| change(path, |bytes| bytes[at] ^= 1 << bit));
+        prop_assert!(matches!(error, Error::SavedFile { .. }), "{error}");
+    }
+}
+
 #[test]
 fn a_saved_buffer_outlives_what_comes_later() -> Result<()> {
     let folder = folder();
@@ -352,8 +362,8 @@ fn a_file_says_what_is_in_it() -> Result<()> {
     Ok(())
 }
 
-/// A saved buffer whose files are aside, and what restoring says once `damage` was done to one of them.
-fn refusal(damage: impl FnOnce(&Path)) -> Error {
+/// A saved buffer whose files are aside, and what restoring says once `damage` was done to one of the 18.
+fn refusal(file: usize, damage: impl FnOnce(&Path)) -> Error {
     let folder = folder();
     let original = spilled(folder.path()).expect("it is valid");
     let aside = folder.path().join("aside");
@@ -371,7 +381,7 @@ fn refusal(damage: impl FnOnce(&Path)) -> Error {
     let mut restored = buffer(&config(other.path(), 4, 10));
     restored.restore(&saved).expect("it is sound");
     drop(restored);
-    damage(&aside.join(&saved.files[1].name));
+    damage(&aside.join(&saved.files[file].name));
     let mut restored = buffer(&config(other.path(), 4, 10));
     let refused = restored.restore(&saved).expect_err("it is damaged");
     drop(restored);
@@ -403,11 +413,11 @@ fn files_that_are_not_those_that_were_saved_are_refused_by_name() {
         ("has 4115 bytes, not 4114", |path| change(path, |bytes| bytes.push(0))),
     ];
     for (words, damage) in damages {
-        let error = refusal(damage).to_string();
+        let error = refusal(1, damage).to_string();
         assert!(error.contains(words), "{words}: {error}");
         assert!(error.contains(".rows"), "{error}");
     }
-    let gone = refusal(|path| fs::remove_file(path).expect("it is there"));
+    let gone = refusal(1, |path| fs::remove_file(path).expect("it is there"));
     assert!(matches!(gone, Error::Io { .. }), "{gone}");
 }
 

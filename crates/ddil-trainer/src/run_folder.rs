@@ -11,6 +11,7 @@
 //!   run.log
 //!   samples/           step_0001000.png
 //!   checkpoints/       see `checkpoint`
+//!   buffer/            states that a buffer has spilled, while the run is at work
 //!   results.json       measurements
 //! ```
 
