@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use ddil_libtorch::{Error, Result, RowFile, gather_rows};
+use ddil_libtorch::{Error, Result, RowFile, copy_rows_, gather_rows};
 use tch::{Device, Kind, Tensor, kind};
 use tempfile::TempDir;
 
@@ -109,4 +109,39 @@ fn rows_beyond_the_file_or_the_tensor_are_refused() -> Result<()> {
     let refused = gather_rows(&mut truth, 0, [(&file, 0, 0)]);
     assert!(matches!(refused, Err(Error::UnsupportedKind { .. })), "{refused:?}");
     Ok(())
+}
+
+#[test]
+fn rows_are_copied_as_index_copy_does() -> Result<()> {
+    for kind in [Kind::Half, Kind::Float, Kind::Int64, Kind::Bool] {
+        let mut copied = Tensor::arange(21, kind::FLOAT_CPU).view([7, 3]).to_kind(kind);
+        let given = (Tensor::arange(12, kind::FLOAT_CPU) - 5.0).view([4, 3]).to_kind(kind);
+        let mut expected = copied.copy();
+        let rows = [6, 0, 3, 2];
+        let _ = expected.index_copy_(0, &Tensor::from_slice(&rows), &given);
+        copy_rows_(&mut copied, &rows.map(|row| row as usize), &given)?;
+        assert_eq!(copied, expected);
+        copy_rows_(&mut copied, &[], &given.narrow(0, 0, 0))?;
+        assert_eq!(copied, expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_do_not_fit_are_not_copied() {
+    let mut out = Tensor::zeros([3, 2], kind::FLOAT_CPU);
+    let given = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    let double = given.to_kind(Kind::Double);
+    let wrong: [(&[usize], Tensor); 5] = [
+        (&[0, 3], given.shallow_clone()),
+        (&[0], given.shallow_clone()),
+        (&[0, 1], double),
+        (&[0, 1], Tensor::ones([2, 3], kind::FLOAT_CPU)),
+        (&[0, 1], given.tr()),
+    ];
+    for (rows, from) in &wrong {
+        let refused = copy_rows_(&mut out, rows, from);
+        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{rows:?} {from:?}");
+    }
+    assert_eq!(out.sum(Kind::Double).double_value(&[]), 0.0);
 }

@@ -109,8 +109,8 @@ impl RowStore {
     ) -> Result<()> {
         let (kept, said) = self.read(rows)?;
         copy_rows(x_t, places, &kept)?;
-        let parts = conditioning.parts().zip(said.parts());
-        parts.map(|((_, to), (_, part))| copy_rows(to, places, part)).collect()
+        let mut parts = conditioning.parts().zip(said.parts());
+        parts.try_for_each(|((_, to), (_, part))| copy_rows(to, places, part))
     }
 
     /// Where the block is, once there is one.
@@ -218,6 +218,9 @@ fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
     let given = given.detach().to_device(device).to_kind(kind);
     // A shallow clone is the same memory; the handle alone has to be mutable.
     let mut stored = stored.shallow_clone();
+    if device == Device::Cpu {
+        return Ok(ddil_libtorch::copy_rows_(&mut stored, rows, &given.contiguous())?);
+    }
     let _ = stored
         .f_index_copy_(0, &index(rows, device), &given)
         .map_err(Error::torch("RowStore::write"))?;

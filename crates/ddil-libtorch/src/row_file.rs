@@ -201,7 +201,11 @@ pub fn gather_rows<'a>(
     offset: usize,
     rows: impl IntoIterator<Item = (&'a RowFile, usize, usize)>,
 ) -> Result<()> {
-    let (num_rows, row_bytes) = ensure_writable(out)?;
+    let (num_rows, row_bytes) = ensure_writable(OP, out)?;
+    if matches!(out.kind(), Kind::Bool | Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) {
+        let (kind, expected) = (out.kind(), "numbers that are not quantised");
+        return Err(Error::UnsupportedKind { op: OP, kind, expected });
+    }
     let start = out.data_ptr().cast::<u8>();
     for (file, row, to) in rows {
         let from = file.part(row, offset, row_bytes)?;
@@ -221,28 +225,74 @@ pub fn gather_rows<'a>(
     Ok(())
 }
 
-/// Number of rows of a tensor and bytes of each, once it is known that bytes can be copied there.
-fn ensure_writable(out: &Tensor) -> Result<(usize, usize)> {
-    let (device, kind) = (out.device(), out.kind());
-    if device != Device::Cpu {
-        return Err(Error::UnsupportedDevice { op: OP, device });
-    }
-    if matches!(kind, Kind::Bool | Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) {
-        let expected = "numbers that are not quantised";
-        return Err(Error::UnsupportedKind { op: OP, kind, expected });
-    }
-    let shape = out.size();
-    let contiguous = out.is_contiguous();
-    let (Some(&num_rows), true) = (shape.first(), contiguous) else {
+/// Copies the rows of `from`, one after the other, to these rows of `out`, as `index_copy_` along the first dimension does,
+/// which takes values one by one.
+///
+/// # Shapes and units
+///
+/// - `out`: `[n, ..]`, contiguous, on the CPU; rows that are not named stay as they are
+/// - `from`: `[rows, ..]`, contiguous, on the CPU, of the kind of `out`
+///
+/// # Errors
+///
+/// [`Error::UnsupportedDevice`] for tensors elsewhere, [`Error::InvalidArgument`] for tensors that are not contiguous, do not
+/// fit each other or have no such rows; nothing is copied then.
+///
+/// # Example
+///
+/// ```
+/// use ddil_libtorch::copy_rows_;
+/// use tch::{Tensor, kind};
+///
+/// let mut out = Tensor::zeros([3, 2], kind::FLOAT_CPU);
+/// copy_rows_(&mut out, &[2, 0], &Tensor::from_slice2(&[[1.0_f32, 2.0], [3.0, 4.0]]))?;
+/// assert_eq!(out, Tensor::from_slice2(&[[3.0_f32, 4.0], [0.0, 0.0], [1.0, 2.0]]));
+/// # Ok::<(), ddil_libtorch::Error>(())
+/// ```
+pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()> {
+    const OP: &str = "copy_rows_";
+    let (num_rows, row_bytes) = ensure_writable(OP, out)?;
+    let given = ensure_writable(OP, from)?;
+    let fits = given == (rows.len(), row_bytes) && from.kind() == out.kind();
+    if !fits || rows.iter().any(|&row| row >= num_rows) {
         return Err(Error::InvalidArgument {
             op: OP,
+            name: "from",
+            value: format!("{:?} of {:?} to rows {rows:?}", from.kind(), from.size()),
+            expected: "as many rows as are named, like those of `out`, to rows that it has",
+        });
+    }
+    let (start, mut given) =
+        (out.data_ptr().cast::<u8>(), from.data_ptr().cast::<u8>().cast_const());
+    for &row in rows {
+        // SAFETY: both are contiguous, on the CPU and have rows of `row_bytes` bytes: `out` more than `row` of them, and
+        // `from` as many as there are turns. `copy` lets them share memory.
+        unsafe {
+            std::ptr::copy(given, start.add(row * row_bytes), row_bytes);
+            given = given.add(row_bytes);
+        }
+    }
+    Ok(())
+}
+
+/// Number of rows of a tensor and bytes of each, once it is known that bytes can be copied there.
+fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
+    let device = tensor.device();
+    if device != Device::Cpu {
+        return Err(Error::UnsupportedDevice { op, device });
+    }
+    let shape = tensor.size();
+    let contiguous = tensor.is_contiguous();
+    let (Some(&num_rows), true) = (shape.first(), contiguous) else {
+        return Err(Error::InvalidArgument {
+            op,
             name: "out",
             value: format!("of shape {shape:?}, contiguous: {contiguous}"),
             expected: "contiguous and of one dimension at least",
         });
     };
     let values: i64 = shape[1..].iter().product();
-    Ok((num_rows as usize, values as usize * kind.elt_size_in_bytes()))
+    Ok((num_rows as usize, values as usize * tensor.kind().elt_size_in_bytes()))
 }
 
 /// Length of such a file.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ddil_libtorch::{RowFile, gather_rows};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ pub struct SpillConfig {
     pub byte_budget: u64,
 }
 
-fn is_empty(folder: &PathBuf) -> bool {
+fn is_empty(folder: &Path) -> bool {
     folder.as_os_str().is_empty()
 }
 

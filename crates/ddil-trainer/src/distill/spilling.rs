@@ -15,10 +15,10 @@ const FOLDER: &str = "buffer";
 /// The settings of the mixer, with a folder for what its buffer spills.
 pub(super) fn mixing(config: &DistillConfig, run: &Path) -> MixerConfig {
     let mut mixing = config.mixing.clone();
-    if let Some(spill) = spill(&mut mixing) {
-        if spill.folder.as_os_str().is_empty() {
-            spill.folder = run.join(FOLDER);
-        }
+    if let Some(spill) = spill(&mut mixing)
+        && spill.folder.as_os_str().is_empty()
+    {
+        spill.folder = run.join(FOLDER);
     }
     mixing
 }
