@@ -117,7 +117,7 @@ fn rows_are_copied_as_index_copy_does() -> Result<()> {
         let mut copied = Tensor::arange(21, kind::FLOAT_CPU).view([7, 3]).to_kind(kind);
         let given = (Tensor::arange(12, kind::FLOAT_CPU) - 5.0).view([4, 3]).to_kind(kind);
         let mut expected = copied.copy();
-        let rows = [6, 0, 3, 2];
+        let rows = [6_i64, 0, 3, 2];
         let _ = expected.index_copy_(0, &Tensor::from_slice(&rows), &given);
         copy_rows_(&mut copied, &rows.map(|row| row as usize), &given)?;
         assert_eq!(copied, expected);
