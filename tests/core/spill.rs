@@ -481,6 +481,16 @@ fn a_refusing_disk_is_told_and_survived() -> Result<()> {
     drawn.dedup();
     assert_eq!(drawn, [0, 1, 2, 3, 4, 20, 21, 22, 23]);
 
+    // Of a full ring, what was to make room is gone, and the rest is there.
+    buffer.insert(&states(30, 0, &[2; 10], &SHAPE))?;
+    let path = folder.path().join("spill/ring_02_000007.rows");
+    fs::write(&path, "another's").expect("it can be written");
+    assert!(buffer.insert(&states(40, 0, &[2; 7], &SHAPE)).is_err());
+    let mut drawn = numbers(&buffer.sample(&[2; 100], 0, &mut rng)?);
+    drawn.sort_unstable();
+    drawn.dedup();
+    assert_eq!(drawn, [37, 38, 39]);
+
     let spill = SpillConfig { folder: folder.path().join("spill"), byte_budget: 1 << 20 };
     spill.clear()?;
     assert_eq!(files_in(&spill.folder), []);
