@@ -1,4 +1,5 @@
-//! The buffer of visited states: insertion and sampling of a batch of 64, pixel images and latents.
+//! The buffer of visited states: insertion and sampling of a batch of 64, pixel images and latents, all in memory or
+//! next to all on disk. `buffer_on_disk` beside this has more states of the latter.
 //!
 //! `cargo bench -p ddil-benches --bench buffer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
 //! one. Beside them, copying the same rows out of a plain tensor: what sampling could cost at least.
@@ -7,7 +8,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ddil_core::{AggregationBuffer, BufferConfig, Conditioning, Source, States, StorageKind};
+use ddil_core::{
+    AggregationBuffer, BufferConfig, Conditioning, Source, SpillConfig, States, StorageKind,
+};
 use ddil_schedulers::{TimestepSpacing, Timesteps};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -32,9 +35,8 @@ fn states(shape: [i64; 3]) -> States {
     }
 }
 
-fn filled(shape: [i64; 3], storage: StorageKind) -> (AggregationBuffer, States) {
+fn filled(shape: [i64; 3], config: BufferConfig) -> (AggregationBuffer, States) {
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("4 steps fit");
-    let config = BufferConfig { storage, ..BufferConfig::default() };
     let mut buffer = AggregationBuffer::new(config, &grid).expect("the settings are valid");
     let states = states(shape);
     for _ in 0..40 {
@@ -49,8 +51,15 @@ fn buffer(c: &mut Criterion) {
     for shape in SHAPES {
         let label = shape.map(|n| n.to_string()).join("x");
         group.throughput(Throughput::Elements(BATCH as u64));
-        for (name, storage) in [("f16", StorageKind::F16), ("f32", StorageKind::F32)] {
-            let (mut buffer, states) = filled(shape, storage);
+        let folder = std::env::temp_dir().join(format!("ddil-buffer-{}", std::process::id()));
+        let kinds = [("f16", StorageKind::F16), ("f32", StorageKind::F32)];
+        let in_memory = kinds
+            .map(|(name, storage)| (name, BufferConfig { storage, ..BufferConfig::default() }));
+        let spill = SpillConfig { folder: folder.clone(), byte_budget: 128 << 20 };
+        let on_disk =
+            BufferConfig { byte_budget: 0, spill: Some(spill), ..BufferConfig::default() };
+        for (name, config) in in_memory.into_iter().chain([("f16 on disk", on_disk)]) {
+            let (mut buffer, states) = filled(shape, config);
             group.bench_function(BenchmarkId::new(format!("insert {name}"), &label), |b| {
                 b.iter(|| buffer.insert(black_box(&states)).expect("they fit"));
             });
@@ -59,6 +68,8 @@ fn buffer(c: &mut Criterion) {
                 b.iter(|| black_box(buffer.sample(&indices, 0, &mut rng).expect("it is full")));
             });
         }
+        // The files are gone with their buffer; a folder that is left is told by its name.
+        let _ = std::fs::remove_dir(&folder);
         let kept = Tensor::randn([&[2046_i64][..], &shape].concat(), kind::FLOAT_CPU);
         let rows = Tensor::randint(2046, [BATCH as i64], kind::INT64_CPU);
         group.bench_function(BenchmarkId::new("index_select f32", &label), |b| {

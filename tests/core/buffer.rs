@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use crate::common::{SHAPES, trailing};
 
 /// States that each hold their own number, in value and in label.
-fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64]) -> States {
+pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64]) -> States {
     let n = grid_indices.len() as i64;
     let numbers = Tensor::arange_start(first, first + n, (Kind::Int64, tch::Device::Cpu));
     let mut whole = vec![n];
@@ -31,7 +31,8 @@ fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64]) -> State
     }
 }
 
-fn numbers(states: &States) -> Vec<i64> {
+/// The numbers of states, once value and label are known to be of one.
+pub(crate) fn numbers(states: &States) -> Vec<i64> {
     let labels = states.conditioning.class_labels.as_ref().expect("labels were stored");
     let numbers: Vec<i64> = Vec::try_from(labels).expect("they are Int64");
     let n = states.len() as i64;
@@ -166,6 +167,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
     let saved = ddil_core::SavedState {
         tensors: saved.tensors,
         metadata: serde_json::from_str(&text).expect("it can be read"),
+        files: saved.files,
     };
     let kept: Vec<Tensor> = saved.tensors.iter().map(|(_, tensor)| tensor.copy()).collect();
     let mut restored = buffer(config.clone());

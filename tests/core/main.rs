@@ -12,3 +12,4 @@ mod random;
 mod rollout;
 mod shift;
 mod source;
+mod spill;

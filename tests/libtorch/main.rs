@@ -12,6 +12,7 @@ mod memory_format;
 mod optim;
 mod process;
 mod recompute;
+mod row_file;
 
 use tch::{Kind, Tensor};
 

@@ -1,8 +1,10 @@
 use std::{
     fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
 };
 
+use ddil_core::SavedFile;
 use ddil_trainer::{
     Error,
     checkpoint::{
@@ -229,6 +231,50 @@ fn reseal(sealed: &Value) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let manifest: Manifest = serde_json::from_value(sealed["manifest"].clone())?;
     let sha256 = format!("{:x}", sha2::Sha256::digest(serde_json::to_vec(&manifest)?));
     Ok(serde_json::to_vec(&json!({ "manifest": manifest, "sha256": sha256 }))?)
+}
+
+/// A file that a run goes on to write: the checkpoint has its first bytes, whatever comes behind them.
+#[test]
+fn a_linked_file_is_the_part_that_was_saved() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("growing");
+    fs::write(&path, "saved")?;
+    let file = SavedFile {
+        name: "student.rows".to_owned(),
+        path: path.clone(),
+        bytes: 5,
+        // As `python3 -c 'import zlib; print(hex(zlib.crc32(b"saved")))'` has it.
+        crc32: 0xf9e3_d325,
+    };
+    let checkpoints = folder.path().join("checkpoints");
+    let mut writer = CheckpointWriter::new(&checkpoints, 1, "test")?;
+    writer.link(&file)?;
+    assert!(matches!(writer.link(&file), Err(Error::InvalidMember { .. })));
+    let outside = SavedFile { name: "../student.rows".to_owned(), ..file.clone() };
+    assert!(matches!(writer.link(&outside), Err(Error::InvalidMember { .. })));
+    writer.commit()?;
+    fs::OpenOptions::new().append(true).open(&path)?.write_all(b" and more")?;
+    fs::remove_file(&path)?;
+
+    let checkpoint = find_latest(&checkpoints)?.checkpoint.ok_or("it is sound")?;
+    let [linked] = &checkpoint.linked()[..] else { panic!("there is one") };
+    assert_eq!(fs::read_to_string(&linked.path)?, "saved and more");
+    assert_eq!(SavedFile { path, ..linked.clone() }, file);
+    for (damage, words) in [("sawed and more", "CRC-32"), ("save", "4 bytes of the 5")] {
+        fs::write(&linked.path, damage)?;
+        let problem = latest(&checkpoints).1.join(" ");
+        assert!(problem.contains("student.rows") && problem.contains(words), "{problem}");
+    }
+    fs::remove_file(&linked.path)?;
+    assert!(matches!(find_latest(&checkpoints)?.damaged[0].reason, Damage::Linked { .. }));
+    // A forger can make the checksum right.
+    let manifest = checkpoint.path().join("manifest.json");
+    let mut sealed: Value = serde_json::from_slice(&fs::read(&manifest)?)?;
+    let member = sealed["manifest"]["linked"]["student.rows"].clone();
+    sealed["manifest"]["linked"] = json!({ "../growing": member });
+    fs::write(&manifest, reseal(&sealed)?)?;
+    assert!(matches!(find_latest(&checkpoints)?.damaged[0].reason, Damage::MemberName { .. }));
+    Ok(())
 }
 
 #[test]

@@ -1,16 +1,27 @@
 //! Visited states, kept for a while.
 
-use std::collections::{HashMap, VecDeque};
+mod places;
+mod ring;
+mod segment;
+mod spill;
+
+use std::collections::HashMap;
 
 use ddil_schedulers::Timesteps;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use self::places::{Place, Places};
+use self::ring::{Item, Ring, SavedRing};
+use self::segment::Column;
+pub use self::spill::SpillConfig;
+use self::spill::{Pick, Spill};
+use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::rows::RowStore;
 use crate::saved::SavedState;
-use crate::states::{Source, States};
+use crate::states::States;
 
 /// What states are stored as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,9 +49,12 @@ impl StorageKind {
 pub struct BufferConfig {
     /// Most states kept, over all grid indices; default 2048.
     pub capacity: usize,
-    /// Most bytes kept, states and conditioning together; fewer states than `capacity` where they are large.
-    /// Default 512 MiB.
+    /// Most bytes kept in memory, states and conditioning together; fewer states than `capacity` where they are large,
+    /// unless they may spill. Default 512 MiB.
     pub byte_budget: u64,
+    /// Where states go that are beyond `byte_budget`: files on disk. Default none, which keeps fewer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spill: Option<SpillConfig>,
     /// Most updates of the student that a state may be old; default 1000. Older ones show what a student did that
     /// is no more: early, bad rollouts kept too long can double the final error.
     pub max_age: u64,
@@ -53,6 +67,7 @@ impl Default for BufferConfig {
         Self {
             capacity: 2048,
             byte_budget: 512 << 20,
+            spill: None,
             max_age: 1000,
             storage: StorageKind::default(),
         }
@@ -65,31 +80,56 @@ impl Default for BufferConfig {
 /// beyond the age limit are never given out. Keeping everything for ever, as the classic algorithm does
 /// ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)), would tie a moving student to what it did long ago.
 /// Holds no labels. Index 0, pure noise, is drawn afresh and not stored.
+///
+/// With [`BufferConfig::spill`] states beyond the budget of memory are on disk: of each ring some places are rows in
+/// memory and the others rows of files, which are written once, one after the other, and read where they are mapped.
+/// Inserting or sampling a state costs the same however many there are. Which states are drawn does not depend on where
+/// they lie.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{AggregationBuffer, BufferConfig, Conditioning, Source, SpillConfig, States};
+/// use ddil_schedulers::{TimestepSpacing, Timesteps};
+/// use rand::{SeedableRng, rngs::StdRng};
+/// use tch::{Tensor, kind};
+///
+/// # let folder = std::env::temp_dir().join(format!("ddil-spill-{}", std::process::id()));
+/// let spill = SpillConfig { folder, byte_budget: 1 << 20 };
+/// let config =
+///     BufferConfig { capacity: 300, byte_budget: 1200, spill: Some(spill), ..BufferConfig::default() };
+/// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+/// let mut buffer = AggregationBuffer::new(config, &grid)?;
+/// for step in 0..80 {
+///     buffer.insert(&States {
+///         x_t: Tensor::full([3, 5], step as i64, kind::FLOAT_CPU),
+///         timesteps: Tensor::from_slice(&[749_i64, 499, 249]),
+///         grid_indices: vec![1, 2, 3],
+///         conditioning: Conditioning::none(),
+///         sources: vec![Source::Student; 3],
+///         births: vec![step; 3],
+///     })?;
+/// }
+/// let statistics = buffer.statistics(80);
+/// assert_eq!((statistics.len, statistics.bytes), (240, 1200));
+/// assert!(statistics.spilled_bytes > 0);
+/// let states = buffer.sample(&[1, 2, 3, 3], 80, &mut StdRng::seed_from_u64(0))?;
+/// assert_eq!(states.x_t.size(), [4, 5]);
+/// # drop(buffer);
+/// # std::fs::remove_dir(std::env::temp_dir().join(format!("ddil-spill-{}", std::process::id())))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct AggregationBuffer {
     config: BufferConfig,
     timesteps: Vec<i64>,
     /// One a grid index from 1.
     rings: Vec<Ring>,
-    /// States per ring, known once the size of a state is.
-    ring_len: Option<usize>,
+    /// Known once the size of a state is.
+    places: Option<Places>,
     rows: RowStore,
-}
-
-/// The items of one grid index, oldest first; the item of sequence number `n` is in place `n % ring_len`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Ring {
-    /// Sequence number of the next item.
-    next: u64,
-    items: VecDeque<Item>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Item {
-    birth: u64,
-    source: Source,
+    /// There if some places are on disk.
+    spill: Option<Spill>,
 }
 
 /// What an [`AggregationBuffer`] is saved as, beside its tensors.
@@ -98,7 +138,17 @@ struct Item {
 struct Metadata {
     timesteps: Vec<i64>,
     ring_len: Option<usize>,
-    rings: Vec<Ring>,
+    rings: Vec<SavedRing>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    spill: Option<SavedSpill>,
+}
+
+/// How the places of a ring are shared, where not all are in memory.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedSpill {
+    kept: usize,
+    segment_rows: usize,
 }
 
 /// How full an [`AggregationBuffer`] is, and of what.
@@ -110,6 +160,8 @@ pub struct BufferStatistics {
     pub capacity: usize,
     /// Bytes of memory taken.
     pub bytes: u64,
+    /// Bytes of disk taken.
+    pub spilled_bytes: u64,
     /// States kept at each grid index; 0 for the first, which is noise.
     pub per_index: Vec<usize>,
     /// Mean age in updates; 0 if there are none.
@@ -125,7 +177,8 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless there is room for a state at each grid index but the first.
+    /// [`Error::InvalidConfig`] unless there is room for a state at each grid index but the first, and a folder where
+    /// states may spill.
     pub fn new(config: BufferConfig, timesteps: &Timesteps) -> Result<Self> {
         let num_rings = timesteps.len() - 1;
         if config.capacity < num_rings.max(1) {
@@ -135,12 +188,14 @@ impl AggregationBuffer {
                 expected: format!("at least {}, a state a grid index", num_rings.max(1)),
             });
         }
+        config.spill.as_ref().map_or(Ok(()), SpillConfig::ensure)?;
         Ok(Self {
             rows: RowStore::new(WHAT, Some(config.storage.kind())),
             config,
             timesteps: timesteps.as_slice().to_vec(),
             rings: vec![Ring::default(); num_rings],
-            ring_len: None,
+            places: None,
+            spill: None,
         })
     }
 
@@ -192,21 +247,44 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for grid index 0 or one beyond the grid, or if the byte budget cannot hold a state a
+    /// [`Error::InvalidConfig`] for grid index 0 or one beyond the grid, or if a byte budget cannot hold a state a
     /// ring; [`Error::OutOfOrder`] if a state is older than one that is kept at its index; [`Error::Shape`] or
-    /// [`Error::Conditioning`] if states are not like those before.
+    /// [`Error::Conditioning`] if states are not like those before; [`Error::Spill`] if the disk is full. Of states that
+    /// the disk refused, the oldest may be gone that they would have replaced; the others are as they were.
     pub fn insert(&mut self, states: &States) -> Result<()> {
         if states.is_empty() {
             return Ok(());
         }
         self.ensure_insertable(states)?;
-        let ring_len = self.fit(states)?;
+        let places = self.fit(states)?;
+        let mut of_rings = vec![Vec::new(); self.rings.len()];
+        for (row, &grid_index) in states.grid_indices.iter().enumerate() {
+            of_rings[grid_index - 1].push(row);
+        }
+        for (ring, rows) in self.rings.iter_mut().zip(&of_rings) {
+            ring.make_room(rows.len(), places.ring_len);
+        }
+        self.keep(states, &of_rings, places)?;
+        for (ring, rows) in of_rings.iter().enumerate() {
+            self.append(ring, rows, states, places)?;
+            for &row in rows {
+                let item = Item { birth: states.births[row], source: states.sources[row] };
+                self.rings[ring].push(item, places.ring_len);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes those of a batch whose places are in memory.
+    fn keep(&mut self, states: &States, of_rings: &[Vec<usize>], places: Places) -> Result<()> {
         // The last state wins where a batch goes round a ring more than once: rows must be named once.
         let mut at = HashMap::with_capacity(states.len());
-        for (i, &grid_index) in states.grid_indices.iter().enumerate() {
-            let item = Item { birth: states.births[i], source: states.sources[i] };
-            let place = self.rings[grid_index - 1].push(item, ring_len);
-            at.insert((grid_index - 1) * ring_len + place, i);
+        for (ring, rows) in of_rings.iter().enumerate() {
+            for (&row, sequence) in rows.iter().zip(self.rings[ring].next..) {
+                if let Place::Kept(place) = places.place(ring, sequence) {
+                    at.insert(place, row);
+                }
+            }
         }
         let mut written: Vec<(usize, usize)> = at.into_iter().collect();
         written.sort_unstable();
@@ -214,7 +292,48 @@ impl AggregationBuffer {
         let from = crate::rollout::index(&from, states.x_t.device());
         let x_t = states.x_t.index_select(0, &from);
         let conditioning = states.conditioning.index_select(&from)?;
-        self.rows.write(ring_len * self.rings.len(), &rows, &x_t, &conditioning)
+        self.rows.write(places.kept * self.rings.len(), &rows, &x_t, &conditioning)
+    }
+
+    /// Writes those of a ring whose places are on disk.
+    fn append(
+        &mut self,
+        ring: usize,
+        rows: &[usize],
+        states: &States,
+        places: Places,
+    ) -> Result<()> {
+        let Ring { next, items } = &self.rings[ring];
+        let is_spilled =
+            |(_, sequence): &(_, u64)| matches!(places.place(ring, *sequence), Place::Spilled(_));
+        let spilled = rows.iter().copied().zip(*next..).filter(is_spilled);
+        let spilled: Vec<usize> = spilled.map(|(row, _)| row).collect();
+        if spilled.is_empty() {
+            return Ok(());
+        }
+        let first = places.spilled_before(*next);
+        let len = (items.len() + rows.len()).min(places.ring_len) as u64;
+        let live = places.spilled_before(next + rows.len() as u64 - len);
+        let spill = self.spill(places)?;
+        spill.append(ring, first, live, (&states.x_t, &states.conditioning), &spilled)
+    }
+
+    /// Where states spill to, set up when it is first needed.
+    fn spill(&mut self, places: Places) -> Result<&mut Spill> {
+        match (&mut self.spill, &self.config.spill) {
+            (Some(spill), _) => Ok(spill),
+            (none, Some(config)) => {
+                let column = |(name, kind, shape)| Column { name, kind, shape };
+                let columns = self.rows.columns().into_iter().map(column).collect();
+                let rings = self.rings.len();
+                Ok(none.insert(Spill::new(config, columns, places.segment_rows, rings)?))
+            }
+            (None, None) => Err(Error::InvalidConfig {
+                field: "buffer.spill",
+                value: "not set".to_owned(),
+                expected: "a folder for states that are on disk".to_owned(),
+            }),
+        }
     }
 
     /// Draws a state for each grid index asked for, evenly and with replacement, of those young enough at `step`.
@@ -228,22 +347,22 @@ impl AggregationBuffer {
         step: u64,
         rng: &mut impl Rng,
     ) -> Result<States> {
-        let mut rows = Vec::with_capacity(grid_indices.len());
+        let mut chosen = Vec::with_capacity(grid_indices.len());
         let mut items = Vec::with_capacity(grid_indices.len());
         for &grid_index in grid_indices {
             let available = self.available(grid_index, step);
-            let Some(ring_len) = self.ring_len.filter(|_| available > 0) else {
+            let Some(places) = self.places.filter(|_| available > 0) else {
                 return Err(Error::NoState {
                     source_name: WHAT,
                     reason: format!("none at grid index {grid_index} is young enough"),
                 });
             };
             let ring = &self.rings[grid_index - 1];
-            let chosen = rng.random_range(0..available);
-            rows.push((grid_index - 1) * ring_len + ring.place(chosen, ring_len));
-            items.push(ring.items[chosen]);
+            let position = rng.random_range(0..available);
+            chosen.push((grid_index - 1, places.place(grid_index - 1, ring.sequence(position))));
+            items.push(ring.items[position]);
         }
-        let (x_t, conditioning) = self.rows.read(&rows)?;
+        let (x_t, conditioning) = self.read(&chosen)?;
         let timesteps: Vec<i64> = grid_indices.iter().map(|&i| self.timesteps[i]).collect();
         Ok(States {
             timesteps: Tensor::from_slice(&timesteps).to_device(x_t.device()),
@@ -258,28 +377,55 @@ impl AggregationBuffer {
     /// The newest states at a grid index, oldest first, as many as were asked for.
     pub(crate) fn newest(&self, grid_index: usize, states: usize) -> Result<Tensor> {
         let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get(ring));
-        let enough = ring.filter(|ring| ring.items.len() >= states).zip(self.ring_len);
-        let Some((ring, ring_len)) = enough else {
+        let enough = ring.filter(|ring| ring.items.len() >= states).zip(self.places);
+        let Some((ring, places)) = enough else {
             let reason = format!("there are fewer than {states} at grid index {grid_index}");
             return Err(Error::NoState { source_name: WHAT, reason });
         };
-        let first_row = (grid_index - 1) * ring_len;
         let newest = ring.items.len() - states..ring.items.len();
-        let rows: Vec<usize> =
-            newest.map(|position| first_row + ring.place(position, ring_len)).collect();
-        Ok(self.rows.read(&rows)?.0)
+        let place = |position| places.place(grid_index - 1, ring.sequence(position));
+        let chosen: Vec<_> = newest.map(|position| (grid_index - 1, place(position))).collect();
+        Ok(self.read(&chosen)?.0)
+    }
+
+    /// Copies of states, of each its ring and its place.
+    fn read(&self, chosen: &[(usize, Place)]) -> Result<(Tensor, Conditioning)> {
+        let (mut rows, mut places, mut picks) = (Vec::new(), Vec::new(), Vec::new());
+        for (to, &(ring, place)) in chosen.iter().enumerate() {
+            match place {
+                Place::Kept(row) => {
+                    rows.push(row);
+                    places.push(to);
+                }
+                Place::Spilled(row) => picks.push(Pick { to, ring, row }),
+            }
+        }
+        let Some((spill, device)) = self.spill.as_ref().zip(self.rows.device()) else {
+            return self.rows.read(&rows);
+        };
+        if picks.is_empty() {
+            return self.rows.read(&rows);
+        }
+        let (x_t, conditioning) = spill.read(chosen.len(), &picks)?;
+        let x_t = x_t.f_to_device(device).map_err(Error::torch("AggregationBuffer::sample"))?;
+        let conditioning = conditioning.to_device(device)?;
+        if !rows.is_empty() {
+            self.rows.read_into((&x_t, &conditioning), &places, &rows)?;
+        }
+        Ok((x_t, conditioning))
     }
 
     /// States per ring, once the size of a state is known.
     pub(crate) fn ring_len(&self) -> Option<usize> {
-        self.ring_len
+        self.places.map(|places| places.ring_len)
     }
 
     /// Forgets everything: at a new stage, or when guidance or thresholding changes.
     pub fn flush(&mut self) {
         self.rings.fill(Ring::default());
-        self.ring_len = None;
+        self.places = None;
         self.rows.clear();
+        self.spill = None;
     }
 
     /// How full it is at `step`.
@@ -293,35 +439,77 @@ impl AggregationBuffer {
         let per_index = self.rings.iter().map(|ring| ring.items.len());
         BufferStatistics {
             len: ages.len(),
-            capacity: self.rows.capacity().unwrap_or(0),
+            capacity: self.ring_len().unwrap_or(0) * self.rings.len(),
             bytes: self.rows.bytes(),
+            spilled_bytes: self.spill.as_ref().map_or(0, Spill::bytes),
             per_index: std::iter::once(0).chain(per_index).collect(),
             mean_age: if ages.is_empty() { 0.0 } else { total as f64 / ages.len() as f64 },
             oldest_age: ages.into_iter().max().unwrap_or(0),
         }
     }
 
-    /// Copies everything, bit for bit.
+    /// Copies everything in memory, bit for bit, and names the files of what is on disk, see [`SavedFile`]: those have
+    /// to be linked or copied before the next state comes, and flushed to disk.
     ///
     /// # Errors
     ///
     /// None that is known; writing metadata may fail in principle.
     pub fn save(&self) -> Result<SavedState> {
+        let spilled = self.places.filter(|places| places.spilled() > 0);
         let metadata = Metadata {
             timesteps: self.timesteps.clone(),
-            ring_len: self.ring_len,
-            rings: self.rings.clone(),
+            ring_len: self.ring_len(),
+            rings: self.rings.iter().map(Ring::save).collect(),
+            spill: spilled
+                .map(|Places { kept, segment_rows, .. }| SavedSpill { kept, segment_rows }),
         };
-        SavedState::new(WHAT, self.rows.tensors(), &metadata)
+        let saved = SavedState::new(WHAT, self.rows.tensors(), &metadata)?;
+        let Some((places, spill)) = spilled.zip(self.spill.as_ref()) else { return Ok(saved) };
+        let files =
+            self.rings.iter().enumerate().flat_map(|(number, ring)| {
+                spill.saved(number, places.spilled_before(ring.oldest()))
+            });
+        Ok(saved.with_files(files.collect()))
     }
 
     /// Becomes what was saved.
     ///
+    /// Every byte of its files is read and checked. A file that is full is linked into the folder of this buffer, or
+    /// copied where that is on another file system; one with room is copied.
+    ///
     /// # Errors
     ///
-    /// [`Error::Restore`] if that was a buffer of another grid or another size.
+    /// [`Error::Restore`] if that was a buffer of another grid or another size; [`Error::SavedFile`] for a file that is
+    /// damaged or not the one that was saved.
     pub fn restore(&mut self, saved: &SavedState) -> Result<()> {
         let metadata: Metadata = saved.metadata(WHAT)?;
+        let places = self.places_of(&metadata)?;
+        let ring_len = places.map_or(0, |places| places.ring_len);
+        let rings: Option<Vec<Ring>> =
+            metadata.rings.iter().map(|ring| Ring::restore(ring, ring_len)).collect();
+        let rings = rings.ok_or_else(|| Error::Restore {
+            what: WHAT,
+            problem: format!("a ring holds more than {ring_len} states, or more than ever came"),
+        })?;
+        self.flush();
+        let kept = places.map_or(0, |places| places.kept);
+        self.rows.restore(kept * rings.len(), &saved.tensors)?;
+        if self.rows.capacity().is_none() && places.is_some() {
+            return Err(Error::Restore {
+                what: WHAT,
+                problem: "its tensors are missing".to_owned(),
+            });
+        }
+        if let Some(places) = places.filter(|places| places.spilled() > 0) {
+            self.restore_spill(&rings, places, saved)?;
+        }
+        self.places = places;
+        self.rings = rings;
+        Ok(())
+    }
+
+    /// How places were shared in what was saved, if that fits this buffer.
+    fn places_of(&self, metadata: &Metadata) -> Result<Option<Places>> {
         let refuse = |problem: String| Err(Error::Restore { what: WHAT, problem });
         if metadata.timesteps != self.timesteps {
             let (found, here) = (&metadata.timesteps, &self.timesteps);
@@ -330,20 +518,38 @@ impl AggregationBuffer {
         if metadata.rings.len() != self.rings.len() {
             return refuse(format!("it has {} rings", metadata.rings.len()));
         }
-        let ring_len = metadata.ring_len.unwrap_or(0);
-        if ring_len * self.rings.len() > self.config.capacity {
+        let Some(ring_len) = metadata.ring_len else { return Ok(None) };
+        if ring_len == 0 || ring_len > self.config.capacity / self.rings.len().max(1) {
             let capacity = self.config.capacity;
             return refuse(format!("it has rings of {ring_len}, beyond a capacity of {capacity}"));
         }
-        if metadata.rings.iter().any(|ring| !ring.fits(ring_len)) {
-            return refuse(format!("a ring holds more than {ring_len} states"));
+        let Some(SavedSpill { kept, segment_rows }) = metadata.spill else {
+            return Ok(Some(Places::in_memory(ring_len)));
+        };
+        if self.config.spill.is_none() {
+            return refuse("states of it are on disk, but `buffer.spill` is not set".to_owned());
         }
-        self.rows.restore(ring_len * self.rings.len(), &saved.tensors)?;
-        if self.rows.capacity().is_none() && metadata.ring_len.is_some() {
-            return refuse("its tensors are missing".to_owned());
+        if kept >= ring_len || !(1..=ring_len).contains(&segment_rows) {
+            return refuse(format!(
+                "{kept} of {ring_len} states a ring are in memory and {segment_rows} in a file"
+            ));
         }
-        self.ring_len = metadata.ring_len;
-        self.rings = metadata.rings;
+        Ok(Some(Places { ring_len, kept, segment_rows }))
+    }
+
+    fn restore_spill(&mut self, rings: &[Ring], places: Places, saved: &SavedState) -> Result<()> {
+        let budget = self.config.spill.as_ref().map_or(0, |spill| spill.byte_budget);
+        let spill = self.spill(places)?;
+        let needed = places.bytes_on_disk(spill.row_bytes());
+        let needed = needed.and_then(|bytes| bytes.checked_mul(rings.len() as u64));
+        if needed.is_none_or(|needed| needed > budget) {
+            let problem = format!("it takes more than a `buffer.spill.byte_budget` of {budget}");
+            return Err(Error::Restore { what: WHAT, problem });
+        }
+        for (number, ring) in rings.iter().enumerate() {
+            let live = places.spilled_before(ring.oldest())..places.spilled_before(ring.next);
+            spill.restore(number, live, &saved.files)?;
+        }
         Ok(())
     }
 
@@ -379,57 +585,41 @@ impl AggregationBuffer {
         })
     }
 
-    /// States per ring, from capacity and byte budget.
-    fn fit(&mut self, states: &States) -> Result<usize> {
-        if let Some(ring_len) = self.ring_len {
-            return Ok(ring_len);
+    /// How many places there are and where, from capacity and byte budgets.
+    fn fit(&mut self, states: &States) -> Result<Places> {
+        if let Some(places) = self.places {
+            return Ok(places);
         }
+        let rings = self.rings.len();
         let bytes = self.rows.row_bytes(&states.x_t, &states.conditioning).max(1);
         let affordable = usize::try_from(self.config.byte_budget / bytes).unwrap_or(usize::MAX);
-        let ring_len = self.config.capacity.min(affordable) / self.rings.len();
-        if ring_len == 0 {
-            return Err(Error::InvalidConfig {
-                field: "buffer.byte_budget",
-                value: self.config.byte_budget.to_string(),
-                expected: format!(
-                    "at least {}: {} grid indices times {bytes} bytes a state",
-                    bytes * self.rings.len() as u64,
-                    self.rings.len()
-                ),
-            });
+        let wanted = self.config.capacity / rings;
+        let places = Places::in_memory(wanted.min(affordable / rings));
+        let places = match &self.config.spill {
+            Some(spill) if places.kept < wanted => {
+                let more = wanted - places.kept;
+                let budget = spill.byte_budget / rings as u64;
+                places.and_on_disk(more, budget, bytes).ok_or_else(|| {
+                    // Two files are the least, of a head and a state each.
+                    let least = rings as u64 * 2 * (segment::HEAD_BYTES as u64 + bytes);
+                    too_little("buffer.spill.byte_budget", spill.byte_budget, least, rings, bytes)
+                })?
+            }
+            _ => places,
+        };
+        if places.ring_len == 0 {
+            let least = bytes * rings as u64;
+            let budget = self.config.byte_budget;
+            return Err(too_little("buffer.byte_budget", budget, least, rings, bytes));
         }
-        Ok(*self.ring_len.insert(ring_len))
+        Ok(*self.places.insert(places))
     }
 }
 
-impl Ring {
-    /// Drops what is too old; says how many are left.
-    fn forget(&mut self, step: u64, max_age: u64) -> usize {
-        // Births never fall from front to back, so each item is looked at once in its life.
-        while self.items.front().is_some_and(|item| step.saturating_sub(item.birth) > max_age) {
-            self.items.pop_front();
-        }
-        self.items.len()
-    }
-
-    /// Adds an item; says in which place.
-    fn push(&mut self, item: Item, ring_len: usize) -> usize {
-        if self.items.len() == ring_len {
-            self.items.pop_front();
-        }
-        self.items.push_back(item);
-        self.next += 1;
-        self.place(self.items.len() - 1, ring_len)
-    }
-
-    /// The place of the item at `position` from the oldest.
-    fn place(&self, position: usize, ring_len: usize) -> usize {
-        let sequence = self.next - (self.items.len() - position) as u64;
-        (sequence % ring_len as u64) as usize
-    }
-
-    /// Whether a saved ring can be one of `ring_len` places.
-    fn fits(&self, ring_len: usize) -> bool {
-        self.items.len() <= ring_len && self.items.len() as u64 <= self.next
+fn too_little(field: &'static str, budget: u64, least: u64, rings: usize, bytes: u64) -> Error {
+    Error::InvalidConfig {
+        field,
+        value: budget.to_string(),
+        expected: format!("at least {least}: {rings} grid indices, and {bytes} bytes a state"),
     }
 }

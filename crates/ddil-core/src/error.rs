@@ -1,6 +1,6 @@
 //! What can go wrong while states are collected.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +90,22 @@ pub enum Error {
         /// What the file system said.
         source: std::io::Error,
     },
+    /// States could not be put on disk: it is full, say, or the folder is another buffer's.
+    #[error("could not spill states of the buffer to {}: it needs a folder of its own, with room for `buffer.spill.byte_budget`", folder.display())]
+    Spill {
+        /// The folder.
+        folder: PathBuf,
+        /// Which file, and what the system said.
+        source: ddil_libtorch::Error,
+    },
+    /// A file of spilled states is not the one that was saved.
+    #[error("{}: {problem}", path.display())]
+    SavedFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Saved state does not fit what it is restored into.
     #[error("saved {what} does not fit: {problem}")]
     Restore {
@@ -119,6 +135,11 @@ impl Error {
             let message = message.lines().next().unwrap_or("libtorch gave no reason").to_owned();
             Self::Torch { op, message }
         }
+    }
+
+    /// Wraps what the file system said.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { action, path: path.to_owned(), source }
     }
 
     /// Wraps a network's own error.

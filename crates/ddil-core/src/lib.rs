@@ -34,7 +34,7 @@ mod source;
 mod states;
 mod tally;
 
-pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, StorageKind};
+pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, SpillConfig, StorageKind};
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
@@ -50,7 +50,7 @@ pub use rollout::{
     MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,
     rollout_to, sample, sample_each,
 };
-pub use saved::SavedState;
+pub use saved::{SavedFile, SavedState};
 pub use shift::{
     Distances, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest, ShiftSummary, measure_shift,
     shift_at,

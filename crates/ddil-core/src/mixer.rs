@@ -502,6 +502,8 @@ impl Mixer {
             sources: [&forward, &student, &teacher].map(|saved| saved.metadata.clone()),
             adaptation: adaptation.as_ref().map(|saved| saved.metadata.clone()),
         };
+        let parts = NAMES.into_iter().zip([&forward, &student, &teacher]);
+        let files = parts.flat_map(|(name, saved)| saved.prefixed_files(name)).collect();
         let adaptation = adaptation.into_iter().flat_map(|saved| saved.prefixed(ADAPTATION));
         let tensors = forward
             .prefixed(NAMES[0])
@@ -509,7 +511,7 @@ impl Mixer {
             .chain(teacher.prefixed(NAMES[2]))
             .chain(adaptation)
             .collect();
-        SavedState::new(WHAT, tensors, &metadata)
+        Ok(SavedState::new(WHAT, tensors, &metadata)?.with_files(files))
     }
 
     /// Becomes what was saved: the next batches are the same, bit for bit.

@@ -1,6 +1,6 @@
 //! Rows of states in one block of memory.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
@@ -70,15 +70,52 @@ impl RowStore {
     ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         self.ensure_like(x_t, conditioning)?;
-        let block = match &mut self.block {
-            Some(block) => block,
-            none => none.insert(Block::zeros(capacity, self.kind, x_t, conditioning)?),
-        };
+        let block = self.allocate(capacity, x_t, conditioning)?;
         copy_rows(&block.x_t, rows, x_t)?;
         for ((_, stored), (_, part)) in block.conditioning.parts().zip(conditioning.parts()) {
             copy_rows(stored, rows, part)?;
         }
         Ok(())
+    }
+
+    /// The block, which is made for rows like these if there is none.
+    fn allocate(
+        &mut self,
+        capacity: usize,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<&Block> {
+        match &mut self.block {
+            Some(block) => Ok(block),
+            none => Ok(none.insert(Block::zeros(capacity, self.kind, x_t, conditioning)?)),
+        }
+    }
+
+    /// What is stored of a state, by name: kind and shape of a row. Nothing before the first write.
+    pub(crate) fn columns(&self) -> Vec<(&'static str, Kind, Vec<i64>)> {
+        let Some(block) = &self.block else { return vec![] };
+        std::iter::once(("x_t", &block.x_t))
+            .chain(block.conditioning.parts())
+            .map(|(name, part)| (name, part.kind(), part.size()[1..].to_vec()))
+            .collect()
+    }
+
+    /// Puts copies of `rows` at `places` of a batch like those stored.
+    pub(crate) fn read_into(
+        &self,
+        (x_t, conditioning): (&Tensor, &Conditioning),
+        places: &[usize],
+        rows: &[usize],
+    ) -> Result<()> {
+        let (kept, said) = self.read(rows)?;
+        copy_rows(x_t, places, &kept)?;
+        let mut parts = conditioning.parts().zip(said.parts());
+        parts.try_for_each(|((_, to), (_, part))| copy_rows(to, places, part))
+    }
+
+    /// Where the block is, once there is one.
+    pub(crate) fn device(&self) -> Option<Device> {
+        Some(self.block.as_ref()?.x_t.device())
     }
 
     /// Copies of `rows`, in the kind that they are stored as.
@@ -181,6 +218,9 @@ fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
     let given = given.detach().to_device(device).to_kind(kind);
     // A shallow clone is the same memory; the handle alone has to be mutable.
     let mut stored = stored.shallow_clone();
+    if device == Device::Cpu {
+        return Ok(ddil_libtorch::copy_rows_(&mut stored, rows, &given.contiguous())?);
+    }
     let _ = stored
         .f_index_copy_(0, &index(rows, device), &given)
         .map_err(Error::torch("RowStore::write"))?;

@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
@@ -60,6 +60,26 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file could not be made, written or read.
+    #[error("could not {action} {}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is not as long as it was made.
+    #[error("{} has {found} bytes, not {expected}", path.display())]
+    FileLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found: u64,
+        /// The length that it should have.
+        expected: u64,
+    },
     /// A tensor would reach beyond the end of its file.
     #[error("{}: {kind:?} of shape {shape:?} at byte {offset} does not fit into {len} bytes", path.display())]
     OutOfBounds {
@@ -100,3 +120,10 @@ pub enum Error {
 
 /// A result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wraps what the system said of a file.
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::File { action, path: path.to_owned(), source }
+    }
+}

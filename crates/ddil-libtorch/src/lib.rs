@@ -14,6 +14,7 @@
 //! | memory | [`recomputed`] |
 //! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
+//! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
@@ -70,6 +71,7 @@ mod mapped;
 mod memory_format;
 mod optim;
 mod recompute;
+mod row_file;
 mod threads;
 mod version;
 
@@ -86,5 +88,6 @@ pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
 pub use optim::{AdamW, fused_adamw_};
 pub use recompute::recomputed;
+pub use row_file::{RowFile, copy_rows_, gather_rows};
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};

@@ -9,6 +9,10 @@
 //!     state.json
 //! ```
 //!
+//! What a buffer has spilled is not copied: `student.ring_01_000000.rows` and its like are second names (hard links) of
+//! files that the run goes on with. It only ever writes behind what a checkpoint refers to, and the system keeps a file
+//! as long as one of its names, so that a checkpoint costs as much of the disk as the buffer has let go since.
+//!
 //! A folder with a final name was whole when it got that name. Should the disk damage it later,
 //! [`find_latest`] passes it over for the newest one that is sound and says so. Nothing but safetensors
 //! and JSON is ever read.
@@ -22,7 +26,7 @@ mod retention;
 mod tensors;
 mod write;
 
-pub use manifest::{Manifest, Member};
+pub use manifest::{Linked, Manifest, Member};
 pub use read::{Checkpoint, Damage, Damaged, Found, find_latest, list};
 pub use retention::{Retention, discard_newer, tidy};
 pub use write::CheckpointWriter;

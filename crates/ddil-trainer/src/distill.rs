@@ -4,9 +4,11 @@ mod cast;
 mod checks;
 mod meters;
 mod prompted;
+mod spilling;
 mod stage;
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use ddil_core::{
     Conditioning, Consistent, Data, Denoiser, MixRequest, RandomStreams, SavedState, Source,
@@ -55,6 +57,9 @@ pub struct DistillTask {
     cast: Cast,
     stage: Stage,
     meters: Meters,
+    run_folder: PathBuf,
+    /// Locked as long as it is open: where the buffer spills to.
+    spill_lock: Option<File>,
     /// The batch of the present update, kept from phase to phase and for the mixer.
     pending: Option<Pending>,
 }
@@ -91,7 +96,7 @@ impl Fitted {
         let output = teacher.network.prediction_type();
         let objective = config.objective.clone().trained_to_predict(output);
         let config = DistillConfig { objective, ..config.clone() };
-        let stage = Stage::new(&config, teacher.network.schedule(), 0)?;
+        let stage = Stage::new(&config, teacher.network.schedule(), 0, &config.run.path())?;
         ensure_fits(&config, &stage, teacher, &data)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         Ok(Self { config, data, stage })
@@ -156,6 +161,8 @@ impl Prepared {
         let meters = Meters::new(&schedule, &config.objective);
         let streams = RandomStreams::new(seed, 0);
         Ok(DistillTask {
+            run_folder: config.run.path(),
+            spill_lock: None,
             config,
             schedule,
             data,
@@ -233,6 +240,11 @@ impl DistillTask {
         Cast::ensure(&config, requirements, network, data.image_shape())?;
         scheduler(&config, network.schedule(), &stage, network)?;
         Pipeline::ensure_weights(&config.teacher.path)
+    }
+
+    /// The stage of that index, with nothing collected yet.
+    fn stage(&self, index: usize) -> Result<Stage> {
+        Stage::new(&self.config, &self.schedule, index, &self.run_folder)
     }
 
     fn device(&self) -> Device {
@@ -520,9 +532,15 @@ impl Task for DistillTask {
         Ok(mixer.after_loss(step, &states, &student_x0, next, streams)?)
     }
 
+    fn enter(&mut self, folder: &Path) -> Result<()> {
+        folder.clone_into(&mut self.run_folder);
+        self.spill_lock = spilling::take_folder(&self.config, folder)?;
+        self.stage = self.stage(self.stage.index)?;
+        Ok(())
+    }
+
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()> {
-        let index = (step / self.updates_per_stage()) as usize;
-        self.stage = Stage::new(&self.config, &self.schedule, index)?;
+        self.stage = self.stage((step / self.updates_per_stage()) as usize)?;
         // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
         self.cast =
             self.cast.next(&self.config, self.requirements(), average, self.card.image_shape)?;
@@ -552,16 +570,19 @@ impl Task for DistillTask {
         if let Some(target) = &self.cast.target {
             writer.tensors(TARGET, &target.network.parameters().learned())?;
         }
-        let SavedState { tensors, metadata } = self.stage.mixer.state()?;
+        let SavedState { tensors, metadata, files } = self.stage.mixer.state()?;
         writer.tensors(MIXER, &tensors)?;
         writer.json(MIXER_STATE, &metadata)?;
+        for file in &files {
+            writer.link(file)?;
+        }
         Ok(())
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()> {
         // A checkpoint at the border of two stages is still of the first: the second starts with its first update.
         let index = (step.saturating_sub(1) / self.updates_per_stage()) as usize;
-        self.stage = Stage::new(&self.config, &self.schedule, index)?;
+        self.stage = self.stage(index)?;
         if index > 0 {
             // Of the student's form; the weights come from the file.
             let any = self.cast.student.parameters().learned();
@@ -581,7 +602,8 @@ impl Task for DistillTask {
             tensors.into_iter().map(|(name, tensor)| Ok((name, on_device(tensor)?))).collect();
         let tensors = tensors.map_err(Error::torch("restore"))?;
         let metadata = checkpoint.json(MIXER_STATE)?;
-        Ok(self.stage.mixer.restore(&SavedState { tensors, metadata })?)
+        let files = checkpoint.linked();
+        Ok(self.stage.mixer.restore(&SavedState { tensors, metadata, files })?)
     }
 
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {

@@ -46,6 +46,8 @@ pub struct MemoryPlan {
     pub held: Vec<Row>,
     /// What comes and goes, of which the largest counts.
     pub phases: Vec<Row>,
+    /// What is on disk rather than in memory; checkpoints not counted.
+    pub on_disk: Vec<Row>,
 }
 
 /// One line of a plan.
@@ -90,7 +92,8 @@ impl MemoryPlan {
             normed_bytes: if config.run.device == "cpu" { computed_bytes(config) } else { WEIGHT },
         };
         let mut held = networks.held();
-        held.extend(stores(config, &networks, sample_shape));
+        let Stores { in_memory, on_disk } = Stores::of(config, &networks, sample_shape);
+        held.extend(in_memory);
         let phases = networks.phases(config, pass);
         Ok(Self {
             device: config.run.device.clone(),
@@ -99,6 +102,7 @@ impl MemoryPlan {
             sample_shape,
             held,
             phases,
+            on_disk,
         })
     }
 
@@ -144,6 +148,7 @@ impl fmt::Display for MemoryPlan {
         line(f, &Row::bytes("held throughout", self.at_rest()))?;
         self.phases.iter().try_for_each(|row| line(f, row))?;
         line(f, &Row::bytes("at most at once, about", self.peak()))?;
+        self.on_disk.iter().try_for_each(|row| line(f, row))?;
         write!(
             f,
             "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted: leave a fifth free)"
@@ -395,27 +400,39 @@ fn stored_bytes(storage: StorageKind) -> u64 {
 }
 
 /// The states that are kept from update to update.
-fn stores(config: &DistillConfig, networks: &Networks, [c, h, w]: [i64; 3]) -> Vec<Row> {
-    let values = (c * h * w) as u64;
-    let prompt = networks.text.prompt_bytes;
-    let mut rows = Vec::new();
-    if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {
+struct Stores {
+    in_memory: Vec<Row>,
+    on_disk: Vec<Row>,
+}
+
+impl Stores {
+    fn of(config: &DistillConfig, networks: &Networks, [c, h, w]: [i64; 3]) -> Self {
+        let values = (c * h * w) as u64;
         // What was said with a state is kept as it came.
-        let state = values * stored_bytes(buffer.storage) + prompt;
-        let bytes = (buffer.capacity as u64 * state).min(buffer.byte_budget);
-        rows.push(Row::bytes("buffer of the student's states", bytes));
+        let prompt = networks.text.prompt_bytes;
+        let (mut in_memory, mut on_disk) = (Vec::new(), Vec::new());
+        if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {
+            let wanted = (buffer.capacity as u64)
+                .saturating_mul(values * stored_bytes(buffer.storage) + prompt);
+            let kept = wanted.min(buffer.byte_budget);
+            in_memory.push(Row::bytes("buffer of the student's states", kept));
+            if let Some(spill) = &buffer.spill {
+                let spilled = (wanted - kept).min(spill.byte_budget);
+                on_disk.push(Row::bytes("on disk: spilled states of the buffer", spilled));
+            }
+        }
+        let teacher = &config.mixing.teacher;
+        let plays = [0.0, 0.5, 1.0].iter().any(|at| config.mixing.priors.at(*at).teacher() > 0.0);
+        if teacher.pool > 0 && plays {
+            let states = match (teacher.states, teacher.states_per_trajectory) {
+                (TeacherStates::Renoised, _) => 1,
+                (TeacherStates::Visited, Some(kept)) => kept as u64,
+                (TeacherStates::Visited, None) => networks.grid_len.saturating_sub(1).max(1),
+            };
+            let state = values * stored_bytes(teacher.storage) + prompt;
+            let bytes = teacher.pool as u64 * states * state;
+            in_memory.push(Row::bytes("pool of the teacher's states", bytes));
+        }
+        Self { in_memory, on_disk }
     }
-    let teacher = &config.mixing.teacher;
-    let plays = [0.0, 0.5, 1.0].iter().any(|at| config.mixing.priors.at(*at).teacher() > 0.0);
-    if teacher.pool > 0 && plays {
-        let states = match (teacher.states, teacher.states_per_trajectory) {
-            (TeacherStates::Renoised, _) => 1,
-            (TeacherStates::Visited, Some(kept)) => kept as u64,
-            (TeacherStates::Visited, None) => networks.grid_len.saturating_sub(1).max(1),
-        };
-        let bytes =
-            teacher.pool as u64 * states * (values * stored_bytes(teacher.storage) + prompt);
-        rows.push(Row::bytes("pool of the teacher's states", bytes));
-    }
-    rows
 }

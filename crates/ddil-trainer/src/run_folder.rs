@@ -12,6 +12,7 @@
 //!   samples/           step_0001000.png
 //!   checkpoints/       see `checkpoint`
 //!   not_finite/        see `evidence`; only if numbers stopped being numbers
+//!   buffer/            states that a buffer has spilled, while the run is at work
 //!   results.json       measurements
 //! ```
 

@@ -80,6 +80,15 @@ pub trait Task {
     /// What libtorch refuses.
     fn after_update(&mut self, step: u64) -> Result<()>;
 
+    /// The run's folder is this one: said once, before the first update or [`restore`](Self::restore).
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses. Most tasks write nothing but what they are asked for, and look away.
+    fn enter(&mut self, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+
     /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
     ///
     /// # Errors
@@ -310,7 +319,7 @@ impl<T: Task> Session<T> {
     }
 
     fn new(
-        task: T,
+        mut task: T,
         config: SessionConfig,
         mut folder: RunFolder,
         record: Record,
@@ -318,12 +327,13 @@ impl<T: Task> Session<T> {
         step: u64,
         seconds: f64,
     ) -> Result<Self> {
-        let parts = || {
-            let trainees = Trainee::all(&task, &config)?;
+        let parts = |task: &mut T| {
+            task.enter(folder.path())?;
+            let trainees = Trainee::all(task, &config)?;
             let ema = config.ema.build(task.parameters(Phase::Student))?;
             Ok((trainees, ema, EventWriter::create(folder.path(), step + 1)?))
         };
-        let parts = parts();
+        let parts = parts(&mut task);
         let (trainees, ema, events) = parts.map_err(|error| failed(&mut folder, error))?;
         let figures = BTreeMap::new();
         Ok(Self {

@@ -29,6 +29,19 @@ pub struct Manifest {
     pub libtorch: String,
     /// The other files of the folder.
     pub members: BTreeMap<String, Member>,
+    /// Those of them that a run goes on to write behind what belongs to the checkpoint.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub linked: BTreeMap<String, Linked>,
+}
+
+/// Which part of a file that may have grown belongs to a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Linked {
+    /// Its first so many bytes.
+    pub bytes: u64,
+    /// Their CRC-32: states of a buffer are too many for anything slower.
+    pub crc32: u32,
 }
 
 /// Size and checksum of a file in a checkpoint.
@@ -59,6 +72,7 @@ impl Manifest {
             ddil: env!("CARGO_PKG_VERSION").to_owned(),
             libtorch: ddil_libtorch::version().to_owned(),
             members,
+            linked: BTreeMap::new(),
         })
     }
 

@@ -6,17 +6,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_core::SavedFile;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::{
     MANIFEST,
-    manifest::{Manifest, Member, Sealed, hex, objection},
+    manifest::{Linked, Manifest, Member, Sealed, hex, objection},
     step_of,
     tensors::read_tensors,
 };
-use crate::{Error, Result, files::read_json};
+use crate::{Error, Result, error::with_causes, files::read_json};
 
 /// A checkpoint whose every byte is the one that was written.
 #[derive(Clone, Debug)]
@@ -75,6 +76,14 @@ pub enum Damage {
         found: u64,
         /// Its length when it was written.
         expected: u64,
+    },
+    /// A file that the run shares has been cut short or changed.
+    #[error("its file {name} is not what it was: {reason}")]
+    Linked {
+        /// The file.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A file has the right length and the wrong content.
     #[error("its file {name} has another SHA-256 than when it was written")]
@@ -235,6 +244,12 @@ impl Checkpoint {
         read_json(&self.member(name)?)
     }
 
+    /// The files that were [linked](super::CheckpointWriter::link), in order of their names.
+    pub fn linked(&self) -> Vec<SavedFile> {
+        let linked = self.manifest.linked.iter();
+        linked.map(|(name, linked)| saved_file(&self.path, name, linked)).collect()
+    }
+
     fn member(&self, name: &str) -> Result<PathBuf> {
         if self.has(name) {
             return Ok(self.path.join(name));
@@ -263,13 +278,28 @@ fn check(path: &Path) -> Result<Manifest, Damage> {
     for (name, member) in &manifest.members {
         check_member(path, name, member)?;
     }
+    for (name, linked) in &manifest.linked {
+        ensure_name(name)?;
+        let intact = saved_file(path, name, linked).ensure_intact();
+        intact.map_err(|e| Damage::Linked { name: name.clone(), reason: with_causes(&e) })?;
+    }
     Ok(manifest)
 }
 
-fn check_member(folder: &Path, name: &str, expected: &Member) -> Result<(), Damage> {
-    if let Some(reason) = objection(name) {
-        return Err(Damage::MemberName { name: name.to_owned(), reason });
+fn saved_file(folder: &Path, name: &str, linked: &Linked) -> SavedFile {
+    let Linked { bytes, crc32 } = *linked;
+    SavedFile { name: name.to_owned(), path: folder.join(name), bytes, crc32 }
+}
+
+fn ensure_name(name: &str) -> Result<(), Damage> {
+    match objection(name) {
+        Some(reason) => Err(Damage::MemberName { name: name.to_owned(), reason }),
+        None => Ok(()),
     }
+}
+
+fn check_member(folder: &Path, name: &str, expected: &Member) -> Result<(), Damage> {
+    ensure_name(name)?;
     let unreadable = |reason| Damage::Member { name: name.to_owned(), reason };
     let mut file = File::open(folder.join(name)).map_err(unreadable)?;
     let found = file.metadata().map_err(unreadable)?.len();

@@ -7,13 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_core::SavedFile;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::{
     Checkpoint, LATEST, MANIFEST, REPLACED, folder_of,
-    manifest::{Manifest, Member, hex, objection},
+    manifest::{Linked, Manifest, Member, hex, objection},
     tensors::write_tensors,
 };
 use crate::{
@@ -51,6 +52,7 @@ pub struct CheckpointWriter {
     step: u64,
     kind: String,
     members: BTreeMap<String, Member>,
+    linked: BTreeMap<String, Linked>,
 }
 
 impl CheckpointWriter {
@@ -68,7 +70,8 @@ impl CheckpointWriter {
             .and_then(|()| fs::create_dir(&aside))
             .map_err(Error::io("create", &aside))?;
         let (checkpoints, kind) = (checkpoints.to_owned(), kind.to_owned());
-        Ok(Self { checkpoints, aside, step, kind, members: BTreeMap::new() })
+        let (members, linked) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { checkpoints, aside, step, kind, members, linked })
     }
 
     /// Adds a safetensors file. Tensors of any device and kind are written as they are, to the bit.
@@ -97,15 +100,38 @@ impl CheckpointWriter {
         })
     }
 
+    /// Adds a file that is there already, under a second name, and has the disk keep what is in it. Only what it holds now
+    /// belongs to the checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name; [`Error::Core`] or [`Error::Io`] if
+    /// it can be neither linked nor copied, or not be flushed.
+    pub fn link(&mut self, file: &SavedFile) -> Result<&mut Self> {
+        let SavedFile { name, bytes, crc32, .. } = file;
+        self.ensure_free(name)?;
+        let path = self.aside.join(name);
+        file.link_to(&path)?;
+        let flushed = File::open(&path).and_then(|file| file.sync_all());
+        flushed.map_err(Error::io("flush to disk", &path))?;
+        self.linked.insert(name.clone(), Linked { bytes: *bytes, crc32: *crc32 });
+        Ok(self)
+    }
+
+    fn ensure_free(&self, name: &str) -> Result<()> {
+        let taken = self.members.contains_key(name) || self.linked.contains_key(name);
+        match objection(name).or(taken.then_some("it is taken")) {
+            Some(reason) => Err(Error::InvalidMember { name: name.to_owned(), reason }),
+            None => Ok(()),
+        }
+    }
+
     fn member(
         &mut self,
         name: &str,
         write: impl FnOnce(&Path, &mut Hashed) -> Result<()>,
     ) -> Result<&mut Self> {
-        let taken = self.members.contains_key(name).then_some("it is taken");
-        if let Some(reason) = objection(name).or(taken) {
-            return Err(Error::InvalidMember { name: name.to_owned(), reason });
-        }
+        self.ensure_free(name)?;
         let path = self.aside.join(name);
         let mut file = Hashed::create(&path).map_err(Error::io("create", &path))?;
         write(&path, &mut file)?;
@@ -121,6 +147,7 @@ impl CheckpointWriter {
     /// [`Error::Io`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
     pub fn commit(self) -> Result<Checkpoint> {
         let manifest = Manifest::new(self.step, &self.kind, self.members.clone())?;
+        let manifest = Manifest { linked: self.linked.clone(), ..manifest };
         let path = self.aside.join(MANIFEST);
         let sealed = manifest.clone().seal().and_then(|sealed| serde_json::to_vec_pretty(&sealed));
         let text =

@@ -1,9 +1,12 @@
 //! What changes from stage to stage.
 
+use std::path::Path;
+
 use ddil_core::{Mixer, MixerConfig, RandomStreams, Stream};
 use ddil_losses::{Objective, TeacherGuidance};
 use ddil_schedulers::{NoiseSchedule, Thresholding, Timesteps};
 
+use super::spilling;
 use crate::config::DistillConfig;
 use crate::error::Result;
 
@@ -21,17 +24,20 @@ pub(super) struct Stage {
 }
 
 impl Stage {
+    /// The stage of that index, of a run in the folder `run`.
     pub(super) fn new(
         config: &DistillConfig,
         schedule: &NoiseSchedule,
         index: usize,
+        run: &Path,
     ) -> Result<Self> {
         let steps = config.student.stages[index];
         let training = config.objective.training_grid(schedule, steps)?;
         let sampling = config.objective.sampling_grid(schedule, steps)?;
         let objective = config.objective.build(schedule, &training)?;
         // The networks come to the mixer as they are to be asked.
-        let mixer = MixerConfig { thresholding: Thresholding::None, ..config.mixing.clone() };
+        let mixer =
+            MixerConfig { thresholding: Thresholding::None, ..spilling::mixing(config, run) };
         let sampler = config.objective.sampler(schedule);
         let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
         let guidance = match (index, config.teacher.guidance) {

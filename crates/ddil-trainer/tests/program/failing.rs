@@ -209,3 +209,44 @@ fn two_runs_never_share_a_folder() -> TestResult {
     assert_eq!((&found["status"]["state"], &found["in_use"]), (&"running".into(), &false.into()));
     Ok(())
 }
+
+/// A full disk is met when room for states is set aside, and the error says where: no write ends the process.
+#[test]
+fn a_buffer_without_room_on_disk_says_where() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let policy = "mixing.student.policy={ kind = \"buffer\", buffer = { capacity = 1_000_000, \
+                  byte_budget = 500, spill = { byte_budget = 100_000_000 } } }";
+    // 2 to 4 MiB a file: enough for all else, too little for a file of states.
+    let arguments = arguments("distill", "full", &[policy]);
+    let output = workshop.command_with_file_limit(4096, &arguments).output()?;
+    let stderr = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let run = workshop.run("full");
+    let folder = run.join("buffer").display().to_string();
+    for words in ["could not spill states of the buffer to", &folder, "reserve room", "too large"] {
+        assert!(stderr.contains(words), "{words}: {stderr}");
+    }
+    assert_eq!(status(&run)["state"], "failed");
+    Ok(())
+}
+
+/// A folder that two runs would spill to is one run's alone.
+#[test]
+fn a_folder_is_spilled_to_by_one_run() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let folder = workshop.path("scratch");
+    fs::create_dir(&folder)?;
+    let lock = ddil_trainer::run_folder::lock(&folder)?;
+    let policy = format!(
+        "mixing.student.policy={{ kind = \"buffer\", buffer = {{ capacity = 16, byte_budget = 500, \
+         spill = {{ folder = {folder:?}, byte_budget = 200_000 }} }} }}"
+    );
+    fs::write(folder.join("ring_01_000000.rows"), "left by a run that was killed")?;
+    let second = arguments("distill", "second", &[&policy]);
+    workshop.ddil(&second).refused(&["scratch", "in use"]);
+    assert!(folder.join("ring_01_000000.rows").exists());
+    drop(lock);
+    workshop.complete("distill", "third", &[&policy]);
+    assert!(!folder.join("ring_01_000000.rows").exists());
+    Ok(())
+}

@@ -1,6 +1,7 @@
 //! Killed, resumed, and the same to the bit.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
@@ -15,6 +16,9 @@ use crate::support::{
 
 const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = \
                       { capacity = 16, max_age = 4 } }";
+/// As many states as with `BUFFER`, of which one a grid index is in memory: each has 8x8 halves and a label.
+const SPILLED: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = { \
+                       capacity = 16, max_age = 4, byte_budget = 500, spill = { byte_budget = 200_000 } } }";
 const TWO_STAGES: [&str; 2] = ["student.stages=[4, 2]", "student.updates_per_stage=6"];
 const LCM: [&str; 3] = [
     "objective={ method = \"lcm\", num_ddim_timesteps = 10 }",
@@ -56,6 +60,64 @@ fn chains_go_on_from_every_checkpoint() {
 #[test]
 fn a_buffer_goes_on_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[BUFFER]);
+}
+
+#[test]
+fn a_spilled_buffer_goes_on_from_every_checkpoint() {
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[SPILLED]);
+}
+
+#[test]
+fn two_stages_with_a_spilled_buffer_go_on_from_every_checkpoint() {
+    let settings = [TWO_STAGES[0], TWO_STAGES[1], SPILLED];
+    every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
+}
+
+/// Names and numbers of links of the files of spilled states in a folder.
+fn spilled(folder: &Path) -> Vec<(String, u64)> {
+    let Ok(entries) = fs::read_dir(folder) else { return vec![] };
+    let entries = entries.map(|entry| entry.expect("it can be listed"));
+    let named = entries.map(|entry| {
+        let links = entry.metadata().expect("it can be looked at").nlink();
+        (entry.file_name().to_string_lossy().into_owned(), links)
+    });
+    let mut found: Vec<_> = named.filter(|(name, _)| name.ends_with(".rows")).collect();
+    found.sort();
+    found
+}
+
+/// Where states lie changes nothing, and what is on disk is in the checkpoints alone once a run has ended.
+#[test]
+fn a_spilled_buffer_trains_as_one_in_memory() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let in_memory = workshop.complete("distill", "in_memory", &[BUFFER]);
+    let run = workshop.complete("distill", "spilled", &[SPILLED]);
+    for file in ["metrics.jsonl", "export/unet/diffusion_pytorch_model.safetensors"] {
+        assert!(fs::read(in_memory.join(file))? == fs::read(run.join(file))?, "{file}");
+    }
+    assert_eq!(spilled(&run.join("buffer")), []);
+    let last = checkpoints(&run).into_values().next_back().ok_or("it was saved")?;
+    let found = spilled(&last);
+    assert!(found.iter().any(|(name, _)| name == "student.ring_01_000000.rows"), "{found:?}");
+    // Two checkpoints that follow each other share what is in both.
+    assert!(found.iter().any(|(_, links)| *links > 1), "{found:?}");
+    Ok(())
+}
+
+#[test]
+fn damage_to_a_spilled_file_is_noticed() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let whole = workshop.complete("distill", "whole", &[SPILLED]);
+    let run = workshop.rewound(&whole, "damaged", 9);
+    let (name, _) = spilled(&checkpoints(&run)[&9]).remove(0);
+    // A copy of the run has links no more: the checkpoint before has files of its own.
+    flip_a_byte(&checkpoints(&run)[&9].join(&name))?;
+    let resumed = workshop.ddil(&["distill", "--resume", &run.display().to_string()]).succeeded();
+    for words in ["step_0000009 is damaged and passed over", &name, "at step 6"] {
+        assert!(resumed.stderr.contains(words), "{words}: {}", resumed.stderr);
+    }
+    assert_same_end(&whole, &run);
+    Ok(())
 }
 
 #[test]
@@ -129,6 +191,13 @@ fn a_buffer_survives_kill_9_in_both_stages() {
     let updates = format!("student.updates_per_stage={}", LONG / 2);
     let settings = [TWO_STAGES[0], &updates, BUFFER];
     kills_change_nothing(&Workshop::with_teacher(), "distill", &settings, 3);
+}
+
+#[test]
+fn a_spilled_buffer_survives_kill_9_in_both_stages() {
+    let updates = format!("student.updates_per_stage={}", LONG / 2);
+    let settings = [TWO_STAGES[0], &updates, SPILLED];
+    kills_change_nothing(&Workshop::with_teacher(), "distill", &settings, 5);
 }
 
 #[test]

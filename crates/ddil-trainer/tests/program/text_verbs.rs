@@ -534,5 +534,21 @@ fn stable_diffusion_is_planned_from_its_settings() -> TestResult {
     assert_eq!(recomputed.held, planned.held);
     let activations = |plan: &MemoryPlan| plan.peak() - plan.at_rest();
     assert!(2 * activations(&recomputed) < twice - planned.at_rest());
+    assert_eq!(planned.on_disk, []);
+
+    // Beyond its memory a buffer is on disk: latents in half precision, and a prompt in single.
+    let mut buffer = ddil_core::BufferConfig { capacity: 10_000, ..Default::default() };
+    let spill = ddil_core::SpillConfig { byte_budget: 1 << 40, ..Default::default() };
+    buffer.spill = Some(spill);
+    plan.mixing.student.policy = ddil_core::StudentPolicy::Buffer { new_fraction: 0.25, buffer };
+    let planned = MemoryPlan::of(&plan)?;
+    let state = 4 * 64 * 64 * 2 + 8 * 768 * 4;
+    assert_eq!(planned.on_disk[0].bytes, 10_000 * state - (512 << 20));
+    assert!(planned.held.iter().any(|row| row.bytes == 512 << 20));
+    let said = planned.to_string();
+    assert!(
+        said.contains("on disk: spilled states of the buffer") && said.contains("36.6 MB"),
+        "{said}"
+    );
     Ok(())
 }

@@ -1,0 +1,110 @@
+//! What is known of the states of one grid index, oldest first.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::states::Source;
+
+/// The states of one grid index, oldest first, numbered in the order in which they came.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Ring {
+    /// Sequence number of the next item.
+    pub(super) next: u64,
+    pub(super) items: VecDeque<Item>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Item {
+    pub(super) birth: u64,
+    pub(super) source: Source,
+}
+
+/// What a ring is saved as.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedRing {
+    next: u64,
+    items: Vec<Run>,
+}
+
+/// Items that follow each other and are the same, as those of an update mostly are: a million fit into a few lines.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Run {
+    birth: u64,
+    source: Source,
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    count: u64,
+}
+
+fn one() -> u64 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_one(count: &u64) -> bool {
+    *count == 1
+}
+
+impl Ring {
+    /// Drops what is too old; says how many are left.
+    pub(super) fn forget(&mut self, step: u64, max_age: u64) -> usize {
+        // Births never fall from front to back, so each item is looked at once in its life.
+        while self.items.front().is_some_and(|item| step.saturating_sub(item.birth) > max_age) {
+            self.items.pop_front();
+        }
+        self.items.len()
+    }
+
+    /// Drops the oldest, so that `more` fit into `ring_len`.
+    pub(super) fn make_room(&mut self, more: usize, ring_len: usize) {
+        let over = (self.items.len() + more).saturating_sub(ring_len);
+        self.items.drain(..over.min(self.items.len()));
+    }
+
+    /// Adds an item; a full ring drops its oldest.
+    pub(super) fn push(&mut self, item: Item, ring_len: usize) {
+        if self.items.len() == ring_len {
+            self.items.pop_front();
+        }
+        self.items.push_back(item);
+        self.next += 1;
+    }
+
+    /// Sequence number of the oldest item, or of the next if there is none.
+    pub(super) fn oldest(&self) -> u64 {
+        self.next - self.items.len() as u64
+    }
+
+    /// Sequence number of the item at `position` from the oldest.
+    pub(super) fn sequence(&self, position: usize) -> u64 {
+        self.oldest() + position as u64
+    }
+
+    pub(super) fn save(&self) -> SavedRing {
+        let mut runs: Vec<Run> = Vec::new();
+        for &Item { birth, source } in &self.items {
+            match runs.last_mut() {
+                Some(run) if run.birth == birth && run.source == source => run.count += 1,
+                _ => runs.push(Run { birth, source, count: 1 }),
+            }
+        }
+        SavedRing { next: self.next, items: runs }
+    }
+
+    /// None if it cannot be one of `ring_len` places.
+    pub(super) fn restore(saved: &SavedRing, ring_len: usize) -> Option<Self> {
+        let sum = |sum: u64, run: &Run| sum.checked_add(run.count);
+        // Counted before anything is made of it, as a damaged count could ask for any amount of memory.
+        let len = saved.items.iter().try_fold(0, sum)?;
+        if len > ring_len as u64 || len > saved.next || saved.next > u64::MAX / 2 {
+            return None;
+        }
+        let items = saved.items.iter().flat_map(|&Run { birth, source, count }| {
+            std::iter::repeat_n(Item { birth, source }, count as usize)
+        });
+        Some(Self { next: saved.next, items: items.collect() })
+    }
+}
