@@ -56,6 +56,9 @@ parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the ca
 bench-peers: setup $(PEERS_PYTHON) ## compare speed with PyTorch; BENCH_PEERS="--quick" for two minutes of it
 	$(PEERS_PYTHON) benches/peers/bench_peers.py $(BENCH_PEERS)
 
+bench-check: setup ## benchmarks against benches/baseline.json, by ratios of one run; BENCH_CHECK=--save writes it
+	$(PYTHON) tools/bench_regression.py --cargo "$(CARGO)" $(BENCH_CHECK)
+
 lint: setup ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings

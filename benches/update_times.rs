@@ -14,15 +14,14 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 use ddil_benches::process::{forget_peak, peak_kib, resident_kib};
-use ddil_benches::training::{Arm, Method, Result, Role, Update, Way, Workload, precision};
+use ddil_benches::training::{
+    Arm, Method, Optimization, Passes, Result, Role, Update, Way, Workload, precision,
+};
 use ddil_core::{Conditioning, Data, States, Stream};
 use ddil_models::weights;
 use ddil_trainer::config::Precision;
-use ddil_trainer::ema::{Ema, EmaConfig};
-use ddil_trainer::network::Network;
-use ddil_trainer::optimizer::{AdamW, AdamWConfig};
 use serde_json::{Value, json};
-use tch::{Kind, Tensor, kind};
+use tch::Tensor;
 
 /// Answers each line of its input with a measurement.
 #[derive(Debug, Parser)]
@@ -89,38 +88,6 @@ impl Asked {
     }
 }
 
-/// Passes of a network.
-struct Passes {
-    network: Network,
-    x_t: Tensor,
-    timesteps: Tensor,
-    told: Conditioning,
-    repeats: u32,
-}
-
-impl Passes {
-    fn new(asked: &Asked, repeats: u32) -> Result<Self> {
-        let workload = asked.workload();
-        let rows = [workload.batch];
-        Ok(Self {
-            network: workload.teacher()?,
-            x_t: Tensor::randn([workload.batch, 1, workload.side, workload.side], kind::FLOAT_CPU),
-            timesteps: Tensor::randint(1000, rows, kind::INT64_CPU),
-            told: Conditioning::class_labels(Tensor::randint(10, rows, kind::INT64_CPU)),
-            repeats,
-        })
-    }
-
-    fn round(&self) -> Result<f64> {
-        let _no_grad = tch::no_grad_guard();
-        let started = Instant::now();
-        for _ in 0..self.repeats {
-            drop(black_box(self.network.output(&self.x_t, &self.timesteps, &self.told)?));
-        }
-        Ok(started.elapsed().as_secs_f64() / f64::from(self.repeats))
-    }
-}
-
 /// Updates of a method: a whole turn of DMD2, one of the others.
 struct Updates {
     arm: Arm,
@@ -146,64 +113,30 @@ impl Updates {
     }
 }
 
-/// What follows the gradients.
-struct Optimization {
-    optimizer: AdamW,
-    ema: Ema,
-    params: Vec<Tensor>,
-    /// Gradients above the limit of clipping, put back before each update.
-    refilled: Option<Vec<Tensor>>,
-}
-
-impl Optimization {
-    const TENSORS: usize = 200;
-    const SHAPE: [i64; 2] = [250, 200];
+/// Seconds of an update; putting gradients back is not counted.
+fn mean_seconds(optimization: &mut Optimization) -> Result<f64> {
     const UPDATES: u32 = 10;
-
-    fn new(clipped: bool) -> Result<Self> {
-        let random = |_| Tensor::randn(Self::SHAPE, kind::FLOAT_CPU);
-        let params: Vec<Tensor> =
-            (0..Self::TENSORS).map(random).map(|param| param.set_requires_grad(true)).collect();
-        let named = || {
-            let name = |(n, param): (usize, &Tensor)| (format!("{n:03}"), param.shallow_clone());
-            params.iter().enumerate().map(name).collect::<Vec<_>>()
-        };
-        let (optimizer, ema) =
-            (AdamWConfig::default().build(named())?, EmaConfig::default().build(named())?);
-        let norm = (Self::TENSORS as f64 * (Self::SHAPE[0] * Self::SHAPE[1]) as f64).sqrt();
-        let scale = if clipped { 1.0 } else { 0.5 / norm };
-        let grads: Vec<Tensor> = (0..Self::TENSORS).map(random).map(|grad| grad * scale).collect();
-        let products: Vec<Tensor> = params
-            .iter()
-            .zip(&grads)
-            .map(|(param, grad)| (param * grad).sum(Kind::Float))
-            .collect();
-        Tensor::stack(&products, 0).sum(Kind::Float).backward();
-        Ok(Self { optimizer, ema, params, refilled: clipped.then_some(grads) })
+    let mut seconds = 0.0;
+    for _ in 0..UPDATES {
+        optimization.refill();
+        let started = Instant::now();
+        optimization.update()?;
+        seconds += started.elapsed().as_secs_f64();
     }
-
-    fn round(&mut self) -> Result<f64> {
-        let mut seconds = 0.0;
-        for _ in 0..Self::UPDATES {
-            for (param, grad) in self.params.iter().zip(self.refilled.iter().flatten()) {
-                param.grad().copy_(grad);
-            }
-            let started = Instant::now();
-            black_box(self.optimizer.clip()?.double_value(&[]));
-            self.optimizer.step(1e-4)?;
-            self.ema.update()?;
-            seconds += started.elapsed().as_secs_f64();
-        }
-        Ok(seconds / f64::from(Self::UPDATES))
-    }
+    Ok(seconds / f64::from(UPDATES))
 }
 
 /// Ready once this returns; each call is a round.
 fn prepared(case: Case) -> Result<Box<dyn FnMut() -> Result<f64>>> {
     Ok(match case {
         Case::Forward { asked, repeats } => {
-            let passes = Passes::new(&asked, repeats)?;
-            Box::new(move || passes.round())
+            let passes = Passes::new(&asked.workload())?;
+            Box::new(move || {
+                let started = Instant::now();
+                (0..repeats)
+                    .try_for_each(|_| passes.pass().map(|answer| drop(black_box(answer))))?;
+                Ok(started.elapsed().as_secs_f64() / f64::from(repeats))
+            })
         }
         Case::Update { method, asked } => {
             let mut updates = Updates::new(method, &asked)?;
@@ -211,7 +144,7 @@ fn prepared(case: Case) -> Result<Box<dyn FnMut() -> Result<f64>>> {
         }
         Case::Optimizer { clipped } => {
             let mut optimization = Optimization::new(clipped)?;
-            Box::new(move || optimization.round())
+            Box::new(move || mean_seconds(&mut optimization))
         }
         Case::Record { .. } => return Err("there is nothing to time in a record".into()),
     })

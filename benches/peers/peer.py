@@ -69,6 +69,7 @@ def update(options):
 
     kinds = {"bfloat16": options.precision == "bfloat16", "channels_last": options.channels_last}
     method = METHODS[options.method](compiled=options.compile, **kinds)
+    method.settle()
     data, turn, step = Data(method.GRID, options.batch), 5 if options.method == "DMD2" else 1, 0
 
     def one():

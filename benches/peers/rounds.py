@@ -53,9 +53,17 @@ class Program:
         self.process.stdin.flush()
         return self.line()
 
+    def processor_seconds(self):
+        """Processor time of all its threads so far."""
+        seconds = 0.0
+        for task in pathlib.Path(f"/proc/{self.process.pid}/task").iterdir():
+            seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
+        return seconds
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()

@@ -118,6 +118,13 @@ class Trained:
         self.parameters = list(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
+    def settle(self):
+        """Makes the optimizer's state now, as the other side does, by a step without gradients, which changes nothing."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self, loss):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -196,6 +203,9 @@ class Method:
             denoiser.unet.load_state_dict(weights)
         if folder and self.head:
             self.head.load_state_dict(load_file(folder / "head.safetensors"))
+
+    def settle(self):
+        self.trained.settle()
 
     def passes(self):
         return {name: denoiser.passes for name, denoiser in self.networks.items()}
@@ -299,6 +309,10 @@ class DistributionMatching(Method):
         self.trained_critic = Trained(parameters, self.learning_rate)
         self.judged_passes = [0, 0]
         self.critic_weights = (ALPHA32 / SIGMA32)[:-1].square().clamp(max=CRITIC_WEIGHT_CAP)
+
+    def settle(self):
+        super().settle()
+        self.trained_critic.settle()
 
     def passes(self):
         return super().passes() | {"discriminator": self.judged_passes}

@@ -2,11 +2,15 @@
 
 mod arm;
 mod meter;
+mod optimization;
+mod passes;
 mod way;
 mod workload;
 
 pub use arm::{Arm, Round, Update};
 pub use meter::{Metered, Meters, Role, Tally};
+pub use optimization::Optimization;
+pub use passes::Passes;
 pub use way::{Method, Sources, Way};
 pub use workload::{Workload, precision};
 
