@@ -7,10 +7,10 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test soak bench parity lint doc clean
+.PHONY: help tools setup demo test soak bench bench-peers bench-check parity lint doc clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # $(call need,program,where to get it): says what is missing before a build script does so at length.
 need = command -v $(1) >/dev/null || { echo "error: '$(1)' was not found. $(2)" >&2; exit 1; }
@@ -58,6 +58,12 @@ $(PEERS)/bin/python:
 parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the cache, or set PEERS_PYTHON
 	$(CARGO) build --release --workspace --example parity
 	$(PEERS_PYTHON) tools/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
+
+bench-peers: setup $(PEERS_PYTHON) ## compare speed with PyTorch; BENCH_PEERS="--quick" for two minutes of it
+	$(PEERS_PYTHON) benches/peers/bench_peers.py $(BENCH_PEERS)
+
+bench-check: setup ## benchmarks against benches/baseline.json, by ratios of one run; BENCH_CHECK=--save writes it
+	$(PYTHON) tools/bench_regression.py --cargo "$(CARGO)" $(BENCH_CHECK)
 
 lint: setup ## formatting and clippy, warnings are errors
 	$(CARGO) fmt --all --check

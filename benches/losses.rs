@@ -125,6 +125,19 @@ fn dmd2(c: &mut Criterion) {
     method(c, &config, &[("student", Phase::Student), ("critic", Phase::Critic)]);
 }
 
+/// The least that a loss of one network could cost, with its gradient.
+fn reference(c: &mut Criterion) {
+    let mut group = c.benchmark_group("reference");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
+    group.throughput(Throughput::Elements(SHAPE[0] as u64));
+    let [x, target] = [0; 2].map(|_| Tensor::randn(SHAPE, kind::FLOAT_CPU));
+    let factor = Tensor::from(0.5_f32).set_requires_grad(true);
+    group.bench_function("squared error with gradient", |b| {
+        b.iter(|| (&factor * &x - &target).square().mean(Kind::Float).backward());
+    });
+    group.finish();
+}
+
 /// Threads fixed, freed memory kept as the programs of this project keep it.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
@@ -134,5 +147,5 @@ fn prepared() -> Criterion {
     Criterion::default()
 }
 
-criterion_group! { name = benches; config = prepared(); targets = progressive, lcm, dmd2 }
+criterion_group! { name = benches; config = prepared(); targets = reference, progressive, lcm, dmd2 }
 criterion_main!(benches);

@@ -3,7 +3,10 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use ddil_metrics::{Neighbours, Statistics, energy_distance, frechet_distance, kid, prdc};
+use ddil_metrics::{
+    Neighbours, Statistics, energy_distance, frechet_distance, kid, mean_pairwise_distance, prdc,
+    sliced_wasserstein,
+};
 use tch::{Tensor, kind};
 
 fn metrics(c: &mut Criterion) {
@@ -14,6 +17,9 @@ fn metrics(c: &mut Criterion) {
     for n in [2_000, 10_000] {
         let sets = [0; 2].map(|_| Tensor::randn([n, 64], kind::FLOAT_CPU));
         let [real, fake] = &sets;
+        group.bench_with_input(BenchmarkId::new("all distances", n), &sets, |b, _| {
+            b.iter(|| black_box(Tensor::cdist(real, fake, 2.0, None::<i64>)));
+        });
         group.bench_with_input(BenchmarkId::new("frechet", n), &sets, |b, _| {
             b.iter(|| {
                 let [real, fake] = [real, fake].map(Statistics::from_features);
@@ -28,6 +34,12 @@ fn metrics(c: &mut Criterion) {
         });
         group.bench_with_input(BenchmarkId::new("energy_distance", n), &sets, |b, _| {
             b.iter(|| black_box(energy_distance(real, fake)));
+        });
+        group.bench_with_input(BenchmarkId::new("sliced_wasserstein", n), &sets, |b, _| {
+            b.iter(|| black_box(sliced_wasserstein(real, fake, 128, 0)));
+        });
+        group.bench_with_input(BenchmarkId::new("mean_pairwise_distance", n), &sets, |b, _| {
+            b.iter(|| black_box(mean_pairwise_distance(fake)));
         });
     }
     group.finish();

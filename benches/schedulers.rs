@@ -135,6 +135,24 @@ fn thresholding(c: &mut Criterion) {
     group.finish();
 }
 
+/// What the others are measured by: a copy of as many bytes as a step in place reads and writes, and the formula of a
+/// step, written down.
+fn reference(c: &mut Criterion) {
+    let mut group = group(c, "reference");
+    for shape in SHAPES {
+        let Inputs { x_t, model_output, .. } = Inputs::new(shape);
+        let label = shape.map(|n| n.to_string()).join("x");
+        group.throughput(Throughput::Elements(x_t.numel() as u64));
+        let from = Tensor::randn([shape[0] * 3 / 2, shape[1], shape[2], shape[3]], kind::FLOAT_CPU);
+        let mut to = from.zeros_like();
+        group.bench_function(BenchmarkId::new("copy_", &label), |b| b.iter(|| to.copy_(&from)));
+        group.bench_function(BenchmarkId::new("formula", &label), |b| {
+            b.iter(|| black_box(&x_t * 0.9 + &model_output * 0.1));
+        });
+    }
+    group.finish();
+}
+
 /// Threads fixed, freed memory kept as the programs of this project keep it.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
@@ -143,5 +161,5 @@ fn prepared() -> Criterion {
     Criterion::default()
 }
 
-criterion_group! { name = benches; config = prepared(); targets = ddim, lcm, thresholding }
+criterion_group! { name = benches; config = prepared(); targets = reference, ddim, lcm, thresholding }
 criterion_main!(benches);

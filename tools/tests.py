@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Tests of the fetching tools: what they refuse, and that refusing leaves everything as it was. No network is used."""
+"""Tests of the tools: what they refuse, and that refusing leaves everything as it was. No network is used, nothing is timed."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pathlib
 import subprocess
@@ -15,6 +16,10 @@ import ddil_cache
 import get_fashion_mnist
 
 TOOLS = pathlib.Path(__file__).resolve().parent
+sys.path.append(str(TOOLS.parent / "benches" / "peers"))
+
+import bench_peers
+import rounds
 OURS = ("LIBTORCH", "LIBTORCH_USE_PYTORCH", "LIBTORCH_LIB", "LIBTORCH_BYPASS_VERSION_CHECK", "DDIL_CUDA", "DDIL_DATA")
 LABELS = "t10k-labels-idx1-ubyte"
 
@@ -127,6 +132,169 @@ class Decompress(ToolTest):
 
     def test_refuses_a_page_of_text(self) -> None:
         self.assertIn("is damaged", self.decompress(b"<html>moved</html>"))
+
+
+class BenchRegression(ToolTest):
+    """On figures that are made up: `own` over `yardstick` was once 2."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.baseline = self.folder / "baseline.json"
+        self.write_baseline([{"id": "group/own", "over": "group/yardstick", "ratio": 2.0}])
+
+    def write_baseline(self, pairs: list) -> None:
+        self.baseline.write_text(json.dumps({"benches": {"some": pairs}}))
+
+    def measure(self, own: float, noise: float = 0.01, name: str = "group/own") -> None:
+        """What criterion leaves behind."""
+        for full_id, time in ((name, own), ("group/yardstick", 1.0)):
+            folder = self.folder / "target" / "criterion" / full_id / "new"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "benchmark.json").write_text(json.dumps({"full_id": full_id}))
+            interval = {"lower_bound": time * (1 - noise), "upper_bound": time * (1 + noise)}
+            median = {"point_estimate": time, "confidence_interval": interval}
+            (folder / "estimates.json").write_text(json.dumps({"median": median}))
+
+    def judge(self, *arguments: str) -> tuple[int, str]:
+        criterion = str(self.folder / "target" / "criterion")
+        return self.run_tool("bench_regression.py", "--baseline", str(self.baseline), "--criterion", criterion, *arguments)
+
+    def run_with_cargo(self, *times: float, **settings: str) -> tuple[int, str]:
+        """The whole tool, with a cargo that measures these times, one a run."""
+        cargo = self.folder / "cargo.py"
+        cargo.write_text(
+            "import json, pathlib, sys, time\n"
+            f"folder = pathlib.Path({str(self.folder)!r})\n"
+            "runs = folder / 'runs'\n"
+            "done = len(runs.read_text().splitlines()) if runs.exists() else 0\n"
+            "runs.open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+            f"times = {list(times)!r}\n"
+            "for full_id, value in (('group/own', times[done]), ('group/yardstick', 1.0)):\n"
+            "    new = folder / 'target' / 'criterion' / full_id / 'new'\n"
+            "    new.mkdir(parents=True, exist_ok=True)\n"
+            "    (new / 'benchmark.json').write_text(json.dumps({'full_id': full_id}))\n"
+            "    ends = {'lower_bound': value, 'upper_bound': value}\n"
+            "    median = {'point_estimate': value, 'confidence_interval': ends}\n"
+            "    (new / 'estimates.json').write_text(json.dumps({'median': median}))\n"
+        )
+        arguments = ["--baseline", str(self.baseline), "--cargo", f"{sys.executable} {cargo}"]
+        more = ["--save"] if settings.pop("save", "") else []
+        return self.run_tool("bench_regression.py", *arguments, *more, CARGO_TARGET_DIR=str(self.folder / "target"))
+
+    def runs(self) -> list[str]:
+        return (self.folder / "runs").read_text().splitlines()
+
+    def test_finds_what_has_become_slower(self) -> None:
+        self.measure(2.4)
+        code, said = self.judge()
+        self.assertEqual(code, 1, said)
+        self.assertIn("| group/own | group/yardstick | 2 | 2.4 (2.35-2.45) | 1.20 | slower |", said)
+        self.assertIn("1 more than 15 % above the baseline", said)
+
+    def test_lets_pass_what_is_within_the_bound(self) -> None:
+        for own, word in ((2.0, "same"), (2.28, "same"), (1.5, "faster")):
+            self.measure(own)
+            code, said = self.judge()
+            self.assertEqual(code, 0, said)
+            self.assertIn(f"| {word} |", said)
+
+    def test_noise_is_no_regression(self) -> None:
+        self.measure(2.4, noise=0.05)
+        code, said = self.judge()
+        self.assertEqual(code, 0, said)
+        self.assertIn("| unclear |", said)
+        self.assertIn("quiet machine", said)
+
+    def test_refuses_what_was_not_measured(self) -> None:
+        self.measure(2.0, name="group/renamed")
+        self.assert_refused(self.judge(), "not measured: `group/own`", "renamed")
+
+    def test_refuses_what_is_no_baseline(self) -> None:
+        for pairs in ([{"id": "a"}], [{"id": "a", "over": "b", "ratio": -1}], [{"id": 1, "over": "b", "ratio": 1}], [3]):
+            self.write_baseline(pairs)
+            self.assert_refused(self.judge(), str(self.baseline))
+        self.baseline.unlink()
+        self.assert_refused(self.judge(), "is no baseline")
+
+    def test_a_ratio_that_was_never_measured_is_new(self) -> None:
+        self.write_baseline([{"id": "group/own", "over": "group/yardstick", "ratio": None}])
+        self.measure(2.0)
+        code, said = self.judge()
+        self.assertEqual(code, 0, said)
+        self.assertIn("| new |", said)
+
+    def test_measures_again_what_looks_slower(self) -> None:
+        code, said = self.run_with_cargo(2.6, 2.1)
+        self.assertEqual(code, 0, said)
+        self.assertEqual(len(self.runs()), 2)
+        self.assertIn("bench --workspace --bench some -- ^(group/own|group/yardstick)$", self.runs()[0])
+
+    def test_gives_up_after_three_runs(self) -> None:
+        code, said = self.run_with_cargo(2.6, 2.5, 2.7)
+        self.assertEqual(code, 1, said)
+        self.assertEqual(len(self.runs()), 3)
+        self.assertIn("| 2.5 (", said)
+
+    def test_saves(self) -> None:
+        code, said = self.run_with_cargo(3.0, save="yes")
+        self.assertEqual(code, 0, said)
+        pair = json.loads(self.baseline.read_text())["benches"]["some"][0]
+        self.assertEqual(pair, {"id": "group/own", "over": "group/yardstick", "ratio": 3.0})
+
+    def test_refuses_what_an_earlier_run_has_left(self) -> None:
+        self.measure(2.0)
+        for estimates in self.folder.glob("target/criterion/**/estimates.json"):
+            os.utime(estimates, (0, 0))
+        outcome = self.run_tool(
+            "bench_regression.py", "--baseline", str(self.baseline), "--cargo", "true", CARGO_TARGET_DIR=str(self.folder / "target")
+        )
+        self.assert_refused(outcome, "not measured: `group/own`, `group/yardstick`")
+
+    def test_the_committed_baseline_can_be_read(self) -> None:
+        self.measure(2.0)
+        outcome = self.run_tool("bench_regression.py", "--criterion", str(self.folder / "target" / "criterion"))
+        self.assert_refused(outcome, "not measured: `ddim/plan in place/4x4x64x64`")
+
+
+class BenchPeers(unittest.TestCase):
+    """What is made of answers; nothing is asked."""
+
+    def answers(self, key: str, ours: list, shipped: list) -> dict:
+        return {"ours": [{key: value} for value in ours], "as shipped": [{key: value} for value in shipped]}
+
+    def test_ratios_are_of_pairs(self) -> None:
+        # Of medians the ratio would be 2; of pairs it is 4, 2 and 1.
+        answers = self.answers("seconds", [0.1, 0.2, 0.4], [0.4, 0.4, 0.4])
+        found = bench_peers.figures(bench_peers.Row("work"), answers, {})
+        self.assertEqual(found["figures"], {"ours": 200.0, "as shipped": 400.0})
+        self.assertEqual(found["ratios"]["as shipped"], [1.5, 2.0, 3.0])
+        self.assertEqual(bench_peers.shown_ratio(found["ratios"]["as shipped"]), "2.00 (1.50-3.00)")
+
+    def test_answers_come_in_other_units(self) -> None:
+        row = bench_peers.Row("work", "plan", "step", "us", 1e-6)
+        answers = {"ours": [{"plan": 5.0}], "as shipped": [{"step": 50.0}]}
+        found = bench_peers.figures(row, answers, {})
+        self.assertAlmostEqual(found["figures"]["ours"], 5.0)
+        self.assertAlmostEqual(found["ratios"]["as shipped"][1], 10.0)
+
+    def test_memory_is_what_was_added_last(self) -> None:
+        row = bench_peers.Row("work", "peak_kib", "peak_kib", "MiB")
+        answers = self.answers("peak_kib", [2048, 3072], [4096, 5120])
+        greetings = {"ours": {"resident_kib": 1024}, "as shipped": {"resident_kib": 2048}}
+        found = bench_peers.figures(row, answers, greetings)
+        self.assertEqual(found["figures"], {"ours": 2.0, "as shipped": 3.0})
+        self.assertEqual(bench_peers.shown_ratio(found["ratios"]["as shipped"]), "1.50")
+        self.assertIsNone(bench_peers.figures(row, self.answers("peak_kib", [None], [1]), greetings))
+
+    def test_a_program_that_ends_is_named(self) -> None:
+        with rounds.Program(sys.executable, "-c", "raise SystemExit(3)") as program:
+            with self.assertRaisesRegex(SystemExit, "it ended with 3 before it answered: .* raise SystemExit"):
+                program.line()
+
+    def test_programs_take_turns(self) -> None:
+        code = "import sys\nfor n, _ in enumerate(sys.stdin): print(n, flush=True)"
+        with rounds.Program(sys.executable, "-c", code) as one, rounds.Program(sys.executable, "-c", code) as other:
+            self.assertEqual([one.round(), other.round(), one.round()], ["0\n", "0\n", "1\n"])
 
 
 if __name__ == "__main__":

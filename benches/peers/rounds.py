@@ -23,26 +23,42 @@ def same_malloc():
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def built(example):
+def built(example, profile="release"):
     """This project's program."""
-    command = ["cargo", "build", "--release", "-q", "--workspace", "--example", example]
+    command = ["cargo", "build", "--profile", profile, "-q", "--workspace", "--example", example]
     subprocess.run(command, cwd=ROOT, check=True)
-    target = os.environ.get("CARGO_TARGET_DIR", ROOT / "target")
-    return pathlib.Path(target) / "release" / "examples" / example
+    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    return target / ("debug" if profile == "dev" else profile) / "examples" / example
 
 
 class Program:
     """A program that answers each line of its input with a line."""
 
-    def __init__(self, *command):
-        environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
-        command = [str(part) for part in command]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    def __init__(self, *command, settings=None):
+        self.command = [str(part) for part in command]
+        environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"} | (settings or {})
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def line(self):
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise SystemExit(f"error: it ended with {code} before it answered: {' '.join(self.command)}")
+        return line
 
     def round(self):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return self.process.stdout.readline()
+        return self.line()
+
+    def processor_seconds(self):
+        """Processor time of all its threads so far."""
+        seconds = 0.0
+        for task in pathlib.Path(f"/proc/{self.process.pid}/task").iterdir():
+            seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
+        return seconds
 
     def __enter__(self):
         return self
@@ -50,3 +66,4 @@ class Program:
     def __exit__(self, *_):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()

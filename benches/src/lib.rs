@@ -1,1 +1,4 @@
-//! Shared helpers.
+//! What benchmarks share: training as `ddil distill` does it, and what the system says of a process.
+
+pub mod process;
+pub mod training;

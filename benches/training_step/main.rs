@@ -9,21 +9,11 @@
 //! `assets/fashion-mnist-teacher` with random weights and random data. Mixers are filled beforehand by a network that
 //! costs nothing.
 
-mod arm;
-mod meter;
 mod table;
-mod way;
 
 use clap::Parser;
-use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType};
-use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
+use ddil_benches::training::{Arm, Method, Result, Way, Workload, precision};
 use ddil_trainer::config::Precision;
-use ddil_trainer::network::Network;
-
-use crate::arm::Arm;
-use crate::way::{Method, Way};
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Times updates of the three methods.
 #[derive(Debug, Parser)]
@@ -48,21 +38,6 @@ struct Options {
     bench: bool,
 }
 
-/// What an update is of.
-struct Workload {
-    batch: i64,
-    side: i64,
-    unet: UNet2DConfig,
-    precision: Precision,
-    /// Updates of the mixer alone, before anything is timed; a multiple of 5.
-    filling: u64,
-    /// Trajectories in the teacher's pool, so few that they are all there after the filling.
-    pool: usize,
-    rounds: u64,
-    /// Updates of a round: a whole turn of DMD2, which trains its student in one of five.
-    updates: u64,
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     let test = options.test || !options.bench;
@@ -72,7 +47,11 @@ fn main() -> Result<()> {
         tch::set_num_threads(threads);
     }
     ddil_libtorch::keep_freed_pages();
-    let workload = if test { Workload::tiny() } else { Workload::of(&options) };
+    let workload = if test {
+        Workload::tiny()
+    } else {
+        Workload::fashion_mnist(options.precision, options.rounds)
+    };
     table::print_setting(&workload);
     let methods = if options.method.is_empty() { Method::ALL.to_vec() } else { options.method };
     let measured: Result<Vec<Vec<Arm>>> =
@@ -107,78 +86,4 @@ fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
         }
     }
     Ok(arms)
-}
-
-impl Workload {
-    fn of(options: &Options) -> Self {
-        Self {
-            batch: 32,
-            side: 32,
-            unet: fashion_mnist(),
-            precision: options.precision,
-            filling: 300,
-            pool: 32,
-            rounds: options.rounds,
-            updates: 5,
-        }
-    }
-
-    fn tiny() -> Self {
-        let unet = UNet2DConfig {
-            sample_size: Some(SampleSize::Square(8)),
-            block_out_channels: vec![8],
-            attention_head_dim: Some(8),
-            down_block_types: vec![DownBlockType::DownBlock2D],
-            up_block_types: vec![UpBlockType::UpBlock2D],
-            ..fashion_mnist()
-        };
-        let (precision, pool) = (Precision::Float32, 2);
-        Self { batch: 4, side: 8, unet, precision, filling: 5, pool, rounds: 1, updates: 1 }
-    }
-
-    fn schedule() -> Result<NoiseSchedule> {
-        let config = VpConfig {
-            beta_schedule: BetaSchedule::Linear,
-            beta_start: 1e-4,
-            beta_end: 0.02,
-            ..VpConfig::default()
-        };
-        Ok(NoiseScheduleConfig::Vp(config).build()?)
-    }
-
-    /// A teacher with random weights.
-    fn teacher(&self) -> Result<Network> {
-        let placement = Placement { channels_last: true, ..Placement::default() };
-        let unet = self.unet.build(placement, 0)?;
-        unet.parameters().set_trainable(false);
-        let output = PredictionType::VPrediction;
-        Ok(Network::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
-    }
-}
-
-/// The network of `assets/fashion-mnist-teacher`.
-fn fashion_mnist() -> UNet2DConfig {
-    use DownBlockType::{AttnDownBlock2D, DownBlock2D};
-    use UpBlockType::{AttnUpBlock2D, UpBlock2D};
-    UNet2DConfig {
-        sample_size: Some(SampleSize::Square(32)),
-        in_channels: 1,
-        out_channels: 1,
-        block_out_channels: vec![16, 32, 64, 96],
-        layers_per_block: 1,
-        norm_num_groups: 8,
-        attention_head_dim: Some(32),
-        down_block_types: vec![DownBlock2D, DownBlock2D, AttnDownBlock2D, DownBlock2D],
-        up_block_types: vec![UpBlock2D, AttnUpBlock2D, UpBlock2D, UpBlock2D],
-        num_class_embeds: Some(11),
-        ..UNet2DConfig::default()
-    }
-}
-
-fn precision(name: &str) -> std::result::Result<Precision, String> {
-    match name {
-        "float32" => Ok(Precision::Float32),
-        "bfloat16" => Ok(Precision::Bfloat16),
-        _ => Err("expected float32 or bfloat16".to_owned()),
-    }
 }

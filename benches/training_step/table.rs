@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use crate::Workload;
-use crate::arm::{Arm, Round};
-use crate::meter::Role;
-use crate::way::Sources;
+use ddil_benches::process::peak_kib;
+use ddil_benches::training::{Arm, Role, Round, Sources, Workload};
 
 /// How and where it is measured, before it is.
 pub(crate) fn print_setting(workload: &Workload) {
@@ -41,8 +39,8 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
     for arm in measured.iter().flatten() {
         println!("{}", parts(arm, workload));
     }
-    if let Some(peak) = peak_memory() {
-        println!("\npeak memory of the process, all ways in it: {peak}");
+    if let Some(peak) = peak_kib() {
+        println!("\npeak memory of the process, all ways in it: {peak} KiB");
     }
     println!("at the end{}", load());
 }
@@ -175,10 +173,4 @@ fn load() -> String {
         .next()
         .filter(|load| !load.is_empty())
         .map_or_else(String::new, |load| format!("; load {load}"))
-}
-
-fn peak_memory() -> Option<String> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(peak.trim().to_owned())
 }

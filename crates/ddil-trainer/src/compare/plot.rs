@@ -1,4 +1,4 @@
-//! Plots of a comparison, as SVG.
+//! Plots of a comparison, and of other measurements, as SVG.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -15,29 +15,44 @@ use crate::error::{Error, Result};
 use crate::files::write_atomic;
 
 /// A line with what stands in the legend for it.
-struct Line {
-    name: String,
-    points: Vec<(f64, Estimate)>,
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// In the legend.
+    pub name: String,
+    /// Where each stands on the axis, and what was measured there.
+    pub points: Vec<(f64, Estimate)>,
 }
 
 /// A level that lines are held against.
-struct Level {
-    name: String,
-    y: f64,
+#[derive(Clone, Debug)]
+pub struct Level {
+    /// In the legend.
+    pub name: String,
+    /// In the units of the lines.
+    pub y: f64,
 }
 
-struct Panel {
-    title: String,
-    x_title: &'static str,
+/// One plot of several.
+#[derive(Clone, Debug)]
+pub struct Panel {
+    /// Above it.
+    pub title: String,
+    /// Below its axis.
+    pub x_title: &'static str,
     /// Where the axis has marks, in its order, and what stands at each.
-    x_marks: Vec<(f64, String)>,
-    y_scale: Scale,
-    lines: Vec<Line>,
-    levels: Vec<Level>,
+    pub x_marks: Vec<(f64, String)>,
+    /// Of what was measured.
+    pub y_scale: Scale,
+    /// In the order of their colours.
+    pub lines: Vec<Line>,
+    /// Dashed, in grey.
+    pub levels: Vec<Level>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Scale {
+/// How an axis is divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scale {
+    /// Evenly, from 0.
     Linear,
     /// Of powers of ten.
     Log,
@@ -127,7 +142,7 @@ pub fn quality(report: &Report) -> std::result::Result<String, String> {
             levels: levels_of(report, metric),
         }
     });
-    draw(&panels.collect::<Vec<_>>()).map_err(|refusal| refusal.to_string())
+    draw(&panels.collect::<Vec<_>>())
 }
 
 /// The shift by timestep, a line an arm, with error bars of one standard error; dashed is chance.
@@ -154,7 +169,7 @@ pub fn shift(shifts: &[Shift]) -> std::result::Result<String, String> {
         lines: shifts.iter().map(line).collect(),
         levels: levels.into_iter().collect(),
     };
-    draw(&[panel]).map_err(|refusal| refusal.to_string())
+    draw(&[panel])
 }
 
 /// Writes a plot, whole or not at all.
@@ -189,8 +204,16 @@ fn levels_of(report: &Report, metric: Metric) -> Vec<Level> {
     shown.filter_map(level).collect()
 }
 
-/// Panels side by side, and below each the names of its lines.
-fn draw(panels: &[Panel]) -> std::result::Result<String, Refusal> {
+/// An SVG of panels side by side, and below each the names of its lines.
+///
+/// # Errors
+///
+/// Says what kept it from being drawn, such as a font that cannot be read.
+pub fn draw(panels: &[Panel]) -> std::result::Result<String, String> {
+    drawn(panels).map_err(|refusal| refusal.to_string())
+}
+
+fn drawn(panels: &[Panel]) -> std::result::Result<String, Refusal> {
     ensure_font()?;
     let named =
         panels.iter().map(|panel| panel.lines.len() + panel.levels.len()).max().unwrap_or(0);

@@ -9,45 +9,52 @@ use tch::Tensor;
 
 /// Who is asked, and for whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
+pub enum Role {
+    /// In the loss.
     Student,
+    /// In the loss.
     Teacher,
     /// The moving average of the student that makes labels.
     Target,
+    /// The fake score of DMD2.
     Critic,
     /// The critic's features and the head behind them.
     Discriminator,
+    /// In the mixer.
     StudentRollout,
+    /// In the mixer.
     TeacherRollout,
 }
 
 /// What one role was asked.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Tally {
+pub struct Tally {
     /// Samples that went through the network: two for a guided one.
-    pub(crate) passes: u64,
+    pub passes: u64,
     /// Those of them that a gradient comes back through.
-    pub(crate) backward: u64,
+    pub backward: u64,
     /// In passes; that of gradients is not known apart.
-    pub(crate) time: Duration,
+    pub time: Duration,
 }
 
 /// One tally a role.
 #[derive(Debug, Default)]
-pub(crate) struct Meters([Cell<Tally>; 7]);
+pub struct Meters([Cell<Tally>; 7]);
 
 impl Meters {
-    pub(crate) fn of(&self, role: Role) -> Tally {
+    /// What a role was asked so far.
+    pub fn of(&self, role: Role) -> Tally {
         self.0[role as usize].get()
     }
 
-    pub(crate) fn put_on<N>(&self, role: Role, network: N) -> Metered<'_, N> {
+    /// A network that counts for a role.
+    pub fn put_on<N>(&self, role: Role, network: N) -> Metered<'_, N> {
         Metered { network, tally: &self.0[role as usize] }
     }
 }
 
 /// A network that keeps a tally. Goes inside of guidance, whose two passes are two.
-pub(crate) struct Metered<'a, N> {
+pub struct Metered<'a, N> {
     network: N,
     tally: &'a Cell<Tally>,
 }
@@ -94,16 +101,4 @@ impl<N: Discriminator> Discriminator for Metered<'_, N> {
         self.count(started, &logits);
         Ok(logits)
     }
-}
-
-/// Processor time of all threads so far; none where the system does not tell it this way.
-///
-/// On a machine that others use it says more than the clock on the wall.
-pub(crate) fn processor_time() -> Option<Duration> {
-    let tasks = std::fs::read_dir("/proc/self/task").ok()?;
-    let of_task = |task: std::io::Result<std::fs::DirEntry>| {
-        let times = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
-        times.split(' ').next()?.parse().ok().map(Duration::from_nanos)
-    };
-    tasks.map(of_task).sum()
 }

@@ -7,16 +7,21 @@ use ddil_losses::{Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, Progress
 
 /// A distillation method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Method {
+pub enum Method {
+    /// Progressive distillation.
     Pd,
+    /// Latent consistency distillation.
     Lcm,
+    /// Distribution matching distillation 2.
     Dmd2,
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 3] = [Self::Pd, Self::Lcm, Self::Dmd2];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Pd, Self::Lcm, Self::Dmd2];
 
-    pub(crate) fn name(self) -> &'static str {
+    /// As tables have it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Pd => "PD",
             Self::Lcm => "LCM",
@@ -24,7 +29,8 @@ impl Method {
         }
     }
 
-    pub(crate) fn objective(self) -> ObjectiveConfig {
+    /// Its default settings.
+    pub fn objective(self) -> ObjectiveConfig {
         match self {
             Self::Pd => ObjectiveConfig::Progressive(ProgressiveConfig::default()),
             Self::Lcm => ObjectiveConfig::Lcm(LatentConsistencyConfig::default()),
@@ -64,7 +70,7 @@ impl Method {
 
 /// Where states come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sources {
+pub enum Sources {
     /// Noised data alone.
     Forward,
     /// The student's trajectories alone: DMD2 as published.
@@ -77,17 +83,19 @@ pub(crate) enum Sources {
 
 /// A method with the states that it is trained on.
 #[derive(Clone, Debug)]
-pub(crate) struct Way {
-    pub(crate) method: Method,
-    pub(crate) sources: Sources,
+pub struct Way {
+    /// The method.
+    pub method: Method,
+    /// Where its states come from.
+    pub sources: Sources,
     policy: StudentPolicy,
 }
 
 impl Way {
     /// All of a method; first the one that the others are compared with.
-    pub(crate) fn all(method: Method) -> Vec<Self> {
+    pub fn all(method: Method) -> Vec<Self> {
         let way = |sources, policy| Self { method, sources, policy };
-        let forward = way(Sources::Forward, StudentPolicy::Fresh);
+        let forward = Self::forward(method);
         let mixed = method.policies().into_iter().map(|policy| way(Sources::Mixture, policy));
         let official = way(Sources::Student, StudentPolicy::Fresh);
         match method {
@@ -100,7 +108,17 @@ impl Way {
         }
     }
 
-    pub(crate) fn mixer(&self, pool: usize) -> ddil_core::Result<MixerConfig> {
+    /// Noised data alone: the method without DDIL.
+    pub fn forward(method: Method) -> Self {
+        Self { method, sources: Sources::Forward, policy: StudentPolicy::Fresh }
+    }
+
+    /// Settings of the mixer, with so many trajectories in the teacher's pool.
+    ///
+    /// # Errors
+    ///
+    /// None: the settings are valid.
+    pub fn mixer(&self, pool: usize) -> ddil_core::Result<MixerConfig> {
         let priors = match self.sources {
             Sources::Forward => Priors::FORWARD_ONLY,
             Sources::Student => Priors::new(0.0, 1.0, 0.0)?,
@@ -118,7 +136,8 @@ impl Way {
         })
     }
 
-    pub(crate) fn states(&self) -> &'static str {
+    /// Where states come from, as tables have it.
+    pub fn states(&self) -> &'static str {
         match self.sources {
             Sources::Forward => "forward only",
             Sources::Student => "student only",
@@ -127,7 +146,8 @@ impl Way {
         }
     }
 
-    pub(crate) fn policy(&self) -> &'static str {
+    /// How the student's states are come by, as tables have it; nothing where there are none.
+    pub fn policy(&self) -> &'static str {
         match self.policy {
             _ if self.sources == Sources::Forward => "",
             StudentPolicy::Fresh => "fresh",

@@ -1,5 +1,7 @@
 //! One way of training with everything of its own.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ddil_core::{
@@ -15,37 +17,43 @@ use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::{AdamW, AdamWConfig, ensure_finite};
 use tch::{Device, Kind, Tensor};
 
-use crate::meter::{Metered, Meters, Role, processor_time};
-use crate::way::Way;
-use crate::{Result, Workload};
+use super::meter::{Metered, Meters, Role};
+use super::way::Way;
+use super::{Result, Workload};
+use crate::process::processor_time;
 
 const STEPS: u32 = 4;
 const GUIDANCE_SCALE: f64 = 3.0;
-const LEARNING_RATE: f64 = 1e-4;
 
 /// The class that stands for no condition, and the number of the others.
 const NULL_CLASS: i64 = 10;
 
 /// What a round took.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Round {
-    pub(crate) wall: Duration,
+pub struct Round {
+    /// By the clock.
+    pub wall: Duration,
     /// Of all threads, where the system tells.
-    pub(crate) processor: Option<Duration>,
+    pub processor: Option<Duration>,
     /// The mixer, rollouts and all.
-    pub(crate) states: Duration,
-    pub(crate) backward: Duration,
+    pub states: Duration,
+    /// Gradients.
+    pub backward: Duration,
     /// Clipping, steps, moving averages.
-    pub(crate) optimizer: Duration,
+    pub optimizer: Duration,
 }
 
 /// A way of training on its way.
-pub(crate) struct Arm {
-    pub(crate) way: Way,
-    pub(crate) meters: Meters,
-    pub(crate) rounds: Vec<Round>,
+pub struct Arm {
+    /// Which.
+    pub way: Way,
+    /// How often its networks were asked.
+    pub meters: Meters,
+    /// What was measured so far.
+    pub rounds: Vec<Round>,
     batch: i64,
     side: i64,
+    learning_rate: f64,
     method: ObjectiveConfig,
     objective: Box<dyn Objective>,
     mixer: Mixer,
@@ -56,6 +64,16 @@ pub(crate) struct Arm {
     ema: Ema,
     target: Option<Target>,
     critic: Option<Judges>,
+}
+
+/// What an update was of, and what came of it.
+pub struct Update {
+    /// What the mixer made.
+    pub states: States,
+    /// What the discriminator is shown beside it.
+    pub real: Data,
+    /// The loss of each phase.
+    pub losses: Vec<f64>,
 }
 
 /// The moving average that makes labels.
@@ -101,7 +119,12 @@ impl Denoiser for Free<'_> {
 }
 
 impl Arm {
-    pub(crate) fn new(way: Way, workload: &Workload) -> Result<Self> {
+    /// Networks, optimizers and mixer, before the first update.
+    ///
+    /// # Errors
+    ///
+    /// What the parts say of their settings.
+    pub fn new(way: Way, workload: &Workload) -> Result<Self> {
         let schedule = Workload::schedule()?;
         let method = way.method.objective();
         let training = method.training_grid(&schedule, STEPS)?;
@@ -128,6 +151,7 @@ impl Arm {
             rounds: Vec::new(),
             batch: workload.batch,
             side: workload.side,
+            learning_rate: workload.learning_rate,
             method,
             objective,
             mixer,
@@ -137,6 +161,31 @@ impl Arm {
             target,
             critic,
         })
+    }
+
+    /// Where each update's draws come from.
+    pub fn streams(&self) -> &RandomStreams {
+        &self.streams
+    }
+
+    /// Writes weights as they are, a safetensors file a network: `teacher`, `student` and its average `ema`, and as far
+    /// as the method has them `target`, `critic` and the discriminator's `head`.
+    ///
+    /// # Errors
+    ///
+    /// If the folder is not there or a file cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let networks = [("teacher", &self.teacher), ("student", &self.student)].into_iter();
+        let target = self.target.as_ref().map(|target| ("target", &target.network));
+        let critic = self.critic.as_ref().map(|critic| ("critic", &critic.fake_score));
+        for (name, network) in networks.chain(target).chain(critic) {
+            network.parameters().save(folder.join(format!("{name}.safetensors")))?;
+        }
+        if let Some(critic) = &self.critic {
+            critic.head.parameters().save(folder.join("head.safetensors"))?;
+        }
+        let averages = folder.join("ema.safetensors");
+        Ok(ddil_models::weights::save(self.ema.tensors(), averages, &BTreeMap::new())?)
     }
 
     /// Random data of an update, and as many in another order.
@@ -149,7 +198,11 @@ impl Arm {
     }
 
     /// So many updates of the mixer alone, by networks that cost nothing: what it keeps is there afterwards.
-    pub(crate) fn fill(&mut self, updates: u64) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// What the mixer says.
+    pub fn fill(&mut self, updates: u64) -> Result<()> {
         let schedule = Workload::schedule()?;
         for step in 0..updates {
             let data = self.data(step, Stream::Data)?;
@@ -168,19 +221,21 @@ impl Arm {
         Ok(())
     }
 
-    pub(crate) fn begin_round(&mut self) {
+    /// Starts a round, which later updates count for.
+    pub fn begin_round(&mut self) {
         let processor = processor_time().map(|_| Duration::ZERO);
         self.rounds.push(Round { processor, ..Round::default() });
     }
 
-    pub(crate) fn forget_rounds(&mut self) {
+    /// Forgets what was measured.
+    pub fn forget_rounds(&mut self) {
         self.rounds.clear();
         self.meters = Meters::default();
     }
 
     /// Trajectories that the teacher walked, as passes tell: two of a guided network at each timestep that it is asked
     /// at on the way to the student's last one.
-    pub(crate) fn teacher_trajectories(&self) -> f64 {
+    pub fn teacher_trajectories(&self) -> f64 {
         let grids = self.mixer.grids();
         let last = grids.student.as_slice().iter().min().copied().unwrap_or(-1);
         let asked = grids.teacher.as_slice().iter().filter(|timestep| **timestep > last).count();
@@ -188,7 +243,11 @@ impl Arm {
     }
 
     /// One update, whose cost goes to the present round.
-    pub(crate) fn update(&mut self, step: u64) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// What networks, method or optimizer say; a loss that is not finite.
+    pub fn update(&mut self, step: u64) -> Result<Update> {
         let [data, real] = [Stream::Data, Stream::Condition].map(|stream| self.data(step, stream));
         let (data, real) = (data?, real?);
         let (processor, started) = (processor_time(), Instant::now());
@@ -196,11 +255,13 @@ impl Arm {
 
         let states = self.collect(step, &data)?;
         spent.states += started.elapsed();
-        let mut said: Option<LossTerms> = None;
+        let (mut said, mut losses) = (None::<LossTerms>, Vec::new());
         let phases = self.objective.phases(step);
         for phase in phases {
             let earlier = said.as_ref().map(|terms| &terms.student_x0);
-            said = Some(self.train((step, *phase), &states, &real, earlier, &mut spent)?);
+            let (terms, loss) = self.train((step, *phase), &states, &real, earlier, &mut spent)?;
+            said = Some(terms);
+            losses.push(loss);
         }
         if phases.contains(&Phase::Student) {
             let before = Instant::now();
@@ -221,7 +282,7 @@ impl Arm {
         if let Some(round) = self.rounds.last_mut() {
             round.add(&spent);
         }
-        Ok(())
+        Ok(Update { states, real, losses })
     }
 
     fn collect(&mut self, step: u64, data: &Data) -> Result<States> {
@@ -252,7 +313,7 @@ impl Arm {
         real: &Data,
         student_x0: Option<&Tensor>,
         spent: &mut Round,
-    ) -> Result<LossTerms> {
+    ) -> Result<(LossTerms, f64)> {
         let before = Instant::now();
         if let Some(critic) = &self.critic {
             critic.open_for(phase);
@@ -267,16 +328,18 @@ impl Arm {
         spent.backward += before.elapsed();
 
         let before = Instant::now();
+        let learning_rate = self.learning_rate;
         let optimizer = self.optimizer(phase)?;
         let norm = optimizer.clip()?;
-        ensure_finite(step, "loss", loss.double_value(&[]), || None)?;
+        let loss = loss.double_value(&[]);
+        ensure_finite(step, "loss", loss, || None)?;
         ensure_finite(step, "gradient norm", norm.double_value(&[]), || None)?;
-        optimizer.step(LEARNING_RATE)?;
+        optimizer.step(learning_rate)?;
         if phase == Phase::Student {
             self.ema.update()?;
         }
         spent.optimizer += before.elapsed();
-        Ok(terms)
+        Ok((terms, loss))
     }
 
     fn optimizer(&mut self, phase: Phase) -> Result<&mut AdamW> {

@@ -1,0 +1,104 @@
+//! A small U-Net of pixels: passes, updates of each method on noised data, and what follows the gradients. Beside them
+//! what they are made of: a convolution, a copy.
+//!
+//! `cargo bench --workspace --bench networks`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
+//! one. An update of DMD2 is a whole turn of five, in one of which the student is trained.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::measurement::WallTime;
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
+use ddil_benches::training::{Arm, Method, Optimization, Passes, Way, Workload};
+use ddil_libtorch::{TensorList, foreach_lerp_};
+use ddil_trainer::config::Precision;
+use tch::{Tensor, kind};
+
+const PRECISIONS: [(&str, Precision); 2] =
+    [("f32", Precision::Float32), ("bf16", Precision::Bfloat16)];
+
+fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = c.benchmark_group(name);
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+    group.sample_size(10);
+    group
+}
+
+fn workload(batch: i64, precision: Precision) -> Workload {
+    Workload { batch, ..Workload::fashion_mnist(precision, 0) }
+}
+
+/// A convolution of as many channels as the middle of the network has, and passes of the whole.
+fn pass(c: &mut Criterion) {
+    let mut group = group(c, "pass");
+    for batch in [8, 64] {
+        group.throughput(Throughput::Elements(batch as u64));
+        let x = Tensor::randn([batch, 32, 32, 32], kind::FLOAT_CPU);
+        let weight = Tensor::randn([32, 32, 3, 3], kind::FLOAT_CPU);
+        group.bench_function(BenchmarkId::new("convolution", batch), |b| {
+            b.iter(|| black_box(x.conv2d(&weight, None::<Tensor>, 1, 1, 1, 1)));
+        });
+        for (name, precision) in PRECISIONS {
+            let passes = Passes::new(&workload(batch, precision)).expect("valid settings");
+            group.bench_function(BenchmarkId::new(name, batch), |b| {
+                b.iter(|| black_box(passes.pass().expect("the batch fits")));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Updates of batches of 8.
+fn update(c: &mut Criterion) {
+    let mut group = group(c, "update");
+    for (precision_name, precision) in PRECISIONS {
+        for method in Method::ALL {
+            let arm = Arm::new(Way::forward(method), &workload(8, precision));
+            let (mut arm, mut step) = (arm.expect("valid settings"), 0);
+            let turn = if method == Method::Dmd2 { 5 } else { 1 };
+            group.bench_function(BenchmarkId::new(method.name(), precision_name), |b| {
+                b.iter(|| {
+                    for _ in 0..turn {
+                        black_box(arm.update(step).expect("the batch fits"));
+                        step += 1;
+                    }
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+/// 10 million parameters: clipping, `AdamW` and moving average; the average alone; a copy.
+fn optimizer(c: &mut Criterion) {
+    let mut group = group(c, "optimizer");
+    let mut optimization = Optimization::new(false).expect("valid settings");
+    group.bench_function("clip, AdamW, EMA", |b| {
+        b.iter(|| optimization.update().expect("gradients are there"));
+    });
+    let lists = [0; 2].map(|_| {
+        let tensors = (0..200).map(|_| Tensor::randn([250, 200], kind::FLOAT_CPU));
+        TensorList::new(tensors.collect::<Vec<_>>()).expect("tensors of one kind")
+    });
+    group.bench_function("lerp", |b| {
+        b.iter(|| foreach_lerp_(&lists[0], &lists[1], 1e-3).expect("the same shapes"));
+    });
+    let (mut to, from) = (Tensor::zeros([10_000_000], kind::FLOAT_CPU), lists[1].to_vec());
+    let from = Tensor::cat(&from.expect("it is there"), 0).flatten(0, -1);
+    group.bench_function("copy_", |b| b.iter(|| to.copy_(&from)));
+    group.finish();
+}
+
+/// Threads fixed, freed memory kept as the programs of this project keep it.
+fn prepared() -> Criterion {
+    let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
+    tch::set_num_threads(threads.unwrap_or(1));
+    tch::manual_seed(0);
+    ddil_libtorch::keep_freed_pages();
+    Criterion::default()
+}
+
+criterion_group! { name = benches; config = prepared(); targets = pass, update, optimizer }
+criterion_main!(benches);

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""PyTorch's and diffusers' side of bench_peers.py: gets ready and answers each line of its input with a measurement.
+
+    python benches/peers/peer.py --threads N forward|update|optimizer|steps|network ..
+    python benches/peers/peer.py --threads N replay FOLDER ..
+
+The protocol is that of benches/update_times.rs; `steps` answers as benches/step_times.rs does. `replay` makes the updates
+that `update_times record` wrote down again, and prints how far apart both are.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+
+import diffusers
+import torch
+
+
+def status(key):
+    """A figure of /proc/self/status in KiB; none where there is no such file."""
+    try:
+        lines = open("/proc/self/status").read().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(key)), None)
+
+
+def forget_peak():
+    try:
+        open("/proc/self/clear_refs", "w").write("5")
+    except OSError:
+        return False
+    return True
+
+
+def timed(run, repeats=1):
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - started) / repeats
+
+
+def forward(options):
+    from torch_updates import Data, Denoiser, Progressive, network
+
+    if options.compile:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+    unet = network().eval().requires_grad_(False)
+    denoiser, batch = Denoiser(unet, options.precision == "bfloat16"), Data(Progressive.GRID, options.batch).noised()
+    if options.channels_last:
+        unet.to(memory_format=torch.channels_last)
+        batch.x_t = batch.x_t.to(memory_format=torch.channels_last)
+    if options.compile:
+        unet.compile()
+
+    @torch.no_grad()
+    def run():
+        denoiser.output(batch.x_t, batch.timesteps, batch.labels)
+
+    return lambda: {"seconds": timed(run, options.repeats)}
+
+
+def update(options):
+    from torch_updates import METHODS, Data
+
+    kinds = {"bfloat16": options.precision == "bfloat16", "channels_last": options.channels_last}
+    method = METHODS[options.method](compiled=options.compile, **kinds)
+    method.settle()
+    data, turn, step = Data(method.GRID, options.batch), 5 if options.method == "DMD2" else 1, 0
+
+    def one():
+        nonlocal step
+        method.update(step, data.noised())
+        step += 1
+
+    return lambda: {"seconds": timed(one, turn)}
+
+
+def optimizer(options, tensors=200, shape=(250, 200), updates=10):
+    from torch_updates import Average
+
+    parameters = [torch.randn(shape).requires_grad_() for _ in range(tensors)]
+    fused, average = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True), Average(parameters)
+    size = (tensors * shape[0] * shape[1]) ** 0.5
+    grads = [torch.randn(shape) * (1 if options.clipped else 0.5 / size) for _ in parameters]
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = grad.clone()
+
+    def one():
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True).item()
+        fused.step()
+        average.update()
+
+    def run():
+        seconds = 0.0
+        for _ in range(updates):
+            if options.clipped:
+                torch._foreach_copy_([parameter.grad for parameter in parameters], grads)
+            seconds += timed(one)
+        return {"seconds": seconds / updates}
+
+    return run
+
+
+def copies(shape):
+    """Microseconds of a `copy_` of one tensor, and of one of as many bytes as a step in place reads and writes."""
+    calls, times = 20 if shape[0] > 8 else 200, {}
+    for name, batch in (("copy", shape[0]), ("copy of as much", shape[0] * 3 // 2)):
+        source = torch.randn(batch, *shape[1:])
+        target = source.clone()
+        target.copy_(source)
+        times[f"{name} {'x'.join(map(str, shape))}"] = timed(lambda: target.copy_(source), calls) * 1e6
+    return times
+
+
+def steps(options):
+    from diffusers_step import SHAPES, Rounds
+
+    theirs = Rounds(options.threads)
+
+    def run():
+        times = theirs.run()
+        for shape in SHAPES:
+            times |= copies(shape)
+        return times
+
+    return run
+
+
+def network(options):
+    from diffusers_network import case
+
+    run = case(options.case, options.folder)
+    return lambda: {"seconds": timed(run)}
+
+
+def replay(options):
+    from torch_updates import replay
+
+    print(json.dumps([replay(folder) for folder in options.folders]))
+
+
+def serve(run):
+    forgotten = forget_peak()
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(json.dumps({"resident_kib": status("VmRSS:"), "versions": versions}), flush=True)
+    for _ in sys.stdin:
+        answer = run()
+        print(json.dumps(answer | {"peak_kib": status("VmHWM:") if forgotten else None}), flush=True)
+
+
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, required=True)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for make in (forward, update, optimizer, steps, network, replay):
+        sub = kinds.add_parser(make.__name__)
+        sub.set_defaults(make=make)
+        if make is replay:
+            sub.add_argument("folders", nargs="+")
+        if make is update:
+            sub.add_argument("method", type=str.upper, choices=("PD", "LCM", "DMD2"))
+        if make in (forward, update):
+            sub.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+            sub.add_argument("--batch", type=int, required=True)
+        if make is network:
+            sub.add_argument("case")
+        if make is optimizer:
+            sub.add_argument("--clipped", action="store_true")
+        sub.add_argument("--repeats", type=int, default=1)
+        sub.add_argument("--folder")
+        sub.add_argument("--channels-last", action="store_true")
+        sub.add_argument("--compile", action="store_true")
+    return parser.parse_args()
+
+
+def main():
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.kind == "replay":
+        replay(options)
+    else:
+        serve(options.make(options))
+
+
+if __name__ == "__main__":
+    main()

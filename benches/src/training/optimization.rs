@@ -1,0 +1,65 @@
+//! What follows the gradients of an update, and nothing else.
+
+use std::hint::black_box;
+
+use ddil_trainer::ema::{Ema, EmaConfig};
+use ddil_trainer::optimizer::{AdamW, AdamWConfig};
+use tch::{Kind, Tensor, kind};
+
+use super::Result;
+
+const TENSORS: usize = 200;
+const SHAPE: [i64; 2] = [250, 200];
+
+/// 10 million parameters in 200 tensors, with gradients, optimizer and moving average.
+pub struct Optimization {
+    optimizer: AdamW,
+    ema: Ema,
+    params: Vec<Tensor>,
+    /// Gradients above the limit of clipping, where they are to be.
+    above: Option<Vec<Tensor>>,
+}
+
+impl Optimization {
+    /// Random ones; `clipped` if the norm of the gradients is to be above the limit.
+    ///
+    /// # Errors
+    ///
+    /// What the optimizer says of the parameters.
+    pub fn new(clipped: bool) -> Result<Self> {
+        let random = |_| Tensor::randn(SHAPE, kind::FLOAT_CPU);
+        let params: Vec<Tensor> =
+            (0..TENSORS).map(random).map(|param| param.set_requires_grad(true)).collect();
+        let named = || {
+            let name = |(n, param): (usize, &Tensor)| (format!("{n:03}"), param.shallow_clone());
+            params.iter().enumerate().map(name).collect::<Vec<_>>()
+        };
+        let optimizer = AdamWConfig::default().build(named())?;
+        let ema = EmaConfig::default().build(named())?;
+        let norm = (TENSORS as f64 * (SHAPE[0] * SHAPE[1]) as f64).sqrt();
+        let scale = if clipped { 1.0 } else { 0.5 / norm };
+        let grads: Vec<Tensor> = (0..TENSORS).map(random).map(|grad| grad * scale).collect();
+        let products =
+            params.iter().zip(&grads).map(|(param, grad)| (param * grad).sum(Kind::Float));
+        Tensor::stack(&products.collect::<Vec<_>>(), 0).sum(Kind::Float).backward();
+        Ok(Self { optimizer, ema, params, above: clipped.then_some(grads) })
+    }
+
+    /// Puts gradients back above the limit, where they are to be.
+    pub fn refill(&self) {
+        for (param, grad) in self.params.iter().zip(self.above.iter().flatten()) {
+            param.grad().copy_(grad);
+        }
+    }
+
+    /// Clips, steps, averages.
+    ///
+    /// # Errors
+    ///
+    /// What the optimizer says.
+    pub fn update(&mut self) -> Result<()> {
+        black_box(self.optimizer.clip()?.double_value(&[]));
+        self.optimizer.step(1e-4)?;
+        Ok(self.ema.update()?)
+    }
+}

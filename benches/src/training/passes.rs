@@ -1,0 +1,52 @@
+//! A network that is asked, and nothing else.
+
+use ddil_core::Conditioning;
+use ddil_trainer::network::Network;
+use tch::{Tensor, kind};
+
+use super::{Result, Workload};
+
+/// A frozen network with a batch for it.
+pub struct Passes {
+    network: Network,
+    x_t: Tensor,
+    timesteps: Tensor,
+    told: Conditioning,
+}
+
+impl Passes {
+    /// The network of a workload, and random samples.
+    ///
+    /// # Errors
+    ///
+    /// As [`Workload::teacher`].
+    pub fn new(workload: &Workload) -> Result<Self> {
+        let rows = [workload.batch];
+        Ok(Self {
+            network: workload.teacher()?,
+            x_t: Tensor::randn([workload.batch, 1, workload.side, workload.side], kind::FLOAT_CPU),
+            timesteps: Tensor::randint(1000, rows, kind::INT64_CPU),
+            told: Conditioning::class_labels(Tensor::randint(10, rows, kind::INT64_CPU)),
+        })
+    }
+
+    /// What is asked.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// What it is told of the samples.
+    pub fn told(&self) -> &Conditioning {
+        &self.told
+    }
+
+    /// One pass without gradients.
+    ///
+    /// # Errors
+    ///
+    /// What the network says.
+    pub fn pass(&self) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        Ok(self.network.output(&self.x_t, &self.timesteps, &self.told)?)
+    }
+}

@@ -1,0 +1,129 @@
+//! What an update is of.
+
+use std::path::PathBuf;
+
+use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType};
+use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
+use ddil_trainer::config::Precision;
+use ddil_trainer::network::Network;
+
+use super::Result;
+
+/// A network, a batch, and how long it is measured.
+pub struct Workload {
+    /// Samples of an update.
+    pub batch: i64,
+    /// Height and width of a sample in pixels.
+    pub side: i64,
+    /// The network of teacher, student and critic.
+    pub unet: UNet2DConfig,
+    /// The teacher's weights, a safetensors file; random ones without.
+    pub weights: Option<PathBuf>,
+    /// The kind in which networks are asked.
+    pub precision: Precision,
+    /// Of every optimizer.
+    pub learning_rate: f64,
+    /// Updates of the mixer alone, before anything is timed; a multiple of 5.
+    pub filling: u64,
+    /// Trajectories in the teacher's pool, so few that they are all there after the filling.
+    pub pool: usize,
+    /// Rounds that are kept.
+    pub rounds: u64,
+    /// Updates of a round: a whole turn of DMD2, which trains its student in one of five.
+    pub updates: u64,
+}
+
+impl Workload {
+    /// The network of `assets/fashion-mnist-teacher` on batches of 32.
+    pub fn fashion_mnist(precision: Precision, rounds: u64) -> Self {
+        Self {
+            batch: 32,
+            side: 32,
+            unet: fashion_mnist(),
+            weights: None,
+            precision,
+            learning_rate: 1e-4,
+            filling: 300,
+            pool: 32,
+            rounds,
+            updates: 5,
+        }
+    }
+
+    /// One round of a network that takes no time, to see that everything runs.
+    pub fn tiny() -> Self {
+        let unet = UNet2DConfig {
+            sample_size: Some(SampleSize::Square(8)),
+            block_out_channels: vec![8],
+            attention_head_dim: Some(8),
+            down_block_types: vec![DownBlockType::DownBlock2D],
+            up_block_types: vec![UpBlockType::UpBlock2D],
+            ..fashion_mnist()
+        };
+        let whole = Self::fashion_mnist(Precision::Float32, 1);
+        Self { batch: 4, side: 8, unet, filling: 5, pool: 2, updates: 1, ..whole }
+    }
+
+    /// The schedule of every network.
+    ///
+    /// # Errors
+    ///
+    /// None: the settings are valid.
+    pub fn schedule() -> Result<NoiseSchedule> {
+        let config = VpConfig {
+            beta_schedule: BetaSchedule::Linear,
+            beta_start: 1e-4,
+            beta_end: 0.02,
+            ..VpConfig::default()
+        };
+        Ok(NoiseScheduleConfig::Vp(config).build()?)
+    }
+
+    /// A frozen network, channels last.
+    ///
+    /// # Errors
+    ///
+    /// If the settings of the network are none, or the weights are not its own.
+    pub fn teacher(&self) -> Result<Network> {
+        let placement = Placement { channels_last: true, ..Placement::default() };
+        let unet = match &self.weights {
+            Some(weights) => self.unet.build_from(placement, weights)?,
+            None => self.unet.build(placement, 0)?,
+        };
+        unet.parameters().set_trainable(false);
+        let output = PredictionType::VPrediction;
+        Ok(Network::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
+    }
+}
+
+/// The network of `assets/fashion-mnist-teacher`.
+fn fashion_mnist() -> UNet2DConfig {
+    use DownBlockType::{AttnDownBlock2D, DownBlock2D};
+    use UpBlockType::{AttnUpBlock2D, UpBlock2D};
+    UNet2DConfig {
+        sample_size: Some(SampleSize::Square(32)),
+        in_channels: 1,
+        out_channels: 1,
+        block_out_channels: vec![16, 32, 64, 96],
+        layers_per_block: 1,
+        norm_num_groups: 8,
+        attention_head_dim: Some(32),
+        down_block_types: vec![DownBlock2D, DownBlock2D, AttnDownBlock2D, DownBlock2D],
+        up_block_types: vec![UpBlock2D, AttnUpBlock2D, UpBlock2D, UpBlock2D],
+        num_class_embeds: Some(11),
+        ..UNet2DConfig::default()
+    }
+}
+
+/// `float32` or `bfloat16`, as typed.
+///
+/// # Errors
+///
+/// Names the two.
+pub fn precision(name: &str) -> std::result::Result<Precision, String> {
+    match name {
+        "float32" => Ok(Precision::Float32),
+        "bfloat16" => Ok(Precision::Bfloat16),
+        _ => Err("expected float32 or bfloat16".to_owned()),
+    }
+}

@@ -1,0 +1,260 @@
+//! Times passes and updates of a small U-Net of pixels, and the optimizer alone, on demand, for
+//! `benches/peers/bench_peers.py`; and writes updates down for it to make again.
+//!
+//! `update_times --threads N forward|update|optimizer ..` gets ready, says in a line of JSON how much memory it holds
+//! (`resident_kib`), and reads lines from standard input. Each is a round, answered by a line with the seconds of one
+//! pass or update and the most memory held since it was ready (`seconds`, `peak_kib`). So the caller can alternate rounds
+//! with other programs'.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use ddil_benches::process::{forget_peak, peak_kib, resident_kib};
+use ddil_benches::training::{
+    Arm, Method, Optimization, Passes, Result, Role, Update, Way, Workload, precision,
+};
+use ddil_core::{Conditioning, Data, States, Stream};
+use ddil_models::weights;
+use ddil_trainer::config::Precision;
+use serde_json::{Value, json};
+use tch::Tensor;
+
+/// Answers each line of its input with a measurement.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Threads of libtorch.
+    #[arg(long)]
+    threads: i32,
+    #[command(subcommand)]
+    case: Case,
+}
+
+#[derive(Debug, Subcommand)]
+enum Case {
+    /// Passes without gradients.
+    Forward {
+        #[command(flatten)]
+        asked: Asked,
+        /// Passes of a round.
+        #[arg(long, default_value_t = 1)]
+        repeats: u32,
+    },
+    /// Updates of a method on noised data, without DDIL.
+    Update {
+        method: Method,
+        #[command(flatten)]
+        asked: Asked,
+    },
+    /// Clipping, `AdamW` and moving average of 10 million parameters in 200 tensors.
+    Optimizer {
+        /// Whether gradients are above the limit each time.
+        #[arg(long)]
+        clipped: bool,
+    },
+    /// Writes updates of a method into a folder: weights before and after, states, draws, losses, passes.
+    Record {
+        method: Method,
+        #[command(flatten)]
+        asked: Asked,
+        /// Where to.
+        #[arg(long)]
+        folder: PathBuf,
+        /// The teacher's weights.
+        #[arg(long)]
+        weights: PathBuf,
+        /// How many.
+        #[arg(long, default_value_t = 6)]
+        updates: u64,
+    },
+}
+
+/// How a network is asked.
+#[derive(Debug, Args)]
+struct Asked {
+    #[arg(long)]
+    batch: i64,
+    /// `float32`, or `bfloat16` by autocast.
+    #[arg(long, default_value = "float32", value_parser = precision)]
+    precision: Precision,
+}
+
+impl Asked {
+    fn workload(&self) -> Workload {
+        Workload { batch: self.batch, ..Workload::fashion_mnist(self.precision, 0) }
+    }
+}
+
+/// Updates of a method: a whole turn of DMD2, one of the others.
+struct Updates {
+    arm: Arm,
+    step: u64,
+    turn: u64,
+}
+
+impl Updates {
+    fn new(method: Method, asked: &Asked) -> Result<Self> {
+        let arm = Arm::new(Way::forward(method), &asked.workload())?;
+        let turn = if method == Method::Dmd2 { 5 } else { 1 };
+        Ok(Self { arm, step: 0, turn })
+    }
+
+    fn round(&mut self) -> Result<f64> {
+        self.arm.begin_round();
+        for _ in 0..self.turn {
+            self.arm.update(self.step)?;
+            self.step += 1;
+        }
+        let wall = self.arm.rounds.last().map(|round| round.wall).unwrap_or_default();
+        Ok(wall.as_secs_f64() / self.turn as f64)
+    }
+}
+
+/// Seconds of an update; putting gradients back is not counted.
+fn mean_seconds(optimization: &mut Optimization) -> Result<f64> {
+    const UPDATES: u32 = 10;
+    let mut seconds = 0.0;
+    for _ in 0..UPDATES {
+        optimization.refill();
+        let started = Instant::now();
+        optimization.update()?;
+        seconds += started.elapsed().as_secs_f64();
+    }
+    Ok(seconds / f64::from(UPDATES))
+}
+
+/// Ready once this returns; each call is a round.
+fn prepared(case: Case) -> Result<Box<dyn FnMut() -> Result<f64>>> {
+    Ok(match case {
+        Case::Forward { asked, repeats } => {
+            let passes = Passes::new(&asked.workload())?;
+            Box::new(move || {
+                let started = Instant::now();
+                (0..repeats)
+                    .try_for_each(|_| passes.pass().map(|answer| drop(black_box(answer))))?;
+                Ok(started.elapsed().as_secs_f64() / f64::from(repeats))
+            })
+        }
+        Case::Update { method, asked } => {
+            let mut updates = Updates::new(method, &asked)?;
+            Box::new(move || updates.round())
+        }
+        Case::Optimizer { clipped } => {
+            let mut optimization = Optimization::new(clipped)?;
+            Box::new(move || mean_seconds(&mut optimization))
+        }
+        Case::Record { .. } => return Err("there is nothing to time in a record".into()),
+    })
+}
+
+fn answer(line: &Value) -> Result<()> {
+    println!("{line}");
+    Ok(std::io::stdout().flush()?)
+}
+
+fn serve(case: Case) -> Result<()> {
+    let mut round = prepared(case)?;
+    // Without this the peak would be that of loading.
+    let forgotten = forget_peak();
+    answer(&json!({ "resident_kib": resident_kib() }))?;
+    for line in std::io::stdin().lines() {
+        line?;
+        let seconds = round()?;
+        let peak = forgotten.then(peak_kib).flatten();
+        answer(&json!({ "seconds": seconds, "peak_kib": peak }))?;
+    }
+    Ok(())
+}
+
+/// A method that starts from a teacher's weights, and what its updates were.
+struct Record<'a> {
+    arm: Arm,
+    folder: &'a Path,
+    updates: Vec<Value>,
+}
+
+impl Record<'_> {
+    fn save(&self, moment: &str) -> Result<()> {
+        let folder = self.folder.join(moment);
+        std::fs::create_dir_all(&folder)?;
+        self.arm.save(&folder)
+    }
+
+    fn update(&mut self, step: u64) -> Result<()> {
+        let Update { states, real, losses } = self.arm.update(step)?;
+        let path = self.folder.join(format!("update_{step}.safetensors"));
+        weights::save(&tensors(&states, &real)?, path, &BTreeMap::new())?;
+        let seed = |stream| self.arm.streams().seed_of(step, stream);
+        self.updates.push(json!({
+            "losses": losses,
+            "student_seed": seed(Stream::StudentLoss),
+            "critic_seed": seed(Stream::CriticLoss),
+        }));
+        Ok(())
+    }
+
+    /// Samples that went through each network, and those of them with gradients.
+    fn passes(&self) -> Value {
+        let roles = [
+            ("student", Role::Student),
+            ("teacher", Role::Teacher),
+            ("target", Role::Target),
+            ("critic", Role::Critic),
+            ("discriminator", Role::Discriminator),
+        ];
+        let tally = |role| self.arm.meters.of(role);
+        let count = |(name, role)| (name, json!([tally(role).passes, tally(role).backward]));
+        roles.into_iter().map(count).map(|(name, count)| (name.to_owned(), count)).collect()
+    }
+}
+
+/// What an update was of.
+fn tensors(states: &States, real: &Data) -> Result<Vec<(String, Tensor)>> {
+    let labels = |told: &Conditioning| {
+        let labels = told.class_labels.as_ref().map(Tensor::shallow_clone);
+        labels.ok_or("samples have classes")
+    };
+    let named = [
+        ("x_t", states.x_t.shallow_clone()),
+        ("timesteps", states.timesteps.shallow_clone()),
+        ("labels", labels(&states.conditioning)?),
+        ("real_x0", real.x0.shallow_clone()),
+        ("real_labels", labels(&real.conditioning)?),
+    ];
+    Ok(named.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
+}
+
+fn record(method: Method, workload: &Workload, folder: &Path, updates: u64) -> Result<()> {
+    let arm = Arm::new(Way::forward(method), workload)?;
+    let mut record = Record { arm, folder, updates: Vec::new() };
+    record.save("before")?;
+    for step in 0..updates {
+        record.update(step)?;
+    }
+    record.save("after")?;
+    let whole = json!({
+        "method": method.name(),
+        "precision": workload.precision,
+        "learning_rate": workload.learning_rate,
+        "updates": record.updates,
+        "passes": record.passes(),
+    });
+    Ok(std::fs::write(folder.join("record.json"), whole.to_string())?)
+}
+
+fn main() -> Result<()> {
+    let Options { threads, case } = Options::parse();
+    tch::set_num_threads(threads);
+    tch::manual_seed(0);
+    ddil_libtorch::keep_freed_pages();
+    match case {
+        Case::Record { method, asked, folder, weights, updates } => {
+            let workload = Workload { weights: Some(weights), ..asked.workload() };
+            record(method, &workload, &folder, updates)
+        }
+        case => serve(case),
+    }
+}
