@@ -448,7 +448,7 @@ impl AggregationBuffer {
         }
     }
 
-    /// Copies everything in memory, bit for bit, and names the files of what is on disk, see [`SavedFile`]: those have
+    /// Copies everything in memory, bit for bit, and names the files of what is on disk, see [`SavedState::files`]: those have
     /// to be linked or copied before the next state comes, and flushed to disk.
     ///
     /// # Errors

@@ -81,7 +81,7 @@ fn spilled(folder: &Path) -> Vec<(String, u64)> {
         let links = entry.metadata().expect("it can be looked at").nlink();
         (entry.file_name().to_string_lossy().into_owned(), links)
     });
-    let mut found: Vec<_> = named.filter(|(name, _)| name.ends_with(".rows")).collect();
+    let mut found: Vec<_> = named.filter(|(name, _)| name.contains("ring_")).collect();
     found.sort();
     found
 }
