@@ -3,6 +3,7 @@
 //! `cargo bench --workspace --bench data`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise one. Pages
 //! of the files are in memory after the first batches, so the disk plays no part.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;
@@ -44,7 +45,7 @@ fn images(c: &mut Criterion) {
 fn write_encoded(folder: &Path) {
     let save = |name: &str, tensors: Vec<(String, Tensor)>| {
         let path = folder.join(format!("{name}.safetensors"));
-        weights::save(&tensors, path, &Default::default()).expect("there is room");
+        weights::save(&tensors, path, &BTreeMap::default()).expect("there is room");
     };
     let half = |size: &[i64]| Tensor::randn(size, kind::FLOAT_CPU).to_kind(Kind::Half);
     let size = [SAMPLES, 4, 64, 64];
