@@ -120,6 +120,9 @@ pub struct BufferStatistics {
 
 const WHAT: &str = "buffer";
 
+/// No run inserts so many states: half of what can be counted.
+const MAX_SEQUENCE: u64 = u64::MAX / 2;
+
 impl AggregationBuffer {
     /// An empty buffer for states on a grid.
     ///
@@ -289,7 +292,7 @@ impl AggregationBuffer {
             .iter()
             .flat_map(|ring| ring.items.iter().map(|item| step.saturating_sub(item.birth)))
             .collect();
-        let total: u64 = ages.iter().sum();
+        let total: u128 = ages.iter().copied().map(u128::from).sum();
         let per_index = self.rings.iter().map(|ring| ring.items.len());
         BufferStatistics {
             len: ages.len(),
@@ -331,12 +334,14 @@ impl AggregationBuffer {
             return refuse(format!("it has {} rings", metadata.rings.len()));
         }
         let ring_len = metadata.ring_len.unwrap_or(0);
-        if ring_len * self.rings.len() > self.config.capacity {
+        if ring_len.saturating_mul(self.rings.len()) > self.config.capacity {
             let capacity = self.config.capacity;
             return refuse(format!("it has rings of {ring_len}, beyond a capacity of {capacity}"));
         }
         if metadata.rings.iter().any(|ring| !ring.fits(ring_len)) {
-            return refuse(format!("a ring holds more than {ring_len} states"));
+            return refuse(format!(
+                "a ring holds more than {ring_len} states, or more than it ever got"
+            ));
         }
         self.rows.restore(ring_len * self.rings.len(), &saved.tensors)?;
         if self.rows.capacity().is_none() && metadata.ring_len.is_some() {
@@ -349,6 +354,7 @@ impl AggregationBuffer {
 
     /// Checks everything before anything is changed.
     fn ensure_insertable(&self, states: &States) -> Result<()> {
+        states.ensure("AggregationBuffer::insert")?;
         let mut latest: Vec<u64> =
             self.rings.iter().map(|ring| ring.items.back().map_or(0, |item| item.birth)).collect();
         for (&grid_index, &birth) in states.grid_indices.iter().zip(&states.births) {
@@ -366,17 +372,7 @@ impl AggregationBuffer {
             }
             *latest = birth;
         }
-        let batch = states.len() as i64;
-        states.conditioning.ensure_batch("AggregationBuffer::insert", batch)?;
-        if states.x_t.size().first() == Some(&batch) {
-            return self.rows.ensure_like(&states.x_t, &states.conditioning);
-        }
-        Err(Error::Shape {
-            op: "AggregationBuffer::insert",
-            name: "x_t",
-            shape: states.x_t.size(),
-            expected: format!("{batch} rows, one a source"),
-        })
+        self.rows.ensure_like(&states.x_t, &states.conditioning)
     }
 
     /// States per ring, from capacity and byte budget.
@@ -430,6 +426,7 @@ impl Ring {
 
     /// Whether a saved ring can be one of `ring_len` places.
     fn fits(&self, ring_len: usize) -> bool {
-        self.items.len() <= ring_len && self.items.len() as u64 <= self.next
+        let len = self.items.len() as u64;
+        self.items.len() <= ring_len && (len..MAX_SEQUENCE).contains(&self.next)
     }
 }

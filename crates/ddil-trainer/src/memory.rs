@@ -13,7 +13,7 @@ use ddil_models::{
 
 pub use self::activations::{Activations, PassShape};
 use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::Pipeline;
 
 /// Width of the embedding by which a critic is told a source.
@@ -81,6 +81,7 @@ impl MemoryPlan {
         let teacher = Pipeline::read_without_values(&config.teacher.path)?;
         let networks = Networks::new(config, &teacher)?;
         let sample_shape = sample_shape(config, &teacher)?;
+        ensure_countable(config.data.batch_size, sample_shape)?;
         let pass = PassShape {
             batch: config.data.batch_size.into(),
             size: [sample_shape[1], sample_shape[2]].map(|side| side as u64),
@@ -103,12 +104,13 @@ impl MemoryPlan {
 
     /// What is there throughout.
     pub fn at_rest(&self) -> u64 {
-        self.held.iter().map(|row| row.bytes).sum()
+        self.held.iter().fold(0, |sum, row| sum.saturating_add(row.bytes))
     }
 
     /// The most that is there at once.
     pub fn peak(&self) -> u64 {
-        self.at_rest() + self.phases.iter().map(|row| row.bytes).max().unwrap_or(0)
+        let most = self.phases.iter().map(|row| row.bytes).max().unwrap_or(0);
+        self.at_rest().saturating_add(most)
     }
 }
 
@@ -148,6 +150,21 @@ impl fmt::Display for MemoryPlan {
             "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted: leave a fifth free)"
         )
     }
+}
+
+/// The most pixels of a batch: beyond, bytes are more than can be counted, and than any machine has.
+const MAX_PIXELS: i64 = 1 << 31;
+
+fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()> {
+    let pixels = height.saturating_mul(width).saturating_mul(batch_size.into());
+    if pixels <= MAX_PIXELS {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field: "data.batch_size".to_owned(),
+        value: format!("{batch_size} samples of {height}x{width}"),
+        expected: format!("at most {MAX_PIXELS} pixels or latents in all"),
+    })
 }
 
 /// Bytes in the unit that fits.
@@ -400,7 +417,7 @@ fn stores(config: &DistillConfig, networks: &Networks, [c, h, w]: [i64; 3]) -> V
     if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {
         // What was said with a state is kept as it came.
         let state = values * stored_bytes(buffer.storage) + prompt;
-        let bytes = (buffer.capacity as u64 * state).min(buffer.byte_budget);
+        let bytes = (buffer.capacity as u64).saturating_mul(state).min(buffer.byte_budget);
         rows.push(Row::bytes("buffer of the student's states", bytes));
     }
     let teacher = &config.mixing.teacher;
@@ -411,8 +428,8 @@ fn stores(config: &DistillConfig, networks: &Networks, [c, h, w]: [i64; 3]) -> V
             (TeacherStates::Visited, Some(kept)) => kept as u64,
             (TeacherStates::Visited, None) => networks.grid_len.saturating_sub(1).max(1),
         };
-        let bytes =
-            teacher.pool as u64 * states * (values * stored_bytes(teacher.storage) + prompt);
+        let state = values * stored_bytes(teacher.storage) + prompt;
+        let bytes = (teacher.pool as u64).saturating_mul(states).saturating_mul(state);
         rows.push(Row::bytes("pool of the teacher's states", bytes));
     }
     rows

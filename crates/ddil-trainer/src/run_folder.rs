@@ -27,13 +27,15 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     Error, Result, checkpoint,
     error::with_causes,
-    files::{read_json, write_atomic, write_json},
+    files::{first_version, read_versioned, write_atomic, write_json},
     settings::{Settings, differences, to_toml},
 };
 
 pub(crate) const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
 const STATUS: &str = "status.json";
+/// The only version of a run folder so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// A run folder that this process alone writes in.
 ///
@@ -77,6 +79,17 @@ pub struct Status {
     pub error: Option<String>,
 }
 
+/// `status.json`, whose version is that of the whole folder: of `metrics.jsonl` and `timings.jsonl` too.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StatusFile {
+    #[serde(default = "first_version")]
+    format_version: u32,
+    state: State,
+    step: u64,
+    error: Option<String>,
+}
+
 /// How a run stands, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,9 +109,12 @@ impl Status {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] or [`Error::Json`] if there is no status to be read.
+    /// [`Error::Io`] or [`Error::Json`] if there is no status to be read, [`Error::FormatVersion`] if another version of
+    /// the program wrote the folder.
     pub fn read(folder: &Path) -> Result<Self> {
-        read_json(&folder.join(STATUS))
+        let file: StatusFile = read_versioned(&folder.join(STATUS), FORMAT_VERSION)?;
+        let StatusFile { state, step, error, .. } = file;
+        Ok(Self { state, step, error })
     }
 }
 
@@ -267,7 +283,9 @@ impl RunFolder {
 
     fn write_status(&mut self, status: Status) -> Result<()> {
         self.status = status;
-        write_json(&self.path.join(STATUS), &self.status)
+        let Status { state, step, error } = self.status.clone();
+        let file = StatusFile { format_version: FORMAT_VERSION, state, step, error };
+        write_json(&self.path.join(STATUS), &file)
     }
 }
 

@@ -11,6 +11,7 @@ pub struct ForwardSource;
 impl TrajectorySource for ForwardSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
         let _no_grad = tch::no_grad_guard();
+        request.ensure()?;
         let x0 = &request.data.x0;
         let timesteps = tch::Tensor::from_slice(&request.timesteps()).to_device(x0.device());
         let x_t = request.sampler.schedule().add_noise(x0, request.noise, &timesteps)?;
