@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let path = env::args().nth(1).unwrap_or_else(|| WEIGHTS.to_owned());
     let data = FashionMnist::load(None)?;
 
-    let classifier = FashionClassifier::untrained(Device::Cpu);
+    let classifier = FashionClassifier::untrained(Device::Cpu)?;
     train(&classifier, &data.train)?;
 
     let accuracy = accuracy(&classifier, &data.test)?;

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import unittest
 
+import check_licences
 import ddil_cache
 import get_fashion_mnist
 
@@ -111,6 +112,31 @@ class GetFashionMnist(ToolTest):
         (self.folder / LABELS).write_bytes(b"\0\0\x08\x01")
         outcome = self.run_tool("get_fashion_mnist.py", DDIL_DATA=str(self.folder))
         self.assert_refused(outcome, f"{LABELS} has the wrong checksum")
+
+
+class CheckLicences(ToolTest):
+    def check(self, **package: object) -> tuple[int, str]:
+        metadata = self.folder / "metadata.json"
+        whole = {"name": "a", "version": "1.0.0", "license": "MIT", "source": None, **package}
+        metadata.write_text(json.dumps({"packages": [whole]}))
+        return self.run_tool("check_licences.py", "--metadata", str(metadata))
+
+    def test_expressions_are_met(self) -> None:
+        allowed = {"MIT", "Zlib", "Apache-2.0 WITH LLVM-exception"}
+        for licence in ("MIT", "MIT OR GPL-3.0", "GPL-3.0/MIT", "(GPL-3.0 OR MIT) AND Zlib", "Apache-2.0 WITH LLVM-exception"):
+            self.assertTrue(check_licences.is_allowed(licence, allowed), licence)
+        for licence in ("", "GPL-3.0", "MIT AND GPL-3.0", "(MIT OR GPL-3.0", "MIT Zlib", "Apache-2.0", "GPL-3.0 AND (MIT OR Zlib)"):
+            self.assertFalse(check_licences.is_allowed(licence, allowed), licence)
+
+    def test_takes_what_is_allowed(self) -> None:
+        code, said = self.check()
+        self.assertEqual(code, 0, said)
+        self.assertIn("1 packages have licences", said)
+
+    def test_refuses_what_is_not(self) -> None:
+        self.assert_refused(self.check(license="GPL-3.0-only"), "a 1.0.0: GPL-3.0-only", "deny.toml")
+        self.assert_refused(self.check(license=None), "a 1.0.0: says no licence")
+        self.assert_refused(self.check(source="git+https://example.org/a"), "comes from git+https://example.org/a")
 
 
 class Decompress(ToolTest):

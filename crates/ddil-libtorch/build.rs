@@ -13,7 +13,7 @@ fn main() {
     rpath::main();
     println!("cargo:rerun-if-changed=rpath.rs");
     println!("cargo:rerun-if-changed=cpp");
-    for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI"] {
+    for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI", "DDIL_SANITIZE"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     // Absent in a documentation-only build, which links nothing.
@@ -42,5 +42,19 @@ fn compile(include: &std::path::Path) {
     build.flag_if_supported("-ffp-contract=off");
     // A debug build of the program should not run the loops of the shim unvectorised.
     build.opt_level(3).debug(false);
+    sanitize(&mut build);
     build.files(SOURCES.map(|name| format!("cpp/{name}.cpp"))).compile("ddil_shim");
+}
+
+/// With `DDIL_SANITIZE=address` every access of the shim to memory is checked, see `make sanitize`.
+fn sanitize(build: &mut cc::Build) {
+    let Some(sanitizer) = env::var("DDIL_SANITIZE").ok().filter(|name| !name.is_empty()) else {
+        return;
+    };
+    build.flag(format!("-fsanitize={sanitizer}")).flag("-fno-omit-frame-pointer").debug(true);
+    // The loops that the loader chooses between are chosen before the sanitizer is there.
+    build.define("DDIL_ONE_CLONE", None);
+    if sanitizer == "address" {
+        println!("cargo:rustc-link-lib=dylib=asan");
+    }
 }

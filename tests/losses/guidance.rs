@@ -66,7 +66,8 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     let [min, max] = [2.0, 14.0];
     let drawn = |guidance: TeacherGuidance, seed| {
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        let told = guidance.condition(three(), 4000, Device::Cpu, &mut rng);
+        let told =
+            guidance.condition(three(), 4000, Device::Cpu, &mut rng).expect("there is a CPU");
         assert!(told.class_labels.is_some(), "what was said before is still said");
         values(&told.guidance_weight.expect("there is a weight for each sample"))
     };
@@ -80,7 +81,9 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     assert_ne!(weights, draw(8));
     assert_eq!(weights, drawn(TeacherGuidance::Embedded { min, max }, 7));
     let mut rng = rand::rngs::StdRng::seed_from_u64(0);
-    let untold = TeacherGuidance::BakedIn.condition(three(), 4000, Device::Cpu, &mut rng);
+    let untold = TeacherGuidance::BakedIn
+        .condition(three(), 4000, Device::Cpu, &mut rng)
+        .expect("there is a CPU");
     assert!(untold.guidance_weight.is_none());
 }
 

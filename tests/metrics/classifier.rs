@@ -39,7 +39,7 @@ fn each_image_for_itself() -> ddil_metrics::Result<()> {
 #[test]
 fn weights_written_and_read_back() -> ddil_metrics::Result<()> {
     tch::manual_seed(2);
-    let classifier = FashionClassifier::untrained(Device::Cpu);
+    let classifier = FashionClassifier::untrained(Device::Cpu)?;
     let bytes = classifier.to_bytes()?;
     assert!(bytes.len() < 1_500_000, "{}", bytes.len());
     let read = FashionClassifier::from_bytes(&bytes, Device::Cpu)?;
@@ -65,7 +65,7 @@ fn accuracy_counts_hits() -> ddil_metrics::Result<()> {
 #[test]
 fn only_an_untrained_one_takes_gradients() -> ddil_metrics::Result<()> {
     let images = images(5, 2);
-    assert!(FashionClassifier::untrained(Device::Cpu).logits(&images)?.requires_grad());
+    assert!(FashionClassifier::untrained(Device::Cpu)?.logits(&images)?.requires_grad());
     assert!(!FashionClassifier::pretrained(Device::Cpu)?.logits(&images)?.requires_grad());
     Ok(())
 }
@@ -89,7 +89,7 @@ fn bad_images() -> ddil_metrics::Result<()> {
 fn bad_weights() -> Result<(), Box<dyn std::error::Error>> {
     let load = |bytes: &[u8]| FashionClassifier::from_bytes(bytes, Device::Cpu);
     assert!(matches!(load(b"no weights"), Err(Error::ReadWeights { .. })));
-    let good = FashionClassifier::untrained(Device::Cpu).to_bytes()?;
+    let good = FashionClassifier::untrained(Device::Cpu)?.to_bytes()?;
     assert!(matches!(load(&good[..good.len() - 1]), Err(Error::ReadWeights { .. })));
 
     let weights = safetensors::SafeTensors::deserialize(&good)?;

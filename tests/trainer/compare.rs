@@ -203,6 +203,7 @@ fn toml_table() -> ddil_trainer::compare::matrix::Changes {
 
 fn measurement(frechet: f64) -> Measurement {
     Measurement {
+        format_version: 1,
         dataset: "test".to_owned(),
         method: "progressive".to_owned(),
         priors: None,

@@ -435,7 +435,7 @@ impl AggregationBuffer {
             .iter()
             .flat_map(|ring| ring.items.iter().map(|item| step.saturating_sub(item.birth)))
             .collect();
-        let total: u64 = ages.iter().sum();
+        let total: u128 = ages.iter().copied().map(u128::from).sum();
         let per_index = self.rings.iter().map(|ring| ring.items.len());
         BufferStatistics {
             len: ages.len(),
@@ -555,6 +555,7 @@ impl AggregationBuffer {
 
     /// Checks everything before anything is changed.
     fn ensure_insertable(&self, states: &States) -> Result<()> {
+        states.ensure("AggregationBuffer::insert")?;
         let mut latest: Vec<u64> =
             self.rings.iter().map(|ring| ring.items.back().map_or(0, |item| item.birth)).collect();
         for (&grid_index, &birth) in states.grid_indices.iter().zip(&states.births) {
@@ -572,17 +573,7 @@ impl AggregationBuffer {
             }
             *latest = birth;
         }
-        let batch = states.len() as i64;
-        states.conditioning.ensure_batch("AggregationBuffer::insert", batch)?;
-        if states.x_t.size().first() == Some(&batch) {
-            return self.rows.ensure_like(&states.x_t, &states.conditioning);
-        }
-        Err(Error::Shape {
-            op: "AggregationBuffer::insert",
-            name: "x_t",
-            shape: states.x_t.size(),
-            expected: format!("{batch} rows, one a source"),
-        })
+        self.rows.ensure_like(&states.x_t, &states.conditioning)
     }
 
     /// How many places there are and where, from capacity and byte budgets.

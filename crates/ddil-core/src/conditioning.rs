@@ -1,5 +1,6 @@
 //! What a network is told beside `x_t` and the timestep.
 
+use ddil_schedulers::ensure_dense;
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
@@ -94,11 +95,14 @@ impl Conditioning {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if an index is beyond the batch.
+    /// [`Error::Torch`] if an index is beyond the batch, [`Error::Scheduler`] for a part that is no dense tensor.
     pub fn index_select(&self, indices: &Tensor) -> Result<Self> {
-        self.map(|_, part| {
-            let indices = indices.to_device(part.device());
-            part.f_index_select(0, &indices).map_err(Error::torch("Conditioning::index_select"))
+        const OP: &str = "Conditioning::index_select";
+        ensure_dense(OP, "indices", indices)?;
+        self.map(|name, part| {
+            ensure_dense(OP, name, part)?;
+            let indices = indices.f_to_device(part.device()).map_err(Error::torch(OP))?;
+            part.f_index_select(0, &indices).map_err(Error::torch(OP))
         })
     }
 
@@ -148,9 +152,10 @@ impl Conditioning {
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] that names the part.
+    /// [`Error::Conditioning`] that names the part, [`Error::Scheduler`] for one that is no dense tensor.
     pub fn ensure_batch(&self, op: &'static str, batch: i64) -> Result<()> {
         for (field, part) in self.parts() {
+            ensure_dense(op, field, part)?;
             if part.size().first() != Some(&batch) {
                 let problem = format!("has shape {:?}; expected {batch} rows", part.size());
                 return Err(Error::Conditioning { op, field, problem });

@@ -18,6 +18,8 @@
 //!
 //! Works for tensors of any rank with the batch first: vectors, audio, images, video.
 
+#![forbid(unsafe_code)]
+
 mod buffer;
 mod conditioning;
 mod denoiser;

@@ -1,5 +1,6 @@
 //! How much worse a student is on states of its own than on those of the data.
 
+use ddil_schedulers::ensure_real;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -65,6 +66,8 @@ impl LossMeter {
     /// [`Error::Shape`] unless there is a loss a state; [`Error::InvalidConfig`] for a grid index beyond the grid.
     pub fn add(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
         const OP: &str = "LossMeter::add";
+        states.ensure(OP)?;
+        ensure_real(OP, "per_sample", per_sample)?;
         let expected = [states.len() as i64];
         if per_sample.size() != expected {
             let (name, shape) = ("per_sample", per_sample.size());

@@ -1,6 +1,6 @@
 //! The mixing prior over sources.
 
-use ddil_schedulers::{Ddim, Sampler, Thresholding, Timesteps};
+use ddil_schedulers::{Ddim, MAX_TRAIN_TIMESTEPS, Sampler, Thresholding, Timesteps};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -442,6 +442,7 @@ impl Mixer {
     ) -> Result<()> {
         const OP: &str = "Mixer::after_loss";
         let _no_grad = tch::no_grad_guard();
+        states.ensure(OP)?;
         let x_t = ("x_t", &states.x_t);
         ddil_schedulers::ensure_same_shape(OP, ("student_x0", student_x0), x_t)?;
         if let Some(teacher_next) = teacher_next {
@@ -630,11 +631,16 @@ fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Re
 
 /// A grid index for each sample of a batch, even over the grid, in random order.
 ///
-/// Stratified: every index is drawn as often as every other, but for a rest that is drawn without replacement.
+/// Stratified: every index is drawn as often as every other, but for a rest that is drawn without replacement. None where
+/// there are no indices; of more than [`MAX_TRAIN_TIMESTEPS`], which no grid has, those.
 pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -> Vec<usize> {
+    let num_indices = num_indices.min(MAX_TRAIN_TIMESTEPS as usize);
+    if num_indices == 0 {
+        return Vec::new();
+    }
     let mut rest: Vec<usize> = (0..num_indices).collect();
     rest.shuffle(rng);
-    let whole = batch - batch % num_indices.max(1);
+    let whole = batch - batch % num_indices;
     let mut indices: Vec<usize> = (0..whole).map(|i| i % num_indices).collect();
     indices.extend(rest.into_iter().take(batch - whole));
     indices.shuffle(rng);
@@ -642,6 +648,7 @@ pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -
 }
 
 fn ensure_batch(op: &'static str, request: &MixRequest<'_>) -> Result<usize> {
+    ddil_schedulers::ensure_real(op, "data.x0", &request.data.x0)?;
     let shape = request.data.x0.size();
     if shape.len() < 2 || shape[0] == 0 {
         let expected = "[batch, ..] with at least one sample".to_owned();

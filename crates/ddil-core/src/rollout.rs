@@ -6,7 +6,7 @@ pub use mixed::{MixedRollout, MixedVariant, Visited};
 
 use ddil_libtorch::Generator;
 use ddil_schedulers::{
-    NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep, Timesteps,
+    NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep, Timesteps, ensure_real,
 };
 use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
@@ -34,8 +34,9 @@ pub struct Trajectory {
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if `timestep` is off the grid.
+/// [`Error::Scheduler`] if `timestep` is off the grid or `noise` holds no real numbers.
 pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> Result<Tensor> {
+    ensure_real("first_state", "noise", noise)?;
     match schedule.config() {
         NoiseScheduleConfig::Vp(_) => Ok(noise.shallow_clone()),
         _ => Ok(noise * schedule.scale_at(timestep)?.sigma),
@@ -190,6 +191,7 @@ pub fn sample_each(
     conditioning: &Conditioning,
     generators: &mut [Generator],
 ) -> Result<Tensor> {
+    ensure_real("sample_each", "noise", &noise)?;
     let batch = noise.size().first().copied().unwrap_or(0);
     if sampler.needs_noise() && batch != generators.len() as i64 {
         let expected = format!("{} rows, one a generator", generators.len());
@@ -399,6 +401,7 @@ fn ensure_ready(
     conditioning: &Conditioning,
     has_generator: bool,
 ) -> Result<()> {
+    ensure_real(op, "noise", noise)?;
     let Some(&batch) = noise.size().first() else {
         let expected = "[batch, ..]".to_owned();
         return Err(Error::Shape { op, name: "noise", shape: vec![], expected });

@@ -144,6 +144,9 @@ impl RowStore {
         let what = self.what;
         let refuse = |problem: String| Err(Error::Restore { what, problem });
         self.block = None;
+        if let Some((name, _)) = tensors.iter().find(|(_, tensor)| !tensor.defined()) {
+            return refuse(format!("`{name}` is an undefined tensor"));
+        }
         let Some((_, x_t)) = tensors.iter().find(|(name, _)| name == "x_t") else {
             return if tensors.is_empty() {
                 Ok(())

@@ -1,7 +1,7 @@
 //! How far the states at inference lie from those of training.
 
 use ddil_libtorch::Generator;
-use ddil_schedulers::{Sampler, Timesteps};
+use ddil_schedulers::{Sampler, Timesteps, ensure_real};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -119,7 +119,9 @@ pub fn shift_at(
 ) -> Result<ShiftAt> {
     config.ensure()?;
     let _no_grad = tch::no_grad_guard();
+    ensure_real("shift_at", "train", train)?;
     for (name, states) in [("inference", inference), ("null.0", null.0), ("null.1", null.1)] {
+        ensure_real("shift_at", name, states)?;
         if states.size() != train.size() || train.dim() < 2 || train.size()[0] < 2 {
             return Err(Error::Shape {
                 op: "shift_at",
@@ -168,6 +170,7 @@ pub fn measure_shift(request: &ShiftRequest<'_>, config: &ShiftConfig) -> Result
     config.ensure()?;
     let _no_grad = tch::no_grad_guard();
     let x0 = &request.data.x0;
+    ensure_real("measure_shift", "data.x0", x0)?;
     let half = x0.size().first().copied().unwrap_or(0) / 2;
     if half < 2 {
         let expected = "at least 4 samples".to_owned();

@@ -8,7 +8,7 @@ pub use forward::ForwardSource;
 pub use student::{RolloutSteps, StudentConfig, StudentPolicy, StudentSource};
 pub use teacher::{TeacherConfig, TeacherSource, TeacherStates};
 
-use ddil_schedulers::{Sampler, Timesteps};
+use ddil_schedulers::{Sampler, Timesteps, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -163,6 +163,32 @@ impl<'a> SourceRequest<'a> {
         self.grid_indices.is_empty()
     }
 
+    /// Checks that the parts fit each other, for whoever implements a source.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] for a grid index beyond the grid; [`Error::Shape`], [`Error::Conditioning`] or
+    /// [`Error::Scheduler`] for a part that is not of as many samples as there are indices, or holds no real numbers.
+    pub fn ensure(&self) -> Result<()> {
+        const OP: &str = "TrajectorySource::states";
+        let len = self.grids.student.len();
+        if let Some(index) = self.grid_indices.iter().find(|index| **index >= len) {
+            return Err(Error::InvalidConfig {
+                field: "grid_indices",
+                value: index.to_string(),
+                expected: format!("below {len}, the length of the grid"),
+            });
+        }
+        let (x0, batch) = (&self.data.x0, self.len() as i64);
+        ensure_same_shape(OP, ("data.x0", x0), ("noise", self.noise))?;
+        if x0.size().first() != Some(&batch) {
+            let expected = format!("{batch} rows, one a grid index");
+            return Err(Error::Shape { op: OP, name: "data.x0", shape: x0.size(), expected });
+        }
+        self.data.conditioning.ensure_batch(OP, batch)?;
+        self.prompts.ensure_batch(OP, batch)
+    }
+
     /// Where states are wanted.
     pub fn device(&self) -> Device {
         self.data.x0.device()
@@ -270,6 +296,33 @@ pub struct LossFeedback<'a> {
     pub sampler: &'a dyn Sampler,
     /// Random numbers.
     pub streams: &'a RandomStreams,
+}
+
+impl LossFeedback<'_> {
+    /// Checks that the parts fit each other, for whoever implements a source.
+    ///
+    /// # Errors
+    ///
+    /// As [`States::ensure`]; [`Error::InvalidConfig`] for a grid index beyond the grid, [`Error::Scheduler`] for
+    /// estimates of another shape than the states.
+    pub fn ensure(&self) -> Result<()> {
+        const OP: &str = "TrajectorySource::after_loss";
+        let (states, len) = (self.states, self.grids.student.len());
+        states.ensure(OP)?;
+        if let Some(index) = states.grid_indices.iter().find(|index| **index >= len) {
+            return Err(Error::InvalidConfig {
+                field: "grid_indices",
+                value: index.to_string(),
+                expected: format!("below {len}, the length of the grid"),
+            });
+        }
+        let x_t = ("x_t", &states.x_t);
+        ensure_same_shape(OP, ("student_x0", self.student_x0), x_t)?;
+        match self.teacher_next {
+            Some(next) => Ok(ensure_same_shape(OP, ("teacher_next", next), x_t)?),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The settings of a source, by kind.

@@ -1,7 +1,8 @@
 //! The batch that every later stage reads.
 
+use ddil_schedulers::{ensure_dense, ensure_real};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
@@ -102,11 +103,45 @@ impl States {
         self.sources.is_empty()
     }
 
+    /// Checks that every part is of as many samples as the others.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] or [`Error::Conditioning`] for the first part that is not, [`Error::InvalidConfig`] for a list of
+    /// another length, [`Error::Scheduler`] for `x_t` that holds no real numbers and `timesteps` that are no `Int64`.
+    pub fn ensure(&self, op: &'static str) -> Result<()> {
+        let batch = self.len();
+        for (field, len) in
+            [("births", self.births.len()), ("grid_indices", self.grid_indices.len())]
+        {
+            if len != batch {
+                let (value, expected) = (format!("{len} long"), format!("{batch}, one a source"));
+                return Err(Error::InvalidConfig { field, value, expected });
+            }
+        }
+        ensure_real(op, "x_t", &self.x_t)?;
+        ensure_dense(op, "timesteps", &self.timesteps)?;
+        let batch = batch as i64;
+        let shapes = [("x_t", self.x_t.size()), ("timesteps", self.timesteps.size())];
+        for (name, shape) in shapes {
+            if shape.first() != Some(&batch) || (name == "timesteps" && shape.len() != 1) {
+                let expected = format!("{batch} rows, one a source");
+                return Err(Error::Shape { op, name, shape, expected });
+            }
+        }
+        let kind = self.timesteps.kind();
+        if kind != Kind::Int64 {
+            let (name, expected) = ("timesteps", "Int64");
+            return Err(ddil_schedulers::Error::Kind { op, name, kind, expected }.into());
+        }
+        self.conditioning.ensure_batch(op, batch)
+    }
+
     /// One batch after another, on the device and in the kind of the first.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if there is none; [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
+    /// [`Error::InvalidConfig`] if there is none; as [`ensure`](Self::ensure); [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
     /// other.
     pub fn cat(batches: &[Self]) -> Result<Self> {
         const OP: &str = "States::cat";
@@ -117,6 +152,7 @@ impl States {
                 expected: "at least one".to_owned(),
             });
         };
+        batches.iter().try_for_each(|batch| batch.ensure(OP))?;
         let (device, kind) = (first.x_t.device(), first.x_t.kind());
         let x_t: Vec<Tensor> =
             batches.iter().map(|b| b.x_t.to_device(device).to_kind(kind)).collect();
@@ -139,8 +175,9 @@ impl States {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if a row is beyond the batch.
+    /// [`Error::InvalidConfig`] if a row is beyond the batch; as [`ensure`](Self::ensure).
     pub fn index_select(&self, rows: &[usize]) -> Result<Self> {
+        self.ensure("States::index_select")?;
         if let Some(row) = rows.iter().find(|row| **row >= self.len()) {
             return Err(Error::InvalidConfig {
                 field: "rows",

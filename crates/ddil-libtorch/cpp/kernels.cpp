@@ -1,7 +1,7 @@
 #include "kernels.h"
 
 // The build stays one for every x86-64 machine; the loader picks the wider loop where the processor has it.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14)
+#if !defined(DDIL_ONE_CLONE) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14)
 #define DDIL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define DDIL_CLONES

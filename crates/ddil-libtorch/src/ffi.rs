@@ -103,7 +103,10 @@ pub(crate) fn check(op: &'static str, code: c_int) -> Result<()> {
     }
     // SAFETY: the pointer is to a string of this thread, never null, that stays until the next failure on it.
     let message = unsafe { CStr::from_ptr(ddil_last_error()) };
-    Err(Error::Torch { op, message: message.to_string_lossy().trim_end().to_owned() })
+    let message = message.to_string_lossy();
+    // What follows is a list of every backend there is.
+    let reason = message.split(" This could be because the operator").next().unwrap_or_default();
+    Err(Error::Torch { op, message: reason.trim_end().to_owned() })
 }
 
 /// Takes over the tensor that a C++ function makes.

@@ -77,5 +77,6 @@ pub fn is_channels_last(images: &Tensor) -> bool {
 }
 
 fn channels_last_for(images: &Tensor) -> MemoryFormat {
-    if images.dim() == 5 { MemoryFormat::ChannelsLast3d } else { MemoryFormat::ChannelsLast }
+    let is_video = images.defined() && images.dim() == 5;
+    if is_video { MemoryFormat::ChannelsLast3d } else { MemoryFormat::ChannelsLast }
 }

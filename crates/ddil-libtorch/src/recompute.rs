@@ -84,9 +84,11 @@ impl Lent {
 }
 
 fn inputs_of(list: *const ffi::List) -> Result<Vec<Tensor>> {
-    // SAFETY: C++ keeps the list through the call that this is part of, and checks indices.
+    // SAFETY: C++ keeps the list through the call that this is part of.
     let len = unsafe { ffi::ddil_list_len(list) };
-    (0..len).map(|i| new_tensor(OP, |out| unsafe { ffi::ddil_list_get(list, i, out) })).collect()
+    // SAFETY: as above, and C++ checks the index.
+    let input = |i| new_tensor(OP, |out| unsafe { ffi::ddil_list_get(list, i, out) });
+    (0..len).map(input).collect()
 }
 
 /// Without the backtrace that tch leaves in what libtorch says.

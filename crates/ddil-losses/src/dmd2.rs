@@ -1,7 +1,7 @@
 //! Improved distribution matching distillation: the law of the student's samples against the teacher's.
 
 use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Source, States, Stream};
-use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_same_shape};
+use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_real, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -75,8 +75,13 @@ pub fn distribution_matching_gradient(
 /// # Shapes and units
 ///
 /// - `logits`: any shape, positive for real, as [`Discriminator::logits`]; returns the same shape
-pub fn generator_loss(logits: &Tensor) -> Tensor {
-    (-logits).softplus()
+///
+/// # Errors
+///
+/// [`Error::Scheduler`] for logits that are no real numbers.
+pub fn generator_loss(logits: &Tensor) -> Result<Tensor> {
+    ensure_real("generator_loss", "logits", logits)?;
+    Ok((-logits).softplus())
 }
 
 /// The discriminator's loss: `softplus(-logit)` of each real and `softplus(logit)` of each made sample.
@@ -86,8 +91,15 @@ pub fn generator_loss(logits: &Tensor) -> Tensor {
 /// # Shapes and units
 ///
 /// - `real_logits`, `fake_logits`: any shapes, positive for real; returns one of each, in this order
-pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> (Tensor, Tensor) {
-    ((-real_logits).softplus(), fake_logits.softplus())
+///
+/// # Errors
+///
+/// [`Error::Scheduler`] for logits that are no real numbers.
+pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "discriminator_loss";
+    ensure_real(OP, "real_logits", real_logits)?;
+    ensure_real(OP, "fake_logits", fake_logits)?;
+    Ok(((-real_logits).softplus(), fake_logits.softplus()))
 }
 
 /// The settings of [`Dmd2`]; the defaults are those published for SDXL in four steps.
@@ -379,7 +391,7 @@ impl Dmd2 {
         let mut parts = vec![("distribution_matching", mean_over_sample(&gradient.abs()))];
         if let Some(discriminator) = judges.discriminator {
             let logits = self.judged(&x0, told_critic, discriminator, &mut generator)?;
-            let adversarial = generator_loss(&logits).to_kind(per_sample.kind());
+            let adversarial = generator_loss(&logits)?.to_kind(per_sample.kind());
             parts.push(("gan_student", adversarial.detach()));
             per_sample += adversarial * self.config.gan_weight;
         }
@@ -421,7 +433,7 @@ impl Dmd2 {
             // Told the same sources as the made ones, or these alone would give them away.
             let told_of_real = &self.told_critic(&real.conditioning, states);
             let real = self.judged(&real.x0, told_of_real, discriminator, &mut generator)?;
-            let (of_real, of_made) = discriminator_loss(&real, &made);
+            let (of_real, of_made) = discriminator_loss(&real, &made)?;
             parts.extend([("gan_fake", of_made.detach()), ("gan_real", of_real.detach())]);
             let both = (of_made + of_real).to_kind(per_sample.kind());
             // Not in place: the figure above is the same memory.
@@ -477,6 +489,7 @@ impl Objective for Dmd2 {
     }
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
+        request.states.ensure(OP)?;
         let judges = self.judges(request)?;
         self.entries.ensure(OP, request.states)?;
         match request.phase {

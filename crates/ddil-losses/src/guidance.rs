@@ -121,21 +121,25 @@ impl TeacherGuidance {
     /// # Shapes and units
     ///
     /// - returns: `guidance_weight` is `[batch]`, `Float`, on `device`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure), [`Error::Torch`] if the device is not there.
     pub fn condition<R: Rng + ?Sized>(
         self,
         conditioning: Conditioning,
         batch: usize,
         device: Device,
         rng: &mut R,
-    ) -> Conditioning {
-        match self {
-            Self::Embedded { min, max } | Self::CfgRange { min, max } => {
-                let weights: Vec<f32> =
-                    (0..batch).map(|_| rng.random_range(min..=max) as f32).collect();
-                conditioning.with_guidance_weight(Tensor::from_slice(&weights).to_device(device))
-            }
-            Self::Cfg { .. } | Self::BakedIn => conditioning,
-        }
+    ) -> Result<Conditioning> {
+        self.ensure()?;
+        let (Self::Embedded { min, max } | Self::CfgRange { min, max }) = self else {
+            return Ok(conditioning);
+        };
+        let weights: Vec<f32> = (0..batch).map(|_| rng.random_range(min..=max) as f32).collect();
+        let weights = Tensor::from_slice(&weights).f_to_device(device);
+        let weights = weights.map_err(Error::torch("TeacherGuidance::condition"))?;
+        Ok(conditioning.with_guidance_weight(weights))
     }
 }
 

@@ -311,6 +311,7 @@ impl Objective for LatentConsistency {
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
         let LossRequest { phase, states, networks, .. } = *request;
+        states.ensure("LatentConsistency::loss")?;
         let (solver, target) = self.networks(phase, &networks)?;
         // The target first: what its networks hold in memory is gone before the student's graph is there.
         let (target, x_end) = self.target(states, solver, target)?;

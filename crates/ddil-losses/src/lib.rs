@@ -64,6 +64,8 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod config;
 mod device_table;
 mod distance;

@@ -1,7 +1,7 @@
 //! Progressive distillation: one step of the student for several of the teacher.
 
 use ddil_core::{Denoiser, States};
-use ddil_schedulers::{NoiseSchedule, Timesteps, ensure_same_shape};
+use ddil_schedulers::{NoiseSchedule, Timesteps, ensure_real, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -90,6 +90,8 @@ pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec
 /// [`Error::Shape`] if `weights` does not fit the predictions; [`Error::Scheduler`] if these differ in shape.
 pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Tensor> {
     const OP: &str = "progressive_target";
+    teacher_x0.iter().try_for_each(|x0| ensure_real(OP, "teacher_x0", x0))?;
+    ensure_real(OP, "weights", weights)?;
     let (batch, steps) = match teacher_x0.first() {
         Some(x0) if x0.dim() > 0 => (x0.size()[0], teacher_x0.len() as i64),
         _ => (0, 0),
@@ -246,6 +248,7 @@ impl Objective for Progressive {
         if phase != Phase::Student {
             return Err(Error::Phase { method: "progressive distillation", phase });
         }
+        states.ensure("Progressive::loss")?;
         let asked = [("student", networks.student), ("teacher", networks.teacher)];
         ensure_one_schedule(&self.schedule, asked)?;
         let rows = self.tables.select(states)?;

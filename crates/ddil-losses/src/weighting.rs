@@ -1,6 +1,6 @@
 //! How much an error in the predicted clean data counts at each noise level.
 
-use ddil_schedulers::{NoiseSchedule, PredictionType, Scale};
+use ddil_schedulers::{NoiseSchedule, PredictionType, Scale, ensure_dense};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -131,8 +131,12 @@ impl TimestepWeights {
     /// synchronisation) or `timesteps` is no `Int64` vector.
     pub fn gather(&self, timesteps: &Tensor, kind: Kind) -> Result<Tensor> {
         const OP: &str = "TimestepWeights::gather";
+        ensure_dense(OP, "timesteps", timesteps)?;
         let table = self.table.on(timesteps.device())?;
         let rows = timesteps.f_add_scalar(1).map_err(Error::torch(OP))?;
-        Ok(table.f_index_select(0, &rows).map_err(Error::torch(OP))?.to_kind(kind))
+        table
+            .f_index_select(0, &rows)
+            .and_then(|rows| rows.f_to_kind(kind))
+            .map_err(Error::torch(OP))
     }
 }

@@ -10,7 +10,7 @@ use tch::{
 
 use crate::{
     FeatureExtractor,
-    error::{Error, Result, torch},
+    error::{Error, Result, ensure_dense, torch},
     features::{in_batches, sha256},
 };
 
@@ -73,10 +73,17 @@ impl FashionClassifier {
     }
 
     /// A classifier with random weights, to be trained.
-    pub fn untrained(device: Device) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the device cannot be used.
+    pub fn untrained(device: Device) -> Result<Self> {
+        // What fills the variables has no way to refuse.
+        let there = Tensor::f_zeros([1], (Kind::Float, device));
+        let _ = there.map_err(torch("FashionClassifier::untrained"))?;
         let variables = nn::VarStore::new(device);
         let layers = Layers::new(&variables.root());
-        Self { variables, layers, id: "fashion-classifier-untrained".to_owned() }
+        Ok(Self { variables, layers, id: "fashion-classifier-untrained".to_owned() })
     }
 
     /// A classifier with weights from the bytes of a safetensors file. Its id has their SHA-256.
@@ -88,7 +95,7 @@ impl FashionClassifier {
     pub fn from_bytes(bytes: &[u8], device: Device) -> Result<Self> {
         let weights =
             SafeTensors::deserialize(bytes).map_err(|source| Error::ReadWeights { source })?;
-        let mut classifier = Self::untrained(device);
+        let mut classifier = Self::untrained(device)?;
         classifier.copy_weights(&weights)?;
         classifier.variables.freeze();
         classifier.id = format!("fashion-classifier-{}", sha256(bytes));
@@ -155,6 +162,7 @@ impl FashionClassifier {
         const OP: &str = "FashionClassifier::accuracy";
         ensure_fashion_images(OP, images)?;
         let n = images.size()[0];
+        ensure_dense(OP, "labels", labels)?;
         if labels.size() != [n] {
             let (found, expected) = (labels.size(), format!("[{n}]"));
             return Err(Error::Shape { op: OP, name: "labels", found, expected });
@@ -200,6 +208,7 @@ impl FeatureExtractor for FashionClassifier {
 }
 
 fn ensure_fashion_images(op: &'static str, images: &Tensor) -> Result<()> {
+    ensure_dense(op, "images", images)?;
     let shape = images.size();
     if shape.len() == 4 && shape[0] > 0 && shape[1..] == [1, SIZE, SIZE] {
         return Ok(());

@@ -18,6 +18,16 @@ pub enum Error {
         /// The shapes that may stand there.
         expected: String,
     },
+    /// A tensor holds nothing, is not dense, or holds no real numbers.
+    #[error("{op}: `{name}` is {found}; expected a dense tensor of real numbers")]
+    NotNumbers {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// What it is.
+        found: String,
+    },
     /// Two sets of features do not have the same number of columns.
     #[error("{op}: `{}` has {} features a sample, but `{}` has {}", left.0, left.1, right.0, right.1)]
     FeatureMismatch {
@@ -97,12 +107,12 @@ pub enum Error {
         source: std::io::Error,
     },
     /// libtorch could not load a network from a file.
-    #[error("could not load a TorchScript network from {}", path.display())]
+    #[error("could not load a TorchScript network from {}: {message}", path.display())]
     LoadNetwork {
         /// The file.
         path: PathBuf,
-        /// What libtorch said.
-        source: tch::TchError,
+        /// What libtorch said, without its backtrace.
+        message: String,
     },
     /// A `TorchScript` network answered with something other than one tensor.
     #[error("the TorchScript network {id} answered with {found}; a tensor [n, {dim}] is needed")]
@@ -115,12 +125,12 @@ pub enum Error {
         dim: i64,
     },
     /// libtorch refused an operation.
-    #[error("{op}: libtorch refused: {}", first_line(source))]
+    #[error("{op}: libtorch refused: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// What libtorch said.
-        source: tch::TchError,
+        /// What libtorch said, without its backtrace.
+        message: String,
     },
 }
 
@@ -128,13 +138,28 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// libtorch appends a backtrace to its messages; the first line has the reason.
-fn first_line(error: &tch::TchError) -> String {
+pub(crate) fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// Says which function libtorch refused, for `map_err`.
 pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Error {
-    move |source| Error::Torch { op, source }
+    move |source| Error::Torch { op, message: first_line(&source) }
+}
+
+/// Refuses what cannot be reckoned with: a tensor that holds nothing, is sparse, or of complex numbers.
+pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
+    let found = if !tensor.defined() {
+        "an undefined tensor".to_owned()
+    } else if tensor.is_sparse() || tensor.is_mkldnn() {
+        "a sparse tensor".to_owned()
+    } else if matches!(tensor.kind(), Kind::ComplexHalf | Kind::ComplexFloat | Kind::ComplexDouble)
+    {
+        format!("{:?}", tensor.kind())
+    } else {
+        return Ok(());
+    };
+    Err(Error::NotNumbers { op, name, found })
 }
 
 /// The features as a contiguous `f64` tensor, once they are known to be finite and `[n >= least, d >= 1]`.
@@ -144,6 +169,7 @@ pub(crate) fn ensure_features(
     features: &Tensor,
     least: i64,
 ) -> Result<Tensor> {
+    ensure_dense(op, name, features)?;
     let shape = features.size();
     let &[n, dim] = shape.as_slice() else {
         return Err(Error::Shape { op, name, found: shape, expected: "[n, features]".to_owned() });

@@ -8,7 +8,7 @@ use std::{
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
-use crate::error::{Error, Result, torch};
+use crate::error::{Error, Result, ensure_dense, first_line, torch};
 
 /// Images that go through a network at a time.
 const IMAGES_AT_ONCE: i64 = 256;
@@ -49,17 +49,23 @@ pub trait FeatureExtractor {
 /// - `images`: any shape, values in `[-1, 1]`
 /// - returns: the same shape and kind
 ///
+/// # Errors
+///
+/// [`Error::NotNumbers`] for what is no dense tensor of real numbers.
+///
 /// # Example
 ///
 /// ```
 /// let images = tch::Tensor::from_slice(&[-1.5_f32, 0.001, 1.0]);
-/// let stored = ddil_metrics::quantize(&images);
+/// let stored = ddil_metrics::quantize(&images)?;
 /// assert_eq!(stored.double_value(&[0]), -1.0);
-/// assert_eq!(stored, ddil_metrics::quantize(&stored));
+/// assert_eq!(stored, ddil_metrics::quantize(&stored)?);
+/// # Ok::<(), ddil_metrics::Error>(())
 /// ```
-pub fn quantize(images: &Tensor) -> Tensor {
+pub fn quantize(images: &Tensor) -> Result<Tensor> {
+    ensure_dense("quantize", "images", images)?;
     let levels = ((images.detach() + 1.0) * 127.5).clamp(0.0, 255.0).round();
-    levels / 127.5 - 1.0
+    Ok(levels / 127.5 - 1.0)
 }
 
 /// The pixels themselves, flattened.
@@ -92,6 +98,7 @@ impl RawPixels {
 
 impl FeatureExtractor for RawPixels {
     fn features(&self, images: &Tensor) -> Result<Tensor> {
+        ensure_dense("RawPixels::features", "images", images)?;
         let shape = images.size();
         if shape.len() != 4 || shape[1..] != self.shape {
             let [channels, height, width] = self.shape;
@@ -110,7 +117,7 @@ impl FeatureExtractor for RawPixels {
     }
 
     fn dim(&self) -> i64 {
-        self.shape.iter().product()
+        self.shape.iter().fold(1, |product: i64, side| product.saturating_mul(*side))
     }
 }
 
@@ -233,8 +240,10 @@ impl TorchScriptExtractor {
             module.f_set_eval()?;
             Ok(module)
         };
-        let module =
-            load().map_err(|source| Error::LoadNetwork { path: PathBuf::from(path), source })?;
+        let module = load().map_err(|source| Error::LoadNetwork {
+            path: PathBuf::from(path),
+            message: first_line(&source),
+        })?;
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         Ok(Self { module, options, device, id: format!("{stem}-{}", sha256(&bytes)) })
     }
@@ -291,6 +300,7 @@ impl FeatureExtractor for TorchScriptExtractor {
 
 /// Checks that `images` is `[n >= 1, one of channels, height, width]`.
 fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<()> {
+    ensure_dense(op, "images", images)?;
     let shape = images.size();
     if shape.len() == 4 && shape[0] > 0 && channels.contains(&shape[1]) {
         return Ok(());

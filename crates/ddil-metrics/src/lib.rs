@@ -31,6 +31,8 @@
 //! # Ok::<(), ddil_metrics::Error>(())
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod classifier;
 mod coverage;
 mod distances;

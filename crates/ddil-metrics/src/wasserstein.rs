@@ -8,6 +8,8 @@ use crate::error::{Error, Result, ensure_features, ensure_pair};
 
 /// Directions that are projected on at a time, so that memory does not grow with their number.
 const DIRECTIONS_AT_ONCE: i64 = 32;
+/// The most directions, which are all drawn before the first is used: an error of their mean of 0.4 %.
+const MAX_PROJECTIONS: u32 = 1 << 16;
 
 /// Squared sliced 2-Wasserstein distance between `a` and `b`, over `num_projections` directions drawn from `seed`.
 ///
@@ -22,7 +24,7 @@ const DIRECTIONS_AT_ONCE: i64 = 32;
 ///
 /// # Errors
 ///
-/// [`Error::InvalidSetting`] if `num_projections` is 0, and those of [`sliced_wasserstein_along`].
+/// [`Error::InvalidSetting`] if `num_projections` is 0 or above 65536, and those of [`sliced_wasserstein_along`].
 ///
 /// # Example
 ///
@@ -32,11 +34,11 @@ const DIRECTIONS_AT_ONCE: i64 = 32;
 /// # Ok::<(), ddil_metrics::Error>(())
 /// ```
 pub fn sliced_wasserstein(a: &Tensor, b: &Tensor, num_projections: u32, seed: u64) -> Result<f64> {
-    if num_projections == 0 {
+    if !(1..=MAX_PROJECTIONS).contains(&num_projections) {
         return Err(Error::InvalidSetting {
             name: "num_projections",
-            value: "0".to_owned(),
-            expected: "1 or more",
+            value: num_projections.to_string(),
+            expected: "from 1 to 65536",
         });
     }
     let (a, b) = ensure_pair("sliced_wasserstein", ("a", a), ("b", b), 1)?;

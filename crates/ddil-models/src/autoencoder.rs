@@ -8,9 +8,9 @@ use tch::{Kind, Tensor};
 use crate::autoencoder_blocks::{Decoder, Encoder};
 use crate::autoencoder_config::AutoencoderKLConfig;
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{Error, Result, is_float};
+use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::{Conv2d, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
 use crate::weights::{self, WeightFiles};
 
 const ENCODE: &str = "AutoencoderKL::encode";
@@ -101,6 +101,9 @@ impl AutoencoderKL {
         if upcasts {
             placement.kind = Kind::Float;
         }
+        ensure_room(values, placement, || {
+            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
+        })?;
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
         let latent_channels = i64::from(config.latent_channels);
@@ -377,6 +380,7 @@ impl AutoencoderKL {
         let (op, name) = (ENCODE, "images");
         let channels = i64::from(self.config.in_channels);
         let step = self.config.downscaling();
+        ensure_dense(op, name, images)?;
         let fits = matches!(images.size()[..], [batch, c, height, width] if batch > 0 && c == channels
             && height > 0 && width > 0 && height % step == 0 && width % step == 0);
         if !fits {
@@ -391,6 +395,7 @@ impl AutoencoderKL {
 
 fn ensure_latents(op: &'static str, latents: &Tensor, channels: u32) -> Result<()> {
     let name = "latents";
+    ensure_dense(op, "latents", latents)?;
     let size = latents.size();
     let fits = matches!(size[..], [batch, c, height, width]
         if batch > 0 && c == i64::from(channels) && height > 0 && width > 0);

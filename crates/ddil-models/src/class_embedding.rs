@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::embeddings::{TimeProjection, TimestepEmbedding};
-use crate::error::{Error, Result, ensure_labels};
+use crate::error::{Error, Result, ensure_dense, ensure_labels};
 use crate::layers::{Activation, Embedding, Linear, Output};
 use crate::parameters::Scope;
 use crate::unet_config::ClassEmbedType;
@@ -98,6 +98,7 @@ impl ClassEmbedding {
                 (vec![batch, *n], format!("[{batch}, {n}]"))
             }
         };
+        ensure_dense(op, "class_labels", labels)?;
         if labels.size() != expected {
             let (name, found) = ("class_labels", labels.size());
             return Err(Error::InvalidShape { op, name, found, expected: text });

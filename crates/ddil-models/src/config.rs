@@ -1,6 +1,5 @@
 //! Reading and writing `config.json` as diffusers lays it out.
 
-use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -15,6 +14,13 @@ use crate::weights::{write_error, write_whole};
 pub(crate) const FILE_NAME: &str = "config.json";
 /// The diffusers release whose `config.json` is written.
 const DIFFUSERS_VERSION: &str = "0.42.1";
+/// The largest `config.json` that is read; published ones have less than ten KiB.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+/// The largest whole number in a network's settings: no published width, vocabulary or count comes near it, and products
+/// of three of them are still numbers that can be counted with.
+const MAX_NUMBER: u64 = 1 << 20;
+/// The longest list in a network's settings.
+const MAX_LIST: usize = 10_000;
 
 /// What to do with a key that the settings do not have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,18 +42,51 @@ pub(crate) trait Config: Default + Serialize + DeserializeOwned {
     /// Everything wrong with settings that are each of the right type.
     fn problems(&self) -> Vec<ConfigProblem>;
 
+    /// Numbers and lists that are too large to reckon with; if there is none, everything that is wrong.
+    fn all_problems(&self) -> Vec<ConfigProblem> {
+        let mut problems = Vec::new();
+        for (key, value) in to_map(self) {
+            size_problems(&key, &value, &mut problems);
+        }
+        if problems.is_empty() { self.problems() } else { problems }
+    }
+
     /// An error unless there is no problem.
     fn ensure_valid(&self) -> Result<()> {
-        match self.problems() {
+        match self.all_problems() {
             problems if problems.is_empty() => Ok(()),
             problems => Err(Error::InvalidConfig { what: Self::CLASS_NAME.into(), problems }),
         }
     }
 }
 
-/// The JSON object in a file.
+/// Whatever in a setting is larger than any network has it.
+fn size_problems(key: &str, value: &Value, problems: &mut Vec<ConfigProblem>) {
+    match value {
+        Value::Number(number) if number.is_u64() && number.as_u64() > Some(MAX_NUMBER) => {
+            problems.push(ConfigProblem::new(key, number, format!("at most {MAX_NUMBER}")));
+        }
+        Value::Array(items) if items.len() > MAX_LIST => {
+            let found = format!("{} entries long", items.len());
+            problems.push(ConfigProblem::new(key, found, format!("at most {MAX_LIST}")));
+        }
+        Value::Array(items) => {
+            for (i, item) in items.iter().enumerate() {
+                size_problems(&format!("{key}[{i}]"), item, problems);
+            }
+        }
+        Value::Object(object) => {
+            for (name, item) in object {
+                size_problems(&format!("{key}.{name}"), item, problems);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The JSON object in a file of at most [`MAX_FILE_BYTES`].
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = fs::read_to_string(path)
+    let text = ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
     serde_json::from_str(&text)
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
@@ -82,7 +121,7 @@ pub(crate) fn from_object<C: Config>(
     settings.retain(|key, _| known.contains_key(key));
     match serde_json::from_value::<C>(Value::Object(settings)) {
         Ok(config) => {
-            problems.extend(config.problems());
+            problems.extend(config.all_problems());
             if problems.is_empty() {
                 return Ok(config);
             }

@@ -116,6 +116,8 @@ pub(crate) fn ask(
     answer: impl FnOnce(&Tensor, &Tensor) -> crate::Result<Tensor>,
 ) -> ddil_core::Result<Tensor> {
     ensure_only(op, network.class_name(), conditioning, &network.conditioning_fields())?;
+    ddil_schedulers::ensure_real(op, "x_t", x_t)?;
+    ddil_schedulers::ensure_dense(op, "timesteps", timesteps)?;
     let time = match (schedule.config(), network) {
         // An MLP may look the timestep up in its own schedule.
         (NoiseScheduleConfig::Vp(_), _) | (_, Model::Mlp(_)) => timesteps.shallow_clone(),

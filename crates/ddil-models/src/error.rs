@@ -23,6 +23,24 @@ pub enum Error {
         /// All that is wrong with them.
         problems: Vec<ConfigProblem>,
     },
+    /// A network beyond the size that this crate reckons with, whatever memory there is.
+    #[error(
+        "the settings describe a network of {parameters} parameters or more, with {} values or more up to `{at}`; at \
+         most {max_parameters} parameters with {max_values} values are possible",
+        values.map_or("2^63".to_owned(), |values| values.to_string())
+    )]
+    TooLarge {
+        /// The parameter that is one too many.
+        at: String,
+        /// Parameters up to the first that is one too many.
+        parameters: usize,
+        /// Values of these; none if they are beyond what can be counted.
+        values: Option<i64>,
+        /// The most parameters.
+        max_parameters: usize,
+        /// The most values.
+        max_values: i64,
+    },
     /// A file is not JSON.
     #[error("{} is not valid JSON", path.display())]
     InvalidJson {
@@ -393,8 +411,14 @@ impl fmt::Display for WeightProblems {
     }
 }
 
+/// Refuses an argument that is undefined or sparse, which has no shape or cannot be reckoned with.
+pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
+    Ok(ddil_schedulers::ensure_dense(op, name, tensor)?)
+}
+
 /// Checks `timesteps`: one number or one per sample, integer or floating point.
 pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64) -> Result<()> {
+    ensure_dense(op, "timesteps", timesteps)?;
     let size = timesteps.size();
     if !(size.is_empty() || size == [batch] || size == [1]) {
         return Err(Error::InvalidShape {
@@ -415,6 +439,7 @@ pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64)
 /// Checks `class_labels` that index a table: `[batch]`, `Int64`, and in range where that is free to see.
 pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Result<()> {
     let name = "class_labels";
+    ensure_dense(op, name, labels)?;
     if labels.size() != [batch] {
         let expected = format!("[{batch}], one per sample");
         return Err(Error::InvalidShape { op, name, found: labels.size(), expected });
@@ -446,6 +471,7 @@ pub(crate) fn ensure_guidance_weight(
         None if !expected => return Ok(()),
         _ => return Err(Error::GuidanceWeight { op, expected }),
     };
+    ensure_dense(op, name, weight)?;
     if weight.size() != [batch] {
         let expected = format!("[{batch}], one per sample");
         return Err(Error::InvalidShape { op, name, found: weight.size(), expected });

@@ -4,6 +4,8 @@
 //! JSON as diffusers lays them out, so a teacher trained there loads here unrenamed, and a student trained here loads
 //! there.
 
+#![forbid(unsafe_code)]
+
 mod addition_embedding;
 mod attention;
 mod autoencoder;

@@ -10,11 +10,12 @@ use tch::{Kind, TchError, Tensor};
 use crate::config::{self, Config, UnknownKeys};
 use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::error::{
-    ConfigProblem, Error, Result, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
+    ConfigProblem, Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels,
+    ensure_timesteps, is_float,
 };
 use crate::layers::{Activation, Embedding, Linear};
 use crate::model::NetworkOutput;
-use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values};
+use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values, ensure_room};
 
 const FORWARD: &str = "Mlp::forward";
 
@@ -195,6 +196,9 @@ pub struct Mlp {
 impl Mlp {
     fn new(config: &MlpConfig, placement: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, placement, || {
+            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
+        })?;
         let schedule = config.skip.as_ref().map(|skip| skip.schedule.build()).transpose()?;
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -342,6 +346,7 @@ impl Mlp {
         guidance_weight: Option<&Tensor>,
     ) -> Result<()> {
         let op = FORWARD;
+        ensure_dense(op, "x_t", x_t)?;
         let (size, dim) = (x_t.size(), i64::from(self.config.dim));
         if size.len() < 2 || size[1..].iter().product::<i64>() != dim {
             let expected = format!("[batch, {dim}], or as many values a sample");

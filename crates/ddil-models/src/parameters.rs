@@ -8,7 +8,7 @@ use std::path::Path;
 use ddil_libtorch::Generator;
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, WeightProblems};
+use crate::error::{Error, Result, WeightProblems, is_float};
 use crate::lora::{Form, Layer, Slot};
 use crate::weights;
 
@@ -52,6 +52,11 @@ impl Default for Placement {
         Self { device: Device::Cpu, kind: Kind::Float, channels_last: false }
     }
 }
+
+/// The most parameters that a network can have: ten times what the largest published ones have.
+const MAX_PARAMETERS: usize = 20_000;
+/// The most values that a network can have, 256 GiB in single precision: twenty-five times SDXL's.
+const MAX_VALUES: i64 = 1 << 36;
 
 /// Where the values of new parameters come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,11 +213,39 @@ pub(crate) struct Builder {
     layers: Vec<Layer>,
     placement: Placement,
     values: Values,
+    num_values: i64,
 }
 
 impl Builder {
     pub(crate) fn new(placement: Placement, values: Values) -> Self {
-        Self { entries: Vec::new(), layers: Vec::new(), placement, values }
+        Self { entries: Vec::new(), layers: Vec::new(), placement, values, num_values: 0 }
+    }
+
+    /// Counts a parameter, unless the network would be too large with it.
+    fn count(&mut self, name: &str, shape: &[i64]) -> Result<()> {
+        if !is_float(self.placement.kind) {
+            return Err(Error::InvalidKind {
+                op: "building a network",
+                name: "placement.kind",
+                found: self.placement.kind,
+                expected: "floating point",
+            });
+        }
+        let values = shape.iter().try_fold(1_i64, |product, &side| product.checked_mul(side));
+        let total = values.and_then(|values| values.checked_add(self.num_values));
+        match total.filter(|total| *total <= MAX_VALUES) {
+            Some(total) if self.entries.len() < MAX_PARAMETERS => self.num_values = total,
+            _ => {
+                return Err(Error::TooLarge {
+                    at: name.to_owned(),
+                    parameters: self.entries.len() + 1,
+                    values: total,
+                    max_parameters: MAX_PARAMETERS,
+                    max_values: MAX_VALUES,
+                });
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn root(&mut self) -> Scope<'_> {
@@ -275,6 +308,7 @@ impl Scope<'_> {
 
     fn add(&mut self, name: &str, shape: &[i64], init: Init, learned: bool) -> Result<Tensor> {
         let name = self.name(name);
+        self.builder.count(&name, shape)?;
         let _no_grad = tch::no_grad_guard();
         let mut tensor = match self.builder.values {
             Values::Sizes => sized(shape)?,
@@ -289,6 +323,24 @@ impl Scope<'_> {
         self.builder.entries.push(Parameter { name, tensor, learned, joined: Vec::new() });
         Ok(handle)
     }
+}
+
+/// Makes sure that there is room for all values of a network before the first is drawn: a system that lends more memory
+/// than it has ends the process when it is used.
+///
+/// `sized` builds the network for its sizes. Values that a file will fill are not asked for here: their memory is not used
+/// before the file was found to hold them.
+pub(crate) fn ensure_room(
+    values: Values,
+    placement: Placement,
+    sized: impl FnOnce() -> Result<Parameters>,
+) -> Result<()> {
+    if !matches!(values, Values::Seeded(_)) || placement.device != Device::Cpu {
+        return Ok(());
+    }
+    let all = i64::try_from(sized()?.num_values()).unwrap_or(i64::MAX);
+    let room = Tensor::f_empty([all], (placement.kind, placement.device));
+    room.map(drop).map_err(Error::torch("allocating parameters"))
 }
 
 /// One number that says it is as many as `shape` has.
@@ -314,7 +366,10 @@ fn empty(shape: &[i64], placement: Placement) -> Result<Tensor> {
 fn draw(init: Init, shape: &[i64], seed: u64, name: &str) -> Result<Tensor> {
     let mut generator = Generator::new(Device::Cpu, stream_seed(seed, name))?;
     Ok(match init {
-        Init::Constant(value) => Tensor::full(shape, value, (Kind::Float, Device::Cpu)),
+        // Memory first: where there is none, an operation that is handed a number panics in tch.
+        Init::Constant(value) => Tensor::f_empty(shape, (Kind::Float, Device::Cpu))
+            .and_then(|mut empty| empty.f_fill_(value))
+            .map_err(Error::torch("initialising parameters"))?,
         Init::Uniform { bound } => (generator.uniform(shape, Kind::Float)? * 2.0 - 1.0) * bound,
         Init::Normal { std } => generator.normal(shape, Kind::Float)? * std,
     })

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::{CModule, Kind, Tensor};
 
 use crate::config::Config;
-use crate::error::{ConfigProblem, Error, Result, ensure_timesteps};
+use crate::error::{ConfigProblem, Error, Result, ensure_dense, ensure_timesteps};
 use crate::parameters::{Parameters, Placement};
 
 const FORWARD: &str = "TorchScript::forward";
@@ -118,6 +118,7 @@ impl TorchScript {
         class_labels: Option<&Tensor>,
     ) -> Result<Tensor> {
         let op = FORWARD;
+        ensure_dense(op, "x_t", x_t)?;
         let size = x_t.size();
         let Some(&batch) = size.first() else {
             let expected = "[batch, ..]".to_owned();

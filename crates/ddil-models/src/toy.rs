@@ -7,7 +7,7 @@ use ddil_libtorch::Generator;
 use ddil_schedulers::{NoiseSchedule, Prediction, Scales};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_labels, is_float};
+use crate::error::{Error, Result, ensure_dense, ensure_labels, is_float};
 
 /// A mixture of isotropic Gaussians whose posterior mean is known in closed form.
 ///
@@ -55,6 +55,21 @@ struct Classes {
     count: i64,
 }
 
+/// The most components of a mixture that is made by counting.
+const MAX_COMPONENTS: usize = 1 << 20;
+
+fn ensure_countable(op: &'static str, name: &'static str, components: Option<usize>) -> Result<()> {
+    match components {
+        Some(count) if count <= MAX_COMPONENTS => Ok(()),
+        _ => Err(Error::InvalidArgument {
+            op,
+            name,
+            found: components.map_or("beyond counting".to_owned(), |count| count.to_string()),
+            expected: format!("at most {MAX_COMPONENTS}"),
+        }),
+    }
+}
+
 impl GaussianMixture {
     /// A mixture without classes.
     ///
@@ -69,6 +84,7 @@ impl GaussianMixture {
     /// [`Error::InvalidShape`], or [`Error::InvalidArgument`] for a number that is not finite and above 0.
     pub fn new(means: &Tensor, stds: &[f64], weights: &[f64]) -> Result<Self> {
         const OP: &str = "GaussianMixture::new";
+        ensure_dense(OP, "means", means)?;
         let size = means.size();
         if size.len() != 2 || size.contains(&0) || !is_float(means.kind()) {
             let expected = "[components, dim], floating point".to_owned();
@@ -101,8 +117,10 @@ impl GaussianMixture {
     ///
     /// [`Error::InvalidArgument`] unless there is one label per component and the labels are 0, 1, .. without a gap.
     pub fn with_classes(mut self, labels: &[i64]) -> Result<Self> {
-        let count = labels.iter().max().map_or(0, |max| max + 1);
-        let all_there = (0..count).all(|class| labels.contains(&class));
+        let components = self.num_components();
+        // A label beyond leaves a gap for certain; counting up to it could take for ever.
+        let count = labels.iter().max().map_or(0, |max| max.saturating_add(1));
+        let all_there = count <= components && (0..count).all(|class| labels.contains(&class));
         if labels.len() as i64 != self.num_components()
             || !all_there
             || labels.iter().any(|&l| l < 0)
@@ -125,8 +143,9 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`] for no modes.
+    /// [`Error::InvalidShape`] for no modes, [`Error::InvalidArgument`] for more than a million.
     pub fn ring(modes: usize) -> Result<Self> {
+        ensure_countable("GaussianMixture::ring", "modes", Some(modes))?;
         let angle = |i: usize| 2.0 * PI * i as f64 / modes as f64;
         let means: Vec<f64> =
             (0..modes).flat_map(|i| [0.8 * angle(i).cos(), 0.8 * angle(i).sin()]).collect();
@@ -138,8 +157,9 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`] if `side` is 0.
+    /// [`Error::InvalidShape`] if `side` is 0, [`Error::InvalidArgument`] for more than a million components.
     pub fn grid(side: usize) -> Result<Self> {
+        ensure_countable("GaussianMixture::grid", "side * side", side.checked_mul(side))?;
         let spacing = 1.6 / (side.max(2) - 1) as f64;
         let place = |i: usize| if side > 1 { spacing * i as f64 - 0.8 } else { 0.0 };
         let cells = || (0..side * side).map(|i| (i % side, i / side));
@@ -198,18 +218,23 @@ impl GaussianMixture {
     }
 
     /// The same mixture with its numbers on `device`, which saves a transfer in every call there.
-    #[must_use]
-    pub fn to_device(&self, device: Device) -> Self {
-        let classes = self.classes.as_ref().map(|classes| Classes {
-            of_component: classes.of_component.to_device(device),
-            count: classes.count,
-        });
-        Self {
-            means: self.means.to_device(device),
-            variances: self.variances.to_device(device),
-            log_weights: self.log_weights.to_device(device),
-            classes,
-        }
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if the device is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        let moved = |values: &Tensor| {
+            values.f_to_device(device).map_err(Error::torch("GaussianMixture::to_device"))
+        };
+        let of_class = |classes: &Classes| -> Result<Classes> {
+            Ok(Classes { of_component: moved(&classes.of_component)?, count: classes.count })
+        };
+        Ok(Self {
+            means: moved(&self.means)?,
+            variances: moved(&self.variances)?,
+            log_weights: moved(&self.log_weights)?,
+            classes: self.classes.as_ref().map(of_class).transpose()?,
+        })
     }
 
     /// Where the Gaussians are centred, `[components, dim]`, `Double`.
@@ -307,10 +332,20 @@ impl GaussianMixture {
         generator: &mut Generator,
     ) -> Result<Tensor> {
         const OP: &str = "GaussianMixture::sample";
+        if n < 0 {
+            let expected = "at least 0".to_owned();
+            return Err(Error::InvalidArgument {
+                op: OP,
+                name: "n",
+                found: n.to_string(),
+                expected,
+            });
+        }
         let device = generator.device();
+        // Memory first: nothing behind it has a way to refuse.
+        let uniform = generator.uniform([n, self.num_components()], Kind::Double)?;
         let log_prior = self.log_prior(OP, labels, n, device)?;
         // The largest of log weight plus Gumbel noise is a draw from the weights.
-        let uniform = generator.uniform([n, self.num_components()], Kind::Double)?;
         let gumbel = -(-(uniform + f64::MIN_POSITIVE).log()).log();
         let component = (log_prior + gumbel).argmax(1, false);
         let normal = generator.normal([n, self.dim()], Kind::Double)?;
@@ -363,8 +398,10 @@ impl GaussianMixture {
 
     /// `[batch, dim]`, `Double`.
     fn flat(&self, op: &'static str, name: &'static str, x: &Tensor) -> Result<Tensor> {
+        ensure_dense(op, name, x)?;
         let size = x.size();
-        if size.len() < 2 || size[1..].iter().product::<i64>() != self.dim() {
+        let values = size.iter().skip(1).product::<i64>();
+        if size.len() < 2 || values != self.dim() {
             let expected = format!("[batch, {}], or as many values a sample", self.dim());
             return Err(Error::InvalidShape { op, name, found: size, expected });
         }
@@ -422,6 +459,11 @@ fn column(
     batch: i64,
     device: Device,
 ) -> Result<Tensor> {
+    ensure_dense(op, name, values)?;
+    if !is_float(values.kind()) {
+        let (found, expected) = (values.kind(), "floating point");
+        return Err(Error::InvalidKind { op, name, found, expected });
+    }
     let count = values.numel() as i64;
     if count != 1 && count != batch {
         let expected = format!("[{batch}], one per sample, or one for all");
@@ -453,6 +495,7 @@ impl Denoiser for MixtureDenoiser {
     ) -> ddil_core::Result<Prediction> {
         let op = "Denoiser::predict";
         crate::denoiser::ensure_only(op, "GaussianMixture", conditioning, &["class_labels"])?;
+        ddil_schedulers::ensure_real(op, "x_t", x_t)?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
         let labels = conditioning.class_labels.as_ref();

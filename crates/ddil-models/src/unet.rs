@@ -11,10 +11,12 @@ use crate::embeddings::{
     FourierProjection, GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding,
     one_per_sample,
 };
-use crate::error::{Error, Result, ensure_guidance_weight, ensure_timesteps, is_float};
+use crate::error::{
+    Error, Result, ensure_dense, ensure_guidance_weight, ensure_timesteps, is_float,
+};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
-use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
+use crate::parameters::{Builder, Parameters, Placement, Scope, Values, ensure_room};
 use crate::recompute::Recompute;
 use crate::resnet::{Pass, ResnetOptions};
 use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
@@ -76,6 +78,9 @@ pub struct UNet2DModel {
 impl UNet2DModel {
     pub(crate) fn new(config: &UNet2DConfig, placement: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, placement, || {
+            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
+        })?;
         let first = config.channels()[0];
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -262,6 +267,7 @@ impl UNet2DModel {
 
     fn ensure_inputs(&self, sample: &Tensor, told: Told<'_>) -> Result<()> {
         let op = FORWARD;
+        ensure_dense(op, "sample", sample)?;
         let channels = i64::from(self.config.in_channels);
         let step = 1 << (self.config.block_out_channels.len() - 1);
         let fits = matches!(sample.size()[..], [_, c, height, width]

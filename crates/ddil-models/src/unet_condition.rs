@@ -11,10 +11,12 @@ use crate::config::Config;
 use crate::embeddings::{
     GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
 };
-use crate::error::{Error, Result, ensure_guidance_weight, ensure_timesteps, is_float};
+use crate::error::{
+    Error, Result, ensure_dense, ensure_guidance_weight, ensure_timesteps, is_float,
+};
 use crate::layers::{Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
-use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
+use crate::parameters::{Builder, Parameters, Placement, Scope, Values, ensure_room};
 use crate::recompute::Recompute;
 use crate::resnet::{Pass, ResnetOptions, Text};
 use crate::transformer::TransformerOptions;
@@ -64,6 +66,21 @@ pub struct UNet2DConditionInputs<'a> {
 }
 
 impl<'a> UNet2DConditionInputs<'a> {
+    fn ensure_dense(&self, op: &'static str) -> Result<()> {
+        let parts = [
+            ("encoder_hidden_states", self.encoder_hidden_states),
+            ("encoder_attention_mask", self.encoder_attention_mask),
+            ("text_embeds", self.text_embeds),
+            ("time_ids", self.time_ids),
+            ("class_labels", self.class_labels),
+        ];
+        let given = parts.into_iter().filter_map(|(name, part)| Some((name, part?)));
+        for (name, part) in given {
+            ensure_dense(op, name, part)?;
+        }
+        Ok(())
+    }
+
     /// Embeddings of a text's tokens and nothing else.
     pub fn text(encoder_hidden_states: &'a Tensor) -> Self {
         Self { encoder_hidden_states: Some(encoder_hidden_states), ..Self::default() }
@@ -162,6 +179,9 @@ impl UNet2DConditionModel {
         values: Values,
     ) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, placement, || {
+            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
+        })?;
         let (first, width) = (config.channels()[0], config.time_width());
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -380,6 +400,8 @@ impl UNet2DConditionModel {
         inputs: UNet2DConditionInputs<'_>,
     ) -> Result<()> {
         let op = FORWARD;
+        ensure_dense(op, "sample", sample)?;
+        inputs.ensure_dense(op)?;
         let channels = i64::from(self.config.in_channels);
         let fits = matches!(sample.size()[..], [_, c, height, width]
             if c == channels && height > 0 && width > 0);

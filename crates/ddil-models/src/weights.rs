@@ -91,6 +91,20 @@ pub(crate) fn read_renamed(
 /// What is to be copied from each of several files, and the names that were changed.
 type Planned<'a> = (Vec<Vec<Copy<'a>>>, Vec<(String, String)>);
 
+/// Refuses tensors that hold nothing or are sparse.
+pub(super) fn ensure_all_dense(op: &'static str, tensors: &[(String, Tensor)]) -> Result<()> {
+    let is_dense = |tensor: &Tensor| tensor.defined() && !tensor.is_sparse() && !tensor.is_mkldnn();
+    match tensors.iter().find(|(_, tensor)| !is_dense(tensor)) {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::InvalidArgument {
+            op,
+            name: "tensors",
+            found: format!("undefined or sparse at `{name}`"),
+            expected: "dense tensors".to_owned(),
+        }),
+    }
+}
+
 /// Compares files with `targets`, down to the last difference.
 fn planned<'a>(
     files: &[OpenFile],
@@ -98,6 +112,7 @@ fn planned<'a>(
     path: &Path,
     new_name: impl Fn(&str) -> Option<String>,
 ) -> Result<Planned<'a>> {
+    ensure_all_dense("weights::load_into", targets)?;
     let mut found = sources(files, new_name);
     let mut renamed = Vec::new();
     let mut problems = WeightProblems::default();
@@ -235,6 +250,7 @@ pub fn save_as(
     kind: Option<Kind>,
 ) -> Result<()> {
     let path = path.as_ref();
+    ensure_all_dense("weights::save", tensors)?;
     let (header, order) = layout(tensors, metadata, kind)?;
     write_whole(path, |file| {
         let bytes = padded_json(&header).map_err(|e| write_error(path, e))?;

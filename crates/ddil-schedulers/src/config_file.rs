@@ -157,9 +157,10 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read; otherwise as [`from_json`](Self::from_json).
+    /// [`Error::Io`] if it cannot be read, is no plain file or has more than 16 MiB; [`Error::File`] with an error of
+    /// [`from_json`](Self::from_json).
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        Self::from_json(&read(path.as_ref())?)
+        read(path.as_ref(), Self::from_json)
     }
 
     /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does: for a
@@ -171,16 +172,16 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read); [`Error::InvalidConfig`] for a class that is none of these.
+    /// As [`read`](Self::read), with an error of [`from_json_any`](Self::from_json_any).
     pub fn read_any(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
-        Self::from_json_any(&read(path.as_ref())?)
+        read(path.as_ref(), Self::from_json_any)
     }
 
     /// Reads the text of such a file.
     ///
     /// # Errors
     ///
-    /// As [`from_json`](Self::from_json).
+    /// As [`from_json`](Self::from_json); [`Error::InvalidConfig`] for a class that is none of these.
     pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
         let mut keys: Map<String, Value> =
             serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
@@ -200,7 +201,7 @@ impl SchedulerConfig {
     ///
     /// As [`read`](Self::read), save for unknown keys.
     pub fn read_lenient(path: impl AsRef<Path>) -> Result<(Self, Vec<String>)> {
-        Self::from_json_lenient(&read(path.as_ref())?)
+        read(path.as_ref(), Self::from_json_lenient)
     }
 
     /// Writes a file as diffusers does: sorted keys, two spaces, a newline at the end.
@@ -608,7 +609,13 @@ fn take<T: DeserializeOwned>(
     })
 }
 
-fn read(path: &Path) -> Result<String> {
+/// A published file has less than two KiB; a thousand betas one by one are thirty.
+const MAX_FILE_BYTES: u64 = 16 << 20;
+
+/// Reads a file, whose name is part of every error.
+fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { action: "read", path: path.to_owned(), source };
-    std::fs::read_to_string(path).map_err(failed)
+    let text = ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
+    let named = |error| Error::File { path: path.to_owned(), source: Box::new(error) };
+    parse(&text).map_err(named)
 }

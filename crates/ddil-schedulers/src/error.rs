@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,26 @@ pub enum Error {
         kind: tch::Kind,
         /// What it may be.
         expected: &'static str,
+    },
+    /// An argument is a tensor that holds nothing, or not in the plain order of dense tensors.
+    #[error("{op}: `{name}` is {found}; expected a dense tensor")]
+    NotDense {
+        /// The function that was called.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// What it is.
+        found: &'static str,
+    },
+    /// Two arguments that must be on the same device are not.
+    #[error("{op}: `{}` is on {:?}, but `{}` is on {:?}", left.0, left.1, right.0, right.1)]
+    DeviceMismatch {
+        /// The function that was called.
+        op: &'static str,
+        /// Name and device of the first argument.
+        left: (&'static str, tch::Device),
+        /// Name and device of the second argument.
+        right: (&'static str, tch::Device),
     },
     /// A setting is outside of what it may be.
     #[error("`{field}` is {value}; expected {expected}")]
@@ -93,6 +113,14 @@ pub enum Error {
     Parse {
         /// Where and why.
         source: serde_json::Error,
+    },
+    /// A file holds something else than a scheduler config that can be.
+    #[error("{} is no scheduler config that can be used", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<Error>,
     },
     /// A file could not be read or written.
     #[error("could not {action} {}", path.display())]
@@ -155,16 +183,52 @@ impl Error {
     }
 }
 
-/// Checks that two named arguments have the same shape.
+/// Checks that a named argument is a tensor that arithmetic can be done with: dense and floating point.
 ///
 /// # Errors
 ///
-/// [`Error::ShapeMismatch`] with both names and shapes.
+/// [`Error::NotDense`] for an undefined or sparse tensor, [`Error::Kind`] for whole numbers, truth values and complex
+/// numbers.
+pub fn ensure_real(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
+    ensure_dense(op, name, tensor)?;
+    let kind = tensor.kind();
+    if matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+        return Ok(());
+    }
+    Err(Error::Kind { op, name, kind, expected: "Float, Double, Half or BFloat16" })
+}
+
+/// Checks that a named argument holds something, in the plain order of dense tensors.
+///
+/// # Errors
+///
+/// [`Error::NotDense`] otherwise.
+pub fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
+    if !tensor.defined() {
+        return Err(Error::NotDense { op, name, found: "an undefined tensor" });
+    }
+    if tensor.is_sparse() || tensor.is_mkldnn() {
+        return Err(Error::NotDense { op, name, found: "a sparse tensor" });
+    }
+    Ok(())
+}
+
+/// Checks that two named arguments can be added: [`ensure_real`], of the same shape and on the same device.
+///
+/// # Errors
+///
+/// Those of [`ensure_real`]; [`Error::ShapeMismatch`] with both names and shapes, [`Error::DeviceMismatch`].
 pub fn ensure_same_shape(
     op: &'static str,
     left: (&'static str, &Tensor),
     right: (&'static str, &Tensor),
 ) -> Result<()> {
+    ensure_real(op, left.0, left.1)?;
+    ensure_real(op, right.0, right.1)?;
+    if left.1.device() != right.1.device() {
+        let (left, right) = ((left.0, left.1.device()), (right.0, right.1.device()));
+        return Err(Error::DeviceMismatch { op, left, right });
+    }
     let (left_size, right_size) = (left.1.size(), right.1.size());
     if left_size == right_size {
         return Ok(());
@@ -179,6 +243,8 @@ pub(crate) fn ensure_timesteps(
     timesteps: &Tensor,
     sample: &Tensor,
 ) -> Result<()> {
+    ensure_dense(op, name, timesteps)?;
+    ensure_real(op, "sample", sample)?;
     let batch = sample.size().first().copied();
     if Some(timesteps.size().as_slice()) != batch.as_ref().map(std::slice::from_ref) {
         let expected = match batch {
@@ -187,7 +253,7 @@ pub(crate) fn ensure_timesteps(
         };
         return Err(Error::Shape { op, name, shape: timesteps.size(), expected });
     }
-    if timesteps.kind() != tch::Kind::Int64 {
+    if timesteps.kind() != Kind::Int64 {
         return Err(Error::Kind { op, name, kind: timesteps.kind(), expected: "Int64" });
     }
     Ok(())

@@ -40,6 +40,8 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod config_file;
 mod ddim;
 mod error;
@@ -53,11 +55,11 @@ mod timesteps;
 
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddim::Ddim;
-pub use error::{Error, Result, ensure_same_shape};
+pub use error::{Error, Result, ensure_dense, ensure_real, ensure_same_shape};
 pub use lcm::{ConsistencyBoundary, Lcm};
 pub use noise_schedule::{
-    BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, NoiseSchedule, NoiseScheduleConfig,
-    Scale, Scales, VpConfig,
+    BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, MAX_TRAIN_TIMESTEPS, NoiseSchedule,
+    NoiseScheduleConfig, Scale, Scales, VpConfig,
 };
 pub use plan::Plan;
 pub use prediction::{Prediction, PredictionType};

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_same_shape, ensure_timesteps};
+use crate::error::{Error, Result, ensure_dense, ensure_same_shape, ensure_timesteps};
 
 /// How the betas of a variance-preserving schedule grow; spelt as in published scheduler configs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +35,7 @@ pub enum FinalAlphaCumprod {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VpConfig {
-    /// Number of timesteps the teacher was trained with; default 1000.
+    /// Number of timesteps the teacher was trained with, at most [`MAX_TRAIN_TIMESTEPS`]; default 1000.
     pub num_train_timesteps: u32,
     /// How the betas grow; default `scaled_linear`.
     pub beta_schedule: BetaSchedule,
@@ -415,6 +415,7 @@ impl NoiseSchedule {
     ///
     /// As [`scales_at`](Self::scales_at).
     pub fn time_inputs_at(&self, timesteps: &Tensor) -> Result<Tensor> {
+        ensure_dense("NoiseSchedule::time_inputs_at", "timesteps", timesteps)?;
         match self.inner.config {
             NoiseScheduleConfig::Vp(_) => Ok(timesteps.to_kind(Kind::Float)),
             NoiseScheduleConfig::Flow(_) => {
@@ -481,14 +482,17 @@ fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
     Ok(())
 }
 
+/// The most training timesteps that a schedule or a grid can have, a thousand times what published models have.
+pub const MAX_TRAIN_TIMESTEPS: u32 = 1_000_000;
+
 fn ensure_num_train_timesteps(n: u32) -> Result<usize> {
-    if n > 0 {
+    if (1..=MAX_TRAIN_TIMESTEPS).contains(&n) {
         return Ok(n as usize);
     }
     Err(Error::InvalidConfig {
         field: "schedule.num_train_timesteps",
         value: n.to_string(),
-        expected: "at least 1".to_owned(),
+        expected: format!("in 1..={MAX_TRAIN_TIMESTEPS}"),
     })
 }
 

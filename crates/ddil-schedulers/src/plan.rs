@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::config_file::Compatibility;
 use crate::ddim::Ddim;
-use crate::error::{Error, Result, ensure_same_shape};
+use crate::error::{Error, Result, ensure_real, ensure_same_shape};
 use crate::lcm::{ConsistencyBoundary, Lcm};
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::prediction::{PredictionType, at_least_float};
@@ -242,6 +242,7 @@ impl Plan {
         noise: Option<&Tensor>,
     ) -> Result<()> {
         const OP: &str = "Plan::step_inplace";
+        ensure_real(OP, "x_t", x_t)?;
         if at_least_float(x_t).kind() != x_t.kind() {
             let x = self.step(i, x_t, model_output, noise)?;
             return x_t.f_copy_(&x).map_err(Error::torch(OP));

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ensure_real};
 
 /// The box that clean data live in: one interval, or one a channel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,6 +99,7 @@ impl DataRange {
     /// ```
     pub fn of_samples(x0: &Tensor, quantile: f64, margin: f64) -> Result<Self> {
         const OP: &str = "DataRange::of_samples";
+        ensure_real(OP, "x0", x0)?;
         if x0.dim() < 2 || x0.numel() == 0 {
             let expected = "[samples, channels, ..] with at least one value".to_owned();
             return Err(Error::Shape { op: OP, name: "x0", shape: x0.size(), expected });
@@ -133,7 +134,8 @@ impl DataRange {
         let n = low.len().max(high.len());
         let ordered = |i: usize| {
             let (low, high) = (low[i.min(low.len() - 1)], high[i.min(high.len() - 1)]);
-            low.is_finite() && high.is_finite() && low < high
+            // Also in single precision, in which most data are.
+            (low as f32).is_finite() && (high as f32).is_finite() && low < high
         };
         if comparable && !low.is_empty() && !high.is_empty() && (0..n).all(ordered) {
             return Ok(());
@@ -169,10 +171,10 @@ impl Bound {
         if values.len() > 1 {
             shape[1] = values.len() as i64;
         }
-        // Filled on the device: a copy from the host would wait for it.
+        // Filled on the device: a copy from the host would wait for it. In `Double`, as the half kinds cannot hold all bounds.
         let bounds: Vec<Tensor> =
-            values.iter().map(|v| Tensor::full([1], *v, (x0.kind(), x0.device()))).collect();
-        Ok(Tensor::cat(&bounds, 0).view(shape.as_slice()))
+            values.iter().map(|v| Tensor::full([1], *v, (Kind::Double, x0.device()))).collect();
+        Ok(Tensor::cat(&bounds, 0).to_kind(x0.kind()).view(shape.as_slice()))
     }
 }
 
@@ -186,20 +188,21 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if bounds are not finite and in order, `ratio` is not in (0, 1] or `max_value` is
-    /// below 1.
+    /// [`Error::InvalidConfig`] if bounds are not in order and finite in single precision, `ratio` is not in (0, 1], or
+    /// `max_value` is below 1 or not finite.
     pub fn ensure(&self) -> Result<()> {
         match self {
             Self::None => Ok(()),
             Self::Clamp(range) | Self::Reflect(range) => range.ensure(),
             Self::Dynamic { ratio, max_value } => {
-                if 0.0 < *ratio && *ratio <= 1.0 && *max_value >= 1.0 {
+                let is_largest = *max_value >= 1.0 && (*max_value as f32).is_finite();
+                if 0.0 < *ratio && *ratio <= 1.0 && is_largest {
                     return Ok(());
                 }
                 Err(Error::InvalidConfig {
                     field: "thresholding.ratio, thresholding.max_value",
                     value: format!("{ratio}, {max_value}"),
-                    expected: "a ratio in (0, 1] and a value of at least 1".to_owned(),
+                    expected: "a ratio in (0, 1] and a finite value of at least 1".to_owned(),
                 })
             }
         }
@@ -213,20 +216,22 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a range per channel does not fit the channels of `x0`; as [`ensure`](Self::ensure) for
-    /// the settings.
+    /// [`Error::Shape`] if a range per channel does not fit the channels of `x0`, [`Error::Kind`] or
+    /// [`Error::NotDense`] if it holds no real numbers; as [`ensure`](Self::ensure) for the settings.
     pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
+        let op = "Thresholding::apply";
         self.ensure()?;
+        ensure_real(op, "x0", x0)?;
         if x0.dim() == 0 {
             let expected = "[batch, ..]".to_owned();
-            let op = "Thresholding::apply";
             return Err(Error::Shape { op, name: "x0", shape: x0.size(), expected });
         }
         match self {
             _ if x0.numel() == 0 => Ok(x0.shallow_clone()),
             Self::None => Ok(x0.shallow_clone()),
             Self::Clamp(DataRange { low: Bound::Scalar(low), high: Bound::Scalar(high) }) => {
-                Ok(x0.clamp(*low, *high))
+                let most = largest_of(x0.kind());
+                Ok(x0.clamp(low.clamp(-most, most), high.clamp(-most, most)))
             }
             Self::Clamp(range) => {
                 Ok(x0.clamp_tensor(Some(range.low.tensor(x0)?), Some(range.high.tensor(x0)?)))
@@ -246,6 +251,17 @@ impl Thresholding {
     pub fn changed_fraction(&self, x0: &Tensor) -> Result<Tensor> {
         let changed = self.apply(x0)?.ne_tensor(x0).to_kind(Kind::Float);
         Ok(changed.unsqueeze(-1).flatten(1, -1).mean_dim(1, false, Kind::Float))
+    }
+}
+
+/// The largest number of a kind, which libtorch refuses to go beyond.
+fn largest_of(kind: Kind) -> f64 {
+    match kind {
+        Kind::Half => 65504.0,
+        // All but the last eight bits of a Float's.
+        Kind::BFloat16 => 3.389_531_389_251_535_5e38,
+        Kind::Float => f32::MAX.into(),
+        _ => f64::MAX,
     }
 }
 

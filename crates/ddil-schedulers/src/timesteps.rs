@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::noise_schedule::MAX_TRAIN_TIMESTEPS;
 
 /// How `n` timesteps are spread over the training grid; spelt as in published scheduler configs.
 ///
@@ -123,11 +124,12 @@ impl Timesteps {
     /// [`Error::InvalidConfig`] unless the list is not empty, strictly falls and stays on the grid.
     pub fn explicit(timesteps: Vec<i64>, num_train_timesteps: u32) -> Result<Self> {
         let falls = timesteps.windows(2).all(|pair| pair[0] > pair[1]);
+        let num_train_timesteps = num_train_timesteps.min(MAX_TRAIN_TIMESTEPS);
         let on_grid = |t: &i64| (0..i64::from(num_train_timesteps)).contains(t);
         if timesteps.is_empty() || !falls || !timesteps.iter().all(on_grid) {
             return Err(Error::InvalidConfig {
                 field: "timesteps",
-                value: format!("{timesteps:?}"),
+                value: shown(&timesteps),
                 expected: format!(
                     "at least one, strictly falling, each in 0..{num_train_timesteps}"
                 ),
@@ -186,11 +188,15 @@ impl Timesteps {
             field: "substeps",
             value: substeps.to_string(),
             expected: format!(
-                "at least 1 and at most the timesteps between neighbours of the grid {:?}",
-                self.timesteps
+                "at least 1 and at most the timesteps between neighbours of the grid {}",
+                shown(&self.timesteps)
             ),
         };
         let trailing = |n| Self::spaced(TimestepSpacing::Trailing, num_train_timesteps, n, 0);
+        // More than there are cannot fall strictly, and would take memory to find out.
+        if self.timesteps.len() as u64 * u64::from(substeps) > num_train_timesteps.into() {
+            return Err(too_many());
+        }
         let n = self.timesteps.len() as u32;
         if trailing(n).is_ok_and(|grid| grid.timesteps == self.timesteps) {
             return n
@@ -209,7 +215,17 @@ impl Timesteps {
     }
 }
 
+/// A list, or the beginning of a long one.
+fn shown(timesteps: &[i64]) -> String {
+    const SHOWN: usize = 16;
+    match timesteps.split_at_checked(SHOWN) {
+        Some((first, rest)) if !rest.is_empty() => format!("{first:?} and {} more", rest.len()),
+        _ => format!("{timesteps:?}"),
+    }
+}
+
 fn ensure_num_inference_steps(n: u32, most: u32) -> Result<()> {
+    let most = most.min(MAX_TRAIN_TIMESTEPS);
     if (1..=most).contains(&n) {
         return Ok(());
     }

@@ -276,8 +276,8 @@ impl DistillTask {
         let (guidance, device) = (self.config.teacher.guidance, self.device());
         let mut rng = self.streams.rng(step, Stream::Guidance);
         let mut told = |said| guidance.condition(said, batch as usize, device, &mut rng);
-        let data = Data { x0: data.x0, conditioning: told(data.conditioning) };
-        let prompts = told(prompts);
+        let data = Data { x0: data.x0, conditioning: told(data.conditioning)? };
+        let prompts = told(prompts)?;
         let real =
             self.requirements().discriminator.then(|| self.data.real_at(step)).transpose()?;
 

@@ -21,6 +21,19 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A file was written by another version of this program, in a format that this one does not know.
+    #[error(
+        "{} is of format version {found}, and this version of ddil reads {known}: use {} version of ddil for it",
+        path.display(), if found > known { "a newer" } else { "an older" }
+    )]
+    FormatVersion {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        found: u32,
+        /// The version that is known.
+        known: u32,
+    },
     /// A config file is not TOML.
     #[error("{place}: {message}")]
     ConfigSyntax {

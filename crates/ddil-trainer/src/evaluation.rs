@@ -74,7 +74,7 @@ impl Reference {
     ///
     /// As [`new`](Self::new).
     pub fn score(&self, images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Scores> {
-        let features = features(&quantize(images), extractor)?;
+        let features = features(&quantize(images)?, extractor)?;
         let statistics = Statistics::from_features(&features)?;
         let real = self.features.narrow(0, 0, self.features.size()[0].min(features.size()[0]));
         Ok(Scores {

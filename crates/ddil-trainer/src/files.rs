@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     Error, Result,
@@ -87,4 +87,46 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// The largest JSON file that is small by nature: an index, a card, a manifest, a status.
+const MAX_SMALL_BYTES: u64 = 16 << 20;
+
+/// As [`read_json`], of a plain file of at most 16 MiB.
+pub(crate) fn read_small_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text =
+        ddil_libtorch::read_bounded(path, MAX_SMALL_BYTES).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&text).map_err(|source| Error::Json {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// The first version of every format; files of that version need not say so.
+pub(crate) fn first_version() -> u32 {
+    1
+}
+
+/// What a file says of itself, whatever else stands there.
+#[derive(Deserialize)]
+struct Versioned {
+    #[serde(default = "first_version")]
+    format_version: u32,
+}
+
+/// As [`read_small_json`], of a file of the version that this program knows: of any other it says so, and not what is
+/// unknown in it.
+pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Result<T> {
+    let Versioned { format_version: found } = read_small_json(path)?;
+    ensure_version(path, found, known)?;
+    read_small_json(path)
+}
+
+/// Refuses a version that this program does not know.
+pub(crate) fn ensure_version(path: &Path, found: u32, known: u32) -> Result<()> {
+    if found == known {
+        return Ok(());
+    }
+    Err(Error::FormatVersion { path: path.to_owned(), found, known })
 }

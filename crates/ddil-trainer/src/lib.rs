@@ -1,5 +1,7 @@
 //! Trains and distils diffusion models: the run folder, exact resume, and the program ddil.
 
+#![forbid(unsafe_code)]
+
 mod crc32c;
 mod error;
 #[cfg(all(feature = "fault-points", debug_assertions))]

@@ -1,5 +1,7 @@
 //! The program `ddil`.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod commands;
 mod presets;

@@ -13,7 +13,7 @@ use ddil_models::{
 
 pub use self::activations::{Activations, PassShape};
 use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::Pipeline;
 
 /// Width of the embedding by which a critic is told a source.
@@ -83,6 +83,7 @@ impl MemoryPlan {
         let teacher = Pipeline::read_without_values(&config.teacher.path)?;
         let networks = Networks::new(config, &teacher)?;
         let sample_shape = sample_shape(config, &teacher)?;
+        ensure_countable(config.data.batch_size, sample_shape)?;
         let pass = PassShape {
             batch: config.data.batch_size.into(),
             size: [sample_shape[1], sample_shape[2]].map(|side| side as u64),
@@ -108,12 +109,13 @@ impl MemoryPlan {
 
     /// What is there throughout.
     pub fn at_rest(&self) -> u64 {
-        self.held.iter().map(|row| row.bytes).sum()
+        self.held.iter().fold(0, |sum, row| sum.saturating_add(row.bytes))
     }
 
     /// The most that is there at once.
     pub fn peak(&self) -> u64 {
-        self.at_rest() + self.phases.iter().map(|row| row.bytes).max().unwrap_or(0)
+        let most = self.phases.iter().map(|row| row.bytes).max().unwrap_or(0);
+        self.at_rest().saturating_add(most)
     }
 }
 
@@ -154,6 +156,21 @@ impl fmt::Display for MemoryPlan {
             "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted: leave a fifth free)"
         )
     }
+}
+
+/// The most pixels of a batch: beyond, bytes are more than can be counted, and than any machine has.
+const MAX_PIXELS: i64 = 1 << 31;
+
+fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()> {
+    let pixels = height.saturating_mul(width).saturating_mul(batch_size.into());
+    if pixels <= MAX_PIXELS {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig {
+        field: "data.batch_size".to_owned(),
+        value: format!("{batch_size} samples of {height}x{width}"),
+        expected: format!("at most {MAX_PIXELS} pixels or latents in all"),
+    })
 }
 
 /// Bytes in the unit that fits.
@@ -430,7 +447,7 @@ impl Stores {
                 (TeacherStates::Visited, None) => networks.grid_len.saturating_sub(1).max(1),
             };
             let state = values * stored_bytes(teacher.storage) + prompt;
-            let bytes = teacher.pool as u64 * states * state;
+            let bytes = (teacher.pool as u64).saturating_mul(states).saturating_mul(state);
             in_memory.push(Row::bytes("pool of the teacher's states", bytes));
         }
         Self { in_memory, on_disk }

@@ -24,7 +24,7 @@ pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImage};
 use crate::config::Precision;
 use crate::error::{Error, Result};
-use crate::files::{read_json, write_json};
+use crate::files::write_json;
 use crate::network::Network;
 use crate::sampler::SamplerKind;
 
@@ -145,7 +145,7 @@ impl Pipeline {
         let schedule = scheduler.schedule()?;
         let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
-            card if card.is_file() => read_json(&card)?,
+            card if card.is_file() => Card::read(&card)?,
             _ => foreign_card(&network.config()),
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());

@@ -10,13 +10,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::evaluation::{Reference, Scores, ShiftRow};
-use crate::files::{read_json, write_json};
+use crate::files::{ensure_version, first_version, read_json, write_json};
 use crate::pipeline::Card;
 use crate::sampling::SamplePlan;
+
+/// The only version of a row so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// One measurement: which model, sampled how, and how its samples compare with the data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
+    /// Version of the row; 1, which is also what rows without it are of.
+    #[serde(default = "first_version")]
+    pub format_version: u32,
     /// The dataset that samples are compared with, and which part of it.
     pub dataset: String,
     /// `teacher`, `progressive`, ..; `data` for real samples against real samples.
@@ -67,6 +73,7 @@ impl Measurement {
         extractor: &dyn FeatureExtractor,
     ) -> Self {
         Self {
+            format_version: FORMAT_VERSION,
             dataset: reference.name.clone(),
             method: method.to_owned(),
             priors: None,
@@ -105,14 +112,31 @@ impl Measurement {
     }
 }
 
+/// The measurements in a file.
+///
+/// # Errors
+///
+/// What the file system refuses; [`Error::Json`](crate::Error::Json) if the file holds something else,
+/// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote one of them.
+pub fn read(path: &Path) -> Result<Vec<Measurement>> {
+    /// What a row says of itself, whatever else it holds.
+    #[derive(Deserialize)]
+    struct Said {
+        #[serde(default = "first_version")]
+        format_version: u32,
+    }
+    let said: Vec<Said> = read_json(path)?;
+    said.iter().try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
+    read_json(path)
+}
+
 /// Adds a measurement to a file that holds an array of them, or starts one.
 ///
 /// # Errors
 ///
-/// What the file system refuses; [`Error::Json`](crate::Error::Json) if the file holds something else, which is
-/// then left as it is.
+/// As [`read`]: a file that holds something else is left as it is.
 pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
-    let mut all: Vec<Measurement> = if path.exists() { read_json(path)? } else { Vec::new() };
+    let mut all = if path.exists() { read(path)? } else { Vec::new() };
     all.push(measurement.clone());
     write_json(path, &all)
 }

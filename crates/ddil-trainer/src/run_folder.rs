@@ -32,13 +32,17 @@ use crate::{
     error::with_causes,
     evidence::NOT_FINITE,
     fault::{self, Point},
-    files::{TEMPORARY, parent, read_json, sync_folder, write_atomic, write_json},
+    files::{
+        TEMPORARY, first_version, parent, read_versioned, sync_folder, write_atomic, write_json,
+    },
     settings::{Settings, differences, to_toml},
 };
 
 pub(crate) const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
 const STATUS: &str = "status.json";
+/// The only version of a run folder so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// A run folder that this process alone writes in.
 ///
@@ -82,6 +86,17 @@ pub struct Status {
     pub error: Option<String>,
 }
 
+/// `status.json`, whose version is that of the whole folder: of `metrics.jsonl` and `timings.jsonl` too.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StatusFile {
+    #[serde(default = "first_version")]
+    format_version: u32,
+    state: State,
+    step: u64,
+    error: Option<String>,
+}
+
 /// How a run stands, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -101,9 +116,12 @@ impl Status {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] or [`Error::Json`] if there is no status to be read.
+    /// [`Error::Io`] or [`Error::Json`] if there is no status to be read, [`Error::FormatVersion`] if another version of
+    /// the program wrote the folder.
     pub fn read(folder: &Path) -> Result<Self> {
-        read_json(&folder.join(STATUS))
+        let file: StatusFile = read_versioned(&folder.join(STATUS), FORMAT_VERSION)?;
+        let StatusFile { state, step, error, .. } = file;
+        Ok(Self { state, step, error })
     }
 }
 
@@ -275,7 +293,9 @@ impl RunFolder {
 
     fn write_status(&mut self, status: Status) -> Result<()> {
         self.status = status;
-        write_json(&self.path.join(STATUS), &self.status)
+        let Status { state, step, error } = self.status.clone();
+        let file = StatusFile { format_version: FORMAT_VERSION, state, step, error };
+        write_json(&self.path.join(STATUS), &file)
     }
 }
 

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::states::Source;
 
+/// No run inserts so many states: half of what can be counted.
+const MAX_SEQUENCE: u64 = u64::MAX / 2;
+
 /// The states of one grid index, oldest first, numbered in the order in which they came.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Ring {
@@ -99,7 +102,7 @@ impl Ring {
         let sum = |sum: u64, run: &Run| sum.checked_add(run.count);
         // Counted before anything is made of it, as a damaged count could ask for any amount of memory.
         let len = saved.items.iter().try_fold(0, sum)?;
-        if len > ring_len as u64 || len > saved.next || saved.next > u64::MAX / 2 {
+        if len > ring_len as u64 || len > saved.next || saved.next > MAX_SEQUENCE {
             return None;
         }
         let items = saved.items.iter().flat_map(|&Run { birth, source, count }| {

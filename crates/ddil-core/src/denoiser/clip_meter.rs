@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ddil_schedulers::{NoiseSchedule, Thresholding};
-use tch::Tensor;
+use ddil_schedulers::{NoiseSchedule, Thresholding, ensure_dense, ensure_real};
+use tch::{Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rollout::on_device;
 use crate::states::Source;
 use crate::tally::Tally;
@@ -126,7 +126,7 @@ impl ClipMeter {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`](crate::Error::Torch) if a device cannot be read.
+    /// [`Error::Torch`] if a device cannot be read.
     pub fn take(&self) -> Result<Vec<ClippedFraction>> {
         let mut meter = self.meter();
         let num_train_timesteps = meter.num_train_timesteps;
@@ -155,21 +155,29 @@ impl ClipMeter {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`](crate::Error::Scheduler) for the settings or a range that does not fit `x0`;
-    /// [`Error::Torch`](crate::Error::Torch) if `timesteps` does not fit it.
+    /// [`Error::Scheduler`] for the settings or a range that does not fit `x0`; [`Error::Shape`] if `timesteps` does not fit
+    /// it, [`Error::Torch`] for one off the grid.
     pub fn measure(
         &self,
         thresholding: &Thresholding,
         x0: &Tensor,
         timesteps: &Tensor,
     ) -> Result<()> {
+        const OP: &str = "ClipMeter::measure";
         let _no_grad = tch::no_grad_guard();
+        ensure_real(OP, "x0", x0)?;
+        ensure_dense(OP, "timesteps", timesteps)?;
+        let (shape, batch) = (timesteps.size(), x0.size().first().copied());
+        if shape.len() != 1 || shape.first().copied() != batch || timesteps.kind() != Kind::Int64 {
+            let expected = format!("[{}], Int64, one a sample", batch.unwrap_or(0));
+            return Err(Error::Shape { op: OP, name: "timesteps", shape, expected });
+        }
         let fractions = thresholding.changed_fraction(&x0.detach())?;
         let timesteps = timesteps.to_device(fractions.device());
         let mut meter = self.meter();
         let num_train_timesteps = meter.num_train_timesteps as i64;
         let sources = meter.rows.sources_of(&timesteps) * num_train_timesteps;
-        meter.tally.add("ClipMeter::measure", &(sources + timesteps), &fractions)
+        meter.tally.add(OP, &(sources + timesteps), &fractions)
     }
 
     fn meter(&self) -> MutexGuard<'_, Meter> {

@@ -1,6 +1,6 @@
 //! Classifier-free guidance.
 
-use ddil_schedulers::{NoiseSchedule, Prediction};
+use ddil_schedulers::{NoiseSchedule, Prediction, ensure_dense, ensure_real};
 use tch::{Kind, Tensor};
 
 use super::Denoiser;
@@ -118,6 +118,8 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
                 field: "guidance_weight",
             });
         };
+        ensure_real(OP, "x_t", x_t)?;
+        ensure_real(OP, "guidance_weight", weight)?;
         let batch = x_t.size().first().copied().unwrap_or(0);
         if weight.size() != [batch] {
             let problem = format!("has shape {:?}; expected [{batch}]", weight.size());
@@ -152,6 +154,8 @@ impl Both {
         conditioning: &Conditioning,
         null: &Conditioning,
     ) -> Result<Self> {
+        ensure_real(op, "x_t", x_t)?;
+        ensure_dense(op, "timesteps", timesteps)?;
         let batch = x_t.size().first().copied().unwrap_or(0);
         conditioning.ensure_batch(op, batch)?;
         let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));

@@ -188,6 +188,7 @@ impl MixedRollout<'_> {
         conditioning: &Conditioning,
         targets: &[i64],
     ) -> Result<&[i64]> {
+        ddil_schedulers::ensure_real(op, "x_t", x_t)?;
         ensure_ready(op, self.student_sampler, x_t, conditioning, true)?;
         if let Some(variant) = self.variant {
             variant.ensure()?;

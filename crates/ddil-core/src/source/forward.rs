@@ -12,6 +12,7 @@ pub struct ForwardSource;
 impl TrajectorySource for ForwardSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
         let _no_grad = tch::no_grad_guard();
+        request.ensure()?;
         let x0 = &request.data.x0;
         let timesteps = on_device(&request.timesteps(), x0.device());
         let x_t = request.sampler.schedule().add_noise(x0, request.noise, &timesteps)?;

@@ -205,6 +205,7 @@ impl StudentSource {
 
 impl TrajectorySource for StudentSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
+        request.ensure()?;
         let mut draws = request.streams.draws(request.step, Stream::Student, request.device())?;
         let ways = &self.ways;
         match &mut self.memory {
@@ -223,6 +224,7 @@ impl TrajectorySource for StudentSource {
     }
 
     fn after_loss(&mut self, feedback: &LossFeedback<'_>) -> Result<()> {
+        feedback.ensure()?;
         match &mut self.memory {
             Memory::Chain { chains, .. } => chains.advance(feedback, self.ways.mixed),
             _ => Ok(()),

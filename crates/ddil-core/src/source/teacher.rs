@@ -109,8 +109,16 @@ impl TeacherSource {
             TeacherStates::Visited => grids.student.len() - 1,
             TeacherStates::Renoised => 1,
         };
+        let kept = config.states_per_trajectory.map_or(all, |kept| kept.min(all));
+        if config.pool.checked_mul(kept.max(1)).is_none_or(|rows| i64::try_from(rows).is_err()) {
+            return Err(Error::InvalidConfig {
+                field: "teacher.pool",
+                value: config.pool.to_string(),
+                expected: "as many trajectories as can be counted, state by state".to_owned(),
+            });
+        }
         Ok(Self {
-            kept: config.states_per_trajectory.map_or(all, |kept| kept.min(all)),
+            kept,
             pool: Pool { births: vec![], at: vec![vec![]; grids.student.len()] },
             rows: RowStore::new(WHAT, Some(config.storage.kind())),
             config,
@@ -247,6 +255,7 @@ impl TeacherSource {
 
 impl TrajectorySource for TeacherSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
+        request.ensure()?;
         let mut draws = request.streams.draws(request.step, Stream::Teacher, request.device())?;
         let full = self.pooled() >= self.config.pool;
         // With few states a trajectory an index may be missing from the whole pool.

@@ -2,7 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use crate::error::{Error, Result, is_float};
+use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::Output;
 
 use super::model::ClipModel;
@@ -94,6 +94,7 @@ impl ClipScore {
     ///
     /// [`Error::InvalidShape`], [`Error::InvalidKind`] and [`Error::Torch`].
     pub fn preprocess(&self, images: &Tensor) -> Result<Tensor> {
+        ensure_dense(PREPROCESS, "images", images)?;
         let (op, name, found) = (PREPROCESS, "images", images.size());
         if found.len() != 4 || found[1] != 3 || found[2] < 1 || found[3] < 1 {
             let expected = "[batch, 3, height, width]".into();
@@ -151,6 +152,8 @@ impl ClipScore {
         attention_mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         const OP: &str = "ClipScore::similarities";
+        ensure_dense(OP, "images", images)?;
+        ensure_dense(OP, "input_ids", input_ids)?;
         if let (Some(&pictures), Some(&captions)) =
             (images.size().first(), input_ids.size().first())
             && pictures != captions
@@ -181,6 +184,7 @@ impl ClipScore {
         attention_mask: Option<&Tensor>,
     ) -> Result<f64> {
         const OP: &str = "ClipScore::score";
+        ensure_dense(OP, "images", images)?;
         if images.size().first() == Some(&0) {
             let (name, found, expected) =
                 ("images", images.size(), "at least one picture".to_owned());

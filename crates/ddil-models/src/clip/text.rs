@@ -5,9 +5,9 @@ use std::path::Path;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::{Config, UnknownKeys};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ensure_dense};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
 
 use super::encoder::{Encoder, Mask};
 use super::files;
@@ -114,6 +114,7 @@ pub struct ClipTextModel {
 impl ClipTextModel {
     pub(super) fn new(config: &ClipTextConfig, place: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, place, || Ok(Self::new(config, place, Values::Sizes)?.parameters))?;
         let width = i64::from(config.hidden_size);
         let std = 0.02 * config.initializer_factor;
         let mut builder = Builder::new(place, values);
@@ -340,6 +341,7 @@ impl ClipTextModel {
         input_ids: &Tensor,
         attention_mask: Option<&Tensor>,
     ) -> Result<()> {
+        ensure_dense(op, "input_ids", input_ids)?;
         let (name, found, max) =
             ("input_ids", input_ids.size(), self.config.max_position_embeddings);
         if found.len() != 2 || found[1] < 1 || found[1] > i64::from(max) {
@@ -369,6 +371,7 @@ impl ClipTextModel {
 
 fn ensure_mask(op: &'static str, mask: &Tensor, size: &[i64]) -> Result<()> {
     let name = "attention_mask";
+    ensure_dense(op, name, mask)?;
     if mask.size() != size {
         let expected = format!("{size:?}, as `input_ids`");
         return Err(Error::InvalidShape { op, name, found: mask.size(), expected });

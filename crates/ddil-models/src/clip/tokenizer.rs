@@ -1,7 +1,6 @@
 //! CLIP's tokenizer: prompts in, token ids of one length out.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -33,6 +32,8 @@ const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 /// Tokens of a prompt where the files do not say, marks included.
 const MAX_LENGTH: usize = 77;
+/// The largest file of a tokenizer that is read; CLIP's have up to four MiB.
+const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Larger numbers in files stand for "no limit".
 const LARGEST_MAX_LENGTH: f64 = 1e6;
 
@@ -333,7 +334,7 @@ fn ensure_files(folder: &Path) -> Result<()> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path)
+    ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: path.into(), source: source.into() })
 }
 

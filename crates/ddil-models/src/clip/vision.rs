@@ -5,9 +5,9 @@ use std::path::Path;
 use tch::{Kind, TchError, Tensor};
 
 use crate::config::{Config, UnknownKeys};
-use crate::error::{Error, Result, is_float};
+use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values};
+use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values, ensure_room};
 
 use super::encoder::{Encoder, Mask};
 use super::files;
@@ -70,6 +70,7 @@ pub struct ClipVisionModel {
 impl ClipVisionModel {
     pub(super) fn new(config: &ClipVisionConfig, place: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, place, || Ok(Self::new(config, place, Values::Sizes)?.parameters))?;
         let (width, eps) = (i64::from(config.hidden_size), config.layer_norm_eps);
         let mut builder = Builder::new(place, values);
         let mut root = builder.root();
@@ -158,6 +159,7 @@ impl ClipVisionModel {
 
     fn ensure_pictures(&self, pixel_values: &Tensor) -> Result<()> {
         let ClipVisionConfig { num_channels, image_size, .. } = self.config;
+        ensure_dense(FORWARD, "pixel_values", pixel_values)?;
         let (op, name, found) = (FORWARD, "pixel_values", pixel_values.size());
         let [channels, size] = [num_channels, image_size].map(i64::from);
         if found.len() != 4 || found[1..] != [channels, size, size] {

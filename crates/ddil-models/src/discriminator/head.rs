@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Error, Result, is_float};
+use crate::error::{ConfigProblem, Error, Result, ensure_dense, is_float};
 use crate::layers::{Conv2d, GroupNorm, Output};
 use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
-use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
 use crate::torch_script::TorchScriptConfig;
 use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::{SampleSize, UNet2DConfig};
@@ -254,6 +254,9 @@ struct Block {
 impl DiscriminatorHead {
     fn new(config: &DiscriminatorHeadConfig, placement: Placement, values: Values) -> Result<Self> {
         config.ensure_valid()?;
+        ensure_room(values, placement, || {
+            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
+        })?;
         let (width, groups) = (i64::from(config.inner_width()), i64::from(config.num_groups()));
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -311,6 +314,7 @@ impl DiscriminatorHead {
         let (op, name) = ("DiscriminatorHead::forward", "features");
         let DiscriminatorHeadConfig { in_channels, side, .. } = self.config;
         let (channels, side) = (i64::from(in_channels), i64::from(side));
+        ensure_dense(op, name, features)?;
         let fits = match features.size()[..] {
             [_, c, height, width] => (c, height, width) == (channels, side, side),
             [_, c] => c == channels && side == 1,

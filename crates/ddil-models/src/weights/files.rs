@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::{save_as, write_error, written_kind};
+use super::{ensure_all_dense, save_as, write_error, written_kind};
 use crate::config;
 use crate::error::{Error, Result};
 
@@ -155,6 +155,7 @@ impl WeightFiles<'_> {
         kind: Option<Kind>,
     ) -> Result<PathBuf> {
         let folder = folder.as_ref();
+        ensure_all_dense("WeightFiles::save_sharded", tensors)?;
         let shards = split(tensors, max_shard_bytes, kind);
         if shards.len() < 2 {
             return self.save_whole(tensors, folder, kind);

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
@@ -10,6 +9,9 @@ use serde_json::{Map, Value};
 
 use super::OpenFile;
 use crate::error::{Error, IndexProblems, Result};
+
+/// The largest index that is read; one of a thousand tensors has a hundred KiB.
+const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// Opens every shard, or says everything in which index and shards disagree.
 pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
@@ -42,7 +44,7 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
 /// Which tensor is in which shard.
 fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
-    let text = fs::read(index)
+    let text = ddil_libtorch::read_bounded(index, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: index.into(), source: source.into() })?;
     ensure_unique_keys(&text)
         .and_then(|()| serde_json::from_slice::<Map<String, Value>>(&text))

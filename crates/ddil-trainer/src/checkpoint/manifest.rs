@@ -9,7 +9,7 @@ use super::MANIFEST;
 use crate::Result;
 
 /// The layout described here; a reader refuses any other.
-const FORMAT_VERSION: u32 = 1;
+pub(super) const FORMAT_VERSION: u32 = 1;
 
 /// What a checkpoint says of itself, in `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +62,17 @@ pub(super) struct Sealed {
     sha256: String,
 }
 
+/// What a manifest says of its format, whatever else stands there.
+#[derive(Deserialize)]
+pub(super) struct Said {
+    pub(super) manifest: SaidVersion,
+}
+
+#[derive(Deserialize)]
+pub(super) struct SaidVersion {
+    pub(super) format_version: u32,
+}
+
 impl Manifest {
     pub(super) fn new(step: u64, kind: &str, members: BTreeMap<String, Member>) -> Result<Self> {
         Ok(Self {
@@ -74,10 +85,6 @@ impl Manifest {
             members,
             linked: BTreeMap::new(),
         })
-    }
-
-    pub(super) fn is_known_format(&self) -> bool {
-        self.format_version == FORMAT_VERSION
     }
 
     pub(super) fn seal(self) -> serde_json::Result<Sealed> {

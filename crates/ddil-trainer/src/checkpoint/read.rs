@@ -13,11 +13,15 @@ use tch::Tensor;
 
 use super::{
     MANIFEST,
-    manifest::{Linked, Manifest, Member, Sealed, hex, objection},
+    manifest::{FORMAT_VERSION, Linked, Manifest, Member, Said, Sealed, hex, objection},
     step_of,
     tensors::read_tensors,
 };
-use crate::{Error, Result, error::with_causes, files::read_json};
+use crate::{
+    Error, Result,
+    error::with_causes,
+    files::{read_json, read_small_json},
+};
 
 /// A checkpoint whose every byte is the one that was written.
 #[derive(Clone, Debug)]
@@ -263,11 +267,14 @@ impl Checkpoint {
 }
 
 fn check(path: &Path) -> Result<Manifest, Damage> {
-    let sealed: Sealed = read_json(&path.join(MANIFEST))
-        .map_err(|error| Damage::Manifest { reason: cause_of(&error) })?;
-    if !sealed.manifest.is_known_format() {
-        return Err(Damage::Format { found: sealed.manifest.format_version });
+    let unreadable = |error: Error| Damage::Manifest { reason: cause_of(&error) };
+    // Alone first: what is unknown in the manifest of a newer version is not the news.
+    let said: Said = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
+    let found = said.manifest.format_version;
+    if found != FORMAT_VERSION {
+        return Err(Damage::Format { found });
     }
+    let sealed: Sealed = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
     if !sealed.is_intact() {
         return Err(Damage::ManifestChecksum);
     }

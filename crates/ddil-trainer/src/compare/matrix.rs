@@ -166,6 +166,9 @@ pub struct Cell {
     pub config: DistillConfig,
 }
 
+/// The most cells of a comparison.
+const MAX_CELLS: usize = 10_000;
+
 /// What a comparison sets itself.
 const RESERVED: [(&str, &str); 4] = [
     ("run.name", "is the cell's"),
@@ -362,8 +365,20 @@ impl Matrix {
         self.problems_of_combinations("exclude", self.exclude.iter(), problems);
         self.problems_of_combinations("exceptions", exceptions, problems);
         self.evaluate.problems(problems);
+        self.problem_of_size(problems);
         if problems.is_empty() && self.combinations().is_empty() {
             problems.push("`exclude` leaves no cell".to_owned());
+        }
+    }
+
+    /// Every cell is worked out before the first is begun.
+    fn problem_of_size(&self, problems: &mut Vec<String>) {
+        let values = self.axes.iter().map(|axis| axis.values.len());
+        let cells = values.chain([self.seeds.len()]).fold(1, usize::saturating_mul);
+        if cells > MAX_CELLS {
+            problems.push(format!(
+                "`axes` and `seeds` make {cells} cells, those of `exclude` among them, but must make at most {MAX_CELLS}"
+            ));
         }
     }
 

@@ -346,10 +346,12 @@ fn checksum(path: &Path) -> Result<String> {
     Ok(hex(&sum.finalize()))
 }
 
+/// All files below a folder. Folders behind a link are not gone into: it may lead back.
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
-        let path = entry.map_err(Error::io("list", folder))?.path();
-        if path.is_dir() {
+        let entry = entry.map_err(Error::io("list", folder))?;
+        let path = entry.path();
+        if entry.file_type().map_err(Error::io("look at", &path))?.is_dir() {
             list(&path, files)?;
         } else {
             files.push(path);

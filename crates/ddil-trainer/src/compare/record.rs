@@ -3,8 +3,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::files::{read_json, write_json};
+use crate::files::{first_version, read_versioned, write_json};
 use crate::results::Measurement;
+
+/// The only version of the files of a comparison so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// How a cell ended, in a file beside its run folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,6 +66,8 @@ pub struct Row {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedRows {
+    #[serde(default = "first_version")]
+    format_version: u32,
     pub(super) measured_as: String,
     pub(super) rows: Vec<(String, Row)>,
 }
@@ -71,7 +76,7 @@ impl CellRecord {
     /// Puts together what is written beside a cell.
     pub fn new(cell: &str, config_sha256: &str, measured_as: &str, outcome: Outcome) -> Self {
         Self {
-            format_version: 1,
+            format_version: FORMAT_VERSION,
             cell: cell.to_owned(),
             config_sha256: config_sha256.to_owned(),
             measured_as: measured_as.to_owned(),
@@ -83,9 +88,10 @@ impl CellRecord {
     ///
     /// # Errors
     ///
-    /// [`Error::Json`](crate::Error::Json) if the file is something else.
+    /// [`Error::Json`](crate::Error::Json) if the file is something else,
+    /// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote it.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        path.exists().then(|| read_json(path)).transpose()
+        path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()
     }
 
     /// Writes it, whole or not at all.
@@ -99,12 +105,16 @@ impl CellRecord {
 }
 
 impl NamedRows {
+    pub(super) fn new(measured_as: String, rows: Vec<(String, Row)>) -> Self {
+        Self { format_version: FORMAT_VERSION, measured_as, rows }
+    }
+
     /// The rows of a file if they were measured as asked for.
     pub(super) fn read(path: &Path, measured_as: &str) -> Result<Option<Self>> {
         if !path.exists() {
             return Ok(None);
         }
-        let rows: Self = read_json(path)?;
+        let rows: Self = read_versioned(path, FORMAT_VERSION)?;
         Ok((rows.measured_as == measured_as).then_some(rows))
     }
 }

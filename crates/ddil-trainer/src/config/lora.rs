@@ -59,9 +59,13 @@ impl Default for LoraSection {
     }
 }
 
+/// No layer of a published network has more inputs.
+const MAX_RANK: u32 = 16_384;
+
 impl LoraSection {
     pub(super) fn ensure(&self) -> Result<()> {
-        ensure("student.lora.rank", self.rank, self.rank > 0, "at least 1")?;
+        let expected = format!("in 1..={MAX_RANK}: beyond, it would be no adapter of low rank");
+        ensure("student.lora.rank", self.rank, (1..=MAX_RANK).contains(&self.rank), &expected)?;
         let alpha = self.alpha.is_finite() && self.alpha > 0.0;
         ensure("student.lora.alpha", self.alpha, alpha, "a finite number above 0")
     }

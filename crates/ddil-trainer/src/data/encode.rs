@@ -353,12 +353,13 @@ fn signature(folder: &Path, name: &Path) -> Result<String> {
     Ok(format!("{} {} {age}", name.display(), metadata.len()))
 }
 
-/// Files below a folder, by their paths from `root`.
+/// Files below a folder, by their paths from `root`. Folders behind a link are not gone into: it may lead back.
 fn collect(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let path = root.join(folder);
     for entry in fs::read_dir(&path).map_err(Error::io("list", &path))? {
-        let name = folder.join(entry.map_err(Error::io("list", &path))?.file_name());
-        if root.join(&name).is_dir() {
+        let entry = entry.map_err(Error::io("list", &path))?;
+        let name = folder.join(entry.file_name());
+        if entry.file_type().map_err(Error::io("look at", &path))?.is_dir() {
             collect(root, &name, files)?;
         } else {
             files.push(name);

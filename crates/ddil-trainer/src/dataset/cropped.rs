@@ -16,13 +16,16 @@ pub struct Cropped {
     pub cut_off: [i64; 2],
 }
 
+/// A strip of one pixel's height would be scaled to more memory than there is before all but its middle is cut off.
+const MOST_SCALED: i64 = 64;
+
 /// Reads a PNG or a JPEG and brings it to a size, as training scripts for text-to-image models do: scaled until it covers the
 /// size, by antialiased linear interpolation, then cropped in the middle. `channels` are 3, or 1 for grey ones.
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, and for one in colour
-/// where grey ones are wanted; [`Error::Torch`] if memory runs out.
+/// [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, for one in colour
+/// where grey ones are wanted, and for one of which less than a 64th would be left; [`Error::Torch`] if memory runs out.
 pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<Cropped> {
     let (layout, bytes) = read_picture(path)?;
     let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
@@ -33,6 +36,12 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
     }
     let original = [i64::from(own_height), i64::from(own_width)];
     let scaled = covering(original, [height, width]);
+    if scaled[0] > MOST_SCALED * height || scaled[1] > MOST_SCALED * width {
+        let found = layout.to_string();
+        let expected =
+            format!("a picture nearer in shape to {width}x{height}, not a {MOST_SCALED}th of it");
+        return Err(Error::Picture { path: path.to_owned(), found, expected });
+    }
     let cut_off = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
     let run = || -> std::result::Result<Tensor, tch::TchError> {
         let size = [original[0], original[1], own_channels];

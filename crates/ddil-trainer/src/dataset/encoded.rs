@@ -15,6 +15,9 @@ use super::{Error, Result};
 /// The only version of the format so far.
 pub(crate) const FORMAT_VERSION: u32 = 1;
 
+/// The largest `dataset.json` that is read; a usual one has half a KiB.
+const MAX_INFO_BYTES: u64 = 1 << 20;
+
 /// Numbers of size and crop of a picture.
 const NUM_TIME_IDS: i64 = 6;
 
@@ -64,6 +67,12 @@ pub struct TruncatedPrompts {
     pub prompt: String,
     /// What was cut off it.
     pub cut_off: String,
+}
+
+/// What the file says of itself, whatever else stands there.
+#[derive(Deserialize)]
+struct Versioned {
+    format_version: u32,
 }
 
 /// How latents of an autoencoder become those of a diffusion model, in the words of its `config.json`.
@@ -140,12 +149,21 @@ impl EncodedInfo {
     /// [`Error::Read`]; [`Error::Encoded`] if it is not understood.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(INFO);
-        let text = fs::read(&path).map_err(|source| Error::Read { path, source })?;
-        let info: Self = serde_json::from_slice(&text).map_err(|error| Error::Encoded {
+        let text = ddil_libtorch::read_bounded(&path, MAX_INFO_BYTES);
+        let text = text.map_err(|source| Error::Read { path, source })?;
+        let invalid = |problem: String| Error::Encoded {
             path: folder.to_owned(),
-            problems: vec![format!("{INFO}: {error}")],
-        })?;
-        Ok(info)
+            problems: vec![format!("{INFO}: {problem}")],
+        };
+        // Alone first: what is unknown in a newer file is not the news.
+        let said: Versioned = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+        if said.format_version != FORMAT_VERSION {
+            let found = said.format_version;
+            return Err(invalid(format!(
+                "`format_version` is {found}, but this program knows {FORMAT_VERSION}"
+            )));
+        }
+        serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))
     }
 }
 
@@ -332,12 +350,7 @@ impl Checks<'_> {
     }
 
     fn info(&mut self) {
-        let EncodedInfo { format_version, image_size, num_samples, num_prompts, .. } = *self.info;
-        if format_version != FORMAT_VERSION {
-            self.problem(format!(
-                "{INFO}: `format_version` is {format_version}, but this program knows {FORMAT_VERSION}"
-            ));
-        }
+        let EncodedInfo { image_size, num_samples, num_prompts, .. } = *self.info;
         if num_samples < 1 || num_prompts < 1 {
             self.problem(format!(
                 "{INFO}: {num_samples} samples and {num_prompts} prompts; at least one each is needed"

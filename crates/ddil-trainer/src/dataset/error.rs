@@ -52,7 +52,7 @@ pub enum Error {
         path: PathBuf,
         /// The dimensions in its header; fewer than there should be if the file ends within.
         dims: Vec<u32>,
-        /// Bytes in the file, unpacked.
+        /// Bytes in the file; of a packed one, as far as it was unpacked to see that there are too many.
         found: u64,
         /// Bytes that the header makes.
         expected: u64,

@@ -9,6 +9,9 @@ use tch::{Kind, Tensor};
 
 use super::{Error, ImageDataset, Result, jpeg};
 
+/// Deflate packs no more than that into a byte: a picture that claims more pixels has not got them.
+const MOST_PACKED: u64 = 1032;
+
 /// A data set of the PNG and JPEG files in a folder, in the order of their names.
 ///
 /// Pictures in the folder itself have no labels. Pictures in folders of it have: classes are those folders' names,
@@ -137,6 +140,10 @@ pub(super) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
 fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
     let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let length =
+        file.metadata().map_err(|source| Error::Read { path: path.to_owned(), source })?.len();
+    // Sixteen greys of one bit become sixteen bytes.
+    let most_bytes = length.saturating_mul(8 * MOST_PACKED);
     let mut decoder = Decoder::new(BufReader::new(file));
     decoder.set_transformations(Transformations::normalize_to_color8());
     let mut reader = decoder.read_info().map_err(png)?;
@@ -151,8 +158,11 @@ fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
             return Err(Error::Picture { path: path.to_owned(), found, expected });
         }
     };
-    let too_large = png::DecodingError::LimitsExceeded;
-    let len = reader.output_buffer_size().ok_or_else(|| png(too_large))?;
+    let too_large = || png(png::DecodingError::LimitsExceeded);
+    let len = reader.output_buffer_size().ok_or_else(too_large)?;
+    if len as u64 > most_bytes {
+        return Err(too_large());
+    }
     let mut pixels = vec![0; len];
     let info = reader.next_frame(&mut pixels).map_err(png)?;
     Ok((Layout { channels, height: info.height, width: info.width }, pixels))

@@ -1,6 +1,6 @@
 use std::{
     fs::File,
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -8,6 +8,11 @@ use flate2::read::GzDecoder;
 use tch::{Kind, Tensor};
 
 use super::{Error, Result};
+
+/// The most that a file may hold, unpacked; twice as much as the largest data set of this format, EMNIST.
+const MAX_BYTES: u64 = 1 << 30;
+/// Magic number and three dimensions.
+const LONGEST_HEADER: u64 = 16;
 
 /// Bytes 0x08 (unsigned bytes) and the number of dimensions, after two zeros.
 const IMAGES: (&[u8], &str) = (&[0, 0, 8, 3], "images (00 00 08 03)");
@@ -17,7 +22,7 @@ const LABELS: (&[u8], &str) = (&[0, 0, 8, 1], "labels (00 00 08 01)");
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
+/// [`Error::Read`], also for a file that holds more than 1 GiB, [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
 pub fn read_idx_images(path: &Path) -> Result<Tensor> {
     images_from(path, &read(path)?)
 }
@@ -26,7 +31,7 @@ pub fn read_idx_images(path: &Path) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
+/// [`Error::Read`], also for a file that holds more than 1 GiB, [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
 pub fn read_idx_labels(path: &Path) -> Result<Tensor> {
     labels_from(path, &read(path)?)
 }
@@ -44,16 +49,28 @@ pub(super) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
 /// Contents of a file, unpacked if its name says that it is packed.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
-        let mut bytes = Vec::new();
-        let mut file = File::open(path)?;
         if path.extension().is_some_and(|extension| extension == "gz") {
-            GzDecoder::new(file).read_to_end(&mut bytes)?;
-        } else {
-            file.read_to_end(&mut bytes)?;
+            return unpack(GzDecoder::new(File::open(path)?));
         }
-        Ok(bytes)
+        ddil_libtorch::read_bounded(path, MAX_BYTES)
     };
     read().map_err(|source| Error::Read { path: PathBuf::from(path), source })
+}
+
+/// What is packed, as far as one byte beyond what its header promises: a small file can be packed that unpacks to any size.
+fn unpack(mut packed: impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    packed.by_ref().take(LONGEST_HEADER).read_to_end(&mut bytes)?;
+    let num_dims = bytes.get(3).copied().unwrap_or(0).into();
+    let (words, _) = bytes.get(4..).unwrap_or_default().as_chunks::<4>();
+    let dims = words.iter().take(num_dims).map(|&word| u64::from(u32::from_be_bytes(word)));
+    let promised = dims.fold(1, u64::saturating_mul);
+    if promised > MAX_BYTES {
+        let message = format!("it unpacks to more than the {MAX_BYTES} bytes that are read");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    packed.take(promised + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// The dimensions in the header and the values behind it.

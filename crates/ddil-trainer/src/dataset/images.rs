@@ -2,6 +2,9 @@ use tch::{Kind, Tensor};
 
 use super::{Error, Result};
 
+/// The most classes that get names by counting, so that one wild label does not make a billion of them.
+const MAX_CLASSES: i64 = 1_000_000;
+
 /// Images in memory, one byte a value, with or without labels.
 #[derive(Debug)]
 pub struct ImageDataset {
@@ -35,11 +38,11 @@ impl ImageDataset {
     /// # Errors
     ///
     /// [`Error::Tensor`] for another shape or kind or for no images at all, [`Error::LabelCount`] if there are not as
-    /// many labels as images, [`Error::Label`] for a negative one.
+    /// many labels as images, [`Error::Label`] for one that is negative or beyond a million.
     pub fn new(pixels: &Tensor, labels: Option<&Tensor>) -> Result<Self> {
         let names = labels
-            .filter(|labels| labels.numel() > 0 && labels.kind() == Kind::Int64)
-            .map_or(0, |labels| labels.max().int64_value(&[]) + 1);
+            .filter(|labels| labels.defined() && labels.numel() > 0 && labels.kind() == Kind::Int64)
+            .map_or(0, |labels| labels.max().int64_value(&[]).clamp(-1, MAX_CLASSES - 1) + 1);
         let class_names = (0..names).map(|class| class.to_string()).collect();
         Self::with_class_names(pixels, labels, class_names)
     }

@@ -9,7 +9,7 @@ use ddil_models::{Lora, LoraFormat, Model, ModelConfig};
 use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
 use crate::config::Precision;
 use crate::error::{Error, Result};
-use crate::files::{read_json, write_atomic, write_json};
+use crate::files::{write_atomic, write_json};
 use crate::network::Network;
 
 /// What diffusers calls the file.
@@ -93,7 +93,7 @@ impl Pipeline {
             return Ok(folder.to_owned());
         }
         let path = folder.join(card::FILE_NAME);
-        let card: Card = read_json(&path)?;
+        let card = Card::read(&path)?;
         let Some(AdapterCard { base, .. }) = card.adapter else {
             return Err(Error::InvalidConfig {
                 field: format!("adapter in {}", path.display()),

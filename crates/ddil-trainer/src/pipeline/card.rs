@@ -1,13 +1,19 @@
 //! `ddil.json`: what a model is, beyond its weights and its scheduler.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ddil_core::Priors;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
+use crate::error::Result;
+use crate::files::read_versioned;
+
 /// The file's name.
 pub(super) const FILE_NAME: &str = "ddil.json";
+
+/// The only version of the file so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,7 +65,7 @@ pub struct AdapterCard {
 impl Default for Card {
     fn default() -> Self {
         Self {
-            format_version: 1,
+            format_version: FORMAT_VERSION,
             method: String::new(),
             class_names: Vec::new(),
             null_class: None,
@@ -77,6 +83,16 @@ impl Default for Card {
 }
 
 impl Card {
+    /// The card in a file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`](crate::Error::Io), [`Error::Json`](crate::Error::Json);
+    /// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote it.
+    pub fn read(path: &Path) -> Result<Self> {
+        read_versioned(path, FORMAT_VERSION)
+    }
+
     /// What a sampler is told unless somebody asks for another scale: the middle of the range for a network that is
     /// told its guidance, none for every other.
     pub fn default_guidance_scale(&self) -> f64 {

@@ -111,16 +111,16 @@ impl Frame {
     }
 }
 
-/// Copies a folder, file by file; a file that is there already is replaced.
+/// Copies a folder, file by file; a file that is there already is replaced. Folders behind a link are not gone into: it may
+/// lead back, or to what nobody meant to copy.
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).map_err(Error::io("create", to))?;
     for entry in fs::read_dir(from).map_err(Error::io("list", from))? {
-        let (source, target) = entry
-            .map(|entry| (entry.path(), to.join(entry.file_name())))
-            .map_err(Error::io("list", from))?;
-        if source.is_dir() {
+        let entry = entry.map_err(Error::io("list", from))?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().map_err(Error::io("look at", &source))?.is_dir() {
             copy_folder(&source, &target)?;
-        } else {
+        } else if source.is_file() {
             fs::copy(&source, &target).map_err(Error::io("copy", &source))?;
         }
     }

@@ -1,12 +1,12 @@
 //! `model_index.json`: the class of a pipeline and the parts of its folder.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::files::{read_json, write_json};
+use crate::files::{read_small_json, write_json};
 
 /// The file's name.
 pub(super) const FILE_NAME: &str = "model_index.json";
@@ -81,10 +81,11 @@ impl Index {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], [`Error::Json`]; [`Error::InvalidConfig`] for a pipeline that this program does not know.
+    /// [`Error::Io`], [`Error::Json`]; [`Error::InvalidConfig`] for a pipeline that this program does not know, and for a
+    /// part whose name is no name of a folder: what it says is copied must not come from, or go, elsewhere.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
-        let object: Map<String, Value> = read_json(&path)?;
+        let object: Map<String, Value> = read_small_json(&path)?;
         let named = object.get("_class_name").cloned().unwrap_or_default();
         let class = PipelineClass::ALL.into_iter().find(|class| named == class.as_str());
         let Some(class) = class else {
@@ -98,7 +99,14 @@ impl Index {
         let mut index = Self { class, parts: BTreeMap::new(), settings: BTreeMap::new() };
         for (key, value) in object.into_iter().filter(|(key, _)| !key.starts_with('_')) {
             match part(&value) {
-                Some(part) => drop(index.parts.insert(key, part)),
+                Some(part) if is_plain(&key) => drop(index.parts.insert(key, part)),
+                Some(_) => {
+                    return Err(Error::InvalidConfig {
+                        field: format!("part in {}", path.display()),
+                        value: format!("{key:?}"),
+                        expected: "the name of a folder in it".to_owned(),
+                    });
+                }
                 None => drop(index.settings.insert(key, value)),
             }
         }
@@ -143,6 +151,12 @@ impl Index {
     }
 }
 
+/// Whether a name is that of an entry of a folder and leads nowhere else.
+fn is_plain(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name)
+}
+
 /// A part as it stands in the file: two names, or twice nothing.
 #[expect(clippy::option_option, reason = "a part, a part that is left out, or no part at all")]
 fn part(value: &Value) -> Option<Option<Class>> {
@@ -184,9 +198,22 @@ mod tests {
         index.write(folder.path()).expect("written");
         assert_eq!(Index::read(folder.path()).expect("a pipeline"), index);
         let written: Map<String, Value> =
-            read_json(&folder.path().join(FILE_NAME)).expect("an object");
+            read_small_json(&folder.path().join(FILE_NAME)).expect("an object");
         assert_eq!(written["safety_checker"], json!([null, null]));
         assert_eq!(written["unet"], json!(["diffusers", "UNet2DConditionModel"]));
+    }
+
+    #[test]
+    fn parts_lie_in_the_folder() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(FILE_NAME);
+        for name in ["../vae", "/etc", "vae/../..", "a/b", "..", "", "vae/"] {
+            let text =
+                json!({ "_class_name": "DDIMPipeline", name: ["diffusers", "AutoencoderKL"] });
+            std::fs::write(&path, text.to_string()).expect("written");
+            let refused = Index::read(folder.path()).expect_err("elsewhere").to_string();
+            assert!(refused.contains(&format!("{name:?}")), "{refused}");
+        }
     }
 
     #[test]

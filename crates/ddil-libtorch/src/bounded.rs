@@ -1,0 +1,58 @@
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+/// The whole of a plain file, unless it has more than `max_bytes`.
+///
+/// For files that are small by nature, such as settings and indices: what a stranger put in their place (an endless
+/// device, a pipe that nobody writes to, a huge file) is refused before memory is taken for it.
+///
+/// # Errors
+///
+/// What the system says; [`io::ErrorKind::InvalidInput`] for what is no plain file and [`io::ErrorKind::FileTooLarge`] for
+/// one that is too large.
+///
+/// # Example
+///
+/// ```
+/// use ddil_libtorch::read_bounded;
+///
+/// # let path = std::env::temp_dir().join(format!("ddil-bounded-{}", std::process::id()));
+/// std::fs::write(&path, "four")?;
+/// assert_eq!(read_bounded(&path, 4)?, b"four");
+/// assert!(read_bounded(&path, 3).is_err());
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let path = path.as_ref();
+    // Before it is opened: opening a pipe waits for a writer.
+    let metadata = fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
+    }
+    ensure_at_most(metadata.len(), max_bytes)?;
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    // A file may say that it is empty and have no end, or grow.
+    File::open(path)?.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
+    ensure_at_most(bytes.len() as u64, max_bytes)?;
+    Ok(bytes)
+}
+
+/// As [`read_bounded`], for text.
+///
+/// # Errors
+///
+/// As [`read_bounded`], and [`io::ErrorKind::InvalidData`] if it is not UTF-8.
+pub fn read_text_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<String> {
+    let bytes = read_bounded(path, max_bytes)?;
+    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+fn ensure_at_most(bytes: u64, max_bytes: u64) -> io::Result<()> {
+    if bytes <= max_bytes {
+        return Ok(());
+    }
+    let message = format!("it has {bytes} bytes or more, where at most {max_bytes} are read");
+    Err(io::Error::new(io::ErrorKind::FileTooLarge, message))
+}

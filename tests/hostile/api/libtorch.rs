@@ -1,0 +1,197 @@
+use ddil_libtorch::{
+    AdamW, Autocast, Clamped, Generator, MappedFile, MemoryFormat, TensorList, affine, affine_,
+    affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last, clip_grad_norm_,
+    default_generator_state, deterministic, foreach_lerp_, foreach_zero_, fused_adamw_, grad_norm,
+    grads, is_channels_last, read_bounded, read_text_bounded, set_default_generator_state,
+    set_num_interop_threads, set_num_threads, to_memory_format,
+};
+use tch::{Device, Kind, Tensor, kind};
+
+use super::cases::{Cases, ODD_WHOLES, said};
+
+fn images() -> Tensor {
+    Tensor::ones([2, 3, 4, 4], kind::FLOAT_CPU)
+}
+
+#[test]
+fn ddil_libtorch() {
+    let mut cases = Cases::default();
+    arithmetic(&mut cases);
+    lists(&mut cases);
+    generators(&mut cases);
+    files(&mut cases);
+    the_process(&mut cases);
+    cases.finish("ddil-libtorch");
+}
+
+fn arithmetic(cases: &mut Cases) {
+    let x = images();
+    let numbers = Clamped { a: 1.0, b: 0.5, lo: -1.0, hi: 1.0, c: 0.5, d: 0.5 };
+    let (two, three) = ([&x, &x], [&x, &x, &x]);
+    cases.tensors("affine", &two, |t| said(affine(&t[0], &t[1], 0.5, 2.0)));
+    cases.tensors("affine_noise", &three, |t| {
+        said(affine_noise(&t[0], &t[1], &t[2], 0.5, 2.0, 1.0))
+    });
+    cases.tensors("affine_clamped", &two, |t| said(affine_clamped(&t[0], &t[1], &numbers)));
+    cases.tensors("affine_", &two, |t| {
+        let (x, rest) = t.split_at_mut(1);
+        said(affine_(&mut x[0], &rest[0], 0.5, 2.0))
+    });
+    cases.tensors("affine_noise_", &three, |t| {
+        let (x, rest) = t.split_at_mut(1);
+        said(affine_noise_(&mut x[0], &rest[0], &rest[1], 0.5, 2.0, 1.0))
+    });
+    cases.tensors("affine_clamped_", &two, |t| {
+        let (x, rest) = t.split_at_mut(1);
+        said(affine_clamped_(&mut x[0], &rest[0], &numbers))
+    });
+    cases.numbers("affine", |a| said(affine(&x, &x, a, a)));
+    cases.numbers("affine_clamped", |a| {
+        said(affine_clamped(&x, &x, &Clamped { a, b: a, lo: a, hi: -a, c: a, d: a }))
+    });
+    let one = [&x];
+    cases.tensors("channels_last", &one, |t| said(channels_last(&t[0])));
+    cases.tensors("is_channels_last", &one, |t| {
+        let _ = is_channels_last(&t[0]);
+        Ok(())
+    });
+    cases.tensors("to_memory_format", &one, |t| {
+        said(to_memory_format(&t[0], MemoryFormat::ChannelsLast))?;
+        said(to_memory_format(&t[0], MemoryFormat::Contiguous))
+    });
+}
+
+fn lists(cases: &mut Cases) {
+    let x = images();
+    cases.tensors("TensorList::new", &[&x], |t| said(TensorList::new([&t[0], &t[0]])));
+    cases.tensors("TensorList::push", &[&x], |t| {
+        let mut list = TensorList::new::<&Tensor>([]).map_err(|error| error.to_string())?;
+        said(list.push(&t[0]))
+    });
+    let list = TensorList::new([&x]).expect("one tensor");
+    cases.wholes("TensorList::get", |i| said(list.get(i as usize)));
+    let of = |t: &Tensor| TensorList::new([t]).map_err(|error| error.to_string());
+    cases.tensors("foreach_lerp_", &[&x, &x], |t| {
+        said(foreach_lerp_(&of(&t[0])?, &of(&t[1])?, 0.5))
+    });
+    cases.numbers("foreach_lerp_", |weight| said(foreach_lerp_(&of(&images())?, &of(&x)?, weight)));
+    cases.tensors("foreach_zero_", &[&x], |t| said(foreach_zero_(&of(&t[0])?)));
+    let learned = images().set_requires_grad(true);
+    learned.sum(Kind::Float).backward();
+    cases.once("grads", "no gradient", || said(grads(&of(&x)?)));
+    cases.once("grads", "a gradient", || said(grads(&of(&learned)?)));
+    cases.tensors("grad_norm", &[&x], |t| said(grad_norm(&of(&t[0])?)));
+    cases.tensors("clip_grad_norm_", &[&x], |t| said(clip_grad_norm_(&of(&t[0])?, 1.0)));
+    cases.numbers("clip_grad_norm_", |most| said(clip_grad_norm_(&of(&images())?, most)));
+    let step = Tensor::zeros([], kind::FLOAT_CPU);
+    let one_step = step.view([1]);
+    cases.tensors("fused_adamw_", &[&x, &x, &x, &x, &one_step], |t| {
+        let [params, grads, avgs, squares, steps] = [0, 1, 2, 3, 4].map(|i| of(&t[i]));
+        let settings = AdamW::default();
+        said(fused_adamw_(&params?, &grads?, &avgs?, &squares?, &steps?, &settings))
+    });
+    cases.numbers("fused_adamw_", |number| {
+        let [params, grads, avgs, squares] = [(); 4].map(|()| of(&images()));
+        let settings = AdamW {
+            lr: number,
+            beta1: number,
+            eps: number,
+            weight_decay: number,
+            ..AdamW::default()
+        };
+        said(fused_adamw_(&params?, &grads?, &avgs?, &squares?, &of(&one_step.copy())?, &settings))
+    });
+}
+
+const KINDS: [Kind; 8] = [
+    Kind::Float,
+    Kind::Half,
+    Kind::BFloat16,
+    Kind::Int64,
+    Kind::Bool,
+    Kind::ComplexFloat,
+    Kind::QInt8,
+    Kind::Uint8,
+];
+
+const DEVICES: [Device; 5] =
+    [Device::Cpu, Device::Cuda(0), Device::Cuda(usize::MAX), Device::Mps, Device::Vulkan];
+
+const SHAPES: [&[i64]; 8] =
+    [&[], &[0], &[3, 0], &[-1], &[2, -3], &[i64::MAX], &[1 << 40, 1 << 40], &[1; 70]];
+
+fn generators(cases: &mut Cases) {
+    for device in DEVICES {
+        let what = format!("{device:?}");
+        cases.once("Generator::new", &what, || said(Generator::new(device, u64::MAX)));
+        cases.once("default_generator_state", &what, || said(default_generator_state(device)));
+        cases.once("set_default_generator_state", &what, || {
+            said(set_default_generator_state(device, &images()))
+        });
+        cases.once("Autocast::disabled", &what, || said(Autocast::disabled(device)));
+        for kind in KINDS {
+            cases.once("Autocast::new", &format!("{what}, {kind:?}"), || {
+                said(Autocast::new(device, kind))
+            });
+        }
+    }
+    let generator = || Generator::new(Device::Cpu, 0).map_err(|error| error.to_string());
+    let state = generator().and_then(|g| g.state().map_err(|e| e.to_string())).expect("a state");
+    cases.tensors("Generator::set_state", &[&state], |t| said(generator()?.set_state(&t[0])));
+    cases.tensors("set_default_generator_state", &[&state], |t| {
+        said(set_default_generator_state(Device::Cpu, &t[0]))
+    });
+    for shape in SHAPES {
+        for kind in KINDS {
+            let what = format!("{shape:?}, {kind:?}");
+            cases.once("Generator::normal", &what, || said(generator()?.normal(shape, kind)));
+            cases.once("Generator::uniform", &what, || said(generator()?.uniform(shape, kind)));
+        }
+        cases.once("Generator::randint", &format!("{shape:?}"), || {
+            said(generator()?.randint(0, 5, shape))
+        });
+    }
+    for low in ODD_WHOLES {
+        cases.wholes("Generator::randint", |high| said(generator()?.randint(low, high, [2])));
+    }
+    // A permutation of 2^31 and more is possible, and takes the memory that it takes.
+    for n in [0, 1, -1, i64::MIN, i64::MAX, 1 << 60] {
+        cases.once("Generator::randperm", &n.to_string(), || said(generator()?.randperm(n)));
+    }
+}
+
+fn files(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("bytes");
+    std::fs::write(&path, [1_u8; 64]).expect("there is room");
+    let empty = folder.path().join("empty");
+    std::fs::write(&empty, []).expect("there is room");
+    let places = [&path, &empty, &folder.path().to_owned(), &folder.path().join("none")];
+    for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
+        let what = place.display().to_string();
+        cases.once("read_bounded", &what, || said(read_bounded(place, 100)));
+        cases.once("read_text_bounded", &what, || said(read_text_bounded(place, 100)));
+        cases.once("MappedFile::open", &what, || said(MappedFile::open(place)));
+    }
+    cases.once("read_bounded", "a byte too many", || said(read_bounded(&path, 63)));
+    cases.once("read_bounded", "no limit", || said(read_bounded(&path, u64::MAX)));
+    let file = MappedFile::open(&path).expect("it is there");
+    for shape in SHAPES {
+        for kind in KINDS {
+            for offset in [0, 1, 63, 64, 65, usize::MAX] {
+                let what = format!("{shape:?}, {kind:?} at {offset}");
+                cases.once("MappedFile::tensor", &what, || said(file.tensor(offset, shape, kind)));
+            }
+        }
+    }
+}
+
+fn the_process(cases: &mut Cases) {
+    let before = ddil_libtorch::num_threads().expect("libtorch knows");
+    for n in [0, usize::MAX] {
+        cases.once("set_num_threads", &n.to_string(), || said(set_num_threads(n)));
+        cases.once("set_num_interop_threads", &n.to_string(), || said(set_num_interop_threads(n)));
+    }
+    set_num_threads(before).expect("it was so");
+    cases.once("deterministic", "off", || said(deterministic(false)));
+}

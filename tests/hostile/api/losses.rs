@@ -1,0 +1,287 @@
+use ddil_core::{Conditioning, Data, RandomStreams, Source, States};
+use ddil_losses::{
+    Critic, Dmd2, Dmd2Config, LatentConsistency, LatentConsistencyConfig, LossRequest, Networks,
+    Objective, ObjectiveConfig, Phase, Progressive, ProgressiveConfig, TeacherGuidance,
+    TimestepWeights, Weighting, convex_weights, discriminator_loss, distribution_matching_gradient,
+    generator_loss, halving_stages, progressive_target, pseudo_huber, squared_error,
+};
+use ddil_models::{GaussianMixture, MixtureDenoiser};
+use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scale, TimestepSpacing, Timesteps};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tch::{Device, Kind, Tensor, kind};
+
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+
+fn schedule() -> NoiseSchedule {
+    NoiseScheduleConfig::default().build().expect("the default is valid")
+}
+
+fn grid(n: u32) -> Timesteps {
+    Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("it is on the grid")
+}
+
+fn network() -> MixtureDenoiser {
+    GaussianMixture::ring(4).expect("four modes").on(schedule())
+}
+
+fn points() -> Tensor {
+    Tensor::ones([2, 2], kind::FLOAT_CPU) * 0.5
+}
+
+#[test]
+fn ddil_losses() {
+    let mut cases = Cases::default();
+    formulas(&mut cases);
+    weights(&mut cases);
+    guidance(&mut cases);
+    configs(&mut cases);
+    objectives(&mut cases);
+    cases.finish("ddil-losses");
+}
+
+fn formulas(cases: &mut Cases) {
+    let x = points();
+    cases.tensors("squared_error", &[&x, &x], |t| said(squared_error(&t[0], &t[1])));
+    cases.tensors("pseudo_huber", &[&x, &x], |t| said(pseudo_huber(&t[0], &t[1], 0.1)));
+    cases.numbers("pseudo_huber", |c| said(pseudo_huber(&x, &x, c)));
+    cases.tensors("distribution_matching_gradient", &[&x, &x, &x], |t| {
+        said(distribution_matching_gradient(&t[0], &t[1], &t[2]))
+    });
+    let logits = Tensor::ones([3], kind::FLOAT_CPU);
+    cases.tensors("generator_loss", &[&logits], |t| said(generator_loss(&t[0])));
+    cases.tensors("discriminator_loss", &[&logits, &logits], |t| {
+        said(discriminator_loss(&t[0], &t[1]))
+    });
+    let weights = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    cases.tensors("progressive_target", &[&x, &x, &weights], |t| {
+        let answers = [t[0].shallow_clone(), t[1].shallow_clone()];
+        said(progressive_target(&answers, &t[2]))
+    });
+    cases.once("progressive_target", "no answers", || said(progressive_target(&[], &weights)));
+    for timesteps in [&[][..], &[3], &[999, 499], &[499, 999], &[0, -1], &[i64::MAX, 3], &[5, 5]] {
+        cases.once("convex_weights", &format!("{timesteps:?}"), || {
+            said(convex_weights(&schedule(), timesteps))
+        });
+    }
+    for start in [0, 1, 3, 1024, u32::MAX] {
+        for end in [0, 1, 3, 1024, u32::MAX] {
+            cases.once("halving_stages", &format!("{start} to {end}"), || {
+                said(halving_stages(start, end))
+            });
+        }
+    }
+}
+
+fn weights(cases: &mut Cases) {
+    for weighting in
+        [Weighting::Constant, Weighting::Snr, Weighting::TruncatedSnr, Weighting::SnrPlusOne]
+    {
+        cases.numbers("TimestepWeights::new", |cap| {
+            said(TimestepWeights::new(weighting, Some(cap), &schedule()))
+        });
+        cases.numbers("Weighting::weight", |number| {
+            let _ = weighting.weight(Scale { alpha: number, sigma: number });
+            Ok(())
+        });
+        let weights = TimestepWeights::new(weighting, None, &schedule()).expect("there is no cap");
+        cases.wholes("TimestepWeights::at", |t| said(weights.at(t)));
+        for kind in [Kind::Float, Kind::Int64, Kind::Bool, Kind::ComplexFloat, Kind::QInt8] {
+            cases.tensors("TimestepWeights::gather", &[&Tensor::from_slice(&[3_i64, 999])], |t| {
+                let gathered = weights.gather(&t[0], kind);
+                if kind == Kind::QInt8 { said(gathered).or(Ok(())) } else { said(gathered) }
+            });
+        }
+    }
+    cases.cannot_fail(&["Weighting::of"]);
+}
+
+fn guidance(cases: &mut Cases) {
+    let null = || Conditioning::class_labels(Tensor::from_slice(&[0_i64]));
+    for min in ODD_NUMBERS {
+        for max in ODD_NUMBERS {
+            for guidance in [
+                TeacherGuidance::Cfg { scale: min },
+                TeacherGuidance::CfgRange { min, max },
+                TeacherGuidance::Embedded { min, max },
+                TeacherGuidance::BakedIn,
+            ] {
+                let what = format!("{guidance:?}");
+                cases.once("TeacherGuidance::ensure", &what, || said(guidance.ensure()));
+                cases.once("TeacherGuidance::wrap", &what, || {
+                    said(guidance.wrap(network(), null()).map(|_| ()))
+                });
+                for device in [Device::Cpu, Device::Cuda(0)] {
+                    cases.once(
+                        "TeacherGuidance::condition",
+                        &format!("{what} on {device:?}"),
+                        || {
+                            let mut rng = StdRng::seed_from_u64(0);
+                            said(guidance.condition(null(), 3, device, &mut rng))
+                        },
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn all_configs() -> Vec<ObjectiveConfig> {
+    let mut all = Vec::new();
+    for number in ODD_NUMBERS {
+        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
+            ema_decay: number,
+            sigma_data: number,
+            timestep_scaling: number,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
+            sigma_data: number,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
+            dm_min_timestep: number,
+            dm_max_timestep: number,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
+            critic_weight_cap: number,
+            gan_weight: number,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Progressive(ProgressiveConfig {
+            weight_cap: Some(number),
+            ..Default::default()
+        }));
+    }
+    for whole in ODD_WHOLES {
+        let n = whole as u32;
+        all.push(ObjectiveConfig::Progressive(ProgressiveConfig {
+            substeps: n,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
+            num_ddim_timesteps: n,
+            ..Default::default()
+        }));
+        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
+            critic_ratio: whole as u64,
+            ..Default::default()
+        }));
+    }
+    all
+}
+
+fn configs(cases: &mut Cases) {
+    let far = Timesteps::explicit(vec![5000, 3], 10_000).expect("it falls");
+    for config in all_configs() {
+        let what = format!("{config:?}");
+        for steps in [0, 1, 4, 1000, u32::MAX] {
+            cases.once("ObjectiveConfig::training_grid", &what, || {
+                said(config.training_grid(&schedule(), steps))
+            });
+            cases.once("ObjectiveConfig::sampling_grid", &what, || {
+                said(config.sampling_grid(&schedule(), steps))
+            });
+        }
+        for grid in [&grid(1), &grid(4), &grid(1000), &far] {
+            cases.once("ObjectiveConfig::build", &what, || {
+                let objective =
+                    config.build(&schedule(), grid).map_err(|error| error.to_string())?;
+                let _ = (objective.phases(0), objective.phases(u64::MAX), objective.requirements());
+                Ok(())
+            });
+        }
+    }
+    cases.cannot_fail(&["ObjectiveConfig::trained_to_predict", "ObjectiveConfig::sampler"]);
+    let schedule = schedule();
+    cases.once("Progressive::new", "another grid", || {
+        said(Progressive::new(ProgressiveConfig::default(), schedule.clone(), far.clone()))
+    });
+    cases.once("LatentConsistency::new", "another grid", || {
+        said(LatentConsistency::new(
+            LatentConsistencyConfig::default(),
+            schedule.clone(),
+            far.clone(),
+        ))
+    });
+    cases.once("Dmd2::new", "another grid", || {
+        said(Dmd2::new(Dmd2Config::default(), schedule.clone(), far.clone()))
+    });
+}
+
+fn states(x_t: &Tensor, timesteps: &Tensor, labels: &Tensor) -> States {
+    States {
+        x_t: x_t.shallow_clone(),
+        timesteps: timesteps.shallow_clone(),
+        grid_indices: vec![0, 2],
+        conditioning: Conditioning::class_labels(labels.shallow_clone()),
+        sources: vec![Source::Noise, Source::Student],
+        births: vec![0, 0],
+    }
+}
+
+fn objectives(cases: &mut Cases) {
+    let lcm = ObjectiveConfig::Lcm(LatentConsistencyConfig::default());
+    let dmd2 = ObjectiveConfig::Dmd2(Dmd2Config { gan: false, ..Default::default() });
+    for config in [ObjectiveConfig::default(), lcm, dmd2] {
+        let grid = config.training_grid(&schedule(), 4).expect("it is on the grid");
+        let objective = config.build(&schedule(), &grid).expect("the default is valid");
+        let times = Tensor::from_slice(&[grid.as_slice()[0], grid.as_slice()[2]]);
+        let labels = Tensor::from_slice(&[0_i64, 1]);
+        for phase in [Phase::Student, Phase::Critic] {
+            if phase == Phase::Critic && !objective.requirements().critic {
+                continue;
+            }
+            cases.tensors("Objective::loss", &[&points(), &times, &labels], |t| {
+                ask(objective.as_ref(), phase, &states(&t[0], &t[1], &t[2]))
+            });
+            let whole = || states(&points(), &times, &labels);
+            let torn = [
+                States { births: vec![], ..whole() },
+                States { sources: vec![], ..whole() },
+                States { grid_indices: vec![], ..whole() },
+                States { grid_indices: vec![99, usize::MAX], ..whole() },
+                States { conditioning: Conditioning::none(), ..whole() },
+            ];
+            for (i, torn) in torn.iter().enumerate() {
+                cases.once("Objective::loss", &format!("torn {i}"), || {
+                    ask(objective.as_ref(), phase, torn)
+                });
+            }
+        }
+        cases.wholes("Objective::phases", |step| {
+            let _ = objective.phases(step as u64);
+            Ok(())
+        });
+        bare(cases, objective.as_ref(), &states(&points(), &times, &labels));
+    }
+    cases.cannot_fail(&["Networks::new", "LossRequest::new"]);
+}
+
+/// Without the networks that a method needs.
+fn bare(cases: &mut Cases, objective: &dyn Objective, states: &States) {
+    let (student, teacher) = (network(), network());
+    let streams = RandomStreams::new(0, 0);
+    for phase in [Phase::Student, Phase::Critic] {
+        cases.once("Objective::loss", "learner and expert alone", || {
+            let networks = Networks::new(&student, &teacher);
+            said(objective.loss(&LossRequest::new(0, phase, states, networks, &streams)))
+        });
+    }
+}
+
+fn ask(objective: &dyn Objective, phase: Phase, states: &States) -> Result<(), String> {
+    let (student, teacher, other) = (network(), network(), network());
+    let critic = Critic { fake_score: &other, asked: &other, discriminator: None };
+    let networks = Networks {
+        target: Some(&other),
+        critic: Some(critic),
+        ..Networks::new(&student, &teacher)
+    };
+    let (streams, data) =
+        (RandomStreams::new(0, 0), Data { x0: points(), conditioning: Conditioning::none() });
+    let request =
+        LossRequest { real: Some(&data), ..LossRequest::new(0, phase, states, networks, &streams) };
+    said(objective.loss(&request))
+}

@@ -1,0 +1,755 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ddil_core::{Conditioning, Denoiser, Discriminator, Generator};
+use ddil_models::weights::{self, WeightFiles};
+use ddil_models::{
+    AutoencoderKLConfig, ClipConfig, ClipModel, ClipScore, ClipTextConfig, ClipTextModel,
+    ClipTokenizer, ClipVisionConfig, ClipVisionModel, DiscriminatorHeadConfig, GaussianMixture,
+    HiddenState, Lora, LoraConfig, LoraFormat, MlpConfig, Model, ModelConfig, NetworkDenoiser,
+    NetworkDiscriminator, PerLevel, Placement, SampleSize, SkipConfig, TorchScript,
+    TorchScriptConfig, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConfig, UnknownKeys,
+};
+use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, PredictionType};
+use tch::{Device, Kind, Tensor, kind};
+
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+use crate::inputs::repository;
+
+fn golden(name: &str) -> std::path::PathBuf {
+    repository().join("tests/golden/models").join(name)
+}
+
+fn schedule() -> NoiseSchedule {
+    NoiseScheduleConfig::default().build().expect("the default is valid")
+}
+
+fn placement() -> Placement {
+    Placement::default()
+}
+
+fn network(name: &str) -> Model {
+    Model::from_folder(golden(name), placement(), UnknownKeys::Refuse).expect("a golden")
+}
+
+fn images(channels: i64) -> Tensor {
+    Tensor::ones([2, channels, 8, 8], kind::FLOAT_CPU) * 0.5
+}
+
+fn times() -> Tensor {
+    Tensor::from_slice(&[749_i64, 249])
+}
+
+#[test]
+fn ddil_models() {
+    let mut cases = Cases::default();
+    pixel_unets(&mut cases);
+    text_unets(&mut cases);
+    mlps(&mut cases);
+    any_class(&mut cases);
+    autoencoders(&mut cases);
+    clip(&mut cases);
+    clip_score(&mut cases);
+    tokenizer(&mut cases);
+    discriminators(&mut cases);
+    adapters(&mut cases);
+    parameters(&mut cases);
+    mixtures(&mut cases);
+    weight_files(&mut cases);
+    programs(&mut cases);
+    placements(&mut cases);
+    folders(&mut cases);
+    cases.finish("ddil-models");
+}
+
+fn pixel_unets(cases: &mut Cases) {
+    let Model::UNet2D(plain) = network("unet_unconditional") else { panic!("a UNet2DModel") };
+    let x = images(plain.config().in_channels.into());
+    cases.tensors("UNet2DModel::forward", &[&x, &times()], |t| {
+        said(plain.forward(&t[0], &t[1], None, None))
+    });
+    let Model::UNet2D(classes) = network("unet_class_labels") else { panic!("a UNet2DModel") };
+    let x = images(classes.config().in_channels.into());
+    let labels = Tensor::from_slice(&[0_i64, 1]);
+    cases.tensors("UNet2DModel::forward", &[&x, &times(), &labels], |t| {
+        said(classes.forward(&t[0], &t[1], Some(&t[2]), None))
+    });
+    cases.tensors("UNet2DModel::forward_with_features", &[&x, &times(), &labels], |t| {
+        said(classes.forward_with_features(&t[0], &t[1], Some(&t[2]), None))
+    });
+    cases.tensors("UNet2DModel::features", &[&x, &times(), &labels], |t| {
+        said(classes.features(&t[0], &t[1], Some(&t[2]), None))
+    });
+    let Model::UNet2D(guided) = network("unet_guidance") else { panic!("a UNet2DModel") };
+    let x = images(guided.config().in_channels.into());
+    let weight = Tensor::from_slice(&[1.0_f32, 2.0]);
+    let told = guided.config().num_class_embeds.is_some().then_some(&labels);
+    cases.tensors("UNet2DModel::forward", &[&x, &times(), &weight], |t| {
+        said(guided.forward(&t[0], &t[1], told, Some(&t[2])))
+    });
+    cases.cannot_fail(&["UNet2DModel::set_training", "UNet2DConditionModel::set_training"]);
+}
+
+fn text_unets(cases: &mut Cases) {
+    for name in ["unet_condition_sd15", "unet_condition_sdxl", "unet_condition_text"] {
+        let Model::UNet2DCondition(unet) = network(name) else { panic!("a UNet2DConditionModel") };
+        let config = unet.config();
+        let width = config.cross_attention_dim.at(0).unwrap_or(8);
+        let states = Tensor::ones([2, 3, width.into()], kind::FLOAT_CPU);
+        let x = images(config.in_channels.into());
+        let embeds = config.addition_time_embed_dim.map(|features| {
+            let width = config.projection_class_embeddings_input_dim.unwrap_or(0);
+            Tensor::ones([2, i64::from(width) - 6 * i64::from(features)], kind::FLOAT_CPU)
+        });
+        let time_ids = embeds.as_ref().map(|_| Tensor::ones([2, 6], kind::FLOAT_CPU));
+        let mask = Tensor::ones([2, 3], kind::INT64_CPU);
+        let label_width = config.projection_class_embeddings_input_dim.unwrap_or(1);
+        let labels = Tensor::ones([2, label_width.into()], kind::FLOAT_CPU);
+        let told = UNet2DConditionInputs {
+            text_embeds: embeds.as_ref(),
+            time_ids: time_ids.as_ref(),
+            class_labels: config.class_embed_type.is_some().then_some(&labels),
+            ..Default::default()
+        };
+        cases.tensors("UNet2DConditionModel::forward", &[&x, &times(), &states, &mask], |t| {
+            let inputs = UNet2DConditionInputs {
+                encoder_hidden_states: Some(&t[2]),
+                encoder_attention_mask: Some(&t[3]),
+                ..told
+            };
+            said(unet.forward(&t[0], &t[1], inputs))
+        });
+        cases.tensors(
+            "UNet2DConditionModel::forward_with_features",
+            &[&x, &times(), &states],
+            |t| {
+                let inputs = UNet2DConditionInputs { encoder_hidden_states: Some(&t[2]), ..told };
+                said(unet.forward_with_features(&t[0], &t[1], inputs))
+            },
+        );
+        cases.tensors("UNet2DConditionModel::features", &[&x, &times(), &states], |t| {
+            let inputs = UNet2DConditionInputs { encoder_hidden_states: Some(&t[2]), ..told };
+            said(unet.features(&t[0], &t[1], inputs))
+        });
+        if let (Some(embeds), Some(time_ids)) = (&embeds, &time_ids) {
+            cases.tensors("UNet2DConditionModel::forward", &[embeds, time_ids], |t| {
+                let inputs = UNet2DConditionInputs {
+                    encoder_hidden_states: Some(&states),
+                    text_embeds: Some(&t[0]),
+                    time_ids: Some(&t[1]),
+                    ..Default::default()
+                };
+                said(unet.forward(&x, &times(), inputs))
+            });
+        }
+    }
+    cases.cannot_fail(&["UNet2DConditionInputs::text"]);
+    cases.wholes("PerLevel::at", |level| {
+        let _ = PerLevel::Each(vec![1, 2]).at(level as usize);
+        Ok(())
+    });
+}
+
+fn mlps(cases: &mut Cases) {
+    let config = MlpConfig {
+        hidden_widths: vec![8],
+        num_class_embeds: Some(3),
+        embed_guidance: true,
+        ..MlpConfig::default()
+    };
+    let mlp = config.build(placement(), 0).expect("it is valid");
+    let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    let (labels, weight) = (Tensor::from_slice(&[0_i64, 2]), Tensor::from_slice(&[1.0_f32, 2.0]));
+    cases.tensors("Mlp::forward", &[&x, &times(), &labels, &weight], |t| {
+        said(mlp.forward(&t[0], &t[1], Some(&t[2]), Some(&t[3])))
+    });
+    cases.tensors("Mlp::forward_with_features", &[&x, &times(), &labels, &weight], |t| {
+        said(mlp.forward_with_features(&t[0], &t[1], Some(&t[2]), Some(&t[3])))
+    });
+    let skip = MlpConfig {
+        skip: Some(SkipConfig::default()),
+        hidden_widths: vec![8],
+        ..MlpConfig::default()
+    };
+    let skip = skip.build(placement(), 0).expect("it is valid");
+    cases
+        .tensors("Mlp::forward", &[&x, &times()], |t| said(skip.forward(&t[0], &t[1], None, None)));
+    for whole in ODD_WHOLES {
+        let n = whole as u32;
+        for config in [
+            MlpConfig { dim: n, ..MlpConfig::default() },
+            MlpConfig { hidden_widths: vec![n, n], ..MlpConfig::default() },
+            MlpConfig { fourier_octaves: n, time_features: n, ..MlpConfig::default() },
+            MlpConfig { num_class_embeds: Some(n), class_features: n, ..MlpConfig::default() },
+            MlpConfig { hidden_widths: vec![], ..MlpConfig::default() },
+        ] {
+            cases.once("MlpConfig::build", &format!("{config:?}"), || {
+                said(config.build(placement(), 0))
+            });
+            cases.once("DiscriminatorHeadConfig::for_mlp", &format!("{config:?}"), || {
+                said(DiscriminatorHeadConfig::for_mlp(&config))
+            });
+        }
+    }
+}
+
+fn any_class(cases: &mut Cases) {
+    let model = network("unet_class_labels");
+    let x = images(model.config().channels().map_or(1, |[inputs, _]| inputs.into()));
+    let labels = Tensor::from_slice(&[0_i64, 1]);
+    let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
+    cases.tensors("Model::forward", &[&x, &times(), &labels], |t| {
+        said(model.forward(&t[0], &t[1], &of(&t[2])))
+    });
+    cases.tensors("Model::forward_with_features", &[&x, &times(), &labels], |t| {
+        said(model.forward_with_features(&t[0], &t[1], &of(&t[2])))
+    });
+    cases.tensors("Model::features", &[&x, &times(), &labels], |t| {
+        said(model.features(&t[0], &t[1], &of(&t[2])))
+    });
+    cases.once("Model::set_training", "on and off", || {
+        said(model.set_training(true))?;
+        said(model.set_training(false))
+    });
+    for output in [PredictionType::Epsilon, PredictionType::VPrediction] {
+        let denoiser = NetworkDenoiser::new(&model, output, schedule());
+        cases.once("NetworkDenoiser::new", output.as_str(), || {
+            said(denoiser.as_ref().map(|_| ()).map_err(|e| std::io::Error::other(e.to_string())))
+        });
+        let Ok(denoiser) = denoiser else { continue };
+        cases.tensors("Model::forward", &[&x, &times(), &labels], |t| {
+            said(denoiser.predict(&t[0], &t[1], &of(&t[2])))
+        });
+    }
+    for whole in ODD_WHOLES {
+        let n = whole as u32;
+        let config = || ModelConfig::UNet2D(UNet2DConfig::default());
+        cases.once("ModelConfig::with_time_cond_proj_dim", &n.to_string(), || {
+            said(config().with_time_cond_proj_dim(n))
+        });
+        cases.once("ModelConfig::with_sample_size", &n.to_string(), || {
+            said(config().with_sample_size([n, n]))
+        });
+    }
+    for (what, config) in odd_unets() {
+        cases.once("UNet2DConfig::build", &what, || said(config.build(placement(), 0)));
+        cases.once("ModelConfig::build", &what, || {
+            said(ModelConfig::UNet2D(config.clone()).build(placement(), 0))
+        });
+        cases.once("DiscriminatorHeadConfig::for_unet", &what, || {
+            said(DiscriminatorHeadConfig::for_unet(&config))
+        });
+        cases.once("DiscriminatorHeadConfig::for_model", &what, || {
+            said(DiscriminatorHeadConfig::for_model(&ModelConfig::UNet2D(config.clone())))
+        });
+    }
+    for (what, config) in odd_text_unets() {
+        cases.once("UNet2DConditionConfig::build", &what, || said(config.build(placement(), 0)));
+        cases.once("DiscriminatorHeadConfig::for_unet_condition", &what, || {
+            said(DiscriminatorHeadConfig::for_unet_condition(&config))
+        });
+    }
+}
+
+/// Settings with one number beyond anything; none of them describes a small network that can be built at length.
+fn odd_unets() -> Vec<(String, UNet2DConfig)> {
+    let mut all = Vec::new();
+    for n in [0, u32::MAX, 1 << 20, 1 << 31] {
+        let base = UNet2DConfig::default;
+        for (key, config) in [
+            ("in_channels", UNet2DConfig { in_channels: n, ..base() }),
+            ("block_out_channels", UNet2DConfig { block_out_channels: vec![n; 4], ..base() }),
+            ("layers_per_block", UNet2DConfig { layers_per_block: n, ..base() }),
+            ("norm_num_groups", UNet2DConfig { norm_num_groups: n, ..base() }),
+            ("time_embedding_dim", UNet2DConfig { time_embedding_dim: Some(n), ..base() }),
+            ("attention_head_dim", UNet2DConfig { attention_head_dim: Some(n), ..base() }),
+            ("time_cond_proj_dim", UNet2DConfig { time_cond_proj_dim: Some(n), ..base() }),
+            (
+                "sample_size",
+                UNet2DConfig {
+                    sample_size: Some(SampleSize::Square(n)),
+                    norm_num_groups: 0,
+                    ..base()
+                },
+            ),
+            (
+                "levels",
+                UNet2DConfig { block_out_channels: vec![32; n.min(1 << 20) as usize], ..base() },
+            ),
+        ] {
+            // Such a network is large and can be built.
+            let is_possible = config.parameter_shapes().is_ok();
+            if !is_possible || key == "in_channels" && n == 0 {
+                all.push((format!("{key} = {n}"), config));
+            }
+        }
+    }
+    all
+}
+
+fn odd_text_unets() -> Vec<(String, UNet2DConditionConfig)> {
+    let mut all = Vec::new();
+    for n in [0, u32::MAX, 1 << 31] {
+        let base = UNet2DConditionConfig::sd15;
+        for (key, config) in [
+            ("in_channels", UNet2DConditionConfig { in_channels: n, ..base() }),
+            ("conv_in_kernel", UNet2DConditionConfig { conv_in_kernel: n, ..base() }),
+            (
+                "cross_attention_dim",
+                UNet2DConditionConfig { cross_attention_dim: PerLevel::All(n), ..base() },
+            ),
+            (
+                "layers_per_block",
+                UNet2DConditionConfig { layers_per_block: PerLevel::All(n), ..base() },
+            ),
+            (
+                "attention_head_dim",
+                UNet2DConditionConfig { attention_head_dim: PerLevel::Each(vec![n]), ..base() },
+            ),
+            ("block_out_channels", UNet2DConditionConfig { block_out_channels: vec![], ..base() }),
+        ] {
+            all.push((format!("{key} = {n}"), config));
+        }
+    }
+    all
+}
+
+fn autoencoders(cases: &mut Cases) {
+    let folder = golden("autoencoder_sd");
+    let mut vae =
+        ddil_models::AutoencoderKL::from_folder(folder, placement(), UnknownKeys::Refuse, None)
+            .expect("a golden");
+    let pictures = Tensor::zeros([2, vae.config().in_channels.into(), 16, 16], kind::FLOAT_CPU);
+    let latents = Tensor::zeros([2, vae.config().latent_channels.into(), 4, 4], kind::FLOAT_CPU);
+    let generator = || Generator::new(Device::Cpu, 0).expect("there is a CPU");
+    for sliced in [false, true] {
+        vae.set_sliced(sliced);
+        cases.tensors("AutoencoderKL::encode", &[&pictures], |t| said(vae.encode(&t[0])));
+        cases.tensors("AutoencoderKL::decode", &[&latents], |t| said(vae.decode(&t[0])));
+    }
+    cases.tensors("AutoencoderKL::encode_scaled", &[&pictures], |t| {
+        said(vae.encode_scaled(&t[0], &mut generator()))
+    });
+    cases.tensors("AutoencoderKL::decode_scaled", &[&latents], |t| said(vae.decode_scaled(&t[0])));
+    cases.tensors("AutoencoderKL::scale", &[&latents], |t| said(vae.scale(&t[0])));
+    cases.tensors("AutoencoderKL::unscale", &[&latents], |t| said(vae.unscale(&t[0])));
+    let gaussian = vae.encode(&pictures).expect("pictures");
+    cases.once("DiagonalGaussian::sample", "a generator", || {
+        said(gaussian.sample(&mut generator()))
+    });
+    cases.cannot_fail(&["AutoencoderKL::set_sliced"]);
+    for n in [0, u32::MAX, 1 << 20] {
+        for config in [
+            AutoencoderKLConfig { in_channels: n, ..Default::default() },
+            AutoencoderKLConfig { layers_per_block: n, ..Default::default() },
+            AutoencoderKLConfig {
+                latent_channels: n,
+                block_out_channels: vec![n],
+                ..Default::default()
+            },
+            AutoencoderKLConfig {
+                scaling_factor: f64::NAN,
+                norm_num_groups: n,
+                ..Default::default()
+            },
+        ] {
+            if config.parameter_shapes().is_err() {
+                cases.once("AutoencoderKLConfig::build", &n.to_string(), || {
+                    said(config.build(placement(), 0))
+                });
+            }
+        }
+    }
+}
+
+fn clip(cases: &mut Cases) {
+    let text = ClipTextModel::from_folder(
+        golden("clip_text_with_projection"),
+        placement(),
+        UnknownKeys::Refuse,
+    )
+    .expect("a golden");
+    let ids = Tensor::from_slice(&[1_i64, 2, 3, 4]).view([2, 2]);
+    let mask = Tensor::ones([2, 2], kind::INT64_CPU);
+    cases.tensors("ClipTextModel::forward", &[&ids, &mask], |t| {
+        said(text.forward(&t[0], Some(&t[1])))
+    });
+    cases.tensors("ClipTextModel::text_embeds", &[&ids, &mask], |t| {
+        said(text.text_embeds(&t[0], Some(&t[1])))
+    });
+    for skip in [0, 1, 99, u32::MAX] {
+        let which = HiddenState::stable_diffusion(skip);
+        cases.once("ClipTextModel::hidden_state", &skip.to_string(), || {
+            said(text.hidden_state(&ids, None, which))
+        });
+        cases.once("HiddenState::stable_diffusion", &skip.to_string(), || {
+            said(text.hidden_state(&ids, None, HiddenState::stable_diffusion_xl(skip)))
+        });
+    }
+    cases.cannot_fail(&["HiddenState::stable_diffusion_xl"]);
+    let which = HiddenState::stable_diffusion(0);
+    cases.tensors("ClipTextModel::hidden_state", &[&ids, &mask], |t| {
+        said(text.hidden_state(&t[0], Some(&t[1]), which))
+    });
+    cases.tensors("ClipTextModel::hidden_state_and_text_embeds", &[&ids, &mask], |t| {
+        said(text.hidden_state_and_text_embeds(&t[0], Some(&t[1]), which))
+    });
+    let vision =
+        ClipVisionModel::from_folder(golden("clip_vision"), placement(), UnknownKeys::Refuse)
+            .expect("a golden");
+    let side = i64::from(vision.config().image_size);
+    let pixels =
+        Tensor::zeros([2, vision.config().num_channels.into(), side, side], kind::FLOAT_CPU);
+    cases.tensors("ClipVisionModel::forward", &[&pixels], |t| said(vision.forward(&t[0])));
+    for n in [0, u32::MAX, 1 << 21] {
+        let what = n.to_string();
+        let text = ClipTextConfig { vocab_size: n, num_hidden_layers: n, ..Default::default() };
+        cases.once("ClipTextConfig::build", &what, || said(text.build(placement(), 0)));
+        let vision = ClipVisionConfig { image_size: n, patch_size: n, ..Default::default() };
+        cases.once("ClipVisionConfig::build", &what, || said(vision.build(placement(), 0)));
+        let both = ClipConfig { text: text.clone(), vision: vision.clone(), ..Default::default() };
+        cases.once("ClipConfig::build", &what, || said(both.build(placement(), 0)));
+    }
+}
+
+fn clip_score(cases: &mut Cases) {
+    let open = || ClipModel::from_folder(golden("clip"), placement(), UnknownKeys::Refuse);
+    cases.once("ClipScore::new", "a golden", || said(ClipScore::new(open().expect("a golden"))));
+    let score = ClipScore::new(open().expect("a golden")).expect("it has both towers");
+    let pictures = Tensor::zeros([2, 3, 20, 24], kind::FLOAT_CPU);
+    let ids = Tensor::from_slice(&[1_i64, 2, 3, 4]).view([2, 2]);
+    let mask = Tensor::ones([2, 2], kind::INT64_CPU);
+    cases.tensors("ClipScore::preprocess", &[&pictures], |t| said(score.preprocess(&t[0])));
+    cases.tensors("ClipScore::image_embeds", &[&pictures], |t| said(score.image_embeds(&t[0])));
+    cases.tensors("ClipScore::text_embeds", &[&ids, &mask], |t| {
+        said(score.text_embeds(&t[0], Some(&t[1])))
+    });
+    cases.tensors("ClipScore::similarities", &[&pictures, &ids, &mask], |t| {
+        said(score.similarities(&t[0], &t[1], Some(&t[2])))
+    });
+    cases.tensors("ClipScore::score", &[&pictures, &ids, &mask], |t| {
+        said(score.score(&t[0], &t[1], Some(&t[2])))
+    });
+}
+
+fn tokenizer(cases: &mut Cases) {
+    let tokenizer = ClipTokenizer::from_folder(golden("clip_tokenizer")).expect("a golden");
+    let long = "\u{1f600}\u{0301}a".repeat(5000);
+    for prompt in ["", " ", "\0", "<|endoftext|>", "\u{202e}\u{feff}", &long] {
+        cases.once("ClipTokenizer::encode", &format!("{prompt:.10?}"), || {
+            said(tokenizer.encode(&[prompt]))
+        });
+    }
+    cases.once("ClipTokenizer::encode", "nothing", || said(tokenizer.encode(&[])));
+}
+
+fn discriminators(cases: &mut Cases) {
+    let config = DiscriminatorHeadConfig { in_channels: 32, side: 4, ..Default::default() };
+    let head = config.build(placement(), 0).expect("it is valid");
+    let features = Tensor::ones([2, 32, 4, 4], kind::FLOAT_CPU);
+    cases.tensors("DiscriminatorHead::forward", &[&features], |t| said(head.forward(&t[0])));
+    for n in [0, 1, 3, u32::MAX, 1 << 31] {
+        for config in [
+            DiscriminatorHeadConfig { in_channels: n, ..config.clone() },
+            DiscriminatorHeadConfig { side: n, ..config.clone() },
+        ] {
+            cases.once("DiscriminatorHeadConfig::build", &format!("{config:?}"), || {
+                said(config.build(placement(), 0))
+            });
+        }
+    }
+    let mlp = MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() };
+    let network = ModelConfig::Mlp(mlp.clone()).build(placement(), 0).expect("it is valid");
+    let own = DiscriminatorHeadConfig::for_mlp(&mlp)
+        .and_then(|head| head.build(placement(), 0))
+        .expect("it fits");
+    let judge = NetworkDiscriminator::new(&network, &own, schedule()).expect("it fits");
+    let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    cases.tensors("DiscriminatorHead::forward", &[&x, &times()], |t| {
+        said(judge.logits(&t[0], &t[1], &Conditioning::none())).or(Err("a refusal".to_owned()))
+    });
+    cases.once("NetworkDiscriminator::new", "a head of another network", || {
+        said(NetworkDiscriminator::new(&network, &head, schedule()).map(|_| ()))
+    });
+}
+
+fn adapters(cases: &mut Cases) {
+    let network = || MlpConfig::default().build(placement(), 0).expect("it is valid");
+    let config =
+        |rank, alpha, target: &str| LoraConfig { rank, alpha, targets: vec![target.to_owned()] };
+    for rank in ODD_WHOLES {
+        cases.once("Lora::attach", &rank.to_string(), || {
+            // A rank of billions is possible and takes the memory that it takes.
+            let rank = if rank > 1000 && rank < 1 << 50 { -rank } else { rank };
+            said(Lora::attach(network().parameters(), &config(rank, 1.0, "layers.0"), 0))
+        });
+    }
+    for alpha in ODD_NUMBERS {
+        cases.once("Lora::attach", &alpha.to_string(), || {
+            said(Lora::attach(network().parameters(), &config(2, alpha, "layers.0"), 0))
+        });
+    }
+    let whole = network();
+    let mut lora =
+        Lora::attach(whole.parameters(), &config(2, 2.0, "layers.0"), 0).expect("it fits");
+    cases.once("Lora::attach", "one that is there", || {
+        said(Lora::attach(whole.parameters(), &config(2, 2.0, "layers.0"), 0))
+    });
+    cases.once("Lora::set_enabled", "off and on", || {
+        said(lora.set_enabled(false))?;
+        said(lora.switched(true).map(drop))
+    });
+    cases.once("Lora::switched", "on", || said(lora.switched(true).map(drop)));
+    for scale in ODD_NUMBERS {
+        cases.once("Lora::set_scale", &scale.to_string(), || said(lora.set_scale(scale)));
+    }
+    lora.merge().expect("it is apart");
+    cases.once("Lora::set_enabled", "merged", || said(lora.set_enabled(true)));
+    cases.once("Lora::set_scale", "merged", || said(lora.set_scale(1.0)));
+    for path in ["/", "/nowhere/at/all", "nul\0byte"] {
+        cases.once("Lora::save", path, || said(lora.save(path, LoraFormat::Kohya)));
+    }
+    cases.cannot_fail(&["LoraConfig::default_for"]);
+    cases.spoilt_in_inputs(&["Lora::from_file"]);
+}
+
+fn parameters(cases: &mut Cases) {
+    let small = MlpConfig { hidden_widths: vec![4], ..MlpConfig::default() };
+    let (small, whole) = (small.build(placement(), 0), MlpConfig::default().build(placement(), 0));
+    let (small, whole) = (small.expect("valid"), whole.expect("valid"));
+    cases.once("Parameters::copy_from", "another network", || {
+        said(small.parameters().copy_from(whole.parameters()))
+    });
+    cases.once("Parameters::copy_matching", "another network", || {
+        said(small.parameters().copy_matching(whole.parameters()))
+    });
+    let sized = MlpConfig::default();
+    let sized = ModelConfig::Mlp(sized).without_values().expect("valid");
+    cases.once("Parameters::copy_from", "a network without values", || {
+        said(whole.parameters().copy_from(sized.parameters()))
+    });
+    cases.cannot_fail(&["Parameters::get", "Parameters::set_trainable"]);
+    for path in ["/", "/nowhere/at/all", "nul\0byte", "model.bin"] {
+        cases.once("Parameters::load", path, || said(whole.parameters().load(path)));
+    }
+    cases.once("Parameters::save", "a folder", || said(whole.parameters().save("/")));
+}
+
+fn mixtures(cases: &mut Cases) {
+    let means = Tensor::ones([3, 2], kind::DOUBLE_CPU);
+    cases.tensors("GaussianMixture::new", &[&means], |t| {
+        said(GaussianMixture::new(&t[0], &[1.0; 3], &[1.0; 3]))
+    });
+    for number in ODD_NUMBERS {
+        cases.once("GaussianMixture::new", &number.to_string(), || {
+            said(GaussianMixture::new(&means, &[number; 3], &[1.0; 3]))?;
+            said(GaussianMixture::new(&means, &[1.0; 3], &[number; 3]))
+        });
+    }
+    cases.once("GaussianMixture::new", "too few", || {
+        said(GaussianMixture::new(&means, &[], &[1.0]))
+    });
+    for n in [0, 1, 2, 5] {
+        cases.once("GaussianMixture::ring", &n.to_string(), || said(GaussianMixture::ring(n)));
+        cases.once("GaussianMixture::grid", &n.to_string(), || said(GaussianMixture::grid(n)));
+    }
+    for n in [1 << 40, usize::MAX] {
+        cases.once("GaussianMixture::ring", &n.to_string(), || said(GaussianMixture::ring(n)));
+        cases.once("GaussianMixture::grid", &n.to_string(), || said(GaussianMixture::grid(n)));
+    }
+    let ring = || GaussianMixture::ring(4).expect("four modes");
+    for label in ODD_WHOLES {
+        cases.once("GaussianMixture::with_classes", &label.to_string(), || {
+            said(ring().with_classes(&[0, 1, label, 0]))
+        });
+        cases.once("GaussianMixture::without", &label.to_string(), || {
+            said(ring().without(&[label]))
+        });
+    }
+    cases.once("GaussianMixture::with_classes", "none", || said(ring().with_classes(&[])));
+    cases.once("GaussianMixture::without", "any", || said(ring().without(&[0, 1, 2, 3])));
+    mixture_densities(cases);
+}
+
+fn mixture_densities(cases: &mut Cases) {
+    let ring = || GaussianMixture::ring(4).expect("four modes");
+    let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    let (alpha, sigma) = (Tensor::ones([2], kind::FLOAT_CPU), Tensor::ones([2], kind::FLOAT_CPU));
+    let labels = Tensor::from_slice(&[0_i64, 1]);
+    let (alpha, sigma) = (alpha.view([2, 1]), sigma.view([2, 1]));
+    cases.tensors("GaussianMixture::posterior", &[&x, &alpha, &sigma, &labels], |t| {
+        said(ring().posterior(&t[0], &t[1], &t[2], Some(&t[3])))
+    });
+    cases.tensors("GaussianMixture::log_density", &[&x, &alpha, &sigma, &labels], |t| {
+        said(ring().log_density(&t[0], &t[1], &t[2], Some(&t[3])))
+    });
+    cases.tensors("GaussianMixture::distance_to_nearest", &[&x], |t| {
+        said(ring().distance_to_nearest(&t[0]))
+    });
+    let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
+    for n in [0, 1, -1, i64::MIN, i64::MAX, 1 << 50] {
+        cases.once("GaussianMixture::sample", &n.to_string(), || {
+            said(ring().sample(n, None, &mut generator))
+        });
+    }
+    cases.tensors("GaussianMixture::sample", &[&labels], |t| {
+        let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
+        said(ring().sample(2, Some(&t[0]), &mut generator))
+    });
+    for device in [Device::Cpu, Device::Cuda(0)] {
+        cases.once("GaussianMixture::to_device", &format!("{device:?}"), || {
+            said(ring().to_device(device))
+        });
+    }
+    cases.cannot_fail(&["GaussianMixture::on"]);
+}
+
+fn weight_files(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.safetensors");
+    let x = Tensor::ones([2, 3], kind::FLOAT_CPU);
+    let named = |tensor: &Tensor| vec![("a".to_owned(), tensor.shallow_clone())];
+    let none = BTreeMap::new();
+    cases.tensors("save", &[&x], |t| said(weights::save(&named(&t[0]), &path, &none)));
+    for kind in [Kind::Half, Kind::Int64, Kind::Bool, Kind::ComplexFloat, Kind::QInt8] {
+        cases.tensors("save_as", &[&x], |t| {
+            let saved = weights::save_as(&named(&t[0]), &path, &none, Some(kind));
+            let whole = matches!(kind, Kind::ComplexFloat | Kind::QInt8);
+            if whole { said(saved).or(Ok(())) } else { said(saved) }
+        });
+    }
+    weights::save(&named(&x), &path, &none).expect("there is room");
+    cases.tensors("load_into", &[&x], |t| said(weights::load_into(&named(&t[0]), &path)));
+    cases.tensors("ensure_fits", &[&x], |t| said(weights::ensure_fits(&named(&t[0]), &path)));
+    let twice = vec![("a".to_owned(), x.copy()), ("a".to_owned(), x.copy())];
+    cases.once("save", "one name twice", || said(weights::save(&twice, &path, &none)));
+    cases.once("load_into", "one name twice", || said(weights::load_into(&twice, &path)));
+    let odd_paths = ["", "/", "/nowhere/at/all", "nul\0byte", "x.bin", "x.safetensors.index.json"];
+    for odd in odd_paths {
+        // A file of such a name, and not in the folder that the tests run in.
+        let at = if odd.starts_with('x') { folder.path().join(odd) } else { odd.into() };
+        cases.once("save", odd, || said(weights::save(&named(&x), &at, &none)));
+        cases.once("read_all", odd, || said(weights::read_all(&at)));
+        cases.once("read_metadata", odd, || said(weights::read_metadata(&at)));
+        let files = WeightFiles { stem: odd, variant: Some(odd) };
+        cases.once("WeightFiles::find", odd, || said(files.find(folder.path())));
+        cases.once("WeightFiles::save", odd, || said(files.save(&named(&x), folder.path())));
+        cases.once("WeightFiles::save_sharded", odd, || {
+            said(files.save_sharded(&twice, folder.path(), 0))
+        });
+        cases.once("WeightFiles::save_sharded_as", odd, || {
+            said(files.save_sharded_as(&twice, folder.path(), 1, Some(Kind::QInt8)))
+        });
+    }
+    cases.tensors("WeightFiles::save_sharded", &[&x, &x], |t| {
+        let both =
+            vec![("a".to_owned(), t[0].shallow_clone()), ("b".to_owned(), t[1].shallow_clone())];
+        said(WeightFiles::DIFFUSION.save_sharded(&both, folder.path(), 10))
+    });
+    cases.tensors("WeightFiles::save_sharded_as", &[&x, &x], |t| {
+        let both =
+            vec![("a".to_owned(), t[0].shallow_clone()), ("b".to_owned(), t[1].shallow_clone())];
+        said(WeightFiles::DIFFUSION.save_sharded_as(&both, folder.path(), 10, Some(Kind::Half)))
+    });
+}
+
+fn programs(cases: &mut Cases) {
+    let config = TorchScriptConfig { class_labels: true, ..Default::default() };
+    let path = golden("torch_script").join("model.pt");
+    for config in [TorchScriptConfig::default(), config] {
+        for place in [path.as_path(), Path::new("none"), Path::new("/")] {
+            for device in [Device::Cpu, Device::Cuda(0)] {
+                cases.once(
+                    "TorchScript::load",
+                    &format!("{} on {device:?}", place.display()),
+                    || said(TorchScript::load(place, &config, device)),
+                );
+            }
+        }
+        let script = TorchScript::load(&path, &config, Device::Cpu).expect("a golden");
+        let expected = weights::read_all(golden("torch_script").join("expected.safetensors"))
+            .expect("a golden");
+        let x = expected.get("x_t").map_or_else(|| images(1), Tensor::copy);
+        let batch = x.size()[0];
+        let times = Tensor::ones([batch], kind::INT64_CPU);
+        let labels = Tensor::zeros([batch], kind::INT64_CPU);
+        let told = config.class_labels.then_some(&labels);
+        // What the program makes of odd tensors is its own affair; that it refuses is not a panic.
+        for (what, odd) in super::cases::odd_tensors(&x) {
+            cases.once("TorchScript::forward", &what, || said(script.forward(&odd, &times, told)));
+        }
+        for (what, odd) in super::cases::odd_tensors(&times) {
+            cases.once("TorchScript::forward", &what, || said(script.forward(&x, &odd, told)));
+        }
+        cases.once("TorchScript::save", "a folder", || said(script.save("/")));
+        cases.once("TorchScript::set_training", "on", || said(script.set_training(true)));
+    }
+}
+
+/// Devices and kinds that are not there.
+fn placements(cases: &mut Cases) {
+    for device in [Device::Cuda(0), Device::Mps, Device::Vulkan] {
+        let place = Placement { device, ..placement() };
+        let what = format!("{device:?}");
+        cases.once("MlpConfig::build", &what, || said(MlpConfig::default().build(place, 0)));
+        cases.once("Model::from_folder", &what, || {
+            said(Model::from_folder(golden("unet_unconditional"), place, UnknownKeys::Refuse))
+        });
+    }
+    for kind in [Kind::Int64, Kind::Bool, Kind::ComplexFloat, Kind::QInt8, Kind::Half] {
+        let place = Placement { kind, channels_last: true, ..placement() };
+        let what = format!("{kind:?}");
+        cases.once("MlpConfig::build", &what, || said(MlpConfig::default().build(place, 0)));
+        cases.once("Model::from_folder", &what, || {
+            said(Model::from_folder(golden("unet_unconditional"), place, UnknownKeys::Refuse))
+        });
+    }
+}
+
+fn folders(cases: &mut Cases) {
+    let (place, keys) = (placement(), UnknownKeys::Refuse);
+    for path in ["", "/", "/nowhere/at/all", "nul\0byte"] {
+        for variant in [None, Some("../x"), Some("")] {
+            cases.once("Model::from_folder_variant", path, || {
+                said(Model::from_folder_variant(path, variant, place, keys))
+            });
+        }
+        cases.once("ModelConfig::from_file", path, || said(ModelConfig::from_file(path, keys)));
+        cases.once("ClipTokenizer::from_folder", path, || said(ClipTokenizer::from_folder(path)));
+        let model =
+            || MlpConfig::default().build(place, 0).map(Model::Mlp).map_err(|e| e.to_string());
+        cases.once("Model::save_to_folder", path, || {
+            // The current folder is one too.
+            if path.is_empty() {
+                Ok(())
+            } else {
+                said(model()?.save_to_folder(Path::new(path).join("x\0")))
+            }
+        });
+    }
+    cases.spoilt_in_inputs(&[
+        "AutoencoderKL::from_folder",
+        "AutoencoderKL::save_to_folder",
+        "AutoencoderKLConfig::from_file",
+        "AutoencoderKLConfig::build_from",
+        "ClipConfig::from_file",
+        "ClipConfig::build_from",
+        "ClipModel::from_folder",
+        "ClipTextConfig::from_file",
+        "ClipTextConfig::build_from",
+        "ClipTextModel::from_folder",
+        "ClipTextModel::save_to_folder",
+        "ClipVisionConfig::from_file",
+        "ClipVisionConfig::build_from",
+        "ClipVisionModel::from_folder",
+        "ClipVisionModel::save_to_folder",
+        "DiscriminatorHeadConfig::from_file",
+        "DiscriminatorHeadConfig::build_from",
+        "MlpConfig::from_file",
+        "MlpConfig::build_from",
+        "UNet2DConfig::from_file",
+        "UNet2DConfig::build_from",
+        "UNet2DConditionConfig::from_file",
+        "UNet2DConditionConfig::build_from",
+    ]);
+}

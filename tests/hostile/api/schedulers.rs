@@ -1,0 +1,324 @@
+use ddil_schedulers::{
+    CommonConfig, Compatibility, ConsistencyBoundary, DataRange, Ddim, EdmConfig, FlowConfig, Lcm,
+    NoiseSchedule, NoiseScheduleConfig, Plan, Prediction, PredictionType, PreviousTimestep,
+    Sampler, SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps, VpConfig,
+    ensure_dense, ensure_real, ensure_same_shape,
+};
+use tch::{Tensor, kind};
+
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+
+fn images() -> Tensor {
+    Tensor::ones([2, 3, 4, 4], kind::FLOAT_CPU) * 0.5
+}
+
+fn times() -> Tensor {
+    Tensor::from_slice(&[749_i64, 249])
+}
+
+fn schedules() -> [NoiseSchedule; 3] {
+    let build = |config: NoiseScheduleConfig| config.build().expect("defaults are valid");
+    [
+        build(NoiseScheduleConfig::Vp(VpConfig::default())),
+        build(NoiseScheduleConfig::Flow(FlowConfig::default())),
+        build(NoiseScheduleConfig::Edm(EdmConfig::default())),
+    ]
+}
+
+fn grid() -> Timesteps {
+    Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("it is on the grid")
+}
+
+const TYPES: [PredictionType; 4] = [
+    PredictionType::Epsilon,
+    PredictionType::Sample,
+    PredictionType::VPrediction,
+    PredictionType::Flow,
+];
+
+/// Every kind, with numbers that are possible and such that are not.
+fn thresholdings() -> Vec<Thresholding> {
+    let mut all = vec![
+        Thresholding::None,
+        Thresholding::clamp_pixels(),
+        Thresholding::Reflect(DataRange::scalar(-1.0, 1.0)),
+        Thresholding::Dynamic { ratio: 0.9, max_value: 2.0 },
+        Thresholding::Clamp(DataRange::per_channel(vec![-1.0; 3], vec![1.0; 3])),
+        Thresholding::Clamp(DataRange::scalar(-1e30, 1e30)),
+        Thresholding::Clamp(DataRange::per_channel(vec![-1e30; 3], vec![1e30; 3])),
+        Thresholding::Reflect(DataRange::scalar(-1e30, 1e30)),
+        Thresholding::Dynamic { ratio: 1.0, max_value: 1e30 },
+        Thresholding::Reflect(DataRange::per_channel(vec![-1.0; 2], vec![1.0; 2])),
+        Thresholding::Clamp(DataRange::per_channel(vec![], vec![])),
+        Thresholding::Clamp(DataRange::per_channel(vec![-1.0; 3], vec![1.0; 2])),
+    ];
+    for number in ODD_NUMBERS {
+        all.push(Thresholding::Clamp(DataRange::scalar(number, -number)));
+        all.push(Thresholding::Reflect(DataRange::scalar(-1.0, number)));
+        all.push(Thresholding::Dynamic { ratio: number, max_value: 1.0 });
+        all.push(Thresholding::Dynamic { ratio: 0.5, max_value: number });
+    }
+    all
+}
+
+#[test]
+fn ddil_schedulers() {
+    let mut cases = Cases::default();
+    schedule(&mut cases);
+    predictions(&mut cases);
+    thresholding(&mut cases);
+    samplers(&mut cases);
+    plans(&mut cases);
+    grids(&mut cases);
+    configs(&mut cases);
+    cases.finish("ddil-schedulers");
+}
+
+fn schedule(cases: &mut Cases) {
+    let (x, times) = (images(), times());
+    for schedule in schedules() {
+        cases.wholes("NoiseSchedule::scale_at", |t| said(schedule.scale_at(t)));
+        cases.wholes("NoiseSchedule::alpha_cumprod_at", |t| said(schedule.alpha_cumprod_at(t)));
+        cases.tensors("NoiseSchedule::scales_at", &[&times, &x], |t| {
+            said(schedule.scales_at(&t[0], &t[1]))
+        });
+        cases.tensors("NoiseSchedule::add_noise", &[&x, &x, &times], |t| {
+            said(schedule.add_noise(&t[0], &t[1], &t[2]))
+        });
+        cases.tensors("NoiseSchedule::time_inputs_at", &[&times], |t| {
+            said(schedule.time_inputs_at(&t[0]))
+        });
+    }
+    cases.tensors("ensure_real", &[&x], |t| said(ensure_real("test", "x", &t[0])));
+    cases.tensors("ensure_dense", &[&x], |t| said(ensure_dense("test", "x", &t[0])));
+    cases.tensors("ensure_same_shape", &[&x, &x], |t| {
+        said(ensure_same_shape("test", ("left", &t[0]), ("right", &t[1])))
+    });
+}
+
+fn predictions(cases: &mut Cases) {
+    let (x, times) = (images(), times());
+    for schedule in schedules() {
+        for output in TYPES {
+            cases.tensors("PredictionType::convert", &[&x, &x, &times], |t| {
+                said(output.convert(&schedule, &t[0], &t[1], &t[2]))
+            });
+            cases.tensors("PredictionType::target", &[&x, &x, &times], |t| {
+                said(output.target(&schedule, &t[0], &t[1], &t[2]))
+            });
+            cases.once("PredictionType::ensure_defined_on", output.as_str(), || {
+                said(output.ensure_defined_on(&schedule))
+            });
+        }
+        cases.tensors("Prediction::from_x0", &[&x, &x, &times], |t| {
+            said(Prediction::from_x0(&schedule, t[0].shallow_clone(), &t[1], &t[2]))
+        });
+        cases.tensors("Prediction::thresholded", &[&x, &x, &x, &times], |t| {
+            let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
+            said(pair.thresholded(&Thresholding::clamp_pixels(), &schedule, &t[2], &t[3]))
+        });
+    }
+    cases.tensors("Prediction::thresholded_keeping_epsilon", &[&x, &x], |t| {
+        let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
+        said(pair.thresholded_keeping_epsilon(&Thresholding::clamp_pixels()))
+    });
+    let boundary = ConsistencyBoundary::default();
+    cases.tensors("ConsistencyBoundary::apply", &[&x, &x, &times], |t| {
+        said(boundary.apply(&t[0], &t[1], &t[2]))
+    });
+    cases.numbers("ConsistencyBoundary::apply", |number| {
+        let boundary = ConsistencyBoundary { sigma_data: number, timestep_scaling: number };
+        said(boundary.apply(&x, &x, &times))
+    });
+    cases.wholes("ConsistencyBoundary::scalings", |t| {
+        let _ = boundary.scalings(t);
+        Ok(())
+    });
+}
+
+fn thresholding(cases: &mut Cases) {
+    let x = images();
+    for thresholding in thresholdings() {
+        let what = format!("{thresholding:?}");
+        cases.once("Thresholding::apply", &what, || said(thresholding.apply(&x)));
+        cases.once("Thresholding::changed_fraction", &what, || {
+            said(thresholding.changed_fraction(&x))
+        });
+    }
+    for thresholding in &thresholdings()[..9] {
+        cases.tensors("Thresholding::apply", &[&x], |t| said(thresholding.apply(&t[0])));
+        cases.tensors("Thresholding::changed_fraction", &[&x], |t| {
+            said(thresholding.changed_fraction(&t[0]))
+        });
+    }
+    let data = Tensor::randn([5, 3, 2], kind::FLOAT_CPU);
+    cases.tensors("DataRange::of_samples", &[&data], |t| {
+        said(DataRange::of_samples(&t[0], 0.1, 0.1))
+    });
+    cases.numbers("DataRange::of_samples", |q| said(DataRange::of_samples(&data, q, 0.0)));
+    cases
+        .numbers("DataRange::of_samples", |margin| said(DataRange::of_samples(&data, 0.1, margin)));
+    // Looked at when they are used, as above.
+    cases.cannot_fail(&["DataRange::scalar", "DataRange::per_channel"]);
+}
+
+fn samplers(cases: &mut Cases) {
+    let (x, times) = (images(), times());
+    let prev = Tensor::from_slice(&[499_i64, -1]);
+    for schedule in schedules() {
+        let eta = Ddim::with_eta(schedule.clone(), 0.5).expect("it is in range");
+        let all: [Box<dyn Sampler>; 3] = [
+            Box::new(Ddim::new(schedule.clone())),
+            Box::new(eta),
+            Box::new(Lcm::new(schedule.clone())),
+        ];
+        for sampler in all {
+            cases.tensors("Sampler::step", &[&x, &x, &times, &prev, &x], |t| {
+                let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
+                let step = SamplerStep::new(&pair, &t[2], &t[3]);
+                said(sampler.step(&step.with_noise(&t[4])))
+            });
+        }
+        cases.numbers("Ddim::with_eta", |eta| said(Ddim::with_eta(schedule.clone(), eta)));
+    }
+    // Their arguments are looked at in the step.
+    cases.cannot_fail(&["Ddim::new", "Lcm::new", "SamplerStep::new", "SamplerStep::with_noise"]);
+}
+
+fn plans(cases: &mut Cases) {
+    let x = images();
+    let short = Timesteps::explicit(vec![999_999], 1_000_000).expect("it falls");
+    for schedule in schedules() {
+        let (ddim, lcm) = (Ddim::new(schedule.clone()), Lcm::new(schedule.clone()));
+        for output in TYPES {
+            for thresholding in thresholdings() {
+                let what = format!("{output:?}, {thresholding:?}");
+                for grid in [&grid(), &short] {
+                    let boundary = Some(ConsistencyBoundary::default());
+                    cases
+                        .once("Ddim::plan", &what, || said(ddim.plan(grid, output, &thresholding)));
+                    cases.once("Ddim::plan_with", &what, || {
+                        said(ddim.plan_with(grid, output, &thresholding, Compatibility::Diffusers))
+                    });
+                    cases.once("Lcm::plan", &what, || {
+                        said(lcm.plan(grid, output, &thresholding, boundary))
+                    });
+                }
+            }
+        }
+    }
+    let schedule = schedules()[0].clone();
+    for thresholding in &thresholdings()[..9] {
+        let output = PredictionType::Epsilon;
+        let plans: [Plan; 2] = [
+            Ddim::new(schedule.clone()).plan(&grid(), output, thresholding).expect("it is defined"),
+            Lcm::new(schedule.clone())
+                .plan(&grid(), output, thresholding, None)
+                .expect("so is this"),
+        ];
+        for plan in plans {
+            cases.tensors("Plan::step", &[&x, &x, &x], |t| {
+                said(plan.step(0, &t[0], &t[1], Some(&t[2])))
+            });
+            cases.tensors("Plan::step_inplace", &[&x, &x, &x], |t| {
+                let (x, rest) = t.split_at_mut(1);
+                said(plan.step_inplace(0, &mut x[0], &rest[0], Some(&rest[1])))
+            });
+            cases.wholes("Plan::step", |i| said(plan.step(i as usize, &x, &x, None)));
+            cases.wholes("Plan::needs_noise", |i| {
+                let _ = plan.needs_noise(i as usize);
+                Ok(())
+            });
+        }
+    }
+}
+
+fn grids(cases: &mut Cases) {
+    use TimestepSpacing::{Leading, Linspace, Trailing};
+    let numbers: Vec<u32> = vec![0, 1, 2, 3, 7, 1000, 1 << 20, u32::MAX - 1, u32::MAX];
+    let grid = grid();
+    for &total in &numbers {
+        for &n in &numbers {
+            let what = format!("{n} of {total}");
+            for spacing in [Leading, Linspace, Trailing] {
+                for offset in [0, 1, u32::MAX] {
+                    cases.once("Timesteps::spaced", &what, || {
+                        said(Timesteps::spaced(spacing, total, n, offset))
+                    });
+                    cases.once("Timesteps::diffusers", &what, || {
+                        said(Timesteps::diffusers(spacing, total, n, offset))
+                    });
+                }
+            }
+            for steps in [0, 1, 50, u32::MAX] {
+                cases.once("Timesteps::lcm", &what, || said(Timesteps::lcm(total, n, steps)));
+            }
+            cases.once("Timesteps::refined", &what, || said(grid.refined(n, total)));
+        }
+        for rule in [PreviousTimestep::NextInGrid, PreviousTimestep::Stride] {
+            cases.once("Timesteps::with_previous", &total.to_string(), || {
+                let _ = grid.clone().with_previous(rule, total);
+                Ok(())
+            });
+        }
+        cases.wholes("Timesteps::explicit", |t| said(Timesteps::explicit(vec![t], total)));
+        cases.wholes("Timesteps::explicit", |t| {
+            said(Timesteps::explicit(vec![t, t.saturating_sub(1)], total))
+        });
+        cases.once("Timesteps::explicit", "nothing", || said(Timesteps::explicit(vec![], total)));
+    }
+}
+
+fn configs(cases: &mut Cases) {
+    let text = r#"{"_class_name": "DDIMScheduler"}"#;
+    let config = SchedulerConfig::from_json(text).expect("it is one");
+    for n in [0, 1, 4, 1000, u32::MAX] {
+        let what = n.to_string();
+        cases.once("SchedulerConfig::timesteps", &what, || said(config.timesteps(Some(n))));
+        cases.once("SchedulerConfig::compatible_timesteps", &what, || {
+            said(config.compatible_timesteps(n))
+        });
+    }
+    for text in ["", "{", "[]", "null", "{\"_class_name\": 3}", "\u{feff}{}", &"[".repeat(100_000)]
+    {
+        let what = &text[..text.len().min(10)];
+        cases.once("SchedulerConfig::from_json", what, || said(SchedulerConfig::from_json(text)));
+        cases.once("SchedulerConfig::from_json_any", what, || {
+            said(SchedulerConfig::from_json_any(text))
+        });
+        cases.once("SchedulerConfig::from_json_lenient", what, || {
+            said(SchedulerConfig::from_json_lenient(text))
+        });
+    }
+    for path in ["", "/", "/dev/null/none", "nul\0byte"] {
+        cases.once("SchedulerConfig::write", path, || said(config.write(path)));
+    }
+    for thresholding in thresholdings() {
+        for output in TYPES {
+            for number in ODD_NUMBERS {
+                let schedule = NoiseScheduleConfig::Vp(VpConfig {
+                    beta_start: number,
+                    beta_end: 0.5,
+                    ..VpConfig::default()
+                });
+                cases.once("CommonConfig::new", &format!("{number}, {thresholding:?}"), || {
+                    said(CommonConfig::new(&schedule, output, &thresholding))
+                });
+            }
+        }
+    }
+    for whole in ODD_WHOLES {
+        let config = NoiseScheduleConfig::Vp(VpConfig {
+            num_train_timesteps: whole as u32,
+            ..VpConfig::default()
+        });
+        let built = config.build();
+        assert!(built.is_ok() || !(1..=1_000_000).contains(&(whole as u32)));
+    }
+    cases.cannot_fail(&["CommonConfig::with_trained_timesteps"]);
+    cases.spoilt_in_inputs(&[
+        "SchedulerConfig::read",
+        "SchedulerConfig::read_any",
+        "SchedulerConfig::read_lenient",
+    ]);
+}

@@ -1,0 +1,114 @@
+//! What people write: the configs of runs and comparisons, and schedulers.
+
+use std::path::Path;
+
+use ddil_schedulers::SchedulerConfig;
+use ddil_trainer::compare::Matrix;
+use ddil_trainer::config::{DistillConfig, TrainConfig};
+use ddil_trainer::memory::MemoryPlan;
+use ddil_trainer::settings::{Settings, differences, to_toml};
+
+use super::harness::{Said, Target, told};
+use super::tree::{Tree, repository};
+
+const CONFIG: &str = "config.toml";
+
+/// Presets whose names say so, under one name.
+fn presets(is_one: fn(&str) -> bool) -> Vec<Tree> {
+    let all = Tree::read(&repository().join("crates/ddil-trainer/presets"));
+    let chosen = all.files.into_iter().filter(|(name, _)| is_one(name));
+    // A GPU that is not there would hide everything behind it.
+    let on_cpu = |content: Vec<u8>| {
+        String::from_utf8(content)
+            .expect("a preset")
+            .replace("device = \"cuda\"", "device = \"cpu\"")
+    };
+    chosen.map(|(_, content)| Tree::file(CONFIG, on_cpu(content))).collect()
+}
+
+fn is_distill(name: &str) -> bool {
+    !name.starts_with("compare") && !name.contains("teacher")
+}
+
+#[test]
+fn distill_config() {
+    Target::new("distill_config", presets(is_distill), read_distill).run();
+}
+
+fn read_distill(folder: &Path) -> Said {
+    let settings = Settings::read(&folder.join(CONFIG)).map_err(told)?;
+    let mut config: DistillConfig = settings.build().map_err(told)?;
+    config.ensure().map_err(told)?;
+    let text = to_toml(&config).map_err(told)?;
+    let again: DistillConfig =
+        Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(told)?;
+    assert_eq!(differences(&config, &again).map_err(told)?, []);
+    // What a run does next; the teacher that the file names is not there.
+    let of_text = config.data.kind.is_text();
+    let teacher = if of_text { "fashion-mnist-text-to-image" } else { "fashion-mnist-teacher" };
+    config.teacher.path = repository().join("assets").join(teacher);
+    let plan = MemoryPlan::of(&config).map_err(told)?;
+    let _ = (plan.to_string(), plan.peak());
+    Ok(())
+}
+
+#[test]
+fn train_config() {
+    Target::new("train_config", presets(|name| name.contains("teacher")), read_train).run();
+}
+
+fn read_train(folder: &Path) -> Said {
+    let settings = Settings::read(&folder.join(CONFIG)).map_err(told)?;
+    let config: TrainConfig = settings.build().map_err(told)?;
+    config.ensure().map_err(told)?;
+    let text = to_toml(&config).map_err(told)?;
+    let again: TrainConfig = Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(told)?;
+    assert_eq!(differences(&config, &again).map_err(told)?, []);
+    config.model.parameter_shapes().map(drop).map_err(told)
+}
+
+#[test]
+fn compare_config() {
+    Target::new("compare_config", presets(|name| name.starts_with("compare")), read_compare).run();
+}
+
+fn read_compare(folder: &Path) -> Said {
+    let matrix = Matrix::read(&folder.join(CONFIG)).map_err(told)?;
+    let base = repository().join("crates/ddil-trainer/presets/fashion-mnist-pd-ddil.toml");
+    let base = Settings::read(&base).map_err(told)?;
+    matrix.cells(&base).map(drop).map_err(told)
+}
+
+const SCHEDULER: &str = "scheduler_config.json";
+
+#[test]
+fn scheduler_config() {
+    let golden = repository().join("tests/golden/schedulers");
+    let mut seeds: Vec<Tree> = ["ddim_scheduler_config.json", "lcm_scheduler_config.json"]
+        .map(|name| Tree::file(SCHEDULER, std::fs::read(golden.join(name)).expect("a golden")))
+        .into();
+    let written = r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 4,
+        "trained_betas": [0.1, 0.2, 0.3, 0.4], "ddil_timesteps": [3, 1], "thresholding": true,
+        "rescale_betas_zero_snr": true, "prediction_type": "v_prediction"}"#;
+    seeds.push(Tree::file(SCHEDULER, written));
+    let solver = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}"#;
+    seeds.push(Tree::file(SCHEDULER, solver));
+    Target::new("scheduler_config", seeds, read_scheduler).run();
+}
+
+fn read_scheduler(folder: &Path) -> Said {
+    let path = folder.join(SCHEDULER);
+    let _ = SchedulerConfig::read_lenient(&path);
+    let (config, _) = SchedulerConfig::read_any(&path).map_err(told)?;
+    let again = SchedulerConfig::from_json(&config.to_json()).map_err(told)?;
+    assert_eq!(again, config);
+    let schedule = config.schedule().map_err(told)?;
+    let _ = (config.sampler().map_err(told)?, config.boundary(), config.thresholding().ensure());
+    for steps in [None, Some(0), Some(4), Some(u32::MAX)] {
+        let _ = config.timesteps(steps);
+        let _ = steps.map(|steps| config.compatible_timesteps(steps));
+    }
+    let last = schedule.scale_at(schedule.last_timestep()).map_err(told)?;
+    assert!(last.alpha.is_finite() && last.sigma.is_finite(), "{last:?}");
+    Ok(())
+}

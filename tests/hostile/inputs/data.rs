@@ -1,0 +1,159 @@
+//! What data are read from.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use ddil_metrics::FashionClassifier;
+use ddil_trainer::dataset::{
+    EncodedDataset, read_captions, read_cropped, read_idx_images, read_idx_labels,
+    read_image_folder, read_prompts,
+};
+use tch::Tensor;
+
+use super::harness::{Said, Target, told};
+use super::tree::Tree;
+
+/// Four pictures of three rows and two columns.
+pub(super) fn idx_images() -> Vec<u8> {
+    let header = [0x803_u32, 4, 3, 2].map(u32::to_be_bytes).concat();
+    [header, (0..24).collect()].concat()
+}
+
+pub(super) fn idx_labels() -> Vec<u8> {
+    let header = [0x801_u32, 4].map(u32::to_be_bytes).concat();
+    [header, vec![0, 1, 2, 1]].concat()
+}
+
+pub(super) fn packed(content: &[u8]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(content).expect("memory");
+    packed.finish().expect("memory")
+}
+
+#[test]
+fn idx_file() {
+    let seeds = vec![
+        Tree::file("images.idx", idx_images()).with("labels.idx", idx_labels()),
+        Tree::file("images.gz", packed(&idx_images())).with("labels.gz", packed(&idx_labels())),
+    ];
+    Target::new("idx_file", seeds, |folder| {
+        let ending = if folder.join("images.gz").exists() { "gz" } else { "idx" };
+        let images = read_idx_images(&folder.join("images").with_extension(ending));
+        let labels = read_idx_labels(&folder.join("labels").with_extension(ending));
+        images.and(labels).map(drop).map_err(told)
+    })
+    .run();
+}
+
+/// A picture of 4 by 4 pixels.
+pub(super) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, 4, 4);
+    encoder.set_color(colour);
+    encoder.set_depth(depth);
+    let mut writer = encoder.write_header().expect("memory");
+    let samples = colour.samples() * if depth == png::BitDepth::Sixteen { 2 } else { 1 };
+    writer.write_image_data(&vec![shade; 16 * samples]).expect("it fits");
+    writer.finish().expect("memory");
+    bytes
+}
+
+#[test]
+fn picture_folder() {
+    use png::BitDepth::{Eight, Sixteen};
+    use png::ColorType::{Grayscale, Rgb};
+    let flat = Tree::file("a.png", picture(Rgb, Eight, 3)).with("b.png", picture(Rgb, Eight, 9));
+    let classes = Tree::file("cat/a.png", picture(Grayscale, Eight, 3))
+        .with("dog/b.png", picture(Grayscale, Sixteen, 9));
+    Target::new("picture_folder", vec![flat, classes], |folder| {
+        read_image_folder(folder).map(drop).map_err(told)
+    })
+    .run();
+}
+
+#[test]
+fn captions() {
+    use png::{BitDepth::Eight, ColorType::Rgb};
+    let pictures =
+        || Tree::file("a.png", picture(Rgb, Eight, 3)).with("sub/b.png", picture(Rgb, Eight, 9));
+    let lines = "{\"file_name\": \"a.png\", \"text\": \"a cat\"}\n\
+                 {\"file_name\": \"sub/b.png\", \"text\": [\"a dog\", \"one dog\"]}\n";
+    let mut beside = pictures().with("a.txt", "a cat\nthe cat\n");
+    beside.files.remove("sub/b.png");
+    Target::new("captions", vec![pictures().with("metadata.jsonl", lines), beside], |folder| {
+        for sample in read_captions(folder).map_err(told)? {
+            let path = folder.join(&sample.file_name);
+            assert!(path.starts_with(folder) && !sample.texts.is_empty());
+            read_cropped(&path, 3, [8, 8]).map_err(told)?;
+        }
+        Ok(())
+    })
+    .run();
+}
+
+#[test]
+fn prompts_file() {
+    let seed = Tree::file("prompts.txt", "a cat\n\na dog\n");
+    Target::new("prompts_file", vec![seed], |folder| {
+        read_prompts(&folder.join("prompts.txt")).map(drop).map_err(told)
+    })
+    .run();
+}
+
+fn tensors(named: &[(&str, Tensor)]) -> Vec<u8> {
+    let named: Vec<(&str, &Tensor)> = named.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("tensors");
+    Tensor::write_safetensors(&named, &path).expect("they can be written");
+    std::fs::read(path).expect("it was written")
+}
+
+/// Two samples with three prompts.
+pub(super) fn encoded() -> Tree {
+    let (floats, whole) = (tch::kind::FLOAT_CPU, tch::kind::INT64_CPU);
+    let mean = Tensor::ones([2, 2, 4, 4], floats);
+    let rows = Tensor::from_slice(&[1_i64, 2, 2, -1]).view([2, 2]);
+    assert_eq!(rows.kind(), whole.0);
+    Tree::file(
+        "dataset.json",
+        r#"{"format_version": 1, "image_size": [8, 8], "scaling": {"factor": 0.5},
+            "num_samples": 2, "num_prompts": 3, "empty_prompt": 0}"#,
+    )
+    .with("latents.safetensors", tensors(&[("std", mean.shallow_clone() * 0.5), ("mean", mean)]))
+    .with(
+        "prompts.safetensors",
+        tensors(&[("encoder_hidden_states", Tensor::zeros([3, 2, 4], floats))]),
+    )
+    .with("samples.safetensors", tensors(&[("prompts", rows)]))
+    .with("prompts.json", r#"["", "a cat", "a dog"]"#)
+}
+
+#[test]
+fn encoded_data() {
+    Target::new("encoded_data", vec![encoded()], read_encoded).run();
+}
+
+fn read_encoded(folder: &Path) -> Said {
+    use ddil_core::{RandomStreams, Stream};
+    let data = EncodedDataset::open(folder, None).map_err(told)?;
+    let shape = data.latent_shape().unwrap_or([1, 1, 1]);
+    let device = tch::Device::Cpu;
+    let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, device).map_err(told)?;
+    for index in [0, data.len() - 1] {
+        data.batch(&[index], shape, &mut draws, device).map_err(told)?;
+    }
+    data.empty_prompt().map(drop).map_err(told)
+}
+
+#[test]
+fn classifier_file() {
+    let classifier = FashionClassifier::untrained(tch::Device::Cpu).expect("there is a CPU");
+    let seed = Tree::file("classifier.safetensors", classifier.to_bytes().expect("weights"));
+    Target::new("classifier_file", vec![seed], |folder| {
+        let bytes = std::fs::read(folder.join("classifier.safetensors")).map_err(|_| "`file`")?;
+        let read = FashionClassifier::from_bytes(&bytes, tch::Device::Cpu);
+        // It is given bytes and cannot know the file.
+        read.map(drop).map_err(|error| format!("`bytes`: {}", told(error)))
+    })
+    .run();
+}

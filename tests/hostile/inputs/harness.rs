@@ -1,0 +1,225 @@
+//! Runs a target in a process of its own, with a limit on its memory, and judges what each input does.
+
+use std::error::Error;
+use std::fs;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::mutate::spoil;
+use super::tree::Tree;
+
+/// Says to a process that it is the one to run the inputs.
+const CHILD: &str = "DDIL_FUZZ_CHILD";
+/// Addresses a process may have, in KiB: an input that asks for terabytes must hear so in words.
+const ADDRESS_SPACE_KIB: u64 = 6 << 20;
+/// Memory that one input may take, in KiB. Inputs have a few hundred KiB at most.
+const MEMORY_KIB: u64 = 256 << 10;
+/// Time on a processor that one input may take: some build a small network, in a debug build.
+const CPU_TIME: Duration = Duration::from_secs(5);
+/// After so long an input is taken to run for ever.
+const HANGS: Duration = Duration::from_secs(120);
+/// No fewer inputs than that, however slow they are.
+const FEWEST: u64 = 30;
+
+/// What a reader says of a folder: nothing, or an error with its causes.
+pub(crate) type Said = Result<(), String>;
+
+/// A reader and the folders it is tried on.
+pub(crate) struct Target {
+    /// The name, as a test is called.
+    pub(crate) name: &'static str,
+    /// Folders that it reads without an error; they are spoilt.
+    pub(crate) seeds: Vec<Tree>,
+    /// Reads a folder.
+    pub(crate) read: fn(&Path) -> Said,
+    /// Makes a spoilt folder pass a check that stands before everything else, such as a checksum.
+    pub(crate) mend: fn(&mut Tree),
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn told(error: impl Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+impl Target {
+    pub(crate) fn new(name: &'static str, seeds: Vec<Tree>, read: fn(&Path) -> Said) -> Self {
+        Self { name, seeds, read, mend: |_| {} }
+    }
+
+    /// Runs the target; the test fails with the first input that does harm.
+    pub(crate) fn run(&self) {
+        if std::env::var_os(CHILD).is_some() {
+            return self.run_here();
+        }
+        let program = std::env::current_exe().expect("a test has a program");
+        let thread = std::thread::current();
+        let test = thread.name().expect("a test has a name").to_owned();
+        let output = Command::new("sh")
+            .args(["-c", "ulimit -v \"$1\" && shift && exec \"$@\"", "sh"])
+            .arg(ADDRESS_SPACE_KIB.to_string())
+            .arg(program)
+            .args(["--exact", &test, "--nocapture", "--test-threads=1"])
+            .env(CHILD, "1")
+            // The report of a panic is what is wanted, not libtorch's whole stack.
+            .env("RUST_BACKTRACE", "0")
+            .output()
+            .expect("a shell");
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(output.status.success(), "{}: {}\n{said}", self.name, output.status);
+        let tried =
+            said.lines().find_map(|line| line.split_once("tried ")).map_or("", |(_, tried)| tried);
+        println!("{}: tried {tried}", self.name);
+        assert!(!tried.is_empty(), "{said}");
+    }
+
+    fn run_here(&self) {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("hostile").join(self.name);
+        let (seed, from) = (number("DDIL_FUZZ_SEED", 0), number("DDIL_FUZZ_FROM", 0));
+        let time = Duration::from_secs(number("DDIL_FUZZ_SECONDS", 1));
+        for tree in &self.seeds {
+            let said = self.judged(tree, &folder);
+            assert_eq!(said, Ok(()), "a seed is refused; it lies in {}", folder.display());
+        }
+        for tree in Tree::corpus(self.name) {
+            // An error or not: without harm.
+            let _ = self.judged(&tree, &folder);
+        }
+        let (begun, mut index, mut refused) = (Instant::now(), from, 0);
+        while index < from + FEWEST || begun.elapsed() < time {
+            let tree = self.spoilt(seed, index);
+            set_at_work(index);
+            refused += u64::from(self.judged(&tree, &folder).is_err());
+            index += 1;
+        }
+        let inputs = index - from;
+        println!("tried {inputs} inputs from {from} of seed {seed}; {refused} refused");
+        fs::remove_dir_all(&folder).expect("it was made");
+    }
+
+    /// Input number `index`: a seed, one in eight times with another's files among its own, spoilt in a few places.
+    fn spoilt(&self, seed: u64, index: u64) -> Tree {
+        let mut rng = StdRng::seed_from_u64(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut tree = self.seeds[rng.random_range(0..self.seeds.len())].clone();
+        if rng.random_range(0..8) == 0 {
+            tree.mix(&self.seeds[rng.random_range(0..self.seeds.len())], &mut rng);
+        }
+        for _ in 0..rng.random_range(1..4) {
+            spoil(&mut tree, &mut rng);
+        }
+        (self.mend)(&mut tree);
+        tree
+    }
+
+    /// Writes a folder, reads it, and fails unless that ended in time, within memory and, in an error, with a place.
+    fn judged(&self, tree: &Tree, folder: &Path) -> Said {
+        tree.write(folder);
+        watch(self.name, folder);
+        let before = fresh_peak_kib();
+        let begun = cpu_time();
+        let said = catch_unwind(AssertUnwindSafe(|| (self.read)(folder)));
+        let taken = cpu_time().saturating_sub(begun);
+        let grown = peak_kib().saturating_sub(before);
+        let place = format!("input {} of {} in {}", at_work(), self.name, folder.display());
+        let Ok(said) = said else { panic!("a panic: {place}") };
+        assert!(taken < CPU_TIME, "{taken:?} of time: {place}");
+        assert!(grown < MEMORY_KIB, "{grown} KiB of memory: {place}");
+        if let Err(message) = &said {
+            // A file that was taken away is still what the error has to name.
+            let named = |tree: &Tree| tree.names_place_in(message);
+            let says_where = message.contains(&folder.display().to_string())
+                || named(tree)
+                || self.seeds.iter().any(named);
+            assert!(says_where, "no place in {message:?}: {place}");
+            assert!(message.len() < 100_000, "{} bytes of error: {place}", message.len());
+        }
+        said
+    }
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{variable} is {text:?}, no number")),
+        Err(_) => default,
+    }
+}
+
+static AT_WORK: AtomicU64 = AtomicU64::new(0);
+/// Seconds since the process began at which the input at work was begun.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
+
+fn set_at_work(index: u64) {
+    AT_WORK.store(index, Ordering::SeqCst);
+}
+
+fn at_work() -> u64 {
+    AT_WORK.load(Ordering::SeqCst)
+}
+
+/// Ends the process if the input now at work does not end by itself.
+fn watch(name: &'static str, folder: &Path) {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    let folder = folder.to_owned();
+    let start = START.get_or_init(|| {
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+                let begun = Duration::from_secs(BEGUN.load(Ordering::SeqCst));
+                let start = START.get().copied().unwrap_or_else(Instant::now);
+                if start.elapsed() > begun + HANGS {
+                    let place = folder.display();
+                    let _ = writeln!(
+                        std::io::stderr(),
+                        "input {} of {name} in {place} runs for ever",
+                        at_work()
+                    );
+                    std::process::abort();
+                }
+            }
+        });
+        Instant::now()
+    });
+    BEGUN.store(start.elapsed().as_secs(), Ordering::SeqCst);
+}
+
+/// Time this thread has had on a processor; a busy machine does not count.
+fn cpu_time() -> Duration {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanos = text.split_whitespace().next().and_then(|word| word.parse().ok());
+    Duration::from_nanos(nanos.unwrap_or(0))
+}
+
+/// The most memory this process has had since [`fresh_peak_kib`], in KiB.
+fn peak_kib() -> u64 {
+    status("VmHWM:")
+}
+
+/// Begins to measure the peak anew and says where it stands.
+fn fresh_peak_kib() -> u64 {
+    // Where the system has no such file the peak of earlier inputs counts as well, which only hides.
+    let _ = fs::write("/proc/self/clear_refs", "5");
+    status("VmHWM:")
+}
+
+fn status(key: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    word.and_then(|word| word.parse().ok()).unwrap_or(0)
+}

@@ -1,0 +1,377 @@
+//! Spoils files as somebody would who knows their format.
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use serde_json::{Map, Number, Value, json};
+
+use super::tree::Tree;
+
+/// Spoils one thing in a folder: mostly inside a file, sometimes the files themselves.
+pub(crate) fn spoil(tree: &mut Tree, rng: &mut StdRng) {
+    let names: Vec<String> = tree.files.keys().cloned().collect();
+    let Some(name) = names.choose(rng) else { return };
+    match rng.random_range(0..20) {
+        0 => drop(tree.files.remove(name)),
+        1 => drop(tree.files.insert(name.clone(), Vec::new())),
+        2 => {
+            let other = names.choose(rng).unwrap_or(name);
+            let content = tree.files[other].clone();
+            tree.files.insert(name.clone(), content);
+        }
+        _ => {
+            let content = &tree.files[name];
+            let spoilt = spoilt(name, content, rng).unwrap_or_else(|| bytes(content, rng));
+            tree.files.insert(name.clone(), spoilt);
+        }
+    }
+}
+
+/// A file spoilt by its format; none if it is of none, or every so often, to be spoilt byte by byte.
+fn spoilt(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    if rng.random_range(0..5) == 0 {
+        return None;
+    }
+    match name.rsplit('.').next()? {
+        "json" => json_text(content, rng),
+        "jsonl" => lines(content, rng),
+        "toml" => toml_text(content, rng),
+        "safetensors" => safetensors(content, rng),
+        "png" => png(content, rng),
+        "gz" => gzip(content, rng),
+        "idx" => idx(content, rng),
+        "txt" => text_lines(content, rng),
+        _ => None,
+    }
+}
+
+/// Bits turned, bytes taken out, put in, doubled; the end cut off.
+fn bytes(content: &[u8], rng: &mut StdRng) -> Vec<u8> {
+    let mut content = content.to_vec();
+    let at = rng.random_range(0..=content.len());
+    let end = (at + rng.random_range(0..64)).min(content.len());
+    match rng.random_range(0..6) {
+        0 => content.truncate(at),
+        1 => drop(content.drain(at..end)),
+        2 => {
+            let again = content[at..end].to_vec();
+            content.splice(at..at, again);
+        }
+        3 => {
+            let new: Vec<u8> = (0..rng.random_range(1..16)).map(|_| rng.random()).collect();
+            content.splice(at..at, new);
+        }
+        4 => {
+            let extreme = *[0, 0xff, 0x7f, 0x80].choose(rng).unwrap_or(&0);
+            content[at..end].fill(extreme);
+        }
+        _ => {
+            if let Some(byte) = content.get_mut(at) {
+                *byte ^= 1 << rng.random_range(0..8);
+            }
+        }
+    }
+    content
+}
+
+/// Values that programs seldom think of.
+fn odd(rng: &mut StdRng) -> Value {
+    let mut nested = json!(0);
+    for _ in 0..rng.random_range(2..300) {
+        nested = json!([nested]);
+    }
+    let values = [
+        Value::Null,
+        json!(true),
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(3),
+        json!(1_u64 << 31),
+        json!(u32::MAX),
+        json!(1_u64 << 40),
+        json!(i64::MAX),
+        json!(i64::MIN),
+        json!(u64::MAX),
+        json!(0.5),
+        json!(-0.0),
+        json!(1e308),
+        json!(5e-324),
+        json!(""),
+        json!("../../outside"),
+        json!("/etc/passwd"),
+        json!("nul\0byte"),
+        json!("\u{202e}\u{1f600}"),
+        json!("x".repeat(5000)),
+        json!([]),
+        json!({}),
+        json!(vec![1; 300]),
+        json!(vec![u32::MAX; 8]),
+        nested,
+    ];
+    values.choose(rng).cloned().unwrap_or_default()
+}
+
+/// Changes one place of a value.
+pub(crate) fn value(value: &mut Value, rng: &mut StdRng) {
+    let count = count(value);
+    let mut place = rng.random_range(0..count);
+    let donor = nth(value, &mut rng.random_range(0..count)).cloned().unwrap_or_default();
+    if let Some(target) = nth_mut(value, &mut place) {
+        change(target, donor, rng);
+    }
+}
+
+fn change(target: &mut Value, donor: Value, rng: &mut StdRng) {
+    match (rng.random_range(0..8), &mut *target) {
+        (0, Value::Object(object)) => rename(object, rng),
+        (1, Value::Object(object)) => {
+            let keys: Vec<String> = object.keys().cloned().collect();
+            if let Some(key) = keys.choose(rng) {
+                object.remove(key);
+            }
+        }
+        (2, Value::Object(object)) => drop(object.insert("surplus".to_owned(), odd(rng))),
+        (0, Value::Array(items)) => drop(items.pop()),
+        (1, Value::Array(items)) => items.push(donor),
+        (2, Value::Array(items)) if !items.is_empty() && items.len() < 1000 => {
+            *items = (0..5).flat_map(|_| items.clone()).collect();
+        }
+        (0..4, Value::Number(number)) => *number = other_number(number, rng),
+        (0..2, Value::String(text)) => *text = other_text(text, rng),
+        (4 | 5, _) => *target = donor,
+        _ => *target = odd(rng),
+    }
+}
+
+fn rename(object: &mut Map<String, Value>, rng: &mut StdRng) {
+    let keys: Vec<String> = object.keys().cloned().collect();
+    let Some(key) = keys.choose(rng) else { return };
+    let other = keys.choose(rng).unwrap_or(key).clone();
+    let new = match rng.random_range(0..4) {
+        0 => format!("{key}x"),
+        1 => format!("../{key}"),
+        2 => String::new(),
+        _ => other,
+    };
+    if let Some(value) = object.remove(key) {
+        object.insert(new, value);
+    }
+}
+
+fn other_number(number: &Number, rng: &mut StdRng) -> Number {
+    let factor = *[-1, 2, 3, 10, 1000, 1_000_000, 1 << 20].choose(rng).unwrap_or(&2);
+    if let Some(whole) = number.as_i64() {
+        return if rng.random() {
+            whole.saturating_mul(factor).into()
+        } else {
+            whole.saturating_add(rng.random_range(-2..=2)).into()
+        };
+    }
+    let scaled = number.as_f64().map(|value| value * factor as f64);
+    scaled.and_then(Number::from_f64).unwrap_or_else(|| 0.into())
+}
+
+fn other_text(text: &str, rng: &mut StdRng) -> String {
+    match rng.random_range(0..5) {
+        0 => text.to_uppercase(),
+        1 => format!("{text}/../{text}"),
+        2 => text.chars().rev().collect(),
+        3 => text.chars().skip(1).collect(),
+        _ => text.repeat(3),
+    }
+}
+
+fn children(value: &Value) -> Vec<&Value> {
+    match value {
+        Value::Object(object) => object.values().collect(),
+        Value::Array(items) => items.iter().collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn count(value: &Value) -> usize {
+    1 + children(value).into_iter().map(count).sum::<usize>()
+}
+
+fn nth<'a>(value: &'a Value, place: &mut usize) -> Option<&'a Value> {
+    if *place == 0 {
+        return Some(value);
+    }
+    *place -= 1;
+    children(value).into_iter().find_map(|child| nth(child, place))
+}
+
+fn nth_mut<'a>(value: &'a mut Value, place: &mut usize) -> Option<&'a mut Value> {
+    if *place == 0 {
+        return Some(value);
+    }
+    *place -= 1;
+    let children: Vec<&mut Value> = match value {
+        Value::Object(object) => object.values_mut().collect(),
+        Value::Array(items) => items.iter_mut().collect(),
+        _ => return None,
+    };
+    children.into_iter().find_map(|child| nth_mut(child, place))
+}
+
+fn json_text(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let mut parsed: Value = serde_json::from_slice(content).ok()?;
+    value(&mut parsed, rng);
+    let text = parsed.to_string();
+    // A key that stands twice is no part of any value.
+    if rng.random_range(0..12) == 0 {
+        let mut keys = text.match_indices(':').map(|(at, _)| at);
+        if let Some(at) = keys.next()
+            && let Some(key) = text.get(1..at)
+        {
+            return Some(format!("{{{key}:null,{}", &text[1..]).into_bytes());
+        }
+    }
+    Some(text.into_bytes())
+}
+
+fn toml_text(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(content).ok()?;
+    let table: toml::Table = text.parse().ok()?;
+    let mut parsed = serde_json::to_value(table).ok()?;
+    value(&mut parsed, rng);
+    // What TOML cannot say, such as null, is left to another input.
+    Some(toml::to_string(&parsed).ok()?.into_bytes())
+}
+
+fn lines(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(content).ok()?;
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    if lines.is_empty() {
+        return None;
+    }
+    let at = rng.random_range(0..lines.len());
+    match rng.random_range(0..4) {
+        0 => drop(lines.remove(at)),
+        1 => lines.insert(at, lines[at].clone()),
+        _ => {
+            let mut parsed: Value = serde_json::from_str(&lines[at]).ok()?;
+            value(&mut parsed, rng);
+            lines[at] = parsed.to_string();
+        }
+    }
+    Some((lines.join("\n") + "\n").into_bytes())
+}
+
+fn text_lines(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(content).ok()?;
+    let mut lines: Vec<&str> = text.lines().collect();
+    if lines.is_empty() {
+        return None;
+    }
+    let at = rng.random_range(0..lines.len());
+    match rng.random_range(0..4) {
+        0 => drop(lines.remove(at)),
+        1 => lines.insert(at, lines[rng.random_range(0..lines.len())]),
+        2 => lines[at] = "",
+        _ => lines[at] = "one two three \u{1f600}",
+    }
+    Some(lines.join("\n").into_bytes())
+}
+
+/// The header as JSON, changed and put back, mostly with its right length.
+fn safetensors(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let length = u64::from_le_bytes(content.get(..8)?.try_into().ok()?);
+    let end = 8_usize.checked_add(usize::try_from(length).ok()?)?;
+    let (header, data) = (content.get(8..end)?, content.get(end..)?);
+    let mut parsed: Value = serde_json::from_slice(header).ok()?;
+    match rng.random_range(0..6) {
+        // Shape and offsets that go together and with nothing else.
+        0 => {
+            if let Some(object) = parsed.as_object_mut() {
+                let end = 1_u64 << rng.random_range(20..62);
+                let entry = json!({"dtype": "U8", "shape": [end], "data_offsets": [0, end]});
+                object.insert("huge".to_owned(), entry);
+            }
+        }
+        1 => dtype(&mut parsed, rng),
+        _ => value(&mut parsed, rng),
+    }
+    let header = parsed.to_string().into_bytes();
+    let length = match rng.random_range(0..8) {
+        0 => [0, 1, 1 << 40, u64::MAX, header.len() as u64 + 8].choose(rng).copied()?,
+        _ => header.len() as u64,
+    };
+    Some([&length.to_le_bytes()[..], &header, data].concat())
+}
+
+fn dtype(header: &mut Value, rng: &mut StdRng) {
+    let kinds = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "C64", "U64"];
+    let Some(object) = header.as_object_mut() else { return };
+    let names: Vec<String> = object.keys().cloned().collect();
+    if let Some(entry) = names.choose(rng).and_then(|name| object.get_mut(name))
+        && let Some(dtype) = entry.get_mut("dtype")
+    {
+        *dtype = json!(kinds.choose(rng).unwrap_or(&"F32"));
+    }
+}
+
+/// A chunk changed, with its checksum made right.
+fn png(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let mut spoilt = content.get(..8)?.to_vec();
+    let mut chunks = Vec::new();
+    let mut rest = content.get(8..)?;
+    while let Some(length) = rest.get(..4) {
+        let length = u32::from_be_bytes(length.try_into().ok()?) as usize;
+        chunks.push(rest.get(4..8 + length)?.to_vec());
+        rest = rest.get(12 + length..)?;
+    }
+    if chunks.is_empty() {
+        return None;
+    }
+    let at = rng.random_range(0..chunks.len());
+    match rng.random_range(0..6) {
+        0 => drop(chunks.remove(at)),
+        1 => chunks.insert(at, chunks[at].clone()),
+        // Width and height of the first chunk.
+        2 | 3 => {
+            let size: [u32; 2] = std::array::from_fn(|_| 1 << rng.random_range(0..32));
+            chunks
+                .first_mut()?
+                .get_mut(4..12)?
+                .copy_from_slice(&size.map(u32::to_be_bytes).concat());
+        }
+        _ => {
+            let body = bytes(&chunks[at][4..], rng);
+            chunks[at].truncate(4);
+            chunks[at].extend(body);
+        }
+    }
+    for chunk in chunks {
+        let mut crc = flate2::Crc::new();
+        crc.update(&chunk);
+        spoilt.extend((chunk.len() as u32 - 4).to_be_bytes());
+        spoilt.extend(&chunk);
+        spoilt.extend(crc.sum().to_be_bytes());
+    }
+    Some(spoilt)
+}
+
+/// Unpacked, spoilt, packed again; or a bomb: sixteen MiB of zeros in sixteen KiB.
+fn gzip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    use std::io::{Read, Write};
+    let mut unpacked = Vec::new();
+    flate2::read::GzDecoder::new(content).read_to_end(&mut unpacked).ok()?;
+    let mut spoilt = idx(&unpacked, rng).unwrap_or_else(|| bytes(&unpacked, rng));
+    if rng.random_range(0..6) == 0 {
+        spoilt.resize(1 << 24, 0);
+    }
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(&spoilt).ok()?;
+    packed.finish().ok()
+}
+
+/// One of the numbers in the header.
+fn idx(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let mut spoilt = content.to_vec();
+    let at = 4 * rng.random_range(0..4);
+    let number: u32 = *[0, 1, 0x803, 0x801, 0x80b, 1 << 16, 1 << 31, u32::MAX].choose(rng)?;
+    spoilt.get_mut(at..at + 4)?.copy_from_slice(&number.to_be_bytes());
+    Some(spoilt)
+}

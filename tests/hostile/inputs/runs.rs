@@ -1,0 +1,326 @@
+//! What runs write and read again.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ddil_core::{
+    AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source, States,
+    StudentConfig, StudentPolicy,
+};
+use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
+use ddil_trainer::checkpoint::{self, Checkpoint, CheckpointWriter, Manifest};
+use ddil_trainer::compare::{CellRecord, Outcome};
+use ddil_trainer::pipeline::Card;
+use ddil_trainer::record::{self, Position, Record};
+use ddil_trainer::results::{self, Measurement};
+use ddil_trainer::run_folder::{RunFolder, Status, is_in_use};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tch::Tensor;
+
+use super::harness::{Said, Target, told};
+use super::tree::Tree;
+
+fn grid() -> Timesteps {
+    Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("it is on the grid")
+}
+
+/// A checkpoint with a buffer in it.
+fn checkpoint_folder() -> Tree {
+    let folder = tempfile::tempdir().expect("a folder");
+    let saved = buffer().save().expect("it can be saved");
+    let mut writer = CheckpointWriter::new(folder.path(), 7, "distill").expect("a folder");
+    writer
+        .tensors("buffer.safetensors", &saved.tensors)
+        .and_then(|writer| writer.json("buffer.json", &saved.metadata))
+        .expect("there is room");
+    writer.commit().expect("there is room");
+    Tree::read(folder.path())
+}
+
+fn buffer() -> AggregationBuffer {
+    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+    let mut buffer = AggregationBuffer::new(config, &grid()).expect("it is valid");
+    let grid_indices = vec![1, 2, 3, 1];
+    let states = States {
+        x_t: Tensor::ones([4, 3], tch::kind::FLOAT_CPU),
+        timesteps: Tensor::from_slice(&[749_i64, 499, 249, 749]),
+        sources: vec![Source::Student; 4],
+        births: vec![1, 1, 1, 2],
+        conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 2, 3])),
+        grid_indices,
+    };
+    buffer.insert(&states).expect("it fits");
+    buffer
+}
+
+/// Puts the checksums right, so that what lies behind them is looked at.
+fn seal(tree: &mut Tree) {
+    let sums: Vec<(String, u64, String)> = tree
+        .files
+        .iter()
+        .map(|(name, content)| {
+            let name = name.rsplit('/').next().unwrap_or_default().to_owned();
+            (name, content.len() as u64, sha256(content))
+        })
+        .collect();
+    let Some(content) = tree.files.get_mut("step_0000007/manifest.json") else { return };
+    let Ok(mut sealed) = serde_json::from_slice::<Value>(content) else { return };
+    for (name, bytes, sum) in sums {
+        // Those that are still called by their names; others stay as they were spoilt.
+        if let Some(member) = sealed.pointer_mut(&format!("/manifest/members/{name}"))
+            && member.get("sha256").is_some_and(Value::is_string)
+        {
+            *member = json!({ "bytes": bytes, "sha256": sum });
+        }
+    }
+    let parsed = serde_json::from_value::<Manifest>(sealed["manifest"].clone());
+    if let Ok(manifest) = parsed {
+        let compact = serde_json::to_vec(&manifest).expect("it is plain");
+        sealed = json!({ "manifest": manifest, "sha256": sha256(&compact) });
+    }
+    *content = sealed.to_string().into_bytes();
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| char::from_digit(digit.into(), 16))
+        .collect::<Option<_>>()
+        .expect("digits are below sixteen")
+}
+
+#[test]
+fn checkpoint_as_it_is() {
+    Target::new("checkpoint_as_it_is", vec![checkpoint_folder()], read_checkpoint).run();
+}
+
+/// The same with checksums that are right: files that somebody made.
+#[test]
+fn checkpoint_made_by_hand() {
+    let seeds = vec![checkpoint_folder()];
+    let mut target = Target::new("checkpoint_made_by_hand", seeds, read_checkpoint);
+    target.mend = seal;
+    target.run();
+}
+
+fn read_checkpoint(folder: &Path) -> Said {
+    let found = checkpoint::find_latest(folder).map_err(told)?;
+    let names = |damaged: &checkpoint::Damaged| told_of(&damaged.path, &damaged.reason);
+    let Some(checkpoint) = found.checkpoint else {
+        let first = found.damaged.first().map(names);
+        return Err(first.unwrap_or_else(|| format!("nothing in {}", folder.display())));
+    };
+    for name in checkpoint.manifest().members.keys() {
+        let path = checkpoint.path().join(name);
+        let inside = path.parent() == Some(checkpoint.path());
+        assert!(inside, "{} is not in the checkpoint", path.display());
+    }
+    let _ = checkpoint.obstacles_to_exact_resume().map_err(told)?;
+    restore(&checkpoint)
+}
+
+fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
+    format!("{}: {}", path.display(), reason)
+}
+
+fn restore(checkpoint: &Checkpoint) -> Said {
+    let saved = SavedState {
+        files: Vec::new(),
+        tensors: checkpoint.tensors("buffer.safetensors").map_err(told)?,
+        metadata: checkpoint.json("buffer.json").map_err(told)?,
+    };
+    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+    let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
+    buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
+    use_buffer(&mut buffer)
+}
+
+/// What a run does with a buffer: says how full it is, draws, inserts, saves.
+fn use_buffer(buffer: &mut AggregationBuffer) -> Said {
+    let place = |error| format!("`buffer`: {}", told(error));
+    let _ = buffer.statistics(3);
+    let mut rng = StdRng::seed_from_u64(0);
+    for grid_index in 0..5 {
+        let available = buffer.available(grid_index, 3);
+        if available > 0 {
+            buffer.sample(&[grid_index; 3], 3, &mut rng).map_err(place)?;
+        }
+    }
+    let states = States {
+        x_t: Tensor::ones([2, 3], tch::kind::FLOAT_CPU),
+        timesteps: Tensor::from_slice(&[749_i64, 249]),
+        grid_indices: vec![1, 3],
+        sources: vec![Source::Student; 2],
+        births: vec![u64::MAX, u64::MAX],
+        conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1])),
+    };
+    // States of another shape may have been restored.
+    let _ = buffer.insert(&states);
+    buffer.save().map(drop).map_err(place)
+}
+
+/// A buffer's saved state without the checkpoint around it.
+#[test]
+fn saved_buffer() {
+    let saved = buffer().save().expect("it can be saved");
+    let seed = saved_tree(&saved);
+    Target::new("saved_buffer", vec![seed], |folder| {
+        let saved = read_saved(folder)?;
+        let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+        let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
+        buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
+        use_buffer(&mut buffer)
+    })
+    .run();
+}
+
+fn mixer() -> Mixer {
+    let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
+    let policy = StudentPolicy::default();
+    let config = MixerConfig {
+        student: StudentConfig { policy, ..Default::default() },
+        ..Default::default()
+    };
+    Mixer::new(config, grid(), Box::new(Ddim::new(schedule))).expect("it is valid")
+}
+
+#[test]
+fn saved_mixer() {
+    let saved = mixer().state().expect("it can be saved");
+    Target::new("saved_mixer", vec![saved_tree(&saved)], |folder| {
+        let saved = read_saved(folder)?;
+        let mut mixer = mixer();
+        mixer.restore(&saved).map_err(|error| format!("`mixer`: {}", told(error)))?;
+        mixer.state().map(drop).map_err(|error| format!("`mixer`: {}", told(error)))
+    })
+    .run();
+}
+
+fn saved_tree(saved: &SavedState) -> Tree {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("state.safetensors");
+    ddil_models::weights::save(&saved.tensors, &path, &BTreeMap::default()).expect("there is room");
+    Tree::read(folder.path()).with("state.json", saved.metadata.to_string())
+}
+
+fn read_saved(folder: &Path) -> Result<SavedState, String> {
+    let tensors = ddil_models::weights::read_all(folder.join("state.safetensors")).map_err(told)?;
+    let text = std::fs::read(folder.join("state.json")).map_err(|e| format!("state.json: {e}"))?;
+    let metadata = serde_json::from_slice(&text).map_err(|e| format!("state.json: {e}"))?;
+    Ok(SavedState { tensors: tensors.into_iter().collect(), metadata, files: Vec::new() })
+}
+
+/// A run that is done, with the position of its record beside it.
+fn finished_run() -> Tree {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("run");
+    let mut run = RunFolder::create(&path, &toml::toml! { steps = 10 }).expect("a folder");
+    let mut metrics = Record::create(&run.file("metrics.jsonl")).expect("a file");
+    for step in 1..4 {
+        metrics.write(step, &json!({ "loss": 0.5 })).expect("there is room");
+    }
+    let position = metrics.position().expect("it is on disk");
+    run.complete(3).expect("there is room");
+    drop(run);
+    let mut tree = Tree::read(&path)
+        .with("position.json", serde_json::to_vec(&position).expect("it is plain"))
+        .with("timings.jsonl", "{\"step\":1,\"seconds\":2}\n{\"step\":2,\"seconds\":3}\n");
+    tree.files.remove(".lock");
+    tree
+}
+
+#[test]
+fn run_folder() {
+    Target::new("run_folder", vec![finished_run()], read_run).run();
+}
+
+fn read_run(folder: &Path) -> Said {
+    let _ = is_in_use(folder).map_err(told)?;
+    let _ = Status::read(folder).map_err(told)?;
+    let lines: Vec<Value> = record::read_lines(&folder.join("metrics.jsonl")).map_err(told)?;
+    let run = RunFolder::resume(folder).map_err(told)?;
+    run.settings().map_err(told)?;
+    let text = std::fs::read(folder.join("position.json")).map_err(|_| "position.json")?;
+    let position: Position = serde_json::from_slice(&text).map_err(|_| "position.json")?;
+    let resumed = Record::resume(&folder.join("metrics.jsonl"), position);
+    let _ = Record::resume_after(&folder.join("timings.jsonl"), 1).map_err(told)?;
+    let _ = lines.len();
+    resumed.map(drop).map_err(told)
+}
+
+fn measurement() -> Measurement {
+    Measurement {
+        format_version: 1,
+        dataset: "test".to_owned(),
+        method: "progressive".to_owned(),
+        priors: None,
+        thresholding: Thresholding::clamp_pixels(),
+        guidance_scale: Some(3.0),
+        steps: 4,
+        seed: 1,
+        updates: 300,
+        seconds: 12.5,
+        samples: 500,
+        extractor: "raw-pixels".to_owned(),
+        frechet: 2.5,
+        frechet_to_teacher: Some(1.25),
+        precision: 0.5,
+        recall: 0.25,
+        density: 0.75,
+        coverage: 0.625,
+        shift: Vec::new(),
+    }
+}
+
+fn cell() -> CellRecord {
+    let outcome = Outcome::Diverged { step: 5, message: "the loss is NaN".to_owned() };
+    CellRecord::new("on_seed0", "aa", "bb", outcome)
+}
+
+/// Files of every format of the project's own, small.
+pub(crate) fn golden_formats() -> Tree {
+    let mut all = Tree::default();
+    let mut add = |folder: &str, tree: Tree| {
+        all.files.extend(
+            tree.files.into_iter().map(|(name, content)| (format!("{folder}{name}"), content)),
+        );
+    };
+    add("checkpoints/", checkpoint_folder());
+    add("run/", finished_run());
+    add("encoded/", super::data::encoded());
+    let card = Card { method: "lcm".to_owned(), updates: 300, ..Card::default() };
+    add("", Tree::file("ddil.json", json_of(&card)).with("cell.json", json_of(&cell())));
+    add("", Tree::file("results.json", json_of(&vec![measurement()])));
+    all
+}
+
+fn json_of(value: &(impl serde::Serialize + ?Sized)) -> String {
+    format!("{}\n", serde_json::to_string_pretty(value).expect("it is plain"))
+}
+
+#[test]
+fn results_and_cells() {
+    let seed = Tree::file("results.json", json_of(&vec![measurement()]))
+        .with("cell.json", json_of(&cell()));
+    Target::new("results_and_cells", vec![seed], |folder| {
+        let cell = folder.join("cell.json");
+        let record = CellRecord::read(&cell).map_err(told)?;
+        if let Some(record) = record {
+            record.write(&cell).map_err(told)?;
+        }
+        let path = folder.join("results.json");
+        let rows = results::read(&path).map_err(told)?;
+        let named: Vec<_> = rows.iter().map(|row| (row.method.clone(), row.clone())).collect();
+        let _ = (results::table(&named), results::shift_table(&named));
+        match rows.first() {
+            Some(row) => results::append(&path, row).map_err(told),
+            None => Ok(()),
+        }
+    })
+    .run();
+}
