@@ -277,6 +277,14 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
 
 /// Number of rows of a tensor and bytes of each, once it is known that bytes can be copied there.
 fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
+    if !tensor.defined() {
+        return Err(Error::InvalidArgument {
+            op,
+            name: "out",
+            value: "undefined".to_owned(),
+            expected: "a tensor with rows",
+        });
+    }
     let device = tensor.device();
     if device != Device::Cpu {
         return Err(Error::UnsupportedDevice { op, device });

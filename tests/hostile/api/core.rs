@@ -2,10 +2,11 @@ use ddil_core::{
     AdaptivePriors, AggregationBuffer, BufferConfig, ClipMeter, Conditioning, Consistent, Data,
     Denoiser, Discriminator, Draws, Error, Generator, Grids, Guided, GuidedByWeight, LossFeedback,
     LossMeter, MixRequest, MixedRollout, MixedVariant, Mixer, MixerConfig, PriorSchedule, Priors,
-    RandomStreams, RolloutSteps, SavedState, ShiftConfig, ShiftRequest, Source, SourceConfig,
-    SourceRequest, States, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
-    TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices, first_state,
-    measure_shift, rollout, rollout_keeping, rollout_to, sample, sample_each, shift_at,
+    RandomStreams, RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source,
+    SourceConfig, SourceRequest, States, StudentConfig, StudentPolicy, StudentSource,
+    TeacherConfig, TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices,
+    first_state, measure_shift, rollout, rollout_keeping, rollout_to, sample, sample_each,
+    shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
@@ -220,6 +221,28 @@ fn buffer(cases: &mut Cases) {
         });
     }
     full_buffer(cases);
+    spilled_files(cases);
+}
+
+fn spilled_files(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("segment");
+    std::fs::write(&path, [1; 64]).expect("there is room");
+    let places = [&path, &folder.path().to_owned(), &folder.path().join("none")];
+    for place in places.into_iter().chain([&"nul\0byte".into()]) {
+        for bytes in [0, 64, 65, u64::MAX] {
+            let (name, what) = ("segment".to_owned(), format!("{bytes} of {}", place.display()));
+            let file = SavedFile { name, path: place.clone(), bytes, crc32: 0 };
+            cases.once("SavedFile::ensure_intact", &what, || said(file.ensure_intact()));
+            cases.once("SavedFile::link_to", &what, || said(file.link_to(&path)));
+            cases.once("SavedFile::link_to", &what, || {
+                said(file.link_to(&folder.path().join("none/other")))
+            });
+            let mut buffer = new_buffer();
+            let saved = SavedState { files: vec![file], ..new_buffer().save().expect("empty") };
+            cases.once("AggregationBuffer::restore", &what, || said(buffer.restore(&saved)));
+        }
+    }
 }
 
 fn full_buffer(cases: &mut Cases) {

@@ -1,9 +1,10 @@
 use ddil_libtorch::{
-    AdamW, Autocast, Clamped, Generator, MappedFile, MemoryFormat, TensorList, affine, affine_,
-    affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last, clip_grad_norm_,
-    default_generator_state, deterministic, foreach_lerp_, foreach_zero_, fused_adamw_, grad_norm,
-    grads, is_channels_last, read_bounded, read_text_bounded, set_default_generator_state,
-    set_num_interop_threads, set_num_threads, to_memory_format,
+    AdamW, Autocast, Clamped, Generator, MappedFile, MemoryFormat, RowFile, TensorList, affine,
+    affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
+    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads, foreach_lerp_,
+    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, is_channels_last, read_bounded,
+    read_text_bounded, recomputed, set_default_generator_state, set_num_interop_threads,
+    set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -19,7 +20,9 @@ fn ddil_libtorch() {
     arithmetic(&mut cases);
     lists(&mut cases);
     generators(&mut cases);
+    recomputation(&mut cases);
     files(&mut cases);
+    row_files(&mut cases);
     the_process(&mut cases);
     cases.finish("ddil-libtorch");
 }
@@ -80,6 +83,7 @@ fn lists(cases: &mut Cases) {
     learned.sum(Kind::Float).backward();
     cases.once("grads", "no gradient", || said(grads(&of(&x)?)));
     cases.once("grads", "a gradient", || said(grads(&of(&learned)?)));
+    cases.tensors("drop_grads", &[&x], |t| said(drop_grads(&of(&t[0])?)));
     cases.tensors("grad_norm", &[&x], |t| said(grad_norm(&of(&t[0])?)));
     cases.tensors("clip_grad_norm_", &[&x], |t| said(clip_grad_norm_(&of(&t[0])?, 1.0)));
     cases.numbers("clip_grad_norm_", |most| said(clip_grad_norm_(&of(&images())?, most)));
@@ -100,6 +104,26 @@ fn lists(cases: &mut Cases) {
             ..AdamW::default()
         };
         said(fused_adamw_(&params?, &grads?, &avgs?, &squares?, &of(&one_step.copy())?, &settings))
+    });
+}
+
+fn recomputation(cases: &mut Cases) {
+    let x = images();
+    cases.tensors("recomputed", &[&x, &x], |t| {
+        let y = recomputed(&t[..1], {
+            let held = t[1].shallow_clone();
+            move |x| x[0].f_mul(&held)?.f_add(&x[0])
+        });
+        let y = y.map_err(|error| error.to_string())?;
+        if y.requires_grad() {
+            let sum = y.f_sum(Kind::Float).map_err(|error| error.to_string())?;
+            said(sum.f_backward())?;
+        }
+        Ok(())
+    });
+    cases.once("recomputed", "no input", || said(recomputed::<&Tensor>([], |_| Ok(Tensor::new()))));
+    cases.once("recomputed", "a function that panics", || {
+        said(recomputed([&x], |_| panic!("on purpose")))
     });
 }
 
@@ -184,6 +208,56 @@ fn files(cases: &mut Cases) {
             }
         }
     }
+}
+
+fn row_files(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("rows");
+    let file = RowFile::create(&path, b"head", 96, 3).expect("there is room");
+    let places = [&path, &folder.path().to_owned(), &folder.path().join("none/rows")];
+    for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
+        let what = place.display().to_string();
+        cases.once("RowFile::create", &what, || said(RowFile::create(place, b"head", 96, 3)));
+        cases.once("RowFile::open", &what, || said(RowFile::open(place, 4, 96, 3)));
+    }
+    // Sizes that no disk has, or that are none: what a disk might have is not asked for.
+    for (row_bytes, num_rows) in [(0, 0), (0, 3), (1, usize::MAX), (usize::MAX, 1), (96, 1 << 60)] {
+        let what = format!("{num_rows} rows of {row_bytes}");
+        let other = folder.path().join("other");
+        cases.once("RowFile::create", &what, || {
+            said(RowFile::create(&other, b"head", row_bytes, num_rows))
+        });
+        cases.once("RowFile::open", &what, || said(RowFile::open(&path, 4, row_bytes, num_rows)));
+        cases.once("RowFile::open", &what, || {
+            said(RowFile::open(&path, usize::MAX, row_bytes, num_rows))
+        });
+        assert!(!other.exists());
+    }
+    let mut other = RowFile::create(folder.path().join("written"), b"", 8, 3).expect("as above");
+    for first in [0, 2, 3, usize::MAX] {
+        for len in [0, 7, 8, 24, 32] {
+            cases.once("RowFile::write", &format!("{len} bytes from row {first} on"), || {
+                said(other.write(first, &vec![1; len]))
+            });
+        }
+    }
+    let three = Tensor::ones([3, 4, 2], kind::FLOAT_CPU);
+    cases.tensors("gather_rows", &[&three], |t| said(gather_rows(&mut t[0], 0, [(&file, 2, 0)])));
+    for odd in [0, 3, 64, 65, 96, usize::MAX] {
+        let what = odd.to_string();
+        let gathered =
+            |offset, row, to| said(gather_rows(&mut three.copy(), offset, [(&file, row, to)]));
+        cases.once("gather_rows", &format!("offset {what}"), || gathered(odd, 0, 0));
+        cases.once("gather_rows", &format!("from row {what}"), || gathered(0, odd, 0));
+        cases.once("gather_rows", &format!("to row {what}"), || gathered(0, 0, odd));
+        cases.once("copy_rows_", &what, || {
+            said(copy_rows_(&mut three.copy(), &[0, odd, 1], &three))
+        });
+    }
+    cases.tensors("copy_rows_", &[&three, &three], |t| {
+        let (out, from) = t.split_at_mut(1);
+        said(copy_rows_(&mut out[0], &[2, 0, 0], &from[0]))
+    });
 }
 
 fn the_process(cases: &mut Cases) {

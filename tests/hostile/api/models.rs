@@ -87,7 +87,12 @@ fn pixel_unets(cases: &mut Cases) {
     cases.tensors("UNet2DModel::forward", &[&x, &times(), &weight], |t| {
         said(guided.forward(&t[0], &t[1], told, Some(&t[2])))
     });
-    cases.cannot_fail(&["UNet2DModel::set_training", "UNet2DConditionModel::set_training"]);
+    cases.cannot_fail(&[
+        "UNet2DModel::set_training",
+        "UNet2DModel::set_activation_checkpointing",
+        "UNet2DConditionModel::set_training",
+        "UNet2DConditionModel::set_activation_checkpointing",
+    ]);
 }
 
 fn text_unets(cases: &mut Cases) {
@@ -531,6 +536,18 @@ fn parameters(cases: &mut Cases) {
     cases.cannot_fail(&["Parameters::get", "Parameters::set_trainable"]);
     for path in ["/", "/nowhere/at/all", "nul\0byte", "model.bin"] {
         cases.once("Parameters::load", path, || said(whole.parameters().load(path)));
+        cases.once("AutoencoderKLConfig::read_weights", path, || {
+            said(AutoencoderKLConfig::default().read_weights(path))
+        });
+        cases.once("ClipTextConfig::read_weights", path, || {
+            said(ClipTextConfig::default().read_weights(path))
+        });
+    }
+    let mlp = Model::Mlp(MlpConfig::default().build(placement(), 0).expect("valid"));
+    for on in [false, true] {
+        cases.once("Model::set_activation_checkpointing", &on.to_string(), || {
+            said(mlp.set_activation_checkpointing(on))
+        });
     }
     cases.once("Parameters::save", "a folder", || said(whole.parameters().save("/")));
 }
