@@ -119,7 +119,7 @@ fn adapters_that_cannot_be() {
         &Workshop::with_teacher(),
         "distill",
         &[
-            (&["student.lora={ rank = 0 }"], &["student.lora.rank", "at least 1"]),
+            (&["student.lora={ rank = 0 }"], &["student.lora.rank", "1..=16384"]),
             (&["student.lora={ alpha = 0.0 }"], &["student.lora.alpha", "above 0"]),
             (&["student.lora={ alpha = inf }"], &["student.lora.alpha", "inf", "finite"]),
             (&["student.lora={ ranks = 2 }"], &["did you mean `rank`?"]),
