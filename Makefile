@@ -39,7 +39,7 @@ test: setup ## every test, doc tests and the tools' own too
 
 # Faults are brought about in a debug build, where the points for them are; what runs long is what is shipped.
 SOAK := --workspace --test program -- --ignored --nocapture --test-threads 1
-soak: setup ## an hour of kills, failing disks and long runs (DDIL_SOAK_UPDATES, _KILLS, _METHODS; DDIL_SEED)
+soak: setup ## long: kills, failing disks and long runs (DDIL_SOAK_UPDATES, _KILLS, _METHODS; DDIL_SEED)
 	$(CARGO) test $(SOAK) soak_every_fault soak_kills
 	$(CARGO) test --release $(SOAK) soak_long_runs
 
