@@ -41,6 +41,7 @@ fn spoilt(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
         "gz" => gzip(content, rng),
         "idx" => idx(content, rng),
         "txt" => text_lines(content, rng),
+        "pt" => zip(content, rng),
         _ => None,
     }
 }
@@ -365,6 +366,27 @@ fn gzip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     packed.write_all(&spoilt).ok()?;
     packed.finish().ok()
+}
+
+/// One of the numbers in one of the headers of a zip archive; libtorch does not look at the checksums.
+fn zip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    // Each with its numbers: where they are, and of how many bytes.
+    let headers: [(&[u8; 4], &[(usize, usize)]); 5] = [
+        (b"PK\x01\x02", &[(10, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)]),
+        (b"PK\x03\x04", &[(8, 2), (18, 4), (22, 4), (26, 2), (28, 2)]),
+        (b"PK\x05\x06", &[(8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]),
+        (b"PK\x06\x06", &[(4, 8), (24, 8), (32, 8), (40, 8), (48, 8)]),
+        (b"PK\x06\x07", &[(8, 8), (16, 4)]),
+    ];
+    let (signature, numbers) = headers.choose(rng)?;
+    let places: Vec<usize> =
+        (0..content.len()).filter(|&at| content[at..].starts_with(*signature)).collect();
+    let (offset, len) = *numbers.choose(rng)?;
+    let at = places.choose(rng)? + offset;
+    let odd: u64 = *[0, 1, 8, 1 << 15, 1 << 31, u32::MAX.into(), 1 << 40, u64::MAX].choose(rng)?;
+    let mut spoilt = content.to_vec();
+    spoilt.get_mut(at..at + len)?.copy_from_slice(&odd.to_le_bytes()[..len]);
+    Some(spoilt)
 }
 
 /// One of the numbers in the header.
