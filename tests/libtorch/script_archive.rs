@@ -284,10 +284,9 @@ fn pickles_claim_no_more_than_is_in_them() {
 
 #[test]
 fn only_plain_files_are_opened() {
-    for place in ["/dev/zero", "/"] {
-        let error = ensure_script_archive(place).expect_err("no file").to_string();
-        assert!(error.contains(place) && error.contains("plain file"), "{error}");
+    for place in ["/dev/zero", "/", "nowhere.pt"] {
+        let error = ensure_script_archive(place).expect_err("no file");
+        let named = matches!(&error, Error::File { path, .. } if path == Path::new(place));
+        assert!(named, "{error:?}");
     }
-    let error = ensure_script_archive("nowhere.pt").expect_err("no file");
-    assert!(matches!(error, Error::File { action: "read", .. }), "{error}");
 }

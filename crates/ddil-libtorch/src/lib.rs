@@ -15,7 +15,7 @@
 //! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
-//! | other files, however large they are | [`read_bounded`], [`read_text_bounded`] |
+//! | other files, however large they are | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
 //! | programs that libtorch reads | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
@@ -81,7 +81,7 @@ mod version;
 
 pub use allocator::keep_freed_pages;
 pub use autocast::Autocast;
-pub use bounded::{read_bounded, read_text_bounded};
+pub use bounded::{open_plain_file, read_bounded, read_text_bounded};
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
 };

@@ -1,11 +1,11 @@
 mod pickle;
 
-use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use flate2::read::DeflateDecoder;
 
+use crate::bounded::open_plain_file;
 use crate::{Error, Result};
 
 /// What the packed records of an archive may unpack to, together. Only the program's source and where its lines came from
@@ -40,8 +40,8 @@ const EXTRA64: u16 = 1;
 ///
 /// # Errors
 ///
-/// [`Error::ScriptArchive`] with the record and what is wrong with it, also for a file that is none or is no plain file;
-/// [`Error::File`] if it cannot be read.
+/// [`Error::ScriptArchive`] with the record and what is wrong with it, also for a file that is none; [`Error::File`] if it
+/// cannot be read or is no plain file.
 ///
 /// # Example
 ///
@@ -57,13 +57,9 @@ const EXTRA64: u16 = 1;
 /// ```
 pub fn ensure_script_archive(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    let metadata = fs::metadata(path).map_err(Error::file("read", path))?;
-    let checked = if metadata.is_file() {
-        File::open(path).map_err(Problem::from).and_then(|file| ensure(file, metadata.len()))
-    } else {
-        Err(Problem::Said("it is no plain file".to_owned()))
-    };
-    checked.map_err(|problem| match problem {
+    let file = open_plain_file(path).map_err(Error::file("open", path))?;
+    let len = file.metadata().map_err(Error::file("read", path))?.len();
+    ensure(file, len).map_err(|problem| match problem {
         Problem::Read(source) => Error::file("read", path)(source),
         Problem::Said(problem) => Error::ScriptArchive { path: path.to_owned(), problem },
     })
