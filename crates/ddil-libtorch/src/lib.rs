@@ -79,7 +79,7 @@ mod script_archive;
 mod threads;
 mod version;
 
-pub use allocator::keep_freed_pages;
+pub use allocator::{keep_freed_pages, keeps_freed_pages};
 pub use autocast::Autocast;
 pub use bounded::{open_plain_file, read_bounded, read_text_bounded};
 pub use elementwise::{

@@ -10,6 +10,7 @@ use ddil_core::{
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{self, Checkpoint, CheckpointWriter, Manifest};
 use ddil_trainer::compare::{CellRecord, Outcome};
+use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::pipeline::Card;
 use ddil_trainer::record::{self, Position, Record};
 use ddil_trainer::results::{self, Measurement};
@@ -293,6 +294,14 @@ fn read_saved(folder: &Path) -> Result<SavedState, String> {
     Ok(SavedState { tensors: tensors.into_iter().collect(), metadata, files: Vec::new() })
 }
 
+/// Of a run that was begun on one thread and went on with two.
+const ENVIRONMENT: &str = r#"{
+  "format_version": 1,
+  "first": { "step": 0, "ddil": "0.1.0", "device": "cpu", "libtorch": "2.13.0", "num_threads": 1 },
+  "later": [{ "step": 2, "num_threads": 2 }]
+}
+"#;
+
 /// A run that is done, with the position of its record beside it.
 fn finished_run() -> Tree {
     let folder = tempfile::tempdir().expect("a folder");
@@ -307,7 +316,8 @@ fn finished_run() -> Tree {
     drop(run);
     let mut tree = Tree::read(&path)
         .with("position.json", serde_json::to_vec(&position).expect("it is plain"))
-        .with("timings.jsonl", "{\"step\":1,\"seconds\":2}\n{\"step\":2,\"seconds\":3}\n");
+        .with("timings.jsonl", "{\"step\":1,\"seconds\":2}\n{\"step\":2,\"seconds\":3}\n")
+        .with("environment.json", ENVIRONMENT);
     tree.files.remove(".lock");
     tree
 }
@@ -321,6 +331,8 @@ fn read_run(folder: &Path) -> Said {
     let _ = is_in_use(folder).map_err(told)?;
     let _ = Status::read(folder).map_err(told)?;
     let lines: Vec<Value> = record::read_lines(&folder.join("metrics.jsonl")).map_err(told)?;
+    let _ = RunEnvironment::read(folder).map_err(told)?;
+    RunEnvironment::note(folder, 3, tch::Device::Cpu).map_err(told)?;
     let run = RunFolder::resume(folder).map_err(told)?;
     run.settings().map_err(told)?;
     let text = std::fs::read(folder.join("position.json")).map_err(|_| "position.json")?;

@@ -578,6 +578,8 @@ impl std::fmt::Display for LatentScaling {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use ddil_core::{RandomStreams, Stream};
     use tch::kind;
 
