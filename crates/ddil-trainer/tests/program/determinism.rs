@@ -38,7 +38,7 @@ fn two_threads_are_the_same_each_time_and_close_to_one() {
     for method in &METHODS {
         let workshop = method.workshop();
         let of_threads = |name: &str, threads: &str| {
-            complete(&workshop, &method.arguments(name, 12, &[threads, "data.batch_size=16"]));
+            complete(&workshop, &method.arguments(name, 6, &[threads, "data.batch_size=8"]));
             workshop.run(name)
         };
         let [one, two, same] =
@@ -47,12 +47,14 @@ fn two_threads_are_the_same_each_time_and_close_to_one() {
         assert_same_end(&two, &same);
         let (loss, weights) = (farthest_loss(&one, &two), farthest_weight(&one, &two));
         println!("{}: losses differ by {loss:.1e}, weights by {weights:.1e}", method.name);
-        assert!(loss <= FARTHEST && weights <= FARTHEST, "{}: {loss:e}, {weights:e}", method.name);
+        assert!(loss <= LOSSES && weights <= WEIGHTS, "{}: {loss:e}, {weights:e}", method.name);
     }
 }
 
-/// What another number of threads may change in a dozen updates, of the largest value.
-const FARTHEST: f64 = 1e-3;
+/// What another number of threads may change in a few updates; thirty times what was measured in a dozen. An optimizer
+/// that divides a gradient by its own size makes much of one that is little more than rounding.
+const LOSSES: f64 = 1e-4;
+const WEIGHTS: f64 = 1e-2;
 
 /// Largest difference of two runs' losses, of the largest loss.
 fn farthest_loss(left: &Path, right: &Path) -> f64 {
