@@ -161,7 +161,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
         let frame = frame.expect("it has a frame");
         content[frame + 5..frame + 9]
             .copy_from_slice(&[1 << 14, 1 << 14].map(u16::to_be_bytes).concat());
-        let most = (content.len() * 512).to_string();
+        let most = format!("at most {} pixels", content.len() * 512);
         let folder = written("a.jpg", content);
         let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
         assert_says(&crate::inputs::told(error), &["a.jpg", "16384x16384", &most]);
