@@ -281,6 +281,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
 #[test]
 fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
     use serde_json::{Value, json};
+    type Change<'a> = &'a dyn Fn(&mut Value);
     let chains = || StudentConfig { mixed: None, ..StudentConfig::default() };
     let config = || MixerConfig { student: chains(), ..mix(0.2, 0.8, 0.0) };
     let mut run = Run::new(config(), &[16, 3]);
@@ -291,15 +292,15 @@ fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
     let place = "/sources/1";
     let sound = saved.metadata.clone();
     let waiting = |value: &Value| value["waiting"].to_string();
-    assert!(waiting(&sound.pointer(place).expect("chains")).contains("row"), "{sound}");
-    let mut restored = |change: &dyn Fn(&mut Value)| {
+    assert!(waiting(sound.pointer(place).expect("chains")).contains("row"), "{sound}");
+    let mut restored = |change: Change| {
         saved.metadata = sound.clone();
         change(saved.metadata.pointer_mut(place).expect("chains"));
         let mut mixer = Mixer::new(config(), trailing(4), Box::new(Ddim::new(schedule())))?;
         mixer.restore(&saved)
     };
     restored(&|_| {})?;
-    let changes: [(&str, &dyn Fn(&mut Value)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("beyond counting", &|chains| chains["most"] = json!(u64::MAX)),
         ("terabytes", &|chains| chains["most"] = json!(1_u64 << 40)),
         ("a row less", &|chains| drop(chains["free"].as_array_mut().expect("rows").pop())),
