@@ -1,6 +1,6 @@
 //! Times sampler steps on demand, for `benches/peers/compare_steps.py`.
 //!
-//! `step_times THREADS` reads lines from standard input. Each is a round: every case is timed once, and a line of JSON
+//! `step_times THREADS [DEVICE]` reads lines from standard input. Each is a round: every case is timed once, and a line of JSON
 //! says how many microseconds a step took, by case. So the caller can alternate rounds with another program's.
 
 use std::collections::BTreeMap;
@@ -9,11 +9,13 @@ use std::hint::black_box;
 use std::io::Write;
 use std::time::Instant;
 
+use ddil_benches::process::wait_for;
 use ddil_schedulers::{
     Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Plan, PredictionType, Sampler, SamplerStep,
     Thresholding, TimestepSpacing, Timesteps,
 };
-use tch::{Tensor, kind};
+use ddil_trainer::config::parse_device;
+use tch::{Device, Kind, Tensor};
 
 /// A batch with what the network said of it.
 struct Batch {
@@ -23,8 +25,9 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(shape: [i64; 4]) -> Self {
-        let [x_t, model_output] = [0; 2].map(|_| Tensor::randn(shape, kind::FLOAT_CPU));
+    fn new(shape: [i64; 4], device: Device) -> Self {
+        let random = |_| Tensor::randn(shape, (Kind::Float, device));
+        let [x_t, model_output] = [0; 2].map(random);
         Self { shape, x_t, model_output }
     }
 
@@ -32,10 +35,12 @@ impl Batch {
     fn time(&self, mut call: impl FnMut()) -> f64 {
         let calls = if self.shape[0] > 8 { 20 } else { 200 };
         call();
+        wait_for(self.x_t.device());
         let started = Instant::now();
         for _ in 0..calls {
             call();
         }
+        wait_for(self.x_t.device());
         started.elapsed().as_secs_f64() * 1e6 / f64::from(calls)
     }
 
@@ -58,7 +63,8 @@ impl Case {
     }
 
     fn general(&self, batch: &Batch) -> ddil_schedulers::Result<Tensor> {
-        let at = |t: i64| Tensor::full([batch.shape[0]], t, kind::INT64_CPU);
+        let integers = (Kind::Int64, batch.x_t.device());
+        let at = |t: i64| Tensor::full([batch.shape[0]], t, integers);
         let (t, prev, schedule) = (at(749), at(499), self.sampler.schedule());
         let said = PredictionType::Epsilon
             .convert(schedule, &batch.model_output, &batch.x_t, &t)?
@@ -113,12 +119,14 @@ fn cases(schedule: &NoiseSchedule) -> ddil_schedulers::Result<[Case; 3]> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let threads = std::env::args().nth(1).ok_or("step_times THREADS")?.parse()?;
+    let mut asked = std::env::args().skip(1);
+    let threads = asked.next().ok_or("step_times THREADS [DEVICE]")?.parse()?;
+    let device = parse_device(asked.next().as_deref().unwrap_or("cpu"))?;
     tch::set_num_threads(threads);
     ddil_libtorch::keep_freed_pages();
     let _no_grad = tch::no_grad_guard();
     let cases = cases(&NoiseScheduleConfig::default().build()?)?;
-    let batches = [[4, 4, 64, 64], [16, 4, 128, 128]].map(Batch::new);
+    let batches = [[4, 4, 64, 64], [16, 4, 128, 128]].map(|shape| Batch::new(shape, device));
     for line in std::io::stdin().lines() {
         line?;
         let mut times = BTreeMap::new();

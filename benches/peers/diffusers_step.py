@@ -42,6 +42,11 @@ def steps():
     }
 
 
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Rounds:
     def __init__(self, threads):
         torch.set_num_threads(threads)
@@ -56,9 +61,11 @@ class Rounds:
             for case, step in self.steps.items():
                 calls = 20 if shape[0] > 8 else 200
                 step(x_t, output)
+                wait(x_t.device)
                 started = time.perf_counter()
                 for _ in range(calls):
                     step(x_t, output)
+                wait(x_t.device)
                 elapsed = time.perf_counter() - started
                 times[f"{case} {'x'.join(map(str, shape))}"] = elapsed * 1e6 / calls
         return times

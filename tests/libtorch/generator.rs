@@ -155,3 +155,31 @@ fn the_default_generator_continues_to_the_bit() -> TestResult {
     assert_eq!(default_generator_state(Device::Cpu)?, before);
     Ok(())
 }
+
+/// The stream of a device is another one than the CPU's, and as much its own: the same twice, moments of a normal
+/// distribution, to be continued from a saved state.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_has_streams_of_its_own() -> TestResult {
+    let gpu = Device::Cuda(0);
+    let [mut first, mut second] = [Generator::new(gpu, 5)?, Generator::new(gpu, 5)?];
+    let (once, twice) =
+        (first.normal([1 << 16], Kind::Float)?, second.normal([1 << 16], Kind::Float)?);
+    assert_eq!(once.device(), gpu);
+    assert_eq!(once, twice);
+    assert!(once.mean(Kind::Double).double_value(&[]).abs() < 5.0 / 256.0);
+    assert!((once.std(true).double_value(&[]) - 1.0).abs() < 0.02);
+    let saved = first.state()?;
+    assert_eq!(saved.device(), Device::Cpu);
+    let expected =
+        (first.uniform([7], Kind::Float)?, first.randint(0, 100, [9])?, first.randperm(11)?);
+    second.set_state(&saved)?;
+    let found =
+        (second.uniform([7], Kind::Float)?, second.randint(0, 100, [9])?, second.randperm(11)?);
+    assert_eq!(found, expected);
+    assert!(
+        max_difference(&expected.2.sort(0, false).0, &Tensor::arange(11, (Kind::Int64, gpu)))
+            == 0.0
+    );
+    Ok(())
+}
