@@ -50,7 +50,9 @@ def wait(device):
 class Rounds:
     def __init__(self, threads):
         torch.set_num_threads(threads)
-        self.steps = steps()
+        # As a pipeline has them: tables on the host, samples on the device.
+        with torch.device("cpu"):
+            self.steps = steps()
         self.batches = {shape: (torch.randn(shape), torch.randn(shape)) for shape in SHAPES}
 
     @torch.no_grad()
