@@ -287,7 +287,7 @@ fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
     Ok(())
 }
 
-/// In `Double`, where nothing is rounded to fewer bits on the way.
+/// In `Double`, so that no product is rounded to fewer bits on the way; timesteps are embedded in `Float` on both.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_answers_and_differentiates_as_the_cpu_does() -> TestResult {
@@ -311,7 +311,7 @@ fn a_gpu_answers_and_differentiates_as_the_cpu_does() -> TestResult {
                 let size = expected.abs().max().double_value(&[]).max(1e-3);
                 let apart = (found - expected).abs().max().double_value(&[]);
                 assert!(
-                    apart <= 1e-9 * size,
+                    apart <= 5e-6 * size,
                     "{name}, channels last {channels_last}: {apart} of {size}"
                 );
             }
