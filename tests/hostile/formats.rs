@@ -7,6 +7,7 @@ use ddil_schedulers::{TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Damage, find_latest};
 use ddil_trainer::compare::{CellRecord, Outcome};
 use ddil_trainer::dataset::{EncodedDataset, EncodedInfo};
+use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::pipeline::Card;
 use ddil_trainer::record::{Position, Record, read_lines};
 use ddil_trainer::results;
@@ -64,6 +65,9 @@ fn a_run_of_version_1_goes_on() {
     let text = std::fs::read(path.join("position.json")).expect("a position");
     let position: Position = serde_json::from_slice(&text).expect("a position");
     Record::resume(&path.join("metrics.jsonl"), position).expect("it is as it was");
+    let environment = RunEnvironment::read(&path).expect("an environment");
+    assert_eq!((environment.first.step, environment.later[0].step), (0, 2));
+    assert_eq!(environment.later[0].facts["num_threads"], 2);
     let run = RunFolder::resume(&path).expect("a run");
     run.ensure_config(&toml::toml! { steps = 10 }).expect("the same settings");
 }
@@ -124,7 +128,7 @@ fn of_version(
 #[test]
 fn other_versions_are_refused_in_words() {
     type Reader = fn(&Path) -> Option<String>;
-    let readers: [(&str, &str, Reader); 6] = [
+    let readers: [(&str, &str, Reader); 7] = [
         ("checkpoints/step_0000007/manifest.json", "/manifest", |folder| {
             let found = find_latest(&folder.join("checkpoints")).expect("a folder");
             let damage = &found.damaged.first()?.reason;
@@ -132,6 +136,9 @@ fn other_versions_are_refused_in_words() {
             Some(format!("manifest.json: {damage}"))
         }),
         ("run/status.json", "", |folder| Status::read(&folder.join("run")).err().map(told)),
+        ("run/environment.json", "", |folder| {
+            RunEnvironment::read(&folder.join("run")).err().map(told)
+        }),
         ("results.json", "/0", |folder| {
             results::read(&folder.join("results.json")).err().map(told)
         }),

@@ -13,6 +13,7 @@ mod optim;
 mod process;
 mod recompute;
 mod row_file;
+mod script_archive;
 
 use tch::{Kind, Tensor};
 

@@ -96,6 +96,12 @@ fn bad_networks() -> Result<(), Box<dyn std::error::Error>> {
     assert!(matches!(open(&damaged, options()), Err(Error::LoadNetwork { .. })));
 
     let path = traced(&folder, channel_means);
+    let mut claims = std::fs::read(&path)?;
+    let entry = claims.windows(4).rposition(|bytes| bytes == b"PK\x01\x02").expect("a record");
+    claims[entry + 20..entry + 28].fill(0x7f);
+    std::fs::write(&damaged, claims)?;
+    let said = open(&damaged, options()).expect_err("it is not there").to_string();
+    assert!(said.contains("damaged.pt") && said.contains("2139062143 bytes"), "{said}");
     let no_features = TorchScriptOptions { dim: 0, ..options() };
     assert!(matches!(open(&path, no_features), Err(Error::InvalidSetting { name: "dim", .. })));
     let wrong_dim = open(&path, TorchScriptOptions { dim: 4, ..options() })?;

@@ -68,6 +68,14 @@ fn no_program_and_wrong_inputs_are_refused() -> TestResult {
     assert!(matches!(TorchScript::load(&path, &config, Device::Cpu), Err(Error::Read { .. })));
     std::fs::write(&path, "no program")?;
     assert!(matches!(TorchScript::load(&path, &config, Device::Cpu), Err(Error::Read { .. })));
+    // A text of 4 GiB in a few kilobytes, for which libtorch would take the memory.
+    let mut claims = std::fs::read(golden("torch_script").join("model.pt"))?;
+    let text = claims.windows(4).position(|bytes| bytes == b"X\x08\0\0").expect("one of eight");
+    claims[text + 1..text + 5].fill(0xff);
+    std::fs::write(&path, &claims)?;
+    let error = TorchScript::load(&path, &config, Device::Cpu).expect_err("it is not there");
+    let cause = std::error::Error::source(&error).expect("it has one").to_string();
+    assert!(cause.contains("data.pkl") && cause.contains("ends beyond it"), "{cause}");
 
     let script = load()?;
     let (x, t) =

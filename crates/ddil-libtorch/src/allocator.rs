@@ -1,6 +1,10 @@
 #![allow(unsafe_code, reason = "calls C++")]
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::ffi;
+
+static KEEPS: AtomicBool = AtomicBool::new(false);
 
 /// Makes the C library keep freed memory instead of giving it back to the system, and says whether it agreed.
 ///
@@ -18,8 +22,16 @@ use crate::ffi;
 /// ```
 /// let kept = ddil_libtorch::keep_freed_pages();
 /// assert_eq!(kept, cfg!(target_env = "gnu"));
+/// assert_eq!(ddil_libtorch::keeps_freed_pages(), kept);
 /// ```
 pub fn keep_freed_pages() -> bool {
     // SAFETY: `mallopt` may be called at any time from any thread.
-    unsafe { ffi::ddil_keep_freed_pages() }
+    let agreed = unsafe { ffi::ddil_keep_freed_pages() };
+    KEEPS.store(agreed, Ordering::Relaxed);
+    agreed
+}
+
+/// Whether [`keep_freed_pages`] was called, and what it answered.
+pub fn keeps_freed_pages() -> bool {
+    KEEPS.load(Ordering::Relaxed)
 }

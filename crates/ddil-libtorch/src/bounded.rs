@@ -2,6 +2,20 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
+/// Opens a plain file for reading; what is none is refused, where opening it or reading from it might wait for ever.
+///
+/// # Errors
+///
+/// What the system says; [`io::ErrorKind::InvalidInput`] for a folder, a pipe or a device, also behind a link.
+pub fn open_plain_file(path: impl AsRef<Path>) -> io::Result<File> {
+    let path = path.as_ref();
+    // Before it is opened: opening a pipe waits for a writer.
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
+    }
+    File::open(path)
+}
+
 /// The whole of a plain file, unless it has more than `max_bytes`.
 ///
 /// For files that are small by nature, such as settings and indices: what a stranger put in their place (an endless
@@ -25,16 +39,12 @@ use std::path::Path;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let path = path.as_ref();
-    // Before it is opened: opening a pipe waits for a writer.
-    let metadata = fs::metadata(path)?;
-    if !metadata.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
-    }
-    ensure_at_most(metadata.len(), max_bytes)?;
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    let file = open_plain_file(path)?;
+    let len = file.metadata()?.len();
+    ensure_at_most(len, max_bytes)?;
+    let mut bytes = Vec::with_capacity(len as usize);
     // A file may say that it is empty and have no end, or grow.
-    File::open(path)?.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
+    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
     ensure_at_most(bytes.len() as u64, max_bytes)?;
     Ok(bytes)
 }

@@ -80,6 +80,14 @@ pub enum Error {
         /// The length that it should have.
         expected: u64,
     },
+    /// An archive claims more than is in it, or is none.
+    #[error("{} is no whole TorchScript archive: {problem}", path.display())]
+    ScriptArchive {
+        /// The file.
+        path: PathBuf,
+        /// The record, if it is one, and what is wrong with it.
+        problem: String,
+    },
     /// A tensor would reach beyond the end of its file.
     #[error("{}: {kind:?} of shape {shape:?} at byte {offset} does not fit into {len} bytes", path.display())]
     OutOfBounds {

@@ -15,7 +15,8 @@
 //! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
-//! | other files, however large they are | [`read_bounded`], [`read_text_bounded`] |
+//! | other files, however large they are | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
+//! | programs that libtorch reads | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
@@ -74,12 +75,13 @@ mod memory_format;
 mod optim;
 mod recompute;
 mod row_file;
+mod script_archive;
 mod threads;
 mod version;
 
-pub use allocator::keep_freed_pages;
+pub use allocator::{keep_freed_pages, keeps_freed_pages};
 pub use autocast::Autocast;
-pub use bounded::{read_bounded, read_text_bounded};
+pub use bounded::{open_plain_file, read_bounded, read_text_bounded};
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
 };
@@ -92,5 +94,6 @@ pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory
 pub use optim::{AdamW, fused_adamw_};
 pub use recompute::recomputed;
 pub use row_file::{RowFile, copy_rows_, gather_rows};
+pub use script_archive::ensure_script_archive;
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};

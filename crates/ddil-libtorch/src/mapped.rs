@@ -1,7 +1,6 @@
 #![allow(unsafe_code, reason = "lends mapped memory to C++")]
 
 use std::ffi::c_void;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use tch::{Kind, Tensor};
 
+use crate::bounded::open_plain_file;
 use crate::ffi::{self, kind_number, new_tensor};
 use crate::{Error, Result};
 
@@ -48,11 +48,11 @@ impl MappedFile {
     ///
     /// # Errors
     ///
-    /// [`Error::Map`] if it cannot be read or mapped.
+    /// [`Error::Map`] if it cannot be read or mapped, or is no plain file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = || -> io::Result<_> {
-            let file = File::open(path)?;
+            let file = open_plain_file(path)?;
             // SAFETY: the file is only read. That nobody else shortens it meanwhile is what the docs ask of the
             // caller, as no system can promise it.
             let view = unsafe { MmapOptions::new().map(&file)? };

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use memmap2::{MmapOptions, MmapRaw};
 use tch::{Device, Kind, Tensor};
 
+use crate::bounded::open_plain_file;
 use crate::{Error, Result};
 
 /// A file of a head and rows of equal size, written through the file and read through a mapping.
@@ -86,7 +87,7 @@ impl RowFile {
     ) -> Result<Self> {
         let path = path.as_ref();
         let len = file_bytes("RowFile::open", head_bytes, row_bytes, num_rows)?;
-        let file = File::open(path).map_err(Error::file("open", path))?;
+        let file = open_plain_file(path).map_err(Error::file("open", path))?;
         let found = file.metadata().map_err(Error::file("open", path))?.len();
         if found != len as u64 {
             return Err(Error::FileLength { path: path.to_owned(), found, expected: len as u64 });

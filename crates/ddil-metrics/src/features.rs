@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_libtorch::ensure_script_archive;
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
@@ -219,7 +220,8 @@ impl TorchScriptExtractor {
     ///
     /// # Errors
     ///
-    /// [`Error::ReadFile`] if the file cannot be read, [`Error::LoadNetwork`] if it holds no `TorchScript` network,
+    /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it holds no `TorchScript` network or is
+    /// refused by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is in it;
     /// [`Error::InvalidSetting`] unless `dim` and `channels` are 1 or more.
     pub fn open(
         path: impl AsRef<Path>,
@@ -233,6 +235,11 @@ impl TorchScriptExtractor {
             }
         }
         let path = path.as_ref();
+        let refused = |message| Error::LoadNetwork { path: PathBuf::from(path), message };
+        ensure_script_archive(path).map_err(|error| match error {
+            ddil_libtorch::Error::File { path, source, .. } => Error::ReadFile { path, source },
+            error => refused(error.to_string()),
+        })?;
         let bytes = std::fs::read(path)
             .map_err(|source| Error::ReadFile { path: PathBuf::from(path), source })?;
         let load = || {
@@ -240,10 +247,7 @@ impl TorchScriptExtractor {
             module.f_set_eval()?;
             Ok(module)
         };
-        let module = load().map_err(|source| Error::LoadNetwork {
-            path: PathBuf::from(path),
-            message: first_line(&source),
-        })?;
+        let module = load().map_err(|source| refused(first_line(&source)))?;
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         Ok(Self { module, options, device, id: format!("{stem}-{}", sha256(&bytes)) })
     }

@@ -59,7 +59,8 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] if the file is missing or no `TorchScript` program.
+    /// [`Error::Read`] if the file is missing, no `TorchScript` program or refused by
+    /// [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is in it.
     pub fn load(
         path: impl AsRef<Path>,
         config: &TorchScriptConfig,
@@ -70,6 +71,8 @@ impl TorchScript {
             let first_line = source.to_string().lines().next().unwrap_or_default().to_owned();
             Error::Read { path: path.into(), source: first_line.into() }
         };
+        ddil_libtorch::ensure_script_archive(path)
+            .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
         let mut module = CModule::load_on_device(path, device).map_err(read)?;
         module.f_set_eval().map_err(read)?;
         let named = module.named_parameters().map_err(read)?;

@@ -43,8 +43,6 @@ pub struct Report {
 pub struct Doctor {
     /// Folders that runs and downloads are written to; they need not exist.
     pub folders: Vec<PathBuf>,
-    /// What [`keep_freed_pages`](ddil_libtorch::keep_freed_pages) answered at the start.
-    pub keeps_freed_pages: bool,
     /// Whether data sets are read and their checksums compared, which takes a moment.
     pub verify_datasets: bool,
 }
@@ -112,7 +110,7 @@ impl Doctor {
             arithmetic(),
             processors(&environment),
             cuda(&environment),
-            allocator(self.keeps_freed_pages),
+            allocator(&environment),
         ];
         if self.verify_datasets {
             findings.push(fashion_mnist());
@@ -188,8 +186,8 @@ fn cuda(environment: &Environment) -> Finding {
     }
 }
 
-fn allocator(keeps_freed_pages: bool) -> Finding {
-    if keeps_freed_pages {
+fn allocator(environment: &Environment) -> Finding {
+    if environment.keeps_freed_pages {
         return finding("allocator", Health::Good, "freed memory is kept and used again");
     }
     finding(

@@ -7,13 +7,23 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tch::Device;
 
-use crate::Result;
+use crate::{
+    Error, Result,
+    files::{read_versioned, write_json},
+};
+
+/// Its name in the folder of a run.
+const FILE: &str = "environment.json";
+/// The only version of that file so far.
+const FORMAT_VERSION: u32 = 1;
 
 /// The version of tch that this was built with.
 const TCH: &str = "0.26";
 
-/// Machine and versions, in `environment.json` of a run.
+/// Machine and versions, as `ddil doctor` tells them and [`RunEnvironment`] keeps them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Environment {
     /// The version of this program.
@@ -38,6 +48,8 @@ pub struct Environment {
     pub num_cuda_devices: usize,
     /// Why none can be used; nothing if some can.
     pub why_no_cuda: Option<String>,
+    /// What [`keep_freed_pages`](ddil_libtorch::keep_freed_pages) answered at the start; false if it was not asked.
+    pub keeps_freed_pages: bool,
 }
 
 /// Where the loaded libtorch lies and what it says of itself, as far as the system tells.
@@ -68,8 +80,119 @@ impl Environment {
             num_interop_threads: ddil_libtorch::num_interop_threads()?,
             num_cuda_devices: ddil_libtorch::cuda_device_count().unwrap_or(0),
             why_no_cuda: ddil_libtorch::why_no_cuda().map(|reason| reason.to_string()),
+            keeps_freed_pages: ddil_libtorch::keeps_freed_pages(),
         })
     }
+}
+
+/// Where a run was computed, in `environment.json` of its folder: where it was begun, and where it went on elsewhere.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::environment::RunEnvironment;
+/// use tch::Device;
+///
+/// let folder = tempfile::tempdir()?;
+/// RunEnvironment::note(folder.path(), 0, Device::Cpu)?;
+/// // It goes on where it was begun: there is nothing more to say.
+/// RunEnvironment::note(folder.path(), 100, Device::Cpu)?;
+/// let run = RunEnvironment::read(folder.path())?;
+/// assert_eq!((run.first.step, run.first.facts["device"].as_str()), (0, Some("cpu")));
+/// assert_eq!(run.first.facts["libtorch"], ddil_libtorch::version());
+/// assert!(run.later.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunEnvironment {
+    format_version: u32,
+    /// The first session: the `device` and all of [`Environment`].
+    pub first: SessionEnvironment,
+    /// Of each session that was not computed as the one before it: what differs from the first one, and nothing if it is
+    /// as that again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub later: Vec<SessionEnvironment>,
+}
+
+/// What is known of a session of a run. Another version of this program may know other facts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SessionEnvironment {
+    /// Updates that lay behind it when it began.
+    pub step: u64,
+    /// By name.
+    #[serde(flatten)]
+    pub facts: Map<String, Value>,
+}
+
+impl RunEnvironment {
+    /// Reads what is known of the run in a folder.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] or [`Error::Json`] if there is nothing to be read, [`Error::FormatVersion`] if another version of
+    /// the program wrote it.
+    pub fn read(folder: &Path) -> Result<Self> {
+        read_versioned(&folder.join(FILE), FORMAT_VERSION)
+    }
+
+    /// Notes that a session begins here and now, at `step`, on a device: whole or not at all, and only if that is news.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Libtorch`] if libtorch fails to answer, [`Error::Io`] if the file cannot be written; those of
+    /// [`read`](Self::read) for a file that is there and is none, which is left as it is.
+    pub fn note(folder: &Path, step: u64, device: Device) -> Result<()> {
+        let path = folder.join(FILE);
+        let now = facts(&path, device)?;
+        let run = if path.exists() {
+            let mut run = Self::read(folder)?;
+            if !run.add(step, &now) {
+                return Ok(());
+            }
+            run
+        } else {
+            let first = SessionEnvironment { step, facts: now };
+            Self { format_version: FORMAT_VERSION, first, later: Vec::new() }
+        };
+        write_json(&path, &run)
+    }
+
+    /// Adds a session; false if it is as the last one.
+    fn add(&mut self, step: u64, now: &Map<String, Value>) -> bool {
+        let facts = differences(&self.first.facts, now);
+        let is_news = self.later.last().map_or(!facts.is_empty(), |last| last.facts != facts);
+        if is_news {
+            self.later.push(SessionEnvironment { step, facts });
+        }
+        is_news
+    }
+}
+
+/// Everything that is known here, and the device as a config has it.
+fn facts(path: &Path, device: Device) -> Result<Map<String, Value>> {
+    let device = match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}").to_lowercase(),
+    };
+    let facts = SessionFacts { device, environment: Environment::here()? };
+    let facts = serde_json::to_value(facts).and_then(serde_json::from_value);
+    facts.map_err(|source| Error::Json { action: "write", path: path.to_owned(), source })
+}
+
+#[derive(Serialize)]
+struct SessionFacts {
+    device: String,
+    #[serde(flatten)]
+    environment: Environment,
+}
+
+/// What is other now; null for what is not known any more.
+fn differences(then: &Map<String, Value>, now: &Map<String, Value>) -> Map<String, Value> {
+    let names = then.keys().chain(now.keys());
+    let differing = names.filter(|name| then.get(*name) != now.get(*name));
+    differing.map(|name| (name.clone(), now.get(name).cloned().unwrap_or_default())).collect()
 }
 
 impl LoadedLibtorch {
@@ -131,6 +254,42 @@ mod tests {
     fn the_processor_says_its_name() {
         assert_eq!(cpu("processor\t: 0\nmodel name\t: A Fast One\n"), "A Fast One");
         assert_eq!(cpu("processor\t: 0\n"), "");
+    }
+
+    fn known(facts: &[(&str, i64)]) -> Map<String, Value> {
+        facts.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())).collect()
+    }
+
+    #[test]
+    fn only_what_differs_from_the_first_session_is_noted_and_only_once() {
+        let begun = known(&[("threads", 1), ("cpus", 4), ("gone", 7)]);
+        let first = SessionEnvironment { step: 0, facts: begun.clone() };
+        let mut run = RunEnvironment { format_version: 1, first, later: Vec::new() };
+        let moved = known(&[("threads", 2), ("cpus", 4), ("new", 3)]);
+        let sessions = [&begun, &moved, &moved, &begun, &begun, &moved];
+        let news = [1, 2, 3, 4, 5, 6].map(|step| run.add(step, sessions[step as usize - 1]));
+        assert_eq!(news, [false, true, false, true, false, true]);
+        let steps: Vec<u64> = run.later.iter().map(|session| session.step).collect();
+        assert_eq!(steps, [2, 4, 6]);
+        let mut differing = known(&[("threads", 2), ("new", 3)]);
+        differing.insert("gone".to_owned(), Value::Null);
+        assert_eq!(run.later[0].facts, differing);
+        assert_eq!(run.later[1].facts, Map::new());
+        assert_eq!(run.later[2].facts, differing);
+    }
+
+    #[test]
+    fn what_is_no_environment_is_left_as_it_is() -> std::io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join(FILE);
+        for (text, word) in [("{", "environment.json"), (r#"{"format_version": 2}"#, "version 2")] {
+            fs::write(&path, text)?;
+            let error =
+                RunEnvironment::note(folder.path(), 0, Device::Cpu).expect_err("it is none");
+            assert!(error.to_string().contains(word), "{error}");
+            assert_eq!(fs::read_to_string(&path)?, text);
+        }
+        Ok(())
     }
 
     #[test]

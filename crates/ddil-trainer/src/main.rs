@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> anyhow::Result<ExitCode> {
     // Before libtorch allocates anything: pages that temporaries free are kept for the next ones.
-    let keeps_freed_pages = ddil_libtorch::keep_freed_pages();
+    ddil_libtorch::keep_freed_pages();
     match command {
         Command::Init(args) => commands::init::run(args),
         Command::Train(args) => commands::train::train(args),
@@ -44,6 +44,6 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Range(args) => commands::range::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Compare(args) => commands::compare::run(args),
-        Command::Doctor(args) => commands::doctor::run(args, keeps_freed_pages),
+        Command::Doctor(args) => commands::doctor::run(args),
     }
 }

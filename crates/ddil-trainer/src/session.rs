@@ -10,13 +10,14 @@ use std::{fs, io};
 use ddil_losses::Phase;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use self::trainee::Trainee;
 pub use self::trainee::UpdateConfig;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
 use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
+use crate::environment::RunEnvironment;
 use crate::error::{Error, Result, with_causes};
 use crate::evidence::{Evidence, not_finite_among};
 use crate::fault::{self, Point};
@@ -330,7 +331,10 @@ impl<T: Task> Session<T> {
         let parts = |task: &mut T| {
             task.enter(folder.path())?;
             let trainees = Trainee::all(task, &config)?;
-            let ema = config.ema.build(task.parameters(Phase::Student))?;
+            let parameters = task.parameters(Phase::Student);
+            let device = parameters.first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
+            RunEnvironment::note(folder.path(), step, device)?;
+            let ema = config.ema.build(parameters)?;
             Ok((trainees, ema, EventWriter::create(folder.path(), step + 1)?))
         };
         let parts = parts(&mut task);

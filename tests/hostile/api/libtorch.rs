@@ -1,10 +1,10 @@
 use ddil_libtorch::{
     AdamW, Autocast, Clamped, Generator, MappedFile, MemoryFormat, RowFile, TensorList, affine,
     affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
-    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads, foreach_lerp_,
-    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, is_channels_last, read_bounded,
-    read_text_bounded, recomputed, set_default_generator_state, set_num_interop_threads,
-    set_num_threads, to_memory_format,
+    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads,
+    ensure_script_archive, foreach_lerp_, foreach_zero_, fused_adamw_, gather_rows, grad_norm,
+    grads, is_channels_last, open_plain_file, read_bounded, read_text_bounded, recomputed,
+    set_default_generator_state, set_num_interop_threads, set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -194,8 +194,10 @@ fn files(cases: &mut Cases) {
     for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
         let what = place.display().to_string();
         cases.once("read_bounded", &what, || said(read_bounded(place, 100)));
+        cases.once("open_plain_file", &what, || said(open_plain_file(place)));
         cases.once("read_text_bounded", &what, || said(read_text_bounded(place, 100)));
         cases.once("MappedFile::open", &what, || said(MappedFile::open(place)));
+        cases.once("ensure_script_archive", &what, || said(ensure_script_archive(place)));
     }
     cases.once("read_bounded", "a byte too many", || said(read_bounded(&path, 63)));
     cases.once("read_bounded", "no limit", || said(read_bounded(&path, u64::MAX)));

@@ -1,7 +1,7 @@
 //! What data are read from.
 
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use ddil_metrics::FashionClassifier;
 use ddil_trainer::dataset::{
@@ -11,7 +11,7 @@ use ddil_trainer::dataset::{
 use tch::Tensor;
 
 use super::harness::{Said, Target, told};
-use super::tree::Tree;
+use super::tree::{Tree, repository};
 
 /// Four pictures of three rows and two columns.
 pub(super) fn idx_images() -> Vec<u8> {
@@ -71,6 +71,26 @@ fn picture_folder() {
     .run();
 }
 
+/// Grey, in colour, in several scans, and to be turned.
+#[test]
+fn jpeg_folder() {
+    let golden = |name: &str| {
+        let path = repository().join("tests/golden/pictures").join(name);
+        std::fs::read(path).expect("a golden")
+    };
+    let mut seeds: Vec<Tree> = ["grey.jpg", "turned_1.jpg", "turned_6.jpg", "progressive.jpg"]
+        .map(|name| Tree::file("a.jpg", golden(name)))
+        .into();
+    seeds.push(
+        Tree::file("cat/a.jpg", golden("turned_1.jpg")).with("dog/b.jpg", golden("turned_3.jpg")),
+    );
+    Target::new("jpeg_folder", seeds, |folder| {
+        let _ = read_cropped(&folder.join("a.jpg"), 3, [8, 8]);
+        read_image_folder(folder).map(drop).map_err(told)
+    })
+    .run();
+}
+
 #[test]
 fn captions() {
     use png::{BitDepth::Eight, ColorType::Rgb};
@@ -80,15 +100,28 @@ fn captions() {
                  {\"file_name\": \"sub/b.png\", \"text\": [\"a dog\", \"one dog\"]}\n";
     let mut beside = pictures().with("a.txt", "a cat\nthe cat\n");
     beside.files.remove("sub/b.png");
-    Target::new("captions", vec![pictures().with("metadata.jsonl", lines), beside], |folder| {
-        for sample in read_captions(folder).map_err(told)? {
-            let path = folder.join(&sample.file_name);
-            assert!(path.starts_with(folder) && !sample.texts.is_empty());
-            read_cropped(&path, 3, [8, 8]).map_err(told)?;
-        }
-        Ok(())
-    })
-    .run();
+    let seeds = vec![pictures().with("metadata.jsonl", lines), beside];
+    Target::new("captions", seeds, read_captioned).run();
+}
+
+#[test]
+fn captions_in_a_table() {
+    use png::{BitDepth::Eight, ColorType::Rgb};
+    let table = "file_name,text,licence\na.png,a cat,free\nsub/b.png,\"a dog \"\"Rex\"\"\",free\n";
+    let seed = Tree::file("metadata.csv", table)
+        .with("a.png", picture(Rgb, Eight, 3))
+        .with("sub/b.png", picture(Rgb, Eight, 9));
+    Target::new("captions_in_a_table", vec![seed], read_captioned).run();
+}
+
+fn read_captioned(folder: &Path) -> Said {
+    for sample in read_captions(folder).map_err(told)? {
+        let path = folder.join(&sample.file_name);
+        let stays = sample.file_name.components().all(|part| part != Component::ParentDir);
+        assert!(stays && path.starts_with(folder) && !sample.texts.is_empty());
+        read_cropped(&path, 3, [8, 8]).map_err(told)?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -4,11 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use ddil_core::SavedFile;
 use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
     weights,
 };
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};
+use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use ddil_trainer::compare::Matrix;
 use ddil_trainer::dataset::{
     ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder,
@@ -19,7 +21,7 @@ use tch::{Kind, Tensor};
 
 use super::data::{packed, picture};
 use super::models::tiny_pipeline;
-use super::tree::Tree;
+use super::tree::{Tree, repository};
 
 #[track_caller]
 fn assert_says(said: &str, words: &[&str]) {
@@ -148,6 +150,33 @@ fn a_picture_has_the_pixels_it_claims() {
     assert_says(&crate::inputs::told(error), &["a.png"]);
 }
 
+/// 777 bytes that claim 268 million pixels: all of them used to be made up, in 4.8 GB and a minute and a half.
+#[test]
+fn a_jpeg_has_the_pixels_it_claims() {
+    let pictures = repository().join("tests/golden/pictures");
+    for name in ["turned_1.jpg", "grey.jpg", "progressive.jpg"] {
+        let mut content = fs::read(pictures.join(name)).expect("a golden");
+        let frame =
+            content.windows(2).position(|two| two[0] == 0xff && (0xc0..=0xc2).contains(&two[1]));
+        let frame = frame.expect("it has a frame");
+        content[frame + 5..frame + 9]
+            .copy_from_slice(&[1 << 14, 1 << 14].map(u16::to_be_bytes).concat());
+        let most = (content.len() * 512).to_string();
+        let folder = written("a.jpg", content);
+        let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
+        assert_says(&crate::inputs::told(error), &["a.jpg", "16384x16384", &most]);
+    }
+}
+
+/// All the names of a table with three thousand columns are no message.
+#[test]
+fn many_columns_are_told_in_few_words() {
+    let folder = written("metadata.csv", format!("{}\n", ["column"; 3000].join(",")));
+    let said = read_captions(folder.path()).expect_err("no captions").to_string();
+    assert_says(&said, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
+    assert!(said.len() < 1000, "{} bytes", said.len());
+}
+
 /// A strip that would be 4 TB once its height is 1024.
 #[test]
 fn a_strip_is_not_scaled() {
@@ -237,10 +266,43 @@ fn what_is_no_plain_file_is_not_read() {
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err("a pipe");
         assert_says(&crate::inputs::told(error), &["plain file"]);
     }
+    not_as_members_of_a_checkpoint();
     let large = folder.path().join("large.json");
     fs::File::create(&large).and_then(|file| file.set_len(1 << 40)).expect("a sparse file");
     let error = UNet2DConfig::from_file(&large, UnknownKeys::Refuse).expect_err("too large");
     assert_says(&crate::inputs::told(error), &["large.json", "16777216"]);
+}
+
+/// Of an empty member the size is that of a device, whose checksum would be taken for ever.
+#[cfg(unix)]
+fn not_as_members_of_a_checkpoint() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let outside = folder.path().join("outside");
+    fs::write(&outside, "").expect("there is room");
+    let states = SavedFile { name: "a.rows".into(), path: outside, bytes: 0, crc32: 0 };
+    let checkpoints = folder.path().join("checkpoints");
+    let mut writer = CheckpointWriter::new(&checkpoints, 1, "distill").expect("a folder");
+    writer.json("a.json", &"").and_then(|writer| writer.link(&states)).expect("there is room");
+    let path = writer.commit().expect("there is room").path().to_owned();
+    for name in ["a.json", "a.rows"] {
+        let (member, whole) = (path.join(name), fs::read(path.join(name)).expect("it is there"));
+        for put in [
+            |member: &Path| std::os::unix::fs::symlink("/dev/zero", member).is_ok(),
+            |member: &Path| {
+                let made = std::process::Command::new("mkfifo").arg(member).status();
+                made.is_ok_and(|status| status.success())
+            },
+        ] {
+            fs::remove_file(&member).expect("it is ours");
+            if !put(&member) {
+                continue;
+            }
+            let error = Checkpoint::open(&path).expect_err("no plain file");
+            assert_says(&crate::inputs::told(error), &["step_0000001", name, "plain file"]);
+        }
+        fs::remove_file(&member).and_then(|()| fs::write(&member, whole)).expect("there is room");
+        Checkpoint::open(&path).expect("it is as it was");
+    }
 }
 
 /// Each folder behind a link leads back, twice: all ways through them are more than can be gone.

@@ -41,6 +41,10 @@ fn spoilt(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
         "gz" => gzip(content, rng),
         "idx" => idx(content, rng),
         "txt" => text_lines(content, rng),
+        "pt" => zip(content, rng),
+        "jpg" => jpeg(content, rng),
+        "csv" => table(content, rng),
+        "rows" => rows(content, rng),
         _ => None,
     }
 }
@@ -365,6 +369,111 @@ fn gzip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     packed.write_all(&spoilt).ok()?;
     packed.finish().ok()
+}
+
+/// A segment of a JPEG, or the pixels behind the last of them.
+fn jpeg(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let mut spoilt = content.get(..2)?.to_vec();
+    let mut segments = Vec::new();
+    let mut rest = content.get(2..)?;
+    // Up to the first scan, behind which there are pixels and, of a progressive one, more segments.
+    while segments.last().is_none_or(|segment: &Vec<u8>| segment[1] != 0xda) {
+        let length = usize::from(u16::from_be_bytes(rest.get(2..4)?.try_into().ok()?));
+        segments.push(rest.get(..2 + length)?.to_vec());
+        rest = rest.get(2 + length..)?;
+    }
+    let mut rest = rest.to_vec();
+    let at = rng.random_range(0..segments.len());
+    match rng.random_range(0..8) {
+        0 => drop(segments.remove(at)),
+        1 => segments.insert(at, segments[rng.random_range(0..segments.len())].clone()),
+        2 => rest = rest.repeat(rng.random_range(0..30)),
+        3 => rest = bytes(&rest, rng),
+        // Height, width, number of components and how they are sampled.
+        4 | 5 => {
+            let frame = segments.iter_mut().find(|segment| matches!(segment[1], 0xc0..=0xc2))?;
+            let place = *[5, 7, 9, 11, 14].choose(rng)?;
+            let odd: u16 = *[0, 1, 0x0101, 0x1144, 1 << 12, 1 << 14, 0x7fff, 0xffff].choose(rng)?;
+            frame.get_mut(place..place + 2)?.copy_from_slice(&odd.to_be_bytes());
+        }
+        _ => {
+            let body = bytes(&segments[at][4..], rng);
+            segments[at].truncate(4);
+            segments[at].extend(body);
+        }
+    }
+    for mut segment in segments {
+        let length = (segment.len() - 2) as u16;
+        segment[2..4].copy_from_slice(&length.to_be_bytes());
+        spoilt.extend(segment);
+    }
+    spoilt.extend(rest);
+    Some(spoilt)
+}
+
+/// A field, a row or a column of a table, mostly with quotes where they belong.
+fn table(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(content).ok()?;
+    let mut rows: Vec<Vec<String>> =
+        text.lines().map(|line| line.split(',').map(str::to_owned).collect()).collect();
+    let row = rng.random_range(0..rows.len().max(1));
+    let column = rng.random_range(0..rows.get(row)?.len());
+    let odd =
+        ["", "\"", "\"\"", "\"a\nb\"", "a\"b", "../../outside", "/etc/passwd", "\0", "\u{1f600}"];
+    match rng.random_range(0..8) {
+        0 => drop(rows.remove(row)),
+        1 => rows.insert(row, rows[rng.random_range(0..rows.len())].clone()),
+        2 => {
+            let other = rows[0].choose(rng).cloned().unwrap_or_default();
+            rows[row].insert(column, other);
+        }
+        3 => drop(rows[row].remove(column)),
+        4 => rows.iter_mut().for_each(|row| row.reverse()),
+        5 => rows[row] = vec![rows[row][column].clone(); 3000],
+        _ => rows[row][column] = (*odd.choose(rng)?).to_owned(),
+    }
+    let rows: Vec<String> = rows.iter().map(|row| row.join(",")).collect();
+    Some((rows.join("\n") + "\n").into_bytes())
+}
+
+/// What a file of spilled states says of itself, in the room that there is for it, or the length of the file.
+fn rows(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    let mut spoilt = content.to_vec();
+    let start = content.iter().position(|&byte| byte == b'\n')? + 1;
+    let end = start + content.get(start..4096)?.iter().position(|&byte| byte == b'\n')?;
+    match rng.random_range(0..4) {
+        0 => spoilt.resize(*[0, 4095, 4096, 4097, content.len() + 1, 1 << 20].choose(rng)?, 0),
+        1 => *spoilt.get_mut(rng.random_range(0..start))? ^= 1,
+        _ => {
+            let head = json_text(&content[start..end], rng)?;
+            let room = spoilt.get_mut(start..4096)?;
+            room.fill(b' ');
+            let len = head.len().min(room.len());
+            room[..len].copy_from_slice(&head[..len]);
+        }
+    }
+    Some(spoilt)
+}
+
+/// One of the numbers in one of the headers of a zip archive; libtorch does not look at the checksums.
+fn zip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+    // Each with its numbers: where they are, and of how many bytes.
+    let headers: [(&[u8; 4], &[(usize, usize)]); 5] = [
+        (b"PK\x01\x02", &[(10, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)]),
+        (b"PK\x03\x04", &[(8, 2), (18, 4), (22, 4), (26, 2), (28, 2)]),
+        (b"PK\x05\x06", &[(8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]),
+        (b"PK\x06\x06", &[(4, 8), (24, 8), (32, 8), (40, 8), (48, 8)]),
+        (b"PK\x06\x07", &[(8, 8), (16, 4)]),
+    ];
+    let (signature, numbers) = headers.choose(rng)?;
+    let places: Vec<usize> =
+        (0..content.len()).filter(|&at| content[at..].starts_with(*signature)).collect();
+    let (offset, len) = *numbers.choose(rng)?;
+    let at = places.choose(rng)? + offset;
+    let odd: u64 = *[0, 1, 8, 1 << 15, 1 << 31, u32::MAX.into(), 1 << 40, u64::MAX].choose(rng)?;
+    let mut spoilt = content.to_vec();
+    spoilt.get_mut(at..at + len)?.copy_from_slice(&odd.to_le_bytes()[..len]);
+    Some(spoilt)
 }
 
 /// One of the numbers in the header.

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ddil_core::{
-    AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source, States,
-    StudentConfig, StudentPolicy,
+    AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source,
+    SpillConfig, States, StudentConfig, StudentPolicy,
 };
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{self, Checkpoint, CheckpointWriter, Manifest};
 use ddil_trainer::compare::{CellRecord, Outcome};
+use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::pipeline::Card;
 use ddil_trainer::record::{self, Position, Record};
 use ddil_trainer::results::{self, Measurement};
@@ -40,40 +41,80 @@ fn checkpoint_folder() -> Tree {
     Tree::read(folder.path())
 }
 
+/// A checkpoint with a buffer that keeps one state a ring in memory and the others in files of `segment_rows`.
+fn spilled_checkpoint(segment_rows: usize) -> Tree {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = spilling(&folder.path().join("spill"), segment_rows);
+    let mut buffer = AggregationBuffer::new(config, &grid()).expect("it is valid");
+    // More than there is room for, so that files have been let go.
+    (0..3).for_each(|round| fill(&mut buffer, 10 * round));
+    let saved = buffer.save().expect("it can be saved");
+    assert!(!saved.files.is_empty());
+    let checkpoints = folder.path().join("checkpoints");
+    let mut writer = CheckpointWriter::new(&checkpoints, 7, "distill").expect("a folder");
+    writer
+        .tensors("buffer.safetensors", &saved.tensors)
+        .and_then(|writer| writer.json("buffer.json", &saved.metadata))
+        .expect("there is room");
+    for file in &saved.files {
+        writer.link(file).expect("it can be linked");
+    }
+    writer.commit().expect("there is room");
+    Tree::read(&checkpoints)
+}
+
+/// Room for one state a ring in memory, and for `segment_rows` in each of two files.
+fn spilling(folder: &Path, segment_rows: usize) -> BufferConfig {
+    // Three rings; a state is three halves and a label.
+    let row_bytes = 3 * 2 + 8;
+    let file_bytes = (4096 + segment_rows * row_bytes) as u64;
+    let spill = SpillConfig { folder: folder.to_owned(), byte_budget: 3 * 2 * file_bytes };
+    BufferConfig {
+        capacity: 12,
+        byte_budget: 3 * row_bytes as u64,
+        spill: Some(spill),
+        ..BufferConfig::default()
+    }
+}
+
 fn buffer() -> AggregationBuffer {
     let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
     let mut buffer = AggregationBuffer::new(config, &grid()).expect("it is valid");
+    fill(&mut buffer, 0);
+    buffer
+}
+
+fn fill(buffer: &mut AggregationBuffer, birth: u64) {
     let grid_indices = vec![1, 2, 3, 1];
     let states = States {
         x_t: Tensor::ones([4, 3], tch::kind::FLOAT_CPU),
         timesteps: Tensor::from_slice(&[749_i64, 499, 249, 749]),
         sources: vec![Source::Student; 4],
-        births: vec![1, 1, 1, 2],
+        births: [1, 1, 1, 2].map(|own| birth + own).to_vec(),
         conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 2, 3])),
         grid_indices,
     };
     buffer.insert(&states).expect("it fits");
-    buffer
 }
 
 /// Puts the checksums right, so that what lies behind them is looked at.
 fn seal(tree: &mut Tree) {
-    let sums: Vec<(String, u64, String)> = tree
-        .files
-        .iter()
-        .map(|(name, content)| {
-            let name = name.rsplit('/').next().unwrap_or_default().to_owned();
-            (name, content.len() as u64, sha256(content))
-        })
-        .collect();
+    let files = tree.files.clone();
     let Some(content) = tree.files.get_mut("step_0000007/manifest.json") else { return };
     let Ok(mut sealed) = serde_json::from_slice::<Value>(content) else { return };
-    for (name, bytes, sum) in sums {
+    for (name, content) in &files {
+        let name = name.rsplit('/').next().unwrap_or_default();
         // Those that are still called by their names; others stay as they were spoilt.
         if let Some(member) = sealed.pointer_mut(&format!("/manifest/members/{name}"))
             && member.get("sha256").is_some_and(Value::is_string)
         {
-            *member = json!({ "bytes": bytes, "sha256": sum });
+            *member = json!({ "bytes": content.len(), "sha256": sha256(content) });
+        }
+        if let Some(linked) = sealed.pointer_mut(&format!("/manifest/linked/{name}"))
+            && let Some(bytes) = linked.get("bytes").and_then(Value::as_u64)
+            && let Some(content) = usize::try_from(bytes).ok().and_then(|n| content.get(..n))
+        {
+            *linked = json!({ "bytes": bytes, "crc32": crc32(content) });
         }
     }
     let parsed = serde_json::from_value::<Manifest>(sealed["manifest"].clone());
@@ -82,6 +123,12 @@ fn seal(tree: &mut Tree) {
         sealed = json!({ "manifest": manifest, "sha256": sha256(&compact) });
     }
     *content = sealed.to_string().into_bytes();
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -108,20 +155,49 @@ fn checkpoint_made_by_hand() {
     target.run();
 }
 
+#[test]
+fn spilled_buffer() {
+    Target::new("spilled_buffer", spilled_seeds(), read_spilled).run();
+}
+
+/// The same with checksums that are right.
+#[test]
+fn spilled_buffer_made_by_hand() {
+    let mut target = Target::new("spilled_buffer_made_by_hand", spilled_seeds(), read_spilled);
+    target.mend = seal;
+    target.run();
+}
+
+fn spilled_seeds() -> Vec<Tree> {
+    [1, 2].map(spilled_checkpoint).into()
+}
+
+fn read_spilled(folder: &Path) -> Said {
+    let checkpoint = sound_checkpoint(folder)?;
+    // Of either seed there is room for the larger one.
+    restore_into(spilling(&folder.join("spill"), 2), &checkpoint)
+}
+
 fn read_checkpoint(folder: &Path) -> Said {
+    let checkpoint = sound_checkpoint(folder)?;
+    let _ = checkpoint.obstacles_to_exact_resume().map_err(told)?;
+    restore(&checkpoint)
+}
+
+fn sound_checkpoint(folder: &Path) -> Result<Checkpoint, String> {
     let found = checkpoint::find_latest(folder).map_err(told)?;
     let names = |damaged: &checkpoint::Damaged| told_of(&damaged.path, &damaged.reason);
     let Some(checkpoint) = found.checkpoint else {
         let first = found.damaged.first().map(names);
         return Err(first.unwrap_or_else(|| format!("nothing in {}", folder.display())));
     };
-    for name in checkpoint.manifest().members.keys() {
+    let manifest = checkpoint.manifest();
+    for name in manifest.members.keys().chain(manifest.linked.keys()) {
         let path = checkpoint.path().join(name);
         let inside = path.parent() == Some(checkpoint.path());
         assert!(inside, "{} is not in the checkpoint", path.display());
     }
-    let _ = checkpoint.obstacles_to_exact_resume().map_err(told)?;
-    restore(&checkpoint)
+    Ok(checkpoint)
 }
 
 fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
@@ -129,12 +205,15 @@ fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
 }
 
 fn restore(checkpoint: &Checkpoint) -> Said {
+    restore_into(BufferConfig { capacity: 12, ..BufferConfig::default() }, checkpoint)
+}
+
+fn restore_into(config: BufferConfig, checkpoint: &Checkpoint) -> Said {
     let saved = SavedState {
-        files: Vec::new(),
+        files: checkpoint.linked(),
         tensors: checkpoint.tensors("buffer.safetensors").map_err(told)?,
         metadata: checkpoint.json("buffer.json").map_err(told)?,
     };
-    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
     let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
     buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
     use_buffer(&mut buffer)
@@ -215,6 +294,14 @@ fn read_saved(folder: &Path) -> Result<SavedState, String> {
     Ok(SavedState { tensors: tensors.into_iter().collect(), metadata, files: Vec::new() })
 }
 
+/// Of a run that was begun on one thread and went on with two.
+const ENVIRONMENT: &str = r#"{
+  "format_version": 1,
+  "first": { "step": 0, "ddil": "0.1.0", "device": "cpu", "libtorch": "2.13.0", "num_threads": 1 },
+  "later": [{ "step": 2, "num_threads": 2 }]
+}
+"#;
+
 /// A run that is done, with the position of its record beside it.
 fn finished_run() -> Tree {
     let folder = tempfile::tempdir().expect("a folder");
@@ -229,7 +316,8 @@ fn finished_run() -> Tree {
     drop(run);
     let mut tree = Tree::read(&path)
         .with("position.json", serde_json::to_vec(&position).expect("it is plain"))
-        .with("timings.jsonl", "{\"step\":1,\"seconds\":2}\n{\"step\":2,\"seconds\":3}\n");
+        .with("timings.jsonl", "{\"step\":1,\"seconds\":2}\n{\"step\":2,\"seconds\":3}\n")
+        .with("environment.json", ENVIRONMENT);
     tree.files.remove(".lock");
     tree
 }
@@ -243,6 +331,8 @@ fn read_run(folder: &Path) -> Said {
     let _ = is_in_use(folder).map_err(told)?;
     let _ = Status::read(folder).map_err(told)?;
     let lines: Vec<Value> = record::read_lines(&folder.join("metrics.jsonl")).map_err(told)?;
+    let _ = RunEnvironment::read(folder).map_err(told)?;
+    RunEnvironment::note(folder, 3, tch::Device::Cpu).map_err(told)?;
     let run = RunFolder::resume(folder).map_err(told)?;
     run.settings().map_err(told)?;
     let text = std::fs::read(folder.join("position.json")).map_err(|_| "position.json")?;

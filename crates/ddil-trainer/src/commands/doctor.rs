@@ -7,9 +7,9 @@ use ddil_trainer::doctor::Doctor;
 use super::say;
 use crate::cli::DoctorArgs;
 
-pub(crate) fn run(args: &DoctorArgs, keeps_freed_pages: bool) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let folders = vec!["runs".into(), std::env::temp_dir()];
-    let report = Doctor { folders, keeps_freed_pages, verify_datasets: true }.examine()?;
+    let report = Doctor { folders, verify_datasets: true }.examine()?;
     let text =
         if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
     say(&text)?;

@@ -102,7 +102,7 @@ fn of_table(text: &str) -> Numbered {
     if let Some(missing) =
         ["file_name", "text"].iter().find(|name| !names.iter().any(|n| n == **name))
     {
-        let found = names.iter().collect::<Vec<_>>().join(", ");
+        let found = first_of(&names);
         return vec![(1, Err(format!("there is no column `{missing}`; the columns are {found}")))];
     }
     let mut rows = Vec::new();
@@ -115,6 +115,16 @@ fn of_table(text: &str) -> Numbered {
             Err(error) => Err(error),
         };
         rows.push((number, read.map_err(|error| error.to_string())));
+    }
+}
+
+/// The first of many names.
+fn first_of(names: &csv::StringRecord) -> String {
+    const SHOWN: usize = 20;
+    let shown = names.iter().take(SHOWN).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
     }
 }
 

@@ -1,6 +1,5 @@
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
@@ -504,7 +503,8 @@ impl Checks<'_> {
     }
 
     fn texts(&mut self, folder: &Path) -> Vec<String> {
-        let read = fs::read(folder.join(TEXTS)).map_err(|error| error.to_string());
+        let read = ddil_libtorch::read_bounded(folder.join(TEXTS), u64::MAX)
+            .map_err(|error| error.to_string());
         let texts: std::result::Result<Vec<String>, String> = read
             .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));
         match texts {
@@ -578,6 +578,8 @@ impl std::fmt::Display for LatentScaling {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use ddil_core::{RandomStreams, Stream};
     use tch::kind;
 

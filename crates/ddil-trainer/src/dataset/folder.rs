@@ -1,9 +1,10 @@
 use std::{
-    fs::{self, File},
+    fs,
     io::BufReader,
     path::{Path, PathBuf},
 };
 
+use ddil_libtorch::open_plain_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
@@ -139,7 +140,8 @@ pub(super) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
 
 fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
-    let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let file =
+        open_plain_file(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let length =
         file.metadata().map_err(|source| Error::Read { path: path.to_owned(), source })?.len();
     // Sixteen greys of one bit become sixteen bytes.

@@ -1,5 +1,4 @@
 use std::{
-    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -50,7 +49,7 @@ pub(super) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         if path.extension().is_some_and(|extension| extension == "gz") {
-            return unpack(GzDecoder::new(File::open(path)?));
+            return unpack(GzDecoder::new(ddil_libtorch::open_plain_file(path)?));
         }
         ddil_libtorch::read_bounded(path, MAX_BYTES)
     };

@@ -1,8 +1,8 @@
 //! JPEG files.
 
-use std::fs;
 use std::path::Path;
 
+use ddil_libtorch::read_bounded;
 use exif::{In, Reader, Tag};
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
@@ -12,14 +12,21 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 use super::folder::Layout;
 use super::{Error, Result};
 
+/// A block of 8x8 values takes a bit at least: a picture that claims more pixels has not got them, and those that are
+/// missing at the end of the data would be made up.
+const MOST_PIXELS_A_BYTE: usize = 8 * 8 * 8;
+
 /// A grey or coloured JPEG, turned as its Exif data say.
 pub(super) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
-    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let bytes = read_bounded(path, u64::MAX)
+        .map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let jpeg = |error| Error::Jpeg { path: path.to_owned(), source: Box::new(error) };
     // Strict: one that ends early is refused, and not filled up with grey.
     let options = DecoderOptions::default().set_strict_mode(true);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
     decoder.decode_headers().map_err(jpeg)?;
+    let (width, height) = decoder.info().map_or((0, 0), |info| (info.width, info.height));
+    ensure_possible(path, [width, height], bytes.len())?;
     let (channels, colour) = match decoder.input_colorspace() {
         Some(ColorSpace::Luma) => (1, ColorSpace::Luma),
         Some(ColorSpace::YCbCr | ColorSpace::RGB) => (3, ColorSpace::RGB),
@@ -31,9 +38,18 @@ pub(super) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     };
     decoder.set_options(options.jpeg_set_out_colorspace(colour));
     let pixels = decoder.decode().map_err(jpeg)?;
-    let (width, height) = decoder.info().map_or((0, 0), |info| (info.width, info.height));
     let layout = Layout { channels, height: height.into(), width: width.into() };
     Ok(turned(layout, pixels, decoder.exif().map_or(UPRIGHT, |exif| orientation(exif))))
+}
+
+fn ensure_possible(path: &Path, [width, height]: [u16; 2], num_bytes: usize) -> Result<()> {
+    let most = num_bytes.saturating_mul(MOST_PIXELS_A_BYTE);
+    if usize::from(width) * usize::from(height) <= most {
+        return Ok(());
+    }
+    let found = format!("{width}x{height} pixels");
+    let expected = format!("at most {most} pixels, as many as {num_bytes} bytes can hold");
+    Err(Error::Picture { path: path.to_owned(), found, expected })
 }
 
 /// The orientation of a picture as it should be shown.

@@ -10,8 +10,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::support::{
-    CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, arguments, assert_same_end, checkpoints,
-    num_lines, status,
+    CHECKPOINT_INTERVAL, Ended, TestResult, UPDATES, Workshop, arguments, assert_same_end,
+    checkpoints, json, num_lines, status,
 };
 
 const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = \
@@ -71,6 +71,57 @@ fn a_spilled_buffer_goes_on_from_every_checkpoint() {
 fn two_stages_with_a_spilled_buffer_go_on_from_every_checkpoint() {
     let settings = [TWO_STAGES[0], TWO_STAGES[1], SPILLED];
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
+}
+
+/// With what a run was begun is what `ddil doctor` says, and what another session has otherwise stands behind it.
+#[test]
+fn a_run_knows_where_it_was_computed() -> TestResult {
+    let workshop = Workshop::new();
+    let with_threads = |threads: &str, arguments: &[&str]| {
+        let mut command = workshop.command(arguments);
+        Ended::of(command.env("OMP_NUM_THREADS", threads).output().expect("the program is there"))
+    };
+    with_threads("1", &arguments("train", "run", &["run.threads=0"])).succeeded();
+    let (run, file) = (workshop.run("run"), "environment.json");
+    let begun = json(&run.join(file));
+    let doctor = with_threads("1", &["doctor", "--json"]);
+    let doctor: serde_json::Value = serde_json::from_str(&doctor.stdout)?;
+    for (name, fact) in doctor["environment"].as_object().ok_or("an object")? {
+        assert_eq!(&begun["first"][name], fact, "{name}");
+    }
+    assert_eq!((&begun["first"]["device"], &begun["first"]["step"]), (&"cpu".into(), &0.into()));
+    assert_eq!(begun["first"]["keeps_freed_pages"], cfg!(target_env = "gnu"));
+    assert_eq!((&begun["format_version"], &begun["later"]), (&1.into(), &serde_json::Value::Null));
+
+    // The same machine again has nothing to add.
+    let rewound = workshop.rewound(&run, "rewound", 3);
+    let resume = ["train", "--resume", &rewound.display().to_string()];
+    with_threads("1", &resume).succeeded();
+    assert_eq!(fs::read(rewound.join(file))?, fs::read(run.join(file))?);
+    let moved = workshop.rewound(&run, "moved", 6);
+    let resume = ["train", "--resume", &moved.display().to_string()];
+    let said = with_threads("2", &resume).succeeded();
+    assert!(said.stderr.contains("number of threads: 1 then, 2 now"), "{}", said.stderr);
+    let known = json(&moved.join(file));
+    assert_eq!(known["first"], begun["first"]);
+    assert_eq!(known["later"], serde_json::json!([{ "step": 6, "num_threads": 2 }]));
+
+    // One from before there was such a file gets it now, and one that is damaged is not written over.
+    for (name, content) in [("older", None), ("damaged", Some("{"))] {
+        let other = workshop.rewound(&run, name, 6);
+        fs::remove_file(other.join(file))?;
+        let resume = ["train", "--resume", &other.display().to_string()];
+        if let Some(content) = content {
+            fs::write(other.join(file), content)?;
+            with_threads("1", &resume).refused(&[file]);
+            assert_eq!(fs::read_to_string(other.join(file))?, content);
+            assert_eq!(status(&other)["state"], "failed");
+        } else {
+            with_threads("1", &resume).succeeded();
+            assert_eq!(json(&other.join(file))["first"]["step"], 6);
+        }
+    }
+    Ok(())
 }
 
 /// Names and numbers of links of the files of spilled states in a folder.
