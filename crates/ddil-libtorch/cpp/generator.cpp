@@ -1,5 +1,6 @@
 // Random generators with a state of their own, and the state of the default ones. A device is CUDA's number, or -1 for
 // the CPU.
+#include "normal.h"
 #include "shim.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -55,8 +56,21 @@ DDIL_EXPORT int ddil_generator_set_state(Generator* generator, const Tensor* sta
 DDIL_EXPORT int ddil_generator_normal(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
   return ddil::guarded([&] {
     at::NoGradGuard no_grad;
-    *out = new Tensor(empty_for(*generator, shape, rank, kind).normal_(0.0, 1.0, *generator));
+    const Tensor numbers = empty_for(*generator, shape, rank, kind);
+    ddil::fill_normal(numbers, *generator);
+    *out = new Tensor(numbers);
   });
+}
+
+DDIL_EXPORT int ddil_generator_fill_normal(Generator* generator, const Tensor* tensor) noexcept {
+  return ddil::guarded([&] {
+    TORCH_CHECK(tensor->defined(), "`tensor` is an undefined tensor");
+    ddil::fill_normal(*tensor, *generator);
+  });
+}
+
+DDIL_EXPORT int ddil_fills_normal_itself(bool* out) noexcept {
+  return ddil::guarded([&] { *out = ddil::fills_normal_itself(); });
 }
 
 DDIL_EXPORT int ddil_generator_uniform(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {

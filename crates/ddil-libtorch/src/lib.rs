@@ -85,7 +85,9 @@ pub use elementwise::{
 };
 pub use error::{Error, Result};
 pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};
-pub use generator::{Generator, default_generator_state, set_default_generator_state};
+pub use generator::{
+    Generator, default_generator_state, normal_is_vectorised, set_default_generator_state,
+};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
