@@ -44,7 +44,7 @@ fn handed_on(test: &str, variables: &[(&str, &str)]) -> Result<bool, Box<dyn std
         return Ok(false);
     }
     let status = std::process::Command::new(std::env::current_exe()?)
-        .args([test, "--exact", "--include-ignored"])
+        .args([test, "--exact"])
         .env(CHILD, "1")
         .envs(variables.iter().copied())
         .status()?;
