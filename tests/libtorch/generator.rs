@@ -89,6 +89,22 @@ fn a_saved_state_continues_to_the_bit() -> TestResult {
     Ok(())
 }
 
+/// A state says how many of its words are left; libtorch would read past their end if it were believed.
+#[test]
+fn a_damaged_state_is_refused() -> TestResult {
+    let mut generator = cpu(1)?;
+    let (expected, damaged) = (generator.state()?, generator.state()?);
+    // Bytes 8 to 12 are the number of words left and one, 16 to 24 the place of the next.
+    for (byte, value) in [(8, 88), (9, 2), (16, 1), (17, 2)] {
+        drop(damaged.get(byte).fill_(value));
+    }
+    let said = refusal(generator.set_state(&damaged));
+    assert!(said.contains("of 624 words it has 599 left from 513 on"), "{said}");
+    assert!(set_default_generator_state(Device::Cpu, &damaged).is_err());
+    assert_eq!(generator.state()?, expected);
+    Ok(())
+}
+
 #[test]
 fn streams_do_not_touch_each_other() -> TestResult {
     let (mut one, mut other) = (cpu(5)?, cpu(5)?);

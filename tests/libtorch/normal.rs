@@ -90,12 +90,14 @@ fn a_stream_of_many_kinds_of_draws() -> TestResult {
     Ok(())
 }
 
-/// Angles and logarithms are of 2^24 values each, of which 19 in 20 are met here.
+/// Angles and logarithms are of 2^24 values each, of which 19 in 20 are met here; and threads that did not wait for each
+/// other would be seen.
 #[test]
 fn a_hundred_million_numbers() -> TestResult {
     if handed_on("normal::a_hundred_million_numbers", &[])? {
         return Ok(());
     }
+    set_num_threads(4)?;
     let mut generator = cpu(2026)?;
     for _ in 0..25 {
         compare(&mut generator, &[4_000_037], Kind::Float, "many")?;
@@ -196,22 +198,6 @@ fn a_backward_pass_notices_that_a_tensor_was_filled() -> TestResult {
     assert!(error.to_string().contains("modified by an inplace operation"), "{error}");
     // What is drawn is a constant.
     assert!(!cpu(1)?.normal([32], Kind::Float)?.requires_grad());
-    Ok(())
-}
-
-/// A state says how many of its words are left; one that claims more than there are would be read past its end.
-#[test]
-fn a_damaged_state_is_refused() -> TestResult {
-    let mut generator = cpu(1)?;
-    let state = generator.state()?;
-    // Bytes 8 to 12 are the number of words left, 16 to 24 the place of the next.
-    state.get(8).copy_(&Tensor::from(88));
-    state.get(9).copy_(&Tensor::from(2));
-    state.get(16).copy_(&Tensor::from(1));
-    state.get(17).copy_(&Tensor::from(2));
-    generator.set_state(&state)?;
-    let said = refusal(generator.normal([32], Kind::Float));
-    assert!(said.contains("599 words left after 513"), "{said}");
     Ok(())
 }
 

@@ -32,6 +32,17 @@ Generator make_generator(const at::Device& device, uint64_t seed) {
   return generator;
 }
 
+// libtorch takes bytes for a state that claim more words than there are, and would read past their end.
+void set_state(Generator& generator, const Tensor& state) {
+  if (generator.device().is_cpu()) {
+    Generator copy = generator.clone();
+    copy.set_state(state);
+    const at::mt19937_data_pod words = at::check_generator<at::CPUGeneratorImpl>(copy)->engine().data();
+    TORCH_CHECK(static_cast<int64_t>(words.next_) + words.left_ - 1 <= at::MERSENNE_STATE_N, "the state is damaged: of ", at::MERSENNE_STATE_N, " words it has ", words.left_ - 1, " left from ", words.next_, " on");
+  }
+  generator.set_state(state);
+}
+
 Tensor empty_for(const Generator& generator, const int64_t* shape, size_t rank, int kind) {
   const auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).device(generator.device());
   return at::empty(at::IntArrayRef(shape, rank), options);
@@ -50,7 +61,7 @@ DDIL_EXPORT int ddil_generator_state(const Generator* generator, Tensor** out) n
 }
 
 DDIL_EXPORT int ddil_generator_set_state(Generator* generator, const Tensor* state) noexcept {
-  return ddil::guarded([&] { generator->set_state(*state); });
+  return ddil::guarded([&] { set_state(*generator, *state); });
 }
 
 DDIL_EXPORT int ddil_generator_normal(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
@@ -107,6 +118,6 @@ DDIL_EXPORT int ddil_default_generator_set_state(int device, const Tensor* state
   return ddil::guarded([&] {
     Generator generator = at::globalContext().defaultGenerator(device_of(device));
     std::lock_guard<std::mutex> lock(generator.mutex());
-    generator.set_state(*state);
+    set_state(generator, *state);
   });
 }

@@ -53,12 +53,6 @@ class Words {
   at::mt19937_data_pod state_;
 };
 
-// A state that was set from bytes may be of another number of words, beyond whose end libtorch would read.
-void ensure_whole(const at::mt19937_data_pod& state) {
-  const int64_t end = static_cast<int64_t>(state.next_) + state.left_ - 1;
-  TORCH_CHECK(state.left_ > 0 && end <= at::MERSENNE_STATE_N, "the generator's state is damaged: it has ", state.left_ - 1, " words left after ", state.next_, ", and ", at::MERSENNE_STATE_N, " in all");
-}
-
 // Threads take turns at drawing words, which only goes one after another, and transform them side by side.
 void fill_groups(const ddil::NormalKernels& kernels, Words& words, const Tensor& tensor) {
   float* const out = tensor.data_ptr<float>();
@@ -102,7 +96,6 @@ void fill_itself(const ddil::NormalKernels& kernels, const Tensor& tensor, const
   auto* impl = at::check_generator<at::CPUGeneratorImpl>(generator);
   std::lock_guard<std::mutex> lock(impl->mutex_);
   at::mt19937 engine = impl->engine();
-  ensure_whole(engine.data());
   Words words(engine.data());
   fill(kernels, words, tensor);
   engine.set_data(words.state());

@@ -75,7 +75,7 @@ impl Generator {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if these bytes are no such state.
+    /// [`Error::Torch`] if these bytes are no such state; the stream is then as it was.
     pub fn set_state(&mut self, state: &Tensor) -> Result<()> {
         // SAFETY: both objects live through the call, and `&mut self` keeps others away.
         let code = unsafe { ffi::ddil_generator_set_state(self.raw.as_ptr(), state.as_ptr()) };

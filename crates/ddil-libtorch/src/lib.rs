@@ -12,7 +12,7 @@
 //! | optimizing | [`fused_adamw_`] |
 //! | mixed precision | [`Autocast`] |
 //! | memory | [`recomputed`] |
-//! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
+//! | random streams | [`Generator`], [`normal_is_vectorised`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
 //! | other files, however large they are | [`read_bounded`], [`read_text_bounded`] |
