@@ -10,6 +10,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use ddil_benches::process::wait_for;
+use ddil_libtorch::Generator;
 use ddil_schedulers::{
     Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Plan, PredictionType, Sampler, SamplerStep,
     Thresholding, TimestepSpacing, Timesteps,
@@ -49,7 +50,8 @@ impl Batch {
     }
 }
 
-/// A sampler's step three ways: general path, plan, plan in place. Like diffusers', LCM's draws its own noise.
+/// A sampler's step three ways: general path, plan, plan in place. As diffusers' does, one of LCM counts the drawing of
+/// its noise.
 struct Case {
     name: &'static str,
     sampler: Box<dyn Sampler>,
@@ -58,11 +60,12 @@ struct Case {
 }
 
 impl Case {
-    fn noise(&self, batch: &Batch) -> Option<Tensor> {
-        self.sampler.needs_noise().then(|| batch.x_t.randn_like())
+    fn noise(&self, batch: &Batch, generator: &mut Generator) -> Option<Tensor> {
+        let draw = || generator.normal(batch.shape, batch.x_t.kind()).expect("there is memory");
+        self.sampler.needs_noise().then(draw)
     }
 
-    fn general(&self, batch: &Batch) -> ddil_schedulers::Result<Tensor> {
+    fn general(&self, batch: &Batch, noise: Option<&Tensor>) -> ddil_schedulers::Result<Tensor> {
         let integers = (Kind::Int64, batch.x_t.device());
         let at = |t: i64| Tensor::full([batch.shape[0]], t, integers);
         let (t, prev, schedule) = (at(749), at(499), self.sampler.schedule());
@@ -70,26 +73,31 @@ impl Case {
             .convert(schedule, &batch.model_output, &batch.x_t, &t)?
             .thresholded(&self.thresholding, schedule, &batch.x_t, &t)?;
         let step = SamplerStep::new(&said, &t, &prev);
-        match self.noise(batch) {
-            Some(noise) => self.sampler.step(&step.with_noise(&noise)),
+        match noise {
+            Some(noise) => self.sampler.step(&step.with_noise(noise)),
             None => self.sampler.step(&step),
         }
     }
 
-    fn time(&self, batch: &Batch, times: &mut BTreeMap<String, f64>) {
+    fn time(&self, batch: &Batch, generator: &mut Generator, times: &mut BTreeMap<String, f64>) {
         let mut record =
             |way: &str, time| times.insert(format!("{} | {way}", batch.label(self.name)), time);
-        let general = || drop(black_box(self.general(batch).expect("they fit")));
+        let general = || {
+            let noise = self.noise(batch, generator);
+            drop(black_box(self.general(batch, noise.as_ref()).expect("they fit")));
+        };
         record("general", batch.time(general));
         let (x_t, output) = (&batch.x_t, &batch.model_output);
         let plan = || {
-            let noise = self.noise(batch);
+            let noise = self.noise(batch, generator);
             drop(black_box(self.plan.step(1, x_t, output, noise.as_ref()).expect("they fit")));
         };
         record("plan", batch.time(plan));
-        let mut x_t = x_t.copy();
+        let (mut x_t, mut noise) = (x_t.copy(), self.noise(batch, generator));
         let in_place = || {
-            let noise = self.noise(batch);
+            if let Some(noise) = &mut noise {
+                generator.fill_normal(noise).expect("it is plain memory");
+            }
             self.plan.step_inplace(1, &mut x_t, output, noise.as_ref()).expect("they fit");
         };
         record("plan in place", batch.time(in_place));
@@ -127,12 +135,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let _no_grad = tch::no_grad_guard();
     let cases = cases(&NoiseScheduleConfig::default().build()?)?;
     let batches = [[4, 4, 64, 64], [16, 4, 128, 128]].map(|shape| Batch::new(shape, device));
+    let mut generator = Generator::new(device, 0)?;
     for line in std::io::stdin().lines() {
         line?;
         let mut times = BTreeMap::new();
         for batch in &batches {
             for case in &cases {
-                case.time(batch, &mut times);
+                case.time(batch, &mut generator, &mut times);
             }
         }
         println!("{}", serde_json::to_string(&times)?);
