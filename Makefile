@@ -7,7 +7,7 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test soak fuzz sanitize bench bench-peers bench-check parity lint doc clean
+.PHONY: help tools setup demo test gpu-tests soak fuzz sanitize bench bench-peers bench-check parity lint doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: setup ## every test, doc tests and the tools' own too
 	else echo "$(CARGO) test --workspace --lib --bins --tests"; $(CARGO) test --workspace --lib --bins --tests; fi
 	$(CARGO) test --workspace --doc
 	$(PYTHON) tools/tests.py
+
+gpu-tests: setup ## what needs a GPU (set LIBTORCH or LIBTORCH_USE_PYTORCH to a libtorch with CUDA)
+	$(CARGO) test --workspace --tests -- --ignored a_gpu --test-threads 1
 
 # Faults are brought about in a debug build, where the points for them are; what runs long is what is shipped.
 SOAK := --workspace --test program -- --ignored --nocapture --test-threads 1

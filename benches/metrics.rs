@@ -1,6 +1,7 @@
 //! Metrics of 64 features a sample, as the Fashion-MNIST classifier gives them, with one thread of libtorch.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ddil_metrics::{
@@ -13,6 +14,7 @@ fn metrics(c: &mut Criterion) {
     tch::set_num_threads(1);
     tch::manual_seed(0);
     let mut group = c.benchmark_group("metrics");
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     group.sample_size(10);
     for n in [2_000, 10_000] {
         let sets = [0; 2].map(|_| Tensor::randn([n, 64], kind::FLOAT_CPU));

@@ -106,7 +106,7 @@ fn mixer(c: &mut Criterion) {
     let mut group = c.benchmark_group("mixer");
     group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     group.throughput(Throughput::Elements(SHAPE[0] as u64));
-    // What any mixture needs at least.
+    // What any mixture needs at least, as libtorch draws it.
     let x0 = Tensor::zeros(SHAPE, kind::FLOAT_CPU);
     group.bench_function("noise alone", |b| b.iter(|| black_box(x0.randn_like())));
     for (name, config) in settings() {

@@ -14,14 +14,14 @@ use criterion::{
 use ddil_benches::training::{Arm, Method, Optimization, Passes, Way, Workload};
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_trainer::config::Precision;
-use tch::{Tensor, kind};
+use tch::{Device, Tensor, kind};
 
 const PRECISIONS: [(&str, Precision); 2] =
     [("f32", Precision::Float32), ("bf16", Precision::Bfloat16)];
 
 fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     let mut group = c.benchmark_group(name);
-    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     group.sample_size(10);
     group
 }
@@ -74,7 +74,7 @@ fn update(c: &mut Criterion) {
 /// 10 million parameters: clipping, `AdamW` and moving average; the average alone; a copy.
 fn optimizer(c: &mut Criterion) {
     let mut group = group(c, "optimizer");
-    let mut optimization = Optimization::new(false).expect("valid settings");
+    let mut optimization = Optimization::new(false, Device::Cpu).expect("valid settings");
     group.bench_function("clip, AdamW, EMA", |b| {
         b.iter(|| optimization.update().expect("gradients are there"));
     });

@@ -1,4 +1,4 @@
-//! Sampler steps: DDIM and LCM by the general path and by plan, in new memory and in place, and thresholding.
+//! Sampler steps: DDIM and LCM by the general path and by plan, in new memory and in place, thresholding and noise.
 //!
 //! `cargo bench -p ddil-benches --bench schedulers`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads,
 //! otherwise one: fixed, so that numbers can be compared. `benches/peers/compare_steps.py` sets them against diffusers'.
@@ -10,11 +10,12 @@ use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
+use ddil_libtorch::Generator;
 use ddil_schedulers::{
     DataRange, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Plan, PredictionType, Sampler,
     SamplerStep, Thresholding, TimestepSpacing, Timesteps,
 };
-use tch::{Tensor, kind};
+use tch::{Device, Kind, Tensor, kind};
 
 const SHAPES: [[i64; 4]; 2] = [[4, 4, 64, 64], [16, 4, 128, 128]];
 
@@ -135,6 +136,27 @@ fn thresholding(c: &mut Criterion) {
     group.finish();
 }
 
+/// Noise as rollouts draw it, in new memory and in place, and as libtorch draws it.
+fn noise(c: &mut Criterion) {
+    let mut group = group(c, "noise");
+    let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
+    for shape in SHAPES {
+        let mut noise = Tensor::zeros(shape, kind::FLOAT_CPU);
+        let label = shape.map(|n| n.to_string()).join("x");
+        group.throughput(Throughput::Elements(noise.numel() as u64));
+        group.bench_function(BenchmarkId::new("normal", &label), |b| {
+            b.iter(|| generator.normal(shape, Kind::Float).expect("there is memory"));
+        });
+        group.bench_function(BenchmarkId::new("fill_normal", &label), |b| {
+            b.iter(|| generator.fill_normal(&mut noise).expect("it is plain memory"));
+        });
+        group.bench_function(BenchmarkId::new("randn", &label), |b| {
+            b.iter(|| Tensor::randn(shape, kind::FLOAT_CPU));
+        });
+    }
+    group.finish();
+}
+
 /// What the others are measured by: a copy of as many bytes as a step in place reads and writes, and the formula of a
 /// step, written down.
 fn reference(c: &mut Criterion) {
@@ -161,5 +183,5 @@ fn prepared() -> Criterion {
     Criterion::default()
 }
 
-criterion_group! { name = benches; config = prepared(); targets = reference, ddim, lcm, thresholding }
+criterion_group! { name = benches; config = prepared(); targets = reference, ddim, lcm, thresholding, noise }
 criterion_main!(benches);

@@ -13,15 +13,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
-use ddil_benches::process::{forget_peak, peak_kib, resident_kib};
+use ddil_benches::process::{forget_peak, peak_kib, resident_kib, wait_for};
 use ddil_benches::training::{
     Arm, Method, Optimization, Passes, Result, Role, Update, Way, Workload, precision,
 };
 use ddil_core::{Conditioning, Data, States, Stream};
 use ddil_models::weights;
-use ddil_trainer::config::Precision;
+use ddil_trainer::config::{Precision, parse_device};
 use serde_json::{Value, json};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Answers each line of its input with a measurement.
 #[derive(Debug, Parser)]
@@ -29,6 +29,9 @@ struct Options {
     /// Threads of libtorch.
     #[arg(long)]
     threads: i32,
+    /// `cpu`, `cuda` or `cuda:<index>`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     #[command(subcommand)]
     case: Case,
 }
@@ -83,8 +86,8 @@ struct Asked {
 }
 
 impl Asked {
-    fn workload(&self) -> Workload {
-        Workload { batch: self.batch, ..Workload::fashion_mnist(self.precision, 0) }
+    fn workload(&self, device: Device) -> Workload {
+        Workload { batch: self.batch, device, ..Workload::fashion_mnist(self.precision, 0) }
     }
 }
 
@@ -96,8 +99,8 @@ struct Updates {
 }
 
 impl Updates {
-    fn new(method: Method, asked: &Asked) -> Result<Self> {
-        let arm = Arm::new(Way::forward(method), &asked.workload())?;
+    fn new(method: Method, workload: &Workload) -> Result<Self> {
+        let arm = Arm::new(Way::forward(method), workload)?;
         let turn = if method == Method::Dmd2 { 5 } else { 1 };
         Ok(Self { arm, step: 0, turn })
     }
@@ -114,37 +117,40 @@ impl Updates {
 }
 
 /// Seconds of an update; putting gradients back is not counted.
-fn mean_seconds(optimization: &mut Optimization) -> Result<f64> {
+fn mean_seconds(optimization: &mut Optimization, device: Device) -> Result<f64> {
     const UPDATES: u32 = 10;
     let mut seconds = 0.0;
     for _ in 0..UPDATES {
         optimization.refill();
+        wait_for(device);
         let started = Instant::now();
         optimization.update()?;
+        wait_for(device);
         seconds += started.elapsed().as_secs_f64();
     }
     Ok(seconds / f64::from(UPDATES))
 }
 
 /// Ready once this returns; each call is a round.
-fn prepared(case: Case) -> Result<Box<dyn FnMut() -> Result<f64>>> {
+fn prepared(case: Case, device: Device) -> Result<Box<dyn FnMut() -> Result<f64>>> {
     Ok(match case {
         Case::Forward { asked, repeats } => {
-            let passes = Passes::new(&asked.workload())?;
+            let passes = Passes::new(&asked.workload(device))?;
             Box::new(move || {
                 let started = Instant::now();
                 (0..repeats)
                     .try_for_each(|_| passes.pass().map(|answer| drop(black_box(answer))))?;
+                wait_for(device);
                 Ok(started.elapsed().as_secs_f64() / f64::from(repeats))
             })
         }
         Case::Update { method, asked } => {
-            let mut updates = Updates::new(method, &asked)?;
+            let mut updates = Updates::new(method, &asked.workload(device))?;
             Box::new(move || updates.round())
         }
         Case::Optimizer { clipped } => {
-            let mut optimization = Optimization::new(clipped)?;
-            Box::new(move || mean_seconds(&mut optimization))
+            let mut optimization = Optimization::new(clipped, device)?;
+            Box::new(move || mean_seconds(&mut optimization, device))
         }
         Case::Record { .. } => return Err("there is nothing to time in a record".into()),
     })
@@ -155,8 +161,8 @@ fn answer(line: &Value) -> Result<()> {
     Ok(std::io::stdout().flush()?)
 }
 
-fn serve(case: Case) -> Result<()> {
-    let mut round = prepared(case)?;
+fn serve(case: Case, device: Device) -> Result<()> {
+    let mut round = prepared(case, device)?;
     // Without this the peak would be that of loading.
     let forgotten = forget_peak();
     answer(&json!({ "resident_kib": resident_kib() }))?;
@@ -246,15 +252,16 @@ fn record(method: Method, workload: &Workload, folder: &Path, updates: u64) -> R
 }
 
 fn main() -> Result<()> {
-    let Options { threads, case } = Options::parse();
+    let Options { threads, device, case } = Options::parse();
+    let device = parse_device(&device)?;
     tch::set_num_threads(threads);
     tch::manual_seed(0);
     ddil_libtorch::keep_freed_pages();
     match case {
         Case::Record { method, asked, folder, weights, updates } => {
-            let workload = Workload { weights: Some(weights), ..asked.workload() };
+            let workload = Workload { weights: Some(weights), ..asked.workload(device) };
             record(method, &workload, &folder, updates)
         }
-        case => serve(case),
+        case => serve(case, device),
     }
 }

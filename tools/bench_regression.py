@@ -3,13 +3,18 @@
 
     make bench-check                                 # measures, compares with benches/baseline.json
     make bench-check BENCH_CHECK=--save              # measures, writes the ratios into that file
+    make bench-check BENCH_CHECK="--save --missing"  # only those that it does not have
     python3 tools/bench_regression.py --criterion target/criterion    # judges what is there, runs nothing
 
 Times of two machines, or of one on two days, cannot be compared; ratios of two times from one run can. The file lists, by
 benchmark program, what is measured (`id`), its yardstick (`over`: a copy of as many bytes, libtorch's own operation, a
 pass of the network) and the ratio that was once measured. More than 15 % above that is a regression, unless the 95 %
 intervals of both times leave room for less: then it is said, and nothing fails. What looks slower is measured again, up to
-twice, and its lowest ratio counts: load makes times longer, never shorter. A ratio that is null has not been measured.
+twice, and its lowest ratio counts: load makes times longer, never shorter.
+
+A ratio that is null has not been measured. It would hold nothing back, so there is no verdict before all of them are there.
+Saving writes the file anew after each yardstick, with which what it is a yardstick of is measured: what was measured before
+an interruption stays.
 """
 
 from __future__ import annotations
@@ -46,26 +51,22 @@ class Ratio:
 class Verdict:
     id: str
     over: str
-    before: float | None
+    before: float
     now: Ratio
 
     @property
-    def change(self) -> float | None:
-        return None if self.before is None else self.now.value / self.before
+    def change(self) -> float:
+        return self.now.value / self.before
 
     @property
     def word(self) -> str:
-        if self.change is None:
-            return "new"
         if self.change > TOLERANCE:
             return "slower" if self.now.low > self.before * TOLERANCE else "unclear"
         return "faster" if self.change < 1 / TOLERANCE else "same"
 
     def line(self) -> str:
-        before = "-" if self.before is None else f"{self.before:.3g}"
-        change = "-" if self.change is None else f"{self.change:.2f}"
         now = f"{self.now.value:.3g} ({self.now.low:.3g}-{self.now.high:.3g})"
-        return f"| {self.id} | {self.over} | {before} | {now} | {change} | {self.word} |"
+        return f"| {self.id} | {self.over} | {self.before:.3g} | {now} | {self.change:.2f} | {self.word} |"
 
 
 def read_baseline(path: pathlib.Path) -> dict:
@@ -74,11 +75,30 @@ def read_baseline(path: pathlib.Path) -> dict:
         for pair in (pair for pairs in baseline["benches"].values() for pair in pairs):
             if not (isinstance(pair["id"], str) and isinstance(pair["over"], str)):
                 raise Problem(f"{path}: `id` and `over` must be names of benchmarks, found {pair}")
-            if not (pair["ratio"] is None or pair["ratio"] > 0):
-                raise Problem(f"{path}: the ratio of `{pair['id']}` must be positive or null, found {pair['ratio']}")
+            ratio = pair.setdefault("ratio", None)
+            if not (ratio is None or ratio > 0):
+                raise Problem(f"{path}: the ratio of `{pair['id']}` must be positive or null, found {ratio}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Problem(f"{path} is no baseline: {type(error).__name__}: {error}") from error
     return baseline
+
+
+def ensure_measured(path: pathlib.Path, benches: dict) -> None:
+    pairs = [pair for pairs in benches.values() for pair in pairs]
+    missing = [pair["id"] for pair in pairs if pair["ratio"] is None]
+    if missing:
+        raise Problem(
+            f"{path} has no ratio for {len(missing)} of {len(pairs)} benchmarks, the first of them `{missing[0]}`: nothing would"
+            ' hold them back. On a quiet machine, `make bench-check BENCH_CHECK="--save --missing"` measures these,'
+            " and `make bench-check BENCH_CHECK=--save` all."
+        )
+
+
+def by_yardstick(pairs: list[dict]) -> list[list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for pair in pairs:
+        groups.setdefault(pair["over"], []).append(pair)
+    return list(groups.values())
 
 
 def measured(folder: pathlib.Path, since: float) -> dict[str, dict]:
@@ -114,24 +134,29 @@ def run_bench(cargo: str, bench: str, pairs: list[dict]) -> None:
     names = sorted({name for pair in pairs for name in (pair["id"], pair["over"])})
     # Not re.escape: what it does to a space is Python's own.
     wanted = "^(" + "|".join(re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", name) for name in names) + ")$"
-    command = [*cargo.split(), "bench", "--workspace", "--bench", bench, "--", wanted]
+    # A tenth of criterion's resamples: they take longer than much of what is timed here, and go into intervals alone.
+    command = [*cargo.split(), "bench", "--workspace", "--bench", bench, "--", wanted, "--noplot", "--nresamples", "10000"]
     if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
         raise Problem(f"`{' '.join(command)}` failed")
+
+
+def times_of(cargo: str, bench: str, pairs: list[dict], folder: pathlib.Path) -> dict[str, dict]:
+    # Whole seconds are all that some file systems keep.
+    started = time.time() - 2
+    run_bench(cargo, bench, pairs)
+    return measured(folder, started)
 
 
 def lowest(first: Verdict, again: Verdict) -> Verdict:
     return again if again.now.value < first.now.value else first
 
 
-def measure(cargo: str, bench: str, pairs: list[dict], folder: pathlib.Path, saving: bool) -> list[Verdict]:
-    """Runs a benchmark program; what looks slower runs again."""
+def check(cargo: str, bench: str, pairs: list[dict], folder: pathlib.Path) -> list[Verdict]:
+    """Measures what has one yardstick; what looks slower again."""
     verdicts: dict[str, Verdict] = {}
     wanted = pairs
-    for _ in range(1 if saving else TRIES):
-        # Whole seconds are all that some file systems keep.
-        started = time.time() - 2
-        run_bench(cargo, bench, wanted)
-        for verdict in judged(wanted, measured(folder, started)):
+    for _ in range(TRIES):
+        for verdict in judged(wanted, times_of(cargo, bench, wanted, folder)):
             verdicts[verdict.id] = lowest(verdicts.get(verdict.id, verdict), verdict)
         wanted = [pair for pair in wanted if verdicts[pair["id"]].word in ("slower", "unclear")]
         if not wanted:
@@ -139,10 +164,7 @@ def measure(cargo: str, bench: str, pairs: list[dict], folder: pathlib.Path, sav
     return list(verdicts.values())
 
 
-def save(path: pathlib.Path, baseline: dict, verdicts: list[Verdict]) -> None:
-    ratios = {(verdict.id, verdict.over): verdict.now.value for verdict in verdicts}
-    for pair in (pair for pairs in baseline["benches"].values() for pair in pairs):
-        pair["ratio"] = float(f"{ratios[pair['id'], pair['over']]:.4g}")
+def write(path: pathlib.Path, baseline: dict) -> None:
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps(baseline, indent=2) + "\n")
     aside.replace(path)
@@ -152,14 +174,12 @@ def report(verdicts: list[Verdict]) -> int:
     print("| benchmark | over | before | now (interval) | now / before | |\n|" + " --- |" * 6)
     for verdict in verdicts:
         print(verdict.line())
-    counts = {word: sum(verdict.word == word for verdict in verdicts) for word in ("slower", "unclear", "faster", "new")}
+    counts = {word: sum(verdict.word == word for verdict in verdicts) for word in ("slower", "unclear", "faster")}
     print(f"\n{len(verdicts)} ratios: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
     if counts["slower"]:
         print(f"error: {counts['slower']} more than {(TOLERANCE - 1) * 100:.0f} % above the baseline", file=sys.stderr)
     if counts["unclear"]:
         print("unclear: above the baseline, but not by more than the noise; measure again on a quiet machine")
-    if counts["new"]:
-        print("new: not in the baseline yet; `make bench-check BENCH_CHECK=--save` on a quiet machine writes them")
     return 1 if counts["slower"] else 0
 
 
@@ -168,12 +188,29 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", type=pathlib.Path, default=BASELINE)
     parser.add_argument("--criterion", type=pathlib.Path, help="judge what criterion has left in this folder; run nothing")
     parser.add_argument("--save", action="store_true", help="write what is measured into the baseline")
+    parser.add_argument("--missing", action="store_true", help="with --save: only the ratios that the baseline does not have")
     parser.add_argument("--only", help="this benchmark program alone")
     parser.add_argument("--cargo", default=os.environ.get("CARGO", "cargo"))
     options = parser.parse_args(arguments)
-    if options.save and options.only:
-        parser.error("--save writes all ratios, --only measures some")
+    if options.missing and not options.save:
+        parser.error("--missing goes with --save")
+    if options.save and options.criterion:
+        parser.error("--save measures, --criterion judges what was measured")
     return options
+
+
+def save_all(options: argparse.Namespace, baseline: dict, benches: dict, folder: pathlib.Path) -> int:
+    count = 0
+    for bench, pairs in benches.items():
+        wanted = [pair for pair in pairs if pair["ratio"] is None or not options.missing]
+        for group in by_yardstick(wanted):
+            times = times_of(options.cargo, bench, group, folder)
+            for pair, ratio in [(pair, ratio_of(pair, times)) for pair in group]:
+                pair["ratio"] = float(f"{ratio.value:.4g}")
+            write(options.baseline, baseline)
+            count += len(group)
+            print(f"{count} ratios written to {options.baseline}", flush=True)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,21 +219,15 @@ def main(arguments: list[str] | None = None) -> int:
     benches = {name: pairs for name, pairs in baseline["benches"].items() if options.only in (None, name)}
     if not benches:
         raise Problem(f"no benchmark program `{options.only}`; there are {', '.join(baseline['benches'])}")
+    folder = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "criterion"
+    if options.save:
+        return save_all(options, baseline, benches, folder)
+    ensure_measured(options.baseline, benches)
     if options.criterion:
         times = measured(options.criterion, since=0)
-        verdicts = [verdict for pairs in benches.values() for verdict in judged(pairs, times)]
-    else:
-        folder = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "criterion"
-        verdicts = [
-            verdict
-            for name, pairs in benches.items()
-            for verdict in measure(options.cargo, name, pairs, folder, options.save)
-        ]
-    if options.save:
-        save(options.baseline, baseline, verdicts)
-        print(f"{len(verdicts)} ratios written to {options.baseline}")
-        return 0
-    return report(verdicts)
+        return report([verdict for pairs in benches.values() for verdict in judged(pairs, times)])
+    groups = [(name, group) for name, pairs in benches.items() for group in by_yardstick(pairs)]
+    return report([verdict for name, group in groups for verdict in check(options.cargo, name, group, folder)])
 
 
 if __name__ == "__main__":
@@ -204,3 +235,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except Problem as problem:
         sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; ratios that were said to be written are")

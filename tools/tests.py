@@ -20,6 +20,7 @@ TOOLS = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(TOOLS.parent / "benches" / "peers"))
 
 import bench_peers
+import bench_regression
 import rounds
 OURS = ("LIBTORCH", "LIBTORCH_USE_PYTORCH", "LIBTORCH_LIB", "LIBTORCH_BYPASS_VERSION_CHECK", "DDIL_CUDA", "DDIL_DATA")
 LABELS = "t10k-labels-idx1-ubyte"
@@ -195,6 +196,7 @@ class BenchRegression(ToolTest):
             "done = len(runs.read_text().splitlines()) if runs.exists() else 0\n"
             "runs.open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
             f"times = {list(times)!r}\n"
+            "if done == len(times): sys.exit(101)\n"
             "for full_id, value in (('group/own', times[done]), ('group/yardstick', 1.0)):\n"
             "    new = folder / 'target' / 'criterion' / full_id / 'new'\n"
             "    new.mkdir(parents=True, exist_ok=True)\n"
@@ -204,7 +206,7 @@ class BenchRegression(ToolTest):
             "    (new / 'estimates.json').write_text(json.dumps({'median': median}))\n"
         )
         arguments = ["--baseline", str(self.baseline), "--cargo", f"{sys.executable} {cargo}"]
-        more = ["--save"] if settings.pop("save", "") else []
+        more = settings.pop("save", "").split()
         return self.run_tool("bench_regression.py", *arguments, *more, CARGO_TARGET_DIR=str(self.folder / "target"))
 
     def runs(self) -> list[str]:
@@ -242,12 +244,14 @@ class BenchRegression(ToolTest):
         self.baseline.unlink()
         self.assert_refused(self.judge(), "is no baseline")
 
-    def test_a_ratio_that_was_never_measured_is_new(self) -> None:
-        self.write_baseline([{"id": "group/own", "over": "group/yardstick", "ratio": None}])
-        self.measure(2.0)
-        code, said = self.judge()
-        self.assertEqual(code, 0, said)
-        self.assertIn("| new |", said)
+    def test_a_ratio_that_was_never_measured_is_no_pass(self) -> None:
+        pair = {"id": "group/own", "over": "group/yardstick"}
+        for unmeasured in (pair, {**pair, "ratio": None}):
+            self.write_baseline([{**pair, "id": "group/other", "ratio": 1.0}, unmeasured])
+            self.measure(2.0)
+            for outcome in (self.judge(), self.run_with_cargo()):
+                self.assert_refused(outcome, "no ratio for 1 of 2", "`group/own`", "make bench-check BENCH_CHECK=--save")
+        self.assertFalse((self.folder / "runs").exists(), "it is said before anything is measured")
 
     def test_measures_again_what_looks_slower(self) -> None:
         code, said = self.run_with_cargo(2.6, 2.1)
@@ -261,11 +265,31 @@ class BenchRegression(ToolTest):
         self.assertEqual(len(self.runs()), 3)
         self.assertIn("| 2.5 (", said)
 
+    def ratios(self) -> list:
+        return [pair["ratio"] for pair in json.loads(self.baseline.read_text())["benches"]["some"]]
+
     def test_saves(self) -> None:
-        code, said = self.run_with_cargo(3.0, save="yes")
+        code, said = self.run_with_cargo(3.0, save="--save")
         self.assertEqual(code, 0, said)
         pair = json.loads(self.baseline.read_text())["benches"]["some"][0]
         self.assertEqual(pair, {"id": "group/own", "over": "group/yardstick", "ratio": 3.0})
+
+    def test_saves_what_is_missing_alone(self) -> None:
+        pair = {"id": "group/own", "over": "group/yardstick", "ratio": None}
+        self.write_baseline([{**pair, "id": "group/other", "ratio": 7.0}, pair])
+        code, said = self.run_with_cargo(3.0, save="--save --missing")
+        self.assertEqual(code, 0, said)
+        self.assertEqual(self.ratios(), [7.0, 3.0])
+        self.assertNotIn("group/other", self.runs()[0])
+
+    def test_keeps_what_was_saved_before_an_end_that_came_early(self) -> None:
+        pair = {"id": "group/own", "over": "group/yardstick", "ratio": None}
+        # The second is measured by a yardstick of its own, in a run that does not come to an end.
+        self.write_baseline([pair, {**pair, "over": "group/other"}])
+        outcome = self.run_with_cargo(3.0, save="--save")
+        self.assert_refused(outcome, "failed")
+        self.assertEqual(len(self.runs()), 2)
+        self.assertEqual(self.ratios(), [3.0, None])
 
     def test_refuses_what_an_earlier_run_has_left(self) -> None:
         self.measure(2.0)
@@ -276,10 +300,13 @@ class BenchRegression(ToolTest):
         )
         self.assert_refused(outcome, "not measured: `group/own`, `group/yardstick`")
 
-    def test_the_committed_baseline_can_be_read(self) -> None:
-        self.measure(2.0)
-        outcome = self.run_tool("bench_regression.py", "--criterion", str(self.folder / "target" / "criterion"))
-        self.assert_refused(outcome, "not measured: `ddim/plan in place/4x4x64x64`")
+    def test_the_committed_baseline_names_each_benchmark_once(self) -> None:
+        benches = bench_regression.read_baseline(bench_regression.BASELINE)["benches"]
+        names = [pair["id"] for pairs in benches.values() for pair in pairs]
+        self.assertEqual(len(names), len(set(names)))
+        manifest = (bench_regression.BASELINE.parent / "Cargo.toml").read_text()
+        for bench in benches:
+            self.assertIn(f'[[bench]]\nname = "{bench}"\n', manifest)
 
 
 class BenchPeers(unittest.TestCase):

@@ -9,7 +9,8 @@ another one is first in each. A ratio is the peer's figure over ours, the median
 where this project is faster or smaller. The peers are
 
     as shipped   eager, channels first, glibc's defaults
-    tuned        eager, channels last, and the allocator's settings that this project's programs have
+    tuned        eager, channels last in float32 (in bfloat16 it is slower on a CPU, on both sides), and the allocator's
+                 settings that this project's programs have
     compiled     the same by torch.compile, with frozen weights where nothing is trained
 
 Before anything is timed, updates of each method are made on both sides from the same weights, states and draws: losses,
@@ -33,9 +34,9 @@ PEER = pathlib.Path(__file__).with_name("peer.py")
 WEIGHTS = rounds.ROOT / "assets/fashion-mnist-teacher/unet/diffusion_pytorch_model.safetensors"
 METHODS = ("PD", "LCM", "DMD2")
 KEPT = {"GLIBC_TUNABLES": rounds.TUNABLES}
-SHIPPED, TUNED, COMPILED = ("as shipped", (), {}), ("tuned", ("--channels-last",), KEPT), (
-    "compiled", ("--channels-last", "--compile"), KEPT,
-)
+SHIPPED = ("as shipped", (), {})
+# Where memory formats do not matter.
+KEEPING = ("tuned", (), KEPT)
 # Of losses relative, of weights as a share of how far they went: what rounding explains.
 BOUNDS = {"float32": {"loss": 1e-4, "student": 0.02, "ema": 0.02}, "bfloat16": {"loss": 0.05, "student": 0.4, "ema": 0.4}}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "MiB": 1024.0}
@@ -62,9 +63,18 @@ class Comparison:
     peer: list
     rows: list
     rounds: int
-    peers: tuple = (SHIPPED, TUNED)
+    peers: tuple = (SHIPPED, KEEPING)
     # Whether the program says a line when it is ready.
     greets: bool = True
+
+
+def tuned(precision, *more):
+    formats = ("--channels-last",) if precision == "float32" else ()
+    return ("compiled" if more else "tuned", (*formats, *more), KEPT)
+
+
+def peers_of(precision, compiled):
+    return (SHIPPED, tuned(precision), *((tuned(precision, "--compile"),) if compiled else ()))
 
 
 def network_name(precision, batch):
@@ -72,11 +82,11 @@ def network_name(precision, batch):
 
 
 def forwards(options):
-    peers = (SHIPPED, TUNED) if options.quick else (SHIPPED, TUNED, COMPILED)
     for batch in (8,) if options.quick else (8, 64):
         for precision in ("float32", "bfloat16"):
             asked = ["forward", "--batch", batch, "--precision", precision, "--repeats", max(1, 64 // batch)]
             row = Row(f"U-Net of pixels, pass, {network_name(precision, batch)}")
+            peers = peers_of(precision, compiled=not options.quick)
             yield Comparison(["update_times", *asked], asked, [row], options.rounds or (3 if options.quick else 15), peers)
 
 
@@ -87,10 +97,10 @@ def updates(options):
             asked = ["update", name.lower(), "--batch", batch, "--precision", precision]
             what = f"{name} update, {network_name(precision, batch)}"
             memory = Row(f"{what}: peak memory", "peak_kib", "peak_kib", "MiB")
-            # The allocator asks for 64 MiB at a time: nothing could be told apart with small batches.
-            rows = [Row(what)] if options.quick else [Row(what), memory]
+            # The allocator asks for 64 MiB at a time: nothing could be told apart with small batches. It is the host's.
+            rows = [Row(what)] if options.quick or options.device != "cpu" else [Row(what), memory]
             count = options.rounds or (3 if options.quick else 5 if name == "DMD2" else 9)
-            peers = (SHIPPED, TUNED, COMPILED) if options.compile_updates else (SHIPPED, TUNED)
+            peers = peers_of(precision, options.compile_updates)
             yield Comparison(["update_times", *asked], asked, rows, count, peers)
 
 
@@ -113,9 +123,7 @@ def steps(options):
             ours = f"ddim {shape} | plan in place"
             rows.append(Row(f"DDIM step, {shape}, in place, against {title}", ours, f"{peer} {shape}", "us", 1e-6))
     count = options.rounds or (3 if options.quick else 15)
-    # Memory formats do not matter to it.
-    tuned = ("tuned", (), KEPT)
-    yield Comparison(["step_times"], ["steps"], rows, count, (SHIPPED, tuned), greets=False)
+    yield Comparison(["step_times"], ["steps"], rows, count, greets=False)
 
 
 def large(options):
@@ -126,10 +134,9 @@ def large(options):
 
     for case in CASES:
         peer = ["network", case]
-        tuned = ("tuned", (), KEPT)
         row = Row(f"text-to-image U-Net, {case}", unit="s")
         count = options.rounds or (7 if case.startswith("load") else 3)
-        yield Comparison(["network_times", case], peer, [row], count, (SHIPPED, tuned), greets=False)
+        yield Comparison(["network_times", case], peer, [row], count, greets=False)
 
 
 def comparisons(options):
@@ -147,16 +154,17 @@ def settings(threads, more):
     return {"OMP_NUM_THREADS": str(threads), **unset, **(more or {})}
 
 
-def our_command(comparison, programs, threads, folder):
+def our_command(comparison, programs, threads, device, folder):
     program, *asked = comparison.ours
     if comparison.greets:
-        return [programs[program], "--threads", threads, *asked]
-    return [programs[program], threads, *asked, *([folder] if program == "network_times" else [])]
+        return [programs[program], "--threads", threads, "--device", device, *asked]
+    device = [device] if program == "step_times" else []
+    return [programs[program], threads, *device, *asked, *([folder] if program == "network_times" else [])]
 
 
-def peer_command(comparison, threads, arguments, folder):
+def peer_command(comparison, threads, device, arguments, folder):
     where = ["--folder", folder] if comparison.peer[0] == "network" else []
-    return [sys.executable, PEER, "--threads", threads, *comparison.peer, *arguments, *where]
+    return [sys.executable, PEER, "--threads", threads, "--device", device, *comparison.peer, *arguments, *where]
 
 
 def answered(line):
@@ -166,12 +174,12 @@ def answered(line):
 
 def measure(comparison, programs, options, folder):
     """Answers of every side, by its name, and what each said when it was ready."""
-    threads = options.threads
+    threads, device = options.threads, options.device
     with contextlib.ExitStack() as stack:
-        ours = rounds.Program(*our_command(comparison, programs, threads, folder), settings=settings(threads, None))
+        ours = rounds.Program(*our_command(comparison, programs, threads, device, folder), settings=settings(threads, None))
         sides = {"ours": stack.enter_context(ours)}
         for name, arguments, more in comparison.peers:
-            command = peer_command(comparison, threads, arguments, folder)
+            command = peer_command(comparison, threads, device, arguments, folder)
             sides[name] = stack.enter_context(rounds.Program(*command, settings=settings(threads, more)))
         greetings = {name: json.loads(side.line()) for name, side in sides.items() if name != "ours" or comparison.greets}
         # The first rounds warm up, and compile.
@@ -277,6 +285,14 @@ def load():
     return f"{os.getloadavg()[0]:.2f}"
 
 
+def device_name(device):
+    if device == "cpu":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def machine(options):
     model = "unknown processor"
     with contextlib.suppress(OSError):
@@ -285,12 +301,13 @@ def machine(options):
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=rounds.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ).stdout.strip()
-    return {"processor": model, "cores": os.cpu_count(), "threads": options.threads, "load": load(), "ddil": commit}
+    return {"processor": model, "cores": os.cpu_count(), "threads": options.threads, "device": device_name(options.device), "load": load(), "ddil": commit}
 
 
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process; default one a core")
+    parser.add_argument("--device", default="cpu", help="`cpu`, `cuda` or `cuda:<index>`; memory is measured on the CPU alone")
     parser.add_argument("--rounds", type=int, help="of every comparison; the default is its own")
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds, nothing compiled: two minutes")
     parser.add_argument("--large", action="store_true", help="Stable Diffusion 1.5's network and loading it too: 12 GB, 4 GB of disk")
@@ -299,8 +316,13 @@ def parsed():
     parser.add_argument("--only", default="", help="rows with this in their names")
     parser.add_argument("--no-check", action="store_true", help="do not see first that both sides do the same")
     parser.add_argument("--json", type=pathlib.Path, help="writes all of it to this file")
+    parser.add_argument("--programs", type=pathlib.Path, help="folder of this project's programs, where there is no cargo")
     parser.add_argument("--profile", default="release", help="cargo's, of this project's programs")
     return parser.parse_args()
+
+
+def program(name, options):
+    return options.programs / name if options.programs else rounds.built(name, options.profile)
 
 
 def save_large_network(folder):
@@ -311,15 +333,17 @@ def save_large_network(folder):
 
 def main():
     options = parsed()
+    if options.large and options.device != "cpu":
+        raise SystemExit("error: --large is for the CPU alone: network_times has no other device")
     wanted = comparisons(options)
     if not wanted:
         raise SystemExit(f"error: no row has `{options.only}` in its name")
     names = {comparison.ours[0] for comparison in wanted} | {"update_times"}
-    programs = {name: rounds.built(name, options.profile) for name in sorted(names)}
+    programs = {name: program(name, options) for name in sorted(names)}
     if not options.no_check:
         check(programs, options)
     about, rows, versions = machine(options), [], {}
-    print(f"{about['processor']}, {about['cores']} cores; {about['threads']} threads; load {about['load']}\n")
+    print(f"{about['processor']}, {about['cores']} cores; {about['threads']} threads; {about['device']}; load {about['load']}\n")
     print_header()
     with tempfile.TemporaryDirectory() as folder:
         if any(comparison.ours[-1].startswith("load") for comparison in wanted if comparison.ours[0] == "network_times"):

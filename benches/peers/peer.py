@@ -35,10 +35,18 @@ def forget_peak():
     return True
 
 
+def wait():
+    """Returns when everything that was asked of the device is done."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed(run, repeats=1):
+    wait()
     started = time.perf_counter()
     for _ in range(repeats):
         run()
+    wait()
     return (time.perf_counter() - started) / repeats
 
 
@@ -156,6 +164,7 @@ def serve(run):
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for make in (forward, update, optimizer, steps, network, replay):
         sub = kinds.add_parser(make.__name__)
@@ -181,6 +190,7 @@ def parsed():
 def main():
     options = parsed()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     if options.kind == "replay":
         replay(options)

@@ -76,7 +76,7 @@ class Denoiser:
         self.passes = [0, 0]
 
     def autocast(self):
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.bfloat16)
 
     def count(self, answer, passes=None):
         passes = self.passes if passes is None else passes

@@ -1,7 +1,16 @@
-//! Time and memory of this process, as the system tells them.
+//! Time and memory of this process, as the system tells them, and the device that works beside it.
 
 use std::io::Write;
 use std::time::Duration;
+
+use tch::Device;
+
+/// Returns when everything that was asked of the device is done.
+pub fn wait_for(device: Device) {
+    if let Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}
 
 /// Processor time of all threads so far; none where the system does not tell it this way.
 ///

@@ -6,8 +6,18 @@ mod rpath;
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 8] =
-    ["autocast", "elementwise", "error", "generator", "kernels", "list", "recompute", "runtime"];
+const SOURCES: [&str; 10] = [
+    "autocast",
+    "elementwise",
+    "error",
+    "generator",
+    "kernels",
+    "list",
+    "normal",
+    "normal_kernels",
+    "recompute",
+    "runtime",
+];
 
 fn main() {
     rpath::main();
@@ -40,6 +50,8 @@ fn compile(include: &std::path::Path) {
     build.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());
     // One result on every processor: a fused multiply-add rounds once where two instructions round twice.
     build.flag_if_supported("-ffp-contract=off");
+    // A square root that has to set errno is a call, which no loop with it survives.
+    build.flag_if_supported("-fno-math-errno");
     // A debug build of the program should not run the loops of the shim unvectorised.
     build.opt_level(3).debug(false);
     sanitize(&mut build);

@@ -13,6 +13,7 @@ use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal, schedu
 
 /// A mixer with its networks, asked as a trainer asks it.
 struct Run {
+    device: Device,
     mixer: Mixer,
     student: Gaussian,
     teacher: Gaussian,
@@ -24,6 +25,7 @@ impl Run {
     fn new(config: MixerConfig, shape: &[i64]) -> Self {
         let mixer = Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule())));
         Self {
+            device: Device::Cpu,
             mixer: mixer.expect("it is valid"),
             student: Gaussian::new(-0.2, 0.0, 0.5),
             teacher: Gaussian::new(0.2, 0.0, 0.5),
@@ -41,8 +43,9 @@ impl Run {
     }
 
     fn next(&mut self, step: u64) -> ddil_core::Result<States> {
-        let data = self.data(step);
+        let data = self.data(step).to_device(self.device)?;
         let odd = labels(self.shape[0] as usize).class_labels.expect("there are labels") * 2 + 1;
+        let odd = odd.to_device(self.device);
         self.mixer.next_states(&MixRequest {
             step,
             total_steps: 100,
@@ -214,6 +217,33 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
                 assert!(!states.x_t.requires_grad());
                 assert!(states.x_t.isfinite().all().double_value(&[]) > 0.0);
             }
+        }
+    }
+    Ok(())
+}
+
+/// Every source and policy, and what is kept between updates, on a device; saved, restored and gone on with.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
+    let gpu = Device::Cuda(0);
+    for policy in policies() {
+        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
+        let teacher = TeacherConfig { pool: 9, ..TeacherConfig::default() };
+        let config = MixerConfig { student, teacher, ..mix(0.3, 0.4, 0.3) };
+        let run = || Run { device: gpu, ..Run::new(config.clone(), &[16, 3]) };
+        let mut original = run();
+        for step in 0..6 {
+            let states = original.step(step)?;
+            assert_eq!([states.x_t.device(), states.timesteps.device()], [gpu; 2]);
+            assert!(states.x_t.isfinite().all().double_value(&[]) > 0.0);
+            assert_eq!(states.conditioning.class_labels.expect("there are labels").device(), gpu);
+        }
+        let mut restored = run();
+        restored.mixer.restore(&original.mixer.state()?)?;
+        for step in 6..12 {
+            let (a, b) = (original.step(step)?, restored.step(step)?);
+            assert_eq!((a.x_t, a.sources), (b.x_t, b.sources));
         }
     }
     Ok(())

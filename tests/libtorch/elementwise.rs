@@ -124,6 +124,32 @@ fn many_elements_on_many_threads() -> TestResult {
     Ok(())
 }
 
+/// libtorch's own operations do it there.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_adds_as_the_cpu_does() -> TestResult {
+    let Clamped { a, b, c, .. } = NUMBERS;
+    for kind in [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16] {
+        for layout in [Layout::Contiguous, Layout::ChannelsLast, Layout::Transposed] {
+            let [x, y, noise] = [0; 3].map(|_| tensor([3, 4, 8, 8], kind, layout));
+            let [sum, clamped, noised] = plainly(&x, &y, &noise);
+            let [x, y, noise] = [x, y, noise].map(|tensor| tensor.to_device(Device::Cuda(0)));
+            let near = |found: &Tensor, expected: &Tensor| {
+                assert_eq!((found.device(), found.kind()), (Device::Cuda(0), kind));
+                let apart = max_difference(&found.to_device(Device::Cpu), expected);
+                assert!(apart < tolerance(kind), "{kind:?} {layout:?}: {apart}");
+            };
+            near(&affine(&x, &y, a, b)?, &sum);
+            near(&affine_clamped(&x, &y, &NUMBERS)?, &clamped);
+            near(&affine_noise(&x, &y, &noise, a, b, c)?, &noised);
+            let mut changed = x.copy();
+            affine_noise_(&mut changed, &y, &noise, a, b, c)?;
+            near(&changed, &noised);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn strided_views_are_changed_where_they_are() -> TestResult {
     let whole = Tensor::zeros([2, 6], kind::FLOAT_CPU);

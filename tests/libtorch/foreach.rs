@@ -147,3 +147,30 @@ fn norms_that_have_no_meaning_are_refused() -> TestResult {
     assert!(!refusal(grad_norm(&whole)).contains("frame #"));
     Ok(())
 }
+
+/// Lists on a device: moved, clipped and zeroed as those on the CPU.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_does_to_lists_what_the_cpu_does() -> TestResult {
+    let on = |tensors: &[Tensor], device| -> Vec<Tensor> {
+        tensors.iter().map(|tensor| tensor.copy().to_device(device)).collect()
+    };
+    let (from, to) = (random(&SHAPES), random(&SHAPES));
+    let outcome = |device| -> Result<_, Box<dyn std::error::Error>> {
+        let (from, to) = (on(&from, device), on(&to, device));
+        let (list, targets) = (TensorList::new(&from)?, TensorList::new(&to)?);
+        foreach_lerp_(&list, &targets, 0.25)?;
+        let norm = clip_grad_norm_(&list, 0.5)?;
+        assert_eq!(norm.device(), device);
+        let values = on(&from, Device::Cpu);
+        foreach_zero_(&list)?;
+        assert_eq!(norm_by_hand(&from), 0.0);
+        Ok((norm.double_value(&[]), values))
+    };
+    let (expected, found) = (outcome(Device::Cpu)?, outcome(Device::Cuda(0))?);
+    assert!((expected.0 - found.0).abs() < 1e-5, "{} {}", expected.0, found.0);
+    for (expected, found) in expected.1.iter().zip(&found.1) {
+        assert!(max_difference(found, expected) < 1e-6);
+    }
+    Ok(())
+}

@@ -9,6 +9,7 @@ mod generator;
 mod list;
 mod mapped;
 mod memory_format;
+mod normal;
 mod optim;
 mod process;
 mod recompute;
@@ -35,4 +36,19 @@ fn refusal<T>(result: ddil_libtorch::Result<T>) -> String {
         Ok(_) => panic!("this should have been refused"),
         Err(error) => error.to_string(),
     }
+}
+
+/// Whether `test` was handed on to a process of its own, which sees `variables` and runs nothing else; false there.
+fn handed_on(test: &str, variables: &[(&str, &str)]) -> Result<bool, Box<dyn std::error::Error>> {
+    const CHILD: &str = "DDIL_TEST_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return Ok(false);
+    }
+    let status = std::process::Command::new(std::env::current_exe()?)
+        .args([test, "--exact"])
+        .env(CHILD, "1")
+        .envs(variables.iter().copied())
+        .status()?;
+    assert!(status.success());
+    Ok(true)
 }

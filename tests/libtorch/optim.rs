@@ -59,8 +59,18 @@ impl State {
 
 #[test]
 fn forty_steps_follow_the_equations() -> TestResult {
+    forty_steps_follow_the_equations_on(Device::Cpu)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_follows_the_equations() -> TestResult {
+    forty_steps_follow_the_equations_on(Device::Cuda(0))
+}
+
+fn forty_steps_follow_the_equations_on(device: Device) -> TestResult {
     for (kind, tolerance) in [(Kind::Float, 5e-6), (Kind::Double, 1e-13)] {
-        let random = |shape: &&[i64]| Tensor::randn(*shape, (kind, Device::Cpu));
+        let random = |shape: &&[i64]| Tensor::randn(*shape, (kind, device));
         let params: Vec<_> = SHAPES.iter().map(random).collect();
         let mut slow = SlowAdamW::new(&params);
         let state = State::new(&params)?;

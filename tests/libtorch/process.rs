@@ -3,7 +3,7 @@
 use ddil_libtorch::{Error, NoCuda};
 use tch::{Device, Kind, Tensor, kind};
 
-use crate::{TestResult, refusal};
+use crate::{TestResult, handed_on, refusal};
 
 #[test]
 fn the_version_is_the_one_that_tch_speaks_to() {
@@ -43,15 +43,11 @@ fn page_faults() -> Result<u64, Box<dyn std::error::Error>> {
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn kept_pages_are_used_again() -> TestResult {
-    const CHILD: &str = "DDIL_TEST_PAGES";
-    if std::env::var_os(CHILD).is_none() {
-        let status = std::process::Command::new(std::env::current_exe()?)
-            .args(["process::kept_pages_are_used_again", "--exact"])
-            .env(CHILD, "1")
-            // One pool of memory for all threads: the test is not on the main one.
-            .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
-            .status()?;
-        assert!(status.success());
+    // One pool of memory for all threads: the test is not on the main one.
+    if handed_on(
+        "process::kept_pages_are_used_again",
+        &[("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")],
+    )? {
         return Ok(());
     }
     let faults = || -> Result<u64, Box<dyn std::error::Error>> {
@@ -90,13 +86,7 @@ fn the_number_of_threads_is_what_was_set() -> TestResult {
 /// `put_` adds in any order, which libtorch has no deterministic kernel for unless it accumulates.
 #[test]
 fn deterministic_refuses_what_it_cannot_promise() -> TestResult {
-    const CHILD: &str = "DDIL_TEST_DETERMINISTIC";
-    if std::env::var_os(CHILD).is_none() {
-        let status = std::process::Command::new(std::env::current_exe()?)
-            .args(["process::deterministic_refuses_what_it_cannot_promise", "--exact"])
-            .env(CHILD, "1")
-            .status()?;
-        assert!(status.success());
+    if handed_on("process::deterministic_refuses_what_it_cannot_promise", &[])? {
         return Ok(());
     }
     let put = || {

@@ -72,3 +72,27 @@ fn distances_between_laws() {
         }
     });
 }
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_measures_what_was_recorded() {
+    for_each_case(|case, real, fake, values| {
+        let [real, fake] = [real, fake].map(|set| set.to_device(tch::Device::Cuda(0)));
+        let found =
+            [&real, &fake].map(|set| Statistics::from_features(set).expect("good features"));
+        let found = frechet_distance(&found[0], &found[1]).expect("good statistics");
+        assert_close(found, number(values, "frechet"), 1e-9);
+        let k = |name: &str| case[name].as_u64().expect("a number") as u32;
+        let neighbours = Neighbours {
+            precision_recall: k("precision_recall_k"),
+            density_coverage: k("density_coverage_k"),
+        };
+        let found = prdc(&real, &fake, neighbours).expect("good features");
+        let [precision, coverage] = ["precision", "coverage"].map(|name| number(values, name));
+        assert_close(found.precision, precision, 1e-12);
+        assert_close(found.coverage, coverage, 1e-12);
+        assert_close(kid(&real, &fake).expect("good features"), number(values, "kid"), 1e-10);
+        let found = energy_distance(&real, &fake).expect("good features");
+        assert_close(found, number(values, "energy_distance"), 1e-10);
+    });
+}

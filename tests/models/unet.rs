@@ -286,3 +286,36 @@ fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
     assert!(up.defined());
     Ok(())
 }
+
+/// In `Double`, so that no product is rounded to fewer bits on the way; timesteps are embedded in `Float` on both.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_answers_and_differentiates_as_the_cpu_does() -> TestResult {
+    for name in GOLDEN {
+        for channels_last in [false, true] {
+            let outcome = |device| -> Result<Vec<Tensor>, Box<dyn std::error::Error>> {
+                let placement = Placement { device, kind: Kind::Double, channels_last };
+                let unet = load(name, placement)?;
+                let on_device = |(key, tensor): (String, Tensor)| (key, tensor.to_device(device));
+                let mut recorded: BTreeMap<_, _> =
+                    expected(name)?.into_iter().map(on_device).collect();
+                let sample = recorded["sample"].to_kind(Kind::Double);
+                recorded.insert("sample".to_owned(), sample);
+                let output = forward(&unet, &recorded)?;
+                output.square().sum(Kind::Double).backward();
+                let learned = unet.parameters().learned();
+                let grads = learned.iter().map(|(_, parameter)| parameter.grad());
+                Ok(grads.chain([output]).map(|tensor| tensor.to_device(Device::Cpu)).collect())
+            };
+            for (found, expected) in outcome(Device::Cuda(0))?.iter().zip(outcome(Device::Cpu)?) {
+                let size = expected.abs().max().double_value(&[]).max(1e-3);
+                let apart = (found - expected).abs().max().double_value(&[]);
+                assert!(
+                    apart <= 5e-6 * size,
+                    "{name}, channels last {channels_last}: {apart} of {size}"
+                );
+            }
+        }
+    }
+    Ok(())
+}

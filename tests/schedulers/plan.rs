@@ -228,3 +228,67 @@ fn what_does_not_fit_is_refused_by_name() {
     let bad = Thresholding::Clamp(DataRange::scalar(1.0, -1.0));
     assert!(sampler.plan(&leading, PredictionType::Flow, &bad).is_err());
 }
+
+const GPU: Device = Device::Cuda(0);
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_steps_as_the_cpu_does() {
+    let lcm = Timesteps::lcm(1000, 50, 4).expect("it fits");
+    for thresholding in thresholdings() {
+        let v = PredictionType::VPrediction;
+        let ddim = Ddim::with_eta(stable_diffusion(), 0.5).expect("in 0..=1");
+        let plans = [
+            ddim.plan(&trailing(4), v, &thresholding),
+            Lcm::new(stable_diffusion()).plan(&lcm, v, &thresholding, None),
+        ];
+        for plan in plans {
+            let plan = plan.expect("valid settings");
+            for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5)] {
+                for i in 0..4 {
+                    let random = |_| Tensor::randn([3, 2, 16, 16], (kind, Device::Cpu));
+                    let [x_t, output, noise] = [0; 3].map(random);
+                    let expected = plan.step(i, &x_t, &output, Some(&noise)).expect("they fit");
+                    let [mut x_t, output, noise] = [x_t, output, noise].map(|x| x.to_device(GPU));
+                    let found = plan.step(i, &x_t, &output, Some(&noise)).expect("they fit");
+                    assert_eq!(found.device(), GPU);
+                    let apart = gap(&found.to_device(Device::Cpu), &expected);
+                    assert!(apart < tolerance, "{thresholding:?} {kind:?} step {i}: {apart}");
+                    plan.step_inplace(i, &mut x_t, &output, Some(&noise)).expect("they fit");
+                    assert_eq!(gap(&x_t, &found), 0.0);
+                }
+            }
+        }
+    }
+}
+
+/// While the device multiplies matrices for a while, steps are asked for and not waited for.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_is_not_waited_for() {
+    for thresholding in [Thresholding::None, Thresholding::clamp_pixels()] {
+        let plan = Ddim::new(stable_diffusion())
+            .plan(&trailing(4), PredictionType::Epsilon, &thresholding)
+            .expect("valid settings");
+        let [mut x_t, output] = [0; 2].map(|_| Tensor::randn([4, 4, 64, 64], (Kind::Float, GPU)));
+        let matrix = Tensor::randn([8192, 8192], (Kind::Double, GPU));
+        let multiplied = |times| (0..times).for_each(|_| drop(matrix.matmul(&matrix)));
+        let steps = |x_t: &mut Tensor| {
+            for i in 0..4 {
+                plan.step_inplace(i, x_t, &output, None).expect("they fit");
+                let _ = plan.step(i, x_t, &output, None).expect("they fit");
+            }
+        };
+        multiplied(1);
+        steps(&mut x_t);
+        tch::Cuda::synchronize(0);
+        let started = std::time::Instant::now();
+        multiplied(10);
+        steps(&mut x_t);
+        let asked = started.elapsed();
+        tch::Cuda::synchronize(0);
+        let done = started.elapsed();
+        println!("{thresholding:?}: asked in {asked:?}, done in {done:?}");
+        assert!(asked < done / 4, "{thresholding:?}: asked in {asked:?}, done in {done:?}");
+    }
+}

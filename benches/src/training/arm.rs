@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 use super::meter::{Metered, Meters, Role};
 use super::way::Way;
 use super::{Result, Workload};
-use crate::process::processor_time;
+use crate::process::{processor_time, wait_for};
 
 const STEPS: u32 = 4;
 const GUIDANCE_SCALE: f64 = 3.0;
@@ -53,6 +53,7 @@ pub struct Arm {
     pub rounds: Vec<Round>,
     batch: i64,
     side: i64,
+    device: Device,
     learning_rate: f64,
     method: ObjectiveConfig,
     objective: Box<dyn Objective>,
@@ -151,6 +152,7 @@ impl Arm {
             rounds: Vec::new(),
             batch: workload.batch,
             side: workload.side,
+            device: workload.device,
             learning_rate: workload.learning_rate,
             method,
             objective,
@@ -190,7 +192,7 @@ impl Arm {
 
     /// Random data of an update, and as many in another order.
     fn data(&self, step: u64, stream: Stream) -> Result<Data> {
-        let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
+        let mut generator = self.streams.generator(step, stream, self.device)?;
         let labels = generator.randint(0, NULL_CLASS, [self.batch])?;
         let x0 = generator.normal([self.batch, 1, self.side, self.side], Kind::Float)?;
         let conditioning = Conditioning::class_labels(labels);
@@ -276,6 +278,7 @@ impl Arm {
             spent.states += before.elapsed();
         }
 
+        wait_for(self.device);
         spent.wall = started.elapsed();
         spent.processor =
             processor_time().zip(processor).map(|(after, before)| after.saturating_sub(before));
@@ -286,7 +289,7 @@ impl Arm {
     }
 
     fn collect(&mut self, step: u64, data: &Data) -> Result<States> {
-        let mut generator = self.streams.generator(step, Stream::Condition, Device::Cpu)?;
+        let mut generator = self.streams.generator(step, Stream::Condition, self.device)?;
         let prompts = data.conditioning.index_select(&generator.randperm(self.batch)?)?;
         let teacher = guided(self.meters.put_on(Role::TeacherRollout, &self.teacher))?;
         let student = held(self.meters.put_on(Role::StudentRollout, &self.student))?;

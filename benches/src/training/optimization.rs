@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use ddil_trainer::ema::{Ema, EmaConfig};
 use ddil_trainer::optimizer::{AdamW, AdamWConfig};
-use tch::{Kind, Tensor, kind};
+use tch::{Device, Kind, Tensor};
 
 use super::Result;
 
@@ -26,8 +26,8 @@ impl Optimization {
     /// # Errors
     ///
     /// What the optimizer says of the parameters.
-    pub fn new(clipped: bool) -> Result<Self> {
-        let random = |_| Tensor::randn(SHAPE, kind::FLOAT_CPU);
+    pub fn new(clipped: bool, device: Device) -> Result<Self> {
+        let random = |_| Tensor::randn(SHAPE, (Kind::Float, device));
         let params: Vec<Tensor> =
             (0..TENSORS).map(random).map(|param| param.set_requires_grad(true)).collect();
         let named = || {

@@ -2,7 +2,7 @@
 
 use ddil_core::Conditioning;
 use ddil_trainer::network::Network;
-use tch::{Tensor, kind};
+use tch::{Kind, Tensor};
 
 use super::{Result, Workload};
 
@@ -22,11 +22,12 @@ impl Passes {
     /// As [`Workload::teacher`].
     pub fn new(workload: &Workload) -> Result<Self> {
         let rows = [workload.batch];
+        let (floats, integers) = ((Kind::Float, workload.device), (Kind::Int64, workload.device));
         Ok(Self {
             network: workload.teacher()?,
-            x_t: Tensor::randn([workload.batch, 1, workload.side, workload.side], kind::FLOAT_CPU),
-            timesteps: Tensor::randint(1000, rows, kind::INT64_CPU),
-            told: Conditioning::class_labels(Tensor::randint(10, rows, kind::INT64_CPU)),
+            x_t: Tensor::randn([workload.batch, 1, workload.side, workload.side], floats),
+            timesteps: Tensor::randint(1000, rows, integers),
+            told: Conditioning::class_labels(Tensor::randint(10, rows, integers)),
         })
     }
 

@@ -1,5 +1,6 @@
 // Random generators with a state of their own, and the state of the default ones. A device is CUDA's number, or -1 for
 // the CPU.
+#include "normal.h"
 #include "shim.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -31,6 +32,17 @@ Generator make_generator(const at::Device& device, uint64_t seed) {
   return generator;
 }
 
+// libtorch takes bytes for a state that claim more words than there are, and would read past their end.
+void set_state(Generator& generator, const Tensor& state) {
+  if (generator.device().is_cpu()) {
+    Generator copy = generator.clone();
+    copy.set_state(state);
+    const at::mt19937_data_pod words = at::check_generator<at::CPUGeneratorImpl>(copy)->engine().data();
+    TORCH_CHECK(static_cast<int64_t>(words.next_) + words.left_ - 1 <= at::MERSENNE_STATE_N, "the state is damaged: of ", at::MERSENNE_STATE_N, " words it has ", words.left_ - 1, " left from ", words.next_, " on");
+  }
+  generator.set_state(state);
+}
+
 Tensor empty_for(const Generator& generator, const int64_t* shape, size_t rank, int kind) {
   const auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)).device(generator.device());
   return at::empty(at::IntArrayRef(shape, rank), options);
@@ -49,14 +61,27 @@ DDIL_EXPORT int ddil_generator_state(const Generator* generator, Tensor** out) n
 }
 
 DDIL_EXPORT int ddil_generator_set_state(Generator* generator, const Tensor* state) noexcept {
-  return ddil::guarded([&] { generator->set_state(*state); });
+  return ddil::guarded([&] { set_state(*generator, *state); });
 }
 
 DDIL_EXPORT int ddil_generator_normal(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
   return ddil::guarded([&] {
     at::NoGradGuard no_grad;
-    *out = new Tensor(empty_for(*generator, shape, rank, kind).normal_(0.0, 1.0, *generator));
+    const Tensor numbers = empty_for(*generator, shape, rank, kind);
+    ddil::fill_normal(numbers, *generator);
+    *out = new Tensor(numbers);
   });
+}
+
+DDIL_EXPORT int ddil_generator_fill_normal(Generator* generator, const Tensor* tensor) noexcept {
+  return ddil::guarded([&] {
+    TORCH_CHECK(tensor->defined(), "`tensor` is an undefined tensor");
+    ddil::fill_normal(*tensor, *generator);
+  });
+}
+
+DDIL_EXPORT int ddil_fills_normal_itself(bool* out) noexcept {
+  return ddil::guarded([&] { *out = ddil::fills_normal_itself(); });
 }
 
 DDIL_EXPORT int ddil_generator_uniform(Generator* generator, const int64_t* shape, size_t rank, int kind, Tensor** out) noexcept {
@@ -93,6 +118,6 @@ DDIL_EXPORT int ddil_default_generator_set_state(int device, const Tensor* state
   return ddil::guarded([&] {
     Generator generator = at::globalContext().defaultGenerator(device_of(device));
     std::lock_guard<std::mutex> lock(generator.mutex());
-    generator.set_state(*state);
+    set_state(generator, *state);
   });
 }

@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/from_blob.h>
 
 #include <cstdint>
@@ -79,9 +80,10 @@ DDIL_EXPORT int ddil_set_deterministic(bool on) noexcept {
 
 DDIL_EXPORT const char* ddil_version() noexcept { return TORCH_VERSION; }
 
+// Whether libtorch_cuda is loaded: it enters itself here. at::hasCUDA says whether there is a device as well.
 DDIL_EXPORT bool ddil_has_cuda() noexcept {
   bool has = false;
-  ddil::guarded([&] { has = at::hasCUDA(); });
+  ddil::guarded([&] { has = at::CUDAHooksRegistry()->Has("CUDAHooks"); });
   return has;
 }
 

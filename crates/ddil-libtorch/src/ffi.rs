@@ -63,6 +63,8 @@ unsafe extern "C" {
     pub(crate) fn ddil_generator_state(generator: *const Generator, out: Out) -> c_int;
     pub(crate) fn ddil_generator_set_state(generator: *mut Generator, state: In) -> c_int;
     pub(crate) fn ddil_generator_normal(generator: *mut Generator, shape: *const i64, rank: usize, kind: c_int, out: Out) -> c_int;
+    pub(crate) fn ddil_generator_fill_normal(generator: *mut Generator, tensor: In) -> c_int;
+    pub(crate) fn ddil_fills_normal_itself(out: *mut bool) -> c_int;
     pub(crate) fn ddil_generator_uniform(generator: *mut Generator, shape: *const i64, rank: usize, kind: c_int, out: Out) -> c_int;
     pub(crate) fn ddil_generator_randint(generator: *mut Generator, low: i64, high: i64, shape: *const i64, rank: usize, out: Out) -> c_int;
     pub(crate) fn ddil_generator_randperm(generator: *mut Generator, n: i64, out: Out) -> c_int;

@@ -12,7 +12,7 @@
 //! | optimizing | [`fused_adamw_`] |
 //! | mixed precision | [`Autocast`] |
 //! | memory | [`recomputed`] |
-//! | random streams | [`Generator`], [`default_generator_state`], [`set_default_generator_state`] |
+//! | random streams | [`Generator`], [`normal_is_vectorised`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
 //! | other files, however large they are | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
@@ -87,7 +87,9 @@ pub use elementwise::{
 };
 pub use error::{Error, Result};
 pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};
-pub use generator::{Generator, default_generator_state, set_default_generator_state};
+pub use generator::{
+    Generator, default_generator_state, normal_is_vectorised, set_default_generator_state,
+};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};

@@ -34,13 +34,17 @@ pub struct RunSection {
     pub device: String,
     /// What convolutions and products are computed in; weights stay `float32`. Default `float32`.
     pub precision: Precision,
-    /// Whether images keep their channels innermost, the faster order for most convolutions; default true.
+    /// Whether images keep their channels innermost, the faster order for most convolutions; default true. In
+    /// `bfloat16` on a CPU false is faster: group norms are slow there with channels innermost.
     pub channels_last: bool,
     /// Whether the backward pass computes the inner results of the blocks of U-Nets once more instead of keeping them:
     /// less memory for about one more forward pass of what learns; default false.
     pub activation_checkpointing: bool,
     /// Threads of libtorch; 0, the default, is one a core.
     pub threads: u32,
+    /// Whether libtorch uses operations only that give the same bits each time, or refuses; default false. On the CPU those
+    /// of this project all do. On CUDA it costs time, and `CUBLAS_WORKSPACE_CONFIG=:4096:8` has to be in the environment.
+    pub deterministic: bool,
 }
 
 /// What convolutions and products are computed in.
@@ -280,6 +284,7 @@ impl Default for RunSection {
             channels_last: true,
             activation_checkpointing: false,
             threads: 0,
+            deterministic: false,
         }
     }
 }
@@ -372,7 +377,31 @@ impl RunSection {
             && !self.name.starts_with('.')
             && !self.name.contains(['/', '\\', '\0']);
         ensure("run.name", &self.name, plain, "the name of a folder, without a path")?;
-        self.device().map(drop)
+        let device = self.device()?;
+        self.ensure_deterministic_on(
+            device,
+            std::env::var("CUBLAS_WORKSPACE_CONFIG").ok().as_deref(),
+        )
+    }
+
+    /// cuBLAS reads its workspaces' sizes from the environment as it starts, and refuses in the middle of a run.
+    fn ensure_deterministic_on(&self, device: Device, workspaces: Option<&str>) -> Result<()> {
+        let fixed = matches!(workspaces, Some(":4096:8" | ":16:8"));
+        let kept = !self.deterministic || device == Device::Cpu || fixed;
+        let expected = "false, or CUBLAS_WORKSPACE_CONFIG=:4096:8 (or :16:8, which takes less memory) in the environment";
+        ensure("run.deterministic", "true", kept, expected)
+    }
+
+    /// Has libtorch keep [`deterministic`](Self::deterministic) where it is asked for, for the whole process.
+    ///
+    /// # Errors
+    ///
+    /// What libtorch says.
+    pub fn apply_determinism(&self) -> Result<()> {
+        if self.deterministic {
+            ddil_libtorch::deterministic(true)?;
+        }
+        Ok(())
     }
 }
 
@@ -585,4 +614,23 @@ fn ensure(
         value: value.to_string(),
         expected: expected.to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_needs_its_environment_to_be_deterministic() {
+        let run = RunSection { deterministic: true, ..RunSection::default() };
+        let gpu = Device::Cuda(0);
+        let refused =
+            run.ensure_deterministic_on(gpu, None).expect_err("nothing is set").to_string();
+        assert!(refused.contains("`run.deterministic` is true"), "{refused}");
+        assert!(refused.contains("CUBLAS_WORKSPACE_CONFIG=:4096:8"), "{refused}");
+        assert!(run.ensure_deterministic_on(gpu, Some(":4096:2")).is_err());
+        assert!(run.ensure_deterministic_on(gpu, Some(":16:8")).is_ok());
+        assert!(run.ensure_deterministic_on(Device::Cpu, None).is_ok());
+        assert!(RunSection::default().ensure_deterministic_on(gpu, None).is_ok());
+    }
 }

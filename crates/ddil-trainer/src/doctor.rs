@@ -108,6 +108,7 @@ impl Doctor {
             ),
             libtorch(&environment),
             arithmetic(),
+            noise(),
             processors(&environment),
             cuda(&environment),
             allocator(&environment),
@@ -159,6 +160,20 @@ fn arithmetic() -> Finding {
             let error = crate::Error::Torch { op: "a small product", source: error };
             finding("arithmetic", Health::Broken, error.to_string())
         }
+    }
+}
+
+fn noise() -> Finding {
+    match ddil_libtorch::normal_is_vectorised() {
+        Ok(true) => {
+            finding("noise", Health::Good, "drawn on all threads, the numbers of torch.randn")
+        }
+        Ok(false) => finding(
+            "noise",
+            Health::Limited,
+            "drawn by libtorch on one thread: the processor lacks AVX2 or FMA, or ATEN_CPU_CAPABILITY asks for other numbers",
+        ),
+        Err(error) => finding("noise", Health::Broken, error.to_string()),
     }
 }
 

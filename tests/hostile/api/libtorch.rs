@@ -165,6 +165,9 @@ fn generators(cases: &mut Cases) {
     cases.tensors("set_default_generator_state", &[&state], |t| {
         said(set_default_generator_state(Device::Cpu, &t[0]))
     });
+    cases.tensors("Generator::fill_normal", &[&images()], |t| {
+        said(generator()?.fill_normal(&mut t[0]))
+    });
     for shape in SHAPES {
         for kind in KINDS {
             let what = format!("{shape:?}, {kind:?}");

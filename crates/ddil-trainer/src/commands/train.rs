@@ -134,6 +134,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::listen()?;
     let config: J = read_config(args)?;
     set_threads(config.run_section().threads)?;
+    config.run_section().apply_determinism()?;
     if args.dry_run {
         return dry_run(&config);
     }

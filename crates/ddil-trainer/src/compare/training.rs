@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What the config, the data or the teacher refuse; [`Error::OtherConfig`] if the folder is that of a run with other
 /// settings; what stops the run.
 pub fn distil(config: &DistillConfig, logging: &Logging, interrupt: &Interrupt) -> Result<Outcome> {
+    config.run.apply_determinism()?;
     let path = config.run.path();
     let resumes = path.join("config.toml").is_file();
     if resumes {

@@ -32,6 +32,26 @@ fn the_same_seed_twice_is_the_same_to_the_bit_and_another_is_not() {
     }
 }
 
+/// Nothing that any method does on the CPU is refused by it, and it changes no bit.
+#[test]
+fn asking_for_it_changes_nothing_on_the_cpu() {
+    for method in &METHODS {
+        let workshop = method.workshop();
+        let run = |name: &str, more: &[&str]| {
+            let settings = [&["output.sample_interval=6"], more].concat();
+            complete(&workshop, &method.arguments(name, 6, &settings));
+            workshop.run(name)
+        };
+        let (left, asked) = (run("left", &[]), run("asked", &["run.deterministic=true"]));
+        let config = fs::read_to_string(asked.join("config.toml")).expect("it is there");
+        assert!(config.contains("deterministic = true"), "{config}");
+        let weights = |run: &Path| {
+            snapshot(run)[Path::new("export/unet/diffusion_pytorch_model.safetensors")].clone()
+        };
+        assert!(weights(&left) == weights(&asked), "{}", method.name);
+    }
+}
+
 /// Two threads add in another order than one, but the same order each time.
 #[test]
 fn two_threads_are_the_same_each_time_and_close_to_one() {

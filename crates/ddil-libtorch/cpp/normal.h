@@ -1,0 +1,16 @@
+// Standard normal numbers: libtorch's, bit for bit, drawn faster on the CPU.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+namespace ddil {
+
+// As `tensor.normal_(0, 1, generator)`: the same numbers, and the generator ends in the same state.
+void fill_normal(const at::Tensor& tensor, const at::Generator& generator);
+
+// Whether float32 tensors on the CPU are filled by the loops of the shim. They are if a processor has the instructions
+// and the bits are those of libtorch, which are looked at once in a process.
+bool fills_normal_itself();
+
+}  // namespace ddil
