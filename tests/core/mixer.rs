@@ -307,6 +307,54 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
     Ok(())
 }
 
+/// A number beyond all counting, a row that is named twice or not at all, more states at an index than may wait.
+#[test]
+fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
+    use serde_json::{Value, json};
+    type Change<'a> = &'a dyn Fn(&mut Value);
+    let chains = || StudentConfig { mixed: None, ..StudentConfig::default() };
+    let config = || MixerConfig { student: chains(), ..mix(0.2, 0.8, 0.0) };
+    let mut run = Run::new(config(), &[16, 3]);
+    for step in 0..3 {
+        let _ = run.step(step)?;
+    }
+    let mut saved = run.mixer.state()?;
+    let place = "/sources/1";
+    let sound = saved.metadata.clone();
+    let waiting = |value: &Value| value["waiting"].to_string();
+    assert!(waiting(sound.pointer(place).expect("chains")).contains("row"), "{sound}");
+    let mut restored = |change: Change| {
+        saved.metadata = sound.clone();
+        change(saved.metadata.pointer_mut(place).expect("chains"));
+        let mut mixer = Mixer::new(config(), trailing(4), Box::new(Ddim::new(schedule())))?;
+        mixer.restore(&saved)
+    };
+    restored(&|_| {})?;
+    let changes: [(&str, Change); 6] = [
+        ("beyond counting", &|chains| chains["most"] = json!(u64::MAX)),
+        ("terabytes", &|chains| chains["most"] = json!(1_u64 << 40)),
+        ("a row less", &|chains| drop(chains["free"].as_array_mut().expect("rows").pop())),
+        ("a row more", &|chains| chains["free"].as_array_mut().expect("rows").push(json!(0))),
+        ("a row twice", &|chains| {
+            let rows = chains["free"].as_array_mut().expect("rows");
+            rows[0] = rows[1].clone();
+        }),
+        ("all at one index", &|chains| {
+            let queues = chains["waiting"].as_array().expect("queues").len() as u64;
+            let rows = 0..chains["most"].as_u64().expect("a number") * queues;
+            let wait = |row| json!({ "row": row, "birth": 0, "teacher_acted": false });
+            chains["free"] = json!([]);
+            chains["waiting"] = json!(vec![json!([]); queues as usize]);
+            chains["waiting"][0] = rows.map(wait).collect();
+        }),
+    ];
+    for (what, change) in changes {
+        let refused = restored(change);
+        assert!(matches!(refused, Err(Error::Restore { .. })), "{what}: {refused:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn flush_forgets_states() -> ddil_core::Result<()> {
     for policy in policies() {

@@ -126,7 +126,7 @@ fn what_was_saved_is_taken() {
     let mut commented = of(plain("a/data/0", &text));
     let len = commented.len();
     commented[len - 2..].copy_from_slice(&[0xff; 2]);
-    commented.extend([b'.'; 65535]);
+    commented.extend(vec![b'.'; 65535]);
     assert_eq!(said(&commented), None);
 }
 
@@ -189,7 +189,7 @@ fn records_do_not_share_their_bytes() {
 
 #[test]
 fn what_is_packed_has_a_limit() {
-    let honest = packed("a/code/b.py", &[b' '; 100_000]);
+    let honest = packed("a/code/b.py", &vec![b' '; 100_000]);
     let bomb = Record { unpacked_bytes: (128 << 20) + 1, ..honest.clone() };
     assert_refused(&of(bomb), &["\"a/code/b.py\"", "134217728", "134217729"]);
     // Not by one record alone.

@@ -1,7 +1,9 @@
 //! What several modules need.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ddil_core::Conditioning;
 use tch::Tensor;
 
 pub(crate) type TestResult = Result<(), Box<dyn std::error::Error>>;
@@ -30,6 +32,18 @@ pub(crate) const CONDITION_GOLDEN: [&str; 7] = [
 /// A folder that `tools/record_unet.py` wrote.
 pub(crate) fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/models").join(name)
+}
+
+/// What a network was told when its answer was recorded.
+pub(crate) fn conditioning(recorded: &BTreeMap<String, Tensor>) -> Conditioning {
+    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
+    Conditioning {
+        class_labels: part("class_labels"),
+        encoder_hidden_states: part("encoder_hidden_states"),
+        text_embeds: part("text_embeds"),
+        time_ids: part("time_ids"),
+        guidance_weight: part("guidance_weight"),
+    }
 }
 
 /// Largest difference, relative to the largest expected value.

@@ -11,19 +11,7 @@ use ddil_models::{
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, golden, relative_error};
-
-/// What a network was told when its answer was recorded.
-fn conditioning(recorded: &BTreeMap<String, Tensor>) -> Conditioning {
-    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
-    Conditioning {
-        class_labels: part("class_labels"),
-        encoder_hidden_states: part("encoder_hidden_states"),
-        text_embeds: part("text_embeds"),
-        time_ids: part("time_ids"),
-        guidance_weight: part("guidance_weight"),
-    }
-}
+use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, conditioning, golden, relative_error};
 
 fn answer(model: &Model, name: &str) -> TestResult {
     let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;

@@ -1,6 +1,5 @@
 //! Activation checkpointing of both U-Nets: the plain pass's numbers, with less memory.
 
-use ddil_core::Conditioning;
 use ddil_libtorch::Autocast;
 use ddil_models::{
     DownBlockType, Lora, LoraConfig, MlpConfig, Model, ModelConfig, Placement, UNet2DConfig,
@@ -9,7 +8,7 @@ use ddil_models::{
 use ddil_trainer::memory::{Activations, PassShape};
 use tch::{Device, Kind, Tensor, kind};
 
-use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, golden};
+use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, conditioning, golden};
 use crate::unet_condition::{Recorded, expected};
 
 type Gradients = Vec<(String, Tensor)>;
@@ -17,17 +16,6 @@ type Gradients = Vec<(String, Tensor)>;
 fn load(name: &str, channels_last: bool) -> ddil_models::Result<Model> {
     let placement = Placement { channels_last, ..Placement::default() };
     Model::from_folder(golden(name), placement, UnknownKeys::Refuse)
-}
-
-fn told(recorded: &Recorded) -> Conditioning {
-    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
-    Conditioning {
-        class_labels: part("class_labels"),
-        encoder_hidden_states: part("encoder_hidden_states"),
-        text_embeds: part("text_embeds"),
-        time_ids: part("time_ids"),
-        guidance_weight: part("guidance_weight"),
-    }
 }
 
 /// Output and gradients of sample and parameters; `between` happens between the passes.
@@ -45,7 +33,7 @@ fn one_pass(
     let sample = recorded["sample"].copy().set_requires_grad(true);
     let output = {
         let _autocast = autocast.map(|kind| Autocast::new(Device::Cpu, kind)).transpose()?;
-        model.forward(&sample, &recorded["timesteps"], &told(recorded))?
+        model.forward(&sample, &recorded["timesteps"], &conditioning(recorded))?
     };
     between()?;
     let loss = output.to_kind(Kind::Float).square().sum(Kind::Float);
@@ -157,7 +145,9 @@ fn an_adapter_gets_the_gradients_of_the_pass_it_took_part_in() -> TestResult {
         let ask_teacher = || {
             lora.set_enabled(false)?;
             let _no_grad = tch::no_grad_guard();
-            model.forward(&recorded["sample"], &recorded["timesteps"], &told(&recorded)).map(drop)
+            model
+                .forward(&recorded["sample"], &recorded["timesteps"], &conditioning(&recorded))
+                .map(drop)
         };
         let run = || {
             lora.set_enabled(true)?;
@@ -181,7 +171,8 @@ fn adapters_merged_between_the_passes_are_refused() -> TestResult {
     let config = LoraConfig { rank: 2, targets: vec!["to_q".into()], ..LoraConfig::default() };
     let mut lora = Lora::attach(model.parameters(), &config, 0)?;
     model.set_activation_checkpointing(true)?;
-    let output = model.forward(&recorded["sample"], &recorded["timesteps"], &told(&recorded))?;
+    let output =
+        model.forward(&recorded["sample"], &recorded["timesteps"], &conditioning(&recorded))?;
     lora.merge()?;
     let error = output.sum(Kind::Float).f_backward().expect_err("another network").to_string();
     assert!(error.contains("adapters were merged"), "{error}");
@@ -192,7 +183,8 @@ fn adapters_merged_between_the_passes_are_refused() -> TestResult {
 fn passes_without_gradients_and_frozen_networks_take_no_notice() -> TestResult {
     let model = load("unet_class_labels", false)?;
     let recorded = expected("unet_class_labels")?;
-    let ask = || model.forward(&recorded["sample"], &recorded["timesteps"], &told(&recorded));
+    let ask =
+        || model.forward(&recorded["sample"], &recorded["timesteps"], &conditioning(&recorded));
     let plain = ask()?.detach();
     model.set_activation_checkpointing(true)?;
     assert!(model.activation_checkpointing());

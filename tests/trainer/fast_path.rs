@@ -8,9 +8,7 @@ use ddil_losses::{
     LatentConsistencyConfig, LossRequest, Networks, Objective, ObjectiveConfig, Phase,
     ProgressiveConfig,
 };
-use ddil_models::{
-    DownBlockType, Model, Parameters, Placement, UNet2DConfig, UNet2DModel, UpBlockType,
-};
+use ddil_models::{Model, Parameters, Placement, UNet2DModel};
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, Timesteps,
 };
@@ -20,7 +18,7 @@ use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor};
 
-use crate::TestResult;
+use crate::{TestResult, small_unet};
 
 const UPDATES: u64 = 50;
 const BATCH: i64 = 2;
@@ -39,18 +37,8 @@ const OPTIMIZER: AdamWConfig = AdamWConfig {
 };
 
 fn unet(device: Device, channels_last: bool, trainable: bool) -> ddil_models::Result<UNet2DModel> {
-    let config = UNet2DConfig {
-        in_channels: 1,
-        out_channels: 1,
-        down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
-        up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
-        block_out_channels: vec![8, 16],
-        layers_per_block: 1,
-        norm_num_groups: 4,
-        num_class_embeds: Some(4),
-        ..UNet2DConfig::default()
-    };
-    let unet = config.build(Placement { device, channels_last, ..Placement::default() }, 5)?;
+    let placement = Placement { device, channels_last, ..Placement::default() };
+    let unet = small_unet().build(placement, 5)?;
     unet.parameters().set_trainable(trainable);
     Ok(unet)
 }

@@ -22,7 +22,25 @@ mod run_folder;
 mod settings;
 mod tensorboard;
 
+use ddil_models::{DownBlockType, UNet2DConfig, UpBlockType};
+
 type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+/// A network for grey pixels of any size and three classes with a null class, of a few thousand values.
+fn small_unet() -> UNet2DConfig {
+    UNet2DConfig {
+        sample_size: None,
+        in_channels: 1,
+        out_channels: 1,
+        down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
+        up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
+        block_out_channels: vec![8, 16],
+        layers_per_block: 1,
+        norm_num_groups: 4,
+        num_class_embeds: Some(4),
+        ..UNet2DConfig::default()
+    }
+}
 
 /// Copies a folder and all that is in it; a file that is there already is replaced.
 fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {

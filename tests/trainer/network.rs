@@ -5,9 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::{
-    DownBlockType, LoraConfig, Model, Placement, UNet2DConfig, UpBlockType, weights,
-};
+use ddil_models::{LoraConfig, Model, Placement, UNet2DConfig, weights};
 use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::Error;
 use ddil_trainer::config::Precision;
@@ -18,22 +16,13 @@ use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
 use ddil_trainer::sampler::SamplerKind;
 use tch::{Kind, Tensor, kind};
 
-use crate::TestResult;
+use crate::{TestResult, small_unet};
 
 fn pixels() -> UNet2DConfig {
     UNet2DConfig {
-        sample_size: None,
-        in_channels: 1,
-        out_channels: 1,
-        down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
-        up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
-        block_out_channels: vec![8, 16],
-        layers_per_block: 1,
-        norm_num_groups: 4,
-        num_class_embeds: Some(4),
         // So that training mode would show.
         dropout: 0.5,
-        ..UNet2DConfig::default()
+        ..small_unet()
     }
 }
 

@@ -66,7 +66,7 @@ impl Environment {
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`](crate::Error::Libtorch) if libtorch fails to answer.
+    /// [`Error::Libtorch`] if libtorch fails to answer.
     pub fn here() -> Result<Self> {
         Ok(Self {
             ddil: env!("CARGO_PKG_VERSION").to_owned(),

@@ -161,7 +161,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
         let frame = frame.expect("it has a frame");
         content[frame + 5..frame + 9]
             .copy_from_slice(&[1 << 14, 1 << 14].map(u16::to_be_bytes).concat());
-        let most = (content.len() * 512).to_string();
+        let most = format!("at most {} pixels", content.len() * 512);
         let folder = written("a.jpg", content);
         let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
         assert_says(&crate::inputs::told(error), &["a.jpg", "16384x16384", &most]);
@@ -171,7 +171,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
 /// All the names of a table with three thousand columns are no message.
 #[test]
 fn many_columns_are_told_in_few_words() {
-    let folder = written("metadata.csv", format!("{}\n", ["column"; 3000].join(",")));
+    let folder = written("metadata.csv", format!("{}\n", vec!["column"; 3000].join(",")));
     let said = read_captions(folder.path()).expect_err("no captions").to_string();
     assert_says(&said, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
     assert!(said.len() < 1000, "{} bytes", said.len());

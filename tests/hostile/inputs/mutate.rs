@@ -430,7 +430,7 @@ fn table(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
         3 => drop(rows[row].remove(column)),
         4 => rows.iter_mut().for_each(|row| row.reverse()),
         5 => rows[row] = vec![rows[row][column].clone(); 3000],
-        _ => rows[row][column] = (*odd.choose(rng)?).to_owned(),
+        _ => (*odd.choose(rng)?).clone_into(&mut rows[row][column]),
     }
     let rows: Vec<String> = rows.iter().map(|row| row.join(",")).collect();
     Some((rows.join("\n") + "\n").into_bytes())
@@ -457,8 +457,9 @@ fn rows(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
 
 /// One of the numbers in one of the headers of a zip archive; libtorch does not look at the checksums.
 fn zip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
-    // Each with its numbers: where they are, and of how many bytes.
-    let headers: [(&[u8; 4], &[(usize, usize)]); 5] = [
+    /// Where a number is, and of how many bytes.
+    type Place = (usize, usize);
+    let headers: [(&[u8; 4], &[Place]); 5] = [
         (b"PK\x01\x02", &[(10, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)]),
         (b"PK\x03\x04", &[(8, 2), (18, 4), (22, 4), (26, 2), (28, 2)]),
         (b"PK\x05\x06", &[(8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]),

@@ -258,19 +258,24 @@ impl Chains {
     }
 
     pub(super) fn restore(&mut self, saved: &SavedState) -> Result<()> {
+        let refuse = |problem| Err(Error::Restore { what: WHAT, problem });
         let queues: Queues = saved.metadata(WHAT)?;
-        let capacity = queues.capacity();
-        let in_range = queues.waiting.iter().flatten().all(|waiting| waiting.row < capacity)
-            && queues.free.iter().all(|&row| row < capacity);
-        if queues.waiting.len() + 1 != self.len || !in_range {
-            let problem = format!(
+        if queues.waiting.len() + 1 != self.len {
+            return refuse(format!(
                 "they are of a grid of {} timesteps, not of {}",
                 queues.waiting.len() + 1,
                 self.len
-            );
-            return Err(Error::Restore { what: WHAT, problem });
+            ));
         }
+        if !queues.is_consistent() {
+            let most = queues.most;
+            return refuse(format!("not each row waits or is free, once, of {most} a grid index"));
+        }
+        let capacity = queues.capacity();
         self.rows.restore(capacity, &saved.tensors)?;
+        if capacity > 0 && self.rows.capacity().is_none() {
+            return refuse("their tensors are missing".to_owned());
+        }
         self.queues = queues;
         Ok(())
     }
@@ -322,6 +327,17 @@ impl Queues {
     /// Rows that there are.
     fn capacity(&self) -> usize {
         self.most * self.waiting.len()
+    }
+
+    /// Whether each row waits or is free, once, and no more wait at an index than may. Rows are as many as are named, so that
+    /// a damaged number asks for no more of them.
+    fn is_consistent(&self) -> bool {
+        let Some(capacity) = self.most.checked_mul(self.waiting.len()) else { return false };
+        let waiting = self.waiting.iter().flatten().map(|waiting| waiting.row);
+        let mut rows: Vec<usize> = self.free.iter().copied().chain(waiting).collect();
+        rows.sort_unstable();
+        rows.into_iter().eq(0..capacity)
+            && self.waiting.iter().all(|queue| queue.len() <= self.most)
     }
 
     /// Drops what has waited for more than `max_age` updates.
