@@ -17,6 +17,9 @@ const SIZES: [i64; 27] = [
 /// Words that are drawn before; the twister makes 624 at a time.
 const EARLIER: [i64; 8] = [0, 1, 7, 16, 622, 623, 624, 625];
 
+/// A part of a tensor, or the same in another order.
+type Layout = fn(&Tensor) -> Tensor;
+
 fn cpu(seed: u64) -> ddil_libtorch::Result<Generator> {
     Generator::new(Device::Cpu, seed)
 }
@@ -139,7 +142,7 @@ fn a_tensor_is_filled_as_libtorch_fills_it() -> TestResult {
         return Ok(());
     }
     let new = || Tensor::zeros([6, 8, 5, 4], kind::FLOAT_CPU);
-    let layouts: [(&str, fn(&Tensor) -> Tensor); 6] = [
+    let layouts: [(&str, Layout); 6] = [
         ("whole", Tensor::shallow_clone),
         ("a row", |t| t.get(3)),
         ("transposed", |t| t.transpose(0, 3)),
