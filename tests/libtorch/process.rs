@@ -59,8 +59,11 @@ fn kept_pages_are_used_again() -> TestResult {
     };
     let given_back = faults()?;
     ddil_libtorch::keep_freed_pages();
-    // An aligned block needs a hole a little larger than itself, which comes of several that were freed.
-    faults()?;
+    // An aligned block needs a hole a little larger than itself, which comes of several that were freed: of how many
+    // depends on what else is in the heap.
+    for _ in 0..4 {
+        faults()?;
+    }
     let kept = faults()?;
     assert!(5 * kept < given_back, "{kept} of {given_back}");
     Ok(())
