@@ -6,8 +6,18 @@ mod rpath;
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 8] =
-    ["autocast", "elementwise", "error", "generator", "kernels", "list", "recompute", "runtime"];
+const SOURCES: [&str; 10] = [
+    "autocast",
+    "elementwise",
+    "error",
+    "generator",
+    "group_norm",
+    "group_norm_kernels",
+    "kernels",
+    "list",
+    "recompute",
+    "runtime",
+];
 
 fn main() {
     rpath::main();

@@ -17,6 +17,7 @@
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
 //! | other files, however large they are | [`read_bounded`], [`read_text_bounded`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
+//! | normalisation in one operation | [`group_norm`] |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
@@ -68,6 +69,7 @@ mod error;
 mod ffi;
 mod foreach;
 mod generator;
+mod group_norm;
 mod list;
 mod mapped;
 mod memory_format;
@@ -86,6 +88,7 @@ pub use elementwise::{
 pub use error::{Error, Result};
 pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};
 pub use generator::{Generator, default_generator_state, set_default_generator_state};
+pub use group_norm::{GroupNorm, group_norm};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};
