@@ -1,5 +1,5 @@
 //! A small U-Net of pixels: passes, updates of each method on noised data, and what follows the gradients. Beside them
-//! what they are made of: a convolution, a copy.
+//! what they are made of: a convolution, a normalisation, a copy.
 //!
 //! `cargo bench --workspace --bench networks`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
 //! one. An update of DMD2 is a whole turn of five, in one of which the student is trained.
@@ -12,9 +12,9 @@ use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
 use ddil_benches::training::{Arm, Method, Optimization, Passes, Way, Workload};
-use ddil_libtorch::{TensorList, foreach_lerp_};
+use ddil_libtorch::{GroupNorm, TensorList, channels_last, foreach_lerp_, group_norm};
 use ddil_trainer::config::Precision;
-use tch::{Device, Tensor, kind};
+use tch::{Device, Kind, Tensor, kind};
 
 const PRECISIONS: [(&str, Precision); 2] =
     [("f32", Precision::Float32), ("bf16", Precision::Bfloat16)];
@@ -44,6 +44,31 @@ fn pass(c: &mut Criterion) {
             let passes = Passes::new(&workload(batch, precision)).expect("valid settings");
             group.bench_function(BenchmarkId::new(name, batch), |b| {
                 b.iter(|| black_box(passes.pass().expect("the batch fits")));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Group normalisation with `SiLU` of maps as the network has them, in one operation and in libtorch's two.
+fn norm(c: &mut Criterion) {
+    let mut group = group(c, "norm");
+    let _no_grad = tch::no_grad_guard();
+    for (channels, side) in [(16, 32), (32, 16), (64, 8)] {
+        let [weight, bias] = [0; 2].map(|_| Tensor::randn([channels], kind::FLOAT_CPU));
+        let (weight, bias) = (Some(&weight), Some(&bias));
+        let settings =
+            GroupNorm { num_groups: 8, eps: 1e-5, weight, bias, offset: None, silu: true };
+        for (name, kind) in [("f32", Kind::Float), ("bf16", Kind::BFloat16)] {
+            let x = Tensor::randn([64, channels, side, side], kind::FLOAT_CPU).to_kind(kind);
+            let x = channels_last(&x).expect("images");
+            group.throughput(Throughput::Elements(x.numel() as u64));
+            let of = format!("{name}, {channels}x{side}x{side}");
+            group.bench_function(BenchmarkId::new("group_norm", &of), |b| {
+                b.iter(|| black_box(group_norm(&x, &settings).expect("they fit")));
+            });
+            group.bench_function(BenchmarkId::new("libtorch", &of), |b| {
+                b.iter(|| black_box(x.group_norm(8, weight, bias, 1e-5, true).silu()));
             });
         }
     }
@@ -100,5 +125,5 @@ fn prepared() -> Criterion {
     Criterion::default()
 }
 
-criterion_group! { name = benches; config = prepared(); targets = pass, update, optimizer }
+criterion_group! { name = benches; config = prepared(); targets = pass, norm, update, optimizer }
 criterion_main!(benches);

@@ -6,11 +6,13 @@ mod rpath;
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 12] = [
     "autocast",
     "elementwise",
     "error",
     "generator",
+    "group_norm",
+    "group_norm_kernels",
     "kernels",
     "list",
     "normal",

@@ -6,6 +6,7 @@ mod autocast;
 mod elementwise;
 mod foreach;
 mod generator;
+mod group_norm;
 mod list;
 mod mapped;
 mod memory_format;

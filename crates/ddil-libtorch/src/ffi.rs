@@ -78,6 +78,8 @@ unsafe extern "C" {
     pub(crate) fn ddil_affine_clamped(x: In, y: In, a: f64, b: f64, lo: f64, hi: f64, c: f64, d: f64, out: Out) -> c_int;
     pub(crate) fn ddil_affine_clamped_in_place(x: In, y: In, a: f64, b: f64, lo: f64, hi: f64, c: f64, d: f64) -> c_int;
 
+    pub(crate) fn ddil_group_norm(x: In, num_groups: i64, weight: In, bias: In, offset: In, eps: f64, silu: bool, out: Out) -> c_int;
+
     pub(crate) fn ddil_to_memory_format(tensor: In, format: c_int, out: Out) -> c_int;
     pub(crate) fn ddil_has_memory_format(tensor: In, format: c_int, out: *mut bool) -> c_int;
     pub(crate) fn ddil_from_blob(

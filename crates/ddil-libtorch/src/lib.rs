@@ -18,6 +18,7 @@
 //! | other files, however large they are | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
 //! | programs that libtorch reads | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
+//! | normalisation in one operation | [`group_norm`] |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
@@ -69,6 +70,7 @@ mod error;
 mod ffi;
 mod foreach;
 mod generator;
+mod group_norm;
 mod list;
 mod mapped;
 mod memory_format;
@@ -90,6 +92,7 @@ pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, gra
 pub use generator::{
     Generator, default_generator_state, normal_is_vectorised, set_default_generator_state,
 };
+pub use group_norm::{GroupNorm, group_norm};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};

@@ -5,7 +5,7 @@ use tch::Tensor;
 use crate::attention::AttentionOptions;
 use crate::autoencoder_config::AutoencoderKLConfig;
 use crate::error::Result;
-use crate::layers::{Conv2d, GroupNorm, Output};
+use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::parameters::Scope;
 use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
 use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock};
@@ -164,7 +164,7 @@ impl Out {
     }
 
     fn forward(&self, x: &Tensor) -> Output {
-        self.conv_out.forward(&self.conv_norm_out.forward(x)?.f_silu()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_with(x, None, Activation::Silu)?)
     }
 }
 

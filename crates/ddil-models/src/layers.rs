@@ -118,7 +118,37 @@ impl GroupNorm {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
-        x.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+        self.run(x, None, false)
+    }
+
+    /// With the activation that follows, and a number for each sample and channel that is added before, `[batch,
+    /// channels]`.
+    pub(crate) fn forward_with(
+        &self,
+        x: &Tensor,
+        offset: Option<&Tensor>,
+        activation: Activation,
+    ) -> Output {
+        if activation == Activation::Silu {
+            return self.run(x, offset, true);
+        }
+        activation.forward(&self.run(x, offset, false)?)
+    }
+
+    /// The only place where maps are normalised: one operation for channels last on the CPU without gradients, libtorch's
+    /// in other orders, on other devices and where gradients are recorded. The function is the same, what is rounded on
+    /// the way is not: see [`ddil_libtorch::group_norm`].
+    fn run(&self, x: &Tensor, offset: Option<&Tensor>, silu: bool) -> Output {
+        let Self { weight, bias, groups, eps } = self;
+        let settings = ddil_libtorch::GroupNorm {
+            num_groups: *groups,
+            eps: *eps,
+            weight: Some(weight),
+            bias: Some(bias),
+            offset,
+            silu,
+        };
+        ddil_libtorch::group_norm(x, &settings).map_err(|error| TchError::Torch(error.to_string()))
     }
 }
 

@@ -90,8 +90,8 @@ impl ResnetBlock2D {
 
     pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Output {
         let activation = self.options.activation;
-        let hidden = self.conv1.forward(&activation.forward(&self.norm1.forward(x)?)?)?;
-        let mut hidden = activation.forward(&self.inject_time(&hidden, pass.time)?)?;
+        let hidden = self.conv1.forward(&self.norm1.forward_with(x, None, activation)?)?;
+        let mut hidden = self.inject_time(&hidden, pass.time)?;
         if pass.training && self.options.dropout > 0.0 {
             hidden = hidden.f_dropout(self.options.dropout, true)?;
         }
@@ -103,19 +103,21 @@ impl ResnetBlock2D {
         rescale(sum, self.options.output_scale)
     }
 
-    /// Adds the timestep before the second norm, or lets it scale and shift what comes out of it.
+    /// The second norm and activation. The timestep is added before, or scales and shifts what comes out of the norm.
     fn inject_time(&self, hidden: &Tensor, time: Option<&Tensor>) -> Output {
-        let Some(projection) = &self.time_emb_proj else { return self.norm2.forward(hidden) };
+        let activation = self.options.activation;
+        let Some(projection) = &self.time_emb_proj else {
+            return self.norm2.forward_with(hidden, None, activation);
+        };
         let time = time.ok_or_else(|| TchError::Shape("the blocks are told no timestep".into()))?;
-        let time = projection.forward(time)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+        let time = projection.forward(time)?;
         match self.options.time_scale_shift {
-            TimeScaleShift::Default => self.norm2.forward(&hidden.f_add(&time)?),
+            TimeScaleShift::Default => self.norm2.forward_with(hidden, Some(&time), activation),
             TimeScaleShift::ScaleShift => {
-                let scale_and_shift = time.f_chunk(2, 1)?;
-                self.norm2
-                    .forward(hidden)?
-                    .f_mul(&scale_and_shift[0].f_add_scalar(1.0)?)?
-                    .f_add(&scale_and_shift[1])
+                let scale_and_shift = time.f_unsqueeze(-1)?.f_unsqueeze(-1)?.f_chunk(2, 1)?;
+                let normed = self.norm2.forward(hidden)?;
+                let scaled = normed.f_mul(&scale_and_shift[0].f_add_scalar(1.0)?)?;
+                activation.forward(&scaled.f_add(&scale_and_shift[1])?)
             }
         }
     }

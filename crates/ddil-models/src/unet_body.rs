@@ -47,7 +47,7 @@ impl Body {
         for block in &self.up_blocks {
             hidden = block.forward(hidden, pass, &mut skips)?;
         }
-        let hidden = self.last_activation.forward(&self.conv_norm_out.forward(&hidden)?)?;
+        let hidden = self.conv_norm_out.forward_with(&hidden, None, self.last_activation)?;
         self.conv_out.forward(&hidden)
     }
 }

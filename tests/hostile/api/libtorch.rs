@@ -1,10 +1,11 @@
 use ddil_libtorch::{
-    AdamW, Autocast, Clamped, Generator, MappedFile, MemoryFormat, RowFile, TensorList, affine,
-    affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
+    AdamW, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat, RowFile, TensorList,
+    affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
     clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads,
     ensure_script_archive, foreach_lerp_, foreach_zero_, fused_adamw_, gather_rows, grad_norm,
-    grads, is_channels_last, open_plain_file, read_bounded, read_text_bounded, recomputed,
-    set_default_generator_state, set_num_interop_threads, set_num_threads, to_memory_format,
+    grads, group_norm, is_channels_last, open_plain_file, read_bounded, read_text_bounded,
+    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
+    to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -18,6 +19,7 @@ fn images() -> Tensor {
 fn ddil_libtorch() {
     let mut cases = Cases::default();
     arithmetic(&mut cases);
+    normalisation(&mut cases);
     lists(&mut cases);
     generators(&mut cases);
     recomputation(&mut cases);
@@ -62,6 +64,21 @@ fn arithmetic(cases: &mut Cases) {
         said(to_memory_format(&t[0], MemoryFormat::ChannelsLast))?;
         said(to_memory_format(&t[0], MemoryFormat::Contiguous))
     });
+}
+
+fn normalisation(cases: &mut Cases) {
+    let (x, learned) = (images(), Tensor::ones([3], kind::FLOAT_CPU));
+    let offset = Tensor::ones([2, 3], kind::FLOAT_CPU);
+    let plain =
+        GroupNorm { num_groups: 1, eps: 1e-5, weight: None, bias: None, offset: None, silu: true };
+    cases.tensors("group_norm", &[&x, &learned, &learned, &offset], |t| {
+        let (weight, bias, offset) = (Some(&t[1]), Some(&t[2]), Some(&t[3]));
+        said(group_norm(&t[0], &GroupNorm { weight, bias, offset, ..plain }))
+    });
+    cases.wholes("group_norm", |num_groups| {
+        said(group_norm(&x, &GroupNorm { num_groups, ..plain }))
+    });
+    cases.numbers("group_norm", |eps| said(group_norm(&x, &GroupNorm { eps, ..plain })));
 }
 
 fn lists(cases: &mut Cases) {

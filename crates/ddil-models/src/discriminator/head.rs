@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Error, Result, ensure_dense, is_float};
-use crate::layers::{Conv2d, GroupNorm, Output};
+use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
 use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
@@ -305,7 +305,7 @@ impl DiscriminatorHead {
         // A vector is a map of one pixel.
         let mut hidden = features.f_reshape([features.size()[0], channels, side, side])?;
         for Block { conv, norm } in &self.blocks {
-            hidden = norm.forward(&conv.forward(&hidden)?)?.f_silu()?;
+            hidden = norm.forward_with(&conv.forward(&hidden)?, None, Activation::Silu)?;
         }
         self.conv_out.forward(&hidden)?.f_flatten(0, -1)
     }

@@ -1,0 +1,16 @@
+// How the compiler is told to vectorise a loop, for the files that hold nothing but such loops.
+#pragma once
+
+// The build stays one for every x86-64 machine; the loader picks the wider loop where the processor has it.
+#if !defined(DDIL_ONE_CLONE) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14)
+#define DDIL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define DDIL_CLONES
+#endif
+
+// What turns write is not what other turns read, which the compiler cannot know.
+#if defined(__clang__)
+#define DDIL_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DDIL_INDEPENDENT _Pragma("GCC ivdep")
+#endif

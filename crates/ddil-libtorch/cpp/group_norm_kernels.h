@@ -1,0 +1,59 @@
+// Loops of group normalisation over rows of columns that lie side by side in memory, each column on its own.
+#pragma once
+
+#include <cstdint>
+
+namespace ddil {
+
+// How a number is stored. What is computed with is always a float.
+struct Float32 {
+  using Stored = float;
+};
+struct BFloat16 {
+  using Stored = uint16_t;
+};
+struct Float16 {
+  using Stored = uint16_t;
+};
+
+// Of the distances of a column's numbers from its pivot: their sum and the sum of their squares. The pivot is the mean
+// of the first few rows, so near to the mean of all that nothing cancels.
+struct ColumnSums {
+  float* pivot;
+  float* sum;
+  float* squares;
+};
+
+// Mean of each column, and sum of the squared distances from it.
+struct ColumnMoments {
+  double* mean;
+  double* squares;
+};
+
+// What each column's `y = (x - center) * scale + shift` is made of.
+struct ColumnFactors {
+  const float* center;
+  const float* scale;
+  const float* shift;
+};
+
+void sum_rows(Float32 kind, const float* x, int64_t rows, int64_t columns, const ColumnSums& sums);
+void sum_rows(BFloat16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
+void sum_rows(Float16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
+
+// Turns the sums over `rows` rows into moments; false if a sum has left the range of floats.
+bool moments_of_sums(int64_t rows, int64_t columns, const ColumnSums& sums, const ColumnMoments& moments);
+
+// Adds the moments of `rows` more rows to those of `before`: Chan, Golub and LeVeque 1983, equation 2.1.
+void merge_moments(int64_t before, int64_t rows, int64_t columns, const ColumnMoments& more, const ColumnMoments& moments);
+
+// Rows of `y`, or of `silu(y)`. `out` does not overlap `x`.
+void normalise_rows(Float32 kind, const float* x, float* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
+void normalise_rows(BFloat16 kind, const uint16_t* x, uint16_t* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
+void normalise_rows(Float16 kind, const uint16_t* x, uint16_t* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
+
+float widened(Float32 kind, float x);
+float widened(BFloat16 kind, uint16_t x);
+float widened(Float16 kind, uint16_t x);
+
+}  // namespace ddil
