@@ -68,13 +68,14 @@ class Comparison:
     greets: bool = True
 
 
-def tuned(precision, *more):
-    formats = ("--channels-last",) if precision == "float32" else ()
+def tuned(precision, device, *more):
+    formats = () if precision == "bfloat16" and device == "cpu" else ("--channels-last",)
     return ("compiled" if more else "tuned", (*formats, *more), KEPT)
 
 
-def peers_of(precision, compiled):
-    return (SHIPPED, tuned(precision), *((tuned(precision, "--compile"),) if compiled else ()))
+def peers_of(precision, device, compiled):
+    compiled = (tuned(precision, device, "--compile"),) if compiled else ()
+    return (SHIPPED, tuned(precision, device), *compiled)
 
 
 def network_name(precision, batch):
@@ -86,7 +87,7 @@ def forwards(options):
         for precision in ("float32", "bfloat16"):
             asked = ["forward", "--batch", batch, "--precision", precision, "--repeats", max(1, 64 // batch)]
             row = Row(f"U-Net of pixels, pass, {network_name(precision, batch)}")
-            peers = peers_of(precision, compiled=not options.quick)
+            peers = peers_of(precision, options.device, compiled=not options.quick)
             yield Comparison(["update_times", *asked], asked, [row], options.rounds or (3 if options.quick else 15), peers)
 
 
@@ -100,7 +101,7 @@ def updates(options):
             # The allocator asks for 64 MiB at a time: nothing could be told apart with small batches. It is the host's.
             rows = [Row(what)] if options.quick or options.device != "cpu" else [Row(what), memory]
             count = options.rounds or (3 if options.quick else 5 if name == "DMD2" else 9)
-            peers = peers_of(precision, options.compile_updates)
+            peers = peers_of(precision, options.device, options.compile_updates)
             yield Comparison(["update_times", *asked], asked, rows, count, peers)
 
 
