@@ -70,6 +70,20 @@ fn norm(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("libtorch", &of), |b| {
                 b.iter(|| black_box(x.group_norm(8, weight, bias, 1e-5, true).silu()));
             });
+            let with_gradient = |norm: &dyn Fn(&Tensor) -> Tensor| {
+                let x = x.detach().set_requires_grad(true);
+                tch::with_grad(|| {
+                    let y = norm(&x);
+                    let sum = y.shallow_clone().f_mul(&y.detach()).expect("one shape").sum(kind);
+                    black_box(Tensor::run_backward(&[sum], &[&x], false, false));
+                });
+            };
+            group.bench_function(BenchmarkId::new("group_norm, gradient", &of), |b| {
+                b.iter(|| with_gradient(&|x| group_norm(x, &settings).expect("they fit")));
+            });
+            group.bench_function(BenchmarkId::new("libtorch, gradient", &of), |b| {
+                b.iter(|| with_gradient(&|x| x.group_norm(8, weight, bias, 1e-5, true).silu()));
+            });
         }
     }
     group.finish();

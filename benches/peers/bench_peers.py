@@ -9,7 +9,7 @@ another one is first in each. A ratio is the peer's figure over ours, the median
 where this project is faster or smaller. The peers are
 
     as shipped   eager, channels first, glibc's defaults
-    tuned        eager, channels last in float32 (in bfloat16 it is slower on a CPU, on both sides), and the allocator's
+    tuned        eager, channels last (but for bfloat16 on a CPU, where PyTorch is slower for it), and the allocator's
                  settings that this project's programs have
     compiled     the same by torch.compile, with frozen weights where nothing is trained
 
@@ -103,6 +103,10 @@ def updates(options):
             count = options.rounds or (3 if options.quick else 5 if name == "DMD2" else 9)
             peers = peers_of(precision, options.device, options.compile_updates)
             yield Comparison(["update_times", *asked], asked, rows, count, peers)
+            if precision == "bfloat16":
+                full = [*asked[:-1], "float32"]
+                row = Row(f"{what}, against float32")
+                yield Comparison(["update_times", *asked], full, [row], count, (SHIPPED,))
 
 
 def optimizers(options):

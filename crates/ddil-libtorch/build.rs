@@ -6,12 +6,13 @@ mod rpath;
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "autocast",
     "elementwise",
     "error",
     "generator",
     "group_norm",
+    "group_norm_cpu",
     "group_norm_kernels",
     "kernels",
     "list",

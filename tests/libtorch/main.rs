@@ -7,6 +7,7 @@ mod elementwise;
 mod foreach;
 mod generator;
 mod group_norm;
+mod group_norm_gradient;
 mod list;
 mod mapped;
 mod memory_format;

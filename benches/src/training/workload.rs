@@ -83,15 +83,14 @@ impl Workload {
         Ok(NoiseScheduleConfig::Vp(config).build()?)
     }
 
-    /// A frozen network, channels last in `float32`. In bfloat16 libtorch's group norms on the CPU are several times
-    /// slower in that order, which outweighs what convolutions gain.
+    /// A frozen network, channels last.
     ///
     /// # Errors
     ///
     /// If the settings of the network are none, or the weights are not its own.
     pub fn teacher(&self) -> Result<Network> {
-        let channels_last = self.precision == Precision::Float32 || self.device.is_cuda();
-        let placement = Placement { device: self.device, channels_last, ..Placement::default() };
+        let placement =
+            Placement { device: self.device, channels_last: true, ..Placement::default() };
         let unet = match &self.weights {
             Some(weights) => self.unet.build_from(placement, weights)?,
             None => self.unet.build(placement, 0)?,

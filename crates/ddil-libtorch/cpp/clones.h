@@ -1,6 +1,8 @@
 // How the compiler is told to vectorise a loop, for the files that hold nothing but such loops.
 #pragma once
 
+#include <cstring>
+
 // The build stays one for every x86-64 machine; the loader picks the wider loop where the processor has it.
 #if !defined(DDIL_ONE_CLONE) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 14)
 #define DDIL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -14,3 +16,19 @@
 #else
 #define DDIL_INDEPENDENT _Pragma("GCC ivdep")
 #endif
+
+// Functions are compiled with the instructions of whoever they are compiled into.
+#define DDIL_ALWAYS_INLINE __attribute__((always_inline))
+#define DDIL_INLINE DDIL_ALWAYS_INLINE inline
+
+namespace ddil {
+
+template <typename To, typename From>
+DDIL_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+}  // namespace ddil

@@ -3,12 +3,15 @@
 #include "clones.h"
 
 #include <algorithm>
-#include <cstring>
-
-// Functions are compiled with the instructions of whoever they are compiled into.
-#define DDIL_INLINE __attribute__((always_inline)) inline
+#include <type_traits>
 
 namespace ddil {
+
+// Between these 1 + exp(t) is finite and more than 1. Not constant: GCC would take numbers beyond apart from the others, and
+// mask all that it does to these.
+extern float least_power, most_power;
+float least_power = -86.0F, most_power = 88.0F;
+
 namespace {
 
 // Rows that a pivot is the mean of.
@@ -17,14 +20,6 @@ constexpr int64_t kPivotRows = 8;
 // Numbers of 16 bits are widened so many at a time into a buffer that stays in the first cache: loops over numbers of
 // two widths use the shorter vectors.
 constexpr int64_t kStrip = 128;
-
-template <typename To, typename From>
-DDIL_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 DDIL_INLINE float load(Float32, float x) { return x; }
 DDIL_INLINE float load(BFloat16, uint16_t x) { return same_bits<float>(static_cast<uint32_t>(x) << 16); }
@@ -74,14 +69,26 @@ DDIL_INLINE float exp_within(float t) {
   return same_bits<float>(same_bits<uint32_t>(power) + exponent);
 }
 
-// Below -88 it is 0, where it should be between -6e-37 and 0. A NaN stays one.
-DDIL_INLINE float silu_of(float y) {
+// exp(-y), of numbers beyond the range that of its ends.
+DDIL_INLINE float exp_of_minus(float y) {
   float t = -y;
-  t = t < 88.0F ? t : 88.0F;
-  // From here on 1 + exp(t) is 1.
-  t = t > -86.0F ? t : -86.0F;
-  const uint32_t keep = y < -88.0F ? 0U : ~0U;
-  return same_bits<float>(same_bits<uint32_t>(y) & keep) / (1.0F + exp_within(t));
+  t = t < most_power ? t : most_power;
+  t = t > least_power ? t : least_power;
+  return exp_within(t);
+}
+
+DDIL_INLINE float zero_below_range(float y) { return same_bits<float>(same_bits<uint32_t>(y) & (y < -88.0F ? 0U : ~0U)); }
+
+// Below -88 it is 0, where it should be between -6e-37 and 0. A NaN stays one.
+DDIL_INLINE float silu_of(float y) { return zero_below_range(y) / (1.0F + exp_of_minus(y)); }
+
+// Below -88 it is 6e-39, where it should be between -6e-37 and 0.
+DDIL_INLINE float silu_slope_of(float y) {
+  const float power = exp_of_minus(y);
+  const float sigmoid = 1.0F / (1.0F + power);
+  // 1 - sigmoid, without what cancels there.
+  const float rest = power * sigmoid;
+  return sigmoid + sigmoid * rest * zero_below_range(y);
 }
 
 template <typename Kind>
@@ -158,6 +165,104 @@ DDIL_INLINE void normalise(Kind kind, const uint16_t* x, uint16_t* out, int64_t 
   }
 }
 
+// The gradient of `y` from that of what came out.
+template <bool kSilu>
+DDIL_INLINE float gradient_of_y(float from_center, float gradient, float scale, float shift) {
+  return kSilu ? gradient * silu_slope_of(from_center * scale + shift) : gradient;
+}
+
+template <bool kSilu>
+DDIL_INLINE void sum_gradients_row(const float* x, const float* gradient, int64_t columns, const GradientFactors& factors, const GradientSums<float>& sums) {
+  const auto [center, scale, shift] = factors.of_y;
+  const float* rstd = factors.rstd;
+  float *of_gradient = sums.gradient, *of_product = sums.product, *of_normalised = sums.normalised;
+  DDIL_INDEPENDENT
+  for (int64_t c = 0; c < columns; ++c) {
+    const float from_center = x[c] - center[c];
+    const float g = gradient_of_y<kSilu>(from_center, gradient[c], scale[c], shift[c]);
+    const float z = from_center * rstd[c];
+    of_gradient[c] += g;
+    of_product[c] += g * z;
+    of_normalised[c] += z;
+  }
+}
+
+template <bool kSilu>
+DDIL_INLINE void differentiate_row(const float* x, const float* gradient, float* out, int64_t columns, const GradientFactors& factors) {
+  const auto [center, scale, shift] = factors.of_y;
+  const float *rstd = factors.rstd, *slope = factors.slope, *intercept = factors.intercept;
+  DDIL_INDEPENDENT
+  for (int64_t c = 0; c < columns; ++c) {
+    const float from_center = x[c] - center[c];
+    const float g = gradient_of_y<kSilu>(from_center, gradient[c], scale[c], shift[c]);
+    out[c] = scale[c] * g - (from_center * rstd[c] * slope[c] + intercept[c]);
+  }
+}
+
+// What begins `first` columns further on.
+DDIL_INLINE ColumnFactors from_column(const ColumnFactors& of, int64_t first) { return {of.center + first, of.scale + first, of.shift + first}; }
+DDIL_INLINE GradientFactors from_column(const GradientFactors& of, int64_t first) {
+  return {from_column(of.of_y, first), of.rstd + first, of.slope + first, of.intercept + first};
+}
+DDIL_INLINE GradientSums<float> from_column(const GradientSums<float>& of, int64_t first) {
+  return {of.gradient + first, of.product + first, of.normalised + first};
+}
+
+// Gives `body` a row at a time, or a strip of it: its first column, `x` and gradient from there on, and how many there are.
+template <typename Body>
+DDIL_INLINE void for_each_strip(Float32, const float* x, const float* gradient, int64_t rows, int64_t columns, const Body& body) {
+  for (int64_t r = 0; r < rows; ++r) body(r * columns, int64_t{0}, x + r * columns, gradient + r * columns, columns);
+}
+
+template <typename Kind, typename Body>
+DDIL_INLINE void for_each_strip(Kind kind, const uint16_t* x, const uint16_t* gradient, int64_t rows, int64_t columns, const Body& body) {
+  float strip_of_x[kStrip], strip_of_gradient[kStrip];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t first = 0; first < columns; first += kStrip) {
+      const int64_t n = std::min(kStrip, columns - first), place = r * columns + first;
+      for (int64_t c = 0; c < n; ++c) strip_of_x[c] = load(kind, x[place + c]);
+      for (int64_t c = 0; c < n; ++c) strip_of_gradient[c] = load(kind, gradient[place + c]);
+      body(place, first, strip_of_x, strip_of_gradient, n);
+    }
+  }
+}
+
+template <bool kSilu, typename Kind>
+DDIL_INLINE void sum_gradients_of(Kind kind, const typename Kind::Stored* x, const typename Kind::Stored* gradient, int64_t rows, int64_t columns,
+                                  const GradientFactors& factors, const GradientSums<float>& sums) {
+  for (float* sum : {sums.gradient, sums.product, sums.normalised}) std::fill_n(sum, columns, 0.0F);
+  for_each_strip(kind, x, gradient, rows, columns, [&](int64_t, int64_t first, const float* x, const float* gradient, int64_t n) DDIL_ALWAYS_INLINE {
+    sum_gradients_row<kSilu>(x, gradient, n, from_column(factors, first), from_column(sums, first));
+  });
+}
+
+template <bool kSilu, typename Kind>
+DDIL_INLINE void differentiate(Kind kind, const typename Kind::Stored* x, const typename Kind::Stored* gradient, typename Kind::Stored* out, int64_t rows,
+                               int64_t columns, const GradientFactors& factors) {
+  for_each_strip(kind, x, gradient, rows, columns, [&](int64_t place, int64_t first, const float* x, const float* gradient, int64_t n) DDIL_ALWAYS_INLINE {
+    if constexpr (std::is_same_v<Kind, Float32>) {
+      differentiate_row<kSilu>(x, gradient, out + place, n, factors);
+    } else {
+      float strip[kStrip];
+      differentiate_row<kSilu>(x, gradient, strip, n, from_column(factors, first));
+      for (int64_t c = 0; c < n; ++c) out[place + c] = rounded(kind, strip[c]);
+    }
+  });
+}
+
+template <typename From>
+DDIL_INLINE void add(int64_t columns, const From* more, double* sums) {
+  DDIL_INDEPENDENT
+  for (int64_t c = 0; c < columns; ++c) sums[c] += more[c];
+}
+
+template <typename From>
+DDIL_INLINE void add_all(int64_t columns, const GradientSums<From>& more, const GradientSums<double>& sums) {
+  add(columns, more.gradient, sums.gradient);
+  add(columns, more.product, sums.product);
+  add(columns, more.normalised, sums.normalised);
+}
+
 }  // namespace
 
 #define DDIL_GROUP_NORM(Kind, Stored)                                                                                                                 \
@@ -165,6 +270,16 @@ DDIL_INLINE void normalise(Kind kind, const uint16_t* x, uint16_t* out, int64_t 
   DDIL_CLONES void normalise_rows(Kind kind, const Stored* x, Stored* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu) {  \
     if (silu) return normalise<true>(kind, x, out, rows, columns, factors);                                                                           \
     normalise<false>(kind, x, out, rows, columns, factors);                                                                                           \
+  }                                                                                                                                                   \
+  DDIL_CLONES void sum_gradients(Kind kind, const Stored* x, const Stored* gradient, int64_t rows, int64_t columns, const GradientFactors& factors,   \
+                                 bool silu, const GradientSums<float>& sums) {                                                                        \
+    if (silu) return sum_gradients_of<true>(kind, x, gradient, rows, columns, factors, sums);                                                         \
+    sum_gradients_of<false>(kind, x, gradient, rows, columns, factors, sums);                                                                         \
+  }                                                                                                                                                   \
+  DDIL_CLONES void differentiate_rows(Kind kind, const Stored* x, const Stored* gradient, Stored* out, int64_t rows, int64_t columns,                 \
+                                      const GradientFactors& factors, bool silu) {                                                                    \
+    if (silu) return differentiate<true>(kind, x, gradient, out, rows, columns, factors);                                                             \
+    differentiate<false>(kind, x, gradient, out, rows, columns, factors);                                                                             \
   }                                                                                                                                                   \
   float widened(Kind kind, Stored x) { return load(kind, x); }
 
@@ -200,5 +315,8 @@ DDIL_CLONES void merge_moments(int64_t before, int64_t rows, int64_t columns, co
     squares[c] += more_squares[c] + apart * apart * weight;
   }
 }
+
+DDIL_CLONES void add_sums(int64_t columns, const GradientSums<float>& more, const GradientSums<double>& sums) { add_all(columns, more, sums); }
+DDIL_CLONES void add_sums(int64_t columns, const GradientSums<double>& more, const GradientSums<double>& sums) { add_all(columns, more, sums); }
 
 }  // namespace ddil

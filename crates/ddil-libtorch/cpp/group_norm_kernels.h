@@ -37,6 +37,23 @@ struct ColumnFactors {
   const float* shift;
 };
 
+// What a gradient is made from beside these: z = (x - center) * rstd is what was normalised, and z * slope + intercept what
+// the gradient of `x` is less than scale times that of `y`.
+struct GradientFactors {
+  ColumnFactors of_y;
+  const float* rstd;
+  const float* slope;
+  const float* intercept;
+};
+
+// Of each column: of the gradients of `y`, of these times z, and of z.
+template <typename T>
+struct GradientSums {
+  T* gradient;
+  T* product;
+  T* normalised;
+};
+
 void sum_rows(Float32 kind, const float* x, int64_t rows, int64_t columns, const ColumnSums& sums);
 void sum_rows(BFloat16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
 void sum_rows(Float16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
@@ -51,6 +68,25 @@ void merge_moments(int64_t before, int64_t rows, int64_t columns, const ColumnMo
 void normalise_rows(Float32 kind, const float* x, float* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
 void normalise_rows(BFloat16 kind, const uint16_t* x, uint16_t* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
 void normalise_rows(Float16 kind, const uint16_t* x, uint16_t* out, int64_t rows, int64_t columns, const ColumnFactors& factors, bool silu);
+
+// Sums over rows. `gradient` is that of `y` or of `silu(y)`.
+void sum_gradients(Float32 kind, const float* x, const float* gradient, int64_t rows, int64_t columns, const GradientFactors& factors, bool silu,
+                   const GradientSums<float>& sums);
+void sum_gradients(BFloat16 kind, const uint16_t* x, const uint16_t* gradient, int64_t rows, int64_t columns, const GradientFactors& factors, bool silu,
+                   const GradientSums<float>& sums);
+void sum_gradients(Float16 kind, const uint16_t* x, const uint16_t* gradient, int64_t rows, int64_t columns, const GradientFactors& factors, bool silu,
+                   const GradientSums<float>& sums);
+
+void add_sums(int64_t columns, const GradientSums<float>& more, const GradientSums<double>& sums);
+void add_sums(int64_t columns, const GradientSums<double>& more, const GradientSums<double>& sums);
+
+// Rows of the gradient of `x`. `out` overlaps neither `x` nor `gradient`.
+void differentiate_rows(Float32 kind, const float* x, const float* gradient, float* out, int64_t rows, int64_t columns, const GradientFactors& factors,
+                        bool silu);
+void differentiate_rows(BFloat16 kind, const uint16_t* x, const uint16_t* gradient, uint16_t* out, int64_t rows, int64_t columns,
+                        const GradientFactors& factors, bool silu);
+void differentiate_rows(Float16 kind, const uint16_t* x, const uint16_t* gradient, uint16_t* out, int64_t rows, int64_t columns,
+                        const GradientFactors& factors, bool silu);
 
 float widened(Float32 kind, float x);
 float widened(BFloat16 kind, uint16_t x);

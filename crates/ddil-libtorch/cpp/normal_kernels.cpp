@@ -1,12 +1,11 @@
 #include "normal_kernels.h"
 
+#include "clones.h"
+
 #include <algorithm>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-
-// Functions are compiled with the instructions of whoever they are compiled into.
-#define DDIL_INLINE __attribute__((always_inline)) inline
 
 namespace ddil {
 namespace {
@@ -21,14 +20,6 @@ DDIL_INLINE void next_words(uint32_t* words) {
   for (int64_t i = 0; i < n - m; ++i) words[i] = words[i + m] ^ twisted(words[i], words[i + 1]);
   for (int64_t i = n - m; i < n - 1; ++i) words[i] = words[i + m - n] ^ twisted(words[i], words[i + 1]);
   words[n - 1] = words[m - 1] ^ twisted(words[n - 1], words[0]);
-}
-
-template <typename To, typename From>
-DDIL_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
 }
 
 // Masks in place of branches, which would keep loops from being vectorised.

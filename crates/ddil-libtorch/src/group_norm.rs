@@ -31,11 +31,14 @@ pub struct GroupNorm<'a> {
 /// One operation on libtorch's own threads for channels last (or a single pixel) in `Float`, `BFloat16` and `Half` on the
 /// CPU, with weight and bias of that kind or `Float` and the offset of that kind. Memory is read twice and written once.
 /// All is computed in `Float`, sums of more than 64 numbers in `Double`, and rounded once, where libtorch's operations
-/// round to the kind of `x` after each. So the two differ by rounding. Results do not depend on the number of threads.
-/// Variances below 1e-37 may be taken for 0, and `SiLU` of less than -88 is 0. A group with a number that is not finite
-/// becomes NaN.
+/// round to the kind of `x` after each. So the two differ by rounding. Results do not depend on the number of threads,
+/// nor on whether gradients are recorded. Variances below 1e-37 may be taken for 0, and `SiLU` of less than -88 is 0. A
+/// group with a number that is not finite becomes NaN.
 ///
-/// Everywhere else, and where gradients are recorded, libtorch's operations, so the result can be differentiated.
+/// Its gradient is one operation too, rounded once, and keeps `x` and the moments of each group until then, nothing in
+/// between. That gradient can be differentiated once more, through libtorch's operations.
+///
+/// Everywhere else libtorch's operations.
 ///
 /// # Shapes and units
 ///

@@ -1,6 +1,7 @@
 //! Attention: of tokens to one another or to a text, and of the pixels of a feature map.
 
-use tch::Tensor;
+use ddil_libtorch::Autocast;
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::error::Result;
 use crate::layers::{GroupNorm, Linear, Output};
@@ -68,14 +69,43 @@ impl MultiHeadAttention {
     }
 }
 
+/// Up to so many scores of a head `BFloat16` is computed in `Float` on the CPU; beyond, libtorch's gradient in `BFloat16`
+/// is the faster one.
+const MAX_SCORES_IN_FLOAT: i64 = 1 << 19;
+
 /// Scaled dot-product attention with `heads` heads: `[batch, tokens, channels]` as the queries, from queries, keys and
 /// values of that many channels.
+///
+/// Numbers of 16 bits are computed in `Float` on the CPU, for which libtorch has the faster kernels there, most of all
+/// for gradients: of `Half` always, of `BFloat16` for maps that are not large.
 pub(crate) fn attend(query_key_value: [&Tensor; 3], heads: i64, bias: Option<&Tensor>) -> Output {
+    let [query, key, _] = query_key_value;
+    if !is_faster_in_float(query, key) {
+        return attend_as_given(query_key_value, heads, bias);
+    }
+    // Autocast would take them back to 16 bits.
+    let _full = Autocast::disabled(query.device()).map_err(|e| TchError::Torch(e.to_string()))?;
+    let float = |t: &Tensor| t.f_to_kind(Kind::Float);
+    let [q, k, v] = query_key_value.map(float);
+    let bias = bias.map(float).transpose()?;
+    attend_as_given([&q?, &k?, &v?], heads, bias.as_ref())?.f_to_kind(query.kind())
+}
+
+fn is_faster_in_float(query: &Tensor, key: &Tensor) -> bool {
+    let tokens = |t: &Tensor| t.size().get(1).copied().unwrap_or_default();
+    query.device() == Device::Cpu
+        && match query.kind() {
+            Kind::Half => true,
+            Kind::BFloat16 => tokens(query).saturating_mul(tokens(key)) <= MAX_SCORES_IN_FLOAT,
+            _ => false,
+        }
+}
+
+fn attend_as_given([query, key, value]: [&Tensor; 3], heads: i64, bias: Option<&Tensor>) -> Output {
     let split = |tokens: &Tensor| {
         let size = tokens.size();
         tokens.f_reshape([size[0], size[1], heads, size[2] / heads])?.f_transpose(1, 2)
     };
-    let [query, key, value] = query_key_value;
     Tensor::f_scaled_dot_product_attention(
         &split(query)?,
         &split(key)?,

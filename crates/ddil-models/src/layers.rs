@@ -135,9 +135,9 @@ impl GroupNorm {
         activation.forward(&self.run(x, offset, false)?)
     }
 
-    /// The only place where maps are normalised: one operation for channels last on the CPU without gradients, libtorch's
-    /// in other orders, on other devices and where gradients are recorded. The function is the same, what is rounded on
-    /// the way is not: see [`ddil_libtorch::group_norm`].
+    /// The only place where maps are normalised: one operation for channels last on the CPU, libtorch's in other orders
+    /// and on other devices. The function is the same, what is rounded on the way is not: see
+    /// [`ddil_libtorch::group_norm`].
     fn run(&self, x: &Tensor, offset: Option<&Tensor>, silu: bool) -> Output {
         let Self { weight, bias, groups, eps } = self;
         let settings = ddil_libtorch::GroupNorm {
