@@ -125,7 +125,7 @@ fn gradients_of_every_parameter_are_those_of_diffusers() -> TestResult {
 fn half_precision_and_autocast_stay_close() -> TestResult {
     for name in CONDITION_GOLDEN {
         // That one's embeddings alone are six layers deep.
-        let tolerance = if name == "unet_condition_text" { 3e-2 } else { 2e-2 };
+        let tolerance = if name == "unet_condition_text" { 3e-2 } else { 2.5e-2 };
         let recorded = expected(name)?;
         for channels_last in [false, true] {
             let kind = Kind::BFloat16;

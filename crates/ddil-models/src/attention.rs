@@ -162,3 +162,62 @@ impl AttentionBlock {
 pub(crate) fn rescale(x: Tensor, scale: f64) -> Output {
     if scale == 1.0 { Ok(x) } else { x.f_div_scalar(scale) }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::kind::FLOAT_CPU;
+
+    use super::{MAX_SCORES_IN_FLOAT, attend, attend_as_given};
+    use ddil_libtorch::Autocast;
+    use tch::{Device, Kind, Tensor};
+
+    type TestResult = Result<(), Box<dyn std::error::Error>>;
+
+    const SIXTEEN_BITS: [Kind; 2] = [Kind::BFloat16, Kind::Half];
+
+    fn query_key_value(tokens: i64, kind: Kind) -> [Tensor; 3] {
+        [0; 3].map(|_| Tensor::randn([1, tokens, 8], FLOAT_CPU).to_kind(kind))
+    }
+
+    #[test]
+    fn numbers_of_16_bits_are_rounded_once_with_and_without_autocast() -> TestResult {
+        let bias = Tensor::randn([1, 1, 1, 9], FLOAT_CPU);
+        for kind in SIXTEEN_BITS {
+            let given = query_key_value(9, kind);
+            let floats = given.each_ref().map(|t| t.to_kind(Kind::Float));
+            let bias = bias.to_kind(kind);
+            for bias in [None, Some(&bias)] {
+                let in_float = bias.map(|bias| bias.to_kind(Kind::Float));
+                let expected = attend(floats.each_ref(), 2, in_float.as_ref())?.to_kind(kind);
+                assert_eq!(attend(given.each_ref(), 2, bias)?, expected, "{kind:?}");
+                let _autocast = Autocast::new(Device::Cpu, kind)?;
+                assert_eq!(attend(given.each_ref(), 2, bias)?, expected, "{kind:?}");
+                // It is on again.
+                assert_eq!(floats[0].matmul(&floats[1].transpose(1, 2)).kind(), kind);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_have_the_kind_of_what_they_are_of() -> TestResult {
+        for kind in SIXTEEN_BITS {
+            let leaves = query_key_value(9, kind).map(|t| t.set_requires_grad(true));
+            let sum = attend(leaves.each_ref(), 2, None)?.square().sum(Kind::Float);
+            for gradient in Tensor::run_backward(&[sum], &leaves.each_ref(), false, false) {
+                assert_eq!(gradient.kind(), kind);
+                assert!(gradient.abs().max().double_value(&[]) > 0.0);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn many_scores_of_bfloat16_are_libtorchs() -> TestResult {
+        let many = query_key_value(MAX_SCORES_IN_FLOAT.isqrt() + 1, Kind::BFloat16);
+        assert_eq!(attend(many.each_ref(), 1, None)?, attend_as_given(many.each_ref(), 1, None)?);
+        let few = query_key_value(MAX_SCORES_IN_FLOAT.isqrt(), Kind::BFloat16);
+        assert_ne!(attend(few.each_ref(), 1, None)?, attend_as_given(few.each_ref(), 1, None)?);
+        Ok(())
+    }
+}

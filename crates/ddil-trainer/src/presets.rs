@@ -63,6 +63,12 @@ pub(crate) const PRESETS: [Preset; 15] = [
         text: include_str!("../presets/compare-stability.toml"),
     },
     Preset {
+        name: "compare-precision",
+        verb: "compare",
+        about: "whether students trained in bfloat16 are as good as those in float32",
+        text: include_str!("../presets/compare-precision.toml"),
+    },
+    Preset {
         name: "compare-fashion-mnist-pd",
         verb: "compare",
         about: "that distillation with and without DDIL and thresholds, three seeds each",
