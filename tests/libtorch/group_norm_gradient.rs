@@ -174,9 +174,10 @@ fn gradients_survive_large_means_and_huge_numbers() -> TestResult {
     for (mean, deviation) in [(1000.0, 0.01), (0.0, 1e30), (0.0, 1e-12)] {
         let x = Tensor::randn([2, 8, 20, 20], kind::FLOAT_CPU) * deviation + mean;
         let x = channels_last(&x)?;
-        let learned = Learned::new(2, 8, [Kind::Float; 2]);
-        let settings = GroupNorm { offset: None, eps: 0.0, ..learned.settings(4) };
-        let (leaves, upstream) = (leaves(&x, &learned, [true, true, true, false]), upstream_of(&x));
+        let mut learned = Learned::new(2, 8, [Kind::Float; 2]);
+        learned.offset = learned.offset.zeros_like();
+        let settings = GroupNorm { eps: 0.0, ..learned.settings(4) };
+        let (leaves, upstream) = (leaves(&x, &learned, [true; 4]), upstream_of(&x));
         let found = gradients_of(&with_leaves(&leaves, settings)?, &leaves, &upstream);
         let expected = expected_gradients(&leaves, &settings, &upstream);
         assert_gradients_near([&found, &expected], 1e-5, 0.0, &format!("{mean} +- {deviation:e}"));

@@ -107,6 +107,20 @@ fn gradients_reach_every_parameter() -> TestResult {
     Ok(())
 }
 
+/// 160 GB of one layer: whether the system lends them or not, the file's sizes are what is wrong.
+#[test]
+fn settings_beyond_memory_are_held_against_the_file() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("weights.safetensors");
+    let small = MlpConfig { hidden_widths: vec![8, 6], ..MlpConfig::default() };
+    build(&small)?.parameters().save(&path)?;
+    let large = MlpConfig { hidden_widths: vec![200_000, 200_000], ..MlpConfig::default() };
+    let error = large.build_from(Placement::default(), &path).expect_err("it is another network");
+    assert!(matches!(error, Error::WeightsMismatch { .. }), "{error}");
+    assert!(error.to_string().contains("layers.1.weight"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn what_does_not_fit_is_refused() -> TestResult {
     let config =

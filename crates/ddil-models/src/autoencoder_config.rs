@@ -9,7 +9,7 @@ use crate::autoencoder::AutoencoderKL;
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Result};
 use crate::layers::Activation;
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 use crate::unet_config::SampleSize;
 
 /// Far more halvings than any image has.
@@ -192,9 +192,12 @@ impl AutoencoderKLConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<AutoencoderKL> {
-        let mut vae = AutoencoderKL::new(self, placement, Values::Unset)?;
-        vae.load(weights)?;
-        Ok(vae)
+        let path = weights.as_ref();
+        build_filled(
+            |values| AutoencoderKL::new(self, placement, values),
+            |vae| vae.read(path).map(drop),
+            |vae| vae.load(path),
+        )
     }
 
     /// The weights in a file or index, checked against the settings: under the names of today, in the kinds that they have

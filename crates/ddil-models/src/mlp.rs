@@ -15,7 +15,10 @@ use crate::error::{
 };
 use crate::layers::{Activation, Embedding, Linear};
 use crate::model::NetworkOutput;
-use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values, ensure_room};
+use crate::parameters::{
+    Builder, Joined, Parameters, Placement, Share, Values, build_filled, ensure_room,
+};
+use crate::weights;
 
 const FORWARD: &str = "Mlp::forward";
 
@@ -126,9 +129,12 @@ impl MlpConfig {
     ///
     /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
     pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<Mlp> {
-        let mlp = Mlp::new(self, placement, Values::Unset)?;
-        mlp.parameters().load(weights)?;
-        Ok(mlp)
+        let path = weights.as_ref();
+        build_filled(
+            |values| Mlp::new(self, placement, values),
+            |mlp| weights::ensure_fits(&mlp.parameters().named(), path),
+            |mlp| mlp.parameters().load(path),
+        )
     }
 
     /// Width of what enters the last layer.

@@ -343,6 +343,23 @@ pub(crate) fn ensure_room(
     room.map(drop).map_err(Error::torch("allocating parameters"))
 }
 
+/// Builds a network and fills it from a file.
+///
+/// Where there is no memory for its values, what is wrong with the file is the error, if `ensure_fits` finds something
+/// there: settings that do not belong to the file are the likelier cause.
+pub(crate) fn build_filled<N>(
+    new: impl Fn(Values) -> Result<N>,
+    ensure_fits: impl FnOnce(&N) -> Result<()>,
+    fill: impl FnOnce(&mut N) -> Result<()>,
+) -> Result<N> {
+    let mut network = new(Values::Unset).map_err(|error| {
+        let looked_at = new(Values::Sizes).and_then(|sizes| ensure_fits(&sizes));
+        looked_at.err().unwrap_or(error)
+    })?;
+    fill(&mut network)?;
+    Ok(network)
+}
+
 /// One number that says it is as many as `shape` has.
 fn sized(shape: &[i64]) -> Result<Tensor> {
     let number = Tensor::f_zeros([1], (Kind::Float, Device::Cpu));

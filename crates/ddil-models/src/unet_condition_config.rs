@@ -8,12 +8,13 @@ use serde::{Deserialize, Serialize};
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Result};
 use crate::layers::Activation;
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 use crate::unet_condition::UNet2DConditionModel;
 use crate::unet_config::{
     ClassEmbedType, CommonNumbers, SampleSize, TimeEmbeddingType, TimeScaleShift, count_problems,
     level_problems,
 };
+use crate::weights;
 
 /// One value for all levels, or one a level, the finest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -456,9 +457,12 @@ impl UNet2DConditionConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<UNet2DConditionModel> {
-        let unet = UNet2DConditionModel::new(self, placement, Values::Unset)?;
-        unet.parameters().load(weights)?;
-        Ok(unet)
+        let path = weights.as_ref();
+        build_filled(
+            |values| UNet2DConditionModel::new(self, placement, values),
+            |unet| weights::ensure_fits(&unet.parameters().named(), path),
+            |unet| unet.parameters().load(path),
+        )
     }
 
     /// Width of the embedding of timestep, class and text.

@@ -8,8 +8,9 @@ use crate::config::{self, Config, UnknownKeys};
 use crate::embeddings::MIN_GUIDANCE_WIDTH;
 use crate::error::{ConfigProblem, Result};
 use crate::layers::Activation;
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 use crate::unet::UNet2DModel;
+use crate::weights;
 
 /// Height and width of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -280,9 +281,12 @@ impl UNet2DConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<UNet2DModel> {
-        let unet = UNet2DModel::new(self, placement, Values::Unset)?;
-        unet.parameters().load(weights)?;
-        Ok(unet)
+        let path = weights.as_ref();
+        build_filled(
+            |values| UNet2DModel::new(self, placement, values),
+            |unet| weights::ensure_fits(&unet.parameters().named(), path),
+            |unet| unet.parameters().load(path),
+        )
     }
 
     /// Width of the embedding of timestep and class.

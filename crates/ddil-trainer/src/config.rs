@@ -562,7 +562,7 @@ impl DistillConfig {
             return ensure("student.stages", &shown, stages.len() == 1, expected);
         };
         let substeps = progressive.substeps;
-        let divide = stages.windows(2).all(|pair| pair[0] == pair[1] * substeps);
+        let divide = stages.windows(2).all(|pair| pair[1].checked_mul(substeps) == Some(pair[0]));
         let expected = format!(
             "each the one before divided by objective.substeps = {substeps}: a later stage's teacher knows only the \
              timesteps that it was trained on"

@@ -13,7 +13,7 @@ pub(crate) struct Preset {
 }
 
 /// All of them.
-pub(crate) const PRESETS: [Preset; 15] = [
+pub(crate) const PRESETS: [Preset; 16] = [
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",

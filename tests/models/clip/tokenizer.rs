@@ -198,6 +198,8 @@ fn damaged_files_are_named() -> TestResult {
     let text = refusal("merges.txt", "a nowhere\n")?;
     assert!(text.contains("nowhere"), "{text}");
     refusal("tokenizer.json", "{}")?;
+    let text = refusal("tokenizer.json", r#"{"decoder": {"type": "ByteLevel", 1: 2}}"#)?;
+    assert!(text.contains("key must be a string"), "{text}");
     let word_level = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
         "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,

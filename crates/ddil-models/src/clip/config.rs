@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Error, Result};
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 
 use super::files;
 use super::model::ClipModel;
@@ -196,9 +196,12 @@ impl ClipConfig {
     ///
     /// As [`ClipTextConfig::build_from`].
     pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<ClipModel> {
-        let clip = ClipModel::new(self, placement, Values::Unset)?;
-        files::load(clip.parameters().named(), weights.as_ref())?;
-        Ok(clip)
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipModel::new(self, placement, values),
+            |clip| files::read(clip.parameters().named(), path).map(drop),
+            |clip| files::load(clip.parameters().named(), path),
+        )
     }
 }
 

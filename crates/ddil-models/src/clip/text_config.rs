@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Result};
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 
 use super::config::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
@@ -211,9 +211,12 @@ impl ClipTextConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<ClipTextModel> {
-        let encoder = ClipTextModel::new(self, placement, Values::Unset)?;
-        files::load(encoder.parameters().named(), weights.as_ref())?;
-        Ok(encoder)
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipTextModel::new(self, placement, values),
+            |encoder| files::read(encoder.parameters().named(), path).map(drop),
+            |encoder| files::load(encoder.parameters().named(), path),
+        )
     }
 
     /// The weights in a file or index, checked against the settings: under the names of published files, in the kinds that

@@ -349,6 +349,8 @@ fn invalid(path: &Path, source: impl Into<BoxedError>) -> Error {
 
 /// A tokenizer in one file, with its limits taken off: they are this module's work.
 fn read_whole(path: &Path) -> Result<Tokenizer> {
+    // The library takes for granted that the syntax is right, and panics where it is not.
+    read_json::<serde_json::Value>(path)?;
     let mut tokenizer: Tokenizer =
         read_text(path)?.parse().map_err(|source: BoxedError| invalid(path, source))?;
     let is_clip = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe)

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{ConfigProblem, Result};
-use crate::parameters::{Placement, Values};
+use crate::parameters::{Placement, Values, build_filled};
 
 use super::config::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
@@ -137,9 +137,12 @@ impl ClipVisionConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<ClipVisionModel> {
-        let tower = ClipVisionModel::new(self, placement, Values::Unset)?;
-        files::load(tower.parameters().named(), weights.as_ref())?;
-        Ok(tower)
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipVisionModel::new(self, placement, values),
+            |tower| files::read(tower.parameters().named(), path).map(drop),
+            |tower| files::load(tower.parameters().named(), path),
+        )
     }
 
     /// Whether there is a projection.

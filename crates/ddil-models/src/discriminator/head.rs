@@ -10,10 +10,11 @@ use crate::error::{ConfigProblem, Error, Result, ensure_dense, is_float};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
-use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
+use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
 use crate::torch_script::TorchScriptConfig;
 use crate::unet_condition_config::UNet2DConditionConfig;
 use crate::unet_config::{SampleSize, UNet2DConfig};
+use crate::weights;
 
 const CLASS_NAME: &str = "DiscriminatorHead";
 /// Side at which the map is taken in whole.
@@ -170,9 +171,12 @@ impl DiscriminatorHeadConfig {
         placement: Placement,
         weights: impl AsRef<Path>,
     ) -> Result<DiscriminatorHead> {
-        let head = DiscriminatorHead::new(self, placement, Values::Unset)?;
-        head.parameters().load(weights)?;
-        Ok(head)
+        let path = weights.as_ref();
+        build_filled(
+            |values| DiscriminatorHead::new(self, placement, values),
+            |head| weights::ensure_fits(&head.parameters().named(), path),
+            |head| head.parameters().load(path),
+        )
     }
 
     fn inner_width(&self) -> u32 {
