@@ -174,6 +174,32 @@ fn added_tokens_have_the_ids_of_the_files() -> TestResult {
     Ok(())
 }
 
+/// Looking for a token of five thousand bytes took the library twenty seconds.
+#[test]
+fn long_special_tokens_are_refused() -> TestResult {
+    let long = "x".repeat(513);
+    let refusal = |file: &str,
+                   change: &dyn Fn(&mut Value)|
+     -> Result<String, Box<dyn std::error::Error>> {
+        let folder = copy()?;
+        edit(folder.path(), file, change)?;
+        let error = ClipTokenizer::from_folder(folder.path()).expect_err("it is long").to_string();
+        assert!(error.contains("513 bytes") && error.contains("at most 512"), "{error}");
+        Ok(error)
+    };
+    refusal("special_tokens_map.json", &|value| value["eos_token"] = json!({"content": long}))?;
+    let said = refusal("tokenizer_config.json", &|value| {
+        value["added_tokens_decoder"] = json!({"7": {"content": long}});
+    })?;
+    assert!(said.contains("tokenizer_config.json"), "{said}");
+    let folder = copy()?;
+    let whole = json!({"added_tokens": [{"id": 0, "content": long}]});
+    fs::write(folder.path().join("tokenizer.json"), whole.to_string())?;
+    let said = ClipTokenizer::from_folder(folder.path()).expect_err("it is long").to_string();
+    assert!(said.contains("tokenizer.json") && said.contains("513 bytes"), "{said}");
+    Ok(())
+}
+
 #[test]
 fn damaged_files_are_named() -> TestResult {
     let refusal = |file: &str, text: &str| -> Result<String, Box<dyn std::error::Error>> {

@@ -1,6 +1,7 @@
 //! CLIP's tokenizer: prompts in, token ids of one length out.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -34,6 +35,8 @@ const WORDS: &str =
 const MAX_LENGTH: usize = 77;
 /// The largest file of a tokenizer that is read; CLIP's have up to four MiB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+/// The longest special token that is read: one of thousands of bytes takes the library many seconds.
+const MAX_TOKEN_BYTES: usize = 512;
 /// Larger numbers in files stand for "no limit".
 const LARGEST_MAX_LENGTH: f64 = 1e6;
 
@@ -117,9 +120,7 @@ impl ClipTokenizer {
         let mut attention_mask = Vec::with_capacity(input_ids.capacity());
         let mut truncated = Vec::with_capacity(prompts.len());
         for &prompt in prompts {
-            let encoding = self
-                .tokenizer
-                .encode(prompt, false)
+            let encoding = contained(|| self.tokenizer.encode(prompt, false))
                 .map_err(|source| Error::Tokenize { op: OP, text: prompt.to_owned(), source })?;
             let ids = encoding.get_ids();
             let kept = ids.len().min(room);
@@ -273,6 +274,12 @@ impl Settings {
             ("pad_token", pad_token, END),
         ]
         .map(|(key, mark, default)| (key, mark.unwrap_or_else(|| Mark::Text(default.into()))));
+        let added = self.added_tokens_decoder.iter().flatten();
+        let added = added.map(|(_, mark)| ("added_tokens_decoder", mark.content()));
+        ensure_short(
+            named.iter().map(|(key, mark)| (*key, mark.content())).chain(added),
+            &folder.join(CONFIG_FILE),
+        )?;
         for (id, mark) in self.added_tokens_decoder.into_iter().flatten() {
             let special = named.iter().any(|(_, named)| named.content() == mark.content());
             add(&mut tokenizer, &mark, special);
@@ -320,6 +327,24 @@ fn add(tokenizer: &mut Tokenizer, mark: &Mark, special: bool) {
     }
 }
 
+fn ensure_short<'a>(
+    tokens: impl Iterator<Item = (&'static str, &'a str)>,
+    place: &Path,
+) -> Result<()> {
+    let long = tokens.filter(|(_, content)| content.len() > MAX_TOKEN_BYTES);
+    let expected = format!("at most {MAX_TOKEN_BYTES} bytes a token");
+    let problems: Vec<_> = long
+        .map(|(key, content)| {
+            let found = format!("a token of {} bytes", content.len());
+            ConfigProblem::new(key, found, expected.clone())
+        })
+        .collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::InvalidConfig { what: place.display().to_string(), problems })
+}
+
 fn ensure_files(folder: &Path) -> Result<()> {
     let absent = |file: &&'static str| !folder.join(file).exists();
     let mut missing: Vec<_> = [VOCAB_FILE, MERGES_FILE].into_iter().filter(absent).collect();
@@ -343,16 +368,30 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
 }
 
+/// What the library says, a panic included: it has some for files whose parts do not go together.
+fn contained<T>(
+    work: impl FnOnce() -> std::result::Result<T, BoxedError>,
+) -> std::result::Result<T, BoxedError> {
+    // Nothing that the work could have left half done is looked at again.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason");
+        Err(format!("the tokenizers library panicked: {text}").into())
+    })
+}
+
 fn invalid(path: &Path, source: impl Into<BoxedError>) -> Error {
     Error::InvalidTokenizer { path: path.into(), source: source.into() }
 }
 
 /// A tokenizer in one file, with its limits taken off: they are this module's work.
 fn read_whole(path: &Path) -> Result<Tokenizer> {
-    // The library takes for granted that the syntax is right, and panics where it is not.
-    read_json::<serde_json::Value>(path)?;
+    let parts: serde_json::Value = read_json(path)?;
+    let added = parts["added_tokens"].as_array().into_iter().flatten();
+    ensure_short(added.filter_map(|t| Some(("added_tokens", t["content"].as_str()?))), path)?;
+    let text = read_text(path)?;
     let mut tokenizer: Tokenizer =
-        read_text(path)?.parse().map_err(|source: BoxedError| invalid(path, source))?;
+        contained(|| text.parse()).map_err(|source| invalid(path, source))?;
     let is_clip = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe)
         if bpe.end_of_word_suffix.as_deref() == Some(WORD_END));
     if !is_clip {
