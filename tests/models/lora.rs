@@ -35,12 +35,6 @@ fn small() -> LoraConfig {
     LoraConfig { rank: 2, alpha: 3.0, ..LoraConfig::default() }
 }
 
-/// What is said without gradients, whatever there is to learn: with them it is rounded otherwise on the way.
-fn answer(unet: &UNet2DConditionModel, inputs: &Recorded) -> ddil_models::Result<Tensor> {
-    let _no_grad = tch::no_grad_guard();
-    forward(unet, inputs)
-}
-
 /// Values for B, which starts at 0.
 fn fill(lora: &Lora) {
     let _no_grad = tch::no_grad_guard();
@@ -60,15 +54,15 @@ fn outputs_are_those_of_peft() -> TestResult {
         for (channels_last, file) in [(false, FILES[0]), (true, FILES[0]), (false, FILES[1])] {
             let placement = Placement { channels_last, ..Placement::default() };
             let (unet, inputs) = network(name, placement)?;
-            let plain = answer(&unet, &inputs)?;
+            let plain = forward(&unet, &inputs)?;
             let path = golden(&format!("lora_{name}")).join(file);
             let mut lora = Lora::from_file(unet.parameters(), path)?;
-            let apart = answer(&unet, &inputs)?;
+            let apart = forward(&unet, &inputs)?;
             let before = unet.parameters().named().into_iter().map(|(_, t)| t.copy());
             let before: Vec<_> = before.collect();
 
             lora.merge()?;
-            let merged = answer(&unet, &inputs)?;
+            let merged = forward(&unet, &inputs)?;
             for (what, found, expected) in [
                 ("output", &apart, &answers["output"]),
                 ("fused", &merged, &answers["fused"]),
@@ -84,9 +78,9 @@ fn outputs_are_those_of_peft() -> TestResult {
             for ((name, now), before) in unet.parameters().named().iter().zip(&before) {
                 assert!(now.equal(before), "{name}");
             }
-            assert_eq!(answer(&unet, &inputs)?, apart);
+            assert_eq!(forward(&unet, &inputs)?, apart);
             lora.set_enabled(false)?;
-            assert_eq!(answer(&unet, &inputs)?, plain);
+            assert_eq!(forward(&unet, &inputs)?, plain);
         }
     }
     Ok(())
@@ -128,10 +122,10 @@ fn gradients_are_those_of_peft_and_the_base_has_none() -> TestResult {
 #[test]
 fn a_fresh_adapter_changes_nothing_and_learns_b_first() -> TestResult {
     let (unet, inputs) = network("sd15", Placement::default())?;
-    let plain = answer(&unet, &inputs)?;
+    let plain = forward(&unet, &inputs)?;
     let lora = Lora::attach(unet.parameters(), &small(), 7)?;
-    assert_eq!(answer(&unet, &inputs)?, plain);
     let output = forward(&unet, &inputs)?;
+    assert_eq!(output, plain);
 
     output.square().sum(Kind::Float).backward();
     for (name, tensor) in lora.parameters().learned() {
@@ -212,19 +206,19 @@ fn targets_are_whole_parts_of_names() -> TestResult {
 #[test]
 fn an_adapter_is_attached_once_and_detached_without_a_trace() -> TestResult {
     let (unet, inputs) = network("sd15", Placement::default())?;
-    let plain = answer(&unet, &inputs)?;
+    let plain = forward(&unet, &inputs)?;
     let mut lora = Lora::attach(unet.parameters(), &small(), 0)?;
     fill(&lora);
     assert!(matches!(
         Lora::attach(unet.parameters(), &small(), 0),
         Err(Error::AdapterAttached { layer, .. }) if !layer.is_empty()
     ));
-    let whole = answer(&unet, &inputs)? - &plain;
+    let whole = forward(&unet, &inputs)? - &plain;
 
     lora.set_scale(0.0)?;
-    assert_eq!(answer(&unet, &inputs)?, plain);
+    assert_eq!(forward(&unet, &inputs)?, plain);
     lora.set_scale(1e-3)?;
-    let part = answer(&unet, &inputs)? - &plain;
+    let part = forward(&unet, &inputs)? - &plain;
     let ratio = (part.norm() / whole.norm()).double_value(&[]);
     assert!((1e-4..1e-2).contains(&ratio), "{ratio}");
     assert!(lora.set_scale(f64::INFINITY).is_err());
@@ -235,7 +229,7 @@ fn an_adapter_is_attached_once_and_detached_without_a_trace() -> TestResult {
     assert!(matches!(lora.set_enabled(false), Err(Error::AdapterMerged { .. })));
     assert!(matches!(lora.set_scale(1.0), Err(Error::AdapterMerged { .. })));
     lora.detach()?;
-    assert_eq!(answer(&unet, &inputs)?, plain);
+    assert_eq!(forward(&unet, &inputs)?, plain);
     assert!(unet.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad()));
     Lora::attach(unet.parameters(), &small(), 0)?;
     Ok(())
@@ -452,10 +446,7 @@ fn networks_for_pixels_have_adapters_too() -> TestResult {
     let unet = UNet2DConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?
         .build_from(Placement::default(), folder.join("diffusion_pytorch_model.safetensors"))?;
     let (sample, t) = (&recorded["sample"], &recorded["timesteps"]);
-    let forward = || {
-        let _no_grad = tch::no_grad_guard();
-        unet.forward(sample, t, recorded.get("class_labels"), None)
-    };
+    let forward = || unet.forward(sample, t, recorded.get("class_labels"), None);
     let plain = forward()?;
     let targets = ["to_q", "conv1", "downsamplers.0.conv", "time_emb_proj"].map(str::to_owned);
     let config = LoraConfig { targets: targets.into(), ..small() };
@@ -509,7 +500,7 @@ fn gradients(lora: &Lora) -> Vec<Tensor> {
 #[test]
 fn teacher_and_averages_are_asked_in_the_midst_of_a_students_graph() -> TestResult {
     let (unet, inputs) = network("sd15", Placement::default())?;
-    let plain = answer(&unet, &inputs)?;
+    let plain = forward(&unet, &inputs)?;
     let student = Lora::attach(unet.parameters(), &small(), 0)?;
     fill(&student);
     let average = student.duplicate()?;
@@ -551,21 +542,21 @@ fn teacher_and_averages_are_asked_in_the_midst_of_a_students_graph() -> TestResu
 #[test]
 fn a_duplicate_has_the_values_and_scale_and_goes_its_own_way() -> TestResult {
     let (unet, inputs) = network("sd15", Placement::default())?;
-    let plain = answer(&unet, &inputs)?;
+    let plain = forward(&unet, &inputs)?;
     let mut one = Lora::attach(unet.parameters(), &small(), 0)?;
     fill(&one);
     one.set_scale(0.5)?;
-    let of_one = answer(&unet, &inputs)?;
+    let of_one = forward(&unet, &inputs)?;
     let mut two = one.duplicate()?;
     assert!(one.is_enabled() && !two.is_enabled());
     assert_eq!(two.layers(), one.layers());
     assert!(two.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad()));
     two.set_enabled(true)?;
-    assert_eq!(answer(&unet, &inputs)?, of_one);
+    assert_eq!(forward(&unet, &inputs)?, of_one);
     one.set_scale(0.0)?;
-    assert_eq!(answer(&unet, &inputs)?, of_one);
+    assert_eq!(forward(&unet, &inputs)?, of_one);
     one.set_enabled(true)?;
-    assert_eq!(answer(&unet, &inputs)?, plain);
+    assert_eq!(forward(&unet, &inputs)?, plain);
 
     two.merge()?;
     let merged = |result| matches!(result, Err(Error::AdapterMerged { .. }));
@@ -575,9 +566,9 @@ fn a_duplicate_has_the_values_and_scale_and_goes_its_own_way() -> TestResult {
             && merged(one.unmerge().and(one.set_scale(1.0)))
     );
     assert!(merged(one.switched(true).map(drop)) && merged(one.duplicate().map(drop)));
-    assert!(relative_error(&answer(&unet, &inputs)?, &of_one) <= TOLERANCE);
+    assert!(relative_error(&forward(&unet, &inputs)?, &of_one) <= TOLERANCE);
     two.unmerge()?;
-    assert_eq!(answer(&unet, &inputs)?, plain);
+    assert_eq!(forward(&unet, &inputs)?, plain);
 
     let trainable = || unet.parameters().learned().iter().all(|(_, tensor)| tensor.requires_grad());
     assert!(matches!(two.fuse(), Err(Error::AdapterAttached { op: "Lora::fuse", .. })));

@@ -149,6 +149,26 @@ fn no_gradient_reaches_a_frozen_network_and_one_reaches_its_input() -> TestResul
     Ok(())
 }
 
+/// What is sampled is what was trained, in either order in memory and precision.
+#[test]
+fn recording_gradients_changes_no_bit() -> TestResult {
+    for name in ["unet_class_labels", "unet_fourier_scale_shift"] {
+        for channels_last in [false, true] {
+            let unet = load(name, Placement { channels_last, ..Placement::default() })?;
+            let recorded = expected(name)?;
+            for autocast in [false, true] {
+                let kind = autocast.then_some(Kind::BFloat16);
+                let _autocast = kind.map(|kind| Autocast::new(Device::Cpu, kind)).transpose()?;
+                let with = forward(&unet, &recorded)?;
+                assert!(with.requires_grad());
+                let without = tch::no_grad(|| forward(&unet, &recorded))?;
+                assert_eq!(with, without, "{name} {channels_last} {autocast}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn frequencies_are_saved_and_never_learned() -> TestResult {
     let unet = load("unet_fourier_scale_shift", Placement::default())?;
