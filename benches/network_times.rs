@@ -13,6 +13,7 @@ use ddil_libtorch::Autocast;
 use ddil_models::{
     ConditionDownBlockType as Down, ConditionUpBlockType as Up, Model, PerLevel, Placement,
     UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConditionModel, UnknownKeys,
+    weights::{self, WeightFiles},
 };
 use ddil_trainer::optimizer::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor, kind};
@@ -113,6 +114,12 @@ impl Training {
     }
 }
 
+/// Every tensor of the file, where it lies.
+fn open(folder: &Path) -> Result<(), Failure> {
+    drop(black_box(weights::read_all(WeightFiles::DIFFUSION.find(folder)?)?));
+    Ok(())
+}
+
 /// From files to parameters.
 fn load(folder: &Path) -> Result<(), Failure> {
     drop(black_box(Model::from_folder(
@@ -138,6 +145,10 @@ fn case(
         Some("training step") => {
             let mut training = Training::new(bfloat16.then_some(Kind::BFloat16), channels_last)?;
             Box::new(move || training.run())
+        }
+        Some("open") => {
+            let folder = folder.ok_or("open FOLDER")?;
+            Box::new(move || open(&folder))
         }
         Some("load") => {
             let folder = folder.ok_or("load FOLDER")?;

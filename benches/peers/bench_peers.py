@@ -140,7 +140,7 @@ def large(options):
     for case in CASES:
         peer = ["network", case]
         row = Row(f"text-to-image U-Net, {case}", unit="s")
-        count = options.rounds or (7 if case.startswith("load") else 3)
+        count = options.rounds or (7 if case.endswith("GB") else 3)
         yield Comparison(["network_times", case], peer, [row], count, greets=False)
 
 
@@ -351,7 +351,7 @@ def main():
     print(f"{about['processor']}, {about['cores']} cores; {about['threads']} threads; {about['device']}; load {about['load']}\n")
     print_header()
     with tempfile.TemporaryDirectory() as folder:
-        if any(comparison.ours[-1].startswith("load") for comparison in wanted if comparison.ours[0] == "network_times"):
+        if any(comparison.ours[-1].endswith("GB") for comparison in wanted if comparison.ours[0] == "network_times"):
             save_large_network(folder)
         for comparison in wanted:
             answers, greetings = measure(comparison, programs, options, folder)
