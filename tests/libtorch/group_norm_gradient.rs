@@ -6,7 +6,7 @@ use tch::{Kind, Tensor, kind};
 
 use crate::TestResult;
 use crate::group_norm::{
-    LAYOUTS, Learned, PLAIN, SHAPES, any_kind, is_ours, laid_out, plainly, rounding,
+    KINDS, LAYOUTS, Learned, PLAIN, SHAPES, any_case, is_ours, laid_out, plainly, rounding,
 };
 
 /// `x`, weight, bias and offset.
@@ -68,32 +68,15 @@ proptest! {
 
     /// Whatever the rank, order in memory, kinds, parts that there are and parts that ask.
     #[test]
-    fn gradients_are_the_formulas(
-        [batch, groups, of_group] in [1_i64..4, 1_i64..5, 1_i64..5],
-        pixels in prop::collection::vec(2_i64..10, 2..4),
-        kind in any_kind(),
-        has_kind_of_x in any::<bool>(),
-        layout in prop::sample::select(LAYOUTS.to_vec()),
-        parts in any::<[bool; 4]>(),
-        ask in any::<[bool; 4]>(),
-    ) {
-        let channels = groups * of_group;
-        let shape = [vec![batch, channels], pixels].concat();
-        let x = laid_out(&(Tensor::randn(shape, kind::FLOAT_CPU) * 2.0 + 0.5).to_kind(kind), layout);
-        let of_weights = if has_kind_of_x { kind } else { Kind::Float };
-        let learned = Learned::new(batch, channels, [kind, of_weights]);
-        let mut settings = learned.settings(groups);
-        settings.weight = settings.weight.filter(|_| parts[0]);
-        settings.bias = settings.bias.filter(|_| parts[1]);
-        settings.offset = settings.offset.filter(|_| parts[2]);
-        settings.silu = parts[3];
+    fn gradients_are_the_formulas(case in any_case(2..4, 2..10), ask in any::<[bool; 4]>()) {
+        let (x, settings, parts) = (&case.x, case.settings(), case.parts);
         let there = [true, parts[0], parts[1], parts[2]];
-        let leaves = leaves(&x, &learned, std::array::from_fn(|i| ask[i] && there[i]));
+        let leaves = leaves(x, &case.learned, std::array::from_fn(|i| ask[i] && there[i]));
         let y = with_leaves(&leaves, settings)?;
         let recorded = leaves.iter().any(Tensor::requires_grad);
         prop_assert_eq!(y.requires_grad(), recorded);
-        if recorded && is_ours(&x) {
-            let upstream = upstream_of(&x);
+        if recorded && is_ours(x) {
+            let upstream = upstream_of(x);
             let found = gradients_of(&y, &leaves, &upstream);
             for (leaf, gradient) in leaves.iter().filter(|t| t.requires_grad()).zip(&found) {
                 prop_assert_eq!((gradient.kind(), gradient.size()), (leaf.kind(), leaf.size()));
@@ -111,7 +94,7 @@ fn gradients_are_the_formulas_at_many_sizes() -> TestResult {
         if shape == [3, 6, 1, 1] {
             continue;
         }
-        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        for kind in KINDS {
             let x = (Tensor::randn(shape, kind::FLOAT_CPU) * 3.0 - 1.0).to_kind(kind);
             let learned = Learned::new(shape[0], shape[1], [kind, Kind::Float]);
             for layout in LAYOUTS {
@@ -132,7 +115,7 @@ fn gradients_are_the_formulas_at_many_sizes() -> TestResult {
 #[test]
 fn recording_changes_no_bit() -> TestResult {
     for (shape, groups) in SHAPES {
-        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+        for kind in KINDS {
             let x = Tensor::randn(shape, kind::FLOAT_CPU).to_kind(kind);
             let learned = Learned::new(shape[0], shape[1], [kind, Kind::Float]);
             for layout in LAYOUTS {
