@@ -244,7 +244,7 @@ fn ticks() -> Result<f64, Box<dyn std::error::Error>> {
 
 /// Stable Diffusion 1.5's blocks with 64, 128 and 128 channels, eight latents of 32x32.
 #[cfg(target_os = "linux")]
-fn measure_a_step(autocast: Option<Kind>) -> TestResult {
+fn measure_a_step(autocast: Option<Kind>, channels_last: bool) -> TestResult {
     use crate::common::peak_memory;
     use ddil_models::{
         ConditionDownBlockType as Down, ConditionUpBlockType as Up, PerLevel, UNet2DConditionConfig,
@@ -258,7 +258,8 @@ fn measure_a_step(autocast: Option<Kind>) -> TestResult {
         cross_attention_dim: PerLevel::All(768),
         ..UNet2DConditionConfig::sd15()
     };
-    let model = ModelConfig::UNet2DCondition(config).build(Placement::default(), 0)?;
+    let model = ModelConfig::UNet2DCondition(config)
+        .build(Placement { channels_last, ..Placement::default() }, 0)?;
     let recorded = |batch: i64, side: i64| {
         let mut recorded = waves(&[batch, 4, side, side]);
         let states = Tensor::randn([batch, 77, 768], kind::FLOAT_CPU);
@@ -276,7 +277,8 @@ fn measure_a_step(autocast: Option<Kind>) -> TestResult {
     for checkpointing in [true, false] {
         step(&large, checkpointing)?;
         let taken = (peak_memory()? - before) >> 20;
-        let pass = pass_shape(autocast, checkpointing);
+        let fused_norms = channels_last;
+        let pass = PassShape { fused_norms, checkpointing, ..pass_shape(autocast) };
         let planned = Activations::of(&model.parameters().shapes(), pass).training() >> 20;
         println!("checkpointing {checkpointing}: {taken} MB, {planned} MB of activations planned");
     }
@@ -293,7 +295,7 @@ fn measure_a_step(autocast: Option<Kind>) -> TestResult {
 }
 
 #[cfg(target_os = "linux")]
-fn pass_shape(autocast: Option<Kind>, checkpointing: bool) -> PassShape {
+fn pass_shape(autocast: Option<Kind>) -> PassShape {
     let bytes = if autocast.is_some() { 2 } else { 4 };
     PassShape {
         batch: 8,
@@ -301,22 +303,37 @@ fn pass_shape(autocast: Option<Kind>, checkpointing: bool) -> PassShape {
         tokens: 77,
         computed_bytes: bytes,
         normed_bytes: bytes,
-        checkpointing,
+        fused_norms: false,
+        checkpointing: false,
     }
 }
 
-/// `cargo test --release --workspace --test models measured_in_float32 -- --ignored --nocapture`: the peak is that of a
-/// process.
+/// `cargo test --release --workspace --test models -- --ignored --nocapture --exact recompute::measured_in_float32`: the peak
+/// is that of a process.
 #[cfg(target_os = "linux")]
 #[test]
 #[ignore = "a measurement"]
 fn measured_in_float32() -> TestResult {
-    measure_a_step(None)
+    measure_a_step(None, false)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "a measurement"]
+fn measured_in_float32_channels_last() -> TestResult {
+    measure_a_step(None, true)
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 #[ignore = "a measurement"]
 fn measured_in_bfloat16() -> TestResult {
-    measure_a_step(Some(Kind::BFloat16))
+    measure_a_step(Some(Kind::BFloat16), false)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "a measurement"]
+fn measured_in_bfloat16_channels_last() -> TestResult {
+    measure_a_step(Some(Kind::BFloat16), true)
 }

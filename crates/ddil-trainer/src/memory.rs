@@ -84,13 +84,15 @@ impl MemoryPlan {
         let networks = Networks::new(config, &teacher)?;
         let sample_shape = sample_shape(config, &teacher)?;
         ensure_countable(config.data.batch_size, sample_shape)?;
+        let on_cpu = config.run.device == "cpu";
         let pass = PassShape {
             batch: config.data.batch_size.into(),
             size: [sample_shape[1], sample_shape[2]].map(|side| side as u64),
             tokens: networks.text.tokens,
             computed_bytes: computed_bytes(config),
             checkpointing: config.run.activation_checkpointing,
-            normed_bytes: if config.run.device == "cpu" { computed_bytes(config) } else { WEIGHT },
+            normed_bytes: if on_cpu { computed_bytes(config) } else { WEIGHT },
+            fused_norms: on_cpu && config.run.channels_last,
         };
         let mut held = networks.held();
         let Stores { in_memory, on_disk } = Stores::of(config, &networks, sample_shape);

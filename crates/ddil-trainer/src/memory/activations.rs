@@ -16,6 +16,9 @@ pub struct PassShape {
     /// Bytes of a value that norms and the activations behind them compute: 4 on CUDA, where autocast keeps them in single
     /// precision, and as the others on the CPU.
     pub normed_bytes: u64,
+    /// Whether a group norm and the activation behind it keep nothing in between: channels last on the CPU
+    /// ([`ddil_libtorch::group_norm`]).
+    pub fused_norms: bool,
     /// Whether the backward pass computes the inner results of blocks once more.
     pub checkpointing: bool,
 }
@@ -49,6 +52,9 @@ impl Activations {
     /// | feed-forward | `18 c`: input, norm, `8 c` in, `4 c` gated half, `4 c` product | `19 c` |
     /// | halving, doubling | `c` before the convolution | `2 c` |
     /// | last norm and convolution | `3 c` | `3 c` |
+    ///
+    /// Where group norm and activation are one operation, what is between the two is not kept: `2 c + 2 d` of a residual
+    /// block, `2 c` of the last norm.
     ///
     /// With activation checkpointing, a residual block, an attention block of pixels and a transformer block keep their
     /// output alone, `d` or `c`, and what the table says of the largest of them comes and goes.
@@ -110,6 +116,8 @@ impl PassShape {
 /// What the backward pass of a layer reads, in values a pixel.
 struct Layer {
     normed: u64,
+    /// Of these, what lies between a group norm and its activation.
+    between: u64,
     computed: u64,
     /// In values a pixel, while it runs.
     at_work: u64,
@@ -122,7 +130,8 @@ struct Layer {
 impl Layer {
     /// Bytes that the backward pass reads.
     fn kept(&self, pass: PassShape, pixels: u64) -> u64 {
-        let bytes = self.normed * pass.normed_bytes + self.computed * pass.computed_bytes;
+        let normed = self.normed - if pass.fused_norms { self.between } else { 0 };
+        let bytes = normed * pass.normed_bytes + self.computed * pass.computed_bytes;
         let tokens = pass.batch * pass.tokens * self.per_token * pass.computed_bytes;
         pixels * self.scale * bytes + tokens
     }
@@ -136,15 +145,18 @@ impl Layer {
     fn of(name: &str, shape: &[i64]) -> Option<Self> {
         let [out, inputs] = [*shape.first()? as u64, shape.get(1).copied().unwrap_or(0) as u64];
         let layer = |normed, computed, at_work| {
-            Some(Self { normed, computed, at_work, per_token: 0, scale: 1 })
+            Some(Self { normed, between: 0, computed, at_work, per_token: 0, scale: 1 })
         };
+        // Norm, activation and what they read.
+        let activated =
+            |width, at_work| Some(Self { between: width, ..layer(2 * width, width, at_work)? });
         let is = |end: &str| name.ends_with(end);
         let in_transformer = name.contains("transformer_blocks");
         if name.contains("resnets.") && is(".conv1.weight") {
-            return layer(2 * inputs, inputs, (3 * inputs + out).max(inputs + 3 * out));
+            return activated(inputs, (3 * inputs + out).max(inputs + 3 * out));
         }
         if name.contains("resnets.") && is(".conv2.weight") {
-            return layer(2 * out, out, 0);
+            return activated(out, 0);
         }
         if is(".proj_in.weight") {
             return layer(out, out, 0);
@@ -169,7 +181,7 @@ impl Layer {
         }
         match name {
             "conv_in.weight" => layer(0, inputs, out),
-            "conv_out.weight" => layer(2 * inputs, inputs, 3 * inputs),
+            "conv_out.weight" => activated(inputs, 3 * inputs),
             _ => None,
         }
     }
@@ -239,6 +251,7 @@ mod tests {
         tokens: 7,
         computed_bytes: 4,
         normed_bytes: 4,
+        fused_norms: false,
         checkpointing: false,
     };
 
@@ -267,6 +280,9 @@ mod tests {
         assert_eq!(all.kept_up, fine * (3 * 32 + 3 * 16));
         assert_eq!(all.skips, fine * (16 + 16) + coarse * 16);
         assert_eq!(all.largest, fine * (3 * 32 + 16));
+        let fused = Activations::of(&network, PassShape { fused_norms: true, ..PASS });
+        assert_eq!(all.kept_down - fused.kept_down, fine * (16 + 16));
+        assert_eq!(all.kept_up - fused.kept_up, fine * (32 + 16));
     }
 
     /// Blocks keep what they give; the largest, here the transformer's, is computed again.
