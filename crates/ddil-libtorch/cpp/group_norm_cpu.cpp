@@ -1,8 +1,8 @@
 // Two passes over memory each way, of which the second finds what the first left in the cache.
 #include "group_norm_cpu.h"
 #include "group_norm_kernels.h"
+#include "parallel.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
@@ -155,7 +155,7 @@ void add_rows(const typename Kind::Stored* x, int64_t before, int64_t rows, int6
 
 template <typename Body>
 void for_each_chunk(const Plane& plane, const Body& body) {
-  at::parallel_for(0, plane.num_chunks(), 1, [&](int64_t begin, int64_t end) {
+  ddil::parallel_for(plane.num_chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
   });
 }
@@ -163,8 +163,7 @@ void for_each_chunk(const Plane& plane, const Body& body) {
 // `body` takes the first row, how many there are and their columns.
 template <typename Body>
 void for_parts_of(const Plane& plane, const Body& body) {
-  at::parallel_for(0, plane.rows, std::max<int64_t>(1, kGrain / plane.columns),
-                   [&](int64_t begin, int64_t end) { body(begin, end - begin, plane.columns); });
+  ddil::parallel_for(plane.rows, kGrain / plane.columns, [&](int64_t begin, int64_t end) { body(begin, end - begin, plane.columns); });
   if (plane.rest > 0) body(plane.rows, 1, plane.rest);
 }
 
@@ -344,7 +343,7 @@ void for_each_sample(int64_t num_samples, int64_t length, const Body& body) {
     for (int64_t i = begin; i < end; ++i) body(i);
   };
   if (num_samples < at::get_num_threads()) return run(0, num_samples);
-  at::parallel_for(0, num_samples, std::max<int64_t>(1, kGrain / length), run);
+  ddil::parallel_for(num_samples, kGrain / length, run);
 }
 
 // A tensor as floats in order, or undefined.
