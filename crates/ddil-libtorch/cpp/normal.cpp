@@ -10,9 +10,11 @@
 #include <ATen/ops/equal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <thread>
 
 using at::Generator;
 using at::Tensor;
@@ -53,15 +55,33 @@ class Words {
   at::mt19937_data_pod state_;
 };
 
+// Held for about a microsecond at a time, in which a thread is not worth putting to sleep.
+class Turn {
+ public:
+  void lock() {
+    while (taken_.exchange(true, std::memory_order_acquire)) {
+      for (int tries = 0; taken_.load(std::memory_order_relaxed); ++tries) {
+        // The one that has it may be waiting for a processor.
+        if (tries >= kTries) std::this_thread::yield();
+      }
+    }
+  }
+  void unlock() { taken_.store(false, std::memory_order_release); }
+
+ private:
+  static constexpr int kTries = 4096;
+  std::atomic<bool> taken_{false};
+};
+
 // Threads take turns at drawing words, which only goes one after another, and transform them side by side.
 void fill_groups(const ddil::NormalKernels& kernels, Words& words, const Tensor& tensor) {
   float* const out = tensor.data_ptr<float>();
   const int64_t n = tensor.numel();
-  std::mutex turn;
+  Turn turn;
   int64_t drawn = 0;
   const auto fill_chunks = [&](char**, const int64_t*, int64_t, int64_t) {
     while (true) {
-      std::unique_lock<std::mutex> lock(turn);
+      std::unique_lock<Turn> lock(turn);
       const int64_t begin = drawn, count = std::min(kChunk, n - drawn);
       if (count <= 0) return;
       drawn += count;
