@@ -34,8 +34,8 @@ pub struct RunSection {
     pub device: String,
     /// What convolutions and products are computed in; weights stay `float32`. Default `float32`.
     pub precision: Precision,
-    /// Whether images keep their channels innermost, the faster order for most convolutions; default true. For
-    /// training in `bfloat16` on a CPU false is faster: gradients of group norms are slow there with channels innermost.
+    /// Whether images keep their channels innermost, the faster order for most convolutions; default true. On a CPU group
+    /// norms are faster so too.
     pub channels_last: bool,
     /// Whether the backward pass computes the inner results of the blocks of U-Nets once more instead of keeping them:
     /// less memory for about one more forward pass of what learns; default false.
