@@ -70,23 +70,71 @@ fn norm(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("libtorch", &of), |b| {
                 b.iter(|| black_box(x.group_norm(8, weight, bias, 1e-5, true).silu()));
             });
-            let with_gradient = |norm: &dyn Fn(&Tensor) -> Tensor| {
-                let x = x.detach().set_requires_grad(true);
-                tch::with_grad(|| {
-                    let y = norm(&x);
-                    let sum = y.shallow_clone().f_mul(&y.detach()).expect("one shape").sum(kind);
-                    black_box(Tensor::run_backward(&[sum], &[&x], false, false));
-                });
-            };
             group.bench_function(BenchmarkId::new("group_norm, gradient", &of), |b| {
-                b.iter(|| with_gradient(&|x| group_norm(x, &settings).expect("they fit")));
+                let norm = |x: &[Tensor]| group_norm(&x[0], &settings).expect("they fit");
+                b.iter(|| forth_and_back(&[&x], norm));
             });
             group.bench_function(BenchmarkId::new("libtorch, gradient", &of), |b| {
-                b.iter(|| with_gradient(&|x| x.group_norm(8, weight, bias, 1e-5, true).silu()));
+                let norm = |x: &[Tensor]| x[0].group_norm(8, weight, bias, 1e-5, true).silu();
+                b.iter(|| forth_and_back(&[&x], norm));
             });
         }
     }
     group.finish();
+}
+
+/// What attention and convolutions of these networks take in each kind, forth and back; attention in 16 bits also by way of
+/// `Float`.
+fn kinds(c: &mut Criterion) {
+    const ATTENTION: [(&str, Kind, Kind); 4] = [
+        ("f32", Kind::Float, Kind::Float),
+        ("bf16", Kind::BFloat16, Kind::BFloat16),
+        ("bf16 in f32", Kind::BFloat16, Kind::Float),
+        ("f16", Kind::Half, Kind::Half),
+    ];
+    let mut group = group(c, "kinds");
+    for [batch, heads, tokens, width] in [[8, 2, 64, 32], [8, 3, 16, 32], [1, 8, 1024, 80]] {
+        let floats = [0; 3].map(|_| Tensor::randn([batch, heads, tokens, width], kind::FLOAT_CPU));
+        for (name, kind, computed) in ATTENTION {
+            let given = floats.each_ref().map(|t| t.to_kind(kind));
+            let of = format!("attention, {batch}x{heads}x{tokens}x{width}");
+            group.bench_function(BenchmarkId::new(of, name), |b| {
+                b.iter(|| forth_and_back(&given.each_ref(), |t| attention(t, computed)));
+            });
+        }
+    }
+    for (channels, side) in [(32, 32), (64, 16), (96, 8)] {
+        let x = Tensor::randn([64, channels, side, side], kind::FLOAT_CPU);
+        let weight = Tensor::randn([channels, channels, 3, 3], kind::FLOAT_CPU);
+        for (name, kind) in [("f32", Kind::Float), ("bf16", Kind::BFloat16)] {
+            let [x, weight] =
+                [&x, &weight].map(|t| channels_last(&t.to_kind(kind)).expect("images"));
+            let of = format!("convolution, {channels}x{side}x{side}");
+            group.bench_function(BenchmarkId::new(of, name), |b| {
+                let convolve = |t: &[Tensor]| t[0].conv2d(&t[1], None::<Tensor>, 1, 1, 1, 1);
+                b.iter(|| forth_and_back(&[&x, &weight], convolve));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Of queries, keys and values, in their kind again.
+fn attention(of: &[Tensor], computed: Kind) -> Tensor {
+    let [query, key, value] = [0, 1, 2].map(|i| of[i].to_kind(computed));
+    let none = None::<Tensor>;
+    Tensor::scaled_dot_product_attention(&query, &key, &value, none, 0.0, false, None, false)
+        .to_kind(of[0].kind())
+}
+
+/// An operation on leaves with these values, and its gradient.
+fn forth_and_back(values: &[&Tensor], operation: impl Fn(&[Tensor]) -> Tensor) {
+    let leaves: Vec<Tensor> = values.iter().map(|t| t.detach().set_requires_grad(true)).collect();
+    tch::with_grad(|| {
+        let y = operation(&leaves);
+        let loss = (&y * y.detach()).sum(Kind::Float);
+        black_box(Tensor::run_backward(&[loss], &leaves, false, false));
+    });
 }
 
 /// Updates of batches of 8.
@@ -139,5 +187,5 @@ fn prepared() -> Criterion {
     Criterion::default()
 }
 
-criterion_group! { name = benches; config = prepared(); targets = pass, norm, update, optimizer }
+criterion_group! { name = benches; config = prepared(); targets = pass, norm, kinds, update, optimizer }
 criterion_main!(benches);

@@ -288,7 +288,7 @@ struct ChannelSums {
 // With z for the normalised and g for the gradient of y, the gradient of x is rstd (w g - mean(w g) - z mean(w g z)), with
 // means over the group.
 template <typename Kind>
-void differentiate_group(const Backward<Kind>& of, int64_t sample, int64_t group, const ddil::GradientSums<double>& columns, PerColumn<6>& factors) {
+void differentiate_group(const Backward<Kind>& of, int64_t sample, int64_t group, const ddil::GradientSums<double>& columns, PerColumn<2>& lines) {
   const Job<Kind>& job = of.job;
   const Plane& plane = job.plane;
   const GroupMoments moments = of.moments[sample * job.num_groups + group];
@@ -309,7 +309,7 @@ void differentiate_group(const Backward<Kind>& of, int64_t sample, int64_t group
   for_each_channel([&](int64_t c, double nudge, const ChannelSums& sums) {
     const double of_offset = moments.rstd * job.weight_of(c) * sums.gradient - slope * sums.normalised - intercept * static_cast<double>(plane.pixels);
     of.of_channels[sample * plane.channels + c] = {sums.product, sums.gradient, of_offset};
-    factors.set(c, {factors[0][c], factors[1][c], factors[2][c], factors[3][c], static_cast<float>(slope), static_cast<float>(intercept + nudge * slope)});
+    lines.set(c, {static_cast<float>(slope), static_cast<float>(intercept + nudge * slope)});
   });
 }
 
@@ -319,16 +319,18 @@ void differentiate_sample(const Backward<Kind>& of, int64_t sample) {
   const Plane& plane = job.plane;
   const int64_t start = sample * plane.length();
   const float* offset = job.offset_of(sample);
-  PerColumn<6> arrays(plane);
+  PerColumn<4> arrays(plane);
+  PerColumn<2> lines(plane);
   for (int64_t c = 0; c < plane.channels; ++c) {
     const GroupMoments moments = of.moments[sample * job.num_groups + c / plane.channels_of_group];
     const ChannelFactors channel(job, moments, c, offset == nullptr ? 0.0 : offset[c]);
-    arrays.set(c, {channel.center, channel.scale, channel.shift, static_cast<float>(moments.rstd), 0.0F, 0.0F});
+    arrays.set(c, {channel.center, channel.scale, channel.shift, static_cast<float>(moments.rstd)});
   }
-  const ddil::GradientFactors factors{{arrays[0], arrays[1], arrays[2]}, arrays[3], arrays[4], arrays[5]};
+  // The lines are drawn when the sums are there.
+  const ddil::GradientFactors factors{{arrays[0], arrays[1], arrays[2]}, arrays[3], lines[0], lines[1]};
   Scratch<double> memory(3 * plane.num_chunks() * plane.columns);
   const ddil::GradientSums<double> columns = gradient_sums(of, start, factors, memory);
-  for (int64_t group = 0; group < job.num_groups; ++group) differentiate_group(of, sample, group, columns, arrays);
+  for (int64_t group = 0; group < job.num_groups; ++group) differentiate_group(of, sample, group, columns, lines);
   if (of.of_x == nullptr) return;
   for_parts_of(plane, [&](int64_t row, int64_t rows, int64_t width) {
     const int64_t first = start + row * plane.columns;

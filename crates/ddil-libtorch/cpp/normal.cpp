@@ -1,10 +1,10 @@
 #include "normal.h"
 
 #include "normal_kernels.h"
+#include "parallel.h"
 #include "shim.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/TensorIterator.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
@@ -55,7 +55,7 @@ class Words {
   at::mt19937_data_pod state_;
 };
 
-// Held for about a microsecond at a time, in which a thread is not worth putting to sleep.
+// Held for a few microseconds at a time, in which a thread is not worth putting to sleep.
 class Turn {
  public:
   void lock() {
@@ -79,7 +79,7 @@ void fill_groups(const ddil::NormalKernels& kernels, Words& words, const Tensor&
   const int64_t n = tensor.numel();
   Turn turn;
   int64_t drawn = 0;
-  const auto fill_chunks = [&](char**, const int64_t*, int64_t, int64_t) {
+  const auto fill_chunks = [&](int64_t, int64_t) {
     while (true) {
       std::unique_lock<Turn> lock(turn);
       const int64_t begin = drawn, count = std::min(kChunk, n - drawn);
@@ -90,8 +90,8 @@ void fill_groups(const ddil::NormalKernels& kernels, Words& words, const Tensor&
       kernels.transform(out + begin, count / ddil::kNormalGroup);
     }
   };
-  // Calls it on as many of libtorch's own threads as there are and can be fed; what parts it gives them does not matter.
-  at::TensorIterator::borrowing_nullary_op(tensor).for_each(fill_chunks, kChunk);
+  // On as many threads as there are and can be fed; what parts it gives them does not matter.
+  ddil::parallel_for((n + kChunk - 1) / kChunk, 1, fill_chunks);
 }
 
 // libtorch draws a word for each number, then 16 more for the last 16 numbers where groups of 16 leave a rest.
