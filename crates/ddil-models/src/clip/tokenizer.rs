@@ -91,7 +91,7 @@ impl ClipTokenizer {
     ///
     /// [`Error::NoTokenizer`] with every file that is missing; [`Error::Read`], [`Error::InvalidJson`] and
     /// [`Error::InvalidTokenizer`] for a file that is no such thing; [`Error::InvalidConfig`] with every special token
-    /// that is not in the vocabulary.
+    /// that is not in the vocabulary or longer than 512 bytes.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         ensure_files(folder)?;
@@ -112,7 +112,8 @@ impl ClipTokenizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenize`] for a text that the vocabulary has no tokens for, [`Error::Torch`] if memory does not suffice.
+    /// [`Error::Tokenize`] for a text that the vocabulary has no tokens for, or that the files' own rules cannot be applied
+    /// to; [`Error::Torch`] if memory does not suffice.
     pub fn encode(&self, prompts: &[&str]) -> Result<TokenizedPrompts> {
         const OP: &str = "ClipTokenizer::encode";
         let room = self.max_length - 2;
