@@ -2,6 +2,7 @@ use ddil_core::{
     AdaptivePriors, AdaptiveSignal, Data, Error, MixRequest, Mixer, MixerConfig, PriorSchedule,
     Priors, RandomStreams, Source, States, StudentConfig, StudentPolicy,
 };
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{Ddim, Lcm, Sampler};
 use tch::{Kind, Tensor};
 
@@ -256,10 +257,10 @@ fn losses_must_be_shown() -> ddil_core::Result<()> {
         let _ = run.next(step)?;
     }
     let unseen = run.next(5);
-    assert!(matches!(unseen, Err(Error::InvalidConfig { field: "priors.signal", .. })));
+    assert!(matches!(unseen, Err(Error::Invalid(invalid)) if invalid.field == "priors.signal"));
     let states = Run::new(adaptive(AdaptiveSignal::LossRatio)).next(0)?;
     let short = run.mixer.see_losses(&states, &normal(0, &[3]));
-    assert!(matches!(short, Err(Error::Shape { .. })));
+    assert!(matches!(short, Err(Error::Argument(ArgumentError::Shape { .. }))));
     Ok(())
 }
 
@@ -281,7 +282,7 @@ fn refuses_what_cannot_be() {
     ];
     for wrong in wrong {
         let refused = PriorSchedule::Adaptive(wrong.clone()).ensure();
-        assert!(matches!(refused, Err(Error::InvalidConfig { .. })), "{wrong:?}");
+        assert!(matches!(refused, Err(Error::Invalid(_))), "{wrong:?}");
         let config =
             MixerConfig { priors: PriorSchedule::Adaptive(wrong), ..MixerConfig::default() };
         assert!(Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule()))).is_err());
@@ -290,7 +291,7 @@ fn refuses_what_cannot_be() {
     let mut run = Run::new(AdaptivePriors { byte_budget: 1500, ..adaptive(AdaptiveSignal::Shift) });
     let refused = run.next(0);
     assert!(
-        matches!(refused, Err(Error::InvalidConfig { field: "priors.byte_budget", .. })),
+        matches!(&refused, Err(Error::Invalid(invalid)) if invalid.field == "priors.byte_budget"),
         "{refused:?}"
     );
 }

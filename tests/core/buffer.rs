@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Error, Source, States, StorageKind,
 };
+use ddil_libtorch::ArgumentError;
 use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -199,18 +200,18 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
     let small = BufferConfig { capacity: 2, ..BufferConfig::default() };
     assert!(matches!(
         AggregationBuffer::new(small, &trailing(4)),
-        Err(Error::InvalidConfig { field: "buffer.capacity", .. })
+        Err(Error::Invalid(invalid)) if invalid.field == "buffer.capacity"
     ));
     let mut buffer = buffer(BufferConfig { capacity: 6, ..BufferConfig::default() });
     buffer.insert(&states(0, 5, &[1, 2], &[3]))?;
     for index in [0, 4] {
         let refused = buffer.insert(&states(0, 5, &[index], &[3]));
-        assert!(matches!(refused, Err(Error::InvalidConfig { field: "grid_indices", .. })));
+        assert!(matches!(refused, Err(Error::Invalid(invalid)) if invalid.field == "grid_indices"));
     }
     let late = buffer.insert(&states(0, 4, &[1], &[3]));
     assert!(matches!(late, Err(Error::OutOfOrder { birth: 4, latest: 5, .. })), "{late:?}");
     let other = buffer.insert(&states(0, 5, &[1], &[4]));
-    assert!(matches!(other, Err(Error::Shape { .. })));
+    assert!(matches!(other, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let mut untold = states(0, 5, &[1], &[3]);
     untold.conditioning = Conditioning::none();
     assert!(matches!(buffer.insert(&untold), Err(Error::Conditioning { .. })));

@@ -2,6 +2,7 @@ use ddil_core::{
     ClipMeter, Conditioning, Consistent, Denoiser, Error, Guided, GuidedByWeight, Source,
     Thresholded,
 };
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{
     ConsistencyBoundary, DataRange, NoiseSchedule, NoiseScheduleConfig, Prediction, Thresholding,
 };
@@ -84,7 +85,7 @@ fn guidance_of_one_asks_once() -> ddil_core::Result<()> {
     assert_eq!(inner.asked.get(), 3);
     let _ = Guided::new(&inner, 2.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
     assert_eq!(inner.asked.get(), 9);
-    assert!(matches!(Guided::new(&inner, f64::NAN, null()), Err(Error::InvalidConfig { .. })));
+    assert!(matches!(Guided::new(&inner, f64::NAN, null()), Err(Error::Invalid(_))));
     assert!(matches!(Guided::new(&inner, 2.0, labels(2)), Err(Error::Conditioning { .. })));
     Ok(())
 }
@@ -281,7 +282,7 @@ fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> 
     assert!(read(&meter)?.is_empty());
     let beyond =
         meter.measure(&Thresholding::clamp_pixels(), &x0, &Tensor::from_slice(&[9_i64; 3]));
-    assert!(matches!(beyond, Err(Error::Shape { .. })), "{beyond:?}");
+    assert!(matches!(beyond, Err(Error::Argument(ArgumentError::Shape { .. }))), "{beyond:?}");
     Ok(())
 }
 

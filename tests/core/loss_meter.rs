@@ -1,4 +1,5 @@
 use ddil_core::{Conditioning, Error, LossMeter, Source, States};
+use ddil_libtorch::ArgumentError;
 use proptest::prelude::*;
 use tch::{Tensor, kind};
 
@@ -62,11 +63,14 @@ fn refuses_losses_that_do_not_fit() {
     let batch = states(&[Source::Forward, Source::Student], &[0, 1]);
     for shape in [&[3_i64][..], &[2, 1], &[]] {
         let added = meter.add(&Tensor::ones(shape, kind::FLOAT_CPU), &batch);
-        assert!(matches!(added, Err(Error::Shape { name: "per_sample", .. })), "{shape:?}");
+        assert!(
+            matches!(added, Err(Error::Argument(ArgumentError::Shape { name: "per_sample", .. }))),
+            "{shape:?}"
+        );
     }
     let beyond = states(&[Source::Forward, Source::Student], &[0, 2]);
     let added = meter.add(&Tensor::ones([2], kind::FLOAT_CPU), &beyond);
-    assert!(matches!(added, Err(Error::InvalidConfig { field: "grid_indices", .. })));
+    assert!(matches!(added, Err(Error::Invalid(invalid)) if invalid.field == "grid_indices"));
 }
 
 /// Losses have a graph behind them; what is kept has none.

@@ -49,7 +49,7 @@ fn schedules_in_closed_form() -> ddil_core::Result<()> {
 #[test]
 fn refuses_what_cannot_be() -> ddil_core::Result<()> {
     for (f, s, t) in [(0.5, 0.5, 0.5), (1.5, -0.5, 0.0), (f64::NAN, 0.5, 0.5), (0.0, 0.0, 0.0)] {
-        assert!(matches!(Priors::new(f, s, t), Err(Error::InvalidConfig { .. })), "{f} {s} {t}");
+        assert!(matches!(Priors::new(f, s, t), Err(Error::Invalid(_))), "{f} {s} {t}");
     }
     let (from, to) = (Priors::FORWARD_ONLY, Priors::new(0.0, 1.0, 0.0)?);
     for (start, end) in [(0.5, 0.4), (-0.1, 0.5), (0.5, 1.1), (f64::NAN, 0.5)] {

@@ -4,6 +4,7 @@ use ddil_core::{
     Conditioning, Denoiser, Draws, Error, MixedRollout, MixedVariant, RandomStreams, Stream,
     first_state, rollout, rollout_keeping, rollout_to, sample,
 };
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{
     Ddim, EdmConfig, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, Timesteps,
 };
@@ -126,14 +127,14 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
     let untold = rollout(&student, &ddim, &grid, noise(), &Conditioning::none(), None);
     assert!(matches!(untold, Err(Error::ConditioningMissing { .. })));
     let scalar = rollout(&student, &ddim, &grid, Tensor::from(1.0), &labels(1), None);
-    assert!(matches!(scalar, Err(Error::Shape { .. })));
+    assert!(matches!(scalar, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let beyond = rollout_to(&student, &ddim, &grid, &noise(), &labels(2), &[1000, 3], None);
-    assert!(matches!(beyond, Err(Error::InvalidConfig { .. })));
+    assert!(matches!(beyond, Err(Error::Invalid(_))));
     let few = rollout_to(&student, &ddim, &grid, &noise(), &labels(2), &[3], None);
-    assert!(matches!(few, Err(Error::Shape { .. })));
+    assert!(matches!(few, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let kept = Timesteps::explicit(vec![999, 3], 1000)?;
     let unvisited = rollout_keeping(&student, &ddim, &grid, &kept, noise(), &labels(2), None);
-    assert!(matches!(unvisited, Err(Error::InvalidConfig { .. })));
+    assert!(matches!(unvisited, Err(Error::Invalid(_))));
     Ok(())
 }
 
@@ -333,7 +334,7 @@ fn goes_on_from_states_already_on_the_way() -> ddil_core::Result<()> {
     assert!(max_abs_difference(&visited.x_t.get(place(2, 249)), &whole[2].get(2)) < 1e-5);
     assert_eq!(visited.position(0, 249), None);
     let beyond = pair.rollout(None).visit_from(4, &whole[0], &labels(3), &[-1; 3], &mut draws());
-    assert!(matches!(beyond, Err(Error::InvalidConfig { field: "start", .. })));
+    assert!(matches!(beyond, Err(Error::Invalid(invalid)) if invalid.field == "start"));
     Ok(())
 }
 
@@ -345,7 +346,7 @@ fn variants_are_checked() {
         MixedVariant::Conditional { threshold: -1.0 },
         MixedVariant::Conditional { threshold: f64::NAN },
     ] {
-        assert!(matches!(variant.ensure(), Err(Error::InvalidConfig { .. })), "{variant:?}");
+        assert!(matches!(variant.ensure(), Err(Error::Invalid(_))), "{variant:?}");
     }
 }
 

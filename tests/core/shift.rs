@@ -2,6 +2,7 @@ use ddil_core::{
     Data, Error, Generator, RandomStreams, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest,
     measure_shift, shift_at,
 };
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{Ddim, Lcm, Timesteps};
 use tch::{Device, Kind, Tensor};
 
@@ -98,11 +99,17 @@ fn pooling_averages_places() -> ddil_core::Result<()> {
 fn refuses_what_cannot_be_compared() {
     let x = normal(1, &[4, 3]);
     let config = ShiftConfig::default();
-    assert!(matches!(compare(&x, &normal(2, &[5, 3]), &config), Err(Error::Shape { .. })));
+    assert!(matches!(
+        compare(&x, &normal(2, &[5, 3]), &config),
+        Err(Error::Argument(ArgumentError::Shape { .. }))
+    ));
     let one = normal(1, &[1, 3]);
-    assert!(matches!(compare(&one, &one, &config), Err(Error::Shape { .. })));
+    assert!(matches!(
+        compare(&one, &one, &config),
+        Err(Error::Argument(ArgumentError::Shape { .. }))
+    ));
     let none = ShiftConfig { projections: 0, ..config };
-    assert!(matches!(compare(&x, &x, &none), Err(Error::InvalidConfig { .. })));
+    assert!(matches!(compare(&x, &x, &none), Err(Error::Invalid(_))));
 }
 
 fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Result<ShiftReport> {
@@ -144,7 +151,7 @@ fn a_wrong_student_shifts() -> ddil_core::Result<()> {
 #[test]
 fn measuring_needs_some_data() {
     let measured = measure(&Gaussian::new(0.0, 0.0, 0.5), 3, &ShiftConfig::default());
-    assert!(matches!(measured, Err(Error::Shape { name: "data.x0", .. })));
+    assert!(matches!(measured, Err(Error::Argument(ArgumentError::Shape { name: "data.x0", .. }))));
 }
 
 /// A student that is sure of `believed`, sampled with fresh noise at four of the fifty timesteps it was trained at.

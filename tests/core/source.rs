@@ -223,7 +223,7 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
         let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
         assert!(matches!(
             StudentSource::new(config, &bench.grids),
-            Err(Error::InvalidConfig { field: "policy.kind", .. })
+            Err(Error::Invalid(invalid)) if invalid.field == "policy.kind"
         ));
     }
     Ok(())
@@ -301,7 +301,7 @@ fn rollout_steps_are_checked() {
         let refused = build(StudentPolicy::Fresh, min, max);
         assert!(matches!(
             refused,
-            Err(Error::InvalidConfig { field: "student.rollout_steps", .. })
+            Err(Error::Invalid(invalid)) if invalid.field == "student.rollout_steps"
         ));
     }
     let grid = Bench::new().grids;
@@ -309,7 +309,7 @@ fn rollout_steps_are_checked() {
         let rollout_steps = Some(RolloutSteps { min: 2, max: 4 });
         let config = StudentConfig { policy, rollout_steps, ..StudentConfig::default() };
         let refused = StudentSource::new(config, &grid);
-        assert!(matches!(refused, Err(Error::InvalidConfig { field: "policy.kind", .. })));
+        assert!(matches!(refused, Err(Error::Invalid(invalid)) if invalid.field == "policy.kind"));
     }
 }
 
@@ -618,7 +618,7 @@ fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
     }
     let mut source = StudentSource::new(config, &bench.grids)?;
     let unknown = run_chain(&bench, &mut source, 0..1, |_| None);
-    assert!(matches!(unknown, Err(Error::InvalidConfig { field: "mixed", .. })));
+    assert!(matches!(unknown, Err(Error::Invalid(invalid)) if invalid.field == "mixed"));
     Ok(())
 }
 
@@ -662,7 +662,7 @@ fn settings_are_checked() {
         .build(&grids)
         .map(|_| ()),
     ] {
-        assert!(matches!(refused, Err(Error::InvalidConfig { .. })), "{refused:?}");
+        assert!(matches!(refused, Err(Error::Invalid(_))), "{refused:?}");
     }
     assert!(SourceConfig::Forward.build(&grids).is_ok());
     let read = serde_json::from_str::<StudentPolicy>;
@@ -682,7 +682,7 @@ fn grids_are_checked() -> ddil_core::Result<()> {
         Grids { rollout: late, ..good.clone() },
         Grids { teacher: other, ..good },
     ] {
-        assert!(matches!(refused.ensure(), Err(Error::InvalidConfig { .. })), "{refused:?}");
+        assert!(matches!(refused.ensure(), Err(Error::Invalid(_))), "{refused:?}");
     }
     Ok(())
 }

@@ -444,7 +444,9 @@ fn what_does_not_fit_is_refused() -> Result<()> {
 
     let nowhere = BufferConfig { spill: Some(SpillConfig::default()), ..BufferConfig::default() };
     let nowhere = AggregationBuffer::new(nowhere, &trailing(4));
-    assert!(matches!(nowhere, Err(Error::InvalidConfig { field: "buffer.spill.folder", .. })));
+    assert!(
+        matches!(nowhere, Err(Error::Invalid(invalid)) if invalid.field == "buffer.spill.folder")
+    );
     let mut cramped = config(other.path(), 4, 10);
     cramped.spill.as_mut().expect("it is set").byte_budget = 24_683;
     let refused = buffer(&cramped).insert(&states(0, 0, &[1], &SHAPE));

@@ -1,3 +1,4 @@
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{
     Clamped, Error, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
     channels_last, is_channels_last,
@@ -295,9 +296,12 @@ fn shapes_must_agree_and_bounds_be_in_order() {
     for (lo, hi) in [(1.0, -1.0), (f64::NAN, 1.0)] {
         let numbers = Clamped { lo, hi, ..NUMBERS };
         let result = affine_clamped(&two, &two, &numbers);
-        assert!(matches!(result, Err(Error::InvalidArgument { name: "lo, hi", .. })));
+        assert!(matches!(
+            result,
+            Err(Error::Argument(ArgumentError::Value { name: "lo, hi", .. }))
+        ));
         let result = affine_clamped_(&mut two.copy(), &two, &numbers);
-        assert!(matches!(result, Err(Error::InvalidArgument { .. })));
+        assert!(matches!(result, Err(Error::Argument(ArgumentError::Value { .. }))));
     }
 }
 

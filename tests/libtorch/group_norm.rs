@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{
     Autocast, Error, GroupNorm, channels_last, group_norm, is_channels_last, num_threads,
     set_num_threads,
@@ -434,7 +435,7 @@ fn what_does_not_fit_is_refused() {
     said(&x.to_kind(Kind::Int64), PLAIN);
     for eps in [-1e-5, f64::NAN, f64::INFINITY] {
         let result = group_norm(&x, &GroupNorm { eps, ..PLAIN });
-        assert!(matches!(result, Err(Error::InvalidArgument { name: "eps", .. })));
+        assert!(matches!(result, Err(Error::Argument(ArgumentError::Value { name: "eps", .. }))));
     }
 }
 

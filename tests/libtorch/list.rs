@@ -1,3 +1,4 @@
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{Error, TensorList};
 use tch::{Device, Kind, Tensor, kind};
 
@@ -49,6 +50,9 @@ fn what_a_list_cannot_hold_or_give_is_refused() -> TestResult {
 
     let empty = TensorList::new::<Tensor>([])?;
     assert!(empty.is_empty());
-    assert!(matches!(empty.get(0), Err(Error::InvalidArgument { name: "index", .. })));
+    assert!(matches!(
+        empty.get(0),
+        Err(Error::Argument(ArgumentError::Value { name: "index", .. }))
+    ));
     Ok(())
 }

@@ -1,3 +1,4 @@
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{AdamW, Error, TensorList, fused_adamw_};
 use tch::{Device, Kind, Tensor, kind};
 
@@ -162,7 +163,9 @@ fn settings_out_of_range_are_named() -> TestResult {
         (AdamW { eps: -1.0, ..good }, "eps"),
     ] {
         let result = state.step(&state.params, &settings);
-        assert!(matches!(result, Err(Error::InvalidArgument { name, .. }) if name == wrong));
+        assert!(
+            matches!(result, Err(Error::Argument(ArgumentError::Value { name, .. })) if name == wrong)
+        );
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Settings of the process: allocator, threads, version.
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{Error, NoCuda};
 use tch::{Device, Kind, Tensor, kind};
 
@@ -80,7 +81,7 @@ fn the_number_of_threads_is_what_was_set() -> TestResult {
     assert!(ddil_libtorch::num_interop_threads()? >= 1);
     for n in [0, usize::MAX] {
         let result = ddil_libtorch::set_num_threads(n);
-        assert!(matches!(result, Err(Error::InvalidArgument { name: "n", .. })));
+        assert!(matches!(result, Err(Error::Argument(ArgumentError::Value { name: "n", .. }))));
         assert!(ddil_libtorch::set_num_interop_threads(n).is_err());
     }
     Ok(())

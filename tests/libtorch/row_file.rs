@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{Error, Result, RowFile, copy_rows_, gather_rows};
 use tch::{Device, Kind, Tensor, kind};
 use tempfile::TempDir;
@@ -73,7 +74,10 @@ fn files_that_cannot_be_are_refused() -> Result<()> {
     let (folder, path) = place();
     for (row_bytes, num_rows) in [(0, 3), (usize::MAX, 2), (1 << 40, 1 << 30)] {
         let refused = RowFile::create(&path, b"head", row_bytes, num_rows);
-        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Err(Error::Argument(ArgumentError::Value { .. }))),
+            "{refused:?}"
+        );
     }
     let nowhere = RowFile::create(folder.path().join("no/rows"), b"head", 4, 4);
     assert!(matches!(nowhere, Err(Error::File { action: "create", .. })), "{nowhere:?}");
@@ -92,17 +96,26 @@ fn rows_beyond_the_file_or_the_tensor_are_refused() -> Result<()> {
     let mut file = RowFile::create(&path, b"head", 12, 3)?;
     for (first, bytes) in [(0, 5), (3, 12), (2, 24), (usize::MAX, 12)] {
         let refused = file.write(first, &vec![0; bytes]);
-        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{first} {bytes}");
+        assert!(
+            matches!(refused, Err(Error::Argument(ArgumentError::Value { .. }))),
+            "{first} {bytes}"
+        );
     }
     let mut floats = Tensor::zeros([2, 2], kind::FLOAT_CPU);
     for (offset, row, to) in
         [(0, 3, 0), (5, 0, 0), (usize::MAX, 0, 0), (0, 0, 2), (0, usize::MAX, 0)]
     {
         let refused = gather_rows(&mut floats, offset, [(&file, row, to)]);
-        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{offset} {row} {to}");
+        assert!(
+            matches!(refused, Err(Error::Argument(ArgumentError::Value { .. }))),
+            "{offset} {row} {to}"
+        );
     }
     let refused = gather_rows(&mut floats.tr(), 0, [(&file, 0, 0)]);
-    assert!(matches!(refused, Err(Error::InvalidArgument { name: "out", .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::Argument(ArgumentError::Value { name: "out", .. }))),
+        "{refused:?}"
+    );
     let mut scalar = Tensor::from(1.0_f32);
     assert!(gather_rows(&mut scalar, 0, [(&file, 0, 0)]).is_err());
     let mut truth = Tensor::zeros([2, 2], (Kind::Bool, Device::Cpu));
@@ -141,7 +154,10 @@ fn rows_that_do_not_fit_are_not_copied() {
     ];
     for (rows, from) in &wrong {
         let refused = copy_rows_(&mut out, rows, from);
-        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{rows:?} {from:?}");
+        assert!(
+            matches!(refused, Err(Error::Argument(ArgumentError::Value { .. }))),
+            "{rows:?} {from:?}"
+        );
     }
     assert_eq!(out.sum(Kind::Double).double_value(&[]), 0.0);
 }

@@ -1,5 +1,6 @@
 //! The Fashion-MNIST classifier.
 
+use ddil_libtorch::ArgumentError;
 use ddil_metrics::{Error, FashionClassifier, FeatureExtractor};
 use tch::{Device, IndexOp, Kind, Tensor, kind};
 
@@ -76,11 +77,16 @@ fn bad_images() -> ddil_metrics::Result<()> {
     for shape in [vec![1, 1, 28, 28], vec![1, 3, 32, 32], vec![1, 32, 32], vec![0, 1, 32, 32]] {
         let images = Tensor::zeros(&shape, kind::FLOAT_CPU);
         for refused in [classifier.features(&images), classifier.logits(&images)] {
-            assert!(matches!(refused, Err(Error::Shape { found, .. }) if found == shape));
+            assert!(
+                matches!(refused, Err(Error::Argument(ArgumentError::Shape { shape: found, .. })) if found == shape)
+            );
         }
     }
     let labels = Tensor::zeros([2], kind::INT64_CPU);
-    assert!(matches!(classifier.accuracy(&images(6, 3), &labels), Err(Error::Shape { .. })));
+    assert!(matches!(
+        classifier.accuracy(&images(6, 3), &labels),
+        Err(Error::Argument(ArgumentError::Shape { .. }))
+    ));
     Ok(())
 }
 

@@ -102,7 +102,7 @@ proptest! {
 fn bad_input() {
     assert_refuses_bad_pairs(|a, b| prdc(a, b, Neighbours::default()).map(|found| found.density));
     let real = normal(0, 5, 2);
-    assert!(matches!(precision_recall(&real, &real, 0), Err(Error::InvalidSetting { .. })));
+    assert!(matches!(precision_recall(&real, &real, 0), Err(Error::Invalid(_))));
     assert!(matches!(
         precision_recall(&real, &real, 5),
         Err(Error::TooFewSamples { found: 5, needed: 6, .. })

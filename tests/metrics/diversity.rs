@@ -1,5 +1,6 @@
 //! Mean pairwise and energy distance.
 
+use ddil_libtorch::ArgumentError;
 use ddil_metrics::{Error, energy_distance, mean_pairwise_distance};
 use tch::Tensor;
 
@@ -61,5 +62,8 @@ fn bad_features() {
     assert!(matches!(energy_distance(&one, &one), Err(Error::TooFewSamples { needed: 2, .. })));
     assert!(matches!(mean_pairwise_distance(&one), Err(Error::TooFewSamples { found: 1, .. })));
     assert!(matches!(mean_pairwise_distance(&with_a_nan(3, 2)), Err(Error::NonFinite { .. })));
-    assert!(matches!(mean_pairwise_distance(&one.view([1])), Err(Error::Shape { .. })));
+    assert!(matches!(
+        mean_pairwise_distance(&one.view([1])),
+        Err(Error::Argument(ArgumentError::Shape { .. }))
+    ));
 }

@@ -62,7 +62,7 @@ fn unequal_counts() -> ddil_metrics::Result<()> {
 fn impossible_options() {
     let real = normal(0, 40, 4);
     let no_directions = MeasureOptions { num_projections: 0, ..MeasureOptions::default() };
-    assert!(matches!(measure(&real, &real, no_directions), Err(Error::InvalidSetting { .. })));
+    assert!(matches!(measure(&real, &real, no_directions), Err(Error::Invalid(_))));
     let neighbours = Neighbours { precision_recall: 40, density_coverage: 5 };
     let too_many = MeasureOptions { neighbours, ..MeasureOptions::default() };
     assert!(matches!(measure(&real, &real, too_many), Err(Error::TooFewSamples { .. })));

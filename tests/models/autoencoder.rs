@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
@@ -427,9 +428,12 @@ fn inputs_that_do_not_fit_are_refused() -> TestResult {
         }
     }
     let integers = Tensor::zeros([1, 2, 4, 4], kind::INT64_CPU);
-    assert!(matches!(vae.decode(&integers), Err(Error::InvalidKind { name: "latents", .. })));
+    assert!(matches!(
+        vae.decode(&integers),
+        Err(Error::Argument(ArgumentError::Kind { name: "latents", .. }))
+    ));
     let error = vae.encode(&integers.narrow(1, 0, 1));
-    assert!(matches!(error, Err(Error::InvalidKind { name: "images", .. })));
+    assert!(matches!(error, Err(Error::Argument(ArgumentError::Kind { name: "images", .. }))));
     // Another kind than the parameters: libtorch's reason, not its stack trace.
     let doubles = zeros(&[1, 2, 4, 4]).to_kind(Kind::Double);
     let error = vae.decode(&doubles).expect_err("another kind").to_string();

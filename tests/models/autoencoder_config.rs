@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use ddil_files::Invalid;
 use ddil_models::{
-    AutoencoderKLConfig, ConfigProblem, DecoderBlockType, EncoderBlockType, Error, Placement,
-    SampleSize, UnknownKeys,
+    AutoencoderKLConfig, DecoderBlockType, EncoderBlockType, Error, Placement, SampleSize,
+    UnknownKeys,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -18,15 +19,15 @@ fn read(value: &Value, unknown_keys: UnknownKeys) -> ddil_models::Result<Autoenc
     AutoencoderKLConfig::from_file(path, unknown_keys)
 }
 
-fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<ConfigProblem> {
+fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<Invalid> {
     match result {
         Err(Error::InvalidConfig { problems, .. }) => problems,
         other => panic!("no refusal of settings: {other:?}"),
     }
 }
 
-fn keys(problems: &[ConfigProblem]) -> Vec<&str> {
-    problems.iter().map(|problem| problem.key.as_str()).collect()
+fn keys(problems: &[Invalid]) -> Vec<&str> {
+    problems.iter().map(|problem| problem.field.as_str()).collect()
 }
 
 #[test]

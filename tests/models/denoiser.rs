@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use ddil_core::{Conditioning, Denoiser};
+use ddil_libtorch::ArgumentError;
 use ddil_models::{
     Error, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement, SkipConfig, UnknownKeys,
     weights,
@@ -104,9 +105,15 @@ fn a_skip_connection_decides_type_and_schedule() -> TestResult {
         NoiseScheduleConfig::Vp(VpConfig { beta_end: 0.02, ..VpConfig::default() }).build()?;
     assert!(NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone()).is_ok());
     let wrong_type = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule);
-    assert!(matches!(wrong_type, Err(Error::InvalidArgument { name: "prediction_type", .. })));
+    assert!(matches!(
+        wrong_type,
+        Err(Error::Argument(ArgumentError::Value { name: "prediction_type", .. }))
+    ));
     let wrong_schedule = NetworkDenoiser::new(&model, PredictionType::Sample, other);
-    assert!(matches!(wrong_schedule, Err(Error::InvalidArgument { name: "schedule", .. })));
+    assert!(matches!(
+        wrong_schedule,
+        Err(Error::Argument(ArgumentError::Value { name: "schedule", .. }))
+    ));
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use ddil_core::{Conditioning, Denoiser, Discriminator};
+use ddil_libtorch::ArgumentError;
 use ddil_models::{
     DiscriminatorHead, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig,
     NetworkDenoiser, NetworkDiscriminator, Parameters, Placement, SampleSize,
@@ -150,7 +151,7 @@ fn a_head_is_saved_and_read() -> TestResult {
 fn heads_and_features_that_cannot_be_are_refused() -> TestResult {
     let keys = |config: &DiscriminatorHeadConfig| match build(config) {
         Err(Error::InvalidConfig { problems, .. }) => {
-            problems.into_iter().map(|p| p.key).collect::<Vec<_>>()
+            problems.into_iter().map(|p| p.field).collect::<Vec<_>>()
         }
         other => panic!("{other:?}"),
     };
@@ -166,10 +167,13 @@ fn heads_and_features_that_cannot_be_are_refused() -> TestResult {
     let features = Tensor::zeros([2, 8, 4, 4], kind::FLOAT_CPU);
     for wrong in [features.narrow(1, 0, 4), features.narrow(2, 0, 2), features.flatten(2, -1)] {
         let error = head.forward(&wrong);
-        assert!(matches!(error, Err(Error::InvalidShape { name: "features", .. })));
+        assert!(matches!(
+            error,
+            Err(Error::Argument(ArgumentError::Shape { name: "features", .. }))
+        ));
     }
     let integers = head.forward(&features.to_kind(Kind::Int64));
-    assert!(matches!(integers, Err(Error::InvalidKind { name: "features", .. })));
+    assert!(matches!(integers, Err(Error::Argument(ArgumentError::Kind { name: "features", .. }))));
     assert_eq!(head.forward(&features.narrow(0, 0, 0))?.size(), [0]);
     Ok(())
 }
@@ -263,7 +267,7 @@ fn what_does_not_fit_a_discriminator_is_refused() -> TestResult {
     let schedule = NoiseScheduleConfig::default().build()?;
     let other = build(&config(8, 4))?;
     let error = NetworkDiscriminator::new(&network, &other, schedule.clone());
-    assert!(matches!(error, Err(Error::InvalidArgument { name: "head", .. })));
+    assert!(matches!(error, Err(Error::Argument(ArgumentError::Value { name: "head", .. }))));
     let script = load("torch_script")?;
     let error = NetworkDiscriminator::new(&script, &other, schedule.clone());
     assert!(matches!(error, Err(Error::NoFeatures { network: "TorchScript" })));

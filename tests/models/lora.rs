@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
     Error, Lora, LoraConfig, LoraFormat, MlpConfig, Placement, UNet2DConditionModel, UNet2DConfig,
@@ -186,9 +187,9 @@ fn targets_are_whole_parts_of_names() -> TestResult {
     let config = LoraConfig { rank: 0, alpha: f64::NAN, targets };
     match Lora::attach(unet.parameters(), &config, 0) {
         Err(Error::InvalidConfig { problems, .. }) => {
-            let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
+            let keys: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();
             assert_eq!(keys, ["rank", "alpha", "targets"]);
-            assert!(problems[2].found.starts_with("out.0, to_x, ,"), "{}", problems[2].found);
+            assert!(problems[2].value.starts_with("out.0, to_x, ,"), "{}", problems[2].value);
             for name in ["to_q", "to_out.0", "conv_shortcut", "net.2"] {
                 assert!(problems[2].expected.contains(name), "{}", problems[2].expected);
             }
@@ -198,7 +199,7 @@ fn targets_are_whole_parts_of_names() -> TestResult {
     let config = LoraConfig { targets: Vec::new(), ..small() };
     assert!(matches!(
         Lora::attach(unet.parameters(), &config, 0),
-        Err(Error::InvalidConfig { problems, .. }) if problems.len() == 1 && problems[0].found == "empty"
+        Err(Error::InvalidConfig { problems, .. }) if problems.len() == 1 && problems[0].value == "empty"
     ));
     Ok(())
 }
@@ -384,7 +385,7 @@ fn what_does_not_fit_is_refused_by_name() -> TestResult {
     let (_, result) = changed(folder.path(), |tensors| {
         tensors.insert(format!("unet.{layer}.alpha"), Tensor::from(f64::NAN));
     })?;
-    assert!(matches!(result, Err(Error::InvalidArgument { name: "alpha", .. })));
+    assert!(matches!(result, Err(Error::Argument(ArgumentError::Value { name: "alpha", .. }))));
 
     let text = "text_encoder.a.lora_A.weight";
     let (_, result) = changed(folder.path(), |tensors| {
@@ -434,7 +435,10 @@ fn metadata_say_what_alpha_is() -> TestResult {
         }
     }
     let pattern = read(r#"{"unet.alpha_pattern": {"to_[qk]": 1}}"#);
-    assert!(matches!(pattern, Err(Error::InvalidArgument { name: "alpha_pattern", .. })));
+    assert!(matches!(
+        pattern,
+        Err(Error::Argument(ArgumentError::Value { name: "alpha_pattern", .. }))
+    ));
     assert!(matches!(read("{"), Err(Error::InvalidJson { .. })));
     Ok(())
 }
@@ -632,7 +636,7 @@ fn default_targets_are_those_that_a_network_has() -> TestResult {
     assert!(none.targets.is_empty());
     assert!(matches!(
         Lora::attach(mlp.parameters(), &none, 0),
-        Err(Error::InvalidConfig { problems, .. }) if problems[0].key == "targets"
+        Err(Error::InvalidConfig { problems, .. }) if problems[0].field == "targets"
     ));
     Ok(())
 }

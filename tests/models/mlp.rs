@@ -1,5 +1,6 @@
 //! `Mlp`: its skip connection, its inputs, its names.
 
+use ddil_libtorch::ArgumentError;
 use ddil_models::{Error, GaussianMixture, Mlp, MlpConfig, Placement, SkipConfig};
 use ddil_schedulers::NoiseScheduleConfig;
 use tch::{Kind, Tensor, kind};
@@ -133,7 +134,7 @@ fn what_does_not_fit_is_refused() -> TestResult {
     let wide = Tensor::zeros([2, 3], kind::DOUBLE_CPU);
     assert!(matches!(
         ask(&wide, &t, Some(&labels), Some(&w)),
-        Err(Error::InvalidShape { name: "x_t", .. })
+        Err(Error::Argument(ArgumentError::Shape { name: "x_t", .. }))
     ));
     assert!(matches!(
         ask(&x, &w.narrow(0, 0, 1), None, Some(&w)),
@@ -165,7 +166,7 @@ fn what_does_not_fit_is_refused() -> TestResult {
     let Err(Error::InvalidConfig { problems, .. }) = build(&config) else {
         panic!("four problems")
     };
-    let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
+    let keys: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();
     assert_eq!(keys, ["dim", "time_features", "hidden_widths[1]", "skip.sigma_data"]);
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! `GaussianMixture` against integrals, closed forms and its own density.
 
 use ddil_core::{Conditioning, Denoiser, Guided};
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use ddil_models::{Error, GaussianMixture};
 use ddil_schedulers::NoiseScheduleConfig;
@@ -217,8 +218,8 @@ fn rings_and_grids_lie_where_they_should() -> TestResult {
 #[test]
 fn impossible_mixtures_and_inputs_are_refused() -> TestResult {
     let means = Tensor::zeros([2, 2], kind::FLOAT_CPU);
-    let shape = |r| matches!(r, Err(Error::InvalidShape { .. }));
-    let value = |r| matches!(r, Err(Error::InvalidArgument { .. }));
+    let shape = |r| matches!(r, Err(Error::Argument(ArgumentError::Shape { .. })));
+    let value = |r| matches!(r, Err(Error::Argument(ArgumentError::Value { .. })));
     assert!(shape(GaussianMixture::new(&Tensor::zeros([2], kind::FLOAT_CPU), &[1.0], &[1.0])));
     assert!(shape(GaussianMixture::new(&means, &[1.0], &[1.0, 1.0])));
     assert!(shape(GaussianMixture::ring(0)) && shape(GaussianMixture::grid(0)));
@@ -304,7 +305,10 @@ fn a_mixture_can_lack_components() -> TestResult {
 
     // Neither a class nor the whole may go, and what is not there cannot.
     for components in [vec![0, 1], (0..8).collect(), vec![8], vec![-1]] {
-        assert!(matches!(ring.without(&components), Err(Error::InvalidArgument { .. })));
+        assert!(matches!(
+            ring.without(&components),
+            Err(Error::Argument(ArgumentError::Value { .. }))
+        ));
     }
     Ok(())
 }

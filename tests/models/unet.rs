@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
     DownBlockType, Error, Placement, UNet2DConfig, UNet2DModel, UnknownKeys, UpBlockType, weights,
@@ -225,7 +226,10 @@ fn labels_for_a_network_without_classes_are_refused() -> TestResult {
     let identity = load("unet_identity_classes", Placement::default())?;
     let recorded = expected("unet_identity_classes")?;
     let error = identity.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels), None);
-    assert!(matches!(error, Err(Error::InvalidShape { name: "class_labels", .. })));
+    assert!(matches!(
+        error,
+        Err(Error::Argument(ArgumentError::Shape { name: "class_labels", .. }))
+    ));
     Ok(())
 }
 
@@ -283,9 +287,15 @@ fn a_guidance_weight_is_neither_missed_nor_passed_over() -> TestResult {
     let surplus = untold.features(&x_t, &t, None, Some(&weight));
     assert!(matches!(surplus, Err(Error::GuidanceWeight { expected: false, .. })));
     let one = told.forward(&x_t, &t, None, Some(&weight.narrow(0, 0, 1)));
-    assert!(matches!(one, Err(Error::InvalidShape { name: "guidance_weight", .. })));
+    assert!(matches!(
+        one,
+        Err(Error::Argument(ArgumentError::Shape { name: "guidance_weight", .. }))
+    ));
     let integers = told.forward(&x_t, &t, None, Some(&weight.to_kind(Kind::Int64)));
-    assert!(matches!(integers, Err(Error::InvalidKind { name: "guidance_weight", .. })));
+    assert!(matches!(
+        integers,
+        Err(Error::Argument(ArgumentError::Kind { name: "guidance_weight", .. }))
+    ));
     Ok(())
 }
 

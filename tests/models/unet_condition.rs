@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ddil_core::Conditioning;
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
     ConditionDownBlockType, ConditionMidBlockType, ConditionUpBlockType, Error, PerLevel,
@@ -366,7 +367,10 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
     for shape in [&[3, 1, 8][..], &[3, 2, 8, 8], &[3, 1, 0, 8]] {
         let x_t = Tensor::zeros(shape, kind::FLOAT_CPU);
         let error = unet.forward(&x_t, &Tensor::from(1_i64), inputs);
-        assert!(matches!(error, Err(Error::InvalidShape { name: "sample", .. })), "{shape:?}");
+        assert!(
+            matches!(error, Err(Error::Argument(ArgumentError::Shape { name: "sample", .. }))),
+            "{shape:?}"
+        );
     }
     for shape in [&[3, 5][..], &[2, 5, 12], &[3, 0, 12], &[3, 5, 11]] {
         let text = Tensor::zeros(shape, kind::FLOAT_CPU);
@@ -375,7 +379,10 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
     }
     let tokens = text.to_kind(Kind::Int64);
     let error = refusal(&unet, UNet2DConditionInputs::text(&tokens));
-    assert!(matches!(error, Error::InvalidKind { name: "encoder_hidden_states", .. }));
+    assert!(matches!(
+        error,
+        Error::Argument(ArgumentError::Kind { name: "encoder_hidden_states", .. })
+    ));
     let mask = Tensor::ones([3, 4], kind::FLOAT_CPU);
     let masked = UNet2DConditionInputs { encoder_attention_mask: Some(&mask), ..inputs };
     let message = refusal(&unet, masked).to_string();

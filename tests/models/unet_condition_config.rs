@@ -2,10 +2,11 @@
 
 use std::fs;
 
+use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, ClassEmbedType, ConditionDownBlockType, ConditionMidBlockType,
-    ConditionUpBlockType, ConfigProblem, Error, PerLevel, Placement, TransformerDepth,
-    TransformerLayers, UNet2DConditionConfig, UnknownKeys,
+    ConditionUpBlockType, Error, PerLevel, Placement, TransformerDepth, TransformerLayers,
+    UNet2DConditionConfig, UnknownKeys,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -19,7 +20,7 @@ fn read(value: &Value) -> ddil_models::Result<UNet2DConditionConfig> {
     UNet2DConditionConfig::from_file(path, UnknownKeys::Refuse)
 }
 
-fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<ConfigProblem> {
+fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<Invalid> {
     match result {
         Err(Error::InvalidConfig { problems, .. }) => problems,
         other => panic!("no refusal of settings: {other:?}"),
@@ -121,7 +122,7 @@ fn all_problems_are_listed_at_once() {
         "resnet_time_scale_shift": "spatial",
     }));
     let text = error.as_ref().expect_err("nine problems").to_string();
-    let keys: Vec<_> = problems(error).into_iter().map(|problem| problem.key).collect();
+    let keys: Vec<_> = problems(error).into_iter().map(|problem| problem.field).collect();
     let expected = [
         "act_fn",
         "attention_type",
@@ -151,7 +152,7 @@ fn what_is_not_supported_is_named() {
         "num_attention_heads": [5, 10, 20, 20],
         "time_embedding_type": "fourier",
     })));
-    let keys: Vec<_> = found.iter().map(|problem| problem.key.as_str()).collect();
+    let keys: Vec<_> = found.iter().map(|problem| problem.field.as_str()).collect();
     let expected = [
         "dual_cross_attention",
         "class_embeddings_concat",
@@ -165,7 +166,7 @@ fn what_is_not_supported_is_named() {
     assert_eq!(found[0].to_string(), "`dual_cross_attention` is true; expected false");
     for value in ["text_image", "image", "image_hint"] {
         let found = problems(read(&json!({"addition_embed_type": value})));
-        assert_eq!(found[0].key, "addition_embed_type");
+        assert_eq!(found[0].field, "addition_embed_type");
     }
 }
 
@@ -198,7 +199,7 @@ fn ensure_refused(cases: &[(&str, Spoil)]) {
         let mut config = small();
         spoil(&mut config);
         let found = problems(config.build(Placement::default(), 0));
-        assert!(found.iter().any(|problem| problem.key == *key), "{key}: {found:?}");
+        assert!(found.iter().any(|problem| problem.field == *key), "{key}: {found:?}");
         assert_eq!(found, problems(config.parameter_shapes()));
     }
 }
@@ -324,7 +325,7 @@ fn settings_of_attention_matter_only_where_there_is_attention() -> TestResult {
     };
     let keys: Vec<_> = problems(crossed.build(Placement::default(), 0))
         .into_iter()
-        .map(|problem| problem.key)
+        .map(|problem| problem.field)
         .collect();
     let expected = ["attention_head_dim", "cross_attention_dim", "transformer_layers_per_block[1]"];
     assert_eq!(keys, expected);

@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use ddil_files::Invalid;
 use ddil_models::{
-    ClassEmbedType, ConfigProblem, DownBlockType, Error, Placement, SampleSize, UNet2DConfig,
-    UnknownKeys, UpBlockType,
+    ClassEmbedType, DownBlockType, Error, Placement, SampleSize, UNet2DConfig, UnknownKeys,
+    UpBlockType,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -18,7 +19,7 @@ fn read(value: &Value, unknown_keys: UnknownKeys) -> ddil_models::Result<UNet2DC
     UNet2DConfig::from_file(path, unknown_keys)
 }
 
-fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<ConfigProblem> {
+fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<Invalid> {
     match result {
         Err(Error::InvalidConfig { problems, .. }) => problems,
         other => panic!("no refusal of settings: {other:?}"),
@@ -67,7 +68,7 @@ fn all_problems_are_listed_at_once() {
     });
     let error = read(&config, UnknownKeys::Refuse).expect_err("six problems");
     let text = error.to_string();
-    let listed: Vec<_> = problems(Err::<(), _>(error)).into_iter().map(|p| p.key).collect();
+    let listed: Vec<_> = problems(Err::<(), _>(error)).into_iter().map(|p| p.field).collect();
     let expected = [
         "down_block_types",
         "downsample_type",
@@ -83,7 +84,7 @@ fn all_problems_are_listed_at_once() {
 #[test]
 fn unknown_keys_are_ignored_on_demand_alone() -> TestResult {
     let config = json!({"in_channels": 1, "in_chanels": 3});
-    assert_eq!(problems(read(&config, UnknownKeys::Refuse))[0].key, "in_chanels");
+    assert_eq!(problems(read(&config, UnknownKeys::Refuse))[0].field, "in_chanels");
     assert_eq!(read(&config, UnknownKeys::Ignore)?.in_channels, 1);
     Ok(())
 }
@@ -92,7 +93,7 @@ fn unknown_keys_are_ignored_on_demand_alone() -> TestResult {
 fn settings_of_another_class_are_refused() {
     let found =
         problems(read(&json!({"_class_name": "UNet2DConditionModel"}), UnknownKeys::Ignore));
-    assert_eq!(found[0].key, "_class_name");
+    assert_eq!(found[0].field, "_class_name");
 }
 
 #[test]
@@ -151,7 +152,7 @@ fn impossible_values_are_refused_by_key() {
         let mut config = small();
         spoil(&mut config);
         let found = problems(config.build(Placement::default(), 0));
-        assert!(found.iter().any(|p| p.key == key), "{key}: {found:?}");
+        assert!(found.iter().any(|p| p.field == key), "{key}: {found:?}");
     }
 }
 
@@ -160,7 +161,7 @@ fn a_head_size_matters_only_where_there_is_attention() {
     let config = UNet2DConfig { block_out_channels: vec![6, 8], ..small() };
     assert!(config.build(Placement::default(), 0).is_ok());
     let config = UNet2DConfig { block_out_channels: vec![8, 6], add_attention: false, ..small() };
-    assert_eq!(problems(config.build(Placement::default(), 0))[0].key, "attention_head_dim");
+    assert_eq!(problems(config.build(Placement::default(), 0))[0].field, "attention_head_dim");
 }
 
 #[test]
@@ -171,6 +172,6 @@ fn a_key_that_diffusers_does_not_have_is_written_only_where_it_is_set() -> TestR
     let object: Map<String, Value> = serde_json::from_str(&told.to_json())?;
     assert_eq!(read(&Value::Object(object), UnknownKeys::Refuse)?, told);
     let narrow = problems(read(&json!({"time_cond_proj_dim": 3}), UnknownKeys::Refuse));
-    assert_eq!(narrow[0].key, "time_cond_proj_dim");
+    assert_eq!(narrow[0].field, "time_cond_proj_dim");
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Error, Model, Placement, UnknownKeys};
 use proptest::prelude::*;
@@ -145,7 +146,9 @@ fn names_that_reach_elsewhere_are_refused() {
                 files.save_sharded(&tensors(2), "no/such", 0),
             ] {
                 match result {
-                    Err(Error::InvalidArgument { name: found, .. }) => assert_eq!(found, name),
+                    Err(Error::Argument(ArgumentError::Value { name: found, .. })) => {
+                        assert_eq!(found, name)
+                    }
                     other => panic!("{bad:?}: {other:?}"),
                 }
             }

@@ -179,6 +179,6 @@ fn impossible_settings_are_refused() {
         (AdamWConfig { max_grad_norm: f64::NAN, ..default }, "max_grad_norm"),
     ] {
         let error = config.build(vec![]).expect_err(field);
-        assert!(matches!(&error, Error::InvalidConfig { field: found, .. } if found == field));
+        assert!(matches!(&error, Error::Invalid(invalid) if invalid.field == *field));
     }
 }

@@ -7,6 +7,7 @@ mod spill;
 
 use std::collections::HashMap;
 
+use ddil_files::Invalid;
 use ddil_schedulers::Timesteps;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -177,16 +178,16 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless there is room for a state at each grid index but the first, and a folder where
+    /// [`Error::Invalid`] unless there is room for a state at each grid index but the first, and a folder where
     /// states may spill.
     pub fn new(config: BufferConfig, timesteps: &Timesteps) -> Result<Self> {
         let num_rings = timesteps.len() - 1;
         if config.capacity < num_rings.max(1) {
-            return Err(Error::InvalidConfig {
-                field: "buffer.capacity",
-                value: config.capacity.to_string(),
-                expected: format!("at least {}, a state a grid index", num_rings.max(1)),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "buffer.capacity",
+                config.capacity,
+                format!("at least {}, a state a grid index", num_rings.max(1)),
+            )));
         }
         config.spill.as_ref().map_or(Ok(()), SpillConfig::ensure)?;
         Ok(Self {
@@ -208,7 +209,7 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if all rings together hold fewer states.
+    /// [`Error::Invalid`] if all rings together hold fewer states.
     pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
         let rings = self.rings.len();
         let per_ring = self.config.capacity / rings.max(1);
@@ -216,14 +217,14 @@ impl AggregationBuffer {
         if rings == 0 || per_ring * rings >= batch {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "buffer.capacity",
-            value: format!(
+        Err(Error::Invalid(Invalid::new(
+            "buffer.capacity",
+            format!(
                 "{}, which is {per_ring} states at each of {rings} grid indices",
                 self.config.capacity
             ),
-            expected: format!("room for at least {batch} states, a batch"),
-        })
+            format!("room for at least {batch} states, a batch"),
+        )))
     }
 
     /// States kept, whatever their age.
@@ -247,8 +248,8 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for grid index 0 or one beyond the grid, or if a byte budget cannot hold a state a
-    /// ring; [`Error::OutOfOrder`] if a state is older than one that is kept at its index; [`Error::Shape`] or
+    /// [`Error::Invalid`] for grid index 0 or one beyond the grid, or if a byte budget cannot hold a state a
+    /// ring; [`Error::OutOfOrder`] if a state is older than one that is kept at its index; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or
     /// [`Error::Conditioning`] if states are not like those before; [`Error::Spill`] if the disk is full. Of states that
     /// the disk refused, the oldest may be gone that they would have replaced; the others are as they were.
     pub fn insert(&mut self, states: &States) -> Result<()> {
@@ -328,11 +329,11 @@ impl AggregationBuffer {
                 let rings = self.rings.len();
                 Ok(none.insert(Spill::new(config, columns, places.segment_rows, rings)?))
             }
-            (None, None) => Err(Error::InvalidConfig {
-                field: "buffer.spill",
-                value: "not set".to_owned(),
-                expected: "a folder for states that are on disk".to_owned(),
-            }),
+            (None, None) => Err(Error::Invalid(Invalid::new(
+                "buffer.spill",
+                "not set",
+                "a folder for states that are on disk",
+            ))),
         }
     }
 
@@ -561,11 +562,11 @@ impl AggregationBuffer {
         for (&grid_index, &birth) in states.grid_indices.iter().zip(&states.births) {
             let ring = grid_index.checked_sub(1);
             let Some(latest) = ring.and_then(|ring| latest.get_mut(ring)) else {
-                return Err(Error::InvalidConfig {
-                    field: "grid_indices",
-                    value: grid_index.to_string(),
-                    expected: format!("in 1..={}; index 0 is noise", self.rings.len()),
-                });
+                return Err(Error::Invalid(Invalid::new(
+                    "grid_indices",
+                    grid_index,
+                    format!("in 1..={}; index 0 is noise", self.rings.len()),
+                )));
             };
             if birth < *latest {
                 let latest = *latest;
@@ -608,9 +609,9 @@ impl AggregationBuffer {
 }
 
 fn too_little(field: &'static str, budget: u64, least: u64, rings: usize, bytes: u64) -> Error {
-    Error::InvalidConfig {
+    Error::Invalid(Invalid::new(
         field,
-        value: budget.to_string(),
-        expected: format!("at least {least}: {rings} grid indices, and {bytes} bytes a state"),
-    }
+        budget,
+        format!("at least {least}: {rings} grid indices, and {bytes} bytes a state"),
+    ))
 }

@@ -1,6 +1,6 @@
 //! What a network is told beside `x_t` and the timestep.
 
-use ddil_schedulers::ensure_dense;
+use ddil_libtorch::ensure_dense;
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};

@@ -2,10 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A schedule, prediction or sampler refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
@@ -37,28 +46,6 @@ pub enum Error {
         field: &'static str,
         /// What is wrong with it.
         problem: String,
-    },
-    /// An argument has a shape that the function cannot take.
-    #[error("{op}: `{name}` has shape {shape:?}; expected {expected}")]
-    Shape {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its shape.
-        shape: Vec<i64>,
-        /// What it may be.
-        expected: String,
-    },
-    /// A setting is outside of what it may be.
-    #[error("`{field}` is {value}; expected {expected}")]
-    InvalidConfig {
-        /// The setting, as it is spelt in a config file.
-        field: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: String,
     },
     /// A source has no state to give.
     #[error("source `{source_name}` has no state to give: {reason}")]
@@ -128,6 +115,15 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            Self::Scheduler(error) => error.invalid(),
+            _ => None,
+        }
+    }
+
     /// Wraps what libtorch said in the name of the operation, first line only.
     pub fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| {

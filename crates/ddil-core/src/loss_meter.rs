@@ -1,6 +1,8 @@
 //! How much worse a student is on states of its own than on those of the data.
 
-use ddil_schedulers::ensure_real;
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::ensure_real;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -63,7 +65,7 @@ impl LossMeter {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless there is a loss a state; [`Error::InvalidConfig`] for a grid index beyond the grid.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there is a loss a state; [`Error::Invalid`] for a grid index beyond the grid.
     pub fn add(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
         const OP: &str = "LossMeter::add";
         states.ensure(OP)?;
@@ -72,14 +74,14 @@ impl LossMeter {
         if per_sample.size() != expected {
             let (name, shape) = ("per_sample", per_sample.size());
             let expected = format!("{expected:?}, a loss a state");
-            return Err(Error::Shape { op: OP, name, shape, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op: OP, name, shape, expected }));
         }
         if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.num_indices) {
-            return Err(Error::InvalidConfig {
-                field: "grid_indices",
-                value: index.to_string(),
-                expected: format!("below {}, the length of the grid", self.num_indices),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "grid_indices",
+                index,
+                format!("below {}, the length of the grid", self.num_indices),
+            )));
         }
         let places = states.sources.iter().zip(&states.grid_indices);
         let places: Vec<i64> = places

@@ -1,5 +1,7 @@
 //! The mixing prior over sources.
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{Ddim, MAX_TRAIN_TIMESTEPS, Sampler, Thresholding, Timesteps};
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -229,7 +231,7 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting.
+    /// [`Error::Invalid`] that names the setting.
     pub fn new(config: MixerConfig, grid: Timesteps, sampler: Box<dyn Sampler>) -> Result<Self> {
         let rollout = grid.clone();
         Self::with_rollout(config, grid, rollout, sampler)
@@ -272,18 +274,18 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a place that has no prior.
+    /// [`Error::Invalid`] for a place that has no prior.
     pub fn with_source(mut self, place: Source, source: Box<dyn TrajectorySource>) -> Result<Self> {
         match place {
             Source::Forward => self.sources.forward = source,
             Source::Student => self.sources.student = source,
             Source::Teacher => self.sources.teacher = source,
             Source::Mixed | Source::Noise => {
-                return Err(Error::InvalidConfig {
-                    field: "place",
-                    value: place.as_str().to_owned(),
-                    expected: "forward, student or teacher".to_owned(),
-                });
+                return Err(Error::Invalid(Invalid::new(
+                    "place",
+                    place.as_str().to_owned(),
+                    "forward, student or teacher",
+                )));
             }
         }
         Ok(self)
@@ -354,15 +356,11 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for an empty batch, and for a buffer that holds fewer states than a batch: it would
+    /// [`Error::Invalid`] for an empty batch, and for a buffer that holds fewer states than a batch: it would
     /// forget what was just put into it.
     pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
         if batch == 0 {
-            return Err(Error::InvalidConfig {
-                field: "batch_size",
-                value: "0".to_owned(),
-                expected: "at least 1".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new("batch_size", "0", "at least 1")));
         }
         let Sources { forward, student, teacher } = &self.sources;
         [forward, student, teacher].iter().try_for_each(|source| source.ensure_batch_size(batch))
@@ -372,7 +370,7 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] or [`Error::Shape`] if data and prompts do not fit each other; whatever the networks
+    /// [`Error::Conditioning`] or [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if data and prompts do not fit each other; whatever the networks
     /// say in rollouts.
     pub fn next_states(&mut self, request: &MixRequest<'_>) -> Result<States> {
         const OP: &str = "Mixer::next_states";
@@ -430,7 +428,7 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] if the shapes differ; [`Error::InvalidConfig`] if chains are mixed and there is no
+    /// [`Error::Scheduler`] if the shapes differ; [`Error::Invalid`] if chains are mixed and there is no
     /// `teacher_next`.
     pub fn after_loss(
         &mut self,
@@ -444,9 +442,9 @@ impl Mixer {
         let _no_grad = tch::no_grad_guard();
         states.ensure(OP)?;
         let x_t = ("x_t", &states.x_t);
-        ddil_schedulers::ensure_same_shape(OP, ("student_x0", student_x0), x_t)?;
+        ddil_libtorch::ensure_same_shape(OP, ("student_x0", student_x0), x_t)?;
         if let Some(teacher_next) = teacher_next {
-            ddil_schedulers::ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
+            ddil_libtorch::ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
         }
         let student_x0 = &self.config.student_thresholding().apply(&student_x0.detach())?;
         let feedback = LossFeedback {
@@ -469,7 +467,7 @@ impl Mixer {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] unless there is a loss a state.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there is a loss a state.
     pub fn see_losses(&mut self, states: &States, per_sample: &Tensor) -> Result<()> {
         self.adaptation
             .as_mut()
@@ -648,11 +646,11 @@ pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -
 }
 
 fn ensure_batch(op: &'static str, request: &MixRequest<'_>) -> Result<usize> {
-    ddil_schedulers::ensure_real(op, "data.x0", &request.data.x0)?;
+    ddil_libtorch::ensure_real(op, "data.x0", &request.data.x0)?;
     let shape = request.data.x0.size();
     if shape.len() < 2 || shape[0] == 0 {
         let expected = "[batch, ..] with at least one sample".to_owned();
-        return Err(Error::Shape { op, name: "data.x0", shape, expected });
+        return Err(Error::Argument(ArgumentError::Shape { op, name: "data.x0", shape, expected }));
     }
     request.data.conditioning.ensure_batch(op, shape[0])?;
     request.prompts.ensure_batch(op, shape[0])?;

@@ -5,6 +5,7 @@ mod adaptive;
 pub(crate) use adaptive::Adaptation;
 pub use adaptive::{AdaptivePriors, AdaptiveSignal};
 
+use ddil_files::Invalid;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -56,7 +57,7 @@ impl Priors {
 
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless each is at least 0 and they sum to 1.
+    /// [`Error::Invalid`] unless each is at least 0 and they sum to 1.
     pub fn new(forward: f64, student: f64, teacher: f64) -> Result<Self> {
         let sum = forward + student + teacher;
         // Written so that a NaN is refused.
@@ -64,11 +65,11 @@ impl Priors {
         if possible && (sum - 1.0).abs() <= SUM_TOLERANCE {
             return Ok(Self { forward, student, teacher });
         }
-        Err(Error::InvalidConfig {
-            field: "priors.forward, priors.student, priors.teacher",
-            value: format!("{forward}, {student}, {teacher}"),
-            expected: "at least 0 each and 1 together".to_owned(),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "priors.forward, priors.student, priors.teacher",
+            format!("{forward}, {student}, {teacher}"),
+            "at least 0 each and 1 together",
+        )))
     }
 
     /// Share of dataset samples, noised.
@@ -250,7 +251,7 @@ impl PriorSchedule {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1; as
+    /// [`Error::Invalid`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1; as
     /// [`AdaptivePriors::ensure`].
     pub fn ensure(&self) -> Result<()> {
         match self {
@@ -259,11 +260,11 @@ impl PriorSchedule {
                 if 0.0 <= *start && start <= end && *end <= 1.0 {
                     return Ok(());
                 }
-                Err(Error::InvalidConfig {
-                    field: "priors.start, priors.end",
-                    value: format!("{start}, {end}"),
-                    expected: "in order and in 0..=1".to_owned(),
-                })
+                Err(Error::Invalid(Invalid::new(
+                    "priors.start, priors.end",
+                    format!("{start}, {end}"),
+                    "in order and in 0..=1",
+                )))
             }
             Self::Steps { steps } => ensure_steps(steps),
             Self::Adaptive(adaptive) => adaptive.ensure(),
@@ -317,11 +318,11 @@ fn ensure_steps(steps: &[PriorStep]) -> Result<()> {
     if rises && in_range && from.first() == Some(&0.0) {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field: "priors.steps.from",
-        value: format!("{from:?}"),
-        expected: "rising from 0 and in 0..=1".to_owned(),
-    })
+    Err(Error::Invalid(Invalid::new(
+        "priors.steps.from",
+        format!("{from:?}"),
+        "rising from 0 and in 0..=1",
+    )))
 }
 
 #[cfg(test)]

@@ -4,9 +4,12 @@ mod mixed;
 
 pub use mixed::{MixedRollout, MixedVariant, Visited};
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
+use ddil_libtorch::ensure_real;
 use ddil_schedulers::{
-    NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep, Timesteps, ensure_real,
+    NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep, Timesteps,
 };
 use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
@@ -54,7 +57,7 @@ pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> R
 /// # Errors
 ///
 /// [`Error::Scheduler`] if the sampler needs noise and there is no generator; [`Error::Conditioning`] or
-/// [`Error::Shape`] if the arguments do not fit each other; whatever the denoiser says.
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the arguments do not fit each other; whatever the denoiser says.
 ///
 /// # Example
 ///
@@ -101,7 +104,7 @@ pub fn rollout(
 ///
 /// # Errors
 ///
-/// As [`rollout`], and [`Error::InvalidConfig`] if a timestep of `kept` is not visited.
+/// As [`rollout`], and [`Error::Invalid`] if a timestep of `kept` is not visited.
 pub fn rollout_keeping(
     denoiser: &dyn Denoiser,
     sampler: &dyn Sampler,
@@ -148,7 +151,7 @@ pub fn sample(
 ///
 /// # Errors
 ///
-/// As [`sample`], and [`Error::Shape`] for another number of generators.
+/// As [`sample`], and [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for another number of generators.
 ///
 /// # Example
 ///
@@ -196,7 +199,7 @@ pub fn sample_each(
     if sampler.needs_noise() && batch != generators.len() as i64 {
         let expected = format!("{} rows, one a generator", generators.len());
         let (op, shape) = ("sample_each", noise.size());
-        return Err(Error::Shape { op, name: "noise", shape, expected });
+        return Err(Error::Argument(ArgumentError::Shape { op, name: "noise", shape, expected }));
     }
     let fresh = Fresh::OfEach(generators);
     run((denoiser, sampler), timesteps, noise, conditioning, fresh, |_, _| {})
@@ -213,7 +216,7 @@ pub fn sample_each(
 ///
 /// # Errors
 ///
-/// As [`rollout`], and [`Error::InvalidConfig`] if a target is noisier than the first of `timesteps`.
+/// As [`rollout`], and [`Error::Invalid`] if a target is noisier than the first of `timesteps`.
 pub fn rollout_to(
     denoiser: &dyn Denoiser,
     sampler: &dyn Sampler,
@@ -404,7 +407,12 @@ fn ensure_ready(
     ensure_real(op, "noise", noise)?;
     let Some(&batch) = noise.size().first() else {
         let expected = "[batch, ..]".to_owned();
-        return Err(Error::Shape { op, name: "noise", shape: vec![], expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name: "noise",
+            shape: vec![],
+            expected,
+        }));
     };
     conditioning.ensure_batch(op, batch)?;
     if sampler.needs_noise() && !has_generator {
@@ -416,14 +424,19 @@ fn ensure_ready(
 fn ensure_targets(op: &'static str, noise: &Tensor, first: i64, targets: &[i64]) -> Result<()> {
     if noise.size().first() != Some(&(targets.len() as i64)) {
         let expected = format!("{} rows, one a target", targets.len());
-        return Err(Error::Shape { op, name: "noise", shape: noise.size(), expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name: "noise",
+            shape: noise.size(),
+            expected,
+        }));
     }
     match targets.iter().find(|target| !(-1..=first).contains(*target)) {
-        Some(target) => Err(Error::InvalidConfig {
-            field: "targets",
-            value: target.to_string(),
-            expected: format!("in -1..={first}; the trajectory starts at {first}"),
-        }),
+        Some(target) => Err(Error::Invalid(Invalid::new(
+            "targets",
+            target,
+            format!("in -1..={first}; the trajectory starts at {first}"),
+        ))),
         None => Ok(()),
     }
 }
@@ -435,11 +448,11 @@ pub(crate) fn ensure_part_of(
     fine: &Timesteps,
 ) -> Result<()> {
     match coarse.as_slice().iter().find(|timestep| !fine.as_slice().contains(timestep)) {
-        Some(timestep) => Err(Error::InvalidConfig {
+        Some(timestep) => Err(Error::Invalid(Invalid::new(
             field,
-            value: format!("{timestep} among {:?}", coarse.as_slice()),
-            expected: format!("one of the timesteps that are visited, {:?}", fine.as_slice()),
-        }),
+            format!("{timestep} among {:?}", coarse.as_slice()),
+            format!("one of the timesteps that are visited, {:?}", fine.as_slice()),
+        ))),
         None => Ok(()),
     }
 }

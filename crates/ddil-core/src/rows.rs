@@ -1,5 +1,6 @@
 //! Rows of states in one block of memory.
 
+use ddil_libtorch::ArgumentError;
 use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
@@ -202,7 +203,12 @@ impl Block {
         let (stored, given) = (self.x_t.size(), x_t.size());
         if stored[1..] != *given.get(1..).unwrap_or_default() {
             let expected = format!("[batch, ..{:?}], as what is stored", &stored[1..]);
-            return Err(Error::Shape { op, name: "x_t", shape: given, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "x_t",
+                shape: given,
+                expected,
+            }));
         }
         let rows = |c: &Conditioning| -> Vec<_> {
             c.parts().map(|(name, part)| (name, part.size()[1..].to_vec())).collect()

@@ -1,7 +1,10 @@
 //! How far the states at inference lie from those of training.
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
-use ddil_schedulers::{Sampler, Timesteps, ensure_real};
+use ddil_libtorch::ensure_real;
+use ddil_schedulers::{Sampler, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -35,11 +38,11 @@ impl ShiftConfig {
         if projections > 0 && batch_size > 0 && pool.is_none_or(|size| size > 0) {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "shift.projections, shift.pool, shift.batch_size",
-            value: format!("{projections}, {pool:?}, {batch_size}"),
-            expected: "at least 1 each".to_owned(),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "shift.projections, shift.pool, shift.batch_size",
+            format!("{projections}, {pool:?}, {batch_size}"),
+            "at least 1 each",
+        )))
     }
 }
 
@@ -108,7 +111,7 @@ impl ShiftReport {
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if shapes differ or there are fewer than two states; [`Error::InvalidConfig`] for the settings.
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if shapes differ or there are fewer than two states; [`Error::Invalid`] for the settings.
 pub fn shift_at(
     timestep: i64,
     train: &Tensor,
@@ -123,12 +126,12 @@ pub fn shift_at(
     for (name, states) in [("inference", inference), ("null.0", null.0), ("null.1", null.1)] {
         ensure_real("shift_at", name, states)?;
         if states.size() != train.size() || train.dim() < 2 || train.size()[0] < 2 {
-            return Err(Error::Shape {
+            return Err(Error::Argument(ArgumentError::Shape {
                 op: "shift_at",
                 name,
                 shape: states.size(),
                 expected: format!("that of `train`, {:?}, with at least 2 rows", train.size()),
-            });
+            }));
         }
     }
     let prepare = |states: &Tensor| pooled(&states.to_kind(Kind::Float), config.pool);
@@ -175,7 +178,7 @@ pub fn measure_shift(request: &ShiftRequest<'_>, config: &ShiftConfig) -> Result
     if half < 2 {
         let expected = "at least 4 samples".to_owned();
         let (op, shape) = ("measure_shift", x0.size());
-        return Err(Error::Shape { op, name: "data.x0", shape, expected });
+        return Err(Error::Argument(ArgumentError::Shape { op, name: "data.x0", shape, expected }));
     }
     let mut generator = request.streams.generator(request.step, Stream::Projection, x0.device())?;
     let visited = inference_states(request, half, config.batch_size, &mut generator)?;

@@ -8,7 +8,10 @@ pub use forward::ForwardSource;
 pub use student::{RolloutSteps, StudentConfig, StudentPolicy, StudentSource};
 pub use teacher::{TeacherConfig, TeacherSource, TeacherStates};
 
-use ddil_schedulers::{Sampler, Timesteps, ensure_same_shape};
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::ensure_same_shape;
+use ddil_schedulers::{Sampler, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -45,7 +48,7 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if there is no room for what a batch needs.
+    /// [`Error::Invalid`] if there is no room for what a batch needs.
     fn ensure_batch_size(&self, _batch: usize) -> Result<()> {
         Ok(())
     }
@@ -93,7 +96,7 @@ impl Grids {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `rollout` is part of `student`, `student` part of `teacher`, all begin at the
+    /// [`Error::Invalid`] unless `rollout` is part of `student`, `student` part of `teacher`, all begin at the
     /// same timestep, and each step goes to the next entry.
     pub fn ensure(&self) -> Result<()> {
         ensure_part_of("rollout_timesteps", &self.rollout, &self.student)?;
@@ -105,16 +108,16 @@ impl Grids {
             if grid.as_slice()[0] != first {
                 let value = grid.as_slice()[0].to_string();
                 let expected = format!("a grid that begins at {first}, as training does");
-                return Err(Error::InvalidConfig { field, value, expected });
+                return Err(Error::Invalid(Invalid::new(field, value, expected)));
             }
         }
         let next = self.student.as_slice().iter().skip(1).copied().chain([-1]);
         match self.student.pairs().zip(next).find(|((_, prev), next)| prev != next) {
-            Some(((timestep, prev), next)) => Err(Error::InvalidConfig {
-                field: "timesteps",
-                value: format!("a step from {timestep} to {prev}"),
-                expected: format!("a step to the next entry, {next}"),
-            }),
+            Some(((timestep, prev), next)) => Err(Error::Invalid(Invalid::new(
+                "timesteps",
+                format!("a step from {timestep} to {prev}"),
+                format!("a step to the next entry, {next}"),
+            ))),
             None => Ok(()),
         }
     }
@@ -167,23 +170,28 @@ impl<'a> SourceRequest<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a grid index beyond the grid; [`Error::Shape`], [`Error::Conditioning`] or
+    /// [`Error::Invalid`] for a grid index beyond the grid; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::Conditioning`] or
     /// [`Error::Scheduler`] for a part that is not of as many samples as there are indices, or holds no real numbers.
     pub fn ensure(&self) -> Result<()> {
         const OP: &str = "TrajectorySource::states";
         let len = self.grids.student.len();
         if let Some(index) = self.grid_indices.iter().find(|index| **index >= len) {
-            return Err(Error::InvalidConfig {
-                field: "grid_indices",
-                value: index.to_string(),
-                expected: format!("below {len}, the length of the grid"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "grid_indices",
+                index,
+                format!("below {len}, the length of the grid"),
+            )));
         }
         let (x0, batch) = (&self.data.x0, self.len() as i64);
         ensure_same_shape(OP, ("data.x0", x0), ("noise", self.noise))?;
         if x0.size().first() != Some(&batch) {
             let expected = format!("{batch} rows, one a grid index");
-            return Err(Error::Shape { op: OP, name: "data.x0", shape: x0.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name: "data.x0",
+                shape: x0.size(),
+                expected,
+            }));
         }
         self.data.conditioning.ensure_batch(OP, batch)?;
         self.prompts.ensure_batch(OP, batch)
@@ -303,18 +311,18 @@ impl LossFeedback<'_> {
     ///
     /// # Errors
     ///
-    /// As [`States::ensure`]; [`Error::InvalidConfig`] for a grid index beyond the grid, [`Error::Scheduler`] for
+    /// As [`States::ensure`]; [`Error::Invalid`] for a grid index beyond the grid, [`Error::Scheduler`] for
     /// estimates of another shape than the states.
     pub fn ensure(&self) -> Result<()> {
         const OP: &str = "TrajectorySource::after_loss";
         let (states, len) = (self.states, self.grids.student.len());
         states.ensure(OP)?;
         if let Some(index) = states.grid_indices.iter().find(|index| **index >= len) {
-            return Err(Error::InvalidConfig {
-                field: "grid_indices",
-                value: index.to_string(),
-                expected: format!("below {len}, the length of the grid"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "grid_indices",
+                index,
+                format!("below {len}, the length of the grid"),
+            )));
         }
         let x_t = ("x_t", &states.x_t);
         ensure_same_shape(OP, ("student_x0", self.student_x0), x_t)?;
@@ -342,7 +350,7 @@ impl SourceConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting.
+    /// [`Error::Invalid`] that names the setting.
     pub fn build(&self, grids: &Grids) -> Result<Box<dyn TrajectorySource>> {
         Ok(match self {
             Self::Forward => Box::new(ForwardSource),

@@ -1,6 +1,9 @@
 //! The batch that every later stage reads.
 
-use ddil_schedulers::{ensure_dense, ensure_real};
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_dense, ensure_real};
+
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -107,7 +110,7 @@ impl States {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] or [`Error::Conditioning`] for the first part that is not, [`Error::InvalidConfig`] for a list of
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`Error::Conditioning`] for the first part that is not, [`Error::Invalid`] for a list of
     /// another length, [`Error::Scheduler`] for `x_t` that holds no real numbers and `timesteps` that are no `Int64`.
     pub fn ensure(&self, op: &'static str) -> Result<()> {
         let batch = self.len();
@@ -116,7 +119,7 @@ impl States {
         {
             if len != batch {
                 let (value, expected) = (format!("{len} long"), format!("{batch}, one a source"));
-                return Err(Error::InvalidConfig { field, value, expected });
+                return Err(Error::Invalid(Invalid::new(field, value, expected)));
             }
         }
         ensure_real(op, "x_t", &self.x_t)?;
@@ -126,13 +129,19 @@ impl States {
         for (name, shape) in shapes {
             if shape.first() != Some(&batch) || (name == "timesteps" && shape.len() != 1) {
                 let expected = format!("{batch} rows, one a source");
-                return Err(Error::Shape { op, name, shape, expected });
+                return Err(Error::Argument(ArgumentError::Shape { op, name, shape, expected }));
             }
         }
         let kind = self.timesteps.kind();
         if kind != Kind::Int64 {
             let (name, expected) = ("timesteps", "Int64");
-            return Err(ddil_schedulers::Error::Kind { op, name, kind, expected }.into());
+            return Err(ddil_schedulers::Error::Argument(ArgumentError::Kind {
+                op,
+                name,
+                kind,
+                expected,
+            })
+            .into());
         }
         self.conditioning.ensure_batch(op, batch)
     }
@@ -141,16 +150,12 @@ impl States {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if there is none; as [`ensure`](Self::ensure); [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
+    /// [`Error::Invalid`] if there is none; as [`ensure`](Self::ensure); [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
     /// other.
     pub fn cat(batches: &[Self]) -> Result<Self> {
         const OP: &str = "States::cat";
         let Some(first) = batches.first() else {
-            return Err(Error::InvalidConfig {
-                field: "batches",
-                value: "none".to_owned(),
-                expected: "at least one".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new("batches", "none", "at least one")));
         };
         batches.iter().try_for_each(|batch| batch.ensure(OP))?;
         let (device, kind) = (first.x_t.device(), first.x_t.kind());
@@ -175,15 +180,15 @@ impl States {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if a row is beyond the batch; as [`ensure`](Self::ensure).
+    /// [`Error::Invalid`] if a row is beyond the batch; as [`ensure`](Self::ensure).
     pub fn index_select(&self, rows: &[usize]) -> Result<Self> {
         self.ensure("States::index_select")?;
         if let Some(row) = rows.iter().find(|row| **row >= self.len()) {
-            return Err(Error::InvalidConfig {
-                field: "rows",
-                value: row.to_string(),
-                expected: format!("below {}, the length of the batch", self.len()),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "rows",
+                row,
+                format!("below {}, the length of the batch", self.len()),
+            )));
         }
         let order = crate::rollout::index(rows, self.x_t.device());
         Ok(Self {

@@ -108,12 +108,7 @@ impl Clamped {
         if lo <= hi {
             return Ok(());
         }
-        Err(Error::InvalidArgument {
-            op,
-            name: "lo, hi",
-            value: format!("{lo}, {hi}"),
-            expected: "in order",
-        })
+        Err(Error::value(op, "lo, hi", format!("{lo}, {hi}"), "in order"))
     }
 }
 
@@ -123,7 +118,7 @@ impl Clamped {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] unless `lo <= hi`, and as [`affine`].
+/// [`Error::Argument`] unless `lo <= hi`, and as [`affine`].
 pub fn affine_clamped(x: &Tensor, y: &Tensor, numbers: &Clamped) -> Result<Tensor> {
     numbers.ensure_ordered("affine_clamped")?;
     let Clamped { a, b, lo, hi, c, d } = *numbers;
@@ -138,7 +133,7 @@ pub fn affine_clamped(x: &Tensor, y: &Tensor, numbers: &Clamped) -> Result<Tenso
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] unless `lo <= hi`, and as [`affine_`].
+/// [`Error::Argument`] unless `lo <= hi`, and as [`affine_`].
 pub fn affine_clamped_(x: &mut Tensor, y: &Tensor, numbers: &Clamped) -> Result<()> {
     numbers.ensure_ordered("affine_clamped_")?;
     let Clamped { a, b, lo, hi, c, d } = *numbers;

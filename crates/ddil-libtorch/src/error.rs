@@ -2,6 +2,8 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
+use crate::argument::ArgumentError;
+
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -14,18 +16,9 @@ pub enum Error {
         /// libtorch's reason, without its backtrace.
         message: String,
     },
-    /// A number is out of the range that has a meaning.
-    #[error("{op}: `{name}` is {value}, but must be {expected}")]
-    InvalidArgument {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: &'static str,
-    },
+    /// An argument has a shape, kind or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A tensor that should have received a gradient has none.
     #[error(
         "the tensor at index {index} has no gradient: was `backward` called, and does the loss depend on it?"
@@ -130,6 +123,17 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// An argument with a value that is out of range.
+    pub(crate) fn value(
+        op: &'static str,
+        name: &'static str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        let (value, expected) = (value.to_string(), expected.into());
+        Self::Argument(ArgumentError::Value { op, name, value, expected })
+    }
+
     /// Wraps what the system said of a file.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::File { action, path: path.to_owned(), source }

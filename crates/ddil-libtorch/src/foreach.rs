@@ -82,16 +82,11 @@ pub fn grad_norm(list: &TensorList) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] if `max_norm` is negative or not a number, [`Error::Torch`] if a tensor is of a
+/// [`Error::Argument`] if `max_norm` is negative or not a number, [`Error::Torch`] if a tensor is of a
 /// whole-number kind.
 pub fn clip_grad_norm_(list: &TensorList, max_norm: f64) -> Result<Tensor> {
     if max_norm.is_nan() || max_norm < 0.0 {
-        return Err(Error::InvalidArgument {
-            op: "clip_grad_norm_",
-            name: "max_norm",
-            value: max_norm.to_string(),
-            expected: "0 or more",
-        });
+        return Err(Error::value("clip_grad_norm_", "max_norm", max_norm, "0 or more"));
     }
     // SAFETY: the vector lives through the call.
     new_tensor("clip_grad_norm_", |out| unsafe {

@@ -48,7 +48,7 @@ pub struct GroupNorm<'a> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] unless `eps` is finite and 0 or more, [`Error::Torch`] if shapes, kinds or devices do not
+/// [`Error::Argument`] unless `eps` is finite and 0 or more, [`Error::Torch`] if shapes, kinds or devices do not
 /// fit.
 ///
 /// # Example
@@ -67,12 +67,7 @@ pub struct GroupNorm<'a> {
 pub fn group_norm(x: &Tensor, settings: &GroupNorm<'_>) -> Result<Tensor> {
     let GroupNorm { num_groups, eps, weight, bias, offset, silu } = *settings;
     if !(eps.is_finite() && eps >= 0.0) {
-        return Err(Error::InvalidArgument {
-            op: "group_norm",
-            name: "eps",
-            value: eps.to_string(),
-            expected: "finite and 0 or more",
-        });
+        return Err(Error::value("group_norm", "eps", eps, "finite and 0 or more"));
     }
     let [weight, bias, offset] =
         [weight, bias, offset].map(|t| t.map_or(ptr::null(), Tensor::as_ptr));

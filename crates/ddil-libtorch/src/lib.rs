@@ -15,11 +15,11 @@
 //! | random streams | [`Generator`], [`normal_is_vectorised`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
-//! | other files, however large they are | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
 //! | programs that libtorch reads | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
+//! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_same_shape`], [`ensure_timesteps`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
 //! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's reason and without its backtrace.
@@ -63,8 +63,8 @@
 //! Every package with a program, test, bench or example needs it.
 
 mod allocator;
+mod argument;
 mod autocast;
-mod bounded;
 mod elementwise;
 mod error;
 mod ffi;
@@ -82,8 +82,8 @@ mod threads;
 mod version;
 
 pub use allocator::{keep_freed_pages, keeps_freed_pages};
+pub use argument::{ArgumentError, ensure_dense, ensure_real, ensure_same_shape, ensure_timesteps};
 pub use autocast::Autocast;
-pub use bounded::{open_plain_file, read_bounded, read_text_bounded};
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
 };

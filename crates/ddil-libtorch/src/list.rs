@@ -76,15 +76,15 @@ impl TensorList {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] if there is none.
+    /// [`Error::Argument`] if there is none.
     pub fn get(&self, index: usize) -> Result<Tensor> {
         if index >= self.len() {
-            return Err(Error::InvalidArgument {
-                op: "TensorList::get",
-                name: "index",
-                value: format!("{index} of {}", self.len()),
-                expected: "less than the length of the list",
-            });
+            return Err(Error::value(
+                "TensorList::get",
+                "index",
+                format!("{index} of {}", self.len()),
+                "less than the length of the list",
+            ));
         }
         // SAFETY: the vector lives through the call, and C++ checks the index once more.
         new_tensor("TensorList::get", |out| unsafe {

@@ -5,10 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ddil_files::open_plain_file;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use tch::{Kind, Tensor};
 
-use crate::bounded::open_plain_file;
 use crate::ffi::{self, kind_number, new_tensor};
 use crate::{Error, Result};
 

@@ -42,7 +42,7 @@ impl AdamW {
 }
 
 fn invalid(name: &'static str, value: f64, expected: &'static str) -> Error {
-    Error::InvalidArgument { op: "fused_adamw_", name, value: value.to_string(), expected }
+    Error::value("fused_adamw_", name, value, expected)
 }
 
 /// One `AdamW` step over all parameters, in place, in one pass over memory.
@@ -67,7 +67,7 @@ fn invalid(name: &'static str, value: f64, expected: &'static str) -> Error {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] for settings out of range, [`Error::Torch`] for lists that do not fit each other; then
+/// [`Error::Argument`] for settings out of range, [`Error::Torch`] for lists that do not fit each other; then
 /// nothing has changed.
 ///
 /// # Example

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use ddil_files::open_plain_file;
 use memmap2::{MmapOptions, MmapRaw};
 use tch::{Device, Kind, Tensor};
 
-use crate::bounded::open_plain_file;
 use crate::{Error, Result};
 
 /// A file of a head and rows of equal size, written through the file and read through a mapping.
@@ -49,7 +49,7 @@ impl RowFile {
     /// # Errors
     ///
     /// [`Error::File`] if there is such a file already or the disk has no room, and nothing is left of it then;
-    /// [`Error::InvalidArgument`] for rows of no bytes or more bytes than can be counted.
+    /// [`Error::Argument`] for rows of no bytes or more bytes than can be counted.
     pub fn create(
         path: impl AsRef<Path>,
         head: &[u8],
@@ -78,7 +78,7 @@ impl RowFile {
     /// # Errors
     ///
     /// [`Error::File`] if it cannot be read or mapped, [`Error::FileLength`] if it is shorter or longer than it was made,
-    /// [`Error::InvalidArgument`] as there.
+    /// [`Error::Argument`] as there.
     pub fn open(
         path: impl AsRef<Path>,
         head_bytes: usize,
@@ -136,18 +136,18 @@ impl RowFile {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] unless they are whole rows within the file; [`Error::File`] if the disk refuses or the
+    /// [`Error::Argument`] unless they are whole rows within the file; [`Error::File`] if the disk refuses or the
     /// file is [sealed](Self::seal).
     pub fn write(&mut self, first: usize, rows: &[u8]) -> Result<()> {
         let room = self.num_rows.checked_sub(first).and_then(|n| n.checked_mul(self.row_bytes));
         let fits = room.is_some_and(|room| rows.len() <= room);
         if !fits || !rows.len().is_multiple_of(self.row_bytes) {
-            return Err(Error::InvalidArgument {
-                op: "RowFile::write",
-                name: "rows",
-                value: format!("{} bytes from row {first} on", rows.len()),
-                expected: "whole rows that lie within the file",
-            });
+            return Err(Error::value(
+                "RowFile::write",
+                "rows",
+                format!("{} bytes from row {first} on", rows.len()),
+                "whole rows that lie within the file",
+            ));
         }
         let offset = self.head_bytes + first * self.row_bytes;
         let written = match &mut self.file {
@@ -168,12 +168,12 @@ impl RowFile {
     fn part(&self, row: usize, offset: usize, num_bytes: usize) -> Result<*const u8> {
         let inside = offset.checked_add(num_bytes).is_some_and(|end| end <= self.row_bytes);
         if row >= self.num_rows || !inside {
-            return Err(Error::InvalidArgument {
-                op: OP,
-                name: "rows",
-                value: format!("bytes {offset}..{offset}+{num_bytes} of row {row}"),
-                expected: "a part of a row of the file",
-            });
+            return Err(Error::value(
+                OP,
+                "rows",
+                format!("bytes {offset}..{offset}+{num_bytes} of row {row}"),
+                "a part of a row of the file",
+            ));
         }
         // No overflow: `file_bytes` counted the whole file.
         Ok(self.map.as_ptr().wrapping_add(self.head_bytes + row * self.row_bytes + offset))
@@ -195,7 +195,7 @@ const OP: &str = "gather_rows";
 /// # Errors
 ///
 /// [`Error::UnsupportedDevice`] or [`Error::UnsupportedKind`] for a tensor that bytes cannot be copied to,
-/// [`Error::InvalidArgument`] for one that is not contiguous and for rows beyond their file or `out`. Rows before the
+/// [`Error::Argument`] for one that is not contiguous and for rows beyond their file or `out`. Rows before the
 /// refused one are copied then.
 pub fn gather_rows<'a>(
     out: &mut Tensor,
@@ -211,12 +211,7 @@ pub fn gather_rows<'a>(
     for (file, row, to) in rows {
         let from = file.part(row, offset, row_bytes)?;
         if to >= num_rows {
-            return Err(Error::InvalidArgument {
-                op: OP,
-                name: "rows",
-                value: format!("to row {to}"),
-                expected: "to a row of `out`",
-            });
+            return Err(Error::value(OP, "rows", format!("to row {to}"), "to a row of `out`"));
         }
         // SAFETY: `part` found `row_bytes` bytes at `from` inside the file's mapping, which `file` keeps; `out` is
         // contiguous and has more than `to` rows of `row_bytes` bytes, whose every pattern of bits is a value. The two
@@ -236,7 +231,7 @@ pub fn gather_rows<'a>(
 ///
 /// # Errors
 ///
-/// [`Error::UnsupportedDevice`] for tensors elsewhere, [`Error::InvalidArgument`] for tensors that are not contiguous, do not
+/// [`Error::UnsupportedDevice`] for tensors elsewhere, [`Error::Argument`] for tensors that are not contiguous, do not
 /// fit each other or have no such rows; nothing is copied then.
 ///
 /// # Example
@@ -256,12 +251,12 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
     let given = ensure_writable(OP, from)?;
     let fits = given == (rows.len(), row_bytes) && from.kind() == out.kind();
     if !fits || rows.iter().any(|&row| row >= num_rows) {
-        return Err(Error::InvalidArgument {
-            op: OP,
-            name: "from",
-            value: format!("{:?} of {:?} to rows {rows:?}", from.kind(), from.size()),
-            expected: "as many rows as are named, like those of `out`, to rows that it has",
-        });
+        return Err(Error::value(
+            OP,
+            "from",
+            format!("{:?} of {:?} to rows {rows:?}", from.kind(), from.size()),
+            "as many rows as are named, like those of `out`, to rows that it has",
+        ));
     }
     let (start, mut given) =
         (out.data_ptr().cast::<u8>(), from.data_ptr().cast::<u8>().cast_const());
@@ -279,12 +274,7 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
 /// Number of rows of a tensor and bytes of each, once it is known that bytes can be copied there.
 fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
     if !tensor.defined() {
-        return Err(Error::InvalidArgument {
-            op,
-            name: "out",
-            value: "undefined".to_owned(),
-            expected: "a tensor with rows",
-        });
+        return Err(Error::value(op, "out", "undefined", "a tensor with rows"));
     }
     let device = tensor.device();
     if device != Device::Cpu {
@@ -293,12 +283,12 @@ fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> 
     let shape = tensor.size();
     let contiguous = tensor.is_contiguous();
     let (Some(&num_rows), true) = (shape.first(), contiguous) else {
-        return Err(Error::InvalidArgument {
+        return Err(Error::value(
             op,
-            name: "out",
-            value: format!("of shape {shape:?}, contiguous: {contiguous}"),
-            expected: "contiguous and of one dimension at least",
-        });
+            "out",
+            format!("of shape {shape:?}, contiguous: {contiguous}"),
+            "contiguous and of one dimension at least",
+        ));
     };
     let values: i64 = shape[1..].iter().product();
     Ok((num_rows as usize, values as usize * tensor.kind().elt_size_in_bytes()))
@@ -313,11 +303,13 @@ fn file_bytes(
 ) -> Result<usize> {
     let total = row_bytes.checked_mul(num_rows).and_then(|rows| rows.checked_add(head_bytes));
     let fits = total.filter(|&total| total > 0 && row_bytes > 0 && i64::try_from(total).is_ok());
-    fits.ok_or_else(|| Error::InvalidArgument {
-        op,
-        name: "num_rows",
-        value: format!("{num_rows} of {row_bytes} bytes behind a head of {head_bytes}"),
-        expected: "rows of at least a byte, fewer bytes than can be counted",
+    fits.ok_or_else(|| {
+        Error::value(
+            op,
+            "num_rows",
+            format!("{num_rows} of {row_bytes} bytes behind a head of {head_bytes}"),
+            "rows of at least a byte, fewer bytes than can be counted",
+        )
     })
 }
 

@@ -3,9 +3,9 @@ mod pickle;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use ddil_files::open_plain_file;
 use flate2::read::DeflateDecoder;
 
-use crate::bounded::open_plain_file;
 use crate::{Error, Result};
 
 /// What the packed records of an archive may unpack to, together. Only the program's source and where its lines came from

@@ -22,7 +22,7 @@ pub fn num_threads() -> Result<usize> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] for 0 or more than an `i32` holds.
+/// [`Error::Argument`] for 0 or more than an `i32` holds.
 pub fn set_num_threads(n: usize) -> Result<()> {
     let count = thread_count("set_num_threads", n)?;
     // SAFETY: passes a plain value.
@@ -45,7 +45,7 @@ pub fn num_interop_threads() -> Result<usize> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidArgument`] for 0 or more than an `i32` holds, [`Error::Torch`] the second time.
+/// [`Error::Argument`] for 0 or more than an `i32` holds, [`Error::Torch`] the second time.
 pub fn set_num_interop_threads(n: usize) -> Result<()> {
     let count = thread_count("set_num_interop_threads", n)?;
     // SAFETY: passes a plain value.
@@ -53,10 +53,8 @@ pub fn set_num_interop_threads(n: usize) -> Result<()> {
 }
 
 fn thread_count(op: &'static str, n: usize) -> Result<i32> {
-    i32::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| Error::InvalidArgument {
-        op,
-        name: "n",
-        value: n.to_string(),
-        expected: "1 or more, within an i32",
-    })
+    i32::try_from(n)
+        .ok()
+        .filter(|&n| n > 0)
+        .ok_or_else(|| Error::value(op, "n", n, "1 or more, within an i32"))
 }

@@ -36,7 +36,7 @@ impl ObjectiveConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) that names the first setting that cannot be.
+    /// [`Error::Invalid`](crate::Error::Invalid) that names the first setting that cannot be.
     pub fn build(&self, schedule: &NoiseSchedule, grid: &Timesteps) -> Result<Box<dyn Objective>> {
         let (schedule, grid) = (schedule.clone(), grid.clone());
         Ok(match self {
@@ -78,7 +78,7 @@ impl ObjectiveConfig {
     /// # Errors
     ///
     /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid,
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if the method does not allow it: the steps of
+    /// [`Error::Invalid`](crate::Error::Invalid) if the method does not allow it: the steps of
     /// [`Dmd2`](Self::Dmd2) have to divide the training timesteps.
     pub fn training_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         match self {

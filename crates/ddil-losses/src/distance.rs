@@ -1,6 +1,8 @@
 //! How far two batches are apart, one value per sample.
 
-use ddil_schedulers::ensure_same_shape;
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::ensure_same_shape;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -14,7 +16,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if the shapes differ, [`Error::Shape`] if there is nothing after the batch.
+/// [`Error::Scheduler`] if the shapes differ, [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there is nothing after the batch.
 ///
 /// # Example
 ///
@@ -47,7 +49,7 @@ pub fn squared_error(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] unless `c` is positive and finite; otherwise as [`squared_error`].
+/// [`Error::Invalid`] unless `c` is positive and finite; otherwise as [`squared_error`].
 pub fn pseudo_huber(prediction: &Tensor, target: &Tensor, c: f64) -> Result<Tensor> {
     ensure_huber_c("huber_c", c)?;
     let squared = difference("pseudo_huber", prediction, target)?.square();
@@ -60,23 +62,19 @@ pub(crate) fn ensure_huber_c(field: &'static str, c: f64) -> Result<()> {
     if c > 0.0 && c.is_finite() {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field,
-        value: c.to_string(),
-        expected: "positive and finite".to_owned(),
-    })
+    Err(Error::Invalid(Invalid::new(field, c, "positive and finite")))
 }
 
 /// `prediction - target` in `Float` at least: squares of small differences are lost in the half kinds.
 pub(crate) fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     ensure_same_shape(op, ("prediction", prediction), ("target", target))?;
     if prediction.dim() < 2 {
-        return Err(Error::Shape {
+        return Err(Error::Argument(ArgumentError::Shape {
             op,
             name: "prediction",
             shape: prediction.size(),
             expected: "[batch, ..] with at least one dimension after the batch".to_owned(),
-        });
+        }));
     }
     let difference = prediction - target;
     Ok(match difference.kind() {

@@ -1,7 +1,10 @@
 //! Improved distribution matching distillation: the law of the student's samples against the teacher's.
 
 use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Source, States, Stream};
-use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps, ensure_real, ensure_same_shape};
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_real, ensure_same_shape};
+use ddil_schedulers::{NoiseSchedule, TimestepSpacing, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -36,7 +39,7 @@ const MIN_SCALE: f64 = 1e-6;
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if the shapes differ, [`Error::Shape`] if there is nothing after the batch.
+/// [`Error::Scheduler`] if the shapes differ, [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there is nothing after the batch.
 ///
 /// # Example
 ///
@@ -160,18 +163,18 @@ impl Dmd2Config {
     pub(crate) fn grid(schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         let total = schedule.num_train_timesteps() as u32;
         if steps == 0 || !total.is_multiple_of(steps) {
-            return Err(Error::InvalidConfig {
-                field: "steps",
-                value: steps.to_string(),
-                expected: format!("a divisor of the {total} training timesteps"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "steps",
+                steps,
+                format!("a divisor of the {total} training timesteps"),
+            )));
         }
         Ok(Timesteps::spaced(TimestepSpacing::Trailing, total, steps, 0)?)
     }
 
     fn ensure(&self) -> Result<()> {
         let refuse = |field, value: String, expected: &str| {
-            Err(Error::InvalidConfig { field, value, expected: expected.to_owned() })
+            Err(Error::Invalid(Invalid::new(field, value, expected)))
         };
         if self.critic_ratio == 0 {
             return refuse("critic_ratio", "0".to_owned(), "at least 1");
@@ -267,7 +270,7 @@ impl Dmd2 {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting; [`Error::Scheduler`] if the grid leaves the schedule.
+    /// [`Error::Invalid`] that names the setting; [`Error::Scheduler`] if the grid leaves the schedule.
     pub fn new(config: Dmd2Config, schedule: NoiseSchedule, grid: Timesteps) -> Result<Self> {
         config.ensure()?;
         for &t in grid.as_slice() {
@@ -331,7 +334,12 @@ impl Dmd2 {
             return Ok(logits);
         }
         let expected = format!("{:?}, one a sample", timesteps.size());
-        Err(Error::Shape { op: OP, name: "logits", shape: logits.size(), expected })
+        Err(Error::Argument(ArgumentError::Shape {
+            op: OP,
+            name: "logits",
+            shape: logits.size(),
+            expected,
+        }))
     }
 
     /// What the critic is told of samples, which came from `states` or stand beside some that did.

@@ -1,39 +1,26 @@
 //! What can go wrong when a student is compared.
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+
 use crate::phase::Phase;
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A denoiser or its conditioning refused.
     #[error(transparent)]
     Core(#[from] ddil_core::Error),
     /// A schedule, a prediction or a shape refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
-    /// An argument has a shape that the function cannot take.
-    #[error("{op}: `{name}` has shape {shape:?}; expected {expected}")]
-    Shape {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its shape.
-        shape: Vec<i64>,
-        /// What it may be.
-        expected: String,
-    },
-    /// A setting is outside of what it may be.
-    #[error("`{field}` is {value}; expected {expected}")]
-    InvalidConfig {
-        /// The setting, as it is spelt in a config file.
-        field: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: String,
-    },
     /// States stand at timesteps that the student is not trained for.
     #[error("{op}: a state is at a timestep off the student's grid {grid:?} ({message})")]
     OffGrid {
@@ -91,6 +78,16 @@ pub(crate) fn first_line(error: &tch::TchError) -> String {
 }
 
 impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            Self::Core(error) => error.invalid(),
+            Self::Scheduler(error) => error.invalid(),
+            _ => None,
+        }
+    }
+
     /// Wraps what libtorch said in the name of the operation, first line only.
     pub(crate) fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| Self::Torch { op, message: first_line(&source) }

@@ -1,6 +1,7 @@
 //! How a teacher comes by its guidance, so that none is guided twice.
 
 use ddil_core::{Conditioning, Denoiser, Guided, GuidedByWeight};
+use ddil_files::Invalid;
 use ddil_schedulers::{NoiseSchedule, Prediction};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,7 @@ impl TeacherGuidance {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless numbers are finite, the scale is not negative and the range is in order.
+    /// [`Error::Invalid`] unless numbers are finite, the scale is not negative and the range is in order.
     pub fn ensure(self) -> Result<()> {
         let (field, value, expected) = match self {
             Self::Cfg { scale } if !(scale.is_finite() && scale >= 0.0) => {
@@ -63,7 +64,7 @@ impl TeacherGuidance {
             }
             _ => return Ok(()),
         };
-        Err(Error::InvalidConfig { field, value, expected: expected.to_owned() })
+        Err(Error::Invalid(Invalid::new(field, value, expected)))
     }
 
     /// The kind, as in config files.
@@ -99,7 +100,7 @@ impl TeacherGuidance {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row or holds a
+    /// [`Error::Invalid`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row or holds a
     /// weight.
     pub fn wrap<'a, D: Denoiser + 'a>(
         self,
@@ -124,7 +125,7 @@ impl TeacherGuidance {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] as [`ensure`](Self::ensure), [`Error::Torch`] if the device is not there.
+    /// [`Error::Invalid`] as [`ensure`](Self::ensure), [`Error::Torch`] if the device is not there.
     pub fn condition<R: Rng + ?Sized>(
         self,
         conditioning: Conditioning,

@@ -1,6 +1,7 @@
 //! Latent consistency distillation: one answer along the whole path of the teacher.
 
 use ddil_core::{Denoiser, States};
+use ddil_files::Invalid;
 use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -104,11 +105,11 @@ impl LatentConsistencyConfig {
     pub(crate) fn grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         let total = schedule.num_train_timesteps() as u32;
         if !(1..=total).contains(&self.num_ddim_timesteps) {
-            return Err(Error::InvalidConfig {
-                field: "num_ddim_timesteps",
-                value: self.num_ddim_timesteps.to_string(),
-                expected: format!("in 1..={total}"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "num_ddim_timesteps",
+                self.num_ddim_timesteps,
+                format!("in 1..={total}"),
+            )));
         }
         Ok(Timesteps::lcm(total, self.num_ddim_timesteps, steps)?)
     }
@@ -134,11 +135,9 @@ impl LatentConsistencyConfig {
             ("sigma_data", self.sigma_data, positive(self.sigma_data), "positive and finite"),
         ];
         match checks.into_iter().find(|check| !check.2) {
-            Some((field, value, _, expected)) => Err(Error::InvalidConfig {
-                field,
-                value: value.to_string(),
-                expected: expected.to_owned(),
-            }),
+            Some((field, value, _, expected)) => {
+                Err(Error::Invalid(Invalid::new(field, value, expected)))
+            }
             None => Ok(()),
         }
     }
@@ -207,7 +206,7 @@ impl LatentConsistency {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting, or if the grid holds timestep 0, where the boundary condition
+    /// [`Error::Invalid`] that names the setting, or if the grid holds timestep 0, where the boundary condition
     /// leaves nothing to learn; [`Error::Scheduler`] if it leaves the schedule.
     pub fn new(
         config: LatentConsistencyConfig,
@@ -216,12 +215,11 @@ impl LatentConsistency {
     ) -> Result<Self> {
         config.ensure()?;
         if grid.as_slice().last() == Some(&0) {
-            return Err(Error::InvalidConfig {
-                field: "timesteps",
-                value: format!("{:?}", grid.as_slice()),
-                expected: "a grid that ends above 0, where the last step of the solver ends"
-                    .to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "timesteps",
+                format!("{:?}", grid.as_slice()),
+                "a grid that ends above 0, where the last step of the solver ends",
+            )));
         }
         let ends: Vec<i64> = grid.as_slice().iter().skip(1).copied().chain([0]).collect();
         let mut coefficients = Vec::with_capacity(2 * ends.len());

@@ -1,7 +1,10 @@
 //! Progressive distillation: one step of the student for several of the teacher.
 
 use ddil_core::{Denoiser, States};
-use ddil_schedulers::{NoiseSchedule, Timesteps, ensure_real, ensure_same_shape};
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_real, ensure_same_shape};
+use ddil_schedulers::{NoiseSchedule, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -29,7 +32,7 @@ use crate::weighting::{TimestepWeights, Weighting};
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] if there are fewer than two timesteps or an interval does not gain signal (a final
+/// [`Error::Invalid`] if there are fewer than two timesteps or an interval does not gain signal (a final
 /// `alpha_cumprod` equal to that of timestep 0 leaves nothing to do between the two); [`Error::Scheduler`] if one is
 /// off the training grid.
 ///
@@ -49,10 +52,8 @@ use crate::weighting::{TimestepWeights, Weighting};
 /// # }
 /// ```
 pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec<f64>> {
-    let invalid = |expected: &str| Error::InvalidConfig {
-        field: "timesteps",
-        value: format!("{timesteps:?}"),
-        expected: expected.to_owned(),
+    let invalid = |expected: &str| {
+        Error::Invalid(Invalid::new("timesteps", format!("{timesteps:?}"), expected))
     };
     let root_snrs = timesteps
         .iter()
@@ -87,7 +88,7 @@ pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec
 ///
 /// # Errors
 ///
-/// [`Error::Shape`] if `weights` does not fit the predictions; [`Error::Scheduler`] if these differ in shape.
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `weights` does not fit the predictions; [`Error::Scheduler`] if these differ in shape.
 pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Tensor> {
     const OP: &str = "progressive_target";
     teacher_x0.iter().try_for_each(|x0| ensure_real(OP, "teacher_x0", x0))?;
@@ -97,12 +98,12 @@ pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Ten
         _ => (0, 0),
     };
     if steps == 0 || weights.size() != [batch, steps] {
-        return Err(Error::Shape {
+        return Err(Error::Argument(ArgumentError::Shape {
             op: OP,
             name: "weights",
             shape: weights.size(),
             expected: format!("[{batch}, {steps}], for {steps} predictions of {batch} samples"),
-        });
+        }));
     }
     let first = &teacher_x0[0];
     let mut target = per_sample(&weights.select(1, 0), first) * first;
@@ -119,7 +120,7 @@ pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Ten
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] unless `start` is `end` times 2, 4, 8, ..
+/// [`Error::Invalid`] unless `start` is `end` times 2, 4, 8, ..
 ///
 /// # Example
 ///
@@ -135,14 +136,14 @@ pub fn halving_stages(start: u32, end: u32) -> Result<Vec<u32>> {
     if !is_power || start == end {
         let nearest = (1..31).map(|k| u64::from(end.max(1)) << k);
         let nearest = nearest.min_by_key(|n| n.abs_diff(u64::from(start))).unwrap_or(2);
-        return Err(Error::InvalidConfig {
-            field: "start_steps, end_steps",
-            value: format!("{start}, {end}"),
-            expected: format!(
+        return Err(Error::Invalid(Invalid::new(
+            "start_steps, end_steps",
+            format!("{start}, {end}"),
+            format!(
                 "a start that is the end times 2, 4, 8, .., so that each stage halves it; {nearest} to {} would do",
                 end.max(1)
             ),
-        });
+        )));
     }
     let halves = std::iter::successors(Some(start / 2), |n| Some(n / 2));
     Ok(halves.take_while(|n| *n >= end).collect())
@@ -194,7 +195,7 @@ impl Progressive {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if `weight_cap` is not positive, `substeps` is 0 or an interval of the grid has fewer
+    /// [`Error::Invalid`] if `weight_cap` is not positive, `substeps` is 0 or an interval of the grid has fewer
     /// timesteps than that; [`Error::Scheduler`] if the grid leaves the schedule.
     pub fn new(
         config: ProgressiveConfig,

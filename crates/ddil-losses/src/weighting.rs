@@ -1,6 +1,8 @@
 //! How much an error in the predicted clean data counts at each noise level.
 
-use ddil_schedulers::{NoiseSchedule, PredictionType, Scale, ensure_dense};
+use ddil_files::Invalid;
+use ddil_libtorch::ensure_dense;
+use ddil_schedulers::{NoiseSchedule, PredictionType, Scale};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -82,14 +84,14 @@ impl TimestepWeights {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `cap` is positive and finite.
+    /// [`Error::Invalid`] unless `cap` is positive and finite.
     pub fn new(weighting: Weighting, cap: Option<f64>, schedule: &NoiseSchedule) -> Result<Self> {
         if let Some(cap) = cap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
-            return Err(Error::InvalidConfig {
-                field: "weight_cap",
-                value: cap.to_string(),
-                expected: "positive and finite; leave it out for no cap".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "weight_cap",
+                cap,
+                "positive and finite; leave it out for no cap",
+            )));
         }
         let capped = |timestep| {
             let weight = weighting.weight(schedule.scale_at(timestep)?);

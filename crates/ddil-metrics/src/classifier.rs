@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ddil_libtorch::ArgumentError;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use tch::{
     Device, Kind, Tensor,
@@ -10,7 +11,7 @@ use tch::{
 
 use crate::{
     FeatureExtractor,
-    error::{Error, Result, ensure_dense, torch},
+    error::{Error, Result, ensure_numbers, torch},
     features::{in_batches, sha256},
 };
 
@@ -142,7 +143,7 @@ impl FashionClassifier {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for images of another shape.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for images of another shape.
     pub fn logits(&self, images: &Tensor) -> Result<Tensor> {
         ensure_fashion_images("FashionClassifier::logits", images)?;
         Ok(self.layers.head.forward(&self.layers.features(&self.adapt(images))))
@@ -157,15 +158,20 @@ impl FashionClassifier {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for images or labels of another shape.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for images or labels of another shape.
     pub fn accuracy(&self, images: &Tensor, labels: &Tensor) -> Result<f64> {
         const OP: &str = "FashionClassifier::accuracy";
         ensure_fashion_images(OP, images)?;
         let n = images.size()[0];
-        ensure_dense(OP, "labels", labels)?;
+        ensure_numbers(OP, "labels", labels)?;
         if labels.size() != [n] {
             let (found, expected) = (labels.size(), format!("[{n}]"));
-            return Err(Error::Shape { op: OP, name: "labels", found, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name: "labels",
+                shape: found,
+                expected,
+            }));
         }
         let logits = in_batches(images, |batch| self.logits(batch))?;
         let hits = logits.argmax(1, false).eq_tensor(&labels.to_device(logits.device()));
@@ -208,13 +214,13 @@ impl FeatureExtractor for FashionClassifier {
 }
 
 fn ensure_fashion_images(op: &'static str, images: &Tensor) -> Result<()> {
-    ensure_dense(op, "images", images)?;
+    ensure_numbers(op, "images", images)?;
     let shape = images.size();
     if shape.len() == 4 && shape[0] > 0 && shape[1..] == [1, SIZE, SIZE] {
         return Ok(());
     }
     let expected = format!("[1 or more, 1, {SIZE}, {SIZE}]");
-    Err(Error::Shape { op, name: "images", found: shape, expected })
+    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape: shape, expected }))
 }
 
 /// Compares names, shapes and element types, and lists all that differ at once.

@@ -1,5 +1,6 @@
 //! Precision and recall, density and coverage: how two sets of features lie among one another.
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -121,9 +122,9 @@ pub fn density_coverage(real: &Tensor, fake: &Tensor, k: u32) -> Result<DensityC
 ///
 /// # Errors
 ///
-/// [`Error::InvalidSetting`] if a number of neighbours is 0, [`Error::TooFewSamples`] if a set has no more samples
+/// [`Error::Invalid`] if a number of neighbours is 0, [`Error::TooFewSamples`] if a set has no more samples
 /// than neighbours are asked for, [`Error::FeatureMismatch`] if the columns differ, and the errors of bad features:
-/// [`Error::Shape`], [`Error::NonFinite`].
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
 ///
 /// # Example
 ///
@@ -139,11 +140,7 @@ pub fn prdc(real: &Tensor, fake: &Tensor, neighbours: Neighbours) -> Result<Prdc
     const OP: &str = "prdc";
     let ks = [neighbours.precision_recall, neighbours.density_coverage].map(i64::from);
     if ks.contains(&0) {
-        return Err(Error::InvalidSetting {
-            name: "neighbours",
-            value: "0".to_owned(),
-            expected: "1 or more",
-        });
+        return Err(Error::Invalid(Invalid::new("neighbours", "0", "1 or more")));
     }
     let (real, fake) = ensure_pair(OP, ("real", real), ("fake", fake), ks[0].max(ks[1]) + 1)?;
     let [real_pr, real_dc] = radii(OP, &real, ks)?;

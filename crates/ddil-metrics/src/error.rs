@@ -1,33 +1,19 @@
 use std::path::PathBuf;
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A tensor has another shape than the function takes.
-    #[error("{op}: `{name}` has shape {found:?}; expected {expected}")]
-    Shape {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its shape.
-        found: Vec<i64>,
-        /// The shapes that may stand there.
-        expected: String,
-    },
-    /// A tensor holds nothing, is not dense, or holds no real numbers.
-    #[error("{op}: `{name}` is {found}; expected a dense tensor of real numbers")]
-    NotNumbers {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// What it is.
-        found: String,
-    },
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// Two sets of features do not have the same number of columns.
     #[error("{op}: `{}` has {} features a sample, but `{}` has {}", left.0, left.1, right.0, right.1)]
     FeatureMismatch {
@@ -69,16 +55,6 @@ pub enum Error {
         name: &'static str,
         /// How many values are not finite.
         found: i64,
-    },
-    /// A setting has a value that it cannot have.
-    #[error("`{name}` is {value}; it must be {expected}")]
-    InvalidSetting {
-        /// The setting.
-        name: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: &'static str,
     },
     /// Weights hold other tensors than the network they are for.
     #[error(
@@ -134,6 +110,16 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            _ => None,
+        }
+    }
+}
+
 /// What the functions of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -147,19 +133,14 @@ pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Error {
     move |source| Error::Torch { op, message: first_line(&source) }
 }
 
-/// Refuses what cannot be reckoned with: a tensor that holds nothing, is sparse, or of complex numbers.
-pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
-    let found = if !tensor.defined() {
-        "an undefined tensor".to_owned()
-    } else if tensor.is_sparse() || tensor.is_mkldnn() {
-        "a sparse tensor".to_owned()
-    } else if matches!(tensor.kind(), Kind::ComplexHalf | Kind::ComplexFloat | Kind::ComplexDouble)
-    {
-        format!("{:?}", tensor.kind())
-    } else {
-        return Ok(());
-    };
-    Err(Error::NotNumbers { op, name, found })
+/// Checks that a named argument is a dense tensor of real numbers, floating point or not.
+pub(crate) fn ensure_numbers(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
+    ddil_libtorch::ensure_dense(op, name, tensor)?;
+    let kind = tensor.kind();
+    if matches!(kind, Kind::ComplexHalf | Kind::ComplexFloat | Kind::ComplexDouble) {
+        return Err(ArgumentError::Kind { op, name, kind, expected: "real numbers" }.into());
+    }
+    Ok(())
 }
 
 /// The features as a contiguous `f64` tensor, once they are known to be finite and `[n >= least, d >= 1]`.
@@ -169,13 +150,23 @@ pub(crate) fn ensure_features(
     features: &Tensor,
     least: i64,
 ) -> Result<Tensor> {
-    ensure_dense(op, name, features)?;
+    ensure_numbers(op, name, features)?;
     let shape = features.size();
     let &[n, dim] = shape.as_slice() else {
-        return Err(Error::Shape { op, name, found: shape, expected: "[n, features]".to_owned() });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: shape,
+            expected: "[n, features]".to_owned(),
+        }));
     };
     if dim < 1 {
-        return Err(Error::Shape { op, name, found: shape, expected: "[n, 1 or more]".to_owned() });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: shape,
+            expected: "[n, 1 or more]".to_owned(),
+        }));
     }
     if n < least {
         return Err(Error::TooFewSamples { op, name, found: n, needed: least });

@@ -5,11 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::ensure_script_archive;
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_dense, first_line, torch};
+use crate::error::{Error, Result, ensure_numbers, first_line, torch};
 
 /// Images that go through a network at a time.
 const IMAGES_AT_ONCE: i64 = 256;
@@ -25,7 +27,7 @@ pub trait FeatureExtractor {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the extractor does not take images of this shape.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not take images of this shape.
     fn features(&self, images: &Tensor) -> Result<Tensor>;
 
     /// Name of the extractor and hash of its weights; numbers from different ones do not compare.
@@ -52,7 +54,7 @@ pub trait FeatureExtractor {
 ///
 /// # Errors
 ///
-/// [`Error::NotNumbers`] for what is no dense tensor of real numbers.
+/// [`Error::Argument`] for a tensor that is not dense or complex.
 ///
 /// # Example
 ///
@@ -64,7 +66,7 @@ pub trait FeatureExtractor {
 /// # Ok::<(), ddil_metrics::Error>(())
 /// ```
 pub fn quantize(images: &Tensor) -> Result<Tensor> {
-    ensure_dense("quantize", "images", images)?;
+    ensure_numbers("quantize", "images", images)?;
     let levels = ((images.detach() + 1.0) * 127.5).clamp(0.0, 255.0).round();
     Ok(levels / 127.5 - 1.0)
 }
@@ -99,16 +101,16 @@ impl RawPixels {
 
 impl FeatureExtractor for RawPixels {
     fn features(&self, images: &Tensor) -> Result<Tensor> {
-        ensure_dense("RawPixels::features", "images", images)?;
+        ensure_numbers("RawPixels::features", "images", images)?;
         let shape = images.size();
         if shape.len() != 4 || shape[1..] != self.shape {
             let [channels, height, width] = self.shape;
-            return Err(Error::Shape {
+            return Err(Error::Argument(ArgumentError::Shape {
                 op: "RawPixels::features",
                 name: "images",
-                found: shape,
+                shape: shape,
                 expected: format!("[n, {channels}, {height}, {width}]"),
-            });
+            }));
         }
         Ok(images.detach().flatten(1, -1))
     }
@@ -222,7 +224,7 @@ impl TorchScriptExtractor {
     ///
     /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it holds no `TorchScript` network or is
     /// refused by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is in it;
-    /// [`Error::InvalidSetting`] unless `dim` and `channels` are 1 or more.
+    /// [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
     pub fn open(
         path: impl AsRef<Path>,
         options: TorchScriptOptions,
@@ -231,7 +233,7 @@ impl TorchScriptExtractor {
         for (name, value) in [("dim", options.dim), ("channels", options.channels)] {
             if value < 1 {
                 let value = value.to_string();
-                return Err(Error::InvalidSetting { name, value, expected: "1 or more" });
+                return Err(Error::Invalid(Invalid::new(name, value, "1 or more")));
             }
         }
         let path = path.as_ref();
@@ -304,13 +306,13 @@ impl FeatureExtractor for TorchScriptExtractor {
 
 /// Checks that `images` is `[n >= 1, one of channels, height, width]`.
 fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<()> {
-    ensure_dense(op, "images", images)?;
+    ensure_numbers(op, "images", images)?;
     let shape = images.size();
     if shape.len() == 4 && shape[0] > 0 && channels.contains(&shape[1]) {
         return Ok(());
     }
     let expected = format!("[1 or more, one of {channels:?}, height, width]");
-    Err(Error::Shape { op, name: "images", found: shape, expected })
+    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape: shape, expected }))
 }
 
 /// Runs `features` over a few images at a time, without gradients.

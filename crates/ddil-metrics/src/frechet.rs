@@ -1,5 +1,6 @@
 //! Fréchet distance between Gaussians fitted to two sets of features.
 
+use ddil_libtorch::ArgumentError;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -51,7 +52,7 @@ impl Moments {
     ///
     /// # Errors
     ///
-    /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features: [`Error::Shape`],
+    /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features: [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`Error::TooFewSamples`] for none at all, [`Error::NonFinite`]. Nothing is taken in then.
     pub fn extend(&mut self, features: &Tensor) -> Result<()> {
         const OP: &str = "Moments::extend";
@@ -134,7 +135,7 @@ impl Statistics {
     ///
     /// # Errors
     ///
-    /// [`Error::TooFewSamples`] if `n < 2`, and the errors of bad features: [`Error::Shape`], [`Error::NonFinite`].
+    /// [`Error::TooFewSamples`] if `n < 2`, and the errors of bad features: [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
     pub fn from_features(features: &Tensor) -> Result<Self> {
         let mut moments = Moments::new();
         moments.extend(features)?;
@@ -184,12 +185,12 @@ impl TryFrom<StoredStatistics> for Statistics {
         let StoredStatistics { num_samples, mean, covariance } = stored;
         let dim = mean.len();
         if dim == 0 || covariance.len() != dim * dim {
-            return Err(Error::Shape {
+            return Err(Error::Argument(ArgumentError::Shape {
                 op: OP,
                 name: "covariance",
-                found: vec![covariance.len() as i64],
+                shape: vec![covariance.len() as i64],
                 expected: format!("the square of the mean's {dim} values, 1 or more"),
-            });
+            }));
         }
         if num_samples < 2 {
             return Err(Error::TooFewSamples {

@@ -1,5 +1,6 @@
 //! Sliced Wasserstein distance.
 
+use ddil_files::Invalid;
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, StandardNormal};
 use tch::{Kind, Tensor};
@@ -24,7 +25,7 @@ const MAX_PROJECTIONS: u32 = 1 << 16;
 ///
 /// # Errors
 ///
-/// [`Error::InvalidSetting`] if `num_projections` is 0 or above 65536, and those of [`sliced_wasserstein_along`].
+/// [`Error::Invalid`] if `num_projections` is 0 or above 65536, and those of [`sliced_wasserstein_along`].
 ///
 /// # Example
 ///
@@ -35,11 +36,11 @@ const MAX_PROJECTIONS: u32 = 1 << 16;
 /// ```
 pub fn sliced_wasserstein(a: &Tensor, b: &Tensor, num_projections: u32, seed: u64) -> Result<f64> {
     if !(1..=MAX_PROJECTIONS).contains(&num_projections) {
-        return Err(Error::InvalidSetting {
-            name: "num_projections",
-            value: num_projections.to_string(),
-            expected: "from 1 to 65536",
-        });
+        return Err(Error::Invalid(Invalid::new(
+            "num_projections",
+            num_projections,
+            "from 1 to 65536",
+        )));
     }
     let (a, b) = ensure_pair("sliced_wasserstein", ("a", a), ("b", b), 1)?;
     let directions = unit_directions(num_projections, a.size()[1], seed).to_device(a.device());
@@ -62,7 +63,7 @@ pub fn sliced_wasserstein(a: &Tensor, b: &Tensor, num_projections: u32, seed: u6
 ///
 /// [`Error::CountMismatch`] if `a` and `b` do not have as many rows, [`Error::FeatureMismatch`] if the columns of
 /// `a`, `b` and `directions` differ, and the errors of bad features: [`Error::TooFewSamples`] for none at all,
-/// [`Error::Shape`], [`Error::NonFinite`].
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
 pub fn sliced_wasserstein_along(a: &Tensor, b: &Tensor, directions: &Tensor) -> Result<f64> {
     const OP: &str = "sliced_wasserstein";
     let (a, b) = ensure_pair(OP, ("a", a), ("b", b), 1)?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use tch::{Kind, Tensor};
 
@@ -199,7 +200,7 @@ impl AutoencoderKL {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`] and [`Error::InvalidKind`] if `images` does not fit, [`Error::Torch`] if libtorch
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) and [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `images` does not fit, [`Error::Torch`] if libtorch
     /// refuses.
     pub fn encode(&self, images: &Tensor) -> Result<DiagonalGaussian> {
         self.ensure_images(images)?;
@@ -387,7 +388,12 @@ impl AutoencoderKL {
             let expected = format!(
                 "[batch, {channels}, height, width] with height and width multiples of {step}"
             );
-            return Err(Error::InvalidShape { op, name, found: images.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name,
+                shape: images.size(),
+                expected,
+            }));
         }
         ensure_float(op, name, images)
     }
@@ -401,7 +407,7 @@ fn ensure_latents(op: &'static str, latents: &Tensor, channels: u32) -> Result<(
         if batch > 0 && c == i64::from(channels) && height > 0 && width > 0);
     if !fits {
         let expected = format!("[batch, {channels}, height, width]");
-        return Err(Error::InvalidShape { op, name, found: size, expected });
+        return Err(Error::Argument(ArgumentError::Shape { op, name, shape: size, expected }));
     }
     ensure_float(op, name, latents)
 }
@@ -411,7 +417,7 @@ fn ensure_float(op: &'static str, name: &'static str, x: &Tensor) -> Result<()> 
     if is_float(found) {
         return Ok(());
     }
-    Err(Error::InvalidKind { op, name, found, expected: "floating point" })
+    Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected: "floating point" }))
 }
 
 fn statistics(config: &AutoencoderKLConfig, placement: Placement) -> Result<Option<Statistics>> {

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::autoencoder::AutoencoderKL;
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Result};
+use crate::error::Result;
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values, build_filled};
 use crate::unet_config::SampleSize;
@@ -220,12 +221,12 @@ impl AutoencoderKLConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    fn ensure_levels(&self, problems: &mut Vec<ConfigProblem>) {
+    fn ensure_levels(&self, problems: &mut Vec<Invalid>) {
         let levels = self.block_out_channels.len();
         if !(1..=MAX_LEVELS).contains(&levels) {
             let found = format!("{levels} levels long");
             let expected = format!("1 to {MAX_LEVELS} levels");
-            problems.push(ConfigProblem::new("block_out_channels", found, expected));
+            problems.push(Invalid::new("block_out_channels", found, expected));
         }
         let lists = [
             ("down_block_types", self.down_block_types.len()),
@@ -233,19 +234,19 @@ impl AutoencoderKLConfig {
         ];
         for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
             let expected = format!("{levels} levels, as many as in `block_out_channels`");
-            problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
+            problems.push(Invalid::new(key, format!("{len} levels long"), expected));
         }
         let groups = self.norm_num_groups.max(1);
         for (i, &channels) in self.block_out_channels.iter().enumerate() {
             if channels == 0 || channels % groups != 0 {
                 let key = format!("block_out_channels[{i}]");
                 let expected = format!("a multiple of norm_num_groups, {groups}");
-                problems.push(ConfigProblem::new(key, channels, expected));
+                problems.push(Invalid::new(key, channels, expected));
             }
         }
     }
 
-    fn ensure_numbers(&self, problems: &mut Vec<ConfigProblem>) {
+    fn ensure_numbers(&self, problems: &mut Vec<Invalid>) {
         let counts = [
             ("in_channels", self.in_channels),
             ("out_channels", self.out_channels),
@@ -254,18 +255,18 @@ impl AutoencoderKLConfig {
             ("norm_num_groups", self.norm_num_groups),
         ];
         for (key, _) in counts.into_iter().filter(|&(_, count)| count == 0) {
-            problems.push(ConfigProblem::new(key, 0, "at least 1"));
+            problems.push(Invalid::new(key, 0, "at least 1"));
         }
         if !(self.scaling_factor.is_normal() && self.scaling_factor > 0.0) {
             let (key, expected) = ("scaling_factor", "above 0");
-            problems.push(ConfigProblem::new(key, self.scaling_factor, expected));
+            problems.push(Invalid::new(key, self.scaling_factor, expected));
         }
         if let Some(shift) = self.shift_factor.filter(|shift| !shift.is_finite()) {
-            problems.push(ConfigProblem::new("shift_factor", shift, "finite"));
+            problems.push(Invalid::new("shift_factor", shift, "finite"));
         }
     }
 
-    fn ensure_statistics(&self, problems: &mut Vec<ConfigProblem>) {
+    fn ensure_statistics(&self, problems: &mut Vec<Invalid>) {
         let statistics = [
             ("latents_mean", &self.latents_mean, "finite"),
             ("latents_std", &self.latents_std, "above 0"),
@@ -275,21 +276,21 @@ impl AutoencoderKLConfig {
             if values.len() != self.latent_channels as usize {
                 let found = format!("{} values long", values.len());
                 let expected = format!("one value for each of {} channels", self.latent_channels);
-                problems.push(ConfigProblem::new(key, found, expected));
+                problems.push(Invalid::new(key, found, expected));
             }
             let fits = |v: f64| v.is_finite() && (range == "finite" || v > 0.0);
             for (i, &value) in values.iter().enumerate().filter(|&(_, &v)| !fits(v)) {
-                problems.push(ConfigProblem::new(format!("{key}[{i}]"), value, range));
+                problems.push(Invalid::new(format!("{key}[{i}]"), value, range));
             }
         }
         let keys = "latents_mean, latents_std";
         if self.latents_mean.is_some() != self.latents_std.is_some() {
-            problems.push(ConfigProblem::new(keys, "one without the other", "both or none"));
+            problems.push(Invalid::new(keys, "one without the other", "both or none"));
         }
         if self.latents_mean.is_some() && self.shift_factor.is_some() {
             let expected = "one way to centre latents; no published network has both";
             let keys = format!("shift_factor, {keys}");
-            problems.push(ConfigProblem::new(keys, "all given", expected));
+            problems.push(Invalid::new(keys, "all given", expected));
         }
     }
 }
@@ -297,7 +298,7 @@ impl AutoencoderKLConfig {
 impl Config for AutoencoderKLConfig {
     const CLASS_NAME: &'static str = "AutoencoderKL";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         self.ensure_levels(&mut problems);
         self.ensure_numbers(&mut problems);

@@ -1,5 +1,6 @@
 //! What a U-Net adds to the embedding of the timestep for a class.
 
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
 use crate::embeddings::{TimeProjection, TimestepEmbedding};
@@ -101,7 +102,12 @@ impl ClassEmbedding {
         ensure_dense(op, "class_labels", labels)?;
         if labels.size() != expected {
             let (name, found) = ("class_labels", labels.size());
-            return Err(Error::InvalidShape { op, name, found, expected: text });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name,
+                shape: found,
+                expected: text,
+            }));
         }
         Ok(())
     }

@@ -3,11 +3,12 @@
 use std::io::Write as _;
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::error::{ConfigProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::weights::{write_error, write_whole};
 
 /// Where a folder keeps a network's settings.
@@ -40,10 +41,10 @@ pub(crate) trait Config: Default + Serialize + DeserializeOwned {
     const OWN_KEYS: &'static [&'static str] = &[];
 
     /// Everything wrong with settings that are each of the right type.
-    fn problems(&self) -> Vec<ConfigProblem>;
+    fn problems(&self) -> Vec<Invalid>;
 
     /// Numbers and lists that are too large to reckon with; if there is none, everything that is wrong.
-    fn all_problems(&self) -> Vec<ConfigProblem> {
+    fn all_problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         for (key, value) in to_map(self) {
             size_problems(&key, &value, &mut problems);
@@ -61,14 +62,14 @@ pub(crate) trait Config: Default + Serialize + DeserializeOwned {
 }
 
 /// Whatever in a setting is larger than any network has it.
-fn size_problems(key: &str, value: &Value, problems: &mut Vec<ConfigProblem>) {
+fn size_problems(key: &str, value: &Value, problems: &mut Vec<Invalid>) {
     match value {
         Value::Number(number) if number.is_u64() && number.as_u64() > Some(MAX_NUMBER) => {
-            problems.push(ConfigProblem::new(key, number, format!("at most {MAX_NUMBER}")));
+            problems.push(Invalid::new(key, number, format!("at most {MAX_NUMBER}")));
         }
         Value::Array(items) if items.len() > MAX_LIST => {
             let found = format!("{} entries long", items.len());
-            problems.push(ConfigProblem::new(key, found, format!("at most {MAX_LIST}")));
+            problems.push(Invalid::new(key, found, format!("at most {MAX_LIST}")));
         }
         Value::Array(items) => {
             for (i, item) in items.iter().enumerate() {
@@ -86,7 +87,7 @@ fn size_problems(key: &str, value: &Value, problems: &mut Vec<ConfigProblem>) {
 
 /// The JSON object in a file of at most [`MAX_FILE_BYTES`].
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES)
+    let text = ddil_files::read_text_bounded(path, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
     serde_json::from_str(&text)
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
@@ -103,18 +104,18 @@ pub(crate) fn from_object<C: Config>(
     for (key, value) in object {
         if key == "_class_name" {
             if value != C::CLASS_NAME {
-                problems.push(ConfigProblem::new(key, value, format!("\"{}\"", C::CLASS_NAME)));
+                problems.push(Invalid::new(key, value, format!("\"{}\"", C::CLASS_NAME)));
             }
         } else if key.starts_with('_') {
             // `_diffusers_version`, `_name_or_path` and their like say where a file came from.
         } else if known.contains_key(key) {
             // Alone, so that one wrong value does not hide the next.
             if let Err(source) = serde_json::from_value::<C>(json!({ key.as_str(): value })) {
-                problems.push(ConfigProblem::new(key, value, source.to_string()));
+                problems.push(Invalid::new(key, value, source.to_string()));
             }
         } else if unknown_keys == UnknownKeys::Refuse {
             let keys: Vec<_> = known.keys().map(String::as_str).collect();
-            problems.push(ConfigProblem::new(key, value, format!("one of {}", keys.join(", "))));
+            problems.push(Invalid::new(key, value, format!("one of {}", keys.join(", "))));
         }
     }
     let mut settings = object.clone();
@@ -128,7 +129,7 @@ pub(crate) fn from_object<C: Config>(
         }
         // Every value has been tried alone already.
         Err(source) if problems.is_empty() => {
-            problems.push(ConfigProblem::new("settings", source, "one value per key"));
+            problems.push(Invalid::new("settings", source, "one value per key"));
         }
         Err(_) => {}
     }

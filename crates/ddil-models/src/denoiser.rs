@@ -3,6 +3,7 @@
 use std::borrow::Borrow;
 
 use ddil_core::{Conditioning, Denoiser};
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType};
 use tch::Tensor;
 
@@ -46,7 +47,7 @@ impl<N: Borrow<Model>> NetworkDenoiser<N> {
     /// # Errors
     ///
     /// [`Error::Scheduler`] if what the network says has no meaning on that schedule;
-    /// [`Error::InvalidArgument`] if an [`Mlp`](crate::Mlp) with a skip connection, whose output is clean data, is to
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if an [`Mlp`](crate::Mlp) with a skip connection, whose output is clean data, is to
     /// be read as something else or on another schedule than its own.
     pub fn new(
         network: N,
@@ -58,7 +59,12 @@ impl<N: Borrow<Model>> NetworkDenoiser<N> {
             && let Some(skip) = &mlp.config().skip
         {
             let refuse = |name, found, expected| {
-                Err(Error::InvalidArgument { op: "NetworkDenoiser::new", name, found, expected })
+                Err(Error::Argument(ArgumentError::Value {
+                    op: "NetworkDenoiser::new",
+                    name,
+                    value: found,
+                    expected,
+                }))
             };
             if prediction_type != PredictionType::Sample {
                 let (found, expected) = (prediction_type.as_str().to_owned(), "sample".to_owned());
@@ -116,8 +122,8 @@ pub(crate) fn ask(
     answer: impl FnOnce(&Tensor, &Tensor) -> crate::Result<Tensor>,
 ) -> ddil_core::Result<Tensor> {
     ensure_only(op, network.class_name(), conditioning, &network.conditioning_fields())?;
-    ddil_schedulers::ensure_real(op, "x_t", x_t)?;
-    ddil_schedulers::ensure_dense(op, "timesteps", timesteps)?;
+    ddil_libtorch::ensure_real(op, "x_t", x_t)?;
+    ddil_libtorch::ensure_dense(op, "timesteps", timesteps)?;
     let time = match (schedule.config(), network) {
         // An MLP may look the timestep up in its own schedule.
         (NoiseScheduleConfig::Vp(_), _) | (_, Model::Mlp(_)) => timesteps.shallow_clone(),

@@ -7,6 +7,7 @@ pub use head::{DiscriminatorHead, DiscriminatorHeadConfig};
 use std::borrow::Borrow;
 
 use ddil_core::{Conditioning, Discriminator};
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::NoiseSchedule;
 use tch::Tensor;
 
@@ -54,18 +55,18 @@ impl<N: Borrow<Model>, H: Borrow<DiscriminatorHead>> NetworkDiscriminator<N, H> 
     ///
     /// # Errors
     ///
-    /// [`Error::NoFeatures`] for a `TorchScript` program; [`Error::InvalidArgument`] if the head is made for
+    /// [`Error::NoFeatures`] for a `TorchScript` program; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if the head is made for
     /// features with another number of channels.
     pub fn new(network: N, head: H, schedule: NoiseSchedule) -> Result<Self> {
         let there = head::num_features(&network.borrow().config())?;
         let wanted = head.borrow().config().in_channels;
         if wanted != there {
-            return Err(Error::InvalidArgument {
+            return Err(Error::Argument(ArgumentError::Value {
                 op: "NetworkDiscriminator::new",
                 name: "head",
-                found: format!("made for {wanted} channels"),
+                value: format!("made for {wanted} channels"),
                 expected: format!("{there} channels, the features of the network"),
-            });
+            }));
         }
         Ok(Self { network, head, schedule })
     }

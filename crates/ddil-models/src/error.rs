@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
 /// What this crate's functions return.
@@ -15,13 +17,16 @@ pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// Settings that describe no network; every problem is listed.
     #[error("{what} is not valid:{}", Lines(problems))]
     InvalidConfig {
         /// The class the settings are for, or the file they came from.
         what: String,
         /// All that is wrong with them.
-        problems: Vec<ConfigProblem>,
+        problems: Vec<Invalid>,
     },
     /// A network beyond the size that this crate reckons with, whatever memory there is.
     #[error(
@@ -116,30 +121,6 @@ pub enum Error {
         name: String,
         /// Its kind.
         kind: Kind,
-    },
-    /// An argument has a shape that does not fit.
-    #[error("{op}: `{name}` has shape {found:?}; expected {expected}")]
-    InvalidShape {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its shape.
-        found: Vec<i64>,
-        /// What may stand there.
-        expected: String,
-    },
-    /// An argument has a kind that does not fit.
-    #[error("{op}: `{name}` has kind {found:?}; expected {expected}")]
-    InvalidKind {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its kind.
-        found: Kind,
-        /// What may stand there.
-        expected: &'static str,
     },
     /// A class-conditional network was called without labels.
     #[error("{op}: the network was built with class labels, but `class_labels` is None")]
@@ -252,18 +233,6 @@ pub enum Error {
         /// What it holds for text encoders.
         ignored: Vec<String>,
     },
-    /// A closed-form distribution with impossible numbers.
-    #[error("{op}: `{name}` is {found}; expected {expected}")]
-    InvalidArgument {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its value, or the offending part.
-        found: String,
-        /// What may stand there.
-        expected: String,
-    },
     /// A noise schedule refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
@@ -281,6 +250,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// The setting that is not allowed, where that is what went wrong; of several the first.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::InvalidConfig { problems, .. } => problems.first(),
+            Self::Scheduler(error) => error.invalid(),
+            _ => None,
+        }
+    }
+
     /// Wraps a libtorch error; made for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(TchError) -> Self {
         move |source| {
@@ -288,33 +266,6 @@ impl Error {
             let message = text.lines().next().unwrap_or_default().to_owned();
             Self::Torch { op, message }
         }
-    }
-}
-
-/// One thing that is wrong with a network's settings.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigProblem {
-    /// The key, or the keys that do not go together.
-    pub key: String,
-    /// What was found there.
-    pub found: String,
-    /// What may stand there.
-    pub expected: String,
-}
-
-impl ConfigProblem {
-    pub(crate) fn new(
-        key: impl Into<String>,
-        found: impl fmt::Display,
-        expected: impl Into<String>,
-    ) -> Self {
-        Self { key: key.into(), found: found.to_string(), expected: expected.into() }
-    }
-}
-
-impl fmt::Display for ConfigProblem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` is {}; expected {}", self.key, self.found, self.expected)
     }
 }
 
@@ -413,7 +364,7 @@ impl fmt::Display for WeightProblems {
 
 /// Refuses an argument that is undefined or sparse, which has no shape or cannot be reckoned with.
 pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
-    Ok(ddil_schedulers::ensure_dense(op, name, tensor)?)
+    Ok(ddil_libtorch::ensure_dense(op, name, tensor)?)
 }
 
 /// Checks `timesteps`: one number or one per sample, integer or floating point.
@@ -421,17 +372,22 @@ pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64)
     ensure_dense(op, "timesteps", timesteps)?;
     let size = timesteps.size();
     if !(size.is_empty() || size == [batch] || size == [1]) {
-        return Err(Error::InvalidShape {
+        return Err(Error::Argument(ArgumentError::Shape {
             op,
             name: "timesteps",
-            found: size,
+            shape: size,
             expected: format!("[{batch}], one per sample, or []"),
-        });
+        }));
     }
     let kind = timesteps.kind();
     if !(is_float(kind) || matches!(kind, Kind::Int64 | Kind::Int)) {
         let expected = "Int64, Int or floating point";
-        return Err(Error::InvalidKind { op, name: "timesteps", found: kind, expected });
+        return Err(Error::Argument(ArgumentError::Kind {
+            op,
+            name: "timesteps",
+            kind: kind,
+            expected,
+        }));
     }
     Ok(())
 }
@@ -442,10 +398,20 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
     ensure_dense(op, name, labels)?;
     if labels.size() != [batch] {
         let expected = format!("[{batch}], one per sample");
-        return Err(Error::InvalidShape { op, name, found: labels.size(), expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: labels.size(),
+            expected,
+        }));
     }
     if labels.kind() != Kind::Int64 {
-        return Err(Error::InvalidKind { op, name, found: labels.kind(), expected: "Int64" });
+        return Err(Error::Argument(ArgumentError::Kind {
+            op,
+            name,
+            kind: labels.kind(),
+            expected: "Int64",
+        }));
     }
     // On an accelerator this would make the host wait for the device in every call.
     if labels.device() == tch::Device::Cpu && batch > 0 {
@@ -474,11 +440,16 @@ pub(crate) fn ensure_guidance_weight(
     ensure_dense(op, name, weight)?;
     if weight.size() != [batch] {
         let expected = format!("[{batch}], one per sample");
-        return Err(Error::InvalidShape { op, name, found: weight.size(), expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: weight.size(),
+            expected,
+        }));
     }
     if !is_float(weight.kind()) {
         let (found, expected) = (weight.kind(), "floating point");
-        return Err(Error::InvalidKind { op, name, found, expected });
+        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
     }
     Ok(())
 }

@@ -48,7 +48,7 @@ pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::UnknownKeys;
 pub use denoiser::NetworkDenoiser;
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
-pub use error::{BoxedError, ConfigProblem, Error, IndexProblems, Result, WeightProblems};
+pub use error::{BoxedError, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;
 pub use lora::{Lora, LoraConfig, LoraFormat, LoraLayer, Switched};
 pub use mlp::{Mlp, MlpConfig, SkipConfig};

@@ -6,9 +6,11 @@ mod files;
 use std::path::Path;
 use std::sync::Arc;
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
-use crate::error::{ConfigProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
 use adapter::{Adapter, Switch};
@@ -88,19 +90,19 @@ impl LoraConfig {
     fn select<'a>(&self, layers: &'a [Layer]) -> Result<Vec<&'a Layer>> {
         let mut problems = Vec::new();
         if self.rank < 1 {
-            problems.push(ConfigProblem::new("rank", self.rank, "at least 1"));
+            problems.push(Invalid::new("rank", self.rank, "at least 1"));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            problems.push(ConfigProblem::new("alpha", self.alpha, "a finite number above 0"));
+            problems.push(Invalid::new("alpha", self.alpha, "a finite number above 0"));
         }
         if self.targets.is_empty() {
-            problems.push(ConfigProblem::new("targets", "empty", one_of(layers)));
+            problems.push(Invalid::new("targets", "empty", one_of(layers)));
         }
         let unmatched = |target: &&String| !layers.iter().any(|layer| matches(&layer.name, target));
         let unmatched: Vec<_> = self.targets.iter().filter(unmatched).cloned().collect();
         if !unmatched.is_empty() {
             let found = format!("{}, which no layer is called", unmatched.join(", "));
-            problems.push(ConfigProblem::new("targets", found, one_of(layers)));
+            problems.push(Invalid::new("targets", found, one_of(layers)));
         }
         if !problems.is_empty() {
             return Err(Error::InvalidConfig { what: "LoraConfig".into(), problems });
@@ -260,7 +262,7 @@ impl Lora {
     ///
     /// [`Error::WeightsMismatch`] with every name that is no adapter of a layer of this network, every A without B or
     /// the reverse, and every shape that does not fit; [`Error::NoAdapter`] if nothing in it is for this network;
-    /// [`Error::InvalidArgument`] for an alpha that is not finite, or that the metadata give by a regular expression;
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for an alpha that is not finite, or that the metadata give by a regular expression;
     /// [`Error::AdapterAttached`]; otherwise as [`weights::read_all`](crate::weights::read_all).
     pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
         let found = files::read(network.layers(), path.as_ref())?;
@@ -435,13 +437,18 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] if `scale` is not finite, [`Error::AdapterMerged`].
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if `scale` is not finite, [`Error::AdapterMerged`].
     pub fn set_scale(&mut self, scale: f64) -> Result<()> {
         let op = "Lora::set_scale";
         self.ensure_apart(op)?;
         if !scale.is_finite() {
             let (found, expected) = (scale.to_string(), "a finite number".into());
-            return Err(Error::InvalidArgument { op, name: "scale", found, expected });
+            return Err(Error::Argument(ArgumentError::Value {
+                op,
+                name: "scale",
+                value: found,
+                expected,
+            }));
         }
         self.scale = scale;
         self.rescale();

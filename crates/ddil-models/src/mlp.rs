@@ -3,6 +3,8 @@
 use std::f64::consts::PI;
 use std::path::Path;
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scales};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor};
@@ -10,8 +12,7 @@ use tch::{Kind, TchError, Tensor};
 use crate::config::{self, Config, UnknownKeys};
 use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::error::{
-    ConfigProblem, Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels,
-    ensure_timesteps, is_float,
+    Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
 };
 use crate::layers::{Activation, Embedding, Linear};
 use crate::model::NetworkOutput;
@@ -155,11 +156,11 @@ impl MlpConfig {
 impl Config for MlpConfig {
     const CLASS_NAME: &'static str = "Mlp";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let mut at_least = |key: &str, value: u32, min: u32| {
             if value < min {
-                problems.push(ConfigProblem::new(key, value, format!("at least {min}")));
+                problems.push(Invalid::new(key, value, format!("at least {min}")));
             }
         };
         at_least("dim", self.dim, 1);
@@ -171,16 +172,12 @@ impl Config for MlpConfig {
         }
         // Beyond, neighbouring floats are further apart than a period.
         if self.fourier_octaves > 16 {
-            problems.push(ConfigProblem::new(
-                "fourier_octaves",
-                self.fourier_octaves,
-                "at most 16",
-            ));
+            problems.push(Invalid::new("fourier_octaves", self.fourier_octaves, "at most 16"));
         }
         if let Some(SkipConfig { sigma_data, .. }) = self.skip
             && !(sigma_data > 0.0 && sigma_data.is_finite())
         {
-            problems.push(ConfigProblem::new("skip.sigma_data", sigma_data, "finite and above 0"));
+            problems.push(Invalid::new("skip.sigma_data", sigma_data, "finite and above 0"));
         }
         problems
     }
@@ -251,7 +248,7 @@ impl Mlp {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::MissingClassLabels`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingClassLabels`],
     /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`];
     /// [`Error::Scheduler`] for timesteps the schedule does not have; [`Error::Torch`].
     pub fn forward(
@@ -356,11 +353,21 @@ impl Mlp {
         let (size, dim) = (x_t.size(), i64::from(self.config.dim));
         if size.len() < 2 || size[1..].iter().product::<i64>() != dim {
             let expected = format!("[batch, {dim}], or as many values a sample");
-            return Err(Error::InvalidShape { op, name: "x_t", found: size, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "x_t",
+                shape: size,
+                expected,
+            }));
         }
         if !is_float(x_t.kind()) {
             let (name, expected) = ("x_t", "floating point");
-            return Err(Error::InvalidKind { op, name, found: x_t.kind(), expected });
+            return Err(Error::Argument(ArgumentError::Kind {
+                op,
+                name,
+                kind: x_t.kind(),
+                expected,
+            }));
         }
         let batch = size[0];
         ensure_timesteps(op, timesteps, batch)?;

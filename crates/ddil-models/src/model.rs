@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::Conditioning;
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::parameters::{Parameters, Placement};
 use crate::torch_script::{TorchScript, TorchScriptConfig};
@@ -79,7 +80,7 @@ impl ModelConfig {
                     TorchScriptConfig::CLASS_NAME,
                 ];
                 let expected = format!("one of {}", classes.join(", "));
-                let problems = vec![ConfigProblem::new("_class_name", class, expected)];
+                let problems = vec![Invalid::new("_class_name", class, expected)];
                 return Err(Error::InvalidConfig { what, problems });
             }
         })
@@ -187,7 +188,7 @@ impl ModelConfig {
     fn not_a_unet(&self) -> Error {
         let expected =
             format!("{} or {}", UNet2DConfig::CLASS_NAME, UNet2DConditionConfig::CLASS_NAME);
-        let problem = ConfigProblem::new("_class_name", self.class_name(), expected);
+        let problem = Invalid::new("_class_name", self.class_name(), expected);
         Error::InvalidConfig { what: self.class_name().to_owned(), problems: vec![problem] }
     }
 
@@ -229,7 +230,7 @@ impl ModelConfig {
             Self::TorchScript(config) => {
                 let expected =
                     "a class whose parameters can be initialised; load a program from its folder";
-                let problem = ConfigProblem::new("_class_name", "TorchScript", expected);
+                let problem = Invalid::new("_class_name", "TorchScript", expected);
                 return Err(Error::InvalidConfig {
                     what: config.file.clone(),
                     problems: vec![problem],

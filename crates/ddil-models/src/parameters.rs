@@ -5,6 +5,7 @@ mod matching;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use tch::{Device, Kind, Tensor};
 
@@ -224,12 +225,12 @@ impl Builder {
     /// Counts a parameter, unless the network would be too large with it.
     fn count(&mut self, name: &str, shape: &[i64]) -> Result<()> {
         if !is_float(self.placement.kind) {
-            return Err(Error::InvalidKind {
+            return Err(Error::Argument(ArgumentError::Kind {
                 op: "building a network",
                 name: "placement.kind",
-                found: self.placement.kind,
+                kind: self.placement.kind,
                 expected: "floating point",
-            });
+            }));
         }
         let values = shape.iter().try_fold(1_i64, |product, &side| product.checked_mul(side));
         let total = values.and_then(|values| values.checked_add(self.num_values));

@@ -3,11 +3,13 @@
 use std::cell::RefCell;
 use std::path::{Component, Path};
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use serde::{Deserialize, Serialize};
 use tch::{CModule, Kind, Tensor};
 
 use crate::config::Config;
-use crate::error::{ConfigProblem, Error, Result, ensure_dense, ensure_timesteps};
+use crate::error::{Error, Result, ensure_dense, ensure_timesteps};
 use crate::parameters::{Parameters, Placement};
 
 const FORWARD: &str = "TorchScript::forward";
@@ -31,11 +33,11 @@ impl Default for TorchScriptConfig {
 impl Config for TorchScriptConfig {
     const CLASS_NAME: &'static str = "TorchScript";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut components = Path::new(&self.file).components();
         match (components.next(), components.next()) {
             (Some(Component::Normal(_)), None) => Vec::new(),
-            _ => vec![ConfigProblem::new("file", &self.file, "the name of a file in the folder")],
+            _ => vec![Invalid::new("file", &self.file, "the name of a file in the folder")],
         }
     }
 }
@@ -112,7 +114,7 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::MissingClassLabels`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingClassLabels`],
     /// [`Error::UnexpectedClassLabels`]; [`Error::Torch`] for what the program refuses.
     pub fn forward(
         &self,
@@ -125,7 +127,12 @@ impl TorchScript {
         let size = x_t.size();
         let Some(&batch) = size.first() else {
             let expected = "[batch, ..]".to_owned();
-            return Err(Error::InvalidShape { op, name: "x_t", found: size, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "x_t",
+                shape: size,
+                expected,
+            }));
         };
         ensure_timesteps(op, timesteps, batch)?;
         let mut inputs = vec![x_t, timesteps];

@@ -3,6 +3,7 @@
 use std::f64::consts::PI;
 
 use ddil_core::{Conditioning, Denoiser};
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use ddil_schedulers::{NoiseSchedule, Prediction, Scales};
 use tch::{Device, Kind, Tensor};
@@ -61,12 +62,12 @@ const MAX_COMPONENTS: usize = 1 << 20;
 fn ensure_countable(op: &'static str, name: &'static str, components: Option<usize>) -> Result<()> {
     match components {
         Some(count) if count <= MAX_COMPONENTS => Ok(()),
-        _ => Err(Error::InvalidArgument {
+        _ => Err(Error::Argument(ArgumentError::Value {
             op,
             name,
-            found: components.map_or("beyond counting".to_owned(), |count| count.to_string()),
+            value: components.map_or("beyond counting".to_owned(), |count| count.to_string()),
             expected: format!("at most {MAX_COMPONENTS}"),
-        }),
+        })),
     }
 }
 
@@ -81,23 +82,38 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], or [`Error::InvalidArgument`] for a number that is not finite and above 0.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), or [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a number that is not finite and above 0.
     pub fn new(means: &Tensor, stds: &[f64], weights: &[f64]) -> Result<Self> {
         const OP: &str = "GaussianMixture::new";
         ensure_dense(OP, "means", means)?;
         let size = means.size();
         if size.len() != 2 || size.contains(&0) || !is_float(means.kind()) {
             let expected = "[components, dim], floating point".to_owned();
-            return Err(Error::InvalidShape { op: OP, name: "means", found: size, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name: "means",
+                shape: size,
+                expected,
+            }));
         }
         for (name, values) in [("stds", stds), ("weights", weights)] {
             if values.len() as i64 != size[0] {
                 let (found, expected) = (vec![values.len() as i64], format!("[{}]", size[0]));
-                return Err(Error::InvalidShape { op: OP, name, found, expected });
+                return Err(Error::Argument(ArgumentError::Shape {
+                    op: OP,
+                    name,
+                    shape: found,
+                    expected,
+                }));
             }
             if let Some(value) = values.iter().find(|v| !(**v > 0.0 && v.is_finite())) {
                 let (found, expected) = (value.to_string(), "finite and above 0".to_owned());
-                return Err(Error::InvalidArgument { op: OP, name, found, expected });
+                return Err(Error::Argument(ArgumentError::Value {
+                    op: OP,
+                    name,
+                    value: found,
+                    expected,
+                }));
             }
         }
         let total: f64 = weights.iter().sum();
@@ -115,7 +131,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] unless there is one label per component and the labels are 0, 1, .. without a gap.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless there is one label per component and the labels are 0, 1, .. without a gap.
     pub fn with_classes(mut self, labels: &[i64]) -> Result<Self> {
         let components = self.num_components();
         // A label beyond leaves a gap for certain; counting up to it could take for ever.
@@ -125,12 +141,12 @@ impl GaussianMixture {
             || !all_there
             || labels.iter().any(|&l| l < 0)
         {
-            return Err(Error::InvalidArgument {
+            return Err(Error::Argument(ArgumentError::Value {
                 op: "GaussianMixture::with_classes",
                 name: "labels",
-                found: format!("{labels:?}"),
+                value: format!("{labels:?}"),
                 expected: format!("{} labels from 0 on without a gap", self.num_components()),
-            });
+            }));
         }
         let of_component = Tensor::from_slice(labels).to_device(self.means.device());
         self.classes = Some(Classes { of_component, count });
@@ -143,7 +159,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`] for no modes, [`Error::InvalidArgument`] for more than a million.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for no modes, [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million.
     pub fn ring(modes: usize) -> Result<Self> {
         ensure_countable("GaussianMixture::ring", "modes", Some(modes))?;
         let angle = |i: usize| 2.0 * PI * i as f64 / modes as f64;
@@ -157,7 +173,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`] if `side` is 0, [`Error::InvalidArgument`] for more than a million components.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `side` is 0, [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million components.
     pub fn grid(side: usize) -> Result<Self> {
         ensure_countable("GaussianMixture::grid", "side * side", side.checked_mul(side))?;
         let spacing = 1.6 / (side.max(2) - 1) as f64;
@@ -178,7 +194,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] for a component that there is not, or if the mixture or one of its classes were
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a component that there is not, or if the mixture or one of its classes were
     /// left without any.
     pub fn without(&self, components: &[i64]) -> Result<Self> {
         let all = 0..self.num_components();
@@ -198,15 +214,15 @@ impl GaussianMixture {
             || components.iter().any(|k| !all.contains(k))
             || !(0..self.num_classes()).all(has)
         {
-            return Err(Error::InvalidArgument {
+            return Err(Error::Argument(ArgumentError::Value {
                 op: "GaussianMixture::without",
                 name: "components",
-                found: format!("{components:?}"),
+                value: format!("{components:?}"),
                 expected: format!(
                     "some of {} components, not all of a class",
                     self.num_components()
                 ),
-            });
+            }));
         }
         let log_weights = select(&self.log_weights);
         Ok(Self {
@@ -268,7 +284,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::UnexpectedClassLabels`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedClassLabels`],
     /// [`Error::ClassLabelOutOfRange`] (on the CPU alone).
     pub fn posterior(
         &self,
@@ -334,12 +350,12 @@ impl GaussianMixture {
         const OP: &str = "GaussianMixture::sample";
         if n < 0 {
             let expected = "at least 0".to_owned();
-            return Err(Error::InvalidArgument {
+            return Err(Error::Argument(ArgumentError::Value {
                 op: OP,
                 name: "n",
-                found: n.to_string(),
+                value: n.to_string(),
                 expected,
-            });
+            }));
         }
         let device = generator.device();
         // Memory first: nothing behind it has a way to refuse.
@@ -362,7 +378,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind).
     pub fn distance_to_nearest(&self, samples: &Tensor) -> Result<Tensor> {
         let x = self.flat("GaussianMixture::distance_to_nearest", "samples", samples)?;
         let offsets = x.unsqueeze(1) - self.means.to_device(x.device());
@@ -403,15 +419,15 @@ impl GaussianMixture {
         let values = size.iter().skip(1).product::<i64>();
         if size.len() < 2 || values != self.dim() {
             let expected = format!("[batch, {}], or as many values a sample", self.dim());
-            return Err(Error::InvalidShape { op, name, found: size, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: size, expected }));
         }
         if !is_float(x.kind()) {
-            return Err(Error::InvalidKind {
+            return Err(Error::Argument(ArgumentError::Kind {
                 op,
                 name,
-                found: x.kind(),
+                kind: x.kind(),
                 expected: "floating point",
-            });
+            }));
         }
         Ok(x.reshape([size[0], self.dim()]).to_kind(Kind::Double))
     }
@@ -462,12 +478,17 @@ fn column(
     ensure_dense(op, name, values)?;
     if !is_float(values.kind()) {
         let (found, expected) = (values.kind(), "floating point");
-        return Err(Error::InvalidKind { op, name, found, expected });
+        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
     }
     let count = values.numel() as i64;
     if count != 1 && count != batch {
         let expected = format!("[{batch}], one per sample, or one for all");
-        return Err(Error::InvalidShape { op, name, found: values.size(), expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: values.size(),
+            expected,
+        }));
     }
     Ok(values.reshape([-1, 1]).to_device(device).to_kind(Kind::Double))
 }
@@ -495,7 +516,7 @@ impl Denoiser for MixtureDenoiser {
     ) -> ddil_core::Result<Prediction> {
         let op = "Denoiser::predict";
         crate::denoiser::ensure_only(op, "GaussianMixture", conditioning, &["class_labels"])?;
-        ddil_schedulers::ensure_real(op, "x_t", x_t)?;
+        ddil_libtorch::ensure_real(op, "x_t", x_t)?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
         let labels = conditioning.class_labels.as_ref();

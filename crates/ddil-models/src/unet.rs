@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 
+use ddil_libtorch::ArgumentError;
 use tch::Tensor;
 
 use crate::attention::AttentionOptions;
@@ -166,7 +167,7 @@ impl UNet2DModel {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`]; [`Error::MissingClassLabels`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingClassLabels`],
     /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`]; [`Error::Torch`]
     /// if memory runs out or an input is on another device.
     pub fn forward(
@@ -276,11 +277,21 @@ impl UNet2DModel {
             let expected = format!(
                 "[batch, {channels}, height, width] with height and width multiples of {step}"
             );
-            return Err(Error::InvalidShape { op, name: "sample", found: sample.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "sample",
+                shape: sample.size(),
+                expected,
+            }));
         }
         if !is_float(sample.kind()) {
             let (name, found) = ("sample", sample.kind());
-            return Err(Error::InvalidKind { op, name, found, expected: "floating point" });
+            return Err(Error::Argument(ArgumentError::Kind {
+                op,
+                name,
+                kind: found,
+                expected: "floating point",
+            }));
         }
         let batch = sample.size()[0];
         ensure_timesteps(op, told.timesteps, batch)?;

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 
 use ddil_core::Conditioning;
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
 use crate::addition_embedding::{PooledTextEmbedding, TextTimeEmbedding};
@@ -277,8 +278,8 @@ impl UNet2DConditionModel {
     /// # Errors
     ///
     /// [`Error::ConditioningPart`], [`Error::MissingClassLabels`], [`Error::UnexpectedClassLabels`],
-    /// [`Error::GuidanceWeight`] for a part that is missing or not known to the network; [`Error::InvalidShape`],
-    /// [`Error::InvalidKind`], [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on
+    /// [`Error::GuidanceWeight`] for a part that is missing or not known to the network; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on
     /// another device.
     pub fn forward(
         &self,
@@ -407,7 +408,12 @@ impl UNet2DConditionModel {
             if c == channels && height > 0 && width > 0);
         if !fits {
             let expected = format!("[batch, {channels}, height, width]");
-            return Err(Error::InvalidShape { op, name: "sample", found: sample.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "sample",
+                shape: sample.size(),
+                expected,
+            }));
         }
         ensure_float("sample", sample)?;
         let batch = sample.size()[0];
@@ -430,7 +436,7 @@ impl UNet2DConditionModel {
         let fits = matches!(found[..], [n, tokens, c] if n == batch && tokens > 0 && c == width);
         if !fits {
             let expected = format!("[{batch}, tokens, {width}]");
-            return Err(Error::InvalidShape { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
         }
         ensure_float(name, text)?;
         let Some(mask) = inputs.encoder_attention_mask else { return Ok(()) };
@@ -438,7 +444,12 @@ impl UNet2DConditionModel {
         ensure_part(name, Some(mask), self.config.text_width().is_some())?;
         if mask.size() != found[..2] {
             let expected = format!("{:?}, one per token", &found[..2]);
-            return Err(Error::InvalidShape { op, name, found: mask.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name,
+                shape: mask.size(),
+                expected,
+            }));
         }
         Ok(())
     }
@@ -456,7 +467,12 @@ impl UNet2DConditionModel {
         for (name, part) in [("text_embeds", text), ("time_ids", numbers)] {
             if !matches!(part.size()[..], [n, _] if n == batch) {
                 let expected = format!("[{batch}, width]");
-                return Err(Error::InvalidShape { op, name, found: part.size(), expected });
+                return Err(Error::Argument(ArgumentError::Shape {
+                    op,
+                    name,
+                    shape: part.size(),
+                    expected,
+                }));
             }
         }
         ensure_float("text_embeds", text)?;
@@ -467,7 +483,7 @@ impl UNet2DConditionModel {
                 embedding.inputs
             );
             let (name, found) = ("text_embeds", text.size());
-            return Err(Error::InvalidShape { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
         }
         Ok(())
     }
@@ -485,7 +501,7 @@ fn ensure_float(name: &'static str, tensor: &Tensor) -> Result<()> {
         return Ok(());
     }
     let (op, found) = (FORWARD, tensor.kind());
-    Err(Error::InvalidKind { op, name, found, expected: "floating point" })
+    Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected: "floating point" }))
 }
 
 /// `[batch, 1, 1, tokens]` from `[batch, tokens]`: 0 for tokens that are there.

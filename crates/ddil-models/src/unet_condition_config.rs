@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Result};
+use crate::error::Result;
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values, build_filled};
 use crate::unet_condition::UNet2DConditionModel;
@@ -35,7 +36,7 @@ impl<T: Copy> PerLevel<T> {
         }
     }
 
-    fn length_problem(&self, key: &str, levels: usize) -> Option<ConfigProblem> {
+    fn length_problem(&self, key: &str, levels: usize) -> Option<Invalid> {
         match self {
             Self::Each(values) if values.len() != levels => {
                 Some(wrong_length(key, values.len(), levels))
@@ -45,9 +46,9 @@ impl<T: Copy> PerLevel<T> {
     }
 }
 
-fn wrong_length(key: &str, len: usize, levels: usize) -> ConfigProblem {
+fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
     let expected = format!("{levels} levels, as many as in `block_out_channels`, or one number");
-    ConfigProblem::new(key, format!("{len} levels long"), expected)
+    Invalid::new(key, format!("{len} levels long"), expected)
 }
 
 /// Blocks in the transformers of one level.
@@ -539,7 +540,7 @@ impl UNet2DConditionConfig {
         down.chain(self.cross_mid()).chain(up).collect()
     }
 
-    fn length_problems(&self) -> Vec<ConfigProblem> {
+    fn length_problems(&self) -> Vec<Invalid> {
         let levels = self.block_out_channels.len();
         let mut problems: Vec<_> = [
             self.only_cross_attention.length_problem("only_cross_attention", levels),
@@ -563,14 +564,14 @@ impl UNet2DConditionConfig {
             }
             None if self.transformer_layers_per_block.is_nested() => {
                 let expected = format!("a list, since `{key}` has lists in its list");
-                problems.push(ConfigProblem::new(reverse_key, "null", expected));
+                problems.push(Invalid::new(reverse_key, "null", expected));
             }
             _ => {}
         }
         problems
     }
 
-    fn attention_problems(&self) -> Vec<ConfigProblem> {
+    fn attention_problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let places = self.cross_attention();
         let levels: BTreeSet<usize> = places.iter().map(|place| place.level).collect();
@@ -583,7 +584,7 @@ impl UNet2DConditionConfig {
                 let expected = format!(
                     "a number of heads that divides block_out_channels[{level}], {channels}"
                 );
-                problems.push(ConfigProblem::new("attention_head_dim", heads, expected));
+                problems.push(Invalid::new("attention_head_dim", heads, expected));
             }
         }
         let widths: BTreeSet<u32> =
@@ -591,7 +592,7 @@ impl UNet2DConditionConfig {
         if widths.len() > 1 || widths.contains(&0) {
             let found = format!("{widths:?} where there is cross attention");
             let expected = "one width above 0, since all levels look at the same text";
-            problems.push(ConfigProblem::new("cross_attention_dim", found, expected));
+            problems.push(Invalid::new("cross_attention_dim", found, expected));
         }
         // A mirror image is seen twice.
         let mut seen = BTreeSet::new();
@@ -600,13 +601,13 @@ impl UNet2DConditionConfig {
                 && seen.insert(key.clone())
             {
                 let expected = format!("above 0, and a list {num_layers} long if it is one");
-                problems.push(ConfigProblem::new(key, format!("{depth:?}"), expected));
+                problems.push(Invalid::new(key, format!("{depth:?}"), expected));
             }
         }
         problems
     }
 
-    fn embedding_problems(&self) -> Vec<ConfigProblem> {
+    fn embedding_problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let width = self.projection_class_embeddings_input_dim;
         let key = "projection_class_embeddings_input_dim";
@@ -618,7 +619,7 @@ impl UNet2DConditionConfig {
         if width.is_none() && (projects || text_time) {
             let expected = "the width of what is projected, for this class_embed_type or \
                             addition_embed_type";
-            problems.push(ConfigProblem::new(key, "null", expected));
+            problems.push(Invalid::new(key, "null", expected));
         }
         if text_time {
             let features = self.addition_time_embed_dim.unwrap_or(0);
@@ -626,7 +627,7 @@ impl UNet2DConditionConfig {
                 let found = self.addition_time_embed_dim.map_or("null".into(), |n| n.to_string());
                 let expected =
                     "the sines and cosines of a number, at least 2 and more than twice freq_shift";
-                problems.push(ConfigProblem::new("addition_time_embed_dim", found, expected));
+                problems.push(Invalid::new("addition_time_embed_dim", found, expected));
             }
         }
         if self.addition_embed_type == Some(AdditionEmbedType::Text) {
@@ -635,27 +636,27 @@ impl UNet2DConditionConfig {
         problems
     }
 
-    fn pooling_problem(&self) -> Option<ConfigProblem> {
+    fn pooling_problem(&self) -> Option<Invalid> {
         let heads = self.addition_embed_type_num_heads;
         match self.cross_attention_dim {
-            PerLevel::Each(_) => Some(ConfigProblem::new(
+            PerLevel::Each(_) => Some(Invalid::new(
                 "cross_attention_dim",
                 "a list",
                 "one width, for the addition_embed_type text",
             )),
             PerLevel::All(width) if heads == 0 || width == 0 || width % heads != 0 => {
                 let expected = format!("a divisor of cross_attention_dim, {width}");
-                Some(ConfigProblem::new("addition_embed_type_num_heads", heads, expected))
+                Some(Invalid::new("addition_embed_type_num_heads", heads, expected))
             }
             PerLevel::All(_) => None,
         }
     }
 
     /// Values that diffusers knows and this crate does not.
-    fn unsupported(&self) -> Vec<ConfigProblem> {
+    fn unsupported(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let mut refuse = |key: &str, found: Option<String>, expected: &str| {
-            problems.extend(found.map(|found| ConfigProblem::new(key, found, expected)));
+            problems.extend(found.map(|found| Invalid::new(key, found, expected)));
         };
         let is_set = |set: bool| set.then(|| "true".to_owned());
         refuse("dual_cross_attention", is_set(self.dual_cross_attention), "false");
@@ -670,7 +671,7 @@ impl UNet2DConditionConfig {
         problems
     }
 
-    fn number_problems(&self) -> Vec<ConfigProblem> {
+    fn number_problems(&self) -> Vec<Invalid> {
         let mut problems = count_problems(&[
             ("in_channels", Some(self.in_channels)),
             ("out_channels", Some(self.out_channels)),
@@ -682,12 +683,12 @@ impl UNet2DConditionConfig {
         if (0..self.block_out_channels.len())
             .any(|level| self.layers_per_block.at(level) == Some(0))
         {
-            problems.push(ConfigProblem::new("layers_per_block", 0, "at least 1"));
+            problems.push(Invalid::new("layers_per_block", 0, "at least 1"));
         }
         let kernels =
             [("conv_in_kernel", self.conv_in_kernel), ("conv_out_kernel", self.conv_out_kernel)];
         for (key, kernel) in kernels.into_iter().filter(|(_, kernel)| kernel % 2 == 0) {
-            problems.push(ConfigProblem::new(key, kernel, "odd, so that maps keep their size"));
+            problems.push(Invalid::new(key, kernel, "odd, so that maps keep their size"));
         }
         let numbers = CommonNumbers {
             downsample_padding: self.downsample_padding,
@@ -718,7 +719,7 @@ pub(crate) struct CrossAttention {
 impl Config for UNet2DConditionConfig {
     const CLASS_NAME: &'static str = "UNet2DConditionModel";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = level_problems(
             &self.block_out_channels,
             self.norm_num_groups,

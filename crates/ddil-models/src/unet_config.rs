@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::embeddings::MIN_GUIDANCE_WIDTH;
-use crate::error::{ConfigProblem, Result};
+use crate::error::Result;
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values, build_filled};
 use crate::unet::UNet2DModel;
@@ -300,7 +301,7 @@ impl UNet2DConfig {
         self.block_out_channels.iter().copied().map(i64::from).collect()
     }
 
-    fn ensure_attention(&self, problems: &mut Vec<ConfigProblem>) {
+    fn ensure_attention(&self, problems: &mut Vec<Invalid>) {
         let levels = self.block_out_channels.len();
         let attends = |i: usize| {
             self.down_block_types.get(i) == Some(&DownBlockType::AttnDownBlock2D)
@@ -314,7 +315,7 @@ impl UNet2DConfig {
                 Some(dim) if dim == 0 || channels % dim != 0 => {
                     let key = "attention_head_dim";
                     let expected = format!("a divisor of block_out_channels[{i}], {channels}");
-                    problems.push(ConfigProblem::new(key, dim, expected));
+                    problems.push(Invalid::new(key, dim, expected));
                 }
                 _ => {}
             }
@@ -324,11 +325,11 @@ impl UNet2DConfig {
             && (groups == 0 || channels % groups != 0)
         {
             let expected = format!("a divisor of the last of block_out_channels, {channels}");
-            problems.push(ConfigProblem::new("attn_norm_num_groups", groups, expected));
+            problems.push(Invalid::new("attn_norm_num_groups", groups, expected));
         }
     }
 
-    fn ensure_numbers(&self, problems: &mut Vec<ConfigProblem>) {
+    fn ensure_numbers(&self, problems: &mut Vec<Invalid>) {
         problems.extend(count_problems(&[
             ("in_channels", Some(self.in_channels)),
             ("out_channels", Some(self.out_channels)),
@@ -353,7 +354,7 @@ impl UNet2DConfig {
             self.class_embed_type
         {
             let found = format!("{found:?}");
-            problems.push(ConfigProblem::new("class_embed_type", found, "timestep or identity"));
+            problems.push(Invalid::new("class_embed_type", found, "timestep or identity"));
         }
     }
 }
@@ -364,16 +365,16 @@ pub(crate) fn level_problems(
     norm_num_groups: u32,
     num_down: usize,
     num_up: usize,
-) -> Vec<ConfigProblem> {
+) -> Vec<Invalid> {
     let mut problems = Vec::new();
     let levels = channels.len();
     if levels == 0 {
-        problems.push(ConfigProblem::new("block_out_channels", "[]", "at least one level"));
+        problems.push(Invalid::new("block_out_channels", "[]", "at least one level"));
     }
     let lists = [("down_block_types", num_down), ("up_block_types", num_up)];
     for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
         let expected = format!("{levels} levels, as many as in `block_out_channels`");
-        problems.push(ConfigProblem::new(key, format!("{len} levels long"), expected));
+        problems.push(Invalid::new(key, format!("{len} levels long"), expected));
     }
     let groups = norm_num_groups.max(1);
     for (i, &channels) in channels.iter().enumerate() {
@@ -382,16 +383,16 @@ pub(crate) fn level_problems(
                 format!("block_out_channels[{i}]"),
                 format!("a multiple of norm_num_groups, {groups}"),
             );
-            problems.push(ConfigProblem::new(key, channels, expected));
+            problems.push(Invalid::new(key, channels, expected));
         }
     }
     problems
 }
 
 /// A problem for each of the counts that is 0.
-pub(crate) fn count_problems(counts: &[(&str, Option<u32>)]) -> Vec<ConfigProblem> {
+pub(crate) fn count_problems(counts: &[(&str, Option<u32>)]) -> Vec<Invalid> {
     let zeros = counts.iter().filter(|(_, count)| *count == Some(0));
-    zeros.map(|(key, _)| ConfigProblem::new(*key, 0, "at least 1")).collect()
+    zeros.map(|(key, _)| Invalid::new(*key, 0, "at least 1")).collect()
 }
 
 /// Numbers that every U-Net's settings have.
@@ -407,10 +408,10 @@ pub(crate) struct CommonNumbers {
 }
 
 impl CommonNumbers {
-    pub(crate) fn problems(&self) -> Vec<ConfigProblem> {
+    pub(crate) fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let mut refuse = |key, found: &dyn std::fmt::Display, expected: String| {
-            problems.push(ConfigProblem::new(key, found, expected));
+            problems.push(Invalid::new(key, found, expected));
         };
         if let Some(dim) = self.time_cond_proj_dim.filter(|&dim| dim < MIN_GUIDANCE_WIDTH) {
             let expected = format!("at least {MIN_GUIDANCE_WIDTH}, two frequencies");
@@ -442,7 +443,7 @@ impl Config for UNet2DConfig {
     const CLASS_NAME: &'static str = "UNet2DModel";
     const OWN_KEYS: &'static [&'static str] = &["time_cond_proj_dim"];
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = level_problems(
             &self.block_out_channels,
             self.norm_num_groups,

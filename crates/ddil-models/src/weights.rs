@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use ddil_libtorch::ArgumentError;
 use ddil_libtorch::MappedFile;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -96,12 +97,12 @@ pub(super) fn ensure_all_dense(op: &'static str, tensors: &[(String, Tensor)]) -
     let is_dense = |tensor: &Tensor| tensor.defined() && !tensor.is_sparse() && !tensor.is_mkldnn();
     match tensors.iter().find(|(_, tensor)| !is_dense(tensor)) {
         None => Ok(()),
-        Some((name, _)) => Err(Error::InvalidArgument {
+        Some((name, _)) => Err(Error::Argument(ArgumentError::Value {
             op,
             name: "tensors",
-            found: format!("undefined or sparse at `{name}`"),
+            value: format!("undefined or sparse at `{name}`"),
             expected: "dense tensors".to_owned(),
-        }),
+        })),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -181,7 +182,7 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// As [`from_json`](Self::from_json); [`Error::InvalidConfig`] for a class that is none of these.
+    /// As [`from_json`](Self::from_json); [`Error::Invalid`] for a class that is none of these.
     pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
         let mut keys: Map<String, Value> =
             serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
@@ -220,7 +221,7 @@ impl SchedulerConfig {
     /// # Errors
     ///
     /// [`Error::Parse`] if it is no JSON object, [`Error::UnknownKeys`] with all keys that its class does not have,
-    /// [`Error::InvalidConfig`] for another class or a value that cannot be.
+    /// [`Error::Invalid`] for another class or a value that cannot be.
     pub fn from_json(text: &str) -> Result<Self> {
         let (config, unknown) = Self::from_json_lenient(text)?;
         if unknown.is_empty() {
@@ -246,11 +247,11 @@ impl SchedulerConfig {
             "DDIMScheduler" => Self::Ddim(CommonConfig::take(&mut keys, CommonConfig::default())?),
             "LCMScheduler" => Self::Lcm(LcmConfig::take(&mut keys)?),
             other => {
-                return Err(Error::InvalidConfig {
-                    field: "_class_name",
-                    value: format!("`{other}`"),
-                    expected: "DDIMScheduler or LCMScheduler".to_owned(),
-                });
+                return Err(Error::Invalid(Invalid::new(
+                    "_class_name",
+                    format!("`{other}`"),
+                    "DDIMScheduler or LCMScheduler",
+                )));
             }
         };
         config.ensure()?;
@@ -336,7 +337,7 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if there is neither a number nor `ddil_timesteps`; otherwise as
+    /// [`Error::Invalid`] if there is neither a number nor `ddil_timesteps`; otherwise as
     /// [`Timesteps::spaced`], [`Timesteps::lcm`] and [`Timesteps::explicit`].
     pub fn timesteps(&self, num_inference_steps: Option<u32>) -> Result<Timesteps> {
         let common = self.common();
@@ -347,11 +348,11 @@ impl SchedulerConfig {
             }
             (Some(n), _, Self::Lcm(lcm)) => Timesteps::lcm(total, lcm.original_inference_steps, n),
             (None, Some(trained), _) => Timesteps::explicit(trained.clone(), total),
-            (None, None, _) => Err(Error::InvalidConfig {
-                field: "num_inference_steps",
-                value: "not given".to_owned(),
-                expected: format!("in 1..={total}, as the config has no `ddil_timesteps`"),
-            }),
+            (None, None, _) => Err(Error::Invalid(Invalid::new(
+                "num_inference_steps",
+                "not given",
+                format!("in 1..={total}, as the config has no `ddil_timesteps`"),
+            ))),
         }
     }
 
@@ -377,11 +378,11 @@ impl SchedulerConfig {
         self.schedule()?;
         self.thresholding().ensure()?;
         if common.prediction_type == PredictionType::Flow {
-            return Err(Error::InvalidConfig {
-                field: "prediction_type",
-                value: "flow_prediction".to_owned(),
-                expected: "epsilon, sample or v_prediction".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "prediction_type",
+                "flow_prediction",
+                "epsilon, sample or v_prediction",
+            )));
         }
         if let Some(trained) = &common.ddil_timesteps {
             Timesteps::explicit(trained.clone(), common.num_train_timesteps)?;
@@ -602,11 +603,7 @@ fn take<T: DeserializeOwned>(
     let Some(value) = keys.remove(field) else { return Ok(default) };
     let found = value.to_string();
     // What serde says of the value names Rust's types; `expected` says the same in the file's own words.
-    serde_json::from_value(value).map_err(|_| Error::InvalidConfig {
-        field,
-        value: found,
-        expected: expected.to_owned(),
-    })
+    serde_json::from_value(value).map_err(|_| Error::Invalid(Invalid::new(field, found, expected)))
 }
 
 /// A published file has less than two KiB; a thousand betas one by one are thirty.
@@ -615,7 +612,7 @@ const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Reads a file, whose name is part of every error.
 fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { action: "read", path: path.to_owned(), source };
-    let text = ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
+    let text = ddil_files::read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
     let named = |error| Error::File { path: path.to_owned(), source: Box::new(error) };
     parse(&text).map_err(named)
 }

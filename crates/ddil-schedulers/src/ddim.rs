@@ -1,5 +1,6 @@
 //! DDIM, deterministic or with part of the noise renewed.
 
+use ddil_files::Invalid;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -23,13 +24,13 @@ impl Ddim {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `eta` is in 0..=1.
+    /// [`Error::Invalid`] unless `eta` is in 0..=1.
     pub fn with_eta(schedule: NoiseSchedule, eta: f64) -> Result<Self> {
         if (0.0..=1.0).contains(&eta) {
             return Ok(Self { schedule, eta });
         }
         let expected = "in 0..=1".to_owned();
-        Err(Error::InvalidConfig { field: "sampler.eta", value: eta.to_string(), expected })
+        Err(Error::Invalid(Invalid::new("sampler.eta", eta, expected)))
     }
 
     /// The parts of a step from `now` to `prev` that go to the noise estimate and to fresh noise.

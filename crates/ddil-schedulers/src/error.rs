@@ -2,76 +2,19 @@
 
 use std::path::PathBuf;
 
-use tch::{Kind, Tensor};
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Two arguments that must have the same shape do not.
-    #[error("{op}: `{}` has shape {:?}, but `{}` has shape {:?}", left.0, left.1, right.0, right.1)]
-    ShapeMismatch {
-        /// The function that was called.
-        op: &'static str,
-        /// Name and shape of the first argument.
-        left: (&'static str, Vec<i64>),
-        /// Name and shape of the second argument.
-        right: (&'static str, Vec<i64>),
-    },
-    /// An argument has a shape that the function cannot take.
-    #[error("{op}: `{name}` has shape {shape:?}; expected {expected}")]
-    Shape {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its shape.
-        shape: Vec<i64>,
-        /// What it may be.
-        expected: String,
-    },
-    /// An argument has a kind that the function cannot take.
-    #[error("{op}: `{name}` is {kind:?}; expected {expected}")]
-    Kind {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// Its kind.
-        kind: tch::Kind,
-        /// What it may be.
-        expected: &'static str,
-    },
-    /// An argument is a tensor that holds nothing, or not in the plain order of dense tensors.
-    #[error("{op}: `{name}` is {found}; expected a dense tensor")]
-    NotDense {
-        /// The function that was called.
-        op: &'static str,
-        /// The argument.
-        name: &'static str,
-        /// What it is.
-        found: &'static str,
-    },
-    /// Two arguments that must be on the same device are not.
-    #[error("{op}: `{}` is on {:?}, but `{}` is on {:?}", left.0, left.1, right.0, right.1)]
-    DeviceMismatch {
-        /// The function that was called.
-        op: &'static str,
-        /// Name and device of the first argument.
-        left: (&'static str, tch::Device),
-        /// Name and device of the second argument.
-        right: (&'static str, tch::Device),
-    },
-    /// A setting is outside of what it may be.
-    #[error("`{field}` is {value}; expected {expected}")]
-    InvalidConfig {
-        /// The setting, as it is spelt in a config file.
-        field: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: String,
-    },
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A timestep is not on the training grid.
     #[error("{op}: timestep {timestep} is not in {lowest}..={highest} (-1 is clean data)")]
     TimestepOutOfRange {
@@ -173,6 +116,15 @@ fn list(names: &[String]) -> String {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            Self::File { source, .. } => source.invalid(),
+            _ => None,
+        }
+    }
+
     /// Wraps what libtorch said in the name of the operation, first line only.
     pub(crate) fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| {
@@ -181,80 +133,4 @@ impl Error {
             Self::Torch { op, message }
         }
     }
-}
-
-/// Checks that a named argument is a tensor that arithmetic can be done with: dense and floating point.
-///
-/// # Errors
-///
-/// [`Error::NotDense`] for an undefined or sparse tensor, [`Error::Kind`] for whole numbers, truth values and complex
-/// numbers.
-pub fn ensure_real(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
-    ensure_dense(op, name, tensor)?;
-    let kind = tensor.kind();
-    if matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
-        return Ok(());
-    }
-    Err(Error::Kind { op, name, kind, expected: "Float, Double, Half or BFloat16" })
-}
-
-/// Checks that a named argument holds something, in the plain order of dense tensors.
-///
-/// # Errors
-///
-/// [`Error::NotDense`] otherwise.
-pub fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
-    if !tensor.defined() {
-        return Err(Error::NotDense { op, name, found: "an undefined tensor" });
-    }
-    if tensor.is_sparse() || tensor.is_mkldnn() {
-        return Err(Error::NotDense { op, name, found: "a sparse tensor" });
-    }
-    Ok(())
-}
-
-/// Checks that two named arguments can be added: [`ensure_real`], of the same shape and on the same device.
-///
-/// # Errors
-///
-/// Those of [`ensure_real`]; [`Error::ShapeMismatch`] with both names and shapes, [`Error::DeviceMismatch`].
-pub fn ensure_same_shape(
-    op: &'static str,
-    left: (&'static str, &Tensor),
-    right: (&'static str, &Tensor),
-) -> Result<()> {
-    ensure_real(op, left.0, left.1)?;
-    ensure_real(op, right.0, right.1)?;
-    if left.1.device() != right.1.device() {
-        let (left, right) = ((left.0, left.1.device()), (right.0, right.1.device()));
-        return Err(Error::DeviceMismatch { op, left, right });
-    }
-    let (left_size, right_size) = (left.1.size(), right.1.size());
-    if left_size == right_size {
-        return Ok(());
-    }
-    Err(Error::ShapeMismatch { op, left: (left.0, left_size), right: (right.0, right_size) })
-}
-
-/// Checks that `timesteps` is `Int64` of shape `[batch]` for the batch of `sample`.
-pub(crate) fn ensure_timesteps(
-    op: &'static str,
-    name: &'static str,
-    timesteps: &Tensor,
-    sample: &Tensor,
-) -> Result<()> {
-    ensure_dense(op, name, timesteps)?;
-    ensure_real(op, "sample", sample)?;
-    let batch = sample.size().first().copied();
-    if Some(timesteps.size().as_slice()) != batch.as_ref().map(std::slice::from_ref) {
-        let expected = match batch {
-            Some(batch) => format!("[{batch}], one timestep a sample of the batch"),
-            None => "a sample with a batch dimension to go with it".to_owned(),
-        };
-        return Err(Error::Shape { op, name, shape: timesteps.size(), expected });
-    }
-    if timesteps.kind() != Kind::Int64 {
-        return Err(Error::Kind { op, name, kind: timesteps.kind(), expected: "Int64" });
-    }
-    Ok(())
 }

@@ -1,9 +1,10 @@
 //! The multistep sampler of latent consistency models, and their boundary condition.
 
+use ddil_libtorch::ensure_timesteps;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_timesteps};
+use crate::error::{Error, Result};
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::sampler::{Sampler, SamplerStep};
 
@@ -84,10 +85,10 @@ impl ConsistencyBoundary {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`], [`Error::Shape`] or [`Error::Kind`] if these are not so.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch), [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if these are not so.
     pub fn apply(&self, x0: &Tensor, x_t: &Tensor, timesteps: &Tensor) -> Result<Tensor> {
         const OP: &str = "ConsistencyBoundary::apply";
-        crate::ensure_same_shape(OP, ("x0", x0), ("x_t", x_t))?;
+        ddil_libtorch::ensure_same_shape(OP, ("x0", x0), ("x_t", x_t))?;
         ensure_timesteps(OP, "timesteps", timesteps, x0)?;
         // In Double: the square of the scaled timestep is 1e8, beyond Half and the precision of Float.
         let scaled = timesteps.to_kind(Kind::Double) * self.timestep_scaling;

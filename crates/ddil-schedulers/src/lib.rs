@@ -55,7 +55,7 @@ mod timesteps;
 
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddim::Ddim;
-pub use error::{Error, Result, ensure_dense, ensure_real, ensure_same_shape};
+pub use error::{Error, Result};
 pub use lcm::{ConsistencyBoundary, Lcm};
 pub use noise_schedule::{
     BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, MAX_TRAIN_TIMESTEPS, NoiseSchedule,

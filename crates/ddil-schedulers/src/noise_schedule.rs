@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
+use ddil_files::Invalid;
+use ddil_libtorch::{ensure_dense, ensure_same_shape, ensure_timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_dense, ensure_same_shape, ensure_timesteps};
+use crate::error::{Error, Result};
 
 /// How the betas of a variance-preserving schedule grow; spelt as in published scheduler configs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,7 +130,7 @@ impl NoiseScheduleConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the first setting that cannot be and what it may be.
+    /// [`Error::Invalid`] that names the first setting that cannot be and what it may be.
     pub fn build(&self) -> Result<NoiseSchedule> {
         match self {
             Self::Vp(config) => config.build(),
@@ -196,18 +198,16 @@ impl VpConfig {
         if 0.0 < beta_start && beta_start <= beta_end && beta_end < 1.0 {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "schedule.beta_start, schedule.beta_end",
-            value: format!("{beta_start}, {beta_end}"),
-            expected: "in order and strictly between 0 and 1".to_owned(),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "schedule.beta_start, schedule.beta_end",
+            format!("{beta_start}, {beta_end}"),
+            "in order and strictly between 0 and 1",
+        )))
     }
 
     fn checked_trained_betas(&self, betas: &[f64]) -> Result<Vec<f64>> {
-        let invalid = |value: String, expected: &str| Error::InvalidConfig {
-            field: "schedule.trained_betas",
-            value,
-            expected: expected.to_owned(),
+        let invalid = |value: String, expected: &str| {
+            Error::Invalid(Invalid::new("schedule.trained_betas", value, expected))
         };
         if betas.len() != self.num_train_timesteps as usize {
             return Err(invalid(
@@ -248,11 +248,11 @@ impl EdmConfig {
         let Self { sigma_min, sigma_max, rho, .. } = *self;
         ensure_positive("schedule.rho", rho)?;
         if !(0.0 < sigma_min && sigma_min < sigma_max && sigma_max.is_finite()) {
-            return Err(Error::InvalidConfig {
-                field: "schedule.sigma_min, schedule.sigma_max",
-                value: format!("{sigma_min}, {sigma_max}"),
-                expected: "positive, finite and in order".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "schedule.sigma_min, schedule.sigma_max",
+                format!("{sigma_min}, {sigma_max}"),
+                "positive, finite and in order",
+            )));
         }
         let roots = linspace(sigma_min.powf(rho.recip()), sigma_max.powf(rho.recip()), n);
         let scales = roots.into_iter().map(|root| Scale { alpha: 1.0, sigma: root.powf(rho) });
@@ -374,7 +374,7 @@ impl NoiseSchedule {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] or [`Error::Kind`] if `timesteps` is not one `Int64` a sample; [`Error::Torch`] if one is
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `timesteps` is not one `Int64` a sample; [`Error::Torch`] if one is
     /// off the grid (found by libtorch's own index check; on a GPU at the next synchronisation).
     pub fn scales_at(&self, timesteps: &Tensor, like: &Tensor) -> Result<Scales> {
         const OP: &str = "NoiseSchedule::scales_at";
@@ -399,7 +399,7 @@ impl NoiseSchedule {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if `x0` and `noise` differ; otherwise as [`scales_at`](Self::scales_at).
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ; otherwise as [`scales_at`](Self::scales_at).
     pub fn add_noise(&self, x0: &Tensor, noise: &Tensor, timesteps: &Tensor) -> Result<Tensor> {
         ensure_same_shape("NoiseSchedule::add_noise", ("x0", x0), ("noise", noise))?;
         let Scales { alpha, sigma } = self.scales_at(timesteps, x0)?;
@@ -470,11 +470,11 @@ fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
     let roots: Vec<f64> = alphas_cumprod.iter().map(|a| a.sqrt()).collect();
     let (first, last) = (roots[0], roots[roots.len() - 1]);
     if first <= last {
-        return Err(Error::InvalidConfig {
-            field: "schedule.rescale_betas_zero_snr",
-            value: "true".to_owned(),
-            expected: "false for a single timestep, which would hold no signal at all".to_owned(),
-        });
+        return Err(Error::Invalid(Invalid::new(
+            "schedule.rescale_betas_zero_snr",
+            "true",
+            "false for a single timestep, which would hold no signal at all",
+        )));
     }
     for (alpha_cumprod, root) in alphas_cumprod.iter_mut().zip(roots) {
         *alpha_cumprod = ((root - last) * first / (first - last)).powi(2);
@@ -489,20 +489,16 @@ fn ensure_num_train_timesteps(n: u32) -> Result<usize> {
     if (1..=MAX_TRAIN_TIMESTEPS).contains(&n) {
         return Ok(n as usize);
     }
-    Err(Error::InvalidConfig {
-        field: "schedule.num_train_timesteps",
-        value: n.to_string(),
-        expected: format!("in 1..={MAX_TRAIN_TIMESTEPS}"),
-    })
+    Err(Error::Invalid(Invalid::new(
+        "schedule.num_train_timesteps",
+        n,
+        format!("in 1..={MAX_TRAIN_TIMESTEPS}"),
+    )))
 }
 
 fn ensure_positive(field: &'static str, value: f64) -> Result<()> {
     if value > 0.0 && value.is_finite() {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field,
-        value: value.to_string(),
-        expected: "positive and finite".to_owned(),
-    })
+    Err(Error::Invalid(Invalid::new(field, value, "positive and finite")))
 }

@@ -2,12 +2,13 @@
 
 use ddil_libtorch::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
+    ensure_real, ensure_same_shape,
 };
 use tch::{Kind, Tensor};
 
 use crate::config_file::Compatibility;
 use crate::ddim::Ddim;
-use crate::error::{Error, Result, ensure_real, ensure_same_shape};
+use crate::error::{Error, Result};
 use crate::lcm::{ConsistencyBoundary, Lcm};
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::prediction::{PredictionType, at_least_float};
@@ -71,7 +72,7 @@ impl Ddim {
     ///
     /// # Errors
     ///
-    /// [`Error::PredictionType`] if the output has no meaning at a timestep of the grid, [`Error::InvalidConfig`] as
+    /// [`Error::PredictionType`] if the output has no meaning at a timestep of the grid, [`Error::Invalid`] as
     /// [`Thresholding::ensure`], [`Error::TimestepOutOfRange`] if the grid leaves the schedule.
     pub fn plan(
         &self,
@@ -202,7 +203,7 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchStep`], [`Error::ShapeMismatch`] if the tensors differ in shape, [`Error::NoiseMissing`];
+    /// [`Error::NoSuchStep`], [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if the tensors differ in shape, [`Error::NoiseMissing`];
     /// as [`Thresholding::apply`].
     pub fn step(
         &self,

@@ -1,9 +1,10 @@
 //! What a network's output says about the clean data and the noise.
 
+use ddil_libtorch::ensure_same_shape;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_same_shape};
+use crate::error::{Error, Result};
 use crate::noise_schedule::{NoiseSchedule, NoiseScheduleConfig, Scale, Scales};
 use crate::thresholding::Thresholding;
 
@@ -46,7 +47,7 @@ impl Prediction {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if `x0` and `x_t` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `x_t` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn from_x0(
         schedule: &NoiseSchedule,
         x0: Tensor,
@@ -150,7 +151,7 @@ impl PredictionType {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the two differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if the two differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn convert(
         self,
         schedule: &NoiseSchedule,
@@ -187,7 +188,7 @@ impl PredictionType {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if `x0` and `noise` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn target(
         self,
         schedule: &NoiseSchedule,

@@ -1,8 +1,9 @@
 //! One step of a sampler.
 
+use ddil_libtorch::ensure_same_shape;
 use tch::Tensor;
 
-use crate::error::{Error, Result, ensure_same_shape};
+use crate::error::{Error, Result};
 use crate::noise_schedule::NoiseSchedule;
 use crate::prediction::Prediction;
 
@@ -41,7 +42,7 @@ impl<'a> SamplerStep<'a> {
         ensure_same_shape(op, ("x0", x0), ("epsilon", epsilon))?;
         match self.noise {
             None if needs_noise => Err(Error::NoiseMissing { op }),
-            Some(noise) if needs_noise => ensure_same_shape(op, ("x0", x0), ("noise", noise)),
+            Some(noise) if needs_noise => Ok(ensure_same_shape(op, ("x0", x0), ("noise", noise))?),
             _ => Ok(()),
         }
     }
@@ -53,7 +54,7 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the tensors of the step differ in shape, [`Error::NoiseMissing`] if
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if the tensors of the step differ in shape, [`Error::NoiseMissing`] if
     /// [`needs_noise`](Self::needs_noise) and there is none; as [`NoiseSchedule::scales_at`] for the timesteps.
     fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor>;
 

@@ -1,9 +1,11 @@
 //! Treatment of predicted clean data beyond the data's range ("reflected" diffusion).
 
+use ddil_files::Invalid;
+use ddil_libtorch::{ArgumentError, ensure_real};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_real};
+use crate::error::{Error, Result};
 
 /// The box that clean data live in: one interval, or one a channel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,7 +85,7 @@ impl DataRange {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] for fewer than two dimensions or no samples; [`Error::InvalidConfig`] unless `quantile` is in
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for fewer than two dimensions or no samples; [`Error::Invalid`] unless `quantile` is in
     /// [0, 0.5) and `margin` is not negative, and for a channel that has one value only or one that is not finite.
     ///
     /// # Example
@@ -102,14 +104,19 @@ impl DataRange {
         ensure_real(OP, "x0", x0)?;
         if x0.dim() < 2 || x0.numel() == 0 {
             let expected = "[samples, channels, ..] with at least one value".to_owned();
-            return Err(Error::Shape { op: OP, name: "x0", shape: x0.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name: "x0",
+                shape: x0.size(),
+                expected,
+            }));
         }
         if !((0.0..0.5).contains(&quantile) && margin >= 0.0 && margin.is_finite()) {
-            return Err(Error::InvalidConfig {
-                field: "quantile, margin",
-                value: format!("{quantile}, {margin}"),
-                expected: "a quantile from 0 to below 0.5 and a margin of at least 0".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "quantile, margin",
+                format!("{quantile}, {margin}"),
+                "a quantile from 0 to below 0.5 and a margin of at least 0",
+            )));
         }
         let kind = if x0.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let channels = x0.unsqueeze(-1).flatten(2, -1).transpose(0, 1).to_kind(kind).flatten(1, -1);
@@ -140,11 +147,11 @@ impl DataRange {
         if comparable && !low.is_empty() && !high.is_empty() && (0..n).all(ordered) {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "thresholding.low, thresholding.high",
-            value: format!("{low:?}, {high:?}"),
-            expected: "finite and in order, each one value or one a channel".to_owned(),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "thresholding.low, thresholding.high",
+            format!("{low:?}, {high:?}"),
+            "finite and in order, each one value or one a channel",
+        )))
     }
 }
 
@@ -160,12 +167,12 @@ impl Bound {
     fn tensor(&self, x0: &Tensor) -> Result<Tensor> {
         let values = self.values();
         if values.len() > 1 && x0.size().get(1) != Some(&(values.len() as i64)) {
-            return Err(Error::Shape {
+            return Err(Error::Argument(ArgumentError::Shape {
                 op: "Thresholding::apply",
                 name: "x0",
                 shape: x0.size(),
                 expected: format!("{} channels in dimension 1, one a bound", values.len()),
-            });
+            }));
         }
         let mut shape = vec![1; x0.dim()];
         if values.len() > 1 {
@@ -188,7 +195,7 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if bounds are not in order and finite in single precision, `ratio` is not in (0, 1], or
+    /// [`Error::Invalid`] if bounds are not in order and finite in single precision, `ratio` is not in (0, 1], or
     /// `max_value` is below 1 or not finite.
     pub fn ensure(&self) -> Result<()> {
         match self {
@@ -199,11 +206,11 @@ impl Thresholding {
                 if 0.0 < *ratio && *ratio <= 1.0 && is_largest {
                     return Ok(());
                 }
-                Err(Error::InvalidConfig {
-                    field: "thresholding.ratio, thresholding.max_value",
-                    value: format!("{ratio}, {max_value}"),
-                    expected: "a ratio in (0, 1] and a finite value of at least 1".to_owned(),
-                })
+                Err(Error::Invalid(Invalid::new(
+                    "thresholding.ratio, thresholding.max_value",
+                    format!("{ratio}, {max_value}"),
+                    "a ratio in (0, 1] and a finite value of at least 1",
+                )))
             }
         }
     }
@@ -216,15 +223,20 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a range per channel does not fit the channels of `x0`, [`Error::Kind`] or
-    /// [`Error::NotDense`] if it holds no real numbers; as [`ensure`](Self::ensure) for the settings.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if a range per channel does not fit the channels of `x0`, [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) or
+    /// [`ArgumentError::NotDense`](ddil_libtorch::ArgumentError::NotDense) if it holds no real numbers; as [`ensure`](Self::ensure) for the settings.
     pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
         let op = "Thresholding::apply";
         self.ensure()?;
         ensure_real(op, "x0", x0)?;
         if x0.dim() == 0 {
             let expected = "[batch, ..]".to_owned();
-            return Err(Error::Shape { op, name: "x0", shape: x0.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name: "x0",
+                shape: x0.size(),
+                expected,
+            }));
         }
         match self {
             _ if x0.numel() == 0 => Ok(x0.shallow_clone()),

@@ -1,5 +1,6 @@
 //! Which timesteps a run of `n` steps visits.
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -43,7 +44,7 @@ impl Timesteps {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `1 <= n <= num_train_timesteps`, or if the offset leaves the grid.
+    /// [`Error::Invalid`] unless `1 <= n <= num_train_timesteps`, or if the offset leaves the grid.
     pub fn spaced(
         spacing: TimestepSpacing,
         num_train_timesteps: u32,
@@ -106,7 +107,7 @@ impl Timesteps {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `1 <= n <= original_steps <= num_train_timesteps`.
+    /// [`Error::Invalid`] unless `1 <= n <= original_steps <= num_train_timesteps`.
     pub fn lcm(num_train_timesteps: u32, original_steps: u32, n: u32) -> Result<Self> {
         ensure_num_inference_steps(original_steps, num_train_timesteps)?;
         ensure_num_inference_steps(n, original_steps)?;
@@ -121,19 +122,17 @@ impl Timesteps {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless the list is not empty, strictly falls and stays on the grid.
+    /// [`Error::Invalid`] unless the list is not empty, strictly falls and stays on the grid.
     pub fn explicit(timesteps: Vec<i64>, num_train_timesteps: u32) -> Result<Self> {
         let falls = timesteps.windows(2).all(|pair| pair[0] > pair[1]);
         let num_train_timesteps = num_train_timesteps.min(MAX_TRAIN_TIMESTEPS);
         let on_grid = |t: &i64| (0..i64::from(num_train_timesteps)).contains(t);
         if timesteps.is_empty() || !falls || !timesteps.iter().all(on_grid) {
-            return Err(Error::InvalidConfig {
-                field: "timesteps",
-                value: shown(&timesteps),
-                expected: format!(
-                    "at least one, strictly falling, each in 0..{num_train_timesteps}"
-                ),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "timesteps",
+                shown(&timesteps),
+                format!("at least one, strictly falling, each in 0..{num_train_timesteps}"),
+            )));
         }
         let prev = timesteps.iter().skip(1).copied().chain([-1]).collect();
         Ok(Self { timesteps, prev })
@@ -182,15 +181,17 @@ impl Timesteps {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if `substeps` is 0 or an interval has fewer timesteps than parts.
+    /// [`Error::Invalid`] if `substeps` is 0 or an interval has fewer timesteps than parts.
     pub fn refined(&self, substeps: u32, num_train_timesteps: u32) -> Result<Self> {
-        let too_many = || Error::InvalidConfig {
-            field: "substeps",
-            value: substeps.to_string(),
-            expected: format!(
-                "at least 1 and at most the timesteps between neighbours of the grid {}",
-                shown(&self.timesteps)
-            ),
+        let too_many = || {
+            Error::Invalid(Invalid::new(
+                "substeps",
+                substeps,
+                format!(
+                    "at least 1 and at most the timesteps between neighbours of the grid {}",
+                    shown(&self.timesteps)
+                ),
+            ))
         };
         let trailing = |n| Self::spaced(TimestepSpacing::Trailing, num_train_timesteps, n, 0);
         // More than there are cannot fall strictly, and would take memory to find out.
@@ -229,11 +230,7 @@ fn ensure_num_inference_steps(n: u32, most: u32) -> Result<()> {
     if (1..=most).contains(&n) {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field: "num_inference_steps",
-        value: n.to_string(),
-        expected: format!("in 1..={most}"),
-    })
+    Err(Error::Invalid(Invalid::new("num_inference_steps", n, format!("in 1..={most}"))))
 }
 
 fn linspace(total: i64, n: i64) -> Vec<i64> {

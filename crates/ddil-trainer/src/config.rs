@@ -7,6 +7,7 @@ mod lora;
 use std::path::PathBuf;
 
 use ddil_core::MixerConfig;
+use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, TeacherGuidance};
 use ddil_models::UNet2DConfig;
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
@@ -362,7 +363,7 @@ impl RunSection {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+    /// [`Error::Invalid`] for a name that is no device, and for a GPU that cannot be used, with the reason.
     pub fn device(&self) -> Result<Device> {
         parse_device(&self.device)
     }
@@ -371,7 +372,7 @@ impl RunSection {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the key.
+    /// [`Error::Invalid`] that names the key.
     pub fn ensure(&self) -> Result<()> {
         let plain = !self.name.is_empty()
             && !self.name.starts_with('.')
@@ -409,7 +410,7 @@ impl RunSection {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+/// [`Error::Invalid`] for a name that is no device, and for a GPU that cannot be used, with the reason.
 pub fn parse_device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
@@ -479,7 +480,7 @@ impl TrainConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] or the part's own error, which names the key.
+    /// [`Error::Invalid`] or the part's own error, which names the key.
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
@@ -510,7 +511,7 @@ impl DistillConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] or the part's own error, which names the key.
+    /// [`Error::Invalid`] or the part's own error, which names the key.
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
@@ -592,28 +593,16 @@ fn ensure_critic(critic: &CriticSection) -> Result<()> {
 /// Puts the table's name in front of the keys that an error names.
 fn under(table: &str, result: Result<()>) -> Result<()> {
     result.map_err(|error| match error {
-        Error::InvalidConfig { field, value, expected } => {
-            let keys: Vec<String> = field.split(", ").map(|key| format!("{table}.{key}")).collect();
-            Error::InvalidConfig { field: keys.join(", "), value, expected }
-        }
+        Error::Invalid(invalid) => Error::Invalid(invalid.under(table)),
         error => error,
     })
 }
 
-fn ensure(
-    key: &'static str,
-    value: impl std::fmt::Display,
-    holds: bool,
-    expected: &str,
-) -> Result<()> {
+fn ensure(key: &str, value: impl std::fmt::Display, holds: bool, expected: &str) -> Result<()> {
     if holds {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field: key.to_owned(),
-        value: value.to_string(),
-        expected: expected.to_owned(),
-    })
+    Err(Error::Invalid(Invalid::new(key, value, expected)))
 }
 
 #[cfg(test)]

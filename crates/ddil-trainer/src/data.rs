@@ -45,7 +45,7 @@ impl TrainingData {
     ///
     /// # Errors
     ///
-    /// What is missing or damaged, and where; [`Error::InvalidConfig`](crate::Error::InvalidConfig) if a batch is larger
+    /// What is missing or damaged, and where; [`Error::Invalid`](crate::Error::Invalid) if a batch is larger
     /// than the dataset, and for data of texts.
     pub fn open(section: &DataSection, seed: u64, device: Device) -> Result<Self> {
         let source = DataSource::of_pixels(section)?;

@@ -211,7 +211,7 @@ impl DistillTask {
     ///
     /// # Errors
     ///
-    /// What the config, the data or the teacher refuse; [`Error::InvalidConfig`] if they do not fit each other.
+    /// What the config, the data or the teacher refuse; [`Error::Invalid`] if they do not fit each other.
     pub fn new(config: &DistillConfig) -> Result<Self> {
         Self::interruptible(config, &Interrupt::default())
     }

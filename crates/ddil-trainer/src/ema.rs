@@ -1,5 +1,6 @@
 //! An exponential moving average of a network's weights.
 
+use ddil_files::Invalid;
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -31,7 +32,7 @@ impl EmaConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `0 <= decay <= 1`, [`Error::Torch`] if memory runs out.
+    /// [`Error::Invalid`] unless `0 <= decay <= 1`, [`Error::Torch`] if memory runs out.
     pub fn build(self, mut tensors: Vec<(String, Tensor)>) -> Result<Ema> {
         self.ensure_valid()?;
         tensors.sort_by(|(left, _), (right, _)| left.cmp(right));
@@ -52,11 +53,7 @@ impl EmaConfig {
         if (0.0..=1.0).contains(&self.decay) {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "decay".into(),
-            value: self.decay.to_string(),
-            expected: "from 0 to 1".into(),
-        })
+        Err(Error::Invalid(Invalid::new("decay", self.decay, "from 0 to 1")))
     }
 }
 

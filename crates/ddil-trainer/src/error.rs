@@ -2,6 +2,8 @@
 
 use std::{io, path::Path, path::PathBuf};
 
+use ddil_files::Invalid;
+
 use crate::{checkpoint::Damage, run_folder::Holder, settings::Difference};
 
 /// [`std::result::Result`] with this crate's [`Error`].
@@ -64,16 +66,9 @@ pub enum Error {
         /// What was found and what may stand there.
         message: String,
     },
-    /// A config is well formed, but a value in it is impossible.
-    #[error("`{field}` is {value}, but must be {expected}")]
-    InvalidConfig {
-        /// The whole path of the key.
-        field: String,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: String,
-    },
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
     /// An override on the command line cannot be read.
     #[error("--set {text}: {reason}")]
     InvalidOverride {
@@ -331,6 +326,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            Self::Scheduler(error) => error.invalid(),
+            Self::Core(error) => error.invalid(),
+            Self::Losses(error) => error.invalid(),
+            Self::Models(error) => error.invalid(),
+            Self::Metrics(error) => error.invalid(),
+            _ => None,
+        }
+    }
+
     /// Names path and action of a refused file system call; for `map_err`.
     pub(crate) fn io<'a>(
         action: &'static str,

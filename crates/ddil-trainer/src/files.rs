@@ -94,8 +94,7 @@ const MAX_SMALL_BYTES: u64 = 16 << 20;
 
 /// As [`read_json`], of a plain file of at most 16 MiB.
 pub(crate) fn read_small_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text =
-        ddil_libtorch::read_bounded(path, MAX_SMALL_BYTES).map_err(Error::io("read", path))?;
+    let text = ddil_files::read_bounded(path, MAX_SMALL_BYTES).map_err(Error::io("read", path))?;
     serde_json::from_slice(&text).map_err(|source| Error::Json {
         action: "read",
         path: path.to_owned(),

@@ -1,6 +1,7 @@
 //! How a model may be guided.
 
 use ddil_core::{Conditioning, Denoiser, Guided};
+use ddil_files::Invalid;
 use ddil_losses::TeacherGuidance;
 use ddil_schedulers::{NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
@@ -34,16 +35,15 @@ impl Guide {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a model that cannot be guided.
+    /// [`Error::Invalid`] for a model that cannot be guided.
     pub fn null(&self) -> Result<Conditioning> {
         match &self.null {
             Some(null) => Ok(null.shallow_clone()),
-            None => Err(Error::InvalidConfig {
-                field: "guidance_scale".to_owned(),
-                value: "other than 1".to_owned(),
-                expected: "1: the model was trained without a null class and cannot be guided"
-                    .to_owned(),
-            }),
+            None => Err(Error::Invalid(Invalid::new(
+                "guidance_scale",
+                "other than 1",
+                "1: the model was trained without a null class and cannot be guided",
+            ))),
         }
     }
 
@@ -51,7 +51,7 @@ impl Guide {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a model that cannot be guided, or a scale that it has not learned.
+    /// [`Error::Invalid`] for a model that cannot be guided, or a scale that it has not learned.
     pub fn guided<'a>(
         &self,
         denoiser: &'a dyn Denoiser,
@@ -93,11 +93,11 @@ impl<'a> Told<'a> {
         if (min..=max).contains(&scale) {
             return Ok(Self { inner, weight: scale - 1.0 });
         }
-        Err(Error::InvalidConfig {
-            field: "guidance_scale".to_owned(),
-            value: scale.to_string(),
-            expected: format!("in {min}..={max}, the scales that the student was trained with"),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "guidance_scale",
+            scale,
+            format!("in {min}..={max}, the scales that the student was trained with"),
+        )))
     }
 }
 

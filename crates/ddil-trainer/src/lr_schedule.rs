@@ -2,6 +2,7 @@
 
 use std::f64::consts::PI;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -55,17 +56,17 @@ impl LrSchedule {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `0 <= end <= peak`, all finite.
+    /// [`Error::Invalid`] unless `0 <= end <= peak`, all finite.
     pub fn ensure_valid(&self) -> Result<()> {
         let Self { peak, end, .. } = *self;
         if 0.0 <= end && end <= peak && peak.is_finite() {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "peak, end".into(),
-            value: format!("{peak}, {end}"),
-            expected: "finite, not negative, and the end not above the peak".into(),
-        })
+        Err(Error::Invalid(Invalid::new(
+            "peak, end",
+            format!("{peak}, {end}"),
+            "finite, not negative, and the end not above the peak",
+        )))
     }
 
     /// The learning rate of a step, counted from 0, in a run of `num_steps`.

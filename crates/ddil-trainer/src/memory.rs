@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::Path;
 
 use ddil_core::{Denoiser, StorageKind, StudentPolicy, TeacherStates};
+use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, Requirements, TeacherGuidance};
 use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, DiscriminatorHeadConfig, ModelConfig, UnknownKeys,
@@ -168,11 +169,11 @@ fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()>
     if pixels <= MAX_PIXELS {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field: "data.batch_size".to_owned(),
-        value: format!("{batch_size} samples of {height}x{width}"),
-        expected: format!("at most {MAX_PIXELS} pixels or latents in all"),
-    })
+    Err(Error::Invalid(Invalid::new(
+        "data.batch_size",
+        format!("{batch_size} samples of {height}x{width}"),
+        format!("at most {MAX_PIXELS} pixels or latents in all"),
+    )))
 }
 
 /// Bytes in the unit that fits.

@@ -1,5 +1,6 @@
 //! `AdamW` whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
 
+use ddil_files::Invalid;
 use ddil_libtorch::{TensorList, clip_grad_norm_, drop_grads, fused_adamw_, grad_norm, grads};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -35,7 +36,7 @@ impl AdamWConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless betas lie in `[0, 1)`, `weight_decay >= 0`, `eps > 0` and
+    /// [`Error::Invalid`] unless betas lie in `[0, 1)`, `weight_decay >= 0`, `eps > 0` and
     /// `max_grad_norm > 0`; [`Error::Libtorch`] if memory runs out.
     pub fn build(self, mut params: Vec<(String, Tensor)>) -> Result<AdamW> {
         self.ensure_valid()?;
@@ -59,11 +60,9 @@ impl AdamWConfig {
         ];
         match checks.iter().find(|(_, _, valid, _)| !valid) {
             None => Ok(()),
-            Some((field, value, _, expected)) => Err(Error::InvalidConfig {
-                field: (*field).to_owned(),
-                value: value.to_string(),
-                expected: (*expected).to_owned(),
-            }),
+            Some((field, value, _, expected)) => {
+                Err(Error::Invalid(Invalid::new(*field, value, *expected)))
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Model, ModelConfig, Placement, UnknownKeys};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
@@ -123,11 +124,11 @@ impl Pipeline {
         let config_file = path.join(UNET).join("config.json");
         let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
         if config.channels().is_none() {
-            return Err(Error::InvalidConfig {
-                field: format!("_class_name in {}", config_file.display()),
-                value: config.class_name().to_owned(),
-                expected: "UNet2DModel or UNet2DConditionModel".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                format!("_class_name in {}", config_file.display()),
+                config.class_name().to_owned(),
+                "UNet2DModel or UNet2DConditionModel",
+            )));
         }
         let unet = network(&path.join(UNET), &config)?;
         unet.parameters().set_trainable(false);

@@ -1,6 +1,7 @@
 //! Pictures of prompts.
 
 use ddil_core::Conditioning;
+use ddil_files::Invalid;
 use ddil_schedulers::SchedulerConfig;
 use tch::{Device, Tensor};
 
@@ -41,7 +42,7 @@ impl PromptRequest {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if neither the request nor the model says.
+    /// [`Error::Invalid`] if neither the request nor the model says.
     pub fn pixels(&self, pipeline: &Pipeline, text: &TextToImage) -> Result<[i64; 2]> {
         // The card's and not the network's: an adapter may stand on a network that was made for another size.
         let [_, own_height, own_width] = pipeline.card.image_shape;
@@ -49,11 +50,12 @@ impl PromptRequest {
         let mut pixels = [0; 2];
         for (i, side) in pixels.iter_mut().enumerate() {
             let asked = self.size[i].map(i64::from).or(Some(own[i]).filter(|own| *own > 0));
-            *side = asked.ok_or_else(|| Error::InvalidConfig {
-                field: ["height", "width"][i].to_owned(),
-                value: "not set".to_owned(),
-                expected: "a number of pixels: the network's settings have no sample_size"
-                    .to_owned(),
+            *side = asked.ok_or_else(|| {
+                Error::Invalid(Invalid::new(
+                    ["height", "width"][i],
+                    "not set",
+                    "a number of pixels: the network's settings have no sample_size",
+                ))
             })?;
         }
         Ok(pixels)
@@ -66,7 +68,7 @@ impl PromptRequest {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] without a prompt, for no pictures, for a size that cannot be, and for a negative prompt that
+    /// [`Error::Invalid`] without a prompt, for no pictures, for a size that cannot be, and for a negative prompt that
     /// plays no part: without guidance, and where the network is told its guidance.
     pub fn told(&self, pipeline: &Pipeline, text: &TextToImage, plan: &SamplePlan) -> Result<Told> {
         self.ensure(pipeline, plan)?;
@@ -97,11 +99,7 @@ impl PromptRequest {
 
     fn ensure(&self, pipeline: &Pipeline, plan: &SamplePlan) -> Result<()> {
         let invalid = |field: &str, value: &str, expected: &str| {
-            Err(Error::InvalidConfig {
-                field: field.to_owned(),
-                value: value.to_owned(),
-                expected: expected.to_owned(),
-            })
+            Err(Error::Invalid(Invalid::new(field, value.to_owned(), expected)))
         };
         if self.prompts.is_empty() {
             return invalid("prompts", "empty", "at least one prompt");

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ddil_libtorch::open_plain_file;
+use ddil_files::open_plain_file;
 use serde::{Deserialize, Serialize};
 
 use crate::{

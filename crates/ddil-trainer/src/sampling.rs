@@ -111,7 +111,7 @@ pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Condit
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] for guidance of a model without a null class; what the network refuses.
+/// [`Error::Invalid`] for guidance of a model without a null class; what the network refuses.
 pub fn generate(
     denoiser: &dyn Denoiser,
     plan: &SamplePlan,
@@ -149,7 +149,7 @@ pub fn generate(
 ///
 /// # Errors
 ///
-/// [`Error::InvalidConfig`] for guidance of a model without a null class, for guidance that a network which is told
+/// [`Error::Invalid`] for guidance of a model without a null class, for guidance that a network which is told
 /// its scale has not learned, and for a threshold that cannot be.
 pub fn asked<'a>(
     denoiser: &'a dyn Denoiser,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
+use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, Placement, SampleSize};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
@@ -42,7 +43,7 @@ impl TrainTask {
     ///
     /// # Errors
     ///
-    /// What the config, the data or the network refuse; [`Error::InvalidConfig`] if the network does not fit the
+    /// What the config, the data or the network refuse; [`Error::Invalid`] if the network does not fit the
     /// data.
     pub fn new(config: &TrainConfig) -> Result<Self> {
         config.ensure()?;
@@ -230,7 +231,7 @@ fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
     let [channels, height, width] = data.image_shape();
     let model = &config.model;
     let invalid = |field: &str, value: String, expected: String| {
-        Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
+        Err(Error::Invalid(Invalid::new(field, value, expected)))
     };
     if [model.in_channels, model.out_channels].map(i64::from) != [channels; 2] {
         return invalid(

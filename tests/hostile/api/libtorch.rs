@@ -1,11 +1,11 @@
+use ddil_files::{open_plain_file, read_bounded, read_text_bounded};
 use ddil_libtorch::{
     AdamW, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat, RowFile, TensorList,
     affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
     clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads,
     ensure_script_archive, foreach_lerp_, foreach_zero_, fused_adamw_, gather_rows, grad_norm,
-    grads, group_norm, is_channels_last, open_plain_file, read_bounded, read_text_bounded,
-    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
-    to_memory_format,
+    grads, group_norm, is_channels_last, recomputed, set_default_generator_state,
+    set_num_interop_threads, set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 

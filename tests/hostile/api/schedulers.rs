@@ -1,8 +1,8 @@
+use ddil_libtorch::{ensure_dense, ensure_real, ensure_same_shape};
 use ddil_schedulers::{
     CommonConfig, Compatibility, ConsistencyBoundary, DataRange, Ddim, EdmConfig, FlowConfig, Lcm,
     NoiseSchedule, NoiseScheduleConfig, Plan, Prediction, PredictionType, PreviousTimestep,
     Sampler, SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps, VpConfig,
-    ensure_dense, ensure_real, ensure_same_shape,
 };
 use tch::{Tensor, kind};
 

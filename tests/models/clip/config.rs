@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use ddil_files::Invalid;
 use ddil_models::{
     ClipActivation, ClipConfig, ClipTextClass, ClipTextConfig, ClipVisionClass, ClipVisionConfig,
-    ConfigProblem, Error, Placement, UnknownKeys,
+    Error, Placement, UnknownKeys,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -30,7 +31,7 @@ fn text(value: &Value) -> ddil_models::Result<ClipTextConfig> {
 fn keys<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<String> {
     match result {
         Err(Error::InvalidConfig { problems, .. }) => {
-            problems.into_iter().map(|ConfigProblem { key, .. }| key).collect()
+            problems.into_iter().map(|Invalid { field, .. }| field).collect()
         }
         other => panic!("no refusal of settings: {other:?}"),
     }

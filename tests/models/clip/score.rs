@@ -1,5 +1,6 @@
 //! `ClipScore` against what transformers answered, and its refusals.
 
+use ddil_libtorch::ArgumentError;
 use ddil_models::{ClipModel, ClipScore, Error, Placement, UnknownKeys};
 use tch::{Kind, Tensor, kind};
 
@@ -93,14 +94,17 @@ fn no_pairs_and_what_is_no_picture_are_refused() -> TestResult {
     let images = |size: &[i64]| Tensor::zeros(size, kind::FLOAT_CPU);
     let ids = Tensor::zeros([2, 5], kind::INT64_CPU);
     let three = score.similarities(&images(&[3, 3, 8, 8]), &ids, None);
-    assert!(matches!(three, Err(Error::InvalidShape { name: "input_ids", .. })));
+    assert!(matches!(three, Err(Error::Argument(ArgumentError::Shape { name: "input_ids", .. }))));
     let none = score.score(&images(&[0, 3, 8, 8]), &ids.narrow(0, 0, 0), None);
-    assert!(matches!(none, Err(Error::InvalidShape { name: "images", .. })));
+    assert!(matches!(none, Err(Error::Argument(ArgumentError::Shape { name: "images", .. }))));
     for size in [vec![2, 1, 8, 8], vec![2, 3, 8], vec![2, 3, 0, 8]] {
         let error = score.preprocess(&images(&size));
-        assert!(matches!(error, Err(Error::InvalidShape { name: "images", .. })), "{size:?}");
+        assert!(
+            matches!(error, Err(Error::Argument(ArgumentError::Shape { name: "images", .. }))),
+            "{size:?}"
+        );
     }
     let integers = score.preprocess(&images(&[2, 3, 8, 8]).to_kind(Kind::Uint8));
-    assert!(matches!(integers, Err(Error::InvalidKind { name: "images", .. })));
+    assert!(matches!(integers, Err(Error::Argument(ArgumentError::Kind { name: "images", .. }))));
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use ddil_models::{
     ClipTextClass, ClipTextConfig, ClipTextModel, Error, HiddenState, Placement, UnknownKeys,
     weights,
@@ -328,9 +329,15 @@ fn states_and_projections_that_are_not_there_are_refused() -> TestResult {
     let ids = Tensor::zeros([1, 3], kind::INT64_CPU);
     assert!(encoder.hidden_state(&ids, None, HiddenState::stable_diffusion(3)).is_ok());
     let four = encoder.hidden_state(&ids, None, HiddenState::stable_diffusion(4));
-    assert!(matches!(four, Err(Error::InvalidArgument { name: "skipped_layers", .. })));
+    assert!(matches!(
+        four,
+        Err(Error::Argument(ArgumentError::Value { name: "skipped_layers", .. }))
+    ));
     let most = encoder.hidden_state(&ids, None, HiddenState::stable_diffusion_xl(u32::MAX));
-    assert!(matches!(most, Err(Error::InvalidArgument { name: "skipped_layers", .. })));
+    assert!(matches!(
+        most,
+        Err(Error::Argument(ArgumentError::Value { name: "skipped_layers", .. }))
+    ));
     assert!(matches!(encoder.text_embeds(&ids, None), Err(Error::NoProjection { .. })));
     let config = ClipTextConfig {
         architectures: [ClipTextClass::TextModelWithProjection],

@@ -129,7 +129,7 @@ fn special_tokens_outside_the_vocabulary_are_listed() -> TestResult {
     })?;
     let error = ClipTokenizer::from_folder(folder.path()).expect_err("three problems");
     let Error::InvalidConfig { problems, .. } = error else { panic!("{error}") };
-    let keys: Vec<_> = problems.iter().map(|p| p.key.as_str()).collect();
+    let keys: Vec<_> = problems.iter().map(|p| p.field.as_str()).collect();
     assert_eq!(keys, ["bos_token", "pad_token", "model_max_length"]);
     Ok(())
 }

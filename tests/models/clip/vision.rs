@@ -1,5 +1,6 @@
 //! `ClipVisionModel` against what transformers answered, and its refusals.
 
+use ddil_libtorch::ArgumentError;
 use ddil_models::{ClipVisionModel, Error, Placement, UnknownKeys, weights};
 use tch::{Kind, Tensor, kind};
 use tempfile::TempDir;
@@ -60,6 +61,9 @@ fn pictures_that_do_not_fit_are_refused_by_name() -> TestResult {
         assert!(text.contains("`pixel_values`") && text.contains("[batch, 3, 28, 28]"), "{text}");
     }
     let integers = tower.forward(&Tensor::zeros([1, 3, 28, 28], kind::INT64_CPU));
-    assert!(matches!(integers, Err(Error::InvalidKind { name: "pixel_values", .. })));
+    assert!(matches!(
+        integers,
+        Err(Error::Argument(ArgumentError::Kind { name: "pixel_values", .. }))
+    ));
     Ok(())
 }

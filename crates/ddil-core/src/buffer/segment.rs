@@ -5,7 +5,8 @@ use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crc32fast::Hasher;
-use ddil_libtorch::{RowFile, open_plain_file};
+use ddil_files::open_plain_file;
+use ddil_libtorch::RowFile;
 use serde::Serialize;
 use tch::Kind;
 

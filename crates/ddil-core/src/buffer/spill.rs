@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use ddil_libtorch::{RowFile, gather_rows};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -64,11 +65,7 @@ impl SpillConfig {
         if !is_empty(&self.folder) {
             return Ok(());
         }
-        Err(Error::InvalidConfig {
-            field: "buffer.spill.folder",
-            value: "empty".to_owned(),
-            expected: "a folder".to_owned(),
-        })
+        Err(Error::Invalid(Invalid::new("buffer.spill.folder", "empty", "a folder")))
     }
 }
 

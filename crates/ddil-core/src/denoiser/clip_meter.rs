@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ddil_schedulers::{NoiseSchedule, Thresholding, ensure_dense, ensure_real};
+use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_dense, ensure_real};
+use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -155,7 +157,7 @@ impl ClipMeter {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for the settings or a range that does not fit `x0`; [`Error::Shape`] if `timesteps` does not fit
+    /// [`Error::Scheduler`] for the settings or a range that does not fit `x0`; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `timesteps` does not fit
     /// it, [`Error::Torch`] for one off the grid.
     pub fn measure(
         &self,
@@ -170,7 +172,12 @@ impl ClipMeter {
         let (shape, batch) = (timesteps.size(), x0.size().first().copied());
         if shape.len() != 1 || shape.first().copied() != batch || timesteps.kind() != Kind::Int64 {
             let expected = format!("[{}], Int64, one a sample", batch.unwrap_or(0));
-            return Err(Error::Shape { op: OP, name: "timesteps", shape, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name: "timesteps",
+                shape,
+                expected,
+            }));
         }
         let fractions = thresholding.changed_fraction(&x0.detach())?;
         let timesteps = timesteps.to_device(fractions.device());

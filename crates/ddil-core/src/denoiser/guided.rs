@@ -1,6 +1,8 @@
 //! Classifier-free guidance.
 
-use ddil_schedulers::{NoiseSchedule, Prediction, ensure_dense, ensure_real};
+use ddil_files::Invalid;
+use ddil_libtorch::{ensure_dense, ensure_real};
+use ddil_schedulers::{NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use super::Denoiser;
@@ -26,15 +28,15 @@ impl<D: Denoiser> Guided<D> {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if `guidance_scale` is not finite or negative; [`Error::Conditioning`] if `null`
+    /// [`Error::Invalid`] if `guidance_scale` is not finite or negative; [`Error::Conditioning`] if `null`
     /// does not have one row.
     pub fn new(inner: D, guidance_scale: f64, null: Conditioning) -> Result<Self> {
         if !(guidance_scale.is_finite() && guidance_scale >= 0.0) {
-            return Err(Error::InvalidConfig {
-                field: "guidance_scale",
-                value: guidance_scale.to_string(),
-                expected: "finite and at least 0; 1 is no guidance".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "guidance_scale",
+                guidance_scale,
+                "finite and at least 0; 1 is no guidance",
+            )));
         }
         null.ensure_batch("Guided::new", 1)?;
         Ok(Self { inner, guidance_scale, null })

@@ -1,5 +1,6 @@
 //! Priors that follow what is measured of the student.
 
+use ddil_files::Invalid;
 use ddil_schedulers::Timesteps;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -88,7 +89,7 @@ impl AdaptivePriors {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting.
+    /// [`Error::Invalid`] that names the setting.
     pub fn ensure(&self) -> Result<()> {
         let Self { min, max, teacher_fraction, interval, warm_up, states, decay, .. } = *self;
         // Written so that a NaN is refused.
@@ -118,7 +119,7 @@ impl AdaptivePriors {
         ];
         match problems.into_iter().find(|(fine, ..)| !fine) {
             Some((_, field, value, expected)) => {
-                Err(Error::InvalidConfig { field, value, expected: expected.to_owned() })
+                Err(Error::Invalid(Invalid::new(field, value, expected)))
             }
             None => Ok(()),
         }
@@ -362,11 +363,11 @@ fn keep(
         ..kept
     })?;
     match store.ring_len().filter(|len| *len < fewest) {
-        Some(len) => Err(Error::InvalidConfig {
-            field: "priors.byte_budget",
-            value: format!("room for {len} states a grid index"),
-            expected: format!("room for at least {fewest}"),
-        }),
+        Some(len) => Err(Error::Invalid(Invalid::new(
+            "priors.byte_budget",
+            format!("room for {len} states a grid index"),
+            format!("room for at least {fewest}"),
+        ))),
         None => Ok(()),
     }
 }
@@ -402,11 +403,11 @@ fn ensure_seen(losses: &LossTable, num_indices: usize) -> Result<()> {
     if (0..num_indices).any(|index| losses.samples(&Source::ALL, index) > 0) {
         return Ok(());
     }
-    Err(Error::InvalidConfig {
-        field: "priors.signal",
-        value: "loss_ratio, but the mixer saw no losses".to_owned(),
-        expected: "`shift`, or `Mixer::see_losses` to be called after each loss".to_owned(),
-    })
+    Err(Error::Invalid(Invalid::new(
+        "priors.signal",
+        "loss_ratio, but the mixer saw no losses",
+        "`shift`, or `Mixer::see_losses` to be called after each loss",
+    )))
 }
 
 impl Means {

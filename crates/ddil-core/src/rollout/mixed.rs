@@ -1,5 +1,6 @@
 //! Trajectories that student and teacher take turns on.
 
+use ddil_files::Invalid;
 use ddil_libtorch::Generator;
 use ddil_schedulers::{Sampler, Timesteps};
 use rand::Rng;
@@ -50,7 +51,7 @@ impl MixedVariant {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] unless `kappa` is in 0..=1 and `threshold` at least 0.
+    /// [`Error::Invalid`] unless `kappa` is in 0..=1 and `threshold` at least 0.
     pub fn ensure(&self) -> Result<()> {
         let (field, value, expected) = match *self {
             Self::Bernoulli { kappa } if !(0.0..=1.0).contains(&kappa) => {
@@ -62,7 +63,7 @@ impl MixedVariant {
             }
             _ => return Ok(()),
         };
-        Err(Error::InvalidConfig { field, value: value.to_string(), expected: expected.to_owned() })
+        Err(Error::Invalid(Invalid::new(field, value, expected)))
     }
 
     /// Whether the teacher walks interval `level`, where that can be said without asking the networks.
@@ -131,7 +132,7 @@ impl MixedRollout<'_> {
     ///
     /// # Errors
     ///
-    /// As [`rollout_to`](super::rollout_to), and [`Error::InvalidConfig`] for the variant or if the teacher's grid
+    /// As [`rollout_to`](super::rollout_to), and [`Error::Invalid`] for the variant or if the teacher's grid
     /// misses a timestep of the student's.
     pub fn visit(
         &self,
@@ -149,7 +150,7 @@ impl MixedRollout<'_> {
     ///
     /// # Errors
     ///
-    /// As [`visit`](Self::visit), and [`Error::InvalidConfig`] if `start` is beyond the grid.
+    /// As [`visit`](Self::visit), and [`Error::Invalid`] if `start` is beyond the grid.
     pub fn visit_from(
         &self,
         start: usize,
@@ -188,7 +189,7 @@ impl MixedRollout<'_> {
         conditioning: &Conditioning,
         targets: &[i64],
     ) -> Result<&[i64]> {
-        ddil_schedulers::ensure_real(op, "x_t", x_t)?;
+        ddil_libtorch::ensure_real(op, "x_t", x_t)?;
         ensure_ready(op, self.student_sampler, x_t, conditioning, true)?;
         if let Some(variant) = self.variant {
             variant.ensure()?;
@@ -196,11 +197,11 @@ impl MixedRollout<'_> {
         }
         let path = self.timesteps.as_slice();
         let Some(path) = path.get(start..).filter(|path| !path.is_empty()) else {
-            return Err(Error::InvalidConfig {
-                field: "start",
-                value: start.to_string(),
-                expected: format!("an index of {path:?}"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "start",
+                start,
+                format!("an index of {path:?}"),
+            )));
         };
         ensure_targets(op, x_t, path[0], targets)?;
         Ok(path)

@@ -2,6 +2,7 @@
 
 mod chains;
 
+use ddil_files::Invalid;
 use ddil_schedulers::Timesteps;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -93,11 +94,11 @@ impl RolloutSteps {
         let Self { min, max } = self;
         let (all, len) = (training.as_slice(), training.len());
         if !(1 <= min && min <= max && max <= len) {
-            return Err(Error::InvalidConfig {
-                field: "student.rollout_steps",
-                value: format!("{min}..={max}"),
-                expected: format!("in order and in 1..={len}, the length of the training grid"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "student.rollout_steps",
+                format!("{min}..={max}"),
+                format!("in order and in 1..={len}, the length of the training grid"),
+            )));
         }
         let num_train_timesteps = all[0] as u32 + 1;
         let grid = |n: usize| (0..n).map(|step| all[step * len / n]).collect();
@@ -118,31 +119,25 @@ impl StudentConfig {
             StudentPolicy::Fresh | StudentPolicy::FreshAll => ("", 0.0),
         };
         if !(0.0..=1.0).contains(&fraction.1) {
-            return Err(Error::InvalidConfig {
-                field: fraction.0,
-                value: fraction.1.to_string(),
-                expected: "in 0..=1".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(fraction.0, fraction.1, "in 0..=1")));
         }
         let everywhere =
             matches!(self.policy, StudentPolicy::FreshAll | StudentPolicy::Chain { .. });
         if everywhere && (grids.rollout != grids.student || self.rollout_steps.is_some()) {
-            return Err(Error::InvalidConfig {
-                field: "policy.kind",
-                value: "fresh_all or chain".to_owned(),
-                expected:
-                    "fresh or buffer where the student is sampled at other timesteps than it \
-                           is trained at"
-                        .to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "policy.kind",
+                "fresh_all or chain",
+                "fresh or buffer where the student is sampled at other timesteps than it \
+                           is trained at",
+            )));
         }
         let chain = matches!(self.policy, StudentPolicy::Chain { .. });
         if chain && matches!(self.mixed, Some(MixedVariant::Conditional { .. })) {
-            return Err(Error::InvalidConfig {
-                field: "mixed.kind",
-                value: "conditional".to_owned(),
-                expected: "another with chains, which ask no network".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "mixed.kind",
+                "conditional",
+                "another with chains, which ask no network",
+            )));
         }
         Ok(())
     }
@@ -175,7 +170,7 @@ enum Memory {
 impl StudentSource {
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] that names the setting.
+    /// [`Error::Invalid`] that names the setting.
     pub fn new(config: StudentConfig, grids: &Grids) -> Result<Self> {
         config.ensure(grids)?;
         let drawn = config.rollout_steps.map(|steps| steps.grids(&grids.student)).transpose()?;

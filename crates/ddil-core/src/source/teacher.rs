@@ -1,5 +1,6 @@
 //! States that the teacher visits.
 
+use ddil_files::Invalid;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -96,14 +97,14 @@ const TEACHER_ALONE: MixedVariant = MixedVariant::TeacherThenStudent { switch: u
 impl TeacherSource {
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if no state a trajectory were kept.
+    /// [`Error::Invalid`] if no state a trajectory were kept.
     pub fn new(config: TeacherConfig, grids: &Grids) -> Result<Self> {
         if config.states_per_trajectory == Some(0) {
-            return Err(Error::InvalidConfig {
-                field: "teacher.states_per_trajectory",
-                value: "0".to_owned(),
-                expected: "at least 1".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "teacher.states_per_trajectory",
+                "0",
+                "at least 1",
+            )));
         }
         let all = match config.states {
             TeacherStates::Visited => grids.student.len() - 1,
@@ -111,11 +112,11 @@ impl TeacherSource {
         };
         let kept = config.states_per_trajectory.map_or(all, |kept| kept.min(all));
         if config.pool.checked_mul(kept.max(1)).is_none_or(|rows| i64::try_from(rows).is_err()) {
-            return Err(Error::InvalidConfig {
-                field: "teacher.pool",
-                value: config.pool.to_string(),
-                expected: "as many trajectories as can be counted, state by state".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "teacher.pool",
+                config.pool,
+                "as many trajectories as can be counted, state by state",
+            )));
         }
         Ok(Self {
             kept,

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::parameters::{Placement, Values, build_filled};
 
 use super::files;
@@ -236,7 +237,7 @@ impl Default for Whole {
 impl Config for Whole {
     const CLASS_NAME: &'static str = "CLIPModel";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         ensure_counts(&[("projection_dim", self.projection_dim)], &mut problems);
         problems
@@ -263,13 +264,13 @@ pub(super) fn read<C: ModelType>(
     match settings.remove("model_type") {
         Some(found) if found != C::MODEL_TYPE => {
             let expected = format!("\"{}\"", C::MODEL_TYPE);
-            problems.push(ConfigProblem::new("model_type", found, expected));
+            problems.push(Invalid::new("model_type", found, expected));
         }
         _ => {}
     }
     match settings.remove("pruned_heads") {
         Some(found) if found != json!({}) && !found.is_null() => {
-            problems.push(ConfigProblem::new("pruned_heads", found, "{}: all heads are kept"));
+            problems.push(Invalid::new("pruned_heads", found, "{}: all heads are kept"));
         }
         _ => {}
     }
@@ -285,7 +286,7 @@ pub(super) fn read<C: ModelType>(
 }
 
 /// Collects the problems of settings, so that others can be told with them.
-fn keep_problems<C>(result: Result<C>, problems: &mut Vec<ConfigProblem>) -> Result<Option<C>> {
+fn keep_problems<C>(result: Result<C>, problems: &mut Vec<Invalid>) -> Result<Option<C>> {
     match result {
         Ok(config) => Ok(Some(config)),
         Err(Error::InvalidConfig { problems: more, .. }) => {
@@ -301,13 +302,13 @@ fn nested<C: ModelType>(
     object: &Map<String, Value>,
     key: &str,
     unknown_keys: UnknownKeys,
-    problems: &mut Vec<ConfigProblem>,
+    problems: &mut Vec<Invalid>,
 ) -> Option<C> {
     let older = format!("{key}_dict");
     let value = object.get(&older).filter(|value| !value.is_null()).or_else(|| object.get(key));
     let Some(settings) = value.and_then(Value::as_object) else {
         let found = value.map_or("absent".to_owned(), Value::to_string);
-        problems.push(ConfigProblem::new(key, found, "an object with the tower's settings"));
+        problems.push(Invalid::new(key, found, "an object with the tower's settings"));
         return None;
     };
     let mut settings = settings.clone();
@@ -316,13 +317,12 @@ fn nested<C: ModelType>(
     match read(key, &settings, unknown_keys) {
         Ok(config) => Some(config),
         Err(Error::InvalidConfig { problems: more, .. }) => {
-            let named =
-                more.into_iter().map(|p| ConfigProblem { key: format!("{key}.{}", p.key), ..p });
+            let named = more.into_iter().map(|problem| problem.under(key));
             problems.extend(named);
             None
         }
         Err(other) => {
-            problems.push(ConfigProblem::new(key, other, "settings"));
+            problems.push(Invalid::new(key, other, "settings"));
             None
         }
     }
@@ -338,19 +338,19 @@ pub(super) fn write<C: ModelType>(config: &C) -> String {
     text
 }
 
-pub(super) fn ensure_counts(counts: &[(&str, u32)], problems: &mut Vec<ConfigProblem>) {
+pub(super) fn ensure_counts(counts: &[(&str, u32)], problems: &mut Vec<Invalid>) {
     for &(key, _) in counts.iter().filter(|&&(_, count)| count == 0) {
-        problems.push(ConfigProblem::new(key, 0, "at least 1"));
+        problems.push(Invalid::new(key, 0, "at least 1"));
     }
 }
 
-pub(super) fn ensure_heads(width: u32, heads: u32, problems: &mut Vec<ConfigProblem>) {
+pub(super) fn ensure_heads(width: u32, heads: u32, problems: &mut Vec<Invalid>) {
     if width == 0 {
-        problems.push(ConfigProblem::new("hidden_size", 0, "at least 1"));
+        problems.push(Invalid::new("hidden_size", 0, "at least 1"));
     }
     if heads == 0 || !width.is_multiple_of(heads) {
         let expected = format!("a divisor of hidden_size, {width}");
-        problems.push(ConfigProblem::new("num_attention_heads", heads, expected));
+        problems.push(Invalid::new("num_attention_heads", heads, expected));
     }
 }
 
@@ -358,18 +358,18 @@ pub(super) fn ensure_numbers(
     eps: f64,
     dropout: f64,
     scales: [(&str, f64); 2],
-    problems: &mut Vec<ConfigProblem>,
+    problems: &mut Vec<Invalid>,
 ) {
     if !(eps > 0.0 && eps.is_finite()) {
-        problems.push(ConfigProblem::new("layer_norm_eps", eps, "above 0"));
+        problems.push(Invalid::new("layer_norm_eps", eps, "above 0"));
     }
     if !(0.0..1.0).contains(&dropout) {
         let expected = "at least 0 and less than 1";
-        problems.push(ConfigProblem::new("attention_dropout", dropout, expected));
+        problems.push(Invalid::new("attention_dropout", dropout, expected));
     }
     for (key, scale) in scales {
         if !(scale >= 0.0 && scale.is_finite()) {
-            problems.push(ConfigProblem::new(key, scale, "at least 0"));
+            problems.push(Invalid::new(key, scale, "at least 0"));
         }
     }
 }

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use tch::{Kind, Tensor};
 
 use crate::config::{Config, UnknownKeys};
-use crate::error::{ConfigProblem, Error, Result};
+use crate::error::{Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
 
 use super::config::ClipConfig;
@@ -88,8 +89,8 @@ impl ClipModel {
 
 /// Both towers' problems in one error.
 fn ensure_valid(text: &impl Config, vision: &impl Config) -> Result<()> {
-    let named = |prefix: &str, problems: Vec<ConfigProblem>| {
-        let name = |p: ConfigProblem| ConfigProblem { key: format!("{prefix}.{}", p.key), ..p };
+    let named = |prefix: &str, problems: Vec<Invalid>| {
+        let name = |p: Invalid| p.under(prefix);
         problems.into_iter().map(name).collect::<Vec<_>>()
     };
     let mut problems = named("text_config", text.problems());

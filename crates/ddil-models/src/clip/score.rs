@@ -1,5 +1,6 @@
 //! How well pictures fit their captions.
 
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
 use crate::error::{Error, Result, ensure_dense, is_float};
@@ -60,16 +61,16 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`] unless the network looks at pictures of 3 channels.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless the network looks at pictures of 3 channels.
     pub fn new(model: ClipModel) -> Result<Self> {
         let channels = model.vision().config().num_channels;
         if channels != 3 {
-            return Err(Error::InvalidArgument {
+            return Err(Error::Argument(ArgumentError::Value {
                 op: "ClipScore::new",
                 name: "num_channels",
-                found: channels.to_string(),
+                value: channels.to_string(),
                 expected: "3".into(),
-            });
+            }));
         }
         Ok(Self { model })
     }
@@ -92,17 +93,22 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`] and [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn preprocess(&self, images: &Tensor) -> Result<Tensor> {
         ensure_dense(PREPROCESS, "images", images)?;
         let (op, name, found) = (PREPROCESS, "images", images.size());
         if found.len() != 4 || found[1] != 3 || found[2] < 1 || found[3] < 1 {
             let expected = "[batch, 3, height, width]".into();
-            return Err(Error::InvalidShape { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
         }
         let kind = images.kind();
         if !is_float(kind) {
-            return Err(Error::InvalidKind { op, name, found: kind, expected: "floating point" });
+            return Err(Error::Argument(ArgumentError::Kind {
+                op,
+                name,
+                kind: kind,
+                expected: "floating point",
+            }));
         }
         let size = i64::from(self.model.vision().config().image_size);
         normalise(images, size).map_err(Error::torch(PREPROCESS))
@@ -143,7 +149,7 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// As [`Self::image_embeds`] and [`Self::text_embeds`]; [`Error::InvalidShape`] unless there are as many pictures as
+    /// As [`Self::image_embeds`] and [`Self::text_embeds`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there are as many pictures as
     /// captions.
     pub fn similarities(
         &self,
@@ -158,12 +164,12 @@ impl ClipScore {
             (images.size().first(), input_ids.size().first())
             && pictures != captions
         {
-            return Err(Error::InvalidShape {
+            return Err(Error::Argument(ArgumentError::Shape {
                 op: OP,
                 name: "input_ids",
-                found: input_ids.size(),
+                shape: input_ids.size(),
                 expected: format!("[{pictures}, tokens], a caption for each picture"),
-            });
+            }));
         }
         let text = self.text_embeds(input_ids, attention_mask)?;
         let cosines = || self.image_embeds(images)?.f_mul(&text).map_err(Error::torch(OP));
@@ -176,7 +182,7 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// As [`Self::similarities`]; [`Error::InvalidShape`] if there are no pictures.
+    /// As [`Self::similarities`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there are no pictures.
     pub fn score(
         &self,
         images: &Tensor,
@@ -188,7 +194,12 @@ impl ClipScore {
         if images.size().first() == Some(&0) {
             let (name, found, expected) =
                 ("images", images.size(), "at least one picture".to_owned());
-            return Err(Error::InvalidShape { op: OP, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op: OP,
+                name,
+                shape: found,
+                expected,
+            }));
         }
         let cosines = self.similarities(images, input_ids, attention_mask)?;
         cosines

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::config::{Config, UnknownKeys};
@@ -193,7 +194,7 @@ impl ClipTextModel {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`], [`Error::InvalidArgument`] for a token that there is none of, which
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a token that there is none of, which
     /// is looked for on the CPU alone, and [`Error::Torch`].
     pub fn forward(
         &self,
@@ -224,7 +225,7 @@ impl ClipTextModel {
     ///
     /// # Errors
     ///
-    /// As [`Self::forward`]; [`Error::InvalidArgument`] if more layers are to be left out than there are.
+    /// As [`Self::forward`]; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if more layers are to be left out than there are.
     pub fn hidden_state(
         &self,
         input_ids: &Tensor,
@@ -330,7 +331,7 @@ impl ClipTextModel {
         if skipped > layers {
             let expected = format!("at most {layers}, the number of layers");
             let (name, found) = ("skipped_layers", skipped.to_string());
-            return Err(Error::InvalidArgument { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Value { op, name, value: found, expected }));
         }
         Ok(skipped as usize)
     }
@@ -346,11 +347,11 @@ impl ClipTextModel {
             ("input_ids", input_ids.size(), self.config.max_position_embeddings);
         if found.len() != 2 || found[1] < 1 || found[1] > i64::from(max) {
             let expected = format!("[batch, tokens] with 1 to {max} tokens");
-            return Err(Error::InvalidShape { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
         }
         if input_ids.kind() != Kind::Int64 {
             let (found, expected) = (input_ids.kind(), "Int64");
-            return Err(Error::InvalidKind { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
         }
         if let Some(mask) = attention_mask {
             ensure_mask(op, mask, &found)?;
@@ -362,7 +363,12 @@ impl ClipTextModel {
             if low < 0 || high >= vocab {
                 let found = if low < 0 { low } else { high }.to_string();
                 let expected = format!("tokens from 0 to {}", vocab - 1);
-                return Err(Error::InvalidArgument { op, name, found, expected });
+                return Err(Error::Argument(ArgumentError::Value {
+                    op,
+                    name,
+                    value: found,
+                    expected,
+                }));
             }
         }
         Ok(())
@@ -374,11 +380,16 @@ fn ensure_mask(op: &'static str, mask: &Tensor, size: &[i64]) -> Result<()> {
     ensure_dense(op, name, mask)?;
     if mask.size() != size {
         let expected = format!("{size:?}, as `input_ids`");
-        return Err(Error::InvalidShape { op, name, found: mask.size(), expected });
+        return Err(Error::Argument(ArgumentError::Shape {
+            op,
+            name,
+            shape: mask.size(),
+            expected,
+        }));
     }
     if !matches!(mask.kind(), Kind::Int64 | Kind::Int | Kind::Bool) {
         let (found, expected) = (mask.kind(), "Int64, Int or Bool");
-        return Err(Error::InvalidKind { op, name, found, expected });
+        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
     }
     Ok(())
 }

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Result};
+use crate::error::Result;
 use crate::parameters::{Placement, Values, build_filled};
 
 use super::config::{
@@ -251,7 +252,7 @@ impl ClipTextConfig {
 impl Config for ClipTextConfig {
     const CLASS_NAME: &'static str = "CLIPTextModel";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let counts = [
             ("vocab_size", self.vocab_size),
@@ -262,16 +263,16 @@ impl Config for ClipTextConfig {
         ensure_counts(&counts, &mut problems);
         ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
         match self.projection_dim {
-            Some(0) => problems.push(ConfigProblem::new("projection_dim", 0, "at least 1")),
+            Some(0) => problems.push(Invalid::new("projection_dim", 0, "at least 1")),
             None if self.projects() => {
-                problems.push(ConfigProblem::new("projection_dim", "null", "a width"));
+                problems.push(Invalid::new("projection_dim", "null", "a width"));
             }
             _ => {}
         }
         let eos = self.eos_token_id;
         if eos != LARGEST_TOKEN && !(0..self.vocab_size.into()).contains(&eos) {
             let expected = format!("{LARGEST_TOKEN}, or less than vocab_size, {}", self.vocab_size);
-            problems.push(ConfigProblem::new("eos_token_id", eos, expected));
+            problems.push(Invalid::new("eos_token_id", eos, expected));
         }
         ensure_numbers(
             self.layer_norm_eps,

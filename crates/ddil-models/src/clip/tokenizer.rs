@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tch::Tensor;
@@ -15,7 +16,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, Encoding, ModelWrapper, SplitDelimiterBehavior, Tokenizer};
 
-use crate::error::{BoxedError, ConfigProblem, Error, Result};
+use crate::error::{BoxedError, Error, Result};
 
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_FILE: &str = "special_tokens_map.json";
@@ -286,14 +287,14 @@ impl Settings {
             add(&mut tokenizer, &mark, special);
             if tokenizer.token_to_id(mark.content()) != Some(id) {
                 let expected = format!("the number that {:?} has here", mark.content());
-                problems.push(ConfigProblem::new("added_tokens_decoder", id, expected));
+                problems.push(Invalid::new("added_tokens_decoder", id, expected));
             }
         }
         let mut ids = [0; 4];
         for ((key, mark), id) in named.iter().zip(&mut ids) {
             match tokenizer.token_to_id(mark.content()) {
                 Some(found) => *id = i64::from(found),
-                None => problems.push(ConfigProblem::new(
+                None => problems.push(Invalid::new(
                     *key,
                     format!("{:?}", mark.content()),
                     "a token of the vocabulary",
@@ -306,7 +307,7 @@ impl Settings {
         }
         let max_length = match self.model_max_length {
             Some(length) if length < 3.0 => {
-                problems.push(ConfigProblem::new("model_max_length", length, "at least 3"));
+                problems.push(Invalid::new("model_max_length", length, "at least 3"));
                 MAX_LENGTH
             }
             Some(length) if length < LARGEST_MAX_LENGTH => length as usize,
@@ -337,7 +338,7 @@ fn ensure_short<'a>(
     let problems: Vec<_> = long
         .map(|(key, content)| {
             let found = format!("a token of {} bytes", content.len());
-            ConfigProblem::new(key, found, expected.clone())
+            Invalid::new(key, found, expected.clone())
         })
         .collect();
     if problems.is_empty() {
@@ -360,7 +361,7 @@ fn ensure_files(folder: &Path) -> Result<()> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    ddil_libtorch::read_text_bounded(path, MAX_FILE_BYTES)
+    ddil_files::read_text_bounded(path, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: path.into(), source: source.into() })
 }
 

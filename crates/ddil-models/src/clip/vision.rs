@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
 use crate::config::{Config, UnknownKeys};
@@ -141,7 +142,7 @@ impl ClipVisionModel {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`] and [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn forward(&self, pixel_values: &Tensor) -> Result<ClipVisionOutput> {
         self.ensure_pictures(pixel_values)?;
         let run = || -> std::result::Result<_, TchError> {
@@ -164,11 +165,16 @@ impl ClipVisionModel {
         let [channels, size] = [num_channels, image_size].map(i64::from);
         if found.len() != 4 || found[1..] != [channels, size, size] {
             let expected = format!("[batch, {channels}, {size}, {size}]");
-            return Err(Error::InvalidShape { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
         }
         let kind = pixel_values.kind();
         if !is_float(kind) {
-            return Err(Error::InvalidKind { op, name, found: kind, expected: "floating point" });
+            return Err(Error::Argument(ArgumentError::Kind {
+                op,
+                name,
+                kind: kind,
+                expected: "floating point",
+            }));
         }
         Ok(())
     }

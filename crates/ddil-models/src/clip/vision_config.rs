@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Result};
+use crate::error::Result;
 use crate::parameters::{Placement, Values, build_filled};
 
 use super::config::{
@@ -166,7 +167,7 @@ impl ClipVisionConfig {
 impl Config for ClipVisionConfig {
     const CLASS_NAME: &'static str = "CLIPVisionModel";
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let counts = [
             ("intermediate_size", self.intermediate_size),
@@ -179,7 +180,7 @@ impl Config for ClipVisionConfig {
         ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
         if self.image_size < self.patch_size.max(1) {
             let expected = format!("at least patch_size, {}", self.patch_size);
-            problems.push(ConfigProblem::new("image_size", self.image_size, expected));
+            problems.push(Invalid::new("image_size", self.image_size, expected));
         }
         ensure_numbers(
             self.layer_norm_eps,

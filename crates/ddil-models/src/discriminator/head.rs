@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::error::{ConfigProblem, Error, Result, ensure_dense, is_float};
+use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
@@ -98,7 +100,7 @@ impl DiscriminatorHeadConfig {
             let step = step.map_or("2 to the levels less one".to_owned(), |step| step.to_string());
             let expected = format!("one side, a multiple of {step}, for a discriminator");
             let found = format!("{sample_size:?}");
-            let problems = vec![ConfigProblem::new("sample_size", found, expected)];
+            let problems = vec![Invalid::new("sample_size", found, expected)];
             return Err(Error::InvalidConfig { what: class.into(), problems });
         };
         Self::of(channels.last().copied().unwrap_or(0), side / step)
@@ -196,23 +198,23 @@ impl DiscriminatorHeadConfig {
 impl Config for DiscriminatorHeadConfig {
     const CLASS_NAME: &'static str = CLASS_NAME;
 
-    fn problems(&self) -> Vec<ConfigProblem> {
+    fn problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         for (key, value) in [("in_channels", self.in_channels), ("side", self.side)] {
             if value == 0 {
-                problems.push(ConfigProblem::new(key, value, "at least 1"));
+                problems.push(Invalid::new(key, value, "at least 1"));
             }
         }
         let width = self.inner_width();
         if width < MIN_GROUP {
             let expected = format!("at least {MIN_GROUP}, a group of a norm");
             let key = if self.width.is_some() { "width" } else { "in_channels" };
-            problems.push(ConfigProblem::new(key, width, expected));
+            problems.push(Invalid::new(key, width, expected));
         } else if let Some(groups) = self.norm_num_groups
             && (!width.is_multiple_of(groups) || width / groups < MIN_GROUP)
         {
             let expected = format!("a divisor of {width} that leaves {MIN_GROUP} channels or more");
-            problems.push(ConfigProblem::new("norm_num_groups", groups, expected));
+            problems.push(Invalid::new("norm_num_groups", groups, expected));
         }
         problems
     }
@@ -297,7 +299,7 @@ impl DiscriminatorHead {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::InvalidKind`]; [`Error::Torch`] if memory runs out or the features are on
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::Torch`] if memory runs out or the features are on
     /// another device.
     pub fn forward(&self, features: &Tensor) -> Result<Tensor> {
         self.ensure_features(features)?;
@@ -326,11 +328,16 @@ impl DiscriminatorHead {
         };
         if !fits {
             let expected = format!("[batch, {channels}, {side}, {side}]");
-            return Err(Error::InvalidShape { op, name, found: features.size(), expected });
+            return Err(Error::Argument(ArgumentError::Shape {
+                op,
+                name,
+                shape: features.size(),
+                expected,
+            }));
         }
         if !is_float(features.kind()) {
             let (found, expected) = (features.kind(), "floating point");
-            return Err(Error::InvalidKind { op, name, found, expected });
+            return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddil_libtorch::ArgumentError;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -171,7 +172,12 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
 }
 
 fn invalid(name: &'static str, found: String, expected: &str) -> Error {
-    Error::InvalidArgument { op: "Lora::from_file", name, found, expected: expected.into() }
+    Error::Argument(ArgumentError::Value {
+        op: "Lora::from_file",
+        name,
+        value: found,
+        expected: expected.into(),
+    })
 }
 
 /// The layers by the names they have in files.

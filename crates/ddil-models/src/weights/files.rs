@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_libtorch::ArgumentError;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -69,7 +70,7 @@ impl WeightFiles<'_> {
     /// # Errors
     ///
     /// [`Error::NoWeights`] if there is neither, with the other variants that are there; [`Error::Pickle`] if there is
-    /// nothing but a pickle; [`Error::Read`] if the folder cannot be read; [`Error::InvalidArgument`] for a stem or
+    /// nothing but a pickle; [`Error::Read`] if the folder cannot be read; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a stem or
     /// variant that is no part of a name.
     pub fn find(&self, folder: impl AsRef<Path>) -> Result<PathBuf> {
         let folder = folder.as_ref();
@@ -239,7 +240,12 @@ impl WeightFiles<'_> {
             if value.is_empty() || !value.chars().all(plain) {
                 let expected = "letters, digits, `_` and `-`".to_owned();
                 let (op, found) = ("WeightFiles", format!("{value:?}"));
-                return Err(Error::InvalidArgument { op, name, found, expected });
+                return Err(Error::Argument(ArgumentError::Value {
+                    op,
+                    name,
+                    value: found,
+                    expected,
+                }));
             }
         }
         Ok(())

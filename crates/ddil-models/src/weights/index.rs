@@ -44,7 +44,7 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
 /// Which tensor is in which shard.
 fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
-    let text = ddil_libtorch::read_bounded(index, MAX_FILE_BYTES)
+    let text = ddil_files::read_bounded(index, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: index.into(), source: source.into() })?;
     ensure_unique_keys(&text)
         .and_then(|()| serde_json::from_slice::<Map<String, Value>>(&text))

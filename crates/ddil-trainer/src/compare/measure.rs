@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use ddil_files::Invalid;
 use ddil_metrics::{FashionClassifier, FeatureExtractor, RawPixels};
 use ddil_models::{Placement, weights};
 use tch::{Device, Kind, Tensor};
@@ -52,12 +53,11 @@ impl Real {
                 (train, test, name)
             }
             (kind, _) => {
-                return Err(Error::InvalidConfig {
-                    field: "data.kind".to_owned(),
-                    value: kind.as_str().to_owned(),
-                    expected: "fashion_mnist or image_folder: comparisons look at pixels"
-                        .to_owned(),
-                });
+                return Err(Error::Invalid(Invalid::new(
+                    "data.kind",
+                    kind.as_str().to_owned(),
+                    "fashion_mnist or image_folder: comparisons look at pixels",
+                )));
             }
         };
         let extractor: Box<dyn FeatureExtractor> = match setting.evaluate.extractor {
@@ -120,11 +120,11 @@ pub(super) fn draw_part(setting: &Setting, teacher: &TeacherSamples, start: u32)
     };
     let images = draw(&pipeline, &plan, teacher.total, start..teacher.end_of(start))?;
     if !is_finite(&images)? {
-        return Err(Error::InvalidConfig {
-            field: "teacher.path".to_owned(),
-            value: teacher.path.display().to_string(),
-            expected: "a teacher whose samples are numbers".to_owned(),
-        });
+        return Err(Error::Invalid(Invalid::new(
+            "teacher.path",
+            teacher.path.display(),
+            "a teacher whose samples are numbers",
+        )));
     }
     save_images(&teacher.part(&setting.folder, start), &images)
 }

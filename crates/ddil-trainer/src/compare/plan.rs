@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
@@ -364,13 +365,11 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 fn ensure_comparable(config: &DistillConfig) -> Result<()> {
     let kind = config.data.kind;
     if kind.is_text() {
-        return Err(Error::InvalidConfig {
-            field: "data.kind".to_owned(),
-            value: kind.as_str().to_owned(),
-            expected:
-                "fashion_mnist or image_folder: pictures are measured against those of the data"
-                    .to_owned(),
-        });
+        return Err(Error::Invalid(Invalid::new(
+            "data.kind",
+            kind.as_str().to_owned(),
+            "fashion_mnist or image_folder: pictures are measured against those of the data",
+        )));
     }
     DistillTask::new(config).map(drop)
 }

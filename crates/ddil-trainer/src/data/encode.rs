@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use ddil_core::Conditioning;
+use ddil_files::Invalid;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
@@ -101,11 +102,11 @@ impl Encoding {
 
     /// Nothing that somebody else put there is written over.
     fn foreign(&self, found: &str) -> Error {
-        Error::InvalidConfig {
-            field: "data.cache".to_owned(),
-            value: format!("{} with {found}", self.folder.display()),
-            expected: "a folder that is empty, not there, or a cache".to_owned(),
-        }
+        Error::Invalid(Invalid::new(
+            "data.cache",
+            format!("{} with {found}", self.folder.display()),
+            "a folder that is empty, not there, or a cache",
+        ))
     }
 
     /// Makes the cache aside, and puts it in place once it is whole.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ModelConfig, UNet2DConditionConfig, UnknownKeys,
 };
@@ -38,7 +39,7 @@ impl DataSource {
     ///
     /// # Errors
     ///
-    /// What is missing or damaged, and where; [`Error::InvalidConfig`] for data of texts.
+    /// What is missing or damaged, and where; [`Error::Invalid`] for data of texts.
     pub fn of_pixels(section: &DataSection) -> Result<Self> {
         let images = match (section.kind, &section.path) {
             (DataKind::FashionMnist, path) => FashionMnist::load(path.as_deref())?.train,
@@ -60,7 +61,7 @@ impl DataSource {
     ///
     /// # Errors
     ///
-    /// What is missing, damaged or does not fit the teacher, and where; [`Error::InvalidConfig`] for pixels where the
+    /// What is missing, damaged or does not fit the teacher, and where; [`Error::Invalid`] for pixels where the
     /// teacher knows latents, and the other way round.
     pub fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.frame.class();
@@ -170,7 +171,7 @@ impl DataSource {
     ///
     /// # Errors
     ///
-    /// What is damaged; what the encoders refuse; [`Error::Interrupted`]; [`Error::InvalidConfig`] if a batch is larger
+    /// What is damaged; what the encoders refuse; [`Error::Interrupted`]; [`Error::Invalid`] if a batch is larger
     /// than the dataset.
     pub fn open(
         self,
@@ -203,7 +204,7 @@ impl DataSource {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if a batch is larger than the dataset.
+    /// [`Error::Invalid`] if a batch is larger than the dataset.
     pub fn ensure_batch_size(&self, batch: u32) -> Result<()> {
         let len = self.len();
         if i64::from(batch) <= len {
@@ -260,5 +261,5 @@ fn pooled_width(config: &UNet2DConditionConfig) -> Option<i64> {
 
 fn invalid<T>(field: &str, value: impl Into<String>, expected: impl Into<String>) -> Result<T> {
     let (value, expected) = (value.into(), expected.into());
-    Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
+    Err(Error::Invalid(Invalid::new(field, value, expected)))
 }

@@ -148,7 +148,7 @@ impl EncodedInfo {
     /// [`Error::Read`]; [`Error::Encoded`] if it is not understood.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(INFO);
-        let text = ddil_libtorch::read_bounded(&path, MAX_INFO_BYTES);
+        let text = ddil_files::read_bounded(&path, MAX_INFO_BYTES);
         let text = text.map_err(|source| Error::Read { path, source })?;
         let invalid = |problem: String| Error::Encoded {
             path: folder.to_owned(),
@@ -503,7 +503,7 @@ impl Checks<'_> {
     }
 
     fn texts(&mut self, folder: &Path) -> Vec<String> {
-        let read = ddil_libtorch::read_bounded(folder.join(TEXTS), u64::MAX)
+        let read = ddil_files::read_bounded(folder.join(TEXTS), u64::MAX)
             .map_err(|error| error.to_string());
         let texts: std::result::Result<Vec<String>, String> = read
             .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));

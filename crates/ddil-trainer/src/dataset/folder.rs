@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ddil_libtorch::open_plain_file;
+use ddil_files::open_plain_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 

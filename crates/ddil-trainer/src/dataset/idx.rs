@@ -49,9 +49,9 @@ pub(super) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         if path.extension().is_some_and(|extension| extension == "gz") {
-            return unpack(GzDecoder::new(ddil_libtorch::open_plain_file(path)?));
+            return unpack(GzDecoder::new(ddil_files::open_plain_file(path)?));
         }
-        ddil_libtorch::read_bounded(path, MAX_BYTES)
+        ddil_files::read_bounded(path, MAX_BYTES)
     };
     read().map_err(|source| Error::Read { path: PathBuf::from(path), source })
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ddil_libtorch::read_bounded;
+use ddil_files::read_bounded;
 use exif::{In, Reader, Tag};
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;

@@ -1,6 +1,7 @@
 //! What must fit before any work begins.
 
 use ddil_core::PriorSchedule;
+use ddil_files::Invalid;
 use ddil_losses::{
     LatentConsistencyConfig, ObjectiveConfig, Requirements, Solver, TeacherGuidance,
 };
@@ -133,7 +134,7 @@ fn ensure_no_samples(
 
 fn invalid(field: &str, value: impl Into<String>, expected: impl Into<String>) -> Result<()> {
     let (value, expected) = (value.into(), expected.into());
-    Err(Error::InvalidConfig { field: field.to_owned(), value, expected })
+    Err(Error::Invalid(Invalid::new(field, value, expected)))
 }
 
 /// The teacher must be able to guide as it is asked to, and nobody may be guided twice.

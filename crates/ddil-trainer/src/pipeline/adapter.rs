@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use ddil_models::{Lora, LoraFormat, Model, ModelConfig};
 
 use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
@@ -28,7 +29,7 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a network without an adapter; what the file system refuses.
+    /// [`Error::Invalid`] for a network without an adapter; what the file system refuses.
     pub fn write_adapter(
         folder: &Path,
         network: &Network,
@@ -37,11 +38,11 @@ impl Pipeline {
         base: &Frame,
     ) -> Result<()> {
         let Some(lora) = network.adapter() else {
-            return Err(Error::InvalidConfig {
-                field: "network".to_owned(),
-                value: "a whole one".to_owned(),
-                expected: "one with an adapter".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "network",
+                "a whole one",
+                "one with an adapter",
+            )));
         };
         let scheduler_folder = folder.join("scheduler");
         fs::create_dir_all(&scheduler_folder).map_err(Error::io("create", &scheduler_folder))?;
@@ -78,7 +79,7 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// [`Error::Json`] for a card that cannot be read, [`Error::InvalidConfig`] if it names no base.
+    /// [`Error::Json`] for a card that cannot be read, [`Error::Invalid`] if it names no base.
     pub fn adapter_at(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
         let Ok(folder) = Self::find(path) else { return Ok(None) };
         if folder.join(index::FILE_NAME).is_file() {
@@ -95,20 +96,19 @@ impl Pipeline {
         let path = folder.join(card::FILE_NAME);
         let card = Card::read(&path)?;
         let Some(AdapterCard { base, .. }) = card.adapter else {
-            return Err(Error::InvalidConfig {
-                field: format!("adapter in {}", path.display()),
-                value: "not set".to_owned(),
-                expected: format!("the base that {WEIGHTS} stands on"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                format!("adapter in {}", path.display()),
+                "not set",
+                format!("the base that {WEIGHTS} stands on"),
+            )));
         };
         // Whole models only: an adapter on an adapter could stand on itself.
         if !base.join(index::FILE_NAME).is_file() {
-            return Err(Error::InvalidConfig {
-                field: format!("adapter.base in {}", path.display()),
-                value: base.display().to_string(),
-                expected: "the folder of the whole model that the adapter was trained on"
-                    .to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                format!("adapter.base in {}", path.display()),
+                base.display(),
+                "the folder of the whole model that the adapter was trained on",
+            )));
         }
         Ok(base)
     }

@@ -44,7 +44,7 @@ impl Frame {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a model of pixels, and for one that lacks a part; what a part refuses.
+    /// [`Error::Invalid`] for a model of pixels, and for one that lacks a part; what a part refuses.
     pub fn text_to_image(&self, placement: Placement) -> Result<TextToImage> {
         TextToImage::read(&self.path, &self.index, placement)
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
+use ddil_files::Invalid;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -81,7 +82,7 @@ impl Index {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], [`Error::Json`]; [`Error::InvalidConfig`] for a pipeline that this program does not know, and for a
+    /// [`Error::Io`], [`Error::Json`]; [`Error::Invalid`] for a pipeline that this program does not know, and for a
     /// part whose name is no name of a folder: what it says is copied must not come from, or go, elsewhere.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
@@ -90,22 +91,22 @@ impl Index {
         let class = PipelineClass::ALL.into_iter().find(|class| named == class.as_str());
         let Some(class) = class else {
             let known = PipelineClass::ALL.map(PipelineClass::as_str).join(", ");
-            return Err(Error::InvalidConfig {
-                field: format!("_class_name in {}", path.display()),
-                value: named.to_string(),
-                expected: format!("one of {known}"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                format!("_class_name in {}", path.display()),
+                named,
+                format!("one of {known}"),
+            )));
         };
         let mut index = Self { class, parts: BTreeMap::new(), settings: BTreeMap::new() };
         for (key, value) in object.into_iter().filter(|(key, _)| !key.starts_with('_')) {
             match part(&value) {
                 Some(part) if is_plain(&key) => drop(index.parts.insert(key, part)),
                 Some(_) => {
-                    return Err(Error::InvalidConfig {
-                        field: format!("part in {}", path.display()),
-                        value: format!("{key:?}"),
-                        expected: "the name of a folder in it".to_owned(),
-                    });
+                    return Err(Error::Invalid(Invalid::new(
+                        format!("part in {}", path.display()),
+                        format!("{key:?}"),
+                        "the name of a folder in it",
+                    )));
                 }
                 None => drop(index.settings.insert(key, value)),
             }

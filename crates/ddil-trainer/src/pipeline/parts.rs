@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ClipTextConfig, ClipTokenizer, Error as ModelsError,
     ModelConfig, UnknownKeys,
@@ -113,7 +114,7 @@ impl Parts {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModel`]; [`Error::InvalidConfig`] for a pipeline that this program does not know.
+    /// [`Error::NotAModel`]; [`Error::Invalid`] for a pipeline that this program does not know.
     pub fn of_pipeline(path: &Path, variant: Option<&str>) -> Result<Self> {
         let folder = Pipeline::find(path)?;
         let index = Index::read(&folder)?;
@@ -129,7 +130,7 @@ impl Parts {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModel`], [`Error::InvalidConfig`] for a network of pixels without a scheduler; what the network's
+    /// [`Error::NotAModel`], [`Error::Invalid`] for a network of pixels without a scheduler; what the network's
     /// settings refuse.
     pub fn of_network(
         path: &Path,
@@ -152,12 +153,11 @@ impl Parts {
         match scheduler {
             Some(path) => parts.scheduler = Schedule::File(scheduler_at(path)?),
             None if others.is_none() && !parts.index.class.is_text_to_image() => {
-                return Err(Error::InvalidConfig {
-                    field: "scheduler".to_owned(),
-                    value: "not given".to_owned(),
-                    expected: "a scheduler_config.json: a network of pixels has no usual one"
-                        .to_owned(),
-                });
+                return Err(Error::Invalid(Invalid::new(
+                    "scheduler",
+                    "not given",
+                    "a scheduler_config.json: a network of pixels has no usual one",
+                )));
             }
             None => {}
         }
@@ -396,11 +396,11 @@ impl Parts {
             _ => false,
         };
         if self.folders.values().any(same) {
-            return Err(Error::InvalidConfig {
-                field: "output".to_owned(),
-                value: folder.display().to_string(),
-                expected: "another folder than the source".to_owned(),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "output",
+                folder.display(),
+                "another folder than the source",
+            )));
         }
         Ok(())
     }
@@ -458,10 +458,12 @@ fn usual_scheduler() -> SchedulerConfig {
 /// `scheduler_config.json` at a path: itself, in a folder, or in the pipeline there.
 fn scheduler_at(path: &Path) -> Result<PathBuf> {
     let places = [path.to_owned(), path.join("scheduler_config.json"), path.join(SCHEDULER)];
-    places.into_iter().find(|place| place.is_file()).ok_or_else(|| Error::InvalidConfig {
-        field: "scheduler".to_owned(),
-        value: path.display().to_string(),
-        expected: "a scheduler_config.json, or a folder or pipeline that has one".to_owned(),
+    places.into_iter().find(|place| place.is_file()).ok_or_else(|| {
+        Error::Invalid(Invalid::new(
+            "scheduler",
+            path.display(),
+            "a scheduler_config.json, or a folder or pipeline that has one",
+        ))
     })
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ddil_core::Conditioning;
+use ddil_files::Invalid;
 use ddil_libtorch::Generator;
 use ddil_models::{
     AutoencoderKL, ClipTextModel, ClipTokenizer, HiddenState, Placement, TokenizedPrompts,
@@ -53,7 +54,7 @@ impl TextToImage {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for a pipeline without text, or one that lacks a part; what a part refuses.
+    /// [`Error::Invalid`] for a pipeline without text, or one that lacks a part; what a part refuses.
     pub(super) fn read(folder: &Path, index: &Index, placement: Placement) -> Result<Self> {
         let (names, family): (&[_], _) = match index.class {
             PipelineClass::StableDiffusion | PipelineClass::LatentConsistency => {
@@ -178,15 +179,15 @@ impl TextToImage {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] for sides that are no multiples of [`pixels_per_latent`](Self::pixels_per_latent).
+    /// [`Error::Invalid`] for sides that are no multiples of [`pixels_per_latent`](Self::pixels_per_latent).
     pub fn latent_shape(&self, [height, width]: [i64; 2]) -> Result<[i64; 3]> {
         let factor = self.pixels_per_latent();
         if [height, width].iter().any(|side| *side <= 0 || side % factor != 0) {
-            return Err(Error::InvalidConfig {
-                field: "height, width".to_owned(),
-                value: format!("{height}, {width}"),
-                expected: format!("positive multiples of {factor}"),
-            });
+            return Err(Error::Invalid(Invalid::new(
+                "height, width",
+                format!("{height}, {width}"),
+                format!("positive multiples of {factor}"),
+            )));
         }
         let channels = i64::from(self.vae.config().latent_channels);
         Ok([channels, height / factor, width / factor])
@@ -264,11 +265,7 @@ fn shorter(kept: Option<String>, cut: Option<String>, is_first: bool) -> Option<
 }
 
 fn refuse(folder: &Path, value: &str, expected: &str) -> Error {
-    Error::InvalidConfig {
-        field: folder.display().to_string(),
-        value: value.to_owned(),
-        expected: expected.to_owned(),
-    }
+    Error::Invalid(Invalid::new(folder.display().to_string(), value.to_owned(), expected))
 }
 
 #[cfg(test)]

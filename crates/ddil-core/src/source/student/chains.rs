@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use ddil_files::Invalid;
 use ddil_schedulers::{Prediction, Timesteps};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -303,11 +304,11 @@ fn next_states(
         return Ok(student);
     }
     let Some(teacher) = feedback.teacher_next else {
-        return Err(Error::InvalidConfig {
-            field: "mixed",
-            value: "a teacher that acts".to_owned(),
-            expected: "none with chains, where the loss takes no step of the teacher".to_owned(),
-        });
+        return Err(Error::Invalid(Invalid::new(
+            "mixed",
+            "a teacher that acts",
+            "none with chains, where the loss takes no step of the teacher",
+        )));
     };
     let teacher = teacher.detach().index_select(0, &order);
     let mut shape = vec![1; student.dim()];

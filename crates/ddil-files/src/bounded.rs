@@ -29,7 +29,7 @@ pub fn open_plain_file(path: impl AsRef<Path>) -> io::Result<File> {
 /// # Example
 ///
 /// ```
-/// use ddil_libtorch::read_bounded;
+/// use ddil_files::read_bounded;
 ///
 /// # let path = std::env::temp_dir().join(format!("ddil-bounded-{}", std::process::id()));
 /// std::fs::write(&path, "four")?;
