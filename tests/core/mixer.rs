@@ -583,7 +583,7 @@ fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
 
     let states = run.next(0)?;
     let short = run.mixer.after_loss(0, &states, &normal(0, &[3, 2]), None, &run.streams);
-    assert!(matches!(short, Err(Error::Scheduler(_))));
+    assert!(matches!(short, Err(Error::Argument(_))));
     Ok(())
 }
 

@@ -32,15 +32,6 @@ impl Invalid {
         Self { field: field.into(), value: value.to_string(), expected: expected.into() }
     }
 
-    /// The error as an `Err`.
-    ///
-    /// # Errors
-    ///
-    /// Always.
-    pub fn err<T, E: From<Self>>(self) -> Result<T, E> {
-        Err(self.into())
-    }
-
     /// The same error with the setting inside the table `table`; each of several settings is prefixed.
     #[must_use]
     pub fn under(self, table: &str) -> Self {
@@ -58,18 +49,5 @@ mod tests {
     fn several_settings_are_prefixed_one_by_one() {
         let invalid = Invalid::new("beta_start, beta_end", "2, 1", "in order").under("schedule");
         assert_eq!(invalid.field, "schedule.beta_start, schedule.beta_end");
-    }
-
-    #[test]
-    fn becomes_the_error_of_any_crate() {
-        #[derive(Debug)]
-        struct Other(Invalid);
-        impl From<Invalid> for Other {
-            fn from(invalid: Invalid) -> Self {
-                Self(invalid)
-            }
-        }
-        let refused: Result<(), Other> = Invalid::new("steps", 0, "at least 1").err();
-        assert_eq!(refused.map_err(|Other(invalid)| invalid.value), Err("0".to_owned()));
     }
 }

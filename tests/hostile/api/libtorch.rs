@@ -1,11 +1,11 @@
-use ddil_files::{open_plain_file, read_bounded, read_text_bounded};
 use ddil_libtorch::{
     AdamW, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat, RowFile, TensorList,
     affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
-    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads,
-    ensure_script_archive, foreach_lerp_, foreach_zero_, fused_adamw_, gather_rows, grad_norm,
-    grads, group_norm, is_channels_last, recomputed, set_default_generator_state,
-    set_num_interop_threads, set_num_threads, to_memory_format,
+    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads, ensure_dense,
+    ensure_real, ensure_same_shape, ensure_script_archive, ensure_timesteps, foreach_lerp_,
+    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last,
+    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
+    to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -23,6 +23,7 @@ fn ddil_libtorch() {
     lists(&mut cases);
     generators(&mut cases);
     recomputation(&mut cases);
+    arguments(&mut cases);
     files(&mut cases);
     row_files(&mut cases);
     the_process(&mut cases);
@@ -204,6 +205,18 @@ fn generators(cases: &mut Cases) {
     }
 }
 
+fn arguments(cases: &mut Cases) {
+    let (x, times) = (images(), Tensor::from_slice(&[1_i64, 2]));
+    cases.tensors("ensure_real", &[&x], |t| said(ensure_real("test", "x", &t[0])));
+    cases.tensors("ensure_dense", &[&x], |t| said(ensure_dense("test", "x", &t[0])));
+    cases.tensors("ensure_same_shape", &[&x, &x], |t| {
+        said(ensure_same_shape("test", ("left", &t[0]), ("right", &t[1])))
+    });
+    cases.tensors("ensure_timesteps", &[&times, &x], |t| {
+        said(ensure_timesteps("test", "timesteps", &t[0], &t[1]))
+    });
+}
+
 fn files(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("bytes");
@@ -213,14 +226,9 @@ fn files(cases: &mut Cases) {
     let places = [&path, &empty, &folder.path().to_owned(), &folder.path().join("none")];
     for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
         let what = place.display().to_string();
-        cases.once("read_bounded", &what, || said(read_bounded(place, 100)));
-        cases.once("open_plain_file", &what, || said(open_plain_file(place)));
-        cases.once("read_text_bounded", &what, || said(read_text_bounded(place, 100)));
         cases.once("MappedFile::open", &what, || said(MappedFile::open(place)));
         cases.once("ensure_script_archive", &what, || said(ensure_script_archive(place)));
     }
-    cases.once("read_bounded", "a byte too many", || said(read_bounded(&path, 63)));
-    cases.once("read_bounded", "no limit", || said(read_bounded(&path, u64::MAX)));
     let file = MappedFile::open(&path).expect("it is there");
     for shape in SHAPES {
         for kind in KINDS {

@@ -1,4 +1,3 @@
-use ddil_libtorch::{ensure_dense, ensure_real, ensure_same_shape};
 use ddil_schedulers::{
     CommonConfig, Compatibility, ConsistencyBoundary, DataRange, Ddim, EdmConfig, FlowConfig, Lcm,
     NoiseSchedule, NoiseScheduleConfig, Plan, Prediction, PredictionType, PreviousTimestep,
@@ -89,11 +88,6 @@ fn schedule(cases: &mut Cases) {
             said(schedule.time_inputs_at(&t[0]))
         });
     }
-    cases.tensors("ensure_real", &[&x], |t| said(ensure_real("test", "x", &t[0])));
-    cases.tensors("ensure_dense", &[&x], |t| said(ensure_dense("test", "x", &t[0])));
-    cases.tensors("ensure_same_shape", &[&x, &x], |t| {
-        said(ensure_same_shape("test", ("left", &t[0]), ("right", &t[1])))
-    });
 }
 
 fn predictions(cases: &mut Cases) {
