@@ -24,8 +24,8 @@ tools:
 CXX_OF_USER := $(if $(filter environment% command%,$(origin CXX)),$(CXX))
 
 setup: tools ## fetch libtorch and Fashion-MNIST into the user's cache, once
-	@$(PYTHON) tools/get_libtorch.py
-	@$(PYTHON) tools/get_fashion_mnist.py
+	@$(PYTHON) tools/setup/get_libtorch.py
+	@$(PYTHON) tools/setup/get_fashion_mnist.py
 
 demo: setup ## distil a teacher on Fashion-MNIST with and without DDIL, and compare
 	$(CARGO) $(DEMO)
@@ -60,17 +60,17 @@ $(PEERS)/bin/python:
 
 parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the cache, or set PEERS_PYTHON
 	$(CARGO) build --release --workspace --example parity
-	$(PEERS_PYTHON) tools/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
+	$(PEERS_PYTHON) tools/check/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
 
 bench-peers: setup $(PEERS_PYTHON) ## compare speed with PyTorch; BENCH_PEERS="--quick" for two minutes of it
 	$(PEERS_PYTHON) benches/peers/bench_peers.py $(BENCH_PEERS)
 
 bench-check: setup ## benchmarks against benches/baseline.json, by ratios of one run; BENCH_CHECK=--save writes it
-	$(PYTHON) tools/bench_regression.py --cargo "$(CARGO)" $(BENCH_CHECK)
+	$(PYTHON) tools/check/bench_regression.py --cargo "$(CARGO)" $(BENCH_CHECK)
 
 lint: setup ## formatting, licences and clippy, warnings are errors
 	$(CARGO) fmt --all --check
-	$(PYTHON) tools/check_licences.py
+	$(PYTHON) tools/check/check_licences.py
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 doc: setup ## the documentation, warnings are errors
@@ -81,7 +81,7 @@ doc: setup ## the documentation, warnings are errors
 # answer there: the sanitizer brings its own.
 SANITIZE := env LD_PRELOAD=$(shell $(or $(CXX_OF_USER),c++) -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=1:detect_odr_violation=0:abort_on_error=0 \
-	LSAN_OPTIONS=suppressions=$(CURDIR)/tools/leaks.supp:print_suppressions=0
+	LSAN_OPTIONS=suppressions=$(CURDIR)/tools/check/leaks.supp:print_suppressions=0
 
 sanitize: setup ## the shim's tests under the address and leak sanitizers; rebuilds the shim, and again for the next build
 	DDIL_SANITIZE=address CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(SANITIZE)" \

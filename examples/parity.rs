@@ -1,4 +1,4 @@
-//! Answers what another implementation is asked too, so that `tools/parity.py` can compare.
+//! Answers what another implementation is asked too, so that `tools/check/parity.py` can compare.
 //!
 //! `cargo run --release --example parity -- JOBS.json`: a list of jobs, each with `inputs` and `outputs`, safetensors
 //! files. Nothing is compared here.

@@ -6,7 +6,7 @@
 //! - `--steps n`, `--guidance scale`, `--seed n`: 50, 3 and 0 by default; a student has steps of its own
 //! - `--out picture.png`: `runs/text_to_image.png` by default
 //! - `--record file.safetensors`: noise, pictures as they are, and how they were drawn, to compare with diffusers by
-//!   `tools/record_text_to_image.py`
+//!   `tools/record/record_text_to_image.py`
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;

@@ -12,16 +12,16 @@ import sys
 import tempfile
 import unittest
 
-import check_licences
-import ddil_cache
-import get_fashion_mnist
-
 TOOLS = pathlib.Path(__file__).resolve().parent
-sys.path.append(str(TOOLS.parent / "benches" / "peers"))
+sys.path += [str(TOOLS / "setup"), str(TOOLS / "check"), str(TOOLS.parent / "benches" / "peers")]
 
 import bench_peers
 import bench_regression
+import check_licences
+import ddil_cache
+import get_fashion_mnist
 import rounds
+
 OURS = ("LIBTORCH", "LIBTORCH_USE_PYTORCH", "LIBTORCH_LIB", "LIBTORCH_BYPASS_VERSION_CHECK", "DDIL_CUDA", "DDIL_DATA")
 LABELS = "t10k-labels-idx1-ubyte"
 
@@ -64,7 +64,7 @@ class GetLibtorch(ToolTest):
 
     def test_takes_the_users_own(self) -> None:
         own = self.make_libtorch("2.13.0+cu130", "libtorch_cpu.so", "libtorch_cuda.so")
-        code, said = self.run_tool("get_libtorch.py", LIBTORCH=own, DDIL_CUDA="1")
+        code, said = self.run_tool("setup/get_libtorch.py", LIBTORCH=own, DDIL_CUDA="1")
         self.assertEqual(code, 0, said)
         self.assertIn("2.13.0+cu130 (with CUDA)", said)
         self.assertFalse((self.folder / "cache").exists())
@@ -73,45 +73,45 @@ class GetLibtorch(ToolTest):
         own = self.make_libtorch("", "libtorch_cpu.so")
         os.remove(os.path.join(own, "build-version"))
         pathlib.Path(own, "version.py").write_text("from typing import Optional\n__version__ = '2.14.1+cpu'\n")
-        self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=own), "2.14.1+cpu")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own), "2.14.1+cpu")
 
     def test_refuses_another_version(self) -> None:
         own = self.make_libtorch("2.12.0+cpu", "libtorch_cpu.so")
-        self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=own), "2.12.0+cpu", "2.13.0", "pip install")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own), "2.12.0+cpu", "2.13.0", "pip install")
 
     def test_refuses_a_folder_without_the_library(self) -> None:
         own = self.make_libtorch("2.13.0+cpu")
-        self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=own), "no libtorch_cpu.so")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own), "no libtorch_cpu.so")
 
     def test_refuses_what_is_no_libtorch(self) -> None:
-        self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=str(self.folder)), "does not look like a libtorch")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=str(self.folder)), "does not look like a libtorch")
 
     def test_refuses_a_path_that_torch_sys_would_misread(self) -> None:
         for value in ("", "relative/torch", str(self.folder / "absent")):
-            self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=value), "absolute path", repr(value))
+            self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=value), "absolute path", repr(value))
 
     def test_refuses_cpu_only_where_cuda_was_asked_for(self) -> None:
         own = self.make_libtorch("2.13.0+cpu", "libtorch_cpu.so")
-        self.assert_refused(self.run_tool("get_libtorch.py", LIBTORCH=own, DDIL_CUDA="1"), "CPU-only", "pip install")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own, DDIL_CUDA="1"), "CPU-only", "pip install")
 
     def test_refuses_a_python_without_torch(self) -> None:
         empty = {"LIBTORCH_USE_PYTORCH": "1", "PATH": str(self.folder)}
-        self.assert_refused(self.run_tool("get_libtorch.py", **empty), "no such program")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", **empty), "no such program")
 
 
 class GetFashionMnist(ToolTest):
     def test_check_downloads_nothing(self) -> None:
-        self.assert_refused(self.run_tool("get_fashion_mnist.py", "--check"), "is missing", "make setup")
+        self.assert_refused(self.run_tool("setup/get_fashion_mnist.py", "--check"), "is missing", "make setup")
         self.assertFalse((self.folder / "cache").exists())
 
     def test_a_folder_of_the_users_own_is_never_filled(self) -> None:
-        outcome = self.run_tool("get_fashion_mnist.py", DDIL_DATA=str(self.folder))
+        outcome = self.run_tool("setup/get_fashion_mnist.py", DDIL_DATA=str(self.folder))
         self.assert_refused(outcome, "DDIL_DATA", "train-images-idx3-ubyte is missing")
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_names_a_damaged_file(self) -> None:
         (self.folder / LABELS).write_bytes(b"\0\0\x08\x01")
-        outcome = self.run_tool("get_fashion_mnist.py", DDIL_DATA=str(self.folder))
+        outcome = self.run_tool("setup/get_fashion_mnist.py", DDIL_DATA=str(self.folder))
         self.assert_refused(outcome, f"{LABELS} has the wrong checksum")
 
 
@@ -120,7 +120,7 @@ class CheckLicences(ToolTest):
         metadata = self.folder / "metadata.json"
         whole = {"name": "a", "version": "1.0.0", "license": "MIT", "source": None, **package}
         metadata.write_text(json.dumps({"packages": [whole]}))
-        return self.run_tool("check_licences.py", "--metadata", str(metadata))
+        return self.run_tool("check/check_licences.py", "--metadata", str(metadata))
 
     def test_expressions_are_met(self) -> None:
         allowed = {"MIT", "Zlib", "Apache-2.0 WITH LLVM-exception"}
@@ -184,7 +184,7 @@ class BenchRegression(ToolTest):
 
     def judge(self, *arguments: str) -> tuple[int, str]:
         criterion = str(self.folder / "target" / "criterion")
-        return self.run_tool("bench_regression.py", "--baseline", str(self.baseline), "--criterion", criterion, *arguments)
+        return self.run_tool("check/bench_regression.py", "--baseline", str(self.baseline), "--criterion", criterion, *arguments)
 
     def run_with_cargo(self, *times: float, **settings: str) -> tuple[int, str]:
         """The whole tool, with a cargo that measures these times, one a run."""
@@ -207,7 +207,7 @@ class BenchRegression(ToolTest):
         )
         arguments = ["--baseline", str(self.baseline), "--cargo", f"{sys.executable} {cargo}"]
         more = settings.pop("save", "").split()
-        return self.run_tool("bench_regression.py", *arguments, *more, CARGO_TARGET_DIR=str(self.folder / "target"))
+        return self.run_tool("check/bench_regression.py", *arguments, *more, CARGO_TARGET_DIR=str(self.folder / "target"))
 
     def runs(self) -> list[str]:
         return (self.folder / "runs").read_text().splitlines()
@@ -296,7 +296,7 @@ class BenchRegression(ToolTest):
         for estimates in self.folder.glob("target/criterion/**/estimates.json"):
             os.utime(estimates, (0, 0))
         outcome = self.run_tool(
-            "bench_regression.py", "--baseline", str(self.baseline), "--cargo", "true", CARGO_TARGET_DIR=str(self.folder / "target")
+            "check/bench_regression.py", "--baseline", str(self.baseline), "--cargo", "true", CARGO_TARGET_DIR=str(self.folder / "target")
         )
         self.assert_refused(outcome, "not measured: `group/own`, `group/yardstick`")
 

@@ -2,7 +2,7 @@
 """Sets this project against PyTorch and diffusers, all in one run, and prints one table.
 
     make bench-peers                           # installs them into the user's cache, builds, runs this
-    python benches/peers/bench_peers.py        # with packages of your own (tools/record_unet.py names the versions)
+    python benches/peers/bench_peers.py        # with packages of your own (tools/record/record_unet.py names the versions)
 
 Every side is a process of its own, as an allocator's settings belong to a process; they take turns, round by round, and
 another one is first in each. A ratio is the peer's figure over ours, the median over rounds with its quartiles: above 1

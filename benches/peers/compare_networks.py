@@ -3,7 +3,7 @@
 
     python benches/peers/compare_networks.py [--threads N] [--rounds N] [--same-malloc] [--only PART]
 
-Builds benches/network_times.rs with cargo. Needs a Python with torch and diffusers (the versions of tools/record_unet.py),
+Builds benches/network_times.rs with cargo. Needs a Python with torch and diffusers (the versions of tools/record/record_unet.py),
 12 GB of memory and 4 GB of disk for the files that are loaded. A pass is of Stable Diffusion 1.5's network, batch 1 at 64x64
 latents; a training step is of one of 8 million parameters, batch 8 at 32x32, with fused AdamW. Prints medians in seconds and the
 median of the paired ratios, above 1 where this project is faster.

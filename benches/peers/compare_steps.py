@@ -4,7 +4,7 @@
     python benches/peers/compare_steps.py [--threads N] [--rounds N] [--best] [--same-malloc]
 
 Builds benches/step_times.rs with cargo. Needs a Python with torch and diffusers (the versions of
-tools/record_schedulers.py). Prints medians in microseconds and, in brackets, how many times faster than diffusers. --best takes each side's fastest
+tools/record/record_schedulers.py). Prints medians in microseconds and, in brackets, how many times faster than diffusers. --best takes each side's fastest
 round instead, for a machine with other work on it.
 
 This project's program keeps freed memory, as all of its programs do; Python returns it to the system. --same-malloc

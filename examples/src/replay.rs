@@ -86,7 +86,7 @@ mod tests {
         guidance_scale: f64,
     }
 
-    /// A folder that `tools/record_pipelines.py` wrote, and how it is drawn from.
+    /// A folder that `tools/record/record_pipelines.py` wrote, and how it is drawn from.
     struct Recorded {
         folder: PathBuf,
         tensors: BTreeMap<String, Tensor>,

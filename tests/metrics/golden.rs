@@ -1,4 +1,4 @@
-//! Every metric against numbers that `tools/record_metrics.py` recorded.
+//! Every metric against numbers that `tools/record/record_metrics.py` recorded.
 
 use ddil_metrics::{
     Neighbours, Statistics, energy_distance, frechet_distance, kid, mean_pairwise_distance, prdc,

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::common::{TestResult, alone, golden, peak_memory, relative_error};
 
-/// Folders that `tools/record_autoencoder.py` wrote.
+/// Folders that `tools/record/record_autoencoder.py` wrote.
 const GOLDEN: [&str; 3] = ["autoencoder_sd", "autoencoder_shift", "autoencoder_statistics"];
 
 /// Relative to the largest value, in `Float`.
@@ -445,7 +445,7 @@ fn inputs_that_do_not_fit_are_refused() -> TestResult {
     Ok(())
 }
 
-/// Then `tools/record_autoencoder.py --check` loads every folder in diffusers.
+/// Then `tools/record/record_autoencoder.py --check` loads every folder in diffusers.
 #[test]
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write networks to"]
 fn write_folders_for_diffusers() -> TestResult {

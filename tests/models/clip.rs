@@ -20,7 +20,7 @@ fn expected(name: &str) -> ddil_models::Result<BTreeMap<String, Tensor>> {
     weights::read_all(golden(name).join("expected.safetensors"))
 }
 
-/// Then `tools/record_clip.py --check` loads every folder in transformers.
+/// Then `tools/record/record_clip.py --check` loads every folder in transformers.
 #[test]
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write networks to"]
 fn write_folders_for_transformers() -> TestResult {

@@ -29,7 +29,7 @@ pub(crate) const CONDITION_GOLDEN: [&str; 7] = [
     "unet_condition_classes",
 ];
 
-/// A folder that `tools/record_unet.py` wrote.
+/// A folder that `tools/record/record_unet.py` wrote.
 pub(crate) fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/models").join(name)
 }

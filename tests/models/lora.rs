@@ -464,7 +464,7 @@ fn networks_for_pixels_have_adapters_too() -> TestResult {
     Ok(())
 }
 
-/// Then `tools/record_lora.py --check` loads every folder in diffusers.
+/// Then `tools/record/record_lora.py --check` loads every folder in diffusers.
 #[test]
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write adapters to"]
 fn write_folders_for_diffusers() -> TestResult {

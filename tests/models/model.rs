@@ -98,7 +98,7 @@ fn folders_that_hold_no_network_are_refused() -> TestResult {
     Ok(())
 }
 
-/// Then `tools/record_unet.py --check` loads every folder in diffusers.
+/// Then `tools/record/record_unet.py --check` loads every folder in diffusers.
 #[test]
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write networks to"]
 fn write_folders_for_diffusers() -> TestResult {

@@ -66,7 +66,7 @@ fn outputs_are_those_of_diffusers() -> TestResult {
     Ok(())
 }
 
-/// Norm and product with cos(1), cos(2), .., as `tools/record_unet.py` has them.
+/// Norm and product with cos(1), cos(2), .., as `tools/record/record_unet.py` has them.
 pub(crate) fn summary(gradient: &Tensor) -> [f64; 2] {
     let gradient = gradient.to_kind(Kind::Double).contiguous().view([-1]);
     let vector = Tensor::arange_start(1, gradient.size()[0] + 1, kind::DOUBLE_CPU).cos();

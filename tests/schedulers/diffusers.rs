@@ -1,4 +1,4 @@
-//! Against numbers recorded from diffusers by `tools/record_schedulers.py`, over its whole matrix of settings.
+//! Against numbers recorded from diffusers by `tools/record/record_schedulers.py`, over its whole matrix of settings.
 //!
 //! Three of its rules are ours too only in compatibility mode ([`Compatibility::Diffusers`]): the stride to the
 //! previous timestep, the raw noise estimate beside a clipped `x0`, the rounding of its lists. So `kept` is compared

@@ -76,7 +76,7 @@ pub(crate) fn assert_close(found: &[f64], expected: &[f64], tolerance: f64) {
     assert!(found.iter().zip(expected).all(close), "{found:?} is not {expected:?}");
 }
 
-/// A file that `tools/record_schedulers.py` wrote.
+/// A file that `tools/record/record_schedulers.py` wrote.
 pub(crate) fn recorded(file: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/schedulers").join(file)
 }

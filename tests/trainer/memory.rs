@@ -35,7 +35,7 @@ policy = { kind = "chain", refresh_fraction = 0.25 }
 
 const DMD2: &str = "objective={ method = \"dmd2\" }";
 
-/// A pipeline that `tools/record_pipelines.py` wrote, with two text encoders.
+/// A pipeline that `tools/record/record_pipelines.py` wrote, with two text encoders.
 fn teacher() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pipelines/sdxl")
 }

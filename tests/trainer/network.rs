@@ -232,7 +232,7 @@ fn write_text_to_image(folder: &Path) -> TestResult {
     Ok(fs::write(folder.join("model_index.json"), index)?)
 }
 
-/// With `DDIL_WRITE_MODELS` the folder stays there, for `tools/record_lora.py --check-pipeline`.
+/// With `DDIL_WRITE_MODELS` the folder stays there, for `tools/record/record_lora.py --check-pipeline`.
 #[test]
 fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     let temporary = tempfile::tempdir()?;

@@ -12,7 +12,7 @@ use tch::Kind;
 
 use crate::{TestResult, child, copy_folder, folder_of_child};
 
-/// A pipeline that `tools/record_pipelines.py` wrote.
+/// A pipeline that `tools/record/record_pipelines.py` wrote.
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pipelines/lcm")
 }

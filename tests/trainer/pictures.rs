@@ -5,7 +5,7 @@ use ddil_trainer::dataset::{Captioned, Error, read_captions, read_cropped, read_
 
 use crate::TestResult;
 
-/// What `tools/record_pictures.py` wrote.
+/// What `tools/record/record_pictures.py` wrote.
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pictures").join(name)
 }

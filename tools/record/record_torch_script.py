@@ -3,7 +3,7 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 safetensors numpy
-    .venv/bin/python tools/record_torch_script.py    # writes tests/golden/models/torch_script
+    .venv/bin/python tools/record/record_torch_script.py    # writes tests/golden/models/torch_script
 """
 
 import json
@@ -12,7 +12,7 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models" / "torch_script"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models" / "torch_script"
 
 
 class Network(torch.nn.Module):

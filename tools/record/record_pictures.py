@@ -3,7 +3,7 @@
 
     python3 -m venv .venv
     .venv/bin/pip install pillow==13.0.0 numpy
-    .venv/bin/python tools/record_pictures.py    # writes tests/golden/pictures
+    .venv/bin/python tools/record/record_pictures.py    # writes tests/golden/pictures
 
 Of every JPEG there is what Pillow makes of it, turned as its Exif data say, as a PNG of the same name; of `cmyk.jpg`, which
 is refused, there is none. The same versions write the same bytes.
@@ -14,7 +14,7 @@ import pathlib
 import numpy
 from PIL import ExifTags, Image, ImageOps
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "pictures"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "pictures"
 # How a picture is laid down that is turned back by each orientation.
 LAID_DOWN = {
     1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

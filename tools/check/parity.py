@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Asks diffusers, transformers and PEFT what ddil is asked too, and compares.
 
-    make parity                                # installs them into the user's cache, builds, runs this
-    python tools/parity.py --ddil PROGRAM      # with packages of your own; PROGRAM is the built example `parity`
-    python tools/parity.py --ddil PROGRAM --sd15    # the true configuration of Stable Diffusion 1.5 too: 20 GB of memory
+    make parity                                      # installs them into the user's cache, builds, runs this
+    python tools/check/parity.py --ddil PROGRAM      # with packages of your own; PROGRAM is the built example `parity`
+    python tools/check/parity.py --ddil PROGRAM --sd15    # the true configuration of Stable Diffusion 1.5 too: 20 GB of memory
 
 Networks are random, small, and made afresh; only their settings are known in advance. Errors are the greatest
 difference over the greatest value. In bfloat16 both are compared with diffusers in single precision.
@@ -21,6 +21,11 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "record"))
+
 from record_clip import scatter
 from record_lora import attach
 from record_pipelines import (
@@ -36,8 +41,6 @@ from record_pipelines import (
     text_encoder,
 )
 from record_unet import CONDITION_CONFIGS, condition_answer, condition_inputs
-from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 MODULE, WHOLE, HALF, GRADIENT, PIXEL = 1e-5, 1e-4, 2e-2, 1e-3, 1 / 255
 

@@ -3,7 +3,7 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 safetensors numpy mpmath
-    .venv/bin/python tools/record_schedulers.py
+    .venv/bin/python tools/record/record_schedulers.py
 
 Writes to tests/golden/schedulers:
 
@@ -43,7 +43,7 @@ from diffusers.schedulers import scheduling_lcm
 from mpmath import cos, mp, mpf, pi, sqrt
 from safetensors.numpy import save_file
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "schedulers"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "schedulers"
 
 BETAS = {
     "linear": {"beta_start": 0.0001, "beta_end": 0.02},

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks what every package that is built brings: a licence that deny.toml allows, and a registry that it knows.
 
-    python3 tools/check_licences.py [--metadata FILE]
+    python3 tools/check/check_licences.py [--metadata FILE]
 
 No network is used: cargo says what is in Cargo.lock. Packages that are there in two versions are listed, which is no error.
 What this cannot know are advisories: `cargo deny check advisories` asks the RustSec database for them.
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLATFORM = "x86_64-unknown-linux-gnu"
 
 

@@ -3,8 +3,8 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
-    .venv/bin/python tools/record_unet.py            # writes tests/golden/models
-    .venv/bin/python tools/record_unet.py --check DIR...  # loads folders that ddil wrote
+    .venv/bin/python tools/record/record_unet.py            # writes tests/golden/models
+    .venv/bin/python tools/record/record_unet.py --check DIR...  # loads folders that ddil wrote
 
 Each folder holds what `save_pretrained` writes, and `expected.safetensors`: `sample`, `timesteps`,
 `class_labels` and `guidance_weight` where the network is told them, the `output`, the `features` that leave the bottom level, and
@@ -26,7 +26,7 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet
 from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import load_file, save_file
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 
 DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"

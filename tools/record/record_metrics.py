@@ -6,7 +6,7 @@ error would have to be made twice to go unseen. The Frechet distance takes scipy
 than the eigenvalues of the crate.
 
     python3 -m pip install numpy scipy
-    python3 tools/record_metrics.py
+    python3 tools/record/record_metrics.py
 """
 
 import json
@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 import scipy.linalg
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "tests/golden/metrics/features.json"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "tests/golden/metrics/features.json"
 
 
 def frechet(a, b):
@@ -104,7 +104,7 @@ def main():
         case("one feature", rng, rng.normal(size=(30, 1)), 1.0 + rng.normal(size=(30, 1)), 3, 5),
     ]
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps({"made_by": "tools/record_metrics.py", "cases": cases}) + "\n")
+    OUT.write_text(json.dumps({"made_by": "tools/record/record_metrics.py", "cases": cases}) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     make bench-check                                 # measures, compares with benches/baseline.json
     make bench-check BENCH_CHECK=--save              # measures, writes the ratios into that file
     make bench-check BENCH_CHECK="--save --missing"  # only those that it does not have
-    python3 tools/bench_regression.py --criterion target/criterion    # judges what is there, runs nothing
+    python3 tools/check/bench_regression.py --criterion target/criterion    # judges what is there, runs nothing
 
 Times of two machines, or of one on two days, cannot be compared; ratios of two times from one run can. The file lists, by
 benchmark program, what is measured (`id`), its yardstick (`over`: a copy of as many bytes, libtorch's own operation, a
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "benches" / "baseline.json"
 TOLERANCE, TRIES = 1.15, 3
 

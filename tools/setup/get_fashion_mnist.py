@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Puts Fashion-MNIST's four IDX files, decompressed, into the user's cache.
 
-    python3 tools/get_fashion_mnist.py            # fetch what is missing
-    python3 tools/get_fashion_mnist.py --check    # only say whether it is there and intact
+    python3 tools/setup/get_fashion_mnist.py            # fetch what is missing
+    python3 tools/setup/get_fashion_mnist.py --check    # only say whether it is there and intact
 
 Looked at in this order: the cache; a folder named by DDIL_DATA (then nothing is ever downloaded); Debian's package
 `dataset-fashion-mnist`, installed or unpacked here without root; the data set's own mirrors. Sources may compress

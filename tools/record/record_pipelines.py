@@ -3,13 +3,13 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate safetensors numpy pillow
-    .venv/bin/python tools/record_pipelines.py    # writes tests/golden/pipelines
+    .venv/bin/python tools/record/record_pipelines.py    # writes tests/golden/pipelines
 
 Networks are small and random. Each folder is what `save_pretrained` writes in half precision, with an adapter for its U-Net
 in `lora` and `expected.safetensors`: the `noise` to start from, for LCM also the `fresh` noise of each step, and `latent`
 and `image` as they are (`plain`), with the adapter beside the weights (`apart`) and inside of them (`merged`). How they
 were drawn is in its metadata.
-`tools/parity.py` asks the same pipelines. The same versions write the same bytes, on the same kind of processor.
+`tools/check/parity.py` asks the same pipelines. The same versions write the same bytes, on the same kind of processor.
 """
 
 import json
@@ -35,7 +35,7 @@ from record_lora import attach
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "pipelines"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "pipelines"
 PROMPTS = ["a photo of a cat", "it's a red chair, oil on canvas " * 12]
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 DDIM = dict(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)

@@ -4,8 +4,8 @@
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 safetensors numpy
     cargo run --release --example text_to_image -- --steps 4 --record runs/drawn.safetensors
-    .venv/bin/python tools/record_text_to_image.py runs/drawn.safetensors          # writes tests/golden/text_to_image
-    .venv/bin/python tools/record_text_to_image.py --check runs/drawn.safetensors  # compares alone; any file of the example
+    .venv/bin/python tools/record/record_text_to_image.py runs/drawn.safetensors          # writes tests/golden/text_to_image
+    .venv/bin/python tools/record/record_text_to_image.py --check runs/drawn.safetensors  # compares alone; any file of the example
 
 A file of the example has noise, pictures and how they were drawn; diffusers' StableDiffusionPipeline draws from the same
 noise here. `drawn.safetensors` gets its pictures, `tokens.json` what its tokenizer makes of some prompts. The same versions
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "assets" / "fashion-mnist-text-to-image"
 GOLDEN = ROOT / "tests" / "golden" / "text_to_image"
 

@@ -3,8 +3,8 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 transformers==5.24.0 safetensors numpy pillow
-    .venv/bin/python tools/record_clip.py            # writes tests/golden/models/clip_*
-    .venv/bin/python tools/record_clip.py --check DIR...  # loads folders that ddil wrote
+    .venv/bin/python tools/record/record_clip.py            # writes tests/golden/models/clip_*
+    .venv/bin/python tools/record/record_clip.py --check DIR...  # loads folders that ddil wrote
 
 Networks are small and random. Each of their folders holds what `save_pretrained` writes and `expected.safetensors`. The
 vocabulary is made from the sentences below in the way CLIP's was: the 256 bytes, the same at the end of a word, merges of
@@ -35,7 +35,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 60
 

@@ -3,9 +3,9 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 peft==0.21.2 transformers safetensors numpy
-    .venv/bin/python tools/record_lora.py            # writes tests/golden/models
-    .venv/bin/python tools/record_lora.py --check DIR...  # loads adapters that ddil wrote
-    .venv/bin/python tools/record_lora.py --check-pipeline DIR  # loads what a run exports into a pipeline
+    .venv/bin/python tools/record/record_lora.py            # writes tests/golden/models
+    .venv/bin/python tools/record/record_lora.py --check DIR...  # loads adapters that ddil wrote
+    .venv/bin/python tools/record/record_lora.py --check-pipeline DIR  # loads what a run exports into a pipeline
 
 Each folder is for the network and the inputs of `unet_condition_NAME` beside it. It holds the adapters as
 `save_lora_weights` writes them and with kohya's names, and `expected.safetensors`: the `output` with the adapters, the
@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from record_unet import condition_answer
 from safetensors.torch import load_file, save_file
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 
 # Those of diffusers' script that trains an LCM-LoRA.
 TARGETS = [

@@ -3,8 +3,8 @@
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
-    .venv/bin/python tools/record_autoencoder.py            # writes tests/golden/models
-    .venv/bin/python tools/record_autoencoder.py --check DIR [--variant fp16]  # loads a folder that ddil wrote
+    .venv/bin/python tools/record/record_autoencoder.py            # writes tests/golden/models
+    .venv/bin/python tools/record/record_autoencoder.py --check DIR [--variant fp16]  # loads a folder that ddil wrote
 
 Each folder holds what `save_pretrained` writes, and `expected.safetensors`: `images`, `mean` and `logvar` of their
 latents, `sample`, a draw with a generator seeded with 7, `scaled`, the mean as a diffusion model sees it, `decoded`, the
@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "models"
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 
 # Between them they use every setting that changes a number.
 CONFIGS = {

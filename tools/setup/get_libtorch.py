@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Puts the libtorch this workspace is built against where cargo finds it: `.libtorch` beside Cargo.toml.
 
-    python3 tools/get_libtorch.py            # fetch what is missing
-    python3 tools/get_libtorch.py --check    # only say what a build would use, and whether it is usable
+    python3 tools/setup/get_libtorch.py            # fetch what is missing
+    python3 tools/setup/get_libtorch.py --check    # only say what a build would use, and whether it is usable
 
 A libtorch of your own wins: with LIBTORCH or LIBTORCH_USE_PYTORCH set, that one is checked and nothing is downloaded.
 Otherwise PyTorch's wheel and two small CUDA wheels it is linked to are downloaded with pip, by checksum, and the
@@ -37,7 +37,7 @@ from ddil_cache import (
 
 VERSION = "2.13.0"  # tch 0.26 speaks to this one and no other
 NAME = f"{VERSION}-cpu"
-CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 LINK = CHECKOUT / ".libtorch"
 CURE = (
     f"Unset it to let this project fetch libtorch {VERSION}, or run `pip install torch=={VERSION}` in a virtual environment "
@@ -257,7 +257,7 @@ def download_problem(said: str) -> Problem:
     """Puts pip's many lines into one paragraph."""
     if "DO NOT MATCH THE HASHES" in said:
         return Problem(
-            "A downloaded wheel does not have the checksum written in tools/get_libtorch.py, so it was thrown away: the "
+            "A downloaded wheel does not have the checksum written in tools/setup/get_libtorch.py, so it was thrown away: the "
             "download was damaged, or pip is set up to use a mirror whose files differ from PyPI's. Run this again; if it "
             "stays, look at `python3 -m pip config list`."
         )
