@@ -68,9 +68,10 @@ bench-peers: setup $(PEERS_PYTHON) ## compare speed with PyTorch; BENCH_PEERS="-
 bench-check: setup ## benchmarks against benches/baseline.json, by ratios of one run; BENCH_CHECK=--save writes it
 	$(PYTHON) tools/check/bench_regression.py --cargo "$(CARGO)" $(BENCH_CHECK)
 
-lint: setup ## formatting, licences and clippy, warnings are errors
+lint: setup ## formatting, licences, circles of imports and clippy, warnings are errors
 	$(CARGO) fmt --all --check
 	$(PYTHON) tools/check/check_licences.py
+	$(PYTHON) tools/check/yardsticks.py
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 doc: setup ## the documentation, warnings are errors

@@ -350,5 +350,43 @@ class BenchPeers(unittest.TestCase):
             self.assertEqual([one.round(), other.round(), one.round()], ["0\n", "0\n", "1\n"])
 
 
+class Yardsticks(ToolTest):
+    def measure(self, **files: str) -> tuple[int, str]:
+        """A crate of these files; `lib` is its root."""
+        source = self.folder / "crates" / "one" / "src"
+        source.mkdir(parents=True)
+        (source.parent / "Cargo.toml").write_text('[package]\nname = "one"\n[dependencies]\n')
+        for name, text in files.items():
+            (source / f"{name}.rs").write_text(text)
+        return self.run_tool("check/yardsticks.py", "--root", str(self.folder))
+
+    def test_finds_a_circle_through_a_facade(self) -> None:
+        outcome = self.measure(
+            lib="mod a;\nmod b;\npub use a::A;\npub use b::B;\n",
+            a="pub struct A {\n    pub b: crate::B,\n}\nfn f() {\n}\n",
+            b="use crate::A;\npub struct B(Box<A>);\n",
+        )
+        self.assert_refused(outcome, "files of one import each other: a, b", "a needs b by `crate::B`", "| circles of files | 1 |")
+
+    def test_tests_comments_and_facades_import_nothing(self) -> None:
+        code, said = self.measure(
+            lib="mod a;\nmod b;\npub use a::A;\npub use b::B;\n",
+            a="//! `crate::B`\npub struct A;\nfn f() {\n    g(\"crate::B\");\n}\n#[cfg(test)]\nmod tests {\n    use crate::B;\n}\n",
+            b="use crate::A;\n/// ```\n/// ```\npub struct B(Box<A>);\n",
+        )
+        self.assertEqual(code, 0, said)
+        self.assertIn("| circles of files | 0 |", " ".join(said.split()))
+        self.assertIn("3 / 3 / 3", said)
+        self.assertIn("50 % (1 of 2)", said)
+
+    def test_finds_a_circle_of_crates(self) -> None:
+        for name, other in (("one", "two"), ("two", "one")):
+            (self.folder / "crates" / name / "src").mkdir(parents=True)
+            (self.folder / "crates" / name / "Cargo.toml").write_text(f"[dependencies]\n{other}.workspace = true\n")
+            (self.folder / "crates" / name / "src" / "lib.rs").write_text("pub struct A;\nfn f() {}\n")
+        outcome = self.run_tool("check/yardsticks.py", "--root", str(self.folder))
+        self.assert_refused(outcome, "crates depend on each other: one, two")
+
+
 if __name__ == "__main__":
     unittest.main()
