@@ -71,6 +71,7 @@ bench-check: setup ## benchmarks against benches/baseline.json, by ratios of one
 lint: setup ## formatting, licences, circles of imports and clippy, warnings are errors
 	$(CARGO) fmt --all --check
 	$(PYTHON) tools/check/check_licences.py
+	$(PYTHON) tools/setup/write_readmes.py --check
 	$(PYTHON) tools/check/yardsticks.py
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 

@@ -1,1 +1,5 @@
-../crates/ddil-libtorch/rpath.rs
+//! Programs of this package find libtorch.
+
+fn main() {
+    ddil_build::link();
+}

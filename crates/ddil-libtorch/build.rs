@@ -1,8 +1,5 @@
 //! Compiles the C++ shim against the libtorch that torch-sys was built against.
 
-#[path = "rpath.rs"]
-mod rpath;
-
 use std::env;
 use std::path::PathBuf;
 
@@ -23,17 +20,13 @@ const SOURCES: [&str; 13] = [
 ];
 
 fn main() {
-    rpath::main();
-    println!("cargo:rerun-if-changed=rpath.rs");
-    println!("cargo:rerun-if-changed=cpp");
+    ddil_build::link();
+    println!("cargo::rerun-if-changed=cpp");
     for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI", "DDIL_SANITIZE"] {
-        println!("cargo:rerun-if-env-changed={name}");
+        println!("cargo::rerun-if-env-changed={name}");
     }
     // Absent in a documentation-only build, which links nothing.
     let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else { return };
-    // For the build scripts of direct dependents: DEP_DDIL_LIBTORCH_LIB and DEP_DDIL_LIBTORCH_CUDA.
-    println!("cargo:lib={}", lib.display());
-    println!("cargo:cuda={}", u8::from(lib.join("libtorch_cuda.so").exists()));
     compile(&include_folder(&lib.join("..")));
 }
 
@@ -70,6 +63,6 @@ fn sanitize(build: &mut cc::Build) {
     // The loops that the loader chooses between are chosen before the sanitizer is there.
     build.define("DDIL_ONE_CLONE", None);
     if sanitizer == "address" {
-        println!("cargo:rustc-link-lib=dylib=asan");
+        println!("cargo::rustc-link-lib=dylib=asan");
     }
 }

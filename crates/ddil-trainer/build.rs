@@ -1,1 +1,5 @@
-../ddil-libtorch/rpath.rs
+//! Programs of this package find libtorch, and its dependents learn where it is.
+
+fn main() {
+    ddil_build::link();
+}

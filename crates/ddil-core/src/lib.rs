@@ -62,3 +62,6 @@ pub use source::{
     StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates, TrajectorySource,
 };
 pub use states::{Data, Source, States};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

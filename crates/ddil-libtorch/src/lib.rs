@@ -44,23 +44,8 @@
 //!
 //! # Programs of your own
 //!
-//! Cargo does not hand a library's rpath on to the programs that use it, so a program finds libtorch only if its own
-//! build script says where it is. Depend on `ddil-libtorch` directly, which makes `DEP_DDIL_LIBTORCH_LIB` known, and
-//! let `build.rs` say:
-//!
-//! ```no_run
-//! if let Ok(lib) = std::env::var("DEP_DDIL_LIBTORCH_LIB") {
-//!     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
-//!     if std::env::var("DEP_DDIL_LIBTORCH_CUDA").as_deref() == Ok("1") {
-//!         // Nothing refers to the CUDA library by name; without this the linker drops it.
-//!         println!("cargo:rustc-link-arg=-Wl,--push-state,--no-as-needed");
-//!         println!("cargo:rustc-link-arg=-ltorch_cuda");
-//!         println!("cargo:rustc-link-arg=-Wl,--pop-state");
-//!     }
-//! }
-//! ```
-//!
-//! Every package with a program, test, bench or example needs it.
+//! A program finds libtorch only if its own build script says where it is: `ddil_build::link()`, from the crate
+//! `ddil-build` under `[build-dependencies]`. Every package with a program, test, benchmark or example requires it.
 
 mod allocator;
 mod argument;
@@ -102,3 +87,6 @@ pub use row_file::{RowFile, copy_rows_, gather_rows};
 pub use script_archive::ensure_script_archive;
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

@@ -93,3 +93,6 @@ pub use progressive::{
     Progressive, ProgressiveConfig, convex_weights, halving_stages, progressive_target,
 };
 pub use weighting::{TimestepWeights, Weighting};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

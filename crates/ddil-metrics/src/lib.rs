@@ -60,3 +60,6 @@ pub use frechet::{Moments, Statistics, frechet_distance};
 pub use kid::kid;
 pub use report::{MeasureOptions, Report, Values, measure};
 pub use wasserstein::{sliced_wasserstein, sliced_wasserstein_along};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

@@ -66,3 +66,6 @@ pub use unet_config::{
     ClassEmbedType, DownBlockType, MidBlockType, ResampleType, SampleSize, TimeEmbeddingType,
     TimeScaleShift, UNet2DConfig, UpBlockType,
 };
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

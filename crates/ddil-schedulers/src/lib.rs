@@ -66,3 +66,6 @@ pub use prediction::{Prediction, PredictionType};
 pub use sampler::{Sampler, SamplerStep};
 pub use thresholding::{Bound, DataRange, Thresholding};
 pub use timesteps::{PreviousTimestep, TimestepSpacing, Timesteps};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;

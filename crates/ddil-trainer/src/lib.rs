@@ -46,3 +46,6 @@ pub mod train;
 mod watch;
 
 pub use error::{Error, Result};
+
+/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+pub use tch;
