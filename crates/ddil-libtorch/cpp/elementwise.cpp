@@ -32,7 +32,7 @@ void check_inputs(const std::array<const char*, N>& names, const Inputs<N>& in) 
   }
 }
 
-// All that can fail in the second operation of a fall-back is looked at before the first has changed `x`.
+// Everything that can fail in the second operation of a fall-back is checked before the first changes `x`.
 template <size_t N>
 void check_in_place(const std::array<const char*, N>& names, const Inputs<N>& in) {
   const Tensor& x = *in[0];
@@ -41,7 +41,7 @@ void check_in_place(const std::array<const char*, N>& names, const Inputs<N>& in
   at::assert_no_internal_overlap(x);
   for (size_t i = 1; i < N; ++i) {
     const auto kind = at::result_type(x, *in[i]);
-    TORCH_CHECK(at::canCast(kind, x.scalar_type()), "`", names[0], "` is ", x.scalar_type(), " and cannot hold the ", kind, " that `", names[i], "` makes of it");
+    TORCH_CHECK(at::canCast(kind, x.scalar_type()), "`", names[0], "` is ", x.scalar_type(), " and cannot hold the ", kind, " that `", names[i], "` turns it into");
     at::assert_no_partial_overlap(x, *in[i]);
   }
 }
@@ -55,7 +55,7 @@ bool records_gradient(const Inputs<N>& in) {
   return false;
 }
 
-// Whether a loop of ours over these tensors means the same as ATen's operations on them.
+// Whether a loop of the shim over these tensors computes the same as ATen's operations.
 template <size_t N>
 bool suits_one_pass(const Inputs<N>& in) {
   const auto kind = in[0]->scalar_type();

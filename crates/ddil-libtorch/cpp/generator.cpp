@@ -1,4 +1,4 @@
-// Random generators with a state of their own, and the state of the default ones. A device is CUDA's number, or -1 for
+// Random generators with their own state, and the state of the default generators. A device is a CUDA index, or -1 for
 // the CPU.
 #include "normal.h"
 #include "shim.h"
@@ -32,7 +32,7 @@ Generator make_generator(const at::Device& device, uint64_t seed) {
   return generator;
 }
 
-// libtorch takes bytes for a state that claim more words than there are, and would read past their end.
+// libtorch accepts a state that claims more words than it contains, and would read past its end.
 void set_state(Generator& generator, const Tensor& state) {
   if (generator.device().is_cpu()) {
     Generator copy = generator.clone();

@@ -1,6 +1,5 @@
-// Group normalisation, what is added before it and SiLU after it: one operation of our own for maps on the CPU whose channels
-// lie side by side, with a gradient of its own. ATen's operations for everything else, which for channels one after the
-// other are as fast.
+// Group normalization with an offset before it and SiLU after it: one operation with its own gradient for channels-last maps
+// on the CPU. ATen's operations for everything else, which are as fast for contiguous maps.
 #include "group_norm_cpu.h"
 #include "shim.h"
 
@@ -31,14 +30,14 @@ Tensor with_offset(const Tensor& x, const Tensor& offset) {
 
 std::optional<Tensor> optional(const Tensor* t) { return t == nullptr ? std::nullopt : std::optional<Tensor>(*t); }
 
-// libtorch's own, which also says what is wrong with weights and groups.
+// libtorch's operation, which also reports errors in weights and groups.
 Tensor several_operations(const GroupNorm& of) {
   const Tensor x = of.offset == nullptr ? *of.x : with_offset(*of.x, *of.offset);
   const Tensor normed = at::group_norm(x, of.num_groups, optional(of.weight), optional(of.bias), of.eps, /*cudnn_enabled=*/true);
   return of.silu ? at::silu(normed) : normed;
 }
 
-// What the gradient is made from.
+// The inputs of the gradient.
 struct Kept {
   Kept(AutogradContext& context, const variable_list& saved)
       : num_groups(context.saved_data["num_groups"].toInt()), eps(context.saved_data["eps"].toDouble()), silu(context.saved_data["silu"].toBool()) {
@@ -56,14 +55,14 @@ struct Kept {
   bool silu;
 };
 
-// As part of the graph, so that it can be differentiated once more: by what ATen knows of its own operations.
+// As part of the graph, so that it can be differentiated again: through ATen's operations.
 std::array<Tensor, 4> differentiable_gradients(Kept kept, const Tensor& gradient) {
   variable_list wanted;
   std::vector<size_t> places;
   for (size_t i = 0; i < kept.tensors.size(); ++i) {
     Tensor& t = kept.tensors[i];
     if (!t.defined() || !t.requires_grad()) continue;
-    // A place in the graph that nothing else leads through: `x` itself may have come from the weight.
+    // A node that no other path passes through: `x` itself may depend on the weight.
     t = t.view_as(t);
     wanted.push_back(t);
     places.push_back(i);
@@ -119,7 +118,7 @@ void check_arguments(const GroupNorm& of) {
   TORCH_CHECK(x.dim() >= 2, "`x` has shape ", x.sizes(), ", but must have a batch and channels");
   if (of.offset == nullptr) return;
   const Tensor& offset = *of.offset;
-  TORCH_CHECK(offset.sizes() == x.sizes().slice(0, 2), "`offset` has shape ", offset.sizes(), ", but `x` of shape ", x.sizes(), " asks for ", x.sizes().slice(0, 2));
+  TORCH_CHECK(offset.sizes() == x.sizes().slice(0, 2), "`offset` has shape ", offset.sizes(), ", but `x` of shape ", x.sizes(), " requires ", x.sizes().slice(0, 2));
   TORCH_CHECK(offset.device() == x.device(), "`x` is on ", x.device(), ", but `offset` is on ", offset.device());
 }
 

@@ -1,4 +1,4 @@
-// Two passes over memory each way, of which the second finds what the first left in the cache.
+// Two passes over memory in each direction; the second reads what the first left in the cache.
 #include "group_norm_cpu.h"
 #include "group_norm_kernels.h"
 #include "parallel.h"
@@ -15,16 +15,16 @@ using ddil::GroupNorm;
 
 namespace {
 
-// Rows that are summed in floats before they go to doubles.
+// Rows summed in float before the sum is added in double.
 constexpr int64_t kBlockRows = 64;
-// Rows that a thread sums. Results do not depend on the number of threads, as this does not.
+// Rows per thread. Results do not depend on the number of threads, because this does not.
 constexpr int64_t kChunkRows = 1024;
-// As many columns as keep vectors busy.
+// Enough columns to fill vector registers.
 constexpr int64_t kColumns = 64;
-// Numbers for which another thread is worth waking.
+// Number of elements that justifies another thread.
 constexpr int64_t kGrain = 32768;
 
-// Scratch memory, which for narrow planes is on the stack.
+// Scratch memory, on the stack for narrow planes.
 template <typename T>
 class Scratch {
  public:
@@ -37,7 +37,7 @@ class Scratch {
   std::unique_ptr<T[]> far_;
 };
 
-// The numbers of a sample, seen as rows of columns, and what is left over. A row has whole pixels, so a column one channel.
+// The elements of a sample as rows of columns, and the remainder. A row has whole pixels, so a column is one channel.
 struct Plane {
   Plane(int64_t length, int64_t channels, int64_t groups)
       : channels(channels), pixels(length / channels), channels_of_group(channels / groups),
@@ -51,7 +51,7 @@ struct Plane {
   int64_t channels, pixels, channels_of_group, columns, rows, rest;
 };
 
-// Arrays of a float a column, in which those of a channel are the same.
+// Arrays of one float per column; columns of a channel have the same value.
 template <size_t N>
 class PerColumn {
  public:
@@ -76,7 +76,7 @@ struct GroupMoments {
   double mean, rstd;
 };
 
-// The tensors as plain memory.
+// The tensors as raw memory.
 template <typename Kind>
 struct Job {
   using Stored = typename Kind::Stored;
@@ -84,7 +84,7 @@ struct Job {
   Plane plane;
   int64_t num_groups;
   const Stored* x;
-  // A number a channel, or null; of `offset` a number a sample and channel.
+  // One value per channel, or null; `offset` has one per sample and channel.
   const float *weight, *bias, *offset;
   double eps;
   bool silu;
@@ -100,11 +100,11 @@ struct Forward {
 
   Job<Kind> job;
   Stored* out;
-  // A pair a sample and group, or null.
+  // One pair per sample and group, or null.
   GroupMoments* moments;
 };
 
-// What a gradient adds up to over the pixels of a sample.
+// Sums of a gradient over the pixels of a sample.
 struct ChannelGradients {
   double weight, bias, offset;
 };
@@ -118,11 +118,11 @@ struct Backward {
   const Stored* gradient;
   // As `x`, or null.
   Stored* of_x;
-  // A number of each a sample and channel.
+  // One value of each per sample and channel.
   ChannelGradients* of_channels;
 };
 
-// Of the columns whose sums have left the range of floats.
+// For columns whose sums exceed the range of float.
 template <typename Kind>
 void moments_in_double(const typename Kind::Stored* x, int64_t rows, int64_t columns, const ddil::ColumnSums& sums, const ddil::ColumnMoments& moments) {
   for (int64_t c = 0; c < columns; ++c) {
@@ -160,14 +160,14 @@ void for_each_chunk(const Plane& plane, const Body& body) {
   });
 }
 
-// `body` takes the first row, how many there are and their columns.
+// `body` receives the first row, the number of rows and their columns.
 template <typename Body>
 void for_parts_of(const Plane& plane, const Body& body) {
   ddil::parallel_for(plane.rows, kGrain / plane.columns, [&](int64_t begin, int64_t end) { body(begin, end - begin, plane.columns); });
   if (plane.rest > 0) body(plane.rows, 1, plane.rest);
 }
 
-// Moments of each column of a plane, in memory for as many as there are chunks.
+// Moments of each column of a plane, in memory with room for every chunk.
 template <typename Kind>
 ddil::ColumnMoments column_moments(const typename Kind::Stored* x, const Plane& plane, Scratch<double>& memory) {
   const int64_t columns = plane.columns, num_chunks = plane.num_chunks();
@@ -184,7 +184,7 @@ ddil::ColumnMoments column_moments(const typename Kind::Stored* x, const Plane& 
   return all;
 }
 
-// `offset` has a number for each channel, or is null.
+// `offset` has one value per channel, or is null.
 GroupMoments group_moments(const Plane& plane, const ddil::ColumnMoments& columns, int64_t group, const float* offset, double eps) {
   const double share = 1.0 / static_cast<double>(plane.length_of_group());
   const auto for_each_column = [&](const auto& look) {
@@ -204,10 +204,10 @@ GroupMoments group_moments(const Plane& plane, const ddil::ColumnMoments& column
   return {mean, 1.0 / std::sqrt(squares * share + eps)};
 }
 
-// What `y = (x - center) * scale + shift` of a channel is made of.
+// The coefficients of `y = (x - center) * scale + shift` of a channel.
 struct ChannelFactors {
   float center, scale, shift;
-  // How far the center is from where it should be, in units of the normalised.
+  // Distance of the center from the mean, in normalized units.
   double nudge;
 
   template <typename Kind>
@@ -244,7 +244,7 @@ void normalise_sample(const Forward<Kind>& of, int64_t sample) {
   });
 }
 
-// Sums of each column of a plane, in memory for as many as there are chunks.
+// Sums of each column of a plane, in memory with room for every chunk.
 template <typename Kind>
 ddil::GradientSums<double> gradient_sums(const Backward<Kind>& of, int64_t start, const ddil::GradientFactors& factors, Scratch<double>& memory) {
   const Plane& plane = of.job.plane;
@@ -270,7 +270,7 @@ ddil::GradientSums<double> gradient_sums(const Backward<Kind>& of, int64_t start
   return all;
 }
 
-// Sums of a channel over its pixels: of gradients, of gradients times the normalised, and of the normalised.
+// Sums of a channel over its pixels: of gradients, of gradients times normalized values, and of normalized values.
 struct ChannelSums {
   double gradient = 0.0, product = 0.0, normalised = 0.0;
 
@@ -285,7 +285,7 @@ struct ChannelSums {
   }
 };
 
-// With z for the normalised and g for the gradient of y, the gradient of x is rstd (w g - mean(w g) - z mean(w g z)), with
+// With z for the normalized value and g for the gradient of y, the gradient of x is rstd (w g - mean(w g) - z mean(w g z)), with
 // means over the group.
 template <typename Kind>
 void differentiate_group(const Backward<Kind>& of, int64_t sample, int64_t group, const ddil::GradientSums<double>& columns, PerColumn<2>& lines) {
@@ -326,7 +326,7 @@ void differentiate_sample(const Backward<Kind>& of, int64_t sample) {
     const ChannelFactors channel(job, moments, c, offset == nullptr ? 0.0 : offset[c]);
     arrays.set(c, {channel.center, channel.scale, channel.shift, static_cast<float>(moments.rstd)});
   }
-  // The lines are drawn when the sums are there.
+  // The coefficients follow once the sums are complete.
   const ddil::GradientFactors factors{{arrays[0], arrays[1], arrays[2]}, arrays[3], lines[0], lines[1]};
   Scratch<double> memory(3 * plane.num_chunks() * plane.columns);
   const ddil::GradientSums<double> columns = gradient_sums(of, start, factors, memory);
@@ -338,7 +338,7 @@ void differentiate_sample(const Backward<Kind>& of, int64_t sample) {
   });
 }
 
-// Over samples where they are enough for all threads, else over parts of each.
+// Parallel over samples if there are enough for all threads, otherwise over parts of each.
 template <typename Body>
 void for_each_sample(int64_t num_samples, int64_t length, const Body& body) {
   const auto run = [&](int64_t begin, int64_t end) {
@@ -351,7 +351,7 @@ void for_each_sample(int64_t num_samples, int64_t length, const Body& body) {
 // A tensor as floats in order, or undefined.
 Tensor floats_of(const Tensor* t) { return t == nullptr ? Tensor() : t->to(at::kFloat).contiguous(); }
 
-// Memory in a form that loops can take, and what owns it.
+// Memory in a form that the loops accept, and its owner.
 struct Settled {
   explicit Settled(const GroupNorm& of)
       : num_samples(of.x->size(0)), format(of.x->suggest_memory_format()), x(of.x->contiguous(format)), weight(floats_of(of.weight)),
@@ -381,7 +381,7 @@ struct Settled {
   Tensor x, weight, bias, offset;
 };
 
-// `body` takes the kind of `x`.
+// `body` receives the kind of `x`.
 template <typename Body>
 void with_kind_of(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
@@ -393,7 +393,7 @@ void with_kind_of(const Tensor& x, const Body& body) {
 
 bool is_plain(const Tensor& t) { return t.is_cpu() && t.layout() == at::kStrided && !t.is_neg() && !t._is_zerotensor(); }
 
-// Whether the channels of a pixel lie side by side, or would after a copy to the order that libtorch suggests.
+// Whether the channels of a pixel are adjacent, or would be after a copy to the order that libtorch suggests.
 bool is_side_by_side(const Tensor& x) {
   return x.suggest_memory_format() != at::MemoryFormat::Contiguous || x.numel() == x.size(0) * x.size(1);
 }
@@ -410,7 +410,7 @@ bool ddil::suits_group_norm_cpu(const GroupNorm& of) {
     if (t->scalar_type() != at::kFloat && t->scalar_type() != kind) return false;
     if (t->dim() != 1 || t->size(0) != x.size(1)) return false;
   }
-  // Of another kind it could change that of the sum.
+  // Another kind could change the kind of the sum.
   if (of.offset != nullptr && of.offset->scalar_type() != kind) return false;
   for (const Tensor* t : of.tensors()) {
     if (t != nullptr && !is_plain(*t)) return false;

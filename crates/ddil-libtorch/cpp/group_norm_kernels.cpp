@@ -7,18 +7,18 @@
 
 namespace ddil {
 
-// Between these 1 + exp(t) is finite and more than 1. Not constant: GCC would take numbers beyond apart from the others, and
-// mask all that it does to these.
+// Between these 1 + exp(t) is finite and more than 1. Not constant: GCC would split off the values beyond them and mask every
+// operation on the others.
 extern float least_power, most_power;
 float least_power = -86.0F, most_power = 88.0F;
 
 namespace {
 
-// Rows that a pivot is the mean of.
+// Number of rows whose mean is the pivot.
 constexpr int64_t kPivotRows = 8;
 
-// Numbers of 16 bits are widened so many at a time into a buffer that stays in the first cache: loops over numbers of
-// two widths use the shorter vectors.
+// 16-bit values are widened this many at a time into a buffer that stays in the first-level cache: loops over two widths
+// use the shorter vectors.
 constexpr int64_t kStrip = 128;
 
 DDIL_INLINE float load(Float32, float x) { return x; }
@@ -51,12 +51,12 @@ DDIL_INLINE uint16_t rounded(Float16, float y) {
 
 // For t from -86 to 88: 2^n e^r with r at most half of ln 2, and Cephes' polynomial for e^r.
 DDIL_INLINE float exp_within(float t) {
-  // Adding it rounds to whole numbers, which then stand in the last bits.
+  // Adding it rounds to integers, which are then in the last bits.
   constexpr float kRounder = 12582912.0F;
   float n = t * 1.44269504F + kRounder;
   const uint32_t exponent = same_bits<uint32_t>(n) << 23;
   n -= kRounder;
-  // ln 2 in two parts, of which the first has bits to spare.
+  // ln 2 in two parts; the first has spare bits.
   float r = t - n * 0.693359375F;
   r -= n * -2.12194440e-4F;
   float p = 1.9875691500e-4F;
@@ -69,7 +69,7 @@ DDIL_INLINE float exp_within(float t) {
   return same_bits<float>(same_bits<uint32_t>(power) + exponent);
 }
 
-// exp(-y), of numbers beyond the range that of its ends.
+// exp(-y), with y clamped to the range.
 DDIL_INLINE float exp_of_minus(float y) {
   float t = -y;
   t = t < most_power ? t : most_power;
@@ -86,7 +86,7 @@ DDIL_INLINE float silu_of(float y) { return zero_below_range(y) / (1.0F + exp_of
 DDIL_INLINE float silu_slope_of(float y) {
   const float power = exp_of_minus(y);
   const float sigmoid = 1.0F / (1.0F + power);
-  // 1 - sigmoid, without what cancels there.
+  // 1 - sigmoid, without cancellation.
   const float rest = power * sigmoid;
   return sigmoid + sigmoid * rest * zero_below_range(y);
 }
@@ -165,7 +165,7 @@ DDIL_INLINE void normalise(Kind kind, const uint16_t* x, uint16_t* out, int64_t 
   }
 }
 
-// The gradient of `y` from that of what came out.
+// The gradient of `y` from the gradient of the output.
 template <bool kSilu>
 DDIL_INLINE float gradient_of_y(float from_center, float gradient, float scale, float shift) {
   return kSilu ? gradient * silu_slope_of(from_center * scale + shift) : gradient;
@@ -199,7 +199,7 @@ DDIL_INLINE void differentiate_row(const float* x, const float* gradient, float*
   }
 }
 
-// What begins `first` columns further on.
+// The same from column `first` on.
 DDIL_INLINE ColumnFactors from_column(const ColumnFactors& of, int64_t first) { return {of.center + first, of.scale + first, of.shift + first}; }
 DDIL_INLINE GradientFactors from_column(const GradientFactors& of, int64_t first) {
   return {from_column(of.of_y, first), of.rstd + first, of.slope + first, of.intercept + first};
@@ -208,7 +208,7 @@ DDIL_INLINE GradientSums<float> from_column(const GradientSums<float>& of, int64
   return {of.gradient + first, of.product + first, of.normalised + first};
 }
 
-// Gives `body` a row at a time, or a strip of it: its first column, `x` and gradient from there on, and how many there are.
+// Calls `body` for each row, or strip of it: its first column, `x` and gradient from there on, and their number.
 template <typename Body>
 DDIL_INLINE void for_each_strip(Float32, const float* x, const float* gradient, int64_t rows, int64_t columns, const Body& body) {
   for (int64_t r = 0; r < rows; ++r) body(r * columns, int64_t{0}, x + r * columns, gradient + r * columns, columns);

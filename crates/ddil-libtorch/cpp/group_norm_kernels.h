@@ -1,11 +1,11 @@
-// Loops of group normalisation over rows of columns that lie side by side in memory, each column on its own.
+// Loops of group normalization over rows of adjacent columns, each column independent.
 #pragma once
 
 #include <cstdint>
 
 namespace ddil {
 
-// How a number is stored. What is computed with is always a float.
+// Storage type of a value. Arithmetic is always in float.
 struct Float32 {
   using Stored = float;
 };
@@ -16,8 +16,8 @@ struct Float16 {
   using Stored = uint16_t;
 };
 
-// Of the distances of a column's numbers from its pivot: their sum and the sum of their squares. The pivot is the mean
-// of the first few rows, so near to the mean of all that nothing cancels.
+// Sum, and sum of squares, of the distances of a column's values from its pivot. The pivot is the mean of the first few
+// rows, close enough to the mean of all to avoid cancellation.
 struct ColumnSums {
   float* pivot;
   float* sum;
@@ -30,15 +30,15 @@ struct ColumnMoments {
   double* squares;
 };
 
-// What each column's `y = (x - center) * scale + shift` is made of.
+// The coefficients of each column's `y = (x - center) * scale + shift`.
 struct ColumnFactors {
   const float* center;
   const float* scale;
   const float* shift;
 };
 
-// What a gradient is made from beside these: z = (x - center) * rstd is what was normalised, and z * slope + intercept what
-// the gradient of `x` is less than scale times that of `y`.
+// Further coefficients of the gradient: z = (x - center) * rstd is the normalized value, and the gradient of `x` is scale
+// times that of `y`, less z * slope + intercept.
 struct GradientFactors {
   ColumnFactors of_y;
   const float* rstd;
@@ -46,7 +46,7 @@ struct GradientFactors {
   const float* intercept;
 };
 
-// Of each column: of the gradients of `y`, of these times z, and of z.
+// Sums of each column: of the gradients of `y`, of these times z, and of z.
 template <typename T>
 struct GradientSums {
   T* gradient;
@@ -58,7 +58,7 @@ void sum_rows(Float32 kind, const float* x, int64_t rows, int64_t columns, const
 void sum_rows(BFloat16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
 void sum_rows(Float16 kind, const uint16_t* x, int64_t rows, int64_t columns, const ColumnSums& sums);
 
-// Turns the sums over `rows` rows into moments; false if a sum has left the range of floats.
+// Turns the sums over `rows` rows into moments; false if a sum exceeds the range of float.
 bool moments_of_sums(int64_t rows, int64_t columns, const ColumnSums& sums, const ColumnMoments& moments);
 
 // Adds the moments of `rows` more rows to those of `before`: Chan, Golub and LeVeque 1983, equation 2.1.

@@ -1,4 +1,4 @@
-// One-pass loops over contiguous memory. `out` may be one of the inputs, but not overlap one in part.
+// One-pass loops over contiguous memory. `out` may be one of the inputs, but not overlap one partially.
 #pragma once
 
 #include <cstdint>

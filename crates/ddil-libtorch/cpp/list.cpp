@@ -30,7 +30,7 @@ void check_length(const char* name, const List& list, const List& like) {
   TORCH_CHECK(list.size() == like.size(), "`", name, "` has ", list.size(), " tensors where ", like.size(), " are needed");
 }
 
-// libtorch's own checks come tensor by tensor, after the ones before have been changed: look at all of them first.
+// libtorch checks tensor by tensor, after it has changed the earlier ones: all are checked here first.
 void check_like(const char* name, const List& list, const List& like) {
   check_length(name, list, like);
   for (size_t i = 0; i < list.size(); ++i) {
@@ -50,7 +50,7 @@ void check_steps(const List& steps, const List& params) {
   }
 }
 
-// The fused kernels walk all four lists by storage order and never look at strides.
+// The fused kernels process all four lists in storage order and ignore strides.
 void check_storage_order(const char* name, const List& list, const List& params) {
   for (size_t i = 0; i < list.size(); ++i) {
     TORCH_CHECK(list[i].strides() == params[i].strides(), "`", name, "` [", i, "] has strides ", list[i].strides(), ", its parameter ", params[i].strides());
@@ -125,7 +125,7 @@ DDIL_EXPORT int ddil_list_steps(const List* list, List** out) noexcept {
   });
 }
 
-// `missing` is the index of the first tensor without a gradient, or -1; then `out` is left alone.
+// `missing` is the index of the first tensor without a gradient, or -1; then `out` is not written.
 DDIL_EXPORT int ddil_list_grads(const List* list, int64_t* missing, List** out) noexcept {
   return ddil::guarded([&] {
     *missing = -1;
@@ -174,7 +174,7 @@ DDIL_EXPORT int ddil_clip_grad_norm(const List* list, double max_norm, Tensor** 
     at::NoGradGuard no_grad;
     Tensor norm = norm_of(*list);
     Tensor coefficient = norm.add(1e-6).reciprocal().mul(max_norm).clamp_max(1.0);
-    // Reading the coefficient waits for nothing on the CPU, and saves a pass over all gradients.
+    // Reading the coefficient needs no synchronization on the CPU, and saves a pass over all gradients.
     const bool nothing_to_do = norm.is_cpu() && coefficient.item<double>() == 1.0;
     if (!nothing_to_do) scale(*list, coefficient);
     *out = new Tensor(norm);

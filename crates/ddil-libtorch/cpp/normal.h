@@ -9,8 +9,8 @@ namespace ddil {
 // As `tensor.normal_(0, 1, generator)`: the same numbers, and the generator ends in the same state.
 void fill_normal(const at::Tensor& tensor, const at::Generator& generator);
 
-// Whether float32 tensors on the CPU are filled by the loops of the shim. They are if a processor has the instructions
-// and the bits are those of libtorch, which are looked at once in a process.
+// Whether float32 tensors on the CPU are filled by the loops of the shim. They are if the processor has the
+// instructions and the bits equal libtorch's, which is checked once per process.
 bool fills_normal_itself();
 
 }  // namespace ddil

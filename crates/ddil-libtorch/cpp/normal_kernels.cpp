@@ -22,14 +22,14 @@ DDIL_INLINE void next_words(uint32_t* words) {
   words[n - 1] = words[m - 1] ^ twisted(words[n - 1], words[0]);
 }
 
-// Masks in place of branches, which would keep loops from being vectorised.
+// Masks instead of branches, which would prevent vectorization.
 DDIL_INLINE uint32_t all_ones_if(bool condition) { return 0U - static_cast<uint32_t>(condition); }
 
 DDIL_INLINE uint32_t chosen(uint32_t mask, float yes, float no) {
   return (same_bits<uint32_t>(yes) & mask) | (same_bits<uint32_t>(no) & ~mask);
 }
 
-// Of a word as the twister holds it, the low 24 bits once tempered, as a fraction of 2^24.
+// The low 24 bits of a word of the twister after tempering, as a fraction of 2^24.
 DDIL_INLINE float uniform(uint32_t word) {
   word ^= word >> 11;
   word ^= (word << 7) & 0x9d2c5680U;
@@ -38,12 +38,12 @@ DDIL_INLINE float uniform(uint32_t word) {
   return static_cast<float>(static_cast<int32_t>(word & 0xffffffU)) * 0x1p-24F;
 }
 
-// The functions below are Cephes' single precision ones (Moshier). Which product is rounded before it is added and
-// which is not is libtorch's, as compiled: every bit depends on it.
+// The functions below are Cephes' single-precision ones (Moshier). Which products are rounded before the addition follows
+// libtorch as compiled: every bit depends on it.
 
 DDIL_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-// Of a normal number above 0.
+// For a normal number above 0.
 DDIL_INLINE float logarithm(float v) {
   const uint32_t bits = same_bits<uint32_t>(v);
   // v = x 2^e with x from 1/2 to 1, then from sqrt(1/2) to sqrt(2), less 1.
@@ -70,9 +70,9 @@ struct Direction {
   float cosine, sine;
 };
 
-// Of an angle from 0 to 2 pi.
+// For an angle from 0 to 2 pi.
 DDIL_INLINE Direction direction(float angle) {
-  // The octant, odd ones together with the next, and the angle from there, whose sine or cosine may be the other's.
+  // The octant, odd ones rounded up to the next, and the angle from there, for which sine and cosine may be swapped.
   const int32_t octant = (static_cast<int32_t>(angle * 1.27323954473516F) + 1) & ~1;
   const float quarter = static_cast<float>(octant);
   float x = fma(quarter, -0.78515625F, angle);
@@ -101,7 +101,7 @@ DDIL_INLINE void normal_pair(uint32_t word, uint32_t other, float& first, float&
   second = fma(radius, at.sine, 0.0F);
 }
 
-// Groups are taken apart so that one loop fills registers of any width.
+// Groups are split so that one loop fills registers of any width.
 DDIL_INLINE void transform(float* words, int64_t num_groups) {
   constexpr int64_t most = 32, half = kNormalGroup / 2;
   constexpr size_t bytes = half * sizeof(float);

@@ -1,5 +1,5 @@
-// Work on libtorch's own threads. ATen's `parallel_for` is compiled into whoever calls it, and there is a plain loop where the
-// compiler was not asked for OpenMP, of which there must not be a second one in the process.
+// Work on libtorch's own threads. ATen's `parallel_for` is compiled into its caller, and is a plain loop without OpenMP, of
+// which there must not be a second copy in the process.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,7 +11,7 @@
 
 namespace ddil {
 
-// Calls `body(begin, end)` for parts of 0 to n, side by side where there are more than `grain`.
+// Calls `body(begin, end)` for parts of 0 to n, in parallel if there are more than `grain`.
 template <typename Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   grain = std::max<int64_t>(1, grain);
@@ -19,7 +19,7 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
     if (n > 0) body(int64_t{0}, n);
     return;
   }
-  // An iterator over so many bytes, which nobody touches, splits them.
+  // A TensorIterator over n bytes, which are never accessed, splits the range.
   const at::Tensor places = at::empty({n}, at::kByte);
   const auto* first = static_cast<const char*>(places.const_data_ptr());
   const auto part = [&](char** data, const int64_t*, int64_t size, int64_t rows) {

@@ -1,4 +1,4 @@
-// A part of a graph that keeps its inputs alone, and is computed once more when its gradients are asked for.
+// A part of a graph that keeps only its inputs and is recomputed in the backward pass.
 #include "shim.h"
 
 #include <ATen/Context.h>
@@ -29,8 +29,8 @@ extern "C" const char* ddil_last_error() noexcept;
 
 namespace {
 
-// A function of Rust. `call` puts one tensor on `outputs`, or returns another number than 0 and leaves the reason for
-// `ddil_last_error`; it may come from any thread. `release` comes once.
+// A Rust function. `call` appends one tensor to `outputs`, or returns a number other than 0 and sets the reason for
+// `ddil_last_error`; it may be called from any thread. `release` is called once.
 class Function {
  public:
   using Call = int (*)(void* function, const List* inputs, List* outputs);
@@ -42,7 +42,7 @@ class Function {
     List outputs;
     const int code = call_(function_.get(), &inputs, &outputs);
     TORCH_CHECK(code == 0, ddil_last_error());
-    TORCH_CHECK(outputs.size() == 1, "the function gave ", outputs.size(), " tensors, not one");
+    TORCH_CHECK(outputs.size() == 1, "the function returned ", outputs.size(), " tensors, not one");
     return std::move(outputs.front());
   }
 
@@ -51,7 +51,7 @@ class Function {
   Call call_;
 };
 
-// Autocast as it was on the thread of the forward pass; the threads of the backward pass have none of it.
+// Autocast state of the thread of the forward pass; threads of the backward pass do not have it.
 class Autocasting {
  public:
   static Autocasting here() {
@@ -86,7 +86,7 @@ class AutocastGuard {
     at::autocast::increment_nesting();
   }
   ~AutocastGuard() {
-    // The casts that were kept belong to the graph of this part alone.
+    // The cached casts belong to the graph of this part only.
     if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
     before_.put_on();
   }
@@ -97,7 +97,7 @@ class AutocastGuard {
   Autocasting before_;
 };
 
-// Where libtorch's own generators stand, on the CPU and wherever the inputs are.
+// States of libtorch's default generators, on the CPU and on the inputs' device.
 class RandomStates {
  public:
   RandomStates() = default;
@@ -122,7 +122,7 @@ class RandomStates {
     }
   }
 
-  // Whether nothing was drawn since; states are bytes on the CPU, of whatever device.
+  // Whether nothing was drawn since; states are bytes on the CPU for every device.
   bool stand_still() const {
     const RandomStates present = now();
     for (size_t i = 0; i < states_.size(); ++i) {
@@ -148,7 +148,7 @@ class RandomStates {
   std::vector<std::pair<at::Device, Tensor>> states_;
 };
 
-// Draws once more what was drawn from these states on, and puts back what it found.
+// Repeats the draws from these states, and restores the current ones afterwards.
 class RandomGuard {
  public:
   explicit RandomGuard(const RandomStates& states) : before_(states.now()) { states.put_on(); }
@@ -160,7 +160,7 @@ class RandomGuard {
   RandomStates before_;
 };
 
-// The same values at the beginning of a graph of their own.
+// The same values as leaves of a new graph.
 List cut_off(const List& inputs) {
   List own;
   own.reserve(inputs.size());
@@ -170,7 +170,7 @@ List cut_off(const List& inputs) {
   return own;
 }
 
-// What the function reads beside its inputs and has gradients for: parameters.
+// The tensors with gradients that the function reads beside its inputs: parameters.
 List captured_leaves(const Tensor& output, const List& inputs) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
@@ -189,7 +189,7 @@ List captured_leaves(const Tensor& output, const List& inputs) {
   return leaves;
 }
 
-// What has to be there to compute a part once more.
+// The state needed to recompute a part.
 struct Recipe {
   Function function;
   std::vector<SavedVariable> inputs;
@@ -202,7 +202,7 @@ struct Recipe {
 List unpacked(const std::vector<SavedVariable>& saved) {
   List tensors;
   tensors.reserve(saved.size());
-  // Says so if one was changed in place since.
+  // Fails if one was changed in place since.
   for (const SavedVariable& variable : saved) tensors.push_back(variable.unpack());
   return tensors;
 }
@@ -229,7 +229,7 @@ struct Recomputed final : Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list all(num_outputs());
     if (!grads[0].defined()) return all;
-    TORCH_CHECK(!at::GradMode::is_enabled(), "what is recomputed in the backward pass has no second derivative");
+    TORCH_CHECK(!at::GradMode::is_enabled(), "a recomputed part has no second derivative");
     const auto recipe = held();
     List sources = cut_off(unpacked(recipe->inputs));
     const Tensor output = compute_again(*recipe, sources);
@@ -268,12 +268,12 @@ std::vector<SavedVariable> saved(const List& tensors) {
 
 Tensor recomputed(Function function, const List& inputs) {
   if (!at::GradMode::is_enabled()) return function(inputs);
-  // Before the call: one that changes its inputs in place is found out when they are unpacked.
+  // Before the call: a function that changes its inputs in place is detected when they are unpacked.
   auto kept = saved(inputs);
   const List own = cut_off(inputs);
   RandomStates states(inputs);
-  // With gradients, though its graph is dropped at once: it tells which parameters are read, and the casts that autocast
-  // keeps for the rest of the pass must have one.
+  // With gradients, although its graph is dropped at once: the graph shows which parameters are read, and the casts that
+  // autocast caches for the rest of the pass need one.
   const Tensor output = function(own);
   if (!output.requires_grad()) return output;
   if (states.stand_still()) states = RandomStates();
@@ -296,5 +296,5 @@ DDIL_EXPORT int ddil_recomputed(
   return ddil::guarded([&] { *out = new Tensor(recomputed(Function(function, call, release), *inputs)); });
 }
 
-// The reason why a function of Rust failed.
+// The reason of a Rust function's failure.
 DDIL_EXPORT void ddil_set_last_error(const char* message) noexcept { ddil::set_last_error(message); }

@@ -22,7 +22,7 @@
 
 using at::Tensor;
 
-// `format` is c10's number of a memory format.
+// `format` is c10's index of a memory format.
 DDIL_EXPORT int ddil_to_memory_format(const Tensor* tensor, int format, Tensor** out) noexcept {
   return ddil::guarded([&] { *out = new Tensor(tensor->contiguous(static_cast<at::MemoryFormat>(format))); });
 }
@@ -31,7 +31,7 @@ DDIL_EXPORT int ddil_has_memory_format(const Tensor* tensor, int format, bool* o
   return ddil::guarded([&] { *out = tensor->is_contiguous(static_cast<at::MemoryFormat>(format)); });
 }
 
-// A tensor over `data`; `release(owner)` is called once, when the last tensor over it is gone or if none comes to be.
+// A tensor over `data`; `release(owner)` is called once, when the last tensor over it is dropped or if creating it fails.
 DDIL_EXPORT int ddil_from_blob(
     void* data, const int64_t* shape, size_t rank, int kind, void* owner, void (*release)(void*), Tensor** out) noexcept {
   return ddil::guarded([&] {
@@ -72,7 +72,7 @@ DDIL_EXPORT int ddil_set_deterministic(bool on) noexcept {
   return ddil::guarded([&] {
     auto& context = at::globalContext();
     context.setDeterministicAlgorithms(on, /*warn_only=*/false);
-    // It would write every fresh tensor once more, to no end where nothing reads uninitialised memory.
+    // It would fill every new tensor, which is useless where nothing reads uninitialized memory.
     context.setDeterministicFillUninitializedMemory(false);
     if (on) context.setBenchmarkCuDNN(false);
   });
@@ -80,7 +80,7 @@ DDIL_EXPORT int ddil_set_deterministic(bool on) noexcept {
 
 DDIL_EXPORT const char* ddil_version() noexcept { return TORCH_VERSION; }
 
-// Whether libtorch_cuda is loaded: it enters itself here. at::hasCUDA says whether there is a device as well.
+// Whether libtorch_cuda is loaded: it registers itself here. at::hasCUDA also requires a device.
 DDIL_EXPORT bool ddil_has_cuda() noexcept {
   bool has = false;
   ddil::guarded([&] { has = at::CUDAHooksRegistry()->Has("CUDAHooks"); });
@@ -103,7 +103,7 @@ int find_libtorch(dl_phdr_info* info, size_t, void* folder) {
 }  // namespace
 #endif
 
-// Whether libtorch_cuda lies in the folder that libtorch_cpu was loaded from.
+// Whether libtorch_cuda is in the folder that libtorch_cpu was loaded from.
 DDIL_EXPORT bool ddil_cuda_library_installed() noexcept {
   bool installed = false;
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-// What every file of the shim shares: the version it is written for, and the wall that no C++ exception passes.
+// Shared by every file of the shim: the required version, and the barrier that no C++ exception passes.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -8,18 +8,18 @@
 #include <utility>
 
 #if TORCH_VERSION_MAJOR != 2 || TORCH_VERSION_MINOR != 13
-#error "ddil-libtorch is written for libtorch 2.13, the version that tch 0.26 speaks to; LIBTORCH points to another one"
+#error "ddil-libtorch requires libtorch 2.13, the version of tch 0.26; LIBTORCH points to another one"
 #endif
 
 #define DDIL_EXPORT extern "C"
 
 namespace ddil {
 
-// Keeps `message` for this thread until the next failure.
+// Stores `message` for this thread until the next failure.
 void set_last_error(const char* message) noexcept;
 
 // Runs `body`; 0 if it returned, 1 if it threw, with the reason kept for `ddil_last_error`. `noexcept` makes
-// whatever is still thrown past the handlers an abort rather than undefined behaviour in Rust.
+// an exception thrown past the handlers an abort instead of undefined behaviour in Rust.
 template <typename Body>
 int guarded(Body&& body) noexcept {
   try {
