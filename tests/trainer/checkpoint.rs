@@ -133,7 +133,7 @@ fn no_checkpoint_is_no_error() -> TestResult {
     assert_eq!(latest(folder.path()), (None, vec![]));
     assert_eq!(latest(&folder.path().join("nowhere")), (None, vec![]));
     let error = Checkpoint::open(&folder.path().join("nowhere")).expect_err("there is none");
-    assert!(matches!(error, Error::Io { .. }));
+    assert!(matches!(error, Error::Files(ddil_files::Error::Io { .. })));
     Ok(())
 }
 
@@ -398,7 +398,10 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     if let Some(folder) = folder_of_child() {
         let mut writer = CheckpointWriter::new(&folder, 2, "test")?;
         let error = writer.tensors("student.safetensors", &large).expect_err("the disk is full");
-        assert!(matches!(error, Error::Io { action: "write", .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Files(ddil_files::Error::Io { action: "write", .. })),
+            "{error:?}"
+        );
         return Ok(());
     }
     let folder = tempfile::tempdir()?;

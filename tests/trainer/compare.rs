@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 
+use ddil_files::settings::Settings;
 use ddil_schedulers::Thresholding;
 use ddil_trainer::compare::matrix::{Axis, AxisValue};
 use ddil_trainer::compare::metric::Metric;
@@ -7,7 +8,6 @@ use ddil_trainer::compare::statistics::Estimate;
 use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot, table};
 use ddil_trainer::evaluation::ShiftRow;
 use ddil_trainer::results::Measurement;
-use ddil_trainer::settings::Settings;
 use proptest::prelude::*;
 
 use crate::TestResult;

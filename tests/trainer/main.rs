@@ -19,7 +19,6 @@ mod picture;
 mod pictures;
 mod record;
 mod run_folder;
-mod settings;
 mod tensorboard;
 
 use ddil_models::{DownBlockType, UNet2DConfig, UpBlockType};

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil_files::settings::Settings;
 use ddil_models::{Lora, LoraConfig, ModelConfig, UnknownKeys, weights};
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::memory::{MemoryPlan, Row};
-use ddil_trainer::settings::Settings;
 
 use crate::TestResult;
 

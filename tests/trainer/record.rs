@@ -85,7 +85,10 @@ fn a_run_killed_before_its_first_checkpoint_starts_its_record_over() -> TestResu
     assert_eq!(read_lines::<Value>(&path)?.len(), 1);
     fs::remove_file(&path)?;
     let later = Position { bytes: 5, crc32c: 0 };
-    assert!(matches!(Record::resume(&path, later), Err(Error::Io { .. })));
+    assert!(matches!(
+        Record::resume(&path, later),
+        Err(Error::Files(ddil_files::Error::Io { .. }))
+    ));
     Ok(())
 }
 
@@ -94,7 +97,7 @@ fn a_record_is_not_started_over_another() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("metrics.jsonl");
     write(&mut Record::create(&path)?, 1..=1)?;
-    assert!(matches!(Record::create(&path), Err(Error::Io { .. })));
+    assert!(matches!(Record::create(&path), Err(Error::Files(ddil_files::Error::Io { .. }))));
     Ok(())
 }
 
@@ -122,7 +125,7 @@ fn what_is_no_object_is_refused() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("metrics.jsonl");
     let mut record = Record::create(&path)?;
-    assert!(matches!(record.write(1, &3), Err(Error::Json { .. })));
+    assert!(matches!(record.write(1, &3), Err(Error::Files(ddil_files::Error::Json { .. }))));
     assert_eq!(record.position()?, Position::default());
     Ok(())
 }
@@ -135,7 +138,10 @@ fn a_full_disk_leaves_no_half_line() -> TestResult {
         let long = json!({ "text": "x".repeat(7_000) });
         let error =
             (1..100).find_map(|step| record.write(step, &long).err()).ok_or("it is full")?;
-        assert!(matches!(error, Error::Io { action: "write", .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Files(ddil_files::Error::Io { action: "write", .. })),
+            "{error:?}"
+        );
         return Ok(());
     }
     let folder = tempfile::tempdir()?;

@@ -61,7 +61,7 @@ fn an_error_is_never_covered_by_success() -> TestResult {
     let mut run = RunFolder::create(&path, &config(10))?;
     run.progress(3)?;
     assert_eq!(Status::read(&path)?, Status { state: State::Running, step: 3, error: None });
-    let source = Error::Io {
+    let source = ddil_files::Error::Io {
         action: "write",
         path: "student.safetensors".into(),
         source: std::io::Error::other("no space left"),

@@ -130,17 +130,17 @@ impl RunEnvironment {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] or [`Error::Json`] if there is nothing to be read, [`Error::FormatVersion`] if another version of
+    /// [`Error::Files`] if there is nothing to be read, and if another version of
     /// the program wrote it.
     pub fn read(folder: &Path) -> Result<Self> {
-        read_versioned(&folder.join(FILE), FORMAT_VERSION)
+        Ok(read_versioned(&folder.join(FILE), FORMAT_VERSION)?)
     }
 
     /// Notes that a session begins here and now, at `step`, on a device: whole or not at all, and only if that is news.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if libtorch fails to answer, [`Error::Io`] if the file cannot be written; those of
+    /// [`Error::Libtorch`] if libtorch fails to answer, [`Error::Files`] if the file cannot be written; those of
     /// [`read`](Self::read) for a file that is there and is none, which is left as it is.
     pub fn note(folder: &Path, step: u64, device: Device) -> Result<()> {
         let path = folder.join(FILE);
@@ -155,7 +155,7 @@ impl RunEnvironment {
             let first = SessionEnvironment { step, facts: now };
             Self { format_version: FORMAT_VERSION, first, later: Vec::new() }
         };
-        write_json(&path, &run)
+        Ok(write_json(&path, &run)?)
     }
 
     /// Adds a session; false if it is as the last one.
@@ -178,7 +178,7 @@ fn facts(path: &Path, device: Device) -> Result<Map<String, Value>> {
     };
     let facts = SessionFacts { device, environment: Environment::here()? };
     let facts = serde_json::to_value(facts).and_then(serde_json::from_value);
-    facts.map_err(|source| Error::Json { action: "write", path: path.to_owned(), source })
+    facts.map_err(Error::json("write", path))
 }
 
 #[derive(Serialize)]

@@ -3,6 +3,7 @@
 use std::{io, path::Path, path::PathBuf};
 
 use ddil_files::Invalid;
+pub(crate) use ddil_files::with_causes;
 
 use crate::{checkpoint::Damage, run_folder::Holder, settings::Difference};
 
@@ -13,76 +14,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The file system refused something.
-    #[error("could not {action} {}", path.display())]
-    Io {
-        /// What was tried, as in "could not _write_ runs/demo/status.json".
-        action: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A file was written by another version of this program, in a format that this one does not know.
-    #[error(
-        "{} is of format version {found}, and this version of ddil reads {known}: use {} version of ddil for it",
-        path.display(), if found > known { "a newer" } else { "an older" }
-    )]
-    FormatVersion {
-        /// The file.
-        path: PathBuf,
-        /// What it says.
-        found: u32,
-        /// The version that is known.
-        known: u32,
-    },
-    /// A config file is not TOML.
-    #[error("{place}: {message}")]
-    ConfigSyntax {
-        /// File, line and column.
-        place: String,
-        /// What the parser said.
-        message: String,
-    },
-    /// A config has a key that means nothing.
-    #[error("{place}: unknown key `{key}`{}", suggestion(nearest.as_deref(), known))]
-    UnknownKey {
-        /// File, line and column, or the `--set` that brought the key.
-        place: String,
-        /// The whole path of the key.
-        key: String,
-        /// The known key that looks most like it.
-        nearest: Option<String>,
-        /// All keys that may stand there.
-        known: Vec<String>,
-    },
-    /// A config has a key with a value that cannot stand there.
-    #[error("{place}: `{key}`: {message}")]
-    InvalidSetting {
-        /// File, line and column, or the `--set` that brought the value.
-        place: String,
-        /// The whole path of the key.
-        key: String,
-        /// What was found and what may stand there.
-        message: String,
-    },
+    /// A file could not be read or written, or settings could not be read.
+    #[error(transparent)]
+    Files(#[from] ddil_files::Error),
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// An override on the command line cannot be read.
-    #[error("--set {text}: {reason}")]
-    InvalidOverride {
-        /// What was given.
-        text: String,
-        /// Why it cannot be applied.
-        reason: String,
-    },
-    /// A value cannot be written as TOML.
-    #[error("could not write the settings as TOML")]
-    WriteSettings {
-        /// What the serialiser said.
-        source: toml::ser::Error,
-    },
     /// A run is resumed with settings that are not its own.
     #[error("{} belongs to a run with other settings:{}", path.display(), listed(differences))]
     OtherConfig {
@@ -90,16 +27,6 @@ pub enum Error {
         path: PathBuf,
         /// Every setting that differs.
         differences: Vec<Difference>,
-    },
-    /// A JSON file could not be read or written.
-    #[error("could not {action} {} as JSON", path.display())]
-    Json {
-        /// `read` or `write`.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the parser said.
-        source: serde_json::Error,
     },
     /// A checkpoint is not what was written.
     #[error("the checkpoint {} is damaged", path.display())]
@@ -344,26 +271,20 @@ impl Error {
         action: &'static str,
         path: &'a Path,
     ) -> impl FnOnce(io::Error) -> Self + use<'a> {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| Self::Files(ddil_files::Error::io(action, path)(source))
+    }
+
+    /// Names path and action of what a JSON parser or writer refused; for `map_err`.
+    pub(crate) fn json<'a>(
+        action: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(serde_json::Error) -> Self + use<'a> {
+        move |source| Self::Files(ddil_files::Error::json(action, path)(source))
     }
 
     /// Names the function in which libtorch refused; for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
-    }
-}
-
-/// An error and what led to it, in one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-fn suggestion(nearest: Option<&str>, known: &[String]) -> String {
-    match (nearest, known) {
-        (Some(nearest), _) => format!("; did you mean `{nearest}`?"),
-        (None, []) => "; no key may stand there".to_owned(),
-        (None, known) => format!("; known are {}", known.join(", ")),
     }
 }
 

@@ -4,12 +4,6 @@
 
 mod crc32c;
 mod error;
-#[cfg(all(feature = "fault-points", debug_assertions))]
-#[doc(hidden)]
-pub mod fault;
-#[cfg(not(all(feature = "fault-points", debug_assertions)))]
-mod fault;
-mod files;
 
 pub mod checkpoint;
 pub mod compare;
@@ -39,12 +33,13 @@ pub mod run_folder;
 pub mod sampler;
 pub mod sampling;
 pub mod session;
-pub mod settings;
 pub mod state;
 pub mod tensorboard;
 pub mod train;
 mod watch;
 
+use ddil_files as files;
+use ddil_files::{fault, settings};
 pub use error::{Error, Result};
 
 /// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.

@@ -55,7 +55,7 @@ impl Logging {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be opened.
+    /// [`Error::Files`] if the file cannot be opened.
     pub fn also_to(&self, path: &Path) -> Result<()> {
         let file = OpenOptions::new().append(true).create(true).open(path);
         let file = file.map_err(Error::io("open", path))?;

@@ -182,9 +182,9 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be written, [`Error::Picture`] as for [`to_png`](Self::to_png).
+    /// [`Error::Files`] if the file cannot be written, [`Error::Picture`] as for [`to_png`](Self::to_png).
     pub fn save(&self, path: &Path) -> Result<()> {
-        write_atomic(path, &self.to_png()?)
+        Ok(write_atomic(path, &self.to_png()?)?)
     }
 }
 
@@ -194,7 +194,7 @@ impl Picture {
 ///
 /// # Errors
 ///
-/// [`Error::Picture`] as for [`Picture::grid`], [`Error::Io`] if a file cannot be written.
+/// [`Error::Picture`] as for [`Picture::grid`], [`Error::Files`] if a file cannot be written.
 pub fn save_each(images: &Tensor, folder: &Path, first: u64) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     (first..)

@@ -72,7 +72,7 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file exists or cannot be made.
+    /// [`Error::Files`] if the file exists or cannot be made.
     pub fn create(path: &Path) -> Result<Self> {
         let file = fault::reach(Point::RecordCreate, path)
             .and_then(|()| OpenOptions::new().append(true).create_new(true).open(path));
@@ -86,7 +86,7 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be opened or cut, [`Error::DamagedRecord`] if it does not start with
+    /// [`Error::Files`] if the file cannot be opened or cut, [`Error::DamagedRecord`] if it does not start with
     /// what the checkpoint knows; it is left as it is then.
     pub fn resume(path: &Path, position: Position) -> Result<Self> {
         if position.bytes == 0 && !path.exists() {
@@ -113,7 +113,7 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be opened or cut.
+    /// [`Error::Files`] if the file cannot be opened or cut.
     pub fn resume_after(path: &Path, step: u64) -> Result<Self> {
         if !path.exists() {
             return Self::create(path);
@@ -147,15 +147,11 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Json`] if `values` is no object, [`Error::Io`] if the disk is full; what was written of the
+    /// [`Error::Files`] if `values` is no object, and if the disk is full; what was written of the
     /// line is taken back then.
     pub fn write(&mut self, step: u64, values: &impl Serialize) -> Result<()> {
         let line = serde_json::to_vec(&Line { step, values });
-        let mut line = line.map_err(|source| Error::Json {
-            action: "write",
-            path: self.path.clone(),
-            source,
-        })?;
+        let mut line = line.map_err(Error::json("write", &self.path))?;
         line.push(b'\n');
         let written = fault::write_all(Point::RecordWrite, &self.path, &mut self.file, &line);
         if let Err(error) = written {
@@ -171,7 +167,7 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the disk refuses.
+    /// [`Error::Files`] if the disk refuses.
     pub fn position(&self) -> Result<Position> {
         fault::reach(Point::RecordFlush, &self.path)
             .and_then(|()| self.file.sync_data())
@@ -191,18 +187,10 @@ impl Position {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the file cannot be read, [`Error::Json`] at the first line that does not hold a `T`.
+/// [`Error::Files`] if the file cannot be read, and at the first line that does not hold a `T`.
 pub fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    text.lines()
-        .map(|line| {
-            serde_json::from_str(line).map_err(|source| Error::Json {
-                action: "read",
-                path: path.to_owned(),
-                source,
-            })
-        })
-        .collect()
+    text.lines().map(|line| serde_json::from_str(line).map_err(Error::json("read", path))).collect()
 }
 
 /// The position after so many bytes, or at the end of a shorter file.

@@ -116,8 +116,8 @@ impl Measurement {
 ///
 /// # Errors
 ///
-/// What the file system refuses; [`Error::Json`](crate::Error::Json) if the file holds something else,
-/// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote one of them.
+/// What the file system refuses; [`Error::Files`](crate::Error::Files) if the file holds something else, and
+/// if another version wrote one of them.
 pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     /// What a row says of itself, whatever else it holds.
     #[derive(Deserialize)]
@@ -127,7 +127,7 @@ pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     }
     let said: Vec<Said> = read_json(path)?;
     said.iter().try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
-    read_json(path)
+    Ok(read_json(path)?)
 }
 
 /// Adds a measurement to a file that holds an array of them, or starts one.
@@ -138,7 +138,7 @@ pub fn read(path: &Path) -> Result<Vec<Measurement>> {
 pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
     let mut all = if path.exists() { read(path)? } else { Vec::new() };
     all.push(measurement.clone());
-    write_json(path, &all)
+    Ok(write_json(path, &all)?)
 }
 
 /// Writes measurements as an array, in place of what was there.
@@ -148,7 +148,7 @@ pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
 /// What the file system refuses.
 pub fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
     let measurements: Vec<&Measurement> = rows.iter().map(|(_, m)| m).collect();
-    write_json(path, &measurements)
+    Ok(write_json(path, &measurements)?)
 }
 
 /// A table for a terminal, one line a measurement.

@@ -116,7 +116,7 @@ impl Status {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] or [`Error::Json`] if there is no status to be read, [`Error::FormatVersion`] if another version of
+    /// [`Error::Files`] if there is no status to be read, and if another version of
     /// the program wrote the folder.
     pub fn read(folder: &Path) -> Result<Self> {
         let file: StatusFile = read_versioned(&folder.join(STATUS), FORMAT_VERSION)?;
@@ -130,8 +130,8 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::FolderNotEmpty`] if anything is in it, [`Error::FolderInUse`], [`Error::Io`],
-    /// [`Error::WriteSettings`].
+    /// [`Error::FolderNotEmpty`] if anything is in it, [`Error::FolderInUse`], [`Error::Files`],
+    /// [`Error::Files`].
     pub fn create(path: &Path, config: &impl Serialize) -> Result<Self> {
         let config = to_toml(config)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
@@ -152,7 +152,7 @@ impl RunFolder {
     /// # Errors
     ///
     /// [`Error::NotARun`] if there is no run, [`Error::FolderInUse`] if another process is at work in it,
-    /// [`Error::Io`].
+    /// [`Error::Files`].
     pub fn resume(path: &Path) -> Result<Self> {
         if !path.join(CONFIG).is_file() {
             return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
@@ -200,7 +200,7 @@ impl RunFolder {
     ///
     /// Those of [`Settings::read`].
     pub fn settings(&self) -> Result<Settings> {
-        Settings::read(&self.path.join(CONFIG))
+        Ok(Settings::read(&self.path.join(CONFIG))?)
     }
 
     /// Makes sure that the run was started with these settings.
@@ -237,9 +237,9 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] or [`Error::Json`].
+    /// [`Error::Files`].
     pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
-        write_json(&self.path.join(name), value)
+        Ok(write_json(&self.path.join(name), value)?)
     }
 
     /// How the run stands.
@@ -251,7 +251,7 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the status cannot be written.
+    /// [`Error::Files`] if the status cannot be written.
     pub fn progress(&mut self, step: u64) -> Result<()> {
         self.write_status(Status { step, ..self.status.clone() })
     }
@@ -260,7 +260,7 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the status cannot be written.
+    /// [`Error::Files`] if the status cannot be written.
     pub fn complete(&mut self, step: u64) -> Result<()> {
         self.end(State::Completed, step)
     }
@@ -269,7 +269,7 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the status cannot be written.
+    /// [`Error::Files`] if the status cannot be written.
     pub fn interrupt(&mut self, step: u64) -> Result<()> {
         self.end(State::Interrupted, step)
     }
@@ -278,7 +278,7 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the status cannot be written.
+    /// [`Error::Files`] if the status cannot be written.
     pub fn fail(&mut self, step: u64, error: &dyn StdError) -> Result<()> {
         let error = Some(with_causes(error));
         self.write_status(Status { state: State::Failed, step, error })
@@ -295,7 +295,7 @@ impl RunFolder {
         self.status = status;
         let Status { state, step, error } = self.status.clone();
         let file = StatusFile { format_version: FORMAT_VERSION, state, step, error };
-        write_json(&self.path.join(STATUS), &file)
+        Ok(write_json(&self.path.join(STATUS), &file)?)
     }
 }
 
@@ -315,7 +315,7 @@ impl Drop for RunFolder {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the lock cannot be asked for.
+/// [`Error::Files`] if the lock cannot be asked for.
 pub fn is_in_use(path: &Path) -> Result<bool> {
     if !path.join(LOCK).exists() {
         return Ok(false);
@@ -355,7 +355,7 @@ fn make_folders(path: &Path) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::FolderInUse`] if another process has it, [`Error::Io`].
+/// [`Error::FolderInUse`] if another process has it, [`Error::Files`].
 pub fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let mut options = File::options();

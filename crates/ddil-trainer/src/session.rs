@@ -21,7 +21,7 @@ use crate::environment::RunEnvironment;
 use crate::error::{Error, Result, with_causes};
 use crate::evidence::{Evidence, not_finite_among};
 use crate::fault::{self, Point};
-use crate::files::{parent, rename, sync_folder};
+use crate::files::{parent, sync_folder};
 use crate::interrupt::Interrupt;
 use crate::picture::Picture;
 use crate::progress::Progress;
@@ -621,10 +621,10 @@ impl<T: Task> Session<T> {
             return Err(error);
         }
         if export.exists() {
-            rename(Point::ExportMakeRoom, &export, &replaced)
+            fault::rename(Point::ExportMakeRoom, &export, &replaced)
                 .map_err(Error::io("rename", &export))?;
         }
-        rename(Point::ExportRename, &aside, &export).map_err(Error::io("rename", &aside))?;
+        fault::rename(Point::ExportRename, &aside, &export).map_err(Error::io("rename", &aside))?;
         sync_folder(parent(&export))?;
         fault::reach(Point::ExportClear, &export).map_err(Error::io("remove", &replaced))?;
         remove(&replaced)?;

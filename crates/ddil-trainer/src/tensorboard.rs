@@ -32,7 +32,7 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be made.
+    /// [`Error::Files`] if the file cannot be made.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         // TensorBoard reads in order of the names, and takes the one that sorts last for the live one.
@@ -57,7 +57,7 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the disk is full.
+    /// [`Error::Files`] if the disk is full.
     pub fn scalar(&mut self, step: u64, tag: &str, value: f32) -> Result<()> {
         self.summary(step, tag, |message| message.float(summary::SIMPLE_VALUE, value))
     }
@@ -66,7 +66,7 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] if it cannot be written as PNG, [`Error::Io`] if the disk is full.
+    /// [`Error::Picture`] if it cannot be written as PNG, [`Error::Files`] if the disk is full.
     pub fn picture(&mut self, step: u64, tag: &str, picture: &Picture) -> Result<()> {
         let png = picture.to_png()?;
         let image = Message::default()
@@ -81,7 +81,7 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the disk is full.
+    /// [`Error::Files`] if the disk is full.
     pub fn flush(&mut self) -> Result<()> {
         self.file.flush().map_err(Error::io("write", &self.path))
     }

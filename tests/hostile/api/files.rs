@@ -1,4 +1,9 @@
-use ddil_files::{Invalid, open_plain_file, read_bounded, read_text_bounded};
+use ddil_files::settings::{Settings, differences, to_toml};
+use ddil_files::{
+    Invalid, ensure_version, open_plain_file, parent, read_bounded, read_json, read_small_json,
+    read_text_bounded, read_versioned, sync_folder, temporary_sibling, write_atomic, write_json,
+};
+use serde_json::Value;
 
 use super::cases::{Cases, said};
 
@@ -7,6 +12,8 @@ fn ddil_files() {
     let mut cases = Cases::default();
     reads(&mut cases);
     settings(&mut cases);
+    writes(&mut cases);
+    toml_settings(&mut cases);
     cases.finish("ddil-files");
 }
 
@@ -33,4 +40,54 @@ fn settings(cases: &mut Cases) {
         cases.once("Invalid::new", field, || said(Err::<(), _>(invalid())));
         cases.once("Invalid::under", field, || said(Err::<(), _>(invalid().under(field))));
     }
+}
+
+/// What is written, in folders that are there or not, with names that are none.
+fn writes(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let there = folder.path().join("there.json");
+    std::fs::write(&there, r#"{"format_version": 2}"#).expect("there is room");
+    let places =
+        [there, folder.path().to_owned(), folder.path().join("no/folder"), "".into(), "/".into()];
+    for place in places.iter().chain([&"nul\0byte".into()]) {
+        let what = place.display().to_string();
+        cases.once("read_json", &what, || said(read_json::<Value>(place)));
+        cases.once("read_small_json", &what, || said(read_small_json::<Value>(place)));
+        cases.once("read_versioned", &what, || said(read_versioned::<Value>(place, 1)));
+        cases.once("ensure_version", &what, || said(ensure_version(place, u32::MAX, 0)));
+        cases.once("sync_folder", &what, || said(sync_folder(place)));
+        cases.once("parent", &what, || said(Ok::<_, Invalid>(parent(place))));
+        cases.once("temporary_sibling", &what, || said(Ok::<_, Invalid>(temporary_sibling(place))));
+        cases.once("Settings::read", &what, || said(Settings::read(place)));
+        // The root of the machine is nobody's to write to.
+        if place.as_os_str() != "/" && !place.as_os_str().is_empty() {
+            cases.once("write_json", &what, || said(write_json(place, &f64::NAN)));
+            cases.once("write_atomic", &what, || said(write_atomic(place, b"content")));
+        }
+    }
+    cases.cannot_fail(&["Error::io", "Error::json", "with_causes"]);
+    // Points at which tests have the disk fail.
+    cases.cannot_fail(&["rename", "reach", "write_all"]);
+}
+
+fn toml_settings(cases: &mut Cases) {
+    for text in ["", "a = 1", "a = [1, {b = 2}]", "a.b = 1\n[a]", "\u{0}", "a = "] {
+        cases.once("Settings::parse", text, || said(Settings::parse("settings.toml", text)));
+    }
+    for assignment in ["", "=", "a", "a=", "a.=1", ".=1", "a.9.b=1", "a.0.b.c=1", "a=\u{0}"] {
+        cases.once("Settings::set", assignment, || {
+            let mut settings = said_ok(Settings::parse("settings.toml", "a = [1, {b = 2}]"));
+            said(settings.set(assignment))?;
+            said(settings.build::<Value>())
+        });
+    }
+    for value in [Value::Null, Value::from(u64::MAX), Value::from(f64::NAN), Value::from("text")] {
+        let what = value.to_string();
+        cases.once("to_toml", &what, || said(to_toml(&value)));
+        cases.once("differences", &what, || said(differences(&value, &Value::from(1))));
+    }
+}
+
+fn said_ok<T>(result: ddil_files::Result<T>) -> T {
+    result.expect("the text is TOML")
 }

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use ddil_files::settings::{Settings, differences, to_toml};
 use ddil_schedulers::SchedulerConfig;
 use ddil_trainer::compare::Matrix;
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
-use ddil_trainer::settings::{Settings, differences, to_toml};
 
 use super::harness::{Said, Target, told};
 use super::tree::{Tree, repository};

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ddil_core::SavedFile;
+use ddil_files::settings::Settings;
 use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
     weights,
@@ -16,7 +17,6 @@ use ddil_trainer::dataset::{
     ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder,
 };
 use ddil_trainer::pipeline::{Parts, WeightForm};
-use ddil_trainer::settings::Settings;
 use tch::{Kind, Tensor};
 
 use super::data::{packed, picture};

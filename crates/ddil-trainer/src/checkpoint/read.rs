@@ -121,7 +121,7 @@ pub struct Found {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the folder cannot be listed.
+/// [`Error::Files`] if the folder cannot be listed.
 pub fn find_latest(checkpoints: &Path) -> Result<Found> {
     let mut damaged = Vec::new();
     for path in list(checkpoints)?.into_iter().rev() {
@@ -139,7 +139,7 @@ pub fn find_latest(checkpoints: &Path) -> Result<Found> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the folder cannot be listed; one that does not exist is empty.
+/// [`Error::Files`] if the folder cannot be listed; one that does not exist is empty.
 pub fn list(checkpoints: &Path) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(checkpoints) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -161,7 +161,7 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if there is no such folder, [`Error::DamagedCheckpoint`] if it is not what was written.
+    /// [`Error::Files`] if there is no such folder, [`Error::DamagedCheckpoint`] if it is not what was written.
     pub fn open(path: &Path) -> Result<Self> {
         fs::read_dir(path).map_err(Error::io("open", path))?;
         match check(path) {
@@ -243,9 +243,9 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Json`] if it does not hold a `T`.
+    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Files`] if it does not hold a `T`.
     pub fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        read_json(&self.member(name)?)
+        Ok(read_json(&self.member(name)?)?)
     }
 
     /// The files that were [linked](super::CheckpointWriter::link), in order of their names.
@@ -267,7 +267,7 @@ impl Checkpoint {
 }
 
 fn check(path: &Path) -> Result<Manifest, Damage> {
-    let unreadable = |error: Error| Damage::Manifest { reason: cause_of(&error) };
+    let unreadable = |error: ddil_files::Error| Damage::Manifest { reason: cause_of(&error) };
     // Alone first: what is unknown in the manifest of a newer version is not the news.
     let said: Said = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
     let found = said.manifest.format_version;
@@ -330,6 +330,6 @@ fn sha256_of(file: &mut impl Read) -> io::Result<String> {
     }
 }
 
-fn cause_of(error: &Error) -> String {
+fn cause_of(error: &ddil_files::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }

@@ -12,7 +12,7 @@ use super::{Checkpoint, REPLACED, list, step_of};
 use crate::{
     Error, Result,
     fault::{self, Point},
-    files::{TEMPORARY, rename, temporary_sibling},
+    files::{TEMPORARY, temporary_sibling},
 };
 
 /// Which checkpoints are kept: the last few, and every so many steps one for good.
@@ -41,7 +41,7 @@ impl Retention {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if a folder cannot be listed or removed.
+    /// [`Error::Files`] if a folder cannot be listed or removed.
     pub fn apply(&self, newest: &Checkpoint) -> Result<Vec<u64>> {
         let mut older: Vec<u64> = list(crate::files::parent(newest.path()))?
             .iter()
@@ -64,7 +64,7 @@ impl Retention {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if a folder cannot be listed or removed.
+/// [`Error::Files`] if a folder cannot be listed or removed.
 pub fn discard_newer(checkpoints: &Path, step: u64) -> Result<Vec<u64>> {
     let mut discarded = Vec::new();
     for path in list(checkpoints)? {
@@ -82,7 +82,7 @@ pub fn discard_newer(checkpoints: &Path, step: u64) -> Result<Vec<u64>> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if something cannot be renamed or removed.
+/// [`Error::Files`] if something cannot be renamed or removed.
 pub fn tidy(checkpoints: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(checkpoints) else { return Ok(()) };
     for entry in entries {
@@ -108,7 +108,7 @@ pub fn tidy(checkpoints: &Path) -> Result<()> {
 /// Takes the name away first: killed half-way, this leaves no folder that looks like a damaged checkpoint.
 fn remove(path: &Path) -> Result<()> {
     let aside = temporary_sibling(path);
-    rename(Point::RetentionRename, path, &aside).map_err(Error::io("remove", path))?;
+    fault::rename(Point::RetentionRename, path, &aside).map_err(Error::io("remove", path))?;
     fault::reach(Point::RetentionRemove, path)
         .and_then(|()| fs::remove_dir_all(&aside))
         .map_err(Error::io("remove", &aside))

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     Error, Result,
     fault::{self, Point},
-    files::{rename, sync_folder, temporary_sibling, write_atomic},
+    files::{sync_folder, temporary_sibling, write_atomic},
 };
 
 /// Writes one checkpoint; until [`commit`](Self::commit) it does not exist.
@@ -62,7 +62,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if a folder cannot be made.
+    /// [`Error::Files`] if a folder cannot be made.
     pub fn new(checkpoints: &Path, step: u64, kind: &str) -> Result<Self> {
         let aside = temporary_sibling(&folder_of(checkpoints, step));
         fs::create_dir_all(checkpoints).map_err(Error::io("create", checkpoints))?;
@@ -79,7 +79,7 @@ impl CheckpointWriter {
     /// # Errors
     ///
     /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Tensors`] for
-    /// a name given twice or a kind that safetensors lacks, [`Error::Io`] if the disk is full.
+    /// a name given twice or a kind that safetensors lacks, [`Error::Files`] if the disk is full.
     pub fn tensors(&mut self, name: &str, tensors: &[(String, Tensor)]) -> Result<&mut Self> {
         self.member(name, |path, file| write_tensors(path, file, tensors))
     }
@@ -88,15 +88,11 @@ impl CheckpointWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Json`] for a
-    /// value that JSON cannot hold, [`Error::Io`] if the disk is full.
+    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Files`] for a
+    /// value that JSON cannot hold, [`Error::Files`] if the disk is full.
     pub fn json(&mut self, name: &str, value: &impl Serialize) -> Result<&mut Self> {
         self.member(name, |path, file| {
-            serde_json::to_writer_pretty(file, value).map_err(|source| Error::Json {
-                action: "write",
-                path: path.to_owned(),
-                source,
-            })
+            serde_json::to_writer_pretty(file, value).map_err(Error::json("write", path))
         })
     }
 
@@ -105,7 +101,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name; [`Error::Core`] or [`Error::Io`] if
+    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name; [`Error::Core`] or [`Error::Files`] if
     /// it can be neither linked nor copied, or not be flushed.
     pub fn link(&mut self, file: &SavedFile) -> Result<&mut Self> {
         let SavedFile { name, bytes, crc32, .. } = file;
@@ -144,14 +140,13 @@ impl CheckpointWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
+    /// [`Error::Files`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
     pub fn commit(self) -> Result<Checkpoint> {
         let manifest = Manifest::new(self.step, &self.kind, self.members.clone())?;
         let manifest = Manifest { linked: self.linked.clone(), ..manifest };
         let path = self.aside.join(MANIFEST);
         let sealed = manifest.clone().seal().and_then(|sealed| serde_json::to_vec_pretty(&sealed));
-        let text =
-            sealed.map_err(|source| Error::Json { action: "write", path: path.clone(), source })?;
+        let text = sealed.map_err(Error::json("write", &path))?;
         write_atomic(&path, &text)?;
         sync_folder(&self.aside)?;
 
@@ -167,10 +162,10 @@ impl CheckpointWriter {
         let old = place.with_file_name(format!("{REPLACED}{name}"));
         let replaces = place.exists();
         if replaces {
-            rename(Point::CheckpointMakeRoom, place, &old)
+            fault::rename(Point::CheckpointMakeRoom, place, &old)
                 .map_err(Error::io("make room for", place))?;
         }
-        if let Err(error) = rename(Point::CheckpointRename, &self.aside, place) {
+        if let Err(error) = fault::rename(Point::CheckpointRename, &self.aside, place) {
             if replaces {
                 // What stood there stands there again; the error to tell is the first one.
                 let _ = fs::rename(&old, place);

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
+use ddil_files::settings::Settings;
 use ddil_trainer::compare::workers::{self, End, Event};
 use ddil_trainer::compare::{CellRecord, Job, Matrix, Outcome, Plan, Report, Standing};
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
 use ddil_trainer::run_folder::lock;
-use ddil_trainer::settings::Settings;
 
 use super::say;
 use crate::cli::CompareArgs;

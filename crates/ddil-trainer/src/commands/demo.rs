@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
+use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
 use ddil_trainer::compare::distil;
@@ -24,7 +25,6 @@ use ddil_trainer::run_folder::RunFolder;
 use ddil_trainer::sampler::SamplerKind;
 use ddil_trainer::sampling::{SamplePlan, generate, initial_noise, layout};
 use ddil_trainer::session::Outcome;
-use ddil_trainer::settings::Settings;
 use tch::{Device, Kind, Tensor};
 
 use super::evaluate::{all_images, data_row};

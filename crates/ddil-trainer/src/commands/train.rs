@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use ddil_files::settings::{Settings, to_toml};
 use ddil_trainer::Result;
 use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::distill::DistillTask;
@@ -12,7 +13,6 @@ use ddil_trainer::logging::Logging;
 use ddil_trainer::memory::MemoryPlan;
 use ddil_trainer::run_folder::RunFolder;
 use ddil_trainer::session::{Outcome, Session, SessionConfig, Task};
-use ddil_trainer::settings::{Settings, to_toml};
 use ddil_trainer::train::TrainTask;
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -25,7 +25,7 @@ impl ComparisonFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if one cannot be made.
+    /// [`Error::Files`] if one cannot be made.
     pub fn create(&self) -> Result<()> {
         for folder in [self.cells(), self.0.join("teachers")] {
             fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -87,7 +87,7 @@ impl ComparisonFolder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if something cannot be removed.
+    /// [`Error::Files`] if something cannot be removed.
     pub fn remove_cell(&self, cell: &str) -> Result<()> {
         // The record first: without it nothing of the cell counts as done.
         let files =

@@ -141,7 +141,7 @@ impl Job {
         match &self.task {
             Task::Real => {
                 let (measured_as, rows) = (setting.measured_as(None), measure::real(setting)?);
-                write_json(&setting.folder.real(), &NamedRows::new(measured_as, rows))
+                Ok(write_json(&setting.folder.real(), &NamedRows::new(measured_as, rows))?)
             }
             Task::Draw { teacher, start } => measure::draw_part(setting, teacher, *start),
             Task::Teacher { teacher, taught, own_steps } => {
@@ -150,7 +150,7 @@ impl Job {
                 let rows = vec![(name, row)];
                 let measured_as = setting.measured_as(Some(taught));
                 let path = teacher.row(&setting.folder, taught);
-                write_json(&path, &NamedRows::new(measured_as, rows))
+                Ok(write_json(&path, &NamedRows::new(measured_as, rows))?)
             }
             Task::Cell { .. } => self.perform_cell(logging, interrupt, end_at_once),
         }

@@ -19,7 +19,7 @@ use crate::settings::{Settings, to_toml};
 ///
 /// ```
 /// use ddil_trainer::compare::Matrix;
-/// use ddil_trainer::settings::Settings;
+/// use ddil_files::settings::Settings;
 ///
 /// let matrix = r#"
 ///     name = "priors"
@@ -468,7 +468,7 @@ impl Cell {
     ///
     /// # Errors
     ///
-    /// [`Error::WriteSettings`] for what TOML cannot say.
+    /// [`Error::Files`] for what TOML cannot say.
     pub fn config_sha256(&self) -> Result<String> {
         Ok(sha256(to_toml(&self.config)?.as_bytes()))
     }
@@ -514,7 +514,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 fn nameless(config: &DistillConfig) -> Result<String> {
     let mut config = config.clone();
     config.run.name.clear();
-    to_toml(&config)
+    Ok(to_toml(&config)?)
 }
 
 fn arm_name(values: &[&AxisValue]) -> String {

@@ -175,7 +175,7 @@ pub fn shift(shifts: &[Shift]) -> std::result::Result<String, String> {
 /// Writes a plot, whole or not at all.
 pub(super) fn write(path: &Path, plot: std::result::Result<String, String>) -> Result<()> {
     let svg = plot.map_err(|reason| Error::Plot { path: path.to_owned(), reason })?;
-    write_atomic(path, svg.as_bytes())
+    Ok(write_atomic(path, svg.as_bytes())?)
 }
 
 fn lines_of(report: &Report, metric: Metric) -> Vec<Line> {

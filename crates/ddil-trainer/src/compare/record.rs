@@ -88,10 +88,10 @@ impl CellRecord {
     ///
     /// # Errors
     ///
-    /// [`Error::Json`](crate::Error::Json) if the file is something else,
-    /// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote it.
+    /// [`Error::Files`](crate::Error::Files) if the file is something else, and
+    /// if another version wrote it.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()
+        Ok(path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()?)
     }
 
     /// Writes it, whole or not at all.
@@ -100,7 +100,7 @@ impl CellRecord {
     ///
     /// What the file system refuses.
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_json(path, self)
+        Ok(write_json(path, self)?)
     }
 }
 

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -124,11 +125,7 @@ fn start(job: &Job, command: &dyn Fn() -> io::Result<Command>) -> Result<(Child,
     let Some(mut input) = child.stdin.take() else {
         return Err(Error::Setup { action: "start a process", reason: "no input".to_owned() });
     };
-    let mut line = serde_json::to_vec(job).map_err(|source| Error::Json {
-        action: "write",
-        path: "a job".into(),
-        source,
-    })?;
+    let mut line = serde_json::to_vec(job).map_err(Error::json("write", Path::new("a job")))?;
     line.push(b'\n');
     // A process that ended before it read its job says why by how it ended.
     let _ = input.write_all(&line).and_then(|()| input.flush());
@@ -172,11 +169,7 @@ pub fn serve(logging: &Logging, interrupt: &Interrupt) -> Result<()> {
     let mut line = String::new();
     let read = io::stdin().lock().read_line(&mut line);
     read.map_err(|error| setup("read a job", &error))?;
-    let job: Job = serde_json::from_str(&line).map_err(|source| Error::Json {
-        action: "read",
-        path: "a job".into(),
-        source,
-    })?;
+    let job: Job = serde_json::from_str(&line).map_err(Error::json("read", Path::new("a job")))?;
     ddil_libtorch::set_num_threads(job.setting.threads as usize)?;
     let at_once = Arc::new(AtomicBool::new(job.can_end_at_once()));
     end_with_the_input(interrupt.clone(), at_once.clone());

@@ -146,7 +146,7 @@ impl Encoding {
             fs::remove_dir_all(&self.folder).map_err(Error::io("remove", &self.folder))?;
         }
         fs::rename(aside, &self.folder).map_err(Error::io("rename", aside))?;
-        sync_folder(parent(&self.folder))
+        Ok(sync_folder(parent(&self.folder))?)
     }
 
     fn encode(&self, parts: &TextToImage, aside: &Path, interrupt: &Interrupt) -> Result<()> {
@@ -178,7 +178,7 @@ impl Encoding {
             truncated,
         };
         // Last: a folder with this file is a whole one.
-        write_json(&aside.join(INFO), &info)
+        Ok(write_json(&aside.join(INFO), &info)?)
     }
 
     /// Every text once, the empty prompt first, and the rows of each sample's phrasings.

@@ -58,7 +58,7 @@ impl Pipeline {
         let text = model_card(&card, scheduler, is_text_to_image);
         write_atomic(&folder.join(MODEL_CARD), text.as_bytes())?;
         // Last: a folder with a card is a whole one.
-        write_json(&folder.join(card::FILE_NAME), &card)
+        Ok(write_json(&folder.join(card::FILE_NAME), &card)?)
     }
 
     /// Reads the base of an adapter and adds the adapter to its weights.
@@ -79,7 +79,7 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// [`Error::Json`] for a card that cannot be read, [`Error::Invalid`] if it names no base.
+    /// [`Error::Files`] for a card that cannot be read, [`Error::Invalid`] if it names no base.
     pub fn adapter_at(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
         let Ok(folder) = Self::find(path) else { return Ok(None) };
         if folder.join(index::FILE_NAME).is_file() {

@@ -87,10 +87,9 @@ impl Card {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`](crate::Error::Io), [`Error::Json`](crate::Error::Json);
-    /// [`Error::FormatVersion`](crate::Error::FormatVersion) if another version wrote it.
+    /// [`Error::Files`](crate::Error::Files), also if another version wrote it.
     pub fn read(path: &Path) -> Result<Self> {
-        read_versioned(path, FORMAT_VERSION)
+        Ok(read_versioned(path, FORMAT_VERSION)?)
     }
 
     /// What a sampler is told unless somebody asks for another scale: the middle of the range for a network that is

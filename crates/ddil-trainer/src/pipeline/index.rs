@@ -82,7 +82,7 @@ impl Index {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], [`Error::Json`]; [`Error::Invalid`] for a pipeline that this program does not know, and for a
+    /// [`Error::Files`]; [`Error::Invalid`] for a pipeline that this program does not know, and for a
     /// part whose name is no name of a folder: what it says is copied must not come from, or go, elsewhere.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
@@ -135,7 +135,7 @@ impl Index {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`].
+    /// [`Error::Files`].
     pub(super) fn write(&self, folder: &Path) -> Result<()> {
         let mut object = Map::new();
         object.insert("_class_name".to_owned(), self.class.as_str().into());
@@ -148,7 +148,7 @@ impl Index {
             object.insert(name.clone(), part);
         }
         object.extend(self.settings.clone());
-        write_json(&folder.join(FILE_NAME), &object)
+        Ok(write_json(&folder.join(FILE_NAME), &object)?)
     }
 }
 

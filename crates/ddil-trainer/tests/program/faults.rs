@@ -1,14 +1,14 @@
 //! The process dies, or the disk fails, wherever a run writes; resumed, the run ends on the bits of one that was spared.
 //!
-//! The points are `ddil_trainer::fault`'s, of debug builds alone. Which of them a run passes, and for which files, is
+//! The points are `ddil_files::fault`'s, of debug builds alone. Which of them a run passes, and for which files, is
 //! traced, so that a file that is new is covered without being listed.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ddil_files::fault::POINTS;
 use ddil_trainer::checkpoint::{find_latest, folder_of};
-use ddil_trainer::fault::POINTS;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

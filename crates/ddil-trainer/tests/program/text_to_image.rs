@@ -539,8 +539,7 @@ fn encoded_data_may_be_of_half_precision_and_without_a_spread() -> TestResult {
 fn a_stop_while_data_are_encoded_leaves_nothing() {
     let workshop = workshop(Family::StableDiffusion);
     let config = fs::read_to_string(workshop.path("distill.toml")).expect("it was written");
-    let mut settings =
-        ddil_trainer::settings::Settings::parse("distill.toml", config).expect("TOML");
+    let mut settings = ddil_files::settings::Settings::parse("distill.toml", config).expect("TOML");
     let at = |name: &str| workshop.path(name).display().to_string();
     for (key, name) in
         [("teacher.path", "teacher"), ("data.path", "captions"), ("data.cache", "cache")]

@@ -1,7 +1,7 @@
 //! Named points at which a test has the disk fail or the process die.
 //!
-//! Everything that a run writes passes one of these points. Debug builds with the feature `fault-points`, which this
-//! package's own tests turn on, ask the environment there; in every other build a point is the plain operation, and
+//! Everything that a run writes passes one of these points. Debug builds with the feature `fault-points`, which the
+//! tests of the program turn on, ask the environment there; in every other build a point is the plain operation, and
 //! there is nothing to be asked. So a feature that cargo unifies into a release build changes nothing.
 //!
 //! `DDIL_FAULT` is a list, separated by commas, of `<point>[@<file>]:<effect>[:<nth>]`: at the nth time, the first by
@@ -12,16 +12,22 @@
 #[cfg(all(feature = "fault-points", debug_assertions))]
 mod active;
 #[cfg(all(feature = "fault-points", debug_assertions))]
-pub use active::POINTS;
-#[cfg(all(feature = "fault-points", debug_assertions))]
-pub(crate) use active::{reach, write_all};
+pub use active::{POINTS, reach, write_all};
 
 #[cfg(not(all(feature = "fault-points", debug_assertions)))]
-pub(crate) use inactive::{reach, write_all};
+pub use inactive::{reach, write_all};
+
+use std::{fs, io, path::Path};
+
+/// Renames a file or folder; the fault point is that of the new name.
+pub fn rename(point: Point, from: &Path, to: &Path) -> io::Result<()> {
+    reach(point, to)?;
+    fs::rename(from, to)
+}
 
 /// Where something can go wrong, named by what comes next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Point {
+pub enum Point {
     /// The folders of a new run.
     RunCreate,
     /// The process's number in the lock file.
@@ -72,12 +78,12 @@ mod inactive {
     #[expect(clippy::unnecessary_wraps, reason = "as where points are active")]
     #[inline(always)]
     #[expect(clippy::inline_always, reason = "there is nothing in it")]
-    pub(crate) fn reach(_point: Point, _path: &Path) -> Result<()> {
+    pub fn reach(_point: Point, _path: &Path) -> Result<()> {
         Ok(())
     }
 
     #[inline]
-    pub(crate) fn write_all(
+    pub fn write_all(
         _point: Point,
         _path: &Path,
         file: &mut impl Write,

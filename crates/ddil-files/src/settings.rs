@@ -28,7 +28,7 @@ const LEAST_SIMILARITY: f64 = 0.65;
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::settings::Settings;
+/// use ddil_files::settings::Settings;
 /// use serde::Deserialize;
 ///
 /// #[derive(Deserialize)]
@@ -46,7 +46,7 @@ const LEAST_SIMILARITY: f64 = 0.65;
 /// settings.set("batchsize=32")?;
 /// let error = settings.build::<Train>().err().expect("there is no such key").to_string();
 /// assert_eq!(error, "--set batchsize=32: unknown key `batchsize`; did you mean `batch_size`?");
-/// # Ok::<(), ddil_trainer::Error>(())
+/// # Ok::<(), ddil_files::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -207,12 +207,12 @@ impl fmt::Display for Difference {
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::settings::differences;
+/// use ddil_files::settings::differences;
 ///
 /// let left = toml::toml! { lr = 0.1 }.to_owned();
 /// let right = toml::toml! { lr = 0.2 }.to_owned();
 /// assert_eq!(differences(&left, &right)?[0].to_string(), "lr: 0.1 there, 0.2 here");
-/// # Ok::<(), ddil_trainer::Error>(())
+/// # Ok::<(), ddil_files::Error>(())
 /// ```
 pub fn differences<T: Serialize>(left: &T, right: &T) -> Result<Vec<Difference>> {
     let to_value =

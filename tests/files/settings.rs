@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use ddil_trainer::{
+use ddil_files::{
     Error,
     settings::{Settings, differences, to_toml},
 };

@@ -140,17 +140,12 @@ impl Fault {
 }
 
 /// Where the next operation may fail.
-pub(crate) fn reach(point: Point, path: &Path) -> io::Result<()> {
+pub fn reach(point: Point, path: &Path) -> io::Result<()> {
     write_all(point, path, &mut io::sink(), &[])
 }
 
 /// Writes everything, or what a test leaves of it.
-pub(crate) fn write_all(
-    point: Point,
-    path: &Path,
-    file: &mut impl Write,
-    bytes: &[u8],
-) -> io::Result<()> {
+pub fn write_all(point: Point, path: &Path, file: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     let name = stable_name(path);
     trace(point, &name);
     for fault in FAULTS.iter().filter(|fault| fault.is_due(point, &name)) {

@@ -1,0 +1,3 @@
+//! Files and settings.
+
+mod settings;
