@@ -12,7 +12,7 @@ use std::time::Instant;
 use clap::Parser;
 use ddil_benches::training::{Passes, Result, Workload};
 use ddil_core::{
-    AggregationBuffer, BufferConfig, Conditioning, Source, States, StorageKind, sample,
+    AggregationBuffer, BufferConfig, Conditioning, Rollout, Source, States, StorageKind,
 };
 use ddil_schedulers::{Ddim, TimestepSpacing, Timesteps};
 use ddil_trainer::compare::plot::{Line, Panel, Scale, draw};
@@ -98,7 +98,8 @@ fn sampling(steps: &[i64]) -> Result<Curve> {
             let _no_grad = tch::no_grad_guard();
             let (network, told) = (passes.network(), passes.told());
             let noise = noise.shallow_clone();
-            drop(black_box(sample(network, &sampler, &timesteps, noise, told, None)?));
+            let rollout = Rollout::new(network, &sampler, &timesteps).conditioning(told);
+            drop(black_box(rollout.sample(noise)?));
             Ok(())
         }))
     });

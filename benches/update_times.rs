@@ -220,7 +220,7 @@ impl Record<'_> {
 /// What an update was of.
 fn tensors(states: &States, real: &Data) -> Result<Vec<(String, Tensor)>> {
     let labels = |told: &Conditioning| {
-        let labels = told.class_labels.as_ref().map(Tensor::shallow_clone);
+        let labels = told.get(Conditioning::CLASS_LABELS).map(Tensor::shallow_clone);
         labels.ok_or("samples have classes")
     };
     let named = [

@@ -8,7 +8,7 @@
 
 use std::error::Error;
 
-use ddil_core::{Conditioning, RandomStreams, Source, States, sample};
+use ddil_core::{Conditioning, RandomStreams, Rollout, Source, States};
 use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase, pseudo_huber};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
@@ -41,8 +41,8 @@ impl Objective for KnowledgeDistillation {
         let (x_t, conditioning) = (&states.x_t, &states.conditioning);
         // Without gradients, as every rollout of `ddil-core`.
         let start = x_t.shallow_clone();
-        let (teacher, grid) = (networks.teacher, &self.teacher_timesteps);
-        let target = sample(teacher, &self.sampler, grid, start, conditioning, None)?;
+        let rollout = Rollout::new(networks.teacher, &self.sampler, &self.teacher_timesteps);
+        let target = rollout.conditioning(conditioning).sample(start)?;
 
         let x0 = networks.student.predict(x_t, &states.timesteps, conditioning)?.x0;
         let per_sample = pseudo_huber(&x0, &target, 0.01)?;

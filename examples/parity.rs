@@ -94,14 +94,16 @@ fn named<const N: usize>(tensors: [(&str, Tensor); N]) -> Tensors {
 
 /// What a network is told, of the inputs that there are.
 fn told(inputs: &Tensors, kind: Kind) -> Conditioning {
-    let part = |name: &str| inputs.get(name).map(|tensor| tensor.to_kind(kind));
-    Conditioning {
-        encoder_hidden_states: part("encoder_hidden_states"),
-        text_embeds: part("text_embeds"),
-        time_ids: inputs.get("time_ids").map(Tensor::shallow_clone),
-        guidance_weight: inputs.get("guidance_weight").map(Tensor::shallow_clone),
-        ..Conditioning::none()
-    }
+    let part = |name: &str| inputs.get(name).map(Tensor::shallow_clone);
+    let embeds = |name: &str| part(name).map(|tensor| tensor.to_kind(kind));
+    [Conditioning::ENCODER_HIDDEN_STATES, Conditioning::TEXT_EMBEDS]
+        .map(|name| (name, embeds(name)))
+        .into_iter()
+        .chain(
+            [Conditioning::TIME_IDS, Conditioning::GUIDANCE_WEIGHT].map(|name| (name, part(name))),
+        )
+        .filter_map(|(name, part)| Some((name, part?)))
+        .collect()
 }
 
 fn pass(model: &Model, inputs: &Tensors, kind: Kind) -> Result<Tensor, Failure> {

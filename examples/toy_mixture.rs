@@ -26,8 +26,8 @@ use std::{env, fs, thread};
 
 use ddil_core::{
     Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors,
-    RandomStreams, ShiftConfig, ShiftRequest, Stream, StudentConfig, StudentPolicy, TeacherConfig,
-    measure_shift, sample,
+    RandomStreams, Rollout, ShiftConfig, ShiftRequest, Stream, StudentConfig, StudentPolicy,
+    TeacherConfig, measure_shift,
 };
 use ddil_examples::{Result, Trainer, Training, mean_and_error};
 use ddil_losses::{
@@ -276,7 +276,8 @@ impl Lab {
         let noise = generator.normal([NUM_SAMPLES, 2], Kind::Float)?;
         let (sampler, conditioning) =
             (Ddim::new(self.schedule.clone()), Conditioning::class_labels(labels));
-        let x0 = sample(denoiser, &sampler, timesteps, noise, &conditioning, None)?;
+        let rollout = Rollout::new(denoiser, &sampler, timesteps).conditioning(&conditioning);
+        let x0 = rollout.sample(noise)?;
         Ok(Data { x0, conditioning })
     }
 
@@ -312,7 +313,7 @@ fn trailing(num_steps: u32) -> Result<Timesteps> {
 }
 
 fn points(samples: &Data) -> Points {
-    let labels = samples.conditioning.class_labels.as_ref();
+    let labels = samples.conditioning.get(Conditioning::CLASS_LABELS);
     let class = |i| labels.map_or(0, |labels| labels.int64_value(&[i]) as usize);
     let coordinate = |i, d| samples.x0.double_value(&[i, d]);
     (0..NUM_POINTS).map(|i| (coordinate(i, 0), coordinate(i, 1), class(i))).collect()

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use ddil_core::{Denoiser, sample};
+use ddil_core::{Denoiser, Rollout};
 use ddil_schedulers::{Error, NoiseSchedule, Sampler, SamplerStep, Timesteps};
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::prompting::Told;
@@ -33,7 +33,8 @@ pub fn replay(
     let fresh = fresh.map_or_else(VecDeque::new, |fresh| fresh.unbind(0).into());
     let sampler = Replayed { inner, fresh: Mutex::new(fresh) };
     let asked = asked(&pipeline.network, plan, &told.guide)?;
-    Ok(sample(&*asked, &sampler, timesteps, noise.shallow_clone(), &told.conditioning, None)?)
+    let rollout = Rollout::new(&*asked, &sampler, timesteps).conditioning(&told.conditioning);
+    Ok(rollout.sample(noise.shallow_clone())?)
 }
 
 /// A sampler whose fresh noise is known in advance.

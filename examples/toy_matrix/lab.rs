@@ -2,7 +2,9 @@
 
 use std::cell::Cell;
 
-use ddil_core::{Conditioning, Data, Denoiser, Guided, RandomStreams, Stream, Thresholded, sample};
+use ddil_core::{
+    Conditioning, Data, Denoiser, Guided, RandomStreams, Rollout, Stream, Thresholded,
+};
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{TimestepWeights, Weighting};
 use ddil_models::{
@@ -152,8 +154,8 @@ impl Lab {
         let labels = generator.randint(0, self.mixture().num_classes(), [n])?;
         let noise = generator.normal([n, 2], Kind::Float)?;
         let conditioning = Conditioning::class_labels(labels);
-        let generator = Some(&mut generator);
-        let x0 = sample(denoiser, sampler, timesteps, noise, &conditioning, generator)?;
+        let rollout = Rollout::new(denoiser, sampler, timesteps).conditioning(&conditioning);
+        let x0 = rollout.generator(&mut generator).sample(noise)?;
         Ok(Data { x0, conditioning })
     }
 }

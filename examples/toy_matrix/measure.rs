@@ -4,7 +4,9 @@ use std::cell::Cell as Count;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use ddil_core::{Data, Denoiser, ShiftConfig, ShiftRequest, Stream, Thresholded, measure_shift};
+use ddil_core::{
+    Conditioning, Data, Denoiser, ShiftConfig, ShiftRequest, Stream, Thresholded, measure_shift,
+};
 use ddil_examples::{Result, Training};
 use ddil_models::{GaussianMixture, Model};
 use ddil_schedulers::{Ddim, Thresholding};
@@ -207,7 +209,7 @@ fn modes(mixture: &GaussianMixture, setting: Setting, x0: &Tensor) -> Result<Mod
 }
 
 fn points(samples: &Data) -> Points {
-    let labels = samples.conditioning.class_labels.as_ref();
+    let labels = samples.conditioning.get(Conditioning::CLASS_LABELS);
     let class = |i| labels.map_or(0, |labels| labels.int64_value(&[i]));
     // Three digits are more than a picture shows.
     let coordinate = |i, d| (samples.x0.double_value(&[i, d]) * 1e3).round() / 1e3;

@@ -34,7 +34,7 @@ pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64
 
 /// The numbers of states, once value and label are known to be of one.
 pub(crate) fn numbers(states: &States) -> Vec<i64> {
-    let labels = states.conditioning.class_labels.as_ref().expect("labels were stored");
+    let labels = states.conditioning.get(Conditioning::CLASS_LABELS).expect("labels were stored");
     let numbers: Vec<i64> = Vec::try_from(labels).expect("they are Int64");
     let n = states.len() as i64;
     let values = states.x_t.view([n, -1]);
@@ -184,7 +184,8 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
         let [a, b] = [&batches[0], &batches[1]];
         assert_eq!(a.x_t, b.x_t);
         assert_eq!(a.births, b.births);
-        assert_eq!(a.conditioning.class_labels, b.conditioning.class_labels);
+        let [a_labels, b_labels] = [a, b].map(|s| s.conditioning.get(Conditioning::CLASS_LABELS));
+        assert_eq!(a_labels, b_labels);
     }
     assert_eq!(original.statistics(9), restored.statistics(9));
     // What was saved did not change with either of the two.

@@ -25,9 +25,9 @@ impl Gaussian {
     }
 
     fn mean(&self, x_t: &Tensor, conditioning: &Conditioning) -> Result<Tensor> {
-        let Some(labels) = &conditioning.class_labels else {
+        let Some(labels) = conditioning.get(Conditioning::CLASS_LABELS) else {
             let network = "Gaussian".to_owned();
-            return Err(Error::ConditioningMissing { network, field: "class_labels" });
+            return Err(Error::ConditioningMissing { network, field: Conditioning::CLASS_LABELS });
         };
         let mut shape = vec![1; x_t.dim()];
         shape[0] = -1;

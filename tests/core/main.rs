@@ -4,6 +4,7 @@
 mod adaptive;
 mod buffer;
 mod common;
+mod conditioning;
 mod denoiser;
 mod loss_meter;
 mod mixer;

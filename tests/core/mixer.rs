@@ -38,14 +38,15 @@ impl Run {
     /// Labels of data are even, of prompts odd.
     fn data(&self, step: u64) -> Data {
         let n = self.shape[0] as usize;
-        let labels = labels(n).class_labels.expect("there are labels") * 2;
+        let labels = labels(n).get(Conditioning::CLASS_LABELS).expect("there are labels") * 2;
         let x0 = normal(500 + step, &self.shape) * 0.5 + 3.0;
         Data { x0, conditioning: Conditioning::class_labels(labels) }
     }
 
     fn next(&mut self, step: u64) -> ddil_core::Result<States> {
         let data = self.data(step).to_device(self.device)?;
-        let odd = labels(self.shape[0] as usize).class_labels.expect("there are labels") * 2 + 1;
+        let labels = labels(self.shape[0] as usize);
+        let odd = labels.get(Conditioning::CLASS_LABELS).expect("there are labels") * 2 + 1;
         let odd = odd.to_device(self.device);
         self.mixer.next_states(&MixRequest {
             step,
@@ -83,7 +84,7 @@ fn policies() -> Vec<StudentPolicy> {
 }
 
 fn label_list(states: &States) -> Vec<i64> {
-    let labels = states.conditioning.class_labels.as_ref().expect("all have labels");
+    let labels = states.conditioning.get(Conditioning::CLASS_LABELS).expect("all have labels");
     Vec::try_from(labels).expect("they are Int64")
 }
 
@@ -103,7 +104,9 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
             let noise = generator.normal(shape, Kind::Float)?;
             assert_eq!(states.x_t, schedule().add_noise(&x0, &noise, &timesteps)?);
             assert_eq!(states.timesteps, timesteps);
-            assert_eq!(states.conditioning.class_labels, conditioning.class_labels);
+            let [told, expected] =
+                [&states.conditioning, &conditioning].map(|c| c.get(Conditioning::CLASS_LABELS));
+            assert_eq!(told, expected);
             assert_eq!(states.sources, [Source::Forward; 3]);
         }
         assert_eq!((run.student.asked.get(), run.teacher.asked.get()), (0, 0));
@@ -238,7 +241,8 @@ fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
             let states = original.step(step)?;
             assert_eq!([states.x_t.device(), states.timesteps.device()], [gpu; 2]);
             assert!(states.x_t.isfinite().all().double_value(&[]) > 0.0);
-            assert_eq!(states.conditioning.class_labels.expect("there are labels").device(), gpu);
+            let labels = states.conditioning.get(Conditioning::CLASS_LABELS);
+            assert_eq!(labels.expect("there are labels").device(), gpu);
         }
         let mut restored = run();
         restored.mixer.restore(&original.mixer.state()?)?;

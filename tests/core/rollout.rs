@@ -1,8 +1,8 @@
 use std::cell::RefCell;
 
 use ddil_core::{
-    Conditioning, Denoiser, Draws, Error, MixedRollout, MixedVariant, RandomStreams, Stream,
-    first_state, rollout, rollout_keeping, rollout_to, sample,
+    Conditioning, Denoiser, Draws, Error, MixedRollout, MixedVariant, RandomStreams, Rollout,
+    Stream, Trajectory, first_state,
 };
 use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{
@@ -14,6 +14,42 @@ use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal, schedu
 
 fn draws() -> Draws {
     RandomStreams::new(0, 0).draws(0, Stream::Sample, Device::Cpu).expect("the CPU is there")
+}
+
+/// The whole trajectory of a denoiser by DDIM.
+fn walked(
+    denoiser: &dyn Denoiser,
+    timesteps: &Timesteps,
+    noise: Tensor,
+    conditioning: &Conditioning,
+) -> ddil_core::Result<Trajectory> {
+    let ddim = Ddim::new(schedule());
+    Rollout::new(denoiser, &ddim, timesteps).conditioning(conditioning).run(noise)
+}
+
+/// Where each sample is that stops at a timestep of its own.
+fn stopped(
+    student: &Gaussian,
+    noise: &Tensor,
+    conditioning: &Conditioning,
+    targets: &[i64],
+) -> ddil_core::Result<Tensor> {
+    let (ddim, grid) = (Ddim::new(schedule()), trailing(4));
+    let rollout = MixedRollout {
+        student,
+        student_sampler: &ddim,
+        timesteps: &grid,
+        teacher: student,
+        teacher_sampler: &ddim,
+        teacher_timesteps: &grid,
+        variant: None,
+    };
+    let visited = rollout.visit(noise, conditioning, targets, &mut draws())?;
+    let state = |(row, &target)| match visited.position(row, target) {
+        Some(position) => visited.x_t.get(position as i64),
+        None => noise.get(row as i64),
+    };
+    Ok(Tensor::stack(&targets.iter().enumerate().map(state).collect::<Vec<_>>(), 0))
 }
 
 /// Answers with a tensor that wants a gradient.
@@ -36,18 +72,17 @@ impl Denoiser for Trainable {
 fn runs_for_any_rank_and_without_gradients() -> ddil_core::Result<()> {
     let weight = Tensor::from(0.5_f32).set_requires_grad(true);
     let student = Trainable(schedule(), weight);
-    let sampler = Ddim::new(schedule());
+    let (sampler, grid) = (Ddim::new(schedule()), trailing(4));
     for shape in SHAPES {
         let noise = normal(1, shape);
         let first = noise.shallow_clone();
-        let trajectory =
-            rollout(&student, &sampler, &trailing(4), noise, &Conditioning::none(), None)?;
+        let trajectory = Rollout::new(&student, &sampler, &grid).run(noise)?;
         assert_eq!(trajectory.states.len(), 4);
         assert_eq!(trajectory.states[0], first);
         assert!(trajectory.states.iter().all(|state| state.size() == shape));
         assert!(!trajectory.x0.requires_grad());
         let noise = normal(1, shape);
-        let x0 = sample(&student, &sampler, &trailing(4), noise, &Conditioning::none(), None)?;
+        let x0 = Rollout::new(&student, &sampler, &grid).sample(noise)?;
         assert_eq!(x0, trajectory.x0);
     }
     // Gradients are on again.
@@ -61,8 +96,7 @@ fn ddim_rollout_is_the_formula() -> ddil_core::Result<()> {
     let teacher = Gaussian::new(0.3, 0.1, 0.5);
     let noise = normal(2, &[3, 4]);
     let mut x_t = noise.copy();
-    let ddim = Ddim::new(schedule());
-    let trajectory = rollout(&teacher, &ddim, &trailing(4), noise, &labels(3), None)?;
+    let trajectory = walked(&teacher, &trailing(4), noise, &labels(3))?;
     for (i, (timestep, prev)) in trailing(4).pairs().enumerate() {
         assert!(max_abs_difference(&trajectory.states[i], &x_t) < 1e-5);
         let timesteps = Tensor::full([3], timestep, (Kind::Int64, Device::Cpu));
@@ -77,16 +111,14 @@ fn ddim_rollout_is_the_formula() -> ddil_core::Result<()> {
 #[test]
 fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
     let student = Gaussian::new(0.3, 0.1, 0.5);
-    let ddim = Ddim::new(schedule());
     for shape in [&[6, 4][..], &[6, 2, 3, 3]] {
         let noise = normal(3, shape);
-        let whole = rollout(&student, &ddim, &trailing(4), noise.copy(), &labels(6), None)?;
+        let whole = walked(&student, &trailing(4), noise.copy(), &labels(6))?;
         student.asked.set(0);
         let indices = [2_usize, 0, 3, 1, 2, 3];
         let mut targets: Vec<i64> = indices.iter().map(|&i| trailing(4).as_slice()[i]).collect();
         targets[5] = -1;
-        let stopped =
-            rollout_to(&student, &ddim, &trailing(4), &noise, &labels(6), &targets, None)?;
+        let stopped = stopped(&student, &noise, &labels(6), &targets)?;
         for (row, &index) in indices.iter().enumerate() {
             let expected = if row == 5 { &whole.x0 } else { &whole.states[index] };
             let row = row as i64;
@@ -102,13 +134,11 @@ fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
 #[test]
 fn stops_between_its_timesteps() -> ddil_core::Result<()> {
     let student = Gaussian::new(0.3, 0.0, 0.5);
-    let ddim = Ddim::new(schedule());
     let noise = normal(3, &[2, 4]);
-    let targets = [600, 100];
-    let stopped = rollout_to(&student, &ddim, &trailing(4), &noise, &labels(2), &targets, None)?;
+    let stopped = stopped(&student, &noise, &labels(2), &[600, 100])?;
     for (row, list) in [(0, vec![999, 749, 600]), (1, vec![999, 749, 499, 249, 100])] {
         let grid = Timesteps::explicit(list, 1000)?;
-        let alone = rollout(&student, &ddim, &grid, noise.copy(), &labels(2), None)?;
+        let alone = walked(&student, &grid, noise.copy(), &labels(2))?;
         let last = alone.states.last().expect("there are states").get(row);
         assert!(max_abs_difference(&stopped.get(row), &last) < 1e-5);
     }
@@ -120,20 +150,24 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
     let student = Gaussian::new(0.3, 0.0, 0.5);
     let (ddim, lcm, grid) = (Ddim::new(schedule()), Lcm::new(schedule()), trailing(4));
     let noise = || normal(3, &[2, 4]);
-    let missing = rollout(&student, &lcm, &grid, noise(), &labels(2), None);
+    let missing = Rollout::new(&student, &lcm, &grid).conditioning(&labels(2)).sample(noise());
     assert!(matches!(missing, Err(Error::Scheduler(ddil_schedulers::Error::NoiseMissing { .. }))));
-    let told = rollout(&student, &ddim, &grid, noise(), &labels(3), None);
-    assert!(matches!(told, Err(Error::Conditioning { field: "class_labels", .. })));
-    let untold = rollout(&student, &ddim, &grid, noise(), &Conditioning::none(), None);
+    let two = labels(2);
+    let mut one = [ddil_core::Generator::new(Device::Cpu, 0)?];
+    let rollout = Rollout::new(&student, &lcm, &grid).conditioning(&two).generators(&mut one);
+    assert!(matches!(rollout.sample(noise()), Err(Error::Argument(_))));
+    let told = walked(&student, &grid, noise(), &labels(3));
+    assert!(matches!(told, Err(Error::Conditioning { field, .. }) if field == "class_labels"));
+    let untold = walked(&student, &grid, noise(), &Conditioning::none());
     assert!(matches!(untold, Err(Error::ConditioningMissing { .. })));
-    let scalar = rollout(&student, &ddim, &grid, Tensor::from(1.0), &labels(1), None);
+    let scalar = walked(&student, &grid, Tensor::from(1.0), &labels(1));
     assert!(matches!(scalar, Err(Error::Argument(ArgumentError::Shape { .. }))));
-    let beyond = rollout_to(&student, &ddim, &grid, &noise(), &labels(2), &[1000, 3], None);
+    let beyond = stopped(&student, &noise(), &labels(2), &[1000, 3]);
     assert!(matches!(beyond, Err(Error::Invalid(_))));
-    let few = rollout_to(&student, &ddim, &grid, &noise(), &labels(2), &[3], None);
+    let few = stopped(&student, &noise(), &labels(2), &[3]);
     assert!(matches!(few, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let kept = Timesteps::explicit(vec![999, 3], 1000)?;
-    let unvisited = rollout_keeping(&student, &ddim, &grid, &kept, noise(), &labels(2), None);
+    let unvisited = Rollout::new(&student, &ddim, &grid).keep(&kept).run(noise());
     assert!(matches!(unvisited, Err(Error::Invalid(_))));
     Ok(())
 }
@@ -145,7 +179,9 @@ fn stochastic_rollouts_follow_their_generator() -> ddil_core::Result<()> {
     let run = |seed| -> ddil_core::Result<Tensor> {
         let mut generator = ddil_core::Generator::new(Device::Cpu, seed)?;
         let noise = normal(3, &[2, 4]);
-        sample(&student, &lcm, &trailing(4), noise, &labels(2), Some(&mut generator))
+        let (grid, labels) = (trailing(4), labels(2));
+        let rollout = Rollout::new(&student, &lcm, &grid).conditioning(&labels);
+        rollout.generator(&mut generator).sample(noise)
     };
     assert_eq!(run(1)?, run(1)?);
     assert_ne!(run(1)?, run(2)?);
@@ -216,15 +252,9 @@ impl Pair {
 fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[5, 3]);
-    let own = rollout_keeping(
-        &pair.teacher,
-        &pair.ddim,
-        &pair.fine,
-        &pair.grid,
-        noise.copy(),
-        &labels(5),
-        None,
-    )?;
+    let labels = labels(5);
+    let own = Rollout::new(&pair.teacher, &pair.ddim, &pair.fine).conditioning(&labels);
+    let own = own.keep(&pair.grid).run(noise.copy())?;
     for variant in [
         MixedVariant::Bernoulli { kappa: 1.0 },
         MixedVariant::TeacherThenStudent { switch: 4 },
@@ -238,7 +268,7 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
     }
     // And the teacher lent as student, in steps of the teacher's grid.
     let lent = MixedRollout { student: &pair.teacher, timesteps: &pair.fine, ..pair.rollout(None) };
-    let visited = lent.visit(&noise, &labels(5), &[249; 5], &mut draws())?;
+    let visited = lent.visit(&noise, &labels, &[249; 5], &mut draws())?;
     let place = visited.position(3, 249).expect("it was passed") as i64;
     assert!(max_abs_difference(&visited.x_t.get(place), &own.states[3].get(3)) < 1e-5);
     Ok(())
@@ -248,7 +278,7 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
 fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[5, 3]);
-    let own = rollout(&pair.student, &pair.ddim, &pair.grid, noise.copy(), &labels(5), None)?;
+    let own = walked(&pair.student, &pair.grid, noise.copy(), &labels(5))?;
     for variant in [
         None,
         Some(MixedVariant::Bernoulli { kappa: 0.0 }),
@@ -267,20 +297,12 @@ fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
 fn actors_switch_where_they_should() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[2, 3]);
-    let student = rollout(&pair.student, &pair.ddim, &pair.grid, noise.copy(), &labels(2), None)?;
+    let student = walked(&pair.student, &pair.grid, noise.copy(), &labels(2))?;
     let switched = pair.states(&noise, Some(MixedVariant::StudentThenTeacher { switch: 1 }));
     assert!(max_abs_difference(&switched[0], &student.states[1]) < 1e-5);
-    let rest = Timesteps::explicit(vec![749, 624], 1000)?;
-    let on = rollout_to(
-        &pair.teacher,
-        &pair.ddim,
-        &rest,
-        &student.states[1],
-        &labels(2),
-        &[499, 499],
-        None,
-    )?;
-    assert!(max_abs_difference(&switched[1], &on) < 1e-5);
+    let rest = Timesteps::explicit(vec![749, 624, 499], 1000)?;
+    let on = walked(&pair.teacher, &rest, student.states[1].copy(), &labels(2))?;
+    assert!(max_abs_difference(&switched[1], &on.states[2]) < 1e-5);
     Ok(())
 }
 
@@ -369,9 +391,7 @@ fn an_error_on_the_way_is_handed_on() {
         }
     }
     let broken = Broken(schedule(), RefCell::default());
-    let ddim = Ddim::new(schedule());
-    let failed =
-        sample(&broken, &ddim, &trailing(4), normal(0, &[1, 1]), &Conditioning::none(), None);
+    let failed = walked(&broken, &trailing(4), normal(0, &[1, 1]), &Conditioning::none());
     assert!(matches!(failed, Err(Error::Network { .. })));
     assert_eq!(*broken.1.borrow(), 1);
     let leaf = Tensor::from(1_f32).set_requires_grad(true);

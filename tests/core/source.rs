@@ -1,8 +1,8 @@
 use ddil_core::{
     BufferConfig, Conditioning, Data, Denoiser, Error, Grids, LossFeedback, MixedVariant,
-    RandomStreams, RolloutSteps, Source, SourceConfig, SourceRequest, States, StorageKind,
+    RandomStreams, Rollout, RolloutSteps, Source, SourceConfig, SourceRequest, States, StorageKind,
     StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates,
-    TrajectorySource, rollout, rollout_keeping,
+    TrajectorySource,
 };
 use ddil_schedulers::{Ddim, Lcm, Sampler, Timesteps};
 use tch::{Kind, Tensor};
@@ -86,7 +86,7 @@ impl Bench {
 }
 
 fn label_list(states: &States) -> Vec<i64> {
-    let labels = states.conditioning.class_labels.as_ref().expect("prompts have labels");
+    let labels = states.conditioning.get(Conditioning::CLASS_LABELS).expect("prompts have labels");
     Vec::try_from(labels).expect("they are Int64")
 }
 
@@ -95,8 +95,8 @@ fn label_list(states: &States) -> Vec<i64> {
 fn assert_law(bench: &Bench, denoiser: &dyn Denoiser, grid: &Timesteps, states: &States) {
     let ends = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
     let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
-    let map = rollout_keeping(denoiser, &bench.ddim, grid, &bench.grids.student, ends, &none, None)
-        .expect("it runs");
+    let rollout = Rollout::new(denoiser, &bench.ddim, grid).conditioning(&none);
+    let map = rollout.keep(&bench.grids.student).run(ends).expect("it runs");
     for index in 1..bench.grids.student.len() {
         let rows: Vec<i64> = (0..states.len())
             .filter(|&i| states.grid_indices[i] == index)
@@ -186,7 +186,8 @@ fn shared_trajectories_are_trajectories() -> ddil_core::Result<()> {
     for index in 1..3_usize {
         let grid = Timesteps::explicit(bench.grids.student.as_slice()[index..].to_vec(), 1000)?;
         let now = states.x_t.narrow(0, index as i64 - 1, 1);
-        let on = rollout(&bench.student, &bench.ddim, &grid, now, &told, None)?;
+        let rollout = Rollout::new(&bench.student, &bench.ddim, &grid).conditioning(&told);
+        let on = rollout.run(now)?;
         let next = states.x_t.narrow(0, index as i64, 1);
         assert!(max_abs_difference(&on.states[1], &next) < 1e-5);
     }
@@ -391,7 +392,8 @@ fn cleaned(bench: &Bench, step: u64, states: &States) -> ddil_core::Result<Tenso
 fn teacher_ends(bench: &Bench) -> ddil_core::Result<[f64; 2]> {
     let noise = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
     let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
-    let x0 = rollout(&bench.teacher, &bench.ddim, &bench.grids.teacher, noise, &none, None)?.x0;
+    let rollout = Rollout::new(&bench.teacher, &bench.ddim, &bench.grids.teacher);
+    let x0 = rollout.conditioning(&none).sample(noise)?;
     Ok([x0.double_value(&[0, 0]), x0.double_value(&[1, 0])])
 }
 
@@ -531,8 +533,8 @@ fn chains_are_rollouts() -> ddil_core::Result<()> {
             }
             let noise = normal(1000 + step as u64, &[4, 3]).narrow(0, place, 1);
             let told = Conditioning::class_labels(Tensor::from_slice(&[label]));
-            let own =
-                rollout(&bench.student, &bench.ddim, &bench.grids.student, noise, &told, None)?;
+            let own = Rollout::new(&bench.student, &bench.ddim, &bench.grids.student);
+            let own = own.conditioning(&told).run(noise)?;
             let expected = own.states[batch.grid_indices[row]].get(0);
             assert!(max_abs_difference(&batch.x_t.get(row as i64), &expected) < 1e-4);
             compared += 1;

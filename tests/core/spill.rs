@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{
-    AggregationBuffer, BufferConfig, Error, Result, SavedFile, SavedState, SpillConfig, States,
-    StorageKind,
+    AggregationBuffer, BufferConfig, Conditioning, Error, Result, SavedFile, SavedState,
+    SpillConfig, States, StorageKind,
 };
 use proptest::prelude::*;
 use rand::SeedableRng;
@@ -76,7 +76,8 @@ fn kept_aside(saved: SavedState, folder: &Path) -> SavedState {
 fn assert_same(a: &States, b: &States) {
     assert_eq!(a.x_t, b.x_t);
     assert_eq!(a.timesteps, b.timesteps);
-    assert_eq!(a.conditioning.class_labels, b.conditioning.class_labels);
+    let [a_labels, b_labels] = [a, b].map(|s| s.conditioning.get(Conditioning::CLASS_LABELS));
+    assert_eq!(a_labels, b_labels);
     assert_eq!((&a.births, &a.sources), (&b.births, &b.sources));
 }
 
@@ -453,7 +454,8 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     let refused = refused.expect_err("two files a ring are the least").to_string();
     assert!(refused.contains("at least 24684"), "{refused}");
     let mut told = states(0, 0, &[1; 9], &SHAPE);
-    told.conditioning.class_labels = Some(Tensor::zeros([9], (Kind::Bool, tch::Device::Cpu)));
+    told.conditioning =
+        Conditioning::class_labels(Tensor::zeros([9], (Kind::Bool, tch::Device::Cpu)));
     let refused = buffer(&config(other.path(), 4, 10)).insert(&told);
     assert!(matches!(refused, Err(Error::Conditioning { .. })), "{refused:?}");
     Ok(())

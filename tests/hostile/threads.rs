@@ -4,8 +4,8 @@ use std::thread;
 
 use ddil_core::{
     AggregationBuffer, ClipMeter, Conditioning, Data, Denoiser, Guided, LossMeter, MixRequest,
-    Mixer, MixerConfig, RandomStreams, SavedState, States, StudentSource, TeacherSource,
-    TrajectorySource, rollout,
+    Mixer, MixerConfig, RandomStreams, Rollout, SavedState, States, StudentSource, TeacherSource,
+    TrajectorySource,
 };
 use ddil_libtorch::{Generator, MappedFile, TensorList};
 use ddil_losses::{LossRequest, Networks, ObjectiveConfig, Phase, Progressive, TimestepWeights};
@@ -133,10 +133,10 @@ fn samplers_are_shared_between_threads() {
         let mut all = Vec::new();
         for sampler in &samplers {
             let noise = generator.normal([16, 2], Kind::Float).expect("memory");
-            let none = Conditioning::none();
-            let walked =
-                rollout(&teacher, sampler.as_ref(), &grid(), noise, &none, Some(&mut generator));
-            all.extend(values(&walked.expect("it is valid").x0));
+            let grid = grid();
+            let rollout = Rollout::new(&teacher, sampler.as_ref(), &grid);
+            let x0 = rollout.generator(&mut generator).sample(noise);
+            all.extend(values(&x0.expect("it is valid")));
         }
         let x_t = generator.normal([3, 2, 8, 8], Kind::Float).expect("memory");
         all.extend(values(&plan.step(1, &x_t, &(&x_t * 0.5), None).expect("it is valid")));

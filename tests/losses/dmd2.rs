@@ -81,7 +81,7 @@ impl Judge {
 impl Discriminator for Judge {
     fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
         let mut logits = &self.factor * x_t.flatten(1, -1).mean_dim(1, false, x_t.kind());
-        if let Some(labels) = &told.class_labels {
+        if let Some(labels) = told.get(Conditioning::CLASS_LABELS) {
             self.told.borrow_mut().push(values(labels));
             logits += labels;
         }
@@ -637,7 +637,7 @@ struct Ear(RefCell<Vec<Option<Vec<f64>>>>);
 
 impl Discriminator for Ear {
     fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
-        self.0.borrow_mut().push(told.guidance_weight.as_ref().map(values));
+        self.0.borrow_mut().push(told.get(Conditioning::GUIDANCE_WEIGHT).map(values));
         Ok(x_t.flatten(1, -1).mean_dim(1, false, x_t.kind()))
     }
 }

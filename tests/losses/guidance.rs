@@ -68,8 +68,11 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
         let told =
             guidance.condition(three(), 4000, Device::Cpu, &mut rng).expect("there is a CPU");
-        assert!(told.class_labels.is_some(), "what was said before is still said");
-        values(&told.guidance_weight.expect("there is a weight for each sample"))
+        assert!(
+            told.get(Conditioning::CLASS_LABELS).is_some(),
+            "what was said before is still said"
+        );
+        values(told.get(Conditioning::GUIDANCE_WEIGHT).expect("there is a weight for each sample"))
     };
     let draw = |seed| drawn(TeacherGuidance::CfgRange { min, max }, seed);
     let weights = draw(7);
@@ -84,7 +87,7 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     let untold = TeacherGuidance::BakedIn
         .condition(three(), 4000, Device::Cpu, &mut rng)
         .expect("there is a CPU");
-    assert!(untold.guidance_weight.is_none());
+    assert!(untold.get(Conditioning::GUIDANCE_WEIGHT).is_none());
 }
 
 #[test]

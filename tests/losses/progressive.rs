@@ -283,7 +283,7 @@ fn a_network_is_told_the_same_at_every_teacher_step() {
             t: &Tensor,
             told: &Conditioning,
         ) -> ddil_core::Result<Prediction> {
-            let label = told.class_labels.as_ref().map(|labels| labels.int64_value(&[0]));
+            let label = told.get(Conditioning::CLASS_LABELS).map(|labels| labels.int64_value(&[0]));
             assert_eq!(label, Some(7));
             Ok(Prediction::from_x0(&self.0, x_t.zeros_like(), x_t, t)?)
         }

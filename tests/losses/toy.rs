@@ -128,8 +128,8 @@ impl Denoiser for Echo {
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
         let mut x0 = x_t.zeros_like();
-        let told = [&conditioning.class_labels, &conditioning.guidance_weight];
-        for part in told.into_iter().flatten() {
+        let told = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
+        for part in told.into_iter().filter_map(|name| conditioning.get(name)) {
             x0 += part.to_kind(Kind::Double).view([-1, 1]);
         }
         Ok(Prediction::from_x0(&self.0, x0, x_t, timesteps)?)
@@ -213,7 +213,7 @@ impl Recorder {
 
     pub(crate) fn note(&self, timesteps: &Tensor, told: &Conditioning) {
         let integers = |tensor: &Tensor| Vec::try_from(tensor).expect("a vector of integers");
-        let labels = told.class_labels.as_ref().map(integers).unwrap_or_default();
+        let labels = told.get(Conditioning::CLASS_LABELS).map(integers).unwrap_or_default();
         self.asked.borrow_mut().push((integers(timesteps), labels));
     }
 }

@@ -36,14 +36,8 @@ pub(crate) fn golden(name: &str) -> PathBuf {
 
 /// What a network was told when its answer was recorded.
 pub(crate) fn conditioning(recorded: &BTreeMap<String, Tensor>) -> Conditioning {
-    let part = |name: &str| recorded.get(name).map(Tensor::shallow_clone);
-    Conditioning {
-        class_labels: part("class_labels"),
-        encoder_hidden_states: part("encoder_hidden_states"),
-        text_embeds: part("text_embeds"),
-        time_ids: part("time_ids"),
-        guidance_weight: part("guidance_weight"),
-    }
+    let part = |name: &'static str| Some((name, recorded.get(name)?.shallow_clone()));
+    Conditioning::STANDARD.into_iter().filter_map(part).collect()
 }
 
 /// Largest difference, relative to the largest expected value.

@@ -308,7 +308,7 @@ fn a_unet_that_is_told_a_text_has_features_for_a_head() -> TestResult {
     let discriminator = NetworkDiscriminator::new(&network, &head, schedule)?;
     let fields = network.conditioning_fields();
     let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
-    let told = Conditioning::from_parts(parts)?;
+    let told: Conditioning = parts.collect();
     let x_t = recorded["sample"].copy().set_requires_grad(true);
     let logits = discriminator.logits(&x_t, &recorded["timesteps"], &told)?;
     assert!(relative_error(&logits, &head.forward(&recorded["features"])?) < 1e-4);

@@ -425,14 +425,9 @@ fn one_number_of_blocks_goes_for_every_transformer() -> TestResult {
 
 #[test]
 fn every_part_of_a_conditioning_is_passed_on() {
-    let part = |value: f64| Some(Tensor::full([1, 1], value, kind::FLOAT_CPU));
-    let conditioning = Conditioning {
-        class_labels: part(0.0),
-        encoder_hidden_states: part(1.0),
-        text_embeds: part(2.0),
-        time_ids: part(3.0),
-        guidance_weight: part(4.0),
-    };
+    let part = |value: f64| Tensor::full([1, 1], value, kind::FLOAT_CPU);
+    let conditioning: Conditioning =
+        Conditioning::STANDARD.into_iter().zip([0.0, 1.0, 2.0, 3.0, 4.0].map(part)).collect();
     let inputs = UNet2DConditionInputs::from(&conditioning);
     let parts = [
         inputs.class_labels,

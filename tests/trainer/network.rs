@@ -250,12 +250,10 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     };
     let (x_t, states) = (wave(&[2, 4, 8, 8]), wave(&[2, 5, 12]));
     let timesteps = Tensor::from_slice(&[999_i64, 499]);
-    let told = Conditioning {
-        encoder_hidden_states: Some(states.shallow_clone()),
-        guidance_weight: Some(Tensor::from_slice(&[3_f32, 7.0])),
-        ..Conditioning::none()
-    };
-    let deaf = Conditioning { guidance_weight: None, ..told.shallow_clone() };
+    let told = Conditioning::none()
+        .with(Conditioning::ENCODER_HIDDEN_STATES, states.shallow_clone())
+        .with_guidance_weight(Tensor::from_slice(&[3_f32, 7.0]));
+    let deaf = told.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
     let of_teacher = teacher.output(&x_t, &timesteps, &deaf)?;
     assert_eq!(student.output(&x_t, &timesteps, &told)?, of_teacher);
     let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;

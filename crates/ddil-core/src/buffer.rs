@@ -290,7 +290,7 @@ impl AggregationBuffer {
         let mut written: Vec<(usize, usize)> = at.into_iter().collect();
         written.sort_unstable();
         let (rows, from): (Vec<usize>, Vec<usize>) = written.into_iter().unzip();
-        let from = crate::rollout::index(&from, states.x_t.device());
+        let from = crate::rows::index(&from, states.x_t.device());
         let x_t = states.x_t.index_select(0, &from);
         let conditioning = states.conditioning.index_select(&from)?;
         self.rows.write(places.kept * self.rings.len(), &rows, &x_t, &conditioning)

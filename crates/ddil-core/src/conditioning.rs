@@ -1,106 +1,146 @@
-//! What a network is told beside `x_t` and the timestep.
+//! The inputs of a network beside `x_t` and the timestep.
 
-use ddil_libtorch::ensure_dense;
+use std::borrow::Cow;
+
+use ddil_libtorch::{ArgumentError, ensure_dense};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// What a network is told beside the noisy sample and its timestep; every part is optional and has the batch
-/// first.
+/// Named inputs of a network beside the noisy sample and its timestep, each with the batch first.
 ///
-/// Travels with each state: what was said in a rollout is said again at the loss.
+/// The standard parts have constants for names; a part of any other name is allowed, so that a network for audio,
+/// video or tokens can define its own. A network refuses the parts that it does not take
+/// ([`ensure_known`](Self::ensure_known)), so that a misspelt name is an error and not an input that is ignored.
+///
+/// Conditioning travels with each state: the loss passes to the networks what the rollout passed to them.
+///
+/// Parts are kept in one order, whatever the order in which they were added: the standard parts first, in the order of
+/// [`STANDARD`](Self::STANDARD), then all others by name.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::Conditioning;
+/// use tch::{Kind, Tensor, kind};
+///
+/// let text = Tensor::zeros([2, 77, 768], kind::FLOAT_CPU);
+/// let conditioning = Conditioning::none()
+///     .with("frame_rate", Tensor::from_slice(&[24_f32, 30.0]))
+///     .with(Conditioning::ENCODER_HIDDEN_STATES, text);
+///
+/// let names: Vec<&str> = conditioning.parts().map(|(name, _)| name).collect();
+/// assert_eq!(names, ["encoder_hidden_states", "frame_rate"]);
+/// assert!(conditioning.get(Conditioning::CLASS_LABELS).is_none());
+///
+/// let known = [Conditioning::ENCODER_HIDDEN_STATES];
+/// let refused = conditioning.ensure_known("predict", "a UNet for images", &known);
+/// assert!(refused.unwrap_err().to_string().contains("`frame_rate`"));
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Conditioning {
-    /// Class labels, `[batch]`, `Int64`.
-    pub class_labels: Option<Tensor>,
-    /// Text or other embeddings for cross attention, `[batch, length, width]`.
-    pub encoder_hidden_states: Option<Tensor>,
-    /// Pooled text embeddings (SDXL), `[batch, width]`.
-    pub text_embeds: Option<Tensor>,
-    /// Size and crop numbers (SDXL), `[batch, 6]`.
-    pub time_ids: Option<Tensor>,
-    /// Guidance weight `w` told to a network that has guidance embedded, `[batch]`; `w = guidance_scale - 1`.
-    pub guidance_weight: Option<Tensor>,
+    /// In the order of [`place`].
+    parts: Vec<(Cow<'static, str>, Tensor)>,
 }
 
-/// Names of the parts, in the order of [`Conditioning::parts`].
-const FIELDS: [&str; 5] =
-    ["class_labels", "encoder_hidden_states", "text_embeds", "time_ids", "guidance_weight"];
-
 impl Conditioning {
-    /// Nothing is said.
+    /// Class labels, `[batch]`, `Int64`.
+    pub const CLASS_LABELS: &'static str = "class_labels";
+    /// Text or other embeddings for cross attention, `[batch, length, width]`.
+    pub const ENCODER_HIDDEN_STATES: &'static str = "encoder_hidden_states";
+    /// Pooled text embeddings (SDXL), `[batch, width]`.
+    pub const TEXT_EMBEDS: &'static str = "text_embeds";
+    /// Sizes and crop coordinates (SDXL), `[batch, 6]`.
+    pub const TIME_IDS: &'static str = "time_ids";
+    /// Guidance weight `w = guidance_scale - 1` for a network with a guidance embedding, `[batch]`.
+    pub const GUIDANCE_WEIGHT: &'static str = "guidance_weight";
+
+    /// Names of the standard parts, in their order.
+    pub const STANDARD: [&'static str; 5] = [
+        Self::CLASS_LABELS,
+        Self::ENCODER_HIDDEN_STATES,
+        Self::TEXT_EMBEDS,
+        Self::TIME_IDS,
+        Self::GUIDANCE_WEIGHT,
+    ];
+
+    /// No parts.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Class labels, `[batch]`, `Int64`, and nothing else.
+    /// Class labels alone, `[batch]`, `Int64`.
     pub fn class_labels(labels: Tensor) -> Self {
-        Self { class_labels: Some(labels), ..Self::default() }
+        Self::none().with(Self::CLASS_LABELS, labels)
     }
 
-    /// The same with a guidance weight a sample, `[batch]`.
+    /// The same with a guidance weight per sample, `[batch]`.
     #[must_use]
     pub fn with_guidance_weight(self, weight: Tensor) -> Self {
-        Self { guidance_weight: Some(weight), ..self }
+        self.with(Self::GUIDANCE_WEIGHT, weight)
     }
 
-    /// The parts that are there, with their names.
-    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let tensors = [
-            &self.class_labels,
-            &self.encoder_hidden_states,
-            &self.text_embeds,
-            &self.time_ids,
-            &self.guidance_weight,
-        ];
-        FIELDS.into_iter().zip(tensors).filter_map(|(name, part)| Some((name, part.as_ref()?)))
-    }
-
-    /// Rebuilds from named parts, as [`parts`](Self::parts) gives them.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Restore`] for a name that is no part.
-    pub fn from_parts(parts: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
-        let mut conditioning = Self::none();
-        for (name, tensor) in parts {
-            let part = match name.as_str() {
-                "class_labels" => &mut conditioning.class_labels,
-                "encoder_hidden_states" => &mut conditioning.encoder_hidden_states,
-                "text_embeds" => &mut conditioning.text_embeds,
-                "time_ids" => &mut conditioning.time_ids,
-                "guidance_weight" => &mut conditioning.guidance_weight,
-                _ => {
-                    let problem = format!("no part is called `{name}`; parts are {FIELDS:?}");
-                    return Err(Error::Restore { what: "conditioning", problem });
-                }
-            };
-            *part = Some(tensor);
+    /// The same with a part, in place of one of the same name.
+    #[must_use]
+    pub fn with(mut self, name: impl Into<Cow<'static, str>>, tensor: Tensor) -> Self {
+        let name = name.into();
+        match self.parts.binary_search_by(|(other, _)| place(other).cmp(&place(&name))) {
+            Ok(at) => self.parts[at].1 = tensor,
+            Err(at) => self.parts.insert(at, (name, tensor)),
         }
-        Ok(conditioning)
+        self
     }
 
-    /// Whether nothing is said.
+    /// The same with a part where there is a tensor, and as it is where there is none.
+    #[must_use]
+    pub fn with_some(self, name: impl Into<Cow<'static, str>>, tensor: Option<Tensor>) -> Self {
+        match tensor {
+            Some(tensor) => self.with(name, tensor),
+            None => self,
+        }
+    }
+
+    /// The same without a part.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.parts.retain(|(other, _)| other != name);
+        self
+    }
+
+    /// The part of a name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.parts().find_map(|(other, tensor)| (other == name).then_some(tensor))
+    }
+
+    /// All parts with their names, in their order.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.parts.iter().map(|(name, tensor)| (&**name, tensor))
+    }
+
+    /// Whether there are no parts.
     pub fn is_none(&self) -> bool {
-        self.parts().next().is_none()
+        self.parts.is_empty()
     }
 
     /// The same tensors, shared.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
-        self.map(|_, part| Ok(part.shallow_clone())).unwrap_or_default()
+        let parts = self.parts.iter();
+        Self { parts: parts.map(|(name, part)| (name.clone(), part.shallow_clone())).collect() }
     }
 
     /// Rows `indices` (`[n]`, `Int64`) of every part.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if an index is beyond the batch, [`Error::Scheduler`] for a part that is no dense tensor.
+    /// [`Error::Torch`] if an index is beyond the batch, [`Error::Argument`] or [`Error::Conditioning`] for a tensor
+    /// that is not dense.
     pub fn index_select(&self, indices: &Tensor) -> Result<Self> {
         const OP: &str = "Conditioning::index_select";
         ensure_dense(OP, "indices", indices)?;
         self.map(|name, part| {
-            ensure_dense(OP, name, part)?;
+            ensure_dense_part(OP, name, part)?;
             let indices = indices.f_to_device(part.device()).map_err(Error::torch(OP))?;
             part.f_index_select(0, &indices).map_err(Error::torch(OP))
         })
@@ -117,33 +157,24 @@ impl Conditioning {
         })
     }
 
-    /// One batch after another. All must say the same kinds of things.
+    /// One batch after another. All must have the same parts.
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] if a part is there in one and missing in another, or its rows differ in shape.
+    /// [`Error::Conditioning`] if a part is missing in one of them; [`Error::Torch`] if its rows differ in shape.
     pub fn cat(batches: &[&Self]) -> Result<Self> {
         const OP: &str = "Conditioning::cat";
         let Some((first, rest)) = batches.split_first() else { return Ok(Self::none()) };
-        let names = |c: &Self| c.parts().map(|(name, _)| name).collect::<Vec<_>>();
+        let names = |c: &Self| c.parts().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
         for other in rest {
-            if names(first) != names(other) {
-                return Err(Error::Conditioning {
-                    op: OP,
-                    field: "parts",
-                    problem: format!(
-                        "are {:?} in one batch and {:?} in another",
-                        names(first),
-                        names(other)
-                    ),
-                });
+            let (here, there) = (names(first), names(other));
+            if here != there {
+                let problem = format!("are {here:?} in one batch and {there:?} in another");
+                return Err(Error::Conditioning { op: OP, field: "parts".into(), problem });
             }
         }
         first.map(|name, _| {
-            let parts: Vec<&Tensor> = batches
-                .iter()
-                .filter_map(|c| c.parts().find(|(n, _)| *n == name).map(|(_, part)| part))
-                .collect();
+            let parts: Vec<&Tensor> = batches.iter().filter_map(|c| c.get(name)).collect();
             Tensor::f_cat(&parts, 0).map_err(Error::torch(OP))
         })
     }
@@ -152,22 +183,61 @@ impl Conditioning {
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] that names the part, [`Error::Scheduler`] for one that is no dense tensor.
+    /// [`Error::Conditioning`] that names the part.
     pub fn ensure_batch(&self, op: &'static str, batch: i64) -> Result<()> {
-        for (field, part) in self.parts() {
-            ensure_dense(op, field, part)?;
+        for (name, part) in self.parts() {
+            ensure_dense_part(op, name, part)?;
             if part.size().first() != Some(&batch) {
                 let problem = format!("has shape {:?}; expected {batch} rows", part.size());
-                return Err(Error::Conditioning { op, field, problem });
+                return Err(Error::Conditioning { op, field: name.to_owned(), problem });
             }
         }
         Ok(())
     }
 
+    /// Checks that there is no part that `network` does not take; `known` are the names of those that it takes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Conditioning`] that names the first unknown part, the network and what it takes.
+    pub fn ensure_known(&self, op: &'static str, network: &str, known: &[&str]) -> Result<()> {
+        let Some((name, _)) = self.parts().find(|(name, _)| !known.contains(name)) else {
+            return Ok(());
+        };
+        let takes = match known {
+            [] => "none".to_owned(),
+            known => format!("`{}`", known.join("`, `")),
+        };
+        let problem = format!("is not an input of {network}; its conditioning inputs: {takes}");
+        Err(Error::Conditioning { op, field: name.to_owned(), problem })
+    }
+
     /// Each part through `f`.
-    fn map(&self, f: impl Fn(&'static str, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        let parts: Result<Vec<_>> =
-            self.parts().map(|(name, part)| Ok((name.to_owned(), f(name, part)?))).collect();
-        Self::from_parts(parts?)
+    fn map(&self, f: impl Fn(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let parts = self.parts.iter().map(|(name, part)| Ok((name.clone(), f(name, part)?)));
+        Ok(Self { parts: parts.collect::<Result<_>>()? })
+    }
+}
+
+/// Parts by name, as [`Conditioning::parts`] returns them; of two with one name the later.
+impl<N: Into<Cow<'static, str>>> FromIterator<(N, Tensor)> for Conditioning {
+    fn from_iter<I: IntoIterator<Item = (N, Tensor)>>(parts: I) -> Self {
+        parts.into_iter().fold(Self::none(), |all, (name, tensor)| all.with(name, tensor))
+    }
+}
+
+/// What parts are sorted by.
+fn place(name: &str) -> (usize, &str) {
+    let standard = Conditioning::STANDARD.iter().position(|standard| *standard == name);
+    (standard.unwrap_or(Conditioning::STANDARD.len()), name)
+}
+
+fn ensure_dense_part(op: &'static str, name: &str, part: &Tensor) -> Result<()> {
+    match ensure_dense(op, "part", part) {
+        Err(ArgumentError::NotDense { found, .. }) => {
+            let problem = format!("is {found}; expected a dense tensor");
+            Err(Error::Conditioning { op, field: name.to_owned(), problem })
+        }
+        checked => Ok(checked?),
     }
 }

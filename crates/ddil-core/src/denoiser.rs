@@ -1,12 +1,14 @@
 //! What a network can be asked.
 
 mod clip_meter;
+mod closure;
 mod consistent;
 mod counted;
 mod guided;
 mod thresholded;
 
 pub use clip_meter::{ClipMeter, ClippedFraction};
+pub use closure::FnDenoiser;
 pub use consistent::Consistent;
 pub(crate) use counted::Counted;
 pub use guided::{Guided, GuidedByWeight};

@@ -43,7 +43,7 @@ pub enum Error {
         /// The function that was called.
         op: &'static str,
         /// The part that does not fit.
-        field: &'static str,
+        field: String,
         /// What is wrong with it.
         problem: String,
     },

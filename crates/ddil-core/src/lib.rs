@@ -10,7 +10,7 @@
 //! | for | there is |
 //! | --- | --- |
 //! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
-//! | running it | [`rollout()`], [`sample`], [`sample_each`], [`rollout_to`], [`MixedRollout`] |
+//! | running it | [`Rollout`], [`MixedRollout`] |
 //! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
 //! | how often | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`] |
 //! | what is measured meanwhile | [`ClipMeter`], [`LossMeter`], [`measure_shift`] |
@@ -40,18 +40,15 @@ pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, SpillConfig,
 pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
-    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, Guided, GuidedByWeight,
-    Thresholded,
+    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, Guided,
+    GuidedByWeight, Thresholded,
 };
 pub use error::{Error, Result};
 pub use loss_meter::{LossMeter, LossTable};
 pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Priors};
 pub use random::{Draws, RandomStreams, Stream};
-pub use rollout::{
-    MixedRollout, MixedVariant, Trajectory, Visited, first_state, rollout, rollout_keeping,
-    rollout_to, sample, sample_each,
-};
+pub use rollout::{MixedRollout, MixedVariant, Rollout, Trajectory, Visited, first_state};
 pub use saved::{SavedFile, SavedState};
 pub use shift::{
     Distances, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest, ShiftSummary, measure_shift,

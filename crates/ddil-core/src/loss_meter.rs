@@ -6,7 +6,7 @@ use ddil_libtorch::ensure_real;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::rollout::on_device;
+use crate::rows::on_device;
 use crate::states::{Source, States};
 use crate::tally::Tally;
 

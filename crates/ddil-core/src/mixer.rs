@@ -13,7 +13,8 @@ use crate::denoiser::{ClipMeter, Counted, Denoiser, Thresholded};
 use crate::error::{Error, Result};
 use crate::priors::{Adaptation, PriorSchedule, Priors};
 use crate::random::{RandomStreams, Stream};
-use crate::rollout::{first_state, index, inverse, on_device};
+use crate::rollout::first_state;
+use crate::rows::{index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::source::{
     ForwardSource, Grids, LossFeedback, Selected, SourceRequest, StudentConfig, StudentSource,

@@ -1,11 +1,11 @@
 //! Rows of states in one block of memory.
 
 use ddil_libtorch::ArgumentError;
+use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
-use crate::rollout::index;
 
 /// States and what was said of them, `[capacity, ..]`, written and read a batch of rows at a time.
 ///
@@ -93,11 +93,11 @@ impl RowStore {
     }
 
     /// What is stored of a state, by name: kind and shape of a row. Nothing before the first write.
-    pub(crate) fn columns(&self) -> Vec<(&'static str, Kind, Vec<i64>)> {
+    pub(crate) fn columns(&self) -> Vec<(String, Kind, Vec<i64>)> {
         let Some(block) = &self.block else { return vec![] };
         std::iter::once(("x_t", &block.x_t))
             .chain(block.conditioning.parts())
-            .map(|(name, part)| (name, part.kind(), part.size()[1..].to_vec()))
+            .map(|(name, part)| (name.to_owned(), part.kind(), part.size()[1..].to_vec()))
             .collect()
     }
 
@@ -163,9 +163,12 @@ impl RowStore {
             return refuse(format!("`x_t` is {:?}; expected {capacity} rows", x_t.size()));
         }
         let said = tensors.iter().filter(|(name, _)| name != "x_t");
-        let said = said
-            .map(|(name, part)| (name.trim_start_matches("conditioning.").to_owned(), part.copy()));
-        let conditioning = Conditioning::from_parts(said)?;
+        let conditioning: Conditioning = said
+            .map(|(name, part)| {
+                let name = name.strip_prefix("conditioning.").unwrap_or(name);
+                (name.to_owned(), part.copy())
+            })
+            .collect();
         conditioning.ensure_batch("RowStore::restore", capacity as i64)?;
         self.block = Some(Block { x_t: x_t.copy(), conditioning });
         Ok(())
@@ -190,7 +193,7 @@ impl Block {
             .map(|(name, part)| Ok((name.to_owned(), zeros(part, part.kind())?)))
             .collect();
         let x_t = zeros(x_t, kind.unwrap_or(x_t.kind()))?;
-        Ok(Self { x_t, conditioning: Conditioning::from_parts(parts?)? })
+        Ok(Self { x_t, conditioning: parts?.into_iter().collect() })
     }
 
     /// Checks that what is to be stored is like what is stored.
@@ -211,14 +214,14 @@ impl Block {
             }));
         }
         let rows = |c: &Conditioning| -> Vec<_> {
-            c.parts().map(|(name, part)| (name, part.size()[1..].to_vec())).collect()
+            c.parts().map(|(name, part)| (name.to_owned(), part.size()[1..].to_vec())).collect()
         };
         let (stored, given) = (rows(&self.conditioning), rows(conditioning));
         if stored == given {
             return Ok(());
         }
         let problem = format!("are {given:?}; stored ones are {stored:?}");
-        Err(Error::Conditioning { op, field: "parts", problem })
+        Err(Error::Conditioning { op, field: "parts".to_owned(), problem })
     }
 }
 
@@ -234,4 +237,25 @@ fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
         .f_index_copy_(0, &index(rows, device), &given)
         .map_err(Error::torch("RowStore::write"))?;
     Ok(())
+}
+
+/// Rows of a batch as an index tensor.
+pub(crate) fn index(rows: &[usize], device: Device) -> Tensor {
+    let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+    on_device(&rows, device)
+}
+
+/// Numbers of the host on a device, without waiting for it: a blocking copy would wait for all work that is queued, in
+/// the middle of an update whole passes of networks.
+pub(crate) fn on_device<T: Element>(numbers: &[T], device: Device) -> Tensor {
+    Tensor::from_slice(numbers).to_device_(device, T::KIND, true, false)
+}
+
+/// The permutation that undoes another.
+pub(crate) fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut undone = vec![0; order.len()];
+    for (to, &from) in order.iter().enumerate() {
+        undone[from] = to;
+    }
+    undone
 }

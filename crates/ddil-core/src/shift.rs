@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::random::{RandomStreams, Stream};
-use crate::rollout::rollout;
+use crate::rollout::Rollout;
 use crate::states::Data;
 
 /// Settings of the meter.
@@ -223,10 +223,10 @@ fn inference_states(
         let mut shape = x0.size();
         shape[0] = rows;
         let noise = generator.normal(&shape, x0.kind())?;
-        let (student, sampler) = (request.student, request.sampler);
-        let reborrowed = Some(&mut *generator);
-        let trajectory =
-            rollout(student, sampler, request.timesteps, noise, &conditioning, reborrowed)?;
+        let rollout = Rollout::new(request.student, request.sampler, request.timesteps)
+            .conditioning(&conditioning)
+            .generator(&mut *generator);
+        let trajectory = rollout.run(noise)?;
         for (visited, state) in visited.iter_mut().zip(trajectory.states) {
             visited.push(state);
         }

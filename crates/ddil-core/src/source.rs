@@ -19,7 +19,8 @@ use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::random::RandomStreams;
-use crate::rollout::{MixedRollout, MixedVariant, ensure_part_of, index, on_device};
+use crate::rollout::{MixedRollout, MixedVariant, ensure_part_of};
+use crate::rows::{index, on_device};
 use crate::saved::SavedState;
 use crate::states::{Data, States};
 

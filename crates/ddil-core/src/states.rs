@@ -190,7 +190,7 @@ impl States {
                 format!("below {}, the length of the batch", self.len()),
             )));
         }
-        let order = crate::rollout::index(rows, self.x_t.device());
+        let order = crate::rows::index(rows, self.x_t.device());
         Ok(Self {
             x_t: self.x_t.index_select(0, &order),
             timesteps: self.timesteps.index_select(0, &order),

@@ -158,7 +158,7 @@ impl<D: Denoiser> Denoiser for ToldItsWeight<D> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        if conditioning.guidance_weight.is_none() {
+        if conditioning.get(Conditioning::GUIDANCE_WEIGHT).is_none() {
             return Err(ddil_core::Error::ConditioningMissing {
                 network: "a teacher with embedded guidance".to_owned(),
                 field: "guidance_weight",

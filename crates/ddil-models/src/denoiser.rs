@@ -149,11 +149,5 @@ pub(crate) fn ensure_only(
     conditioning: &Conditioning,
     fields: &[&str],
 ) -> ddil_core::Result<()> {
-    match conditioning.parts().find(|(field, _)| !fields.contains(field)) {
-        None => Ok(()),
-        Some((field, _)) => {
-            let problem = format!("means nothing to {network}, which can be told {fields:?}");
-            Err(ddil_core::Error::Conditioning { op, field, problem })
-        }
-    }
+    conditioning.ensure_known(op, network, fields)
 }

@@ -425,8 +425,8 @@ impl Model {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        let labels = conditioning.class_labels.as_ref();
-        let weight = conditioning.guidance_weight.as_ref();
+        let labels = conditioning.get(Conditioning::CLASS_LABELS);
+        let weight = conditioning.get(Conditioning::GUIDANCE_WEIGHT);
         match self {
             Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
             Self::UNet2DCondition(unet) => unet.forward(x_t, timesteps, conditioning.into()),
@@ -450,8 +450,8 @@ impl Model {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<NetworkOutput> {
-        let labels = conditioning.class_labels.as_ref();
-        let weight = conditioning.guidance_weight.as_ref();
+        let labels = conditioning.get(Conditioning::CLASS_LABELS);
+        let weight = conditioning.get(Conditioning::GUIDANCE_WEIGHT);
         match self {
             Self::UNet2D(unet) => unet.forward_with_features(x_t, timesteps, labels, weight),
             Self::UNet2DCondition(unet) => {
@@ -475,8 +475,13 @@ impl Model {
     ) -> Result<Tensor> {
         match self {
             Self::UNet2D(unet) => {
-                let labels = conditioning.class_labels.as_ref();
-                unet.features(x_t, timesteps, labels, conditioning.guidance_weight.as_ref())
+                let labels = conditioning.get(Conditioning::CLASS_LABELS);
+                unet.features(
+                    x_t,
+                    timesteps,
+                    labels,
+                    conditioning.get(Conditioning::GUIDANCE_WEIGHT),
+                )
             }
             Self::UNet2DCondition(unet) => unet.features(x_t, timesteps, conditioning.into()),
             _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),

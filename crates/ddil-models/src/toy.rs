@@ -519,7 +519,7 @@ impl Denoiser for MixtureDenoiser {
         ddil_libtorch::ensure_real(op, "x_t", x_t)?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
-        let labels = conditioning.class_labels.as_ref();
+        let labels = conditioning.get(Conditioning::CLASS_LABELS);
         self.mixture
             .posterior(x_t, &alpha, &sigma, labels)
             .map_err(|source| ddil_core::Error::network("GaussianMixture", source))

@@ -43,7 +43,7 @@ const MASKED_SCORE: f64 = -10_000.0;
 /// let inputs = UNet2DConditionInputs::text(&text);
 /// assert!(inputs.time_ids.is_none());
 ///
-/// let conditioning = Conditioning { encoder_hidden_states: Some(text), ..Conditioning::none() };
+/// let conditioning = Conditioning::none().with(Conditioning::ENCODER_HIDDEN_STATES, text);
 /// assert!(UNet2DConditionInputs::from(&conditioning).encoder_hidden_states.is_some());
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
@@ -92,12 +92,12 @@ impl<'a> From<&'a Conditioning> for UNet2DConditionInputs<'a> {
     /// Every part that is there, without a mask.
     fn from(conditioning: &'a Conditioning) -> Self {
         Self {
-            encoder_hidden_states: conditioning.encoder_hidden_states.as_ref(),
+            encoder_hidden_states: conditioning.get(Conditioning::ENCODER_HIDDEN_STATES),
             encoder_attention_mask: None,
-            text_embeds: conditioning.text_embeds.as_ref(),
-            time_ids: conditioning.time_ids.as_ref(),
-            class_labels: conditioning.class_labels.as_ref(),
-            guidance_weight: conditioning.guidance_weight.as_ref(),
+            text_embeds: conditioning.get(Conditioning::TEXT_EMBEDS),
+            time_ids: conditioning.get(Conditioning::TIME_IDS),
+            class_labels: conditioning.get(Conditioning::CLASS_LABELS),
+            guidance_weight: conditioning.get(Conditioning::GUIDANCE_WEIGHT),
         }
     }
 }

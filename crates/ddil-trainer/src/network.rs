@@ -215,12 +215,12 @@ impl Network {
     /// What is left of a guidance weight's conditioning for an adapter on a base that can be told none: the student of a
     /// teacher whose guidance is drawn learns the average over it.
     fn unheard(&self, conditioning: &Conditioning) -> Option<Conditioning> {
-        conditioning.guidance_weight.as_ref()?;
+        conditioning.get(Conditioning::GUIDANCE_WEIGHT)?;
         self.adapter()?;
         if self.model.conditioning_fields().contains(&"guidance_weight") {
             return None;
         }
-        Some(Conditioning { guidance_weight: None, ..conditioning.shallow_clone() })
+        Some(conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT))
     }
 
     /// One pass in the precision of the network, told the time as it knows it.

@@ -76,7 +76,7 @@ impl PromptRequest {
         let latent_shape = text.latent_shape(size)?;
         let told = |conditioning: Conditioning| {
             let rows = conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
-            Conditioning { time_ids: text.time_ids(size, rows), ..conditioning }
+            conditioning.with_some(Conditioning::TIME_IDS, text.time_ids(size, rows))
         };
         let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
         let encoded = text.encode(&prompts)?;

@@ -1,8 +1,6 @@
 //! Samples of a model, the same ones for the same seed.
 
-use ddil_core::{
-    Conditioning, Consistent, Denoiser, RandomStreams, Stream, Thresholded, sample_each,
-};
+use ddil_core::{Conditioning, Consistent, Denoiser, RandomStreams, Rollout, Stream, Thresholded};
 use ddil_schedulers::{Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -133,14 +131,9 @@ pub fn generate(
         let drawing = if sampler.needs_noise() { start..start + len } else { 0..0 };
         let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
         let mut generators = drawing.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
-        samples.push(sample_each(
-            &*asked,
-            &*sampler,
-            &timesteps,
-            noise.narrow(0, start, len),
-            &conditioning.index_select(&rows)?,
-            &mut generators,
-        )?);
+        let conditioning = conditioning.index_select(&rows)?;
+        let rollout = Rollout::new(&*asked, &*sampler, &timesteps).conditioning(&conditioning);
+        samples.push(rollout.generators(&mut generators).sample(noise.narrow(0, start, len))?);
     }
     Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))
 }

@@ -83,7 +83,8 @@ impl TrainTask {
 
     /// The labels with some of them replaced by the null class.
     fn dropped(&self, step: u64, conditioning: &Conditioning) -> Conditioning {
-        let Some((labels, null)) = conditioning.class_labels.as_ref().zip(self.data.null_class())
+        let Some((labels, null)) =
+            conditioning.get(Conditioning::CLASS_LABELS).zip(self.data.null_class())
         else {
             return conditioning.shallow_clone();
         };

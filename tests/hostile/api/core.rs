@@ -2,11 +2,10 @@ use ddil_core::{
     AdaptivePriors, AggregationBuffer, BufferConfig, ClipMeter, Conditioning, Consistent, Data,
     Denoiser, Discriminator, Draws, Error, Generator, Grids, Guided, GuidedByWeight, LossFeedback,
     LossMeter, MixRequest, MixedRollout, MixedVariant, Mixer, MixerConfig, PriorSchedule, Priors,
-    RandomStreams, RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source,
+    RandomStreams, Rollout, RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source,
     SourceConfig, SourceRequest, States, StudentConfig, StudentPolicy, StudentSource,
     TeacherConfig, TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices,
-    first_state, measure_shift, rollout, rollout_keeping, rollout_to, sample, sample_each,
-    shift_at,
+    first_state, measure_shift, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
@@ -143,10 +142,18 @@ fn conditioning(cases: &mut Cases) {
     cases.tensors("Data::to_device", &[&points()], |t| {
         said(Data { x0: t[0].shallow_clone(), conditioning: told() }.to_device(Device::Cpu))
     });
-    cases.once("Conditioning::from_parts", "another name", || {
-        said(Conditioning::from_parts([("other".to_owned(), points())]))
+    cases.once("Conditioning::ensure_known", "a part of another name", || {
+        let conditioning = told().with("other", points());
+        said(conditioning.ensure_known("predict", "a network", &[Conditioning::CLASS_LABELS]))
     });
-    cases.cannot_fail(&["Conditioning::class_labels", "Conditioning::with_guidance_weight"]);
+    cases.cannot_fail(&[
+        "Conditioning::class_labels",
+        "Conditioning::with",
+        "Conditioning::with_guidance_weight",
+        "Conditioning::with_some",
+        "Conditioning::without",
+        "Conditioning::get",
+    ]);
     cases.cannot_fail(&["Error::torch", "Error::network"]);
 }
 
@@ -302,7 +309,7 @@ fn denoisers(cases: &mut Cases) {
         "Denoiser::predict",
         &[&points(), &times(), &Tensor::ones([3], kind::FLOAT_CPU)],
         |t| {
-            let told = Conditioning { guidance_weight: Some(t[2].shallow_clone()), ..told() };
+            let told = told().with_guidance_weight(t[2].shallow_clone());
             said(by_weight.predict(&t[0], &t[1], &told))
         },
     );
@@ -328,12 +335,21 @@ fn rollouts(cases: &mut Cases) {
         [Box::new(Ddim::new(schedule.clone())), Box::new(Lcm::new(schedule.clone()))];
     for sampler in &samplers {
         rollouts_of(cases, sampler.as_ref());
-        targeted_rollouts_of(cases, sampler.as_ref());
     }
     let far = Timesteps::explicit(vec![5000, 3], 10_000).expect("it falls");
-    cases.once("sample", "a grid off the schedule", || {
-        said(sample(&teacher, samplers[0].as_ref(), &far, points(), &told(), None))
+    cases.once("Rollout::sample", "a grid off the schedule", || {
+        let told = told();
+        let rollout = Rollout::new(&teacher, samplers[0].as_ref(), &far);
+        said(rollout.conditioning(&told).sample(points()))
     });
+    cases.cannot_fail(&[
+        "Rollout::new",
+        "Rollout::conditioning",
+        "Rollout::generator",
+        "Rollout::generators",
+        "Rollout::keep",
+        "FnDenoiser::new",
+    ]);
     cases.tensors("first_state", &[&points()], |t| said(first_state(&schedule, 999, &t[0])));
     let flow = NoiseScheduleConfig::Flow(ddil_schedulers::FlowConfig::default());
     let flow = flow.build().expect("the default is valid");
@@ -344,72 +360,29 @@ fn rollouts(cases: &mut Cases) {
 fn rollouts_of(cases: &mut Cases, sampler: &dyn ddil_schedulers::Sampler) {
     let (teacher, grid) = (teacher(), grid());
     let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
-    cases.tensors("rollout", &[&points(), &labels()], |t| {
-        let noise = t[0].shallow_clone();
-        said(rollout(&teacher, sampler, &grid, noise, &of(&t[1]), Some(&mut generator())))
+    cases.tensors("Rollout::run", &[&points(), &labels()], |t| {
+        let (told, mut generator) = (of(&t[1]), generator());
+        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told);
+        said(rollout.generator(&mut generator).run(t[0].shallow_clone()))
     });
-    cases.tensors("rollout_keeping", &[&points(), &labels()], |t| {
-        let (noise, told) = (t[0].shallow_clone(), of(&t[1]));
-        let mut generator = generator();
-        said(rollout_keeping(&teacher, sampler, &fine(), &grid, noise, &told, Some(&mut generator)))
+    cases.tensors("Rollout::run", &[&points(), &labels()], |t| {
+        let (told, fine, mut generator) = (of(&t[1]), fine(), generator());
+        let rollout = Rollout::new(&teacher, sampler, &fine).conditioning(&told).keep(&grid);
+        said(rollout.generator(&mut generator).run(t[0].shallow_clone()))
     });
-    cases.once("rollout_keeping", "timesteps that are not visited", || {
-        said(rollout_keeping(
-            &teacher,
-            sampler,
-            &grid,
-            &fine(),
-            points(),
-            &told(),
-            Some(&mut generator()),
-        ))
+    cases.once("Rollout::run", "timesteps that are not visited", || {
+        let (told, fine, mut generator) = (told(), fine(), generator());
+        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told).keep(&fine);
+        said(rollout.generator(&mut generator).run(points()))
     });
-    cases.tensors("sample", &[&points(), &labels()], |t| {
-        let noise = t[0].shallow_clone();
-        said(sample(&teacher, sampler, &grid, noise, &of(&t[1]), Some(&mut generator())))
+    cases.tensors("Rollout::sample", &[&points(), &labels()], |t| {
+        let (told, mut generators) = (of(&t[1]), [generator(), generator(), generator()]);
+        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told);
+        said(rollout.generators(&mut generators).sample(t[0].shallow_clone()))
     });
-    cases.tensors("sample_each", &[&points(), &labels()], |t| {
-        let mut generators = [generator(), generator(), generator()];
-        said(sample_each(
-            &teacher,
-            sampler,
-            &grid,
-            t[0].shallow_clone(),
-            &of(&t[1]),
-            &mut generators,
-        ))
-    });
-    cases.once("rollout", "no generator", || {
-        said(rollout(&teacher, sampler, &grid, points(), &told(), None))
-    });
-}
-
-fn targeted_rollouts_of(cases: &mut Cases, sampler: &dyn ddil_schedulers::Sampler) {
-    let (teacher, grid) = (teacher(), grid());
-    let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
-    cases.tensors("rollout_to", &[&points(), &labels()], |t| {
-        let targets = [749, -1, 100];
-        said(rollout_to(
-            &teacher,
-            sampler,
-            &grid,
-            &t[0],
-            &of(&t[1]),
-            &targets,
-            Some(&mut generator()),
-        ))
-    });
-    cases.wholes("rollout_to", |target| {
-        let targets = [target, 499, 999];
-        said(rollout_to(
-            &teacher,
-            sampler,
-            &grid,
-            &points(),
-            &told(),
-            &targets,
-            Some(&mut generator()),
-        ))
+    cases.once("Rollout::run", "no generator", || {
+        let told = told();
+        said(Rollout::new(&teacher, sampler, &grid).conditioning(&told).run(points()))
     });
 }
 

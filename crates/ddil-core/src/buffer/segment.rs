@@ -28,7 +28,7 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// One thing that is stored of each state: its values, or a part of its conditioning.
 #[derive(Clone, Debug)]
 pub(super) struct Column {
-    pub(super) name: &'static str,
+    pub(super) name: String,
     pub(super) kind: Kind,
     /// Of one row.
     pub(super) shape: Vec<i64>,
@@ -102,7 +102,11 @@ impl Layout {
         if bytes.len() > HEAD_BYTES {
             let problem =
                 format!("{} bytes describe them; expected at most {HEAD_BYTES}", bytes.len());
-            return Err(Error::Conditioning { op: "AggregationBuffer", field: "parts", problem });
+            return Err(Error::Conditioning {
+                op: "AggregationBuffer",
+                field: "parts".to_owned(),
+                problem,
+            });
         }
         bytes.resize(HEAD_BYTES, b' ');
         Ok(bytes)

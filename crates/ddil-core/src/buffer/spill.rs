@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use super::segment::{Column, Layout, Segment};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
-use crate::rollout::index;
+use crate::rows::index;
 use crate::saved::SavedFile;
 
 /// Where states go that are beyond the memory of an [`AggregationBuffer`](super::AggregationBuffer).
@@ -101,7 +101,11 @@ impl Spill {
         let refused = |kind| matches!(kind, Kind::Bool | Kind::QInt8 | Kind::QUInt8 | Kind::QInt32);
         if let Some(Column { name, kind, .. }) = columns.iter().find(|c| refused(c.kind)) {
             let problem = format!("hold `{name}` of kind {kind:?}, which cannot be spilled");
-            return Err(Error::Conditioning { op: "AggregationBuffer", field: "parts", problem });
+            return Err(Error::Conditioning {
+                op: "AggregationBuffer",
+                field: "parts".to_owned(),
+                problem,
+            });
         }
         let layout = Layout { folder: config.folder.clone(), columns, segment_rows };
         Ok(Self { layout, logs: (0..rings).map(|_| Log::default()).collect() })
@@ -205,10 +209,10 @@ impl Spill {
             });
             gather_rows(&mut tensor, offset, rows)?;
             offset += column.bytes();
-            columns.push((column.name.to_owned(), tensor));
+            columns.push((column.name.clone(), tensor));
         }
         let x_t = columns.remove(0).1;
-        Ok((x_t, Conditioning::from_parts(columns)?))
+        Ok((x_t, columns.into_iter().collect()))
     }
 
     /// The files that hold rows of a ring from `live` on.

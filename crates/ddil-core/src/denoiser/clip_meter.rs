@@ -8,7 +8,7 @@ use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::rollout::on_device;
+use crate::rows::on_device;
 use crate::states::Source;
 use crate::tally::Tally;
 

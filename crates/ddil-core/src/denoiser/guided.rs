@@ -98,9 +98,13 @@ impl<D: Denoiser> GuidedByWeight<D> {
     pub fn new(inner: D, null: Conditioning) -> Result<Self> {
         const OP: &str = "GuidedByWeight::new";
         null.ensure_batch(OP, 1)?;
-        if null.guidance_weight.is_some() {
+        if null.get(Conditioning::GUIDANCE_WEIGHT).is_some() {
             let problem = "is part of what is said for no condition".to_owned();
-            return Err(Error::Conditioning { op: OP, field: "guidance_weight", problem });
+            return Err(Error::Conditioning {
+                op: OP,
+                field: Conditioning::GUIDANCE_WEIGHT.to_owned(),
+                problem,
+            });
         }
         Ok(Self { inner, null })
     }
@@ -114,10 +118,10 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         const OP: &str = "GuidedByWeight::predict";
-        let Some(weight) = &conditioning.guidance_weight else {
+        let Some(weight) = conditioning.get(Conditioning::GUIDANCE_WEIGHT) else {
             return Err(Error::ConditioningMissing {
                 network: "a denoiser guided by the weight of each sample".to_owned(),
-                field: "guidance_weight",
+                field: Conditioning::GUIDANCE_WEIGHT,
             });
         };
         ensure_real(OP, "x_t", x_t)?;
@@ -125,9 +129,13 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
         let batch = x_t.size().first().copied().unwrap_or(0);
         if weight.size() != [batch] {
             let problem = format!("has shape {:?}; expected [{batch}]", weight.size());
-            return Err(Error::Conditioning { op: OP, field: "guidance_weight", problem });
+            return Err(Error::Conditioning {
+                op: OP,
+                field: Conditioning::GUIDANCE_WEIGHT.to_owned(),
+                problem,
+            });
         }
-        let told = Conditioning { guidance_weight: None, ..conditioning.shallow_clone() };
+        let told = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
         let both = Both::ask(OP, &self.inner, x_t, timesteps, &told, &self.null)?;
         let mut shape = vec![1; x_t.dim()];
         shape[0] = -1;
@@ -162,9 +170,10 @@ impl Both {
         conditioning.ensure_batch(op, batch)?;
         let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));
         let mut null = null.index_select(&rows)?.to_device(x_t.device())?;
-        if null.time_ids.is_none() {
-            // The size of a picture is no condition to be guided away from: both answers are of the same one.
-            null.time_ids = conditioning.time_ids.as_ref().map(Tensor::shallow_clone);
+        if null.get(Conditioning::TIME_IDS).is_none() {
+            // An image's size is not a condition to be guided away from: both outputs are of the same size.
+            let sizes = conditioning.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
+            null = null.with_some(Conditioning::TIME_IDS, sizes);
         }
         let told = Conditioning::cat(&[conditioning, &null])?;
         let twice = |t: &Tensor| Tensor::f_cat(&[t, t], 0).map_err(Error::torch(op));

@@ -8,14 +8,14 @@ use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{
-    Leg, ensure_part_of, ensure_ready, ensure_targets, first_state, for_unfinished, index, inverse,
-    on_device, step, walk,
-};
+use super::first_state;
+use super::legs::{Leg, ensure_part_of, ensure_ready, ensure_targets, for_unfinished, walk};
+use super::step::{filled, step};
 use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::random::Draws;
+use crate::rows::{index, inverse, on_device};
 
 /// When the teacher walks in place of the student, interval by interval of the student's grid.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -132,8 +132,8 @@ impl MixedRollout<'_> {
     ///
     /// # Errors
     ///
-    /// As [`rollout_to`](super::rollout_to), and [`Error::Invalid`] for the variant or if the teacher's grid
-    /// misses a timestep of the student's.
+    /// As [`Rollout::run`](super::Rollout::run), and [`Error::Invalid`] for the variant, for a target noisier than the
+    /// first timestep, and if the teacher's grid misses a timestep of the student's.
     pub fn visit(
         &self,
         noise: &Tensor,
@@ -265,7 +265,7 @@ impl MixedRollout<'_> {
     fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
         const OP: &str = "MixedRollout::visit";
         let timestep = self.timesteps.as_slice()[level];
-        let timesteps = super::filled(leg.x_t.size()[0], timestep, leg.x_t.device());
+        let timesteps = filled(leg.x_t.size()[0], timestep, leg.x_t.device());
         let [student, teacher] = [self.student, self.teacher]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
         let apart =

@@ -2,7 +2,7 @@
 
 use super::{SourceRequest, TrajectorySource};
 use crate::error::Result;
-use crate::rollout::on_device;
+use crate::rows::on_device;
 use crate::states::{Source, States};
 
 /// The forward process: `x_t = alpha_t x0 + sigma_t noise`, the states of plain distillation.

@@ -13,7 +13,8 @@ use crate::buffer::{AggregationBuffer, BufferConfig};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::random::{Draws, Stream};
-use crate::rollout::{MixedVariant, Visited, index, inverse, on_device};
+use crate::rollout::{MixedVariant, Visited};
+use crate::rows::{index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 

@@ -11,8 +11,8 @@ use crate::buffer::StorageKind;
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::random::{Draws, Stream};
-use crate::rollout::{MixedVariant, Visited, index, on_device};
-use crate::rows::RowStore;
+use crate::rollout::{MixedVariant, Visited};
+use crate::rows::{RowStore, index, on_device};
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 

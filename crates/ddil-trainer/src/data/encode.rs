@@ -257,13 +257,10 @@ fn encode_prompts(
 ) -> Result<Option<TruncatedPrompts>> {
     let (n, path) = (texts.len(), aside.join(PROMPTS));
     let mut progress = Progress::new("encode prompts", 0, n as u64);
-    let rows = |told: &Conditioning| {
-        let shape = |part: &Tensor| [&[n as i64], &part.size()[1..]].concat();
-        let parts = told.parts().map(|(name, part)| (name, shape(part)));
-        parts.collect::<Vec<_>>()
-    };
     let empty = parts.empty()?;
-    let mut file = RowFile::create(&path, &rows(&empty))?;
+    let shape = |part: &Tensor| [&[n as i64], &part.size()[1..]].concat();
+    let rows: Vec<_> = empty.parts().map(|(name, part)| (name, shape(part))).collect();
+    let mut file = RowFile::create(&path, &rows)?;
     let mut first = 0;
     let mut truncated = None;
     let mut write = |told: &Conditioning, first: usize| {

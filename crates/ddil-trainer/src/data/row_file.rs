@@ -20,7 +20,7 @@ pub(super) struct RowFile {
 /// Where a tensor lies.
 #[derive(Debug)]
 struct Place {
-    name: &'static str,
+    name: String,
     start: u64,
     bytes_per_row: u64,
 }
@@ -29,7 +29,7 @@ const BYTES_PER_VALUE: u64 = 4;
 
 impl RowFile {
     /// A file of tensors of these shapes, all zeros so far.
-    pub(super) fn create(path: &Path, tensors: &[(&'static str, Vec<i64>)]) -> Result<Self> {
+    pub(super) fn create(path: &Path, tensors: &[(&str, Vec<i64>)]) -> Result<Self> {
         let mut header = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "pt" }))]);
         let mut places = Vec::new();
         let mut end = 0;
@@ -39,7 +39,8 @@ impl RowFile {
             end += num_bytes;
             let entry = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] });
             header.insert((*name).to_owned(), entry);
-            places.push(Place { name, start, bytes_per_row: len(&shape[1..]) * BYTES_PER_VALUE });
+            let (name, bytes_per_row) = ((*name).to_owned(), len(&shape[1..]) * BYTES_PER_VALUE);
+            places.push(Place { name, start, bytes_per_row });
         }
         let mut text = Value::Object(header).to_string();
         // Values begin where a processor can read them.

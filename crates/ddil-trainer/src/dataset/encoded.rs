@@ -264,11 +264,13 @@ impl EncodedDataset {
     /// [`Error::Torch`] for a row that is not there.
     pub fn told(&self, rows: &[i64]) -> Result<Conditioning> {
         let rows = Tensor::from_slice(rows);
-        Ok(Conditioning {
-            encoder_hidden_states: select(self.prompts.encoder_hidden_states.as_ref(), &rows)?,
-            text_embeds: select(self.prompts.text_embeds.as_ref(), &rows)?,
-            ..Conditioning::none()
-        })
+        let part = |name| select(self.prompts.get(name), &rows);
+        Ok(Conditioning::none()
+            .with_some(
+                Conditioning::ENCODER_HIDDEN_STATES,
+                part(Conditioning::ENCODER_HIDDEN_STATES)?,
+            )
+            .with_some(Conditioning::TEXT_EMBEDS, part(Conditioning::TEXT_EMBEDS)?))
     }
 
     /// What a network is told for "no prompt", one row; none if the folder does not say.
@@ -303,7 +305,7 @@ impl EncodedDataset {
         let prompts: Vec<i64> = indices.iter().map(phrasing).collect::<Result<_>>()?;
         let rows = Tensor::from_slice(indices);
         let time_ids = select(self.time_ids.as_ref(), &rows)?;
-        let conditioning = Conditioning { time_ids, ..self.told(&prompts)? };
+        let conditioning = self.told(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
         let torch = |source| Error::Torch { op: "EncodedDataset::batch", source };
         let on_device = |tensor: &Tensor| -> Result<Tensor> {
             let chosen = tensor.f_index_select(0, &rows).map_err(torch)?;
@@ -440,7 +442,9 @@ impl Checks<'_> {
             (Some(pooled), width) => self.shape(PROMPTS, "text_embeds", pooled, &[n, width.flatten()]),
             (None, _) => {}
         }
-        Conditioning { encoder_hidden_states: states, text_embeds: pooled, ..Conditioning::none() }
+        Conditioning::none()
+            .with_some(Conditioning::ENCODER_HIDDEN_STATES, states)
+            .with_some(Conditioning::TEXT_EMBEDS, pooled)
     }
 
     fn samples(&mut self, mut tensors: Tensors) -> (Vec<Vec<i64>>, Option<Tensor>) {
@@ -615,7 +619,8 @@ mod tests {
     }
 
     fn rows(batch: &EncodedBatch) -> Vec<f32> {
-        let states = batch.conditioning.encoder_hidden_states.as_ref().expect("they are told");
+        let states =
+            batch.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).expect("they are told");
         Vec::try_from(states.flatten(0, -1)).expect("numbers")
     }
 
@@ -656,8 +661,9 @@ mod tests {
             let refused = data.batch(&[0, index], SHAPE, &mut draws, Device::Cpu);
             assert!(matches!(refused, Err(Error::Index { len: 2, .. })), "{refused:?}");
         }
-        let empty = data.empty_prompt()?.and_then(|told| told.encoder_hidden_states);
-        assert_eq!(empty.map(|states| states.double_value(&[0, 0, 0])), Some(0.0));
+        let empty = data.empty_prompt()?.expect("there is one");
+        let states = empty.get(Conditioning::ENCODER_HIDDEN_STATES).expect("they are told");
+        assert_eq!(states.double_value(&[0, 0, 0]), 0.0);
         Ok(())
     }
 }

@@ -78,8 +78,8 @@ fn shown(
         }
         conditioning.to_device(Device::Cpu)?
     };
-    let is_told_sizes = told.text_embeds.is_some();
-    let n = told.encoder_hidden_states.as_ref().map_or(0, |states| states.size()[0]);
+    let is_told_sizes = told.get(Conditioning::TEXT_EMBEDS).is_some();
+    let n = told.get(Conditioning::ENCODER_HIDDEN_STATES).map_or(0, |states| states.size()[0]);
     let time_ids = is_told_sizes.then(|| sampled_time_ids(encoded.info().image_size, n));
-    Ok(Conditioning { time_ids, ..told })
+    Ok(told.with_some(Conditioning::TIME_IDS, time_ids))
 }

@@ -129,11 +129,9 @@ impl TextToImage {
             states.push(state.to_kind(Kind::Float));
         }
         let states = Tensor::f_cat(&states, -1).map_err(Error::torch("TextToImage::encode"))?;
-        let conditioning = Conditioning {
-            encoder_hidden_states: Some(states),
-            text_embeds,
-            ..Conditioning::none()
-        };
+        let conditioning = Conditioning::none()
+            .with(Conditioning::ENCODER_HIDDEN_STATES, states)
+            .with_some(Conditioning::TEXT_EMBEDS, text_embeds);
         Ok(EncodedPrompts { conditioning, truncated })
     }
 
@@ -148,12 +146,8 @@ impl TextToImage {
         if self.family != (Family::StableDiffusionXl { zeros_for_empty_prompt: true }) {
             return Ok(conditioning);
         }
-        let zeros = |part: &Option<Tensor>| part.as_ref().map(Tensor::zeros_like);
-        Ok(Conditioning {
-            encoder_hidden_states: zeros(&conditioning.encoder_hidden_states),
-            text_embeds: zeros(&conditioning.text_embeds),
-            ..Conditioning::none()
-        })
+        let zeros = conditioning.parts().map(|(name, part)| (name.to_owned(), part.zeros_like()));
+        Ok(zeros.collect())
     }
 
     /// What a network that is told sizes is told of a picture of that height and width, neither scaled nor cropped,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ddil_core::Denoiser;
+use ddil_core::{Conditioning, Denoiser};
 use ddil_losses::TeacherGuidance;
 use ddil_models::{Placement, weights};
 use ddil_trainer::config::Precision;
@@ -56,11 +56,11 @@ fn the_teacher_is_a_model_folder_with_its_text_parts() -> TestResult {
         assert_eq!(pipeline.card.image_shape, [4, 8, 8]);
         let parts = pipeline.frame.text_to_image(Placement::default())?;
         let said = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
-        let states = said.conditioning.encoder_hidden_states.ok_or("states")?;
+        let states = said.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
         let xl = family == Family::StableDiffusionXl;
         let width = if xl { WIDTHS[0] + WIDTHS[1] } else { WIDTHS[0] };
         assert_eq!(states.size(), [2, i64::from(TOKENS), i64::from(width)]);
-        assert_eq!(said.conditioning.text_embeds.is_some(), xl);
+        assert_eq!(said.conditioning.get(Conditioning::TEXT_EMBEDS).is_some(), xl);
         assert_eq!(said.truncated, [None, Some("gs".to_owned())]);
         let latents = Tensor::zeros([1, 4, 8, 8], kind::FLOAT_CPU);
         assert_eq!(parts.decode(&latents)?.size(), [1, 3, 16, 16]);
@@ -158,13 +158,12 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
         let workshop = workshop(family);
         let teacher = read(&workshop.path("teacher"))?;
         let parts = teacher.frame.text_to_image(Placement::default())?;
-        let mut told = parts.encode(&["a red cat", "a dog"])?.conditioning;
-        told.time_ids = parts.time_ids([16, 16], 2);
+        let told = parts.encode(&["a red cat", "a dog"])?.conditioning;
+        let told = told.with_some(Conditioning::TIME_IDS, parts.time_ids([16, 16], 2));
         let mut empty = parts.empty()?;
-        let is_zero = |part: &Option<Tensor>| {
-            part.as_ref().is_some_and(|part| part.abs().max().double_value(&[]) == 0.0)
-        };
-        assert_eq!(is_zero(&empty.encoder_hidden_states), family == Family::StableDiffusionXl);
+        let states = empty.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
+        let is_zero = states.abs().max().double_value(&[]) == 0.0;
+        assert_eq!(is_zero, family == Family::StableDiffusionXl);
 
         let guide = Guide::of_prompts(&teacher.card, empty.shallow_clone());
         let guided = guide.teacher(&teacher.network, TeacherGuidance::Cfg { scale: 3.0 })?;
@@ -173,7 +172,8 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
         let found = guided.predict(&x_t, &t, &told)?.epsilon;
 
         empty = empty.index_select(&Tensor::from_slice(&[0_i64, 0]))?;
-        empty.time_ids = told.time_ids.as_ref().map(Tensor::shallow_clone);
+        let sizes = told.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
+        empty = empty.with_some(Conditioning::TIME_IDS, sizes);
         let [with, without] = [&told, &empty].map(|told| teacher.network.predict(&x_t, &t, told));
         let (with, without) = (with?.epsilon, without?.epsilon);
         let expected = &without + 3.0 * (&with - &without);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ddil_core::Denoiser;
+use ddil_core::{Conditioning, Denoiser};
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Lora, LoraConfig, LoraFormat, Placement, UNet2DConditionModel};
 use ddil_trainer::config::Precision;
@@ -159,9 +159,9 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
     let schedule = pipeline.network.schedule();
     let rows = Tensor::from_slice(&[0_i64, 0]);
     let null = told.guide.null()?.index_select(&rows)?;
-    let zeros = null.encoder_hidden_states.as_ref().ok_or("the states of no prompt")?;
+    let zeros = null.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("the states of no prompt")?;
     assert_eq!(zeros.abs().max().double_value(&[]), 0.0);
-    let sizes = told.conditioning.time_ids.as_ref().ok_or("sizes")?;
+    let sizes = told.conditioning.get(Conditioning::TIME_IDS).ok_or("sizes")?;
     assert_eq!(
         Vec::<f64>::try_from(sizes.get(0).to_kind(Kind::Double))?,
         [16.0, 16.0, 0.0, 0.0, 16.0, 16.0]
