@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ddil_core::{RandomStreams, Stream};
+use ddil_data::{BatchIndices, EncodedDataset, ImageDataset, flip_horizontally};
 use ddil_models::weights;
-use ddil_trainer::dataset::{BatchIndices, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Kind, Tensor, kind};
 
 /// Samples in a dataset.

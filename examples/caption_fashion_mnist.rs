@@ -8,8 +8,8 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::{env, fs};
 
+use ddil_data::FashionMnist;
 use ddil_examples::{Result, captions};
-use ddil_trainer::dataset::FashionMnist;
 use ddil_trainer::picture::save_each;
 use serde_json::json;
 

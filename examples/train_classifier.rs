@@ -5,8 +5,8 @@
 
 use std::{env, error::Error, fs, time::Instant};
 
+use ddil_data::{BatchIndices, FashionMnist, ImageDataset};
 use ddil_metrics::FashionClassifier;
-use ddil_trainer::dataset::{BatchIndices, FashionMnist, ImageDataset};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{
     Device, Tensor,

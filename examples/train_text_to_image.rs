@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 use std::{env, fs};
 
+use ddil_data::{FashionMnist, ImageDataset};
 use ddil_examples::Result;
 use ddil_examples::captions::{HELD_OUT, NAMES, PHRASINGS, captions};
 use ddil_examples::text_to_image::{
@@ -24,7 +25,6 @@ use ddil_examples::text_to_image::{
 use ddil_metrics::{FASHION_CLASSES, FashionClassifier};
 use ddil_models::{AutoencoderKL, Placement};
 use ddil_trainer::config::Precision;
-use ddil_trainer::dataset::{FashionMnist, ImageDataset};
 use ddil_trainer::picture::{Layout, Picture};
 use ddil_trainer::pipeline::Pipeline;
 use tch::{Device, Tensor};

@@ -2,7 +2,6 @@
 
 mod checkpoint;
 mod compare;
-mod dataset;
 mod doctor;
 mod ema;
 mod fast_path;
@@ -16,7 +15,6 @@ mod not_finite;
 mod optimizer;
 mod parts;
 mod picture;
-mod pictures;
 mod record;
 mod run_folder;
 mod tensorboard;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records how Pillow reads JPEG files, for tests/trainer/pictures.rs to compare with.
+"""Records how Pillow reads JPEG files, for tests/data/pictures.rs to compare with.
 
     python3 -m venv .venv
     .venv/bin/pip install pillow==13.0.0 numpy

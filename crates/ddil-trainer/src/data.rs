@@ -7,11 +7,11 @@ mod source;
 use std::collections::BTreeSet;
 
 use ddil_core::{Conditioning, Data, RandomStreams, Stream};
+use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Tensor};
 
 pub use self::source::DataSource;
 use crate::config::DataSection;
-use crate::dataset::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 

@@ -5,14 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_data::FashionMnist;
 use serde::Serialize;
 use tch::Tensor;
 
-use crate::{
-    Result,
-    dataset::{self, FashionMnist},
-    environment::Environment,
-};
+use crate::{Result, environment::Environment};
 
 /// With less than this a run may well fill the disk.
 const LOW_DISK_BYTES: u64 = 2 << 30;
@@ -219,7 +216,7 @@ fn fashion_mnist() -> Finding {
             let count = data.train.len() + data.test.len();
             finding(subject, Health::Good, format!("{count} images, checksums right"))
         }
-        Err(error @ dataset::Error::Missing { .. }) => {
+        Err(error @ ddil_data::Error::Missing { .. }) => {
             finding(subject, Health::Limited, error.to_string())
         }
         Err(error) => finding(subject, Health::Broken, error.to_string()),

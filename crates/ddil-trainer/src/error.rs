@@ -189,14 +189,14 @@ pub enum Error {
     },
     /// A data set is missing or damaged.
     #[error(transparent)]
-    Dataset(#[from] crate::dataset::Error),
+    Dataset(#[from] ddil_data::Error),
     /// What was kept of encoded data is not what was written.
     #[error("the cache of encoded data {} is damaged; remove it to have it made anew", path.display())]
     DamagedCache {
         /// The cache's folder.
         path: PathBuf,
         /// What is wrong with it.
-        source: crate::dataset::Error,
+        source: ddil_data::Error,
     },
     /// Somebody asked for a stop before the first update.
     #[error("stopped while {action}: {done} of {total} were done, and none of it is kept")]
@@ -262,6 +262,7 @@ impl Error {
             Self::Losses(error) => error.invalid(),
             Self::Models(error) => error.invalid(),
             Self::Metrics(error) => error.invalid(),
+            Self::Dataset(error) => error.invalid(),
             _ => None,
         }
     }

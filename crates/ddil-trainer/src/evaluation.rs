@@ -11,11 +11,11 @@ use ddil_metrics::{
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::dataset::ImageDataset;
 use crate::error::Result;
 use crate::guide::Guide;
 use crate::pipeline::Pipeline;
 use crate::sampling::{SamplePlan, asked, classes, generate, initial_noise};
+use ddil_data::ImageDataset;
 
 /// Real images as features: what generated ones are compared with.
 #[derive(Debug)]

@@ -9,7 +9,6 @@ pub mod checkpoint;
 pub mod compare;
 pub mod config;
 pub mod data;
-pub mod dataset;
 pub mod distill;
 pub mod doctor;
 pub mod ema;

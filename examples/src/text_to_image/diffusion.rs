@@ -1,11 +1,11 @@
 use std::ops::Range;
 
 use ddil_core::{RandomStreams, Stream};
+use ddil_data::BatchIndices;
 use ddil_models::{
     ClipTextModel, ClipTokenizer, HiddenState, Placement, UNet2DConditionInputs,
     UNet2DConditionModel,
 };
-use ddil_trainer::dataset::BatchIndices;
 use rand::Rng;
 use rand::rngs::StdRng;
 use tch::{Device, Kind, Tensor};

@@ -1,6 +1,6 @@
+use ddil_data::ImageDataset;
 use ddil_libtorch::Generator;
 use ddil_models::AutoencoderKL;
-use ddil_trainer::dataset::ImageDataset;
 use tch::Tensor;
 
 use super::autoencoder::coloured;

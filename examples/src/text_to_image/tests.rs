@@ -1,8 +1,8 @@
 use std::path::{Path, PathBuf};
 
+use ddil_data::ImageDataset;
 use ddil_models::{Placement, weights};
 use ddil_trainer::config::Precision;
-use ddil_trainer::dataset::ImageDataset;
 use ddil_trainer::pipeline::Pipeline;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};

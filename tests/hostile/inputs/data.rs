@@ -3,11 +3,11 @@
 use std::io::Write as _;
 use std::path::{Component, Path};
 
-use ddil_metrics::FashionClassifier;
-use ddil_trainer::dataset::{
+use ddil_data::{
     EncodedDataset, read_captions, read_cropped, read_idx_images, read_idx_labels,
     read_image_folder, read_prompts,
 };
+use ddil_metrics::FashionClassifier;
 use tch::Tensor;
 
 use super::harness::{Said, Target, told};

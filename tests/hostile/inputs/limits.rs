@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ddil_core::SavedFile;
+use ddil_data::{ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
@@ -13,9 +14,6 @@ use ddil_models::{
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use ddil_trainer::compare::Matrix;
-use ddil_trainer::dataset::{
-    ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder,
-};
 use ddil_trainer::pipeline::{Parts, WeightForm};
 use tch::{Kind, Tensor};
 
@@ -127,11 +125,7 @@ fn a_packed_file_unpacks_to_what_its_header_promises() {
         let folder = written("images.gz", packed(&content));
         let error = read_idx_images(&folder.path().join("images.gz")).expect_err("too much");
         // Only the beginning of the bomb was unpacked.
-        let found = if let ddil_trainer::dataset::Error::IdxLength { found, .. } = error {
-            found
-        } else {
-            0
-        };
+        let found = if let ddil_data::Error::IdxLength { found, .. } = error { found } else { 0 };
         assert!(found < 10_000, "{found} bytes were unpacked");
         assert_says(&crate::inputs::told(error), &["images.gz", word]);
     }

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
+use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
 use ddil_trainer::compare::distil;
 use ddil_trainer::compare::setting::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
-use ddil_trainer::dataset::FashionMnist;
 use ddil_trainer::evaluation::{Reference, draw, shift};
 use ddil_trainer::guide::Guide;
 use ddil_trainer::interrupt::Interrupt;

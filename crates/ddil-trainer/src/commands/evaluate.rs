@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use ddil_data::{FashionMnist, read_image_folder};
 use ddil_metrics::{FashionClassifier, FeatureExtractor};
-use ddil_trainer::dataset::{FashionMnist, read_image_folder};
 use ddil_trainer::evaluation::{Reference, draw};
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::results::{Measurement, append, table};
@@ -92,6 +92,6 @@ fn folder_row(
 }
 
 /// Every image of a dataset, `[n, channels, height, width]` in `[-1, 1]`.
-pub(crate) fn all_images(images: &ddil_trainer::dataset::ImageDataset) -> anyhow::Result<Tensor> {
+pub(crate) fn all_images(images: &ddil_data::ImageDataset) -> anyhow::Result<Tensor> {
     Ok(images.range(0, images.len())?.x0)
 }

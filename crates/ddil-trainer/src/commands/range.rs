@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use ddil_core::{RandomStreams, Stream};
+use ddil_data::{EncodedDataset, FashionMnist, ImageDataset, read_image_folder};
 use ddil_files::settings::to_toml;
 use ddil_schedulers::{DataRange, Thresholding};
-use ddil_trainer::dataset::{EncodedDataset, FashionMnist, ImageDataset, read_image_folder};
 use serde::Serialize;
 use tch::{Device, Tensor};
 

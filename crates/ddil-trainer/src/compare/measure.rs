@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
 use ddil_files::Invalid;
 use ddil_metrics::{FashionClassifier, FeatureExtractor, RawPixels};
 use ddil_models::{Placement, weights};
@@ -13,7 +14,6 @@ use super::matrix::Extractor;
 use super::record::Row;
 use super::setting::{Setting, TeacherSamples};
 use crate::config::{DataKind, DistillConfig, Precision, parse_device};
-use crate::dataset::{FashionMnist, ImageDataset, read_image_folder};
 use crate::error::{Error, Result};
 use crate::evaluation::{Reference, draw, shift};
 use crate::pipeline::Pipeline;

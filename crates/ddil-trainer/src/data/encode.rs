@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use ddil_core::Conditioning;
+use ddil_data::encoded::{FORMAT_VERSION, INFO, LATENTS, PROMPTS, SAMPLES, TEXTS};
+use ddil_data::{
+    Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
+};
 use ddil_files::Invalid;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::row_file::RowFile;
-use crate::dataset::encoded::{FORMAT_VERSION, INFO, LATENTS, PROMPTS, SAMPLES, TEXTS};
-use crate::dataset::{
-    Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
-};
 use crate::error::{Error, Result};
 use crate::files::{TEMPORARY, parent, sync_folder, write_json};
 use crate::interrupt::Interrupt;
@@ -74,7 +74,7 @@ impl Encoding {
         self.cache().map(drop)
     }
 
-    fn damaged(&self, source: crate::dataset::Error) -> Error {
+    fn damaged(&self, source: ddil_data::Error) -> Error {
         Error::DamagedCache { path: self.folder.clone(), source }
     }
 

@@ -2,6 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil_data::{
+    Captioned, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
+    TruncatedPrompts, cache_folder, read_captions, read_image_folder, read_prompts,
+};
 use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ModelConfig, UNet2DConditionConfig, UnknownKeys,
@@ -11,10 +15,6 @@ use tch::Device;
 use super::encode::{Encoding, key};
 use super::{Samples, TrainingData};
 use crate::config::{DataKind, DataSection};
-use crate::dataset::{
-    Captioned, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
-    cache_folder, read_captions, read_image_folder, read_prompts,
-};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::pipeline::{Frame, Pipeline};
@@ -195,7 +195,7 @@ impl DataSource {
             }
         };
         if let Samples::Encoded(data) = &samples {
-            data.tell_truncated();
+            warn_of_truncation(data);
         }
         TrainingData::new(samples, shape, section, seed, device)
     }
@@ -213,6 +213,17 @@ impl DataSource {
         let expected = format!("at most {len}, the number of samples");
         invalid("data.batch_size", batch.to_string(), expected)
     }
+}
+
+/// Warns in the log where prompts are longer than the encoders read.
+fn warn_of_truncation(data: &EncodedDataset) {
+    let info = data.info();
+    let Some(TruncatedPrompts { count, prompt, cut_off }) = &info.truncated else { return };
+    let total = info.num_prompts - i64::from(info.empty_prompt.is_some());
+    tracing::warn!(
+        "{count} of {total} prompts are longer than the text encoder takes and were cut; of {prompt:?} it is not told \
+         {cut_off:?}"
+    );
 }
 
 /// What a text-to-image teacher takes.

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use ddil_core::Conditioning;
+use ddil_data::EncodedDataset;
 use ddil_models::Placement;
 use tch::Device;
 
 use crate::data::{TrainingData, sampled_time_ids};
-use crate::dataset::EncodedDataset;
 use crate::error::Result;
 use crate::pipeline::{EncodedPrompts, Frame};
 

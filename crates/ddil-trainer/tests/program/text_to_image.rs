@@ -5,10 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
+use ddil_data::{Captioned, read_captions, read_cropped};
 use ddil_losses::TeacherGuidance;
 use ddil_models::{Placement, weights};
 use ddil_trainer::config::Precision;
-use ddil_trainer::dataset::{Captioned, read_captions, read_cropped};
 use ddil_trainer::guide::Guide;
 use ddil_trainer::pipeline::{Pipeline, PipelineClass};
 use tch::{Kind, Tensor, kind};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use ddil_trainer::dataset::{FashionMnist, read_image_folder};
+use ddil_data::{FashionMnist, read_image_folder};
 use serde_json::Value;
 
 use crate::support::{

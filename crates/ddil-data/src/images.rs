@@ -1,6 +1,6 @@
 use tch::{Kind, Tensor};
 
-use super::{Error, Result};
+use crate::{Error, Result};
 
 /// The most classes that get names by counting, so that one wild label does not make a billion of them.
 const MAX_CLASSES: i64 = 1_000_000;
@@ -142,7 +142,7 @@ impl ImageDataset {
 /// # Shapes and units
 ///
 /// - `images`: `[batch, channels, height, width]`, any kind
-/// - `flips`: one mark an image, as [`BatchIndices::flips_at`](super::BatchIndices::flips_at) draws them
+/// - `flips`: one mark an image, as [`BatchIndices::flips_at`](crate::BatchIndices::flips_at) draws them
 ///
 /// # Errors
 ///

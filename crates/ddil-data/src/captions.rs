@@ -6,8 +6,8 @@ use std::{
 
 use serde::Deserialize;
 
-use super::folder::{ENDINGS, is_picture, list};
-use super::{Error, Result};
+use crate::folder::{ENDINGS, is_picture, list};
+use crate::{Error, Result};
 
 /// The files that may say which picture has which captions.
 const LINES: &str = "metadata.jsonl";

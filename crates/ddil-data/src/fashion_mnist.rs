@@ -7,7 +7,7 @@ use std::{
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
-use super::{Error, ImageDataset, Result, idx};
+use crate::{Error, ImageDataset, Result, idx};
 
 /// Pixels of background on each side: 28 becomes 32, which halves evenly down to 4.
 const PADDING: i64 = 2;

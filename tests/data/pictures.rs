@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_trainer::dataset::{Captioned, Error, read_captions, read_cropped, read_image_folder};
+use ddil_data::{Captioned, Error, read_captions, read_cropped, read_image_folder};
 
 use crate::TestResult;
 

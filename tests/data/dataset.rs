@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ddil_trainer::dataset::{
+use ddil_data::{
     BatchIndices, Error, FashionMnist, ImageDataset, fashion_mnist_folders, flip_horizontally,
     read_idx_images, read_idx_labels, read_image_folder,
 };
@@ -266,10 +266,12 @@ fn epochs_and_seeds_are_shuffled_apart() -> TestResult {
 fn impossible_sizes() {
     for (len, batch_size) in [(0, 1), (-1, 1), (1, 0)] {
         let refused = BatchIndices::new(len, batch_size, 0);
-        assert!(matches!(refused, Err(Error::InvalidSetting { .. })));
+        assert!(matches!(refused, Err(Error::Invalid(_))));
     }
     let indices = BatchIndices::new(5, 2, 0).expect("good sizes");
-    assert!(matches!(indices.for_rank(2, 2), Err(Error::InvalidSetting { name: "rank", .. })));
+    let refused = indices.for_rank(2, 2).err();
+    let refused = refused.as_ref().and_then(Error::invalid);
+    assert_eq!(refused.map(|invalid| &*invalid.field), Some("rank"));
 }
 
 fn write_png(path: &Path, (width, height): (u32, u32), colour: png::ColorType, pixels: &[u8]) {

@@ -1,3 +1,5 @@
+//! Latents and prompts that a text-to-image model's own components encoded, in a folder.
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -9,10 +11,10 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::{Error, Result};
+use crate::{Error, Result};
 
-/// The only version of the format so far.
-pub(crate) const FORMAT_VERSION: u32 = 1;
+/// The version of the format that is written and read.
+pub const FORMAT_VERSION: u32 = 1;
 
 /// The largest `dataset.json` that is read; a usual one has half a KiB.
 const MAX_INFO_BYTES: u64 = 1 << 20;
@@ -23,12 +25,17 @@ const NUM_TIME_IDS: i64 = 6;
 /// Scaling factors are typed in decimals: they are the same if they differ by no more than rounding.
 const SAME_SCALING: f64 = 1e-9;
 
-/// The files of such a folder.
-pub(crate) const INFO: &str = "dataset.json";
-pub(crate) const LATENTS: &str = "latents.safetensors";
-pub(crate) const PROMPTS: &str = "prompts.safetensors";
-pub(crate) const SAMPLES: &str = "samples.safetensors";
-pub(crate) const TEXTS: &str = "prompts.json";
+/// The file with the [`EncodedInfo`]; a folder that contains it is complete.
+pub const INFO: &str = "dataset.json";
+/// The file with the latents: `mean` and `std`, or `latents`, `[samples, channels, height, width]`.
+pub const LATENTS: &str = "latents.safetensors";
+/// The file with the encoded prompts: `encoder_hidden_states` `[prompts, tokens, width]` and for some models
+/// `text_embeds` `[prompts, width]`.
+pub const PROMPTS: &str = "prompts.safetensors";
+/// The file with `prompts` `[samples, phrasings]`, rows of the prompts, and for some models `time_ids` `[samples, 6]`.
+pub const SAMPLES: &str = "samples.safetensors";
+/// The file with the texts of the prompts.
+pub const TEXTS: &str = "prompts.json";
 
 /// What `dataset.json` says of a folder of encoded data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -182,7 +189,7 @@ impl EncodedDataset {
                 return BTreeMap::new();
             }
             weights::read_all(&path).unwrap_or_else(|error| {
-                problems.push(format!("{name}: {}", crate::error::with_causes(&error)));
+                problems.push(format!("{name}: {}", ddil_files::with_causes(&error)));
                 BTreeMap::new()
             })
         };
@@ -204,18 +211,6 @@ impl EncodedDataset {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Says in the log what the encoders were not told of the prompts, if anything.
-    pub(crate) fn tell_truncated(&self) {
-        let Some(TruncatedPrompts { count, prompt, cut_off }) = &self.info.truncated else {
-            return;
-        };
-        let total = self.info.num_prompts - i64::from(self.info.empty_prompt.is_some());
-        tracing::warn!(
-            "{count} of {total} prompts are longer than the text encoder takes and were cut; of {prompt:?} it is not told \
-             {cut_off:?}"
-        );
     }
 
     /// What it says of itself.

@@ -6,7 +6,7 @@ use std::{
 use flate2::read::GzDecoder;
 use tch::{Kind, Tensor};
 
-use super::{Error, Result};
+use crate::{Error, Result};
 
 /// The most that a file may hold, unpacked; twice as much as the largest data set of this format, EMNIST.
 const MAX_BYTES: u64 = 1 << 30;
@@ -35,18 +35,18 @@ pub fn read_idx_labels(path: &Path) -> Result<Tensor> {
     labels_from(path, &read(path)?)
 }
 
-pub(super) fn images_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
+pub(crate) fn images_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
     let (dims, pixels) = split_header::<3>(path, bytes, IMAGES)?;
     to_tensor(pixels, &dims)
 }
 
-pub(super) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
+pub(crate) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
     let (dims, labels) = split_header::<1>(path, bytes, LABELS)?;
     Ok(to_tensor(labels, &dims)?.to_kind(Kind::Int64))
 }
 
 /// Contents of a file, unpacked if its name says that it is packed.
-pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         if path.extension().is_some_and(|extension| extension == "gz") {
             return unpack(GzDecoder::new(ddil_files::open_plain_file(path)?));

@@ -8,7 +8,7 @@ use ddil_files::open_plain_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
-use super::{Error, ImageDataset, Result, jpeg};
+use crate::{Error, ImageDataset, Result, jpeg};
 
 /// Deflate packs no more than that into a byte: a picture that claims more pixels has not got them.
 const MOST_PACKED: u64 = 1032;
@@ -70,7 +70,7 @@ fn labelled(classes: &[(PathBuf, Vec<PathBuf>)]) -> Result<ImageDataset> {
 }
 
 /// Entries of a folder that are not hidden, by name.
-pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = |source| Error::Read { path: folder.to_owned(), source };
     let mut entries = Vec::new();
     for entry in fs::read_dir(folder).map_err(read)? {
@@ -84,9 +84,9 @@ pub(super) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// What the names of pictures end in, in words.
-pub(super) const ENDINGS: &str = ".png, .jpg or .jpeg";
+pub(crate) const ENDINGS: &str = ".png, .jpg or .jpeg";
 
-pub(super) fn is_picture(path: &Path) -> bool {
+pub(crate) fn is_picture(path: &Path) -> bool {
     (has_extension(path, "png") || is_jpeg(path)) && path.is_file()
 }
 
@@ -100,10 +100,10 @@ fn has_extension(path: &Path, extension: &str) -> bool {
 
 /// A picture's channels, height and width; its bytes are rows of pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Layout {
-    pub(super) channels: usize,
-    pub(super) height: u32,
-    pub(super) width: u32,
+pub(crate) struct Layout {
+    pub(crate) channels: usize,
+    pub(crate) height: u32,
+    pub(crate) width: u32,
 }
 
 impl std::fmt::Display for Layout {
@@ -134,7 +134,7 @@ fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
     Ok(pixels.permute([0, 3, 1, 2]).contiguous())
 }
 
-pub(super) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
+pub(crate) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
     if is_jpeg(path) { jpeg::read(path) } else { read_png(path) }
 }
 

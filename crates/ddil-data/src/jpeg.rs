@@ -9,15 +9,15 @@ use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use super::folder::Layout;
-use super::{Error, Result};
+use crate::folder::Layout;
+use crate::{Error, Result};
 
 /// A block of 8x8 values takes a bit at least: a picture that claims more pixels has not got them, and those that are
 /// missing at the end of the data would be made up.
 const MOST_PIXELS_A_BYTE: usize = 8 * 8 * 8;
 
 /// A grey or coloured JPEG, turned as its Exif data say.
-pub(super) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
+pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let bytes = read_bounded(path, u64::MAX)
         .map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let jpeg = |error| Error::Jpeg { path: path.to_owned(), source: Box::new(error) };

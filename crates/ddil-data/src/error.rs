@@ -1,11 +1,16 @@
 use std::path::PathBuf;
 
-use super::folder::ENDINGS;
+use ddil_files::Invalid;
+
+use crate::folder::ENDINGS;
 
 /// Everything that can go wrong between images on disk and a batch.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A setting has a value that is not allowed.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
     /// A data set is not where it is looked for.
     #[error(
         "no {dataset} in {}; `make setup` fetches it, or let DDIL_DATA name the folder that has it",
@@ -91,16 +96,6 @@ pub enum Error {
         /// Number of samples.
         len: i64,
     },
-    /// A setting has a value that it cannot have.
-    #[error("`{name}` is {value}; it must be {expected}")]
-    InvalidSetting {
-        /// The setting.
-        name: &'static str,
-        /// What was found.
-        value: String,
-        /// What may stand there.
-        expected: &'static str,
-    },
     /// A file is no PNG that can be read.
     #[error("could not read {} as a PNG", path.display())]
     Png {
@@ -172,8 +167,18 @@ pub enum Error {
     },
 }
 
-/// What the functions of this module return.
-pub type Result<T> = std::result::Result<T, Error>;
+/// [`std::result::Result`] with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// The setting that is not allowed, where that is what went wrong.
+    pub fn invalid(&self) -> Option<&Invalid> {
+        match self {
+            Self::Invalid(invalid) => Some(invalid),
+            _ => None,
+        }
+    }
+}
 
 /// The first of many lines: a thousand pictures without captions are one mistake.
 fn lines(problems: &[String]) -> String {

@@ -2,8 +2,8 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use super::folder::{Layout, read_picture};
-use super::{Error, Result};
+use crate::folder::{Layout, read_picture};
+use crate::{Error, Result};
 
 /// A picture brought to a size: its shorter side scaled, the rest cut off evenly.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
+use ddil_files::Invalid;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use super::{Error, Result};
+use crate::Result;
 
 /// Keeps the shuffles apart from everything else that is drawn from the run's seed.
 const SHUFFLE: &[u8; 16] = b"dataset shuffle\0";
@@ -16,7 +17,7 @@ const FLIP: &[u8; 16] = b"dataset flip\0\0\0\0";
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::dataset::BatchIndices;
+/// use ddil_data::BatchIndices;
 ///
 /// let mut indices = BatchIndices::new(10, 5, 42)?;
 /// let mut epoch = [indices.at(0), indices.at(1)].concat();
@@ -25,7 +26,7 @@ const FLIP: &[u8; 16] = b"dataset flip\0\0\0\0";
 ///
 /// let mut resumed = BatchIndices::new(10, 5, 42)?;
 /// assert_eq!(resumed.at(1000), indices.at(1000));
-/// # Ok::<(), ddil_trainer::dataset::Error>(())
+/// # Ok::<(), ddil_data::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct BatchIndices {
@@ -48,15 +49,13 @@ impl BatchIndices {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidSetting`] unless `len` and `batch_size` are 1 or more.
+    /// [`Error::Invalid`](crate::Error::Invalid) unless `len` and `batch_size` are 1 or more.
     pub fn new(len: i64, batch_size: usize, seed: u64) -> Result<Self> {
         if len < 1 {
-            let value = len.to_string();
-            return Err(Error::InvalidSetting { name: "len", value, expected: "1 or more" });
+            return Invalid::new("len", len, "1 or more").err();
         }
         if batch_size < 1 {
-            let value = batch_size.to_string();
-            return Err(Error::InvalidSetting { name: "batch_size", value, expected: "1 or more" });
+            return Invalid::new("batch_size", batch_size, "1 or more").err();
         }
         let (len, batch_size) = (len as u64, batch_size as u64);
         Ok(Self { len, batch_size, seed, rank: 0, num_ranks: 1, epoch: None })
@@ -66,15 +65,11 @@ impl BatchIndices {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidSetting`] unless `rank < num_ranks`.
+    /// [`Error::Invalid`](crate::Error::Invalid) unless `rank < num_ranks`.
     pub fn for_rank(mut self, rank: usize, num_ranks: usize) -> Result<Self> {
         if rank >= num_ranks {
             let value = format!("{rank} of {num_ranks}");
-            return Err(Error::InvalidSetting {
-                name: "rank",
-                value,
-                expected: "below the number of ranks",
-            });
+            return Invalid::new("rank", value, "below the number of ranks").err();
         }
         (self.rank, self.num_ranks) = (rank as u64, num_ranks as u64);
         Ok(self)
