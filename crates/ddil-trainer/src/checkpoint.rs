@@ -20,14 +20,16 @@
 //! One writer at a time: whoever writes holds the run folder's lock
 //! ([`RunFolder`](crate::run_folder::RunFolder)).
 
+mod damage;
 mod manifest;
 mod read;
 mod retention;
 mod tensors;
 mod write;
 
+pub use damage::Damage;
 pub use manifest::{Linked, Manifest, Member};
-pub use read::{Checkpoint, Damage, Damaged, Found, find_latest, list};
+pub use read::{Checkpoint, Damaged, Found, find_latest, list};
 pub use retention::{Retention, discard_newer, tidy};
 pub use write::CheckpointWriter;
 

@@ -16,6 +16,7 @@ pub mod environment;
 pub mod evaluation;
 pub mod evidence;
 pub mod guide;
+mod holder;
 pub mod interrupt;
 pub mod logging;
 pub mod lr_schedule;

@@ -18,7 +18,6 @@
 
 use std::{
     error::Error as StdError,
-    fmt::{self, Display, Formatter},
     fs::{self, File},
     io::{ErrorKind, Read, Seek},
     path::{Path, PathBuf},
@@ -37,6 +36,8 @@ use crate::{
     },
     settings::{Settings, differences, to_toml},
 };
+
+pub use crate::holder::Holder;
 
 pub(crate) const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
@@ -382,49 +383,4 @@ fn in_use(folder: &Path, file: &mut File) -> Error {
     let read = file.read_to_string(&mut text).ok();
     let holder = read.and_then(|_| Holder::from_line(&text));
     Error::FolderInUse { path: folder.to_owned(), holder }
-}
-
-/// Who holds the lock of a folder, as far as the lock file tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Holder {
-    /// The number of the process, on its own machine.
-    pub process: u32,
-    /// What that machine calls itself; nothing where it does not say.
-    pub host: Option<String>,
-}
-
-impl Holder {
-    fn here() -> Self {
-        Self { process: std::process::id(), host: host() }
-    }
-
-    fn to_line(&self) -> String {
-        let host = self.host.as_deref().unwrap_or_default();
-        format!("{} {host}", self.process).trim_end().to_owned()
-    }
-
-    fn from_line(line: &str) -> Option<Self> {
-        let mut words = line.split_whitespace();
-        let process = words.next()?.parse().ok()?;
-        Some(Self { process, host: words.next().map(str::to_owned) })
-    }
-}
-
-impl Display for Holder {
-    /// The host too, where the number alone would lead astray: of a shared disk, the process may be on another machine.
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Some(host) if self.host != self::host() => {
-                write!(f, "process {} on the machine `{host}`", self.process)
-            }
-            _ => write!(f, "{}", self.process),
-        }
-    }
-}
-
-/// What this machine calls itself.
-fn host() -> Option<String> {
-    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
-    Some(name.split_whitespace().next()?.to_owned())
 }
