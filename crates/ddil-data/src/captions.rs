@@ -6,7 +6,8 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::folder::{ENDINGS, is_picture, list};
+use crate::folder::{is_picture, list};
+use crate::layout::ENDINGS;
 use crate::{Error, Result};
 
 /// The files that may say which picture has which captions.

@@ -2,7 +2,8 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use crate::folder::{Layout, read_picture};
+use crate::folder::read_picture;
+use crate::layout::Layout;
 use crate::{Error, Result};
 
 /// A picture brought to a size: its shorter side scaled, the rest cut off evenly.

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use ddil_files::Invalid;
 
-use crate::folder::ENDINGS;
+use crate::layout::ENDINGS;
 
 /// Everything that can go wrong between images on disk and a batch.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@ use ddil_files::open_plain_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
+use crate::layout::Layout;
 use crate::{Error, ImageDataset, Result, jpeg};
 
 /// Deflate packs no more than that into a byte: a picture that claims more pixels has not got them.
@@ -83,9 +84,6 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// What the names of pictures end in, in words.
-pub(crate) const ENDINGS: &str = ".png, .jpg or .jpeg";
-
 pub(crate) fn is_picture(path: &Path) -> bool {
     (has_extension(path, "png") || is_jpeg(path)) && path.is_file()
 }
@@ -96,21 +94,6 @@ fn is_jpeg(path: &Path) -> bool {
 
 fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
-}
-
-/// A picture's channels, height and width; its bytes are rows of pixels.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Layout {
-    pub(crate) channels: usize,
-    pub(crate) height: u32,
-    pub(crate) width: u32,
-}
-
-impl std::fmt::Display for Layout {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let colour = if self.channels == 1 { "grey" } else { "RGB" };
-        write!(f, "{colour}, {}x{} pixels", self.width, self.height)
-    }
 }
 
 /// All pictures, `[n, channels, height, width]`, `Uint8`.

@@ -9,7 +9,7 @@ use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use crate::folder::Layout;
+use crate::layout::Layout;
 use crate::{Error, Result};
 
 /// A block of 8x8 values takes a bit at least: a picture that claims more pixels has not got them, and those that are

@@ -53,6 +53,7 @@ mod idx;
 mod images;
 mod indices;
 mod jpeg;
+mod layout;
 
 pub use captions::{Captioned, read_captions, read_prompts};
 pub use cropped::{Cropped, read_cropped};

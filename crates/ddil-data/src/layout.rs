@@ -1,0 +1,19 @@
+//! Which files are pictures, and how their bytes lie.
+
+/// The endings of the names of pictures, in words.
+pub(crate) const ENDINGS: &str = ".png, .jpg or .jpeg";
+
+/// A picture's channels, height and width; its bytes are rows of pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Layout {
+    pub(crate) channels: usize,
+    pub(crate) height: u32,
+    pub(crate) width: u32,
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let colour = if self.channels == 1 { "grey" } else { "RGB" };
+        write!(f, "{colour}, {}x{} pixels", self.width, self.height)
+    }
+}
