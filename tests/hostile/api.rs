@@ -4,6 +4,7 @@
 
 mod cases;
 mod core;
+mod data;
 mod files;
 mod inventory;
 mod libtorch;

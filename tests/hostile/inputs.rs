@@ -12,6 +12,7 @@ mod mutate;
 mod runs;
 mod tree;
 
+pub(crate) use data::picture;
 pub(crate) use harness::told;
 pub(crate) use runs::golden_formats;
 pub(crate) use tree::{Tree, repository};

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use ddil_files::Invalid;
 use tch::{Kind, Tensor};
 
 use crate::folder::read_picture;
@@ -17,6 +18,9 @@ pub struct Cropped {
     pub cut_off: [i64; 2],
 }
 
+/// No image of this project is larger in either direction.
+const MAX_SIDE: i64 = 65_536;
+
 /// A strip of one pixel's height would be scaled to more memory than there is before all but its middle is cut off.
 const MOST_SCALED: i64 = 64;
 
@@ -25,9 +29,13 @@ const MOST_SCALED: i64 = 64;
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, for one in colour
+/// [`Error::Invalid`] for a size of nothing; [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, for one in colour
 /// where grey ones are wanted, and for one of which less than a 64th would be left; [`Error::Torch`] if memory runs out.
 pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<Cropped> {
+    if [height, width].iter().any(|side| !(1..=MAX_SIDE).contains(side)) {
+        let expected = format!("in 1..={MAX_SIDE}");
+        return Err(Invalid::new("height, width", format!("{height}, {width}"), expected).into());
+    }
     let (layout, bytes) = read_picture(path)?;
     let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
     let own_channels = own_channels as i64;

@@ -52,10 +52,10 @@ impl BatchIndices {
     /// [`Error::Invalid`](crate::Error::Invalid) unless `len` and `batch_size` are 1 or more.
     pub fn new(len: i64, batch_size: usize, seed: u64) -> Result<Self> {
         if len < 1 {
-            return Invalid::new("len", len, "1 or more").err();
+            return Err(Invalid::new("len", len, "1 or more").into());
         }
         if batch_size < 1 {
-            return Invalid::new("batch_size", batch_size, "1 or more").err();
+            return Err(Invalid::new("batch_size", batch_size, "1 or more").into());
         }
         let (len, batch_size) = (len as u64, batch_size as u64);
         Ok(Self { len, batch_size, seed, rank: 0, num_ranks: 1, epoch: None })
@@ -69,7 +69,7 @@ impl BatchIndices {
     pub fn for_rank(mut self, rank: usize, num_ranks: usize) -> Result<Self> {
         if rank >= num_ranks {
             let value = format!("{rank} of {num_ranks}");
-            return Invalid::new("rank", value, "below the number of ranks").err();
+            return Err(Invalid::new("rank", value, "below the number of ranks").into());
         }
         (self.rank, self.num_ranks) = (rank as u64, num_ranks as u64);
         Ok(self)

@@ -46,7 +46,7 @@ fn idx_file() {
 }
 
 /// A picture of 4 by 4 pixels.
-pub(super) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
+pub(crate) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut encoder = png::Encoder::new(&mut bytes, 4, 4);
     encoder.set_color(colour);
