@@ -5,7 +5,7 @@ use ddil_schedulers::Thresholding;
 use ddil_trainer::compare::matrix::{Axis, AxisValue};
 use ddil_trainer::compare::metric::Metric;
 use ddil_trainer::compare::statistics::Estimate;
-use ddil_trainer::compare::{Entry, EntryKind, EntryState, Matrix, Report, plot, table};
+use ddil_trainer::compare::{ComparisonReport, Entry, EntryKind, EntryState, Matrix, plot, table};
 use ddil_trainer::evaluation::ShiftRow;
 use ddil_trainer::results::Measurement;
 use proptest::prelude::*;
@@ -262,7 +262,7 @@ fn reference(kind: EntryKind, name: &str, steps: u32, frechet: f64) -> Entry {
 }
 
 /// Two axes; one arm has lost a seed to divergence, one has a single seed.
-fn report() -> Report {
+fn report() -> ComparisonReport {
     let mut entries = vec![
         reference(EntryKind::Data, "two halves", 0, 0.42),
         reference(EntryKind::Teacher, "teacher, guidance 3", 50, 7.0),
@@ -291,7 +291,7 @@ fn report() -> Report {
         axis("priors", Some("forward"), &["forward", "mixed"]),
         axis("clip", Some("off"), &["off", "on"]),
     ];
-    Report::new("small", axes, entries)
+    ComparisonReport::new("small", axes, entries)
 }
 
 #[test]
@@ -406,7 +406,8 @@ fn plots_have_a_bar_for_every_mean_of_more_than_one_seed() -> TestResult {
 /// Coverage grows with the number of samples, so that points of different ones make no line.
 #[test]
 fn coverage_is_plotted_of_one_number_of_samples_alone() -> TestResult {
-    let plotted = |report: &Report| Ok::<_, String>(plot::quality(report)?.contains("coverage"));
+    let plotted =
+        |report: &ComparisonReport| Ok::<_, String>(plot::quality(report)?.contains("coverage"));
     let mut report = report();
     assert!(plotted(&report)?);
     let own = report.entries.iter_mut().filter(|entry| entry.own_steps);
@@ -417,13 +418,13 @@ fn coverage_is_plotted_of_one_number_of_samples_alone() -> TestResult {
 
 #[test]
 fn plots_of_nothing_are_plots() -> TestResult {
-    let nothing = Report::new("nothing", Vec::new(), Vec::new());
+    let nothing = ComparisonReport::new("nothing", Vec::new(), Vec::new());
     assert_well_formed(&plot::quality(&nothing)?);
     assert_well_formed(&plot::shift(&nothing.shifts())?);
     assert_eq!(table::summary(&nothing).len(), 1);
     // A metric that is 0 or less has no place on a logarithmic axis, and takes nothing else with it.
     let entries = vec![entry(["a", "b"], 0, 4, 0.0), entry(["a", "b"], 1, 4, -0.1)];
-    let report = Report::new("zero", vec![axis("priors", None, &["a"])], entries);
+    let report = ComparisonReport::new("zero", vec![axis("priors", None, &["a"])], entries);
     assert_well_formed(&plot::quality(&report)?);
     Ok(())
 }

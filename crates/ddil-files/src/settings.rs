@@ -180,6 +180,16 @@ pub fn to_toml(settings: &impl Serialize) -> Result<String> {
     toml::to_string(settings).map_err(|source| Error::WriteSettings { source })
 }
 
+/// Writes one value as TOML on one line, as it stands behind a `=`.
+///
+/// # Errors
+///
+/// As [`to_toml`].
+pub fn inline_toml(value: &impl Serialize) -> Result<String> {
+    let value = Value::try_from(value).map_err(|source| Error::WriteSettings { source })?;
+    Ok(value.to_string())
+}
+
 /// A setting that two configs give different values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Difference {

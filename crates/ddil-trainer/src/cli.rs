@@ -54,6 +54,7 @@ pub(crate) struct InitArgs {
 
 /// Arguments of `ddil train` and `ddil distill`.
 #[derive(Debug, Args)]
+#[command(after_long_help = RUN_HELP)]
 pub(crate) struct RunArgs {
     /// The config file; with --resume the run folder's own is taken.
     #[arg(required_unless_present = "resume")]
@@ -64,10 +65,29 @@ pub(crate) struct RunArgs {
     /// Go on with the run in this folder, from its last good checkpoint.
     #[arg(long, value_name = "RUN_FOLDER")]
     pub(crate) resume: Option<PathBuf>,
+    /// Go on with the config's own run if its folder is there, or else start it: for jobs that are started again.
+    #[arg(long = "continue", conflicts_with = "resume")]
+    pub(crate) continues: bool,
     /// Check the config, the data and the teacher, say what would be done, and stop.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// For programs that start this one.
+    #[command(flatten)]
+    pub(crate) parent: ParentArgs,
 }
+
+/// For programs that start this one.
+#[derive(Debug, Args)]
+pub(crate) struct ParentArgs {
+    /// Stop when the standard input closes, as at Ctrl-C: for programs that start this one and that it should not outlive.
+    #[arg(long, hide_short_help = true)]
+    pub(crate) stop_with_stdin: bool,
+}
+
+const RUN_HELP: &str = "\
+Ctrl-C, or SIGTERM, finishes the step in progress, saves and ends with exit code 0; a second one ends at once. Exit \
+codes: 0 done, or stopped and saved (the file status.json in the run folder has which); 1 failed; 3 a loss, a gradient \
+or samples are NaN or infinite.";
 
 /// Which samples, and how.
 #[derive(Debug, Args)]
@@ -87,6 +107,10 @@ pub(crate) struct SamplingArgs {
     /// How the model steps, `ddim` or `lcm`, where not as its folder says: `lcm` for a teacher with an LCM-LoRA.
     #[arg(long)]
     pub(crate) sampler: Option<String>,
+    /// What is done with predictions beyond the data's range, as TOML: `none`, or `{ kind = "clamp", low = -1, high = 1 }`;
+    /// the default is the model's own.
+    #[arg(long, value_name = "TOML")]
+    pub(crate) thresholding: Option<String>,
     /// Samples in one call of the network; the default is 100, or 1 for text to image.
     #[arg(long)]
     pub(crate) batch_size: Option<u32>,
@@ -96,9 +120,15 @@ pub(crate) struct SamplingArgs {
     /// What convolutions and products are computed in: `float32` or `bfloat16`.
     #[arg(long, default_value = "float32")]
     pub(crate) precision: String,
-    /// Threads of libtorch; 0 is one a core.
+    /// How images lie in memory: `channels_last`, which is faster, or `contiguous`.
+    #[arg(long, default_value = "channels_last", hide_short_help = true)]
+    pub(crate) memory_format: String,
+    /// Threads of libtorch; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: u32,
+    /// For programs that start this one.
+    #[command(flatten)]
+    pub(crate) parent: ParentArgs,
 }
 
 /// Arguments of `ddil sample`.
@@ -106,13 +136,19 @@ pub(crate) struct SamplingArgs {
 pub(crate) struct SampleArgs {
     /// A model folder, or a run folder, whose export is taken.
     pub(crate) model: PathBuf,
-    /// Number of samples, of each prompt where there are prompts; the default is 64, or 1 of a prompt.
+    /// Number of samples, per prompt where there are prompts; the default is 64, or 1 per prompt.
     #[arg(long, short)]
     pub(crate) num_samples: Option<u32>,
-    /// Only this class; the default goes through all of them.
+    /// Only this class, by name or number; the default goes through all of them.
     #[arg(long)]
-    pub(crate) class: Option<i64>,
-    /// What the pictures of a text-to-image model are to show.
+    pub(crate) class: Option<String>,
+    /// Draw a part of the samples of a seed: the first of them is this one, counted from 0.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_short_help = true)]
+    pub(crate) first: u32,
+    /// How many samples of the seed there are in all, of which a part is drawn; the default is no more than that part.
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub(crate) of: Option<u32>,
+    /// What images of a text-to-image model are to show.
     #[command(flatten)]
     pub(crate) prompting: PromptArgs,
     /// Add the adapters in this file to the network's weights.
@@ -121,9 +157,13 @@ pub(crate) struct SampleArgs {
     /// How strongly the adapters act.
     #[arg(long, default_value_t = 1.0, requires = "lora")]
     pub(crate) lora_scale: f64,
-    /// The grid that is written.
-    #[arg(long, short, default_value = "samples.png")]
-    pub(crate) output: PathBuf,
+    /// The file that is written: a grid as PNG, or the samples as bytes in a `.safetensors` file. The default is
+    /// `samples.png`, or the next free of `samples-2.png`, `samples-3.png` and so on.
+    #[arg(long, short)]
+    pub(crate) output: Option<PathBuf>,
+    /// Replace the file that --output names.
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Also write every sample as a PNG of its own into this folder.
     #[arg(long)]
     pub(crate) folder: Option<PathBuf>,
@@ -155,12 +195,40 @@ pub(crate) struct PromptArgs {
 /// Arguments of `ddil evaluate`.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArgs {
-    /// A model folder, a run folder or a folder of PNG or JPEG files; `data` compares real data with real data.
+    /// A model folder, a run folder, or a folder of images (PNG, JPEG, or `.safetensors` of `ddil sample`); `data` compares
+    /// the data's training images with its held-out images.
     pub(crate) subject: PathBuf,
     /// Number of samples to draw.
     #[arg(long, short, default_value_t = 5000)]
     pub(crate) num_samples: u32,
-    /// Add the measurement to this file, an array.
+    /// The real images: `fashion_mnist`, a folder of images, or a config file, whose `[data]` is taken.
+    #[arg(long, default_value = "fashion_mnist")]
+    pub(crate) data: PathBuf,
+    /// A folder of held-out images to compare with, where the data is a folder; the default is its training images.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) reference: Option<PathBuf>,
+    /// Which features are compared: `fashion_classifier`, for grey images of 32x32, or `raw_pixels`, for tiny images.
+    #[arg(long, default_value = "fashion_classifier")]
+    pub(crate) extractor: String,
+    /// Also measure the Fréchet distance to the samples in this folder, `.safetensors` files of `ddil sample`.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) teacher_samples: Option<PathBuf>,
+    /// Also measure at these numbers of steps, as in `1,2,8`; one row each.
+    #[arg(long, value_name = "STEPS", value_delimiter = ',')]
+    pub(crate) also_steps: Vec<u32>,
+    /// Samples at those numbers of steps, the first of all; the default is --num-samples.
+    #[arg(long, value_name = "N", requires = "also_steps")]
+    pub(crate) also_samples: Option<u32>,
+    /// Also measure the covariate shift at the model's own steps, on this many states per side; 0 does not.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) shift_samples: u32,
+    /// Keep the first 20 samples at the model's own steps in this `.safetensors` file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) keep: Option<PathBuf>,
+    /// Of `data`: also compare one half of the reference with the other, which is the distance of chance.
+    #[arg(long)]
+    pub(crate) halves: bool,
+    /// Add the measurements to this file, an array.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
     /// How.
@@ -270,20 +338,38 @@ pub(crate) struct DemoArgs {
 
 /// Arguments of `ddil compare`.
 #[derive(Debug, Args)]
+#[command(after_long_help = COMPARE_HELP)]
 pub(crate) struct CompareArgs {
-    /// The file that says what is compared; `ddil init` has examples. A comparison that was stopped goes on.
-    #[arg(required_unless_present = "worker")]
-    pub(crate) matrix: Option<PathBuf>,
-    /// Start those cells anew that lie there with other settings; the others stay.
+    /// The file that lists what is compared; `ddil init` has examples. A comparison that was stopped continues.
+    pub(crate) matrix: PathBuf,
+    /// Start cells over whose folder has other settings; the others stay.
     #[arg(long)]
     pub(crate) fresh: bool,
-    /// List the cells and what of them is done, and stop.
+    /// List the cells and how far each is, and stop.
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Do one job of a comparison, read from the standard input; it stops when that closes.
-    #[arg(long, hide = true)]
-    pub(crate) worker: bool,
+    /// Print the name of every cell, one per line, and stop.
+    #[arg(long, conflicts_with_all = ["fresh", "dry_run"])]
+    pub(crate) list: bool,
+    /// Train and measure this cell alone.
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true, conflicts_with_all = ["list", "dry_run"])]
+    pub(crate) cell: Option<String>,
 }
+
+const COMPARE_HELP: &str = "\
+Each cell is trained by `ddil distill` and measured by `ddil evaluate`, in processes of their own; the teacher's samples \
+are drawn once, by `ddil sample`. Any number of processes can work on one comparison, on one machine or on many that \
+share its folder: every cell has a lock, and a cell that another process has is left to it.
+
+On a cluster, one cell per task, then the tables:
+
+  ddil compare matrix.toml --list > cells.txt
+  sbatch --array=1-$(wc -l < cells.txt) --signal=B:TERM@120 \\
+    --wrap 'exec ddil compare matrix.toml --cell \"$(sed -n ${SLURM_ARRAY_TASK_ID}p cells.txt)\"'
+  ddil compare matrix.toml
+
+Exit codes of --cell: 0 the cell is done, was done before, or diverged, which is a result and recorded as one; 1 it \
+failed, and the next call tries again; 75 it was stopped and saved, or another process is at work on it: run it again.";
 
 /// Arguments of `ddil doctor`.
 #[derive(Debug, Args)]

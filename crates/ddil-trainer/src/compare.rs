@@ -1,22 +1,23 @@
-//! Many distillations side by side: which cells there are, how each is trained and measured, and what they say together.
+//! Many distillations side by side: which cells there are, how each is trained and measured, and their common results.
 //!
 //! ```text
 //! runs/<name>/
 //!   cells/<cell>.toml         the cell's config, which `ddil distill` reads as well
 //!   cells/<cell>/             its run folder
-//!   cells/<cell>.log          what was said while it was at work
-//!   cells/<cell>.json         how it ended, and what was measured
+//!   cells/<cell>.log          what its verbs printed
+//!   cells/<cell>.json         its record: how it ended, and what was measured
 //!   cells/<cell>.safetensors  its first samples
+//!   cells/<cell>.lock         the process that is at work on it
 //!   teachers/<key>/           samples of the teacher, drawn once, in parts, and their row
 //!   real.json                 rows of real images against real images
 //!   results.json  table.md  quality.svg  shift.svg  side_by_side.png
 //! ```
 //!
-//! A [`Matrix`] is read from a file and gives [`Cell`]s; a [`Plan`] says what of them is left to do, as [`Job`]s;
-//! [`workers::run`] does these in processes of their own; a [`Report`] is made of what they left on disk. Everything
-//! that a job leaves is whole or not there, so a comparison that was stopped goes on where it stopped.
+//! A [`Matrix`] is read from a file and gives [`Cell`]s; a [`Comparison`] lists what is left to do, as [`WorkItem`]s; a
+//! [`Worker`] does one of them by running verbs of the program, and [`workers::run`] many; a [`ComparisonReport`] is made
+//! from the files that they leave. Every file is complete or absent, so a comparison that was stopped continues where it
+//! stopped, and several processes can work on one.
 
-pub mod job;
 pub mod matrix;
 pub mod metric;
 pub mod plan;
@@ -25,18 +26,18 @@ pub mod report;
 pub mod setting;
 pub mod statistics;
 pub mod table;
+pub mod verbs;
+pub mod work;
 pub mod workers;
 
 mod folder;
-mod measure;
 mod record;
 mod render;
-mod training;
 
 pub use folder::ComparisonFolder;
-pub use job::Job;
 pub use matrix::{Cell, EvaluateConfig, Exception, Extractor, Matrix};
-pub use plan::{Plan, Standing};
+pub use plan::{Comparison, PlannedCell, Standing};
 pub use record::{CellRecord, Outcome, Row};
-pub use report::{Entry, EntryKind, EntryState, Report};
-pub use training::distil;
+pub use report::{ComparisonReport, Entry, EntryKind, EntryState};
+pub use verbs::Program;
+pub use work::{End, WorkItem, Worker};

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::Result;
 use crate::guide::Guide;
 use crate::pipeline::Pipeline;
-use crate::sampling::{SamplePlan, asked, classes, generate, initial_noise};
+use crate::sampling::{Observed, SamplePlan, asked, classes, generate, initial_noise};
 use ddil_data::ImageDataset;
 
 /// Real images as features: what generated ones are compared with.
@@ -98,11 +98,27 @@ pub fn draw(
     total: u32,
     range: Range<u32>,
 ) -> Result<Tensor> {
+    draw_observed(pipeline, plan, total, range, None, &|| {})
+}
+
+/// As [`draw`], of one class alone where one is given; `on_call` is called after each call of the network.
+///
+/// # Errors
+///
+/// As [`draw`].
+pub fn draw_observed(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    total: u32,
+    range: Range<u32>,
+    class: Option<i64>,
+    on_call: &dyn Fn(),
+) -> Result<Tensor> {
     let device = pipeline.network.placement().device;
     let noise = initial_noise(plan.seed, total, pipeline.card.image_shape, device)?;
     let rows =
         Tensor::arange_start(i64::from(range.start), i64::from(range.end), (Kind::Int64, device));
-    let conditioning = classes(&pipeline.card, total, None, device).index_select(&rows)?;
+    let conditioning = classes(&pipeline.card, total, class, device).index_select(&rows)?;
     let noise = noise.index_select(0, &rows);
     // A sampler that draws noise on its way draws other noise for other parts.
     let seed = match range.start {
@@ -111,7 +127,8 @@ pub fn draw(
     };
     let plan = SamplePlan { seed, ..plan.clone() };
     let guide = Guide::of_classes(&pipeline.card);
-    let images = generate(&pipeline.network, &plan, &guide, &noise, &conditioning)?;
+    let network = Observed::new(&pipeline.network, on_call);
+    let images = generate(&network, &plan, &guide, &noise, &conditioning)?;
     Ok(images.to_device(Device::Cpu))
 }
 

@@ -1,52 +1,74 @@
-//! Ctrl-C: once asks the run to stop, twice ends it.
+//! Ctrl-C: the first asks the run to stop, the second ends it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
-use signal_hook::{
-    consts::{SIGINT, SIGTERM},
-    flag,
-};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use signal_hook::iterator::Signals;
 
 use crate::{Error, Result};
 
 /// Whether the run was asked to stop.
 ///
-/// The first Ctrl-C (or SIGTERM) sets a flag that the loop reads between two steps, so that it can save. The
-/// second does what it would have done without us: it ends the process at once. An exact resume from the
-/// last checkpoint is possible after either.
+/// The first Ctrl-C (or SIGTERM) sets a flag that the loop reads between two steps, so that it can save. The second has
+/// its default effect: it ends the process at once. An exact resume from the last checkpoint is possible after either.
 #[derive(Clone, Debug, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt {
+    /// Set by signals, the second of which ends the process.
+    signalled: Arc<AtomicBool>,
+    /// Set by other means. Apart, since a first signal that follows must not end the process.
+    requested: Arc<AtomicBool>,
+}
 
 impl Interrupt {
-    /// Starts to listen to signals, for the rest of the process's life.
+    /// Listens to signals from now on, for the rest of the process's life. The first is acknowledged in the log at once:
+    /// the step in progress may take long.
     ///
     /// # Errors
     ///
     /// [`Error::Setup`] if the system refuses a handler.
     pub fn listen() -> Result<Self> {
+        let refused = |error: io::Error| Error::Setup {
+            action: "listen to signals",
+            reason: error.to_string(),
+        };
         let interrupt = Self::default();
         for signal in [SIGINT, SIGTERM] {
             // In this order: the first one runs before the second has set the flag.
-            flag::register_conditional_default(signal, interrupt.0.clone())
-                .and_then(|_| flag::register(signal, interrupt.0.clone()))
-                .map_err(|error| Error::Setup {
-                    action: "listen to signals",
-                    reason: error.to_string(),
-                })?;
+            flag::register_conditional_default(signal, interrupt.signalled.clone())
+                .and_then(|_| flag::register(signal, interrupt.signalled.clone()))
+                .map_err(refused)?;
         }
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(refused)?;
+        thread::spawn(move || {
+            if signals.forever().next().is_some() {
+                tracing::info!(
+                    "stopping: the step in progress is finished and saved first; Ctrl-C again ends at once, without saving"
+                );
+            }
+        });
         Ok(interrupt)
     }
 
     /// Whether the loop should save and stop now.
     pub fn is_requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.signalled.load(Ordering::Relaxed) || self.requested.load(Ordering::Relaxed)
     }
 
-    /// Asks for the stop as a signal would; for programs with other ways of being asked.
+    /// Requests the stop as a signal would; for programs with other ways of being told.
     pub fn request(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.requested.store(true, Ordering::Relaxed);
     }
+}
+
+/// Calls a function once the standard input closes: for a process that ends with the one that started it.
+pub fn when_stdin_closes(then: impl FnOnce() + Send + 'static) {
+    thread::spawn(move || {
+        // An input that cannot be read is as good as closed.
+        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+        then();
+    });
 }

@@ -12,6 +12,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use cli::{Cli, Command};
+use ddil_trainer::Error;
+use ddil_trainer::exit_code::NOT_FINITE;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -24,9 +26,17 @@ fn main() -> ExitCode {
             for cause in error.chain().skip(1) {
                 let _ = writeln!(stderr, "  because {cause}");
             }
-            ExitCode::FAILURE
+            exit_code(&error)
         }
     }
+}
+
+/// Numbers that are not finite have an exit code of their own; samples of them are refused as pictures.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let is_not_finite = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(Error::NonFinite { .. } | Error::Picture { .. }))
+    };
+    if error.chain().any(is_not_finite) { ExitCode::from(NOT_FINITE) } else { ExitCode::FAILURE }
 }
 
 fn run(command: &Command) -> anyhow::Result<ExitCode> {

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::guide::Guide;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImage};
 use crate::sampler::SamplerKind;
-use crate::sampling::{SamplePlan, generate, initial_noise};
+use crate::sampling::{Observed, SamplePlan, generate, initial_noise};
 
 /// Which pictures are to be drawn.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,11 +150,17 @@ pub fn spaced_as_published(pipeline: &Pipeline, plan: SamplePlan) -> Result<Samp
 /// # Errors
 ///
 /// As [`generate`].
-pub fn draw_latents(pipeline: &Pipeline, plan: &SamplePlan, told: &Told) -> Result<Tensor> {
+pub fn draw_latents(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    told: &Told,
+    on_call: &dyn Fn(),
+) -> Result<Tensor> {
     let device = pipeline.network.placement().device;
     let rows = told.conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
     let noise = initial_noise(plan.seed, rows as u32, told.latent_shape, device)?;
-    generate(&pipeline.network, plan, &told.guide, &noise, &told.conditioning)
+    let network = Observed::new(&pipeline.network, on_call);
+    generate(&network, plan, &told.guide, &noise, &told.conditioning)
 }
 
 /// Pictures of latents on the CPU, `batch_size` at a time.

@@ -358,23 +358,31 @@ fn make_folders(path: &Path) -> Result<()> {
 ///
 /// [`Error::FolderInUse`] if another process has it, [`Error::Files`].
 pub fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join(LOCK);
+    lock_file(&folder.join(LOCK), folder)
+}
+
+/// Takes what a lock file stands for, `locked`, for this process alone, as long as what is returned is kept.
+///
+/// # Errors
+///
+/// As [`lock`].
+pub fn lock_file(path: &Path, locked: &Path) -> Result<File> {
     let mut options = File::options();
-    let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-    let mut file = file.map_err(Error::io("open", &path))?;
+    let file = options.read(true).write(true).create(true).truncate(false).open(path);
+    let mut file = file.map_err(Error::io("open", path))?;
     match FileExt::try_lock_exclusive(&file) {
         Ok(true) => {}
-        Ok(false) => return Err(in_use(folder, &mut file)),
+        Ok(false) => return Err(in_use(locked, &mut file)),
         Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            return Err(in_use(folder, &mut file));
+            return Err(in_use(locked, &mut file));
         }
-        Err(error) => return Err(Error::io("lock", &path)(error)),
+        Err(error) => return Err(Error::io("lock", path)(error)),
     }
     let own = format!("{}\n", Holder::here().to_line());
     file.set_len(0)
         .and_then(|()| file.rewind())
-        .and_then(|()| fault::write_all(Point::LockWrite, &path, &mut file, own.as_bytes()))
-        .map_err(Error::io("write", &path))?;
+        .and_then(|()| fault::write_all(Point::LockWrite, path, &mut file, own.as_bytes()))
+        .map_err(Error::io("write", path))?;
     Ok(file)
 }
 

@@ -1,7 +1,7 @@
 //! Samples of a model, the same ones for the same seed.
 
 use ddil_core::{Conditioning, Consistent, Denoiser, RandomStreams, Rollout, Stream, Thresholded};
-use ddil_schedulers::{Thresholding, Timesteps};
+use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -62,6 +62,12 @@ impl SamplePlan {
             batch_size: if of_latents { BATCH_OF_LATENTS } else { BATCH_OF_PIXELS },
             seed: 0,
         }
+    }
+
+    /// Calls of the network that `n` samples take.
+    pub fn num_calls(&self, n: u32) -> u64 {
+        let batches = u64::from(n.div_ceil(self.batch_size.max(1)));
+        batches * self.timesteps.as_ref().map_or(u64::from(self.steps), |own| own.len() as u64)
     }
 
     /// The timesteps that are visited.
@@ -155,6 +161,36 @@ pub fn asked<'a>(
         SamplerKind::Ddim { .. } => Box::new(held),
         SamplerKind::Lcm { boundary, .. } => Box::new(Consistent::new(held, boundary)),
     })
+}
+
+/// A network that reports each of its calls, to show how far a sampling is.
+pub struct Observed<'a> {
+    inner: &'a dyn Denoiser,
+    on_call: &'a dyn Fn(),
+}
+
+impl<'a> Observed<'a> {
+    /// Calls `on_call` after each call of the network.
+    pub fn new(inner: &'a dyn Denoiser, on_call: &'a dyn Fn()) -> Self {
+        Self { inner, on_call }
+    }
+}
+
+impl Denoiser for Observed<'_> {
+    fn predict(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Prediction> {
+        let prediction = self.inner.predict(x_t, timesteps, conditioning);
+        (self.on_call)();
+        prediction
+    }
+
+    fn schedule(&self) -> &NoiseSchedule {
+        self.inner.schedule()
+    }
 }
 
 /// A grid with a column a class and `per_class` rows.

@@ -1,50 +1,53 @@
-//! `ddil compare`: many distillations, what they came to, and how far they differ.
+//! `ddil compare`: many distillations, their results, and how far they differ.
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use ddil_files::settings::Settings;
-use ddil_trainer::compare::workers::{self, End, Event};
-use ddil_trainer::compare::{CellRecord, Job, Matrix, Outcome, Plan, Report, Standing};
+use ddil_trainer::compare::workers::{self, Event};
+use ddil_trainer::compare::{
+    CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell, Program, Standing,
+    WorkItem, Worker,
+};
+use ddil_trainer::exit_code::TRY_AGAIN;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
-use ddil_trainer::run_folder::lock;
 
 use super::say;
 use crate::cli::CompareArgs;
 use crate::presets;
 
 pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
-    let logging = Logging::start("info")?;
-    let interrupt = Interrupt::listen()?;
-    if args.worker {
-        workers::serve(&logging, &interrupt)?;
+    let matrix = Matrix::read(&args.matrix)?;
+    let base = read_base(&matrix, &args.matrix)?;
+    if args.list {
+        let cells = matrix.cells(&base)?;
+        say(&cells.iter().fold(String::new(), |text, cell| text + &cell.name + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Some(path) = &args.matrix else { bail!("expected the file of a comparison") };
-    let plan = read_plan(path)?;
+    let comparison = Comparison::new(matrix, &base)?;
     if args.dry_run {
-        say(&listed(&plan)?)?;
-        plan.ensure_possible()?;
+        say(&listed(&comparison)?)?;
+        comparison.ensure_possible()?;
         return Ok(ExitCode::SUCCESS);
     }
-    plan.folder().create()?;
-    let _lock = lock(plan.folder().path())?;
-    plan.settle_changes(args.fresh)?;
-    plan.ensure_possible()?;
-    plan.write_configs()?;
-    let num_failed = work(&plan, &interrupt)?;
-    report(&plan, &interrupt)?;
-    Ok(if num_failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Logging::start("info")?;
+    let interrupt = Interrupt::listen()?;
+    match &args.cell {
+        Some(name) => one_cell(&comparison, name, args.fresh, &interrupt),
+        None => all_cells(&comparison, args.fresh, &interrupt),
+    }
 }
 
-fn read_plan(path: &Path) -> anyhow::Result<Plan> {
-    let matrix = Matrix::read(path)?;
-    let base = match presets::find(&matrix.base) {
+fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
+    match presets::find(&matrix.base) {
         Some(preset) if preset.verb == "distill" => {
-            Settings::parse(format!("{}.toml", preset.name), preset.text)?
+            Ok(Settings::parse(format!("{}.toml", preset.name), preset.text)?)
         }
         Some(preset) => bail!(
             "{}: `base` is the preset `{}`, which is for `ddil {}`; expected one of `ddil distill`",
@@ -54,21 +57,20 @@ fn read_plan(path: &Path) -> anyhow::Result<Plan> {
         ),
         None => Settings::read(Path::new(&matrix.base)).with_context(|| {
             format!("{}: `base` is `{}`, neither a preset nor a file", path.display(), matrix.base)
-        })?,
-    };
-    Ok(Plan::new(matrix, &base)?)
+        }),
+    }
 }
 
 /// What `--dry-run` prints.
-fn listed(plan: &Plan) -> anyhow::Result<String> {
-    let standings = plan.standings()?;
+fn listed(comparison: &Comparison) -> anyhow::Result<String> {
+    let standings = comparison.standings()?;
     let width = standings.iter().map(|(planned, _)| planned.cell.name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (planned, standing) in &standings {
         writeln!(text, "{:<width$}  {standing}", planned.cell.name)?;
     }
-    let (all, teachers) = (standings.len(), plan.teachers.len());
-    let [draws, rows, cells] = plan.stages()?.map(|jobs| jobs.len());
+    let (all, teachers) = (standings.len(), comparison.teachers.len());
+    let [draws, rows, cells] = comparison.stages()?.map(|items| items.len());
     writeln!(
         text,
         "\n{all} cells, {cells} to do; {teachers} rows of teachers, {rows} to do after {draws} jobs; nothing was written"
@@ -76,66 +78,160 @@ fn listed(plan: &Plan) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Does what is left; returns how many jobs failed.
-fn work(plan: &Plan, interrupt: &Interrupt) -> anyhow::Result<usize> {
+fn all_cells(
+    comparison: &Comparison,
+    fresh: bool,
+    interrupt: &Interrupt,
+) -> anyhow::Result<ExitCode> {
+    comparison.settle_changes(&comparison.cells, fresh)?;
+    comparison.ensure_possible()?;
+    comparison.write_configs(&comparison.cells)?;
+    let program = Program::current()?;
     let mut num_failed = 0;
-    for stage in plan.stages()? {
-        let counted = Counted::new(stage.len());
-        let on_event = |job: &Job, event: Event| counted.tell(job, &event);
-        let ended = workers::run(stage, plan.matrix.workers, interrupt, &program, &on_event)?;
+    for stage in comparison.stages()? {
+        let counted = Counted::new(comparison, stage.len());
+        let on_event = |item: &WorkItem, event: Event| counted.tell(item, &event);
+        let ended = workers::run(stage, comparison, &program, interrupt, &on_event)?;
         let failed = |end: &End| matches!(end, End::Failed(_));
         num_failed += ended.iter().filter(|(_, end)| failed(end)).count();
-        if let Some((job, End::Failed(message))) =
-            ended.iter().find(|(job, end)| job.can_end_at_once() && failed(end))
+        if let Some((item, End::Failed(message))) =
+            ended.iter().find(|(item, end)| !item.is_cell() && failed(end))
         {
-            bail!("{}: {message}", job.about());
+            bail!("{}: {message}", item.about());
         }
     }
-    Ok(num_failed)
+    report(comparison, interrupt)?;
+    Ok(if num_failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// This program, asked for a job.
-fn program() -> std::io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["compare", "--worker"]);
-    Ok(command)
+/// One cell, with the samples of its teacher where they are missing; the last cell of all writes the tables.
+fn one_cell(
+    comparison: &Comparison,
+    name: &str,
+    fresh: bool,
+    interrupt: &Interrupt,
+) -> anyhow::Result<ExitCode> {
+    let planned = comparison.cell(name)?;
+    let cell = WorkItem::Cell(Box::new(planned.clone()));
+    comparison.settle_changes(std::slice::from_ref(planned), fresh)?;
+    if comparison.is_done(&cell)? {
+        say(&format!("{name}: {}\n", result(comparison, planned)))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    comparison.write_configs(std::slice::from_ref(planned))?;
+    let stops = || interrupt.is_requested();
+    let worker = Worker { comparison, program: &Program::current()?, stops: &stops };
+    if !draw_together(&worker, planned)? {
+        say(&format!("{name}: stopped before it was begun; the same command begins it\n"))?;
+        return Ok(ExitCode::from(TRY_AGAIN));
+    }
+    tracing::info!("{name}: begun");
+    match worker.perform(&cell)? {
+        End::Done => say(&format!("{name}: {}\n", result(comparison, planned)))?,
+        End::Stopped => {
+            say(&format!("{name}: stopped and saved; the same command continues it\n"))?;
+            return Ok(ExitCode::from(TRY_AGAIN));
+        }
+        End::InUse(holder) => {
+            eprintln!(
+                "error: {name}: {holder} is at work on this cell; wait for it, or stop it first"
+            );
+            return Ok(ExitCode::from(TRY_AGAIN));
+        }
+        End::Failed(message) => {
+            let log = cell.log(comparison.folder());
+            bail!("{name}: {message}\n  the output of its verbs is in {}", log.display());
+        }
+    }
+    if comparison.is_recorded()? {
+        ComparisonReport::gather(comparison)?.write(comparison.folder())?;
+        let folder = comparison.folder().path().display();
+        say(&format!(
+            "the last cell: the tables are in {folder}; rows of teachers come with `ddil compare`\n"
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Counts the jobs of a stage, one line an event.
-struct Counted {
+/// Draws the samples of a cell's teacher, sharing them out with other processes that need the same; false if it was stopped.
+fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<bool> {
+    const INTERVAL: Duration = Duration::from_millis(200);
+    loop {
+        let left = worker.comparison.needed_by(planned)?;
+        if left.is_empty() {
+            return Ok(true);
+        }
+        let mut drawn = false;
+        for item in left {
+            match worker.attempt(&item)? {
+                End::Done => {
+                    tracing::info!("{}: drawn", item.about());
+                    drawn = true;
+                }
+                End::InUse(_) => {}
+                End::Stopped => return Ok(false),
+                End::Failed(message) => bail!("{}: {message}", item.about()),
+            }
+        }
+        if (worker.stops)() {
+            return Ok(false);
+        }
+        if !drawn {
+            sleep(INTERVAL);
+        }
+    }
+}
+
+/// Tells what happens to the pieces of a stage, one line per event.
+struct Counted<'a> {
+    comparison: &'a Comparison,
     total: usize,
-    ended: std::sync::atomic::AtomicUsize,
+    ended: AtomicUsize,
+    started: Instant,
 }
 
-impl Counted {
-    fn new(total: usize) -> Self {
-        Self { total, ended: 0.into() }
+impl<'a> Counted<'a> {
+    fn new(comparison: &'a Comparison, total: usize) -> Self {
+        Self { comparison, total, ended: 0.into(), started: Instant::now() }
     }
 
-    fn tell(&self, job: &Job, event: &Event) {
+    fn tell(&self, item: &WorkItem, event: &Event) {
         let Event::Ended(end, seconds) = event else {
-            tracing::info!("{}: begun", job.about());
+            tracing::info!("{}: begun", item.about());
             return;
         };
-        let ended = 1 + self.ended.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let (about, total) = (job.about(), self.total);
+        let ended = 1 + self.ended.fetch_add(1, Ordering::Relaxed);
+        let (about, total) = (item.about(), self.total);
         match end {
             End::Done => {
-                let outcome = outcome(job);
-                tracing::info!("{about}: {outcome} in {seconds:.0} s ({ended} of {total})");
+                let left =
+                    self.started.elapsed().as_secs_f64() / ended as f64 * (total - ended) as f64;
+                let left =
+                    if ended < total { format!("; about {left:.0} s left") } else { String::new() };
+                let result = match item {
+                    WorkItem::Cell(planned) => result(self.comparison, planned),
+                    _ => "done".to_owned(),
+                };
+                tracing::info!("{about}: {result} in {seconds:.0} s ({ended} of {total}{left})");
             }
             End::Stopped => tracing::info!("{about}: stopped after {seconds:.0} s, saved"),
+            End::InUse(holder) => {
+                tracing::info!(
+                    "{about}: left to {holder}, which is at work on it ({ended} of {total})"
+                );
+            }
             End::Failed(message) => {
+                let log = item.log(self.comparison.folder());
                 tracing::error!("{about}: failed: {message} ({ended} of {total})");
-                tracing::error!("{about}: what it said is in {}", job.log().display());
+                tracing::error!("{about}: the output of its verbs is in {}", log.display());
             }
         }
     }
 }
 
-/// What a cell came to, in a few words.
-fn outcome(job: &Job) -> String {
-    let record = job.cell_record().ok().flatten();
+/// The result of a cell, in a few words.
+fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
+    let record = comparison.record_of(planned).ok().flatten();
     match record.map(|CellRecord { outcome, .. }| outcome) {
         Some(Outcome::Diverged { message, .. }) => format!("diverged, {message},"),
         Some(Outcome::Done { rows }) => {
@@ -150,18 +246,25 @@ fn outcome(job: &Job) -> String {
     }
 }
 
-/// Tables on the terminal, and everything in the folder.
-fn report(plan: &Plan, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let report = Report::gather(plan)?;
-    report.write(plan.folder())?;
-    say(&report.text())?;
+/// How many cells have no result yet.
+fn num_open(comparison: &Comparison) -> anyhow::Result<usize> {
     let open = |standing: &Standing| !matches!(standing, Standing::Done | Standing::Diverged(_));
-    let left = plan.standings()?.iter().filter(|(_, standing)| open(standing)).count();
-    let stopped = if interrupt.is_requested() {
+    Ok(comparison.standings()?.iter().filter(|(_, standing)| open(standing)).count())
+}
+
+/// Tables on the terminal, and everything in the folder.
+fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let report = ComparisonReport::gather(comparison)?;
+    report.write(comparison.folder())?;
+    say(&report.text())?;
+    let left = num_open(comparison)?;
+    let note = if interrupt.is_requested() {
         format!("\nstopped; {left} cells are left, and the same command goes on from here\n")
+    } else if left > 0 {
+        format!("\n{left} cells have no result yet; the same command goes on from here\n")
     } else {
         String::new()
     };
-    let (folder, files) = (plan.folder().path().display(), report.files().join(", "));
-    say(&format!("{stopped}\n{folder}\n  {files}\n"))
+    let (folder, files) = (comparison.folder().path().display(), report.files().join(", "));
+    say(&format!("{note}\n{folder}\n  {files}\n"))
 }

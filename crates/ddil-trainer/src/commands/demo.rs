@@ -11,7 +11,6 @@ use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_trainer::compare::distil;
 use ddil_trainer::compare::setting::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::evaluation::{Reference, draw, shift};
@@ -28,6 +27,7 @@ use ddil_trainer::session::Outcome;
 use tch::{Device, Kind, Tensor};
 
 use super::evaluate::{all_images, data_row};
+use super::train::distil;
 use super::{say, set_threads};
 use crate::cli::DemoArgs;
 use crate::presets;
@@ -154,7 +154,7 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::load(None)?;
     let reference = Reference::new("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
-    let mut rows = vec![data_row(&data, n, &reference, &extractor)?];
+    let mut rows = vec![data_row(&data.train, n, &reference, &extractor)?];
     let mut images = Vec::new();
     for Candidate { name, pipeline, plan, .. } in candidates {
         tracing::info!("sampling {n} images: {name}, {} steps", plan.steps);

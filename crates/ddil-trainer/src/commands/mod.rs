@@ -12,19 +12,26 @@ pub(crate) mod range;
 pub(crate) mod sample;
 pub(crate) mod train;
 
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use ddil_files::settings::Settings;
 use ddil_models::Placement;
-use ddil_schedulers::ConsistencyBoundary;
+use ddil_schedulers::{ConsistencyBoundary, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
+use ddil_trainer::exit_code::TRY_AGAIN;
+use ddil_trainer::interrupt::when_stdin_closes;
+use ddil_trainer::logging::Logging;
 use ddil_trainer::pipeline::Pipeline;
+use ddil_trainer::progress::Progress;
 use ddil_trainer::sampler::SamplerKind;
 use ddil_trainer::sampling::SamplePlan;
+use serde::Deserialize;
 use tch::Kind;
 
-use crate::cli::SamplingArgs;
+use crate::cli::{ParentArgs, SamplingArgs};
 
 /// The number of even timesteps that published latent consistency models choose theirs from, as diffusers has it.
 const LCM_ORIGINAL_STEPS: u32 = 50;
@@ -45,7 +52,33 @@ fn set_threads(threads: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads a model and says how its samples are to be drawn.
+/// Starts the log, and ends the process when its standard input closes, if that is asked for.
+fn start(parent: &ParentArgs) -> anyhow::Result<()> {
+    Logging::start("info")?;
+    if parent.stop_with_stdin {
+        // Nothing is half done: every file is written whole or not at all.
+        when_stdin_closes(|| std::process::exit(i32::from(TRY_AGAIN)));
+    }
+    Ok(())
+}
+
+/// A bar that counts the calls of a network.
+struct Calls(RefCell<(Progress, u64)>);
+
+impl Calls {
+    /// For `n` samples.
+    fn of(label: &str, plan: &SamplePlan, n: u32) -> Self {
+        Self(RefCell::new((Progress::new(label, 0, plan.num_calls(n)), 0)))
+    }
+
+    fn note(&self) {
+        let (progress, calls) = &mut *self.0.borrow_mut();
+        *calls += 1;
+        progress.update(*calls, &[]);
+    }
+}
+
+/// Reads a model and how its samples are to be drawn.
 fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, SamplePlan)> {
     set_threads(args.threads)?;
     let device = parse_device(&args.device)?;
@@ -54,7 +87,12 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         "bfloat16" => Precision::Bfloat16,
         other => bail!("--precision is `{other}`; expected `float32` or `bfloat16`"),
     };
-    let placement = Placement { device, kind: Kind::Float, channels_last: true };
+    let channels_last = match args.memory_format.as_str() {
+        "channels_last" => true,
+        "contiguous" => false,
+        other => bail!("--memory-format is `{other}`; expected `channels_last` or `contiguous`"),
+    };
+    let placement = Placement { device, kind: Kind::Float, channels_last };
     let mut pipeline = Pipeline::read(path, placement, precision)
         .with_context(|| format!("no model could be read from {}", path.display()))?;
     pipeline.sampler = match args.sampler.as_deref() {
@@ -66,7 +104,17 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         },
         Some(other) => bail!("--sampler is `{other}`; expected `ddim` or `lcm`"),
     };
-    let mut plan = SamplePlan::of(&pipeline, args.steps);
+    let plan = sample_plan(&pipeline, args, args.steps)?;
+    Ok((pipeline, plan))
+}
+
+/// How samples of a model are to be drawn in so many steps; none is the model's own number.
+fn sample_plan(
+    pipeline: &Pipeline,
+    args: &SamplingArgs,
+    steps: Option<u32>,
+) -> anyhow::Result<SamplePlan> {
+    let mut plan = SamplePlan::of(pipeline, steps);
     if let Some(eta) = args.eta {
         ensure!(
             matches!(plan.sampler, SamplerKind::Ddim { .. }),
@@ -74,9 +122,26 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         );
         plan.sampler = SamplerKind::Ddim { eta };
     }
+    if let Some(text) = &args.thresholding {
+        plan.thresholding = parse_thresholding(text)?;
+    }
     plan.guidance_scale = args.guidance_scale.unwrap_or(plan.guidance_scale);
     plan.batch_size = args.batch_size.unwrap_or(plan.batch_size);
     ensure!(plan.batch_size > 0, "--batch-size is 0; expected at least 1");
     plan.seed = args.seed;
-    Ok((pipeline, plan))
+    Ok(plan)
+}
+
+/// `none`, or a table as in a config file.
+fn parse_thresholding(text: &str) -> anyhow::Result<Thresholding> {
+    #[derive(Deserialize)]
+    struct Table {
+        thresholding: Thresholding,
+    }
+    let is_word = !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    let value = if is_word { format!("{{ kind = \"{text}\" }}") } else { text.to_owned() };
+    let table = Settings::parse("--thresholding", format!("thresholding = {value}"))
+        .and_then(|settings| settings.build::<Table>());
+    let expected = "--thresholding: expected `none` or a table such as { kind = \"clamp\", low = -1, high = 1 }";
+    Ok(table.context(expected)?.thresholding)
 }

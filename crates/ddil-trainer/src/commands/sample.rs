@@ -2,22 +2,24 @@
 
 use std::fs;
 use std::num::NonZeroU32;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use ddil_models::Lora;
-use ddil_trainer::guide::Guide;
+use ddil_trainer::evaluation::draw_observed;
+use ddil_trainer::exit_code::NOT_FINITE;
 use ddil_trainer::picture::{Layout, Picture, save_each};
 use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::prompting::{PromptRequest, decode, draw_latents, spaced_as_published};
-use ddil_trainer::sampling::{SamplePlan, classes, generate, initial_noise, layout};
-use tch::{Device, Tensor};
+use ddil_trainer::sample_file;
+use ddil_trainer::sampling::{SamplePlan, layout};
+use tch::Tensor;
 
-use super::{open_model, say};
+use super::{Calls, open_model, say, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
-/// Pictures that are to be written, and how they are laid out.
+/// Samples that are to be written, and how they are laid out.
 struct Drawn {
     images: Tensor,
     layout: Layout,
@@ -34,10 +36,17 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     if class.is_text_to_image() {
         ensure!(args.class.is_none(), "--class: the model draws prompts and knows no classes");
         ensure!(!prompts.is_empty(), "--prompt is missing: the model draws what it is told");
+        ensure!(
+            args.first == 0 && args.of.is_none(),
+            "--first and --of are for models without prompts"
+        );
     } else if let Some(flag) = prompt_flag(&args.prompting) {
         bail!("{flag}: the model is told no text; --class chooses one of its classes");
     }
+    let output = output(args)?;
+    start(&args.sampling.parent)?;
     let (pipeline, plan) = open_model(&args.model, &args.sampling)?;
+    warn_of_misuse(args, &pipeline);
     if let Some(file) = &args.lora {
         apply_lora(&pipeline, file, args.lora_scale)?;
     }
@@ -46,7 +55,42 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     } else {
         of_classes(args, &pipeline, &plan)?
     };
-    write(args, &drawn)
+    write(args, &output, &drawn)
+}
+
+/// The file that is written: what --output names, or the first `samples.png`, `samples-2.png`, .. that is free.
+fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
+    let Some(path) = &args.output else {
+        let numbered = (2..).map(|number| format!("samples-{number}.png").into());
+        let mut names = std::iter::once(PathBuf::from("samples.png")).chain(numbered);
+        return names.find(|path| !path.exists()).context("every name of a file is taken");
+    };
+    ensure!(!path.is_dir(), "--output {} is a folder; expected the name of a file", path.display());
+    ensure!(args.force || !path.exists(), "{} exists; --force replaces it", path.display());
+    Ok(path.clone())
+}
+
+/// Warns of what a student is not made for; it may be meant.
+fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
+    let method = pipeline.card.method.as_str();
+    if method.is_empty() || method == "teacher" || pipeline.frame.class().is_text_to_image() {
+        return;
+    }
+    if pipeline.card.guidance_range.is_none()
+        && args.sampling.guidance_scale.is_some_and(|s| s != 1.0)
+    {
+        eprintln!(
+            "warning: --guidance-scale guides this student a second time: its teacher's guidance is in its weights"
+        );
+    }
+    let own = pipeline.timesteps.as_ref().map(Vec::len);
+    if let (Some(own), Some(steps)) = (own, args.sampling.steps) {
+        if own != steps as usize {
+            eprintln!(
+                "warning: --steps {steps}: the student was trained for {own} steps, and its samples in others are worse"
+            );
+        }
+    }
 }
 
 /// All prompts, those of the command line first.
@@ -110,7 +154,9 @@ fn of_prompts(
             "warning: a prompt is longer than the text encoder reads\n  prompt: {prompt}\n  cut off: {cut}"
         );
     }
-    let latents = draw_latents(pipeline, &plan, &told)?;
+    let calls = Calls::of("sample", &plan, request.prompts.len() as u32 * per_prompt);
+    let latents = draw_latents(pipeline, &plan, &told, &|| calls.note())?;
+    drop(calls);
     let images = decode(&text, &latents, plan.batch_size)?;
     let columns = if request.prompts.len() == 1 { per_prompt.min(4) } else { per_prompt };
     let layout = Layout::columns(NonZeroU32::new(columns).unwrap_or(NonZeroU32::MIN));
@@ -119,25 +165,52 @@ fn of_prompts(
 
 fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyhow::Result<Drawn> {
     const NUM_SAMPLES: u32 = 64;
-    let num_classes = pipeline.card.class_names.len() as i64;
-    if let Some(class) = args.class.filter(|class| !(0..num_classes).contains(class)) {
-        bail!("--class is {class}; the model has {num_classes} classes, counted from 0");
-    }
-    let device = pipeline.network.placement().device;
+    let names = &pipeline.card.class_names;
+    let class = args.class.as_deref().map(|text| class_number(names, text)).transpose()?;
     let n = args.num_samples.unwrap_or(NUM_SAMPLES);
-    let noise = initial_noise(plan.seed, n, pipeline.card.image_shape, device)?;
-    let conditioning = classes(&pipeline.card, n, args.class, device);
-    let guide = Guide::of_classes(&pipeline.card);
-    let images = generate(&pipeline.network, plan, &guide, &noise, &conditioning)?;
-    let columns = if num_classes > 0 && args.class.is_none() { num_classes } else { 8 };
-    let images = images.to_device(Device::Cpu);
-    Ok(Drawn { images, layout: layout(columns as u32), steps: plan.steps })
+    let end = args.first.saturating_add(n);
+    let total = args.of.unwrap_or(end);
+    ensure!(
+        end <= total,
+        "--first {} and --num-samples {n} end at {end}; expected at most --of, which is {total}",
+        args.first
+    );
+    let calls = Calls::of("sample", plan, n);
+    let images = draw_observed(pipeline, plan, total, args.first..end, class, &|| calls.note())?;
+    let num_classes = names.len();
+    let columns = if num_classes > 0 && class.is_none() { num_classes as u32 } else { 8 };
+    Ok(Drawn { images, layout: layout(columns), steps: plan.steps })
 }
 
-fn write(args: &SampleArgs, drawn: &Drawn) -> anyhow::Result<ExitCode> {
-    Picture::grid(&drawn.images, drawn.layout)?.save(&args.output)?;
+/// The number of a class that is given by name or by number.
+fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
+    if let Some(number) = names.iter().position(|name| name == text) {
+        return Ok(number as i64);
+    }
+    let listed = || {
+        let shown: Vec<String> =
+            names.iter().enumerate().take(20).map(|(i, name)| format!("{i} {name}")).collect();
+        shown.join(", ") + if names.len() > 20 { ", .." } else { "" }
+    };
+    ensure!(!names.is_empty(), "--class is `{text}`; the model has no classes");
+    let number: Option<i64> = text.parse().ok();
+    number.filter(|number| (0..names.len() as i64).contains(number)).with_context(|| {
+        format!("--class is `{text}`; the model has {} classes: {}", names.len(), listed())
+    })
+}
+
+fn write(args: &SampleArgs, output: &Path, drawn: &Drawn) -> anyhow::Result<ExitCode> {
     let n = drawn.images.size()[0];
-    say(&format!("{n} samples in {} steps: {}\n", drawn.steps, args.output.display()))?;
+    if sample_file::is_named(output) {
+        if !sample_file::is_finite(&drawn.images)? {
+            eprintln!("error: samples of {} are NaN or infinite", args.model.display());
+            return Ok(ExitCode::from(NOT_FINITE));
+        }
+        sample_file::write(output, &drawn.images)?;
+    } else {
+        Picture::grid(&drawn.images, drawn.layout)?.save(output)?;
+    }
+    say(&format!("{n} samples in {} steps: {}\n", drawn.steps, output.display()))?;
     if let Some(folder) = &args.folder {
         let files = save_each(&drawn.images, folder, 0)?;
         say(&format!("{} files in {}\n", files.len(), folder.display()))?;

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use ddil_files::settings::{Settings, to_toml};
 use ddil_trainer::Result;
 use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::distill::DistillTask;
-use ddil_trainer::interrupt::Interrupt;
+use ddil_trainer::interrupt::{Interrupt, when_stdin_closes};
 use ddil_trainer::logging::Logging;
 use ddil_trainer::memory::MemoryPlan;
-use ddil_trainer::run_folder::RunFolder;
+use ddil_trainer::run_folder::{RunFolder, is_in_use};
 use ddil_trainer::session::{Outcome, Session, SessionConfig, Task};
 use ddil_trainer::train::TrainTask;
 use serde::Serialize;
@@ -21,9 +23,9 @@ use super::{say, set_threads};
 use crate::cli::RunArgs;
 
 /// A config file of one of the two verbs.
-trait Job: Serialize + DeserializeOwned {
+trait Verb: Serialize + DeserializeOwned {
     type Task: Task;
-    const VERB: &'static str;
+    const NAME: &'static str;
 
     fn run_section(&self) -> &RunSection;
     fn session(&self) -> SessionConfig;
@@ -44,9 +46,9 @@ fn sample_and_evaluate(folder: &Path) -> Vec<String> {
     ["sample", "evaluate"].map(|verb| format!("ddil {verb} {}", folder.display())).to_vec()
 }
 
-impl Job for TrainConfig {
+impl Verb for TrainConfig {
     type Task = TrainTask;
-    const VERB: &'static str = "train";
+    const NAME: &'static str = "train";
 
     fn run_section(&self) -> &RunSection {
         &self.run
@@ -81,9 +83,9 @@ impl Job for TrainConfig {
     }
 }
 
-impl Job for DistillConfig {
+impl Verb for DistillConfig {
     type Task = DistillTask;
-    const VERB: &'static str = "distill";
+    const NAME: &'static str = "distill";
 
     fn run_section(&self) -> &RunSection {
         &self.run
@@ -129,10 +131,14 @@ pub(crate) fn distill(args: &RunArgs) -> anyhow::Result<ExitCode> {
     run::<DistillConfig>(args)
 }
 
-fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
+fn run<V: Verb>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let logging = Logging::start("info")?;
     let interrupt = Interrupt::listen()?;
-    let config: J = read_config(args)?;
+    if args.parent.stop_with_stdin {
+        let interrupt = interrupt.clone();
+        when_stdin_closes(move || interrupt.request());
+    }
+    let config: V = read_config(args)?;
     set_threads(config.run_section().threads)?;
     config.run_section().apply_determinism()?;
     if args.dry_run {
@@ -140,15 +146,16 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
     }
     let mut session = match &args.resume {
         Some(path) => resume(&config, path, &logging, &interrupt)?,
+        None if args.continues => start_or_resume(&config, &logging, &interrupt)?,
         None => start(&config, &logging, &interrupt)?,
     };
-    tracing::info!("{} in {}", J::VERB, session.folder().path().display());
+    tracing::info!("{} in {}", V::NAME, session.folder().path().display());
     let outcome = session.run(&interrupt).with_context(|| {
         format!(
             "the run stopped at step {}; its checkpoints are as they were, and\n  ddil {} --resume {}\ngoes on from \
              the last one",
             session.step(),
-            J::VERB,
+            V::NAME,
             session.folder().path().display()
         )
     });
@@ -157,7 +164,7 @@ fn run<J: Job>(args: &RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Says what a run would be and need, then checks it: the plan is there also where something is missing.
-fn dry_run<J: Job>(config: &J) -> anyhow::Result<ExitCode> {
+fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
     say(&to_toml(config)?)?;
     match config.plan() {
         Ok(Some(plan)) => say(&format!("\n# {}\n", plan.to_string().replace('\n', "\n# ")))?,
@@ -175,7 +182,7 @@ fn dry_run<J: Job>(config: &J) -> anyhow::Result<ExitCode> {
 }
 
 /// The config of the command line, or of the run that is resumed, which must then be the same.
-fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
+fn read_config<V: Verb>(args: &RunArgs) -> anyhow::Result<V> {
     let path = match (&args.config, &args.resume) {
         (Some(path), _) => path.clone(),
         (None, Some(folder)) => {
@@ -194,23 +201,59 @@ fn read_config<J: Job>(args: &RunArgs) -> anyhow::Result<J> {
 }
 
 /// A new run; what the task refuses leaves no folder behind.
-fn start<J: Job>(
-    config: &J,
+fn start<V: Verb>(
+    config: &V,
     logging: &Logging,
     interrupt: &Interrupt,
-) -> anyhow::Result<Session<J::Task>> {
+) -> anyhow::Result<Session<V::Task>> {
     let task = config.task(interrupt)?;
     let folder = RunFolder::create(&config.run_section().path(), config)?;
     logging.also_to(&folder.file("run.log"))?;
     Ok(Session::start(task, config.session(), folder)?)
 }
 
-fn resume<J: Job>(
-    config: &J,
+/// Starts the config's run, or continues it where its folder is there.
+fn start_or_resume<V: Verb>(
+    config: &V,
+    logging: &Logging,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Session<V::Task>> {
+    let path = config.run_section().path();
+    if path.join("config.toml").is_file() {
+        patiently(&path, interrupt)?;
+        resume(config, &path, logging, interrupt)
+    } else {
+        start(config, logging, interrupt)
+    }
+}
+
+/// Waits for a process that is about to leave the folder: one that was told to stop, and saves.
+fn patiently(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    const INTERVAL: Duration = Duration::from_millis(50);
+    let started = Instant::now();
+    while started.elapsed() < PATIENCE && !interrupt.is_requested() && is_in_use(path)? {
+        sleep(INTERVAL);
+    }
+    Ok(())
+}
+
+/// Distils as `ddil distill --continue` does; for verbs that do more than that.
+pub(super) fn distil(
+    config: &DistillConfig,
+    logging: &Logging,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Outcome> {
+    config.run.apply_determinism()?;
+    Ok(start_or_resume(config, logging, interrupt)?.run(interrupt)?)
+}
+
+fn resume<V: Verb>(
+    config: &V,
     path: &Path,
     logging: &Logging,
     interrupt: &Interrupt,
-) -> anyhow::Result<Session<J::Task>> {
+) -> anyhow::Result<Session<V::Task>> {
     // What the config, the data or the teacher refuse leaves the run as it is, and so does a run of other settings.
     RunFolder::ensure_config_at(path, config)?;
     let task = config.task(interrupt)?;
@@ -219,7 +262,7 @@ fn resume<J: Job>(
     Ok(Session::resume(task, config.session(), folder)?)
 }
 
-fn report<J: Job>(outcome: &Outcome, config: &J, folder: &Path) -> String {
+fn report<V: Verb>(outcome: &Outcome, config: &V, folder: &Path) -> String {
     match outcome {
         Outcome::Completed { export } => {
             let done = format!("done: the model is in {}\n", export.display());
@@ -228,7 +271,7 @@ fn report<J: Job>(outcome: &Outcome, config: &J, folder: &Path) -> String {
         }
         Outcome::Interrupted { step } => {
             let folder = folder.display();
-            format!("saved at step {step}; go on with\n  ddil {} --resume {folder}\n", J::VERB)
+            format!("saved at step {step}; go on with\n  ddil {} --resume {folder}\n", V::NAME)
         }
     }
 }

@@ -38,7 +38,7 @@ impl ComparisonFolder {
         self.0.join(name)
     }
 
-    /// What is said by jobs that are no cell's.
+    /// What verbs print whose work is no cell's.
     pub fn log(&self) -> PathBuf {
         self.file("work.log")
     }
@@ -63,9 +63,14 @@ impl ComparisonFolder {
         self.cells().join(format!("{cell}.toml"))
     }
 
-    /// What was said while a cell was at work.
+    /// What a cell's verbs printed.
     pub fn log_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.log"))
+    }
+
+    /// The lock of the process that is at work on a cell.
+    pub fn lock_of(&self, cell: &str) -> PathBuf {
+        self.cells().join(format!("{cell}.lock"))
     }
 
     /// How a cell ended.
@@ -83,7 +88,7 @@ impl ComparisonFolder {
         self.0.join("teachers").join(key)
     }
 
-    /// Forgets a cell whole.
+    /// Removes everything of a cell but its lock.
     ///
     /// # Errors
     ///

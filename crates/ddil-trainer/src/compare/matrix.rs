@@ -1,6 +1,7 @@
 //! The file that says what is compared: a base config, axes of changes to it, and seeds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -151,6 +152,19 @@ pub enum Extractor {
     RawPixels,
 }
 
+impl Extractor {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::FashionClassifier, Self::RawPixels];
+
+    /// Its name in a matrix and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::FashionClassifier => "fashion_classifier",
+            Self::RawPixels => "raw_pixels",
+        }
+    }
+}
+
 /// One distillation of a comparison.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cell {
@@ -202,6 +216,31 @@ impl EvaluateConfig {
     /// Numbers of steps at which a student is measured: its own and the others, each once, in order.
     pub fn step_counts(&self, own: u32) -> BTreeSet<u32> {
         self.steps.iter().copied().chain([own]).collect()
+    }
+
+    /// Options of `ddil evaluate` for everything that is measured.
+    pub(super) fn of_any(&self) -> Vec<OsString> {
+        let mut options: Vec<OsString> = vec![
+            format!("--num-samples={}", self.samples).into(),
+            format!("--batch-size={}", self.batch_size).into(),
+            format!("--seed={}", self.seed).into(),
+            format!("--extractor={}", self.extractor.as_str()).into(),
+        ];
+        if let Some(reference) = &self.reference {
+            options.extend(["--reference".into(), reference.into()]);
+        }
+        options
+    }
+
+    /// Its options for students alone.
+    pub(super) fn of_model(&self) -> Vec<OsString> {
+        let mut options = vec![format!("--shift-samples={}", self.shift_samples).into()];
+        if !self.steps.is_empty() {
+            let steps: Vec<String> = self.steps.iter().map(u32::to_string).collect();
+            options.push(format!("--also-steps={}", steps.join(",")).into());
+            options.push(format!("--also-samples={}", self.samples_at(false)).into());
+        }
+        options
     }
 
     fn problems(&self, problems: &mut Vec<String>) {

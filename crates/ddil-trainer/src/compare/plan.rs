@@ -8,23 +8,23 @@ use ddil_files::Invalid;
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
-use super::job::{Job, Task};
 use super::matrix::{Cell, Matrix, Problems, hex};
-use super::record::{CellRecord, Outcome};
+use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
+use super::work::WorkItem;
 use crate::config::DistillConfig;
 use crate::distill::DistillTask;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
-use crate::run_folder::{RunFolder, State, Status};
+use crate::run_folder::{RunFolder, State, Status, lock_file};
 use crate::settings::{Settings, to_toml};
 
 /// A comparison: its cells, and the samples of teachers that they are compared with.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct Comparison {
     /// The file.
     pub matrix: Matrix,
-    /// What all jobs have in common.
+    /// What all its work has in common.
     pub setting: Setting,
     /// The cells.
     pub cells: Vec<PlannedCell>,
@@ -33,7 +33,7 @@ pub struct Plan {
 }
 
 /// A cell with what it is to learn.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PlannedCell {
     /// The cell.
     pub cell: Cell,
@@ -87,7 +87,7 @@ impl std::fmt::Display for Standing {
     }
 }
 
-impl Plan {
+impl Comparison {
     /// Works out what there is to do for a matrix. `base` is the config that it starts from.
     ///
     /// # Errors
@@ -140,7 +140,7 @@ impl Plan {
     ///
     /// Files that are not what they should be.
     pub fn standing(&self, planned: &PlannedCell) -> Result<Standing> {
-        let PlannedCell { cell, config_sha256, taught } = planned;
+        let PlannedCell { cell, taught, .. } = planned;
         let run = self.folder().run_of(&cell.name);
         let has_run = run.join("config.toml").is_file();
         if has_run {
@@ -152,9 +152,7 @@ impl Plan {
                 other => other?,
             }
         }
-        let record = CellRecord::read(&self.folder().record_of(&cell.name))?;
-        let record = record.filter(|record| record.config_sha256 == *config_sha256);
-        if let Some(CellRecord { measured_as, outcome, .. }) = record {
+        if let Some(CellRecord { measured_as, outcome, .. }) = self.record_of(planned)? {
             match outcome {
                 Outcome::Diverged { step, .. } => return Ok(Standing::Diverged(step)),
                 Outcome::Failed { message } => return Ok(Standing::Failed(message)),
@@ -183,17 +181,19 @@ impl Plan {
         self.cells.iter().map(|planned| Ok((planned, self.standing(planned)?))).collect()
     }
 
-    /// Refuses cells that lie there with another config, or forgets them if `fresh`.
+    /// Refuses cells whose folder has another config, or removes these folders if `fresh`.
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] that names each with what differs.
-    pub fn settle_changes(&self, fresh: bool) -> Result<()> {
+    /// [`Error::Comparison`] that names each with what differs; [`Error::FolderInUse`] for one that is to be removed while
+    /// another process is at work on it.
+    pub fn settle_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
         let mut problems = Vec::new();
-        for (planned, standing) in self.standings()? {
-            let Standing::Changed(differences) = standing else { continue };
+        for planned in cells {
+            let Standing::Changed(differences) = self.standing(planned)? else { continue };
             let name = &planned.cell.name;
             if fresh {
+                let _lock = lock_file(&self.folder().lock_of(name), &self.folder().run_of(name))?;
                 self.folder().remove_cell(name)?;
             } else {
                 problems.push(format!("{name} was begun with other settings: {differences}"));
@@ -234,14 +234,14 @@ impl Plan {
         Err(Error::Comparison { place: format!("`{}`", self.matrix.name), problems })
     }
 
-    /// Makes the folder and writes the config of each cell that is not done.
+    /// Makes the folder and writes the configs of some cells, and of the first, whose data all are compared with.
     ///
     /// # Errors
     ///
     /// What the file system refuses.
-    pub fn write_configs(&self) -> Result<()> {
+    pub fn write_configs(&self, cells: &[PlannedCell]) -> Result<()> {
         self.folder().create()?;
-        for PlannedCell { cell, .. } in &self.cells {
+        for PlannedCell { cell, .. } in self.cells.iter().take(1).chain(cells) {
             let (path, text) = (self.folder().config_of(&cell.name), to_toml(&cell.config)?);
             if fs::read_to_string(&path).ok().as_ref() != Some(&text) {
                 write_atomic(&path, text.as_bytes())?;
@@ -250,44 +250,143 @@ impl Plan {
         Ok(())
     }
 
-    /// What is left to do, in stages: each needs what those before it leave.
+    /// The cell of that name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Comparison`] with the cell whose name is nearest.
+    pub fn cell(&self, name: &str) -> Result<&PlannedCell> {
+        let named = |planned: &&PlannedCell| planned.cell.name == name;
+        self.cells.iter().find(named).ok_or_else(|| {
+            let likeness = |planned: &&PlannedCell| strsim::jaro_winkler(name, &planned.cell.name);
+            let nearest = self.cells.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+            let nearest = nearest.map_or("", |planned| planned.cell.name.as_str());
+            let problem = format!(
+                "there is no cell `{name}`; did you mean `{nearest}`? `--list` prints all {} of them",
+                self.cells.len()
+            );
+            let place = format!("`{}`", self.matrix.name);
+            Error::Comparison { place, problems: vec![problem] }
+        })
+    }
+
+    /// What is left to do, in stages: each needs the results of those before it.
     ///
     /// First samples of teachers, in parts, and real images; then rows of teachers; then the cells.
     ///
     /// # Errors
     ///
     /// Files that are not what they should be.
-    pub fn stages(&self) -> Result<[Vec<Job>; 3]> {
-        let draws = self.teachers.iter().flat_map(|planned| {
-            let start = |start| Task::Draw { teacher: planned.samples.clone(), start };
-            planned.samples.parts().map(start)
-        });
-        let rows = self.teachers.iter().cloned().map(|planned| {
-            let PlannedTeacher { samples: teacher, taught, own_steps } = planned;
-            Task::Teacher { teacher, taught, own_steps }
-        });
-        let cells = self.cells.iter().map(|planned| Task::Cell {
-            cell: planned.cell.name.clone(),
-            config_sha256: planned.config_sha256.clone(),
-            taught: planned.taught.clone(),
-        });
+    pub fn stages(&self) -> Result<[Vec<WorkItem>; 3]> {
+        let draws = self.teachers.iter().flat_map(|planned| parts(&planned.samples));
+        let rows = self.teachers.iter().cloned().map(WorkItem::TeacherRow);
+        let cells = self.cells.iter().cloned().map(|planned| WorkItem::Cell(Box::new(planned)));
         Ok([
-            self.left(std::iter::once(Task::Real).chain(draws))?,
+            self.left(std::iter::once(WorkItem::RealImages).chain(draws))?,
             self.left(rows)?,
             self.left(cells)?,
         ])
     }
 
-    fn left(&self, tasks: impl Iterator<Item = Task>) -> Result<Vec<Job>> {
-        let mut jobs: Vec<Job> = Vec::new();
-        for task in tasks {
-            let job = Job { setting: self.setting.clone(), task };
-            if !job.is_done()? && !jobs.contains(&job) {
-                jobs.push(job);
+    /// What one cell needs of the others' work: its teacher's samples.
+    ///
+    /// # Errors
+    ///
+    /// As [`stages`](Self::stages).
+    pub fn needed_by(&self, planned: &PlannedCell) -> Result<Vec<WorkItem>> {
+        self.left(parts(&planned.taught))
+    }
+
+    /// Whether the result of a piece of work is there.
+    ///
+    /// # Errors
+    ///
+    /// A file in its place that is something else.
+    pub fn is_done(&self, item: &WorkItem) -> Result<bool> {
+        let (folder, setting) = (self.folder(), &self.setting);
+        Ok(match item {
+            WorkItem::RealImages => {
+                NamedRows::read(&folder.real(), &setting.measured_as(None))?.is_some()
+            }
+            WorkItem::TeacherSamples { teacher, start } => teacher.part(folder, *start).is_file(),
+            WorkItem::TeacherRow(PlannedTeacher { samples, taught, .. }) => {
+                let measured_as = setting.measured_as(Some(taught));
+                NamedRows::read(&samples.row(folder, taught), &measured_as)?.is_some()
+            }
+            WorkItem::Cell(planned) => match self.record_of(planned)? {
+                Some(CellRecord { outcome: Outcome::Done { .. }, measured_as, .. }) => {
+                    measured_as == setting.measured_as(Some(&planned.taught))
+                }
+                Some(CellRecord { outcome: Outcome::Diverged { .. }, .. }) => true,
+                Some(CellRecord { outcome: Outcome::Failed { .. }, .. }) | None => false,
+            },
+        })
+    }
+
+    /// How a cell ended; none before it has, and none of another config.
+    ///
+    /// # Errors
+    ///
+    /// A file in its place that is something else.
+    pub fn record_of(&self, planned: &PlannedCell) -> Result<Option<CellRecord>> {
+        let record = CellRecord::read(&self.folder().record_of(&planned.cell.name))?;
+        Ok(record.filter(|record| record.config_sha256 == planned.config_sha256))
+    }
+
+    /// Whether every cell has ended, well or not.
+    ///
+    /// # Errors
+    ///
+    /// As [`record_of`](Self::record_of).
+    pub fn is_recorded(&self) -> Result<bool> {
+        for planned in &self.cells {
+            if self.record_of(planned)?.is_none() {
+                return Ok(false);
             }
         }
-        Ok(jobs)
+        Ok(true)
     }
+
+    /// Writes down how a cell ended.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub(super) fn record(&self, planned: &PlannedCell, outcome: Outcome) -> Result<()> {
+        let PlannedCell { cell, config_sha256, taught } = planned;
+        let measured_as = self.setting.measured_as(Some(taught));
+        CellRecord::new(&cell.name, config_sha256, &measured_as, outcome)
+            .write(&self.folder().record_of(&cell.name))
+    }
+
+    /// Removes the record of a failure, before it is tried again.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses.
+    pub(super) fn forget_failure(&self, planned: &PlannedCell) -> Result<()> {
+        let path = self.folder().record_of(&planned.cell.name);
+        match CellRecord::read(&path)? {
+            Some(CellRecord { outcome: Outcome::Failed { .. }, .. }) => {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn left(&self, items: impl Iterator<Item = WorkItem>) -> Result<Vec<WorkItem>> {
+        let mut left: Vec<WorkItem> = Vec::new();
+        for item in items {
+            if !self.is_done(&item)? && !left.contains(&item) {
+                left.push(item);
+            }
+        }
+        Ok(left)
+    }
+}
+
+fn parts(samples: &TeacherSamples) -> impl Iterator<Item = WorkItem> {
+    samples.parts().map(|start| WorkItem::TeacherSamples { teacher: samples.clone(), start })
 }
 
 /// For each teacher and guidance: in full, in as many steps as students are sampled in, and unguided in full.

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use plotters::style::register_font;
 
 use super::metric::Metric;
-use super::report::{EntryKind, Report, Shift, timesteps};
+use super::report::{ComparisonReport, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
@@ -118,7 +118,7 @@ const COLORS: [RGBColor; 7] = [
 /// # Errors
 ///
 /// What the plotting library refuses.
-pub fn quality(report: &Report) -> std::result::Result<String, String> {
+pub fn quality(report: &ComparisonReport) -> std::result::Result<String, String> {
     let mut shown = vec![Metric::Frechet, Metric::ToTeacher];
     if report.has_one_number_of_samples() {
         shown.push(Metric::Coverage);
@@ -178,7 +178,7 @@ pub(super) fn write(path: &Path, plot: std::result::Result<String, String>) -> R
     Ok(write_atomic(path, svg.as_bytes())?)
 }
 
-fn lines_of(report: &Report, metric: Metric) -> Vec<Line> {
+fn lines_of(report: &ComparisonReport, metric: Metric) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for arm in report.arms() {
         let Some(estimate) = arm.estimate(metric) else { continue };
@@ -191,7 +191,7 @@ fn lines_of(report: &Report, metric: Metric) -> Vec<Line> {
     lines
 }
 
-fn levels_of(report: &Report, metric: Metric) -> Vec<Level> {
+fn levels_of(report: &ComparisonReport, metric: Metric) -> Vec<Level> {
     let most = report.of_kind(EntryKind::Teacher).map(|entry| entry.steps).max();
     let teachers = report.of_kind(EntryKind::Teacher).filter(|entry| Some(entry.steps) == most);
     let shown = report.of_kind(EntryKind::Data).chain(teachers);

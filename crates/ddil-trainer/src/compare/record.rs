@@ -62,6 +62,25 @@ pub struct Row {
     pub measurement: Option<Measurement>,
 }
 
+/// Coverage below this is a collapse: nine in ten real images have no sample near them.
+pub(super) const LEAST_COVERAGE: f64 = 0.1;
+
+impl Row {
+    /// The row of a measurement, with the reason where it counts as collapsed.
+    pub(super) fn measured(steps: u32, own_steps: bool, measurement: Measurement) -> Self {
+        let coverage = measurement.coverage;
+        let collapsed = (coverage < LEAST_COVERAGE)
+            .then(|| format!("coverage {coverage:.3} is below {LEAST_COVERAGE}"));
+        Self { steps, own_steps, collapsed, measurement: Some(measurement) }
+    }
+
+    /// The row of samples that are NaN or infinite.
+    pub(super) fn not_finite(steps: u32, own_steps: bool) -> Self {
+        let collapsed = Some("samples that are not numbers".to_owned());
+        Self { steps, own_steps, collapsed, measurement: None }
+    }
+}
+
 /// Rows of something that is no cell, with what they depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

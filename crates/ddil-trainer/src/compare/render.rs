@@ -5,15 +5,16 @@ use std::fmt::Write as _;
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
-use super::measure::{LEAST_COVERAGE, SHOWN};
-use super::report::Report;
+use super::record::LEAST_COVERAGE;
+use super::report::ComparisonReport;
 use super::{plot, table};
 use crate::error::{Error, Result};
 use crate::files::{write_atomic, write_json};
 use crate::picture::Picture;
+use crate::sample_file::KEPT;
 use crate::sampling::layout;
 
-impl Report {
+impl ComparisonReport {
     /// Tables for a terminal.
     pub fn text(&self) -> String {
         self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
@@ -87,6 +88,6 @@ impl Report {
         };
         let rows: Vec<Tensor> = rows.iter().map(|images| images.narrow(0, 0, columns)).collect();
         let images = Tensor::f_cat(&rows, 0).map_err(Error::torch("side_by_side"))?;
-        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, SHOWN) as u32))?))
+        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, KEPT) as u32))?))
     }
 }

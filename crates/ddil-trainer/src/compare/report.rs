@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use super::folder::ComparisonFolder;
 use super::matrix::Axis;
-use super::measure::{first_drawn, load_images};
 use super::metric::Metric;
-use super::plan::{Plan, PlannedCell, PlannedTeacher};
+use super::plan::{Comparison, PlannedCell, PlannedTeacher};
 use super::record::{CellRecord, NamedRows, Outcome, Row};
+use super::setting::TeacherSamples;
 use super::statistics::Estimate;
 use crate::error::Result;
 use crate::results::Measurement;
+use crate::sample_file;
 
 /// One line of `results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,7 +68,7 @@ pub enum EntryState {
 
 /// What a comparison has come to so far: everything that is made of it follows from this.
 #[derive(Debug)]
-pub struct Report {
+pub struct ComparisonReport {
     /// The comparison.
     pub name: String,
     /// What varies.
@@ -122,13 +124,13 @@ pub struct Shift {
     pub points: Vec<(i64, Estimate, Estimate)>,
 }
 
-impl Report {
-    /// Reads what the jobs of a comparison have left so far.
+impl ComparisonReport {
+    /// Reads the results of a comparison so far.
     ///
     /// # Errors
     ///
     /// Files that are not what they should be.
-    pub fn gather(plan: &Plan) -> Result<Self> {
+    pub fn gather(plan: &Comparison) -> Result<Self> {
         let (folder, matrix) = (plan.folder(), &plan.matrix);
         let (mut entries, mut pictures) = (Vec::new(), Vec::new());
         if let Some(found) = NamedRows::read(&folder.real(), &plan.setting.measured_as(None))? {
@@ -153,7 +155,7 @@ impl Report {
             let cell = &planned.cell;
             let samples = folder.samples_of(&cell.name);
             if Some(&cell.seed) == matrix.seeds.first() && samples.is_file() {
-                pictures.push((cell.name.clone(), load_images(&samples)?));
+                pictures.push((cell.name.clone(), sample_file::read(&samples)?));
             }
         }
         let (name, axes) = (matrix.name.clone(), matrix.axes.clone());
@@ -321,12 +323,9 @@ fn of_row(kind: EntryKind, (name, row): (String, Row)) -> Entry {
 }
 
 /// One entry for each number of steps; one in all for a cell that was not measured.
-fn of_cell(plan: &Plan, planned: &PlannedCell) -> Result<Vec<Entry>> {
-    let PlannedCell { cell, config_sha256, taught } = planned;
-    let record = CellRecord::read(&plan.folder().record_of(&cell.name))?;
-    let Some(CellRecord { measured_as, outcome, .. }) =
-        record.filter(|record| record.config_sha256 == *config_sha256)
-    else {
+fn of_cell(plan: &Comparison, planned: &PlannedCell) -> Result<Vec<Entry>> {
+    let PlannedCell { cell, taught, .. } = planned;
+    let Some(CellRecord { measured_as, outcome, .. }) = plan.record_of(planned)? else {
         return Ok(Vec::new());
     };
     let axes: BTreeMap<String, String> = plan
@@ -351,6 +350,12 @@ fn of_cell(plan: &Plan, planned: &PlannedCell) -> Result<Vec<Entry>> {
         Outcome::Failed { message } => vec![unmeasured(EntryState::Failed, message)],
     };
     Ok(entries.into_iter().map(of_cell).collect())
+}
+
+/// The first samples of a teacher.
+fn first_drawn(folder: &ComparisonFolder, teacher: &TeacherSamples) -> Result<Tensor> {
+    let images = sample_file::read(&teacher.part(folder, 0))?;
+    Ok(images.narrow(0, 0, sample_file::KEPT.min(images.size()[0])))
 }
 
 /// Every timestep of some shifts, noisiest first.

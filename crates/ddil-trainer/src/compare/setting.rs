@@ -1,5 +1,7 @@
-//! What jobs share: where a comparison is, how it measures, and whose samples students are held against.
+//! What all work of a comparison shares: where it is, how it measures, and the teacher's samples that students are
+//! compared with.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use ddil_losses::TeacherGuidance;
@@ -9,11 +11,13 @@ use serde::{Deserialize, Serialize};
 use super::folder::ComparisonFolder;
 use super::matrix::{EvaluateConfig, sha256};
 use crate::config::{DataSection, Precision};
+use crate::error::Result;
+use crate::settings::inline_toml;
 
 /// Samples of a teacher that are drawn in one go.
 pub(super) const PART: u32 = 500;
 
-/// What all jobs of a comparison have in common.
+/// What all work of a comparison has in common.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
     /// Where results go.
@@ -86,6 +90,40 @@ impl TeacherSamples {
     /// Where the row of these samples lies, compared with those of `taught`.
     pub(super) fn row(&self, folder: &ComparisonFolder, taught: &Self) -> PathBuf {
         folder.teacher(&self.key()).join(format!("row_{}.json", taught.key()))
+    }
+}
+
+impl TeacherSamples {
+    /// The command line of `ddil sample` that draws the part from `start` on.
+    pub(super) fn draw(&self, setting: &Setting, start: u32) -> Result<Vec<OsString>> {
+        let Self { guidance_scale, steps, total, seed, device, .. } = self;
+        let count = self.end_of(start).saturating_sub(start);
+        let thresholding = inline_toml(&self.thresholding)?;
+        let options = [
+            format!("--num-samples={count}"),
+            format!("--first={start}"),
+            format!("--of={total}"),
+            format!("--steps={steps}"),
+            format!("--guidance-scale={guidance_scale}"),
+            format!("--thresholding={thresholding}"),
+            format!("--batch-size={}", setting.evaluate.batch_size),
+            format!("--seed={seed}"),
+            format!("--device={device}"),
+            format!("--precision={}", precision(self.precision)),
+            format!("--threads={}", setting.threads),
+        ];
+        let mut arguments: Vec<OsString> = vec!["sample".into(), self.path.clone().into()];
+        arguments.extend(options.map(OsString::from));
+        arguments.extend(["--output".into(), self.part(&setting.folder, start).into()]);
+        Ok(arguments)
+    }
+}
+
+/// A precision as the command line has it.
+pub(super) fn precision(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Float32 => "float32",
+        Precision::Bfloat16 => "bfloat16",
     }
 }
 

@@ -1,11 +1,11 @@
 //! Tables of a comparison, as rows of words; the first row has the heads.
 
 use super::metric::Metric;
-use super::report::{ArmAt, Difference, Entry, EntryKind, Report, Shift, timesteps};
+use super::report::{ArmAt, ComparisonReport, Difference, Entry, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
 
 /// Real images and teachers first, then the arms.
-pub fn summary(report: &Report) -> Vec<Vec<String>> {
+pub fn summary(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = axes(report);
     heads.extend(["steps", "samples", "seeds"].map(str::to_owned));
     heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
@@ -17,7 +17,7 @@ pub fn summary(report: &Report) -> Vec<Vec<String>> {
 }
 
 /// Arms against baselines; the heads alone if there is nothing to compare.
-pub fn differences(report: &Report) -> Vec<Vec<String>> {
+pub fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
     heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];
@@ -65,14 +65,14 @@ pub fn markdown(rows: &[Vec<String>]) -> String {
 }
 
 /// At least one column, for what has no axis.
-fn axes(report: &Report) -> Vec<String> {
+fn axes(report: &ComparisonReport) -> Vec<String> {
     match report.axes.as_slice() {
         [] => vec!["model".to_owned()],
         axes => axes.iter().map(|axis| axis.name.clone()).collect(),
     }
 }
 
-fn of_entry(report: &Report, entry: &Entry) -> Vec<String> {
+fn of_entry(report: &ComparisonReport, entry: &Entry) -> Vec<String> {
     let mut row = vec![String::new(); axes(report).len()];
     row[0].clone_from(&entry.name);
     row.push(if entry.steps == 0 { "-".to_owned() } else { entry.steps.to_string() });

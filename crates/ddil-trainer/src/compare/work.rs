@@ -1,0 +1,389 @@
+//! The pieces of work of a comparison, and which verbs each of them runs.
+//!
+//! Every piece has a lock file and leaves its result whole or not at all, so that any number of processes, on any number
+//! of machines, can work on one comparison: a piece that another process has is waited for where others need its result,
+//! and left to that process where it is a cell.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::folder::ComparisonFolder;
+use super::plan::{Comparison, PlannedCell, PlannedTeacher};
+use super::record::{NamedRows, Outcome, Row};
+use super::setting::{TeacherSamples, precision};
+use super::verbs::{Answer, Ended, Program};
+use crate::error::{Error, Result};
+use crate::exit_code::NOT_FINITE;
+use crate::files::write_json;
+use crate::holder::Holder;
+use crate::pipeline::Pipeline;
+use crate::results::{self, Measurement};
+use crate::run_folder::{State, Status, lock_file};
+use crate::sampling::SamplePlan;
+
+/// How often a lock is asked for that another process has.
+const LOCK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// One piece of work.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WorkItem {
+    /// Compare real images with real images.
+    RealImages,
+    /// Draw some samples of a teacher.
+    TeacherSamples {
+        /// Which.
+        teacher: TeacherSamples,
+        /// The first of them.
+        start: u32,
+    },
+    /// Measure the samples of a teacher.
+    TeacherRow(PlannedTeacher),
+    /// Train a student and measure it.
+    Cell(Box<PlannedCell>),
+}
+
+/// How a piece of work ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum End {
+    /// Its result is there.
+    Done,
+    /// It was asked to stop and continues another time.
+    Stopped,
+    /// Another process is at work on it.
+    InUse(String),
+    /// It failed.
+    Failed(String),
+}
+
+/// What a piece of work needs: the comparison, the program, and when to stop.
+pub struct Worker<'a> {
+    /// The comparison.
+    pub comparison: &'a Comparison,
+    /// The program whose verbs are run.
+    pub program: &'a Program,
+    /// Whether to stop; a running verb is asked to save and end.
+    pub stops: &'a dyn Fn() -> bool,
+}
+
+impl WorkItem {
+    /// Whether it is a cell, whose failure leaves the others alone.
+    pub fn is_cell(&self) -> bool {
+        matches!(self, Self::Cell(_))
+    }
+
+    /// What is done, in words.
+    pub fn about(&self) -> String {
+        match self {
+            Self::RealImages => "real images".to_owned(),
+            Self::TeacherSamples { teacher, start } => {
+                let TeacherSamples { steps, guidance_scale, samples, .. } = teacher;
+                let end = teacher.end_of(*start);
+                format!(
+                    "teacher, guidance {guidance_scale}, {steps} steps: samples {start} to {end} of {samples}"
+                )
+            }
+            Self::TeacherRow(planned) => {
+                let TeacherSamples { steps, guidance_scale, .. } = planned.samples;
+                format!("teacher, guidance {guidance_scale}, {steps} steps: measured")
+            }
+            Self::Cell(planned) => planned.cell.name.clone(),
+        }
+    }
+
+    /// Where its verbs print to.
+    pub fn log(&self, folder: &ComparisonFolder) -> PathBuf {
+        match self {
+            Self::Cell(planned) => folder.log_of(&planned.cell.name),
+            _ => folder.log(),
+        }
+    }
+
+    /// The lock of whoever is at work on it.
+    fn lock(&self, folder: &ComparisonFolder) -> PathBuf {
+        match self {
+            Self::RealImages => folder.real().with_extension("lock"),
+            Self::TeacherSamples { teacher, start } => {
+                teacher.part(folder, *start).with_extension("lock")
+            }
+            Self::TeacherRow(planned) => {
+                planned.samples.row(folder, &planned.taught).with_extension("lock")
+            }
+            Self::Cell(planned) => folder.lock_of(&planned.cell.name),
+        }
+    }
+}
+
+impl Worker<'_> {
+    fn folder(&self) -> &ComparisonFolder {
+        self.comparison.folder()
+    }
+
+    /// Does a piece of work, unless it is done. A cell that another process has is left to it; anything else that another
+    /// process has is waited for.
+    ///
+    /// A cell that diverges is recorded, and done. One that is asked to stop saves its run and leaves no record.
+    ///
+    /// # Errors
+    ///
+    /// What the file system refuses; what fails in a verb is [`End::Failed`], of a cell with a record.
+    pub fn perform(&self, item: &WorkItem) -> Result<End> {
+        let mut announced = false;
+        loop {
+            match self.attempt(item)? {
+                End::InUse(holder) if !item.is_cell() => {
+                    if (self.stops)() {
+                        return Ok(End::Stopped);
+                    }
+                    if !announced {
+                        tracing::info!(
+                            "{}: waiting for {holder}, which is at work on it",
+                            item.about()
+                        );
+                        announced = true;
+                    }
+                    sleep(LOCK_INTERVAL);
+                }
+                end => return Ok(end),
+            }
+        }
+    }
+
+    /// As [`perform`](Self::perform), without waiting.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn attempt(&self, item: &WorkItem) -> Result<End> {
+        let folder = self.folder();
+        let path = item.lock(folder);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
+        let _lock = match lock_file(&path, &path) {
+            Ok(lock) => lock,
+            Err(Error::FolderInUse { holder, .. }) => {
+                let unknown = || "another process".to_owned();
+                let named = |holder: Holder| format!("process {holder}");
+                return Ok(End::InUse(holder.map_or_else(unknown, named)));
+            }
+            Err(error) => return Err(error),
+        };
+        // Another process may have done it since.
+        if self.comparison.is_done(item)? {
+            return Ok(End::Done);
+        }
+        match item {
+            WorkItem::RealImages => self.real_images(item),
+            WorkItem::TeacherSamples { teacher, start } => {
+                self.teacher_samples(item, teacher, *start)
+            }
+            WorkItem::TeacherRow(planned) => self.teacher_row(item, planned),
+            WorkItem::Cell(planned) => self.cell(item, planned),
+        }
+    }
+
+    fn run(&self, item: &WorkItem, arguments: &[OsString]) -> Result<Ended> {
+        self.program.run(arguments, &item.log(self.folder()), self.stops)
+    }
+
+    /// Training images against held-out ones, and one half of the reference against the other.
+    fn real_images(&self, item: &WorkItem) -> Result<End> {
+        let path = self.folder().real();
+        let answer = Answer::at(path.with_extension("rows.json"));
+        let mut arguments = self.evaluate("data".into(), &self.comparison.cells[0], &answer);
+        arguments.push("--halves".into());
+        let ended = self.run(item, &arguments)?;
+        if let Some(end) = unfinished(&ended) {
+            return Ok(end);
+        }
+        let rows = results::read(answer.path())?;
+        let names = ["training images", "two halves"];
+        // Without held-out images there are the two halves alone.
+        let names = &names[names.len().saturating_sub(rows.len())..];
+        let row = |(name, measurement): (&&str, Measurement)| {
+            let measurement = Measurement { method: "data".to_owned(), ..measurement };
+            let row =
+                Row { steps: 0, own_steps: true, collapsed: None, measurement: Some(measurement) };
+            ((*name).to_owned(), row)
+        };
+        let rows = names.iter().zip(rows).map(row).collect();
+        let measured_as = self.comparison.setting.measured_as(None);
+        write_json(&path, &NamedRows::new(measured_as, rows))?;
+        Ok(End::Done)
+    }
+
+    fn teacher_samples(
+        &self,
+        item: &WorkItem,
+        teacher: &TeacherSamples,
+        start: u32,
+    ) -> Result<End> {
+        let folder = self.folder();
+        write_json(&folder.teacher(&teacher.key()).join("samples.json"), teacher)?;
+        let arguments = teacher.draw(&self.comparison.setting, start)?;
+        let ended = self.run(item, &arguments)?;
+        Ok(unfinished(&ended).unwrap_or(End::Done))
+    }
+
+    fn teacher_row(&self, item: &WorkItem, planned: &PlannedTeacher) -> Result<End> {
+        let PlannedTeacher { samples: teacher, taught, own_steps } = planned;
+        let folder = self.folder();
+        let path = teacher.row(folder, taught);
+        let answer = Answer::at(path.with_extension("rows.json"));
+        let subject = folder.teacher(&teacher.key()).into();
+        let mut arguments = self.evaluate(subject, &self.comparison.cells[0], &answer);
+        if teacher != taught {
+            arguments.extend(["--teacher-samples".into(), folder.teacher(&taught.key()).into()]);
+        }
+        let ended = self.run(item, &arguments)?;
+        if let Some(end) = unfinished(&ended) {
+            return Ok(end);
+        }
+        let Some(measured) = results::read(answer.path())?.pop() else {
+            return Ok(End::Failed("it measured nothing".to_owned()));
+        };
+        let measurement = Measurement {
+            method: "teacher".to_owned(),
+            thresholding: teacher.thresholding.clone(),
+            guidance_scale: (teacher.guidance_scale != 1.0).then_some(teacher.guidance_scale),
+            steps: teacher.steps,
+            ..measured
+        };
+        let name = format!("teacher, guidance {}", teacher.guidance_scale);
+        let rows = vec![(name, Row::measured(teacher.steps, *own_steps, measurement))];
+        let measured_as = self.comparison.setting.measured_as(Some(taught));
+        write_json(&path, &NamedRows::new(measured_as, rows))?;
+        Ok(End::Done)
+    }
+
+    fn cell(&self, item: &WorkItem, planned: &PlannedCell) -> Result<End> {
+        self.comparison.forget_failure(planned)?;
+        let trained = match self.train(item, planned)? {
+            Trained::Completed => self.measure(item, planned)?,
+            other => other,
+        };
+        match trained {
+            Trained::Stopped => Ok(End::Stopped),
+            Trained::Ended(outcome) => {
+                self.comparison.record(planned, outcome.clone())?;
+                match outcome {
+                    Outcome::Failed { message } => Ok(End::Failed(message)),
+                    _ => Ok(End::Done),
+                }
+            }
+            Trained::Completed => Ok(End::Done),
+        }
+    }
+
+    /// `ddil distill` starts the cell's run or continues it; nothing is run where it is complete.
+    fn train(&self, item: &WorkItem, planned: &PlannedCell) -> Result<Trained> {
+        let (folder, name) = (self.folder(), &planned.cell.name);
+        let run = folder.run_of(name);
+        let is_complete = |status: &Status| status.state == State::Completed;
+        if Pipeline::is_at(&run) && Status::read(&run).as_ref().is_ok_and(is_complete) {
+            return Ok(Trained::Completed);
+        }
+        let arguments =
+            ["distill".into(), folder.config_of(name).into(), OsString::from("--continue")];
+        let ended = self.run(item, &arguments)?;
+        let status = Status::read(&run).ok();
+        if ended.code == Some(0) {
+            let complete = status.as_ref().is_some_and(is_complete);
+            return Ok(if complete { Trained::Completed } else { Trained::Stopped });
+        }
+        // The status has the message in full; of a run that did not begin there is what was printed.
+        let state = status.as_ref().filter(|status| status.state == State::Failed);
+        let message = state.and_then(|status| status.error.clone());
+        if ended.code == Some(i32::from(NOT_FINITE)) {
+            let message = message.unwrap_or(ended.message);
+            let step = diverged_at(&message).or(status.map(|status| status.step)).unwrap_or(0);
+            return Ok(Trained::Ended(Outcome::Diverged { step, message }));
+        }
+        if ended.was_stopped {
+            return Ok(Trained::Stopped);
+        }
+        // A process that was killed leaves the status of an earlier error, or none.
+        let message = if ended.code.is_some() { message } else { None };
+        Ok(Trained::Ended(Outcome::Failed { message: message.unwrap_or(ended.message) }))
+    }
+
+    /// `ddil evaluate` measures the trained student at every number of steps.
+    fn measure(&self, item: &WorkItem, planned: &PlannedCell) -> Result<Trained> {
+        let (folder, name) = (self.folder(), &planned.cell.name);
+        let run = folder.run_of(name);
+        let answer = Answer::at(folder.record_of(name).with_extension("rows.json"));
+        let own = SamplePlan::of(&Pipeline::read_without_values(&run)?, None).steps;
+        let mut arguments = self.evaluate(run.into(), planned, &answer);
+        arguments.extend(self.comparison.setting.evaluate.of_model());
+        arguments
+            .extend(["--teacher-samples".into(), folder.teacher(&planned.taught.key()).into()]);
+        arguments.extend(["--keep".into(), folder.samples_of(name).into()]);
+        let ended = self.run(item, &arguments)?;
+        let not_finite = ended.code == Some(i32::from(NOT_FINITE));
+        if let Some(end) = unfinished(&ended).filter(|_| !not_finite) {
+            return Ok(match end {
+                End::Failed(message) => Trained::Ended(Outcome::Failed { message }),
+                _ => Trained::Stopped,
+            });
+        }
+        let measured =
+            if answer.path().exists() { results::read(answer.path())? } else { Vec::new() };
+        let mut rows = Vec::new();
+        for steps in self.comparison.setting.evaluate.step_counts(own) {
+            let found = measured.iter().find(|measurement| measurement.steps == steps);
+            rows.push(match found {
+                Some(measurement) => Row::measured(steps, steps == own, measurement.clone()),
+                None if not_finite => Row::not_finite(steps, steps == own),
+                None => {
+                    let message = format!("`ddil evaluate` left out {steps} steps");
+                    return Ok(Trained::Ended(Outcome::Failed { message }));
+                }
+            });
+        }
+        Ok(Trained::Ended(Outcome::Done { rows }))
+    }
+
+    /// The arguments that every measurement of the comparison has in common.
+    fn evaluate(&self, subject: OsString, of: &PlannedCell, answer: &Answer) -> Vec<OsString> {
+        let setting = &self.comparison.setting;
+        let mut arguments: Vec<OsString> = vec!["evaluate".into(), subject];
+        arguments.extend(["--data".into(), self.folder().config_of(&of.cell.name).into()]);
+        arguments.extend(["--json".into(), answer.path().into()]);
+        arguments.extend(["--threads".into(), setting.threads.to_string().into()]);
+        arguments.extend(setting.evaluate.of_any());
+        let run = &of.cell.config.run;
+        let precision = precision(run.precision);
+        let format = if run.channels_last { "channels_last" } else { "contiguous" };
+        arguments.extend(["--device", &run.device, "--precision", precision].map(Into::into));
+        arguments.extend(["--memory-format", format].map(Into::into));
+        arguments
+    }
+}
+
+/// How far a cell came.
+enum Trained {
+    /// It is trained.
+    Completed,
+    /// It was asked to stop.
+    Stopped,
+    /// It ended, with what is recorded.
+    Ended(Outcome),
+}
+
+/// What became of a verb that did not come to its end.
+fn unfinished(ended: &Ended) -> Option<End> {
+    match ended {
+        Ended { code: Some(0), .. } => None,
+        // One that is in the middle of a computation when it is told to end may stumble on its way out.
+        Ended { was_stopped: true, .. } => Some(End::Stopped),
+        Ended { message, .. } => Some(End::Failed(message.clone())),
+    }
+}
+
+/// The step in the message of a loss or gradient that is not finite.
+fn diverged_at(message: &str) -> Option<u64> {
+    message.strip_prefix("step ")?.split_once(':')?.0.parse().ok()
+}
