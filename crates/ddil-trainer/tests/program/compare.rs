@@ -321,3 +321,139 @@ fn what_cannot_be_compared_is_refused_before_any_work() {
         &["evaluate.samples", "evaluate.samples_off_steps", "at least 10"],
     );
 }
+
+#[test]
+fn the_list_has_one_cell_per_line_and_needs_no_teacher() {
+    let workshop = prepared(HEAD);
+    fs::remove_dir_all(workshop.path("teacher")).expect("it was just written");
+    let listed = workshop.ddil(&["compare", "matrix.toml", "--list"]).succeeded();
+    assert_eq!(listed.stdout, "forward_seed0\nforward_seed1\nmixed_seed0\nmixed_seed1\n");
+    assert!(!workshop.run("tiny").exists());
+}
+
+/// Cell by cell, as a queue would run them, in an order of its own.
+#[test]
+fn cells_one_by_one_come_to_the_same_as_all_at_once() -> TestResult {
+    let workshop = prepared(&quick().replace("\"tiny\"", "\"whole\""));
+    workshop.ddil(&["compare", "matrix.toml"]).succeeded();
+    write_matrix(&workshop, &format!("{}\n{PRIORS}", quick()));
+    let one = |cell: &str| workshop.ddil(&["compare", "matrix.toml", "--cell", cell]);
+    one("mixed_seed2").refused(&["no cell `mixed_seed2`", "did you mean `mixed_seed", "--list"]);
+    assert!(!workshop.run("tiny").exists());
+    for cell in ["mixed_seed1", "forward_seed0", "mixed_seed0"] {
+        let ended = one(cell).succeeded();
+        assert!(ended.stdout.contains(&format!("{cell}: done")), "{}", ended.stdout);
+        assert!(!workshop.run("tiny").join("results.json").exists(), "not all cells are done");
+    }
+    let before = times(&cells(&workshop));
+    let again = one("mixed_seed1").succeeded();
+    assert!(again.stdout.contains("mixed_seed1: done"), "{}", again.stdout);
+    assert_eq!(times(&cells(&workshop)), before, "what is done is left alone");
+    let last = one("forward_seed1").succeeded();
+    assert!(last.stdout.contains("the tables are in"), "{}", last.stdout);
+    assert_eq!(of_kind(&entries(&workshop), "cell").len(), 4);
+    // What is missing are the rows of real images and of teachers.
+    let ended = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
+    assert!(!ended.stderr.contains("seed"), "{}", ended.stderr);
+    let scores = |name: &str| {
+        let found = json(&workshop.run(name).join("results.json"));
+        let found = found.as_array().expect("it is an array").clone();
+        let score =
+            |entry: &Value| (entry["name"].clone(), entry["measurement"]["frechet"].clone());
+        found.iter().map(score).collect::<Vec<_>>()
+    };
+    assert_eq!(scores("tiny"), scores("whole"));
+    Ok(())
+}
+
+#[test]
+fn two_comparisons_at_once_share_the_cells() -> TestResult {
+    let workshop = prepared(&quick());
+    let both =
+        [workshop.start(&["compare", "matrix.toml"]), workshop.start(&["compare", "matrix.toml"])];
+    let both = both.map(|running| running.ended().succeeded());
+    let begun = |cell: &str| {
+        both.iter().filter(|ended| ended.stderr.contains(&format!("{cell}: done,"))).count()
+    };
+    for cell in ["forward_seed0", "forward_seed1", "mixed_seed0", "mixed_seed1"] {
+        assert!(begun(cell) >= 1, "{cell}: {both:?}");
+        let log = fs::read_to_string(cells(&workshop).join(format!("{cell}.log")))?;
+        assert_eq!(
+            log.matches("done: the model is in").count(),
+            1,
+            "{cell} was trained twice: {log}"
+        );
+    }
+    assert_eq!(of_kind(&entries(&workshop), "cell").len(), 4);
+    Ok(())
+}
+
+#[test]
+fn a_cell_that_another_process_has_is_refused_by_name() {
+    let long = quick().replace("updates_per_stage\" = 3", "updates_per_stage\" = 2000");
+    let workshop = prepared(&long);
+    let run = cells(&workshop).join("mixed_seed0");
+    let one = ["compare", "matrix.toml", "--cell", "mixed_seed0"];
+    let mut running = workshop.start(&one);
+    assert!(running.wait_until(|| num_lines(&run) >= 2), "it did not get anywhere");
+    let refused = workshop.ddil(&one);
+    assert_eq!(refused.code, Some(75), "{}", refused.stderr);
+    let holder = format!("mixed_seed0: process {} is at work", running.id());
+    assert!(refused.stderr.contains(&holder), "{}", refused.stderr);
+
+    // Stopped as a queue does it: saved, and told apart from done and from failed.
+    let stopped = running.signal("TERM");
+    assert_eq!(stopped.code, Some(75), "{}", stopped.stderr);
+    assert!(stopped.stderr.contains("Ctrl-C again ends at once"), "{}", stopped.stderr);
+    assert_eq!(status(&run)["state"], "interrupted");
+    assert!(!cells(&workshop).join("mixed_seed0.json").exists());
+}
+
+/// The process of the cell and not only that of the comparison: out of memory, say.
+#[test]
+fn a_cell_whose_training_is_killed_fails_and_then_resumes() -> TestResult {
+    let long = quick().replace("updates_per_stage\" = 3", "updates_per_stage\" = 60");
+    let workshop = prepared(&long);
+    let run = cells(&workshop).join("mixed_seed0");
+    let one = ["compare", "matrix.toml", "--cell", "mixed_seed0"];
+    let mut running = workshop.start(&one);
+    assert!(running.wait_until(|| num_lines(&run) >= 7), "it did not get anywhere");
+    let lock = fs::read_to_string(run.join(".lock"))?;
+    let child = lock.split_whitespace().next().ok_or("a process")?;
+    assert_ne!(child, running.id().to_string(), "the training has a process of its own");
+    assert!(std::process::Command::new("kill").args(["-KILL", child]).status()?.success());
+    let ended = running.ended();
+    ended.clone().refused(&["mixed_seed0", "signal: 9"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert_eq!(json(&cells(&workshop).join("mixed_seed0.json"))["outcome"]["state"], "failed");
+
+    workshop.ddil(&one).succeeded();
+    let log = fs::read_to_string(cells(&workshop).join("mixed_seed0.log"))?;
+    assert!(log.contains("goes on from"), "{log}");
+    assert_eq!(num_lines(&run), 60);
+    Ok(())
+}
+
+#[test]
+fn a_cell_that_fails_has_an_exit_code_and_one_that_diverges_none() -> TestResult {
+    let workshop = prepared(&quick());
+    let run = cells(&workshop).join("mixed_seed0");
+    fs::create_dir_all(&run)?;
+    fs::write(run.join("notes.txt"), "mine")?;
+    let failed = workshop.ddil(&["compare", "matrix.toml", "--cell", "mixed_seed0"]);
+    assert_eq!(failed.code, Some(1));
+    failed.refused(&["mixed_seed0", "not empty", "mixed_seed0.log"]);
+
+    let wild = "\"learning_rate.peak\" = 1e30\n\"learning_rate.warmup_steps\" = 0\n";
+    write_matrix(
+        &workshop,
+        &format!("{}\n{PRIORS}", quick().replace("[set]\n", &format!("[set]\n{wild}"))),
+    );
+    let diverged =
+        workshop.ddil(&["compare", "matrix.toml", "--cell", "forward_seed0"]).succeeded();
+    assert!(diverged.stdout.contains("forward_seed0: diverged, step 2"), "{}", diverged.stdout);
+    // Of the verb itself it has a code of its own.
+    let config = cells(&workshop).join("forward_seed0.toml").display().to_string();
+    assert_eq!(workshop.ddil(&["distill", &config, "--set", "run.name=alone"]).code, Some(3));
+    Ok(())
+}

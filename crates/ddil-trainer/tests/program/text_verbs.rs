@@ -153,7 +153,7 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
         per_prompt: 1,
     };
     let told = request.told(&pipeline, &text, &plan)?;
-    let latents = draw_latents(&pipeline, &plan, &told)?;
+    let latents = draw_latents(&pipeline, &plan, &told, &|| {})?;
 
     let _no_grad = tch::no_grad_guard();
     let schedule = pipeline.network.schedule();
