@@ -112,6 +112,17 @@ impl Progress {
         }
     }
 
+    /// Shows on the bar what goes on between two steps, such as a checkpoint that is written; the next
+    /// [`update`](Self::update) replaces it.
+    pub fn doing(&mut self, what: &'static str) {
+        if let Some(bar) = &self.bar {
+            // At once: the work that follows may take minutes, and the next step is to be drawn too.
+            bar.set_message(what);
+            bar.force_draw();
+            self.last_drawn = None;
+        }
+    }
+
     /// Leaves the bar on the screen as it last was; so does dropping.
     pub fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {
@@ -127,7 +138,8 @@ impl Drop for Progress {
 }
 
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}")
+    // A wide message is cut off at the terminal's width: a line that wraps could not be drawn over.
+    ProgressStyle::with_template("{prefix} {bar:16} {pos}/{len}  {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
@@ -202,7 +214,38 @@ fn duration(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use indicatif::{InMemoryTerm, TermLike};
+
     use super::*;
+
+    /// A bar on a terminal of so many columns, with its message.
+    fn on_a_terminal(columns: u16) -> (InMemoryTerm, ProgressBar) {
+        let terminal = InMemoryTerm::new(10, columns);
+        let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+        let bar = ProgressBar::with_draw_target(Some(2000), target);
+        bar.set_style(style());
+        bar.set_prefix("distill");
+        (terminal, bar)
+    }
+
+    #[test]
+    fn a_bar_stays_on_one_line_however_narrow_the_terminal() {
+        let figures = ["loss", "grad_norm", "learning_rate", "loss_forward", "loss_student"];
+        let figures = figures.map(|name| (name.to_owned(), 0.123_456));
+        for columns in [60, 80, 110] {
+            let (terminal, bar) = on_a_terminal(columns);
+            for step in [1, 700, 2000] {
+                bar.set_position(step);
+                bar.set_message(describe(Some(12.34), 24680, &figures));
+                bar.force_draw();
+                let shown = terminal.contents();
+                assert_eq!(shown.lines().count(), 1, "{columns}: {shown}");
+                assert!(shown.chars().count() <= columns.into(), "{columns}: {shown}");
+                assert!(shown.contains("33m20s left"), "{columns}: {shown}");
+            }
+            assert_eq!(terminal.width(), columns);
+        }
+    }
 
     #[test]
     fn lines_are_tidy() {

@@ -28,7 +28,7 @@ use crate::progress::Progress;
 use crate::record::{Position, Record};
 use crate::run_folder::RunFolder;
 use crate::state;
-use crate::tensorboard::EventWriter;
+use crate::tensorboard::{EventWriter, tag};
 
 /// What is trained: it makes a loss, and everything that its next update depends on can be saved.
 ///
@@ -417,15 +417,16 @@ impl<T: Task> Session<T> {
         let mut progress = Progress::new(self.task.kind(), self.step, total);
         while self.step < total {
             if interrupt.is_requested() {
+                progress.doing("saving");
                 self.save()?;
                 progress.finish();
                 return Ok(Outcome::Interrupted { step: self.step });
             }
             let figures = self.update()?;
             progress.update(self.step, &figures);
-            self.write_outputs(&figures, total)?;
+            self.write_outputs(&figures, total, &mut progress)?;
         }
-        progress.finish();
+        progress.doing("exporting the model");
         // Once more, for a run that was resumed after its last update.
         self.export().map(|export| Outcome::Completed { export })
     }
@@ -507,7 +508,12 @@ impl<T: Task> Session<T> {
         Ok(())
     }
 
-    fn write_outputs(&mut self, figures: &[(String, f64)], total: u64) -> Result<()> {
+    fn write_outputs(
+        &mut self,
+        figures: &[(String, f64)],
+        total: u64,
+        progress: &mut Progress,
+    ) -> Result<()> {
         let OutputSection { log_interval, sample_interval, checkpoint_interval, .. } =
             self.config.output;
         let step = self.step;
@@ -517,11 +523,13 @@ impl<T: Task> Session<T> {
             self.log(figures)?;
         }
         if due(sample_interval) {
+            progress.doing("drawing samples");
             let picture = self.task.samples(self.ema.tensors())?;
             picture.save(&self.folder.samples_of(step))?;
             self.events.picture(step, "samples", &picture)?;
         }
         if due(checkpoint_interval) {
+            progress.doing("writing a checkpoint");
             self.save()?;
         }
         Ok(())
@@ -535,8 +543,9 @@ impl<T: Task> Session<T> {
         self.timings
             .write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
         for (name, value) in figures {
-            self.events.scalar(self.step, name, *value as f32)?;
+            self.events.scalar(self.step, &tag(name), *value as f32)?;
         }
+        self.events.scalar(self.step, "time/seconds", self.seconds as f32)?;
         self.events.flush()
     }
 

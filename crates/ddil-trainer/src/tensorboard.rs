@@ -16,6 +16,28 @@ use crate::{
     picture::Picture,
 };
 
+/// The tag of a figure of the record. TensorBoard folds tags by what precedes the first slash: `loss_forward` becomes
+/// `loss/forward`, and `clipped_teacher_forward_749` becomes `clipped/teacher/forward_749`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_trainer::tensorboard::tag;
+///
+/// assert_eq!(tag("loss"), "loss/total");
+/// assert_eq!(tag("critic_grad_norm"), "critic/grad_norm");
+/// assert_eq!(tag("learning_rate"), "optimizer/learning_rate");
+/// ```
+pub fn tag(figure: &str) -> String {
+    match figure.split_once('_') {
+        _ if ["grad_norm", "learning_rate"].contains(&figure) => format!("optimizer/{figure}"),
+        Some(("clipped", rest)) => format!("clipped/{}", rest.replacen('_', "/", 1)),
+        Some((group @ ("loss" | "share" | "critic"), rest)) => format!("{group}/{rest}"),
+        _ if figure == "loss" => "loss/total".to_owned(),
+        _ => format!("figures/{figure}"),
+    }
+}
+
 /// Writes one event file; `TensorBoard` reads all that lie in a folder together.
 #[derive(Debug)]
 pub struct EventWriter {
