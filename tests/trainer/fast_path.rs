@@ -8,13 +8,12 @@ use ddil_losses::{
     LatentConsistencyConfig, LossRequest, Networks, Objective, ObjectiveConfig, Phase,
     ProgressiveConfig,
 };
-use ddil_models::{Model, Parameters, Placement, UNet2DModel};
+use ddil_models::{Model, Parameters, Placement, UNet2DModel, NetworkDenoiser};
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, Timesteps,
 };
 use ddil_trainer::config::Precision;
 use ddil_trainer::ema::{Ema, EmaConfig};
-use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor};
 
@@ -70,9 +69,9 @@ struct Fast {
     schedule: NoiseSchedule,
     grid: Timesteps,
     objective: Box<dyn Objective>,
-    teacher: Network,
-    student: Network,
-    target: Option<(Network, Ema)>,
+    teacher: NetworkDenoiser,
+    student: NetworkDenoiser,
+    target: Option<(NetworkDenoiser, Ema)>,
     optimizer: AdamW,
     ema: Ema,
 }
@@ -89,7 +88,7 @@ impl Fast {
         let objective = method.build(&schedule, &grid)?;
         let network = Model::UNet2D(unet(device, true, false)?);
         let output = PredictionType::VPrediction;
-        let teacher = Network::new(network, output, schedule.clone(), precision);
+        let teacher = NetworkDenoiser::new(network, output, schedule.clone(), precision);
         teacher.set_activation_checkpointing(checkpointing)?;
         let student = teacher.duplicate(true)?;
         let target = objective.requirements().target_decay.map(|decay| {

@@ -1,16 +1,15 @@
-//! `Network`: an adapter as a student on its teacher's own weights.
+//! `NetworkDenoiser`: an adapter as a student on its teacher's own weights.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::{LoraConfig, Model, Placement, UNet2DConfig, weights};
+use ddil_models::{LoraConfig, Model, Placement, UNet2DConfig, weights, NetworkDenoiser};
 use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::Error;
 use ddil_trainer::config::Precision;
 use ddil_trainer::ema::EmaConfig;
-use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::AdamWConfig;
 use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
 use ddil_trainer::sampler::SamplerKind;
@@ -26,20 +25,20 @@ fn pixels() -> UNet2DConfig {
     }
 }
 
-fn network(precision: Precision) -> Result<Network, Box<dyn std::error::Error>> {
+fn network(precision: Precision) -> Result<NetworkDenoiser, Box<dyn std::error::Error>> {
     let model = Model::UNet2D(pixels().build(Placement::default(), 5)?);
     model.parameters().set_trainable(false);
     let schedule = NoiseScheduleConfig::default().build()?;
-    Ok(Network::new(model, PredictionType::VPrediction, schedule, precision))
+    Ok(NetworkDenoiser::new(model, PredictionType::VPrediction, schedule, precision))
 }
 
-fn pair(precision: Precision) -> Result<(Network, Network), Box<dyn std::error::Error>> {
+fn pair(precision: Precision) -> Result<(NetworkDenoiser, NetworkDenoiser), Box<dyn std::error::Error>> {
     let whole = network(precision)?;
     let config = LoraConfig { rank: 2, alpha: 4.0, ..LoraConfig::default_for(whole.parameters()) };
     Ok(whole.with_adapter(&config, 1)?)
 }
 
-fn ask(network: &Network) -> Result<Tensor, ddil_trainer::Error> {
+fn ask(network: &NetworkDenoiser) -> Result<Tensor, ddil_trainer::Error> {
     let waves = Tensor::arange(3 * 64, kind::FLOAT_CPU).sin().view([3, 1, 8, 8]);
     let told = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 2, 3]));
     network.output(&waves, &Tensor::from_slice(&[10_i64, 500, 999]), &told)
@@ -54,7 +53,7 @@ fn error(value: &Tensor, expected: &Tensor) -> f64 {
 }
 
 /// Some updates of the student towards another answer than the teacher's.
-fn train(student: &Network, updates: u32) -> TestResult {
+fn train(student: &NetworkDenoiser, updates: u32) -> TestResult {
     let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
     for _ in 0..updates {
         optimizer.zero_grad()?;

@@ -10,10 +10,9 @@ use ddil_core::{
 };
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
-use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig};
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDenoiser};
 use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
 use ddil_trainer::ema::{Ema, EmaConfig};
-use ddil_trainer::network::Network;
 use ddil_trainer::optimizer::{AdamW, AdamWConfig, ensure_finite};
 use tch::{Device, Kind, Tensor};
 
@@ -59,8 +58,8 @@ pub struct Arm {
     objective: Box<dyn Objective>,
     mixer: Mixer,
     streams: RandomStreams,
-    teacher: Network,
-    student: Network,
+    teacher: NetworkDenoiser,
+    student: NetworkDenoiser,
     student_optimizer: AdamW,
     ema: Ema,
     target: Option<Target>,
@@ -79,13 +78,13 @@ pub struct Update {
 
 /// The moving average that makes labels.
 struct Target {
-    network: Network,
+    network: NetworkDenoiser,
     decay: f64,
 }
 
 /// The critic, its discriminator's head, and the optimizer of both.
 struct Judges {
-    fake_score: Network,
+    fake_score: NetworkDenoiser,
     head: DiscriminatorHead,
     optimizer: AdamW,
 }
@@ -388,8 +387,8 @@ impl Arm {
 
 /// A teacher as it is asked everywhere.
 fn guided<'a>(
-    teacher: Metered<'a, &'a Network>,
-) -> Result<Thresholded<Guided<Metered<'a, &'a Network>>>> {
+    teacher: Metered<'a, &'a NetworkDenoiser>,
+) -> Result<Thresholded<Guided<Metered<'a, &'a NetworkDenoiser>>>> {
     let null = Conditioning::class_labels(Tensor::from_slice(&[NULL_CLASS]));
     held(Guided::new(teacher, GUIDANCE_SCALE, null)?)
 }
@@ -400,9 +399,9 @@ fn held<D: Denoiser>(network: D) -> Result<Thresholded<D>> {
 }
 
 impl Target {
-    fn follow(&self, student: &Network) -> Result<()> {
+    fn follow(&self, student: &NetworkDenoiser) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        let values = |network: &Network| {
+        let values = |network: &NetworkDenoiser| {
             let learned = network.parameters().learned();
             TensorList::new(learned.iter().map(|(_, tensor)| tensor))
         };
@@ -411,7 +410,7 @@ impl Target {
 }
 
 impl Judges {
-    fn new(teacher: &Network) -> Result<Self> {
+    fn new(teacher: &NetworkDenoiser) -> Result<Self> {
         let fake_score = teacher.duplicate(true)?;
         let head = DiscriminatorHeadConfig::for_model(&teacher.config())?;
         let head = head.build(teacher.placement(), 0)?;

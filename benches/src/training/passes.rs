@@ -1,14 +1,14 @@
 //! A network that is asked, and nothing else.
 
 use ddil_core::Conditioning;
-use ddil_trainer::network::Network;
+use ddil_models::NetworkDenoiser;
 use tch::{Kind, Tensor};
 
 use super::{Result, Workload};
 
 /// A frozen network with a batch for it.
 pub struct Passes {
-    network: Network,
+    network: NetworkDenoiser,
     x_t: Tensor,
     timesteps: Tensor,
     told: Conditioning,
@@ -32,7 +32,7 @@ impl Passes {
     }
 
     /// What is asked.
-    pub fn network(&self) -> &Network {
+    pub fn network(&self) -> &NetworkDenoiser {
         &self.network
     }
 

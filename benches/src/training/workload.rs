@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType};
+use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType, NetworkDenoiser};
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
 use ddil_trainer::config::Precision;
-use ddil_trainer::network::Network;
 use tch::Device;
 
 use super::Result;
@@ -88,7 +87,7 @@ impl Workload {
     /// # Errors
     ///
     /// If the settings of the network are none, or the weights are not its own.
-    pub fn teacher(&self) -> Result<Network> {
+    pub fn teacher(&self) -> Result<NetworkDenoiser> {
         let placement =
             Placement { device: self.device, channels_last: true, ..Placement::default() };
         let unet = match &self.weights {
@@ -97,7 +96,7 @@ impl Workload {
         };
         unet.parameters().set_trainable(false);
         let output = PredictionType::VPrediction;
-        Ok(Network::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
+        Ok(NetworkDenoiser::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
     }
 }
 

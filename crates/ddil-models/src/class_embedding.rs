@@ -4,7 +4,7 @@ use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
 use crate::embeddings::{TimeProjection, TimestepEmbedding};
-use crate::error::{Error, Result, ensure_dense, ensure_labels};
+use crate::error::{Error, Result, ensure_dense, ensure_labels, ensure_part};
 use crate::layers::{Activation, Embedding, Linear, Output};
 use crate::parameters::Scope;
 use crate::unet_config::ClassEmbedType;
@@ -84,12 +84,8 @@ impl ClassEmbedding {
         labels: Option<&Tensor>,
         batch: i64,
     ) -> Result<()> {
-        let (embedding, labels) = match (embedding, labels) {
-            (None, None) => return Ok(()),
-            (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
-            (Some(_), None) => return Err(Error::MissingClassLabels { op }),
-            (Some(embedding), Some(labels)) => (embedding, labels),
-        };
+        ensure_part(op, "class_labels", labels, embedding.is_some())?;
+        let (Some(embedding), Some(labels)) = (embedding, labels) else { return Ok(()) };
         let (expected, text) = match embedding {
             Self::Table { len, .. } => return ensure_labels(op, labels, batch, len - 1),
             Self::Timestep(_) => (vec![batch], format!("[{batch}], one per sample")),

@@ -4,23 +4,21 @@ mod head;
 
 pub use head::{DiscriminatorHead, DiscriminatorHeadConfig};
 
-use std::borrow::Borrow;
+use std::rc::Rc;
 
 use ddil_core::{Conditioning, Discriminator};
 use ddil_libtorch::ArgumentError;
-use ddil_schedulers::NoiseSchedule;
 use tch::Tensor;
 
-use crate::denoiser::ask;
-use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::denoiser::NetworkDenoiser;
+use crate::error::Result;
 
 /// A head on the features of a network, which is usually the fake score of DMD2 and learns beside it.
 ///
-/// Section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867). The network is the very one that a
-/// [`NetworkDenoiser`](crate::NetworkDenoiser) asks: share a reference or an `Rc`, and the gradient of an adversarial
-/// loss reaches the head, those layers of the network that the features come from, and `x_t`. Freeze the parameters of
-/// both, and it reaches `x_t` alone, which is what a student needs.
+/// Section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867). It shares the network of a [`NetworkDenoiser`],
+/// with its precision, adapter and observer: the gradient of an adversarial loss reaches the head, the layers of the
+/// network that compute the features, and `x_t`. With the parameters of both frozen it reaches `x_t` alone, which is what
+/// a student requires.
 ///
 /// # Example
 ///
@@ -36,64 +34,63 @@ use crate::model::Model;
 /// let model = config.build(Placement::default(), 0)?;
 /// let head = DiscriminatorHeadConfig::for_model(&config)?.build(Placement::default(), 0)?;
 /// let schedule = NoiseScheduleConfig::default().build()?;
-/// let fake_score = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule.clone())?;
-/// let discriminator = NetworkDiscriminator::new(&model, &head, schedule)?;
+/// let fake_score = NetworkDenoiser::new(model, PredictionType::Epsilon, schedule)?;
+/// let discriminator = NetworkDiscriminator::new(&fake_score, head)?;
 ///
 /// let (x_t, t) = (Tensor::randn([4, 2], kind::FLOAT_CPU), Tensor::full([4], 500, kind::INT64_CPU));
 /// assert_eq!(discriminator.logits(&x_t, &t, &Conditioning::none())?.size(), [4]);
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug)]
-pub struct NetworkDiscriminator<N, H> {
-    network: N,
-    head: H,
-    schedule: NoiseSchedule,
+#[derive(Clone, Debug)]
+pub struct NetworkDiscriminator {
+    network: NetworkDenoiser,
+    head: Rc<DiscriminatorHead>,
 }
 
-impl<N: Borrow<Model>, H: Borrow<DiscriminatorHead>> NetworkDiscriminator<N, H> {
-    /// Puts the parts together; the schedule is the one the network is trained on.
+impl NetworkDiscriminator {
+    /// A discriminator that shares `network`.
     ///
     /// # Errors
     ///
-    /// [`Error::NoFeatures`] for a `TorchScript` program; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if the head is made for
-    /// features with another number of channels.
-    pub fn new(network: N, head: H, schedule: NoiseSchedule) -> Result<Self> {
-        let there = head::num_features(&network.borrow().config())?;
-        let wanted = head.borrow().config().in_channels;
-        if wanted != there {
-            return Err(Error::Argument(ArgumentError::Value {
+    /// [`Error::NoFeatures`](crate::Error::NoFeatures) for a `TorchScript` program; [`ArgumentError::Value`] for a head
+    /// of another number of channels than the features of the network.
+    pub fn new(network: &NetworkDenoiser, head: impl Into<Rc<DiscriminatorHead>>) -> Result<Self> {
+        let head = head.into();
+        let channels = head::num_features(&network.config())?;
+        if head.config().in_channels != channels {
+            return Err(ArgumentError::Value {
                 op: "NetworkDiscriminator::new",
                 name: "head",
-                value: format!("made for {wanted} channels"),
-                expected: format!("{there} channels, the features of the network"),
-            }));
+                value: format!("made for {} channels", head.config().in_channels),
+                expected: format!("{channels} channels, the features of the network"),
+            }
+            .into());
         }
-        Ok(Self { network, head, schedule })
+        Ok(Self { network: network.clone(), head })
     }
 
-    /// The network that the features come from.
-    pub fn network(&self) -> &Model {
-        self.network.borrow()
+    /// The network that computes the features.
+    pub fn network(&self) -> &NetworkDenoiser {
+        &self.network
     }
 
     /// The head.
     pub fn head(&self) -> &DiscriminatorHead {
-        self.head.borrow()
+        &self.head
     }
 }
 
-impl<N: Borrow<Model>, H: Borrow<DiscriminatorHead>> Discriminator for NetworkDiscriminator<N, H> {
+impl Discriminator for NetworkDiscriminator {
     fn logits(
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Tensor> {
-        let (network, schedule) = (self.network(), &self.schedule);
-        let op = "Discriminator::logits";
-        let logits = ask(op, (network, schedule), (x_t, timesteps), conditioning, |x_t, time| {
-            self.head().forward(&network.features(x_t, time, conditioning)?)
-        })?;
-        Ok(logits.to_kind(x_t.kind()))
+        let (op, kind) = ("Discriminator::logits", self.head.parameters().placement().kind);
+        let logits = self.network.pass(op, x_t, timesteps, conditioning, |model, x_t, time, c| {
+            self.head.forward(&model.features(x_t, time, c)?.to_kind(kind))
+        });
+        logits.map_err(|error| self.network.to_core(error))
     }
 }

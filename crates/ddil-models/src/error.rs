@@ -122,17 +122,21 @@ pub enum Error {
         /// Its kind.
         kind: Kind,
     },
-    /// A class-conditional network was called without labels.
-    #[error("{op}: the network was built with class labels, but `class_labels` is None")]
-    MissingClassLabels {
+    /// A part of the conditioning that the network requires is missing.
+    #[error("{op}: the network requires `{part}`, which is missing")]
+    MissingPart {
         /// The function that was called.
         op: &'static str,
+        /// The part.
+        part: &'static str,
     },
-    /// A network without classes was given labels.
-    #[error("{op}: the network was built without class labels, but `class_labels` is given")]
-    UnexpectedClassLabels {
+    /// A part of the conditioning that the network does not take is present.
+    #[error("{op}: the network does not take `{part}`; leave it out")]
+    UnexpectedPart {
         /// The function that was called.
         op: &'static str,
+        /// The part.
+        part: &'static str,
     },
     /// A class label that the network does not know.
     #[error("{op}: `class_labels` holds {found}; expected 0 to {max}")]
@@ -143,24 +147,6 @@ pub enum Error {
         found: i64,
         /// The largest label there is.
         max: i64,
-    },
-    /// A guidance weight was given to a network that takes none, or not given to one that does.
-    #[error("{op}: the network takes {} guidance weight", if *expected { "a" } else { "no" })]
-    GuidanceWeight {
-        /// The function that was called.
-        op: &'static str,
-        /// Whether the network takes one.
-        expected: bool,
-    },
-    /// A part of the conditioning that the network needs is missing, or one that it cannot be told is there.
-    #[error("{op}: the network {} `{name}`", if *expected { "needs" } else { "cannot be told" })]
-    ConditioningPart {
-        /// The function that was called.
-        op: &'static str,
-        /// The part.
-        name: &'static str,
-        /// Whether the network needs it.
-        expected: bool,
     },
     /// A network that gives its output alone was asked for features.
     #[error(
@@ -233,6 +219,15 @@ pub enum Error {
         /// What it holds for text encoders.
         ignored: Vec<String>,
     },
+    /// The observer of a network returned an error.
+    #[error("the observer of the network returned an error")]
+    Observer {
+        /// The error of the observer.
+        source: BoxedError,
+    },
+    /// A conditioning that the network does not take.
+    #[error(transparent)]
+    Core(#[from] ddil_core::Error),
     /// A noise schedule refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
@@ -255,6 +250,7 @@ impl Error {
         match self {
             Self::InvalidConfig { problems, .. } => problems.first(),
             Self::Scheduler(error) => error.invalid(),
+            Self::Core(error) => error.invalid(),
             _ => None,
         }
     }
@@ -424,6 +420,20 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
     Ok(())
 }
 
+/// Checks that a part of the conditioning is present exactly where the network takes it.
+pub(crate) fn ensure_part(
+    op: &'static str,
+    part: &'static str,
+    tensor: Option<&Tensor>,
+    expected: bool,
+) -> Result<()> {
+    match (expected, tensor) {
+        (true, None) => Err(Error::MissingPart { op, part }),
+        (false, Some(_)) => Err(Error::UnexpectedPart { op, part }),
+        _ => Ok(()),
+    }
+}
+
 /// Checks `guidance_weight`: `[batch]` and floating point for a network that takes one, absent for any other.
 pub(crate) fn ensure_guidance_weight(
     op: &'static str,
@@ -432,11 +442,8 @@ pub(crate) fn ensure_guidance_weight(
     expected: bool,
 ) -> Result<()> {
     let name = "guidance_weight";
-    let weight = match weight {
-        Some(weight) if expected => weight,
-        None if !expected => return Ok(()),
-        _ => return Err(Error::GuidanceWeight { op, expected }),
-    };
+    ensure_part(op, name, weight, expected)?;
+    let Some(weight) = weight else { return Ok(()) };
     ensure_dense(op, name, weight)?;
     if weight.size() != [batch] {
         let expected = format!("[{batch}], one per sample");

@@ -46,7 +46,7 @@ pub use clip::{
 #[cfg(feature = "tokenizer")]
 pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::UnknownKeys;
-pub use denoiser::NetworkDenoiser;
+pub use denoiser::{NetworkDenoiser, OutputObserver, Precision};
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;

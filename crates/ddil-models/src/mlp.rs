@@ -12,7 +12,7 @@ use tch::{Kind, TchError, Tensor};
 use crate::config::{self, Config, UnknownKeys};
 use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::error::{
-    Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels, ensure_timesteps, is_float,
+    Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels, ensure_part, ensure_timesteps, is_float,
 };
 use crate::layers::{Activation, Embedding, Linear};
 use crate::model::NetworkOutput;
@@ -235,6 +235,15 @@ impl Mlp {
         &self.parameters
     }
 
+    /// Names of the parts of a [`Conditioning`](ddil_core::Conditioning) that the network requires.
+    pub(crate) fn conditioning_fields(&self) -> Vec<&'static str> {
+        let fields = [
+            ("class_labels", self.config.num_class_embeds.is_some()),
+            ("guidance_weight", self.config.embed_guidance),
+        ];
+        fields.into_iter().filter_map(|(name, takes)| takes.then_some(name)).collect()
+    }
+
     /// What the network makes of noisy samples: clean data if there is a skip connection, else whatever it is trained
     /// to say.
     ///
@@ -248,8 +257,8 @@ impl Mlp {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingClassLabels`],
-    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`];
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`],
+    /// [`Error::UnexpectedPart`], [`Error::ClassLabelOutOfRange`];
     /// [`Error::Scheduler`] for timesteps the schedule does not have; [`Error::Torch`].
     pub fn forward(
         &self,
@@ -371,11 +380,10 @@ impl Mlp {
         }
         let batch = size[0];
         ensure_timesteps(op, timesteps, batch)?;
-        match (self.config.num_class_embeds, class_labels) {
-            (None, None) => {}
-            (Some(len), Some(labels)) => ensure_labels(op, labels, batch, i64::from(len) - 1)?,
-            (None, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
-            (Some(_), None) => return Err(Error::MissingClassLabels { op }),
+        let num_classes = self.config.num_class_embeds;
+        ensure_part(op, "class_labels", class_labels, num_classes.is_some())?;
+        if let (Some(len), Some(labels)) = (num_classes, class_labels) {
+            ensure_labels(op, labels, batch, i64::from(len) - 1)?;
         }
         ensure_guidance_weight(op, guidance_weight, batch, self.config.embed_guidance)
     }

@@ -396,37 +396,33 @@ impl Model {
         }
     }
 
-    /// Which parts of a [`Conditioning`] the network can be told.
+    /// Names of the parts of a [`Conditioning`] that the network requires; it takes no others.
     pub fn conditioning_fields(&self) -> Vec<&'static str> {
-        let takes_weight = match self {
-            Self::UNet2DCondition(unet) => return unet.conditioning_fields(),
-            Self::UNet2D(unet) => unet.config().time_cond_proj_dim.is_some(),
-            Self::Mlp(mlp) => mlp.config().embed_guidance,
-            Self::TorchScript(_) => false,
-        };
-        let mut fields = vec!["class_labels"];
-        fields.extend(takes_weight.then_some("guidance_weight"));
-        fields
+        match self {
+            Self::UNet2D(unet) => unet.conditioning_fields(),
+            Self::UNet2DCondition(unet) => unet.conditioning_fields(),
+            Self::Mlp(mlp) => mlp.conditioning_fields(),
+            Self::TorchScript(script) => script.conditioning_fields(),
+        }
     }
 
-    /// What the network makes of noisy samples, not yet read as clean data and noise.
+    /// The output for noisy samples, not yet converted to clean data and noise.
     ///
     /// # Shapes and units
     ///
-    /// - as the network of that class has them; parts of `conditioning` that no network of its class can be told are not
-    ///   looked at
+    /// - as the network of that class
     ///
     /// # Errors
     ///
-    /// As the network of that class.
+    /// [`Error::MissingPart`], [`Error::Core`] for a part of `conditioning` that the network does not take; otherwise as
+    /// the network of that class.
     pub fn forward(
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        let labels = conditioning.get(Conditioning::CLASS_LABELS);
-        let weight = conditioning.get(Conditioning::GUIDANCE_WEIGHT);
+        let (labels, weight) = self.parts("Model::forward", conditioning)?;
         match self {
             Self::UNet2D(unet) => unet.forward(x_t, timesteps, labels, weight),
             Self::UNet2DCondition(unet) => unet.forward(x_t, timesteps, conditioning.into()),
@@ -443,15 +439,14 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// As [`Self::forward`]; [`Error::NoFeatures`] for a `TorchScript` program, which gives its output alone.
+    /// As [`Self::forward`]; [`Error::NoFeatures`] for a `TorchScript` program, which returns its output alone.
     pub fn forward_with_features(
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<NetworkOutput> {
-        let labels = conditioning.get(Conditioning::CLASS_LABELS);
-        let weight = conditioning.get(Conditioning::GUIDANCE_WEIGHT);
+        let (labels, weight) = self.parts("Model::forward_with_features", conditioning)?;
         match self {
             Self::UNet2D(unet) => unet.forward_with_features(x_t, timesteps, labels, weight),
             Self::UNet2DCondition(unet) => {
@@ -473,18 +468,22 @@ impl Model {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
+        let (labels, weight) = self.parts("Model::features", conditioning)?;
         match self {
-            Self::UNet2D(unet) => {
-                let labels = conditioning.get(Conditioning::CLASS_LABELS);
-                unet.features(
-                    x_t,
-                    timesteps,
-                    labels,
-                    conditioning.get(Conditioning::GUIDANCE_WEIGHT),
-                )
-            }
+            Self::UNet2D(unet) => unet.features(x_t, timesteps, labels, weight),
             Self::UNet2DCondition(unet) => unet.features(x_t, timesteps, conditioning.into()),
             _ => Ok(self.forward_with_features(x_t, timesteps, conditioning)?.features),
         }
+    }
+
+    /// Class labels and guidance weight, where no part is one that the network does not take.
+    fn parts<'a>(
+        &self,
+        op: &'static str,
+        conditioning: &'a Conditioning,
+    ) -> Result<(Option<&'a Tensor>, Option<&'a Tensor>)> {
+        conditioning.ensure_known(op, self.class_name(), &self.conditioning_fields())?;
+        let [labels, weight] = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
+        Ok((conditioning.get(labels), conditioning.get(weight)))
     }
 }

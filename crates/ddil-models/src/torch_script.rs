@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{CModule, Kind, Tensor};
 
 use crate::config::Config;
-use crate::error::{Error, Result, ensure_dense, ensure_timesteps};
+use crate::error::{Error, Result, ensure_dense, ensure_part, ensure_timesteps};
 use crate::parameters::{Parameters, Placement};
 
 const FORWARD: &str = "TorchScript::forward";
@@ -106,6 +106,11 @@ impl TorchScript {
             .map_err(Error::torch("TorchScript::set_training"))
     }
 
+    /// Names of the parts of a [`Conditioning`](ddil_core::Conditioning) that the network requires.
+    pub(crate) fn conditioning_fields(&self) -> Vec<&'static str> {
+        if self.config.class_labels { vec!["class_labels"] } else { Vec::new() }
+    }
+
     /// What the program makes of noisy samples.
     ///
     /// # Shapes and units
@@ -114,8 +119,8 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingClassLabels`],
-    /// [`Error::UnexpectedClassLabels`]; [`Error::Torch`] for what the program refuses.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`],
+    /// [`Error::UnexpectedPart`]; [`Error::Torch`] for what the program refuses.
     pub fn forward(
         &self,
         x_t: &Tensor,
@@ -136,12 +141,8 @@ impl TorchScript {
         };
         ensure_timesteps(op, timesteps, batch)?;
         let mut inputs = vec![x_t, timesteps];
-        match (self.config.class_labels, class_labels) {
-            (true, Some(labels)) => inputs.push(labels),
-            (false, None) => {}
-            (true, None) => return Err(Error::MissingClassLabels { op }),
-            (false, Some(_)) => return Err(Error::UnexpectedClassLabels { op }),
-        }
+        ensure_part(op, "class_labels", class_labels, self.config.class_labels)?;
+        inputs.extend(class_labels);
         self.module.borrow().forward_ts(&inputs).map_err(Error::torch(op))
     }
 

@@ -284,7 +284,7 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedClassLabels`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedPart`],
     /// [`Error::ClassLabelOutOfRange`] (on the CPU alone).
     pub fn posterior(
         &self,
@@ -432,6 +432,11 @@ impl GaussianMixture {
         Ok(x.reshape([size[0], self.dim()]).to_kind(Kind::Double))
     }
 
+    /// Names of the parts of a [`Conditioning`] that the mixture takes: class labels, if its components have classes.
+    fn conditioning_fields(&self) -> &'static [&'static str] {
+        if self.classes.is_some() { &[Conditioning::CLASS_LABELS] } else { &[] }
+    }
+
     /// `[batch, components]`: the log weights, minus infinity for components of other classes.
     fn log_prior(
         &self,
@@ -442,7 +447,9 @@ impl GaussianMixture {
     ) -> Result<Tensor> {
         let weights = self.log_weights.to_device(device).unsqueeze(0).expand([batch, -1], false);
         let Some(labels) = labels else { return Ok(weights) };
-        let Some(classes) = &self.classes else { return Err(Error::UnexpectedClassLabels { op }) };
+        let Some(classes) = &self.classes else {
+            return Err(Error::UnexpectedPart { op, part: Conditioning::CLASS_LABELS });
+        };
         ensure_labels(op, labels, batch, classes.count)?;
         let labels = labels.to_device(device).unsqueeze(1);
         let others = labels
@@ -515,7 +522,7 @@ impl Denoiser for MixtureDenoiser {
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
         let op = "Denoiser::predict";
-        crate::denoiser::ensure_only(op, "GaussianMixture", conditioning, &["class_labels"])?;
+        conditioning.ensure_known(op, "GaussianMixture", self.mixture.conditioning_fields())?;
         ddil_libtorch::ensure_real(op, "x_t", x_t)?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;

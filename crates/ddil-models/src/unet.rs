@@ -145,6 +145,15 @@ impl UNet2DModel {
         self.recomputes.get()
     }
 
+    /// Names of the parts of a [`Conditioning`](ddil_core::Conditioning) that the network requires.
+    pub(crate) fn conditioning_fields(&self) -> Vec<&'static str> {
+        let fields = [
+            ("class_labels", self.class_embedding.is_some()),
+            ("guidance_weight", self.guidance_embedding.is_some()),
+        ];
+        fields.into_iter().filter_map(|(name, takes)| takes.then_some(name)).collect()
+    }
+
     /// What a pass is told that begins now, if it is to be gone through again.
     fn recompute(&self) -> Option<Recompute> {
         self.recomputes.get().then(|| Recompute::of(&self.parameters))
@@ -167,8 +176,8 @@ impl UNet2DModel {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingClassLabels`],
-    /// [`Error::UnexpectedClassLabels`], [`Error::ClassLabelOutOfRange`], [`Error::GuidanceWeight`]; [`Error::Torch`]
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingPart`],
+    /// [`Error::UnexpectedPart`], [`Error::ClassLabelOutOfRange`]; [`Error::Torch`]
     /// if memory runs out or an input is on another device.
     pub fn forward(
         &self,

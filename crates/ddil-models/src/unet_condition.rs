@@ -13,7 +13,7 @@ use crate::embeddings::{
     GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
 };
 use crate::error::{
-    Error, Result, ensure_dense, ensure_guidance_weight, ensure_timesteps, is_float,
+    Error, Result, ensure_dense, ensure_guidance_weight, ensure_part, ensure_timesteps, is_float,
 };
 use crate::layers::{Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
@@ -277,8 +277,7 @@ impl UNet2DConditionModel {
     ///
     /// # Errors
     ///
-    /// [`Error::ConditioningPart`], [`Error::MissingClassLabels`], [`Error::UnexpectedClassLabels`],
-    /// [`Error::GuidanceWeight`] for a part that is missing or not known to the network; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`Error::MissingPart`] and [`Error::UnexpectedPart`] for a part that is missing or not taken; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on
     /// another device.
     pub fn forward(
@@ -428,9 +427,9 @@ impl UNet2DConditionModel {
     fn ensure_text(&self, inputs: UNet2DConditionInputs<'_>, batch: i64) -> Result<()> {
         let (op, name) = (FORWARD, "encoder_hidden_states");
         let width = self.text_width();
-        ensure_part(name, inputs.encoder_hidden_states, width.is_some())?;
+        ensure_part(op, name, inputs.encoder_hidden_states, width.is_some())?;
         let (Some(text), Some(width)) = (inputs.encoder_hidden_states, width) else {
-            return ensure_part("encoder_attention_mask", inputs.encoder_attention_mask, false);
+            return ensure_part(op, "encoder_attention_mask", inputs.encoder_attention_mask, false);
         };
         let found = text.size();
         let fits = matches!(found[..], [n, tokens, c] if n == batch && tokens > 0 && c == width);
@@ -441,7 +440,7 @@ impl UNet2DConditionModel {
         ensure_float(name, text)?;
         let Some(mask) = inputs.encoder_attention_mask else { return Ok(()) };
         let name = "encoder_attention_mask";
-        ensure_part(name, Some(mask), self.config.text_width().is_some())?;
+        ensure_part(op, name, Some(mask), self.config.text_width().is_some())?;
         if mask.size() != found[..2] {
             let expected = format!("{:?}, one per token", &found[..2]);
             return Err(Error::Argument(ArgumentError::Shape {
@@ -458,11 +457,11 @@ impl UNet2DConditionModel {
         let op = FORWARD;
         let (text, numbers) = (inputs.text_embeds, inputs.time_ids);
         let Some(AdditionEmbedding::TextTime(embedding)) = &self.add_embedding else {
-            ensure_part("text_embeds", text, false)?;
-            return ensure_part("time_ids", numbers, false);
+            ensure_part(op, "text_embeds", text, false)?;
+            return ensure_part(op, "time_ids", numbers, false);
         };
-        ensure_part("text_embeds", text, true)?;
-        ensure_part("time_ids", numbers, true)?;
+        ensure_part(op, "text_embeds", text, true)?;
+        ensure_part(op, "time_ids", numbers, true)?;
         let (Some(text), Some(numbers)) = (text, numbers) else { return Ok(()) };
         for (name, part) in [("text_embeds", text), ("time_ids", numbers)] {
             if !matches!(part.size()[..], [n, _] if n == batch) {
@@ -487,13 +486,6 @@ impl UNet2DConditionModel {
         }
         Ok(())
     }
-}
-
-fn ensure_part(name: &'static str, part: Option<&Tensor>, expected: bool) -> Result<()> {
-    if part.is_some() == expected {
-        return Ok(());
-    }
-    Err(Error::ConditioningPart { op: FORWARD, name, expected })
 }
 
 fn ensure_float(name: &'static str, tensor: &Tensor) -> Result<()> {

@@ -48,17 +48,6 @@ pub struct RunSection {
     pub deterministic: bool,
 }
 
-/// What convolutions and products are computed in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32 bits throughout.
-    #[default]
-    Float32,
-    /// bfloat16 by autocast, the rest in 32 bits.
-    Bfloat16,
-}
-
 /// Which data, and how many at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -430,16 +419,6 @@ pub fn parse_device(name: &str) -> Result<Device> {
         ensure("run.device", name, false, &expected)?;
     }
     Ok(Device::Cuda(index))
-}
-
-impl Precision {
-    /// The kind that autocast computes in, if it is on.
-    pub fn autocast(self) -> Option<Kind> {
-        match self {
-            Self::Float32 => None,
-            Self::Bfloat16 => Some(Kind::BFloat16),
-        }
-    }
 }
 
 impl OutputSection {

@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::evidence::Evidence;
 use crate::guide::Guide;
 use crate::interrupt::Interrupt;
-use crate::network::Network;
+use ddil_models::NetworkDenoiser;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
 use crate::sampler::SamplerKind;
@@ -193,7 +193,7 @@ fn scheduler(
     config: &DistillConfig,
     schedule: &NoiseSchedule,
     stage: &Stage,
-    student: &Network,
+    student: &NetworkDenoiser,
 ) -> Result<Scheduler> {
     let thresholding = if config.thresholding_places.inference {
         config.thresholding.clone()
@@ -310,7 +310,7 @@ impl DistillTask {
         let (cast, places) = (&self.cast, self.config.thresholding_places);
         self.meters.rows_are(&pending.states.sources);
         let logged = self.is_logged(step);
-        let held = |network, on, place| -> Result<Thresholded<&Network>> {
+        let held = |network, on, place| -> Result<Thresholded<&NetworkDenoiser>> {
             let held = Thresholded::new(network, self.thresholding(on))?;
             Ok(self.meters.put_on(held, place, logged))
         };

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use crate::checkpoint::{CheckpointWriter, Retention, discard_newer};
 use crate::error::{Error, Result};
-use crate::watch::FaultyAnswer;
+use crate::watch::{Outputs, is_float, rows_not_finite};
 
 /// The folder in a run's own.
 pub(crate) const NOT_FINITE: &str = "not_finite";
@@ -132,15 +132,17 @@ impl Evidence {
         Ok(())
     }
 
-    /// Takes note of what a network said when it was asked once more, and of its answers before.
-    pub(crate) fn heard(&mut self, whose: &str, sum: Option<&Tensor>, faulty: &[FaultyAnswer]) {
-        for answer in faulty {
-            self.found(&format!("answer of the {whose}"), &answer.rows, Some(&answer.timesteps));
+    /// Records the outputs of a network, and those of the same pass computed again.
+    pub(crate) fn add_outputs(&mut self, outputs: &Outputs) {
+        let Outputs { network, sum, faulty } = outputs;
+        for output in faulty {
+            self.found(&format!("answer of the {network}"), &output.rows, Some(&output.timesteps));
         }
-        let was_finite = sum.is_none_or(|sum| sum.f_double_value(&[]).is_ok_and(f64::is_finite));
-        if faulty.is_empty() && !was_finite {
+        let is_finite =
+            sum.as_ref().is_none_or(|sum| sum.f_double_value(&[]).is_ok_and(f64::is_finite));
+        if faulty.is_empty() && !is_finite {
             self.findings.push(Finding::of(format!(
-                "an answer of the {whose} in this update, to another question than the loss's or to one that was not \
+                "an answer of the {network} in this update, to another question than the loss's or to one that was not \
                  finite"
             )));
         }
@@ -249,20 +251,6 @@ fn bytes_of_row(tensor: &Tensor) -> usize {
     values as usize * tensor.kind().elt_size_in_bytes()
 }
 
-/// The rows with values that are not finite. Waits for the device.
-pub(crate) fn rows_not_finite(tensor: &Tensor) -> Result<Vec<usize>> {
-    if tensor.numel() == 0 || !is_float(tensor) {
-        return Ok(Vec::new());
-    }
-    let rows = tensor.size().first().copied().unwrap_or(1);
-    let finite = || {
-        let by_row = tensor.f_detach()?.f_isfinite()?.f_reshape([rows, -1])?;
-        Vec::<bool>::try_from(by_row.f_all_dim(1, false)?)
-    };
-    let finite = finite().map_err(Error::torch("rows_not_finite"))?;
-    Ok(finite.iter().enumerate().filter(|(_, finite)| !**finite).map(|(row, _)| row).collect())
-}
-
 /// The places of those of some tensors of one device that have values that are not finite. Waits for the device, once.
 pub(crate) fn not_finite_among(tensors: &[(String, Tensor)]) -> Result<Vec<usize>> {
     let of_floats: Vec<usize> = (0..tensors.len()).filter(|at| is_float(&tensors[*at].1)).collect();
@@ -277,9 +265,4 @@ pub(crate) fn not_finite_among(tensors: &[(String, Tensor)]) -> Result<Vec<usize
     };
     let finite = look().map_err(Error::torch("not_finite_among"))?;
     Ok(of_floats.iter().zip(finite).filter(|(_, finite)| !finite).map(|(at, _)| *at).collect())
-}
-
-/// Other kinds have no values that are not finite.
-fn is_float(tensor: &Tensor) -> bool {
-    matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }

@@ -22,7 +22,6 @@ pub mod interrupt;
 pub mod logging;
 pub mod lr_schedule;
 pub mod memory;
-pub mod network;
 pub mod optimizer;
 pub mod picture;
 pub mod pipeline;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
 use ddil_models::weights::{self, WeightFiles};
-use ddil_models::{Model, ModelConfig, Placement, UnknownKeys};
+use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, NetworkDenoiser};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
@@ -26,14 +26,13 @@ pub use self::text_to_image::{EncodedPrompts, TextToImage};
 use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::files::write_json;
-use crate::network::Network;
 use crate::sampler::SamplerKind;
 
 /// A model read from its folder.
 #[derive(Debug)]
 pub struct Pipeline {
     /// The network.
-    pub network: Network,
+    pub network: NetworkDenoiser,
     /// How it steps when it is sampled.
     pub sampler: SamplerKind,
     /// What is done with clean data beyond their range when it is sampled.
@@ -144,7 +143,7 @@ impl Pipeline {
         precision: Precision,
     ) -> Result<Self> {
         let schedule = scheduler.schedule()?;
-        let network = Network::new(unet, scheduler.prediction_type(), schedule, precision);
+        let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule, precision);
         let card: Card = match path.join(card::FILE_NAME) {
             card if card.is_file() => Card::read(&card)?,
             _ => foreign_card(&network.config()),
@@ -206,7 +205,7 @@ impl Pipeline {
     /// What the file system refuses.
     pub fn write(
         folder: &Path,
-        network: &Network,
+        network: &NetworkDenoiser,
         scheduler: &Scheduler,
         card: &Card,
         frame: Option<&Frame>,

@@ -5,7 +5,7 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
-use ddil_models::{Model, Placement, SampleSize};
+use ddil_models::{Model, Placement, SampleSize, NetworkDenoiser};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -15,7 +15,6 @@ use crate::config::TrainConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::evidence::Evidence;
-use crate::network::Network;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Pipeline, Scheduler};
 use crate::sampler::SamplerKind;
@@ -31,9 +30,9 @@ use crate::state;
 pub struct TrainTask {
     config: TrainConfig,
     schedule: NoiseSchedule,
-    network: Network,
+    network: NetworkDenoiser,
     /// A second network of the same form, into which the moving average is put to be sampled.
-    averaged: Network,
+    averaged: NetworkDenoiser,
     data: TrainingData,
     streams: RandomStreams,
 }
@@ -57,13 +56,13 @@ impl TrainTask {
         let schedule = config.schedule.build()?;
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
-        let network = |trainable: bool| -> Result<Network> {
+        let network = |trainable: bool| -> Result<NetworkDenoiser> {
             let unet = config.model.build(placement, config.run.seed)?;
             unet.parameters().set_trainable(trainable);
             unet.set_training(trainable);
             unet.set_activation_checkpointing(config.run.activation_checkpointing);
             let (precision, unet) = (config.run.precision, Model::UNet2D(unet));
-            Ok(Network::new(unet, config.train.prediction_type, schedule.clone(), precision))
+            Ok(NetworkDenoiser::new(unet, config.train.prediction_type, schedule.clone(), precision))
         };
         let (network, averaged) = (network(true)?, network(false)?);
         scheduler(&network)?;
@@ -223,7 +222,7 @@ impl TrainTask {
 }
 
 /// A teacher is sampled by DDIM, at any number of steps.
-fn scheduler(network: &Network) -> Result<Scheduler> {
+fn scheduler(network: &NetworkDenoiser) -> Result<Scheduler> {
     let sampler = SamplerKind::Ddim { eta: 0.0 };
     Scheduler::new(network, sampler, &Thresholding::clamp_pixels(), None)
 }

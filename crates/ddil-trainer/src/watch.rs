@@ -1,82 +1,149 @@
-//! Whether everything that a network answered was finite.
+//! Whether every output of the networks of a run was finite.
 //!
-//! Clean data that are held inside their range hide an infinity: a teacher that overflows would then teach the edge of
-//! the range, with a loss that looks well. So a network's own answers are watched, by their sum, which is finite where
-//! they are: one pass over an answer beside all that it took to make it, and nothing is waited for.
+//! Thresholding hides an infinity: a teacher that overflows would teach the edge of the range, with a loss that looks
+//! plausible. So the networks' own outputs are watched, by their sum, which is finite where they are: one pass over an
+//! output beside all that it took to compute it, and nothing waits for the device.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
+use ddil_models::{BoxedError, NetworkDenoiser, OutputObserver};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::evidence::rows_not_finite;
 
-/// The answers of a network since it was last forgotten.
+/// The watches of a run's networks, by name.
 #[derive(Debug, Default)]
-pub(crate) struct Watch {
+pub(crate) struct Watches(Vec<(&'static str, Rc<Watch>)>);
+
+/// The outputs of a network since the last reset.
+#[derive(Debug, Default)]
+struct Watch {
     sum: RefCell<Option<Tensor>>,
-    /// Filled only while somebody looks for what went wrong.
-    faulty: RefCell<Option<Vec<FaultyAnswer>>>,
+    /// None unless single values are inspected.
+    faulty: RefCell<Option<Vec<FaultyOutput>>>,
 }
 
-/// An answer that is not finite to a question that was.
+/// What a network returned since the last reset.
 #[derive(Debug)]
-pub(crate) struct FaultyAnswer {
-    /// The rows of the question, which is that of the batch, or twice that for a guided network.
+pub(crate) struct Outputs {
+    pub(crate) network: &'static str,
+    /// Of all outputs; none if there was no output.
+    pub(crate) sum: Option<Tensor>,
+    /// Of the outputs since single values were inspected.
+    pub(crate) faulty: Vec<FaultyOutput>,
+}
+
+/// An output with values that are NaN or infinite, of an input without.
+#[derive(Debug)]
+pub(crate) struct FaultyOutput {
+    /// The rows of the input, which is the batch, or twice the batch for a guided network.
     pub(crate) rows: Vec<usize>,
-    /// What the network was asked, one a row of the question.
+    /// The timestep of each row of the input.
     pub(crate) timesteps: Vec<i64>,
 }
 
+impl Watches {
+    /// The network with a watch on it.
+    pub(crate) fn on(&mut self, name: &'static str, network: NetworkDenoiser) -> NetworkDenoiser {
+        let watch = Rc::new(Watch::default());
+        self.0.push((name, Rc::clone(&watch)));
+        network.with_observer(watch)
+    }
+
+    /// The sum of all outputs, a scalar on the networks' device; none if there was no output.
+    pub(crate) fn sum(&self) -> Result<Option<Tensor>> {
+        let sums: Vec<Tensor> = self.0.iter().filter_map(|(_, watch)| watch.sum()).collect();
+        if sums.is_empty() {
+            return Ok(None);
+        }
+        let sum = Tensor::f_stack(&sums, 0).and_then(|sums| sums.f_sum(Kind::Float));
+        sum.map(Some).map_err(Error::torch("Watches::sum"))
+    }
+
+    /// Forgets all outputs.
+    pub(crate) fn reset(&self) {
+        for (_, watch) in &self.0 {
+            watch.sum.replace(None);
+        }
+    }
+
+    /// Inspects single values from now on, which waits for the device at every output.
+    pub(crate) fn inspect_values(&self) {
+        for (_, watch) in &self.0 {
+            watch.faulty.replace(Some(Vec::new()));
+        }
+    }
+
+    /// What each network returned; single values are inspected no longer.
+    pub(crate) fn take(&self) -> Vec<Outputs> {
+        let outputs = |(network, watch): &(&'static str, Rc<Watch>)| Outputs {
+            network,
+            sum: watch.sum(),
+            faulty: watch.faulty.take().unwrap_or_default(),
+        };
+        self.0.iter().map(outputs).collect()
+    }
+}
+
 impl Watch {
-    /// Sees an answer.
-    pub(crate) fn see(&self, x_t: &Tensor, timesteps: &Tensor, answer: &Tensor) -> Result<()> {
+    fn sum(&self) -> Option<Tensor> {
+        self.sum.borrow().as_ref().map(Tensor::shallow_clone)
+    }
+}
+
+impl OutputObserver for Watch {
+    fn observe(
+        &self,
+        x_t: &Tensor,
+        timesteps: &Tensor,
+        output: &Tensor,
+    ) -> std::result::Result<(), BoxedError> {
         let _no_grad = tch::no_grad_guard();
         let add = || {
-            let sum = answer.f_detach()?.f_sum(Kind::Float)?;
+            let sum = output.f_detach()?.f_sum(Kind::Float)?;
             match &*self.sum.borrow() {
                 Some(before) => before.f_add(&sum),
                 None => Ok(sum),
             }
         };
-        let sum = add().map_err(Error::torch("Watch::see"))?;
+        let sum = add().map_err(Error::torch("Watch::observe"))?;
         self.sum.replace(Some(sum));
         if let Some(faulty) = &mut *self.faulty.borrow_mut() {
-            faulty.extend(FaultyAnswer::of(x_t, timesteps, answer)?);
+            faulty.extend(FaultyOutput::of(x_t, timesteps, output)?);
         }
         Ok(())
     }
-
-    /// The sum of all answers, a scalar on the network's device; nothing if it was not asked.
-    pub(crate) fn sum(&self) -> Option<Tensor> {
-        self.sum.borrow().as_ref().map(Tensor::shallow_clone)
-    }
-
-    /// Starts over.
-    pub(crate) fn forget(&self) {
-        self.sum.replace(None);
-    }
-
-    /// Looks at every value from now on, and waits for the device to do so.
-    pub(crate) fn look_closely(&self) {
-        self.faulty.replace(Some(Vec::new()));
-    }
-
-    /// What was found since, and no more of that.
-    pub(crate) fn faulty(&self) -> Vec<FaultyAnswer> {
-        self.faulty.take().unwrap_or_default()
-    }
 }
 
-impl FaultyAnswer {
-    fn of(x_t: &Tensor, timesteps: &Tensor, answer: &Tensor) -> Result<Option<Self>> {
-        let asked = rows_not_finite(x_t)?;
+impl FaultyOutput {
+    fn of(x_t: &Tensor, timesteps: &Tensor, output: &Tensor) -> Result<Option<Self>> {
+        let of_input = rows_not_finite(x_t)?;
         let rows: Vec<usize> =
-            rows_not_finite(answer)?.into_iter().filter(|row| !asked.contains(row)).collect();
+            rows_not_finite(output)?.into_iter().filter(|row| !of_input.contains(row)).collect();
         if rows.is_empty() {
             return Ok(None);
         }
-        let timesteps = Vec::try_from(timesteps).map_err(Error::torch("Watch::see"))?;
+        let timesteps = Vec::try_from(timesteps).map_err(Error::torch("Watch::observe"))?;
         Ok(Some(Self { rows, timesteps }))
     }
+}
+
+/// The rows with values that are not finite. Waits for the device.
+pub(crate) fn rows_not_finite(tensor: &Tensor) -> Result<Vec<usize>> {
+    if tensor.numel() == 0 || !is_float(tensor) {
+        return Ok(Vec::new());
+    }
+    let rows = tensor.size().first().copied().unwrap_or(1);
+    let finite = || {
+        let by_row = tensor.f_detach()?.f_isfinite()?.f_reshape([rows, -1])?;
+        Vec::<bool>::try_from(by_row.f_all_dim(1, false)?)
+    };
+    let finite = finite().map_err(Error::torch("rows_not_finite"))?;
+    Ok(finite.iter().enumerate().filter(|(_, finite)| !**finite).map(|(row, _)| row).collect())
+}
+
+/// Other kinds have no values that are not finite.
+pub(crate) fn is_float(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }

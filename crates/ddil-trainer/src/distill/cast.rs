@@ -3,12 +3,11 @@
 use ddil_core::{Conditioning, Discriminator};
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Phase, Requirements};
-use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig};
+use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig, NetworkDenoiser};
 use tch::{Kind, Tensor};
 
 use crate::config::{DistillConfig, LoraSection};
 use crate::error::{Error, Result};
-use crate::network::Network;
 use crate::state;
 
 /// Width of the embedding by which a critic is told the source of a sample's state, one of four numbers.
@@ -18,10 +17,10 @@ const SOURCE_WIDTH: u32 = 32;
 #[derive(Debug)]
 pub(super) struct Cast {
     /// The teacher of the present stage.
-    pub(super) teacher: Network,
-    pub(super) student: Network,
+    pub(super) teacher: NetworkDenoiser,
+    pub(super) student: NetworkDenoiser,
     /// A network of the student's form, into which its moving average is put to be sampled and exported.
-    pub(super) averaged: Network,
+    pub(super) averaged: NetworkDenoiser,
     pub(super) target: Option<Target>,
     pub(super) critic: Option<CriticNetworks>,
 }
@@ -29,7 +28,7 @@ pub(super) struct Cast {
 /// A moving average of the student that makes labels; not the one that is exported.
 #[derive(Debug)]
 pub(super) struct Target {
-    pub(super) network: Network,
+    pub(super) network: NetworkDenoiser,
     decay: f64,
     /// What it learned, and what the student has.
     averages: TensorList,
@@ -40,13 +39,13 @@ pub(super) struct Target {
 /// the student is an adapter.
 #[derive(Debug)]
 pub(super) struct CriticNetworks {
-    pub(super) fake_score: Network,
+    pub(super) fake_score: NetworkDenoiser,
     pub(super) head: Option<DiscriminatorHead>,
 }
 
 /// The critic's own features with the head behind them.
 pub(super) struct Judge<'a> {
-    fake_score: &'a Network,
+    fake_score: &'a NetworkDenoiser,
     head: &'a DiscriminatorHead,
 }
 
@@ -55,7 +54,7 @@ impl Cast {
     pub(super) fn new(
         config: &DistillConfig,
         requirements: Requirements,
-        teacher: Network,
+        teacher: NetworkDenoiser,
         image_shape: [i64; 3],
     ) -> Result<Self> {
         let (teacher, student) = if let Some(lora) = &config.student.lora {
@@ -71,7 +70,7 @@ impl Cast {
     pub(super) fn ensure(
         config: &DistillConfig,
         requirements: Requirements,
-        teacher: &Network,
+        teacher: &NetworkDenoiser,
         image_shape: [i64; 3],
     ) -> Result<()> {
         match &config.student.lora {
@@ -108,8 +107,8 @@ impl Cast {
     fn of(
         config: &DistillConfig,
         requirements: Requirements,
-        teacher: Network,
-        student: Network,
+        teacher: NetworkDenoiser,
+        student: NetworkDenoiser,
         image_shape: [i64; 3],
     ) -> Result<Self> {
         let averaged = student.duplicate(false)?;
@@ -142,13 +141,13 @@ impl Cast {
     }
 
     /// The student's moving average, put where it can be sampled.
-    pub(super) fn averaged(&self, average: &[(String, Tensor)]) -> Result<&Network> {
+    pub(super) fn averaged(&self, average: &[(String, Tensor)]) -> Result<&NetworkDenoiser> {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Ok(&self.averaged)
     }
 
     /// Everybody who answers in a loss, by name.
-    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &Network)> {
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &NetworkDenoiser)> {
         let target = self.target.as_ref().map(|target| ("target", &target.network));
         let critic = self.critic.as_ref().map(|critic| ("critic", &critic.fake_score));
         [("teacher", &self.teacher), ("student", &self.student)]
@@ -178,9 +177,9 @@ impl Cast {
 }
 
 impl Target {
-    fn of(student: &Network, decay: f64) -> Result<Self> {
+    fn of(student: &NetworkDenoiser, decay: f64) -> Result<Self> {
         let network = student.duplicate(false)?;
-        let list = |network: &Network| {
+        let list = |network: &NetworkDenoiser| {
             TensorList::new(network.parameters().learned().into_iter().map(|(_, tensor)| tensor))
         };
         let (averages, values) = (list(&network)?, list(student)?);
@@ -196,7 +195,7 @@ impl CriticNetworks {
     /// A copy of the teacher, and a fresh head where one is needed.
     fn new(
         requirements: Requirements,
-        teacher: &Network,
+        teacher: &NetworkDenoiser,
         image_shape: [i64; 3],
         seed: u64,
     ) -> Result<Self> {
@@ -236,7 +235,7 @@ impl Discriminator for Judge<'_> {
 }
 
 /// The teacher, and an adapter on it that learns.
-fn with_adapter(lora: &LoraSection, teacher: Network, seed: u64) -> Result<(Network, Network)> {
+fn with_adapter(lora: &LoraSection, teacher: NetworkDenoiser, seed: u64) -> Result<(NetworkDenoiser, NetworkDenoiser)> {
     let config = lora.on(teacher.parameters());
     let (teacher, student) = teacher.with_adapter(&config, seed).map_err(in_student_lora)?;
     let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
@@ -256,7 +255,7 @@ fn in_student_lora(error: impl Into<Error>) -> Error {
 }
 
 /// The form of the critic's network.
-fn critic_model(requirements: Requirements, teacher: &Network) -> Result<ModelConfig> {
+fn critic_model(requirements: Requirements, teacher: &NetworkDenoiser) -> Result<ModelConfig> {
     let model = teacher.config();
     if requirements.critic_sees_source {
         return Ok(model.with_time_cond_proj_dim(SOURCE_WIDTH)?);
@@ -267,7 +266,7 @@ fn critic_model(requirements: Requirements, teacher: &Network) -> Result<ModelCo
 /// A fresh head on the critic's features, where one is needed.
 fn head(
     requirements: Requirements,
-    teacher: &Network,
+    teacher: &NetworkDenoiser,
     image_shape: [i64; 3],
     seed: u64,
 ) -> Result<Option<DiscriminatorHead>> {
@@ -282,7 +281,7 @@ fn head(
 }
 
 /// The form of the student's network.
-fn student_model(config: &DistillConfig, teacher: &Network) -> Result<ModelConfig> {
+fn student_model(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<ModelConfig> {
     let own = config.student.model.clone().map(ModelConfig::UNet2D);
     let model = own.unwrap_or_else(|| teacher.config());
     if config.teacher.guidance.is_told_to_student() {
@@ -292,7 +291,7 @@ fn student_model(config: &DistillConfig, teacher: &Network) -> Result<ModelConfi
 }
 
 /// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.
-fn student(config: &DistillConfig, teacher: &Network) -> Result<Network> {
+fn student(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<NetworkDenoiser> {
     let model = student_model(config, teacher)?;
     if model == teacher.config() {
         return teacher.duplicate(true);

@@ -5,13 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
-use ddil_models::{Lora, LoraFormat, Model, ModelConfig};
+use ddil_models::{Lora, LoraFormat, Model, ModelConfig, NetworkDenoiser};
 
 use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
 use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::files::{write_atomic, write_json};
-use crate::network::Network;
 
 /// What diffusers calls the file.
 const WEIGHTS: &str = "pytorch_lora_weights.safetensors";
@@ -32,7 +31,7 @@ impl Pipeline {
     /// [`Error::Invalid`] for a network without an adapter; what the file system refuses.
     pub fn write_adapter(
         folder: &Path,
-        network: &Network,
+        network: &NetworkDenoiser,
         scheduler: &Scheduler,
         card: Card,
         base: &Frame,

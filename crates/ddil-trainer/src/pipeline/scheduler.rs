@@ -4,7 +4,7 @@ use ddil_core::Denoiser;
 use ddil_schedulers::{CommonConfig, LcmConfig, SchedulerConfig, Thresholding, Timesteps};
 
 use crate::error::Result;
-use crate::network::Network;
+use ddil_models::NetworkDenoiser;
 use crate::sampler::SamplerKind;
 
 /// How a model is sampled, in diffusers' words as far as they go.
@@ -27,7 +27,7 @@ impl Scheduler {
     ///
     /// [`Error::Scheduler`](crate::Error::Scheduler) for what diffusers' schedulers do not know: other families of schedules, flow prediction.
     pub fn new(
-        network: &Network,
+        network: &NetworkDenoiser,
         sampler: SamplerKind,
         thresholding: &Thresholding,
         timesteps: Option<&Timesteps>,

@@ -8,10 +8,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ddil_models::{DownBlockType, Model, Placement, UNet2DConfig, UpBlockType};
+use ddil_models::{DownBlockType, Model, Placement, UNet2DConfig, UpBlockType, NetworkDenoiser};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::config::Precision;
-use ddil_trainer::network::Network;
 use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
 use ddil_trainer::sampler::SamplerKind;
 use serde_json::Value;
@@ -126,7 +125,7 @@ impl Workshop {
         };
         let unet = config.build(Placement::default(), 5).expect("the config is valid");
         let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
-        let network = Network::new(
+        let network = NetworkDenoiser::new(
             Model::UNet2D(unet),
             PredictionType::VPrediction,
             schedule,
