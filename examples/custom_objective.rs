@@ -75,12 +75,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mean = Tensor::from_slice(&[0.0, 0.0]).view([1, 2]);
     let teacher = GaussianMixture::new(&mean, &[STD], &[1.0])?.on(schedule.clone());
     let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
-    let student = NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone())?;
+    let student = NetworkDenoiser::new(model, PredictionType::Sample, schedule.clone())?;
     let objective = KnowledgeDistillation {
         sampler: Ddim::new(schedule.clone()),
         teacher_timesteps: Timesteps::spaced(TimestepSpacing::Trailing, 1000, TEACHER_STEPS, 0)?,
     };
-    let mut optimizer = AdamWConfig::default().build(model.parameters().learned())?;
+    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
 
     let networks = Networks::new(&student, &teacher);
     let streams = RandomStreams::new(0, 0);

@@ -58,9 +58,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
     let teacher = GaussianMixture::ring(8)?.on(schedule.clone());
     let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
-    let student = NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone())?;
+    let student = NetworkDenoiser::new(model, PredictionType::Sample, schedule.clone())?;
     let objective = Progressive::new(ProgressiveConfig::default(), schedule.clone(), grid.clone())?;
-    let mut optimizer = AdamWConfig::default().build(model.parameters().learned())?;
+    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
 
     let config = MixerConfig {
         priors: PriorSchedule::constant(Priors::new(1.0, 0.0, 0.0)?),

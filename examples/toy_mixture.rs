@@ -21,6 +21,7 @@
 //! picture is `runs/toy_mixture.png`.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Instant;
 use std::{env, fs, thread};
 
@@ -156,7 +157,7 @@ impl Lab {
     }
 
     /// A network of about 10 000 parameters.
-    fn network(&self) -> Result<Model> {
+    fn network(&self) -> Result<Rc<Model>> {
         let config = MlpConfig {
             time_features: 16,
             num_class_embeds: Some(self.exact.mixture().num_classes() as u32),
@@ -168,16 +169,16 @@ impl Lab {
             }),
             ..MlpConfig::default()
         };
-        Ok(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?)
+        Ok(Rc::new(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?))
     }
 
-    fn denoiser<'a>(&self, model: &'a Model) -> Result<NetworkDenoiser<&'a Model>> {
-        Ok(NetworkDenoiser::new(model, PredictionType::Sample, self.schedule.clone())?)
+    fn denoiser(&self, model: &Rc<Model>) -> Result<NetworkDenoiser> {
+        Ok(NetworkDenoiser::new(Rc::clone(model), PredictionType::Sample, self.schedule.clone())?)
     }
 
     /// What a teacher's weights are elsewhere: a network that knows how to denoise, and nothing of few steps or of
     /// guidance. All arms begin with it.
-    fn start(&self) -> Result<Model> {
+    fn start(&self) -> Result<Rc<Model>> {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
         let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;
@@ -225,7 +226,7 @@ impl Lab {
     }
 
     /// The training loop: mix states, ask the objective, update.
-    fn distil(&self, start: &Model, teacher: &dyn Denoiser, priors: Priors) -> Result<Model> {
+    fn distil(&self, start: &Model, teacher: &dyn Denoiser, priors: Priors) -> Result<Rc<Model>> {
         let model = self.network()?;
         model.parameters().copy_from(start.parameters())?;
         let student = self.denoiser(&model)?;

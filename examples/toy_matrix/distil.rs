@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::rc::Rc;
 use std::time::Instant;
 
 use ddil_core::{
@@ -22,7 +23,7 @@ pub(crate) const STUDENT_STEPS: u32 = 4;
 
 /// A trained student, and what it took.
 pub(crate) struct Student {
-    pub(crate) model: Model,
+    pub(crate) model: Rc<Model>,
     pub(crate) diverged: bool,
     /// Of student, teacher and critic, a sample of the batch and an update of the student.
     pub(crate) evaluations: [f64; 3],

@@ -1,6 +1,7 @@
 //! What all runs on one mixture and seed have in common.
 
 use std::cell::Cell;
+use std::rc::Rc;
 
 use ddil_core::{
     Conditioning, Data, Denoiser, Guided, RandomStreams, Rollout, Stream, Thresholded,
@@ -66,7 +67,7 @@ impl Lab {
     }
 
     /// A network of about 10 000 parameters.
-    pub(crate) fn network(&self) -> Result<Model> {
+    pub(crate) fn network(&self) -> Result<Rc<Model>> {
         let config = MlpConfig {
             time_features: 16,
             num_class_embeds: Some(self.mixture().num_classes() as u32),
@@ -77,23 +78,23 @@ impl Lab {
             }),
             ..MlpConfig::default()
         };
-        Ok(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?)
+        Ok(Rc::new(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?))
     }
 
     /// A network with the weights of another.
-    pub(crate) fn copy(&self, of: &Model) -> Result<Model> {
+    pub(crate) fn copy(&self, of: &Model) -> Result<Rc<Model>> {
         let model = self.network()?;
         model.parameters().copy_from(of.parameters())?;
         Ok(model)
     }
 
-    pub(crate) fn denoiser<'a>(&self, model: &'a Model) -> Result<NetworkDenoiser<&'a Model>> {
-        Ok(NetworkDenoiser::new(model, PredictionType::Sample, self.schedule.clone())?)
+    pub(crate) fn denoiser(&self, model: &Rc<Model>) -> Result<NetworkDenoiser> {
+        Ok(NetworkDenoiser::new(Rc::clone(model), PredictionType::Sample, self.schedule.clone())?)
     }
 
     /// What a teacher's weights are elsewhere: a network that knows how to denoise all that the teacher knows, and
     /// nothing of few steps or of guidance. All arms begin with it.
-    pub(crate) fn start(&self, training: Training, batch_size: i64) -> Result<Model> {
+    pub(crate) fn start(&self, training: Training, batch_size: i64) -> Result<Rc<Model>> {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
         let weights = TimestepWeights::new(Weighting::SnrPlusOne, None, &self.schedule)?;

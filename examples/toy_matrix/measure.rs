@@ -3,6 +3,7 @@
 use std::cell::Cell as Count;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::rc::Rc;
 
 use ddil_core::{
     Conditioning, Data, Denoiser, ShiftConfig, ShiftRequest, Stream, Thresholded, measure_shift,
@@ -31,7 +32,7 @@ pub(crate) type Points = Vec<(f64, f64, i64)>;
 
 /// Networks that students begin as, by mixture, seed and updates.
 #[derive(Default)]
-pub(crate) struct Starts(HashMap<(bool, u64, u64), Model>);
+pub(crate) struct Starts(HashMap<(bool, u64, u64), Rc<Model>>);
 
 impl Starts {
     fn get(&mut self, lab: &Lab, budget: &Budget) -> Result<&Model> {

@@ -47,7 +47,7 @@ fn a_half_precision_network_takes_full_precision_samples() -> TestResult {
     let placement = Placement { kind: Kind::BFloat16, ..Placement::default() };
     let model = ModelConfig::Mlp(MlpConfig::default()).build(placement, 0)?;
     let schedule = NoiseScheduleConfig::default().build()?;
-    let denoiser = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule)?;
+    let denoiser = NetworkDenoiser::new(model, PredictionType::Epsilon, schedule)?;
     let x_t = Tensor::randn([2, 2], kind::FLOAT_CPU);
     let found =
         denoiser.predict(&x_t, &Tensor::from_slice(&[5_i64, 900]), &Conditioning::none())?;
@@ -68,7 +68,7 @@ fn flow_networks_are_told_a_thousand_sigma() -> TestResult {
     let output =
         model.forward(&x_t, &Tensor::from_slice(&[100.0_f32, 500.0]), &Conditioning::none())?;
     let expected = PredictionType::Flow.convert(&schedule, &output, &x_t, &t)?;
-    let denoiser = NetworkDenoiser::new(&model, PredictionType::Flow, schedule)?;
+    let denoiser = NetworkDenoiser::new(model, PredictionType::Flow, schedule)?;
     let found = denoiser.predict(&x_t, &t, &Conditioning::none())?;
     assert!(relative_error(&found.x0, &expected.x0) < 1e-5);
     Ok(())
@@ -77,8 +77,7 @@ fn flow_networks_are_told_a_thousand_sigma() -> TestResult {
 #[test]
 fn what_a_network_cannot_be_told_is_refused() -> TestResult {
     let schedule = NoiseScheduleConfig::default().build()?;
-    let network = unet()?;
-    let denoiser = NetworkDenoiser::new(&network, PredictionType::Epsilon, schedule)?;
+    let denoiser = NetworkDenoiser::new(unet()?, PredictionType::Epsilon, schedule)?;
     let (x_t, t) =
         (Tensor::zeros([2, 3, 8, 4], kind::FLOAT_CPU), Tensor::zeros([2], kind::INT64_CPU));
     let error = denoiser.predict(&x_t, &t, &Conditioning::none());
@@ -101,17 +100,18 @@ fn what_a_network_cannot_be_told_is_refused() -> TestResult {
 #[test]
 fn a_skip_connection_decides_type_and_schedule() -> TestResult {
     let config = MlpConfig { skip: Some(SkipConfig::default()), ..MlpConfig::default() };
-    let model = ModelConfig::Mlp(config).build(Placement::default(), 0)?;
+    let model = Rc::new(ModelConfig::Mlp(config).build(Placement::default(), 0)?);
+    let new = |output, schedule| NetworkDenoiser::new(Rc::clone(&model), output, schedule);
     let schedule = NoiseScheduleConfig::default().build()?;
     let other =
         NoiseScheduleConfig::Vp(VpConfig { beta_end: 0.02, ..VpConfig::default() }).build()?;
-    assert!(NetworkDenoiser::new(&model, PredictionType::Sample, schedule.clone()).is_ok());
-    let wrong_type = NetworkDenoiser::new(&model, PredictionType::Epsilon, schedule);
+    assert!(new(PredictionType::Sample, schedule.clone()).is_ok());
+    let wrong_type = new(PredictionType::Epsilon, schedule);
     assert!(matches!(
         wrong_type,
         Err(Error::Argument(ArgumentError::Value { name: "prediction_type", .. }))
     ));
-    let wrong_schedule = NetworkDenoiser::new(&model, PredictionType::Sample, other);
+    let wrong_schedule = new(PredictionType::Sample, other);
     assert!(matches!(
         wrong_schedule,
         Err(Error::Argument(ArgumentError::Value { name: "schedule", .. }))
@@ -132,10 +132,10 @@ fn noise_cannot_be_asked_for_where_there_is_no_signal() -> TestResult {
 fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
     let folder = golden("unet_guidance");
     let recorded = weights::read_all(folder.join("expected.safetensors"))?;
-    let network = Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?;
+    let network = Rc::new(Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?);
     assert_eq!(network.conditioning_fields(), ["class_labels", "guidance_weight"]);
     let schedule = NoiseScheduleConfig::default().build()?;
-    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let denoiser = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Sample, schedule)?;
     let (x_t, t) = (&recorded["sample"], &recorded["timesteps"]);
     let labels = Conditioning::class_labels(recorded["class_labels"].shallow_clone());
     let error = denoiser.predict(x_t, t, &labels);
@@ -152,9 +152,9 @@ fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
 fn a_unet_that_is_told_a_text_hears_every_part() -> TestResult {
     let folder = golden("unet_condition_sdxl");
     let recorded = weights::read_all(folder.join("expected.safetensors"))?;
-    let network = Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?;
+    let network = Rc::new(Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?);
     let schedule = NoiseScheduleConfig::default().build()?;
-    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let denoiser = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Sample, schedule)?;
     let (x_t, t) = (&recorded["sample"], &recorded["timesteps"]);
     let fields = network.conditioning_fields();
     assert_eq!(fields, ["encoder_hidden_states", "text_embeds", "time_ids"]);
@@ -184,9 +184,9 @@ fn a_half_precision_unet_takes_full_precision_text() -> TestResult {
     let folder = golden("unet_condition_ssd1b");
     let recorded = weights::read_all(folder.join("expected.safetensors"))?;
     let placement = Placement { kind: Kind::BFloat16, ..Placement::default() };
-    let network = Model::from_folder(folder, placement, UnknownKeys::Refuse)?;
+    let network = Rc::new(Model::from_folder(folder, placement, UnknownKeys::Refuse)?);
     let schedule = NoiseScheduleConfig::default().build()?;
-    let denoiser = NetworkDenoiser::new(&network, PredictionType::Sample, schedule)?;
+    let denoiser = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Sample, schedule)?;
     let fields = network.conditioning_fields();
     let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
     let told: Conditioning = parts.collect();

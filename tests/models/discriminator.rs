@@ -196,11 +196,12 @@ fn a_norm_of_one_pixel_is_not_blind() -> TestResult {
 /// Who receives a gradient of the adversarial loss: head, the way down, the input; not the way up.
 #[test]
 fn a_discriminator_trains_head_and_trunk_and_a_frozen_one_its_input_alone() -> TestResult {
-    let network = load("unet_class_labels")?;
+    let network = Rc::new(load("unet_class_labels")?);
     let settings = DiscriminatorHeadConfig { in_channels: 16, side: 4, ..Default::default() };
-    let head = build(&settings)?;
+    let head = Rc::new(build(&settings)?);
     let schedule = NoiseScheduleConfig::default().build()?;
-    let discriminator = NetworkDiscriminator::new(&network, &head, schedule)?;
+    let denoiser = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Sample, schedule)?;
+    let discriminator = NetworkDiscriminator::new(&denoiser, Rc::clone(&head))?;
     let x_t = Tensor::randn([3, 3, 8, 8], kind::FLOAT_CPU).set_requires_grad(true);
     let t = Tensor::from_slice(&[999_i64, 10, 500]);
     let conditioning = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 10, 4]));
@@ -218,13 +219,14 @@ fn a_discriminator_trains_head_and_trunk_and_a_frozen_one_its_input_alone() -> T
     }
     assert!(has_gradient(network.parameters().get("conv_in.weight").expect("it has one")));
 
-    let frozen = load("unet_class_labels")?;
+    let frozen = Rc::new(load("unet_class_labels")?);
     frozen.parameters().set_trainable(false);
-    let head = build(&settings)?;
+    let head = Rc::new(build(&settings)?);
     head.parameters().set_trainable(false);
     let schedule = NoiseScheduleConfig::default().build()?;
     let x_t = x_t.copy().detach().set_requires_grad(true);
-    let discriminator = NetworkDiscriminator::new(&frozen, &head, schedule)?;
+    let denoiser = NetworkDenoiser::new(Rc::clone(&frozen), PredictionType::Sample, schedule)?;
+    let discriminator = NetworkDiscriminator::new(&denoiser, Rc::clone(&head))?;
     discriminator.logits(&x_t, &t, &conditioning)?.sum(Kind::Float).backward();
     assert!(has_gradient(&x_t));
     let parameters =
@@ -239,11 +241,10 @@ fn a_fake_score_and_its_discriminator_are_one_network() -> TestResult {
     let config = MlpConfig { num_class_embeds: Some(2), ..MlpConfig::default() };
     let config = ModelConfig::Mlp(config);
     let network = Rc::new(config.build(Placement::default(), 0)?);
-    let head = Rc::new(build(&DiscriminatorHeadConfig::for_model(&config)?)?);
     let schedule = NoiseScheduleConfig::default().build()?;
-    let score =
-        NetworkDenoiser::new(Rc::clone(&network), PredictionType::Epsilon, schedule.clone())?;
-    let discriminator = NetworkDiscriminator::new(Rc::clone(&network), Rc::clone(&head), schedule)?;
+    let score = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Epsilon, schedule)?;
+    let discriminator =
+        NetworkDiscriminator::new(&score, build(&DiscriminatorHeadConfig::for_model(&config)?)?)?;
     let x_t = Tensor::randn([4, 2], kind::DOUBLE_CPU).set_requires_grad(true);
     let t = Tensor::from_slice(&[999_i64, 10, 500, 0]);
     let labels = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 1, 0]));
@@ -263,17 +264,18 @@ fn a_fake_score_and_its_discriminator_are_one_network() -> TestResult {
 
 #[test]
 fn what_does_not_fit_a_discriminator_is_refused() -> TestResult {
-    let network = load("unet_class_labels")?;
     let schedule = NoiseScheduleConfig::default().build()?;
-    let other = build(&config(8, 4))?;
-    let error = NetworkDiscriminator::new(&network, &other, schedule.clone());
+    let denoiser = |name| -> Result<NetworkDenoiser, Error> {
+        NetworkDenoiser::new(load(name)?, PredictionType::Sample, schedule.clone())
+    };
+    let network = denoiser("unet_class_labels")?;
+    let other = Rc::new(build(&config(8, 4))?);
+    let error = NetworkDiscriminator::new(&network, Rc::clone(&other));
     assert!(matches!(error, Err(Error::Argument(ArgumentError::Value { name: "head", .. }))));
-    let script = load("torch_script")?;
-    let error = NetworkDiscriminator::new(&script, &other, schedule.clone());
+    let error = NetworkDiscriminator::new(&denoiser("torch_script")?, other);
     assert!(matches!(error, Err(Error::NoFeatures { network: "TorchScript" })));
 
-    let head = build(&config(16, 4))?;
-    let discriminator = NetworkDiscriminator::new(&network, &head, schedule)?;
+    let discriminator = NetworkDiscriminator::new(&network, build(&config(16, 4))?)?;
     let (x_t, t) = (Tensor::zeros([1, 3, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[5_i64]));
     let untold = discriminator.logits(&x_t, &t, &Conditioning::none());
     let is_missing = |error| {
@@ -303,10 +305,11 @@ fn a_unet_that_is_told_a_text_has_features_for_a_head() -> TestResult {
     let name = "unet_condition_ssd1b";
     let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
     let network = load(name)?;
-    let head = build(&DiscriminatorHeadConfig::for_model(&network.config())?)?;
-    let schedule = NoiseScheduleConfig::default().build()?;
-    let discriminator = NetworkDiscriminator::new(&network, &head, schedule)?;
     let fields = network.conditioning_fields();
+    let head = Rc::new(build(&DiscriminatorHeadConfig::for_model(&network.config())?)?);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let network = NetworkDenoiser::new(network, PredictionType::Sample, schedule)?;
+    let discriminator = NetworkDiscriminator::new(&network, Rc::clone(&head))?;
     let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
     let told: Conditioning = parts.collect();
     let x_t = recorded["sample"].copy().set_requires_grad(true);

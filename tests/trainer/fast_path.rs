@@ -8,7 +8,7 @@ use ddil_losses::{
     LatentConsistencyConfig, LossRequest, Networks, Objective, ObjectiveConfig, Phase,
     ProgressiveConfig,
 };
-use ddil_models::{Model, Parameters, Placement, UNet2DModel, NetworkDenoiser};
+use ddil_models::{Model, NetworkDenoiser, Parameters, Placement, UNet2DModel};
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, Timesteps,
 };
@@ -88,8 +88,9 @@ impl Fast {
         let objective = method.build(&schedule, &grid)?;
         let network = Model::UNet2D(unet(device, true, false)?);
         let output = PredictionType::VPrediction;
-        let teacher = NetworkDenoiser::new(network, output, schedule.clone(), precision);
-        teacher.set_activation_checkpointing(checkpointing)?;
+        let teacher = NetworkDenoiser::new(network, output, schedule.clone())?;
+        let teacher = teacher.with_precision(precision);
+        teacher.model().set_activation_checkpointing(checkpointing)?;
         let student = teacher.duplicate(true)?;
         let target = objective.requirements().target_decay.map(|decay| {
             let ema = EmaConfig { decay, warmup: false }.build(student.parameters().learned())?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::{LoraConfig, Model, Placement, UNet2DConfig, weights, NetworkDenoiser};
+use ddil_models::{LoraConfig, Model, NetworkDenoiser, Placement, UNet2DConfig, weights};
 use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::Error;
 use ddil_trainer::config::Precision;
@@ -32,7 +32,9 @@ fn network(precision: Precision) -> Result<NetworkDenoiser, Box<dyn std::error::
     Ok(NetworkDenoiser::new(model, PredictionType::VPrediction, schedule, precision))
 }
 
-fn pair(precision: Precision) -> Result<(NetworkDenoiser, NetworkDenoiser), Box<dyn std::error::Error>> {
+fn pair(
+    precision: Precision,
+) -> Result<(NetworkDenoiser, NetworkDenoiser), Box<dyn std::error::Error>> {
     let whole = network(precision)?;
     let config = LoraConfig { rank: 2, alpha: 4.0, ..LoraConfig::default_for(whole.parameters()) };
     Ok(whole.with_adapter(&config, 1)?)
@@ -79,14 +81,16 @@ fn an_adapter_starts_as_its_teacher() -> TestResult {
 #[test]
 fn whoever_is_made_of_a_network_is_checkpointed_as_it_is() -> TestResult {
     let whole = network(Precision::Float32)?;
-    assert!(!whole.duplicate(true)?.activation_checkpointing());
-    whole.set_activation_checkpointing(true)?;
+    assert!(!whole.duplicate(true)?.model().activation_checkpointing());
+    whole.model().set_activation_checkpointing(true)?;
     let (derived, _) = whole.derive(&whole.config(), 3)?;
-    assert!(derived.activation_checkpointing());
-    assert!(whole.duplicate(true)?.duplicate(false)?.activation_checkpointing());
+    assert!(derived.model().activation_checkpointing());
+    assert!(whole.duplicate(true)?.duplicate(false)?.model().activation_checkpointing());
     let config = LoraConfig { rank: 2, ..LoraConfig::default_for(whole.parameters()) };
     let (teacher, student) = whole.with_adapter(&config, 1)?;
-    assert!(teacher.activation_checkpointing() && student.activation_checkpointing());
+    assert!(
+        teacher.model().activation_checkpointing() && student.model().activation_checkpointing()
+    );
     Ok(())
 }
 

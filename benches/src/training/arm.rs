@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ddil_core::{
-    Conditioning, Consistent, Data, Denoiser, Discriminator, Guided, MixRequest, Mixer,
-    RandomStreams, States, Stream, Thresholded,
+    Conditioning, Consistent, Data, Denoiser, Guided, MixRequest, Mixer, RandomStreams, States,
+    Stream, Thresholded,
 };
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
-use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDenoiser};
+use ddil_models::{DiscriminatorHeadConfig, NetworkDenoiser, NetworkDiscriminator};
 use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
 use ddil_trainer::ema::{Ema, EmaConfig};
 use ddil_trainer::optimizer::{AdamW, AdamWConfig, ensure_finite};
@@ -85,24 +85,8 @@ struct Target {
 /// The critic, its discriminator's head, and the optimizer of both.
 struct Judges {
     fake_score: NetworkDenoiser,
-    head: DiscriminatorHead,
+    discriminator: NetworkDiscriminator,
     optimizer: AdamW,
-}
-
-/// The critic's features and the head behind them.
-struct Judge<'a>(&'a Judges);
-
-impl Discriminator for Judge<'_> {
-    fn logits(
-        &self,
-        x_t: &Tensor,
-        timesteps: &Tensor,
-        conditioning: &Conditioning,
-    ) -> ddil_core::Result<Tensor> {
-        let Judges { fake_score, head, .. } = self.0;
-        let logits = fake_score.judged_by(head, x_t, timesteps, conditioning);
-        logits.map_err(|error| ddil_core::Error::network("discriminator", error))
-    }
 }
 
 /// Says that all data are 0, and costs nothing.
@@ -183,7 +167,7 @@ impl Arm {
             network.parameters().save(folder.join(format!("{name}.safetensors")))?;
         }
         if let Some(critic) = &self.critic {
-            critic.head.parameters().save(folder.join("head.safetensors"))?;
+            critic.discriminator.head().parameters().save(folder.join("head.safetensors"))?;
         }
         let averages = folder.join("ema.safetensors");
         Ok(ddil_models::weights::save(self.ema.tensors(), averages, &BTreeMap::new())?)
@@ -371,7 +355,7 @@ impl Arm {
         let asked = critic
             .map(|critic| held(meters.put_on(Role::Critic, &critic.fake_score)))
             .transpose()?;
-        let judge = critic.map(|critic| meters.put_on(Role::Discriminator, Judge(critic)));
+        let judge = critic.map(|critic| meters.put_on(Role::Discriminator, critic.discriminator.clone()));
         let critic = fake_score.as_ref().zip(asked.as_ref()).map(|(fake_score, asked)| Critic {
             fake_score,
             asked,
@@ -418,12 +402,13 @@ impl Judges {
         let of_head = of_head.map(|(name, tensor)| (format!("head.{name}"), tensor));
         let parameters = fake_score.parameters().learned().into_iter().chain(of_head).collect();
         let optimizer = AdamWConfig::default().build(parameters)?;
-        Ok(Self { fake_score, head, optimizer })
+        let discriminator = NetworkDiscriminator::new(&fake_score, head)?;
+        Ok(Self { fake_score, discriminator, optimizer })
     }
 
     fn open_for(&self, phase: Phase) {
         self.fake_score.parameters().set_trainable(phase == Phase::Critic);
-        self.head.parameters().set_trainable(phase == Phase::Critic);
+        self.discriminator.head().parameters().set_trainable(phase == Phase::Critic);
     }
 }
 

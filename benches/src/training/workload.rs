@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use ddil_models::{DownBlockType, Model, Placement, SampleSize, UNet2DConfig, UpBlockType, NetworkDenoiser};
+use ddil_models::{
+    DownBlockType, Model, NetworkDenoiser, Placement, SampleSize, UNet2DConfig, UpBlockType,
+};
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
 use ddil_trainer::config::Precision;
 use tch::Device;
@@ -96,7 +98,8 @@ impl Workload {
         };
         unet.parameters().set_trainable(false);
         let output = PredictionType::VPrediction;
-        Ok(NetworkDenoiser::new(Model::UNet2D(unet), output, Self::schedule()?, self.precision))
+        let network = NetworkDenoiser::new(Model::UNet2D(unet), output, Self::schedule()?)?;
+        Ok(network.with_precision(self.precision))
     }
 }
 

@@ -347,7 +347,9 @@ impl NetworkDenoiser {
         let kind = if x_t.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let output = output.to_kind(kind);
         if let Some(observer) = &self.observer {
-            observer.observe(x_t, timesteps, &output).map_err(|source| Error::Observer { source })?;
+            observer
+                .observe(x_t, timesteps, &output)
+                .map_err(|source| Error::Observer { source })?;
         }
         Ok(output)
     }
@@ -355,7 +357,8 @@ impl NetworkDenoiser {
     /// `compute` with the adapter switched and in the precision of the network.
     fn computing(&self, x_t: &Tensor, compute: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
         let adapter = self.adapter.as_ref();
-        let _switched = adapter.map(|adapter| adapter.lora.switched(adapter.enabled)).transpose()?;
+        let _switched =
+            adapter.map(|adapter| adapter.lora.switched(adapter.enabled)).transpose()?;
         // One guard per pass: the cache of cast weights must not outlive it, or a pass with gradients would find what one
         // without left there.
         let autocast = self.precision.autocast();

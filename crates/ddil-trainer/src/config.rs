@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use ddil_core::MixerConfig;
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, TeacherGuidance};
+pub use ddil_models::Precision;
 use ddil_models::UNet2DConfig;
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
+use tch::Device;
 
 pub use self::lora::{LoraExport, LoraSection, LoraTargets};
 use crate::checkpoint::Retention;

@@ -21,7 +21,7 @@ use ddil_models::Placement;
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Device, Kind, Tensor};
 
-use self::cast::{Cast, CriticNetworks, Judge};
+use self::cast::Cast;
 use self::checks::ensure_fits;
 use self::meters::{Meters, Place};
 use self::prompted::Prompted;
@@ -33,13 +33,13 @@ use crate::error::{Error, Result};
 use crate::evidence::Evidence;
 use crate::guide::Guide;
 use crate::interrupt::Interrupt;
-use ddil_models::NetworkDenoiser;
 use crate::picture::Picture;
 use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
 use crate::sampler::SamplerKind;
 use crate::sampling::{SamplePlan, grid_of_classes, grid_of_prompts};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
+use ddil_models::NetworkDenoiser;
 
 /// A student on its way: the mixer collects states, the teacher labels them, the objective compares.
 #[derive(Debug)]
@@ -125,7 +125,10 @@ impl Prepared {
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
         // Nothing to the teacher, which has no backward pass, but its student and critic are made of it.
-        teacher.network.set_activation_checkpointing(config.run.activation_checkpointing)?;
+        teacher
+            .network
+            .model()
+            .set_activation_checkpointing(config.run.activation_checkpointing)?;
         let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
         let is_class_conditional = teacher.network.is_class_conditional();
@@ -325,11 +328,10 @@ impl DistillTask {
         let in_gradient = critic
             .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
             .transpose()?;
-        let judge: Option<Judge<'_>> = critic.and_then(CriticNetworks::judge);
         let critic = critic.zip(in_gradient.as_ref()).map(|(critic, asked)| Critic {
             fake_score: &critic.fake_score,
             asked,
-            discriminator: judge.as_ref().map(|judge| judge as _),
+            discriminator: critic.discriminator.as_ref().map(|discriminator| discriminator as _),
         });
         let networks = Networks {
             student: if places.student_loss { &student } else { &cast.student },
@@ -469,7 +471,7 @@ impl Task for DistillTask {
         let mut pending = if let Some(pending) = self.pending.take() {
             pending
         } else {
-            self.cast.named().for_each(|(_, network)| network.watch().forget());
+            self.cast.watches.reset();
             // Dropout draws from the global generator.
             tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
             self.collect(step)?
@@ -489,7 +491,7 @@ impl Task for DistillTask {
         pending.student_x0 = Some(student_x0);
         pending.teacher_next = teacher_next;
         self.pending = Some(pending);
-        Ok(UpdateLoss { per_sample, figures, answers: self.cast.sum_of_answers()? })
+        Ok(UpdateLoss { per_sample, figures, answers: self.cast.watches.sum()? })
     }
 
     fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
@@ -504,16 +506,14 @@ impl Task for DistillTask {
         }
         for (name, network) in self.cast.named() {
             evidence.look_at_weights(name, &network.parameters().named())?;
-            network.watch().look_closely();
         }
+        self.cast.watches.inspect_values();
         evidence.look_at("states", "states.x_t", &pending.states.x_t)?;
         evidence.look_at("timesteps", "states.timesteps", &pending.states.timesteps)?;
         evidence.look_at_conditioning("states", &pending.states.conditioning)?;
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         self.terms(step, phase, pending)?;
-        for (name, network) in self.cast.named() {
-            evidence.heard(name, network.watch().sum().as_ref(), &network.watch().faulty());
-        }
+        self.cast.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));
         Ok(Some(evidence))
     }
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_core::{Conditioning, States};
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::checkpoint::{CheckpointWriter, Retention, discard_newer};
 use crate::error::{Error, Result};

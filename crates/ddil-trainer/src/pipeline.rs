@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
 use ddil_models::weights::{self, WeightFiles};
-use ddil_models::{Model, ModelConfig, Placement, UnknownKeys, NetworkDenoiser};
+use ddil_models::{Model, ModelConfig, NetworkDenoiser, Placement, UnknownKeys};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
@@ -143,7 +143,8 @@ impl Pipeline {
         precision: Precision,
     ) -> Result<Self> {
         let schedule = scheduler.schedule()?;
-        let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule, precision);
+        let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule)?
+            .with_precision(precision);
         let card: Card = match path.join(card::FILE_NAME) {
             card if card.is_file() => Card::read(&card)?,
             _ => foreign_card(&network.config()),

@@ -5,7 +5,7 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
-use ddil_models::{Model, Placement, SampleSize, NetworkDenoiser};
+use ddil_models::{Model, NetworkDenoiser, Placement, SampleSize};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -21,6 +21,7 @@ use crate::sampler::SamplerKind;
 use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
+use crate::watch::Watches;
 
 /// A diffusion model on its way: the squared error of its output at random timesteps of noised data.
 ///
@@ -33,6 +34,7 @@ pub struct TrainTask {
     network: NetworkDenoiser,
     /// A second network of the same form, into which the moving average is put to be sampled.
     averaged: NetworkDenoiser,
+    watches: Watches,
     data: TrainingData,
     streams: RandomStreams,
 }
@@ -61,13 +63,16 @@ impl TrainTask {
             unet.parameters().set_trainable(trainable);
             unet.set_training(trainable);
             unet.set_activation_checkpointing(config.run.activation_checkpointing);
-            let (precision, unet) = (config.run.precision, Model::UNet2D(unet));
-            Ok(NetworkDenoiser::new(unet, config.train.prediction_type, schedule.clone(), precision))
+            let (output, unet) = (config.train.prediction_type, Model::UNet2D(unet));
+            let network = NetworkDenoiser::new(unet, output, schedule.clone())?;
+            Ok(network.with_precision(config.run.precision))
         };
-        let (network, averaged) = (network(true)?, network(false)?);
+        let mut watches = Watches::default();
+        let (network, averaged) = (watches.on("network", network(true)?), network(false)?);
         scheduler(&network)?;
         let streams = RandomStreams::new(config.run.seed, 0);
-        Ok(Self { config: config.clone(), schedule, network, averaged, data, streams })
+        let config = config.clone();
+        Ok(Self { config, schedule, network, averaged, watches, data, streams })
     }
 
     fn device(&self) -> Device {
@@ -136,7 +141,7 @@ impl Task for TrainTask {
     fn loss(&mut self, step: u64, _phase: Phase) -> Result<UpdateLoss> {
         // The network's dropout draws from the global generator.
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
-        self.network.watch().forget();
+        self.watches.reset();
         let data = self.data.batch_at(step)?;
         let batch = data.x0.size()[0];
         let conditioning = self.dropped(step, &data.conditioning);
@@ -151,19 +156,18 @@ impl Task for TrainTask {
         let output = self.network.output(&x_t, &timesteps, &conditioning)?;
         let error = (output - target).square();
         let per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
-        Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: self.network.watch().sum() })
+        Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: self.watches.sum()? })
     }
 
     fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
-        self.network.watch().look_closely();
+        self.watches.inspect_values();
         self.loss(step, phase)?;
         let data = self.data.batch_at(step)?;
         let mut evidence = Evidence::of_timesteps(&self.timesteps(step, data.x0.size()[0])?)?;
         evidence.look_at("data", "data.x0", &data.x0)?;
         evidence.look_at_conditioning("data", &data.conditioning)?;
         evidence.look_at_weights("network", &self.parameters(phase))?;
-        let watch = self.network.watch();
-        evidence.heard("network", watch.sum().as_ref(), &watch.faulty());
+        self.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));
         Ok(Some(evidence))
     }
 

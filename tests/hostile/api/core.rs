@@ -9,7 +9,7 @@ use ddil_core::{
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
-    NetworkDiscriminator, Placement,
+    NetworkDenoiser, NetworkDiscriminator, Placement,
 };
 use ddil_schedulers::{
     ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Thresholding,
@@ -181,8 +181,9 @@ fn judges(cases: &mut Cases) {
     let head =
         DiscriminatorHeadConfig::for_mlp(&mlp).and_then(|head| head.build(Placement::default(), 0));
     let network = ModelConfig::Mlp(mlp).build(Placement::default(), 0).expect("it is valid");
-    let judge =
-        NetworkDiscriminator::new(network, head.expect("it fits"), schedule()).expect("it fits");
+    let network =
+        NetworkDenoiser::new(network, PredictionType::Epsilon, schedule()).expect("it fits");
+    let judge = NetworkDiscriminator::new(&network, head.expect("it fits")).expect("it fits");
     cases.tensors("Discriminator::logits", &[&points(), &times()], |t| {
         said(judge.logits(&t[0], &t[1], &Conditioning::none()))
     });

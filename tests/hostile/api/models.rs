@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::rc::Rc;
 
 use ddil_core::{Conditioning, Denoiser, Discriminator, Generator};
 use ddil_models::weights::{self, WeightFiles};
@@ -199,7 +200,7 @@ fn mlps(cases: &mut Cases) {
 }
 
 fn any_class(cases: &mut Cases) {
-    let model = network("unet_class_labels");
+    let model = Rc::new(network("unet_class_labels"));
     let x = images(model.config().channels().map_or(1, |[inputs, _]| inputs.into()));
     let labels = Tensor::from_slice(&[0_i64, 1]);
     let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
@@ -217,7 +218,7 @@ fn any_class(cases: &mut Cases) {
         said(model.set_training(false))
     });
     for output in [PredictionType::Epsilon, PredictionType::VPrediction] {
-        let denoiser = NetworkDenoiser::new(&model, output, schedule());
+        let denoiser = NetworkDenoiser::new(Rc::clone(&model), output, schedule());
         cases.once("NetworkDenoiser::new", output.as_str(), || {
             said(denoiser.as_ref().map(|_| ()).map_err(|e| std::io::Error::other(e.to_string())))
         });
@@ -450,7 +451,7 @@ fn tokenizer(cases: &mut Cases) {
 
 fn discriminators(cases: &mut Cases) {
     let config = DiscriminatorHeadConfig { in_channels: 32, side: 4, ..Default::default() };
-    let head = config.build(placement(), 0).expect("it is valid");
+    let head = Rc::new(config.build(placement(), 0).expect("it is valid"));
     let features = Tensor::ones([2, 32, 4, 4], kind::FLOAT_CPU);
     cases.tensors("DiscriminatorHead::forward", &[&features], |t| said(head.forward(&t[0])));
     for n in [0, 1, 3, u32::MAX, 1 << 31] {
@@ -465,16 +466,18 @@ fn discriminators(cases: &mut Cases) {
     }
     let mlp = MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() };
     let network = ModelConfig::Mlp(mlp.clone()).build(placement(), 0).expect("it is valid");
+    let network =
+        NetworkDenoiser::new(network, PredictionType::Epsilon, schedule()).expect("it fits");
     let own = DiscriminatorHeadConfig::for_mlp(&mlp)
         .and_then(|head| head.build(placement(), 0))
         .expect("it fits");
-    let judge = NetworkDiscriminator::new(&network, &own, schedule()).expect("it fits");
+    let judge = NetworkDiscriminator::new(&network, own).expect("it fits");
     let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
     cases.tensors("DiscriminatorHead::forward", &[&x, &times()], |t| {
         said(judge.logits(&t[0], &t[1], &Conditioning::none())).or(Err("a refusal".to_owned()))
     });
     cases.once("NetworkDiscriminator::new", "a head of another network", || {
-        said(NetworkDiscriminator::new(&network, &head, schedule()).map(|_| ()))
+        said(NetworkDiscriminator::new(&network, Rc::clone(&head)).map(|_| ()))
     });
 }
 

@@ -1,14 +1,17 @@
 //! The networks of a distillation.
 
-use ddil_core::{Conditioning, Discriminator};
+use ddil_core::Conditioning;
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Phase, Requirements};
-use ddil_models::{DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig, NetworkDenoiser};
-use tch::{Kind, Tensor};
+use ddil_models::{
+    DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig, NetworkDenoiser, NetworkDiscriminator,
+};
+use tch::Tensor;
 
 use crate::config::{DistillConfig, LoraSection};
 use crate::error::{Error, Result};
 use crate::state;
+use crate::watch::Watches;
 
 /// Width of the embedding by which a critic is told the source of a sample's state, one of four numbers.
 const SOURCE_WIDTH: u32 = 32;
@@ -23,6 +26,7 @@ pub(super) struct Cast {
     pub(super) averaged: NetworkDenoiser,
     pub(super) target: Option<Target>,
     pub(super) critic: Option<CriticNetworks>,
+    pub(super) watches: Watches,
 }
 
 /// A moving average of the student that makes labels; not the one that is exported.
@@ -40,13 +44,8 @@ pub(super) struct Target {
 #[derive(Debug)]
 pub(super) struct CriticNetworks {
     pub(super) fake_score: NetworkDenoiser,
-    pub(super) head: Option<DiscriminatorHead>,
-}
-
-/// The critic's own features with the head behind them.
-pub(super) struct Judge<'a> {
-    fake_score: &'a NetworkDenoiser,
-    head: &'a DiscriminatorHead,
+    /// Shares the network.
+    pub(super) discriminator: Option<NetworkDiscriminator>,
 }
 
 impl Cast {
@@ -58,7 +57,7 @@ impl Cast {
         image_shape: [i64; 3],
     ) -> Result<Self> {
         let (teacher, student) = if let Some(lora) = &config.student.lora {
-            with_adapter(lora, teacher, config.run.seed)?
+            with_adapter(config, lora, teacher)?
         } else {
             let student = student(config, &teacher)?;
             (teacher, student)
@@ -112,12 +111,19 @@ impl Cast {
         image_shape: [i64; 3],
     ) -> Result<Self> {
         let averaged = student.duplicate(false)?;
-        let target =
-            requirements.target_decay.map(|decay| Target::of(&student, decay)).transpose()?;
-        let critic = requirements
-            .critic
-            .then(|| CriticNetworks::new(requirements, &teacher, image_shape, config.run.seed));
-        Ok(Self { teacher, student, averaged, target, critic: critic.transpose()? })
+        let mut watches = Watches::default();
+        let (teacher, student) = (watches.on("teacher", teacher), watches.on("student", student));
+        let target = match requirements.target_decay {
+            Some(decay) => Some(Target::of(&student, decay, &mut watches)?),
+            None => None,
+        };
+        let critic = if requirements.critic {
+            let seed = config.run.seed;
+            Some(CriticNetworks::new(requirements, &teacher, image_shape, seed, &mut watches)?)
+        } else {
+            None
+        };
+        Ok(Self { teacher, student, averaged, target, critic, watches })
     }
 
     /// What the optimizer of a phase changes.
@@ -134,8 +140,8 @@ impl Cast {
     pub(super) fn open_for(&self, phase: Phase) {
         if let Some(critic) = &self.critic {
             critic.fake_score.parameters().set_trainable(phase == Phase::Critic);
-            if let Some(head) = &critic.head {
-                head.parameters().set_trainable(phase == Phase::Critic);
+            if let Some(discriminator) = &critic.discriminator {
+                discriminator.head().parameters().set_trainable(phase == Phase::Critic);
             }
         }
     }
@@ -156,17 +162,6 @@ impl Cast {
             .chain(critic)
     }
 
-    /// Sum of all that they answered, a scalar.
-    pub(super) fn sum_of_answers(&self) -> Result<Option<Tensor>> {
-        let sums: Vec<Tensor> =
-            self.named().filter_map(|(_, network)| network.watch().sum()).collect();
-        if sums.is_empty() {
-            return Ok(None);
-        }
-        let sum = Tensor::f_stack(&sums, 0).and_then(|sums| sums.f_sum(Kind::Float));
-        sum.map(Some).map_err(Error::torch("Cast::sum_of_answers"))
-    }
-
     /// After an update of the student: the target follows it.
     pub(super) fn follow(&self) -> Result<()> {
         match &self.target {
@@ -177,8 +172,8 @@ impl Cast {
 }
 
 impl Target {
-    fn of(student: &NetworkDenoiser, decay: f64) -> Result<Self> {
-        let network = student.duplicate(false)?;
+    fn of(student: &NetworkDenoiser, decay: f64, watches: &mut Watches) -> Result<Self> {
+        let network = watches.on("target", student.duplicate(false)?);
         let list = |network: &NetworkDenoiser| {
             TensorList::new(network.parameters().learned().into_iter().map(|(_, tensor)| tensor))
         };
@@ -198,49 +193,47 @@ impl CriticNetworks {
         teacher: &NetworkDenoiser,
         image_shape: [i64; 3],
         seed: u64,
+        watches: &mut Watches,
     ) -> Result<Self> {
         let fake_score = if requirements.critic_sees_source {
             teacher.derive(&critic_model(requirements, teacher)?, seed)?.0
         } else {
             teacher.duplicate(true)?
         };
-        Ok(Self { fake_score, head: head(requirements, teacher, image_shape, seed)? })
+        let fake_score = watches.on("critic", fake_score);
+        let head = head(requirements, teacher, image_shape, seed)?;
+        let discriminator = head.map(|head| NetworkDiscriminator::new(&fake_score, head));
+        Ok(Self { discriminator: discriminator.transpose()?, fake_score })
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
         let named = |prefix: &'static str, parameters: Vec<(String, Tensor)>| {
             parameters.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
         };
-        let head = self.head.iter().flat_map(|head| named("head", head.parameters().learned()));
-        named("fake_score", self.fake_score.parameters().learned()).chain(head).collect()
-    }
-
-    /// What tells noised samples from noised data, if anything does.
-    pub(super) fn judge(&self) -> Option<Judge<'_>> {
-        self.head.as_ref().map(|head| Judge { fake_score: &self.fake_score, head })
-    }
-}
-
-impl Discriminator for Judge<'_> {
-    fn logits(
-        &self,
-        x_t: &Tensor,
-        timesteps: &Tensor,
-        conditioning: &Conditioning,
-    ) -> ddil_core::Result<Tensor> {
-        self.fake_score
-            .judged_by(self.head, x_t, timesteps, conditioning)
-            .map_err(|error| ddil_core::Error::network("discriminator", error))
+        let of_head =
+            self.discriminator.iter().flat_map(|d| named("head", d.head().parameters().learned()));
+        named("fake_score", self.fake_score.parameters().learned()).chain(of_head).collect()
     }
 }
 
 /// The teacher, and an adapter on it that learns.
-fn with_adapter(lora: &LoraSection, teacher: NetworkDenoiser, seed: u64) -> Result<(NetworkDenoiser, NetworkDenoiser)> {
-    let config = lora.on(teacher.parameters());
-    let (teacher, student) = teacher.with_adapter(&config, seed).map_err(in_student_lora)?;
+///
+/// An adapter on a base without a guidance embedding learns the average over the guidance that its teacher draws.
+fn with_adapter(
+    config: &DistillConfig,
+    lora: &LoraSection,
+    teacher: NetworkDenoiser,
+) -> Result<(NetworkDenoiser, NetworkDenoiser)> {
+    let adapter = lora.on(teacher.parameters());
+    let (teacher, student) =
+        teacher.with_adapter(&adapter, config.run.seed).map_err(in_student_lora)?;
     let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
     tracing::info!("the student is an adapter of {own} numbers on the teacher's {all}");
-    Ok((teacher, student))
+    let guidance = Conditioning::GUIDANCE_WEIGHT;
+    if student.model().conditioning_fields().contains(&guidance) {
+        return Ok((teacher, student));
+    }
+    Ok((teacher, student.ignoring(guidance)))
 }
 
 /// Names the table of the config in what the settings of adapters are refused for.
@@ -294,7 +287,7 @@ fn student_model(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<Mo
 fn student(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<NetworkDenoiser> {
     let model = student_model(config, teacher)?;
     if model == teacher.config() {
-        return teacher.duplicate(true);
+        return Ok(teacher.duplicate(true)?);
     }
     let (student, report) = teacher.derive(&model, config.run.seed)?;
     tracing::info!("the student starts from the teacher's weights: {report}");

@@ -4,8 +4,8 @@ use ddil_core::Denoiser;
 use ddil_schedulers::{CommonConfig, LcmConfig, SchedulerConfig, Thresholding, Timesteps};
 
 use crate::error::Result;
-use ddil_models::NetworkDenoiser;
 use crate::sampler::SamplerKind;
+use ddil_models::NetworkDenoiser;
 
 /// How a model is sampled, in diffusers' words as far as they go.
 #[derive(Clone, Debug, PartialEq)]

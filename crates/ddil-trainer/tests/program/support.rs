@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ddil_models::{DownBlockType, Model, Placement, UNet2DConfig, UpBlockType, NetworkDenoiser};
+use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use ddil_trainer::config::Precision;
 use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
@@ -125,12 +125,9 @@ impl Workshop {
         };
         let unet = config.build(Placement::default(), 5).expect("the config is valid");
         let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
-        let network = NetworkDenoiser::new(
-            Model::UNet2D(unet),
-            PredictionType::VPrediction,
-            schedule,
-            Precision::Float32,
-        );
+        let network =
+            NetworkDenoiser::new(Model::UNet2D(unet), PredictionType::VPrediction, schedule)
+                .expect("the prediction type is defined");
         let card = Card {
             method: "teacher".to_owned(),
             class_names: ["class0", "class1", "class2"].map(str::to_owned).to_vec(),
