@@ -1,12 +1,13 @@
 //! `NetworkDenoiser`: what a network says, read as clean data and noise.
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use ddil_core::{Conditioning, Denoiser};
+use ddil_core::{Conditioning, Denoiser, Discriminator};
 use ddil_libtorch::ArgumentError;
 use ddil_models::{
-    Error, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement, SkipConfig, UnknownKeys,
-    weights,
+    BoxedError, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig, NetworkDenoiser,
+    NetworkDiscriminator, OutputObserver, Placement, Precision, SkipConfig, UnknownKeys, weights,
 };
 use ddil_schedulers::{FlowConfig, NoiseScheduleConfig, PredictionType, VpConfig};
 use tch::{Kind, Tensor, kind};
@@ -193,5 +194,98 @@ fn a_half_precision_unet_takes_full_precision_text() -> TestResult {
     let found = denoiser.predict(&recorded["sample"], &recorded["timesteps"], &told)?;
     assert_eq!(found.x0.kind(), Kind::Float);
     assert!(relative_error(&found.x0, &recorded["output"]) < 2e-2);
+    Ok(())
+}
+
+/// Networks of every class refuse a part that they do not take, also one that no network of this crate takes, by one
+/// error that names the part, the network and what it takes.
+#[test]
+fn a_part_of_another_class_of_network_is_refused() -> TestResult {
+    let mlp = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
+    let [floats, t] = [kind::FLOAT_CPU, kind::INT64_CPU].map(|kind| Tensor::zeros([2], kind));
+    let networks = [
+        (unet()?, Tensor::zeros([2, 3, 8, 4], kind::FLOAT_CPU), "`class_labels`"),
+        (mlp, Tensor::zeros([2, 2], kind::FLOAT_CPU), "none"),
+    ];
+    for (network, x_t, takes) in networks {
+        let parts = network.conditioning_fields();
+        let known: Conditioning = parts.iter().map(|part| (*part, t.shallow_clone())).collect();
+        assert!(network.forward(&x_t, &t, &known).is_ok());
+        for part in ["text_embeds", "frame_rate"] {
+            let more = known.shallow_clone().with(part, floats.shallow_clone());
+            let refusals = [
+                network.forward(&x_t, &t, &more).map(drop),
+                network.forward_with_features(&x_t, &t, &more).map(drop),
+                network.features(&x_t, &t, &more).map(drop),
+            ];
+            for refusal in refusals {
+                let message = refusal.expect_err(part).to_string();
+                for word in [part, network.class_name(), takes] {
+                    assert!(message.contains(word), "{message}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sums what it observes, or fails.
+#[derive(Debug, Default)]
+struct Sums {
+    outputs: RefCell<Vec<f64>>,
+    fails: Cell<bool>,
+}
+
+impl OutputObserver for Sums {
+    fn observe(&self, x_t: &Tensor, t: &Tensor, output: &Tensor) -> Result<(), BoxedError> {
+        if self.fails.get() {
+            return Err("enough".into());
+        }
+        assert_eq!((x_t.size()[0], t.size()), (output.size()[0], vec![output.size()[0]]));
+        self.outputs.borrow_mut().push(output.sum(Kind::Double).double_value(&[]));
+        Ok(())
+    }
+}
+
+#[test]
+fn an_observer_sees_every_output_and_can_end_a_pass() -> TestResult {
+    let config = ModelConfig::Mlp(MlpConfig::default());
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let sums = Rc::new(Sums::default());
+    let network = config.build(Placement::default(), 0)?;
+    let denoiser = NetworkDenoiser::new(network, PredictionType::Epsilon, schedule)?
+        .with_observer(Rc::clone(&sums));
+    let head = DiscriminatorHeadConfig::for_model(&config)?.build(Placement::default(), 0)?;
+    let discriminator = NetworkDiscriminator::new(&denoiser, head)?;
+    let x_t = Tensor::randn([4, 2], kind::FLOAT_CPU);
+    let (t, none) = (Tensor::from_slice(&[999_i64, 10, 500, 0]), Conditioning::none());
+
+    let output = denoiser.output(&x_t, &t, &none)?;
+    denoiser.predict(&x_t, &t, &none)?;
+    let logits = discriminator.logits(&x_t, &t, &none)?;
+    // Another network.
+    denoiser.duplicate(false)?.predict(&x_t, &t, &none)?;
+    let expected = [&output, &output, &logits].map(|seen| seen.sum(Kind::Double).double_value(&[]));
+    assert_eq!(*sums.outputs.borrow(), expected);
+
+    sums.fails.set(true);
+    assert!(matches!(denoiser.output(&x_t, &t, &none), Err(Error::Observer { .. })));
+    assert!(denoiser.predict(&x_t, &t, &none).is_err());
+    Ok(())
+}
+
+/// Autocast rounds products to eight bits; parameters and outputs stay in 32.
+#[test]
+fn precision_changes_what_products_are_computed_in() -> TestResult {
+    let network = Rc::new(ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?);
+    let schedule = NoiseScheduleConfig::default().build()?;
+    let whole = NetworkDenoiser::new(network, PredictionType::Epsilon, schedule)?;
+    let rounded = whole.clone().with_precision(Precision::Bfloat16);
+    let x_t = Tensor::randn([64, 2], kind::FLOAT_CPU);
+    let (t, none) = (Tensor::full([64], 500, kind::INT64_CPU), Conditioning::none());
+    let [whole, rounded] = [whole.output(&x_t, &t, &none)?, rounded.output(&x_t, &t, &none)?];
+    assert_eq!((whole.kind(), rounded.kind()), (Kind::Float, Kind::Float));
+    let error = relative_error(&rounded, &whole);
+    assert!(error > 1e-4 && error < 0.1, "{error}");
     Ok(())
 }

@@ -138,11 +138,11 @@ fn what_does_not_fit_is_refused() -> TestResult {
     ));
     assert!(matches!(
         ask(&x, &w.narrow(0, 0, 1), None, Some(&w)),
-        Err(Error::MissingClassLabels { .. })
+        Err(Error::MissingPart { part: "class_labels", .. })
     ));
     assert!(matches!(
         ask(&x, &t, Some(&labels), None),
-        Err(Error::GuidanceWeight { expected: true, .. })
+        Err(Error::MissingPart { part: "guidance_weight", .. })
     ));
     let three = Tensor::from_slice(&[0_i64, 3]);
     assert!(matches!(
@@ -152,11 +152,11 @@ fn what_does_not_fit_is_refused() -> TestResult {
     let plain = build(&MlpConfig::default())?;
     assert!(matches!(
         plain.forward(&x, &t, None, Some(&w)),
-        Err(Error::GuidanceWeight { expected: false, .. })
+        Err(Error::UnexpectedPart { part: "guidance_weight", .. })
     ));
     assert!(matches!(
         plain.forward(&x, &t, Some(&labels), None),
-        Err(Error::UnexpectedClassLabels { .. })
+        Err(Error::UnexpectedPart { part: "class_labels", .. })
     ));
     // With a skip connection the timestep is looked up, so it must be on the grid's terms.
     assert!(build(&with_skip(0.5))?.forward(&x, &w, None, None).is_err());

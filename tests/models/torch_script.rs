@@ -80,11 +80,17 @@ fn no_program_and_wrong_inputs_are_refused() -> TestResult {
     let script = load()?;
     let (x, t) =
         (Tensor::zeros([2, 2], tch::kind::FLOAT_CPU), Tensor::zeros([2], tch::kind::INT64_CPU));
-    assert!(matches!(script.forward(&x, &t, None), Err(Error::MissingClassLabels { .. })));
+    assert!(matches!(
+        script.forward(&x, &t, None),
+        Err(Error::MissingPart { part: "class_labels", .. })
+    ));
     let wide = Tensor::zeros([2, 5], tch::kind::FLOAT_CPU);
     let error = script.forward(&wide, &t, Some(&t)).expect_err("five values a sample");
     assert!(matches!(error, Error::Torch { .. }), "{error:?}");
     let plain = TorchScript::load(golden("torch_script").join("model.pt"), &config, Device::Cpu)?;
-    assert!(matches!(plain.forward(&x, &t, Some(&t)), Err(Error::UnexpectedClassLabels { .. })));
+    assert!(matches!(
+        plain.forward(&x, &t, Some(&t)),
+        Err(Error::UnexpectedPart { part: "class_labels", .. })
+    ));
     Ok(())
 }

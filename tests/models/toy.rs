@@ -246,7 +246,7 @@ fn impossible_mixtures_and_inputs_are_refused() -> TestResult {
     );
     let plain = GaussianMixture::new(&means, &[1.0; 2], &[1.0; 2])?;
     let labelled = plain.posterior(&x, &one, &one, Some(&Tensor::zeros([3], kind::INT64_CPU)));
-    assert!(matches!(labelled, Err(Error::UnexpectedClassLabels { .. })));
+    assert!(matches!(labelled, Err(Error::UnexpectedPart { part: "class_labels", .. })));
     Ok(())
 }
 

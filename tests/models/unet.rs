@@ -221,7 +221,7 @@ fn labels_for_a_network_without_classes_are_refused() -> TestResult {
     let recorded = expected("unet_unconditional")?;
     let labels = Tensor::from_slice(&[0_i64; 3]);
     let error = unet.forward(&recorded["sample"], &recorded["timesteps"], Some(&labels), None);
-    assert!(matches!(error, Err(Error::UnexpectedClassLabels { .. })));
+    assert!(matches!(error, Err(Error::UnexpectedPart { part: "class_labels", .. })));
 
     let identity = load("unet_identity_classes", Placement::default())?;
     let recorded = expected("unet_identity_classes")?;
@@ -283,9 +283,9 @@ fn a_guidance_weight_is_neither_missed_nor_passed_over() -> TestResult {
     let (x_t, t) = (Tensor::zeros([2, 1, 4, 4], kind::FLOAT_CPU), Tensor::from(5_i64));
     let weight = Tensor::ones([2], kind::FLOAT_CPU);
     let missing = told.forward(&x_t, &t, None, None);
-    assert!(matches!(missing, Err(Error::GuidanceWeight { expected: true, .. })));
+    assert!(matches!(missing, Err(Error::MissingPart { part: "guidance_weight", .. })));
     let surplus = untold.features(&x_t, &t, None, Some(&weight));
-    assert!(matches!(surplus, Err(Error::GuidanceWeight { expected: false, .. })));
+    assert!(matches!(surplus, Err(Error::UnexpectedPart { part: "guidance_weight", .. })));
     let one = told.forward(&x_t, &t, None, Some(&weight.narrow(0, 0, 1)));
     assert!(matches!(
         one,

@@ -355,7 +355,8 @@ impl Arm {
         let asked = critic
             .map(|critic| held(meters.put_on(Role::Critic, &critic.fake_score)))
             .transpose()?;
-        let judge = critic.map(|critic| meters.put_on(Role::Discriminator, critic.discriminator.clone()));
+        let judge =
+            critic.map(|critic| meters.put_on(Role::Discriminator, critic.discriminator.clone()));
         let critic = fake_score.as_ref().zip(asked.as_ref()).map(|(fake_score, asked)| Critic {
             fake_score,
             asked,

@@ -12,8 +12,8 @@ use ddil_models::{
     NetworkDenoiser, NetworkDiscriminator, Placement,
 };
 use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Thresholding,
-    TimestepSpacing, Timesteps,
+    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, PredictionType,
+    Thresholding, TimestepSpacing, Timesteps,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
