@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
-use ddil_trainer::config::Precision;
 use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
 use ddil_trainer::sampler::SamplerKind;
 use serde_json::Value;
