@@ -10,7 +10,7 @@ use std::{env, fs};
 
 use ddil_data::FashionMnist;
 use ddil_examples::{Result, captions};
-use ddil_trainer::picture::save_each;
+use ddil_pipelines::save_each;
 use serde_json::json;
 
 /// Captions of each picture.

@@ -9,11 +9,9 @@ use std::path::{Path, PathBuf};
 use ddil_core::Conditioning;
 use ddil_examples::replay::replay;
 use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
+use ddil_pipelines::{Pipeline, PromptRequest, SamplePlan, Scheduler};
 use ddil_schedulers::SchedulerConfig;
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::{Pipeline, Scheduler};
-use ddil_trainer::prompting::PromptRequest;
-use ddil_trainer::sampling::SamplePlan;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -182,7 +180,7 @@ fn pipeline(
     };
     let placement = Placement { kind: Kind::Float, ..placement };
     let pipeline = Pipeline::read(folder, placement, precision)?;
-    let parts = pipeline.frame.text_to_image(placement)?;
+    let parts = pipeline.parts.text_to_image(placement)?;
     let noise = part(inputs, "noise", Kind::Float)?;
     let side = |dim: usize| (noise.size()[dim] * parts.pixels_per_latent()) as u32;
     let request = PromptRequest {
@@ -209,6 +207,6 @@ fn copy(folder: &Path, to: &Path, placement: Placement) -> Result<Tensors, Failu
         &pipeline.thresholding,
         Some(&timesteps),
     )?;
-    Pipeline::write(to, &pipeline.network, &scheduler, &pipeline.card, Some(&pipeline.frame))?;
+    Pipeline::write(to, &pipeline.network, &scheduler, &pipeline.card, Some(&pipeline.parts))?;
     Ok(named([("done", Tensor::from(1.0_f32))]))
 }

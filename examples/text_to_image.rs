@@ -16,9 +16,8 @@ use std::{env, fs};
 use ddil_examples::Result;
 use ddil_examples::text_to_image::{Drawn, Sampling, draw};
 use ddil_models::{Placement, weights};
+use ddil_pipelines::{Layout, Picture, Pipeline};
 use ddil_trainer::config::Precision;
-use ddil_trainer::picture::{Layout, Picture};
-use ddil_trainer::pipeline::Pipeline;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
 const PROMPTS: [&str; 4] =
@@ -78,7 +77,7 @@ fn main() -> Result<()> {
         tch::set_num_threads(1);
     }
     let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
-    let parts = pipeline.frame.text_to_image(Placement::default())?;
+    let parts = pipeline.parts.text_to_image(Placement::default())?;
     // A student says at which timesteps it was trained, and has its guidance in it.
     let of_teacher = pipeline.timesteps.is_none().then_some(GUIDANCE_SCALE);
     let sampling = Sampling {

@@ -24,9 +24,8 @@ use ddil_examples::text_to_image::{
 };
 use ddil_metrics::{FASHION_CLASSES, FashionClassifier};
 use ddil_models::{AutoencoderKL, Placement};
+use ddil_pipelines::{Layout, Picture, Pipeline};
 use ddil_trainer::config::Precision;
-use ddil_trainer::picture::{Layout, Picture};
-use ddil_trainer::pipeline::Pipeline;
 use tch::{Device, Tensor};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
@@ -102,7 +101,7 @@ fn main() -> Result<()> {
 /// Draws from what was written, so that it is the folder that is measured.
 fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Result<()> {
     let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
-    let parts = pipeline.frame.text_to_image(Placement::default())?;
+    let parts = pipeline.parts.text_to_image(Placement::default())?;
     let sampling = |steps, guidance_scale| Sampling {
         steps: Some(if options.quick { 2 } else { steps }),
         guidance_scale: Some(guidance_scale),

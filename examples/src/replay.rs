@@ -4,10 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use ddil_core::{Denoiser, Rollout};
+use ddil_pipelines::{Pipeline, SamplePlan, Told, asked};
 use ddil_schedulers::{Error, NoiseSchedule, Sampler, SamplerStep, Timesteps};
-use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::prompting::Told;
-use ddil_trainer::sampling::{SamplePlan, asked};
 use tch::Tensor;
 
 use crate::Result;
@@ -70,9 +68,9 @@ mod tests {
     use std::path::PathBuf;
 
     use ddil_models::{Lora, Placement, weights};
+    use ddil_pipelines::PipelineClass;
+    use ddil_pipelines::{PromptRequest, spaced_as_published};
     use ddil_trainer::config::Precision;
-    use ddil_trainer::pipeline::PipelineClass;
-    use ddil_trainer::prompting::{PromptRequest, spaced_as_published};
     use serde::Deserialize;
 
     use super::*;
@@ -106,7 +104,7 @@ mod tests {
         /// Latents and pictures of a pipeline on the way of `ddil sample`, in its own steps.
         fn drawn(&self, pipeline: &Pipeline) -> Result<[Tensor; 2]> {
             let (noise, fresh) = (&self.tensors["noise"], self.tensors.get("fresh"));
-            let text = pipeline.frame.text_to_image(Placement::default())?;
+            let text = pipeline.parts.text_to_image(Placement::default())?;
             let side = |dim: usize| (noise.size()[dim] * text.pixels_per_latent()) as u32;
             let request = PromptRequest {
                 prompts: self.how.prompts.clone(),
@@ -142,7 +140,7 @@ mod tests {
         tch::set_num_threads(1);
         let recorded = Recorded::read(name)?;
         let pipeline = Pipeline::read(&recorded.folder, Placement::default(), Precision::Float32)?;
-        assert_eq!(pipeline.frame.class(), class);
+        assert_eq!(pipeline.parts.class(), class);
         recorded.compare("plain", &recorded.drawn(&pipeline)?);
         let file = recorded.folder.join("lora/pytorch_lora_weights.safetensors");
         let mut lora = Lora::from_file(pipeline.network.parameters(), file)?;

@@ -6,20 +6,18 @@ mod doctor;
 mod ema;
 mod fast_path;
 mod interrupt;
-mod latents;
 mod logging;
 mod lr_schedule;
 mod memory;
 mod network;
 mod not_finite;
 mod optimizer;
-mod parts;
-mod picture;
 mod record;
 mod run_folder;
 mod tensorboard;
 
 use ddil_models::{DownBlockType, UNet2DConfig, UpBlockType};
+use ddil_tests::{child, folder_of_child};
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
@@ -37,33 +35,6 @@ fn small_unet() -> UNet2DConfig {
         num_class_embeds: Some(4),
         ..UNet2DConfig::default()
     }
-}
-
-/// Copies a folder and all that is in it; a file that is there already is replaced.
-fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from)? {
-        let (path, to) = entry.map(|entry| (entry.path(), to.join(entry.file_name())))?;
-        if path.is_dir() {
-            copy_folder(&path, &to)?;
-        } else {
-            std::fs::copy(&path, &to)?;
-        }
-    }
-    Ok(())
-}
-
-/// A command that runs one test of this program again, in a process of its own that finds `folder` in
-/// the environment variable `DDIL_TEST_CHILD`.
-fn child(test: &str, folder: &std::path::Path) -> std::io::Result<std::process::Command> {
-    let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.args(["--exact", test, "--nocapture"]).env("DDIL_TEST_CHILD", folder);
-    Ok(command)
-}
-
-/// The folder that [`child`] names, in such a process.
-fn folder_of_child() -> Option<std::path::PathBuf> {
-    std::env::var_os("DDIL_TEST_CHILD").map(Into::into)
 }
 
 /// As [`child`], in a process whose files cannot grow beyond 32 or 64 KiB, which stands in for a full disk: writes

@@ -6,13 +6,11 @@ use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_models::{LoraConfig, Model, NetworkDenoiser, Placement, UNet2DConfig, weights};
+use ddil_pipelines::{Card, Pipeline, SamplerKind, Scheduler};
 use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
-use ddil_trainer::Error;
 use ddil_trainer::config::Precision;
 use ddil_trainer::ema::EmaConfig;
 use ddil_trainer::optimizer::AdamWConfig;
-use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
-use ddil_trainer::sampler::SamplerKind;
 use tch::{Kind, Tensor, kind};
 
 use crate::{TestResult, small_unet};
@@ -255,7 +253,7 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     let root = root.map_or_else(|| temporary.path().to_owned(), Into::into);
     let [base, folder] = ["base", "adapter"].map(|name| root.join(name));
     write_text_to_image(&base)?;
-    let Pipeline { network, frame, .. } =
+    let Pipeline { network, parts, .. } =
         Pipeline::read(&base, Placement::default(), Precision::Float32)?;
     let config = LoraConfig { rank: 2, alpha: 3.0, ..LoraConfig::default() };
     let (teacher, student) = network.with_adapter(&config, 0)?;
@@ -286,17 +284,17 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     let sampler = SamplerKind::Lcm { original_steps: 50, boundary };
     let scheduler = Scheduler::new(&student, sampler, &Thresholding::None, None)?;
     let card = Card { method: "lcm".to_owned(), guidance_scale: Some(6.0), ..Card::default() };
-    Pipeline::write_adapter(&folder, &student, &scheduler, card, &frame)?;
+    Pipeline::write_adapter(&folder, &student, &scheduler, card, &parts)?;
     let text = fs::read_to_string(folder.join("README.md"))?;
     for words in ["load_lora_weights", "LCMScheduler", "scale 6", "num_inference_steps=4"] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let read = Pipeline::read(&folder, Placement::default(), Precision::Float32)?;
-    assert_eq!((read.sampler, read.frame.path()), (sampler, &*fs::canonicalize(&base)?));
+    assert_eq!((read.sampler, read.parts.path()), (sampler, &*fs::canonicalize(&base)?));
     let again = read.network.output(&x_t, &timesteps, &deaf)?;
     assert!(error(&again, &output) <= 1e-5, "{}", error(&again, &output));
-    let refused = Pipeline::write_adapter(&folder, &teacher, &scheduler, read.card, &frame);
-    assert!(matches!(refused, Err(Error::Invalid(_))));
+    let refused = Pipeline::write_adapter(&folder, &teacher, &scheduler, read.card, &parts);
+    assert!(matches!(refused, Err(ddil_pipelines::Error::Invalid(_))));
 
     let tensors = [("x_t", x_t), ("encoder_hidden_states", states), ("timesteps", timesteps)];
     let outputs = [("output", output.detach()), ("of_teacher", of_teacher)];

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use ddil_core::Conditioning;
 use ddil_losses::Phase;
+use ddil_pipelines::{Layout, Picture};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter, find_latest};
 use ddil_trainer::config::TrainConfig;
 use ddil_trainer::evidence::Evidence;
 use ddil_trainer::interrupt::Interrupt;
-use ddil_trainer::picture::{Layout, Picture};
 use ddil_trainer::run_folder::{RunFolder, State, Status};
 use ddil_trainer::session::{Session, SessionConfig, Spent, Task, UpdateLoss};
 use ddil_trainer::{Error, Result};
@@ -117,7 +117,8 @@ impl Task for OneWeight {
     }
 
     fn samples(&mut self, _average: &[(String, Tensor)]) -> Result<Picture> {
-        Picture::grid(&Tensor::zeros([1, 1, 2, 2], FLOAT_CPU), Layout::columns(NonZeroU32::MIN))
+        let image = Tensor::zeros([1, 1, 2, 2], FLOAT_CPU);
+        Ok(Picture::grid(&image, Layout::columns(NonZeroU32::MIN))?)
     }
 
     fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {

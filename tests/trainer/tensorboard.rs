@@ -1,6 +1,7 @@
 use std::{collections::BTreeMap, fs};
 
-use ddil_trainer::{picture::Picture, tensorboard::EventWriter};
+use ddil_pipelines::Picture;
+use ddil_trainer::tensorboard::EventWriter;
 use tch::Tensor;
 
 use crate::TestResult;

@@ -17,7 +17,12 @@ use ddil_core::{
 use ddil_losses::{
     Critic, LossRequest, LossTerms, Networks, ObjectiveConfig, Phase, Requirements, TeacherGuidance,
 };
+use ddil_models::NetworkDenoiser;
 use ddil_models::Placement;
+use ddil_pipelines::{
+    Card, Guide, Picture, Pipeline, PipelineParts, SamplePlan, SamplerKind, Scheduler,
+    grid_of_classes, grid_of_prompts,
+};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use tch::{Device, Kind, Tensor};
 
@@ -31,15 +36,9 @@ use crate::config::{DistillConfig, LoraExport};
 use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
 use crate::evidence::Evidence;
-use crate::guide::Guide;
 use crate::interrupt::Interrupt;
-use crate::picture::Picture;
-use crate::pipeline::{Card, Frame, Pipeline, Scheduler};
-use crate::sampler::SamplerKind;
-use crate::sampling::{SamplePlan, grid_of_classes, grid_of_prompts};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
-use ddil_models::NetworkDenoiser;
 
 /// A student on its way: the mixer collects states, the teacher labels them, the objective compares.
 #[derive(Debug)]
@@ -50,7 +49,7 @@ pub struct DistillTask {
     streams: RandomStreams,
     card: Card,
     /// What stands around the teacher, and will around the student.
-    frame: Frame,
+    parts: PipelineParts,
     /// Of a text-to-image model.
     prompted: Option<Prompted>,
     guide: Guide,
@@ -111,7 +110,7 @@ struct Prepared {
     data: DataSource,
     is_class_conditional: bool,
     card: Card,
-    frame: Frame,
+    parts: PipelineParts,
     cast: Cast,
     stage: Stage,
 }
@@ -132,7 +131,7 @@ impl Prepared {
         let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
         let is_class_conditional = teacher.network.is_class_conditional();
-        let Pipeline { network: teacher, card, frame, .. } = teacher;
+        let Pipeline { network: teacher, card, parts, .. } = teacher;
         // A U-Net for latents takes other sizes than that it was made for.
         let card = Card { image_shape: data.image_shape(), ..card };
         let requirements = stage.objective.requirements();
@@ -144,7 +143,7 @@ impl Prepared {
             data,
             is_class_conditional,
             card,
-            frame,
+            parts,
             cast,
             stage,
         };
@@ -154,12 +153,12 @@ impl Prepared {
 
     /// Opens the data, which may have to be encoded first.
     fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
-        let Self { config, placement, schedule, data, card, frame, cast, stage, .. } = self;
+        let Self { config, placement, schedule, data, card, parts, cast, stage, .. } = self;
         let (seed, device) = (config.run.seed, placement.device);
-        let encoders = Some((&frame, placement));
+        let encoders = Some((&parts, placement));
         let data = data.open(&config.data, seed, device, encoders, interrupt)?;
         let data = if self.is_class_conditional { data } else { data.ignore_labels() };
-        let prompted = Prompted::new(&data, &config.output.prompts, &frame, placement)?;
+        let prompted = Prompted::new(&data, &config.output.prompts, &parts, placement)?;
         let guide = guide(&card, prompted.as_ref());
         let meters = Meters::new(&schedule, &config.objective);
         let streams = RandomStreams::new(seed, 0);
@@ -171,7 +170,7 @@ impl Prepared {
             data,
             streams,
             card,
-            frame,
+            parts,
             prompted,
             guide,
             cast,
@@ -191,6 +190,19 @@ fn guide(card: &Card, prompted: Option<&Prompted>) -> Guide {
     }
 }
 
+/// The teacher with its guidance; thresholding goes outside of that.
+fn guided<'a>(
+    guide: &Guide,
+    teacher: impl Denoiser + 'a,
+    guidance: TeacherGuidance,
+) -> Result<Box<dyn Denoiser + 'a>> {
+    let null = match guidance {
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => guide.null()?,
+        TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
+    };
+    Ok(guidance.wrap(teacher, null)?)
+}
+
 /// How students of that method step when they are sampled, in diffusers' words.
 fn scheduler(
     config: &DistillConfig,
@@ -204,7 +216,7 @@ fn scheduler(
         Thresholding::None
     };
     let sampler = SamplerKind::of(&config.objective, schedule);
-    Scheduler::new(student, sampler, &thresholding, Some(&stage.sampling))
+    Ok(Scheduler::new(student, sampler, &thresholding, Some(&stage.sampling))?)
 }
 
 impl DistillTask {
@@ -242,7 +254,7 @@ impl DistillTask {
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
         Cast::ensure(&config, requirements, network, data.image_shape())?;
         scheduler(&config, network.schedule(), &stage, network)?;
-        Pipeline::ensure_weights(&config.teacher.path)
+        Ok(Pipeline::ensure_weights(&config.teacher.path)?)
     }
 
     /// The stage of that index, with nothing collected yet.
@@ -289,7 +301,7 @@ impl DistillTask {
             [places.teacher, places.rollout].map(|on| self.thresholding(on));
         let Cast { teacher, student, .. } = &self.cast;
         let (meters, logged) = (&self.meters, self.is_logged(step));
-        let teacher = self.guide.teacher(teacher, self.stage.guidance)?;
+        let teacher = guided(&self.guide, teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, of_teacher)?;
         let teacher = meters.put_on(teacher, Place::TeacherRollout, logged);
         let student = Thresholded::new(student, of_student)?;
@@ -317,7 +329,7 @@ impl DistillTask {
             let held = Thresholded::new(network, self.thresholding(on))?;
             Ok(self.meters.put_on(held, place, logged))
         };
-        let teacher = self.guide.teacher(&cast.teacher, self.stage.guidance)?;
+        let teacher = guided(&self.guide, &cast.teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, self.thresholding(places.teacher))?;
         let teacher = self.meters.put_on(teacher, Place::Teacher, logged);
         let student = held(&cast.student, places.student_loss, Place::Student)?;
@@ -552,15 +564,15 @@ impl Task for DistillTask {
         let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
         let (student, plan) = (self.cast.averaged(average)?, self.sample_plan(&card));
         let Some(prompted) = &self.prompted else {
-            return grid_of_classes(student, &plan, &card, shape, per_class, device);
+            return Ok(grid_of_classes(student, &plan, &card, shape, per_class, device)?);
         };
         let guide = guide(&card, Some(prompted));
-        let vae = self.frame.autoencoder(student.placement())?;
+        let vae = self.parts.autoencoder(student.placement())?;
         let decode = |latents: &Tensor| {
             let _no_grad = tch::no_grad_guard();
             Ok(vae.decode_scaled(latents)?)
         };
-        grid_of_prompts(student, &plan, &guide, &prompted.shown, per_class, shape, decode)
+        Ok(grid_of_prompts(student, &plan, &guide, &prompted.shown, per_class, shape, decode)?)
     }
 
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()> {
@@ -611,9 +623,10 @@ impl Task for DistillTask {
         let card = Card { updates, seconds, ..self.student_card() };
         let student = self.cast.averaged(average)?;
         if self.exports_adapter() {
-            return Pipeline::write_adapter(folder, student, &self.scheduler()?, card, &self.frame);
+            let scheduler = self.scheduler()?;
+            return Ok(Pipeline::write_adapter(folder, student, &scheduler, card, &self.parts)?);
         }
-        Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.frame))
+        Ok(Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.parts))?)
     }
 }
 

@@ -171,14 +171,6 @@ pub enum Error {
         /// What was refused.
         reason: String,
     },
-    /// Images cannot be written as PNG.
-    #[error("cannot make a picture of {found}: {expected}")]
-    Picture {
-        /// What was given.
-        found: String,
-        /// What may be given.
-        expected: &'static str,
-    },
     /// Something outside refused a service: the terminal, the logger, signals.
     #[error("could not {action}: {reason}")]
     Setup {
@@ -219,22 +211,6 @@ pub enum Error {
         /// What libtorch said.
         source: tch::TchError,
     },
-    /// A folder that should hold a model does not.
-    #[error("{} holds no model: neither it nor its `export` has a {missing}", path.display())]
-    NotAModel {
-        /// The folder.
-        path: PathBuf,
-        /// The file that every model folder has.
-        missing: &'static str,
-    },
-    /// Parts of a model are not what they should be; nothing was written.
-    #[error("the model of {} cannot be taken over:{}", path.display(), listed(problems))]
-    Parts {
-        /// The folder of its network.
-        path: PathBuf,
-        /// All that is wrong, part by part.
-        problems: Vec<String>,
-    },
     /// A schedule, grid, sampler or threshold refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
@@ -244,6 +220,9 @@ pub enum Error {
     /// An objective refused.
     #[error(transparent)]
     Losses(#[from] ddil_losses::Error),
+    /// A model folder, guidance or sampling refused.
+    #[error(transparent)]
+    Pipelines(#[from] ddil_pipelines::Error),
     /// A network or its files refused.
     #[error(transparent)]
     Models(#[from] ddil_models::Error),
@@ -263,6 +242,7 @@ impl Error {
             Self::Models(error) => error.invalid(),
             Self::Metrics(error) => error.invalid(),
             Self::Dataset(error) => error.invalid(),
+            Self::Pipelines(error) => error.invalid(),
             _ => None,
         }
     }

@@ -5,17 +5,17 @@ use std::ops::Range;
 use ddil_core::{
     Conditioning, Data, Denoiser, RandomStreams, ShiftConfig, ShiftRequest, Stream, measure_shift,
 };
+use ddil_data::ImageDataset;
 use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
+};
+use ddil_pipelines::{
+    Guide, Observed, Pipeline, SamplePlan, asked, classes, generate, initial_noise,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::guide::Guide;
-use crate::pipeline::Pipeline;
-use crate::sampling::{Observed, SamplePlan, asked, classes, generate, initial_noise};
-use ddil_data::ImageDataset;
 
 /// Real images as features: what generated ones are compared with.
 #[derive(Debug)]

@@ -34,7 +34,11 @@ fn main() -> ExitCode {
 /// Numbers that are not finite have an exit code of their own; samples of them are refused as pictures.
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     let is_not_finite = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref(), Some(Error::NonFinite { .. } | Error::Picture { .. }))
+        let of_run = matches!(
+            cause.downcast_ref(),
+            Some(Error::NonFinite { .. } | Error::Pipelines(ddil_pipelines::Error::Picture { .. }))
+        );
+        of_run || matches!(cause.downcast_ref(), Some(ddil_pipelines::Error::Picture { .. }))
     };
     if error.chain().any(is_not_finite) { ExitCode::from(NOT_FINITE) } else { ExitCode::FAILURE }
 }

@@ -11,11 +11,11 @@ use ddil_losses::{ObjectiveConfig, Requirements, TeacherGuidance};
 use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, DiscriminatorHeadConfig, ModelConfig, UnknownKeys,
 };
+use ddil_pipelines::Pipeline;
 
 pub use self::activations::{Activations, PassShape};
 use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
 use crate::error::{Error, Result};
-use crate::pipeline::Pipeline;
 
 /// Width of the embedding by which a critic is told a source.
 const SOURCE_WIDTH: u32 = 32;
@@ -371,11 +371,11 @@ fn adapter_values(lora: &LoraSection, shapes: &Shapes) -> u64 {
 /// Channels, height and width of what the networks see.
 fn sample_shape(config: &DistillConfig, teacher: &Pipeline) -> Result<[i64; 3]> {
     let own = teacher.card.image_shape;
-    let Some(side) = config.data.resolution.filter(|_| teacher.frame.class().is_text_to_image())
+    let Some(side) = config.data.resolution.filter(|_| teacher.parts.class().is_text_to_image())
     else {
         return Ok(own);
     };
-    let file = teacher.frame.path().join("vae/config.json");
+    let file = teacher.parts.path().join("vae/config.json");
     let vae = AutoencoderKLConfig::from_file(file, UnknownKeys::Refuse)?;
     let side = i64::from(side) >> (vae.block_out_channels.len() - 1);
     Ok([own[0], side, side])
@@ -385,10 +385,10 @@ impl Text {
     /// Of the parts that a pipeline has.
     fn of(teacher: &Pipeline, network: &ModelConfig) -> Result<Self> {
         let mut text = Self::default();
-        if !teacher.frame.class().is_text_to_image() {
+        if !teacher.parts.class().is_text_to_image() {
             return Ok(text);
         }
-        let folder = teacher.frame.path();
+        let folder = teacher.parts.path();
         for name in ["text_encoder", "text_encoder_2"] {
             let Some(file) = config_in(folder, name) else { continue };
             let config = ClipTextConfig::from_file(file, UnknownKeys::Refuse)?;

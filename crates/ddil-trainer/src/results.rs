@@ -5,14 +5,13 @@ use std::path::Path;
 
 use ddil_core::Priors;
 use ddil_metrics::FeatureExtractor;
+use ddil_pipelines::{Card, SamplePlan};
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::evaluation::{Reference, Scores, ShiftRow};
 use crate::files::{ensure_version, first_version, read_json, write_json};
-use crate::pipeline::Card;
-use crate::sampling::SamplePlan;
 
 /// The only version of a row so far.
 const FORMAT_VERSION: u32 = 1;

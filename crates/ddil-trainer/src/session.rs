@@ -8,6 +8,7 @@ use std::time::Instant;
 use std::{fs, io};
 
 use ddil_losses::Phase;
+use ddil_pipelines::Picture;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
@@ -23,7 +24,6 @@ use crate::evidence::{Evidence, not_finite_among};
 use crate::fault::{self, Point};
 use crate::files::{parent, sync_folder};
 use crate::interrupt::Interrupt;
-use crate::picture::Picture;
 use crate::progress::Progress;
 use crate::record::{Position, Record};
 use crate::run_folder::RunFolder;

@@ -10,11 +10,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::{
-    Error, Result, crc32c,
-    fault::{self, Point},
-    picture::Picture,
-};
+use ddil_files::fault::{self, Point};
+use ddil_pipelines::Picture;
+
+use crate::{Error, Result, crc32c};
 
 /// The tag of a figure of the record. TensorBoard folds tags by what precedes the first slash: `loss_forward` becomes
 /// `loss/forward`, and `clipped_teacher_forward_749` becomes `clipped/teacher/forward_749`.

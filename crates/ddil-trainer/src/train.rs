@@ -6,6 +6,9 @@ use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, NetworkDenoiser, Placement, SampleSize};
+use ddil_pipelines::{
+    Card, Picture, Pipeline, SamplePlan, SamplerKind, Scheduler, grid_of_classes,
+};
 use ddil_schedulers::{NoiseSchedule, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -15,10 +18,6 @@ use crate::config::TrainConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
 use crate::evidence::Evidence;
-use crate::picture::Picture;
-use crate::pipeline::{Card, Pipeline, Scheduler};
-use crate::sampler::SamplerKind;
-use crate::sampling::{SamplePlan, grid_of_classes};
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 use crate::watch::Watches;
@@ -186,7 +185,7 @@ impl Task for TrainTask {
         let shape = self.data.image_shape();
         let denoiser: &dyn Denoiser = &self.averaged;
         let card = self.card();
-        grid_of_classes(denoiser, &self.sample_plan(), &card, shape, per_class, device)
+        Ok(grid_of_classes(denoiser, &self.sample_plan(), &card, shape, per_class, device)?)
     }
 
     fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {
@@ -201,13 +200,9 @@ impl Task for TrainTask {
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
         let Spent { updates, seconds } = spent;
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
-        Pipeline::write(
-            folder,
-            &self.averaged,
-            &scheduler(&self.averaged)?,
-            &Card { updates, seconds, ..self.card() },
-            None,
-        )
+        let (scheduler, card) =
+            (scheduler(&self.averaged)?, Card { updates, seconds, ..self.card() });
+        Ok(Pipeline::write(folder, &self.averaged, &scheduler, &card, None)?)
     }
 }
 
@@ -228,7 +223,7 @@ impl TrainTask {
 /// A teacher is sampled by DDIM, at any number of steps.
 fn scheduler(network: &NetworkDenoiser) -> Result<Scheduler> {
     let sampler = SamplerKind::Ddim { eta: 0.0 };
-    Scheduler::new(network, sampler, &Thresholding::clamp_pixels(), None)
+    Ok(Scheduler::new(network, sampler, &Thresholding::clamp_pixels(), None)?)
 }
 
 fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {

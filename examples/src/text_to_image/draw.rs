@@ -1,6 +1,4 @@
-use ddil_trainer::guide::Guide;
-use ddil_trainer::pipeline::{Pipeline, TextToImage};
-use ddil_trainer::sampling::{SamplePlan, generate, initial_noise};
+use ddil_pipelines::{Guide, Pipeline, SamplePlan, TextToImageComponents, generate, initial_noise};
 use tch::{Device, Tensor};
 
 use crate::Result;
@@ -35,7 +33,7 @@ pub struct Drawn {
 /// A prompt that is too long; what networks refuse.
 pub fn draw(
     pipeline: &Pipeline,
-    parts: &TextToImage,
+    parts: &TextToImageComponents,
     prompts: &[&str],
     sampling: Sampling,
 ) -> Result<Drawn> {

@@ -3,8 +3,8 @@ use std::fs;
 use std::path::Path;
 
 use ddil_models::{AutoencoderKL, ClipTokenizer, weights};
+use ddil_pipelines::Card;
 use ddil_schedulers::{CommonConfig, SchedulerConfig, Thresholding};
-use ddil_trainer::pipeline::Card;
 use serde_json::json;
 use tch::Kind;
 

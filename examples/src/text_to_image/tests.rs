@@ -2,8 +2,8 @@ use std::path::{Path, PathBuf};
 
 use ddil_data::ImageDataset;
 use ddil_models::{Placement, weights};
+use ddil_pipelines::Pipeline;
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::Pipeline;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -60,7 +60,7 @@ fn training_lowers_the_losses_and_its_folder_is_read_back() -> Result<()> {
 
     write_folder(folder, &settings, &Parts { vae: &vae, networks: &networks, seconds: 1.0 })?;
     let pipeline = Pipeline::read(folder, Placement::default(), Precision::Float32)?;
-    let parts = pipeline.frame.text_to_image(Placement::default())?;
+    let parts = pipeline.parts.text_to_image(Placement::default())?;
     let sampling = Sampling { steps: Some(2), guidance_scale: Some(2.0), seed: 1 };
     let images = draw(&pipeline, &parts, &["a coat", "a bag"], sampling)?.images;
     assert_eq!(images.size(), [2, 3, 32, 32]);
@@ -139,7 +139,7 @@ fn pictures_are_those_of_diffusers() -> Result<()> {
         Pipeline::read(&model(), Placement::default(), Precision::Float32)?,
     );
     let (expected, how) = (weights::read_all(&path)?, weights::read_metadata(&path)?);
-    let parts = pipeline.frame.text_to_image(Placement::default())?;
+    let parts = pipeline.parts.text_to_image(Placement::default())?;
     let prompts: Vec<String> = serde_json::from_str(&how["prompts"])?;
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let sampling = Sampling {

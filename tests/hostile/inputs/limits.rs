@@ -11,10 +11,10 @@ use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
     weights,
 };
+use ddil_pipelines::{Parts, WeightForm};
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use ddil_trainer::compare::Matrix;
-use ddil_trainer::pipeline::{Parts, WeightForm};
 use tch::{Kind, Tensor};
 
 use super::data::{packed, picture};

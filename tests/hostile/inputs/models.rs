@@ -10,8 +10,8 @@ use ddil_models::{
     ClipVisionConfig, DiscriminatorHeadConfig, Lora, MlpConfig, Model, ModelConfig, Placement,
     TorchScript, TorchScriptConfig, UnknownKeys,
 };
+use ddil_pipelines::{Parts, Pipeline, WeightForm};
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::{Parts, Pipeline, WeightForm};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::harness::{Said, Target, told};

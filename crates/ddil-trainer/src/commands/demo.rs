@@ -11,18 +11,16 @@ use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
+use ddil_pipelines::{
+    Guide, Picture, Pipeline, SamplePlan, SamplerKind, generate, initial_noise, layout,
+};
 use ddil_trainer::compare::setting::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::evaluation::{Reference, draw, shift};
-use ddil_trainer::guide::Guide;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
-use ddil_trainer::picture::Picture;
-use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::results::{self, Measurement, shift_table, table};
 use ddil_trainer::run_folder::RunFolder;
-use ddil_trainer::sampler::SamplerKind;
-use ddil_trainer::sampling::{SamplePlan, generate, initial_noise, layout};
 use ddil_trainer::session::Outcome;
 use tch::{Device, Kind, Tensor};
 

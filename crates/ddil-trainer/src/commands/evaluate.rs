@@ -8,14 +8,13 @@ use anyhow::{Context, bail, ensure};
 use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_metrics::{FashionClassifier, FeatureExtractor, RawPixels};
+use ddil_pipelines::{Pipeline, SamplePlan};
 use ddil_trainer::compare::Extractor;
 use ddil_trainer::config::{DataKind, DataSection};
 use ddil_trainer::evaluation::{Reference, draw_observed, shift};
 use ddil_trainer::exit_code::NOT_FINITE;
-use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::results::{Measurement, append, shift_table, table};
 use ddil_trainer::sample_file;
-use ddil_trainer::sampling::SamplePlan;
 use serde::Deserialize;
 use tch::{Device, Tensor};
 
@@ -222,7 +221,7 @@ fn ensure_comparable(
 ) -> anyhow::Result<()> {
     let model = args.subject.display();
     ensure!(
-        !pipeline.frame.class().is_text_to_image(),
+        !pipeline.parts.class().is_text_to_image(),
         "{model} draws what it is asked for; draw with `ddil sample {model} --prompts-file .. --folder pictures`, then \
          evaluate that folder"
     );

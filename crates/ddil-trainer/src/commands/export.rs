@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use ddil_models::{
     Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, UNet2DConditionConfig, UnknownKeys,
 };
+use ddil_pipelines::{PartSummary, Parts, Pipeline, WeightForm};
 use ddil_trainer::checkpoint::find_latest;
-use ddil_trainer::pipeline::{PartSummary, Parts, Pipeline, WeightForm};
 use tch::Kind;
 
 use super::say;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::bail;
-use ddil_trainer::pipeline::{Parts, Pipeline, WeightForm};
+use ddil_pipelines::{Parts, Pipeline, WeightForm};
 
 use super::export::{parse_bytes, parse_kind, table};
 use super::say;

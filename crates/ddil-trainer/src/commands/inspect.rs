@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use anyhow::bail;
 use ddil_core::Denoiser;
 use ddil_models::Placement;
+use ddil_pipelines::{Parts, Pipeline};
 use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::{Parts, Pipeline};
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
@@ -78,7 +78,7 @@ fn model(path: &Path) -> anyhow::Result<Value> {
     let parameters = pipeline.network.parameters();
     Ok(json!({
         "kind": "model",
-        "folder": pipeline.frame.path().display().to_string(),
+        "folder": pipeline.parts.path().display().to_string(),
         "card": pipeline.card,
         "parameters": parameters.num_values(),
         "prediction_type": pipeline.network.prediction_type(),
@@ -110,7 +110,7 @@ fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     };
     Ok(json!({
         "kind": "model",
-        "folder": pipeline.frame.path().display().to_string(),
+        "folder": pipeline.parts.path().display().to_string(),
         "class": parts.class().as_str(),
         "card": pipeline.card,
         "parts": Value::Object(named.collect::<serde_json::Result<_>>()?),

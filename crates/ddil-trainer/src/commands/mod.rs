@@ -19,15 +19,13 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
+use ddil_pipelines::{Pipeline, SamplePlan, SamplerKind};
 use ddil_schedulers::{ConsistencyBoundary, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::exit_code::TRY_AGAIN;
 use ddil_trainer::interrupt::when_stdin_closes;
 use ddil_trainer::logging::Logging;
-use ddil_trainer::pipeline::Pipeline;
 use ddil_trainer::progress::Progress;
-use ddil_trainer::sampler::SamplerKind;
-use ddil_trainer::sampling::SamplePlan;
 use serde::Deserialize;
 use tch::Kind;
 

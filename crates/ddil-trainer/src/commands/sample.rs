@@ -7,13 +7,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use ddil_models::Lora;
+use ddil_pipelines::{
+    Layout, Picture, Pipeline, PromptRequest, SamplePlan, decode, draw_latents, layout, save_each,
+    spaced_as_published,
+};
 use ddil_trainer::evaluation::draw_observed;
 use ddil_trainer::exit_code::NOT_FINITE;
-use ddil_trainer::picture::{Layout, Picture, save_each};
-use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::prompting::{PromptRequest, decode, draw_latents, spaced_as_published};
 use ddil_trainer::sample_file;
-use ddil_trainer::sampling::{SamplePlan, layout};
 use tch::Tensor;
 
 use super::{Calls, open_model, say, start};
@@ -73,7 +73,7 @@ fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
 /// Warns of what a student is not made for; it may be meant.
 fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
     let method = pipeline.card.method.as_str();
-    if method.is_empty() || method == "teacher" || pipeline.frame.class().is_text_to_image() {
+    if method.is_empty() || method == "teacher" || pipeline.parts.class().is_text_to_image() {
         return;
     }
     if pipeline.card.guidance_range.is_none()
@@ -147,7 +147,7 @@ fn of_prompts(
         size: [*height, *width],
         per_prompt,
     };
-    let text = pipeline.frame.text_to_image(pipeline.network.placement())?;
+    let text = pipeline.parts.text_to_image(pipeline.network.placement())?;
     let told = request.told(pipeline, &text, &plan)?;
     for (prompt, cut) in &told.truncated {
         eprintln!(

@@ -431,7 +431,8 @@ fn checksum(path: &Path) -> Result<String> {
     let found =
         [path.to_owned(), path.join("export")].into_iter().find(|f| f.join(INDEX).is_file());
     let Some(folder) = found else {
-        return Err(Error::NotAModel { path: path.to_owned(), missing: INDEX });
+        let path = path.to_owned();
+        return Err(ddil_pipelines::Error::NotAModel { path, missing: INDEX }.into());
     };
     let mut files = Vec::new();
     list(&folder, &mut files)?;

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use ddil_pipelines::{Picture, layout};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
@@ -10,9 +11,7 @@ use super::report::ComparisonReport;
 use super::{plot, table};
 use crate::error::{Error, Result};
 use crate::files::{write_atomic, write_json};
-use crate::picture::Picture;
 use crate::sample_file::KEPT;
-use crate::sampling::layout;
 
 impl ComparisonReport {
     /// Tables for a terminal.

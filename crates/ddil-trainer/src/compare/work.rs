@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
+use ddil_pipelines::{Pipeline, SamplePlan};
+
 use super::folder::ComparisonFolder;
 use super::plan::{Comparison, PlannedCell, PlannedTeacher};
 use super::record::{NamedRows, Outcome, Row};
@@ -19,10 +21,8 @@ use crate::error::{Error, Result};
 use crate::exit_code::NOT_FINITE;
 use crate::files::write_json;
 use crate::holder::Holder;
-use crate::pipeline::Pipeline;
 use crate::results::{self, Measurement};
 use crate::run_folder::{State, Status, lock_file};
-use crate::sampling::SamplePlan;
 
 /// How often a lock is asked for that another process has.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);

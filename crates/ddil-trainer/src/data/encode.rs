@@ -12,6 +12,7 @@ use ddil_data::{
     Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
 };
 use ddil_files::Invalid;
+use ddil_pipelines::{EncodedPrompts, PipelineParts, TextToImageComponents};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
@@ -19,7 +20,6 @@ use super::row_file::RowFile;
 use crate::error::{Error, Result};
 use crate::files::{TEMPORARY, parent, sync_folder, write_json};
 use crate::interrupt::Interrupt;
-use crate::pipeline::{EncodedPrompts, Frame, TextToImage};
 use crate::progress::Progress;
 use crate::run_folder;
 
@@ -59,7 +59,7 @@ impl Encoding {
     /// The encoded data, from the cache if it fits.
     pub(super) fn open(
         &self,
-        parts: impl Fn() -> Result<TextToImage>,
+        parts: impl Fn() -> Result<TextToImageComponents>,
         interrupt: &Interrupt,
     ) -> Result<EncodedDataset> {
         match self.cache()? {
@@ -110,7 +110,11 @@ impl Encoding {
     }
 
     /// Makes the cache aside, and puts it in place once it is whole.
-    fn make(&self, parts: impl Fn() -> Result<TextToImage>, interrupt: &Interrupt) -> Result<()> {
+    fn make(
+        &self,
+        parts: impl Fn() -> Result<TextToImageComponents>,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
         let name = self.folder.file_name().unwrap_or_default().to_string_lossy();
         let aside = self.folder.with_file_name(format!("{TEMPORARY}{name}"));
         fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
@@ -149,7 +153,12 @@ impl Encoding {
         Ok(sync_folder(parent(&self.folder))?)
     }
 
-    fn encode(&self, parts: &TextToImage, aside: &Path, interrupt: &Interrupt) -> Result<()> {
+    fn encode(
+        &self,
+        parts: &TextToImageComponents,
+        aside: &Path,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
         let (texts, rows) = self.distinct();
         let truncated = encode_prompts(parts, &texts, aside, interrupt)?;
         let time_ids = if let Some(images) = &self.images {
@@ -203,7 +212,7 @@ impl Encoding {
     /// Returns the numbers of size and crop of each picture.
     fn encode_pictures(
         &self,
-        parts: &TextToImage,
+        parts: &TextToImageComponents,
         images: &Path,
         aside: &Path,
         interrupt: &Interrupt,
@@ -250,7 +259,7 @@ impl Encoding {
 
 /// What the network is told of every text, in a file; the first text is the empty prompt. Returns what it is not told.
 fn encode_prompts(
-    parts: &TextToImage,
+    parts: &TextToImageComponents,
     texts: &[&str],
     aside: &Path,
     interrupt: &Interrupt,
@@ -312,7 +321,7 @@ pub(super) fn key(
     samples: &[Captioned],
     images: Option<&Path>,
     size: [i64; 2],
-    frame: &Frame,
+    pipeline_parts: &PipelineParts,
 ) -> Result<String> {
     let mut hash = Sha256::new();
     let mut note = |text: String| {
@@ -326,13 +335,13 @@ pub(super) fn key(
         }
         note(format!("{:?}", sample.texts));
     }
-    note(frame.settings());
-    for name in frame.text_parts() {
+    note(pipeline_parts.settings());
+    for name in pipeline_parts.text_parts() {
         let mut files = Vec::new();
-        collect(frame.path(), Path::new(&name), &mut files)?;
+        collect(pipeline_parts.path(), Path::new(&name), &mut files)?;
         files.sort();
         for file in files {
-            note(signature(frame.path(), &file)?);
+            note(signature(pipeline_parts.path(), &file)?);
         }
     }
     Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {

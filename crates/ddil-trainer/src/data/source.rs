@@ -10,6 +10,7 @@ use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ModelConfig, UNet2DConditionConfig, UnknownKeys,
 };
+use ddil_pipelines::{Pipeline, PipelineParts};
 use tch::Device;
 
 use super::encode::{Encoding, key};
@@ -17,7 +18,6 @@ use super::{Samples, TrainingData};
 use crate::config::{DataKind, DataSection};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use crate::pipeline::{Frame, Pipeline};
 
 /// Data that were looked at and are known to fit a teacher; what has to be encoded is not yet.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ impl DataSource {
     /// What is missing, damaged or does not fit the teacher, and where; [`Error::Invalid`] for pixels where the
     /// teacher knows latents, and the other way round.
     pub fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
-        let class = teacher.frame.class();
+        let class = teacher.parts.class();
         if !class.is_text_to_image() {
             return Self::of_pixels(section);
         }
@@ -116,7 +116,7 @@ impl DataSource {
             let prompt = |text| Captioned { file_name: PathBuf::new(), texts: vec![text] };
             (read_prompts(path)?.into_iter().map(prompt).collect(), None)
         };
-        let key = key(&samples, images.as_deref(), size, &teacher.frame)?;
+        let key = key(&samples, images.as_deref(), size, &teacher.parts)?;
         let folder = section.cache.clone();
         // Enough of it that no two meet.
         let folder = folder.unwrap_or_else(|| cache_folder().join("encoded").join(&key[..32]));
@@ -166,7 +166,7 @@ impl DataSource {
 
     /// The data as training reads them; batches come out on `device`.
     ///
-    /// Where the data are to be encoded and no cache has them, `frame`'s text encoders and autoencoder are loaded, used
+    /// Where the data are to be encoded and no cache has them, `pipeline_parts`'s text encoders and autoencoder are loaded, used
     /// and let go.
     ///
     /// # Errors
@@ -178,7 +178,7 @@ impl DataSource {
         section: &DataSection,
         seed: u64,
         device: Device,
-        encoders: Option<(&Frame, ddil_models::Placement)>,
+        encoders: Option<(&PipelineParts, ddil_models::Placement)>,
         interrupt: &Interrupt,
     ) -> Result<TrainingData> {
         self.ensure_batch_size(section.batch_size)?;
@@ -188,7 +188,9 @@ impl DataSource {
             Found::Encoded(data) => Samples::Encoded(Box::new(data)),
             Found::Raw(encoding) => {
                 let parts = || match encoders {
-                    Some((frame, placement)) => frame.text_to_image(placement),
+                    Some((pipeline_parts, placement)) => {
+                        Ok(pipeline_parts.text_to_image(placement)?)
+                    }
                     None => invalid("data.kind", "to be encoded", "of pixels"),
                 };
                 Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
@@ -238,7 +240,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     let Some(text_width) = config.cross_attention_dim.at(0).map(i64::from) else {
         return invalid("teacher's cross_attention_dim", "empty", "a width");
     };
-    let path = teacher.frame.path().join("vae").join("config.json");
+    let path = teacher.parts.path().join("vae").join("config.json");
     let vae = AutoencoderKLConfig::from_file(path, UnknownKeys::Refuse)?;
     let channels = i64::from(vae.latent_channels);
     if [config.in_channels, config.out_channels].map(i64::from) != [channels; 2] {

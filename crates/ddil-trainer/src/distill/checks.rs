@@ -7,6 +7,7 @@ use ddil_losses::{
 };
 
 use ddil_models::{ModelConfig, UNet2DConfig};
+use ddil_pipelines::Pipeline;
 use ddil_schedulers::Thresholding;
 use tch::{Tensor, kind};
 
@@ -14,7 +15,6 @@ use super::stage::Stage;
 use crate::config::{CriticSection, DataKind, DistillConfig};
 use crate::data::DataSource;
 use crate::error::{Error, Result};
-use crate::pipeline::Pipeline;
 
 /// Checks teacher, student, data and method against each other.
 pub(super) fn ensure_fits(
@@ -26,7 +26,7 @@ pub(super) fn ensure_fits(
     let requirements = stage.objective.requirements();
     ensure_kind(config, teacher)?;
     let (taught, found) = (teacher.card.image_shape, data.image_shape());
-    if taught != found && teacher.frame.class().is_text_to_image() {
+    if taught != found && teacher.parts.class().is_text_to_image() {
         tracing::warn!(
             "latents are {found:?}, but the teacher was made for {taught:?} (channels, height, width)"
         );
@@ -72,7 +72,7 @@ pub(super) fn ensure_fits(
 
 /// The network must be told what the data say, and nothing else.
 fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
-    let (class, model) = (teacher.frame.class(), teacher.network.config());
+    let (class, model) = (teacher.parts.class(), teacher.network.config());
     let is_told_text = matches!(model, ModelConfig::UNet2DCondition(_));
     if is_told_text != class.is_text_to_image() {
         let expected =

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use ddil_core::Conditioning;
 use ddil_data::EncodedDataset;
 use ddil_models::Placement;
+use ddil_pipelines::{EncodedPrompts, PipelineParts};
 use tch::Device;
 
 use crate::data::{TrainingData, sampled_time_ids};
 use crate::error::Result;
-use crate::pipeline::{EncodedPrompts, Frame};
 
 /// Prompts of a grid where the config names none.
 const SHOWN: usize = 4;
@@ -31,11 +31,11 @@ impl Prompted {
     pub(super) fn new(
         data: &TrainingData,
         wanted: &[String],
-        frame: &Frame,
+        pipeline_parts: &PipelineParts,
         placement: Placement,
     ) -> Result<Option<Self>> {
         let Some(encoded) = data.encoded() else { return Ok(None) };
-        let shown = shown(data, encoded, wanted, frame, placement)?;
+        let shown = shown(data, encoded, wanted, pipeline_parts, placement)?;
         let device = placement.device;
         let empty = encoded.empty_prompt()?.map(|empty| empty.to_device(device)).transpose()?;
         Ok(Some(Self { empty, shown: shown.to_device(device)? }))
@@ -51,7 +51,7 @@ fn shown(
     data: &TrainingData,
     encoded: &EncodedDataset,
     wanted: &[String],
-    frame: &Frame,
+    pipeline_parts: &PipelineParts,
     placement: Placement,
 ) -> Result<Conditioning> {
     // The row of no prompt may be zeros, and not what the encoders say of an empty text.
@@ -69,7 +69,7 @@ fn shown(
     } else if let Some(rows) = wanted.iter().map(known).collect::<Option<Vec<i64>>>() {
         encoded.told(&rows)?
     } else {
-        let parts = frame.text_to_image(placement)?;
+        let parts = pipeline_parts.text_to_image(placement)?;
         let texts: Vec<&str> = wanted.iter().map(String::as_str).collect();
         let EncodedPrompts { conditioning, truncated } = parts.encode(&texts)?;
         for (text, cut) in wanted.iter().zip(truncated) {

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use ddil_models::{Lora, Placement, weights};
+use ddil_pipelines::Pipeline;
 use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::Pipeline;
 use tch::Tensor;
 
 use crate::support::{TestResult, Workshop, checkpoints, copy_folder, json, snapshot};

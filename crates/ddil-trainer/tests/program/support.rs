@@ -9,9 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
+use ddil_pipelines::{Card, Pipeline, SamplerKind, Scheduler};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
-use ddil_trainer::pipeline::{Card, Pipeline, Scheduler};
-use ddil_trainer::sampler::SamplerKind;
 use serde_json::Value;
 use tempfile::TempDir;
 

@@ -8,9 +8,8 @@ use ddil_core::{Conditioning, Denoiser};
 use ddil_data::{Captioned, read_captions, read_cropped};
 use ddil_losses::TeacherGuidance;
 use ddil_models::{Placement, weights};
+use ddil_pipelines::{Guide, Pipeline, PipelineClass};
 use ddil_trainer::config::Precision;
-use ddil_trainer::guide::Guide;
-use ddil_trainer::pipeline::{Pipeline, PipelineClass};
 use tch::{Kind, Tensor, kind};
 
 use crate::bad_input::each_is_refused;
@@ -44,7 +43,7 @@ fn workshop(family: Family) -> Workshop {
     workshop
 }
 
-fn read(folder: &Path) -> Result<Pipeline, ddil_trainer::Error> {
+fn read(folder: &Path) -> Result<Pipeline, ddil_pipelines::Error> {
     Pipeline::read(folder, Placement::default(), Precision::Float32)
 }
 
@@ -54,7 +53,7 @@ fn the_teacher_is_a_model_folder_with_its_text_parts() -> TestResult {
         let workshop = Workshop::of_text(family);
         let pipeline = read(&workshop.path("teacher"))?;
         assert_eq!(pipeline.card.image_shape, [4, 8, 8]);
-        let parts = pipeline.frame.text_to_image(Placement::default())?;
+        let parts = pipeline.parts.text_to_image(Placement::default())?;
         let said = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
         let states = said.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
         let xl = family == Family::StableDiffusionXl;
@@ -74,7 +73,7 @@ fn the_teacher_is_a_model_folder_with_its_text_parts() -> TestResult {
 fn is_a_model(run: &Path, teacher: &Path) -> Pipeline {
     let student = read(run).expect("the export is a model folder");
     let teacher = read(teacher).expect("so is the teacher");
-    let parts = student.frame.text_to_image(Placement::default()).expect("its parts are there");
+    let parts = student.parts.text_to_image(Placement::default()).expect("its parts are there");
     parts.encode(&["a cat"]).expect("they work");
     let weights = |p: &Pipeline| p.network.parameters().learned();
     let differs = weights(&student).iter().zip(weights(&teacher)).any(|(a, b)| a.1 != b.1);
@@ -106,7 +105,7 @@ fn each_method_learns_from_each_kind_of_data() {
                 (_, "lcm") => PipelineClass::LatentConsistency,
                 _ => PipelineClass::StableDiffusion,
             };
-            assert_eq!(student.frame.class(), class, "{name}");
+            assert_eq!(student.parts.class(), class, "{name}");
             assert_eq!(student.card.guidance_range.is_some(), name == "lcm", "{name}");
             let grids = snapshot(&run.join("samples"));
             assert_eq!(grids.len(), 1, "{name}: {:?}", grids.keys());
@@ -119,7 +118,7 @@ fn an_adapter_learns_from_captions() {
     let workshop = workshop(Family::StableDiffusion);
     let run = workshop.complete("distill", "adapter", &["student.lora={ rank = 2 }"]);
     let student = read(&run).expect("the adapter and its base are a model");
-    assert_eq!(student.frame.class(), PipelineClass::StableDiffusion);
+    assert_eq!(student.parts.class(), PipelineClass::StableDiffusion);
     assert!(student.card.adapter.is_some());
 }
 
@@ -157,7 +156,7 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
     for family in FAMILIES {
         let workshop = workshop(family);
         let teacher = read(&workshop.path("teacher"))?;
-        let parts = teacher.frame.text_to_image(Placement::default())?;
+        let parts = teacher.parts.text_to_image(Placement::default())?;
         let told = parts.encode(&["a red cat", "a dog"])?.conditioning;
         let told = told.with_some(Conditioning::TIME_IDS, parts.time_ids([16, 16], 2));
         let mut empty = parts.empty()?;
@@ -166,7 +165,7 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
         assert_eq!(is_zero, family == Family::StableDiffusionXl);
 
         let guide = Guide::of_prompts(&teacher.card, empty.shallow_clone());
-        let guided = guide.teacher(&teacher.network, TeacherGuidance::Cfg { scale: 3.0 })?;
+        let guided = TeacherGuidance::Cfg { scale: 3.0 }.wrap(&teacher.network, guide.null()?)?;
         let (x_t, t) =
             (Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[999_i64, 500]));
         let found = guided.predict(&x_t, &t, &told)?.epsilon;
@@ -249,7 +248,7 @@ fn a_cache_holds_what_the_teachers_own_parts_say() -> TestResult {
     let samples = file("samples.safetensors")?;
     let texts: Vec<String> =
         serde_json::from_slice(&fs::read(workshop.path("cache/prompts.json"))?)?;
-    let parts = read(&workshop.path("teacher"))?.frame.text_to_image(Placement::default())?;
+    let parts = read(&workshop.path("teacher"))?.parts.text_to_image(Placement::default())?;
     let captions = read_captions(&workshop.path("captions"))?;
     assert_eq!((captions.len(), latents["mean"].size()[0]), (6, 6));
     let size = [i64::from(SIDE); 2];

@@ -7,11 +7,11 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser};
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Lora, LoraConfig, LoraFormat, Placement, UNet2DConditionModel};
+use ddil_pipelines::{
+    Pipeline, PromptRequest, SamplePlan, draw_latents, initial_noise, spaced_as_published,
+};
 use ddil_trainer::config::Precision;
 use ddil_trainer::memory::MemoryPlan;
-use ddil_trainer::pipeline::Pipeline;
-use ddil_trainer::prompting::{PromptRequest, draw_latents, spaced_as_published};
-use ddil_trainer::sampling::{SamplePlan, initial_noise};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -145,7 +145,7 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
     let plan = spaced_as_published(&pipeline, plan)?;
     // Leading, as the file has it: multiples of 250.
     assert_eq!(plan.timesteps.as_deref(), Some(&[750, 500, 250, 0][..]));
-    let text = pipeline.frame.text_to_image(Placement::default())?;
+    let text = pipeline.parts.text_to_image(Placement::default())?;
     let request = PromptRequest {
         prompts: vec!["a cat".to_owned(), "a dog".to_owned()],
         negative_prompt: None,

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, read_small_json, write_json};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::files::{read_small_json, write_json};
 
 /// The file's name.
 pub(super) const FILE_NAME: &str = "model_index.json";

@@ -2,9 +2,9 @@
 
 mod adapter;
 mod card;
-mod frame;
 mod index;
 mod parts;
+mod pipeline_parts;
 mod scheduler;
 mod text_to_image;
 
@@ -12,20 +12,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, write_json};
+use ddil_models::Precision;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Model, ModelConfig, NetworkDenoiser, Placement, UnknownKeys};
 use ddil_schedulers::{SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
-pub use self::frame::Frame;
 pub use self::index::PipelineClass;
 pub use self::parts::{PartSummary, Parts, WeightForm};
+pub use self::pipeline_parts::PipelineParts;
 pub use self::scheduler::Scheduler;
-pub use self::text_to_image::{EncodedPrompts, TextToImage};
-use crate::config::Precision;
+pub use self::text_to_image::{EncodedPrompts, TextToImageComponents};
 use crate::error::{Error, Result};
-use crate::files::write_json;
 use crate::sampler::SamplerKind;
 
 /// A model read from its folder.
@@ -44,7 +43,7 @@ pub struct Pipeline {
     /// What else is known of it.
     pub card: Card,
     /// The folder, and what stands in it around the network.
-    pub frame: Frame,
+    pub parts: PipelineParts,
 }
 
 const UNET: &str = "unet";
@@ -75,8 +74,8 @@ impl Pipeline {
         let base = Self::base_of(&folder)?;
         let scheduler = Self::read_scheduler(&folder)?;
         let without_values = |_: &Path, config: &ModelConfig| Ok(config.without_values()?);
-        let (unet, frame) = Self::read_base(&base, without_values)?;
-        Self::assemble(&folder, scheduler, unet, frame, Precision::Float32)
+        let (unet, parts) = Self::read_base(&base, without_values)?;
+        Self::assemble(&folder, scheduler, unet, parts, Precision::Float32)
     }
 
     /// Checks that a model's weights are there and are those of its network, by the headers of their files.
@@ -102,8 +101,8 @@ impl Pipeline {
             return Self::read_adapter(&folder, network, precision);
         }
         let scheduler = Self::read_scheduler(&folder)?;
-        let (unet, frame) = Self::read_base(&folder, network)?;
-        Self::assemble(&folder, scheduler, unet, frame, precision)
+        let (unet, parts) = Self::read_base(&folder, network)?;
+        Self::assemble(&folder, scheduler, unet, parts, precision)
     }
 
     fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
@@ -118,8 +117,8 @@ impl Pipeline {
     fn read_base(
         path: &Path,
         network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
-    ) -> Result<(Model, Frame)> {
-        let frame = Frame::read(path)?;
+    ) -> Result<(Model, PipelineParts)> {
+        let parts = PipelineParts::read(path)?;
         let config_file = path.join(UNET).join("config.json");
         let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
         if config.channels().is_none() {
@@ -131,7 +130,7 @@ impl Pipeline {
         }
         let unet = network(&path.join(UNET), &config)?;
         unet.parameters().set_trainable(false);
-        Ok((unet, frame))
+        Ok((unet, parts))
     }
 
     /// Puts a network together with the scheduler and the card of a folder.
@@ -139,7 +138,7 @@ impl Pipeline {
         path: &Path,
         scheduler: SchedulerConfig,
         unet: Model,
-        frame: Frame,
+        parts: PipelineParts,
         precision: Precision,
     ) -> Result<Self> {
         let schedule = scheduler.schedule()?;
@@ -157,7 +156,7 @@ impl Pipeline {
             }
             _ => SamplerKind::Ddim { eta: 0.0 },
         };
-        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, frame })
+        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts })
     }
 
     /// The model folder at `path`: itself, or the export below it.
@@ -179,14 +178,14 @@ impl Pipeline {
     ///
     /// As [`read`](Self::read), as far as the index goes.
     pub fn class_at(path: &Path) -> Result<PipelineClass> {
-        Ok(Frame::read(&Self::base_of(&Self::find(path)?)?)?.class())
+        Ok(PipelineParts::read(&Self::base_of(&Self::find(path)?)?)?.class())
     }
 
     /// The scale of guidance that samples have unless somebody asks for another: that of the card, and for a teacher of
     /// text to image the one that diffusers' pipeline of its class has.
     pub fn default_guidance_scale(&self) -> f64 {
         let is_teacher = self.card.method.is_empty() || self.card.method == "teacher";
-        match (self.frame.class(), self.sampler) {
+        match (self.parts.class(), self.sampler) {
             (PipelineClass::StableDiffusion, SamplerKind::Ddim { .. }) if is_teacher => 7.5,
             (PipelineClass::StableDiffusionXl, SamplerKind::Ddim { .. }) if is_teacher => 5.0,
             _ => self.card.default_guidance_scale(),
@@ -195,7 +194,7 @@ impl Pipeline {
 
     /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) read.
     ///
-    /// Without a frame it is a U-Net and a scheduler: `DDIMPipeline` for DDIM, `DDPMPipeline`, which takes any scheduler,
+    /// Without `parts` it is a U-Net and a scheduler: `DDIMPipeline` for DDIM, `DDPMPipeline`, which takes any scheduler,
     /// for LCM. With that of a text-to-image model, what stands around its network is copied.
     ///
     /// The settings of the network say the size of the card, which is that of what it was trained on. A folder that is there
@@ -209,7 +208,7 @@ impl Pipeline {
         network: &NetworkDenoiser,
         scheduler: &Scheduler,
         card: &Card,
-        frame: Option<&Frame>,
+        parts: Option<&PipelineParts>,
     ) -> Result<()> {
         for sub in [folder.join(UNET), folder.join("scheduler")] {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
@@ -217,12 +216,12 @@ impl Pipeline {
         weights::save(&network.weights()?, folder.join(WEIGHTS), &BTreeMap::new())?;
         let config = sized(network.config(), card)?;
         let config_file = folder.join(UNET).join("config.json");
-        crate::files::write_atomic(&config_file, config.to_json().as_bytes())?;
+        ddil_files::write_atomic(&config_file, config.to_json().as_bytes())?;
         scheduler.config.write(folder.join(SCHEDULER))?;
         let thresholding = scheduler.unspoken.clone();
         write_json(&folder.join(card::FILE_NAME), &Card { thresholding, ..card.clone() })?;
         // Last: a folder with an index is a whole one.
-        Frame::write(folder, &config, &scheduler.config, frame)
+        PipelineParts::write(folder, &config, &scheduler.config, parts)
     }
 }
 

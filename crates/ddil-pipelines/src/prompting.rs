@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::guide::Guide;
-use crate::pipeline::{EncodedPrompts, Pipeline, TextToImage};
+use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
 use crate::sampler::SamplerKind;
 use crate::sampling::{Observed, SamplePlan, generate, initial_noise};
 
@@ -43,7 +43,7 @@ impl PromptRequest {
     /// # Errors
     ///
     /// [`Error::Invalid`] if neither the request nor the model says.
-    pub fn pixels(&self, pipeline: &Pipeline, text: &TextToImage) -> Result<[i64; 2]> {
+    pub fn pixels(&self, pipeline: &Pipeline, text: &TextToImageComponents) -> Result<[i64; 2]> {
         // The card's and not the network's: an adapter may stand on a network that was made for another size.
         let [_, own_height, own_width] = pipeline.card.image_shape;
         let own = [own_height, own_width].map(|side| side * text.pixels_per_latent());
@@ -70,7 +70,12 @@ impl PromptRequest {
     ///
     /// [`Error::Invalid`] without a prompt, for no pictures, for a size that cannot be, and for a negative prompt that
     /// plays no part: without guidance, and where the network is told its guidance.
-    pub fn told(&self, pipeline: &Pipeline, text: &TextToImage, plan: &SamplePlan) -> Result<Told> {
+    pub fn told(
+        &self,
+        pipeline: &Pipeline,
+        text: &TextToImageComponents,
+        plan: &SamplePlan,
+    ) -> Result<Told> {
         self.ensure(pipeline, plan)?;
         let size = self.pixels(pipeline, text)?;
         let latent_shape = text.latent_shape(size)?;
@@ -168,7 +173,7 @@ pub fn draw_latents(
 /// # Errors
 ///
 /// What the autoencoder refuses.
-pub fn decode(text: &TextToImage, latents: &Tensor, batch_size: u32) -> Result<Tensor> {
+pub fn decode(text: &TextToImageComponents, latents: &Tensor, batch_size: u32) -> Result<Tensor> {
     let batches = latents.f_split(i64::from(batch_size.max(1)), 0);
     let pictures = batches.map_err(Error::torch("decode"))?;
     let pictures = pictures.iter().map(|batch| Ok(text.decode(batch)?.to_device(Device::Cpu)));

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use ddil_libtorch::Generator;
 use ddil_models::{Placement, weights};
-use ddil_trainer::config::Precision;
-use ddil_trainer::pipeline::Pipeline;
+use ddil_pipelines::{Pipeline, Precision};
+use ddil_tests::copy_folder;
 use tch::{Device, Kind};
 
-use crate::{TestResult, copy_folder};
+use crate::TestResult;
 
 /// With a factor alone, with a shift, and with mean and spread of each channel.
 #[test]
@@ -21,7 +21,7 @@ fn mean_and_spread_are_those_of_the_latents_that_are_drawn() -> TestResult {
         copy_folder(&vae, &folder.path().join("vae"))?;
         let images = &weights::read_all(vae.join("expected.safetensors"))?["images"];
         let pipeline = Pipeline::read(folder.path(), Placement::default(), Precision::Float32)?;
-        let parts = pipeline.frame.text_to_image(Placement::default())?;
+        let parts = pipeline.parts.text_to_image(Placement::default())?;
         let [mean, std] = parts.latent_distribution(images)?;
         let noise = Generator::new(Device::Cpu, 7)?.normal(mean.size(), Kind::Float)?;
         let drawn = parts.encode_images(images, &mut Generator::new(Device::Cpu, 7)?)?;

@@ -2,7 +2,6 @@
 
 use ddil_core::{Conditioning, Denoiser, Guided};
 use ddil_files::Invalid;
-use ddil_losses::TeacherGuidance;
 use ddil_schedulers::{NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
@@ -62,23 +61,6 @@ impl Guide {
             None if (scale - 1.0).abs() < f64::EPSILON => Box::new(denoiser),
             None => Box::new(Guided::new(denoiser, scale, self.null()?)?),
         })
-    }
-
-    /// A teacher with its guidance around it; thresholding goes outside of that.
-    ///
-    /// # Errors
-    ///
-    /// As [`null`](Self::null) where the guidance needs it.
-    pub fn teacher<'a>(
-        &self,
-        teacher: impl Denoiser + 'a,
-        guidance: TeacherGuidance,
-    ) -> Result<Box<dyn Denoiser + 'a>> {
-        let null = match guidance {
-            TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } => self.null()?,
-            TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => Conditioning::none(),
-        };
-        Ok(guidance.wrap(teacher, null)?)
     }
 }
 

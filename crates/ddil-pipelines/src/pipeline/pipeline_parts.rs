@@ -7,13 +7,13 @@ use ddil_models::{AutoencoderKL, ModelConfig, Placement, UnknownKeys};
 use ddil_schedulers::SchedulerConfig;
 
 use super::index::{Index, PipelineClass};
-use super::text_to_image::TextToImage;
+use super::text_to_image::TextToImageComponents;
 use crate::error::{Error, Result};
 
 /// A model folder without its network and scheduler: for a text-to-image model the text encoders with their tokenizers and
 /// the autoencoder, for one of pixels nothing.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Frame {
+pub struct PipelineParts {
     path: PathBuf,
     index: Index,
 }
@@ -24,7 +24,7 @@ const VAE: &str = "vae";
 /// What a folder has of its own.
 const OWN: [&str; 2] = ["unet", "scheduler"];
 
-impl Frame {
+impl PipelineParts {
     /// Looks at the index of a folder.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         Ok(Self { path: folder.to_owned(), index: Index::read(folder)? })
@@ -45,8 +45,8 @@ impl Frame {
     /// # Errors
     ///
     /// [`Error::Invalid`] for a model of pixels, and for one that lacks a part; what a part refuses.
-    pub fn text_to_image(&self, placement: Placement) -> Result<TextToImage> {
-        TextToImage::read(&self.path, &self.index, placement)
+    pub fn text_to_image(&self, placement: Placement) -> Result<TextToImageComponents> {
+        TextToImageComponents::read(&self.path, &self.index, placement)
     }
 
     /// Loads the autoencoder of a text-to-image model alone, which is all that latents need to be seen.
@@ -62,7 +62,7 @@ impl Frame {
     }
 
     /// Names of the folders that encoded texts and pictures depend on.
-    pub(crate) fn text_parts(&self) -> Vec<String> {
+    pub fn text_parts(&self) -> Vec<String> {
         let of_text = |name: &str| {
             name == VAE || name.starts_with("text_encoder") || name.starts_with("tokenizer")
         };
@@ -71,7 +71,7 @@ impl Frame {
     }
 
     /// The class and what else the index says beside the parts, in one line.
-    pub(crate) fn settings(&self) -> String {
+    pub fn settings(&self) -> String {
         format!("{} {:?}", self.index.class.as_str(), self.index.settings)
     }
 

@@ -6,9 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_files::write_atomic;
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result, files::write_atomic};
+use crate::{Error, Result};
 
 /// What a picture can be made of; for error messages.
 const EXPECTED: &str =
@@ -60,7 +61,7 @@ impl Picture {
     /// # Example
     ///
     /// ```
-    /// use ddil_trainer::picture::{Layout, Picture};
+    /// use ddil_pipelines::{Layout, Picture};
     /// use std::num::NonZeroU32;
     /// use tch::{Tensor, kind};
     ///

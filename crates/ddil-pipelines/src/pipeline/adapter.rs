@@ -4,13 +4,12 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, write_atomic, write_json};
+use ddil_models::Precision;
 use ddil_models::{Lora, LoraFormat, Model, ModelConfig, NetworkDenoiser};
 
-use super::{AdapterCard, Card, Frame, Pipeline, SCHEDULER, Scheduler, card, index};
-use crate::config::Precision;
+use super::{AdapterCard, Card, Pipeline, PipelineParts, SCHEDULER, Scheduler, card, index};
 use crate::error::{Error, Result};
-use crate::files::{write_atomic, write_json};
 
 /// What diffusers calls the file.
 const WEIGHTS: &str = "pytorch_lora_weights.safetensors";
@@ -34,7 +33,7 @@ impl Pipeline {
         network: &NetworkDenoiser,
         scheduler: &Scheduler,
         card: Card,
-        base: &Frame,
+        base: &PipelineParts,
     ) -> Result<()> {
         let Some(lora) = network.adapter() else {
             return Err(Error::Invalid(Invalid::new(
@@ -68,9 +67,9 @@ impl Pipeline {
     ) -> Result<Self> {
         let base = Self::base_of(folder)?;
         let scheduler = Self::read_scheduler(folder)?;
-        let (unet, frame) = Self::read_base(&base, network)?;
+        let (unet, parts) = Self::read_base(&base, network)?;
         Lora::from_file(unet.parameters(), folder.join(WEIGHTS))?.fuse()?;
-        Self::assemble(folder, scheduler, unet, frame, precision)
+        Self::assemble(folder, scheduler, unet, parts, precision)
     }
 
     /// The file of adapters that a folder, or the export of a run, has in place of a whole model, and the folder of the

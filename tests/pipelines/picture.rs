@@ -1,9 +1,6 @@
 use std::{fs, num::NonZeroU32};
 
-use ddil_trainer::{
-    Error,
-    picture::{Layout, Picture, save_each},
-};
+use ddil_pipelines::{Error, Layout, Picture, save_each};
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
 use crate::TestResult;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, temporary_sibling, with_causes, write_atomic};
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ClipTextConfig, ClipTokenizer, Error as ModelsError,
     ModelConfig, UnknownKeys,
@@ -16,8 +16,7 @@ use tch::{Kind, Tensor};
 
 use super::index::{self, Index, PipelineClass};
 use super::{Pipeline, SCHEDULER, UNET, card};
-use crate::error::{Error, Result, with_causes};
-use crate::files::{temporary_sibling, write_atomic};
+use crate::error::{Error, Result};
 
 /// How weights are written.
 #[derive(Clone, Debug, PartialEq, Eq)]

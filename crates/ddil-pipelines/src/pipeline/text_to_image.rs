@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 ///
 /// They are needed while data are encoded and while pictures are drawn, not while a student is trained.
 #[derive(Debug)]
-pub struct TextToImage {
+pub struct TextToImageComponents {
     /// One, or two for Stable Diffusion XL.
     encoders: Vec<TextEncoder>,
     vae: AutoencoderKL,
@@ -49,7 +49,7 @@ pub struct EncodedPrompts {
     pub truncated: Vec<Option<String>>,
 }
 
-impl TextToImage {
+impl TextToImageComponents {
     /// Reads the parts of a pipeline's folder.
     ///
     /// # Errors
@@ -128,7 +128,8 @@ impl TextToImage {
             };
             states.push(state.to_kind(Kind::Float));
         }
-        let states = Tensor::f_cat(&states, -1).map_err(Error::torch("TextToImage::encode"))?;
+        let states =
+            Tensor::f_cat(&states, -1).map_err(Error::torch("TextToImageComponents::encode"))?;
         let conditioning = Conditioning::none()
             .with(Conditioning::ENCODER_HIDDEN_STATES, states)
             .with_some(Conditioning::TEXT_EMBEDS, text_embeds);
@@ -213,7 +214,7 @@ impl TextToImage {
     ///
     /// What the autoencoder refuses.
     pub fn latent_distribution(&self, images: &Tensor) -> Result<[Tensor; 2]> {
-        const OP: &str = "TextToImage::latent_distribution";
+        const OP: &str = "TextToImageComponents::latent_distribution";
         let _no_grad = tch::no_grad_guard();
         let device = self.vae.parameters().placement().device;
         let images = images.f_to_device(device).map_err(Error::torch(OP))?;

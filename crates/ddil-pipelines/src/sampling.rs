@@ -52,7 +52,7 @@ impl SamplePlan {
             (None, SamplerKind::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
             (None, SamplerKind::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
         };
-        let of_latents = pipeline.frame.class().is_text_to_image();
+        let of_latents = pipeline.parts.class().is_text_to_image();
         Self {
             steps,
             guidance_scale: pipeline.default_guidance_scale(),

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ddil_models::{ClipTextConfig, Placement, UnknownKeys, weights};
-use ddil_trainer::pipeline::{Parts, WeightForm};
+use ddil_pipelines::{Parts, WeightForm};
+use ddil_tests::{child, copy_folder, folder_of_child};
 use tch::Kind;
 
-use crate::{TestResult, child, copy_folder, folder_of_child};
+use crate::TestResult;
 
 /// A pipeline that `tools/record/record_pipelines.py` wrote.
 fn golden() -> PathBuf {

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use ddil_core::Priors;
+use ddil_files::read_versioned;
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::files::read_versioned;
 
 /// The file's name.
 pub(super) const FILE_NAME: &str = "ddil.json";

@@ -1,0 +1,337 @@
+//! Images from a model folder in one chain of calls.
+
+use std::path::Path;
+
+use ddil_files::Invalid;
+use ddil_models::Placement;
+use tch::{Device, Tensor};
+
+use crate::guide::Guide;
+use crate::pipeline::{Pipeline, TextToImageComponents};
+use crate::prompting::{PromptRequest, decode, draw_latents, spaced_as_published};
+use crate::sampling::{SamplePlan, classes, generate, initial_noise};
+use crate::{Precision, Result};
+
+/// A text-to-image model in memory: U-Net, tokenizers, text encoders and autoencoder.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::TextToImage;
+///
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image");
+/// let model = TextToImage::open(path, Placement::default())?;
+/// let images = model.prompt("a sneaker").steps(2).images()?;
+/// assert_eq!(images.size()[0], 1);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct TextToImage {
+    pipeline: Pipeline,
+    components: TextToImageComponents,
+}
+
+impl TextToImage {
+    /// Reads a model folder of diffusers (Stable Diffusion 1 and 2, XL, latent consistency) or the export of a run,
+    /// computed in single precision.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAModel`](crate::Error::NotAModel) if the folder contains no model,
+    /// [`Error::Invalid`](crate::Error::Invalid) for a model without text; otherwise the error of the file that could
+    /// not be read.
+    pub fn open(path: impl AsRef<Path>, placement: Placement) -> Result<Self> {
+        Self::open_in(path, placement, Precision::default())
+    }
+
+    /// As [`open`](Self::open), computed in `precision`.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_in(
+        path: impl AsRef<Path>,
+        placement: Placement,
+        precision: Precision,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let class = Pipeline::class_at(path)?;
+        if !class.is_text_to_image() {
+            let expected = "a text-to-image pipeline; `ClassToImage` opens models of pixels";
+            return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
+        }
+        Pipeline::read(path, placement, precision)?.try_into()
+    }
+
+    /// The pipeline: network, scheduler and card.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
+    }
+
+    /// Tokenizers, text encoders and autoencoder.
+    pub fn components(&self) -> &TextToImageComponents {
+        &self.components
+    }
+
+    /// A request for one image of one prompt.
+    pub fn prompt(&self, prompt: impl Into<String>) -> PromptImages<'_> {
+        self.prompts([prompt])
+    }
+
+    /// A request for one image of each prompt.
+    pub fn prompts<P: Into<String>>(
+        &self,
+        prompts: impl IntoIterator<Item = P>,
+    ) -> PromptImages<'_> {
+        let request = PromptRequest {
+            prompts: prompts.into_iter().map(Into::into).collect(),
+            negative_prompt: None,
+            size: [None; 2],
+            per_prompt: 1,
+        };
+        PromptImages { model: self, request, options: Options::default() }
+    }
+}
+
+impl TryFrom<Pipeline> for TextToImage {
+    type Error = crate::Error;
+
+    /// Reads the components of a pipeline that is open already.
+    fn try_from(pipeline: Pipeline) -> Result<Self> {
+        let components = pipeline.parts.text_to_image(pipeline.network.placement())?;
+        Ok(Self { pipeline, components })
+    }
+}
+
+/// How samples are drawn where the caller chose something else than the model's own way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Options {
+    steps: Option<u32>,
+    guidance_scale: Option<f64>,
+    batch_size: Option<u32>,
+    seed: u64,
+}
+
+impl Options {
+    fn plan(&self, pipeline: &Pipeline) -> SamplePlan {
+        let plan = SamplePlan::of(pipeline, self.steps);
+        SamplePlan {
+            guidance_scale: self.guidance_scale.unwrap_or(plan.guidance_scale),
+            batch_size: self.batch_size.unwrap_or(plan.batch_size).max(1),
+            seed: self.seed,
+            ..plan
+        }
+    }
+}
+
+/// Methods that both requests share.
+macro_rules! option_methods {
+    () => {
+        /// Number of network steps; the default is the model's own: 50 for a teacher, a student's own number otherwise.
+        #[must_use]
+        pub fn steps(mut self, steps: u32) -> Self {
+            self.options.steps = Some(steps);
+            self
+        }
+
+        /// Scale of classifier-free guidance; 1 is none. The default is the model's own.
+        #[must_use]
+        pub fn guidance_scale(mut self, scale: f64) -> Self {
+            self.options.guidance_scale = Some(scale);
+            self
+        }
+
+        /// Seed of the noise; default 0. The same seed gives the same images.
+        #[must_use]
+        pub fn seed(mut self, seed: u64) -> Self {
+            self.options.seed = seed;
+            self
+        }
+
+        /// Samples per call of the network: a matter of memory and speed; it changes the images by rounding alone.
+        #[must_use]
+        pub fn batch_size(mut self, batch_size: u32) -> Self {
+            self.options.batch_size = Some(batch_size);
+            self
+        }
+    };
+}
+
+/// Images to be drawn from prompts; see [`TextToImage::prompt`].
+#[derive(Clone, Debug)]
+#[must_use = "nothing is drawn before `images`"]
+pub struct PromptImages<'a> {
+    model: &'a TextToImage,
+    request: PromptRequest,
+    options: Options,
+}
+
+impl PromptImages<'_> {
+    option_methods!();
+
+    /// Guides away from this prompt; the default is the model's own empty prompt.
+    pub fn negative_prompt(mut self, prompt: impl Into<String>) -> Self {
+        self.request.negative_prompt = Some(prompt.into());
+        self
+    }
+
+    /// Height and width in pixels; the default is the size that the model was trained on.
+    pub fn size(mut self, height: u32, width: u32) -> Self {
+        self.request.size = [Some(height), Some(width)];
+        self
+    }
+
+    /// Images per prompt; default 1.
+    pub fn images_per_prompt(mut self, n: u32) -> Self {
+        self.request.per_prompt = n;
+        self
+    }
+
+    /// Draws the images. A prompt that is longer than the text encoder reads is cut, with a warning in the log.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: `[prompts * images_per_prompt, channels, height, width]`, `Float`, about `[-1, 1]`, on the CPU; those
+    ///   of a prompt one after another
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for a size, number of steps or guidance that the model cannot have.
+    pub fn images(self) -> Result<Tensor> {
+        let TextToImage { pipeline, components } = self.model;
+        let plan = spaced_as_published(pipeline, self.options.plan(pipeline))?;
+        let told = self.request.told(pipeline, components, &plan)?;
+        for (prompt, cut_off) in &told.truncated {
+            tracing::warn!("the text encoder cuts {cut_off:?} off the prompt {prompt:?}");
+        }
+        let latents = draw_latents(pipeline, &plan, &told, &|| ())?;
+        decode(components, &latents, plan.batch_size)
+    }
+}
+
+/// A model of pixels in memory, class-conditional or unconditional.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::ClassToImage;
+///
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher");
+/// let model = ClassToImage::open(path, Placement::default())?;
+/// let images = model.samples(2).class("Sneaker").steps(2).images()?;
+/// assert_eq!(images.size(), [2, 1, 32, 32]);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ClassToImage {
+    pipeline: Pipeline,
+}
+
+impl ClassToImage {
+    /// Reads a model folder of diffusers (`DDIMPipeline`, `DDPMPipeline`) or the export of a run, computed in single
+    /// precision.
+    ///
+    /// # Errors
+    ///
+    /// As [`TextToImage::open`], with [`Error::Invalid`](crate::Error::Invalid) for a text-to-image model.
+    pub fn open(path: impl AsRef<Path>, placement: Placement) -> Result<Self> {
+        Self::open_in(path, placement, Precision::default())
+    }
+
+    /// As [`open`](Self::open), computed in `precision`.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_in(
+        path: impl AsRef<Path>,
+        placement: Placement,
+        precision: Precision,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let class = Pipeline::class_at(path)?;
+        if class.is_text_to_image() {
+            let expected = "a pipeline of pixels; `TextToImage` opens models with text";
+            return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
+        }
+        Ok(Self { pipeline: Pipeline::read(path, placement, precision)? })
+    }
+
+    /// The pipeline: network, scheduler and card.
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
+    }
+
+    /// Names of the classes, by label; empty for an unconditional model.
+    pub fn class_names(&self) -> &[String] {
+        &self.pipeline.card.class_names
+    }
+
+    /// A request for `n` images; classes take turns.
+    pub fn samples(&self, n: u32) -> ClassImages<'_> {
+        ClassImages { model: self, n, class: None, options: Options::default() }
+    }
+}
+
+/// Images to be drawn of classes; see [`ClassToImage::samples`].
+#[derive(Clone, Debug)]
+#[must_use = "nothing is drawn before `images`"]
+pub struct ClassImages<'a> {
+    model: &'a ClassToImage,
+    n: u32,
+    class: Option<String>,
+    options: Options,
+}
+
+impl ClassImages<'_> {
+    option_methods!();
+
+    /// Draws this class alone, given by its name or its label; the default draws all classes in turn.
+    pub fn class(mut self, class: impl Into<String>) -> Self {
+        self.class = Some(class.into());
+        self
+    }
+
+    fn label(&self) -> Result<Option<i64>> {
+        let Some(class) = &self.class else { return Ok(None) };
+        let names = self.model.class_names();
+        let by_label = || class.parse().ok().filter(|label: &usize| *label < names.len());
+        match names.iter().position(|name| name == class).or_else(by_label) {
+            Some(label) => Ok(Some(label as i64)),
+            None if names.is_empty() => {
+                Err(Invalid::new("class", class, "left out: the model has no classes").into())
+            }
+            None => {
+                let known = names.join(", ");
+                let expected = format!("one of {known}, or a label below {}", names.len());
+                Err(Invalid::new("class", class, expected).into())
+            }
+        }
+    }
+
+    /// Draws the images.
+    ///
+    /// # Shapes and units
+    ///
+    /// - returns: `[n, channels, height, width]`, `Float`, about `[-1, 1]`, on the CPU
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for no images at all, for an unknown class, and for a number of steps or
+    /// guidance that the model cannot have.
+    pub fn images(self) -> Result<Tensor> {
+        if self.n == 0 {
+            return Err(Invalid::new("samples", 0, "at least 1").into());
+        }
+        let pipeline = &self.model.pipeline;
+        let plan = self.options.plan(pipeline);
+        let device = pipeline.network.placement().device;
+        let noise = initial_noise(plan.seed, self.n, pipeline.card.image_shape, device)?;
+        let conditioning = classes(&pipeline.card, self.n, self.label()?, device);
+        let guide = Guide::of_classes(&pipeline.card);
+        let images = generate(&pipeline.network, &plan, &guide, &noise, &conditioning)?;
+        images.f_to_device(Device::Cpu).map_err(crate::Error::torch("ClassImages::images"))
+    }
+}

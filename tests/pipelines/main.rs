@@ -1,0 +1,8 @@
+//! Model folders, sampling and image grids.
+
+mod generation;
+mod latents;
+mod parts;
+mod picture;
+
+type TestResult = Result<(), Box<dyn std::error::Error>>;
