@@ -10,13 +10,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
+use ddil::compare::plot::{Line, Panel, Scale, draw};
+use ddil::compare::statistics::Estimate;
 use ddil_benches::training::{Passes, Result, Workload};
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Rollout, Source, States, StorageKind,
 };
 use ddil_schedulers::{Ddim, TimestepSpacing, Timesteps};
-use ddil_trainer::compare::plot::{Line, Panel, Scale, draw};
-use ddil_trainer::compare::statistics::Estimate;
 use ddil_trainer::config::Precision;
 use rand::SeedableRng;
 use rand::rngs::StdRng;

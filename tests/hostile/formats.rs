@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil::compare::{CellRecord, Outcome};
+use ddil::results;
 use ddil_core::{AggregationBuffer, BufferConfig, SavedState, Source};
 use ddil_data::{EncodedDataset, EncodedInfo};
 use ddil_pipelines::Card;
 use ddil_schedulers::{TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Damage, find_latest};
-use ddil_trainer::compare::{CellRecord, Outcome};
 use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::record::{Position, Record, read_lines};
-use ddil_trainer::results;
 use ddil_trainer::run_folder::{RunFolder, State, Status};
 use serde_json::{Value, json};
 

@@ -1,13 +1,13 @@
 use std::collections::BTreeMap;
 
+use ddil::compare::matrix::{Axis, AxisValue};
+use ddil::compare::metric::Metric;
+use ddil::compare::statistics::Estimate;
+use ddil::compare::{ComparisonReport, Entry, EntryKind, EntryState, Matrix, plot, table};
+use ddil::evaluation::ShiftRow;
+use ddil::results::Measurement;
 use ddil_files::settings::Settings;
 use ddil_schedulers::Thresholding;
-use ddil_trainer::compare::matrix::{Axis, AxisValue};
-use ddil_trainer::compare::metric::Metric;
-use ddil_trainer::compare::statistics::Estimate;
-use ddil_trainer::compare::{ComparisonReport, Entry, EntryKind, EntryState, Matrix, plot, table};
-use ddil_trainer::evaluation::ShiftRow;
-use ddil_trainer::results::Measurement;
 use proptest::prelude::*;
 
 use crate::TestResult;
@@ -36,7 +36,7 @@ fn matrix(text: &str) -> ddil_trainer::Result<Matrix> {
     Matrix::from_settings(&Settings::parse("matrix.toml", text)?)
 }
 
-fn cells(text: &str) -> ddil_trainer::Result<Vec<ddil_trainer::compare::Cell>> {
+fn cells(text: &str) -> ddil_trainer::Result<Vec<ddil::compare::Cell>> {
     matrix(text)?.cells(&Settings::parse("student.toml", BASE)?)
 }
 
@@ -197,8 +197,8 @@ fn axis(name: &str, baseline: Option<&str>, values: &[&str]) -> Axis {
     }
 }
 
-fn toml_table() -> ddil_trainer::compare::matrix::Changes {
-    ddil_trainer::compare::matrix::Changes::default()
+fn toml_table() -> ddil::compare::matrix::Changes {
+    ddil::compare::matrix::Changes::default()
 }
 
 fn measurement(frechet: f64) -> Measurement {

@@ -1,4 +1,4 @@
-use ddil_trainer::doctor::{Doctor, Health};
+use ddil::doctor::{Doctor, Health};
 
 use crate::TestResult;
 

@@ -119,7 +119,7 @@ def readme(crate: pathlib.Path, version: str) -> str:
     name = re.search(r'^name = "([^"]+)"', manifest, re.MULTILINE)[1]
     use = PLAIN
     if "download-libtorch" in manifest and name != "ddil-build":
-        use = LIBTORCH if (crate / "src" / "lib.rs").exists() else PROGRAM
+        use = PROGRAM if (crate / "src" / "main.rs").exists() else LIBTORCH
     parts = [f"# {name}\n", introduction(lines) + "\n"]
     if name != "ddil-build":
         parts += [example(lines), use.format(name=name, version=version)]

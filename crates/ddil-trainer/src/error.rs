@@ -248,7 +248,7 @@ impl Error {
     }
 
     /// Names path and action of a refused file system call; for `map_err`.
-    pub(crate) fn io<'a>(
+    pub fn io<'a>(
         action: &'static str,
         path: &'a Path,
     ) -> impl FnOnce(io::Error) -> Self + use<'a> {
@@ -256,7 +256,7 @@ impl Error {
     }
 
     /// Names path and action of what a JSON parser or writer refused; for `map_err`.
-    pub(crate) fn json<'a>(
+    pub fn json<'a>(
         action: &'static str,
         path: &'a Path,
     ) -> impl FnOnce(serde_json::Error) -> Self + use<'a> {
@@ -264,7 +264,7 @@ impl Error {
     }
 
     /// Names the function in which libtorch refused; for `map_err`.
-    pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
+    pub fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
     }
 }

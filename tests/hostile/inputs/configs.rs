@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use ddil::compare::Matrix;
 use ddil_files::settings::{Settings, differences, to_toml};
 use ddil_schedulers::SchedulerConfig;
-use ddil_trainer::compare::Matrix;
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 
@@ -15,7 +15,7 @@ const CONFIG: &str = "config.toml";
 
 /// Presets whose names say so, under one name.
 fn presets(is_one: fn(&str) -> bool) -> Vec<Tree> {
-    let all = Tree::read(&repository().join("crates/ddil-trainer/presets"));
+    let all = Tree::read(&repository().join("crates/ddil/presets"));
     let chosen = all.files.into_iter().filter(|(name, _)| is_one(name));
     // A GPU that is not there would hide everything behind it.
     let on_cpu = |content: Vec<u8>| {
@@ -74,7 +74,7 @@ fn compare_config() {
 
 fn read_compare(folder: &Path) -> Said {
     let matrix = Matrix::read(&folder.join(CONFIG)).map_err(told)?;
-    let base = repository().join("crates/ddil-trainer/presets/fashion-mnist-pd-ddil.toml");
+    let base = repository().join("crates/ddil/presets/fashion-mnist-pd-ddil.toml");
     let base = Settings::read(&base).map_err(told)?;
     matrix.cells(&base).map(drop).map_err(told)
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use ddil::compare::Matrix;
 use ddil_core::SavedFile;
 use ddil_data::{ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder};
 use ddil_files::settings::Settings;
@@ -14,7 +15,6 @@ use ddil_models::{
 use ddil_pipelines::{Parts, WeightForm};
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
-use ddil_trainer::compare::Matrix;
 use tch::{Kind, Tensor};
 
 use super::data::{packed, picture};

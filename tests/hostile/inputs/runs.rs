@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddil::compare::{CellRecord, Outcome};
+use ddil::results::{self, Measurement};
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source,
     SpillConfig, States, StudentConfig, StudentPolicy,
@@ -10,10 +12,8 @@ use ddil_core::{
 use ddil_pipelines::Card;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{self, Checkpoint, CheckpointWriter, Manifest};
-use ddil_trainer::compare::{CellRecord, Outcome};
 use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::record::{self, Position, Record};
-use ddil_trainer::results::{self, Measurement};
 use ddil_trainer::run_folder::{RunFolder, Status, is_in_use};
 use rand::SeedableRng;
 use rand::rngs::StdRng;

@@ -2,15 +2,15 @@
 
 use std::fmt::Write as _;
 
+use ddil_files::{write_atomic, write_json};
 use ddil_pipelines::{Picture, layout};
+use ddil_trainer::{Error, Result};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
 use super::record::LEAST_COVERAGE;
 use super::report::ComparisonReport;
 use super::{plot, table};
-use crate::error::{Error, Result};
-use crate::files::{write_atomic, write_json};
 use crate::sample_file::KEPT;
 
 impl ComparisonReport {

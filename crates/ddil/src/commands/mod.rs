@@ -17,12 +17,12 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use ddil::exit_code::TRY_AGAIN;
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
 use ddil_pipelines::{Pipeline, SamplePlan, SamplerKind};
 use ddil_schedulers::{ConsistencyBoundary, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
-use ddil_trainer::exit_code::TRY_AGAIN;
 use ddil_trainer::interrupt::when_stdin_closes;
 use ddil_trainer::logging::Logging;
 use ddil_trainer::progress::Progress;

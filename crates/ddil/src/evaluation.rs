@@ -15,7 +15,7 @@ use ddil_pipelines::{
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::Result;
+use ddil_trainer::Result;
 
 /// Real images as features: what generated ones are compared with.
 #[derive(Debug)]

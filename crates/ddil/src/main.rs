@@ -12,8 +12,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use cli::{Cli, Command};
+use ddil::exit_code::NOT_FINITE;
 use ddil_trainer::Error;
-use ddil_trainer::exit_code::NOT_FINITE;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
+use ddil::evaluation::draw_observed;
+use ddil::exit_code::NOT_FINITE;
+use ddil::sample_file;
 use ddil_models::Lora;
 use ddil_pipelines::{
     Layout, Picture, Pipeline, PromptRequest, SamplePlan, decode, draw_latents, layout, save_each,
     spaced_as_published,
 };
-use ddil_trainer::evaluation::draw_observed;
-use ddil_trainer::exit_code::NOT_FINITE;
-use ddil_trainer::sample_file;
 use tch::Tensor;
 
 use super::{Calls, open_model, say, start};

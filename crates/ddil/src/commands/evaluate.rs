@@ -5,16 +5,16 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
+use ddil::compare::Extractor;
+use ddil::evaluation::{Reference, draw_observed, shift};
+use ddil::exit_code::NOT_FINITE;
+use ddil::results::{Measurement, append, shift_table, table};
+use ddil::sample_file;
 use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_metrics::{FashionClassifier, FeatureExtractor, RawPixels};
 use ddil_pipelines::{Pipeline, SamplePlan};
-use ddil_trainer::compare::Extractor;
 use ddil_trainer::config::{DataKind, DataSection};
-use ddil_trainer::evaluation::{Reference, draw_observed, shift};
-use ddil_trainer::exit_code::NOT_FINITE;
-use ddil_trainer::results::{Measurement, append, shift_table, table};
-use ddil_trainer::sample_file;
 use serde::Deserialize;
 use tch::{Device, Tensor};
 

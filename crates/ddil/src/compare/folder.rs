@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use ddil_trainer::{Error, Result};
 
 /// Where everything of a comparison lies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,9 +2,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
-use crate::files::{first_version, read_versioned, write_json};
 use crate::results::Measurement;
+use ddil_files::{first_version, read_versioned, write_json};
+use ddil_trainer::Result;
 
 /// The only version of the files of a comparison so far.
 const FORMAT_VERSION: u32 = 1;
@@ -107,7 +107,7 @@ impl CellRecord {
     ///
     /// # Errors
     ///
-    /// [`Error::Files`](crate::Error::Files) if the file is something else, and
+    /// [`Error::Files`](ddil_trainer::Error::Files) if the file is something else, and
     /// if another version wrote it.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         Ok(path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()?)

@@ -6,6 +6,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use ddil::compare::setting::TeacherSamples;
+use ddil::evaluation::{Reference, draw, shift};
+use ddil::results::{self, Measurement, shift_table, table};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
 use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
@@ -14,12 +17,9 @@ use ddil_models::Placement;
 use ddil_pipelines::{
     Guide, Picture, Pipeline, SamplePlan, SamplerKind, generate, initial_noise, layout,
 };
-use ddil_trainer::compare::setting::TeacherSamples;
 use ddil_trainer::config::DistillConfig;
-use ddil_trainer::evaluation::{Reference, draw, shift};
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
-use ddil_trainer::results::{self, Measurement, shift_table, table};
 use ddil_trainer::run_folder::RunFolder;
 use ddil_trainer::session::Outcome;
 use tch::{Device, Kind, Tensor};

@@ -8,13 +8,13 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use ddil_files::settings::Settings;
-use ddil_trainer::compare::workers::{self, Event};
-use ddil_trainer::compare::{
+use ddil::compare::workers::{self, Event};
+use ddil::compare::{
     CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell, Program, Standing,
     WorkItem, Worker,
 };
-use ddil_trainer::exit_code::TRY_AGAIN;
+use ddil::exit_code::TRY_AGAIN;
+use ddil_files::settings::Settings;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
 

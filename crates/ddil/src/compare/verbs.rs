@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use ddil_trainer::{Error, Result};
 
 /// How often a child is checked for its end.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);

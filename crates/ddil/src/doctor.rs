@@ -9,7 +9,7 @@ use ddil_data::FashionMnist;
 use serde::Serialize;
 use tch::Tensor;
 
-use crate::{Result, environment::Environment};
+use ddil_trainer::{Result, environment::Environment};
 
 /// With less than this a run may well fill the disk.
 const LOW_DISK_BYTES: u64 = 2 << 30;
@@ -19,7 +19,7 @@ const LOW_DISK_BYTES: u64 = 2 << 30;
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::doctor::{Doctor, Health};
+/// use ddil::doctor::{Doctor, Health};
 ///
 /// let doctor = Doctor { folders: vec![std::env::temp_dir()], ..Doctor::default() };
 /// let report = doctor.examine()?;
@@ -94,7 +94,7 @@ impl Doctor {
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`](crate::Error::Libtorch) if libtorch fails to answer at all.
+    /// [`Error::Libtorch`](ddil_trainer::Error::Libtorch) if libtorch fails to answer at all.
     pub fn examine(&self) -> Result<Report> {
         let environment = Environment::here()?;
         let mut findings = vec![
@@ -154,7 +154,7 @@ fn arithmetic() -> Finding {
         Ok(wrong) => finding("arithmetic", Health::Broken, format!("{wrong:?} for (4, 8)")),
         Err(error) => {
             let error: tch::TchError = error;
-            let error = crate::Error::Torch { op: "a small product", source: error };
+            let error = ddil_trainer::Error::Torch { op: "a small product", source: error };
             finding("arithmetic", Health::Broken, error.to_string())
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use ddil_models::weights;
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result};
+use ddil_trainer::{Error, Result};
 
 /// The most samples that [`write_first`] keeps.
 pub const KEPT: i64 = 20;

@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::Value;
 
-use crate::config::DistillConfig;
-use crate::error::{Error, Result, with_causes};
-use crate::settings::{Settings, to_toml};
+use ddil_files::settings::{Settings, to_toml};
+use ddil_files::with_causes;
+use ddil_trainer::config::DistillConfig;
+use ddil_trainer::{Error, Result};
 
 /// What `ddil compare` reads.
 ///
@@ -19,7 +20,7 @@ use crate::settings::{Settings, to_toml};
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::compare::Matrix;
+/// use ddil::compare::Matrix;
 /// use ddil_files::settings::Settings;
 ///
 /// let matrix = r#"

@@ -9,9 +9,10 @@ use ddil_pipelines::{Card, SamplePlan};
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use ddil_files::{ensure_version, first_version, read_json, write_json};
+use ddil_trainer::Result;
+
 use crate::evaluation::{Reference, Scores, ShiftRow};
-use crate::files::{ensure_version, first_version, read_json, write_json};
 
 /// The only version of a row so far.
 const FORMAT_VERSION: u32 = 1;
@@ -115,7 +116,7 @@ impl Measurement {
 ///
 /// # Errors
 ///
-/// What the file system refuses; [`Error::Files`](crate::Error::Files) if the file holds something else, and
+/// What the file system refuses; [`Error::Files`](ddil_trainer::Error::Files) if the file holds something else, and
 /// if another version wrote one of them.
 pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     /// What a row says of itself, whatever else it holds.

@@ -6,11 +6,12 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
+use ddil_trainer::Result;
+use ddil_trainer::interrupt::Interrupt;
+
 use super::plan::Comparison;
 use super::verbs::Program;
 use super::work::{End, WorkItem, Worker};
-use crate::error::Result;
-use crate::interrupt::Interrupt;
 
 /// What happens to a piece of work.
 #[derive(Clone, Debug, PartialEq)]

@@ -10,19 +10,18 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
+use ddil_files::write_json;
 use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_trainer::run_folder::{Holder, State, Status, lock_file};
+use ddil_trainer::{Error, Result};
 
 use super::folder::ComparisonFolder;
 use super::plan::{Comparison, PlannedCell, PlannedTeacher};
 use super::record::{NamedRows, Outcome, Row};
 use super::setting::{TeacherSamples, precision};
 use super::verbs::{Answer, Ended, Program};
-use crate::error::{Error, Result};
 use crate::exit_code::NOT_FINITE;
-use crate::files::write_json;
-use crate::holder::Holder;
 use crate::results::{self, Measurement};
-use crate::run_folder::{State, Status, lock_file};
 
 /// How often a lock is asked for that another process has.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);

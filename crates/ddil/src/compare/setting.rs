@@ -4,15 +4,15 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use ddil_files::settings::inline_toml;
 use ddil_losses::TeacherGuidance;
 use ddil_schedulers::Thresholding;
+use ddil_trainer::Result;
+use ddil_trainer::config::{DataSection, Precision};
 use serde::{Deserialize, Serialize};
 
 use super::folder::ComparisonFolder;
 use super::matrix::{EvaluateConfig, sha256};
-use crate::config::{DataSection, Precision};
-use crate::error::Result;
-use crate::settings::inline_toml;
 
 /// Samples of a teacher that are drawn in one go.
 pub(super) const PART: u32 = 500;

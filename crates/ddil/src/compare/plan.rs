@@ -4,7 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_files::Invalid;
+use ddil_files::settings::{Settings, to_toml};
+use ddil_files::{Invalid, write_atomic};
+use ddil_trainer::config::DistillConfig;
+use ddil_trainer::distill::DistillTask;
+use ddil_trainer::run_folder::{RunFolder, State, Status, lock_file};
+use ddil_trainer::{Error, Result};
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
@@ -12,12 +17,6 @@ use super::matrix::{Cell, Matrix, Problems, hex};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
 use super::work::WorkItem;
-use crate::config::DistillConfig;
-use crate::distill::DistillTask;
-use crate::error::{Error, Result};
-use crate::files::write_atomic;
-use crate::run_folder::{RunFolder, State, Status, lock_file};
-use crate::settings::{Settings, to_toml};
 
 /// A comparison: its cells, and the samples of teachers that they are compared with.
 #[derive(Clone, Debug)]

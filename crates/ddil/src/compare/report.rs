@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -12,7 +13,6 @@ use super::plan::{Comparison, PlannedCell, PlannedTeacher};
 use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::setting::TeacherSamples;
 use super::statistics::Estimate;
-use crate::error::Result;
 use crate::results::Measurement;
 use crate::sample_file;
 

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
+use ddil_files::write_atomic;
+use ddil_trainer::{Error, Result};
 use plotters::coord::Shift as Shifted;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::prelude::*;
@@ -11,8 +13,6 @@ use plotters::style::register_font;
 use super::metric::Metric;
 use super::report::{ComparisonReport, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
-use crate::error::{Error, Result};
-use crate::files::write_atomic;
 
 /// A line with what stands in the legend for it.
 #[derive(Clone, Debug)]

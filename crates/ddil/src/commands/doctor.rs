@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use ddil_trainer::doctor::Doctor;
+use ddil::doctor::Doctor;
 
 use super::say;
 use crate::cli::DoctorArgs;

@@ -20,7 +20,7 @@ impl Estimate {
     /// # Example
     ///
     /// ```
-    /// use ddil_trainer::compare::statistics::Estimate;
+    /// use ddil::compare::statistics::Estimate;
     ///
     /// let estimate = Estimate::of(&[1.0, 2.0, 6.0]).ok_or("there are values")?;
     /// assert_eq!(estimate.mean, 3.0);

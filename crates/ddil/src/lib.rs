@@ -1,0 +1,36 @@
+//! The program `ddil`, which trains, distils, samples, evaluates and compares diffusion models; `ddil --help` lists its
+//! verbs.
+//!
+//! `cargo install ddil` installs the program. This library contains what its verbs are made of, for tests and for
+//! programs that read its results; training itself is in [`ddil_trainer`], model folders and sampling in
+//! [`ddil_pipelines`].
+//!
+//! | for | there is |
+//! | --- | --- |
+//! | ablations: a matrix of settings and seeds | [`compare`] |
+//! | generated images against real ones | [`evaluation`] |
+//! | `results.json` and tables | [`results`] |
+//! | whether a machine is ready | [`doctor`] |
+//!
+//! # Example
+//!
+//! ```
+//! use ddil::doctor::Doctor;
+//!
+//! let doctor = Doctor { folders: vec![std::env::temp_dir()], ..Doctor::default() };
+//! let report = doctor.examine()?;
+//! println!("{report}");
+//! assert!(!report.is_broken());
+//! # Ok::<(), ddil_trainer::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod compare;
+pub mod doctor;
+pub mod evaluation;
+pub mod exit_code;
+pub mod results;
+pub mod sample_file;
+
+pub use tch;
