@@ -117,18 +117,15 @@ def optimizers(options):
         yield Comparison(["update_times", *asked], asked, [row], options.rounds or (3 if options.quick else 15))
 
 
-def steps(options):
+def sampling(options):
+    """Samples of four steps with a network that costs nothing: the sampler alone."""
     rows = []
     for shape in ("4x4x64x64", "16x4x128x128"):
-        for case, name in (("ddim", "DDIM step"), ("ddim clipped", "DDIM step, clamped"), ("lcm", "LCM step")):
-            for way, title in (("plan", "new memory"), ("plan in place", "in place")):
-                rows.append(Row(f"{name}, {shape}, {title}", f"{case} {shape} | {way}", f"{case} {shape}", "us", 1e-6))
-        # Three tensors go through memory in a step, two in a copy: one and a half copies are the same bytes.
-        for peer, title in (("copy", "copy_ of one tensor"), ("copy of as much", "copy_ of as many bytes")):
-            ours = f"ddim {shape} | plan in place"
-            rows.append(Row(f"DDIM step, {shape}, in place, against {title}", ours, f"{peer} {shape}", "us", 1e-6))
+        for case in ("DDIM", "DDIM, clamped", "LCM"):
+            name = f"{case} {shape}"
+            rows.append(Row(f"4 steps of {case}, {shape}", name, name, "us", 1e-6))
     count = options.rounds or (3 if options.quick else 15)
-    yield Comparison(["step_times"], ["steps"], rows, count, greets=False)
+    yield Comparison(["sampling_times"], ["sampling"], rows, count, greets=False)
 
 
 def large(options):
@@ -145,7 +142,7 @@ def large(options):
 
 
 def comparisons(options):
-    made = [c for group in (steps, forwards, updates, optimizers, large) for c in group(options)]
+    made = [c for group in (sampling, forwards, updates, optimizers, large) for c in group(options)]
     for comparison in made:
         # Where a round is of several things, their shares of its processor time are not known.
         shown = [row for row in comparison.rows if row.answered_in == 1 or not options.processor]
@@ -163,7 +160,7 @@ def our_command(comparison, programs, threads, device, folder):
     program, *asked = comparison.ours
     if comparison.greets:
         return [programs[program], "--threads", threads, "--device", device, *asked]
-    device = [device] if program == "step_times" else []
+    device = [device] if program == "sampling_times" else []
     return [programs[program], threads, *device, *asked, *([folder] if program == "network_times" else [])]
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """PyTorch's and diffusers' side of bench_peers.py: gets ready and answers each line of its input with a measurement.
 
-    python benches/peers/peer.py --threads N forward|update|optimizer|steps|network ..
+    python benches/peers/peer.py --threads N forward|update|optimizer|sampling|network ..
     python benches/peers/peer.py --threads N replay FOLDER ..
 
-The protocol is that of benches/update_times.rs; `steps` answers as benches/step_times.rs does. `replay` makes the updates
+The protocol is that of benches/update_times.rs; `sampling` answers as benches/sampling_times.rs does. `replay` makes the updates
 that `update_times record` wrote down again, and prints how far apart both are.
 """
 
@@ -114,29 +114,10 @@ def optimizer(options, tensors=200, shape=(250, 200), updates=10):
     return run
 
 
-def copies(shape):
-    """Microseconds of a `copy_` of one tensor, and of one of as many bytes as a step in place reads and writes."""
-    calls, times = 20 if shape[0] > 8 else 200, {}
-    for name, batch in (("copy", shape[0]), ("copy of as much", shape[0] * 3 // 2)):
-        source = torch.randn(batch, *shape[1:])
-        target = source.clone()
-        target.copy_(source)
-        times[f"{name} {'x'.join(map(str, shape))}"] = timed(lambda: target.copy_(source), calls) * 1e6
-    return times
+def sampling(options):
+    from diffusers_sampling import Rounds
 
-
-def steps(options):
-    from diffusers_step import SHAPES, Rounds
-
-    theirs = Rounds(options.threads)
-
-    def run():
-        times = theirs.run()
-        for shape in SHAPES:
-            times |= copies(shape)
-        return times
-
-    return run
+    return Rounds(options.threads).run
 
 
 def network(options):
@@ -166,7 +147,7 @@ def parsed():
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for make in (forward, update, optimizer, steps, network, replay):
+    for make in (forward, update, optimizer, sampling, network, replay):
         sub = kinds.add_parser(make.__name__)
         sub.set_defaults(make=make)
         if make is replay:

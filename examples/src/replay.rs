@@ -5,7 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use ddil_core::{Denoiser, Rollout};
 use ddil_pipelines::{Pipeline, SamplePlan, Told, asked};
-use ddil_schedulers::{Error, NoiseSchedule, Sampler, SamplerStep, Timesteps};
+use ddil_schedulers::{
+    Error, Estimate, NoiseSchedule, Sampler, Scale, StepCoefficients, Timesteps,
+};
 use tch::Tensor;
 
 use crate::Result;
@@ -43,14 +45,21 @@ struct Replayed {
     fresh: Mutex<VecDeque<Tensor>>,
 }
 
-impl Sampler for Replayed {
-    fn step(&self, step: &SamplerStep<'_>) -> ddil_schedulers::Result<Tensor> {
-        if !self.inner.needs_noise() {
-            return self.inner.step(step);
+impl Replayed {
+    /// The noise of the next step, if the sampler renews any there.
+    fn next(&self, timestep: i64, prev_timestep: i64) -> ddil_schedulers::Result<Option<Tensor>> {
+        if self.inner.coefficients_at(timestep, prev_timestep)?.noise == 0.0 {
+            return Ok(None);
         }
         let next = self.fresh.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let noise = next.ok_or(Error::NoiseMissing { op: "replay" })?;
-        self.inner.step(&step.with_noise(&noise))
+        let missing = || Error::NoiseMissing { op: "replay", argument: "fresh" };
+        next.ok_or_else(missing).map(Some)
+    }
+}
+
+impl Sampler for Replayed {
+    fn coefficients(&self, now: Scale, prev: Scale) -> StepCoefficients {
+        self.inner.coefficients(now, prev)
     }
 
     fn needs_noise(&self) -> bool {
@@ -59,6 +68,21 @@ impl Sampler for Replayed {
 
     fn schedule(&self) -> &NoiseSchedule {
         self.inner.schedule()
+    }
+
+    fn end(&self) -> Scale {
+        self.inner.end()
+    }
+
+    fn step_at(
+        &self,
+        x_t: Tensor,
+        estimate: &Estimate,
+        prev_timestep: i64,
+        _: Option<&Tensor>,
+    ) -> ddil_schedulers::Result<Tensor> {
+        let noise = self.next(estimate.timestep(), prev_timestep)?;
+        self.inner.step_at(x_t, estimate, prev_timestep, noise.as_ref())
     }
 }
 

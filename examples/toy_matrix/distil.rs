@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use ddil_core::{
-    Consistent, Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, States, Stream,
-    StudentConfig, Thresholded,
+    Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, States, Stream, StudentConfig,
+    Thresholded, with_boundary,
 };
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, Phase};
@@ -141,10 +141,8 @@ impl<'a> Distillation<'a> {
 
 /// A student as it samples, but for thresholding: with the boundary condition of its method.
 pub(crate) fn deployed<'a>(budget: &Budget, student: impl Denoiser + 'a) -> Box<dyn Denoiser + 'a> {
-    match budget.objective.boundary() {
-        Some(boundary) => Box::new(Consistent::new(student, boundary)),
-        None => Box::new(student),
-    }
+    let sampler = budget.objective.sampler_config(student.schedule());
+    with_boundary(student, &sampler)
 }
 
 /// Where and how a student samples.
@@ -154,7 +152,8 @@ pub(crate) fn sampled_with(
     steps: u32,
 ) -> Result<(Timesteps, Box<dyn Sampler>)> {
     let objective = &budget.objective;
-    Ok((objective.sampling_grid(&lab.schedule, steps)?, objective.sampler(&lab.schedule)))
+    let sampler = objective.sampler_config(&lab.schedule).build(&lab.schedule)?;
+    Ok((objective.sampling_grid(&lab.schedule, steps)?, sampler))
 }
 
 /// What is updated: the student, its average that methods compare it with, the critic.

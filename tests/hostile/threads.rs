@@ -16,7 +16,7 @@ use ddil_models::{
     UNet2DConditionModel, UNet2DModel, UnknownKeys,
 };
 use ddil_schedulers::{
-    Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Plan, Prediction, PredictionType, Sampler,
+    Ddim, Estimate, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, Sampler,
     SchedulerConfig, Thresholding, TimestepSpacing, Timesteps,
 };
 use tch::{Device, Kind, Tensor, kind};
@@ -68,7 +68,6 @@ fn what_holds_no_tensor_may_be_shared() {
     is_shared::<SchedulerConfig>();
     is_shared::<Timesteps>();
     is_shared::<Thresholding>();
-    is_shared::<Plan>();
     is_shared::<Ddim>();
     is_shared::<Lcm>();
     is_shared::<Box<dyn Sampler>>();
@@ -118,15 +117,12 @@ fn grid() -> Timesteps {
     Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("on the grid")
 }
 
-/// One schedule, one sampler and one plan for all threads.
+/// One schedule and one sampler for all threads.
 #[test]
 fn samplers_are_shared_between_threads() {
     let schedule = schedule();
     let samplers: [Box<dyn Sampler>; 2] =
         [Box::new(Ddim::new(schedule.clone())), Box::new(Lcm::new(schedule.clone()))];
-    let plan = Ddim::new(schedule.clone())
-        .plan(&grid(), PredictionType::Epsilon, &Thresholding::clamp_pixels())
-        .expect("it is defined");
     in_parallel(|seed| {
         let teacher = GaussianMixture::ring(4).expect("four modes").on(schedule.clone());
         let mut generator = Generator::new(Device::Cpu, seed).expect("there is a CPU");
@@ -139,7 +135,12 @@ fn samplers_are_shared_between_threads() {
             all.extend(values(&x0.expect("it is valid")));
         }
         let x_t = generator.normal([3, 2, 8, 8], Kind::Float).expect("memory");
-        all.extend(values(&plan.step(1, &x_t, &(&x_t * 0.5), None).expect("it is valid")));
+        let output = &x_t * 0.5;
+        let estimate = Estimate::of_output(&schedule, PredictionType::Epsilon, output, 749)
+            .and_then(|raw| raw.thresholded(&Thresholding::clamp_pixels(), &x_t))
+            .expect("it is defined");
+        let stepped = samplers[0].step_at(x_t, &estimate, 499, None);
+        all.extend(values(&stepped.expect("it is valid")));
         all
     });
 }

@@ -9,7 +9,7 @@ use ddil_losses::{
     Requirements, TimestepWeights, Weighting, discriminator_loss, distribution_matching_gradient,
     generator_loss, squared_error,
 };
-use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Prediction, PredictionType};
 use tch::{Device, Kind, Tensor, kind};
 
 use crate::toy::{
@@ -556,7 +556,7 @@ fn states_of_every_source_are_trained_on() {
         let priors = Priors::new(priors.0, priors.1, priors.2).expect("they sum to 1");
         let mixing =
             MixerConfig { priors: PriorSchedule::constant(priors), ..MixerConfig::default() };
-        let sampler = config.sampler(&schedule);
+        let sampler = config.sampler_config(&schedule).build(&schedule).expect("valid settings");
         let mut mixer = Mixer::new(mixing, grid.clone(), sampler).expect("valid settings");
         let mut seen = Vec::new();
         for step in 0..6 {
@@ -775,6 +775,10 @@ fn settings_that_cannot_be_are_refused_by_name() {
         }
     }
     assert_eq!(method.sampling_grid(&schedule, 8).expect("8 divides 1000"), trailing(8));
-    assert_eq!((method.boundary(), method.as_str()), (None, "dmd2"));
-    assert!(method.sampler(&schedule).needs_noise());
+    let sampler = method.sampler_config(&schedule);
+    assert_eq!(
+        (sampler.boundary(), method.as_str()),
+        (Some(ConsistencyBoundary::default()), "dmd2")
+    );
+    assert!(sampler.build(&schedule).expect("valid settings").needs_noise());
 }

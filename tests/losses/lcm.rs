@@ -152,8 +152,9 @@ fn the_solver_takes_a_ddim_step_to_the_next_timestep() {
         let said = teacher
             .predict(&batch.x_t, &batch.timesteps, &batch.conditioning)
             .expect("it can answer");
-        let ends = Tensor::from_slice(&ENTRIES.map(end_of));
-        let step = SamplerStep::new(&said, &batch.timesteps, &ends);
+        let ends = ENTRIES.map(end_of);
+        let timesteps = Vec::try_from(&batch.timesteps).expect("one timestep per sample");
+        let step = SamplerStep::new(&said, &timesteps, &ends);
         let landed = Ddim::new(schedule).step(&step).expect("the shapes agree");
         assert!(gap(&landed, &terms.teacher_next.expect("the teacher took the step")) < 1e-12);
     }
@@ -361,8 +362,9 @@ fn its_student_samples_at_some_of_the_timesteps_it_is_trained_at() {
         assert!(sampling.as_slice().iter().all(|t| training.as_slice().contains(t)));
         assert_eq!(sampling.as_slice()[0], 999);
     }
-    assert_eq!((method.boundary(), method.as_str()), (Some(boundary), "lcm"));
-    let sampler = method.sampler(&schedule);
+    let sampler = method.sampler_config(&schedule);
+    assert_eq!((sampler.boundary(), method.as_str()), (Some(boundary), "lcm"));
+    let sampler = sampler.build(&schedule).expect("valid settings");
     assert!(sampler.needs_noise(), "it noises its estimates again");
     let objective = method.build(&schedule, &training).expect("valid settings");
     assert_eq!(objective.phases(3), [Phase::Student]);

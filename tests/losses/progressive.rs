@@ -138,8 +138,8 @@ fn a_student_step_with_the_target_lands_where_the_teacher_does() {
                 indices.iter().map(|i| grid.as_slice().get(i + 1).copied().unwrap_or(-1)).collect();
             let said = Prediction::from_x0(&schedule, terms.target, &batch.x_t, &batch.timesteps)
                 .expect("the shapes agree");
-            let prev = Tensor::from_slice(&prev);
-            let step = SamplerStep::new(&said, &batch.timesteps, &prev);
+            let timesteps = Vec::try_from(&batch.timesteps).expect("one timestep per sample");
+            let step = SamplerStep::new(&said, &timesteps, &prev);
             let landed = Ddim::new(schedule.clone()).step(&step).expect("the shapes agree");
             let teacher_next = terms.teacher_next.expect("the teacher gets there");
             assert!(gap(&landed, &teacher_next) < 1e-12);

@@ -10,10 +10,10 @@ use crate::support::{assert_close, families, gap, rows, stable_diffusion, timest
 /// One deterministic step of one sample.
 fn step(schedule: &NoiseSchedule, x_t: &[f64], epsilon: &[f64], t: i64, prev: i64) -> Vec<f64> {
     let (x_t, epsilon) = (rows(1, x_t), rows(1, epsilon));
-    let (t, prev) = (timesteps(&[t]), timesteps(&[prev]));
-    let said = PredictionType::Epsilon.convert(schedule, &epsilon, &x_t, &t).expect("they fit");
+    let at = timesteps(&[t]);
+    let said = PredictionType::Epsilon.convert(schedule, &epsilon, &x_t, &at).expect("they fit");
     let sampler = Ddim::new(schedule.clone());
-    values(&sampler.step(&SamplerStep::new(&said, &t, &prev)).expect("they fit"))
+    values(&sampler.step(&SamplerStep::new(&said, &[t], &[prev])).expect("they fit"))
 }
 
 /// Every number in 40 decimal digits.
@@ -70,9 +70,7 @@ fn steps_are_the_golden_ones() {
 
 /// A step of the batch, all of it from `t` to `prev`, told the truth.
 fn told_the_truth(sampler: &Ddim, x0: &Tensor, noise: &Tensor, t: i64, prev: i64) -> Tensor {
-    let batch = [x0.size()[0]];
-    let t = Tensor::full(batch, t, kind::INT64_CPU);
-    let prev = Tensor::full(batch, prev, kind::INT64_CPU);
+    let [t, prev] = [t, prev].map(|at| vec![at; x0.size()[0] as usize]);
     let truth = Prediction { x0: x0.shallow_clone(), epsilon: noise.shallow_clone() };
     sampler.step(&SamplerStep::new(&truth, &t, &prev).with_noise(noise)).expect("they fit")
 }
@@ -87,7 +85,7 @@ fn the_renewed_noise_has_the_golden_variance() {
         (249, -1, 0.0),
     ];
     for (t, prev, variance) in golden {
-        let (t, prev) = (timesteps(&[t]), timesteps(&[prev]));
+        let (t, prev) = ([t], [prev]);
         let zero = rows(1, &[0.0]);
         let nothing = Prediction { x0: zero.shallow_clone(), epsilon: zero };
         let one = rows(1, &[1.0]);
@@ -119,8 +117,7 @@ proptest! {
         let prev = (t - back).max(-1);
         for schedule in families() {
             let sampler = Ddim::with_eta(schedule.clone(), eta).expect("in 0..=1");
-            let t = timesteps(&[t, t]);
-            let prev_t = timesteps(&[prev, prev]);
+            let (t, prev_t) = ([t, t], [prev, prev]);
             // One sample of old noise alone, one of fresh noise alone.
             let old = Tensor::from_slice(&[1.0, 0.0]).view([2, 1]);
             let fresh: Tensor = 1.0 - &old;
@@ -130,7 +127,7 @@ proptest! {
             let sigma = schedule.scale_at(prev).expect("on the grid").sigma;
             let total = shares[0].powi(2) + shares[1].powi(2);
             prop_assert!((total - sigma.powi(2)).abs() <= 1e-12 * sigma.powi(2).max(1.0));
-            let now = schedule.scale_at(t.int64_value(&[0])).expect("on the grid");
+            let now = schedule.scale_at(t[0]).expect("on the grid");
             let expected = eta * sigma * (1.0 - now.snr() / schedule.scale_at(prev).expect("on the grid").snr()).sqrt();
             prop_assert!((shares[1] - expected).abs() <= 1e-12 * sigma.max(1.0));
         }
@@ -151,9 +148,8 @@ fn error_of_a_run(n: u32) -> f64 {
         let scale = schedule.scale_at(t).expect("on the grid");
         let slope = scale.alpha * std.powi(2) / variance(scale);
         let x0 = slope * (&x - scale.alpha * mean) + mean;
-        let (t, prev) = (timesteps(&[t]), timesteps(&[prev]));
-        let said = Prediction::from_x0(&schedule, x0, &x, &t).expect("they fit");
-        x = sampler.step(&SamplerStep::new(&said, &t, &prev)).expect("they fit");
+        let said = Prediction::from_x0(&schedule, x0, &x, &timesteps(&[t])).expect("they fit");
+        x = sampler.step(&SamplerStep::new(&said, &[t], &[prev])).expect("they fit");
     }
     (values(&x)[0] - (mean + 2.0 * std)).abs()
 }
@@ -173,16 +169,16 @@ fn each_sample_of_a_batch_steps_on_its_own() {
     let [x0, epsilon, noise] = [0; 3].map(|_| Tensor::randn([3, 2, 2], kind::FLOAT_CPU));
     let (t, prev) = ([999, 20, 500], [749, -1, 0]);
     let said = Prediction { x0, epsilon };
-    let (ts, prevs) = (timesteps(&t), timesteps(&prev));
-    let together = sampler.step(&SamplerStep::new(&said, &ts, &prevs).with_noise(&noise));
+    let together = sampler.step(&SamplerStep::new(&said, &t, &prev).with_noise(&noise));
     let together = together.expect("they fit");
     assert_eq!(together.kind(), Kind::Float);
     for i in 0..3 {
         let row = |x: &Tensor| x.narrow(0, i, 1);
         let said = Prediction { x0: row(&said.x0), epsilon: row(&said.epsilon) };
-        let (noise, t, prev) = (row(&noise), row(&ts), row(&prevs));
+        let (noise, i) = (row(&noise), i as usize);
+        let (t, prev) = ([t[i]], [prev[i]]);
         let alone = sampler.step(&SamplerStep::new(&said, &t, &prev).with_noise(&noise));
-        assert_eq!(gap(&row(&together), &alone.expect("they fit")), 0.0);
+        assert_eq!(gap(&together.narrow(0, i as i64, 1), &alone.expect("they fit")), 0.0);
     }
 }
 
@@ -194,7 +190,7 @@ fn what_does_not_fit_is_refused_by_name() {
         assert!(message.contains("sampler.eta"), "{message}");
     }
     let said = Prediction { x0: rows(2, &[0.0]), epsilon: rows(2, &[0.0, 0.0]) };
-    let (t, prev) = (timesteps(&[9, 9]), timesteps(&[3, 3]));
+    let (t, prev) = ([9, 9], [3, 3]);
     let sampler = Ddim::new(schedule.clone());
     let message =
         sampler.step(&SamplerStep::new(&said, &t, &prev)).expect_err("a misfit").to_string();
@@ -204,6 +200,9 @@ fn what_does_not_fit_is_refused_by_name() {
     let message =
         noisy.step(&SamplerStep::new(&said, &t, &prev)).expect_err("no noise").to_string();
     assert!(message.contains("needs `noise`"), "{message}");
-    let one = timesteps(&[3]);
-    assert!(sampler.step(&SamplerStep::new(&said, &t, &one)).is_err());
+    let refused = |t, prev| {
+        sampler.step(&SamplerStep::new(&said, t, prev)).expect_err("a misfit").to_string()
+    };
+    assert!(refused(&[9, 9], &[3]).contains("`prev_timesteps` has shape [1]; expected [2]"));
+    assert!(refused(&[9, 1000], &[3, 3]).contains("timestep 1000 is not in -1..=999"));
 }

@@ -13,11 +13,11 @@
 //! it in `Float`, so its root is up to 3.5e-4 off, or no number.
 
 use ddil_schedulers::{
-    BetaSchedule, Compatibility, ConsistencyBoundary, Ddim, FinalAlphaCumprod, Lcm, NoiseSchedule,
-    NoiseScheduleConfig, PredictionType, Sampler, SamplerStep, Thresholding, TimestepSpacing,
-    Timesteps, VpConfig,
+    BetaSchedule, ConsistencyBoundary, Ddim, Estimate, FinalAlphaCumprod, Lcm, NoiseSchedule,
+    NoiseScheduleConfig, PredictionType, Result, Sampler, SamplerStep, Thresholding,
+    TimestepSpacing, Timesteps, VpConfig,
 };
-use tch::{Kind, Tensor, kind};
+use tch::{Kind, Tensor};
 
 use crate::support::{BETA_SCHEDULES, recorded_values, rows, timesteps, values, vp};
 
@@ -151,8 +151,8 @@ impl Settings<'_> {
     fn general(&self, pairs: &[(i64, i64)], keep_epsilon: bool) -> Vec<f64> {
         let batch = pairs.len() as i64;
         let [x_t, output, noise] = [SAMPLE, OUTPUT, NOISE].map(|values| float(batch, &values));
-        let t = timesteps(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
-        let prev = timesteps(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
+        let (at, prev): (Vec<i64>, Vec<i64>) = pairs.iter().copied().unzip();
+        let t = timesteps(&at);
         let raw = self.prediction_type.convert(self.schedule, &output, &x_t, &t).expect("they fit");
         let said = if keep_epsilon {
             raw.thresholded_keeping_epsilon(&self.thresholding)
@@ -160,8 +160,25 @@ impl Settings<'_> {
             raw.thresholded(&self.thresholding, self.schedule, &x_t, &t)
         }
         .expect("they fit");
-        let step = SamplerStep::new(&said, &t, &prev).with_noise(&noise);
+        let step = SamplerStep::new(&said, &at, &prev).with_noise(&noise);
         values(&self.sampler().step(&step).expect("they fit"))
+    }
+
+    /// What the output stands for at one timestep, thresholded.
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        output: &Tensor,
+        t: i64,
+        keep_epsilon: bool,
+    ) -> Result<Estimate> {
+        let output = output.shallow_clone();
+        let raw = Estimate::of_output(self.schedule, self.prediction_type, output, t)?;
+        if keep_epsilon {
+            raw.thresholded_keeping_epsilon(&self.thresholding, x_t)
+        } else {
+            raw.thresholded(&self.thresholding, x_t)
+        }
     }
 
     /// Fails unless a step from `pair.0` to `pair.1` is the recorded one, or there can be no number to compare.
@@ -212,26 +229,20 @@ fn ddim_steps_are_the_recorded_ones_by_the_general_path() {
 }
 
 #[test]
-fn ddim_steps_are_the_recorded_ones_by_plan() {
+fn ddim_steps_of_whole_batches_are_the_recorded_ones() {
     let [x_t, output, noise] = [SAMPLE, OUTPUT, NOISE].map(|values| float(1, &values));
     for_all(|settings, recorded, kept| {
         for (n, recorded) in STEPS.into_iter().zip(recorded.chunks(3 * 4)) {
-            let (grid, rules) = if kept {
-                (settings.theirs(n), Compatibility::Diffusers)
-            } else {
-                (settings.theirs(n), Compatibility::Off)
-            };
-            let sampler = settings.sampler();
-            let plan =
-                sampler.plan_with(&grid, settings.prediction_type, &settings.thresholding, rules);
-            let Ok(plan) = plan else {
-                assert!(recorded.iter().any(|value| value.is_nan()));
-                continue;
-            };
+            let pairs: Vec<_> = settings.theirs(n).pairs().collect();
             for (i, recorded) in positions(n).into_iter().zip(recorded.chunks(4)) {
-                let found = values(&plan.step(i, &x_t, &output, Some(&noise)).expect("they fit"));
-                let pair = grid.pairs().nth(i).expect("on the grid");
-                settings.assert_recorded(&found, recorded, pair);
+                let Ok(estimate) = settings.estimate(&x_t, &output, pairs[i].0, kept) else {
+                    assert!(recorded.iter().all(|value| value.is_nan()));
+                    continue;
+                };
+                let sampler = settings.sampler();
+                let step =
+                    sampler.step_at(x_t.shallow_clone(), &estimate, pairs[i].1, Some(&noise));
+                settings.assert_recorded(&values(&step.expect("they fit")), recorded, pairs[i]);
             }
         }
     });
@@ -279,14 +290,11 @@ fn ddim_runs_end_where_the_recorded_ones_do() {
                 thresholding: Thresholding::clamp_pixels(),
                 eta: 0.0,
             };
-            let plan = settings
-                .sampler()
-                .plan(&settings.ours(n), prediction_type, &settings.thresholding)
-                .expect("it has a meaning");
-            let mut x = float(1, &SAMPLE);
-            for (i, t) in settings.ours(n).as_slice().iter().enumerate() {
-                let output = 0.5 * &x * (1.0 + *t as f64 / 1000.0);
-                plan.step_inplace(i, &mut x, &output, None).expect("they fit");
+            let (sampler, mut x) = (settings.sampler(), float(1, &SAMPLE));
+            for (t, prev) in settings.ours(n).pairs() {
+                let output = 0.5 * &x * (1.0 + t as f64 / 1000.0);
+                let estimate = settings.estimate(&x, &output, t, false).expect("it has a meaning");
+                x = sampler.step_at(x, &estimate, prev, None).expect("they fit");
             }
             let recorded = recorded.next().expect("18 runs were recorded");
             assert_recorded(
@@ -326,27 +334,28 @@ fn lcm_steps_are_the_recorded_ones() {
     let [x_t, output, noise] = [SAMPLE, OUTPUT, NOISE].map(|values| float(1, &values));
     for_all_lcm(|sampler, prediction_type, thresholding, grid, i, recorded| {
         let (schedule, (t, prev)) = (sampler.schedule(), grid.pairs().nth(i).expect("on the grid"));
-        let plan = sampler.plan(grid, prediction_type, thresholding, Some(boundary));
+        let estimate = Estimate::of_output(schedule, prediction_type, output.shallow_clone(), t)
+            .and_then(|raw| raw.thresholded(thresholding, &x_t))
+            .and_then(|held| held.with_boundary(boundary, &x_t));
         if recorded[0].is_nan() {
-            assert!(plan.is_err());
+            assert!(estimate.is_err());
             return;
         }
         let what = format!("{prediction_type:?} {thresholding:?} {t}");
         let tolerance = TOLERANCE * size(schedule, prediction_type, t);
-        let at = |t| Tensor::full([1], t, kind::INT64_CPU);
+        let at = timesteps(&[t]);
         let mut said = prediction_type
-            .convert(schedule, &output, &x_t, &at(t))
-            .and_then(|raw| raw.thresholded(thresholding, schedule, &x_t, &at(t)))
+            .convert(schedule, &output, &x_t, &at)
+            .and_then(|raw| raw.thresholded(thresholding, schedule, &x_t, &at))
             .expect("they fit");
-        said.x0 = boundary.apply(&said.x0, &x_t, &at(t)).expect("they fit");
-        let (t, prev) = (at(t), at(prev));
+        said.x0 = boundary.apply(&said.x0, &x_t, &at).expect("they fit");
+        let (t, prev) = ([t], [prev]);
         let step = SamplerStep::new(&said, &t, &prev).with_noise(&noise);
         let general = values(&sampler.step(&step).expect("they fit"));
         assert_recorded(&general, recorded, tolerance, &what);
-        if let Ok(plan) = plan {
-            let planned = values(&plan.step(i, &x_t, &output, Some(&noise)).expect("they fit"));
-            assert_recorded(&planned, recorded, tolerance, &what);
-        }
+        let estimate = estimate.expect("it has a meaning");
+        let whole = sampler.step_at(x_t.shallow_clone(), &estimate, prev[0], Some(&noise));
+        assert_recorded(&values(&whole.expect("they fit")), recorded, tolerance, &what);
     });
 }
 

@@ -11,10 +11,10 @@ fn a_step_noises_the_clean_data_for_the_next_timestep() {
     let sampler = Lcm::new(schedule.clone());
     let [x0, epsilon, noise] = [0; 3].map(|_| Tensor::randn([2, 3], kind::DOUBLE_CPU));
     let said = Prediction { x0, epsilon };
-    let (t, prev) = (timesteps(&[999, 259]), timesteps(&[759, -1]));
-    let step = SamplerStep::new(&said, &t, &prev).with_noise(&noise);
+    let prev = [759, -1];
+    let step = SamplerStep::new(&said, &[999, 259], &prev).with_noise(&noise);
     let found = sampler.step(&step).expect("they fit");
-    let expected = schedule.add_noise(&said.x0, &noise, &prev).expect("they fit");
+    let expected = schedule.add_noise(&said.x0, &noise, &timesteps(&prev)).expect("they fit");
     assert_eq!(gap(&found, &expected), 0.0);
     assert_eq!(gap(&found.get(1), &said.x0.get(1)), 0.0, "the last step adds nothing");
 }
@@ -25,8 +25,7 @@ fn the_last_step_returns_clean_data_whatever_the_final_alpha() {
     let sampler = Lcm::new(vp(BetaSchedule::ScaledLinear, false, FinalAlphaCumprod::First));
     let said = Prediction { x0: rows(2, &[0.5]), epsilon: rows(2, &[9.0]) };
     let noise = rows(2, &[1.0]);
-    let (t, prev) = (timesteps(&[259, 259]), timesteps(&[-1, 0]));
-    let step = SamplerStep::new(&said, &t, &prev).with_noise(&noise);
+    let step = SamplerStep::new(&said, &[259, 259], &[-1, 0]).with_noise(&noise);
     let found = values(&sampler.step(&step).expect("they fit"));
     assert_eq!(found[0], 0.5);
     assert!(found[1] != 0.5);
@@ -64,14 +63,13 @@ fn the_boundary_returns_its_input_at_timestep_zero() {
 fn what_does_not_fit_is_refused_by_name() {
     let sampler = Lcm::new(stable_diffusion());
     let said = Prediction { x0: rows(1, &[0.0]), epsilon: rows(1, &[0.0]) };
-    let (t, prev) = (timesteps(&[9]), timesteps(&[3]));
     let message =
-        sampler.step(&SamplerStep::new(&said, &t, &prev)).expect_err("no noise").to_string();
-    assert!(message.contains("Lcm::step") && message.contains("noise"), "{message}");
+        sampler.step(&SamplerStep::new(&said, &[9], &[3])).expect_err("no noise").to_string();
+    assert!(message.contains("Sampler::step") && message.contains("needs `noise`"), "{message}");
     let noise = rows(1, &[0.0, 0.0]);
-    let step = SamplerStep::new(&said, &t, &prev).with_noise(&noise);
+    let step = SamplerStep::new(&said, &[9], &[3]).with_noise(&noise);
     assert!(sampler.step(&step).expect_err("a misfit").to_string().contains("[1, 2]"));
-    let boundary = ConsistencyBoundary::default();
+    let (boundary, t) = (ConsistencyBoundary::default(), timesteps(&[9]));
     assert!(boundary.apply(&rows(1, &[0.0]), &rows(2, &[0.0]), &t).is_err());
     assert!(boundary.apply(&rows(2, &[0.0]), &rows(2, &[0.0]), &t).is_err());
     let text = r#"{"sigma_data": 0.5, "timestep_scale": 10}"#;

@@ -3,9 +3,9 @@
 mod config_file;
 mod ddim;
 mod diffusers;
+mod estimate;
 mod lcm;
 mod noise_schedule;
-mod plan;
 mod prediction;
 mod support;
 mod thresholding;

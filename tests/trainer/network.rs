@@ -6,8 +6,10 @@ use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_models::{LoraConfig, Model, NetworkDenoiser, Placement, UNet2DConfig, weights};
-use ddil_pipelines::{Card, Pipeline, SamplerKind, Scheduler};
-use ddil_schedulers::{ConsistencyBoundary, NoiseScheduleConfig, PredictionType, Thresholding};
+use ddil_pipelines::{Card, Pipeline, Scheduler};
+use ddil_schedulers::{
+    ConsistencyBoundary, NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding,
+};
 use ddil_trainer::config::Precision;
 use ddil_trainer::ema::EmaConfig;
 use ddil_trainer::optimizer::AdamWConfig;
@@ -281,7 +283,7 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     assert_eq!(teacher.output(&x_t, &timesteps, &deaf)?, of_teacher);
 
     let boundary = ConsistencyBoundary::default();
-    let sampler = SamplerKind::Lcm { original_steps: 50, boundary };
+    let sampler = SamplerConfig::Lcm { original_steps: 50, boundary };
     let scheduler = Scheduler::new(&student, sampler, &Thresholding::None, None)?;
     let card = Card { method: "lcm".to_owned(), guidance_scale: Some(6.0), ..Card::default() };
     Pipeline::write_adapter(&folder, &student, &scheduler, card, &parts)?;

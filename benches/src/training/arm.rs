@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ddil_core::{
-    Conditioning, Consistent, Data, Denoiser, Guided, MixRequest, Mixer, RandomStreams, States,
-    Stream, Thresholded,
+    Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, RandomStreams, States, Stream,
+    Thresholded, with_boundary,
 };
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
@@ -114,7 +114,7 @@ impl Arm {
         let training = method.training_grid(&schedule, STEPS)?;
         let sampling = method.sampling_grid(&schedule, STEPS)?;
         let objective = method.build(&schedule, &training)?;
-        let sampler = method.sampler(&schedule);
+        let sampler = method.sampler_config(&schedule).build(&schedule)?;
         let mixer = Mixer::with_rollout(way.mixer(workload.pool)?, training, sampling, sampler)?;
         let teacher = workload.teacher()?;
         let student = teacher.duplicate(true)?;
@@ -276,10 +276,8 @@ impl Arm {
         let prompts = data.conditioning.index_select(&generator.randperm(self.batch)?)?;
         let teacher = guided(self.meters.put_on(Role::TeacherRollout, &self.teacher))?;
         let student = held(self.meters.put_on(Role::StudentRollout, &self.student))?;
-        let student: Box<dyn Denoiser> = match self.method.boundary() {
-            Some(boundary) => Box::new(Consistent::new(student, boundary)),
-            None => Box::new(student),
-        };
+        let sampler = self.method.sampler_config(student.schedule());
+        let student = with_boundary(student, &sampler);
         Ok(self.mixer.next_states(&MixRequest {
             step,
             total_steps: u64::MAX,

@@ -9,13 +9,13 @@ mod thresholded;
 
 pub use clip_meter::{ClipMeter, ClippedFraction};
 pub use closure::FnDenoiser;
-pub use consistent::Consistent;
+pub use consistent::{Consistent, with_boundary};
 pub(crate) use counted::Counted;
 pub use guided::{Guided, GuidedByWeight};
 pub use thresholded::Thresholded;
 
-use ddil_schedulers::{NoiseSchedule, Prediction};
-use tch::Tensor;
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use tch::{Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::Result;
@@ -46,8 +46,37 @@ pub trait Denoiser {
         conditioning: &Conditioning,
     ) -> Result<Prediction>;
 
+    /// The same for a batch at one timestep, as far as a sampler's step needs it computed: what rollouts call.
+    ///
+    /// By default [`predict`](Self::predict) with the timestep repeated. A denoiser over a network returns the network's
+    /// raw output instead ([`Estimate::of_output`]), and one around another denoiser passes that on, so that output,
+    /// guidance, thresholding and step take one pass over memory.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`, `conditioning`: as for [`predict`](Self::predict); `timestep`: in training timesteps
+    ///
+    /// # Errors
+    ///
+    /// As [`predict`](Self::predict).
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        let prediction = self.predict(x_t, &repeated_timestep(timestep, x_t), conditioning)?;
+        Ok(Estimate::of_prediction(self.schedule(), prediction, timestep)?)
+    }
+
     /// The schedule that the network was trained on.
     fn schedule(&self) -> &NoiseSchedule;
+}
+
+/// A timestep for each sample of a batch, `[batch]`, `Int64`, on its device.
+pub fn repeated_timestep(timestep: i64, x_t: &Tensor) -> Tensor {
+    let batch = x_t.size().first().copied().unwrap_or(0);
+    Tensor::full([batch], timestep, (Kind::Int64, x_t.device()))
 }
 
 impl<D: Denoiser + ?Sized> Denoiser for &D {
@@ -58,6 +87,15 @@ impl<D: Denoiser + ?Sized> Denoiser for &D {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         (**self).predict(x_t, timesteps, conditioning)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        (**self).estimate(x_t, timestep, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {
@@ -73,6 +111,15 @@ impl<D: Denoiser + ?Sized> Denoiser for Box<D> {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         (**self).predict(x_t, timesteps, conditioning)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        (**self).estimate(x_t, timestep, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

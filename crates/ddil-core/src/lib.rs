@@ -41,7 +41,7 @@ pub use conditioning::Conditioning;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
     ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, Guided,
-    GuidedByWeight, Thresholded,
+    GuidedByWeight, Thresholded, repeated_timestep, with_boundary,
 };
 pub use error::{Error, Result};
 pub use loss_meter::{LossMeter, LossTable};

@@ -13,7 +13,7 @@ use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Sampler, Timesteps};
 use tch::Tensor;
 
 use self::legs::ensure_ready;
-use self::step::{Fresh, filled, renewed_step};
+use self::step::{Fresh, step_at};
 use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::Result;
@@ -189,15 +189,14 @@ impl<'a> Rollout<'a> {
         let none = Conditioning::none();
         let conditioning = self.conditioning.unwrap_or(&none);
         ensure_ready(OP, self.sampler, &noise, conditioning, self.fresh.can_draw())?;
-        let batch = noise.size()[0];
         self.fresh.ensure_batch(OP, self.sampler, &noise)?;
         let mut x_t = first_state(self.denoiser.schedule(), self.timesteps.as_slice()[0], &noise)?;
+        // So that the first step may use its memory again, where nobody else holds it.
         drop(noise);
         for (timestep, prev) in self.timesteps.pairs() {
             visit(timestep, &x_t);
-            let [timestep, prev] = [timestep, prev].map(|at| filled(batch, at, x_t.device()));
-            let prediction = self.denoiser.predict(&x_t, &timestep, conditioning)?;
-            x_t = renewed_step(self.sampler, &prediction, &timestep, &prev, &mut self.fresh)?;
+            let actor = (self.denoiser, self.sampler);
+            x_t = step_at(actor, x_t, (timestep, prev), conditioning, &mut self.fresh)?;
         }
         Ok(x_t)
     }

@@ -113,6 +113,11 @@ Tensor affine(const Tensor& x, const Tensor& y, double a, double b) { return plu
 
 }  // namespace
 
+// Whether no other tensor, view or saved variable shares the memory, which libtorch's own allocator gave.
+DDIL_EXPORT bool ddil_is_sole_owner(const Tensor* x) noexcept {
+  return x->defined() && x->use_count() == 1 && x->has_storage() && x->storage().use_count() == 1 && x->storage().resizable();
+}
+
 DDIL_EXPORT int ddil_affine(const Tensor* x, const Tensor* y, double a, double b, Tensor** out) noexcept {
   return ddil::guarded([&] {
     const Inputs<2> in{x, y};

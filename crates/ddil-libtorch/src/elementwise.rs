@@ -5,6 +5,29 @@ use tch::Tensor;
 use crate::ffi::{self, check, new_tensor};
 use crate::{Error, Result};
 
+/// Whether nothing but `x` refers to its memory: no other handle, no view and nothing saved for a backward pass.
+///
+/// Then a function that owns `x` may write the result of a step into it. Memory that libtorch did not allocate, such as
+/// that of a mapped file, is never taken for `x`'s own.
+///
+/// # Example
+///
+/// ```
+/// use tch::Tensor;
+///
+/// let x = Tensor::from_slice(&[1.0, 2.0]);
+/// assert!(ddil_libtorch::is_sole_owner(&x));
+/// let view = x.narrow(0, 0, 1);
+/// assert!(!ddil_libtorch::is_sole_owner(&x));
+/// drop(view);
+/// let same = x.shallow_clone();
+/// assert!(!ddil_libtorch::is_sole_owner(&x) && !ddil_libtorch::is_sole_owner(&same));
+/// ```
+pub fn is_sole_owner(x: &Tensor) -> bool {
+    // SAFETY: the tensor lives through the call, which reads counters alone.
+    unsafe { ffi::ddil_is_sole_owner(x.as_ptr()) }
+}
+
 /// `a x + b y` as a new tensor.
 ///
 /// One pass over memory on libtorch's own threads for `Float` and `Double` on the CPU, in any strides: `channels_last`

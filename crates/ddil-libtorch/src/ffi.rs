@@ -71,6 +71,7 @@ unsafe extern "C" {
     pub(crate) fn ddil_default_generator_state(device: c_int, out: Out) -> c_int;
     pub(crate) fn ddil_default_generator_set_state(device: c_int, state: In) -> c_int;
 
+    pub(crate) fn ddil_is_sole_owner(x: In) -> bool;
     pub(crate) fn ddil_affine(x: In, y: In, a: f64, b: f64, out: Out) -> c_int;
     pub(crate) fn ddil_affine_in_place(x: In, y: In, a: f64, b: f64) -> c_int;
     pub(crate) fn ddil_affine_noise(x: In, y: In, noise: In, a: f64, b: f64, c: f64, out: Out) -> c_int;

@@ -71,6 +71,7 @@ pub use argument::{ArgumentError, ensure_dense, ensure_real, ensure_same_shape, 
 pub use autocast::Autocast;
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
+    is_sole_owner,
 };
 pub use error::{Error, Result};
 pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};

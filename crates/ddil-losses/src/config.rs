@@ -1,8 +1,7 @@
 //! A method by name, with its settings.
 
 use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, PredictionType, Sampler, TimestepSpacing,
-    Timesteps,
+    ConsistencyBoundary, NoiseSchedule, PredictionType, SamplerConfig, TimestepSpacing, Timesteps,
 };
 use serde::{Deserialize, Serialize};
 
@@ -104,19 +103,21 @@ impl ObjectiveConfig {
         }
     }
 
-    /// How a student steps.
-    pub fn sampler(&self, schedule: &NoiseSchedule) -> Box<dyn Sampler> {
+    /// How a student is sampled, in rollouts and in the end.
+    ///
+    /// [`Dmd2`](Self::Dmd2) is trained without a boundary and sampled with the one that diffusers' `LCMScheduler` always
+    /// has: at the timesteps of its grid that is the identity but for rounding.
+    pub fn sampler_config(&self, schedule: &NoiseSchedule) -> SamplerConfig {
         match self {
-            Self::Progressive(_) => Box::new(Ddim::new(schedule.clone())),
-            Self::Lcm(_) | Self::Dmd2(_) => Box::new(Lcm::new(schedule.clone())),
-        }
-    }
-
-    /// The boundary condition that a student has around it when it samples; in its loss the objective applies it.
-    pub fn boundary(&self) -> Option<ConsistencyBoundary> {
-        match self {
-            Self::Lcm(config) => Some(config.boundary()),
-            Self::Progressive(_) | Self::Dmd2(_) => None,
+            Self::Progressive(_) => SamplerConfig::Ddim { eta: 0.0 },
+            Self::Lcm(config) => SamplerConfig::Lcm {
+                original_steps: config.num_ddim_timesteps,
+                boundary: config.boundary(),
+            },
+            Self::Dmd2(_) => SamplerConfig::Lcm {
+                original_steps: schedule.num_train_timesteps() as u32,
+                boundary: ConsistencyBoundary::default(),
+            },
         }
     }
 }

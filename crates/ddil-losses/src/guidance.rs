@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser, Guided, GuidedByWeight};
 use ddil_files::Invalid;
-use ddil_schedulers::{NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -158,16 +158,29 @@ impl<D: Denoiser> Denoiser for ToldItsWeight<D> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        if conditioning.get(Conditioning::GUIDANCE_WEIGHT).is_none() {
-            return Err(ddil_core::Error::ConditioningMissing {
-                network: "a teacher with embedded guidance".to_owned(),
-                field: "guidance_weight",
-            });
-        }
+        ensure_weight(conditioning)?;
         self.inner.predict(x_t, timesteps, conditioning)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Estimate> {
+        ensure_weight(conditioning)?;
+        self.inner.estimate(x_t, timestep, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {
         self.inner.schedule()
     }
+}
+
+fn ensure_weight(conditioning: &Conditioning) -> ddil_core::Result<()> {
+    if conditioning.get(Conditioning::GUIDANCE_WEIGHT).is_some() {
+        return Ok(());
+    }
+    let network = "a teacher with embedded guidance".to_owned();
+    Err(ddil_core::Error::ConditioningMissing { network, field: "guidance_weight" })
 }

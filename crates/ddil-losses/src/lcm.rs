@@ -1,8 +1,8 @@
 //! Latent consistency distillation: one answer along the whole path of the teacher.
 
-use ddil_core::{Denoiser, States};
+use ddil_core::{Consistent, Denoiser, States};
 use ddil_files::Invalid;
-use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Timesteps};
+use ddil_schedulers::{ConsistencyBoundary, Ddim, NoiseSchedule, Sampler, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -150,7 +150,7 @@ impl LatentConsistencyConfig {
 /// to the next timestep `s` of the grid:
 ///
 /// ```text
-/// x_s       = r x_t + c x0                 r = sigma_s / sigma_t,  c = alpha_s - r alpha_t
+/// x_s       = r x_t + c x0                 a step of DDIM without its epsilon
 /// estimate  = c_out(t) student(x_t, t) + c_skip(t) x_t
 /// target    = c_out(s) average(x_s, s) + c_skip(s) x_s
 /// loss      = distance(estimate, target)
@@ -222,11 +222,11 @@ impl LatentConsistency {
             )));
         }
         let ends: Vec<i64> = grid.as_slice().iter().skip(1).copied().chain([0]).collect();
+        let solver = Ddim::new(schedule.clone());
         let mut coefficients = Vec::with_capacity(2 * ends.len());
         for (&t, &end) in grid.as_slice().iter().zip(&ends) {
-            let (now, next) = (schedule.scale_at(t)?, schedule.scale_at(end)?);
-            let keep = next.sigma / now.sigma;
-            coefficients.extend([keep, next.alpha - keep * now.alpha]);
+            let step = solver.coefficients_at(t, end)?.without_epsilon(schedule.scale_at(t)?);
+            coefficients.extend([step.x_t, step.x0]);
         }
         let coefficients = Tensor::from_slice(&coefficients).view([-1, 2]);
         let entries = GridRows::new(grid, schedule.num_train_timesteps());
@@ -289,8 +289,9 @@ impl LatentConsistency {
     ) -> Result<(Tensor, Tensor)> {
         let _no_grad = tch::no_grad_guard();
         let (ends, x_end) = self.solve(states, solver)?;
+        let target = Consistent::new(target, self.config.boundary());
         let x0 = target.predict(&x_end, &ends, &states.conditioning)?.x0;
-        Ok((self.config.boundary().apply(&x0, &x_end, &ends)?, x_end))
+        Ok((x0, x_end))
     }
 }
 
@@ -314,8 +315,8 @@ impl Objective for LatentConsistency {
         // The target first: what its networks hold in memory is gone before the student's graph is there.
         let (target, x_end) = self.target(states, solver, target)?;
         let States { x_t, timesteps, conditioning, .. } = states;
-        let x0 = networks.student.predict(x_t, timesteps, conditioning)?.x0;
-        let estimate = self.config.boundary().apply(&x0, x_t, timesteps)?;
+        let student = Consistent::new(networks.student, self.config.boundary());
+        let estimate = student.predict(x_t, timesteps, conditioning)?.x0;
         Ok(LossTerms {
             per_sample: self.config.loss.between(&estimate, &target)?,
             student_x0: estimate.detach(),

@@ -2,9 +2,8 @@
 
 use ddil_core::{Denoiser, States};
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
-use ddil_libtorch::{ensure_real, ensure_same_shape};
-use ddil_schedulers::{NoiseSchedule, Timesteps};
+use ddil_libtorch::{ArgumentError, ensure_real, ensure_same_shape};
+use ddil_schedulers::{Ddim, NoiseSchedule, Sampler, Timesteps};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -180,8 +179,8 @@ impl Default for ProgressiveConfig {
 ///
 /// The teacher is asked at each of its steps, and what it predicts (guided and held inside the data's range by the
 /// denoisers around it) makes both its next state and the target. Its noise estimate is not used: a step is
-/// `x_s = r x_t + c x0` with `r = sigma_s / sigma_t` and `c = alpha_s - r alpha_t`, so the identity behind
-/// [`convex_weights`] holds whatever was done to `x0`.
+/// `x_s = r x_t + c x0`, with the weights of [`Ddim`] [without epsilon](ddil_schedulers::StepCoefficients::without_epsilon),
+/// so the identity behind [`convex_weights`] holds whatever was done to `x0`.
 #[derive(Debug)]
 pub struct Progressive {
     config: ProgressiveConfig,
@@ -297,16 +296,17 @@ impl Tables {
         let total = schedule.num_train_timesteps();
         let fine = grid.refined(substeps, total as u32)?;
         let pairs: Vec<(i64, i64)> = fine.pairs().collect();
+        let solver = Ddim::new(schedule.clone());
         let (mut weights, mut keep, mut gain) = (Vec::new(), Vec::new(), Vec::new());
         for walk in pairs.chunks(substeps as usize) {
             let arrival = walk.last().map(|(_, prev)| *prev);
             let stops: Vec<i64> = walk.iter().map(|(t, _)| *t).chain(arrival).collect();
             weights.extend(convex_weights(schedule, &stops)?);
             for &(t, prev) in walk {
-                let (now, next) = (schedule.scale_at(t)?, schedule.scale_at(prev)?);
-                let kept = next.sigma / now.sigma;
-                keep.push(kept);
-                gain.push(next.alpha - kept * now.alpha);
+                let step = solver.coefficients_at(t, prev)?;
+                let step = step.without_epsilon(schedule.scale_at(t)?);
+                keep.push(step.x_t);
+                gain.push(step.x0);
             }
         }
         let shape = [grid.len() as i64, i64::from(substeps)];

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
-use ddil_core::{Conditioning, Denoiser};
+use ddil_core::{Conditioning, Denoiser, repeated_timestep};
 use ddil_libtorch::{ArgumentError, Autocast, ensure_dense, ensure_real};
-use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -427,6 +427,19 @@ impl Denoiser for NetworkDenoiser {
             .pass("Denoiser::predict", x_t, timesteps, conditioning, Model::forward)
             .map_err(|error| self.to_core(error))?;
         Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Estimate> {
+        let timesteps = repeated_timestep(timestep, x_t);
+        let output = self
+            .pass("Denoiser::estimate", x_t, &timesteps, conditioning, Model::forward)
+            .map_err(|error| self.to_core(error))?;
+        Ok(Estimate::of_output(&self.schedule, self.prediction_type, output, timestep)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser, Guided};
 use ddil_files::Invalid;
-use ddil_schedulers::{NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -83,6 +83,15 @@ impl<'a> Told<'a> {
     }
 }
 
+impl Told<'_> {
+    /// The conditioning with the weight in it.
+    fn told(&self, x_t: &Tensor, conditioning: &Conditioning) -> Conditioning {
+        let batch = x_t.size().first().copied().unwrap_or(0);
+        let weight = Tensor::full([batch], self.weight, (Kind::Float, x_t.device()));
+        conditioning.shallow_clone().with_guidance_weight(weight)
+    }
+}
+
 impl Denoiser for Told<'_> {
     fn predict(
         &self,
@@ -90,10 +99,16 @@ impl Denoiser for Told<'_> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        let batch = x_t.size().first().copied().unwrap_or(0);
-        let weight = Tensor::full([batch], self.weight, (Kind::Float, x_t.device()));
-        let told = conditioning.shallow_clone().with_guidance_weight(weight);
-        self.inner.predict(x_t, timesteps, &told)
+        self.inner.predict(x_t, timesteps, &self.told(x_t, conditioning))
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Estimate> {
+        self.inner.estimate(x_t, timestep, &self.told(x_t, conditioning))
     }
 
     fn schedule(&self) -> &NoiseSchedule {

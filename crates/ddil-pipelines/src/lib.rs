@@ -40,7 +40,6 @@ mod guide;
 mod picture;
 mod pipeline;
 mod prompting;
-mod sampler;
 mod sampling;
 
 pub use ddil_models::Precision;
@@ -53,7 +52,6 @@ pub use pipeline::{
     Scheduler, TextToImageComponents, WeightForm,
 };
 pub use prompting::{PromptRequest, Told, decode, draw_latents, spaced_as_published};
-pub use sampler::SamplerKind;
 pub use sampling::{
     Observed, SamplePlan, asked, classes, generate, grid_of_classes, grid_of_prompts,
     initial_noise, layout,

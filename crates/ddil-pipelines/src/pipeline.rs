@@ -16,7 +16,7 @@ use ddil_files::{Invalid, write_json};
 use ddil_models::Precision;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Model, ModelConfig, NetworkDenoiser, Placement, UnknownKeys};
-use ddil_schedulers::{SchedulerConfig, Thresholding};
+use ddil_schedulers::{SamplerConfig, SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
 pub use self::index::PipelineClass;
@@ -25,7 +25,6 @@ pub use self::pipeline_parts::PipelineParts;
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImageComponents};
 use crate::error::{Error, Result};
-use crate::sampler::SamplerKind;
 
 /// A model read from its folder.
 #[derive(Debug)]
@@ -33,7 +32,7 @@ pub struct Pipeline {
     /// The network.
     pub network: NetworkDenoiser,
     /// How it steps when it is sampled.
-    pub sampler: SamplerKind,
+    pub sampler: SamplerConfig,
     /// What is done with clean data beyond their range when it is sampled.
     pub thresholding: Thresholding,
     /// The timesteps that a student was trained at; none for a teacher.
@@ -150,12 +149,7 @@ impl Pipeline {
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
-        let sampler = match (&scheduler, scheduler.boundary()) {
-            (SchedulerConfig::Lcm(lcm), Some(boundary)) => {
-                SamplerKind::Lcm { original_steps: lcm.original_inference_steps, boundary }
-            }
-            _ => SamplerKind::Ddim { eta: 0.0 },
-        };
+        let sampler = scheduler.sampler_config();
         Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts })
     }
 
@@ -186,8 +180,8 @@ impl Pipeline {
     pub fn default_guidance_scale(&self) -> f64 {
         let is_teacher = self.card.method.is_empty() || self.card.method == "teacher";
         match (self.parts.class(), self.sampler) {
-            (PipelineClass::StableDiffusion, SamplerKind::Ddim { .. }) if is_teacher => 7.5,
-            (PipelineClass::StableDiffusionXl, SamplerKind::Ddim { .. }) if is_teacher => 5.0,
+            (PipelineClass::StableDiffusion, SamplerConfig::Ddim { .. }) if is_teacher => 7.5,
+            (PipelineClass::StableDiffusionXl, SamplerConfig::Ddim { .. }) if is_teacher => 5.0,
             _ => self.card.default_guidance_scale(),
         }
     }

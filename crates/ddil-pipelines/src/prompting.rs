@@ -2,13 +2,12 @@
 
 use ddil_core::Conditioning;
 use ddil_files::Invalid;
-use ddil_schedulers::SchedulerConfig;
+use ddil_schedulers::{SamplerConfig, SchedulerConfig};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::guide::Guide;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
-use crate::sampler::SamplerKind;
 use crate::sampling::{Observed, SamplePlan, generate, initial_noise};
 
 /// Which pictures are to be drawn.
@@ -140,7 +139,7 @@ fn cut_off(prompts: &[&str], encoded: &EncodedPrompts) -> Vec<(String, String)> 
 /// [`Error::Scheduler`] for a number of steps that cannot be.
 pub fn spaced_as_published(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
     match (&pipeline.scheduler, plan.sampler) {
-        (SchedulerConfig::Ddim(_), SamplerKind::Ddim { .. }) if plan.timesteps.is_none() => {
+        (SchedulerConfig::Ddim(_), SamplerConfig::Ddim { .. }) if plan.timesteps.is_none() => {
             let timesteps = pipeline.scheduler.timesteps(Some(plan.steps))?;
             Ok(SamplePlan { timesteps: Some(timesteps.as_slice().to_vec()), ..plan })
         }

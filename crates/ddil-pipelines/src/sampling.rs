@@ -1,7 +1,11 @@
 //! Samples of a model, the same ones for the same seed.
 
-use ddil_core::{Conditioning, Consistent, Denoiser, RandomStreams, Rollout, Stream, Thresholded};
-use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding, Timesteps};
+use ddil_core::{
+    Conditioning, Denoiser, RandomStreams, Rollout, Stream, Thresholded, with_boundary,
+};
+use ddil_schedulers::{
+    Estimate, NoiseSchedule, Prediction, SamplerConfig, Thresholding, Timesteps,
+};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -9,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::guide::Guide;
 use crate::picture::{Layout, Picture};
 use crate::pipeline::{Card, Pipeline};
-use crate::sampler::SamplerKind;
 
 /// How samples are drawn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,7 +23,7 @@ pub struct SamplePlan {
     /// Guidance scale; 1 is none.
     pub guidance_scale: f64,
     /// How the model steps.
-    pub sampler: SamplerKind,
+    pub sampler: SamplerConfig,
     /// What is done with clean data beyond their range.
     pub thresholding: Thresholding,
     /// The timesteps that a student was trained at, noisiest first; none takes `steps` of the sampler's.
@@ -49,8 +52,8 @@ impl SamplePlan {
         let timesteps = own.filter(|own| steps.is_none_or(|steps| own.len() == steps as usize));
         let steps = match (&timesteps, pipeline.sampler) {
             (Some(own), _) => own.len() as u32,
-            (None, SamplerKind::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
-            (None, SamplerKind::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
+            (None, SamplerConfig::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
+            (None, SamplerConfig::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
         };
         let of_latents = pipeline.parts.class().is_text_to_image();
         Self {
@@ -78,7 +81,7 @@ impl SamplePlan {
     pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
         match &self.timesteps {
             Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?),
-            None => self.sampler.timesteps(num_train_timesteps, self.steps),
+            None => Ok(self.sampler.timesteps(num_train_timesteps, self.steps)?),
         }
     }
 }
@@ -157,10 +160,7 @@ pub fn asked<'a>(
 ) -> Result<Box<dyn Denoiser + 'a>> {
     let guided = guide.guided(denoiser, plan.guidance_scale)?;
     let held = Thresholded::new(guided, plan.thresholding.clone())?;
-    Ok(match plan.sampler {
-        SamplerKind::Ddim { .. } => Box::new(held),
-        SamplerKind::Lcm { boundary, .. } => Box::new(Consistent::new(held, boundary)),
-    })
+    Ok(with_boundary(held, &plan.sampler))
 }
 
 /// A network that reports each of its calls, to show how far a sampling is.
@@ -186,6 +186,17 @@ impl Denoiser for Observed<'_> {
         let prediction = self.inner.predict(x_t, timesteps, conditioning);
         (self.on_call)();
         prediction
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> ddil_core::Result<Estimate> {
+        let estimate = self.inner.estimate(x_t, timestep, conditioning);
+        (self.on_call)();
+        estimate
     }
 
     fn schedule(&self) -> &NoiseSchedule {

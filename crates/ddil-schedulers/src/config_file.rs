@@ -6,9 +6,8 @@ use ddil_files::Invalid;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::ddim::Ddim;
 use crate::error::{Error, Result};
-use crate::lcm::{ConsistencyBoundary, Lcm};
+use crate::lcm::ConsistencyBoundary;
 use crate::noise_schedule::{
     BetaSchedule, FinalAlphaCumprod, NoiseSchedule, NoiseScheduleConfig, VpConfig,
 };
@@ -315,22 +314,12 @@ impl SchedulerConfig {
     ///
     /// As [`schedule`](Self::schedule).
     pub fn sampler(&self) -> Result<Box<dyn Sampler>> {
-        let schedule = self.schedule()?;
-        Ok(match self {
-            Self::Ddim(_) => Box::new(Ddim::new(schedule)),
-            Self::Lcm(_) => Box::new(Lcm::new(schedule)),
-        })
+        self.sampler_config().build(&self.schedule()?)
     }
 
     /// The consistency boundary that `LCMScheduler` puts around a network; its `sigma_data` is always 0.5.
     pub fn boundary(&self) -> Option<ConsistencyBoundary> {
-        match self {
-            Self::Ddim(_) => None,
-            Self::Lcm(LcmConfig { timestep_scaling, .. }) => Some(ConsistencyBoundary {
-                timestep_scaling: *timestep_scaling,
-                ..ConsistencyBoundary::default()
-            }),
-        }
+        self.sampler_config().boundary()
     }
 
     /// The timesteps of a run of `num_inference_steps`; without a number, those that the student was trained for.

@@ -28,10 +28,12 @@ pub enum Error {
         highest: i64,
     },
     /// A stochastic sampler was called without noise.
-    #[error("{op}: this sampler is stochastic and needs `noise` in its step")]
+    #[error("{op}: this sampler renews noise and needs `{argument}`, which is not given")]
     NoiseMissing {
         /// The function that was called.
         op: &'static str,
+        /// The argument that it comes from: `noise` of a step, `generator` of a rollout.
+        argument: &'static str,
     },
     /// A prediction type has no meaning on this schedule.
     #[error("`{prediction_type}` is not defined on this schedule: {reason}")]
@@ -84,16 +86,6 @@ pub enum Error {
         field: &'static str,
         /// Why.
         reason: String,
-    },
-    /// The step of a plan that does not have so many.
-    #[error("{op}: there is no step {index} in a plan of {len} steps, counted from 0")]
-    NoSuchStep {
-        /// The function that was called.
-        op: &'static str,
-        /// The step that was asked for.
-        index: usize,
-        /// How many there are.
-        len: usize,
     },
     /// The arithmetic of a step was refused.
     #[error(transparent)]

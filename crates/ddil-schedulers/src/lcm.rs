@@ -4,9 +4,10 @@ use ddil_libtorch::ensure_timesteps;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::coefficients::StepCoefficients;
+use crate::error::Result;
 use crate::noise_schedule::{NoiseSchedule, Scale};
-use crate::sampler::{Sampler, SamplerStep};
+use crate::sampler::Sampler;
 
 /// Jumps to clean data and adds fresh noise for the next timestep.
 ///
@@ -25,20 +26,9 @@ impl Lcm {
 }
 
 impl Sampler for Lcm {
-    /// `x_prev = alpha_prev x0 + sigma_prev noise`; clean data, timestep -1, gets no noise.
-    fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor> {
-        step.ensure("Lcm::step", true)?;
-        let x0 = &step.prediction.x0;
-        let noise = step.noise.ok_or(Error::NoiseMissing { op: "Lcm::step" })?;
-        let prev = self.schedule.scales_at(step.prev_timesteps, x0)?;
-        let noised = prev.alpha * x0 + prev.sigma * noise;
-        if self.schedule.scale_at(-1)? == Scale::CLEAN {
-            return Ok(noised);
-        }
-        let mut per_sample = vec![1; x0.dim()];
-        per_sample[0] = -1;
-        let ends = step.prev_timesteps.eq(-1).to_device(x0.device()).view(per_sample.as_slice());
-        Ok(x0.where_self(&ends, &noised))
+    /// `x_prev = alpha_prev x0 + sigma_prev noise`.
+    fn coefficients(&self, _: Scale, prev: Scale) -> StepCoefficients {
+        StepCoefficients { x0: prev.alpha, epsilon: 0.0, noise: prev.sigma }
     }
 
     fn needs_noise(&self) -> bool {
@@ -47,6 +37,11 @@ impl Sampler for Lcm {
 
     fn schedule(&self) -> &NoiseSchedule {
         &self.schedule
+    }
+
+    /// Clean data, whatever the schedule's final `alpha_cumprod`.
+    fn end(&self) -> Scale {
+        Scale::CLEAN
     }
 }
 

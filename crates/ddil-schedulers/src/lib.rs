@@ -1,25 +1,31 @@
 //! Noise schedules, timestep grids and few-step samplers for diffusion models.
 //!
-//! This crate is the *step*: it knows how noise is added and removed and never calls a network. Whoever wants
-//! DDIM alone needs nothing else of the workspace.
+//! This crate is the *step*: it adds and removes noise and never calls a network. For DDIM in a program of your own,
+//! nothing else of the workspace is needed.
 //!
-//! One tongue is spoken throughout. What a network was trained to output ([`PredictionType`]) is read once and
-//! becomes a [`Prediction`] `{ x0, epsilon }`; every [`Sampler`] goes on from there, for VP, flow matching and
-//! EDM schedules alike, because all of them are `x_t = alpha_t x0 + sigma_t epsilon`.
+//! | part | types |
+//! |---|---|
+//! | how much noise each timestep holds | [`NoiseSchedule`], from a [`NoiseScheduleConfig`]: VP, flow matching, EDM |
+//! | which timesteps a run visits | [`Timesteps`] |
+//! | what a network's output means | [`PredictionType`], which turns it into an [`Estimate`] or a [`Prediction`] |
+//! | what is done with clean data beyond their range | [`Thresholding`] |
+//! | a step | [`Sampler`]: [`Ddim`], [`Lcm`], or your own; [`SamplerConfig`] builds one from settings |
+//! | diffusers' `scheduler_config.json` | [`SchedulerConfig`] |
 //!
-//! Names follow diffusers; numbers are checked against it, and its `scheduler_config.json` is read and written
-//! ([`SchedulerConfig`]). Where it steps by a fixed stride that is not on its own grid, or keeps the noise estimate
-//! beside a clipped `x0`, this crate does not; [`Compatibility::Diffusers`] reproduces both.
+//! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so nothing past [`PredictionType`] depends on the family or on
+//! what the network was trained to output. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
 //!
-//! A whole batch at one timestep is stepped fastest by a [`Plan`], which [`Ddim::plan`] and [`Lcm::plan`] make.
+//! Names follow diffusers, and numbers are checked against it. Two of its rules are faults that this crate does not have:
+//! a fixed stride that leaves its own grid, and a noise estimate kept beside a clipped `x0`.
+//! [`Compatibility::Diffusers`] reproduces both.
 //!
 //! # Example
 //!
-//! Four DDIM steps of Stable Diffusion 1.5's schedule, with a network that always answers "no noise":
+//! Four DDIM steps of Stable Diffusion 1.5's schedule, with a network that always returns "no noise":
 //!
 //! ```
-//! use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, Sampler, SamplerStep, Timesteps, TimestepSpacing};
-//! use tch::{Kind, Tensor, kind};
+//! use ddil_schedulers::{Ddim, Estimate, NoiseScheduleConfig, PredictionType, Sampler, Timesteps, TimestepSpacing};
+//! use tch::{Tensor, kind};
 //!
 //! # fn main() -> ddil_schedulers::Result<()> {
 //! let schedule = NoiseScheduleConfig::default().build()?;
@@ -29,41 +35,45 @@
 //!
 //! let mut x = Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU);
 //! for (t, prev) in timesteps.pairs() {
-//!     let t = Tensor::full([2], t, (Kind::Int64, x.device()));
-//!     let prev = Tensor::full([2], prev, (Kind::Int64, x.device()));
 //!     let model_output = x.zeros_like();
-//!     let prediction = PredictionType::Epsilon.convert(&schedule, &model_output, &x, &t)?;
-//!     x = sampler.step(&SamplerStep::new(&prediction, &t, &prev))?;
+//!     let estimate = Estimate::of_output(&schedule, PredictionType::Epsilon, model_output, t)?;
+//!     x = sampler.step_at(x, &estimate, prev, None)?;
 //! }
 //! assert_eq!(x.size(), [2, 4, 8, 8]);
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! A batch whose samples are at different timesteps is stepped by [`Sampler::step`].
 
 #![forbid(unsafe_code)]
 
+mod coefficients;
 mod config_file;
 mod ddim;
 mod error;
+mod estimate;
 mod lcm;
 mod noise_schedule;
-mod plan;
 mod prediction;
 mod sampler;
+mod sampler_config;
 mod thresholding;
 mod timesteps;
 
+pub use coefficients::{StateCoefficients, StepCoefficients};
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddim::Ddim;
 pub use error::{Error, Result};
+pub use estimate::Estimate;
 pub use lcm::{ConsistencyBoundary, Lcm};
 pub use noise_schedule::{
     BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, MAX_TRAIN_TIMESTEPS, NoiseSchedule,
     NoiseScheduleConfig, Scale, Scales, VpConfig,
 };
-pub use plan::Plan;
 pub use prediction::{Prediction, PredictionType};
 pub use sampler::{Sampler, SamplerStep};
+pub use sampler_config::SamplerConfig;
 pub use thresholding::{Bound, DataRange, Thresholding};
 pub use timesteps::{PreviousTimestep, TimestepSpacing, Timesteps};
 

@@ -337,6 +337,11 @@ impl NoiseSchedule {
         self.num_train_timesteps() - 1
     }
 
+    /// `alpha` and `sigma` at the clean end, timestep -1.
+    pub fn end(&self) -> Scale {
+        self.inner.scales[0]
+    }
+
     /// `alpha` and `sigma` at one timestep; -1 is the clean end.
     ///
     /// # Errors

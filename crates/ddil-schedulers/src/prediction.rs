@@ -1,6 +1,6 @@
 //! What a network's output says about the clean data and the noise.
 
-use ddil_libtorch::ensure_same_shape;
+use ddil_libtorch::{affine, ensure_same_shape};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -161,23 +161,31 @@ impl PredictionType {
     ) -> Result<Prediction> {
         ensure_same_shape("PredictionType::convert", ("model_output", model_output), ("x_t", x_t))?;
         let (output, x_t) = (at_least_float(model_output), at_least_float(x_t));
-        let Scales { alpha, sigma } = schedule.scales_at(timesteps, &x_t)?;
-        Ok(match self {
-            Self::Epsilon => Prediction { x0: (&x_t - sigma * &output) / alpha, epsilon: output },
-            Self::Sample => Prediction { epsilon: (&x_t - alpha * &output) / sigma, x0: output },
-            Self::VPrediction => Prediction {
-                x0: &alpha * &x_t - &sigma * &output,
-                epsilon: sigma * &x_t + alpha * &output,
-            },
-            // x_t = alpha x0 + sigma epsilon and u = epsilon - x0, solved for both.
-            Self::Flow => {
-                let total = &alpha + &sigma;
-                Prediction {
-                    x0: (&x_t - &sigma * &output) / &total,
-                    epsilon: (&x_t + &alpha * &output) / total,
-                }
-            }
-        })
+        let scales = schedule.scales_at(timesteps, &x_t)?;
+        let [x0, epsilon] = self.quotients().map(|quotient| quotient.of(&scales, &x_t, &output));
+        Ok(Prediction { x0, epsilon })
+    }
+
+    /// `x0` and `epsilon` in terms of `x_t` and the network's output: `x_t = alpha x0 + sigma epsilon`, solved together
+    /// with what the output is.
+    fn quotients(self) -> [Quotient; 2] {
+        use Weight::{Alpha, MinusAlpha, MinusSigma, One, Sigma, Total, Zero};
+        let quotient = |x_t, output, divisor| Quotient { x_t, output, divisor };
+        match self {
+            Self::Epsilon => [quotient(One, MinusSigma, Alpha), quotient(Zero, One, One)],
+            Self::Sample => [quotient(Zero, One, One), quotient(One, MinusAlpha, Sigma)],
+            Self::VPrediction => [quotient(Alpha, MinusSigma, One), quotient(Sigma, Alpha, One)],
+            Self::Flow => [quotient(One, MinusSigma, Total), quotient(One, Alpha, Total)],
+        }
+    }
+
+    /// The same at one noise level, in numbers.
+    pub(crate) fn linear(self, schedule: &NoiseSchedule, scale: Scale) -> Result<[Linear; 2]> {
+        self.ensure_defined_at(schedule, scale)?;
+        Ok(self.quotients().map(|Quotient { x_t, output, divisor }| Linear {
+            x_t: x_t.at(scale) / divisor.at(scale),
+            given: output.at(scale) / divisor.at(scale),
+        }))
     }
 
     /// What the network should have said for this clean data and noise: the target of its training.
@@ -214,5 +222,89 @@ pub(crate) fn at_least_float(tensor: &Tensor) -> Tensor {
     match tensor.kind() {
         Kind::Half | Kind::BFloat16 => tensor.to_kind(Kind::Float),
         _ => tensor.shallow_clone(),
+    }
+}
+
+/// A weight in the formulas of prediction types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weight {
+    Zero,
+    One,
+    Alpha,
+    MinusAlpha,
+    Sigma,
+    MinusSigma,
+    /// `alpha + sigma`.
+    Total,
+}
+
+/// `(x_t · x_t + output · output) / divisor`.
+#[derive(Clone, Copy, Debug)]
+struct Quotient {
+    x_t: Weight,
+    output: Weight,
+    divisor: Weight,
+}
+
+impl Weight {
+    /// The weight at one noise level.
+    fn at(self, Scale { alpha, sigma }: Scale) -> f64 {
+        match self {
+            Self::Zero => 0.0,
+            Self::One => 1.0,
+            Self::Alpha => alpha,
+            Self::MinusAlpha => -alpha,
+            Self::Sigma => sigma,
+            Self::MinusSigma => -sigma,
+            Self::Total => alpha + sigma,
+        }
+    }
+
+    /// The weight of each sample; none for 0 and 1, which nothing is multiplied by.
+    fn of_batch(self, Scales { alpha, sigma }: &Scales) -> Option<Tensor> {
+        match self {
+            Self::Zero | Self::One => None,
+            Self::Alpha => Some(alpha.shallow_clone()),
+            Self::MinusAlpha => Some(-alpha),
+            Self::Sigma => Some(sigma.shallow_clone()),
+            Self::MinusSigma => Some(-sigma),
+            Self::Total => Some(alpha + sigma),
+        }
+    }
+}
+
+impl Quotient {
+    fn of(self, scales: &Scales, x_t: &Tensor, output: &Tensor) -> Tensor {
+        let term = |weight: Weight, tensor: &Tensor| match weight.of_batch(scales) {
+            Some(weight) => weight * tensor,
+            None => tensor.shallow_clone(),
+        };
+        let sum = match self.x_t {
+            Weight::Zero => term(self.output, output),
+            weight => term(weight, x_t) + term(self.output, output),
+        };
+        match self.divisor.of_batch(scales) {
+            Some(divisor) => sum / divisor,
+            None => sum,
+        }
+    }
+}
+
+/// `x_t · x_t + given · given`, of a state and one other tensor, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Linear {
+    pub(crate) x_t: f64,
+    pub(crate) given: f64,
+}
+
+impl Linear {
+    /// The other tensor itself.
+    pub(crate) const GIVEN: Self = Self { x_t: 0.0, given: 1.0 };
+
+    pub(crate) fn of(self, x_t: &Tensor, given: &Tensor) -> Result<Tensor> {
+        if self == Self::GIVEN {
+            return Ok(given.shallow_clone());
+        }
+        Ok(affine(x_t, given, self.x_t, self.given)?)
     }
 }

@@ -11,19 +11,17 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ddil_core::{
-    Conditioning, Consistent, Data, Denoiser, MixRequest, RandomStreams, SavedState, Source,
-    States, Stream, Thresholded,
+    Conditioning, Data, Denoiser, MixRequest, RandomStreams, SavedState, Source, States, Stream,
+    Thresholded, with_boundary,
 };
-use ddil_losses::{
-    Critic, LossRequest, LossTerms, Networks, ObjectiveConfig, Phase, Requirements, TeacherGuidance,
-};
+use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements, TeacherGuidance};
 use ddil_models::NetworkDenoiser;
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, Guide, Picture, Pipeline, PipelineParts, SamplePlan, SamplerKind, Scheduler,
-    grid_of_classes, grid_of_prompts,
+    Card, Guide, Picture, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
+    grid_of_prompts,
 };
-use ddil_schedulers::{NoiseSchedule, Thresholding};
+use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use tch::{Device, Kind, Tensor};
 
 use self::cast::Cast;
@@ -215,7 +213,7 @@ fn scheduler(
     } else {
         Thresholding::None
     };
-    let sampler = SamplerKind::of(&config.objective, schedule);
+    let sampler = config.objective.sampler_config(schedule);
     Ok(Scheduler::new(student, sampler, &thresholding, Some(&stage.sampling))?)
 }
 
@@ -306,7 +304,7 @@ impl DistillTask {
         let teacher = meters.put_on(teacher, Place::TeacherRollout, logged);
         let student = Thresholded::new(student, of_student)?;
         let student = meters.put_on(student, Place::StudentRollout, logged);
-        let student = with_boundary(student, &self.config.objective);
+        let student = with_boundary(student, &self.sampler());
         let total_steps = self.config.student.updates_per_stage;
         let states = self.stage.mixer.next_states(&MixRequest {
             step: step % total_steps,
@@ -370,8 +368,8 @@ impl DistillTask {
     }
 
     /// How the student steps when it is sampled.
-    fn sampler(&self) -> SamplerKind {
-        SamplerKind::of(&self.config.objective, &self.schedule)
+    fn sampler(&self) -> SamplerConfig {
+        self.config.objective.sampler_config(&self.schedule)
     }
 
     /// How the present student is sampled.
@@ -627,16 +625,5 @@ impl Task for DistillTask {
             return Ok(Pipeline::write_adapter(folder, student, &scheduler, card, &self.parts)?);
         }
         Ok(Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.parts))?)
-    }
-}
-
-/// A student as it is asked when it is sampled: with its boundary around it, if the method has one.
-fn with_boundary<'a>(
-    student: impl Denoiser + 'a,
-    objective: &ObjectiveConfig,
-) -> Box<dyn Denoiser + 'a> {
-    match objective.boundary() {
-        Some(boundary) => Box::new(Consistent::new(student, boundary)),
-        None => Box::new(student),
     }
 }

@@ -6,10 +6,8 @@ use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, NetworkDenoiser, Placement, SampleSize};
-use ddil_pipelines::{
-    Card, Picture, Pipeline, SamplePlan, SamplerKind, Scheduler, grid_of_classes,
-};
-use ddil_schedulers::{NoiseSchedule, Thresholding};
+use ddil_pipelines::{Card, Picture, Pipeline, SamplePlan, Scheduler, grid_of_classes};
+use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 
@@ -111,7 +109,7 @@ impl TrainTask {
                 Some(_) => self.config.train.sample_guidance_scale,
                 None => 1.0,
             },
-            sampler: SamplerKind::Ddim { eta: 0.0 },
+            sampler: SamplerConfig::Ddim { eta: 0.0 },
             thresholding: Thresholding::clamp_pixels(),
             timesteps: None,
             batch_size: 100,
@@ -222,7 +220,7 @@ impl TrainTask {
 
 /// A teacher is sampled by DDIM, at any number of steps.
 fn scheduler(network: &NetworkDenoiser) -> Result<Scheduler> {
-    let sampler = SamplerKind::Ddim { eta: 0.0 };
+    let sampler = SamplerConfig::Ddim { eta: 0.0 };
     Ok(Scheduler::new(network, sampler, &Thresholding::clamp_pixels(), None)?)
 }
 

@@ -1,7 +1,7 @@
 use ddil_schedulers::{
-    CommonConfig, Compatibility, ConsistencyBoundary, DataRange, Ddim, EdmConfig, FlowConfig, Lcm,
-    NoiseSchedule, NoiseScheduleConfig, Plan, Prediction, PredictionType, PreviousTimestep,
-    Sampler, SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps, VpConfig,
+    CommonConfig, ConsistencyBoundary, DataRange, Ddim, EdmConfig, Estimate, FlowConfig, Lcm,
+    NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, PreviousTimestep, Sampler,
+    SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps, VpConfig,
 };
 use tch::{Tensor, kind};
 
@@ -67,7 +67,7 @@ fn ddil_schedulers() {
     predictions(&mut cases);
     thresholding(&mut cases);
     samplers(&mut cases);
-    plans(&mut cases);
+    estimates(&mut cases);
     grids(&mut cases);
     configs(&mut cases);
     cases.finish("ddil-schedulers");
@@ -157,8 +157,7 @@ fn thresholding(cases: &mut Cases) {
 }
 
 fn samplers(cases: &mut Cases) {
-    let (x, times) = (images(), times());
-    let prev = Tensor::from_slice(&[499_i64, -1]);
+    let x = images();
     for schedule in schedules() {
         let eta = Ddim::with_eta(schedule.clone(), 0.5).expect("it is in range");
         let all: [Box<dyn Sampler>; 3] = [
@@ -167,11 +166,18 @@ fn samplers(cases: &mut Cases) {
             Box::new(Lcm::new(schedule.clone())),
         ];
         for sampler in all {
-            cases.tensors("Sampler::step", &[&x, &x, &times, &prev, &x], |t| {
+            cases.tensors("Sampler::step", &[&x, &x, &x], |t| {
                 let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
-                let step = SamplerStep::new(&pair, &t[2], &t[3]);
-                said(sampler.step(&step.with_noise(&t[4])))
+                let step = SamplerStep::new(&pair, &[749, 249], &[499, -1]);
+                said(sampler.step(&step.with_noise(&t[2])))
             });
+            cases.wholes("Sampler::step", |at| {
+                let pair = Prediction { x0: x.shallow_clone(), epsilon: x.shallow_clone() };
+                let (now, prev) = ([at, 3], [2, at]);
+                let step = SamplerStep::new(&pair, &now, &prev);
+                said(sampler.step(&step.with_noise(&x)))
+            });
+            cases.wholes("Sampler::coefficients_at", |at| said(sampler.coefficients_at(at, at)));
         }
         cases.numbers("Ddim::with_eta", |eta| said(Ddim::with_eta(schedule.clone(), eta)));
     }
@@ -179,52 +185,67 @@ fn samplers(cases: &mut Cases) {
     cases.cannot_fail(&["Ddim::new", "Lcm::new", "SamplerStep::new", "SamplerStep::with_noise"]);
 }
 
-fn plans(cases: &mut Cases) {
+fn estimates(cases: &mut Cases) {
     let x = images();
-    let short = Timesteps::explicit(vec![999_999], 1_000_000).expect("it falls");
     for schedule in schedules() {
-        let (ddim, lcm) = (Ddim::new(schedule.clone()), Lcm::new(schedule.clone()));
         for output in TYPES {
-            for thresholding in thresholdings() {
-                let what = format!("{output:?}, {thresholding:?}");
-                for grid in [&grid(), &short] {
-                    let boundary = Some(ConsistencyBoundary::default());
-                    cases
-                        .once("Ddim::plan", &what, || said(ddim.plan(grid, output, &thresholding)));
-                    cases.once("Ddim::plan_with", &what, || {
-                        said(ddim.plan_with(grid, output, &thresholding, Compatibility::Diffusers))
-                    });
-                    cases.once("Lcm::plan", &what, || {
-                        said(lcm.plan(grid, output, &thresholding, boundary))
-                    });
-                }
-            }
+            cases.wholes("Estimate::of_output", |at| {
+                said(Estimate::of_output(&schedule, output, x.shallow_clone(), at))
+            });
         }
+        cases.tensors("Estimate::of_prediction", &[&x, &x], |t| {
+            let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
+            said(Estimate::of_prediction(&schedule, pair, 749))
+        });
     }
     let schedule = schedules()[0].clone();
+    for thresholding in thresholdings() {
+        let what = format!("{thresholding:?}");
+        let raw = |output: &Tensor| {
+            let output = output.shallow_clone();
+            Estimate::of_output(&schedule, PredictionType::Epsilon, output, 749)
+        };
+        cases.once("Estimate::thresholded", &what, || {
+            said(raw(&x).and_then(|raw| raw.thresholded(&thresholding, &x)))
+        });
+        cases.once("Estimate::thresholded_keeping_epsilon", &what, || {
+            said(raw(&x).and_then(|raw| raw.thresholded_keeping_epsilon(&thresholding, &x)))
+        });
+    }
     for thresholding in &thresholdings()[..9] {
-        let output = PredictionType::Epsilon;
-        let plans: [Plan; 2] = [
-            Ddim::new(schedule.clone()).plan(&grid(), output, thresholding).expect("it is defined"),
-            Lcm::new(schedule.clone())
-                .plan(&grid(), output, thresholding, None)
-                .expect("so is this"),
-        ];
-        for plan in plans {
-            cases.tensors("Plan::step", &[&x, &x, &x], |t| {
-                said(plan.step(0, &t[0], &t[1], Some(&t[2])))
+        let held = |output: &Tensor| {
+            let output = output.shallow_clone();
+            Estimate::of_output(&schedule, PredictionType::Epsilon, output, 749)
+                .and_then(|raw| raw.thresholded(thresholding, &x))
+        };
+        let boundary = ConsistencyBoundary::default();
+        cases.tensors("Estimate::with_boundary", &[&x, &x], |t| {
+            let once = held(&t[0]).and_then(|held| held.with_boundary(boundary, &t[1]));
+            said(once.and_then(|once| once.with_boundary(boundary, &t[1])))
+        });
+        cases.tensors("Estimate::combined", &[&x, &x], |t| {
+            said(held(&t[0]).and_then(|held| held.combined(&t[1], Tensor::shallow_clone)))
+        });
+        cases.tensors("Estimate::prediction", &[&x, &x], |t| {
+            said(held(&t[0]).and_then(|held| held.prediction(&t[1])))
+        });
+        cases.tensors("Estimate::x0", &[&x, &x], |t| {
+            said(held(&t[0]).and_then(|held| held.x0(&t[1])))
+        });
+        let samplers: [Box<dyn Sampler>; 2] =
+            [Box::new(Ddim::new(schedule.clone())), Box::new(Lcm::new(schedule.clone()))];
+        for sampler in samplers {
+            cases.tensors("Sampler::step_at", &[&x, &x, &x], |t| {
+                let x_t = t[0].shallow_clone();
+                said(held(&t[1]).and_then(|held| sampler.step_at(x_t, &held, 499, Some(&t[2]))))
             });
-            cases.tensors("Plan::step_inplace", &[&x, &x, &x], |t| {
-                let (x, rest) = t.split_at_mut(1);
-                said(plan.step_inplace(0, &mut x[0], &rest[0], Some(&rest[1])))
-            });
-            cases.wholes("Plan::step", |i| said(plan.step(i as usize, &x, &x, None)));
-            cases.wholes("Plan::needs_noise", |i| {
-                let _ = plan.needs_noise(i as usize);
-                Ok(())
+            cases.wholes("Sampler::step_at", |at| {
+                said(held(&x).and_then(|held| sampler.step_at(x.copy(), &held, at, Some(&x))))
             });
         }
     }
+    // Asked with every step above.
+    cases.cannot_fail(&["Estimate::timestep", "StepCoefficients::without_epsilon"]);
 }
 
 fn grids(cases: &mut Cases) {

@@ -1,9 +1,9 @@
 //! A network that is a function.
 
-use ddil_schedulers::{NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
 use tch::Tensor;
 
-use super::Denoiser;
+use super::{Denoiser, repeated_timestep};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
@@ -65,6 +65,16 @@ where
     ) -> Result<Prediction> {
         let output = (self.output)(x_t, timesteps, conditioning)?;
         Ok(self.prediction_type.convert(&self.schedule, &output, x_t, timesteps)?)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        let output = (self.output)(x_t, &repeated_timestep(timestep, x_t), conditioning)?;
+        Ok(Estimate::of_output(&self.schedule, self.prediction_type, output, timestep)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

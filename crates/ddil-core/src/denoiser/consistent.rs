@@ -1,6 +1,6 @@
 //! The boundary condition of consistency models.
 
-use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Prediction};
+use ddil_schedulers::{ConsistencyBoundary, Estimate, NoiseSchedule, Prediction, SamplerConfig};
 use tch::Tensor;
 
 use super::Denoiser;
@@ -23,6 +23,19 @@ impl<D: Denoiser> Consistent<D> {
     }
 }
 
+/// A denoiser as it is sampled: with the boundary of the sampler around it, if it has one.
+///
+/// Goes outside of guidance and thresholding.
+pub fn with_boundary<'a>(
+    denoiser: impl Denoiser + 'a,
+    sampler: &SamplerConfig,
+) -> Box<dyn Denoiser + 'a> {
+    match sampler.boundary() {
+        Some(boundary) => Box::new(Consistent::new(denoiser, boundary)),
+        None => Box::new(denoiser),
+    }
+}
+
 impl<D: Denoiser> Denoiser for Consistent<D> {
     fn predict(
         &self,
@@ -32,6 +45,16 @@ impl<D: Denoiser> Denoiser for Consistent<D> {
     ) -> Result<Prediction> {
         let Prediction { x0, epsilon } = self.inner.predict(x_t, timesteps, conditioning)?;
         Ok(Prediction { x0: self.boundary.apply(&x0, x_t, timesteps)?, epsilon })
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        let inner = self.inner.estimate(x_t, timestep, conditioning)?;
+        Ok(inner.with_boundary(self.boundary, x_t)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use ddil_schedulers::{NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
 use tch::Tensor;
 
 use super::Denoiser;
@@ -20,6 +20,11 @@ impl<D: Denoiser> Counted<D> {
         Self { inner, evaluations: Cell::new(0) }
     }
 
+    fn count(&self, x_t: &Tensor) {
+        let batch = x_t.size().first().map_or(0, |n| *n as u64);
+        self.evaluations.set(self.evaluations.get() + batch);
+    }
+
     /// Samples so far, over all calls.
     pub(crate) fn evaluations(&self) -> u64 {
         self.evaluations.get()
@@ -33,9 +38,18 @@ impl<D: Denoiser> Denoiser for Counted<D> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
-        let batch = x_t.size().first().map_or(0, |n| *n as u64);
-        self.evaluations.set(self.evaluations.get() + batch);
+        self.count(x_t);
         self.inner.predict(x_t, timesteps, conditioning)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        self.count(x_t);
+        self.inner.estimate(x_t, timestep, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

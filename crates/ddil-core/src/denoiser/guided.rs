@@ -2,7 +2,7 @@
 
 use ddil_files::Invalid;
 use ddil_libtorch::{ensure_dense, ensure_real};
-use ddil_schedulers::{NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use super::Denoiser;
@@ -42,6 +42,10 @@ impl<D: Denoiser> Guided<D> {
         Ok(Self { inner, guidance_scale, null })
     }
 
+    fn is_off(&self) -> bool {
+        (self.guidance_scale - 1.0).abs() < f64::EPSILON
+    }
+
     /// The guidance scale; 1 is off.
     pub fn guidance_scale(&self) -> f64 {
         self.guidance_scale
@@ -55,12 +59,27 @@ impl<D: Denoiser> Denoiser for Guided<D> {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
-        if (self.guidance_scale - 1.0).abs() < f64::EPSILON {
+        const OP: &str = "Guided::predict";
+        if self.is_off() {
             return self.inner.predict(x_t, timesteps, conditioning);
         }
-        let both =
-            Both::ask("Guided::predict", &self.inner, x_t, timesteps, conditioning, &self.null)?;
-        Ok(both.map(|cond, uncond| uncond.lerp(cond, self.guidance_scale)))
+        let both = Both::new(OP, x_t, conditioning, &self.null)?;
+        both.predict(OP, &self.inner, timesteps, |cond, uncond| {
+            uncond.lerp(cond, self.guidance_scale)
+        })
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        if self.is_off() {
+            return self.inner.estimate(x_t, timestep, conditioning);
+        }
+        let both = Both::new("Guided::estimate", x_t, conditioning, &self.null)?;
+        both.estimate(&self.inner, timestep, |cond, uncond| uncond.lerp(cond, self.guidance_scale))
     }
 
     fn schedule(&self) -> &NoiseSchedule {
@@ -110,6 +129,36 @@ impl<D: Denoiser> GuidedByWeight<D> {
     }
 }
 
+impl<D> GuidedByWeight<D> {
+    /// The input of the network inside, and the guidance scale of each sample.
+    fn ask(
+        &self,
+        op: &'static str,
+        x_t: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<(Both, Tensor)> {
+        let Some(weight) = conditioning.get(Conditioning::GUIDANCE_WEIGHT) else {
+            return Err(Error::ConditioningMissing {
+                network: "a denoiser guided by the weight of each sample".to_owned(),
+                field: Conditioning::GUIDANCE_WEIGHT,
+            });
+        };
+        ensure_real(op, "x_t", x_t)?;
+        ensure_real(op, "guidance_weight", weight)?;
+        let batch = x_t.size().first().copied().unwrap_or(0);
+        if weight.size() != [batch] {
+            let problem = format!("has shape {:?}; expected [{batch}]", weight.size());
+            let field = Conditioning::GUIDANCE_WEIGHT.to_owned();
+            return Err(Error::Conditioning { op, field, problem });
+        }
+        let told = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
+        let mut shape = vec![1; x_t.dim()];
+        shape[0] = -1;
+        let scale: Tensor = weight.to_device(x_t.device()).to_kind(Kind::Float) + 1.0;
+        Ok((Both::new(op, x_t, &told, &self.null)?, scale.view(shape.as_slice())))
+    }
+}
+
 impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
     fn predict(
         &self,
@@ -118,30 +167,22 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         const OP: &str = "GuidedByWeight::predict";
-        let Some(weight) = conditioning.get(Conditioning::GUIDANCE_WEIGHT) else {
-            return Err(Error::ConditioningMissing {
-                network: "a denoiser guided by the weight of each sample".to_owned(),
-                field: Conditioning::GUIDANCE_WEIGHT,
-            });
-        };
-        ensure_real(OP, "x_t", x_t)?;
-        ensure_real(OP, "guidance_weight", weight)?;
-        let batch = x_t.size().first().copied().unwrap_or(0);
-        if weight.size() != [batch] {
-            let problem = format!("has shape {:?}; expected [{batch}]", weight.size());
-            return Err(Error::Conditioning {
-                op: OP,
-                field: Conditioning::GUIDANCE_WEIGHT.to_owned(),
-                problem,
-            });
-        }
-        let told = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
-        let both = Both::ask(OP, &self.inner, x_t, timesteps, &told, &self.null)?;
-        let mut shape = vec![1; x_t.dim()];
-        shape[0] = -1;
-        let scale: Tensor = weight.to_device(x_t.device()).to_kind(Kind::Float) + 1.0;
-        let scale = scale.view(shape.as_slice());
-        Ok(both.map(|cond, uncond| uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))))
+        let (both, scale) = self.ask(OP, x_t, conditioning)?;
+        both.predict(OP, &self.inner, timesteps, |cond, uncond| {
+            uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))
+        })
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        let (both, scale) = self.ask("GuidedByWeight::estimate", x_t, conditioning)?;
+        both.estimate(&self.inner, timestep, |cond, uncond| {
+            uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))
+        })
     }
 
     fn schedule(&self) -> &NoiseSchedule {
@@ -149,23 +190,21 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
     }
 }
 
-/// What a network says of a batch with its conditions and without, from one call.
+/// A batch twice, once with its conditions and once without: the input of one call for both answers.
 struct Both {
-    answer: Prediction,
+    x_t: Tensor,
+    conditioning: Conditioning,
     batch: i64,
 }
 
 impl Both {
-    fn ask(
+    fn new(
         op: &'static str,
-        inner: &dyn Denoiser,
         x_t: &Tensor,
-        timesteps: &Tensor,
         conditioning: &Conditioning,
         null: &Conditioning,
     ) -> Result<Self> {
         ensure_real(op, "x_t", x_t)?;
-        ensure_dense(op, "timesteps", timesteps)?;
         let batch = x_t.size().first().copied().unwrap_or(0);
         conditioning.ensure_batch(op, batch)?;
         let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));
@@ -175,17 +214,44 @@ impl Both {
             let sizes = conditioning.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
             null = null.with_some(Conditioning::TIME_IDS, sizes);
         }
-        let told = Conditioning::cat(&[conditioning, &null])?;
-        let twice = |t: &Tensor| Tensor::f_cat(&[t, t], 0).map_err(Error::torch(op));
-        let answer = inner.predict(&twice(x_t)?, &twice(timesteps)?, &told)?;
-        Ok(Self { answer, batch })
+        let conditioning = Conditioning::cat(&[conditioning, &null])?;
+        Ok(Self { x_t: twice(op, x_t)?, conditioning, batch })
     }
 
-    /// Combines the answer with conditions and the one without.
-    fn map(self, combine: impl Fn(&Tensor, &Tensor) -> Tensor) -> Prediction {
-        let halves = |both: &Tensor| {
-            combine(&both.narrow(0, 0, self.batch), &both.narrow(0, self.batch, self.batch))
-        };
-        Prediction { x0: halves(&self.answer.x0), epsilon: halves(&self.answer.epsilon) }
+    /// The prediction with conditions combined with that without.
+    fn predict(
+        &self,
+        op: &'static str,
+        inner: &dyn Denoiser,
+        timesteps: &Tensor,
+        combine: impl Fn(&Tensor, &Tensor) -> Tensor,
+    ) -> Result<Prediction> {
+        ensure_dense(op, "timesteps", timesteps)?;
+        let answer = inner.predict(&self.x_t, &twice(op, timesteps)?, &self.conditioning)?;
+        let combine = self.of_halves(combine);
+        Ok(Prediction { x0: combine(&answer.x0), epsilon: combine(&answer.epsilon) })
     }
+
+    /// The same for a batch at one timestep.
+    fn estimate(
+        &self,
+        inner: &dyn Denoiser,
+        timestep: i64,
+        combine: impl Fn(&Tensor, &Tensor) -> Tensor,
+    ) -> Result<Estimate> {
+        let answer = inner.estimate(&self.x_t, timestep, &self.conditioning)?;
+        Ok(answer.combined(&self.x_t, self.of_halves(combine))?)
+    }
+
+    fn of_halves(
+        &self,
+        combine: impl Fn(&Tensor, &Tensor) -> Tensor,
+    ) -> impl Fn(&Tensor) -> Tensor {
+        let batch = self.batch;
+        move |both| combine(&both.narrow(0, 0, batch), &both.narrow(0, batch, batch))
+    }
+}
+
+fn twice(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    Tensor::f_cat(&[tensor, tensor], 0).map_err(Error::torch(op))
 }

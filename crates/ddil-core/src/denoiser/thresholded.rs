@@ -1,9 +1,9 @@
 //! Clean data held inside their range.
 
-use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
+use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, Thresholding};
 use tch::Tensor;
 
-use super::{ClipMeter, Denoiser};
+use super::{ClipMeter, Denoiser, repeated_timestep};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
@@ -51,6 +51,22 @@ impl<D: Denoiser> Denoiser for Thresholded<D> {
             meter.measure(&self.thresholding, &raw_x0, timesteps)?;
         }
         Ok(held)
+    }
+
+    fn estimate(
+        &self,
+        x_t: &Tensor,
+        timestep: i64,
+        conditioning: &Conditioning,
+    ) -> Result<Estimate> {
+        let raw = self.inner.estimate(x_t, timestep, conditioning)?;
+        if self.thresholding == Thresholding::None {
+            return Ok(raw);
+        }
+        if let Some(meter) = &self.meter {
+            meter.measure(&self.thresholding, &raw.x0(x_t)?, &repeated_timestep(timestep, x_t))?;
+        }
+        Ok(raw.thresholded(&self.thresholding, x_t)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::step::{Actor, step};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
-use crate::rows::{index, inverse, on_device};
+use crate::rows::{index, inverse};
 
 /// The part of a batch that has not arrived yet, at one level of a path.
 pub(super) struct Leg<'a> {
@@ -73,9 +73,8 @@ pub(super) fn walk(
     mut generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
     for_unfinished(path, x_t, conditioning, targets, |leg| {
-        let prev = on_device(leg.next, leg.x_t.device());
         let generator = generator.as_deref_mut();
-        step(actor, leg.x_t, path[leg.level], &prev, leg.conditioning, generator)
+        step(actor, leg.x_t, path[leg.level], leg.next, leg.conditioning, generator)
     })
 }
 
@@ -94,7 +93,7 @@ pub(super) fn ensure_ready(
     };
     conditioning.ensure_batch(op, batch)?;
     if sampler.needs_noise() && !has_generator {
-        return Err(ddil_schedulers::Error::NoiseMissing { op }.into());
+        return Err(ddil_schedulers::Error::NoiseMissing { op, argument: "generator" }.into());
     }
     Ok(())
 }

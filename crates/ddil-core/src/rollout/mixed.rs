@@ -10,12 +10,12 @@ use tch::{Kind, Tensor};
 
 use super::first_state;
 use super::legs::{Leg, ensure_part_of, ensure_ready, ensure_targets, for_unfinished, walk};
-use super::step::{filled, step};
+use super::step::step;
 use crate::conditioning::Conditioning;
-use crate::denoiser::Denoiser;
+use crate::denoiser::{Denoiser, repeated_timestep};
 use crate::error::{Error, Result};
 use crate::random::Draws;
-use crate::rows::{index, inverse, on_device};
+use crate::rows::{index, inverse};
 
 /// When the teacher walks in place of the student, interval by interval of the student's grid.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -265,7 +265,7 @@ impl MixedRollout<'_> {
     fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
         const OP: &str = "MixedRollout::visit";
         let timestep = self.timesteps.as_slice()[level];
-        let timesteps = filled(leg.x_t.size()[0], timestep, leg.x_t.device());
+        let timesteps = repeated_timestep(timestep, leg.x_t);
         let [student, teacher] = [self.student, self.teacher]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
         let apart =
@@ -275,9 +275,8 @@ impl MixedRollout<'_> {
 
     fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
         let timestep = self.timesteps.as_slice()[level];
-        let prev = on_device(&part.next, part.x_t.device());
         let actor = (self.student, self.student_sampler);
-        step(actor, &part.x_t, timestep, &prev, &part.conditioning, Some(generator))
+        step(actor, &part.x_t, timestep, &part.next, &part.conditioning, Some(generator))
     }
 
     /// The interval in the teacher's finer steps.

@@ -2,7 +2,7 @@
 
 use ddil_libtorch::{ArgumentError, Generator};
 use ddil_schedulers::{Prediction, Sampler, SamplerStep};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
@@ -20,13 +20,17 @@ pub(super) enum Fresh<'a> {
 }
 
 impl Fresh<'_> {
-    /// Noise in the form of `like`; none without a generator.
+    /// Noise in the form of `like`, in `Float` at least; none without a generator.
     pub(super) fn like(&mut self, like: &Tensor) -> Result<Option<Tensor>> {
+        let kind = match like.kind() {
+            Kind::Half | Kind::BFloat16 => Kind::Float,
+            kind => kind,
+        };
         let noise = match self {
             Self::OfBatch(None) => return Ok(None),
-            Self::OfBatch(Some(generator)) => generator.normal(like.size(), like.kind())?,
+            Self::OfBatch(Some(generator)) => generator.normal(like.size(), kind)?,
             Self::OfEach(generators) => {
-                let (shape, kind) = (like.size(), like.kind());
+                let shape = like.size();
                 let rows = generators.iter_mut().map(|one| Ok(one.normal(&shape[1..], kind)?));
                 let rows = rows.collect::<Result<Vec<_>>>()?;
                 Tensor::f_stack(&rows, 0).map_err(Error::torch("rollout"))?
@@ -60,49 +64,54 @@ impl Fresh<'_> {
     }
 }
 
-/// One call of the network and one step of the sampler.
-pub(super) fn step(
+/// One call of the network and one step of the sampler, for a batch that goes from one timestep to another.
+pub(super) fn step_at(
     (denoiser, sampler): Actor<'_>,
+    x_t: Tensor,
+    (timestep, prev): (i64, i64),
+    conditioning: &Conditioning,
+    fresh: &mut Fresh<'_>,
+) -> Result<Tensor> {
+    let estimate = denoiser.estimate(&x_t, timestep, conditioning)?;
+    let adds_noise = sampler.needs_noise() && sampler.coefficients_at(timestep, prev)?.noise != 0.0;
+    let noise = if adds_noise { fresh.like(&x_t)? } else { None };
+    Ok(sampler.step_at(x_t, &estimate, prev, noise.as_ref())?)
+}
+
+/// The same for a batch at one timestep whose samples go to timesteps of their own.
+pub(super) fn step(
+    actor: Actor<'_>,
     x_t: &Tensor,
     timestep: i64,
-    prev_timesteps: &Tensor,
+    prev_timesteps: &[i64],
     conditioning: &Conditioning,
     generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
-    let timesteps = filled(x_t.size()[0], timestep, x_t.device());
-    let prediction = denoiser.predict(x_t, &timesteps, conditioning)?;
+    if let Some(&prev) = prev_timesteps.first()
+        && prev_timesteps.iter().all(|other| *other == prev)
+    {
+        let fresh = &mut Fresh::OfBatch(generator);
+        return step_at(actor, x_t.shallow_clone(), (timestep, prev), conditioning, fresh);
+    }
+    let (denoiser, sampler) = actor;
+    let prediction = denoiser.estimate(x_t, timestep, conditioning)?.prediction(x_t)?;
+    let timesteps = vec![timestep; prev_timesteps.len()];
     sampler_step(sampler, &prediction, &timesteps, prev_timesteps, generator)
 }
 
-/// One step of the sampler, with noise from `generator` if the sampler adds some.
+/// One step of the sampler for a batch with mixed timesteps, with noise from `generator` if the sampler adds some.
 pub(crate) fn sampler_step(
     sampler: &dyn Sampler,
     prediction: &Prediction,
-    timesteps: &Tensor,
-    prev_timesteps: &Tensor,
+    timesteps: &[i64],
+    prev_timesteps: &[i64],
     generator: Option<&mut Generator>,
 ) -> Result<Tensor> {
-    let fresh = &mut Fresh::OfBatch(generator);
-    renewed_step(sampler, prediction, timesteps, prev_timesteps, fresh)
-}
-
-/// One step of the sampler, with noise from `fresh` if the sampler adds some.
-pub(super) fn renewed_step(
-    sampler: &dyn Sampler,
-    prediction: &Prediction,
-    timesteps: &Tensor,
-    prev_timesteps: &Tensor,
-    fresh: &mut Fresh<'_>,
-) -> Result<Tensor> {
     let step = SamplerStep::new(prediction, timesteps, prev_timesteps);
+    let mut fresh = Fresh::OfBatch(generator);
     let noise = if sampler.needs_noise() { fresh.like(&prediction.x0)? } else { None };
     match &noise {
         Some(noise) => Ok(sampler.step(&step.with_noise(noise))?),
         None => Ok(sampler.step(&step)?),
     }
-}
-
-/// The same timestep for a whole batch.
-pub(super) fn filled(batch: i64, timestep: i64, device: Device) -> Tensor {
-    Tensor::full([batch], timestep, (Kind::Int64, device))
 }

@@ -1,10 +1,9 @@
 //! How a model is sampled, in diffusers' words.
 
 use ddil_core::Denoiser;
-use ddil_schedulers::{CommonConfig, LcmConfig, SchedulerConfig, Thresholding, Timesteps};
+use ddil_schedulers::{CommonConfig, SamplerConfig, SchedulerConfig, Thresholding, Timesteps};
 
 use crate::error::Result;
-use crate::sampler::SamplerKind;
 use ddil_models::NetworkDenoiser;
 
 /// How a model is sampled, in diffusers' words as far as they go.
@@ -28,7 +27,7 @@ impl Scheduler {
     /// [`Error::Scheduler`](crate::Error::Scheduler) for what diffusers' schedulers do not know: other families of schedules, flow prediction.
     pub fn new(
         network: &NetworkDenoiser,
-        sampler: SamplerKind,
+        sampler: SamplerConfig,
         thresholding: &Thresholding,
         timesteps: Option<&Timesteps>,
     ) -> Result<Self> {
@@ -45,14 +44,7 @@ impl Scheduler {
             Some(timesteps) => config.with_trained_timesteps(timesteps),
             None => config,
         };
-        let config = match sampler {
-            SamplerKind::Ddim { .. } => SchedulerConfig::Ddim(common),
-            SamplerKind::Lcm { original_steps, boundary } => SchedulerConfig::Lcm(LcmConfig {
-                common,
-                original_inference_steps: original_steps,
-                timestep_scaling: boundary.timestep_scaling,
-            }),
-        };
+        let config = sampler.scheduler_config(common);
         Ok(Self { config, unspoken })
     }
 }

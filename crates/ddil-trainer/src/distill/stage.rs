@@ -38,7 +38,7 @@ impl Stage {
         // The networks come to the mixer as they are to be asked.
         let mixer =
             MixerConfig { thresholding: Thresholding::None, ..spilling::mixing(config, run) };
-        let sampler = config.objective.sampler(schedule);
+        let sampler = config.objective.sampler_config(schedule).build(schedule)?;
         let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
         let guidance = match (index, config.teacher.guidance) {
             (0, guidance) => guidance,

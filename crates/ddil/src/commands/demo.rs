@@ -14,9 +14,8 @@ use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_pipelines::{
-    Guide, Picture, Pipeline, SamplePlan, SamplerKind, generate, initial_noise, layout,
-};
+use ddil_pipelines::{Guide, Picture, Pipeline, SamplePlan, generate, initial_noise, layout};
+use ddil_schedulers::SamplerConfig;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
@@ -118,7 +117,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,
         guidance_scale,
-        sampler: SamplerKind::Ddim { eta: 0.0 },
+        sampler: SamplerConfig::Ddim { eta: 0.0 },
         thresholding: config.thresholding.clone(),
         timesteps,
         batch_size: 100,

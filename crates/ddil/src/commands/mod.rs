@@ -20,8 +20,8 @@ use anyhow::{Context, bail, ensure};
 use ddil::exit_code::TRY_AGAIN;
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
-use ddil_pipelines::{Pipeline, SamplePlan, SamplerKind};
-use ddil_schedulers::{ConsistencyBoundary, Thresholding};
+use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_schedulers::{ConsistencyBoundary, SamplerConfig, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::interrupt::when_stdin_closes;
 use ddil_trainer::logging::Logging;
@@ -95,8 +95,8 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         .with_context(|| format!("no model could be read from {}", path.display()))?;
     pipeline.sampler = match args.sampler.as_deref() {
         None => pipeline.sampler,
-        Some("ddim") => SamplerKind::Ddim { eta: 0.0 },
-        Some("lcm") => SamplerKind::Lcm {
+        Some("ddim") => SamplerConfig::Ddim { eta: 0.0 },
+        Some("lcm") => SamplerConfig::Lcm {
             original_steps: LCM_ORIGINAL_STEPS,
             boundary: ConsistencyBoundary::default(),
         },
@@ -115,10 +115,10 @@ fn sample_plan(
     let mut plan = SamplePlan::of(pipeline, steps);
     if let Some(eta) = args.eta {
         ensure!(
-            matches!(plan.sampler, SamplerKind::Ddim { .. }),
+            matches!(plan.sampler, SamplerConfig::Ddim { .. }),
             "--eta is for DDIM; this model is sampled as latent consistency models are"
         );
-        plan.sampler = SamplerKind::Ddim { eta };
+        plan.sampler = SamplerConfig::Ddim { eta };
     }
     if let Some(text) = &args.thresholding {
         plan.thresholding = parse_thresholding(text)?;

@@ -9,8 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
-use ddil_pipelines::{Card, Pipeline, SamplerKind, Scheduler};
-use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
+use ddil_pipelines::{Card, Pipeline, Scheduler};
+use ddil_schedulers::{NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -134,7 +134,7 @@ impl Workshop {
             ..Card::default()
         };
         let folder = self.path(name);
-        let sampler = SamplerKind::Ddim { eta: 0.0 };
+        let sampler = SamplerConfig::Ddim { eta: 0.0 };
         let scheduler = Scheduler::new(&network, sampler, &Thresholding::clamp_pixels(), None)
             .expect("diffusers knows it");
         Pipeline::write(&folder, &network, &scheduler, &card, None)

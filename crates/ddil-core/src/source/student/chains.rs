@@ -292,14 +292,15 @@ fn next_states(
     let (states, grid) = (feedback.states, feedback.grids.student.as_slice());
     let device = states.x_t.device();
     let order = index(rows, device);
-    let next: Vec<i64> = rows.iter().map(|&i| grid[states.grid_indices[i] + 1]).collect();
-    let next = on_device(&next, device);
+    let at = |ahead: usize| -> Vec<i64> {
+        rows.iter().map(|&i| grid[states.grid_indices[i] + ahead]).collect()
+    };
     let x_t = states.x_t.index_select(0, &order);
     let timesteps = states.timesteps.to_device(device).index_select(0, &order);
     let x0 = feedback.student_x0.detach().index_select(0, &order);
     let prediction = Prediction::from_x0(feedback.sampler.schedule(), x0, &x_t, &timesteps)?;
     let generator = Some(&mut draws.generator);
-    let student = sampler_step(feedback.sampler, &prediction, &timesteps, &next, generator)?;
+    let student = sampler_step(feedback.sampler, &prediction, &at(0), &at(1), generator)?;
     if !teacher_acts.contains(&true) {
         return Ok(student);
     }

@@ -1,0 +1,412 @@
+//! The answer of a network for a batch at one timestep, not yet computed in full.
+
+use ddil_libtorch::{
+    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
+    ensure_real, ensure_same_shape, is_sole_owner,
+};
+use tch::{Kind, Tensor};
+
+use crate::coefficients::StepCoefficients;
+use crate::error::{Error, Result};
+use crate::lcm::ConsistencyBoundary;
+use crate::noise_schedule::{NoiseSchedule, Scale};
+use crate::prediction::{Linear, Prediction, PredictionType, at_least_float};
+use crate::thresholding::{Bound, DataRange, Thresholding};
+
+/// The clean data and the noise of a batch at one timestep, as sums that are not computed yet.
+///
+/// [`Prediction`] holds two tensors, each of which is written once and read again. A step of a sampler needs neither by
+/// itself: where the whole batch is at one timestep, network output, thresholding, consistency boundary and step are one
+/// formula in `x_t` and the output. An estimate keeps its parts until [`Sampler::step_at`] computes it in one pass.
+/// [`prediction`](Self::prediction) gives the two tensors, equal to [`PredictionType::convert`],
+/// [`Prediction::thresholded`] and [`ConsistencyBoundary::apply`] but for rounding.
+///
+/// [`Sampler::step_at`]: crate::Sampler::step_at
+///
+/// # Example
+///
+/// ```
+/// use ddil_schedulers::{Ddim, Estimate, NoiseScheduleConfig, PredictionType, Sampler, Thresholding};
+/// use tch::{Tensor, kind};
+///
+/// # fn main() -> ddil_schedulers::Result<()> {
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let x_t = Tensor::randn([2, 3, 8, 8], kind::FLOAT_CPU);
+/// let model_output = x_t.zeros_like();
+/// let estimate = Estimate::of_output(&schedule, PredictionType::Epsilon, model_output, 249)?
+///     .thresholded(&Thresholding::clamp_pixels(), &x_t)?;
+///
+/// // The last step of DDIM ends at the clean data.
+/// let x0 = estimate.prediction(&x_t)?.x0;
+/// let last = Ddim::new(schedule).step_at(x_t, &estimate, -1, None)?;
+/// assert!((last - x0).abs().max().double_value(&[]) < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Estimate {
+    timestep: i64,
+    scale: Scale,
+    /// The network's output, or its clean data where these are known.
+    given: Tensor,
+    /// The clean data before thresholding.
+    x0: Linear,
+    epsilon: Epsilon,
+    thresholding: Thresholding,
+    /// `c_skip` and `c_out` of a consistency boundary.
+    boundary: Option<(f64, f64)>,
+}
+
+/// Where the noise of an estimate comes from.
+#[derive(Debug)]
+enum Epsilon {
+    /// A sum of `x_t` and the given tensor.
+    Sum(Linear),
+    /// A tensor of its own.
+    Known(Tensor),
+    /// `(x_t - alpha x0) / sigma`, from the thresholded `x0` before the boundary.
+    FromX0,
+}
+
+/// A step as a sum: `x_t · x_t + x0 · x0 + given · given`, and further tensors with their weights.
+struct Terms<'a> {
+    x_t: f64,
+    x0: f64,
+    given: f64,
+    rest: Vec<(f64, &'a Tensor)>,
+}
+
+impl Estimate {
+    /// The estimate that a network's output stands for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PredictionType`] if the output has no meaning at that timestep, [`Error::TimestepOutOfRange`] if it is off
+    /// the training grid.
+    pub fn of_output(
+        schedule: &NoiseSchedule,
+        prediction_type: PredictionType,
+        model_output: Tensor,
+        timestep: i64,
+    ) -> Result<Self> {
+        ensure_real("Estimate::of_output", "model_output", &model_output)?;
+        let scale = schedule.scale_at(timestep)?;
+        let [x0, epsilon] = prediction_type.linear(schedule, scale)?;
+        let given = at_least_float(&model_output);
+        Ok(Self { given, x0, epsilon: Epsilon::Sum(epsilon), ..Self::at(timestep, scale) })
+    }
+
+    /// An estimate that is known in full.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`] if the two tensors differ in shape, [`Error::TimestepOutOfRange`] if the timestep is off
+    /// the training grid.
+    pub fn of_prediction(
+        schedule: &NoiseSchedule,
+        prediction: Prediction,
+        timestep: i64,
+    ) -> Result<Self> {
+        let Prediction { x0, epsilon } = prediction;
+        ensure_same_shape("Estimate::of_prediction", ("x0", &x0), ("epsilon", &epsilon))?;
+        let scale = schedule.scale_at(timestep)?;
+        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(timestep, scale) })
+    }
+
+    fn at(timestep: i64, scale: Scale) -> Self {
+        Self {
+            timestep,
+            scale,
+            given: Tensor::new(),
+            x0: Linear::GIVEN,
+            epsilon: Epsilon::FromX0,
+            thresholding: Thresholding::None,
+            boundary: None,
+        }
+    }
+
+    /// The timestep of the batch.
+    pub fn timestep(&self) -> i64 {
+        self.timestep
+    }
+
+    /// With `x0` held inside the data's range and `epsilon` recomputed from it, as [`Prediction::thresholded`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Thresholding::ensure`]; as [`prediction`](Self::prediction) for an estimate that was thresholded before.
+    pub fn thresholded(self, thresholding: &Thresholding, x_t: &Tensor) -> Result<Self> {
+        if *thresholding == Thresholding::None {
+            return Ok(self);
+        }
+        let held = self.thresholded_keeping_epsilon(thresholding, x_t)?;
+        Ok(Self { epsilon: Epsilon::FromX0, ..held })
+    }
+
+    /// With `x0` held inside the data's range and `epsilon` left as it is, as
+    /// [`Prediction::thresholded_keeping_epsilon`].
+    ///
+    /// # Errors
+    ///
+    /// As [`thresholded`](Self::thresholded).
+    pub fn thresholded_keeping_epsilon(
+        self,
+        thresholding: &Thresholding,
+        x_t: &Tensor,
+    ) -> Result<Self> {
+        thresholding.ensure()?;
+        if *thresholding == Thresholding::None {
+            return Ok(self);
+        }
+        let plain = self.thresholding == Thresholding::None && self.boundary.is_none();
+        let raw = if plain { self } else { self.computed(x_t)? };
+        Ok(Self { thresholding: thresholding.clone(), ..raw })
+    }
+
+    /// With a consistency boundary: `x0` becomes `c_out x0 + c_skip x_t`, and `epsilon` stays.
+    ///
+    /// # Errors
+    ///
+    /// As [`prediction`](Self::prediction), for an estimate that has a boundary.
+    pub fn with_boundary(self, boundary: ConsistencyBoundary, x_t: &Tensor) -> Result<Self> {
+        let inner = if self.boundary.is_none() { self } else { self.computed(x_t)? };
+        Ok(Self { boundary: Some(boundary.scalings(inner.timestep)), ..inner })
+    }
+
+    /// With the same affine combination of rows applied to clean data and noise: guidance.
+    ///
+    /// `combine` returns sums of rows of its argument with weights that add up to 1, and only of rows whose `x_t` is the
+    /// same. Both parts are affine in the network's output, so combining the output combines them; an estimate that was
+    /// thresholded is computed first.
+    ///
+    /// # Errors
+    ///
+    /// As [`prediction`](Self::prediction).
+    pub fn combined(self, x_t: &Tensor, combine: impl Fn(&Tensor) -> Tensor) -> Result<Self> {
+        let plain = self.thresholding == Thresholding::None && self.boundary.is_none();
+        let inner = if plain { self } else { self.computed(x_t)? };
+        let epsilon = match inner.epsilon {
+            Epsilon::Known(epsilon) => Epsilon::Known(combine(&epsilon)),
+            other => other,
+        };
+        Ok(Self { given: combine(&inner.given), epsilon, ..inner })
+    }
+
+    /// The clean data alone, thresholded and with the boundary applied.
+    ///
+    /// # Errors
+    ///
+    /// As [`prediction`](Self::prediction).
+    pub fn x0(&self, x_t: &Tensor) -> Result<Tensor> {
+        self.ensure("Estimate::x0", x_t)?;
+        let x_t = at_least_float(x_t);
+        self.bounded(self.held(&x_t)?, &x_t)
+    }
+
+    /// The clean data and the noise.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `x_t`: `[batch, ..]`, the state that the estimate was made from
+    /// - returns: two tensors of that shape, `Float` or `Double`
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ShapeMismatch`] if `x_t` and the estimate differ in shape; as [`Thresholding::apply`].
+    pub fn prediction(&self, x_t: &Tensor) -> Result<Prediction> {
+        self.ensure("Estimate::prediction", x_t)?;
+        let x_t = at_least_float(x_t);
+        let held = self.held(&x_t)?;
+        let epsilon = match &self.epsilon {
+            Epsilon::Sum(sum) => sum.of(&x_t, &self.given)?,
+            Epsilon::Known(epsilon) => epsilon.shallow_clone(),
+            Epsilon::FromX0 => {
+                let Scale { alpha, sigma } = self.scale;
+                affine(&x_t, &held, 1.0 / sigma, -alpha / sigma)?
+            }
+        };
+        Ok(Prediction { x0: self.bounded(held, &x_t)?, epsilon })
+    }
+
+    /// The thresholded clean data, before the boundary.
+    fn held(&self, x_t: &Tensor) -> Result<Tensor> {
+        self.thresholding.apply(&self.x0.of(x_t, &self.given)?)
+    }
+
+    fn bounded(&self, held: Tensor, x_t: &Tensor) -> Result<Tensor> {
+        match self.boundary {
+            Some((skip, out)) => Ok(affine(&held, x_t, out, skip)?),
+            None => Ok(held),
+        }
+    }
+
+    /// The same estimate, known in full.
+    fn computed(self, x_t: &Tensor) -> Result<Self> {
+        let Prediction { x0, epsilon } = self.prediction(x_t)?;
+        let Self { timestep, scale, .. } = self;
+        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(timestep, scale) })
+    }
+
+    fn ensure(&self, op: &'static str, x_t: &Tensor) -> Result<()> {
+        Ok(ensure_same_shape(op, ("x_t", x_t), ("the estimate", &self.given))?)
+    }
+
+    /// The bounds, where one interval goes for every value.
+    fn clamp(&self) -> Option<(f64, f64)> {
+        match self.thresholding {
+            Thresholding::Clamp(DataRange {
+                low: Bound::Scalar(low),
+                high: Bound::Scalar(high),
+            }) => Some((low, high)),
+            _ => None,
+        }
+    }
+
+    /// The step with these weights.
+    pub(crate) fn step(
+        &self,
+        x_t: Tensor,
+        step: StepCoefficients,
+        noise: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        const OP: &str = "Sampler::step_at";
+        self.ensure(OP, &x_t)?;
+        let noise = match noise {
+            _ if step.noise == 0.0 => None,
+            None => return Err(Error::NoiseMissing { op: OP, argument: "noise" }),
+            Some(noise) => {
+                ensure_same_shape(OP, ("x_t", &x_t), ("noise", noise))?;
+                Some(noise)
+            }
+        };
+        let mut x = State::new(x_t, &self.given);
+        let noise = noise.map(|noise| cast(noise, x.0.kind()));
+        let mut terms = self.terms(step);
+        terms.rest.extend(noise.as_ref().map(|noise| (step.noise, noise)));
+        match self.clamp() {
+            _ if self.thresholding == Thresholding::None => {
+                // Nothing comes between output and state.
+                let Terms { x_t, x0, given, rest } = terms;
+                let (x_t, given) = (x_t + x0 * self.x0.x_t, given + x0 * self.x0.given);
+                x.sum(x_t, (given, &self.given), &rest)?;
+            }
+            Some((lo, hi)) => {
+                let Linear { x_t: a, given: b } = self.x0;
+                x.clamped(&self.given, Clamped { a, b, lo, hi, c: terms.x_t, d: terms.x0 })?;
+                x.sum(1.0, (terms.given, &self.given), &terms.rest)?;
+            }
+            None => {
+                let held = self.held(&x.0)?;
+                terms.rest.insert(0, (terms.x0, &held));
+                x.sum(terms.x_t, (terms.given, &self.given), &terms.rest)?;
+            }
+        }
+        Ok(x.0)
+    }
+
+    /// A step in terms of `x_t`, the thresholded `x0`, the given tensor and others.
+    fn terms(&self, step: StepCoefficients) -> Terms<'_> {
+        let (skip, out) = self.boundary.unwrap_or((0.0, 1.0));
+        let (x_t, x0) = (step.x0 * skip, step.x0 * out);
+        match &self.epsilon {
+            Epsilon::Sum(sum) => Terms {
+                x_t: x_t + step.epsilon * sum.x_t,
+                x0,
+                given: step.epsilon * sum.given,
+                rest: Vec::new(),
+            },
+            Epsilon::Known(epsilon) => {
+                Terms { x_t, x0, given: 0.0, rest: vec![(step.epsilon, epsilon)] }
+            }
+            Epsilon::FromX0 => {
+                let inner = StepCoefficients { x0, ..step }.without_epsilon(self.scale);
+                Terms { x_t: x_t + inner.x_t, x0: inner.x0, given: 0.0, rest: Vec::new() }
+            }
+        }
+    }
+}
+
+fn cast(tensor: &Tensor, kind: Kind) -> Tensor {
+    if tensor.kind() == kind { tensor.shallow_clone() } else { tensor.to_kind(kind) }
+}
+
+/// The state of a batch on its way through one step, in place where it can be.
+struct State(Tensor);
+
+impl State {
+    /// In `Float` at least, or in the kind of the output.
+    fn new(x_t: Tensor, given: &Tensor) -> Self {
+        Self(match given.kind() {
+            Kind::Double if x_t.kind() != Kind::Double => x_t.to_kind(Kind::Double),
+            _ => match at_least_float(&x_t) {
+                same if same.kind() == x_t.kind() => x_t,
+                converted => converted,
+            },
+        })
+    }
+
+    /// Whether the memory may be written to: nobody else sees it, and no gradient is recorded through it.
+    fn is_own(&self, others: &[&Tensor]) -> bool {
+        let records = self.0.requires_grad() || others.iter().any(|other| other.requires_grad());
+        let holds = others.iter().all(|other| other.kind() == self.0.kind());
+        !records && holds && is_sole_owner(&self.0)
+    }
+
+    /// Adds up `x_t` times itself and other tensors by their weights.
+    fn sum(&mut self, x_t: f64, given: (f64, &Tensor), rest: &[(f64, &Tensor)]) -> Result<()> {
+        let all = std::iter::once(&given).chain(rest);
+        let terms: Vec<(f64, &Tensor)> =
+            all.copied().filter(|(weight, _)| *weight != 0.0).collect();
+        let mut terms = terms.as_slice();
+        if x_t == 0.0 {
+            // Not multiplied by 0, which would keep what is not finite.
+            self.0 = match terms {
+                [] => self.0.zeros_like(),
+                [(a, x)] => *x * *a,
+                [(a, x), (b, y), ..] => affine(x, y, *a, *b)?,
+            };
+            terms = &terms[terms.len().min(2)..];
+        } else if terms.is_empty() && x_t != 1.0 {
+            self.0 = &self.0 * x_t;
+        }
+        let mut own = if x_t == 0.0 { 1.0 } else { x_t };
+        while let Some((&(a, x), others)) = terms.split_first() {
+            terms = match others.split_first() {
+                Some((&(b, y), others)) => {
+                    self.add_two(own, (a, x), (b, y))?;
+                    others
+                }
+                None => {
+                    self.add(own, (a, x))?;
+                    others
+                }
+            };
+            own = 1.0;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, own: f64, (a, x): (f64, &Tensor)) -> Result<()> {
+        if self.is_own(&[x]) {
+            return Ok(affine_(&mut self.0, x, own, a)?);
+        }
+        self.0 = affine(&self.0, x, own, a)?;
+        Ok(())
+    }
+
+    fn add_two(&mut self, own: f64, (a, x): (f64, &Tensor), (b, y): (f64, &Tensor)) -> Result<()> {
+        if self.is_own(&[x, y]) {
+            return Ok(affine_noise_(&mut self.0, x, y, own, a, b)?);
+        }
+        self.0 = affine_noise(&self.0, x, y, own, a, b)?;
+        Ok(())
+    }
+
+    fn clamped(&mut self, given: &Tensor, numbers: Clamped) -> Result<()> {
+        if self.is_own(&[given]) {
+            return Ok(affine_clamped_(&mut self.0, given, &numbers)?);
+        }
+        self.0 = affine_clamped(&self.0, given, &numbers)?;
+        Ok(())
+    }
+}
