@@ -1,9 +1,9 @@
 //! The task of `ddil distill`: a few-step student from a teacher.
 
-mod cast;
 mod checks;
 mod meters;
 mod prompted;
+mod roles;
 mod spilling;
 mod stage;
 
@@ -24,10 +24,10 @@ use ddil_pipelines::{
 use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use tch::{Device, Kind, Tensor};
 
-use self::cast::Cast;
 use self::checks::ensure_fits;
 use self::meters::{Meters, Place};
 use self::prompted::Prompted;
+use self::roles::Roles;
 use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::{DistillConfig, LoraExport};
@@ -35,6 +35,7 @@ use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
 use crate::evidence::Evidence;
 use crate::interrupt::Interrupt;
+use crate::roster::Roster;
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
@@ -51,7 +52,7 @@ pub struct DistillTask {
     /// Of a text-to-image model.
     prompted: Option<Prompted>,
     guide: Guide,
-    cast: Cast,
+    roles: Roles,
     stage: Stage,
     meters: Meters,
     run_folder: PathBuf,
@@ -109,7 +110,7 @@ struct Prepared {
     is_class_conditional: bool,
     card: Card,
     parts: PipelineParts,
-    cast: Cast,
+    roles: Roles,
     stage: Stage,
 }
 
@@ -133,7 +134,8 @@ impl Prepared {
         // A U-Net for latents takes other sizes than that it was made for.
         let card = Card { image_shape: data.image_shape(), ..card };
         let requirements = stage.objective.requirements();
-        let cast = Cast::new(&config, requirements, teacher, card.image_shape)?;
+        let roster = Roster::first(&config, requirements, teacher.config(), card.image_shape)?;
+        let roles = Roles::new(&roster, teacher, config.run.seed)?;
         let prepared = Self {
             config,
             placement,
@@ -142,16 +144,16 @@ impl Prepared {
             is_class_conditional,
             card,
             parts,
-            cast,
+            roles,
             stage,
         };
-        scheduler(&prepared.config, &prepared.schedule, &prepared.stage, &prepared.cast.student)?;
+        scheduler(&prepared.config, &prepared.schedule, &prepared.stage, &prepared.roles.student)?;
         Ok(prepared)
     }
 
     /// Opens the data, which may have to be encoded first.
     fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
-        let Self { config, placement, schedule, data, card, parts, cast, stage, .. } = self;
+        let Self { config, placement, schedule, data, card, parts, roles, stage, .. } = self;
         let (seed, device) = (config.run.seed, placement.device);
         let encoders = Some((&parts, placement));
         let data = data.open(&config.data, seed, device, encoders, interrupt)?;
@@ -171,7 +173,7 @@ impl Prepared {
             parts,
             prompted,
             guide,
-            cast,
+            roles,
             stage,
             meters,
             pending: None,
@@ -250,7 +252,8 @@ impl DistillTask {
         let teacher = Pipeline::read_without_values(&config.teacher.path)?;
         let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
-        Cast::ensure(&config, requirements, network, data.image_shape())?;
+        Roster::first(&config, requirements, network.config(), data.image_shape())?
+            .ensure(network, config.run.seed)?;
         scheduler(&config, network.schedule(), &stage, network)?;
         Ok(Pipeline::ensure_weights(&config.teacher.path)?)
     }
@@ -260,8 +263,16 @@ impl DistillTask {
         Stage::new(&self.config, &self.schedule, index, &self.run_folder)
     }
 
+    /// The networks of the present stage, whose teacher is the student of the one before with the weights `average`.
+    fn next_roles(&self, average: &[(String, Tensor)]) -> Result<Roles> {
+        let teacher = self.roles.student.config();
+        let shape = self.card.image_shape;
+        let roster = Roster::next(&self.config, self.requirements(), teacher, shape)?;
+        self.roles.next(&roster, average, self.config.run.seed)
+    }
+
     fn device(&self) -> Device {
-        self.cast.student.placement().device
+        self.roles.student.placement().device
     }
 
     fn requirements(&self) -> Requirements {
@@ -297,7 +308,7 @@ impl DistillTask {
         let places = self.config.thresholding_places;
         let [of_teacher, of_student] =
             [places.teacher, places.rollout].map(|on| self.thresholding(on));
-        let Cast { teacher, student, .. } = &self.cast;
+        let Roles { teacher, student, .. } = &self.roles;
         let (meters, logged) = (&self.meters, self.is_logged(step));
         let teacher = guided(&self.guide, teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, of_teacher)?;
@@ -320,21 +331,21 @@ impl DistillTask {
 
     /// What the method says of the present states in one phase.
     fn terms(&self, step: u64, phase: Phase, pending: &Pending) -> Result<LossTerms> {
-        let (cast, places) = (&self.cast, self.config.thresholding_places);
+        let (roles, places) = (&self.roles, self.config.thresholding_places);
         self.meters.rows_are(&pending.states.sources);
         let logged = self.is_logged(step);
         let held = |network, on, place| -> Result<Thresholded<&NetworkDenoiser>> {
             let held = Thresholded::new(network, self.thresholding(on))?;
             Ok(self.meters.put_on(held, place, logged))
         };
-        let teacher = guided(&self.guide, &cast.teacher, self.stage.guidance)?;
+        let teacher = guided(&self.guide, &roles.teacher, self.stage.guidance)?;
         let teacher = Thresholded::new(teacher, self.thresholding(places.teacher))?;
         let teacher = self.meters.put_on(teacher, Place::Teacher, logged);
-        let student = held(&cast.student, places.student_loss, Place::Student)?;
-        let target = cast.target.as_ref();
+        let student = held(&roles.student, places.student_loss, Place::Student)?;
+        let target = roles.target.as_ref();
         let target =
             target.map(|target| held(&target.network, places.target, Place::Target)).transpose()?;
-        let critic = cast.critic.as_ref();
+        let critic = roles.critic.as_ref();
         let in_gradient = critic
             .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
             .transpose()?;
@@ -344,7 +355,7 @@ impl DistillTask {
             discriminator: critic.discriminator.as_ref().map(|discriminator| discriminator as _),
         });
         let networks = Networks {
-            student: if places.student_loss { &student } else { &cast.student },
+            student: if places.student_loss { &student } else { &roles.student },
             teacher: &teacher,
             target: target.as_ref().map(|target| target as _),
             critic,
@@ -387,7 +398,7 @@ impl DistillTask {
 
     /// The same in diffusers' words.
     fn scheduler(&self) -> Result<Scheduler> {
-        scheduler(&self.config, &self.schedule, &self.stage, &self.cast.student)
+        scheduler(&self.config, &self.schedule, &self.stage, &self.roles.student)
     }
 
     /// Whether what is given away is the adapter alone.
@@ -462,7 +473,7 @@ impl Task for DistillTask {
     }
 
     fn trained(&self) -> &'static [Phase] {
-        if self.cast.critic.is_some() {
+        if self.roles.critic.is_some() {
             &[Phase::Student, Phase::Critic]
         } else {
             &[Phase::Student]
@@ -474,19 +485,19 @@ impl Task for DistillTask {
     }
 
     fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)> {
-        self.cast.parameters(phase)
+        self.roles.parameters(phase)
     }
 
     fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss> {
         let mut pending = if let Some(pending) = self.pending.take() {
             pending
         } else {
-            self.cast.watches.reset();
+            self.roles.watches.reset();
             // Dropout draws from the global generator.
             tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
             self.collect(step)?
         };
-        self.cast.open_for(phase);
+        self.roles.open_for(phase);
         let LossTerms { per_sample, student_x0, teacher_next, parts, .. } =
             self.terms(step, phase, &pending)?;
         if phase == Phase::Student {
@@ -501,7 +512,7 @@ impl Task for DistillTask {
         pending.student_x0 = Some(student_x0);
         pending.teacher_next = teacher_next;
         self.pending = Some(pending);
-        Ok(UpdateLoss { per_sample, figures, answers: self.cast.watches.sum()? })
+        Ok(UpdateLoss { per_sample, figures, answers: self.roles.watches.sum()? })
     }
 
     fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
@@ -514,22 +525,22 @@ impl Task for DistillTask {
             evidence.look_at("real data", "real.x0", &real.x0)?;
             evidence.look_at_conditioning("real data", &real.conditioning)?;
         }
-        for (name, network) in self.cast.named() {
+        for (name, network) in self.roles.named() {
             evidence.look_at_weights(name, &network.parameters().named())?;
         }
-        self.cast.watches.inspect_values();
+        self.roles.watches.inspect_values();
         evidence.look_at("states", "states.x_t", &pending.states.x_t)?;
         evidence.look_at("timesteps", "states.timesteps", &pending.states.timesteps)?;
         evidence.look_at_conditioning("states", &pending.states.conditioning)?;
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         self.terms(step, phase, pending)?;
-        self.cast.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));
+        self.roles.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));
         Ok(Some(evidence))
     }
 
     fn after_update(&mut self, step: u64) -> Result<()> {
         if self.phases(step).contains(&Phase::Student) {
-            self.cast.follow()?;
+            self.roles.follow()?;
         }
         let Some(pending) = self.pending.take() else { return Ok(()) };
         let Pending { states, student_x0: Some(student_x0), teacher_next, .. } = pending else {
@@ -552,15 +563,14 @@ impl Task for DistillTask {
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()> {
         self.stage = self.stage((step / self.updates_per_stage()) as usize)?;
         // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
-        self.cast =
-            self.cast.next(&self.config, self.requirements(), average, self.card.image_shape)?;
+        self.roles = self.next_roles(average)?;
         Ok(())
     }
 
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
         let (card, device) = (self.student_card(), self.device());
         let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
-        let (student, plan) = (self.cast.averaged(average)?, self.sample_plan(&card));
+        let (student, plan) = (self.roles.averaged(average)?, self.sample_plan(&card));
         let Some(prompted) = &self.prompted else {
             return Ok(grid_of_classes(student, &plan, &card, shape, per_class, device)?);
         };
@@ -575,9 +585,9 @@ impl Task for DistillTask {
 
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()> {
         if self.stage.index > 0 {
-            writer.tensors(TEACHER, &self.cast.teacher.parameters().named())?;
+            writer.tensors(TEACHER, &self.roles.teacher.parameters().named())?;
         }
-        if let Some(target) = &self.cast.target {
+        if let Some(target) = &self.roles.target {
             writer.tensors(TARGET, &target.network.parameters().learned())?;
         }
         let SavedState { tensors, metadata, files } = self.stage.mixer.state()?;
@@ -595,13 +605,12 @@ impl Task for DistillTask {
         self.stage = self.stage(index)?;
         if index > 0 {
             // Of the student's form; the weights come from the file.
-            let any = self.cast.student.parameters().learned();
-            self.cast =
-                self.cast.next(&self.config, self.requirements(), &any, self.card.image_shape)?;
+            let any = self.roles.student.parameters().learned();
+            self.roles = self.next_roles(&any)?;
             let saved = checkpoint.tensors(TEACHER)?;
-            state::restore("teacher", &self.cast.teacher.parameters().named(), &saved)?;
+            state::restore("teacher", &self.roles.teacher.parameters().named(), &saved)?;
         }
-        if let Some(target) = &self.cast.target {
+        if let Some(target) = &self.roles.target {
             let saved = checkpoint.tensors(TARGET)?;
             state::restore("target", &target.network.parameters().learned(), &saved)?;
         }
@@ -619,7 +628,7 @@ impl Task for DistillTask {
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {
         let Spent { updates, seconds } = spent;
         let card = Card { updates, seconds, ..self.student_card() };
-        let student = self.cast.averaged(average)?;
+        let student = self.roles.averaged(average)?;
         if self.exports_adapter() {
             let scheduler = self.scheduler()?;
             return Ok(Pipeline::write_adapter(folder, student, &scheduler, card, &self.parts)?);

@@ -20,6 +20,7 @@ pub mod memory;
 pub mod optimizer;
 pub mod progress;
 pub mod record;
+mod roster;
 pub mod run_folder;
 pub mod session;
 pub mod state;

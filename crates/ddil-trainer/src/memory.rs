@@ -8,17 +8,14 @@ use std::path::Path;
 use ddil_core::{Denoiser, StorageKind, StudentPolicy, TeacherStates};
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, Requirements, TeacherGuidance};
-use ddil_models::{
-    AutoencoderKLConfig, ClipTextConfig, DiscriminatorHeadConfig, ModelConfig, UnknownKeys,
-};
+use ddil_models::{AutoencoderKLConfig, ClipTextConfig, ModelConfig, UnknownKeys};
 use ddil_pipelines::Pipeline;
 
 pub use self::activations::{Activations, PassShape};
 use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
 use crate::error::{Error, Result};
+use crate::roster::{CriticForm, Roster, StudentForm};
 
-/// Width of the embedding by which a critic is told a source.
-const SOURCE_WIDTH: u32 = 32;
 /// Bytes of a weight, which is in single precision whatever a run computes in.
 const WEIGHT: u64 = 4;
 /// Bytes of a value in half precision.
@@ -195,7 +192,7 @@ fn computed_bytes(config: &DistillConfig) -> u64 {
 /// Names and shapes of a network's weights.
 type Shapes = Vec<(String, Vec<i64>)>;
 
-/// Who takes part, by the shapes of their weights.
+/// The networks of a run, by the shapes of their weights.
 struct Networks {
     teacher: Shapes,
     student: Shapes,
@@ -204,7 +201,7 @@ struct Networks {
     has_adapter: bool,
     critic: Option<Shapes>,
     head: u64,
-    requirements: Requirements,
+    target: bool,
     /// Timesteps that the student is trained at.
     grid_len: u64,
     text: Text,
@@ -231,38 +228,23 @@ impl Networks {
             Ok(model.without_values()?.parameters().shapes())
         };
         let (requirements, grid_len) = requirements(config, teacher)?;
-        let mut model = config.student.model.clone().map_or(taught.clone(), ModelConfig::UNet2D);
-        let lora = config.student.lora.as_ref();
-        if config.teacher.guidance.is_told_to_student() && lora.is_none() {
-            model = model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?;
-        }
-        let (teacher_shapes, student) = (shapes_of(&taught)?, shapes_of(&model)?);
-        let learned = match lora {
-            Some(lora) => adapter_values(lora, &student),
-            None => count(&student),
+        let shape = sample_shape(config, teacher)?;
+        let roster = Roster::first(config, requirements, taught.clone(), shape)?;
+        let (teacher_shapes, student) =
+            (shapes_of(&roster.teacher)?, shapes_of(roster.student_model())?);
+        let learned = match &roster.student {
+            StudentForm::Adapter(lora) => adapter_values(lora, &student),
+            StudentForm::Network(_) => count(&student),
         };
-        let critic = requirements.critic.then(|| {
-            if requirements.critic_sees_source {
-                return shapes_of(&taught.clone().with_time_cond_proj_dim(SOURCE_WIDTH)?);
-            }
-            Ok(teacher_shapes.clone())
-        });
-        let head = if requirements.discriminator {
-            let [_, height, width] = sample_shape(config, teacher)?;
-            let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
-            let unet = taught.clone().with_sample_size(sides)?;
-            let head = DiscriminatorHeadConfig::for_model(&unet)?;
-            head.build(ddil_models::Placement::default(), 0)?.parameters().num_values() as u64
-        } else {
-            0
-        };
+        let critic = roster.critic.as_ref().map(|critic| shapes_of(&critic.model));
+        let head = roster.critic.as_ref().map_or(Ok(0), CriticForm::head_values)?;
         Ok(Self {
             student,
             learned,
-            has_adapter: lora.is_some(),
+            has_adapter: matches!(roster.student, StudentForm::Adapter(_)),
             critic: critic.transpose()?,
             head,
-            requirements,
+            target: roster.target_decay.is_some(),
             grid_len,
             text: Text::of(teacher, &taught)?,
             teacher: teacher_shapes,
@@ -280,7 +262,7 @@ impl Networks {
             (format!("{who}: moving average"), learned),
             (format!("{who}: the average as a network"), learned),
         ];
-        if self.requirements.target_decay.is_some() {
+        if self.target {
             of_student.push((format!("{who}: target"), learned));
         }
         rows.extend(of_student.into_iter().map(|(name, values)| Row::weights(name, values)));

@@ -2,23 +2,19 @@
 
 use ddil_core::Conditioning;
 use ddil_libtorch::{TensorList, foreach_lerp_};
-use ddil_losses::{Phase, Requirements};
-use ddil_models::{
-    DiscriminatorHead, DiscriminatorHeadConfig, ModelConfig, NetworkDenoiser, NetworkDiscriminator,
-};
+use ddil_losses::Phase;
+use ddil_models::{ModelConfig, NetworkDenoiser, NetworkDiscriminator};
 use tch::Tensor;
 
-use crate::config::{DistillConfig, LoraSection};
-use crate::error::{Error, Result};
+use crate::config::LoraSection;
+use crate::error::Result;
+use crate::roster::{CriticForm, Roster, StudentForm, in_student_lora};
 use crate::state;
 use crate::watch::Watches;
 
-/// Width of the embedding by which a critic is told the source of a sample's state, one of four numbers.
-const SOURCE_WIDTH: u32 = 32;
-
-/// Who takes part: expert and learner, and whom the method needs beside them.
+/// The networks of a stage: teacher and student, and those that the method requires beside them.
 #[derive(Debug)]
-pub(super) struct Cast {
+pub(super) struct Roles {
     /// The teacher of the present stage.
     pub(super) teacher: NetworkDenoiser,
     pub(super) student: NetworkDenoiser,
@@ -39,8 +35,7 @@ pub(super) struct Target {
     values: TensorList,
 }
 
-/// The network that follows what the student makes, with the head that tells it from real data; a whole network also where
-/// the student is an adapter.
+/// The network that follows the student's distribution, with the head that separates its samples from real data.
 #[derive(Debug)]
 pub(super) struct CriticNetworks {
     pub(super) fake_score: NetworkDenoiser,
@@ -48,80 +43,49 @@ pub(super) struct CriticNetworks {
     pub(super) discriminator: Option<NetworkDiscriminator>,
 }
 
-impl Cast {
+impl Roles {
     /// The networks of a first stage.
-    pub(super) fn new(
-        config: &DistillConfig,
-        requirements: Requirements,
-        teacher: NetworkDenoiser,
-        image_shape: [i64; 3],
-    ) -> Result<Self> {
-        let (teacher, student) = if let Some(lora) = &config.student.lora {
-            with_adapter(config, lora, teacher)?
-        } else {
-            let student = student(config, &teacher)?;
-            (teacher, student)
-        };
-        Self::of(config, requirements, teacher, student, image_shape)
-    }
-
-    /// Checks that there can be such networks, without memory for their weights.
-    pub(super) fn ensure(
-        config: &DistillConfig,
-        requirements: Requirements,
-        teacher: &NetworkDenoiser,
-        image_shape: [i64; 3],
-    ) -> Result<()> {
-        match &config.student.lora {
-            Some(lora) => {
-                let whole = lora.on(teacher.parameters());
-                let thin = ddil_models::LoraConfig { rank: 1, ..whole };
-                let network = teacher.config().without_values()?;
-                let attached = ddil_models::Lora::attach(network.parameters(), &thin, 0);
-                attached.map_err(in_student_lora)?;
+    pub(super) fn new(roster: &Roster, teacher: NetworkDenoiser, seed: u64) -> Result<Self> {
+        let (teacher, student) = match &roster.student {
+            StudentForm::Adapter(lora) => with_adapter(lora, teacher, seed)?,
+            StudentForm::Network(model) => {
+                let student = student(model, &teacher, seed)?;
+                (teacher, student)
             }
-            None => drop(student_model(config, teacher)?.without_values()?),
-        }
-        if requirements.critic {
-            critic_model(requirements, teacher)?.without_values()?;
-        }
-        head(requirements, teacher, image_shape, config.run.seed).map(drop)
+        };
+        Self::of(roster, teacher, student, seed)
     }
 
     /// The networks of a later stage, whose teacher is the student that the one before it ended with.
     pub(super) fn next(
         &self,
-        config: &DistillConfig,
-        requirements: Requirements,
+        roster: &Roster,
         average: &[(String, Tensor)],
-        image_shape: [i64; 3],
+        seed: u64,
     ) -> Result<Self> {
         let (teacher, student) = (self.student.duplicate(false)?, self.student.duplicate(true)?);
         for (what, network) in [("teacher", &teacher), ("student", &student)] {
             state::restore(what, &network.parameters().learned(), average)?;
         }
-        Self::of(config, requirements, teacher, student, image_shape)
+        Self::of(roster, teacher, student, seed)
     }
 
     fn of(
-        config: &DistillConfig,
-        requirements: Requirements,
+        roster: &Roster,
         teacher: NetworkDenoiser,
         student: NetworkDenoiser,
-        image_shape: [i64; 3],
+        seed: u64,
     ) -> Result<Self> {
         let averaged = student.duplicate(false)?;
         let mut watches = Watches::default();
         let (teacher, student) = (watches.on("teacher", teacher), watches.on("student", student));
-        let target = match requirements.target_decay {
+        let target = match roster.target_decay {
             Some(decay) => Some(Target::of(&student, decay, &mut watches)?),
             None => None,
         };
-        let critic = if requirements.critic {
-            let seed = config.run.seed;
-            Some(CriticNetworks::new(requirements, &teacher, image_shape, seed, &mut watches)?)
-        } else {
-            None
+        let critic = match &roster.critic {
+            Some(form) => Some(CriticNetworks::new(form, &teacher, seed, &mut watches)?),
+            None => None,
         };
         Ok(Self { teacher, student, averaged, target, critic, watches })
     }
@@ -152,7 +116,7 @@ impl Cast {
         Ok(&self.averaged)
     }
 
-    /// Everybody who answers in a loss, by name.
+    /// The networks that are evaluated in a loss, by name.
     pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &NetworkDenoiser)> {
         let target = self.target.as_ref().map(|target| ("target", &target.network));
         let critic = self.critic.as_ref().map(|critic| ("critic", &critic.fake_score));
@@ -187,21 +151,21 @@ impl Target {
 }
 
 impl CriticNetworks {
-    /// A copy of the teacher, and a fresh head where one is needed.
+    /// A copy of the teacher, and a fresh head where the method has one.
     fn new(
-        requirements: Requirements,
+        form: &CriticForm,
         teacher: &NetworkDenoiser,
-        image_shape: [i64; 3],
         seed: u64,
         watches: &mut Watches,
     ) -> Result<Self> {
-        let fake_score = if requirements.critic_sees_source {
-            teacher.derive(&critic_model(requirements, teacher)?, seed)?.0
-        } else {
+        let fake_score = if form.model == teacher.config() {
             teacher.duplicate(true)?
+        } else {
+            teacher.derive(&form.model, seed)?.0
         };
         let fake_score = watches.on("critic", fake_score);
-        let head = head(requirements, teacher, image_shape, seed)?;
+        let head = form.head.as_ref().map(|head| head.build(teacher.placement(), seed));
+        let head = head.transpose()?;
         let discriminator = head.map(|head| NetworkDiscriminator::new(&fake_score, head));
         Ok(Self { discriminator: discriminator.transpose()?, fake_score })
     }
@@ -220,13 +184,12 @@ impl CriticNetworks {
 ///
 /// An adapter on a base without a guidance embedding learns the average over the guidance that its teacher draws.
 fn with_adapter(
-    config: &DistillConfig,
     lora: &LoraSection,
     teacher: NetworkDenoiser,
+    seed: u64,
 ) -> Result<(NetworkDenoiser, NetworkDenoiser)> {
     let adapter = lora.on(teacher.parameters());
-    let (teacher, student) =
-        teacher.with_adapter(&adapter, config.run.seed).map_err(in_student_lora)?;
+    let (teacher, student) = teacher.with_adapter(&adapter, seed).map_err(in_student_lora)?;
     let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
     tracing::info!("the student is an adapter of {own} numbers on the teacher's {all}");
     let guidance = Conditioning::GUIDANCE_WEIGHT;
@@ -236,60 +199,12 @@ fn with_adapter(
     Ok((teacher, student.ignoring(guidance)))
 }
 
-/// Names the table of the config in what the settings of adapters are refused for.
-fn in_student_lora(error: impl Into<Error>) -> Error {
-    match error.into() {
-        Error::Models(ddil_models::Error::InvalidConfig { problems, .. }) => {
-            let what = "student.lora".to_owned();
-            Error::Models(ddil_models::Error::InvalidConfig { what, problems })
-        }
-        error => error,
-    }
-}
-
-/// The form of the critic's network.
-fn critic_model(requirements: Requirements, teacher: &NetworkDenoiser) -> Result<ModelConfig> {
-    let model = teacher.config();
-    if requirements.critic_sees_source {
-        return Ok(model.with_time_cond_proj_dim(SOURCE_WIDTH)?);
-    }
-    Ok(model)
-}
-
-/// A fresh head on the critic's features, where one is needed.
-fn head(
-    requirements: Requirements,
-    teacher: &NetworkDenoiser,
-    image_shape: [i64; 3],
-    seed: u64,
-) -> Result<Option<DiscriminatorHead>> {
-    if !requirements.discriminator {
-        return Ok(None);
-    }
-    let [_, height, width] = image_shape;
-    let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
-    let unet = teacher.config().with_sample_size(sides)?;
-    let head = DiscriminatorHeadConfig::for_model(&unet)?.build(teacher.placement(), seed)?;
-    Ok(Some(head))
-}
-
-/// The form of the student's network.
-fn student_model(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<ModelConfig> {
-    let own = config.student.model.clone().map(ModelConfig::UNet2D);
-    let model = own.unwrap_or_else(|| teacher.config());
-    if config.teacher.guidance.is_told_to_student() {
-        return Ok(model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?);
-    }
-    Ok(model)
-}
-
-/// The learner: the teacher's own network, or a smaller one that starts from those of its weights that match.
-fn student(config: &DistillConfig, teacher: &NetworkDenoiser) -> Result<NetworkDenoiser> {
-    let model = student_model(config, teacher)?;
-    if model == teacher.config() {
+/// The student: a copy of the teacher, or another network that starts from those of the teacher's weights that match.
+fn student(model: &ModelConfig, teacher: &NetworkDenoiser, seed: u64) -> Result<NetworkDenoiser> {
+    if *model == teacher.config() {
         return Ok(teacher.duplicate(true)?);
     }
-    let (student, report) = teacher.derive(&model, config.run.seed)?;
+    let (student, report) = teacher.derive(model, seed)?;
     tracing::info!("the student starts from the teacher's weights: {report}");
     Ok(student)
 }
