@@ -6,14 +6,12 @@ use std::{
     thread::available_parallelism,
 };
 
+use ddil_files::{read_versioned, write_json};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Device;
 
-use crate::{
-    Error, Result,
-    files::{read_versioned, write_json},
-};
+use crate::{Error, Result};
 
 /// Its name in the folder of a run.
 const FILE: &str = "environment.json";

@@ -5,7 +5,9 @@ use std::{io, path::Path, path::PathBuf};
 use ddil_files::Invalid;
 pub(crate) use ddil_files::with_causes;
 
-use crate::{checkpoint::Damage, holder::Holder, settings::Difference};
+use ddil_files::settings::Difference;
+
+use crate::{checkpoint::Damage, holder::Holder};
 
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -11,13 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_files::fault::{self, Point};
 use ddil_files::open_plain_file;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Error, Result, crc32c,
-    fault::{self, Point},
-};
+use crate::{Error, Result, crc32c};
 
 /// A file of JSON lines, open at its end.
 ///

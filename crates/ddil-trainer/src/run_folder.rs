@@ -23,19 +23,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ddil_files::{
+    TEMPORARY,
+    fault::{self, Point},
+    first_version, parent, read_versioned,
+    settings::{Settings, differences, to_toml},
+    sync_folder, with_causes, write_atomic, write_json,
+};
 use fs4::fs_std::FileExt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{
-    Error, Result, checkpoint,
-    error::with_causes,
-    evidence::NOT_FINITE,
-    fault::{self, Point},
-    files::{
-        TEMPORARY, first_version, parent, read_versioned, sync_folder, write_atomic, write_json,
-    },
-    settings::{Settings, differences, to_toml},
-};
+use crate::{Error, Result, checkpoint, evidence::NOT_FINITE};
 
 pub use crate::holder::Holder;
 

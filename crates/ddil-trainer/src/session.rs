@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use std::{fs, io};
 
+use ddil_files::fault::{self, Point};
+use ddil_files::{parent, sync_folder};
 use ddil_losses::Phase;
 use ddil_pipelines::Picture;
 use serde::{Deserialize, Serialize};
@@ -21,8 +23,6 @@ use crate::ema::{Ema, EmaConfig};
 use crate::environment::RunEnvironment;
 use crate::error::{Error, Result, with_causes};
 use crate::evidence::{Evidence, not_finite_among};
-use crate::fault::{self, Point};
-use crate::files::{parent, sync_folder};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::record::{Position, Record};

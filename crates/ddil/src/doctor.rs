@@ -6,10 +6,9 @@ use std::{
 };
 
 use ddil_data::FashionMnist;
+use ddil_trainer::{Result, environment::Environment};
 use serde::Serialize;
 use tch::Tensor;
-
-use ddil_trainer::{Result, environment::Environment};
 
 /// With less than this a run may well fill the disk.
 const LOW_DISK_BYTES: u64 = 2 << 30;

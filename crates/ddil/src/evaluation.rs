@@ -12,10 +12,9 @@ use ddil_metrics::{
 use ddil_pipelines::{
     Guide, Observed, Pipeline, SamplePlan, asked, classes, generate, initial_noise,
 };
+use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
-
-use ddil_trainer::Result;
 
 /// Real images as features: what generated ones are compared with.
 #[derive(Debug)]

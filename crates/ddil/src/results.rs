@@ -4,13 +4,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use ddil_core::Priors;
+use ddil_files::{ensure_version, first_version, read_json, write_json};
 use ddil_metrics::FeatureExtractor;
 use ddil_pipelines::{Card, SamplePlan};
 use ddil_schedulers::Thresholding;
-use serde::{Deserialize, Serialize};
-
-use ddil_files::{ensure_version, first_version, read_json, write_json};
 use ddil_trainer::Result;
+use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{Reference, Scores, ShiftRow};
 

@@ -5,9 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_models::weights;
-use tch::{Kind, Tensor};
-
 use ddil_trainer::{Error, Result};
+use tch::{Kind, Tensor};
 
 /// The most samples that [`write_first`] keeps.
 pub const KEPT: i64 = 20;

@@ -7,6 +7,7 @@ use std::{
 };
 
 use ddil_core::SavedFile;
+use ddil_files::{read_json, read_small_json, with_causes};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -18,11 +19,7 @@ use super::{
     step_of,
     tensors::read_tensors,
 };
-use crate::{
-    Error, Result,
-    error::with_causes,
-    files::{read_json, read_small_json},
-};
+use crate::{Error, Result};
 
 /// A checkpoint whose every byte is the one that was written.
 #[derive(Clone, Debug)]

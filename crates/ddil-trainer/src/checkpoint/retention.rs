@@ -6,14 +6,15 @@ use std::{
     path::Path,
 };
 
+use ddil_files::{
+    TEMPORARY,
+    fault::{self, Point},
+    temporary_sibling,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Checkpoint, REPLACED, list, step_of};
-use crate::{
-    Error, Result,
-    fault::{self, Point},
-    files::{TEMPORARY, temporary_sibling},
-};
+use crate::{Error, Result};
 
 /// Which checkpoints are kept: the last few, and every so many steps one for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +44,7 @@ impl Retention {
     ///
     /// [`Error::Files`] if a folder cannot be listed or removed.
     pub fn apply(&self, newest: &Checkpoint) -> Result<Vec<u64>> {
-        let mut older: Vec<u64> = list(crate::files::parent(newest.path()))?
+        let mut older: Vec<u64> = list(ddil_files::parent(newest.path()))?
             .iter()
             .filter_map(|path| step_of(path))
             .filter(|&step| step < newest.step())

@@ -8,6 +8,10 @@ use std::{
 };
 
 use ddil_core::SavedFile;
+use ddil_files::{
+    fault::{self, Point},
+    sync_folder, temporary_sibling, write_atomic,
+};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -17,11 +21,7 @@ use super::{
     manifest::{Linked, Manifest, Member, hex, objection},
     tensors::write_tensors,
 };
-use crate::{
-    Error, Result,
-    fault::{self, Point},
-    files::{sync_folder, temporary_sibling, write_atomic},
-};
+use crate::{Error, Result};
 
 /// Writes one checkpoint; until [`commit`](Self::commit) it does not exist.
 ///

@@ -12,13 +12,13 @@ use ddil_data::{
     Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
 };
 use ddil_files::Invalid;
+use ddil_files::{TEMPORARY, parent, sync_folder, write_json};
 use ddil_pipelines::{EncodedPrompts, PipelineParts, TextToImageComponents};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::row_file::RowFile;
 use crate::error::{Error, Result};
-use crate::files::{TEMPORARY, parent, sync_folder, write_json};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::run_folder;

@@ -5,7 +5,6 @@ use ddil_files::Invalid;
 use ddil_losses::{
     LatentConsistencyConfig, ObjectiveConfig, Requirements, Solver, TeacherGuidance,
 };
-
 use ddil_models::{ModelConfig, UNet2DConfig};
 use ddil_pipelines::Pipeline;
 use ddil_schedulers::Thresholding;

@@ -1,9 +1,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use ddil_trainer::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// Where everything of a comparison lies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

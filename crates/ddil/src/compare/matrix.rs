@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use toml::Value;
-
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::with_causes;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::{Error, Result};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use toml::Value;
 
 /// What `ddil compare` reads.
 ///
