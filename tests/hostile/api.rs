@@ -11,4 +11,5 @@ mod libtorch;
 mod losses;
 mod metrics;
 mod models;
+mod pipelines;
 mod schedulers;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,6 +16,9 @@ pub enum Error {
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// An argument has a shape, kind, layout or value that the function cannot take.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A file could not be read or written.
     #[error(transparent)]
     Files(#[from] ddil_files::Error),

@@ -3,6 +3,8 @@
 use ddil_core::{
     Conditioning, Denoiser, RandomStreams, Rollout, Stream, Thresholded, with_boundary,
 };
+use ddil_files::Invalid;
+use ddil_libtorch::ensure_real;
 use ddil_schedulers::{
     Estimate, NoiseSchedule, Prediction, SamplerConfig, Thresholding, Timesteps,
 };
@@ -118,7 +120,8 @@ pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Condit
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for guidance of a model without a null class; what the network refuses.
+/// [`Error::Invalid`] for guidance of a model without a null class and for no samples, [`Error::Argument`] for noise that
+/// is not floating; otherwise the error of the network.
 pub fn generate(
     denoiser: &dyn Denoiser,
     plan: &SamplePlan,
@@ -131,7 +134,12 @@ pub fn generate(
     let sampler = plan.sampler.build(&schedule)?;
     let asked = asked(denoiser, plan, guide)?;
     let streams = RandomStreams::new(plan.seed, 0);
-    let n = noise.size()[0];
+    ensure_real("generate", "noise", noise)?;
+    let n = noise.size().first().copied().unwrap_or(0);
+    if n == 0 {
+        let expected = "[n, channels, height, width] with at least one sample";
+        return Err(Invalid::new("noise", format!("{:?}", noise.size()), expected).into());
+    }
     let mut samples = Vec::new();
     for start in (0..n).step_by(plan.batch_size.max(1) as usize) {
         let len = i64::from(plan.batch_size.max(1)).min(n - start);

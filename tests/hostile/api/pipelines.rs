@@ -1,0 +1,236 @@
+use std::num::NonZeroU32;
+
+use ddil_models::Placement;
+use ddil_pipelines::{
+    Card, ClassToImage, Guide, Layout, Parts, Picture, Pipeline, PipelineParts, Precision,
+    PromptRequest, SamplePlan, TextToImage, WeightForm, asked, classes, decode, draw_latents,
+    generate, initial_noise, layout, save_each, spaced_as_published,
+};
+use tch::{Device, Tensor, kind};
+
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+use crate::inputs::repository;
+
+/// More steps, or samples, than these are time and memory, and no mistake.
+const MANY: i64 = 40;
+
+#[test]
+fn ddil_pipelines() {
+    let mut cases = Cases::default();
+    pictures(&mut cases);
+    folders(&mut cases);
+    let assets = repository().join("assets");
+    let placement = Placement::default();
+    let pixels = ClassToImage::open(assets.join("fashion-mnist-teacher"), placement);
+    let pixels = pixels.expect("a model of pixels");
+    of_classes(&mut cases, &pixels);
+    sampling(&mut cases, pixels.pipeline());
+    let text = TextToImage::open(assets.join("fashion-mnist-text-to-image"), placement);
+    let text = text.expect("a text-to-image model");
+    of_prompts(&mut cases, &text);
+    components(&mut cases, &text);
+    // Files of a model are spoilt in `inputs`; these write or take over what was read.
+    cases.spoilt_in_inputs(&[
+        "Card::read",
+        "Pipeline::write",
+        "Pipeline::write_adapter",
+        "PipelineParts::text_to_image",
+        "PipelineParts::autoencoder",
+        "Parts::write",
+        "Parts::write_network",
+        "Scheduler::new",
+        "grid_of_classes",
+        "grid_of_prompts",
+    ]);
+    cases.cannot_fail(&["Layout::columns", "Observed::new", "Guide::of_classes", "batch_size"]);
+    cases.finish("ddil-pipelines");
+}
+
+fn pictures(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let images = Tensor::zeros([3, 3, 4, 2], kind::FLOAT_CPU);
+    let two = Layout::columns(NonZeroU32::MIN.saturating_add(1));
+    cases.tensors("Picture::grid", &[&images], |t| said(Picture::grid(&t[0], two)));
+    cases.tensors("Picture::each", &[&images], |t| said(Picture::each(&t[0])));
+    cases.tensors("save_each", &[&images], |t| {
+        said(save_each(&t[0], &folder.path().join("images"), 0))
+    });
+    let picture = Picture::grid(&images, layout(0)).expect("a picture");
+    for place in [folder.path().to_owned(), "nul\0byte".into(), folder.path().join("no/folder")] {
+        let what = place.display().to_string();
+        cases.once("Picture::save", &what, || said(picture.save(&place)));
+    }
+    cases.wholes("layout", |columns| {
+        let _ = layout(columns as u32);
+        Ok(())
+    });
+}
+
+/// Folders that are none, or are of another kind.
+fn folders(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let assets = repository().join("assets");
+    let (placement, precision) = (Placement::default(), Precision::Float32);
+    let places = [folder.path().to_owned(), "nul\0byte".into(), "/dev/null".into(), assets];
+    for place in &places {
+        let what = place.display().to_string();
+        cases.once("TextToImage::open", &what, || said(TextToImage::open(place, placement)));
+        cases.once("TextToImage::open_in", &what, || {
+            said(TextToImage::open_in(place, placement, precision))
+        });
+        cases.once("ClassToImage::open", &what, || said(ClassToImage::open(place, placement)));
+        cases.once("ClassToImage::open_in", &what, || {
+            said(ClassToImage::open_in(place, placement, precision))
+        });
+        cases.once("Pipeline::read", &what, || said(Pipeline::read(place, placement, precision)));
+        cases.once("Pipeline::read_without_values", &what, || {
+            said(Pipeline::read_without_values(place))
+        });
+        cases.once("Pipeline::ensure_weights", &what, || said(Pipeline::ensure_weights(place)));
+        cases.once("Pipeline::class_at", &what, || said(Pipeline::class_at(place)));
+        cases.once("Pipeline::adapter_at", &what, || said(Pipeline::adapter_at(place)));
+        cases.once("Pipeline::is_at", &what, || {
+            assert!(!Pipeline::is_at(place));
+            Ok(())
+        });
+        cases.once("Parts::of_pipeline", &what, || said(Parts::of_pipeline(place, Some("fp16"))));
+        cases.once("Parts::of_network", &what, || {
+            said(Parts::of_network(place, Some(place), Some(place), None))
+        });
+        cases.once("Parts::is_network_at", &what, || {
+            let _ = Parts::is_network_at(place);
+            Ok(())
+        });
+    }
+    let _ = WeightForm::default();
+}
+
+fn of_classes(cases: &mut Cases, model: &ClassToImage) {
+    for n in ODD_WHOLES.into_iter().filter(|n| (0..MANY).contains(n)) {
+        let what = n.to_string();
+        let request = || model.samples(n as u32).batch_size(0);
+        cases.once("ClassToImage::samples", &what, || said(request().steps(1).images()));
+        cases.once("steps", &what, || said(model.samples(1).steps(n as u32).images()));
+    }
+    cases.once("steps", "more than timesteps", || said(model.samples(1).steps(u32::MAX).images()));
+    for scale in ODD_NUMBERS {
+        cases.once("guidance_scale", &scale.to_string(), || {
+            said(model.samples(1).steps(1).guidance_scale(scale).images())
+        });
+    }
+    for class in ["", "-1", "10", "Bag", "bag", "\u{0}", "999999999999999999999"] {
+        cases.once("ClassImages::class", class, || {
+            said(model.samples(1).steps(1).class(class).images())
+        });
+    }
+    cases.once("seed", "the largest", || said(model.samples(1).steps(1).seed(u64::MAX).images()));
+}
+
+fn sampling(cases: &mut Cases, pipeline: &Pipeline) {
+    let plan = || SamplePlan::of(pipeline, Some(1));
+    let guide = Guide::of_classes(&pipeline.card);
+    let noise = Tensor::randn([2, 1, 32, 32], kind::FLOAT_CPU);
+    let told = classes(&pipeline.card, 2, None, Device::Cpu);
+    cases.tensors("generate", &[&noise], |t| {
+        said(generate(&pipeline.network, &plan(), &guide, &t[0], &told))
+    });
+    cases.wholes("SamplePlan::of", |steps| {
+        let plan = SamplePlan::of(pipeline, Some(steps as u32));
+        said(plan.timesteps(1000))
+    });
+    cases.wholes("SamplePlan::timesteps", |timesteps| said(plan().timesteps(timesteps as u32)));
+    cases.wholes("SamplePlan::num_calls", |n| {
+        let _ = plan().num_calls(n as u32);
+        Ok(())
+    });
+    cases.wholes("spaced_as_published", |steps| {
+        said(spaced_as_published(pipeline, SamplePlan { steps: steps as u32, ..plan() }))
+    });
+    cases.numbers("asked", |guidance_scale| {
+        let plan = SamplePlan { guidance_scale, ..plan() };
+        said(asked(&pipeline.network, &plan, &guide))
+    });
+    cases.numbers("Guide::guided", |scale| said(guide.guided(&pipeline.network, scale)));
+    cases.once("Guide::of_prompts", "nothing", || {
+        let guide = Guide::of_prompts(&Card::default(), ddil_core::Conditioning::none());
+        said(guide.null())
+    });
+    for side in ODD_WHOLES.into_iter().filter(|side| *side < MANY) {
+        let what = side.to_string();
+        cases.once("initial_noise", &what, || said(initial_noise(0, 2, [1, side, 2], Device::Cpu)));
+        cases.once("classes", &what, || {
+            let told = classes(&pipeline.card, 1, Some(side), Device::Cpu);
+            said(generate(&pipeline.network, &plan(), &guide, &noise.narrow(0, 0, 1), &told))
+        });
+    }
+}
+
+fn of_prompts(cases: &mut Cases, model: &TextToImage) {
+    let texts = ["", "\u{0}", "\u{1f45f}\u{200d}", "a coat"];
+    for text in texts.into_iter().chain([&*"word ".repeat(500)]) {
+        let what = text.chars().take(8).collect::<String>();
+        cases.once("TextToImage::prompt", &what, || said(model.prompt(text).steps(1).images()));
+        cases.once("TextToImage::prompts", &what, || {
+            said(model.prompts([text, text]).steps(1).images())
+        });
+        cases.once("PromptImages::negative_prompt", &what, || {
+            let request = model.prompt("a coat").negative_prompt(text).guidance_scale(2.0);
+            said(request.steps(1).images())
+        });
+    }
+    for side in ODD_WHOLES.into_iter().filter(|side| (0..MANY).contains(side)) {
+        let what = side.to_string();
+        cases.once("PromptImages::size", &what, || {
+            said(model.prompt("a coat").size(side as u32, 32).steps(1).images())
+        });
+        cases.once("PromptImages::images_per_prompt", &what, || {
+            said(model.prompt("a coat").images_per_prompt(side as u32).steps(1).images())
+        });
+    }
+}
+
+fn components(cases: &mut Cases, model: &TextToImage) {
+    let (pipeline, components) = (model.pipeline(), model.components());
+    let plan = SamplePlan::of(pipeline, Some(1));
+    let mut generator = ddil_core::Generator::new(0, Device::Cpu).expect("there is a CPU");
+    let images = Tensor::zeros([2, 1, 32, 32], kind::FLOAT_CPU);
+    let latents = components.encode_images(&images, &mut generator).expect("it takes them");
+    cases.tensors("TextToImageComponents::decode", &[&latents], |t| said(components.decode(&t[0])));
+    cases.tensors("decode", &[&latents], |t| said(decode(components, &t[0], 0)));
+    cases.tensors("TextToImageComponents::latent_distribution", &[&images], |t| {
+        said(components.latent_distribution(&t[0]))
+    });
+    cases.tensors("TextToImageComponents::encode_images", &[&images], |t| {
+        let mut generator = ddil_core::Generator::new(0, Device::Cpu).expect("there is a CPU");
+        said(components.encode_images(&t[0], &mut generator))
+    });
+    cases.once("TextToImageComponents::encode", "no prompt", || said(components.encode(&[])));
+    cases.wholes("TextToImageComponents::latent_shape", |side| {
+        said(components.latent_shape([side, 32]))
+    });
+    cases.once("TextToImageComponents::time_ids", "no size", || {
+        let _ = components.time_ids([0, 0], 0);
+        Ok(())
+    });
+    let request = |prompts: Vec<String>| PromptRequest {
+        prompts,
+        negative_prompt: None,
+        size: [Some(0), None],
+        per_prompt: 1,
+    };
+    cases.once("PromptRequest::pixels", "no height", || {
+        said(request(Vec::new()).pixels(pipeline, components))
+    });
+    cases.once("PromptRequest::told", "no prompt", || {
+        said(request(Vec::new()).told(pipeline, components, &plan))
+    });
+    let told = PromptRequest { size: [None; 2], ..request(vec!["a coat".to_owned()]) };
+    let mut told = told.told(pipeline, components, &plan).expect("a request");
+    for side in [0, 1, 3] {
+        told.latent_shape[1] = side;
+        cases.once("draw_latents", &side.to_string(), || {
+            said(draw_latents(pipeline, &plan, &told, &|| ()))
+        });
+    }
+    let _ = PipelineParts::path;
+}
