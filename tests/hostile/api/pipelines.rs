@@ -2,9 +2,9 @@ use std::num::NonZeroU32;
 
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, ClassToImage, Guide, Layout, Parts, Picture, Pipeline, PipelineParts, Precision,
-    PromptRequest, SamplePlan, TextToImage, WeightForm, asked, classes, decode, draw_latents,
-    generate, initial_noise, layout, save_each, spaced_as_published,
+    Card, ClassToImage, Guide, Layout, Parts, Picture, Pipeline, Precision, PromptRequest,
+    SamplePlan, TextToImage, WeightForm, asked, classes, decode, draw_latents, generate,
+    initial_noise, layout, save_each, spaced_as_published,
 };
 use tch::{Device, Tensor, kind};
 
@@ -192,7 +192,7 @@ fn of_prompts(cases: &mut Cases, model: &TextToImage) {
 fn components(cases: &mut Cases, model: &TextToImage) {
     let (pipeline, components) = (model.pipeline(), model.components());
     let plan = SamplePlan::of(pipeline, Some(1));
-    let mut generator = ddil_core::Generator::new(0, Device::Cpu).expect("there is a CPU");
+    let mut generator = ddil_core::Generator::new(Device::Cpu, 0).expect("there is a CPU");
     let images = Tensor::zeros([2, 1, 32, 32], kind::FLOAT_CPU);
     let latents = components.encode_images(&images, &mut generator).expect("it takes them");
     cases.tensors("TextToImageComponents::decode", &[&latents], |t| said(components.decode(&t[0])));
@@ -201,7 +201,7 @@ fn components(cases: &mut Cases, model: &TextToImage) {
         said(components.latent_distribution(&t[0]))
     });
     cases.tensors("TextToImageComponents::encode_images", &[&images], |t| {
-        let mut generator = ddil_core::Generator::new(0, Device::Cpu).expect("there is a CPU");
+        let mut generator = ddil_core::Generator::new(Device::Cpu, 0).expect("there is a CPU");
         said(components.encode_images(&t[0], &mut generator))
     });
     cases.once("TextToImageComponents::encode", "no prompt", || said(components.encode(&[])));
@@ -232,5 +232,4 @@ fn components(cases: &mut Cases, model: &TextToImage) {
             said(draw_latents(pipeline, &plan, &told, &|| ()))
         });
     }
-    let _ = PipelineParts::path;
 }
