@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ddil_core::{
-    AdaptivePriors, BufferConfig, Conditioning, Data, Denoiser, MixRequest, Mixer, MixerConfig,
-    PriorSchedule, Priors, RandomStreams, Result, StudentConfig, StudentPolicy, TeacherConfig,
+    AdaptivePriors, BufferConfig, Clock, Conditioning, Data, Denoiser, Feedback, MixBatch, Mixer,
+    MixerConfig, PriorSchedule, Priors, RandomStreams, Result, RolloutNetworks, StudentConfig,
+    StudentPolicy, TeacherConfig,
 };
 use ddil_schedulers::{
     Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps,
@@ -59,16 +60,11 @@ impl Run {
     }
 
     fn advance(&mut self) -> Result<()> {
-        let states = self.mixer.next_states(&MixRequest {
-            step: self.step,
-            total_steps: u64::MAX,
-            data: &self.data,
-            prompts: &self.prompts,
-            student: &self.network,
-            teacher: &self.network,
-            streams: &self.streams,
-        })?;
-        self.mixer.after_loss(self.step, &states, &states.x_t, None, &self.streams)?;
+        let clock = Clock::new(self.step, u64::MAX, self.streams);
+        let batch = MixBatch::new(&self.data).with_prompts(&self.prompts);
+        let networks = RolloutNetworks::new(&self.network, &self.network);
+        let states = self.mixer.next_states(&clock, &batch, &networks)?;
+        self.mixer.feed_back(&clock, &states, &Feedback::new(&states.x_t))?;
         self.step += 1;
         black_box(states);
         Ok(())

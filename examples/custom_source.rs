@@ -10,8 +10,8 @@
 use std::error::Error;
 
 use ddil_core::{
-    Data, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Source,
-    SourceRequest, States, Stream, TrajectorySource,
+    Clock, Data, MixBatch, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams,
+    RolloutNetworks, Source, SourceRequest, States, Stream, TrajectorySource,
 };
 use ddil_losses::{LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
@@ -67,8 +67,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         pure_noise_at_tmax: false,
         ..MixerConfig::default()
     };
-    let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?
-        .with_source(Source::Forward, Box::new(Perturbed { strength: 0.5 }))?;
+    let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?.with_source(
+        "perturbed",
+        1.0,
+        Box::new(Perturbed { strength: 0.5 }),
+    )?;
 
     let streams = RandomStreams::new(0, 0);
     let (mut losses, mut variance) = (Vec::new(), 0.0);
@@ -76,15 +79,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut generator = streams.generator(step, Stream::Data, Device::Cpu)?;
         let x0 = teacher.mixture().sample(BATCH_SIZE, None, &mut generator)?;
         let data = Data { x0, conditioning: ddil_core::Conditioning::none() };
-        let states = mixer.next_states(&MixRequest {
-            step,
-            total_steps: UPDATES,
-            prompts: &data.conditioning,
-            data: &data,
-            student: &student,
-            teacher: &teacher,
-            streams: &streams,
-        })?;
+        let clock = Clock::new(step, UPDATES, streams);
+        let actors = RolloutNetworks::new(&student, &teacher);
+        let states = mixer.next_states(&clock, &MixBatch::new(&data), &actors)?;
 
         let networks = Networks::new(&student, &teacher);
         let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);

@@ -26,9 +26,9 @@ use std::time::Instant;
 use std::{env, fs, thread};
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors,
-    RandomStreams, Rollout, ShiftConfig, ShiftRequest, Stream, StudentConfig, StudentPolicy,
-    TeacherConfig, measure_shift,
+    Clock, Conditioning, Data, Denoiser, Guided, MixBatch, Mixer, MixerConfig, PriorSchedule,
+    Priors, RandomStreams, Rollout, RolloutNetworks, ShiftConfig, ShiftRequest, Stream,
+    StudentConfig, StudentPolicy, TeacherConfig, measure_shift,
 };
 use ddil_examples::{Result, Trainer, Training, mean_and_error};
 use ddil_losses::{
@@ -237,15 +237,9 @@ impl Lab {
         let mut trainer = Trainer::new(model.parameters().learned(), training(UPDATES))?;
         for step in 0..UPDATES {
             let data = self.data(step, Stream::Data, BATCH_SIZE)?;
-            let states = mixer.next_states(&MixRequest {
-                step,
-                total_steps: UPDATES,
-                data: &data,
-                prompts: &data.conditioning,
-                student: &student,
-                teacher,
-                streams: &self.streams,
-            })?;
+            let clock = Clock::new(step, UPDATES, self.streams);
+            let actors = RolloutNetworks::new(&student, teacher);
+            let states = mixer.next_states(&clock, &MixBatch::new(&data), &actors)?;
             let request = LossRequest::new(step, Phase::Student, &states, networks, &self.streams);
             let terms = objective.loss(&request)?;
             ensure_finite(trainer.update(&terms.per_sample)?)?;

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use ddil_core::{
-    Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, States, Stream, StudentConfig,
-    Thresholded, with_boundary,
+    Clock, Denoiser, Feedback, MixBatch, Mixer, MixerConfig, PriorSchedule, Priors,
+    RolloutNetworks, States, Stream, StudentConfig, Thresholded, with_boundary,
 };
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, Phase};
@@ -60,7 +60,6 @@ impl<'a> Distillation<'a> {
             priors: PriorSchedule::constant(priors),
             student: StudentConfig { policy: budget.policy.clone(), ..StudentConfig::default() },
             teacher: budget.teacher.clone(),
-            thresholding: thresholding.clone(),
             ..MixerConfig::default()
         };
         let (rollout, sampler) = sampled_with(lab, budget, STUDENT_STEPS)?;
@@ -109,7 +108,10 @@ impl<'a> Distillation<'a> {
             }
             if let Some(terms) = terms {
                 let next = terms.teacher_next.as_ref();
-                self.mixer.after_loss(step, &states, &terms.student_x0, next, &lab.streams)?;
+                let student_x0 = self.thresholding.apply(&terms.student_x0)?;
+                let feedback = Feedback::new(&student_x0).with_teacher_next(next);
+                let clock = Clock::new(step, updates, lab.streams);
+                self.mixer.feed_back(&clock, &states, &feedback)?;
             }
             step += 1;
         }
@@ -127,15 +129,10 @@ impl<'a> Distillation<'a> {
     fn mix(&mut self, step: u64, updates: u64, networks: Networks<'_>) -> Result<States> {
         let data = self.lab.data(step, Stream::Data, self.budget.batch_size)?;
         let student = deployed(self.budget, networks.student);
-        Ok(self.mixer.next_states(&MixRequest {
-            step,
-            total_steps: self.budget.updates.max(updates),
-            data: &data,
-            prompts: &data.conditioning,
-            student: &*student,
-            teacher: networks.teacher,
-            streams: &self.lab.streams,
-        })?)
+        let clock = Clock::new(step, self.budget.updates.max(updates), self.lab.streams);
+        let student = Thresholded::new(student, self.thresholding.clone())?;
+        let networks = RolloutNetworks::new(&student, networks.teacher);
+        Ok(self.mixer.next_states(&clock, &MixBatch::new(&data), &networks)?)
     }
 }
 

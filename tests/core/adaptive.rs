@@ -1,6 +1,7 @@
 use ddil_core::{
-    AdaptivePriors, AdaptiveSignal, Data, Error, MixRequest, Mixer, MixerConfig, PriorSchedule,
-    Priors, RandomStreams, Source, States, StudentConfig, StudentPolicy,
+    AdaptivePriors, AdaptiveSignal, Clock, Data, Error, Feedback, MixBatch, Mixer, MixerConfig,
+    PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, States, StudentConfig,
+    StudentPolicy,
 };
 use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{Ddim, Lcm, Sampler};
@@ -44,15 +45,9 @@ impl Run {
             x0: Tensor::full([BATCH as i64, 6], 3.0, tch::kind::FLOAT_CPU),
             conditioning: labels(BATCH),
         };
-        self.mixer.next_states(&MixRequest {
-            step,
-            total_steps: 100,
-            data: &data,
-            prompts: &labels(BATCH),
-            student: &self.student,
-            teacher: &self.student,
-            streams: &self.streams,
-        })
+        let networks = RolloutNetworks::new(&self.student, &self.student);
+        let clock = Clock::new(step, 100, self.streams);
+        self.mixer.next_states(&clock, &MixBatch::new(&data), &networks)
     }
 
     /// A step whose losses are these on states of data and of the student.
@@ -64,7 +59,9 @@ impl Run {
             _ => 100.0,
         };
         let losses: Vec<f32> = states.sources.iter().map(loss).collect();
-        self.mixer.see_losses(&states, &Tensor::from_slice(&losses))?;
+        let (clock, losses) = (Clock::new(step, 100, self.streams), Tensor::from_slice(&losses));
+        let feedback = Feedback::new(&states.x_t).with_losses(Some(&losses));
+        self.mixer.feed_back(&clock, &states, &feedback)?;
         Ok(states)
     }
 
@@ -192,7 +189,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
         for step in 0..23 {
             let _ = original.step(step, 1.0, 1.0 + step as f32)?;
         }
-        let mut saved = original.mixer.state()?;
+        let mut saved = original.mixer.save()?;
         let text = serde_json::to_string(&saved.metadata).expect("it can be written");
         saved.metadata = serde_json::from_str(&text).expect("it can be read");
         let mut restored = Run::new(adaptive(signal));
@@ -204,7 +201,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
             assert_eq!(a.sources, b.sources);
             assert_eq!(original.student_shares(step), restored.student_shares(step));
         }
-        let (a, b) = (original.mixer.state()?, restored.mixer.state()?);
+        let (a, b) = (original.mixer.save()?, restored.mixer.save()?);
         assert_eq!((a.metadata, a.tensors), (b.metadata, b.tensors));
     }
     Ok(())
@@ -221,12 +218,12 @@ fn refuses_what_followed_something_else() -> ddil_core::Result<()> {
         },
         ..MixerConfig::default()
     };
-    let settled = Mixer::new(settled, trailing(4), Box::new(Ddim::new(schedule())))?.state()?;
+    let settled = Mixer::new(settled, trailing(4), Box::new(Ddim::new(schedule())))?.save()?;
     let mut run = Run::new(adaptive(shift));
     let refused = run.mixer.restore(&settled);
     assert!(matches!(refused, Err(Error::Restore { what: "mixer", .. })), "{refused:?}");
     for (from, to) in [(shift, ratio), (ratio, shift)] {
-        let saved = Run::new(adaptive(from)).mixer.state()?;
+        let saved = Run::new(adaptive(from)).mixer.save()?;
         let refused = Run::new(adaptive(to)).mixer.restore(&saved);
         assert!(matches!(refused, Err(Error::Restore { what: "adaptive priors", .. })));
     }
@@ -243,7 +240,7 @@ fn flush_forgets_what_was_measured() -> ddil_core::Result<()> {
         assert!(run.student_shares(50)[3] > 0.5);
         run.mixer.flush();
         close(run.student_shares(50)[3], 0.2);
-        assert!(run.mixer.state()?.tensors.is_empty());
+        assert!(run.mixer.save()?.tensors.is_empty());
         let _ = run.step(0, 1.0, 9.0)?;
     }
     Ok(())
@@ -259,7 +256,9 @@ fn losses_must_be_shown() -> ddil_core::Result<()> {
     let unseen = run.next(5);
     assert!(matches!(unseen, Err(Error::Invalid(invalid)) if invalid.field == "priors.signal"));
     let states = Run::new(adaptive(AdaptiveSignal::LossRatio)).next(0)?;
-    let short = run.mixer.see_losses(&states, &normal(0, &[3]));
+    let (clock, losses) = (Clock::new(0, 100, run.streams), normal(0, &[3]));
+    let feedback = Feedback::new(&states.x_t).with_losses(Some(&losses));
+    let short = run.mixer.feed_back(&clock, &states, &feedback);
     assert!(matches!(short, Err(Error::Argument(ArgumentError::Shape { .. }))));
     Ok(())
 }

@@ -11,6 +11,7 @@ mod mixer;
 mod priors;
 mod random;
 mod rollout;
+mod saved;
 mod shift;
 mod source;
 mod spill;

@@ -1,7 +1,8 @@
 use ddil_core::{
-    BufferConfig, ClipMeter, Conditioning, Data, Denoiser, Error, MixRequest, MixedVariant, Mixer,
-    MixerConfig, PriorSchedule, Priors, RandomStreams, Source, SourceRequest, States, Stream,
-    StudentConfig, StudentPolicy, TeacherConfig, TrajectorySource, draw_grid_indices,
+    BufferConfig, Clock, Conditioning, Data, Denoiser, Error, Feedback, MixBatch, MixedVariant,
+    Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, SourceName,
+    SourceRequest, States, Stream, StudentConfig, StudentPolicy, TeacherConfig, Thresholded,
+    TrajectorySource, draw_grid_indices,
 };
 use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{DataRange, Ddim, Lcm, Thresholding, Timesteps};
@@ -18,6 +19,8 @@ struct Run {
     mixer: Mixer,
     student: Gaussian,
     teacher: Gaussian,
+    /// Of the student's estimates and of the teacher's.
+    thresholding: [Thresholding; 2],
     streams: RandomStreams,
     shape: Vec<i64>,
 }
@@ -30,6 +33,7 @@ impl Run {
             mixer: mixer.expect("it is valid"),
             student: Gaussian::new(-0.2, 0.0, 0.5),
             teacher: Gaussian::new(0.2, 0.0, 0.5),
+            thresholding: [Thresholding::None, Thresholding::None],
             streams: RandomStreams::new(11, 0),
             shape: shape.to_vec(),
         }
@@ -48,15 +52,17 @@ impl Run {
         let labels = labels(self.shape[0] as usize);
         let odd = labels.get(Conditioning::CLASS_LABELS).expect("there are labels") * 2 + 1;
         let odd = odd.to_device(self.device);
-        self.mixer.next_states(&MixRequest {
-            step,
-            total_steps: 100,
-            data: &data,
-            prompts: &Conditioning::class_labels(odd),
-            student: &self.student,
-            teacher: &self.teacher,
-            streams: &self.streams,
-        })
+        let prompts = Conditioning::class_labels(odd);
+        let [of_student, of_teacher] = self.thresholding.clone();
+        let student = Thresholded::new(&self.student, of_student)?;
+        let teacher = Thresholded::new(&self.teacher, of_teacher)?;
+        let batch = MixBatch::new(&data).with_prompts(&prompts);
+        let networks = RolloutNetworks::new(&student, &teacher);
+        self.mixer.next_states(&self.clock(step), &batch, &networks)
+    }
+
+    fn clock(&self, step: u64) -> Clock {
+        Clock::new(step, 100, self.streams)
     }
 
     /// A step with its loss: batch, then the student's estimates of it.
@@ -64,7 +70,8 @@ impl Run {
         let states = self.next(step)?;
         let told = &states.conditioning;
         let x0 = self.student.predict(&states.x_t, &states.timesteps, told)?.x0;
-        self.mixer.after_loss(step, &states, &x0, None, &self.streams)?;
+        let x0 = self.thresholding[0].apply(&x0)?;
+        self.mixer.feed_back(&self.clock(step), &states, &Feedback::new(&x0))?;
         Ok(states)
     }
 }
@@ -245,7 +252,7 @@ fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
             assert_eq!(labels.expect("there are labels").device(), gpu);
         }
         let mut restored = run();
-        restored.mixer.restore(&original.mixer.state()?)?;
+        restored.mixer.restore(&original.mixer.save()?)?;
         for step in 6..12 {
             let (a, b) = (original.step(step)?, restored.step(step)?);
             assert_eq!((a.x_t, a.sources), (b.x_t, b.sources));
@@ -271,7 +278,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
         for step in 0..5 {
             let _ = original.step(step)?;
         }
-        let mut saved = original.mixer.state()?;
+        let mut saved = original.mixer.save()?;
         let text = serde_json::to_string(&saved.metadata).expect("it can be written");
         saved.metadata = serde_json::from_str(&text).expect("it can be read");
         let mut restored = Run::new(config, &[16, 3]);
@@ -282,7 +289,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
             assert_eq!(label_list(&a), label_list(&b));
             assert_eq!((a.sources, a.births), (b.sources, b.births));
         }
-        let (a, b) = (original.mixer.state()?, restored.mixer.state()?);
+        let (a, b) = (original.mixer.save()?, restored.mixer.save()?);
         assert_eq!(a.metadata, b.metadata);
         assert_eq!(a.tensors, b.tensors);
         assert_eq!(original.mixer.counters(), restored.mixer.counters());
@@ -296,7 +303,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
     for step in 0..3 {
         let _ = run.step(step)?;
     }
-    let saved = run.mixer.state()?;
+    let saved = run.mixer.save()?;
     let mixer = |config: MixerConfig, grid: Timesteps| {
         Mixer::new(config, grid, Box::new(Ddim::new(schedule()))).expect("it is valid")
     };
@@ -323,7 +330,7 @@ fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
     for step in 0..3 {
         let _ = run.step(step)?;
     }
-    let mut saved = run.mixer.state()?;
+    let mut saved = run.mixer.save()?;
     let place = "/sources/1";
     let sound = saved.metadata.clone();
     let waiting = |value: &Value| value["waiting"].to_string();
@@ -369,7 +376,7 @@ fn flush_forgets_states() -> ddil_core::Result<()> {
             let _ = run.step(step)?;
         }
         run.mixer.flush();
-        assert!(run.mixer.state()?.tensors.is_empty());
+        assert!(run.mixer.save()?.tensors.is_empty());
         // A new stage counts its steps from 0, and its networks may take another shape.
         run.shape = vec![16, 2, 2];
         let states = run.step(0)?;
@@ -379,15 +386,20 @@ fn flush_forgets_states() -> ddil_core::Result<()> {
 }
 
 /// Rollouts hold estimates inside the range; the states that follow stay within what range and noise allow.
+/// A range that the data of no test stay in.
+fn tight() -> Thresholding {
+    Thresholding::Clamp(DataRange::scalar(-0.1, 0.1))
+}
+
 #[test]
 fn rollouts_are_thresholded() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = MixerConfig {
             student: StudentConfig { policy, mixed: None, ..StudentConfig::default() },
-            thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
             ..mix(0.0, 0.5, 0.5)
         };
         let mut run = Run::new(config, &[64, 4]);
+        run.thresholding = [tight(), tight()];
         // Both believe in data far outside of the range.
         (run.student.center, run.teacher.center) = (5.0, -5.0);
         for step in 0..6 {
@@ -422,7 +434,7 @@ fn largest(run: &mut Run, steps: u64) -> ddil_core::Result<[f64; 2]> {
 }
 
 #[test]
-fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result<()> {
+fn student_and_teacher_are_thresholded_each_as_they_come() -> ddil_core::Result<()> {
     for policy in policies() {
         for (threshold_student, threshold_teacher) in [(true, false), (false, true)] {
             let config = MixerConfig {
@@ -431,23 +443,15 @@ fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result
                     mixed: None,
                     ..StudentConfig::default()
                 },
-                thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
-                threshold_student,
-                threshold_teacher,
                 ..mix(0.0, 0.5, 0.5)
             };
             let mut run = Run::new(config, &[64, 4]);
             (run.student.center, run.teacher.center) = (9.0, -9.0);
-            let meters = [0; 2].map(|_| ClipMeter::new(&schedule()));
-            run.mixer = run.mixer.with_rollout_meters(meters[0].clone(), meters[1].clone());
+            let held = |on: bool| if on { tight() } else { Thresholding::None };
+            run.thresholding = [held(threshold_student), held(threshold_teacher)];
             let [student, teacher] = largest(&mut run, 6)?;
             assert_eq!(student < 5.0, threshold_student, "{policy:?}: {student}");
             assert_eq!(teacher < 5.0, threshold_teacher, "{policy:?}: {teacher}");
-            for (meter, on) in meters.iter().zip([threshold_student, threshold_teacher]) {
-                let clipped = meter.take()?;
-                assert_eq!(!clipped.is_empty(), on, "{policy:?}: {clipped:?}");
-                assert!(clipped.iter().all(|c| c.source.is_none() && c.fraction > 0.9));
-            }
         }
     }
     Ok(())
@@ -455,17 +459,18 @@ fn student_and_teacher_are_thresholded_each_by_its_switch() -> ddil_core::Result
 
 /// What a loss said moves chains on as it is, or held, as rollouts would.
 #[test]
-fn chains_are_thresholded_by_the_students_switch() -> ddil_core::Result<()> {
+fn chains_go_on_from_estimates_as_they_come() -> ddil_core::Result<()> {
     for threshold_student in [true, false] {
         let policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
         let config = MixerConfig {
             student: StudentConfig { policy, ..StudentConfig::default() },
-            thresholding: Thresholding::Clamp(DataRange::scalar(-0.1, 0.1)),
-            threshold_student,
             ..mix(0.0, 1.0, 0.0)
         };
         let mut run = Run::new(config, &[64, 4]);
         run.student.center = 100.0;
+        if threshold_student {
+            run.thresholding[0] = tight();
+        }
         let _ = run.step(0)?;
         let states = run.step(1)?;
         let waited: Vec<i64> = (0..64).filter(|&row| states.births[row as usize] == 0).collect();
@@ -486,7 +491,7 @@ fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
     for step in 6..40 {
         let _ = run.step(step)?;
     }
-    let counters = *run.mixer.counters();
+    let counters = run.mixer.counters().clone();
     assert!(counters.fraction(Source::Student) > 0.1 && counters.fraction(Source::Teacher) > 0.1);
     assert_eq!(run.teacher.asked.get(), counters.teacher_evaluations);
     // The rest of the student's calls were the losses'.
@@ -547,13 +552,78 @@ fn a_source_of_ones_own() -> ddil_core::Result<()> {
         }
     }
     let mut run = Run::new(mix(0.5, 0.0, 0.5), &[16, 2]);
-    run.mixer = run.mixer.with_source(Source::Teacher, Box::new(Sevens))?;
+    run.mixer = run.mixer.replace_source(Source::Teacher, Box::new(Sevens))?;
     let states = run.step(0)?;
     for row in 0..16 {
         let seven = states.x_t.double_value(&[row as i64, 0]) == 7.0;
         assert_eq!(seven, states.sources[row] == Source::Teacher);
     }
-    assert!(run.mixer.with_source(Source::Noise, Box::new(Sevens)).is_err());
+    assert!(run.mixer.replace_source(Source::Noise, Box::new(Sevens)).is_err());
+    Ok(())
+}
+
+/// An added source has its own name and share; the priors divide what is left, and what was saved names it.
+#[test]
+fn a_source_is_added_by_name() -> ddil_core::Result<()> {
+    #[derive(Debug)]
+    struct Eights;
+    impl TrajectorySource for Eights {
+        fn states(&mut self, request: &SourceRequest<'_>) -> ddil_core::Result<States> {
+            let x_t = request.data.x0.full_like(8.0);
+            Ok(request.states(x_t, request.prompts.shallow_clone(), Source::Student))
+        }
+    }
+    let eights = Source::Added(SourceName::new("eights")?);
+    let build = |share| -> ddil_core::Result<Run> {
+        let mut run = Run::new(mix(0.5, 0.25, 0.25), &[16, 2]);
+        run.mixer = run.mixer.with_source("eights", share, Box::new(Eights))?;
+        Ok(run)
+    };
+    let mut run = build(0.5)?;
+    for step in 0..400 {
+        let states = run.step(step)?;
+        for (row, source) in states.sources.iter().enumerate() {
+            let is_eight = states.x_t.double_value(&[row as i64, 0]) == 8.0;
+            assert_eq!(is_eight, *source == eights, "{source:?}");
+        }
+    }
+    let counters = run.mixer.counters().clone();
+    // A quarter of all states is noise.
+    let expected = [
+        (eights, 0.5 * 0.75),
+        (Source::Forward, 0.25 * 0.75),
+        (Source::Student, 0.125 * 0.75),
+        (Source::Teacher, 0.125 * 0.75),
+    ];
+    for (source, share) in expected {
+        assert!((counters.fraction(source) - share).abs() < 0.015, "{source:?}: {counters:?}");
+    }
+
+    let saved = run.mixer.save()?;
+    let text = saved.metadata.to_string();
+    assert!(text.contains("eights"), "{text}");
+    let mut restored = build(0.5)?;
+    restored.mixer.restore(&saved)?;
+    assert_eq!(restored.mixer.counters(), &counters);
+    let (a, b) = (run.step(400)?, restored.step(400)?);
+    assert_eq!((a.x_t, a.sources), (b.x_t, b.sources));
+    let refused = Run::new(mix(0.5, 0.25, 0.25), &[16, 2]).mixer.restore(&saved);
+    assert!(refused.expect_err("it has three sources").to_string().contains("eights"));
+
+    // With a share of 0 the draws are those of the three.
+    let (mut none, mut three) = (build(0.0)?, Run::new(mix(0.5, 0.25, 0.25), &[16, 2]));
+    for step in 0..5 {
+        let (a, b) = (none.step(step)?, three.step(step)?);
+        assert_eq!((a.x_t, a.sources), (b.x_t, b.sources));
+    }
+    for (name, share) in
+        [("forward", 0.1), ("adaptation", 0.1), ("Own", 0.1), ("own", 1.1), ("own", f64::NAN)]
+    {
+        let mixer = Run::new(mix(0.5, 0.25, 0.25), &[16, 2]).mixer;
+        assert!(mixer.with_source(name, share, Box::new(Eights)).is_err(), "{name} {share}");
+    }
+    assert!(build(0.6)?.mixer.with_source("eights", 0.1, Box::new(Eights)).is_err());
+    assert!(build(0.6)?.mixer.with_source("nines", 0.5, Box::new(Eights)).is_err());
     Ok(())
 }
 
@@ -562,15 +632,9 @@ fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
     let mut run = Run::new(mix(0.5, 0.5, 0.0), &[16, 2]);
     let mut ask = |x0: Tensor, told: usize, prompts: Conditioning| {
         let data = Data { x0, conditioning: labels(told) };
-        run.mixer.next_states(&MixRequest {
-            step: 0,
-            total_steps: 1,
-            data: &data,
-            prompts: &prompts,
-            student: &run.student,
-            teacher: &run.teacher,
-            streams: &run.streams,
-        })
+        let batch = MixBatch::new(&data).with_prompts(&prompts);
+        let networks = RolloutNetworks::new(&run.student, &run.teacher);
+        run.mixer.next_states(&Clock::new(0, 1, run.streams), &batch, &networks)
     };
     let x0 = || normal(0, &[8, 2]);
     assert!(matches!(ask(x0(), 7, labels(8)), Err(Error::Conditioning { .. })));
@@ -586,7 +650,8 @@ fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
     assert!(ask(x0(), 8, labels(8)).is_ok());
 
     let states = run.next(0)?;
-    let short = run.mixer.after_loss(0, &states, &normal(0, &[3, 2]), None, &run.streams);
+    let (clock, x0) = (run.clock(0), normal(0, &[3, 2]));
+    let short = run.mixer.feed_back(&clock, &states, &Feedback::new(&x0));
     assert!(matches!(short, Err(Error::Argument(_))));
     Ok(())
 }

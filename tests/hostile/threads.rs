@@ -3,9 +3,9 @@
 use std::thread;
 
 use ddil_core::{
-    AggregationBuffer, ClipMeter, Conditioning, Data, Denoiser, Guided, LossMeter, MixRequest,
-    Mixer, MixerConfig, RandomStreams, Rollout, SavedState, States, StudentSource, TeacherSource,
-    TrajectorySource,
+    AggregationBuffer, ClipMeter, Clock, Conditioning, Data, Denoiser, Feedback, Guided, LossMeter,
+    MixBatch, Mixer, MixerConfig, RandomStreams, Rollout, RolloutNetworks, SavedState, States,
+    StudentSource, TeacherSource, TrajectorySource,
 };
 use ddil_libtorch::{Generator, MappedFile, TensorList};
 use ddil_losses::{LossRequest, Networks, ObjectiveConfig, Phase, Progressive, TimestepWeights};
@@ -161,22 +161,16 @@ fn states_and_losses_are_made_in_threads() {
                 .and_then(|mut generator| Ok(generator.normal([8, 2], Kind::Float)?))
                 .expect("memory");
             let data = Data { x0, conditioning: Conditioning::none() };
-            let request = MixRequest {
-                step,
-                total_steps: 3,
-                data: &data,
-                prompts: &Conditioning::none(),
-                student: &student,
-                teacher: &teacher,
-                streams: &streams,
-            };
-            let states = mixer.next_states(&request).expect("states");
+            let clock = Clock::new(step, 3, streams);
+            let networks = RolloutNetworks::new(&student, &teacher);
+            let states =
+                mixer.next_states(&clock, &MixBatch::new(&data), &networks).expect("states");
             let networks = Networks::new(&student, &teacher);
             let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
             let terms = objective.loss(&request).expect("a loss");
-            mixer
-                .after_loss(step, &states, &terms.student_x0, terms.teacher_next.as_ref(), &streams)
-                .expect("it fits");
+            let feedback = Feedback::new(&terms.student_x0);
+            let feedback = feedback.with_teacher_next(terms.teacher_next.as_ref());
+            mixer.feed_back(&clock, &states, &feedback).expect("it fits");
             all.extend(values(&states.x_t));
             all.extend(values(&terms.target));
         }

@@ -1,8 +1,8 @@
 use std::cell::RefCell;
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, Discriminator, MixRequest, Mixer, MixerConfig, PriorSchedule,
-    Priors, RandomStreams, Source, States, Stream,
+    Clock, Conditioning, Data, Denoiser, Discriminator, Feedback, MixBatch, Mixer, MixerConfig,
+    PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, States, Stream,
 };
 use ddil_losses::{
     Critic, Dmd2, Dmd2Config, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase,
@@ -560,16 +560,10 @@ fn states_of_every_source_are_trained_on() {
         let mut mixer = Mixer::new(mixing, grid.clone(), sampler).expect("valid settings");
         let mut seen = Vec::new();
         for step in 0..6 {
-            let request = MixRequest {
-                step,
-                total_steps: 6,
-                data: &data,
-                prompts: &Conditioning::none(),
-                student: &student,
-                teacher: &teacher,
-                streams: &STREAMS,
-            };
-            let states = mixer.next_states(&request).expect("valid settings");
+            let clock = Clock::new(step, 6, STREAMS);
+            let networks_of_rollouts = RolloutNetworks::new(&student, &teacher);
+            let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks_of_rollouts);
+            let states = states.expect("valid settings");
             seen.extend(states.sources.iter().copied());
             let mut student_x0 = None;
             for phase in objective.phases(step) {
@@ -584,7 +578,7 @@ fn states_of_every_source_are_trained_on() {
                 student_x0 = Some(terms.student_x0);
             }
             let student_x0 = student_x0.expect("there is a phase in each step");
-            mixer.after_loss(step, &states, &student_x0, None, &STREAMS).expect("they fit");
+            mixer.feed_back(&clock, &states, &Feedback::new(&student_x0)).expect("they fit");
         }
         seen.sort_unstable();
         seen.dedup();

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, Guided, MixRequest, Mixer, RandomStreams, States, Stream,
-    Thresholded, with_boundary,
+    Clock, Conditioning, Data, Denoiser, Feedback, Guided, MixBatch, Mixer, RandomStreams,
+    RolloutNetworks, States, Stream, Thresholded, with_boundary,
 };
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
@@ -191,17 +191,12 @@ impl Arm {
         let schedule = Workload::schedule()?;
         for step in 0..updates {
             let data = self.data(step, Stream::Data)?;
-            let states = self.mixer.next_states(&MixRequest {
-                step,
-                total_steps: u64::MAX,
-                data: &data,
-                prompts: &data.conditioning,
-                student: &Free(&schedule),
-                teacher: &Free(&schedule),
-                streams: &self.streams,
-            })?;
+            let clock = Clock::new(step, u64::MAX, self.streams);
+            let free = Free(&schedule);
+            let networks = RolloutNetworks::new(&free, &free);
+            let states = self.mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
             let student_x0 = states.x_t.zeros_like();
-            self.mixer.after_loss(step, &states, &student_x0, None, &self.streams)?;
+            self.mixer.feed_back(&clock, &states, &Feedback::new(&student_x0))?;
         }
         Ok(())
     }
@@ -257,7 +252,9 @@ impl Arm {
             let before = Instant::now();
             let student_x0 = Thresholding::clamp_pixels().apply(&student_x0)?;
             let next = teacher_next.as_ref();
-            self.mixer.after_loss(step, &states, &student_x0, next, &self.streams)?;
+            let clock = Clock::new(step, u64::MAX, self.streams);
+            let feedback = Feedback::new(&student_x0).with_teacher_next(next);
+            self.mixer.feed_back(&clock, &states, &feedback)?;
             spent.states += before.elapsed();
         }
 
@@ -278,15 +275,10 @@ impl Arm {
         let student = held(self.meters.put_on(Role::StudentRollout, &self.student))?;
         let sampler = self.method.sampler_config(student.schedule());
         let student = with_boundary(student, &sampler);
-        Ok(self.mixer.next_states(&MixRequest {
-            step,
-            total_steps: u64::MAX,
-            data,
-            prompts: &prompts,
-            student: &*student,
-            teacher: &teacher,
-            streams: &self.streams,
-        })?)
+        let clock = Clock::new(step, u64::MAX, self.streams);
+        let batch = MixBatch::new(data).with_prompts(&prompts);
+        let networks = RolloutNetworks::new(&*student, &teacher);
+        Ok(self.mixer.next_states(&clock, &batch, &networks)?)
     }
 
     /// One phase of an update: loss, gradients, step.

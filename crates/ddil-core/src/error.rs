@@ -18,6 +18,9 @@ pub enum Error {
     /// A schedule, prediction or sampler refused.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
+    /// A file of saved state could not be read or written.
+    #[error(transparent)]
+    Files(#[from] ddil_files::Error),
     /// The floor refused: a generator, a mapped file.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),

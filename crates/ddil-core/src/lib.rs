@@ -33,6 +33,7 @@ mod rows;
 mod saved;
 mod shift;
 mod source;
+mod source_name;
 mod states;
 mod tally;
 
@@ -45,7 +46,10 @@ pub use denoiser::{
 };
 pub use error::{Error, Result};
 pub use loss_meter::{LossMeter, LossTable};
-pub use mixer::{MixRequest, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
+pub use mixer::{
+    Clock, Feedback, MixBatch, Mixer, MixerConfig, MixerCounters, RolloutNetworks,
+    draw_grid_indices,
+};
 pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Priors};
 pub use random::{Draws, RandomStreams, Stream};
 pub use rollout::{MixedRollout, MixedVariant, Rollout, Trajectory, Visited, first_state};
@@ -58,6 +62,7 @@ pub use source::{
     ForwardSource, Grids, LossFeedback, RolloutSteps, SourceConfig, SourceRequest, StudentConfig,
     StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates, TrajectorySource,
 };
+pub use source_name::SourceName;
 pub use states::{Data, Source, States};
 
 /// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.

@@ -39,7 +39,9 @@ use crate::tally::Tally;
 #[derive(Debug)]
 pub struct LossMeter {
     num_indices: usize,
-    /// One place a grid index, for each source.
+    /// Sources beyond [`Source::ALL`], as they came.
+    added: Vec<Source>,
+    /// One place per grid index, for each source.
     tally: Tally,
 }
 
@@ -47,6 +49,7 @@ pub struct LossMeter {
 #[derive(Clone, Debug, PartialEq)]
 pub struct LossTable {
     num_indices: usize,
+    added: Vec<Source>,
     /// Sum and count at each place.
     sums: Vec<(f64, f64)>,
 }
@@ -54,7 +57,8 @@ pub struct LossTable {
 impl LossMeter {
     /// A meter that has seen nothing, for a grid of that many timesteps.
     pub fn new(num_indices: usize) -> Self {
-        Self { num_indices, tally: Tally::new(Source::ALL.len() * num_indices) }
+        let tally = Tally::new(Source::ALL.len() * num_indices);
+        Self { num_indices, added: vec![], tally }
     }
 
     /// Adds the losses of a batch.
@@ -85,8 +89,9 @@ impl LossMeter {
         }
         let places = states.sources.iter().zip(&states.grid_indices);
         let places: Vec<i64> = places
-            .map(|(source, index)| (source.place() * self.num_indices + index) as i64)
+            .map(|(&source, index)| (self.place_of(source) * self.num_indices + index) as i64)
             .collect();
+        self.tally.grow(OP, (Source::ALL.len() + self.added.len()) * self.num_indices)?;
         let places = on_device(&places, per_sample.device());
         self.tally.add(OP, &places, per_sample)
     }
@@ -97,16 +102,26 @@ impl LossMeter {
     ///
     /// [`Error::Torch`] if the device cannot be read.
     pub fn take(&mut self) -> Result<LossTable> {
-        Ok(LossTable { num_indices: self.num_indices, sums: self.tally.take("LossMeter::take")? })
+        let sums = self.tally.take("LossMeter::take")?;
+        Ok(LossTable { num_indices: self.num_indices, added: self.added.clone(), sums })
     }
 
-    /// The sums, to be saved.
+    /// The sums of the sources in [`Source::ALL`], to be saved.
     pub(crate) fn tensor(&self) -> Option<Tensor> {
-        self.tally.tensor()
+        let places = (Source::ALL.len() * self.num_indices) as i64;
+        self.tally.tensor().map(|sums| sums.narrow(1, 0, places).contiguous())
     }
 
     pub(crate) fn restore(&mut self, what: &'static str, sums: Option<&Tensor>) -> Result<()> {
+        *self = Self::new(self.num_indices);
         self.tally.restore(what, sums)
+    }
+
+    fn place_of(&mut self, source: Source) -> usize {
+        source.place_among(&self.added).unwrap_or_else(|| {
+            self.added.push(source);
+            Source::ALL.len() + self.added.len() - 1
+        })
     }
 }
 
@@ -136,7 +151,8 @@ impl LossTable {
         }
         sources
             .iter()
-            .map(|source| self.sums[source.place() * self.num_indices + grid_index])
+            .filter_map(|source| source.place_among(&self.added))
+            .filter_map(|place| self.sums.get(place * self.num_indices + grid_index))
             .fold((0.0, 0.0), |(sum, count), (s, c)| (sum + s, count + c))
     }
 }

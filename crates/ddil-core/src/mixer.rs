@@ -1,25 +1,27 @@
-//! The mixing prior over sources.
+//! The mixture of sources that a student is trained on.
+
+mod mixture;
 
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
-use ddil_schedulers::{Ddim, MAX_TRAIN_TIMESTEPS, Sampler, Thresholding, Timesteps};
+use ddil_libtorch::{ArgumentError, ensure_real, ensure_same_shape};
+use ddil_schedulers::{Ddim, MAX_TRAIN_TIMESTEPS, Sampler, Timesteps};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use self::mixture::Mixture;
 use crate::conditioning::Conditioning;
-use crate::denoiser::{ClipMeter, Counted, Denoiser, Thresholded};
+use crate::denoiser::{Counted, Denoiser};
 use crate::error::{Error, Result};
 use crate::priors::{Adaptation, PriorSchedule, Priors};
 use crate::random::{RandomStreams, Stream};
-use crate::rollout::first_state;
-use crate::rows::{index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::source::{
-    ForwardSource, Grids, LossFeedback, Selected, SourceRequest, StudentConfig, StudentSource,
-    TeacherConfig, TeacherSource, TrajectorySource,
+    ForwardSource, Grids, LossFeedback, SourceRequest, StudentConfig, StudentSource, TeacherConfig,
+    TeacherSource, TrajectorySource,
 };
+use crate::source_name::SourceName;
 use crate::states::{Data, Source, States};
 
 /// The `mixer` part of a config file: which states a student is trained on.
@@ -36,14 +38,6 @@ pub struct MixerConfig {
     /// from; default true. A noised sample still shows a trace of its data there wherever the schedule's last
     /// `alpha` is not 0.
     pub pure_noise_at_tmax: bool,
-    /// What is done in rollouts to clean estimates beyond the data's range; default nothing. Should be what is done
-    /// when the student samples.
-    pub thresholding: Thresholding,
-    /// Whether it is done to the student's estimates; default true.
-    pub threshold_student: bool,
-    /// Whether it is done to the teacher's; default true. Otherwise they are taken as the teacher gives them, which
-    /// is right, and saves the work, where the teacher that is lent holds them already.
-    pub threshold_teacher: bool,
 }
 
 impl Default for MixerConfig {
@@ -53,24 +47,11 @@ impl Default for MixerConfig {
             student: StudentConfig::default(),
             teacher: TeacherConfig::default(),
             pure_noise_at_tmax: true,
-            thresholding: Thresholding::None,
-            threshold_student: true,
-            threshold_teacher: true,
         }
     }
 }
 
 impl MixerConfig {
-    /// What is done to the student's estimates.
-    fn student_thresholding(&self) -> Thresholding {
-        if self.threshold_student { self.thresholding.clone() } else { Thresholding::None }
-    }
-
-    /// What is done to the teacher's estimates.
-    fn teacher_thresholding(&self) -> Thresholding {
-        if self.threshold_teacher { self.thresholding.clone() } else { Thresholding::None }
-    }
-
     /// Plain distillation, without imitation learning: noised dataset samples and nothing else, bit for bit.
     pub fn forward_only() -> Self {
         Self {
@@ -81,54 +62,151 @@ impl MixerConfig {
     }
 }
 
-/// What the mixer is asked for, and what it may use.
-#[derive(Clone, Copy)]
-pub struct MixRequest<'a> {
+/// When a batch is made: the step of the run and its random numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Clock {
     /// Updates of the student so far.
     pub step: u64,
     /// Updates of the student in the whole run or stage; priors follow `step / total_steps`.
     pub total_steps: u64,
-    /// Dataset samples; their number is that of the states.
+    /// Random numbers, which depend on the step alone.
+    pub streams: RandomStreams,
+}
+
+impl Clock {
+    /// The step `step` of a run or stage of `total_steps`.
+    pub fn new(step: u64, total_steps: u64, streams: RandomStreams) -> Self {
+        Self { step, total_steps, streams }
+    }
+}
+
+/// What a batch of states is made from.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct MixBatch<'a> {
+    /// Dataset samples, one per state.
     pub data: &'a Data,
-    /// What backward trajectories may be told, as many rows as there are samples and the same parts as the data's.
+    /// The conditioning of backward trajectories: as many rows as there are samples, with the parts of the data's.
     pub prompts: &'a Conditioning,
+}
+
+impl<'a> MixBatch<'a> {
+    /// Dataset samples, whose own conditioning serves the backward trajectories as well.
+    pub fn new(data: &'a Data) -> Self {
+        Self { data, prompts: &data.conditioning }
+    }
+
+    /// The same with another conditioning for backward trajectories.
+    #[must_use]
+    pub fn with_prompts(self, prompts: &'a Conditioning) -> Self {
+        Self { prompts, ..self }
+    }
+}
+
+/// The networks that rollouts call, as they sample: guided, [`Thresholded`](crate::Thresholded) and with their boundary.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct RolloutNetworks<'a> {
     /// The learner, with the weights that it will be sampled with.
     pub student: &'a dyn Denoiser,
     /// The expert, with the guidance that its labels have.
     pub teacher: &'a dyn Denoiser,
-    /// Random numbers.
-    pub streams: &'a RandomStreams,
 }
 
-/// How often what was done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+impl<'a> RolloutNetworks<'a> {
+    /// A student and its teacher.
+    pub fn new(student: &'a dyn Denoiser, teacher: &'a dyn Denoiser) -> Self {
+        Self { student, teacher }
+    }
+}
+
+impl std::fmt::Debug for RolloutNetworks<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RolloutNetworks").finish_non_exhaustive()
+    }
+}
+
+/// What the loss computed for a batch, from which chains and adaptive priors go on.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Feedback<'a> {
+    /// The student's clean estimates, of the shape of `states.x_t`, thresholded as in rollouts.
+    pub student_x0: &'a Tensor,
+    /// The teacher's states at the next grid index, of the shape of `states.x_t`, where the loss has them.
+    pub teacher_next: Option<&'a Tensor>,
+    /// The losses of the states, `[batch]`; read by adaptive priors that follow the loss ratio.
+    pub losses: Option<&'a Tensor>,
+}
+
+impl<'a> Feedback<'a> {
+    /// The student's clean estimates alone.
+    pub fn new(student_x0: &'a Tensor) -> Self {
+        Self { student_x0, teacher_next: None, losses: None }
+    }
+
+    /// The same with the teacher's next states, if there are any.
+    #[must_use]
+    pub fn with_teacher_next(self, teacher_next: Option<&'a Tensor>) -> Self {
+        Self { teacher_next, ..self }
+    }
+
+    /// The same with the losses, if there are any.
+    #[must_use]
+    pub fn with_losses(self, losses: Option<&'a Tensor>) -> Self {
+        Self { losses, ..self }
+    }
+}
+
+/// How many states were made and how many samples the networks evaluated in rollouts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MixerCounters {
-    /// Samples that the student was asked about in rollouts.
+    /// Samples that the student evaluated in rollouts.
     pub student_evaluations: u64,
-    /// Samples that the teacher was asked about in rollouts.
+    /// Samples that the teacher evaluated in rollouts.
     pub teacher_evaluations: u64,
-    /// States given of each source, in the order of [`Source::ALL`].
+    /// States of each source, in the order of [`Source::ALL`].
     pub states: [u64; Source::ALL.len()],
+    /// States of each source that was added.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub added: Vec<(SourceName, u64)>,
 }
 
 impl MixerCounters {
-    /// Share of a source among all states given; 0 before the first.
+    /// Share of a source among all states; 0 before the first.
     pub fn fraction(&self, source: Source) -> f64 {
-        let total: u64 = self.states.iter().sum();
-        if total == 0 { 0.0 } else { self.states[source.place()] as f64 / total as f64 }
+        let added = self.added.iter().map(|(name, count)| (Source::Added(*name), *count));
+        let mut counts = Source::ALL.into_iter().zip(self.states).chain(added);
+        let total: u64 = counts.clone().map(|(_, count)| count).sum();
+        let of_source = counts.find(|(other, _)| *other == source).map_or(0, |(_, count)| count);
+        if total == 0 { 0.0 } else { of_source as f64 / total as f64 }
     }
 
     fn count(&mut self, states: &States) {
         for &source in &states.sources {
-            self.states[source.place()] += 1;
+            *self.place(source) += 1;
         }
+    }
+
+    fn place(&mut self, source: Source) -> &mut u64 {
+        if let Source::Added(name) = source {
+            let at = self.added.iter().position(|(other, _)| *other == name);
+            let at = at.unwrap_or_else(|| {
+                self.added.push((name, 0));
+                self.added.len() - 1
+            });
+            return &mut self.added[at].1;
+        }
+        // Every source that was not added is in the list.
+        &mut self.states[source.place_among(&[]).unwrap_or(0)]
     }
 }
 
-/// Makes training batches from the three sources.
+/// Makes training batches from a mixture of sources.
 ///
-/// The law of a training state at grid time `t` and progress `p` is the mixture
+/// The distribution of a training state at grid time `t` and progress `p` is the mixture
 /// `mu = forward(p) q_t + student(p) p_student + teacher(p) p_teacher` of the forward marginal and the states that
 /// student and teacher visit: DAgger ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)) for few-step diffusion,
 /// [Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971). The grid index is drawn first and the source second,
@@ -138,27 +216,18 @@ impl MixerCounters {
 /// Which data, which index and which noise a sample gets does not depend on the priors: runs that differ in them
 /// alone are paired.
 ///
+/// A source of one's own replaces one of the three ([`replace_source`](Self::replace_source)) or is added with a name
+/// and a share ([`with_source`](Self::with_source)); the priors then share what is left.
+///
 /// # Example
 ///
 /// ```
 /// use ddil_core::{
-///     Conditioning, Data, Denoiser, MixRequest, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Result,
+///     Clock, Conditioning, Data, Feedback, FnDenoiser, MixBatch, Mixer, MixerConfig, PriorSchedule, Priors,
+///     RandomStreams, RolloutNetworks,
 /// };
-/// use ddil_schedulers::{Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
+/// use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
 /// use tch::{Tensor, kind};
-///
-/// /// Believes that all data are 0.
-/// struct Zero(NoiseSchedule);
-///
-/// impl Denoiser for Zero {
-///     fn predict(&self, x_t: &Tensor, timesteps: &Tensor, _: &Conditioning) -> Result<Prediction> {
-///         Ok(Prediction::from_x0(&self.0, x_t.zeros_like(), x_t, timesteps)?)
-///     }
-///
-///     fn schedule(&self) -> &NoiseSchedule {
-///         &self.0
-///     }
-/// }
 ///
 /// let schedule = NoiseScheduleConfig::default().build()?;
 /// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
@@ -166,23 +235,22 @@ impl MixerCounters {
 /// let config = MixerConfig { priors, ..MixerConfig::default() };
 /// let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?;
 ///
-/// let (student, teacher) = (Zero(schedule.clone()), Zero(schedule));
-/// let streams = RandomStreams::new(0, 0);
+/// // Networks that estimate all data as 0.
+/// let zero = || {
+///     FnDenoiser::new(schedule.clone(), PredictionType::Sample, |x_t, _timesteps, _conditioning| {
+///         Ok(x_t.zeros_like())
+///     })
+/// };
+/// let (student, teacher) = (zero(), zero());
+/// let networks = RolloutNetworks::new(&student, &teacher);
 /// for step in 0..3 {
+///     let clock = Clock::new(step, 3, RandomStreams::new(0, 0));
 ///     let data = Data { x0: Tensor::ones([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
-///     let states = mixer.next_states(&MixRequest {
-///         step,
-///         total_steps: 3,
-///         data: &data,
-///         prompts: &Conditioning::none(),
-///         student: &student,
-///         teacher: &teacher,
-///         streams: &streams,
-///     })?;
+///     let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
 ///     assert_eq!(states.len(), 8);
 ///     // The loss goes here; its clean estimates move the student's chains on.
 ///     let student_x0 = states.x_t.zeros_like();
-///     mixer.after_loss(step, &states, &student_x0, None, &streams)?;
+///     mixer.feed_back(&clock, &states, &Feedback::new(&student_x0))?;
 /// }
 /// # Ok::<(), ddil_core::Error>(())
 /// ```
@@ -192,26 +260,10 @@ pub struct Mixer {
     grids: Grids,
     sampler: Box<dyn Sampler>,
     teacher_sampler: Ddim,
-    sources: Sources,
+    mixture: Mixture,
     /// There with adaptive priors.
     adaptation: Option<Adaptation>,
     counters: MixerCounters,
-    meters: RolloutMeters,
-}
-
-/// Who measures what thresholding changes in rollouts.
-#[derive(Debug, Default)]
-struct RolloutMeters {
-    student: Option<ClipMeter>,
-    teacher: Option<ClipMeter>,
-}
-
-/// One a prior.
-#[derive(Debug)]
-struct Sources {
-    forward: Box<dyn TrajectorySource>,
-    student: Box<dyn TrajectorySource>,
-    teacher: Box<dyn TrajectorySource>,
 }
 
 /// What a [`Mixer`] is saved as, beside its tensors.
@@ -220,7 +272,11 @@ struct Sources {
 struct Metadata {
     timesteps: Vec<i64>,
     counters: MixerCounters,
+    /// Of forward, student and teacher.
     sources: [serde_json::Value; 3],
+    /// Of those that were added.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    added: Vec<(SourceName, serde_json::Value)>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     adaptation: Option<serde_json::Value>,
 }
@@ -250,16 +306,15 @@ impl Mixer {
         sampler: Box<dyn Sampler>,
     ) -> Result<Self> {
         config.priors.ensure()?;
-        config.thresholding.ensure()?;
         let num_train_timesteps = sampler.schedule().num_train_timesteps() as u32;
         let teacher = grid.refined(config.teacher.substeps, num_train_timesteps)?;
         let grids = Grids { student: grid, rollout, teacher };
         grids.ensure()?;
-        let sources = Sources {
-            forward: Box::new(ForwardSource),
-            student: Box::new(StudentSource::new(config.student.clone(), &grids)?),
-            teacher: Box::new(TeacherSource::new(config.teacher.clone(), &grids)?),
-        };
+        let mixture = Mixture::new([
+            Box::new(ForwardSource),
+            Box::new(StudentSource::new(config.student.clone(), &grids)?),
+            Box::new(TeacherSource::new(config.teacher.clone(), &grids)?),
+        ]);
         let adaptation = match &config.priors {
             PriorSchedule::Adaptive(priors) => {
                 Some(Adaptation::new(priors.clone(), &grids.student)?)
@@ -267,8 +322,27 @@ impl Mixer {
             _ => None,
         };
         let teacher_sampler = Ddim::new(sampler.schedule().clone());
-        let (counters, meters) = (MixerCounters::default(), RolloutMeters::default());
-        Ok(Self { config, grids, sampler, teacher_sampler, sources, adaptation, counters, meters })
+        let counters = MixerCounters::default();
+        Ok(Self { config, grids, sampler, teacher_sampler, mixture, adaptation, counters })
+    }
+
+    /// The same with a source of one's own that has a name and a share of all states; the priors share what is left.
+    ///
+    /// Its states have its name in [`States::sources`], whatever the source writes there. At the noisiest timestep it is
+    /// asked only without [`MixerConfig::pure_noise_at_tmax`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a name that is taken or not a [`SourceName`], and for a share that is not at least 0 or,
+    /// with those of other added sources, above 1.
+    pub fn with_source(
+        mut self,
+        name: &str,
+        share: f64,
+        source: Box<dyn TrajectorySource>,
+    ) -> Result<Self> {
+        self.mixture.add(name, share, source)?;
+        Ok(self)
     }
 
     /// The same with a source of one's own in place of one of the three.
@@ -276,30 +350,13 @@ impl Mixer {
     /// # Errors
     ///
     /// [`Error::Invalid`] for a place that has no prior.
-    pub fn with_source(mut self, place: Source, source: Box<dyn TrajectorySource>) -> Result<Self> {
-        match place {
-            Source::Forward => self.sources.forward = source,
-            Source::Student => self.sources.student = source,
-            Source::Teacher => self.sources.teacher = source,
-            Source::Mixed | Source::Noise => {
-                return Err(Error::Invalid(Invalid::new(
-                    "place",
-                    place.as_str().to_owned(),
-                    "forward, student or teacher",
-                )));
-            }
-        }
+    pub fn replace_source(
+        mut self,
+        place: Source,
+        source: Box<dyn TrajectorySource>,
+    ) -> Result<Self> {
+        self.mixture.replace(place, source)?;
         Ok(self)
-    }
-
-    /// The same with meters of what thresholding changes in the rollouts of student and teacher.
-    ///
-    /// They see what the mixer itself changes: not what a teacher that is lent held already, nor the estimates of
-    /// [`after_loss`](Self::after_loss), which chains go on from, and whose meter is the loss's.
-    #[must_use]
-    pub fn with_rollout_meters(self, student: ClipMeter, teacher: ClipMeter) -> Self {
-        let meters = RolloutMeters { student: Some(student), teacher: Some(teacher) };
-        Self { meters, ..self }
     }
 
     /// The settings.
@@ -323,6 +380,8 @@ impl Mixer {
     }
 
     /// The priors at a step; of adaptive ones, which differ from index to index, the mean over those past noise.
+    ///
+    /// They divide what the sources leave that were added.
     pub fn priors_at(&self, step: u64, total_steps: u64) -> Priors {
         if self.adaptation.is_none() {
             return self.config.priors.at(progress(step, total_steps));
@@ -342,15 +401,17 @@ impl Mixer {
     }
 
     /// A source for each sample.
-    fn assign(&self, request: &MixRequest<'_>, grid_indices: &[usize]) -> Vec<Source> {
-        let MixRequest { step, total_steps, streams, .. } = *request;
-        let mut rng = streams.rng(step, Stream::Source);
+    fn assign(&self, clock: &Clock, grid_indices: &[usize]) -> Vec<Source> {
+        let Clock { step, total_steps, streams } = clock;
+        let mut rng = streams.rng(*step, Stream::Source);
+        let added = self.mixture.added();
         if self.adaptation.is_none() {
-            return self.priors_at(step, total_steps).assign(grid_indices.len(), &mut rng);
+            let priors = self.priors_at(*step, *total_steps);
+            return priors.assign_beside(&added, grid_indices.len(), &mut rng);
         }
-        let by_index = self.priors_by_index(step, total_steps);
+        let by_index = self.priors_by_index(*step, *total_steps);
         let priors: Vec<Priors> = grid_indices.iter().map(|&index| by_index[index]).collect();
-        Priors::assign_each(&priors, grid_indices, &mut rng)
+        Priors::assign_each(&priors, &added, grid_indices, &mut rng)
     }
 
     /// Checks that batches of this size can be made, once, before any work.
@@ -363,45 +424,41 @@ impl Mixer {
         if batch == 0 {
             return Err(Error::Invalid(Invalid::new("batch_size", "0", "at least 1")));
         }
-        let Sources { forward, student, teacher } = &self.sources;
-        [forward, student, teacher].iter().try_for_each(|source| source.ensure_batch_size(batch))
+        self.mixture.sources().try_for_each(|source| source.ensure_batch_size(batch))
     }
 
     /// The next training batch: a state for each dataset sample.
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] or [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if data and prompts do not fit each other; whatever the networks
-    /// say in rollouts.
-    pub fn next_states(&mut self, request: &MixRequest<'_>) -> Result<States> {
+    /// [`Error::Conditioning`] or [`Error::Argument`] if data and prompts do not fit each other; the errors of the
+    /// networks in rollouts.
+    pub fn next_states(
+        &mut self,
+        clock: &Clock,
+        batch: &MixBatch<'_>,
+        networks: &RolloutNetworks<'_>,
+    ) -> Result<States> {
         const OP: &str = "Mixer::next_states";
         let _no_grad = tch::no_grad_guard();
-        let batch = ensure_batch(OP, request)?;
-        let MixRequest { step, streams, .. } = *request;
-        let grid_indices = draw_grid_indices(
-            batch,
-            self.grids.student.len(),
-            &mut streams.rng(step, Stream::Timesteps),
-        );
-        let x0 = &request.data.x0;
+        let rows = ensure_batch(OP, batch)?;
+        let Clock { step, ref streams, .. } = *clock;
+        let mut rng = streams.rng(step, Stream::Timesteps);
+        let grid_indices = draw_grid_indices(rows, self.grids.student.len(), &mut rng);
+        let x0 = &batch.data.x0;
         let noise =
             streams.generator(step, Stream::Noise, x0.device())?.normal(x0.size(), x0.kind())?;
         if let Some(adaptation) = &mut self.adaptation {
             adaptation.refresh(step, streams)?;
         }
-        let assigned = self.assign(request, &grid_indices);
-
-        let RolloutMeters { student, teacher } = &self.meters;
-        let (student, teacher) = (
-            in_rollouts(request.student, self.config.student_thresholding(), student.as_ref())?,
-            in_rollouts(request.teacher, self.config.teacher_thresholding(), teacher.as_ref())?,
-        );
+        let assigned = self.assign(clock, &grid_indices);
+        let (student, teacher) = (Counted::new(networks.student), Counted::new(networks.teacher));
         let whole = SourceRequest {
             step,
             grid_indices: &grid_indices,
-            data: request.data,
+            data: batch.data,
             noise: &noise,
-            prompts: request.prompts,
+            prompts: batch.prompts,
             grids: &self.grids,
             sampler: &*self.sampler,
             teacher_sampler: &self.teacher_sampler,
@@ -409,8 +466,7 @@ impl Mixer {
             teacher: &teacher,
             streams,
         };
-        let pure_noise = self.config.pure_noise_at_tmax;
-        let states = self.sources.collect(&whole, &assigned, pure_noise)?;
+        let states = self.mixture.collect(&whole, &assigned, self.config.pure_noise_at_tmax)?;
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
         self.counters.count(&states);
@@ -420,59 +476,41 @@ impl Mixer {
         Ok(states)
     }
 
-    /// Shows the sources what the loss computed of a batch, so that chains can go on without calls of their own.
-    ///
-    /// # Shapes and units
-    ///
-    /// - `student_x0`: of the shape of `states.x_t`, the student's clean estimates, unclamped as in the loss
-    /// - `teacher_next`: of the same shape, the teacher's states at the next grid index, where the loss has them
+    /// Passes on what the loss computed for a batch: chains go on from its estimates without calls of their own, and
+    /// adaptive priors read its losses, without waiting for a device.
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] if the shapes differ; [`Error::Invalid`] if chains are mixed and there is no
-    /// `teacher_next`.
-    pub fn after_loss(
+    /// [`Error::Argument`] if shapes differ; [`Error::Invalid`] if chains are mixed and there is no `teacher_next`.
+    pub fn feed_back(
         &mut self,
-        step: u64,
+        clock: &Clock,
         states: &States,
-        student_x0: &Tensor,
-        teacher_next: Option<&Tensor>,
-        streams: &RandomStreams,
+        feedback: &Feedback<'_>,
     ) -> Result<()> {
-        const OP: &str = "Mixer::after_loss";
+        const OP: &str = "Mixer::feed_back";
         let _no_grad = tch::no_grad_guard();
         states.ensure(OP)?;
+        let Feedback { student_x0, teacher_next, losses } = *feedback;
         let x_t = ("x_t", &states.x_t);
-        ddil_libtorch::ensure_same_shape(OP, ("student_x0", student_x0), x_t)?;
+        ensure_same_shape(OP, ("student_x0", student_x0), x_t)?;
         if let Some(teacher_next) = teacher_next {
-            ddil_libtorch::ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
+            ensure_same_shape(OP, ("teacher_next", teacher_next), x_t)?;
         }
-        let student_x0 = &self.config.student_thresholding().apply(&student_x0.detach())?;
+        if let Some((adaptation, losses)) = self.adaptation.as_mut().zip(losses) {
+            adaptation.see_losses(losses, states)?;
+        }
+        let student_x0 = &student_x0.detach();
         let feedback = LossFeedback {
-            step,
+            step: clock.step,
             states,
             student_x0,
             teacher_next,
             grids: &self.grids,
             sampler: &*self.sampler,
-            streams,
+            streams: &clock.streams,
         };
-        self.sources.each().into_iter().try_for_each(|source| source.after_loss(&feedback))
-    }
-
-    /// Shows adaptive priors the losses of a batch, one a sample; others look away. Waits for no device.
-    ///
-    /// # Shapes and units
-    ///
-    /// - `per_sample`: `[batch]`, as the states
-    ///
-    /// # Errors
-    ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there is a loss a state.
-    pub fn see_losses(&mut self, states: &States, per_sample: &Tensor) -> Result<()> {
-        self.adaptation
-            .as_mut()
-            .map_or(Ok(()), |adaptation| adaptation.see_losses(per_sample, states))
+        self.mixture.sources_mut().try_for_each(|source| source.after_loss(&feedback))
     }
 
     /// Forgets all states and what adaptive priors measured: at a new stage, or when guidance or thresholding
@@ -481,37 +519,37 @@ impl Mixer {
         if let Some(adaptation) = &mut self.adaptation {
             adaptation.flush();
         }
-        self.sources.each().into_iter().for_each(|source| source.flush());
+        self.mixture.sources_mut().for_each(|source| source.flush());
     }
 
     /// Copies everything that the next batch depends on.
     ///
     /// # Errors
     ///
-    /// Whatever a source says.
-    pub fn state(&self) -> Result<SavedState> {
-        let [forward, student, teacher] = [
-            self.sources.forward.save()?,
-            self.sources.student.save()?,
-            self.sources.teacher.save()?,
-        ];
+    /// The errors of the sources.
+    pub fn save(&self) -> Result<SavedState> {
+        let sources = self.mixture.save()?;
         let adaptation = self.adaptation.as_ref().map(Adaptation::save).transpose()?;
+        let metadata_of = |name| {
+            let saved = sources.iter().find(|(other, _)| *other == name);
+            saved.map(|(_, saved)| saved.metadata.clone()).unwrap_or_default()
+        };
+        let added = sources.iter().filter_map(|(source, saved)| match source {
+            Source::Added(name) => Some((*name, saved.metadata.clone())),
+            _ => None,
+        });
         let metadata = Metadata {
             timesteps: self.grids.student.as_slice().to_vec(),
-            counters: self.counters,
-            sources: [&forward, &student, &teacher].map(|saved| saved.metadata.clone()),
+            counters: self.counters.clone(),
+            sources: Mixture::BY_PRIOR.map(metadata_of),
+            added: added.collect(),
             adaptation: adaptation.as_ref().map(|saved| saved.metadata.clone()),
         };
-        let parts = NAMES.into_iter().zip([&forward, &student, &teacher]);
-        let files = parts.flat_map(|(name, saved)| saved.prefixed_files(name)).collect();
+        let files = sources.iter().flat_map(|(name, saved)| saved.prefixed_files(name.as_str()));
+        let files = files.collect();
+        let tensors = sources.into_iter().flat_map(|(name, saved)| saved.prefixed(name.as_str()));
         let adaptation = adaptation.into_iter().flat_map(|saved| saved.prefixed(ADAPTATION));
-        let tensors = forward
-            .prefixed(NAMES[0])
-            .chain(student.prefixed(NAMES[1]))
-            .chain(teacher.prefixed(NAMES[2]))
-            .chain(adaptation)
-            .collect();
-        Ok(SavedState::new(WHAT, tensors, &metadata)?.with_files(files))
+        Ok(SavedState::new(WHAT, tensors.chain(adaptation).collect(), &metadata)?.with_files(files))
     }
 
     /// Becomes what was saved: the next batches are the same, bit for bit.
@@ -532,9 +570,13 @@ impl Mixer {
             let problem = format!("its priors are {}, not {}", named(was), named(is));
             return Err(Error::Restore { what: WHAT, problem });
         }
-        let parts = NAMES.into_iter().zip(&metadata.sources);
-        for (source, (name, metadata)) in self.sources.each().into_iter().zip(parts) {
-            source.restore(&saved.part(name, metadata))?;
+        let added = metadata.added.iter().map(|(name, metadata)| (Source::Added(*name), metadata));
+        let parts: Vec<_> =
+            Mixture::BY_PRIOR.into_iter().zip(&metadata.sources).chain(added).collect();
+        let names: Vec<Source> = parts.iter().map(|(name, _)| *name).collect();
+        self.mixture.ensure_same(WHAT, &names)?;
+        for (source, (name, metadata)) in self.mixture.sources_mut().zip(parts) {
+            source.restore(&saved.part(name.as_str(), metadata))?;
         }
         if let Some((here, there)) = self.adaptation.as_mut().zip(metadata.adaptation.as_ref()) {
             here.restore(&saved.part(ADAPTATION, there))?;
@@ -544,88 +586,12 @@ impl Mixer {
     }
 }
 
-/// Names of the sources' parts of a saved mixer, in the order of [`Sources::each`].
-const NAMES: [&str; 3] = ["forward", "student", "teacher"];
-
 /// Name of what adaptive priors remember in a saved mixer.
 const ADAPTATION: &str = "adaptation";
 
 /// How much of a run is done.
 fn progress(step: u64, total_steps: u64) -> f64 {
     step as f64 / total_steps.max(1) as f64
-}
-
-impl Sources {
-    fn each(&mut self) -> [&mut Box<dyn TrajectorySource>; 3] {
-        [&mut self.forward, &mut self.student, &mut self.teacher]
-    }
-
-    /// A state for each sample, from the source assigned to it, in the samples' order.
-    fn collect(
-        &mut self,
-        whole: &SourceRequest<'_>,
-        assigned: &[Source],
-        pure_noise_at_tmax: bool,
-    ) -> Result<States> {
-        let source_of = |row: usize| match (whole.grid_indices[row], assigned[row]) {
-            (0, Source::Forward) if !pure_noise_at_tmax => Source::Forward,
-            (0, _) => Source::Noise,
-            (_, source) => source,
-        };
-        let mut parts = Vec::new();
-        let mut order = Vec::with_capacity(whole.len());
-        for source in Source::ALL {
-            let rows: Vec<usize> =
-                (0..whole.len()).filter(|&row| source_of(row) == source).collect();
-            if rows.is_empty() {
-                continue;
-            }
-            let part = Selected::of(whole, &rows)?;
-            let request = part.request(whole);
-            parts.push(match source {
-                Source::Forward => self.forward.states(&request)?,
-                Source::Teacher => self.teacher.states(&request)?,
-                Source::Student | Source::Mixed => self.student.states(&request)?,
-                Source::Noise => noise(&request, &rows, assigned)?,
-            });
-            order.extend(rows);
-        }
-        let states = States::cat(&parts)?.index_select(&inverse(&order))?;
-        let x0 = &whole.data.x0;
-        Ok(States { x_t: states.x_t.to_device(x0.device()).to_kind(x0.kind()), ..states })
-    }
-}
-
-/// A network as rollouts ask it.
-fn in_rollouts<'a>(
-    network: &'a dyn Denoiser,
-    thresholding: Thresholding,
-    meter: Option<&ClipMeter>,
-) -> Result<Counted<Thresholded<&'a dyn Denoiser>>> {
-    let thresholded = Thresholded::new(network, thresholding)?;
-    Ok(Counted::new(match meter {
-        Some(meter) => thresholded.metered(meter.clone()),
-        None => thresholded,
-    }))
-}
-
-/// Pure noise, told what the source it stands for would have been told.
-fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Result<States> {
-    let timestep = request.grids.student.as_slice()[0];
-    let x_t = first_state(request.sampler.schedule(), timestep, request.noise)?;
-    let n = rows.len();
-    let told: Vec<usize> =
-        (0..n).map(|i| if assigned[rows[i]] == Source::Forward { i } else { n + i }).collect();
-    let conditioning = Conditioning::cat(&[&request.data.conditioning, request.prompts])?
-        .index_select(&index(&told, request.device()))?;
-    Ok(States {
-        timesteps: on_device(&request.timesteps(), x_t.device()),
-        x_t,
-        grid_indices: request.grid_indices.to_vec(),
-        conditioning,
-        sources: vec![Source::Noise; n],
-        births: vec![request.step; n],
-    })
 }
 
 /// A grid index for each sample of a batch, even over the grid, in random order.
@@ -646,23 +612,14 @@ pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -
     indices
 }
 
-fn ensure_batch(op: &'static str, request: &MixRequest<'_>) -> Result<usize> {
-    ddil_libtorch::ensure_real(op, "data.x0", &request.data.x0)?;
-    let shape = request.data.x0.size();
+fn ensure_batch(op: &'static str, batch: &MixBatch<'_>) -> Result<usize> {
+    ensure_real(op, "data.x0", &batch.data.x0)?;
+    let shape = batch.data.x0.size();
     if shape.len() < 2 || shape[0] == 0 {
         let expected = "[batch, ..] with at least one sample".to_owned();
-        return Err(Error::Argument(ArgumentError::Shape { op, name: "data.x0", shape, expected }));
+        return Err(ArgumentError::Shape { op, name: "data.x0", shape, expected }.into());
     }
-    request.data.conditioning.ensure_batch(op, shape[0])?;
-    request.prompts.ensure_batch(op, shape[0])?;
+    batch.data.conditioning.ensure_batch(op, shape[0])?;
+    batch.prompts.ensure_batch(op, shape[0])?;
     Ok(shape[0] as usize)
-}
-
-impl std::fmt::Debug for MixRequest<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MixRequest")
-            .field("step", &self.step)
-            .field("total_steps", &self.total_steps)
-            .finish_non_exhaustive()
-    }
 }

@@ -92,12 +92,25 @@ impl Priors {
     /// Stratified: each count is the expected one, rounded down or up at random so that its mean is exact; a source
     /// with a prior of 0 is never drawn.
     pub fn assign(self, batch: usize, rng: &mut impl Rng) -> Vec<Source> {
-        let shares = [
-            (Source::Student, self.student),
-            (Source::Teacher, self.teacher),
-            (Source::Forward, self.forward),
+        self.assign_beside(&[], batch, rng)
+    }
+
+    /// As [`assign`](Self::assign), where the sources in `added` have shares of their own and the priors share what is
+    /// left.
+    pub(crate) fn assign_beside(
+        self,
+        added: &[(Source, f64)],
+        batch: usize,
+        rng: &mut impl Rng,
+    ) -> Vec<Source> {
+        let left = left_by(added);
+        let by_prior = [
+            (Source::Student, left * self.student),
+            (Source::Teacher, left * self.teacher),
+            (Source::Forward, left * self.forward),
         ];
-        let drawn: Vec<_> = shares.into_iter().filter(|(_, share)| *share > 0.0).collect();
+        let shares = added.iter().copied().chain(by_prior);
+        let drawn: Vec<_> = shares.filter(|(_, share)| *share > 0.0).collect();
         // Systematic sampling: evenly spaced points on a line that the sources share by their priors. One draw moves
         // them all, so that counts cannot pass the batch, as they could if each were rounded by itself.
         let offset: f64 = rng.random();
@@ -121,6 +134,7 @@ impl Priors {
     /// with exactly its probability.
     pub(crate) fn assign_each(
         priors: &[Self],
+        added: &[(Source, f64)],
         grid_indices: &[usize],
         rng: &mut impl Rng,
     ) -> Vec<Source> {
@@ -128,6 +142,12 @@ impl Priors {
         order.shuffle(rng);
         order.sort_by_key(|&i| grid_indices[i]);
         let mut sources = vec![Source::Forward; priors.len()];
+        let mut taken = 0.0;
+        for &(source, share) in added {
+            let (rows, others) = systematic(&order, |_| share / (1.0 - taken), rng);
+            rows.into_iter().for_each(|row| sources[row] = source);
+            (order, taken) = (others, taken + share);
+        }
         let (students, others) = systematic(&order, |i| priors[i].student, rng);
         // Of those that are not the student's, the teacher's part of what is left.
         let of_rest = |i: usize| priors[i].teacher / (1.0 - priors[i].student);
@@ -311,6 +331,11 @@ fn systematic(
     })
 }
 
+/// The share of all states that sources with shares of their own leave.
+fn left_by(added: &[(Source, f64)]) -> f64 {
+    (1.0 - added.iter().map(|(_, share)| share).sum::<f64>()).max(0.0)
+}
+
 fn ensure_steps(steps: &[PriorStep]) -> Result<()> {
     let from: Vec<f64> = steps.iter().map(|step| step.from).collect();
     let rises = from.windows(2).all(|pair| pair[0] < pair[1]);
@@ -351,7 +376,7 @@ mod tests {
         let rounds = 4000;
         let mut drawn = vec![[0_u32; 2]; 40];
         for _ in 0..rounds {
-            let sources = Priors::assign_each(&priors, &grid_indices, &mut rng);
+            let sources = Priors::assign_each(&priors, &[], &grid_indices, &mut rng);
             for (drawn, source) in drawn.iter_mut().zip(&sources) {
                 drawn[0] += u32::from(*source == Source::Student);
                 drawn[1] += u32::from(*source == Source::Teacher);

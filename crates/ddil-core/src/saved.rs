@@ -1,23 +1,42 @@
 //! What a part of a run is saved as.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
 
-use serde::Serialize;
+use ddil_files::{ensure_version, read_json, write_json};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Error, Result};
 
-/// Named tensors and what else there is to know, to be written to a safetensors file with JSON beside it.
+/// Named tensors and JSON: the state of a mixer, a source or a buffer.
 ///
-/// Restoring takes tensors where they are: put them on the device that they shall live on.
+/// Restoring leaves tensors on the device that they are on. [`write`](Self::write) and [`read`](Self::read) keep a state in
+/// a folder of its own; a training loop with checkpoints of its own may keep the parts where it keeps everything else.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{Mixer, MixerConfig, SavedState};
+/// use ddil_schedulers::{Ddim, NoiseScheduleConfig, TimestepSpacing, Timesteps};
+///
+/// # let folder = std::env::temp_dir().join(format!("ddil-saved-{}", std::process::id()));
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+/// let mut mixer = Mixer::new(MixerConfig::default(), grid, Box::new(Ddim::new(schedule)))?;
+/// mixer.save()?.write(&folder)?;
+/// mixer.restore(&SavedState::read(&folder)?)?;
+/// # std::fs::remove_dir_all(&folder).ok();
+/// # Ok::<(), ddil_core::Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct SavedState {
     /// Tensors with names that are unique, copies of what was saved.
     pub tensors: Vec<(String, Tensor)>,
     /// Everything else.
     pub metadata: serde_json::Value,
-    /// What lies in files already; none but of a buffer that has spilled.
+    /// Files on disk; none but of a buffer that has spilled.
     pub files: Vec<SavedFile>,
 }
 
@@ -39,7 +58,83 @@ pub struct SavedFile {
     pub crc32: u32,
 }
 
+/// The layout of the folder that [`SavedState::write`] makes.
+const FORMAT_VERSION: u32 = 1;
+const TENSORS: &str = "state.safetensors";
+/// Written last: a folder without it is not whole.
+const STATE: &str = "state.json";
+
+/// What `state.json` contains.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    format_version: u32,
+    metadata: serde_json::Value,
+    /// Files beside it.
+    files: Vec<WrittenFile>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenFile {
+    name: String,
+    bytes: u64,
+    crc32: u32,
+}
+
 impl SavedState {
+    /// Writes everything into a new folder: `state.safetensors`, `state.json` and, of a buffer that has spilled, links to
+    /// its files, or copies on another file system.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the folder exists or the file system refuses, [`Error::Torch`] for a tensor that cannot be
+    /// written, [`Error::Files`] if the JSON cannot.
+    pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        fs::create_dir(folder).map_err(Error::io("create", folder))?;
+        Tensor::write_safetensors(&self.tensors, folder.join(TENSORS))
+            .map_err(Error::torch("SavedState::write"))?;
+        for file in &self.files {
+            file.link_to(&folder.join(&file.name))?;
+        }
+        let written = |file: &SavedFile| {
+            let SavedFile { name, bytes, crc32, .. } = file.clone();
+            WrittenFile { name, bytes, crc32 }
+        };
+        let state = Written {
+            format_version: FORMAT_VERSION,
+            metadata: self.metadata.clone(),
+            files: self.files.iter().map(written).collect(),
+        };
+        Ok(write_json(&folder.join(STATE), &state)?)
+    }
+
+    /// Reads what [`write`](Self::write) wrote, tensors on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Files`] for JSON that is missing, damaged or of a later version; [`Error::Torch`] for damaged tensors;
+    /// [`Error::Restore`] for a file outside of the folder. Spilled files are checked when a buffer is restored.
+    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join(STATE);
+        let Written { format_version, metadata, files } = read_json(&path)?;
+        ensure_version(&path, format_version, FORMAT_VERSION)?;
+        let tensors = Tensor::read_safetensors(folder.join(TENSORS))
+            .map_err(Error::torch("SavedState::read"))?;
+        let file = |WrittenFile { name, bytes, crc32 }: WrittenFile| {
+            let mut parts = Path::new(&name).components();
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                let problem =
+                    format!("`{name}` in {STATE} is not the name of a file in its folder");
+                return Err(Error::Restore { what: "state", problem });
+            }
+            Ok(SavedFile { path: folder.join(&name), name, bytes, crc32 })
+        };
+        Ok(Self { tensors, metadata, files: files.into_iter().map(file).collect::<Result<_>>()? })
+    }
+
     pub(crate) fn new(
         what: &'static str,
         tensors: Vec<(String, Tensor)>,
@@ -62,7 +157,7 @@ impl SavedState {
     }
 
     /// The tensors as they are called under a prefix.
-    pub(crate) fn prefixed(self, prefix: &str) -> impl Iterator<Item = (String, Tensor)> {
+    pub(crate) fn prefixed(self, prefix: &str) -> impl Iterator<Item = (String, Tensor)> + use<> {
         let prefix = prefix.to_owned();
         self.tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
     }

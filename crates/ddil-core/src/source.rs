@@ -228,7 +228,19 @@ impl<'a> SourceRequest<'a> {
         }
     }
 
-    /// States of one's own making, in the order of the request.
+    /// States of a source of one's own, in the order of the request: `x_t` with a row per grid index, made at this step.
+    ///
+    /// A source that was added by name may pass any `source`: the mixer writes its name there.
+    pub fn states(
+        &self,
+        x_t: Tensor,
+        conditioning: Conditioning,
+        source: crate::states::Source,
+    ) -> States {
+        self.made(x_t, conditioning, vec![source; self.len()])
+    }
+
+    /// States in the order of the request, each from a source of its own.
     fn made(
         &self,
         x_t: Tensor,

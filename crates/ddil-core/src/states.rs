@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
+use crate::source_name::SourceName;
 
 /// Clean samples of a dataset, `[batch, ..]`, with what is known of them.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ impl Data {
 
 /// Where a training state comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(into = "String", try_from = "String")]
 pub enum Source {
     /// A dataset sample, noised.
     Forward,
@@ -45,33 +46,46 @@ pub enum Source {
     Mixed,
     /// Pure noise: the first state of every trajectory, whoever walks on from it.
     Noise,
+    /// A source that was added to the mixture.
+    Added(SourceName),
 }
 
 impl Source {
-    /// All of them, in the order in which they are logged.
+    /// All but those that were added, in the order in which they are logged.
     pub const ALL: [Self; 5] =
         [Self::Forward, Self::Student, Self::Teacher, Self::Mixed, Self::Noise];
 
-    /// Place in [`ALL`](Self::ALL).
-    pub(crate) fn place(self) -> usize {
-        match self {
-            Self::Forward => 0,
-            Self::Student => 1,
-            Self::Teacher => 2,
-            Self::Mixed => 3,
-            Self::Noise => 4,
-        }
+    /// Place in [`ALL`](Self::ALL), and after that of those in `added`.
+    pub(crate) fn place_among(self, added: &[Self]) -> Option<usize> {
+        let mut all = Self::ALL.iter().chain(added);
+        all.position(|other| *other == self)
     }
 
     /// The name in configs and logs.
-    pub fn as_str(self) -> &'static str {
+    pub fn as_str(&self) -> &str {
         match self {
             Self::Forward => "forward",
             Self::Student => "student",
             Self::Teacher => "teacher",
             Self::Mixed => "mixed",
             Self::Noise => "noise",
+            Self::Added(name) => name.as_str(),
         }
+    }
+}
+
+impl From<Source> for String {
+    fn from(source: Source) -> Self {
+        source.as_str().to_owned()
+    }
+}
+
+impl TryFrom<String> for Source {
+    type Error = Invalid;
+
+    fn try_from(name: String) -> std::result::Result<Self, Invalid> {
+        let known = Self::ALL.into_iter().find(|source| source.as_str() == name);
+        known.map_or_else(|| SourceName::new(&name).map(Self::Added), Ok)
     }
 }
 
@@ -206,10 +220,17 @@ impl States {
 mod tests {
     use super::*;
 
+    /// Saved buffers and counters have these names and this order.
     #[test]
-    fn places_are_those_of_the_list() {
-        for (place, source) in Source::ALL.into_iter().enumerate() {
-            assert_eq!(source.place(), place);
+    fn sources_keep_their_names_and_places() {
+        let names = ["forward", "student", "teacher", "mixed", "noise"];
+        for ((place, source), name) in Source::ALL.into_iter().enumerate().zip(names) {
+            assert_eq!(source.place_among(&[]), Some(place));
+            assert_eq!(serde_json::to_value(source).ok(), Some(name.into()));
+            assert_eq!(serde_json::from_value::<Source>(name.into()).ok(), Some(source));
         }
+        let added = SourceName::new("perturbed").map(Source::Added).expect("it is a name");
+        assert_eq!(serde_json::from_value::<Source>("perturbed".into()).ok(), Some(added));
+        assert!(serde_json::from_value::<Source>("Perturbed".into()).is_err());
     }
 }

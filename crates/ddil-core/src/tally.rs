@@ -20,6 +20,19 @@ impl Tally {
         Self { len, sums: None }
     }
 
+    /// Makes room for `len` places, if there are fewer.
+    pub(crate) fn grow(&mut self, op: &'static str, len: usize) -> Result<()> {
+        if len <= self.len {
+            return Ok(());
+        }
+        if let Some(sums) = &mut self.sums {
+            let more = zeros(len - self.len, sums.device());
+            *sums = Tensor::f_cat(&[&*sums, &more], 1).map_err(Error::torch(op))?;
+        }
+        self.len = len;
+        Ok(())
+    }
+
     /// Adds `values` (`[n]`) at `places` (`[n]`, `Int64`, below the length).
     pub(crate) fn add(&mut self, op: &'static str, places: &Tensor, values: &Tensor) -> Result<()> {
         let _no_grad = tch::no_grad_guard();

@@ -354,6 +354,8 @@ impl Dmd2 {
             Source::Forward => 1.0,
             Source::Teacher => 2.0,
             Source::Mixed => 3.0,
+            // All added sources together are one.
+            Source::Added(_) => 4.0,
         };
         let numbers: Vec<f32> = states.sources.iter().map(number).collect();
         let device = states.x_t.device();

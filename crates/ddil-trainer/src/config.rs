@@ -3,10 +3,10 @@
 //! Every table and key has its default documented at its field; `ddil init` writes the same as a commented file.
 
 mod lora;
+mod mixing;
 
 use std::path::PathBuf;
 
-use ddil_core::MixerConfig;
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, TeacherGuidance};
 pub use ddil_models::Precision;
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 
 pub use self::lora::{LoraExport, LoraSection, LoraTargets};
+pub use self::mixing::MixingSection;
 use crate::checkpoint::Retention;
 use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
@@ -188,7 +189,7 @@ pub struct DistillConfig {
     /// Whose clean data that is done with.
     pub thresholding_places: ThresholdingPlaces,
     /// Where training states come from.
-    pub mixing: MixerConfig,
+    pub mixing: MixingSection,
     /// The optimizer.
     pub optimizer: AdamWConfig,
     /// The learning rate, over the run or over each stage.
@@ -501,12 +502,7 @@ impl DistillConfig {
         self.teacher.guidance.ensure()?;
         let path = &self.teacher.path;
         ensure("teacher.path", "not set", !path.as_os_str().is_empty(), "the teacher's folder")?;
-        let MixerConfig { thresholding, threshold_student, threshold_teacher, .. } = &self.mixing;
-        let none = *thresholding == Thresholding::None && *threshold_student && *threshold_teacher;
-        let expected =
-            "left out: [thresholding] and [thresholding_places] say it for the whole run";
-        let fields = "mixing.thresholding, mixing.threshold_student, mixing.threshold_teacher";
-        ensure(fields, "set", none, expected)?;
+        self.mixing.ensure()?;
         ensure_critic(&self.critic)?;
         self.ensure_stages()?;
         self.ensure_lora()

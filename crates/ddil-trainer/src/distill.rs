@@ -11,8 +11,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, MixRequest, RandomStreams, SavedState, Source, States, Stream,
-    Thresholded, with_boundary,
+    Clock, Conditioning, Data, Denoiser, Feedback, MixBatch, RandomStreams, RolloutNetworks,
+    SavedState, Source, States, Stream, Thresholded, with_boundary,
 };
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements, TeacherGuidance};
 use ddil_models::NetworkDenoiser;
@@ -69,6 +69,8 @@ struct Pending {
     real: Option<Data>,
     student_x0: Option<Tensor>,
     teacher_next: Option<Tensor>,
+    /// The losses of the student's phase.
+    losses: Option<Tensor>,
 }
 
 /// Latents in one call of a network that is sampled for a grid; a pixel of theirs stands for many.
@@ -317,16 +319,11 @@ impl DistillTask {
         let student = meters.put_on(student, Place::StudentRollout, logged);
         let student = with_boundary(student, &self.sampler());
         let total_steps = self.config.student.updates_per_stage;
-        let states = self.stage.mixer.next_states(&MixRequest {
-            step: step % total_steps,
-            total_steps,
-            data: &data,
-            prompts: &prompts,
-            student: &*student,
-            teacher: &teacher,
-            streams: &self.stage.streams,
-        })?;
-        Ok(Pending { states, real, student_x0: None, teacher_next: None })
+        let clock = Clock::new(step % total_steps, total_steps, self.stage.streams);
+        let batch = MixBatch::new(&data).with_prompts(&prompts);
+        let networks = RolloutNetworks::new(&*student, &teacher);
+        let states = self.stage.mixer.next_states(&clock, &batch, &networks)?;
+        Ok(Pending { states, real, student_x0: None, teacher_next: None, losses: None })
     }
 
     /// What the method says of the present states in one phase.
@@ -501,7 +498,7 @@ impl Task for DistillTask {
         let LossTerms { per_sample, student_x0, teacher_next, parts, .. } =
             self.terms(step, phase, &pending)?;
         if phase == Phase::Student {
-            self.stage.mixer.see_losses(&pending.states, &per_sample)?;
+            pending.losses = Some(per_sample.detach());
         }
         let figures = if self.is_logged(step) {
             let of_student = (phase == Phase::Student).then_some(&pending.states);
@@ -543,14 +540,19 @@ impl Task for DistillTask {
             self.roles.follow()?;
         }
         let Some(pending) = self.pending.take() else { return Ok(()) };
-        let Pending { states, student_x0: Some(student_x0), teacher_next, .. } = pending else {
+        let Pending { states, student_x0: Some(student_x0), teacher_next, losses, .. } = pending
+        else {
             return Ok(());
         };
         let thresholding = self.thresholding(self.config.thresholding_places.rollout);
         let student_x0 = thresholding.apply(&student_x0)?;
-        let (next, step) = (teacher_next.as_ref(), step % self.updates_per_stage());
+        let total_steps = self.updates_per_stage();
         let Stage { mixer, streams, .. } = &mut self.stage;
-        Ok(mixer.after_loss(step, &states, &student_x0, next, streams)?)
+        let clock = Clock::new(step % total_steps, total_steps, *streams);
+        let feedback = Feedback::new(&student_x0)
+            .with_teacher_next(teacher_next.as_ref())
+            .with_losses(losses.as_ref());
+        Ok(mixer.feed_back(&clock, &states, &feedback)?)
     }
 
     fn enter(&mut self, folder: &Path) -> Result<()> {
@@ -590,7 +592,7 @@ impl Task for DistillTask {
         if let Some(target) = &self.roles.target {
             writer.tensors(TARGET, &target.network.parameters().learned())?;
         }
-        let SavedState { tensors, metadata, files } = self.stage.mixer.state()?;
+        let SavedState { tensors, metadata, files } = self.stage.mixer.save()?;
         writer.tensors(MIXER, &tensors)?;
         writer.json(MIXER_STATE, &metadata)?;
         for file in &files {

@@ -40,7 +40,7 @@ struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     timestep: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<&'static str>,
+    source: Option<String>,
     /// The student's update at which the state was made.
     #[serde(skip_serializing_if = "Option::is_none")]
     birth: Option<u64>,
@@ -53,7 +53,7 @@ struct Finding {
     /// Rows of the batch; none if it is not of rows.
     rows: Vec<usize>,
     timesteps: BTreeSet<i64>,
-    sources: BTreeSet<&'static str>,
+    sources: BTreeSet<String>,
 }
 
 /// What `batch.json` says.
@@ -89,7 +89,7 @@ impl Evidence {
         let mut evidence = Self::of_timesteps(&states.timesteps)?;
         let told = states.sources.iter().zip(&states.births);
         for (row, (source, birth)) in evidence.rows.iter_mut().zip(told) {
-            (row.source, row.birth) = (Some(source.as_str()), Some(*birth));
+            (row.source, row.birth) = (Some(source.as_str().to_owned()), Some(*birth));
         }
         Ok(evidence)
     }
@@ -163,7 +163,7 @@ impl Evidence {
             None => self.rows.get(*row).and_then(|row| row.timestep),
         };
         let of_batch: BTreeSet<usize> = rows.iter().map(|row| row % num_rows).collect();
-        let source = |row: &usize| self.rows.get(*row).and_then(|row| row.source);
+        let source = |row: &usize| self.rows.get(*row).and_then(|row| row.source.clone());
         self.findings.push(Finding {
             what: what.to_owned(),
             timesteps: rows.iter().filter_map(timestep).collect(),
@@ -234,7 +234,7 @@ impl Finding {
 
     fn to_string_of(&self, num_rows: usize) -> String {
         let timesteps: Vec<String> = self.timesteps.iter().map(i64::to_string).collect();
-        let sources: Vec<&str> = self.sources.iter().copied().collect();
+        let sources: Vec<&str> = self.sources.iter().map(String::as_str).collect();
         let rows = format!("in {} of {num_rows} rows", self.rows.len());
         let parts = [
             Some(format!("not finite: {}", self.what)),

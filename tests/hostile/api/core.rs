@@ -1,11 +1,12 @@
 use ddil_core::{
-    AdaptivePriors, AggregationBuffer, BufferConfig, ClipMeter, Conditioning, Consistent, Data,
-    Denoiser, Discriminator, Draws, Error, Generator, Grids, Guided, GuidedByWeight, LossFeedback,
-    LossMeter, MixRequest, MixedRollout, MixedVariant, Mixer, MixerConfig, PriorSchedule, Priors,
-    RandomStreams, Rollout, RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source,
-    SourceConfig, SourceRequest, States, StudentConfig, StudentPolicy, StudentSource,
-    TeacherConfig, TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices,
-    first_state, measure_shift, shift_at,
+    AdaptivePriors, AdaptiveSignal, AggregationBuffer, BufferConfig, ClipMeter, Clock,
+    Conditioning, Consistent, Data, Denoiser, Discriminator, Draws, Error, Feedback, Generator,
+    Grids, Guided, GuidedByWeight, LossFeedback, LossMeter, MixBatch, MixedRollout, MixedVariant,
+    Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Rollout, RolloutNetworks,
+    RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source, SourceConfig,
+    SourceRequest, States, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
+    TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices, first_state,
+    measure_shift, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
@@ -599,10 +600,19 @@ fn mixer(cases: &mut Cases) {
         ))
     });
     for place in Source::ALL {
-        cases.once("Mixer::with_source", place.as_str(), || {
+        cases.once("Mixer::replace_source", place.as_str(), || {
             let mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-            said(mixer.with_source(place, Box::new(ddil_core::ForwardSource)))
+            said(mixer.replace_source(place, Box::new(ddil_core::ForwardSource)))
         });
+    }
+    for name in ["own", "", "noise", "adaptation", "Own states", "a_name_that_is_much_too_long"] {
+        cases.once("SourceName::new", name, || said(ddil_core::SourceName::new(name)));
+        for share in ODD_NUMBERS {
+            cases.once("Mixer::with_source", &format!("{name}, {share}"), || {
+                let mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
+                said(mixer.with_source(name, share, Box::new(ddil_core::ForwardSource)))
+            });
+        }
     }
     cases.tensors("Mixer::next_states", &[&points(), &labels()], |t| {
         mix(&t[0], Conditioning::class_labels(t[1].shallow_clone()), &told())
@@ -615,22 +625,26 @@ fn mixer(cases: &mut Cases) {
 
 fn fed_mixer(cases: &mut Cases) {
     let mut mixer = new_mixer(MixerConfig::default()).expect("it is valid");
-    let streams = RandomStreams::new(0, 0);
-    cases.tensors("Mixer::after_loss", &[&points(), &points()], |t| {
+    let clock = Clock::new(1, 10, RandomStreams::new(0, 0));
+    cases.tensors("Mixer::feed_back", &[&points(), &points()], |t| {
         let states = states(&points(), &times(), &labels());
         let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-        said(mixer.after_loss(1, &states, &t[0], Some(&t[1]), &streams))
+        let feedback = Feedback::new(&t[0]).with_teacher_next(Some(&t[1]));
+        said(mixer.feed_back(&clock, &states, &feedback))
     });
-    cases.tensors("Mixer::see_losses", &[&Tensor::ones([3], kind::FLOAT_CPU)], |t| {
-        let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-        said(mixer.see_losses(&states(&points(), &times(), &labels()), &t[0]))
+    let priors = AdaptivePriors { signal: AdaptiveSignal::LossRatio, ..AdaptivePriors::default() };
+    let config = MixerConfig { priors: PriorSchedule::Adaptive(priors), ..MixerConfig::default() };
+    cases.tensors("Mixer::feed_back", &[&Tensor::ones([3], kind::FLOAT_CPU)], |t| {
+        let states = states(&points(), &times(), &labels());
+        let mut mixer = new_mixer(config.clone()).map_err(|error| error.to_string())?;
+        let x0 = points();
+        said(mixer.feed_back(&clock, &states, &Feedback::new(&x0).with_losses(Some(&t[0]))))
     });
     for (i, torn) in torn_states().iter().enumerate() {
         let what = format!("torn {i}");
-        cases.once("Mixer::after_loss", &what, || {
-            said(mixer.after_loss(1, torn, &points(), None, &streams))
+        cases.once("Mixer::feed_back", &what, || {
+            said(mixer.feed_back(&clock, torn, &Feedback::new(&points())))
         });
-        cases.once("Mixer::see_losses", &what, || said(mixer.see_losses(torn, &points())));
     }
     cases.wholes("Mixer::ensure_batch_size", |n| said(mixer.ensure_batch_size(n as usize)));
     cases.wholes("Mixer::priors_at", |step| {
@@ -651,7 +665,17 @@ fn fed_mixer(cases: &mut Cases) {
             Ok(())
         });
     }
-    cases.cannot_fail(&["Mixer::with_rollout_meters", "MixerCounters::fraction"]);
+    cases.cannot_fail(&[
+        "Clock::new",
+        "Feedback::new",
+        "Feedback::with_losses",
+        "Feedback::with_teacher_next",
+        "MixBatch::new",
+        "MixBatch::with_prompts",
+        "MixerCounters::fraction",
+        "RolloutNetworks::new",
+        "SourceName::as_str",
+    ]);
 }
 
 fn mix(x0: &Tensor, conditioning: Conditioning, prompts: &Conditioning) -> Result<(), String> {
@@ -660,16 +684,10 @@ fn mix(x0: &Tensor, conditioning: Conditioning, prompts: &Conditioning) -> Resul
     let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
     let streams = RandomStreams::new(0, 0);
     for total_steps in [10, 0] {
-        let request = MixRequest {
-            step: 5,
-            total_steps,
-            data: &data,
-            prompts,
-            student: &student,
-            teacher: &teacher,
-            streams: &streams,
-        };
-        said(mixer.next_states(&request))?;
+        let clock = Clock::new(5, total_steps, streams);
+        let batch = MixBatch::new(&data).with_prompts(prompts);
+        let networks = RolloutNetworks::new(&student, &teacher);
+        said(mixer.next_states(&clock, &batch, &networks))?;
     }
     Ok(())
 }

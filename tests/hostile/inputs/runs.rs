@@ -270,12 +270,12 @@ fn mixer() -> Mixer {
 
 #[test]
 fn saved_mixer() {
-    let saved = mixer().state().expect("it can be saved");
+    let saved = mixer().save().expect("it can be saved");
     Target::new("saved_mixer", vec![saved_tree(&saved)], |folder| {
         let saved = read_saved(folder)?;
         let mut mixer = mixer();
         mixer.restore(&saved).map_err(|error| format!("`mixer`: {}", told(error)))?;
-        mixer.state().map(drop).map_err(|error| format!("`mixer`: {}", told(error)))
+        mixer.save().map(drop).map_err(|error| format!("`mixer`: {}", told(error)))
     })
     .run();
 }

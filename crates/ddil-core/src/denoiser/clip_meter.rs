@@ -64,7 +64,9 @@ pub struct ClipMeter(Arc<Mutex<Meter>>);
 #[derive(Debug)]
 struct Meter {
     num_train_timesteps: usize,
-    /// One place a timestep, for each source and for none.
+    /// Sources beyond [`Source::ALL`], as they came.
+    added: Vec<Source>,
+    /// One place per timestep, for each source and for none.
     tally: Tally,
     rows: Rows,
 }
@@ -112,15 +114,17 @@ impl ClipMeter {
     pub fn new(schedule: &NoiseSchedule) -> Self {
         let num_train_timesteps = schedule.num_train_timesteps() as usize;
         let tally = Tally::new((NO_SOURCE + 1) * num_train_timesteps);
-        Self(Arc::new(Mutex::new(Meter { num_train_timesteps, tally, rows: Rows::default() })))
+        let (added, rows) = (vec![], Rows::default());
+        Self(Arc::new(Mutex::new(Meter { num_train_timesteps, added, tally, rows })))
     }
 
     /// Says where the rows of the calls that follow come from, in their order; until it is said again.
     ///
     /// Calls on any other number of rows count as of no source.
     pub fn rows_are(&self, sources: &[Source]) {
-        let sources = sources.iter().map(|source| source.place() as i64).collect();
-        self.meter().rows = Rows { sources, on_device: None };
+        let mut meter = self.meter();
+        let sources = sources.iter().map(|&source| meter.place_of(source) as i64).collect();
+        meter.rows = Rows { sources, on_device: None };
     }
 
     /// What was measured since the last time, sources in the order of [`Source::ALL`] and noisiest first within
@@ -134,7 +138,8 @@ impl ClipMeter {
         let num_train_timesteps = meter.num_train_timesteps;
         let tally = meter.tally.take("ClipMeter::take")?;
         let mut clipped = Vec::new();
-        let sources = Source::ALL.into_iter().map(Some).chain([None]);
+        let added = meter.added.clone().into_iter().map(Some);
+        let sources = Source::ALL.into_iter().map(Some).chain([None]).chain(added);
         for (source, at) in sources.zip(tally.chunks(num_train_timesteps.max(1))) {
             let measured = at.iter().enumerate().rev().filter(|(_, (_, count))| *count > 0.0);
             clipped.extend(measured.map(|(timestep, (sum, count))| ClippedFraction {
@@ -184,12 +189,25 @@ impl ClipMeter {
         let mut meter = self.meter();
         let num_train_timesteps = meter.num_train_timesteps as i64;
         let sources = meter.rows.sources_of(&timesteps) * num_train_timesteps;
+        let places = (NO_SOURCE + 1 + meter.added.len()) * meter.num_train_timesteps;
+        meter.tally.grow(OP, places)?;
         meter.tally.add(OP, &(sources + timesteps), &fractions)
     }
 
     fn meter(&self) -> MutexGuard<'_, Meter> {
         // Whoever panicked left sums that are whole: they are added to in one operation.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Meter {
+    fn place_of(&mut self, source: Source) -> usize {
+        // Rows without a source have the place between.
+        let place = source.place_among(&self.added).unwrap_or_else(|| {
+            self.added.push(source);
+            NO_SOURCE + self.added.len() - 1
+        });
+        if place < NO_SOURCE { place } else { place + 1 }
     }
 }
 

@@ -14,7 +14,7 @@ const FOLDER: &str = "buffer";
 
 /// The settings of the mixer, with a folder for what its buffer spills.
 pub(super) fn mixing(config: &DistillConfig, run: &Path) -> MixerConfig {
-    let mut mixing = config.mixing.clone();
+    let mut mixing = config.mixing.mixer();
     if let Some(spill) = spill(&mut mixing)
         && spill.folder.as_os_str().is_empty()
     {

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use ddil_core::{Mixer, MixerConfig, RandomStreams, Stream};
+use ddil_core::{Mixer, RandomStreams, Stream};
 use ddil_losses::{Objective, TeacherGuidance};
-use ddil_schedulers::{NoiseSchedule, Thresholding, Timesteps};
+use ddil_schedulers::{NoiseSchedule, Timesteps};
 
 use super::spilling;
 use crate::config::DistillConfig;
@@ -35,9 +35,7 @@ impl Stage {
         let training = config.objective.training_grid(schedule, steps)?;
         let sampling = config.objective.sampling_grid(schedule, steps)?;
         let objective = config.objective.build(schedule, &training)?;
-        // The networks come to the mixer as they are to be asked.
-        let mixer =
-            MixerConfig { thresholding: Thresholding::None, ..spilling::mixing(config, run) };
+        let mixer = spilling::mixing(config, run);
         let sampler = config.objective.sampler_config(schedule).build(schedule)?;
         let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
         let guidance = match (index, config.teacher.guidance) {

@@ -1,0 +1,185 @@
+//! The sources of a mixture, each with its name and its share.
+
+use ddil_files::Invalid;
+
+use crate::conditioning::Conditioning;
+use crate::error::{Error, Result};
+use crate::rollout::first_state;
+use crate::rows::{index, inverse, on_device};
+use crate::saved::SavedState;
+use crate::source::{Selected, SourceRequest, TrajectorySource};
+use crate::source_name::SourceName;
+use crate::states::{Source, States};
+
+/// An ordered list of sources: forward, student and teacher, whose shares are the priors, then those that were added,
+/// each with a share of its own.
+#[derive(Debug)]
+pub(super) struct Mixture {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// The name in counters, meters and saved state.
+    name: Source,
+    /// The share of all states; 0 where the priors give it.
+    share: f64,
+    source: Box<dyn TrajectorySource>,
+}
+
+impl Mixture {
+    /// The sources whose shares are the priors, in the order in which they are saved.
+    pub(super) const BY_PRIOR: [Source; 3] = [Source::Forward, Source::Student, Source::Teacher];
+
+    pub(super) fn new(sources: [Box<dyn TrajectorySource>; 3]) -> Self {
+        let entry = |(name, source)| Entry { name, share: 0.0, source };
+        Self { entries: Self::BY_PRIOR.into_iter().zip(sources).map(entry).collect() }
+    }
+
+    /// Puts a source in the place of forward, student or teacher.
+    pub(super) fn replace(
+        &mut self,
+        place: Source,
+        source: Box<dyn TrajectorySource>,
+    ) -> Result<()> {
+        match Self::BY_PRIOR.iter().position(|of_prior| *of_prior == place) {
+            Some(at) => {
+                self.entries[at].source = source;
+                Ok(())
+            }
+            None => {
+                let expected = "forward, student or teacher";
+                Err(Invalid::new("place", place.as_str(), expected).into())
+            }
+        }
+    }
+
+    /// Adds a source with a share of all states.
+    pub(super) fn add(
+        &mut self,
+        name: &str,
+        share: f64,
+        source: Box<dyn TrajectorySource>,
+    ) -> Result<()> {
+        let added = SourceName::new(name)?;
+        // Parts of what is saved have these names.
+        let reserved = Source::ALL.iter().map(Source::as_str).chain([super::ADAPTATION]);
+        let taken = self.entries.iter().map(|entry| entry.name.as_str()).chain(reserved);
+        let is_taken = taken.into_iter().any(|other| other == name);
+        let name = Source::Added(added);
+        if is_taken {
+            let expected = "the name of no other source";
+            return Err(Invalid::new("name", name.as_str(), expected).into());
+        }
+        let left = 1.0 - self.added_share();
+        // Written so that a NaN is refused.
+        if !(0.0..=left).contains(&share) {
+            let expected = format!("in 0..={left}, what other added sources leave");
+            return Err(Invalid::new("share", share, expected).into());
+        }
+        self.entries.push(Entry { name, share, source });
+        Ok(())
+    }
+
+    /// The sources that were added, with their shares.
+    pub(super) fn added(&self) -> Vec<(Source, f64)> {
+        let added = &self.entries[Self::BY_PRIOR.len()..];
+        added.iter().map(|entry| (entry.name, entry.share)).collect()
+    }
+
+    fn added_share(&self) -> f64 {
+        self.added().iter().map(|(_, share)| share).sum()
+    }
+
+    pub(super) fn sources(&self) -> impl Iterator<Item = &dyn TrajectorySource> {
+        self.entries.iter().map(|entry| &*entry.source)
+    }
+
+    pub(super) fn sources_mut(&mut self) -> impl Iterator<Item = &mut Box<dyn TrajectorySource>> {
+        self.entries.iter_mut().map(|entry| &mut entry.source)
+    }
+
+    /// What each source saved, with its name.
+    pub(super) fn save(&self) -> Result<Vec<(Source, SavedState)>> {
+        self.entries.iter().map(|entry| Ok((entry.name, entry.source.save()?))).collect()
+    }
+
+    /// Checks that what was saved has the same sources.
+    pub(super) fn ensure_same(&self, what: &'static str, saved: &[Source]) -> Result<()> {
+        let here: Vec<Source> = self.entries.iter().map(|entry| entry.name).collect();
+        if here == saved {
+            return Ok(());
+        }
+        let text = |names: &[Source]| -> String {
+            names.iter().map(Source::as_str).collect::<Vec<_>>().join(", ")
+        };
+        let problem = format!("its sources are {}, not {}", text(saved), text(&here));
+        Err(Error::Restore { what, problem })
+    }
+
+    /// The source of a name.
+    fn get_mut(&mut self, name: Source) -> Option<&mut Box<dyn TrajectorySource>> {
+        self.entries.iter_mut().find(|entry| entry.name == name).map(|entry| &mut entry.source)
+    }
+
+    /// A state for each sample, from the source assigned to it, in the samples' order.
+    pub(super) fn collect(
+        &mut self,
+        whole: &SourceRequest<'_>,
+        assigned: &[Source],
+        pure_noise_at_tmax: bool,
+    ) -> Result<States> {
+        let source_of = |row: usize| match (whole.grid_indices[row], assigned[row]) {
+            (0, Source::Student | Source::Teacher) => Source::Noise,
+            (0, _) if pure_noise_at_tmax => Source::Noise,
+            (_, source) => source,
+        };
+        let added = self.entries[Self::BY_PRIOR.len()..].iter().map(|entry| entry.name);
+        let names: Vec<Source> =
+            Self::BY_PRIOR.into_iter().chain([Source::Noise]).chain(added).collect();
+        let (mut parts, mut order) = (Vec::new(), Vec::with_capacity(whole.len()));
+        for name in names {
+            let rows: Vec<usize> = (0..whole.len()).filter(|&row| source_of(row) == name).collect();
+            if rows.is_empty() {
+                continue;
+            }
+            let part = Selected::of(whole, &rows)?;
+            let request = part.request(whole);
+            parts.push(match self.get_mut(name) {
+                None => noise(&request, &rows, assigned)?,
+                Some(source) => named(source.states(&request)?, name),
+            });
+            order.extend(rows);
+        }
+        let states = States::cat(&parts)?.index_select(&inverse(&order))?;
+        let x0 = &whole.data.x0;
+        Ok(States { x_t: states.x_t.to_device(x0.device()).to_kind(x0.kind()), ..states })
+    }
+}
+
+/// States of an added source have its name, whatever the source itself wrote.
+fn named(states: States, name: Source) -> States {
+    match name {
+        Source::Added(_) => States { sources: vec![name; states.len()], ..states },
+        _ => states,
+    }
+}
+
+/// Pure noise, with the conditioning of the source that it stands for.
+fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Result<States> {
+    let timestep = request.grids.student.as_slice()[0];
+    let x_t = first_state(request.sampler.schedule(), timestep, request.noise)?;
+    let n = rows.len();
+    let told: Vec<usize> =
+        (0..n).map(|i| if assigned[rows[i]] == Source::Forward { i } else { n + i }).collect();
+    let conditioning = Conditioning::cat(&[&request.data.conditioning, request.prompts])?
+        .index_select(&index(&told, request.device()))?;
+    Ok(States {
+        timesteps: on_device(&request.timesteps(), x_t.device()),
+        x_t,
+        grid_indices: request.grid_indices.to_vec(),
+        conditioning,
+        sources: vec![Source::Noise; n],
+        births: vec![request.step; n],
+    })
+}
