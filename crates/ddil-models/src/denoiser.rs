@@ -338,10 +338,12 @@ impl NetworkDenoiser {
         conditioning: &Conditioning,
         run: impl FnOnce(&Model, &Tensor, &Tensor, &Conditioning) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        ensure_real(op, "x_t", x_t)?;
-        ensure_dense(op, "timesteps", timesteps)?;
+        ensure_real(op, "x_t", x_t).map_err(ddil_core::Error::from)?;
+        ensure_dense(op, "timesteps", timesteps).map_err(ddil_core::Error::from)?;
         let time = self.time_inputs(timesteps)?;
         let conditioning = self.without_ignored(conditioning);
+        let takes = self.model.conditioning_fields();
+        conditioning.ensure_known(op, self.model.class_name(), &takes)?;
         let input = x_t.to_kind(self.placement().kind);
         let output = self.computing(x_t, || run(&self.model, &input, &time, &conditioning))?;
         let kind = if x_t.kind() == Kind::Double { Kind::Double } else { Kind::Float };
@@ -387,7 +389,6 @@ impl NetworkDenoiser {
                 ddil_core::Error::ConditioningMissing { network: network.to_owned(), field }
             }
             Error::Core(error) => error,
-            Error::Argument(error) => error.into(),
             error => ddil_core::Error::network(network, error),
         }
     }
