@@ -1,14 +1,18 @@
 //! The autoencoder between images and latents, with the weight names and numbers of diffusers' `AutoencoderKL`.
 
+mod blocks;
+pub(crate) mod config;
+
+pub use config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
+
 use std::path::Path;
 
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Generator;
 use tch::{Kind, Tensor};
 
-use crate::autoencoder_blocks::{Decoder, Encoder};
-use crate::autoencoder_config::AutoencoderKLConfig;
-use crate::config::{self, Config, UnknownKeys};
+use crate::autoencoder::blocks::{Decoder, Encoder};
+use crate::config::{Config, FILE_NAME, UnknownKeys, write};
 use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::{Conv2d, Output};
 use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
@@ -148,7 +152,7 @@ impl AutoencoderKL {
         variant: Option<&str>,
     ) -> Result<Self> {
         let folder = folder.as_ref();
-        let path = folder.join(config::FILE_NAME);
+        let path = folder.join(FILE_NAME);
         let config = AutoencoderKLConfig::from_file(path, unknown_keys)?;
         let files = WeightFiles { variant, ..WeightFiles::DIFFUSION };
         config.build_from(placement, files.find(folder)?)
@@ -163,7 +167,7 @@ impl AutoencoderKL {
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         WeightFiles::DIFFUSION.save(&self.parameters.named(), folder)?;
-        config::write(&folder.join(config::FILE_NAME), &self.config.to_json())
+        write(&folder.join(FILE_NAME), &self.config.to_json())
     }
 
     /// The settings the network was built from.

@@ -1,10 +1,18 @@
 //! The few layers everything else is made of, named and initialised as in `torch.nn`.
 
+pub(crate) mod addition_embedding;
+pub(crate) mod attention;
+pub(crate) mod class_embedding;
+pub(crate) mod embeddings;
+pub(crate) mod recompute;
+pub(crate) mod resnet;
+pub(crate) mod transformer;
+
 use serde::{Deserialize, Serialize};
 use tch::{TchError, Tensor};
 
 use crate::error::Result;
-use crate::lora::{Form, Slot};
+use crate::parameters::{Form, Slot};
 use crate::parameters::{Init, Scope};
 
 /// What a layer returns: shapes were checked at the network's edge, memory may still run out.

@@ -6,38 +6,25 @@
 
 #![forbid(unsafe_code)]
 
-mod addition_embedding;
-mod attention;
 mod autoencoder;
-mod autoencoder_blocks;
-mod autoencoder_config;
-mod class_embedding;
 mod clip;
 mod config;
 mod denoiser;
 mod discriminator;
-mod embeddings;
 mod error;
 mod layers;
 mod lora;
 mod mlp;
 mod model;
 mod parameters;
-mod recompute;
-mod resnet;
 mod torch_script;
 mod toy;
-mod transformer;
 mod unet;
-mod unet_blocks;
-mod unet_body;
-mod unet_condition;
-mod unet_condition_config;
-mod unet_config;
 pub mod weights;
 
-pub use autoencoder::{AutoencoderKL, DiagonalGaussian};
-pub use autoencoder_config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
+pub use autoencoder::{
+    AutoencoderKL, AutoencoderKLConfig, DecoderBlockType, DiagonalGaussian, EncoderBlockType,
+};
 pub use clip::{
     ClipActivation, ClipConfig, ClipModel, ClipScore, ClipTextClass, ClipTextConfig, ClipTextModel,
     ClipTextOutput, ClipVisionClass, ClipVisionConfig, ClipVisionModel, ClipVisionOutput,
@@ -56,16 +43,10 @@ pub use model::{Model, ModelConfig, NetworkOutput};
 pub use parameters::{Matched, Parameters, Placement};
 pub use torch_script::{TorchScript, TorchScriptConfig};
 pub use toy::{GaussianMixture, MixtureDenoiser};
-pub use unet::UNet2DModel;
-pub use unet_condition::{UNet2DConditionInputs, UNet2DConditionModel};
-pub use unet_condition_config::{
-    AdditionEmbedType, AttentionType, ConditionDownBlockType, ConditionMidBlockType,
-    ConditionUpBlockType, PerLevel, TransformerDepth, TransformerLayers, UNet2DConditionConfig,
+pub use unet::{
+    AdditionEmbedType, AttentionType, ClassEmbedType, ConditionDownBlockType,
+    ConditionMidBlockType, ConditionUpBlockType, DownBlockType, MidBlockType, PerLevel,
+    ResampleType, SampleSize, TimeEmbeddingType, TimeScaleShift, TransformerDepth,
+    TransformerLayers, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConditionModel,
+    UNet2DConfig, UNet2DModel, UpBlockType,
 };
-pub use unet_config::{
-    ClassEmbedType, DownBlockType, MidBlockType, ResampleType, SampleSize, TimeEmbeddingType,
-    TimeScaleShift, UNet2DConfig, UpBlockType,
-};
-
-/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
-pub use tch;

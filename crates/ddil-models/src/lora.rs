@@ -1,6 +1,5 @@
 //! Adapters of low rank: a network that learns beside frozen weights.
 
-mod adapter;
 mod files;
 
 use std::path::Path;
@@ -11,10 +10,8 @@ use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::parameters::{Builder, Init, Parameters, Placement, Values};
+use crate::parameters::{Adapter, Builder, Init, Layer, Parameters, Placement, Switch, Values};
 
-use adapter::{Adapter, Switch};
-pub(crate) use adapter::{AsAsked, Form, Layer, Slot, Switches};
 use files::Found;
 pub use files::LoraFormat;
 

@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::error::{
     Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels, ensure_part,
     ensure_timesteps, is_float,
 };
+use crate::layers::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::layers::{Activation, Embedding, Linear};
 use crate::model::NetworkOutput;
 use crate::parameters::{

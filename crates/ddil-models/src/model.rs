@@ -13,10 +13,10 @@ use crate::error::{Error, Result};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::parameters::{Parameters, Placement};
 use crate::torch_script::{TorchScript, TorchScriptConfig};
-use crate::unet::UNet2DModel;
-use crate::unet_condition::UNet2DConditionModel;
-use crate::unet_condition_config::UNet2DConditionConfig;
-use crate::unet_config::{SampleSize, UNet2DConfig};
+use crate::unet::condition::UNet2DConditionModel;
+use crate::unet::condition_config::UNet2DConditionConfig;
+use crate::unet::pixels::UNet2DModel;
+use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 use crate::weights::{WeightFiles, write_error};
 
 /// The settings of a network; the class stands under `_class_name`, as in diffusers' files.

@@ -1,5 +1,6 @@
 //! The tensors a network owns: named, ordered, on one device, initialised from a seed.
 
+mod adapter;
 mod matching;
 
 use std::collections::BTreeMap;
@@ -10,9 +11,9 @@ use ddil_libtorch::Generator;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result, WeightProblems, is_float};
-use crate::lora::{Form, Layer, Slot};
 use crate::weights;
 
+pub(crate) use adapter::{Adapter, AsAsked, Form, Layer, Slot, Switch, Switches};
 pub use matching::Matched;
 pub(crate) use matching::{Joined, Share};
 

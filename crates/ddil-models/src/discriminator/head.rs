@@ -14,8 +14,8 @@ use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
 use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
 use crate::torch_script::TorchScriptConfig;
-use crate::unet_condition_config::UNet2DConditionConfig;
-use crate::unet_config::{SampleSize, UNet2DConfig};
+use crate::unet::condition_config::UNet2DConditionConfig;
+use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 use crate::weights;
 
 const CLASS_NAME: &str = "DiscriminatorHead";

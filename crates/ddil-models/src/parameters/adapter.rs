@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tch::{TchError, Tensor};
 
-use crate::layers::Output;
+/// The result of libtorch.
+type Output = Result<Tensor, TchError>;
 
 /// How a layer applies its weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

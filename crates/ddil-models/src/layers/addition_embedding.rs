@@ -2,9 +2,9 @@
 
 use tch::{Kind, Tensor};
 
-use crate::attention::attend;
-use crate::embeddings::{SinusoidalProjection, TimestepEmbedding};
 use crate::error::Result;
+use crate::layers::attention::attend;
+use crate::layers::embeddings::{SinusoidalProjection, TimestepEmbedding};
 use crate::layers::{LayerNorm, Linear, Output};
 use crate::parameters::{Init, Scope};
 

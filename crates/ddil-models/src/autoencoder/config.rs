@@ -11,7 +11,7 @@ use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values, build_filled};
-use crate::unet_config::SampleSize;
+use crate::unet::pixels_config::SampleSize;
 
 /// Far more halvings than any image has.
 const MAX_LEVELS: usize = 16;

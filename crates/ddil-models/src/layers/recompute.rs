@@ -6,8 +6,8 @@ use ddil_libtorch::recomputed;
 use tch::{TchError, Tensor};
 
 use crate::layers::Output;
-use crate::lora::{AsAsked, Switches};
 use crate::parameters::Parameters;
+use crate::parameters::{AsAsked, Switches};
 
 /// What a pass has to be to be gone through again: the adapters that took part in it.
 #[derive(Clone, Debug)]

@@ -6,11 +6,11 @@ use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
-use crate::embeddings::MIN_GUIDANCE_WIDTH;
 use crate::error::Result;
 use crate::layers::Activation;
+use crate::layers::embeddings::MIN_GUIDANCE_WIDTH;
 use crate::parameters::{Placement, Values, build_filled};
-use crate::unet::UNet2DModel;
+use crate::unet::pixels::UNet2DModel;
 use crate::weights;
 
 /// Height and width of a sample.

@@ -2,9 +2,9 @@
 
 use tch::{TchError, Tensor};
 
+use crate::layers::resnet::Pass;
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
-use crate::resnet::Pass;
-use crate::unet_blocks::{DownBlock, MidBlock, UpBlock};
+use crate::unet::blocks::{DownBlock, MidBlock, UpBlock};
 
 #[derive(Debug)]
 pub(crate) struct Body {

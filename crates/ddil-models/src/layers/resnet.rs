@@ -2,12 +2,12 @@
 
 use tch::{TchError, Tensor};
 
-use crate::attention::rescale;
 use crate::error::Result;
+use crate::layers::attention::rescale;
+use crate::layers::recompute::{Part, Recompute};
 use crate::layers::{Activation, Conv2d, GroupNorm, Linear, Output};
 use crate::parameters::{Joined, Scope, Share};
-use crate::recompute::{Part, Recompute};
-use crate::unet_config::TimeScaleShift;
+use crate::unet::pixels_config::TimeScaleShift;
 
 /// Sizes and settings shared by the residual blocks of a network.
 #[derive(Clone, Copy, Debug)]

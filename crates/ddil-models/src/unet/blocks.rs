@@ -2,14 +2,14 @@
 
 use tch::{TchError, Tensor};
 
-use crate::attention::{AttentionBlock, AttentionOptions};
 use crate::error::Result;
 use crate::layers::Output;
+use crate::layers::attention::{AttentionBlock, AttentionOptions};
+use crate::layers::recompute::Part;
+use crate::layers::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
+use crate::layers::transformer::{TextTransformer, TransformerOptions};
 use crate::parameters::{Joined, Scope, Share};
-use crate::recompute::Part;
-use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
-use crate::transformer::{TextTransformer, TransformerOptions};
-use crate::unet_condition_config::TransformerDepth;
+use crate::unet::condition_config::TransformerDepth;
 
 /// What follows a residual block.
 #[derive(Debug)]

@@ -2,14 +2,14 @@
 
 use tch::Tensor;
 
-use crate::attention::AttentionOptions;
-use crate::autoencoder_config::AutoencoderKLConfig;
+use crate::autoencoder::config::AutoencoderKLConfig;
 use crate::error::Result;
+use crate::layers::attention::AttentionOptions;
+use crate::layers::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::parameters::Scope;
-use crate::resnet::{Downsample2D, Pass, ResnetBlock2D, ResnetOptions, Upsample2D};
-use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock};
-use crate::unet_config::TimeScaleShift;
+use crate::unet::blocks::{LevelAttention, LevelOptions, MidBlock};
+use crate::unet::pixels_config::TimeScaleShift;
 
 /// Added to every variance before its root is taken; no setting, as in diffusers.
 const EPS: f64 = 1e-6;

@@ -3,11 +3,11 @@
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
-use crate::embeddings::{TimeProjection, TimestepEmbedding};
 use crate::error::{Error, Result, ensure_dense, ensure_labels, ensure_part};
+use crate::layers::embeddings::{TimeProjection, TimestepEmbedding};
 use crate::layers::{Activation, Embedding, Linear, Output};
 use crate::parameters::Scope;
-use crate::unet_config::ClassEmbedType;
+use crate::unet::pixels_config::ClassEmbedType;
 
 /// The settings of a [`ClassEmbedding`].
 #[derive(Clone, Copy, Debug)]

@@ -2,12 +2,12 @@
 
 use tch::Tensor;
 
-use crate::attention::{MultiHeadAttention, MultiHeadOptions};
 use crate::error::Result;
+use crate::layers::attention::{MultiHeadAttention, MultiHeadOptions};
+use crate::layers::recompute::{Part, Recompute};
+use crate::layers::resnet::Text;
 use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear, Output};
 use crate::parameters::{Joined, Scope, Share};
-use crate::recompute::{Part, Recompute};
-use crate::resnet::Text;
 
 /// Of the group norm in front; the network's own setting is for residual blocks alone.
 const GROUP_NORM_EPS: f64 = 1e-6;

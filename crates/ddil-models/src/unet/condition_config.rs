@@ -10,8 +10,8 @@ use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
 use crate::layers::Activation;
 use crate::parameters::{Placement, Values, build_filled};
-use crate::unet_condition::UNet2DConditionModel;
-use crate::unet_config::{
+use crate::unet::condition::UNet2DConditionModel;
+use crate::unet::pixels_config::{
     ClassEmbedType, CommonNumbers, SampleSize, TimeEmbeddingType, TimeScaleShift, count_problems,
     level_problems,
 };

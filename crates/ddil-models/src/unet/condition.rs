@@ -6,24 +6,24 @@ use ddil_core::Conditioning;
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
-use crate::addition_embedding::{PooledTextEmbedding, TextTimeEmbedding};
-use crate::class_embedding::{ClassEmbedding, ClassOptions};
 use crate::config::Config;
-use crate::embeddings::{
-    GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
-};
 use crate::error::{
     Error, Result, ensure_dense, ensure_guidance_weight, ensure_part, ensure_timesteps, is_float,
 };
+use crate::layers::addition_embedding::{PooledTextEmbedding, TextTimeEmbedding};
+use crate::layers::class_embedding::{ClassEmbedding, ClassOptions};
+use crate::layers::embeddings::{
+    GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
+};
+use crate::layers::recompute::Recompute;
+use crate::layers::resnet::{Pass, ResnetOptions, Text};
+use crate::layers::transformer::TransformerOptions;
 use crate::layers::{Conv2d, GroupNorm, Output};
 use crate::model::NetworkOutput;
 use crate::parameters::{Builder, Parameters, Placement, Scope, Values, ensure_room};
-use crate::recompute::Recompute;
-use crate::resnet::{Pass, ResnetOptions, Text};
-use crate::transformer::TransformerOptions;
-use crate::unet_blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
-use crate::unet_body::Body;
-use crate::unet_condition_config::{AdditionEmbedType, CrossAttention, UNet2DConditionConfig};
+use crate::unet::blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
+use crate::unet::body::Body;
+use crate::unet::condition_config::{AdditionEmbedType, CrossAttention, UNet2DConditionConfig};
 
 const FORWARD: &str = "UNet2DConditionModel::forward";
 /// Added to the scores of tokens that are masked out, as in diffusers.
