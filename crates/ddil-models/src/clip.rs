@@ -5,6 +5,7 @@ mod encoder;
 mod files;
 mod model;
 mod score;
+mod settings;
 mod text;
 mod text_config;
 #[cfg(feature = "tokenizer")]
@@ -12,9 +13,10 @@ mod tokenizer;
 mod vision;
 mod vision_config;
 
-pub use config::{ClipActivation, ClipConfig};
+pub use config::ClipConfig;
 pub use model::ClipModel;
 pub use score::ClipScore;
+pub use settings::ClipActivation;
 pub use text::{ClipTextModel, ClipTextOutput, HiddenState};
 pub use text_config::{ClipTextClass, ClipTextConfig};
 #[cfg(feature = "tokenizer")]

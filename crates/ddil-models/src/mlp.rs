@@ -16,7 +16,7 @@ use crate::error::{
 };
 use crate::layers::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::layers::{Activation, Embedding, Linear};
-use crate::model::NetworkOutput;
+use crate::network_output::NetworkOutput;
 use crate::parameters::{
     Builder, Joined, Parameters, Placement, Share, Values, build_filled, ensure_room,
 };

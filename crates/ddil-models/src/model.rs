@@ -11,6 +11,7 @@ use tch::Tensor;
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{Error, Result};
 use crate::mlp::{Mlp, MlpConfig};
+use crate::network_output::NetworkOutput;
 use crate::parameters::{Parameters, Placement};
 use crate::torch_script::{TorchScript, TorchScriptConfig};
 use crate::unet::condition::UNet2DConditionModel;
@@ -238,15 +239,6 @@ impl ModelConfig {
             }
         })
     }
-}
-
-/// What a forward pass gives when features are asked for as well.
-#[derive(Debug)]
-pub struct NetworkOutput {
-    /// The output itself, as `forward` gives it.
-    pub sample: Tensor,
-    /// What a discriminator looks at: the bottom level of a U-Net, the last hidden layer of an [`Mlp`].
-    pub features: Tensor,
 }
 
 /// A network of any class.

@@ -4,13 +4,10 @@ use std::path::Path;
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
-use crate::autoencoder::AutoencoderKL;
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
 use crate::layers::Activation;
-use crate::parameters::{Placement, Values, build_filled};
 use crate::unet::pixels_config::SampleSize;
 
 /// Far more halvings than any image has.
@@ -30,7 +27,7 @@ pub enum DecoderBlockType {
     UpDecoderBlock2D,
 }
 
-/// The settings of an [`AutoencoderKL`]; names, defaults and file format are those of diffusers' class of that name.
+/// The settings of an [`AutoencoderKL`](crate::AutoencoderKL); names, defaults and file format are those of diffusers' class of that name.
 ///
 /// # Example
 ///
@@ -158,57 +155,6 @@ impl AutoencoderKLConfig {
     /// The settings as a `config.json` that diffusers reads.
     pub fn to_json(&self) -> String {
         config::to_json(self)
-    }
-
-    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        let vae = AutoencoderKL::new(self, Placement::default(), Values::Sizes)?;
-        Ok(vae.parameters().shapes())
-    }
-
-    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<AutoencoderKL> {
-        AutoencoderKL::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards, also
-    /// under the [old names](AutoencoderKL#old-names) of the attention's layers.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<AutoencoderKL> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| AutoencoderKL::new(self, placement, values),
-            |vae| vae.read(path).map(drop),
-            |vae| vae.load(path),
-        )
-    }
-
-    /// The weights in a file or index, checked against the settings: under the names of today, in the kinds that they have
-    /// in the file, and where they lie in it, so that no memory is needed for their values.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build_from`].
-    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
-        AutoencoderKL::new(self, Placement::default(), Values::Sizes)?.read(weights.as_ref())
     }
 
     /// Channels of every level, as tensor sizes.

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::layers::{LayerNorm, Linear, Output};
 use crate::parameters::Scope;
 
-use super::config::ClipActivation;
+use super::settings::ClipActivation;
 
 /// Sizes of an [`Encoder`], and the scale its parameters start with.
 #[derive(Clone, Copy, Debug)]

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::config::{Config, UnknownKeys};
 use crate::error::{Error, Result};
-use crate::parameters::{Builder, Init, Parameters, Placement, Values};
+use crate::parameters::{Builder, Init, Parameters, Placement, Values, build_filled};
 
 use super::config::ClipConfig;
 use super::files;
@@ -23,6 +23,31 @@ pub struct ClipModel {
     vision: ClipVisionModel,
     parameters: Parameters,
     logit_scale: Tensor,
+}
+
+impl ClipConfig {
+    /// Checks the settings and builds both towers with fresh parameters.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClipTextConfig::build`].
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipModel> {
+        ClipModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds both towers with the parameters in one safetensors file or index of shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClipTextConfig::build_from`].
+    pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<ClipModel> {
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipModel::new(self, placement, values),
+            |clip| files::read(clip.parameters().named(), path).map(drop),
+            |clip| files::load(clip.parameters().named(), path),
+        )
+    }
 }
 
 impl ClipModel {

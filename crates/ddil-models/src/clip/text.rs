@@ -8,9 +8,9 @@ use tch::{Device, Kind, TchError, Tensor};
 use crate::config::{Config, UnknownKeys};
 use crate::error::{Error, Result, ensure_dense};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values, ensure_room};
+use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
 
-use super::encoder::{Encoder, Mask};
+use super::encoder::{Encoder, EncoderOptions, Mask};
 use super::files;
 use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
 
@@ -110,6 +110,76 @@ pub struct ClipTextModel {
     encoder: Encoder,
     final_layer_norm: LayerNorm,
     text_projection: Option<Linear>,
+}
+
+impl ClipTextConfig {
+    /// Name and shape of every parameter of the encoder, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
+        Ok(encoder.parameters().shapes())
+    }
+
+    /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
+    /// `torch.nn` would.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value; [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory
+    /// does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
+        ClipTextModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
+    ///
+    /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
+    /// `CLIPTextModel` (`encoder...`). Older files hold `text_model.embeddings.position_ids`, which is no parameter; it
+    /// is passed over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<ClipTextModel> {
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipTextModel::new(self, placement, values),
+            |encoder| files::read(encoder.parameters().named(), path).map(drop),
+            |encoder| files::load(encoder.parameters().named(), path),
+        )
+    }
+
+    /// The weights in a file or index, checked against the settings: under the names of published files, in the kinds that
+    /// they have in the file, and where they lie in it, so that no memory is needed for their values.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build_from`].
+    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
+        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
+        files::read(encoder.parameters().named(), weights.as_ref())
+    }
+
+    fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions {
+            width: self.hidden_size.into(),
+            inner: self.intermediate_size.into(),
+            num_layers: self.num_hidden_layers.into(),
+            heads: self.num_attention_heads.into(),
+            activation: self.hidden_act,
+            eps: self.layer_norm_eps,
+            initializer_factor: self.initializer_factor,
+        }
+    }
 }
 
 impl ClipTextModel {

@@ -4,18 +4,13 @@ use std::path::Path;
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
-use crate::parameters::{Placement, Values, build_filled};
 
-use super::config::{
+use super::settings::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
 };
-use super::encoder::EncoderOptions;
-use super::files;
-use super::text::ClipTextModel;
 
 /// What `eos_token_id` is where the pooled position is that of the largest token.
 pub(super) const LARGEST_TOKEN: i64 = 2;
@@ -32,7 +27,7 @@ pub enum ClipTextClass {
     TextModelWithProjection,
 }
 
-/// The settings of a [`ClipTextModel`]; names, defaults and file format are those of transformers' class of that name.
+/// The settings of a [`ClipTextModel`](crate::ClipTextModel); names, defaults and file format are those of transformers' class of that name.
 ///
 /// Dropout is not applied: in every published encoder it is 0.
 ///
@@ -175,77 +170,9 @@ impl ClipTextConfig {
         write(self)
     }
 
-    /// Name and shape of every parameter of the encoder, in the order of its layers; takes no memory for their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
-        Ok(encoder.parameters().shapes())
-    }
-
-    /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value; [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory
-    /// does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
-        ClipTextModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
-    ///
-    /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
-    /// `CLIPTextModel` (`encoder...`). Older files hold `text_model.embeddings.position_ids`, which is no parameter; it
-    /// is passed over.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipTextModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| ClipTextModel::new(self, placement, values),
-            |encoder| files::read(encoder.parameters().named(), path).map(drop),
-            |encoder| files::load(encoder.parameters().named(), path),
-        )
-    }
-
-    /// The weights in a file or index, checked against the settings: under the names of published files, in the kinds that
-    /// they have in the file, and where they lie in it, so that no memory is needed for their values.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build_from`].
-    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
-        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
-        files::read(encoder.parameters().named(), weights.as_ref())
-    }
-
     /// Whether there is a projection.
     pub(super) fn projects(&self) -> bool {
         self.architectures == [ClipTextClass::TextModelWithProjection]
-    }
-
-    pub(super) fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
     }
 }
 

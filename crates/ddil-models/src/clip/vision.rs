@@ -8,9 +8,11 @@ use tch::{Kind, TchError, Tensor};
 use crate::config::{Config, UnknownKeys};
 use crate::error::{Error, Result, ensure_dense, is_float};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values, ensure_room};
+use crate::parameters::{
+    Builder, Init, Parameters, Placement, Scope, Values, build_filled, ensure_room,
+};
 
-use super::encoder::{Encoder, Mask};
+use super::encoder::{Encoder, EncoderOptions, Mask};
 use super::files;
 use super::vision_config::ClipVisionConfig;
 
@@ -66,6 +68,49 @@ pub struct ClipVisionModel {
     encoder: Encoder,
     post_layernorm: LayerNorm,
     visual_projection: Option<Linear>,
+}
+
+impl ClipVisionConfig {
+    /// Checks the settings and builds a tower with fresh parameters, drawn as transformers would; a projection as
+    /// `torch.nn` would.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClipTextConfig::build`](super::ClipTextConfig::build).
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipVisionModel> {
+        ClipVisionModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any of
+    /// the names that [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from) speaks of.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<ClipVisionModel> {
+        let path = weights.as_ref();
+        build_filled(
+            |values| ClipVisionModel::new(self, placement, values),
+            |tower| files::read(tower.parameters().named(), path).map(drop),
+            |tower| files::load(tower.parameters().named(), path),
+        )
+    }
+
+    fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions {
+            width: self.hidden_size.into(),
+            inner: self.intermediate_size.into(),
+            num_layers: self.num_hidden_layers.into(),
+            heads: self.num_attention_heads.into(),
+            activation: self.hidden_act,
+            eps: self.layer_norm_eps,
+            initializer_factor: self.initializer_factor,
+        }
+    }
 }
 
 impl ClipVisionModel {

@@ -7,14 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
-use crate::parameters::{Placement, Values, build_filled};
 
-use super::config::{
+use super::settings::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
 };
-use super::encoder::EncoderOptions;
-use super::files;
-use super::vision::ClipVisionModel;
 
 /// The class of a vision tower, which says whether it ends with a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +24,7 @@ pub enum ClipVisionClass {
     VisionModelWithProjection,
 }
 
-/// The settings of a [`ClipVisionModel`]; names, defaults and file format are those of transformers' class of that name.
+/// The settings of a [`ClipVisionModel`](crate::ClipVisionModel); names, defaults and file format are those of transformers' class of that name.
 ///
 /// # Example
 ///
@@ -117,50 +113,9 @@ impl ClipVisionConfig {
         write(self)
     }
 
-    /// Checks the settings and builds a tower with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build`](super::ClipTextConfig::build).
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipVisionModel> {
-        ClipVisionModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any of
-    /// the names that [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from) speaks of.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipVisionModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| ClipVisionModel::new(self, placement, values),
-            |tower| files::read(tower.parameters().named(), path).map(drop),
-            |tower| files::load(tower.parameters().named(), path),
-        )
-    }
-
     /// Whether there is a projection.
     pub(super) fn projects(&self) -> bool {
         self.architectures == [ClipVisionClass::VisionModelWithProjection]
-    }
-
-    pub(super) fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The U-Net for pixels, with the weight names and numbers of diffusers' `UNet2DModel`.
 
 use std::cell::Cell;
+use std::path::Path;
 
 use ddil_libtorch::ArgumentError;
 use tch::Tensor;
@@ -18,13 +19,14 @@ use crate::layers::embeddings::{
 use crate::layers::recompute::Recompute;
 use crate::layers::resnet::{Pass, ResnetOptions};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
-use crate::model::NetworkOutput;
-use crate::parameters::{Builder, Parameters, Placement, Scope, Values, ensure_room};
+use crate::network_output::NetworkOutput;
+use crate::parameters::{Builder, Parameters, Placement, Scope, Values, build_filled, ensure_room};
 use crate::unet::blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
 use crate::unet::body::Body;
 use crate::unet::pixels_config::{
     DownBlockType, TimeEmbeddingType, TimeScaleShift, UNet2DConfig, UpBlockType,
 };
+use crate::weights;
 
 const FORWARD: &str = "UNet2DModel::forward";
 
@@ -74,6 +76,57 @@ pub struct UNet2DModel {
     body: Body,
     training: Cell<bool>,
     recomputes: Cell<bool>,
+}
+
+impl UNet2DConfig {
+    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
+        Ok(self.without_values()?.parameters().shapes())
+    }
+
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
+    /// names and sizes, and for adapters that are to fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    pub fn without_values(&self) -> Result<UNet2DModel> {
+        UNet2DModel::new(self, Placement::default(), Values::Sizes)
+    }
+
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
+    ///
+    /// The same seed gives the same parameters on every device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
+        UNet2DModel::new(self, placement, Values::Seeded(seed))
+    }
+
+    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
+    pub fn build_from(
+        &self,
+        placement: Placement,
+        weights: impl AsRef<Path>,
+    ) -> Result<UNet2DModel> {
+        let path = weights.as_ref();
+        build_filled(
+            |values| UNet2DModel::new(self, placement, values),
+            |unet| weights::ensure_fits(&unet.parameters().named(), path),
+            |unet| unet.parameters().load(path),
+        )
+    }
 }
 
 impl UNet2DModel {

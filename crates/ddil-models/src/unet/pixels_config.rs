@@ -9,9 +9,6 @@ use crate::config::{self, Config, UnknownKeys};
 use crate::error::Result;
 use crate::layers::Activation;
 use crate::layers::embeddings::MIN_GUIDANCE_WIDTH;
-use crate::parameters::{Placement, Values, build_filled};
-use crate::unet::pixels::UNet2DModel;
-use crate::weights;
 
 /// Height and width of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +95,7 @@ pub enum ClassEmbedType {
     SimpleProjection,
 }
 
-/// The settings of a [`UNet2DModel`]; names, defaults and file format are those of diffusers' class of that name.
+/// The settings of a [`UNet2DModel`](crate::UNet2DModel); names, defaults and file format are those of diffusers' class of that name.
 ///
 /// # Example
 ///
@@ -239,55 +236,6 @@ impl UNet2DConfig {
     /// The settings as a `config.json` that diffusers reads.
     pub fn to_json(&self) -> String {
         config::to_json(self)
-    }
-
-    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        Ok(self.without_values()?.parameters().shapes())
-    }
-
-    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
-    /// names and sizes, and for adapters that are to fit.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
-    pub fn without_values(&self) -> Result<UNet2DModel> {
-        UNet2DModel::new(self, Placement::default(), Values::Sizes)
-    }
-
-    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
-        UNet2DModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<UNet2DModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| UNet2DModel::new(self, placement, values),
-            |unet| weights::ensure_fits(&unet.parameters().named(), path),
-            |unet| unet.parameters().load(path),
-        )
     }
 
     /// Width of the embedding of timestep and class.
