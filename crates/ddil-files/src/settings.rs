@@ -114,6 +114,11 @@ impl Settings {
         Ok(())
     }
 
+    /// Whether there is such a key at the top level.
+    pub fn has(&self, key: &str) -> bool {
+        self.values.get(key).is_some()
+    }
+
     /// Reads the values into a settings type.
     ///
     /// # Errors
@@ -143,7 +148,7 @@ impl Settings {
         Error::InvalidSetting {
             place: self.place_of(&key),
             key: if key.is_empty() { "(top level)".into() } else { key.join(".") },
-            message: format!("{}{hint}", message.replace("missing field", "missing key")),
+            message: format!("{}{hint}", in_words_of_toml(message)),
         }
     }
 
@@ -247,6 +252,15 @@ fn compare(key: &str, left: Option<&Value>, right: Option<&Value>, found: &mut V
             right: right.map(Value::to_string),
         }),
         _ => {}
+    }
+}
+
+/// What serde says, in the words of a config file.
+fn in_words_of_toml(message: &str) -> String {
+    let message = message.replace("missing field", "missing key");
+    match message.split_once("internally tagged enum ") {
+        Some((before, _)) => format!("{before}a table with a `kind`"),
+        None => message,
     }
 }
 

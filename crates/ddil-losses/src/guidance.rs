@@ -16,7 +16,12 @@ use crate::error::{Error, Result};
 /// later ones [`BakedIn`](Self::BakedIn). Section 3 of [Meng et al. 2022](https://arxiv.org/abs/2210.03142) has the
 /// embedded kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(
+    tag = "kind",
+    rename_all = "snake_case",
+    deny_unknown_fields,
+    expecting = "a table: { kind = \"cfg\", scale = 2.0 } for guidance of scale 2, { kind = \"baked_in\" } for none"
+)]
 pub enum TeacherGuidance {
     /// Classifier-free guidance at one scale, by two answers of the network.
     Cfg {

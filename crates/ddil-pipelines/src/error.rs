@@ -23,7 +23,7 @@ pub enum Error {
     #[error(transparent)]
     Files(#[from] ddil_files::Error),
     /// A folder contains no model.
-    #[error("{} holds no model: neither it nor its `export` has a {missing}", path.display())]
+    #[error("{}", no_model(path, missing))]
     NotAModel {
         /// The folder.
         path: PathBuf,
@@ -97,6 +97,17 @@ impl Error {
     /// Names the function in which libtorch refused; for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
+    }
+}
+
+fn no_model(path: &Path, missing: &str) -> String {
+    let shown = path.display();
+    if path.exists() {
+        format!("{shown} holds no model: there is no {missing}, neither in it nor in its `export`")
+    } else {
+        format!(
+            "{shown} holds no model: there is no such folder; expected one with a {missing} in it, or in its `export`"
+        )
     }
 }
 

@@ -13,7 +13,7 @@
 //! | guidance | [`Guide`] | |
 //! | sampling | [`SamplePlan`], [`generate`], [`initial_noise`], [`classes`] | `[n, channels, height, width]` |
 //! | prompts, step by step | [`PromptRequest`], [`draw_latents`], [`decode`] | |
-//! | PNG files and grids | [`Picture`], [`Layout`], [`save_each`] | |
+//! | PNG files and grids | [`Picture`], [`Layout`], [`Arrangement`], [`save_each`] | |
 //!
 //! # Example
 //!
@@ -53,7 +53,7 @@ pub use pipeline::{
 };
 pub use prompting::{PromptRequest, Told, decode, draw_latents, spaced_as_published};
 pub use sampling::{
-    Observed, SamplePlan, asked, classes, generate, grid_of_classes, grid_of_prompts,
+    Arrangement, Observed, SamplePlan, asked, classes, generate, grid_of_classes, grid_of_prompts,
     initial_noise, layout,
 };
 pub use tch;

@@ -1,5 +1,7 @@
 //! Tensors to pictures: single images, grids, PNG files.
 
+mod labels;
+
 use std::{
     fs,
     num::NonZeroU32,

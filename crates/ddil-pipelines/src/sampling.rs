@@ -212,7 +212,74 @@ impl Denoiser for Observed<'_> {
     }
 }
 
-/// A grid with a column a class and `per_class` rows.
+/// How samples stand in a grid, and what stands beside its rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrangement {
+    /// Images per row.
+    pub columns: u32,
+    /// Which sample stands in each place, row by row; none leaves the place white.
+    pub places: Vec<Option<u32>>,
+    /// The class of each row, at the first row of each class; empty where rows are not of one class.
+    pub row_classes: Vec<Option<u32>>,
+}
+
+impl Arrangement {
+    /// For `n` samples, classes taking turns: as near to a square as whole rows of one class allow, and without regard to
+    /// classes where they do not.
+    pub fn of(n: u32, num_classes: u32) -> Self {
+        let square = f64::from(n).sqrt().ceil().max(1.0) as u32;
+        let per_class = n.div_ceil(num_classes.max(1));
+        let columns = square.min(per_class).max(1);
+        let rows_per_class = per_class.div_ceil(columns);
+        let rows = rows_per_class.saturating_mul(num_classes);
+        if num_classes < 2 || n < num_classes || rows > 4 * columns {
+            return Self {
+                columns: square,
+                places: (0..n).map(Some).collect(),
+                row_classes: Vec::new(),
+            };
+        }
+        let place = |row: u32, column: u32| {
+            let (class, within) = (row / rows_per_class, row % rows_per_class * columns + column);
+            Some(class + within * num_classes).filter(|at| within < per_class && *at < n)
+        };
+        let places = |row| (0..columns).map(move |column| place(row, column));
+        let class = |row: u32| Some(row / rows_per_class).filter(|_| row % rows_per_class == 0);
+        Self {
+            columns,
+            places: (0..rows).flat_map(places).collect(),
+            row_classes: (0..rows).map(class).collect(),
+        }
+    }
+
+    /// The grid of samples in this order, `[n, channels, height, width]`, with the names of classes beside their rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Picture::grid`].
+    pub fn draw(&self, samples: &Tensor, class_names: &[String]) -> Result<Picture> {
+        let samples = samples.to_device(Device::Cpu);
+        let n = samples.size()[0];
+        let order: Vec<i64> = self.places.iter().map(|at| at.map_or(n, i64::from)).collect();
+        let arranged = || {
+            let white = samples.f_narrow(0, 0, 1)?.f_ones_like()?;
+            Tensor::f_cat(&[&samples, &white], 0)?.f_index_select(0, &Tensor::from_slice(&order))
+        };
+        let arranged = arranged().map_err(Error::torch("Arrangement::draw"))?;
+        let layout = layout(self.columns);
+        let grid = Picture::grid(&arranged, layout)?;
+        if self.row_classes.is_empty() {
+            return Ok(grid);
+        }
+        let name = |class: &Option<u32>| {
+            class.and_then(|class| class_names.get(class as usize).cloned()).unwrap_or_default()
+        };
+        let names: Vec<String> = self.row_classes.iter().map(name).collect();
+        grid.with_row_names(&names, samples.size()[2] as u32, layout)
+    }
+}
+
+/// A grid with `per_class` samples of each class, rows of one class with its name; without classes, of eight times as many.
 ///
 /// # Errors
 ///
@@ -225,12 +292,13 @@ pub fn grid_of_classes(
     per_class: u32,
     device: Device,
 ) -> Result<Picture> {
-    let columns = card.class_names.len().max(8) as u32;
-    let n = columns * per_class.max(1);
+    const WITHOUT_CLASSES: u32 = 8;
+    let num_classes = card.class_names.len() as u32;
+    let n = per_class.max(1) * if num_classes == 0 { WITHOUT_CLASSES } else { num_classes };
     let noise = initial_noise(plan.seed, n, shape, device)?;
     let (guide, conditioning) = (Guide::of_classes(card), classes(card, n, None, device));
     let samples = generate(denoiser, plan, &guide, &noise, &conditioning)?;
-    Picture::grid(&samples.to_device(Device::Cpu), layout(columns))
+    Arrangement::of(n, num_classes).draw(&samples, &card.class_names)
 }
 
 /// A grid with a column a prompt, eight at most, and `per_prompt` samples of each, decoded to pictures.
@@ -270,4 +338,37 @@ pub fn grid_of_prompts(
 pub fn layout(columns: u32) -> Layout {
     let at_least_one = |n: u32| std::num::NonZeroU32::new(n).unwrap_or(std::num::NonZeroU32::MIN);
     Layout { scale: at_least_one(2), ..Layout::columns(at_least_one(columns)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_classes_fill_near_square_grids_and_each_class_is_whole() {
+        // Eight of each of three classes: as many as asked for, in rows of one class.
+        let grid = Arrangement::of(24, 3);
+        assert_eq!((grid.columns, grid.places.len()), (5, 30));
+        assert_eq!(grid.row_classes, [Some(0), None, Some(1), None, Some(2), None]);
+        let of_row = |row: usize| grid.places[row * 5..][..5].iter().flatten().map(|at| at % 3);
+        assert!((0..6).all(|row| of_row(row).all(|class| class as usize == row / 2)));
+        let mut drawn: Vec<u32> = grid.places.iter().flatten().copied().collect();
+        drawn.sort_unstable();
+        assert_eq!(drawn, (0..24).collect::<Vec<_>>());
+
+        let grid = Arrangement::of(200, 3);
+        assert_eq!((grid.columns, grid.row_classes.len()), (15, 15));
+        let grid = Arrangement::of(64, 10);
+        assert_eq!((grid.columns, grid.row_classes.len()), (7, 10));
+    }
+
+    #[test]
+    fn classes_that_are_too_many_for_rows_of_their_own_share_a_square() {
+        for (n, num_classes) in [(64, 1000), (200, 100), (10, 10), (64, 0), (9, 1)] {
+            let grid = Arrangement::of(n, num_classes);
+            let square = f64::from(n).sqrt().ceil() as u32;
+            assert_eq!((grid.columns, grid.row_classes.len()), (square, 0), "{n}, {num_classes}");
+            assert_eq!(grid.places.len() as u32, n);
+        }
+    }
 }

@@ -21,7 +21,7 @@ pub(crate) enum Command {
     /// Train a teacher on data.
     Train(RunArgs),
     /// Distil a teacher into a few-step student.
-    Distill(RunArgs),
+    Distill(DistillArgs),
     /// Draw samples from a model folder or a run.
     Sample(SampleArgs),
     /// Compare samples of a model, or a folder of images, with real data.
@@ -50,6 +50,21 @@ pub(crate) struct InitArgs {
     /// Where to write it; the default is the preset's name with `.toml`. Nothing is overwritten.
     #[arg(long, short)]
     pub(crate) output: Option<PathBuf>,
+    /// Change the preset to the plain method, as published: every training state is noised data of the dataset.
+    #[arg(long, requires = "preset")]
+    pub(crate) plain: bool,
+}
+
+/// Arguments of `ddil distill`.
+#[derive(Debug, Args)]
+pub(crate) struct DistillArgs {
+    /// Those that `ddil train` has too.
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// The plain method, as published, without DDIL: sets `mixing.priors` to the dataset alone and
+    /// `mixing.pure_noise_at_tmax` to false.
+    #[arg(long)]
+    pub(crate) plain: bool,
 }
 
 /// Arguments of `ddil train` and `ddil distill`.
@@ -296,7 +311,7 @@ pub(crate) struct ImportArgs {
 /// Arguments of `ddil inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A model folder, a checkpoint folder or a run folder.
+    /// A model folder, a run folder or a checkpoint: its folder, or `checkpoints/latest` of a run.
     pub(crate) path: PathBuf,
     /// As JSON.
     #[arg(long)]
@@ -308,12 +323,14 @@ pub(crate) struct InspectArgs {
 pub(crate) struct RangeArgs {
     /// A folder of PNG or JPEG files, or `fashion_mnist`.
     pub(crate) data: PathBuf,
-    /// The share of values that may lie beyond the range at either end.
-    #[arg(long, default_value_t = 0.0005)]
-    pub(crate) quantile: f64,
-    /// How much the range is widened at either end, as a share of its width.
-    #[arg(long, default_value_t = 0.1)]
-    pub(crate) margin: f64,
+    /// The share of values that may lie beyond the range at either end; the default is 0 for images, whose values end at
+    /// black and white, and 0.0005 for latents.
+    #[arg(long)]
+    pub(crate) quantile: Option<f64>,
+    /// How much the range is widened at either end, as a share of its width; the default is 0 for images and 0.1 for
+    /// latents.
+    #[arg(long)]
+    pub(crate) margin: Option<f64>,
 }
 
 /// Arguments of `ddil demo`.

@@ -1,5 +1,7 @@
 //! Config files to start from.
 
+use std::path::Path;
+
 /// A commented config file.
 pub(crate) struct Preset {
     /// What it is called.
@@ -112,6 +114,64 @@ pub(crate) const PRESETS: [Preset; 16] = [
     },
 ];
 
+/// The settings that make a distillation plain: states of the dataset alone, as methods are published.
+pub(crate) const PLAIN: [&str; 2] = [
+    "mixing.priors={ kind = \"constant\", priors = { forward = 1.0 } }",
+    "mixing.pure_noise_at_tmax=false",
+];
+
+impl Preset {
+    /// Its text with the tables of `mixing` replaced by those of the plain method; none for a preset of another verb.
+    pub(crate) fn plain(&self) -> Option<String> {
+        if self.verb != "distill" {
+            return None;
+        }
+        let (mut text, mut is_mixing) = (String::new(), false);
+        for line in self.text.lines() {
+            if line.starts_with('[') {
+                let was_mixing = is_mixing;
+                is_mixing = line.starts_with("[mixing");
+                if is_mixing && !was_mixing {
+                    text += PLAIN_TABLE;
+                }
+            }
+            if !is_mixing {
+                text = text + line + "\n";
+            }
+        }
+        Some(text)
+    }
+}
+
+const PLAIN_TABLE: &str = "\
+[mixing]                        # the plain method: noised data of the dataset alone
+pure_noise_at_tmax = false
+priors = { kind = \"constant\", priors = { forward = 1.0 } }
+
+";
+
+/// Teachers that presets name and that are part of the repository but not of the installed program, with how to get each.
+/// The program would grow twentyfold with the first, and the limit of a package is 10 MB.
+pub(crate) const TEACHERS: [(&str, &str); 2] = [
+    (
+        "assets/fashion-mnist-teacher",
+        "it is part of ddil's repository and not of the installed program. Run from a clone of the repository, or train one \
+         (hours on a CPU) with `ddil init fashion-mnist-teacher && ddil train fashion-mnist-teacher.toml` and set \
+         teacher.path (of `ddil demo`: --teacher) to its run folder",
+    ),
+    (
+        "assets/fashion-mnist-text-to-image",
+        "it is part of ddil's repository and not of the installed program. Run from a clone of the repository, or set \
+         teacher.path to a text-to-image model of your own",
+    ),
+];
+
+/// How to get a teacher that is missing, if it is one of [`TEACHERS`].
+pub(crate) fn missing_teacher(path: &Path) -> Option<String> {
+    let known = TEACHERS.iter().find(|(teacher, _)| path == Path::new(teacher) && !path.exists());
+    known.map(|(teacher, how)| format!("there is no {teacher}: {how}"))
+}
+
 /// The preset of that name.
 pub(crate) fn find(name: &str) -> Option<&'static Preset> {
     PRESETS.iter().find(|preset| preset.name == name)
@@ -122,4 +182,40 @@ pub(crate) fn nearest(name: &str) -> Option<&'static str> {
     let likeness = |preset: &&Preset| strsim::jaro_winkler(name, preset.name);
     let best = PRESETS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
     (likeness(&best) > 0.7).then_some(best.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use ddil_core::{PriorSchedule, Priors};
+    use ddil_files::settings::Settings;
+    use ddil_trainer::config::DistillConfig;
+
+    use super::*;
+
+    fn config(text: &str, plain: bool) -> DistillConfig {
+        let mut settings = Settings::parse("preset.toml", text).expect("it is TOML");
+        for change in PLAIN.iter().filter(|_| plain) {
+            settings.set(change).expect("there is such a key");
+        }
+        settings.build().expect("the settings are valid")
+    }
+
+    #[test]
+    fn a_plain_preset_is_the_preset_with_two_settings() {
+        for preset in PRESETS.iter().filter(|preset| preset.verb == "distill") {
+            let text = preset.plain().expect("it distils");
+            let (written, set) = (config(&text, false), config(preset.text, true));
+            assert_eq!(written.mixing.priors, PriorSchedule::constant(Priors::FORWARD_ONLY));
+            assert!(!written.mixing.pure_noise_at_tmax, "{}", preset.name);
+            assert_eq!(
+                (set.mixing.priors, set.mixing.pure_noise_at_tmax),
+                (written.mixing.priors, false)
+            );
+            assert_eq!((set.objective, set.student), (written.objective, written.student));
+            assert_eq!(set.thresholding, written.thresholding, "{}", preset.name);
+        }
+        assert!(
+            PRESETS.iter().filter(|preset| preset.verb != "distill").all(|p| p.plain().is_none())
+        );
+    }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use ddil::compare::setting::TeacherSamples;
 use ddil::evaluation::{Reference, draw, shift};
 use ddil::results::{self, Measurement, shift_table, table};
@@ -46,6 +46,9 @@ struct Candidate {
 
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples >= 20, "--num-samples is {}; expected at least 20", args.num_samples);
+    if let Some(missing) = presets::missing_teacher(&args.teacher) {
+        bail!("{missing}");
+    }
     let logging = Logging::start("info")?;
     let interrupt = Interrupt::listen()?;
     if args.fresh && args.folder.exists() {

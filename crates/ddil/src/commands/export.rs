@@ -1,5 +1,6 @@
 //! `ddil export`.
 
+use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -11,7 +12,8 @@ use ddil_pipelines::{PartSummary, Parts, Pipeline, WeightForm};
 use ddil_trainer::checkpoint::find_latest;
 use tch::Kind;
 
-use super::say;
+use super::model_card::model_card;
+use super::{or_forced, say};
 use crate::cli::ExportArgs;
 
 pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
@@ -42,8 +44,9 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("{} cannot be exported", args.source.display()))?;
     match args.format.as_str() {
         "diffusers" => {
-            let written = parts.write(&args.output, &form, args.force)?;
+            let written = or_forced(parts.write(&args.output, &form, args.force))?;
             say(&format!("{}{}\n", table(&written), args.output.display()))?;
+            write_model_card(&args.output)?;
         }
         "single-file-unet" => {
             ensure!(
@@ -57,6 +60,16 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         other => bail!("--format is `{other}`; expected `diffusers` or `single-file-unet`"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes `README.md` where there is something to say that diffusers' pipelines do not do by themselves, and prints it.
+fn write_model_card(folder: &Path) -> anyhow::Result<()> {
+    let Some(card) = model_card(folder)? else { return Ok(()) };
+    let path = folder.join("README.md");
+    fs::write(&path, &card).with_context(|| format!("could not write {}", path.display()))?;
+    let code = card.split("```").nth(1).unwrap_or_default();
+    let code = code.trim_start_matches("python\n").replace('\n', "\n  ");
+    say(&format!("\nwith diffusers ({}):\n\n  {}\n", path.display(), code.trim_end()))
 }
 
 /// Names the step of a run's model, and refuses a run that has none yet.

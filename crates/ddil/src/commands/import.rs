@@ -6,7 +6,7 @@ use anyhow::bail;
 use ddil_pipelines::{Parts, Pipeline, WeightForm};
 
 use super::export::{parse_bytes, parse_kind, table};
-use super::say;
+use super::{or_forced, say};
 use crate::cli::ImportArgs;
 
 /// Files of whole pipelines in one, which other programs write.
@@ -19,7 +19,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
         max_shard_bytes: parse_bytes(&args.max_shard_size)?,
     };
     let parts = open(args)?;
-    let written = parts.write(&args.output, &form, args.force)?;
+    let written = or_forced(parts.write(&args.output, &form, args.force))?;
     if parts.has_usual_scheduler() {
         eprintln!(
             "warning: the network came without a scheduler and was given that of Stable Diffusion, which predicts \

@@ -2,13 +2,14 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
 use super::say;
 use crate::cli::InitArgs;
-use crate::presets::{PRESETS, find, nearest};
+use crate::presets::{PRESETS, TEACHERS, find, nearest};
 
 pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.preset else {
@@ -24,14 +25,28 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
             None => bail!("there is no preset `{name}`; `ddil init` lists them"),
         }
     };
+    let text = match args.plain {
+        false => preset.text.to_owned(),
+        true => preset.plain().with_context(|| {
+            format!(
+                "--plain is for presets of `ddil distill`; `{name}` is for `ddil {}`",
+                preset.verb
+            )
+        })?,
+    };
     let path = args.output.clone().unwrap_or_else(|| format!("{name}.toml").into());
     let mut file =
         OpenOptions::new().write(true).create_new(true).open(&path).with_context(|| {
             format!("could not write {}; nothing is overwritten", path.display())
         })?;
-    file.write_all(preset.text.as_bytes())
+    file.write_all(text.as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;
     let (path, verb) = (path.display(), preset.verb);
     say(&format!("wrote {path}; go on with\n  ddil {verb} {path}\n"))?;
+    let missing =
+        TEACHERS.iter().find(|(teacher, _)| text.contains(teacher) && !Path::new(teacher).exists());
+    if let Some((teacher, how)) = missing {
+        say(&format!("its teacher, {teacher}, is not here: {how}\n"))?;
+    }
     Ok(ExitCode::SUCCESS)
 }

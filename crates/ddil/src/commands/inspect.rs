@@ -1,6 +1,6 @@
 //! `ddil inspect`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -33,11 +33,30 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     if Pipeline::is_at(path) {
         return model(path);
     }
+    if let Some(newest) = newest_checkpoint(path)? {
+        return checkpoint(&newest);
+    }
+    if !path.exists() {
+        bail!(
+            "there is no {}; expected a run folder, a checkpoint or a model folder",
+            path.display()
+        );
+    }
     bail!(
         "{} is no run folder (status.json), no checkpoint (manifest.json) and no model \
          (model_index.json)",
         path.display()
     )
+}
+
+/// The newest sound checkpoint of `checkpoints`, or of `checkpoints/latest`, which is a file with its name.
+fn newest_checkpoint(path: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let is_latest = path.file_name().is_some_and(|name| name == "latest") && !path.is_dir();
+    let folder = if is_latest { path.parent().unwrap_or(path) } else { path };
+    if !folder.file_name().is_some_and(|name| name == "checkpoints") || !folder.is_dir() {
+        return Ok(None);
+    }
+    Ok(find_latest(folder)?.checkpoint.map(|checkpoint| checkpoint.path().to_owned()))
 }
 
 fn run_folder(path: &Path) -> anyhow::Result<Value> {

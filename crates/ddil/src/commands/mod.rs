@@ -8,6 +8,7 @@ pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod inspect;
+mod model_card;
 pub(crate) mod range;
 pub(crate) mod sample;
 pub(crate) mod train;
@@ -58,6 +59,17 @@ fn start(parent: &ParentArgs) -> anyhow::Result<()> {
         when_stdin_closes(|| std::process::exit(i32::from(TRY_AGAIN)));
     }
     Ok(())
+}
+
+/// Says what to do about a folder that is there already.
+fn or_forced<T>(result: ddil_pipelines::Result<T>) -> anyhow::Result<T> {
+    match result {
+        Err(ddil_pipelines::Error::FolderNotEmpty { path }) => bail!(
+            "{} already exists and is not empty: choose another folder, or replace the model in it with --force",
+            path.display()
+        ),
+        other => Ok(other?),
+    }
 }
 
 /// A bar that counts the calls of a network.

@@ -24,19 +24,19 @@ struct Tables {
 }
 
 pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
-    let samples = if args.data.join("dataset.json").is_file() {
-        latents(&args.data)?
+    // Values of images end at black and white, which are part of the data; latents have no such ends.
+    let (samples, quantile, margin) = if args.data.join("dataset.json").is_file() {
+        (latents(&args.data)?, 0.0005, 0.1)
     } else {
-        all_images(&open(&args.data)?)?
+        (all_images(&open(&args.data)?)?, 0.0, 0.0)
     };
-    let range = DataRange::of_samples(&samples, args.quantile, args.margin)?;
+    let (quantile, margin) = (args.quantile.unwrap_or(quantile), args.margin.unwrap_or(margin));
+    let range = DataRange::of_samples(&samples, quantile, margin)?;
     let (n, channels) = (samples.size()[0], samples.size()[1]);
     say(&format!(
-        "# {n} samples of {}, {channels} channels: quantiles {} and {}, widened by {} of the width\n{}",
+        "# {n} samples of {}, {channels} channels: quantiles {quantile} and {}, widened by {margin} of the width\n{}",
         args.data.display(),
-        args.quantile,
-        1.0 - args.quantile,
-        args.margin,
+        1.0 - quantile,
         to_toml(&Tables { thresholding: Thresholding::Clamp(range) })?
     ))?;
     Ok(ExitCode::SUCCESS)

@@ -11,18 +11,18 @@ use ddil::exit_code::NOT_FINITE;
 use ddil::sample_file;
 use ddil_models::Lora;
 use ddil_pipelines::{
-    Layout, Picture, Pipeline, PromptRequest, SamplePlan, decode, draw_latents, layout, save_each,
-    spaced_as_published,
+    Arrangement, Layout, Picture, Pipeline, PromptRequest, SamplePlan, decode, draw_latents,
+    save_each, spaced_as_published,
 };
 use tch::Tensor;
 
 use super::{Calls, open_model, say, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
-/// Samples that are to be written, and how they are laid out.
+/// Samples that are to be written, and the grid of them.
 struct Drawn {
     images: Tensor,
-    layout: Layout,
+    grid: Picture,
     steps: u32,
 }
 
@@ -158,9 +158,12 @@ fn of_prompts(
     let latents = draw_latents(pipeline, &plan, &told, &|| calls.note())?;
     drop(calls);
     let images = decode(&text, &latents, plan.batch_size)?;
-    let columns = if request.prompts.len() == 1 { per_prompt.min(4) } else { per_prompt };
+    // One prompt in a square; several with a row each.
+    let square = f64::from(per_prompt).sqrt().ceil() as u32;
+    let columns = if request.prompts.len() == 1 { square } else { per_prompt };
     let layout = Layout::columns(NonZeroU32::new(columns).unwrap_or(NonZeroU32::MIN));
-    Ok(Drawn { images, layout, steps: plan.steps })
+    let grid = Picture::grid(&images, layout)?;
+    Ok(Drawn { images, grid, steps: plan.steps })
 }
 
 fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyhow::Result<Drawn> {
@@ -177,9 +180,12 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
     );
     let calls = Calls::of("sample", plan, n);
     let images = draw_observed(pipeline, plan, total, args.first..end, class, &|| calls.note())?;
-    let num_classes = names.len();
-    let columns = if num_classes > 0 && class.is_none() { num_classes as u32 } else { 8 };
-    Ok(Drawn { images, layout: layout(columns), steps: plan.steps })
+    // Rows of one class, where the first sample is of the first class.
+    let num_classes = names.len() as u32;
+    let in_turn = class.is_none() && args.first.is_multiple_of(num_classes.max(1));
+    let num_classes = if in_turn { num_classes } else { 0 };
+    let grid = Arrangement::of(n, num_classes).draw(&images, names)?;
+    Ok(Drawn { images, grid, steps: plan.steps })
 }
 
 /// The number of a class that is given by name or by number.
@@ -208,7 +214,7 @@ fn write(args: &SampleArgs, output: &Path, drawn: &Drawn) -> anyhow::Result<Exit
         }
         sample_file::write(output, &drawn.images)?;
     } else {
-        Picture::grid(&drawn.images, drawn.layout)?.save(output)?;
+        drawn.grid.save(output)?;
     }
     say(&format!("{n} samples in {} steps: {}\n", drawn.steps, output.display()))?;
     if let Some(folder) = &args.folder {

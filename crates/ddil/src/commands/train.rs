@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use ddil_files::settings::{Settings, to_toml};
 use ddil_trainer::Result;
 use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
@@ -20,7 +20,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{say, set_threads};
-use crate::cli::RunArgs;
+use crate::cli::{DistillArgs, RunArgs};
+use crate::presets;
 
 /// A config file of one of the two verbs.
 trait Verb: Serialize + DeserializeOwned {
@@ -37,6 +38,10 @@ trait Verb: Serialize + DeserializeOwned {
     /// What [`check`](Self::check) looks at.
     fn checked(&self) -> &'static str;
     fn num_updates(&self) -> u64;
+    /// The folder of its teacher, of a verb that has one.
+    fn teacher(&self) -> Option<&Path> {
+        None
+    }
     /// What one would do next with the run in `folder`.
     fn next(&self, folder: &Path) -> Vec<String>;
 }
@@ -121,24 +126,32 @@ impl Verb for DistillConfig {
     fn num_updates(&self) -> u64 {
         self.total_updates()
     }
+
+    fn teacher(&self) -> Option<&Path> {
+        Some(&self.teacher.path)
+    }
 }
 
 pub(crate) fn train(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    run::<TrainConfig>(args)
+    run::<TrainConfig>(args, &[])
 }
 
-pub(crate) fn distill(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    run::<DistillConfig>(args)
+pub(crate) fn distill(args: &DistillArgs) -> anyhow::Result<ExitCode> {
+    let changes: &[&str] = if args.plain { &presets::PLAIN } else { &[] };
+    run::<DistillConfig>(&args.run, changes)
 }
 
-fn run<V: Verb>(args: &RunArgs) -> anyhow::Result<ExitCode> {
+fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
     let logging = Logging::start("info")?;
     let interrupt = Interrupt::listen()?;
     if args.parent.stop_with_stdin {
         let interrupt = interrupt.clone();
         when_stdin_closes(move || interrupt.request());
     }
-    let config: V = read_config(args)?;
+    let config: V = read_config(args, changes)?;
+    if let Some(missing) = config.teacher().and_then(presets::missing_teacher) {
+        bail!("{missing}");
+    }
     set_threads(config.run_section().threads)?;
     config.run_section().apply_determinism()?;
     if args.dry_run {
@@ -182,7 +195,7 @@ fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
 }
 
 /// The config of the command line, or of the run that is resumed, which must then be the same.
-fn read_config<V: Verb>(args: &RunArgs) -> anyhow::Result<V> {
+fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     let path = match (&args.config, &args.resume) {
         (Some(path), _) => path.clone(),
         (None, Some(folder)) => {
@@ -194,10 +207,32 @@ fn read_config<V: Verb>(args: &RunArgs) -> anyhow::Result<V> {
         (None, None) => bail!("expected a config file, or --resume with a run folder"),
     };
     let mut settings = Settings::read(&path)?;
-    for text in &args.overrides {
+    // Those of the command line come last, and win.
+    for text in changes.iter().copied().chain(args.overrides.iter().map(String::as_str)) {
         settings.set(text)?;
     }
-    Ok(settings.build()?)
+    settings.build().map_err(|error| match verb_of(&settings) {
+        Some((verb, key)) if verb != V::NAME => {
+            let path = path.display();
+            anyhow!("{path} is a config of `ddil {verb}`: it has `{key}`; run `ddil {verb} {path}`")
+        }
+        _ => error.into(),
+    })
+}
+
+/// The verb that a config is for, by a key that no other verb's has.
+fn verb_of(settings: &Settings) -> Option<(&'static str, &'static str)> {
+    let keys = [
+        ("compare", "axes"),
+        ("compare", "base"),
+        ("distill", "teacher"),
+        ("distill", "mixing"),
+        ("distill", "objective"),
+        ("distill", "student"),
+        ("train", "train"),
+        ("train", "model"),
+    ];
+    keys.into_iter().find(|(_, key)| settings.has(key))
 }
 
 /// A new run; what the task refuses leaves no folder behind.

@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use ddil::sample_file;
 use ddil_data::{FashionMnist, read_image_folder};
 use serde_json::Value;
+use tch::Tensor;
 
 use crate::support::{
     TestResult, Workshop, arguments, checkpoints, json, num_lines, snapshot, status,
@@ -38,7 +40,8 @@ fn init_writes_presets_that_their_verbs_read() {
         }
         let checked = workshop.ddil(&arguments);
         // Read without an objection; data and teacher need not be here.
-        let elsewhere = ["no Fashion-MNIST in", "holds no model", "No such file"];
+        let elsewhere =
+            ["no Fashion-MNIST in", "holds no model", "No such file", "there is no assets/"];
         assert!(
             checked.code == Some(0) || elsewhere.iter().any(|words| checked.stderr.contains(words)),
             "{name}: {}",
@@ -241,6 +244,16 @@ fn the_range_of_a_folder_is_a_table_for_a_config() {
     let found = workshop.ddil(&["range", "data", "--margin", "0"]).succeeded().stdout;
     assert!(found.contains("[thresholding]\nkind = \"clamp\"\n"), "{found}");
     assert!(found.starts_with("# 24 samples of data, 1 channels"), "{found}");
+    // Stripes of all grey levels but white: the ends of the data, and nothing beyond black and white.
+    let found = workshop.ddil(&["range", "data"]).succeeded().stdout;
+    let ends: Vec<f64> = found
+        .lines()
+        .filter_map(|line| line.split_once(" = [")?.1.trim_end_matches(']').parse().ok())
+        .collect();
+    assert!(
+        matches!(ends[..], [low, high] if low >= -1.0 && high <= 1.0 && high - low > 1.5),
+        "{found}"
+    );
     workshop.ddil(&["range", "nowhere"]).refused(&["nowhere", "neither a folder"]);
     workshop.ddil(&["range", "data", "--quantile", "0.5"]).refused(&["quantile", "below 0.5"]);
 }
@@ -312,13 +325,140 @@ fn samples_that_cannot_be() {
     refused(&["teacher", "-n", "0"], &["--num-samples", "at least 1"]);
     refused(&["teacher", "--steps", "0"], &["0"]);
     refused(&["teacher", "--steps", "1001"], &["1001", "1000"]);
-    refused(&["teacher", "--class", "3"], &["--class", "3 classes"]);
+    refused(
+        &["teacher", "--class", "3"],
+        &["--class", "3 classes", "0 class0, 1 class1, 2 class2"],
+    );
+    refused(&["teacher", "--class", "circles"], &["--class is `circles`", "2 class2"]);
+    refused(&["teacher", "--thresholding", "clip"], &["--thresholding", "clip", "{ kind = "]);
+    refused(
+        &["teacher", "--first", "2", "-n", "3", "--of", "4"],
+        &["end at 5", "--of, which is 4"],
+    );
+    refused(&["teacher", "--memory-format", "nchw"], &["--memory-format", "channels_last"]);
     refused(&["teacher", "--precision", "half"], &["--precision", "half", "bfloat16"]);
     refused(&["teacher", "--device", "tpu"], &["tpu"]);
     refused(&["teacher", "--eta", "2", "--steps", "2"], &["eta", "2"]);
     refused(&["teacher", "--eta", "x"], &["--eta"]);
     refused(&["teacher", "--guidance-scale", "nan", "--steps", "2"], &["NaN"]);
     refused(&["teacher", "--steps", "2", "--output", "no/such/a.png"], &["no/such/a.png"]);
+}
+
+#[test]
+fn a_file_is_replaced_only_where_that_is_asked_for() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let first = sample(&workshop, "a.png", &[]);
+    let again =
+        ["sample", "teacher", "-n", "6", "--steps", "3", "--seed", "1", "--output", "a.png"];
+    workshop.ddil(&again).refused(&["a.png exists", "--force"]);
+    assert_eq!(fs::read(workshop.path("a.png"))?, first);
+    workshop.ddil(&[&again[..], &["--force"]].concat()).succeeded();
+    assert_ne!(fs::read(workshop.path("a.png"))?, first);
+    // Without a name every grid has a file of its own.
+    for name in ["samples.png", "samples-2.png", "samples-3.png"] {
+        let said = workshop.ddil(&["sample", "teacher", "-n", "3", "--steps", "2"]).succeeded();
+        assert!(said.stdout.contains(&format!(": {name}\n")), "{}", said.stdout);
+    }
+    Ok(())
+}
+
+#[test]
+fn parts_of_a_seeds_samples_are_those_of_the_whole() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let drawn = |name: &str, more: &[&str]| -> Result<Tensor, ddil_trainer::Error> {
+        let name = format!("{name}.safetensors");
+        let mut arguments =
+            vec!["sample", "teacher", "--steps", "2", "--batch-size", "1", "--output", &name];
+        arguments.extend(more);
+        workshop.ddil(&arguments).succeeded();
+        sample_file::read(&workshop.path(&name))
+    };
+    let whole = drawn("whole", &["-n", "5"])?;
+    let parts = [
+        drawn("begin", &["-n", "2", "--of", "5"])?,
+        drawn("end", &["-n", "3", "--first", "2", "--of", "5"])?,
+    ];
+    assert_eq!(Tensor::cat(&parts, 0), whole);
+    // Sample 4 is of class 1 like sample 1, by name and by number.
+    let of_class = drawn("class", &["-n", "5", "--class", "class1"])?;
+    assert_eq!(of_class, drawn("number", &["-n", "5", "--class", "1"])?);
+    assert_eq!(of_class.get(4), whole.get(4));
+    assert_ne!(of_class.get(3), whole.get(3));
+    Ok(())
+}
+
+#[test]
+fn a_config_of_another_verb_is_told_by_its_verb() {
+    let workshop = Workshop::with_teacher();
+    workshop.ddil(&["train", "distill.toml"]).refused(&[
+        "a config of `ddil distill`",
+        "`teacher`",
+        "ddil distill distill.toml",
+    ]);
+    workshop
+        .ddil(&["distill", "train.toml"])
+        .refused(&["a config of `ddil train`", "ddil train train.toml"]);
+    let guided = arguments("distill", "guided", &["teacher.guidance=2"]);
+    workshop.ddil(&guided).refused(&[
+        "teacher.guidance",
+        "integer `2`",
+        "{ kind = \"cfg\", scale = 2.0 }",
+    ]);
+    workshop.ddil(&["inspect", "nowhere"]).refused(&["there is no nowhere", "run folder"]);
+    let missing = arguments("distill", "away", &["teacher.path=assets/fashion-mnist-teacher"]);
+    workshop
+        .ddil(&missing)
+        .refused(&["there is no assets/fashion-mnist-teacher", "ddil init fashion-mnist-teacher"]);
+    workshop.ddil(&["demo"]).refused(&["assets/fashion-mnist-teacher", "--teacher"]);
+}
+
+#[test]
+fn the_plain_method_is_an_option() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let mut plain = arguments("distill", "plain", &[]);
+    plain.push("--plain");
+    workshop.ddil(&plain).succeeded();
+    let config = fs::read_to_string(workshop.run("plain").join("config.toml"))?;
+    let config: toml::Table = config.parse()?;
+    assert_eq!(config["mixing"]["priors"]["kind"].as_str(), Some("constant"));
+    assert_eq!(config["mixing"]["priors"]["priors"]["forward"].as_float(), Some(1.0));
+    assert_eq!(config["mixing"]["pure_noise_at_tmax"].as_bool(), Some(false));
+    // A preset too, with its comments.
+    let said = workshop.ddil(&["init", "fashion-mnist-pd-ddil", "--plain"]).succeeded();
+    assert!(said.stdout.contains("is not here"), "{}", said.stdout);
+    let text = fs::read_to_string(workshop.path("fashion-mnist-pd-ddil.toml"))?;
+    assert!(
+        text.contains("the plain method")
+            && text.contains("# none, clamp")
+            && !text.contains("refresh_fraction")
+    );
+    workshop
+        .ddil(&["init", "fashion-mnist-teacher", "--plain"])
+        .refused(&["--plain", "ddil train"]);
+    Ok(())
+}
+
+#[test]
+fn an_exported_student_of_classes_comes_with_its_python() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let run = workshop.complete("distill", "run", &[]).display().to_string();
+    let said = workshop.ddil(&["export", &run, "out"]).succeeded();
+    let card = fs::read_to_string(workshop.path("out/README.md"))?;
+    for words in [
+        "UNet2DModel",
+        "labels = torch.arange(3)",
+        "class_labels=labels",
+        "scheduler.set_timesteps(4)",
+    ] {
+        assert!(
+            card.contains(words) && said.stdout.contains(words),
+            "{words}: {card}\n{}",
+            said.stdout
+        );
+    }
+    workshop.ddil(&["export", &run, "out"]).refused(&["out already exists", "--force"]);
+    workshop.ddil(&["export", &run, "out", "--force"]).succeeded();
+    Ok(())
 }
 
 #[track_caller]
@@ -348,6 +488,8 @@ fn inspect_tells_what_a_folder_is() -> TestResult {
     assert_eq!(found["export"]["card"]["method"], "progressive");
     let newest = checkpoints(&run).pop_last().ok_or("a checkpoint")?.1;
     let checkpoint = inspected(&workshop, &newest);
+    assert_eq!(inspected(&workshop, &run.join("checkpoints/latest")), checkpoint);
+    assert_eq!(inspected(&workshop, &run.join("checkpoints")), checkpoint);
     assert_eq!(checkpoint["kind"], "checkpoint");
     assert_eq!(checkpoint["manifest"]["step"], 12);
 
