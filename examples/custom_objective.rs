@@ -46,13 +46,7 @@ impl Objective for KnowledgeDistillation {
 
         let x0 = networks.student.predict(x_t, &states.timesteps, conditioning)?.x0;
         let per_sample = pseudo_huber(&x0, &target, 0.01)?;
-        Ok(LossTerms {
-            per_sample,
-            student_x0: x0.detach(),
-            teacher_next: None,
-            target,
-            parts: Vec::new(),
-        })
+        Ok(LossTerms::new(per_sample, x0.detach(), target))
     }
 }
 

@@ -5,6 +5,7 @@ mod dmd2;
 mod guidance;
 mod lcm;
 mod objective;
+mod one_sampler;
 mod progressive;
 mod toy;
 mod weighting;

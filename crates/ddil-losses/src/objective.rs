@@ -43,8 +43,11 @@ impl<'a> Networks<'a> {
 }
 
 /// What a method has to be lent beside learner and expert.
+///
+/// [`Default`] and the fields make one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "one switch a need")]
+#[non_exhaustive]
 pub struct Requirements {
     /// Whether the teacher is asked; where not, [`Networks::teacher`] may be any network.
     pub teacher: bool,
@@ -105,6 +108,7 @@ impl<'a> LossRequest<'a> {
 
 /// What a method has to say of a batch of states.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct LossTerms {
     /// The loss of each sample, `[batch]`, with the graph behind it.
     pub per_sample: Tensor,
@@ -117,6 +121,13 @@ pub struct LossTerms {
     pub target: Tensor,
     /// Further figures for the record, by name, `[batch]` each and without a graph: the parts of the loss.
     pub parts: Vec<(&'static str, Tensor)>,
+}
+
+impl LossTerms {
+    /// The terms that every method has, without a state of the teacher and without parts.
+    pub fn new(per_sample: Tensor, student_x0: Tensor, target: Tensor) -> Self {
+        Self { per_sample, student_x0, teacher_next: None, target, parts: Vec::new() }
+    }
 }
 
 /// A distillation method: which networks it asks, in what order, and what it makes of the answers.
