@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! cargo bench --workspace --bench samplers               # minutes; target/criterion/report/index.html
-//! cargo bench --workspace --bench samplers -- --quick    # under a minute
+//! cargo bench --workspace --bench samplers -- --quick    # a short look
 //! ```
 //!
 //! The network costs nothing: it returns stored noise. Sizes are batch x channels x height x width, 4x4x64x64 being four
