@@ -14,6 +14,7 @@ pub(crate) use counted::Counted;
 pub use guided::{Guided, GuidedByWeight};
 pub use thresholded::Thresholded;
 
+use ddil_libtorch::ensure_real;
 use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
@@ -65,7 +66,7 @@ pub trait Denoiser {
         timestep: i64,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let prediction = self.predict(x_t, &repeated_timestep(timestep, x_t), conditioning)?;
+        let prediction = self.predict(x_t, &repeated_timestep(timestep, x_t)?, conditioning)?;
         Ok(Estimate::of_prediction(self.schedule(), prediction, timestep)?)
     }
 
@@ -74,9 +75,14 @@ pub trait Denoiser {
 }
 
 /// A timestep for each sample of a batch, `[batch]`, `Int64`, on its device.
-pub fn repeated_timestep(timestep: i64, x_t: &Tensor) -> Tensor {
+///
+/// # Errors
+///
+/// [`Error::Argument`](crate::Error::Argument) for an undefined or sparse `x_t`, or one without real numbers.
+pub fn repeated_timestep(timestep: i64, x_t: &Tensor) -> Result<Tensor> {
+    ensure_real("Denoiser::estimate", "x_t", x_t)?;
     let batch = x_t.size().first().copied().unwrap_or(0);
-    Tensor::full([batch], timestep, (Kind::Int64, x_t.device()))
+    Ok(Tensor::full([batch], timestep, (Kind::Int64, x_t.device())))
 }
 
 impl<D: Denoiser + ?Sized> Denoiser for &D {

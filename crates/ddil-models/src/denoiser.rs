@@ -436,7 +436,7 @@ impl Denoiser for NetworkDenoiser {
         timestep: i64,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
-        let timesteps = repeated_timestep(timestep, x_t);
+        let timesteps = repeated_timestep(timestep, x_t)?;
         let output = self
             .pass("Denoiser::estimate", x_t, &timesteps, conditioning, Model::forward)
             .map_err(|error| self.to_core(error))?;

@@ -6,7 +6,7 @@ use ddil_core::{
     RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source, SourceConfig,
     SourceRequest, States, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
     TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices, first_state,
-    measure_shift, shift_at,
+    measure_shift, repeated_timestep, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
@@ -296,6 +296,12 @@ fn ask(cases: &mut Cases, denoiser: &dyn Denoiser, conditioning: fn(&Tensor) -> 
     cases.tensors("Denoiser::predict", &[&points(), &times(), &labels()], |t| {
         said(denoiser.predict(&t[0], &t[1], &conditioning(&t[2])))
     });
+    cases.tensors("Denoiser::estimate", &[&points(), &labels()], |t| {
+        said(denoiser.estimate(&t[0], 749, &conditioning(&t[1])))
+    });
+    cases.wholes("Denoiser::estimate", |at| {
+        said(denoiser.estimate(&points(), at, &conditioning(&labels())))
+    });
 }
 
 fn denoisers(cases: &mut Cases) {
@@ -328,7 +334,8 @@ fn denoisers(cases: &mut Cases) {
             said(Thresholded::new(teacher(), thresholding))
         });
     }
-    cases.cannot_fail(&["Consistent::new", "Thresholded::metered"]);
+    cases.tensors("repeated_timestep", &[&points()], |t| said(repeated_timestep(749, &t[0])));
+    cases.cannot_fail(&["Consistent::new", "Thresholded::metered", "with_boundary"]);
 }
 
 fn rollouts(cases: &mut Cases) {

@@ -4,8 +4,8 @@ use ddil_libtorch::{
     clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads, ensure_dense,
     ensure_real, ensure_same_shape, ensure_script_archive, ensure_timesteps, foreach_lerp_,
     foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last,
-    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
-    to_memory_format,
+    is_sole_owner, recomputed, set_default_generator_state, set_num_interop_threads,
+    set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -39,6 +39,10 @@ fn arithmetic(cases: &mut Cases) {
         said(affine_noise(&t[0], &t[1], &t[2], 0.5, 2.0, 1.0))
     });
     cases.tensors("affine_clamped", &two, |t| said(affine_clamped(&t[0], &t[1], &numbers)));
+    cases.tensors("is_sole_owner", &two, |t| {
+        let _ = is_sole_owner(&t[0]);
+        Ok(())
+    });
     cases.tensors("affine_", &two, |t| {
         let (x, rest) = t.split_at_mut(1);
         said(affine_(&mut x[0], &rest[0], 0.5, 2.0))

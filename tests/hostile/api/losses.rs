@@ -193,7 +193,7 @@ fn configs(cases: &mut Cases) {
             });
         }
     }
-    cases.cannot_fail(&["ObjectiveConfig::trained_to_predict", "ObjectiveConfig::sampler"]);
+    cases.cannot_fail(&["ObjectiveConfig::trained_to_predict", "ObjectiveConfig::sampler_config"]);
     let schedule = schedule();
     cases.once("Progressive::new", "another grid", || {
         said(Progressive::new(ProgressiveConfig::default(), schedule.clone(), far.clone()))
@@ -256,7 +256,7 @@ fn objectives(cases: &mut Cases) {
         });
         bare(cases, objective.as_ref(), &states(&points(), &times, &labels));
     }
-    cases.cannot_fail(&["Networks::new", "LossRequest::new"]);
+    cases.cannot_fail(&["Networks::new", "LossRequest::new", "LossTerms::new"]);
 }
 
 /// Without the networks that a method needs.

@@ -1,7 +1,8 @@
 use ddil_schedulers::{
     CommonConfig, ConsistencyBoundary, DataRange, Ddim, EdmConfig, Estimate, FlowConfig, Lcm,
     NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, PreviousTimestep, Sampler,
-    SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps, VpConfig,
+    SamplerConfig, SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps,
+    VpConfig,
 };
 use tch::{Tensor, kind};
 
@@ -245,7 +246,7 @@ fn estimates(cases: &mut Cases) {
         }
     }
     // Asked with every step above.
-    cases.cannot_fail(&["Estimate::timestep", "StepCoefficients::without_epsilon"]);
+    cases.cannot_fail(&["StepCoefficients::without_epsilon", "Sampler::coefficients"]);
 }
 
 fn grids(cases: &mut Cases) {
@@ -330,7 +331,14 @@ fn configs(cases: &mut Cases) {
         let built = config.build();
         assert!(built.is_ok() || !(1..=1_000_000).contains(&(whole as u32)));
     }
-    cases.cannot_fail(&["CommonConfig::with_trained_timesteps"]);
+    for number in ODD_NUMBERS {
+        let ddim = SamplerConfig::Ddim { eta: number };
+        let schedule = schedules()[0].clone();
+        cases.once("SamplerConfig::build", &number.to_string(), || said(ddim.build(&schedule)));
+    }
+    let ddim = SamplerConfig::Ddim { eta: 0.0 };
+    cases.wholes("SamplerConfig::timesteps", |n| said(ddim.timesteps(n as u32, 4)));
+    cases.cannot_fail(&["CommonConfig::with_trained_timesteps", "SamplerConfig::scheduler_config"]);
     cases.spoilt_in_inputs(&[
         "SchedulerConfig::read",
         "SchedulerConfig::read_any",

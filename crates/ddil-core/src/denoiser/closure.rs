@@ -73,7 +73,7 @@ where
         timestep: i64,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let output = (self.output)(x_t, &repeated_timestep(timestep, x_t), conditioning)?;
+        let output = (self.output)(x_t, &repeated_timestep(timestep, x_t)?, conditioning)?;
         Ok(Estimate::of_output(&self.schedule, self.prediction_type, output, timestep)?)
     }
 

@@ -64,7 +64,7 @@ impl<D: Denoiser> Denoiser for Thresholded<D> {
             return Ok(raw);
         }
         if let Some(meter) = &self.meter {
-            meter.measure(&self.thresholding, &raw.x0(x_t)?, &repeated_timestep(timestep, x_t))?;
+            meter.measure(&self.thresholding, &raw.x0(x_t)?, &repeated_timestep(timestep, x_t)?)?;
         }
         Ok(raw.thresholded(&self.thresholding, x_t)?)
     }

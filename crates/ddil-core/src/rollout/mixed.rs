@@ -265,7 +265,7 @@ impl MixedRollout<'_> {
     fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
         const OP: &str = "MixedRollout::visit";
         let timestep = self.timesteps.as_slice()[level];
-        let timesteps = repeated_timestep(timestep, leg.x_t);
+        let timesteps = repeated_timestep(timestep, leg.x_t)?;
         let [student, teacher] = [self.student, self.teacher]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
         let apart =
