@@ -20,7 +20,7 @@
 //! | normalisation in one operation | [`group_norm`] |
 //! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_same_shape`], [`ensure_timesteps`] |
-//! | the process | [`keep_freed_pages`], [`set_num_threads`], [`deterministic`], [`version`], [`why_no_cuda`] |
+//! | the process | [`keep_freed_pages`], [`set_num_threads`], [`adapt_thread_waiting`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
 //! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's reason and without its backtrace.
 //! Names that end in an underscore change their first argument, as in libtorch; since tensors share memory, a tensor
@@ -65,6 +65,7 @@ mod row_file;
 mod script_archive;
 mod threads;
 mod version;
+mod waiting;
 
 pub use allocator::{keep_freed_pages, keeps_freed_pages};
 pub use argument::{ArgumentError, ensure_dense, ensure_real, ensure_same_shape, ensure_timesteps};
@@ -88,6 +89,7 @@ pub use row_file::{RowFile, copy_rows_, gather_rows};
 pub use script_archive::ensure_script_archive;
 pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set_num_threads};
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};
+pub use waiting::{ThreadWaiting, adapt_thread_waiting, thread_waiting};
 
 /// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
 pub use tch;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ddil_data::FashionMnist;
+use ddil_libtorch::ThreadWaiting;
 use ddil_trainer::{Result, environment::Environment};
 use serde::Serialize;
 use tch::Tensor;
@@ -106,6 +107,7 @@ impl Doctor {
             arithmetic(),
             noise(),
             processors(&environment),
+            waiting(),
             cuda(&environment),
             allocator(&environment),
         ];
@@ -181,6 +183,24 @@ fn processors(environment: &Environment) -> Finding {
     );
     let fits = num_threads <= num_cpus || *num_cpus == 0;
     finding("processors", if fits { Health::Good } else { Health::Limited }, detail)
+}
+
+/// What libtorch's threads do while they wait for each other.
+fn waiting() -> Finding {
+    let detail = match ddil_libtorch::thread_waiting() {
+        ThreadWaiting::Environment => {
+            let set = |name| std::env::var(name).map(|value| format!("{name}={value}")).ok();
+            let all: Vec<_> =
+                ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].into_iter().filter_map(set).collect();
+            format!("{}, as the environment sets", all.join(" "))
+        }
+        ThreadWaiting::Adaptive => {
+            "threads spin for milliseconds, and for microseconds while other work competes"
+                .to_owned()
+        }
+        _ => "threads spin as the OpenMP library has it, also while other work competes".to_owned(),
+    };
+    finding("waiting", Health::Good, detail)
 }
 
 fn cuda(environment: &Environment) -> Finding {

@@ -46,6 +46,8 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 fn run(command: &Command) -> anyhow::Result<ExitCode> {
     // Before libtorch allocates anything: pages that temporaries free are kept for the next ones.
     ddil_libtorch::keep_freed_pages();
+    // Beside other work its threads would otherwise wait for each other in vain.
+    ddil_libtorch::adapt_thread_waiting();
     match command {
         Command::Init(args) => commands::init::run(args),
         Command::Train(args) => commands::train::train(args),
