@@ -1,23 +1,22 @@
-#![allow(
-    unsafe_code,
-    reason = "looks up and calls functions of the OpenMP library, and asks the system"
-)]
+#![allow(unsafe_code, reason = "looks up and calls functions of the OpenMP library")]
 
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, OsString, c_int, c_uint, c_void};
+use std::fs;
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::num_threads;
 
 /// How often the watcher looks.
-const INTERVAL: Duration = Duration::from_millis(50);
-/// So many times in one interval threads of this process lose their processor where others want it. On a free machine it
-/// is once or twice a second.
-const CONTENDED: i64 = 4;
+const INTERVAL: Duration = Duration::from_millis(200);
+/// Others compete if a thread of this process is ready to run and has no processor for this share of an interval. Free
+/// processors keep a thread waiting for about a hundredth; at a third, both ways to wait take equally long.
+const CONTENDED: f64 = 0.25;
 /// Others are taken to be gone after so many intervals without: a second.
-const CALM_INTERVALS: u32 = 20;
+const CALM_INTERVALS: u32 = 5;
 /// More threads than this are not created for the purpose.
 const MAX_EXTRA_THREADS: usize = 64;
 
@@ -39,15 +38,16 @@ pub enum ThreadWaiting {
 /// operation. On free processors that is the fastest way to wait. Beside other work it is the slowest: a thread spins
 /// away its time slice while the one that it waits for has no processor.
 ///
-/// This starts a thread that counts, twenty times a second, how often threads of this process lost their processor.
-/// Where that is often, it creates idle threads of libgomp until there are more than processors, for which libgomp
-/// [documents](https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html) a spin of 1000 turns, some microseconds,
+/// This starts a thread that reads, five times a second, how long threads of this process were kept from a processor.
+/// Where one is kept for more than a quarter of the time, it creates idle threads of libgomp until there are more than
+/// processors, for which libgomp [documents](https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html) a spin of 1000 turns, some microseconds,
 /// instead of 300000. After a second without competition the idle threads end, and the long spin is back. Results do not
 /// depend on it.
 ///
 /// Call it once at the start of a program, after [`set_num_threads`](crate::set_num_threads); later calls change nothing.
 /// Nothing is done, and the return value says so, where the environment sets `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT`, where
-/// libtorch uses another OpenMP library, and where more than 64 idle threads would be required.
+/// libtorch uses another OpenMP library, where the system does not tell how long threads wait
+/// (`/proc/self/task/*/schedstat`), and where more than 64 idle threads would be required.
 ///
 /// # Example
 ///
@@ -64,6 +64,9 @@ pub fn adapt_thread_waiting() -> ThreadWaiting {
         }
         let Some(libgomp) = Libgomp::find() else { return ThreadWaiting::Default };
         let Some(size) = libgomp.crowd_size() else { return ThreadWaiting::Default };
+        if delays().is_none() {
+            return ThreadWaiting::Default;
+        }
         let watcher = thread::Builder::new().name("ddil-waiting".to_owned());
         match watcher.spawn(move || watch(libgomp, size)) {
             Ok(_) => ThreadWaiting::Adaptive,
@@ -147,30 +150,33 @@ fn symbol(_: &CStr) -> Option<*mut c_void> {
     None
 }
 
-/// How often threads of this process have lost their processor to others so far.
-#[cfg(unix)]
-fn involuntary_switches() -> i64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the place is valid, and zeros are a value of it if the call fails.
-    unsafe {
-        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
-        usage.assume_init().ru_nivcsw as i64
+/// For how long each thread of this process has been ready to run and has had no processor, by its number.
+fn delays() -> Option<HashMap<OsString, Duration>> {
+    let mut delays = HashMap::new();
+    for entry in fs::read_dir("/proc/self/task").ok()? {
+        let thread = entry.ok()?;
+        // A thread that has ended meanwhile has no file.
+        let Ok(text) = fs::read_to_string(thread.path().join("schedstat")) else { continue };
+        delays.insert(thread.file_name(), Duration::from_nanos(delay_of(&text)?));
     }
+    (!delays.is_empty()).then_some(delays)
 }
 
-#[cfg(not(unix))]
-fn involuntary_switches() -> i64 {
-    0
+/// Nanoseconds: time on a processor, time spent waiting for one, number of turns.
+fn delay_of(schedstat: &str) -> Option<u64> {
+    schedstat.split_whitespace().nth(1)?.parse().ok()
 }
 
-fn watch(libgomp: Libgomp, size: usize) -> ! {
-    let (mut competition, mut seen) = (Competition::default(), involuntary_switches());
-    let mut crowd = None;
+fn watch(libgomp: Libgomp, size: usize) {
+    let (mut competition, mut crowd) = (Competition::default(), None);
+    let (mut before, mut then) = (delays().unwrap_or_default(), Instant::now());
     loop {
         thread::sleep(INTERVAL);
-        let now = involuntary_switches();
-        let competes = competition.observe(now - seen);
-        seen = now;
+        let (now, elapsed) = (delays().unwrap_or_default(), then.elapsed());
+        then = Instant::now();
+        let competes =
+            competition.observe(longest(&before, &now).as_secs_f64() / elapsed.as_secs_f64());
+        before = now;
         if competes && crowd.is_none() {
             crowd = Crowd::gather(libgomp, size);
         } else if !competes && let Some(crowd) = crowd.take() {
@@ -179,7 +185,14 @@ fn watch(libgomp: Libgomp, size: usize) -> ! {
     }
 }
 
-/// Whether others want the processors too, from how often they were taken away in the intervals so far.
+/// The longest delay of a thread that was there before.
+fn longest(before: &HashMap<OsString, Duration>, now: &HashMap<OsString, Duration>) -> Duration {
+    let since =
+        |(thread, delay): (&OsString, &Duration)| Some(delay.saturating_sub(*before.get(thread)?));
+    now.iter().filter_map(since).max().unwrap_or_default()
+}
+
+/// Whether others want the processors too, from the delays in the intervals so far.
 #[derive(Debug, Default)]
 struct Competition {
     /// Intervals until it is taken to be over.
@@ -187,9 +200,10 @@ struct Competition {
 }
 
 impl Competition {
-    fn observe(&mut self, switches: i64) -> bool {
+    /// `delay` is a share of the interval.
+    fn observe(&mut self, delay: f64) -> bool {
         self.remaining =
-            if switches >= CONTENDED { CALM_INTERVALS } else { self.remaining.saturating_sub(1) };
+            if delay >= CONTENDED { CALM_INTERVALS } else { self.remaining.saturating_sub(1) };
         self.remaining > 0
     }
 }
@@ -225,17 +239,30 @@ mod tests {
     #[test]
     fn competition_lasts_until_a_second_is_calm() {
         let mut competition = Competition::default();
-        assert!(!competition.observe(CONTENDED - 1));
+        assert!(!competition.observe(CONTENDED / 2.0));
         assert!(competition.observe(CONTENDED));
         for _ in 1..CALM_INTERVALS {
-            assert!(competition.observe(0));
+            assert!(competition.observe(0.0));
         }
-        assert!(!competition.observe(0));
+        assert!(!competition.observe(0.0));
         // One contended interval begins the second anew.
-        competition.observe(CONTENDED);
-        competition.observe(0);
-        competition.observe(CONTENDED + 100);
+        competition.observe(1.0);
+        competition.observe(0.0);
+        competition.observe(1.0);
         assert_eq!(competition.remaining, CALM_INTERVALS);
+    }
+
+    #[test]
+    fn the_longest_delay_is_of_a_thread_that_was_there_before() {
+        let delays = |all: &[(&str, u64)]| -> HashMap<_, _> {
+            all.iter().map(|&(thread, ms)| (thread.into(), Duration::from_millis(ms))).collect()
+        };
+        let before = delays(&[("1", 500), ("2", 10), ("ended", 7)]);
+        let now = delays(&[("1", 501), ("2", 60), ("new", 900)]);
+        assert_eq!(longest(&before, &now), Duration::from_millis(50));
+        assert_eq!(longest(&HashMap::new(), &now), Duration::ZERO);
+        assert_eq!(delay_of("81 42 7\n"), Some(42));
+        assert_eq!(delay_of("81"), None);
     }
 
     #[test]
