@@ -7,7 +7,7 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test gpu-tests soak fuzz sanitize bench bench-peers bench-check parity lint doc clean
+.PHONY: help tools setup demo test gpu-tests soak fuzz sanitize bench bench-load bench-peers bench-check parity lint doc doc-only dependents package clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the ca
 	$(CARGO) build --release --workspace --example parity
 	$(PEERS_PYTHON) tools/check/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
 
+bench-load: setup ## beside other work on the same processors: benches/load.py; LOAD="--rounds 5"
+	$(CARGO) build --release --workspace --bin ddil
+	$(PYTHON) benches/load.py $(LOAD)
+
 bench-peers: setup $(PEERS_PYTHON) ## compare speed with PyTorch; BENCH_PEERS="--quick" for two minutes of it
 	$(PEERS_PYTHON) benches/peers/bench_peers.py $(BENCH_PEERS)
 
@@ -94,6 +98,27 @@ FUZZ_SECONDS ?= 60
 
 fuzz: setup ## spoilt files for every reader, FUZZ_SECONDS a target; DDIL_FUZZ_SEED chooses other ones
 	DDIL_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --test hostile inputs:: -- --show-output
+
+# Each crate by itself, as docs.rs builds it. A LIBTORCH that is not there shows that none is used.
+doc-only: tools ## the documentation of each crate, without libtorch
+	@set -e; for crate in $(CRATES); do echo "$$crate"; done | while read crate; do \
+		LIBTORCH=/nonexistent $(CARGO) doc --quiet --no-deps -p $$crate $$(grep -q '^doc-only' crates/$$crate/Cargo.toml && echo "--features $$crate/doc-only"); \
+		echo "documented $$crate"; done
+CRATES = $(notdir $(patsubst %/Cargo.toml,%,$(wildcard crates/*/Cargo.toml)))
+
+# They share the workspace's lock file and target folder, so that libtorch's bindings are not built again.
+DEPENDENTS := --manifest-path tests/dependents/Cargo.toml
+dependents: setup ## build and run the packages outside of the workspace, tests/dependents
+	cp Cargo.lock tests/dependents/Cargo.lock
+	$(CARGO) fmt --check $(DEPENDENTS) --all
+	@set -e; for package in uses-schedulers uses-core-and-losses; do \
+		CARGO_TARGET_DIR=$(abspath $(or $(CARGO_TARGET_DIR),target)) $(CARGO) run $(DEPENDENTS) -p $$package; done
+
+# What each crate's package contains. VERIFY= also builds each from its package, which takes minutes.
+VERIFY ?= --no-verify
+package: setup ## the packages of all crates; VERIFY= to build them too
+	$(CARGO) package --workspace --allow-dirty --quiet $(VERIFY) --exclude ddil-examples --exclude ddil-benches --exclude ddil-tests
+	$(PYTHON) tools/check/packages.py --folder $(or $(CARGO_TARGET_DIR),target)/package
 
 clean: ## remove what cargo built; runs/ and the cache stay
 	$(CARGO) clean
