@@ -22,7 +22,7 @@
 //!
 //! # Without libtorch
 //!
-//! Every crate of ddil depends on this one, and the build script of this one fails within seconds where torch-sys would
+//! Every crate of ddil depends on this one, and the build script of this one stops the build early where torch-sys would
 //! not find libtorch. Its error lists the ways to provide one. Crates that depend on tch and not on ddil do not get this
 //! check.
 //!
