@@ -116,7 +116,7 @@ impl TeacherGuidance {
         Ok(match self {
             Self::Cfg { scale } => Box::new(Guided::new(teacher, scale, null)?),
             Self::CfgRange { .. } => Box::new(GuidedByWeight::new(teacher, null)?),
-            Self::Embedded { .. } => Box::new(ToldItsWeight { inner: teacher }),
+            Self::Embedded { .. } => Box::new(WithGuidanceWeight { inner: teacher }),
             Self::BakedIn => Box::new(teacher),
         })
     }
@@ -149,14 +149,14 @@ impl TeacherGuidance {
     }
 }
 
-/// A denoiser that is asked only with a guidance weight: without one it would answer for whatever weight its
-/// network takes absence to mean.
+/// A denoiser that requires a guidance weight: without one, the result would be for the weight that its network takes
+/// as its default.
 #[derive(Debug)]
-struct ToldItsWeight<D> {
+struct WithGuidanceWeight<D> {
     inner: D,
 }
 
-impl<D: Denoiser> Denoiser for ToldItsWeight<D> {
+impl<D: Denoiser> Denoiser for WithGuidanceWeight<D> {
     fn predict(
         &self,
         x_t: &Tensor,

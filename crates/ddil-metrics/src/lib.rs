@@ -1,19 +1,21 @@
-//! Measures generated samples: how good they are, how varied, and how far from a reference.
+//! Metrics of generated samples: Fréchet and kernel distance, precision and recall, energy and Wasserstein distance,
+//! diversity.
 //!
-//! Everything here sees *features*, a tensor `[n, d]` with one sample a row, and never a sampler or a network
-//! that made them. A [`FeatureExtractor`] turns images into features; the metrics are plain functions below it:
+//! Every metric is a function of *features*, tensors `[n, d]` with one sample per row, and independent of the sampler and
+//! network that generated them. A [`FeatureExtractor`] computes features from a batch of images; `ddil-data` reads images
+//! from files.
 //!
 //! | question | function |
 //! | --- | --- |
-//! | how far apart are the two laws? | [`frechet_distance`], [`kid`], [`energy_distance`], [`sliced_wasserstein`] |
-//! | do samples look like real ones, and are all real ones reached? | [`prdc`]: precision, recall, density, coverage |
-//! | how varied are the samples among themselves? | [`mean_pairwise_distance`] |
+//! | how far apart are two distributions? | [`frechet_distance`], [`kid`], [`energy_distance`], [`sliced_wasserstein`] |
+//! | do samples look real, and are all real samples reached? | [`prdc`]: precision, recall, density, coverage |
+//! | how varied are the samples? | [`mean_pairwise_distance`] |
+//! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
 //!
-//! [`measure`] takes all of them at once and gives a [`Report`] that says against what, with which extractor and
-//! from how many samples the numbers were made: a number without these compares with nothing.
+//! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of samples:
+//! only numbers with the same three can be compared.
 //!
-//! Sums run in `f64` on the device of the features, and work through large sets in blocks, so memory stays
-//! bounded at any number of samples.
+//! Sums are in `f64` on the device of the features, in blocks, so that memory is bounded for any number of samples.
 //!
 //! # Example
 //!

@@ -1,8 +1,49 @@
-//! Denoisers on libtorch with diffusers' weight names and numbers.
+//! Networks on libtorch that load and save diffusers' and transformers' files: U-Nets for pixels and for text to image,
+//! the autoencoder of latents, CLIP, adapters of low rank, and small networks for experiments.
 //!
-//! Networks here only answer: they take noisy samples and timesteps and say what they see. Files are safetensors and
-//! JSON as diffusers lays them out, so a teacher trained there loads here unrenamed, and a student trained here loads
-//! there.
+//! A teacher that was trained in diffusers loads here unrenamed, and a student that is trained here loads there. Outputs
+//! agree with diffusers' up to rounding. A [`NetworkDenoiser`] makes a network a teacher, student or critic for
+//! `ddil-core` and `ddil-losses`.
+//!
+//! | for | there is |
+//! | --- | --- |
+//! | a network of any class, and its folder | [`ModelConfig`], [`Model`] |
+//! | samples of pixels or latents | [`UNet2DConfig`], [`UNet2DModel`] |
+//! | text to image | [`UNet2DConditionConfig`], [`UNet2DConditionModel`] |
+//! | images to latents and back | [`AutoencoderKLConfig`], [`AutoencoderKL`] |
+//! | text and images in one space | [`ClipTextModel`], [`ClipVisionModel`], [`ClipModel`], [`ClipScore`] |
+//! | vectors, closed forms, networks of others | [`Mlp`], [`GaussianMixture`], [`TorchScript`] |
+//! | sampling and losses | [`NetworkDenoiser`], with [`Precision`] and [`OutputObserver`]; [`NetworkDiscriminator`] |
+//! | adapters | [`LoraConfig`], [`Lora`] |
+//! | parameters and files | [`Parameters`], [`Placement`], [`weights`] |
+//!
+//! # Example
+//!
+//! ```
+//! use ddil_core::{Conditioning, Denoiser};
+//! use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
+//! use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
+//! use tch::{Tensor, kind};
+//!
+//! let config = UNet2DConfig {
+//!     in_channels: 1,
+//!     out_channels: 1,
+//!     down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
+//!     up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
+//!     block_out_channels: vec![8, 16],
+//!     norm_num_groups: 4,
+//!     ..UNet2DConfig::default()
+//! };
+//! let network = Model::UNet2D(config.build(Placement::default(), 0)?);
+//! let schedule = NoiseScheduleConfig::default().build()?;
+//! let denoiser = NetworkDenoiser::new(network, PredictionType::Epsilon, schedule)?;
+//!
+//! let x_t = Tensor::randn([2, 1, 8, 8], kind::FLOAT_CPU);
+//! let timesteps = Tensor::from_slice(&[999_i64, 249]);
+//! let prediction = denoiser.predict(&x_t, &timesteps, &Conditioning::none())?;
+//! assert_eq!(prediction.x0.size(), [2, 1, 8, 8]);
+//! # Ok::<_, Box<dyn std::error::Error>>(())
+//! ```
 
 #![forbid(unsafe_code)]
 
