@@ -1,9 +1,9 @@
 //! Training states from a source of one's own: forward states with too much noise.
 //!
 //! A student that samples never meets exactly the states it was trained on. Input perturbation
-//! ([Ning et al. 2023](https://arxiv.org/abs/2301.11706)) gets it used to that without any rollout: each training
-//! state is noised a bit more than its timestep says. Here that is a [`TrajectorySource`] of twenty lines, which a
-//! [`Mixer`] takes in place of its own forward source; distillation does not notice.
+//! ([Ning et al. 2023](https://arxiv.org/abs/2301.11706)) prepares it for that without any rollout: each training
+//! state has a bit more noise than its timestep. Here that is a [`TrajectorySource`] of ten lines, which is added to a
+//! [`Mixer`] under a name and with a share of its own.
 //!
 //! Run with `cargo run --release --example custom_source`.
 
@@ -41,14 +41,8 @@ impl TrajectorySource for Perturbed {
         let noise = request.noise + extra * self.strength;
 
         let timesteps = Tensor::from_slice(&request.timesteps()).to_device(x0.device());
-        Ok(States {
-            x_t: request.sampler.schedule().add_noise(x0, &noise, &timesteps)?,
-            timesteps,
-            grid_indices: request.grid_indices.to_vec(),
-            conditioning: request.data.conditioning.shallow_clone(),
-            sources: vec![Source::Forward; request.len()],
-            births: vec![request.step; request.len()],
-        })
+        let x_t = request.sampler.schedule().add_noise(x0, &noise, &timesteps)?;
+        Ok(request.states(x_t, request.data.conditioning.shallow_clone(), Source::Forward))
     }
 }
 

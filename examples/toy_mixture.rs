@@ -212,9 +212,13 @@ impl Lab {
         };
         let fine = self.grid.refined(SUBSTEPS, self.schedule.num_train_timesteps() as u32)?;
         let teachers = [distance_of_teacher(&self.grid)?, distance_of_teacher(&fine)?];
-        let arms = ARMS.map(|(_, [forward, student, teacher_share])| {
+        let arms = ARMS.map(|(name, [forward, student, teacher_share])| {
             let priors = Priors::new(forward, student, teacher_share)?;
             let model = self.distil(start, &teacher, priors)?;
+            eprintln!(
+                "seed {}, guidance {guidance_scale}: student on {name} states is trained",
+                self.streams.seed
+            );
             self.judge(&self.denoiser(&model)?, &reference)
         });
         let [forward, mix, student, teacher] = arms;

@@ -1,22 +1,57 @@
-//! The core of the method, not the floor of the workspace: which states a student is trained on.
+//! Training states for the distillation of diffusion models: for a training loop of one's own.
 //!
-//! A student that samples in a few steps meets, at inference, states that its training never showed it. This crate
-//! *collects* training states from three sources ([`Source`]): dataset samples noised forward, the student's own
-//! backward trajectory, the teacher's backward trajectory. [`Mixer`] draws a batch from all three;
-//! [`AggregationBuffer`] keeps visited states for a while; [`measure_shift`] says how far the states at inference lie
-//! from those of training.
-//! Rollouts run without gradients and labels are made elsewhere, at the loss.
+//! A student that samples in a few steps meets states at inference that plain distillation never trains on. This crate
+//! makes training batches from a mixture of sources: noised dataset samples, states of the student's own backward
+//! trajectories and states of the teacher's, as in DDIL
+//! ([Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971)). Rollouts run without gradients; the loss, the network and
+//! the optimizer are the caller's, or those of `ddil-losses` and `ddil-models`.
+//!
+//! # Example
+//!
+//! ```
+//! use ddil_core::{
+//!     Clock, Conditioning, Data, Feedback, FnDenoiser, MixBatch, Mixer, MixerConfig, RandomStreams, Rollout,
+//!     RolloutNetworks,
+//! };
+//! use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
+//! use tch::{Tensor, kind};
+//!
+//! let schedule = NoiseScheduleConfig::default().build()?;
+//! let sampler = Ddim::new(schedule.clone());
+//! let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+//! // Stands for a network: it estimates all data as 0.
+//! let network = FnDenoiser::new(schedule, PredictionType::Sample, |x_t, _timesteps, _conditioning| Ok(x_t.zeros_like()));
+//!
+//! // Sampling.
+//! let samples = Rollout::new(&network, &sampler, &grid).sample(Tensor::randn([8, 2], kind::FLOAT_CPU))?;
+//! assert_eq!(samples.size(), [8, 2]);
+//!
+//! // Training states, with the loss between.
+//! let mut mixer = Mixer::new(MixerConfig::default(), grid, Box::new(sampler))?;
+//! for step in 0..3 {
+//!     let clock = Clock::new(step, 3, RandomStreams::new(0, 0));
+//!     let data = Data { x0: Tensor::randn([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+//!     let networks = RolloutNetworks::new(&network, &network);
+//!     let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
+//!     let student_x0 = states.x_t.zeros_like(); // the student's estimates, from the loss
+//!     mixer.feed_back(&clock, &states, &Feedback::new(&student_x0))?;
+//! }
+//! # Ok::<(), ddil_core::Error>(())
+//! ```
+//!
+//! # Parts
 //!
 //! | for | there is |
 //! | --- | --- |
-//! | what a network can be asked | [`Denoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
-//! | running it | [`Rollout`], [`MixedRollout`] |
-//! | where states come from | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`] |
-//! | how often | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`] |
-//! | what is measured meanwhile | [`ClipMeter`], [`LossMeter`], [`measure_shift`] |
-//! | random numbers that resume exactly | [`RandomStreams`], [`Stream`] |
+//! | networks and their inputs | [`Denoiser`], [`FnDenoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
+//! | from noise to samples | [`Rollout`], [`MixedRollout`] |
+//! | a batch from a mixture | [`Mixer`], [`Clock`], [`MixBatch`], [`RolloutNetworks`], [`Feedback`] |
+//! | sources | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`], [`AggregationBuffer`] |
+//! | shares of sources | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`], [`Mixer::with_source`] |
+//! | measurements | [`ClipMeter`], [`LossMeter`], [`measure_shift`] |
+//! | exact resume | [`RandomStreams`], [`Stream`], [`SavedState`] |
 //!
-//! Works for tensors of any rank with the batch first: vectors, audio, images, video.
+//! Tensors may have any rank with the batch first: vectors, audio, images, video.
 
 #![forbid(unsafe_code)]
 
