@@ -36,6 +36,9 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
         let expected = format!("in 1..={MAX_SIDE}");
         return Err(Invalid::new("height, width", format!("{height}, {width}"), expected).into());
     }
+    if !matches!(channels, 1 | 3) {
+        return Err(Invalid::new("channels", channels, "1 or 3").into());
+    }
     let (layout, bytes) = read_picture(path)?;
     let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
     let own_channels = own_channels as i64;
@@ -72,7 +75,7 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
             .f_squeeze_dim(0)?
             .f_contiguous()
     };
-    let pixels = run().map_err(|source| Error::Torch { op: "read_cropped", source })?;
+    let pixels = run().map_err(Error::torch("read_cropped"))?;
     Ok(Cropped { pixels, original, cut_off })
 }
 

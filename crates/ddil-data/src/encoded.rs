@@ -256,8 +256,12 @@ impl EncodedDataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] for a row that is not there.
+    /// [`Error::Index`] for a row that is not there.
     pub fn told(&self, rows: &[i64]) -> Result<Conditioning> {
+        let len = self.info.num_prompts;
+        if let Some(&index) = rows.iter().find(|&&row| !(0..len).contains(&row)) {
+            return Err(Error::Index { index, len });
+        }
         let rows = Tensor::from_slice(rows);
         let part = |name| select(self.prompts.get(name), &rows);
         Ok(Conditioning::none()
@@ -301,7 +305,7 @@ impl EncodedDataset {
         let rows = Tensor::from_slice(indices);
         let time_ids = select(self.time_ids.as_ref(), &rows)?;
         let conditioning = self.told(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
-        let torch = |source| Error::Torch { op: "EncodedDataset::batch", source };
+        let torch = |error| Error::torch("EncodedDataset::batch")(error);
         let on_device = |tensor: &Tensor| -> Result<Tensor> {
             let chosen = tensor.f_index_select(0, &rows).map_err(torch)?;
             // Cast there: half precision is half the way.
@@ -328,7 +332,7 @@ impl EncodedDataset {
 /// Rows of a part that is there, `Float`.
 fn select(part: Option<&Tensor>, rows: &Tensor) -> Result<Option<Tensor>> {
     let chosen = part.map(|part| part.f_index_select(0, rows)?.f_to_kind(Kind::Float)).transpose();
-    chosen.map_err(|source| Error::Torch { op: "EncodedDataset::told", source })
+    chosen.map_err(Error::torch("EncodedDataset::told"))
 }
 
 /// What was found in a folder against what it says and what the teacher takes.

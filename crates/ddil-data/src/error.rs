@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 
 use crate::layout::ENDINGS;
 
@@ -11,6 +12,9 @@ pub enum Error {
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// An argument is undefined or sparse.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A data set is not where it is looked for.
     #[error(
         "no {dataset} in {}; `make setup` fetches it, or let DDIL_DATA name the folder that has it",
@@ -158,12 +162,12 @@ pub enum Error {
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
     /// libtorch refused an operation.
-    #[error("{op}: libtorch refused")]
+    #[error("{op}: libtorch refused: {reason}")]
     Torch {
         /// The function that was called.
         op: &'static str,
         /// What libtorch said.
-        source: tch::TchError,
+        reason: String,
     },
 }
 
@@ -176,6 +180,15 @@ impl Error {
         match self {
             Self::Invalid(invalid) => Some(invalid),
             _ => None,
+        }
+    }
+
+    /// Names the function in which libtorch refused; for `map_err`.
+    pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
+        // The message continues with a C++ backtrace.
+        move |error| {
+            let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
+            Self::Torch { op, reason }
         }
     }
 }

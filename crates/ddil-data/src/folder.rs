@@ -113,7 +113,7 @@ fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
         first.unwrap_or(Layout { channels: 1, height: 0, width: 0 });
     let size = [paths.len() as i64, height.into(), width.into(), channels as i64];
     let pixels = Tensor::f_from_data_size(&bytes, &size, Kind::Uint8)
-        .map_err(|source| Error::Torch { op: "read_image_folder", source })?;
+        .map_err(Error::torch("read_image_folder"))?;
     Ok(pixels.permute([0, 3, 1, 2]).contiguous())
 }
 

@@ -100,6 +100,5 @@ fn split_header<'a, const N: usize>(
 
 fn to_tensor(values: &[u8], dims: &[u32]) -> Result<Tensor> {
     let size: Vec<i64> = dims.iter().map(|&dim| dim.into()).collect();
-    Tensor::f_from_data_size(values, &size, Kind::Uint8)
-        .map_err(|source| Error::Torch { op: "read_idx", source })
+    Tensor::f_from_data_size(values, &size, Kind::Uint8).map_err(Error::torch("read_idx"))
 }

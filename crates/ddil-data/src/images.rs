@@ -1,3 +1,4 @@
+use ddil_libtorch::ensure_dense;
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
@@ -40,6 +41,10 @@ impl ImageDataset {
     /// [`Error::Tensor`] for another shape or kind or for no images at all, [`Error::LabelCount`] if there are not as
     /// many labels as images, [`Error::Label`] for one that is negative or beyond a million.
     pub fn new(pixels: &Tensor, labels: Option<&Tensor>) -> Result<Self> {
+        ensure_dense("ImageDataset::new", "pixels", pixels)?;
+        if let Some(labels) = labels {
+            ensure_dense("ImageDataset::new", "labels", labels)?;
+        }
         let names = labels
             .filter(|labels| labels.defined() && labels.numel() > 0 && labels.kind() == Kind::Int64)
             .map_or(0, |labels| labels.max().int64_value(&[]).clamp(-1, MAX_CLASSES - 1) + 1);
@@ -59,6 +64,7 @@ impl ImageDataset {
         labels: Option<&Tensor>,
         class_names: Vec<String>,
     ) -> Result<Self> {
+        ensure_dense("ImageDataset::with_class_names", "pixels", pixels)?;
         let shape = pixels.size();
         if shape.len() != 4 || shape.contains(&0) || pixels.kind() != Kind::Uint8 {
             return Err(Error::Tensor {
@@ -115,9 +121,7 @@ impl ImageDataset {
             return Err(Error::Index { index, len });
         }
         let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
-        let select = |from: &Tensor| {
-            from.f_index_select(0, &chosen).map_err(|source| Error::Torch { op: "batch", source })
-        };
+        let select = |from: &Tensor| from.f_index_select(0, &chosen).map_err(Error::torch("batch"));
         let x0 = to_signed_unit(&select(&self.pixels)?);
         let labels = self.labels().map(select).transpose()?;
         Ok(Batch { x0, labels })
@@ -148,6 +152,7 @@ impl ImageDataset {
 ///
 /// [`Error::Tensor`] unless there are as many marks as images of four dimensions.
 pub fn flip_horizontally(images: &Tensor, flips: &[bool]) -> Result<Tensor> {
+    ensure_dense("flip_horizontally", "images", images)?;
     let shape = images.size();
     if shape.len() != 4 || shape[0] != flips.len() as i64 {
         return Err(Error::Tensor {
@@ -166,6 +171,7 @@ fn to_signed_unit(pixels: &Tensor) -> Tensor {
 }
 
 fn ensure_labels(labels: &Tensor, num_images: i64, num_classes: i64) -> Result<()> {
+    ensure_dense("ImageDataset::with_class_names", "labels", labels)?;
     let shape = labels.size();
     if shape.len() != 1 || labels.kind() != Kind::Int64 {
         return Err(Error::Tensor {

@@ -56,12 +56,12 @@ pub enum Error {
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
     /// libtorch refused an operation of tch's.
-    #[error("{op}: {}", first_line(source))]
+    #[error("{op}: {reason}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// What libtorch reported.
-        source: tch::TchError,
+        /// The first line of libtorch's message, which continues with a C++ backtrace.
+        reason: String,
     },
     /// A schedule, grid, sampler or threshold refused.
     #[error(transparent)]
@@ -96,7 +96,7 @@ impl Error {
 
     /// Names the function in which libtorch refused; for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
-        move |source| Self::Torch { op, source }
+        move |error| Self::Torch { op, reason: first_line(&error) }
     }
 }
 
@@ -115,7 +115,6 @@ fn listed(problems: &[String]) -> String {
     problems.iter().fold(String::new(), |text, problem| text + "\n  " + problem)
 }
 
-/// libtorch's messages go on with a C++ backtrace, which helps nobody here.
 fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }

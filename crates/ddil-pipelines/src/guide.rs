@@ -56,6 +56,10 @@ impl Guide {
         denoiser: &'a dyn Denoiser,
         scale: f64,
     ) -> Result<Box<dyn Denoiser + 'a>> {
+        if scale.is_nan() || scale.abs() > f64::from(f32::MAX) {
+            let expected = "a number that 32 bits can hold";
+            return Err(Invalid::new("guidance_scale", scale, expected).into());
+        }
         Ok(match self.range {
             Some(range) => Box::new(Told::new(denoiser, scale, range)?),
             None if (scale - 1.0).abs() < f64::EPSILON => Box::new(denoiser),

@@ -9,6 +9,7 @@ use std::{
 };
 
 use ddil_files::write_atomic;
+use ddil_libtorch::ensure_dense;
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
@@ -100,6 +101,7 @@ impl Picture {
     ///
     /// [`Error::Picture`] as for [`grid`](Self::grid).
     pub fn each(images: &Tensor) -> Result<Vec<Self>> {
+        ensure_dense("Picture::each", "images", images)?;
         let size = images.size();
         let &[_, channels @ (1 | 3), height, width] = size.as_slice() else {
             return Err(refused(format!("a tensor of shape {size:?}")));

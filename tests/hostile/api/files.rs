@@ -1,4 +1,4 @@
-use ddil_files::settings::{Settings, differences, to_toml};
+use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
 use ddil_files::{
     Invalid, ensure_version, open_plain_file, parent, read_bounded, read_json, read_small_json,
     read_text_bounded, read_versioned, sync_folder, temporary_sibling, write_atomic, write_json,
@@ -84,6 +84,7 @@ fn toml_settings(cases: &mut Cases) {
     for value in [Value::Null, Value::from(u64::MAX), Value::from(f64::NAN), Value::from("text")] {
         let what = value.to_string();
         cases.once("to_toml", &what, || said(to_toml(&value)));
+        cases.once("inline_toml", &what, || said(inline_toml(&value)));
         cases.once("differences", &what, || said(differences(&value, &Value::from(1))));
     }
 }

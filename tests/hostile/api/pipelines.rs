@@ -193,7 +193,7 @@ fn components(cases: &mut Cases, model: &TextToImage) {
     let (pipeline, components) = (model.pipeline(), model.components());
     let plan = SamplePlan::of(pipeline, Some(1));
     let mut generator = ddil_core::Generator::new(Device::Cpu, 0).expect("there is a CPU");
-    let images = Tensor::zeros([2, 1, 32, 32], kind::FLOAT_CPU);
+    let images = Tensor::zeros([2, 3, 32, 32], kind::FLOAT_CPU);
     let latents = components.encode_images(&images, &mut generator).expect("it takes them");
     cases.tensors("TextToImageComponents::decode", &[&latents], |t| said(components.decode(&t[0])));
     cases.tensors("decode", &[&latents], |t| said(decode(components, &t[0], 0)));
