@@ -38,7 +38,7 @@ pub struct Trajectory {
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if `timestep` is off the grid, [`Error::Argument`] if `noise` is not of floating point.
+/// [`Error::Scheduler`](crate::Error::Scheduler) if `timestep` is off the grid, [`Error::Argument`](crate::Error::Argument) if `noise` is not of floating point.
 pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> Result<Tensor> {
     ensure_real("first_state", "noise", noise)?;
     match schedule.config() {
@@ -152,8 +152,8 @@ impl<'a> Rollout<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] if the sampler requires noise and there is no generator; [`Error::Argument`] or
-    /// [`Error::Conditioning`] if the arguments do not fit each other; [`Error::Invalid`] if a timestep to
+    /// [`Error::Scheduler`](crate::Error::Scheduler) if the sampler requires noise and there is no generator; [`Error::Argument`](crate::Error::Argument) or
+    /// [`Error::Conditioning`](crate::Error::Conditioning) if the arguments do not fit each other; [`Error::Invalid`](crate::Error::Invalid) if a timestep to
     /// [`keep`](Self::keep) is not visited; the errors of the denoiser.
     pub fn run(self, noise: Tensor) -> Result<Trajectory> {
         let kept = self.kept.unwrap_or(self.timesteps).clone();
