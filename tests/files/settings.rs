@@ -101,7 +101,7 @@ fn an_unknown_key_names_place_and_nearest() {
 fn a_key_like_no_other_lists_them_all() {
     assert_eq!(
         message(&format!("xyzzy = 3\n{TEXT}"), &[]),
-        "run.toml:1:1: unknown key `xyzzy`; known are name, seed, train, stages"
+        "run.toml:1:1: unknown key `xyzzy`; known keys: name, seed, train, stages"
     );
 }
 
@@ -194,7 +194,7 @@ fn an_override_that_leads_nowhere_is_refused_and_changes_nothing() -> Result<(),
         ("seed", "expected key=value"),
         ("=1", "the key has an empty part"),
         ("train..x=1", "the key has an empty part"),
-        ("seed.x=1", "`x` cannot stand below a value of type integer"),
+        ("seed.x=1", "`x` cannot be set below a value of type integer"),
         ("stages.7.num_steps=1", "`7` is not one of its 1 entries"),
     ] {
         let error = settings.set(assignment).expect_err(assignment);

@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ddil_files::open_plain_file;
+use ddil_files::open_regular_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
@@ -124,7 +124,7 @@ pub(crate) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
 fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
     let file =
-        open_plain_file(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        open_regular_file(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let length =
         file.metadata().map_err(|source| Error::Read { path: path.to_owned(), source })?.len();
     // Sixteen greys of one bit become sixteen bytes.

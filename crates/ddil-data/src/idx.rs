@@ -49,7 +49,7 @@ pub(crate) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         if path.extension().is_some_and(|extension| extension == "gz") {
-            return unpack(GzDecoder::new(ddil_files::open_plain_file(path)?));
+            return unpack(GzDecoder::new(ddil_files::open_regular_file(path)?));
         }
         ddil_files::read_bounded(path, MAX_BYTES)
     };

@@ -1,4 +1,4 @@
-//! Files that are whole or not there, also after a crash.
+//! Files that are complete or absent, even after a crash.
 
 use std::{
     fs::{self, File},
@@ -10,16 +10,16 @@ use crate::{
     fault::{self, Point},
 };
 
-/// The beginning of the name of a file or folder while it is being written or deleted.
+/// Name prefix of files and folders that are being written or deleted.
 pub const TEMPORARY: &str = ".tmp-";
 
-/// Replaces a file by new content: a reader, and a crash, see either all of the old content or all of the new.
+/// Replaces a file atomically: readers see the complete old content or the complete new content, even after a crash.
 ///
-/// The content is written to a file beside it, flushed to disk and renamed.
+/// The content is written to a temporary file in the same folder, flushed to disk and renamed.
 ///
 /// # Errors
 ///
-/// [`Error::Io`] with the step that failed; the old file is then still there.
+/// [`Error::Io`] with the step that failed; the old file is then unchanged.
 ///
 /// # Example
 ///
@@ -32,22 +32,22 @@ pub const TEMPORARY: &str = ".tmp-";
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
-    let aside = temporary_sibling(path);
-    // Errors name the file that is meant, not the one beside it.
-    let written = write_synced(&aside, path, content)
+    let temporary = temporary_sibling(path);
+    // Errors name the target, not the temporary file.
+    let written = write_synced(&temporary, path, content)
         .and_then(|()| {
-            fault::rename(Point::FileRename, &aside, path).map_err(Error::io("replace", path))
+            fault::rename(Point::FileRename, &temporary, path).map_err(Error::io("replace", path))
         })
         .and_then(|()| sync_folder(parent(path)));
     if written.is_err() {
-        // The first error is the one to tell.
-        let _ = fs::remove_file(&aside);
+        // Only the first error is reported.
+        let _ = fs::remove_file(&temporary);
     }
     written
 }
 
-fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
-    let created = fault::reach(Point::FileCreate, path).and_then(|()| File::create(aside));
+fn write_synced(temporary: &Path, path: &Path, content: &[u8]) -> Result<()> {
+    let created = fault::reach(Point::FileCreate, path).and_then(|()| File::create(temporary));
     let mut file = created.map_err(Error::io("create", path))?;
     fault::write_all(Point::FileWrite, path, &mut file, content)
         .map_err(Error::io("write", path))?;
@@ -56,7 +56,7 @@ fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
         .map_err(Error::io("flush to disk", path))
 }
 
-/// Flushes a folder to disk: names that were created, renamed or removed in it survive a power cut.
+/// Flushes a folder to disk, so that created, renamed and removed entries survive a power failure.
 ///
 /// A no-op on Windows.
 ///
@@ -65,7 +65,7 @@ fn write_synced(aside: &Path, path: &Path, content: &[u8]) -> Result<()> {
 /// [`Error::Io`] if the folder cannot be opened or flushed.
 pub fn sync_folder(path: &Path) -> Result<()> {
     if cfg!(windows) {
-        return Ok(()); // A folder cannot be opened as a file there, and needs no flush.
+        return Ok(()); // Windows cannot open a folder as a file, and needs no flush.
     }
     fault::reach(Point::FolderFlush, path)
         .and_then(|()| File::open(path))
@@ -73,13 +73,13 @@ pub fn sync_folder(path: &Path) -> Result<()> {
         .map_err(Error::io("flush to disk", path))
 }
 
-/// A temporary name beside `path`, different in each process; it begins with [`TEMPORARY`].
+/// A temporary path in the folder of `path`. The name begins with [`TEMPORARY`] and contains the process id.
 pub fn temporary_sibling(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!("{TEMPORARY}{name}-{}", std::process::id()))
 }
 
-/// The folder that contains `path`; `.` for a bare name.
+/// The folder that contains `path`; `.` for a bare file name.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent,

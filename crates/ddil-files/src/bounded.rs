@@ -2,29 +2,31 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Opens a plain file for reading; what is none is refused, where opening it or reading from it might wait for ever.
+/// Opens a regular file for reading.
+///
+/// Anything else is refused: opening or reading a pipe or a device can block forever.
 ///
 /// # Errors
 ///
-/// What the system says; [`io::ErrorKind::InvalidInput`] for a folder, a pipe or a device, also behind a link.
-pub fn open_plain_file(path: impl AsRef<Path>) -> io::Result<File> {
+/// The system's error; [`io::ErrorKind::InvalidInput`] for a folder, a pipe or a device, also behind a link.
+pub fn open_regular_file(path: impl AsRef<Path>) -> io::Result<File> {
     let path = path.as_ref();
-    // Before it is opened: opening a pipe waits for a writer.
+    // Checked first: opening a pipe waits for a writer.
     if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
     File::open(path)
 }
 
-/// The whole of a plain file, unless it has more than `max_bytes`.
+/// The content of a regular file of at most `max_bytes`.
 ///
-/// For files that are small by nature, such as settings and indices: what a stranger put in their place (an endless
-/// device, a pipe that nobody writes to, a huge file) is refused before memory is taken for it.
+/// For untrusted files that are usually small, such as settings and indices. An endless device, a pipe without a writer
+/// or a huge file is refused before memory is allocated for it.
 ///
 /// # Errors
 ///
-/// What the system says; [`io::ErrorKind::InvalidInput`] for what is no plain file and [`io::ErrorKind::FileTooLarge`] for
-/// one that is too large.
+/// The system's error; [`io::ErrorKind::InvalidInput`] if it is not a regular file, [`io::ErrorKind::FileTooLarge`] if
+/// it is too large.
 ///
 /// # Example
 ///
@@ -39,17 +41,17 @@ pub fn open_plain_file(path: impl AsRef<Path>) -> io::Result<File> {
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let file = open_plain_file(path)?;
+    let file = open_regular_file(path)?;
     let len = file.metadata()?.len();
     ensure_at_most(len, max_bytes)?;
     let mut bytes = Vec::with_capacity(len as usize);
-    // A file may say that it is empty and have no end, or grow.
+    // The reported length can be wrong: special files report 0, and a file can grow.
     file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
     ensure_at_most(bytes.len() as u64, max_bytes)?;
     Ok(bytes)
 }
 
-/// As [`read_bounded`], for text.
+/// The content of a text file; see [`read_bounded`].
 ///
 /// # Errors
 ///
@@ -63,6 +65,6 @@ fn ensure_at_most(bytes: u64, max_bytes: u64) -> io::Result<()> {
     if bytes <= max_bytes {
         return Ok(());
     }
-    let message = format!("it has {bytes} bytes or more, where at most {max_bytes} are read");
+    let message = format!("it has {bytes} bytes or more; the limit is {max_bytes}");
     Err(io::Error::new(io::ErrorKind::FileTooLarge, message))
 }

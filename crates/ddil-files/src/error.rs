@@ -1,18 +1,18 @@
-//! What can go wrong while files and settings are read and written.
+//! Errors of reading and writing files and settings.
 
 use std::{io, path::Path, path::PathBuf};
 
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The file system refused an operation.
+    /// A file system operation failed.
     #[error("could not {action} {}", path.display())]
     Io {
-        /// The action, as in "could not _write_ runs/demo/status.json".
+        /// The action, as in "could not *write* runs/demo/status.json".
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
@@ -29,9 +29,9 @@ pub enum Error {
         /// The message of the parser.
         source: serde_json::Error,
     },
-    /// A file was written by another version of this program, in a format that this one does not know.
+    /// A file has a format version that this version of the program cannot read.
     #[error(
-        "{} is of format version {found}, and this version of ddil reads {known}: use {} version of ddil for it",
+        "{} has format version {found}, but this version of ddil reads {known}: use {} version of ddil",
         path.display(), if found > known { "a newer" } else { "an older" }
     )]
     FormatVersion {
@@ -39,10 +39,10 @@ pub enum Error {
         path: PathBuf,
         /// The version of the file.
         found: u32,
-        /// The version that is known.
+        /// The version that can be read.
         known: u32,
     },
-    /// A config file is not TOML.
+    /// A config file is not valid TOML.
     #[cfg(feature = "settings")]
     #[error("{place}: {message}")]
     ConfigSyntax {
@@ -51,50 +51,50 @@ pub enum Error {
         /// The message of the parser.
         message: String,
     },
-    /// A config has an unknown key.
+    /// A config contains an unknown key.
     #[cfg(feature = "settings")]
     #[error("{place}: unknown key `{key}`{}", suggestion(nearest.as_deref(), known))]
     UnknownKey {
-        /// File, line and column, or the `--set` that brought the key.
+        /// File, line and column, or the `--set` override that contains the key.
         place: String,
-        /// The whole path of the key.
+        /// The full path of the key.
         key: String,
-        /// The known key that looks most like it.
+        /// The most similar known key.
         nearest: Option<String>,
-        /// All keys that are known there.
+        /// All known keys at this place.
         known: Vec<String>,
     },
-    /// A config has a key with a value of the wrong type or range.
+    /// A value in a config has the wrong type or is out of range.
     #[cfg(feature = "settings")]
     #[error("{place}: `{key}`: {message}")]
     InvalidSetting {
-        /// File, line and column, or the `--set` that brought the value.
+        /// File, line and column, or the `--set` override that contains the value.
         place: String,
-        /// The whole path of the key.
+        /// The full path of the key.
         key: String,
-        /// The value that was found and the values that are allowed.
+        /// The value found and the values allowed.
         message: String,
     },
-    /// An override on the command line cannot be read.
+    /// A `--set` override cannot be parsed or applied.
     #[cfg(feature = "settings")]
     #[error("--set {text}: {reason}")]
     InvalidOverride {
-        /// What was given.
+        /// The text of the override.
         text: String,
         /// Why it cannot be applied.
         reason: String,
     },
-    /// A value has no form in TOML.
+    /// TOML cannot represent a value.
     #[cfg(feature = "settings")]
     #[error("could not write the settings as TOML")]
     WriteSettings {
-        /// The error of the serialiser.
+        /// The error of the serializer.
         source: toml::ser::Error,
     },
 }
 
 impl Error {
-    /// Names path and action of a refused file system call; for `map_err`.
+    /// Adds the action and the path to the error of a file system call; for `map_err`.
     pub fn io<'a>(
         action: &'static str,
         path: &'a Path,
@@ -102,7 +102,7 @@ impl Error {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }
 
-    /// Names path and action of what a JSON parser or writer refused; for `map_err`.
+    /// Adds the action and the path to the error of a JSON parser or writer; for `map_err`.
     pub fn json<'a>(
         action: &'static str,
         path: &'a Path,
@@ -121,7 +121,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 fn suggestion(nearest: Option<&str>, known: &[String]) -> String {
     match (nearest, known) {
         (Some(nearest), _) => format!("; did you mean `{nearest}`?"),
-        (None, []) => "; no key may stand there".to_owned(),
-        (None, known) => format!("; known are {}", known.join(", ")),
+        (None, []) => "; no keys are allowed here".to_owned(),
+        (None, known) => format!("; known keys: {}", known.join(", ")),
     }
 }

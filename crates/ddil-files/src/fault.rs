@@ -1,13 +1,13 @@
-//! Named points at which a test has the disk fail or the process die.
+//! Fault injection: named points at which tests make the disk fail or kill the process.
 //!
-//! Everything that a run writes passes one of these points. Debug builds with the feature `fault-points`, which the
-//! tests of the program turn on, ask the environment there; in every other build a point is the plain operation, and
-//! there is nothing to be asked. So a feature that cargo unifies into a release build changes nothing.
+//! Every write of a run passes one of these points. They are active in debug builds with the feature `fault-points`,
+//! which the program's tests enable; there they are controlled by environment variables. In all other builds a point is
+//! the plain operation, so the feature has no effect if cargo unifies it into a release build.
 //!
-//! `DDIL_FAULT` is a list, separated by commas, of `<point>[@<file>]:<effect>[:<nth>]`: at the nth time, the first by
-//! default, that a point is reached, for any file or for the one of that name, in which `#` stands for digits. A disk
-//! that is full stays so, and one that can only be read too. `DDIL_FAULT_TRACE` names a file that tells every point
-//! that is reached, and for which file, a line each.
+//! `DDIL_FAULT` is a comma-separated list of `<point>[@<file>]:<effect>[:<nth>]`. The effect occurs when the point is
+//! reached for the nth time (default: the first), for any file or only for `file`, where `#` stands for digits. The
+//! effects `full` and `read_only` persist. `DDIL_FAULT_TRACE` names a file to which every point reached is appended,
+//! with its file, one per line.
 
 #[cfg(all(feature = "fault-points", debug_assertions))]
 mod active;
@@ -19,49 +19,49 @@ pub use inactive::{reach, write_all};
 
 use std::{fs, io, path::Path};
 
-/// Renames a file or folder; the fault point is that of the new name.
+/// Renames a file or folder; `point` is reached for the new name.
 pub fn rename(point: Point, from: &Path, to: &Path) -> io::Result<()> {
     reach(point, to)?;
     fs::rename(from, to)
 }
 
-/// Where something can go wrong, named by what comes next.
+/// A point of fault injection, named after the operation that follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
-    /// The folders of a new run.
+    /// Creates the folders of a new run.
     RunCreate,
-    /// The process's number in the lock file.
+    /// Writes the process id to the lock file.
     LockWrite,
-    /// A small file that is replaced whole: status, manifest, settings, pictures.
+    /// Replaces a small file: status, manifest, settings, images.
     FileCreate,
     FileWrite,
     FileFlush,
     FileRename,
-    /// Names in a folder.
+    /// Flushes the entries of a folder.
     FolderFlush,
-    /// A checkpoint, aside.
+    /// Writes a checkpoint under a temporary name.
     CheckpointCreate,
     MemberCreate,
     MemberWrite,
     MemberFlush,
-    /// A checkpoint of the same step, out of the way of the new one.
+    /// Moves an existing checkpoint of the same step out of the way.
     CheckpointMakeRoom,
     CheckpointRename,
     CheckpointClear,
-    /// A checkpoint that is no longer kept.
+    /// Deletes a checkpoint that is no longer retained.
     RetentionRename,
     RetentionRemove,
-    /// A file of lines.
+    /// Appends to a log of lines.
     RecordCreate,
     RecordWrite,
     RecordFlush,
     RecordCut,
-    /// The averaged model.
+    /// Writes the exported model.
     ExportWrite,
     ExportMakeRoom,
     ExportRename,
     ExportClear,
-    /// TensorBoard's.
+    /// Writes TensorBoard events.
     EventsCreate,
     EventsWrite,
 }
@@ -75,9 +75,9 @@ mod inactive {
 
     use super::Point;
 
-    #[expect(clippy::unnecessary_wraps, reason = "as where points are active")]
+    #[expect(clippy::unnecessary_wraps, reason = "the signature of the active version")]
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "there is nothing in it")]
+    #[expect(clippy::inline_always, reason = "it is empty")]
     pub fn reach(_point: Point, _path: &Path) -> Result<()> {
         Ok(())
     }

@@ -1,9 +1,9 @@
 use std::fmt::Display;
 
-/// A setting with a value that is not allowed: which setting, what was found, and what is expected.
+/// An invalid value of a setting: the setting, the value found, and the values expected.
 ///
-/// Every crate of the workspace reports a setting that is out of range with this type; the `invalid` method of each
-/// crate's error returns it.
+/// Every crate of the workspace reports invalid settings with this type. The `invalid` method of each crate's error
+/// returns it.
 ///
 /// # Example
 ///
@@ -18,7 +18,7 @@ use std::fmt::Display;
 #[error("`{field}` is {value}; expected {expected}")]
 #[non_exhaustive]
 pub struct Invalid {
-    /// The setting, as a config file spells it: keys joined by dots, several settings by a comma.
+    /// The setting as spelt in a config file: keys joined by dots, several settings separated by commas.
     pub field: String,
     /// The value that was found.
     pub value: String,
@@ -27,12 +27,12 @@ pub struct Invalid {
 }
 
 impl Invalid {
-    /// The error of `field` with the value `value`, where `expected` is allowed.
+    /// The error for the value `value` of `field`; `expected` describes the allowed values.
     pub fn new(field: impl Into<String>, value: impl Display, expected: impl Into<String>) -> Self {
         Self { field: field.into(), value: value.to_string(), expected: expected.into() }
     }
 
-    /// The same error with the setting inside the table `table`; each of several settings is prefixed.
+    /// The same error with the setting inside the table `table`. With several settings, each gets the prefix.
     #[must_use]
     pub fn under(self, table: &str) -> Self {
         let fields: Vec<String> =

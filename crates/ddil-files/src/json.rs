@@ -1,4 +1,4 @@
-//! JSON files, with a version where the format may change.
+//! JSON files, with a version if the format may change.
 
 use std::fs;
 use std::path::Path;
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{Error, Result, read_bounded, write_atomic};
 
-/// Writes a value as indented JSON, whole or not at all; see [`write_atomic`].
+/// Writes a value as indented JSON, atomically; see [`write_atomic`].
 ///
 /// # Errors
 ///
-/// [`Error::Json`] for a value that JSON cannot express, [`Error::Io`] if the file cannot be written.
+/// [`Error::Json`] if JSON cannot represent the value, [`Error::Io`] if the file cannot be written.
 ///
 /// # Example
 ///
@@ -43,38 +43,38 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the file cannot be read, [`Error::Json`] if its content is not a `T`.
+/// [`Error::Io`] if the file cannot be read, [`Error::Json`] if its content cannot be parsed as a `T`.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io("read", path))?;
     serde_json::from_slice(&text).map_err(Error::json("read", path))
 }
 
-/// The largest JSON file that is small by nature: an index, a card, a manifest, a status.
+/// Size limit of files that are usually small: an index, a card, a manifest, a status.
 const MAX_SMALL_BYTES: u64 = 16 << 20;
 
-/// Reads a plain JSON file of at most 16 MiB.
+/// Reads a regular JSON file of at most 16 MiB.
 ///
 /// # Errors
 ///
-/// As [`read_json`], and [`Error::Io`] for a larger file or one that is not plain.
+/// As [`read_json`], and [`Error::Io`] for a larger file or one that is not a regular file.
 pub fn read_small_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = read_bounded(path, MAX_SMALL_BYTES).map_err(Error::io("read", path))?;
     serde_json::from_slice(&text).map_err(Error::json("read", path))
 }
 
-/// The first version of every format, which is also the version of a file without `format_version`.
+/// The first version of every format; files without `format_version` have it.
 pub fn first_version() -> u32 {
     1
 }
 
-/// The version of a file, whatever else it contains.
+/// The version of a file; its other keys are ignored.
 #[derive(Deserialize)]
 struct Versioned {
     #[serde(default = "first_version")]
     format_version: u32,
 }
 
-/// Reads a small JSON file of the version `known`; another version is refused before anything else of it is read.
+/// Reads a small JSON file of the version `known`. The version is checked before the rest is parsed.
 ///
 /// # Errors
 ///
@@ -85,7 +85,7 @@ pub fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Result<T>
     read_small_json(path)
 }
 
-/// Refuses a version other than `known`.
+/// Checks that the version `found` of a file is `known`.
 ///
 /// # Errors
 ///

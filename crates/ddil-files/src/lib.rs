@@ -1,14 +1,40 @@
-//! Files and settings: bounded reads, files that are whole or absent, versioned JSON, TOML with helpful errors.
+//! Files and settings: bounded reads, atomic writes, versioned JSON, TOML settings with errors that name the line.
 //!
-//! This crate needs no libtorch.
+//! This crate does not require libtorch.
 //!
-//! | for | there is |
+//! # Example
+//!
+//! ```
+//! use ddil_files::{read_bounded, read_versioned, write_json};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Debug, PartialEq, Serialize, Deserialize)]
+//! struct Status {
+//!     format_version: u32,
+//!     step: u64,
+//! }
+//!
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("status.json");
+//!
+//! // Replaces the file in one step: a crash leaves the old content or the new.
+//! write_json(&path, &Status { format_version: 1, step: 300 })?;
+//! assert_eq!(read_versioned::<Status>(&path, 1)?.step, 300);
+//!
+//! // Refused before any memory is allocated.
+//! assert!(read_bounded(&path, 8).is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Contents
+//!
+//! | task | items |
 //! | --- | --- |
-//! | files of any origin | [`open_plain_file`], [`read_bounded`], [`read_text_bounded`] |
-//! | files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
-//! | JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
-//! | settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
-//! | errors | [`Error`], [`with_causes`] |
+//! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
+//! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
+//! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
+//! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
+//! | report errors | [`Error`], [`with_causes`] |
 
 #![forbid(unsafe_code)]
 
@@ -23,7 +49,7 @@ mod json;
 pub mod settings;
 
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
-pub use bounded::{open_plain_file, read_bounded, read_text_bounded};
+pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
 pub use error::{Error, Result, with_causes};
 pub use invalid::Invalid;
 pub use json::{

@@ -1,8 +1,8 @@
-//! A TOML file and `--set` overrides, read into any settings type, with errors that say where.
+//! TOML files with `--set` overrides, read into any settings type. Errors name the line and column.
 //!
-//! Nothing here knows which settings there are: [`Settings`] reads the text, takes overrides, and builds
-//! any `T: DeserializeOwned` whose structs say `deny_unknown_fields`. Overrides change the tree of values
-//! before the type sees it, so file and command line are held to the same rules.
+//! [`Settings`] parses the text, applies overrides, and builds any `T: DeserializeOwned`; its structs should set
+//! `deny_unknown_fields`. Overrides change the parsed values before `T` is built, so the same checks apply to the file
+//! and the command line.
 
 use std::{
     collections::BTreeSet,
@@ -20,10 +20,10 @@ use toml::{
 
 use crate::{Error, Result};
 
-/// Two names less alike than this are not taken for a slip of memory or of the keyboard.
-const LEAST_SIMILARITY: f64 = 0.65;
+/// Minimum similarity of a name that is suggested instead of an unknown one.
+const MIN_SIMILARITY: f64 = 0.65;
 
-/// A TOML document with overrides, not yet read into a type.
+/// A TOML document with overrides.
 ///
 /// # Example
 ///
@@ -68,17 +68,17 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if there is no such file, [`Error::ConfigSyntax`] if it is not TOML.
+    /// [`Error::Io`] if the file cannot be read, [`Error::ConfigSyntax`] if it is not valid TOML.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
         Self::parse(path, text)
     }
 
-    /// Takes TOML from memory; `path` is what errors call it.
+    /// Parses TOML text; errors refer to it as `path`.
     ///
     /// # Errors
     ///
-    /// [`Error::ConfigSyntax`] if it is not TOML.
+    /// [`Error::ConfigSyntax`] if it is not valid TOML.
     pub fn parse(path: impl Into<PathBuf>, text: impl Into<String>) -> Result<Self> {
         let (path, text) = (path.into(), text.into());
         match text.parse() {
@@ -92,15 +92,14 @@ impl Settings {
         }
     }
 
-    /// Overrides one value: `a.b=c`, where `c` is TOML or, if it is not, a string.
+    /// Overrides one value: `a.b=c`, where `c` is TOML; anything else is a string.
     ///
-    /// Numbers step into arrays, as in `stages.0.num_steps=8`. Whether there is such a key is found when
-    /// the settings are built.
+    /// Numbers index arrays, as in `stages.0.num_steps=8`. Unknown keys are reported by [`build`](Self::build).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOverride`] if there is no `=`, a part of the key is empty, or the key leads through
-    /// something that is neither a table nor an array.
+    /// [`Error::InvalidOverride`] if `=` is missing, a part of the key is empty, or the key leads through a value that
+    /// is neither a table nor an array.
     pub fn set(&mut self, assignment: &str) -> Result<()> {
         let invalid = |reason: String| Error::InvalidOverride { text: assignment.into(), reason };
         let (key, value) =
@@ -123,8 +122,8 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownKey`] with the nearest known key, or [`Error::InvalidSetting`] for a value of the
-    /// wrong type, out of range, or missing. Both say where: line and column, or the override.
+    /// [`Error::UnknownKey`] with the most similar known key; [`Error::InvalidSetting`] for a value that is missing, out
+    /// of range or of the wrong type. Both name the place: line and column, or the override.
     pub fn build<T: DeserializeOwned>(&self) -> Result<T> {
         serde_path_to_error::deserialize(self.values.clone())
             .map_err(|error| self.explain(key_of(error.path()), error.inner().message()))
@@ -135,10 +134,10 @@ impl Settings {
         let (found, known) = names.split_first().map_or(("", &[][..]), |(a, b)| (a.as_str(), b));
         let nearest = nearest(found, known);
         if message.starts_with("unknown field") {
-            // Beyond a tagged enum, whose content serde buffers, the path ends at the enum.
+            // Serde buffers the content of a tagged enum, so the path ends at the enum.
             if key.last().is_none_or(|last| last != found) {
-                let way = self.way_down(&key, found);
-                key.extend(way);
+                let rest = self.path_below(&key, found);
+                key.extend(rest);
             }
             let (place, key) = (self.place_of(&key), key.join("."));
             return Error::UnknownKey { place, key, nearest, known: known.to_vec() };
@@ -148,12 +147,12 @@ impl Settings {
         Error::InvalidSetting {
             place: self.place_of(&key),
             key: if key.is_empty() { "(top level)".into() } else { key.join(".") },
-            message: format!("{}{hint}", in_words_of_toml(message)),
+            message: format!("{}{hint}", with_config_terms(message)),
         }
     }
 
-    /// The way from `key` down to the only key called `name` below it, or `name` itself.
-    fn way_down(&self, key: &[String], name: &str) -> Vec<String> {
+    /// The path from `key` to the only key `name` below it; `name` alone if there are none or several.
+    fn path_below(&self, key: &[String], name: &str) -> Vec<String> {
         let mut found = Vec::new();
         if let Some(value) = key.iter().try_fold(&self.values, |value, part| child(value, part)) {
             search(value, name, &[], &mut found);
@@ -164,7 +163,7 @@ impl Settings {
         }
     }
 
-    /// Where a key was given: on the command line, else in the file, else the file as such.
+    /// Where a key was set: the override, else the position in the file, else the file.
     fn place_of(&self, key: &[String]) -> String {
         let mut overrides = self.overrides.iter().rev();
         if let Some(given) = overrides.find(|given| key.starts_with(&given.key)) {
@@ -176,16 +175,16 @@ impl Settings {
     }
 }
 
-/// Writes settings as TOML, every value in it, for the copy that is kept with a run.
+/// The settings as TOML with every value, for the copy that is stored with a run.
 ///
 /// # Errors
 ///
-/// [`Error::WriteSettings`] for what TOML cannot say, such as an integer beyond 63 bits.
+/// [`Error::WriteSettings`] for values that TOML cannot represent, such as an integer beyond 63 bits.
 pub fn to_toml(settings: &impl Serialize) -> Result<String> {
     toml::to_string(settings).map_err(|source| Error::WriteSettings { source })
 }
 
-/// Writes one value as TOML on one line, as it stands behind a `=`.
+/// One value as TOML on one line, as it appears after `=`.
 ///
 /// # Errors
 ///
@@ -195,14 +194,14 @@ pub fn inline_toml(value: &impl Serialize) -> Result<String> {
     Ok(value.to_string())
 }
 
-/// A setting that two configs give different values.
+/// A setting with different values in two configs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Difference {
-    /// The whole path of the key.
+    /// The full path of the key.
     pub key: String,
-    /// The first config's value as TOML; `None` if it has no such key.
+    /// The value in the first config as TOML; `None` if the key is absent.
     pub left: Option<String>,
-    /// The second config's value as TOML; `None` if it has no such key.
+    /// The value in the second config as TOML; `None` if the key is absent.
     pub right: Option<String>,
 }
 
@@ -213,11 +212,11 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Every setting in which two configs differ, in order of the keys.
+/// All settings with different values in two configs, in order of their keys.
 ///
 /// # Errors
 ///
-/// [`Error::WriteSettings`] for what TOML cannot say.
+/// [`Error::WriteSettings`] for values that TOML cannot represent.
 ///
 /// # Example
 ///
@@ -255,8 +254,8 @@ fn compare(key: &str, left: Option<&Value>, right: Option<&Value>, found: &mut V
     }
 }
 
-/// What serde says, in the words of a config file.
-fn in_words_of_toml(message: &str) -> String {
+/// A message of serde with the terms of a config file.
+fn with_config_terms(message: &str) -> String {
     let message = message.replace("missing field", "missing key");
     match message.split_once("internally tagged enum ") {
         Some((before, _)) => format!("{before}a table with a `kind`"),
@@ -264,7 +263,7 @@ fn in_words_of_toml(message: &str) -> String {
     }
 }
 
-/// TOML where it is TOML; what is left is a string that the shell stripped of its quotes.
+/// The value as TOML if it parses; otherwise a string, whose quotes the shell removed.
 fn parse_value(text: &str) -> Value {
     match text.trim().parse() {
         Ok(Value::Datetime(_)) | Err(_) => Value::String(text.to_owned()),
@@ -279,8 +278,8 @@ fn insert(target: &mut Value, key: &[String], value: Value) -> Result<(), String
     };
     match target {
         Value::Table(table) => {
-            let fresh = Value::Table(Table::new());
-            insert(table.entry(first.as_str()).or_insert(fresh), rest, value)
+            let empty = Value::Table(Table::new());
+            insert(table.entry(first.as_str()).or_insert(empty), rest, value)
         }
         Value::Array(items) => {
             let count = items.len();
@@ -288,7 +287,7 @@ fn insert(target: &mut Value, key: &[String], value: Value) -> Result<(), String
             let item = item.ok_or(format!("`{first}` is not one of its {count} entries"))?;
             insert(item, rest, value)
         }
-        other => Err(format!("`{first}` cannot stand below a value of type {}", other.type_str())),
+        other => Err(format!("`{first}` cannot be set below a value of type {}", other.type_str())),
     }
 }
 
@@ -300,7 +299,7 @@ fn child<'a>(value: &'a Value, part: &str) -> Option<&'a Value> {
     }
 }
 
-fn search(value: &Value, name: &str, way: &[String], found: &mut Vec<Vec<String>>) {
+fn search(value: &Value, name: &str, path: &[String], found: &mut Vec<Vec<String>>) {
     let children: Vec<(String, &Value)> = match value {
         Value::Table(table) => table.iter().map(|(key, value)| (key.clone(), value)).collect(),
         Value::Array(items) => {
@@ -309,10 +308,10 @@ fn search(value: &Value, name: &str, way: &[String], found: &mut Vec<Vec<String>
         _ => return,
     };
     for (key, value) in children {
-        let way = [way, std::slice::from_ref(&key)].concat();
-        search(value, name, &way, found);
+        let path = [path, std::slice::from_ref(&key)].concat();
+        search(value, name, &path, found);
         if key == name {
-            found.push(way);
+            found.push(path);
         }
     }
 }
@@ -327,7 +326,7 @@ fn key_of(path: &serde_path_to_error::Path) -> Vec<String> {
         .collect()
 }
 
-/// The span of the deepest part of a key that is in the file.
+/// The span of the deepest part of a key that the file contains.
 fn span_in_table(table: &DeTable<'_>, key: &[String]) -> Option<Range<usize>> {
     let (first, rest) = key.split_first()?;
     let (name, value) = table.iter().find(|(name, _)| name.get_ref() == first.as_str())?;
@@ -346,7 +345,7 @@ fn span_in_value(value: &DeValue<'_>, key: &[String]) -> Option<Range<usize>> {
     }
 }
 
-/// `file:line:column`, counted from 1 and in characters; the file alone where there is no span.
+/// `file:line:column`, counted from 1, columns in characters; the file alone without a span.
 fn place(path: &Path, text: &str, span: Option<Range<usize>>) -> String {
     let before = span.and_then(|span| text.get(..span.start));
     let Some(before) = before else { return path.display().to_string() };
@@ -355,7 +354,7 @@ fn place(path: &Path, text: &str, span: Option<Range<usize>>) -> String {
     format!("{}:{line}:{column}", path.display())
 }
 
-/// The words that serde puts between backticks: first what it found, then what may stand there.
+/// The words in backticks in a message of serde: first the one found, then those allowed.
 fn backticked(message: &str) -> Vec<String> {
     message.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -364,13 +363,13 @@ fn nearest(found: &str, known: &[String]) -> Option<String> {
     known
         .iter()
         .map(|name| (similarity(found, name), name))
-        .filter(|(similarity, _)| *similarity >= LEAST_SIMILARITY)
+        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
         .max_by(|(left, _), (right, _)| left.total_cmp(right))
         .map(|(_, name)| name.clone())
 }
 
-/// From 0 to 1: few edits (`edn` for `end`), a common beginning (`lr` for `learning_rate`), or one name within
-/// the other (`steps` for `num_steps`).
+/// Similarity from 0 to 1: high for few edits (`edn`, `end`), a common beginning (`lr`, `learning_rate`), or one name
+/// within the other (`steps`, `num_steps`).
 fn similarity(left: &str, right: &str) -> f64 {
     let shorter = left.len().min(right.len());
     let within = shorter >= 3 && (left.contains(right) || right.contains(left));

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ddil_files::open_plain_file;
+use ddil_files::open_regular_file;
 use memmap2::{Mmap, MmapOptions, MmapRaw};
 use tch::{Kind, Tensor};
 
@@ -48,11 +48,11 @@ impl MappedFile {
     ///
     /// # Errors
     ///
-    /// [`Error::Map`] if it cannot be read or mapped, or is no plain file.
+    /// [`Error::Map`] if it cannot be read or mapped, or is not a regular file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let map = || -> io::Result<_> {
-            let file = open_plain_file(path)?;
+            let file = open_regular_file(path)?;
             // SAFETY: the file is only read. That nobody else shortens it meanwhile is what the docs ask of the
             // caller, as no system can promise it.
             let view = unsafe { MmapOptions::new().map(&file)? };

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use ddil_files::open_plain_file;
+use ddil_files::open_regular_file;
 use memmap2::{MmapOptions, MmapRaw};
 use tch::{Device, Kind, Tensor};
 
@@ -87,7 +87,7 @@ impl RowFile {
     ) -> Result<Self> {
         let path = path.as_ref();
         let len = file_bytes("RowFile::open", head_bytes, row_bytes, num_rows)?;
-        let file = open_plain_file(path).map_err(Error::file("open", path))?;
+        let file = open_regular_file(path).map_err(Error::file("open", path))?;
         let found = file.metadata().map_err(Error::file("open", path))?.len();
         if found != len as u64 {
             return Err(Error::FileLength { path: path.to_owned(), found, expected: len as u64 });

@@ -3,7 +3,7 @@ mod pickle;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use ddil_files::open_plain_file;
+use ddil_files::open_regular_file;
 use flate2::read::DeflateDecoder;
 
 use crate::{Error, Result};
@@ -41,7 +41,7 @@ const EXTRA64: u16 = 1;
 /// # Errors
 ///
 /// [`Error::ScriptArchive`] with the record and what is wrong with it, also for a file that is none; [`Error::File`] if it
-/// cannot be read or is no plain file.
+/// cannot be read or is not a regular file.
 ///
 /// # Example
 ///
@@ -57,7 +57,7 @@ const EXTRA64: u16 = 1;
 /// ```
 pub fn ensure_script_archive(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    let file = open_plain_file(path).map_err(Error::file("open", path))?;
+    let file = open_regular_file(path).map_err(Error::file("open", path))?;
     let len = file.metadata().map_err(Error::file("read", path))?.len();
     ensure(file, len).map_err(|problem| match problem {
         Problem::Read(source) => Error::file("read", path)(source),

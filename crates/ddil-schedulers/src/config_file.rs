@@ -157,7 +157,7 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read, is no plain file or has more than 16 MiB; [`Error::File`] with an error of
+    /// [`Error::Io`] if it cannot be read, is not a regular file or has more than 16 MiB; [`Error::File`] with an error of
     /// [`from_json`](Self::from_json).
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         read(path.as_ref(), Self::from_json)

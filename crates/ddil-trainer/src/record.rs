@@ -11,8 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ddil_files::fault::{self, Point};
-use ddil_files::open_plain_file;
+use ddil_files::{
+    fault::{self, Point},
+    open_regular_file,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, crc32c};
@@ -116,7 +118,7 @@ impl Record {
         if !path.exists() {
             return Self::create(path);
         }
-        let file = open_plain_file(path).map_err(Error::io("open", path))?;
+        let file = open_regular_file(path).map_err(Error::io("open", path))?;
         let mut reader = BufReader::new(file);
         let (mut position, mut line) = (Position::default(), Vec::new());
         loop {
@@ -193,7 +195,7 @@ pub fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>>
 
 /// The position after so many bytes, or at the end of a shorter file.
 fn position_after(path: &Path, bytes: u64) -> Result<Position> {
-    let file = open_plain_file(path).map_err(Error::io("open", path))?;
+    let file = open_regular_file(path).map_err(Error::io("open", path))?;
     let mut reader = BufReader::new(file.take(bytes));
     let mut position = Position::default();
     loop {

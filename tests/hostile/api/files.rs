@@ -1,6 +1,6 @@
 use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
 use ddil_files::{
-    Invalid, ensure_version, open_plain_file, parent, read_bounded, read_json, read_small_json,
+    Invalid, ensure_version, open_regular_file, parent, read_bounded, read_json, read_small_json,
     read_text_bounded, read_versioned, sync_folder, temporary_sibling, write_atomic, write_json,
 };
 use serde_json::Value;
@@ -27,7 +27,7 @@ fn reads(cases: &mut Cases) {
     for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
         let what = place.display().to_string();
         cases.once("read_bounded", &what, || said(read_bounded(place, 100)));
-        cases.once("open_plain_file", &what, || said(open_plain_file(place)));
+        cases.once("open_regular_file", &what, || said(open_regular_file(place)));
         cases.once("read_text_bounded", &what, || said(read_text_bounded(place, 100)));
     }
     cases.once("read_bounded", "a byte too many", || said(read_bounded(&path, 63)));

@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crc32fast::Hasher;
-use ddil_files::open_plain_file;
+use ddil_files::open_regular_file;
 use ddil_libtorch::RowFile;
 use serde::Serialize;
 use tch::Kind;
@@ -199,7 +199,7 @@ impl Segment {
 
     fn copied(layout: &Layout, ring: usize, number: u64, saved: &SavedFile) -> Result<Self> {
         let mut copy = Self::create(layout, ring, number)?;
-        let mut source = open_plain_file(&saved.path).map_err(Error::io("open", &saved.path))?;
+        let mut source = open_regular_file(&saved.path).map_err(Error::io("open", &saved.path))?;
         source.seek(SeekFrom::Start(HEAD_BYTES as u64)).map_err(Error::io("read", &saved.path))?;
         let row_bytes = layout.row_bytes();
         let mut left = (saved.bytes as usize - HEAD_BYTES) / row_bytes;
@@ -231,7 +231,7 @@ impl SavedFile {
     /// [`Error::SavedFile`] if it was cut short or changed, [`Error::Io`] if it cannot be read.
     pub fn ensure_intact(&self) -> Result<()> {
         let refuse = |problem| Err(Error::SavedFile { path: self.path.clone(), problem });
-        let mut file = open_plain_file(&self.path).map_err(Error::io("open", &self.path))?;
+        let mut file = open_regular_file(&self.path).map_err(Error::io("open", &self.path))?;
         let found = file.metadata().map_err(Error::io("read", &self.path))?.len();
         if found < self.bytes {
             return refuse(format!("it has {found} bytes of the {} that were saved", self.bytes));
@@ -274,7 +274,7 @@ impl SavedFile {
 fn ensure_head(path: &Path, expected: &[u8]) -> Result<()> {
     let refuse = |problem| Err(Error::SavedFile { path: path.to_owned(), problem });
     let mut found = Vec::with_capacity(HEAD_BYTES);
-    let file = open_plain_file(path).map_err(Error::io("open", path))?;
+    let file = open_regular_file(path).map_err(Error::io("open", path))?;
     file.take(HEAD_BYTES as u64).read_to_end(&mut found).map_err(Error::io("read", path))?;
     if !found.starts_with(MAGIC.as_bytes()) {
         return refuse("it is no file of a buffer's states".to_owned());

@@ -1,4 +1,4 @@
-//! What a test asks for, done.
+//! Fault points that are controlled by environment variables.
 
 use std::{
     env,
@@ -19,8 +19,8 @@ use signal_hook::{
 
 use super::Point;
 
-/// Every point, by name; what it is when it is reached.
-const NAMED: [(Point, &str); 26] = [
+/// The name of every point.
+const POINT_NAMES: [(Point, &str); 26] = [
     (Point::RunCreate, "run.create"),
     (Point::LockWrite, "lock.write"),
     (Point::FileCreate, "file.create"),
@@ -49,12 +49,12 @@ const NAMED: [(Point, &str); 26] = [
     (Point::EventsWrite, "events.write"),
 ];
 
-/// Names of all points, for tests that walk them.
-pub const POINTS: [&str; NAMED.len()] = {
-    let mut names = [""; NAMED.len()];
+/// The names of all points, for tests that cover every one.
+pub const POINTS: [&str; POINT_NAMES.len()] = {
+    let mut names = [""; POINT_NAMES.len()];
     let mut i = 0;
-    while i < NAMED.len() {
-        names[i] = NAMED[i].1;
+    while i < POINT_NAMES.len() {
+        names[i] = POINT_NAMES[i].1;
         i += 1;
     }
     names
@@ -62,19 +62,19 @@ pub const POINTS: [&str; NAMED.len()] = {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {
-    /// The process is killed.
+    /// Kills the process.
     Kill,
-    /// The same with half of what was to be written on the disk.
+    /// Writes half of the data, then kills the process.
     Torn,
-    /// The process is asked to stop, and goes on.
+    /// Sends SIGTERM to the process, then continues.
     Term,
-    /// The disk fails, once.
+    /// One I/O error.
     Io,
-    /// Half is written, then the disk is full, once.
+    /// Writes half of the data, then one error of a full disk.
     Short,
-    /// From now on nothing can be written.
+    /// The disk is full from now on.
     Full,
-    /// From now on nothing can be changed.
+    /// The disk is read-only from now on.
     ReadOnly,
 }
 
@@ -101,11 +101,11 @@ static FAULTS: LazyLock<Vec<Fault>> = LazyLock::new(|| {
     text.split(',').filter(|part| !part.is_empty()).map(Fault::parse).collect()
 });
 
-/// The number of [`SICK`] that the disk answers with from now on; 0 is well.
-static SICKNESS: AtomicU8 = AtomicU8::new(0);
+/// The current entry of [`DISK_FAULTS`], counted from 1; 0 for a disk that works.
+static DISK_FAULT: AtomicU8 = AtomicU8::new(0);
 
-/// A full disk and one that can only be read, as the system numbers them.
-const SICK: [(Effect, i32); 2] = [(Effect::Full, ENOSPC), (Effect::ReadOnly, EROFS)];
+/// The persistent faults of the disk with their error codes.
+const DISK_FAULTS: [(Effect, i32); 2] = [(Effect::Full, ENOSPC), (Effect::ReadOnly, EROFS)];
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
@@ -126,12 +126,12 @@ impl Fault {
             Some((name, file)) => (name, Some(file.to_owned())),
             None => (place, None),
         };
-        let point = NAMED.iter().find(|(_, known)| *known == name)?.0;
+        let point = POINT_NAMES.iter().find(|(_, known)| *known == name)?.0;
         let effect = EFFECTS.iter().find(|(_, known)| *known == effect)?.0;
         Some(Self { point, file, effect, nth, reached: AtomicU32::new(0) })
     }
 
-    /// Whether it is this fault's turn.
+    /// Counts the point if it matches; true for the nth match.
     fn is_due(&self, point: Point, file: &str) -> bool {
         self.point == point
             && self.file.as_deref().is_none_or(|own| own == file)
@@ -139,12 +139,12 @@ impl Fault {
     }
 }
 
-/// Where the next operation may fail.
+/// Reaches a point; an error if a fault is injected.
 pub fn reach(point: Point, path: &Path) -> io::Result<()> {
     write_all(point, path, &mut io::sink(), &[])
 }
 
-/// Writes everything, or what a test leaves of it.
+/// Writes all bytes, unless a fault is injected.
 pub fn write_all(point: Point, path: &Path, file: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     let name = stable_name(path);
     trace(point, &name);
@@ -153,48 +153,49 @@ pub fn write_all(point: Point, path: &Path, file: &mut impl Write, bytes: &[u8])
             file.write_all(&bytes[..bytes.len() / 2])?;
             file.flush()?;
         }
-        happen(fault.effect)?;
+        apply(fault.effect)?;
     }
-    still_well(point)?;
+    ensure_disk_works(point)?;
     file.write_all(bytes)
 }
 
-fn happen(effect: Effect) -> io::Result<()> {
+fn apply(effect: Effect) -> io::Result<()> {
     match effect {
         Effect::Kill | Effect::Torn => raise(SIGKILL),
         Effect::Term => raise(SIGTERM),
         Effect::Io => Err(io::Error::from_raw_os_error(EIO)),
         Effect::Short => Err(io::Error::from_raw_os_error(ENOSPC)),
         Effect::Full | Effect::ReadOnly => {
-            let sickness = SICK.iter().position(|(sick, _)| *sick == effect).unwrap_or(0) + 1;
-            SICKNESS.store(sickness as u8, Ordering::Relaxed);
+            let number =
+                DISK_FAULTS.iter().position(|(fault, _)| *fault == effect).unwrap_or(0) + 1;
+            DISK_FAULT.store(number as u8, Ordering::Relaxed);
             Ok(())
         }
     }
 }
 
-/// A full disk refuses what takes room, one that can only be read everything.
-fn still_well(point: Point) -> io::Result<()> {
-    let sickness = usize::from(SICKNESS.load(Ordering::Relaxed));
-    let Some((effect, code)) = sickness.checked_sub(1).and_then(|at| SICK.get(at)) else {
+/// The error of the current disk fault: a full disk refuses writes, a read-only disk refuses all changes.
+fn ensure_disk_works(point: Point) -> io::Result<()> {
+    let number = usize::from(DISK_FAULT.load(Ordering::Relaxed));
+    let Some((effect, code)) = number.checked_sub(1).and_then(|at| DISK_FAULTS.get(at)) else {
         return Ok(());
     };
-    if *effect == Effect::Full && !takes_room(point) {
+    if *effect == Effect::Full && !writes_data(point) {
         return Ok(());
     }
     Err(io::Error::from_raw_os_error(*code))
 }
 
 fn name_of(point: Point) -> &'static str {
-    NAMED.iter().find(|(known, _)| *known == point).map_or("", |(_, name)| name)
+    POINT_NAMES.iter().find(|(known, _)| *known == point).map_or("", |(_, name)| name)
 }
 
-fn takes_room(point: Point) -> bool {
+fn writes_data(point: Point) -> bool {
     let name = name_of(point);
     [".create", ".write", ".flush"].iter().any(|end| name.ends_with(end))
 }
 
-/// The name of a file with `#` for its digits, the same in every run.
+/// The name of a file with each run of digits replaced by `#`, so that it is equal in every run.
 fn stable_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let mut stable = String::with_capacity(name.len());
@@ -213,7 +214,7 @@ fn trace(point: Point, name: &str) {
         LazyLock::new(|| env::var_os("DDIL_FAULT_TRACE").map(PathBuf::from));
     let Some(path) = TRACE.as_ref() else { return };
     let file = OpenOptions::new().append(true).create(true).open(path);
-    // A trace with holes fails the test that reads it.
+    // Errors are ignored: an incomplete trace fails the test that reads it.
     let _ =
         file.and_then(|mut file| file.write_all(format!("{} {name}\n", name_of(point)).as_bytes()));
 }

@@ -239,7 +239,7 @@ fn ensure_name(name: &str) -> Result<(), Damage> {
 fn check_member(folder: &Path, name: &str, expected: &Member) -> Result<(), Damage> {
     ensure_name(name)?;
     let unreadable = |reason| Damage::Member { name: name.to_owned(), reason };
-    let mut file = ddil_files::open_plain_file(folder.join(name)).map_err(unreadable)?;
+    let mut file = ddil_files::open_regular_file(folder.join(name)).map_err(unreadable)?;
     let found = file.metadata().map_err(unreadable)?.len();
     if found != expected.bytes {
         return Err(Damage::Size { name: name.to_owned(), found, expected: expected.bytes });
