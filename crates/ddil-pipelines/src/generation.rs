@@ -6,7 +6,7 @@ use ddil_files::Invalid;
 use ddil_models::Placement;
 use tch::{Device, Tensor};
 
-use crate::guide::Guide;
+use crate::guidance::Guide;
 use crate::pipeline::{Pipeline, TextToImageComponents};
 use crate::prompting::{PromptRequest, decode, draw_latents, spaced_as_published};
 use crate::sampling::{SamplePlan, classes, generate, initial_noise};

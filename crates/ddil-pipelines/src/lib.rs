@@ -36,7 +36,7 @@
 
 mod error;
 mod generation;
-mod guide;
+mod guidance;
 mod picture;
 mod pipeline;
 mod prompting;
@@ -45,7 +45,7 @@ mod sampling;
 pub use ddil_models::Precision;
 pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};
-pub use guide::Guide;
+pub use guidance::Guide;
 pub use picture::{Layout, Picture, save_each};
 pub use pipeline::{
     AdapterCard, Card, EncodedPrompts, PartSummary, Parts, Pipeline, PipelineClass, PipelineParts,

@@ -3,7 +3,7 @@
 mod adapter;
 mod card;
 mod index;
-mod parts;
+mod model_files;
 mod pipeline_parts;
 mod scheduler;
 mod text_to_image;
@@ -20,7 +20,7 @@ use ddil_schedulers::{SamplerConfig, SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
 pub use self::index::PipelineClass;
-pub use self::parts::{PartSummary, Parts, WeightForm};
+pub use self::model_files::{PartSummary, Parts, WeightForm};
 pub use self::pipeline_parts::PipelineParts;
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImageComponents};

@@ -6,7 +6,7 @@ use ddil_schedulers::{SamplerConfig, SchedulerConfig};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::guide::Guide;
+use crate::guidance::Guide;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
 use crate::sampling::{Observed, SamplePlan, generate, initial_noise};
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::guide::Guide;
+use crate::guidance::Guide;
 use crate::picture::{Layout, Picture};
 use crate::pipeline::{Card, Pipeline};
 
