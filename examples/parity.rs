@@ -190,9 +190,9 @@ fn pipeline(
         per_prompt: 1,
     };
     let plan = SamplePlan { guidance_scale, ..SamplePlan::of(&pipeline, Some(steps)) };
-    let told = request.told(&pipeline, &parts, &plan)?;
+    let encoded = request.encode(&pipeline, &parts, &plan)?;
     let timesteps = pipeline.scheduler.compatible_timesteps(steps)?;
-    let latent = replay(&pipeline, &plan, &timesteps, &told, (&noise, inputs.get("fresh")))?;
+    let latent = replay(&pipeline, &plan, &timesteps, &encoded, (&noise, inputs.get("fresh")))?;
     let image = parts.decode(&latent)?;
     Ok(named([("latent", latent), ("image", image)]))
 }

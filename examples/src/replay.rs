@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use ddil_core::{Denoiser, Rollout};
-use ddil_pipelines::{Pipeline, SamplePlan, Told, asked};
+use ddil_pipelines::{EncodedRequest, Pipeline, SamplePlan, sampling_denoiser};
 use ddil_schedulers::{
     Error, Estimate, NoiseSchedule, Sampler, Scale, StepCoefficients, Timesteps,
 };
@@ -26,14 +26,14 @@ pub fn replay(
     pipeline: &Pipeline,
     plan: &SamplePlan,
     timesteps: &Timesteps,
-    told: &Told,
+    request: &EncodedRequest,
     (noise, fresh): (&Tensor, Option<&Tensor>),
 ) -> Result<Tensor> {
     let inner = plan.sampler.build(pipeline.network.schedule())?;
     let fresh = fresh.map_or_else(VecDeque::new, |fresh| fresh.unbind(0).into());
     let sampler = Replayed { inner, fresh: Mutex::new(fresh) };
-    let asked = asked(&pipeline.network, plan, &told.guide)?;
-    let rollout = Rollout::new(&*asked, &sampler, timesteps).conditioning(&told.conditioning);
+    let network = sampling_denoiser(&pipeline.network, plan, &request.guidance)?;
+    let rollout = Rollout::new(&*network, &sampler, timesteps).conditioning(&request.conditioning);
     Ok(rollout.sample(noise.shallow_clone())?)
 }
 
@@ -93,7 +93,7 @@ mod tests {
 
     use ddil_models::{Lora, Placement, weights};
     use ddil_pipelines::PipelineClass;
-    use ddil_pipelines::{PromptRequest, spaced_as_published};
+    use ddil_pipelines::{PromptRequest, with_published_timesteps};
     use ddil_trainer::config::Precision;
     use serde::Deserialize;
 
@@ -138,12 +138,12 @@ mod tests {
             };
             let own = SamplePlan::of(pipeline, Some(self.how.steps));
             let plan = SamplePlan { guidance_scale: self.how.guidance_scale, ..own };
-            let plan = spaced_as_published(pipeline, plan)?;
-            let told = request.told(pipeline, &text, &plan)?;
-            assert_eq!(told.truncated.len(), 1, "the second prompt is too long");
+            let plan = with_published_timesteps(pipeline, plan)?;
+            let request = request.encode(pipeline, &text, &plan)?;
+            assert_eq!(request.truncated.len(), 1, "the second prompt is too long");
             let num_train_timesteps = pipeline.network.schedule().num_train_timesteps();
             let timesteps = plan.timesteps(num_train_timesteps as u32)?;
-            let latents = replay(pipeline, &plan, &timesteps, &told, (noise, fresh))?;
+            let latents = replay(pipeline, &plan, &timesteps, &request, (noise, fresh))?;
             let images = text.decode(&latents)?;
             Ok([latents, images])
         }

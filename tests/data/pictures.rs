@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_data::{Captioned, Error, read_captions, read_cropped, read_image_folder};
+use ddil_data::{CaptionedImage, Error, read_captions, read_cropped, read_image_folder};
 
 use crate::TestResult;
 
@@ -12,10 +12,10 @@ fn golden(name: &str) -> PathBuf {
 
 /// The steps of 255 by which two pictures of one size differ.
 fn differ(left: &Path, right: &Path, channels: i64) -> Result<f64, Error> {
-    let size = read_cropped(right, channels, [1, 1])?.original;
+    let size = read_cropped(right, channels, [1, 1])?.original_size;
     let [left, right] = [left, right].map(|path| read_cropped(path, channels, size));
     let (left, right) = (left?, right?);
-    assert_eq!((left.original, left.cut_off), (size, [0, 0]));
+    assert_eq!((left.original_size, left.crop_offset), (size, [0, 0]));
     Ok(127.5 * (left.pixels - right.pixels).abs().max().double_value(&[]))
 }
 
@@ -82,8 +82,8 @@ fn captioned(files: &[(&str, &str)]) -> std::io::Result<tempfile::TempDir> {
     Ok(folder)
 }
 
-fn sample(file: &str, text: &str) -> Captioned {
-    Captioned { file_name: file.into(), texts: vec![text.to_owned()] }
+fn sample(file: &str, text: &str) -> CaptionedImage {
+    CaptionedImage { file_name: file.into(), texts: vec![text.to_owned()] }
 }
 
 #[test]
@@ -105,9 +105,9 @@ fn a_table_that_cannot_be_read_says_where() -> TestResult {
     let rows = "file_name,text\na.png,\"a cat\non two lines\"\nabsent.png,a dog\na.png,again\n../a.png,x\na.png\n";
     let message = refused(&[("metadata.csv", rows)])?;
     for words in [
-        "metadata.csv:4: absent.png is no file ending in .png, .jpg or .jpeg",
-        "metadata.csv:5: a.png has a line already",
-        "metadata.csv:6: ../a.png is not below the folder",
+        "metadata.csv:4: absent.png does not exist or does not end in .png, .jpg or .jpeg",
+        "metadata.csv:5: a.png is listed twice",
+        "metadata.csv:6: ../a.png is not inside the folder",
         "metadata.csv:7: ",
     ] {
         assert!(message.contains(words), "{words}: {message}");
@@ -117,6 +117,6 @@ fn a_table_that_cannot_be_read_says_where() -> TestResult {
     let message = refused(&[("metadata.csv", ""), ("metadata.jsonl", "")])?;
     assert!(message.contains("both metadata.jsonl and metadata.csv"), "{message}");
     let folder = captioned(&[("metadata.csv", "file_name,text\n")])?;
-    assert!(matches!(read_captions(folder.path()), Err(Error::NoPictures { .. })));
+    assert!(matches!(read_captions(folder.path()), Err(Error::NoImages { .. })));
     Ok(())
 }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use ddil_models::Placement;
 use ddil_pipelines::{
-    ClassToImage, Error, Guide, Pipeline, Precision, PromptRequest, SamplePlan, TextToImage,
-    classes, decode, draw_latents, generate, initial_noise, spaced_as_published,
+    ClassToImage, Error, Guidance, Pipeline, Precision, PromptRequest, SamplePlan, TextToImage,
+    class_conditioning, decode, generate, initial_noise, sample_latents, with_published_timesteps,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -40,15 +40,15 @@ fn images_of_prompts_are_those_of_the_single_steps() -> TestResult {
     let pipeline = Pipeline::read(&path, placement, Precision::Float32)?;
     let text = pipeline.parts.text_to_image(placement)?;
     let plan = SamplePlan { seed: 5, guidance_scale: 2.0, ..SamplePlan::of(&pipeline, Some(2)) };
-    let plan = spaced_as_published(&pipeline, plan)?;
+    let plan = with_published_timesteps(&pipeline, plan)?;
     let request = PromptRequest {
         prompts: prompts.map(str::to_owned).to_vec(),
         negative_prompt: None,
         size: [None; 2],
         per_prompt: 2,
     };
-    let told = request.told(&pipeline, &text, &plan)?;
-    let latents = draw_latents(&pipeline, &plan, &told, &|| ())?;
+    let encoded = request.encode(&pipeline, &text, &plan)?;
+    let latents = sample_latents(&pipeline, &plan, &encoded, &|| ())?;
     assert_eq!(images, decode(&text, &latents, plan.batch_size)?);
     assert_eq!((images.size()[0], images.kind()), (4, Kind::Float));
     Ok(())
@@ -64,9 +64,9 @@ fn images_of_classes_are_those_of_the_single_steps() -> TestResult {
     let pipeline = model.pipeline();
     let plan = SamplePlan { seed: 9, ..SamplePlan::of(pipeline, Some(2)) };
     let noise = initial_noise(9, 3, pipeline.card.image_shape, Device::Cpu)?;
-    let conditioning = classes(&pipeline.card, 3, Some(8), Device::Cpu);
-    let guide = Guide::of_classes(&pipeline.card);
-    assert_eq!(images, generate(&pipeline.network, &plan, &guide, &noise, &conditioning)?);
+    let conditioning = class_conditioning(&pipeline.card, 3, Some(8), Device::Cpu);
+    let guidance = Guidance::of_classes(&pipeline.card);
+    assert_eq!(images, generate(&pipeline.network, &plan, &guidance, &noise, &conditioning)?);
     Ok(())
 }
 

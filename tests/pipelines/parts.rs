@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ddil_models::{ClipTextConfig, Placement, UnknownKeys, weights};
-use ddil_pipelines::{Parts, WeightForm};
+use ddil_pipelines::{ModelFiles, WeightForm};
 use ddil_tests::{child, copy_folder, folder_of_child};
 use tch::Kind;
 
@@ -58,7 +58,7 @@ fn writing_needs_no_memory_for_more_than_the_largest_tensor() -> TestResult {
 fn write_and_measure(folder: &Path) -> TestResult {
     let write = |from: &Path, to: &str| {
         let form = WeightForm { kind: Some(Kind::Half), ..WeightForm::default() };
-        Parts::of_pipeline(from, None)?.write(&folder.join(to), &form, false)
+        ModelFiles::of_pipeline(from, None)?.write(&folder.join(to), &form, false)
     };
     // What the first use of libtorch's kernels takes.
     write(&golden(), "small")?;

@@ -3,35 +3,57 @@ use std::path::Path;
 use ddil_files::Invalid;
 use tch::{Kind, Tensor};
 
-use crate::folder::read_picture;
+use crate::folder::read_image;
 use crate::layout::Layout;
 use crate::{Error, Result};
 
-/// A picture brought to a size: its shorter side scaled, the rest cut off evenly.
+/// A scaled and centre-cropped image; see [`read_cropped`].
 #[derive(Debug)]
-pub struct Cropped {
-    /// `[channels, height, width]`, `Float`, values from -1 to 1; a grey picture in colour is three times the same.
+pub struct CroppedImage {
+    /// `[channels, height, width]`, `Float`, values from -1 to 1. A grey image read with 3 channels is repeated.
     pub pixels: Tensor,
     /// Height and width of the file.
-    pub original: [i64; 2],
-    /// Rows and columns cut off at top and left, once scaled.
-    pub cut_off: [i64; 2],
+    pub original_size: [i64; 2],
+    /// Rows cropped at the top and columns cropped on the left, after scaling.
+    pub crop_offset: [i64; 2],
 }
 
-/// No image of this project is larger in either direction.
+/// Maximum height and width.
 const MAX_SIDE: i64 = 65_536;
 
-/// A strip of one pixel's height would be scaled to more memory than there is before all but its middle is cut off.
-const MOST_SCALED: i64 = 64;
+/// Maximum ratio of a side of the scaled image to the cropped side: a strip one pixel high would be scaled to more
+/// memory than is available.
+const MAX_SCALED_RATIO: i64 = 64;
 
-/// Reads a PNG or a JPEG and brings it to a size, as training scripts for text-to-image models do: scaled until it covers the
-/// size, by antialiased linear interpolation, then cropped in the middle. `channels` are 3, or 1 for grey ones.
+/// Reads a PNG or JPEG file, scales it to cover `height` and `width`, and crops the centre.
+///
+/// Scaling is antialiased bilinear interpolation, as in training scripts for text-to-image models. `channels` is 3, or
+/// 1 for grey images.
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for a size of nothing; [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Picture`] for one with transparency, for one in colour
-/// where grey ones are wanted, and for one of which less than a 64th would be left; [`Error::Torch`] if memory runs out.
-pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<Cropped> {
+/// [`Error::Invalid`] for an invalid size; [`Error::Read`], [`Error::Png`] and [`Error::Jpeg`]; [`Error::Image`] for an
+/// image with transparency, a colour image with `channels` 1, and an image of which less than a 64th would remain;
+/// [`Error::Torch`] if memory runs out.
+///
+/// # Example
+///
+/// ```
+/// use ddil_data::read_cropped;
+///
+/// let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("wide.png");
+/// let mut png = png::Encoder::new(std::fs::File::create(&path)?, 8, 4);
+/// png.set_color(png::ColorType::Grayscale);
+/// png.write_header()?.write_image_data(&[255; 32])?;
+///
+/// let image = read_cropped(&path, 3, [2, 2])?;
+/// assert_eq!(image.pixels.size(), [3, 2, 2]);
+/// // Scaled to 2x4, then one column cropped on each side.
+/// assert_eq!((image.original_size, image.crop_offset), ([4, 8], [0, 1]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<CroppedImage> {
     if [height, width].iter().any(|side| !(1..=MAX_SIDE).contains(side)) {
         let expected = format!("in 1..={MAX_SIDE}");
         return Err(Invalid::new("height, width", format!("{height}, {width}"), expected).into());
@@ -39,36 +61,37 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
     if !matches!(channels, 1 | 3) {
         return Err(Invalid::new("channels", channels, "1 or 3").into());
     }
-    let (layout, bytes) = read_picture(path)?;
+    let (layout, bytes) = read_image(path)?;
     let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
     let own_channels = own_channels as i64;
     if own_channels != 1 && own_channels != channels {
         let (found, expected) = (layout.to_string(), format!("grey: {channels} channels"));
-        return Err(Error::Picture { path: path.to_owned(), found, expected });
+        return Err(Error::Image { path: path.to_owned(), found, expected });
     }
-    let original = [i64::from(own_height), i64::from(own_width)];
-    let scaled = covering(original, [height, width]);
-    if scaled[0] > MOST_SCALED * height || scaled[1] > MOST_SCALED * width {
+    let original_size = [i64::from(own_height), i64::from(own_width)];
+    let scaled = covering_size(original_size, [height, width]);
+    if scaled[0] > MAX_SCALED_RATIO * height || scaled[1] > MAX_SCALED_RATIO * width {
         let found = layout.to_string();
-        let expected =
-            format!("a picture nearer in shape to {width}x{height}, not a {MOST_SCALED}th of it");
-        return Err(Error::Picture { path: path.to_owned(), found, expected });
+        let expected = format!(
+            "an aspect ratio closer to {width}x{height}: less than a {MAX_SCALED_RATIO}th of it would remain"
+        );
+        return Err(Error::Image { path: path.to_owned(), found, expected });
     }
-    let cut_off = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
+    let crop_offset = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
     let run = || -> std::result::Result<Tensor, tch::TchError> {
-        let size = [original[0], original[1], own_channels];
+        let size = [original_size[0], original_size[1], own_channels];
         let pixels = Tensor::f_from_data_size(&bytes, &size, Kind::Uint8)?
             .f_permute([2, 0, 1])?
             .f_to_kind(Kind::Float)?
             .f_unsqueeze(0)?;
-        let scaled = if scaled == original {
+        let scaled = if scaled == original_size {
             pixels
         } else {
             pixels.f_internal_upsample_bilinear2d_aa(scaled, false, None, None)?
         };
         scaled
-            .f_narrow(2, cut_off[0], height)?
-            .f_narrow(3, cut_off[1], width)?
+            .f_narrow(2, crop_offset[0], height)?
+            .f_narrow(3, crop_offset[1], width)?
             .f_div_scalar(127.5)?
             .f_sub_scalar(1.0)?
             .f_expand([1, channels, height, width], false)?
@@ -76,12 +99,12 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
             .f_contiguous()
     };
     let pixels = run().map_err(Error::torch("read_cropped"))?;
-    Ok(Cropped { pixels, original, cut_off })
+    Ok(CroppedImage { pixels, original_size, crop_offset })
 }
 
-/// The size of a picture once it is scaled to cover another, one side of it exactly.
-fn covering([own_height, own_width]: [i64; 2], [height, width]: [i64; 2]) -> [i64; 2] {
-    // Of the two factors the larger one: height / own_height against width / own_width.
+/// The size of an image scaled to cover `[height, width]` with one side exact.
+fn covering_size([own_height, own_width]: [i64; 2], [height, width]: [i64; 2]) -> [i64; 2] {
+    // The larger of the two factors height / own_height and width / own_width.
     if height * own_width >= width * own_height {
         [height, (own_width * height / own_height).max(width)]
     } else {
@@ -94,13 +117,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_covers_is_no_larger_than_it_must_be() {
-        assert_eq!(covering([20, 30], [10, 10]), [10, 15]);
-        assert_eq!(covering([30, 20], [10, 10]), [15, 10]);
-        assert_eq!(covering([10, 10], [10, 10]), [10, 10]);
-        assert_eq!(covering([5, 9], [10, 10]), [10, 18]);
-        assert_eq!(covering([100, 7], [64, 64]), [914, 64]);
-        assert_eq!(covering([40, 40], [10, 30]), [30, 30]);
+    fn covering_sizes_are_minimal() {
+        assert_eq!(covering_size([20, 30], [10, 10]), [10, 15]);
+        assert_eq!(covering_size([30, 20], [10, 10]), [15, 10]);
+        assert_eq!(covering_size([10, 10], [10, 10]), [10, 10]);
+        assert_eq!(covering_size([5, 9], [10, 10]), [10, 18]);
+        assert_eq!(covering_size([100, 7], [64, 64]), [914, 64]);
+        assert_eq!(covering_size([40, 40], [10, 30]), [30, 30]);
     }
 
     fn written(
@@ -110,11 +133,11 @@ mod tests {
         bytes: &[u8],
     ) -> std::path::PathBuf {
         let path = std::env::temp_dir().join(format!("ddil-{}-{name}.png", std::process::id()));
-        let file = std::fs::File::create(&path).expect("it is writable");
+        let file = std::fs::File::create(&path).expect("writable");
         let mut encoder = png::Encoder::new(file, width, height);
         encoder.set_color(colour);
         let mut writer = encoder.write_header().expect("the header is valid");
-        writer.write_image_data(bytes).expect("there are as many pixels");
+        writer.write_image_data(bytes).expect("the size matches");
         path
     }
 
@@ -123,35 +146,35 @@ mod tests {
     }
 
     #[test]
-    fn the_middle_is_kept_and_grey_is_a_colour() -> Result<()> {
-        // Two rows of four: the outer columns are cut off.
+    fn the_centre_is_kept_and_grey_is_repeated() -> Result<()> {
+        // Two rows of four: the outer columns are cropped.
         let path =
             written("grey", png::ColorType::Grayscale, [2, 4], &[9, 0, 255, 9, 9, 51, 204, 9]);
-        let middle = [-1.0, 1.0, -0.6, 0.6];
+        let centre = [-1.0, 1.0, -0.6, 0.6];
         let grey = read_cropped(&path, 1, [2, 2])?;
-        assert_eq!((grey.original, grey.cut_off), ([2, 4], [0, 1]));
+        assert_eq!((grey.original_size, grey.crop_offset), ([2, 4], [0, 1]));
         let near = |found: &[f32], expected: &[f32]| {
             found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6)
         };
-        assert!(near(&values(&grey.pixels), &middle));
+        assert!(near(&values(&grey.pixels), &centre));
         let colour = read_cropped(&path, 3, [2, 2])?;
         assert_eq!(colour.pixels.size(), [3, 2, 2]);
-        assert!(near(&values(&colour.pixels), &middle.repeat(3)));
-        std::fs::remove_file(path).expect("it is there");
+        assert!(near(&values(&colour.pixels), &centre.repeat(3)));
+        std::fs::remove_file(path).expect("the file exists");
         Ok(())
     }
 
     #[test]
-    fn what_is_scaled_keeps_its_mean_and_colours_are_not_taken_for_grey() -> Result<()> {
+    fn scaling_keeps_the_mean_and_colour_is_refused_for_one_channel() -> Result<()> {
         let bytes: Vec<u8> = (0..3 * 16).map(|i| if i / 3 % 2 == 0 { 0 } else { 200 }).collect();
         let path = written("rgb", png::ColorType::Rgb, [4, 4], &bytes);
-        // Without antialiasing stripes of one pixel would come out as one of the two.
+        // Without antialiasing, stripes one pixel wide would become one of the two values.
         let small = read_cropped(&path, 3, [2, 2])?.pixels;
-        let inner = small.mean(Kind::Float).double_value(&[]);
-        assert!((inner - (100.0 / 127.5 - 1.0)).abs() < 1e-5, "{inner}");
-        let refused = read_cropped(&path, 1, [2, 2]).expect_err("it has colours").to_string();
+        let mean = small.mean(Kind::Float).double_value(&[]);
+        assert!((mean - (100.0 / 127.5 - 1.0)).abs() < 1e-5, "{mean}");
+        let refused = read_cropped(&path, 1, [2, 2]).expect_err("a colour image").to_string();
         assert!(refused.contains("RGB, 4x4 pixels") && refused.contains("grey"), "{refused}");
-        std::fs::remove_file(path).expect("it is there");
+        std::fs::remove_file(path).expect("the file exists");
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Latents and prompts that a text-to-image model's own components encoded, in a folder.
+//! Folders of latents and prompts, encoded by the components of a text-to-image model.
 
 use std::{
     collections::BTreeMap,
@@ -13,75 +13,76 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// The version of the format that is written and read.
+/// The format version that is written and read.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The largest `dataset.json` that is read; a usual one has half a KiB.
+/// Size limit of `dataset.json`; typically it has half a KiB.
 const MAX_INFO_BYTES: u64 = 1 << 20;
 
-/// Numbers of size and crop of a picture.
+/// Length of `time_ids`: original size, crop offset and target size.
 const NUM_TIME_IDS: i64 = 6;
 
-/// Scaling factors are typed in decimals: they are the same if they differ by no more than rounding.
-const SAME_SCALING: f64 = 1e-9;
+/// Relative tolerance for equal scaling factors, which are decimals in config files.
+const SCALING_TOLERANCE: f64 = 1e-9;
 
-/// The file with the [`EncodedInfo`]; a folder that contains it is complete.
+/// The file with the [`EncodedInfo`]. It is written last: a folder that contains it is complete.
 pub const INFO: &str = "dataset.json";
-/// The file with the latents: `mean` and `std`, or `latents`, `[samples, channels, height, width]`.
+/// The file with the latents: `mean` and `std`, or `latents`, each `[samples, channels, height, width]`.
 pub const LATENTS: &str = "latents.safetensors";
-/// The file with the encoded prompts: `encoder_hidden_states` `[prompts, tokens, width]` and for some models
+/// The file with the encoded prompts: `encoder_hidden_states` `[prompts, tokens, width]` and, for some models,
 /// `text_embeds` `[prompts, width]`.
 pub const PROMPTS: &str = "prompts.safetensors";
-/// The file with `prompts` `[samples, phrasings]`, rows of the prompts, and for some models `time_ids` `[samples, 6]`.
+/// The file with `prompts` `[samples, phrasings]`, row numbers of the encoded prompts, and, for some models, `time_ids`
+/// `[samples, 6]`.
 pub const SAMPLES: &str = "samples.safetensors";
-/// The file with the texts of the prompts.
+/// The file with the texts of the prompts, by row.
 pub const TEXTS: &str = "prompts.json";
 
-/// What `dataset.json` says of a folder of encoded data.
+/// The content of `dataset.json`, which describes a folder of encoded data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EncodedInfo {
-    /// Version of the format; 1.
+    /// Format version; 1.
     pub format_version: u32,
-    /// Height and width of the pictures in pixels.
+    /// Height and width of the images in pixels.
     pub image_size: [i64; 2],
-    /// What was done to the autoencoder's latents before they were stored.
+    /// The scaling applied to the autoencoder's latents before they were stored.
     pub scaling: LatentScaling,
     /// Number of samples.
     pub num_samples: i64,
     /// Number of prompts.
     pub num_prompts: i64,
-    /// Row of the prompts that says what a network is told for "no prompt"; none where that is not known, and then no
-    /// teacher can be guided by it.
+    /// Row of the encoded empty prompt, the unconditional input of guidance; `None` if it is not included, which
+    /// excludes guidance of a teacher.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub empty_prompt: Option<i64>,
-    /// Of a cache: what it was made from.
+    /// For a cache: the key of the data it was computed from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// Prompts of which the end is not in the data; none where each is there as a whole.
+    /// Truncated prompts; `None` if every prompt is complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub truncated: Option<TruncatedPrompts>,
 }
 
-/// Prompts that are longer than the text encoders take.
+/// Prompts that were longer than the context of the text encoders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TruncatedPrompts {
-    /// How many there are.
+    /// The number of truncated prompts.
     pub count: u64,
     /// The first of them.
     pub prompt: String,
-    /// What was cut off it.
+    /// The part that was cut off.
     pub cut_off: String,
 }
 
-/// What the file says of itself, whatever else stands there.
+/// The version of the file; its other keys are ignored.
 #[derive(Deserialize)]
 struct Versioned {
     format_version: u32,
 }
 
-/// How latents of an autoencoder become those of a diffusion model, in the words of its `config.json`.
+/// The scaling from an autoencoder's latents to a diffusion model's latents, with the keys of `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LatentScaling {
@@ -98,26 +99,58 @@ pub struct LatentScaling {
     pub std: Option<Vec<f64>>,
 }
 
-/// What a teacher takes, which encoded data must fit.
+/// The shapes and scaling that a teacher requires of encoded data.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EncodedShape {
-    /// Channels of a picture.
+    /// Channels of an image.
     pub image_channels: i64,
     /// Channels of a latent.
     pub channels: i64,
-    /// Pixels of a picture to a latent, in each direction.
+    /// Pixels per latent in each direction.
     pub pixels_per_latent: i64,
-    /// How its latents are scaled.
+    /// Scaling of its latents.
     pub scaling: LatentScaling,
     /// Width of `encoder_hidden_states`.
     pub text_width: i64,
-    /// Width of `text_embeds`, for a teacher that is told these and sizes.
+    /// Width of `text_embeds`; `None` for a teacher that takes neither these nor `time_ids`.
     pub pooled_width: Option<i64>,
 }
 
-/// Latents and prompts as a text-to-image model's own parts made them, in a folder as `docs/TEXT_DATA.md` describes it.
+/// Latents and prompts encoded by the components of a text-to-image model, in a folder; `docs/TEXT_DATA.md` describes
+/// the format.
 ///
-/// The large tensors lie in mapped files: opening reads the headers, a batch its own rows.
+/// The large tensors are memory-mapped: [`open`](Self::open) reads the headers, [`batch`](Self::batch) the rows of the
+/// batch.
+///
+/// # Example
+///
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use ddil_core::{RandomStreams, Stream};
+/// use ddil_data::{EncodedDataset, encoded};
+/// use ddil_models::weights;
+/// use tch::{Device, Tensor, kind};
+///
+/// // Two samples with one prompt each; prompt 0 is the empty prompt.
+/// let folder = tempfile::tempdir()?;
+/// let save = |file: &str, name: &str, tensor: Tensor| {
+///     weights::save(&[(name.to_owned(), tensor)], folder.path().join(file), &BTreeMap::new())
+/// };
+/// save(encoded::LATENTS, "latents", Tensor::zeros([2, 4, 8, 8], kind::FLOAT_CPU))?;
+/// save(encoded::PROMPTS, "encoder_hidden_states", Tensor::zeros([3, 5, 16], kind::FLOAT_CPU))?;
+/// save(encoded::SAMPLES, "prompts", Tensor::from_slice2(&[[1_i64], [2]]))?;
+/// std::fs::write(folder.path().join(encoded::TEXTS), r#"["", "a cat", "a dog"]"#)?;
+/// let info = r#"{"format_version": 1, "image_size": [64, 64], "scaling": {"factor": 0.18215},
+///     "num_samples": 2, "num_prompts": 3, "empty_prompt": 0}"#;
+/// std::fs::write(folder.path().join(encoded::INFO), info)?;
+///
+/// let data = EncodedDataset::open(folder.path(), None)?;
+/// let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, Device::Cpu)?;
+/// let batch = data.batch(&[1], [4, 8, 8], &mut draws, Device::Cpu)?;
+/// assert_eq!(batch.x0.size(), [1, 4, 8, 8]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct EncodedDataset {
     path: PathBuf,
@@ -125,34 +158,34 @@ pub struct EncodedDataset {
     latents: Option<Latents>,
     prompts: Conditioning,
     time_ids: Option<Tensor>,
-    /// Rows of the prompts of each sample; at least one each.
-    of_samples: Vec<Vec<i64>>,
+    /// Prompt rows of each sample; at least one each.
+    prompts_of_samples: Vec<Vec<i64>>,
     texts: Vec<String>,
 }
 
 #[derive(Debug)]
 enum Latents {
-    /// What the autoencoder says of each picture: latents are drawn afresh at each use.
+    /// The autoencoder's distribution for each image; latents are drawn from it at each use.
     Distribution { mean: Tensor, std: Tensor },
     /// The latents themselves.
     Fixed(Tensor),
 }
 
-/// Samples of an [`EncodedDataset`], ready for a network.
+/// A batch of an [`EncodedDataset`].
 #[derive(Debug)]
 pub struct EncodedBatch {
-    /// `[batch, channels, height, width]`, `Float`, as the network knows latents; zeros where the data have none.
+    /// Scaled latents, `[batch, channels, height, width]`, `Float`; zeros if the data set contains no latents.
     pub x0: Tensor,
-    /// One prompt a sample, with its numbers of size and crop where there are such.
+    /// One prompt per sample, with `time_ids` if the data set contains them.
     pub conditioning: Conditioning,
 }
 
 impl EncodedInfo {
-    /// What `dataset.json` says in a folder.
+    /// Reads `dataset.json` in a folder.
     ///
     /// # Errors
     ///
-    /// [`Error::Read`]; [`Error::Encoded`] if it is not understood.
+    /// [`Error::Read`]; [`Error::Encoded`] for invalid content or another version.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(INFO);
         let text = ddil_files::read_bounded(&path, MAX_INFO_BYTES);
@@ -161,12 +194,13 @@ impl EncodedInfo {
             path: folder.to_owned(),
             problems: vec![format!("{INFO}: {problem}")],
         };
-        // Alone first: what is unknown in a newer file is not the news.
-        let said: Versioned = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
-        if said.format_version != FORMAT_VERSION {
-            let found = said.format_version;
+        // The version first: for a newer file, the version is reported and not its unknown keys.
+        let versioned: Versioned =
+            serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+        if versioned.format_version != FORMAT_VERSION {
+            let found = versioned.format_version;
             return Err(invalid(format!(
-                "`format_version` is {found}, but this program knows {FORMAT_VERSION}"
+                "`format_version` is {found}, but this version of ddil reads {FORMAT_VERSION}"
             )));
         }
         serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))
@@ -174,18 +208,18 @@ impl EncodedInfo {
 }
 
 impl EncodedDataset {
-    /// Opens a folder, for a teacher if one is given.
+    /// Opens a folder and, if a teacher is given, checks that the data match it.
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] if there is no `dataset.json`; [`Error::Encoded`] with everything that is missing, damaged or
-    /// does not fit the rest or the teacher.
+    /// [`Error::Read`] if `dataset.json` is missing; [`Error::Encoded`] with everything that is missing, damaged,
+    /// inconsistent or does not match the teacher.
     pub fn open(folder: &Path, teacher: Option<&EncodedShape>) -> Result<Self> {
         let info = EncodedInfo::read(folder)?;
         let mut problems = Vec::new();
-        let mut read = |name: &str, needed: bool| {
+        let mut read = |name: &str, is_required: bool| {
             let path = folder.join(name);
-            if !path.exists() && !needed {
+            if !path.exists() && !is_required {
                 return BTreeMap::new();
             }
             weights::read_all(&path).unwrap_or_else(|error| {
@@ -199,13 +233,21 @@ impl EncodedDataset {
         checks.info();
         let latents = checks.latents(latents);
         let prompts = checks.prompts(prompts);
-        let (of_samples, time_ids) = checks.samples(samples);
+        let (prompts_of_samples, time_ids) = checks.samples(samples);
         let texts = checks.texts(folder);
         let problems = checks.problems;
         if !problems.is_empty() {
             return Err(Error::Encoded { path: folder.to_owned(), problems });
         }
-        Ok(Self { path: folder.to_owned(), info, latents, prompts, time_ids, of_samples, texts })
+        Ok(Self {
+            path: folder.to_owned(),
+            info,
+            latents,
+            prompts,
+            time_ids,
+            prompts_of_samples,
+            texts,
+        })
     }
 
     /// The folder.
@@ -213,23 +255,23 @@ impl EncodedDataset {
         &self.path
     }
 
-    /// What it says of itself.
+    /// The content of `dataset.json`.
     pub fn info(&self) -> &EncodedInfo {
         &self.info
     }
 
-    /// Number of samples; never 0.
-    #[expect(clippy::len_without_is_empty, reason = "one that exists has samples")]
+    /// The number of samples; at least 1.
+    #[expect(clippy::len_without_is_empty, reason = "a data set is never empty")]
     pub fn len(&self) -> i64 {
-        self.of_samples.len() as i64
+        self.prompts_of_samples.len() as i64
     }
 
-    /// Whether there are latents, and not prompts alone.
+    /// Whether the data set contains latents as well as prompts.
     pub fn has_latents(&self) -> bool {
         self.latents.is_some()
     }
 
-    /// Channels, height and width of the latents, where there are any.
+    /// Channels, height and width of the latents; `None` without latents.
     pub fn latent_shape(&self) -> Option<[i64; 3]> {
         let (Latents::Distribution { mean: latents, .. } | Latents::Fixed(latents)) =
             self.latents.as_ref()?;
@@ -242,22 +284,23 @@ impl EncodedDataset {
         &self.texts
     }
 
-    /// Rows of the prompts of a sample.
+    /// The prompt rows of a sample.
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] if there is no such sample.
+    /// [`Error::Index`] if the index is out of range.
     pub fn prompts_of(&self, sample: i64) -> Result<&[i64]> {
-        let rows = usize::try_from(sample).ok().and_then(|sample| self.of_samples.get(sample));
+        let rows =
+            usize::try_from(sample).ok().and_then(|sample| self.prompts_of_samples.get(sample));
         rows.map(Vec::as_slice).ok_or(Error::Index { index: sample, len: self.len() })
     }
 
-    /// What a network is told of the prompts at these rows, without numbers of size and crop; `Float`, on the CPU.
+    /// The encoded prompts at the given rows without `time_ids`; `Float`, on the CPU.
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] for a row that is not there.
-    pub fn told(&self, rows: &[i64]) -> Result<Conditioning> {
+    /// [`Error::Index`] for a row that is out of range.
+    pub fn prompt_conditioning(&self, rows: &[i64]) -> Result<Conditioning> {
         let len = self.info.num_prompts;
         if let Some(&index) = rows.iter().find(|&&row| !(0..len).contains(&row)) {
             return Err(Error::Index { index, len });
@@ -272,23 +315,23 @@ impl EncodedDataset {
             .with_some(Conditioning::TEXT_EMBEDS, part(Conditioning::TEXT_EMBEDS)?))
     }
 
-    /// What a network is told for "no prompt", one row; none if the folder does not say.
+    /// The encoded empty prompt, one row; `None` if the folder does not contain it.
     ///
     /// # Errors
     ///
-    /// What libtorch refuses, such as memory.
+    /// [`Error::Torch`] if memory runs out.
     pub fn empty_prompt(&self) -> Result<Option<Conditioning>> {
-        self.info.empty_prompt.map(|row| self.told(&[row])).transpose()
+        self.info.empty_prompt.map(|row| self.prompt_conditioning(&[row])).transpose()
     }
 
-    /// The samples at these indices, each with one of its phrasings and, where the autoencoder left a distribution, with
-    /// latents drawn from that.
+    /// The samples at the given indices, each with one of its phrasings at random. If the data set stores a
+    /// distribution, latents are drawn from it.
     ///
-    /// `shape` is that of the zeros which stand for latents where there are none.
+    /// `shape` is the latent shape of a data set without latents, for which `x0` is zero.
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] for an index that is not there, [`Error::Torch`] if memory runs out.
+    /// [`Error::Index`] for an index that is out of range, [`Error::Torch`] if memory runs out.
     pub fn batch(
         &self,
         indices: &[i64],
@@ -298,17 +341,17 @@ impl EncodedDataset {
     ) -> Result<EncodedBatch> {
         let phrasing = |&index: &i64| {
             let rows = self.prompts_of(index)?;
-            // One draw a sample, however many phrasings it has.
+            // One draw per sample, even with a single phrasing.
             Ok(rows[draws.rng.random_range(0..rows.len())])
         };
         let prompts: Vec<i64> = indices.iter().map(phrasing).collect::<Result<_>>()?;
         let rows = Tensor::from_slice(indices);
         let time_ids = select(self.time_ids.as_ref(), &rows)?;
-        let conditioning = self.told(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
+        let conditioning = self.prompt_conditioning(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
         let torch = |error| Error::torch("EncodedDataset::batch")(error);
         let on_device = |tensor: &Tensor| -> Result<Tensor> {
             let chosen = tensor.f_index_select(0, &rows).map_err(torch)?;
-            // Cast there: half precision is half the way.
+            // Converted on the device: half precision halves the transfer.
             let moved = chosen.f_to_device(device).and_then(|t| t.f_to_kind(Kind::Float));
             moved.map_err(torch)
         };
@@ -329,13 +372,13 @@ impl EncodedDataset {
     }
 }
 
-/// Rows of a part that is there, `Float`.
+/// The given rows of a part, `Float`; `None` without the part.
 fn select(part: Option<&Tensor>, rows: &Tensor) -> Result<Option<Tensor>> {
     let chosen = part.map(|part| part.f_index_select(0, rows)?.f_to_kind(Kind::Float)).transpose();
-    chosen.map_err(Error::torch("EncodedDataset::told"))
+    chosen.map_err(Error::torch("EncodedDataset::prompt_conditioning"))
 }
 
-/// What was found in a folder against what it says and what the teacher takes.
+/// Checks the content of a folder against its `dataset.json` and the teacher, and collects all problems.
 struct Checks<'a> {
     info: &'a EncodedInfo,
     teacher: Option<&'a EncodedShape>,
@@ -353,7 +396,7 @@ impl Checks<'_> {
         let EncodedInfo { image_size, num_samples, num_prompts, .. } = *self.info;
         if num_samples < 1 || num_prompts < 1 {
             self.problem(format!(
-                "{INFO}: {num_samples} samples and {num_prompts} prompts; at least one each is needed"
+                "{INFO}: {num_samples} samples and {num_prompts} prompts; at least one of each is required"
             ));
         }
         if let Some(row) = self.info.empty_prompt.filter(|row| !(0..num_prompts).contains(row)) {
@@ -366,7 +409,7 @@ impl Checks<'_> {
         if image_size.iter().any(|side| *side < factor || side % factor != 0) {
             self.problem(format!(
                 "{INFO}: `image_size` is {image_size:?}, but both must be multiples of {factor}, the teacher's pixels \
-                 to a latent"
+                 per latent"
             ));
         }
         if !self.info.scaling.is_same(&teacher.scaling) {
@@ -396,7 +439,9 @@ impl Checks<'_> {
                 }
                 (None, None, Some(latents)) => Some(Latents::Fixed(latents)),
                 _ => {
-                    self.problem(format!("{LATENTS}: needs either `mean` and `std` or `latents`"));
+                    self.problem(format!(
+                        "{LATENTS}: must contain either `mean` and `std` or `latents`"
+                    ));
                     None
                 }
             };
@@ -433,10 +478,10 @@ impl Checks<'_> {
         }
         match (&pooled, teacher.map(|teacher| teacher.pooled_width)) {
             (Some(_), Some(None)) => self.problem(format!(
-                "{PROMPTS}: has `text_embeds`, which the teacher is not told: they are of another model"
+                "{PROMPTS}: contains `text_embeds`, which the teacher does not take: the data are for another model"
             )),
             (None, Some(Some(_))) => {
-                self.problem(format!("{PROMPTS}: no `text_embeds`, which the teacher is told"));
+                self.problem(format!("{PROMPTS}: no `text_embeds`, which the teacher requires"));
             }
             (Some(pooled), width) => self.shape(PROMPTS, "text_embeds", pooled, &[n, width.flatten()]),
             (None, _) => {}
@@ -453,13 +498,15 @@ impl Checks<'_> {
         if let Some(time_ids) = &time_ids {
             self.shape(SAMPLES, "time_ids", time_ids, &[Some(n), Some(NUM_TIME_IDS)]);
         }
-        let is_told = self.teacher.map(|teacher| teacher.pooled_width.is_some());
-        match (is_told, time_ids.is_some()) {
+        let is_required = self.teacher.map(|teacher| teacher.pooled_width.is_some());
+        match (is_required, time_ids.is_some()) {
             (Some(true), false) => {
-                self.problem(format!("{SAMPLES}: no `time_ids`, which the teacher is told"));
+                self.problem(format!("{SAMPLES}: no `time_ids`, which the teacher requires"));
             }
             (Some(false), true) => {
-                self.problem(format!("{SAMPLES}: has `time_ids`, which the teacher is not told"));
+                self.problem(format!(
+                    "{SAMPLES}: contains `time_ids`, which the teacher does not take"
+                ));
             }
             _ => {}
         }
@@ -470,7 +517,7 @@ impl Checks<'_> {
         (self.rows(&table), time_ids)
     }
 
-    /// The rows of each sample's prompts.
+    /// The prompt rows of each sample.
     fn rows(&mut self, table: &Tensor) -> Vec<Vec<i64>> {
         let (size, kind, n) = (table.size(), table.kind(), self.info.num_samples);
         let fits = size.len() == 2 && size[0] == n && size[1] > 0;
@@ -489,10 +536,10 @@ impl Checks<'_> {
             }
         };
         let known = -1..self.info.num_prompts;
-        if let Some(beyond) = values.iter().find(|row| !known.contains(row)) {
+        if let Some(invalid) = values.iter().find(|row| !known.contains(row)) {
             self.problem(format!(
-                "{SAMPLES}: `prompts` names prompt {beyond}; there are {}, counted from 0, and -1 is none",
-                known.end
+                "{SAMPLES}: `prompts` refers to row {invalid}; rows are 0 to {}, and -1 is an unused entry",
+                known.end - 1
             ));
         }
         let rows: Vec<Vec<i64>> = values
@@ -524,7 +571,7 @@ impl Checks<'_> {
         }
     }
 
-    /// A shape, where `None` is any length, of numbers with a point.
+    /// Checks the shape of a floating-point tensor; `None` allows any length.
     fn shape(&mut self, file: &str, name: &str, tensor: &Tensor, expected: &[Option<i64>]) {
         let size = tensor.size();
         let fits = size.len() == expected.len()
@@ -547,14 +594,14 @@ impl Checks<'_> {
 
     fn unknown(&mut self, file: &str, left: &Tensors) {
         for name in left.keys() {
-            self.problem(format!("{file}: `{name}` means nothing here"));
+            self.problem(format!("{file}: unknown tensor `{name}`"));
         }
     }
 }
 
 impl LatentScaling {
     fn is_same(&self, other: &Self) -> bool {
-        let near = |a: f64, b: f64| (a - b).abs() <= SAME_SCALING * a.abs().max(b.abs());
+        let near = |a: f64, b: f64| (a - b).abs() <= SCALING_TOLERANCE * a.abs().max(b.abs());
         let lists = |a: &Option<Vec<f64>>, b: &Option<Vec<f64>>| match (a, b) {
             (Some(a), Some(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b)),
             (a, b) => a.is_none() && b.is_none(),
@@ -590,7 +637,7 @@ mod tests {
 
     const SHAPE: [i64; 3] = [2, 8, 8];
 
-    /// Two samples: the first has two phrasings and latents about 5, the second one and latents about -5.
+    /// Two samples: the first with two phrasings and latents around 5, the second with one and latents around -5.
     fn written() -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("a folder");
         let save = |name: &str, tensors: &[(&str, Tensor)]| {
@@ -618,13 +665,15 @@ mod tests {
     }
 
     fn rows(batch: &EncodedBatch) -> Vec<f32> {
-        let states =
-            batch.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).expect("they are told");
+        let states = batch
+            .conditioning
+            .get(Conditioning::ENCODER_HIDDEN_STATES)
+            .expect("prompts are encoded");
         Vec::try_from(states.flatten(0, -1)).expect("numbers")
     }
 
     #[test]
-    fn latents_and_phrasings_are_drawn_afresh_at_each_step() -> Result<()> {
+    fn latents_and_phrasings_are_drawn_at_each_step() -> Result<()> {
         let folder = written();
         let data = EncodedDataset::open(folder.path(), None)?;
         assert_eq!((data.len(), data.latent_shape()), (2, Some(SHAPE)));
@@ -632,7 +681,7 @@ mod tests {
         assert_eq!((&first.x0, rows(&first)), (&again.x0, rows(&again)));
         assert_ne!(first.x0, batch(&data, 4, &[1, 0]).x0);
 
-        // The draws of many steps have the mean and the spread that were stored.
+        // The draws of many steps have the stored mean and standard deviation.
         let drawn: Vec<EncodedBatch> = (0..64).map(|step| batch(&data, step, &[1, 0])).collect();
         let x0: Vec<&Tensor> = drawn.iter().map(|batch| &batch.x0).collect();
         let x0 = Tensor::stack(&x0, 1);
@@ -643,15 +692,15 @@ mod tests {
             assert!(error < 5.0 * 0.5 / n.sqrt(), "{error}");
             assert!((values.std(true).double_value(&[]) - 0.5).abs() < 0.02);
         }
-        let told: Vec<Vec<f32>> = drawn.iter().map(rows).collect();
-        assert!(told.iter().all(|rows| rows[0] == 3.0 && [1.0, 2.0].contains(&rows[1])));
-        let seconds = told.iter().filter(|rows| rows[1] == 2.0).count();
+        let prompts: Vec<Vec<f32>> = drawn.iter().map(rows).collect();
+        assert!(prompts.iter().all(|rows| rows[0] == 3.0 && [1.0, 2.0].contains(&rows[1])));
+        let seconds = prompts.iter().filter(|rows| rows[1] == 2.0).count();
         assert!((16..=48).contains(&seconds), "{seconds} of 64");
         Ok(())
     }
 
     #[test]
-    fn a_sample_that_is_not_there_is_refused() -> Result<()> {
+    fn an_index_out_of_range_is_refused() -> Result<()> {
         let folder = written();
         let data = EncodedDataset::open(folder.path(), None)?;
         let mut draws =
@@ -661,7 +710,7 @@ mod tests {
             assert!(matches!(refused, Err(Error::Index { len: 2, .. })), "{refused:?}");
         }
         let empty = data.empty_prompt()?.expect("there is one");
-        let states = empty.get(Conditioning::ENCODER_HIDDEN_STATES).expect("they are told");
+        let states = empty.get(Conditioning::ENCODER_HIDDEN_STATES).expect("prompts are encoded");
         assert_eq!(states.double_value(&[0, 0, 0]), 0.0);
         Ok(())
     }

@@ -3,9 +3,9 @@ use std::path::PathBuf;
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 
-use crate::layout::ENDINGS;
+use crate::layout::EXTENSIONS;
 
-/// Everything that can go wrong between images on disk and a batch.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,15 +15,15 @@ pub enum Error {
     /// An argument is undefined or sparse.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
-    /// A data set is not where it is looked for.
+    /// A data set was not found.
     #[error(
-        "no {dataset} in {}; `make setup` fetches it, or let DDIL_DATA name the folder that has it",
+        "no {dataset} in {}; run `make setup` to download it, or set DDIL_DATA to the folder that contains it",
         list(looked_in)
     )]
     Missing {
         /// Name of the data set.
         dataset: &'static str,
-        /// The folders, in the order in which they were looked at.
+        /// The folders searched, in order.
         looked_in: Vec<PathBuf>,
     },
     /// A file or folder could not be read.
@@ -31,142 +31,148 @@ pub enum Error {
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the file system said.
+        /// The error of the file system.
         source: std::io::Error,
     },
-    /// A file has other contents than the data set's own.
-    #[error("{} is damaged or another file: its SHA-256 is {found}, expected {expected}", path.display())]
+    /// The content of a file is not that of the published data set.
+    #[error("{} is damaged or not the published file: its SHA-256 is {found}, expected {expected}", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
-        /// The SHA-256 of its contents, unpacked.
+        /// The SHA-256 of its decompressed content.
         found: String,
-        /// What it should be.
+        /// The expected SHA-256.
         expected: &'static str,
     },
-    /// A file does not begin as an IDX file of this sort does.
-    #[error("{} is no IDX file of {expected}: it begins with the bytes {found:02x?}", path.display())]
+    /// A file does not begin with the expected IDX header.
+    #[error("{} is not an IDX file of {expected}: it begins with the bytes {found:02x?}", path.display())]
     IdxHeader {
         /// The file.
         path: PathBuf,
         /// Its first bytes, up to four.
         found: Vec<u8>,
-        /// What it should hold, and the bytes that it should begin with.
+        /// The expected content and first bytes.
         expected: &'static str,
     },
-    /// An IDX file's header promises another length than the file has.
-    #[error("{} has {found} bytes; its header, with dimensions {dims:?}, makes {expected}", path.display())]
+    /// The length of an IDX file does not match its header.
+    #[error("{} has {found} bytes; expected {expected} for the dimensions {dims:?} in its header", path.display())]
     IdxLength {
         /// The file.
         path: PathBuf,
-        /// The dimensions in its header; fewer than there should be if the file ends within.
+        /// The dimensions in its header; fewer than expected if the file ends within the header.
         dims: Vec<u32>,
-        /// Bytes in the file; of a packed one, as far as it was unpacked to see that there are too many.
+        /// Bytes in the file. Decompression stops once there are too many.
         found: u64,
-        /// Bytes that the header makes.
+        /// Bytes expected for the header.
         expected: u64,
     },
-    /// There are not as many labels as images.
-    #[error("{images} images, but {labels} labels")]
+    /// The numbers of labels and images differ.
+    #[error("{images} images but {labels} labels")]
     LabelCount {
         /// Number of images.
         images: i64,
         /// Number of labels.
         labels: i64,
     },
-    /// A label is not among the classes.
-    #[error("label {found} is not among the classes 0 to {}", num_classes - 1)]
+    /// A label is out of range.
+    #[error("label {found} is out of range: the classes are 0 to {}", num_classes - 1)]
     Label {
         /// The label.
         found: i64,
         /// Number of classes.
         num_classes: i64,
     },
-    /// A tensor has another shape or kind than it must.
+    /// A tensor has the wrong shape or kind.
     #[error("`{name}` is {found}; expected {expected}")]
     Tensor {
         /// The argument.
         name: &'static str,
         /// Its kind and shape.
         found: String,
-        /// What may stand there.
+        /// The expected kind and shape.
         expected: &'static str,
     },
-    /// A sample that the data set does not have was asked for.
-    #[error("sample {index} was asked for, but the data set has {len}")]
+    /// The index of a sample is out of range.
+    #[error("sample index {index} is out of range: the data set has {len} samples")]
     Index {
         /// The index.
         index: i64,
         /// Number of samples.
         len: i64,
     },
-    /// A file is no PNG that can be read.
+    /// A PNG file cannot be decoded.
     #[error("could not read {} as a PNG", path.display())]
     Png {
         /// The file.
         path: PathBuf,
-        /// What the decoder said.
+        /// The error of the decoder.
         source: png::DecodingError,
     },
-    /// A file is no JPEG that can be read.
+    /// A JPEG file cannot be decoded.
     #[error("could not read {} as a JPEG", path.display())]
     Jpeg {
         /// The file.
         path: PathBuf,
-        /// What the decoder said.
+        /// The error of the decoder.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A picture has another size or colour type than the first, or one that is not taken.
+    /// An image has an unsupported colour type, or its size or colour type differs from the first image.
     #[error("{} is {found}; expected {expected}", path.display())]
-    Picture {
+    Image {
         /// The file.
         path: PathBuf,
         /// Its size and colour type.
         found: String,
-        /// Those that it should have.
+        /// The expected size and colour type.
         expected: String,
     },
-    /// A folder has no picture in it.
-    #[error("no file ending in {ENDINGS} in {} or its folders", path.display())]
-    NoPictures {
+    /// A folder contains no images.
+    #[error("no file ending in {EXTENSIONS} in {} or its subfolders", path.display())]
+    NoImages {
         /// The folder.
         path: PathBuf,
     },
-    /// A folder has pictures beside folders of pictures, so that some would have a label and some not.
-    #[error("{} has pictures ({}) beside folders of pictures ({}); labels would be missing", path.display(), picture.display(), folder.display())]
+    /// A folder contains images as well as subfolders of images, so only some images would have labels.
+    #[error(
+        "{} contains images ({}) as well as subfolders of images ({}): use one or the other, because only images in \
+         subfolders have labels",
+        path.display(),
+        image.display(),
+        folder.display()
+    )]
     MixedFolder {
         /// The folder.
         path: PathBuf,
-        /// A picture in it.
-        picture: PathBuf,
-        /// A folder of pictures in it.
+        /// An image in it.
+        image: PathBuf,
+        /// A subfolder of images in it.
         folder: PathBuf,
     },
-    /// Captions cannot be read as they stand.
+    /// Captions cannot be read.
     #[error("{} cannot be read as captions:{}", path.display(), lines(problems))]
     Captions {
         /// The folder or file.
         path: PathBuf,
-        /// Everything that is wrong with it.
+        /// All problems found.
         problems: Vec<String>,
     },
-    /// A folder of latents and prompts is damaged, or does not fit itself or the teacher.
+    /// A folder of encoded data is damaged, inconsistent, or does not match the teacher.
     #[error("{} cannot be used as encoded data:{}", path.display(), lines(problems))]
     Encoded {
         /// The folder.
         path: PathBuf,
-        /// Everything that is wrong with it.
+        /// All problems found.
         problems: Vec<String>,
     },
-    /// A generator of random numbers refused.
+    /// A random number generator failed.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// libtorch refused an operation.
-    #[error("{op}: libtorch refused: {reason}")]
+    /// A libtorch operation failed.
+    #[error("{op}: libtorch failed: {reason}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// What libtorch said.
+        /// The first line of libtorch's message.
         reason: String,
     },
 }
@@ -175,7 +181,7 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if this error is about one.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -183,9 +189,9 @@ impl Error {
         }
     }
 
-    /// Names the function in which libtorch refused; for `map_err`.
+    /// Adds the name of the function to an error of libtorch; for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
-        // The message continues with a C++ backtrace.
+        // A C++ backtrace follows the first line.
         move |error| {
             let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
             Self::Torch { op, reason }
@@ -193,7 +199,7 @@ impl Error {
     }
 }
 
-/// The first of many lines: a thousand pictures without captions are one mistake.
+/// The first 20 problems, one per line: a thousand images without captions are one mistake.
 fn lines(problems: &[String]) -> String {
     const SHOWN: usize = 20;
     let shown = problems.iter().take(SHOWN).fold(String::new(), |text, line| text + "\n  " + line);

@@ -9,10 +9,10 @@ use tch::Tensor;
 
 use crate::{Error, ImageDataset, Result, idx};
 
-/// Pixels of background on each side: 28 becomes 32, which halves evenly down to 4.
+/// Pixels of background on each side: 28 becomes 32, which can be halved down to 4.
 const PADDING: i64 = 2;
 
-/// Name and SHA-256, unpacked, of the files.
+/// Names and SHA-256 of the decompressed files.
 const TRAIN_IMAGES: (&str, &str) =
     ("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888");
 const TRAIN_LABELS: (&str, &str) =
@@ -22,25 +22,25 @@ const TEST_IMAGES: (&str, &str) =
 const TEST_LABELS: (&str, &str) =
     ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34");
 
-/// Fashion-MNIST: 70 000 grey pictures of clothes in ten classes
+/// Fashion-MNIST: 70 000 grey images of clothes in ten classes
 /// ([Xiao et al. 2017](https://arxiv.org/abs/1708.07747)), padded from 28x28 to 32x32 with background.
 #[derive(Debug)]
 pub struct FashionMnist {
-    /// 60 000 samples to train on.
+    /// 60 000 training samples.
     pub train: ImageDataset,
-    /// 10 000 samples to test on.
+    /// 10 000 test samples.
     pub test: ImageDataset,
 }
 
 impl FashionMnist {
-    /// Reads the data set from a folder, or from the first of [`fashion_mnist_folders`] that has it.
+    /// Reads the data set from `folder`, or from the first of [`fashion_mnist_folders`] that contains it.
     ///
-    /// The four IDX files may be packed (`.gz`). Each is checked against the SHA-256 of the published one.
+    /// The four IDX files may be compressed (`.gz`). Each is checked against the SHA-256 of the published file.
     ///
     /// # Errors
     ///
-    /// [`Error::Missing`] if no folder has the files, [`Error::Read`] if one cannot be read, [`Error::Checksum`] if one
-    /// is not the published file.
+    /// [`Error::Missing`] if no folder contains the files, [`Error::Read`] if a file cannot be read,
+    /// [`Error::Checksum`] if it is not the published file.
     pub fn load(folder: Option<&Path>) -> Result<Self> {
         let folders = folder.map_or_else(fashion_mnist_folders, |path| vec![path.to_owned()]);
         let Some(folder) = folders.iter().find(|path| find(path, TRAIN_IMAGES.0).is_some()) else {
@@ -53,27 +53,28 @@ impl FashionMnist {
     }
 }
 
-/// The folders in which [`FashionMnist::load`] looks when it is given none, in order.
+/// The folders that [`FashionMnist::load`] searches by default, in order.
 ///
-/// `$DDIL_DATA/fashion-mnist` and `$DDIL_DATA` if that is set; else `datasets/fashion-mnist` in `$DDIL_CACHE`, or in
-/// `$XDG_CACHE_HOME/ddil`, or in `~/.cache/ddil`.
+/// `$DDIL_DATA/fashion-mnist` and `$DDIL_DATA` if the variable is set; otherwise `datasets/fashion-mnist` in
+/// `$DDIL_CACHE`, or in `$XDG_CACHE_HOME/ddil`, or in `~/.cache/ddil`.
 pub fn fashion_mnist_folders() -> Vec<PathBuf> {
-    if let Some(data) = set("DDIL_DATA") {
+    if let Some(data) = path_in("DDIL_DATA") {
         return vec![data.join("fashion-mnist"), data];
     }
     vec![cache_folder().join("datasets/fashion-mnist")]
 }
 
-/// The folder of what can be fetched or made again: `$DDIL_CACHE`, or `$XDG_CACHE_HOME/ddil`, or `~/.cache/ddil`.
+/// The cache folder, whose content can be downloaded or computed again: `$DDIL_CACHE`, or `$XDG_CACHE_HOME/ddil`, or
+/// `~/.cache/ddil`.
 pub fn cache_folder() -> PathBuf {
-    set("DDIL_CACHE")
-        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("ddil")))
-        .or_else(|| set("HOME").map(|home| home.join(".cache/ddil")))
+    path_in("DDIL_CACHE")
+        .or_else(|| path_in("XDG_CACHE_HOME").map(|cache| cache.join("ddil")))
+        .or_else(|| path_in("HOME").map(|home| home.join(".cache/ddil")))
         .unwrap_or_default()
 }
 
-/// A variable of the environment that says something.
-fn set(name: &str) -> Option<PathBuf> {
+/// The path in an environment variable; `None` if it is unset or empty.
+fn path_in(name: &str) -> Option<PathBuf> {
     env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
@@ -108,7 +109,7 @@ fn read_checked(
     Ok((path, bytes))
 }
 
-/// The file of this name, packed or not.
+/// The file of this name, compressed or not.
 fn find(folder: &Path, name: &str) -> Option<PathBuf> {
     [folder.join(name), folder.join(format!("{name}.gz"))].into_iter().find(|path| path.is_file())
 }

@@ -11,66 +11,68 @@ use tch::{Kind, Tensor};
 use crate::layout::Layout;
 use crate::{Error, ImageDataset, Result, jpeg};
 
-/// Deflate packs no more than that into a byte: a picture that claims more pixels has not got them.
-const MOST_PACKED: u64 = 1032;
+/// The maximum compression ratio of Deflate. An image whose header states more pixels cannot contain them.
+const MAX_DEFLATE_RATIO: u64 = 1032;
 
-/// A data set of the PNG and JPEG files in a folder, in the order of their names.
+/// Reads the PNG and JPEG files of a folder, sorted by name.
 ///
-/// Pictures in the folder itself have no labels. Pictures in folders of it have: classes are those folders' names,
-/// sorted. All must be of one size, and all grey or all RGB; palettes and 16 bits a value are brought to 8 bits, and a JPEG
-/// is turned as its Exif data say. Other files are left alone, and so are names that begin with a dot.
+/// Images directly in the folder have no labels. Images in subfolders have one: the classes are the names of the
+/// subfolders, sorted. All images must have the same size, and be all grey or all RGB. Palettes and 16-bit values are
+/// converted to 8 bits; JPEG files are oriented by their Exif data. Other files and names that begin with a dot are
+/// ignored.
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Png`], [`Error::Jpeg`] and [`Error::NoPictures`]; [`Error::Picture`] for a picture that differs from the
-/// first or has transparency; [`Error::MixedFolder`] for pictures with labels beside pictures without.
+/// [`Error::Read`], [`Error::Png`], [`Error::Jpeg`] and [`Error::NoImages`]; [`Error::Image`] for an image that differs
+/// from the first or has transparency; [`Error::MixedFolder`] if the folder contains images as well as subfolders of
+/// images.
 pub fn read_image_folder(folder: &Path) -> Result<ImageDataset> {
     let entries = list(folder)?;
-    let pictures: Vec<PathBuf> = entries.iter().filter(|path| is_picture(path)).cloned().collect();
+    let images: Vec<PathBuf> = entries.iter().filter(|path| is_image(path)).cloned().collect();
     let classes = read_classes(&entries)?;
-    match (pictures.first(), classes.first()) {
-        (None, None) => Err(Error::NoPictures { path: folder.to_owned() }),
-        (Some(picture), Some((class, _))) => Err(Error::MixedFolder {
+    match (images.first(), classes.first()) {
+        (None, None) => Err(Error::NoImages { path: folder.to_owned() }),
+        (Some(image), Some((class, _))) => Err(Error::MixedFolder {
             path: folder.to_owned(),
-            picture: picture.clone(),
+            image: image.clone(),
             folder: class.clone(),
         }),
-        (Some(_), None) => ImageDataset::new(&read_pictures(&pictures)?, None),
+        (Some(_), None) => ImageDataset::new(&read_images(&images)?, None),
         (None, Some(_)) => labelled(&classes),
     }
 }
 
-/// Folders among the entries that have pictures, with these.
+/// The folders among the entries that contain images, with their images.
 fn read_classes(entries: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<PathBuf>)>> {
     let mut classes = Vec::new();
     for folder in entries.iter().filter(|path| path.is_dir()) {
-        let pictures: Vec<PathBuf> =
-            list(folder)?.into_iter().filter(|path| is_picture(path)).collect();
-        if !pictures.is_empty() {
-            classes.push((folder.clone(), pictures));
+        let images: Vec<PathBuf> =
+            list(folder)?.into_iter().filter(|path| is_image(path)).collect();
+        if !images.is_empty() {
+            classes.push((folder.clone(), images));
         }
     }
     Ok(classes)
 }
 
+/// A data set with a class per folder.
 fn labelled(classes: &[(PathBuf, Vec<PathBuf>)]) -> Result<ImageDataset> {
     let name = |(folder, _): &(PathBuf, Vec<PathBuf>)| {
         folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
     };
-    let pictures: Vec<PathBuf> =
-        classes.iter().flat_map(|(_, pictures)| pictures).cloned().collect();
+    let images: Vec<PathBuf> = classes.iter().flat_map(|(_, images)| images).cloned().collect();
     let labels: Vec<i64> = (0..)
         .zip(classes)
-        .flat_map(|(label, (_, pictures))| std::iter::repeat_n(label, pictures.len()))
+        .flat_map(|(label, (_, images))| std::iter::repeat_n(label, images.len()))
         .collect();
     ImageDataset::with_class_names(
-        &read_pictures(&pictures)?,
+        &read_images(&images)?,
         Some(&Tensor::from_slice(&labels)),
         classes.iter().map(name).collect(),
     )
 }
 
-/// Entries of a folder that are not hidden, by name.
+/// The entries of a folder that are not hidden, sorted by name.
 pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = |source| Error::Read { path: folder.to_owned(), source };
     let mut entries = Vec::new();
@@ -84,7 +86,7 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-pub(crate) fn is_picture(path: &Path) -> bool {
+pub(crate) fn is_image(path: &Path) -> bool {
     (has_extension(path, "png") || is_jpeg(path)) && path.is_file()
 }
 
@@ -96,16 +98,16 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// All pictures, `[n, channels, height, width]`, `Uint8`.
-fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
+/// The pixels of all images, `[n, channels, height, width]`, `Uint8`.
+fn read_images(paths: &[PathBuf]) -> Result<Tensor> {
     let mut first = None;
     let mut bytes = Vec::new();
     for path in paths {
-        let (layout, pixels) = read_picture(path)?;
+        let (layout, pixels) = read_image(path)?;
         let expected = *first.get_or_insert(layout);
         if layout != expected {
             let (found, expected) = (layout.to_string(), format!("{expected} like the first"));
-            return Err(Error::Picture { path: path.clone(), found, expected });
+            return Err(Error::Image { path: path.clone(), found, expected });
         }
         bytes.extend(pixels);
     }
@@ -117,7 +119,7 @@ fn read_pictures(paths: &[PathBuf]) -> Result<Tensor> {
     Ok(pixels.permute([0, 3, 1, 2]).contiguous())
 }
 
-pub(crate) fn read_picture(path: &Path) -> Result<(Layout, Vec<u8>)> {
+pub(crate) fn read_image(path: &Path) -> Result<(Layout, Vec<u8>)> {
     if is_jpeg(path) { jpeg::read(path) } else { read_png(path) }
 }
 
@@ -127,8 +129,8 @@ fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
         open_regular_file(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let length =
         file.metadata().map_err(|source| Error::Read { path: path.to_owned(), source })?.len();
-    // Sixteen greys of one bit become sixteen bytes.
-    let most_bytes = length.saturating_mul(8 * MOST_PACKED);
+    // The factor 8: one bit per pixel becomes one byte.
+    let max_bytes = length.saturating_mul(8 * MAX_DEFLATE_RATIO);
     let mut decoder = Decoder::new(BufReader::new(file));
     decoder.set_transformations(Transformations::normalize_to_color8());
     let mut reader = decoder.read_info().map_err(png)?;
@@ -138,14 +140,14 @@ fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
         ColorType::Grayscale => 1,
         ColorType::Rgb => 3,
         ColorType::GrayscaleAlpha | ColorType::Rgba | ColorType::Indexed => {
-            let found = format!("{colour:?} once unpacked");
+            let found = format!("{colour:?} after decoding");
             let expected = "grey or RGB, without transparency".to_owned();
-            return Err(Error::Picture { path: path.to_owned(), found, expected });
+            return Err(Error::Image { path: path.to_owned(), found, expected });
         }
     };
     let too_large = || png(png::DecodingError::LimitsExceeded);
     let len = reader.output_buffer_size().ok_or_else(too_large)?;
-    if len as u64 > most_bytes {
+    if len as u64 > max_bytes {
         return Err(too_large());
     }
     let mut pixels = vec![0; len];

@@ -8,29 +8,31 @@ use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// The most that a file may hold, unpacked; twice as much as the largest data set of this format, EMNIST.
+/// Size limit of a file after decompression: twice the size of EMNIST, the largest data set in this format.
 const MAX_BYTES: u64 = 1 << 30;
-/// Magic number and three dimensions.
-const LONGEST_HEADER: u64 = 16;
+/// Bytes of the longest header: magic number and three dimensions.
+const MAX_HEADER_BYTES: u64 = 16;
 
-/// Bytes 0x08 (unsigned bytes) and the number of dimensions, after two zeros.
+/// Magic numbers: two zeros, 0x08 for unsigned bytes, and the number of dimensions.
 const IMAGES: (&[u8], &str) = (&[0, 0, 8, 3], "images (00 00 08 03)");
 const LABELS: (&[u8], &str) = (&[0, 0, 8, 1], "labels (00 00 08 01)");
 
-/// Images of an IDX file, `[n, rows, columns]`, `Uint8`. A file ending in `.gz` is unpacked.
+/// The images of an IDX file, `[n, rows, columns]`, `Uint8`. A file ending in `.gz` is decompressed.
 ///
 /// # Errors
 ///
-/// [`Error::Read`], also for a file that holds more than 1 GiB, [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
+/// [`Error::Read`], also for more than 1 GiB of data; [`Error::IdxHeader`]; [`Error::IdxLength`] if header and length
+/// disagree.
 pub fn read_idx_images(path: &Path) -> Result<Tensor> {
     images_from(path, &read(path)?)
 }
 
-/// Labels of an IDX file, `[n]`, `Int64`. A file ending in `.gz` is unpacked.
+/// The labels of an IDX file, `[n]`, `Int64`. A file ending in `.gz` is decompressed.
 ///
 /// # Errors
 ///
-/// [`Error::Read`], also for a file that holds more than 1 GiB, [`Error::IdxHeader`], and [`Error::IdxLength`] if header and length disagree.
+/// [`Error::Read`], also for more than 1 GiB of data; [`Error::IdxHeader`]; [`Error::IdxLength`] if header and length
+/// disagree.
 pub fn read_idx_labels(path: &Path) -> Result<Tensor> {
     labels_from(path, &read(path)?)
 }
@@ -45,34 +47,34 @@ pub(crate) fn labels_from(path: &Path, bytes: &[u8]) -> Result<Tensor> {
     Ok(to_tensor(labels, &dims)?.to_kind(Kind::Int64))
 }
 
-/// Contents of a file, unpacked if its name says that it is packed.
+/// The content of a file, decompressed if its name ends in `.gz`.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let read = || {
         if path.extension().is_some_and(|extension| extension == "gz") {
-            return unpack(GzDecoder::new(ddil_files::open_regular_file(path)?));
+            return decompress(GzDecoder::new(ddil_files::open_regular_file(path)?));
         }
         ddil_files::read_bounded(path, MAX_BYTES)
     };
     read().map_err(|source| Error::Read { path: PathBuf::from(path), source })
 }
 
-/// What is packed, as far as one byte beyond what its header promises: a small file can be packed that unpacks to any size.
-fn unpack(mut packed: impl Read) -> io::Result<Vec<u8>> {
+/// Decompresses at most one byte more than the header states: a small compressed file can expand to any size.
+fn decompress(mut compressed: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    packed.by_ref().take(LONGEST_HEADER).read_to_end(&mut bytes)?;
+    compressed.by_ref().take(MAX_HEADER_BYTES).read_to_end(&mut bytes)?;
     let num_dims = bytes.get(3).copied().unwrap_or(0).into();
     let (words, _) = bytes.get(4..).unwrap_or_default().as_chunks::<4>();
     let dims = words.iter().take(num_dims).map(|&word| u64::from(u32::from_be_bytes(word)));
-    let promised = dims.fold(1, u64::saturating_mul);
-    if promised > MAX_BYTES {
-        let message = format!("it unpacks to more than the {MAX_BYTES} bytes that are read");
+    let stated = dims.fold(1, u64::saturating_mul);
+    if stated > MAX_BYTES {
+        let message = format!("it decompresses to more than the limit of {MAX_BYTES} bytes");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
-    packed.take(promised + 1).read_to_end(&mut bytes)?;
+    compressed.take(stated + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// The dimensions in the header and the values behind it.
+/// The dimensions in the header and the values after it.
 fn split_header<'a, const N: usize>(
     path: &Path,
     bytes: &'a [u8],
@@ -91,7 +93,7 @@ fn split_header<'a, const N: usize>(
         Ok(dims) if bytes.len() as u64 == expected => Ok((dims, &bytes[header..])),
         _ => {
             let found = bytes.len() as u64;
-            // A file that ends within its header makes no length; the header alone is the least.
+            // A file that ends within its header: at least the header is expected.
             let expected = if dims.len() == N { expected } else { header as u64 };
             Err(Error::IdxLength { path: PathBuf::from(path), dims, found, expected })
         }

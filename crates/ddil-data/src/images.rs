@@ -3,10 +3,27 @@ use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// The most classes that get names by counting, so that one wild label does not make a billion of them.
-const MAX_CLASSES: i64 = 1_000_000;
+/// Limit of numbered class names, so that one invalid label does not create a billion names.
+const MAX_NUMBERED_CLASSES: i64 = 1_000_000;
 
-/// Images in memory, one byte a value, with or without labels.
+/// Images in memory, one byte per value, with or without labels.
+///
+/// # Example
+///
+/// ```
+/// use ddil_data::ImageDataset;
+/// use tch::{Kind, Tensor, kind};
+///
+/// // Three RGB images of 2x2 pixels, all white.
+/// let pixels = Tensor::full([3, 3, 2, 2], 255, (Kind::Uint8, tch::Device::Cpu));
+/// let dataset = ImageDataset::new(&pixels, Some(&Tensor::from_slice(&[0_i64, 1, 1])))?;
+/// assert_eq!((dataset.len(), dataset.image_shape()), (3, [3, 2, 2]));
+///
+/// let batch = dataset.batch(&[2, 0])?;
+/// assert_eq!(batch.x0, Tensor::ones([2, 3, 2, 2], kind::FLOAT_CPU));
+/// assert_eq!(batch.labels, Some(Tensor::from_slice(&[1_i64, 0])));
+/// # Ok::<(), ddil_data::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ImageDataset {
     pixels: Tensor,
@@ -15,31 +32,31 @@ pub struct ImageDataset {
 
 #[derive(Debug)]
 struct Labels {
-    of_samples: Tensor,
+    values: Tensor,
     class_names: Vec<String>,
 }
 
-/// Some samples of a data set, ready for a network.
+/// A batch of an [`ImageDataset`].
 #[derive(Debug)]
 pub struct Batch {
     /// `[batch, channels, height, width]`, `Float`, values from -1 to 1.
     pub x0: Tensor,
-    /// `[batch]`, `Int64`; absent if the data set has no labels.
+    /// `[batch]`, `Int64`; `None` if the data set has no labels.
     pub labels: Option<Tensor>,
 }
 
 impl ImageDataset {
-    /// A data set of these images. Class names are "0", "1", ... up to the largest label.
+    /// A data set from pixels and labels. The class names are "0", "1", ... up to the largest label.
     ///
     /// # Shapes and units
     ///
-    /// - `pixels`: `[n, channels, height, width]`, `Uint8`; 0 becomes -1, 255 becomes 1
+    /// - `pixels`: `[n, channels, height, width]`, `Uint8`; 0 maps to -1, 255 to 1
     /// - `labels`: `[n]`, `Int64`, 0 or more
     ///
     /// # Errors
     ///
-    /// [`Error::Tensor`] for another shape or kind or for no images at all, [`Error::LabelCount`] if there are not as
-    /// many labels as images, [`Error::Label`] for one that is negative or beyond a million.
+    /// [`Error::Tensor`] for another shape or kind or for an empty tensor, [`Error::LabelCount`] if the numbers of
+    /// labels and images differ, [`Error::Label`] for a label that is negative or above 999 999.
     pub fn new(pixels: &Tensor, labels: Option<&Tensor>) -> Result<Self> {
         ensure_dense("ImageDataset::new", "pixels", pixels)?;
         if let Some(labels) = labels {
@@ -47,18 +64,20 @@ impl ImageDataset {
         }
         let names = labels
             .filter(|labels| labels.defined() && labels.numel() > 0 && labels.kind() == Kind::Int64)
-            .map_or(0, |labels| labels.max().int64_value(&[]).clamp(-1, MAX_CLASSES - 1) + 1);
+            .map_or(0, |labels| {
+                labels.max().int64_value(&[]).clamp(-1, MAX_NUMBERED_CLASSES - 1) + 1
+            });
         let class_names = (0..names).map(|class| class.to_string()).collect();
         Self::with_class_names(pixels, labels, class_names)
     }
 
-    /// A data set of these images, with a name for each class.
+    /// A data set from pixels and labels with a name for each class.
     ///
-    /// Shapes and errors are those of [`new`](Self::new); a label without a name is an [`Error::Label`] too.
+    /// Shapes are those of [`new`](Self::new).
     ///
     /// # Errors
     ///
-    /// As said above.
+    /// As [`new`](Self::new), and [`Error::Label`] for a label without a name.
     pub fn with_class_names(
         pixels: &Tensor,
         labels: Option<&Tensor>,
@@ -70,21 +89,21 @@ impl ImageDataset {
             return Err(Error::Tensor {
                 name: "pixels",
                 found: format!("{:?} {shape:?}", pixels.kind()),
-                expected: "Uint8 [n, channels, height, width], none of them 0",
+                expected: "Uint8 [n, channels, height, width], each at least 1",
             });
         }
         let labels = match labels {
             Some(labels) => {
                 ensure_labels(labels, shape[0], class_names.len() as i64)?;
-                Some(Labels { of_samples: labels.contiguous(), class_names })
+                Some(Labels { values: labels.contiguous(), class_names })
             }
             None => None,
         };
         Ok(Self { pixels: pixels.contiguous(), labels })
     }
 
-    /// Number of samples; never 0.
-    #[expect(clippy::len_without_is_empty, reason = "one that exists has samples")]
+    /// The number of samples; at least 1.
+    #[expect(clippy::len_without_is_empty, reason = "a data set is never empty")]
     pub fn len(&self) -> i64 {
         self.pixels.size()[0]
     }
@@ -100,21 +119,21 @@ impl ImageDataset {
         &self.pixels
     }
 
-    /// All labels, `[n]`, `Int64`, if there are any.
+    /// All labels, `[n]`, `Int64`; `None` for a data set without labels.
     pub fn labels(&self) -> Option<&Tensor> {
-        self.labels.as_ref().map(|labels| &labels.of_samples)
+        self.labels.as_ref().map(|labels| &labels.values)
     }
 
-    /// Name of each class, by label; empty without labels.
+    /// The name of each class, by label; empty without labels.
     pub fn class_names(&self) -> &[String] {
         self.labels.as_ref().map_or(&[], |labels| &labels.class_names)
     }
 
-    /// The samples at these indices, in their order; an index may come more than once.
+    /// The samples at the given indices, in that order; indices may repeat.
     ///
     /// # Errors
     ///
-    /// [`Error::Index`] for an index below 0 or not below [`len`](Self::len), [`Error::Torch`] if memory runs out.
+    /// [`Error::Index`] for an index outside of `0..len`, [`Error::Torch`] if memory runs out.
     pub fn batch(&self, indices: &[i64]) -> Result<Batch> {
         let len = self.len();
         if let Some(&index) = indices.iter().find(|&&index| !(0..len).contains(&index)) {
@@ -127,7 +146,7 @@ impl ImageDataset {
         Ok(Batch { x0, labels })
     }
 
-    /// `len` samples from `start` on, as many of them as there are: for a test set, which nobody shuffles.
+    /// `len` samples from `start` on, fewer at the end of the data set; for test sets, which are not shuffled.
     ///
     /// # Errors
     ///
@@ -141,28 +160,40 @@ impl ImageDataset {
     }
 }
 
-/// Mirrors the marked images left to right.
+/// Mirrors the selected images left to right.
 ///
 /// # Shapes and units
 ///
 /// - `images`: `[batch, channels, height, width]`, any kind
-/// - `flips`: one mark an image, as [`BatchIndices::flips_at`](crate::BatchIndices::flips_at) draws them
+/// - `flips`: one value per image, as returned by [`BatchIndices::flips_at`](crate::BatchIndices::flips_at)
 ///
 /// # Errors
 ///
-/// [`Error::Tensor`] unless there are as many marks as images of four dimensions.
+/// [`Error::Tensor`] unless `images` has four dimensions and `batch` equals the length of `flips`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_data::flip_horizontally;
+/// use tch::Tensor;
+///
+/// let images = Tensor::from_slice(&[1, 2, 3, 4]).view([2, 1, 1, 2]);
+/// let flipped = flip_horizontally(&images, &[true, false])?;
+/// assert_eq!(flipped.view(-1), Tensor::from_slice(&[2, 1, 3, 4]));
+/// # Ok::<(), ddil_data::Error>(())
+/// ```
 pub fn flip_horizontally(images: &Tensor, flips: &[bool]) -> Result<Tensor> {
     ensure_dense("flip_horizontally", "images", images)?;
     let shape = images.size();
     if shape.len() != 4 || shape[0] != flips.len() as i64 {
         return Err(Error::Tensor {
             name: "images",
-            found: format!("{:?} {shape:?} with {} marks", images.kind(), flips.len()),
-            expected: "[batch, channels, height, width] with `batch` marks",
+            found: format!("{:?} {shape:?} with {} flips", images.kind(), flips.len()),
+            expected: "[batch, channels, height, width] with `batch` flips",
         });
     }
-    let marks = Tensor::from_slice(flips).to_device(images.device()).view([-1, 1, 1, 1]);
-    Ok(images.flip([3]).where_self(&marks, images))
+    let mask = Tensor::from_slice(flips).to_device(images.device()).view([-1, 1, 1, 1]);
+    Ok(images.flip([3]).where_self(&mask, images))
 }
 
 /// Bytes 0 to 255 to floats -1 to 1.

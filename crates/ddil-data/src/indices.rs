@@ -3,16 +3,16 @@ use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use crate::Result;
 
-/// Keeps the shuffles apart from everything else that is drawn from the run's seed.
+/// Purpose of the random stream of shuffles, so that it differs from all other streams of the run's seed.
 const SHUFFLE: &[u8; 16] = b"dataset shuffle\0";
-/// Likewise for mirrored images.
+/// Purpose of the random stream of flips.
 const FLIP: &[u8; 16] = b"dataset flip\0\0\0\0";
 
-/// Which samples each step trains on: the data set over and over, shuffled anew each time.
+/// The sample indices of each training step: the data set in a new random order every epoch.
 ///
-/// Batches follow one another through the epochs without a gap; one that begins at the end of an epoch goes on in the
-/// next. What [`at`](Self::at) answers depends on the seed, the step and the sizes alone, never on what was asked
-/// before. The order of an epoch is kept until another epoch is asked for, so steps in order cost next to nothing.
+/// Batches continue across epochs: a batch that begins at the end of one epoch ends in the next. [`at`](Self::at)
+/// depends only on the seed, the step and the sizes, not on earlier calls. The order of the current epoch is cached, so
+/// consecutive steps are cheap.
 ///
 /// # Example
 ///
@@ -45,7 +45,7 @@ struct Epoch {
 }
 
 impl BatchIndices {
-    /// Batches of `batch_size` indices below `len`, in an order drawn from `seed`.
+    /// Batches of `batch_size` indices in `0..len`, in a random order drawn from `seed`.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl BatchIndices {
         Ok(Self { len, batch_size, seed, rank: 0, num_ranks: 1, epoch: None })
     }
 
-    /// The share of process `rank` of `num_ranks`: each sees other samples of the same shuffle.
+    /// The batches of process `rank` of `num_ranks`: the processes see different samples of the same order.
     ///
     /// # Errors
     ///
@@ -75,7 +75,7 @@ impl BatchIndices {
         Ok(self)
     }
 
-    /// The indices of a step's batch, counted from step 0.
+    /// The indices of the batch of `step`, counted from 0.
     pub fn at(&mut self, step: u64) -> Vec<i64> {
         let first = self.first_position(step);
         (0..self.batch_size)
@@ -87,7 +87,8 @@ impl BatchIndices {
             .collect()
     }
 
-    /// For each sample of a step's batch, whether to mirror it: heads or tails, drawn from seed, step and rank.
+    /// Whether to mirror each sample of the batch of `step`: true with probability one half, drawn from seed, step and
+    /// rank.
     pub fn flips_at(&self, step: u64) -> Vec<bool> {
         let mut rng = stream(self.seed, step, FLIP);
         let skipped = self.rank * self.batch_size;
@@ -95,26 +96,26 @@ impl BatchIndices {
         draws.by_ref().skip(skipped as usize).collect()
     }
 
-    /// The epoch that a step's batch begins in, counted from 0.
+    /// The epoch in which the batch of `step` begins, counted from 0.
     pub fn epoch_of(&self, step: u64) -> u64 {
         (self.first_position(step) / u128::from(self.len)) as u64
     }
 
-    /// Number of steps after which every sample was seen at least once: the length of an epoch, rounded up.
+    /// The number of steps per epoch, rounded up; after that many steps every sample was seen at least once.
     pub fn steps_per_epoch(&self) -> u64 {
         self.len.div_ceil(self.batch_size * self.num_ranks)
     }
 
-    /// Place of the step's first sample in the endless row of epochs.
+    /// Position of the first sample of a step in the sequence of all epochs.
     fn first_position(&self, step: u64) -> u128 {
         let batches_before = u128::from(step) * u128::from(self.num_ranks) + u128::from(self.rank);
         batches_before * u128::from(self.batch_size)
     }
 
-    /// The order of an epoch, shuffled unless it was the last one asked for.
+    /// The order of an epoch; cached for the last one.
     fn order(&mut self, number: u64) -> &[i64] {
-        let known = self.epoch.take().filter(|epoch| epoch.number == number);
-        let epoch = known.unwrap_or_else(|| {
+        let cached = self.epoch.take().filter(|epoch| epoch.number == number);
+        let epoch = cached.unwrap_or_else(|| {
             let mut order: Vec<i64> = (0..self.len as i64).collect();
             order.shuffle(&mut stream(self.seed, number, SHUFFLE));
             Epoch { number, order }
@@ -123,7 +124,7 @@ impl BatchIndices {
     }
 }
 
-/// A generator of its own for each seed, number and purpose.
+/// A separate generator for each seed, number and purpose.
 fn stream(seed: u64, number: u64, purpose: &[u8; 16]) -> StdRng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());

@@ -12,16 +12,16 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 use crate::layout::Layout;
 use crate::{Error, Result};
 
-/// A block of 8x8 values takes a bit at least: a picture that claims more pixels has not got them, and those that are
-/// missing at the end of the data would be made up.
-const MOST_PIXELS_A_BYTE: usize = 8 * 8 * 8;
+/// Upper bound on the pixels per byte of a JPEG: a block of 8x8 values takes at least one bit. If the header states
+/// more, the decoder would invent the missing pixels.
+const MAX_PIXELS_PER_BYTE: usize = 8 * 8 * 8;
 
-/// A grey or coloured JPEG, turned as its Exif data say.
+/// The pixels of a grey or colour JPEG, oriented by its Exif data.
 pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let bytes = read_bounded(path, u64::MAX)
         .map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let jpeg = |error| Error::Jpeg { path: path.to_owned(), source: Box::new(error) };
-    // Strict: one that ends early is refused, and not filled up with grey.
+    // Strict: otherwise a truncated file would be filled with grey.
     let options = DecoderOptions::default().set_strict_mode(true);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
     decoder.decode_headers().map_err(jpeg)?;
@@ -31,49 +31,49 @@ pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
         Some(ColorSpace::Luma) => (1, ColorSpace::Luma),
         Some(ColorSpace::YCbCr | ColorSpace::RGB) => (3, ColorSpace::RGB),
         other => {
-            let found = other.map_or("of no known colours".to_owned(), |own| format!("{own:?}"));
+            let found =
+                other.map_or("of an unknown colour space".to_owned(), |own| format!("{own:?}"));
             let expected = "grey or RGB".to_owned();
-            return Err(Error::Picture { path: path.to_owned(), found, expected });
+            return Err(Error::Image { path: path.to_owned(), found, expected });
         }
     };
     decoder.set_options(options.jpeg_set_out_colorspace(colour));
     let pixels = decoder.decode().map_err(jpeg)?;
     let layout = Layout { channels, height: height.into(), width: width.into() };
-    Ok(turned(layout, pixels, decoder.exif().map_or(UPRIGHT, |exif| orientation(exif))))
+    Ok(oriented(layout, pixels, decoder.exif().map_or(UPRIGHT, |exif| orientation(exif))))
 }
 
 fn ensure_possible(path: &Path, [width, height]: [u16; 2], num_bytes: usize) -> Result<()> {
-    let most = num_bytes.saturating_mul(MOST_PIXELS_A_BYTE);
-    if usize::from(width) * usize::from(height) <= most {
+    let max_pixels = num_bytes.saturating_mul(MAX_PIXELS_PER_BYTE);
+    if usize::from(width) * usize::from(height) <= max_pixels {
         return Ok(());
     }
     let found = format!("{width}x{height} pixels");
-    let expected = format!("at most {most} pixels, as many as {num_bytes} bytes can hold");
-    Err(Error::Picture { path: path.to_owned(), found, expected })
+    let expected = format!("at most {max_pixels} pixels, the maximum for {num_bytes} bytes");
+    Err(Error::Image { path: path.to_owned(), found, expected })
 }
 
-/// The orientation of a picture as it should be shown.
+/// The orientation of an image that needs no rotation.
 const UPRIGHT: u32 = 1;
 
-/// How a picture is to be turned, 1 to 8 (tag 0x0112 of Exif 2.32). Data that cannot be read say nothing of it, as for
-/// Pillow.
+/// The orientation of an image, 1 to 8 (tag 0x0112 of Exif 2.32). Unreadable Exif data are ignored, as in Pillow.
 fn orientation(exif: &[u8]) -> u32 {
     let read = Reader::new().read_raw(exif.to_vec()).ok();
     let field = read.as_ref().and_then(|exif| exif.get_field(Tag::Orientation, In::PRIMARY));
     field.and_then(|field| field.value.get_uint(0)).unwrap_or(UPRIGHT)
 }
 
-/// The picture as it should be shown.
-fn turned(layout: Layout, pixels: Vec<u8>, orientation: u32) -> (Layout, Vec<u8>) {
+/// The image rotated and mirrored to upright.
+fn oriented(layout: Layout, pixels: Vec<u8>, orientation: u32) -> (Layout, Vec<u8>) {
     if !(2..=8).contains(&orientation) {
         return (layout, pixels);
     }
     let (channels, last_row, last_column) =
         (layout.channels, layout.height as usize - 1, layout.width as usize - 1);
-    let is_on_its_side = orientation >= 5;
+    let swaps_sides = orientation >= 5;
     let [height, width] =
-        if is_on_its_side { [layout.width, layout.height] } else { [layout.height, layout.width] };
-    let mut shown = Vec::with_capacity(pixels.len());
+        if swaps_sides { [layout.width, layout.height] } else { [layout.height, layout.width] };
+    let mut upright = Vec::with_capacity(pixels.len());
     for row in 0..height as usize {
         for column in 0..width as usize {
             let (from_row, from_column) = match orientation {
@@ -86,8 +86,8 @@ fn turned(layout: Layout, pixels: Vec<u8>, orientation: u32) -> (Layout, Vec<u8>
                 _ => (column, last_column - row),
             };
             let start = (from_row * layout.width as usize + from_column) * channels;
-            shown.extend_from_slice(&pixels[start..start + channels]);
+            upright.extend_from_slice(&pixels[start..start + channels]);
         }
     }
-    (Layout { channels, height, width }, shown)
+    (Layout { channels, height, width }, upright)
 }

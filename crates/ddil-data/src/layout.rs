@@ -1,9 +1,9 @@
-//! Which files are pictures, and how their bytes lie.
+//! File extensions and pixel layout of images.
 
-/// The endings of the names of pictures, in words.
-pub(crate) const ENDINGS: &str = ".png, .jpg or .jpeg";
+/// The extensions of image files, for messages.
+pub(crate) const EXTENSIONS: &str = ".png, .jpg or .jpeg";
 
-/// A picture's channels, height and width; its bytes are rows of pixels.
+/// Channels, height and width of an image whose bytes are rows of pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Layout {
     pub(crate) channels: usize,

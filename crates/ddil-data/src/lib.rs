@@ -1,26 +1,25 @@
-//! Data sets for diffusion models: images, captions and encoded latents from disk, and the order in which training
-//! sees them.
+//! Data sets for diffusion models: images, captions and encoded latents, and the sample order of training.
 //!
 //! An [`ImageDataset`] keeps its images in memory, one byte per value, and returns batches of floats from -1 to 1.
-//! [`BatchIndices`] determines which samples a step sees: a pure function of seed and step, so a resumed run continues
-//! exactly and has nothing to restore. An [`EncodedDataset`] reads latents and encoded prompts of a text-to-image
-//! model from mapped files.
+//! [`BatchIndices`] returns the samples of a step as a pure function of seed and step, so a resumed run continues
+//! exactly without saved state. An [`EncodedDataset`] reads the latents and encoded prompts of a text-to-image model
+//! from memory-mapped files.
 //!
-//! | for | there is | shapes |
+//! | task | items | shapes |
 //! | --- | --- | --- |
 //! | images in memory | [`ImageDataset`], [`Batch`], [`flip_horizontally`] | `x0` `[batch, channels, height, width]`, -1 to 1; `labels` `[batch]` |
 //! | folders of PNG and JPEG files | [`read_image_folder`], [`read_cropped`] | `[n, channels, height, width]` |
-//! | captions and prompts | [`read_captions`], [`read_prompts`], [`Captioned`] | |
+//! | captions and prompts | [`read_captions`], [`read_prompts`], [`CaptionedImage`] | |
 //! | IDX files, Fashion-MNIST | [`read_idx_images`], [`read_idx_labels`], [`FashionMnist`] | `[n, rows, columns]`, `[n]` |
 //! | latents and encoded prompts | [`EncodedDataset`], [`EncodedBatch`], [`encoded`] | `x0` `[batch, channels, height, width]`, scaled |
-//! | order of samples | [`BatchIndices`] | |
+//! | sample order | [`BatchIndices`] | |
 //!
 //! # Example
 //!
 //! ```
 //! use ddil_data::{BatchIndices, read_image_folder};
 //!
-//! // Two classes, a 4x4 PNG each: one black, one white.
+//! // Two classes with one 4x4 PNG each: one black, one white.
 //! let folder = tempfile::tempdir()?;
 //! for (class, value) in [("dark", 0_u8), ("light", 255)] {
 //!     let class = folder.path().join(class);
@@ -55,8 +54,8 @@ mod indices;
 mod jpeg;
 mod layout;
 
-pub use captions::{Captioned, read_captions, read_prompts};
-pub use cropped::{Cropped, read_cropped};
+pub use captions::{CaptionedImage, read_captions, read_prompts};
+pub use cropped::{CroppedImage, read_cropped};
 pub use encoded::{
     EncodedBatch, EncodedDataset, EncodedInfo, EncodedShape, LatentScaling, TruncatedPrompts,
 };

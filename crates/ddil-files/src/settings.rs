@@ -122,8 +122,8 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownKey`] with the most similar known key; [`Error::InvalidSetting`] for a value that is missing, out
-    /// of range or of the wrong type. Both name the place: line and column, or the override.
+    /// [`Error::UnknownKey`] with the most similar known key; [`Error::InvalidSetting`] for a value that is missing,
+    /// out of range or of the wrong type. Both name the place: line and column, or the override.
     pub fn build<T: DeserializeOwned>(&self) -> Result<T> {
         serde_path_to_error::deserialize(self.values.clone())
             .map_err(|error| self.explain(key_of(error.path()), error.inner().message()))

@@ -1,4 +1,4 @@
-//! What can go wrong between a model folder and its images.
+//! Errors of reading model folders and generating images.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use ddil_libtorch::ArgumentError;
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// An argument has a shape, kind, layout or value that the function cannot take.
+    /// An argument has an unsupported shape, kind, layout or value.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
     /// A file could not be read or written.
@@ -27,35 +27,35 @@ pub enum Error {
     NotAModel {
         /// The folder.
         path: PathBuf,
-        /// The file that every model folder has.
+        /// The file that every model folder contains.
         missing: &'static str,
     },
-    /// A model would be written into a folder that is not empty.
+    /// The output folder is not empty.
     #[error("{} already exists and is not empty: choose another folder", path.display())]
     FolderNotEmpty {
         /// The folder.
         path: PathBuf,
     },
-    /// Parts of a model are unusable; nothing was written.
-    #[error("the model of {} cannot be taken over:{}", path.display(), listed(problems))]
+    /// Parts of a model are invalid; nothing was written.
+    #[error("the model in {} cannot be converted:{}", path.display(), listed(problems))]
     Parts {
         /// The folder of its network.
         path: PathBuf,
-        /// Every problem, part by part.
+        /// All problems, by part.
         problems: Vec<String>,
     },
     /// Images cannot be written as PNG.
-    #[error("cannot make a picture of {found}: {expected}")]
+    #[error("cannot write {found} as PNG: {expected}")]
     Picture {
-        /// What was given.
+        /// The input.
         found: String,
-        /// What is expected.
+        /// The expected input.
         expected: &'static str,
     },
-    /// libtorch refused an operation of ours.
+    /// An operation of ddil-libtorch failed.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// libtorch refused an operation of tch's.
+    /// An operation of tch failed.
     #[error("{op}: {reason}")]
     Torch {
         /// The function that was called.
@@ -63,19 +63,19 @@ pub enum Error {
         /// The first line of libtorch's message, which continues with a C++ backtrace.
         reason: String,
     },
-    /// A schedule, grid, sampler or threshold refused.
+    /// An error of a schedule, timestep grid, sampler or threshold.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
-    /// A denoiser or rollout refused.
+    /// An error of a denoiser or rollout.
     #[error(transparent)]
     Core(#[from] ddil_core::Error),
-    /// A network or its files refused.
+    /// An error of a network or its files.
     #[error(transparent)]
     Models(#[from] ddil_models::Error),
 }
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if this error is about one.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -86,7 +86,7 @@ impl Error {
         }
     }
 
-    /// Names path and action of a refused file system call; for `map_err`.
+    /// Adds the action and the path to the error of a file system call; for `map_err`.
     pub(crate) fn io<'a>(
         action: &'static str,
         path: &'a Path,
@@ -94,7 +94,7 @@ impl Error {
         move |source| Self::Files(ddil_files::Error::io(action, path)(source))
     }
 
-    /// Names the function in which libtorch refused; for `map_err`.
+    /// Adds the name of the function to an error of libtorch; for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |error| Self::Torch { op, reason: first_line(&error) }
     }
@@ -103,10 +103,11 @@ impl Error {
 fn no_model(path: &Path, missing: &str) -> String {
     let shown = path.display();
     if path.exists() {
-        format!("{shown} holds no model: there is no {missing}, neither in it nor in its `export`")
+        format!("{shown} contains no model: neither it nor its `export` contains a {missing}")
     } else {
         format!(
-            "{shown} holds no model: there is no such folder; expected one with a {missing} in it, or in its `export`"
+            "{shown} contains no model: the folder does not exist; expected a folder with a {missing} in it or in its \
+             `export`"
         )
     }
 }

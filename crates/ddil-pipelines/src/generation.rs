@@ -1,4 +1,4 @@
-//! Images from a model folder in one chain of calls.
+//! Image generation with a builder.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use ddil_files::Invalid;
 use ddil_models::Placement;
 use tch::{Device, Tensor};
 
-use crate::guidance::Guide;
+use crate::guidance::Guidance;
 use crate::pipeline::{Pipeline, TextToImageComponents};
-use crate::prompting::{PromptRequest, decode, draw_latents, spaced_as_published};
-use crate::sampling::{SamplePlan, classes, generate, initial_noise};
+use crate::prompting::{PromptRequest, decode, sample_latents, with_published_timesteps};
+use crate::sampling::{SamplePlan, class_conditioning, generate, initial_noise};
 use crate::{Precision, Result};
 
 /// A text-to-image model in memory: U-Net, tokenizers, text encoders and autoencoder.
@@ -33,19 +33,19 @@ pub struct TextToImage {
 }
 
 impl TextToImage {
-    /// Reads a model folder of diffusers (Stable Diffusion 1 and 2, XL, latent consistency) or the export of a run,
-    /// computed in single precision.
+    /// Reads a diffusers model folder (Stable Diffusion 1, 2 and XL, latent consistency) or the export of a run, in
+    /// single precision.
     ///
     /// # Errors
     ///
     /// [`Error::NotAModel`](crate::Error::NotAModel) if the folder contains no model,
-    /// [`Error::Invalid`](crate::Error::Invalid) for a model without text; otherwise the error of the file that could
-    /// not be read.
+    /// [`Error::Invalid`](crate::Error::Invalid) if it is not a text-to-image model; otherwise the error of the file
+    /// that could not be read.
     pub fn open(path: impl AsRef<Path>, placement: Placement) -> Result<Self> {
         Self::open_in(path, placement, Precision::default())
     }
 
-    /// As [`open`](Self::open), computed in `precision`.
+    /// As [`open`](Self::open), with network calls in `precision`.
     ///
     /// # Errors
     ///
@@ -58,7 +58,7 @@ impl TextToImage {
         let path = path.as_ref();
         let class = Pipeline::class_at(path)?;
         if !class.is_text_to_image() {
-            let expected = "a text-to-image pipeline; `ClassToImage` opens models of pixels";
+            let expected = "a text-to-image pipeline; `ClassToImage` opens pixel-space models";
             return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
         }
         Pipeline::read(path, placement, precision)?.try_into()
@@ -79,7 +79,7 @@ impl TextToImage {
         self.prompts([prompt])
     }
 
-    /// A request for one image of each prompt.
+    /// A request for one image per prompt.
     pub fn prompts<P: Into<String>>(
         &self,
         prompts: impl IntoIterator<Item = P>,
@@ -97,14 +97,14 @@ impl TextToImage {
 impl TryFrom<Pipeline> for TextToImage {
     type Error = crate::Error;
 
-    /// Reads the components of a pipeline that is open already.
+    /// Reads the components of an open pipeline.
     fn try_from(pipeline: Pipeline) -> Result<Self> {
         let components = pipeline.parts.text_to_image(pipeline.network.placement())?;
         Ok(Self { pipeline, components })
     }
 }
 
-/// How samples are drawn where the caller chose something else than the model's own way.
+/// Sampling settings that override the defaults of the model.
 #[derive(Clone, Copy, Debug, Default)]
 struct Options {
     steps: Option<u32>,
@@ -125,17 +125,17 @@ impl Options {
     }
 }
 
-/// Methods that both requests share.
+/// Methods of both requests.
 macro_rules! option_methods {
     () => {
-        /// Number of network steps; the default is the model's own: 50 for a teacher, a student's own number otherwise.
+        /// Number of steps; the default is 50 for a teacher, and the number it was trained for for a student.
         #[must_use]
         pub fn steps(mut self, steps: u32) -> Self {
             self.options.steps = Some(steps);
             self
         }
 
-        /// Scale of classifier-free guidance; 1 is none. The default is the model's own.
+        /// Scale of classifier-free guidance; 1 is no guidance. The default depends on the model.
         #[must_use]
         pub fn guidance_scale(mut self, scale: f64) -> Self {
             self.options.guidance_scale = Some(scale);
@@ -149,7 +149,7 @@ macro_rules! option_methods {
             self
         }
 
-        /// Samples per call of the network: a matter of memory and speed; it changes the images by rounding alone.
+        /// Samples per call of the network: affects memory and speed, and the images only by rounding.
         #[must_use]
         pub fn batch_size(mut self, batch_size: u32) -> Self {
             self.options.batch_size = Some(batch_size);
@@ -158,9 +158,9 @@ macro_rules! option_methods {
     };
 }
 
-/// Images to be drawn from prompts; see [`TextToImage::prompt`].
+/// A request for images from prompts; see [`TextToImage::prompt`].
 #[derive(Clone, Debug)]
-#[must_use = "nothing is drawn before `images`"]
+#[must_use = "nothing is generated before `images` is called"]
 pub struct PromptImages<'a> {
     model: &'a TextToImage,
     request: PromptRequest,
@@ -170,7 +170,7 @@ pub struct PromptImages<'a> {
 impl PromptImages<'_> {
     option_methods!();
 
-    /// Guides away from this prompt; the default is the model's own empty prompt.
+    /// The negative prompt of guidance; the default is the model's empty prompt.
     pub fn negative_prompt(mut self, prompt: impl Into<String>) -> Self {
         self.request.negative_prompt = Some(prompt.into());
         self
@@ -188,29 +188,33 @@ impl PromptImages<'_> {
         self
     }
 
-    /// Draws the images. A prompt that is longer than the text encoder reads is cut, with a warning in the log.
+    /// Generates the images. A prompt longer than the context of the text encoder is truncated, with a warning in the
+    /// log.
     ///
     /// # Shapes and units
     ///
-    /// - returns: `[prompts * images_per_prompt, channels, height, width]`, `Float`, about `[-1, 1]`, on the CPU; those
-    ///   of a prompt one after another
+    /// - returns: `[prompts * images_per_prompt, channels, height, width]`, `Float`, about `[-1, 1]`, on the CPU; the
+    ///   images of a prompt are consecutive
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for a size, number of steps or guidance that the model cannot have.
+    /// [`Error::Invalid`](crate::Error::Invalid) for a size, number of steps or guidance that the model does not
+    /// support.
     pub fn images(self) -> Result<Tensor> {
         let TextToImage { pipeline, components } = self.model;
-        let plan = spaced_as_published(pipeline, self.options.plan(pipeline))?;
-        let told = self.request.told(pipeline, components, &plan)?;
-        for (prompt, cut_off) in &told.truncated {
-            tracing::warn!("the text encoder cuts {cut_off:?} off the prompt {prompt:?}");
+        let plan = with_published_timesteps(pipeline, self.options.plan(pipeline))?;
+        let request = self.request.encode(pipeline, components, &plan)?;
+        for (prompt, cut_off) in &request.truncated {
+            tracing::warn!(
+                "the text encoder truncates the prompt {prompt:?}: {cut_off:?} is ignored"
+            );
         }
-        let latents = draw_latents(pipeline, &plan, &told, &|| ())?;
+        let latents = sample_latents(pipeline, &plan, &request, &|| ())?;
         decode(components, &latents, plan.batch_size)
     }
 }
 
-/// A model of pixels in memory, class-conditional or unconditional.
+/// A pixel-space model in memory, class-conditional or unconditional.
 ///
 /// # Example
 ///
@@ -230,8 +234,7 @@ pub struct ClassToImage {
 }
 
 impl ClassToImage {
-    /// Reads a model folder of diffusers (`DDIMPipeline`, `DDPMPipeline`) or the export of a run, computed in single
-    /// precision.
+    /// Reads a diffusers model folder (`DDIMPipeline`, `DDPMPipeline`) or the export of a run, in single precision.
     ///
     /// # Errors
     ///
@@ -240,7 +243,7 @@ impl ClassToImage {
         Self::open_in(path, placement, Precision::default())
     }
 
-    /// As [`open`](Self::open), computed in `precision`.
+    /// As [`open`](Self::open), with network calls in `precision`.
     ///
     /// # Errors
     ///
@@ -253,7 +256,7 @@ impl ClassToImage {
         let path = path.as_ref();
         let class = Pipeline::class_at(path)?;
         if class.is_text_to_image() {
-            let expected = "a pipeline of pixels; `TextToImage` opens models with text";
+            let expected = "a pixel-space pipeline; `TextToImage` opens text-to-image models";
             return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
         }
         Ok(Self { pipeline: Pipeline::read(path, placement, precision)? })
@@ -269,15 +272,15 @@ impl ClassToImage {
         &self.pipeline.card.class_names
     }
 
-    /// A request for `n` images; classes take turns.
+    /// A request for `n` images; the default cycles through the classes.
     pub fn samples(&self, n: u32) -> ClassImages<'_> {
         ClassImages { model: self, n, class: None, options: Options::default() }
     }
 }
 
-/// Images to be drawn of classes; see [`ClassToImage::samples`].
+/// A request for images of classes; see [`ClassToImage::samples`].
 #[derive(Clone, Debug)]
-#[must_use = "nothing is drawn before `images`"]
+#[must_use = "nothing is generated before `images` is called"]
 pub struct ClassImages<'a> {
     model: &'a ClassToImage,
     n: u32,
@@ -288,7 +291,7 @@ pub struct ClassImages<'a> {
 impl ClassImages<'_> {
     option_methods!();
 
-    /// Draws this class alone, given by its name or its label; the default draws all classes in turn.
+    /// Generates only this class, given by its name or its label; the default cycles through all classes.
     pub fn class(mut self, class: impl Into<String>) -> Self {
         self.class = Some(class.into());
         self
@@ -311,7 +314,7 @@ impl ClassImages<'_> {
         }
     }
 
-    /// Draws the images.
+    /// Generates the images.
     ///
     /// # Shapes and units
     ///
@@ -319,8 +322,8 @@ impl ClassImages<'_> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for no images at all, for an unknown class, and for a number of steps or
-    /// guidance that the model cannot have.
+    /// [`Error::Invalid`](crate::Error::Invalid) for zero images, for an unknown class, and for a number of steps or
+    /// guidance that the model does not support.
     pub fn images(self) -> Result<Tensor> {
         if self.n == 0 {
             return Err(Invalid::new("samples", 0, "at least 1").into());
@@ -329,9 +332,9 @@ impl ClassImages<'_> {
         let plan = self.options.plan(pipeline);
         let device = pipeline.network.placement().device;
         let noise = initial_noise(plan.seed, self.n, pipeline.card.image_shape, device)?;
-        let conditioning = classes(&pipeline.card, self.n, self.label()?, device);
-        let guide = Guide::of_classes(&pipeline.card);
-        let images = generate(&pipeline.network, &plan, &guide, &noise, &conditioning)?;
+        let conditioning = class_conditioning(&pipeline.card, self.n, self.label()?, device);
+        let guidance = Guidance::of_classes(&pipeline.card);
+        let images = generate(&pipeline.network, &plan, &guidance, &noise, &conditioning)?;
         images.f_to_device(Device::Cpu).map_err(crate::Error::torch("ClassImages::images"))
     }
 }

@@ -1,4 +1,4 @@
-//! How a model may be guided.
+//! Classifier-free guidance of a pipeline.
 
 use ddil_core::{Conditioning, Denoiser, Guided};
 use ddil_files::Invalid;
@@ -8,29 +8,43 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::pipeline::Card;
 
-/// How a model may be guided: by what it says for "no condition", or by a scale that it is told.
+/// Classifier-free guidance of a model: by its unconditional prediction, or by a guidance scale as network input.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::Conditioning;
+/// use ddil_pipelines::{Card, Guidance};
+/// use tch::Tensor;
+///
+/// // A model with ten classes whose null class is label 10.
+/// let guidance = Guidance::of_classes(&Card { null_class: Some(10), ..Card::default() });
+/// let null = guidance.null()?;
+/// assert_eq!(null.get(Conditioning::CLASS_LABELS), Some(&Tensor::from_slice(&[10_i64])));
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 #[derive(Debug, Default)]
-pub struct Guide {
-    /// What the network is told for "no condition", parts of one row; none for one that cannot be guided.
+pub struct Guidance {
+    /// The unconditional input of the network, parts of one row; `None` for a model that cannot be guided.
     null: Option<Conditioning>,
-    /// The least and the greatest scale that the network may be told; none for one that is told none.
+    /// The smallest and largest guidance scale of a network with a guidance embedding; `None` without one.
     range: Option<[f64; 2]>,
 }
 
-impl Guide {
-    /// For a model of classes, by its null class.
+impl Guidance {
+    /// Guidance of a class-conditional model with its null class.
     pub fn of_classes(card: &Card) -> Self {
         let null = card.null_class;
         let null = null.map(|class| Conditioning::class_labels(Tensor::from_slice(&[class])));
         Self { null, range: card.guidance_range }
     }
 
-    /// For a model of prompts, by what it is told of no prompt.
+    /// Guidance of a text-to-image model with its encoded empty or negative prompt.
     pub fn of_prompts(card: &Card, empty: Conditioning) -> Self {
         Self { null: Some(empty), range: card.guidance_range }
     }
 
-    /// What the network is told for "no condition", one row.
+    /// The unconditional input of the network, one row.
     ///
     /// # Errors
     ///
@@ -46,11 +60,11 @@ impl Guide {
         }
     }
 
-    /// A model guided at one scale; 1 is none.
+    /// The denoiser with guidance of the given scale; 1 is no guidance.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a model that cannot be guided, or a scale that it has not learned.
+    /// [`Error::Invalid`] for a model that cannot be guided, or a scale outside of the range that it was trained with.
     pub fn guided<'a>(
         &self,
         denoiser: &'a dyn Denoiser,
@@ -61,20 +75,20 @@ impl Guide {
             return Err(Invalid::new("guidance_scale", scale, expected).into());
         }
         Ok(match self.range {
-            Some(range) => Box::new(Told::new(denoiser, scale, range)?),
+            Some(range) => Box::new(WithGuidanceWeight::new(denoiser, scale, range)?),
             None if (scale - 1.0).abs() < f64::EPSILON => Box::new(denoiser),
             None => Box::new(Guided::new(denoiser, scale, self.null()?)?),
         })
     }
 }
 
-/// A network that is told how strongly to guide itself, always the same.
-struct Told<'a> {
+/// Passes a constant guidance weight to a network with a guidance embedding.
+struct WithGuidanceWeight<'a> {
     inner: &'a dyn Denoiser,
     weight: f64,
 }
 
-impl<'a> Told<'a> {
+impl<'a> WithGuidanceWeight<'a> {
     fn new(inner: &'a dyn Denoiser, scale: f64, [min, max]: [f64; 2]) -> Result<Self> {
         if (min..=max).contains(&scale) {
             return Ok(Self { inner, weight: scale - 1.0 });
@@ -87,23 +101,23 @@ impl<'a> Told<'a> {
     }
 }
 
-impl Told<'_> {
-    /// The conditioning with the weight in it.
-    fn told(&self, x_t: &Tensor, conditioning: &Conditioning) -> Conditioning {
+impl WithGuidanceWeight<'_> {
+    /// The conditioning with the weight added.
+    fn with_weight(&self, x_t: &Tensor, conditioning: &Conditioning) -> Conditioning {
         let batch = x_t.size().first().copied().unwrap_or(0);
         let weight = Tensor::full([batch], self.weight, (Kind::Float, x_t.device()));
         conditioning.shallow_clone().with_guidance_weight(weight)
     }
 }
 
-impl Denoiser for Told<'_> {
+impl Denoiser for WithGuidanceWeight<'_> {
     fn predict(
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        self.inner.predict(x_t, timesteps, &self.told(x_t, conditioning))
+        self.inner.predict(x_t, timesteps, &self.with_weight(x_t, conditioning))
     }
 
     fn estimate(
@@ -112,7 +126,7 @@ impl Denoiser for Told<'_> {
         timestep: i64,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
-        self.inner.estimate(x_t, timestep, &self.told(x_t, conditioning))
+        self.inner.estimate(x_t, timestep, &self.with_weight(x_t, conditioning))
     }
 
     fn schedule(&self) -> &NoiseSchedule {

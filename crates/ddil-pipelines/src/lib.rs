@@ -1,19 +1,20 @@
-//! Diffusion pipelines: from a model folder of diffusers to images, and back into a folder.
+//! Diffusion pipelines: generate images from diffusers model folders, and write such folders.
 //!
-//! [`TextToImage`] draws images of prompts, [`ClassToImage`] those of models of pixels. Below them, [`Pipeline`] reads and
-//! writes model folders, [`SamplePlan`] determines how samples are drawn, [`generate`] draws them, and [`Picture`] lays
-//! images out in a grid. No command line, no plots, no training.
+//! [`TextToImage`] generates images from prompts, [`ClassToImage`] from class labels with pixel-space models. The lower
+//! level is public too: [`Pipeline`] reads and writes model folders, [`SamplePlan`] contains the sampling settings,
+//! [`generate`] runs the sampler, and [`Picture`] arranges images in a grid.
 //!
-//! | for | there is | shapes |
+//! | task | items | shapes |
 //! | --- | --- | --- |
 //! | prompts to images | [`TextToImage`], [`PromptImages`] | `[n, 3, height, width]`, -1 to 1 |
 //! | classes to images | [`ClassToImage`], [`ClassImages`] | `[n, channels, height, width]`, -1 to 1 |
-//! | model folders | [`Pipeline`], [`Card`], [`Scheduler`], [`PipelineParts`], [`Parts`] | |
+//! | model folders | [`Pipeline`], [`Card`], [`Scheduler`], [`PipelineParts`] | |
+//! | conversion of model files | [`ModelFiles`], [`PartSummary`], [`WeightForm`] | |
 //! | text encoders and autoencoder | [`TextToImageComponents`], [`EncodedPrompts`] | `[prompts, tokens, width]`, latents `[n, channels, height / 8, width / 8]` |
-//! | guidance | [`Guide`] | |
-//! | sampling | [`SamplePlan`], [`generate`], [`initial_noise`], [`classes`] | `[n, channels, height, width]` |
-//! | prompts, step by step | [`PromptRequest`], [`draw_latents`], [`decode`] | |
-//! | PNG files and grids | [`Picture`], [`Layout`], [`Arrangement`], [`save_each`] | |
+//! | guidance | [`Guidance`] | |
+//! | sampling | [`SamplePlan`], [`generate`], [`initial_noise`], [`class_conditioning`] | `[n, channels, height, width]` |
+//! | prompts, step by step | [`PromptRequest`], [`EncodedRequest`], [`sample_latents`], [`decode`] | |
+//! | PNG files and grids | [`Picture`], [`Layout`], [`SampleGrid`], [`save_each`] | |
 //!
 //! # Example
 //!
@@ -45,15 +46,17 @@ mod sampling;
 pub use ddil_models::Precision;
 pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};
-pub use guidance::Guide;
+pub use guidance::Guidance;
 pub use picture::{Layout, Picture, save_each};
 pub use pipeline::{
-    AdapterCard, Card, EncodedPrompts, PartSummary, Parts, Pipeline, PipelineClass, PipelineParts,
-    Scheduler, TextToImageComponents, WeightForm,
+    AdapterCard, Card, EncodedPrompts, ModelFiles, PartSummary, Pipeline, PipelineClass,
+    PipelineParts, Scheduler, TextToImageComponents, WeightForm,
 };
-pub use prompting::{PromptRequest, Told, decode, draw_latents, spaced_as_published};
+pub use prompting::{
+    EncodedRequest, PromptRequest, decode, sample_latents, with_published_timesteps,
+};
 pub use sampling::{
-    Arrangement, Observed, SamplePlan, asked, classes, generate, grid_of_classes, grid_of_prompts,
-    initial_noise, layout,
+    SampleGrid, SamplePlan, WithCallback, class_conditioning, generate, grid_of_classes,
+    grid_of_prompts, initial_noise, layout, sampling_denoiser,
 };
 pub use tch;

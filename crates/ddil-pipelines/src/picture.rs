@@ -1,4 +1,4 @@
-//! Tensors to pictures: single images, grids, PNG files.
+//! Tensors to 8-bit images: single images, grids, PNG files.
 
 mod labels;
 
@@ -14,11 +14,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// What a picture can be made of; for error messages.
+/// The expected tensor, for error messages.
 const EXPECTED: &str =
-    "expected a floating tensor [n, c, h, w] with c of 1 or 3 and no empty dimension";
+    "expected a floating-point tensor [n, c, h, w] with c 1 or 3 and no empty dimension";
 
-/// Eight-bit pixels, grey or RGB, row by row.
+/// An 8-bit image, grey or RGB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {
     width: u32,
@@ -27,39 +27,38 @@ pub struct Picture {
     pixels: Vec<u8>,
 }
 
-/// How images are laid out in a grid.
+/// Layout of images in a grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Images in a row.
+    /// Images per row.
     pub columns: NonZeroU32,
-    /// Every pixel becomes a square of so many.
+    /// Enlargement: each pixel becomes a square with this side.
     pub scale: NonZeroU32,
-    /// Pixels between images and around them, not scaled.
+    /// Pixels between and around images, not enlarged.
     pub gutter: u32,
-    /// What the gutters are filled with; 255 is white.
+    /// Grey value of the gutters; 255 is white.
     pub background: u8,
 }
 
 impl Layout {
-    /// So many images in a row, not enlarged, with white gutters two pixels wide.
+    /// `columns` images per row, not enlarged, with white gutters two pixels wide.
     pub fn columns(columns: NonZeroU32) -> Self {
         Self { columns, scale: NonZeroU32::MIN, gutter: 2, background: 255 }
     }
 }
 
 impl Picture {
-    /// Lays images out row by row, from the left.
+    /// Arranges images in a grid, row by row.
     ///
-    /// A value `x` becomes `(x + 1) * 127.5`, clamped to `[0, 255]` and rounded to the nearest integer,
-    /// halves to the even one.
+    /// A value `x` becomes `(x + 1) * 127.5`, clamped to `[0, 255]` and rounded to the nearest integer, ties to even.
     ///
     /// # Shapes and units
     ///
-    /// - `images`: `[n, c, h, w]`, floating, any device, -1 black and 1 white; `c` is 1 (grey) or 3 (RGB)
+    /// - `images`: `[n, c, h, w]`, floating-point, any device, -1 is black and 1 is white; `c` is 1 (grey) or 3 (RGB)
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] for another shape or kind, or if a value is not a number.
+    /// [`Error::Picture`] for another shape or kind, or if a value is NaN.
     ///
     /// # Example
     ///
@@ -76,7 +75,7 @@ impl Picture {
     /// ```
     pub fn grid(images: &Tensor, layout: Layout) -> Result<Self> {
         let images = Self::each(images)?;
-        let Some(first) = images.first() else { return Err(refused("no images".into())) };
+        let Some(first) = images.first() else { return Err(invalid("no images".into())) };
         let (columns, scale) = (layout.columns.get().min(images.len() as u32), layout.scale.get());
         let rows = (images.len() as u32).div_ceil(columns);
         let cell = |pixels: u32| pixels * scale + layout.gutter;
@@ -95,19 +94,19 @@ impl Picture {
         Ok(grid)
     }
 
-    /// One picture of each image, with values as [`grid`](Self::grid) reads them.
+    /// Converts each image separately; the range of values is that of [`grid`](Self::grid).
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] as for [`grid`](Self::grid).
+    /// As [`grid`](Self::grid).
     pub fn each(images: &Tensor) -> Result<Vec<Self>> {
         ensure_dense("Picture::each", "images", images)?;
         let size = images.size();
         let &[_, channels @ (1 | 3), height, width] = size.as_slice() else {
-            return Err(refused(format!("a tensor of shape {size:?}")));
+            return Err(invalid(format!("a tensor of shape {size:?}")));
         };
         if height * width == 0 {
-            return Err(refused(format!("a tensor of shape {size:?}")));
+            return Err(invalid(format!("a tensor of shape {size:?}")));
         }
         let pixels = to_bytes(images)?;
         let picture = |pixels: &[u8]| Self {
@@ -154,7 +153,7 @@ impl Picture {
         self.channels
     }
 
-    /// The pixels row by row, channels together.
+    /// The pixels, `[height, width, channels]` in row-major order.
     pub fn pixels(&self) -> &[u8] {
         &self.pixels
     }
@@ -163,7 +162,7 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] if the encoder refuses, as it does a picture of more than 2³¹ pixels a side.
+    /// [`Error::Picture`] if the encoder fails, for example for a side of more than 2³¹ pixels.
     pub fn to_png(&self) -> Result<Vec<u8>> {
         let mut content = Vec::new();
         let mut encoder = png::Encoder::new(&mut content, self.width, self.height);
@@ -179,11 +178,11 @@ impl Picture {
                 writer.write_image_data(&self.pixels)?;
                 writer.finish()
             })
-            .map_err(|error| refused(format!("{}x{}: {error}", self.width, self.height)))?;
+            .map_err(|error| invalid(format!("{}x{}: {error}", self.width, self.height)))?;
         Ok(content)
     }
 
-    /// Writes a PNG file, whole or not at all; replaces an older one.
+    /// Writes a PNG file atomically; replaces an existing file.
     ///
     /// # Errors
     ///
@@ -193,9 +192,9 @@ impl Picture {
     }
 }
 
-/// Writes every image to a file of its own, `000000.png` and on, counted from `first`.
+/// Writes each image to a PNG file `000000.png`, `000001.png`, .., counted from `first`, and returns the paths.
 ///
-/// The folder is made if need be. Returns the paths in order.
+/// Creates the folder if it does not exist.
 ///
 /// # Errors
 ///
@@ -212,10 +211,10 @@ pub fn save_each(images: &Tensor, folder: &Path, first: u64) -> Result<Vec<PathB
         .collect()
 }
 
-/// `[n, c, h, w]` in [-1, 1] to bytes in the order of PNG, `[n, h, w, c]`.
+/// `[n, c, h, w]` in [-1, 1] to bytes `[n, h, w, c]`, the order of PNG.
 fn to_bytes(images: &Tensor) -> Result<Vec<u8>> {
     if !matches!(images.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
-        return Err(refused(format!("a tensor of kind {:?}", images.kind())));
+        return Err(invalid(format!("a tensor of kind {:?}", images.kind())));
     }
     let _guard = tch::no_grad_guard();
     let convert = || {
@@ -230,9 +229,9 @@ fn to_bytes(images: &Tensor) -> Result<Vec<u8>> {
         Ok(Some(pixels))
     };
     let pixels = convert().map_err(Error::torch("Picture::each"))?;
-    pixels.ok_or_else(|| refused("images with values that are not numbers".into()))
+    pixels.ok_or_else(|| invalid("images with NaN values".into()))
 }
 
-fn refused(found: String) -> Error {
+fn invalid(found: String) -> Error {
     Error::Picture { found, expected: EXPECTED }
 }

@@ -1,4 +1,4 @@
-//! A model folder as diffusers reads and writes it, with a card for what diffusers has no place for.
+//! Model folders in the layout of diffusers, with a card for information that diffusers has no file for.
 
 mod adapter;
 mod card;
@@ -13,35 +13,49 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_files::{Invalid, write_json};
-use ddil_models::Precision;
-use ddil_models::weights::{self, WeightFiles};
-use ddil_models::{Model, ModelConfig, NetworkDenoiser, Placement, UnknownKeys};
+use ddil_models::{
+    Model, ModelConfig, NetworkDenoiser, Placement, Precision, UnknownKeys,
+    weights::{self, WeightFiles},
+};
 use ddil_schedulers::{SamplerConfig, SchedulerConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
 pub use self::index::PipelineClass;
-pub use self::model_files::{PartSummary, Parts, WeightForm};
+pub use self::model_files::{ModelFiles, PartSummary, WeightForm};
 pub use self::pipeline_parts::PipelineParts;
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImageComponents};
 use crate::error::{Error, Result};
 
 /// A model read from its folder.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::{Pipeline, PipelineClass, Precision};
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
+/// assert_eq!(Pipeline::class_at(path)?, PipelineClass::Ddim);
+/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// assert_eq!(model.card.image_shape, [1, 32, 32]);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Pipeline {
     /// The network.
     pub network: NetworkDenoiser,
-    /// How it steps when it is sampled.
+    /// The sampler.
     pub sampler: SamplerConfig,
-    /// What is done with clean data beyond their range when it is sampled.
+    /// Thresholding of predicted clean data during sampling.
     pub thresholding: Thresholding,
-    /// The timesteps that a student was trained at; none for a teacher.
+    /// The timesteps that a student was trained at; `None` for a teacher.
     pub timesteps: Option<Vec<i64>>,
-    /// How it is sampled, as its folder has it.
+    /// The content of `scheduler_config.json`.
     pub scheduler: SchedulerConfig,
-    /// What else is known of it.
+    /// The content of `ddil.json`.
     pub card: Card,
-    /// The folder, and what stands in it around the network.
+    /// The folder and its other parts, such as text encoders.
     pub parts: PipelineParts,
 }
 
@@ -50,24 +64,25 @@ const SCHEDULER: &str = "scheduler/scheduler_config.json";
 const WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 
 impl Pipeline {
-    /// Reads a model folder, or the export of a run folder; of an adapter, the base and the adapter in its weights.
+    /// Reads a model folder, or the export of a run folder. The folder of an adapter is read as its base with the
+    /// adapter merged into the weights.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModel`] if the folder holds no model; what its files refuse: unknown keys, other blocks,
-    /// missing, unexpected or misshapen weights.
+    /// [`Error::NotAModel`] if the folder contains no model; otherwise the error of its files: unknown keys,
+    /// unsupported blocks, missing or unexpected weights, weights of the wrong shape.
     pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         Self::read_with(path, precision, |folder, _| {
             Ok(Model::from_folder(folder, placement, UnknownKeys::Refuse)?)
         })
     }
 
-    /// As [`read`](Self::read), with a network whose weights are zeros that take no memory: for everything that is known of
-    /// a model beside them. The files of the weights need not be there.
+    /// As [`read`](Self::read), but without reading weights: the weights of the network are zeros that take no memory,
+    /// and their files may be missing.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), save for weights.
+    /// As [`read`](Self::read), except for weights.
     pub fn read_without_values(path: &Path) -> Result<Self> {
         let folder = Self::find(path)?;
         let base = Self::base_of(&folder)?;
@@ -77,7 +92,7 @@ impl Pipeline {
         Self::assemble(&folder, scheduler, unet, parts, Precision::Float32)
     }
 
-    /// Checks that a model's weights are there and are those of its network, by the headers of their files.
+    /// Checks that the weight files of a model exist and match its network. Only headers are read.
     ///
     /// # Errors
     ///
@@ -107,12 +122,12 @@ impl Pipeline {
     fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
         let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
         if let Some(solver) = solver {
-            tracing::info!("{}: DDIM takes the place of {solver}", path.display());
+            tracing::info!("{}: DDIM is used instead of {solver}", path.display());
         }
         Ok(scheduler)
     }
 
-    /// The network of a whole model, frozen, and what stands around it.
+    /// The frozen network of a complete model, and its other parts.
     fn read_base(
         path: &Path,
         network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
@@ -132,7 +147,7 @@ impl Pipeline {
         Ok((unet, parts))
     }
 
-    /// Puts a network together with the scheduler and the card of a folder.
+    /// Combines a network with the scheduler and the card of a folder.
     fn assemble(
         path: &Path,
         scheduler: SchedulerConfig,
@@ -145,7 +160,7 @@ impl Pipeline {
             .with_precision(precision);
         let card: Card = match path.join(card::FILE_NAME) {
             card if card.is_file() => Card::read(&card)?,
-            _ => foreign_card(&network.config()),
+            _ => card_without_file(&network.config()),
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
@@ -153,7 +168,7 @@ impl Pipeline {
         Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts })
     }
 
-    /// The model folder at `path`: itself, or the export below it.
+    /// The model folder at `path`: the folder itself or its `export`.
     fn find(path: &Path) -> Result<PathBuf> {
         [path.to_owned(), path.join("export")]
             .into_iter()
@@ -161,22 +176,22 @@ impl Pipeline {
             .ok_or_else(|| Error::NotAModel { path: path.to_owned(), missing: index::FILE_NAME })
     }
 
-    /// Whether a model can be read from `path`, by the look of it.
+    /// Whether `path` is a model folder or a run folder with an export; only the existence of files is checked.
     pub fn is_at(path: &Path) -> bool {
         Self::find(path).is_ok()
     }
 
-    /// The class of the pipeline at `path`; nothing but its index is read.
+    /// The class of the pipeline at `path`; only its index is read.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), as far as the index goes.
+    /// As [`read`](Self::read) for the index.
     pub fn class_at(path: &Path) -> Result<PipelineClass> {
         Ok(PipelineParts::read(&Self::base_of(&Self::find(path)?)?)?.class())
     }
 
-    /// The scale of guidance that samples have unless somebody asks for another: that of the card, and for a teacher of
-    /// text to image the one that diffusers' pipeline of its class has.
+    /// The default guidance scale: that of diffusers' pipeline class for a text-to-image teacher, otherwise that of the
+    /// card.
     pub fn default_guidance_scale(&self) -> f64 {
         let is_teacher = self.card.method.is_empty() || self.card.method == "teacher";
         match (self.parts.class(), self.sampler) {
@@ -186,17 +201,17 @@ impl Pipeline {
         }
     }
 
-    /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) read.
+    /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) can read.
     ///
-    /// Without `parts` it is a U-Net and a scheduler: `DDIMPipeline` for DDIM, `DDPMPipeline`, which takes any scheduler,
-    /// for LCM. With that of a text-to-image model, what stands around its network is copied.
+    /// Without `parts`, the folder contains a U-Net and a scheduler: a `DDIMPipeline` for DDIM, a `DDPMPipeline`, which
+    /// supports any scheduler, for LCM. With the `parts` of a text-to-image model, these are copied.
     ///
-    /// The settings of the network say the size of the card, which is that of what it was trained on. A folder that is there
-    /// already is written over file by file, each of them whole or not at all.
+    /// `sample_size` in the network's config is set to the size in the card, the size it was trained at. An existing
+    /// folder is overwritten file by file, each file atomically.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// [`Error::Files`] if a file cannot be written.
     pub fn write(
         folder: &Path,
         network: &NetworkDenoiser,
@@ -208,28 +223,29 @@ impl Pipeline {
             fs::create_dir_all(&sub).map_err(Error::io("create", &sub))?;
         }
         weights::save(&network.weights()?, folder.join(WEIGHTS), &BTreeMap::new())?;
-        let config = sized(network.config(), card)?;
+        let config = with_trained_size(network.config(), card)?;
         let config_file = folder.join(UNET).join("config.json");
         ddil_files::write_atomic(&config_file, config.to_json().as_bytes())?;
         scheduler.config.write(folder.join(SCHEDULER))?;
-        let thresholding = scheduler.unspoken.clone();
+        let thresholding = scheduler.card_thresholding.clone();
         write_json(&folder.join(card::FILE_NAME), &Card { thresholding, ..card.clone() })?;
-        // Last: a folder with an index is a whole one.
+        // Written last: a folder with an index is complete.
         PipelineParts::write(folder, &config, &scheduler.config, parts)
     }
 }
 
-/// What is known of a folder that another program wrote: classes, if any, without a null class.
-fn foreign_card(network: &ModelConfig) -> Card {
-    // Published networks that are told their guidance learned it in 3..=15 (Luo et al. 2023, arXiv:2310.04378) or 6..=16
-    // (diffusers' training script); the middle of this is the default of diffusers' pipeline.
+/// The card of a folder without one, which another program wrote. A null class is unknown.
+fn card_without_file(network: &ModelConfig) -> Card {
+    // Published networks with a guidance embedding were trained with scales in 3..=15 (Luo et al. 2023,
+    // arXiv:2310.04378) or 6..=16 (diffusers' training script). The midpoint of 1..=16 is the default of diffusers'
+    // pipeline.
     let guidance_range = network.time_cond_proj_dim().map(|_| [1.0, 16.0]);
     Card { image_shape: image_shape(network), guidance_range, ..Card::default() }
 }
 
-/// The settings of a network with the size of samples that its card says, by which diffusers and `ddil sample` choose the
-/// size of a picture: a U-Net for latents may have been trained at another than that it was made for.
-fn sized(config: ModelConfig, card: &Card) -> Result<ModelConfig> {
+/// The config of a network with the sample size in the card, which is the default image size of diffusers and
+/// `ddil sample`. A latent U-Net may have been trained at another size than its original config states.
+fn with_trained_size(config: ModelConfig, card: &Card) -> Result<ModelConfig> {
     let [_, height, width] = card.image_shape;
     let sides = [height, width].map(|side| u32::try_from(side).unwrap_or(0));
     if sides.contains(&0) || config.sample_size() == Some(sides) {
@@ -238,7 +254,7 @@ fn sized(config: ModelConfig, card: &Card) -> Result<ModelConfig> {
     Ok(config.with_sample_size(sides)?)
 }
 
-/// Channels, height and width by the network's own settings; 0 where they do not say.
+/// Channels, height and width in the network's config; 0 if unspecified.
 fn image_shape(config: &ModelConfig) -> [i64; 3] {
     let [channels, _] = config.channels().unwrap_or_default();
     let [height, width] = config.sample_size().unwrap_or_default();

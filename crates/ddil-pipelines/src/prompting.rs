@@ -1,4 +1,4 @@
-//! Pictures of prompts.
+//! Images from prompts.
 
 use ddil_core::Conditioning;
 use ddil_files::Invalid;
@@ -6,33 +6,33 @@ use ddil_schedulers::{SamplerConfig, SchedulerConfig};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::guidance::Guide;
+use crate::guidance::Guidance;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
-use crate::sampling::{Observed, SamplePlan, generate, initial_noise};
+use crate::sampling::{SamplePlan, WithCallback, generate, initial_noise};
 
-/// Which pictures are to be drawn.
+/// A request for images from prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptRequest {
-    /// What they are to show.
+    /// The prompts.
     pub prompts: Vec<String>,
-    /// What they are guided away from; none is what the model is told of no prompt.
+    /// The negative prompt of guidance; `None` uses the model's empty prompt.
     pub negative_prompt: Option<String>,
-    /// Height and width in pixels; a side that is none is that of the pictures which the model was trained on.
+    /// Height and width in pixels; `None` is the size that the model was trained on.
     pub size: [Option<u32>; 2],
-    /// Pictures of each prompt.
+    /// Images per prompt.
     pub per_prompt: u32,
 }
 
-/// What a network is told of a request.
+/// A [`PromptRequest`] as network input.
 #[derive(Debug)]
-pub struct Told {
-    /// A row a picture, those of a prompt one after another.
+pub struct EncodedRequest {
+    /// One row per image; the images of a prompt are consecutive.
     pub conditioning: Conditioning,
-    /// How it may be guided.
-    pub guide: Guide,
+    /// Guidance away from the negative or empty prompt.
+    pub guidance: Guidance,
     /// Channels, height and width of the latents.
     pub latent_shape: [i64; 3],
-    /// Prompts of which a part was cut off, each with that part.
+    /// The prompts that were truncated, each with the part that was cut off.
     pub truncated: Vec<(String, String)>,
 }
 
@@ -41,55 +41,55 @@ impl PromptRequest {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if neither the request nor the model says.
+    /// [`Error::Invalid`] if neither the request nor the model specifies a size.
     pub fn pixels(&self, pipeline: &Pipeline, text: &TextToImageComponents) -> Result<[i64; 2]> {
-        // The card's and not the network's: an adapter may stand on a network that was made for another size.
-        let [_, own_height, own_width] = pipeline.card.image_shape;
-        let own = [own_height, own_width].map(|side| side * text.pixels_per_latent());
+        // The size in the card, not in the network's config: an adapter may have been trained at another size.
+        let [_, trained_height, trained_width] = pipeline.card.image_shape;
+        let trained = [trained_height, trained_width].map(|side| side * text.pixels_per_latent());
         let mut pixels = [0; 2];
         for (i, side) in pixels.iter_mut().enumerate() {
-            let asked = self.size[i].map(i64::from).or(Some(own[i]).filter(|own| *own > 0));
-            *side = asked.ok_or_else(|| {
+            let requested = self.size[i].map(i64::from);
+            *side = requested.or(Some(trained[i]).filter(|side| *side > 0)).ok_or_else(|| {
                 Error::Invalid(Invalid::new(
                     ["height", "width"][i],
                     "not set",
-                    "a number of pixels: the network's settings have no sample_size",
+                    "a number of pixels: the config of the network has no sample_size",
                 ))
             })?;
         }
         Ok(pixels)
     }
 
-    /// What the network is told.
+    /// Encodes the prompts.
     ///
-    /// Without a negative prompt that is what the model has for "no prompt": an empty text, or zeros where its pipeline
-    /// says so, as Stable Diffusion XL's does. A negative prompt, also an empty one, is encoded as any other.
+    /// Without a negative prompt, guidance uses the model's empty prompt: an encoded empty text, or zeros if the
+    /// pipeline is configured so, as Stable Diffusion XL is. A negative prompt, also an empty one, is always encoded.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] without a prompt, for no pictures, for a size that cannot be, and for a negative prompt that
-    /// plays no part: without guidance, and where the network is told its guidance.
-    pub fn told(
+    /// [`Error::Invalid`] without prompts or images, for an invalid size, and for a negative prompt that has no effect:
+    /// without guidance, or if the network has a guidance embedding.
+    pub fn encode(
         &self,
         pipeline: &Pipeline,
         text: &TextToImageComponents,
         plan: &SamplePlan,
-    ) -> Result<Told> {
+    ) -> Result<EncodedRequest> {
         self.ensure(pipeline, plan)?;
         let size = self.pixels(pipeline, text)?;
         let latent_shape = text.latent_shape(size)?;
-        let told = |conditioning: Conditioning| {
+        let with_sizes = |conditioning: Conditioning| {
             let rows = conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
             conditioning.with_some(Conditioning::TIME_IDS, text.time_ids(size, rows))
         };
         let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
         let encoded = text.encode(&prompts)?;
-        let mut truncated = cut_off(&prompts, &encoded);
+        let mut truncated = truncations(&prompts, &encoded);
         let empty = match &self.negative_prompt {
             None => text.empty()?,
             Some(negative) => {
                 let encoded = text.encode(&[negative])?;
-                truncated.extend(cut_off(&[negative], &encoded));
+                truncated.extend(truncations(&[negative], &encoded));
                 encoded.conditioning
             }
         };
@@ -97,8 +97,13 @@ impl PromptRequest {
             .flat_map(|prompt| std::iter::repeat_n(prompt, self.per_prompt as usize))
             .collect();
         let conditioning = encoded.conditioning.index_select(&Tensor::from_slice(&rows))?;
-        let guide = Guide::of_prompts(&pipeline.card, told(empty));
-        Ok(Told { conditioning: told(conditioning), guide, latent_shape, truncated })
+        let guidance = Guidance::of_prompts(&pipeline.card, with_sizes(empty));
+        Ok(EncodedRequest {
+            conditioning: with_sizes(conditioning),
+            guidance,
+            latent_shape,
+            truncated,
+        })
     }
 
     fn ensure(&self, pipeline: &Pipeline, plan: &SamplePlan) -> Result<()> {
@@ -114,11 +119,12 @@ impl PromptRequest {
         let is_guided = (plan.guidance_scale - 1.0).abs() > f64::EPSILON;
         match (&self.negative_prompt, pipeline.card.guidance_range) {
             (Some(negative), Some(_)) => {
-                let expected = "left out: the network is told how strongly to guide itself, and asks for no second answer";
+                let expected = "left out: the network has a guidance embedding and makes no unconditional prediction";
                 invalid("negative_prompt", &format!("`{negative}`"), expected)
             }
             (Some(negative), None) if !is_guided => {
-                let expected = "left out, or the guidance scale other than 1: without guidance it plays no part";
+                let expected =
+                    "left out, or a guidance scale other than 1: without guidance it has no effect";
                 invalid("negative_prompt", &format!("`{negative}`"), expected)
             }
             _ => Ok(()),
@@ -126,18 +132,19 @@ impl PromptRequest {
     }
 }
 
-/// Prompts of which a part was cut off, with that part.
-fn cut_off(prompts: &[&str], encoded: &EncodedPrompts) -> Vec<(String, String)> {
+/// The prompts that were truncated, with the part that was cut off.
+fn truncations(prompts: &[&str], encoded: &EncodedPrompts) -> Vec<(String, String)> {
     let cut = prompts.iter().zip(&encoded.truncated);
     cut.filter_map(|(prompt, cut)| Some(((*prompt).to_owned(), cut.clone()?))).collect()
 }
 
-/// The plan with the timesteps that the scheduler's file of a text-to-image model means, where the plan leaves them open.
+/// The plan with the timesteps defined by the scheduler file of a text-to-image model, if the plan has no explicit
+/// ones.
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] for a number of steps that cannot be.
-pub fn spaced_as_published(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
+/// [`Error::Scheduler`] for an invalid number of steps.
+pub fn with_published_timesteps(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
     match (&pipeline.scheduler, plan.sampler) {
         (SchedulerConfig::Ddim(_), SamplerConfig::Ddim { .. }) if plan.timesteps.is_none() => {
             let timesteps = pipeline.scheduler.timesteps(Some(plan.steps))?;
@@ -147,34 +154,34 @@ pub fn spaced_as_published(pipeline: &Pipeline, plan: SamplePlan) -> Result<Samp
     }
 }
 
-/// Draws the latents of a request from the noise of the plan's seed, `[pictures, channels, height, width]`.
+/// Generates the latents of a request, `[images, channels, height, width]`; `on_call` runs after each network call.
 ///
-/// Picture `i` depends on the seed, its prompt and `i`, and but for rounding on nothing else.
+/// Up to rounding, image `i` depends only on the seed, its prompt and `i`.
 ///
 /// # Errors
 ///
 /// As [`generate`].
-pub fn draw_latents(
+pub fn sample_latents(
     pipeline: &Pipeline,
     plan: &SamplePlan,
-    told: &Told,
+    request: &EncodedRequest,
     on_call: &dyn Fn(),
 ) -> Result<Tensor> {
     let device = pipeline.network.placement().device;
-    let rows = told.conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
-    let noise = initial_noise(plan.seed, rows as u32, told.latent_shape, device)?;
-    let network = Observed::new(&pipeline.network, on_call);
-    generate(&network, plan, &told.guide, &noise, &told.conditioning)
+    let rows = request.conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
+    let noise = initial_noise(plan.seed, rows as u32, request.latent_shape, device)?;
+    let network = WithCallback::new(&pipeline.network, on_call);
+    generate(&network, plan, &request.guidance, &noise, &request.conditioning)
 }
 
-/// Pictures of latents on the CPU, `batch_size` at a time.
+/// Decodes latents to images on the CPU, `batch_size` at a time.
 ///
 /// # Errors
 ///
-/// What the autoencoder refuses.
+/// The errors of the autoencoder.
 pub fn decode(text: &TextToImageComponents, latents: &Tensor, batch_size: u32) -> Result<Tensor> {
     let batches = latents.f_split(i64::from(batch_size.max(1)), 0);
-    let pictures = batches.map_err(Error::torch("decode"))?;
-    let pictures = pictures.iter().map(|batch| Ok(text.decode(batch)?.to_device(Device::Cpu)));
-    Tensor::f_cat(&pictures.collect::<Result<Vec<_>>>()?, 0).map_err(Error::torch("decode"))
+    let batches = batches.map_err(Error::torch("decode"))?;
+    let images = batches.iter().map(|batch| Ok(text.decode(batch)?.to_device(Device::Cpu)));
+    Tensor::f_cat(&images.collect::<Result<Vec<_>>>()?, 0).map_err(Error::torch("decode"))
 }

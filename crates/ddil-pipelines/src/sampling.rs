@@ -1,4 +1,4 @@
-//! Samples of a model, the same ones for the same seed.
+//! Sampling of a pipeline; deterministic for each seed.
 
 use ddil_core::{
     Conditioning, Denoiser, RandomStreams, Rollout, Stream, Thresholded, with_boundary,
@@ -12,43 +12,66 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::guidance::Guide;
+use crate::guidance::Guidance;
 use crate::picture::{Layout, Picture};
 use crate::pipeline::{Card, Pipeline};
 
-/// How samples are drawn.
+/// The settings of sampling.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::{
+///     Guidance, Pipeline, Precision, SamplePlan, class_conditioning, generate, initial_noise,
+/// };
+/// use tch::Device;
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
+/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let plan = SamplePlan { seed: 3, ..SamplePlan::of(&model, Some(2)) };
+///
+/// let noise = initial_noise(plan.seed, 4, model.card.image_shape, Device::Cpu)?;
+/// let classes = class_conditioning(&model.card, 4, None, Device::Cpu);
+/// let guidance = Guidance::of_classes(&model.card);
+/// let images = generate(&model.network, &plan, &guidance, &noise, &classes)?;
+/// assert_eq!(images.size(), [4, 1, 32, 32]);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplePlan {
-    /// Number of steps; not read where `timesteps` are given.
+    /// Number of steps; ignored if `timesteps` is set.
     pub steps: u32,
-    /// Guidance scale; 1 is none.
+    /// Guidance scale; 1 is no guidance.
     pub guidance_scale: f64,
-    /// How the model steps.
+    /// The sampler.
     pub sampler: SamplerConfig,
-    /// What is done with clean data beyond their range.
+    /// Thresholding of predicted clean data.
     pub thresholding: Thresholding,
-    /// The timesteps that a student was trained at, noisiest first; none takes `steps` of the sampler's.
+    /// Explicit timesteps, noisiest first, such as those a student was trained at; `None` takes `steps` timesteps of
+    /// the sampler.
     pub timesteps: Option<Vec<i64>>,
-    /// Samples in one call of the network; no part of what comes out but for rounding.
+    /// Samples per call of the network; changes the samples only by rounding.
     pub batch_size: u32,
-    /// What noise and classes follow from.
+    /// Seed of the noise.
     pub seed: u64,
 }
 
-/// Steps of a teacher, and of a few-step student, that do not say.
+/// Default numbers of steps for models that do not specify any.
 const TEACHER_STEPS: u32 = 50;
 const STUDENT_STEPS: u32 = 4;
 
-/// Samples in one call of the network: small pictures, and latents.
-const BATCH_OF_PIXELS: u32 = 100;
-const BATCH_OF_LATENTS: u32 = 1;
+/// Default batch sizes for pixel-space and latent models.
+const PIXEL_BATCH_SIZE: u32 = 100;
+const LATENT_BATCH_SIZE: u32 = 1;
 
 impl SamplePlan {
-    /// How a model is sampled in its own way: a student at its own timesteps unless another number of steps is asked
-    /// for, a teacher in 50 steps, a consistency model that does not say in 4.
+    /// The default settings of a model: a student at the timesteps it was trained at, unless `steps` is another number;
+    /// a teacher in 50 steps; a consistency model without its own timesteps in 4 steps.
     ///
-    /// Text-to-image models take their timesteps where their scheduler's file has them; others go from the noisiest.
+    /// Timesteps of the sampler begin at the noisiest one. For the timesteps in the scheduler file of a text-to-image
+    /// model, see [`with_published_timesteps`](crate::with_published_timesteps).
     pub fn of(pipeline: &Pipeline, steps: Option<u32>) -> Self {
         let own = pipeline.timesteps.clone();
         let timesteps = own.filter(|own| steps.is_none_or(|steps| own.len() == steps as usize));
@@ -57,29 +80,29 @@ impl SamplePlan {
             (None, SamplerConfig::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
             (None, SamplerConfig::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
         };
-        let of_latents = pipeline.parts.class().is_text_to_image();
+        let is_latent = pipeline.parts.class().is_text_to_image();
         Self {
             steps,
             guidance_scale: pipeline.default_guidance_scale(),
             sampler: pipeline.sampler,
             thresholding: pipeline.thresholding.clone(),
             timesteps,
-            batch_size: if of_latents { BATCH_OF_LATENTS } else { BATCH_OF_PIXELS },
+            batch_size: if is_latent { LATENT_BATCH_SIZE } else { PIXEL_BATCH_SIZE },
             seed: 0,
         }
     }
 
-    /// Calls of the network that `n` samples take.
+    /// The number of network calls for `n` samples.
     pub fn num_calls(&self, n: u32) -> u64 {
         let batches = u64::from(n.div_ceil(self.batch_size.max(1)));
         batches * self.timesteps.as_ref().map_or(u64::from(self.steps), |own| own.len() as u64)
     }
 
-    /// The timesteps that are visited.
+    /// The timesteps of the sampler.
     ///
     /// # Errors
     ///
-    /// What [`Timesteps`] refuses.
+    /// [`Error::Scheduler`] for invalid timesteps or an invalid number of steps.
     pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
         match &self.timesteps {
             Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?),
@@ -88,21 +111,21 @@ impl SamplePlan {
     }
 }
 
-/// The noise that `n` samples of a seed start from, `[n, ..]`: the same for every model.
+/// The initial noise of `n` samples for a seed, `[n, channels, height, width]`: the same for every model.
 ///
 /// # Errors
 ///
-/// What libtorch refuses, such as memory.
+/// [`Error::Torch`] if memory runs out.
 pub fn initial_noise(seed: u64, n: u32, shape: [i64; 3], device: Device) -> Result<Tensor> {
     let [channels, height, width] = shape;
     let mut generator = RandomStreams::new(seed, 0).generator(0, Stream::Sample, Device::Cpu)?;
-    // Drawn on the CPU, so that every device starts from the same.
+    // Drawn on the CPU, so that it is equal on every device.
     let noise = generator.normal([i64::from(n), channels, height, width], Kind::Float)?;
     noise.f_to_device(device).map_err(Error::torch("initial_noise"))
 }
 
-/// Classes `0, 1, .., 0, 1, ..` for `n` samples, or all the same one; nothing for a model without classes.
-pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Conditioning {
+/// The conditioning of `n` samples: classes `0, 1, .., 0, 1, ..`, or `only` for all; empty for a model without classes.
+pub fn class_conditioning(card: &Card, n: u32, only: Option<i64>, device: Device) -> Conditioning {
     let num_classes = card.class_names.len() as i64;
     if num_classes == 0 {
         return Conditioning::none();
@@ -111,28 +134,28 @@ pub fn classes(card: &Card, n: u32, only: Option<i64>, device: Device) -> Condit
     Conditioning::class_labels(Tensor::from_slice(&labels).to_device(device))
 }
 
-/// Draws one sample for each row of `noise`.
+/// Generates one sample for each row of `noise`.
 ///
 /// # Shapes and units
 ///
-/// - `noise`: `[n, channels, height, width]`, unit normal; `conditioning`: parts of `n` rows
-/// - returns: `[n, channels, height, width]`, data scale
+/// - `noise`: `[n, channels, height, width]`, standard normal; `conditioning`: parts with `n` rows
+/// - returns: `[n, channels, height, width]`, on the scale of the data
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for guidance of a model without a null class and for no samples, [`Error::Argument`] for noise that
-/// is not floating; otherwise the error of the network.
+/// As [`sampling_denoiser`]; [`Error::Invalid`] for zero samples, [`Error::Argument`] for noise that is not
+/// floating-point; otherwise the error of the network.
 pub fn generate(
     denoiser: &dyn Denoiser,
     plan: &SamplePlan,
-    guide: &Guide,
+    guidance: &Guidance,
     noise: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<Tensor> {
     let schedule = denoiser.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
     let sampler = plan.sampler.build(&schedule)?;
-    let asked = asked(denoiser, plan, guide)?;
+    let network = sampling_denoiser(denoiser, plan, guidance)?;
     let streams = RandomStreams::new(plan.seed, 0);
     ensure_real("generate", "noise", noise)?;
     let n = noise.size().first().copied().unwrap_or(0);
@@ -144,47 +167,47 @@ pub fn generate(
     for start in (0..n).step_by(plan.batch_size.max(1) as usize) {
         let len = i64::from(plan.batch_size.max(1)).min(n - start);
         let rows = Tensor::arange_start(start, start + len, (Kind::Int64, noise.device()));
-        // One a sample and on the CPU: what becomes of it depends neither on the batch nor on the device.
-        let drawing = if sampler.needs_noise() { start..start + len } else { 0..0 };
+        // One generator per sample, on the CPU: samples depend neither on the batch size nor on the device.
+        let drawn_rows = if sampler.needs_noise() { start..start + len } else { 0..0 };
         let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
-        let mut generators = drawing.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
+        let mut generators = drawn_rows.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
         let conditioning = conditioning.index_select(&rows)?;
-        let rollout = Rollout::new(&*asked, &*sampler, &timesteps).conditioning(&conditioning);
+        let rollout = Rollout::new(&*network, &*sampler, &timesteps).conditioning(&conditioning);
         samples.push(rollout.generators(&mut generators).sample(noise.narrow(0, start, len))?);
     }
     Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))
 }
 
-/// The model as it is asked for samples: guided, held inside the data's range, with its boundary around it.
+/// The denoiser used for sampling: with guidance, then thresholding, then the boundary condition of the sampler.
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for guidance of a model without a null class, for guidance that a network which is told
-/// its scale has not learned, and for a threshold that cannot be.
-pub fn asked<'a>(
+/// [`Error::Invalid`] for guidance of a model without a null class, and for a guidance scale outside of the trained
+/// range of a network with a guidance embedding; [`Error::Core`] for invalid thresholding.
+pub fn sampling_denoiser<'a>(
     denoiser: &'a dyn Denoiser,
     plan: &SamplePlan,
-    guide: &Guide,
+    guidance: &Guidance,
 ) -> Result<Box<dyn Denoiser + 'a>> {
-    let guided = guide.guided(denoiser, plan.guidance_scale)?;
-    let held = Thresholded::new(guided, plan.thresholding.clone())?;
-    Ok(with_boundary(held, &plan.sampler))
+    let guided = guidance.guided(denoiser, plan.guidance_scale)?;
+    let thresholded = Thresholded::new(guided, plan.thresholding.clone())?;
+    Ok(with_boundary(thresholded, &plan.sampler))
 }
 
-/// A network that reports each of its calls, to show how far a sampling is.
-pub struct Observed<'a> {
+/// A denoiser that runs a callback after each call, to show progress.
+pub struct WithCallback<'a> {
     inner: &'a dyn Denoiser,
     on_call: &'a dyn Fn(),
 }
 
-impl<'a> Observed<'a> {
-    /// Calls `on_call` after each call of the network.
+impl<'a> WithCallback<'a> {
+    /// Wraps `inner`; `on_call` runs after each of its calls.
     pub fn new(inner: &'a dyn Denoiser, on_call: &'a dyn Fn()) -> Self {
         Self { inner, on_call }
     }
 }
 
-impl Denoiser for Observed<'_> {
+impl Denoiser for WithCallback<'_> {
     fn predict(
         &self,
         x_t: &Tensor,
@@ -212,20 +235,32 @@ impl Denoiser for Observed<'_> {
     }
 }
 
-/// How samples stand in a grid, and what stands beside its rows.
+/// SampleGrid of samples in a grid, with rows of one class each and the names of the classes.
+///
+/// # Example
+///
+/// ```
+/// use ddil_pipelines::SampleGrid;
+///
+/// // Six samples of the classes 0, 1, 0, 1, ..: one row per class.
+/// let grid = SampleGrid::of(6, 2);
+/// assert_eq!(grid.columns, 3);
+/// assert_eq!(grid.cells, [0, 2, 4, 1, 3, 5].map(Some));
+/// assert_eq!(grid.row_classes, [Some(0), Some(1)]);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Arrangement {
+pub struct SampleGrid {
     /// Images per row.
     pub columns: u32,
-    /// Which sample stands in each place, row by row; none leaves the place white.
-    pub places: Vec<Option<u32>>,
-    /// The class of each row, at the first row of each class; empty where rows are not of one class.
+    /// The index of the sample in each cell, row by row; `None` for a white cell.
+    pub cells: Vec<Option<u32>>,
+    /// The class of each row, `None` except in the first row of a class; empty if rows contain several classes.
     pub row_classes: Vec<Option<u32>>,
 }
 
-impl Arrangement {
-    /// For `n` samples, classes taking turns: as near to a square as whole rows of one class allow, and without regard to
-    /// classes where they do not.
+impl SampleGrid {
+    /// The grid of `n` samples whose classes are `0, 1, .., 0, 1, ..`: as square as possible with rows of one class each.
+    /// If there are too many classes for this, a square grid without regard to classes.
     pub fn of(n: u32, num_classes: u32) -> Self {
         let square = f64::from(n).sqrt().ceil().max(1.0) as u32;
         let per_class = n.div_ceil(num_classes.max(1));
@@ -235,24 +270,24 @@ impl Arrangement {
         if num_classes < 2 || n < num_classes || rows > 4 * columns {
             return Self {
                 columns: square,
-                places: (0..n).map(Some).collect(),
+                cells: (0..n).map(Some).collect(),
                 row_classes: Vec::new(),
             };
         }
-        let place = |row: u32, column: u32| {
+        let cell = |row: u32, column: u32| {
             let (class, within) = (row / rows_per_class, row % rows_per_class * columns + column);
             Some(class + within * num_classes).filter(|at| within < per_class && *at < n)
         };
-        let places = |row| (0..columns).map(move |column| place(row, column));
+        let cells = |row| (0..columns).map(move |column| cell(row, column));
         let class = |row: u32| Some(row / rows_per_class).filter(|_| row % rows_per_class == 0);
         Self {
             columns,
-            places: (0..rows).flat_map(places).collect(),
+            cells: (0..rows).flat_map(cells).collect(),
             row_classes: (0..rows).map(class).collect(),
         }
     }
 
-    /// The grid of samples in this order, `[n, channels, height, width]`, with the names of classes beside their rows.
+    /// Draws the grid of samples `[n, channels, height, width]`, with the names of classes to the left of their rows.
     ///
     /// # Errors
     ///
@@ -260,12 +295,12 @@ impl Arrangement {
     pub fn draw(&self, samples: &Tensor, class_names: &[String]) -> Result<Picture> {
         let samples = samples.to_device(Device::Cpu);
         let n = samples.size()[0];
-        let order: Vec<i64> = self.places.iter().map(|at| at.map_or(n, i64::from)).collect();
+        let order: Vec<i64> = self.cells.iter().map(|at| at.map_or(n, i64::from)).collect();
         let arranged = || {
             let white = samples.f_narrow(0, 0, 1)?.f_ones_like()?;
             Tensor::f_cat(&[&samples, &white], 0)?.f_index_select(0, &Tensor::from_slice(&order))
         };
-        let arranged = arranged().map_err(Error::torch("Arrangement::draw"))?;
+        let arranged = arranged().map_err(Error::torch("SampleGrid::draw"))?;
         let layout = layout(self.columns);
         let grid = Picture::grid(&arranged, layout)?;
         if self.row_classes.is_empty() {
@@ -279,7 +314,8 @@ impl Arrangement {
     }
 }
 
-/// A grid with `per_class` samples of each class, rows of one class with its name; without classes, of eight times as many.
+/// A grid of `per_class` samples of each class, with rows of one class each and its name; without classes, of
+/// `8 * per_class` samples.
 ///
 /// # Errors
 ///
@@ -296,24 +332,25 @@ pub fn grid_of_classes(
     let num_classes = card.class_names.len() as u32;
     let n = per_class.max(1) * if num_classes == 0 { WITHOUT_CLASSES } else { num_classes };
     let noise = initial_noise(plan.seed, n, shape, device)?;
-    let (guide, conditioning) = (Guide::of_classes(card), classes(card, n, None, device));
-    let samples = generate(denoiser, plan, &guide, &noise, &conditioning)?;
-    Arrangement::of(n, num_classes).draw(&samples, &card.class_names)
+    let guidance = Guidance::of_classes(card);
+    let conditioning = class_conditioning(card, n, None, device);
+    let samples = generate(denoiser, plan, &guidance, &noise, &conditioning)?;
+    SampleGrid::of(n, num_classes).draw(&samples, &card.class_names)
 }
 
-/// A grid with a column a prompt, eight at most, and `per_prompt` samples of each, decoded to pictures.
+/// A grid of `per_prompt` decoded samples of each prompt, one column per prompt and at most eight columns.
 ///
 /// # Shapes and units
 ///
-/// - `prompts`: one row a prompt; `shape`: that of latents; `decode`: `[n, ..]` of that shape to pictures
+/// - `prompts`: one row per prompt; `shape`: that of a latent; `decode`: latents `[n, ..shape]` to images
 ///
 /// # Errors
 ///
-/// As [`generate`], and whatever `decode` says.
+/// As [`generate`], and the errors of `decode`.
 pub fn grid_of_prompts(
     denoiser: &dyn Denoiser,
     plan: &SamplePlan,
-    guide: &Guide,
+    guidance: &Guidance,
     prompts: &Conditioning,
     per_prompt: u32,
     shape: [i64; 3],
@@ -324,17 +361,17 @@ pub fn grid_of_prompts(
     let device = prompts.parts().next().map_or(Device::Cpu, |(_, part)| part.device());
     let order: Vec<i64> = (0..n).map(|i| i64::from(i % rows)).collect();
     let noise = initial_noise(plan.seed, n, shape, device)?;
-    let told = prompts.index_select(&Tensor::from_slice(&order))?;
-    let latents = generate(denoiser, plan, guide, &noise, &told)?;
+    let conditioning = prompts.index_select(&Tensor::from_slice(&order))?;
+    let latents = generate(denoiser, plan, guidance, &noise, &conditioning)?;
     let decoded: Result<Vec<Tensor>> =
         latents.split(1, 0).iter().map(|one| Ok(decode(one)?.to_device(Device::Cpu))).collect();
-    let pictures = Tensor::f_cat(&decoded?, 0).map_err(Error::torch("grid_of_prompts"))?;
+    let images = Tensor::f_cat(&decoded?, 0).map_err(Error::torch("grid_of_prompts"))?;
     let one = std::num::NonZeroU32::MIN;
-    // Pictures of hundreds of pixels need no enlarging.
-    Picture::grid(&pictures, Layout { scale: one, ..layout(columns) })
+    // Large images are not enlarged.
+    Picture::grid(&images, Layout { scale: one, ..layout(columns) })
 }
 
-/// `columns` images in a row, each pixel twice as large.
+/// `columns` images per row, enlarged by a factor of two.
 pub fn layout(columns: u32) -> Layout {
     let at_least_one = |n: u32| std::num::NonZeroU32::new(n).unwrap_or(std::num::NonZeroU32::MIN);
     Layout { scale: at_least_one(2), ..Layout::columns(at_least_one(columns)) }
@@ -345,30 +382,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_classes_fill_near_square_grids_and_each_class_is_whole() {
-        // Eight of each of three classes: as many as asked for, in rows of one class.
-        let grid = Arrangement::of(24, 3);
-        assert_eq!((grid.columns, grid.places.len()), (5, 30));
+    fn few_classes_have_rows_of_their_own_in_a_nearly_square_grid() {
+        // Eight samples of each of three classes, in rows of one class each.
+        let grid = SampleGrid::of(24, 3);
+        assert_eq!((grid.columns, grid.cells.len()), (5, 30));
         assert_eq!(grid.row_classes, [Some(0), None, Some(1), None, Some(2), None]);
-        let of_row = |row: usize| grid.places[row * 5..][..5].iter().flatten().map(|at| at % 3);
+        let of_row = |row: usize| grid.cells[row * 5..][..5].iter().flatten().map(|at| at % 3);
         assert!((0..6).all(|row| of_row(row).all(|class| class as usize == row / 2)));
-        let mut drawn: Vec<u32> = grid.places.iter().flatten().copied().collect();
+        let mut drawn: Vec<u32> = grid.cells.iter().flatten().copied().collect();
         drawn.sort_unstable();
         assert_eq!(drawn, (0..24).collect::<Vec<_>>());
 
-        let grid = Arrangement::of(200, 3);
+        let grid = SampleGrid::of(200, 3);
         assert_eq!((grid.columns, grid.row_classes.len()), (15, 15));
-        let grid = Arrangement::of(64, 10);
+        let grid = SampleGrid::of(64, 10);
         assert_eq!((grid.columns, grid.row_classes.len()), (7, 10));
     }
 
     #[test]
-    fn classes_that_are_too_many_for_rows_of_their_own_share_a_square() {
+    fn too_many_classes_share_a_square_grid() {
         for (n, num_classes) in [(64, 1000), (200, 100), (10, 10), (64, 0), (9, 1)] {
-            let grid = Arrangement::of(n, num_classes);
+            let grid = SampleGrid::of(n, num_classes);
             let square = f64::from(n).sqrt().ceil() as u32;
             assert_eq!((grid.columns, grid.row_classes.len()), (square, 0), "{n}, {num_classes}");
-            assert_eq!(grid.places.len() as u32, n);
+            assert_eq!(grid.cells.len() as u32, n);
         }
     }
 }

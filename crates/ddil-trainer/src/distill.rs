@@ -18,7 +18,7 @@ use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements,
 use ddil_models::NetworkDenoiser;
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, Guide, Picture, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
+    Card, Guidance, Picture, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
     grid_of_prompts,
 };
 use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
@@ -51,7 +51,7 @@ pub struct DistillTask {
     parts: PipelineParts,
     /// Of a text-to-image model.
     prompted: Option<Prompted>,
-    guide: Guide,
+    guide: Guidance,
     roles: Roles,
     stage: Stage,
     meters: Meters,
@@ -184,17 +184,17 @@ impl Prepared {
 }
 
 /// How a model of that card is guided.
-fn guide(card: &Card, prompted: Option<&Prompted>) -> Guide {
+fn guide(card: &Card, prompted: Option<&Prompted>) -> Guidance {
     match prompted.and_then(Prompted::empty) {
-        Some(empty) => Guide::of_prompts(card, empty),
+        Some(empty) => Guidance::of_prompts(card, empty),
         // By its classes, or by a scale that it is told.
-        None => Guide::of_classes(card),
+        None => Guidance::of_classes(card),
     }
 }
 
 /// The teacher with its guidance; thresholding goes outside of that.
 fn guided<'a>(
-    guide: &Guide,
+    guide: &Guidance,
     teacher: impl Denoiser + 'a,
     guidance: TeacherGuidance,
 ) -> Result<Box<dyn Denoiser + 'a>> {

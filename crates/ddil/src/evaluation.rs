@@ -10,7 +10,8 @@ use ddil_metrics::{
     FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
 };
 use ddil_pipelines::{
-    Guide, Observed, Pipeline, SamplePlan, asked, classes, generate, initial_noise,
+    Guidance, Pipeline, SamplePlan, WithCallback, class_conditioning, generate, initial_noise,
+    sampling_denoiser,
 };
 use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
@@ -117,7 +118,8 @@ pub fn draw_observed(
     let noise = initial_noise(plan.seed, total, pipeline.card.image_shape, device)?;
     let rows =
         Tensor::arange_start(i64::from(range.start), i64::from(range.end), (Kind::Int64, device));
-    let conditioning = classes(&pipeline.card, total, class, device).index_select(&rows)?;
+    let conditioning =
+        class_conditioning(&pipeline.card, total, class, device).index_select(&rows)?;
     let noise = noise.index_select(0, &rows);
     // A sampler that draws noise on its way draws other noise for other parts.
     let seed = match range.start {
@@ -125,9 +127,9 @@ pub fn draw_observed(
         start => RandomStreams::new(plan.seed, 0).seed_of(u64::from(start), Stream::Sample),
     };
     let plan = SamplePlan { seed, ..plan.clone() };
-    let guide = Guide::of_classes(&pipeline.card);
-    let network = Observed::new(&pipeline.network, on_call);
-    let images = generate(&network, &plan, &guide, &noise, &conditioning)?;
+    let guidance = Guidance::of_classes(&pipeline.card);
+    let network = WithCallback::new(&pipeline.network, on_call);
+    let images = generate(&network, &plan, &guidance, &noise, &conditioning)?;
     Ok(images.to_device(Device::Cpu))
 }
 
@@ -149,8 +151,8 @@ pub fn shift(
     let labels = batch.labels.filter(|_| pipeline.network.is_class_conditional());
     let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);
     let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
-    let guide = Guide::of_classes(&pipeline.card);
-    let student = asked(&pipeline.network, plan, &guide)?;
+    let guidance = Guidance::of_classes(&pipeline.card);
+    let student = sampling_denoiser(&pipeline.network, plan, &guidance)?;
     let schedule = pipeline.network.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
     let request = ShiftRequest {

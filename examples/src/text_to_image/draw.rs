@@ -1,4 +1,6 @@
-use ddil_pipelines::{Guide, Pipeline, SamplePlan, TextToImageComponents, generate, initial_noise};
+use ddil_pipelines::{
+    Guidance, Pipeline, SamplePlan, TextToImageComponents, generate, initial_noise,
+};
 use tch::{Device, Tensor};
 
 use crate::Result;
@@ -44,11 +46,11 @@ pub fn draw(
     let own = SamplePlan::of(pipeline, sampling.steps);
     let guidance_scale = sampling.guidance_scale.unwrap_or(own.guidance_scale);
     let plan = SamplePlan { guidance_scale, seed: sampling.seed, ..own };
-    let guide = Guide::of_prompts(&pipeline.card, parts.empty()?);
+    let guidance = Guidance::of_prompts(&pipeline.card, parts.empty()?);
     let shape = pipeline.card.image_shape;
     let noise = initial_noise(plan.seed, prompts.len() as u32, shape, Device::Cpu)?;
 
     let _no_grad = tch::no_grad_guard();
-    let latents = generate(&pipeline.network, &plan, &guide, &noise, &encoded.conditioning)?;
+    let latents = generate(&pipeline.network, &plan, &guidance, &noise, &encoded.conditioning)?;
     Ok(Drawn { noise, images: parts.decode(&latents)?, plan })
 }

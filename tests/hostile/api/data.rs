@@ -77,7 +77,9 @@ fn encoded(cases: &mut Cases) {
     let folder = repository().join("tests/golden/formats/v1/encoded");
     let data = EncodedDataset::open(&folder, None).expect("encoded data");
     cases.wholes("EncodedDataset::prompts_of", |sample| said(data.prompts_of(sample)));
-    cases.wholes("EncodedDataset::told", |row| said(data.told(&[row])));
+    cases.wholes("EncodedDataset::prompt_conditioning", |row| {
+        said(data.prompt_conditioning(&[row]))
+    });
     cases.wholes("EncodedDataset::batch", |index| {
         let streams = RandomStreams::new(0, 0);
         let mut draws = said_draws(&streams);

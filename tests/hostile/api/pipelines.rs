@@ -2,9 +2,9 @@ use std::num::NonZeroU32;
 
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, ClassToImage, Guide, Layout, Parts, Picture, Pipeline, Precision, PromptRequest,
-    SamplePlan, TextToImage, WeightForm, asked, classes, decode, draw_latents, generate,
-    initial_noise, layout, save_each, spaced_as_published,
+    Card, ClassToImage, Guidance, Layout, ModelFiles, Picture, Pipeline, Precision, PromptRequest,
+    SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate, initial_noise,
+    layout, sample_latents, sampling_denoiser, save_each, with_published_timesteps,
 };
 use tch::{Device, Tensor, kind};
 
@@ -36,13 +36,18 @@ fn ddil_pipelines() {
         "Pipeline::write_adapter",
         "PipelineParts::text_to_image",
         "PipelineParts::autoencoder",
-        "Parts::write",
-        "Parts::write_network",
+        "ModelFiles::write",
+        "ModelFiles::write_network",
         "Scheduler::new",
         "grid_of_classes",
         "grid_of_prompts",
     ]);
-    cases.cannot_fail(&["Layout::columns", "Observed::new", "Guide::of_classes", "batch_size"]);
+    cases.cannot_fail(&[
+        "Layout::columns",
+        "WithCallback::new",
+        "Guidance::of_classes",
+        "batch_size",
+    ]);
     cases.finish("ddil-pipelines");
 }
 
@@ -93,12 +98,14 @@ fn folders(cases: &mut Cases) {
             assert!(!Pipeline::is_at(place));
             Ok(())
         });
-        cases.once("Parts::of_pipeline", &what, || said(Parts::of_pipeline(place, Some("fp16"))));
-        cases.once("Parts::of_network", &what, || {
-            said(Parts::of_network(place, Some(place), Some(place), None))
+        cases.once("ModelFiles::of_pipeline", &what, || {
+            said(ModelFiles::of_pipeline(place, Some("fp16")))
         });
-        cases.once("Parts::is_network_at", &what, || {
-            let _ = Parts::is_network_at(place);
+        cases.once("ModelFiles::of_network", &what, || {
+            said(ModelFiles::of_network(place, Some(place), Some(place), None))
+        });
+        cases.once("ModelFiles::is_network_at", &what, || {
+            let _ = ModelFiles::is_network_at(place);
             Ok(())
         });
     }
@@ -128,11 +135,11 @@ fn of_classes(cases: &mut Cases, model: &ClassToImage) {
 
 fn sampling(cases: &mut Cases, pipeline: &Pipeline) {
     let plan = || SamplePlan::of(pipeline, Some(1));
-    let guide = Guide::of_classes(&pipeline.card);
+    let guidance = Guidance::of_classes(&pipeline.card);
     let noise = Tensor::randn([2, 1, 32, 32], kind::FLOAT_CPU);
-    let told = classes(&pipeline.card, 2, None, Device::Cpu);
+    let conditioning = class_conditioning(&pipeline.card, 2, None, Device::Cpu);
     cases.tensors("generate", &[&noise], |t| {
-        said(generate(&pipeline.network, &plan(), &guide, &t[0], &told))
+        said(generate(&pipeline.network, &plan(), &guidance, &t[0], &conditioning))
     });
     cases.wholes("SamplePlan::of", |steps| {
         let plan = SamplePlan::of(pipeline, Some(steps as u32));
@@ -143,24 +150,30 @@ fn sampling(cases: &mut Cases, pipeline: &Pipeline) {
         let _ = plan().num_calls(n as u32);
         Ok(())
     });
-    cases.wholes("spaced_as_published", |steps| {
-        said(spaced_as_published(pipeline, SamplePlan { steps: steps as u32, ..plan() }))
+    cases.wholes("with_published_timesteps", |steps| {
+        said(with_published_timesteps(pipeline, SamplePlan { steps: steps as u32, ..plan() }))
     });
-    cases.numbers("asked", |guidance_scale| {
+    cases.numbers("sampling_denoiser", |guidance_scale| {
         let plan = SamplePlan { guidance_scale, ..plan() };
-        said(asked(&pipeline.network, &plan, &guide))
+        said(sampling_denoiser(&pipeline.network, &plan, &guidance))
     });
-    cases.numbers("Guide::guided", |scale| said(guide.guided(&pipeline.network, scale)));
-    cases.once("Guide::of_prompts", "nothing", || {
-        let guide = Guide::of_prompts(&Card::default(), ddil_core::Conditioning::none());
-        said(guide.null())
+    cases.numbers("Guidance::guided", |scale| said(guidance.guided(&pipeline.network, scale)));
+    cases.once("Guidance::of_prompts", "nothing", || {
+        let guidance = Guidance::of_prompts(&Card::default(), ddil_core::Conditioning::none());
+        said(guidance.null())
     });
     for side in ODD_WHOLES.into_iter().filter(|side| *side < MANY) {
         let what = side.to_string();
         cases.once("initial_noise", &what, || said(initial_noise(0, 2, [1, side, 2], Device::Cpu)));
-        cases.once("classes", &what, || {
-            let told = classes(&pipeline.card, 1, Some(side), Device::Cpu);
-            said(generate(&pipeline.network, &plan(), &guide, &noise.narrow(0, 0, 1), &told))
+        cases.once("class_conditioning", &what, || {
+            let conditioning = class_conditioning(&pipeline.card, 1, Some(side), Device::Cpu);
+            said(generate(
+                &pipeline.network,
+                &plan(),
+                &guidance,
+                &noise.narrow(0, 0, 1),
+                &conditioning,
+            ))
         });
     }
 }
@@ -221,15 +234,15 @@ fn components(cases: &mut Cases, model: &TextToImage) {
     cases.once("PromptRequest::pixels", "no height", || {
         said(request(Vec::new()).pixels(pipeline, components))
     });
-    cases.once("PromptRequest::told", "no prompt", || {
-        said(request(Vec::new()).told(pipeline, components, &plan))
+    cases.once("PromptRequest::encode", "no prompt", || {
+        said(request(Vec::new()).encode(pipeline, components, &plan))
     });
-    let told = PromptRequest { size: [None; 2], ..request(vec!["a coat".to_owned()]) };
-    let mut told = told.told(pipeline, components, &plan).expect("a request");
+    let request = PromptRequest { size: [None; 2], ..request(vec!["a coat".to_owned()]) };
+    let mut encoded = request.encode(pipeline, components, &plan).expect("a request");
     for side in [0, 1, 3] {
-        told.latent_shape[1] = side;
-        cases.once("draw_latents", &side.to_string(), || {
-            said(draw_latents(pipeline, &plan, &told, &|| ()))
+        encoded.latent_shape[1] = side;
+        cases.once("sample_latents", &side.to_string(), || {
+            said(sample_latents(pipeline, &plan, &encoded, &|| ()))
         });
     }
 }

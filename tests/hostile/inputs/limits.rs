@@ -12,7 +12,7 @@ use ddil_models::{
     AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
     weights,
 };
-use ddil_pipelines::{Parts, WeightForm};
+use ddil_pipelines::{ModelFiles, WeightForm};
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use tch::{Kind, Tensor};
@@ -217,12 +217,12 @@ fn parts_of_a_model_stay_in_its_folder() {
     let index = r#"{"_class_name": "DDIMPipeline", "../secret": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}"#;
     tiny_pipeline().with("model_index.json", index).write(&model);
-    let said = Parts::of_pipeline(&model, None).expect_err("it leads elsewhere").to_string();
+    let said = ModelFiles::of_pipeline(&model, None).expect_err("it leads elsewhere").to_string();
     assert_says(&said, &["model_index.json", "../secret"]);
     let honest = outer.path().join("honest");
     tiny_pipeline().write(&honest);
     let to = outer.path().join("out/copy");
-    let parts = Parts::of_pipeline(&honest, None).expect("a model");
+    let parts = ModelFiles::of_pipeline(&honest, None).expect("a model");
     parts.write(&to, &WeightForm::default(), false).expect("it is whole");
     assert!(to.join("unet/config.json").is_file());
 }
@@ -309,7 +309,7 @@ fn links_that_lead_back_are_not_followed() {
     for name in ["loop", "again"] {
         std::os::unix::fs::symlink(&model, model.join("unet").join(name)).expect("a link");
     }
-    let parts = Parts::of_pipeline(&model, None).expect("a model");
+    let parts = ModelFiles::of_pipeline(&model, None).expect("a model");
     let to = outer.path().join("copy");
     parts.write(&to, &WeightForm::default(), false).expect("it is whole");
     assert!(!Path::new(&to).join("unet/loop").exists());

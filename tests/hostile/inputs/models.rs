@@ -10,7 +10,7 @@ use ddil_models::{
     ClipVisionConfig, DiscriminatorHeadConfig, Lora, MlpConfig, Model, ModelConfig, Placement,
     TorchScript, TorchScriptConfig, UnknownKeys,
 };
-use ddil_pipelines::{Parts, Pipeline, WeightForm};
+use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 use ddil_trainer::config::Precision;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -183,7 +183,7 @@ fn model_folder() {
 
 fn read_folder(folder: &Path) -> Said {
     Pipeline::read_without_values(folder).map_err(told)?;
-    let parts = Parts::of_pipeline(folder, None).map_err(told)?;
+    let parts = ModelFiles::of_pipeline(folder, None).map_err(told)?;
     parts.check().map_err(told)?;
     Pipeline::ensure_weights(folder).map_err(told)?;
     Pipeline::read(folder, Placement::default(), Precision::Float32).map_err(told)?;

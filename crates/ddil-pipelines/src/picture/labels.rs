@@ -1,20 +1,20 @@
-//! Names beside the rows of a grid.
+//! Row labels of a grid.
 
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
 
 use super::{Layout, Picture};
 use crate::{Error, Result};
 
-/// Height of the letters in pixels.
-const LETTERS: f32 = 14.0;
-/// White pixels left and right of a name.
+/// Font size in pixels.
+const FONT_SIZE: f32 = 14.0;
+/// Pixels of background to the left and right of a label.
 const MARGIN: u32 = 6;
 
 impl Picture {
-    /// Adds a margin to the left of a [`grid`](Self::grid) of that layout, with a name beside each row; an empty name
-    /// leaves its row without one.
+    /// Adds a margin with row labels to the left of a [`grid`](Self::grid) of the given layout. A row with an empty label
+    /// gets none.
     ///
-    /// `row_height` is the height of an image before it is enlarged.
+    /// `row_height` is the height of an image before enlargement.
     ///
     /// # Errors
     ///
@@ -26,9 +26,9 @@ impl Picture {
         layout: Layout,
     ) -> Result<Self> {
         let font = FontRef::try_from_slice(dejavu::sans::regular()).map_err(|error| {
-            Error::Picture { found: error.to_string(), expected: "a font that can be read" }
+            Error::Picture { found: error.to_string(), expected: "a readable font" }
         })?;
-        let font = font.into_scaled(PxScale::from(LETTERS));
+        let font = font.into_scaled(PxScale::from(FONT_SIZE));
         let width_of = |name: &String| -> f32 {
             name.chars().map(|letter| font.h_advance(font.glyph_id(letter))).sum()
         };
@@ -47,7 +47,7 @@ impl Picture {
         Ok(wider)
     }
 
-    /// Writes dark letters from a point on their baseline on.
+    /// Draws black text; `from` is the start of its baseline.
     fn write<F: Font>(
         &mut self,
         text: &str,
@@ -57,7 +57,7 @@ impl Picture {
         let mut x = from.x;
         for letter in text.chars() {
             let id = font.glyph_id(letter);
-            let glyph = id.with_scale_and_position(LETTERS, point(x, from.y));
+            let glyph = id.with_scale_and_position(FONT_SIZE, point(x, from.y));
             x += font.h_advance(id);
             let Some(outline) = font.outline_glyph(glyph) else { continue };
             let bounds = outline.px_bounds();
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_stand_beside_their_rows_and_leave_the_images_alone() -> Result<()> {
+    fn labels_are_left_of_their_rows_and_images_are_unchanged() -> Result<()> {
         let columns = NonZeroU32::new(3).unwrap_or(NonZeroU32::MIN);
         let layout = Layout::columns(columns);
         let images = Tensor::zeros([6, 3, 20, 20], kind::FLOAT_CPU);
@@ -104,7 +104,7 @@ mod tests {
             }
         }
         let is_dark = |y: u32| (0..margin).any(|x| named.pixels[named.offset(x, y)] < 128);
-        // Dark letters in the middle of the first row, and nothing beside the second.
+        // Dark pixels in the middle of the first row, none beside the second.
         assert!(
             (8..18).any(is_dark)
                 && !(0..5).any(is_dark)

@@ -1,33 +1,32 @@
-//! A folder with an adapter in place of a whole model, as diffusers' `load_lora_weights` reads it.
+//! Folders with an adapter instead of a complete model, readable by diffusers' `load_lora_weights`.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_files::{Invalid, write_atomic, write_json};
-use ddil_models::Precision;
-use ddil_models::{Lora, LoraFormat, Model, ModelConfig, NetworkDenoiser};
+use ddil_models::{Lora, LoraFormat, Model, ModelConfig, NetworkDenoiser, Precision};
 
 use super::{AdapterCard, Card, Pipeline, PipelineParts, SCHEDULER, Scheduler, card, index};
 use crate::error::{Error, Result};
 
-/// What diffusers calls the file.
+/// The file name in diffusers.
 const WEIGHTS: &str = "pytorch_lora_weights.safetensors";
 const MODEL_CARD: &str = "README.md";
 
-/// Whether a folder holds an adapter and says what it stands on.
+/// Whether a folder contains an adapter with its card.
 pub(super) fn is_in(folder: &Path) -> bool {
     [WEIGHTS, card::FILE_NAME].iter().all(|file| folder.join(file).is_file())
 }
 
 impl Pipeline {
-    /// Writes a folder with an adapter: `pytorch_lora_weights.safetensors` under diffusers' names, with ranks and alphas in
-    /// its metadata; `scheduler/`; `README.md`, which says how to use it; and the card, by which [`read`](Self::read) finds
-    /// the base.
+    /// Writes a folder with an adapter: `pytorch_lora_weights.safetensors` with diffusers' tensor names and with ranks
+    /// and alphas in its metadata; `scheduler/`; `README.md` with instructions; and the card, which names the base for
+    /// [`read`](Self::read).
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a network without an adapter; what the file system refuses.
+    /// [`Error::Invalid`] for a network without an adapter; [`Error::Files`] if a file cannot be written.
     pub fn write_adapter(
         folder: &Path,
         network: &NetworkDenoiser,
@@ -38,8 +37,8 @@ impl Pipeline {
         let Some(lora) = network.adapter() else {
             return Err(Error::Invalid(Invalid::new(
                 "network",
-                "a whole one",
-                "one with an adapter",
+                "without an adapter",
+                "with an adapter",
             )));
         };
         let scheduler_folder = folder.join("scheduler");
@@ -50,16 +49,16 @@ impl Pipeline {
         let base = fs::canonicalize(base.path()).map_err(Error::io("find", base.path()))?;
         let layer = lora.layers().into_iter().next();
         let (rank, alpha) = layer.map_or((0, 0.0), |layer| (layer.rank, layer.alpha));
-        let thresholding = scheduler.unspoken.clone();
+        let thresholding = scheduler.card_thresholding.clone();
         let adapter = Some(AdapterCard { base, rank, alpha });
         let card = Card { thresholding, adapter, ..card };
         let text = model_card(&card, scheduler, is_text_to_image);
         write_atomic(&folder.join(MODEL_CARD), text.as_bytes())?;
-        // Last: a folder with a card is a whole one.
+        // Written last: a folder with a card is complete.
         Ok(write_json(&folder.join(card::FILE_NAME), &card)?)
     }
 
-    /// Reads the base of an adapter and adds the adapter to its weights.
+    /// Reads the base of an adapter and merges the adapter into its weights.
     pub(super) fn read_adapter(
         folder: &Path,
         network: impl FnOnce(&Path, &ModelConfig) -> Result<Model>,
@@ -72,12 +71,13 @@ impl Pipeline {
         Self::assemble(folder, scheduler, unet, parts, precision)
     }
 
-    /// The file of adapters that a folder, or the export of a run, has in place of a whole model, and the folder of the
-    /// model that they stand on.
+    /// The adapter file and the folder of its base model; `None` if `path` does not contain an adapter.
+    ///
+    /// `path` is a model folder or a run folder with an export.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] for a card that cannot be read, [`Error::Invalid`] if it names no base.
+    /// [`Error::Files`] for a card that cannot be read, [`Error::Invalid`] if it does not name a base.
     pub fn adapter_at(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
         let Ok(folder) = Self::find(path) else { return Ok(None) };
         if folder.join(index::FILE_NAME).is_file() {
@@ -86,7 +86,7 @@ impl Pipeline {
         Ok(Some((folder.join(WEIGHTS), Self::base_of(&folder)?)))
     }
 
-    /// The folder of the whole model: itself, or that which its adapter stands on.
+    /// The folder of the complete model: the folder itself, or the base of its adapter.
     pub(super) fn base_of(folder: &Path) -> Result<PathBuf> {
         if folder.join(index::FILE_NAME).is_file() {
             return Ok(folder.to_owned());
@@ -97,22 +97,22 @@ impl Pipeline {
             return Err(Error::Invalid(Invalid::new(
                 format!("adapter in {}", path.display()),
                 "not set",
-                format!("the base that {WEIGHTS} stands on"),
+                format!("the base model of {WEIGHTS}"),
             )));
         };
-        // Whole models only: an adapter on an adapter could stand on itself.
+        // Complete models only: adapters of adapters could form a cycle.
         if !base.join(index::FILE_NAME).is_file() {
             return Err(Error::Invalid(Invalid::new(
                 format!("adapter.base in {}", path.display()),
                 base.display(),
-                "the folder of the whole model that the adapter was trained on",
+                "the folder of the complete model that the adapter was trained on",
             )));
         }
         Ok(base)
     }
 }
 
-/// What the adapter is and how it is used, for people and for the hubs that read such files.
+/// The model card of an adapter, for users and model hubs.
 fn model_card(card: &Card, scheduler: &Scheduler, is_text_to_image: bool) -> String {
     let Some(AdapterCard { base, rank, alpha }) = &card.adapter else { return String::new() };
     let base = base.file_name().unwrap_or_default().to_string_lossy();

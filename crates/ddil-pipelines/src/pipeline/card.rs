@@ -1,4 +1,4 @@
-//! `ddil.json`: what a model is, beyond its weights and its scheduler.
+//! `ddil.json`: properties of a model that diffusers has no file for.
 
 use std::path::{Path, PathBuf};
 
@@ -9,56 +9,66 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-/// The file's name.
+/// The name of the file.
 pub(super) const FILE_NAME: &str = "ddil.json";
 
-/// The only version of the file so far.
+/// The current version of the file.
 const FORMAT_VERSION: u32 = 1;
 
-/// What a model is, beyond its weights and its scheduler: `ddil.json` in its folder.
+/// Properties of a model beyond its weights and scheduler: `ddil.json` in its folder.
+///
+/// # Example
+///
+/// ```
+/// use ddil_pipelines::Card;
+///
+/// let card = Card { guidance_range: Some([1.0, 7.0]), ..Card::default() };
+/// assert_eq!(card.default_guidance_scale(), 4.0);
+/// assert_eq!(Card::default().default_guidance_scale(), 1.0);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Card {
-    /// Version of this file.
+    /// Format version of the file.
     pub format_version: u32,
-    /// `teacher`, or the method that made the student.
+    /// `teacher`, or the method that trained the student.
     pub method: String,
-    /// Names of the classes; none for a model without.
+    /// Names of the classes; empty for a model without classes.
     pub class_names: Vec<String>,
-    /// The class that stands for "no condition"; none for a model that cannot be guided.
+    /// The label of the unconditional class; `None` for a model that cannot be guided.
     pub null_class: Option<i64>,
     /// Channels, height, width.
     pub image_shape: [i64; 3],
-    /// The scale of the guidance that is baked in; none for a plain teacher.
+    /// The guidance scale distilled into the weights; `None` for a teacher.
     pub guidance_scale: Option<f64>,
-    /// The least and the greatest scale of guidance that the network may be told; none for one that is told none.
+    /// The smallest and largest guidance scale of a network with a guidance embedding; `None` without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guidance_range: Option<[f64; 2]>,
-    /// What is done with clean data beyond their range, where diffusers' scheduler has no word for it.
+    /// Thresholding that diffusers' scheduler config cannot represent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thresholding: Option<Thresholding>,
-    /// The base of a model that is an adapter; none for a whole one.
+    /// The base of an adapter; `None` for a complete model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterCard>,
-    /// Priors of the sources at the end of a student's training; none for a teacher.
+    /// Priors of the sources at the end of a student's training; `None` for a teacher.
     pub priors: Option<Priors>,
-    /// Updates of its training.
+    /// Number of training updates.
     pub updates: u64,
-    /// Seconds of its training; not part of what is compared.
+    /// Training time in seconds; ignored when models are compared.
     pub seconds: f64,
-    /// Seed of its training.
+    /// Seed of the training run.
     pub seed: u64,
 }
 
-/// What an adapter stands on.
+/// The base and size of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterCard {
-    /// The folder of the whole model whose network it was trained on.
+    /// The folder of the complete model that it was trained on.
     pub base: PathBuf,
-    /// How many numbers lie between the two factors of an adapter.
+    /// Rank: the inner dimension of the two factors.
     pub rank: i64,
-    /// What an adapter adds is multiplied by `alpha / rank`.
+    /// The update of the weights is scaled by `alpha / rank`.
     pub alpha: f64,
 }
 
@@ -83,17 +93,17 @@ impl Default for Card {
 }
 
 impl Card {
-    /// The card in a file.
+    /// Reads a card.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`](crate::Error::Files), also if another version wrote it.
+    /// [`Error::Files`](crate::Error::Files), also for another format version.
     pub fn read(path: &Path) -> Result<Self> {
         Ok(read_versioned(path, FORMAT_VERSION)?)
     }
 
-    /// What a sampler is told unless somebody asks for another scale: the middle of the range for a network that is
-    /// told its guidance, none for every other.
+    /// The default guidance scale: the midpoint of the range for a network with a guidance embedding, otherwise 1,
+    /// which is no guidance.
     pub fn default_guidance_scale(&self) -> f64 {
         self.guidance_range.map_or(1.0, |[min, max]| f64::midpoint(min, max))
     }

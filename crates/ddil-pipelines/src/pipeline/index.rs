@@ -8,24 +8,24 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 
-/// The file's name.
+/// The name of the file.
 pub(super) const FILE_NAME: &str = "model_index.json";
 
-/// The diffusers release whose layout is written.
+/// The diffusers release whose format is written.
 const DIFFUSERS_VERSION: &str = "0.42.1";
 
-/// A pipeline of diffusers that this program reads and writes.
+/// The diffusers pipelines that can be read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PipelineClass {
-    /// A U-Net for pixels, sampled with DDIM.
+    /// A pixel-space U-Net with DDIM.
     Ddim,
-    /// The same with any scheduler.
+    /// A pixel-space U-Net with any scheduler.
     Ddpm,
-    /// Text to image with one text encoder.
+    /// Text-to-image with one text encoder.
     StableDiffusion,
-    /// Text to image with two text encoders, told sizes and crops.
+    /// Text-to-image with two text encoders, and sizes and crop coordinates as network input.
     StableDiffusionXl,
-    /// Text to image in a few steps, with a U-Net that is told its guidance.
+    /// Few-step text-to-image with a guidance embedding in the U-Net.
     LatentConsistency,
 }
 
@@ -38,7 +38,7 @@ impl PipelineClass {
         Self::LatentConsistency,
     ];
 
-    /// The name of the class.
+    /// The name of the class in diffusers.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ddim => "DDIMPipeline",
@@ -49,40 +49,40 @@ impl PipelineClass {
         }
     }
 
-    /// Whether prompts are turned into pictures.
+    /// Whether the pipeline generates images from prompts.
     pub fn is_text_to_image(self) -> bool {
         !matches!(self, Self::Ddim | Self::Ddpm)
     }
 }
 
-/// A library and a class of it, as a part of a pipeline has them.
+/// The library and class of a part.
 pub(super) type Class = [String; 2];
 
-/// What the file says.
+/// The content of the file.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Index {
     pub(super) class: PipelineClass,
-    /// The folders of the parts; a part that a pipeline can do without and does is none.
+    /// The parts by folder; `None` for an optional part that is absent.
     pub(super) parts: BTreeMap<String, Option<Class>>,
-    /// Whatever else stands there, such as `force_zeros_for_empty_prompt`.
+    /// All other keys, such as `force_zeros_for_empty_prompt`.
     pub(super) settings: BTreeMap<String, Value>,
 }
 
 impl Index {
     /// A pipeline of a U-Net and a scheduler.
-    pub(super) fn of_pixels(class: PipelineClass, unet: &str, scheduler: &str) -> Self {
+    pub(super) fn of_unet(class: PipelineClass, unet: &str, scheduler: &str) -> Self {
         let part = |class: &str| Some(["diffusers".to_owned(), class.to_owned()]);
         let parts = [("unet", part(unet)), ("scheduler", part(scheduler))];
         let parts = parts.into_iter().map(|(name, part)| (name.to_owned(), part)).collect();
         Self { class, parts, settings: BTreeMap::new() }
     }
 
-    /// The index of a folder.
+    /// Reads the index of a folder.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`]; [`Error::Invalid`] for a pipeline that this program does not know, and for a
-    /// part whose name is no name of a folder: what it says is copied must not come from, or go, elsewhere.
+    /// [`Error::Files`]; [`Error::Invalid`] for an unsupported pipeline, and for a part whose name is not that of a
+    /// subfolder: copying it must not leave the folder.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
         let object: Map<String, Value> = read_small_json(&path)?;
@@ -104,7 +104,7 @@ impl Index {
                     return Err(Error::Invalid(Invalid::new(
                         format!("part in {}", path.display()),
                         format!("{key:?}"),
-                        "the name of a folder in it",
+                        "the name of a subfolder",
                     )));
                 }
                 None => drop(index.settings.insert(key, value)),
@@ -113,24 +113,25 @@ impl Index {
         Ok(index)
     }
 
-    /// For a network that is told its guidance: the plain pipeline of Stable Diffusion cannot tell it, that of XL can.
-    pub(super) fn tell_guidance(&mut self) {
+    /// Selects a class that supports a network with a guidance embedding: `StableDiffusionPipeline` does not, the one
+    /// of XL does.
+    pub(super) fn support_guidance_embedding(&mut self) {
         if self.class == PipelineClass::StableDiffusion {
             self.class = PipelineClass::LatentConsistency;
         }
     }
 
-    /// Whether the pipeline has a part of that name.
+    /// Whether the pipeline contains a part of that name.
     pub(super) fn has(&self, part: &str) -> bool {
         self.parts.get(part).is_some_and(Option::is_some)
     }
 
-    /// Whether a setting of that name is on.
+    /// Whether a setting of that name is true.
     pub(super) fn is_on(&self, setting: &str) -> bool {
         self.settings.get(setting) == Some(&Value::Bool(true))
     }
 
-    /// Writes the index of a folder, whole or not at all.
+    /// Writes the index of a folder atomically.
     ///
     /// # Errors
     ///
@@ -151,14 +152,14 @@ impl Index {
     }
 }
 
-/// Whether a name is that of an entry of a folder and leads nowhere else.
+/// Whether a name is a single path component, which stays inside the folder.
 fn is_plain(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name)
 }
 
-/// A part as it stands in the file: two names, or twice nothing.
-#[expect(clippy::option_option, reason = "a part, a part that is left out, or no part at all")]
+/// A part in the file: two names, or two nulls.
+#[expect(clippy::option_option, reason = "a part, an absent part, or not a part")]
 fn part(value: &Value) -> Option<Option<Class>> {
     match value.as_array()?.as_slice() {
         [Value::String(library), Value::String(class)] => {
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_lie_in_the_folder() {
+    fn parts_outside_of_the_folder_are_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(FILE_NAME);
         for name in ["../vae", "/etc", "vae/../..", "a/b", "..", "", "vae/"] {

@@ -1,4 +1,4 @@
-//! The parts of a model folder, each checked, and written anew elsewhere.
+//! Checking and converting the files of a model.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,74 +18,89 @@ use super::index::{self, Index, PipelineClass};
 use super::{Pipeline, SCHEDULER, UNET, card};
 use crate::error::{Error, Result};
 
-/// How weights are written.
+/// The file format of written weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightForm {
-    /// What floating-point values are cast to; none leaves them as they are.
+    /// The kind that floating-point values are converted to; `None` keeps their kind.
     pub kind: Option<Kind>,
-    /// The variant that stands in the names of files, such as `fp16`.
+    /// The variant in file names, such as `fp16`.
     pub variant: Option<String>,
-    /// What one file holds at most, as a number of bytes of values.
+    /// Maximum number of bytes of values per file.
     pub max_shard_bytes: u64,
 }
 
 impl Default for WeightForm {
-    /// The kinds of the source, no variant, and diffusers' 10 GB a file.
+    /// The kinds of the source, no variant, and 10 GB per file, as diffusers.
     fn default() -> Self {
         Self { kind: None, variant: None, max_shard_bytes: 10_000_000_000 }
     }
 }
 
-/// What a part of a model is.
+/// Summary of a part of a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PartSummary {
-    /// Its folder.
+    /// The name of its folder.
     pub name: String,
-    /// Its class, as the index has it.
+    /// Its class in the index.
     pub class: String,
-    /// How many values it has; none for a part without weights.
+    /// Number of parameters; `None` for a part without weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parameters: Option<u64>,
-    /// The kinds of its values, as libtorch calls them.
+    /// The kinds of its values, with libtorch's names.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub kinds: Vec<String>,
-    /// The variant of its files, if any.
+    /// The variant of its weight files, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
 }
 
-/// The parts of a model, wherever they lie.
+/// The files of a model's parts, in one or several folders, to be checked or converted.
+///
+/// # Example
+///
+/// ```
+/// use ddil_pipelines::{ModelFiles, WeightForm};
+/// use tch::Kind;
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
+/// # let folder = tempfile::tempdir()?;
+/// let files = ModelFiles::of_pipeline(path, None)?;
+/// let half = WeightForm { kind: Some(Kind::Half), ..WeightForm::default() };
+/// let parts = files.write(&folder.path().join("half"), &half, false)?;
+/// assert!(parts.iter().any(|part| part.class == "UNet2DModel"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
-pub struct Parts {
+pub struct ModelFiles {
     index: Index,
-    /// The folder of every part that there is.
+    /// The folder of every part that is present.
     folders: BTreeMap<String, PathBuf>,
-    scheduler: Schedule,
+    scheduler: SchedulerSource,
     card: Option<PathBuf>,
     variant: Option<String>,
 }
 
-/// Where the scheduler comes from.
+/// The source of the scheduler.
 #[derive(Clone, Debug)]
-enum Schedule {
+enum SchedulerSource {
     File(PathBuf),
-    /// That of Stable Diffusion, for a network that came without one.
+    /// The scheduler of Stable Diffusion, for a network without one.
     StableDiffusion,
 }
 
-/// Which files a part has.
+/// The kind of a part, which determines its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+enum PartKind {
     Network,
     Autoencoder,
     TextEncoder,
     Tokenizer,
     Scheduler,
-    /// Something this program makes no use of, such as a safety checker.
+    /// A part that this program does not use, such as a safety checker.
     Other,
 }
 
-impl Role {
+impl PartKind {
     fn of(name: &str) -> Self {
         match name {
             UNET => Self::Network,
@@ -105,32 +120,34 @@ impl Role {
     }
 }
 
-impl Parts {
-    /// Those of a pipeline's folder, or of the export of a run.
+impl ModelFiles {
+    /// The files of a pipeline folder, or of the export of a run.
     ///
-    /// Weights of the given variant are taken; without one the plain files, and where a part has no others those of the
-    /// only variant it has.
+    /// With `variant`, weights of that variant are used. Without it, those without a variant, or of a part's only
+    /// variant.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModel`]; [`Error::Invalid`] for a pipeline that this program does not know.
+    /// [`Error::NotAModel`]; [`Error::Invalid`] for an unsupported pipeline.
     pub fn of_pipeline(path: &Path, variant: Option<&str>) -> Result<Self> {
         let folder = Pipeline::find(path)?;
         let index = Index::read(&folder)?;
-        let there = index.parts.iter().filter(|(_, class)| class.is_some());
-        let folders = there.map(|(name, _)| (name.clone(), folder.join(name))).collect();
+        let present = index.parts.iter().filter(|(_, class)| class.is_some());
+        let folders = present.map(|(name, _)| (name.clone(), folder.join(name))).collect();
         let card = Some(folder.join(card::FILE_NAME)).filter(|card| card.is_file());
-        let scheduler = Schedule::File(folder.join(SCHEDULER));
+        let scheduler = SchedulerSource::File(folder.join(SCHEDULER));
         Ok(Self { index, folders, scheduler, card, variant: variant.map(str::to_owned) })
     }
 
-    /// A network's folder alone: with the other parts of a pipeline if one is given, and with the scheduler in a file, a
-    /// folder or a pipeline; the default is that of Stable Diffusion for a network that is told a text.
+    /// The files of a network folder.
+    ///
+    /// `others` is a pipeline whose other parts are included. `scheduler` is a file, a folder or a pipeline; the
+    /// default for a text-to-image network is the scheduler of Stable Diffusion.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModel`], [`Error::Invalid`] for a network of pixels without a scheduler; what the network's
-    /// settings refuse.
+    /// [`Error::NotAModel`]; [`Error::Invalid`] for a pixel-space network without a scheduler; [`Error::Models`] for an
+    /// invalid config of the network.
     pub fn of_network(
         path: &Path,
         others: Option<&Path>,
@@ -142,20 +159,21 @@ impl Parts {
         let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
         let mut parts = match others {
             Some(others) => Self::of_pipeline(others, variant)?,
-            None => Self::alone(&config, variant),
+            None => Self::without_others(&config, variant),
         };
-        let told = config.time_cond_proj_dim().is_some();
-        told.then(|| parts.index.tell_guidance());
+        if config.time_cond_proj_dim().is_some() {
+            parts.index.support_guidance_embedding();
+        }
         parts.folders.insert(UNET.to_owned(), folder);
-        // What was known of the other network does not hold for this one.
+        // The card describes the network of the other pipeline.
         parts.card = None;
         match scheduler {
-            Some(path) => parts.scheduler = Schedule::File(scheduler_at(path)?),
+            Some(path) => parts.scheduler = SchedulerSource::File(scheduler_at(path)?),
             None if others.is_none() && !parts.index.class.is_text_to_image() => {
                 return Err(Error::Invalid(Invalid::new(
                     "scheduler",
-                    "not given",
-                    "a scheduler_config.json: a network of pixels has no usual one",
+                    "not set",
+                    "a scheduler_config.json: a pixel-space network has no default scheduler",
                 )));
             }
             None => {}
@@ -163,7 +181,7 @@ impl Parts {
         Ok(parts)
     }
 
-    /// Whether `path` is the folder of a network, or has one for its `unet`.
+    /// Whether `path` is the folder of a network or contains one named `unet`.
     pub fn is_network_at(path: &Path) -> bool {
         Self::network_at(path).is_some()
     }
@@ -173,8 +191,8 @@ impl Parts {
         folders.find(|folder| folder.join("config.json").is_file())
     }
 
-    /// A pipeline of a network and a scheduler, of the class that the network's settings speak of.
-    fn alone(config: &ModelConfig, variant: Option<&str>) -> Self {
+    /// A pipeline of a network and a scheduler, of the class that matches the network's config.
+    fn without_others(config: &ModelConfig, variant: Option<&str>) -> Self {
         let class = match config {
             ModelConfig::UNet2DCondition(unet) => match unet.addition_embed_type {
                 Some(AdditionEmbedType::TextTime) => PipelineClass::StableDiffusionXl,
@@ -182,11 +200,11 @@ impl Parts {
             },
             _ => PipelineClass::Ddim,
         };
-        let index = Index::of_pixels(class, config.class_name(), "DDIMScheduler");
+        let index = Index::of_unet(class, config.class_name(), "DDIMScheduler");
         Self {
             index,
             folders: BTreeMap::new(),
-            scheduler: Schedule::StableDiffusion,
+            scheduler: SchedulerSource::StableDiffusion,
             card: None,
             variant: variant.map(str::to_owned),
         }
@@ -197,76 +215,77 @@ impl Parts {
         self.index.class
     }
 
-    /// Whether the scheduler is no file's but the usual one of Stable Diffusion.
-    pub fn has_usual_scheduler(&self) -> bool {
-        matches!(self.scheduler, Schedule::StableDiffusion)
+    /// Whether the scheduler is not read from a file but is the default, that of Stable Diffusion.
+    pub fn has_default_scheduler(&self) -> bool {
+        matches!(self.scheduler, SchedulerSource::StableDiffusion)
     }
 
-    /// The settings of the network.
+    /// The config of the network.
     ///
     /// # Errors
     ///
-    /// [`Error::Models`] for what no network has.
+    /// [`Error::Models`] for an invalid config.
     pub fn network(&self) -> Result<ModelConfig> {
         let file = self.folder(UNET).join("config.json");
         Ok(ModelConfig::from_file(file, UnknownKeys::Refuse)?)
     }
 
-    /// The scheduler, and the class of another solver whose place it takes.
+    /// The scheduler, and the class of the unsupported solver that it replaces, if any.
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for what no scheduler has.
+    /// [`Error::Scheduler`] for an invalid config.
     pub fn scheduler(&self) -> Result<(SchedulerConfig, Option<String>)> {
         match &self.scheduler {
-            Schedule::File(path) => Ok(SchedulerConfig::read_any(path)?),
-            Schedule::StableDiffusion => Ok((usual_scheduler(), None)),
+            SchedulerSource::File(path) => Ok(SchedulerConfig::read_any(path)?),
+            SchedulerSource::StableDiffusion => Ok((stable_diffusion_scheduler(), None)),
         }
     }
 
-    /// What the parts are, by the headers of their files; no values are read.
+    /// A summary of each part. Only headers are read, no values.
     ///
     /// # Errors
     ///
-    /// [`Error::Parts`] with all that cannot be read.
+    /// [`Error::Parts`] with every part that cannot be read.
     pub fn summaries(&self) -> Result<Vec<PartSummary>> {
-        self.each(|name, class| self.summary(name, class))
+        self.map_parts(|name, class| self.summary(name, class))
     }
 
-    /// Checks every part: settings, names, shapes and kinds of all tensors, vocabularies, schedule. Values are not read.
+    /// Checks every part: configs, names, shapes and kinds of all tensors, vocabularies, schedule. Values are not read.
     ///
     /// # Errors
     ///
-    /// [`Error::Parts`] with all that is wrong with any of them.
+    /// [`Error::Parts`] with the problems of all parts.
     pub fn check(&self) -> Result<Vec<PartSummary>> {
-        self.each(|name, class| {
+        self.map_parts(|name, class| {
             self.check_part(name)?;
             self.summary(name, class)
         })
     }
 
-    /// Checks every part and writes them to a new folder, which is whole once it is there.
+    /// Checks every part and writes all parts to a new folder, which appears only once it is complete.
     ///
-    /// Tensors are cast and written one by one from where they lie in their files: no memory is needed for more than one of
-    /// them. Of other files, settings and vocabularies are copied, and nothing else.
+    /// Tensors are converted and written one at a time from memory-mapped files, so memory is needed only for the
+    /// largest one. Configs and vocabularies are copied; other files are not.
     ///
     /// # Errors
     ///
-    /// As [`check`](Self::check); [`Error::FolderNotEmpty`] unless `replace` allows that a model be replaced, and
-    /// [`Error::NotAModel`] if something else is there.
+    /// As [`check`](Self::check); [`Error::FolderNotEmpty`] unless `replace` is set; [`Error::NotAModel`] if the folder
+    /// to replace is not a model.
     pub fn write(
         &self,
         folder: &Path,
         form: &WeightForm,
         replace: bool,
     ) -> Result<Vec<PartSummary>> {
-        self.ensure_place(folder, replace)?;
+        self.ensure_writable(folder, replace)?;
         let summaries = self.check()?;
-        let aside = temporary_sibling(folder);
-        let written = self.write_all(&aside, form).and_then(|()| put(&aside, folder));
+        let temporary = temporary_sibling(folder);
+        let written =
+            self.write_all(&temporary, form).and_then(|()| move_into_place(&temporary, folder));
         if written.is_err() {
-            // The first error is the one to tell.
-            let _ = fs::remove_dir_all(&aside);
+            // Only the first error is reported.
+            let _ = fs::remove_dir_all(&temporary);
         }
         written.map(|()| summaries)
     }
@@ -275,7 +294,7 @@ impl Parts {
     ///
     /// # Errors
     ///
-    /// What the network's folder or the file system refuse.
+    /// As [`check`](Self::check) for the network; [`Error::Models`] if the file cannot be written.
     pub fn write_network(&self, path: &Path, kind: Option<Kind>) -> Result<()> {
         self.check_part(UNET)?;
         let (file, _) = self.weights(UNET)?;
@@ -287,18 +306,18 @@ impl Parts {
         self.folders.get(name).map_or(Path::new(name), PathBuf::as_path)
     }
 
-    /// Asks about every part, and lists all that went wrong.
-    fn each<T>(&self, ask: impl Fn(&str, &str) -> Result<T>) -> Result<Vec<T>> {
-        let (mut answers, mut problems) = (Vec::new(), Vec::new());
+    /// Applies `f` to the name and class of every part, and collects all errors.
+    fn map_parts<T>(&self, f: impl Fn(&str, &str) -> Result<T>) -> Result<Vec<T>> {
+        let (mut results, mut problems) = (Vec::new(), Vec::new());
         for (name, class) in &self.index.parts {
             let Some([_, class]) = class else { continue };
-            match ask(name, class) {
-                Ok(answer) => answers.push(answer),
-                Err(error) => problems.push(format!("{name}: {}", advice(&error))),
+            match f(name, class) {
+                Ok(result) => results.push(result),
+                Err(error) => problems.push(format!("{name}: {}", describe(&error))),
             }
         }
         if problems.is_empty() {
-            return Ok(answers);
+            return Ok(results);
         }
         Err(Error::Parts { path: self.folder(UNET).to_owned(), problems })
     }
@@ -312,11 +331,11 @@ impl Parts {
             kinds: Vec::new(),
             variant: None,
         };
-        if matches!(Role::of(name), Role::Tokenizer | Role::Scheduler) {
+        if matches!(PartKind::of(name), PartKind::Tokenizer | PartKind::Scheduler) {
             return Ok(summary);
         }
         let (file, variant) = match self.weights(name) {
-            Err(_) if Role::of(name) == Role::Other => return Ok(summary),
+            Err(_) if PartKind::of(name) == PartKind::Other => return Ok(summary),
             found => found?,
         };
         let tensors = weights::read_all(file)?;
@@ -329,30 +348,30 @@ impl Parts {
 
     fn check_part(&self, name: &str) -> Result<()> {
         let folder = self.folder(name);
-        match Role::of(name) {
-            Role::Network => {
+        match PartKind::of(name) {
+            PartKind::Network => {
                 let config = self.network()?;
                 let without_values = config.without_values()?;
                 let (file, _) = self.weights(name)?;
                 Ok(weights::ensure_fits(&without_values.parameters().named(), file)?)
             }
-            Role::Autoencoder | Role::TextEncoder => self.read(name).map(drop),
-            Role::Tokenizer => Ok(ClipTokenizer::from_folder(folder).map(drop)?),
-            Role::Scheduler => Ok(self.scheduler()?.0.schedule().map(drop)?),
-            Role::Other => Ok(()),
+            PartKind::Autoencoder | PartKind::TextEncoder => self.read(name).map(drop),
+            PartKind::Tokenizer => Ok(ClipTokenizer::from_folder(folder).map(drop)?),
+            PartKind::Scheduler => Ok(self.scheduler()?.0.schedule().map(drop)?),
+            PartKind::Other => Ok(()),
         }
     }
 
-    /// The tensors of a part where they lie in its files, under the names that they are to have; those of encoders and
-    /// autoencoder checked against their settings.
+    /// The memory-mapped tensors of a part, with the names to be written. Those of text encoders and autoencoder are
+    /// checked against their configs.
     fn read(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
         let config = self.folder(name).join("config.json");
         let (file, _) = self.weights(name)?;
-        Ok(match Role::of(name) {
-            Role::Autoencoder => {
+        Ok(match PartKind::of(name) {
+            PartKind::Autoencoder => {
                 AutoencoderKLConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
             }
-            Role::TextEncoder => {
+            PartKind::TextEncoder => {
                 ClipTextConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
             }
             _ => weights::read_all(&file)?.into_iter().collect(),
@@ -362,7 +381,7 @@ impl Parts {
     /// The file or index of a part's weights, and its variant.
     fn weights(&self, name: &str) -> Result<(PathBuf, Option<String>)> {
         let folder = self.folder(name);
-        let of = |variant| WeightFiles { stem: Role::of(name).stem(), variant }.find(folder);
+        let of = |variant| WeightFiles { stem: PartKind::of(name).stem(), variant }.find(folder);
         if let Some(variant) = &self.variant {
             return Ok((of(Some(variant))?, Some(variant.clone())));
         }
@@ -379,7 +398,7 @@ impl Parts {
         }
     }
 
-    fn ensure_place(&self, folder: &Path, replace: bool) -> Result<()> {
+    fn ensure_writable(&self, folder: &Path, replace: bool) -> Result<()> {
         match fs::read_dir(folder).map(|mut entries| entries.next().is_none()) {
             Err(_) if !folder.exists() => return Ok(()),
             Ok(true) => return Ok(()),
@@ -390,11 +409,11 @@ impl Parts {
         if !folder.join(missing).is_file() {
             return Err(Error::NotAModel { path: folder.to_owned(), missing });
         }
-        let same = |other: &PathBuf| match (fs::canonicalize(other), fs::canonicalize(folder)) {
+        let contains = |other: &PathBuf| match (fs::canonicalize(other), fs::canonicalize(folder)) {
             (Ok(other), Ok(folder)) => other.starts_with(folder),
             _ => false,
         };
-        if self.folders.values().any(same) {
+        if self.folders.values().any(contains) {
             return Err(Error::Invalid(Invalid::new(
                 "output",
                 folder.display(),
@@ -408,14 +427,14 @@ impl Parts {
         for (name, _) in self.index.parts.iter().filter(|(_, class)| class.is_some()) {
             let to = folder.join(name);
             fs::create_dir_all(&to).map_err(Error::io("create", &to))?;
-            match Role::of(name) {
-                Role::Scheduler => self.write_scheduler(folder)?,
-                Role::Tokenizer => copy_settings(self.folder(name), &to)?,
-                Role::Other if self.weights(name).is_err() => {
-                    copy_settings(self.folder(name), &to)?;
+            match PartKind::of(name) {
+                PartKind::Scheduler => self.write_scheduler(folder)?,
+                PartKind::Tokenizer => copy_configs(self.folder(name), &to)?,
+                PartKind::Other if self.weights(name).is_err() => {
+                    copy_configs(self.folder(name), &to)?;
                 }
                 role => {
-                    copy_settings(self.folder(name), &to)?;
+                    copy_configs(self.folder(name), &to)?;
                     let tensors = self.read(name)?;
                     let variant = form.variant.as_deref();
                     let files = WeightFiles { stem: role.stem(), variant };
@@ -428,21 +447,23 @@ impl Parts {
         if let Some(card) = &self.card {
             copy(card, &folder.join(card::FILE_NAME))?;
         }
-        // Last: a folder with an index is a whole one.
+        // Written last: a folder with an index is complete.
         self.index.write(folder)
     }
 
     fn write_scheduler(&self, folder: &Path) -> Result<()> {
         match &self.scheduler {
-            Schedule::File(path) => copy(path, &folder.join(SCHEDULER)),
-            Schedule::StableDiffusion => Ok(usual_scheduler().write(folder.join(SCHEDULER))?),
+            SchedulerSource::File(path) => copy(path, &folder.join(SCHEDULER)),
+            SchedulerSource::StableDiffusion => {
+                Ok(stable_diffusion_scheduler().write(folder.join(SCHEDULER))?)
+            }
         }
     }
 }
 
 /// The scheduler of Stable Diffusion 1 and XL (section B of
-/// [Rombach et al. 2022](https://arxiv.org/abs/2112.10752), in the words of its published file).
-fn usual_scheduler() -> SchedulerConfig {
+/// [Rombach et al. 2022](https://arxiv.org/abs/2112.10752); values of the published `scheduler_config.json`).
+fn stable_diffusion_scheduler() -> SchedulerConfig {
     SchedulerConfig::Ddim(CommonConfig {
         beta_start: 0.000_85,
         beta_end: 0.012,
@@ -454,23 +475,23 @@ fn usual_scheduler() -> SchedulerConfig {
     })
 }
 
-/// `scheduler_config.json` at a path: itself, in a folder, or in the pipeline there.
+/// The `scheduler_config.json` at a path: the file itself, in a folder, or in a pipeline.
 fn scheduler_at(path: &Path) -> Result<PathBuf> {
     let places = [path.to_owned(), path.join("scheduler_config.json"), path.join(SCHEDULER)];
     places.into_iter().find(|place| place.is_file()).ok_or_else(|| {
         Error::Invalid(Invalid::new(
             "scheduler",
             path.display(),
-            "a scheduler_config.json, or a folder or pipeline that has one",
+            "a scheduler_config.json, or a folder or pipeline that contains one",
         ))
     })
 }
 
-/// What went wrong, and for a pickle what to do.
-fn advice(error: &Error) -> String {
+/// The error with its causes; for a pickle, with instructions.
+fn describe(error: &Error) -> String {
     match error {
         Error::Models(ModelsError::Pickle { path }) => format!(
-            "{} is a pickle, which can run code when it is read; convert the model once with diffusers, \
+            "{} is a pickle, and reading it can run code: convert the model once with diffusers, \
              `pipeline.save_pretrained(folder, safe_serialization=True)`, and import that folder",
             path.display()
         ),
@@ -478,8 +499,8 @@ fn advice(error: &Error) -> String {
     }
 }
 
-/// Copies settings and vocabularies: small files of text, and no lists of weights.
-fn copy_settings(from: &Path, to: &Path) -> Result<()> {
+/// Copies configs and vocabularies: text files, except indices of weights.
+fn copy_configs(from: &Path, to: &Path) -> Result<()> {
     for entry in fs::read_dir(from).map_err(Error::io("list", from))? {
         let path = entry.map_err(Error::io("list", from))?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
@@ -496,15 +517,15 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(drop).map_err(Error::io("copy", from))
 }
 
-/// Puts a whole folder in its place, where nothing or an older model is.
-fn put(aside: &Path, folder: &Path) -> Result<()> {
+/// Renames a complete folder to its final name; replaces an existing model.
+fn move_into_place(temporary: &Path, folder: &Path) -> Result<()> {
     let mut old = temporary_sibling(folder).into_os_string();
     old.push("-old");
     let old = PathBuf::from(old);
     if folder.exists() {
         fs::rename(folder, &old).map_err(Error::io("rename", folder))?;
     }
-    fs::rename(aside, folder).map_err(Error::io("rename", aside))?;
+    fs::rename(temporary, folder).map_err(Error::io("rename", temporary))?;
     match fs::remove_dir_all(&old) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::io("remove", &old)(error))

@@ -1,4 +1,4 @@
-//! What stands around the network in a model folder, and its copy in another.
+//! The parts of a model folder other than network and scheduler.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use super::index::{Index, PipelineClass};
 use super::text_to_image::TextToImageComponents;
 use crate::error::{Error, Result};
 
-/// A model folder without its network and scheduler: for a text-to-image model the text encoders with their tokenizers and
-/// the autoencoder, for one of pixels nothing.
+/// The parts of a model folder other than network and scheduler: for a text-to-image model tokenizers, text encoders
+/// and autoencoder; none for a pixel-space model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PipelineParts {
     path: PathBuf,
@@ -21,11 +21,11 @@ pub struct PipelineParts {
 /// The folder of the autoencoder.
 const VAE: &str = "vae";
 
-/// What a folder has of its own.
-const OWN: [&str; 2] = ["unet", "scheduler"];
+/// Parts that are written, not copied.
+const WRITTEN: [&str; 2] = ["unet", "scheduler"];
 
 impl PipelineParts {
-    /// Looks at the index of a folder.
+    /// Reads the index of a folder.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         Ok(Self { path: folder.to_owned(), index: Index::read(folder)? })
     }
@@ -40,20 +40,20 @@ impl PipelineParts {
         self.index.class
     }
 
-    /// Loads the parts of a text-to-image model.
+    /// Loads the components of a text-to-image model.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a model of pixels, and for one that lacks a part; what a part refuses.
+    /// [`Error::Invalid`] for a pixel-space model or a missing component; otherwise the error of a component.
     pub fn text_to_image(&self, placement: Placement) -> Result<TextToImageComponents> {
         TextToImageComponents::read(&self.path, &self.index, placement)
     }
 
-    /// Loads the autoencoder of a text-to-image model alone, which is all that latents need to be seen.
+    /// Loads only the autoencoder of a text-to-image model, which is sufficient to decode latents.
     ///
     /// # Errors
     ///
-    /// What its files refuse.
+    /// The errors of its files.
     pub fn autoencoder(&self, placement: Placement) -> Result<AutoencoderKL> {
         let folder = self.path.join(VAE);
         let vae = AutoencoderKL::from_folder(folder, placement, UnknownKeys::Refuse, None)?;
@@ -61,7 +61,7 @@ impl PipelineParts {
         Ok(vae)
     }
 
-    /// Names of the folders that encoded texts and pictures depend on.
+    /// Names of the folders that encoded texts and images depend on.
     pub fn text_parts(&self) -> Vec<String> {
         let of_text = |name: &str| {
             name == VAE || name.starts_with("text_encoder") || name.starts_with("tokenizer")
@@ -70,40 +70,40 @@ impl PipelineParts {
         parts.map(|(name, _)| name.clone()).collect()
     }
 
-    /// The class and what else the index says beside the parts, in one line.
+    /// The class and settings in the index, in one line.
     pub fn settings(&self) -> String {
         format!("{} {:?}", self.index.class.as_str(), self.index.settings)
     }
 
-    /// Copies the parts around a network and writes the index.
+    /// Copies the other parts of `source` and writes the index.
     pub(super) fn write(
         folder: &Path,
         network: &ModelConfig,
         scheduler: &SchedulerConfig,
-        around: Option<&Self>,
+        source: Option<&Self>,
     ) -> Result<()> {
         let class = match scheduler {
             SchedulerConfig::Ddim(_) => PipelineClass::Ddim,
             SchedulerConfig::Lcm(_) => PipelineClass::Ddpm,
         };
-        let own = Index::of_pixels(class, network.class_name(), scheduler.class());
-        let index = match around {
-            Some(around) if around.class().is_text_to_image() => {
-                around.copy_parts(folder)?;
-                let mut index = around.index.clone();
-                index.parts.extend(own.parts);
+        let written = Index::of_unet(class, network.class_name(), scheduler.class());
+        let index = match source {
+            Some(source) if source.class().is_text_to_image() => {
+                source.copy_parts(folder)?;
+                let mut index = source.index.clone();
+                index.parts.extend(written.parts);
                 if network.time_cond_proj_dim().is_some() {
-                    index.tell_guidance();
+                    index.support_guidance_embedding();
                 }
                 index
             }
-            _ => own,
+            _ => written,
         };
         index.write(folder)
     }
 
     fn copy_parts(&self, folder: &Path) -> Result<()> {
-        let others = self.index.parts.iter().filter(|(name, _)| !OWN.contains(&name.as_str()));
+        let others = self.index.parts.iter().filter(|(name, _)| !WRITTEN.contains(&name.as_str()));
         for (name, _) in others.filter(|(_, part)| part.is_some()) {
             copy_folder(&self.path.join(name), &folder.join(name))?;
         }
@@ -111,14 +111,14 @@ impl PipelineParts {
     }
 }
 
-/// Copies a folder, file by file; a file that is there already is replaced. Folders behind a link are not gone into: it may
-/// lead back, or to what nobody meant to copy.
+/// Copies a folder file by file and replaces existing files. Links to folders are not followed: they can form cycles or
+/// lead to unrelated files.
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).map_err(Error::io("create", to))?;
     for entry in fs::read_dir(from).map_err(Error::io("list", from))? {
         let entry = entry.map_err(Error::io("list", from))?;
         let (source, target) = (entry.path(), to.join(entry.file_name()));
-        if entry.file_type().map_err(Error::io("look at", &source))?.is_dir() {
+        if entry.file_type().map_err(Error::io("read the type of", &source))?.is_dir() {
             copy_folder(&source, &target)?;
         } else if source.is_file() {
             fs::copy(&source, &target).map_err(Error::io("copy", &source))?;

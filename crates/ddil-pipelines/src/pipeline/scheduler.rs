@@ -1,30 +1,31 @@
-//! How a model is sampled, in diffusers' words.
+//! The sampling settings of a model in diffusers' format.
 
 use ddil_core::Denoiser;
+use ddil_models::NetworkDenoiser;
 use ddil_schedulers::{CommonConfig, SamplerConfig, SchedulerConfig, Thresholding, Timesteps};
 
 use crate::error::Result;
-use ddil_models::NetworkDenoiser;
 
-/// How a model is sampled, in diffusers' words as far as they go.
+/// The sampling settings of a model as `scheduler_config.json`, and the thresholding that this file cannot represent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scheduler {
     /// `scheduler_config.json`.
     pub(super) config: SchedulerConfig,
-    /// A treatment of clean data that the file has no words for, which the card keeps.
-    pub(super) unspoken: Option<Thresholding>,
+    /// Thresholding that the file cannot represent, to be stored in the card.
+    pub(super) card_thresholding: Option<Thresholding>,
 }
 
 impl Scheduler {
-    /// Puts a model's way of sampling into diffusers' words. Asked before a run begins, so that none ends without its
-    /// model.
+    /// Converts sampling settings to diffusers' format. A run calls this before it trains, so that it cannot fail when
+    /// the model is written.
     ///
-    /// A treatment of clean data that diffusers does not know (a range that is not symmetric or differs by channel,
-    /// reflection) goes to the card, where only this program looks for it.
+    /// Thresholding that diffusers does not support (a range that is asymmetric or differs per channel, reflection) is
+    /// stored in the card, which only this program reads.
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`](crate::Error::Scheduler) for what diffusers' schedulers do not know: other families of schedules, flow prediction.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) for settings that diffusers' schedulers do not support: other
+    /// families of schedules, flow prediction.
     pub fn new(
         network: &NetworkDenoiser,
         sampler: SamplerConfig,
@@ -32,19 +33,19 @@ impl Scheduler {
         timesteps: Option<&Timesteps>,
     ) -> Result<Self> {
         let (schedule, output) = (network.schedule().config(), network.prediction_type());
-        let spoken = CommonConfig::new(schedule, output, thresholding);
-        let (config, unspoken) = match spoken {
+        let converted = CommonConfig::new(schedule, output, thresholding);
+        let (config, card_thresholding) = match converted {
             Err(ddil_schedulers::Error::NotRepresentable { field: "thresholding", .. }) => {
                 let config = CommonConfig::new(schedule, output, &Thresholding::None)?;
                 (config, Some(thresholding.clone()))
             }
-            spoken => (spoken?, None),
+            converted => (converted?, None),
         };
         let common = match timesteps {
             Some(timesteps) => config.with_trained_timesteps(timesteps),
             None => config,
         };
         let config = sampler.scheduler_config(common);
-        Ok(Self { config, unspoken })
+        Ok(Self { config, card_thresholding })
     }
 }

@@ -1,4 +1,4 @@
-//! What stands around the U-Net of a text-to-image model: prompts on one side, pictures on the other.
+//! Text encoders and autoencoder of a text-to-image model.
 
 use std::path::Path;
 
@@ -14,9 +14,25 @@ use tch::{Kind, Tensor};
 use super::index::{Index, PipelineClass};
 use crate::error::{Error, Result};
 
-/// The frozen parts of a text-to-image model: tokenizers, text encoders, autoencoder.
+/// The frozen components of a text-to-image model: tokenizers, text encoders, autoencoder.
 ///
-/// They are needed while data are encoded and while pictures are drawn, not while a student is trained.
+/// They are needed to encode data and to generate images, but not to train a student.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::Conditioning;
+/// use ddil_models::Placement;
+/// use ddil_pipelines::Pipeline;
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image"));
+/// let model = Pipeline::read_without_values(path)?;
+/// let components = model.parts.text_to_image(Placement::default())?;
+/// let encoded = components.encode(&["a sneaker", "a dress"])?;
+/// let states = encoded.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES);
+/// assert_eq!(states.map(|states| states.size()[0]), Some(2));
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TextToImageComponents {
     /// One, or two for Stable Diffusion XL.
@@ -35,26 +51,27 @@ struct TextEncoder {
 enum Family {
     StableDiffusion,
     StableDiffusionXl {
-        /// Whether the prompt of classifier-free guidance is zeros, and not what the encoders say of an empty text.
+        /// Whether the unconditional input of guidance is zeros instead of the encoded empty text.
         zeros_for_empty_prompt: bool,
     },
 }
 
-/// Prompts as a network is told them.
+/// Encoded prompts.
 #[derive(Debug)]
 pub struct EncodedPrompts {
-    /// What the network is told, a row a prompt; without sizes, which depend on the picture.
+    /// The network input, one row per prompt; without `time_ids`, which depend on the image size.
     pub conditioning: Conditioning,
-    /// What was cut off each prompt that is longer than the encoders take.
+    /// For each prompt, the part that was cut off because it exceeds the context of the text encoders.
     pub truncated: Vec<Option<String>>,
 }
 
 impl TextToImageComponents {
-    /// Reads the parts of a pipeline's folder.
+    /// Reads the components of a pipeline folder.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a pipeline without text, or one that lacks a part; what a part refuses.
+    /// [`Error::Invalid`] if it is not a text-to-image pipeline or a component is missing; otherwise the error of a
+    /// component.
     pub(super) fn read(folder: &Path, index: &Index, placement: Placement) -> Result<Self> {
         let (names, family): (&[_], _) = match index.class {
             PipelineClass::StableDiffusion | PipelineClass::LatentConsistency => {
@@ -66,14 +83,14 @@ impl TextToImageComponents {
                 (names, Family::StableDiffusionXl { zeros_for_empty_prompt })
             }
             PipelineClass::Ddim | PipelineClass::Ddpm => {
-                return Err(refuse(folder, index.class.as_str(), "a text-to-image pipeline"));
+                return Err(invalid(folder, index.class.as_str(), "a text-to-image pipeline"));
             }
         };
-        let needed = names.iter().flat_map(|(tokenizer, encoder)| [*tokenizer, *encoder]);
-        let missing: Vec<&str> = needed.chain(["vae"]).filter(|name| !index.has(name)).collect();
+        let required = names.iter().flat_map(|(tokenizer, encoder)| [*tokenizer, *encoder]);
+        let missing: Vec<&str> = required.chain(["vae"]).filter(|name| !index.has(name)).collect();
         if !missing.is_empty() {
             let expected = format!("a pipeline with {}", missing.join(", "));
-            return Err(refuse(folder, "without them", &expected));
+            return Err(invalid(folder, "without them", &expected));
         }
         let encoders = names.iter().map(|(tokenizer, encoder)| {
             let (tokenizer, model) = (folder.join(tokenizer), folder.join(encoder));
@@ -85,10 +102,10 @@ impl TextToImageComponents {
         Ok(Self { encoders: encoders.collect::<Result<_>>()?, vae, family })
     }
 
-    /// What the network is told of prompts.
+    /// Encodes prompts.
     ///
-    /// Stable Diffusion is told the last hidden state of its encoder; XL the last but one of both, side by side, and
-    /// the second encoder's projection of the whole prompt as `text_embeds`.
+    /// Stable Diffusion uses the last hidden state of its encoder. XL uses the penultimate hidden states of both
+    /// encoders, concatenated, and the second encoder's pooled projection as `text_embeds`.
     ///
     /// # Shapes and units
     ///
@@ -96,7 +113,7 @@ impl TextToImageComponents {
     ///
     /// # Errors
     ///
-    /// What tokenizers and encoders refuse.
+    /// The errors of tokenizers and encoders.
     pub fn encode(&self, prompts: &[&str]) -> Result<EncodedPrompts> {
         let _no_grad = tch::no_grad_guard();
         let mut truncated: Vec<Option<String>> = vec![None; prompts.len()];
@@ -106,7 +123,7 @@ impl TextToImageComponents {
             let tokens = encoder.tokenizer.encode(prompts)?;
             let TokenizedPrompts { input_ids, truncated: cut, .. } = tokens;
             for (kept, cut) in truncated.iter_mut().zip(cut) {
-                // The part that no encoder reads is the shortest one.
+                // The part that every encoder ignores is the shortest one.
                 *kept = shorter(kept.take(), cut, i == 0);
             }
             let ids = input_ids.to_device(encoder.model.parameters().placement().device);
@@ -119,9 +136,9 @@ impl TextToImageComponents {
                     if i + 1 < self.encoders.len() {
                         encoder.model.hidden_state(&ids, None, which)?
                     } else {
-                        let (state, whole) =
+                        let (state, pooled) =
                             encoder.model.hidden_state_and_text_embeds(&ids, None, which)?;
-                        text_embeds = Some(whole.to_kind(Kind::Float));
+                        text_embeds = Some(pooled.to_kind(Kind::Float));
                         state
                     }
                 }
@@ -136,8 +153,8 @@ impl TextToImageComponents {
         Ok(EncodedPrompts { conditioning, truncated })
     }
 
-    /// What the network is told for "no prompt" by classifier-free guidance, one row: an empty text, or zeros where the
-    /// pipeline says so, as Stable Diffusion XL's does.
+    /// The unconditional input of classifier-free guidance, one row: the encoded empty text, or zeros if the pipeline
+    /// is configured so, as Stable Diffusion XL is.
     ///
     /// # Errors
     ///
@@ -151,8 +168,8 @@ impl TextToImageComponents {
         Ok(zeros.collect())
     }
 
-    /// What a network that is told sizes is told of a picture of that height and width, neither scaled nor cropped,
-    /// `[batch, 6]`; none for one that is told no sizes.
+    /// The `time_ids` of images of the given height and width that were neither scaled nor cropped, `[batch, 6]`;
+    /// `None` for a model without this input.
     pub fn time_ids(&self, [height, width]: [i64; 2], batch: i64) -> Option<Tensor> {
         match self.family {
             Family::StableDiffusion => None,
@@ -165,16 +182,16 @@ impl TextToImageComponents {
         }
     }
 
-    /// Pixels of a picture to a latent, in each direction.
+    /// Pixels per latent in each direction.
     pub fn pixels_per_latent(&self) -> i64 {
         1 << (self.vae.config().block_out_channels.len() - 1)
     }
 
-    /// Channels, height and width of the latents of pictures of that height and width.
+    /// Channels, height and width of the latents of images of the given height and width.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for sides that are no multiples of [`pixels_per_latent`](Self::pixels_per_latent).
+    /// [`Error::Invalid`] for sides that are not multiples of [`pixels_per_latent`](Self::pixels_per_latent).
     pub fn latent_shape(&self, [height, width]: [i64; 2]) -> Result<[i64; 3]> {
         let factor = self.pixels_per_latent();
         if [height, width].iter().any(|side| *side <= 0 || side % factor != 0) {
@@ -188,7 +205,7 @@ impl TextToImageComponents {
         Ok([channels, height / factor, width / factor])
     }
 
-    /// Latents of pictures, drawn from what the autoencoder says of them, as the U-Net knows them.
+    /// Encodes images to latents, drawn from the autoencoder's distribution and scaled for the U-Net.
     ///
     /// # Shapes and units
     ///
@@ -197,22 +214,21 @@ impl TextToImageComponents {
     ///
     /// # Errors
     ///
-    /// What the autoencoder refuses.
+    /// The errors of the autoencoder.
     pub fn encode_images(&self, images: &Tensor, generator: &mut Generator) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         Ok(self.vae.encode_scaled(images, generator)?)
     }
 
-    /// What the autoencoder says of pictures: mean and standard deviation of the latents that
-    /// [`encode_images`](Self::encode_images) draws.
+    /// Mean and standard deviation of the latents that [`encode_images`](Self::encode_images) draws.
     ///
     /// # Shapes and units
     ///
-    /// - as there, both
+    /// - as [`encode_images`](Self::encode_images), both
     ///
     /// # Errors
     ///
-    /// What the autoencoder refuses.
+    /// The errors of the autoencoder.
     pub fn latent_distribution(&self, images: &Tensor) -> Result<[Tensor; 2]> {
         const OP: &str = "TextToImageComponents::latent_distribution";
         let _no_grad = tch::no_grad_guard();
@@ -220,21 +236,21 @@ impl TextToImageComponents {
         let images = images.f_to_device(device).map_err(Error::torch(OP))?;
         let latents = self.vae.encode(&images)?;
         let std = (latents.logvar * 0.5).exp();
-        // Scaling is affine, and a spread knows no shift.
+        // Scaling is affine; the shift does not apply to a standard deviation.
         let shift = self.vae.scale(&std.zeros_like())?;
         Ok([self.vae.scale(&latents.mean)?, self.vae.scale(&std)? - shift])
     }
 
-    /// Pictures of latents.
+    /// Decodes latents to images.
     ///
     /// # Shapes and units
     ///
-    /// - `latents`: as [`encode_images`](Self::encode_images) returns them
+    /// - `latents`: as returned by [`encode_images`](Self::encode_images)
     /// - returns: `[batch, channels, height, width]`, about `[-1, 1]`
     ///
     /// # Errors
     ///
-    /// What the autoencoder refuses.
+    /// The errors of the autoencoder.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         Ok(self.vae.decode_scaled(latents)?)
@@ -250,7 +266,7 @@ impl TextEncoder {
     }
 }
 
-/// The shorter of two cut-off parts; nothing is shortest.
+/// The shorter of two cut-off parts; `None` is the shortest.
 fn shorter(kept: Option<String>, cut: Option<String>, is_first: bool) -> Option<String> {
     match (kept, cut) {
         (None, cut) if is_first => cut,
@@ -259,7 +275,7 @@ fn shorter(kept: Option<String>, cut: Option<String>, is_first: bool) -> Option<
     }
 }
 
-fn refuse(folder: &Path, value: &str, expected: &str) -> Error {
+fn invalid(folder: &Path, value: &str, expected: &str) -> Error {
     Error::Invalid(Invalid::new(folder.display().to_string(), value.to_owned(), expected))
 }
 
@@ -267,9 +283,9 @@ fn refuse(folder: &Path, value: &str, expected: &str) -> Error {
 mod tests {
     use super::*;
 
-    /// A prompt as long as one encoder takes is whole to it, and what the other is not told is heard once.
+    /// A part that one of two encoders reads does not count as cut off.
     #[test]
-    fn of_two_encoders_the_one_that_reads_more_counts() {
+    fn the_encoder_with_the_longer_context_counts() {
         let cut = |text: &str| Some(text.to_owned());
         assert_eq!(shorter(None, cut("end"), true), cut("end"));
         assert_eq!(shorter(None, None, true), None);

@@ -9,7 +9,8 @@ use std::time::UNIX_EPOCH;
 use ddil_core::Conditioning;
 use ddil_data::encoded::{FORMAT_VERSION, INFO, LATENTS, PROMPTS, SAMPLES, TEXTS};
 use ddil_data::{
-    Captioned, Cropped, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts, read_cropped,
+    CaptionedImage, CroppedImage, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts,
+    read_cropped,
 };
 use ddil_files::Invalid;
 use ddil_files::{TEMPORARY, parent, sync_folder, write_json};
@@ -34,7 +35,7 @@ const PICTURES_AT_ONCE: i64 = 64;
 #[derive(Debug)]
 pub(super) struct Encoding {
     /// Pictures below `images`, or none of them and one prompt a sample.
-    pub(super) samples: Vec<Captioned>,
+    pub(super) samples: Vec<CaptionedImage>,
     /// The folder of the pictures; none for prompts alone.
     pub(super) images: Option<PathBuf>,
     /// Height and width that pictures are brought to.
@@ -229,19 +230,19 @@ impl Encoding {
         for chunk in self.samples.chunks(at_once) {
             let first = time_ids.len();
             ensure_wanted(interrupt, "encoding pictures", first, n)?;
-            let read = |sample: &Captioned| {
+            let read = |sample: &CaptionedImage| {
                 read_cropped(&images.join(&sample.file_name), self.shape.image_channels, self.size)
             };
-            let pictures: Vec<Cropped> = chunk.iter().map(read).collect::<Result<_, _>>()?;
+            let pictures: Vec<CroppedImage> = chunk.iter().map(read).collect::<Result<_, _>>()?;
             let pixels: Vec<&Tensor> = pictures.iter().map(|picture| &picture.pixels).collect();
             let pixels = Tensor::f_stack(&pixels, 0).map_err(Error::torch("encode"))?;
             let [mean, std] = parts.latent_distribution(&pixels)?;
             file.write("mean", first as i64, &mean)?;
             file.write("std", first as i64, &std)?;
-            for Cropped { original, cut_off, .. } in pictures {
-                let is_small = original[0] < height || original[1] < width;
+            for CroppedImage { original_size, crop_offset, .. } in pictures {
+                let is_small = original_size[0] < height || original_size[1] < width;
                 enlarged += usize::from(is_small);
-                let numbers = [original, cut_off, self.size].concat();
+                let numbers = [original_size, crop_offset, self.size].concat();
                 time_ids.push(std::array::from_fn(|i| numbers[i] as f32));
             }
             progress.update(time_ids.len() as u64, &[]);
@@ -318,7 +319,7 @@ fn ensure_wanted(
 /// What encoded data depend on: the captions, names, sizes and times of the pictures, the size they are brought to, and
 /// the files of the encoders.
 pub(super) fn key(
-    samples: &[Captioned],
+    samples: &[CaptionedImage],
     images: Option<&Path>,
     size: [i64; 2],
     pipeline_parts: &PipelineParts,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ddil_data::{
-    Captioned, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
+    CaptionedImage, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
     TruncatedPrompts, cache_folder, read_captions, read_image_folder, read_prompts,
 };
 use ddil_files::Invalid;
@@ -113,7 +113,7 @@ impl DataSource {
         let (samples, images) = if section.kind == DataKind::Captions {
             (read_captions(path)?, Some(path.to_owned()))
         } else {
-            let prompt = |text| Captioned { file_name: PathBuf::new(), texts: vec![text] };
+            let prompt = |text| CaptionedImage { file_name: PathBuf::new(), texts: vec![text] };
             (read_prompts(path)?.into_iter().map(prompt).collect(), None)
         };
         let key = key(&samples, images.as_deref(), size, &teacher.parts)?;

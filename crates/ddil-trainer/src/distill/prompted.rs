@@ -65,9 +65,9 @@ fn shown(
         .collect();
     let known = |text: &String| rows.get(text.as_str()).copied();
     let told = if wanted.is_empty() {
-        encoded.told(&data.first_prompts(SHOWN))?
+        encoded.prompt_conditioning(&data.first_prompts(SHOWN))?
     } else if let Some(rows) = wanted.iter().map(known).collect::<Option<Vec<i64>>>() {
-        encoded.told(&rows)?
+        encoded.prompt_conditioning(&rows)?
     } else {
         let parts = pipeline_parts.text_to_image(placement)?;
         let texts: Vec<&str> = wanted.iter().map(String::as_str).collect();

@@ -14,7 +14,7 @@ use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_pipelines::{Guide, Picture, Pipeline, SamplePlan, generate, initial_noise, layout};
+use ddil_pipelines::{Guidance, Picture, Pipeline, SamplePlan, generate, initial_noise, layout};
 use ddil_schedulers::SamplerConfig;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::interrupt::Interrupt;
@@ -199,7 +199,7 @@ fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Picture> {
         let images = generate(
             &pipeline.network,
             plan,
-            &Guide::of_classes(&pipeline.card),
+            &Guidance::of_classes(&pipeline.card),
             &noise,
             &conditioning,
         )?;

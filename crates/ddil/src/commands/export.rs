@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use ddil_models::{
     Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, UNet2DConditionConfig, UnknownKeys,
 };
-use ddil_pipelines::{PartSummary, Parts, Pipeline, WeightForm};
+use ddil_pipelines::{ModelFiles, PartSummary, Pipeline, WeightForm};
 use ddil_trainer::checkpoint::find_latest;
 use tch::Kind;
 
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         variant: args.variant.clone(),
         max_shard_bytes: parse_bytes(&args.max_shard_size)?,
     };
-    let parts = Parts::of_pipeline(&args.source, None)
+    let parts = ModelFiles::of_pipeline(&args.source, None)
         .with_context(|| format!("{} cannot be exported", args.source.display()))?;
     match args.format.as_str() {
         "diffusers" => {
@@ -123,7 +123,7 @@ fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<Lora> {
     if let Some(base) = base {
         let places = ["config.json", "unet/config.json", "export/unet/config.json"];
         let found = places.iter().map(|place| base.join(place)).find(|place| place.is_file());
-        let Some(config) = found else { bail!("--base: {} holds no model", base.display()) };
+        let Some(config) = found else { bail!("--base: {} contains no model", base.display()) };
         let network = ModelConfig::from_file(config, UnknownKeys::Refuse)?.without_values()?;
         return Ok(Lora::from_file(network.parameters(), path)?);
     }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::bail;
-use ddil_pipelines::{Parts, Pipeline, WeightForm};
+use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 
 use super::export::{parse_bytes, parse_kind, table};
 use super::{or_forced, say};
@@ -20,7 +20,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     };
     let parts = open(args)?;
     let written = or_forced(parts.write(&args.output, &form, args.force))?;
-    if parts.has_usual_scheduler() {
+    if parts.has_default_scheduler() {
         eprintln!(
             "warning: the network came without a scheduler and was given that of Stable Diffusion, which predicts \
              noise; --scheduler-from names another"
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(args: &ImportArgs) -> anyhow::Result<Parts> {
+fn open(args: &ImportArgs) -> anyhow::Result<ModelFiles> {
     let (source, variant) = (&args.source, args.variant.as_deref());
     let shown = source.display();
     let extension = source.extension().and_then(|end| end.to_str()).unwrap_or_default();
@@ -55,11 +55,11 @@ fn open(args: &ImportArgs) -> anyhow::Result<Parts> {
                 bail!("{flag} is for a network alone; {shown} is a whole pipeline");
             }
         }
-        return Ok(Parts::of_pipeline(source, variant)?);
+        return Ok(ModelFiles::of_pipeline(source, variant)?);
     }
-    if Parts::is_network_at(source) {
+    if ModelFiles::is_network_at(source) {
         let (others, scheduler) = (args.parts_from.as_deref(), args.scheduler_from.as_deref());
-        return Ok(Parts::of_network(source, others, scheduler, variant)?);
+        return Ok(ModelFiles::of_network(source, others, scheduler, variant)?);
     }
     bail!("{shown} is neither a pipeline (model_index.json) nor a network (config.json)")
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use ddil_core::Denoiser;
 use ddil_models::Placement;
-use ddil_pipelines::{Parts, Pipeline};
+use ddil_pipelines::{ModelFiles, Pipeline};
 use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
 use ddil_trainer::config::Precision;
 use ddil_trainer::run_folder::{Status, is_in_use};
@@ -111,7 +111,7 @@ fn model(path: &Path) -> anyhow::Result<Value> {
 fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     let adapter = Pipeline::adapter_at(path)?;
     let whole = adapter.as_ref().map_or(path, |(_, base)| base);
-    let parts = Parts::of_pipeline(whole, None)?;
+    let parts = ModelFiles::of_pipeline(whole, None)?;
     let (scheduler, solver) = parts.scheduler()?;
     let network = parts.network()?;
     let pipeline = Pipeline::read_without_values(path)?;

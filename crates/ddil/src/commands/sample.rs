@@ -11,8 +11,8 @@ use ddil::exit_code::NOT_FINITE;
 use ddil::sample_file;
 use ddil_models::Lora;
 use ddil_pipelines::{
-    Arrangement, Layout, Picture, Pipeline, PromptRequest, SamplePlan, decode, draw_latents,
-    save_each, spaced_as_published,
+    Layout, Picture, Pipeline, PromptRequest, SampleGrid, SamplePlan, decode, sample_latents,
+    save_each, with_published_timesteps,
 };
 use tch::Tensor;
 
@@ -138,7 +138,7 @@ fn of_prompts(
     plan: SamplePlan,
     prompts: Vec<String>,
 ) -> anyhow::Result<Drawn> {
-    let plan = spaced_as_published(pipeline, plan)?;
+    let plan = with_published_timesteps(pipeline, plan)?;
     let PromptArgs { negative_prompt, height, width, .. } = &args.prompting;
     let per_prompt = args.num_samples.unwrap_or(1);
     let request = PromptRequest {
@@ -148,14 +148,14 @@ fn of_prompts(
         per_prompt,
     };
     let text = pipeline.parts.text_to_image(pipeline.network.placement())?;
-    let told = request.told(pipeline, &text, &plan)?;
-    for (prompt, cut) in &told.truncated {
+    let encoded = request.encode(pipeline, &text, &plan)?;
+    for (prompt, cut) in &encoded.truncated {
         eprintln!(
             "warning: a prompt is longer than the text encoder reads\n  prompt: {prompt}\n  cut off: {cut}"
         );
     }
     let calls = Calls::of("sample", &plan, request.prompts.len() as u32 * per_prompt);
-    let latents = draw_latents(pipeline, &plan, &told, &|| calls.note())?;
+    let latents = sample_latents(pipeline, &plan, &encoded, &|| calls.note())?;
     drop(calls);
     let images = decode(&text, &latents, plan.batch_size)?;
     // One prompt in a square; several with a row each.
@@ -184,7 +184,7 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
     let num_classes = names.len() as u32;
     let in_turn = class.is_none() && args.first.is_multiple_of(num_classes.max(1));
     let num_classes = if in_turn { num_classes } else { 0 };
-    let grid = Arrangement::of(n, num_classes).draw(&images, names)?;
+    let grid = SampleGrid::of(n, num_classes).draw(&images, names)?;
     Ok(Drawn { images, grid, steps: plan.steps })
 }
 

@@ -5,10 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_data::{Captioned, read_captions, read_cropped};
+use ddil_data::{CaptionedImage, read_captions, read_cropped};
 use ddil_losses::TeacherGuidance;
 use ddil_models::{Placement, weights};
-use ddil_pipelines::{Guide, Pipeline, PipelineClass};
+use ddil_pipelines::{Guidance, Pipeline, PipelineClass};
 use ddil_trainer::config::Precision;
 use tch::{Kind, Tensor, kind};
 
@@ -164,8 +164,9 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
         let is_zero = states.abs().max().double_value(&[]) == 0.0;
         assert_eq!(is_zero, family == Family::StableDiffusionXl);
 
-        let guide = Guide::of_prompts(&teacher.card, empty.shallow_clone());
-        let guided = TeacherGuidance::Cfg { scale: 3.0 }.wrap(&teacher.network, guide.null()?)?;
+        let guidance = Guidance::of_prompts(&teacher.card, empty.shallow_clone());
+        let guided =
+            TeacherGuidance::Cfg { scale: 3.0 }.wrap(&teacher.network, guidance.null()?)?;
         let (x_t, t) =
             (Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[999_i64, 500]));
         let found = guided.predict(&x_t, &t, &told)?.epsilon;
@@ -252,12 +253,12 @@ fn a_cache_holds_what_the_teachers_own_parts_say() -> TestResult {
     let captions = read_captions(&workshop.path("captions"))?;
     assert_eq!((captions.len(), latents["mean"].size()[0]), (6, 6));
     let size = [i64::from(SIDE); 2];
-    for (i, Captioned { file_name, texts: own }) in (0..).zip(captions) {
+    for (i, CaptionedImage { file_name, texts: own }) in (0..).zip(captions) {
         let picture = read_cropped(&workshop.path("captions").join(file_name), 3, size)?;
         let [mean, std] = parts.latent_distribution(&picture.pixels.unsqueeze(0))?;
         assert!(near(&latents["mean"].get(i), &mean.get(0)), "mean of {i}");
         assert!(near(&latents["std"].get(i), &std.get(0)), "std of {i}");
-        let sizes = [picture.original, picture.cut_off, size].concat();
+        let sizes = [picture.original_size, picture.crop_offset, size].concat();
         assert_eq!(numbers(&samples["time_ids"].get(i))?, sizes, "{i}");
         let rows = numbers(&samples["prompts"].get(i))?;
         let told = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
@@ -418,14 +419,14 @@ fn captions_that_cannot_be_read() -> TestResult {
         "a text or a list of texts",
         "metadata.jsonl:5",
         "empty list",
-        "not below the folder",
-        "absent.png is no file",
+        "not inside the folder",
+        "absent.png does not exist",
         "metadata.jsonl:8",
-        "has a line already",
+        "is listed twice",
     ];
     each_is_refused(&workshop, "distill", &[(&[], words)]);
     fs::write(workshop.path("prompts.txt"), " \n\n")?;
-    let words: &[&str] = &["prompts.txt", "no line of it has a prompt"];
+    let words: &[&str] = &["prompts.txt", "it contains no prompt"];
     each_is_refused(&workshop, "distill", &[(&[PROMPTS[0], PROMPTS[1]], words)]);
     Ok(())
 }
@@ -471,7 +472,7 @@ const SPOILT: &[&str] = &[
     "no `text_embeds`",
     "`encoder_hidden_states` is",
     "any, 20]",
-    "names prompt",
+    "refers to row",
     "`time_ids` is Int64",
     "prompts.json: 1 texts",
 ];

@@ -8,7 +8,7 @@ use ddil_core::{Conditioning, Denoiser};
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{Lora, LoraConfig, LoraFormat, Placement, UNet2DConditionModel};
 use ddil_pipelines::{
-    Pipeline, PromptRequest, SamplePlan, draw_latents, initial_noise, spaced_as_published,
+    Pipeline, PromptRequest, SamplePlan, initial_noise, sample_latents, with_published_timesteps,
 };
 use ddil_trainer::config::Precision;
 use ddil_trainer::memory::MemoryPlan;
@@ -142,7 +142,7 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
     let pipeline =
         Pipeline::read(&workshop.path("teacher"), Placement::default(), Precision::Float32)?;
     let plan = SamplePlan { seed: 7, guidance_scale: 4.0, ..SamplePlan::of(&pipeline, Some(4)) };
-    let plan = spaced_as_published(&pipeline, plan)?;
+    let plan = with_published_timesteps(&pipeline, plan)?;
     // Leading, as the file has it: multiples of 250.
     assert_eq!(plan.timesteps.as_deref(), Some(&[750, 500, 250, 0][..]));
     let text = pipeline.parts.text_to_image(Placement::default())?;
@@ -152,24 +152,24 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
         size: [None, None],
         per_prompt: 1,
     };
-    let told = request.told(&pipeline, &text, &plan)?;
-    let latents = draw_latents(&pipeline, &plan, &told, &|| {})?;
+    let encoded = request.encode(&pipeline, &text, &plan)?;
+    let latents = sample_latents(&pipeline, &plan, &encoded, &|| {})?;
 
     let _no_grad = tch::no_grad_guard();
     let schedule = pipeline.network.schedule();
     let rows = Tensor::from_slice(&[0_i64, 0]);
-    let null = told.guide.null()?.index_select(&rows)?;
+    let null = encoded.guidance.null()?.index_select(&rows)?;
     let zeros = null.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("the states of no prompt")?;
     assert_eq!(zeros.abs().max().double_value(&[]), 0.0);
-    let sizes = told.conditioning.get(Conditioning::TIME_IDS).ok_or("sizes")?;
+    let sizes = encoded.conditioning.get(Conditioning::TIME_IDS).ok_or("sizes")?;
     assert_eq!(
         Vec::<f64>::try_from(sizes.get(0).to_kind(Kind::Double))?,
         [16.0, 16.0, 0.0, 0.0, 16.0, 16.0]
     );
-    let mut x = initial_noise(7, 2, told.latent_shape, Device::Cpu)?;
+    let mut x = initial_noise(7, 2, encoded.latent_shape, Device::Cpu)?;
     for (t, prev) in [(750, 500), (500, 250), (250, 0), (0, -1)] {
         let at = Tensor::from_slice(&[t, t]);
-        let with = pipeline.network.output(&x, &at, &told.conditioning)?;
+        let with = pipeline.network.output(&x, &at, &encoded.conditioning)?;
         let without = pipeline.network.output(&x, &at, &null)?;
         let epsilon = &without + (with - &without) * 4.0;
         let [now, then] = [schedule.scale_at(t)?, schedule.scale_at(prev)?];

@@ -41,7 +41,7 @@ fn init_writes_presets_that_their_verbs_read() {
         let checked = workshop.ddil(&arguments);
         // Read without an objection; data and teacher need not be here.
         let elsewhere =
-            ["no Fashion-MNIST in", "holds no model", "No such file", "there is no assets/"];
+            ["no Fashion-MNIST in", "contains no model", "No such file", "there is no assets/"];
         assert!(
             checked.code == Some(0) || elsewhere.iter().any(|words| checked.stderr.contains(words)),
             "{name}: {}",
