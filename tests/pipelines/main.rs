@@ -3,6 +3,6 @@
 mod generation;
 mod latents;
 mod parts;
-mod picture;
+mod image;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;

@@ -38,7 +38,7 @@
 mod error;
 mod generation;
 mod guidance;
-mod picture;
+mod image;
 mod pipeline;
 mod prompting;
 mod sampling;
@@ -47,7 +47,7 @@ pub use ddil_models::Precision;
 pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};
 pub use guidance::Guidance;
-pub use picture::{Layout, Picture, save_each};
+pub use image::{Layout, Picture, save_each};
 pub use pipeline::{
     AdapterCard, Card, EncodedPrompts, ModelFiles, PartSummary, Pipeline, PipelineClass,
     PipelineParts, Scheduler, TextToImageComponents, WeightForm,

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::guidance::Guidance;
-use crate::picture::{Layout, Picture};
+use crate::image::{Layout, Picture};
 use crate::pipeline::{Card, Pipeline};
 
 /// The settings of sampling.
