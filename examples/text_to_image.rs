@@ -16,7 +16,7 @@ use std::{env, fs};
 use ddil_examples::Result;
 use ddil_examples::text_to_image::{Drawn, Sampling, draw};
 use ddil_models::{Placement, weights};
-use ddil_pipelines::{Layout, Picture, Pipeline};
+use ddil_pipelines::{Image, Layout, Pipeline};
 use ddil_trainer::config::Precision;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
@@ -102,7 +102,7 @@ fn main() -> Result<()> {
     if let Some(folder) = options.out.parent() {
         fs::create_dir_all(folder)?;
     }
-    Picture::grid(&images, Layout { scale, ..Layout::columns(columns) })?.save(&options.out)?;
+    Image::grid(&images, Layout { scale, ..Layout::columns(columns) })?.save(&options.out)?;
     println!("{}", options.out.display());
     Ok(())
 }

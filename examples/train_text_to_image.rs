@@ -24,7 +24,7 @@ use ddil_examples::text_to_image::{
 };
 use ddil_metrics::{FASHION_CLASSES, FashionClassifier};
 use ddil_models::{AutoencoderKL, Placement};
-use ddil_pipelines::{Layout, Picture, Pipeline};
+use ddil_pipelines::{Image, Layout, Pipeline};
 use ddil_trainer::config::Precision;
 use tch::{Device, Tensor};
 
@@ -138,7 +138,7 @@ fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Resul
     let images = draw(&pipeline, &parts, &prompts, sampling(50, GUIDANCE_SCALE))?.images;
     let [columns, scale] = [10, 2].map(|n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN));
     let path = options.run.join("pictures.png");
-    Picture::grid(&images, Layout { scale, ..Layout::columns(columns) })?.save(&path)?;
+    Image::grid(&images, Layout { scale, ..Layout::columns(columns) })?.save(&path)?;
     println!("one row a phrasing that was held out, one column a class: {}", path.display());
     Ok(())
 }

@@ -1,6 +1,6 @@
 use std::{fs, num::NonZeroU32};
 
-use ddil_pipelines::{Error, Layout, Picture, save_each};
+use ddil_pipelines::{Error, Image, Layout, save_each};
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
 use crate::TestResult;
@@ -20,7 +20,7 @@ fn decode(content: &[u8]) -> Result<(png::OutputInfo, Vec<u8>), Box<dyn std::err
 fn values_are_scaled_clamped_and_rounded() -> TestResult {
     let values = [-1.0, 1.0, 0.0, -2.0, 7.0, f32::INFINITY, 1.0 / 127.5 - 1.0, 1.49 / 127.5 - 1.0];
     let image = Tensor::from_slice(&values).view([1, 1, 2, 4]);
-    let picture = &Picture::each(&image)?[0];
+    let picture = &Image::each(&image)?[0];
     // 127.5 is a half, and goes to the even number.
     assert_eq!(picture.pixels(), [0, 255, 128, 0, 255, 255, 1, 1]);
     Ok(())
@@ -30,7 +30,7 @@ fn values_are_scaled_clamped_and_rounded() -> TestResult {
 fn every_byte_survives_the_way_there_and_back() -> TestResult {
     let bytes: Vec<u8> = (0..=255).collect();
     let image = Tensor::from_slice(&bytes).to_kind(Kind::Float) / 127.5 - 1.0;
-    assert_eq!(Picture::each(&image.view([1, 1, 16, 16]))?[0].pixels(), bytes);
+    assert_eq!(Image::each(&image.view([1, 1, 16, 16]))?[0].pixels(), bytes);
     Ok(())
 }
 
@@ -39,15 +39,14 @@ fn a_grid_has_images_in_rows_with_gutters() -> TestResult {
     // Three grey images of 1x2 pixels: 0 and 51, 102 and 153, 204 and 255.
     let images = (Tensor::arange(6, FLOAT_CPU) * 51.0 / 127.5 - 1.0).view([3, 1, 1, 2]);
     let layout = Layout { gutter: 1, background: 9, ..columns(2) };
-    let picture = Picture::grid(&images, layout)?;
+    let picture = Image::grid(&images, layout)?;
     assert_eq!((picture.width(), picture.height(), picture.channels()), (7, 5, 1));
     let rows: [[u8; 7]; 5] =
         [[9; 7], [9, 0, 51, 9, 102, 153, 9], [9; 7], [9, 204, 255, 9, 9, 9, 9], [9; 7]];
     assert_eq!(picture.pixels(), rows.as_flattened());
 
     let two = NonZeroU32::new(2).ok_or("not zero")?;
-    let scaled =
-        Picture::grid(&images.narrow(0, 0, 1), Layout { gutter: 0, scale: two, ..layout })?;
+    let scaled = Image::grid(&images.narrow(0, 0, 1), Layout { gutter: 0, scale: two, ..layout })?;
     assert_eq!(scaled.pixels(), [0, 0, 51, 51, 0, 0, 51, 51]);
     Ok(())
 }
@@ -59,7 +58,7 @@ fn colours_go_to_the_file_pixel_by_pixel() -> TestResult {
     let images = (Tensor::from_slice(planes.as_flattened()) * 2.0 - 1.0).view([1, 3, 2, 2]);
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("grid.png");
-    Picture::grid(&images, Layout { gutter: 0, ..columns(8) })?.save(&path)?;
+    Image::grid(&images, Layout { gutter: 0, ..columns(8) })?.save(&path)?;
     let (info, pixels) = decode(&fs::read(path)?)?;
     assert_eq!((info.width, info.height, info.color_type), (2, 2, png::ColorType::Rgb));
     assert_eq!(pixels, [255, 0, 0, 0, 255, 0, 0, 0, 255, 255, 255, 255]);
@@ -82,7 +81,7 @@ fn each_image_gets_a_file() -> TestResult {
 }
 
 #[test]
-fn what_is_no_picture_is_refused() {
+fn invalid_tensors_are_refused() {
     let nan = Tensor::full([1, 1, 2, 2], f64::NAN, FLOAT_CPU);
     for (images, found) in [
         (Tensor::zeros([1, 2, 4, 4], FLOAT_CPU), "shape [1, 2, 4, 4]"),
@@ -92,8 +91,8 @@ fn what_is_no_picture_is_refused() {
         (Tensor::zeros([1, 1, 4, 4], (Kind::Uint8, tch::Device::Cpu)), "kind Uint8"),
         (nan, "not numbers"),
     ] {
-        let error = Picture::grid(&images, columns(4)).expect_err(found);
-        assert!(matches!(error, Error::Picture { .. }));
+        let error = Image::grid(&images, columns(4)).expect_err(found);
+        assert!(matches!(error, Error::Image { .. }));
         assert!(error.to_string().contains(found), "{error}");
     }
 }

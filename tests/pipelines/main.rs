@@ -1,8 +1,8 @@
 //! Model folders, sampling and image grids.
 
 mod generation;
+mod image;
 mod latents;
 mod parts;
-mod image;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;

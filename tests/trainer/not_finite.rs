@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ddil_core::Conditioning;
 use ddil_losses::Phase;
-use ddil_pipelines::{Layout, Picture};
+use ddil_pipelines::{Image, Layout};
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter, find_latest};
 use ddil_trainer::config::TrainConfig;
 use ddil_trainer::evidence::Evidence;
@@ -116,9 +116,9 @@ impl Task for OneWeight {
         Ok(())
     }
 
-    fn samples(&mut self, _average: &[(String, Tensor)]) -> Result<Picture> {
+    fn samples(&mut self, _average: &[(String, Tensor)]) -> Result<Image> {
         let image = Tensor::zeros([1, 1, 2, 2], FLOAT_CPU);
-        Ok(Picture::grid(&image, Layout::columns(NonZeroU32::MIN))?)
+        Ok(Image::grid(&image, Layout::columns(NonZeroU32::MIN))?)
     }
 
     fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {

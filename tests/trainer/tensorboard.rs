@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, fs};
 
-use ddil_pipelines::Picture;
+use ddil_pipelines::Image;
 use ddil_trainer::tensorboard::EventWriter;
 use tch::Tensor;
 
@@ -84,7 +84,7 @@ fn what_is_written_is_read_back() -> TestResult {
     writer.scalar(41, "train/loss", 0.25)?;
     writer.scalar(300, "train/lr", 1e-4)?;
     let images = Tensor::zeros([1, 3, 2, 5], tch::kind::FLOAT_CPU);
-    let picture = &Picture::each(&images)?[0];
+    let picture = &Image::each(&images)?[0];
     writer.picture(300, "samples", picture)?;
     writer.flush()?;
 

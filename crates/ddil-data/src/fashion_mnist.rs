@@ -24,6 +24,17 @@ const TEST_LABELS: (&str, &str) =
 
 /// Fashion-MNIST: 70 000 grey images of clothes in ten classes
 /// ([Xiao et al. 2017](https://arxiv.org/abs/1708.07747)), padded from 28x28 to 32x32 with background.
+///
+/// # Example
+///
+/// ```no_run
+/// use ddil_data::FashionMnist;
+///
+/// let data = FashionMnist::load(None)?;
+/// assert_eq!((data.train.len(), data.test.len()), (60_000, 10_000));
+/// assert_eq!(data.train.image_shape(), [1, 32, 32]);
+/// # Ok::<(), ddil_data::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct FashionMnist {
     /// 60 000 training samples.

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use ddil_files::read_bounded;
 use exif::{In, Reader, Tag};
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::zune_core::bytestream::ZCursor;
-use zune_jpeg::zune_core::colorspace::ColorSpace;
-use zune_jpeg::zune_core::options::DecoderOptions;
+use zune_jpeg::{
+    JpegDecoder,
+    zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions},
+};
 
 use crate::layout::Layout;
 use crate::{Error, Result};

@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// Images cannot be written as PNG.
     #[error("cannot write {found} as PNG: {expected}")]
-    Picture {
+    Image {
         /// The input.
         found: String,
         /// The expected input.

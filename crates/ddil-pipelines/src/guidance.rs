@@ -71,7 +71,7 @@ impl Guidance {
         scale: f64,
     ) -> Result<Box<dyn Denoiser + 'a>> {
         if scale.is_nan() || scale.abs() > f64::from(f32::MAX) {
-            let expected = "a number that 32 bits can hold";
+            let expected = "a finite number in the range of a 32-bit float";
             return Err(Invalid::new("guidance_scale", scale, expected).into());
         }
         Ok(match self.range {

@@ -20,7 +20,7 @@ const EXPECTED: &str =
 
 /// An 8-bit image, grey or RGB.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
+pub struct Image {
     width: u32,
     height: u32,
     channels: usize,
@@ -47,7 +47,7 @@ impl Layout {
     }
 }
 
-impl Picture {
+impl Image {
     /// Arranges images in a grid, row by row.
     ///
     /// A value `x` becomes `(x + 1) * 127.5`, clamped to `[0, 255]` and rounded to the nearest integer, ties to even.
@@ -58,19 +58,19 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] for another shape or kind, or if a value is NaN.
+    /// [`Error::Image`] for another shape or kind, or if a value is NaN.
     ///
     /// # Example
     ///
     /// ```
-    /// use ddil_pipelines::{Layout, Picture};
+    /// use ddil_pipelines::{Layout, Image};
     /// use std::num::NonZeroU32;
     /// use tch::{Tensor, kind};
     ///
     /// let columns = NonZeroU32::new(4).ok_or("not zero")?;
     /// let images = Tensor::zeros([8, 1, 32, 32], kind::FLOAT_CPU);
-    /// let picture = Picture::grid(&images, Layout::columns(columns))?;
-    /// assert_eq!((picture.width(), picture.height()), (4 * 34 + 2, 2 * 34 + 2));
+    /// let grid = Image::grid(&images, Layout::columns(columns))?;
+    /// assert_eq!((grid.width(), grid.height()), (4 * 34 + 2, 2 * 34 + 2));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn grid(images: &Tensor, layout: Layout) -> Result<Self> {
@@ -109,13 +109,13 @@ impl Picture {
             return Err(invalid(format!("a tensor of shape {size:?}")));
         }
         let pixels = to_bytes(images)?;
-        let picture = |pixels: &[u8]| Self {
+        let image = |pixels: &[u8]| Self {
             width: width as u32,
             height: height as u32,
             channels: channels as usize,
             pixels: pixels.to_vec(),
         };
-        Ok(pixels.chunks((channels * height * width) as usize).map(picture).collect())
+        Ok(pixels.chunks((channels * height * width) as usize).map(image).collect())
     }
 
     fn filled(width: u32, height: u32, channels: usize, value: u8) -> Self {
@@ -162,7 +162,7 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] if the encoder fails, for example for a side of more than 2³¹ pixels.
+    /// [`Error::Image`] if the encoder fails, for example for a side of more than 2³¹ pixels.
     pub fn to_png(&self) -> Result<Vec<u8>> {
         let mut content = Vec::new();
         let mut encoder = png::Encoder::new(&mut content, self.width, self.height);
@@ -186,7 +186,7 @@ impl Picture {
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the file cannot be written, [`Error::Picture`] as for [`to_png`](Self::to_png).
+    /// [`Error::Files`] if the file cannot be written, [`Error::Image`] as for [`to_png`](Self::to_png).
     pub fn save(&self, path: &Path) -> Result<()> {
         Ok(write_atomic(path, &self.to_png()?)?)
     }
@@ -198,14 +198,14 @@ impl Picture {
 ///
 /// # Errors
 ///
-/// [`Error::Picture`] as for [`Picture::grid`], [`Error::Files`] if a file cannot be written.
+/// [`Error::Image`] as for [`Image::grid`], [`Error::Files`] if a file cannot be written.
 pub fn save_each(images: &Tensor, folder: &Path, first: u64) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     (first..)
-        .zip(Picture::each(images)?)
-        .map(|(number, picture)| {
+        .zip(Image::each(images)?)
+        .map(|(number, image)| {
             let path = folder.join(format!("{number:06}.png"));
-            picture.save(&path)?;
+            image.save(&path)?;
             Ok(path)
         })
         .collect()
@@ -228,10 +228,10 @@ fn to_bytes(images: &Tensor) -> Result<Vec<u8>> {
         bytes.f_copy_data_u8(&mut pixels, bytes.numel())?;
         Ok(Some(pixels))
     };
-    let pixels = convert().map_err(Error::torch("Picture::each"))?;
+    let pixels = convert().map_err(Error::torch("Image::each"))?;
     pixels.ok_or_else(|| invalid("images with NaN values".into()))
 }
 
 fn invalid(found: String) -> Error {
-    Error::Picture { found, expected: EXPECTED }
+    Error::Image { found, expected: EXPECTED }
 }

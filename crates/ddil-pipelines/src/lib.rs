@@ -2,7 +2,7 @@
 //!
 //! [`TextToImage`] generates images from prompts, [`ClassToImage`] from class labels with pixel-space models. The lower
 //! level is public too: [`Pipeline`] reads and writes model folders, [`SamplePlan`] contains the sampling settings,
-//! [`generate`] runs the sampler, and [`Picture`] arranges images in a grid.
+//! [`generate`] runs the sampler, and [`Image`] arranges images in a grid.
 //!
 //! | task | items | shapes |
 //! | --- | --- | --- |
@@ -14,12 +14,12 @@
 //! | guidance | [`Guidance`] | |
 //! | sampling | [`SamplePlan`], [`generate`], [`initial_noise`], [`class_conditioning`] | `[n, channels, height, width]` |
 //! | prompts, step by step | [`PromptRequest`], [`EncodedRequest`], [`sample_latents`], [`decode`] | |
-//! | PNG files and grids | [`Picture`], [`Layout`], [`SampleGrid`], [`save_each`] | |
+//! | PNG files and grids | [`Image`], [`Layout`], [`SampleGrid`], [`save_each`] | |
 //!
 //! # Example
 //!
 //! ```
-//! use ddil_pipelines::{Layout, Picture, TextToImage};
+//! use ddil_pipelines::{Layout, Image, TextToImage};
 //! use std::num::NonZeroU32;
 //!
 //! # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image");
@@ -29,7 +29,7 @@
 //! let images = model.prompt("a sneaker").images_per_prompt(2).steps(2).seed(7).images()?;
 //!
 //! let two = NonZeroU32::new(2).ok_or("not zero")?;
-//! Picture::grid(&images, Layout::columns(two))?.save(&file)?;
+//! Image::grid(&images, Layout::columns(two))?.save(&file)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -47,7 +47,7 @@ pub use ddil_models::Precision;
 pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};
 pub use guidance::Guidance;
-pub use image::{Layout, Picture, save_each};
+pub use image::{Image, Layout, save_each};
 pub use pipeline::{
     AdapterCard, Card, EncodedPrompts, ModelFiles, PartSummary, Pipeline, PipelineClass,
     PipelineParts, Scheduler, TextToImageComponents, WeightForm,

@@ -10,7 +10,30 @@ use crate::guidance::Guidance;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
 use crate::sampling::{SamplePlan, WithCallback, generate, initial_noise};
 
-/// A request for images from prompts.
+/// A request for images from prompts, for step-by-step sampling; [`TextToImage`](crate::TextToImage) is simpler.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::{Pipeline, Precision, PromptRequest, SamplePlan, decode, sample_latents};
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image"));
+/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let components = model.parts.text_to_image(Placement::default())?;
+/// let plan = SamplePlan::of(&model, Some(1));
+///
+/// let request = PromptRequest {
+///     prompts: vec!["a sneaker".to_owned()],
+///     negative_prompt: None,
+///     size: [None; 2],
+///     per_prompt: 1,
+/// };
+/// let encoded = request.encode(&model, &components, &plan)?;
+/// let latents = sample_latents(&model, &plan, &encoded, &|| ())?;
+/// assert_eq!(decode(&components, &latents, 1)?.size()[0], 1);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptRequest {
     /// The prompts.

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::guidance::Guidance;
-use crate::image::{Layout, Picture};
+use crate::image::{Image, Layout};
 use crate::pipeline::{Card, Pipeline};
 
 /// The settings of sampling.
@@ -195,6 +195,31 @@ pub fn sampling_denoiser<'a>(
 }
 
 /// A denoiser that runs a callback after each call, to show progress.
+///
+/// # Example
+///
+/// ```
+/// use std::cell::Cell;
+///
+/// use ddil_models::Placement;
+/// use ddil_pipelines::{
+///     Guidance, Pipeline, Precision, SamplePlan, WithCallback, generate, initial_noise,
+/// };
+/// use tch::Device;
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
+/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let calls = Cell::new(0);
+/// let count = || calls.set(calls.get() + 1);
+/// let network = WithCallback::new(&model.network, &count);
+///
+/// let plan = SamplePlan::of(&model, Some(2));
+/// let noise = initial_noise(0, 1, [1, 32, 32], Device::Cpu)?;
+/// let classes = ddil_pipelines::class_conditioning(&model.card, 1, None, Device::Cpu);
+/// generate(&network, &plan, &Guidance::default(), &noise, &classes)?;
+/// assert_eq!(calls.get(), 2);
+/// # Ok::<(), ddil_pipelines::Error>(())
+/// ```
 pub struct WithCallback<'a> {
     inner: &'a dyn Denoiser,
     on_call: &'a dyn Fn(),
@@ -259,8 +284,8 @@ pub struct SampleGrid {
 }
 
 impl SampleGrid {
-    /// The grid of `n` samples whose classes are `0, 1, .., 0, 1, ..`: as square as possible with rows of one class each.
-    /// If there are too many classes for this, a square grid without regard to classes.
+    /// The grid of `n` samples whose classes are `0, 1, .., 0, 1, ..`: as square as possible with rows of one class
+    /// each. If there are too many classes for this, a square grid without regard to classes.
     pub fn of(n: u32, num_classes: u32) -> Self {
         let square = f64::from(n).sqrt().ceil().max(1.0) as u32;
         let per_class = n.div_ceil(num_classes.max(1));
@@ -291,8 +316,8 @@ impl SampleGrid {
     ///
     /// # Errors
     ///
-    /// As [`Picture::grid`].
-    pub fn draw(&self, samples: &Tensor, class_names: &[String]) -> Result<Picture> {
+    /// As [`Image::grid`].
+    pub fn draw(&self, samples: &Tensor, class_names: &[String]) -> Result<Image> {
         let samples = samples.to_device(Device::Cpu);
         let n = samples.size()[0];
         let order: Vec<i64> = self.cells.iter().map(|at| at.map_or(n, i64::from)).collect();
@@ -302,7 +327,7 @@ impl SampleGrid {
         };
         let arranged = arranged().map_err(Error::torch("SampleGrid::draw"))?;
         let layout = layout(self.columns);
-        let grid = Picture::grid(&arranged, layout)?;
+        let grid = Image::grid(&arranged, layout)?;
         if self.row_classes.is_empty() {
             return Ok(grid);
         }
@@ -327,7 +352,7 @@ pub fn grid_of_classes(
     shape: [i64; 3],
     per_class: u32,
     device: Device,
-) -> Result<Picture> {
+) -> Result<Image> {
     const WITHOUT_CLASSES: u32 = 8;
     let num_classes = card.class_names.len() as u32;
     let n = per_class.max(1) * if num_classes == 0 { WITHOUT_CLASSES } else { num_classes };
@@ -355,7 +380,7 @@ pub fn grid_of_prompts(
     per_prompt: u32,
     shape: [i64; 3],
     decode: impl Fn(&Tensor) -> Result<Tensor>,
-) -> Result<Picture> {
+) -> Result<Image> {
     let rows = prompts.parts().next().map_or(0, |(_, part)| part.size()[0]) as u32;
     let (n, columns) = (rows * per_prompt.max(1), rows.clamp(1, 8));
     let device = prompts.parts().next().map_or(Device::Cpu, |(_, part)| part.device());
@@ -368,7 +393,7 @@ pub fn grid_of_prompts(
     let images = Tensor::f_cat(&decoded?, 0).map_err(Error::torch("grid_of_prompts"))?;
     let one = std::num::NonZeroU32::MIN;
     // Large images are not enlarged.
-    Picture::grid(&images, Layout { scale: one, ..layout(columns) })
+    Image::grid(&images, Layout { scale: one, ..layout(columns) })
 }
 
 /// `columns` images per row, enlarged by a factor of two.

@@ -18,7 +18,7 @@ use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements,
 use ddil_models::NetworkDenoiser;
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, Guidance, Picture, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
+    Card, Guidance, Image, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
     grid_of_prompts,
 };
 use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
@@ -569,7 +569,7 @@ impl Task for DistillTask {
         Ok(())
     }
 
-    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
+    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image> {
         let (card, device) = (self.student_card(), self.device());
         let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
         let (student, plan) = (self.roles.averaged(average)?, self.sample_plan(&card));

@@ -10,7 +10,7 @@ use std::{fs, io};
 use ddil_files::fault::{self, Point};
 use ddil_files::{parent, sync_folder};
 use ddil_losses::Phase;
-use ddil_pipelines::Picture;
+use ddil_pipelines::Image;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
@@ -102,7 +102,7 @@ pub trait Task {
     /// # Errors
     ///
     /// What the network refuses.
-    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture>;
+    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image>;
 
     /// Adds what the task remembers beside its parameters to a checkpoint.
     ///

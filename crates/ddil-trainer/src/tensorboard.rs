@@ -11,7 +11,7 @@ use std::{
 };
 
 use ddil_files::fault::{self, Point};
-use ddil_pipelines::Picture;
+use ddil_pipelines::Image;
 
 use crate::{Error, Result, crc32c};
 
@@ -87,8 +87,8 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] if it cannot be written as PNG, [`Error::Files`] if the disk is full.
-    pub fn picture(&mut self, step: u64, tag: &str, picture: &Picture) -> Result<()> {
+    /// [`Error::Image`] if it cannot be written as PNG, [`Error::Files`] if the disk is full.
+    pub fn picture(&mut self, step: u64, tag: &str, picture: &Image) -> Result<()> {
         let png = picture.to_png()?;
         let image = Message::default()
             .varint(image::HEIGHT, picture.height().into())

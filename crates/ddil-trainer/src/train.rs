@@ -6,7 +6,7 @@ use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, NetworkDenoiser, Placement, SampleSize};
-use ddil_pipelines::{Card, Picture, Pipeline, SamplePlan, Scheduler, grid_of_classes};
+use ddil_pipelines::{Card, Image, Pipeline, SamplePlan, Scheduler, grid_of_classes};
 use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
@@ -176,7 +176,7 @@ impl Task for TrainTask {
         Ok(())
     }
 
-    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Picture> {
+    fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image> {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         let per_class = self.config.output.samples_per_class;
         let device = self.device();

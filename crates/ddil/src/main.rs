@@ -36,9 +36,9 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     let is_not_finite = |cause: &(dyn std::error::Error + 'static)| {
         let of_run = matches!(
             cause.downcast_ref(),
-            Some(Error::NonFinite { .. } | Error::Pipelines(ddil_pipelines::Error::Picture { .. }))
+            Some(Error::NonFinite { .. } | Error::Pipelines(ddil_pipelines::Error::Image { .. }))
         );
-        of_run || matches!(cause.downcast_ref(), Some(ddil_pipelines::Error::Picture { .. }))
+        of_run || matches!(cause.downcast_ref(), Some(ddil_pipelines::Error::Image { .. }))
     };
     if error.chain().any(is_not_finite) { ExitCode::from(NOT_FINITE) } else { ExitCode::FAILURE }
 }

@@ -2,7 +2,7 @@ use std::num::NonZeroU32;
 
 use ddil_models::Placement;
 use ddil_pipelines::{
-    Card, ClassToImage, Guidance, Layout, ModelFiles, Picture, Pipeline, Precision, PromptRequest,
+    Card, ClassToImage, Guidance, Image, Layout, ModelFiles, Pipeline, Precision, PromptRequest,
     SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate, initial_noise,
     layout, sample_latents, sampling_denoiser, save_each, with_published_timesteps,
 };
@@ -55,15 +55,15 @@ fn pictures(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     let images = Tensor::zeros([3, 3, 4, 2], kind::FLOAT_CPU);
     let two = Layout::columns(NonZeroU32::MIN.saturating_add(1));
-    cases.tensors("Picture::grid", &[&images], |t| said(Picture::grid(&t[0], two)));
-    cases.tensors("Picture::each", &[&images], |t| said(Picture::each(&t[0])));
+    cases.tensors("Image::grid", &[&images], |t| said(Image::grid(&t[0], two)));
+    cases.tensors("Image::each", &[&images], |t| said(Image::each(&t[0])));
     cases.tensors("save_each", &[&images], |t| {
         said(save_each(&t[0], &folder.path().join("images"), 0))
     });
-    let picture = Picture::grid(&images, layout(0)).expect("a picture");
+    let picture = Image::grid(&images, layout(0)).expect("a picture");
     for place in [folder.path().to_owned(), "nul\0byte".into(), folder.path().join("no/folder")] {
         let what = place.display().to_string();
-        cases.once("Picture::save", &what, || said(picture.save(&place)));
+        cases.once("Image::save", &what, || said(picture.save(&place)));
     }
     cases.wholes("layout", |columns| {
         let _ = layout(columns as u32);

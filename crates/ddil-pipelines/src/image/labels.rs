@@ -2,7 +2,7 @@
 
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
 
-use super::{Layout, Picture};
+use super::{Image, Layout};
 use crate::{Error, Result};
 
 /// Font size in pixels.
@@ -10,15 +10,15 @@ const FONT_SIZE: f32 = 14.0;
 /// Pixels of background to the left and right of a label.
 const MARGIN: u32 = 6;
 
-impl Picture {
-    /// Adds a margin with row labels to the left of a [`grid`](Self::grid) of the given layout. A row with an empty label
-    /// gets none.
+impl Image {
+    /// Adds a margin with row labels to the left of a [`grid`](Self::grid) of the given layout. A row with an empty
+    /// label gets none.
     ///
     /// `row_height` is the height of an image before enlargement.
     ///
     /// # Errors
     ///
-    /// [`Error::Picture`] if the built-in font cannot be read.
+    /// [`Error::Image`] if the built-in font cannot be read.
     pub fn with_row_names(
         &self,
         names: &[String],
@@ -26,7 +26,7 @@ impl Picture {
         layout: Layout,
     ) -> Result<Self> {
         let font = FontRef::try_from_slice(dejavu::sans::regular()).map_err(|error| {
-            Error::Picture { found: error.to_string(), expected: "a readable font" }
+            Error::Image { found: error.to_string(), expected: "a readable font" }
         })?;
         let font = font.into_scaled(PxScale::from(FONT_SIZE));
         let width_of = |name: &String| -> f32 {
@@ -92,7 +92,7 @@ mod tests {
         let columns = NonZeroU32::new(3).unwrap_or(NonZeroU32::MIN);
         let layout = Layout::columns(columns);
         let images = Tensor::zeros([6, 3, 20, 20], kind::FLOAT_CPU);
-        let grid = Picture::grid(&images, layout)?;
+        let grid = Image::grid(&images, layout)?;
         let names = ["circles".to_owned(), String::new()];
         let named = grid.with_row_names(&names, 20, layout)?;
         let margin = named.width - grid.width;

@@ -7,6 +7,23 @@ use ddil_schedulers::{CommonConfig, SamplerConfig, SchedulerConfig, Thresholding
 use crate::error::Result;
 
 /// The sampling settings of a model as `scheduler_config.json`, and the thresholding that this file cannot represent.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::Placement;
+/// use ddil_pipelines::{Pipeline, Precision, Scheduler};
+///
+/// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
+/// # let folder = tempfile::tempdir()?;
+/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let scheduler = Scheduler::new(&model.network, model.sampler, &model.thresholding, None)?;
+///
+/// let copy = folder.path().join("copy");
+/// Pipeline::write(&copy, &model.network, &scheduler, &model.card, None)?;
+/// assert!(Pipeline::is_at(&copy));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scheduler {
     /// `scheduler_config.json`.

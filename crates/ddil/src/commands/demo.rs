@@ -14,7 +14,7 @@ use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
-use ddil_pipelines::{Guidance, Picture, Pipeline, SamplePlan, generate, initial_noise, layout};
+use ddil_pipelines::{Guidance, Image, Pipeline, SamplePlan, generate, initial_noise, layout};
 use ddil_schedulers::SamplerConfig;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::interrupt::Interrupt;
@@ -187,7 +187,7 @@ fn write_outputs(
 }
 
 /// A row a model, two columns a class, the same noise in each column.
-fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Picture> {
+fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Image> {
     const COLUMNS: u32 = 20;
     let mut rows = Vec::new();
     for Candidate { pipeline, plan, .. } in candidates {
@@ -205,7 +205,7 @@ fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Picture> {
         )?;
         rows.push(images.to_device(Device::Cpu));
     }
-    Ok(Picture::grid(&Tensor::f_cat(&rows, 0)?, layout(COLUMNS))?)
+    Ok(Image::grid(&Tensor::f_cat(&rows, 0)?, layout(COLUMNS))?)
 }
 
 fn picture_path(folder: &Path) -> PathBuf {

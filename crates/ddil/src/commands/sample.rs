@@ -11,7 +11,7 @@ use ddil::exit_code::NOT_FINITE;
 use ddil::sample_file;
 use ddil_models::Lora;
 use ddil_pipelines::{
-    Layout, Picture, Pipeline, PromptRequest, SampleGrid, SamplePlan, decode, sample_latents,
+    Image, Layout, Pipeline, PromptRequest, SampleGrid, SamplePlan, decode, sample_latents,
     save_each, with_published_timesteps,
 };
 use tch::Tensor;
@@ -22,7 +22,7 @@ use crate::cli::{PromptArgs, SampleArgs};
 /// Samples that are to be written, and the grid of them.
 struct Drawn {
     images: Tensor,
-    grid: Picture,
+    grid: Image,
     steps: u32,
 }
 
@@ -162,7 +162,7 @@ fn of_prompts(
     let square = f64::from(per_prompt).sqrt().ceil() as u32;
     let columns = if request.prompts.len() == 1 { square } else { per_prompt };
     let layout = Layout::columns(NonZeroU32::new(columns).unwrap_or(NonZeroU32::MIN));
-    let grid = Picture::grid(&images, layout)?;
+    let grid = Image::grid(&images, layout)?;
     Ok(Drawn { images, grid, steps: plan.steps })
 }
 

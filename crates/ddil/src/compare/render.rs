@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use ddil_files::{write_atomic, write_json};
-use ddil_pipelines::{Picture, layout};
+use ddil_pipelines::{Image, layout};
 use ddil_trainer::{Error, Result};
 use tch::Tensor;
 
@@ -80,13 +80,13 @@ impl ComparisonReport {
     }
 
     /// A row of samples for each teacher and each arm, from the same noise in each column.
-    fn side_by_side(&self) -> Result<Option<Picture>> {
+    fn side_by_side(&self) -> Result<Option<Image>> {
         let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
         let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {
             return Ok(None);
         };
         let rows: Vec<Tensor> = rows.iter().map(|images| images.narrow(0, 0, columns)).collect();
         let images = Tensor::f_cat(&rows, 0).map_err(Error::torch("side_by_side"))?;
-        Ok(Some(Picture::grid(&images, layout(columns.clamp(1, KEPT) as u32))?))
+        Ok(Some(Image::grid(&images, layout(columns.clamp(1, KEPT) as u32))?))
     }
 }
