@@ -347,7 +347,8 @@ impl EncodedDataset {
         let prompts: Vec<i64> = indices.iter().map(phrasing).collect::<Result<_>>()?;
         let rows = Tensor::from_slice(indices);
         let time_ids = select(self.time_ids.as_ref(), &rows)?;
-        let conditioning = self.prompt_conditioning(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
+        let conditioning =
+            self.prompt_conditioning(&prompts)?.with_some(Conditioning::TIME_IDS, time_ids);
         let torch = |error| Error::torch("EncodedDataset::batch")(error);
         let on_device = |tensor: &Tensor| -> Result<Tensor> {
             let chosen = tensor.f_index_select(0, &rows).map_err(torch)?;

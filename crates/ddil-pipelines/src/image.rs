@@ -100,7 +100,7 @@ impl Image {
     ///
     /// As [`grid`](Self::grid).
     pub fn each(images: &Tensor) -> Result<Vec<Self>> {
-        ensure_dense("Picture::each", "images", images)?;
+        ensure_dense("Image::each", "images", images)?;
         let size = images.size();
         let &[_, channels @ (1 | 3), height, width] = size.as_slice() else {
             return Err(invalid(format!("a tensor of shape {size:?}")));
