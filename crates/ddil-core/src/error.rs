@@ -86,7 +86,7 @@ pub enum Error {
         /// The folder.
         folder: PathBuf,
         /// Which file, and what the system said.
-        source: ddil_libtorch::Error,
+        source: Box<ddil_libtorch::Error>,
     },
     /// A file of spilled states is not the one that was saved.
     #[error("{}: {problem}", path.display())]

@@ -145,7 +145,9 @@ impl Priors {
         let mut taken = 0.0;
         for &(source, share) in added {
             let (rows, others) = systematic(&order, |_| share / (1.0 - taken), rng);
-            rows.into_iter().for_each(|row| sources[row] = source);
+            for row in rows {
+                sources[row] = source;
+            }
             (order, taken) = (others, taken + share);
         }
         let (students, others) = systematic(&order, |i| priors[i].student, rng);

@@ -127,7 +127,7 @@ impl Error {
     pub(crate) fn value(
         op: &'static str,
         name: &'static str,
-        value: impl ToString,
+        value: impl std::fmt::Display,
         expected: impl Into<String>,
     ) -> Self {
         let (value, expected) = (value.to_string(), expected.into());

@@ -220,7 +220,7 @@ fn ensure_fashion_images(op: &'static str, images: &Tensor) -> Result<()> {
         return Ok(());
     }
     let expected = format!("[1 or more, 1, {SIZE}, {SIZE}]");
-    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape: shape, expected }))
+    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape, expected }))
 }
 
 /// Compares names, shapes and element types, and lists all that differ at once.

@@ -156,7 +156,7 @@ pub(crate) fn ensure_features(
         return Err(Error::Argument(ArgumentError::Shape {
             op,
             name,
-            shape: shape,
+            shape,
             expected: "[n, features]".to_owned(),
         }));
     };
@@ -164,7 +164,7 @@ pub(crate) fn ensure_features(
         return Err(Error::Argument(ArgumentError::Shape {
             op,
             name,
-            shape: shape,
+            shape,
             expected: "[n, 1 or more]".to_owned(),
         }));
     }

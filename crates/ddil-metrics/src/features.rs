@@ -108,7 +108,7 @@ impl FeatureExtractor for RawPixels {
             return Err(Error::Argument(ArgumentError::Shape {
                 op: "RawPixels::features",
                 name: "images",
-                shape: shape,
+                shape,
                 expected: format!("[n, {channels}, {height}, {width}]"),
             }));
         }
@@ -312,7 +312,7 @@ fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<
         return Ok(());
     }
     let expected = format!("[1 or more, one of {channels:?}, height, width]");
-    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape: shape, expected }))
+    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape, expected }))
 }
 
 /// Runs `features` over a few images at a time, without gradients.

@@ -378,12 +378,7 @@ pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64)
     let kind = timesteps.kind();
     if !(is_float(kind) || matches!(kind, Kind::Int64 | Kind::Int)) {
         let expected = "Int64, Int or floating point";
-        return Err(Error::Argument(ArgumentError::Kind {
-            op,
-            name: "timesteps",
-            kind: kind,
-            expected,
-        }));
+        return Err(Error::Argument(ArgumentError::Kind { op, name: "timesteps", kind, expected }));
     }
     Ok(())
 }

@@ -6,8 +6,8 @@ use ddil_files::Invalid;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use crate::boundary::ConsistencyBoundary;
 use crate::error::{Error, Result};
-use crate::lcm::ConsistencyBoundary;
 use crate::noise_schedule::{
     BetaSchedule, FinalAlphaCumprod, NoiseSchedule, NoiseScheduleConfig, VpConfig,
 };

@@ -6,9 +6,9 @@ use ddil_libtorch::{
 };
 use tch::{Kind, Tensor};
 
+use crate::boundary::ConsistencyBoundary;
 use crate::coefficients::StepCoefficients;
 use crate::error::{Error, Result};
-use crate::lcm::ConsistencyBoundary;
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::prediction::{Linear, Prediction, PredictionType, at_least_float};
 use crate::thresholding::{Bound, DataRange, Thresholding};
@@ -83,6 +83,7 @@ impl Estimate {
     ///
     /// [`Error::PredictionType`] if the output has no meaning at that timestep, [`Error::TimestepOutOfRange`] if it is off
     /// the training grid.
+    #[expect(clippy::needless_pass_by_value, reason = "the estimate keeps the tensor")]
     pub fn of_output(
         schedule: &NoiseSchedule,
         prediction_type: PredictionType,
@@ -371,15 +372,12 @@ impl State {
         }
         let mut own = if x_t == 0.0 { 1.0 } else { x_t };
         while let Some((&(a, x), others)) = terms.split_first() {
-            terms = match others.split_first() {
-                Some((&(b, y), others)) => {
-                    self.add_two(own, (a, x), (b, y))?;
-                    others
-                }
-                None => {
-                    self.add(own, (a, x))?;
-                    others
-                }
+            terms = if let Some((&(b, y), others)) = others.split_first() {
+                self.add_two(own, (a, x), (b, y))?;
+                others
+            } else {
+                self.add(own, (a, x))?;
+                others
             };
             own = 1.0;
         }

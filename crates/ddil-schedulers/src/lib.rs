@@ -48,6 +48,7 @@
 
 #![forbid(unsafe_code)]
 
+mod boundary;
 mod coefficients;
 mod config_file;
 mod ddim;
@@ -61,12 +62,13 @@ mod sampler_config;
 mod thresholding;
 mod timesteps;
 
+pub use boundary::ConsistencyBoundary;
 pub use coefficients::{StateCoefficients, StepCoefficients};
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddim::Ddim;
 pub use error::{Error, Result};
 pub use estimate::Estimate;
-pub use lcm::{ConsistencyBoundary, Lcm};
+pub use lcm::Lcm;
 pub use noise_schedule::{
     BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, MAX_TRAIN_TIMESTEPS, NoiseSchedule,
     NoiseScheduleConfig, Scale, Scales, VpConfig,

@@ -139,7 +139,7 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
             .map(|(&timestep, &prev)| self.coefficients_at(timestep, prev))
             .collect::<Result<Vec<_>>>()?;
         let Prediction { x0, epsilon } = step.prediction;
-        let terms: [(Option<&Tensor>, fn(&StepCoefficients) -> f64); 3] =
+        let terms: [(Option<&Tensor>, Weight); 3] =
             [(Some(x0), |c| c.x0), (Some(epsilon), |c| c.epsilon), (step.noise, |c| c.noise)];
         let mut sum: Option<Tensor> = None;
         for (tensor, weight) in terms {
@@ -184,6 +184,9 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
         estimate.step(x_t, self.coefficients_at(estimate.timestep(), prev_timestep)?, noise)
     }
 }
+
+/// Selects one of the coefficients.
+type Weight = fn(&StepCoefficients) -> f64;
 
 /// One number per sample, shaped and cast to be multiplied with `like`.
 fn per_sample(values: &[f64], like: &Tensor) -> Tensor {

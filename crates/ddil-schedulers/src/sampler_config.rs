@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::boundary::ConsistencyBoundary;
 use crate::config_file::{CommonConfig, LcmConfig, SchedulerConfig};
 use crate::ddim::Ddim;
 use crate::error::Result;
-use crate::lcm::{ConsistencyBoundary, Lcm};
+use crate::lcm::Lcm;
 use crate::noise_schedule::NoiseSchedule;
 use crate::sampler::Sampler;
 use crate::timesteps::{TimestepSpacing, Timesteps};

@@ -132,7 +132,7 @@ impl Segment {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let path = folder.join(Layout::name(ring, number));
         let file = RowFile::create(path, &head, layout.row_bytes(), layout.segment_rows)
-            .map_err(|source| Error::Spill { folder: folder.clone(), source })?;
+            .map_err(|source| Error::Spill { folder: folder.clone(), source: source.into() })?;
         let mut crc32 = Hasher::new();
         crc32.update(&head);
         Ok(Self { number, file, written: 0, crc32, bytes: HEAD_BYTES as u64 })
@@ -141,7 +141,8 @@ impl Segment {
     /// Writes rows behind those that are there. They are not counted before [`advance`](Self::advance).
     pub(super) fn write(&mut self, layout: &Layout, rows: &[u8]) -> Result<()> {
         let written = self.file.write(self.written, rows);
-        written.map_err(|source| Error::Spill { folder: layout.folder.clone(), source })
+        let folder = &layout.folder;
+        written.map_err(|source| Error::Spill { folder: folder.clone(), source: source.into() })
     }
 
     /// Counts the rows that were just written.

@@ -42,16 +42,12 @@ impl Mixture {
         place: Source,
         source: Box<dyn TrajectorySource>,
     ) -> Result<()> {
-        match Self::BY_PRIOR.iter().position(|of_prior| *of_prior == place) {
-            Some(at) => {
-                self.entries[at].source = source;
-                Ok(())
-            }
-            None => {
-                let expected = "forward, student or teacher";
-                Err(Invalid::new("place", place.as_str(), expected).into())
-            }
-        }
+        let Some(at) = Self::BY_PRIOR.iter().position(|of_prior| *of_prior == place) else {
+            let expected = "forward, student or teacher";
+            return Err(Invalid::new("place", place.as_str(), expected).into());
+        };
+        self.entries[at].source = source;
+        Ok(())
     }
 
     /// Adds a source with a share of all states.

@@ -106,7 +106,7 @@ impl ClipScore {
             return Err(Error::Argument(ArgumentError::Kind {
                 op,
                 name,
-                kind: kind,
+                kind,
                 expected: "floating point",
             }));
         }

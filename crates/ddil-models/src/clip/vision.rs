@@ -217,7 +217,7 @@ impl ClipVisionModel {
             return Err(Error::Argument(ArgumentError::Kind {
                 op,
                 name,
-                kind: kind,
+                kind,
                 expected: "floating point",
             }));
         }
