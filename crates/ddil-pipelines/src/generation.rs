@@ -129,28 +129,24 @@ impl Options {
 macro_rules! option_methods {
     () => {
         /// Number of steps; the default is 50 for a teacher, and the number it was trained for for a student.
-        #[must_use]
         pub fn steps(mut self, steps: u32) -> Self {
             self.options.steps = Some(steps);
             self
         }
 
         /// Scale of classifier-free guidance; 1 is no guidance. The default depends on the model.
-        #[must_use]
         pub fn guidance_scale(mut self, scale: f64) -> Self {
             self.options.guidance_scale = Some(scale);
             self
         }
 
         /// Seed of the noise; default 0. The same seed gives the same images.
-        #[must_use]
         pub fn seed(mut self, seed: u64) -> Self {
             self.options.seed = seed;
             self
         }
 
         /// Samples per call of the network: affects memory and speed, and the images only by rounding.
-        #[must_use]
         pub fn batch_size(mut self, batch_size: u32) -> Self {
             self.options.batch_size = Some(batch_size);
             self

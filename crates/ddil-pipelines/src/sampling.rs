@@ -260,7 +260,7 @@ impl Denoiser for WithCallback<'_> {
     }
 }
 
-/// SampleGrid of samples in a grid, with rows of one class each and the names of the classes.
+/// The layout of samples in a grid, with rows of one class each and the names of the classes.
 ///
 /// # Example
 ///
@@ -304,7 +304,8 @@ impl SampleGrid {
             Some(class + within * num_classes).filter(|at| within < per_class && *at < n)
         };
         let cells = |row| (0..columns).map(move |column| cell(row, column));
-        let class = |row: u32| Some(row / rows_per_class).filter(|_| row % rows_per_class == 0);
+        let class =
+            |row: u32| Some(row / rows_per_class).filter(|_| row.is_multiple_of(rows_per_class));
         Self {
             columns,
             cells: (0..rows).flat_map(cells).collect(),

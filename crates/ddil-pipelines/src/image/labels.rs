@@ -41,7 +41,7 @@ impl Image {
         for (row, name) in (0..).zip(names) {
             let middle = layout.gutter + row * pitch + row_height * layout.scale.get() / 2;
             let right = (margin - MARGIN) as f32;
-            let baseline = middle as f32 + (font.ascent() + font.descent()) / 2.0;
+            let baseline = middle as f32 + f32::midpoint(font.ascent(), font.descent());
             wider.write(name, point(right - width_of(name), baseline), &font);
         }
         Ok(wider)
