@@ -113,7 +113,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Whether there is such a key at the top level.
+    /// Whether the document contains `key` at the top level.
     pub fn has(&self, key: &str) -> bool {
         self.values.get(key).is_some()
     }

@@ -4,7 +4,7 @@ use ddil_core::{
     Conditioning, Denoiser, RandomStreams, Rollout, Stream, Thresholded, with_boundary,
 };
 use ddil_files::Invalid;
-use ddil_libtorch::ensure_real;
+use ddil_libtorch::{ensure_dense, ensure_real};
 use ddil_schedulers::{
     Estimate, NoiseSchedule, Prediction, SamplerConfig, Thresholding, Timesteps,
 };
@@ -317,16 +317,19 @@ impl SampleGrid {
     ///
     /// # Errors
     ///
-    /// As [`Image::grid`].
+    /// [`Error::Argument`] for an undefined or sparse tensor, [`Error::Torch`] for a cell without a sample; otherwise as
+    /// [`Image::grid`].
     pub fn draw(&self, samples: &Tensor, class_names: &[String]) -> Result<Image> {
-        let samples = samples.to_device(Device::Cpu);
-        let n = samples.size()[0];
+        ensure_dense("SampleGrid::draw", "samples", samples)?;
+        let torch = Error::torch("SampleGrid::draw");
+        let samples = samples.f_to_device(Device::Cpu).map_err(&torch)?;
+        let n = samples.size().first().copied().unwrap_or(0);
         let order: Vec<i64> = self.cells.iter().map(|at| at.map_or(n, i64::from)).collect();
         let arranged = || {
             let white = samples.f_narrow(0, 0, 1)?.f_ones_like()?;
             Tensor::f_cat(&[&samples, &white], 0)?.f_index_select(0, &Tensor::from_slice(&order))
         };
-        let arranged = arranged().map_err(Error::torch("SampleGrid::draw"))?;
+        let arranged = arranged().map_err(&torch)?;
         let layout = layout(self.columns);
         let grid = Image::grid(&arranged, layout)?;
         if self.row_classes.is_empty() {

@@ -74,6 +74,12 @@ fn toml_settings(cases: &mut Cases) {
     for text in ["", "a = 1", "a = [1, {b = 2}]", "a.b = 1\n[a]", "\u{0}", "a = "] {
         cases.once("Settings::parse", text, || said(Settings::parse("settings.toml", text)));
     }
+    for key in ["", "a", "a.b", "\u{0}"] {
+        cases.once("Settings::has", key, || {
+            let _ = said_ok(Settings::parse("settings.toml", "a = 1")).has(key);
+            Ok(())
+        });
+    }
     for assignment in ["", "=", "a", "a=", "a.=1", ".=1", "a.9.b=1", "a.0.b.c=1", "a=\u{0}"] {
         cases.once("Settings::set", assignment, || {
             let mut settings = said_ok(Settings::parse("settings.toml", "a = [1, {b = 2}]"));

@@ -3,8 +3,8 @@ use std::num::NonZeroU32;
 use ddil_models::Placement;
 use ddil_pipelines::{
     Card, ClassToImage, Guidance, Image, Layout, ModelFiles, Pipeline, Precision, PromptRequest,
-    SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate, initial_noise,
-    layout, sample_latents, sampling_denoiser, save_each, with_published_timesteps,
+    SampleGrid, SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate,
+    initial_noise, layout, sample_latents, sampling_denoiser, save_each, with_published_timesteps,
 };
 use tch::{Device, Tensor, kind};
 
@@ -60,7 +60,23 @@ fn pictures(cases: &mut Cases) {
     cases.tensors("save_each", &[&images], |t| {
         said(save_each(&t[0], &folder.path().join("images"), 0))
     });
+    let square = SampleGrid::of(3, 0);
+    cases.tensors("SampleGrid::draw", &[&images], |t| said(square.draw(&t[0], &[])));
+    let missing = SampleGrid { cells: vec![Some(9)], ..square.clone() };
+    cases.once("SampleGrid::draw", "a cell without a sample", || said(missing.draw(&images, &[])));
+    // More cells than these are memory, and no mistake.
+    let few = |value: &&i64| (0..1000).contains(*value);
+    for n in ODD_WHOLES.iter().filter(few) {
+        cases.wholes("SampleGrid::of", |classes| {
+            let _ = SampleGrid::of(*n as u32, classes as u32);
+            Ok(())
+        });
+    }
     let picture = Image::grid(&images, layout(0)).expect("a picture");
+    let names = ["a".to_owned(), String::new(), "\u{0}".to_owned()];
+    cases.wholes("Image::with_row_names", |height| {
+        said(picture.with_row_names(&names, height as u32, two))
+    });
     for place in [folder.path().to_owned(), "nul\0byte".into(), folder.path().join("no/folder")] {
         let what = place.display().to_string();
         cases.once("Image::save", &what, || said(picture.save(&place)));

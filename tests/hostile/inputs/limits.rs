@@ -121,7 +121,7 @@ fn a_packed_file_unpacks_to_what_its_header_promises() {
     let promise = [0x803_u32, 1 << 31, 28, 28].map(u32::to_be_bytes).concat();
     let mut bomb = [0x803_u32, 1, 1, 2].map(u32::to_be_bytes).concat();
     bomb.resize(64 << 20, 0);
-    for (content, word) in [(promise, "1073741824"), (bomb, "makes 18")] {
+    for (content, word) in [(promise, "1073741824"), (bomb, "expected 18")] {
         let folder = written("images.gz", packed(&content));
         let error = read_idx_images(&folder.path().join("images.gz")).expect_err("too much");
         // Only the beginning of the bomb was unpacked.
@@ -246,19 +246,19 @@ fn shards_and_captions_stay_in_their_folder() {
 /// A pipe that nobody writes to would be waited for, an endless device read for ever.
 #[cfg(unix)]
 #[test]
-fn what_is_no_plain_file_is_not_read() {
+fn only_regular_files_are_read() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("config.json");
     for target in ["/dev/zero", "/dev/null", "/"] {
         std::os::unix::fs::symlink(target, &path).expect("a link");
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err(target);
-        assert_says(&crate::inputs::told(error), &["config.json", "plain file"]);
+        assert_says(&crate::inputs::told(error), &["config.json", "regular file"]);
         fs::remove_file(&path).expect("it is ours");
     }
     let made = std::process::Command::new("mkfifo").arg(&path).status();
     if made.is_ok_and(|status| status.success()) {
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err("a pipe");
-        assert_says(&crate::inputs::told(error), &["plain file"]);
+        assert_says(&crate::inputs::told(error), &["regular file"]);
     }
     not_as_members_of_a_checkpoint();
     let large = folder.path().join("large.json");
@@ -291,8 +291,8 @@ fn not_as_members_of_a_checkpoint() {
             if !put(&member) {
                 continue;
             }
-            let error = Checkpoint::open(&path).expect_err("no plain file");
-            assert_says(&crate::inputs::told(error), &["step_0000001", name, "plain file"]);
+            let error = Checkpoint::open(&path).expect_err("not a regular file");
+            assert_says(&crate::inputs::told(error), &["step_0000001", name, "regular file"]);
         }
         fs::remove_file(&member).and_then(|()| fs::write(&member, whole)).expect("there is room");
         Checkpoint::open(&path).expect("it is as it was");

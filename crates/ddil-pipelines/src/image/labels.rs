@@ -37,9 +37,11 @@ impl Image {
         let mut wider =
             Self::filled(self.width + margin, self.height, self.channels, layout.background);
         wider.paste(self, margin, 0, 1);
-        let pitch = row_height * layout.scale.get() + layout.gutter;
-        for (row, name) in (0..).zip(names) {
-            let middle = layout.gutter + row * pitch + row_height * layout.scale.get() / 2;
+        let enlarged = u64::from(row_height).saturating_mul(layout.scale.get().into());
+        let gutter = u64::from(layout.gutter);
+        let pitch = enlarged.saturating_add(gutter);
+        for (row, name) in (0_u64..).zip(names) {
+            let middle = row.saturating_mul(pitch).saturating_add(gutter + enlarged / 2);
             let right = (margin - MARGIN) as f32;
             let baseline = middle as f32 + f32::midpoint(font.ascent(), font.descent());
             wider.write(name, point(right - width_of(name), baseline), &font);
