@@ -63,10 +63,9 @@ fn picture(samples: &Tensor) -> Vec<String> {
     let place = |value: f64, places: usize| ((value + 1.4) / 2.8 * places as f64) as usize;
     for i in 0..samples.size()[0] {
         let (x, y) = (samples.double_value(&[i, 0]), samples.double_value(&[i, 1]));
-        if let Some(row) = counts.get_mut(place(-y, rows)) {
-            if let Some(count) = row.get_mut(place(x, columns)) {
-                *count += 1;
-            }
+        let row = counts.get_mut(place(-y, rows));
+        if let Some(count) = row.and_then(|row| row.get_mut(place(x, columns))) {
+            *count += 1;
         }
     }
     let shade = |&count: &usize| char::from(SHADES[count.div_ceil(3).min(SHADES.len() - 1)]);

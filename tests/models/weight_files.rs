@@ -147,7 +147,7 @@ fn names_that_reach_elsewhere_are_refused() {
             ] {
                 match result {
                     Err(Error::Argument(ArgumentError::Value { name: found, .. })) => {
-                        assert_eq!(found, name)
+                        assert_eq!(found, name);
                     }
                     other => panic!("{bad:?}: {other:?}"),
                 }

@@ -84,7 +84,7 @@ fn what_the_model_cannot_have_is_named() -> TestResult {
     let model = class_to_image()?;
     let field = |result: ddil_pipelines::Result<Tensor>| {
         let error = result.expect_err("it cannot be");
-        error.invalid().map(|invalid| invalid.field.to_string()).unwrap_or(error.to_string())
+        error.invalid().map(|invalid| invalid.field.clone()).unwrap_or(error.to_string())
     };
     assert_eq!(field(model.samples(0).images()), "samples");
     assert_eq!(field(model.samples(1).class("hat").images()), "class");

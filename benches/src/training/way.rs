@@ -132,7 +132,6 @@ impl Way {
             student: StudentConfig { policy: self.policy.clone(), ..StudentConfig::default() },
             teacher: TeacherConfig { pool, substeps, ..TeacherConfig::default() },
             pure_noise_at_tmax: self.sources != Sources::Forward,
-            ..MixerConfig::default()
         })
     }
 

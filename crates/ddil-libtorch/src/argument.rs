@@ -15,9 +15,9 @@ pub enum ArgumentError {
         /// The function that was called.
         op: &'static str,
         /// Name and shape of the first argument.
-        left: (&'static str, Vec<i64>),
+        left: (&'static str, Box<[i64]>),
         /// Name and shape of the second argument.
-        right: (&'static str, Vec<i64>),
+        right: (&'static str, Box<[i64]>),
     },
     /// An argument has a shape that the function cannot take.
     #[error("{op}: `{name}` has shape {shape:?}; expected {expected}")]
@@ -130,7 +130,7 @@ pub fn ensure_same_shape(
     if left_size == right_size {
         return Ok(());
     }
-    let (left, right) = ((left.0, left_size), (right.0, right_size));
+    let (left, right) = ((left.0, left_size.into()), (right.0, right_size.into()));
     Err(ArgumentError::ShapeMismatch { op, left, right })
 }
 

@@ -185,12 +185,12 @@ pub enum Error {
     #[error(transparent)]
     Dataset(#[from] ddil_data::Error),
     /// What was kept of encoded data is not what was written.
-    #[error("the cache of encoded data {} is damaged; remove it to have it made anew", path.display())]
+    #[error("the cache of encoded data {} is damaged; remove it to rebuild it", path.display())]
     DamagedCache {
         /// The cache's folder.
         path: PathBuf,
         /// What is wrong with it.
-        source: ddil_data::Error,
+        source: Box<ddil_data::Error>,
     },
     /// Somebody asked for a stop before the first update.
     #[error("stopped while {action}: {done} of {total} were done, and none of it is kept")]

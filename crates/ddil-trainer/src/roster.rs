@@ -28,7 +28,7 @@ pub(crate) struct Roster {
 #[derive(Clone, Debug)]
 pub(crate) enum StudentForm {
     /// A whole network.
-    Network(ModelConfig),
+    Network(Box<ModelConfig>),
     /// An adapter on the teacher's network.
     Adapter(LoraSection),
 }
@@ -55,7 +55,7 @@ impl Roster {
     ) -> Result<Self> {
         let student = match &config.student.lora {
             Some(lora) => StudentForm::Adapter(lora.clone()),
-            None => StudentForm::Network(student_model(config, &teacher)?),
+            None => StudentForm::Network(student_model(config, &teacher)?.into()),
         };
         Self::new(requirements, teacher, student, image_shape)
     }
@@ -73,7 +73,7 @@ impl Roster {
     ) -> Result<Self> {
         let student = match &config.student.lora {
             Some(lora) => StudentForm::Adapter(lora.clone()),
-            None => StudentForm::Network(teacher.clone()),
+            None => StudentForm::Network(teacher.clone().into()),
         };
         Self::new(requirements, teacher, student, image_shape)
     }

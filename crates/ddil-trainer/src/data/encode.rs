@@ -76,7 +76,7 @@ impl Encoding {
     }
 
     fn damaged(&self, source: ddil_data::Error) -> Error {
-        Error::DamagedCache { path: self.folder.clone(), source }
+        Error::DamagedCache { path: self.folder.clone(), source: source.into() }
     }
 
     fn cache(&self) -> Result<Cache> {

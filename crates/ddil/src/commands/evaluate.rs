@@ -190,10 +190,8 @@ fn model_rows(args: &EvaluateArgs, real: &RealImages) -> anyhow::Result<(Vec<Row
     let counts: BTreeSet<u32> = args.also_steps.iter().copied().chain([own.steps]).collect();
     for steps in counts {
         let is_own = steps == own.steps;
-        let plan = match is_own {
-            true => own.clone(),
-            false => sample_plan(&pipeline, &args.sampling, Some(steps))?,
-        };
+        let plan =
+            if is_own { own.clone() } else { sample_plan(&pipeline, &args.sampling, Some(steps))? };
         let n = if is_own { None } else { args.also_samples }.unwrap_or(args.num_samples);
         let images = drawn(&pipeline, &plan, args.num_samples, n)?;
         if let Some(file) = args.keep.as_deref().filter(|_| is_own) {

@@ -25,14 +25,15 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
             None => bail!("there is no preset `{name}`; `ddil init` lists them"),
         }
     };
-    let text = match args.plain {
-        false => preset.text.to_owned(),
-        true => preset.plain().with_context(|| {
+    let text = if args.plain {
+        preset.plain().with_context(|| {
             format!(
                 "--plain is for presets of `ddil distill`; `{name}` is for `ddil {}`",
                 preset.verb
             )
-        })?,
+        })?
+    } else {
+        preset.text.to_owned()
     };
     let path = args.output.clone().unwrap_or_else(|| format!("{name}.toml").into());
     let mut file =

@@ -53,7 +53,7 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
 fn newest_checkpoint(path: &Path) -> anyhow::Result<Option<PathBuf>> {
     let is_latest = path.file_name().is_some_and(|name| name == "latest") && !path.is_dir();
     let folder = if is_latest { path.parent().unwrap_or(path) } else { path };
-    if !folder.file_name().is_some_and(|name| name == "checkpoints") || !folder.is_dir() {
+    if folder.file_name().is_none_or(|name| name != "checkpoints") || !folder.is_dir() {
         return Ok(None);
     }
     Ok(find_latest(folder)?.checkpoint.map(|checkpoint| checkpoint.path().to_owned()))

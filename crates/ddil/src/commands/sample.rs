@@ -84,12 +84,12 @@ fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
         );
     }
     let own = pipeline.timesteps.as_ref().map(Vec::len);
-    if let (Some(own), Some(steps)) = (own, args.sampling.steps) {
-        if own != steps as usize {
-            eprintln!(
-                "warning: --steps {steps}: the student was trained for {own} steps, and its samples in others are worse"
-            );
-        }
+    if let (Some(own), Some(steps)) = (own, args.sampling.steps)
+        && own != steps as usize
+    {
+        eprintln!(
+            "warning: --steps {steps}: the student was trained for {own} steps; samples in other numbers of steps are worse"
+        );
     }
 }
 

@@ -333,7 +333,7 @@ fn the_list_has_one_cell_per_line_and_needs_no_teacher() {
 
 /// Cell by cell, as a queue would run them, in an order of its own.
 #[test]
-fn cells_one_by_one_come_to_the_same_as_all_at_once() -> TestResult {
+fn cells_one_by_one_come_to_the_same_as_all_at_once() {
     let workshop = prepared(&quick().replace("\"tiny\"", "\"whole\""));
     workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     write_matrix(&workshop, &format!("{}\n{PRIORS}", quick()));
@@ -363,7 +363,6 @@ fn cells_one_by_one_come_to_the_same_as_all_at_once() -> TestResult {
         found.iter().map(score).collect::<Vec<_>>()
     };
     assert_eq!(scores("tiny"), scores("whole"));
-    Ok(())
 }
 
 #[test]
