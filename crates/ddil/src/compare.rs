@@ -31,13 +31,15 @@ pub mod work;
 pub mod workers;
 
 mod folder;
+mod item;
 mod record;
 mod render;
 
 pub use folder::ComparisonFolder;
+pub use item::{PlannedCell, PlannedTeacher, WorkItem};
 pub use matrix::{Cell, EvaluateConfig, Exception, Extractor, Matrix};
-pub use plan::{Comparison, PlannedCell, Standing};
+pub use plan::{Comparison, Standing};
 pub use record::{CellRecord, Outcome, Row};
 pub use report::{ComparisonReport, Entry, EntryKind, EntryState};
 pub use verbs::Program;
-pub use work::{End, WorkItem, Worker};
+pub use work::{End, Worker};

@@ -13,10 +13,10 @@ use ddil_trainer::{Error, Result};
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
-use super::matrix::{Cell, Matrix, Problems, hex};
+use super::item::{PlannedCell, PlannedTeacher, WorkItem};
+use super::matrix::{Matrix, Problems, hex};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
-use super::work::WorkItem;
 
 /// A comparison: its cells, and the samples of teachers that they are compared with.
 #[derive(Clone, Debug)]
@@ -29,28 +29,6 @@ pub struct Comparison {
     pub cells: Vec<PlannedCell>,
     /// Rows of teachers.
     pub teachers: Vec<PlannedTeacher>,
-}
-
-/// A cell with what it is to learn.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PlannedCell {
-    /// The cell.
-    pub cell: Cell,
-    /// Checksum of its config.
-    pub config_sha256: String,
-    /// The samples of its teacher.
-    pub taught: TeacherSamples,
-}
-
-/// A row of a teacher.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PlannedTeacher {
-    /// Its samples.
-    pub samples: TeacherSamples,
-    /// The samples that students learn, which it is compared with.
-    pub taught: TeacherSamples,
-    /// Whether some student is made for so many steps.
-    pub own_steps: bool,
 }
 
 /// How far a cell is.

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
+use super::item::{PlannedCell, PlannedTeacher};
 use super::matrix::Axis;
 use super::metric::Metric;
-use super::plan::{Comparison, PlannedCell, PlannedTeacher};
+use super::plan::Comparison;
 use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::setting::TeacherSamples;
 use super::statistics::Estimate;

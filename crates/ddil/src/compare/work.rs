@@ -6,7 +6,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -16,7 +15,8 @@ use ddil_trainer::run_folder::{Holder, State, Status, lock_file};
 use ddil_trainer::{Error, Result};
 
 use super::folder::ComparisonFolder;
-use super::plan::{Comparison, PlannedCell, PlannedTeacher};
+use super::item::{PlannedCell, PlannedTeacher, WorkItem};
+use super::plan::Comparison;
 use super::record::{NamedRows, Outcome, Row};
 use super::setting::{TeacherSamples, precision};
 use super::verbs::{Answer, Ended, Program};
@@ -25,24 +25,6 @@ use crate::results::{self, Measurement};
 
 /// How often a lock is asked for that another process has.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
-
-/// One piece of work.
-#[derive(Clone, Debug, PartialEq)]
-pub enum WorkItem {
-    /// Compare real images with real images.
-    RealImages,
-    /// Draw some samples of a teacher.
-    TeacherSamples {
-        /// Which.
-        teacher: TeacherSamples,
-        /// The first of them.
-        start: u32,
-    },
-    /// Measure the samples of a teacher.
-    TeacherRow(PlannedTeacher),
-    /// Train a student and measure it.
-    Cell(Box<PlannedCell>),
-}
 
 /// How a piece of work ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,54 +47,6 @@ pub struct Worker<'a> {
     pub program: &'a Program,
     /// Whether to stop; a running verb is asked to save and end.
     pub stops: &'a dyn Fn() -> bool,
-}
-
-impl WorkItem {
-    /// Whether it is a cell, whose failure leaves the others alone.
-    pub fn is_cell(&self) -> bool {
-        matches!(self, Self::Cell(_))
-    }
-
-    /// What is done, in words.
-    pub fn about(&self) -> String {
-        match self {
-            Self::RealImages => "real images".to_owned(),
-            Self::TeacherSamples { teacher, start } => {
-                let TeacherSamples { steps, guidance_scale, samples, .. } = teacher;
-                let end = teacher.end_of(*start);
-                format!(
-                    "teacher, guidance {guidance_scale}, {steps} steps: samples {start} to {end} of {samples}"
-                )
-            }
-            Self::TeacherRow(planned) => {
-                let TeacherSamples { steps, guidance_scale, .. } = planned.samples;
-                format!("teacher, guidance {guidance_scale}, {steps} steps: measured")
-            }
-            Self::Cell(planned) => planned.cell.name.clone(),
-        }
-    }
-
-    /// Where its verbs print to.
-    pub fn log(&self, folder: &ComparisonFolder) -> PathBuf {
-        match self {
-            Self::Cell(planned) => folder.log_of(&planned.cell.name),
-            _ => folder.log(),
-        }
-    }
-
-    /// The lock of whoever is at work on it.
-    fn lock(&self, folder: &ComparisonFolder) -> PathBuf {
-        match self {
-            Self::RealImages => folder.real().with_extension("lock"),
-            Self::TeacherSamples { teacher, start } => {
-                teacher.part(folder, *start).with_extension("lock")
-            }
-            Self::TeacherRow(planned) => {
-                planned.samples.row(folder, &planned.taught).with_extension("lock")
-            }
-            Self::Cell(planned) => folder.lock_of(&planned.cell.name),
-        }
-    }
 }
 
 impl Worker<'_> {

@@ -9,9 +9,10 @@ use std::time::Instant;
 use ddil_trainer::Result;
 use ddil_trainer::interrupt::Interrupt;
 
+use super::item::WorkItem;
 use super::plan::Comparison;
 use super::verbs::Program;
-use super::work::{End, WorkItem, Worker};
+use super::work::{End, Worker};
 
 /// What happens to a piece of work.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,0 +1,95 @@
+//! The units of work of a comparison.
+
+use std::path::PathBuf;
+
+use super::folder::ComparisonFolder;
+use super::matrix::Cell;
+use super::setting::TeacherSamples;
+
+/// A cell and the samples that it is trained to match.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedCell {
+    /// The cell.
+    pub cell: Cell,
+    /// Checksum of its config.
+    pub config_sha256: String,
+    /// The samples of its teacher.
+    pub taught: TeacherSamples,
+}
+
+/// A row of a teacher.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedTeacher {
+    /// Its samples.
+    pub samples: TeacherSamples,
+    /// The samples that students learn, which it is compared with.
+    pub taught: TeacherSamples,
+    /// Whether some student is made for so many steps.
+    pub own_steps: bool,
+}
+
+/// One piece of work.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WorkItem {
+    /// Compare real images with real images.
+    RealImages,
+    /// Draw some samples of a teacher.
+    TeacherSamples {
+        /// Which.
+        teacher: TeacherSamples,
+        /// The first of them.
+        start: u32,
+    },
+    /// Measure the samples of a teacher.
+    TeacherRow(PlannedTeacher),
+    /// Train a student and measure it.
+    Cell(Box<PlannedCell>),
+}
+
+impl WorkItem {
+    /// Whether it is a cell; a cell's failure does not affect the others.
+    pub fn is_cell(&self) -> bool {
+        matches!(self, Self::Cell(_))
+    }
+
+    /// A description for messages.
+    pub fn about(&self) -> String {
+        match self {
+            Self::RealImages => "real images".to_owned(),
+            Self::TeacherSamples { teacher, start } => {
+                let TeacherSamples { steps, guidance_scale, samples, .. } = teacher;
+                let end = teacher.end_of(*start);
+                format!(
+                    "teacher, guidance {guidance_scale}, {steps} steps: samples {start} to {end} of {samples}"
+                )
+            }
+            Self::TeacherRow(planned) => {
+                let TeacherSamples { steps, guidance_scale, .. } = planned.samples;
+                format!("teacher, guidance {guidance_scale}, {steps} steps: measured")
+            }
+            Self::Cell(planned) => planned.cell.name.clone(),
+        }
+    }
+
+    /// The file that receives the output of its verbs.
+    pub fn log(&self, folder: &ComparisonFolder) -> PathBuf {
+        match self {
+            Self::Cell(planned) => folder.log_of(&planned.cell.name),
+            _ => folder.log(),
+        }
+    }
+
+    /// The lock file of the process that works on it.
+    pub(super) fn lock(&self, folder: &ComparisonFolder) -> PathBuf {
+        match self {
+            Self::RealImages => folder.real().with_extension("lock"),
+            Self::TeacherSamples { teacher, start } => {
+                teacher.part(folder, *start).with_extension("lock")
+            }
+            Self::TeacherRow(planned) => {
+                planned.samples.row(folder, &planned.taught).with_extension("lock")
+            }
+            Self::Cell(planned) => folder.lock_of(&planned.cell.name),
+        }
+    }
+}
