@@ -1,6 +1,6 @@
-//! The config file of a run, part by part.
+//! The config file of a run, table by table.
 //!
-//! Every table and key has its default documented at its field; `ddil init` writes the same as a commented file.
+//! Each field documents its default; `ddil init` writes the same texts as a commented file.
 
 mod lora;
 mod mixing;
@@ -23,55 +23,56 @@ use crate::error::{Error, Result};
 use crate::lr_schedule::LrSchedule;
 use crate::optimizer::AdamWConfig;
 
-/// What every run has: its name, its seed and the machine it runs on.
+/// The common settings of a run: its name, its seed and its device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSection {
     /// The run's folder is `<folder>/<name>`; default `run`.
     pub name: String,
-    /// Where run folders are; default `runs`.
+    /// Folder that contains the run folders; default `runs`.
     pub folder: PathBuf,
-    /// What all random numbers of the run follow from; default 0.
+    /// Seed of all random numbers of the run; default 0.
     pub seed: u64,
     /// `cpu`, `cuda` or `cuda:1`; default `cpu`.
     pub device: String,
-    /// What convolutions and products are computed in; weights stay `float32`. Default `float32`.
+    /// Precision of convolutions and matrix products; weights stay `float32`. Default `float32`.
     pub precision: Precision,
-    /// Whether images keep their channels innermost, the faster order for most convolutions; default true. On a CPU group
-    /// norms are faster so too.
+    /// Whether images are stored channels last, the faster layout for most convolutions; default true. On a CPU it
+    /// speeds up group norms too.
     pub channels_last: bool,
-    /// Whether the backward pass computes the inner results of the blocks of U-Nets once more instead of keeping them:
-    /// less memory for about one more forward pass of what learns; default false.
+    /// Activation checkpointing: whether the backward pass recomputes the intermediate results of the U-Net blocks
+    /// instead of storing them. Saves memory for about one more forward pass of the trained networks; default false.
     pub activation_checkpointing: bool,
-    /// Threads of libtorch; 0, the default, is one a core.
+    /// Number of libtorch's threads; 0, the default, is one per core.
     pub threads: u32,
-    /// Whether libtorch uses operations only that give the same bits each time, or refuses; default false. On the CPU those
-    /// of this project all do. On CUDA it costs time, and `CUBLAS_WORKSPACE_CONFIG=:4096:8` has to be in the environment.
+    /// Whether libtorch uses only deterministic operations and refuses others; default false. On the CPU all operations
+    /// of this project are deterministic. On CUDA it costs time and requires `CUBLAS_WORKSPACE_CONFIG=:4096:8` in the
+    /// environment.
     pub deterministic: bool,
 }
 
-/// Which data, and how many at once.
+/// The data and the batch size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
     /// Where the samples come from; default `fashion_mnist`.
     pub kind: DataKind,
-    /// The folder, or the file of prompts; the default is the user's cache for Fashion-MNIST, and there is none for
-    /// other kinds.
+    /// The folder, or the file of prompts; the default is the user's cache for Fashion-MNIST. Other kinds have no
+    /// default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Height and width in pixels that pictures with captions are brought to, and that prompts alone stand for; default
-    /// what the teacher was made for. Plays no part in other kinds.
+    /// Height and width in pixels to which captioned images are resized, and for which prompts alone are used; default
+    /// the teacher's size. Other kinds ignore it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<u32>,
-    /// Where captions or prompts are kept once they are encoded; default a folder in the user's cache. A cache of other
-    /// data in it is replaced. Plays no part in other kinds.
+    /// Folder for encoded captions or prompts; default a folder in the user's cache. A cache of other data in it is
+    /// replaced. Other kinds ignore it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
-    /// Samples an update; default 64.
+    /// Samples per update; default 64.
     pub batch_size: u32,
-    /// Whether samples are mirrored at random; default false, and false for text-to-image data, whose latents are not
-    /// those of the mirrored picture.
+    /// Whether samples are mirrored at random; default false. Must be false for text-to-image data, whose mirrored
+    /// latents are not those of the mirrored image.
     pub horizontal_flip: bool,
 }
 
@@ -84,16 +85,16 @@ pub enum DataKind {
     FashionMnist,
     /// A folder of PNG or JPEG files of one size; names of sub-folders are the classes.
     ImageFolder,
-    /// A folder of PNG or JPEG files with captions, which the teacher's own parts encode once.
+    /// A folder of PNG or JPEG files with captions, which the teacher's own encoders encode once.
     Captions,
-    /// A folder of latents and prompts that are encoded already, as `docs/TEXT_DATA.md` describes it.
+    /// A folder of encoded latents and prompts in the format of `docs/TEXT_DATA.md`.
     Latents,
-    /// A text file with one prompt a line and no pictures: for backward sources alone.
+    /// A text file with one prompt per line and no images: for backward sources only.
     Prompts,
 }
 
 impl DataKind {
-    /// The name in config files.
+    /// The name used in config files.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::FashionMnist => "fashion_mnist",
@@ -104,25 +105,25 @@ impl DataKind {
         }
     }
 
-    /// Whether a text-to-image teacher learns from it, and no other.
+    /// Whether these data are for text-to-image teachers, and for no other.
     pub fn is_text(self) -> bool {
         !matches!(self, Self::FashionMnist | Self::ImageFolder)
     }
 }
 
-/// What a run writes, and when.
+/// What a run writes, and how often.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OutputSection {
     /// Updates between two lines of metrics; default 10.
     pub log_interval: u64,
-    /// Updates between two sample grids; 0 is none but the last. Default 1000.
+    /// Updates between two sample grids; 0 writes only the last. Default 1000.
     pub sample_interval: u64,
     /// Updates between two checkpoints; default 500.
     pub checkpoint_interval: u64,
-    /// Which checkpoints are kept; default the last two.
+    /// Which checkpoints are kept; default the newest two.
     pub checkpoints: Retention,
-    /// Samples a class or a prompt, or in all without either, in a grid; default 8.
+    /// Samples of a grid per class or prompt, or in all if there are neither; default 8.
     pub samples_per_class: u32,
     /// Prompts of the grids of a text-to-image student; default the first of the data.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -133,7 +134,7 @@ pub struct OutputSection {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Name, seed and machine.
+    /// Name, seed and device.
     pub run: RunSection,
     /// Data.
     pub data: DataSection,
@@ -141,19 +142,19 @@ pub struct TrainConfig {
     pub model: UNet2DConfig,
     /// The noise schedule.
     pub schedule: NoiseScheduleConfig,
-    /// What is learned.
+    /// The training objective.
     pub train: TrainSection,
     /// The optimizer.
     pub optimizer: AdamWConfig,
     /// The learning rate, over the run or over each stage.
     pub learning_rate: LrSchedule,
-    /// The moving average, which is what is exported.
+    /// The moving average, which is exported.
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
 
-/// What `ddil train` learns, for how long, and how its grids are sampled.
+/// The objective of `ddil train`, its duration, and how its grids are sampled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
@@ -161,12 +162,12 @@ pub struct TrainSection {
     pub updates: u64,
     /// What the network is trained to output; default `v_prediction`.
     pub prediction_type: PredictionType,
-    /// How often a label is replaced by the null class, which guidance needs; default 0.1.
+    /// Probability of replacing a label with the null class, which guidance requires; default 0.1.
     pub label_dropout: f64,
     /// DDIM steps of the sample grids; default 50.
     pub sample_steps: u32,
-    /// Guidance of the sample grids; default 2. Plays no part where there is no null class to guide with: without
-    /// labels, and with a `label_dropout` of 0.
+    /// Guidance of the sample grids; default 2. Ignored without a null class: without labels, or with a `label_dropout`
+    /// of 0.
     pub sample_guidance_scale: f64,
 }
 
@@ -174,56 +175,56 @@ pub struct TrainSection {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistillConfig {
-    /// Name, seed and machine.
+    /// Name, seed and device.
     pub run: RunSection,
     /// Data.
     pub data: DataSection,
-    /// The expert.
+    /// The teacher.
     pub teacher: TeacherSection,
-    /// The learner.
+    /// The student.
     pub student: StudentSection,
     /// The method.
     pub objective: ObjectiveConfig,
-    /// What is done with clean data beyond their range.
+    /// Thresholding of clean data.
     pub thresholding: Thresholding,
-    /// Whose clean data that is done with.
+    /// Which clean data are thresholded.
     pub thresholding_places: ThresholdingPlaces,
-    /// Where training states come from.
+    /// The sources of training states.
     pub mixing: MixingSection,
     /// The optimizer.
     pub optimizer: AdamWConfig,
     /// The learning rate, over the run or over each stage.
     pub learning_rate: LrSchedule,
-    /// The critic, of a method that has one.
+    /// The critic, for a method that has one.
     pub critic: CriticSection,
-    /// The moving average, which is what is exported.
+    /// The moving average, which is exported.
     pub ema: EmaConfig,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
 
-/// Whose clean data are held inside their range.
+/// Which clean data are thresholded.
 ///
-/// The critic's own loss is not among them: what it is to follow is what the student makes, wherever that lies.
+/// The critic's own loss is not included: the critic has to follow the student's samples even outside the range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "one switch a place")]
 pub struct ThresholdingPlaces {
     /// The teacher's, after guidance, in labels and in its rollouts; default true.
     pub teacher: bool,
-    /// Those of the student's moving average where that makes the target; default true.
+    /// Those of the student's moving average when it computes the target; default true.
     pub target: bool,
-    /// The critic's where it makes the student's gradient; default true.
+    /// The critic's when it computes the student's gradient; default true.
     pub critic: bool,
-    /// The student's in its rollouts; default true, and to be what `inference` is.
+    /// The student's in its rollouts; default true. Should equal `inference`.
     pub rollout: bool,
     /// The student's when it samples; default true.
     pub inference: bool,
-    /// The student's inside its loss; default false: beyond the range there would be no gradient.
+    /// The student's inside its loss; default false: outside the range the gradient would be zero.
     pub student_loss: bool,
 }
 
-/// How a critic is trained; what is left out is as for the student.
+/// How a critic is trained; defaults are those of the student.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CriticSection {
@@ -235,32 +236,32 @@ pub struct CriticSection {
     pub learning_rate: Option<LrSchedule>,
 }
 
-/// The expert: which one, and how it is asked.
+/// The teacher and its guidance.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherSection {
-    /// A folder as diffusers writes them.
+    /// A model folder in diffusers' format.
     pub path: PathBuf,
-    /// Where its guidance comes from; default `baked_in`, which is none for a plain teacher.
+    /// Source of its guidance; default `baked_in`, which is none for a plain teacher.
     pub guidance: TeacherGuidance,
 }
 
-/// The learner: it starts from the teacher's weights and takes fewer steps.
+/// The student: it starts from the teacher's weights and takes fewer steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StudentSection {
-    /// Its steps, stage by stage; the student of a stage is the teacher of the next. Default `[4]`.
+    /// Its numbers of steps, stage by stage; the student of a stage is the teacher of the next. Default `[4]`.
     pub stages: Vec<u32>,
     /// Updates of each stage; default 2000.
     pub updates_per_stage: u64,
-    /// Width of the embedding by which a student hears the guidance weight, where that is drawn for each sample;
-    /// default 256, as diffusers has it. Plays no part elsewhere.
+    /// Width of the student's embedding of the guidance weight, if that is drawn per sample; default 256, as in
+    /// diffusers. Ignored otherwise.
     pub time_cond_proj_dim: u32,
-    /// A network of its own, with fewer channels, layers or blocks than the teacher's, that starts from the weights of
-    /// the teacher that match; default the teacher's own network. Keys are those of diffusers' `UNet2DModel`.
+    /// A smaller network with fewer channels, layers or blocks than the teacher's, initialised from the teacher's
+    /// weights that match; default the teacher's own network. Keys are those of diffusers' `UNet2DModel`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<UNet2DConfig>,
-    /// An adapter in place of a whole network; default none.
+    /// A LoRA adapter instead of a whole network; default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraSection>,
 }
@@ -350,20 +351,20 @@ impl RunSection {
         self.folder.join(&self.name)
     }
 
-    /// The device, checked to be there: a GPU that was asked for is never replaced by the CPU.
+    /// The device. If a requested GPU is not available, this is an error; the CPU is never used instead.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+    /// [`Error::Invalid`] for an invalid device name, and for a GPU that cannot be used, with the reason.
     pub fn device(&self) -> Result<Device> {
         parse_device(&self.device)
     }
 
-    /// Checks what can be checked before any work.
+    /// Checks what can be checked before the run starts.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] that names the key.
+    /// [`Error::Invalid`] with the key.
     pub fn ensure(&self) -> Result<()> {
         let plain = !self.name.is_empty()
             && !self.name.starts_with('.')
@@ -376,7 +377,8 @@ impl RunSection {
         )
     }
 
-    /// cuBLAS reads its workspaces' sizes from the environment as it starts, and refuses in the middle of a run.
+    /// cuBLAS reads its workspace sizes from the environment when it starts; without them it would fail in the middle
+    /// of a run.
     fn ensure_deterministic_on(&self, device: Device, workspaces: Option<&str>) -> Result<()> {
         let fixed = matches!(workspaces, Some(":4096:8" | ":16:8"));
         let kept = !self.deterministic || device == Device::Cpu || fixed;
@@ -384,11 +386,12 @@ impl RunSection {
         ensure("run.deterministic", "true", kept, expected)
     }
 
-    /// Has libtorch keep [`deterministic`](Self::deterministic) where it is asked for, for the whole process.
+    /// Enables libtorch's deterministic operations for the whole process if [`deterministic`](Self::deterministic) is
+    /// set.
     ///
     /// # Errors
     ///
-    /// What libtorch says.
+    /// Errors of libtorch.
     pub fn apply_determinism(&self) -> Result<()> {
         if self.deterministic {
             ddil_libtorch::deterministic(true)?;
@@ -397,11 +400,11 @@ impl RunSection {
     }
 }
 
-/// The device of that name, checked to be usable.
+/// The device of that name, if it is usable.
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for a name that is no device, and for a GPU that cannot be used, with the reason.
+/// [`Error::Invalid`] for an invalid device name, and for a GPU that cannot be used, with the reason.
 pub fn parse_device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
@@ -457,11 +460,11 @@ impl DataSection {
 }
 
 impl TrainConfig {
-    /// Checks every part, before any work.
+    /// Checks every table before the run starts.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] or the part's own error, which names the key.
+    /// [`Error::Invalid`] or the table's own error, with the key.
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
@@ -488,11 +491,11 @@ impl TrainConfig {
 }
 
 impl DistillConfig {
-    /// Checks every part that can be checked without the teacher, before any work.
+    /// Checks every table that can be checked without the teacher, before the run starts.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] or the part's own error, which names the key.
+    /// [`Error::Invalid`] or the table's own error, with the key.
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
@@ -508,7 +511,7 @@ impl DistillConfig {
         self.ensure_lora()
     }
 
-    /// An adapter stands on the teacher's own network, which is there once.
+    /// An adapter is added to the teacher's own network, of which there is one copy.
     fn ensure_lora(&self) -> Result<()> {
         let StudentSection { lora: Some(lora), model, stages, .. } = &self.student else {
             return Ok(());
@@ -522,7 +525,7 @@ impl DistillConfig {
         ensure("student.stages", format!("{stages:?}"), stages.len() == 1, expected)
     }
 
-    /// Updates in all.
+    /// Total number of updates.
     pub fn total_updates(&self) -> u64 {
         self.student.updates_per_stage.saturating_mul(self.student.stages.len() as u64)
     }
@@ -548,14 +551,14 @@ impl DistillConfig {
     }
 }
 
-/// Checks what an update is made of, before there is a run folder.
+/// Checks the settings of an update before a run folder is created.
 fn ensure_updates(optimizer: &AdamWConfig, rate: &LrSchedule, ema: &EmaConfig) -> Result<()> {
     under("optimizer", optimizer.ensure_valid())?;
     under("learning_rate", rate.ensure_valid())?;
     under("ema", ema.ensure_valid())
 }
 
-/// The same for a critic, whose parts may be left out.
+/// The same for a critic, whose settings are optional.
 fn ensure_critic(critic: &CriticSection) -> Result<()> {
     if let Some(optimizer) = &critic.optimizer {
         under("critic.optimizer", optimizer.ensure_valid())?;
@@ -566,7 +569,7 @@ fn ensure_critic(critic: &CriticSection) -> Result<()> {
     }
 }
 
-/// Puts the table's name in front of the keys that an error names.
+/// Prefixes the keys of an error with the table's name.
 fn under(table: &str, result: Result<()>) -> Result<()> {
     result.map_err(|error| match error {
         Error::Invalid(invalid) => Error::Invalid(invalid.under(table)),

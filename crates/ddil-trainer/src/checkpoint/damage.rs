@@ -1,38 +1,38 @@
-//! Why a checkpoint cannot be used.
+//! Reasons why a checkpoint cannot be used.
 
 use std::io;
 
-/// What can be wrong with a checkpoint.
+/// A defect of a checkpoint.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Damage {
-    /// The manifest is missing, cut short or not JSON.
+    /// The manifest is missing, truncated or not JSON.
     #[error("its manifest.json cannot be read: {reason}")]
     Manifest {
-        /// What the system or the parser said.
+        /// The message of the system or the parser.
         reason: String,
     },
-    /// The manifest is not the one that was written.
+    /// The manifest differs from the one that was written.
     #[error("its manifest.json has another checksum than it says")]
     ManifestChecksum,
-    /// The layout is not one that this version knows.
+    /// This version does not support the layout.
     #[error("its format version is {found}, which this version does not know")]
     Format {
-        /// What the manifest says.
+        /// The layout version in the manifest.
         found: u32,
     },
-    /// The folder's name and the manifest disagree.
+    /// The folder's name and the manifest name different steps.
     #[error("its manifest.json is that of step {found}")]
     OtherStep {
-        /// What the manifest says.
+        /// The step in the manifest.
         found: u64,
     },
-    /// The manifest names a file that a checkpoint cannot have.
+    /// The manifest lists a file name that a checkpoint cannot contain.
     #[error("its manifest.json lists a file `{name}`: {reason}")]
     MemberName {
         /// The name.
         name: String,
-        /// Why it cannot be.
+        /// Why it is not allowed.
         reason: &'static str,
     },
     /// A file is missing or cannot be read.
@@ -40,10 +40,10 @@ pub enum Damage {
     Member {
         /// The file.
         name: String,
-        /// What the system said.
+        /// The message of the system.
         reason: io::Error,
     },
-    /// A file has been cut short or has grown.
+    /// A file is shorter or longer than it was when written.
     #[error("its file {name} has {found} bytes, not {expected}")]
     Size {
         /// The file.
@@ -53,7 +53,7 @@ pub enum Damage {
         /// Its length when it was written.
         expected: u64,
     },
-    /// A file that the run shares has been cut short or changed.
+    /// A file shared with the run is truncated or changed.
     #[error("its file {name} is not what it was: {reason}")]
     Linked {
         /// The file.

@@ -1,4 +1,4 @@
-//! What a checkpoint says of itself.
+//! The manifest of a checkpoint.
 
 use std::collections::BTreeMap;
 
@@ -8,20 +8,20 @@ use sha2::{Digest, Sha256};
 use super::MANIFEST;
 use crate::Result;
 
-/// The layout described here; a reader refuses any other.
+/// Version of the layout described here; a reader refuses any other.
 pub(super) const FORMAT_VERSION: u32 = 1;
 
-/// What a checkpoint says of itself, in `manifest.json`.
+/// The manifest of a checkpoint, `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of the folder's layout.
     pub format_version: u32,
-    /// What kind of run wrote it, such as `distill`.
+    /// The kind of run that wrote it, such as `distill`.
     pub kind: String,
-    /// How many optimizer updates lie behind it.
+    /// The number of optimizer updates done.
     pub step: u64,
-    /// Threads libtorch used: another number gives other bits from here on.
+    /// Number of libtorch's threads; another number gives other bits after a resume.
     pub num_threads: usize,
     /// The version of the program that wrote it.
     pub ddil: String,
@@ -29,18 +29,18 @@ pub struct Manifest {
     pub libtorch: String,
     /// The other files of the folder.
     pub members: BTreeMap<String, Member>,
-    /// Those of them that a run goes on to write behind what belongs to the checkpoint.
+    /// The members to which the run continues to append.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub linked: BTreeMap<String, Linked>,
 }
 
-/// Which part of a file that may have grown belongs to a checkpoint.
+/// The part of a shared file that belongs to a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Linked {
-    /// Its first so many bytes.
+    /// The length of that part in bytes, from the start.
     pub bytes: u64,
-    /// Their CRC-32: states of a buffer are too many for anything slower.
+    /// Its CRC-32: a buffer is too large for a slower checksum.
     pub crc32: u32,
 }
 
@@ -54,7 +54,7 @@ pub struct Member {
     pub sha256: String,
 }
 
-/// The manifest as it stands in the file, with its own checksum beside it.
+/// The content of the manifest file: the manifest and its own checksum.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Sealed {
@@ -62,7 +62,7 @@ pub(super) struct Sealed {
     sha256: String,
 }
 
-/// What a manifest says of its format, whatever else stands there.
+/// The format fields of a manifest, whatever its other fields.
 #[derive(Deserialize)]
 pub(super) struct Said {
     pub(super) manifest: SaidVersion,
@@ -98,7 +98,7 @@ impl Sealed {
     }
 }
 
-/// Of the compact form, so that white space in the file does not count.
+/// The checksum of the compact form, so that white space in the file does not count.
 fn checksum(manifest: &Manifest) -> serde_json::Result<String> {
     Ok(hex(&Sha256::digest(serde_json::to_vec(manifest)?)))
 }
@@ -111,7 +111,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Why a name cannot be that of a member, if so: it must stay a plain file of its own in the folder.
+/// The reason why a name cannot be a member's, if there is one: a member must be a plain file in the folder.
 pub(super) fn objection(name: &str) -> Option<&'static str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if name.is_empty() || name.len() > 200 {

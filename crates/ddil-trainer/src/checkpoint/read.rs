@@ -21,34 +21,34 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// A checkpoint whose every byte is the one that was written.
+/// A checkpoint whose bytes have all been verified.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
 }
 
-/// A checkpoint that was passed over.
+/// A checkpoint that was skipped.
 #[derive(Debug)]
 pub struct Damaged {
     /// Its folder.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Why it cannot be used.
     pub reason: Damage,
 }
 
-/// What [`find_latest`] found.
+/// The result of [`find_latest`].
 #[derive(Debug)]
 pub struct Found {
     /// The newest sound checkpoint, if there is one.
     pub checkpoint: Option<Checkpoint>,
-    /// Newer ones that are damaged, newest first; to be told to the user.
+    /// Newer checkpoints that are damaged, newest first; to be reported to the user.
     pub damaged: Vec<Damaged>,
 }
 
-/// The newest checkpoint that is sound to the last byte, and the damaged ones that are newer.
+/// The newest checkpoint without any damage, and the damaged ones that are newer.
 ///
-/// A folder that does not exist holds no checkpoints.
+/// A folder that does not exist contains no checkpoints.
 ///
 /// # Errors
 ///
@@ -88,11 +88,11 @@ pub fn list(checkpoints: &Path) -> Result<Vec<PathBuf>> {
 }
 
 impl Checkpoint {
-    /// Opens one checkpoint and reads it through, to be sure of it.
+    /// Opens one checkpoint and verifies all its bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if there is no such folder, [`Error::DamagedCheckpoint`] if it is not what was written.
+    /// [`Error::Files`] if there is no such folder, [`Error::DamagedCheckpoint`] if it differs from what was written.
     pub fn open(path: &Path) -> Result<Self> {
         fs::read_dir(path).map_err(Error::io("open", path))?;
         match check(path) {
@@ -101,12 +101,12 @@ impl Checkpoint {
         }
     }
 
-    /// One that was written a moment ago.
+    /// Opens a checkpoint that has just been written.
     pub(super) fn trusted(path: PathBuf, manifest: Manifest) -> Self {
         Self { path, manifest }
     }
 
-    /// How many optimizer updates lie behind it.
+    /// The number of optimizer updates done.
     pub fn step(&self) -> u64 {
         self.manifest.step
     }
@@ -116,12 +116,12 @@ impl Checkpoint {
         &self.path
     }
 
-    /// All that it says of itself.
+    /// Its manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Makes sure that a run of this kind wrote it.
+    /// Checks that a run of this kind wrote it.
     ///
     /// # Errors
     ///
@@ -137,11 +137,11 @@ impl Checkpoint {
         })
     }
 
-    /// What keeps a resume from here from being exact to the bit, in words; empty if nothing.
+    /// Reasons why a resume from here is not bit-exact, in words; empty if it is.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if libtorch cannot say how many threads it uses.
+    /// [`Error::Libtorch`] if libtorch does not return its number of threads.
     pub fn obstacles_to_exact_resume(&self) -> Result<Vec<String>> {
         let now = Manifest::new(self.step(), &self.manifest.kind, self.manifest.members.clone())?;
         let differ = |what: &str, then: &str, now: &str| {
@@ -156,12 +156,12 @@ impl Checkpoint {
         Ok(obstacles.into_iter().flatten().collect())
     }
 
-    /// Whether it has a file of this name.
+    /// Whether it contains a file of this name.
     pub fn has(&self, name: &str) -> bool {
         self.manifest.members.contains_key(name)
     }
 
-    /// Reads a safetensors file onto the CPU, in the kinds that were written, in order of the names.
+    /// Reads a safetensors file onto the CPU, in the stored kinds, sorted by name.
     ///
     /// # Errors
     ///
@@ -174,12 +174,12 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Files`] if it does not hold a `T`.
+    /// [`Error::NoSuchMember`] if there is no such file, [`Error::Files`] if it does not contain a `T`.
     pub fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         Ok(read_json(&self.member(name)?)?)
     }
 
-    /// The files that were [linked](super::CheckpointWriter::link), in order of their names.
+    /// The files that were [linked](super::CheckpointWriter::link), sorted by name.
     pub fn linked(&self) -> Vec<SavedFile> {
         let linked = self.manifest.linked.iter();
         linked.map(|(name, linked)| saved_file(&self.path, name, linked)).collect()
@@ -199,7 +199,7 @@ impl Checkpoint {
 
 fn check(path: &Path) -> Result<Manifest, Damage> {
     let unreadable = |error: ddil_files::Error| Damage::Manifest { reason: cause_of(&error) };
-    // Alone first: what is unknown in the manifest of a newer version is not the news.
+    // The format version is read first: unknown fields of a newer version would give a misleading error.
     let said: Said = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
     let found = said.manifest.format_version;
     if found != FORMAT_VERSION {

@@ -16,13 +16,13 @@ use serde::{Deserialize, Serialize};
 use super::{Checkpoint, REPLACED, list, step_of};
 use crate::{Error, Result};
 
-/// Which checkpoints are kept: the last few, and every so many steps one for good.
+/// Which checkpoints are kept: the newest few, and permanently those of every n-th step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retention {
-    /// How many of the newest are kept; two by default, should the newest be damaged.
+    /// Number of newest checkpoints that are kept; two by default, in case the newest is damaged.
     pub keep_last: NonZeroU32,
-    /// Those of every so many steps are kept for good; none by default.
+    /// Checkpoints at multiples of this step are kept permanently; none by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_interval: Option<NonZeroU64>,
 }
@@ -34,11 +34,10 @@ impl Default for Retention {
 }
 
 impl Retention {
-    /// Deletes what need not be kept, now that `newest` is in place; returns the deleted steps.
+    /// Deletes the checkpoints that need not be kept once `newest` is in place; returns the deleted steps.
     ///
-    /// `newest` is what [`commit`](super::CheckpointWriter::commit) or
-    /// [`find_latest`](super::find_latest) returned, hence sound. It is always kept, and so is
-    /// whatever is of a later step.
+    /// `newest` was returned by [`commit`](super::CheckpointWriter::commit) or [`find_latest`](super::find_latest) and
+    /// is therefore sound. It is always kept, as are all checkpoints of later steps.
     ///
     /// # Errors
     ///
@@ -59,9 +58,9 @@ impl Retention {
     }
 }
 
-/// Deletes the checkpoints of later steps than `step`, damaged or of a future that is given up.
+/// Deletes the checkpoints of steps after `step`, which are damaged or no longer part of the run.
 ///
-/// To be called when a run goes on from an older checkpoint; returns the deleted steps.
+/// Called when a run resumes from an older checkpoint; returns the deleted steps.
 ///
 /// # Errors
 ///
@@ -77,9 +76,9 @@ pub fn discard_newer(checkpoints: &Path, step: u64) -> Result<Vec<u64>> {
     Ok(discarded)
 }
 
-/// Clears away what a killed process left: half a checkpoint, or one that was making room for another.
+/// Removes what a killed process left: an incomplete checkpoint, or one that was being replaced.
 ///
-/// Only for who holds the run folder's lock: without it, this could take the folder from under a writer.
+/// Requires the run folder's lock; without it, this could delete a folder that another process is writing.
 ///
 /// # Errors
 ///
@@ -106,7 +105,7 @@ pub fn tidy(checkpoints: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes the name away first: killed half-way, this leaves no folder that looks like a damaged checkpoint.
+/// Renames the folder first, so that an interrupted removal leaves no folder that looks like a damaged checkpoint.
 fn remove(path: &Path) -> Result<()> {
     let aside = temporary_sibling(path);
     fault::rename(Point::RetentionRename, path, &aside).map_err(Error::io("remove", path))?;

@@ -1,4 +1,4 @@
-//! Named tensors to a safetensors file and back, one tensor in memory at a time.
+//! Writes named tensors to a safetensors file and reads them, one tensor in memory at a time.
 
 use std::{
     collections::HashMap,
@@ -15,10 +15,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// What the format itself allows.
+/// The header limit of the format itself.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Writes tensors as the `safetensors` crate would, without a copy of all of them.
+/// Writes tensors in the same layout as the `safetensors` crate, without a copy of all of them.
 pub(super) fn write_tensors(
     path: &Path,
     file: &mut impl Write,
@@ -26,7 +26,7 @@ pub(super) fn write_tensors(
 ) -> Result<()> {
     let refused = |reason: String| refusal("write", path, reason);
     let mut tensors: Vec<&(String, Tensor)> = tensors.iter().collect();
-    // The format's order: by falling alignment, so that every tensor is aligned, then by name.
+    // The format's order: by decreasing alignment, so that every tensor is aligned, then by name.
     tensors.sort_by(|(left_name, left), (right_name, right)| {
         let size = |tensor: &Tensor| tensor.kind().elt_size_in_bytes();
         size(right).cmp(&size(left)).then_with(|| left_name.cmp(right_name))
@@ -74,7 +74,7 @@ fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>, tch::TchError> {
     Ok(bytes)
 }
 
-/// Reads all tensors of a file onto the CPU, in the file's kinds, in order of their names.
+/// Reads all tensors of a file onto the CPU, in the stored kinds, sorted by name.
 pub(super) fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
     let refused = |reason: String| refusal("read", path, reason);
     let io = || Error::io("read", path);
@@ -114,7 +114,7 @@ fn tensor_of(bytes: &[u8], info: &TensorInfo) -> Result<Tensor, String> {
     Tensor::f_from_data_size(bytes, &shape, kind).map_err(|error| error.to_string())
 }
 
-/// The kinds that both sides have.
+/// The kinds that both libtorch and safetensors support.
 const KINDS: [(Kind, Dtype); 9] = [
     (Kind::Uint8, Dtype::U8),
     (Kind::Int8, Dtype::I8),

@@ -1,4 +1,4 @@
-//! Writing a checkpoint, all or nothing.
+//! Writes a checkpoint atomically.
 
 use std::{
     collections::BTreeMap,
@@ -23,10 +23,10 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// Writes one checkpoint; until [`commit`](Self::commit) it does not exist.
+/// Writes one checkpoint, which does not exist until [`commit`](Self::commit).
 ///
-/// Dropping it without a commit, be it for an error such as a full disk, removes what was written and
-/// leaves earlier checkpoints as they are.
+/// Dropping the writer without a commit, for instance after an error such as a full disk, removes what was written and
+/// leaves earlier checkpoints unchanged.
 ///
 /// # Example
 ///
@@ -56,13 +56,13 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Starts the checkpoint of a step in the folder that holds all checkpoints, made if need be.
+    /// Starts the checkpoint of a step in the folder of all checkpoints, which is created if necessary.
     ///
-    /// `kind` says what sort of run this is; a resume checks it.
+    /// `kind` is the kind of run; a resume checks it.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if a folder cannot be made.
+    /// [`Error::Files`] if a folder cannot be created.
     pub fn new(checkpoints: &Path, step: u64, kind: &str) -> Result<Self> {
         let aside = temporary_sibling(&folder_of(checkpoints, step));
         fs::create_dir_all(checkpoints).map_err(Error::io("create", checkpoints))?;
@@ -74,12 +74,12 @@ impl CheckpointWriter {
         Ok(Self { checkpoints, aside, step, kind, members, linked })
     }
 
-    /// Adds a safetensors file. Tensors of any device and kind are written as they are, to the bit.
+    /// Adds a safetensors file. Tensors of any device and kind are written bit-exactly.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Tensors`] for
-    /// a name given twice or a kind that safetensors lacks, [`Error::Files`] if the disk is full.
+    /// [`Error::InvalidMember`] for a name that is already used or is not a plain file name, [`Error::Tensors`] for a
+    /// name given twice or a kind that safetensors lacks, [`Error::Files`] if the disk is full.
     pub fn tensors(&mut self, name: &str, tensors: &[(String, Tensor)]) -> Result<&mut Self> {
         self.member(name, |path, file| write_tensors(path, file, tensors))
     }
@@ -88,21 +88,20 @@ impl CheckpointWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name, [`Error::Files`] for a
-    /// value that JSON cannot hold, [`Error::Files`] if the disk is full.
+    /// [`Error::InvalidMember`] for a name that is already used or is not a plain file name, [`Error::Files`] for a
+    /// value that JSON cannot represent or if the disk is full.
     pub fn json(&mut self, name: &str, value: &impl Serialize) -> Result<&mut Self> {
         self.member(name, |path, file| {
             serde_json::to_writer_pretty(file, value).map_err(Error::json("write", path))
         })
     }
 
-    /// Adds a file that is there already, under a second name, and has the disk keep what is in it. Only what it holds now
-    /// belongs to the checkpoint.
+    /// Adds an existing file as a hard link and flushes it to disk. Only its present content belongs to the checkpoint.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidMember`] for a name that is taken or is not a plain file name; [`Error::Core`] or [`Error::Files`] if
-    /// it can be neither linked nor copied, or not be flushed.
+    /// [`Error::InvalidMember`] for a name that is already used or is not a plain file name; [`Error::Core`] or
+    /// [`Error::Files`] if the file can be neither linked nor copied, or cannot be flushed.
     pub fn link(&mut self, file: &SavedFile) -> Result<&mut Self> {
         let SavedFile { name, bytes, crc32, .. } = file;
         self.ensure_free(name)?;
@@ -136,11 +135,11 @@ impl CheckpointWriter {
         Ok(self)
     }
 
-    /// Puts the checkpoint in place and names it in `latest`; one of the same step is replaced.
+    /// Moves the checkpoint into place and writes its name to `latest`; one of the same step is replaced.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the disk is full or a name cannot be changed; earlier checkpoints are untouched then.
+    /// [`Error::Files`] if the disk is full or a rename fails; earlier checkpoints are then unchanged.
     pub fn commit(self) -> Result<Checkpoint> {
         let manifest = Manifest::new(self.step, &self.kind, self.members.clone())?;
         let manifest = Manifest { linked: self.linked.clone(), ..manifest };
@@ -167,7 +166,7 @@ impl CheckpointWriter {
         }
         if let Err(error) = fault::rename(Point::CheckpointRename, &self.aside, place) {
             if replaces {
-                // What stood there stands there again; the error to tell is the first one.
+                // The previous checkpoint is back in place; the first error is the one to report.
                 let _ = fs::rename(&old, place);
             }
             return Err(Error::io("rename to", place)(error));
@@ -184,12 +183,12 @@ impl CheckpointWriter {
 
 impl Drop for CheckpointWriter {
     fn drop(&mut self) {
-        // Gone already after a commit; after an error that one is to be told, not this.
+        // After a commit the folder is already gone; after an error, that error is the one to report.
         let _ = fs::remove_dir_all(&self.aside);
     }
 }
 
-/// A file that takes the checksum of what should be in it, not of what the disk made of it.
+/// A file with a running checksum of the bytes passed to it, not of the bytes on disk.
 pub(super) struct Hashed {
     path: PathBuf,
     file: BufWriter<File>,

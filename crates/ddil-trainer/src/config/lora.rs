@@ -1,4 +1,4 @@
-//! A student that is an adapter.
+//! A student that is a LoRA adapter.
 
 use std::fmt;
 
@@ -10,46 +10,46 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::ensure;
 use crate::error::Result;
 
-/// An adapter of low rank on the teacher's own weights, which stay as they are: the defaults are those of LCM-LoRA
-/// ([Luo et al. 2023](https://arxiv.org/abs/2311.05556)).
+/// A low-rank adapter of the teacher's weights, which stay frozen. The defaults are those of LCM-LoRA ([Luo et al.
+/// 2023](https://arxiv.org/abs/2311.05556)).
 ///
-/// Teacher, student and their moving averages share one copy of the base. The network is never in training mode, so that
-/// a dropout of its own plays no part. Where the guidance weight is drawn for each sample (`cfg_range`), the student is
-/// told none and learns the average over the range: an embedding of it would be a weight of the base, for which a file of
-/// adapters has no place.
+/// Teacher, student and their moving averages share one copy of the base weights. The network is never in training
+/// mode, so its own dropout has no effect. If the guidance weight is drawn per sample (`cfg_range`), the student does
+/// not receive it and learns the average over the range: an embedding of the weight would belong to the base, and
+/// adapter files cannot store it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraSection {
-    /// How many numbers lie between the two factors of an adapter; default 64.
+    /// Rank of an adapter's two factors; default 64.
     pub rank: u32,
-    /// What an adapter adds is multiplied by `alpha / rank`; default 64.
+    /// The adapter's output is scaled by `alpha / rank`; default 64.
     pub alpha: f64,
-    /// Which layers have one: `"default"`, or a list of names or ends of names.
+    /// Layers with an adapter: `"default"`, or a list of names or name suffixes.
     pub targets: LoraTargets,
-    /// What the run comes to; default `adapter`.
+    /// What is exported; default `adapter`.
     pub export: LoraExport,
 }
 
-/// Which layers have an adapter.
+/// Layers with an adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum LoraTargets {
-    /// `"default"`: those of LCM-LoRA that the teacher has. Attention, feed-forward layers, convolutions and the time's
-    /// projections of all blocks.
+    /// `"default"`: the layers of LCM-LoRA that the teacher has. Attention, feed-forward layers, convolutions and the
+    /// time projections of all blocks.
     #[default]
     Default,
-    /// Those whose names are in a list, or end with a dot and one that is.
+    /// Layers whose name is in the list, or ends with a dot and an entry of the list.
     Named(Vec<String>),
 }
 
-/// What a run with an adapter comes to.
+/// What a run with an adapter exports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoraExport {
-    /// A folder with `pytorch_lora_weights.safetensors`, for which diffusers has `load_lora_weights`, and the scheduler to
-    /// use it with. `ddil` reads it as a model, from the base's own folder.
+    /// A folder with `pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`, and with the scheduler for
+    /// it. `ddil` reads it as a model that refers to the folder of the base.
     #[default]
     Adapter,
-    /// A whole pipeline with the adapter added to the weights.
+    /// A whole pipeline with the adapter merged into the weights.
     Merged,
 }
 
@@ -59,7 +59,7 @@ impl Default for LoraSection {
     }
 }
 
-/// No layer of a published network has more inputs.
+/// Above the input size of any layer of a published network.
 const MAX_RANK: u32 = 16_384;
 
 impl LoraSection {

@@ -1,4 +1,4 @@
-//! The `mixing` part of a distillation config.
+//! The `mixing` table of a distillation config.
 
 use ddil_core::{MixerConfig, PriorSchedule, StudentConfig, TeacherConfig};
 use ddil_schedulers::Thresholding;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::ensure;
 use crate::error::Result;
 
-/// The `mixing` part of a config file: [`MixerConfig`] with the keys that run folders hold beside it.
+/// The `mixing` table of a config file: [`MixerConfig`] and further keys that run folders contain.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MixingSection {
@@ -19,9 +19,9 @@ pub struct MixingSection {
     pub teacher: TeacherConfig,
     /// See [`MixerConfig::pure_noise_at_tmax`].
     pub pure_noise_at_tmax: bool,
-    /// Read and written, as run folders contain it; allowed to be none alone: `[thresholding]` is for the whole run.
+    /// Read and written because run folders contain it; only `none` is allowed: `[thresholding]` is for the whole run.
     thresholding: Thresholding,
-    /// As `thresholding`, allowed to be true alone: `[thresholding_places]` is for the whole run.
+    /// As `thresholding`; only `true` is allowed: `[thresholding_places]` is for the whole run.
     threshold_student: bool,
     /// As `threshold_student`.
     threshold_teacher: bool,
@@ -50,7 +50,7 @@ impl MixingSection {
         MixerConfig { priors, student, teacher, pure_noise_at_tmax }
     }
 
-    /// Checks that thresholding is left to the whole run.
+    /// Checks that thresholding is set for the whole run only.
     pub(super) fn ensure(&self) -> Result<()> {
         let Self { thresholding, threshold_student, threshold_teacher, .. } = self;
         let none = *thresholding == Thresholding::None && *threshold_student && *threshold_teacher;
