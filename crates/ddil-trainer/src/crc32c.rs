@@ -1,4 +1,4 @@
-//! CRC-32C (Castagnoli), of which `TFRecord` files and the record's positions are made.
+//! CRC-32C (Castagnoli), used by `TFRecord` files and the record's positions.
 
 /// The polynomial 0x1EDC6F41, bits reversed.
 const POLYNOMIAL: u32 = 0x82F6_3B78;
@@ -21,14 +21,14 @@ const fn table() -> [u32; 256] {
     table
 }
 
-/// The checksum of what `checksum` covers, followed by `bytes`; start with 0.
+/// Extends `checksum` by `bytes`; start with 0.
 pub(crate) fn extend(checksum: u32, bytes: &[u8]) -> u32 {
     !bytes
         .iter()
         .fold(!checksum, |value, &byte| (value >> 8) ^ TABLE[usize::from(value as u8 ^ byte)])
 }
 
-/// The checksum as `TFRecord` stores it: turned and shifted, so that a checksum of checksums tells something.
+/// The masked checksum that `TFRecord` stores: rotated and offset, so that a checksum of data with checksums is useful.
 pub(crate) fn masked(bytes: &[u8]) -> u32 {
     extend(0, bytes).rotate_right(15).wrapping_add(0xA282_EAD8)
 }

@@ -1,4 +1,4 @@
-//! Batches for training, each a function of the number of its update.
+//! Batches for training, each a function of its update number.
 
 mod encode;
 mod row_file;
@@ -15,10 +15,10 @@ use crate::config::DataSection;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 
-/// Keeps what a discriminator is shown apart from what is noised.
+/// Random stream of a discriminator's batches, separate from that of the noised batches.
 const REAL: u64 = 0x7265_616c;
 
-/// A dataset with the order in which its samples come.
+/// A dataset and the order of its samples.
 #[derive(Debug)]
 pub struct TrainingData {
     samples: Samples,
@@ -29,7 +29,7 @@ pub struct TrainingData {
     real: BatchIndices,
     seed: u64,
     horizontal_flip: bool,
-    /// Whether labels are handed out, if there are any.
+    /// Whether batches contain labels, if the data have any.
     labelled: bool,
     device: Device,
 }
@@ -41,12 +41,12 @@ enum Samples {
 }
 
 impl TrainingData {
-    /// Opens pixels of a config; batches come out on `device`.
+    /// Opens a config's pixel data; batches are on `device`.
     ///
     /// # Errors
     ///
-    /// What is missing or damaged, and where; [`Error::Invalid`](crate::Error::Invalid) if a batch is larger
-    /// than the dataset, and for data of texts.
+    /// An error for missing or damaged data, with the place; [`Error::Invalid`](crate::Error::Invalid) if a batch is
+    /// larger than the dataset, and for text data.
     pub fn open(section: &DataSection, seed: u64, device: Device) -> Result<Self> {
         let source = DataSource::of_pixels(section)?;
         source.open(section, seed, device, None, &Interrupt::default())
@@ -80,17 +80,17 @@ impl TrainingData {
     ///
     /// # Errors
     ///
-    /// What libtorch refuses, such as memory.
+    /// Errors of libtorch, such as out of memory.
     pub fn batch_at(&mut self, step: u64) -> Result<Data> {
         let (indices, flips) = (self.indices.at(step), self.indices.flips_at(step));
         self.batch(step, &indices, &flips, self.seed)
     }
 
-    /// The batch that update `step` shows to a discriminator: as large, of the same samples in another order.
+    /// The discriminator's batch of update `step`: the same size, from the same samples in another order.
     ///
     /// # Errors
     ///
-    /// What libtorch refuses, such as memory.
+    /// Errors of libtorch, such as out of memory.
     pub fn real_at(&mut self, step: u64) -> Result<Data> {
         let (indices, flips) = (self.real.at(step), self.real.flips_at(step));
         self.batch(step, &indices, &flips, self.seed ^ REAL)
@@ -109,7 +109,7 @@ impl TrainingData {
                 Data { x0: batch.x0, conditioning }
             }
             Samples::Encoded(data) => {
-                // Which phrasing, and which of the latents that the autoencoder thinks possible.
+                // The choice of caption, and the sample from the autoencoder's posterior.
                 let streams = RandomStreams::new(seed, 0);
                 let mut draws = streams.draws(step, Stream::Data, self.device)?;
                 let EncodedBatch { x0, conditioning } =
@@ -125,7 +125,7 @@ impl TrainingData {
         self.shape
     }
 
-    /// Latents and prompts, if that is what the data are.
+    /// Latents and prompts, for data of that kind.
     pub fn encoded(&self) -> Option<&EncodedDataset> {
         match &self.samples {
             Samples::Images(_) => None,
@@ -133,7 +133,7 @@ impl TrainingData {
         }
     }
 
-    /// Rows of the first so many prompts, each once; none without prompts.
+    /// Rows of the first distinct prompts, at most that many; none without prompts.
     pub fn first_prompts(&self, most: usize) -> Vec<i64> {
         let Some(data) = self.encoded() else { return Vec::new() };
         let (mut seen, mut rows) = (BTreeSet::new(), Vec::new());
@@ -157,14 +157,14 @@ impl TrainingData {
         }
     }
 
-    /// The class that stands for "no condition": the one after the last; none without labels.
+    /// The null class: the one after the last; none without labels.
     pub fn null_class(&self) -> Option<i64> {
         self.labelled.then(|| self.class_names().len() as i64)
     }
 }
 
-/// What a network that is told sizes is told of pictures of a height and width as they are sampled: neither scaled nor
-/// cropped, `[batch, 6]`.
+/// SDXL's size and crop conditioning for images of a height and width as they are sampled: neither scaled nor cropped,
+/// `[batch, 6]`.
 pub(crate) fn sampled_time_ids([height, width]: [i64; 2], batch: i64) -> Tensor {
     let [height, width] = [height, width].map(|side| side as f32);
     Tensor::from_slice(&[height, width, 0.0, 0.0, height, width]).repeat([batch, 1])

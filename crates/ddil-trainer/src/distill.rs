@@ -39,7 +39,7 @@ use crate::roster::Roster;
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 
-/// A student on its way: the mixer collects states, the teacher labels them, the objective compares.
+/// A distillation in progress: the mixer collects states, the teacher labels them, the objective computes the loss.
 #[derive(Debug)]
 pub struct DistillTask {
     config: DistillConfig,
@@ -47,22 +47,22 @@ pub struct DistillTask {
     data: TrainingData,
     streams: RandomStreams,
     card: Card,
-    /// What stands around the teacher, and will around the student.
+    /// The other parts of the teacher's pipeline, which the exported student shares.
     parts: PipelineParts,
-    /// Of a text-to-image model.
+    /// Text conditioning of a text-to-image model.
     prompted: Option<Prompted>,
     guide: Guidance,
     roles: Roles,
     stage: Stage,
     meters: Meters,
     run_folder: PathBuf,
-    /// Locked as long as it is open: where the buffer spills to.
+    /// The lock of the buffer's spill folder, held while this is open.
     spill_lock: Option<File>,
-    /// The batch of the present update, kept from phase to phase and for the mixer.
+    /// The batch of the present update, shared by its phases and the mixer.
     pending: Option<Pending>,
 }
 
-/// The states of an update, and what was said of them so far.
+/// The states of an update and the outputs computed for them so far.
 #[derive(Debug)]
 struct Pending {
     states: States,
@@ -73,7 +73,7 @@ struct Pending {
     losses: Option<Tensor>,
 }
 
-/// Latents in one call of a network that is sampled for a grid; a pixel of theirs stands for many.
+/// Latents per call of a network when a grid is sampled; each latent pixel is decoded to many pixels.
 const LATENTS_AT_ONCE: u32 = 4;
 
 const TEACHER: &str = "teacher.safetensors";
@@ -81,7 +81,7 @@ const TARGET: &str = "target.safetensors";
 const MIXER: &str = "mixer.safetensors";
 const MIXER_STATE: &str = "mixer.json";
 
-/// What a config comes to with its teacher and its data.
+/// The task that a config describes with its teacher and its data.
 struct Fitted {
     config: DistillConfig,
     data: DataSource,
@@ -89,7 +89,7 @@ struct Fitted {
 }
 
 impl Fitted {
-    /// Looks at the data, and checks that everything fits; the teacher is not asked anything.
+    /// Reads the data's properties and checks that everything fits; the teacher is not evaluated.
     fn new(config: &DistillConfig, teacher: &Pipeline) -> Result<Self> {
         let data = DataSource::find(&config.data, teacher)?;
         data.ensure_batch_size(config.data.batch_size)?;
@@ -103,7 +103,7 @@ impl Fitted {
     }
 }
 
-/// A distillation whose parts fit each other, before its data are encoded.
+/// A distillation whose parts have been checked against each other, before its data are encoded.
 struct Prepared {
     config: DistillConfig,
     placement: Placement,
@@ -117,14 +117,15 @@ struct Prepared {
 }
 
 impl Prepared {
-    /// Reads the teacher, looks at the data and builds the networks: whatever may be refused is refused here.
+    /// Reads the teacher, checks the data and builds the networks: everything that can fail fails here.
     fn new(config: &DistillConfig) -> Result<Self> {
         config.ensure()?;
         let device = config.run.device()?;
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
         let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
-        // Nothing to the teacher, which has no backward pass, but its student and critic are made of it.
+        // No effect on the teacher, which has no backward pass, but student and critic are built from its
+        // configuration.
         teacher
             .network
             .model()
@@ -133,7 +134,7 @@ impl Prepared {
         let schedule = teacher.network.schedule().clone();
         let is_class_conditional = teacher.network.is_class_conditional();
         let Pipeline { network: teacher, card, parts, .. } = teacher;
-        // A U-Net for latents takes other sizes than that it was made for.
+        // A latent U-Net accepts other sizes than its training size.
         let card = Card { image_shape: data.image_shape(), ..card };
         let requirements = stage.objective.requirements();
         let roster = Roster::first(&config, requirements, teacher.config(), card.image_shape)?;
@@ -153,7 +154,7 @@ impl Prepared {
         Ok(prepared)
     }
 
-    /// Opens the data, which may have to be encoded first.
+    /// Opens the data, which are encoded first if necessary.
     fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
         let Self { config, placement, schedule, data, card, parts, roles, stage, .. } = self;
         let (seed, device) = (config.run.seed, placement.device);
@@ -183,16 +184,16 @@ impl Prepared {
     }
 }
 
-/// How a model of that card is guided.
+/// How a model with that card is guided.
 fn guide(card: &Card, prompted: Option<&Prompted>) -> Guidance {
     match prompted.and_then(Prompted::empty) {
         Some(empty) => Guidance::of_prompts(card, empty),
-        // By its classes, or by a scale that it is told.
+        // By its classes, or by a guidance embedding.
         None => Guidance::of_classes(card),
     }
 }
 
-/// The teacher with its guidance; thresholding goes outside of that.
+/// The teacher with its guidance; thresholding is applied after that.
 fn guided<'a>(
     guide: &Guidance,
     teacher: impl Denoiser + 'a,
@@ -205,7 +206,7 @@ fn guided<'a>(
     Ok(guidance.wrap(teacher, null)?)
 }
 
-/// How students of that method step when they are sampled, in diffusers' words.
+/// The sampler of students of that method, in diffusers' terms.
 fn scheduler(
     config: &DistillConfig,
     schedule: &NoiseSchedule,
@@ -224,16 +225,16 @@ fn scheduler(
 impl DistillTask {
     /// The task at its first update: the student has the teacher's weights.
     ///
-    /// Pictures with captions, and prompts, are encoded first, unless a cache has them.
+    /// Images with captions, and prompts, are encoded first, unless a cache contains them.
     ///
     /// # Errors
     ///
-    /// What the config, the data or the teacher refuse; [`Error::Invalid`] if they do not fit each other.
+    /// Errors of the config, the data and the teacher; [`Error::Invalid`] if they do not fit each other.
     pub fn new(config: &DistillConfig) -> Result<Self> {
         Self::interruptible(config, &Interrupt::default())
     }
 
-    /// The same, where somebody may ask for a stop while data are encoded.
+    /// The same, with a stop request that is checked while data are encoded.
     ///
     /// # Errors
     ///
@@ -242,12 +243,12 @@ impl DistillTask {
         Prepared::new(config)?.open(interrupt)
     }
 
-    /// Checks that such a task can be made, without encoding or writing anything: config, data and the teacher's settings
-    /// against each other, and names and shapes of the teacher's weights, whose values are not read.
+    /// Checks that such a task can be built, without encoding or writing anything: config, data and the teacher's
+    /// settings against each other, and names and shapes of the teacher's weights, whose values are not read.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new), but for damage to the values of the teacher's weights and for want of memory.
+    /// As [`new`](Self::new), except for damaged values of the teacher's weights and lack of memory.
     pub fn check(config: &DistillConfig) -> Result<()> {
         config.ensure()?;
         config.run.device()?;
@@ -260,12 +261,13 @@ impl DistillTask {
         Ok(Pipeline::ensure_weights(&config.teacher.path)?)
     }
 
-    /// The stage of that index, with nothing collected yet.
+    /// The stage of that index, with an empty buffer.
     fn stage(&self, index: usize) -> Result<Stage> {
         Stage::new(&self.config, &self.schedule, index, &self.run_folder)
     }
 
-    /// The networks of the present stage, whose teacher is the student of the one before with the weights `average`.
+    /// The networks of the present stage, whose teacher is the student of the previous stage with the weights
+    /// `average`.
     fn next_roles(&self, average: &[(String, Tensor)]) -> Result<Roles> {
         let teacher = self.roles.student.config();
         let shape = self.card.image_shape;
@@ -281,13 +283,13 @@ impl DistillTask {
         self.stage.objective.requirements()
     }
 
-    /// What is done with clean data at a place where that is switched on.
+    /// The thresholding at a place, if it is enabled there.
     fn thresholding(&self, on: bool) -> Thresholding {
         if on { self.config.thresholding.clone() } else { Thresholding::None }
     }
 
-    /// What backward trajectories are told: the batch's own labels or prompts in another order, so that each comes as
-    /// often as in the data and no trajectory is tied to a sample.
+    /// Conditioning of backward trajectories: the batch's own labels or prompts in another order, so that each is as
+    /// frequent as in the data and no trajectory is tied to a sample.
     fn prompts(&self, step: u64, conditioning: &Conditioning, batch: i64) -> Result<Conditioning> {
         let mut generator = self.streams.generator(step, Stream::Condition, Device::Cpu)?;
         Ok(conditioning.index_select(&generator.randperm(batch)?)?)
@@ -298,7 +300,7 @@ impl DistillTask {
         let data = self.data.batch_at(step)?;
         let batch = data.x0.size()[0];
         let prompts = self.prompts(step, &data.conditioning, batch)?;
-        // A weight for each sample where guidance is drawn: another one for each trajectory that may begin here.
+        // One weight per sample if guidance is drawn: a new one for each trajectory that may start here.
         let (guidance, device) = (self.config.teacher.guidance, self.device());
         let mut rng = self.streams.rng(step, Stream::Guidance);
         let mut told = |said| guidance.condition(said, batch as usize, device, &mut rng);
@@ -326,7 +328,7 @@ impl DistillTask {
         Ok(Pending { states, real, student_x0: None, teacher_next: None, losses: None })
     }
 
-    /// What the method says of the present states in one phase.
+    /// The objective's loss on the present states in one phase.
     fn terms(&self, step: u64, phase: Phase, pending: &Pending) -> Result<LossTerms> {
         let (roles, places) = (&self.roles, self.config.thresholding_places);
         self.meters.rows_are(&pending.states.sources);
@@ -365,9 +367,9 @@ impl DistillTask {
         })?)
     }
 
-    /// Whether a line of the record may tell of this update: one is written now or before the student's next update.
+    /// Whether a line of the record may include this update: one is written now or before the student's next update.
     ///
-    /// Figures make the host wait for the device, so they are made for these updates alone.
+    /// Figures make the host wait for the device, so they are computed for these updates only.
     fn is_logged(&self, step: u64) -> bool {
         let (interval, total) = (self.config.output.log_interval, self.config.total_updates());
         let trains = |step: &u64| self.phases(*step).contains(&Phase::Student);
@@ -375,12 +377,12 @@ impl DistillTask {
         next == total || next / interval > step / interval
     }
 
-    /// How the student steps when it is sampled.
+    /// The student's sampler.
     fn sampler(&self) -> SamplerConfig {
         self.config.objective.sampler_config(&self.schedule)
     }
 
-    /// How the present student is sampled.
+    /// The sampling configuration of the present student.
     fn sample_plan(&self, card: &Card) -> SamplePlan {
         SamplePlan {
             steps: self.stage.sampling.len() as u32,
@@ -393,12 +395,12 @@ impl DistillTask {
         }
     }
 
-    /// The same in diffusers' words.
+    /// The same in diffusers' terms.
     fn scheduler(&self) -> Result<Scheduler> {
         scheduler(&self.config, &self.schedule, &self.stage, &self.roles.student)
     }
 
-    /// Whether what is given away is the adapter alone.
+    /// Whether only the adapter is exported.
     fn exports_adapter(&self) -> bool {
         let lora = self.config.student.lora.as_ref();
         lora.is_some_and(|lora| lora.export == LoraExport::Adapter)
@@ -408,7 +410,7 @@ impl DistillTask {
         let (guidance_scale, guidance_range) = match self.config.teacher.guidance {
             TeacherGuidance::Cfg { scale } => (Some(scale), None),
             TeacherGuidance::BakedIn => (self.card.guidance_scale, None),
-            // Told none of them, an adapter has learned their average.
+            // Without the guidance weight as an input, an adapter has learned the average over the range.
             TeacherGuidance::CfgRange { min, max } if self.config.student.lora.is_some() => {
                 (Some(1.0 + f64::midpoint(min, max)), None)
             }
@@ -428,7 +430,7 @@ impl DistillTask {
     }
 }
 
-/// The loss by source and the share of each source in the student's phase, and the parts of the loss, for the record.
+/// The loss by source and the share of each source in the student's phase, and the terms of the loss, for the record.
 fn figures(
     states: Option<&States>,
     per_sample: &Tensor,
@@ -564,7 +566,7 @@ impl Task for DistillTask {
 
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()> {
         self.stage = self.stage((step / self.updates_per_stage()) as usize)?;
-        // The student as it was to be used, the averaged one, is the next teacher and the next student's start.
+        // The averaged student is the next teacher and the next student's initialisation.
         self.roles = self.next_roles(average)?;
         Ok(())
     }
@@ -602,11 +604,11 @@ impl Task for DistillTask {
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()> {
-        // A checkpoint at the border of two stages is still of the first: the second starts with its first update.
+        // A checkpoint at the boundary of two stages belongs to the first: the second starts with its first update.
         let index = (step.saturating_sub(1) / self.updates_per_stage()) as usize;
         self.stage = self.stage(index)?;
         if index > 0 {
-            // Of the student's form; the weights come from the file.
+            // A network of the student's configuration; its weights come from the file.
             let any = self.roles.student.parameters().learned();
             self.roles = self.next_roles(&any)?;
             let saved = checkpoint.tensors(TEACHER)?;

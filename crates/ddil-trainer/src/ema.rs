@@ -11,9 +11,9 @@ use crate::{Error, Result, state};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmaConfig {
-    /// How much of the average an update keeps; 0.999 by default.
+    /// Fraction of the average that an update keeps; 0.999 by default.
     pub decay: f64,
-    /// Whether early updates keep less, `(1 + n) / (10 + n)` at most after `n` of them; on by default.
+    /// Whether early updates keep less, at most `(1 + n) / (10 + n)` after `n` updates; on by default.
     pub warmup: bool,
 }
 
@@ -26,9 +26,9 @@ impl Default for EmaConfig {
 impl EmaConfig {
     /// Checks the settings and starts an average at the present values of these tensors.
     ///
-    /// The tensors are watched, not copied: parameters, and buffers if there are any. Averages are of the kind of
-    /// what they average, except that 16-bit tensors are averaged in `Float`, where a decay of 0.999 is not
-    /// rounded away; whole numbers are copied.
+    /// The tensors are shared, not copied: parameters, and buffers if there are any. An average has the kind of its
+    /// tensor, except that 16-bit tensors are averaged in `Float`, because a decay of 0.999 would be rounded away;
+    /// integer tensors are copied.
     ///
     /// # Errors
     ///
@@ -86,12 +86,12 @@ pub struct Ema {
     num_updates: u64,
 }
 
-/// What one call moves: all averages of the kind of what they average.
+/// Tensors updated by one fused call: all averages that have the kind of their tensor.
 #[derive(Debug)]
 struct Together {
     averages: TensorList,
     values: TensorList,
-    /// Places of the others.
+    /// Indices of the others.
     rest: Vec<usize>,
 }
 
@@ -109,11 +109,11 @@ impl Together {
 }
 
 impl Ema {
-    /// Takes in the present values. Does not wait for the device.
+    /// Updates the averages with the present values. Does not wait for the device.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] or [`Error::Libtorch`] if libtorch refuses, as when memory runs out.
+    /// [`Error::Torch`] or [`Error::Libtorch`] if libtorch fails, for instance out of memory.
     pub fn update(&mut self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let weight = 1.0 - self.decay();
@@ -126,7 +126,7 @@ impl Ema {
         Ok(())
     }
 
-    /// How much of the average the next update keeps.
+    /// Fraction of the average that the next update keeps.
     pub fn decay(&self) -> f64 {
         let n = self.num_updates as f64;
         if self.config.warmup {
@@ -136,21 +136,21 @@ impl Ema {
         }
     }
 
-    /// How many updates lie behind it; to be saved beside [`tensors`](Self::tensors).
+    /// The number of updates done; to be saved with [`tensors`](Self::tensors).
     pub fn num_updates(&self) -> u64 {
         self.num_updates
     }
 
-    /// The averages under the names of what they average, so that the file they are saved in is a weights file.
+    /// The averages under the names of their tensors, so that the saved file is a weights file.
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.averages
     }
 
-    /// Goes on from saved averages.
+    /// Restores saved averages.
     ///
     /// # Errors
     ///
-    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed then.
+    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed in that case.
     pub fn load(&mut self, saved: &[(String, Tensor)], num_updates: u64) -> Result<()> {
         state::restore("EMA", &self.averages, saved)?;
         self.num_updates = num_updates;
@@ -161,18 +161,18 @@ impl Ema {
     ///
     /// # Errors
     ///
-    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed then.
+    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed in that case.
     pub fn copy_to(&self, targets: &[(String, Tensor)]) -> Result<()> {
         state::restore("EMA", targets, &self.averages)
     }
 
-    /// Puts the averages into the network, until what is returned is dropped; then the network is as before.
+    /// Copies the averages into the network until the returned guard is dropped, which restores the weights.
     ///
-    /// Holds a copy of the weights meanwhile. Training in between would be undone.
+    /// Holds a copy of the weights meanwhile. Dropping the guard undoes any training in between.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if memory runs out; the network is as before then.
+    /// [`Error::Torch`] if memory runs out; the network is then unchanged.
     pub fn apply(&self) -> Result<Applied<'_>> {
         let _guard = tch::no_grad_guard();
         let values: Result<Vec<Tensor>, tch::TchError> =
@@ -185,7 +185,7 @@ impl Ema {
     }
 }
 
-/// A network that has its averaged weights for as long as this lives; see [`Ema::apply`].
+/// A network with its averaged weights while this guard lives; see [`Ema::apply`].
 #[derive(Debug)]
 #[must_use = "the averages are taken out again when this is dropped"]
 pub struct Applied<'a> {
@@ -197,7 +197,7 @@ impl Drop for Applied<'_> {
     fn drop(&mut self) {
         let _guard = tch::no_grad_guard();
         for ((_, tensor), value) in self.ema.watched.iter().zip(&self.values) {
-            // Cannot fail: the copy was made from this very tensor.
+            // Cannot fail: the copy was made from this tensor.
             let _ = copy(tensor, value);
         }
     }
@@ -214,7 +214,7 @@ fn average_kind(kind: Kind) -> Kind {
     }
 }
 
-/// One average on its own: of a tensor of another kind, or of whole numbers, which are copied.
+/// One average outside the fused call: of a tensor of another kind, or of an integer tensor, which is copied.
 fn follow(average: &Tensor, tensor: &Tensor, weight: f64) -> Result<()> {
     if !is_floating(average.kind()) {
         return copy(average, tensor);
@@ -230,7 +230,7 @@ fn copy(target: &Tensor, source: &Tensor) -> Result<()> {
     target.shallow_clone().f_copy_(source).map(drop).map_err(Error::torch("Ema"))
 }
 
-/// With memory of its own, and not tracked for gradients.
+/// A copy with its own memory, not tracked for gradients.
 fn duplicate(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     let mut duplicate = tensor.f_detach()?.f_empty_like()?;
     duplicate.f_copy_(tensor)?;

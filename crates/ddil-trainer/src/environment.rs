@@ -1,4 +1,4 @@
-//! The machine and the versions that a run was computed with.
+//! The machine and the versions with which a run was computed.
 
 use std::{
     fs,
@@ -13,58 +13,58 @@ use tch::Device;
 
 use crate::{Error, Result};
 
-/// Its name in the folder of a run.
+/// File name in a run folder.
 const FILE: &str = "environment.json";
-/// The only version of that file so far.
+/// The only version of the file so far.
 const FORMAT_VERSION: u32 = 1;
 
-/// The version of tch that this was built with.
+/// The version of tch of this build.
 const TCH: &str = "0.26";
 
-/// Machine and versions, as `ddil doctor` tells them and [`RunEnvironment`] keeps them.
+/// Machine and versions, as `ddil doctor` prints them and [`RunEnvironment`] stores them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Environment {
     /// The version of this program.
     pub ddil: String,
     /// The version of tch.
     pub tch: String,
-    /// The version of libtorch that this program was built against.
+    /// The version of libtorch for which this program was built.
     pub libtorch: String,
     /// The libtorch that is loaded.
     pub loaded: LoadedLibtorch,
     /// Operating system and processor family, such as `linux x86_64`.
     pub platform: String,
-    /// What the processor calls itself; empty where the system does not say.
+    /// The processor's model name; empty if the system does not report it.
     pub cpu: String,
-    /// How many processors this process may use.
+    /// Number of processors available to this process.
     pub num_cpus: usize,
-    /// How many threads one operation of libtorch uses.
+    /// Number of libtorch's threads within an operation.
     pub num_threads: usize,
-    /// How many operations libtorch runs side by side.
+    /// Number of libtorch operations that run in parallel.
     pub num_interop_threads: usize,
-    /// How many CUDA devices can be used.
+    /// Number of usable CUDA devices.
     pub num_cuda_devices: usize,
-    /// Why none can be used; nothing if some can.
+    /// Why no CUDA device can be used; none if one can.
     pub why_no_cuda: Option<String>,
-    /// What [`keep_freed_pages`](ddil_libtorch::keep_freed_pages) answered at the start; false if it was not asked.
+    /// Result of [`keep_freed_pages`](ddil_libtorch::keep_freed_pages) at the start; false if it was not called.
     pub keeps_freed_pages: bool,
 }
 
-/// Where the loaded libtorch lies and what it says of itself, as far as the system tells.
+/// Path and version of the loaded libtorch, as far as the system reports them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadedLibtorch {
     /// Its `libtorch_cpu.so`.
     pub path: Option<PathBuf>,
-    /// The version that the files beside it give.
+    /// The version in the files next to it.
     pub version: Option<String>,
 }
 
 impl Environment {
-    /// Looks at the machine.
+    /// Reads the properties of the machine.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if libtorch fails to answer.
+    /// [`Error::Libtorch`] if libtorch fails.
     pub fn here() -> Result<Self> {
         Ok(Self {
             ddil: env!("CARGO_PKG_VERSION").to_owned(),
@@ -83,7 +83,7 @@ impl Environment {
     }
 }
 
-/// Where a run was computed, in `environment.json` of its folder: where it was begun, and where it went on elsewhere.
+/// Where a run was computed, in `environment.json` of its folder: the first session, and later ones that differ.
 ///
 /// # Example
 ///
@@ -107,39 +107,38 @@ pub struct RunEnvironment {
     format_version: u32,
     /// The first session: the `device` and all of [`Environment`].
     pub first: SessionEnvironment,
-    /// Of each session that was not computed as the one before it: what differs from the first one, and nothing if it is
-    /// as that again.
+    /// Every session that differs from the one before it: its differences from the first one, none if it equals that
+    /// again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub later: Vec<SessionEnvironment>,
 }
 
-/// What is known of a session of a run. Another version of this program may know other facts.
+/// The facts of a session of a run. Another version of this program may store other facts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SessionEnvironment {
-    /// Updates that lay behind it when it began.
+    /// Updates done when it began.
     pub step: u64,
-    /// By name.
+    /// Facts by name.
     #[serde(flatten)]
     pub facts: Map<String, Value>,
 }
 
 impl RunEnvironment {
-    /// Reads what is known of the run in a folder.
+    /// Reads the environments of the run in a folder.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if there is nothing to be read, and if another version of
-    /// the program wrote it.
+    /// [`Error::Files`] if the file is missing or unreadable, and if another version of the program wrote it.
     pub fn read(folder: &Path) -> Result<Self> {
         Ok(read_versioned(&folder.join(FILE), FORMAT_VERSION)?)
     }
 
-    /// Notes that a session begins here and now, at `step`, on a device: whole or not at all, and only if that is news.
+    /// Records that a session begins at `step` on a device. Writes the file atomically, and only if something differs.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if libtorch fails to answer, [`Error::Files`] if the file cannot be written; those of
-    /// [`read`](Self::read) for a file that is there and is none, which is left as it is.
+    /// [`Error::Libtorch`] if libtorch fails, [`Error::Files`] if the file cannot be written; those of
+    /// [`read`](Self::read) for an existing file that is not valid, which is left unchanged.
     pub fn note(folder: &Path, step: u64, device: Device) -> Result<()> {
         let path = folder.join(FILE);
         let now = facts(&path, device)?;
@@ -156,7 +155,7 @@ impl RunEnvironment {
         Ok(write_json(&path, &run)?)
     }
 
-    /// Adds a session; false if it is as the last one.
+    /// Adds a session; false if it equals the last one.
     fn add(&mut self, step: u64, now: &Map<String, Value>) -> bool {
         let facts = differences(&self.first.facts, now);
         let is_news = self.later.last().map_or(!facts.is_empty(), |last| last.facts != facts);
@@ -167,7 +166,7 @@ impl RunEnvironment {
     }
 }
 
-/// Everything that is known here, and the device as a config has it.
+/// All facts, and the device in the config's notation.
 fn facts(path: &Path, device: Device) -> Result<Map<String, Value>> {
     let device = match device {
         Device::Cpu => "cpu".to_owned(),
@@ -186,7 +185,7 @@ struct SessionFacts {
     environment: Environment,
 }
 
-/// What is other now; null for what is not known any more.
+/// The facts that differ; null for those that are missing now.
 fn differences(then: &Map<String, Value>, now: &Map<String, Value>) -> Map<String, Value> {
     let names = then.keys().chain(now.keys());
     let differing = names.filter(|name| then.get(*name) != now.get(*name));
@@ -208,7 +207,7 @@ fn mapped_libtorch(maps: &str) -> Option<PathBuf> {
     Some(PathBuf::from(&line[line.find('/')?..]))
 }
 
-/// The zip has `build-version`, the Python package `version.py`.
+/// The zip archive has `build-version`, the Python package `version.py`.
 fn version_in(folder: &Path) -> Option<String> {
     if let Ok(text) = fs::read_to_string(folder.join("build-version")) {
         return Some(text.trim().to_owned());

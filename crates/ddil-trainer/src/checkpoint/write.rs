@@ -166,7 +166,7 @@ impl CheckpointWriter {
         }
         if let Err(error) = fault::rename(Point::CheckpointRename, &self.aside, place) {
             if replaces {
-                // The previous checkpoint is back in place; the first error is the one to report.
+                // Put the previous checkpoint back; the first error is the one to report.
                 let _ = fs::rename(&old, place);
             }
             return Err(Error::io("rename to", place)(error));

@@ -1,4 +1,4 @@
-//! Pictures and prompts through the teacher's own encoders, once, into a folder.
+//! Encodes images and prompts with the teacher's own encoders, once, into a folder.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,40 +24,40 @@ use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::run_folder;
 
-/// Prompts in one call of a text encoder.
+/// Prompts per call of a text encoder.
 const PROMPTS_AT_ONCE: usize = 32;
-/// Pixels in one call of the autoencoder, four pictures of 512x512, whose layers need most of the memory.
+/// Pixels per call of the autoencoder, four images of 512x512; its layers need the most memory.
 const PIXELS_AT_ONCE: i64 = 1 << 20;
-/// Most pictures in one call, however small.
+/// Maximum number of images per call, however small.
 const PICTURES_AT_ONCE: i64 = 64;
 
-/// Data that are to be encoded, unless a folder has them already.
+/// Data to be encoded, unless a cache contains them already.
 #[derive(Debug)]
 pub(super) struct Encoding {
-    /// Pictures below `images`, or none of them and one prompt a sample.
+    /// Images below `images`, or no images and one prompt per sample.
     pub(super) samples: Vec<CaptionedImage>,
-    /// The folder of the pictures; none for prompts alone.
+    /// The folder of the images; none for prompts alone.
     pub(super) images: Option<PathBuf>,
-    /// Height and width that pictures are brought to.
+    /// Height and width to which images are resized.
     pub(super) size: [i64; 2],
-    /// What the teacher takes.
+    /// The conditioning that the teacher takes.
     pub(super) shape: EncodedShape,
-    /// Where what is encoded is kept, which may be there already.
+    /// The cache folder, which may exist already.
     pub(super) folder: PathBuf,
-    /// What it is made from.
+    /// The key of the cache: what the encoded data depend on.
     pub(super) key: String,
 }
 
-/// How a cache stands.
+/// State of a cache.
 enum Cache {
     Absent,
     Fits,
-    /// Made from something else.
+    /// Made from other data.
     Other,
 }
 
 impl Encoding {
-    /// The encoded data, from the cache if it fits.
+    /// The encoded data, from the cache if it matches.
     pub(super) fn open(
         &self,
         parts: impl Fn() -> Result<TextToImageComponents>,
@@ -70,7 +70,7 @@ impl Encoding {
         EncodedDataset::open(&self.folder, Some(&self.shape)).map_err(|error| self.damaged(error))
     }
 
-    /// Looks at the cache, and makes sure that it may be written to.
+    /// Reads the state of the cache, and checks that it may be written.
     pub(super) fn ensure_cache(&self) -> Result<()> {
         self.cache().map(drop)
     }
@@ -101,7 +101,7 @@ impl Encoding {
         }
     }
 
-    /// Nothing that somebody else put there is written over.
+    /// A folder that is not a cache is never overwritten.
     fn foreign(&self, found: &str) -> Error {
         Error::Invalid(Invalid::new(
             "data.cache",
@@ -110,7 +110,7 @@ impl Encoding {
         ))
     }
 
-    /// Makes the cache aside, and puts it in place once it is whole.
+    /// Writes the cache under a temporary name and moves it into place once it is complete.
     fn make(
         &self,
         parts: impl Fn() -> Result<TextToImageComponents>,
@@ -120,7 +120,7 @@ impl Encoding {
         let aside = self.folder.with_file_name(format!("{TEMPORARY}{name}"));
         fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
         let _lock = run_folder::lock(&aside)?;
-        // Another process may have been quicker.
+        // Another process may have been faster.
         match self.cache()? {
             Cache::Fits => {}
             cache => {
@@ -134,7 +134,7 @@ impl Encoding {
                 let encoded = self.encode(&parts()?, &aside, interrupt);
                 let placed = encoded.and_then(|()| self.put_in_place(&aside));
                 if placed.is_err() {
-                    // Half of it is of no use.
+                    // An incomplete cache is useless.
                     let _ = fs::remove_dir_all(&aside);
                 }
                 return placed;
@@ -187,11 +187,11 @@ impl Encoding {
             key: Some(self.key.clone()),
             truncated,
         };
-        // Last: a folder with this file is a whole one.
+        // Written last: a folder that contains this file is complete.
         Ok(write_json(&aside.join(INFO), &info)?)
     }
 
-    /// Every text once, the empty prompt first, and the rows of each sample's phrasings.
+    /// The distinct texts, the empty prompt first, and the rows of each sample's captions.
     fn distinct(&self) -> (Vec<&str>, Tensor) {
         let mut texts = vec![""];
         let mut known = BTreeMap::new();
@@ -210,7 +210,7 @@ impl Encoding {
         (texts, Tensor::from_slice(&rows).view([-1, most as i64]))
     }
 
-    /// Returns the numbers of size and crop of each picture.
+    /// Returns the size and crop conditioning of each image.
     fn encode_pictures(
         &self,
         parts: &TextToImageComponents,
@@ -258,7 +258,7 @@ impl Encoding {
     }
 }
 
-/// What the network is told of every text, in a file; the first text is the empty prompt. Returns what it is not told.
+/// Writes the text embeddings of every text to a file; the first text is the empty prompt. Returns the truncations.
 fn encode_prompts(
     parts: &TextToImageComponents,
     texts: &[&str],
@@ -291,7 +291,7 @@ fn encode_prompts(
     Ok(truncated)
 }
 
-/// Counts prompts of which a part was cut off, and keeps the first.
+/// Counts truncated prompts and keeps the first.
 fn note_truncated(
     truncated: &mut Option<TruncatedPrompts>,
     texts: &[&str],
@@ -316,7 +316,7 @@ fn ensure_wanted(
     Ok(())
 }
 
-/// What encoded data depend on: the captions, names, sizes and times of the pictures, the size they are brought to, and
+/// The inputs of encoded data: captions, names, sizes and times of the images, the size to which they are resized, and
 /// the files of the encoders.
 pub(super) fn key(
     samples: &[CaptionedImage],
@@ -346,7 +346,7 @@ pub(super) fn key(
         }
     }
     Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a String cannot fail.
+        // Writing to a `String` cannot fail.
         let _ = write!(hex, "{byte:02x}");
         hex
     }))
@@ -361,7 +361,7 @@ fn signature(folder: &Path, name: &Path) -> Result<String> {
     Ok(format!("{} {} {age}", name.display(), metadata.len()))
 }
 
-/// Files below a folder, by their paths from `root`. Folders behind a link are not gone into: it may lead back.
+/// Files below a folder, by their paths relative to `root`. Linked folders are skipped: they may form a cycle.
 fn collect(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let path = root.join(folder);
     for entry in fs::read_dir(&path).map_err(Error::io("list", &path))? {

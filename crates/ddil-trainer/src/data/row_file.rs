@@ -1,4 +1,4 @@
-//! Tensors written row by row, for more of them than memory holds.
+//! Tensors written row by row, for more rows than fit in memory.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// A safetensors file of `Float` tensors that is filled bit by bit.
+/// A safetensors file of `Float` tensors that is filled incrementally.
 #[derive(Debug)]
 pub(super) struct RowFile {
     path: PathBuf,
@@ -17,7 +17,7 @@ pub(super) struct RowFile {
     tensors: Vec<Place>,
 }
 
-/// Where a tensor lies.
+/// Where a tensor is stored.
 #[derive(Debug)]
 struct Place {
     name: String,
@@ -28,7 +28,7 @@ struct Place {
 const BYTES_PER_VALUE: u64 = 4;
 
 impl RowFile {
-    /// A file of tensors of these shapes, all zeros so far.
+    /// Creates a file of tensors of these shapes, filled with zeros.
     pub(super) fn create(path: &Path, tensors: &[(&str, Vec<i64>)]) -> Result<Self> {
         let mut header = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "pt" }))]);
         let mut places = Vec::new();
@@ -43,7 +43,7 @@ impl RowFile {
             places.push(Place { name, start, bytes_per_row });
         }
         let mut text = Value::Object(header).to_string();
-        // Values begin where a processor can read them.
+        // Values start at an aligned offset.
         text.extend(std::iter::repeat_n(' ', (8 - text.len() % 8) % 8));
         let data_start = 8 + text.len() as u64;
         for place in &mut places {
@@ -60,7 +60,7 @@ impl RowFile {
         Ok(Self { path: path.to_owned(), file, tensors: places })
     }
 
-    /// Writes rows of the tensor of that name, from the row `first` on.
+    /// Writes rows of the named tensor, starting at row `first`.
     pub(super) fn write(&mut self, name: &str, first: i64, rows: &Tensor) -> Result<()> {
         let values = || {
             let rows = rows.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
@@ -76,7 +76,7 @@ impl RowFile {
         written.map_err(Error::io("write", &self.path))
     }
 
-    /// Waits until everything is on disk.
+    /// Flushes the file to disk.
     pub(super) fn finish(self) -> Result<()> {
         self.file.sync_all().map_err(Error::io("flush to disk", &self.path))
     }

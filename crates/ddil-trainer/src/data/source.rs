@@ -1,4 +1,4 @@
-//! Data as they are found, before anything is encoded.
+//! The data of a config before they are encoded.
 
 use std::path::{Path, PathBuf};
 
@@ -19,11 +19,11 @@ use crate::config::{DataKind, DataSection};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 
-/// Data that were looked at and are known to fit a teacher; what has to be encoded is not yet.
+/// Data that have been checked against a teacher but not yet encoded.
 #[derive(Debug)]
 pub struct DataSource {
     found: Found,
-    /// Channels, height and width of what the network sees.
+    /// Channels, height and width of the network's samples.
     shape: [i64; 3],
 }
 
@@ -35,11 +35,11 @@ enum Found {
 }
 
 impl DataSource {
-    /// Pixels with labels, for a network that learns these.
+    /// Pixels with labels, for a network that learns them.
     ///
     /// # Errors
     ///
-    /// What is missing or damaged, and where; [`Error::Invalid`] for data of texts.
+    /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub fn of_pixels(section: &DataSection) -> Result<Self> {
         let images = match (section.kind, &section.path) {
             (DataKind::FashionMnist, path) => FashionMnist::load(path.as_deref())?.train,
@@ -56,13 +56,12 @@ impl DataSource {
         Ok(Self { found: Found::Images(images), shape })
     }
 
-    /// The data of a config, for a teacher. Pictures and texts are looked at; encoding is left for
-    /// [`open`](Self::open).
+    /// The data of a config, for a teacher. Images and texts are checked; [`open`](Self::open) encodes them.
     ///
     /// # Errors
     ///
-    /// What is missing, damaged or does not fit the teacher, and where; [`Error::Invalid`] for pixels where the
-    /// teacher knows latents, and the other way round.
+    /// An error for data that are missing, damaged or do not fit the teacher, with the place; [`Error::Invalid`] for
+    /// pixels if the teacher works on latents, and vice versa.
     pub fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
@@ -118,7 +117,7 @@ impl DataSource {
         };
         let key = key(&samples, images.as_deref(), size, &teacher.parts)?;
         let folder = section.cache.clone();
-        // Enough of it that no two meet.
+        // Long enough to avoid collisions.
         let folder = folder.unwrap_or_else(|| cache_folder().join("encoded").join(&key[..32]));
         let [height, width] = size.map(|side| side / factor);
         let of_latents = [shape.channels, height, width];
@@ -137,12 +136,12 @@ impl DataSource {
         }
     }
 
-    /// Channels, height and width of what the network sees.
+    /// Channels, height and width of the network's samples.
     pub fn image_shape(&self) -> [i64; 3] {
         self.shape
     }
 
-    /// The class that stands for "no condition": the one after the last; none without labels.
+    /// The null class: the one after the last; none without labels.
     pub fn null_class(&self) -> Option<i64> {
         match &self.found {
             Found::Images(images) => images.labels().map(|_| images.class_names().len() as i64),
@@ -150,7 +149,7 @@ impl DataSource {
         }
     }
 
-    /// Whether it is known what the network is told for "no prompt".
+    /// Whether the data define the conditioning of the empty prompt.
     pub fn has_empty_prompt(&self) -> bool {
         match &self.found {
             Found::Images(_) => false,
@@ -159,19 +158,19 @@ impl DataSource {
         }
     }
 
-    /// Whether there are samples, and not prompts alone.
+    /// Whether there are samples, and not only prompts.
     pub fn has_samples(&self) -> bool {
         !matches!(&self.found, Found::Raw(Encoding { images: None, .. }))
     }
 
-    /// The data as training reads them; batches come out on `device`.
+    /// The data for training; batches are on `device`.
     ///
-    /// Where the data are to be encoded and no cache has them, `pipeline_parts`'s text encoders and autoencoder are loaded, used
-    /// and let go.
+    /// If the data have to be encoded and no cache contains them, the text encoders and the autoencoder of
+    /// `pipeline_parts` are loaded, used and released.
     ///
     /// # Errors
     ///
-    /// What is damaged; what the encoders refuse; [`Error::Interrupted`]; [`Error::Invalid`] if a batch is larger
+    /// Errors for damaged data and of the encoders; [`Error::Interrupted`]; [`Error::Invalid`] if a batch is larger
     /// than the dataset.
     pub fn open(
         self,
@@ -217,7 +216,7 @@ impl DataSource {
     }
 }
 
-/// Warns in the log where prompts are longer than the encoders read.
+/// Logs a warning if prompts are longer than the encoders' context.
 fn warn_of_truncation(data: &EncodedDataset) {
     let info = data.info();
     let Some(TruncatedPrompts { count, prompt, cut_off }) = &info.truncated else { return };
@@ -228,7 +227,7 @@ fn warn_of_truncation(data: &EncodedDataset) {
     );
 }
 
-/// What a text-to-image teacher takes.
+/// The conditioning of a text-to-image teacher.
 fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     let config = match teacher.network.config() {
         ModelConfig::UNet2DCondition(config) => config,
@@ -263,7 +262,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     })
 }
 
-/// Width of `text_embeds`: what the numbers of size and crop leave of the projection's input.
+/// Width of `text_embeds`: the input width of the projection minus that of the size and crop embeddings.
 fn pooled_width(config: &UNet2DConditionConfig) -> Option<i64> {
     if config.addition_embed_type != Some(AdditionEmbedType::TextTime) {
         return None;
