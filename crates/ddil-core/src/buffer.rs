@@ -1,4 +1,4 @@
-//! Visited states, kept for a while.
+//! A bounded store of visited states.
 
 mod places;
 mod ring;
@@ -24,14 +24,14 @@ use crate::rows::RowStore;
 use crate::saved::SavedState;
 use crate::states::States;
 
-/// What states are stored as.
+/// Number format that states are stored in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StorageKind {
-    /// Half precision: half the memory, an error of 2⁻¹¹ of the value.
+    /// Half precision: half the memory, a relative error of 2⁻¹¹.
     #[default]
     F16,
-    /// Single precision: as they came.
+    /// Single precision.
     F32,
 }
 
@@ -48,18 +48,18 @@ impl StorageKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BufferConfig {
-    /// Most states kept, over all grid indices; default 2048.
+    /// Maximum number of states, over all grid indices; default 2048.
     pub capacity: usize,
-    /// Most bytes kept in memory, states and conditioning together; fewer states than `capacity` where they are large,
-    /// unless they may spill. Default 512 MiB.
+    /// Maximum bytes of memory for states and conditioning together; default 512 MiB. If states are large, fewer than
+    /// `capacity` are kept, unless they may spill.
     pub byte_budget: u64,
-    /// Where states go that are beyond `byte_budget`: files on disk. Default none, which keeps fewer.
+    /// Files on disk for states beyond `byte_budget`. Default none: fewer states are kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill: Option<SpillConfig>,
-    /// Most updates of the student that a state may be old; default 1000. Older ones show what a student did that
-    /// is no more: early, bad rollouts kept too long can double the final error.
+    /// Maximum age of a state in student updates; default 1000. Older states come from an earlier student: early, bad
+    /// rollouts kept too long can double the final error.
     pub max_age: u64,
-    /// What states are stored as; default f16.
+    /// Number format that states are stored in; default f16.
     pub storage: StorageKind,
 }
 
@@ -75,17 +75,17 @@ impl Default for BufferConfig {
     }
 }
 
-/// A bounded store of visited states: DAgger's aggregate, except that it forgets.
+/// A bounded store of visited states: DAgger's aggregate, except that old states are dropped.
 ///
-/// One ring per grid index, each with the same share of the room; a full ring overwrites its oldest state, and states
-/// beyond the age limit are never given out. Keeping everything for ever, as the classic algorithm does
-/// ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)), would tie a moving student to what it did long ago.
-/// Holds no labels. Index 0, pure noise, is drawn afresh and not stored.
+/// There is one ring per grid index, all of the same capacity. A full ring overwrites its oldest state, and states
+/// beyond the age limit are never returned. Keeping everything, as the classic algorithm does ([Ross et al.
+/// 2011](https://arxiv.org/abs/1011.0686)), would tie a changing student to what it did long ago. The buffer holds no
+/// labels. Index 0, pure noise, is drawn afresh and not stored.
 ///
-/// With [`BufferConfig::spill`] states beyond the budget of memory are on disk: of each ring some places are rows in
-/// memory and the others rows of files, which are written once, one after the other, and read where they are mapped.
-/// Inserting or sampling a state costs the same however many there are. Which states are drawn does not depend on where
-/// they lie.
+/// With [`BufferConfig::spill`], states beyond the memory budget are stored on disk: some places of each ring are rows
+/// in memory, the others are rows of memory-mapped files, which are written once, one after the other. The cost of
+/// inserting or sampling a state does not depend on how many there are. Which states are drawn does not depend on where
+/// they are stored.
 ///
 /// # Example
 ///
@@ -124,16 +124,16 @@ impl Default for BufferConfig {
 pub struct AggregationBuffer {
     config: BufferConfig,
     timesteps: Vec<i64>,
-    /// One a grid index from 1.
+    /// One per grid index, from 1.
     rings: Vec<Ring>,
-    /// Known once the size of a state is.
+    /// Set once the size of a state is known.
     places: Option<Places>,
     rows: RowStore,
-    /// There if some places are on disk.
+    /// Present if some places are on disk.
     spill: Option<Spill>,
 }
 
-/// What an [`AggregationBuffer`] is saved as, beside its tensors.
+/// Metadata of a saved [`AggregationBuffer`], in addition to its tensors.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
@@ -144,7 +144,7 @@ struct Metadata {
     spill: Option<SavedSpill>,
 }
 
-/// How the places of a ring are shared, where not all are in memory.
+/// How the places of a ring are split between memory and disk, if not all are in memory.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SavedSpill {
@@ -152,18 +152,18 @@ struct SavedSpill {
     segment_rows: usize,
 }
 
-/// How full an [`AggregationBuffer`] is, and of what.
+/// Size, contents and ages of an [`AggregationBuffer`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BufferStatistics {
-    /// States kept.
+    /// Number of states kept.
     pub len: usize,
-    /// States that there is room for; 0 before the first insertion, when the size of a state is not known.
+    /// Number of states that fit; 0 before the first insertion, when the size of a state is not known.
     pub capacity: usize,
-    /// Bytes of memory taken.
+    /// Bytes of memory used.
     pub bytes: u64,
-    /// Bytes of disk taken.
+    /// Bytes of disk used.
     pub spilled_bytes: u64,
-    /// States kept at each grid index; 0 for the first, which is noise.
+    /// Number of states at each grid index; 0 for the first, which is noise.
     pub per_index: Vec<usize>,
     /// Mean age in updates; 0 if there are none.
     pub mean_age: f64,
@@ -178,8 +178,8 @@ impl AggregationBuffer {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless there is room for a state at each grid index but the first, and a folder where
-    /// states may spill.
+    /// [`Error::Invalid`] unless there is room for a state at each grid index except the first, and a folder if states
+    /// may spill.
     pub fn new(config: BufferConfig, timesteps: &Timesteps) -> Result<Self> {
         let num_rings = timesteps.len() - 1;
         if config.capacity < num_rings.max(1) {
@@ -205,15 +205,15 @@ impl AggregationBuffer {
         &self.config
     }
 
-    /// Checks that there is room for a batch, so that what one draws is not overwritten before the next.
+    /// Checks that a batch fits, so that the states of one batch are not overwritten before the next is drawn.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if all rings together hold fewer states.
+    /// [`Error::Invalid`] if all rings together hold fewer than `batch` states.
     pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
         let rings = self.rings.len();
         let per_ring = self.config.capacity / rings.max(1);
-        // Without rings all states are noise, which is not kept.
+        // Without rings all states are noise, which is not stored.
         if rings == 0 || per_ring * rings >= batch {
             return Ok(());
         }
@@ -227,31 +227,32 @@ impl AggregationBuffer {
         )))
     }
 
-    /// States kept, whatever their age.
+    /// Number of states kept, of any age.
     pub fn len(&self) -> usize {
         self.rings.iter().map(|ring| ring.items.len()).sum()
     }
 
-    /// Whether none are kept.
+    /// Whether the buffer is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// States at a grid index that are young enough at `step`.
+    /// Number of states at a grid index within the age limit at `step`.
     pub fn available(&mut self, grid_index: usize, step: u64) -> usize {
         let max_age = self.config.max_age;
         let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get_mut(ring));
         ring.map_or(0, |ring| ring.forget(step, max_age))
     }
 
-    /// Keeps states; the oldest of their rings make room.
+    /// Inserts states; full rings overwrite their oldest.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for grid index 0 or one beyond the grid, or if a byte budget cannot hold a state a
-    /// ring; [`Error::OutOfOrder`] if a state is older than one that is kept at its index; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or
-    /// [`Error::Conditioning`] if states are not like those before; [`Error::Spill`] if the disk is full. Of states that
-    /// the disk refused, the oldest may be gone that they would have replaced; the others are as they were.
+    /// [`Error::Invalid`] for grid index 0 or one beyond the grid, or if a byte budget cannot hold one state per ring;
+    /// [`Error::OutOfOrder`] if a state is older than one stored at its index;
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`Error::Conditioning`] if the states differ in
+    /// form from those stored; [`Error::Spill`] if the disk is full. After a failed write to disk, the oldest states
+    /// that were to be replaced may be missing; the others are unchanged.
     pub fn insert(&mut self, states: &States) -> Result<()> {
         if states.is_empty() {
             return Ok(());
@@ -276,9 +277,9 @@ impl AggregationBuffer {
         Ok(())
     }
 
-    /// Writes those of a batch whose places are in memory.
+    /// Writes the states of a batch whose places are in memory.
     fn keep(&mut self, states: &States, of_rings: &[Vec<usize>], places: Places) -> Result<()> {
-        // The last state wins where a batch goes round a ring more than once: rows must be named once.
+        // The last state wins if a batch wraps around a ring more than once: each row may be named only once.
         let mut at = HashMap::with_capacity(states.len());
         for (ring, rows) in of_rings.iter().enumerate() {
             for (&row, sequence) in rows.iter().zip(self.rings[ring].next..) {
@@ -296,7 +297,7 @@ impl AggregationBuffer {
         self.rows.write(places.kept * self.rings.len(), &rows, &x_t, &conditioning)
     }
 
-    /// Writes those of a ring whose places are on disk.
+    /// Writes the states of a ring whose places are on disk.
     fn append(
         &mut self,
         ring: usize,
@@ -319,7 +320,7 @@ impl AggregationBuffer {
         spill.append(ring, first, live, (&states.x_t, &states.conditioning), &spilled)
     }
 
-    /// Where states spill to, set up when it is first needed.
+    /// The files for spilled states, created on first use.
     fn spill(&mut self, places: Places) -> Result<&mut Spill> {
         match (&mut self.spill, &self.config.spill) {
             (Some(spill), _) => Ok(spill),
@@ -337,7 +338,7 @@ impl AggregationBuffer {
         }
     }
 
-    /// Draws a state for each grid index asked for, evenly and with replacement, of those young enough at `step`.
+    /// Draws a state for each grid index, uniformly with replacement, from those within the age limit at `step`.
     ///
     /// # Errors
     ///
@@ -375,7 +376,7 @@ impl AggregationBuffer {
         })
     }
 
-    /// The newest states at a grid index, oldest first, as many as were asked for.
+    /// The newest `states` states at a grid index, oldest first.
     pub(crate) fn newest(&self, grid_index: usize, states: usize) -> Result<Tensor> {
         let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get(ring));
         let enough = ring.filter(|ring| ring.items.len() >= states).zip(self.places);
@@ -389,7 +390,7 @@ impl AggregationBuffer {
         Ok(self.read(&chosen)?.0)
     }
 
-    /// Copies of states, of each its ring and its place.
+    /// Copies of the states at these rings and places.
     fn read(&self, chosen: &[(usize, Place)]) -> Result<(Tensor, Conditioning)> {
         let (mut rows, mut places, mut picks) = (Vec::new(), Vec::new(), Vec::new());
         for (to, &(ring, place)) in chosen.iter().enumerate() {
@@ -421,7 +422,7 @@ impl AggregationBuffer {
         self.places.map(|places| places.ring_len)
     }
 
-    /// Forgets everything: at a new stage, or when guidance or thresholding changes.
+    /// Removes all states: at a new stage, or when guidance or thresholding changes.
     pub fn flush(&mut self) {
         self.rings.fill(Ring::default());
         self.places = None;
@@ -429,7 +430,7 @@ impl AggregationBuffer {
         self.spill = None;
     }
 
-    /// How full it is at `step`.
+    /// Size, contents and ages at `step`.
     pub fn statistics(&self, step: u64) -> BufferStatistics {
         let ages: Vec<u64> = self
             .rings
@@ -449,12 +450,12 @@ impl AggregationBuffer {
         }
     }
 
-    /// Copies everything in memory, bit for bit, and names the files of what is on disk, see [`SavedState::files`]: those have
-    /// to be linked or copied before the next state comes, and flushed to disk.
+    /// Copies everything in memory, bit for bit, and lists the files on disk, see [`SavedState::files`]. These must be
+    /// linked or copied before the next insertion, and flushed to disk.
     ///
     /// # Errors
     ///
-    /// None that is known; writing metadata may fail in principle.
+    /// None known; writing metadata may fail in principle.
     pub fn save(&self) -> Result<SavedState> {
         let spilled = self.places.filter(|places| places.spilled() > 0);
         let metadata = Metadata {
@@ -473,15 +474,15 @@ impl AggregationBuffer {
         Ok(saved.with_files(files.collect()))
     }
 
-    /// Becomes what was saved.
+    /// Restores a saved buffer.
     ///
-    /// Every byte of its files is read and checked. A file that is full is linked into the folder of this buffer, or
-    /// copied where that is on another file system; one with room is copied.
+    /// Reads and checks every byte of its files. A full file is linked into the folder of this buffer, or copied if
+    /// that is on another file system; a file with room is copied.
     ///
     /// # Errors
     ///
-    /// [`Error::Restore`] if that was a buffer of another grid or another size; [`Error::SavedFile`] for a file that is
-    /// damaged or not the one that was saved.
+    /// [`Error::Restore`] if the saved buffer had another grid or size; [`Error::SavedFile`] for a file that is damaged
+    /// or not the one that was saved.
     pub fn restore(&mut self, saved: &SavedState) -> Result<()> {
         let metadata: Metadata = saved.metadata(WHAT)?;
         let places = self.places_of(&metadata)?;
@@ -509,7 +510,7 @@ impl AggregationBuffer {
         Ok(())
     }
 
-    /// How places were shared in what was saved, if that fits this buffer.
+    /// The split of places in the saved state, if it fits this buffer.
     fn places_of(&self, metadata: &Metadata) -> Result<Option<Places>> {
         let refuse = |problem: String| Err(Error::Restore { what: WHAT, problem });
         if metadata.timesteps != self.timesteps {
@@ -577,7 +578,7 @@ impl AggregationBuffer {
         self.rows.ensure_like(&states.x_t, &states.conditioning)
     }
 
-    /// How many places there are and where, from capacity and byte budgets.
+    /// The number and location of places, from capacity and byte budgets.
     fn fit(&mut self, states: &States) -> Result<Places> {
         if let Some(places) = self.places {
             return Ok(places);
@@ -592,7 +593,7 @@ impl AggregationBuffer {
                 let more = wanted - places.kept;
                 let budget = spill.byte_budget / rings as u64;
                 places.and_on_disk(more, budget, bytes).ok_or_else(|| {
-                    // Two files are the least, of a head and a state each.
+                    // The minimum is two files, with a head and a state each.
                     let least = rings as u64 * 2 * (segment::HEAD_BYTES as u64 + bytes);
                     too_little("buffer.spill.byte_budget", spill.byte_budget, least, rings, bytes)
                 })?

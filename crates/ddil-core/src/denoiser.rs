@@ -1,4 +1,4 @@
-//! What a network can be asked.
+//! The interface of networks.
 
 mod clip_meter;
 mod closure;
@@ -21,12 +21,12 @@ use tch::{Kind, Tensor};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
-/// Tells clean data and noise of a noisy batch apart: a teacher, a student, a closed form.
+/// Predicts the clean data and the noise in a noisy batch: a teacher, a student, a closed form.
 ///
-/// Guidance, the consistency boundary and thresholding are denoisers around a denoiser ([`Guided`], [`Consistent`],
-/// [`Thresholded`]), so that rollout and loss cannot disagree about them.
+/// Guidance, the consistency boundary and thresholding are denoisers that wrap another ([`Guided`], [`Consistent`],
+/// [`Thresholded`]), so that rollout and loss always use the same ones.
 pub trait Denoiser {
-    /// What makes up `x_t`.
+    /// The clean data and the noise in `x_t`.
     ///
     /// # Shapes and units
     ///
@@ -38,8 +38,8 @@ pub trait Denoiser {
     ///
     /// # Errors
     ///
-    /// [`Error::Network`](crate::Error::Network) or
-    /// [`Error::ConditioningMissing`](crate::Error::ConditioningMissing) if the network cannot answer.
+    /// [`Error::Network`](crate::Error::Network) or [`Error::ConditioningMissing`](crate::Error::ConditioningMissing)
+    /// if the network fails.
     fn predict(
         &self,
         x_t: &Tensor,
@@ -47,11 +47,11 @@ pub trait Denoiser {
         conditioning: &Conditioning,
     ) -> Result<Prediction>;
 
-    /// The same for a batch at one timestep, as far as a sampler's step needs it computed: what rollouts call.
+    /// The same for a batch at one timestep, computed as far as a sampler's step needs it; called by rollouts.
     ///
-    /// By default [`predict`](Self::predict) with the timestep repeated. A denoiser over a network returns the network's
-    /// raw output instead ([`Estimate::of_output`]), and one around another denoiser passes that on, so that output,
-    /// guidance, thresholding and step take one pass over memory.
+    /// By default, [`predict`](Self::predict) with the timestep repeated. A denoiser over a network returns the
+    /// network's raw output instead ([`Estimate::of_output`]), and a wrapper passes it on, so that output, guidance,
+    /// thresholding and step take one pass over memory.
     ///
     /// # Shapes and units
     ///
@@ -74,7 +74,7 @@ pub trait Denoiser {
     fn schedule(&self) -> &NoiseSchedule;
 }
 
-/// A timestep for each sample of a batch, `[batch]`, `Int64`, on its device.
+/// One timestep repeated for each sample of a batch, `[batch]`, `Int64`, on the device of `x_t`.
 ///
 /// # Errors
 ///
@@ -133,12 +133,12 @@ impl<D: Denoiser + ?Sized> Denoiser for Box<D> {
     }
 }
 
-/// Tells noised samples of a student from noised data.
+/// Distinguishes noised samples of a student from noised data.
 ///
-/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867), section 4.3: a head on features of the network that follows
-/// the student's law, asked at every noise level.
+/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867), section 4.3: a head on features of the network that models the
+/// student's distribution, evaluated at every noise level.
 pub trait Discriminator {
-    /// How much more likely each sample is real than made, as a logit.
+    /// A logit per sample: how much more likely it is real than generated.
     ///
     /// # Shapes and units
     ///

@@ -1,41 +1,41 @@
-//! What can go wrong while states are collected.
+//! Errors of this crate.
 
 use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 
-/// Everything that can go wrong in this crate.
+/// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// An argument has a shape, kind, layout or value that the function cannot take.
+    /// An argument has a shape, kind, layout or value that the function does not accept.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
-    /// A schedule, prediction or sampler refused.
+    /// A schedule, prediction or sampler returned an error.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
     /// A file of saved state could not be read or written.
     #[error(transparent)]
     Files(#[from] ddil_files::Error),
-    /// The floor refused: a generator, a mapped file.
+    /// `ddil-libtorch` returned an error: for a generator, a mapped file.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// A network could not answer.
+    /// A network failed.
     #[error("{network} could not answer")]
     Network {
-        /// Which network.
+        /// The network.
         network: String,
-        /// Its own words.
+        /// The network's own error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A network needs to be told something that the conditioning does not hold.
+    /// The conditioning lacks a part that a network requires.
     #[error("{network} needs `{field}` in its conditioning and got none")]
     ConditioningMissing {
-        /// Which network.
+        /// The network.
         network: String,
         /// The part that is missing.
         field: &'static str,
@@ -50,15 +50,15 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// A source has no state to give.
+    /// A source has no state to return.
     #[error("source `{source_name}` has no state to give: {reason}")]
     NoState {
-        /// Which source.
+        /// The source.
         source_name: &'static str,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// States came in another order than that of the student's updates.
+    /// States were not inserted in the order of the student's updates.
     #[error(
         "{op}: a state of step {birth} came after one of step {latest}; flush when counting begins anew"
     )]
@@ -67,25 +67,25 @@ pub enum Error {
         op: &'static str,
         /// The step of the late state.
         birth: u64,
-        /// The newest step so far.
+        /// The latest step so far.
         latest: u64,
     },
     /// A saved buffer could not be read or written.
     #[error("could not {action} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// The error of the file system.
         source: std::io::Error,
     },
-    /// States could not be put on disk: it is full, say, or the folder is another buffer's.
+    /// States could not be written to disk, because it is full or the folder belongs to another buffer, for example.
     #[error("could not spill states of the buffer to {}: it needs a folder of its own, with room for `buffer.spill.byte_budget`", folder.display())]
     Spill {
         /// The folder.
         folder: PathBuf,
-        /// Which file, and what the system said.
+        /// The file, and the error of the system.
         source: Box<ddil_libtorch::Error>,
     },
     /// A file of spilled states is not the one that was saved.
@@ -104,21 +104,21 @@ pub enum Error {
         /// What does not fit.
         problem: String,
     },
-    /// libtorch refused an operation.
+    /// libtorch returned an error.
     #[error("{op}: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// libtorch's own words, without its backtrace.
+        /// libtorch's message, without its backtrace.
         message: String,
     },
 }
 
-/// This crate's results.
+/// Result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The setting that is not allowed, if that is the error.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -127,7 +127,7 @@ impl Error {
         }
     }
 
-    /// Wraps what libtorch said in the name of the operation, first line only.
+    /// Wraps a libtorch error with the name of the operation; keeps only its first line.
     pub fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| {
             let message = source.to_string();
@@ -136,7 +136,7 @@ impl Error {
         }
     }
 
-    /// Wraps what the file system said.
+    /// Wraps an error of the file system.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }

@@ -1,4 +1,4 @@
-//! How much worse a student is on states of its own than on those of the data.
+//! Compares a student's loss on its own states with its loss on noised data.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
@@ -12,7 +12,8 @@ use crate::tally::Tally;
 
 /// Sums per-sample losses by source and grid index.
 ///
-/// It adds on the device, waits for nothing until [`take`](Self::take), and its memory does not grow if nobody reads.
+/// It sums on the device, does not synchronize before [`take`](Self::take), and its memory does not grow if it is never
+/// read.
 ///
 /// # Example
 ///
@@ -39,7 +40,7 @@ use crate::tally::Tally;
 #[derive(Debug)]
 pub struct LossMeter {
     num_indices: usize,
-    /// Sources beyond [`Source::ALL`], as they came.
+    /// Sources beyond [`Source::ALL`], in order of appearance.
     added: Vec<Source>,
     /// One place per grid index, for each source.
     tally: Tally,
@@ -55,7 +56,7 @@ pub struct LossTable {
 }
 
 impl LossMeter {
-    /// A meter that has seen nothing, for a grid of that many timesteps.
+    /// An empty meter, for a grid of `num_indices` timesteps.
     pub fn new(num_indices: usize) -> Self {
         let tally = Tally::new(Source::ALL.len() * num_indices);
         Self { num_indices, added: vec![], tally }
@@ -65,11 +66,12 @@ impl LossMeter {
     ///
     /// # Shapes and units
     ///
-    /// - `per_sample`: `[batch]`, one a state
+    /// - `per_sample`: `[batch]`, one per state
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there is a loss a state; [`Error::Invalid`] for a grid index beyond the grid.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there is one loss per state;
+    /// [`Error::Invalid`] for a grid index beyond the grid.
     pub fn add(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
         const OP: &str = "LossMeter::add";
         states.ensure(OP)?;
@@ -96,7 +98,7 @@ impl LossMeter {
         self.tally.add(OP, &places, per_sample)
     }
 
-    /// The means since the last time; begins anew. Waits for the device.
+    /// The means since the last call; then resets. Waits for the device.
     ///
     /// # Errors
     ///
@@ -106,7 +108,7 @@ impl LossMeter {
         Ok(LossTable { num_indices: self.num_indices, added: self.added.clone(), sums })
     }
 
-    /// The sums of the sources in [`Source::ALL`], to be saved.
+    /// The sums of the sources in [`Source::ALL`], for saving.
     pub(crate) fn tensor(&self) -> Option<Tensor> {
         let places = (Source::ALL.len() * self.num_indices) as i64;
         self.tally.tensor().map(|sums| sums.narrow(1, 0, places).contiguous())
@@ -126,21 +128,21 @@ impl LossMeter {
 }
 
 impl LossTable {
-    /// Mean loss of the states of these sources at a grid index; none where there were none.
+    /// Mean loss of the states of these sources at a grid index; none if there were no states.
     pub fn mean(&self, sources: &[Source], grid_index: usize) -> Option<f64> {
         let (sum, count) = self.total(sources, grid_index);
         (count > 0.0).then(|| sum / count)
     }
 
-    /// How many states of these sources there were at a grid index.
+    /// Number of states of these sources at a grid index.
     pub fn samples(&self, sources: &[Source], grid_index: usize) -> u64 {
         self.total(sources, grid_index).1 as u64
     }
 
-    /// `E[loss on states of the source] - E[loss on noised data]` at a grid index; none where either is missing.
+    /// `E[loss on states of the source] - E[loss on noised data]` at a grid index; none if either is missing.
     ///
-    /// The quantity that on-policy training bounds ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)): above 0
-    /// where the student is worse on the states that it meets than on those that plain distillation shows it.
+    /// The quantity that on-policy training bounds ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)): above 0 if
+    /// the student is worse on the states it visits than on those of plain distillation.
     pub fn gap(&self, source: Source, grid_index: usize) -> Option<f64> {
         Some(self.mean(&[source], grid_index)? - self.mean(&[Source::Forward], grid_index)?)
     }

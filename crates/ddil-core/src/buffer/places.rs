@@ -1,37 +1,38 @@
-//! Where in memory or on disk a state lies.
+//! Where a state is stored, in memory or on disk.
 
 use super::segment::HEAD_BYTES;
 
-/// How the places of each ring are shared between memory and disk.
+/// How the places of each ring are split between memory and disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Places {
-    /// States a ring.
+    /// States per ring.
     pub(super) ring_len: usize,
-    /// Those of them in memory.
+    /// Of these, states in memory.
     pub(super) kept: usize,
     /// Rows of a file on disk; 0 where everything is in memory.
     pub(super) segment_rows: usize,
 }
 
-/// Where a state lies.
+/// Where a state is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// In this row of the block in memory.
+    /// This row of the block in memory.
     Kept(usize),
-    /// On disk, in this row of all that the ring ever spilled.
+    /// On disk, this row of all that the ring ever spilled.
     Spilled(u64),
 }
 
 impl Places {
-    /// All in memory.
+    /// Everything in memory.
     pub(super) fn in_memory(ring_len: usize) -> Self {
         Self { ring_len, kept: ring_len, segment_rows: 0 }
     }
 
-    /// The same with up to `wanted` more a ring on disk, within `budget` bytes a ring; none if that is too little for one.
+    /// The same with up to `wanted` more places per ring on disk, within `budget` bytes per ring; none if that is too
+    /// little for one.
     ///
-    /// A file is let go when its last state is, and never written to again, so that saved states can refer to it. There
-    /// is therefore one file more than its share of states fills.
+    /// A file is removed with its last state and never overwritten, so that saved states can refer to it. There is
+    /// therefore one file more than the states of a ring fill.
     pub(super) fn and_on_disk(self, wanted: usize, budget: u64, row_bytes: u64) -> Option<Self> {
         let most = budget.div_ceil(SEGMENT_BYTES).clamp(MIN_SEGMENTS, MAX_SEGMENTS);
         let rows = |files: u64| (budget / files).saturating_sub(HEAD_BYTES as u64) / row_bytes;
@@ -45,12 +46,12 @@ impl Places {
         Some(Self { ring_len: self.kept + spilled as usize, segment_rows, ..self })
     }
 
-    /// States a ring on disk.
+    /// States per ring on disk.
     pub(super) fn spilled(self) -> usize {
         self.ring_len - self.kept
     }
 
-    /// Where the state of that number lies, in the ring of that place.
+    /// Where the state with this sequence number is stored, in the ring at this index.
     pub(super) fn place(self, ring: usize, sequence: u64) -> Place {
         let in_ring = (sequence % self.ring_len as u64) as usize;
         if in_ring < self.kept {
@@ -60,13 +61,13 @@ impl Places {
         }
     }
 
-    /// How many of a ring's states before that one were spilled.
+    /// Number of states of a ring that were spilled before this one.
     pub(super) fn spilled_before(self, sequence: u64) -> u64 {
         let (laps, in_ring) = (sequence / self.ring_len as u64, sequence % self.ring_len as u64);
         laps * self.spilled() as u64 + in_ring.saturating_sub(self.kept as u64)
     }
 
-    /// Most bytes of a ring on disk, heads of files included; none if they cannot be counted.
+    /// Maximum bytes of a ring on disk, heads of files included; none on overflow.
     pub(super) fn bytes_on_disk(self, row_bytes: u64) -> Option<u64> {
         let files = (self.spilled() as u64).div_ceil(self.segment_rows.max(1) as u64) + 1;
         let file =
@@ -75,11 +76,11 @@ impl Places {
     }
 }
 
-/// A file holds about so much, unless that makes too few or too many of them.
+/// Target size of a file, unless that makes too few or too many files.
 const SEGMENT_BYTES: u64 = 64 << 20;
-/// Fewer would leave much of the budget to the one file more.
+/// With fewer files, the extra one would take too much of the budget.
 const MIN_SEGMENTS: u64 = 8;
-/// Each is a mapping, of which the system has a limited number.
+/// Each file is a mapping, and the system limits their number.
 const MAX_SEGMENTS: u64 = 128;
 
 #[cfg(test)]
@@ -112,7 +113,7 @@ mod tests {
                 assert!(places.spilled() <= wanted);
                 let bytes = places.bytes_on_disk(row_bytes).expect("a small number");
                 assert!(bytes <= budget, "{bytes} of {budget}: {places:?}");
-                // What is left over is the share of one file, and less than a row in each.
+                // The remainder is the share of one file, and less than a row in each.
                 let wasted = budget - bytes;
                 assert!(
                     places.spilled() == wanted || wasted <= budget / 4 + 128 * row_bytes,
@@ -120,7 +121,7 @@ mod tests {
                 );
             }
         }
-        // Two heads and a row each are the least.
+        // The minimum is two heads and a row each.
         let least = 2 * (HEAD_BYTES as u64 + 100);
         assert!(Places::in_memory(0).and_on_disk(9, least, 100).is_some());
         assert_eq!(Places::in_memory(0).and_on_disk(9, least - 1, 100), None);

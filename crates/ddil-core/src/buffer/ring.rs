@@ -1,4 +1,4 @@
-//! What is known of the states of one grid index, oldest first.
+//! Metadata of the states at one grid index, oldest first.
 
 use std::collections::VecDeque;
 
@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::states::Source;
 
-/// No run inserts so many states: half of what can be counted.
+/// No run inserts this many states: half of the range of the counter.
 const MAX_SEQUENCE: u64 = u64::MAX / 2;
 
-/// The states of one grid index, oldest first, numbered in the order in which they came.
+/// The states at one grid index, oldest first, numbered in order of insertion.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Ring {
     /// Sequence number of the next item.
@@ -24,7 +24,7 @@ pub(super) struct Item {
     pub(super) source: Source,
 }
 
-/// What a ring is saved as.
+/// Saved form of a ring.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedRing {
@@ -32,7 +32,7 @@ pub(super) struct SavedRing {
     items: Vec<Run>,
 }
 
-/// Items that follow each other and are the same, as those of an update mostly are: a million fit into a few lines.
+/// Consecutive equal items, as those of one update mostly are: a million items fit into a few lines.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Run {
@@ -52,16 +52,16 @@ fn is_one(count: &u64) -> bool {
 }
 
 impl Ring {
-    /// Drops what is too old; says how many are left.
+    /// Drops items beyond the age limit; returns how many are left.
     pub(super) fn forget(&mut self, step: u64, max_age: u64) -> usize {
-        // Births never fall from front to back, so each item is looked at once in its life.
+        // Births never decrease from front to back, so each item is examined only once.
         while self.items.front().is_some_and(|item| step.saturating_sub(item.birth) > max_age) {
             self.items.pop_front();
         }
         self.items.len()
     }
 
-    /// Drops the oldest, so that `more` fit into `ring_len`.
+    /// Drops the oldest items, so that `more` fit into `ring_len`.
     pub(super) fn make_room(&mut self, more: usize, ring_len: usize) {
         let over = (self.items.len() + more).saturating_sub(ring_len);
         self.items.drain(..over.min(self.items.len()));
@@ -81,7 +81,7 @@ impl Ring {
         self.next - self.items.len() as u64
     }
 
-    /// Sequence number of the item at `position` from the oldest.
+    /// Sequence number of the item at `position`, counted from the oldest.
     pub(super) fn sequence(&self, position: usize) -> u64 {
         self.oldest() + position as u64
     }
@@ -97,10 +97,10 @@ impl Ring {
         SavedRing { next: self.next, items: runs }
     }
 
-    /// None if it cannot be one of `ring_len` places.
+    /// None if it cannot be a ring of `ring_len` places.
     pub(super) fn restore(saved: &SavedRing, ring_len: usize) -> Option<Self> {
         let sum = |sum: u64, run: &Run| sum.checked_add(run.count);
-        // Counted before anything is made of it, as a damaged count could ask for any amount of memory.
+        // Counted before anything is allocated, as a damaged count could request any amount of memory.
         let len = saved.items.iter().try_fold(0, sum)?;
         if len > ring_len as u64 || len > saved.next || saved.next > MAX_SEQUENCE {
             return None;

@@ -13,24 +13,24 @@ use tch::Kind;
 use crate::error::{Error, Result};
 use crate::saved::SavedFile;
 
-/// Room for what a file says of itself; a multiple of the page size, so that rows of whole pages lie on whole pages.
+/// Size of the header of a file; a multiple of the page size, so that rows of whole pages are aligned to pages.
 pub(super) const HEAD_BYTES: usize = 4096;
-/// What every file of spilled states begins with.
+/// First bytes of every file of spilled states.
 const MAGIC: &str = "ddil buffer states\n";
-/// The layout described here.
+/// Version of the layout described here.
 const FORMAT_VERSION: u32 = 1;
-/// Around grid index and number in the name of a file.
+/// Prefix and suffix of a file name, around grid index and number.
 const PREFIX: &str = "ring_";
 const SUFFIX: &str = ".rows";
-/// As much of a file is read at once.
+/// Bytes of a file that are read at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// One thing that is stored of each state: its values, or a part of its conditioning.
+/// One stored field of each state: its values, or a part of its conditioning.
 #[derive(Clone, Debug)]
 pub(super) struct Column {
     pub(super) name: String,
     pub(super) kind: Kind,
-    /// Of one row.
+    /// Bytes per row.
     pub(super) shape: Vec<i64>,
 }
 
@@ -40,17 +40,17 @@ impl Column {
     }
 }
 
-/// Where files of spilled states are, and what is in them.
+/// Location and layout of files of spilled states.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) folder: PathBuf,
-    /// In the order in which they follow each other in a row, without gaps.
+    /// In their order within a row, without gaps.
     pub(super) columns: Vec<Column>,
-    /// Rows of a file.
+    /// Rows per file.
     pub(super) segment_rows: usize,
 }
 
-/// What a file says of itself, as JSON behind [`MAGIC`].
+/// Header of a file, as JSON after [`MAGIC`].
 #[derive(Serialize)]
 struct Head<'a> {
     format_version: u32,
@@ -77,7 +77,7 @@ impl Layout {
         format!("{PREFIX}{:02}_{number:06}{SUFFIX}", ring + 1)
     }
 
-    /// Whether a file may have got its name here.
+    /// Whether a file name may come from [`name`](Self::name).
     pub(super) fn is_name(name: &str) -> bool {
         let number = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(SUFFIX));
         number.is_some_and(|text| text.chars().all(|c| c.is_ascii_digit() || c == '_'))
@@ -113,14 +113,14 @@ impl Layout {
     }
 }
 
-/// A file of states of one ring that followed each other. It grows row by row, and what is in it never changes; its name
-/// is removed with this.
+/// A file of consecutive states of one ring. It grows row by row, and rows never change once written; the file is
+/// removed when this is dropped.
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) number: u64,
     pub(super) file: RowFile,
     pub(super) written: usize,
-    /// Of the head and the rows so far.
+    /// Of the header and the rows so far.
     crc32: Hasher,
     bytes: u64,
 }
@@ -138,7 +138,7 @@ impl Segment {
         Ok(Self { number, file, written: 0, crc32, bytes: HEAD_BYTES as u64 })
     }
 
-    /// Writes rows behind those that are there. They are not counted before [`advance`](Self::advance).
+    /// Writes rows after those present. They are not counted before [`advance`](Self::advance).
     pub(super) fn write(&mut self, layout: &Layout, rows: &[u8]) -> Result<()> {
         let written = self.file.write(self.written, rows);
         let folder = &layout.folder;
@@ -155,7 +155,7 @@ impl Segment {
         }
     }
 
-    /// What there is to save of it.
+    /// What has to be saved of it.
     pub(super) fn saved(&self, ring: usize) -> SavedFile {
         SavedFile {
             name: Layout::name(ring, self.number),
@@ -165,10 +165,10 @@ impl Segment {
         }
     }
 
-    /// A saved file with `written` rows, once every byte of it is known to be the one that was written.
+    /// A saved file with `written` rows, after checking that every byte is the one that was written.
     ///
-    /// A full file is shared, as it will not change. One with room is copied: two buffers may be restored from it, and
-    /// each goes on in its own way.
+    /// A full file is shared, as it will not change. A file with room is copied: two buffers may be restored from it
+    /// and then diverge.
     pub(super) fn restore(
         layout: &Layout,
         ring: usize,
@@ -192,7 +192,7 @@ impl Segment {
         saved.link_to(&path)?;
         let file = RowFile::open(&path, HEAD_BYTES, layout.row_bytes(), layout.segment_rows);
         let file = file.inspect_err(|_| {
-            // It is ours, and of no use; the first error is the one to tell.
+            // The file is ours and useless; the first error is the one to report.
             let _ = fs::remove_file(&path);
         })?;
         Ok(Self { number, file, written, crc32: saved.hasher(), bytes })
@@ -219,13 +219,13 @@ impl Segment {
 
 impl Drop for Segment {
     fn drop(&mut self) {
-        // A file that is left is in nobody's way but for its room.
+        // A file that remains only takes up space.
         let _ = fs::remove_file(self.file.path());
     }
 }
 
 impl SavedFile {
-    /// Checks that every byte is the one that was written, by reading them.
+    /// Checks by reading that every byte is the one that was written.
     ///
     /// # Errors
     ///
@@ -247,17 +247,17 @@ impl SavedFile {
         Ok(())
     }
 
-    /// Gives the file a second name, which stays when its first is removed; or copies it where a file system has no such
-    /// thing or another one begins.
+    /// Adds a hard link to the file, which remains when the first name is removed; copies it if the file system has no
+    /// hard links or `path` is on another one.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if there is such a file already or the disk is full.
+    /// [`Error::Io`] if the file exists already or the disk is full.
     pub fn link_to(&self, path: &Path) -> Result<()> {
         let linked = match fs::hard_link(&self.path, path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(error),
             Err(_) => fs::copy(&self.path, path).map(drop).inspect_err(|_| {
-                // Half a copy; the first error is the one to tell.
+                // The copy is incomplete; the first error is the one to report.
                 let _ = fs::remove_file(path);
             }),
             Ok(()) => Ok(()),
@@ -265,13 +265,13 @@ impl SavedFile {
         linked.map_err(Error::io("create", path))
     }
 
-    /// The checksum, ready to go on.
+    /// The checksum, ready to be continued.
     fn hasher(&self) -> Hasher {
         Hasher::new_with_initial_len(self.crc32, self.bytes)
     }
 }
 
-/// Checks that a file is the one that is meant before its rows are looked at.
+/// Checks that a file is the expected one before its rows are read.
 fn ensure_head(path: &Path, expected: &[u8]) -> Result<()> {
     let refuse = |problem| Err(Error::SavedFile { path: path.to_owned(), problem });
     let mut found = Vec::with_capacity(HEAD_BYTES);

@@ -1,4 +1,4 @@
-//! States on disk, for more of them than memory holds.
+//! States on disk, for more states than fit into memory.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -17,17 +17,18 @@ use crate::error::{Error, Result};
 use crate::rows::index;
 use crate::saved::SavedFile;
 
-/// Where states go that are beyond the memory of an [`AggregationBuffer`](super::AggregationBuffer).
+/// Where states beyond the memory of an [`AggregationBuffer`](super::AggregationBuffer) are stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SpillConfig {
-    /// The folder, of one buffer at a time; made when it is first needed. Files are removed when the buffer is dropped;
-    /// what a killed process left has to be [cleared](Self::clear) first. In a run's config it may be left out, which is
-    /// `buffer` in the run's folder; elsewhere it must be on the same file system, or checkpoints copy what is in it.
+    /// The folder, used by one buffer at a time and created on first use. Files are removed when the buffer is dropped;
+    /// those left by a killed process have to be [cleared](Self::clear) first. In a run's config it may be omitted: the
+    /// default is `buffer` in the run's folder. A folder elsewhere must be on the same file system, or checkpoints copy
+    /// its contents.
     #[serde(skip_serializing_if = "is_empty")]
     pub folder: PathBuf,
-    /// Most bytes in the folder; default 16 GiB. States that are let go but that a saved buffer refers to are not
-    /// counted, see [`SavedFile`].
+    /// Maximum bytes in the folder; default 16 GiB. Dropped states that a saved buffer still refers to are not counted,
+    /// see [`SavedFile`].
     pub byte_budget: u64,
 }
 
@@ -42,11 +43,11 @@ impl Default for SpillConfig {
 }
 
 impl SpillConfig {
-    /// Removes the files that a killed process left in the folder. Only for who knows that no buffer is using them.
+    /// Removes the files that a killed process left in the folder. Call it only if no buffer is using them.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the folder cannot be listed or a file not be removed; no folder is no error.
+    /// [`Error::Io`] if the folder cannot be listed or a file cannot be removed; a missing folder is not an error.
     pub fn clear(&self) -> Result<()> {
         let entries = match fs::read_dir(&self.folder) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -76,14 +77,14 @@ pub(super) struct Spill {
     logs: Vec<Log>,
 }
 
-/// The spilled states of a ring, in files that follow each other: new ones are appended, and a file is let go once none
-/// of its states is wanted.
+/// The spilled states of a ring, in consecutive files: new states are appended, and a file is removed once none of its
+/// states is needed.
 #[derive(Debug, Default)]
 struct Log {
     segments: VecDeque<Segment>,
 }
 
-/// A row to read: its place in the batch, and where it lies.
+/// A row to read: its index in the batch, and where it is stored.
 pub(super) struct Pick {
     pub(super) to: usize,
     pub(super) ring: usize,
@@ -91,7 +92,7 @@ pub(super) struct Pick {
 }
 
 impl Spill {
-    /// Rows of these columns, in files of `segment_rows`.
+    /// An empty store for rows of these columns, in files of `segment_rows`.
     pub(super) fn new(
         config: &SpillConfig,
         columns: Vec<Column>,
@@ -111,7 +112,7 @@ impl Spill {
         Ok(Self { layout, logs: (0..rings).map(|_| Log::default()).collect() })
     }
 
-    /// Bytes of a row.
+    /// Bytes per row.
     pub(super) fn row_bytes(&self) -> u64 {
         self.layout.row_bytes() as u64
     }
@@ -121,8 +122,8 @@ impl Spill {
         self.logs.iter().flat_map(|log| &log.segments).map(|segment| segment.file.len()).sum()
     }
 
-    /// Writes `rows` of a batch behind what the ring has, as its rows from `first` on; those before `live` are not wanted
-    /// any more. All or none are written.
+    /// Appends `rows` of a batch to those of the ring, as its rows from `first` on; rows before `live` are no longer
+    /// needed. Either all are written or none.
     pub(super) fn append(
         &mut self,
         ring: usize,
@@ -151,7 +152,7 @@ impl Spill {
         Ok(())
     }
 
-    /// Which rows of a batch go to which file, but for files that hold nothing that is wanted.
+    /// Which rows of a batch go to which file; files that hold nothing needed are left out.
     fn chunks(&self, first: u64, num_rows: usize, live: u64) -> Vec<(u64, Range<usize>)> {
         let segment_rows = self.layout.segment_rows as u64;
         let mut chunks = Vec::new();
@@ -195,7 +196,7 @@ impl Spill {
         Ok(records)
     }
 
-    /// A batch of `num_rows`, on the CPU, whose picked rows are read; the others are yet to be filled.
+    /// A batch of `num_rows`, on the CPU, with the picked rows read; the others are still to be filled.
     pub(super) fn read(&self, num_rows: usize, picks: &[Pick]) -> Result<(Tensor, Conditioning)> {
         let mut offset = 0;
         let mut columns = Vec::with_capacity(self.layout.columns.len());
@@ -223,7 +224,7 @@ impl Spill {
         with_rows.map(move |segment| segment.saved(ring))
     }
 
-    /// Takes back the rows of a ring in `live` from files that were saved.
+    /// Restores the rows of a ring in `live` from saved files.
     pub(super) fn restore(
         &mut self,
         ring: usize,
@@ -249,14 +250,14 @@ impl Spill {
 }
 
 impl Log {
-    /// Lets go of the files before that number.
+    /// Drops the files before this number.
     fn release(&mut self, number: u64) {
         while self.segments.front().is_some_and(|segment| segment.number < number) {
             self.segments.pop_front();
         }
     }
 
-    /// Makes the file of that number, the next one, unless it is there.
+    /// Creates the next file, with this number, unless it exists.
     fn ensure(&mut self, layout: &Layout, ring: usize, number: u64) -> Result<()> {
         if self.segments.back().is_none_or(|last| last.number < number) {
             self.segments.push_back(Segment::create(layout, ring, number)?);
@@ -273,7 +274,7 @@ impl Log {
         &mut self.segments[(number - first) as usize]
     }
 
-    /// The file of a row, and its place there.
+    /// The file that holds a row, and its index there.
     fn find(&self, row: u64, segment_rows: usize) -> (&RowFile, usize) {
         let number = row / segment_rows as u64;
         let segment = &self.segments[(number - self.first()) as usize];
@@ -281,7 +282,7 @@ impl Log {
     }
 }
 
-/// The bytes of rows of a tensor, in a kind.
+/// The bytes of rows of a tensor, converted to a kind.
 fn bytes_of(tensor: &Tensor, kind: Kind, rows: &[usize]) -> Result<Vec<u8>> {
     let copy = || {
         let order = index(rows, tensor.device());

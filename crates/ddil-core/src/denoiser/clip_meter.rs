@@ -1,4 +1,4 @@
-//! How much thresholding changes.
+//! Measures how much thresholding changes.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,16 +12,17 @@ use crate::rows::on_device;
 use crate::states::Source;
 use crate::tally::Tally;
 
-/// Measures which share of clean values a [`Thresholded`](super::Thresholded) denoiser changes, by timestep and by
+/// Measures the share of clean values that a [`Thresholded`](super::Thresholded) denoiser changes, by timestep and by
 /// source of the state.
 ///
-/// Clones are the same meter: one stays with whoever reads, one goes to [`Thresholded::metered`]. It adds on the
-/// device, waits for nothing until [`take`](Self::take), and its memory does not grow if nobody reads.
+/// Clones share one meter: keep one to read, pass another to [`Thresholded::metered`]. It sums on the device, does not
+/// synchronize before [`take`](Self::take), and its memory does not grow if it is never read.
 ///
-/// A denoiser does not know where its rows come from. Who asks it about whole batches of
-/// [`States`](crate::States) says so once a batch by [`rows_are`](Self::rows_are); other rows have no source.
+/// A denoiser has no information about the source of its rows. Callers that evaluate whole batches of
+/// [`States`](crate::States) set it once per batch with [`rows_are`](Self::rows_are); other rows have no source.
 ///
-/// Rule of thumb for a box around the data: below 0.5 % at little noise, a few percent of guided estimates at much.
+/// Rule of thumb for clamping to the data range: below 0.5 % at little noise, a few percent of guided estimates at
+/// much.
 ///
 /// [`Thresholded::metered`]: super::Thresholded::metered
 ///
@@ -32,7 +33,7 @@ use crate::tally::Tally;
 /// use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, Thresholding};
 /// use tch::{Tensor, kind};
 ///
-/// /// Believes that all data are 2.
+/// /// Predicts 2 for all data.
 /// struct Two(NoiseSchedule);
 ///
 /// impl Denoiser for Two {
@@ -64,41 +65,41 @@ pub struct ClipMeter(Arc<Mutex<Meter>>);
 #[derive(Debug)]
 struct Meter {
     num_train_timesteps: usize,
-    /// Sources beyond [`Source::ALL`], as they came.
+    /// Sources beyond [`Source::ALL`], in order of appearance.
     added: Vec<Source>,
-    /// One place per timestep, for each source and for none.
+    /// One place per timestep, for each source and for rows without a source.
     tally: Tally,
     rows: Rows,
 }
 
-/// Where the rows of the next calls come from.
+/// The sources of the rows of the next calls.
 #[derive(Debug, Default)]
 struct Rows {
-    /// Places in [`Source::ALL`].
+    /// Indices in [`Source::ALL`].
     sources: Vec<i64>,
     /// The same on the device of the calls.
     on_device: Option<Tensor>,
 }
 
-/// Place of rows without a source: after those that have one.
+/// Index of rows without a source: after those that have one.
 const NO_SOURCE: usize = Source::ALL.len();
 
-/// What thresholding changed at one timestep, of states of one source.
+/// The share of values that thresholding changed at one timestep, for states of one source.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClippedFraction {
-    /// Where.
+    /// The timestep.
     pub timestep: i64,
-    /// Where the states came from; none where nobody said.
+    /// The source of the states; none if it was not set.
     pub source: Option<Source>,
     /// Share of the values that were changed.
     pub fraction: f64,
-    /// Samples that it was measured on.
+    /// Number of samples measured.
     pub samples: u64,
 }
 
 impl ClippedFraction {
-    /// Name and value as they are logged: `clipped_teacher_forward_999` of the network `teacher`, without the source
-    /// where there is none.
+    /// Name and value for the log: `clipped_teacher_forward_999` for the network `teacher`; without the source if there
+    /// is none.
     pub fn figure(&self, network: &str) -> (String, f64) {
         let Self { timestep, source, fraction, .. } = *self;
         let name = match source {
@@ -110,7 +111,7 @@ impl ClippedFraction {
 }
 
 impl ClipMeter {
-    /// A meter that has seen nothing, for networks on `schedule`.
+    /// An empty meter, for networks on `schedule`.
     pub fn new(schedule: &NoiseSchedule) -> Self {
         let num_train_timesteps = schedule.num_train_timesteps() as usize;
         let tally = Tally::new((NO_SOURCE + 1) * num_train_timesteps);
@@ -118,17 +119,17 @@ impl ClipMeter {
         Self(Arc::new(Mutex::new(Meter { num_train_timesteps, added, tally, rows })))
     }
 
-    /// Says where the rows of the calls that follow come from, in their order; until it is said again.
+    /// Sets the sources of the rows of all following calls, in their order, until it is called again.
     ///
-    /// Calls on any other number of rows count as of no source.
+    /// Calls with another number of rows are counted without a source.
     pub fn rows_are(&self, sources: &[Source]) {
         let mut meter = self.meter();
         let sources = sources.iter().map(|&source| meter.place_of(source) as i64).collect();
         meter.rows = Rows { sources, on_device: None };
     }
 
-    /// What was measured since the last time, sources in the order of [`Source::ALL`] and noisiest first within
-    /// each; begins anew. Waits for the device.
+    /// The shares since the last call, sources in the order of [`Source::ALL`] and noisiest first within each; then
+    /// resets. Waits for the device.
     ///
     /// # Errors
     ///
@@ -152,8 +153,8 @@ impl ClipMeter {
         Ok(clipped)
     }
 
-    /// Adds what `thresholding` would change of a batch: for estimates that no [`Thresholded`](super::Thresholded)
-    /// denoiser gave, such as a student's inside a loss.
+    /// Adds what `thresholding` would change in a batch: for estimates that do not come from a
+    /// [`Thresholded`](super::Thresholded) denoiser, such as a student's inside a loss.
     ///
     /// # Shapes and units
     ///
@@ -162,8 +163,9 @@ impl ClipMeter {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`] for the settings or a range that does not fit `x0`; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `timesteps` does not fit
-    /// it, [`Error::Torch`] for one off the grid.
+    /// [`Error::Scheduler`] for the settings or a range that does not fit `x0`;
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `timesteps` does not fit it, [`Error::Torch`]
+    /// for one off the grid.
     pub fn measure(
         &self,
         thresholding: &Thresholding,
@@ -195,14 +197,14 @@ impl ClipMeter {
     }
 
     fn meter(&self) -> MutexGuard<'_, Meter> {
-        // Whoever panicked left sums that are whole: they are added to in one operation.
+        // The sums are valid even after a panic: they are added to in one operation.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Meter {
     fn place_of(&mut self, source: Source) -> usize {
-        // Rows without a source have the place between.
+        // Rows without a source have the index in between.
         let place = source.place_among(&self.added).unwrap_or_else(|| {
             self.added.push(source);
             NO_SOURCE + self.added.len() - 1
@@ -212,7 +214,7 @@ impl Meter {
 }
 
 impl Rows {
-    /// The place of each row's source.
+    /// The index of each row's source.
     fn sources_of(&mut self, timesteps: &Tensor) -> Tensor {
         let device = timesteps.device();
         if timesteps.size() != [self.sources.len() as i64] {

@@ -1,4 +1,4 @@
-//! A network that is a function.
+//! A network given as a function.
 
 use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
 use tch::Tensor;
@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// A denoiser from a schedule and a function that computes a network's output.
 ///
-/// For networks of one's own, where a type that implements [`Denoiser`] is not worth it.
+/// For your own networks, if a type that implements [`Denoiser`] is not worth it.
 ///
 /// # Example
 ///
@@ -45,7 +45,7 @@ where
     F: Fn(&Tensor, &Tensor, &Conditioning) -> Result<Tensor>,
 {
     /// `output` computes the network's output from `x_t`, the timesteps and the conditioning, in the shapes of
-    /// [`Denoiser::predict`]; `prediction_type` says what the output is.
+    /// [`Denoiser::predict`]; `prediction_type` is the type of that output.
     ///
     /// Errors of another type are wrapped by [`Error::network`](crate::Error::network).
     pub fn new(schedule: NoiseSchedule, prediction_type: PredictionType, output: F) -> Self {

@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// A denoiser that returns its input at timestep 0: `x0` becomes `c_out x0 + c_skip x_t`.
 ///
-/// `epsilon` stays the network's own. Section 4.3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+/// `epsilon` remains that of the network. Section 4.3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
 #[derive(Debug)]
 pub struct Consistent<D> {
     inner: D,
@@ -17,15 +17,15 @@ pub struct Consistent<D> {
 }
 
 impl<D: Denoiser> Consistent<D> {
-    /// `inner` with the scalings of `boundary` around it.
+    /// `inner`, wrapped in the scalings of `boundary`.
     pub fn new(inner: D, boundary: ConsistencyBoundary) -> Self {
         Self { inner, boundary }
     }
 }
 
-/// A denoiser as it is sampled: with the boundary of the sampler around it, if it has one.
+/// The denoiser used for sampling: wrapped in the boundary of the sampler, if it has one.
 ///
-/// Goes outside of guidance and thresholding.
+/// Wraps guidance and thresholding.
 pub fn with_boundary<'a>(
     denoiser: impl Denoiser + 'a,
     sampler: &SamplerConfig,

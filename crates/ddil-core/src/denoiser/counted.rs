@@ -1,4 +1,4 @@
-//! How often a network was asked.
+//! Counts evaluations of a network.
 
 use std::cell::Cell;
 
@@ -9,7 +9,7 @@ use super::Denoiser;
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
-/// A denoiser that counts the samples it was asked about.
+/// A denoiser that counts the samples it evaluates.
 pub(crate) struct Counted<D> {
     inner: D,
     evaluations: Cell<u64>,
@@ -25,7 +25,7 @@ impl<D: Denoiser> Counted<D> {
         self.evaluations.set(self.evaluations.get() + batch);
     }
 
-    /// Samples so far, over all calls.
+    /// Number of samples so far, over all calls.
     pub(crate) fn evaluations(&self) -> u64 {
         self.evaluations.get()
     }

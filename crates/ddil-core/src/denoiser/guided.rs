@@ -9,11 +9,11 @@ use super::Denoiser;
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 
-/// A denoiser pushed away from what it would say without the condition.
+/// A denoiser with classifier-free guidance.
 ///
 /// `uncond + guidance_scale (cond - uncond)`, [Ho and Salimans 2022](https://arxiv.org/abs/2207.12598) in the
-/// convention of diffusers: 1 is off, 0 is unconditional. Both answers come from one call on a batch of twice the
-/// size. `x0` and `epsilon` are both affine in the network's output, so guiding the pair is guiding the output.
+/// convention of diffusers: 1 is off, 0 is unconditional. Both outputs come from one call on a batch of twice the size.
+/// `x0` and `epsilon` are both affine in the network's output, so guiding the pair is equivalent to guiding the output.
 #[derive(Debug)]
 pub struct Guided<D> {
     inner: D,
@@ -22,14 +22,14 @@ pub struct Guided<D> {
 }
 
 impl<D: Denoiser> Guided<D> {
-    /// `null` is what the network is told for "no condition": parts of one row each (the null class, the
-    /// embedding of an empty prompt), the same parts as the conditions themselves. Without `time_ids`, those of each
-    /// condition hold for both answers.
+    /// `null` is the network's input for "no condition": parts of one row each (the null class, the embedding of an
+    /// empty prompt), the same parts as the conditions have. If it has no `time_ids`, those of each condition are used
+    /// for both outputs.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if `guidance_scale` is not finite or negative; [`Error::Conditioning`] if `null`
-    /// does not have one row.
+    /// [`Error::Invalid`] if `guidance_scale` is not finite or negative; [`Error::Conditioning`] if `null` does not
+    /// have one row.
     pub fn new(inner: D, guidance_scale: f64, null: Conditioning) -> Result<Self> {
         if !(guidance_scale.is_finite() && guidance_scale >= 0.0) {
             return Err(Error::Invalid(Invalid::new(
@@ -87,13 +87,13 @@ impl<D: Denoiser> Denoiser for Guided<D> {
     }
 }
 
-/// A denoiser guided by the weight that each sample carries: `cond + w (cond - uncond)`.
+/// A denoiser with a guidance weight per sample: `cond + w (cond - uncond)`.
 ///
-/// `w` is `guidance_weight` of the conditioning, `w = guidance_scale - 1`: 0 is off, -1 is unconditional. The form in
-/// which a latent consistency model's teacher is guided, equation 13 of
-/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378): each trajectory has a weight of its own, which the student is
-/// told. The network inside is not told it, as it was never taught what that means. One call on a batch of twice the
-/// size, whatever the weights are: looking at them would wait for the device.
+/// `w` is `guidance_weight` of the conditioning, `w = guidance_scale - 1`: 0 is off, -1 is unconditional. This is the
+/// guidance of a latent consistency model's teacher, equation 13 of [Luo et al.
+/// 2023](https://arxiv.org/abs/2310.04378): each trajectory has a random weight, which is also an input of the student.
+/// The wrapped network does not receive it, as it was not trained with one. Each call evaluates a batch of twice the
+/// size, whatever the weights are: reading them would wait for the device.
 ///
 /// # Shapes and units
 ///
@@ -101,7 +101,7 @@ impl<D: Denoiser> Denoiser for Guided<D> {
 ///
 /// # Errors
 ///
-/// [`Error::ConditioningMissing`] where there is no weight.
+/// [`Error::ConditioningMissing`] if there is no weight.
 #[derive(Debug)]
 pub struct GuidedByWeight<D> {
     inner: D,
@@ -109,7 +109,7 @@ pub struct GuidedByWeight<D> {
 }
 
 impl<D: Denoiser> GuidedByWeight<D> {
-    /// `null` is what the network is told for "no condition", as in [`Guided::new`]: one row, without a weight.
+    /// `null` is the network's input for "no condition", as in [`Guided::new`]: one row, without a weight.
     ///
     /// # Errors
     ///
@@ -130,7 +130,7 @@ impl<D: Denoiser> GuidedByWeight<D> {
 }
 
 impl<D> GuidedByWeight<D> {
-    /// The input of the network inside, and the guidance scale of each sample.
+    /// The input of the wrapped network, and the guidance scale of each sample.
     fn ask(
         &self,
         op: &'static str,
@@ -190,7 +190,7 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
     }
 }
 
-/// A batch twice, once with its conditions and once without: the input of one call for both answers.
+/// A batch twice, once with its conditions and once without: the input of one call for both outputs.
 struct Both {
     x_t: Tensor,
     conditioning: Conditioning,
@@ -210,7 +210,7 @@ impl Both {
         let rows = Tensor::zeros([batch], (Kind::Int64, x_t.device()));
         let mut null = null.index_select(&rows)?.to_device(x_t.device())?;
         if null.get(Conditioning::TIME_IDS).is_none() {
-            // An image's size is not a condition to be guided away from: both outputs are of the same size.
+            // The size of an image is not a condition to guide away from: both outputs have the same size.
             let sizes = conditioning.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
             null = null.with_some(Conditioning::TIME_IDS, sizes);
         }
@@ -218,7 +218,7 @@ impl Both {
         Ok(Self { x_t: twice(op, x_t)?, conditioning, batch })
     }
 
-    /// The prediction with conditions combined with that without.
+    /// Combines the predictions with and without conditions.
     fn predict(
         &self,
         op: &'static str,

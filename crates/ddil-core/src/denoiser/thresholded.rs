@@ -1,4 +1,4 @@
-//! Clean data held inside their range.
+//! Clips clean data to a range.
 
 use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, Thresholding};
 use tch::Tensor;
@@ -7,10 +7,10 @@ use super::{ClipMeter, Denoiser, repeated_timestep};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
-/// A denoiser whose `x0` is held inside the data's range, and whose `epsilon` is recomputed from it.
+/// A denoiser whose `x0` is clipped to the range of the data, and whose `epsilon` is recomputed from it.
 ///
-/// Goes outside of guidance: it is the guided estimate that leaves the range. Not for the student inside a loss:
-/// there is no gradient beyond the range, where the correction is wanted most.
+/// Wraps guidance: the guided estimate is the one that leaves the range. Do not use it for the student inside a loss:
+/// the gradient is 0 beyond the range, where the correction is needed most.
 #[derive(Debug)]
 pub struct Thresholded<D> {
     inner: D,
@@ -27,7 +27,7 @@ impl<D: Denoiser> Thresholded<D> {
         Ok(Self { inner, thresholding, meter: None })
     }
 
-    /// The same, with every call measured. Nothing is measured where nothing is thresholded.
+    /// The same, with every call measured. Nothing is measured if nothing is thresholded.
     #[must_use]
     pub fn metered(self, meter: ClipMeter) -> Self {
         Self { meter: Some(meter), ..self }
