@@ -1,22 +1,22 @@
-//! Many distillations side by side: which cells there are, how each is trained and measured, and their common results.
+//! Many distillations side by side: the list of cells, their training and measurement, and their common results.
 //!
 //! ```text
 //! runs/<name>/
 //!   cells/<cell>.toml         the cell's config, which `ddil distill` reads as well
 //!   cells/<cell>/             its run folder
-//!   cells/<cell>.log          what its verbs printed
-//!   cells/<cell>.json         its record: how it ended, and what was measured
+//!   cells/<cell>.log          output of its verbs
+//!   cells/<cell>.json         its record: how it ended, and its measurements
 //!   cells/<cell>.safetensors  its first samples
-//!   cells/<cell>.lock         the process that is at work on it
-//!   teachers/<key>/           samples of the teacher, drawn once, in parts, and their row
+//!   cells/<cell>.lock         the process that works on it
+//!   teachers/<key>/           samples of the teacher, drawn once, in parts, and its row
 //!   real.json                 rows of real images against real images
 //!   results.json  table.md  quality.svg  shift.svg  side_by_side.png
 //! ```
 //!
-//! A [`Matrix`] is read from a file and gives [`Cell`]s; a [`Comparison`] lists what is left to do, as [`WorkItem`]s; a
-//! [`Worker`] does one of them by running verbs of the program, and [`workers::run`] many; a [`ComparisonReport`] is made
-//! from the files that they leave. Every file is complete or absent, so a comparison that was stopped continues where it
-//! stopped, and several processes can work on one.
+//! A [`Matrix`] is read from a file and expands to [`Cell`]s; a [`Comparison`] lists the open work as [`WorkItem`]s; a
+//! [`Worker`] performs one of them by running verbs of the program, and [`workers::run`] performs many; a
+//! [`ComparisonReport`] is built from the files that they write. Every file is complete or absent, so an interrupted
+//! comparison continues where it stopped, and several processes can work on one.
 
 pub mod matrix;
 pub mod metric;

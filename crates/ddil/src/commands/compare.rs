@@ -1,4 +1,4 @@
-//! `ddil compare`: many distillations, their results, and how far they differ.
+//! `ddil compare`: runs many distillations and compares their results.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -61,7 +61,7 @@ fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
     }
 }
 
-/// What `--dry-run` prints.
+/// The output of `--dry-run`.
 fn listed(comparison: &Comparison) -> anyhow::Result<String> {
     let standings = comparison.standings()?;
     let width = standings.iter().map(|(planned, _)| planned.cell.name.len()).max().unwrap_or(0);
@@ -104,7 +104,7 @@ fn all_cells(
     Ok(if num_failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// One cell, with the samples of its teacher where they are missing; the last cell of all writes the tables.
+/// Runs one cell, drawing its teacher's samples if they are missing; the last cell to finish writes the tables.
 fn one_cell(
     comparison: &Comparison,
     name: &str,
@@ -153,7 +153,7 @@ fn one_cell(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Draws the samples of a cell's teacher, sharing them out with other processes that need the same; false if it was stopped.
+/// Draws the samples of a cell's teacher, sharing the work with other processes that need them; false if stopped.
 fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<bool> {
     const INTERVAL: Duration = Duration::from_millis(200);
     loop {
@@ -182,7 +182,7 @@ fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<b
     }
 }
 
-/// Tells what happens to the pieces of a stage, one line per event.
+/// Logs the progress of the items of a stage, one line per event.
 struct Counted<'a> {
     comparison: &'a Comparison,
     total: usize,
@@ -229,7 +229,7 @@ impl<'a> Counted<'a> {
     }
 }
 
-/// The result of a cell, in a few words.
+/// A one-line summary of a cell's result.
 fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
     let record = comparison.record_of(planned).ok().flatten();
     match record.map(|CellRecord { outcome, .. }| outcome) {
@@ -246,13 +246,13 @@ fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
     }
 }
 
-/// How many cells have no result yet.
+/// The number of cells without a result.
 fn num_open(comparison: &Comparison) -> anyhow::Result<usize> {
     let open = |standing: &Standing| !matches!(standing, Standing::Done | Standing::Diverged(_));
     Ok(comparison.standings()?.iter().filter(|(_, standing)| open(standing)).count())
 }
 
-/// Tables on the terminal, and everything in the folder.
+/// Prints the tables on the terminal and writes all results to the folder.
 fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> {
     let report = ComparisonReport::gather(comparison)?;
     report.write(comparison.folder())?;

@@ -1,4 +1,4 @@
-//! `ddil demo`: the main job on real input.
+//! `ddil demo`: the whole method on real data.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,7 @@ struct Arm {
     config: DistillConfig,
 }
 
-/// A model with how it is sampled and what it is called in the table.
+/// A model, how it is sampled, and its name in the table.
 struct Candidate {
     name: String,
     pipeline: Pipeline,
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The same config twice, but for the priors.
+/// The same config twice, with different priors.
 fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
     let preset = presets::find("fashion-mnist-pd-ddil").context("the demonstration's preset")?;
     let mut settings = Settings::parse("fashion-mnist-pd-ddil.toml", preset.text)?;
@@ -100,7 +100,7 @@ fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
     ])
 }
 
-/// Trains a student, or goes on with it; false if it was asked to stop.
+/// Trains a student, or resumes it; false if it was asked to stop.
 fn train(arm: &Arm, logging: &Logging, interrupt: &Interrupt) -> anyhow::Result<bool> {
     let (config, path) = (&arm.config, arm.config.run.path());
     if path.join("config.toml").is_file() {
@@ -110,7 +110,7 @@ fn train(arm: &Arm, logging: &Logging, interrupt: &Interrupt) -> anyhow::Result<
     Ok(matches!(distil(config, logging, interrupt)?, Outcome::Completed { .. }))
 }
 
-/// Teacher at 50 and at the students' steps, unguided at 50, and both students.
+/// The teacher at 50 steps and at the students' steps, unguided at 50, and both students.
 fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let config = &arms[0].config;
     let device = config.run.device()?;
@@ -147,7 +147,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     Ok(candidates)
 }
 
-/// States on each side of the shift.
+/// The number of states on each side of the shift.
 const SHIFT_STATES: u32 = 1000;
 
 fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
@@ -160,7 +160,7 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
         tracing::info!("sampling {n} images: {name}, {} steps", plan.steps);
         images.push(draw(pipeline, plan, n, 0..n)?);
     }
-    // The second candidate is what the students were taught: the guided teacher at its full steps.
+    // The second candidate is what the students were trained to match: the guided teacher at its full number of steps.
     let taught = Reference::new("teacher", &images[1], &extractor)?;
     for (candidate, images) in candidates.iter().zip(&images) {
         let Candidate { name, pipeline, plan, is_student } = candidate;
@@ -186,7 +186,7 @@ fn write_outputs(
     Ok(())
 }
 
-/// A row a model, two columns a class, the same noise in each column.
+/// One row per model, two columns per class, the same noise in each column.
 fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Image> {
     const COLUMNS: u32 = 20;
     let mut rows = Vec::new();

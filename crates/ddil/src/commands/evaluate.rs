@@ -52,10 +52,10 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     Ok(exit_code)
 }
 
-/// The real images, and the features on which others are compared with them.
+/// The real images, and the features on which other images are compared with them.
 struct RealImages {
     train: ImageDataset,
-    /// Held-out images, where there are some.
+    /// Held-out images, if there are any.
     held_out: Option<ImageDataset>,
     extractor: Box<dyn FeatureExtractor>,
     reference: Reference,
@@ -105,7 +105,7 @@ impl RealImages {
         Ok(Self { train, held_out, extractor, reference, teacher })
     }
 
-    /// Compares images with the held-out ones, and with the teacher's samples where there are some.
+    /// Compares images with the held-out ones, and with the teacher's samples if there are any.
     fn score(&self, method: &str, images: &Tensor) -> anyhow::Result<Measurement> {
         let scores = self.reference.score(images, &*self.extractor)?;
         let mut measurement = Measurement::of(method, &scores, &self.reference, &*self.extractor);
@@ -115,7 +115,7 @@ impl RealImages {
         Ok(measurement)
     }
 
-    /// Training images against held-out ones, and one half of the reference against the other.
+    /// Compares training images with held-out ones, and one half of the reference with the other.
     fn rows(&self, args: &EvaluateArgs) -> anyhow::Result<Vec<Row>> {
         let mut rows = Vec::new();
         if self.held_out.is_some() {
@@ -148,7 +148,7 @@ fn extractor(name: &str) -> anyhow::Result<Extractor> {
     })
 }
 
-/// The data that is named on the command line, or in a config file there.
+/// The data named on the command line, or in a config file given there.
 fn data_section(data: &Path) -> anyhow::Result<DataSection> {
     #[derive(Deserialize)]
     struct Config {
@@ -170,7 +170,7 @@ fn data_section(data: &Path) -> anyhow::Result<DataSection> {
     Ok(DataSection { kind: DataKind::ImageFolder, path, ..DataSection::default() })
 }
 
-/// Training images against held-out ones: the distance of chance, and of the split.
+/// Training images against held-out ones: the distances due to chance and to the split.
 pub(crate) fn data_row(
     train: &ImageDataset,
     n: u32,
@@ -182,7 +182,7 @@ pub(crate) fn data_row(
     Ok(("data".to_owned(), Measurement::of("data", &scores, reference, extractor)))
 }
 
-/// A row for each number of steps. Samples that are not finite have none, and the exit code says so.
+/// One row for each number of steps. Samples that are not finite have no row; the exit code reports them.
 fn model_rows(args: &EvaluateArgs, real: &RealImages) -> anyhow::Result<(Vec<Row>, ExitCode)> {
     let (pipeline, own) = open_model(&args.subject, &args.sampling)?;
     ensure_comparable(args, &pipeline, real)?;
@@ -211,7 +211,7 @@ fn model_rows(args: &EvaluateArgs, real: &RealImages) -> anyhow::Result<(Vec<Row
     Ok((rows, exit_code))
 }
 
-/// Refuses before anything is drawn.
+/// Rejects invalid combinations before anything is drawn.
 fn ensure_comparable(
     args: &EvaluateArgs,
     pipeline: &Pipeline,
@@ -247,7 +247,7 @@ fn ensure_comparable(
     Ok(())
 }
 
-/// The first `n` of `total` samples, with a bar.
+/// The first `n` of `total` samples, with a progress bar.
 fn drawn(pipeline: &Pipeline, plan: &SamplePlan, total: u32, n: u32) -> anyhow::Result<Tensor> {
     tracing::info!("sampling {n} images in {} steps", plan.steps);
     let calls = Calls::of("evaluate", plan, n);

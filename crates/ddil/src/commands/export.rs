@@ -62,7 +62,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes `README.md` where there is something to say that diffusers' pipelines do not do by themselves, and prints it.
+/// Writes and prints `README.md` if sampling needs something that diffusers' pipelines do not do by themselves.
 fn write_model_card(folder: &Path) -> anyhow::Result<()> {
     let Some(card) = model_card(folder)? else { return Ok(()) };
     let path = folder.join("README.md");
@@ -72,7 +72,7 @@ fn write_model_card(folder: &Path) -> anyhow::Result<()> {
     say(&format!("\nwith diffusers ({}):\n\n  {}\n", path.display(), code.trim_end()))
 }
 
-/// Names the step of a run's model, and refuses a run that has none yet.
+/// Returns the step of a run's model, or an error if the run has no model yet.
 fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
     if !source.join("status.json").is_file() {
         return Ok(());
@@ -90,7 +90,7 @@ fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Adapters under the names of another format.
+/// Converts adapters to the names of another format.
 fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Result<ExitCode> {
     let source = file.display();
     let format = match args.lora.as_deref() {
@@ -118,7 +118,7 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
     Ok(ExitCode::SUCCESS)
 }
 
-/// The adapters of a file on a network without values: the one that is named, or the first known one that they fit.
+/// The adapters of a file on a network without values: the named model, or the first known one that they fit.
 fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<Lora> {
     if let Some(base) = base {
         let places = ["config.json", "unet/config.json", "export/unet/config.json"];
@@ -162,7 +162,7 @@ pub(super) fn parse_kind(name: &str) -> anyhow::Result<Kind> {
     })
 }
 
-/// A number of bytes with a unit of diffusers, as in `5GB`.
+/// A number of bytes with one of diffusers' units, as in `5GB`.
 pub(super) fn parse_bytes(text: &str) -> anyhow::Result<u64> {
     let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000), ("", 1)];
     let bytes = units.iter().find_map(|(unit, factor)| {
@@ -175,7 +175,7 @@ pub(super) fn parse_bytes(text: &str) -> anyhow::Result<u64> {
     }
 }
 
-/// One line a part.
+/// One line per part.
 pub(super) fn table(parts: &[PartSummary]) -> String {
     let lines = parts.iter().map(|part| {
         let count = part.parameters.map_or(String::new(), |n| format!("{n} values"));

@@ -9,7 +9,7 @@ use super::export::{parse_bytes, parse_kind, table};
 use super::{or_forced, say};
 use crate::cli::ImportArgs;
 
-/// Files of whole pipelines in one, which other programs write.
+/// Single files that contain a whole pipeline, which other programs write.
 const SINGLE_FILES: [&str; 5] = ["safetensors", "ckpt", "bin", "pt", "pth"];
 
 pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {

@@ -49,7 +49,7 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     )
 }
 
-/// The newest sound checkpoint of `checkpoints`, or of `checkpoints/latest`, which is a file with its name.
+/// The newest valid checkpoint of `checkpoints`, or of `checkpoints/latest`, a file that contains its name.
 fn newest_checkpoint(path: &Path) -> anyhow::Result<Option<PathBuf>> {
     let is_latest = path.file_name().is_some_and(|name| name == "latest") && !path.is_dir();
     let folder = if is_latest { path.parent().unwrap_or(path) } else { path };
@@ -107,7 +107,7 @@ fn model(path: &Path) -> anyhow::Result<Value> {
     }))
 }
 
-/// By settings and headers alone: the weights may be larger than the memory.
+/// Reads settings and headers only: the weights may be larger than the memory.
 fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     let adapter = Pipeline::adapter_at(path)?;
     let whole = adapter.as_ref().map_or(path, |(_, base)| base);
@@ -145,7 +145,7 @@ fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     }))
 }
 
-/// Names to the left, values behind them, parts indented.
+/// Names on the left, values after them, parts indented.
 fn tree(value: &Value, depth: usize) -> String {
     let Value::Object(fields) = value else { return String::new() };
     let indent = "  ".repeat(depth);

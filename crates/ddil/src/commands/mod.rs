@@ -1,4 +1,4 @@
-//! One file a verb.
+//! One file per verb.
 
 pub(crate) mod compare;
 pub(crate) mod demo;
@@ -32,10 +32,10 @@ use tch::Kind;
 
 use crate::cli::{ParentArgs, SamplingArgs};
 
-/// The number of even timesteps that published latent consistency models choose theirs from, as diffusers has it.
+/// The number of evenly spaced timesteps from which published latent consistency models choose theirs, as in diffusers.
 const LCM_ORIGINAL_STEPS: u32 = 50;
 
-/// Prints to the standard output; a reader that has seen enough, such as `head`, is no error.
+/// Prints to the standard output; a closed pipe, as with `head`, is not an error.
 fn say(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -51,17 +51,17 @@ fn set_threads(threads: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Starts the log, and ends the process when its standard input closes, if that is asked for.
+/// Starts the log, and ends the process when its standard input closes, if requested.
 fn start(parent: &ParentArgs) -> anyhow::Result<()> {
     Logging::start("info")?;
     if parent.stop_with_stdin {
-        // Nothing is half done: every file is written whole or not at all.
+        // Nothing is left half written: every file is complete or absent.
         when_stdin_closes(|| std::process::exit(i32::from(TRY_AGAIN)));
     }
     Ok(())
 }
 
-/// Says what to do about a folder that is there already.
+/// Adds advice to the error about a folder that already exists.
 fn or_forced<T>(result: ddil_pipelines::Result<T>) -> anyhow::Result<T> {
     match result {
         Err(ddil_pipelines::Error::FolderNotEmpty { path }) => bail!(
@@ -72,7 +72,7 @@ fn or_forced<T>(result: ddil_pipelines::Result<T>) -> anyhow::Result<T> {
     }
 }
 
-/// A bar that counts the calls of a network.
+/// A progress bar that counts the calls of a network.
 struct Calls(RefCell<(Progress, u64)>);
 
 impl Calls {
@@ -88,7 +88,7 @@ impl Calls {
     }
 }
 
-/// Reads a model and how its samples are to be drawn.
+/// Reads a model and its sampling plan.
 fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, SamplePlan)> {
     set_threads(args.threads)?;
     let device = parse_device(&args.device)?;
@@ -118,7 +118,7 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
     Ok((pipeline, plan))
 }
 
-/// How samples of a model are to be drawn in so many steps; none is the model's own number.
+/// The sampling plan of a model for a number of steps; without one, the model's own number.
 fn sample_plan(
     pipeline: &Pipeline,
     args: &SamplingArgs,

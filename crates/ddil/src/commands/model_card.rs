@@ -1,4 +1,4 @@
-//! The model card of an exported folder: how its samples are drawn with diffusers.
+//! The model card of an exported folder: how to draw its samples with diffusers.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use ddil_pipelines::{Pipeline, SamplePlan};
 use ddil_schedulers::SchedulerConfig;
 
-/// `README.md` of a folder; none for a teacher, which diffusers' pipelines sample by themselves, unless it has classes.
+/// `README.md` of a folder; none for a teacher without classes, which diffusers' pipelines sample by themselves.
 pub(super) fn model_card(folder: &Path) -> anyhow::Result<Option<String>> {
     let pipeline = Pipeline::read_without_values(folder)?;
     let plan = SamplePlan::of(&pipeline, None);
@@ -26,7 +26,7 @@ pub(super) fn model_card(folder: &Path) -> anyhow::Result<Option<String>> {
     )))
 }
 
-/// Pipelines of pixels take no classes, so the loop is written out.
+/// Pipelines of pixels do not take classes, so the loop is written out.
 fn of_classes(pipeline: &Pipeline, plan: &SamplePlan) -> String {
     let class = pipeline.scheduler.class();
     let [channels, height, width] = pipeline.card.image_shape;

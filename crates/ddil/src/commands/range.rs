@@ -14,17 +14,17 @@ use tch::{Device, Tensor};
 use super::{evaluate::all_images, say};
 use crate::cli::RangeArgs;
 
-/// Enough for the quantiles of each channel: a few hundred megabytes.
+/// Enough for the quantiles of each channel; a few hundred megabytes.
 const MOST_LATENTS: i64 = 4096;
 
-/// The table as it stands in a config file.
+/// The table as written in a config file.
 #[derive(Serialize)]
 struct Tables {
     thresholding: Thresholding,
 }
 
 pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
-    // Values of images end at black and white, which are part of the data; latents have no such ends.
+    // Image values end at black and white, which are part of the data; latents have no such limits.
     let (samples, quantile, margin) = if args.data.join("dataset.json").is_file() {
         (latents(&args.data)?, 0.0005, 0.1)
     } else {
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Latents of a folder of encoded data, drawn once each; the first ones where there are very many.
+/// Latents of a folder of encoded data, drawn once each; only the first ones if there are very many.
 fn latents(folder: &Path) -> anyhow::Result<Tensor> {
     let data = EncodedDataset::open(folder, None)?;
     let Some(shape) = data.latent_shape() else {

@@ -19,7 +19,7 @@ use tch::Tensor;
 use super::{Calls, open_model, say, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
-/// Samples that are to be written, and the grid of them.
+/// Samples to write, and the grid of them.
 struct Drawn {
     images: Tensor,
     grid: Image,
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     let class = Pipeline::class_at(&args.model)
         .with_context(|| format!("no model could be read from {path}"))?;
     let prompts = prompts(&args.prompting)?;
-    // Refused before any weights are read.
+    // Rejected before any weights are read.
     if class.is_text_to_image() {
         ensure!(args.class.is_none(), "--class: the model draws prompts and knows no classes");
         ensure!(!prompts.is_empty(), "--prompt is missing: the model draws what it is told");
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     write(args, &output, &drawn)
 }
 
-/// The file that is written: what --output names, or the first `samples.png`, `samples-2.png`, .. that is free.
+/// The output file: the one of --output, or the first free name of `samples.png`, `samples-2.png`, ..
 fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
     let Some(path) = &args.output else {
         let numbered = (2..).map(|number| format!("samples-{number}.png").into());
@@ -70,7 +70,7 @@ fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
     Ok(path.clone())
 }
 
-/// Warns of what a student is not made for; it may be meant.
+/// Warns about settings that a student is not made for; they may be intended.
 fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
     let method = pipeline.card.method.as_str();
     if method.is_empty() || method == "teacher" || pipeline.parts.class().is_text_to_image() {
@@ -106,7 +106,7 @@ fn prompts(args: &PromptArgs) -> anyhow::Result<Vec<String>> {
     Ok(prompts)
 }
 
-/// What was given that only a text-to-image model knows.
+/// The given options that only a text-to-image model supports.
 fn prompt_flag(args: &PromptArgs) -> Option<&'static str> {
     let given = [
         ("--prompt", !args.prompts.is_empty()),
@@ -118,7 +118,7 @@ fn prompt_flag(args: &PromptArgs) -> Option<&'static str> {
     given.into_iter().find_map(|(flag, given)| given.then_some(flag))
 }
 
-/// Adds adapters to the network for good.
+/// Merges adapters into the network's weights.
 fn apply_lora(pipeline: &Pipeline, file: &Path, scale: f64) -> anyhow::Result<()> {
     let mut lora = Lora::from_file(pipeline.network.parameters(), file)?;
     let passed_over = lora.ignored().len();
@@ -158,7 +158,7 @@ fn of_prompts(
     let latents = sample_latents(pipeline, &plan, &encoded, &|| calls.note())?;
     drop(calls);
     let images = decode(&text, &latents, plan.batch_size)?;
-    // One prompt in a square; several with a row each.
+    // One prompt in a square; several with one row each.
     let square = f64::from(per_prompt).sqrt().ceil() as u32;
     let columns = if request.prompts.len() == 1 { square } else { per_prompt };
     let layout = Layout::columns(NonZeroU32::new(columns).unwrap_or(NonZeroU32::MIN));
@@ -180,7 +180,7 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
     );
     let calls = Calls::of("sample", plan, n);
     let images = draw_observed(pipeline, plan, total, args.first..end, class, &|| calls.note())?;
-    // Rows of one class, where the first sample is of the first class.
+    // One class per row, if the first sample is of the first class.
     let num_classes = names.len() as u32;
     let in_turn = class.is_none() && args.first.is_multiple_of(num_classes.max(1));
     let num_classes = if in_turn { num_classes } else { 0 };
@@ -188,7 +188,7 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
     Ok(Drawn { images, grid, steps: plan.steps })
 }
 
-/// The number of a class that is given by name or by number.
+/// The number of a class given by name or by number.
 fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
     if let Some(number) = names.iter().position(|name| name == text) {
         return Ok(number as i64);

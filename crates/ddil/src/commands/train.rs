@@ -31,22 +31,22 @@ trait Verb: Serialize + DeserializeOwned {
     fn run_section(&self) -> &RunSection;
     fn session(&self) -> SessionConfig;
     fn task(&self, interrupt: &Interrupt) -> Result<Self::Task>;
-    /// Checks that there can be such a task, and writes nothing.
+    /// Checks that the task can be built, without writing anything.
     fn check(&self) -> Result<()>;
-    /// What it will need, from settings alone; nothing for a verb that has no such plan.
+    /// The resources it will need, from settings alone; none for a verb without such a plan.
     fn plan(&self) -> Result<Option<MemoryPlan>>;
-    /// What [`check`](Self::check) looks at.
+    /// The parts that [`check`](Self::check) examines.
     fn checked(&self) -> &'static str;
     fn num_updates(&self) -> u64;
-    /// The folder of its teacher, of a verb that has one.
+    /// The teacher's folder, for a verb that has one.
     fn teacher(&self) -> Option<&Path> {
         None
     }
-    /// What one would do next with the run in `folder`.
+    /// The suggested next command for the run in `folder`.
     fn next(&self, folder: &Path) -> Vec<String>;
 }
 
-/// What can be done with a model of pixels.
+/// The verbs to run next with a model of pixels.
 fn sample_and_evaluate(folder: &Path) -> Vec<String> {
     ["sample", "evaluate"].map(|verb| format!("ddil {verb} {}", folder.display())).to_vec()
 }
@@ -176,13 +176,13 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what a run would be and need, then checks it: the plan is there also where something is missing.
+/// Prints the plan of a run, then checks it: the plan is printed even if something is missing.
 fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
     say(&to_toml(config)?)?;
     match config.plan() {
         Ok(Some(plan)) => say(&format!("\n# {}\n", plan.to_string().replace('\n', "\n# ")))?,
         Ok(None) => {}
-        // Where the plan fails the check says best why.
+        // If the plan fails, the check has the better error message.
         Err(error) => {
             config.check()?;
             return Err(error.into());
@@ -194,7 +194,7 @@ fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The config of the command line, or of the run that is resumed, which must then be the same.
+/// The config of the command line, or of the run to resume, which must then be the same.
 fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     let path = match (&args.config, &args.resume) {
         (Some(path), _) => path.clone(),
@@ -207,7 +207,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
         (None, None) => bail!("expected a config file, or --resume with a run folder"),
     };
     let mut settings = Settings::read(&path)?;
-    // Those of the command line come last, and win.
+    // Overrides of the command line come last and win.
     for text in changes.iter().copied().chain(args.overrides.iter().map(String::as_str)) {
         settings.set(text)?;
     }
@@ -220,7 +220,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     })
 }
 
-/// The verb that a config is for, by a key that no other verb's has.
+/// The verb that a config is for, recognised by a key that only this verb has.
 fn verb_of(settings: &Settings) -> Option<(&'static str, &'static str)> {
     let keys = [
         ("compare", "axes"),
@@ -235,7 +235,7 @@ fn verb_of(settings: &Settings) -> Option<(&'static str, &'static str)> {
     keys.into_iter().find(|(_, key)| settings.has(key))
 }
 
-/// A new run; what the task refuses leaves no folder behind.
+/// Starts a new run; an error in the task leaves no folder behind.
 fn start<V: Verb>(
     config: &V,
     logging: &Logging,
@@ -247,7 +247,7 @@ fn start<V: Verb>(
     Ok(Session::start(task, config.session(), folder)?)
 }
 
-/// Starts the config's run, or continues it where its folder is there.
+/// Starts the config's run, or resumes it if its folder exists.
 fn start_or_resume<V: Verb>(
     config: &V,
     logging: &Logging,
@@ -262,7 +262,7 @@ fn start_or_resume<V: Verb>(
     }
 }
 
-/// Waits for a process that is about to leave the folder: one that was told to stop, and saves.
+/// Waits for a process that is about to release the folder: one that was told to stop and is saving.
 fn patiently(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
     const PATIENCE: Duration = Duration::from_secs(60);
     const INTERVAL: Duration = Duration::from_millis(50);
@@ -273,7 +273,7 @@ fn patiently(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Distils as `ddil distill --continue` does; for verbs that do more than that.
+/// Distils as `ddil distill --continue` does; for verbs that include a distillation.
 pub(super) fn distil(
     config: &DistillConfig,
     logging: &Logging,
@@ -289,7 +289,7 @@ fn resume<V: Verb>(
     logging: &Logging,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Session<V::Task>> {
-    // What the config, the data or the teacher refuse leaves the run as it is, and so does a run of other settings.
+    // An invalid config, data set or teacher leaves the run unchanged, as does a run with other settings.
     RunFolder::ensure_config_at(path, config)?;
     let task = config.task(interrupt)?;
     let folder = RunFolder::resume(path)?;

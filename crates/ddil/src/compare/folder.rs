@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use ddil_trainer::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Where everything of a comparison lies.
+/// The folder layout of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ComparisonFolder(PathBuf);
 
 impl ComparisonFolder {
-    /// The folder at a path; nothing is looked at.
+    /// The folder at a path; the file system is not accessed.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
@@ -20,11 +20,11 @@ impl ComparisonFolder {
         &self.0
     }
 
-    /// Makes the folder and those below it, where they are not there.
+    /// Creates the folder and its subfolders if they do not exist.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if one cannot be made.
+    /// [`Error::Files`] if a folder cannot be created.
     pub fn create(&self) -> Result<()> {
         for folder in [self.cells(), self.0.join("teachers")] {
             fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -37,7 +37,7 @@ impl ComparisonFolder {
         self.0.join(name)
     }
 
-    /// What verbs print whose work is no cell's.
+    /// Output of verbs whose work belongs to no cell.
     pub fn log(&self) -> PathBuf {
         self.file("work.log")
     }
@@ -47,7 +47,7 @@ impl ComparisonFolder {
         self.file("real.json")
     }
 
-    /// Where the run folders of the cells are.
+    /// The folder of the cells' run folders.
     pub fn cells(&self) -> PathBuf {
         self.0.join("cells")
     }
@@ -62,22 +62,22 @@ impl ComparisonFolder {
         self.cells().join(format!("{cell}.toml"))
     }
 
-    /// What a cell's verbs printed.
+    /// Output of a cell's verbs.
     pub fn log_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.log"))
     }
 
-    /// The lock of the process that is at work on a cell.
+    /// The lock of the process that works on a cell.
     pub fn lock_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.lock"))
     }
 
-    /// How a cell ended.
+    /// The record of how a cell ended.
     pub fn record_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.json"))
     }
 
-    /// A cell's first samples at its own steps.
+    /// A cell's first samples at its own number of steps.
     pub fn samples_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.safetensors"))
     }
@@ -87,13 +87,13 @@ impl ComparisonFolder {
         self.0.join("teachers").join(key)
     }
 
-    /// Removes everything of a cell but its lock.
+    /// Removes everything of a cell except its lock.
     ///
     /// # Errors
     ///
     /// [`Error::Files`] if something cannot be removed.
     pub fn remove_cell(&self, cell: &str) -> Result<()> {
-        // The record first: without it nothing of the cell counts as done.
+        // The record first: without it no part of the cell counts as done.
         let files =
             [self.record_of(cell), self.samples_of(cell), self.config_of(cell), self.log_of(cell)];
         for file in files.iter().filter(|file| file.exists()) {

@@ -6,7 +6,7 @@ use super::folder::ComparisonFolder;
 use super::matrix::Cell;
 use super::setting::TeacherSamples;
 
-/// A cell and the samples that it is trained to match.
+/// A cell and the teacher samples that it is trained to match.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedCell {
     /// The cell.
@@ -22,22 +22,22 @@ pub struct PlannedCell {
 pub struct PlannedTeacher {
     /// Its samples.
     pub samples: TeacherSamples,
-    /// The samples that students learn, which it is compared with.
+    /// The samples that students are trained to match, with which it is compared.
     pub taught: TeacherSamples,
-    /// Whether some student is made for so many steps.
+    /// Whether a student is made for this number of steps.
     pub own_steps: bool,
 }
 
-/// One piece of work.
+/// One unit of work.
 #[derive(Clone, Debug, PartialEq)]
 pub enum WorkItem {
     /// Compare real images with real images.
     RealImages,
-    /// Draw some samples of a teacher.
+    /// Draw a part of a teacher's samples.
     TeacherSamples {
-        /// Which.
+        /// The samples of which it is a part.
         teacher: TeacherSamples,
-        /// The first of them.
+        /// Index of the first sample.
         start: u32,
     },
     /// Measure the samples of a teacher.

@@ -1,4 +1,4 @@
-//! The file that says what is compared: a base config, axes of changes to it, and seeds.
+//! The file that defines a comparison: a base config, axes of changes to it, and seeds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::Value;
 
-/// What `ddil compare` reads.
+/// The settings of `ddil compare`.
 ///
-/// Paths in it, as those in the base, are taken from where the program is started.
+/// Paths in it, and in the base, are relative to the directory in which the program is started.
 ///
 /// # Example
 ///
@@ -46,31 +46,31 @@ use toml::Value;
 pub struct Matrix {
     /// The comparison's folder is `<folder>/<name>`.
     pub name: String,
-    /// Where that folder is; default `runs`.
+    /// The parent of that folder; default `runs`.
     #[serde(default = "runs")]
     pub folder: PathBuf,
     /// A preset or a file of `ddil distill`.
     pub base: String,
-    /// What is changed of the base in every cell, as `"key.of.the.config" = value`.
+    /// Changes to the base in every cell, as `"key.of.the.config" = value`.
     #[serde(default)]
     pub set: Changes,
     /// One cell each; default `[0]`.
     #[serde(default = "one_seed")]
     pub seeds: Vec<u64>,
-    /// Cells at work at the same time; default 2.
+    /// Cells that run at the same time; default 2.
     #[serde(default = "two")]
     pub workers: u32,
-    /// Threads of each; default 1.
+    /// Threads of each cell; default 1.
     #[serde(default = "one")]
     pub threads: u32,
-    /// What varies. Cells are all combinations of the axes' values with the seeds.
+    /// The varied settings. Cells are all combinations of the axes' values with the seeds.
     #[serde(default)]
     pub axes: Vec<Axis>,
-    /// Combinations that are left out: those with all of these values, as `{ axis = "value", .. }`.
+    /// Combinations to leave out: those with all of these values, as `{ axis = "value", .. }`.
     #[serde(default)]
     pub exclude: Vec<BTreeMap<String, String>>,
-    /// What is changed in some combinations only, after everything else: where what a value means depends on another
-    /// axis. Default nothing.
+    /// Changes for some combinations only, applied after everything else: for values whose meaning depends on another
+    /// axis. Default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exceptions: Vec<Exception>,
     /// How each cell is measured.
@@ -81,13 +81,13 @@ pub struct Matrix {
 /// Values for keys of a config, such as `"mixing.priors"`.
 pub type Changes = BTreeMap<String, Value>;
 
-/// Something that varies.
+/// A varied setting.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Axis {
-    /// What it is called.
+    /// Its name.
     pub name: String,
-    /// The value that others are compared with, pair by pair; default none.
+    /// The value that the others are compared with, pair by pair; default none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<String>,
     /// Its values, at least one.
@@ -98,54 +98,54 @@ pub struct Axis {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AxisValue {
-    /// What it is called; part of the names of its cells.
+    /// Its name, which becomes part of the names of its cells.
     pub name: String,
-    /// What it changes of the config, as `"key.of.the.config" = value`; default nothing.
+    /// Changes to the config, as `"key.of.the.config" = value`; default none.
     #[serde(default)]
     pub set: Changes,
 }
 
-/// What is changed where values of several axes meet.
+/// Changes for a combination of values of several axes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Exception {
     /// The combinations: those with all of these values, as `{ axis = "value", .. }`.
     pub at: BTreeMap<String, String>,
-    /// What is changed of the config, as `"key.of.the.config" = value`.
+    /// Changes to the config, as `"key.of.the.config" = value`.
     pub set: Changes,
 }
 
-/// How cells are measured; the same noise and the same classes for every cell and for the teacher.
+/// How cells are measured. Every cell and the teacher use the same noise and the same classes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvaluateConfig {
-    /// Samples that a row is measured on; default 10000.
+    /// Samples per row; default 10000.
     pub samples: u32,
-    /// Numbers of steps at which each student is sampled, beside its own; default none.
+    /// Numbers of steps at which each student is sampled, in addition to its own; default none.
     pub steps: Vec<u32>,
-    /// Samples at numbers of steps that are not the student's own; default as many.
+    /// Samples at numbers of steps other than the student's own; default the same number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples_off_steps: Option<u32>,
-    /// States on each side of the shift at each timestep; 0 does not measure it. Default 1000.
+    /// States on each side of the shift at each timestep; 0 turns the measurement off. Default 1000.
     pub shift_samples: u32,
-    /// Steps of the teacher's own samples; default 50.
+    /// Steps for the teacher's own samples; default 50.
     pub teacher_steps: u32,
-    /// Samples in one call of a network; default 100.
+    /// Samples per network call; default 100.
     pub batch_size: u32,
-    /// What noise follows from; default 0.
+    /// Seed of the noise; default 0.
     pub seed: u64,
-    /// Which features are compared; default `fashion_classifier`.
+    /// The features to compare; default `fashion_classifier`.
     pub extractor: Extractor,
     /// A folder of held-out images, where the data is a folder of images; the default compares with the training images.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<PathBuf>,
 }
 
-/// Which features are compared.
+/// The features to compare.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Extractor {
-    /// Those of a classifier of Fashion-MNIST, for grey images of 32x32.
+    /// Features of a Fashion-MNIST classifier, for grey images of 32x32.
     #[default]
     FashionClassifier,
     /// The pixels themselves, for tiny images.
@@ -168,9 +168,9 @@ impl Extractor {
 /// One distillation of a comparison.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cell {
-    /// Names of its values and its seed; its run is called so.
+    /// Its name, made of its values and its seed; also the name of its run.
     pub name: String,
-    /// The same without the seed.
+    /// The name without the seed.
     pub arm: String,
     /// Its value on each axis, in the order of the axes.
     pub values: Vec<String>,
@@ -180,10 +180,10 @@ pub struct Cell {
     pub config: DistillConfig,
 }
 
-/// The most cells of a comparison.
+/// The maximum number of cells of a comparison.
 const MAX_CELLS: usize = 10_000;
 
-/// What a comparison sets itself.
+/// The settings that a comparison sets itself.
 const RESERVED: [(&str, &str); 4] = [
     ("run.name", "is the cell's"),
     ("run.folder", "follows from `folder` and `name`"),
@@ -208,17 +208,17 @@ impl Default for EvaluateConfig {
 }
 
 impl EvaluateConfig {
-    /// Samples at a number of steps.
+    /// The number of samples at a number of steps.
     pub fn samples_at(&self, own_steps: bool) -> u32 {
         if own_steps { self.samples } else { self.samples_off_steps.unwrap_or(self.samples) }
     }
 
-    /// Numbers of steps at which a student is measured: its own and the others, each once, in order.
+    /// The numbers of steps at which a student is measured: its own and the others, each once, in order.
     pub fn step_counts(&self, own: u32) -> BTreeSet<u32> {
         self.steps.iter().copied().chain([own]).collect()
     }
 
-    /// Options of `ddil evaluate` for everything that is measured.
+    /// Options of `ddil evaluate` for all measurements.
     pub(super) fn of_any(&self) -> Vec<OsString> {
         let mut options: Vec<OsString> = vec![
             format!("--num-samples={}", self.samples).into(),
@@ -232,7 +232,7 @@ impl EvaluateConfig {
         options
     }
 
-    /// Its options for students alone.
+    /// Additional options for students.
     pub(super) fn of_model(&self) -> Vec<OsString> {
         let mut options = vec![format!("--shift-samples={}", self.shift_samples).into()];
         if !self.steps.is_empty() {
@@ -244,7 +244,7 @@ impl EvaluateConfig {
     }
 
     fn problems(&self, problems: &mut Vec<String>) {
-        /// Neighbourhoods of five need more points than that.
+        /// Neighbourhoods of five need more points.
         const LEAST_SAMPLES: u32 = 10;
         let mut at_least = |name: &str, value: u32, least: u32| {
             if value < least {
@@ -273,21 +273,21 @@ impl EvaluateConfig {
 }
 
 impl Matrix {
-    /// Reads a file and checks what can be checked without the base.
+    /// Reads a file and checks it as far as possible without the base.
     ///
     /// # Errors
     ///
-    /// Those of [`Settings::read`] and [`Settings::build`], which say where; [`Error::Comparison`] with everything else
-    /// that is wrong.
+    /// Those of [`Settings::read`] and [`Settings::build`], with the place; [`Error::Comparison`] with all other
+    /// problems.
     pub fn read(path: &Path) -> Result<Self> {
         Self::from_settings(&Settings::read(path)?)
     }
 
-    /// As [`read`](Self::read), from settings that were read already.
+    /// As [`read`](Self::read), from settings that are already in memory.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`read`](Self::read).
     pub fn from_settings(settings: &Settings) -> Result<Self> {
         let matrix: Self = settings.build()?;
         let mut problems = Vec::new();
@@ -304,8 +304,8 @@ impl Matrix {
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] with every cell that cannot be, and why: unknown keys, impossible values, two that are
-    /// the same.
+    /// [`Error::Comparison`] with every invalid cell and the reason: unknown keys, invalid values, two cells with
+    /// the same config.
     pub fn cells(&self, base: &Settings) -> Result<Vec<Cell>> {
         let mut problems = Problems::default();
         let mut cells = Vec::new();
@@ -324,7 +324,7 @@ impl Matrix {
         self.comparable(problems).map(|()| cells)
     }
 
-    /// The base with what is changed in every cell.
+    /// The base with the changes common to all cells.
     ///
     /// # Errors
     ///
@@ -364,7 +364,7 @@ impl Matrix {
         Ok(Cell { name, arm, values, seed, config })
     }
 
-    /// One value of each axis, in all ways that are not excluded; the last axis changes fastest.
+    /// All combinations of one value per axis that are not excluded; the last axis changes fastest.
     fn combinations(&self) -> Vec<Vec<&AxisValue>> {
         let all = self.axes.iter().fold(vec![Vec::new()], |combinations, axis| {
             let longer = |start: &Vec<_>, value| [start.as_slice(), &[value]].concat();
@@ -378,7 +378,7 @@ impl Matrix {
         self.exclude.iter().any(|combination| self.are_at(values, combination))
     }
 
-    /// Whether values are all those of a combination.
+    /// Whether values include all those of a combination.
     fn are_at(&self, values: &[&AxisValue], combination: &BTreeMap<String, String>) -> bool {
         let has = |(axis, value): (&String, &String)| {
             self.axes.iter().zip(values).any(|(a, v)| a.name == *axis && v.name == *value)
@@ -410,7 +410,7 @@ impl Matrix {
         }
     }
 
-    /// Every cell is worked out before the first is begun.
+    /// Every cell's config is built before the first cell starts.
     fn problem_of_size(&self, problems: &mut Vec<String>) {
         let values = self.axes.iter().map(|axis| axis.values.len());
         let cells = values.chain([self.seeds.len()]).fold(1, usize::saturating_mul);
@@ -484,7 +484,7 @@ impl Matrix {
         if let Some(name) = has_twice(cells.iter().map(|cell| &cell.name)) {
             problems.push(format!("two cells are called `{name}`"));
         }
-        // A comparison of something with itself is a slip: a change that changes nothing.
+        // A comparison of a cell with itself is a mistake: a change without effect.
         let mut seen: BTreeMap<String, &str> = BTreeMap::new();
         for cell in cells.iter().filter(|cell| Some(&cell.seed) == self.seeds.first()) {
             let Ok(text) = nameless(&cell.config) else { continue };
@@ -503,22 +503,22 @@ impl Matrix {
 }
 
 impl Cell {
-    /// What tells whether a result is this cell's: a checksum of its config.
+    /// A checksum of its config, which identifies the cell's results.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] for what TOML cannot say.
+    /// [`Error::Files`] for values that TOML cannot represent.
     pub fn config_sha256(&self) -> Result<String> {
         Ok(sha256(to_toml(&self.config)?.as_bytes()))
     }
 
-    /// Steps that its student is made for.
+    /// The number of steps that its student is made for.
     pub fn own_steps(&self) -> u32 {
         self.config.student.stages.last().copied().unwrap_or(1)
     }
 }
 
-/// The same words for many cells, said once.
+/// Groups cells with the same error message.
 #[derive(Default)]
 pub(super) struct Problems(Vec<(String, Vec<String>)>);
 
@@ -549,7 +549,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
-/// The config without what differs between two cells of the same settings.
+/// The config without the fields that differ between two cells of the same settings.
 fn nameless(config: &DistillConfig) -> Result<String> {
     let mut config = config.clone();
     config.run.name.clear();

@@ -1,9 +1,9 @@
-//! The figures that arms are compared by.
+//! The metrics by which arms are compared.
 
 use super::statistics::Estimate;
 use crate::results::Measurement;
 
-/// A figure that arms are compared by.
+/// A metric by which arms are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
     /// Fréchet distance to the data.
@@ -18,7 +18,7 @@ pub enum Metric {
     Density,
     /// Coverage.
     Coverage,
-    /// Mean over timesteps of the shift's energy distance.
+    /// Mean of the shift's energy distance over timesteps.
     Shift,
 }
 
@@ -34,7 +34,7 @@ impl Metric {
         Self::Shift,
     ];
 
-    /// What it is called.
+    /// Its name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Frechet => "frechet",
@@ -47,7 +47,7 @@ impl Metric {
         }
     }
 
-    /// Its value in a measurement, if it was measured.
+    /// Its value in a measurement, if present.
     pub fn of(self, measurement: &Measurement) -> Option<f64> {
         match self {
             Self::Frechet => Some(measurement.frechet),
@@ -63,7 +63,7 @@ impl Metric {
         }
     }
 
-    /// Digits that are worth showing.
+    /// The number of significant decimals to show.
     pub(super) fn decimals(self) -> usize {
         match self {
             Self::Frechet | Self::ToTeacher => 2,

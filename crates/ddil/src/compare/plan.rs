@@ -1,4 +1,4 @@
-//! How far a comparison is, and what is left to do.
+//! The progress of a comparison, and the remaining work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,12 +18,12 @@ use super::matrix::{Matrix, Problems, hex};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
 
-/// A comparison: its cells, and the samples of teachers that they are compared with.
+/// A comparison: its cells, and the teacher samples that they are compared with.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    /// The file.
+    /// The parsed file.
     pub matrix: Matrix,
-    /// What all its work has in common.
+    /// The settings common to all its work.
     pub setting: Setting,
     /// The cells.
     pub cells: Vec<PlannedCell>,
@@ -31,22 +31,22 @@ pub struct Comparison {
     pub teachers: Vec<PlannedTeacher>,
 }
 
-/// How far a cell is.
+/// The progress of a cell.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Standing {
-    /// Nothing is there.
+    /// Not started.
     New,
-    /// So many updates are saved.
+    /// Partly trained: the number of updates saved.
     Started(u64),
-    /// It stopped with an error, and is tried again.
+    /// It stopped with an error and will be retried.
     Failed(String),
-    /// Trained; what it is measured on has changed, or it was never measured.
+    /// Trained, but not measured with the current settings.
     Trained,
     /// Trained and measured.
     Done,
-    /// It diverged at that step, which is a result too.
+    /// It diverged at that step, which is also a result.
     Diverged(u64),
-    /// What lies there is of another config; these are the differences.
+    /// The folder contains a run of another config; these are the differences.
     Changed(String),
 }
 
@@ -65,14 +65,14 @@ impl std::fmt::Display for Standing {
 }
 
 impl Comparison {
-    /// Works out what there is to do for a matrix. `base` is the config that it starts from.
+    /// Plans the work of a matrix. `base` is the config that it starts from.
     ///
     /// # Errors
     ///
-    /// Those of [`Matrix::cells`]; a teacher's folder that cannot be read.
+    /// Those of [`Matrix::cells`]; an unreadable teacher folder.
     pub fn new(matrix: Matrix, base: &Settings) -> Result<Self> {
         let cells = matrix.cells(base)?;
-        // One treatment of what lies beyond the range for every teacher, or arms would be held against different ones.
+        // One thresholding for every teacher, or arms would be compared with different ones.
         let thresholding = matrix.with_changes(base)?.build::<DistillConfig>()?.thresholding;
         let mut checksums = BTreeMap::new();
         let mut planned = Vec::new();
@@ -111,11 +111,11 @@ impl Comparison {
         &self.setting.folder
     }
 
-    /// How far a cell is, by what lies in the folder.
+    /// The progress of a cell, from the files in the folder.
     ///
     /// # Errors
     ///
-    /// Files that are not what they should be.
+    /// Invalid files.
     pub fn standing(&self, planned: &PlannedCell) -> Result<Standing> {
         let PlannedCell { cell, taught, .. } = planned;
         let run = self.folder().run_of(&cell.name);
@@ -149,7 +149,7 @@ impl Comparison {
         })
     }
 
-    /// Every cell with how far it is.
+    /// Every cell with its progress.
     ///
     /// # Errors
     ///
@@ -158,12 +158,12 @@ impl Comparison {
         self.cells.iter().map(|planned| Ok((planned, self.standing(planned)?))).collect()
     }
 
-    /// Refuses cells whose folder has another config, or removes these folders if `fresh`.
+    /// Returns an error for cells whose folder has another config, or removes these folders if `fresh`.
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] that names each with what differs; [`Error::FolderInUse`] for one that is to be removed while
-    /// another process is at work on it.
+    /// [`Error::Comparison`] with each cell and the differences; [`Error::FolderInUse`] for a folder to remove
+    /// while another process works on it.
     pub fn settle_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
         let mut problems = Vec::new();
         for planned in cells {
@@ -184,18 +184,18 @@ impl Comparison {
         Err(Error::Comparison { place: self.folder().path().display().to_string(), problems })
     }
 
-    /// Makes sure that every cell which is not trained yet could begin: data, teacher and config fit each other.
+    /// Checks that every cell that is not trained yet can start: data, teacher and config fit each other.
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] with all that do not.
+    /// [`Error::Comparison`] with all cells that cannot start.
     pub fn ensure_possible(&self) -> Result<()> {
         let mut problems = Problems::default();
         let mut checked: Vec<&str> = Vec::new();
         for (planned, standing) in self.standings()? {
             let arm = planned.cell.arm.as_str();
             let is_new = matches!(standing, Standing::New | Standing::Failed(_));
-            // Seeds make no difference.
+            // The seed makes no difference here.
             if !is_new || checked.contains(&arm) {
                 continue;
             }
@@ -211,11 +211,11 @@ impl Comparison {
         Err(Error::Comparison { place: format!("`{}`", self.matrix.name), problems })
     }
 
-    /// Makes the folder and writes the configs of some cells, and of the first, whose data all are compared with.
+    /// Creates the folder and writes the configs of some cells, and of the first, whose data all are compared with.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn write_configs(&self, cells: &[PlannedCell]) -> Result<()> {
         self.folder().create()?;
         for PlannedCell { cell, .. } in self.cells.iter().take(1).chain(cells) {
@@ -227,11 +227,11 @@ impl Comparison {
         Ok(())
     }
 
-    /// The cell of that name.
+    /// The cell with a given name.
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] with the cell whose name is nearest.
+    /// [`Error::Comparison`] with the most similar name.
     pub fn cell(&self, name: &str) -> Result<&PlannedCell> {
         let named = |planned: &&PlannedCell| planned.cell.name == name;
         self.cells.iter().find(named).ok_or_else(|| {
@@ -247,13 +247,13 @@ impl Comparison {
         })
     }
 
-    /// What is left to do, in stages: each needs the results of those before it.
+    /// The remaining work in stages: each needs the results of the stages before it.
     ///
     /// First samples of teachers, in parts, and real images; then rows of teachers; then the cells.
     ///
     /// # Errors
     ///
-    /// Files that are not what they should be.
+    /// Invalid files.
     pub fn stages(&self) -> Result<[Vec<WorkItem>; 3]> {
         let draws = self.teachers.iter().flat_map(|planned| parts(&planned.samples));
         let rows = self.teachers.iter().cloned().map(WorkItem::TeacherRow);
@@ -265,7 +265,7 @@ impl Comparison {
         ])
     }
 
-    /// What one cell needs of the others' work: its teacher's samples.
+    /// The work that one cell depends on: its teacher's samples.
     ///
     /// # Errors
     ///
@@ -274,11 +274,11 @@ impl Comparison {
         self.left(parts(&planned.taught))
     }
 
-    /// Whether the result of a piece of work is there.
+    /// Whether the result of a work item exists.
     ///
     /// # Errors
     ///
-    /// A file in its place that is something else.
+    /// An invalid file in its place.
     pub fn is_done(&self, item: &WorkItem) -> Result<bool> {
         let (folder, setting) = (self.folder(), &self.setting);
         Ok(match item {
@@ -300,17 +300,17 @@ impl Comparison {
         })
     }
 
-    /// How a cell ended; none before it has, and none of another config.
+    /// How a cell ended; none if it has not ended, or if the record is of another config.
     ///
     /// # Errors
     ///
-    /// A file in its place that is something else.
+    /// An invalid file in its place.
     pub fn record_of(&self, planned: &PlannedCell) -> Result<Option<CellRecord>> {
         let record = CellRecord::read(&self.folder().record_of(&planned.cell.name))?;
         Ok(record.filter(|record| record.config_sha256 == planned.config_sha256))
     }
 
-    /// Whether every cell has ended, well or not.
+    /// Whether every cell has ended, successfully or not.
     ///
     /// # Errors
     ///
@@ -324,11 +324,11 @@ impl Comparison {
         Ok(true)
     }
 
-    /// Writes down how a cell ended.
+    /// Writes the record of how a cell ended.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub(super) fn record(&self, planned: &PlannedCell, outcome: Outcome) -> Result<()> {
         let PlannedCell { cell, config_sha256, taught } = planned;
         let measured_as = self.setting.measured_as(Some(taught));
@@ -336,11 +336,11 @@ impl Comparison {
             .write(&self.folder().record_of(&cell.name))
     }
 
-    /// Removes the record of a failure, before it is tried again.
+    /// Removes the record of a failure before a retry.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub(super) fn forget_failure(&self, planned: &PlannedCell) -> Result<()> {
         let path = self.folder().record_of(&planned.cell.name);
         match CellRecord::read(&path)? {
@@ -366,7 +366,7 @@ fn parts(samples: &TeacherSamples) -> impl Iterator<Item = WorkItem> {
     samples.parts().map(|start| WorkItem::TeacherSamples { teacher: samples.clone(), start })
 }
 
-/// For each teacher and guidance: in full, in as many steps as students are sampled in, and unguided in full.
+/// For each teacher and guidance: full steps, each number of steps that students use, and full steps without guidance.
 fn teachers(matrix: &Matrix, cells: &[PlannedCell]) -> Vec<PlannedTeacher> {
     let evaluate = &matrix.evaluate;
     let mut all: Vec<PlannedTeacher> = Vec::new();
@@ -424,7 +424,7 @@ fn checksum(path: &Path) -> Result<String> {
     Ok(hex(&sum.finalize()))
 }
 
-/// All files below a folder. Folders behind a link are not gone into: it may lead back.
+/// All files below a folder. Symbolic links to folders are not followed: they may form a cycle.
 fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
         let entry = entry.map_err(Error::io("list", folder))?;
@@ -438,7 +438,7 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a student can be trained and that there are pixels to measure it against.
+/// Checks that a student can be trained and that there are real images to measure it against.
 fn ensure_comparable(config: &DistillConfig) -> Result<()> {
     let kind = config.data.kind;
     if kind.is_text() {
