@@ -1,4 +1,4 @@
-//! Whether this machine is ready, and if not, what to do.
+//! Whether this machine is ready, and if not, how to fix it.
 
 use std::{
     fmt,
@@ -11,10 +11,10 @@ use ddil_trainer::{Result, environment::Environment};
 use serde::Serialize;
 use tch::Tensor;
 
-/// With less than this a run may well fill the disk.
+/// With less free space than this a run may fill the disk.
 const LOW_DISK_BYTES: u64 = 2 << 30;
 
-/// What a look at the machine brought.
+/// The findings about a machine.
 ///
 /// # Example
 ///
@@ -31,44 +31,44 @@ const LOW_DISK_BYTES: u64 = 2 << 30;
 pub struct Report {
     /// Machine and versions.
     pub environment: Environment,
-    /// One entry a question.
+    /// One entry per question.
     pub findings: Vec<Finding>,
 }
 
-/// What is to be looked at, beside the machine itself.
+/// What to check in addition to the machine itself.
 #[derive(Clone, Debug, Default)]
 pub struct Doctor {
     /// Folders that runs and downloads are written to; they need not exist.
     pub folders: Vec<PathBuf>,
-    /// Whether data sets are read and their checksums compared, which takes a moment.
+    /// Whether to read the data sets and compare their checksums, which takes a moment.
     pub verify_datasets: bool,
 }
 
 /// The answer to one question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at.
+    /// What was checked.
     pub subject: String,
-    /// How it is.
+    /// The result.
     pub health: Health,
-    /// What was seen, and what helps if something is wrong.
+    /// The finding, and a remedy if something is wrong.
     pub detail: String,
 }
 
-/// How something is.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
-    /// As it should be.
+    /// Everything works.
     Good,
-    /// Not for everything; most things work.
+    /// Some features do not work.
     Limited,
     /// Nothing works.
     Broken,
 }
 
 impl Report {
-    /// Whether the program cannot work here; its exit code is 1 then.
+    /// Whether the program cannot work here; then its exit code is 1.
     pub fn is_broken(&self) -> bool {
         self.findings.iter().any(|finding| finding.health == Health::Broken)
     }
@@ -90,11 +90,11 @@ impl fmt::Display for Report {
 }
 
 impl Doctor {
-    /// Looks at everything. Something broken is no error, but a finding.
+    /// Runs all checks. A broken part is a finding, not an error.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`](ddil_trainer::Error::Libtorch) if libtorch fails to answer at all.
+    /// [`Error::Libtorch`](ddil_trainer::Error::Libtorch) if libtorch does not answer at all.
     pub fn examine(&self) -> Result<Report> {
         let environment = Environment::here()?;
         let mut findings = vec![
@@ -185,7 +185,7 @@ fn processors(environment: &Environment) -> Finding {
     finding("processors", if fits { Health::Good } else { Health::Limited }, detail)
 }
 
-/// What libtorch's threads do while they wait for each other.
+/// How libtorch's threads wait for each other.
 fn waiting() -> Finding {
     let detail = match ddil_libtorch::thread_waiting() {
         ThreadWaiting::Environment => {

@@ -1,4 +1,4 @@
-//! Generated images against real ones, on features.
+//! Comparison of generated images with real ones, on features.
 
 use std::ops::Range;
 
@@ -17,19 +17,19 @@ use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-/// Real images as features: what generated ones are compared with.
+/// Features of real images, with which generated ones are compared.
 #[derive(Debug)]
 pub struct Reference {
-    /// The dataset and which part of it.
+    /// The dataset and the part of it.
     pub name: String,
     features: Tensor,
     statistics: Statistics,
 }
 
-/// How a set of images compares with a [`Reference`].
+/// The comparison of a set of images with a [`Reference`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scores {
-    /// How many images were compared.
+    /// The number of images compared.
     pub samples: u64,
     /// Fréchet distance.
     pub frechet: f64,
@@ -42,18 +42,18 @@ pub struct Scores {
 pub struct ShiftRow {
     /// The timestep.
     pub timestep: i64,
-    /// Energy distance between the states of training and those met at inference.
+    /// Energy distance between the states of training and those visited at inference.
     pub energy: f64,
-    /// The same between two halves of the forward states: what chance alone gives.
+    /// The same between two halves of the forward states: the value due to chance alone.
     pub null: f64,
 }
 
 impl Reference {
-    /// Takes in real images, `[n, channels, height, width]` in `[-1, 1]`.
+    /// Extracts the features of real images, `[n, channels, height, width]` in `[-1, 1]`.
     ///
     /// # Errors
     ///
-    /// What the extractor and the metrics refuse: wrong shapes, fewer than two images.
+    /// Errors of the extractor and the metrics: wrong shapes, fewer than two images.
     pub fn new(
         name: impl Into<String>,
         images: &Tensor,
@@ -64,11 +64,11 @@ impl Reference {
         Ok(Self { name: name.into(), features, statistics })
     }
 
-    /// Compares images, generated or held out, with the real ones.
+    /// Compares generated or held-out images with the real ones.
     ///
-    /// They are rounded to 8 bits first, as a PNG would. Precision, recall, density and coverage are counted against
-    /// as many real images as there are others, the first ones, since all four depend on both numbers; the Fréchet
-    /// distance takes all real images.
+    /// They are rounded to 8 bits first, as in a PNG. Precision, recall, density and coverage use as many real images
+    /// as there are images to compare, the first ones, since all four depend on both numbers; the Fréchet distance uses
+    /// all real images.
     ///
     /// # Errors
     ///
@@ -85,13 +85,13 @@ impl Reference {
     }
 }
 
-/// The samples `range` of the `total` that belong to a plan's seed, on the CPU; classes take turns.
+/// The samples `range` of the `total` samples of a plan's seed, on the CPU; classes alternate.
 ///
-/// They start from the same noise whichever of them are asked for.
+/// A sample starts from the same noise whatever the range.
 ///
 /// # Errors
 ///
-/// What the network refuses.
+/// Errors of the network.
 pub fn draw(
     pipeline: &Pipeline,
     plan: &SamplePlan,
@@ -101,7 +101,7 @@ pub fn draw(
     draw_observed(pipeline, plan, total, range, None, &|| {})
 }
 
-/// As [`draw`], of one class alone where one is given; `on_call` is called after each call of the network.
+/// As [`draw`], optionally for a single class; `on_call` is called after each call of the network.
 ///
 /// # Errors
 ///
@@ -121,7 +121,7 @@ pub fn draw_observed(
     let conditioning =
         class_conditioning(&pipeline.card, total, class, device).index_select(&rows)?;
     let noise = noise.index_select(0, &rows);
-    // A sampler that draws noise on its way draws other noise for other parts.
+    // A sampler that draws noise in its steps draws different noise for different parts.
     let seed = match range.start {
         0 => plan.seed,
         start => RandomStreams::new(plan.seed, 0).seed_of(u64::from(start), Stream::Sample),
@@ -133,13 +133,13 @@ pub fn draw_observed(
     Ok(images.to_device(Device::Cpu))
 }
 
-/// How far the states that a student meets are from noised data, at each of its timesteps.
+/// The distance between the states that a student visits and noised data, at each of its timesteps.
 ///
-/// `states` images stand for training at each timestep, as many others for chance; fewer where the dataset has fewer.
+/// At each timestep, `states` images represent training and as many others chance; fewer if the dataset is smaller.
 ///
 /// # Errors
 ///
-/// What the network refuses, and fewer than four images.
+/// Errors of the network; fewer than four images.
 pub fn shift(
     pipeline: &Pipeline,
     plan: &SamplePlan,

@@ -3,5 +3,5 @@
 /// A loss, a gradient or samples are NaN or infinite: the training has diverged.
 pub const NOT_FINITE: u8 = 3;
 
-/// Not done yet, through no fault of its own: stopped and saved, or in use by another process. Run it again.
+/// Not finished, but not failed: stopped and saved, or in use by another process. Run it again.
 pub const TRY_AGAIN: u8 = 75;

@@ -1,7 +1,7 @@
 //! The program `ddil`, which trains, distils, samples, evaluates and compares diffusion models; `ddil --help` lists its
 //! verbs.
 //!
-//! `cargo install ddil` installs the program. This library contains what its verbs are made of, for tests and for
+//! `cargo install ddil` installs the program. This library contains the parts of its verbs, for tests and for
 //! programs that read its results; training itself is in [`ddil_trainer`], model folders and sampling in
 //! [`ddil_pipelines`].
 //!

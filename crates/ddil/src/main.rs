@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     match run(&cli.command) {
         Ok(code) => code,
         Err(error) => {
-            // What went wrong and what led to it, each on a line of its own; if nobody can read it, the exit code says it.
+            // The error and its causes, each on its own line; if it cannot be printed, the exit code still reports it.
             let mut stderr = std::io::stderr();
             let _ = writeln!(stderr, "error: {error}");
             for cause in error.chain().skip(1) {
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Numbers that are not finite have an exit code of their own; samples of them are refused as pictures.
+/// NaN or infinite numbers have their own exit code; such samples cannot be written as images.
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     let is_not_finite = |cause: &(dyn std::error::Error + 'static)| {
         let of_run = matches!(
@@ -44,9 +44,9 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 }
 
 fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    // Before libtorch allocates anything: pages that temporaries free are kept for the next ones.
+    // Before libtorch allocates anything: pages freed by temporaries are kept and reused.
     ddil_libtorch::keep_freed_pages();
-    // Beside other work its threads would otherwise wait for each other in vain.
+    // When other work competes for the processors, libtorch's threads would otherwise spin for each other.
     ddil_libtorch::adapt_thread_waiting();
     match command {
         Command::Init(args) => commands::init::run(args),

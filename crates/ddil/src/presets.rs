@@ -4,17 +4,17 @@ use std::path::Path;
 
 /// A commented config file.
 pub(crate) struct Preset {
-    /// What it is called.
+    /// Its name.
     pub(crate) name: &'static str,
-    /// Which verb reads it.
+    /// The verb that reads it.
     pub(crate) verb: &'static str,
-    /// What it is for.
+    /// Its purpose.
     pub(crate) about: &'static str,
-    /// The file.
+    /// The text of the file.
     pub(crate) text: &'static str,
 }
 
-/// All of them.
+/// All presets.
 pub(crate) const PRESETS: [Preset; 16] = [
     Preset {
         name: "fashion-mnist-teacher",
@@ -114,14 +114,14 @@ pub(crate) const PRESETS: [Preset; 16] = [
     },
 ];
 
-/// The settings that make a distillation plain: states of the dataset alone, as methods are published.
+/// The settings of plain distillation: states of the dataset alone, as in the methods' papers.
 pub(crate) const PLAIN: [&str; 2] = [
     "mixing.priors={ kind = \"constant\", priors = { forward = 1.0 } }",
     "mixing.pure_noise_at_tmax=false",
 ];
 
 impl Preset {
-    /// Its text with the tables of `mixing` replaced by those of the plain method; none for a preset of another verb.
+    /// Its text with the tables of `mixing` replaced by those of plain distillation; none for a preset of another verb.
     pub(crate) fn plain(&self) -> Option<String> {
         if self.verb != "distill" {
             return None;
@@ -150,8 +150,8 @@ priors = { kind = \"constant\", priors = { forward = 1.0 } }
 
 ";
 
-/// Teachers that presets name and that are part of the repository but not of the installed program, with how to get each.
-/// The program would grow twentyfold with the first, and the limit of a package is 10 MB.
+/// Teachers that presets name and that are in the repository but not in the installed program, with how to get each.
+/// The first alone would make the program twenty times as large, and a package may have at most 10 MB.
 pub(crate) const TEACHERS: [(&str, &str); 2] = [
     (
         "assets/fashion-mnist-teacher",
@@ -166,18 +166,18 @@ pub(crate) const TEACHERS: [(&str, &str); 2] = [
     ),
 ];
 
-/// How to get a teacher that is missing, if it is one of [`TEACHERS`].
+/// How to get a missing teacher, if it is one of [`TEACHERS`].
 pub(crate) fn missing_teacher(path: &Path) -> Option<String> {
     let known = TEACHERS.iter().find(|(teacher, _)| path == Path::new(teacher) && !path.exists());
     known.map(|(teacher, how)| format!("there is no {teacher}: {how}"))
 }
 
-/// The preset of that name.
+/// The preset with a given name.
 pub(crate) fn find(name: &str) -> Option<&'static Preset> {
     PRESETS.iter().find(|preset| preset.name == name)
 }
 
-/// The name that looks most like one.
+/// The most similar name.
 pub(crate) fn nearest(name: &str) -> Option<&'static str> {
     let likeness = |preset: &&Preset| strsim::jaro_winkler(name, preset.name);
     let best = PRESETS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;

@@ -1,4 +1,4 @@
-//! What was measured, as `results.json` and as a table.
+//! Measurements, as `results.json` and as a table.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -13,58 +13,58 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluation::{Reference, Scores, ShiftRow};
 
-/// The only version of a row so far.
+/// The only version of the row format so far.
 const FORMAT_VERSION: u32 = 1;
 
-/// One measurement: which model, sampled how, and how its samples compare with the data.
+/// One measurement: the model, how it was sampled, and how its samples compare with the data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
-    /// Version of the row; 1, which is also what rows without it are of.
+    /// Version of the row: 1, which rows without this field also have.
     #[serde(default = "first_version")]
     pub format_version: u32,
-    /// The dataset that samples are compared with, and which part of it.
+    /// The dataset that samples are compared with, and the part of it.
     pub dataset: String,
     /// `teacher`, `progressive`, ..; `data` for real samples against real samples.
     pub method: String,
     /// Priors of the sources at the end of training; none for a teacher.
     pub priors: Option<Priors>,
-    /// What was done with clean data beyond their range.
+    /// Treatment of clean data beyond the data's range.
     pub thresholding: Thresholding,
-    /// Guidance scale of the sampling; none where it is baked in or there is none.
+    /// Guidance scale of the sampling; none if it is distilled into the model or not used.
     pub guidance_scale: Option<f64>,
-    /// Network steps a sample.
+    /// Network steps per sample.
     pub steps: u32,
-    /// The run's seed.
+    /// Seed of the run.
     pub seed: u64,
-    /// Updates of the training.
+    /// Number of training updates.
     pub updates: u64,
-    /// Seconds of the training.
+    /// Duration of the training in seconds.
     pub seconds: f64,
-    /// How many samples were compared.
+    /// Number of samples compared.
     pub samples: u64,
-    /// Which features they were compared on.
+    /// The features on which they were compared.
     pub extractor: String,
     /// Fréchet distance to the dataset.
     pub frechet: f64,
-    /// Fréchet distance to the teacher's own samples at its full number of steps, where they were drawn: what a
-    /// student of a guided teacher is to learn.
+    /// Fréchet distance to the teacher's own samples at its full number of steps, if they were drawn: these are what a
+    /// student of a guided teacher is trained to match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frechet_to_teacher: Option<f64>,
     /// Share of samples near real ones.
     pub precision: f64,
     /// Share of real samples near generated ones.
     pub recall: f64,
-    /// How thick real samples lie around generated ones.
+    /// Density of real samples around generated ones.
     pub density: f64,
-    /// Share of real samples with a generated one near.
+    /// Share of real samples with a generated one nearby.
     pub coverage: f64,
-    /// How far the states met at inference are from those of training, timestep by timestep.
+    /// Distance between the states visited at inference and those of training, by timestep.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shift: Vec<ShiftRow>,
 }
 
 impl Measurement {
-    /// The scores of something that is no model; `method` says what.
+    /// The scores of images that no model generated; `method` names them.
     pub fn of(
         method: &str,
         scores: &Scores,
@@ -94,7 +94,7 @@ impl Measurement {
         }
     }
 
-    /// The same with what is known of the model and of how it was sampled.
+    /// Adds the known properties of the model and of its sampling.
     #[must_use]
     pub fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
         Self {
@@ -115,10 +115,10 @@ impl Measurement {
 ///
 /// # Errors
 ///
-/// What the file system refuses; [`Error::Files`](ddil_trainer::Error::Files) if the file holds something else, and
-/// if another version wrote one of them.
+/// Errors of the file system; [`Error::Files`](ddil_trainer::Error::Files) if the file contains something else, or
+/// if another version wrote a row.
 pub fn read(path: &Path) -> Result<Vec<Measurement>> {
-    /// What a row says of itself, whatever else it holds.
+    /// The version of a row, whatever else it contains.
     #[derive(Deserialize)]
     struct Said {
         #[serde(default = "first_version")]
@@ -129,28 +129,28 @@ pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     Ok(read_json(path)?)
 }
 
-/// Adds a measurement to a file that holds an array of them, or starts one.
+/// Adds a measurement to a file that contains an array of them, or creates the file.
 ///
 /// # Errors
 ///
-/// As [`read`]: a file that holds something else is left as it is.
+/// As [`read`]; a file with other contents is left unchanged.
 pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
     let mut all = if path.exists() { read(path)? } else { Vec::new() };
     all.push(measurement.clone());
     Ok(write_json(path, &all)?)
 }
 
-/// Writes measurements as an array, in place of what was there.
+/// Writes measurements as an array and replaces an existing file.
 ///
 /// # Errors
 ///
-/// What the file system refuses.
+/// Errors of the file system.
 pub fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
     let measurements: Vec<&Measurement> = rows.iter().map(|(_, m)| m).collect();
     Ok(write_json(path, &measurements)?)
 }
 
-/// A table for a terminal, one line a measurement.
+/// A table for a terminal, one line per measurement.
 pub fn table(rows: &[(String, Measurement)]) -> String {
     const HEADS: [&str; 9] = [
         "model",
@@ -180,7 +180,7 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
     aligned(&cells)
 }
 
-/// A table of the shift, one line a timestep, one column a model.
+/// A table of the shift, one line per timestep, one column per model.
 pub fn shift_table(rows: &[(String, Measurement)]) -> String {
     let with_shift: Vec<_> = rows.iter().filter(|(_, m)| !m.shift.is_empty()).collect();
     let Some((_, first)) = with_shift.first() else { return String::new() };
@@ -196,7 +196,7 @@ pub fn shift_table(rows: &[(String, Measurement)]) -> String {
     aligned(&cells)
 }
 
-/// Columns of equal width: the first to the left, numbers to the right, a rule below the heads.
+/// Columns of equal width: the first left-aligned, numbers right-aligned, a rule below the headings.
 pub(crate) fn aligned(cells: &[Vec<String>]) -> String {
     let columns = cells.first().map_or(0, Vec::len);
     let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max();

@@ -1,4 +1,4 @@
-//! Samples in a safetensors file: one tensor `images` of bytes, as a picture would hold them.
+//! Samples in a safetensors file: one tensor `images` of bytes, as in an image file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,18 +8,18 @@ use ddil_models::weights;
 use ddil_trainer::{Error, Result};
 use tch::{Kind, Tensor};
 
-/// The most samples that [`write_first`] keeps.
+/// The maximum number of samples that [`write_first`] keeps.
 pub const KEPT: i64 = 20;
 
 const IMAGES: &str = "images";
 const EXTENSION: &str = "safetensors";
 
-/// Whether a path is that of a file of samples, by its name.
+/// Whether a path has the file name extension of a sample file.
 pub fn is_named(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == EXTENSION)
 }
 
-/// The files of samples in a folder, in the order of their names; none where there is no such folder.
+/// The sample files of a folder, ordered by name; none if the folder does not exist.
 pub fn list(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> =
@@ -34,7 +34,7 @@ pub fn list(folder: &Path) -> Vec<PathBuf> {
 ///
 /// # Errors
 ///
-/// What the file system refuses.
+/// Errors of the file system.
 pub fn write(path: &Path, images: &Tensor) -> Result<()> {
     let bytes = || {
         let levels = images.f_add_scalar(1)?.f_mul_scalar(127.5)?.f_nan_to_num(0.0, 255.0, 0.0)?;
@@ -53,11 +53,11 @@ pub fn write_first(path: &Path, images: &Tensor) -> Result<()> {
     write(path, &images.narrow(0, 0, KEPT.min(images.size()[0])))
 }
 
-/// Reads a file again: `[n, channels, height, width]` in `[-1, 1]`.
+/// Reads a sample file: `[n, channels, height, width]` in `[-1, 1]`.
 ///
 /// # Errors
 ///
-/// [`Error::Tensors`] for a file of something else.
+/// [`Error::Tensors`] if the file has other contents.
 pub fn read(path: &Path) -> Result<Tensor> {
     let mut tensors = weights::read_all(path)?;
     let Some(bytes) = tensors.remove(IMAGES) else {
@@ -68,11 +68,11 @@ pub fn read(path: &Path) -> Result<Tensor> {
     images().map_err(Error::torch("sample_file::read"))
 }
 
-/// Reads every file of samples in a folder, in the order of their names.
+/// Reads every sample file of a folder, ordered by name.
 ///
 /// # Errors
 ///
-/// As [`read`]; [`Error::Tensors`] for a folder without such files.
+/// As [`read`]; [`Error::Tensors`] for a folder without sample files.
 pub fn read_folder(folder: &Path) -> Result<Tensor> {
     let files = list(folder);
     if files.is_empty() {
@@ -87,7 +87,7 @@ pub fn read_folder(folder: &Path) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// What libtorch refuses.
+/// Errors of libtorch.
 pub fn is_finite(images: &Tensor) -> Result<bool> {
     let finite = || images.f_isfinite()?.f_all()?.f_int64_value(&[]);
     Ok(finite().map_err(Error::torch("sample_file::is_finite"))? != 0)

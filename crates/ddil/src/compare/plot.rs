@@ -14,47 +14,47 @@ use super::metric::Metric;
 use super::report::{ComparisonReport, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
 
-/// A line with what stands in the legend for it.
+/// A line with its label in the legend.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// In the legend.
+    /// Label in the legend.
     pub name: String,
-    /// Where each stands on the axis, and what was measured there.
+    /// Positions on the axis, with the measurement at each.
     pub points: Vec<(f64, Estimate)>,
 }
 
-/// A level that lines are held against.
+/// A horizontal reference level.
 #[derive(Clone, Debug)]
 pub struct Level {
-    /// In the legend.
+    /// Label in the legend.
     pub name: String,
-    /// In the units of the lines.
+    /// The level, in the units of the lines.
     pub y: f64,
 }
 
-/// One plot of several.
+/// One of several panels.
 #[derive(Clone, Debug)]
 pub struct Panel {
-    /// Above it.
+    /// Title above it.
     pub title: String,
-    /// Below its axis.
+    /// Label below its axis.
     pub x_title: &'static str,
-    /// Where the axis has marks, in its order, and what stands at each.
+    /// Positions of the axis marks in order, with the text at each.
     pub x_marks: Vec<(f64, String)>,
-    /// Of what was measured.
+    /// Scale of the measured values.
     pub y_scale: Scale,
-    /// In the order of their colours.
+    /// Lines, in the order of their colours.
     pub lines: Vec<Line>,
-    /// Dashed, in grey.
+    /// Reference levels, dashed, in grey.
     pub levels: Vec<Level>,
 }
 
-/// How an axis is divided.
+/// The scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scale {
-    /// Evenly, from 0.
+    /// Linear, from 0.
     Linear,
-    /// Of powers of ten.
+    /// Logarithmic.
     Log,
 }
 
@@ -62,7 +62,7 @@ type Refusal = Box<dyn std::error::Error>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shifted>;
 type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<Marked, Marked>>;
 
-/// An axis with marks where they are wanted, and what stands at each.
+/// An axis with marks at given positions, and the text at each.
 struct Marked {
     low: f64,
     high: f64,
@@ -99,7 +99,7 @@ const LEGEND_LINE: u32 = 18;
 const TEXT: (&str, u32) = ("sans-serif", 13);
 const TITLE: (&str, u32) = ("sans-serif", 16);
 const GREY: RGBColor = RGBColor(110, 110, 110);
-/// Of Okabe and Ito, told apart by most eyes.
+/// The palette of Okabe and Ito, which most eyes can tell apart.
 const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -110,14 +110,14 @@ const COLORS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
 ];
 
-/// Fréchet distances and coverage by number of steps, a line an arm, with error bars of one standard error.
+/// Fréchet distances and coverage by number of steps, one line per arm, with error bars of one standard error.
 ///
-/// Dashed: the teacher's samples in full, and two halves of the real images. Coverage, which grows with the number of
-/// samples, is left out where not all points of the lines are of the same number.
+/// Dashed: the teacher's samples at full steps, and two halves of the real images. Coverage grows with the number of
+/// samples, and is left out if the points of the lines have different numbers of samples.
 ///
 /// # Errors
 ///
-/// What the plotting library refuses.
+/// Errors of the plotting library.
 pub fn quality(report: &ComparisonReport) -> std::result::Result<String, String> {
     let mut shown = vec![Metric::Frechet, Metric::ToTeacher];
     if report.has_one_number_of_samples() {
@@ -145,14 +145,14 @@ pub fn quality(report: &ComparisonReport) -> std::result::Result<String, String>
     draw(&panels.collect::<Vec<_>>())
 }
 
-/// The shift by timestep, a line an arm, with error bars of one standard error; dashed is chance.
+/// The shift by timestep, one line per arm, with error bars of one standard error; the dashed line is chance.
 ///
 /// # Errors
 ///
-/// What the plotting library refuses.
+/// Errors of the plotting library.
 pub fn shift(shifts: &[Shift]) -> std::result::Result<String, String> {
     let timesteps = timesteps(shifts);
-    // From noise to data, as samples go.
+    // From noise to data, in the order of sampling.
     let place = |t: i64| timesteps.iter().position(|known| *known == t).unwrap_or(0) as f64;
     let nulls: Vec<f64> =
         shifts.iter().flat_map(|shift| shift.points.iter().map(|point| point.2.mean)).collect();
@@ -172,7 +172,7 @@ pub fn shift(shifts: &[Shift]) -> std::result::Result<String, String> {
     draw(&[panel])
 }
 
-/// Writes a plot, whole or not at all.
+/// Writes a plot; the file is complete or absent.
 pub(super) fn write(path: &Path, plot: std::result::Result<String, String>) -> Result<()> {
     let svg = plot.map_err(|reason| Error::Plot { path: path.to_owned(), reason })?;
     Ok(write_atomic(path, svg.as_bytes())?)
@@ -204,11 +204,11 @@ fn levels_of(report: &ComparisonReport, metric: Metric) -> Vec<Level> {
     shown.filter_map(level).collect()
 }
 
-/// An SVG of panels side by side, and below each the names of its lines.
+/// An SVG of panels side by side, each with a legend below it.
 ///
 /// # Errors
 ///
-/// Says what kept it from being drawn, such as a font that cannot be read.
+/// The reason why it could not be drawn, such as a font that cannot be read.
 pub fn draw(panels: &[Panel]) -> std::result::Result<String, String> {
     drawn(panels).map_err(|refusal| refusal.to_string())
 }
@@ -233,7 +233,7 @@ fn drawn(panels: &[Panel]) -> std::result::Result<String, Refusal> {
     Ok(svg)
 }
 
-/// The font is asked for how wide letters are; the picture itself only names it.
+/// The font is read for the widths of letters; the SVG only names it.
 fn ensure_font() -> std::result::Result<(), Refusal> {
     static REGISTERED: OnceLock<bool> = OnceLock::new();
     let registered = REGISTERED.get_or_init(|| {
@@ -287,7 +287,7 @@ fn draw_line(
     let bar = |(x, estimate): &(f64, Estimate)| {
         let error = estimate.standard_error?;
         let at = scale.of(estimate.mean)?;
-        // Below nothing a logarithm has no bar; it ends at the point then.
+        // A value below zero has no logarithm; the bar then ends at the point.
         let low = scale.of(estimate.mean - error).unwrap_or(at);
         Some(ErrorBar::new_vertical(
             *x,
@@ -326,7 +326,7 @@ fn draw_legend(area: &Area<'_>, panel: &Panel) -> std::result::Result<(), Refusa
     Ok(())
 }
 
-/// One after another, darker each time round.
+/// The colours in turn, darker after each cycle.
 fn colors() -> impl Iterator<Item = RGBColor> {
     let darker = |round: u32| {
         let share = 0.75_f64.powi(round as i32);
@@ -338,13 +338,13 @@ fn colors() -> impl Iterator<Item = RGBColor> {
     (0..).flat_map(move |round| COLORS.map(darker(round)))
 }
 
-/// Lengths of a dash and of the gap behind it.
+/// Lengths of a dash and of the gap after it.
 fn dashes() -> impl Iterator<Item = (u32, u32)> {
     [(7, 4), (2, 3), (12, 3), (5, 8), (1, 6)].into_iter().cycle()
 }
 
 impl Panel {
-    /// From the lowest to the highest thing drawn, with some room, on the axis's scale.
+    /// From the smallest to the largest value drawn, with a margin, on the axis's scale.
     fn y_range(&self) -> (f64, f64) {
         let of_line = |line: &Line| {
             let spread = |(_, e): &(f64, Estimate)| {
@@ -363,7 +363,7 @@ impl Panel {
 }
 
 impl Scale {
-    /// Where a value lies on the axis; nowhere if it has no logarithm, or is no number.
+    /// The position of a value on the axis; none if it has no logarithm or is NaN.
     fn of(self, value: f64) -> Option<f64> {
         let placed = match self {
             Self::Linear => value,
@@ -372,7 +372,7 @@ impl Scale {
         placed.is_finite().then_some(placed)
     }
 
-    /// Round values between two places on the axis.
+    /// Round values between two positions on the axis.
     fn marks(self, low: f64, high: f64) -> Vec<f64> {
         match self {
             Self::Linear => {
@@ -398,21 +398,21 @@ impl Scale {
     }
 }
 
-/// 1, 2 or 5 times a power of ten, at least so large.
+/// The smallest 1, 2 or 5 times a power of ten that is not below a value.
 fn round_step(least: f64) -> f64 {
     let power = 10.0_f64.powf(least.log10().floor());
     let digit = [1.0, 2.0, 5.0].into_iter().find(|digit| digit * power >= least * (1.0 - 1e-9));
     digit.unwrap_or(10.0) * power
 }
 
-/// Without digits that say nothing.
+/// Without insignificant digits.
 fn tidy(value: f64) -> String {
     let text = format!("{value:.4}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if text == "-0" { "0".to_owned() } else { text.to_owned() }
 }
 
-/// From the least to the most, with a twentieth of it on each side, and no narrower than 1 where they are the same.
+/// From the minimum to the maximum, with a margin of a twentieth on each side; at least 1 wide if they are equal.
 fn ends(values: &[f64], least_room: f64) -> (f64, f64) {
     let low = values.iter().copied().reduce(f64::min).unwrap_or(0.0);
     let high = values.iter().copied().reduce(f64::max).unwrap_or(1.0);

@@ -9,7 +9,7 @@ use ddil_trainer::Result;
 /// The only version of the files of a comparison so far.
 const FORMAT_VERSION: u32 = 1;
 
-/// How a cell ended, in a file beside its run folder.
+/// How a cell ended, in a file next to its run folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CellRecord {
@@ -19,7 +19,7 @@ pub struct CellRecord {
     pub cell: String,
     /// Checksum of its config.
     pub config_sha256: String,
-    /// What its measurement depends on beside the cell, as a checksum.
+    /// Checksum of everything else that its measurement depends on.
     pub measured_as: String,
     /// How it ended.
     pub outcome: Outcome,
@@ -34,16 +34,16 @@ pub enum Outcome {
         /// One for each number of steps.
         rows: Vec<Row>,
     },
-    /// The loss, the gradient or the samples were no longer numbers.
+    /// The loss, the gradient or the samples became NaN or infinite.
     Diverged {
-        /// The update at which that was seen, counted from 1.
+        /// The update at which that was detected, counted from 1.
         step: u64,
-        /// What was seen.
+        /// What was detected.
         message: String,
     },
-    /// Something else went wrong; it is tried again.
+    /// Another error; the cell will be retried.
     Failed {
-        /// What was said.
+        /// The error message.
         message: String,
     },
 }
@@ -52,13 +52,13 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Row {
-    /// Steps of its sampling.
+    /// Number of sampling steps.
     pub steps: u32,
-    /// Whether it is made for so many.
+    /// Whether the model is made for this number of steps.
     pub own_steps: bool,
     /// Why it counts as collapsed, if it does.
     pub collapsed: Option<String>,
-    /// What was measured; nothing if its samples are no numbers.
+    /// The measurement; none if the samples are NaN or infinite.
     pub measurement: Option<Measurement>,
 }
 
@@ -81,7 +81,7 @@ impl Row {
     }
 }
 
-/// Rows of something that is no cell, with what they depend on.
+/// Rows that belong to no cell, with a checksum of what they depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedRows {
@@ -92,7 +92,7 @@ pub(super) struct NamedRows {
 }
 
 impl CellRecord {
-    /// Puts together what is written beside a cell.
+    /// The record of a cell.
     pub fn new(cell: &str, config_sha256: &str, measured_as: &str, outcome: Outcome) -> Self {
         Self {
             format_version: FORMAT_VERSION,
@@ -103,21 +103,21 @@ impl CellRecord {
         }
     }
 
-    /// Reads a record; none where there is none.
+    /// Reads a record; none if there is no file.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`](ddil_trainer::Error::Files) if the file is something else, and
+    /// [`Error::Files`](ddil_trainer::Error::Files) if the file is not a record, or
     /// if another version wrote it.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         Ok(path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()?)
     }
 
-    /// Writes it, whole or not at all.
+    /// Writes the record; the file is complete or absent.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn write(&self, path: &Path) -> Result<()> {
         Ok(write_json(path, self)?)
     }
@@ -128,7 +128,7 @@ impl NamedRows {
         Self { format_version: FORMAT_VERSION, measured_as, rows }
     }
 
-    /// The rows of a file if they were measured as asked for.
+    /// The rows of a file, if they were measured with the given settings.
     pub(super) fn read(path: &Path, measured_as: &str) -> Result<Option<Self>> {
         if !path.exists() {
             return Ok(None);

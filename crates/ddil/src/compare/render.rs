@@ -1,4 +1,4 @@
-//! A report as people read it: tables and pictures.
+//! Renders a report as tables and images.
 
 use std::fmt::Write as _;
 
@@ -19,7 +19,7 @@ impl ComparisonReport {
         self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
     }
 
-    /// The same in Markdown.
+    /// The same tables in Markdown.
     pub fn markdown(&self) -> String {
         self.written(&|title, cells| format!("\n### {title}\n\n{}", table::markdown(cells)))
     }
@@ -54,7 +54,7 @@ impl ComparisonReport {
         text
     }
 
-    /// What [`write`](Self::write) writes.
+    /// The files that [`write`](Self::write) writes.
     pub fn files(&self) -> Vec<&'static str> {
         let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
         if !self.pictures.is_empty() {
@@ -63,11 +63,11 @@ impl ComparisonReport {
         files
     }
 
-    /// Writes `results.json`, `table.md` and the pictures, each whole or not at all.
+    /// Writes `results.json`, `table.md` and the images; each file is complete or absent.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn write(&self, folder: &ComparisonFolder) -> Result<()> {
         write_json(&folder.file("results.json"), &self.entries)?;
         write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
@@ -79,7 +79,7 @@ impl ComparisonReport {
         Ok(())
     }
 
-    /// A row of samples for each teacher and each arm, from the same noise in each column.
+    /// One row of samples for each teacher and each arm, from the same noise in each column.
     fn side_by_side(&self) -> Result<Option<Image>> {
         let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
         let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {

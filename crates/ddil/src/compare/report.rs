@@ -1,4 +1,4 @@
-//! What a comparison has come to so far.
+//! The results of a comparison so far.
 
 use std::collections::BTreeMap;
 
@@ -21,27 +21,27 @@ use crate::sample_file;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// What it is of.
+    /// The kind of entry.
     pub kind: EntryKind,
-    /// The cell, or what it is of.
+    /// Name of the cell, or of what was measured.
     pub name: String,
-    /// The cell's value on each axis; nothing for others.
+    /// The cell's value on each axis; empty for other entries.
     pub axes: BTreeMap<String, String>,
     /// The cell's seed.
     pub seed: Option<u64>,
     /// How it ended.
     pub state: EntryState,
-    /// Why, where it did not end well; the step too, where it diverged.
+    /// The reason, if it did not end well; also the step, if it diverged.
     pub message: Option<String>,
-    /// Steps of its sampling; 0 for real images.
+    /// Number of sampling steps; 0 for real images.
     pub steps: u32,
-    /// Whether it is made for so many.
+    /// Whether the model is made for this number of steps.
     pub own_steps: bool,
-    /// What was measured, as `ddil evaluate --json` writes it.
+    /// The measurement, as written by `ddil evaluate --json`.
     pub measurement: Option<Measurement>,
 }
 
-/// What an entry is of.
+/// The kind of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EntryKind {
@@ -59,78 +59,78 @@ pub enum EntryKind {
 pub enum EntryState {
     /// Measured.
     Done,
-    /// Measured, as far as it can be, with coverage below 0.1 or samples that are no numbers.
+    /// Measured as far as possible, with coverage below 0.1 or samples that are NaN or infinite.
     Collapsed,
     /// Its training diverged.
     Diverged,
-    /// Something else went wrong.
+    /// Another error.
     Failed,
 }
 
-/// What a comparison has come to so far: everything that is made of it follows from this.
+/// The results of a comparison so far; tables, plots and images are made from it.
 #[derive(Debug)]
 pub struct ComparisonReport {
-    /// The comparison.
+    /// The name of the comparison.
     pub name: String,
-    /// What varies.
+    /// The varied settings.
     pub axes: Vec<Axis>,
-    /// Everything that was measured or went wrong.
+    /// All measurements and failures.
     pub entries: Vec<Entry>,
-    /// Rows of pictures: what they are of, and the images.
+    /// Rows of images, with their labels.
     pub(super) pictures: Vec<(String, Tensor)>,
 }
 
 /// The cells of an arm at one number of steps.
 #[derive(Clone, Debug)]
 pub struct ArmAt<'a> {
-    /// Its value on each axis.
+    /// The arm's value on each axis.
     pub values: Vec<&'a str>,
-    /// Steps of the sampling.
+    /// Number of sampling steps.
     pub steps: u32,
-    /// Whether the students are made for so many.
+    /// Whether the students are made for this number of steps.
     pub own_steps: bool,
-    /// What was measured, by seed.
+    /// The measurements, by seed.
     pub measured: BTreeMap<u64, &'a Measurement>,
-    /// How many of its cells collapsed, here.
+    /// Number of cells that collapsed at this number of steps.
     pub num_collapsed: usize,
-    /// How many diverged.
+    /// Number of cells that diverged.
     pub num_diverged: usize,
-    /// How many failed.
+    /// Number of cells that failed.
     pub num_failed: usize,
 }
 
-/// How far an arm is from the one that differs from it in nothing but a baseline.
+/// The difference between an arm and the arm with the baseline of one axis and the same values elsewhere.
 #[derive(Clone, Debug)]
 pub struct Difference<'a> {
     /// The axis.
     pub axis: &'a str,
-    /// The value on it.
+    /// The arm's value on it.
     pub value: &'a str,
-    /// What it is compared with.
+    /// The baseline value.
     pub baseline: &'a str,
-    /// The values on the other axes, which both have.
+    /// The values on the other axes, common to both.
     pub others: Vec<&'a str>,
-    /// Steps of the sampling.
+    /// Number of sampling steps.
     pub steps: u32,
-    /// Mean of `value - baseline` over the seeds that both have.
+    /// Mean of `value - baseline` over the seeds that both arms have.
     pub of: Vec<(Metric, Estimate)>,
 }
 
-/// The shift of an arm at each timestep, noisiest first: the timestep, what was measured, and what chance gives.
+/// The shift of an arm at each timestep, noisiest first: the timestep, the measured distance, and that of chance.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shift {
     /// The arm.
     pub name: String,
-    /// Timestep, energy distance over seeds, and that of chance.
+    /// Timestep, energy distance over seeds, and energy distance of chance.
     pub points: Vec<(i64, Estimate, Estimate)>,
 }
 
 impl ComparisonReport {
-    /// Reads the results of a comparison so far.
+    /// Reads the present results of a comparison.
     ///
     /// # Errors
     ///
-    /// Files that are not what they should be.
+    /// Invalid files.
     pub fn gather(plan: &Comparison) -> Result<Self> {
         let (folder, matrix) = (plan.folder(), &plan.matrix);
         let (mut entries, mut pictures) = (Vec::new(), Vec::new());
@@ -141,7 +141,7 @@ impl ComparisonReport {
             let measured_as = plan.setting.measured_as(Some(taught));
             if let Some(found) = NamedRows::read(&samples.row(folder, taught), &measured_as)? {
                 let name = found.rows.first().map_or(String::new(), |(name, _)| name.clone());
-                // Which steps are some student's own is up to the matrix, not to the row.
+                // Which numbers of steps are a student's own depends on the matrix, not on the row.
                 let now = |(name, row)| (name, Row { own_steps: *own_steps, ..row });
                 let rows = found.rows.into_iter().map(now);
                 entries.extend(rows.map(|row| of_row(EntryKind::Teacher, row)));
@@ -163,7 +163,7 @@ impl ComparisonReport {
         Ok(Self { name, axes, entries, pictures })
     }
 
-    /// A report of entries that were read elsewhere, without pictures.
+    /// A report of existing entries, without images.
     pub fn new(name: &str, axes: Vec<Axis>, entries: Vec<Entry>) -> Self {
         Self { name: name.to_owned(), axes, entries, pictures: Vec::new() }
     }
@@ -173,7 +173,7 @@ impl ComparisonReport {
         self.entries.iter().filter(move |entry| entry.kind == kind)
     }
 
-    /// Whether all measured cells are measured on the same number of samples, at all numbers of steps.
+    /// Whether all measured cells have the same number of samples at all numbers of steps.
     pub fn has_one_number_of_samples(&self) -> bool {
         let measured = self.of_kind(EntryKind::Cell).filter_map(|entry| entry.measurement.as_ref());
         let mut counts = measured.map(|measurement| measurement.samples);
@@ -181,7 +181,7 @@ impl ComparisonReport {
         counts.all(|count| Some(count) == first)
     }
 
-    /// Cells put together over seeds, in the order of the matrix, then by steps.
+    /// Cells grouped over seeds, in the order of the matrix, then by steps.
     pub fn arms(&self) -> Vec<ArmAt<'_>> {
         let mut arms: Vec<ArmAt<'_>> = Vec::new();
         for entry in self.of_kind(EntryKind::Cell) {
@@ -211,7 +211,7 @@ impl ComparisonReport {
         arms
     }
 
-    /// Every arm against the one with the baseline of an axis and the same values elsewhere, seed by seed.
+    /// Every arm compared with the arm that has the baseline of an axis and the same values elsewhere, seed by seed.
     pub fn differences(&self) -> Vec<Difference<'_>> {
         let arms = self.arms();
         let mut all = Vec::new();
@@ -243,7 +243,7 @@ impl ComparisonReport {
         all
     }
 
-    /// The shift of every arm at its own steps.
+    /// The shift of every arm at its own number of steps.
     pub fn shifts(&self) -> Vec<Shift> {
         let with_shift = |arm: ArmAt<'_>| {
             let mut at: BTreeMap<i64, (Vec<f64>, Vec<f64>)> = BTreeMap::new();
@@ -287,12 +287,12 @@ impl<'a> ArmAt<'a> {
         }
     }
 
-    /// Its values, in one word.
+    /// The arm's values, joined to a name.
     pub fn name(&self) -> String {
         if self.values.is_empty() { "student".to_owned() } else { self.values.join(", ") }
     }
 
-    /// A metric over its seeds.
+    /// Mean and error of a metric over the seeds.
     pub fn estimate(&self, metric: Metric) -> Option<Estimate> {
         let values: Vec<f64> = self.measured.values().filter_map(|m| metric.of(m)).collect();
         Estimate::of(&values)
@@ -323,7 +323,7 @@ fn of_row(kind: EntryKind, (name, row): (String, Row)) -> Entry {
     }
 }
 
-/// One entry for each number of steps; one in all for a cell that was not measured.
+/// One entry for each number of steps; a single entry for a cell that was not measured.
 fn of_cell(plan: &Comparison, planned: &PlannedCell) -> Result<Vec<Entry>> {
     let PlannedCell { cell, taught, .. } = planned;
     let Some(CellRecord { measured_as, outcome, .. }) = plan.record_of(planned)? else {
@@ -359,7 +359,7 @@ fn first_drawn(folder: &ComparisonFolder, teacher: &TeacherSamples) -> Result<Te
     Ok(images.narrow(0, 0, sample_file::KEPT.min(images.size()[0])))
 }
 
-/// Every timestep of some shifts, noisiest first.
+/// Every timestep that occurs in some shifts, noisiest first.
 pub(super) fn timesteps(shifts: &[Shift]) -> Vec<i64> {
     let of = |shift: &Shift| shift.points.iter().map(|point| point.0).collect::<Vec<_>>();
     let mut timesteps: Vec<i64> = shifts.iter().flat_map(of).collect();

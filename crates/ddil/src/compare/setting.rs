@@ -1,4 +1,4 @@
-//! What all work of a comparison shares: where it is, how it measures, and the teacher's samples that students are
+//! The settings shared by all work of a comparison: folder, measurement, and the teacher samples that students are
 //! compared with.
 
 use std::ffi::OsString;
@@ -14,49 +14,49 @@ use serde::{Deserialize, Serialize};
 use super::folder::ComparisonFolder;
 use super::matrix::{EvaluateConfig, sha256};
 
-/// Samples of a teacher that are drawn in one go.
+/// The number of teacher samples drawn in one part.
 pub(super) const PART: u32 = 500;
 
-/// What all work of a comparison has in common.
+/// The settings shared by all work of a comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
-    /// Where results go.
+    /// The folder of the results.
     pub folder: ComparisonFolder,
-    /// How things are measured.
+    /// The measurement settings.
     pub evaluate: EvaluateConfig,
     /// The data.
     pub data: DataSection,
-    /// Threads of a process.
+    /// Threads per process.
     pub threads: u32,
 }
 
-/// Samples of a teacher, by everything that they follow from.
+/// Teacher samples, identified by everything that determines them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TeacherSamples {
     /// The model folder.
     pub path: PathBuf,
-    /// Checksum of what is in it.
+    /// Checksum of the folder's contents.
     pub sha256: String,
-    /// Guidance; 1 is none.
+    /// Guidance scale; 1 is none.
     pub guidance_scale: f64,
-    /// DDIM steps, evenly spaced.
+    /// Number of DDIM steps, evenly spaced.
     pub steps: u32,
-    /// What is done with clean data beyond their range.
+    /// Treatment of clean data beyond the data's range.
     pub thresholding: Thresholding,
-    /// How many samples.
+    /// The number of samples.
     pub samples: u32,
-    /// How many start from the seed's noise in all, these being the first.
+    /// The number of samples that start from the seed's noise in all; these are the first of them.
     pub total: u32,
-    /// What noise follows from.
+    /// Seed of the noise.
     pub seed: u64,
-    /// Where the network computes.
+    /// The device on which the network runs.
     pub device: String,
-    /// In what precision.
+    /// The precision in which it computes.
     pub precision: Precision,
 }
 
 impl TeacherSamples {
-    /// The scale at which students of a config are taught; of a range of them the middle, at which they are sampled.
+    /// The guidance scale at which a config's students are trained; for a range, its middle, where they are sampled.
     pub fn taught_scale(guidance: TeacherGuidance) -> f64 {
         match guidance {
             TeacherGuidance::Cfg { scale } => scale,
@@ -67,14 +67,14 @@ impl TeacherSamples {
         }
     }
 
-    /// A short checksum; the same for the same samples.
+    /// A short checksum, equal for equal samples.
     pub fn key(&self) -> String {
-        // Only maps with keys that are no strings cannot be written, and there are none.
+        // Only maps with keys that are not strings fail to serialise, and there are none.
         let json = serde_json::to_vec(self).unwrap_or_default();
         sha256(&json)[..16].to_owned()
     }
 
-    /// First samples of the parts that they are drawn in.
+    /// Index of the first sample of each part.
     pub fn parts(&self) -> impl Iterator<Item = u32> + use<> {
         (0..self.samples).step_by(PART as usize)
     }
@@ -87,14 +87,14 @@ impl TeacherSamples {
         folder.teacher(&self.key()).join(format!("from_{start:06}.safetensors"))
     }
 
-    /// Where the row of these samples lies, compared with those of `taught`.
+    /// The file of the row of these samples, compared with those of `taught`.
     pub(super) fn row(&self, folder: &ComparisonFolder, taught: &Self) -> PathBuf {
         folder.teacher(&self.key()).join(format!("row_{}.json", taught.key()))
     }
 }
 
 impl TeacherSamples {
-    /// The command line of `ddil sample` that draws the part from `start` on.
+    /// The command line of `ddil sample` that draws the part that begins at `start`.
     pub(super) fn draw(&self, setting: &Setting, start: u32) -> Result<Vec<OsString>> {
         let Self { guidance_scale, steps, total, seed, device, .. } = self;
         let count = self.end_of(start).saturating_sub(start);
@@ -119,7 +119,7 @@ impl TeacherSamples {
     }
 }
 
-/// A precision as the command line has it.
+/// A precision as written on the command line.
 pub(super) fn precision(precision: Precision) -> &'static str {
     match precision {
         Precision::Float32 => "float32",
@@ -128,7 +128,7 @@ pub(super) fn precision(precision: Precision) -> &'static str {
 }
 
 impl Setting {
-    /// What a measurement depends on beside the model, as a checksum.
+    /// Checksum of everything except the model that a measurement depends on.
     pub fn measured_as(&self, taught: Option<&TeacherSamples>) -> String {
         let taught = taught.map(TeacherSamples::key);
         let parts = (&self.evaluate, self.data.kind, &self.data.path, taught);

@@ -1,21 +1,21 @@
-//! Means over seeds and differences between arms, with what chance alone would give.
+//! Means over seeds and differences between arms, with their standard errors.
 
 use serde::{Deserialize, Serialize};
 
-/// A mean and how sure of it one can be.
+/// A mean and its standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
-    /// How many values went into it.
+    /// The number of values.
     pub n: usize,
     /// Their mean.
     pub mean: f64,
-    /// `s / sqrt(n)`, with `s` the standard deviation of the values (of `n - 1` degrees of freedom); none for one value,
-    /// which says nothing of its own spread.
+    /// `s / sqrt(n)`, with `s` the standard deviation of the values (`n - 1` degrees of freedom); none for one value,
+    /// whose spread is unknown.
     pub standard_error: Option<f64>,
 }
 
 impl Estimate {
-    /// The mean of some values; none of no values.
+    /// The mean of some values; none for an empty slice.
     ///
     /// # Example
     ///
@@ -41,22 +41,22 @@ impl Estimate {
 
     /// The mean of `value - baseline` over pairs `(value, baseline)` that differ in nothing else.
     ///
-    /// What both of a pair have in common, such as the luck of a seed, drops out of it: its standard error is that of
-    /// the differences, not that of two independent means.
+    /// What both values of a pair have in common, such as the effect of the seed, cancels: the standard error is that
+    /// of the differences, not that of two independent means.
     pub fn of_differences(pairs: &[(f64, f64)]) -> Option<Self> {
         let differences: Vec<f64> = pairs.iter().map(|(value, base)| value - base).collect();
         Self::of(&differences)
     }
 
-    /// How many standard errors the mean is away from 0; none where the error is not known, or is 0 but for rounding.
+    /// The distance of the mean from 0 in standard errors; none if the error is unknown, or 0 up to rounding.
     pub fn standard_errors(&self) -> Option<f64> {
-        /// Values that agree to so many digits are the same.
+        /// Values that agree to this many digits are equal.
         const ROUNDING: f64 = 1e-9;
         let least = ROUNDING * self.mean.abs();
         self.standard_error.filter(|error| *error > least).map(|error| self.mean / error)
     }
 
-    /// As `9.33 ± 0.12`, or `9.33` where there is no error.
+    /// As `9.33 ± 0.12`, or `9.33` without an error.
     pub fn shown(&self, decimals: usize) -> String {
         let Self { mean, standard_error, .. } = self;
         match standard_error {

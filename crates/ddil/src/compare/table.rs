@@ -1,4 +1,4 @@
-//! Tables of a comparison, as rows of words; the first row has the heads.
+//! Tables of a comparison, as rows of text; the first row contains the headings.
 
 use super::metric::Metric;
 use super::report::{ArmAt, ComparisonReport, Difference, Entry, EntryKind, Shift, timesteps};
@@ -16,7 +16,7 @@ pub fn summary(report: &ComparisonReport) -> Vec<Vec<String>> {
     rows
 }
 
-/// Arms against baselines; the heads alone if there is nothing to compare.
+/// Arms against baselines; only the headings if there is nothing to compare.
 pub fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
     heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
@@ -25,7 +25,7 @@ pub fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
     rows
 }
 
-/// A row an arm, a column a timestep, and chance at the end.
+/// One row per arm, one column per timestep, and chance at the end.
 pub fn shift(shifts: &[Shift]) -> Vec<Vec<String>> {
     let timesteps = timesteps(shifts);
     let mut rows = vec![vec!["at timestep".to_owned()]];
@@ -64,7 +64,7 @@ pub fn markdown(rows: &[Vec<String>]) -> String {
     format!("{}|{rule}\n{rest}", line(heads))
 }
 
-/// At least one column, for what has no axis.
+/// At least one column, for entries without axes.
 fn axes(report: &ComparisonReport) -> Vec<String> {
     match report.axes.as_slice() {
         [] => vec!["model".to_owned()],
@@ -101,7 +101,7 @@ fn of_arm(arm: &ArmAt<'_>) -> Vec<String> {
     row
 }
 
-/// How many cells were measured, and what became of the others.
+/// The number of measured cells, and how the others ended.
 fn seeds(arm: &ArmAt<'_>) -> String {
     let counts = [
         (arm.num_collapsed, "collapsed"),

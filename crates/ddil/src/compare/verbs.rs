@@ -1,10 +1,10 @@
-//! The program's own verbs, each in a process of its own.
+//! Runs the program's own verbs, each in its own process.
 //!
-//! libtorch has one number of threads, one allocator and one global generator per process, so that two trainings in one
-//! process would not be independent; and a process that is killed for its memory takes no other with it. A child has a
-//! process group of its own and holds the reading end of a pipe as its standard input. It gets `--stop-with-stdin`: when
-//! that pipe closes, because the parent stops or has died, the child saves and ends. Ctrl-C in a terminal thus reaches
-//! the parent alone, and each child once.
+//! libtorch has one number of threads, one allocator and one global generator per process, so two training runs in one
+//! process would not be independent; and a process that is killed for its memory use does not affect the others. A
+//! child has its own process group, and its standard input is the reading end of a pipe. With `--stop-with-stdin` it
+//! saves and ends when that pipe closes, because the parent stops or has died. Ctrl-C in a terminal thus reaches only
+//! the parent, and each child once.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -19,18 +19,18 @@ use ddil_trainer::{Error, Result};
 /// How often a child is checked for its end.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The executable whose verbs are run.
+/// The executable that contains the verbs.
 #[derive(Clone, Debug)]
 pub struct Program(PathBuf);
 
 /// How a verb ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
-    /// Its exit code; none if a signal ended it.
+    /// Its exit code; none if it was ended by a signal.
     pub code: Option<i32>,
     /// Whether it was asked to stop.
     pub was_stopped: bool,
-    /// Its error message in one line; where there is none, how it ended and the last line of its output.
+    /// Its error message in one line; without one, how it ended and the last line of its output.
     pub message: String,
 }
 
@@ -44,12 +44,12 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the system does not tell where it is.
+    /// [`Error::Setup`] if the system does not return its path.
     pub fn current() -> Result<Self> {
         std::env::current_exe().map(Self).map_err(|error| setup("find the program", &error))
     }
 
-    /// Runs a verb to its end. What it prints is appended to `log`; once `stops` returns true it is asked to stop.
+    /// Runs a verb to its end and appends its output to `log`; once `stops` returns true, the verb is asked to stop.
     ///
     /// # Errors
     ///
@@ -97,7 +97,7 @@ impl Program {
     }
 }
 
-/// The error that a process printed, with its causes in one line, or else the last line that it printed.
+/// The error that a process printed, with its causes in one line, or else its last line of output.
 fn message(log: &Path, begin: u64) -> Option<String> {
     const CAUSE: &str = "\n  because ";
     let mut file = File::open(log).ok()?;
@@ -112,11 +112,11 @@ fn message(log: &Path, begin: u64) -> Option<String> {
     }
 }
 
-/// A file for what a verb returns, removed when dropped.
+/// A file for a verb's result, removed when dropped.
 pub(super) struct Answer(PathBuf);
 
 impl Answer {
-    /// Removes what an earlier process left at this path.
+    /// Removes a file that an earlier process left at this path.
     pub(super) fn at(path: PathBuf) -> Self {
         let _ = fs::remove_file(&path);
         Self(path)

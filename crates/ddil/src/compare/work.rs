@@ -1,8 +1,8 @@
-//! The pieces of work of a comparison, and which verbs each of them runs.
+//! The work items of a comparison, and the verbs that each of them runs.
 //!
-//! Every piece has a lock file and leaves its result whole or not at all, so that any number of processes, on any number
-//! of machines, can work on one comparison: a piece that another process has is waited for where others need its result,
-//! and left to that process where it is a cell.
+//! Every item has a lock file, and its result is complete or absent, so any number of processes, on any number of
+//! machines, can work on one comparison. An item that another process works on is awaited if others need its result; a
+//! cell is left to that process.
 
 use std::ffi::OsString;
 use std::fs;
@@ -23,27 +23,27 @@ use super::verbs::{Answer, Ended, Program};
 use crate::exit_code::NOT_FINITE;
 use crate::results::{self, Measurement};
 
-/// How often a lock is asked for that another process has.
+/// The interval at which a lock held by another process is tried again.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How a piece of work ended.
+/// How a work item ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum End {
-    /// Its result is there.
+    /// Its result exists.
     Done,
-    /// It was asked to stop and continues another time.
+    /// It was asked to stop and can be continued.
     Stopped,
-    /// Another process is at work on it.
+    /// Another process works on it.
     InUse(String),
     /// It failed.
     Failed(String),
 }
 
-/// What a piece of work needs: the comparison, the program, and when to stop.
+/// Performs work items: the comparison, the program, and the stop condition.
 pub struct Worker<'a> {
     /// The comparison.
     pub comparison: &'a Comparison,
-    /// The program whose verbs are run.
+    /// The program that contains the verbs.
     pub program: &'a Program,
     /// Whether to stop; a running verb is asked to save and end.
     pub stops: &'a dyn Fn() -> bool,
@@ -54,14 +54,14 @@ impl Worker<'_> {
         self.comparison.folder()
     }
 
-    /// Does a piece of work, unless it is done. A cell that another process has is left to it; anything else that another
-    /// process has is waited for.
+    /// Performs a work item unless it is done. A cell that another process works on is left to it; any other item is
+    /// awaited.
     ///
-    /// A cell that diverges is recorded, and done. One that is asked to stop saves its run and leaves no record.
+    /// A cell that diverges is recorded as done. A cell that is asked to stop saves its run and leaves no record.
     ///
     /// # Errors
     ///
-    /// What the file system refuses; what fails in a verb is [`End::Failed`], of a cell with a record.
+    /// Errors of the file system; a failed verb is [`End::Failed`], with a record if the item is a cell.
     pub fn perform(&self, item: &WorkItem) -> Result<End> {
         let mut announced = false;
         loop {
@@ -88,7 +88,7 @@ impl Worker<'_> {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`perform`](Self::perform).
     pub fn attempt(&self, item: &WorkItem) -> Result<End> {
         let folder = self.folder();
         let path = item.lock(folder);
@@ -104,7 +104,7 @@ impl Worker<'_> {
             }
             Err(error) => return Err(error),
         };
-        // Another process may have done it since.
+        // Another process may have finished it meanwhile.
         if self.comparison.is_done(item)? {
             return Ok(End::Done);
         }
@@ -134,7 +134,7 @@ impl Worker<'_> {
         }
         let rows = results::read(answer.path())?;
         let names = ["training images", "two halves"];
-        // Without held-out images there are the two halves alone.
+        // Without held-out images only the two halves are compared.
         let names = &names[names.len().saturating_sub(rows.len())..];
         let row = |(name, measurement): (&&str, Measurement)| {
             let measurement = Measurement { method: "data".to_owned(), ..measurement };
@@ -211,7 +211,7 @@ impl Worker<'_> {
         }
     }
 
-    /// `ddil distill` starts the cell's run or continues it; nothing is run where it is complete.
+    /// `ddil distill` starts or resumes the cell's run; nothing is run if it is complete.
     fn train(&self, item: &WorkItem, planned: &PlannedCell) -> Result<Trained> {
         let (folder, name) = (self.folder(), &planned.cell.name);
         let run = folder.run_of(name);
@@ -227,7 +227,7 @@ impl Worker<'_> {
             let complete = status.as_ref().is_some_and(is_complete);
             return Ok(if complete { Trained::Completed } else { Trained::Stopped });
         }
-        // The status has the message in full; of a run that did not begin there is what was printed.
+        // The status contains the whole message; for a run that did not start there is only the output.
         let state = status.as_ref().filter(|status| status.state == State::Failed);
         let message = state.and_then(|status| status.error.clone());
         if ended.code == Some(i32::from(NOT_FINITE)) {
@@ -238,7 +238,7 @@ impl Worker<'_> {
         if ended.was_stopped {
             return Ok(Trained::Stopped);
         }
-        // A process that was killed leaves the status of an earlier error, or none.
+        // A killed process leaves the status of an earlier error, or none.
         let message = if ended.code.is_some() { message } else { None };
         Ok(Trained::Ended(Outcome::Failed { message: message.unwrap_or(ended.message) }))
     }
@@ -279,7 +279,7 @@ impl Worker<'_> {
         Ok(Trained::Ended(Outcome::Done { rows }))
     }
 
-    /// The arguments that every measurement of the comparison has in common.
+    /// The arguments common to all measurements of the comparison.
     fn evaluate(&self, subject: OsString, of: &PlannedCell, answer: &Answer) -> Vec<OsString> {
         let setting = &self.comparison.setting;
         let mut arguments: Vec<OsString> = vec!["evaluate".into(), subject];
@@ -296,27 +296,27 @@ impl Worker<'_> {
     }
 }
 
-/// How far a cell came.
+/// The outcome of a cell's training.
 enum Trained {
     /// It is trained.
     Completed,
     /// It was asked to stop.
     Stopped,
-    /// It ended, with what is recorded.
+    /// It ended with this outcome, which is recorded.
     Ended(Outcome),
 }
 
-/// What became of a verb that did not come to its end.
+/// The outcome of a verb that did not finish.
 fn unfinished(ended: &Ended) -> Option<End> {
     match ended {
         Ended { code: Some(0), .. } => None,
-        // One that is in the middle of a computation when it is told to end may stumble on its way out.
+        // A process that is stopped in the middle of a computation may fail while it ends.
         Ended { was_stopped: true, .. } => Some(End::Stopped),
         Ended { message, .. } => Some(End::Failed(message.clone())),
     }
 }
 
-/// The step in the message of a loss or gradient that is not finite.
+/// The step in the message about a loss or gradient that is NaN or infinite.
 fn diverged_at(message: &str) -> Option<u64> {
     message.strip_prefix("step ")?.split_once(':')?.0.parse().ok()
 }

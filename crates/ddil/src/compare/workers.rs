@@ -1,4 +1,4 @@
-//! Some pieces of work at a time.
+//! Performs several work items at a time.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,23 +14,23 @@ use super::plan::Comparison;
 use super::verbs::Program;
 use super::work::{End, Worker};
 
-/// What happens to a piece of work.
+/// An event of a work item.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// It was begun.
+    /// It started.
     Started,
-    /// It has ended, after so many seconds.
+    /// It ended, after this many seconds.
     Ended(End, f64),
 }
 
-/// Does pieces of work, as many at a time as the matrix has workers.
+/// Performs work items, as many at a time as the matrix has workers.
 ///
-/// A cell that fails leaves the others alone; of other work a piece that fails ends all, since what follows needs it.
-/// After `interrupt` nothing is begun, and what is at work is asked to stop. Returns how each piece ended that was begun.
+/// The failure of a cell does not affect the others; the failure of any other item ends all, since later items need it.
+/// After `interrupt` no item is started, and running ones are asked to stop. Returns how each started item ended.
 ///
 /// # Errors
 ///
-/// What the file system refuses, or the system when a process is started.
+/// Errors of the file system, or of starting a process.
 pub fn run(
     items: Vec<WorkItem>,
     comparison: &Comparison,
