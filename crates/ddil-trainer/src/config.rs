@@ -61,8 +61,8 @@ pub struct DataSection {
     /// default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Height and width in pixels to which captioned images are resized, and for which prompts alone are used; default
-    /// the teacher's size. Other kinds ignore it.
+    /// Height and width in pixels to which captioned images are resized, or, for prompts alone, of the sampled images;
+    /// default the teacher's size. Other kinds ignore it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<u32>,
     /// Folder for encoded captions or prompts; default a folder in the user's cache. A cache of other data in it is

@@ -1,4 +1,4 @@
-//! What can go wrong while a run is set up, trained, saved and resumed.
+//! Errors of setting up, training, saving and resuming a run.
 
 use std::{io, path::Path, path::PathBuf};
 
@@ -12,7 +12,7 @@ use crate::{checkpoint::Damage, holder::Holder};
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong in this crate.
+/// Every error of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -22,7 +22,7 @@ pub enum Error {
     /// A setting has a value that is not allowed.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// A run is resumed with settings that are not its own.
+    /// A run is resumed with other settings than it was started with.
     #[error("{} belongs to a run with other settings:{}", path.display(), listed(differences))]
     OtherConfig {
         /// The run folder.
@@ -30,7 +30,7 @@ pub enum Error {
         /// Every setting that differs.
         differences: Vec<Difference>,
     },
-    /// A checkpoint is not what was written.
+    /// A checkpoint differs from what was written.
     #[error("the checkpoint {} is damaged", path.display())]
     DamagedCheckpoint {
         /// The checkpoint's folder.
@@ -38,7 +38,7 @@ pub enum Error {
         /// What is wrong with it.
         source: Damage,
     },
-    /// A run has checkpoints, and none of them is what was written.
+    /// A run has checkpoints, all of which are damaged.
     #[error(
         "none of the {count} checkpoints in {} is sound; move them away to start the run over (the newest: {newest})",
         path.display()
@@ -46,7 +46,7 @@ pub enum Error {
     NoSoundCheckpoint {
         /// The folder of the checkpoints.
         path: PathBuf,
-        /// How many there are.
+        /// The number of checkpoints.
         count: usize,
         /// What is wrong with the newest.
         newest: Damage,
@@ -56,27 +56,27 @@ pub enum Error {
     OtherCheckpoint {
         /// The checkpoint's folder.
         path: PathBuf,
-        /// The kind that its manifest names.
+        /// The kind in its manifest.
         found: String,
-        /// The kind that was asked for.
+        /// The kind that was requested.
         expected: String,
     },
-    /// A file was asked for that the checkpoint does not have.
+    /// The checkpoint does not contain the requested file.
     #[error("the checkpoint {} has no `{name}`, only {}", path.display(), known.join(", "))]
     NoSuchMember {
         /// The checkpoint's folder.
         path: PathBuf,
-        /// The file asked for.
+        /// The requested file.
         name: String,
-        /// The files it has.
+        /// The files that it contains.
         known: Vec<String>,
     },
-    /// A name cannot be that of a file in a checkpoint.
+    /// A name is not allowed for a file of a checkpoint.
     #[error("`{name}` cannot name a file in a checkpoint: {reason}")]
     InvalidMember {
         /// The name.
         name: String,
-        /// Why not.
+        /// Why it is not allowed.
         reason: &'static str,
     },
     /// A safetensors file could not be written or read.
@@ -89,7 +89,7 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// A new run was given a folder that already holds something.
+    /// The folder for a new run is not empty.
     #[error(
         "{} already exists and is not empty: choose another folder, or resume the run in it",
         path.display()
@@ -98,23 +98,23 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// A folder that should hold a run does not.
+    /// A folder does not contain a run.
     #[error("{} holds no run: it has no {missing}", path.display())]
     NotARun {
         /// The folder.
         path: PathBuf,
-        /// The file that every run has.
+        /// The missing file, which every run has.
         missing: &'static str,
     },
-    /// Another process is at work in the run folder.
+    /// Another process is using the run folder.
     #[error("{} is in use by another process{}", path.display(), in_brackets(holder.as_ref().map(ToString::to_string).as_deref()))]
     FolderInUse {
         /// The folder.
         path: PathBuf,
-        /// That process, where known.
+        /// That process, if known.
         holder: Option<Holder>,
     },
-    /// A record is not the one that the checkpoint knew.
+    /// A record does not match the position in the checkpoint.
     #[error(
         "{} does not start with the {expected_bytes} bytes that the checkpoint knows: {reason}",
         path.display()
@@ -122,12 +122,12 @@ pub enum Error {
     DamagedRecord {
         /// The record.
         path: PathBuf,
-        /// How long it was when the checkpoint was written.
+        /// Its length when the checkpoint was written.
         expected_bytes: u64,
         /// What is wrong with it.
         reason: String,
     },
-    /// Saved state does not fit what it is loaded into.
+    /// Saved state does not fit its destination.
     #[error("{what}: the saved state does not fit:{}", listed(problems))]
     StateMismatch {
         /// What was being loaded.
@@ -135,29 +135,29 @@ pub enum Error {
         /// Every missing, unexpected and misshapen entry.
         problems: Vec<String>,
     },
-    /// A parameter that is to be updated has no gradient.
+    /// A parameter to be updated has no gradient.
     #[error("{} of {total} parameters have no gradient, `{}` first", names.len(), names[0])]
     MissingGradient {
         /// Their names; at least one.
         names: Vec<String>,
-        /// How many parameters there are.
+        /// The number of parameters.
         total: usize,
     },
-    /// A number that must be finite is not.
+    /// A number is NaN or infinite.
     #[error("step {step}: {name} is {value}{}{}", in_brackets(detail.as_deref()), saved_in(saved.as_deref()))]
     NonFinite {
         /// The step, counted from 1.
         step: u64,
-        /// The loss, the gradient norm, ...
+        /// What it is: the loss, the gradient norm, ...
         name: String,
         /// NaN or an infinity.
         value: f64,
-        /// What else was seen, such as whose answer it was, or the first parameter with such a gradient.
+        /// Further findings, such as the network whose output it was, or the first parameter with such a gradient.
         detail: Option<String>,
-        /// Where the batch was saved, to be looked at; see [`evidence`](crate::evidence).
+        /// Where the batch was saved for inspection; see [`evidence`](crate::evidence).
         saved: Option<PathBuf>,
     },
-    /// A comparison cannot be begun as it is written down.
+    /// A comparison cannot start as configured.
     #[error("{place} cannot be compared:{}", listed(problems))]
     Comparison {
         /// The file, or the comparison's folder.
@@ -170,13 +170,13 @@ pub enum Error {
     Plot {
         /// The file.
         path: PathBuf,
-        /// What was refused.
+        /// What failed.
         reason: String,
     },
-    /// Something outside refused a service: the terminal, the logger, signals.
+    /// The terminal, the logger or signal handling failed.
     #[error("could not {action}: {reason}")]
     Setup {
-        /// What was tried.
+        /// What was attempted.
         action: &'static str,
         /// Why it failed.
         reason: String,
@@ -184,7 +184,7 @@ pub enum Error {
     /// A data set is missing or damaged.
     #[error(transparent)]
     Dataset(#[from] ddil_data::Error),
-    /// What was kept of encoded data is not what was written.
+    /// Cached encoded data differ from what was written.
     #[error("the cache of encoded data {} is damaged; remove it to rebuild it", path.display())]
     DamagedCache {
         /// The cache's folder.
@@ -192,49 +192,49 @@ pub enum Error {
         /// What is wrong with it.
         source: Box<ddil_data::Error>,
     },
-    /// Somebody asked for a stop before the first update.
+    /// A stop was requested before the first update.
     #[error("stopped while {action}: {done} of {total} were done, and none of it is kept")]
     Interrupted {
-        /// What went on.
+        /// The work in progress.
         action: &'static str,
-        /// How far it was.
+        /// How much of it was done.
         done: usize,
-        /// How far it had to go.
+        /// How much there was in all.
         total: usize,
     },
-    /// libtorch refused an operation of ours.
+    /// libtorch rejected an operation of this project.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// libtorch refused an operation of tch's.
+    /// libtorch rejected an operation of tch.
     #[error("{op}: {}", first_line(source))]
     Torch {
-        /// The function that was at work.
+        /// The function that failed.
         op: &'static str,
-        /// What libtorch said.
+        /// libtorch's message.
         source: tch::TchError,
     },
-    /// A schedule, grid, sampler or threshold refused.
+    /// An error of a schedule, grid, sampler or threshold.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
-    /// A rollout, source or buffer refused.
+    /// An error of a rollout, source or buffer.
     #[error(transparent)]
     Core(#[from] ddil_core::Error),
-    /// An objective refused.
+    /// An error of an objective.
     #[error(transparent)]
     Losses(#[from] ddil_losses::Error),
-    /// A model folder, guidance or sampling refused.
+    /// An error of a model folder, guidance or sampling.
     #[error(transparent)]
     Pipelines(#[from] ddil_pipelines::Error),
-    /// A network or its files refused.
+    /// An error of a network or its files.
     #[error(transparent)]
     Models(#[from] ddil_models::Error),
-    /// A metric refused.
+    /// An error of a metric.
     #[error(transparent)]
     Metrics(#[from] ddil_metrics::Error),
 }
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if that is the cause.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -249,7 +249,7 @@ impl Error {
         }
     }
 
-    /// Names path and action of a refused file system call; for `map_err`.
+    /// Adds path and action to a file system error; for `map_err`.
     pub fn io<'a>(
         action: &'static str,
         path: &'a Path,
@@ -257,7 +257,7 @@ impl Error {
         move |source| Self::Files(ddil_files::Error::io(action, path)(source))
     }
 
-    /// Names path and action of what a JSON parser or writer refused; for `map_err`.
+    /// Adds path and action to an error of a JSON parser or writer; for `map_err`.
     pub fn json<'a>(
         action: &'static str,
         path: &'a Path,
@@ -265,7 +265,7 @@ impl Error {
         move |source| Self::Files(ddil_files::Error::json(action, path)(source))
     }
 
-    /// Names the function in which libtorch refused; for `map_err`.
+    /// Adds the name of the function in which libtorch failed; for `map_err`.
     pub fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
     }
@@ -283,7 +283,7 @@ fn saved_in(folder: Option<&Path>) -> String {
     folder.map_or(String::new(), |folder| format!("; the batch is in {}", folder.display()))
 }
 
-/// What libtorch says goes on with a C++ backtrace that helps nobody here.
+/// libtorch's messages end with a C++ backtrace, which does not help the user.
 fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }

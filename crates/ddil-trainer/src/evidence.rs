@@ -1,14 +1,14 @@
-//! What is kept of a batch at which numbers stopped being numbers.
+//! The data saved of a batch with NaN or infinite values.
 //!
 //! ```text
 //! <run>/not_finite/step_0000120/
-//!   batch.json          what was found where, and of each row of the batch its timestep and its source
-//!   batch.safetensors   the rows: data, states, what was said of them
+//!   batch.json          what was found where, and the timestep and source of each row of the batch
+//!   batch.safetensors   the rows: data, states, conditioning
 //!   manifest.json       as in a checkpoint
 //! ```
 //!
-//! One such folder is kept, the newest, of at most 64 MiB or one row: the rows in which something was found, then others
-//! for comparison.
+//! Only the newest such folder is kept, of at most 64 MiB or one row: first the rows with findings, then others for
+//! comparison.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;
@@ -22,11 +22,11 @@ use crate::checkpoint::{CheckpointWriter, Retention, discard_newer};
 use crate::error::{Error, Result};
 use crate::watch::{Outputs, is_float, rows_not_finite};
 
-/// The folder in a run's own.
+/// Its name in the run folder.
 pub(crate) const NOT_FINITE: &str = "not_finite";
 const MAX_BYTES: usize = 64 << 20;
 
-/// What was found of a batch, in the order of causes.
+/// The findings of a batch, in causal order.
 #[derive(Debug, Default)]
 pub struct Evidence {
     rows: Vec<Row>,
@@ -34,41 +34,41 @@ pub struct Evidence {
     tensors: Vec<(String, Tensor)>,
 }
 
-/// What is known of a row of the batch.
+/// The properties of a row of the batch.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     timestep: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
-    /// The student's update at which the state was made.
+    /// The student's update at which the state was created.
     #[serde(skip_serializing_if = "Option::is_none")]
     birth: Option<u64>,
 }
 
-/// Something with values that are not finite.
+/// A tensor with values that are not finite.
 #[derive(Debug, Serialize)]
 struct Finding {
     what: String,
-    /// Rows of the batch; none if it is not of rows.
+    /// Affected rows of the batch; none if the tensor has no rows.
     rows: Vec<usize>,
     timesteps: BTreeSet<i64>,
     sources: BTreeSet<String>,
 }
 
-/// What `batch.json` says.
+/// The content of `batch.json`.
 #[derive(Serialize)]
 struct About<'a> {
     error: &'a str,
     findings: &'a [Finding],
     num_rows: usize,
-    /// The row of the batch that each row of the file was.
+    /// For each row of the file, its row in the batch.
     rows: &'a [usize],
     of_rows: Vec<&'a Row>,
 }
 
 impl Evidence {
-    /// Of a batch of which each row has one timestep, and no more is known.
+    /// For a batch of which only one timestep per row is known.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl Evidence {
         Ok(Self { rows: timesteps.into_iter().map(row).collect(), ..Self::default() })
     }
 
-    /// Of training states.
+    /// For training states.
     ///
     /// # Errors
     ///
@@ -94,11 +94,11 @@ impl Evidence {
         Ok(evidence)
     }
 
-    /// Looks at a tensor of one row a sample, and keeps it to be saved.
+    /// Checks a tensor with one row per sample, and keeps it to be saved.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if it cannot be looked at.
+    /// [`Error::Torch`] if it cannot be checked.
     pub fn look_at(&mut self, what: &str, name: &str, tensor: &Tensor) -> Result<()> {
         let rows = rows_not_finite(tensor)?;
         self.found(what, &rows, None);
@@ -106,7 +106,7 @@ impl Evidence {
         Ok(())
     }
 
-    /// Looks at all that a network is told, and keeps it to be saved.
+    /// Checks all parts of a conditioning, and keeps them to be saved.
     ///
     /// # Errors
     ///
@@ -117,7 +117,7 @@ impl Evidence {
         })
     }
 
-    /// Looks at the weights of a network.
+    /// Checks the weights of a network.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl Evidence {
         }
     }
 
-    /// The first thing that was found, in words.
+    /// The first finding, in words.
     pub fn first(&self) -> Option<String> {
         self.findings.first().map(|finding| finding.to_string_of(self.rows.len()))
     }
@@ -172,11 +172,11 @@ impl Evidence {
         });
     }
 
-    /// Writes it below a run's folder, in place of an older one, and says where.
+    /// Writes the batch below a run's folder, replaces an older one and returns the path.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub(crate) fn write(&self, run: &Path, step: u64, error: &str) -> Result<PathBuf> {
         let folder = run.join(NOT_FINITE);
         let rows = self.rows_to_keep();
@@ -196,7 +196,7 @@ impl Evidence {
         Ok(written.path().to_owned())
     }
 
-    /// The rows in which something was found, then the others, as many as there is room for.
+    /// The rows with findings, then the others, as many as fit.
     fn rows_to_keep(&self) -> Vec<usize> {
         let found: BTreeSet<usize> =
             self.findings.iter().flat_map(|finding| finding.rows.iter().copied()).collect();
@@ -227,7 +227,7 @@ impl Evidence {
 }
 
 impl Finding {
-    /// Of something that has no rows.
+    /// A finding without rows.
     fn of(what: String) -> Self {
         Self { what, rows: Vec::new(), timesteps: BTreeSet::new(), sources: BTreeSet::new() }
     }
@@ -251,7 +251,7 @@ fn bytes_of_row(tensor: &Tensor) -> usize {
     values as usize * tensor.kind().elt_size_in_bytes()
 }
 
-/// The places of those of some tensors of one device that have values that are not finite. Waits for the device, once.
+/// Indices of the tensors, all on one device, that have values that are not finite. Waits for the device once.
 pub(crate) fn not_finite_among(tensors: &[(String, Tensor)]) -> Result<Vec<usize>> {
     let of_floats: Vec<usize> = (0..tensors.len()).filter(|at| is_float(&tensors[*at].1)).collect();
     let look = || {

@@ -5,13 +5,13 @@ use std::{
     fs,
 };
 
-/// Who holds the lock of a folder, as far as the lock file tells.
+/// The process that holds the lock of a folder, according to the lock file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
-    /// The number of the process, on its own machine.
+    /// Its process id, on its own machine.
     pub process: u32,
-    /// What that machine calls itself; nothing where it does not say.
+    /// The host name of that machine, if the system reports it.
     pub host: Option<String>,
 }
 
@@ -33,7 +33,7 @@ impl Holder {
 }
 
 impl Display for Holder {
-    /// The host too, where the number alone would lead astray: of a shared disk, the process may be on another machine.
+    /// The host name is included if it differs: on a shared disk, the process may run on another machine.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match &self.host {
             Some(host) if self.host != self::host() => {
@@ -44,7 +44,7 @@ impl Display for Holder {
     }
 }
 
-/// What this machine calls itself.
+/// The host name of this machine.
 fn host() -> Option<String> {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
     Some(name.split_whitespace().next()?.to_owned())

@@ -1,4 +1,4 @@
-//! Ctrl-C: the first asks the run to stop, the second ends it.
+//! Ctrl-C: the first requests a stop, the second ends the process.
 
 use std::io;
 use std::sync::Arc;
@@ -11,25 +11,26 @@ use signal_hook::iterator::Signals;
 
 use crate::{Error, Result};
 
-/// Whether the run was asked to stop.
+/// Whether a stop of the run was requested.
 ///
 /// The first Ctrl-C (or SIGTERM) sets a flag that the loop reads between two steps, so that it can save. The second has
-/// its default effect: it ends the process at once. An exact resume from the last checkpoint is possible after either.
+/// its default effect: it ends the process at once. Either way, the run can be resumed exactly from the last
+/// checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
     /// Set by signals, the second of which ends the process.
     signalled: Arc<AtomicBool>,
-    /// Set by other means. Apart, since a first signal that follows must not end the process.
+    /// Set by other means. Separate, because a first signal that follows must not end the process.
     requested: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// Listens to signals from now on, for the rest of the process's life. The first is acknowledged in the log at once:
-    /// the step in progress may take long.
+    /// Handles signals for the rest of the process's life. The first is acknowledged in the log at once: the step in
+    /// progress may take long.
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the system refuses a handler.
+    /// [`Error::Setup`] if the system rejects a handler.
     pub fn listen() -> Result<Self> {
         let refused = |error: io::Error| Error::Setup {
             action: "listen to signals",
@@ -53,21 +54,21 @@ impl Interrupt {
         Ok(interrupt)
     }
 
-    /// Whether the loop should save and stop now.
+    /// Whether the loop should save and stop.
     pub fn is_requested(&self) -> bool {
         self.signalled.load(Ordering::Relaxed) || self.requested.load(Ordering::Relaxed)
     }
 
-    /// Requests the stop as a signal would; for programs with other ways of being told.
+    /// Requests the stop as a signal would; for programs with other means of control.
     pub fn request(&self) {
         self.requested.store(true, Ordering::Relaxed);
     }
 }
 
-/// Calls a function once the standard input closes: for a process that ends with the one that started it.
+/// Calls a function when the standard input closes: for a process that should end with its parent.
 pub fn when_stdin_closes(then: impl FnOnce() + Send + 'static) {
     thread::spawn(move || {
-        // An input that cannot be read is as good as closed.
+        // An input that cannot be read counts as closed.
         let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
         then();
     });

@@ -1,4 +1,4 @@
-//! The log: on the screen without tearing the bar, and in the run folder.
+//! The log: on the screen, coordinated with the progress bar, and in the run folder.
 
 use std::{
     fs::{File, OpenOptions},
@@ -16,20 +16,20 @@ use crate::{
     progress::{Screen, TARGET},
 };
 
-/// Where log messages of the whole program go.
+/// The destinations of all log messages of the program.
 #[derive(Clone, Debug)]
 pub struct Logging {
     file: LogFile,
 }
 
 impl Logging {
-    /// Sends messages to the screen from now on; once in a program.
+    /// Starts logging to the screen; once per program.
     ///
-    /// `filter` is in the words of `tracing-subscriber`, such as `info` or `ddil_trainer=debug`.
+    /// `filter` has the syntax of `tracing-subscriber`, such as `info` or `ddil_trainer=debug`.
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the filter cannot be read or messages go elsewhere already.
+    /// [`Error::Setup`] if the filter is invalid or another logger is installed.
     pub fn start(filter: &str) -> Result<Self> {
         let refused = |reason: String| Error::Setup { action: "start the log", reason };
         let filter = EnvFilter::try_new(filter).map_err(|error| refused(error.to_string()))?;
@@ -51,7 +51,7 @@ impl Logging {
         Ok(Self { file })
     }
 
-    /// Sends messages to a file as well, behind what is in it.
+    /// Appends messages to a file as well.
     ///
     /// # Errors
     ///

@@ -24,11 +24,11 @@ use crate::{Error, Result};
 pub struct LrSchedule {
     /// The highest learning rate; 1e-4 by default.
     pub peak: f64,
-    /// How many steps lead up to it; 0 by default.
+    /// Number of warm-up steps; 0 by default.
     pub warmup_steps: u64,
-    /// What follows the warm-up; constant by default.
+    /// The decay after the warm-up; constant by default.
     pub decay: Decay,
-    /// What the decay leads to, one step after the last; 0 by default.
+    /// The learning rate at the end of the decay, one step after the last; 0 by default.
     pub end: f64,
 }
 
@@ -36,12 +36,12 @@ pub struct LrSchedule {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
-    /// Not at all.
+    /// No decay.
     #[default]
     Constant,
-    /// Along a straight line.
+    /// Linear.
     Linear,
-    /// Along half a wave of a cosine.
+    /// Half a period of a cosine.
     Cosine,
 }
 
@@ -52,7 +52,7 @@ impl Default for LrSchedule {
 }
 
 impl LrSchedule {
-    /// Makes sure that the settings are possible.
+    /// Checks the settings.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl LrSchedule {
 
     /// The learning rate of a step, counted from 0, in a run of `num_steps`.
     ///
-    /// With `w` warm-up steps it is `peak (step + 1) / w` before step `w`, so that no step is wasted at 0.
+    /// With `w` warm-up steps it is `peak (step + 1) / w` before step `w`, so that no step has a learning rate of 0.
     /// From there, with `p = (step - w) / (num_steps - w)`, it is `peak`, `peak + (end - peak) p` or
     /// `end + (peak - end) (1 + cos(pi p)) / 2`. Past the last step it stays at `end`.
     pub fn lr_at(&self, step: u64, num_steps: u64) -> f64 {

@@ -1,4 +1,4 @@
-//! `AdamW` whose whole state can be saved, gradient clipping, and a stop at numbers that are not finite.
+//! `AdamW` with a state that can be saved, gradient clipping, and a check for numbers that are not finite.
 
 use ddil_files::Invalid;
 use ddil_libtorch::{TensorList, clip_grad_norm_, drop_grads, fused_adamw_, grad_norm, grads};
@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::{Error, Result, state};
 
-/// The settings of [`AdamW`], beside the learning rate, which each step is told.
+/// The settings of [`AdamW`] except for the learning rate, which is an argument of each step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdamWConfig {
@@ -17,9 +17,9 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Decoupled weight decay, times the learning rate; 0 by default.
     pub weight_decay: f64,
-    /// Keeps the denominator off zero; 1e-8 by default.
+    /// Added to the denominator; 1e-8 by default.
     pub eps: f64,
-    /// Gradients with a longer L2 norm are scaled down to it; 1 by default, infinity clips nothing.
+    /// Gradients with a larger L2 norm are scaled down to it; 1 by default, infinity disables clipping.
     pub max_grad_norm: f64,
 }
 
@@ -30,9 +30,9 @@ impl Default for AdamWConfig {
 }
 
 impl AdamWConfig {
-    /// Checks the settings and makes an optimizer of these parameters, with a state of zeros.
+    /// Checks the settings and creates an optimizer of these parameters, with a state of zeros.
     ///
-    /// The parameters are shared, not copied. Their names key the saved state; the order does not matter.
+    /// The parameters are shared, not copied. Their names are the keys of the saved state; the order does not matter.
     ///
     /// # Errors
     ///
@@ -69,8 +69,8 @@ impl AdamWConfig {
 
 /// `AdamW` over named parameters, by libtorch's fused kernel.
 ///
-/// Algorithm 2 of [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101) with Python's conventions; the
-/// formula stands at [`fused_adamw_`]. Saved and loaded, it goes on exactly.
+/// Algorithm 2 of [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101) with PyTorch's conventions; for the
+/// formula see [`fused_adamw_`]. A restored optimizer continues exactly.
 ///
 /// # Example
 ///
@@ -105,23 +105,23 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Drops all gradients, so that the next backward pass begins anew.
+    /// Drops all gradients before the next backward pass.
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if libtorch refuses.
+    /// [`Error::Libtorch`] if libtorch fails.
     pub fn zero_grad(&self) -> Result<()> {
         Ok(drop_grads(&self.params)?)
     }
 
-    /// Scales gradients down to `max_grad_norm` and returns the norm they had, a scalar on their device.
+    /// Scales gradients down to `max_grad_norm` and returns their norm before that, a scalar on their device.
     ///
-    /// The scale is `min(1, max_grad_norm / (norm + 1e-6))`. Does not wait for a CUDA device; on the CPU, a norm
-    /// that is not finite leaves them as they are, to be looked at.
+    /// The scale is `min(1, max_grad_norm / (norm + 1e-6))`. Does not wait for a CUDA device; on the CPU, a norm that
+    /// is not finite leaves the gradients unchanged for inspection.
     ///
     /// # Errors
     ///
-    /// [`Error::MissingGradient`] if a parameter has none, [`Error::Libtorch`] if libtorch refuses.
+    /// [`Error::MissingGradient`] if a parameter has none, [`Error::Libtorch`] if libtorch fails.
     pub fn clip(&self) -> Result<Tensor> {
         let grads = self.grads()?;
         let max_grad_norm = self.config.max_grad_norm;
@@ -139,12 +139,12 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// Updates the parameters, in place, from their gradients.
+    /// Updates the parameters in place from their gradients.
     ///
     /// # Errors
     ///
-    /// [`Error::MissingGradient`] if a parameter has none, [`Error::Libtorch`] for a learning rate that is
-    /// negative or not finite; nothing has changed then.
+    /// [`Error::MissingGradient`] if a parameter has none, [`Error::Libtorch`] for a learning rate that is negative or
+    /// not finite; nothing has changed in that case.
     pub fn step(&mut self, lr: f64) -> Result<()> {
         let AdamWConfig { beta1, beta2, weight_decay, eps, .. } = self.config;
         let settings = ddil_libtorch::AdamW { lr, beta1, beta2, weight_decay, eps };
@@ -155,14 +155,14 @@ impl AdamW {
         Ok(())
     }
 
-    /// How many updates lie behind it.
+    /// The number of updates done.
     pub fn num_steps(&self) -> u64 {
         self.num_steps
     }
 
-    /// Which gradients have values that are not finite, in words for an error message; `None` if none has.
+    /// The gradients with values that are not finite, in words for an error message; `None` if there are none.
     ///
-    /// Waits for the device, once for each parameter.
+    /// Waits for the device once per parameter.
     pub fn non_finite_gradient(&self) -> Option<String> {
         let params = self.params.to_vec().ok()?;
         let is_finite = |param: &Tensor| {
@@ -177,7 +177,7 @@ impl AdamW {
         Some(format!("in the gradients of {count} of {total} parameters, `{first}` first"))
     }
 
-    /// All of its state: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. The tensors are shared, not copied.
+    /// The whole state: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. The tensors are shared, not copied.
     ///
     /// # Errors
     ///
@@ -192,15 +192,15 @@ impl AdamW {
         Ok(state)
     }
 
-    /// Goes on from a saved state.
+    /// Restores a saved state.
     ///
     /// # Errors
     ///
-    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed then.
+    /// [`Error::StateMismatch`] if a name, shape or kind differs; nothing has changed in that case.
     pub fn load_state(&mut self, saved: &[(String, Tensor)]) -> Result<()> {
         let own = self.state_tensors()?;
         state::restore("optimizer", &own, saved)?;
-        // `step` came last, and was made for the call; its value is what the counters are set to.
+        // `step` is the last tensor and was created for this call; the counters are set to its value.
         let num_steps = own.last().map_or(0, |(_, step)| step.int64_value(&[]));
         let _guard = tch::no_grad_guard();
         for mut step in self.steps.to_vec()? {
@@ -238,9 +238,9 @@ fn scale_all(grads: &TensorList, scale: f64) -> Result<()> {
     Ok(())
 }
 
-/// Stops a run at a number that is not finite, before it reaches the weights.
+/// Stops a run at a number that is not finite before it reaches the weights.
 ///
-/// `detail` is asked for more only then, such as [`AdamW::non_finite_gradient`].
+/// `detail` is called only in that case, such as [`AdamW::non_finite_gradient`].
 ///
 /// # Errors
 ///

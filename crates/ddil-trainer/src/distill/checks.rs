@@ -1,4 +1,4 @@
-//! What must fit before any work begins.
+//! Checks before a distillation starts.
 
 use ddil_core::PriorSchedule;
 use ddil_files::Invalid;
@@ -69,7 +69,7 @@ pub(super) fn ensure_fits(
     ensure_classes(teacher, data)
 }
 
-/// The network must be told what the data say, and nothing else.
+/// The data must provide the network's conditioning, and no other.
 fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
     let (class, model) = (teacher.parts.class(), teacher.network.config());
     let is_told_text = matches!(model, ModelConfig::UNet2DCondition(_));
@@ -90,7 +90,7 @@ fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
     Ok(())
 }
 
-/// A box must have as many sides as the data have channels.
+/// A box must have one range per channel of the data.
 fn ensure_thresholding(config: &DistillConfig, [channels, ..]: [i64; 3]) -> Result<()> {
     let held = &config.thresholding;
     if !matches!(held, Thresholding::Clamp(_) | Thresholding::Reflect(_)) {
@@ -99,7 +99,7 @@ fn ensure_thresholding(config: &DistillConfig, [channels, ..]: [i64; 3]) -> Resu
     Ok(held.apply(&Tensor::zeros([1, channels, 1, 1], kind::FLOAT_CPU)).map(drop)?)
 }
 
-/// Prompts alone are no samples: nothing may ask for any.
+/// Prompts alone are not samples: no source or loss may require data samples.
 fn ensure_no_samples(
     config: &DistillConfig,
     requirements: Requirements,
@@ -115,11 +115,11 @@ fn ensure_no_samples(
     let priors = &config.mixing.priors;
     let probed = match priors {
         PriorSchedule::Steps { steps } => steps.iter().map(|step| step.from).collect(),
-        // Between its ends a schedule is a mixture of them.
+        // Between its ends a schedule interpolates between them.
         _ => vec![0.0, 1.0],
     };
     let is_asked = probed.into_iter().any(|progress| priors.at(progress).forward() > 0.0);
-    // A student of one step is trained on pure noise alone.
+    // A one-step student is trained on pure noise only.
     let is_noise = stage.mixer.grids().student.len() == 1 && config.mixing.pure_noise_at_tmax;
     if is_asked && !is_noise {
         let expected = format!(
@@ -136,7 +136,7 @@ fn invalid(field: &str, value: impl Into<String>, expected: impl Into<String>) -
     Err(Error::Invalid(Invalid::new(field, value, expected)))
 }
 
-/// The teacher must be able to guide as it is asked to, and nobody may be guided twice.
+/// The teacher must support the configured guidance, and guidance must not be applied twice.
 fn ensure_guidance(
     config: &DistillConfig,
     requirements: Requirements,
@@ -192,7 +192,7 @@ fn ensure_guidance(
     Ok(())
 }
 
-/// A network of the student's own must take and give what the teacher's does.
+/// A student network of another configuration must have the teacher's inputs and outputs.
 fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> {
     let told = |config: &UNet2DConfig| {
         [
@@ -211,7 +211,7 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
     Ok(())
 }
 
-/// Labels of the data must be those that the teacher learned.
+/// The data's labels must be classes of the teacher.
 fn ensure_classes(teacher: &Pipeline, data: &DataSource) -> Result<()> {
     let (Some(embeds), Some(found)) =
         (teacher.network.config().num_class_embeds().map(i64::from), data.null_class())

@@ -1,4 +1,4 @@
-//! How much thresholding changes, and whose.
+//! Meters of how much thresholding changes, by place.
 
 use ddil_core::{ClipMeter, ClippedFraction, Denoiser, Source, Thresholded};
 use ddil_losses::ObjectiveConfig;
@@ -6,7 +6,7 @@ use ddil_schedulers::NoiseSchedule;
 
 use crate::error::Result;
 
-/// Where clean data are held inside their range.
+/// Where clean data are thresholded.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Place {
     Teacher,
@@ -17,19 +17,19 @@ pub(super) enum Place {
     StudentRollout,
 }
 
-/// One meter a place.
+/// One meter per place.
 #[derive(Debug)]
 pub(super) struct Meters {
     of_places: [ClipMeter; 6],
-    /// So many timesteps that follow each other are told of together.
+    /// Number of adjacent timesteps that are reported together.
     together: i64,
 }
 
-/// Names of figures should be few and the same in every line: where a method asks at timesteps all over the schedule,
-/// they are told of in so many parts.
+/// Figure names should be few and the same in every line: for a method that uses timesteps of the whole schedule, the
+/// figures are averaged over this number of parts.
 const PARTS: i64 = 10;
 
-/// As they are called in the record, in the order of [`Place`].
+/// Their names in the record, in the order of [`Place`].
 const NAMES: [&str; 6] =
     ["teacher", "student", "target", "critic", "teacher_rollout", "student_rollout"];
 
@@ -44,7 +44,7 @@ impl Meters {
         Self { of_places: NAMES.map(|_| ClipMeter::new(schedule)), together }
     }
 
-    /// The denoiser with the meter of its place, where that will be read.
+    /// The denoiser with the meter of its place, if that is recorded.
     pub(super) fn put_on<D: Denoiser>(
         &self,
         denoiser: Thresholded<D>,
@@ -54,14 +54,14 @@ impl Meters {
         if is_read { denoiser.metered(self.of_places[place as usize].clone()) } else { denoiser }
     }
 
-    /// Says where the rows of the loss's calls come from; those of rollouts are of no source.
+    /// Sets the sources of the rows of the loss's calls; rows of rollouts have no source.
     pub(super) fn rows_are(&self, sources: &[Source]) {
         for place in [Place::Teacher, Place::Student, Place::Target, Place::Critic] {
             self.of_places[place as usize].rows_are(sources);
         }
     }
 
-    /// What was measured since the last time, under the least noisy timestep of each part. Waits for the device.
+    /// The measurements since the last call, under the least noisy timestep of each part. Waits for the device.
     pub(super) fn figures(&self) -> Result<Vec<(String, f64)>> {
         let mut figures = Vec::new();
         for (meter, name) in self.of_places.iter().zip(NAMES) {

@@ -1,4 +1,4 @@
-//! What a distillation needs of texts beside its data: the empty prompt, and the prompts of the grids.
+//! The text conditioning of a distillation besides its data: the empty prompt, and the prompts of the grids.
 
 use std::collections::BTreeMap;
 
@@ -11,23 +11,23 @@ use tch::Device;
 use crate::data::{TrainingData, sampled_time_ids};
 use crate::error::Result;
 
-/// Prompts of a grid where the config names none.
+/// Number of prompts of a grid if the config has none.
 const SHOWN: usize = 4;
 
-/// What the networks are told for guidance and for grids, on their device.
+/// The conditioning for guidance and for grids, on the networks' device.
 #[derive(Debug)]
 pub(super) struct Prompted {
-    /// For "no prompt", one row, if the data say.
+    /// Conditioning of the empty prompt, one row, if the data define it.
     empty: Option<Conditioning>,
     /// The prompts of the grids.
     pub(super) shown: Conditioning,
 }
 
 impl Prompted {
-    /// From the data, and from the text encoders where a prompt is none of the data's; nothing for data of pixels.
+    /// Read from the data, and from the text encoders for prompts that the data lack; none for pixel data.
     ///
-    /// The encoders are let go at once, and the autoencoder is loaded for each grid anew: during training neither is
-    /// asked anything, and in their place there is room for a batch (those of Stable Diffusion XL take 3.5 GB).
+    /// The encoders are released at once, and the autoencoder is loaded again for each grid: training does not use
+    /// them, and their memory is enough for a batch (those of Stable Diffusion XL take 3.5 GB).
     pub(super) fn new(
         data: &TrainingData,
         wanted: &[String],
@@ -41,7 +41,7 @@ impl Prompted {
         Ok(Some(Self { empty, shown: shown.to_device(device)? }))
     }
 
-    /// A copy of what stands for "no prompt".
+    /// A copy of the empty prompt's conditioning.
     pub(super) fn empty(&self) -> Option<Conditioning> {
         self.empty.as_ref().map(Conditioning::shallow_clone)
     }
@@ -54,7 +54,7 @@ fn shown(
     pipeline_parts: &PipelineParts,
     placement: Placement,
 ) -> Result<Conditioning> {
-    // The row of no prompt may be zeros, and not what the encoders say of an empty text.
+    // The row of the empty prompt may be zeros instead of the encoders' output for an empty text.
     let is_text = |row: &i64| encoded.info().empty_prompt != Some(*row);
     let rows: BTreeMap<&str, i64> = encoded
         .texts()

@@ -12,30 +12,31 @@ use crate::roster::{CriticForm, Roster, StudentForm, in_student_lora};
 use crate::state;
 use crate::watch::Watches;
 
-/// The networks of a stage: teacher and student, and those that the method requires beside them.
+/// The networks of a stage: teacher, student, and the further networks that the method requires.
 #[derive(Debug)]
 pub(super) struct Roles {
     /// The teacher of the present stage.
     pub(super) teacher: NetworkDenoiser,
     pub(super) student: NetworkDenoiser,
-    /// A network of the student's form, into which its moving average is put to be sampled and exported.
+    /// A network of the student's configuration, which holds its moving average for sampling and export.
     pub(super) averaged: NetworkDenoiser,
     pub(super) target: Option<Target>,
     pub(super) critic: Option<CriticNetworks>,
     pub(super) watches: Watches,
 }
 
-/// A moving average of the student that makes labels; not the one that is exported.
+/// A moving average of the student that computes labels; another average is exported.
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) network: NetworkDenoiser,
     decay: f64,
-    /// What it learned, and what the student has.
+    /// Its weights, and the student's.
     averages: TensorList,
     values: TensorList,
 }
 
-/// The network that follows the student's distribution, with the head that separates its samples from real data.
+/// The network that estimates the score of the student's distribution, with the head that separates its samples from
+/// real data.
 #[derive(Debug)]
 pub(super) struct CriticNetworks {
     pub(super) fake_score: NetworkDenoiser,
@@ -56,7 +57,7 @@ impl Roles {
         Self::of(roster, teacher, student, seed)
     }
 
-    /// The networks of a later stage, whose teacher is the student that the one before it ended with.
+    /// The networks of a later stage, whose teacher is the final student of the previous stage.
     pub(super) fn next(
         &self,
         roster: &Roster,
@@ -90,7 +91,7 @@ impl Roles {
         Ok(Self { teacher, student, averaged, target, critic, watches })
     }
 
-    /// What the optimizer of a phase changes.
+    /// The parameters of a phase's optimizer.
     pub(super) fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)> {
         match (phase, &self.critic) {
             (Phase::Student, _) => self.student.parameters().learned(),
@@ -99,8 +100,8 @@ impl Roles {
         }
     }
 
-    /// Lets gradients through to the parameters of one phase only. Those of the other would be thrown away, and the
-    /// student's adversarial gradient comes through the critic.
+    /// Enables gradients for the parameters of one phase only. Gradients of the other parameters would be discarded,
+    /// and the student's adversarial gradient passes through the critic.
     pub(super) fn open_for(&self, phase: Phase) {
         if let Some(critic) = &self.critic {
             critic.fake_score.parameters().set_trainable(phase == Phase::Critic);
@@ -110,13 +111,13 @@ impl Roles {
         }
     }
 
-    /// The student's moving average, put where it can be sampled.
+    /// The student's moving average, loaded into a network that can be sampled.
     pub(super) fn averaged(&self, average: &[(String, Tensor)]) -> Result<&NetworkDenoiser> {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         Ok(&self.averaged)
     }
 
-    /// The networks that are evaluated in a loss, by name.
+    /// The networks that a loss evaluates, by name.
     pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, &NetworkDenoiser)> {
         let target = self.target.as_ref().map(|target| ("target", &target.network));
         let critic = self.critic.as_ref().map(|critic| ("critic", &critic.fake_score));
@@ -126,7 +127,7 @@ impl Roles {
             .chain(critic)
     }
 
-    /// After an update of the student: the target follows it.
+    /// After an update of the student: updates the target.
     pub(super) fn follow(&self) -> Result<()> {
         match &self.target {
             Some(target) => target.follow(),
@@ -151,7 +152,7 @@ impl Target {
 }
 
 impl CriticNetworks {
-    /// A copy of the teacher, and a fresh head where the method has one.
+    /// A copy of the teacher, and a new head if the method has one.
     fn new(
         form: &CriticForm,
         teacher: &NetworkDenoiser,
@@ -180,9 +181,10 @@ impl CriticNetworks {
     }
 }
 
-/// The teacher, and an adapter on it that learns.
+/// The teacher with a trainable adapter.
 ///
-/// An adapter on a base without a guidance embedding learns the average over the guidance that its teacher draws.
+/// An adapter on a base without a guidance embedding learns the average over the guidance weights that its teacher
+/// draws.
 fn with_adapter(
     lora: &LoraSection,
     teacher: NetworkDenoiser,
@@ -199,7 +201,7 @@ fn with_adapter(
     Ok((teacher, student.ignoring(guidance)))
 }
 
-/// The student: a copy of the teacher, or another network that starts from those of the teacher's weights that match.
+/// The student: a copy of the teacher, or another network initialised from the teacher's weights that match.
 fn student(model: &ModelConfig, teacher: &NetworkDenoiser, seed: u64) -> Result<NetworkDenoiser> {
     if *model == teacher.config() {
         return Ok(teacher.duplicate(true)?);

@@ -1,4 +1,4 @@
-//! Where a run's buffer spills to.
+//! The spill folder of a run's buffer.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -9,10 +9,10 @@ use crate::config::DistillConfig;
 use crate::error::{Error, Result};
 use crate::run_folder::lock;
 
-/// Where it is unless the config says otherwise, in the run's folder.
+/// Default name, in the run's folder.
 const FOLDER: &str = "buffer";
 
-/// The settings of the mixer, with a folder for what its buffer spills.
+/// The mixer's settings, with a folder for spilled rows.
 pub(super) fn mixing(config: &DistillConfig, run: &Path) -> MixerConfig {
     let mut mixing = config.mixing.mixer();
     if let Some(spill) = spill(&mut mixing)
@@ -23,7 +23,7 @@ pub(super) fn mixing(config: &DistillConfig, run: &Path) -> MixerConfig {
     mixing
 }
 
-/// Takes the folder for this process, as long as what is returned is kept, and clears away what a killed one left there.
+/// Locks the folder for this process while the returned file is open, and removes what a killed process left there.
 pub(super) fn take_folder(config: &DistillConfig, run: &Path) -> Result<Option<File>> {
     let mut mixing = mixing(config, run);
     let Some(spill) = spill(&mut mixing) else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! What changes from stage to stage.
+//! What differs between stages.
 
 use std::path::Path;
 
@@ -10,21 +10,21 @@ use super::spilling;
 use crate::config::DistillConfig;
 use crate::error::Result;
 
-/// The grid, the method and the mixer of a stage.
+/// The step grid, the method and the mixer of a stage.
 #[derive(Debug)]
 pub(super) struct Stage {
     pub(super) index: usize,
-    /// Where the student is sampled.
+    /// The timesteps at which the student is sampled.
     pub(super) sampling: Timesteps,
     pub(super) objective: Box<dyn Objective>,
     pub(super) mixer: Mixer,
     pub(super) guidance: TeacherGuidance,
-    /// The mixer counts its steps within the stage, as priors do; what it draws is still every stage's own.
+    /// The mixer counts its steps within the stage, as priors do; its random draws differ from stage to stage.
     pub(super) streams: RandomStreams,
 }
 
 impl Stage {
-    /// The stage of that index, of a run in the folder `run`.
+    /// The stage of that index, for a run in the folder `run`.
     pub(super) fn new(
         config: &DistillConfig,
         schedule: &NoiseSchedule,
@@ -40,7 +40,7 @@ impl Stage {
         let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
         let guidance = match (index, config.teacher.guidance) {
             (0, guidance) => guidance,
-            // What the first student learned is guided already, or told how strongly it is to be.
+            // The first student has learned guided outputs, or takes the guidance weight as an input.
             (_, guidance) => guidance.of_student(),
         };
         let streams = stage_streams(config.run.seed, index);
@@ -48,7 +48,7 @@ impl Stage {
     }
 }
 
-/// The run's own streams in the first stage, others in each later one.
+/// The run's own random streams in the first stage, others in each later one.
 fn stage_streams(seed: u64, index: usize) -> RandomStreams {
     let streams = RandomStreams::new(seed, 0);
     match index {
