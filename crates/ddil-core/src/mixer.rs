@@ -24,7 +24,7 @@ use crate::source::{
 use crate::source_name::SourceName;
 use crate::states::{Data, Source, States};
 
-/// The `mixer` part of a config file: which states a student is trained on.
+/// The `mixer` section of a config file: which states a student is trained on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MixerConfig {
@@ -34,9 +34,8 @@ pub struct MixerConfig {
     pub student: StudentConfig,
     /// The teacher's trajectories.
     pub teacher: TeacherConfig,
-    /// Whether dataset samples at the noisiest timestep are replaced by pure noise, which is what sampling starts
-    /// from; default true. A noised sample still shows a trace of its data there wherever the schedule's last
-    /// `alpha` is not 0.
+    /// Whether dataset samples at the noisiest timestep are replaced by pure noise, from which sampling starts; default
+    /// true. A noised sample still contains a trace of its data there if the schedule's last `alpha` is not 0.
     pub pure_noise_at_tmax: bool,
 }
 
@@ -52,7 +51,7 @@ impl Default for MixerConfig {
 }
 
 impl MixerConfig {
-    /// Plain distillation, without imitation learning: noised dataset samples and nothing else, bit for bit.
+    /// Plain distillation, without imitation learning: only noised dataset samples, bit for bit.
     pub fn forward_only() -> Self {
         Self {
             priors: PriorSchedule::constant(Priors::FORWARD_ONLY),
@@ -62,15 +61,15 @@ impl MixerConfig {
     }
 }
 
-/// When a batch is made: the step of the run and its random numbers.
+/// The step of the run at which a batch is made, and its random numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Clock {
-    /// Updates of the student so far.
+    /// Number of student updates so far.
     pub step: u64,
-    /// Updates of the student in the whole run or stage; priors follow `step / total_steps`.
+    /// Number of student updates in the whole run or stage; priors follow `step / total_steps`.
     pub total_steps: u64,
-    /// Random numbers, which depend on the step alone.
+    /// Random numbers, which depend only on the step.
     pub streams: RandomStreams,
 }
 
@@ -81,18 +80,18 @@ impl Clock {
     }
 }
 
-/// What a batch of states is made from.
+/// The inputs of a batch of states.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct MixBatch<'a> {
     /// Dataset samples, one per state.
     pub data: &'a Data,
-    /// The conditioning of backward trajectories: as many rows as there are samples, with the parts of the data's.
+    /// The conditioning of backward trajectories: one row per sample, with the same parts as that of the data.
     pub prompts: &'a Conditioning,
 }
 
 impl<'a> MixBatch<'a> {
-    /// Dataset samples, whose own conditioning serves the backward trajectories as well.
+    /// Dataset samples, whose conditioning is also used for backward trajectories.
     pub fn new(data: &'a Data) -> Self {
         Self { data, prompts: &data.conditioning }
     }
@@ -104,13 +103,14 @@ impl<'a> MixBatch<'a> {
     }
 }
 
-/// The networks that rollouts call, as they sample: guided, [`Thresholded`](crate::Thresholded) and with their boundary.
+/// The networks for rollouts, as used for sampling: guided, [`Thresholded`](crate::Thresholded) and with their
+/// boundary.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct RolloutNetworks<'a> {
-    /// The learner, with the weights that it will be sampled with.
+    /// The student, with the weights used for sampling.
     pub student: &'a dyn Denoiser,
-    /// The expert, with the guidance that its labels have.
+    /// The teacher, with the guidance used for its labels.
     pub teacher: &'a dyn Denoiser,
 }
 
@@ -127,20 +127,20 @@ impl std::fmt::Debug for RolloutNetworks<'_> {
     }
 }
 
-/// What the loss computed for a batch, from which chains and adaptive priors go on.
+/// Results of the loss for a batch: chains continue from its estimates, adaptive priors read its losses.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Feedback<'a> {
-    /// The student's clean estimates, of the shape of `states.x_t`, thresholded as in rollouts.
+    /// The student's clean estimates, shaped like `states.x_t`, thresholded as in rollouts.
     pub student_x0: &'a Tensor,
-    /// The teacher's states at the next grid index, of the shape of `states.x_t`, where the loss has them.
+    /// The teacher's states at the next grid index, shaped like `states.x_t`, if the loss computes them.
     pub teacher_next: Option<&'a Tensor>,
-    /// The losses of the states, `[batch]`; read by adaptive priors that follow the loss ratio.
+    /// Loss per state, `[batch]`; read by adaptive priors that follow the loss ratio.
     pub losses: Option<&'a Tensor>,
 }
 
 impl<'a> Feedback<'a> {
-    /// The student's clean estimates alone.
+    /// Only the student's clean estimates.
     pub fn new(student_x0: &'a Tensor) -> Self {
         Self { student_x0, teacher_next: None, losses: None }
     }
@@ -158,18 +158,18 @@ impl<'a> Feedback<'a> {
     }
 }
 
-/// How many states were made and how many samples the networks evaluated in rollouts.
+/// Number of states made, and of samples that the networks evaluated in rollouts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct MixerCounters {
-    /// Samples that the student evaluated in rollouts.
+    /// Number of samples that the student evaluated in rollouts.
     pub student_evaluations: u64,
-    /// Samples that the teacher evaluated in rollouts.
+    /// Number of samples that the teacher evaluated in rollouts.
     pub teacher_evaluations: u64,
-    /// States of each source, in the order of [`Source::ALL`].
+    /// Number of states of each source, in the order of [`Source::ALL`].
     pub states: [u64; Source::ALL.len()],
-    /// States of each source that was added.
+    /// Number of states of each added source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub added: Vec<(SourceName, u64)>,
 }
@@ -199,7 +199,7 @@ impl MixerCounters {
             });
             return &mut self.added[at].1;
         }
-        // Every source that was not added is in the list.
+        // Every source except the added ones is in the list.
         &mut self.states[source.place_among(&[]).unwrap_or(0)]
     }
 }
@@ -209,15 +209,15 @@ impl MixerCounters {
 /// The distribution of a training state at grid time `t` and progress `p` is the mixture
 /// `mu = forward(p) q_t + student(p) p_student + teacher(p) p_teacher` of the forward marginal and the states that
 /// student and teacher visit: DAgger ([Ross et al. 2011](https://arxiv.org/abs/1011.0686)) for few-step diffusion,
-/// [Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971). The grid index is drawn first and the source second,
-/// so that no source changes how often a timestep is trained. At the noisiest timestep all backward sources are pure
+/// [Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971). The grid index is drawn first and the source second, so
+/// that no source changes how often a timestep is trained. At the noisiest timestep, all backward sources return pure
 /// noise.
 ///
-/// Which data, which index and which noise a sample gets does not depend on the priors: runs that differ in them
-/// alone are paired.
+/// The data, grid index and noise of a sample do not depend on the priors: runs that differ only in their priors are
+/// paired.
 ///
-/// A source of one's own replaces one of the three ([`replace_source`](Self::replace_source)) or is added with a name
-/// and a share ([`with_source`](Self::with_source)); the priors then share what is left.
+/// Your own source can replace one of the three ([`replace_source`](Self::replace_source)) or be added with a name and
+/// a share ([`with_source`](Self::with_source)); the priors then divide the remaining share.
 ///
 /// # Example
 ///
@@ -248,7 +248,7 @@ impl MixerCounters {
 ///     let data = Data { x0: Tensor::ones([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
 ///     let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
 ///     assert_eq!(states.len(), 8);
-///     // The loss goes here; its clean estimates move the student's chains on.
+///     // The loss goes here; its clean estimates advance the student's chains.
 ///     let student_x0 = states.x_t.zeros_like();
 ///     mixer.feed_back(&clock, &states, &Feedback::new(&student_x0))?;
 /// }
@@ -261,20 +261,20 @@ pub struct Mixer {
     sampler: Box<dyn Sampler>,
     teacher_sampler: Ddim,
     mixture: Mixture,
-    /// There with adaptive priors.
+    /// Present with adaptive priors.
     adaptation: Option<Adaptation>,
     counters: MixerCounters,
 }
 
-/// What a [`Mixer`] is saved as, beside its tensors.
+/// Metadata of a saved [`Mixer`], in addition to its tensors.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
     timesteps: Vec<i64>,
     counters: MixerCounters,
-    /// Of forward, student and teacher.
+    /// Metadata of forward, student and teacher.
     sources: [serde_json::Value; 3],
-    /// Of those that were added.
+    /// Metadata of the added sources.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     added: Vec<(SourceName, serde_json::Value)>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -284,7 +284,7 @@ struct Metadata {
 const WHAT: &str = "mixer";
 
 impl Mixer {
-    /// A mixer for a student that is trained and sampled on the same grid.
+    /// A mixer for a student that is trained and sampled on one grid.
     ///
     /// # Errors
     ///
@@ -294,7 +294,7 @@ impl Mixer {
         Self::with_rollout(config, grid, rollout, sampler)
     }
 
-    /// A mixer for a student that is trained on `grid` and sampled at `rollout`, a part of it.
+    /// A mixer for a student that is trained on `grid` and sampled on `rollout`, a subset of it.
     ///
     /// # Errors
     ///
@@ -326,15 +326,15 @@ impl Mixer {
         Ok(Self { config, grids, sampler, teacher_sampler, mixture, adaptation, counters })
     }
 
-    /// The same with a source of one's own that has a name and a share of all states; the priors share what is left.
+    /// Adds your own source with a name and a share of all states; the priors divide the remaining share.
     ///
-    /// Its states have its name in [`States::sources`], whatever the source writes there. At the noisiest timestep it is
-    /// asked only without [`MixerConfig::pure_noise_at_tmax`].
+    /// [`States::sources`] contains this name for its states, whatever the source writes there. The source is used at
+    /// the noisiest timestep only without [`MixerConfig::pure_noise_at_tmax`].
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a name that is taken or not a [`SourceName`], and for a share that is not at least 0 or,
-    /// with those of other added sources, above 1.
+    /// [`Error::Invalid`] for a name that is in use or not a [`SourceName`], and for a share that is not at least 0 or,
+    /// together with those of other added sources, above 1.
     pub fn with_source(
         mut self,
         name: &str,
@@ -345,11 +345,11 @@ impl Mixer {
         Ok(self)
     }
 
-    /// The same with a source of one's own in place of one of the three.
+    /// Replaces one of the three sources with your own.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a place that has no prior.
+    /// [`Error::Invalid`] for a source that has no prior.
     pub fn replace_source(
         mut self,
         place: Source,
@@ -369,19 +369,19 @@ impl Mixer {
         &self.grids
     }
 
-    /// How the student steps.
+    /// The student's sampler.
     pub fn sampler(&self) -> &dyn Sampler {
         &*self.sampler
     }
 
-    /// What has been done so far.
+    /// Counters so far.
     pub fn counters(&self) -> &MixerCounters {
         &self.counters
     }
 
-    /// The priors at a step; of adaptive ones, which differ from index to index, the mean over those past noise.
+    /// The priors at a step. Adaptive priors differ by grid index: the mean over all indices except noise.
     ///
-    /// They divide what the sources leave that were added.
+    /// They divide the share that added sources leave.
     pub fn priors_at(&self, step: u64, total_steps: u64) -> Priors {
         if self.adaptation.is_none() {
             return self.config.priors.at(progress(step, total_steps));
@@ -390,7 +390,7 @@ impl Mixer {
         Priors::mean(priors.get(1..).filter(|past| !past.is_empty()).unwrap_or(&priors))
     }
 
-    /// The priors at a step, one a grid index.
+    /// The priors at a step, one per grid index.
     pub fn priors_by_index(&self, step: u64, total_steps: u64) -> Vec<Priors> {
         let progress = progress(step, total_steps);
         let at = |index: usize| match &self.adaptation {
@@ -414,12 +414,12 @@ impl Mixer {
         Priors::assign_each(&priors, &added, grid_indices, &mut rng)
     }
 
-    /// Checks that batches of this size can be made, once, before any work.
+    /// Checks that batches of this size can be made; call it once, before training.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for an empty batch, and for a buffer that holds fewer states than a batch: it would
-    /// forget what was just put into it.
+    /// [`Error::Invalid`] for an empty batch, and for a buffer that holds fewer states than a batch: it would drop
+    /// states that were just inserted.
     pub fn ensure_batch_size(&self, batch: usize) -> Result<()> {
         if batch == 0 {
             return Err(Error::Invalid(Invalid::new("batch_size", "0", "at least 1")));
@@ -427,12 +427,12 @@ impl Mixer {
         self.mixture.sources().try_for_each(|source| source.ensure_batch_size(batch))
     }
 
-    /// The next training batch: a state for each dataset sample.
+    /// The next training batch: one state per dataset sample.
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] or [`Error::Argument`] if data and prompts do not fit each other; the errors of the
-    /// networks in rollouts.
+    /// [`Error::Conditioning`] or [`Error::Argument`] if data and prompts do not fit each other; errors of the networks
+    /// in rollouts.
     pub fn next_states(
         &mut self,
         clock: &Clock,
@@ -476,8 +476,8 @@ impl Mixer {
         Ok(states)
     }
 
-    /// Passes on what the loss computed for a batch: chains go on from its estimates without calls of their own, and
-    /// adaptive priors read its losses, without waiting for a device.
+    /// Passes on the results of the loss for a batch: chains continue from its estimates without further network calls,
+    /// and adaptive priors read its losses, without waiting for a device.
     ///
     /// # Errors
     ///
@@ -513,8 +513,8 @@ impl Mixer {
         self.mixture.sources_mut().try_for_each(|source| source.after_loss(&feedback))
     }
 
-    /// Forgets all states and what adaptive priors measured: at a new stage, or when guidance or thresholding
-    /// changes. Counters go on.
+    /// Drops all states and the measurements of adaptive priors: at a new stage, or when guidance or thresholding
+    /// changes. Counters continue.
     pub fn flush(&mut self) {
         if let Some(adaptation) = &mut self.adaptation {
             adaptation.flush();
@@ -552,7 +552,7 @@ impl Mixer {
         Ok(SavedState::new(WHAT, tensors.chain(adaptation).collect(), &metadata)?.with_files(files))
     }
 
-    /// Becomes what was saved: the next batches are the same, bit for bit.
+    /// Restores a saved mixer: the next batches are the same, bit for bit.
     ///
     /// # Errors
     ///
@@ -586,18 +586,18 @@ impl Mixer {
     }
 }
 
-/// Name of what adaptive priors remember in a saved mixer.
+/// Name of the state of adaptive priors in a saved mixer.
 const ADAPTATION: &str = "adaptation";
 
-/// How much of a run is done.
+/// Fraction of a run that is done.
 fn progress(step: u64, total_steps: u64) -> f64 {
     step as f64 / total_steps.max(1) as f64
 }
 
-/// A grid index for each sample of a batch, even over the grid, in random order.
+/// A grid index for each sample of a batch, uniform over the grid, in random order.
 ///
-/// Stratified: every index is drawn as often as every other, but for a rest that is drawn without replacement. None where
-/// there are no indices; of more than [`MAX_TRAIN_TIMESTEPS`], which no grid has, those.
+/// Stratified: every index is drawn equally often, except for a remainder that is drawn without replacement. Empty if
+/// `num_indices` is 0; `num_indices` is limited to [`MAX_TRAIN_TIMESTEPS`], the largest grid.
 pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -> Vec<usize> {
     let num_indices = num_indices.min(MAX_TRAIN_TIMESTEPS as usize);
     if num_indices == 0 {

@@ -1,4 +1,4 @@
-//! How often states come from each source, and how that changes over a run.
+//! The share of training states from each source, and its schedule over a run.
 
 mod adaptive;
 
@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::states::Source;
 
-/// How far a sum may be from 1 and still be a rounding of it.
+/// Maximum distance of a sum from 1 that counts as rounding error.
 const SUM_TOLERANCE: f64 = 1e-6;
 
-/// The share of training states that come from each source; at least 0 each, 1 together.
+/// The share of training states from each source; each at least 0, their sum 1.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "RawPriors", into = "RawPriors")]
 pub struct Priors {
@@ -25,7 +25,7 @@ pub struct Priors {
     teacher: f64,
 }
 
-/// [`Priors`] as they are written, not yet checked.
+/// Deserialized [`Priors`], not yet checked.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawPriors {
@@ -60,7 +60,7 @@ impl Priors {
     /// [`Error::Invalid`] unless each is at least 0 and they sum to 1.
     pub fn new(forward: f64, student: f64, teacher: f64) -> Result<Self> {
         let sum = forward + student + teacher;
-        // Written so that a NaN is refused.
+        // Written so that NaN is rejected.
         let possible = [forward, student, teacher].iter().all(|p| *p >= 0.0);
         if possible && (sum - 1.0).abs() <= SUM_TOLERANCE {
             return Ok(Self { forward, student, teacher });
@@ -72,7 +72,7 @@ impl Priors {
         )))
     }
 
-    /// Share of dataset samples, noised.
+    /// Share of noised dataset samples.
     pub fn forward(self) -> f64 {
         self.forward
     }
@@ -89,14 +89,13 @@ impl Priors {
 
     /// A source for each sample of a batch, in random order.
     ///
-    /// Stratified: each count is the expected one, rounded down or up at random so that its mean is exact; a source
+    /// Stratified: each count is the expected count, rounded down or up at random so that its mean is exact; a source
     /// with a prior of 0 is never drawn.
     pub fn assign(self, batch: usize, rng: &mut impl Rng) -> Vec<Source> {
         self.assign_beside(&[], batch, rng)
     }
 
-    /// As [`assign`](Self::assign), where the sources in `added` have shares of their own and the priors share what is
-    /// left.
+    /// As [`assign`](Self::assign), where the sources in `added` have fixed shares and the priors divide the rest.
     pub(crate) fn assign_beside(
         self,
         added: &[(Source, f64)],
@@ -111,8 +110,9 @@ impl Priors {
         ];
         let shares = added.iter().copied().chain(by_prior);
         let drawn: Vec<_> = shares.filter(|(_, share)| *share > 0.0).collect();
-        // Systematic sampling: evenly spaced points on a line that the sources share by their priors. One draw moves
-        // them all, so that counts cannot pass the batch, as they could if each were rounded by itself.
+        // Systematic sampling: evenly spaced points on a line that is divided among the sources by their priors. One
+        // draw shifts all points, so that counts cannot exceed the batch, as they could if each were rounded
+        // separately.
         let offset: f64 = rng.random();
         let (mut end, mut at) = (0.0, 0);
         let mut sources = Vec::with_capacity(batch);
@@ -128,10 +128,10 @@ impl Priors {
         sources
     }
 
-    /// A source for each sample by priors of its own: the `i`-th by `priors[i]`, at grid index `grid_indices[i]`.
+    /// A source for each sample by its own priors: the `i`-th by `priors[i]`, at grid index `grid_indices[i]`.
     ///
-    /// Stratified over the batch and, as far as their numbers allow, at each grid index; every sample gets each source
-    /// with exactly its probability.
+    /// Stratified over the batch and, as far as their numbers allow, at each grid index; every sample is assigned each
+    /// source with exactly its probability.
     pub(crate) fn assign_each(
         priors: &[Self],
         added: &[(Source, f64)],
@@ -151,7 +151,7 @@ impl Priors {
             (order, taken) = (others, taken + share);
         }
         let (students, others) = systematic(&order, |i| priors[i].student, rng);
-        // Of those that are not the student's, the teacher's part of what is left.
+        // Of the samples that are not the student's: the teacher's share of the rest.
         let of_rest = |i: usize| priors[i].teacher / (1.0 - priors[i].student);
         let (teachers, _) = systematic(&others, of_rest, rng);
         for (source, rows) in [(Source::Student, students), (Source::Teacher, teachers)] {
@@ -162,7 +162,7 @@ impl Priors {
         sources
     }
 
-    /// The mean of some priors; of none, dataset samples only.
+    /// The mean of several priors; dataset samples only if there are none.
     pub(crate) fn mean(priors: &[Self]) -> Self {
         let Some((first, rest)) = priors.split_first() else { return Self::FORWARD_ONLY };
         rest.iter()
@@ -180,43 +180,43 @@ impl Priors {
     }
 }
 
-/// The priors over a run, by progress: 0 at its first step, 1 past its last.
+/// The priors over a run, by progress: 0 at the first step, 1 after the last.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PriorSchedule {
-    /// The same throughout.
+    /// Constant.
     Constant {
         /// The priors.
         priors: Priors,
     },
-    /// Along a straight line.
+    /// Linear.
     Linear {
         /// Priors up to `start`.
         from: Priors,
         /// Priors from `end` on.
         to: Priors,
-        /// Progress at which they begin to change.
+        /// Progress at which the change begins.
         start: f64,
-        /// Progress at which they are changed.
+        /// Progress at which the change ends.
         end: f64,
     },
-    /// Along half a cosine: slowly at both ends.
+    /// Half a cosine: slow at both ends.
     Cosine {
         /// Priors up to `start`.
         from: Priors,
         /// Priors from `end` on.
         to: Priors,
-        /// Progress at which they begin to change.
+        /// Progress at which the change begins.
         start: f64,
-        /// Progress at which they are changed.
+        /// Progress at which the change ends.
         end: f64,
     },
-    /// From one to the next at once.
+    /// Piecewise constant.
     Steps {
-        /// Priors and the progress from which they hold; rising, the first from 0.
+        /// Priors and the progress from which each applies; increasing, the first from 0.
         steps: Vec<PriorStep>,
     },
-    /// Each grid index by itself, by what is measured there during the run.
+    /// Separate for each grid index, from measurements during the run.
     Adaptive(AdaptivePriors),
 }
 
@@ -224,7 +224,7 @@ pub enum PriorSchedule {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PriorStep {
-    /// Progress from which the priors hold.
+    /// Progress from which the priors apply.
     pub from: f64,
     /// The priors.
     pub priors: Priors,
@@ -238,29 +238,29 @@ impl Default for PriorSchedule {
 }
 
 impl PriorSchedule {
-    /// For progressive distillation: dataset samples only for the first 5 %, then on a line that reaches a half of
-    /// them and a quarter each from student and teacher at 25 %.
+    /// For progressive distillation: dataset samples only for the first 5 %, then linear up to 25 %, where one half are
+    /// dataset samples and a quarter each come from student and teacher.
     ///
-    /// The warm-up is there because a fresh student is a copy of a network that was taught to take shorter steps; its
-    /// own trajectories mean nothing at first.
+    /// The warm-up is needed because a fresh student is a copy of a network that was trained for shorter steps; its own
+    /// trajectories are meaningless at first.
     pub fn default_for_pd() -> Self {
         Self::warm_up(Priors { forward: 0.5, student: 0.25, teacher: 0.25 })
     }
 
     /// For latent consistency models: the same warm-up, then half dataset samples, half the student's own states.
     ///
-    /// None of the teacher's: they are of its ODE, which a sampler that noises again at each step never meets, and in
-    /// two dimensions they doubled the distance to the teacher (`docs/RESULTS.md`).
+    /// There are no teacher states: they lie on its ODE, which a sampler that adds noise again at each step never
+    /// visits, and in two dimensions they doubled the distance to the teacher (`docs/RESULTS.md`).
     pub fn default_for_lcm() -> Self {
         Self::warm_up(Priors { forward: 0.5, student: 0.5, teacher: 0.0 })
     }
 
-    /// For DMD2, whose sampler is the same: as [`default_for_lcm`](Self::default_for_lcm).
+    /// For DMD2, which has the same sampler: as [`default_for_lcm`](Self::default_for_lcm).
     pub fn default_for_dmd2() -> Self {
         Self::default_for_lcm()
     }
 
-    /// The same priors throughout.
+    /// Constant priors.
     pub fn constant(priors: Priors) -> Self {
         Self::Constant { priors }
     }
@@ -269,11 +269,11 @@ impl PriorSchedule {
         Self::Linear { from: Priors::FORWARD_ONLY, to, start: 0.05, end: 0.25 }
     }
 
-    /// Checks the settings, once, before any step.
+    /// Checks the settings; call it once, before training.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless `0 <= start <= end <= 1`, or unless steps rise from 0 and stay in 0..=1; as
+    /// [`Error::Invalid`] unless `0 <= start <= end <= 1`, or unless steps increase from 0 and stay in 0..=1; as
     /// [`AdaptivePriors::ensure`].
     pub fn ensure(&self) -> Result<()> {
         match self {
@@ -293,11 +293,11 @@ impl PriorSchedule {
         }
     }
 
-    /// The priors at `progress`; below 0 counts as 0, above 1 as 1. Adaptive ones as long as nothing is measured.
+    /// The priors at `progress`, clamped to 0..=1. For adaptive priors, those before the first measurement.
     pub fn at(&self, progress: f64) -> Priors {
         let progress = progress.clamp(0.0, 1.0);
         let passed = |start: f64, end: f64| {
-            // A jump where start and end coincide.
+            // A jump if start and end coincide.
             if progress >= end { 1.0 } else { ((progress - start) / (end - start)).max(0.0) }
         };
         match self {
@@ -317,9 +317,10 @@ impl PriorSchedule {
     }
 }
 
-/// Chooses each of `rows` with its probability, those chosen first, the others second.
+/// Chooses each of `rows` with its probability; returns the chosen rows first, the others second.
 ///
-/// Points a length of 1 apart on a line that the rows share by their probabilities; one draw moves them all.
+/// Points at a distance of 1 on a line that is divided among the rows by their probabilities; one draw shifts all
+/// points.
 fn systematic(
     rows: &[usize],
     probability: impl Fn(usize) -> f64,
@@ -333,7 +334,7 @@ fn systematic(
     })
 }
 
-/// The share of all states that sources with shares of their own leave.
+/// The share of all states that sources with fixed shares leave.
 fn left_by(added: &[(Source, f64)]) -> f64 {
     (1.0 - added.iter().map(|(_, share)| share).sum::<f64>()).max(0.0)
 }
@@ -363,7 +364,7 @@ mod tests {
         rows.filter(|&row| sources[row] == source).count()
     }
 
-    /// 40 samples at 4 grid indices, each with priors of its own.
+    /// 40 samples at 4 grid indices, each with its own priors.
     fn batch() -> (Vec<Priors>, Vec<usize>) {
         let by_index = [(0.9, 0.1, 0.0), (0.5, 0.25, 0.25), (0.0, 0.65, 0.35), (0.0, 1.0, 0.0)];
         let by_index = by_index.map(|(f, s, t)| Priors::new(f, s, t).expect("they sum to 1"));

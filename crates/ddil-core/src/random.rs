@@ -1,4 +1,4 @@
-//! Random streams that need no state of their own.
+//! Stateless random streams.
 
 use ddil_libtorch::Generator;
 use rand::SeedableRng;
@@ -8,9 +8,9 @@ use tch::Device;
 
 use crate::error::Result;
 
-/// What random numbers are for; streams of one step know nothing of each other.
+/// Purpose of random numbers; the streams of one step are independent.
 ///
-/// The numbers are part of a run's identity: a new stream takes the next free one.
+/// The discriminants are part of a run's identity: a new stream takes the next free one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Stream {
@@ -26,21 +26,21 @@ pub enum Stream {
     Student = 4,
     /// Rollouts of the teacher.
     Teacher = 5,
-    /// What happens to states after the loss.
+    /// Changes to states after the loss.
     Refresh = 6,
-    /// Samples for people and metrics.
+    /// Samples for inspection and metrics.
     Sample = 7,
     /// Directions of sliced distances.
     Projection = 8,
-    /// What networks draw while a loss asks them, as dropout does.
+    /// Draws of networks within a loss, such as dropout.
     Loss = 9,
     /// Dropped conditions.
     Condition = 10,
     /// Guidance weights.
     Guidance = 11,
-    /// First weights of a network.
+    /// Initial weights of a network.
     Weights = 12,
-    /// What a loss draws for the student's phase of a step: noise, timesteps.
+    /// Draws of a loss in the student's phase of a step: noise, timesteps.
     StudentLoss = 13,
     /// The same for the critic's phase.
     CriticLoss = 14,
@@ -48,13 +48,13 @@ pub enum Stream {
     Priors = 15,
 }
 
-/// Bits that hold the stream's number beside the step.
+/// Number of bits for the stream, below those of the step.
 const STREAM_BITS: u32 = 5;
 
 /// Seeds for every step, stream and rank of a run, from one seed.
 ///
-/// A seed depends on (seed, rank, step, stream) and on nothing that happened before, so a run that goes on from step
-/// `k` draws what the run that was never interrupted draws.
+/// A seed depends only on (seed, rank, step, stream), not on earlier draws, so a run resumed at step `k` draws the same
+/// numbers as one that was never interrupted.
 ///
 /// # Example
 ///
@@ -73,7 +73,7 @@ const STREAM_BITS: u32 = 5;
 pub struct RandomStreams {
     /// The run's seed.
     pub seed: u64,
-    /// Which process of the run this is; 0 where there is one.
+    /// Rank of this process in the run; 0 if there is only one.
     pub rank: u64,
 }
 
@@ -86,8 +86,8 @@ impl RandomStreams {
     /// The seed of one stream at one step.
     ///
     /// The high half is a [splitmix64](https://doi.org/10.1145/2660193.2660195) chain over all four. libtorch's CPU
-    /// generator reads the low half alone, and 2³² values would meet by chance within a long run; so the low half is
-    /// a permutation of (step, stream) that seed and rank choose: no two of the first 2²⁷ steps share one.
+    /// generator reads only the low half, and random 32-bit values would collide within a long run. The low half is
+    /// therefore a permutation of (step, stream), selected by seed and rank: no two of the first 2²⁷ steps share one.
     pub fn seed_of(&self, step: u64, stream: Stream) -> u64 {
         let key = splitmix64(splitmix64(self.seed) ^ self.rank);
         let counter = (step << STREAM_BITS) | stream as u64;
@@ -99,7 +99,7 @@ impl RandomStreams {
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`](crate::Error::Libtorch) if there is no such device.
+    /// [`Error::Libtorch`](crate::Error::Libtorch) if the device does not exist.
     pub fn generator(&self, step: u64, stream: Stream, device: Device) -> Result<Generator> {
         Ok(Generator::new(device, self.seed_of(step, stream))?)
     }
@@ -120,12 +120,12 @@ impl RandomStreams {
     }
 }
 
-/// Where a rollout draws from.
+/// The random generators of a rollout.
 #[derive(Debug)]
 pub struct Draws {
-    /// Choices that the host makes.
+    /// For choices on the host.
     pub rng: StdRng,
-    /// Noise.
+    /// For noise.
     pub generator: Generator,
 }
 
@@ -137,7 +137,7 @@ fn splitmix64(x: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A bijection of 32 bits that `key` chooses: odd multipliers and xor-shifts, each of which can be undone.
+/// A bijection of 32 bits selected by `key`: odd multipliers and xor-shifts, each of which is invertible.
 fn permute(x: u32, key: u64) -> u32 {
     let mut z = x ^ key as u32;
     z = (z ^ (z >> 16)).wrapping_mul(0x7feb_352d);

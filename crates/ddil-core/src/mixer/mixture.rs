@@ -11,8 +11,8 @@ use crate::source::{Selected, SourceRequest, TrajectorySource};
 use crate::source_name::SourceName;
 use crate::states::{Source, States};
 
-/// An ordered list of sources: forward, student and teacher, whose shares are the priors, then those that were added,
-/// each with a share of its own.
+/// An ordered list of sources: forward, student and teacher, whose shares are the priors, then the added ones, each
+/// with a fixed share.
 #[derive(Debug)]
 pub(super) struct Mixture {
     entries: Vec<Entry>,
@@ -22,7 +22,7 @@ pub(super) struct Mixture {
 struct Entry {
     /// The name in counters, meters and saved state.
     name: Source,
-    /// The share of all states; 0 where the priors give it.
+    /// The share of all states; 0 if set by the priors.
     share: f64,
     source: Box<dyn TrajectorySource>,
 }
@@ -36,7 +36,7 @@ impl Mixture {
         Self { entries: Self::BY_PRIOR.into_iter().zip(sources).map(entry).collect() }
     }
 
-    /// Puts a source in the place of forward, student or teacher.
+    /// Replaces forward, student or teacher with another source.
     pub(super) fn replace(
         &mut self,
         place: Source,
@@ -58,7 +58,7 @@ impl Mixture {
         source: Box<dyn TrajectorySource>,
     ) -> Result<()> {
         let added = SourceName::new(name)?;
-        // Parts of what is saved have these names.
+        // Parts of the saved state have these names.
         let reserved = Source::ALL.iter().map(Source::as_str).chain([super::ADAPTATION]);
         let taken = self.entries.iter().map(|entry| entry.name.as_str()).chain(reserved);
         let is_taken = taken.into_iter().any(|other| other == name);
@@ -68,7 +68,7 @@ impl Mixture {
             return Err(Invalid::new("name", name.as_str(), expected).into());
         }
         let left = 1.0 - self.added_share();
-        // Written so that a NaN is refused.
+        // Written so that NaN is rejected.
         if !(0.0..=left).contains(&share) {
             let expected = format!("in 0..={left}, what other added sources leave");
             return Err(Invalid::new("share", share, expected).into());
@@ -77,7 +77,7 @@ impl Mixture {
         Ok(())
     }
 
-    /// The sources that were added, with their shares.
+    /// The added sources, with their shares.
     pub(super) fn added(&self) -> Vec<(Source, f64)> {
         let added = &self.entries[Self::BY_PRIOR.len()..];
         added.iter().map(|entry| (entry.name, entry.share)).collect()
@@ -95,12 +95,12 @@ impl Mixture {
         self.entries.iter_mut().map(|entry| &mut entry.source)
     }
 
-    /// What each source saved, with its name.
+    /// The saved state of each source, with its name.
     pub(super) fn save(&self) -> Result<Vec<(Source, SavedState)>> {
         self.entries.iter().map(|entry| Ok((entry.name, entry.source.save()?))).collect()
     }
 
-    /// Checks that what was saved has the same sources.
+    /// Checks that the saved state has the same sources.
     pub(super) fn ensure_same(&self, what: &'static str, saved: &[Source]) -> Result<()> {
         let here: Vec<Source> = self.entries.iter().map(|entry| entry.name).collect();
         if here == saved {
@@ -113,12 +113,12 @@ impl Mixture {
         Err(Error::Restore { what, problem })
     }
 
-    /// The source of a name.
+    /// The source with a name.
     fn get_mut(&mut self, name: Source) -> Option<&mut Box<dyn TrajectorySource>> {
         self.entries.iter_mut().find(|entry| entry.name == name).map(|entry| &mut entry.source)
     }
 
-    /// A state for each sample, from the source assigned to it, in the samples' order.
+    /// One state per sample, from its assigned source, in the samples' order.
     pub(super) fn collect(
         &mut self,
         whole: &SourceRequest<'_>,
@@ -153,7 +153,7 @@ impl Mixture {
     }
 }
 
-/// States of an added source have its name, whatever the source itself wrote.
+/// Sets the name of an added source in its states, whatever the source wrote.
 fn named(states: States, name: Source) -> States {
     match name {
         Source::Added(_) => States { sources: vec![name; states.len()], ..states },
@@ -161,7 +161,7 @@ fn named(states: States, name: Source) -> States {
     }
 }
 
-/// Pure noise, with the conditioning of the source that it stands for.
+/// Pure noise, with the conditioning of the source that it replaces.
 fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Result<States> {
     let timestep = request.grids.student.as_slice()[0];
     let x_t = first_state(request.sampler.schedule(), timestep, request.noise)?;

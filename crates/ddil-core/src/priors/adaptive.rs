@@ -1,4 +1,4 @@
-//! Priors that follow what is measured of the student.
+//! Priors that follow measurements of the student.
 
 use ddil_files::Invalid;
 use ddil_schedulers::Timesteps;
@@ -15,50 +15,50 @@ use crate::saved::SavedState;
 use crate::shift::{directions, sliced_w2};
 use crate::states::{Source, States};
 
-/// What adaptive priors follow; between 0 and 1 at each grid index.
+/// The signal that adaptive priors follow; between 0 and 1 at each grid index.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdaptiveSignal {
-    /// `1 - D_null / D` with the sliced squared 2-Wasserstein distance `D` from noised dataset samples to the student's
-    /// states, and that between two sets of the former: 0 where there is no more than chance, towards 1 where chance
-    /// explains nothing.
+    /// `1 - D_null / D`, where `D` is the sliced squared 2-Wasserstein distance from noised dataset samples to the
+    /// student's states, and `D_null` that between two sets of noised dataset samples: 0 if the shift is no larger than
+    /// chance, towards 1 if it is much larger.
     ///
-    /// Measured on states that batches are made of anyway, so no network is asked.
+    /// Measured on states that the batches contain anyway, so it needs no network calls.
     #[default]
     Shift,
     /// `L_student / (L_student + L_forward)`, the losses on the student's states and on noised dataset samples: one
-    /// half where the student is as good on either, towards 1 where it is lost on its own.
+    /// half if the student is equally good on both, towards 1 if it fails on its own states.
     ///
-    /// Needs [`Mixer::see_losses`](crate::Mixer::see_losses).
+    /// Requires [`Feedback::losses`](crate::Feedback::losses).
     LossRatio,
 }
 
-/// Priors of each grid index by itself, from what is measured there: the student's states get the share
-/// `min + (max - min) signal`, and the rest is divided between dataset samples and teacher.
+/// Separate priors for each grid index, from measurements there: the share of the student's states is `min + (max -
+/// min) signal`, and the rest is divided between dataset samples and teacher.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdaptivePriors {
-    /// What is measured; default the shift.
+    /// The signal; default the shift.
     pub signal: AdaptiveSignal,
-    /// The student's share where the signal is 0, and before anything is measured; default 0.1. Above 0, or there
-    /// would never be anything to measure.
+    /// The student's share if the signal is 0, and before the first measurement; default 0.1. Must be above 0, or there
+    /// would be nothing to measure.
     pub min: f64,
-    /// The student's share where the signal is 1; default 0.8. Below 1, as it is dataset samples that the student's
-    /// states are compared with.
+    /// The student's share if the signal is 1; default 0.8. Must be below 1, as the student's states are compared with
+    /// dataset samples.
     pub max: f64,
-    /// Share of the teacher's states in what the student leaves, the others are dataset samples; default 0.25,
+    /// The teacher's share of the states that are not the student's, the others are dataset samples; default 0.25,
     /// below 1.
     pub teacher_fraction: f64,
-    /// Updates from one measurement to the next; default 200.
+    /// Updates between measurements; default 200.
     pub interval: u64,
-    /// Progress up to which there are dataset samples only; default 0.05.
+    /// Progress up to which only dataset samples are used; default 0.05.
     pub warm_up: f64,
-    /// Of the shift: most states kept of the student at each grid index, the newest, and twice as many noised dataset
-    /// samples; default 128. They are measured from 16 on.
+    /// For the shift: maximum number of student states kept at each grid index, the newest, and twice as many noised
+    /// dataset samples; default 128. At least 16 are needed for a measurement.
     pub states: usize,
-    /// Of the shift: most bytes that those states take; default 256 MiB.
+    /// For the shift: maximum bytes of those states; default 256 MiB.
     pub byte_budget: u64,
-    /// Of the loss ratio: weight of the earlier intervals' mean against the newest's, in 0..1; default 0.5.
+    /// For the loss ratio: weight of the mean of earlier intervals against that of the newest, in 0..1; default 0.5.
     pub decay: f64,
 }
 
@@ -78,21 +78,21 @@ impl Default for AdaptivePriors {
     }
 }
 
-/// Fewest states that say anything about their law.
+/// Minimum number of states for an estimate of their distribution.
 const FEWEST_STATES: usize = 16;
 
-/// Directions of the sliced distance.
+/// Number of directions of the sliced distance.
 const PROJECTIONS: i64 = 64;
 
 impl AdaptivePriors {
-    /// Checks the settings, once, before any step.
+    /// Checks the settings; call it once, before training.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] that names the setting.
     pub fn ensure(&self) -> Result<()> {
         let Self { min, max, teacher_fraction, interval, warm_up, states, decay, .. } = *self;
-        // Written so that a NaN is refused.
+        // Written so that NaN is rejected.
         let in_order = 0.0 < min && min <= max && max < 1.0;
         let problems = [
             (
@@ -125,7 +125,7 @@ impl AdaptivePriors {
         }
     }
 
-    /// The priors where the signal is this.
+    /// The priors for a value of the signal.
     pub(super) fn at(&self, progress: f64, signal: Option<f64>) -> Priors {
         if progress < self.warm_up {
             return Priors::FORWARD_ONLY;
@@ -137,7 +137,7 @@ impl AdaptivePriors {
     }
 }
 
-/// Measures what adaptive priors follow.
+/// Measures the signal of adaptive priors.
 #[derive(Debug)]
 pub(crate) struct Adaptation {
     config: AdaptivePriors,
@@ -145,13 +145,13 @@ pub(crate) struct Adaptation {
     memory: Memory,
 }
 
-/// What was measured last.
+/// The last measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Followed {
-    /// One a grid index; none where there was too little.
+    /// One per grid index; none if there were too few states.
     signal: Vec<Option<f64>>,
-    /// The update at which that was.
+    /// The update of that measurement.
     measured_at: u64,
 }
 
@@ -161,7 +161,7 @@ enum Memory {
     LossRatio { losses: LossMeter, means: Vec<Means> },
 }
 
-/// The newest states of either side.
+/// The newest states of both sides.
 #[derive(Debug)]
 struct Stores {
     forward: AggregationBuffer,
@@ -176,25 +176,25 @@ struct Means {
     student: Option<f64>,
 }
 
-/// What an [`Adaptation`] is saved as, beside its tensors.
+/// Metadata of a saved [`Adaptation`], in addition to its tensors.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
     followed: Followed,
-    /// Of the shift: both stores.
+    /// For the shift: both stores.
     #[serde(default)]
     stores: Vec<serde_json::Value>,
-    /// Of the loss ratio.
+    /// For the loss ratio.
     #[serde(default)]
     means: Vec<Means>,
 }
 
 const WHAT: &str = "adaptive priors";
-/// Names of both stores in what is saved.
+/// Names of both stores in the saved state.
 const STORES: [&str; 2] = ["forward", "student"];
 const LOSSES: &str = "losses";
 
-/// Trajectories that the student walked on, alone or in turn with the teacher.
+/// Trajectories of the student, alone or in turn with the teacher.
 const OF_STUDENT: [Source; 2] = [Source::Student, Source::Mixed];
 
 impl Adaptation {
@@ -211,7 +211,7 @@ impl Adaptation {
         self.config.at(progress.clamp(0.0, 1.0), signal)
     }
 
-    /// Measures anew if it is time.
+    /// Measures again if an interval has passed.
     pub(crate) fn refresh(&mut self, step: u64, streams: &RandomStreams) -> Result<()> {
         let Followed { signal, measured_at } = &mut self.followed;
         if step.saturating_sub(*measured_at) < self.config.interval {
@@ -236,14 +236,14 @@ impl Adaptation {
         Ok(())
     }
 
-    /// Keeps some of the states of a batch, if they are what is measured.
+    /// Keeps some of the states of a batch, if the signal is measured on states.
     pub(crate) fn see_states(&mut self, step: u64, states: &States) -> Result<()> {
         let Memory::Shift(stores) = &mut self.memory else { return Ok(()) };
         keep(&mut stores.forward, 2 * FEWEST_STATES, step, states, &[Source::Forward])?;
         keep(&mut stores.student, FEWEST_STATES, step, states, &OF_STUDENT)
     }
 
-    /// Takes the losses of a batch in, if they are what is measured.
+    /// Adds the losses of a batch, if the signal is measured on losses.
     pub(crate) fn see_losses(&mut self, per_sample: &Tensor, states: &States) -> Result<()> {
         match &mut self.memory {
             Memory::LossRatio { losses, .. } => losses.add(per_sample, states),
@@ -341,7 +341,7 @@ impl Memory {
     }
 }
 
-/// Puts the states of these sources into a store, but for those that are noise whoever made them.
+/// Inserts the states of these sources into a store, except pure noise, which is the same for every source.
 fn keep(
     store: &mut AggregationBuffer,
     fewest: usize,
@@ -356,7 +356,7 @@ fn keep(
         return Ok(());
     }
     let kept = states.index_select(&rows)?;
-    // What counts is when the student was shown them, and what was said plays no part.
+    // The age counts from the step at which the student was trained on them; the conditioning is not used.
     store.insert(&States {
         births: vec![step; rows.len()],
         conditioning: Conditioning::none(),
@@ -373,7 +373,7 @@ fn keep(
 }
 
 impl Stores {
-    /// `1 - D_null / D` at a grid index; none where there are too few states of either side.
+    /// `1 - D_null / D` at a grid index; none if either side has too few states.
     fn signal(
         &mut self,
         grid_index: usize,
@@ -393,7 +393,7 @@ impl Stores {
         let directions = directions(&student, PROJECTIONS, &mut generator)?;
         let found = sliced_w2(&half(n), &student, &directions);
         let chance = sliced_w2(&half(n), &half(0), &directions);
-        // Of two sets that are the same point, or of states that are not numbers, nothing can be said.
+        // Undefined for two sets that are the same point and for states that are NaN.
         let signal = 1.0 - chance / found;
         Ok(signal.is_finite().then(|| signal.clamp(0.0, 1.0)))
     }
@@ -423,7 +423,7 @@ impl Means {
         moved(&mut self.student, &OF_STUDENT);
     }
 
-    /// The student's part of both losses together.
+    /// The student's share of the sum of both losses.
     fn ratio(self) -> Option<f64> {
         let (forward, student) = (self.forward?, self.student?);
         let ratio = student / (student + forward);
