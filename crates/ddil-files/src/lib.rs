@@ -2,6 +2,14 @@
 //!
 //! This crate does not require libtorch.
 //!
+//! | task | items |
+//! | --- | --- |
+//! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
+//! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
+//! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
+//! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
+//! | report errors | [`Error`], [`with_causes`] |
+//!
 //! # Example
 //!
 //! ```
@@ -25,16 +33,6 @@
 //! assert!(read_bounded(&path, 8).is_err());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! # Contents
-//!
-//! | task | items |
-//! | --- | --- |
-//! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
-//! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
-//! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
-//! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
-//! | report errors | [`Error`], [`with_causes`] |
 
 #![forbid(unsafe_code)]
 

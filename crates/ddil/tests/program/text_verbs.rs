@@ -480,7 +480,7 @@ fn a_network_alone_is_given_a_scheduler_or_other_parts() -> TestResult {
         .refused(&["40", "1..=16"]);
 
     workshop.write_teacher("pixels", Some(3));
-    let words = ["scheduler", "no usual one"];
+    let words = ["scheduler", "no default scheduler"];
     workshop.ddil(&["import", "pixels/unet", "out"]).refused(&words);
     let from = ["import", "pixels/unet", "out", "--scheduler-from", "pixels"];
     workshop.ddil(&from).succeeded();
