@@ -154,7 +154,11 @@ fn an_adapter_without_its_base_is_refused() -> TestResult {
     copy_folder(&workshop.path("teacher"), &moved);
     fs::remove_dir_all(workshop.path("teacher"))?;
     let sample = ["sample", &folder(&run), "--output", "x.png"];
-    workshop.ddil(&sample).refused(&["adapter.base", "teacher", "the folder of the complete model"]);
+    workshop.ddil(&sample).refused(&[
+        "adapter.base",
+        "teacher",
+        "the folder of the complete model",
+    ]);
     let card = run.join("export/ddil.json");
     let text = fs::read_to_string(&card)?;
     let mut value = json(&card);
