@@ -7,14 +7,13 @@ use tch::{Device, Kind, Tensor};
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 
-/// States and what was said of them, `[capacity, ..]`, written and read a batch of rows at a time.
+/// States and their conditioning, `[capacity, ..]`, written and read in batches of rows.
 ///
-/// The block is allocated at the first write, in the shape, on the device and with the conditioning of what is
-/// written.
+/// The block is allocated at the first write, with the shape, device and conditioning of that batch.
 #[derive(Debug)]
 pub(crate) struct RowStore {
     what: &'static str,
-    /// What states are stored as; none is as they come.
+    /// Number format that states are stored in; none keeps theirs.
     kind: Option<Kind>,
     block: Option<Block>,
 }
@@ -30,7 +29,7 @@ impl RowStore {
         Self { what, kind, block: None }
     }
 
-    /// Bytes of one row of what would be written.
+    /// Bytes per row of a batch to be written.
     pub(crate) fn row_bytes(&self, x_t: &Tensor, conditioning: &Conditioning) -> u64 {
         let per_row = |tensor: &Tensor, kind: Kind| {
             let values: i64 = tensor.size().iter().skip(1).product();
@@ -51,17 +50,17 @@ impl RowStore {
         Some(self.block.as_ref()?.x_t.size()[0] as usize)
     }
 
-    /// Gives the memory back.
+    /// Frees the memory.
     pub(crate) fn clear(&mut self) {
         self.block = None;
     }
 
-    /// Checks that states to be written are like those stored.
+    /// Checks that states to be written have the form of those stored.
     pub(crate) fn ensure_like(&self, x_t: &Tensor, conditioning: &Conditioning) -> Result<()> {
         self.block.as_ref().map_or(Ok(()), |block| block.ensure_like(self.what, x_t, conditioning))
     }
 
-    /// Puts a batch at `rows`, each named once.
+    /// Writes a batch to `rows`, each named once.
     pub(crate) fn write(
         &mut self,
         capacity: usize,
@@ -79,7 +78,7 @@ impl RowStore {
         Ok(())
     }
 
-    /// The block, which is made for rows like these if there is none.
+    /// The block, allocated for rows like these if there is none.
     fn allocate(
         &mut self,
         capacity: usize,
@@ -92,7 +91,7 @@ impl RowStore {
         }
     }
 
-    /// What is stored of a state, by name: kind and shape of a row. Nothing before the first write.
+    /// The stored fields of a state, by name: kind and shape of a row. Empty before the first write.
     pub(crate) fn columns(&self) -> Vec<(String, Kind, Vec<i64>)> {
         let Some(block) = &self.block else { return vec![] };
         std::iter::once(("x_t", &block.x_t))
@@ -101,7 +100,7 @@ impl RowStore {
             .collect()
     }
 
-    /// Puts copies of `rows` at `places` of a batch like those stored.
+    /// Copies `rows` to `places` of a batch of the same form.
     pub(crate) fn read_into(
         &self,
         (x_t, conditioning): (&Tensor, &Conditioning),
@@ -114,7 +113,7 @@ impl RowStore {
         parts.try_for_each(|((_, to), (_, part))| copy_rows(to, places, part))
     }
 
-    /// Where the block is, once there is one.
+    /// The device of the block, once there is one.
     pub(crate) fn device(&self) -> Option<Device> {
         Some(self.block.as_ref()?.x_t.device())
     }
@@ -140,7 +139,7 @@ impl RowStore {
         std::iter::once(("x_t".to_owned(), block.x_t.copy())).chain(said).collect()
     }
 
-    /// Takes a block back that [`tensors`](Self::tensors) gave.
+    /// Restores a block returned by [`tensors`](Self::tensors).
     pub(crate) fn restore(&mut self, capacity: usize, tensors: &[(String, Tensor)]) -> Result<()> {
         let what = self.what;
         let refuse = |problem: String| Err(Error::Restore { what, problem });
@@ -185,7 +184,7 @@ impl Block {
         let zeros = |like: &Tensor, kind: Kind| {
             let mut shape = like.size();
             shape[0] = capacity as i64;
-            // Zeros rather than whatever is there: a saved block is then the same for the same run.
+            // Zeros rather than uninitialized memory, so that equal runs save equal blocks.
             Tensor::f_zeros(shape, (kind, like.device())).map_err(Error::torch("RowStore::write"))
         };
         let parts: Result<Vec<_>> = conditioning
@@ -196,7 +195,7 @@ impl Block {
         Ok(Self { x_t, conditioning: parts?.into_iter().collect() })
     }
 
-    /// Checks that what is to be stored is like what is stored.
+    /// Checks that new rows have the form of those stored.
     fn ensure_like(
         &self,
         op: &'static str,
@@ -228,7 +227,7 @@ impl Block {
 fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
     let (device, kind) = (stored.device(), stored.kind());
     let given = given.detach().to_device(device).to_kind(kind);
-    // A shallow clone is the same memory; the handle alone has to be mutable.
+    // A shallow clone shares the memory; only the handle has to be mutable.
     let mut stored = stored.shallow_clone();
     if device == Device::Cpu {
         return Ok(ddil_libtorch::copy_rows_(&mut stored, rows, &given.contiguous())?);
@@ -239,19 +238,19 @@ fn copy_rows(stored: &Tensor, rows: &[usize], given: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Rows of a batch as an index tensor.
+/// Row numbers of a batch as an index tensor.
 pub(crate) fn index(rows: &[usize], device: Device) -> Tensor {
     let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
     on_device(&rows, device)
 }
 
-/// Numbers of the host on a device, without waiting for it: a blocking copy would wait for all work that is queued, in
-/// the middle of an update whole passes of networks.
+/// Copies host numbers to a device without waiting for it: a blocking copy would wait for all queued work, which in the
+/// middle of an update is whole passes of networks.
 pub(crate) fn on_device<T: Element>(numbers: &[T], device: Device) -> Tensor {
     Tensor::from_slice(numbers).to_device_(device, T::KIND, true, false)
 }
 
-/// The permutation that undoes another.
+/// The inverse of a permutation.
 pub(crate) fn inverse(order: &[usize]) -> Vec<usize> {
     let mut undone = vec![0; order.len()];
     for (to, &from) in order.iter().enumerate() {

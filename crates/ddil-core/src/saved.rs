@@ -1,4 +1,4 @@
-//! What a part of a run is saved as.
+//! The saved state of a part of a run.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 
 /// Named tensors and JSON: the state of a mixer, a source or a buffer.
 ///
-/// Restoring leaves tensors on the device that they are on. [`write`](Self::write) and [`read`](Self::read) keep a state in
-/// a folder of its own; a training loop with checkpoints of its own may keep the parts where it keeps everything else.
+/// Restoring leaves tensors on their device. [`write`](Self::write) and [`read`](Self::read) keep a state in a separate
+/// folder; a training loop with its own checkpoints may store the parts in those.
 ///
 /// # Example
 ///
@@ -32,36 +32,36 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug, Default)]
 pub struct SavedState {
-    /// Tensors with names that are unique, copies of what was saved.
+    /// Tensors with unique names, copied when the state was saved.
     pub tensors: Vec<(String, Tensor)>,
     /// Everything else.
     pub metadata: serde_json::Value,
-    /// Files on disk; none but of a buffer that has spilled.
+    /// Files on disk; only a buffer that has spilled has any.
     pub files: Vec<SavedFile>,
 }
 
-/// A file that what was saved refers to, rather than a copy of what is in it.
+/// A file that the saved state refers to, rather than a copy of its contents.
 ///
-/// It is the very file that is in use: its first `bytes` bytes will not change, but more may come behind them, and its
-/// name is removed once its states are not wanted any more. Who wants to restore later gives it another name before the
-/// next state is put into the buffer: a hard link is enough and takes no time, and a copy does as well. With links, what
-/// a saved state costs on disk is what the buffer has let go since.
+/// It is the file in use: its first `bytes` bytes will not change, but more may be appended, and its name is removed
+/// once its states are no longer needed. To restore later, give it another name before the next insertion into the
+/// buffer: a hard link is enough and takes no time; a copy works too. With links, a saved state takes only the disk
+/// space of the files that the buffer has dropped since.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedFile {
-    /// What it is called in what was saved, a plain file name.
+    /// Its name in the saved state, a plain file name.
     pub name: String,
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
-    /// How many of its bytes belong to what was saved.
+    /// Number of its bytes that belong to the saved state.
     pub bytes: u64,
     /// Their CRC-32, as zlib computes it.
     pub crc32: u32,
 }
 
-/// The layout of the folder that [`SavedState::write`] makes.
+/// Version of the layout of the folder that [`SavedState::write`] creates.
 const FORMAT_VERSION: u32 = 1;
 const TENSORS: &str = "state.safetensors";
-/// Written last: a folder without it is not whole.
+/// Written last: a folder without it is incomplete.
 const STATE: &str = "state.json";
 
 /// What `state.json` contains.
@@ -70,7 +70,7 @@ const STATE: &str = "state.json";
 struct Written {
     format_version: u32,
     metadata: serde_json::Value,
-    /// Files beside it.
+    /// The files in the folder.
     files: Vec<WrittenFile>,
 }
 
@@ -83,13 +83,13 @@ struct WrittenFile {
 }
 
 impl SavedState {
-    /// Writes everything into a new folder: `state.safetensors`, `state.json` and, of a buffer that has spilled, links to
-    /// its files, or copies on another file system.
+    /// Writes everything to a new folder: `state.safetensors`, `state.json` and, for a buffer that has spilled, links
+    /// to its files, or copies on another file system.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the folder exists or the file system refuses, [`Error::Torch`] for a tensor that cannot be
-    /// written, [`Error::Files`] if the JSON cannot.
+    /// [`Error::Io`] if the folder exists or cannot be written, [`Error::Torch`] for a tensor that cannot be written,
+    /// [`Error::Files`] for JSON that cannot be written.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         fs::create_dir(folder).map_err(Error::io("create", folder))?;
@@ -150,25 +150,25 @@ impl SavedState {
         Self { files, ..self }
     }
 
-    /// Reads the metadata as what wrote them.
+    /// Deserializes the metadata.
     pub(crate) fn metadata<M: DeserializeOwned>(&self, what: &'static str) -> Result<M> {
         M::deserialize(&self.metadata)
             .map_err(|e| Error::Restore { what, problem: format!("metadata: {e}") })
     }
 
-    /// The tensors as they are called under a prefix.
+    /// The tensors, with a prefix added to their names.
     pub(crate) fn prefixed(self, prefix: &str) -> impl Iterator<Item = (String, Tensor)> + use<> {
         let prefix = prefix.to_owned();
         self.tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
     }
 
-    /// The files as they are called under a prefix.
+    /// The files, with a prefix added to their names.
     pub(crate) fn prefixed_files(&self, prefix: &str) -> impl Iterator<Item = SavedFile> {
         let files = self.files.iter();
         files.map(move |f| SavedFile { name: format!("{prefix}.{}", f.name), ..f.clone() })
     }
 
-    /// The part of tensors and files whose names begin with a prefix, without it, and a part of the metadata.
+    /// The tensors and files whose names begin with a prefix, without it, and a part of the metadata.
     pub(crate) fn part(&self, prefix: &str, metadata: &serde_json::Value) -> Self {
         let strip = |name: &str| Some(name.strip_prefix(prefix)?.strip_prefix('.')?.to_owned());
         let tensors = self

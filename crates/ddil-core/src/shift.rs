@@ -1,4 +1,4 @@
-//! How far the states at inference lie from those of training.
+//! The shift between the states of inference and those of training.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
@@ -14,15 +14,16 @@ use crate::random::{RandomStreams, Stream};
 use crate::rollout::Rollout;
 use crate::states::Data;
 
-/// Settings of the meter.
+/// Settings of [`measure_shift`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShiftConfig {
-    /// Directions of the sliced distance; default 256.
+    /// Number of directions of the sliced distance; default 256.
     pub projections: i64,
-    /// Most values kept along each dimension past the channels, by averaging; default all. 8 is usual for latents.
+    /// Maximum number of values kept along each dimension after the channels, by averaging; default all. 8 is usual for
+    /// latents.
     pub pool: Option<i64>,
-    /// States a rollout, and rows of the distance matrix that are in memory at once; default 512.
+    /// States per rollout, and rows of the distance matrix that are in memory at once; default 512.
     pub batch_size: i64,
 }
 
@@ -46,39 +47,40 @@ impl ShiftConfig {
     }
 }
 
-/// How far two sets of states are apart.
+/// Distances between two sets of states.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distances {
-    /// Mean over random directions of the squared 2-Wasserstein distance along each
-    /// ([Bonneel et al. 2015](https://doi.org/10.1007/s10851-014-0506-3)); at least 0, above it by chance alone.
+    /// Mean over random directions of the squared 2-Wasserstein distance along each ([Bonneel et al.
+    /// 2015](https://doi.org/10.1007/s10851-014-0506-3)); at least 0, and above it by chance alone.
     pub sliced_w2: f64,
-    /// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased: around 0 for equal laws, then of either sign
-    /// ([Székely and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018)).
+    /// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, unbiased: around 0 for equal distributions, then of either sign ([Székely
+    /// and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018)).
     pub energy: f64,
     /// Root mean square over channels of the difference of means.
     pub mean_gap: f64,
-    /// Mean over channels of the second standard deviation less the first: above 0 where states at inference are
-    /// spread further than training's, as strong guidance makes them.
+    /// Mean over channels of the second standard deviation minus the first: above 0 if states of inference are spread
+    /// wider than those of training, as with strong guidance.
     pub std_gap: f64,
 }
 
 /// The shift at one timestep.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShiftAt {
-    /// Where.
+    /// The timestep.
     pub timestep: i64,
     /// From the states of training to those of inference.
     pub shift: Distances,
-    /// Between two sets of one law, of the same size: what chance alone does.
+    /// Between two sets from one distribution, of the same size: the effect of chance alone.
     pub null: Distances,
 }
 
-/// The shift over a grid in one number a distance.
+/// The shift over a grid, one number per distance.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShiftSummary {
-    /// `sum (D - D_null) / sum D_null` of the sliced distance: 0 is no shift, 1 is as much again as chance.
+    /// `sum (D - D_null) / sum D_null` of the sliced distance: 0 means no shift, 1 a shift as large as the effect of
+    /// chance.
     pub relative_sliced_w2: f64,
-    /// `sum (D - D_null)` of the energy distance, whose null is around 0 and cannot be divided by.
+    /// `sum (D - D_null)` of the energy distance. It is not divided by its null, which is around 0.
     pub excess_energy: f64,
 }
 
@@ -90,7 +92,7 @@ pub struct ShiftReport {
 }
 
 impl ShiftReport {
-    /// Everything in one number a distance.
+    /// The shift over the grid, one number per distance.
     pub fn summary(&self) -> ShiftSummary {
         let sum = |f: &dyn Fn(&ShiftAt) -> f64| -> f64 { self.timesteps.iter().map(f).sum() };
         let null = sum(&|at| at.null.sliced_w2);
@@ -106,7 +108,7 @@ impl ShiftReport {
 ///
 /// # Shapes and units
 ///
-/// - `train`, `inference`, both of `null`: `[n, ..]`, the same shape; `null` are two sets of one law
+/// - `train`, `inference`, both of `null`: `[n, ..]`, the same shape; `null` are two sets from one distribution
 /// - `generator`: for the directions of the sliced distance, the same for both comparisons
 ///
 /// # Errors
@@ -145,30 +147,30 @@ pub fn shift_at(
     })
 }
 
-/// What [`measure_shift`] needs.
+/// Inputs of [`measure_shift`].
 #[derive(Clone, Copy)]
 pub struct ShiftRequest<'a> {
-    /// Dataset samples. One half stands for training, and lends rollouts its conditioning, so that both sides are told
-    /// the same; the other half is the null. Of an odd number the last is left out.
+    /// Dataset samples. One half represents training and provides the conditioning of the rollouts, so that both sides
+    /// have the same; the other half is the null. If their number is odd, the last is not used.
     pub data: &'a Data,
-    /// Who samples.
+    /// The student, as it samples.
     pub student: &'a dyn Denoiser,
-    /// How, exactly as deployed.
+    /// Its sampler, exactly as deployed.
     pub sampler: &'a dyn Sampler,
-    /// Where.
+    /// Its grid.
     pub timesteps: &'a Timesteps,
-    /// The student's update at which this is asked.
+    /// The student's update at the measurement.
     pub step: u64,
     /// Random numbers.
     pub streams: &'a RandomStreams,
 }
 
 /// Measures the shift from the forward marginals, which plain distillation trains on, to the states that a student
-/// enters when it samples, at each timestep of its grid.
+/// visits when it samples, at each timestep of its grid.
 ///
 /// # Errors
 ///
-/// As [`shift_at`], and whatever the student says.
+/// As [`shift_at`], and errors of the student.
 pub fn measure_shift(request: &ShiftRequest<'_>, config: &ShiftConfig) -> Result<ShiftReport> {
     config.ensure()?;
     let _no_grad = tch::no_grad_guard();
@@ -205,7 +207,7 @@ impl std::fmt::Debug for ShiftRequest<'_> {
     }
 }
 
-/// The states that `n` samples enter the network in, one tensor a timestep.
+/// The states at which `n` samples enter the network, one tensor per timestep.
 fn inference_states(
     request: &ShiftRequest<'_>,
     n: i64,
@@ -238,7 +240,7 @@ fn inference_states(
         .collect()
 }
 
-/// States averaged to at most `size` values along each dimension past the channels.
+/// States averaged to at most `size` values along each dimension after the channels.
 fn pooled(states: &Tensor, size: Option<i64>) -> Result<Tensor> {
     const OP: &str = "shift_at";
     let Some(size) = size else { return Ok(states.shallow_clone()) };
@@ -267,7 +269,7 @@ fn distances(
     Ok(Distances { sliced_w2, energy, mean_gap, std_gap })
 }
 
-/// Random unit vectors for states like these, one a column.
+/// Random unit vectors for states like these, one per column.
 pub(crate) fn directions(
     states: &Tensor,
     projections: i64,
@@ -279,13 +281,13 @@ pub(crate) fn directions(
     Ok((directions / norms).to_device(states.device()))
 }
 
-/// Mean over directions of the squared distance of two sets of the same size, in `Float`. Waits for the device.
+/// Mean over directions of the squared distance between two sets of the same size, in `Float`. Waits for the device.
 pub(crate) fn sliced_w2(first: &Tensor, second: &Tensor, directions: &Tensor) -> f64 {
     let sorted = |states: &Tensor| states.flatten(1, -1).matmul(directions).sort(0, false).0;
     (sorted(first) - sorted(second)).square().mean(Kind::Double).double_value(&[])
 }
 
-/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, with no state compared to itself.
+/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, where no state is compared with itself.
 fn energy_distance(
     first: &Tensor,
     second: &Tensor,
@@ -304,7 +306,7 @@ fn total_distance(
     second: &Tensor,
     block: i64,
 ) -> std::result::Result<Tensor, tch::TchError> {
-    /// Differences rather than a matrix product, which would leave a state at a distance from itself.
+    /// Differences rather than a matrix product, which would give a state a nonzero distance to itself.
     const WITHOUT_PRODUCT: i64 = 2;
     let mut total = Tensor::zeros([], (Kind::Double, first.device()));
     for rows in first.f_split(block, 0)? {
@@ -314,10 +316,10 @@ fn total_distance(
     Ok(total)
 }
 
-/// Root mean square over channels of the difference of means, mean difference of standard deviations.
+/// Root mean square over channels of the difference of means; mean difference of standard deviations.
 fn moment_gaps(first: &Tensor, second: &Tensor) -> (f64, f64) {
     let moments = |states: &Tensor| {
-        // One row a channel, over samples and places.
+        // One row per channel, over samples and places.
         let rows = states.to_kind(Kind::Double).transpose(0, 1).flatten(1, -1);
         (rows.mean_dim(1, false, Kind::Double), rows.std_dim(1, true, false))
     };

@@ -1,4 +1,4 @@
-//! Where training states come from.
+//! Sources of training states.
 
 mod forward;
 mod student;
@@ -24,28 +24,28 @@ use crate::rows::{index, on_device};
 use crate::saved::SavedState;
 use crate::states::{Data, States};
 
-/// Gives training states at the grid indices that it is asked for.
+/// Returns training states at the requested grid indices.
 ///
-/// The networks are lent for the call and never kept. What a source draws, it draws from the streams of the request,
-/// so that it has no random state of its own.
+/// The networks are borrowed for the call and never kept. A source draws from the streams of the request, so that it
+/// has no random state.
 pub trait TrajectorySource: std::fmt::Debug + Send {
     /// A state for each of the request's grid indices, in their order.
     ///
     /// # Errors
     ///
-    /// [`Error::NoState`] if there is none to give; whatever the networks say.
+    /// [`Error::NoState`] if there is none; errors of the networks.
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States>;
 
-    /// Sees what the student said of a batch. Most sources look away.
+    /// Receives the student's estimates for a batch. A no-op for most sources.
     ///
     /// # Errors
     ///
-    /// As the source says.
+    /// Those of the source.
     fn after_loss(&mut self, _feedback: &LossFeedback<'_>) -> Result<()> {
         Ok(())
     }
 
-    /// Checks that batches of this size can be served, once, before any work. Most sources can serve any.
+    /// Checks that the source supports batches of this size, once, before training. Most sources support any size.
     ///
     /// # Errors
     ///
@@ -54,10 +54,10 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
         Ok(())
     }
 
-    /// Forgets everything, at a new stage.
+    /// Drops all states, at a new stage.
     fn flush(&mut self) {}
 
-    /// Copies all that [`restore`](Self::restore) needs; nothing for a source without a memory.
+    /// Copies everything that [`restore`](Self::restore) needs; empty for a source without state.
     ///
     /// # Errors
     ///
@@ -66,11 +66,11 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
         Ok(SavedState::default())
     }
 
-    /// Becomes what was saved: the next states are the same, bit for bit.
+    /// Restores a saved state: the next states are the same, bit for bit.
     ///
     /// # Errors
     ///
-    /// [`Error::Restore`] if what was saved is not like this source.
+    /// [`Error::Restore`] if the saved state does not fit this source.
     fn restore(&mut self, saved: &SavedState) -> Result<()> {
         if saved.tensors.is_empty() {
             return Ok(());
@@ -83,12 +83,12 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
 /// The grids of a run, noisiest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grids {
-    /// Where the student is trained.
+    /// The timesteps at which the student is trained.
     pub student: Timesteps,
-    /// Where the student is asked when it samples; a part of `student`, and the same in most methods. A latent
-    /// consistency model is trained at 50 timesteps and sampled at 4.
+    /// The timesteps at which the student is evaluated when it samples; a subset of `student`, and equal to it in most
+    /// methods. A latent consistency model is trained at 50 timesteps and sampled at 4.
     pub rollout: Timesteps,
-    /// Where the teacher is asked in its rollouts; `student` and more between.
+    /// The timesteps of the teacher's rollouts; those of `student`, with more in between.
     pub teacher: Timesteps,
 }
 
@@ -97,7 +97,7 @@ impl Grids {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless `rollout` is part of `student`, `student` part of `teacher`, all begin at the
+    /// [`Error::Invalid`] unless `rollout` is a subset of `student`, `student` a subset of `teacher`, all begin at the
     /// same timestep, and each step goes to the next entry.
     pub fn ensure(&self) -> Result<()> {
         ensure_part_of("rollout_timesteps", &self.rollout, &self.student)?;
@@ -129,50 +129,51 @@ impl Grids {
     }
 }
 
-/// What a source is asked for, and what it may use.
+/// A request for states, and the inputs a source may use.
 #[derive(Clone, Copy)]
 pub struct SourceRequest<'a> {
-    /// Updates of the student so far.
+    /// Number of student updates so far.
     pub step: u64,
-    /// Index in the student's grid of each state wanted; never 0 for backward sources.
+    /// Index in the student's grid of each requested state; never 0 for backward sources.
     pub grid_indices: &'a [usize],
-    /// Dataset samples, one a state wanted.
+    /// Dataset samples, one per requested state.
     pub data: &'a Data,
-    /// Unit noise, one a state wanted, of the shape of the data.
+    /// Unit noise, one sample per requested state, in the shape of the data.
     pub noise: &'a Tensor,
-    /// What trajectories may be told, one row a state wanted.
+    /// Conditioning for trajectories, one row per requested state.
     pub prompts: &'a Conditioning,
     /// The grids of the run.
     pub grids: &'a Grids,
-    /// How the student steps.
+    /// The student's sampler.
     pub sampler: &'a dyn Sampler,
-    /// How the teacher steps.
+    /// The teacher's sampler.
     pub teacher_sampler: &'a dyn Sampler,
-    /// The learner, as it samples.
+    /// The student, as it samples.
     pub student: &'a dyn Denoiser,
-    /// The expert.
+    /// The teacher.
     pub teacher: &'a dyn Denoiser,
     /// Random numbers.
     pub streams: &'a RandomStreams,
 }
 
 impl<'a> SourceRequest<'a> {
-    /// Number of states wanted.
+    /// Number of requested states.
     pub fn len(&self) -> usize {
         self.grid_indices.len()
     }
 
-    /// Whether none are.
+    /// Whether no states are requested.
     pub fn is_empty(&self) -> bool {
         self.grid_indices.is_empty()
     }
 
-    /// Checks that the parts fit each other, for whoever implements a source.
+    /// Checks that the parts fit each other; for implementations of a source.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a grid index beyond the grid; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::Conditioning`] or
-    /// [`Error::Scheduler`] for a part that is not of as many samples as there are indices, or holds no real numbers.
+    /// [`Error::Invalid`] for a grid index beyond the grid;
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::Conditioning`] or [`Error::Scheduler`]
+    /// for a part with another number of samples than there are indices, or without real numbers.
     pub fn ensure(&self) -> Result<()> {
         const OP: &str = "TrajectorySource::states";
         let len = self.grids.student.len();
@@ -198,12 +199,12 @@ impl<'a> SourceRequest<'a> {
         self.prompts.ensure_batch(OP, batch)
     }
 
-    /// Where states are wanted.
+    /// The device of the requested states.
     pub fn device(&self) -> Device {
         self.data.x0.device()
     }
 
-    /// Timestep of each state wanted.
+    /// Timestep of each requested state.
     pub fn timesteps(&self) -> Vec<i64> {
         self.grid_indices.iter().map(|&i| self.grids.student.as_slice()[i]).collect()
     }
@@ -215,7 +216,7 @@ impl<'a> SourceRequest<'a> {
         shape
     }
 
-    /// Trajectories on `timesteps` that the teacher takes part in as `variant` says.
+    /// Trajectories on `timesteps` in which the teacher acts according to `variant`.
     fn rollout(&self, timesteps: &'a Timesteps, variant: Option<MixedVariant>) -> MixedRollout<'a> {
         MixedRollout {
             student: self.student,
@@ -228,9 +229,9 @@ impl<'a> SourceRequest<'a> {
         }
     }
 
-    /// States of a source of one's own, in the order of the request: `x_t` with a row per grid index, made at this step.
+    /// States of your own source, in the order of the request: `x_t` has a row per grid index, made at this step.
     ///
-    /// A source that was added by name may pass any `source`: the mixer writes its name there.
+    /// An added source may pass any `source`: the mixer replaces it with the source's name.
     pub fn states(
         &self,
         x_t: Tensor,
@@ -240,7 +241,7 @@ impl<'a> SourceRequest<'a> {
         self.made(x_t, conditioning, vec![source; self.len()])
     }
 
-    /// States in the order of the request, each from a source of its own.
+    /// States in the order of the request, with a source per state.
     fn made(
         &self,
         x_t: Tensor,
@@ -267,7 +268,7 @@ impl std::fmt::Debug for SourceRequest<'_> {
     }
 }
 
-/// Some of the states of a request, with rows of their own.
+/// Some of the states of a request, with their own rows.
 pub(crate) struct Selected {
     grid_indices: Vec<usize>,
     data: Data,
@@ -288,7 +289,7 @@ impl Selected {
         })
     }
 
-    /// The request for these states; all else is that of the whole.
+    /// The request for these states; everything else is that of the whole request.
     pub(crate) fn request<'a>(&'a self, whole: &SourceRequest<'a>) -> SourceRequest<'a> {
         SourceRequest {
             grid_indices: &self.grid_indices,
@@ -300,27 +301,27 @@ impl Selected {
     }
 }
 
-/// What the loss computed of a batch, for sources that go on from there.
+/// Results of the loss for a batch, for sources that continue from them.
 #[derive(Clone, Copy, Debug)]
 pub struct LossFeedback<'a> {
-    /// Updates of the student when the batch was made.
+    /// Number of student updates when the batch was made.
     pub step: u64,
     /// The batch.
     pub states: &'a States,
     /// The student's clean estimate of each state, treated as in rollouts.
     pub student_x0: &'a Tensor,
-    /// Where the teacher goes from each state: its state at the next grid index.
+    /// The teacher's state at the next grid index, from each state.
     pub teacher_next: Option<&'a Tensor>,
     /// The grids of the run.
     pub grids: &'a Grids,
-    /// How the student steps.
+    /// The student's sampler.
     pub sampler: &'a dyn Sampler,
     /// Random numbers.
     pub streams: &'a RandomStreams,
 }
 
 impl LossFeedback<'_> {
-    /// Checks that the parts fit each other, for whoever implements a source.
+    /// Checks that the parts fit each other; for implementations of a source.
     ///
     /// # Errors
     ///
@@ -373,11 +374,11 @@ impl SourceConfig {
     }
 }
 
-/// Trajectories that serve several requests each: the `k`-th request at a grid index goes to trajectory `k`.
+/// Trajectories that each serve several requests: the `k`-th request at a grid index is served by trajectory `k`.
 struct Shared {
     /// Trajectory of each request.
     trajectories: Vec<usize>,
-    /// The first request of each trajectory, whose prompt it is told.
+    /// The first request of each trajectory, which provides its prompt.
     prompts: Vec<usize>,
 }
 
@@ -396,12 +397,12 @@ impl Shared {
         Self { trajectories: trajectories.collect(), prompts }
     }
 
-    /// A trajectory for each request.
+    /// One trajectory per request.
     fn alone(requests: usize) -> Self {
         Self { trajectories: (0..requests).collect(), prompts: (0..requests).collect() }
     }
 
-    /// The least noisy of the requests of each trajectory.
+    /// The least noisy timestep requested from each trajectory.
     fn targets(&self, timesteps: &[i64]) -> Vec<i64> {
         let mut targets = vec![i64::MAX; self.prompts.len()];
         for (&trajectory, &timestep) in self.trajectories.iter().zip(timesteps) {

@@ -1,11 +1,11 @@
-//! Names of sources that were added to a mixture.
+//! Names of sources added to a mixture.
 
 use std::fmt;
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-/// The name of a source that was added to a mixture: 1 to 22 of `a`-`z`, `0`-`9` and `_`.
+/// The name of a source added to a mixture: 1 to 22 characters of `a`-`z`, `0`-`9` and `_`.
 ///
 /// # Example
 ///
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 /// assert!(SourceName::new("Perturbed states").is_err());
 /// # Ok::<(), ddil_core::Error>(())
 /// ```
-// Of a fixed size, as states by the million carry one.
+// Of fixed size, as millions of states carry one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct SourceName {
@@ -27,7 +27,7 @@ pub struct SourceName {
 const MAX_LEN: usize = 22;
 
 impl SourceName {
-    /// A name.
+    /// Checks a name.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl SourceName {
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
-        // ASCII alone was let in.
+        // Only ASCII is accepted.
         std::str::from_utf8(&self.bytes[..usize::from(self.len)]).unwrap_or_default()
     }
 }

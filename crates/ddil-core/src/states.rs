@@ -1,4 +1,4 @@
-//! The batch that every later stage reads.
+//! Batches of training states.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
@@ -11,7 +11,7 @@ use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::source_name::SourceName;
 
-/// Clean samples of a dataset, `[batch, ..]`, with what is known of them.
+/// Clean samples of a dataset, `[batch, ..]`, with their conditioning.
 #[derive(Debug)]
 pub struct Data {
     /// Clean samples, data scale.
@@ -25,14 +25,14 @@ impl Data {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if the device is not there.
+    /// [`Error::Torch`] if the device does not exist.
     pub fn to_device(&self, device: Device) -> Result<Self> {
         let x0 = self.x0.f_to_device(device).map_err(Error::torch("Data::to_device"))?;
         Ok(Self { x0, conditioning: self.conditioning.to_device(device)? })
     }
 }
 
-/// Where a training state comes from.
+/// Origin of a training state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Source {
@@ -42,20 +42,20 @@ pub enum Source {
     Student,
     /// The teacher's backward trajectory.
     Teacher,
-    /// A trajectory that student and teacher took turns on.
+    /// A trajectory on which student and teacher took turns.
     Mixed,
-    /// Pure noise: the first state of every trajectory, whoever walks on from it.
+    /// Pure noise: the first state of every trajectory.
     Noise,
     /// A source that was added to the mixture.
     Added(SourceName),
 }
 
 impl Source {
-    /// All but those that were added, in the order in which they are logged.
+    /// All except added sources, in the order in which they are logged.
     pub const ALL: [Self; 5] =
         [Self::Forward, Self::Student, Self::Teacher, Self::Mixed, Self::Noise];
 
-    /// Place in [`ALL`](Self::ALL), and after that of those in `added`.
+    /// Index in [`ALL`](Self::ALL), followed by the sources in `added`.
     pub(crate) fn place_among(self, added: &[Self]) -> Option<usize> {
         let mut all = Self::ALL.iter().chain(added);
         all.position(|other| *other == self)
@@ -89,23 +89,23 @@ impl TryFrom<String> for Source {
     }
 }
 
-/// A batch of training states: where each sample is, what was said of it, where it comes from.
+/// A batch of training states: the state, conditioning and source of each sample.
 ///
-/// Holds no labels: the teacher is asked at the loss, so that states stay valid when loss, guidance or teacher
-/// change (the learner acts, the expert labels; [Ross et al. 2011](https://arxiv.org/abs/1011.0686)).
+/// Contains no labels: the teacher is evaluated in the loss, so that states stay valid if loss, guidance or teacher
+/// change (the student acts, the teacher labels; [Ross et al. 2011](https://arxiv.org/abs/1011.0686)).
 #[derive(Debug)]
 pub struct States {
-    /// Noisy samples, `[batch, ..]`, never with a graph behind them.
+    /// Noisy samples, `[batch, ..]`, always without a graph.
     pub x_t: Tensor,
     /// Their timesteps, `[batch]`, `Int64`.
     pub timesteps: Tensor,
     /// Index of each timestep in the student's grid, 0 the noisiest.
     pub grid_indices: Vec<usize>,
-    /// What was said of each sample on its way here.
+    /// The conditioning of each sample on its trajectory.
     pub conditioning: Conditioning,
-    /// Where each sample comes from.
+    /// The source of each sample.
     pub sources: Vec<Source>,
-    /// The student's step at which each state was made.
+    /// The student's update at which each state was made.
     pub births: Vec<u64>,
 }
 
@@ -115,17 +115,18 @@ impl States {
         self.sources.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no samples.
     pub fn is_empty(&self) -> bool {
         self.sources.is_empty()
     }
 
-    /// Checks that every part is of as many samples as the others.
+    /// Checks that all parts have the same number of samples.
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`Error::Conditioning`] for the first part that is not, [`Error::Invalid`] for a list of
-    /// another length, [`Error::Scheduler`] for `x_t` that holds no real numbers and `timesteps` that are no `Int64`.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`Error::Conditioning`] for the first part that
+    /// differs, [`Error::Invalid`] for a list of another length, [`Error::Scheduler`] for `x_t` without real numbers
+    /// and `timesteps` other than `Int64`.
     pub fn ensure(&self, op: &'static str) -> Result<()> {
         let batch = self.len();
         for (field, len) in
@@ -160,12 +161,12 @@ impl States {
         self.conditioning.ensure_batch(op, batch)
     }
 
-    /// One batch after another, on the device and in the kind of the first.
+    /// Concatenates batches, on the device and in the kind of the first.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is none; as [`ensure`](Self::ensure); [`Error::Torch`] or [`Error::Conditioning`] if they do not fit each
-    /// other.
+    /// [`Error::Invalid`] if there is none; as [`ensure`](Self::ensure); [`Error::Torch`] or [`Error::Conditioning`] if
+    /// they do not fit each other.
     pub fn cat(batches: &[Self]) -> Result<Self> {
         const OP: &str = "States::cat";
         let Some(first) = batches.first() else {
@@ -220,7 +221,7 @@ impl States {
 mod tests {
     use super::*;
 
-    /// Saved buffers and counters have these names and this order.
+    /// Saved buffers and counters use these names in this order.
     #[test]
     fn sources_keep_their_names_and_places() {
         let names = ["forward", "student", "teacher", "mixed", "noise"];

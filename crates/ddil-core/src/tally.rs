@@ -1,17 +1,17 @@
-//! Sums that stay on the device until someone asks.
+//! Sums that stay on the device until they are read.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// A sum and a count at each of a fixed number of places, added to without waiting for the device.
+/// A sum and a count at each of a fixed number of places, updated without waiting for the device.
 ///
-/// In `Double`, where sums of single precision values are exact as long as they are of similar size: the order in
-/// which a device adds them does not matter then.
+/// In `Double`, in which sums of single-precision values are exact if they are of similar size: the order in which a
+/// device adds them then does not matter.
 #[derive(Debug)]
 pub(crate) struct Tally {
     len: usize,
-    /// `[2, len]`: sums, then counts. Allocated where the first values are.
+    /// `[2, len]`: sums, then counts. Allocated on the device of the first values.
     sums: Option<Tensor>,
 }
 
@@ -20,7 +20,7 @@ impl Tally {
         Self { len, sums: None }
     }
 
-    /// Makes room for `len` places, if there are fewer.
+    /// Extends it to `len` places, if there are fewer.
     pub(crate) fn grow(&mut self, op: &'static str, len: usize) -> Result<()> {
         if len <= self.len {
             return Ok(());
@@ -46,7 +46,7 @@ impl Tally {
         Ok(())
     }
 
-    /// Sum and count at each place, which waits for the device; then begins anew.
+    /// Sum and count at each place, then resets. Waits for the device.
     pub(crate) fn take(&mut self, op: &'static str) -> Result<Vec<(f64, f64)>> {
         let Some(sums) = self.sums.take() else { return Ok(vec![(0.0, 0.0); self.len]) };
         let flat: Vec<f64> =
@@ -55,12 +55,12 @@ impl Tally {
         Ok(sums.iter().copied().zip(counts.iter().copied()).collect())
     }
 
-    /// A copy of what was added; none if nothing was.
+    /// A copy of the sums; none if nothing was added.
     pub(crate) fn tensor(&self) -> Option<Tensor> {
         Some(self.sums.as_ref()?.copy())
     }
 
-    /// Takes back what [`tensor`](Self::tensor) gave.
+    /// Restores what [`tensor`](Self::tensor) returned.
     pub(crate) fn restore(&mut self, what: &'static str, sums: Option<&Tensor>) -> Result<()> {
         let expected = [2, self.len as i64];
         if let Some(sums) = sums.filter(|s| s.size() != expected || s.kind() != Kind::Double) {

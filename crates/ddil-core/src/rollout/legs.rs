@@ -1,4 +1,4 @@
-//! A batch whose samples stop at timesteps of their own.
+//! A batch whose samples stop at individual timesteps.
 
 use ddil_files::Invalid;
 use ddil_libtorch::{ArgumentError, Generator, ensure_real};
@@ -10,19 +10,19 @@ use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
 use crate::rows::{index, inverse};
 
-/// The part of a batch that has not arrived yet, at one level of a path.
+/// The part of a batch that has not reached its targets, at one level of a path.
 pub(super) struct Leg<'a> {
     pub(super) level: usize,
     pub(super) x_t: &'a Tensor,
     pub(super) conditioning: &'a Conditioning,
-    /// Where each goes in this step.
+    /// The timestep that each sample goes to in this step.
     pub(super) next: &'a [i64],
-    /// Which samples of the whole batch these are.
+    /// The rows of these samples in the whole batch.
     pub(super) rows: &'a [usize],
 }
 
-/// Moves a batch, all at `path[0]`, until each sample is at its target; `advance` makes one step of those that are
-/// not yet there.
+/// Moves a batch, all at `path[0]`, until each sample is at its target; `advance` makes one step with the unfinished
+/// samples.
 pub(super) fn for_unfinished(
     path: &[i64],
     x_t: &Tensor,
@@ -30,7 +30,7 @@ pub(super) fn for_unfinished(
     targets: &[i64],
     mut advance: impl FnMut(&Leg<'_>) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    // Those with the longest way come first, so that the unfinished are always a front part of the batch.
+    // Samples with the longest path come first, so that the unfinished ones are always the front of the batch.
     let mut rows: Vec<usize> = (0..targets.len()).collect();
     rows.sort_by_key(|&row| targets[row]);
     let order = index(&rows, x_t.device());
@@ -78,7 +78,7 @@ pub(super) fn walk(
     })
 }
 
-/// Checks a first state, its conditioning and whether the sampler has the noise that it adds.
+/// Checks a first state and its conditioning, and that a sampler that adds noise has a generator.
 pub(super) fn ensure_ready(
     op: &'static str,
     sampler: &dyn Sampler,
@@ -98,7 +98,7 @@ pub(super) fn ensure_ready(
     Ok(())
 }
 
-/// Checks that there is a target per sample, and none noisier than `first`.
+/// Checks that there is one target per sample, and none noisier than `first`.
 pub(super) fn ensure_targets(
     op: &'static str,
     noise: &Tensor,

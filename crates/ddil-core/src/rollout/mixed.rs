@@ -1,4 +1,4 @@
-//! Trajectories that student and teacher take turns on.
+//! Trajectories on which student and teacher take turns.
 
 use ddil_files::Invalid;
 use ddil_libtorch::Generator;
@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::random::Draws;
 use crate::rows::{index, inverse};
 
-/// When the teacher walks in place of the student, interval by interval of the student's grid.
+/// When the teacher acts instead of the student, per interval of the student's grid.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum MixedVariant {
@@ -29,17 +29,17 @@ pub enum MixedVariant {
     },
     /// In the first `switch` intervals.
     TeacherThenStudent {
-        /// The first interval that is the student's.
+        /// The first interval of the student.
         switch: usize,
     },
     /// From interval `switch` on.
     StudentThenTeacher {
-        /// The first interval that is the teacher's.
+        /// The first interval of the teacher.
         switch: usize,
     },
-    /// From the first interval on where the two disagree: mean of `|x0_student - x0_teacher|` above `threshold`.
+    /// From the first interval in which the two disagree: mean of `|x0_student - x0_teacher|` above `threshold`.
     ///
-    /// Costs a call of both networks in each interval, and waits for the device to know who acts.
+    /// Costs a call of both networks in each interval, and waits for the device to find out which one acts.
     Conditional {
         /// Data scale, at least 0.
         threshold: f64,
@@ -47,7 +47,7 @@ pub enum MixedVariant {
 }
 
 impl MixedVariant {
-    /// Checks the settings, once, before any step.
+    /// Checks the settings; call it once, before training.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl MixedVariant {
             Self::Bernoulli { kappa } if !(0.0..=1.0).contains(&kappa) => {
                 ("mixed.kappa", kappa, "in 0..=1")
             }
-            // Written so that a NaN is refused.
+            // Written so that NaN is rejected.
             Self::Conditional { threshold } if !matches!(threshold, 0.0..) => {
                 ("mixed.threshold", threshold, "at least 0")
             }
@@ -66,7 +66,7 @@ impl MixedVariant {
         Err(Error::Invalid(Invalid::new(field, value, expected)))
     }
 
-    /// Whether the teacher walks interval `level`, where that can be said without asking the networks.
+    /// Whether the teacher acts in interval `level`, if that is known without calling the networks.
     pub(crate) fn teacher_acts(&self, level: usize, rng: &mut StdRng) -> Option<bool> {
         match *self {
             Self::Bernoulli { kappa } => Some(rng.random::<f64>() < kappa),
@@ -77,37 +77,37 @@ impl MixedVariant {
     }
 }
 
-/// Student and teacher on one trajectory.
+/// A trajectory shared by student and teacher.
 ///
-/// The teacher may take finer steps than the student, each interval of the student's grid in several.
+/// The teacher may take finer steps than the student, several per interval of the student's grid.
 #[derive(Clone, Copy)]
 pub struct MixedRollout<'a> {
-    /// The learner.
+    /// The student.
     pub student: &'a dyn Denoiser,
-    /// How the learner steps.
+    /// The student's sampler.
     pub student_sampler: &'a dyn Sampler,
-    /// The learner's grid.
+    /// The student's grid.
     pub timesteps: &'a Timesteps,
-    /// The expert.
+    /// The teacher.
     pub teacher: &'a dyn Denoiser,
-    /// How the expert steps.
+    /// The teacher's sampler.
     pub teacher_sampler: &'a dyn Sampler,
-    /// The expert's grid; holds every timestep of the learner's.
+    /// The teacher's grid; contains every timestep of the student's.
     pub teacher_timesteps: &'a Timesteps,
-    /// When the expert acts; none is never.
+    /// When the teacher acts; never if none.
     pub variant: Option<MixedVariant>,
 }
 
-/// States that a batch of trajectories passed, one row each.
+/// States visited by a batch of trajectories, one per row.
 #[derive(Debug)]
 pub struct Visited {
     /// The states, `[visited, ..]`.
     pub x_t: Tensor,
-    /// Which trajectory each is of.
+    /// The trajectory of each state.
     pub rows: Vec<usize>,
-    /// Where each is.
+    /// The timestep of each state.
     pub timesteps: Vec<i64>,
-    /// Whether the teacher walked any interval before it.
+    /// Whether the teacher acted in any interval before it.
     pub teacher_acted: Vec<bool>,
 }
 
@@ -122,13 +122,13 @@ impl std::fmt::Debug for MixedRollout<'_> {
 }
 
 impl MixedRollout<'_> {
-    /// Runs each sample of a batch from noise to a timestep of its own and keeps what it passes on the way: every
-    /// state but the first, the target last.
+    /// Runs each sample of a batch from noise to its target and keeps the states on the way: all except the first, the
+    /// target last.
     ///
     /// # Shapes and units
     ///
     /// - `noise`: `[batch, ..]`, unit normal
-    /// - `targets`: one timestep a sample, less noisy than the first
+    /// - `targets`: one timestep per sample, less noisy than the first
     ///
     /// # Errors
     ///
@@ -240,7 +240,7 @@ impl MixedRollout<'_> {
         }
     }
 
-    /// Whether the teacher walks this interval, one a sample of the leg.
+    /// Whether the teacher acts in this interval, per sample of the leg.
     fn who_acts(
         &self,
         level: usize,
@@ -261,7 +261,7 @@ impl MixedRollout<'_> {
         Ok(leg.rows.iter().map(decide).collect())
     }
 
-    /// Mean of `|x0_student - x0_teacher|`, one a sample.
+    /// Mean of `|x0_student - x0_teacher|` per sample.
     fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
         const OP: &str = "MixedRollout::visit";
         let timestep = self.timesteps.as_slice()[level];
@@ -279,7 +279,7 @@ impl MixedRollout<'_> {
         step(actor, &part.x_t, timestep, &part.next, &part.conditioning, Some(generator))
     }
 
-    /// The interval in the teacher's finer steps.
+    /// One interval in the finer steps of the teacher.
     fn teacher_steps(
         &self,
         level: usize,
@@ -301,13 +301,13 @@ impl Visited {
         Self { x_t, rows: vec![], timesteps: vec![], teacher_acted: vec![] }
     }
 
-    /// The same as rows of a larger batch: trajectory `i` of this one is `rows[i]` there.
+    /// The same with rows of a larger batch: trajectory `i` becomes `rows[i]`.
     pub(crate) fn renumbered(mut self, rows: &[usize]) -> Self {
         self.rows.iter_mut().for_each(|row| *row = rows[*row]);
         self
     }
 
-    /// All that was visited, one after another.
+    /// Concatenates visited states.
     pub(crate) fn cat(parts: Vec<Self>) -> Result<Self> {
         let mut all = Self::nothing();
         let mut states = Vec::with_capacity(parts.len());
@@ -323,18 +323,18 @@ impl Visited {
         Ok(all)
     }
 
-    /// Where the state of a trajectory at a timestep is among the visited.
+    /// Index of the state of a trajectory at a timestep among the visited states.
     pub fn position(&self, row: usize, timestep: i64) -> Option<usize> {
         (0..self.rows.len()).find(|&i| self.rows[i] == row && self.timesteps[i] == timestep)
     }
 }
 
-/// What is remembered of a trajectory.
+/// Status of a trajectory.
 #[derive(Clone, Copy, Default)]
 struct Hand {
-    /// Whether the teacher walked any interval.
+    /// Whether the teacher acted in any interval.
     teacher_acted: bool,
-    /// Whether the teacher walks on from here.
+    /// Whether the teacher acts from here on.
     handed_over: bool,
 }
 

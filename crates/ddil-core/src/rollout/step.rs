@@ -8,19 +8,19 @@ use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 
-/// A network, and how a step follows from its prediction.
+/// A network and its sampler.
 pub(super) type Actor<'a> = (&'a dyn Denoiser, &'a dyn Sampler);
 
-/// Where the noise comes from that a sampler adds.
+/// The generators of the noise that a sampler adds.
 pub(super) enum Fresh<'a> {
-    /// One draw for a whole batch.
+    /// One draw for the whole batch.
     OfBatch(Option<&'a mut Generator>),
     /// One draw for each sample.
     OfEach(&'a mut [Generator]),
 }
 
 impl Fresh<'_> {
-    /// Noise in the form of `like`, in `Float` at least; none without a generator.
+    /// Noise shaped like `like`, in at least `Float`; none without a generator.
     pub(super) fn like(&mut self, like: &Tensor) -> Result<Option<Tensor>> {
         let kind = match like.kind() {
             Kind::Half | Kind::BFloat16 => Kind::Float,
@@ -44,7 +44,7 @@ impl Fresh<'_> {
         !matches!(self, Self::OfBatch(None))
     }
 
-    /// Checks that a sampler that adds noise has a generator for each of `batch` samples, if each has its own.
+    /// Checks that, with one generator per sample, a sampler that adds noise has `batch` of them.
     pub(super) fn ensure_batch(
         &self,
         op: &'static str,
@@ -78,7 +78,7 @@ pub(super) fn step_at(
     Ok(sampler.step_at(x_t, &estimate, prev, noise.as_ref())?)
 }
 
-/// The same for a batch at one timestep whose samples go to timesteps of their own.
+/// The same for a batch at one timestep whose samples go to individual timesteps.
 pub(super) fn step(
     actor: Actor<'_>,
     x_t: &Tensor,
@@ -99,7 +99,7 @@ pub(super) fn step(
     sampler_step(sampler, &prediction, &timesteps, prev_timesteps, generator)
 }
 
-/// One step of the sampler for a batch with mixed timesteps, with noise from `generator` if the sampler adds some.
+/// One step of the sampler for a batch with mixed timesteps, with noise from `generator` if the sampler adds noise.
 pub(crate) fn sampler_step(
     sampler: &dyn Sampler,
     prediction: &Prediction,

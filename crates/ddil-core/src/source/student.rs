@@ -1,4 +1,4 @@
-//! States that the student visits.
+//! States visited by the student.
 
 mod chains;
 
@@ -18,32 +18,33 @@ use crate::rows::{index, inverse, on_device};
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 
-/// How the student's states are come by.
+/// How the student's states are made.
 ///
-/// In passes of the student a state, with `n` the length of the grid: `Fresh` about `n / 2`, `FreshAll` about 1,
+/// Cost per state in student evaluations, with `n` the length of the grid: `Fresh` about `n / 2`, `FreshAll` about 1,
 /// `Buffer` about `new_fraction` times `n`, `Chain` about `refresh_fraction` times `n / 2`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum StudentPolicy {
-    /// A rollout of its own for each state: independent and of the very student.
+    /// A separate rollout for each state: independent and from the current student.
     Fresh,
     /// Rollouts whose states are all used in the batch.
     FreshAll,
-    /// An [`AggregationBuffer`] that fresh rollouts go to.
+    /// An [`AggregationBuffer`] filled by fresh rollouts.
     Buffer {
-        /// Share of the states asked for that are rolled out anew; default 0.25. The states of such a rollout all
-        /// go to the buffer. An index with no state young enough is always rolled out.
+        /// Share of the requested states that are rolled out afresh; default 0.25. All states of such a rollout are
+        /// inserted into the buffer. An index without a state within the age limit is always rolled out.
         #[serde(default = "default_new_fraction")]
         new_fraction: f64,
         /// The buffer.
         #[serde(default)]
         buffer: BufferConfig,
     },
-    /// Trajectories that each loss moves on by a step, from the clean estimate that it needed anyway: no passes at
-    /// all, and states at most a few updates old. What the chains lack at an index is walked to from where they are.
+    /// Trajectories that each loss advances by one step, from the clean estimate that it computes anyway: no extra
+    /// evaluations, and states are at most a few updates old. States missing at an index are made by advancing existing
+    /// ones.
     Chain {
-        /// Share of the states asked for that are rolled out anew, so that batches that follow each other have less
-        /// in common; default 0.1.
+        /// Share of the requested states that are rolled out afresh, so that consecutive batches are less correlated;
+        /// default 0.1.
         #[serde(default = "default_refresh_fraction")]
         refresh_fraction: f64,
     },
@@ -67,25 +68,25 @@ impl Default for StudentPolicy {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StudentConfig {
-    /// How states are come by; default chains.
+    /// How states are made; default chains.
     pub policy: StudentPolicy,
-    /// When the teacher walks in place of the student; default never.
+    /// When the teacher acts instead of the student; default never.
     pub mixed: Option<MixedVariant>,
-    /// Fewest and most steps of a rollout, of which each trajectory draws its own number, so that the student sees
-    /// what it meets at other step counts too; default the one grid that it is sampled at. For students whose
-    /// sampler can go to any timestep, with the policies `fresh` and `buffer`.
+    /// Minimum and maximum number of steps of a rollout; each trajectory draws its own, so that the student is also
+    /// trained on states of other step counts. Default: the grid on which it is sampled. For students whose sampler can
+    /// go to any timestep, with the policies `fresh` and `buffer`.
     ///
-    /// `n` steps are at every so many of the training grid, as [`Timesteps::lcm`] has them.
+    /// `n` steps are spaced evenly over the training grid, as in [`Timesteps::lcm`].
     pub rollout_steps: Option<RolloutSteps>,
 }
 
-/// How many steps a rollout may have, both ends included.
+/// Range of the number of steps of a rollout, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutSteps {
-    /// Fewest, at least 1.
+    /// Minimum, at least 1.
     pub min: usize,
-    /// Most, at most the length of the training grid.
+    /// Maximum, at most the length of the training grid.
     pub max: usize,
 }
 
@@ -151,15 +152,15 @@ pub struct StudentSource {
     memory: Memory,
 }
 
-/// How a trajectory may go.
+/// The possible paths of a trajectory.
 #[derive(Debug)]
 struct Ways {
     mixed: Option<MixedVariant>,
-    /// Grids of which each trajectory draws one; none where all are on the grid of the run.
+    /// Grids of which each trajectory draws one; empty if all use the grid of the run.
     grids: Vec<Timesteps>,
 }
 
-/// What is kept from step to step, by policy.
+/// State kept between steps, by policy.
 #[derive(Debug)]
 enum Memory {
     Fresh,
@@ -190,7 +191,7 @@ impl StudentSource {
         Ok(Self { ways, memory })
     }
 
-    /// The buffer, if that is the policy.
+    /// The buffer, if the policy has one.
     pub fn buffer(&self) -> Option<&AggregationBuffer> {
         match &self.memory {
             Memory::Buffer { buffer, .. } => Some(buffer),
@@ -260,7 +261,7 @@ impl TrajectorySource for StudentSource {
     }
 }
 
-/// Rolls trajectories out from noise and takes the states asked for.
+/// Rolls out trajectories from noise and selects the requested states.
 fn fresh(
     request: &SourceRequest<'_>,
     ways: &Ways,
@@ -272,7 +273,7 @@ fn fresh(
     taken(request, shared, &visited, &prompts)
 }
 
-/// Trajectories from fresh noise to `targets`, with what each was told.
+/// Trajectories from fresh noise to `targets`, and the conditioning of each.
 fn roll_out(
     request: &SourceRequest<'_>,
     ways: &Ways,
@@ -305,7 +306,7 @@ fn roll_out(
     Ok((Visited::cat(parts)?, prompts))
 }
 
-/// The states asked for among those visited.
+/// The requested states among those visited.
 fn taken(
     request: &SourceRequest<'_>,
     shared: &Shared,
@@ -326,7 +327,7 @@ fn taken(
     Ok(request.made(x_t, conditioning, sources))
 }
 
-/// States from the buffer, some of them rolled out and put there first.
+/// States from the buffer, some of them rolled out and inserted first.
 fn buffered(
     request: &SourceRequest<'_>,
     ways: &Ways,
@@ -353,7 +354,7 @@ fn buffered(
     States::cat(&parts)?.index_select(&order)
 }
 
-/// Rolls whole trajectories out, puts all that they visit into the buffer and takes the states asked for.
+/// Rolls out whole trajectories, inserts all visited states into the buffer and selects the requested ones.
 fn rolled_into(
     request: &SourceRequest<'_>,
     ways: &Ways,
@@ -365,7 +366,7 @@ fn rolled_into(
     let targets = if grids.rollout == grids.student && ways.grids.is_empty() {
         vec![grids.student.as_slice().last().copied().unwrap_or(-1); request.len()]
     } else {
-        // Between two timesteps of the rollout there are many to stop at; the one asked for is as good as any.
+        // Between two timesteps of the rollout there are many to stop at; the requested one is as good as any.
         request.timesteps()
     };
     let (visited, prompts) = roll_out(request, ways, &shared, &targets, draws)?;
@@ -383,7 +384,7 @@ fn rolled_into(
     taken(request, &shared, &visited, &prompts)
 }
 
-/// Whose trajectory it is.
+/// The source of a trajectory.
 fn source(teacher_acted: bool) -> Source {
     if teacher_acted { Source::Mixed } else { Source::Student }
 }

@@ -1,4 +1,4 @@
-//! States that the teacher visits.
+//! States visited by the teacher.
 
 use ddil_files::Invalid;
 use rand::Rng;
@@ -16,15 +16,15 @@ use crate::rows::{RowStore, index, on_device};
 use crate::saved::SavedState;
 use crate::states::{Source, States};
 
-/// What of the teacher's trajectories becomes training states.
+/// Which states of the teacher's trajectories are used for training.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TeacherStates {
-    /// What it passes on its way: states of a sampler that goes along the teacher's ODE, as DDIM does.
+    /// The states on the way: for a sampler that follows the teacher's ODE, such as DDIM.
     #[default]
     Visited,
-    /// What it arrives at, noised: states of a sampler that noises its clean estimate afresh at each step, as those of
-    /// LCM and DMD2 do, in the hands of the teacher. A trajectory serves every timestep.
+    /// The noised end points: the states of a sampler that adds fresh noise to its clean estimate at each step, as
+    /// those of LCM and DMD2 do, with the teacher as network. One trajectory serves every timestep.
     Renoised,
 }
 
@@ -39,18 +39,19 @@ impl TeacherStates {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// Trajectories that are kept and used again; default 1024, 0 rolls out anew each time. The teacher does not
-    /// change, so its states never age; filled as they are asked for, and no cheaper than 0 before it is full.
+    /// Number of trajectories kept for reuse; default 1024, 0 makes new rollouts each time. The teacher does not
+    /// change, so its states never expire. The pool is filled on demand; until it is full, the cost is the same as with
+    /// 0.
     pub pool: usize,
-    /// What of a trajectory is trained on; default the states that it passes.
-    // Not written where it is the default, so that runs of before there was a choice keep their name.
+    /// Which states of a trajectory are used; default those on the way.
+    // Omitted if default, so that runs from before the setting existed keep their name.
     #[serde(skip_serializing_if = "TeacherStates::is_visited")]
     pub states: TeacherStates,
-    /// States kept of each trajectory; default all. For grids of many timesteps.
+    /// Number of states kept per trajectory; default all. For grids of many timesteps.
     pub states_per_trajectory: Option<usize>,
     /// DDIM steps of the teacher in each interval of the student's grid; default 2.
     pub substeps: u32,
-    /// What states of the pool are stored as; default f16.
+    /// Number format that states in the pool are stored in; default f16.
     pub storage: StorageKind,
 }
 
@@ -66,23 +67,23 @@ impl Default for TeacherConfig {
     }
 }
 
-/// The teacher's backward trajectories, with a pool of them that is filled by and by.
+/// The teacher's backward trajectories, with a pool of them that is filled on demand.
 #[derive(Debug)]
 pub struct TeacherSource {
     config: TeacherConfig,
-    /// States kept of each trajectory.
+    /// Number of states kept per trajectory.
     kept: usize,
     pool: Pool,
     rows: RowStore,
 }
 
-/// What lies where in the rows: those of a trajectory side by side.
+/// The contents of the rows: those of one trajectory are adjacent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Pool {
     /// Step at which each trajectory was made.
     births: Vec<u64>,
-    /// Rows of each grid index; ends of trajectories are at 0, where no state is kept.
+    /// Rows of each grid index; end points of trajectories are at 0, where no state is kept.
     at: Vec<Vec<usize>>,
 }
 
@@ -91,13 +92,13 @@ const END: i64 = -1;
 
 const WHAT: &str = "teacher pool";
 
-/// The teacher in every interval.
+/// The teacher acts in every interval.
 const TEACHER_ALONE: MixedVariant = MixedVariant::TeacherThenStudent { switch: usize::MAX };
 
 impl TeacherSource {
     /// # Errors
     ///
-    /// [`Error::Invalid`] if no state a trajectory were kept.
+    /// [`Error::Invalid`] if the settings keep no states of a trajectory.
     pub fn new(config: TeacherConfig, grids: &Grids) -> Result<Self> {
         if config.states_per_trajectory == Some(0) {
             return Err(Error::Invalid(Invalid::new(
@@ -126,12 +127,12 @@ impl TeacherSource {
         })
     }
 
-    /// Trajectories in the pool.
+    /// Number of trajectories in the pool.
     pub fn pooled(&self) -> usize {
         self.pool.births.len()
     }
 
-    /// Where in the pool the states for a grid index are.
+    /// Index in [`Pool::at`] of the states for a grid index.
     fn slot(&self, grid_index: usize) -> usize {
         match self.config.states {
             TeacherStates::Visited => grid_index,
@@ -139,7 +140,7 @@ impl TeacherSource {
         }
     }
 
-    /// The timestep that a trajectory has to come to for a state at another.
+    /// The timestep that a trajectory has to reach for a state at another timestep.
     fn source_of(&self, timestep: i64) -> i64 {
         match self.config.states {
             TeacherStates::Visited => timestep,
@@ -147,7 +148,7 @@ impl TeacherSource {
         }
     }
 
-    /// Rolls trajectories out for the requests among them, keeps what there is room for.
+    /// Rolls out trajectories shared among the requests, and keeps those that fit.
     fn fresh(&mut self, request: &SourceRequest<'_>, draws: &mut Draws) -> Result<States> {
         let shared = if self.config.pool == 0 {
             Shared::alone(request.len())
@@ -205,7 +206,7 @@ impl TeacherSource {
         Ok(request.made(x_t, conditioning, vec![Source::Teacher; request.len()]))
     }
 
-    /// Puts trajectories into the pool while there is room.
+    /// Inserts trajectories into the pool while there is room.
     fn keep(
         &mut self,
         request: &SourceRequest<'_>,
@@ -240,7 +241,7 @@ impl TeacherSource {
         self.rows.write(self.config.pool * self.kept, &rows, &x_t, &told)
     }
 
-    /// Draws from the pool, evenly and with replacement.
+    /// Draws from the pool, uniformly with replacement.
     fn pooled_states(&self, request: &SourceRequest<'_>, rng: &mut impl Rng) -> Result<States> {
         let choose = |&grid_index: &usize| {
             let at = &self.pool.at[self.slot(grid_index)];
@@ -259,7 +260,7 @@ impl TrajectorySource for TeacherSource {
         request.ensure()?;
         let mut draws = request.streams.draws(request.step, Stream::Teacher, request.device())?;
         let full = self.pooled() >= self.config.pool;
-        // With few states a trajectory an index may be missing from the whole pool.
+        // With few states per trajectory, an index may be missing from the whole pool.
         let covered = request.grid_indices.iter().all(|&i| !self.pool.at[self.slot(i)].is_empty());
         if self.config.pool > 0 && full && covered {
             return self.pooled_states(request, &mut draws.rng);
@@ -298,7 +299,7 @@ impl TrajectorySource for TeacherSource {
     }
 }
 
-/// Number of trajectories that were visited.
+/// Number of trajectories visited.
 fn prompts_len(visited: &Visited) -> usize {
     visited.rows.iter().max().map_or(0, |row| row + 1)
 }

@@ -1,4 +1,4 @@
-//! Trajectories that walk one interval a loss.
+//! Trajectories that advance by one interval per loss.
 
 use std::collections::VecDeque;
 
@@ -18,11 +18,11 @@ use crate::saved::SavedState;
 use crate::source::{LossFeedback, Selected, SourceRequest};
 use crate::states::{Source, States};
 
-/// States that wait at each grid index to be trained on, made by the student of a few updates ago.
+/// States queued at each grid index for training, made by the student of a few updates ago.
 ///
-/// A batch draws its grid indices evenly, so on average as many states arrive at an index as are asked for there. By
-/// chance there are too few, and then a state is walked on from an earlier index, or too many, and then the oldest
-/// are dropped.
+/// A batch draws its grid indices uniformly, so on average as many states arrive at an index as are requested there. If
+/// by chance there are too few, a state is advanced from an earlier index; if there are too many, the oldest are
+/// dropped.
 #[derive(Debug)]
 pub(super) struct Chains {
     /// Length of the grid.
@@ -31,15 +31,15 @@ pub(super) struct Chains {
     rows: RowStore,
 }
 
-/// What lies where in the rows.
+/// The contents of the rows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Queues {
-    /// Most states that wait at an index: the largest batch of the first loss.
+    /// Maximum number of states queued at an index: the batch size of the first loss.
     most: usize,
-    /// Rows that hold nothing.
+    /// Unused rows.
     free: Vec<usize>,
-    /// One a grid index from 1, oldest first.
+    /// One queue per grid index from 1, oldest first.
     waiting: Vec<VecDeque<Waiting>>,
 }
 
@@ -51,18 +51,18 @@ struct Waiting {
     teacher_acted: bool,
 }
 
-/// Requests, and the waiting states that they go on from; none from noise.
+/// Requests, and the queued states from which they continue; none if they start from noise.
 #[derive(Default)]
 struct Group {
     requests: Vec<usize>,
     from: Vec<Waiting>,
 }
 
-/// How the requests of a batch are met.
+/// How the requests of a batch are served.
 struct Plan {
-    /// Those whose states wait where they are wanted.
+    /// Requests whose states are queued at the requested index.
     there: Group,
-    /// Those that have a way to go, by the grid index that they start at; 0 is noise.
+    /// Requests whose states have to be advanced, by the grid index at which they start; 0 is noise.
     walks: Vec<(usize, Group)>,
 }
 
@@ -75,7 +75,7 @@ impl Chains {
         Self { len: timesteps.len(), queues, rows: RowStore::new(WHAT, None) }
     }
 
-    /// A state for each request: one that waits there, else one walked on from an earlier index.
+    /// One state per request: one queued at its index, else one advanced from an earlier index.
     pub(super) fn states(
         &mut self,
         request: &SourceRequest<'_>,
@@ -103,15 +103,14 @@ impl Chains {
         States::cat(&parts)?.index_select(&inverse(&order))
     }
 
-    /// Which waiting state each request goes on from. States that wait where they are wanted come first, whoever
-    /// asked.
+    /// The queued state for each request. States queued at the requested index are assigned first, for all requests.
     fn plan(
         &mut self,
         request: &SourceRequest<'_>,
         refresh_fraction: f64,
         rng: &mut impl Rng,
     ) -> Plan {
-        // What waits longer than a trajectory takes was left over; it is of an older student than need be.
+        // States queued for longer than a trajectory takes are leftovers, made by an unnecessarily old student.
         self.queues.forget(request.step, self.len as u64);
         let mut there = Group::default();
         let mut walks: Vec<(usize, Group)> =
@@ -138,7 +137,7 @@ impl Chains {
         Plan { there, walks }
     }
 
-    /// States that are where they are wanted.
+    /// States that are at the requested index.
     fn waiting_states(&self, request: &SourceRequest<'_>, from: &[Waiting]) -> Result<States> {
         let (x_t, conditioning) = self.read(request, from)?;
         let sources = from.iter().map(|waiting| source(waiting.teacher_acted)).collect();
@@ -146,7 +145,7 @@ impl Chains {
         Ok(States { births, ..request.made(x_t, conditioning, sources) })
     }
 
-    /// States that have a way to go from grid index `start`.
+    /// States that have to be advanced from grid index `start`.
     fn walk_on(
         &self,
         request: &SourceRequest<'_>,
@@ -188,7 +187,7 @@ impl Chains {
         Ok((x_t.to_device(request.device()), conditioning.to_device(request.device())?))
     }
 
-    /// Moves the states of a batch that trajectories can go on from by one interval, to wait there.
+    /// Advances the states of a batch from which trajectories can continue by one interval, and queues them there.
     pub(super) fn advance(
         &mut self,
         feedback: &LossFeedback<'_>,
@@ -231,7 +230,7 @@ impl Chains {
         self.write(&places, &x_t, &conditioning)
     }
 
-    /// Writes rows; where one was given away twice in a batch, the later state keeps it.
+    /// Writes rows; if a row occurs twice in a batch, the later state is kept.
     fn write(&mut self, places: &[usize], x_t: &Tensor, conditioning: &Conditioning) -> Result<()> {
         let last: std::collections::BTreeMap<usize, usize> =
             places.iter().enumerate().map(|(i, &row)| (row, i)).collect();
@@ -326,13 +325,13 @@ impl Group {
 }
 
 impl Queues {
-    /// Rows that there are.
+    /// Number of rows.
     fn capacity(&self) -> usize {
         self.most * self.waiting.len()
     }
 
-    /// Whether each row waits or is free, once, and no more wait at an index than may. Rows are as many as are named, so that
-    /// a damaged number asks for no more of them.
+    /// Whether each row is either queued or free, exactly once, and no queue exceeds its maximum. The row numbers are
+    /// compared in order, so that a damaged capacity does not allocate more rows than are listed.
     fn is_consistent(&self) -> bool {
         let Some(capacity) = self.most.checked_mul(self.waiting.len()) else { return false };
         let waiting = self.waiting.iter().flatten().map(|waiting| waiting.row);
@@ -342,7 +341,7 @@ impl Queues {
             && self.waiting.iter().all(|queue| queue.len() <= self.most)
     }
 
-    /// Drops what has waited for more than `max_age` updates.
+    /// Drops states that have been queued for more than `max_age` updates.
     fn forget(&mut self, step: u64, max_age: u64) {
         for queue in &mut self.waiting {
             while queue.front().is_some_and(|first| step.saturating_sub(first.birth) > max_age) {
@@ -351,12 +350,12 @@ impl Queues {
         }
     }
 
-    /// Takes the newest state that waits at a grid index.
+    /// Removes and returns the newest state queued at a grid index.
     fn newest(&mut self, grid_index: usize) -> Option<Waiting> {
         self.waiting.get_mut(grid_index.checked_sub(1)?)?.pop_back()
     }
 
-    /// Lets a state wait at a grid index; says in which row.
+    /// Queues a state at a grid index; returns its row.
     fn push(&mut self, grid_index: usize, waiting: Waiting, batch: usize) -> usize {
         if self.most == 0 {
             self.most = batch;
@@ -367,7 +366,7 @@ impl Queues {
         if queue.len() == most {
             self.free.extend(queue.pop_front().map(|oldest| oldest.row));
         }
-        // There are as many rows as can wait, so one is free.
+        // There are as many rows as queued states at most, so one is free.
         let row = self.free.pop().unwrap_or_default();
         queue.push_back(Waiting { row, ..waiting });
         row
