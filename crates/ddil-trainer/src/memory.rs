@@ -1,4 +1,4 @@
-//! What a distillation will need in memory, from settings alone: no weights are read, and none need be there.
+//! The memory that a distillation will need, estimated from settings alone: no weights are read or required.
 
 mod activations;
 
@@ -16,46 +16,46 @@ use crate::config::{DistillConfig, LoraSection, LoraTargets, Precision};
 use crate::error::{Error, Result};
 use crate::roster::{CriticForm, Roster, StudentForm};
 
-/// Bytes of a weight, which is in single precision whatever a run computes in.
+/// Bytes of a weight, which is in single precision at any run precision.
 const WEIGHT: u64 = 4;
 /// Bytes of a value in half precision.
 const HALF: u64 = 2;
 
-/// What a distillation will need in memory, an estimate.
+/// An estimate of the memory that a distillation will need.
 ///
-/// Weights, gradients, the optimizer's state and moving averages are exact. Activations follow from the shapes of the
-/// weights, see [`Activations::of`].
+/// Weights, gradients, the optimizer's state and moving averages are exact. Activations are estimated from the shapes
+/// of the weights, see [`Activations::of`].
 ///
-/// Measured on the CPU against the peak of resident memory, less the 170 MB of program and libtorch: the plan was 18 % too
+/// Compared on the CPU with the peak of resident memory, less the 170 MB of program and libtorch: the plan was 18 % too
 /// low for progressive distillation of 8.6 million weights (batches of 8 latents of 32x32, where activations are three
-/// quarters of all), 16 % under autocast to bfloat16, and 6 % for a latent consistency model of 34 million weights (batches
-/// of 4, 24x24). The difference is scratch memory and what the allocator keeps; leave a fifth free.
+/// quarters of the total), 16 % under autocast to bfloat16, and 6 % for a latent consistency model of 34 million
+/// weights (batches of 4, 24x24). The difference is scratch memory and the allocator's overhead; leave a fifth free.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryPlan {
-    /// Where and in what the run computes.
+    /// The device of the run.
     pub device: String,
-    /// What convolutions and products are computed in.
+    /// The precision of convolutions and matrix products.
     pub precision: Precision,
-    /// Samples an update.
+    /// Samples per update.
     pub batch_size: u32,
     /// Channels, height and width of a sample.
     pub sample_shape: [i64; 3],
-    /// What is there throughout.
+    /// Memory in use throughout the run.
     pub held: Vec<Row>,
-    /// What comes and goes, of which the largest counts.
+    /// Memory of each phase, of which only the largest counts.
     pub phases: Vec<Row>,
-    /// What is on disk rather than in memory; checkpoints not counted.
+    /// Memory on disk, without checkpoints.
     pub on_disk: Vec<Row>,
 }
 
 /// One line of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// What it is.
+    /// What the memory is for.
     pub name: String,
-    /// How many values there are, where they are weights.
+    /// Number of values, for weights.
     pub values: Option<u64>,
-    /// How much memory it takes.
+    /// Bytes.
     pub bytes: u64,
 }
 
@@ -64,7 +64,7 @@ impl MemoryPlan {
     ///
     /// # Errors
     ///
-    /// What the config or the teacher's settings refuse; the teacher's weights are not looked at.
+    /// Errors of the config and of the teacher's settings; the teacher's weights are not read.
     ///
     /// # Example
     ///
@@ -107,12 +107,12 @@ impl MemoryPlan {
         })
     }
 
-    /// What is there throughout.
+    /// The total in use throughout the run.
     pub fn at_rest(&self) -> u64 {
         self.held.iter().fold(0, |sum, row| sum.saturating_add(row.bytes))
     }
 
-    /// The most that is there at once.
+    /// The peak.
     pub fn peak(&self) -> u64 {
         let most = self.phases.iter().map(|row| row.bytes).max().unwrap_or(0);
         self.at_rest().saturating_add(most)
@@ -158,7 +158,7 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// The most pixels of a batch: beyond, bytes are more than can be counted, and than any machine has.
+/// Maximum number of pixels of a batch: beyond it the bytes would overflow, and no machine has as many.
 const MAX_PIXELS: i64 = 1 << 31;
 
 fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()> {
@@ -173,7 +173,7 @@ fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()>
     )))
 }
 
-/// Bytes in the unit that fits.
+/// Bytes in a suitable unit.
 fn human(bytes: u64) -> String {
     match bytes as f64 {
         b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
@@ -196,22 +196,22 @@ type Shapes = Vec<(String, Vec<i64>)>;
 struct Networks {
     teacher: Shapes,
     student: Shapes,
-    /// Values that the student learns: its own, or those of an adapter.
+    /// Number of trained values: the student's own, or those of an adapter.
     learned: u64,
     has_adapter: bool,
     critic: Option<Shapes>,
     head: u64,
     target: bool,
-    /// Timesteps that the student is trained at.
+    /// Number of timesteps at which the student is trained.
     grid_len: u64,
     text: Text,
 }
 
-/// What stands around the network of a text-to-image model.
+/// The sizes of a text-to-image model's other parts.
 #[derive(Default)]
 struct Text {
     tokens: u64,
-    /// Bytes of what one prompt says.
+    /// Bytes of the conditioning of one prompt.
     prompt_bytes: u64,
     encoders: u64,
     autoencoder: u64,
@@ -279,7 +279,7 @@ impl Networks {
     fn phases(&self, config: &DistillConfig, pass: PassShape) -> Vec<Row> {
         let copies = |shapes: &Shapes| match config.run.precision {
             Precision::Float32 => 0,
-            // Autocast keeps a copy of the weights that it has cast for as long as the pass and its graph live.
+            // Autocast keeps its casts of the weights as long as the pass and its graph exist.
             Precision::Bfloat16 => count(shapes) * HALF,
         };
         let student = Activations::of(&self.student, pass);
@@ -294,7 +294,8 @@ impl Networks {
             at_work = at_work.max(of_critic.inference() + copies(critic));
             at_work = at_work.max(of_critic.recomputed + of_critic.largest);
             let judged = if self.head > 0 { of_critic.kept_down } else { 0 };
-            // The adversarial gradient comes through the critic's way down; in its own phase that judges both kinds.
+            // The adversarial gradient passes through the critic's down path; in its own phase the critic classifies
+            // both kinds.
             learning += judged;
             let own = of_critic.training() + copies(critic) + 2 * judged;
             rows.push(Row::bytes("while the critic learns", own));
@@ -311,7 +312,7 @@ impl Networks {
     }
 }
 
-/// Whether each sample asks the teacher for two answers.
+/// Whether guidance evaluates the teacher twice per sample.
 fn is_asked_twice(guidance: TeacherGuidance) -> bool {
     match guidance {
         TeacherGuidance::Cfg { scale } => (scale - 1.0).abs() > f64::EPSILON,
@@ -320,7 +321,7 @@ fn is_asked_twice(guidance: TeacherGuidance) -> bool {
     }
 }
 
-/// What the method has to be lent, and how many timesteps it trains at.
+/// The networks that the method requires, and the number of timesteps of its training grid.
 fn requirements(config: &DistillConfig, teacher: &Pipeline) -> Result<(Requirements, u64)> {
     let schedule = teacher.network.schedule();
     let output = teacher.network.prediction_type();
@@ -330,7 +331,8 @@ fn requirements(config: &DistillConfig, teacher: &Pipeline) -> Result<(Requireme
     Ok((objective.build(schedule, &grid)?.requirements(), grid.len() as u64))
 }
 
-/// Values of adapters: `rank` times the inputs of a layer, with the area of its kernel, and its outputs.
+/// Values of adapters: for each layer, `rank` times the sum of its inputs (times the area of its kernel) and its
+/// outputs.
 fn adapter_values(lora: &LoraSection, shapes: &Shapes) -> u64 {
     let default = ddil_models::LoraConfig::default().targets;
     let targets = match &lora.targets {
@@ -350,7 +352,7 @@ fn adapter_values(lora: &LoraSection, shapes: &Shapes) -> u64 {
     u64::from(lora.rank) * values.sum::<u64>()
 }
 
-/// Channels, height and width of what the networks see.
+/// Channels, height and width of the networks' samples.
 fn sample_shape(config: &DistillConfig, teacher: &Pipeline) -> Result<[i64; 3]> {
     let own = teacher.card.image_shape;
     let Some(side) = config.data.resolution.filter(|_| teacher.parts.class().is_text_to_image())
@@ -364,7 +366,7 @@ fn sample_shape(config: &DistillConfig, teacher: &Pipeline) -> Result<[i64; 3]> 
 }
 
 impl Text {
-    /// Of the parts that a pipeline has.
+    /// Sizes of the parts that the pipeline has.
     fn of(teacher: &Pipeline, network: &ModelConfig) -> Result<Self> {
         let mut text = Self::default();
         if !teacher.parts.class().is_text_to_image() {
@@ -401,7 +403,7 @@ fn stored_bytes(storage: StorageKind) -> u64 {
     }
 }
 
-/// The states that are kept from update to update.
+/// The states that are kept between updates.
 struct Stores {
     in_memory: Vec<Row>,
     on_disk: Vec<Row>,
@@ -410,7 +412,7 @@ struct Stores {
 impl Stores {
     fn of(config: &DistillConfig, networks: &Networks, [c, h, w]: [i64; 3]) -> Self {
         let values = (c * h * w) as u64;
-        // What was said with a state is kept as it came.
+        // The conditioning of a state is stored unconverted.
         let prompt = networks.text.prompt_bytes;
         let (mut in_memory, mut on_disk) = (Vec::new(), Vec::new());
         if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {

@@ -1,4 +1,4 @@
-//! How far a run is: a bar on a terminal, now and then a line elsewhere.
+//! Progress of a run: a bar on a terminal, and periodic log lines elsewhere.
 
 use std::{
     fmt::Write,
@@ -9,17 +9,17 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Lines of progress have this target, so that a terminal, which has the bar, need not show them too.
+/// Target of progress lines in the log; a terminal, which shows the bar, can leave them out.
 pub(crate) const TARGET: &str = "ddil::progress";
 
-/// At most so often a line goes to the log.
+/// Minimum time between two lines in the log.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// At most so often the bar is drawn afresh.
+/// Minimum time between two updates of the bar.
 const BAR_INTERVAL: Duration = Duration::from_millis(100);
-/// How much of the speed shown is that of the last step.
+/// Weight of the last step in the smoothed speed.
 const NEWEST_SHARE: f64 = 0.05;
 
-/// The screen that bar and log messages share, so that neither tears the other.
+/// The screen, shared by the bar and log messages so that their lines do not mix.
 #[derive(Clone, Debug)]
 pub(crate) struct Screen {
     bars: MultiProgress,
@@ -27,7 +27,7 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// The standard error stream, of which there is one in a program.
+    /// The standard error stream; one per program.
     pub(crate) fn stderr() -> &'static Self {
         static SCREEN: OnceLock<Screen> = OnceLock::new();
         SCREEN.get_or_init(|| Self {
@@ -40,16 +40,16 @@ impl Screen {
         self.is_terminal
     }
 
-    /// Runs what writes to the screen while the bar is out of the way.
+    /// Runs a function that writes to the screen while the bar is hidden.
     pub(crate) fn suspend<T>(&self, write: impl FnOnce() -> T) -> T {
         if self.is_terminal { self.bars.suspend(write) } else { write() }
     }
 }
 
-/// Shows how far a run is.
+/// Shows the progress of a run.
 ///
-/// If the standard error stream is a terminal, as a bar there. In any case as lines in the log: at the first
-/// step, the last, and every ten seconds between.
+/// On a terminal (standard error), as a bar. In any case as lines in the log: at the first step, the last, and every
+/// ten seconds in between.
 ///
 /// # Example
 ///
@@ -73,7 +73,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts at a step that is done, 0 for a new run; `label` says what goes on.
+    /// Starts after step `step`, 0 for a new run; `label` names the activity.
     pub fn new(label: &str, first_step: u64, num_steps: u64) -> Self {
         let screen = Screen::stderr();
         let bar = screen.is_terminal.then(|| {
@@ -88,7 +88,7 @@ impl Progress {
         Self { bar, label, num_steps, rate, last_line: None, last_drawn: None }
     }
 
-    /// Notes that a step is done. The figures are shown in their order.
+    /// Records that a step is done. The figures are shown in the given order.
     pub fn update(&mut self, step: u64, figures: &[(String, f64)]) {
         let now = Instant::now();
         self.rate.note(step, now);
@@ -112,18 +112,18 @@ impl Progress {
         }
     }
 
-    /// Shows on the bar what goes on between two steps, such as a checkpoint that is written; the next
-    /// [`update`](Self::update) replaces it.
+    /// Shows an activity between two steps on the bar, such as writing a checkpoint; the next [`update`](Self::update)
+    /// replaces it.
     pub fn doing(&mut self, what: &'static str) {
         if let Some(bar) = &self.bar {
-            // At once: the work that follows may take minutes, and the next step is to be drawn too.
+            // Drawn at once: the work that follows may take minutes, and the next step has to be drawn too.
             bar.set_message(what);
             bar.force_draw();
             self.last_drawn = None;
         }
     }
 
-    /// Leaves the bar on the screen as it last was; so does dropping.
+    /// Leaves the bar on the screen in its last state; so does dropping.
     pub fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.abandon();
@@ -138,12 +138,12 @@ impl Drop for Progress {
 }
 
 fn style() -> ProgressStyle {
-    // A wide message is cut off at the terminal's width: a line that wraps could not be drawn over.
+    // A wide message is truncated to the terminal's width: a line that wraps could not be redrawn.
     ProgressStyle::with_template("{prefix} {bar:16} {pos}/{len}  {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// Steps a second, smoothed.
+/// Steps per second, smoothed.
 #[derive(Debug)]
 struct Rate {
     step: u64,
@@ -163,7 +163,7 @@ impl Rate {
         }
         let newest = (step - self.step) as f64 / seconds;
         self.steps_per_second = Some(match self.steps_per_second {
-            // Seconds a step are averaged, not steps a second, so that what is left is estimated without bias.
+            // Seconds per step are averaged, not steps per second, so that the estimate of the time left is unbiased.
             Some(rate) => 1.0 / ((1.0 - NEWEST_SHARE) / rate + NEWEST_SHARE / newest),
             None => newest,
         });
@@ -181,7 +181,7 @@ fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> St
             _ => write!(text, "{:.0} s/it  {left} left", 1.0 / rate),
         };
     }
-    // Too many to be read as they pass; they are in the record.
+    // Too many to read in passing; the record contains them.
     let shown = figures.iter().filter(|(name, _)| !name.starts_with("clipped_"));
     for (name, value) in shown {
         let separator = if text.is_empty() { "" } else { "  " };
@@ -190,7 +190,7 @@ fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> St
     text
 }
 
-/// Four digits, in scientific form where many zeros would stand before them.
+/// Four decimals; scientific notation for very small and very large numbers.
 fn number(value: f64) -> String {
     if value != 0.0 && value.is_finite() && !(1e-3..1e6).contains(&value.abs()) {
         format!("{value:.2e}")
@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
 
-    /// A bar on a terminal of so many columns, with its message.
+    /// A bar on a terminal with `columns` columns, and its terminal.
     fn on_a_terminal(columns: u16) -> (InMemoryTerm, ProgressBar) {
         let terminal = InMemoryTerm::new(10, columns);
         let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));

@@ -1,9 +1,9 @@
-//! One JSON line a step, cut back exactly when a run is resumed.
+//! JSON lines, one per step, truncated exactly when a run is resumed.
 //!
-//! A checkpoint stores the [`Position`] of `metrics.jsonl`. On resume the file is cut there, after its
-//! content up to there has been checked, so a run that was killed and resumed leaves the same bytes as one
-//! that was not. For that no line may hold a time of day or a duration: those go to `timings.jsonl`, a
-//! [`Record`] too, which is cut by step instead.
+//! A checkpoint stores the [`Position`] of `metrics.jsonl`. On resume the file is verified up to that position and
+//! truncated there, so that a run that was killed and resumed writes the same bytes as one that was not. No line may
+//! therefore contain a time of day or a duration: those go to `timings.jsonl`, also a [`Record`], which is truncated by
+//! step instead.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, crc32c};
 
-/// A file of JSON lines, open at its end.
+/// A file of JSON lines, opened for appending.
 ///
 /// # Example
 ///
@@ -45,7 +45,7 @@ pub struct Record {
     position: Position,
 }
 
-/// How far a record goes, and a checksum of all that lies before; what a checkpoint stores.
+/// The length of a record and a checksum of its content; stored in checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
@@ -68,11 +68,11 @@ struct StepOnly {
 }
 
 impl Record {
-    /// Starts a record where there is none.
+    /// Creates a new record.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the file exists or cannot be made.
+    /// [`Error::Files`] if the file exists or cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
         let file = fault::reach(Point::RecordCreate, path)
             .and_then(|()| OpenOptions::new().append(true).create_new(true).open(path));
@@ -80,14 +80,14 @@ impl Record {
         Ok(Self { path: path.to_owned(), file, position: Position::default() })
     }
 
-    /// Goes on with a record from where a checkpoint knows it, and forgets the lines behind that.
+    /// Opens a record at a checkpoint's position and removes the lines after it.
     ///
-    /// From the very beginning it is started if there is none.
+    /// At position 0 a missing file is created.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the file cannot be opened or cut, [`Error::DamagedRecord`] if it does not start with
-    /// what the checkpoint knows; it is left as it is then.
+    /// [`Error::Files`] if the file cannot be opened or truncated, [`Error::DamagedRecord`] if its start does not match
+    /// the position; the file is then unchanged.
     pub fn resume(path: &Path, position: Position) -> Result<Self> {
         if position.bytes == 0 && !path.exists() {
             return Self::create(path);
@@ -107,13 +107,13 @@ impl Record {
         Self::cut(path, position)
     }
 
-    /// Goes on with a record whose lines need not be exact, and forgets those of later steps than `step`.
+    /// Opens a record whose bytes need not be exact and removes the lines of steps after `step`.
     ///
-    /// A file that does not exist is started. A last line without its end, left by a crash, goes too.
+    /// A missing file is created. An incomplete last line, left by a crash, is removed.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the file cannot be opened or cut.
+    /// [`Error::Files`] if the file cannot be opened or truncated.
     pub fn resume_after(path: &Path, step: u64) -> Result<Self> {
         if !path.exists() {
             return Self::create(path);
@@ -147,15 +147,14 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if `values` is no object, and if the disk is full; what was written of the
-    /// line is taken back then.
+    /// [`Error::Files`] if `values` is not an object, or if the disk is full; an incomplete line is then removed.
     pub fn write(&mut self, step: u64, values: &impl Serialize) -> Result<()> {
         let line = serde_json::to_vec(&Line { step, values });
         let mut line = line.map_err(Error::json("write", &self.path))?;
         line.push(b'\n');
         let written = fault::write_all(Point::RecordWrite, &self.path, &mut self.file, &line);
         if let Err(error) = written {
-            // Half a line would make the file unreadable; the error to tell is the first one.
+            // An incomplete line would make the file unreadable; the first error is the one to report.
             let _ = self.file.set_len(self.position.bytes);
             return Err(Error::io("write", &self.path)(error));
         }
@@ -163,11 +162,11 @@ impl Record {
         Ok(())
     }
 
-    /// Flushes to disk and says how far the record goes, for a checkpoint.
+    /// Flushes to disk and returns the position, for a checkpoint.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the disk refuses.
+    /// [`Error::Files`] if flushing fails.
     pub fn position(&self) -> Result<Position> {
         fault::reach(Point::RecordFlush, &self.path)
             .and_then(|()| self.file.sync_data())
@@ -187,13 +186,13 @@ impl Position {
 ///
 /// # Errors
 ///
-/// [`Error::Files`] if the file cannot be read, and at the first line that does not hold a `T`.
+/// [`Error::Files`] if the file cannot be read, and at the first line that is not a valid `T`.
 pub fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
     text.lines().map(|line| serde_json::from_str(line).map_err(Error::json("read", path))).collect()
 }
 
-/// The position after so many bytes, or at the end of a shorter file.
+/// The position after `bytes` bytes, or at the end of a shorter file.
 fn position_after(path: &Path, bytes: u64) -> Result<Position> {
     let file = open_regular_file(path).map_err(Error::io("open", path))?;
     let mut reader = BufReader::new(file.take(bytes));

@@ -1,18 +1,18 @@
-//! The folder of one run: who may write in it, what lies where, and how the run stands.
+//! The folder of one run: its lock, its files and its status.
 //!
 //! ```text
 //! runs/<name>/
-//!   config.toml        the settings, every one of them, as the run uses them
+//!   config.toml        all settings, as the run uses them
 //!   environment.json   versions and machine
 //!   status.json        running, interrupted, completed or failed
-//!   metrics.jsonl      one line a step, the same bytes whenever the same run is done again
-//!   timings.jsonl      what took how long
+//!   metrics.jsonl      one line per step, the same bytes whenever the run is repeated
+//!   timings.jsonl      durations
 //!   events.out.*       the same for TensorBoard
 //!   run.log
 //!   samples/           step_0001000.png
 //!   checkpoints/       see `checkpoint`
-//!   not_finite/        see `evidence`; only if numbers stopped being numbers
-//!   buffer/            states that a buffer has spilled, while the run is at work
+//!   not_finite/        see `evidence`; only after NaN or infinite values
+//!   buffer/            states that a buffer has spilled, while the run is in progress
 //!   results.json       measurements
 //! ```
 
@@ -43,9 +43,9 @@ const STATUS: &str = "status.json";
 /// The only version of a run folder so far.
 const FORMAT_VERSION: u32 = 1;
 
-/// A run folder that this process alone writes in.
+/// A run folder that is locked for this process.
 ///
-/// The lock is the operating system's: it ends with the process, however that ends.
+/// The lock is the operating system's: it is released when the process ends, for whatever reason.
 ///
 /// # Example
 ///
@@ -69,23 +69,23 @@ const FORMAT_VERSION: u32 = 1;
 pub struct RunFolder {
     path: PathBuf,
     status: Status,
-    /// Locked as long as it is open.
+    /// The lock, held while this is open.
     _lock: File,
 }
 
-/// How a run stands, in `status.json`.
+/// The status of a run, in `status.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Status {
-    /// In one word.
+    /// The state.
     pub state: State,
     /// The last step that is done.
     pub step: u64,
-    /// What went wrong, with its causes; only if the run failed.
+    /// The error with its causes; only if the run failed.
     pub error: Option<String>,
 }
 
-/// `status.json`, whose version is that of the whole folder: of `metrics.jsonl` and `timings.jsonl` too.
+/// `status.json`, whose version is that of the whole folder, including `metrics.jsonl` and `timings.jsonl`.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StatusFile {
@@ -96,13 +96,13 @@ struct StatusFile {
     error: Option<String>,
 }
 
-/// How a run stands, in one word.
+/// The state of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// At work, or killed: the lock tells, see [`is_in_use`].
+    /// In progress or killed: the lock distinguishes the two, see [`is_in_use`].
     Running,
-    /// Asked to stop, saved, and ready to be resumed.
+    /// Stopped on request, saved, and ready to be resumed.
     Interrupted,
     /// Done.
     Completed,
@@ -111,12 +111,11 @@ pub enum State {
 }
 
 impl Status {
-    /// Reads how the run in a folder stands; needs no lock.
+    /// Reads the status of the run in a folder; requires no lock.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if there is no status to be read, and if another version of
-    /// the program wrote the folder.
+    /// [`Error::Files`] if there is no readable status, and if another version of the program wrote the folder.
     pub fn read(folder: &Path) -> Result<Self> {
         let file: StatusFile = read_versioned(&folder.join(STATUS), FORMAT_VERSION)?;
         let StatusFile { state, step, error, .. } = file;
@@ -125,18 +124,17 @@ impl Status {
 }
 
 impl RunFolder {
-    /// Makes the folder of a new run and writes its settings there.
+    /// Creates the folder of a new run and writes its settings.
     ///
     /// # Errors
     ///
-    /// [`Error::FolderNotEmpty`] if anything is in it, [`Error::FolderInUse`], [`Error::Files`],
-    /// [`Error::Files`].
+    /// [`Error::FolderNotEmpty`] if the folder contains anything, [`Error::FolderInUse`], [`Error::Files`].
     pub fn create(path: &Path, config: &impl Serialize) -> Result<Self> {
         let config = to_toml(config)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        // All that will be flushed to disk below is of no use if its name is lost.
+        // Files flushed below are useless if the folder's own entry is lost.
         sync_folder(parent(path))?;
-        // Looked at before anything is written, so that a folder of someone else's stays as it is.
+        // Checked before anything is written, so that an unrelated folder stays unchanged.
         ensure_empty(path)?;
         let lock = lock(path)?;
         ensure_empty(path)?;
@@ -146,12 +144,11 @@ impl RunFolder {
         Self::running(path, lock, 0)
     }
 
-    /// Takes over the folder of a run that is to go on, and clears away what a crash left half done.
+    /// Opens the folder of a run to be resumed, and removes what a crash left incomplete.
     ///
     /// # Errors
     ///
-    /// [`Error::NotARun`] if there is no run, [`Error::FolderInUse`] if another process is at work in it,
-    /// [`Error::Files`].
+    /// [`Error::NotARun`] if there is no run, [`Error::FolderInUse`] if another process is using it, [`Error::Files`].
     pub fn resume(path: &Path) -> Result<Self> {
         if !path.join(CONFIG).is_file() {
             return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
@@ -160,7 +157,7 @@ impl RunFolder {
         for folder in ["", "samples", "checkpoints", NOT_FINITE] {
             checkpoint::tidy(&path.join(folder))?;
         }
-        // The first session may have been killed before it made them.
+        // The first session may have been killed before it created them.
         make_folders(path)?;
         let step = Status::read(path).map_or(0, |status| status.step);
         Self::running(path, lock, step)
@@ -178,17 +175,17 @@ impl RunFolder {
         &self.path
     }
 
-    /// Where a file of the run lies, such as `metrics.jsonl`.
+    /// Path of a file of the run, such as `metrics.jsonl`.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// Where the checkpoints lie.
+    /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
     }
 
-    /// Where the sample grid of a step lies: `samples/step_0001000.png`.
+    /// Path of a step's sample grid: `samples/step_0001000.png`.
     pub fn samples_of(&self, step: u64) -> PathBuf {
         self.path.join("samples").join(format!("step_{step:07}.png"))
     }
@@ -202,7 +199,7 @@ impl RunFolder {
         Ok(Settings::read(&self.path.join(CONFIG))?)
     }
 
-    /// Makes sure that the run was started with these settings.
+    /// Checks that the run was started with these settings.
     ///
     /// # Errors
     ///
@@ -211,7 +208,7 @@ impl RunFolder {
         Self::ensure_config_at(&self.path, config)
     }
 
-    /// As [`ensure_config`](Self::ensure_config), of a run that is not taken over yet and stays as it is.
+    /// As [`ensure_config`](Self::ensure_config), for a folder that is not locked and stays unchanged.
     ///
     /// # Errors
     ///
@@ -232,7 +229,7 @@ impl RunFolder {
         Err(Error::OtherConfig { path: path.to_owned(), differences })
     }
 
-    /// Writes a JSON file such as `environment.json` or `results.json`, whole or not at all.
+    /// Writes a JSON file such as `environment.json` or `results.json` atomically.
     ///
     /// # Errors
     ///
@@ -241,12 +238,12 @@ impl RunFolder {
         Ok(write_json(&self.path.join(name), value)?)
     }
 
-    /// How the run stands.
+    /// The status.
     pub fn status(&self) -> &Status {
         &self.status
     }
 
-    /// Notes how far the run is.
+    /// Records the last step done.
     ///
     /// # Errors
     ///
@@ -255,7 +252,7 @@ impl RunFolder {
         self.write_status(Status { step, ..self.status.clone() })
     }
 
-    /// Notes that the run is done, unless it has failed.
+    /// Records that the run is completed, unless it has failed.
     ///
     /// # Errors
     ///
@@ -264,7 +261,7 @@ impl RunFolder {
         self.end(State::Completed, step)
     }
 
-    /// Notes that the run was asked to stop and is saved, unless it has failed.
+    /// Records that the run was stopped on request and is saved, unless it has failed.
     ///
     /// # Errors
     ///
@@ -273,7 +270,7 @@ impl RunFolder {
         self.end(State::Interrupted, step)
     }
 
-    /// Notes what stopped the run, with all its causes.
+    /// Records the error that stopped the run, with all its causes.
     ///
     /// # Errors
     ///
@@ -299,22 +296,22 @@ impl RunFolder {
 }
 
 impl Drop for RunFolder {
-    /// A run that is dropped while it runs was left by an error or a panic.
+    /// A run that is dropped while its state is running was ended by an error or a panic.
     fn drop(&mut self) {
         if self.status.state == State::Running {
             let error = Some("the run ended without saying how".to_owned());
-            // Whatever made it end is told already.
+            // The cause has already been reported.
             let _ =
                 self.write_status(Status { state: State::Failed, error, ..self.status.clone() });
         }
     }
 }
 
-/// Whether a process is at work in a run folder.
+/// Whether a process is using a run folder.
 ///
 /// # Errors
 ///
-/// [`Error::Files`] if the lock cannot be asked for.
+/// [`Error::Files`] if the lock cannot be queried.
 pub fn is_in_use(path: &Path) -> Result<bool> {
     if !path.join(LOCK).exists() {
         return Ok(false);
@@ -326,7 +323,7 @@ pub fn is_in_use(path: &Path) -> Result<bool> {
     }
 }
 
-/// A lock, and settings that a killed process was about to write, are nothing yet.
+/// Checks that a folder is empty, except for a lock and for settings that a killed process left half-written.
 fn ensure_empty(path: &Path) -> Result<()> {
     let half = format!("{TEMPORARY}{CONFIG}-");
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
@@ -348,18 +345,18 @@ fn make_folders(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes a folder for this process alone, as long as what is returned is kept.
+/// Locks a folder for this process while the returned file is open.
 ///
-/// The lock file is never removed: who removed it could take it from under another process.
+/// The lock file is never removed, since another process might hold its lock.
 ///
 /// # Errors
 ///
-/// [`Error::FolderInUse`] if another process has it, [`Error::Files`].
+/// [`Error::FolderInUse`] if another process holds the lock, [`Error::Files`].
 pub fn lock(folder: &Path) -> Result<File> {
     lock_file(&folder.join(LOCK), folder)
 }
 
-/// Takes what a lock file stands for, `locked`, for this process alone, as long as what is returned is kept.
+/// Locks the folder `locked` through the lock file `path`, for this process while the returned file is open.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! One loop for every kind of training: update, record, save, stop, go on.
+//! The training loop for every task: update, record, save, stop, resume.
 
 mod trainee;
 
@@ -30,120 +30,120 @@ use crate::run_folder::RunFolder;
 use crate::state;
 use crate::tensorboard::{EventWriter, tag};
 
-/// What is trained: it makes a loss, and everything that its next update depends on can be saved.
+/// A training task: it returns losses, and the whole state on which its next update depends can be saved.
 ///
-/// Each method fails with whatever data, networks, file system or libtorch refuse.
+/// Methods return the errors of data, networks, file system and libtorch.
 pub trait Task {
-    /// What its checkpoints are called.
+    /// The kind of its checkpoints.
     fn kind(&self) -> &'static str;
 
-    /// Updates in all.
+    /// Total number of updates.
     fn total_updates(&self) -> u64;
 
-    /// Updates of a stage: at each the optimizer and the moving average start afresh.
+    /// Updates per stage; the optimizer and the moving average restart with each stage.
     fn updates_per_stage(&self) -> u64;
 
-    /// Who is trained, each by an optimizer of its own; the student first.
+    /// The networks trained, each by an optimizer of its own; the student first.
     fn trained(&self) -> &'static [Phase] {
         &[Phase::Student]
     }
 
-    /// Who is trained in an update, one after the other.
+    /// The networks trained in an update, in order.
     fn phases(&self, _step: u64) -> &'static [Phase] {
         &[Phase::Student]
     }
 
-    /// Parameters that the optimizer of a phase changes, with their names.
+    /// Parameters of a phase's optimizer, with their names.
     fn parameters(&self, phase: Phase) -> Vec<(String, Tensor)>;
 
     /// The loss of one phase of an update, with its graph.
     ///
     /// # Errors
     ///
-    /// What data and networks refuse.
+    /// Errors of data and networks.
     fn loss(&mut self, step: u64, phase: Phase) -> Result<UpdateLoss>;
 
-    /// What can be said of the batch of a phase whose numbers are not finite, and the batch itself to be saved.
+    /// The findings about the batch of a phase with numbers that are not finite, and the batch itself to be saved.
     ///
-    /// Asked before the parameters change, and before the run stops for it.
+    /// Called before the parameters change and before the run stops with an error.
     ///
     /// # Errors
     ///
-    /// What networks refuse.
+    /// Errors of networks.
     fn inspect(&mut self, _step: u64, _phase: Phase) -> Result<Option<Evidence>> {
         Ok(None)
     }
 
-    /// After the optimizers' steps.
+    /// Called after the optimizers' steps.
     ///
     /// # Errors
     ///
-    /// What libtorch refuses.
+    /// Errors of libtorch.
     fn after_update(&mut self, step: u64) -> Result<()>;
 
-    /// The run's folder is this one: said once, before the first update or [`restore`](Self::restore).
+    /// Sets the run's folder: called once, before the first update or [`restore`](Self::restore).
     ///
     /// # Errors
     ///
-    /// What the file system refuses. Most tasks write nothing but what they are asked for, and look away.
+    /// Errors of the file system. The default is a no-op, for tasks without files of their own.
     fn enter(&mut self, _folder: &Path) -> Result<()> {
         Ok(())
     }
 
-    /// A new stage begins at `step`; `average` holds the moving average that the last one ended with.
+    /// Starts a new stage at `step`; `average` contains the final moving average of the previous stage.
     ///
     /// # Errors
     ///
-    /// [`Error::StateMismatch`] if the average is of other parameters.
+    /// [`Error::StateMismatch`] if the average has other parameters.
     fn start_stage(&mut self, step: u64, average: &[(String, Tensor)]) -> Result<()>;
 
-    /// A picture of what the averaged network samples.
+    /// An image grid of the averaged network's samples.
     ///
     /// # Errors
     ///
-    /// What the network refuses.
+    /// Errors of the network.
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image>;
 
-    /// Adds what the task remembers beside its parameters to a checkpoint.
+    /// Adds the task's state besides its parameters to a checkpoint.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()>;
 
-    /// Takes it back; the parameters themselves follow afterwards.
+    /// Restores that state; the parameters themselves are restored afterwards.
     ///
     /// # Errors
     ///
-    /// What the file system refuses; [`Error::StateMismatch`] for the state of another task.
+    /// Errors of the file system; [`Error::StateMismatch`] for the state of another task.
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()>;
 
-    /// Writes the finished model, as diffusers would read it, and what went into it.
+    /// Writes the final model in diffusers' format, with its provenance.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()>;
 }
 
-/// What has gone into a model so far.
+/// Updates and time spent on a model so far.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spent {
     /// Updates done.
     pub updates: u64,
-    /// Seconds in them, over all sessions of the run.
+    /// Seconds of training, over all sessions of the run.
     pub seconds: f64,
 }
 
-/// The loss of an update and what is to be written down about it.
+/// The loss of an update and the figures to record.
 #[derive(Debug)]
 pub struct UpdateLoss {
-    /// One value a sample, `[batch]`, with its graph.
+    /// One value per sample, `[batch]`, with its graph.
     pub per_sample: Tensor,
     /// More figures, by name.
     pub figures: Vec<(String, f64)>,
-    /// Sum of all that networks answered on the way to this loss, a scalar on its device: finite where they were. None
-    /// where nobody watches.
+    /// Sum of all network outputs behind this loss, a scalar on its device: finite if they are. None if outputs are not
+    /// watched.
     pub answers: Option<Tensor>,
 }
 
@@ -155,19 +155,19 @@ pub enum Outcome {
         /// The exported model.
         export: PathBuf,
     },
-    /// Asked to stop; saved at this step.
+    /// Stopped on request; saved at this step.
     Interrupted {
         /// Updates done.
         step: u64,
     },
 }
 
-/// What the loop needs beside the task.
+/// The loop's settings besides the task.
 #[derive(Clone, Debug)]
 pub struct SessionConfig {
     /// How the student is updated.
     pub student: UpdateConfig,
-    /// How the critic is updated, of a method that has one.
+    /// How the critic is updated, for a method that has one.
     pub critic: UpdateConfig,
     /// The moving average of the student.
     pub ema: EmaConfig,
@@ -194,17 +194,18 @@ impl From<&DistillConfig> for SessionConfig {
     }
 }
 
-/// A task on its way, in its run folder.
+/// A task in progress, in its run folder.
 #[derive(Debug)]
 pub struct Session<T> {
     task: T,
     config: SessionConfig,
     folder: RunFolder,
     step: u64,
-    /// One a trained network, in the order of [`Task::trained`].
+    /// One per trained network, in the order of [`Task::trained`].
     trainees: Vec<Trainee>,
     ema: Ema,
-    /// The newest figures of each phase: not every update has every phase, and every line of the record tells of all.
+    /// The newest figures of each phase: not every update has every phase, and every line of the record contains all
+    /// figures.
     figures: BTreeMap<Phase, Vec<(String, f64)>>,
     record: Record,
     timings: Record,
@@ -212,7 +213,7 @@ pub struct Session<T> {
     seconds: f64,
 }
 
-/// What a checkpoint holds of the loop itself.
+/// The loop's own state in a checkpoint.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LoopState {
@@ -224,7 +225,7 @@ struct LoopState {
     figures: BTreeMap<Phase, Vec<(String, f64)>>,
 }
 
-/// Where a resumed run goes on.
+/// The starting point of a resumed run.
 struct Start {
     checkpoint: Option<Checkpoint>,
     record: Record,
@@ -244,7 +245,7 @@ impl Start {
             }
             LoopState { step, seconds, metrics, .. } = checkpoint.json(STATE)?;
         }
-        // What may still refuse comes before anything is given up.
+        // Everything that can fail comes before newer checkpoints are deleted.
         let record = Record::resume(&folder.file("metrics.jsonl"), metrics)?;
         let timings = Record::resume_after(&folder.file("timings.jsonl"), step)?;
         if checkpoint.is_some() {
@@ -254,7 +255,7 @@ impl Start {
     }
 }
 
-/// The checkpoint to go on from; none if the run was killed before its first.
+/// The checkpoint to resume from; none if the run was killed before its first.
 fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
     let found = find_latest(checkpoints)?;
     for damaged in &found.damaged {
@@ -272,7 +273,7 @@ fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// Notes in `status.json` what kept a run from going on.
+/// Records in `status.json` why a run could not be resumed.
 fn failed(folder: &mut RunFolder, error: Error) -> Error {
     let _ = folder.fail(folder.status().step, &error);
     error
@@ -286,7 +287,7 @@ impl<T: Task> Session<T> {
     ///
     /// # Errors
     ///
-    /// What the file system or libtorch refuses.
+    /// Errors of the file system and libtorch.
     pub fn start(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
         let create = |name: &str| Record::create(&folder.file(name));
         let records =
@@ -295,14 +296,14 @@ impl<T: Task> Session<T> {
         Self::new(task, config, folder, record, timings, 0, 0.0)
     }
 
-    /// Goes on with a task from the last good checkpoint of its run folder.
+    /// Resumes a task from the last sound checkpoint of its run folder.
     ///
-    /// Without any (the run was killed before the first) the task starts over, which is the same.
+    /// Without a checkpoint (the run was killed before the first) the task starts again, with the same result.
     ///
     /// # Errors
     ///
-    /// What the file system or libtorch refuses; [`Error::OtherCheckpoint`] if the checkpoint is of another task,
-    /// [`Error::NoSoundCheckpoint`] if all are damaged. `status.json` says so then.
+    /// Errors of the file system and libtorch; [`Error::OtherCheckpoint`] if the checkpoint is of another task,
+    /// [`Error::NoSoundCheckpoint`] if all are damaged. They are recorded in `status.json`.
     pub fn resume(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
         let Start { checkpoint, record, timings, step, seconds } =
             match Start::find(&folder, task.kind()) {
@@ -357,7 +358,7 @@ impl<T: Task> Session<T> {
 
     fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         self.task.restore(checkpoint, self.step)?;
-        // A later stage may have made other networks: look at the parameters again.
+        // A later stage may have created other networks: list the parameters again.
         for phase in self.task.trained() {
             let parameters = self.task.parameters(*phase);
             let saved = checkpoint.tensors(trainee::parameters_file(*phase))?;
@@ -393,19 +394,19 @@ impl<T: Task> Session<T> {
         self.step
     }
 
-    /// Runs to the end, or until asked to stop, and says in `status.json` how it went.
+    /// Runs to the end or until a stop is requested, and records the outcome in `status.json`.
     ///
     /// # Errors
     ///
-    /// [`Error::NonFinite`] before a loss or gradient that is not finite reaches the weights; what the task, the file
-    /// system or libtorch refuse. The last good checkpoint stays.
+    /// [`Error::NonFinite`] before a loss or gradient that is not finite reaches the weights; errors of the task, the
+    /// file system and libtorch. The last sound checkpoint is kept.
     pub fn run(&mut self, interrupt: &Interrupt) -> Result<Outcome> {
         let outcome = self.run_to_end(interrupt);
         match &outcome {
             Ok(Outcome::Completed { .. }) => self.folder.complete(self.step)?,
             Ok(Outcome::Interrupted { .. }) => self.folder.interrupt(self.step)?,
             Err(error) => {
-                // On a full disk this fails too; the error to tell is the first one.
+                // On a full disk this fails too; the first error is the one to report.
                 let _ = self.folder.fail(self.step, error);
             }
         }
@@ -427,11 +428,11 @@ impl<T: Task> Session<T> {
             self.write_outputs(&figures, total, &mut progress)?;
         }
         progress.doing("exporting the model");
-        // Once more, for a run that was resumed after its last update.
+        // Repeated for a run that was resumed after its last update.
         self.export().map(|export| Outcome::Completed { export })
     }
 
-    /// One update; afterwards `self.step` counts it.
+    /// One update; afterwards `self.step` includes it.
     fn update(&mut self) -> Result<Vec<(String, f64)>> {
         let started = Instant::now();
         let step = self.step;
@@ -468,7 +469,7 @@ impl<T: Task> Session<T> {
         Ok(own.into_iter().chain(figures).collect())
     }
 
-    /// Adds to an error about numbers what can be said of the batch, and saves that to be looked at.
+    /// Adds the findings about the batch to an error about numbers, and saves the batch for inspection.
     fn explain(&mut self, error: Error, step: u64, phase: Phase) -> Error {
         let Error::NonFinite { step: update, name, value, detail, saved } = error else {
             return error;
@@ -501,7 +502,7 @@ impl<T: Task> Session<T> {
         self.begin_stage()
     }
 
-    /// Fresh optimizers and a fresh moving average of the task's present parameters.
+    /// New optimizers and a new moving average of the task's present parameters.
     fn begin_stage(&mut self) -> Result<()> {
         self.trainees = Trainee::all(&self.task, &self.config)?;
         self.ema = self.config.ema.build(self.task.parameters(Phase::Student))?;
@@ -539,7 +540,7 @@ impl<T: Task> Session<T> {
         let values: Map<String, Value> =
             figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
         self.record.write(self.step, &values)?;
-        // Wall-clock times differ from run to run, so they are kept apart from what must not.
+        // Wall-clock times differ between runs, so they are separate from the records that must not differ.
         self.timings
             .write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
         for (name, value) in figures {
@@ -549,7 +550,7 @@ impl<T: Task> Session<T> {
         self.events.flush()
     }
 
-    /// Saves everything that the next update depends on, and lets go of the oldest checkpoints.
+    /// Saves everything that the next update depends on, and deletes old checkpoints.
     fn save(&mut self) -> Result<()> {
         self.ensure_worth_saving()?;
         let mut writer =
@@ -576,7 +577,8 @@ impl<T: Task> Session<T> {
         self.folder.progress(self.step)
     }
 
-    /// A step can leave weights that are not finite where loss and gradient still were: no checkpoint is made of them.
+    /// A step can produce weights that are not finite from a finite loss and gradient: they are never saved in a
+    /// checkpoint.
     fn ensure_worth_saving(&self) -> Result<()> {
         let ensure = |what: String, tensors: &[(String, Tensor)]| {
             let found = not_finite_among(tensors)?;
@@ -604,7 +606,7 @@ impl<T: Task> Session<T> {
         ensure("in the moving average".to_owned(), self.ema.tensors())
     }
 
-    /// Puts the averaged model of this step in place of the last one, whole.
+    /// Replaces the previous averaged model with that of this step, atomically.
     fn export(&self) -> Result<PathBuf> {
         let [export, aside, replaced] =
             ["export", ".export-new", ".export-old"].map(|name| self.folder.file(name));
@@ -616,7 +618,7 @@ impl<T: Task> Session<T> {
         };
         remove(&aside)?;
         if !export.exists() && replaced.exists() {
-            // Killed between the two renames below.
+            // A process was killed between the two renames below.
             fs::rename(&replaced, &export).map_err(Error::io("put back", &export))?;
         }
         remove(&replaced)?;
@@ -625,7 +627,7 @@ impl<T: Task> Session<T> {
             .map_err(Error::io("write", &export))
             .and_then(|()| self.task.export(&aside, self.ema.tensors(), spent));
         if let Err(error) = written {
-            // Half a model is of no use, and the disk may be full.
+            // An incomplete model is useless, and the disk may be full.
             let _ = remove(&aside);
             return Err(error);
         }

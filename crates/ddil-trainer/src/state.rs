@@ -1,4 +1,4 @@
-//! Named tensors put back where they came from, all or none.
+//! Restores named tensors, all or none.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,9 @@ use tch::Tensor;
 
 use crate::{Error, Result};
 
-/// Copies saved tensors into the ones of the same names, in place; nothing is changed unless all fit.
+/// Copies saved tensors into the tensors of the same names, in place; nothing is changed unless all fit.
 ///
-/// `what` names the thing in the error, such as `optimizer`.
+/// `what` is the name used in the error, such as `optimizer`.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
-//! `TensorBoard` event files: scalars and pictures, with neither TensorFlow nor a protobuf compiler.
+//! `TensorBoard` event files: scalars and images, without TensorFlow or a protobuf compiler.
 //!
-//! A file is a row of `TFRecord`s (length, its masked CRC-32C, payload, its masked CRC-32C; little endian),
-//! each the protobuf message `tensorflow.Event`. The few fields written here are stable since 2016.
+//! A file is a sequence of `TFRecord`s (length, its masked CRC-32C, payload, its masked CRC-32C; little endian), each
+//! with the protobuf message `tensorflow.Event`. The few fields written here have been stable since 2016.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -15,7 +15,7 @@ use ddil_pipelines::Image;
 
 use crate::{Error, Result, crc32c};
 
-/// The tag of a figure of the record. TensorBoard folds tags by what precedes the first slash: `loss_forward` becomes
+/// The tag of a recorded figure. TensorBoard groups tags by the part before the first slash: `loss_forward` becomes
 /// `loss/forward`, and `clipped_teacher_forward_749` becomes `clipped/teacher/forward_749`.
 ///
 /// # Example
@@ -37,7 +37,7 @@ pub fn tag(figure: &str) -> String {
     }
 }
 
-/// Writes one event file; `TensorBoard` reads all that lie in a folder together.
+/// Writes one event file; `TensorBoard` reads all files of a folder together.
 #[derive(Debug)]
 pub struct EventWriter {
     path: PathBuf,
@@ -45,18 +45,17 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts an event file in a folder, made if need be, `events.out.tfevents.<seconds>.ddil`.
+    /// Creates an event file `events.out.tfevents.<seconds>.ddil` in a folder, which is created if necessary.
     ///
-    /// `first_step` is the first step that will be written, one more than the last one that is done. What earlier
-    /// files of the folder hold of that step and later ones, `TensorBoard` forgets: so the curves of a resumed run
-    /// have no kinks.
+    /// `first_step` is the first step that will be written, one more than the last one done. `TensorBoard` drops that
+    /// step and later ones of earlier files in the folder, so that the curves of a resumed run do not overlap.
     ///
     /// # Errors
     ///
-    /// [`Error::Files`] if the file cannot be made.
+    /// [`Error::Files`] if the file cannot be created.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        // TensorBoard reads in order of the names, and takes the one that sorts last for the live one.
+        // TensorBoard reads files in the order of their names, and treats the last one as the live one.
         let path = folder.join(format!("events.out.tfevents.{:020.9}.ddil", since_epoch()));
         let file = fault::reach(Point::EventsCreate, &path)
             .and_then(|()| OpenOptions::new().write(true).create_new(true).open(&path));
@@ -69,7 +68,7 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Where it writes.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -83,11 +82,11 @@ impl EventWriter {
         self.summary(step, tag, |message| message.float(summary::SIMPLE_VALUE, value))
     }
 
-    /// Adds a picture to a tag, such as `samples`.
+    /// Adds an image to a tag, such as `samples`.
     ///
     /// # Errors
     ///
-    /// [`Error::Image`] if it cannot be written as PNG, [`Error::Files`] if the disk is full.
+    /// [`Error::Image`] if it cannot be encoded as PNG, [`Error::Files`] if the disk is full.
     pub fn picture(&mut self, step: u64, tag: &str, picture: &Image) -> Result<()> {
         let png = picture.to_png()?;
         let image = Message::default()
@@ -98,7 +97,7 @@ impl EventWriter {
         self.summary(step, tag, |message| message.message(summary::IMAGE, &image))
     }
 
-    /// Hands everything to the system; a reader that polls sees it then.
+    /// Flushes to the system; a reader that polls then sees everything.
     ///
     /// # Errors
     ///
@@ -172,7 +171,7 @@ mod image {
     pub(super) const ENCODED: u64 = 4;
 }
 
-/// A protobuf message in the making.
+/// A protobuf message under construction.
 #[derive(Clone, Debug, Default)]
 struct Message(Vec<u8>);
 

@@ -1,4 +1,4 @@
-//! The task of `ddil train`: a diffusion model from data.
+//! The task of `ddil train`: trains a diffusion model on data.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 use crate::watch::Watches;
 
-/// A diffusion model on its way: the squared error of its output at random timesteps of noised data.
+/// A training in progress, of a diffusion model: the squared error of its output at random timesteps of noised data.
 ///
 /// [Ho et al. 2020](https://arxiv.org/abs/2006.11239); labels are dropped at random for guidance,
 /// [Ho and Salimans 2022](https://arxiv.org/abs/2207.12598).
@@ -29,7 +29,7 @@ pub struct TrainTask {
     config: TrainConfig,
     schedule: NoiseSchedule,
     network: NetworkDenoiser,
-    /// A second network of the same form, into which the moving average is put to be sampled.
+    /// A second network of the same configuration, which holds the moving average for sampling.
     averaged: NetworkDenoiser,
     watches: Watches,
     data: TrainingData,
@@ -41,8 +41,7 @@ impl TrainTask {
     ///
     /// # Errors
     ///
-    /// What the config, the data or the network refuse; [`Error::Invalid`] if the network does not fit the
-    /// data.
+    /// Errors of the config, the data and the network; [`Error::Invalid`] if the network does not fit the data.
     pub fn new(config: &TrainConfig) -> Result<Self> {
         config.ensure()?;
         let device = config.run.device()?;
@@ -76,7 +75,7 @@ impl TrainTask {
         self.network.placement().device
     }
 
-    /// Random timesteps, one a sample.
+    /// Random timesteps, one per sample.
     fn timesteps(&self, step: u64, batch: i64) -> Result<Tensor> {
         let mut generator = self.streams.generator(step, Stream::Timesteps, self.device())?;
         Ok(generator.randint(0, self.schedule.num_train_timesteps(), [batch])?)
@@ -97,7 +96,7 @@ impl TrainTask {
         Conditioning::class_labels(labels.where_self(&drop.logical_not(), &labels.full_like(null)))
     }
 
-    /// The class that the network learns to take for "no condition"; none if it never sees it.
+    /// The null class; none if the network is never trained on it.
     fn null_class(&self) -> Option<i64> {
         self.data.null_class().filter(|_| self.config.train.label_dropout > 0.0)
     }
@@ -187,7 +186,7 @@ impl Task for TrainTask {
     }
 
     fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {
-        // Data, noise and labels of an update follow from its number alone.
+        // Data, noise and labels of an update are functions of its number.
         Ok(())
     }
 

@@ -1,8 +1,8 @@
-//! Whether every output of the networks of a run was finite.
+//! Detects network outputs that are not finite.
 //!
-//! Thresholding hides an infinity: a teacher that overflows would teach the edge of the range, with a loss that looks
-//! plausible. So the networks' own outputs are watched, by their sum, which is finite where they are: one pass over an
-//! output beside all that it took to compute it, and nothing waits for the device.
+//! Thresholding hides an infinity: an overflow in the teacher would become the edge of the range, with a loss that
+//! looks plausible. Therefore the networks' own outputs are checked by their sum, which is finite if they are. This
+//! costs one pass over each output, little compared with its computation, and does not wait for the device.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -24,7 +24,7 @@ struct Watch {
     faulty: RefCell<Option<Vec<FaultyOutput>>>,
 }
 
-/// What a network returned since the last reset.
+/// The outputs of a network since the last reset.
 #[derive(Debug)]
 pub(crate) struct Outputs {
     pub(crate) network: &'static str,
@@ -34,17 +34,17 @@ pub(crate) struct Outputs {
     pub(crate) faulty: Vec<FaultyOutput>,
 }
 
-/// An output with values that are NaN or infinite, of an input without.
+/// An output with NaN or infinite values for a finite input.
 #[derive(Debug)]
 pub(crate) struct FaultyOutput {
-    /// The rows of the input, which is the batch, or twice the batch for a guided network.
+    /// The affected rows of the input, which is the batch, or twice the batch for a guided network.
     pub(crate) rows: Vec<usize>,
     /// The timestep of each row of the input.
     pub(crate) timesteps: Vec<i64>,
 }
 
 impl Watches {
-    /// The network with a watch on it.
+    /// The network with a watch attached.
     pub(crate) fn on(&mut self, name: &'static str, network: NetworkDenoiser) -> NetworkDenoiser {
         let watch = Rc::new(Watch::default());
         self.0.push((name, Rc::clone(&watch)));
@@ -75,7 +75,7 @@ impl Watches {
         }
     }
 
-    /// What each network returned; single values are inspected no longer.
+    /// The outputs of each network; ends the inspection of single values.
     pub(crate) fn take(&self) -> Vec<Outputs> {
         let outputs = |(network, watch): &(&'static str, Rc<Watch>)| Outputs {
             network,

@@ -1,67 +1,68 @@
-//! What a pass of a U-Net keeps in memory, by the shapes of its weights.
+//! Memory of a U-Net's activations, by the shapes of its weights.
 
 use std::collections::BTreeMap;
 
-/// Where and in what a U-Net is asked.
+/// Size and precision of a forward pass of a U-Net.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassShape {
-    /// Samples in one call.
+    /// Samples per call.
     pub batch: u64,
     /// Height and width of a sample.
     pub size: [u64; 2],
-    /// Tokens of a text, for networks that are told one.
+    /// Tokens of a text, for networks with text conditioning.
     pub tokens: u64,
-    /// Bytes of a value that convolutions, products and attention compute: 2 under autocast to half precision.
+    /// Bytes per value computed by convolutions, matrix products and attention: 2 under autocast to half precision.
     pub computed_bytes: u64,
-    /// Bytes of a value that norms and the activations behind them compute: 4 on CUDA, where autocast keeps them in single
-    /// precision, and as the others on the CPU.
+    /// Bytes per value computed by norms and the activations after them: 4 on CUDA, where autocast keeps them in single
+    /// precision; on the CPU equal to the others.
     pub normed_bytes: u64,
-    /// Whether a group norm and the activation behind it keep nothing in between: channels last on the CPU
+    /// Whether a group norm and the activation after it store no intermediate result: channels last on the CPU
     /// ([`ddil_libtorch::group_norm`]).
     pub fused_norms: bool,
-    /// Whether the backward pass computes the inner results of blocks once more.
+    /// Whether the backward pass recomputes the intermediate results of blocks.
     pub checkpointing: bool,
 }
 
 /// Bytes of a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activations {
-    /// Kept for the backward pass: the way down and the bottom level, whose output a discriminator looks at.
+    /// Stored for the backward pass: the down path and the middle block, whose output is the discriminator's input.
     pub kept_down: u64,
-    /// Kept for the backward pass: the way up.
+    /// Stored for the backward pass: the up path.
     pub kept_up: u64,
-    /// What the way down leaves for the way up, kept also without gradients.
+    /// Skip connections, also stored without gradients.
     pub skips: u64,
-    /// What the largest layer works with, in and out.
+    /// Inputs, outputs and intermediates of the largest layer.
     pub largest: u64,
-    /// Kept for the backward pass of one block at a time, the largest, where blocks are computed once more.
+    /// Stored for the backward pass of the largest single block, if blocks are recomputed.
     pub recomputed: u64,
 }
 
 impl Activations {
-    /// Of a U-Net with weights of these names and shapes, of either class.
+    /// The activations of a U-Net with weights of these names and shapes, of either class.
     ///
-    /// libtorch keeps what the backward pass of each operation reads. In values a pixel, with c channels in and d out:
+    /// libtorch stores what the backward pass of each operation reads. In values per pixel, with c input and d output
+    /// channels:
     ///
-    /// | layer | with gradients | while it is at work |
+    /// | layer | with gradients | while it runs |
     /// | --- | --- | --- |
-    /// | residual block | `3 c + 3 d`: input, norm and activation before each of two convolutions | `max(3 c + d, c + 3 d)` |
-    /// | transformer's way in and out | `2 c + c` | |
-    /// | attention of pixels to pixels | `6 c`: input, norm, query, key, value, answer | `6 c` |
-    /// | attention to a text | `4 c`, and `2 c` a token | `5 c` |
+    /// | residual block | `3 c + 3 d`: input, norm and activation before both convolutions | `max(3 c + d, c + 3 d)` |
+    /// | transformer's input and output projections | `2 c + c` | |
+    /// | pixel self-attention | `6 c`: input, norm, query, key, value, output | `6 c` |
+    /// | cross-attention to a text | `4 c`, and `2 c` per token | `5 c` |
     /// | feed-forward | `18 c`: input, norm, `8 c` in, `4 c` gated half, `4 c` product | `19 c` |
-    /// | halving, doubling | `c` before the convolution | `2 c` |
+    /// | downsampling, upsampling | `c` before the convolution | `2 c` |
     /// | last norm and convolution | `3 c` | `3 c` |
     ///
-    /// Where group norm and activation are one operation, what is between the two is not kept: `2 c + 2 d` of a residual
+    /// If group norm and activation are one operation, the result between them is not stored: `2 c + 2 d` of a residual
     /// block, `2 c` of the last norm.
     ///
-    /// With activation checkpointing, a residual block, an attention block of pixels and a transformer block keep their
-    /// output alone, `d` or `c`, and what the table says of the largest of them comes and goes.
+    /// With activation checkpointing, a residual block, a pixel attention block and a transformer block store only
+    /// their output, `d` or `c`, and the values of the table exist for one block at a time.
     ///
-    /// Scores of attention are never whole in memory (flash attention,
-    /// [Dao et al. 2022](https://arxiv.org/abs/2205.14135)). Not counted are the scratch memory of convolutions and what
-    /// the allocator keeps beyond what is used.
+    /// Attention scores are never stored as a whole (flash attention, [Dao et al.
+    /// 2022](https://arxiv.org/abs/2205.14135)). The estimate does not include the scratch memory of convolutions and
+    /// the allocator's overhead.
     pub fn of(shapes: &[(String, Vec<i64>)], pass: PassShape) -> Self {
         let levels = 1 + shapes.iter().filter_map(|(name, _)| down_level(name)).max().unwrap_or(0);
         let mut all = Self::default();
@@ -86,12 +87,12 @@ impl Activations {
         all
     }
 
-    /// Kept for the backward pass, and what that works with.
+    /// Bytes of a pass with gradients: those stored for the backward pass, and those of the largest layer.
     pub fn training(&self) -> u64 {
         self.kept_down + self.kept_up + self.recomputed + self.largest
     }
 
-    /// At most at once, without gradients.
+    /// Peak bytes of a pass without gradients.
     pub fn inference(&self) -> u64 {
         self.skips + self.largest
     }
@@ -106,24 +107,24 @@ impl Activations {
 }
 
 impl PassShape {
-    /// Pixels of a batch at a level, sides rounded up where they are halved.
+    /// Pixels of a batch at a level; odd sides are rounded up when they are halved.
     fn pixels(&self, level: u32) -> u64 {
         let side = |side: u64| (0..level).fold(side, |side, _| side.div_ceil(2));
         self.batch * side(self.size[0]) * side(self.size[1])
     }
 }
 
-/// What the backward pass of a layer reads, in values a pixel.
+/// What the backward pass of a layer reads, in values per pixel.
 struct Layer {
     normed: u64,
-    /// Of these, what lies between a group norm and its activation.
+    /// The part of these between a group norm and its activation.
     between: u64,
     computed: u64,
-    /// In values a pixel, while it runs.
+    /// Values per pixel while the layer runs.
     at_work: u64,
-    /// Values a token of the text.
+    /// Values per token of the text.
     per_token: u64,
-    /// 4 for a layer that works at twice the height and width.
+    /// 4 for a layer that runs at twice the height and width.
     scale: u64,
 }
 
@@ -141,13 +142,13 @@ impl Layer {
         pixels * self.scale * self.at_work * pass.computed_bytes
     }
 
-    /// The layer that a weight stands for; none for weights that are counted with another.
+    /// The layer of a weight; none for weights that are counted with another.
     fn of(name: &str, shape: &[i64]) -> Option<Self> {
         let [out, inputs] = [*shape.first()? as u64, shape.get(1).copied().unwrap_or(0) as u64];
         let layer = |normed, computed, at_work| {
             Some(Self { normed, between: 0, computed, at_work, per_token: 0, scale: 1 })
         };
-        // Norm, activation and what they read.
+        // Norm and activation, and what their backward passes read.
         let activated =
             |width, at_work| Some(Self { between: width, ..layer(2 * width, width, at_work)? });
         let is = |end: &str| name.ends_with(end);
@@ -187,7 +188,7 @@ impl Layer {
     }
 }
 
-/// Bytes that the way down leaves for the way up behind a weight's layer.
+/// Bytes of the skip connection after a weight's layer.
 fn skipped(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
     let channels = shape.first().copied().unwrap_or(0) as u64;
     let is_down = name.starts_with("down_blocks");
@@ -200,13 +201,13 @@ fn skipped(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
     pixels * channels * pass.computed_bytes
 }
 
-/// The block that a weight belongs to and that may be computed once more; none for what stands between blocks.
+/// The recomputable block of a weight; none for layers outside blocks.
 fn block_of(name: &str) -> Option<&str> {
     let (unit, at) = ["transformer_blocks.", "resnets."]
         .iter()
         .find_map(|unit| Some((*unit, name.find(unit)?)))
         .or_else(|| {
-            // Of pixels; a transformer's own norm and projections are not computed again.
+            // Pixel attention; a transformer's own norm and projections are not recomputed.
             let at = name.find("attentions.").filter(|_| name.ends_with("to_q.weight"))?;
             Some(("attentions.", at))
         })?;
@@ -215,7 +216,7 @@ fn block_of(name: &str) -> Option<&str> {
     Some(&name[..end])
 }
 
-/// Bytes of what a block gives, behind the weight that its last layer stands for.
+/// Bytes of a block's output, counted at the weight of its last layer.
 fn block_output(name: &str, shape: &[i64], pass: PassShape, level: u32) -> u64 {
     let is_last = ["conv2.weight", "ff.net.0.proj.weight"].iter().any(|end| name.ends_with(end))
         || (name.ends_with("to_q.weight") && !name.contains("transformer_blocks"));
@@ -230,7 +231,7 @@ fn down_level(name: &str) -> Option<u32> {
     name.strip_prefix("down_blocks.")?.split('.').next()?.parse().ok()
 }
 
-/// How often the sides of a map were halved where a weight is at work.
+/// How often the height and width have been halved at a weight's layer.
 fn level_of(name: &str, levels: u32) -> u32 {
     let up = |name: &str| name.strip_prefix("up_blocks.")?.split('.').next()?.parse::<u32>().ok();
     match (down_level(name), up(name)) {
@@ -285,7 +286,7 @@ mod tests {
         assert_eq!(all.kept_up - fused.kept_up, fine * (32 + 16));
     }
 
-    /// Blocks keep what they give; the largest, here the transformer's, is computed again.
+    /// Blocks store their outputs; the largest, here the transformer's, is recomputed.
     #[test]
     fn with_checkpointing_blocks_keep_what_they_give() {
         let block = "down_blocks.1.attentions.0.transformer_blocks.0";
@@ -308,7 +309,8 @@ mod tests {
         let (fine, coarse) = (2 * 8 * 6 * 4, 2 * 4 * 3 * 4);
         let text = 2 * 7 * 2 * 16 * 4;
         let all = Activations::of(&network, PassShape { checkpointing: true, ..PASS });
-        // In, block and way down; the transformer's way in, block and way out, and the attention of pixels.
+        // Input, block and down path; the transformer's input projection, block and output projection, and the pixel
+        // attention.
         assert_eq!(all.kept_down, fine * (4 + 16 + 16) + coarse * (32 + 16 + 16 + 16));
         assert_eq!(all.kept_up, fine * 16);
         let transformer = coarse * (6 + 4 + 18) * 16 + text;

@@ -17,7 +17,7 @@ pub struct UpdateConfig {
     pub learning_rate: LrSchedule,
 }
 
-/// Who is trained in a phase.
+/// The network trained in a phase, with its optimizer.
 #[derive(Debug)]
 pub(super) struct Trainee {
     pub(super) phase: Phase,
@@ -25,7 +25,7 @@ pub(super) struct Trainee {
     learning_rate: LrSchedule,
 }
 
-/// What a checkpoint calls the parameters of a phase.
+/// The checkpoint member with the parameters of a phase.
 pub(super) fn parameters_file(phase: Phase) -> &'static str {
     match phase {
         Phase::Student => "parameters.safetensors",
@@ -33,7 +33,7 @@ pub(super) fn parameters_file(phase: Phase) -> &'static str {
     }
 }
 
-/// What a checkpoint calls the optimizer of a phase.
+/// The checkpoint member with the optimizer state of a phase.
 pub(super) fn optimizer_file(phase: Phase) -> &'static str {
     match phase {
         Phase::Student => "optimizer.safetensors",
@@ -41,21 +41,21 @@ pub(super) fn optimizer_file(phase: Phase) -> &'static str {
     }
 }
 
-/// The values of some scalars of one device, read at once.
+/// The values of some scalars on one device, read at once.
 fn values(scalars: [&Tensor; 3]) -> Result<[f64; 3]> {
     let read = || Vec::<f64>::try_from(Tensor::f_stack(&scalars, 0)?);
     let values = read().map_err(Error::torch("Trainee::update"))?;
     Ok([values[0], values[1], values[2]])
 }
 
-/// The one of a phase.
+/// The trainee of a phase.
 pub(super) fn find(trainees: &mut [Trainee], phase: Phase) -> Result<&mut Trainee> {
     let of_phase = trainees.iter_mut().find(|trainee| trainee.phase == phase);
     of_phase.ok_or(Error::Losses(ddil_losses::Error::Phase { method: "this task", phase }))
 }
 
 impl Trainee {
-    /// Everybody that a task trains, with fresh optimizers.
+    /// All trainees of a task, with new optimizers.
     pub(super) fn all(task: &impl Task, config: &SessionConfig) -> Result<Vec<Self>> {
         let trainee = |phase: &Phase| {
             let UpdateConfig { optimizer, learning_rate } = match phase {
@@ -83,7 +83,7 @@ impl Trainee {
         let loss = per_sample.mean(per_sample.kind());
         loss.f_backward().map_err(Error::torch("backward"))?;
         let norm = self.optimizer.clip()?;
-        // Read after the whole backward pass was queued: one wait for the device a phase.
+        // Read after the whole backward pass has been queued: one wait for the device per phase.
         let [loss, norm, answers] = values([&loss, &norm, answers.unwrap_or(&loss)])?;
         let (whose, prefix) = match self.phase {
             Phase::Student => ("", ""),
