@@ -1,10 +1,10 @@
-//! Arguments that do not fit: the error and the checks that the crates above share.
+//! Arguments that do not fit: the error, and the checks that the crates of the workspace share.
 
 use tch::{Device, Kind, Tensor};
 
 /// An argument that a function cannot take: its shape, kind, layout, device or value.
 ///
-/// The crates of the workspace check tensors at their public edge with [`ensure_real`], [`ensure_dense`],
+/// The crates of the workspace check tensors in their public functions with [`ensure_real`], [`ensure_dense`],
 /// [`ensure_same_shape`] and [`ensure_timesteps`], and all return this error.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -50,7 +50,7 @@ pub enum ArgumentError {
         op: &'static str,
         /// The argument.
         name: &'static str,
-        /// What it is.
+        /// What was found.
         found: &'static str,
     },
     /// Two arguments that must be on the same device are not.
@@ -63,7 +63,7 @@ pub enum ArgumentError {
         /// Name and device of the second argument.
         right: (&'static str, Device),
     },
-    /// An argument has a value that is out of range.
+    /// An argument has a value out of range.
     #[error("{op}: `{name}` is {value}; expected {expected}")]
     Value {
         /// The function that was called.

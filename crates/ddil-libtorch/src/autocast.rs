@@ -7,12 +7,12 @@ use tch::{Device, Kind};
 use crate::ffi::{self, check, kind_number};
 use crate::{Error, Result};
 
-/// Mixed precision for as long as it lives: matrix products and convolutions run in a 16-bit kind, what needs more
-/// range stays as it is.
+/// A guard for mixed precision: matrix products and convolutions run in a 16-bit kind, operations that need more
+/// range stay in their kind.
 ///
-/// Works on the CPU too, where `tch::autocast` does nothing. Holds for one kind of device and for this thread only,
-/// so it cannot be sent to another. Guards nest, and must be dropped in the reverse order of their making, as scopes
-/// do; each puts back what it found. When the last one goes, the cache of converted weights goes with it.
+/// Also works on the CPU, where `tch::autocast` has no effect. Applies to one kind of device and to this thread only,
+/// so it cannot be sent to another thread. Guards nest and must be dropped in the reverse order of their creation, as
+/// scopes do; each restores the previous state. Dropping the last one clears the cache of converted weights.
 ///
 /// Wrap the forward pass and the loss; call `backward` outside. `Half` needs its loss scaled, `BFloat16` does not.
 ///
@@ -40,7 +40,7 @@ pub struct Autocast {
 }
 
 impl Autocast {
-    /// Turns autocast on.
+    /// Turns autocast on for `device`.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Autocast {
         Self::push("Autocast::new", device, true, kind_number(kind))
     }
 
-    /// Turns autocast off, for a part that needs full precision inside one that does not.
+    /// Turns autocast off, for a part that needs full precision within an autocast region.
     ///
     /// # Errors
     ///
@@ -66,7 +66,7 @@ impl Autocast {
     fn push(op: &'static str, device: Device, enable: bool, kind: i32) -> Result<Self> {
         let cuda = ffi::device_index(op, device)? >= 0;
         let (mut was_enabled, mut previous_kind) = (false, 0);
-        // SAFETY: the two places that C++ writes to are valid.
+        // SAFETY: both output pointers are valid.
         let code = unsafe {
             ffi::ddil_autocast_push(
                 cuda,
@@ -83,7 +83,7 @@ impl Autocast {
 
 impl Drop for Autocast {
     fn drop(&mut self) {
-        // SAFETY: passes plain values. It gives back what `push` read on this thread, and does not fail for that.
+        // SAFETY: passes plain values. It restores what `push` read on this thread, which does not fail.
         unsafe { ffi::ddil_autocast_pop(self.cuda, self.was_enabled, self.previous_kind) };
     }
 }

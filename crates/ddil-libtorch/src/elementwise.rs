@@ -5,10 +5,10 @@ use tch::Tensor;
 use crate::ffi::{self, check, new_tensor};
 use crate::{Error, Result};
 
-/// Whether nothing but `x` refers to its memory: no other handle, no view and nothing saved for a backward pass.
+/// Whether only `x` refers to its memory: there is no other handle, no view and no tensor saved for a backward pass.
 ///
 /// Then a function that owns `x` may write the result of a step into it. Memory that libtorch did not allocate, such as
-/// that of a mapped file, is never taken for `x`'s own.
+/// that of a mapped file, never counts as owned by `x`.
 ///
 /// # Example
 ///
@@ -24,15 +24,15 @@ use crate::{Error, Result};
 /// assert!(!ddil_libtorch::is_sole_owner(&x) && !ddil_libtorch::is_sole_owner(&same));
 /// ```
 pub fn is_sole_owner(x: &Tensor) -> bool {
-    // SAFETY: the tensor lives through the call, which reads counters alone.
+    // SAFETY: the tensor lives through the call, which only reads counters.
     unsafe { ffi::ddil_is_sole_owner(x.as_ptr()) }
 }
 
 /// `a x + b y` as a new tensor.
 ///
-/// One pass over memory on libtorch's own threads for `Float` and `Double` on the CPU, in any strides: `channels_last`
-/// stays so. Everywhere else, and where gradients are recorded, libtorch's operations, so the result can be
-/// differentiated.
+/// One pass over memory on libtorch's own threads for `Float` and `Double` on the CPU, with any strides:
+/// `channels_last` is preserved. Elsewhere, and if gradients are recorded, libtorch's operations are used, so the
+/// result can be differentiated.
 ///
 /// # Shapes and units
 ///
@@ -58,7 +58,7 @@ pub fn affine(x: &Tensor, y: &Tensor, a: f64, b: f64) -> Result<Tensor> {
     new_tensor("affine", |out| unsafe { ffi::ddil_affine(x.as_ptr(), y.as_ptr(), a, b, out) })
 }
 
-/// `x = a x + b y` in place; otherwise as [`affine`].
+/// `x = a x + b y` in place; otherwise like [`affine`].
 ///
 /// # Errors
 ///
@@ -69,7 +69,7 @@ pub fn affine_(x: &mut Tensor, y: &Tensor, a: f64, b: f64) -> Result<()> {
     check("affine_", unsafe { ffi::ddil_affine_in_place(x.as_ptr(), y.as_ptr(), a, b) })
 }
 
-/// `a x + b y + c noise` as a new tensor; otherwise as [`affine`].
+/// `a x + b y + c noise` as a new tensor; otherwise like [`affine`].
 ///
 /// # Errors
 ///
@@ -88,7 +88,7 @@ pub fn affine_noise(
     new_tensor("affine_noise", |out| unsafe { ffi::ddil_affine_noise(x, y, noise, a, b, c, out) })
 }
 
-/// `x = a x + b y + c noise` in place; otherwise as [`affine_`].
+/// `x = a x + b y + c noise` in place; otherwise like [`affine_`].
 ///
 /// # Errors
 ///
@@ -107,16 +107,16 @@ pub fn affine_noise_(
     check("affine_noise_", unsafe { ffi::ddil_affine_noise_in_place(x, y, noise, a, b, c) })
 }
 
-/// The numbers of [`affine_clamped`].
+/// The coefficients of [`affine_clamped`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Clamped {
     /// Weight of `x` in the clamped sum.
     pub a: f64,
     /// Weight of `y` in the clamped sum.
     pub b: f64,
-    /// Least value of the clamped sum.
+    /// Lower limit of the clamped sum.
     pub lo: f64,
-    /// Greatest value of the clamped sum.
+    /// Upper limit of the clamped sum.
     pub hi: f64,
     /// Weight of `x` in the result.
     pub c: f64,
@@ -127,7 +127,7 @@ pub struct Clamped {
 impl Clamped {
     fn ensure_ordered(&self, op: &'static str) -> Result<()> {
         let Self { lo, hi, .. } = *self;
-        // Written so that a NaN fails too.
+        // Written so that NaN also fails.
         if lo <= hi {
             return Ok(());
         }
@@ -135,9 +135,10 @@ impl Clamped {
     }
 }
 
-/// `c x + d clamp(a x + b y, lo, hi)` as a new tensor: a sampler's step with its estimate of clean data kept in range.
+/// `c x + d clamp(a x + b y, lo, hi)` as a new tensor: a sampler's step with the clean-data estimate clipped to a
+/// range.
 ///
-/// A NaN stays one. Otherwise as [`affine`].
+/// NaN stays NaN. Otherwise like [`affine`].
 ///
 /// # Errors
 ///
@@ -152,7 +153,7 @@ pub fn affine_clamped(x: &Tensor, y: &Tensor, numbers: &Clamped) -> Result<Tenso
     })
 }
 
-/// `x = c x + d clamp(a x + b y, lo, hi)` in place; otherwise as [`affine_clamped`].
+/// `x = c x + d clamp(a x + b y, lo, hi)` in place; otherwise like [`affine_clamped`].
 ///
 /// # Errors
 ///

@@ -4,16 +4,16 @@ use tch::{Device, Kind};
 
 use crate::argument::ArgumentError;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// libtorch refused an operation.
+    /// An operation failed in libtorch.
     #[error("{op}: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// libtorch's reason, without its backtrace.
+        /// libtorch's message, without its backtrace.
         message: String,
     },
     /// An argument has a shape, kind or value that the function cannot take.
@@ -24,25 +24,25 @@ pub enum Error {
         "the tensor at index {index} has no gradient: was `backward` called, and does the loss depend on it?"
     )]
     MissingGradient {
-        /// Its place in the list.
+        /// Its index in the list.
         index: usize,
     },
-    /// The operation exists for other devices only.
+    /// The operation is not available on the device.
     #[error("{op}: there is no such thing on {device:?}, only on the CPU and on CUDA")]
     UnsupportedDevice {
         /// The function that was called.
         op: &'static str,
-        /// The device asked for.
+        /// The requested device.
         device: Device,
     },
-    /// The operation exists for other kinds only.
+    /// The operation is not available for the kind.
     #[error("{op}: the kind {kind:?} is not possible here, only {expected}")]
     UnsupportedKind {
         /// The function that was called.
         op: &'static str,
-        /// The kind asked for.
+        /// The requested kind.
         kind: Kind,
-        /// The kinds that are possible.
+        /// The supported kinds.
         expected: &'static str,
     },
     /// A file could not be opened or mapped into memory.
@@ -50,35 +50,35 @@ pub enum Error {
     Map {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
-    /// A file could not be made, written or read.
+    /// A file could not be created, written or read.
     #[error("could not {action} {}", path.display())]
     File {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: std::io::Error,
     },
-    /// A file is not as long as it was made.
+    /// A file does not have the length with which it was created.
     #[error("{} has {found} bytes, not {expected}", path.display())]
     FileLength {
         /// The file.
         path: PathBuf,
         /// Its length.
         found: u64,
-        /// The length that it should have.
+        /// The expected length.
         expected: u64,
     },
-    /// An archive claims more than is in it, or is none.
+    /// An archive is invalid, or declares more data than it contains.
     #[error("{} is no whole TorchScript archive: {problem}", path.display())]
     ScriptArchive {
         /// The file.
         path: PathBuf,
-        /// The record, if it is one, and what is wrong with it.
+        /// The record, if it concerns one, and the problem.
         problem: String,
     },
     /// A tensor would reach beyond the end of its file.
@@ -95,7 +95,7 @@ pub enum Error {
         /// Length of the file.
         len: usize,
     },
-    /// A tensor would start at an address that its kind cannot have.
+    /// A tensor would start at an address that is not aligned for its kind.
     #[error("{}: {kind:?} at byte {offset}, which is not a multiple of {alignment}", path.display())]
     Misaligned {
         /// The file.
@@ -104,7 +104,7 @@ pub enum Error {
         offset: usize,
         /// Its kind.
         kind: Kind,
-        /// What the address must be a multiple of.
+        /// The required alignment of the address.
         alignment: usize,
     },
     /// A byte of a `Bool` tensor is neither 0 nor 1.
@@ -112,9 +112,9 @@ pub enum Error {
     NotBool {
         /// The file.
         path: PathBuf,
-        /// Place of the byte.
+        /// Offset of the byte.
         offset: usize,
-        /// What was found.
+        /// Its value.
         value: u8,
     },
 }
@@ -134,7 +134,7 @@ impl Error {
         Self::Argument(ArgumentError::Value { op, name, value, expected })
     }
 
-    /// Wraps what the system said of a file.
+    /// Wraps an error of the system about a file.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::File { action, path: path.to_owned(), source }
     }

@@ -1,4 +1,4 @@
-//! The C++ side as declared in `cpp/`, and what every call to it needs.
+//! Declarations of the C++ side in `cpp/`, and helpers that every call to it needs.
 #![allow(unsafe_code, reason = "the door to C++")]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -23,7 +23,7 @@ pub(crate) struct Generator {
 
 /// A tensor that C++ reads, or changes only through the storage behind it.
 pub(crate) type In = *const C_tensor;
-/// Where C++ puts a tensor that Rust owns from then on.
+/// An output pointer, through which C++ returns a tensor that Rust then owns.
 pub(crate) type Out = *mut *mut C_tensor;
 
 #[rustfmt::skip]
@@ -101,28 +101,28 @@ unsafe extern "C" {
     pub(crate) fn ddil_cuda_driver_installed() -> bool;
 }
 
-/// Turns the code that a C++ function returned into a result.
+/// Converts the status code of a C++ function to a result.
 pub(crate) fn check(op: &'static str, code: c_int) -> Result<()> {
     if code == 0 {
         return Ok(());
     }
-    // SAFETY: the pointer is to a string of this thread, never null, that stays until the next failure on it.
+    // SAFETY: the pointer is to a string of this thread, never null and valid until the next failure on this thread.
     let message = unsafe { CStr::from_ptr(ddil_last_error()) };
     let message = message.to_string_lossy();
-    // What follows is a list of every backend there is.
+    // The rest is a list of all backends.
     let reason = message.split(" This could be because the operator").next().unwrap_or_default();
     Err(Error::Torch { op, message: reason.trim_end().to_owned() })
 }
 
-/// Takes over the tensor that a C++ function makes.
+/// Takes ownership of the tensor that a C++ function creates.
 pub(crate) fn new_tensor(op: &'static str, make: impl FnOnce(Out) -> c_int) -> Result<Tensor> {
     let mut tensor = ptr::null_mut();
     check(op, make(&raw mut tensor))?;
-    // SAFETY: after success C++ has put a tensor of its `new` there, which nobody else owns.
+    // SAFETY: on success C++ has stored a tensor from its `new` there, which has no other owner.
     Ok(unsafe { Tensor::from_ptr(tensor) })
 }
 
-/// CUDA's number of a device, or -1 for the CPU.
+/// The CUDA index of a device, or -1 for the CPU.
 pub(crate) fn device_index(op: &'static str, device: Device) -> Result<c_int> {
     match device {
         Device::Cpu => Ok(-1),
@@ -159,8 +159,8 @@ pub(crate) fn kind_number(kind: Kind) -> c_int {
     }
 }
 
-/// A string of C++ that lives as long as the program.
+/// A C++ string that lives as long as the program.
 pub(crate) fn version() -> &'static str {
-    // SAFETY: a string literal of the shim, ASCII by how libtorch spells its version.
+    // SAFETY: a string literal of the shim, which is ASCII, as are libtorch's version strings.
     unsafe { CStr::from_ptr(ddil_version()) }.to_str().unwrap_or("unknown")
 }

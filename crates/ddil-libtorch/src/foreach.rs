@@ -7,9 +7,9 @@ use tch::Tensor;
 use crate::ffi::{self, check, new_tensor};
 use crate::{Error, Result, TensorList};
 
-/// Moves every tensor a part of the way to its target, in place: `x = x + weight * (target - x)`.
+/// Moves every tensor towards its target, in place: `x = x + weight * (target - x)`.
 ///
-/// The step of an exponential moving average with decay `1 - weight`. On CUDA one kernel does many tensors. Never
+/// The step of an exponential moving average with decay `1 - weight`. On CUDA one kernel processes many tensors. Never
 /// recorded for gradients.
 ///
 /// # Errors
@@ -39,21 +39,21 @@ pub fn foreach_zero_(list: &TensorList) -> Result<()> {
 pub fn grads(params: &TensorList) -> Result<TensorList> {
     let mut missing = -1;
     let mut list = ptr::null_mut();
-    // SAFETY: the vector lives through the call, and the two places that C++ writes to are valid.
+    // SAFETY: the vector lives through the call, and both output pointers are valid.
     let code = unsafe { ffi::ddil_list_grads(params.as_ptr(), &raw mut missing, &raw mut list) };
     check("grads", code)?;
     if let Ok(index) = usize::try_from(missing) {
         return Err(Error::MissingGradient { index });
     }
     TensorList::made("grads", |out| {
-        // SAFETY: `out` is the valid place that `made` hands over.
+        // SAFETY: `out` is the valid output pointer that `made` provides.
         unsafe { out.write(list) };
         0
     })
 }
 
-/// Drops the gradients of `params`: the next backward pass puts its own in their place, where to one that is there it
-/// would add, and meanwhile they take no memory.
+/// Drops the gradients of `params`. The next backward pass then stores new gradients instead of adding to existing
+/// ones, and until then they take no memory.
 ///
 /// # Errors
 ///
@@ -69,21 +69,21 @@ pub fn drop_grads(params: &TensorList) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::Torch`] if a tensor is of a whole-number kind.
+/// [`Error::Torch`] if a tensor is of an integer kind.
 pub fn grad_norm(list: &TensorList) -> Result<Tensor> {
     // SAFETY: the vector lives through the call.
     new_tensor("grad_norm", |out| unsafe { ffi::ddil_grad_norm(list.as_ptr(), out) })
 }
 
-/// Scales all tensors by `min(1, max_norm / (norm + 1e-6))`, in place, and returns the norm they had.
+/// Scales all tensors by `min(1, max_norm / (norm + 1e-6))`, in place, and returns the norm before scaling.
 ///
 /// The norm is that of [`grad_norm`], and the formula that of Python's `torch.nn.utils.clip_grad_norm_`. Does not
-/// wait for a CUDA device. A norm that is not finite makes the gradients so too: look at what is returned.
+/// wait for a CUDA device. A norm that is not finite leaves gradients that are not finite: check what is returned.
 ///
 /// # Errors
 ///
-/// [`Error::Argument`] if `max_norm` is negative or not a number, [`Error::Torch`] if a tensor is of a
-/// whole-number kind.
+/// [`Error::Argument`] if `max_norm` is negative or NaN, [`Error::Torch`] if a tensor is of an
+/// integer kind.
 pub fn clip_grad_norm_(list: &TensorList, max_norm: f64) -> Result<Tensor> {
     if max_norm.is_nan() || max_norm < 0.0 {
         return Err(Error::value("clip_grad_norm_", "max_norm", max_norm, "0 or more"));

@@ -8,10 +8,10 @@ use tch::{Device, Kind, Tensor};
 use crate::ffi::{self, check, device_index, kind_number, new_tensor};
 use crate::{Error, Result};
 
-/// A stream of random numbers with a state of its own, apart from `tch::manual_seed`.
+/// A random stream with its own state, independent of `tch::manual_seed`.
 ///
-/// Gives the numbers of Python's `torch.Generator` with the same seed, shapes and order of calls. What it draws is on
-/// its device; CPU and CUDA give different numbers for one seed.
+/// Draws the same numbers as Python's `torch.Generator` with the same seed, shapes and order of calls. Results are on
+/// the generator's device; CPU and CUDA draw different numbers from the same seed.
 ///
 /// # Example
 ///
@@ -31,12 +31,12 @@ pub struct Generator {
     device: Device,
 }
 
-// SAFETY: the C++ object is reached through this handle alone, holds no thread's data and counts its references
+// SAFETY: the C++ object is reached only through this handle, holds no thread-local data and counts its references
 // atomically.
 unsafe impl Send for Generator {}
 
 impl Generator {
-    /// A generator on `device`, seeded.
+    /// A generator on `device` with a seed.
     ///
     /// # Errors
     ///
@@ -45,20 +45,20 @@ impl Generator {
         const OP: &str = "Generator::new";
         let mut raw = ptr::null_mut();
         let index = device_index(OP, device)?;
-        // SAFETY: the place that C++ writes to is valid.
+        // SAFETY: the output pointer is valid.
         check(OP, unsafe { ffi::ddil_generator_new(index, seed, &raw mut raw) })?;
-        // Null only if the shim breaks its promise.
+        // Null only if the shim violates its contract.
         let raw = NonNull::new(raw)
             .ok_or_else(|| Error::Torch { op: OP, message: "no generator was made".to_owned() })?;
         Ok(Self { raw, device })
     }
 
-    /// Where it draws.
+    /// Its device.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// All there is to know about what comes next: bytes on the CPU, to be kept and given to
+    /// The whole state of the stream, as bytes on the CPU, to be restored by
     /// [`set_state`](Self::set_state).
     ///
     /// # Errors
@@ -71,25 +71,25 @@ impl Generator {
         })
     }
 
-    /// Goes on from a state that [`state`](Self::state) gave, of any generator on this kind of device.
+    /// Continues from a state returned by [`state`](Self::state), of any generator on this kind of device.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if these bytes are no such state; the stream is then as it was.
+    /// [`Error::Torch`] if the bytes are not such a state; the stream is then unchanged.
     pub fn set_state(&mut self, state: &Tensor) -> Result<()> {
-        // SAFETY: both objects live through the call, and `&mut self` keeps others away.
+        // SAFETY: both objects live through the call, and `&mut self` excludes other users.
         let code = unsafe { ffi::ddil_generator_set_state(self.raw.as_ptr(), state.as_ptr()) };
         check("Generator::set_state", code)
     }
 
     /// Draws from the standard normal distribution, as `torch.randn`.
     ///
-    /// `Float` on the CPU is drawn by vectorised loops on libtorch's threads. Numbers and the state that the generator
-    /// is left in are those of libtorch bit for bit, however many threads there are: see [`normal_is_vectorised`].
+    /// On the CPU, `Float` is drawn by vectorised loops on libtorch's threads. The numbers and the final state of the
+    /// generator equal those of libtorch bit for bit, for any number of threads: see [`normal_is_vectorised`].
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] for a negative size or a kind that is not a floating point one.
+    /// [`Error::Torch`] for a negative size or a kind that is not a floating-point kind.
     pub fn normal(&mut self, shape: impl AsRef<[i64]>, kind: Kind) -> Result<Tensor> {
         let (shape, kind) = (shape.as_ref(), kind_number(kind));
         // SAFETY: generator and shape live through the call, `rank` is the length of `shape`.
@@ -98,24 +98,24 @@ impl Generator {
         })
     }
 
-    /// Overwrites `tensor` with standard normal numbers, as `torch.Tensor.normal_`; otherwise as
+    /// Overwrites `tensor` with standard normal numbers, as `torch.Tensor.normal_`; otherwise like
     /// [`normal`](Self::normal).
     ///
-    /// Elements are drawn in the order of their indices. Numbers of a tensor that is not contiguous, or has fewer than
-    /// 16, are others than those of a contiguous or larger one, as in libtorch.
+    /// Elements are drawn in the order of their indices. A tensor that is not contiguous, or has fewer than
+    /// 16 elements, gets different numbers than a contiguous or larger one, as in libtorch.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if `tensor` is undefined, on another device than the generator or of a kind that is not a
-    /// floating point one, overlaps itself in memory, or is a leaf that requires a gradient while gradients are
+    /// [`Error::Torch`] if `tensor` is undefined, on another device than the generator, not of a
+    /// floating-point kind, overlaps itself in memory, or is a leaf that requires a gradient while gradients are
     /// recorded.
     pub fn fill_normal(&mut self, tensor: &mut Tensor) -> Result<()> {
-        // SAFETY: generator and tensor live through the call, and `&mut self` keeps others away.
+        // SAFETY: generator and tensor live through the call, and `&mut self` excludes other users.
         let code = unsafe { ffi::ddil_generator_fill_normal(self.raw.as_ptr(), tensor.as_ptr()) };
         check("Generator::fill_normal", code)
     }
 
-    /// Draws evenly from 0 to 1, without 1, as `torch.rand`.
+    /// Draws from the uniform distribution on [0, 1), as `torch.rand`.
     ///
     /// # Errors
     ///
@@ -128,7 +128,7 @@ impl Generator {
         })
     }
 
-    /// Draws `Int64` numbers evenly from `low` to `high`, without `high`, as `torch.randint`.
+    /// Draws `Int64` numbers uniformly from `low` to `high - 1`, as `torch.randint`.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl Generator {
         })
     }
 
-    /// The `Int64` numbers from 0 to `n`, without `n`, in random order, as `torch.randperm`.
+    /// The `Int64` numbers from 0 to `n - 1` in random order, as `torch.randperm`.
     ///
     /// # Errors
     ///
@@ -163,7 +163,7 @@ impl Generator {
 
 impl Drop for Generator {
     fn drop(&mut self) {
-        // SAFETY: the generator came from the `new` of the shim and is given back once, here.
+        // SAFETY: the generator came from the `new` of the shim and is freed once, here.
         unsafe { ffi::ddil_generator_free(self.raw.as_ptr()) }
     }
 }
@@ -174,24 +174,24 @@ impl fmt::Debug for Generator {
     }
 }
 
-/// Whether normal numbers of `Float` on the CPU come from the vectorised loops of this crate.
+/// Whether normal `Float` numbers on the CPU are drawn by the vectorised loops of this crate.
 ///
-/// They do on an x86-64 processor with AVX2 and FMA, if they agree to the bit with libtorch's own over 131 075 numbers,
-/// which is looked at once in a process and takes about a millisecond. Otherwise, as where `ATEN_CPU_CAPABILITY` has
-/// libtorch compute them in another way, libtorch draws, on one thread: slower, and the same numbers as it draws there.
+/// They are on an x86-64 processor with AVX2 and FMA, if 131 075 numbers agree bit for bit with libtorch's own; this is
+/// checked once per process and takes about a millisecond. Otherwise, for example if `ATEN_CPU_CAPABILITY` selects
+/// another code path of libtorch, libtorch draws them on one thread: slower, and with the numbers that it draws there.
 ///
 /// # Errors
 ///
 /// [`Error::Torch`] if memory runs out.
 pub fn normal_is_vectorised() -> Result<bool> {
     let mut vectorised = false;
-    // SAFETY: the place that C++ writes to is valid.
+    // SAFETY: the output pointer is valid.
     let code = unsafe { ffi::ddil_fills_normal_itself(&raw mut vectorised) };
     check("normal_is_vectorised", code)?;
     Ok(vectorised)
 }
 
-/// The state of the generator that libtorch uses where none is named, as in dropout or `Tensor::randn`.
+/// The state of libtorch's default generator, which is used by dropout or `Tensor::randn`, for example.
 ///
 /// # Errors
 ///
@@ -203,11 +203,11 @@ pub fn default_generator_state(device: Device) -> Result<Tensor> {
     new_tensor(OP, |out| unsafe { ffi::ddil_default_generator_state(index, out) })
 }
 
-/// Makes libtorch's own generator go on from a state that [`default_generator_state`] gave.
+/// Sets libtorch's default generator to a state returned by [`default_generator_state`].
 ///
 /// # Errors
 ///
-/// As [`default_generator_state`], and [`Error::Torch`] if these bytes are no such state.
+/// As [`default_generator_state`], and [`Error::Torch`] if the bytes are not such a state.
 pub fn set_default_generator_state(device: Device, state: &Tensor) -> Result<()> {
     const OP: &str = "set_default_generator_state";
     let index = device_index(OP, device)?;

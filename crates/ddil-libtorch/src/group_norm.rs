@@ -7,18 +7,18 @@ use tch::Tensor;
 use crate::ffi::{self, new_tensor};
 use crate::{Error, Result};
 
-/// What [`group_norm`] does to a tensor `[batch, channels, ..]`.
+/// The settings of [`group_norm`] for a tensor `[batch, channels, ..]`.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupNorm<'a> {
-    /// Groups of channels, each with a mean and variance of its own in each sample; a divisor of the channels.
+    /// Number of groups of channels, each with its own mean and variance per sample; a divisor of the channels.
     pub num_groups: i64,
     /// Added to the variance; 0 or more.
     pub eps: f64,
-    /// What each channel is multiplied by, `[channels]`; 1 if there is none.
+    /// Factor of each channel, `[channels]`; 1 by default.
     pub weight: Option<&'a Tensor>,
-    /// What is then added to it, `[channels]`; 0 if there is none.
+    /// Added to each channel afterwards, `[channels]`; 0 by default.
     pub bias: Option<&'a Tensor>,
-    /// Added to each channel of each sample before all, `[batch, channels]`.
+    /// Added to each channel of each sample before normalisation, `[batch, channels]`.
     pub offset: Option<&'a Tensor>,
     /// Whether [`SiLU`](https://arxiv.org/abs/1702.03118), `y / (1 + exp(-y))`, follows.
     pub silu: bool,
@@ -26,25 +26,25 @@ pub struct GroupNorm<'a> {
 
 /// `silu((x + offset - mean) / sqrt(variance + eps) * weight + bias)` as a new tensor, with mean and population variance
 /// of each group of channels of each sample: group normalisation of [Wu and He 2018](https://arxiv.org/abs/1803.08494),
-/// and what stands around it in residual blocks.
+/// with the operations around it in residual blocks.
 ///
 /// One operation on libtorch's own threads for channels last (or a single pixel) in `Float`, `BFloat16` and `Half` on the
 /// CPU, with weight and bias of that kind or `Float` and the offset of that kind. Memory is read twice and written once.
-/// All is computed in `Float`, sums of more than 64 numbers in `Double`, and rounded once, where libtorch's operations
-/// round to the kind of `x` after each. So the two differ by rounding. Results do not depend on the number of threads,
-/// nor on whether gradients are recorded. Variances below 1e-37 may be taken for 0, and `SiLU` of less than -88 is 0. A
-/// group with a number that is not finite becomes NaN.
+/// Everything is computed in `Float`, sums of more than 64 numbers in `Double`, and rounded once, where libtorch's
+/// operations round to the kind of `x` after each. So the two differ by rounding. Results do not depend on the number
+/// of threads, nor on whether gradients are recorded. Variances below 1e-37 may be treated as 0, and `SiLU` of less
+/// than -88 is 0. A group that contains NaN or infinity becomes NaN.
 ///
-/// Its gradient is one operation too, rounded once, and keeps `x` and the moments of each group until then, nothing in
-/// between. That gradient can be differentiated once more, through libtorch's operations.
+/// Its gradient is also a single operation, rounded once; until then only `x` and the moments of each group are kept.
+/// That gradient can be differentiated once more, through libtorch's operations.
 ///
-/// Everywhere else libtorch's operations.
+/// In all other cases libtorch's operations are used.
 ///
 /// # Shapes and units
 ///
 /// - `x`: `[batch, channels, ..]`
-/// - returns: that shape and kind, in the memory format of `x`: channels last stays so, what is neither that nor
-///   contiguous becomes one of them
+/// - returns: that shape and kind, in the memory format of `x`: channels last is preserved, a tensor that is neither
+///   channels last nor contiguous becomes one of them
 ///
 /// # Errors
 ///
@@ -71,7 +71,7 @@ pub fn group_norm(x: &Tensor, settings: &GroupNorm<'_>) -> Result<Tensor> {
     }
     let [weight, bias, offset] =
         [weight, bias, offset].map(|t| t.map_or(ptr::null(), Tensor::as_ptr));
-    // SAFETY: the tensors live through the call, and C++ takes a null pointer for none.
+    // SAFETY: the tensors live through the call, and C++ accepts a null pointer for none.
     new_tensor("group_norm", |out| unsafe {
         ffi::ddil_group_norm(x.as_ptr(), num_groups, weight, bias, offset, eps, silu, out)
     })

@@ -1,10 +1,10 @@
-//! The floor under ddil: what tch does not bind of libtorch, behind a safe face.
+//! The foundation of ddil: safe functions for the parts of libtorch that tch does not bind.
 //!
-//! tch binds most operations of libtorch one by one. Training and sampling need a few things more: optimizer steps over
+//! tch binds most operations of libtorch one by one. Training and sampling need a few more things: optimizer steps over
 //! whole lists of tensors with a state that can be saved, random streams that can be saved, mixed precision on the CPU,
-//! weights used where they lie in a file, and one-pass arithmetic. They are in a small C++ shim, compiled against the
-//! very libtorch that torch-sys was built against, and in the functions of this crate, which are safe. There is no
-//! diffusion here.
+//! weights used directly from a mapped file, and one-pass arithmetic. They are in a small C++ shim, compiled against
+//! the same libtorch as torch-sys, and in the functions of this crate, which are safe. Nothing in this crate is
+//! specific to diffusion.
 //!
 //! | for | there is |
 //! | --- | --- |
@@ -14,21 +14,21 @@
 //! | memory | [`recomputed`] |
 //! | random streams | [`Generator`], [`normal_is_vectorised`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
-//! | rows on disk, for more of them than memory holds | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
-//! | programs that libtorch reads | [`ensure_script_archive`] |
+//! | rows on disk, for more rows than fit in memory | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
+//! | TorchScript programs | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
-//! | order in memory | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
+//! | memory format | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_same_shape`], [`ensure_timesteps`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`adapt_thread_waiting`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
-//! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's reason and without its backtrace.
-//! Names that end in an underscore change their first argument, as in libtorch; since tensors share memory, a tensor
-//! made from another by a view changes with it.
+//! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's message and without its backtrace.
+//! As in libtorch, functions whose names end in an underscore change their first argument. Views share memory: a tensor
+//! that is a view of another changes with it.
 //!
 //! # Example
 //!
-//! Noise from a stream of its own, and a weighted sum of two tensors in one pass:
+//! Noise from its own random stream, and a weighted sum of two tensors in one pass:
 //!
 //! ```
 //! use ddil_libtorch::{Generator, affine};
@@ -44,7 +44,7 @@
 //!
 //! # Programs of your own
 //!
-//! A program finds libtorch only if its own build script says where it is: `ddil_build::link()`, from the crate
+//! A program finds libtorch only if its own build script locates it: `ddil_build::link()`, from the crate
 //! `ddil-build` under `[build-dependencies]`. Every package with a program, test, benchmark or example requires it.
 
 mod allocator;
@@ -91,5 +91,5 @@ pub use threads::{num_interop_threads, num_threads, set_num_interop_threads, set
 pub use version::{NoCuda, cuda_built, cuda_device_count, deterministic, version, why_no_cuda};
 pub use waiting::{ThreadWaiting, adapt_thread_waiting, thread_waiting};
 
-/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+/// The version of tch whose tensors this crate uses. It is part of the API: a new tch is a breaking release.
 pub use tch;

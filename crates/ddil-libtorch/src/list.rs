@@ -9,13 +9,13 @@ use tch::Tensor;
 use crate::ffi::{self, check, new_tensor};
 use crate::{Error, Result};
 
-/// A list of tensors kept on the C++ side, so that an operation over it does not gather it anew at each call.
+/// A list of tensors on the C++ side, so that an operation over it does not collect them at each call.
 ///
-/// Holds the tensors themselves, not copies: an operation that changes the list in place changes the tensors it was
-/// made from.
+/// Contains the tensors themselves, not copies: an operation that changes the list in place changes the original
+/// tensors.
 ///
 /// A list of gradients goes stale when the gradients are dropped, by [`drop_grads`](crate::drop_grads) or by tch's
-/// `Optimizer::zero_grad`: make it again after the next backward pass, or set them to zero with
+/// `Optimizer::zero_grad`: create it again after the next backward pass, or set the gradients to zero with
 /// [`foreach_zero_`](crate::foreach_zero_).
 ///
 /// # Example
@@ -32,7 +32,7 @@ use crate::{Error, Result};
 /// ```
 pub struct TensorList(NonNull<ffi::List>);
 
-// SAFETY: the vector is owned by this handle alone, and the tensors in it may move between threads as tch's own
+// SAFETY: only this handle owns the vector, and the tensors in it may move between threads as tch's own
 // `Tensor` may: their reference counts are atomic.
 unsafe impl Send for TensorList {}
 
@@ -56,7 +56,7 @@ impl TensorList {
     ///
     /// [`Error::Torch`] if it is undefined.
     pub fn push(&mut self, tensor: &Tensor) -> Result<()> {
-        // SAFETY: both objects live through the call, and `&mut self` says that nobody else looks at the vector.
+        // SAFETY: both objects live through the call, and `&mut self` excludes other users of the vector.
         let code = unsafe { ffi::ddil_list_push(self.0.as_ptr(), tensor.as_ptr()) };
         check("TensorList::push", code)
     }
@@ -67,7 +67,7 @@ impl TensorList {
         unsafe { ffi::ddil_list_len(self.as_ptr()) }
     }
 
-    /// Whether there are none.
+    /// Whether the list is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -76,7 +76,7 @@ impl TensorList {
     ///
     /// # Errors
     ///
-    /// [`Error::Argument`] if there is none.
+    /// [`Error::Argument`] if the index is out of range.
     pub fn get(&self, index: usize) -> Result<Tensor> {
         if index >= self.len() {
             return Err(Error::value(
@@ -86,7 +86,7 @@ impl TensorList {
                 "less than the length of the list",
             ));
         }
-        // SAFETY: the vector lives through the call, and C++ checks the index once more.
+        // SAFETY: the vector lives through the call, and C++ checks the index again.
         new_tensor("TensorList::get", |out| unsafe {
             ffi::ddil_list_get(self.as_ptr(), index, out)
         })
@@ -133,21 +133,21 @@ impl TensorList {
     ) -> Result<Self> {
         let mut list = ptr::null_mut();
         check(op, make(&raw mut list))?;
-        // Null only if a function of the shim breaks its promise.
+        // Null only if a function of the shim violates its contract.
         NonNull::new(list)
             .map(Self)
             .ok_or_else(|| Error::Torch { op, message: "no list was made".to_owned() })
     }
 
     fn empty() -> Result<Self> {
-        // SAFETY: the place that C++ writes to is valid.
+        // SAFETY: the output pointer is valid.
         Self::made("TensorList::new", |out| unsafe { ffi::ddil_list_new(out) })
     }
 }
 
 impl Drop for TensorList {
     fn drop(&mut self) {
-        // SAFETY: the vector came from the `new` of the shim and is given back once, here.
+        // SAFETY: the vector came from the `new` of the shim and is freed once, here.
         unsafe { ffi::ddil_list_free(self.0.as_ptr()) }
     }
 }

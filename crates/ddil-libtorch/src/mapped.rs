@@ -12,11 +12,11 @@ use tch::{Kind, Tensor};
 use crate::ffi::{self, kind_number, new_tensor};
 use crate::{Error, Result};
 
-/// A file whose tensors are used where they lie: opening takes no time, and a page is read when it is first touched.
+/// A memory-mapped file of tensors: opening takes no time, and a page is read when it is first accessed.
 ///
-/// Tensors may be changed in place; the changes stay in memory, and the file is as it was. The mapping lives as long
-/// as the last tensor over it. Do not shorten or overwrite the file meanwhile: as with every mapped file, what the
-/// tensors hold would change with it, or the process would be stopped by the system. Replace a file by renaming
+/// Tensors may be changed in place; the changes stay in memory, and the file is unchanged. The mapping lives as long
+/// as the last tensor over it. Do not shorten or overwrite the file meanwhile: as with every mapped file, the
+/// contents of the tensors would change with it, or the system would end the process. Replace a file by renaming
 /// another over it.
 ///
 /// # Example
@@ -37,8 +37,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    /// What `bytes` lends: tensors write to the other mapping, so that a slice from here never changes under its
-    /// reader. Both show the same pages of the system's cache, so the second costs addresses, not memory.
+    /// The mapping behind `bytes`: tensors write to the other mapping, so a slice of this one never changes while it is
+    /// borrowed. Both map the same pages of the system's cache, so the second costs addresses, not memory.
     view: Mmap,
     private: Arc<MmapRaw>,
 }
@@ -53,10 +53,10 @@ impl MappedFile {
         let path = path.as_ref();
         let map = || -> io::Result<_> {
             let file = open_regular_file(path)?;
-            // SAFETY: the file is only read. That nobody else shortens it meanwhile is what the docs ask of the
-            // caller, as no system can promise it.
+            // SAFETY: the file is only read. The docs require the caller to make sure that nobody shortens it
+            // meanwhile, which no system can guarantee.
             let view = unsafe { MmapOptions::new().map(&file)? };
-            // SAFETY: as above, and writes go to copies of the pages. One length for both mappings.
+            // SAFETY: as above, and writes go to copies of the pages. Both mappings have the same length.
             let private = unsafe { MmapOptions::new().len(view.len()).map_copy(&file)? };
             Ok((view, MmapRaw::from(private)))
         };
@@ -65,7 +65,7 @@ impl MappedFile {
         Ok(Self { path: path.to_owned(), view, private: Arc::new(private) })
     }
 
-    /// The file as it is on disk, whatever was written to its tensors.
+    /// The contents of the file on disk, without changes made through tensors.
     pub fn bytes(&self) -> &[u8] {
         &self.view
     }
@@ -75,10 +75,10 @@ impl MappedFile {
         &self.path
     }
 
-    /// Gives back the memory of the pages read so far, which are read anew when they are next touched, and says whether
-    /// it could: only where the system has such a call, and while no tensor lies over the file.
+    /// Releases the memory of the pages read so far, which are read again at the next access; returns whether it
+    /// succeeded: only if the system has such a call, and while no tensor uses the file.
     ///
-    /// What was written to tensors that are gone by now is forgotten.
+    /// Changes made through tensors that have been dropped are lost.
     ///
     /// # Example
     ///
@@ -96,14 +96,14 @@ impl MappedFile {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn release_pages(&mut self) -> bool {
-        // No tensor and, as `self` is borrowed mutably, nobody who could make one.
+        // There is no tensor and, as `self` is borrowed mutably, nobody who could create one.
         let Some(private) = Arc::get_mut(&mut self.private) else { return false };
         #[cfg(unix)]
         {
             use memmap2::UncheckedAdvice::DontNeed;
-            // SAFETY: the bytes of the private mapping fall back to those of the file, which nobody sees happen.
+            // SAFETY: the bytes of the private mapping revert to those of the file, which nobody observes.
             let private = unsafe { private.unchecked_advise(DontNeed) };
-            // SAFETY: this mapping was never written to, so its pages are the file's before and after.
+            // SAFETY: this mapping was never written to, so its pages equal the file's before and after.
             let view = unsafe { self.view.unchecked_advise(DontNeed) };
             private.is_ok() && view.is_ok()
         }
@@ -116,7 +116,7 @@ impl MappedFile {
 
     /// A contiguous CPU tensor over the bytes from `offset` on, without a copy.
     ///
-    /// Numbers are taken in the processor's byte order.
+    /// Numbers are in the processor's byte order.
     ///
     /// # Errors
     ///
@@ -129,12 +129,12 @@ impl MappedFile {
         if kind == Kind::Bool {
             self.ensure_bool(offset, num_bytes)?;
         }
-        // The pointer keeps the mapping's right to be written to.
+        // This pointer has the mapping's write permission.
         let data = self.private.as_mut_ptr().wrapping_add(offset).cast::<c_void>();
         let owner = Arc::into_raw(Arc::clone(&self.private)).cast_mut().cast::<c_void>();
-        // SAFETY: `ensure_readable` found the bytes inside the mapping and aligned for `kind`, every pattern of bits is
-        // a value of that kind (`ensure_bool` saw to the one exception), the mapping may be written to, and `owner`
-        // keeps it until C++ calls `release`, once, whether or not it makes a tensor.
+        // SAFETY: `ensure_readable` found the bytes inside the mapping and aligned for `kind`, every bit pattern is
+        // a value of that kind (`ensure_bool` checked the one exception), the mapping may be written to, and `owner`
+        // keeps it until C++ calls `release`, once, whether or not it creates a tensor.
         new_tensor("MappedFile::tensor", |out| unsafe {
             ffi::ddil_from_blob(
                 data,
@@ -148,7 +148,7 @@ impl MappedFile {
         })
     }
 
-    /// Number of bytes of such a tensor, once it is known to lie in the file and to start at a legal address.
+    /// Number of bytes of such a tensor, after checking that it lies in the file and starts at an aligned address.
     fn ensure_readable(&self, offset: usize, shape: &[i64], kind: Kind) -> Result<usize> {
         if matches!(kind, Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) {
             let expected = "kinds that are not quantised";
@@ -166,7 +166,7 @@ impl MappedFile {
                 len,
             });
         };
-        // The mapping itself starts at a page, so the offset decides.
+        // The mapping itself starts at a page boundary, so the offset decides.
         let alignment = kind.elt_size_in_bytes();
         if !offset.is_multiple_of(alignment) {
             return Err(Error::Misaligned { path: self.path.clone(), offset, kind, alignment });
@@ -187,13 +187,13 @@ impl MappedFile {
     }
 }
 
-/// Called by C++ when the last tensor over a mapping is gone.
+/// Called by C++ when the last tensor over a mapping is dropped.
 extern "C" fn release(owner: *mut c_void) {
-    // SAFETY: `owner` came from `Arc::into_raw` in `tensor` and comes back once.
+    // SAFETY: `owner` came from `Arc::into_raw` in `tensor` and is returned once.
     drop(unsafe { Arc::from_raw(owner.cast_const().cast::<MmapRaw>()) });
 }
 
-/// `None` for a negative size or more than can be counted, even where another size is 0: libtorch multiplies in order.
+/// `None` for a negative size or on overflow, even if another size is 0: libtorch multiplies in order.
 fn num_bytes(shape: &[i64], kind: Kind) -> Option<usize> {
     let mut product = kind.elt_size_in_bytes();
     let mut empty = false;

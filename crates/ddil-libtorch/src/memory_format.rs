@@ -5,12 +5,12 @@ use tch::Tensor;
 use crate::Result;
 use crate::ffi::{self, check, new_tensor};
 
-/// The order in which a tensor's dimensions lie in memory.
+/// The order of a tensor's dimensions in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MemoryFormat {
-    /// As written: the last dimension is closest together.
+    /// Row-major: the last dimension is contiguous.
     Contiguous,
-    /// Images `[batch, channels, height, width]` with the channels of a pixel side by side.
+    /// Images `[batch, channels, height, width]` with the channels of a pixel adjacent.
     ChannelsLast,
     /// The same for `[batch, channels, frames, height, width]`.
     ChannelsLast3d,
@@ -27,9 +27,9 @@ impl MemoryFormat {
     }
 }
 
-/// The tensor with its elements in the order of `format`: itself if they are, else a copy.
+/// The tensor with its elements in the order of `format`: the tensor itself if it has that order, otherwise a copy.
 ///
-/// The shape stays as it is. Gradients flow through.
+/// The shape does not change. Gradients flow through.
 ///
 /// # Errors
 ///
@@ -41,9 +41,9 @@ pub fn to_memory_format(tensor: &Tensor, format: MemoryFormat) -> Result<Tensor>
     })
 }
 
-/// The images with the channels of a pixel side by side, which convolutions on the CPU and on tensor cores like best.
+/// The images with the channels of a pixel adjacent, the fastest order for convolutions on the CPU and on tensor cores.
 ///
-/// Short for [`to_memory_format`] with [`MemoryFormat::ChannelsLast`], or
+/// Shorthand for [`to_memory_format`] with [`MemoryFormat::ChannelsLast`], or
 /// [`ChannelsLast3d`](MemoryFormat::ChannelsLast3d) if there are five dimensions.
 ///
 /// # Errors
@@ -65,13 +65,13 @@ pub fn channels_last(images: &Tensor) -> Result<Tensor> {
     to_memory_format(images, channels_last_for(images))
 }
 
-/// Whether the channels of a pixel lie side by side; never for other than four or five dimensions.
+/// Whether the channels of a pixel are adjacent; always false unless there are four or five dimensions.
 ///
-/// Also true of a tensor that is in both orders at once, as with a single channel.
+/// Also true of a tensor that has both orders at once, such as one with a single channel.
 pub fn is_channels_last(images: &Tensor) -> bool {
     let mut answer = false;
     let format = channels_last_for(images).number();
-    // SAFETY: the tensor lives through the call, and the place that C++ writes to is valid.
+    // SAFETY: the tensor lives through the call, and the output pointer is valid.
     let code = unsafe { ffi::ddil_has_memory_format(images.as_ptr(), format, &raw mut answer) };
     check("is_channels_last", code).is_ok() && answer
 }

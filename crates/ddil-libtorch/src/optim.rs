@@ -3,7 +3,7 @@
 use crate::ffi::{self, check};
 use crate::{Error, Result, TensorList};
 
-/// The numbers of one [`fused_adamw_`] step. The defaults are those of Python's `torch.optim.AdamW`.
+/// The hyperparameters of a [`fused_adamw_`] step. The defaults are those of Python's `torch.optim.AdamW`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
     /// Learning rate; 1e-3 by default.
@@ -14,7 +14,7 @@ pub struct AdamW {
     pub beta2: f64,
     /// Decoupled weight decay; 1e-2 by default.
     pub weight_decay: f64,
-    /// Keeps the denominator off zero; 1e-8 by default.
+    /// Added to the denominator; 1e-8 by default.
     pub eps: f64,
 }
 
@@ -47,7 +47,7 @@ fn invalid(name: &'static str, value: f64, expected: &'static str) -> Error {
 
 /// One `AdamW` step over all parameters, in place, in one pass over memory.
 ///
-/// With `t` the step counter after it has grown by one, `m` in `exp_avgs` and `v` in `exp_avg_sqs`:
+/// With `t` the incremented step counter, `m` in `exp_avgs` and `v` in `exp_avg_sqs`:
 ///
 /// ```text
 /// p = p - lr weight_decay p
@@ -57,13 +57,13 @@ fn invalid(name: &'static str, value: f64, expected: &'static str) -> Error {
 /// ```
 ///
 /// Algorithm 2 of [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101) with a schedule multiplier of 1 and a
-/// weight decay scaled by `lr`, by libtorch's fused kernel. All its state is in the lists: whoever saves them resumes
-/// exactly.
+/// weight decay scaled by `lr`, by libtorch's fused kernel. The lists contain its whole state; with them saved, a run
+/// resumes exactly.
 ///
 /// # Shapes and units
 ///
-/// - `grads`, `exp_avgs`, `exp_avg_sqs`: as `params` in shape, kind and device; the moments in strides too
-/// - `steps`: one `Float` for each parameter, on its device; [`TensorList::steps`] makes them
+/// - `grads`, `exp_avgs`, `exp_avg_sqs`: as `params` in shape, kind and device; the moments also in strides
+/// - `steps`: one `Float` for each parameter, on its device; created by [`TensorList::steps`]
 ///
 /// # Errors
 ///

@@ -16,29 +16,30 @@ const OP: &str = "recomputed";
 type Answer = std::result::Result<Tensor, TchError>;
 type Function = dyn Fn(&[Tensor]) -> Answer + Send;
 
-/// What C++ holds: one call at a time, so that a function that may be sent to another thread may be called from it.
+/// The object that C++ owns; a mutex allows one call at a time, so a function that is `Send` may be called from any
+/// thread.
 struct Lent(Mutex<Box<Function>>);
 
-/// What `function` makes of `inputs`, without keeping anything for the backward pass but the inputs: there the function
-/// is called once more, with gradients.
+/// The result of `function` on `inputs`, with only the inputs kept for the backward pass, which calls the function
+/// again with gradients.
 ///
 /// Activation checkpointing ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)): a network in n such parts keeps n
-/// inputs, and at any time the inner results of one part, for one forward pass more.
+/// inputs and at any time the intermediate results of one part, at the cost of one more forward pass.
 ///
-/// Gradients reach the inputs and every parameter that the function reads, by `backward` as by `run_backward`, and parts
-/// may lie in parts. The second call finds autocast as the first found it, whatever thread the backward pass runs on, and
-/// draws the same random numbers from libtorch's own generators, which afterwards stand where they stood. Where
-/// gradients are off the function is just called.
+/// Gradients reach the inputs and every parameter that the function reads, by `backward` and by `run_backward`, and
+/// parts can be nested. The second call uses the autocast state of the first, whatever thread the backward pass runs
+/// on, and draws the same random numbers from libtorch's default generators, which are restored afterwards. If
+/// gradients are off, the function is simply called.
 ///
-/// The function must give the same answer both times: what else it reads must not change between the passes. libtorch
-/// notices changes to inputs and to parameters with gradients, and refuses; nobody notices changes to constants. Tensors
-/// with a graph behind them are to come in as inputs. There is no second derivative, and the function must not wait for
-/// the thread that runs the backward pass.
+/// The function must return the same result both times: everything else that it reads must not change between the
+/// passes. libtorch detects changes to inputs and to parameters with gradients, and returns an error; changes to
+/// constants are not detected. Tensors that have a graph must be passed as inputs. There is no second derivative, and
+/// the function must not wait for the thread that runs the backward pass.
 ///
 /// # Errors
 ///
-/// [`Error::Torch`](crate::Error::Torch) with what the function said, or with its panic. In the backward pass, the same is an
-/// error of that pass.
+/// [`Error::Torch`](crate::Error::Torch) with the error of the function, or with its panic. In the backward pass, this
+/// is an error of that pass.
 ///
 /// # Example
 ///
@@ -61,44 +62,44 @@ pub fn recomputed<T: Borrow<Tensor>>(
     let inputs = TensorList::new(inputs)?;
     let lent = Box::new(Lent(Mutex::new(Box::new(function))));
     let lent = Box::into_raw(lent).cast::<c_void>();
-    // SAFETY: the list lives through the call. C++ owns `lent` from here on, hands it to `call` only before `release`,
-    // and to `release` once, also if it fails; it may do so from any thread, which a `Mutex` over what is `Send` allows.
+    // SAFETY: the list lives through the call. C++ owns `lent` from here on, passes it to `call` only before `release`,
+    // and to `release` once, also on failure; it may do so from any thread, which a `Mutex` over a `Send` value allows.
     new_tensor(OP, |out| unsafe { ffi::ddil_recomputed(inputs.as_ptr(), lent, call, release, out) })
 }
 
 impl Lent {
-    /// Lets the function put its answer on `outputs`.
+    /// Calls the function and appends its result to `outputs`.
     fn run(
         &self,
         inputs: *const ffi::List,
         outputs: *mut ffi::List,
     ) -> std::result::Result<(), String> {
         let inputs = inputs_of(inputs).map_err(|error| error.to_string())?;
-        // The function is called by shared reference: a panic in it leaves nothing half done here.
+        // The function is called by shared reference, so a panic in it leaves nothing half done here.
         let function = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let output = function(&inputs).map_err(|error| reason_of(&error))?;
-        // SAFETY: `outputs` is C++'s own list, which waits for this call; the tensor lives through the inner one.
+        // SAFETY: `outputs` is C++'s own list, which waits for this call; the tensor lives through the inner call.
         check(OP, unsafe { ffi::ddil_list_push(outputs, output.as_ptr()) })
             .map_err(|error| error.to_string())
     }
 }
 
 fn inputs_of(list: *const ffi::List) -> Result<Vec<Tensor>> {
-    // SAFETY: C++ keeps the list through the call that this is part of.
+    // SAFETY: C++ keeps the list during this call.
     let len = unsafe { ffi::ddil_list_len(list) };
     // SAFETY: as above, and C++ checks the index.
     let input = |i| new_tensor(OP, |out| unsafe { ffi::ddil_list_get(list, i, out) });
     (0..len).map(input).collect()
 }
 
-/// Without the backtrace that tch leaves in what libtorch says.
+/// Removes the backtrace that tch leaves in libtorch's message.
 fn reason_of(error: &TchError) -> String {
     let TchError::Torch(message) = error else { return error.to_string() };
     message.split("\nException raised from").next().unwrap_or(message).to_owned()
 }
 
 extern "C" fn call(lent: *mut c_void, inputs: *const ffi::List, outputs: *mut ffi::List) -> c_int {
-    // SAFETY: `lent` is what `recomputed` gave to C++, which has not released it.
+    // SAFETY: `lent` is what `recomputed` passed to C++, which has not released it.
     let lent = unsafe { &*lent.cast::<Lent>() };
     let message = match catch_unwind(AssertUnwindSafe(|| lent.run(inputs, outputs))) {
         Ok(Ok(())) => return 0,
@@ -106,13 +107,13 @@ extern "C" fn call(lent: *mut c_void, inputs: *const ffi::List, outputs: *mut ff
         Err(panic) => format!("the function panicked: {}", words_of(&*panic)),
     };
     let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
-    // SAFETY: a string that ends with a zero, of which C++ makes a copy.
+    // SAFETY: a string that ends with a zero, which C++ copies.
     unsafe { ffi::ddil_set_last_error(message.as_ptr()) };
     1
 }
 
 extern "C" fn release(lent: *mut c_void) {
-    // SAFETY: `lent` came from `Box::into_raw` in `recomputed` and comes back once.
+    // SAFETY: `lent` came from `Box::into_raw` in `recomputed` and is returned once.
     drop(unsafe { Box::from_raw(lent.cast::<Lent>()) });
 }
 

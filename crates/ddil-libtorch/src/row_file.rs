@@ -10,12 +10,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
-/// A file of a head and rows of equal size, written through the file and read through a mapping.
+/// A file of a header and rows of equal size, written with `write` and read through a mapping.
 ///
-/// All of its room is reserved when it is created, and rows are written by the system's `write`: a disk that is full or
-/// fails is an error, where a write to mapped memory would end the process. Readers copy what they need out of the
-/// mapping, so nothing refers to the file but this. Do not shorten the file meanwhile: as with every mapped file, who
-/// reads beyond its end is stopped by the system. Removing its name is fine.
+/// All of its space is reserved when it is created, and rows are written by the system's `write`: a disk that is full
+/// or fails is an error, whereas a write to mapped memory would end the process. Readers copy what they need out of the
+/// mapping, so only this value refers to the file. Do not shorten the file meanwhile: as with every mapped file, the
+/// system ends a process that reads beyond its end. Its name may be removed.
 ///
 /// # Example
 ///
@@ -35,7 +35,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct RowFile {
     path: PathBuf,
-    /// None once nothing more is to be written; the mapping stays without it.
+    /// None when no more rows are to be written; the mapping remains valid without it.
     file: Option<File>,
     map: MmapRaw,
     head_bytes: usize,
@@ -44,12 +44,12 @@ pub struct RowFile {
 }
 
 impl RowFile {
-    /// A new file with all its room reserved; rows are zeros.
+    /// Creates a file with all its space reserved; rows are zeros.
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if there is such a file already or the disk has no room, and nothing is left of it then;
-    /// [`Error::Argument`] for rows of no bytes or more bytes than can be counted.
+    /// [`Error::File`] if the file exists already or the disk has no space, and then nothing is left of it;
+    /// [`Error::Argument`] for rows of 0 bytes or an overflow of the file size.
     pub fn create(
         path: impl AsRef<Path>,
         head: &[u8],
@@ -68,17 +68,17 @@ impl RowFile {
             Self::mapped(path, file, len, head.len(), row_bytes, num_rows)
         };
         fill().inspect_err(|_| {
-            // The first error is the one to tell.
+            // The first error is the one to report.
             let _ = fs::remove_file(path);
         })
     }
 
-    /// A file as [`create`](Self::create) made it, for reading alone.
+    /// Opens a file that [`create`](Self::create) made, for reading only.
     ///
     /// # Errors
     ///
-    /// [`Error::File`] if it cannot be read or mapped, [`Error::FileLength`] if it is shorter or longer than it was made,
-    /// [`Error::Argument`] as there.
+    /// [`Error::File`] if it cannot be read or mapped, [`Error::FileLength`] if its length is not the original one,
+    /// [`Error::Argument`] as for [`create`](Self::create).
     pub fn open(
         path: impl AsRef<Path>,
         head_bytes: usize,
@@ -105,14 +105,14 @@ impl RowFile {
         row_bytes: usize,
         num_rows: usize,
     ) -> Result<Self> {
-        // Raw, since it changes with the file: no reference to its bytes is ever made.
+        // A raw pointer, since the bytes change with the file: no reference to them is ever created.
         let map = MmapOptions::new().len(len).map_raw_read_only(&file);
         let map = map.map_err(Error::file("map", path))?;
         let path = path.to_owned();
         Ok(Self { path, file: Some(file), map, head_bytes, row_bytes, num_rows })
     }
 
-    /// The file.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -122,21 +122,21 @@ impl RowFile {
         self.map.len() as u64
     }
 
-    /// Whether it has neither head nor rows, which no file has.
+    /// Whether it has neither header nor rows, which is never the case.
     pub fn is_empty(&self) -> bool {
         self.map.len() == 0
     }
 
-    /// Number of rows that there is room for.
+    /// Number of rows that fit.
     pub fn num_rows(&self) -> usize {
         self.num_rows
     }
 
-    /// Writes rows, one after the other, from row `first` on.
+    /// Writes consecutive rows, starting at row `first`.
     ///
     /// # Errors
     ///
-    /// [`Error::Argument`] unless they are whole rows within the file; [`Error::File`] if the disk refuses or the
+    /// [`Error::Argument`] unless they are whole rows within the file; [`Error::File`] if the write fails or the
     /// file is [sealed](Self::seal).
     pub fn write(&mut self, first: usize, rows: &[u8]) -> Result<()> {
         let room = self.num_rows.checked_sub(first).and_then(|n| n.checked_mul(self.row_bytes));
@@ -159,12 +159,12 @@ impl RowFile {
         written.map_err(Error::file("write", &self.path))
     }
 
-    /// Closes the file for writing; what was written can still be read, and costs no file handle.
+    /// Closes the file for writing; its rows can still be read, and it no longer uses a file handle.
     pub fn seal(&mut self) {
         self.file = None;
     }
 
-    /// First byte of a part of a row, once it is known to lie in the mapping.
+    /// First byte of a part of a row, after checking that it lies in the mapping.
     fn part(&self, row: usize, offset: usize, num_bytes: usize) -> Result<*const u8> {
         let inside = offset.checked_add(num_bytes).is_some_and(|end| end <= self.row_bytes);
         if row >= self.num_rows || !inside {
@@ -182,21 +182,21 @@ impl RowFile {
 
 const OP: &str = "gather_rows";
 
-/// Copies parts of rows of files into rows of `out`: of each `(file, row, to)`, the bytes of `row` from `offset` on become
-/// row `to` of `out`, as many as that has.
+/// Copies parts of rows of files into rows of `out`: for each `(file, row, to)`, the bytes of `row` from `offset` on
+/// become row `to` of `out`; the row length of `out` is the number of bytes.
 ///
-/// Numbers are taken in the processor's byte order.
+/// Numbers are in the processor's byte order.
 ///
 /// # Shapes and units
 ///
-/// - `out`: `[n, ..]`, contiguous, on the CPU; rows that are not named stay as they are
+/// - `out`: `[n, ..]`, contiguous, on the CPU; rows that are not named do not change
 /// - `offset`: in bytes, from the beginning of a row
 ///
 /// # Errors
 ///
 /// [`Error::UnsupportedDevice`] or [`Error::UnsupportedKind`] for a tensor that bytes cannot be copied to,
 /// [`Error::Argument`] for one that is not contiguous and for rows beyond their file or `out`. Rows before the
-/// refused one are copied then.
+/// invalid one have been copied then.
 pub fn gather_rows<'a>(
     out: &mut Tensor,
     offset: usize,
@@ -214,25 +214,25 @@ pub fn gather_rows<'a>(
             return Err(Error::value(OP, "rows", format!("to row {to}"), "to a row of `out`"));
         }
         // SAFETY: `part` found `row_bytes` bytes at `from` inside the file's mapping, which `file` keeps; `out` is
-        // contiguous and has more than `to` rows of `row_bytes` bytes, whose every pattern of bits is a value. The two
-        // are apart, since no tensor lies over a `RowFile`.
+        // contiguous and has more than `to` rows of `row_bytes` bytes, of which every bit pattern is a value. The two
+        // do not overlap, since no tensor lies over a `RowFile`.
         unsafe { std::ptr::copy_nonoverlapping(from, start.add(to * row_bytes), row_bytes) };
     }
     Ok(())
 }
 
-/// Copies the rows of `from`, one after the other, to these rows of `out`, as `index_copy_` along the first dimension does,
-/// which takes values one by one.
+/// Copies the rows of `from`, in order, to the given rows of `out`, as `index_copy_` along the first dimension does,
+/// but by whole rows instead of single values.
 ///
 /// # Shapes and units
 ///
-/// - `out`: `[n, ..]`, contiguous, on the CPU; rows that are not named stay as they are
+/// - `out`: `[n, ..]`, contiguous, on the CPU; rows that are not named do not change
 /// - `from`: `[rows, ..]`, contiguous, on the CPU, of the kind of `out`
 ///
 /// # Errors
 ///
-/// [`Error::UnsupportedDevice`] for tensors elsewhere, [`Error::Argument`] for tensors that are not contiguous, do not
-/// fit each other or have no such rows; nothing is copied then.
+/// [`Error::UnsupportedDevice`] for tensors on other devices, [`Error::Argument`] for tensors that are not contiguous,
+/// do not fit each other or do not have such rows; nothing is copied then.
 ///
 /// # Example
 ///
@@ -261,8 +261,9 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
     let (start, mut given) =
         (out.data_ptr().cast::<u8>(), from.data_ptr().cast::<u8>().cast_const());
     for &row in rows {
-        // SAFETY: both are contiguous, on the CPU and have rows of `row_bytes` bytes: `out` more than `row` of them, and
-        // `from` as many as there are turns. `copy` lets them share memory.
+        // SAFETY: both are contiguous, on the CPU and have rows of `row_bytes` bytes: `out` more than `row` of them,
+        // and
+        // `from` as many as there are iterations. `copy` allows overlap.
         unsafe {
             std::ptr::copy(given, start.add(row * row_bytes), row_bytes);
             given = given.add(row_bytes);
@@ -271,7 +272,7 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
     Ok(())
 }
 
-/// Number of rows of a tensor and bytes of each, once it is known that bytes can be copied there.
+/// Number of rows of a tensor and bytes of each, after checking that bytes can be copied there.
 fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
     if !tensor.defined() {
         return Err(Error::value(op, "out", "undefined", "a tensor with rows"));
@@ -294,7 +295,7 @@ fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> 
     Ok((num_rows as usize, values as usize * tensor.kind().elt_size_in_bytes()))
 }
 
-/// Length of such a file.
+/// Length of a file in bytes.
 fn file_bytes(
     op: &'static str,
     head_bytes: usize,
@@ -313,12 +314,12 @@ fn file_bytes(
     })
 }
 
-/// Makes the disk set the room aside, so that there is some when rows come.
+/// Reserves the space on the disk, so that later writes do not run out of it.
 #[cfg(target_os = "linux")]
 fn reserve(file: &mut File, len: u64) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     loop {
-        // SAFETY: the descriptor is open as long as `file` is; the call touches no memory of ours.
+        // SAFETY: the descriptor is open as long as `file` is; the call does not access our memory.
         match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, len as libc::off_t) } {
             0 => return Ok(()),
             libc::EINTR => {}

@@ -8,10 +8,10 @@ use flate2::read::DeflateDecoder;
 
 use crate::{Error, Result};
 
-/// What the packed records of an archive may unpack to, together. Only the program's source and where its lines came from
-/// are packed: a few megabytes for the largest networks.
+/// Limit of the unpacked size of all compressed records of an archive together. Only the program's source and its line
+/// numbers are compressed: a few megabytes for the largest networks.
 const MAX_UNPACKED_BYTES: u64 = 128 << 20;
-/// The largest list of records that is read: half a million of them.
+/// Limit of the central directory's size: half a million records.
 const MAX_DIRECTORY_BYTES: u64 = 64 << 20;
 
 const END: &[u8; 4] = b"PK\x05\x06";
@@ -24,24 +24,24 @@ const ENTRY: &[u8; 4] = b"PK\x01\x02";
 const ENTRY_BYTES: usize = 46;
 const LOCAL: &[u8; 4] = b"PK\x03\x04";
 const LOCAL_BYTES: usize = 30;
-/// What stands for a number that is beyond 32 bits and follows in an extra field.
+/// Marks a number beyond 32 bits, which is stored in an extra field.
 const IN_EXTRA: u64 = u32::MAX as u64;
 const EXTRA64: u16 = 1;
 
-/// Makes sure that a file is a `TorchScript` archive that claims no more than is in it, before libtorch is given it.
+/// Checks that a file is a `TorchScript` archive that declares no more data than it contains, before libtorch reads it.
 ///
-/// libtorch takes a size for granted wherever it stands, and memory for it before it looks whether so much is there. So
-/// this looks first: at the zip archive's list of records, which have to lie within the file, apart from each other, and
-/// unpack to no more than 128 MiB together; and at the pickles among them, whose texts have to lie within their record
-/// and whose values have to be numbered one after the other. The values of tensors are not read.
+/// libtorch trusts every size in an archive and allocates memory for it before it checks whether the data exist. So
+/// this checks first: the records of the zip archive's central directory must lie within the file, must not overlap,
+/// and must unpack to no more than 128 MiB together; in the pickles among them, texts must lie within their record
+/// and values must be numbered consecutively. The values of tensors are not read.
 ///
-/// A program that passes can still ask for any amount of memory when it runs, which a part of it does as it is loaded.
+/// A program that passes can still allocate any amount of memory when it runs, and a part of it runs during loading.
 /// The layout of zip is that of [APPNOTE 6.3.10](https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT), 4.3.
 ///
 /// # Errors
 ///
-/// [`Error::ScriptArchive`] with the record and what is wrong with it, also for a file that is none; [`Error::File`] if it
-/// cannot be read or is not a regular file.
+/// [`Error::ScriptArchive`] with the record and the problem, also for a file that is not an archive; [`Error::File`] if
+/// it cannot be read or is not a regular file.
 ///
 /// # Example
 ///
@@ -65,12 +65,12 @@ pub fn ensure_script_archive(path: impl AsRef<Path>) -> Result<()> {
     })
 }
 
-/// Why an archive is not taken.
+/// The reason why an archive is rejected.
 #[derive(Debug)]
 enum Problem {
-    /// The system said so.
+    /// An error of the system.
     Read(io::Error),
-    /// What is wrong with it, in words.
+    /// A description of the problem.
     Said(String),
 }
 
@@ -95,7 +95,7 @@ fn ensure(mut file: impl Read + Seek, len: u64) -> Checked<()> {
     pickles.try_for_each(|(record, data)| record.ensure_pickle(&mut file, data))
 }
 
-/// Where the list of records is.
+/// The position of the central directory.
 #[derive(Debug)]
 struct Directory {
     start: u64,
@@ -104,9 +104,9 @@ struct Directory {
 }
 
 impl Directory {
-    /// The one that libtorch takes: it is told of at the last place that looks like the end of an archive.
+    /// The directory that libtorch uses: the one in the last end record of the file.
     fn find(file: &mut (impl Read + Seek), len: u64) -> Checked<Self> {
-        // Behind it a comment of at most 65535 bytes.
+        // The end record is followed by a comment of at most 65535 bytes.
         let tail_bytes = len.min((END_BYTES + usize::from(u16::MAX)) as u64);
         let tail = read_at(file, len - tail_bytes, tail_bytes as usize)?;
         let Some(at) = tail.windows(END_BYTES).rposition(|end| end.starts_with(END)) else {
@@ -124,7 +124,7 @@ impl Directory {
         Ok(directory)
     }
 
-    /// Of a large archive, which says so just before its end at `end`.
+    /// The directory of a zip64 archive, whose locator is just before the end record at `end`.
     fn find64(file: &mut (impl Read + Seek), end: u64) -> Checked<Option<Self>> {
         let Some(at) = end.checked_sub(LOCATOR64_BYTES as u64) else { return Ok(None) };
         let locator = read_at(file, at, LOCATOR64_BYTES)?;
@@ -179,20 +179,20 @@ impl Directory {
     }
 }
 
-/// What an archive's list says of a record.
+/// A record's entry in the central directory.
 #[derive(Debug)]
 struct Record {
     name: String,
     is_packed: bool,
-    /// Bytes in the file.
+    /// Size in the file.
     bytes: u64,
     unpacked_bytes: u64,
-    /// Where its own header is.
+    /// Offset of its local header.
     header: u64,
 }
 
 impl Record {
-    /// The first of a list, and the rest of that.
+    /// The first entry of a directory, and the rest of it.
     fn split(list: &[u8]) -> Checked<Option<(Self, &[u8])>> {
         let Some((entry, behind)) = list.split_at_checked(ENTRY_BYTES) else { return Ok(None) };
         let [name, extra, comment] = [28, 30, 32].map(|at| usize::from(u16_at(entry, at)));
@@ -213,7 +213,7 @@ impl Record {
         Ok(Some((record, &behind[name + extra + comment..])))
     }
 
-    /// First byte of what is in it, once it is known to lie in the file.
+    /// First byte of its data, after checking that it lies in the file.
     fn data(&self, file: &mut (impl Read + Seek), len: u64) -> Checked<u64> {
         let Self { name, bytes, header, .. } = self;
         let beyond = || {
@@ -235,7 +235,7 @@ impl Record {
         }
     }
 
-    /// libtorch finds records whatever the case of their letters.
+    /// libtorch looks up record names case-insensitively.
     fn is_pickle(&self) -> bool {
         self.name.to_ascii_lowercase().ends_with("pkl")
     }
@@ -253,7 +253,7 @@ impl Record {
     }
 }
 
-/// Unpacked bytes, bytes in the file and place, each of which may stand in the first extra field of the kind for that.
+/// Unpacked size, size in the file and offset, each of which may be stored in the first zip64 extra field instead.
 fn sizes(entry: &[u8], mut extra: &[u8]) -> Option<[u64; 3]> {
     let mut found = [24, 20, 42].map(|at| u64::from(u32_at(entry, at)));
     if !found.contains(&IN_EXTRA) {
@@ -274,7 +274,7 @@ fn sizes(entry: &[u8], mut extra: &[u8]) -> Option<[u64; 3]> {
     Some(found)
 }
 
-/// Each record is read into memory whole, so that all of them together must not be more than what the file has.
+/// Each record is read into memory whole, so all of them together must not exceed the size of the file.
 fn ensure_room(records: &[Record], len: u64) -> Checked<()> {
     let (mut bytes, mut unpacked_bytes) = (0_u64, 0_u64);
     for record in records {
@@ -312,7 +312,7 @@ fn read_at(file: &mut (impl Read + Seek), start: u64, len: usize) -> io::Result<
     Ok(bytes)
 }
 
-/// A number of a header that is known to be long enough.
+/// A number of a header whose length has been checked.
 fn number<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
     std::array::from_fn(|i| header[at + i])
 }

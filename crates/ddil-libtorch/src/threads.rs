@@ -3,22 +3,22 @@
 use crate::ffi::{self, check};
 use crate::{Error, Result};
 
-/// How many threads one operation of libtorch may use, as seen from this thread.
+/// The number of threads of a single libtorch operation, as seen from this thread.
 ///
 /// # Errors
 ///
-/// [`Error::Torch`] if libtorch cannot say.
+/// [`Error::Torch`] if libtorch returns an error.
 pub fn num_threads() -> Result<usize> {
     let mut n = 0;
-    // SAFETY: the place that C++ writes to is valid.
+    // SAFETY: the output pointer is valid.
     check("num_threads", unsafe { ffi::ddil_num_threads(&raw mut n) })?;
     Ok(usize::try_from(n).unwrap_or(0))
 }
 
-/// Sets how many threads one operation of libtorch may use.
+/// Sets the number of threads of a single libtorch operation.
 ///
-/// Holds for this thread and for threads that have not computed yet: call it first thing in `main`. One number of
-/// threads gives one result to the bit, another number another.
+/// Applies to this thread and to threads that have not computed yet: call it first thing in `main`. Results are
+/// reproducible to the bit for one number of threads, and may differ between numbers.
 ///
 /// # Errors
 ///
@@ -29,19 +29,19 @@ pub fn set_num_threads(n: usize) -> Result<()> {
     check("set_num_threads", unsafe { ffi::ddil_set_num_threads(count) })
 }
 
-/// How many operations libtorch may run side by side.
+/// The number of libtorch operations that may run in parallel.
 ///
 /// # Errors
 ///
-/// [`Error::Torch`] if libtorch cannot say.
+/// [`Error::Torch`] if libtorch returns an error.
 pub fn num_interop_threads() -> Result<usize> {
     let mut n = 0;
-    // SAFETY: the place that C++ writes to is valid.
+    // SAFETY: the output pointer is valid.
     check("num_interop_threads", unsafe { ffi::ddil_num_interop_threads(&raw mut n) })?;
     Ok(usize::try_from(n).unwrap_or(0))
 }
 
-/// Sets how many operations libtorch may run side by side; possible once, before there is any such work.
+/// Sets the number of libtorch operations that may run in parallel; possible once, before any parallel work.
 ///
 /// # Errors
 ///

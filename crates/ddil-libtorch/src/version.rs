@@ -5,7 +5,7 @@ use std::fmt;
 use crate::Result;
 use crate::ffi::{self, check};
 
-/// The version of libtorch that this was built against: "2.13.0".
+/// The version of libtorch that this crate was built against: "2.13.0".
 pub fn version() -> &'static str {
     ffi::version()
 }
@@ -16,32 +16,32 @@ pub fn cuda_built() -> bool {
     unsafe { ffi::ddil_has_cuda() }
 }
 
-/// Number of CUDA devices that can be used; 0 without CUDA.
+/// Number of usable CUDA devices; 0 without CUDA.
 ///
 /// # Errors
 ///
 /// [`Error::Torch`](crate::Error::Torch) if the driver fails.
 pub fn cuda_device_count() -> Result<usize> {
     let mut count = 0;
-    // SAFETY: the place that C++ writes to is valid.
+    // SAFETY: the output pointer is valid.
     check("cuda_device_count", unsafe { ffi::ddil_cuda_device_count(&raw mut count) })?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// Makes libtorch use operations only that give one result each time, or refuse; and the reverse.
+/// Switches libtorch's deterministic mode, in which an operation without a deterministic implementation is an error.
 ///
-/// Holds for the whole process. On CUDA, `CUBLAS_WORKSPACE_CONFIG=:4096:8` must be in the environment, which the error
-/// says too. Fresh memory is not filled, unlike in Python.
+/// Applies to the whole process. On CUDA, `CUBLAS_WORKSPACE_CONFIG=:4096:8` must be in the environment; the error
+/// mentions it. Uninitialised memory is not filled, unlike in Python.
 ///
 /// # Errors
 ///
-/// [`Error::Torch`](crate::Error::Torch) if libtorch refuses.
+/// [`Error::Torch`](crate::Error::Torch) if libtorch returns an error.
 pub fn deterministic(on: bool) -> Result<()> {
     // SAFETY: passes a plain value.
     check("deterministic", unsafe { ffi::ddil_set_deterministic(on) })
 }
 
-/// Why CUDA cannot be used.
+/// The reason why CUDA cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum NoCuda {
@@ -51,7 +51,7 @@ pub enum NoCuda {
     NotLoaded,
     /// NVIDIA's driver is not installed.
     NoDriver,
-    /// The driver shows no device.
+    /// The driver reports no device.
     NoDevice,
 }
 
@@ -78,7 +78,7 @@ impl fmt::Display for NoCuda {
     }
 }
 
-/// Why CUDA cannot be used, with the cure in its text; `None` if it can.
+/// The reason why CUDA cannot be used, with the remedy in its text; `None` if it can.
 ///
 /// # Example
 ///
@@ -92,7 +92,7 @@ pub fn why_no_cuda() -> Option<NoCuda> {
     // SAFETY: both take nothing, and cannot throw past the shim.
     let (library, driver) =
         unsafe { (ffi::ddil_cuda_library_installed(), ffi::ddil_cuda_driver_installed()) };
-    // A driver that fails is a driver that shows no device.
+    // A driver that fails counts as one that reports no device.
     let devices = cuda_device_count().unwrap_or(0);
     diagnose(cuda_built(), library, driver, devices)
 }

@@ -10,44 +10,44 @@ use std::time::{Duration, Instant};
 
 use crate::num_threads;
 
-/// How often the watcher looks.
+/// The interval between two measurements.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// Others compete if a thread of this process is ready to run and has no processor for this share of an interval. Free
-/// processors keep a thread waiting for about a hundredth; at a third, both ways to wait take equally long.
+/// Other work competes if a thread of this process is ready to run and has no processor for this share of an interval.
+/// On free processors a thread waits for about a hundredth; at a third, both ways of waiting take equally long.
 const CONTENDED: f64 = 0.25;
-/// Others are taken to be gone after so many intervals without: a second.
+/// Competition counts as over after this many intervals without it: a second.
 const CALM_INTERVALS: u32 = 5;
-/// More threads than this are not created for the purpose.
+/// The maximum number of extra threads.
 const MAX_EXTRA_THREADS: usize = 64;
 
 /// How the threads that share an operation of libtorch wait for each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ThreadWaiting {
-    /// As the OpenMP library does by itself. libgomp's threads spin for several milliseconds before they sleep.
+    /// The default of the OpenMP library. libgomp's threads spin for several milliseconds before they sleep.
     Default,
-    /// As `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` in the environment say.
+    /// As set by `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` in the environment.
     Environment,
-    /// As by default while the processors are free; for microseconds while other work competes for them.
+    /// The default while the processors are free; spinning for microseconds while other work competes for them.
     Adaptive,
 }
 
-/// Has libtorch's threads give way while other work competes for the processors.
+/// Makes libtorch's threads yield while other work competes for the processors.
 ///
 /// libgomp, the OpenMP library of libtorch on Linux, lets threads spin for milliseconds at the end of each part of an
-/// operation. On free processors that is the fastest way to wait. Beside other work it is the slowest: a thread spins
-/// away its time slice while the one that it waits for has no processor.
+/// operation. On free processors that is the fastest way to wait. Under competition it is the slowest: a thread spins
+/// for its whole time slice while the thread that it waits for has no processor.
 ///
-/// This starts a thread that reads, five times a second, how long threads of this process were kept from a processor.
-/// Where one is kept for more than a quarter of the time, it creates idle threads of libgomp until there are more than
+/// This starts a thread that measures, five times a second, how long threads of this process waited for a processor.
+/// If one waits for more than a quarter of the time, it creates idle threads of libgomp until there are more than
 /// processors, for which libgomp [documents](https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html) a spin of 1000 turns, some microseconds,
-/// instead of 300000. After a second without competition the idle threads end, and the long spin is back. Results do not
-/// depend on it.
+/// instead of 300000. After a second without competition the idle threads end, and the long spin returns. Results do
+/// not depend on it.
 ///
 /// Call it once at the start of a program, after [`set_num_threads`](crate::set_num_threads); later calls change nothing.
-/// Nothing is done, and the return value says so, where the environment sets `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT`, where
-/// libtorch uses another OpenMP library, where the system does not tell how long threads wait
-/// (`/proc/self/task/*/schedstat`), and where more than 64 idle threads would be required.
+/// Nothing is done, as the return value shows, if the environment sets `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT`, if
+/// libtorch uses another OpenMP library, if the system does not report how long threads wait
+/// (`/proc/self/task/*/schedstat`), or if more than 64 idle threads would be required.
 ///
 /// # Example
 ///
@@ -70,13 +70,13 @@ pub fn adapt_thread_waiting() -> ThreadWaiting {
         let watcher = thread::Builder::new().name("ddil-waiting".to_owned());
         match watcher.spawn(move || watch(libgomp, size)) {
             Ok(_) => ThreadWaiting::Adaptive,
-            // A process that may have no more threads keeps what it has.
+            // If the process may not create more threads, waiting does not change.
             Err(_) => ThreadWaiting::Default,
         }
     })
 }
 
-/// How libtorch's threads wait in this process now.
+/// How libtorch's threads currently wait in this process.
 pub fn thread_waiting() -> ThreadWaiting {
     let unasked =
         if is_set_by_environment() { ThreadWaiting::Environment } else { ThreadWaiting::Default };
@@ -89,7 +89,7 @@ fn is_set_by_environment() -> bool {
     ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().any(|name| std::env::var_os(name).is_some())
 }
 
-/// What is called of libgomp.
+/// The functions of libgomp that are used.
 #[derive(Clone, Copy)]
 struct Libgomp {
     parallel: unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint),
@@ -97,13 +97,13 @@ struct Libgomp {
 }
 
 impl Libgomp {
-    /// The library, if it is the one that is loaded: LLVM's answers to the same names, and to names of its own.
+    /// The library, if it is the one that is loaded: LLVM's has the same symbols, and others of its own.
     fn find() -> Option<Self> {
         if symbol(c"__kmpc_fork_call").is_some() {
             return None;
         }
         let (parallel, num_procs) = (symbol(c"GOMP_parallel")?, symbol(c"omp_get_num_procs")?);
-        // SAFETY: the declarations of both in libgomp, which have been these since GCC 4.9.
+        // SAFETY: both have had these declarations in libgomp since GCC 4.9.
         unsafe {
             Some(Self {
                 parallel: std::mem::transmute::<
@@ -124,7 +124,7 @@ impl Libgomp {
         crowd_size(processors, num_threads().ok()?)
     }
 
-    /// Creates a team of so many threads. They do nothing, and stay until the calling thread ends.
+    /// Creates a team of this many threads. They do nothing, and stay until the calling thread ends.
     fn create_team(self, size: usize) {
         extern "C" fn nothing(_: *mut c_void) {}
         // SAFETY: `nothing` takes any pointer, and does not unwind.
@@ -132,7 +132,7 @@ impl Libgomp {
     }
 }
 
-/// Counts the threads that operations use, of which one may be the only one so far, and the first of the team itself.
+/// Counts the threads of operations, of which there may be only one so far, and the first of the team itself.
 fn crowd_size(processors: usize, num_threads: usize) -> Option<usize> {
     let size = processors.saturating_sub(num_threads) + 2;
     (size <= MAX_EXTRA_THREADS).then_some(size)
@@ -140,7 +140,7 @@ fn crowd_size(processors: usize, num_threads: usize) -> Option<usize> {
 
 #[cfg(unix)]
 fn symbol(name: &CStr) -> Option<*mut c_void> {
-    // SAFETY: the name is a C string; the default scope is always there.
+    // SAFETY: the name is a C string; the default scope always exists.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     (!address.is_null()).then_some(address)
 }
@@ -150,7 +150,7 @@ fn symbol(_: &CStr) -> Option<*mut c_void> {
     None
 }
 
-/// For how long each thread of this process has been ready to run and has had no processor, by its number.
+/// How long each thread of this process has waited for a processor while ready to run, by thread id.
 fn delays() -> Option<HashMap<OsString, Duration>> {
     let mut delays = HashMap::new();
     for entry in fs::read_dir("/proc/self/task").ok()? {
@@ -162,7 +162,7 @@ fn delays() -> Option<HashMap<OsString, Duration>> {
     (!delays.is_empty()).then_some(delays)
 }
 
-/// Nanoseconds: time on a processor, time spent waiting for one, number of turns.
+/// Parses nanoseconds on a processor, nanoseconds of waiting for one, number of time slices.
 fn delay_of(schedstat: &str) -> Option<u64> {
     schedstat.split_whitespace().nth(1)?.parse().ok()
 }
@@ -185,17 +185,17 @@ fn watch(libgomp: Libgomp, size: usize) {
     }
 }
 
-/// The longest delay of a thread that was there before.
+/// The longest delay of a thread that already existed before.
 fn longest(before: &HashMap<OsString, Duration>, now: &HashMap<OsString, Duration>) -> Duration {
     let since =
         |(thread, delay): (&OsString, &Duration)| Some(delay.saturating_sub(*before.get(thread)?));
     now.iter().filter_map(since).max().unwrap_or_default()
 }
 
-/// Whether others want the processors too, from the delays in the intervals so far.
+/// Whether other work competes for the processors, from the delays in the intervals so far.
 #[derive(Debug, Default)]
 struct Competition {
-    /// Intervals until it is taken to be over.
+    /// Number of intervals until competition counts as over.
     remaining: u32,
 }
 
@@ -208,7 +208,7 @@ impl Competition {
     }
 }
 
-/// Idle threads of libgomp, kept by a thread of their own: they end with the thread that created them.
+/// Idle threads of libgomp, created by their own thread: they end with it.
 struct Crowd {
     keeper: JoinHandle<()>,
     end: Sender<()>,
@@ -219,7 +219,7 @@ impl Crowd {
         let (end, ended) = channel();
         let keeper = thread::Builder::new().name("ddil-crowd".to_owned()).spawn(move || {
             libgomp.create_team(size);
-            // An error means that the sender is gone, which ends the team as well.
+            // An error means that the sender was dropped, which also ends the team.
             let _ = ended.recv();
         });
         Some(Self { keeper: keeper.ok()?, end })
@@ -227,7 +227,7 @@ impl Crowd {
 
     fn dismiss(self) {
         drop(self.end);
-        // It cannot panic: it waits, and nothing else.
+        // It cannot panic: it only waits.
         let _ = self.keeper.join();
     }
 }
@@ -245,7 +245,7 @@ mod tests {
             assert!(competition.observe(0.0));
         }
         assert!(!competition.observe(0.0));
-        // One contended interval begins the second anew.
+        // One contended interval restarts the second.
         competition.observe(1.0);
         competition.observe(0.0);
         competition.observe(1.0);
@@ -270,7 +270,7 @@ mod tests {
         for processors in 1..200 {
             for num_threads in 1..=2 * processors {
                 if let Some(size) = crowd_size(processors, num_threads) {
-                    // The first thread of a team is counted only for the program's own.
+                    // The first thread of a team is counted only among the program's own.
                     assert!(num_threads + size - 1 > processors);
                     assert!((2..=MAX_EXTRA_THREADS).contains(&size));
                 }

@@ -1,16 +1,16 @@
-//! The operations of a pickle, as far as libtorch takes memory for what they say.
+//! The operations of a pickle, as far as libtorch allocates memory for them.
 
 use std::fmt::{self, Display, Formatter};
 use std::io::{self, BufRead, ErrorKind, Read};
 
-/// Why a pickle is not taken.
+/// The reason why a pickle is rejected.
 #[derive(Debug)]
 pub(super) enum Problem {
-    /// An operation that libtorch's pickles do not have.
+    /// An operation that does not occur in libtorch's pickles.
     Unknown { opcode: u8, at: u64 },
-    /// A value is numbered so that others would have to be there first.
+    /// A value's number skips earlier ones.
     Numbering { found: u32, expected: u32, at: u64 },
-    /// It ends before it says so, or cannot be unpacked.
+    /// It ends before its stop operation, or cannot be unpacked.
     Read { source: io::Error, at: u64 },
 }
 
@@ -37,21 +37,21 @@ impl Display for Problem {
     }
 }
 
-/// What follows an operation's code.
+/// The data that follow an operation's code.
 enum Argument {
-    /// As many bytes.
+    /// This many bytes.
     Bytes(u64),
-    /// A length in four bytes, and as many bytes.
+    /// A length of four bytes, and that many bytes.
     Text,
     /// Two lines.
     Lines,
-    /// The number of a value to be kept, in as many bytes.
+    /// The number under which a value is kept, in this many bytes.
     Put(usize),
-    /// Nothing more.
+    /// The end of the pickle.
     Stop,
 }
 
-/// Walks over a pickle of protocol 2 up to its end; the operations are those that libtorch's unpickler knows.
+/// Reads a pickle of protocol 2 to its end; the operations are those of libtorch's unpickler.
 pub(super) fn ensure(pickle: impl BufRead) -> Result<(), Problem> {
     let mut pickle = Counted { inner: pickle, at: 0 };
     let mut kept = 0;
@@ -72,7 +72,7 @@ pub(super) fn ensure(pickle: impl BufRead) -> Result<(), Problem> {
             }
             Argument::Put(bytes) => {
                 let found = pickle.number(bytes).map_err(read)?;
-                // A gap would be filled, which for the largest number takes 64 GiB.
+                // A gap would be filled, which takes 64 GiB for the largest number.
                 if found > kept {
                     return Err(Problem::Numbering { found, expected: kept, at });
                 }
@@ -82,7 +82,7 @@ pub(super) fn ensure(pickle: impl BufRead) -> Result<(), Problem> {
     }
 }
 
-/// Of protocol 2, `pickletools` has the list.
+/// Operations of protocol 2, as listed in `pickletools`.
 fn argument(opcode: u8) -> Option<Argument> {
     Some(match opcode {
         b'.' => Argument::Stop,
@@ -107,7 +107,7 @@ fn argument(opcode: u8) -> Option<Argument> {
         b'M' => Argument::Bytes(2),
         b'J' | b'j' => Argument::Bytes(4),
         b'G' => Argument::Bytes(8),
-        // A whole number of eight bytes, behind that eight.
+        // An integer of eight bytes, after those eight.
         0x8a => Argument::Bytes(9),
         b'X' => Argument::Text,
         b'c' => Argument::Lines,
@@ -117,7 +117,7 @@ fn argument(opcode: u8) -> Option<Argument> {
     })
 }
 
-/// Says how far it is.
+/// Counts the bytes read.
 struct Counted<R> {
     inner: R,
     at: u64,
@@ -131,7 +131,7 @@ impl<R: BufRead> Counted<R> {
         Ok(bytes)
     }
 
-    /// A number of one byte or of four.
+    /// A number of one or four bytes.
     fn number(&mut self, bytes: usize) -> io::Result<u32> {
         if bytes == 1 {
             return self.array::<1>().map(|[byte]| byte.into());
