@@ -1,4 +1,4 @@
-//! The inputs of a network beside `x_t` and the timestep.
+//! The inputs of a network in addition to `x_t` and the timestep.
 
 use std::borrow::Cow;
 
@@ -7,13 +7,13 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// Named inputs of a network beside the noisy sample and its timestep, each with the batch first.
+/// Named inputs of a network in addition to the noisy sample and its timestep, each with the batch first.
 ///
 /// The standard parts have constants for names; a part of any other name is allowed, so that a network for audio,
 /// video or tokens can define its own. A network refuses the parts that it does not take
 /// ([`ensure_known`](Self::ensure_known)), so that a misspelt name is an error and not an input that is ignored.
 ///
-/// Conditioning travels with each state: the loss passes to the networks what the rollout passed to them.
+/// Conditioning is stored with each state: the loss passes the same inputs to the networks as the rollout did.
 ///
 /// Parts are kept in one order, whatever the order in which they were added: the standard parts first, in the order of
 /// [`STANDARD`](Self::STANDARD), then all others by name.
@@ -81,7 +81,7 @@ impl Conditioning {
         self.with(Self::GUIDANCE_WEIGHT, weight)
     }
 
-    /// The same with a part, in place of one of the same name.
+    /// The same with a part, which replaces one of the same name.
     #[must_use]
     pub fn with(mut self, name: impl Into<Cow<'static, str>>, tensor: Tensor) -> Self {
         let name = name.into();
@@ -92,7 +92,7 @@ impl Conditioning {
         self
     }
 
-    /// The same with a part where there is a tensor, and as it is where there is none.
+    /// The same with a part if there is a tensor, unchanged if there is none.
     #[must_use]
     pub fn with_some(self, name: impl Into<Cow<'static, str>>, tensor: Option<Tensor>) -> Self {
         match tensor {
@@ -195,11 +195,11 @@ impl Conditioning {
         Ok(())
     }
 
-    /// Checks that there is no part that `network` does not take; `known` are the names of those that it takes.
+    /// Checks that `network` takes all parts; `known` are the names of the parts that it takes.
     ///
     /// # Errors
     ///
-    /// [`Error::Conditioning`] that names the first unknown part, the network and what it takes.
+    /// [`Error::Conditioning`] that names the first unknown part, the network and the parts that it takes.
     pub fn ensure_known(&self, op: &'static str, network: &str, known: &[&str]) -> Result<()> {
         let Some((name, _)) = self.parts().find(|(name, _)| !known.contains(name)) else {
             return Ok(());
@@ -226,7 +226,7 @@ impl<N: Into<Cow<'static, str>>> FromIterator<(N, Tensor)> for Conditioning {
     }
 }
 
-/// What parts are sorted by.
+/// The sort key of a part.
 fn place(name: &str) -> (usize, &str) {
     let standard = Conditioning::STANDARD.iter().position(|standard| *standard == name);
     (standard.unwrap_or(Conditioning::STANDARD.len()), name)

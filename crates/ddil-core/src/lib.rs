@@ -1,10 +1,10 @@
-//! Training states for the distillation of diffusion models: for a training loop of one's own.
+//! Training states for the distillation of diffusion models, for use in your own training loop.
 //!
 //! A student that samples in a few steps meets states at inference that plain distillation never trains on. This crate
 //! makes training batches from a mixture of sources: noised dataset samples, states of the student's own backward
-//! trajectories and states of the teacher's, as in DDIL
-//! ([Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971)). Rollouts run without gradients; the loss, the network and
-//! the optimizer are the caller's, or those of `ddil-losses` and `ddil-models`.
+//! trajectories and states of the teacher's, as in DDIL ([Garrepalli et al. 2024](https://arxiv.org/abs/2410.11971)).
+//! Rollouts run without gradients; the loss, the network and the optimizer are yours, or those of `ddil-losses` and
+//! `ddil-models`.
 //!
 //! # Example
 //!
@@ -19,14 +19,14 @@
 //! let schedule = NoiseScheduleConfig::default().build()?;
 //! let sampler = Ddim::new(schedule.clone());
 //! let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
-//! // Stands for a network: it estimates all data as 0.
+//! // A placeholder for a network: it estimates all data as 0.
 //! let network = FnDenoiser::new(schedule, PredictionType::Sample, |x_t, _timesteps, _conditioning| Ok(x_t.zeros_like()));
 //!
 //! // Sampling.
 //! let samples = Rollout::new(&network, &sampler, &grid).sample(Tensor::randn([8, 2], kind::FLOAT_CPU))?;
 //! assert_eq!(samples.size(), [8, 2]);
 //!
-//! // Training states, with the loss between.
+//! // Training states; the loss comes in between.
 //! let mut mixer = Mixer::new(MixerConfig::default(), grid, Box::new(sampler))?;
 //! for step in 0..3 {
 //!     let clock = Clock::new(step, 3, RandomStreams::new(0, 0));

@@ -1,4 +1,4 @@
-//! From noise to a sample, and the states on the way.
+//! Runs a denoiser from noise to samples, with the states on the way.
 
 mod legs;
 mod mixed;
@@ -34,11 +34,12 @@ pub struct Trajectory {
 
 /// The state that a trajectory starts in: unit noise on a variance-preserving schedule, `sigma noise` on others.
 ///
-/// Unit noise even where the schedule's last `sigma` falls short of 1, as samplers do at inference.
+/// Unit noise even if the schedule's last `sigma` is below 1, as samplers use it at inference.
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`](crate::Error::Scheduler) if `timestep` is off the grid, [`Error::Argument`](crate::Error::Argument) if `noise` is not of floating point.
+/// [`Error::Scheduler`](crate::Error::Scheduler) if `timestep` is off the grid,
+/// [`Error::Argument`](crate::Error::Argument) if `noise` is not of floating point.
 pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> Result<Tensor> {
     ensure_real("first_state", "noise", noise)?;
     match schedule.config() {
@@ -47,7 +48,7 @@ pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> R
     }
 }
 
-/// A denoiser and a sampler that go from noise to a sample, without gradients.
+/// Runs a denoiser and a sampler from noise to a sample, without gradients.
 ///
 /// [`sample`](Self::sample) returns the sample alone, [`run`](Self::run) the states on the way as well.
 ///
@@ -100,15 +101,15 @@ impl<'a> Rollout<'a> {
         Self { conditioning: Some(conditioning), ..self }
     }
 
-    /// Draws the noise that the sampler adds from one generator; required by samplers that add noise. `None` is no
-    /// generator.
+    /// Draws the noise that the sampler adds from one generator; required by samplers that add noise. `None`
+    /// means no generator.
     #[must_use]
     pub fn generator(self, generator: impl Into<Option<&'a mut Generator>>) -> Self {
         Self { fresh: Fresh::OfBatch(generator.into()), ..self }
     }
 
-    /// Draws the noise of each sample from a generator of its own, on any device: a sample then depends on no other
-    /// sample of its batch, but for rounding.
+    /// Draws the noise of each sample from a separate generator, on any device: a sample then does not depend on the
+    /// other samples of its batch, except for rounding.
     ///
     /// # Example
     ///
@@ -137,14 +138,14 @@ impl<'a> Rollout<'a> {
         Self { fresh: Fresh::OfEach(generators), ..self }
     }
 
-    /// Keeps the states at `kept` instead of all: of a teacher that takes finer steps than its student, those on the
+    /// Keeps the states at `kept` instead of all: for a teacher that takes finer steps than its student, those on the
     /// student's grid.
     #[must_use]
     pub fn keep(self, kept: &'a Timesteps) -> Self {
         Self { kept: Some(kept), ..self }
     }
 
-    /// Goes from noise to a sample and keeps the states on the way.
+    /// Runs from noise to a sample and keeps the states on the way.
     ///
     /// # Shapes and units
     ///
@@ -152,9 +153,10 @@ impl<'a> Rollout<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Scheduler`](crate::Error::Scheduler) if the sampler requires noise and there is no generator; [`Error::Argument`](crate::Error::Argument) or
-    /// [`Error::Conditioning`](crate::Error::Conditioning) if the arguments do not fit each other; [`Error::Invalid`](crate::Error::Invalid) if a timestep to
-    /// [`keep`](Self::keep) is not visited; the errors of the denoiser.
+    /// [`Error::Scheduler`](crate::Error::Scheduler) if the sampler requires noise and there is no generator;
+    /// [`Error::Argument`](crate::Error::Argument) or [`Error::Conditioning`](crate::Error::Conditioning) if the
+    /// arguments do not fit each other; [`Error::Invalid`](crate::Error::Invalid) if a timestep to [`keep`](Self::keep)
+    /// is not visited; the errors of the denoiser.
     pub fn run(self, noise: Tensor) -> Result<Trajectory> {
         let kept = self.kept.unwrap_or(self.timesteps).clone();
         ensure_part_of("timesteps", &kept, self.timesteps)?;
@@ -168,7 +170,7 @@ impl<'a> Rollout<'a> {
         Ok(Trajectory { states, timesteps: kept, x0, conditioning })
     }
 
-    /// Goes from noise to a sample and keeps that alone.
+    /// Runs from noise to a sample and returns only the sample.
     ///
     /// # Shapes and units
     ///
@@ -182,7 +184,7 @@ impl<'a> Rollout<'a> {
         self.walk(noise, |_, _| {})
     }
 
-    /// Walks the whole grid and shows every state to `visit`.
+    /// Runs over the whole grid and passes every state to `visit`.
     fn walk(mut self, noise: Tensor, mut visit: impl FnMut(i64, &Tensor)) -> Result<Tensor> {
         const OP: &str = "Rollout";
         let _no_grad = tch::no_grad_guard();
@@ -191,7 +193,7 @@ impl<'a> Rollout<'a> {
         ensure_ready(OP, self.sampler, &noise, conditioning, self.fresh.can_draw())?;
         self.fresh.ensure_batch(OP, self.sampler, &noise)?;
         let mut x_t = first_state(self.denoiser.schedule(), self.timesteps.as_slice()[0], &noise)?;
-        // So that the first step may use its memory again, where nobody else holds it.
+        // So that the first step may reuse its memory, if nothing else refers to it.
         drop(noise);
         for (timestep, prev) in self.timesteps.pairs() {
             visit(timestep, &x_t);

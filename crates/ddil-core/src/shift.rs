@@ -113,7 +113,8 @@ impl ShiftReport {
 ///
 /// # Errors
 ///
-/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if shapes differ or there are fewer than two states; [`Error::Invalid`] for the settings.
+/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if shapes differ or there are fewer than two states;
+/// [`Error::Invalid`] for the settings.
 pub fn shift_at(
     timestep: i64,
     train: &Tensor,

@@ -49,7 +49,7 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is no room for what a batch needs.
+    /// [`Error::Invalid`] if there is too little room for a batch.
     fn ensure_batch_size(&self, _batch: usize) -> Result<()> {
         Ok(())
     }

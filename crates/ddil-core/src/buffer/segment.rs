@@ -155,7 +155,7 @@ impl Segment {
         }
     }
 
-    /// What has to be saved of it.
+    /// The reference to it in a saved state.
     pub(super) fn saved(&self, ring: usize) -> SavedFile {
         SavedFile {
             name: Layout::name(ring, self.number),
