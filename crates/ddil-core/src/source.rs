@@ -40,7 +40,7 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
     ///
     /// # Errors
     ///
-    /// Those of the source.
+    /// The errors of the source.
     fn after_loss(&mut self, _feedback: &LossFeedback<'_>) -> Result<()> {
         Ok(())
     }

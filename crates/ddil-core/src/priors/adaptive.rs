@@ -33,8 +33,8 @@ pub enum AdaptiveSignal {
     LossRatio,
 }
 
-/// Separate priors for each grid index, from measurements there: the share of the student's states is `min + (max -
-/// min) signal`, and the rest is divided between dataset samples and teacher.
+/// Separate priors for each grid index, from measurements there: the share of the student's states is
+/// `min + (max - min) signal`, and the rest is divided between dataset samples and teacher.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdaptivePriors {
@@ -393,7 +393,7 @@ impl Stores {
         let directions = directions(&student, PROJECTIONS, &mut generator)?;
         let found = sliced_w2(&half(n), &student, &directions);
         let chance = sliced_w2(&half(n), &half(0), &directions);
-        // Undefined for two sets that are the same point and for states that are NaN.
+        // Undefined for two sets that are the same point and for states that are NaN or infinite.
         let signal = 1.0 - chance / found;
         Ok(signal.is_finite().then(|| signal.clamp(0.0, 1.0)))
     }

@@ -40,8 +40,7 @@ impl TeacherStates {
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
     /// Number of trajectories kept for reuse; default 1024, 0 makes new rollouts each time. The teacher does not
-    /// change, so its states never expire. The pool is filled on demand; until it is full, the cost is the same as with
-    /// 0.
+    /// change, so its states never expire. The pool is filled on demand; until it is full, it saves nothing.
     pub pool: usize,
     /// Which states of a trajectory are used; default those on the way.
     // Omitted if default, so that runs from before the setting existed keep their name.
