@@ -1,4 +1,4 @@
-//! A method by name, with its settings.
+//! A distillation method by name, with its settings.
 
 use ddil_schedulers::{
     ConsistencyBoundary, NoiseSchedule, PredictionType, SamplerConfig, TimestepSpacing, Timesteps,
@@ -35,7 +35,7 @@ impl ObjectiveConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) that names the first setting that cannot be.
+    /// [`Error::Invalid`](crate::Error::Invalid) with the name of the first invalid setting.
     pub fn build(&self, schedule: &NoiseSchedule, grid: &Timesteps) -> Result<Box<dyn Objective>> {
         let (schedule, grid) = (schedule.clone(), grid.clone());
         Ok(match self {
@@ -56,8 +56,8 @@ impl ObjectiveConfig {
         }
     }
 
-    /// The same settings, with what depends on a network's output and was left open set for networks that are trained
-    /// to put out `output`: how [`Dmd2`](Self::Dmd2) weighs its critic's error.
+    /// The same settings, with unset values that depend on the network's output filled in for networks trained to
+    /// predict `output`: the weighting of the critic's error in [`Dmd2`](Self::Dmd2).
     #[must_use]
     pub fn trained_to_predict(self, output: PredictionType) -> Self {
         match self {
@@ -69,16 +69,16 @@ impl ObjectiveConfig {
         }
     }
 
-    /// The timesteps that a student of `steps` steps is trained at.
+    /// The timesteps at which a student of `steps` steps is trained.
     ///
-    /// Those that it samples at, save for a latent consistency model, which is trained at all timesteps of its solver
-    /// whatever `steps` are.
+    /// These are the timesteps at which it samples, except for a latent consistency model, which is trained at all
+    /// timesteps of its solver for any number of `steps`.
     ///
     /// # Errors
     ///
     /// [`Error::Scheduler`](crate::Error::Scheduler) if the schedule has no such grid,
-    /// [`Error::Invalid`](crate::Error::Invalid) if the method does not allow it: the steps of
-    /// [`Dmd2`](Self::Dmd2) have to divide the training timesteps.
+    /// [`Error::Invalid`](crate::Error::Invalid) if the method does not support it: the number of steps of
+    /// [`Dmd2`](Self::Dmd2) must divide the number of training timesteps.
     pub fn training_grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         match self {
             Self::Lcm(config) => config.grid(schedule, config.num_ddim_timesteps),
@@ -86,8 +86,8 @@ impl ObjectiveConfig {
         }
     }
 
-    /// The timesteps that a student samples at in `steps` steps; part of those it is trained at where `steps` are
-    /// the student's own.
+    /// The timesteps at which a student samples in `steps` steps. They are a subset of the training timesteps if
+    /// `steps` is the number the student was trained for.
     ///
     /// # Errors
     ///
@@ -103,10 +103,10 @@ impl ObjectiveConfig {
         }
     }
 
-    /// How a student is sampled, in rollouts and in the end.
+    /// The sampler of the student, in rollouts and for final samples.
     ///
-    /// [`Dmd2`](Self::Dmd2) is trained without a boundary and sampled with the one that diffusers' `LCMScheduler` always
-    /// has: at the timesteps of its grid that is the identity but for rounding.
+    /// [`Dmd2`](Self::Dmd2) is trained without a consistency boundary and sampled with the one that diffusers'
+    /// `LCMScheduler` always applies. At the timesteps of its grid this is the identity up to rounding.
     pub fn sampler_config(&self, schedule: &NoiseSchedule) -> SamplerConfig {
         match self {
             Self::Progressive(_) => SamplerConfig::Ddim { eta: 0.0 },

@@ -1,4 +1,4 @@
-//! Host-made tables, kept on each device that asks for them.
+//! Tables computed on the host, with one cached copy per device.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -6,8 +6,8 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// A small constant tensor and its copies on other devices, made once each: a copy in every step would wait for
-/// the device.
+/// A small constant tensor and one cached copy of it per device: a copy in every step would synchronise with the
+/// device.
 #[derive(Debug)]
 pub(crate) struct DeviceTable {
     copies: Mutex<Vec<Tensor>>,
@@ -20,7 +20,7 @@ impl DeviceTable {
 
     /// The table on `device`.
     pub(crate) fn on(&self, device: Device) -> Result<Tensor> {
-        // A panic while the lock is held leaves at worst one copy less.
+        // After a panic with the lock held, at worst one cached copy is missing.
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(copy) = copies.iter().find(|copy| copy.device() == device) {
             return Ok(copy.shallow_clone());

@@ -1,4 +1,4 @@
-//! How far two batches are apart, one value per sample.
+//! Distances between two batches, one value per sample.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
@@ -12,11 +12,11 @@ use crate::error::{Error, Result};
 /// # Shapes and units
 ///
 /// - `prediction`, `target`: `[batch, ..]`, any rank from 2, the same shape
-/// - returns: `[batch]`, `Float` or `Double`, with a graph where the arguments have one
+/// - returns: `[batch]`, `Float` or `Double`, differentiable if the arguments are
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if the shapes differ, [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there is nothing after the batch.
+/// [`Error::Argument`] if the shapes differ or `batch` is the only dimension.
 ///
 /// # Example
 ///
@@ -35,21 +35,21 @@ pub fn squared_error(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     Ok(mean_over_sample(&difference.square()))
 }
 
-/// Mean pseudo-Huber distance over each sample, element by element: `sqrt(d² + c²) - c`.
+/// Mean over each sample of the element-wise pseudo-Huber distance `sqrt(d² + c²) - c`.
 ///
-/// Quadratic for differences far below `c`, linear far above. The loss of latent consistency distillation,
-/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378), there with `c = 0.001`. Written
-/// `d² / (sqrt(d² + c²) + c)`, which is the same number and does not lose small differences in `Float`.
+/// Quadratic for differences far below `c`, linear far above. It is the loss of latent consistency distillation in
+/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378), with `c = 0.001`. Computed as
+/// `d² / (sqrt(d² + c²) + c)`, which is equal and does not cancel for small differences in `Float`.
 ///
 /// # Shapes and units
 ///
 /// - `prediction`, `target`: `[batch, ..]`, any rank from 2, the same shape
 /// - `c`: data scale
-/// - returns: `[batch]`, `Float` or `Double`, with a graph where the arguments have one
+/// - returns: `[batch]`, `Float` or `Double`, differentiable if the arguments are
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] unless `c` is positive and finite; otherwise as [`squared_error`].
+/// [`Error::Invalid`] unless `c` is positive and finite; otherwise those of [`squared_error`].
 pub fn pseudo_huber(prediction: &Tensor, target: &Tensor, c: f64) -> Result<Tensor> {
     ensure_huber_c("huber_c", c)?;
     let squared = difference("pseudo_huber", prediction, target)?.square();
@@ -57,7 +57,7 @@ pub fn pseudo_huber(prediction: &Tensor, target: &Tensor, c: f64) -> Result<Tens
     Ok(mean_over_sample(&(squared / (root + c))))
 }
 
-/// Refuses a `c` that [`pseudo_huber`] cannot take.
+/// Checks that `c` is valid for [`pseudo_huber`].
 pub(crate) fn ensure_huber_c(field: &'static str, c: f64) -> Result<()> {
     if c > 0.0 && c.is_finite() {
         return Ok(());
@@ -65,7 +65,7 @@ pub(crate) fn ensure_huber_c(field: &'static str, c: f64) -> Result<()> {
     Err(Error::Invalid(Invalid::new(field, c, "positive and finite")))
 }
 
-/// `prediction - target` in `Float` at least: squares of small differences are lost in the half kinds.
+/// `prediction - target` in `Float` or wider: squares of small differences underflow in the half kinds.
 pub(crate) fn difference(op: &'static str, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     ensure_same_shape(op, ("prediction", prediction), ("target", target))?;
     if prediction.dim() < 2 {

@@ -1,4 +1,4 @@
-//! Improved distribution matching distillation: the law of the student's samples against the teacher's.
+//! Improved distribution matching distillation: matches the distribution of the student's samples to the teacher's.
 
 use ddil_core::{Conditioning, Data, Denoiser, Discriminator, Generator, Source, States, Stream};
 use ddil_files::Invalid;
@@ -20,26 +20,26 @@ use crate::weighting::{TimestepWeights, Weighting};
 const METHOD: &str = "DMD2";
 const OP: &str = "Dmd2::loss";
 
-/// Keeps the normaliser off zero.
+/// Keeps the normaliser away from zero.
 const MIN_SCALE: f64 = 1e-6;
 
 /// The gradient of distribution matching with respect to the student's samples.
 ///
-/// `(x0_fake - x0_real) / (mean |x0_student - x0_real| + 1e-6)`, the mean over each sample. At a noised sample of the
-/// student, `x0_fake` is what a network trained on the student's samples sees behind it and `x0_real` what the teacher
-/// sees: their difference is that of the two scores, the gradient of the Kullback-Leibler divergence between the two
-/// noised laws up to a positive factor. The divisor makes it of order 1 at every noise level. Section 3.2 of
-/// [Yin et al. 2023](https://arxiv.org/abs/2311.18828), kept by [DMD2](https://arxiv.org/abs/2405.14867); the 1e-6 is
-/// for a student that already says what the teacher says.
+/// `(x0_fake - x0_real) / (mean |x0_student - x0_real| + 1e-6)`, with the mean over each sample. For a noised sample of
+/// the student, `x0_fake` is the prediction of a network trained on the student's samples and `x0_real` that of the
+/// teacher. Up to a positive factor their difference is the difference of the two scores, which is the gradient of the
+/// Kullback-Leibler divergence between the two noised distributions. The divisor brings it to order 1 at every noise
+/// level. Section 3.2 of [Yin et al. 2023](https://arxiv.org/abs/2311.18828), unchanged in
+/// [DMD2](https://arxiv.org/abs/2405.14867). The 1e-6 avoids a division by zero if student and teacher agree.
 ///
 /// # Shapes and units
 ///
 /// - all three: `[batch, ..]`, any rank from 2, data scale
-/// - returns: the same shape, `Float` or `Double`, without a graph; what is not finite stays so
+/// - returns: the same shape, `Float` or `Double`, detached; NaN and infinite values are propagated
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] if the shapes differ, [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there is nothing after the batch.
+/// [`Error::Argument`] if the shapes differ or `batch` is the only dimension.
 ///
 /// # Example
 ///
@@ -50,7 +50,7 @@ const MIN_SCALE: f64 = 1e-6;
 /// let student = Tensor::from_slice2(&[[1.0, 2.0]]);
 /// let fake = Tensor::from_slice2(&[[1.1, 1.9]]);
 /// let real = Tensor::from_slice2(&[[0.8, 1.6]]);
-/// // Means of 0.2 and 0.4 are 0.3, as both differences are.
+/// // The mean of 0.2 and 0.4 is 0.3, and so are both differences.
 /// let gradient = ddil_losses::distribution_matching_gradient(&student, &fake, &real)?;
 /// assert!((gradient - 1.0).abs().max().double_value(&[]) < 1e-5);
 /// # Ok(())
@@ -70,7 +70,7 @@ pub fn distribution_matching_gradient(
     Ok(&direction / per_sample(&scale, &direction))
 }
 
-/// The student's adversarial loss: `softplus(-logit)`, high for samples that are taken for made.
+/// The student's adversarial loss: `softplus(-logit)`, high for samples that are classified as fake.
 ///
 /// The non-saturating loss of [Goodfellow et al. 2014](https://arxiv.org/abs/1406.2661), section 3: the negative log
 /// of the probability that the sample is real.
@@ -81,13 +81,13 @@ pub fn distribution_matching_gradient(
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] for logits that are no real numbers.
+/// [`Error::Argument`] for logits that are not a dense floating-point tensor.
 pub fn generator_loss(logits: &Tensor) -> Result<Tensor> {
     ensure_real("generator_loss", "logits", logits)?;
     Ok((-logits).softplus())
 }
 
-/// The discriminator's loss: `softplus(-logit)` of each real and `softplus(logit)` of each made sample.
+/// The discriminator's loss: `softplus(-logit)` of each real and `softplus(logit)` of each fake sample.
 ///
 /// The two halves of the binary cross entropy; section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867).
 ///
@@ -97,7 +97,7 @@ pub fn generator_loss(logits: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// [`Error::Scheduler`] for logits that are no real numbers.
+/// [`Error::Argument`] for logits that are not a dense floating-point tensor.
 pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> Result<(Tensor, Tensor)> {
     const OP: &str = "discriminator_loss";
     ensure_real(OP, "real_logits", real_logits)?;
@@ -109,35 +109,36 @@ pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> Result<
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Dmd2Config {
-    /// The critic is trained in each step, the student in every so many-th; default 5. Two time scales: the critic
-    /// has to keep up with the student.
+    /// The student is trained in every `critic_ratio`-th step, the critic in each; default 5. The two time scales let
+    /// the critic follow the student.
     pub critic_ratio: u64,
     /// Factor of the distribution matching loss; default 1.
     pub dm_weight: f64,
-    /// The least noisy timestep at which student and teacher are compared, as a share of all; default 0.02.
+    /// The least noisy timestep at which student and teacher are compared, as a fraction of all; default 0.02.
     pub dm_min_timestep: f64,
-    /// The noisiest one; default 0.98.
+    /// The noisiest of these timesteps, as a fraction of all; default 0.98.
     pub dm_max_timestep: f64,
-    /// How much the critic's error in the clean data counts at each noise level; left out, the default, it is
-    /// [`Weighting::of`] what the network puts out, as far as that is known
-    /// ([`ObjectiveConfig::trained_to_predict`](crate::ObjectiveConfig::trained_to_predict)), and else `snr`, that of
-    /// `epsilon`. Another weight than the network was trained with leaves the critic behind where it counts little.
+    /// The weight of the critic's error in the clean data at each noise level. The default, none, is
+    /// [`Weighting::of`] the network's output if that is known
+    /// ([`ObjectiveConfig::trained_to_predict`](crate::ObjectiveConfig::trained_to_predict)), otherwise `snr`, the
+    /// weight of `epsilon`. With a weight other than the one of its training, the critic lags behind the student at
+    /// noise levels of low weight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub critic_weighting: Option<Weighting>,
-    /// No such weight is above this; default 10 000. Reached on no usual variance-preserving schedule before timestep
-    /// 0; flow matching and EDM go on to less noise than single precision can tell from none.
+    /// Upper bound of that weight; default 10 000. The usual variance-preserving schedules do not reach it before
+    /// timestep 0; flow matching and EDM continue to noise levels that single precision cannot distinguish from 0.
     pub critic_weight_cap: f64,
-    /// Whether the critic is told where a sample's state came from, so that it follows the law of what the student makes
-    /// of each source by itself; default false, one law for all. Told nothing, the student is compared with the teacher
-    /// over all sources together: what it makes of dataset samples can make up for what it does not make of its own.
-    /// The critic has to take a guidance weight, in whose place it is told the source.
+    /// Whether the critic is conditioned on the source of each sample's state, and so models one distribution per
+    /// source; default false, one distribution for all. Without it, student and teacher are compared over all sources
+    /// together, and samples from dataset states can compensate for modes missing from the student's own states. The
+    /// critic must accept a guidance weight, whose input then carries the source.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub critic_sees_source: bool,
-    /// Whether a discriminator is trained beside the critic, on dataset samples; default true.
+    /// Whether a discriminator is trained along with the critic, on dataset samples; default true.
     pub gan: bool,
     /// Factor of the student's adversarial loss; default 0.005.
     pub gan_weight: f64,
-    /// Factor of the discriminator's loss beside the critic's; default 0.01.
+    /// Factor of the discriminator's loss relative to the critic's; default 0.01.
     pub critic_gan_weight: f64,
 }
 
@@ -201,40 +202,42 @@ impl Dmd2Config {
     }
 }
 
-/// Improved distribution matching distillation (DMD2) of [Yin et al. 2024](https://arxiv.org/abs/2405.14867): what the
-/// student makes of its states shall have the law of what the teacher makes.
+/// Improved distribution matching distillation (DMD2) of [Yin et al. 2024](https://arxiv.org/abs/2405.14867): matches
+/// the distribution of the student's samples to that of the teacher's.
 ///
-/// States are not labelled. From each the student predicts clean data `x0`, and these are compared with the teacher's
-/// law by way of a critic, a denoiser that is trained on the student's samples all along. Timesteps and noise below
-/// are fresh for each term, from the streams of the request.
+/// States have no labels. From each the student predicts clean data `x0`, and their distribution is compared with the
+/// teacher's by means of a critic, a denoiser that is trained on the student's samples throughout. Timesteps and noise
+/// below are drawn independently for each term, from the streams of the request.
 ///
 /// | phase | loss | noised to |
 /// |---|---|---|
 /// | student | half the squared distance of `x0` and `x0 - gradient`, times `dm_weight`: its gradient is [`distribution_matching_gradient`] | 2 % to 98 % of the timesteps |
 /// | | plus [`generator_loss`] of the noised `x0`, times `gan_weight` | any timestep |
-/// | critic | squared error of what the critic sees behind the noised `x0`, weighted as `critic_weighting` says | any timestep |
-/// | | plus [`discriminator_loss`] of noised `x0` and of noised dataset samples, times `critic_gan_weight` | any timestep, each its own |
+/// | critic | squared error of the critic's prediction from the noised `x0`, weighted by `critic_weighting` | any timestep |
+/// | | plus [`discriminator_loss`] of noised `x0` and of noised dataset samples, times `critic_gan_weight` | any timestep, drawn separately |
 ///
-/// In every `critic_ratio`-th step the student is trained, then the critic in any case, on the same samples where the
-/// request has them ([`LossRequest::student_x0`]); otherwise the student is asked, without gradients.
+/// The student is trained in every `critic_ratio`-th step, the critic in every step: on the student's samples of the
+/// same step if the request has them ([`LossRequest::student_x0`]), otherwise on samples computed without
+/// gradients.
 ///
-/// The critic follows whatever mixture of states the student is trained on, so that published recipes differ in
-/// nothing but where states come from: the student's own trajectories alone, noised dataset samples alone, or a
-/// mixture of both.
+/// The critic is trained on the same mixture of states as the student. Published recipes therefore differ only in the
+/// source of the states: the student's own trajectories, noised dataset samples, or a mixture of both.
 ///
-/// # Who gets a gradient
+/// # Gradients
 ///
-/// In the student's phase the student alone, through its own prediction: teacher and critic are asked without
-/// gradients. The adversarial part reaches `x0` *through* the discriminator, which therefore must be asked with
-/// gradients on; keeping its parameters (and those of the critic whose features it reads) out of it is for the caller
-/// to do, by freezing them for the phase. In the critic's phase critic and discriminator get one, the student none.
+/// In the student's phase only the student receives a gradient, through its own prediction; teacher and critic are
+/// evaluated without gradients. The adversarial term reaches `x0` *through* the discriminator, which must therefore be
+/// evaluated with gradients enabled. The caller excludes its parameters (and those of the critic whose features it
+/// reads) by freezing them for the phase. In the critic's phase critic and discriminator receive a gradient, the
+/// student none.
 ///
-/// # Which network is asked
+/// # Wrapped and bare critic
 ///
-/// [`Critic::asked`] stands in the gradient, held inside the data's range as the teacher is; [`Critic::fake_score`] is
-/// trained bare, as what it is to follow is what the student says, wherever that lies. Guidance is the teacher's alone.
+/// The gradient uses [`Critic::asked`], which is thresholded to the data's range as the teacher is.
+/// [`Critic::fake_score`] is trained bare, because it has to follow the student's samples even outside of that range.
+/// Only the teacher is guided.
 ///
-/// # Figures
+/// # Logged parts
 ///
 /// [`LossTerms::parts`], without their factors: `distribution_matching` (mean absolute gradient) and `gan_student` in
 /// the student's phase, `fake_score`, `gan_fake` and `gan_real` in the critic's.
@@ -270,7 +273,7 @@ impl Dmd2 {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] that names the setting; [`Error::Scheduler`] if the grid leaves the schedule.
+    /// [`Error::Invalid`] with the name of the setting; [`Error::Scheduler`] if the grid is outside of the schedule.
     pub fn new(config: Dmd2Config, schedule: NoiseSchedule, grid: Timesteps) -> Result<Self> {
         config.ensure()?;
         for &t in grid.as_slice() {
@@ -302,7 +305,7 @@ impl Dmd2 {
         (at(self.config.dm_min_timestep), at(self.config.dm_max_timestep))
     }
 
-    /// Clean data noised to timesteps drawn evenly from `low..=high`.
+    /// Clean data noised to timesteps drawn uniformly from `low..=high`.
     fn noised(
         &self,
         x0: &Tensor,
@@ -315,12 +318,12 @@ impl Dmd2 {
         Ok(Noised { x_t: self.schedule.add_noise(x0, &noise, &timesteps)?, timesteps })
     }
 
-    /// The same at any timestep.
+    /// Clean data noised to timesteps drawn uniformly from the whole grid.
     fn noised_anywhere(&self, x0: &Tensor, generator: &mut Generator) -> Result<Noised> {
         self.noised(x0, (0, self.schedule.last_timestep()), generator)
     }
 
-    /// How real `x0` looks once it is noised to any timestep, `[batch]`.
+    /// The discriminator's logits, `[batch]`, of `x0` noised to random timesteps.
     fn judged(
         &self,
         x0: &Tensor,
@@ -342,29 +345,29 @@ impl Dmd2 {
         }))
     }
 
-    /// What the critic is told of samples, which came from `states` or stand beside some that did.
+    /// The critic's conditioning for samples of `states`, or for real samples compared with these.
     fn told_critic(&self, conditioning: &Conditioning, states: &States) -> Conditioning {
         let told = conditioning.shallow_clone();
         if !self.config.critic_sees_source {
             return told;
         }
         let number = |source: &Source| match source {
-            // The start of a trajectory is a part of it.
+            // The start of a trajectory belongs to the trajectory.
             Source::Student | Source::Noise => 0.0_f32,
             Source::Forward => 1.0,
             Source::Teacher => 2.0,
             Source::Mixed => 3.0,
-            // All added sources together are one.
+            // All added sources count as one.
             Source::Added(_) => 4.0,
         };
         let numbers: Vec<f32> = states.sources.iter().map(number).collect();
         let device = states.x_t.device();
-        // Queued: a plain copy would wait for all that the device has to do.
+        // Asynchronous: a blocking copy would synchronise with the device.
         let numbers = Tensor::from_slice(&numbers).to_device_(device, Kind::Float, true, false);
         told.with_guidance_weight(numbers)
     }
 
-    /// Whom the phase needs, or what is missing.
+    /// The networks and data that the phase requires, or an error with what is missing.
     fn judges<'a>(&self, request: &LossRequest<'a>) -> Result<Judges<'a>> {
         let missing = |what| Error::Missing { method: METHOD, what };
         let critic = request.networks.critic.ok_or_else(|| missing("a critic"))?;
@@ -395,7 +398,7 @@ impl Dmd2 {
         let told_critic = &self.told_critic(told, states);
         let gradient =
             self.gradient(&x0, request, (judges.critic.asked, told_critic), &mut generator)?;
-        // The loss is half a squared distance, whose gradient is the way to the target.
+        // The loss is half a squared distance: its gradient is the difference to the target.
         let target = x0.detach() - &gradient;
         let mut per_sample = squared_error(&x0, &target)? * (0.5 * self.config.dm_weight);
         let mut parts = vec![("distribution_matching", mean_over_sample(&gradient.abs()))];
@@ -408,7 +411,7 @@ impl Dmd2 {
         Ok(LossTerms { per_sample, student_x0: x0.detach(), teacher_next: None, target, parts })
     }
 
-    /// The gradient of distribution matching at `x0`, noised anew.
+    /// The gradient of distribution matching at `x0`, with fresh noise.
     fn gradient(
         &self,
         x0: &Tensor,
@@ -440,20 +443,20 @@ impl Dmd2 {
         let mut parts = vec![("fake_score", per_sample.detach())];
         if let (Some(discriminator), Some(real)) = (judges.discriminator, judges.real) {
             let made = self.judged(&x0, told, discriminator, &mut generator)?;
-            // Told the same sources as the made ones, or these alone would give them away.
+            // Conditioned on the same sources as the fake samples: otherwise the source alone would identify the fakes.
             let told_of_real = &self.told_critic(&real.conditioning, states);
             let real = self.judged(&real.x0, told_of_real, discriminator, &mut generator)?;
             let (of_real, of_made) = discriminator_loss(&real, &made)?;
             parts.extend([("gan_fake", of_made.detach()), ("gan_real", of_real.detach())]);
             let both = (of_made + of_real).to_kind(per_sample.kind());
-            // Not in place: the figure above is the same memory.
+            // Not in place: the part recorded above shares this memory.
             per_sample = &per_sample + both * self.config.critic_gan_weight;
         }
         let target = x0.shallow_clone();
         Ok(LossTerms { per_sample, student_x0: x0, teacher_next: None, target, parts })
     }
 
-    /// The student's samples, asked for once a step.
+    /// The student's samples, computed once per step.
     fn student_x0(&self, request: &LossRequest<'_>) -> Result<Tensor> {
         let LossRequest { states, networks, .. } = *request;
         if let Some(x0) = request.student_x0 {
@@ -466,7 +469,7 @@ impl Dmd2 {
     }
 }
 
-/// Who judges the student's samples in a phase, and on what beside them.
+/// The critic, discriminator and real data of a phase.
 #[derive(Clone, Copy)]
 struct Judges<'a> {
     critic: Critic<'a>,

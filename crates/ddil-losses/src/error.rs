@@ -1,11 +1,11 @@
-//! What can go wrong when a student is compared.
+//! Errors of the distillation objectives.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 
 use crate::phase::Phase;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,18 +15,18 @@ pub enum Error {
     /// An argument has a shape, kind, layout or value that the function cannot take.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
-    /// A denoiser or its conditioning refused.
+    /// An error of a denoiser or its conditioning.
     #[error(transparent)]
     Core(#[from] ddil_core::Error),
-    /// A schedule, a prediction or a shape refused.
+    /// An error of a schedule, a prediction or a shape.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
-    /// States stand at timesteps that the student is not trained for.
+    /// States are at timesteps for which the student is not trained.
     #[error("{op}: a state is at a timestep off the student's grid {grid:?} ({message})")]
     OffGrid {
         /// The function that was called.
         op: &'static str,
-        /// The timesteps that may stand there.
+        /// The allowed timesteps.
         grid: Vec<i64>,
         /// What was found.
         message: String,
@@ -43,12 +43,12 @@ pub enum Error {
         /// The settings of the objective's schedule.
         expected: String,
     },
-    /// A method was asked for the loss of a phase that it does not have.
+    /// A loss was requested for a phase that the method does not have.
     #[error("{method} has no {phase:?} phase")]
     Phase {
         /// The method.
         method: &'static str,
-        /// The phase that was asked for.
+        /// The requested phase.
         phase: Phase,
     },
     /// A request lacks what the method requires.
@@ -56,29 +56,29 @@ pub enum Error {
     Missing {
         /// The method.
         method: &'static str,
-        /// What is not there.
+        /// What is missing.
         what: &'static str,
     },
-    /// libtorch refused an operation.
+    /// An operation of libtorch failed.
     #[error("{op}: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// libtorch's own words, without its backtrace.
+        /// The message of libtorch, without its backtrace.
         message: String,
     },
 }
 
-/// This crate's results.
+/// The result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The first line of what libtorch said; the rest is a backtrace.
+/// The first line of libtorch's message; the rest is a backtrace.
 pub(crate) fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or("libtorch gave no reason").to_owned()
 }
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if that is the cause.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -88,7 +88,7 @@ impl Error {
         }
     }
 
-    /// Wraps what libtorch said in the name of the operation, first line only.
+    /// Wraps the first line of libtorch's message with the name of the operation.
     pub(crate) fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| Self::Torch { op, message: first_line(&source) }
     }

@@ -1,4 +1,4 @@
-//! Entries of the student's grid, looked up by timestep on the device: reading timesteps would wait for it.
+//! Indices into the student's grid, looked up by timestep on the device: reading timesteps would synchronise with it.
 
 use ddil_core::States;
 use ddil_schedulers::Timesteps;
@@ -7,18 +7,18 @@ use tch::Tensor;
 use crate::device_table::DeviceTable;
 use crate::error::{Error, Result, first_line};
 
-/// Which entry of a grid each state of a batch stands at.
+/// Maps the timestep of each state of a batch to its index in a grid.
 #[derive(Debug)]
 pub(crate) struct GridRows {
     grid: Timesteps,
-    /// `[num_train_timesteps]`, `Int64`: the entry of the grid at a timestep, one beyond the last if there is none.
+    /// `[num_train_timesteps]`, `Int64`: the grid index of each timestep, or the length of the grid if it has none.
     index_of: DeviceTable,
     /// `[grid]`, `Int64`.
     timesteps: DeviceTable,
 }
 
 impl GridRows {
-    /// The entries of `grid`, none of which is beyond `num_train_timesteps`.
+    /// The lookup of `grid`, whose timesteps are all below `num_train_timesteps`.
     pub(crate) fn new(grid: Timesteps, num_train_timesteps: i64) -> Self {
         let mut index_of = vec![grid.len() as i64; num_train_timesteps as usize];
         for (index, t) in grid.as_slice().iter().enumerate() {
@@ -34,8 +34,8 @@ impl GridRows {
         &self.grid
     }
 
-    /// The entry of each state, `[batch]`, `Int64`; beyond the grid for a timestep off it, which
-    /// [`look_up`](Self::look_up) refuses.
+    /// The grid index of each state, `[batch]`, `Int64`. It is out of bounds for a timestep off the grid, which
+    /// [`look_up`](Self::look_up) rejects.
     pub(crate) fn of(&self, op: &'static str, states: &States) -> Result<Tensor> {
         if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.grid.len()) {
             return Err(self.off_grid(op, format!("grid index {index}")));
@@ -43,13 +43,13 @@ impl GridRows {
         self.look_up(op, &self.index_of, 0, &states.timesteps)
     }
 
-    /// Refuses states off the grid.
+    /// Checks that all states are on the grid.
     pub(crate) fn ensure(&self, op: &'static str, states: &States) -> Result<()> {
         let rows = self.of(op, states)?;
         self.look_up(op, &self.timesteps, 0, &rows).map(drop)
     }
 
-    /// What stands at `rows` in dimension `dim` of a table with one place for each entry of the grid.
+    /// The entries at `rows` in dimension `dim` of a table with one entry per grid timestep.
     pub(crate) fn look_up(
         &self,
         op: &'static str,
@@ -66,7 +66,7 @@ impl GridRows {
     }
 }
 
-/// A number a sample, shaped and cast to be multiplied with `like`.
+/// One number per sample, reshaped and cast to broadcast against `like`.
 pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Tensor {
     let mut shape = vec![1; like.dim()];
     shape[0] = -1;

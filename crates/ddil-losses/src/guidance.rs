@@ -1,4 +1,4 @@
-//! How a teacher comes by its guidance, so that none is guided twice.
+//! The source of a teacher's guidance, so that no teacher is guided twice.
 
 use ddil_core::{Conditioning, Denoiser, Guided, GuidedByWeight};
 use ddil_files::Invalid;
@@ -11,10 +11,10 @@ use crate::error::{Error, Result};
 
 /// Where the guidance of a teacher comes from.
 ///
-/// A kind rather than a number: a student of a guided teacher has guidance baked in, and guiding it again when it
-/// becomes the next stage's teacher would guide twice. So the first stage says [`Cfg`](Self::Cfg) and the
-/// later ones [`BakedIn`](Self::BakedIn). Section 3 of [Meng et al. 2022](https://arxiv.org/abs/2210.03142) has the
-/// embedded kind.
+/// An enum rather than a number: a student of a guided teacher has guidance baked in, and guiding it again as the
+/// teacher of the next stage would apply guidance twice. The first stage therefore uses [`Cfg`](Self::Cfg) and the
+/// later ones [`BakedIn`](Self::BakedIn). [`Embedded`](Self::Embedded) is section 3 of
+/// [Meng et al. 2022](https://arxiv.org/abs/2210.03142).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(
     tag = "kind",
@@ -23,35 +23,35 @@ use crate::error::{Error, Result};
     expecting = "a table: { kind = \"cfg\", scale = 2.0 } for guidance of scale 2, { kind = \"baked_in\" } for none"
 )]
 pub enum TeacherGuidance {
-    /// Classifier-free guidance at one scale, by two answers of the network.
+    /// Classifier-free guidance at one scale, with two evaluations of the network.
     Cfg {
         /// `uncond + scale (cond - uncond)`; 1 is off.
         scale: f64,
     },
-    /// Classifier-free guidance by a weight `w = scale - 1` a sample, drawn evenly from a range when the state's
-    /// trajectory starts: `cond + w (cond - uncond)`, by two answers of a network that is told no weight. The student
-    /// is told it and learns the whole range.
+    /// Classifier-free guidance with a weight `w = scale - 1` per sample, drawn uniformly from a range when the state's
+    /// trajectory starts: `cond + w (cond - uncond)`, with two evaluations of a network without a weight input. The
+    /// student takes the weight as an input and learns the whole range.
     CfgRange {
         /// The smallest weight; 0 is no guidance.
         min: f64,
         /// The largest weight.
         max: f64,
     },
-    /// The network is told a weight `w = scale - 1` a sample, drawn evenly from a range when the state's trajectory
-    /// starts; student and teacher hear the same one.
+    /// The network takes a weight `w = scale - 1` per sample as an input, drawn uniformly from a range when the state's
+    /// trajectory starts. Student and teacher receive the same weight.
     Embedded {
         /// The smallest weight.
         min: f64,
         /// The largest weight.
         max: f64,
     },
-    /// The network's answer is guided already, or not to be guided: it is asked once and taken as it is.
+    /// The network's output is already guided, or is used unguided: one evaluation, used as it is.
     #[default]
     BakedIn,
 }
 
 impl TeacherGuidance {
-    /// Checks the settings, once.
+    /// Checks the settings.
     ///
     /// # Errors
     ///
@@ -82,12 +82,12 @@ impl TeacherGuidance {
         }
     }
 
-    /// Whether the student is told a weight: its network then needs an embedding of it.
+    /// Whether the student takes a guidance weight: its network then needs an embedding of it.
     pub fn is_told_to_student(self) -> bool {
         matches!(self, Self::CfgRange { .. } | Self::Embedded { .. })
     }
 
-    /// Where the guidance of the student comes from, once it is the teacher of a next stage.
+    /// The guidance of the student when it becomes the teacher of the next stage.
     #[must_use]
     pub fn of_student(self) -> Self {
         match self {
@@ -98,14 +98,14 @@ impl TeacherGuidance {
         }
     }
 
-    /// The teacher as it is to be asked. Thresholding goes outside of this.
+    /// The teacher with its guidance. Thresholding wraps the result.
     ///
-    /// `null` is what the network is told for "no condition", one row; only [`Cfg`](Self::Cfg) and
-    /// [`CfgRange`](Self::CfgRange) need it.
+    /// `null` is the conditioning for "no condition", one row; only [`Cfg`](Self::Cfg) and
+    /// [`CfgRange`](Self::CfgRange) require it.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row or holds a
+    /// [`Error::Invalid`] as [`ensure`](Self::ensure); [`Error::Core`] if `null` does not have one row or contains a
     /// weight.
     pub fn wrap<'a, D: Denoiser + 'a>(
         self,
@@ -121,7 +121,7 @@ impl TeacherGuidance {
         })
     }
 
-    /// The conditioning of `batch` new trajectories: with a weight a sample drawn evenly from the range for
+    /// The conditioning of `batch` new trajectories: with a weight per sample drawn uniformly from the range for
     /// [`CfgRange`](Self::CfgRange) and [`Embedded`](Self::Embedded), unchanged otherwise.
     ///
     /// # Shapes and units
@@ -130,7 +130,7 @@ impl TeacherGuidance {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] as [`ensure`](Self::ensure), [`Error::Torch`] if the device is not there.
+    /// [`Error::Invalid`] as [`ensure`](Self::ensure), [`Error::Torch`] if the device is not available.
     pub fn condition<R: Rng + ?Sized>(
         self,
         conditioning: Conditioning,
@@ -149,8 +149,7 @@ impl TeacherGuidance {
     }
 }
 
-/// A denoiser that requires a guidance weight: without one, the result would be for the weight that its network takes
-/// as its default.
+/// A denoiser that requires a guidance weight: without one, its network would use its default weight.
 #[derive(Debug)]
 struct WithGuidanceWeight<D> {
     inner: D,

@@ -1,4 +1,4 @@
-//! Latent consistency distillation: one answer along the whole path of the teacher.
+//! Latent consistency distillation: the same prediction along the whole trajectory of the teacher.
 
 use ddil_core::{Consistent, Denoiser, States};
 use ddil_files::Invalid;
@@ -17,29 +17,28 @@ use crate::phase::Phase;
 
 const METHOD: &str = "latent consistency distillation";
 
-/// Who sees the clean data that the step between two timesteps is taken by.
+/// The network whose predicted clean data the solver steps with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Solver {
     /// The teacher.
     #[default]
     Teacher,
-    /// The moving average of the student itself, without its boundary condition: self-distillation, in which no
-    /// teacher is asked.
+    /// The moving average of the student, without its boundary condition: self-distillation without a teacher.
     Target,
 }
 
-/// How far the student's estimate is from the target.
+/// The distance between the student's estimate and the target.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ConsistencyDistance {
     /// [`pseudo_huber`], element by element.
     Huber {
-        /// Where it turns from quadratic to linear, in data scale; default 0.001.
+        /// The difference, in data scale, at which it turns from quadratic to linear; default 0.001.
         #[serde(default = "default_huber_c")]
         c: f64,
     },
-    // Braces, as serde lets unknown keys pass beside a variant without.
+    // Braces: for a unit variant, serde would ignore unknown keys.
     /// [`squared_error`].
     L2 {},
 }
@@ -67,17 +66,17 @@ impl ConsistencyDistance {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LatentConsistencyConfig {
-    /// Timesteps of the solver, which are those that the student is trained at; default 50.
+    /// Number of timesteps of the solver, at which the student is trained; default 50.
     pub num_ddim_timesteps: u32,
-    /// Who takes the step between two of them; default the teacher.
+    /// The network of the solver's step; default the teacher.
     pub solver: Solver,
-    /// How far the student is from the target; default pseudo-Huber with `c = 0.001`.
+    /// The distance to the target; default pseudo-Huber with `c = 0.001`.
     pub loss: ConsistencyDistance,
-    /// Decay of the moving average that makes the target; default 0.95.
+    /// Decay of the moving average that computes the target; default 0.95.
     pub ema_decay: f64,
     /// Factor of the timestep in the boundary condition; default 10.
     pub timestep_scaling: f64,
-    /// Standard deviation that the data are taken to have in the boundary condition; default 0.5.
+    /// Assumed standard deviation of the data in the boundary condition; default 0.5.
     pub sigma_data: f64,
 }
 
@@ -101,7 +100,7 @@ impl LatentConsistencyConfig {
         ConsistencyBoundary { sigma_data: self.sigma_data, timestep_scaling: self.timestep_scaling }
     }
 
-    /// Every so many of the solver's timesteps.
+    /// Every n-th of the solver's timesteps.
     pub(crate) fn grid(&self, schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         let total = schedule.num_train_timesteps() as u32;
         if !(1..=total).contains(&self.num_ddim_timesteps) {
@@ -143,11 +142,11 @@ impl LatentConsistencyConfig {
     }
 }
 
-/// Latent consistency distillation of [Luo et al. 2023](https://arxiv.org/abs/2310.04378): the student gives one answer
-/// along the whole path of the teacher.
+/// Latent consistency distillation of [Luo et al. 2023](https://arxiv.org/abs/2310.04378): the student learns the same
+/// prediction along the whole trajectory of the teacher.
 ///
-/// At a state `x_t` of the grid the solver takes one deterministic step by the clean data `x0` that the teacher sees,
-/// to the next timestep `s` of the grid:
+/// From a state `x_t` of the grid the solver takes one deterministic step with the teacher's prediction `x0` to the
+/// next timestep `s` of the grid:
 ///
 /// ```text
 /// x_s       = r x_t + c x0                 a step of DDIM without its epsilon
@@ -157,20 +156,20 @@ impl LatentConsistencyConfig {
 /// ```
 ///
 /// `average` is the moving average of the student, [`Networks::target`]; the scalings are those of
-/// [`ConsistencyBoundary`]. The teacher's noise estimate is not used, so that the step stays what it is when `x0` is
-/// held inside the data's range. Guidance comes with the networks and the states: a teacher guided at one scale
-/// ([`Cfg`](crate::TeacherGuidance::Cfg)), or by the weight that each state carries and the student is told
-/// ([`CfgRange`](crate::TeacherGuidance::CfgRange)); student, teacher and average hear the same.
+/// [`ConsistencyBoundary`]. The teacher's noise estimate is not used, so the step remains valid if `x0` is thresholded.
+/// Guidance is part of the networks and the states: a teacher guided at one scale
+/// ([`Cfg`](crate::TeacherGuidance::Cfg)), or with the weight in each state's conditioning, which the student takes as
+/// an input ([`CfgRange`](crate::TeacherGuidance::CfgRange)). Student, teacher and average receive the same weight.
 ///
 /// The last step of the solver ends at timestep 0 and not at clean data, as in the published training code. There
-/// `c_skip` is 1 and `c_out` 0, so that the target is the solver's state itself, whatever the average says: this is
-/// what holds the student's answer to the path.
+/// `c_skip` is 1 and `c_out` 0, so that the target is the solver's state itself, independent of the average. This
+/// anchors the student's prediction to the trajectory.
 ///
-/// [`LossTerms::student_x0`] is the estimate, with the boundary condition applied: what the student's sampler noises
-/// again. [`LossTerms::teacher_next`] is the teacher's `x_s`, its state at the next timestep of the *training* grid;
-/// for the last entry, which no trajectory goes on from, at timestep 0. A student that samples on a coarser grid
-/// takes longer steps than that, and cannot mix its chains with them. Without a teacher
-/// ([`Solver::Target`]) there is none.
+/// [`LossTerms::student_x0`] is the estimate with the boundary condition applied, to which the student's sampler adds
+/// noise again. [`LossTerms::teacher_next`] is the teacher's `x_s`, its state at the next timestep of the *training*
+/// grid; for the last entry, after which no trajectory continues, at timestep 0. A student that samples on a coarser
+/// grid takes longer steps than these and cannot mix them into its trajectories. Without a teacher
+/// ([`Solver::Target`]) it is `None`.
 ///
 /// # Example
 ///
@@ -195,7 +194,7 @@ pub struct LatentConsistency {
     config: LatentConsistencyConfig,
     schedule: NoiseSchedule,
     entries: GridRows,
-    /// `[grid]`, `Int64`: where the solver's step ends.
+    /// `[grid]`, `Int64`: the timestep at which the solver's step ends.
     ends: DeviceTable,
     /// `[grid, 2]`, `Double`: `r` and `c` of the solver's step.
     coefficients: DeviceTable,
@@ -206,8 +205,8 @@ impl LatentConsistency {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] that names the setting, or if the grid holds timestep 0, where the boundary condition
-    /// leaves nothing to learn; [`Error::Scheduler`] if it leaves the schedule.
+    /// [`Error::Invalid`] with the name of the setting, or if the grid contains timestep 0, where the boundary
+    /// condition is the identity; [`Error::Scheduler`] if the grid is outside of the schedule.
     pub fn new(
         config: LatentConsistencyConfig,
         schedule: NoiseSchedule,
@@ -244,12 +243,12 @@ impl LatentConsistency {
         &self.config
     }
 
-    /// The timesteps that the student is trained at.
+    /// The timesteps at which the student is trained.
     pub fn grid(&self) -> &Timesteps {
         self.entries.grid()
     }
 
-    /// Who takes the solver's step and who makes the target.
+    /// The networks of the solver's step and of the target.
     fn networks<'a>(
         &self,
         phase: Phase,
@@ -269,7 +268,7 @@ impl LatentConsistency {
         Ok((solver, target))
     }
 
-    /// One step of the solver: where it ends, `[batch]`, and the state there.
+    /// One step of the solver: the timesteps at which it ends, `[batch]`, and the states there.
     fn solve(&self, states: &States, solver: &dyn Denoiser) -> Result<(Tensor, Tensor)> {
         const OP: &str = "LatentConsistency::loss";
         let rows = self.entries.of(OP, states)?;
@@ -280,7 +279,7 @@ impl LatentConsistency {
         Ok((ends, keep * &states.x_t + gain * x0))
     }
 
-    /// What the student should say, and the state at the end of the solver's step.
+    /// The student's target, and the state at the end of the solver's step.
     fn target(
         &self,
         states: &States,
@@ -312,7 +311,7 @@ impl Objective for LatentConsistency {
         let LossRequest { phase, states, networks, .. } = *request;
         states.ensure("LatentConsistency::loss")?;
         let (solver, target) = self.networks(phase, &networks)?;
-        // The target first: what its networks hold in memory is gone before the student's graph is there.
+        // The target first: the memory of its networks is released before the student's graph is built.
         let (target, x_end) = self.target(states, solver, target)?;
         let States { x_t, timesteps, conditioning, .. } = states;
         let student = Consistent::new(networks.student, self.config.boundary());

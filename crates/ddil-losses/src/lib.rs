@@ -1,22 +1,22 @@
-//! Distillation objectives (progressive, latent consistency, distribution matching), and the formulas they are made of.
+//! Distillation objectives (progressive, latent consistency, distribution matching) and their formulas.
 //!
-//! This crate *compares*: given states, it asks teacher and student and says how far apart they are, one value per
-//! sample. It makes gradients and never steps an optimizer.
+//! Given a batch of states, an objective evaluates teacher and student and returns their distance, one value per
+//! sample. It computes losses with their graph and never steps an optimizer.
 //!
-//! A *formula* is a pure function: tensors or numbers in and out, no network, random numbers or settings in sight
+//! A *formula* is a pure function of tensors or numbers, without networks, random numbers or settings
 //! ([`squared_error`], [`pseudo_huber`], [`convex_weights`], [`progressive_target`],
 //! [`distribution_matching_gradient`], [`generator_loss`], [`discriminator_loss`]). A *method* is an [`Objective`]:
-//! which networks are asked, and in what order. [`ObjectiveConfig`] builds one from a config file; one of your own
-//! implements the trait.
+//! it defines which networks are evaluated and in what order. [`ObjectiveConfig`] builds one from a config file; your
+//! own method implements the trait.
 //!
-//! | method | trained at | steps by | label of a state | beside student and teacher |
+//! | method | training timesteps | sampler | target of a state | further networks |
 //! |---|---|---|---|---|
-//! | [`Progressive`] | its own timesteps | DDIM | where several steps of the teacher lead | nobody |
-//! | [`LatentConsistency`] | all timesteps of a solver | noising again | what its average says one step further | the average |
-//! | [`Dmd2`] | its own timesteps | noising again | none: samples are compared with the teacher's law | a critic, and a discriminator with dataset samples |
+//! | [`Progressive`] | those of sampling | DDIM | the end of several teacher steps | none |
+//! | [`LatentConsistency`] | all timesteps of a solver | adds fresh noise | prediction of the moving average one step later | the moving average |
+//! | [`Dmd2`] | those of sampling | adds fresh noise | none: the distributions of samples are compared | a critic, and a discriminator with dataset samples |
 //!
-//! What a network is told beside the state, and how often states of which source come, is no concern of theirs: a
-//! batch of [`States`](ddil_core::States) brings both. [`TeacherGuidance`] says where a teacher's guidance comes from.
+//! An objective does not depend on the kind of conditioning or the mixture of sources: a batch of
+//! [`States`](ddil_core::States) contains both. [`TeacherGuidance`] is the source of a teacher's guidance.
 //!
 //! # Example
 //!
@@ -28,7 +28,7 @@
 //! use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
 //! use tch::{Kind, Tensor, kind};
 //!
-//! /// Knows data of mean 0 and standard deviation 1: then `x0` is `alpha x_t`.
+//! /// The exact denoiser for data of mean 0 and standard deviation 1: `x0` is `alpha x_t`.
 //! struct UnitGaussian(NoiseSchedule);
 //!
 //! impl Denoiser for UnitGaussian {
@@ -94,5 +94,5 @@ pub use progressive::{
 };
 pub use weighting::{TimestepWeights, Weighting};
 
-/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+/// The version of tch whose tensors are part of this crate's API: an upgrade of tch is a breaking release.
 pub use tch;

@@ -1,4 +1,4 @@
-//! What every distillation method can be asked.
+//! The interface of a distillation method.
 
 use ddil_core::{Data, Denoiser, Discriminator, RandomStreams, States};
 use ddil_schedulers::NoiseSchedule;
@@ -7,62 +7,61 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 use crate::phase::Phase;
 
-/// The networks that a method may ask, as they are to be asked: the teacher with its guidance and thresholding
-/// around it, the student bare.
+/// The networks of a method: the teacher wrapped in its guidance and thresholding, the student bare.
 ///
-/// A student whose prediction is held inside the data's range gets no gradient beyond it, where the correction is
-/// wanted most; so it is not to be wrapped here.
+/// A thresholded student receives no gradient outside of the data's range, where it needs correction most. Do not
+/// wrap it here.
 #[derive(Clone, Copy)]
 pub struct Networks<'a> {
-    /// The learner; its prediction gets a gradient.
+    /// The network in training; evaluated with gradients.
     pub student: &'a dyn Denoiser,
-    /// The expert; asked without gradients.
+    /// The network it learns from; evaluated without gradients.
     pub teacher: &'a dyn Denoiser,
-    /// A moving average of the learner, for methods that compare the learner with it; asked without gradients.
+    /// A moving average of the student, for methods that compare the student with it; evaluated without gradients.
     pub target: Option<&'a dyn Denoiser>,
-    /// Who judges what the learner makes, for methods that have such a network.
+    /// The critic of the student's samples, for methods that have one.
     pub critic: Option<Critic<'a>>,
 }
 
-/// A network that follows the law of the student's samples, and tells them from real ones.
+/// A network that models the distribution of the student's samples, and a discriminator of fake and real samples.
 #[derive(Clone, Copy)]
 pub struct Critic<'a> {
-    /// The denoiser of the student's samples as it is trained: bare.
+    /// The denoiser of the student's samples in training: bare.
     pub fake_score: &'a dyn Denoiser,
-    /// The same as it is asked for the student's gradient: held inside the data's range, as the teacher is.
+    /// The same denoiser for the student's gradient: thresholded to the data's range, as the teacher is.
     pub asked: &'a dyn Denoiser,
-    /// Tells noised samples of the student from noised data; none trains without.
+    /// Distinguishes noised samples of the student from noised data; `None` trains without it.
     pub discriminator: Option<&'a dyn Discriminator>,
 }
 
 impl<'a> Networks<'a> {
-    /// Learner and expert, which is all that most methods need.
+    /// Student and teacher, which is all that most methods need.
     pub fn new(student: &'a dyn Denoiser, teacher: &'a dyn Denoiser) -> Self {
         Self { student, teacher, target: None, critic: None }
     }
 }
 
-/// What a method has to be lent beside learner and expert.
+/// What a method requires in addition to student and teacher.
 ///
-/// [`Default`] and the fields make one.
+/// Start from [`Default`] and set the fields.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "one switch a need")]
 #[non_exhaustive]
 pub struct Requirements {
-    /// Whether the teacher is asked; where not, [`Networks::teacher`] may be any network.
+    /// Whether the teacher is evaluated; if not, [`Networks::teacher`] may be any network.
     pub teacher: bool,
-    /// The decay of the moving average that [`Networks::target`] is; none needs no target.
+    /// The decay of the moving average [`Networks::target`]; `None` if the method has no target network.
     pub target_decay: Option<f64>,
-    /// Whether there must be a [`Networks::critic`].
+    /// Whether [`Networks::critic`] is required.
     pub critic: bool,
-    /// Whether it must take a guidance weight, in whose place it is told the source of a sample's state.
+    /// Whether the critic must accept a guidance weight, whose input carries the source of a sample's state.
     pub critic_sees_source: bool,
-    /// Whether it must have a discriminator, and the request real data.
+    /// Whether the critic must have a discriminator, and the request real data.
     pub discriminator: bool,
 }
 
 impl Default for Requirements {
-    /// A teacher and nothing else, which is all that most methods need.
+    /// A teacher only, as most methods require.
     fn default() -> Self {
         Self {
             teacher: true,
@@ -74,27 +73,27 @@ impl Default for Requirements {
     }
 }
 
-/// What a method is asked for, and what it may use.
+/// The arguments of [`Objective::loss`].
 #[derive(Clone, Copy)]
 pub struct LossRequest<'a> {
-    /// Updates so far.
+    /// The number of updates so far.
     pub step: u64,
-    /// Who is trained.
+    /// The phase: which networks are trained.
     pub phase: Phase,
     /// `[batch, ..]` at timesteps of the student's grid, mixed within the batch.
     pub states: &'a States,
     /// The networks.
     pub networks: Networks<'a>,
-    /// Random numbers, for methods that draw noise and timesteps of their own.
+    /// Random streams, for methods that draw noise and timesteps.
     pub streams: &'a RandomStreams,
-    /// What the student predicted for the same states in an earlier phase of this step, where there was one.
+    /// The student's prediction for the same states in an earlier phase of this step, if there was one.
     pub student_x0: Option<&'a Tensor>,
-    /// Dataset samples with what is known of them, for methods that show them to a discriminator.
+    /// Dataset samples with their conditioning, for methods with a discriminator.
     pub real: Option<&'a Data>,
 }
 
 impl<'a> LossRequest<'a> {
-    /// A request with what every method needs.
+    /// A request with the fields that every method requires.
     pub fn new(
         step: u64,
         phase: Phase,
@@ -106,39 +105,38 @@ impl<'a> LossRequest<'a> {
     }
 }
 
-/// What a method has to say of a batch of states.
+/// The loss of a batch of states and its parts.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct LossTerms {
-    /// The loss of each sample, `[batch]`, with the graph behind it.
+    /// The loss of each sample, `[batch]`, with its graph.
     pub per_sample: Tensor,
-    /// The clean data that the student predicted, `[batch, ..]`, without a graph: what its next state is made of. With
-    /// the boundary condition applied where the method has one.
+    /// The clean data that the student predicted, `[batch, ..]`, detached, from which its next state is computed. The
+    /// boundary condition is applied if the method has one.
     pub student_x0: Tensor,
-    /// The teacher's state at the student's next timestep, `[batch, ..]`, for methods whose teacher gets there.
+    /// The teacher's state at the student's next timestep, `[batch, ..]`, for methods that compute it.
     pub teacher_next: Option<Tensor>,
-    /// What the student (in a critic's phase the critic) should have predicted, `[batch, ..]`, without a graph.
+    /// The target of the student (of the critic in its phase), `[batch, ..]`, detached.
     pub target: Tensor,
-    /// Further figures for the record, by name, `[batch]` each and without a graph: the parts of the loss.
+    /// The parts of the loss for logging, by name, each `[batch]` and detached.
     pub parts: Vec<(&'static str, Tensor)>,
 }
 
 impl LossTerms {
-    /// The terms that every method has, without a state of the teacher and without parts.
+    /// The terms that every method has; `teacher_next` and `parts` are empty.
     pub fn new(per_sample: Tensor, student_x0: Tensor, target: Tensor) -> Self {
         Self { per_sample, student_x0, teacher_next: None, target, parts: Vec::new() }
     }
 }
 
-/// A distillation method: which networks it asks, in what order, and what it makes of the answers.
+/// A distillation method: which networks are evaluated, in what order, and the loss computed from their outputs.
 ///
-/// Makes gradients and steps no optimizer. Outside of this crate, implement it and pass a reference: nothing else
-/// needs to know.
+/// It never steps an optimizer. To add a method, implement this trait outside of this crate and pass a reference.
 pub trait Objective: std::fmt::Debug {
-    /// Who is trained in step `step`, counted from 0, one after the other; never empty.
+    /// The phases of step `step`, counted from 0, in order; never empty.
     fn phases(&self, step: u64) -> &'static [Phase];
 
-    /// What the method has to be lent beside learner and expert; nothing for most.
+    /// What the method requires in addition to student and teacher; nothing for most.
     fn requirements(&self) -> Requirements {
         Requirements::default()
     }
@@ -150,12 +148,12 @@ pub trait Objective: std::fmt::Debug {
     /// [`Error::OffGrid`](crate::Error::OffGrid) for states off the student's grid,
     /// [`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) for networks of another schedule,
     /// [`Error::Phase`](crate::Error::Phase) for a phase that the method does not have,
-    /// [`Error::Missing`](crate::Error::Missing) for what [`requirements`](Self::requirements) name and is not there,
-    /// and what the networks say.
+    /// [`Error::Missing`](crate::Error::Missing) if one of the [`requirements`](Self::requirements) is missing,
+    /// and errors of the networks.
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms>;
 }
 
-/// Refuses networks that follow another noise schedule than the objective.
+/// Checks that all networks have the noise schedule of the objective.
 pub(crate) fn ensure_one_schedule<'a>(
     schedule: &NoiseSchedule,
     networks: impl IntoIterator<Item = (&'static str, &'a dyn Denoiser)>,

@@ -1,13 +1,13 @@
-//! Who is trained.
+//! The phases of a training step.
 
 use serde::{Deserialize, Serialize};
 
-/// Who is trained in a step.
+/// Which networks are trained in a part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// The student.
+    /// The student is trained.
     Student,
-    /// The critics of a method that has some.
+    /// The critic and the discriminator are trained, for methods that have them.
     Critic,
 }

@@ -1,4 +1,4 @@
-//! Progressive distillation: one step of the student for several of the teacher.
+//! Progressive distillation: one step of the student replaces several of the teacher.
 
 use ddil_core::{Denoiser, States};
 use ddil_files::Invalid;
@@ -15,25 +15,25 @@ use crate::objective::{LossRequest, LossTerms, Objective, ensure_one_schedule};
 use crate::phase::Phase;
 use crate::weighting::{TimestepWeights, Weighting};
 
-/// How much each of the teacher's predictions counts in the student's target.
+/// The weights of the teacher's predictions in the student's target.
 ///
-/// The teacher walks from `timesteps[0]` down to the last of them by deterministic DDIM and predicts `x0` at all but
-/// the last. The one `x0` with which a single DDIM step makes the same way is their mean with the weights
-/// `(h[k+1] - h[k]) / (h[K] - h[0])`, where `h = alpha / sigma`. For two steps that is the target of
+/// The teacher steps from `timesteps[0]` to the last timestep with deterministic DDIM and predicts `x0` at all but the
+/// last. The `x0` with which a single DDIM step reaches the same state is the mean of these predictions with the
+/// weights `(h[k+1] - h[k]) / (h[K] - h[0])`, where `h = alpha / sigma`. For two steps this is the target of
 /// [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512) (appendix G), without its subtraction of nearly equal
-/// numbers. The weights are positive and sum to 1: what keeps the teacher's predictions in the data's range keeps
-/// the target there. Holds on every schedule `x_t = alpha x0 + sigma epsilon`.
+/// numbers. The weights are positive and sum to 1: if the teacher's predictions are in the data's range, so is the
+/// target. Valid on every schedule `x_t = alpha x0 + sigma epsilon`.
 ///
 /// # Shapes and units
 ///
-/// - `timesteps`: two or more, falling, in training timesteps; -1, the clean end, may stand last
-/// - returns: one weight fewer than timesteps
+/// - `timesteps`: two or more, decreasing, in training timesteps; the last may be -1, the clean end
+/// - returns: one weight less than there are timesteps
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] if there are fewer than two timesteps or an interval does not gain signal (a final
-/// `alpha_cumprod` equal to that of timestep 0 leaves nothing to do between the two); [`Error::Scheduler`] if one is
-/// off the training grid.
+/// [`Error::Invalid`] if there are fewer than two timesteps or the signal does not grow over an interval (as between
+/// timestep 0 and the clean end if their `alpha_cumprod` is equal); [`Error::Scheduler`] if a timestep is off the
+/// training grid.
 ///
 /// # Example
 ///
@@ -45,7 +45,7 @@ use crate::weighting::{TimestepWeights, Weighting};
 /// let schedule = NoiseScheduleConfig::default().build()?;
 /// let weights = convex_weights(&schedule, &[999, 874, 749])?;
 /// assert!((weights[1] - 0.611_420).abs() < 1e-6);
-/// // Nothing but the last prediction counts for clean data.
+/// // For clean data only the last prediction counts.
 /// assert_eq!(convex_weights(&schedule, &[249, 124, -1])?, [0.0, 1.0]);
 /// # Ok(())
 /// # }
@@ -69,7 +69,7 @@ pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec
         return Err(invalid("each less noisy than the one before"));
     }
     if last.is_infinite() {
-        // The limit of the formula: the last step alone is infinitely long.
+        // The limit of the formula: only the last interval is infinite in `h`.
         let mut weights = vec![0.0; root_snrs.len() - 1];
         weights[root_snrs.len() - 2] = 1.0;
         return Ok(weights);
@@ -77,17 +77,17 @@ pub fn convex_weights(schedule: &NoiseSchedule, timesteps: &[i64]) -> Result<Vec
     Ok(steps.map(|step| (step[1] - step[0]) / (last - first)).collect())
 }
 
-/// The clean data that the student should predict: the weighted mean of what the teacher predicted on its way.
+/// The student's target: the weighted mean of the teacher's predictions on its steps.
 ///
 /// # Shapes and units
 ///
-/// - `teacher_x0`: one a teacher step, each `[batch, ..]`
+/// - `teacher_x0`: one per teacher step, each `[batch, ..]`
 /// - `weights`: `[batch, teacher steps]`, rows of [`convex_weights`]
 /// - returns: the shape and kind of the predictions
 ///
 /// # Errors
 ///
-/// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `weights` does not fit the predictions; [`Error::Scheduler`] if these differ in shape.
+/// [`Error::Argument`] if `weights` does not match the predictions or these differ in shape.
 pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Tensor> {
     const OP: &str = "progressive_target";
     teacher_x0.iter().try_for_each(|x0| ensure_real(OP, "teacher_x0", x0))?;
@@ -113,7 +113,7 @@ pub fn progressive_target(teacher_x0: &[Tensor], weights: &Tensor) -> Result<Ten
     Ok(target)
 }
 
-/// Steps of the student in each stage of halving, from half of `start` down to `end`.
+/// The number of student steps in each stage of halving, from half of `start` down to `end`.
 ///
 /// The teacher of the first stage takes `start` steps; each student is the next stage's teacher.
 ///
@@ -152,14 +152,14 @@ pub fn halving_stages(start: u32, end: u32) -> Result<Vec<u32>> {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProgressiveConfig {
-    /// Steps of the teacher for one of the student; default 2.
+    /// Number of teacher steps per student step; default 2.
     pub substeps: u32,
-    /// How much the error counts at each noise level; default `truncated_snr`.
+    /// The weight of the error at each noise level; default `truncated_snr`.
     pub weighting: Weighting,
-    /// No weight is above this; default none.
+    /// Upper bound of the weights; default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_cap: Option<f64>,
-    /// Before this step the weight is 1 everywhere; default 0.
+    /// Until this step the weight is 1 at all timesteps; default 0.
     pub snr_loss_start_step: u64,
 }
 
@@ -175,12 +175,12 @@ impl Default for ProgressiveConfig {
 }
 
 /// Progressive distillation of [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512), with any number of teacher
-/// steps for one of the student.
+/// steps per student step.
 ///
-/// The teacher is asked at each of its steps, and what it predicts (guided and held inside the data's range by the
-/// denoisers around it) makes both its next state and the target. Its noise estimate is not used: a step is
-/// `x_s = r x_t + c x0`, with the weights of [`Ddim`] [without epsilon](ddil_schedulers::StepCoefficients::without_epsilon),
-/// so the identity behind [`convex_weights`] holds whatever was done to `x0`.
+/// The teacher is evaluated at each of its steps. Its prediction (guided and thresholded by the denoisers that wrap it)
+/// enters both its next state and the target. Its noise estimate is not used: a step is `x_s = r x_t + c x0`, with the
+/// weights of [`Ddim`] [without epsilon](ddil_schedulers::StepCoefficients::without_epsilon), so that the identity of
+/// [`convex_weights`] holds for a modified `x0` as well.
 #[derive(Debug)]
 pub struct Progressive {
     config: ProgressiveConfig,
@@ -195,7 +195,7 @@ impl Progressive {
     /// # Errors
     ///
     /// [`Error::Invalid`] if `weight_cap` is not positive, `substeps` is 0 or an interval of the grid has fewer
-    /// timesteps than that; [`Error::Scheduler`] if the grid leaves the schedule.
+    /// timesteps than that; [`Error::Scheduler`] if the grid is outside of the schedule.
     pub fn new(
         config: ProgressiveConfig,
         schedule: NoiseSchedule,
@@ -216,7 +216,7 @@ impl Progressive {
         self.tables.entries.grid()
     }
 
-    /// The teacher's walk from `states` to the student's next timestep: its predictions and where it arrives.
+    /// The teacher's steps from `states` to the student's next timestep: its predictions and its final states.
     fn walk(
         &self,
         states: &States,
@@ -252,7 +252,7 @@ impl Objective for Progressive {
         let asked = [("student", networks.student), ("teacher", networks.teacher)];
         ensure_one_schedule(&self.schedule, asked)?;
         let rows = self.tables.select(states)?;
-        // The teacher first: what it holds in memory is gone before the student's graph is there.
+        // The teacher first: its memory is released before the student's graph is built.
         let (teacher_x0, teacher_next) = self.walk(states, networks.teacher, &rows)?;
         let target = progressive_target(&teacher_x0, &rows.weights)?;
         drop(teacher_x0);
@@ -273,17 +273,17 @@ impl Objective for Progressive {
     }
 }
 
-/// What the teacher's walk needs at each entry of the student's grid, computed in `f64` once.
+/// The constants of the teacher's steps at each entry of the student's grid, computed once in `f64`.
 #[derive(Debug)]
 struct Tables {
     entries: GridRows,
-    /// `[grid, substeps]`, `Int64`: where the teacher is asked.
+    /// `[grid, substeps]`, `Int64`: the timesteps at which the teacher is evaluated.
     timesteps: DeviceTable,
     /// `[3, grid, substeps]`, `Double`: convex weights, `r` and `c` of the teacher's steps.
     coefficients: DeviceTable,
 }
 
-/// The same for the samples of a batch, each `[batch, substeps]`.
+/// The same constants for the samples of a batch, each `[batch, substeps]`.
 struct Rows {
     timesteps: Tensor,
     weights: Tensor,

@@ -1,4 +1,4 @@
-//! How much an error in the predicted clean data counts at each noise level.
+//! The weight of the error in the predicted clean data at each noise level.
 
 use ddil_files::Invalid;
 use ddil_libtorch::ensure_dense;
@@ -12,14 +12,14 @@ use crate::error::{Error, Result};
 /// Weight on the squared error of the predicted clean data.
 ///
 /// Section 4 of [Salimans and Ho 2022](https://arxiv.org/abs/2202.00512). At a fixed noisy sample an error `d` in
-/// `x0` is an error `-(alpha / sigma) d` in `epsilon` and, on a variance-preserving schedule, `-d / sigma` in `v`:
-/// that is why these weights turn one mean squared error into another.
+/// `x0` is an error `-(alpha / sigma) d` in `epsilon` and, on a variance-preserving schedule, `-d / sigma` in `v`.
+/// These weights therefore convert one mean squared error into another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Weighting {
     /// 1: the error of `x0` itself.
     Constant,
-    /// The signal-to-noise ratio: the error of `epsilon`. Nothing is learned where there is no signal.
+    /// The signal-to-noise ratio: the error of `epsilon`. It is 0 where there is no signal.
     Snr,
     /// The larger of 1 and the signal-to-noise ratio.
     #[default]
@@ -29,9 +29,9 @@ pub enum Weighting {
 }
 
 impl Weighting {
-    /// The weight that turns the error of `x0` into that of what a network puts out.
+    /// The weight that converts the error of `x0` into the error of a network's output.
     ///
-    /// For a velocity of flow matching there is none among these; `snr_plus_one` is between half of it and all of it.
+    /// For the velocity of flow matching none of these is exact; `snr_plus_one` is between half of it and all of it.
     pub fn of(output: PredictionType) -> Self {
         match output {
             PredictionType::Epsilon => Self::Snr,
@@ -40,7 +40,7 @@ impl Weighting {
         }
     }
 
-    /// The weight at a noise level; infinite for clean data, save for [`Constant`](Self::Constant).
+    /// The weight at a noise level; infinite for clean data, except for [`Constant`](Self::Constant).
     pub fn weight(self, scale: Scale) -> f64 {
         match self {
             Self::Constant => 1.0,
@@ -51,7 +51,7 @@ impl Weighting {
     }
 }
 
-/// A [`Weighting`] along a schedule: one number a timestep, looked up for a batch.
+/// The [`Weighting`] of a schedule as a table: one number per timestep, looked up for a batch.
 ///
 /// # Example
 ///
@@ -69,16 +69,16 @@ impl Weighting {
 /// ```
 #[derive(Debug)]
 pub struct TimestepWeights {
-    /// The clean end, then one entry a timestep.
+    /// The clean end, then one entry per timestep.
     weights: Vec<f64>,
     table: DeviceTable,
 }
 
 impl TimestepWeights {
-    /// The weights of `schedule`, none above `cap`.
+    /// The weights of `schedule`, clipped at `cap`.
     ///
-    /// At the clean end, timestep -1, an infinite weight becomes `cap`, and 0 without one: there is no noise to
-    /// tell from the data, so there is no error to weigh.
+    /// At the clean end, timestep -1, an infinite weight becomes `cap`, and 0 without one: there is no noise, and
+    /// therefore no error to weight.
     /// [`Snr`](Weighting::Snr) with a cap is the weight of
     /// [Hang et al. 2023](https://arxiv.org/abs/2303.09556) ("min-SNR").
     ///
@@ -129,8 +129,8 @@ impl TimestepWeights {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if a timestep is off the grid (found by libtorch's own index check; on a GPU at the next
-    /// synchronisation) or `timesteps` is no `Int64` vector.
+    /// [`Error::Torch`] if a timestep is off the grid (found by libtorch's index check; on a GPU at the next
+    /// synchronisation) or `timesteps` is not an `Int64` vector.
     pub fn gather(&self, timesteps: &Tensor, kind: Kind) -> Result<Tensor> {
         const OP: &str = "TimestepWeights::gather";
         ensure_dense(OP, "timesteps", timesteps)?;
