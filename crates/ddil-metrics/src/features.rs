@@ -27,7 +27,8 @@ pub trait FeatureExtractor {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not take images of this shape.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not take images of this
+    /// shape.
     fn features(&self, images: &Tensor) -> Result<Tensor>;
 
     /// Name of the extractor and hash of its weights; numbers from different ones do not compare.
@@ -222,9 +223,9 @@ impl TorchScriptExtractor {
     ///
     /// # Errors
     ///
-    /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it holds no `TorchScript` network or is
-    /// refused by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is in it;
-    /// [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
+    /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it holds no `TorchScript` network or
+    /// is refused by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is
+    /// in it; [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
     pub fn open(
         path: impl AsRef<Path>,
         options: TorchScriptOptions,

@@ -52,8 +52,9 @@ impl Moments {
     ///
     /// # Errors
     ///
-    /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features: [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`Error::TooFewSamples`] for none at all, [`Error::NonFinite`]. Nothing is taken in then.
+    /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features:
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::TooFewSamples`] for none at all,
+    /// [`Error::NonFinite`]. Nothing is taken in then.
     pub fn extend(&mut self, features: &Tensor) -> Result<()> {
         const OP: &str = "Moments::extend";
         let batch = Seen::new(&ensure_features(OP, "features", features, 1)?);
@@ -135,7 +136,8 @@ impl Statistics {
     ///
     /// # Errors
     ///
-    /// [`Error::TooFewSamples`] if `n < 2`, and the errors of bad features: [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
+    /// [`Error::TooFewSamples`] if `n < 2`, and the errors of bad features:
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
     pub fn from_features(features: &Tensor) -> Result<Self> {
         let mut moments = Moments::new();
         moments.extend(features)?;

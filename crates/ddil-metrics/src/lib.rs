@@ -1,9 +1,9 @@
 //! Metrics of generated samples: Fréchet and kernel distance, precision and recall, energy and Wasserstein distance,
 //! diversity.
 //!
-//! Every metric is a function of *features*, tensors `[n, d]` with one sample per row, and independent of the sampler and
-//! network that generated them. A [`FeatureExtractor`] computes features from a batch of images; `ddil-data` reads images
-//! from files.
+//! Every metric is a function of *features*, tensors `[n, d]` with one sample per row, and independent of the sampler
+//! and network that generated them. A [`FeatureExtractor`] computes features from a batch of images; `ddil-data` reads
+//! images from files.
 //!
 //! | question | function |
 //! | --- | --- |
@@ -12,8 +12,8 @@
 //! | how varied are the samples? | [`mean_pairwise_distance`] |
 //! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
 //!
-//! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of samples:
-//! only numbers with the same three can be compared.
+//! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of
+//! samples: only numbers with the same three can be compared.
 //!
 //! Sums are in `f64` on the device of the features, in blocks, so that memory is bounded for any number of samples.
 //!

@@ -22,34 +22,34 @@ const ENCODE: &str = "AutoencoderKL::encode";
 const DECODE: &str = "AutoencoderKL::decode";
 const SCALE: &str = "AutoencoderKL::scale";
 
-/// Logarithms of variances are kept in here, as in diffusers.
+/// Log-variances are clamped to this range, as in diffusers.
 const LOGVAR_RANGE: [f64; 2] = [-30.0, 20.0];
 
-/// What the attention's layers were called in 2022, and what they are called now.
+/// Old (2022) and current names of the attention layers.
 const OLD_NAMES: [(&str, &str); 4] =
     [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
 /// The variational autoencoder of latent diffusion ([Rombach et al. 2021](https://arxiv.org/abs/2112.10752), section
-/// 3.1); made by [`AutoencoderKLConfig::build`] or [`Self::from_folder`].
+/// 3.1); built by [`AutoencoderKLConfig::build`] or [`Self::from_folder`].
 ///
-/// It answers no timestep, so it is none of the [`Model`](crate::Model)s. Images are in `[-1, 1]`. A diffusion model
-/// sees latents scaled to about unit variance, `z = (latents - shift_factor) * scaling_factor`:
-/// [`Self::encode_scaled`] and [`Self::decode_scaled`] are the pair for it. Parameters have the names they have in
+/// It takes no timestep and is therefore not a [`Model`](crate::Model). Images are in `[-1, 1]`. A diffusion model
+/// uses latents scaled to about unit variance, `z = (latents - shift_factor) * scaling_factor`, as in
+/// [`Self::encode_scaled`] and [`Self::decode_scaled`]. Parameters have the names of
 /// diffusers' files, and outputs agree with diffusers' up to rounding.
 ///
 /// # Half precision
 ///
-/// SDXL's activations exceed what `Half` holds. With `force_upcast` a network asked for in `Half` therefore keeps its
-/// parameters in `Float` and computes in `Float`; it takes images and latents of any floating-point kind, and gives
-/// images and scaled latents in the kind of its input. `BFloat16` holds all of them and is never changed.
+/// SDXL's activations exceed the range of `Half`. With `force_upcast` a network requested in `Half` therefore keeps its
+/// parameters in `Float` and computes in `Float`. It takes images and latents of any floating-point kind, and returns
+/// images and scaled latents in the kind of its input. The range of `BFloat16` suffices, so it is used as requested.
 ///
 /// # Old names
 ///
-/// Files of 2022, that of Stable Diffusion 1.5 among them, call the attention's layers `query`, `key`, `value` and
+/// In files of 2022, such as that of Stable Diffusion 1.5, the attention layers are named `query`, `key`, `value` and
 /// `proj_attn`, some with weights of shape `[channels, channels, 1, 1]`. Such names below
 /// `encoder.mid_block.attentions.0` and `decoder.mid_block.attentions.0` are read as `to_q`, `to_k`, `to_v` and
-/// `to_out.0`, and the weights without their last two sides; [`Self::renamed`] says which. A file that has both names
-/// for one parameter is refused. [`Self::save_to_folder`] writes the new names.
+/// `to_out.0`, and the weights without their last two dimensions; [`Self::renamed`] lists them. A file with both names
+/// for one parameter is an error. [`Self::save_to_folder`] writes the new names.
 ///
 /// # Example
 ///
@@ -82,7 +82,7 @@ pub struct AutoencoderKL {
     quant_conv: Option<Conv2d>,
     post_quant_conv: Option<Conv2d>,
     statistics: Option<Statistics>,
-    /// Whether `Float` stands in for `Half`.
+    /// Whether the network computes in `Float` instead of `Half`.
     upcasts: bool,
     sliced: bool,
     renamed: Vec<(String, String)>,
@@ -96,11 +96,11 @@ struct Statistics {
 }
 
 impl AutoencoderKLConfig {
-    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    /// Name and shape of every parameter of the network, in the order of its layers, without allocating their values.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
         let vae = AutoencoderKL::new(self, Placement::default(), Values::Sizes)?;
         Ok(vae.parameters().shapes())
@@ -112,14 +112,14 @@ impl AutoencoderKLConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<AutoencoderKL> {
         AutoencoderKL::new(self, placement, Values::Seeded(seed))
     }
 
     /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards, also
-    /// under the [old names](AutoencoderKL#old-names) of the attention's layers.
+    /// under the [old names](AutoencoderKL#old-names) of the attention layers.
     ///
     /// # Errors
     ///
@@ -137,8 +137,8 @@ impl AutoencoderKLConfig {
         )
     }
 
-    /// The weights in a file or index, checked against the settings: under the names of today, in the kinds that they have
-    /// in the file, and where they lie in it, so that no memory is needed for their values.
+    /// The weights of a file or index, checked against the settings: under current names, in the kinds of the file, and
+    /// memory-mapped, so that no memory is needed for their values.
     ///
     /// # Errors
     ///
@@ -191,8 +191,8 @@ impl AutoencoderKL {
         })
     }
 
-    /// Loads a network from a folder as diffusers writes it: `config.json` and the weights that
-    /// [`WeightFiles::DIFFUSION`] finds, of `variant` (such as `fp16`) if one is given.
+    /// Loads a network from a diffusers folder: `config.json` and the weights found by [`WeightFiles::DIFFUSION`], of
+    /// `variant` (such as `fp16`) if one is given.
     ///
     /// # Errors
     ///
@@ -211,7 +211,7 @@ impl AutoencoderKL {
         config.build_from(placement, files.find(folder)?)
     }
 
-    /// Writes the network to a folder as diffusers would, which is made if it is not there: `config.json` and
+    /// Writes the network to a folder in diffusers' layout, creating it if needed: `config.json` and
     /// `diffusion_pytorch_model.safetensors`.
     ///
     /// # Errors
@@ -223,22 +223,22 @@ impl AutoencoderKL {
         write(&folder.join(FILE_NAME), &self.config.to_json())
     }
 
-    /// The settings the network was built from.
+    /// The settings from which the network was built.
     pub fn config(&self) -> &AutoencoderKLConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in files.
+    /// The parameters, under their names in files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
-    /// Which [old names](#old-names) the file had that the parameters came from, each with the name it was read as.
+    /// The [old names](#old-names) in the file of the parameters, each with the current name it was read as.
     pub fn renamed(&self) -> &[(String, String)] {
         &self.renamed
     }
 
-    /// Whether a batch goes through one sample at a time, which needs the memory of one; off in a new network.
+    /// Whether a batch is processed one sample at a time, which needs the memory of one; off in a new network.
     ///
     /// The numbers are the same up to rounding.
     pub fn set_sliced(&mut self, sliced: bool) {
@@ -249,16 +249,17 @@ impl AutoencoderKL {
     ///
     /// # Shapes and units
     ///
-    /// - `images`: `[batch, in_channels, height, width]` in `[-1, 1]`, height and width multiples of the pixels a
-    ///   latent spans (8 in Stable Diffusion), of the parameters' kind unless the network
+    /// - `images`: `[batch, in_channels, height, width]` in `[-1, 1]`, height and width multiples of the downsampling
+    ///   factor (8 in Stable Diffusion), of the parameters' kind unless the network
     ///   [computes in `Float`](#half-precision)
     /// - returns: mean and logarithm of the variance, `[batch, latent_channels, height / 8, width / 8]`, of the
     ///   parameters' kind
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) and [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `images` does not fit, [`Error::Torch`] if libtorch
-    /// refuses.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) and
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `images` does not fit, [`Error::Torch`] if
+    /// libtorch refuses.
     pub fn encode(&self, images: &Tensor) -> Result<DiagonalGaussian> {
         self.ensure_images(images)?;
         let images = self.prepare(images)?;
@@ -280,7 +281,7 @@ impl AutoencoderKL {
         run().map_err(Error::torch(ENCODE))
     }
 
-    /// The images of latents that are not scaled for a diffusion model.
+    /// Decodes latents that are not scaled for a diffusion model to images.
     ///
     /// # Shapes and units
     ///
@@ -297,9 +298,9 @@ impl AutoencoderKL {
         self.decode_prepared(&self.prepare(latents)?, latents.kind())
     }
 
-    /// Latents of images as a diffusion model sees them: a draw from [`Self::encode`], scaled.
+    /// Encodes images to latents for a diffusion model: a sample of [`Self::encode`], scaled.
     ///
-    /// For the most probable latents instead of a draw: `vae.scale(vae.encode(&images)?.mode())`.
+    /// For the most probable latents instead of a sample: `vae.scale(vae.encode(&images)?.mode())`.
     ///
     /// # Shapes and units
     ///
@@ -314,7 +315,7 @@ impl AutoencoderKL {
         self.restore(latents, images.kind()).map_err(Error::torch(ENCODE))
     }
 
-    /// Images of latents as a diffusion model gives them.
+    /// Decodes latents of a diffusion model to images.
     ///
     /// # Shapes and units
     ///
@@ -325,12 +326,12 @@ impl AutoencoderKL {
     /// As [`Self::decode`].
     pub fn decode_scaled(&self, latents: &Tensor) -> Result<Tensor> {
         ensure_latents(DECODE, latents, self.config.latent_channels)?;
-        // In the kind that computes: in `Half` the division would cost three digits.
+        // In the kind of the computation: in `Half` the division would lose three digits.
         let latents_prepared = self.prepare(latents)?;
         self.decode_prepared(&self.unscale(&latents_prepared)?, latents.kind())
     }
 
-    /// Latents as a diffusion model sees them: `(latents - shift_factor) * scaling_factor`, or
+    /// Latents scaled for a diffusion model: `(latents - shift_factor) * scaling_factor`, or
     /// `(latents - latents_mean) * scaling_factor / latents_std` where those are given.
     ///
     /// # Shapes and units
@@ -390,7 +391,7 @@ impl AutoencoderKL {
         Ok(())
     }
 
-    /// The tensors of a file that would be loaded, where they lie in it.
+    /// The memory-mapped tensors of a file that would be loaded.
     pub(crate) fn read(&self, path: &Path) -> Result<Vec<(String, Tensor)>> {
         weights::read_renamed(&self.parameters.named(), path, new_name)
     }
@@ -406,7 +407,7 @@ impl AutoencoderKL {
         run().map_err(Error::torch(DECODE))
     }
 
-    /// Whole, or sample by sample.
+    /// Runs on the whole batch, or sample by sample.
     fn by_sample(&self, x: &Tensor, forward: impl Fn(&Tensor) -> Output) -> Output {
         let batch = x.size()[0];
         if !self.sliced || batch < 2 {
@@ -416,7 +417,7 @@ impl AutoencoderKL {
         Tensor::f_cat(&slices.collect::<std::result::Result<Vec<_>, _>>()?, 0)
     }
 
-    /// An input in the kind and memory format of the parameters.
+    /// Casts an input to the kind and memory format of the parameters.
     fn prepare(&self, x: &Tensor) -> Result<Tensor> {
         let x = if self.upcasts {
             x.f_to_kind(Kind::Float).map_err(Error::torch("AutoencoderKL"))?
@@ -429,7 +430,7 @@ impl AutoencoderKL {
         Ok(x)
     }
 
-    /// An output in the kind of the input, if that was cast.
+    /// Casts an output back to the kind of the input.
     fn restore(&self, x: Tensor, kind: Kind) -> Output {
         if self.upcasts { x.f_to_kind(kind) } else { Ok(x) }
     }
@@ -491,7 +492,7 @@ fn statistics(config: &AutoencoderKLConfig, placement: Placement) -> Result<Opti
     build().map(Some).map_err(Error::torch("AutoencoderKL"))
 }
 
-/// What a parameter with an [old name](AutoencoderKL#old-names) is called now.
+/// The current name of a parameter with an [old name](AutoencoderKL#old-names).
 fn new_name(old: &str) -> Option<String> {
     ["encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0."].iter().find_map(|path| {
         let (layer, part) = old.strip_prefix(path)?.split_once('.')?;
@@ -500,7 +501,7 @@ fn new_name(old: &str) -> Option<String> {
     })
 }
 
-/// A normal distribution with independent values: what an [`AutoencoderKL`] knows of the latents of an image.
+/// A normal distribution with a diagonal covariance: the posterior of an image's latents in an [`AutoencoderKL`].
 ///
 /// # Example
 ///
@@ -519,7 +520,7 @@ fn new_name(old: &str) -> Option<String> {
 pub struct DiagonalGaussian {
     /// The mean.
     pub mean: Tensor,
-    /// The logarithm of the variance, between -30 and 20 in what a network gives.
+    /// The logarithm of the variance; between -30 and 20 in the output of a network.
     pub logvar: Tensor,
 }
 
@@ -529,9 +530,9 @@ impl DiagonalGaussian {
         &self.mean
     }
 
-    /// A draw, `mean + exp(logvar / 2) * noise`; gradients reach both.
+    /// A sample, `mean + exp(logvar / 2) * noise`; differentiable in mean and variance.
     ///
-    /// `generator` gives the numbers that diffusers draws with a `torch.Generator` of the same seed and device.
+    /// The noise equals that of diffusers with a `torch.Generator` of the same seed and device.
     ///
     /// # Shapes and units
     ///
@@ -539,7 +540,7 @@ impl DiagonalGaussian {
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`] if the generator refuses, [`Error::Torch`] if mean and variance do not go together.
+    /// [`Error::Libtorch`] if the generator fails, [`Error::Torch`] if mean and variance do not match.
     pub fn sample(&self, generator: &mut Generator) -> Result<Tensor> {
         let Self { mean, logvar } = self;
         let noise = generator.normal(mean.size(), mean.kind())?;
@@ -550,7 +551,7 @@ impl DiagonalGaussian {
         run().map_err(Error::torch("DiagonalGaussian::sample"))
     }
 
-    /// The divergence from the standard normal distribution, one value per sample: the sum of
+    /// The Kullback-Leibler divergence from the standard normal distribution, one value per sample: the sum of
     /// `(mean^2 + exp(logvar) - 1 - logvar) / 2`.
     ///
     /// # Shapes and units
@@ -559,7 +560,7 @@ impl DiagonalGaussian {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if mean and variance do not go together.
+    /// [`Error::Torch`] if mean and variance do not match.
     pub fn kl(&self) -> Result<Tensor> {
         let Self { mean, logvar } = self;
         let kind = if mean.kind() == Kind::Double { Kind::Double } else { Kind::Float };

@@ -1,4 +1,4 @@
-//! CLIP: text encoders for prompts, the vision tower, and the score that holds a picture against its caption.
+//! CLIP: text encoders for prompts, the vision tower, and the score of an image and its caption.
 
 mod config;
 mod encoder;

@@ -17,8 +17,8 @@ pub(crate) const FILE_NAME: &str = "config.json";
 const DIFFUSERS_VERSION: &str = "0.42.1";
 /// The largest `config.json` that is read; published ones have less than ten KiB.
 const MAX_FILE_BYTES: u64 = 16 << 20;
-/// The largest whole number in a network's settings: no published width, vocabulary or count comes near it, and products
-/// of three of them are still numbers that can be counted with.
+/// The largest whole number in a network's settings: no published width, vocabulary or count comes near it, and
+/// products of three of them are still numbers that can be counted with.
 const MAX_NUMBER: u64 = 1 << 20;
 /// The longest list in a network's settings.
 const MAX_LIST: usize = 10_000;
@@ -141,7 +141,8 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     write_whole(path, |file| file.write_all(text.as_bytes()).map_err(|e| write_error(path, e)))
 }
 
-/// The settings as diffusers writes them: class name, version, sorted keys; [`Config::OWN_KEYS`] only where they are set.
+/// The settings as diffusers writes them: class name, version, sorted keys; [`Config::OWN_KEYS`] only where they are
+/// set.
 pub(crate) fn to_json<C: Config>(config: &C) -> String {
     let mut object = to_map(config);
     object.retain(|key, value| !(value.is_null() && C::OWN_KEYS.contains(&key.as_str())));

@@ -361,8 +361,8 @@ impl NetworkDenoiser {
         let adapter = self.adapter.as_ref();
         let _switched =
             adapter.map(|adapter| adapter.lora.switched(adapter.enabled)).transpose()?;
-        // One guard per pass: the cache of cast weights must not outlive it, or a pass with gradients would find what one
-        // without left there.
+        // One guard per pass: the cache of cast weights must not outlive it, or a pass with gradients would find what
+        // one without left there.
         let autocast = self.precision.autocast();
         let _autocast = autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
         compute()

@@ -17,8 +17,8 @@ use crate::error::Result;
 ///
 /// Section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867). It shares the network of a [`NetworkDenoiser`],
 /// with its precision, adapter and observer: the gradient of an adversarial loss reaches the head, the layers of the
-/// network that compute the features, and `x_t`. With the parameters of both frozen it reaches `x_t` alone, which is what
-/// a student requires.
+/// network that compute the features, and `x_t`. With the parameters of both frozen it reaches `x_t` alone, which is
+/// what a student requires.
 ///
 /// # Example
 ///

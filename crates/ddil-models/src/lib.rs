@@ -1,18 +1,18 @@
 //! Networks on libtorch that load and save diffusers' and transformers' files: U-Nets for pixels and for text to image,
-//! the autoencoder of latents, CLIP, adapters of low rank, and small networks for experiments.
+//! the latent autoencoder, CLIP, LoRA adapters, and small networks for experiments.
 //!
-//! A teacher that was trained in diffusers loads here unrenamed, and a student that is trained here loads there. Outputs
-//! agree with diffusers' up to rounding. A [`NetworkDenoiser`] makes a network a teacher, student or critic for
+//! A teacher trained in diffusers loads here without renaming, and a student trained here loads in diffusers. Outputs
+//! agree with diffusers' up to rounding. A [`NetworkDenoiser`] wraps a network as teacher, student or critic for
 //! `ddil-core` and `ddil-losses`.
 //!
-//! | for | there is |
+//! | purpose | types |
 //! | --- | --- |
 //! | a network of any class, and its folder | [`ModelConfig`], [`Model`] |
 //! | samples of pixels or latents | [`UNet2DConfig`], [`UNet2DModel`] |
 //! | text to image | [`UNet2DConditionConfig`], [`UNet2DConditionModel`] |
 //! | images to latents and back | [`AutoencoderKLConfig`], [`AutoencoderKL`] |
 //! | text and images in one space | [`ClipTextModel`], [`ClipVisionModel`], [`ClipModel`], [`ClipScore`] |
-//! | vectors, closed forms, networks of others | [`Mlp`], [`GaussianMixture`], [`TorchScript`] |
+//! | vectors, closed forms, other networks | [`Mlp`], [`GaussianMixture`], [`TorchScript`] |
 //! | sampling and losses | [`NetworkDenoiser`], with [`Precision`] and [`OutputObserver`]; [`NetworkDiscriminator`] |
 //! | adapters | [`LoraConfig`], [`Lora`] |
 //! | parameters and files | [`Parameters`], [`Placement`], [`weights`] |

@@ -62,7 +62,8 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The default for a network of any class: rank and alpha 64 on those of the default targets that its layers are called.
+    /// The default for a network of any class: rank and alpha 64 on those of the default targets that its layers are
+    /// called.
     ///
     /// A [`UNet2DModel`](crate::UNet2DModel), for one, has attention without feed-forward layers around it.
     ///
@@ -169,12 +170,13 @@ struct Adapted {
 ///
 /// An adapter is added in the pass: a layer computes from its own weight and from A and B side by side, and looks once
 /// whether it is to. So to switch is to store one number, whatever the size of the network ([`Self::set_enabled`], or
-/// [`Self::switched`] for the length of a scope), and writes to no tensor: what the graph of an earlier pass has saved is
-/// as it was, and passes of teacher and student may alternate freely before one backward pass. [`Self::duplicate`] puts a
-/// second adapter on the same layers, such as a moving average of the first; at most one of them is on at a time.
+/// [`Self::switched`] for the length of a scope), and writes to no tensor: what the graph of an earlier pass has saved
+/// is as it was, and passes of teacher and student may alternate freely before one backward pass. [`Self::duplicate`]
+/// puts a second adapter on the same layers, such as a moving average of the first; at most one of them is on at a
+/// time.
 ///
-/// The switch belongs to the network, not to a thread. A network can be sent to another thread but is not shared between
-/// two, so that nobody switches while a pass is under way.
+/// The switch belongs to the network, not to a thread. A network can be sent to another thread but is not shared
+/// between two, so that nobody switches while a pass is under way.
 ///
 /// [`Self::merge`] is the exception: it writes to the base weights, so graphs from before it can no longer be gone
 /// through (libtorch says so), and no adapter of the network can be switched until [`Self::unmerge`].
@@ -252,15 +254,16 @@ impl Lora {
     ///
     /// The file is one of diffusers (`unet.LAYER.lora_A.weight`, or `lora.down.weight` of older ones; with or without
     /// `unet.`) or one with kohya's names (`lora_unet_LAYER.lora_down.weight`, dots of the layer's name written `_`).
-    /// Alpha is that of the file, or the rank where it has none. What belongs to text encoders is left out and listed in
-    /// [`Self::ignored`].
+    /// Alpha is that of the file, or the rank where it has none. What belongs to text encoders is left out and listed
+    /// in [`Self::ignored`].
     ///
     /// # Errors
     ///
     /// [`Error::WeightsMismatch`] with every name that is no adapter of a layer of this network, every A without B or
     /// the reverse, and every shape that does not fit; [`Error::NoAdapter`] if nothing in it is for this network;
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for an alpha that is not finite, or that the metadata give by a regular expression;
-    /// [`Error::AdapterAttached`]; otherwise as [`weights::read_all`](crate::weights::read_all).
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for an alpha that is not finite, or that the
+    /// metadata give by a regular expression; [`Error::AdapterAttached`]; otherwise as
+    /// [`weights::read_all`](crate::weights::read_all).
     pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
         let found = files::read(network.layers(), path.as_ref())?;
         let plan: Vec<_> = found.adapters.iter().map(|a| (a.layer, a.rank, a.alpha)).collect();
@@ -434,7 +437,8 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if `scale` is not finite, [`Error::AdapterMerged`].
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if `scale` is not finite,
+    /// [`Error::AdapterMerged`].
     pub fn set_scale(&mut self, scale: f64) -> Result<()> {
         let op = "Lora::set_scale";
         self.ensure_apart(op)?;
@@ -459,9 +463,9 @@ impl Lora {
 
     /// Adds the adapters to the base weights, after which the network is as fast as without.
     ///
-    /// A copy of each such weight is kept for [`Self::unmerge`] until the `Lora` is dropped. The sum is rounded to the kind
-    /// of the weight: in half precision, outputs are those of adapters apart only up to that rounding. Switched off or
-    /// not, all of it is added.
+    /// A copy of each such weight is kept for [`Self::unmerge`] until the `Lora` is dropped. The sum is rounded to the
+    /// kind of the weight: in half precision, outputs are those of adapters apart only up to that rounding. Switched
+    /// off or not, all of it is added.
     ///
     /// # Errors
     ///

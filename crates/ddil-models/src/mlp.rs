@@ -226,7 +226,7 @@ impl Mlp {
         Ok(Self { config, parameters, hidden, last, class_embedding, schedule })
     }
 
-    /// The settings the network was built from.
+    /// The settings from which the network was built.
     pub fn config(&self) -> &MlpConfig {
         &self.config
     }
@@ -258,9 +258,10 @@ impl Mlp {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`],
-    /// [`Error::UnexpectedPart`], [`Error::ClassLabelOutOfRange`];
-    /// [`Error::Scheduler`] for timesteps the schedule does not have; [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`], [`Error::UnexpectedPart`],
+    /// [`Error::ClassLabelOutOfRange`]; [`Error::Scheduler`] for timesteps the schedule does not have;
+    /// [`Error::Torch`].
     pub fn forward(
         &self,
         x_t: &Tensor,

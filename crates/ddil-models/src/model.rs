@@ -193,8 +193,8 @@ impl ModelConfig {
         Error::InvalidConfig { what: self.class_name().to_owned(), problems: vec![problem] }
     }
 
-    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
-    /// names and sizes, and for adapters that are to fit.
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed:
+    /// to read names and sizes, and to check that adapters fit.
     ///
     /// # Errors
     ///
@@ -318,7 +318,7 @@ impl Model {
         config::write(&folder.join(config::FILE_NAME), &self.config().to_json())
     }
 
-    /// The settings the network was built from.
+    /// The settings from which the network was built.
     pub fn config(&self) -> ModelConfig {
         match self {
             Self::UNet2D(unet) => ModelConfig::UNet2D(unet.config().clone()),
@@ -328,7 +328,7 @@ impl Model {
         }
     }
 
-    /// The parameters, under the names they have in files.
+    /// The parameters, under their names in files.
     pub fn parameters(&self) -> &Parameters {
         match self {
             Self::UNet2D(unet) => unet.parameters(),
@@ -369,7 +369,7 @@ impl Model {
         Ok(())
     }
 
-    /// Whether the backward pass computes inner results once more.
+    /// Whether the backward pass recomputes activations.
     pub fn activation_checkpointing(&self) -> bool {
         match self {
             Self::UNet2D(unet) => unet.activation_checkpointing(),
@@ -406,8 +406,8 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::MissingPart`], [`Error::Core`] for a part of `conditioning` that the network does not take; otherwise as
-    /// the network of that class.
+    /// [`Error::MissingPart`], [`Error::Core`] for a part of `conditioning` that the network does not take; otherwise
+    /// as the network of that class.
     pub fn forward(
         &self,
         x_t: &Tensor,

@@ -63,8 +63,8 @@ const MAX_VALUES: i64 = 1 << 36;
 /// Where the values of new parameters come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Values {
-    /// The default initialisation of `torch.nn`. Each parameter has its own stream, keyed by its name, so that adding a layer
-    /// leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
+    /// The default initialisation of `torch.nn`. Each parameter has its own stream, keyed by its name, so that adding a
+    /// layer leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
     Seeded(u64),
     /// Nothing yet: a file fills all of them before anyone looks.
     Unset,
@@ -330,8 +330,8 @@ impl Scope<'_> {
 /// Makes sure that there is room for all values of a network before the first is drawn: a system that lends more memory
 /// than it has ends the process when it is used.
 ///
-/// `sized` builds the network for its sizes. Values that a file will fill are not asked for here: their memory is not used
-/// before the file was found to hold them.
+/// `sized` builds the network for its sizes. Values that a file will fill are not asked for here: their memory is not
+/// used before the file was found to hold them.
 pub(crate) fn ensure_room(
     values: Values,
     placement: Placement,

@@ -42,8 +42,8 @@ impl Config for TorchScriptConfig {
     }
 }
 
-/// A network saved by `torch.jit.save`, whose `forward(x_t, timesteps)` or `forward(x_t, timesteps, class_labels)` gives
-/// one tensor.
+/// A network saved by `torch.jit.save`, whose `forward(x_t, timesteps)` or `forward(x_t, timesteps, class_labels)`
+/// gives one tensor.
 ///
 /// Gradients flow through it, and its parameters can be trained. It runs the program in the file: load only what you
 /// trust.
@@ -119,8 +119,9 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`],
-    /// [`Error::UnexpectedPart`]; [`Error::Torch`] for what the program refuses.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`], [`Error::UnexpectedPart`];
+    /// [`Error::Torch`] for what the program refuses.
     pub fn forward(
         &self,
         x_t: &Tensor,

@@ -82,7 +82,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), or [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a number that is not finite and above 0.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), or
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a number that is not finite and above 0.
     pub fn new(means: &Tensor, stds: &[f64], weights: &[f64]) -> Result<Self> {
         const OP: &str = "GaussianMixture::new";
         ensure_dense(OP, "means", means)?;
@@ -131,7 +132,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless there is one label per component and the labels are 0, 1, .. without a gap.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless there is one label per component and the
+    /// labels are 0, 1, .. without a gap.
     pub fn with_classes(mut self, labels: &[i64]) -> Result<Self> {
         let components = self.num_components();
         // A label beyond leaves a gap for certain; counting up to it could take for ever.
@@ -159,7 +161,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for no modes, [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for no modes,
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million.
     pub fn ring(modes: usize) -> Result<Self> {
         ensure_countable("GaussianMixture::ring", "modes", Some(modes))?;
         let angle = |i: usize| 2.0 * PI * i as f64 / modes as f64;
@@ -173,7 +176,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `side` is 0, [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million components.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if `side` is 0,
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for more than a million components.
     pub fn grid(side: usize) -> Result<Self> {
         ensure_countable("GaussianMixture::grid", "side * side", side.checked_mul(side))?;
         let spacing = 1.6 / (side.max(2) - 1) as f64;
@@ -194,8 +198,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a component that there is not, or if the mixture or one of its classes were
-    /// left without any.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a component that there is not, or if the
+    /// mixture or one of its classes were left without any.
     pub fn without(&self, components: &[i64]) -> Result<Self> {
         let all = 0..self.num_components();
         let kept: Vec<i64> = all.clone().filter(|k| !components.contains(k)).collect();
@@ -284,7 +288,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedPart`],
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedPart`],
     /// [`Error::ClassLabelOutOfRange`] (on the CPU alone).
     pub fn posterior(
         &self,
@@ -378,7 +383,8 @@ impl GaussianMixture {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind).
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind).
     pub fn distance_to_nearest(&self, samples: &Tensor) -> Result<Tensor> {
         let x = self.flat("GaussianMixture::distance_to_nearest", "samples", samples)?;
         let offsets = x.unsqueeze(1) - self.means.to_device(x.device());

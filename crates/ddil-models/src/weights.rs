@@ -239,7 +239,8 @@ pub fn save(
     save_as(tensors, path, metadata, None)
 }
 
-/// As [`save`], with floating-point values cast to `kind` where one is given; no more than one tensor is cast at a time.
+/// As [`save`], with floating-point values cast to `kind` where one is given; no more than one tensor is cast at a
+/// time.
 ///
 /// # Errors
 ///
@@ -506,7 +507,8 @@ impl Serialize for Header<'_> {
     }
 }
 
-/// The header, and the order of the tensors behind it: widest kind first, which keeps all of them aligned, then by name.
+/// The header, and the order of the tensors behind it: widest kind first, which keeps all of them aligned, then by
+/// name.
 fn layout<'a>(
     tensors: &'a [(String, Tensor)],
     metadata: &'a BTreeMap<String, String>,

@@ -32,8 +32,8 @@ impl StepCoefficients {
     /// Replaces `epsilon` by `(x_t - alpha x0) / sigma`, with `alpha` and `sigma` of the timestep that the step starts
     /// from.
     ///
-    /// This form needs the clean data alone. It is the solver's step in progressive and in consistency distillation, and
-    /// the step from an `x0` that was thresholded.
+    /// This form needs the clean data alone. It is the solver's step in progressive and in consistency distillation,
+    /// and the step from an `x0` that was thresholded.
     ///
     /// # Example
     ///

@@ -157,15 +157,15 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read, is not a regular file or has more than 16 MiB; [`Error::File`] with an error of
-    /// [`from_json`](Self::from_json).
+    /// [`Error::Io`] if it cannot be read, is not a regular file or has more than 16 MiB; [`Error::File`] with an error
+    /// of [`from_json`](Self::from_json).
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         read(path.as_ref(), Self::from_json)
     }
 
-    /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does: for a
-    /// solver that this crate does not have, DDIM on the same noise schedule takes its place, and the class of the solver
-    /// is returned.
+    /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does:
+    /// for a solver that this crate does not have, DDIM on the same noise schedule takes its place, and the class of
+    /// the solver is returned.
     ///
     /// Keys of that class alone are not looked at: they say how it steps. None of these classes clips clean data unless
     /// the file says so.

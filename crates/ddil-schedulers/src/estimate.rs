@@ -16,8 +16,8 @@ use crate::thresholding::{Bound, DataRange, Thresholding};
 /// The clean data and the noise of a batch at one timestep, as sums that are not computed yet.
 ///
 /// [`Prediction`] holds two tensors, each of which is written once and read again. A step of a sampler needs neither by
-/// itself: where the whole batch is at one timestep, network output, thresholding, consistency boundary and step are one
-/// formula in `x_t` and the output. An estimate keeps its parts until [`Sampler::step_at`] computes it in one pass.
+/// itself: where the whole batch is at one timestep, network output, thresholding, consistency boundary and step are
+/// one formula in `x_t` and the output. An estimate keeps its parts until [`Sampler::step_at`] computes it in one pass.
 /// [`prediction`](Self::prediction) gives the two tensors, equal to [`PredictionType::convert`],
 /// [`Prediction::thresholded`] and [`ConsistencyBoundary::apply`] but for rounding.
 ///
@@ -81,8 +81,8 @@ impl Estimate {
     ///
     /// # Errors
     ///
-    /// [`Error::PredictionType`] if the output has no meaning at that timestep, [`Error::TimestepOutOfRange`] if it is off
-    /// the training grid.
+    /// [`Error::PredictionType`] if the output has no meaning at that timestep, [`Error::TimestepOutOfRange`] if it is
+    /// off the training grid.
     #[expect(clippy::needless_pass_by_value, reason = "the estimate keeps the tensor")]
     pub fn of_output(
         schedule: &NoiseSchedule,
@@ -101,8 +101,8 @@ impl Estimate {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the two tensors differ in shape, [`Error::TimestepOutOfRange`] if the timestep is off
-    /// the training grid.
+    /// [`Error::ShapeMismatch`] if the two tensors differ in shape, [`Error::TimestepOutOfRange`] if the timestep is
+    /// off the training grid.
     pub fn of_prediction(
         schedule: &NoiseSchedule,
         prediction: Prediction,
@@ -176,9 +176,9 @@ impl Estimate {
 
     /// With the same affine combination of rows applied to clean data and noise: guidance.
     ///
-    /// `combine` returns sums of rows of its argument with weights that add up to 1, and only of rows whose `x_t` is the
-    /// same. Both parts are affine in the network's output, so combining the output combines them; an estimate that was
-    /// thresholded is computed first.
+    /// `combine` returns sums of rows of its argument with weights that add up to 1, and only of rows whose `x_t` is
+    /// the same. Both parts are affine in the network's output, so combining the output combines them; an estimate that
+    /// was thresholded is computed first.
     ///
     /// # Errors
     ///

@@ -12,11 +12,11 @@
 //! | a step | [`Sampler`]: [`Ddim`], [`Lcm`], or your own; [`SamplerConfig`] builds one from settings |
 //! | diffusers' `scheduler_config.json` | [`SchedulerConfig`] |
 //!
-//! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so nothing past [`PredictionType`] depends on the family or on
-//! what the network was trained to output. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
+//! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so nothing past [`PredictionType`] depends on the family or
+//! on what the network was trained to output. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
 //!
-//! Names follow diffusers, and numbers are checked against it. Two of its rules are faults that this crate does not have:
-//! a fixed stride that leaves its own grid, and a noise estimate kept beside a clipped `x0`.
+//! Names follow diffusers, and numbers are checked against it. Two of its rules are faults that this crate does not
+//! have: a fixed stride that leaves its own grid, and a noise estimate kept beside a clipped `x0`.
 //! [`Compatibility::Diffusers`] reproduces both.
 //!
 //! # Example

@@ -379,8 +379,10 @@ impl NoiseSchedule {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `timesteps` is not one `Int64` a sample; [`Error::Torch`] if one is
-    /// off the grid (found by libtorch's own index check; on a GPU at the next synchronisation).
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `timesteps` is not one `Int64` a sample;
+    /// [`Error::Torch`] if one is off the grid (found by libtorch's own index check; on a GPU at the next
+    /// synchronisation).
     pub fn scales_at(&self, timesteps: &Tensor, like: &Tensor) -> Result<Scales> {
         const OP: &str = "NoiseSchedule::scales_at";
         ensure_timesteps(OP, "timesteps", timesteps, like)?;
@@ -404,7 +406,8 @@ impl NoiseSchedule {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ; otherwise as [`scales_at`](Self::scales_at).
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ;
+    /// otherwise as [`scales_at`](Self::scales_at).
     pub fn add_noise(&self, x0: &Tensor, noise: &Tensor, timesteps: &Tensor) -> Result<Tensor> {
         ensure_same_shape("NoiseSchedule::add_noise", ("x0", x0), ("noise", noise))?;
         let Scales { alpha, sigma } = self.scales_at(timesteps, x0)?;

@@ -47,7 +47,8 @@ impl Prediction {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `x_t` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `x_t` differ; as
+    /// [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn from_x0(
         schedule: &NoiseSchedule,
         x0: Tensor,
@@ -151,7 +152,8 @@ impl PredictionType {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if the two differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if the two differ; as
+    /// [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn convert(
         self,
         schedule: &NoiseSchedule,
@@ -196,7 +198,8 @@ impl PredictionType {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ; as [`NoiseSchedule::scales_at`] for `timesteps`.
+    /// [`ArgumentError::ShapeMismatch`](ddil_libtorch::ArgumentError::ShapeMismatch) if `x0` and `noise` differ; as
+    /// [`NoiseSchedule::scales_at`] for `timesteps`.
     pub fn target(
         self,
         schedule: &NoiseSchedule,

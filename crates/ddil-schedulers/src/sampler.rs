@@ -129,8 +129,9 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the tensors of the step differ in shape, [`Error::Shape`] unless there is one timestep
-    /// per sample, [`Error::NoiseMissing`] if the step needs noise and has none, [`Error::TimestepOutOfRange`].
+    /// [`Error::ShapeMismatch`] if the tensors of the step differ in shape, [`Error::Shape`] unless there is one
+    /// timestep per sample, [`Error::NoiseMissing`] if the step needs noise and has none,
+    /// [`Error::TimestepOutOfRange`].
     fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor> {
         const OP: &str = "Sampler::step";
         step.ensure(OP)?;
@@ -160,9 +161,9 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
 
     /// The state of a batch at one timestep after a step to `prev_timestep`.
     ///
-    /// One pass over memory, with weights that were computed in `f64`, unless the estimate is thresholded by channel, by
-    /// quantile or by reflection: then `x0` is computed apart. The memory of `x_t` is used again where nobody else holds
-    /// it and nothing records gradients; pass `x_t.shallow_clone()` to keep the state.
+    /// One pass over memory, with weights that were computed in `f64`, unless the estimate is thresholded by channel,
+    /// by quantile or by reflection: then `x0` is computed apart. The memory of `x_t` is used again where nobody else
+    /// holds it and nothing records gradients; pass `x_t.shallow_clone()` to keep the state.
     ///
     /// # Shapes and units
     ///
@@ -172,8 +173,8 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the tensors differ in shape, [`Error::NoiseMissing`], [`Error::TimestepOutOfRange`]; as
-    /// [`Thresholding::apply`](crate::Thresholding::apply).
+    /// [`Error::ShapeMismatch`] if the tensors differ in shape, [`Error::NoiseMissing`], [`Error::TimestepOutOfRange`];
+    /// as [`Thresholding::apply`](crate::Thresholding::apply).
     fn step_at(
         &self,
         x_t: Tensor,

@@ -84,8 +84,8 @@ impl SamplerConfig {
 
     /// The `scheduler_config.json` of diffusers' class for this sampler, with these keys in common.
     ///
-    /// The file does not hold `eta`, which is an argument of diffusers' pipelines, nor `sigma_data`, which is always 0.5
-    /// there.
+    /// The file does not hold `eta`, which is an argument of diffusers' pipelines, nor `sigma_data`, which is always
+    /// 0.5 there.
     pub fn scheduler_config(&self, common: CommonConfig) -> SchedulerConfig {
         match *self {
             Self::Ddim { .. } => SchedulerConfig::Ddim(common),

@@ -85,8 +85,9 @@ impl DataRange {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for fewer than two dimensions or no samples; [`Error::Invalid`] unless `quantile` is in
-    /// [0, 0.5) and `margin` is not negative, and for a channel that has one value only or one that is not finite.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for fewer than two dimensions or no samples;
+    /// [`Error::Invalid`] unless `quantile` is in [0, 0.5) and `margin` is not negative, and for a channel that has one
+    /// value only or one that is not finite.
     ///
     /// # Example
     ///
@@ -178,7 +179,8 @@ impl Bound {
         if values.len() > 1 {
             shape[1] = values.len() as i64;
         }
-        // Filled on the device: a copy from the host would wait for it. In `Double`, as the half kinds cannot hold all bounds.
+        // Filled on the device: a copy from the host would wait for it. In `Double`, as the half kinds cannot hold all
+        // bounds.
         let bounds: Vec<Tensor> =
             values.iter().map(|v| Tensor::full([1], *v, (Kind::Double, x0.device()))).collect();
         Ok(Tensor::cat(&bounds, 0).to_kind(x0.kind()).view(shape.as_slice()))
@@ -223,8 +225,10 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if a range per channel does not fit the channels of `x0`, [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) or
-    /// [`ArgumentError::NotDense`](ddil_libtorch::ArgumentError::NotDense) if it holds no real numbers; as [`ensure`](Self::ensure) for the settings.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if a range per channel does not fit the channels
+    /// of `x0`, [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) or
+    /// [`ArgumentError::NotDense`](ddil_libtorch::ArgumentError::NotDense) if it holds no real numbers; as
+    /// [`ensure`](Self::ensure) for the settings.
     pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
         let op = "Thresholding::apply";
         self.ensure()?;

@@ -11,13 +11,13 @@ use crate::parameters::Scope;
 use crate::unet::blocks::{LevelAttention, LevelOptions, MidBlock};
 use crate::unet::pixels_config::TimeScaleShift;
 
-/// Added to every variance before its root is taken; no setting, as in diffusers.
+/// Added to every variance before taking its root; fixed, as in diffusers.
 const EPS: f64 = 1e-6;
 
-/// There is no timestep, and dropout is not among the settings.
+/// There is no timestep, and no setting for dropout.
 const PASS: Pass<'static> = Pass { time: None, text: None, training: false, recompute: None };
 
-/// What changes height and width after the residual blocks of a level.
+/// The layer that changes height and width after the residual blocks of a level.
 #[derive(Debug)]
 enum Resample {
     Down(Downsample2D),
@@ -25,7 +25,7 @@ enum Resample {
     None,
 }
 
-/// Residual blocks of one resolution, then a change of it.
+/// Residual blocks of one resolution, followed by a resampling layer.
 #[derive(Debug)]
 struct Level {
     resnets: Vec<ResnetBlock2D>,
@@ -60,7 +60,7 @@ impl Level {
     }
 }
 
-/// Images to means and logarithms of variances, side by side along the channels.
+/// Images to means and log-variances, concatenated along the channels.
 #[derive(Debug)]
 pub(crate) struct Encoder {
     conv_in: Conv2d,

@@ -1,4 +1,4 @@
-//! The settings of an [`AutoencoderKL`](crate::AutoencoderKL), key for key those of diffusers.
+//! The settings of an [`AutoencoderKL`](crate::AutoencoderKL), with the keys of diffusers.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::layers::Activation;
 use crate::unet::pixels_config::SampleSize;
 
-/// Far more halvings than any image has.
+/// Upper bound of the number of halvings; no image has as many.
 const MAX_LEVELS: usize = 16;
 
 /// A level of the encoder.
@@ -27,7 +27,8 @@ pub enum DecoderBlockType {
     UpDecoderBlock2D,
 }
 
-/// The settings of an [`AutoencoderKL`](crate::AutoencoderKL); names, defaults and file format are those of diffusers' class of that name.
+/// The settings of an [`AutoencoderKL`](crate::AutoencoderKL); names, defaults and file format are those of diffusers'
+/// class of that name.
 ///
 /// # Example
 ///
@@ -62,15 +63,15 @@ pub struct AutoencoderKLConfig {
     pub block_out_channels: Vec<u32>,
     /// Residual blocks of a level of the encoder; there is one more in the decoder. Default 1.
     pub layers_per_block: u32,
-    /// The nonlinearity in the residual blocks; in front of the last convolutions it is always silu. Default silu.
+    /// The nonlinearity of the residual blocks; before the last convolutions it is always silu. Default silu.
     pub act_fn: Activation,
     /// Channels of the latents. Default 4.
     pub latent_channels: u32,
     /// Groups of every group norm. Default 32.
     pub norm_num_groups: u32,
-    /// Height and width the network was made for; it takes others as well. Default 32.
+    /// Height and width of the training images; others are accepted as well. Default 32.
     pub sample_size: SampleSize,
-    /// Factor that gives the latents unit variance for a diffusion model. Default 0.18215.
+    /// Factor that scales the latents to unit variance for a diffusion model. Default 0.18215.
     pub scaling_factor: f64,
     /// Subtracted from the latents before they are scaled. Default none.
     pub shift_factor: Option<f64>,
@@ -78,7 +79,7 @@ pub struct AutoencoderKLConfig {
     pub latents_mean: Option<Vec<f64>>,
     /// Standard deviation of each latent channel, divided by before scaling; comes with `latents_mean`. Default none.
     pub latents_std: Option<Vec<f64>>,
-    /// Whether a network asked for in `Half` computes in `Float`: activations of some exceed what `Half` holds.
+    /// Whether a network requested in `Half` computes in `Float`: activations of some exceed the range of `Half`.
     /// Default true.
     pub force_upcast: bool,
     /// Whether a 1 by 1 convolution follows the encoder. Default true.
@@ -115,10 +116,10 @@ impl Default for AutoencoderKLConfig {
 }
 
 impl AutoencoderKLConfig {
-    /// The autoencoder of Stable Diffusion 1.x and 2.x: 8 pixels a latent, 4 channels.
+    /// The autoencoder of Stable Diffusion 1.x and 2.x: 8 pixels per latent, 4 channels.
     ///
-    /// As its published file says nothing of `force_upcast`, the default holds here too. This network can be trusted
-    /// in `Half`; set `force_upcast` to false where memory counts.
+    /// Its published file does not contain `force_upcast`, so the default applies. This network is accurate in `Half`;
+    /// set `force_upcast` to false to save memory.
     pub fn sd15() -> Self {
         Self {
             down_block_types: vec![EncoderBlockType::DownEncoderBlock2D; 4],
@@ -130,7 +131,7 @@ impl AutoencoderKLConfig {
         }
     }
 
-    /// The autoencoder of SDXL: the layers of [`Self::sd15`] trained anew, whose activations exceed what `Half` holds.
+    /// The autoencoder of SDXL: the layers of [`Self::sd15`], retrained, with activations beyond the range of `Half`.
     pub fn sdxl() -> Self {
         Self {
             sample_size: SampleSize::Square(1024),
@@ -140,13 +141,12 @@ impl AutoencoderKLConfig {
         }
     }
 
-    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
-    /// default.
+    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
     ///
     /// # Errors
     ///
     /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
@@ -162,7 +162,7 @@ impl AutoencoderKLConfig {
         self.block_out_channels.iter().copied().map(i64::from).collect()
     }
 
-    /// How many pixels a latent spans along each side.
+    /// The number of pixels per latent along each side.
     pub(crate) fn downscaling(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
     }

@@ -1,4 +1,4 @@
-//! The settings of both of CLIP's towers, key for key those of transformers.
+//! The settings of both towers of CLIP, with the keys of transformers.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::settings::{ModelType, ensure_counts, keep_problems, read};
 use super::text_config::ClipTextConfig;
 use super::vision_config::ClipVisionConfig;
 
-/// The settings of a [`ClipModel`](crate::ClipModel), both towers side by side; transformers' `CLIPConfig`.
+/// The settings of both towers of a [`ClipModel`](crate::ClipModel); transformers' `CLIPConfig`.
 ///
 /// # Example
 ///
@@ -44,13 +44,13 @@ use super::vision_config::ClipVisionConfig;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClipConfig {
-    /// The text encoder; its class and `projection_dim` are not looked at.
+    /// The text encoder; its class and `projection_dim` are ignored.
     pub text: ClipTextConfig,
-    /// The vision tower; its class and `projection_dim` are not looked at.
+    /// The vision tower; its class and `projection_dim` are ignored.
     pub vision: ClipVisionConfig,
     /// Width of both towers' embeddings. Default 512.
     pub projection_dim: u32,
-    /// The logarithm of a fresh temperature. Default 2.6592.
+    /// The initial logarithm of the temperature. Default 2.6592.
     pub logit_scale_init_value: f64,
 }
 
@@ -66,9 +66,9 @@ impl Default for ClipConfig {
 }
 
 impl ClipConfig {
-    /// Settings from the `config.json` of a `CLIPModel`, as [`ClipTextConfig::from_file`].
+    /// Reads settings from the `config.json` of a `CLIPModel`, as [`ClipTextConfig::from_file`].
     ///
-    /// Older files hold a tower's settings twice; as in transformers `text_config_dict` counts before `text_config`.
+    /// Older files contain a tower's settings twice; as in transformers, `text_config_dict` overrides `text_config`.
     ///
     /// # Errors
     ///
@@ -97,7 +97,7 @@ impl ClipConfig {
     }
 }
 
-/// What stands beside the towers in the file of a [`ClipConfig`].
+/// The keys other than the towers in the file of a [`ClipConfig`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Whole {
@@ -139,7 +139,7 @@ impl ModelType for Whole {
     const MODEL_TYPE: &'static str = "clip";
 }
 
-/// A tower's settings in the file of both.
+/// A tower's settings in the file of both towers.
 fn nested<C: ModelType>(
     object: &Map<String, Value>,
     key: &str,
@@ -154,7 +154,7 @@ fn nested<C: ModelType>(
         return None;
     };
     let mut settings = settings.clone();
-    // A tower in a file of both ends with a projection, whatever is said there.
+    // A tower of a two-tower file always ends with a projection, whatever its class in the file.
     settings.remove("architectures");
     match read(key, &settings, unknown_keys) {
         Ok(config) => Some(config),

@@ -1,4 +1,4 @@
-//! The transformer that both towers of CLIP are made of.
+//! The transformer of both towers of CLIP.
 
 use tch::Tensor;
 
@@ -8,7 +8,7 @@ use crate::parameters::Scope;
 
 use super::settings::ClipActivation;
 
-/// Sizes of an [`Encoder`], and the scale its parameters start with.
+/// Sizes of an [`Encoder`], and the scale of its initialisation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct EncoderOptions {
     pub(super) width: i64,
@@ -22,14 +22,14 @@ pub(super) struct EncoderOptions {
     pub(super) initializer_factor: f64,
 }
 
-/// Which tokens a token looks at.
+/// The tokens that a token attends to.
 #[derive(Debug)]
 pub(super) enum Mask {
-    /// All of them.
+    /// All tokens.
     All,
-    /// Itself and those before it.
+    /// The token itself and those before it.
     Causal,
-    /// Those that are true; `[batch, 1, tokens, tokens]`.
+    /// Those that are true in a mask `[batch, 1, tokens, tokens]`.
     Given(Tensor),
 }
 
@@ -50,7 +50,7 @@ impl Encoder {
         self.layers.len()
     }
 
-    /// What leaves layer `num_layers` of `tokens`, `[batch, tokens, width]`; `visit` sees what enters each.
+    /// The output of layer `num_layers`, `[batch, tokens, width]`; `visit` receives the input of each layer.
     pub(super) fn forward(
         &self,
         tokens: Tensor,
@@ -159,7 +159,7 @@ impl FeedForward {
     }
 }
 
-/// Keeps the variance of a sum over all layers at that of one.
+/// Scales the initialisation so that the variance of the sum over all layers is that of one.
 fn depth_scale(options: EncoderOptions) -> f64 {
     1.0 / (2.0 * options.num_layers as f64).sqrt()
 }

@@ -1,4 +1,4 @@
-//! Folders of transformers networks: which file holds the weights, and the names found in it.
+//! Folders of transformers networks: the file of the weights, and the names in it.
 
 use std::path::{Path, PathBuf};
 
@@ -10,14 +10,14 @@ use crate::weights::{self, WeightFiles};
 
 pub(super) use crate::config::FILE_NAME as CONFIG_FILE;
 
-/// Constants that older releases saved: the numbers 0, 1, 2 and so on.
+/// Constants saved by older releases: the numbers 0, 1, 2 and so on.
 const POSITION_IDS: [&str; 3] = [
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
     "embeddings.position_ids",
 ];
 
-/// The weights of a folder, of the variant `fp16` where there are no others.
+/// The weights of a folder; those of the variant `fp16` if there are no others.
 pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
     let files = WeightFiles::TRANSFORMERS;
     let half = Some("fp16");
@@ -31,15 +31,15 @@ pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Fills `parameters`, which have the names of published files, from a file that has those or shorter ones.
+/// Fills `parameters`, which have the names of published files, from a file with these names or shorter ones.
 ///
-/// transformers 5 writes a tower that stands alone without the prefix it has beside a projection; everything else is as
+/// transformers 5 writes a tower without a projection under names without a prefix. Otherwise as
 /// [`weights::load_into`].
 pub(super) fn load(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<()> {
     weights::load_into(&as_in_file(parameters, path)?.targets, path)
 }
 
-/// The tensors of such a file that would fill `parameters`, under the names of these, where they lie in the file.
+/// The memory-mapped tensors of such a file that would fill `parameters`, under the names of `parameters`.
 pub(super) fn read(
     parameters: Vec<(String, Tensor)>,
     path: &Path,
@@ -50,16 +50,16 @@ pub(super) fn read(
     Ok(parameters.map(|(name, tensor)| (format!("{prefix}{name}"), tensor)).collect())
 }
 
-/// Parameters by the names that a file has for them.
+/// Parameters by their names in a file.
 struct InFile {
-    /// With constants of the file that are no parameters.
+    /// Includes constants of the file that are not parameters.
     targets: Vec<(String, Tensor)>,
-    /// What the file leaves away.
+    /// The prefix that the file omits.
     prefix: &'static str,
 }
 
 fn as_in_file(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<InFile> {
-    // The tensors lie in the mapped file: this reads no more than its header.
+    // The tensors are memory-mapped: this reads only the header of the file.
     let held = weights::read_all(path)?;
     let (mut targets, mut left_away) = (parameters, "");
     for prefix in ["text_model.", "vision_model."] {
@@ -80,7 +80,7 @@ fn as_in_file(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<InFile> 
     Ok(InFile { targets, prefix: left_away })
 }
 
-/// Writes weights and settings to a folder, which is made if it is not there.
+/// Writes weights and settings to a folder, creating it if needed.
 pub(super) fn save(folder: &Path, parameters: &[(String, Tensor)], json: &str) -> Result<()> {
     WeightFiles::TRANSFORMERS.save(parameters, folder)?;
     config::write(&folder.join(CONFIG_FILE), json)

@@ -1,4 +1,4 @@
-//! Both towers from one file, and the temperature that came with them.
+//! Both towers from one file, with their temperature.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use super::text_config::ClipTextClass;
 use super::vision::ClipVisionModel;
 use super::vision_config::ClipVisionClass;
 
-/// CLIP whole: transformers' `CLIPModel`; made by [`ClipConfig::build`] or [`Self::from_folder`].
+/// Both towers of CLIP: transformers' `CLIPModel`; built by [`ClipConfig::build`] or [`Self::from_folder`].
 #[derive(Debug)]
 pub struct ClipModel {
     text: ClipTextModel,
@@ -75,7 +75,7 @@ impl ClipModel {
     ///
     /// # Errors
     ///
-    /// As [`ClipConfig::from_file`], otherwise as there.
+    /// As [`ClipConfig::from_file`] and [`ClipTextModel::from_folder`].
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
@@ -96,23 +96,23 @@ impl ClipModel {
         &self.vision
     }
 
-    /// The parameters of both towers and `logit_scale`, under the names they have in files.
+    /// The parameters of both towers and `logit_scale`, under their names in files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
-    /// What cosines are multiplied with to become the logits that CLIP was trained with: `exp(logit_scale)`.
+    /// The factor from cosines to the logits of CLIP's training: `exp(logit_scale)`.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if it cannot be brought from the device.
+    /// [`Error::Torch`] if it cannot be copied from the device.
     pub fn temperature(&self) -> Result<f64> {
         let value = self.logit_scale.f_to_kind(Kind::Double).and_then(|t| t.f_double_value(&[]));
         Ok(value.map_err(Error::torch("ClipModel::temperature"))?.exp())
     }
 }
 
-/// Both towers' problems in one error.
+/// Collects the problems of both towers in one error.
 fn ensure_valid(text: &impl Config, vision: &impl Config) -> Result<()> {
     let named = |prefix: &str, problems: Vec<Invalid>| {
         let name = |p: Invalid| p.under(prefix);

@@ -1,4 +1,4 @@
-//! How well pictures fit their captions.
+//! The CLIP score: how well images match their captions.
 
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
@@ -9,12 +9,12 @@ use crate::layers::Output;
 use super::model::ClipModel;
 
 const PREPROCESS: &str = "ClipScore::preprocess";
-/// Mean and standard deviation of the channels of the pictures CLIP was trained with, which are in `[0, 1]`.
+/// Mean and standard deviation of the channels of CLIP's training images, which are in `[0, 1]`.
 const MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 const STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 
-/// The cosine between the embeddings of a picture and of its caption
-/// ([Hessel et al. 2021](https://arxiv.org/abs/2104.08718)), neither scaled nor cut off at 0.
+/// The cosine between the embeddings of an image and of its caption
+/// ([Hessel et al. 2021](https://arxiv.org/abs/2104.08718)), neither scaled nor clipped at 0.
 ///
 /// Published scores are often 100 times, or 2.5 times, the positive part of it.
 ///
@@ -57,11 +57,11 @@ pub struct ClipScore {
 }
 
 impl ClipScore {
-    /// A score by that network.
+    /// A score that uses that network.
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless the network looks at pictures of 3 channels.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless the network takes images of 3 channels.
     pub fn new(model: ClipModel) -> Result<Self> {
         let channels = model.vision().config().num_channels;
         if channels != 3 {
@@ -75,16 +75,16 @@ impl ClipScore {
         Ok(Self { model })
     }
 
-    /// The network behind the score.
+    /// The network of the score.
     pub fn model(&self) -> &ClipModel {
         &self.model
     }
 
-    /// Pictures as the vision tower wants them: the shorter side made `image_size` long by antialiased bicubic
-    /// interpolation, the middle cut out, channels normalised.
+    /// Preprocesses images for the vision tower: resizes the shorter side to `image_size` by antialiased bicubic
+    /// interpolation, crops the centre, normalises the channels.
     ///
-    /// The result is that of CLIP's preprocessing but for its rounding to 8 bits: width first, then height, with what the
-    /// interpolation makes darker than black or lighter than white cut off after each.
+    /// The result is that of CLIP's preprocessing except for its rounding to 8 bits: width first, then height, each
+    /// followed by clipping to the range of pixels, which the interpolation can exceed.
     ///
     /// # Shapes and units
     ///
@@ -93,7 +93,8 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn preprocess(&self, images: &Tensor) -> Result<Tensor> {
         ensure_dense(PREPROCESS, "images", images)?;
         let (op, name, found) = (PREPROCESS, "images", images.size());
@@ -114,7 +115,7 @@ impl ClipScore {
         normalise(images, size).map_err(Error::torch(PREPROCESS))
     }
 
-    /// Embeddings of pictures, each of length 1; `[batch, projection_dim]`, `Float`.
+    /// Embeddings of images, each of length 1; `[batch, projection_dim]`, `Float`.
     ///
     /// # Errors
     ///
@@ -140,7 +141,7 @@ impl ClipScore {
         unit(&embeds).map_err(Error::torch("ClipScore::text_embeds"))
     }
 
-    /// The cosine of each picture with the caption of the same index; `[batch]`, `Float`.
+    /// The cosine of each image with the caption of the same index; `[batch]`, `Float`.
     ///
     /// # Shapes and units
     ///
@@ -149,8 +150,8 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// As [`Self::image_embeds`] and [`Self::text_embeds`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there are as many pictures as
-    /// captions.
+    /// As [`Self::image_embeds`] and [`Self::text_embeds`];
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there are as many images as captions.
     pub fn similarities(
         &self,
         images: &Tensor,
@@ -182,7 +183,7 @@ impl ClipScore {
     ///
     /// # Errors
     ///
-    /// As [`Self::similarities`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there are no pictures.
+    /// As [`Self::similarities`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there are no images.
     pub fn score(
         &self,
         images: &Tensor,
@@ -228,7 +229,7 @@ fn normalise(images: &Tensor, size: i64) -> Output {
     resized.f_sub(&per_channel(&MEAN)?)?.f_div(&per_channel(&STD)?)
 }
 
-/// Rows of length 1.
+/// Normalises rows to length 1.
 fn unit(embeds: &Tensor) -> std::result::Result<Tensor, TchError> {
     let embeds = embeds.f_to_kind(Kind::Float)?;
     let squares = embeds.f_square()?.f_sum_dim_intlist([-1_i64].as_slice(), true, Kind::Float)?;

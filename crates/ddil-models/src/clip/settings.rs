@@ -1,4 +1,4 @@
-//! The files of transformers' settings, and what the settings of both towers share.
+//! The files of transformers' settings, and the settings that both towers share.
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 /// The transformers release whose `config.json` is written.
 const TRANSFORMERS_VERSION: &str = "5.24.0";
 
-/// Keys that transformers writes for every network and that no CLIP tower looks at: how text is generated, what heads a
-/// classifier has, where a file came from. They are accepted with any value and not written back.
+/// Keys that transformers writes for every network and that no CLIP tower uses: text generation, classifier heads, the
+/// origin of a file. They are accepted with any value and not written back.
 const GENERIC_KEYS: [&str; 54] = [
     "add_cross_attention",
     "bad_words_ids",
@@ -22,7 +22,7 @@ const GENERIC_KEYS: [&str; 54] = [
     "decoder_start_token_id",
     "diversity_penalty",
     "do_sample",
-    // Of a release that had it in CLIP's settings and in none of its layers.
+    // From a release with this key in CLIP's settings that none of its layers used.
     "dropout",
     "dtype",
     "early_stopping",
@@ -78,7 +78,7 @@ pub enum ClipActivation {
     /// `x * sigmoid(1.702 x)`, of `OpenAI`'s networks.
     #[default]
     QuickGelu,
-    /// `x` times the normal distribution function of `x`, of `OpenCLIP`'s.
+    /// `x` times the cumulative normal distribution function of `x`, of `OpenCLIP`'s networks.
     Gelu,
 }
 
@@ -91,12 +91,12 @@ impl ClipActivation {
     }
 }
 
-/// What stands under `model_type` in a transformers file.
+/// The value of `model_type` in a transformers file.
 pub(super) trait ModelType: Config {
     const MODEL_TYPE: &'static str;
 }
 
-/// Settings from a transformers file, with all that is wrong in one error.
+/// Reads settings from a transformers file and reports all problems in one error.
 pub(super) fn read<C: ModelType>(
     what: &str,
     object: &Map<String, Value>,
@@ -117,7 +117,7 @@ pub(super) fn read<C: ModelType>(
         }
         _ => {}
     }
-    // Both mean that nobody said.
+    // Both mean that the value is not set.
     settings
         .retain(|key, value| !(key == "architectures" && (value.is_null() || *value == json!([]))));
     settings.retain(|key, _| !GENERIC_KEYS.contains(&key.as_str()));
@@ -128,7 +128,7 @@ pub(super) fn read<C: ModelType>(
     }
 }
 
-/// Collects the problems of settings, so that others can be told with them.
+/// Collects the problems of settings, so that they can be reported together with others.
 pub(super) fn keep_problems<C>(
     result: Result<C>,
     problems: &mut Vec<Invalid>,
@@ -143,7 +143,7 @@ pub(super) fn keep_problems<C>(
     }
 }
 
-/// The settings as transformers writes them: class, type, version, sorted keys.
+/// The settings in transformers' format: class, type, version, sorted keys.
 pub(super) fn write<C: ModelType>(config: &C) -> String {
     let mut object = config::to_map(config);
     object.insert("model_type".into(), C::MODEL_TYPE.into());

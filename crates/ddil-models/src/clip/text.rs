@@ -1,4 +1,4 @@
-//! The text encoder: token ids in, what a denoiser is told of a prompt out.
+//! The text encoder: from token ids to the conditioning of a denoiser.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use super::encoder::{Encoder, EncoderOptions, Mask};
 use super::files;
 use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
 
-/// Which hidden state of a text encoder a denoiser is told.
+/// The hidden state of a text encoder that conditions a denoiser.
 ///
 /// # Example
 ///
@@ -27,23 +27,23 @@ use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HiddenState {
-    /// How many of the last layers are left out.
+    /// Number of last layers to skip.
     pub skipped_layers: u32,
     /// Whether the final layer norm is applied.
     pub final_norm: bool,
 }
 
 impl HiddenState {
-    /// What Stable Diffusion 1 and 2 are told: the state after the final norm.
+    /// The state for Stable Diffusion 1 and 2: after the final norm.
     ///
-    /// `clip_skip` is diffusers': the number of last layers left out, with 0 the same as none.
+    /// `clip_skip` is as in diffusers: the number of last layers to skip; 0 is the same as none.
     pub const fn stable_diffusion(clip_skip: u32) -> Self {
         Self { skipped_layers: clip_skip, final_norm: true }
     }
 
-    /// What Stable Diffusion XL is told by each of its encoders: the state before the last layer, without norm.
+    /// The state for Stable Diffusion XL, from each of its encoders: before the last layer, without norm.
     ///
-    /// `clip_skip` is diffusers': the number of layers left out beside the last one.
+    /// `clip_skip` is as in diffusers: the number of layers to skip in addition to the last one.
     pub const fn stable_diffusion_xl(clip_skip: u32) -> Self {
         Self { skipped_layers: clip_skip.saturating_add(1), final_norm: false }
     }
@@ -55,12 +55,12 @@ impl Default for HiddenState {
     }
 }
 
-/// All that a text encoder says of a batch of prompts.
+/// The outputs of a text encoder for a batch of prompts.
 #[derive(Debug)]
 pub struct ClipTextOutput {
     /// After all layers and the final norm; `[batch, tokens, hidden_size]`.
     pub last_hidden_state: Tensor,
-    /// The embeddings of the tokens, then what leaves each layer, before the final norm; one more than there are layers.
+    /// The token embeddings, then the output of each layer before the final norm: one more than there are layers.
     pub hidden_states: Vec<Tensor>,
     /// `last_hidden_state` at the end of the prompt; `[batch, hidden_size]`.
     pub pooled: Tensor,
@@ -68,15 +68,15 @@ pub struct ClipTextOutput {
     pub text_embeds: Option<Tensor>,
 }
 
-/// The text tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)); made by [`ClipTextConfig::build`]
+/// The text tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)); built by [`ClipTextConfig::build`]
 /// or [`Self::from_folder`].
 ///
-/// It is transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection` if the settings say so: parameters have the
-/// names of published files, and outputs agree with transformers' up to rounding.
+/// It is transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection`, depending on the settings. Parameters have
+/// the names of published files, and outputs agree with transformers' up to rounding.
 ///
-/// The end of a prompt is the first position of `eos_token_id`, or the first position of the largest token where
-/// `eos_token_id` is 2: published files say 2 though no such token ends a prompt. In a prompt without the token it is the
-/// first position.
+/// The end of a prompt is the first position of `eos_token_id`. If `eos_token_id` is 2, it is the first position of the
+/// largest token: published files contain 2 although that token does not end a prompt. In a prompt without the token it
+/// is the first position.
 ///
 /// # Example
 ///
@@ -113,25 +113,25 @@ pub struct ClipTextModel {
 }
 
 impl ClipTextConfig {
-    /// Name and shape of every parameter of the encoder, in the order of its layers; takes no memory for their values.
+    /// Name and shape of every parameter of the encoder, in the order of its layers, without allocating their values.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
         let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
         Ok(encoder.parameters().shapes())
     }
 
-    /// Checks the settings and builds an encoder with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
+    /// Checks the settings and builds an encoder with fresh parameters, initialised as in transformers; a
+    /// projection as in `torch.nn`.
     ///
     /// The same seed gives the same parameters on every device.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value; [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory
-    /// does not suffice.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
         ClipTextModel::new(self, placement, Values::Seeded(seed))
     }
@@ -139,8 +139,8 @@ impl ClipTextConfig {
     /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
     ///
     /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
-    /// `CLIPTextModel` (`encoder...`). Older files hold `text_model.embeddings.position_ids`, which is no parameter; it
-    /// is passed over.
+    /// `CLIPTextModel` (`encoder...`). Older files contain `text_model.embeddings.position_ids`, which is not a
+    /// parameter and is ignored.
     ///
     /// # Errors
     ///
@@ -158,8 +158,8 @@ impl ClipTextConfig {
         )
     }
 
-    /// The weights in a file or index, checked against the settings: under the names of published files, in the kinds that
-    /// they have in the file, and where they lie in it, so that no memory is needed for their values.
+    /// The weights of a file or index, checked against the settings: under the names of published files, in the kinds
+    /// of the file, and memory-mapped, so that no memory is needed for their values.
     ///
     /// # Errors
     ///
@@ -217,14 +217,14 @@ impl ClipTextModel {
         })
     }
 
-    /// Loads an encoder from a folder as transformers writes it, such as `text_encoder` of a pipeline: `config.json`
-    /// and `model.safetensors`, or the index of its shards, or either of them in half precision
+    /// Loads an encoder from a transformers folder, such as `text_encoder` of a pipeline: `config.json` and
+    /// `model.safetensors`, or the index of its shards, or either of them in half precision
     /// (`model.fp16.safetensors`).
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::from_file`] and [`ClipTextConfig::build_from`]; [`Error::NoWeights`] if there are none, and
-    /// [`Error::Pickle`] if there are no others.
+    /// As [`ClipTextConfig::from_file`] and [`ClipTextConfig::build_from`]; [`Error::NoWeights`] if there are no
+    /// weights, [`Error::Pickle`] if there are only pickled ones.
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
@@ -235,7 +235,7 @@ impl ClipTextModel {
             .build_from(placement, files::weights_in(folder)?)
     }
 
-    /// Writes the encoder to a folder that transformers loads, which is made if it is not there.
+    /// Writes the encoder to a folder that transformers loads, creating it if needed.
     ///
     /// # Errors
     ///
@@ -244,28 +244,30 @@ impl ClipTextModel {
         files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
     }
 
-    /// The settings the encoder was built from.
+    /// The settings from which the encoder was built.
     pub fn config(&self) -> &ClipTextConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in files.
+    /// The parameters, under their names in files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
-    /// Everything the encoder says of prompts.
+    /// All outputs for a batch of prompts.
     ///
     /// # Shapes and units
     ///
     /// - `input_ids`: `[batch, tokens]`, `Int64`, at most `max_position_embeddings` tokens, each less than `vocab_size`
-    /// - `attention_mask`: `[batch, tokens]`, integer or `Bool`, 0 for tokens that no other may look at; Stable Diffusion
-    ///   gives none
+    /// - `attention_mask`: `[batch, tokens]`, integer or `Bool`, 0 for tokens that are not attended to; Stable
+    ///   Diffusion passes none
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a token that there is none of, which
-    /// is looked for on the CPU alone, and [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind),
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a token outside of the vocabulary (checked
+    /// only on the CPU), and [`Error::Torch`].
     pub fn forward(
         &self,
         input_ids: &Tensor,
@@ -287,7 +289,7 @@ impl ClipTextModel {
         Ok(ClipTextOutput { last_hidden_state, hidden_states, pooled, text_embeds })
     }
 
-    /// One hidden state, `[batch, tokens, hidden_size]`, without the work that only others need.
+    /// One hidden state, `[batch, tokens, hidden_size]`, without computing the other outputs.
     ///
     /// # Shapes and units
     ///
@@ -295,7 +297,8 @@ impl ClipTextModel {
     ///
     /// # Errors
     ///
-    /// As [`Self::forward`]; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if more layers are to be left out than there are.
+    /// As [`Self::forward`]; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) if more layers are to be
+    /// skipped than there are.
     pub fn hidden_state(
         &self,
         input_ids: &Tensor,
@@ -311,8 +314,8 @@ impl ClipTextModel {
         })
     }
 
-    /// One hidden state and `text_embeds`, `[batch, projection_dim]`, from one pass: what Stable Diffusion XL is told by its
-    /// second encoder.
+    /// One hidden state and `text_embeds`, `[batch, projection_dim]`, from one pass: the outputs that Stable Diffusion
+    /// XL uses of its second encoder.
     ///
     /// # Shapes and units
     ///
@@ -369,7 +372,7 @@ impl ClipTextModel {
         Ok(self.hidden_state_and_text_embeds(input_ids, attention_mask, last)?.1)
     }
 
-    /// What leaves the last layer but `skipped`; `visit` sees what enters each.
+    /// The output of the last layer before the `skipped` ones; `visit` receives the input of each layer.
     fn encode(
         &self,
         input_ids: &Tensor,
@@ -426,7 +429,7 @@ impl ClipTextModel {
         if let Some(mask) = attention_mask {
             ensure_mask(op, mask, &found)?;
         }
-        // On an accelerator this would make the host wait for the device.
+        // On an accelerator this would synchronise with the device.
         if input_ids.device() == Device::Cpu && input_ids.numel() > 0 {
             let (low, high) = (input_ids.min().int64_value(&[]), input_ids.max().int64_value(&[]));
             let vocab = i64::from(self.config.vocab_size);
@@ -464,7 +467,7 @@ fn ensure_mask(op: &'static str, mask: &Tensor, size: &[i64]) -> Result<()> {
     Ok(())
 }
 
-/// `[batch, tokens]` to `[batch, 1, tokens, tokens]`: who is looked at, and by none that stands before it.
+/// `[batch, tokens]` to a causal mask `[batch, 1, tokens, tokens]`.
 fn causal(mask: &Tensor) -> Output {
     let (batch, len) = (mask.size()[0], mask.size()[1]);
     let earlier = Tensor::f_ones([len, len], (Kind::Bool, mask.device()))?.f_tril(0)?;

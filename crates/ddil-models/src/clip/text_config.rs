@@ -1,4 +1,4 @@
-//! The settings of a [`ClipTextModel`](crate::ClipTextModel), key for key those of transformers.
+//! The settings of a [`ClipTextModel`](crate::ClipTextModel), with the keys of transformers.
 
 use std::path::Path;
 
@@ -12,22 +12,23 @@ use super::settings::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
 };
 
-/// What `eos_token_id` is where the pooled position is that of the largest token.
+/// The `eos_token_id` for which the pooled position is that of the largest token.
 pub(super) const LARGEST_TOKEN: i64 = 2;
 
-/// The class of a text encoder, which says whether it ends with a projection.
+/// The class of a text encoder: with or without a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClipTextClass {
-    /// Hidden states alone, as Stable Diffusion wants them.
+    /// Hidden states only, for Stable Diffusion.
     #[default]
     #[serde(rename = "CLIPTextModel")]
     TextModel,
-    /// With `text_embeds`, as Stable Diffusion XL's second encoder and the score have them.
+    /// With `text_embeds`, for the second encoder of Stable Diffusion XL and the score.
     #[serde(rename = "CLIPTextModelWithProjection")]
     TextModelWithProjection,
 }
 
-/// The settings of a [`ClipTextModel`](crate::ClipTextModel); names, defaults and file format are those of transformers' class of that name.
+/// The settings of a [`ClipTextModel`](crate::ClipTextModel); names, defaults and file format are those of
+/// transformers' class of that name.
 ///
 /// Dropout is not applied: in every published encoder it is 0.
 ///
@@ -52,7 +53,7 @@ pub enum ClipTextClass {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClipTextConfig {
-    /// The class; a file without it is one without projection.
+    /// The class; without projection if the file does not contain it.
     pub architectures: [ClipTextClass; 1],
     /// Number of tokens. Default 49408.
     pub vocab_size: u32,
@@ -60,7 +61,7 @@ pub struct ClipTextConfig {
     pub hidden_size: u32,
     /// Width between the two linear layers that follow attention. Default 2048.
     pub intermediate_size: u32,
-    /// Width of `text_embeds`; it plays no part in a class without projection. Default 512.
+    /// Width of `text_embeds`; unused by a class without projection. Default 512.
     pub projection_dim: Option<u32>,
     /// Default 12.
     pub num_hidden_layers: u32,
@@ -70,20 +71,20 @@ pub struct ClipTextConfig {
     pub max_position_embeddings: u32,
     /// The nonlinearity. Default quick gelu.
     pub hidden_act: ClipActivation,
-    /// Added to a variance before its root is taken. Default 1e-5.
+    /// Added to a variance before taking its root. Default 1e-5.
     pub layer_norm_eps: f64,
     /// Written back; not applied. Default 0.
     pub attention_dropout: f64,
-    /// Written back; transformers looks at it in the vision tower alone. Default 0.02.
+    /// Written back; transformers uses it only in the vision tower. Default 0.02.
     pub initializer_range: f64,
     /// Scale of fresh parameters. Default 1.
     pub initializer_factor: f64,
-    /// Plays no part in a forward pass. Default 1.
+    /// Not used in a forward pass. Default 1.
     pub pad_token_id: Option<i64>,
-    /// Plays no part in a forward pass. Default 49406.
+    /// Not used in a forward pass. Default 49406.
     pub bos_token_id: Option<i64>,
-    /// The token whose first position is the pooled one; 2, which older files have, stands for the largest token of a
-    /// prompt. Default 49407.
+    /// The token whose first position is pooled; 2, as in older files, means the largest token of a prompt.
+    /// Default 49407.
     pub eos_token_id: i64,
 }
 
@@ -150,22 +151,22 @@ impl ClipTextConfig {
         }
     }
 
-    /// Settings from a `config.json` that transformers or [`Self::to_json`] wrote; keys that are absent have their
+    /// Reads settings from a `config.json` written by transformers or [`Self::to_json`]; absent keys have their
     /// default.
     ///
-    /// Keys that transformers writes for every kind of network, such as those of text generation, change nothing here:
-    /// they are passed over.
+    /// Keys that transformers writes for every kind of network, such as those of text generation, have no effect here
+    /// and are ignored.
     ///
     /// # Errors
     ///
-    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an
-    /// impossible value.
+    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
     }
 
-    /// The settings as a `config.json` that transformers reads.
+    /// The settings as a `config.json` for transformers.
     pub fn to_json(&self) -> String {
         write(self)
     }

@@ -1,4 +1,4 @@
-//! CLIP's tokenizer: prompts in, token ids of one length out.
+//! CLIP's tokenizer: from prompts to token ids of one length.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,37 +27,37 @@ const MERGES_FILE: &str = "merges.txt";
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
-/// What the last token of a word ends with.
+/// The suffix of the last token of a word.
 const WORD_END: &str = "</w>";
-/// Words as CLIP cuts them: marks, English endings, letters, single digits, runs of anything else.
+/// CLIP's word pattern: special tokens, English endings, letters, single digits, runs of anything else.
 const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
-/// Tokens of a prompt where the files do not say, marks included.
+/// Default number of tokens of a prompt, start and end included.
 const MAX_LENGTH: usize = 77;
-/// The largest file of a tokenizer that is read; CLIP's have up to four MiB.
+/// Size limit of a tokenizer file; CLIP's have up to four MiB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
-/// The longest special token that is read: one of thousands of bytes takes the library many seconds.
+/// Length limit of a special token: the library needs many seconds for one of thousands of bytes.
 const MAX_TOKEN_BYTES: usize = 512;
-/// Larger numbers in files stand for "no limit".
+/// Larger numbers in files mean "no limit".
 const LARGEST_MAX_LENGTH: f64 = 1e6;
 
-/// Prompts as a text encoder takes them.
+/// Tokenized prompts for a text encoder.
 #[derive(Debug)]
 pub struct TokenizedPrompts {
-    /// `[batch, max_length]`, `Int64`, on the CPU: the mark of the start, the prompt, the mark of the end, padding.
+    /// `[batch, max_length]`, `Int64`, on the CPU: the start token, the prompt, the end token, padding.
     pub input_ids: Tensor,
     /// `[batch, max_length]`, `Int64`, on the CPU: 0 for padding, 1 for everything else.
     pub attention_mask: Tensor,
-    /// For each prompt that is too long the end of it that was cut off, so that somebody can be told.
+    /// For each prompt that is too long, the part that was truncated, for a warning.
     pub truncated: Vec<Option<String>>,
 }
 
-/// CLIP's byte-level byte-pair encoding ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), token for token that of
-/// transformers' `CLIPTokenizer`.
+/// CLIP's byte-level byte-pair encoding ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), with the same tokens
+/// as transformers' `CLIPTokenizer`.
 ///
-/// A prompt is brought into Unicode's composed form (NFC) and lower case, with every run of white space as one space; HTML
-/// entities stay as they are. The names of special tokens stand for these tokens wherever they are in a prompt. Where `!` is
-/// the padding, as with Stable Diffusion XL's second encoder, that holds for every `!`, as in transformers.
+/// A prompt is normalised to Unicode's composed form (NFC) and lower case, and every run of white space to one space.
+/// HTML entities are kept. The names of special tokens are replaced by these tokens anywhere in a prompt. If `!` is the
+/// padding token, as in Stable Diffusion XL's second encoder, this applies to every `!`, as in transformers.
 ///
 /// # Example
 ///
@@ -82,16 +82,16 @@ pub struct ClipTokenizer {
 }
 
 impl ClipTokenizer {
-    /// Loads a tokenizer from a folder as transformers writes it, such as `tokenizer` of a pipeline.
+    /// Loads a tokenizer from a transformers folder, such as `tokenizer` of a pipeline.
     ///
-    /// The folder holds `tokenizer_config.json`, and either `tokenizer.json` or both `vocab.json` and `merges.txt`.
-    /// `special_tokens_map.json` and `added_tokens.json`, which newer releases do not write, are read if they are there and
-    /// the configuration has no `added_tokens_decoder`. No other place is looked at.
+    /// The folder contains `tokenizer_config.json`, and either `tokenizer.json` or both `vocab.json` and `merges.txt`.
+    /// `special_tokens_map.json` and `added_tokens.json`, which newer releases do not write, are read if they exist and
+    /// the configuration has no `added_tokens_decoder`. No other files are read.
     ///
     /// # Errors
     ///
     /// [`Error::NoTokenizer`] with every file that is missing; [`Error::Read`], [`Error::InvalidJson`] and
-    /// [`Error::InvalidTokenizer`] for a file that is no such thing; [`Error::InvalidConfig`] with every special token
+    /// [`Error::InvalidTokenizer`] for an invalid file; [`Error::InvalidConfig`] with every special token
     /// that is not in the vocabulary or longer than 512 bytes.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
@@ -107,14 +107,14 @@ impl ClipTokenizer {
         settings.finish(tokenizer, folder)
     }
 
-    /// Cuts prompts into tokens: all to the same length, longer ones truncated, shorter ones padded.
+    /// Tokenizes prompts to one length: longer ones are truncated, shorter ones padded.
     ///
-    /// What is cut off a long prompt is returned beside the tokens.
+    /// The truncated part of a long prompt is returned with the tokens.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenize`] for a text that the vocabulary has no tokens for, or that the files' own rules cannot be applied
-    /// to; [`Error::Torch`] if memory does not suffice.
+    /// [`Error::Tokenize`] for a text without tokens in the vocabulary, or to which the rules of the files cannot be
+    /// applied; [`Error::Torch`] if memory does not suffice.
     pub fn encode(&self, prompts: &[&str]) -> Result<TokenizedPrompts> {
         const OP: &str = "ClipTokenizer::encode";
         let room = self.max_length - 2;
@@ -142,41 +142,41 @@ impl ClipTokenizer {
         Ok(TokenizedPrompts { input_ids, attention_mask, truncated })
     }
 
-    /// Tokens of every encoded prompt, marks and padding included; 77 in all published ones.
+    /// Tokens of every encoded prompt, start, end and padding included; 77 in all published tokenizers.
     pub fn max_length(&self) -> usize {
         self.max_length
     }
 
-    /// Number of tokens, which a text encoder's `vocab_size` must not be less than.
+    /// Number of tokens; a text encoder's `vocab_size` must not be smaller.
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
     }
 
-    /// The token a prompt starts with.
+    /// The start token.
     pub fn start_token(&self) -> i64 {
         self.start
     }
 
-    /// The token a prompt ends with.
+    /// The end token.
     pub fn end_token(&self) -> i64 {
         self.end
     }
 
-    /// The token that fills up what follows.
+    /// The padding token.
     pub fn padding_token(&self) -> i64 {
         self.padding
     }
 }
 
-/// The part of a prompt from a token on.
+/// The part of a prompt that starts at a token.
 fn text_from(prompt: &str, encoding: &Encoding, token: usize) -> String {
     let start = encoding.get_offsets()[token].0;
-    // A token can start inside a letter.
+    // A token can start within a character.
     let start = (0..=start.min(prompt.len())).rev().find(|&i| prompt.is_char_boundary(i));
     prompt[start.unwrap_or(0)..].to_owned()
 }
 
-/// A special token as files have it: its text, or with flags.
+/// A special token in a file: its text, or an object with flags.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 enum Mark {
@@ -230,7 +230,7 @@ struct Marks {
     pad_token: Option<Mark>,
 }
 
-/// What the files say beside the vocabulary.
+/// The settings in the files other than the vocabulary.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Settings {
@@ -265,7 +265,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Adds the special tokens in the order in which transformers does, and looks all of them up.
+    /// Adds the special tokens in the order of transformers, and looks up their ids.
     fn finish(self, mut tokenizer: Tokenizer, folder: &Path) -> Result<ClipTokenizer> {
         let mut problems = Vec::new();
         let Marks { bos_token, eos_token, unk_token, pad_token } = self.marks;
@@ -301,7 +301,7 @@ impl Settings {
                 )),
             }
         }
-        // Where one token has two names, the flags under the last of them count.
+        // If one token has two names, the flags under the last one apply.
         for (_, mark) in named.iter().rev() {
             add(&mut tokenizer, mark, true);
         }
@@ -322,7 +322,7 @@ impl Settings {
     }
 }
 
-/// Adds a token unless there is one of that text already.
+/// Adds a token unless one with that text exists.
 fn add(tokenizer: &mut Tokenizer, mark: &Mark, special: bool) {
     if !tokenizer.get_added_vocabulary().get_vocab().contains_key(mark.content()) {
         tokenizer.add_tokens(&[mark.token(special)]);
@@ -370,11 +370,11 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
 }
 
-/// What the library says, a panic included: it has some for files whose parts do not go together.
+/// The result of the library, with panics as errors: it panics for files whose parts do not match.
 fn contained<T>(
     work: impl FnOnce() -> std::result::Result<T, BoxedError>,
 ) -> std::result::Result<T, BoxedError> {
-    // Nothing that the work could have left half done is looked at again.
+    // No state that a panic could leave inconsistent is used afterwards.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason");
@@ -386,7 +386,7 @@ fn invalid(path: &Path, source: impl Into<BoxedError>) -> Error {
     Error::InvalidTokenizer { path: path.into(), source: source.into() }
 }
 
-/// A tokenizer in one file, with its limits taken off: they are this module's work.
+/// A tokenizer from one file, without its truncation and padding: this module does both.
 fn read_whole(path: &Path) -> Result<Tokenizer> {
     let parts: serde_json::Value = read_json(path)?;
     let added = parts["added_tokens"].as_array().into_iter().flatten();
@@ -405,7 +405,7 @@ fn read_whole(path: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// The tokenizer that CLIP's class makes of a vocabulary and merges.
+/// The tokenizer of CLIP's class from a vocabulary and merges.
 fn from_vocabulary(folder: &Path, unknown: &str) -> Result<Tokenizer> {
     let (vocab_file, merges_file) = (folder.join(VOCAB_FILE), folder.join(MERGES_FILE));
     let vocab: BTreeMap<String, u32> = read_json(&vocab_file)?;
@@ -436,7 +436,7 @@ fn from_vocabulary(folder: &Path, unknown: &str) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Two tokens a line, the most frequent pair first.
+/// Two tokens per line, the most frequent pair first.
 fn read_merges(path: &Path) -> Result<Merges> {
     let text = read_text(path)?;
     let lines = text.lines().enumerate();

@@ -1,4 +1,4 @@
-//! The vision tower: pictures in, their place in the space of captions out.
+//! The vision tower: from images to embeddings in the space of captions.
 
 use std::path::Path;
 
@@ -18,22 +18,22 @@ use super::vision_config::ClipVisionConfig;
 
 const FORWARD: &str = "ClipVisionModel::forward";
 
-/// What the vision tower says of a batch of pictures.
+/// The outputs of the vision tower for a batch of images.
 #[derive(Debug)]
 pub struct ClipVisionOutput {
     /// After all layers, without norm; `[batch, 1 + patches, hidden_size]`.
     pub last_hidden_state: Tensor,
-    /// The first token of `last_hidden_state`, which stands for the whole picture, after the final norm;
+    /// The first token of `last_hidden_state`, the class token, after the final norm;
     /// `[batch, hidden_size]`.
     pub pooled: Tensor,
     /// `pooled`, projected, if there is a projection; `[batch, projection_dim]`.
     pub image_embeds: Option<Tensor>,
 }
 
-/// The vision tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), a transformer over patches; made
-/// by [`ClipVisionConfig::build`] or [`Self::from_folder`].
+/// The vision tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), a transformer over patches;
+/// built by [`ClipVisionConfig::build`] or [`Self::from_folder`].
 ///
-/// It is transformers' `CLIPVisionModel`, or `CLIPVisionModelWithProjection` if the settings say so.
+/// It is transformers' `CLIPVisionModel`, or `CLIPVisionModelWithProjection`, depending on the settings.
 ///
 /// # Example
 ///
@@ -71,8 +71,8 @@ pub struct ClipVisionModel {
 }
 
 impl ClipVisionConfig {
-    /// Checks the settings and builds a tower with fresh parameters, drawn as transformers would; a projection as
-    /// `torch.nn` would.
+    /// Checks the settings and builds a tower with fresh parameters, initialised as in transformers; a projection
+    /// as in `torch.nn`.
     ///
     /// # Errors
     ///
@@ -81,8 +81,8 @@ impl ClipVisionConfig {
         ClipVisionModel::new(self, placement, Values::Seeded(seed))
     }
 
-    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any of
-    /// the names that [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from) speaks of.
+    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any
+    /// of the names described at [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl ClipVisionModel {
         let mut root = builder.root();
         let mut scope = root.at("vision_model");
         let embeddings = Embeddings::new(scope.at("embeddings"), config)?;
-        // Spelt so in every published file.
+        // Spelt like this in every published file.
         let pre_layrnorm = LayerNorm::new(scope.at("pre_layrnorm"), width, eps)?;
         let encoder = Encoder::new(scope.at("encoder"), config.encoder_options())?;
         let post_layernorm = LayerNorm::new(scope.at("post_layernorm"), width, eps)?;
@@ -144,11 +144,11 @@ impl ClipVisionModel {
         })
     }
 
-    /// Loads a tower from a folder as transformers writes it; see [`ClipTextModel::from_folder`](super::ClipTextModel::from_folder).
+    /// Loads a tower from a transformers folder; see [`ClipTextModel::from_folder`](super::ClipTextModel::from_folder).
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`ClipTextModel::from_folder`](super::ClipTextModel::from_folder).
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
@@ -159,7 +159,7 @@ impl ClipVisionModel {
             .build_from(placement, files::weights_in(folder)?)
     }
 
-    /// Writes the tower to a folder that transformers loads, which is made if it is not there.
+    /// Writes the tower to a folder that transformers loads, creating it if needed.
     ///
     /// # Errors
     ///
@@ -168,17 +168,17 @@ impl ClipVisionModel {
         files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
     }
 
-    /// The settings the tower was built from.
+    /// The settings from which the tower was built.
     pub fn config(&self) -> &ClipVisionConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in files.
+    /// The parameters, under their names in files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
-    /// Everything the tower says of pictures.
+    /// All outputs for a batch of images.
     ///
     /// # Shapes and units
     ///
@@ -187,7 +187,8 @@ impl ClipVisionModel {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn forward(&self, pixel_values: &Tensor) -> Result<ClipVisionOutput> {
         self.ensure_pictures(pixel_values)?;
         let run = || -> std::result::Result<_, TchError> {
@@ -225,7 +226,7 @@ impl ClipVisionModel {
     }
 }
 
-/// A token for the whole picture and one for each patch, with their places.
+/// The class token and one token per patch, with position embeddings.
 #[derive(Debug)]
 struct Embeddings {
     class_embedding: Tensor,

@@ -1,4 +1,4 @@
-//! The settings of a [`ClipVisionModel`](crate::ClipVisionModel), key for key those of transformers.
+//! The settings of a [`ClipVisionModel`](crate::ClipVisionModel), with the keys of transformers.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use super::settings::{
     ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
 };
 
-/// The class of a vision tower, which says whether it ends with a projection.
+/// The class of a vision tower: with or without a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClipVisionClass {
-    /// Hidden states alone.
+    /// Hidden states only.
     #[default]
     #[serde(rename = "CLIPVisionModel")]
     VisionModel,
@@ -24,7 +24,8 @@ pub enum ClipVisionClass {
     VisionModelWithProjection,
 }
 
-/// The settings of a [`ClipVisionModel`](crate::ClipVisionModel); names, defaults and file format are those of transformers' class of that name.
+/// The settings of a [`ClipVisionModel`](crate::ClipVisionModel); names, defaults and file format are those of
+/// transformers' class of that name.
 ///
 /// # Example
 ///
@@ -46,27 +47,27 @@ pub enum ClipVisionClass {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClipVisionConfig {
-    /// The class; a file without it is one without projection.
+    /// The class; without projection if the file does not contain it.
     pub architectures: [ClipVisionClass; 1],
     /// Width of a hidden state. Default 768.
     pub hidden_size: u32,
     /// Width between the two linear layers that follow attention. Default 3072.
     pub intermediate_size: u32,
-    /// Width of `image_embeds`; it plays no part in a class without projection. Default 512.
+    /// Width of `image_embeds`; unused by a class without projection. Default 512.
     pub projection_dim: u32,
     /// Default 12.
     pub num_hidden_layers: u32,
     /// Default 12.
     pub num_attention_heads: u32,
-    /// Channels of a picture. Default 3.
+    /// Channels of an image. Default 3.
     pub num_channels: u32,
-    /// Height and width of a picture. Default 224.
+    /// Height and width of an image. Default 224.
     pub image_size: u32,
-    /// Height and width of the patches it is cut into. Default 32.
+    /// Height and width of a patch. Default 32.
     pub patch_size: u32,
     /// The nonlinearity. Default quick gelu.
     pub hidden_act: ClipActivation,
-    /// Added to a variance before its root is taken. Default 1e-5.
+    /// Added to a variance before taking its root. Default 1e-5.
     pub layer_norm_eps: f64,
     /// Written back; not applied. Default 0.
     pub attention_dropout: f64,
@@ -98,7 +99,7 @@ impl Default for ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
-    /// Settings from a `config.json`, as [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
+    /// Reads settings from a `config.json`, as [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
     ///
     /// # Errors
     ///
@@ -108,7 +109,7 @@ impl ClipVisionConfig {
         read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
     }
 
-    /// The settings as a `config.json` that transformers reads.
+    /// The settings as a `config.json` for transformers.
     pub fn to_json(&self) -> String {
         write(self)
     }

@@ -66,8 +66,8 @@ impl DiscriminatorHeadConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the number
-    /// of levels less one; and as [`Self::build`].
+    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the
+    /// number of levels less one; and as [`Self::build`].
     pub fn for_unet(unet: &UNet2DConfig) -> Result<Self> {
         unet.ensure_valid()?;
         Self::of_bottom(UNet2DConfig::CLASS_NAME, unet.sample_size, &unet.block_out_channels)
@@ -157,7 +157,7 @@ impl DiscriminatorHeadConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] with every impossible value; [`Error::Torch`] if the device is not there or its memory
+    /// [`Error::InvalidConfig`] with every invalid value; [`Error::Torch`] if the device is not there or its memory
     /// does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<DiscriminatorHead> {
         DiscriminatorHead::new(self, placement, Values::Seeded(seed))
@@ -299,8 +299,9 @@ impl DiscriminatorHead {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::Torch`] if memory runs out or the features are on
-    /// another device.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::Torch`] if memory runs out or the features
+    /// are on another device.
     pub fn forward(&self, features: &Tensor) -> Result<Tensor> {
         self.ensure_features(features)?;
         self.run(features).map_err(Error::torch("DiscriminatorHead::forward"))

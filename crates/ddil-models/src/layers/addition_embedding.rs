@@ -10,8 +10,8 @@ use crate::parameters::{Init, Scope};
 
 const NORM_EPS: f64 = 1e-5;
 
-/// `embedding([text, sines and cosines of each number])`: SDXL's pooled text and numbers of size and crop, section 2.2 of
-/// [Podell et al. 2023](https://arxiv.org/abs/2307.01952).
+/// `embedding([text, sines and cosines of each number])`: SDXL's pooled text and numbers of size and crop, section 2.2
+/// of [Podell et al. 2023](https://arxiv.org/abs/2307.01952).
 #[derive(Debug)]
 pub(crate) struct TextTimeEmbedding {
     /// Of one number.

@@ -69,8 +69,8 @@ impl MultiHeadAttention {
     }
 }
 
-/// Up to so many scores of a head `BFloat16` is computed in `Float` on the CPU; beyond, libtorch's gradient in `BFloat16`
-/// is the faster one.
+/// Up to so many scores of a head `BFloat16` is computed in `Float` on the CPU; beyond, libtorch's gradient in
+/// `BFloat16` is the faster one.
 const MAX_SCORES_IN_FLOAT: i64 = 1 << 19;
 
 /// Scaled dot-product attention with `heads` heads: `[batch, tokens, channels]` as the queries, from queries, keys and

@@ -76,9 +76,9 @@ impl FourierProjection {
 
 /// Sines and cosines of a guidance weight, no parameters.
 ///
-/// With half = width / 2: `angle_j = 1000 w exp(-ln(10000) j / (half - 1))` for j in 0..half, sines first, as the networks of
-/// [Luo et al. 2023](https://arxiv.org/abs/2310.04378) have it. The factor brings weights, which are of the order of
-/// one, to the size of timesteps, which the frequencies were made for.
+/// With half = width / 2: `angle_j = 1000 w exp(-ln(10000) j / (half - 1))` for j in 0..half, sines first, as the
+/// networks of [Luo et al. 2023](https://arxiv.org/abs/2310.04378) have it. The factor brings weights, which are of the
+/// order of one, to the size of timesteps, which the frequencies were made for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GuidanceProjection {
     /// At least [`MIN_GUIDANCE_WIDTH`].

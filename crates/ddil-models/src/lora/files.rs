@@ -25,9 +25,9 @@ pub enum LoraFormat {
     /// to `pytorch_lora_weights.safetensors`.
     #[default]
     Diffusers,
-    /// `lora_unet_LAYER.lora_down.weight` and a tensor `lora_unet_LAYER.alpha`, with `_` for the dots in a layer's name:
-    /// what kohya's programs and many interfaces read. diffusers 0.42 reads it right if all layers have the same alpha; of
-    /// an alpha that attention has by itself it only warns.
+    /// `lora_unet_LAYER.lora_down.weight` and a tensor `lora_unet_LAYER.alpha`, with `_` for the dots in a layer's
+    /// name: what kohya's programs and many interfaces read. diffusers 0.42 reads it right if all layers have the same
+    /// alpha; of an alpha that attention has by itself it only warns.
     Kohya,
 }
 

@@ -50,11 +50,11 @@ const MASKED_SCORE: f64 = -10_000.0;
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UNet2DConditionInputs<'a> {
-    /// Embeddings of the text's tokens, `[batch, tokens, cross_attention_dim]`, floating point; for a network with cross
-    /// attention, or one that pools the text.
+    /// Embeddings of the text's tokens, `[batch, tokens, cross_attention_dim]`, floating point; for a network with
+    /// cross attention, or one that pools the text.
     pub encoder_hidden_states: Option<&'a Tensor>,
-    /// Which tokens there are: `[batch, tokens]`, `Bool` or 1 and 0. None is all. Cross attention goes by it, the pooling
-    /// of a text does not.
+    /// Which tokens there are: `[batch, tokens]`, `Bool` or 1 and 0. None is all. Cross attention goes by it, the
+    /// pooling of a text does not.
     pub encoder_attention_mask: Option<&'a Tensor>,
     /// The text as a whole, `[batch, width]`, floating point; SDXL's second encoder gives 1280 numbers.
     pub text_embeds: Option<&'a Tensor>,
@@ -127,7 +127,7 @@ enum AdditionEmbedding {
 /// The U-Net of [Rombach et al. 2022](https://arxiv.org/abs/2112.10752) as diffusers generalised it, for Stable
 /// Diffusion 1 and 2, SDXL, SSD-1B and consistency models made from them; made by [`UNet2DConditionConfig::build`].
 ///
-/// Parameters have the names they have in diffusers' files, and outputs agree with diffusers' up to rounding.
+/// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
 ///
 /// # Example
 ///
@@ -176,34 +176,34 @@ pub struct UNet2DConditionModel {
 }
 
 impl UNet2DConditionConfig {
-    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    /// Name and shape of every parameter of the network, in the order of its layers, without allocating their values.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
         Ok(self.without_values()?.parameters().shapes())
     }
 
-    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
-    /// names and sizes, and for adapters that are to fit.
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed:
+    /// to read names and sizes, and to check that adapters fit.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn without_values(&self) -> Result<UNet2DConditionModel> {
         UNet2DConditionModel::new(self, Placement::default(), Values::Sizes)
     }
 
-    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would; the embedding of
-    /// a guidance weight starts at zero.
+    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would; the embedding
+    /// of a guidance weight starts at zero.
     ///
     /// The same seed gives the same parameters on every device.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DConditionModel> {
         UNet2DConditionModel::new(self, placement, Values::Seeded(seed))
     }
@@ -271,12 +271,12 @@ impl UNet2DConditionModel {
         })
     }
 
-    /// The settings the network was built from.
+    /// The settings from which the network was built.
     pub fn config(&self) -> &UNet2DConditionConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in diffusers' files.
+    /// The parameters, under their names in diffusers' files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
@@ -288,26 +288,26 @@ impl UNet2DConditionModel {
 
     /// Switches activation checkpointing on or off; it is off in a new network.
     ///
-    /// With it a pass keeps the inputs of residual blocks, attention and transformer blocks and nothing of what is
-    /// computed inside them, which the backward pass computes once more: less memory for about one more forward pass
+    /// A pass then stores only the inputs of residual blocks, attention and transformer blocks. The backward pass
+    /// recomputes the activations inside them, which saves memory for about one more forward pass
     /// ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)). Outputs and gradients are the same. Passes without
-    /// gradients take no notice of it. Between the two passes no weight and no adapter may change; which adapter is on
-    /// may, see [`Lora`](crate::Lora).
+    /// gradients are not affected. Weights and adapters must not change between the two passes; switching adapters is
+    /// allowed, see [`Lora`](crate::Lora).
     pub fn set_activation_checkpointing(&self, on: bool) {
         self.recomputes.set(on);
     }
 
-    /// Whether the backward pass computes inner results once more.
+    /// Whether the backward pass recomputes activations.
     pub fn activation_checkpointing(&self) -> bool {
         self.recomputes.get()
     }
 
-    /// What a pass is told that begins now, if it is to be gone through again.
+    /// The state to record at the start of a pass that will be recomputed.
     fn recompute(&self) -> Option<Recompute> {
         self.recomputes.get().then(|| Recompute::of(&self.parameters))
     }
 
-    /// Names of the parts of a [`Conditioning`] that the network needs.
+    /// Names of the parts of a [`Conditioning`] that the network requires.
     pub fn conditioning_fields(&self) -> Vec<&'static str> {
         let text_time = matches!(self.add_embedding, Some(AdditionEmbedding::TextTime(_)));
         let fields = [
@@ -320,7 +320,7 @@ impl UNet2DConditionModel {
         fields.into_iter().filter_map(|(name, needed)| needed.then_some(name)).collect()
     }
 
-    /// What the network makes of noisy samples; what that is (epsilon, x0, v) depends on its training.
+    /// The output for noisy samples; its meaning (epsilon, x0, v) depends on the training.
     ///
     /// # Shapes and units
     ///
@@ -331,9 +331,10 @@ impl UNet2DConditionModel {
     ///
     /// # Errors
     ///
-    /// [`Error::MissingPart`] and [`Error::UnexpectedPart`] for a part that is missing or not taken; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on
-    /// another device.
+    /// [`Error::MissingPart`] and [`Error::UnexpectedPart`] for a part that is missing or not taken;
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`]; [`Error::Torch`]
+    /// if memory runs out or an input is on another device.
     pub fn forward(
         &self,
         sample: &Tensor,
@@ -343,12 +344,12 @@ impl UNet2DConditionModel {
         Ok(self.forward_with_features(sample, timesteps, inputs)?.sample)
     }
 
-    /// As [`Self::forward`], with what left the bottom level beside it, for a discriminator that looks at features.
+    /// As [`Self::forward`], with the output of the bottom level as features for a discriminator.
     ///
     /// # Shapes and units
     ///
-    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last of
-    ///   `block_out_channels`, n one less than its length, and halves rounded up; both of one graph
+    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last
+    ///   of `block_out_channels`, n one less than its length, and halves rounded up; both of one graph
     ///
     /// # Errors
     ///
@@ -371,7 +372,7 @@ impl UNet2DConditionModel {
         run().map_err(Error::torch(FORWARD))
     }
 
-    /// What leaves the bottom level, without the way up: the features of [`Self::forward_with_features`].
+    /// The output of the bottom level, without the up path: the features of [`Self::forward_with_features`].
     ///
     /// # Errors
     ///

@@ -148,8 +148,8 @@ pub enum AttentionType {
     Default,
 }
 
-/// The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel); names, defaults and file format are those of diffusers' class of that
-/// name.
+/// The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel); names, defaults and file format are those
+/// of diffusers' class of that name.
 ///
 /// # Example
 ///
@@ -353,8 +353,8 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// SDXL 1.0, base: three levels, the finest without attention, transformers of 2 and 10 blocks, a text of width 2048
-    /// and a pooled one beside numbers of size and crop; 2,567,463,684 parameters.
+    /// SDXL 1.0, base: three levels, the finest without attention, transformers of 2 and 10 blocks, a text of width
+    /// 2048 and a pooled one beside numbers of size and crop; 2,567,463,684 parameters.
     pub fn sdxl() -> Self {
         use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
         use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};
@@ -395,8 +395,7 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
-    /// default.
+    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
     ///
     /// # Errors
     ///

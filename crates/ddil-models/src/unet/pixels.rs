@@ -41,7 +41,7 @@ struct Told<'a> {
 /// The U-Net of [Ho et al. 2020](https://arxiv.org/abs/2006.11239) as diffusers generalised it; made by
 /// [`UNet2DConfig::build`].
 ///
-/// Parameters have the names they have in diffusers' files, and outputs agree with diffusers' up to rounding.
+/// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
 ///
 /// # Example
 ///
@@ -79,21 +79,21 @@ pub struct UNet2DModel {
 }
 
 impl UNet2DConfig {
-    /// Name and shape of every parameter of the network, in the order of its layers; takes no memory for their values.
+    /// Name and shape of every parameter of the network, in the order of its layers, without allocating their values.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
         Ok(self.without_values()?.parameters().shapes())
     }
 
-    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed: for
-    /// names and sizes, and for adapters that are to fit.
+    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed:
+    /// to read names and sizes, and to check that adapters fit.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
     pub fn without_values(&self) -> Result<UNet2DModel> {
         UNet2DModel::new(self, Placement::default(), Values::Sizes)
     }
@@ -104,8 +104,8 @@ impl UNet2DConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every impossible value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not there or its memory does not suffice.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
+    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DModel> {
         UNet2DModel::new(self, placement, Values::Seeded(seed))
     }
@@ -167,12 +167,12 @@ impl UNet2DModel {
         })
     }
 
-    /// The settings the network was built from.
+    /// The settings from which the network was built.
     pub fn config(&self) -> &UNet2DConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in diffusers' files.
+    /// The parameters, under their names in diffusers' files.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
@@ -184,16 +184,16 @@ impl UNet2DModel {
 
     /// Switches activation checkpointing on or off; it is off in a new network.
     ///
-    /// With it a pass keeps the inputs of residual blocks, attention and transformer blocks and nothing of what is
-    /// computed inside them, which the backward pass computes once more: less memory for about one more forward pass
+    /// A pass then stores only the inputs of residual blocks, attention and transformer blocks. The backward pass
+    /// recomputes the activations inside them, which saves memory for about one more forward pass
     /// ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)). Outputs and gradients are the same. Passes without
-    /// gradients take no notice of it. Between the two passes no weight and no adapter may change; which adapter is on
-    /// may, see [`Lora`](crate::Lora).
+    /// gradients are not affected. Weights and adapters must not change between the two passes; switching adapters is
+    /// allowed, see [`Lora`](crate::Lora).
     pub fn set_activation_checkpointing(&self, on: bool) {
         self.recomputes.set(on);
     }
 
-    /// Whether the backward pass computes inner results once more.
+    /// Whether the backward pass recomputes activations.
     pub fn activation_checkpointing(&self) -> bool {
         self.recomputes.get()
     }
@@ -207,12 +207,12 @@ impl UNet2DModel {
         fields.into_iter().filter_map(|(name, takes)| takes.then_some(name)).collect()
     }
 
-    /// What a pass is told that begins now, if it is to be gone through again.
+    /// The state to record at the start of a pass that will be recomputed.
     fn recompute(&self) -> Option<Recompute> {
         self.recomputes.get().then(|| Recompute::of(&self.parameters))
     }
 
-    /// What the network makes of noisy samples; what that is (epsilon, x0, v) depends on its training.
+    /// The output for noisy samples; its meaning (epsilon, x0, v) depends on the training.
     ///
     /// # Shapes and units
     ///
@@ -229,9 +229,9 @@ impl UNet2DModel {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingPart`],
-    /// [`Error::UnexpectedPart`], [`Error::ClassLabelOutOfRange`]; [`Error::Torch`]
-    /// if memory runs out or an input is on another device.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingPart`], [`Error::UnexpectedPart`],
+    /// [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on another device.
     pub fn forward(
         &self,
         sample: &Tensor,
@@ -244,12 +244,12 @@ impl UNet2DModel {
         Ok(output.sample)
     }
 
-    /// As [`Self::forward`], with what left the bottom level beside it, for a discriminator that looks at features.
+    /// As [`Self::forward`], with the output of the bottom level as features for a discriminator.
     ///
     /// # Shapes and units
     ///
-    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last of
-    ///   `block_out_channels` and n one less than its length; both of one graph
+    /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last
+    ///   of `block_out_channels` and n one less than its length; both of one graph
     ///
     /// # Errors
     ///
@@ -276,7 +276,7 @@ impl UNet2DModel {
         run().map_err(Error::torch(FORWARD))
     }
 
-    /// What leaves the bottom level, without the way up: the features of [`Self::forward_with_features`].
+    /// The output of the bottom level, without the up path: the features of [`Self::forward_with_features`].
     ///
     /// # Errors
     ///

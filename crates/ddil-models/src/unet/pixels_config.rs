@@ -95,7 +95,8 @@ pub enum ClassEmbedType {
     SimpleProjection,
 }
 
-/// The settings of a [`UNet2DModel`](crate::UNet2DModel); names, defaults and file format are those of diffusers' class of that name.
+/// The settings of a [`UNet2DModel`](crate::UNet2DModel); names, defaults and file format are those of diffusers' class
+/// of that name.
 ///
 /// # Example
 ///
@@ -162,7 +163,7 @@ pub struct UNet2DConfig {
     /// Groups of the norm in front of the bottom level's attention; none is `norm_num_groups`, or no norm where
     /// `resnet_time_scale_shift` is not default.
     pub attn_norm_num_groups: Option<u32>,
-    /// Added to a variance before its root is taken. Default 1e-5.
+    /// Added to a variance before taking its root. Default 1e-5.
     pub norm_eps: f64,
     /// How a residual block takes in the timestep. Default default.
     pub resnet_time_scale_shift: TimeScaleShift,
@@ -221,13 +222,12 @@ impl Default for UNet2DConfig {
 }
 
 impl UNet2DConfig {
-    /// Settings from a `config.json` that diffusers or [`Self::to_json`] wrote; keys that are absent have their
-    /// default.
+    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
     ///
     /// # Errors
     ///
     /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)

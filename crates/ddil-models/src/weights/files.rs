@@ -70,8 +70,8 @@ impl WeightFiles<'_> {
     /// # Errors
     ///
     /// [`Error::NoWeights`] if there is neither, with the other variants that are there; [`Error::Pickle`] if there is
-    /// nothing but a pickle; [`Error::Read`] if the folder cannot be read; [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a stem or
-    /// variant that is no part of a name.
+    /// nothing but a pickle; [`Error::Read`] if the folder cannot be read;
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a stem or variant that is no part of a name.
     pub fn find(&self, folder: impl AsRef<Path>) -> Result<PathBuf> {
         let folder = folder.as_ref();
         self.ensure_names()?;
@@ -142,8 +142,8 @@ impl WeightFiles<'_> {
         self.save_sharded_as(tensors, folder, max_shard_bytes, None)
     }
 
-    /// As [`Self::save_sharded`], with floating-point values cast to `kind` where one is given; no more than one tensor is
-    /// cast at a time.
+    /// As [`Self::save_sharded`], with floating-point values cast to `kind` where one is given; no more than one tensor
+    /// is cast at a time.
     ///
     /// # Errors
     ///
