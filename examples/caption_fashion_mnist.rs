@@ -1,8 +1,8 @@
-//! Writes Fashion-MNIST as a data set of captioned pictures, in the layout that Hugging Face calls an image folder: PNG files
-//! and a `metadata.jsonl` with a line `{"file_name": .., "text": [..]}` for each.
+//! Writes Fashion-MNIST as a data set of captioned images, in the layout that Hugging Face calls an image folder: PNG
+//! files and a `metadata.jsonl` with a line `{"file_name": .., "text": [..]}` for each.
 //!
 //! Run with `cargo run --release --example caption_fashion_mnist -- [folder] [pictures]`; the folder is
-//! `runs/fashion-mnist-captions` by default, with 5000 pictures. Seconds.
+//! `runs/fashion-mnist-captions` by default, with 5000 images. Takes seconds.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -13,9 +13,9 @@ use ddil_examples::{Result, captions};
 use ddil_pipelines::save_each;
 use serde_json::json;
 
-/// Captions of each picture.
+/// Captions per image.
 const NUM_CAPTIONS: usize = 4;
-/// Pictures that are in memory as floats at a time.
+/// Number of images in memory as floats at a time.
 const BATCH_SIZE: i64 = 500;
 
 fn main() -> Result<()> {
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
             writeln!(metadata, "{}", json!({ "file_name": name, "text": text }))?;
         }
     }
-    // Last: a folder with it is a whole one.
+    // Written last: a folder that contains it is complete.
     fs::write(folder.join("metadata.jsonl"), metadata)?;
     println!("{count} pictures with {NUM_CAPTIONS} captions each in {}", folder.display());
     Ok(())

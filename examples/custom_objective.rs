@@ -1,8 +1,8 @@
-//! A distillation method of one's own: the student predicts where the teacher's trajectory ends.
+//! A custom distillation method: the student predicts the end of the teacher's trajectory.
 //!
 //! That is knowledge distillation ([Luhman and Luhman 2021](https://arxiv.org/abs/2101.02388)), the simplest method
-//! there is: from a state, the teacher walks all the way to a sample, and the student is told to get there in one
-//! step. Here it is an [`Objective`] outside of `ddil-losses`; mixing, sources and optimizer know nothing of it.
+//! there is: the teacher follows its trajectory from a state to a sample, and the student is trained to get there in
+//! one step. Here it is an [`Objective`] outside of `ddil-losses`; mixing, sources and optimizer do not depend on it.
 //!
 //! Run with `cargo run --release --example custom_objective`.
 
@@ -39,7 +39,7 @@ impl Objective for KnowledgeDistillation {
     fn loss(&self, request: &LossRequest<'_>) -> ddil_losses::Result<LossTerms> {
         let LossRequest { states, networks, .. } = *request;
         let (x_t, conditioning) = (&states.x_t, &states.conditioning);
-        // Without gradients, as every rollout of `ddil-core`.
+        // Without gradients, like every rollout of `ddil-core`.
         let start = x_t.shallow_clone();
         let rollout = Rollout::new(networks.teacher, &self.sampler, &self.teacher_timesteps);
         let target = rollout.conditioning(conditioning).sample(start)?;
@@ -50,7 +50,7 @@ impl Objective for KnowledgeDistillation {
     }
 }
 
-/// States in which every trajectory of one step begins.
+/// States in which every one-step trajectory begins.
 fn noise() -> States {
     States {
         x_t: Tensor::randn([BATCH_SIZE, 2], kind::FLOAT_CPU),
@@ -91,7 +91,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         losses.push(loss.double_value(&[]));
     }
 
-    // Gaussian data have trajectories in closed form: x_t shrinks as its standard deviation does.
+    // Gaussian data have trajectories in closed form: x_t shrinks in proportion to its standard deviation.
     let states = noise();
     let request = LossRequest::new(UPDATES, Phase::Student, &states, networks, &streams);
     let terms = objective.loss(&request)?;

@@ -1,9 +1,9 @@
-//! Training states from a source of one's own: forward states with too much noise.
+//! Training states from a custom source: forward states with too much noise.
 //!
 //! A student that samples never meets exactly the states it was trained on. Input perturbation
 //! ([Ning et al. 2023](https://arxiv.org/abs/2301.11706)) prepares it for that without any rollout: each training
-//! state has a bit more noise than its timestep. Here that is a [`TrajectorySource`] of ten lines, which is added to a
-//! [`Mixer`] under a name and with a share of its own.
+//! state has slightly more noise than its timestep. Here that is a [`TrajectorySource`] of ten lines, which is added to
+//! a [`Mixer`] under a name and with its own share.
 //!
 //! Run with `cargo run --release --example custom_source`.
 
@@ -33,7 +33,7 @@ struct Perturbed {
 impl TrajectorySource for Perturbed {
     fn states(&mut self, request: &SourceRequest<'_>) -> ddil_core::Result<States> {
         let x0 = &request.data.x0;
-        // Everything random comes from the request's streams, so that a resumed run draws the same again. The mixer
+        // All randomness comes from the request's streams, so that a resumed run draws the same numbers. The mixer
         // has drawn from `Noise` already; `Refresh` is free here.
         let mut generator =
             request.streams.generator(request.step, Stream::Refresh, x0.device())?;
@@ -87,7 +87,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         optimizer.step(2e-3)?;
         losses.push(loss.double_value(&[]));
 
-        // The mixer gives a state for each sample in the order of the data, so the noise can be read off.
+        // The mixer returns a state for each sample in the order of the data, so the noise can be computed from it.
         let Scales { alpha, sigma } = schedule.scales_at(&states.timesteps, &data.x0)?;
         let noise = (&states.x_t - alpha * &data.x0) / sigma;
         variance += noise.square().mean(Kind::Double).double_value(&[]) / UPDATES as f64;

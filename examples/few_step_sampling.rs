@@ -1,7 +1,7 @@
-//! Samples of an exact teacher in few and in many steps: a table, and a picture in the terminal.
+//! Samples of an exact teacher in few and in many steps: a table, and a plot in the terminal.
 //!
 //! The data are eight Gaussians on a ring, whose denoiser is known in closed form, so that every error in the table is
-//! the sampler's.
+//! due to the sampler.
 //!
 //! Run with `cargo run --release --example few_step_sampling`.
 
@@ -14,7 +14,7 @@ use ddil_schedulers::{Ddim, NoiseScheduleConfig, TimestepSpacing, Timesteps};
 use tch::{Device, Kind, Tensor};
 
 const NUM_SAMPLES: i64 = 2000;
-/// Rows and columns of a picture.
+/// Rows and columns of a plot.
 const PICTURE: (usize, usize) = (19, 38);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             pictures.push(picture(&samples));
         }
     }
-    // Other samples of the data: what chance alone leaves.
+    // Other samples of the data: the distance due to chance alone.
     report("data", &teacher.mixture().sample(NUM_SAMPLES, None, &mut generator)?)?;
 
     let width = PICTURE.1;
@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// How many samples fall where, in -1.4..1.4 on both axes: darker characters are more.
+/// A histogram of the samples in -1.4..1.4 on both axes: darker characters are higher counts.
 fn picture(samples: &Tensor) -> Vec<String> {
     const SHADES: &[u8] = b" .:+*#@";
     let (rows, columns) = PICTURE;

@@ -1,4 +1,4 @@
-//! Answers what another implementation is asked too, so that `tools/check/parity.py` can compare.
+//! Computes the same outputs as another implementation, for `tools/check/parity.py` to compare.
 //!
 //! `cargo run --release --example parity -- JOBS.json`: a list of jobs, each with `inputs` and `outputs`, safetensors
 //! files. Nothing is compared here.
@@ -39,11 +39,11 @@ enum What {
     },
     /// An autoencoder's `mean` of `image` and `decoded` of `latent`.
     Autoencoder { folder: PathBuf },
-    /// A text encoder's states of `input_ids`.
+    /// A text encoder's hidden states of `input_ids`.
     Text { folder: PathBuf },
     /// A U-Net's `output` with an adapter `apart` and `merged`.
     Lora { folder: PathBuf, adapter: PathBuf },
-    /// A pipeline's `image` of prompts, from `noise` and, for LCM, `fresh` noise a step.
+    /// A pipeline's `image` of prompts, from `noise` and, for LCM, `fresh` noise per step.
     Pipeline { folder: PathBuf, prompts: Vec<String>, steps: u32, guidance_scale: f64 },
     /// A pipeline, written to another folder.
     Copy { folder: PathBuf, to: PathBuf },
@@ -80,7 +80,7 @@ fn answer(job: &Job, inputs: &Tensors) -> Result<Tensors, Failure> {
     }
 }
 
-/// An input by its name, in the kind of the network.
+/// An input by name, in the kind of the network.
 fn part(inputs: &Tensors, name: &str, kind: Kind) -> Result<Tensor, Failure> {
     let tensor = inputs.get(name).ok_or_else(|| format!("no input `{name}`"))?;
     Ok(tensor.to_kind(kind))
@@ -90,7 +90,7 @@ fn named<const N: usize>(tensors: [(&str, Tensor); N]) -> Tensors {
     tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect()
 }
 
-/// What a network is told, of the inputs that there are.
+/// The network's conditioning, from the inputs that are present.
 fn told(inputs: &Tensors, kind: Kind) -> Conditioning {
     let part = |name: &str| inputs.get(name).map(Tensor::shallow_clone);
     let embeds = |name: &str| part(name).map(|tensor| tensor.to_kind(kind));
@@ -173,7 +173,7 @@ fn pipeline(
     inputs: &Tensors,
 ) -> Result<Tensors, Failure> {
     let _no_grad = tch::no_grad_guard();
-    // Of half precision, the products and convolutions: states and steps stay as they are.
+    // In half precision, only products and convolutions: states and steps stay as they are.
     let precision = match placement.kind {
         Kind::BFloat16 => Precision::Bfloat16,
         _ => Precision::Float32,

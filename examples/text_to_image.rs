@@ -1,11 +1,12 @@
-//! Draws pictures of prompts with a text-to-image model of Stable Diffusion's classes, teacher or student.
+//! Draws images of prompts with a text-to-image model of Stable Diffusion's classes, teacher or student.
 //!
 //! Run with `cargo run --release --example text_to_image -- [options] [prompt ..]`:
 //!
-//! - `--model folder`: as diffusers' `StableDiffusionPipeline` writes it; by default the small one that comes along
-//! - `--steps n`, `--guidance scale`, `--seed n`: 50, 3 and 0 by default; a student has steps of its own
+//! - `--model folder`: in the layout of diffusers' `StableDiffusionPipeline`; by default the small model of this
+//!   repository
+//! - `--steps n`, `--guidance scale`, `--seed n`: 50, 3 and 0 by default; a student has its own steps
 //! - `--out picture.png`: `runs/text_to_image.png` by default
-//! - `--record file.safetensors`: noise, pictures as they are, and how they were drawn, to compare with diffusers by
+//! - `--record file.safetensors`: noise, images as tensors, and how they were drawn, to compare with diffusers by
 //!   `tools/record/record_text_to_image.py`
 
 use std::collections::BTreeMap;
@@ -22,7 +23,7 @@ use ddil_trainer::config::Precision;
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
 const PROMPTS: [&str; 4] =
     ["a small grey picture of an ankle boot", "sneaker", "a dress", "a photo of a handbag"];
-/// Guidance of a teacher; a student has its own.
+/// Guidance scale of a teacher; a student has its own.
 const GUIDANCE_SCALE: f64 = 3.0;
 const MAX_COLUMNS: u32 = 8;
 
@@ -73,12 +74,12 @@ impl Options {
 fn main() -> Result<()> {
     let options = Options::parse(env::args().skip(1))?;
     if options.model == Path::new(MODEL) {
-        // So small that threads within an operation would wait for each other most of the time.
+        // The tensors are so small that threads within an operation would mostly wait for each other.
         tch::set_num_threads(1);
     }
     let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
     let parts = pipeline.parts.text_to_image(Placement::default())?;
-    // A student says at which timesteps it was trained, and has its guidance in it.
+    // A student's folder contains its timesteps, and its guidance is distilled into it.
     let of_teacher = pipeline.timesteps.is_none().then_some(GUIDANCE_SCALE);
     let sampling = Sampling {
         steps: options.steps,

@@ -1,24 +1,24 @@
-//! What DDIL changes, and where: a four-step student of a teacher that is never wrong.
+//! The effect of DDIL, and where it arises: a four-step student of an exact teacher.
 //!
 //! The data are eight Gaussians on a ring, two neighbours to a class, so the exact denoiser is known in closed form
-//! and whatever a student lacks is the student's. Progressive distillation trains the same small network from the
+//! and every error of a student is the student's own. Progressive distillation trains the same small network from the
 //! same start on states of different origin:
 //!
 //! - `forward`: noised data, which is plain progressive distillation;
 //! - `mix`: half of the states from the student's own trajectories, which is DDIL;
-//! - `student`, `teacher`: all states from trajectories of the one or the other.
+//! - `student`, `teacher`: all states from the student's or the teacher's trajectories.
 //!
-//! All of it twice. With guidance the states that sampling visits are far from noised data, and a student trained on
-//! noised data alone is asked about states that it has never seen. Without guidance an exact teacher visits nothing
-//! but noised data, so there is nothing to correct: that is the control. The `teacher` arm tells two explanations
-//! apart: where it does as well as `student`, it is the shift of the guided trajectories that matters and not the
+//! Everything is run twice. With guidance the states that sampling visits are far from noised data, and a student
+//! trained on noised data alone is sampled at states that it has never seen. Without guidance an exact teacher visits
+//! only noised data, so there is nothing to correct: that is the control. The `teacher` arm separates two explanations:
+//! if it does as well as `student`, the shift of the guided trajectories matters and not the
 //! student's own errors.
 //!
-//! Prints energy distances to samples that the same teacher, with the same guidance, takes 64 steps for, over seeds;
-//! writes a picture. One thread a seed.
+//! Prints energy distances to samples of the same teacher, with the same guidance, in 64 steps, over seeds;
+//! draws a plot. One thread per seed.
 //!
 //! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
-//! picture is `runs/toy_mixture.png`.
+//! plot is `runs/toy_mixture.png`.
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -57,9 +57,9 @@ const ARMS: [(&str, [f64; 3]); 4] = [
 ];
 
 const STUDENT_STEPS: u32 = 4;
-/// Steps of the teacher for one of the student.
+/// Teacher steps per student step.
 const SUBSTEPS: u32 = 4;
-/// Steps of the samples that everything is compared to.
+/// Number of steps of the samples that everything is compared with.
 const REFERENCE_STEPS: u32 = 64;
 
 const BATCH_SIZE: i64 = 256;
@@ -68,17 +68,17 @@ const UPDATES: u64 = 1000;
 const PEAK_LEARNING_RATE: f64 = 5e-3;
 const EMA_DECAY: f64 = 0.995;
 
-/// Samples an energy distance is computed from, of each side.
+/// Samples for computing an energy distance, on each side.
 const NUM_SAMPLES: i64 = 3000;
-/// Samples the shift is computed from, half of them of each side.
+/// Samples for computing the shift, half of them on each side.
 const NUM_SHIFT_SAMPLES: i64 = 2048;
-/// Samples of each sort that are drawn in the picture.
+/// Samples of each kind that are plotted.
 const NUM_POINTS: i64 = 1500;
 
 fn main() -> Result<()> {
     let start = Instant::now();
     let picture = env::args().nth(1).map_or_else(|| "runs/toy_mixture.png".into(), PathBuf::from);
-    // Tensors are so small that threads within an operation would wait for each other most of the time.
+    // Tensors are so small that threads within an operation would mostly wait for each other.
     tch::set_num_threads(1);
 
     let seeds = thread::scope(|scope| {
@@ -102,16 +102,16 @@ fn main() -> Result<()> {
 struct Comparison {
     /// Some of the teacher's samples, with their classes.
     reference: Points,
-    /// Energy distance of the teacher in as many steps as the student, and in as many as the student learns from.
+    /// Energy distance of the teacher at the student's number of steps, and at the number that the student learns from.
     teachers: [f64; 2],
     arms: [Outcome; ARMS.len()],
 }
 
-/// What came of one student.
+/// The result of one student.
 struct Outcome {
     /// Energy distance to the reference.
     distance: f64,
-    /// Energy distance of forward states to those visited, less that of two sets of forward states; a number for each
+    /// Energy distance of forward states to visited ones, minus that of two sets of forward states; one number for each
     /// timestep.
     shift: Vec<f64>,
     points: Points,
@@ -127,7 +127,7 @@ fn run_seed(seed: u64) -> Result<[Comparison; 2]> {
     Ok([guided?, control?])
 }
 
-/// What all runs of a seed have in common.
+/// The parts that all runs of a seed share.
 struct Lab {
     schedule: NoiseSchedule,
     grid: Timesteps,
@@ -147,7 +147,7 @@ impl Lab {
         Ok(Self { grid: trailing(STUDENT_STEPS)?, schedule, exact, streams })
     }
 
-    /// Random data of random classes.
+    /// Random data with random classes.
     fn data(&self, step: u64, stream: Stream, n: i64) -> Result<Data> {
         let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
         let mixture = self.exact.mixture();
@@ -176,8 +176,8 @@ impl Lab {
         Ok(NetworkDenoiser::new(Rc::clone(model), PredictionType::Sample, self.schedule.clone())?)
     }
 
-    /// What a teacher's weights are elsewhere: a network that knows how to denoise, and nothing of few steps or of
-    /// guidance. All arms begin with it.
+    /// A stand-in for a teacher's weights: a network that denoises, without few-step sampling or
+    /// guidance. All arms start from it.
     fn start(&self) -> Result<Rc<Model>> {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
@@ -199,7 +199,7 @@ impl Lab {
         Ok(model)
     }
 
-    /// All arms against one teacher.
+    /// All arms with one teacher.
     fn compare(&self, start: &Model, guidance_scale: f64) -> Result<Comparison> {
         let null = Tensor::from_slice(&[self.exact.mixture().num_classes()]);
         let null = Conditioning::class_labels(null);
@@ -229,7 +229,7 @@ impl Lab {
         })
     }
 
-    /// The training loop: mix states, ask the objective, update.
+    /// The training loop: mix states, evaluate the objective, update.
     fn distil(&self, start: &Model, teacher: &dyn Denoiser, priors: Priors) -> Result<Rc<Model>> {
         let model = self.network()?;
         model.parameters().copy_from(start.parameters())?;
@@ -255,7 +255,7 @@ impl Lab {
     fn mixer(&self, priors: Priors) -> Result<Mixer> {
         let config = MixerConfig {
             priors: PriorSchedule::constant(priors),
-            // Whole trajectories of the very student, all states of which are used.
+            // Whole trajectories of the current student, of which all states are used.
             student: StudentConfig {
                 policy: StudentPolicy::FreshAll,
                 mixed: None,
@@ -268,7 +268,7 @@ impl Lab {
         Ok(Mixer::new(config, self.grid.clone(), sampler)?)
     }
 
-    /// Samples for measuring; `draw` tells independent sets apart.
+    /// Samples for measurements; `draw` selects independent sets.
     fn samples(&self, denoiser: &dyn Denoiser, timesteps: &Timesteps, draw: u64) -> Result<Data> {
         let mut generator = self.streams.generator(draw, Stream::Sample, Device::Cpu)?;
         let labels = generator.randint(0, self.exact.mixture().num_classes(), [NUM_SAMPLES])?;
@@ -356,7 +356,7 @@ fn print_shift(seeds: &[&Comparison]) {
     println!();
 }
 
-/// The picture.
+/// The plot.
 mod plot {
     use std::path::Path;
 
@@ -379,7 +379,7 @@ mod plot {
     >;
 
     const SIZE: (u32, u32) = (1500, 1080);
-    /// Of Okabe and Ito, told apart by most eyes.
+    /// Colours of Okabe and Ito, which most eyes can tell apart.
     const CLASS_COLORS: [RGBColor; 4] = [
         RGBColor(0, 114, 178),
         RGBColor(230, 159, 0),
@@ -457,7 +457,7 @@ mod plot {
         };
         let mut rows = vec![over_seeds(&|s| s.teachers[1])];
         rows.extend((0..ARMS.len()).map(|arm| over_seeds(&|s| s.arms[arm].distance)));
-        // A fifth of room for the numbers.
+        // A margin of a fifth for the numbers.
         let top = rows.iter().map(|(mean, error)| mean + error).fold(0.0, f64::max) * 1.2;
 
         let caption = format!(

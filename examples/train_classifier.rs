@@ -1,7 +1,7 @@
 //! Trains the Fashion-MNIST classifier whose features the metrics use, and writes its weights.
 //!
 //! Run with `cargo run --release --example train_classifier -- [weights.safetensors]`; without an
-//! argument it overwrites the weights that `ddil-metrics` comes with. Minutes on one core.
+//! argument it overwrites the weights in `ddil-metrics`. Takes minutes on one core.
 
 use std::{env, error::Error, fs, time::Instant};
 
@@ -22,7 +22,7 @@ const NUM_EPOCHS: u64 = 10;
 const BATCH_SIZE: usize = 128;
 const PEAK_LEARNING_RATE: f64 = 3e-3;
 const WEIGHT_DECAY: f64 = 2e-2;
-/// Largest shift of a training image, in pixels, each way.
+/// Largest shift of a training image, in pixels, in each direction.
 const MAX_SHIFT: i64 = 2;
 const SEED: i64 = 0;
 
@@ -81,10 +81,10 @@ fn learning_rate(step: u64, num_steps: u64) -> f64 {
     PEAK_LEARNING_RATE * factor
 }
 
-/// The batch moved by a few pixels: one shift a batch is enough of a change, and needs one copy only.
+/// Shifts the batch by a few pixels: one shift per batch is enough augmentation, and needs only one copy.
 fn shifted(images: &Tensor, rng: &mut StdRng) -> Tensor {
     let [down, right] = [(); 2].map(|()| rng.random_range(-MAX_SHIFT..=MAX_SHIFT));
-    // The border of two pixels is background, so what rolls in at the other side is background too.
+    // The border of two pixels is background, so what is rolled in on the opposite side is also background.
     images.roll([down, right], [2, 3])
 }
 

@@ -1,14 +1,14 @@
-//! Trains a small text-to-image model on Fashion-MNIST with captions made from its labels: autoencoder, text encoder and
-//! U-Net of Stable Diffusion's classes, in a folder that diffusers' `StableDiffusionPipeline` reads.
+//! Trains a small text-to-image model on Fashion-MNIST with captions made from its labels: autoencoder, text encoder
+//! and U-Net of Stable Diffusion's classes, in a folder that diffusers' `StableDiffusionPipeline` reads.
 //!
-//! Then draws pictures of captions in phrasings that were held out, writes a grid of them and prints how often the
-//! Fashion-MNIST classifier sees what was asked for. For the model that comes along that is 97.9 % of 240 pictures (50
-//! steps of DDIM, guidance 3; 77.9 % without guidance), where it is 92.4 % of 1000 test images: guided pictures are more
-//! typical of their class than real ones.
+//! Then draws images of held-out captions, writes a grid of them and prints how often the
+//! Fashion-MNIST classifier recognises the requested class. For the model in this repository that is 97.9 % of 240
+//! images (50 steps of DDIM, guidance 3; 77.9 % without guidance), compared with 92.4 % of 1000 test images: guided
+//! images are more typical of their class than real ones.
 //!
 //! Run with `cargo run --release --example train_text_to_image -- [--quick] [--run folder] [model folder]`; without a folder
-//! it overwrites the model that comes with these examples. Half an hour on one core, seconds with `--quick`. Checkpoints go
-//! to the run folder, `runs/text_to_image` by default, from where a run that was stopped goes on.
+//! it overwrites the model in this repository. Takes half an hour on one core, seconds with `--quick`. Checkpoints are
+//! written to the run folder, `runs/text_to_image` by default, from which a stopped run resumes.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -56,7 +56,7 @@ impl Options {
         let quick = options.quick;
         options.run =
             or(options.run, if quick { "runs/text_to_image_quick" } else { "runs/text_to_image" });
-        // A quick run never takes the place of the model that comes along.
+        // A quick run never replaces the model in the repository.
         let model = if quick { options.run.join("model") } else { MODEL.into() };
         options.model = if options.model.as_os_str().is_empty() { model } else { options.model };
         Ok(options)
@@ -98,7 +98,7 @@ fn main() -> Result<()> {
     measure(&options, &data.test, &vae)
 }
 
-/// Draws from what was written, so that it is the folder that is measured.
+/// Draws from the written folder, so that the folder itself is measured.
 fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Result<()> {
     let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
     let parts = pipeline.parts.text_to_image(Placement::default())?;
@@ -143,14 +143,14 @@ fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Resul
     Ok(())
 }
 
-/// Share of pictures that the classifier takes for that class.
+/// Share of images that the classifier assigns to the class.
 fn seen_as(label: usize, images: &Tensor) -> Result<f64> {
     let grey = images.mean_dim(1, true, images.kind()).clamp(-1.0, 1.0);
     let labels = Tensor::full([grey.size()[0]], label as i64, tch::kind::INT64_CPU);
     Ok(FashionClassifier::pretrained(Device::Cpu)?.accuracy(&grey, &labels)?)
 }
 
-/// The same of 100 test images a class, as they are or encoded and decoded.
+/// The same for 100 test images per class, either unchanged or encoded and decoded.
 fn of_test_images(test: &ImageDataset, vae: Option<&AutoencoderKL>) -> Result<Vec<f64>> {
     let labels = test.labels().ok_or("the test images have no labels")?;
     let labels = Vec::<i64>::try_from(labels)?;

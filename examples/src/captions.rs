@@ -1,11 +1,11 @@
 //! Captions of Fashion-MNIST, made from its labels.
 //!
 //! A caption is a phrasing with a name of the class in it. Some phrasings are held out: no network is trained on them,
-//! so they show whether it has learned what the words mean or which sentences there are.
+//! so they show whether it has learned the meaning of the words or only the training sentences.
 
 use ddil_core::{RandomStreams, Stream};
 
-/// What the things of each class may be called, by label.
+/// The names of each class, by label.
 pub const NAMES: [&[&str]; 10] = [
     &["a t-shirt", "a tee", "a top"],
     &["trousers", "pants", "a pair of trousers"],
@@ -19,7 +19,7 @@ pub const NAMES: [&[&str]; 10] = [
     &["an ankle boot", "a boot"],
 ];
 
-/// The phrasings to train on; a name takes the place of `[a thing]`, the name without its article that of `[thing]`.
+/// The phrasings to train on; `[a thing]` is replaced by the name, `[thing]` by the name without its article.
 pub const PHRASINGS: [&str; 12] = [
     "[thing]",
     "[a thing]",
@@ -35,7 +35,7 @@ pub const PHRASINGS: [&str; 12] = [
     "a photo of [a thing] from a shop",
 ];
 
-/// The phrasings to test with: words that are trained on, in sentences that are not.
+/// The phrasings to test with: words of the training phrasings, in other sentences.
 pub const HELD_OUT: [&str; 4] = [
     "a small grey picture of [a thing]",
     "this is a photo of [a thing] on black",
@@ -49,7 +49,7 @@ pub fn caption(phrasing: &str, name: &str) -> String {
     phrasing.replace("[a thing]", name).replace("[thing]", bare.unwrap_or(name))
 }
 
-/// Every caption of a class in these phrasings; none for a label that there is none of.
+/// Every caption of a class in these phrasings; none for an unknown label.
 pub fn captions(phrasings: &[&str], label: usize) -> Vec<String> {
     let names = NAMES.get(label).copied().unwrap_or_default();
     let pairs =
@@ -57,12 +57,12 @@ pub fn captions(phrasings: &[&str], label: usize) -> Vec<String> {
     pairs.map(|(phrasing, name)| caption(phrasing, name)).collect()
 }
 
-/// Captions of the picture with this number in the data set, as many as asked for up to the number of phrasings, in
-/// different ones of [`PHRASINGS`]: always the same, and spread evenly over the pictures.
+/// Up to `count` captions of the image with this number in the data set, each in a different one of [`PHRASINGS`]:
+/// deterministic, and spread evenly over the images.
 pub fn of_picture(label: usize, index: u64, count: usize) -> Vec<String> {
     let Some(names) = NAMES.get(label) else { return Vec::new() };
     let start = RandomStreams::new(0, 0).seed_of(index, Stream::Condition) as usize;
-    // 5 and 12 have no factor in common, so twelve steps of 5 meet every phrasing once.
+    // 5 and 12 are coprime, so twelve steps of 5 visit every phrasing once.
     let one = |i: usize| {
         let phrasing = PHRASINGS[(start % PHRASINGS.len() + 5 * i) % PHRASINGS.len()];
         caption(phrasing, names[(start / PHRASINGS.len() + i) % names.len()])
@@ -86,7 +86,7 @@ mod tests {
         for label in 0..NAMES.len() {
             for caption in captions(&[PHRASINGS.as_slice(), &HELD_OUT].concat(), label) {
                 let other = labels.insert(caption.clone(), label);
-                // "trousers" is what it is with and without an article.
+                // "trousers" is the same with and without an article.
                 assert!(other.is_none_or(|other| other == label), "{caption}: {other:?}, {label}");
             }
         }

@@ -11,7 +11,7 @@ use std::error::Error;
 
 pub use trainer::{Trainer, Training};
 
-/// What an example returns, across threads too.
+/// The result of an example; it can be sent between threads.
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Mean and its standard error.

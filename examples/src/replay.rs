@@ -1,4 +1,4 @@
-//! Latents from noise that somebody else drew, to compare with what they made of it.
+//! Latents from recorded noise, for comparison with another implementation's.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -12,16 +12,16 @@ use tch::Tensor;
 
 use crate::Result;
 
-/// Draws latents as a pipeline is sampled, from given noise.
+/// Draws latents with a pipeline's sampler from given noise.
 ///
 /// # Shapes and units
 ///
-/// - `noise`: `[pictures, channels, height, width]`, unit normal; `fresh`: `[steps, pictures, ..]`, what each step
-///   renews, for samplers that do
+/// - `noise`: `[images, channels, height, width]`, unit normal; `fresh`: `[steps, images, ..]`, the noise that each
+///   step adds, for samplers that do so
 ///
 /// # Errors
 ///
-/// What the network refuses; a sampler that wants noise at more steps than there are in `fresh`.
+/// Errors of the network; a sampler that needs noise at more steps than `fresh` has.
 pub fn replay(
     pipeline: &Pipeline,
     plan: &SamplePlan,
@@ -37,16 +37,16 @@ pub fn replay(
     Ok(rollout.sample(noise.shallow_clone())?)
 }
 
-/// A sampler whose fresh noise is known in advance.
+/// A sampler whose fresh noise is given in advance.
 #[derive(Debug)]
 struct Replayed {
     inner: Box<dyn Sampler>,
-    /// For the steps to come.
+    /// Noise of the remaining steps.
     fresh: Mutex<VecDeque<Tensor>>,
 }
 
 impl Replayed {
-    /// The noise of the next step, if the sampler renews any there.
+    /// The noise of the next step, if the sampler adds any there.
     fn next(&self, timestep: i64, prev_timestep: i64) -> ddil_schedulers::Result<Option<Tensor>> {
         if self.inner.coefficients_at(timestep, prev_timestep)?.noise == 0.0 {
             return Ok(None);
@@ -99,7 +99,7 @@ mod tests {
 
     use super::*;
 
-    /// Of everything that is drawn, relative to the largest value.
+    /// The largest difference, relative to the largest value.
     const MAX_ERROR: f64 = 1e-4;
 
     #[derive(Deserialize)]
@@ -109,7 +109,7 @@ mod tests {
         guidance_scale: f64,
     }
 
-    /// A folder that `tools/record/record_pipelines.py` wrote, and how it is drawn from.
+    /// A folder written by `tools/record/record_pipelines.py`, and how to sample from it.
     struct Recorded {
         folder: PathBuf,
         tensors: BTreeMap<String, Tensor>,
@@ -125,7 +125,7 @@ mod tests {
             Ok(Self { tensors: weights::read_all(&file)?, folder, how })
         }
 
-        /// Latents and pictures of a pipeline on the way of `ddil sample`, in its own steps.
+        /// Latents and images of a pipeline by the method of `ddil sample`, with its own steps.
         fn drawn(&self, pipeline: &Pipeline) -> Result<[Tensor; 2]> {
             let (noise, fresh) = (&self.tensors["noise"], self.tensors.get("fresh"));
             let text = pipeline.parts.text_to_image(Placement::default())?;
@@ -159,7 +159,7 @@ mod tests {
         }
     }
 
-    /// With an adapter beside the weights and inside of them too.
+    /// With an adapter, both applied separately and merged into the weights.
     fn are_those_of_diffusers(name: &str, class: PipelineClass) -> Result<()> {
         tch::set_num_threads(1);
         let recorded = Recorded::read(name)?;
@@ -177,13 +177,13 @@ mod tests {
         Ok(())
     }
 
-    /// Two text encoders with a pooled output, sizes and crops, zeros for no prompt, DDIM, guidance.
+    /// Two text encoders with a pooled output, sizes and crops, zeros without a prompt, DDIM, guidance.
     #[test]
     fn pictures_of_stable_diffusion_xl_are_those_of_diffusers() -> Result<()> {
         are_those_of_diffusers("sdxl", PipelineClass::StableDiffusionXl)
     }
 
-    /// A network that is told its guidance, and noise renewed at each step.
+    /// A network conditioned on the guidance scale, and fresh noise at each step.
     #[test]
     fn pictures_of_a_latent_consistency_model_are_those_of_diffusers() -> Result<()> {
         are_those_of_diffusers("lcm", PipelineClass::LatentConsistency)

@@ -1,7 +1,7 @@
-//! A text-to-image model of Stable Diffusion's classes that is small enough to be trained on one core.
+//! A text-to-image model with Stable Diffusion's classes that is small enough to train on one core.
 //!
-//! An autoencoder makes latents of pictures; a text encoder and a U-Net are then trained together to say what noise is in
-//! noised latents, told a caption. What is written is a folder of diffusers' `StableDiffusionPipeline`.
+//! An autoencoder encodes images as latents; a text encoder and a U-Net are then trained together to predict the noise
+//! in noised latents, conditioned on a caption. The output is a folder for diffusers' `StableDiffusionPipeline`.
 
 mod autoencoder;
 mod diffusion;

@@ -1,4 +1,4 @@
-//! Updates of small networks.
+//! Training of small networks.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,13 +16,13 @@ use crate::Result;
 pub struct Training {
     /// Number of updates.
     pub updates: u64,
-    /// The first learning rate; it falls to 0 along half a cosine.
+    /// The initial learning rate; it decays to 0 along half a cosine.
     pub learning_rate: f64,
-    /// Decay of the average that is sampled with.
+    /// Decay of the average used for sampling.
     pub ema_decay: f64,
 }
 
-/// Steps the optimizer of small networks and keeps the average that is sampled with.
+/// Steps the optimizer of small networks and updates the average used for sampling.
 #[derive(Debug)]
 pub struct Trainer {
     parameters: Vec<(String, Tensor)>,
@@ -38,11 +38,11 @@ const OPTIMIZER: &str = "optimizer";
 const AVERAGE: &str = "average";
 
 impl Trainer {
-    /// A trainer of these parameters, which are shared and not copied.
+    /// A trainer of these parameters, which are shared, not copied.
     ///
     /// # Errors
     ///
-    /// Settings that cannot be.
+    /// Invalid settings.
     pub fn new(parameters: Vec<(String, Tensor)>, training: Training) -> Result<Self> {
         let Training { updates, learning_rate, ema_decay } = training;
         let shared = || -> Vec<(String, Tensor)> {
@@ -55,16 +55,16 @@ impl Trainer {
         Ok(Self { parameters, optimizer, ema, lr, updates })
     }
 
-    /// Number of updates that lie behind it.
+    /// Number of updates done.
     pub fn num_updates(&self) -> u64 {
         self.optimizer.num_steps()
     }
 
-    /// One update; false, and nothing is done, if loss or gradient are not finite.
+    /// Performs one update; returns false, without a step, if loss or gradient are NaN or infinite.
     ///
     /// # Errors
     ///
-    /// What libtorch says.
+    /// Errors of libtorch.
     pub fn update(&mut self, per_sample: &Tensor) -> Result<bool> {
         self.optimizer.zero_grad()?;
         let loss = per_sample.mean(Kind::Float);
@@ -78,20 +78,20 @@ impl Trainer {
         Ok(true)
     }
 
-    /// Leaves the average in the networks.
+    /// Copies the average into the networks.
     ///
     /// # Errors
     ///
-    /// What libtorch says.
+    /// Errors of libtorch.
     pub fn finish(self) -> Result<()> {
         Ok(self.ema.copy_to(&self.parameters)?)
     }
 
-    /// Writes everything that [`resume`](Self::resume) needs, whole or not at all.
+    /// Writes everything that [`resume`](Self::resume) needs; the file is complete or absent.
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn save(&self, path: &Path) -> Result<()> {
         let state = self.optimizer.state_tensors()?;
         let groups: [(&str, &[(String, Tensor)]); 3] =
@@ -106,7 +106,7 @@ impl Trainer {
         Ok(weights::save(&tensors, path, &BTreeMap::new())?)
     }
 
-    /// Goes on from what [`save`](Self::save) wrote.
+    /// Resumes from a file of [`save`](Self::save).
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl Trainer {
         }
         let mut take = |group| groups.remove(group).unwrap_or_default();
         self.optimizer.load_state(&take(OPTIMIZER))?;
-        // An average that is loaded is copied into the parameters as the average of a run's end is.
+        // A loaded average is copied into the parameters in the same way as the average at the end of a run.
         self.ema.load(&take(PARAMETER), self.optimizer.num_steps())?;
         self.ema.copy_to(&self.parameters)?;
         Ok(self.ema.load(&take(AVERAGE), self.optimizer.num_steps())?)

@@ -11,24 +11,24 @@ use crate::Result;
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
-/// What the last symbol of a word ends with.
+/// Suffix of the last symbol of a word.
 const WORD_END: &str = "</w>";
 
-/// The tokens of byte-pair encoding ([Sennrich et al. 2015](https://arxiv.org/abs/1508.07909)) as CLIP has them: the 256
-/// bytes, the same at the end of a word, frequent pairs joined, and the marks of start and end.
+/// The tokens of byte-pair encoding ([Sennrich et al. 2015](https://arxiv.org/abs/1508.07909)) as in CLIP: the 256
+/// bytes, the same at the end of a word, merges of frequent pairs, and the marks of start and end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vocabulary {
     merges: Vec<(String, String)>,
 }
 
 impl Vocabulary {
-    /// Joins the most frequent pair of neighbours, again and again, until every word of the texts is one token.
+    /// Merges the most frequent pair of neighbours repeatedly until every word of the texts is one token.
     ///
-    /// Of pairs that are equally frequent the first in the order of letters is joined.
+    /// Of equally frequent pairs the first in lexicographic order is merged.
     ///
     /// # Errors
     ///
-    /// A text with other letters than those of ASCII: their bytes would need spelling out.
+    /// A text with characters other than ASCII: their bytes would have to be mapped to symbols.
     pub fn learn<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let mut words: BTreeMap<Vec<String>, usize> = BTreeMap::new();
         for text in texts {
@@ -48,7 +48,7 @@ impl Vocabulary {
         Ok(Self { merges })
     }
 
-    /// All tokens; a token's place is its number.
+    /// All tokens; the index of a token is its number.
     pub fn tokens(&self) -> Vec<String> {
         let bytes = byte_symbols();
         let ends = bytes.iter().map(|symbol| format!("{symbol}{WORD_END}"));
@@ -58,12 +58,12 @@ impl Vocabulary {
         bytes.chain(ends).chain(merged).chain(marks).collect()
     }
 
-    /// Number of tokens; the last but one is the mark of the start, the last that of the end.
+    /// Number of tokens; the last but one is the start mark, the last the end mark.
     pub fn len(&self) -> u32 {
         2 * 256 + self.merges.len() as u32 + 2
     }
 
-    /// Whether there are no tokens, which cannot be.
+    /// Whether there are no tokens, which is never the case.
     pub fn is_empty(&self) -> bool {
         false
     }
@@ -72,7 +72,7 @@ impl Vocabulary {
     ///
     /// # Errors
     ///
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn write(&self, folder: &Path, max_length: u32) -> Result<()> {
         fs::create_dir_all(folder)?;
         let tokens: BTreeMap<String, usize> = self.tokens().into_iter().zip(0..).collect();
@@ -113,7 +113,7 @@ impl Vocabulary {
     }
 }
 
-/// Words as CLIP cuts them: runs of letters, single digits, runs of anything else but space.
+/// Splits a text into words as CLIP does: runs of letters, single digits, runs of anything else except spaces.
 fn words_of(text: &str) -> Vec<&str> {
     let kind = |letter: char| match letter {
         letter if letter.is_ascii_alphabetic() => 0,
@@ -158,13 +158,13 @@ fn most_frequent_pair(words: &BTreeMap<Vec<String>, usize>) -> Option<(String, S
     Some((left.to_owned(), right.to_owned()))
 }
 
-/// The word with every such pair of neighbours as one symbol.
+/// The word with every occurrence of the pair merged to one symbol.
 fn join(word: Vec<String>, (left, right): &(String, String)) -> Vec<String> {
     let mut joined: Vec<String> = Vec::with_capacity(word.len());
     let mut open = false;
     for symbol in word {
         let left_half = joined.last_mut().filter(|last| open && *last == left);
-        // What was just joined is no left half.
+        // A merged symbol cannot be the left half of another merge.
         open = if let Some(last) = left_half.filter(|_| symbol == *right) {
             last.push_str(&symbol);
             false
@@ -176,7 +176,7 @@ fn join(word: Vec<String>, (left, right): &(String, String)) -> Vec<String> {
     joined
 }
 
-/// The letters that stand for the bytes, in CLIP's order: those that can be printed, then the rest.
+/// The characters that stand for the bytes, in CLIP's order: the printable ones, then the rest.
 fn byte_symbols() -> Vec<char> {
     let printable = || (33..=126).chain(161..=172).chain(174..=255_u32);
     let others = 256 - printable().count() as u32;

@@ -1,4 +1,4 @@
-//! What a run of the matrix is: which data, which method, which states, and with what budget.
+//! The definition of a run of the matrix: data, method, states and budget.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -12,7 +12,7 @@ use ddil_models::GaussianMixture;
 use ddil_schedulers::{DataRange, Thresholding};
 use serde::{Deserialize, Serialize};
 
-/// Data, and how strongly the teacher is guided.
+/// Data, and the teacher's guidance scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Setting {
@@ -20,7 +20,7 @@ pub(crate) enum Setting {
     Guided3,
     /// The same without guidance: the control.
     Unguided,
-    /// The same, unguided, and two modes that the teacher knows are missing from the data.
+    /// The same, unguided, and two modes of the teacher are missing from the data.
     Missing,
     /// The ring under guidance 7.
     Guided7,
@@ -61,12 +61,12 @@ impl Setting {
         }
     }
 
-    /// What the teacher knows.
+    /// The teacher's distribution.
     pub(crate) fn mixture(self) -> Result<GaussianMixture> {
         Ok(if self == Self::Grid { GaussianMixture::grid(5)? } else { GaussianMixture::ring(8)? })
     }
 
-    /// Components that are not in the data: one each of two classes, which keep their other.
+    /// Components that are not in the data: one each of two classes, each of which keeps its other one.
     pub(crate) fn missing(self) -> &'static [i64] {
         if self == Self::Missing { &[1, 5] } else { &[] }
     }
@@ -82,7 +82,7 @@ impl Setting {
         if self == Self::Grid { 0.568 } else { 0.571 }
     }
 
-    /// Just around the data: three standard deviations beyond the outermost modes.
+    /// A box just around the data: three standard deviations beyond the outermost modes.
     pub(crate) fn thresholding(self) -> Thresholding {
         let reach = 0.8 + 3.0 * self.mode_std();
         Thresholding::Clamp(DataRange::scalar(-reach, reach))
@@ -117,17 +117,17 @@ impl Method {
     }
 }
 
-/// Where training states come from.
+/// The origin of training states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Arm {
     /// Noised data: the method without imitation learning.
     Forward,
-    /// Half of them, half the student's own: DDIL.
+    /// Half noised data, half the student's own states: DDIL.
     Mix,
-    /// The student's own alone.
+    /// The student's own states alone.
     Student,
-    /// The teacher's alone.
+    /// The teacher's states alone.
     Teacher,
 }
 
@@ -154,26 +154,26 @@ impl Arm {
     }
 }
 
-/// How long and how fast a student is trained: by method, and the same for all arms.
+/// The training budget and learning rates: by method, and equal for all arms.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Budget {
     pub(crate) objective: ObjectiveConfig,
-    /// How the student's own states are come by.
+    /// How the student's own states are produced.
     pub(crate) policy: StudentPolicy,
-    /// The teacher's trajectories.
+    /// How the teacher's trajectories are produced.
     pub(crate) teacher: TeacherConfig,
     /// Updates of the student.
     pub(crate) updates: u64,
     pub(crate) batch_size: i64,
     pub(crate) learning_rate: f64,
-    /// For the critic, where there is one.
+    /// Learning rate of the critic, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) critic_learning_rate: Option<f64>,
     pub(crate) ema_decay: f64,
-    /// Updates of the network that all students begin as.
+    /// Updates of the network from which all students start.
     pub(crate) start_updates: u64,
     pub(crate) start_learning_rate: f64,
-    /// Samples a student is judged by, in as many steps as it is made for; the reference has three times as many.
+    /// Samples for evaluating a student, at the number of steps it is made for; the reference has three times as many.
     pub(crate) num_samples: i64,
 }
 
@@ -188,7 +188,7 @@ impl Budget {
                 num_ddim_timesteps: 32,
                 ..LatentConsistencyConfig::default()
             }),
-            // With the weight of v's errors the critic learns at high noise too, where modes are told apart.
+            // With the weights of the v-prediction error the critic also learns at high noise, where modes separate.
             Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config {
                 gan: false,
                 critic_weighting: Some(Weighting::SnrPlusOne),
@@ -196,17 +196,17 @@ impl Budget {
             }),
         };
         let policy = match method {
-            // Whole trajectories of the very student, all states of which are used.
+            // Whole trajectories of the current student, of which all states are used.
             Method::Progressive | Method::Dmd2 => StudentPolicy::FreshAll,
-            // It is trained at other timesteps than it visits.
+            // It is trained at other timesteps than those it visits.
             Method::Lcm => StudentPolicy::Fresh,
         };
         let teacher = match method {
             Method::Progressive | Method::Dmd2 => {
                 TeacherConfig { substeps: 4, ..TeacherConfig::default() }
             }
-            // Each of the 32 timesteps is a step of the teacher. Until the pool is full, a batch is of 8 trajectories
-            // with 32 states each, which teaches little; so it is small.
+            // Each of the 32 timesteps is a step of the teacher. Until the pool is full, a batch consists of 8
+            // trajectories with 32 states each, which have little variety; so the pool is small.
             Method::Lcm => TeacherConfig { substeps: 1, pool: 512, ..TeacherConfig::default() },
         };
         let (updates, learning_rate) = match method {
@@ -229,7 +229,7 @@ impl Budget {
         }
     }
 
-    /// Tells runs of other settings apart.
+    /// Distinguishes runs with other settings.
     pub(crate) fn hash(&self) -> Result<String> {
         let mut hasher = DefaultHasher::new();
         serde_json::to_string(self)?.hash(&mut hasher);
@@ -247,39 +247,39 @@ pub(crate) struct Cell {
     pub(crate) arm: Arm,
 }
 
-/// What came of it.
+/// The result of a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     #[serde(flatten)]
     pub(crate) cell: Cell,
-    /// Of the budget.
+    /// Identifies the budget.
     pub(crate) hash: String,
-    /// A loss, a gradient or a sample was not finite.
+    /// Whether a loss, a gradient or a sample was NaN or infinite.
     pub(crate) diverged: bool,
-    /// Energy distances in 1, 2 and 4 steps; none where a sample is not finite.
+    /// Energy distances in 1, 2 and 4 steps; none if a sample is NaN or infinite.
     pub(crate) distances: [Option<f64>; 3],
     /// In 4 steps.
     pub(crate) modes: Option<Modes>,
-    /// Energy distance of forward states to those visited, less that of two sets of forward states; by timestep.
+    /// Energy distance of forward states to visited ones, minus that of two sets of forward states; by timestep.
     pub(crate) shift: Vec<f64>,
-    /// Evaluations of student, teacher and critic, a sample of the batch and an update of the student.
+    /// Evaluations of student, teacher and critic, per sample of the batch and update of the student.
     pub(crate) evaluations: [f64; 3],
-    /// Processor time an update of the student.
+    /// Processor time per update of the student.
     pub(crate) seconds_per_update: f64,
-    /// The same of the teacher: energy distances in as many steps as the student, and in as many as it learns from.
+    /// Energy distances of the teacher: at the student's number of steps, and at the number that it learns from.
     pub(crate) teacher_distances: [f64; 2],
     pub(crate) teacher_modes: Modes,
 }
 
-/// How samples lie about the modes that the teacher knows.
+/// The distribution of samples over the modes of the teacher.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Modes {
-    /// Kullback-Leibler divergence of the shares of the modes, by nearest mode, from even ones; nats.
+    /// Kullback-Leibler divergence of the shares of the modes, by nearest mode, from uniform shares; nats.
     pub(crate) kl: f64,
-    /// Share of samples further than three standard deviations from every mode.
+    /// Share of samples more than three standard deviations from every mode.
     pub(crate) off: f64,
-    /// Share of modes that get a fifth of their due or more.
+    /// Share of modes with at least a fifth of their expected samples.
     pub(crate) coverage: f64,
-    /// Share of samples in the modes that the data lack, relative to what is due to them; 1 where none are.
+    /// Share of samples in the modes that the data lack, relative to the expected share; 1 if the data lack none.
     pub(crate) missing: f64,
 }

@@ -1,4 +1,4 @@
-//! The training loop: mix states, ask the objective, update.
+//! The training loop: mix states, evaluate the objective, update.
 
 use std::cell::Cell;
 use std::fs;
@@ -21,11 +21,11 @@ use crate::lab::{Counting, Lab};
 /// Steps that students are made for.
 pub(crate) const STUDENT_STEPS: u32 = 4;
 
-/// A trained student, and what it took.
+/// A trained student, and the cost of its training.
 pub(crate) struct Student {
     pub(crate) model: Rc<Model>,
     pub(crate) diverged: bool,
-    /// Of student, teacher and critic, a sample of the batch and an update of the student.
+    /// Evaluations of student, teacher and critic, per sample of the batch and update of the student.
     pub(crate) evaluations: [f64; 3],
     pub(crate) seconds_per_update: f64,
 }
@@ -38,7 +38,7 @@ struct Counts {
     critic: Cell<u64>,
 }
 
-/// A student to be, and all that trains it.
+/// A student in training, with everything that trains it.
 pub(crate) struct Distillation<'a> {
     lab: &'a Lab,
     budget: &'a Budget,
@@ -136,13 +136,13 @@ impl<'a> Distillation<'a> {
     }
 }
 
-/// A student as it samples, but for thresholding: with the boundary condition of its method.
+/// The student with the boundary condition of its method, as in sampling but without thresholding.
 pub(crate) fn deployed<'a>(budget: &Budget, student: impl Denoiser + 'a) -> Box<dyn Denoiser + 'a> {
     let sampler = budget.objective.sampler_config(student.schedule());
     with_boundary(student, &sampler)
 }
 
-/// Where and how a student samples.
+/// The timesteps and the sampler of a student.
 pub(crate) fn sampled_with(
     lab: &Lab,
     budget: &Budget,
@@ -153,7 +153,7 @@ pub(crate) fn sampled_with(
     Ok((objective.sampling_grid(&lab.schedule, steps)?, sampler))
 }
 
-/// What is updated: the student, its average that methods compare it with, the critic.
+/// The updated networks: the student, its average that methods use as a target, the critic.
 struct Weights<'a> {
     student: Trainer,
     target: Option<(Ema, &'a Model)>,
@@ -177,7 +177,7 @@ impl<'a> Weights<'a> {
         let ema = needs
             .target_decay
             .map(|decay| EmaConfig { decay, warmup: false }.build(student.parameters().learned()));
-        // A critic is updated more often than the student; its rate falls as the student's does.
+        // A critic is updated more often than the student; its learning rate decays in step with the student's.
         let per_update = |phase| {
             let steps = 0..100;
             let phases = steps.flat_map(|step| objective.phases(step));
@@ -200,14 +200,14 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// Freezes the critic while the student is trained: the student's gradient goes through it and not into it.
+    /// Freezes the critic while the student is trained: the student's gradient passes through it without updating it.
     fn train(&self, phase: Phase) {
         if let Some((_, critic)) = &self.critic {
             critic.parameters().set_trainable(phase == Phase::Critic);
         }
     }
 
-    /// False for numbers that are not finite.
+    /// Returns false if loss or gradient are NaN or infinite.
     fn update(&mut self, phase: Phase, terms: &LossTerms) -> Result<bool> {
         match (phase, &mut self.critic) {
             (Phase::Critic, Some((critic, _))) => critic.update(&terms.per_sample),
@@ -228,8 +228,8 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// Seconds that this thread has been on a processor, which other work on the machine does not lengthen; where the
-/// system does not say, seconds of the clock.
+/// Processor time of this thread in seconds, which other work on the machine does not affect; wall time if the
+/// system does not report it.
 fn cpu_seconds() -> f64 {
     let nanoseconds = || -> Option<f64> {
         let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;

@@ -1,4 +1,4 @@
-//! What all runs on one mixture and seed have in common.
+//! The parts that all runs on one mixture and seed share.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cell::Setting;
 
-/// Steps of the samples that guided students are compared to.
+/// Number of steps of the samples that guided students are compared with.
 const REFERENCE_STEPS: u32 = 64;
 
 pub(crate) struct Lab {
@@ -28,7 +28,7 @@ pub(crate) struct Lab {
     pub(crate) schedule: NoiseSchedule,
     pub(crate) streams: RandomStreams,
     exact: MixtureDenoiser,
-    /// What the dataset holds, which may be less than the teacher knows.
+    /// The distribution of the dataset, which may have fewer modes than the teacher's.
     dataset: GaussianMixture,
 }
 
@@ -49,12 +49,12 @@ impl Lab {
         })
     }
 
-    /// Everything that the teacher knows.
+    /// The whole distribution of the teacher.
     pub(crate) fn mixture(&self) -> &GaussianMixture {
         self.exact.mixture()
     }
 
-    /// Samples of the dataset, of even classes.
+    /// Samples of the dataset, with uniform classes.
     pub(crate) fn data(&self, step: u64, stream: Stream, n: i64) -> Result<Data> {
         self.draw(&self.dataset, step, stream, n)
     }
@@ -92,8 +92,8 @@ impl Lab {
         Ok(NetworkDenoiser::new(Rc::clone(model), PredictionType::Sample, self.schedule.clone())?)
     }
 
-    /// What a teacher's weights are elsewhere: a network that knows how to denoise all that the teacher knows, and
-    /// nothing of few steps or of guidance. All arms begin with it.
+    /// A stand-in for a teacher's weights: a network that denoises the whole distribution of the teacher, without
+    /// few-step sampling or guidance. All arms start from it.
     pub(crate) fn start(&self, training: Training, batch_size: i64) -> Result<Rc<Model>> {
         let model = self.network()?;
         let student = self.denoiser(&model)?;
@@ -117,7 +117,7 @@ impl Lab {
         Ok(model)
     }
 
-    /// The teacher as it is asked: guided, then held inside the data's range.
+    /// The teacher as used in training: guided, then clipped to the data's range.
     pub(crate) fn teacher<'a>(
         &'a self,
         thresholding: Thresholding,
@@ -133,7 +133,7 @@ impl Lab {
         Ok(Thresholded::new(guided, thresholding)?)
     }
 
-    /// What a perfect student's samples would be: data, or what the guided teacher makes in many steps.
+    /// The samples of a perfect student: data, or samples of the guided teacher in many steps.
     pub(crate) fn reference(&self, teacher: &dyn Denoiser, n: i64) -> Result<Data> {
         if self.setting.guidance_scale() == 1.0 {
             return self.draw(self.mixture(), 0, Stream::Sample, n);
@@ -142,7 +142,7 @@ impl Lab {
         self.samples(teacher, &ddim, &trailing(REFERENCE_STEPS)?, 0, n)
     }
 
-    /// Samples for measuring, of even classes; `draw` tells independent sets apart.
+    /// Samples for measurements, with uniform classes; `draw` selects independent sets.
     pub(crate) fn samples(
         &self,
         denoiser: &dyn Denoiser,
@@ -165,7 +165,7 @@ pub(crate) fn trailing(num_steps: u32) -> Result<Timesteps> {
     Ok(Timesteps::spaced(TimestepSpacing::Trailing, 1000, num_steps, 0)?)
 }
 
-/// A denoiser that counts the samples it was asked about.
+/// A denoiser that counts the samples it processes.
 pub(crate) struct Counting<'a, D> {
     inner: D,
     evaluations: &'a Cell<u64>,

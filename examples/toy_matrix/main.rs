@@ -1,28 +1,28 @@
 //! Every method on states of every origin, in two dimensions: five settings, over seeds.
 //!
-//! The teacher is the exact denoiser of a mixture of Gaussians, so that whatever a student lacks is the student's.
+//! The teacher is the exact denoiser of a mixture of Gaussians, so every error of a student is the student's own.
 //! For each setting and method, a small network is distilled from the same start on
 //!
 //! - `forward`: noised data, which is the method without imitation learning;
 //! - `mix`: half of them, half states of the student's own trajectories, which is DDIL;
-//! - `student`, `teacher`: states of trajectories of the one or the other alone;
+//! - `student`, `teacher`: states of the student's or the teacher's trajectories alone;
 //!
-//! each without and with thresholding, where teacher, rollouts, target and critic, and sampling are all held inside
-//! a box just around the data. A cell is one such run. Finished cells are lines of `<out>/cells.jsonl`; a run that is
-//! stopped goes on where it was, and cells of other budgets than today's are run again. At the end, `<out>/table.md`
-//! and pictures are written.
+//! each without and with thresholding, where teacher, rollouts, target and critic, and sampling are all clipped to
+//! a box just around the data. A cell is one such run. Finished cells are lines of `<out>/cells.jsonl`; a stopped run
+//! continues where it was, and cells with budgets other than the current ones are run again. At the end,
+//! `<out>/table.md` and images are written.
 //!
 //! Run with `cargo run --release --example toy_matrix -- [options]`:
 //!
 //! - `--setting`, `--method`, `--source`, `--threshold` (`off`, `on`): some of the cells, separated by commas; all
-//!   without it
+//!   by default
 //! - `--seeds 5`: how many, or `--seeds 3..8`: which
-//! - `--workers 2`: threads; one a processor without it
+//! - `--workers 2`: threads; one per processor by default
 //! - `--out runs/toy_matrix`: the folder
 //! - `--updates 500`, `--lr 1e-3`, `--critic-lr 1e-3`, `--start-updates 500`, `--start-lr 1e-3`: other budgets than
-//!   the method's, for all arms alike; into a folder of their own
-//! - `--report`: no runs, only the report
-//! - `--smoke`: a few updates of everything, to see that it works; of other options, `--out` alone counts
+//!   the method's, for all arms; use a separate folder
+//! - `--report`: only the report, without runs
+//! - `--smoke`: a few updates of everything, as a check; of the other options, only `--out` has an effect
 
 mod cell;
 mod distil;
@@ -48,7 +48,7 @@ use crate::store::Store;
 fn main() -> Result<()> {
     let start = Instant::now();
     let options = Options::parse(env::args().skip(1))?;
-    // Tensors are so small that threads within an operation would wait for each other most of the time.
+    // Tensors are so small that threads within an operation would mostly wait for each other.
     tch::set_num_threads(1);
     let store = Store::open(&options.out)?;
     if !options.report {
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Runs what is not there yet, the arms of a setting, method and seed together.
+/// Runs the missing cells; the arms of a setting, method and seed together.
 fn run(options: &Options, store: &Store) -> Result<()> {
     let groups = options.groups();
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));

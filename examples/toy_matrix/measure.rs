@@ -1,4 +1,4 @@
-//! What is measured of samples.
+//! Measurements of samples.
 
 use std::cell::Cell as Count;
 use std::collections::HashMap;
@@ -17,20 +17,20 @@ use crate::cell::{Arm, Budget, Cell, Modes, Record, Setting};
 use crate::distil::{Distillation, STUDENT_STEPS, Student, deployed, sampled_with};
 use crate::lab::{Lab, trailing};
 
-/// Steps that the students are sampled in.
+/// Numbers of steps at which the students are sampled.
 pub(crate) const SAMPLED_STEPS: [u32; 3] = [1, 2, 4];
-/// Steps that the teacher is compared in: those of the student, and those that a student of progressive distillation
-/// learns from.
+/// Numbers of steps at which the teacher is compared: those of the student, and those that a student of progressive
+/// distillation learns from.
 pub(crate) const TEACHER_STEPS: [u32; 2] = [4, 16];
-/// Samples the shift is computed from, half of them of each side.
+/// Samples for computing the shift, half of them on each side.
 const NUM_SHIFT_SAMPLES: i64 = 2048;
-/// Samples of each sort that are drawn in pictures.
+/// Samples of each kind that are plotted.
 const NUM_POINTS: i64 = 1000;
 
-/// Samples and their classes, for pictures.
+/// Samples and their classes, for plots.
 pub(crate) type Points = Vec<(f64, f64, i64)>;
 
-/// Networks that students begin as, by mixture, seed and updates.
+/// Initial networks of students, by mixture, seed and updates.
 #[derive(Default)]
 pub(crate) struct Starts(HashMap<(bool, u64, u64), Rc<Model>>);
 
@@ -51,10 +51,10 @@ impl Starts {
     }
 }
 
-/// What samples are compared to.
+/// The reference that samples are compared with.
 struct Reference {
     data: Data,
-    /// Mean distance of two of them.
+    /// Mean distance between two of them.
     within: f64,
 }
 
@@ -63,16 +63,16 @@ impl Reference {
         Self { within: mean_distance(&data.x0, &data.x0, true), data }
     }
 
-    /// The energy distance, without bias, as of `ddil_metrics`; there, the mean within the reference, which is the
-    /// largest of the three sets of pairs, would be taken anew for each set of samples.
+    /// The unbiased energy distance, as in `ddil_metrics`; there, the mean within the reference, which is the
+    /// largest of the three sets of pairs, would be recomputed for each set of samples.
     fn distance(&self, x0: &Tensor) -> f64 {
         2.0 * mean_distance(x0, &self.data.x0, false) - mean_distance(x0, x0, true) - self.within
     }
 }
 
-/// Mean distance of points `[n, 2]` of two sets; of different points if the sets are one.
+/// Mean distance between points `[n, 2]` of two sets; between different points if both are the same set.
 fn mean_distance(a: &Tensor, b: &Tensor, is_same: bool) -> f64 {
-    /// Of `a`, so that a block stays in the processor's cache.
+    /// Rows of `a`, so that a block stays in the processor's cache.
     const BLOCK: i64 = 8;
     let columns = |points: &Tensor| [0, 1].map(|d| points.select(1, d).contiguous());
     let ([a_x, a_y], [b_x, b_y]) = (columns(a), columns(b));
@@ -87,7 +87,7 @@ fn mean_distance(a: &Tensor, b: &Tensor, is_same: bool) -> f64 {
     sum / (n as f64 * (m - i64::from(is_same)) as f64)
 }
 
-/// What the cells that differ in their states alone have in common.
+/// The parts shared by cells that differ only in their states.
 pub(crate) struct Bench {
     lab: Lab,
     thresholding: Thresholding,
@@ -115,7 +115,7 @@ impl Bench {
         Ok(Self { lab, thresholding, reference, teacher_distances, teacher_modes })
     }
 
-    /// Samples of the reference, for pictures.
+    /// Samples of the reference, for plots.
     pub(crate) fn reference_points(&self) -> Points {
         points(&self.reference.data)
     }
@@ -140,7 +140,7 @@ impl Bench {
         let mut samples = Vec::new();
         for steps in SAMPLED_STEPS {
             let (timesteps, sampler) = sampled_with(lab, budget, steps)?;
-            // The distance in few steps is large, and needs fewer samples to be told from others.
+            // The distance in few steps is large, and needs fewer samples to be distinguished from others.
             let n = if steps == STUDENT_STEPS { 1 } else { 3 };
             let n = budget.num_samples / n;
             samples.push(lab.samples(&denoiser, &*sampler, &timesteps, 1, n)?);
@@ -175,7 +175,7 @@ impl Bench {
             step: 0,
             streams: &self.lab.streams,
         };
-        // The energy distance alone is reported, which has no directions.
+        // Only the energy distance is reported, which has no directions.
         let config = ShiftConfig { projections: 1, ..ShiftConfig::default() };
         let shift = measure_shift(&request, &config)?.timesteps;
         Ok(shift.iter().map(|at| at.shift.energy - at.null.energy).collect())
@@ -212,13 +212,13 @@ fn modes(mixture: &GaussianMixture, setting: Setting, x0: &Tensor) -> Result<Mod
 fn points(samples: &Data) -> Points {
     let labels = samples.conditioning.get(Conditioning::CLASS_LABELS);
     let class = |i| labels.map_or(0, |labels| labels.int64_value(&[i]));
-    // Three digits are more than a picture shows.
+    // Three digits are more than a plot shows.
     let coordinate = |i, d| (samples.x0.double_value(&[i, d]) * 1e3).round() / 1e3;
     let n = NUM_POINTS.min(samples.x0.size()[0]);
     (0..n).map(|i| (coordinate(i, 0), coordinate(i, 1), class(i))).collect()
 }
 
-/// Where the points of a cell, or of its reference, are kept.
+/// The file of the points of a cell, or of its reference.
 pub(crate) fn points_name(cell: Cell, is_reference: bool) -> String {
     let Cell { setting, method, thresholded, arm, .. } = cell;
     let threshold = if thresholded { "on" } else { "off" };

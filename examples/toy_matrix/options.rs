@@ -10,7 +10,7 @@ use ddil_examples::Result;
 
 use crate::cell::{Arm, Budget, Cell, Method, Setting};
 
-/// What to run, and where it goes.
+/// The selected runs and the output folder.
 pub(crate) struct Options {
     settings: Vec<Setting>,
     methods: Vec<Method>,
@@ -90,7 +90,7 @@ impl Options {
         Ok(())
     }
 
-    /// Cells that differ in their states alone, together; in the order in which they are run.
+    /// Cells grouped with those that differ only in their states; in the order in which they are run.
     pub(crate) fn groups(&self) -> Vec<Vec<Cell>> {
         let mut groups = Vec::new();
         for &thresholded in &self.thresholds {
@@ -106,7 +106,7 @@ impl Options {
         groups
     }
 
-    /// The seed that pictures are of.
+    /// The seed whose samples are plotted.
     pub(crate) fn first_seed(&self) -> u64 {
         self.seeds.start
     }
@@ -130,7 +130,7 @@ impl Options {
     }
 }
 
-/// Those of `all` whose names are listed, in the order of the list.
+/// The elements of `all` whose names are listed, in the order of the list.
 fn some_of<T: Copy>(list: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<Vec<T>> {
     let find = |wanted: &str| {
         all.iter().copied().find(|t| name(*t) == wanted).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! Samples of the first seed: a row a setting, a column a sort.
+//! Plots of the first seed's samples: one row per setting, one column per kind.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::measure::{Points, points_name};
 use crate::store::Store;
 
 const PANEL_SIZE: u32 = 300;
-/// Five of Okabe and Ito's, told apart by most eyes.
+/// Five colours of Okabe and Ito, which most eyes can tell apart.
 const CLASS_COLORS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
@@ -24,7 +24,7 @@ const CLASS_COLORS: [RGBColor; 5] = [
 /// A caption, and samples if there are any.
 type Panel = (String, Option<Points>);
 
-/// Draws `samples-<method>.png`, and the same of the thresholded cells, from what there is.
+/// Draws `samples-<method>.png`, and the same for the thresholded cells, from the available samples.
 pub(crate) fn draw(folder: &Path, store: &Store, method: Method) -> Result<()> {
     register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
         .map_err(|_| "the font cannot be read")?;
@@ -51,7 +51,7 @@ pub(crate) fn draw(folder: &Path, store: &Store, method: Method) -> Result<()> {
     Ok(())
 }
 
-/// Of each setting that has been run: the reference and all arms, with captions.
+/// For each setting that has been run: the reference and all arms, with captions.
 fn rows(store: &Store, method: Method, thresholded: bool) -> Result<Vec<Vec<Panel>>> {
     let mut rows = Vec::new();
     for setting in Setting::ALL {

@@ -1,4 +1,4 @@
-//! What the cells say, as a table.
+//! The results of the cells, as a table.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use crate::options::Options;
 use crate::picture;
 use crate::store::Store;
 
-/// The finished cells of the present budgets, each once.
+/// The finished cells with the current budgets, each once.
 struct Cells(BTreeMap<Cell, Record>);
 
 impl Cells {
@@ -39,7 +39,7 @@ impl Cells {
         self.0.values().filter(|record| record.cell.arm == arm).collect()
     }
 
-    /// Of the seeds that both have come to an end with: an arm's distances in 4 steps, and another's.
+    /// For the seeds that both have finished: an arm's distances in 4 steps, and another's.
     fn pairs(&self, arm: Arm, other: Arm) -> Vec<(f64, f64)> {
         let others = self.arm(other);
         let of_seed = |seed| others.iter().find(|r| r.cell.seed == seed)?.distances[2];
@@ -48,7 +48,7 @@ impl Cells {
     }
 }
 
-/// Writes `table.md` and the pictures.
+/// Writes `table.md` and the plots.
 pub(crate) fn write(options: &Options, store: &Store) -> Result<()> {
     let cells = Cells::new(options, store)?;
     let mut text = String::new();
@@ -72,7 +72,7 @@ pub(crate) fn write(options: &Options, store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// A line for each setting, method and threshold.
+/// One line for each setting, method and threshold.
 fn summary(text: &mut String, cells: &Cells) -> Result<()> {
     writeln!(
         text,
@@ -123,7 +123,7 @@ fn summary(text: &mut String, cells: &Cells) -> Result<()> {
     Ok(writeln!(text)?)
 }
 
-/// Ratios to another arm of the same seeds.
+/// Ratios to another arm with the same seeds.
 fn ratios(cells: &Cells, arm: Arm, other: Arm) -> String {
     let pairs = cells.pairs(arm, other);
     let ratios: Vec<f64> = pairs.iter().map(|(arm, other)| arm / other).collect();
@@ -193,7 +193,7 @@ fn table(
     Ok(())
 }
 
-/// Mean and standard error, times 1000; nothing of nothing.
+/// Mean and standard error, times 1000; empty without values.
 fn thousandths(values: &[f64]) -> String {
     if values.is_empty() {
         return "-".to_owned();
@@ -206,7 +206,7 @@ fn thousandths(values: &[f64]) -> String {
     format!("{:.digits$} ± {:.digits$}", mean * 1e3, error * 1e3)
 }
 
-/// Ratios to `forward` of the same seeds, and differences, times 1000.
+/// Ratios to `forward` with the same seeds, and differences, times 1000.
 fn against_forward(cells: &Cells, arm: Arm) -> String {
     let pairs = cells.pairs(arm, Arm::Forward);
     if arm == Arm::Forward || pairs.is_empty() {
@@ -237,13 +237,13 @@ fn shift(records: &[&Record]) -> String {
         records.iter().map(|r| &r.shift).filter(|s| !s.is_empty()).collect();
     let Some(first) = shifts.first() else { return "-".to_owned() };
     let mean = |i: usize| shifts.iter().map(|s| 1e3 * s[i]).sum::<f64>() / shifts.len() as f64;
-    // Adding 0 makes the negative zero that small means round to a positive one.
+    // Adding 0 turns the negative zero that results from rounding small means into a positive one.
     let means: Vec<String> =
         (0..first.len()).map(|i| format!("{:.0}", mean(i).round() + 0.0)).collect();
     means.join(" / ")
 }
 
-/// What an update costs, over all settings.
+/// The cost of an update, over all settings.
 fn costs(text: &mut String, cells: &Cells) -> Result<()> {
     writeln!(text, "### What an update of the student costs\n")?;
     writeln!(

@@ -10,7 +10,7 @@ use ddil_examples::Result;
 use crate::cell::{Cell, Record};
 use crate::measure::Points;
 
-/// A folder with a line a cell in `cells.jsonl`, and points for pictures.
+/// A folder with one line per cell in `cells.jsonl`, and points for plots.
 pub(crate) struct Store {
     folder: PathBuf,
     inner: Mutex<Inner>,
@@ -28,7 +28,7 @@ impl Store {
         let mut records = Vec::new();
         if path.exists() {
             for line in BufReader::new(File::open(&path)?).lines() {
-                // A line that was being written when the run was stopped is a cell that was not finished.
+                // A line that was incomplete when the run was stopped is an unfinished cell.
                 records.extend(serde_json::from_str::<Record>(&line?).ok());
             }
         }
@@ -64,7 +64,7 @@ impl Store {
         Ok(fs::write(self.folder.join("points").join(name), serde_json::to_string(points)?)?)
     }
 
-    /// None if there are none.
+    /// None if there are no points.
     pub(crate) fn points(&self, name: &str) -> Result<Option<Points>> {
         let path = self.folder.join("points").join(name);
         if !path.exists() {

@@ -6,21 +6,21 @@ use tch::{Device, Kind, Tensor};
 use super::{Progress, Settings};
 use crate::{Result, Trainer};
 
-/// Weight of the divergence from the standard normal distribution, in nats a latent value.
+/// Weight of the divergence from the standard normal distribution, in nats per latent value.
 const KL_WEIGHT: f64 = 1e-3;
-/// Pictures that the scale of the latents is measured on.
+/// Number of images on which the scale of the latents is measured.
 const NUM_MEASURED: i64 = 2000;
 
-/// Trains an autoencoder, whose scaling factor then gives the latents of these images unit variance; returns with it the
-/// mean loss of every update.
+/// Trains an autoencoder and sets its scaling factor so that the latents of these images have unit variance; also
+/// returns the mean loss of every update.
 ///
-/// The loss is the absolute and the squared error of a picture, and a little of the divergence of its latents from the
-/// standard normal distribution: that of [Rombach et al. 2022](https://arxiv.org/abs/2112.10752) without its critics, which
-/// pictures of this size do not need.
+/// The loss is the absolute plus the squared error of an image, and a small share of the divergence of its latents from
+/// the standard normal distribution: that of [Rombach et al. 2022](https://arxiv.org/abs/2112.10752) without its
+/// critics, which images of this size do not need.
 ///
 /// # Errors
 ///
-/// What networks and data refuse; numbers that are not finite.
+/// Errors of the networks and the data; a loss or gradient that is NaN or infinite.
 pub fn train_autoencoder(
     settings: &Settings,
     images: &ImageDataset,
@@ -61,7 +61,7 @@ fn with_scale(vae: &AutoencoderKL, images: &ImageDataset) -> Result<AutoencoderK
     Ok(scaled)
 }
 
-/// Grey pictures in three equal channels, as pipelines of Stable Diffusion have pictures.
+/// Grey images in three equal channels, the format of Stable Diffusion's pipelines.
 pub(super) fn coloured(images: &Tensor) -> Tensor {
     let [batch, _, height, width] = [0, 1, 2, 3].map(|i| images.size()[i]);
     images.expand([batch, 3, height, width], false).contiguous()

@@ -17,18 +17,18 @@ use crate::{Result, Trainer};
 /// The networks that are trained together.
 #[derive(Debug)]
 pub struct Networks {
-    /// What tells the U-Net of prompts.
+    /// The text encoder, which conditions the U-Net.
     pub text_encoder: ClipTextModel,
-    /// What denoises latents.
+    /// The U-Net, which denoises latents.
     pub unet: UNet2DConditionModel,
 }
 
 impl Networks {
-    /// Fresh ones.
+    /// Networks with random weights.
     ///
     /// # Errors
     ///
-    /// Settings that cannot be.
+    /// Invalid settings.
     pub fn new(settings: &Settings) -> Result<Self> {
         let (placement, seed) = (Placement::default(), settings.seed);
         let text_encoder = settings.text_encoder.build(placement, seed)?;
@@ -48,7 +48,7 @@ impl Networks {
     }
 }
 
-/// The tokens of every caption that is trained on.
+/// The tokens of all training captions.
 #[derive(Debug)]
 pub struct Prompts {
     /// `[1 + captions, tokens]`, `Int64`; the first row is the empty prompt.
@@ -79,7 +79,7 @@ impl Prompts {
         }
     }
 
-    /// A caption for each label, or now and then the empty one.
+    /// A caption for each label, sometimes replaced by the empty one.
     fn draw(&self, labels: &[usize], dropout: f64, rng: &mut StdRng) -> Tensor {
         let row = |&label: &usize| {
             let caption = rng.random_range(self.of_class[label].clone());
@@ -93,12 +93,12 @@ impl Prompts {
 /// Trains text encoder and U-Net, and returns the mean loss of every update.
 ///
 /// The squared error of the output at random timesteps of noised latents
-/// ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)), told a caption or, for guidance
-/// ([Ho and Salimans 2022](https://arxiv.org/abs/2207.12598)), none.
+/// ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)), conditioned on a caption or, for guidance
+/// ([Ho and Salimans 2022](https://arxiv.org/abs/2207.12598)), on the empty one.
 ///
 /// # Errors
 ///
-/// What networks and data refuse; numbers that are not finite.
+/// Errors of the networks and the data; a loss or gradient that is NaN or infinite.
 pub fn train_networks(
     networks: &Networks,
     settings: &Settings,

@@ -5,18 +5,18 @@ use tch::{Device, Tensor};
 
 use crate::Result;
 
-/// How pictures of prompts are drawn.
+/// How images of prompts are drawn.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
-    /// Steps; none takes those of the model.
+    /// Number of steps; the model's own by default.
     pub steps: Option<u32>,
-    /// Guidance scale; none takes that of the model, which for a teacher is 1, no guidance.
+    /// Guidance scale; the model's own by default, which for a teacher is 1, no guidance.
     pub guidance_scale: Option<f64>,
-    /// What the noise follows from.
+    /// Seed of the noise.
     pub seed: u64,
 }
 
-/// Pictures and what they were drawn from.
+/// Images and the noise they were drawn from.
 #[derive(Debug)]
 pub struct Drawn {
     /// `[prompts, channels, height, width]`, unit normal.
@@ -27,12 +27,12 @@ pub struct Drawn {
     pub plan: SamplePlan,
 }
 
-/// Draws a picture of every prompt, as a model of either sort is sampled: a teacher with DDIM, a student as it was
+/// Draws an image of every prompt with the model's own sampler: a teacher with DDIM, a student as it was
 /// distilled.
 ///
 /// # Errors
 ///
-/// A prompt that is too long; what networks refuse.
+/// A prompt that is too long; errors of the networks.
 pub fn draw(
     pipeline: &Pipeline,
     parts: &TextToImageComponents,

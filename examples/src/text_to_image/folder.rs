@@ -12,14 +12,14 @@ use super::{Networks, Settings};
 use crate::Result;
 use crate::vocabulary::Vocabulary;
 
-/// What is written beside the tokenizer.
+/// The parts to write in addition to the tokenizer.
 #[derive(Debug)]
 pub struct Parts<'a> {
-    /// Pictures to latents and back.
+    /// The autoencoder.
     pub vae: &'a AutoencoderKL,
     /// Text encoder and U-Net.
     pub networks: &'a Networks,
-    /// Seconds that the training took.
+    /// Duration of the training in seconds.
     pub seconds: f64,
 }
 
@@ -27,7 +27,7 @@ pub struct Parts<'a> {
 ///
 /// # Errors
 ///
-/// What the file system refuses.
+/// Errors of the file system.
 pub fn write_tokenizer(
     folder: &Path,
     vocabulary: &Vocabulary,
@@ -38,15 +38,15 @@ pub fn write_tokenizer(
     Ok(ClipTokenizer::from_folder(folder)?)
 }
 
-/// Writes what stands beside the tokenizer in a folder of diffusers' `StableDiffusionPipeline`, weights of autoencoder and
-/// U-Net in `Half`.
+/// Writes everything except the tokenizer to a folder of diffusers' `StableDiffusionPipeline`, weights of autoencoder
+/// and U-Net in `Half`.
 ///
-/// diffusers computes in `Float` all the same. transformers computes in the kind of the file, so the text encoder's is
-/// `Float`: else its states would not fit the U-Net.
+/// diffusers still computes in `Float`. transformers computes in the kind of the file, so the text encoder's is
+/// `Float`: otherwise its output would not fit the U-Net.
 ///
 /// # Errors
 ///
-/// What the file system refuses.
+/// Errors of the file system.
 pub fn write_folder(folder: &Path, settings: &Settings, parts: &Parts<'_>) -> Result<()> {
     let Parts { vae, networks: Networks { text_encoder, unet }, seconds } = parts;
     vae.save_to_folder(folder.join("vae"))?;
@@ -72,7 +72,7 @@ pub fn write_folder(folder: &Path, settings: &Settings, parts: &Parts<'_>) -> Re
         ..Card::default()
     };
     fs::write(folder.join("ddil.json"), serde_json::to_string_pretty(&card)? + "\n")?;
-    // Last: a folder with an index is a whole one.
+    // Written last: a folder with an index is complete.
     fs::write(folder.join("model_index.json"), serde_json::to_string_pretty(&index())? + "\n")?;
     Ok(())
 }
@@ -93,7 +93,7 @@ fn index() -> serde_json::Value {
     })
 }
 
-/// Writes the weights of a file again with half the bytes.
+/// Rewrites the weights of a file in half precision.
 fn halve(path: &Path) -> Result<()> {
     let tensors = weights::read_all(path)?.into_iter();
     let tensors: Vec<_> =

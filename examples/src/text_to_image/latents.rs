@@ -6,10 +6,10 @@ use tch::Tensor;
 use super::autoencoder::coloured;
 use crate::Result;
 
-/// Pictures in one pass of the autoencoder.
+/// Number of images per pass of the autoencoder.
 const BATCH_SIZE: i64 = 100;
 
-/// What an autoencoder says of every picture of a data set, so that it need not be asked again.
+/// The encoded distributions of all images of a data set, so that they are computed only once.
 #[derive(Debug)]
 pub struct Latents {
     mean: Tensor,
@@ -18,11 +18,11 @@ pub struct Latents {
 }
 
 impl Latents {
-    /// Encodes a data set, or the first pictures of it.
+    /// Encodes a data set, or its first images.
     ///
     /// # Errors
     ///
-    /// A data set without labels; what the autoencoder refuses.
+    /// A data set without labels; errors of the autoencoder.
     pub fn of(vae: &AutoencoderKL, images: &ImageDataset, limit: Option<i64>) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
         let len = limit.map_or(images.len(), |limit| limit.min(images.len()));
@@ -42,16 +42,16 @@ impl Latents {
         })
     }
 
-    /// Number of pictures.
+    /// Number of images.
     pub fn num_pictures(&self) -> i64 {
         self.mean.size()[0]
     }
 
-    /// Drawn latents of these pictures, `[batch, channels, height, width]`, of about unit variance, and their labels.
+    /// Latents sampled for these images, `[batch, channels, height, width]`, of about unit variance, and their labels.
     ///
     /// # Errors
     ///
-    /// What libtorch refuses.
+    /// Errors of libtorch.
     pub fn draw(&self, indices: &[i64], generator: &mut Generator) -> Result<(Tensor, Vec<usize>)> {
         let rows = Tensor::from_slice(indices);
         let [mean, std] = [&self.mean, &self.std].map(|part| part.f_index_select(0, &rows));

@@ -8,29 +8,29 @@ use crate::captions::{HELD_OUT, NAMES, PHRASINGS, captions};
 use crate::vocabulary::Vocabulary;
 use crate::{Result, Training};
 
-/// Tokens of a prompt, marks included: the longest caption has fifteen.
+/// Tokens per prompt, including start and end marks: the longest caption has fifteen.
 const PROMPT_LENGTH: u32 = 24;
 
 /// The networks and how they are trained.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Pictures of 32x32 pixels to latents and back.
+    /// The autoencoder for images of 32x32 pixels.
     pub vae: AutoencoderKLConfig,
-    /// Prompts to what the U-Net is told.
+    /// The text encoder.
     pub text_encoder: ClipTextConfig,
-    /// The network that denoises latents.
+    /// The U-Net that denoises latents.
     pub unet: UNet2DConditionConfig,
-    /// What the U-Net is trained to output.
+    /// The U-Net's prediction type.
     pub prediction_type: PredictionType,
-    /// How latents are noised.
+    /// The noise schedule of the latents.
     pub schedule: NoiseScheduleConfig,
     /// How the autoencoder is trained.
     pub autoencoder: StageSettings,
     /// How text encoder and U-Net are trained.
     pub diffusion: StageSettings,
-    /// Share of samples that are told the empty prompt, for guidance.
+    /// Share of samples conditioned on the empty prompt, for guidance.
     pub prompt_dropout: f64,
-    /// What weights, noise and captions follow from.
+    /// Seed of weights, noise and captions.
     pub seed: u64,
 }
 
@@ -39,12 +39,12 @@ pub struct Settings {
 pub struct StageSettings {
     /// Updates, learning rate, average.
     pub training: Training,
-    /// Samples of an update.
+    /// Samples per update.
     pub batch_size: usize,
 }
 
 impl Settings {
-    /// The model that is worth looking at.
+    /// The settings of the full model.
     pub fn new(vocabulary: &Vocabulary) -> Self {
         Self {
             vae: autoencoder(&[16, 32, 48], 8),
@@ -65,7 +65,7 @@ impl Settings {
         }
     }
 
-    /// Everything in seconds, to see that it runs.
+    /// Tiny settings that take seconds, as a smoke test.
     pub fn quick(vocabulary: &Vocabulary) -> Self {
         let stage = |updates| StageSettings {
             training: Training { updates, learning_rate: 3e-3, ema_decay: 0.9 },
@@ -81,7 +81,7 @@ impl Settings {
         }
     }
 
-    /// Height and width of the pictures, in pixels.
+    /// Height and width of the images, in pixels.
     pub fn side(&self) -> i64 {
         match self.vae.sample_size {
             SampleSize::Square(side) => side.into(),
@@ -90,11 +90,11 @@ impl Settings {
     }
 }
 
-/// The tokens of all captions, the held out ones too: their words are no others.
+/// The tokens of all captions, including the held-out ones, which have no other words.
 ///
 /// # Errors
 ///
-/// Captions that it cannot be learned from.
+/// Captions from which no vocabulary can be learned.
 pub fn vocabulary() -> Result<Vocabulary> {
     let texts = |phrasings| (0..NAMES.len()).flat_map(move |label| captions(phrasings, label));
     let texts: Vec<String> = texts(&PHRASINGS).chain(texts(&HELD_OUT)).collect();
@@ -131,7 +131,7 @@ fn text_encoder(vocabulary: &Vocabulary, width: u32) -> ClipTextConfig {
     }
 }
 
-/// As in Stable Diffusion, the coarsest level is told of the text at the bottom alone.
+/// As in Stable Diffusion, the coarsest level attends to the text only in the middle block.
 fn unet(channels: [u32; 2], text_width: u32, groups: u32) -> UNet2DConditionConfig {
     use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
     use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};

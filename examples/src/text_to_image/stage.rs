@@ -7,22 +7,22 @@ use crate::{Result, Trainer};
 
 /// Updates between two checkpoints.
 const SAVE_INTERVAL: u64 = 200;
-/// Updates between two lines on the terminal.
+/// Updates between two lines of output.
 const REPORT_INTERVAL: u64 = 100;
 
-/// What becomes of a stage of the training while it runs.
+/// How a stage of the training saves and reports its progress.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
-    /// Where its checkpoints go, and where it goes on from if there is one; none keeps nothing.
+    /// Checkpoint file, from which it resumes if it exists; without one nothing is saved.
     pub checkpoint: Option<PathBuf>,
-    /// Whether it says on the terminal how far it is.
+    /// Whether to print the progress.
     pub report: bool,
 }
 
 impl Progress {
-    /// Updates until the stage is done, and returns the mean loss of each update.
+    /// Trains until the stage is done, and returns the mean loss of each update.
     ///
-    /// Leaves the average in the networks.
+    /// Afterwards the networks contain the average.
     pub(super) fn run(
         &self,
         what: &str,

@@ -21,7 +21,7 @@ fn golden(file: &str) -> PathBuf {
     Path::new(ROOT).join("tests/golden/text_to_image").join(file)
 }
 
-/// A bar a picture, where its class says.
+/// One bar per image, at a position that depends on its class.
 fn bars() -> Result<ImageDataset> {
     let pixels = Tensor::zeros([60, 1, 32, 32], (Kind::Uint8, Device::Cpu));
     let labels: Vec<i64> = (0..60).map(|i| i % NAMES.len() as i64).collect();
