@@ -1,8 +1,8 @@
 //! The buffer of visited states: insertion and sampling of a batch of 64, pixel images and latents, all in memory or
-//! next to all on disk. `buffer_on_disk` beside this has more states of the latter.
+//! next to all on disk. `buffer_on_disk` measures more states of the latter kind.
 //!
-//! `cargo bench -p ddil-benches --bench buffer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
-//! one. Beside them, copying the same rows out of a plain tensor: what sampling could cost at least.
+//! `cargo bench -p ddil-benches --bench buffer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default
+//! one. For comparison, the same rows are copied out of a plain tensor: the lower bound for sampling.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -68,7 +68,7 @@ fn buffer(c: &mut Criterion) {
                 b.iter(|| black_box(buffer.sample(&indices, 0, &mut rng).expect("it is full")));
             });
         }
-        // The files are gone with their buffer; a folder that is left is told by its name.
+        // The files are removed with their buffer; a folder that remains is recognised by its name.
         let _ = std::fs::remove_dir(&folder);
         let kept = Tensor::randn([&[2046_i64][..], &shape].concat(), kind::FLOAT_CPU);
         let rows = Tensor::randint(2046, [BATCH as i64], kind::INT64_CPU);
@@ -79,7 +79,7 @@ fn buffer(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

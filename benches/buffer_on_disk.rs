@@ -1,10 +1,11 @@
-//! How fast states come from a buffer that has spilled, beside merely reading the same pages.
+//! Sampling rate of a buffer that has spilled to disk, compared with merely reading the same pages.
 //!
 //! `cargo run --release --workspace --example buffer_on_disk -- FOLDER` fills 4 GiB of latents (4x64x64, half precision)
-//! into files in `FOLDER` and draws batches of 64 from them; `--gibibytes 0.25 --rounds 3` is a quick look, and more than
-//! the memory there is shows the disk rather than the page cache. Beside it, two ways to read as many rows of the same
-//! files and do nothing else: copying them out of a mapping into one tensor, and by the system's `read`. Rounds alternate,
-//! and what is printed are medians of the ratios of a round, with the smallest and the largest.
+//! into files in `FOLDER` and draws batches of 64 from them; `--gibibytes 0.25 --rounds 3` is a quick run, and more
+//! than the available memory measures the disk instead of the page cache. For comparison, the same number of rows of
+//! the same files is read in two ways without further work: copied out of a mapping into one tensor, and by the
+//! system's `read`. Rounds alternate; the output contains medians of the ratios per round, with the smallest and the
+//! largest.
 
 use std::error::Error;
 use std::fs::File;
@@ -26,9 +27,9 @@ type Failure = Box<dyn Error>;
 const SHAPE: [i64; 4] = [64, 4, 64, 64];
 const BATCH: usize = SHAPE[0] as usize;
 const ROW_BYTES: usize = (SHAPE[1] * SHAPE[2] * SHAPE[3] * 2) as usize;
-/// What a file has before its first row.
+/// Size of a file's header.
 const HEAD_BYTES: usize = 4096;
-/// States in memory, of which there is to be next to nothing.
+/// States in memory, close to none.
 const IN_MEMORY: u64 = 64 << 20;
 
 #[derive(Parser)]
@@ -135,7 +136,7 @@ fn filled(folder: &Path, gibibytes: f64) -> Result<AggregationBuffer, Failure> {
     Ok(buffer)
 }
 
-/// Microseconds a state.
+/// Microseconds per state.
 fn timed(batches: usize, mut batch: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
     let started = Instant::now();
     for _ in 0..batches {
@@ -160,7 +161,7 @@ fn main() -> Result<(), Failure> {
     let (indices, mut rng) = (grid_indices(), StdRng::seed_from_u64(0));
     let batches = (buffer.len() / BATCH).min(1000);
     let mut times = [vec![], vec![], vec![]];
-    // The first round is for pages that nobody has touched.
+    // The first round touches the pages for the first time.
     for round in 0..=args.rounds {
         let rows: Vec<_> = (0..batches).map(|_| pages.draw(&mut rng)).collect();
         let sampled = timed(batches, || {

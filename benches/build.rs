@@ -1,4 +1,4 @@
-//! Programs of this package find libtorch.
+//! Links the programs of this package to libtorch.
 
 fn main() {
     ddil_build::link();

@@ -1,9 +1,9 @@
-//! What a pass costs by batch and by resolution, sampling by steps, and a batch of states by what the buffer holds: a
-//! table, and a picture of it.
+//! The cost of a pass by batch and by resolution, of sampling by steps, and of a batch of states by the buffer's
+//! contents: a table and a plot.
 //!
 //! `cargo run --release --workspace --example cost -- --threads 2 --out docs/cost.svg`. The network is that of
-//! `assets/fashion-mnist-teacher` with random weights. All sizes take turns, round by round. `exponent` is that of the power
-//! of the size by which the cost grows, fitted to the medians: 1 is in proportion, 0 is no growth.
+//! `assets/fashion-mnist-teacher` with random weights. All sizes alternate, round by round. `exponent` is the power
+//! of the size with which the cost grows, fitted to the medians: 1 is proportional, 0 is constant.
 
 use std::hint::black_box;
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ struct Options {
     test: bool,
 }
 
-/// One thing at one size.
+/// One operation at one size.
 struct Point {
     size: f64,
     label: String,
@@ -47,13 +47,13 @@ struct Point {
     milliseconds: Vec<f64>,
 }
 
-/// The same thing at several sizes.
+/// The same operation at several sizes.
 struct Curve {
     name: &'static str,
     points: Vec<Point>,
 }
 
-/// What is plotted together.
+/// Curves in one panel.
 struct Group {
     title: &'static str,
     x_title: &'static str,
@@ -87,7 +87,7 @@ fn passes(sizes: &[i64], of_size: impl Fn(i64) -> (f64, i64, i64)) -> Result<Vec
     PRECISIONS.into_iter().map(curve).collect()
 }
 
-/// Four samples, in so many steps of DDIM.
+/// Four samples in the given number of DDIM steps.
 fn sampling(steps: &[i64]) -> Result<Curve> {
     let points = steps.iter().map(|&n| {
         let passes = pass(4, 32, Precision::Float32)?;
@@ -106,7 +106,7 @@ fn sampling(steps: &[i64]) -> Result<Curve> {
     Ok(Curve { name: "float32", points: points.collect::<Result<_>>()? })
 }
 
-/// States of a batch that stand at an index each.
+/// States of a batch, each at an index.
 fn states(batch: usize) -> States {
     States {
         x_t: Tensor::randn([batch as i64, 1, 32, 32], kind::FLOAT_CPU),
@@ -118,7 +118,7 @@ fn states(batch: usize) -> States {
     }
 }
 
-/// A batch of 64 in or out of a buffer that holds so many.
+/// A batch of 64 into or out of a buffer of the given size.
 fn buffer(sizes: &[i64], name: &'static str, inserts: bool) -> Result<Curve> {
     const BATCH: usize = 64;
     let points = sizes.iter().map(|&size| {
@@ -179,7 +179,7 @@ fn groups(test: bool) -> Result<[Group; 4]> {
 }
 
 impl Point {
-    /// So many calls that a clock can tell them apart.
+    /// Enough calls for the resolution of the clock.
     fn time(&mut self, keep: bool) -> Result<()> {
         let (started, mut calls) = (Instant::now(), 0);
         while calls == 0 || (started.elapsed().as_millis() < 20 && calls < 1000) {
@@ -200,7 +200,7 @@ impl Point {
 }
 
 impl Curve {
-    /// Slope of the least-squares line through logarithms of size and cost.
+    /// Slope of the least-squares line through the logarithms of size and cost.
     fn exponent(&self) -> f64 {
         let place = |point: &Point| (point.size.ln(), point.median().ln());
         let places: Vec<(f64, f64)> = self.points.iter().map(place).collect();
@@ -254,7 +254,7 @@ fn main() -> Result<()> {
     ddil_libtorch::keep_freed_pages();
     let mut groups = groups(options.test)?;
     let rounds = if options.test { 2 } else { options.rounds };
-    // One more at the start, which is not kept.
+    // The first round is a warm-up and is dropped.
     for round in 0..=rounds {
         let curves = groups.iter_mut().flat_map(|group| &mut group.curves);
         for point in curves.flat_map(|curve| &mut curve.points) {

@@ -1,7 +1,7 @@
-//! What the loop waits for before an update: a batch of pixels, and one of latents with their prompts.
+//! The loading of a batch before an update: one of pixels, and one of latents with their prompts.
 //!
-//! `cargo bench --workspace --bench data`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise one. Pages
-//! of the files are in memory after the first batches, so the disk plays no part.
+//! `cargo bench --workspace --bench data`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default one.
+//! Pages of the files are in memory after the first batches, so disk speed has no effect.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use ddil_data::{BatchIndices, EncodedDataset, ImageDataset, flip_horizontally};
 use ddil_models::weights;
 use tch::{Device, Kind, Tensor, kind};
 
-/// Samples in a dataset.
+/// Samples per dataset.
 const SAMPLES: i64 = 512;
 
 fn images(c: &mut Criterion) {
@@ -41,7 +41,7 @@ fn images(c: &mut Criterion) {
     group.finish();
 }
 
-/// Latents of Stable Diffusion 1.5 as an autoencoder gives them, and a prompt for each.
+/// Latents in the format of Stable Diffusion 1.5's autoencoder, with a prompt for each.
 fn write_encoded(folder: &Path) {
     let save = |name: &str, tensors: Vec<(String, Tensor)>| {
         let path = folder.join(format!("{name}.safetensors"));
@@ -85,7 +85,7 @@ fn latents(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

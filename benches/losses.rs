@@ -1,8 +1,8 @@
-//! What each method computes beside its networks: losses of a batch of Fashion-MNIST's size, with networks that cost a
-//! few passes over memory, forward alone and with the gradient of the network that is trained.
+//! The cost of each method in addition to its networks: losses of a batch of Fashion-MNIST's size, with networks that
+//! cost a few passes over memory, forward alone and with the gradient of the trained network.
 //!
-//! `cargo bench -p ddil-benches --bench losses`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
-//! one: fixed, so that numbers can be compared.
+//! `cargo bench -p ddil-benches --bench losses`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default
+//! one: fixed, so that results are comparable.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -56,7 +56,7 @@ impl Discriminator for Judge {
     }
 }
 
-/// States spread over the whole grid.
+/// States spread over all timesteps.
 fn states(grid: &Timesteps) -> States {
     let batch = SHAPE[0] as usize;
     let grid_indices: Vec<usize> = (0..batch).map(|i| i % grid.len()).collect();
@@ -71,7 +71,7 @@ fn states(grid: &Timesteps) -> States {
     }
 }
 
-/// One method's phases, each forward and with its gradient.
+/// The phases of one method, each forward and with its gradient.
 fn method(c: &mut Criterion, config: &ObjectiveConfig, phases: &[(&str, Phase)]) {
     let schedule = NoiseScheduleConfig::default().build().expect("the defaults are valid");
     let grid = config.training_grid(&schedule, 4).expect("4 steps fit");
@@ -125,7 +125,7 @@ fn dmd2(c: &mut Criterion) {
     method(c, &config, &[("student", Phase::Student), ("critic", Phase::Critic)]);
 }
 
-/// The least that a loss of one network could cost, with its gradient.
+/// The lower bound for a loss of one network, with its gradient.
 fn reference(c: &mut Criterion) {
     let mut group = c.benchmark_group("reference");
     group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
@@ -138,7 +138,7 @@ fn reference(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

@@ -1,4 +1,4 @@
-//! Metrics of 64 features a sample, as the Fashion-MNIST classifier gives them, with one thread of libtorch.
+//! Metrics on 64 features per sample, the number of the Fashion-MNIST classifier, with one thread of libtorch.
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -1,7 +1,7 @@
-//! What mixing costs beside the networks: batches of 64 pixel images with a denoiser that costs nothing.
+//! The cost of mixing without the networks: batches of 64 pixel images with a denoiser that costs nothing.
 //!
-//! `cargo bench -p ddil-benches --bench mixer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
-//! one. Each measurement is a batch and what the mixer does after its loss.
+//! `cargo bench -p ddil-benches --bench mixer`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default
+//! one. Each measurement consists of a batch and the mixer's work after its loss.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use tch::{Tensor, kind};
 
 const SHAPE: [i64; 4] = [64, 1, 32, 32];
 
-/// Says what it is shown.
+/// Returns its input.
 struct Echo(NoiseSchedule);
 
 impl Denoiser for Echo {
@@ -32,7 +32,7 @@ impl Denoiser for Echo {
     }
 }
 
-/// A mixer that is asked step after step.
+/// A mixer and its step counter.
 struct Run {
     mixer: Mixer,
     network: Echo,
@@ -76,7 +76,7 @@ fn settings() -> Vec<(&'static str, MixerConfig)> {
     let mixed = |policy: StudentPolicy| MixerConfig {
         priors: PriorSchedule::constant(priors),
         student: StudentConfig { policy, ..StudentConfig::default() },
-        // Full within the warm-up, as it is for most of a run.
+        // Full during the warm-up, as for most of a run.
         teacher: TeacherConfig { pool: 64, ..TeacherConfig::default() },
         ..MixerConfig::default()
     };
@@ -102,7 +102,7 @@ fn mixer(c: &mut Criterion) {
     let mut group = c.benchmark_group("mixer");
     group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     group.throughput(Throughput::Elements(SHAPE[0] as u64));
-    // What any mixture needs at least, as libtorch draws it.
+    // The lower bound of any mixture: random draws by libtorch.
     let x0 = Tensor::zeros(SHAPE, kind::FLOAT_CPU);
     group.bench_function("noise alone", |b| b.iter(|| black_box(x0.randn_like())));
     for (name, config) in settings() {
@@ -112,7 +112,7 @@ fn mixer(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

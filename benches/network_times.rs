@@ -1,7 +1,7 @@
 //! Times passes, training steps and loading of text-to-image U-Nets on demand, for `benches/peers/compare_networks.py`.
 //!
-//! `network_times THREADS CASE [FOLDER]` gets ready and reads lines from standard input. Each is a round: the case is timed
-//! once, and a line says how many seconds it took. So the caller can alternate rounds with another program's.
+//! `network_times THREADS CASE [FOLDER]` initialises and reads lines from standard input. Each is a round: the case is
+//! timed once, and a line with the seconds is printed. So the caller can alternate rounds with another program's.
 
 use std::error::Error;
 use std::hint::black_box;
@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor, kind};
 
 type Failure = Box<dyn Error>;
 
-/// What a network is asked.
+/// The inputs of a network.
 struct Batch {
     sample: Tensor,
     timesteps: Tensor,
@@ -67,7 +67,7 @@ impl Forward {
     }
 }
 
-/// An update of a small network: towards noise, with fused AdamW.
+/// An update of a small network: noise prediction, with fused AdamW.
 struct Training {
     network: UNet2DConditionModel,
     optimizer: AdamW,
@@ -114,13 +114,13 @@ impl Training {
     }
 }
 
-/// Every tensor of the file, where it lies.
+/// Reads every tensor of the file in place.
 fn open(folder: &Path) -> Result<(), Failure> {
     drop(black_box(weights::read_all(WeightFiles::DIFFUSION.find(folder)?)?));
     Ok(())
 }
 
-/// From files to parameters.
+/// Loads files into parameters.
 fn load(folder: &Path) -> Result<(), Failure> {
     drop(black_box(Model::from_folder(
         folder,

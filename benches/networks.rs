@@ -1,8 +1,8 @@
-//! A small U-Net of pixels: passes, updates of each method on noised data, and what follows the gradients. Beside them
-//! what they are made of: a convolution, a normalisation, a copy.
+//! A small U-Net of pixels: passes, updates of each method on noised data, and the work after the gradients. Also the
+//! operations that they consist of: a convolution, a normalisation, a copy.
 //!
-//! `cargo bench --workspace --bench networks`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise
-//! one. An update of DMD2 is a whole turn of five, in one of which the student is trained.
+//! `cargo bench --workspace --bench networks`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default
+//! one. An update of DMD2 is a whole cycle of five, in one of which the student is trained.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -30,7 +30,7 @@ fn workload(batch: i64, precision: Precision) -> Workload {
     Workload { batch, ..Workload::fashion_mnist(precision, 0) }
 }
 
-/// A convolution of as many channels as the middle of the network has, and passes of the whole.
+/// A convolution with the channels of the network's middle block, and passes of the whole network.
 fn pass(c: &mut Criterion) {
     let mut group = group(c, "pass");
     for batch in [8, 64] {
@@ -50,7 +50,7 @@ fn pass(c: &mut Criterion) {
     group.finish();
 }
 
-/// Group normalisation with `SiLU` of maps as the network has them, in one operation and in libtorch's two.
+/// Group normalisation with `SiLU` of the network's feature maps, in one operation and in libtorch's two.
 fn norm(c: &mut Criterion) {
     let mut group = group(c, "norm");
     let _no_grad = tch::no_grad_guard();
@@ -83,7 +83,7 @@ fn norm(c: &mut Criterion) {
     group.finish();
 }
 
-/// What attention and convolutions of these networks take in each kind, forth and back; attention in 16 bits also by way of
+/// Attention and convolutions of these networks in each kind, forward and backward; attention in 16 bits also through
 /// `Float`.
 fn kinds(c: &mut Criterion) {
     const ATTENTION: [(&str, Kind, Kind); 4] = [
@@ -119,7 +119,7 @@ fn kinds(c: &mut Criterion) {
     group.finish();
 }
 
-/// Of queries, keys and values, in their kind again.
+/// Attention of queries, keys and values, with the result in their kind.
 fn attention(of: &[Tensor], computed: Kind) -> Tensor {
     let [query, key, value] = [0, 1, 2].map(|i| of[i].to_kind(computed));
     let none = None::<Tensor>;
@@ -127,7 +127,7 @@ fn attention(of: &[Tensor], computed: Kind) -> Tensor {
         .to_kind(of[0].kind())
 }
 
-/// An operation on leaves with these values, and its gradient.
+/// An operation on leaf tensors with these values, and its gradient.
 fn forth_and_back(values: &[&Tensor], operation: impl Fn(&[Tensor]) -> Tensor) {
     let leaves: Vec<Tensor> = values.iter().map(|t| t.detach().set_requires_grad(true)).collect();
     tch::with_grad(|| {
@@ -158,7 +158,7 @@ fn update(c: &mut Criterion) {
     group.finish();
 }
 
-/// 10 million parameters: clipping, `AdamW` and moving average; the average alone; a copy.
+/// With 10 million parameters: clipping, `AdamW` and moving average; the average alone; a copy.
 fn optimizer(c: &mut Criterion) {
     let mut group = group(c, "optimizer");
     let mut optimization = Optimization::new(false, Device::Cpu).expect("valid settings");
@@ -178,7 +178,7 @@ fn optimizer(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

@@ -1,14 +1,16 @@
-//! What a sampler costs: one step of each sampler with each thresholding, and whole samples of four steps, at two sizes.
+//! The cost of a sampler: one step of each sampler with each thresholding, and whole samples of four steps, at two
+//! sizes.
 //!
 //! ```sh
 //! cargo bench --workspace --bench samplers               # minutes; target/criterion/report/index.html
-//! cargo bench --workspace --bench samplers -- --quick    # a short look
+//! cargo bench --workspace --bench samplers -- --quick    # a quick run
 //! ```
 //!
 //! The network costs nothing: it returns stored noise. Sizes are batch x channels x height x width, 4x4x64x64 being four
 //! latents of Stable Diffusion at 512 pixels. Names read `sampler/thresholding/size`; `reference` is a copy of as many bytes
-//! as a step in place reads and writes, and a step's formula in libtorch's operations. `DDIL_BENCH_THREADS` sets the number
-//! of libtorch's threads, otherwise one. `benches/peers/compare_sampling.py` sets whole samples beside diffusers'.
+//! that a step in place reads and writes, and a step's formula in libtorch's operations. `DDIL_BENCH_THREADS` sets the
+//! number of libtorch's threads, default one. `benches/peers/compare_sampling.py` compares whole samples with
+//! diffusers'.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -62,7 +64,7 @@ fn label(shape: [i64; 4]) -> String {
     shape.map(|n| n.to_string()).join("x")
 }
 
-/// One step from 749 to 499: what a network returned, thresholded and stepped, in new memory.
+/// One step from 749 to 499: a network's output, thresholded and stepped, in new memory.
 fn steps(c: &mut Criterion) {
     for (name, sampler) in samplers() {
         let mut group = group(c, name);
@@ -86,7 +88,7 @@ fn steps(c: &mut Criterion) {
     }
 }
 
-/// The same of a batch whose samples are at different timesteps, where the network's output was read before.
+/// The same for a batch with different timesteps per sample, where the network's output has already been read.
 fn mixed_timesteps(c: &mut Criterion) {
     let (sampler, mut group) = (Ddim::new(schedule()), group(c, "DDIM step, mixed timesteps"));
     for shape in SHAPES {
@@ -103,7 +105,7 @@ fn mixed_timesteps(c: &mut Criterion) {
     group.finish();
 }
 
-/// Whole samples, from noise to clean data: the memory of the state is used again from step to step.
+/// Whole samples, from noise to clean data: the memory of the state is reused from step to step.
 fn samples(c: &mut Criterion) {
     let trailing = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("4 steps fit");
     let lcm = Timesteps::lcm(1000, 50, 4).expect("4 steps fit");
@@ -130,7 +132,7 @@ fn samples(c: &mut Criterion) {
     }
 }
 
-/// What the others are measured by.
+/// The references for the others.
 fn reference(c: &mut Criterion) {
     let mut group = group(c, "reference");
     for shape in SHAPES {
@@ -150,7 +152,7 @@ fn reference(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

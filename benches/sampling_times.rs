@@ -1,7 +1,7 @@
 //! Times whole samples with a network that costs nothing, on demand, for `benches/peers/compare_sampling.py`.
 //!
 //! `sampling_times THREADS [DEVICE]` reads lines from standard input. Each is a round: every case is timed once, and a line
-//! of JSON gives the microseconds that one sample of four steps took, by case. So the caller can alternate rounds with
+//! of JSON contains the microseconds of one sample of four steps, by case. So the caller can alternate rounds with
 //! another program's.
 
 use std::collections::BTreeMap;
@@ -40,7 +40,7 @@ impl Denoiser for Stored {
     }
 }
 
-/// A denoiser and how it is sampled.
+/// A denoiser and its sampler.
 struct Case {
     name: &'static str,
     sampler: Box<dyn Sampler>,
@@ -58,7 +58,7 @@ impl Case {
         if self.keeps_states { Ok(rollout.run(noise)?.x0) } else { rollout.sample(noise) }
     }
 
-    /// Microseconds a sample, over as many as take some milliseconds.
+    /// Microseconds per sample, averaged over enough samples for some milliseconds.
     fn time(&self, noise: &Tensor, generator: &mut Generator) -> ddil_core::Result<f64> {
         let samples = if noise.size()[0] > 8 { 8 } else { 80 };
         drop(black_box(self.run(noise, generator)?));

@@ -1,7 +1,7 @@
-//! Thresholding and noise by themselves; `samplers.rs` has the steps that they are part of.
+//! Thresholding and noise alone; `samplers.rs` measures the steps that contain them.
 //!
-//! `cargo bench --workspace --bench schedulers`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, otherwise one:
-//! fixed, so that numbers can be compared.
+//! `cargo bench --workspace --bench schedulers`. `DDIL_BENCH_THREADS` sets the number of libtorch's threads, default
+//! one: fixed, so that results are comparable.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -46,7 +46,7 @@ fn thresholding(c: &mut Criterion) {
     group.finish();
 }
 
-/// Noise as rollouts draw it, in new memory and in place, and as libtorch draws it.
+/// Noise as drawn by rollouts, in new memory and in place, and as drawn by libtorch.
 fn noise(c: &mut Criterion) {
     let mut group = group(c, "noise");
     let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
@@ -67,7 +67,7 @@ fn noise(c: &mut Criterion) {
     group.finish();
 }
 
-/// What the others are measured by: a copy of as many bytes as a step in place reads and writes.
+/// The reference for the others: a copy of as many bytes as a step in place reads and writes.
 fn reference(c: &mut Criterion) {
     let mut group = group(c, "reference");
     for shape in SHAPES {
@@ -80,7 +80,7 @@ fn reference(c: &mut Criterion) {
     group.finish();
 }
 
-/// Threads fixed, freed memory kept as the programs of this project keep it.
+/// Fixes the number of threads, and keeps freed memory like the programs of this project.
 fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));

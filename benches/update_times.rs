@@ -1,9 +1,9 @@
 //! Times passes and updates of a small U-Net of pixels, and the optimizer alone, on demand, for
-//! `benches/peers/bench_peers.py`; and writes updates down for it to make again.
+//! `benches/peers/bench_peers.py`; also writes updates to files for it to reproduce.
 //!
-//! `update_times --threads N forward|update|optimizer ..` gets ready, says in a line of JSON how much memory it holds
+//! `update_times --threads N forward|update|optimizer ..` initialises, prints a line of JSON with its resident memory
 //! (`resident_kib`), and reads lines from standard input. Each is a round, answered by a line with the seconds of one
-//! pass or update and the most memory held since it was ready (`seconds`, `peak_kib`). So the caller can alternate rounds
+//! pass or update and the peak memory since initialisation (`seconds`, `peak_kib`). So the caller can alternate rounds
 //! with other programs'.
 
 use std::collections::BTreeMap;
@@ -91,7 +91,7 @@ impl Asked {
     }
 }
 
-/// Updates of a method: a whole turn of DMD2, one of the others.
+/// Updates of a method: a whole cycle of DMD2, a single one of the others.
 struct Updates {
     arm: Arm,
     step: u64,
@@ -116,7 +116,7 @@ impl Updates {
     }
 }
 
-/// Seconds of an update; putting gradients back is not counted.
+/// Seconds of an update; restoring gradients is not counted.
 fn mean_seconds(optimization: &mut Optimization, device: Device) -> Result<f64> {
     const UPDATES: u32 = 10;
     let mut seconds = 0.0;
@@ -131,7 +131,7 @@ fn mean_seconds(optimization: &mut Optimization, device: Device) -> Result<f64> 
     Ok(seconds / f64::from(UPDATES))
 }
 
-/// Ready once this returns; each call is a round.
+/// Initialised when this returns; each call is a round.
 fn prepared(case: Case, device: Device) -> Result<Box<dyn FnMut() -> Result<f64>>> {
     Ok(match case {
         Case::Forward { asked, repeats } => {
@@ -163,7 +163,7 @@ fn answer(line: &Value) -> Result<()> {
 
 fn serve(case: Case, device: Device) -> Result<()> {
     let mut round = prepared(case, device)?;
-    // Without this the peak would be that of loading.
+    // Otherwise the peak would be that of loading.
     let forgotten = forget_peak();
     answer(&json!({ "resident_kib": resident_kib() }))?;
     for line in std::io::stdin().lines() {
@@ -175,7 +175,7 @@ fn serve(case: Case, device: Device) -> Result<()> {
     Ok(())
 }
 
-/// A method that starts from a teacher's weights, and what its updates were.
+/// A method that starts from a teacher's weights, and the record of its updates.
 struct Record<'a> {
     arm: Arm,
     folder: &'a Path,
@@ -202,7 +202,7 @@ impl Record<'_> {
         Ok(())
     }
 
-    /// Samples that went through each network, and those of them with gradients.
+    /// Samples that passed through each network, and the number of those with gradients.
     fn passes(&self) -> Value {
         let roles = [
             ("student", Role::Student),
@@ -217,7 +217,7 @@ impl Record<'_> {
     }
 }
 
-/// What an update was of.
+/// The inputs of an update.
 fn tensors(states: &States, real: &Data) -> Result<Vec<(String, Tensor)>> {
     let labels = |told: &Conditioning| {
         let labels = told.get(Conditioning::CLASS_LABELS).map(Tensor::shallow_clone);

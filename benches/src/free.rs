@@ -1,4 +1,4 @@
-//! A network that costs nothing, so that what is timed is the sampler alone.
+//! A network that costs nothing, so that only the sampler is timed.
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
@@ -12,7 +12,7 @@ pub struct Free {
 }
 
 impl Free {
-    /// A network for batches of that shape; its output is drawn at random.
+    /// A network for batches of the given shape, with random output.
     pub fn new(schedule: NoiseSchedule, shape: [i64; 4], device: Device) -> Self {
         Self { schedule, output: Tensor::randn(shape, (Kind::Float, device)) }
     }

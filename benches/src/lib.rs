@@ -1,4 +1,4 @@
-//! What benchmarks share: training as `ddil distill` does it, and what the system says of a process.
+//! Shared parts of the benchmarks: the training loop of `ddil distill`, and process statistics.
 
 pub mod free;
 pub mod process;

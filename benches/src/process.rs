@@ -1,20 +1,20 @@
-//! Time and memory of this process, as the system tells them, and the device that works beside it.
+//! Time and memory of this process, as reported by the system, and synchronisation with the device.
 
 use std::io::Write;
 use std::time::Duration;
 
 use tch::Device;
 
-/// Returns when everything that was asked of the device is done.
+/// Waits until all work submitted to the device is done.
 pub fn wait_for(device: Device) {
     if let Device::Cuda(index) = device {
         tch::Cuda::synchronize(index as i64);
     }
 }
 
-/// Processor time of all threads so far; none where the system does not tell it this way.
+/// Processor time of all threads so far; none if the system does not report it this way.
 ///
-/// On a machine that others use it says more than the clock on the wall.
+/// On a shared machine it is more reliable than wall time.
 pub fn processor_time() -> Option<Duration> {
     let tasks = std::fs::read_dir("/proc/self/task").ok()?;
     let of_task = |task: std::io::Result<std::fs::DirEntry>| {
@@ -24,17 +24,17 @@ pub fn processor_time() -> Option<Duration> {
     tasks.map(of_task).sum()
 }
 
-/// Memory that is held now, in KiB.
+/// Current resident memory, in KiB.
 pub fn resident_kib() -> Option<u64> {
     of_status("VmRSS:")
 }
 
-/// The most memory that was held since the start or since [`forget_peak`], in KiB.
+/// Peak resident memory since the start or since [`forget_peak`], in KiB.
 pub fn peak_kib() -> Option<u64> {
     of_status("VmHWM:")
 }
 
-/// Has [`peak_kib`] start again from what is held now; says whether the system did so.
+/// Resets [`peak_kib`] to the current value; returns whether the system did so.
 pub fn forget_peak() -> bool {
     let file = std::fs::OpenOptions::new().write(true).open("/proc/self/clear_refs");
     file.and_then(|mut file| file.write_all(b"5")).is_ok()

@@ -1,4 +1,4 @@
-//! The loop of `ddil distill` between two lines of its record, on a small network of pixels and random data.
+//! The loop of `ddil distill` between two lines of its log, on a small network of pixels and random data.
 
 mod arm;
 mod meter;
@@ -14,5 +14,5 @@ pub use passes::Passes;
 pub use way::{Method, Sources, Way};
 pub use workload::{Workload, precision};
 
-/// Benchmarks only pass on what went wrong.
+/// Benchmarks only pass errors on.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

@@ -1,12 +1,12 @@
-//! What one update costs: each method plain and with DDIL, by how the student's states are come by.
+//! The cost of one update: each method plain and with DDIL, by student policy.
 //!
-//! `cargo bench --workspace --bench training_step` prints the tables of `docs/PERFORMANCE.md`. After `--` may stand
-//! `--method pd`, `lcm` or `dmd2` (more than once; all without), `--precision bfloat16`, `--rounds` and `--threads`.
-//! Not criterion's: the ways of a method take turns, update by update, so that all meet the same machine; a ratio is
-//! the median over rounds of five updates each.
+//! `cargo bench --workspace --bench training_step` prints the tables of `docs/PERFORMANCE.md`. Options follow `--`:
+//! `--method pd`, `lcm` or `dmd2` (repeatable; all by default), `--precision bfloat16`, `--rounds` and `--threads`.
+//! It does not use criterion: the variants of a method alternate, update by update, under the same load of the machine;
+//! a ratio is the median over rounds of five updates each.
 //!
-//! The loop is that of `ddil distill` between two lines of its record, on the network of
-//! `assets/fashion-mnist-teacher` with random weights and random data. Mixers are filled beforehand by a network that
+//! The loop is that of `ddil distill` between two lines of its log, on the network of
+//! `assets/fashion-mnist-teacher` with random weights and random data. Mixers are filled in advance by a network that
 //! costs nothing.
 
 mod table;
@@ -41,7 +41,7 @@ struct Options {
 fn main() -> Result<()> {
     let options = Options::parse();
     let test = options.test || !options.bench;
-    // More would wait for each other longer than they work on a tiny network.
+    // On a tiny network, more threads would mostly wait for each other.
     let threads = if test { 1 } else { options.threads };
     if threads > 0 {
         tch::set_num_threads(threads);
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// All ways of a method, in turn.
+/// All variants of a method, alternating.
 fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
     let arms: Result<Vec<Arm>> =
         Way::all(method).into_iter().map(|way| Arm::new(way, workload)).collect();
@@ -68,12 +68,12 @@ fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
     for arm in &mut arms {
         arm.fill(workload.filling)?;
     }
-    // One more round at the start, which is not kept.
+    // The first round is a warm-up and is dropped.
     for round in 0..=workload.rounds {
         arms.iter_mut().for_each(Arm::begin_round);
         let first = workload.filling + round * workload.updates;
         for step in first..first + workload.updates {
-            // Another one is first each time, so that none always follows the same.
+            // The first one rotates, so that none always follows the same.
             let turn = step as usize % arms.len();
             arms.rotate_left(turn);
             for arm in &mut arms {

@@ -1,11 +1,11 @@
-//! What was measured, as Markdown.
+//! The measurements, as Markdown.
 
 use std::time::Duration;
 
 use ddil_benches::process::peak_kib;
 use ddil_benches::training::{Arm, Role, Round, Sources, Workload};
 
-/// How and where it is measured, before it is.
+/// The conditions of the measurement, printed before it.
 pub(crate) fn print_setting(workload: &Workload) {
     let Workload { batch, precision, filling, rounds, updates, .. } = workload;
     println!(
@@ -16,7 +16,7 @@ pub(crate) fn print_setting(workload: &Workload) {
     );
 }
 
-/// Both tables, and the most memory that the process ever held.
+/// Both tables, and the peak memory of the process.
 pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
     println!(
         "| method | states | policy | ms | of base | of base, processor | student | teacher | target or critic \
@@ -45,7 +45,7 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
     println!("at the end{}", load());
 }
 
-/// What it costs to fill a teacher's pool: the last way against the same with a full one.
+/// The cost of filling a teacher's pool: the last variant compared with the same one with a full pool.
 fn print_pool(arms: &[Arm], workload: &Workload) {
     let [base, .., filling] = arms else { return };
     let alike = |arm: &&Arm| {
@@ -67,13 +67,13 @@ fn print_pool(arms: &[Arm], workload: &Workload) {
     );
 }
 
-/// Which way it is.
+/// The first columns of a row: method, states, policy.
 fn name(arm: &Arm) -> String {
     let way = &arm.way;
     format!("| {} | {} | {} ", way.method.name(), way.states(), way.policy())
 }
 
-/// What an update costs, in time, in ratios and in passes a sample.
+/// The cost of an update: time, ratios, and passes per sample.
 fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
     let milliseconds =
         median(&each(arm, |round| milliseconds(round.wall))) / workload.updates as f64;
@@ -105,7 +105,7 @@ fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
         + "|"
 }
 
-/// Where the time of an update goes, in means over all rounds.
+/// The parts of an update's time, as means over all rounds.
 fn parts(arm: &Arm, workload: &Workload) -> String {
     let updates = (arm.rounds.len() as u64 * workload.updates) as f64;
     let mean = |part: fn(&Round) -> Duration| {
@@ -131,7 +131,7 @@ fn parts(arm: &Arm, workload: &Workload) -> String {
     name(arm) + &cells.collect::<String>() + "|"
 }
 
-/// Median of the ratios round by round, and the quartiles.
+/// Median and quartiles of the ratios per round.
 fn ratio(these: &[f64], base: &[f64]) -> String {
     let ratios: Vec<f64> = these.iter().zip(base).map(|(this, base)| this / base).collect();
     if ratios.iter().any(|ratio| ratio.is_nan()) {
@@ -149,7 +149,7 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Two decimals, and nothing for nothing.
+/// Two decimals; empty for zero.
 fn decimal(value: f64) -> String {
     if value == 0.0 { String::new() } else { format!("{value:.2} ") }
 }
@@ -166,7 +166,7 @@ fn quantile(values: &[f64], share: f64) -> f64 {
     low + (high - low) * at.fract()
 }
 
-/// Who else is at work, where the system tells.
+/// The load of other processes, if the system reports it.
 fn load() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ')

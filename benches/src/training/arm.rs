@@ -1,4 +1,4 @@
-//! One way of training with everything of its own.
+//! One training variant with its own networks, optimizers and mixer.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,31 +24,31 @@ use crate::process::{processor_time, wait_for};
 const STEPS: u32 = 4;
 const GUIDANCE_SCALE: f64 = 3.0;
 
-/// The class that stands for no condition, and the number of the others.
+/// The class index for no condition, and the number of the other classes.
 const NULL_CLASS: i64 = 10;
 
-/// What a round took.
+/// The cost of a round.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Round {
-    /// By the clock.
+    /// Wall time.
     pub wall: Duration,
-    /// Of all threads, where the system tells.
+    /// Processor time of all threads, if the system reports it.
     pub processor: Option<Duration>,
-    /// The mixer, rollouts and all.
+    /// The mixer, including rollouts.
     pub states: Duration,
-    /// Gradients.
+    /// Backward passes.
     pub backward: Duration,
-    /// Clipping, steps, moving averages.
+    /// Clipping, optimizer steps, moving averages.
     pub optimizer: Duration,
 }
 
-/// A way of training on its way.
+/// A training variant and its state.
 pub struct Arm {
-    /// Which.
+    /// The variant.
     pub way: Way,
-    /// How often its networks were asked.
+    /// Passes of its networks.
     pub meters: Meters,
-    /// What was measured so far.
+    /// The rounds measured so far.
     pub rounds: Vec<Round>,
     batch: i64,
     side: i64,
@@ -63,33 +63,33 @@ pub struct Arm {
     student_optimizer: AdamW,
     ema: Ema,
     target: Option<Target>,
-    critic: Option<Judges>,
+    critic: Option<CriticNetworks>,
 }
 
-/// What an update was of, and what came of it.
+/// The inputs and the results of an update.
 pub struct Update {
-    /// What the mixer made.
+    /// The mixer's batch.
     pub states: States,
-    /// What the discriminator is shown beside it.
+    /// The discriminator's real data.
     pub real: Data,
     /// The loss of each phase.
     pub losses: Vec<f64>,
 }
 
-/// The moving average that makes labels.
+/// The moving average of the student that computes targets.
 struct Target {
     network: NetworkDenoiser,
     decay: f64,
 }
 
-/// The critic, its discriminator's head, and the optimizer of both.
-struct Judges {
+/// The critic, the head of its discriminator, and the optimizer of both.
+struct CriticNetworks {
     fake_score: NetworkDenoiser,
     discriminator: NetworkDiscriminator,
     optimizer: AdamW,
 }
 
-/// Says that all data are 0, and costs nothing.
+/// Returns 0 for all clean data, at no cost.
 struct Free<'a>(&'a NoiseSchedule);
 
 impl Denoiser for Free<'_> {
@@ -103,11 +103,11 @@ impl Denoiser for Free<'_> {
 }
 
 impl Arm {
-    /// Networks, optimizers and mixer, before the first update.
+    /// Creates networks, optimizers and mixer before the first update.
     ///
     /// # Errors
     ///
-    /// What the parts say of their settings.
+    /// Errors of the parts about their settings.
     pub fn new(way: Way, workload: &Workload) -> Result<Self> {
         let schedule = Workload::schedule()?;
         let method = way.method.objective();
@@ -126,7 +126,7 @@ impl Arm {
                 Ok::<_, ddil_trainer::Error>(Target { network: student.duplicate(false)?, decay })
             })
             .transpose()?;
-        let critic = requirements.critic.then(|| Judges::new(&teacher)).transpose()?;
+        let critic = requirements.critic.then(|| CriticNetworks::new(&teacher)).transpose()?;
         Ok(Self {
             student_optimizer: AdamWConfig::default().build(learned())?,
             ema: EmaConfig::default().build(learned())?,
@@ -148,17 +148,17 @@ impl Arm {
         })
     }
 
-    /// Where each update's draws come from.
+    /// The random streams of an update.
     pub fn streams(&self) -> &RandomStreams {
         &self.streams
     }
 
-    /// Writes weights as they are, a safetensors file a network: `teacher`, `student` and its average `ema`, and as far
-    /// as the method has them `target`, `critic` and the discriminator's `head`.
+    /// Writes the current weights, one safetensors file per network: `teacher`, `student` and its average `ema`, and,
+    /// if the method has them, `target`, `critic` and the discriminator's `head`.
     ///
     /// # Errors
     ///
-    /// If the folder is not there or a file cannot be written.
+    /// If the folder does not exist or a file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let networks = [("teacher", &self.teacher), ("student", &self.student)].into_iter();
         let target = self.target.as_ref().map(|target| ("target", &target.network));
@@ -173,7 +173,7 @@ impl Arm {
         Ok(ddil_models::weights::save(self.ema.tensors(), averages, &BTreeMap::new())?)
     }
 
-    /// Random data of an update, and as many in another order.
+    /// Random data of an update, and the same data in another order.
     fn data(&self, step: u64, stream: Stream) -> Result<Data> {
         let mut generator = self.streams.generator(step, stream, self.device)?;
         let labels = generator.randint(0, NULL_CLASS, [self.batch])?;
@@ -182,11 +182,11 @@ impl Arm {
         Ok(Data { x0: x0.clamp(-1.0, 1.0), conditioning })
     }
 
-    /// So many updates of the mixer alone, by networks that cost nothing: what it keeps is there afterwards.
+    /// Runs a number of updates of the mixer alone, with networks that cost nothing, to fill its buffers.
     ///
     /// # Errors
     ///
-    /// What the mixer says.
+    /// Errors of the mixer.
     pub fn fill(&mut self, updates: u64) -> Result<()> {
         let schedule = Workload::schedule()?;
         for step in 0..updates {
@@ -201,20 +201,20 @@ impl Arm {
         Ok(())
     }
 
-    /// Starts a round, which later updates count for.
+    /// Starts a round, to which the following updates count.
     pub fn begin_round(&mut self) {
         let processor = processor_time().map(|_| Duration::ZERO);
         self.rounds.push(Round { processor, ..Round::default() });
     }
 
-    /// Forgets what was measured.
+    /// Discards the measurements.
     pub fn forget_rounds(&mut self) {
         self.rounds.clear();
         self.meters = Meters::default();
     }
 
-    /// Trajectories that the teacher walked, as passes tell: two of a guided network at each timestep that it is asked
-    /// at on the way to the student's last one.
+    /// Number of trajectories that the teacher computed, derived from its passes: two of a guided network at each
+    /// timestep on the way to the student's last one.
     pub fn teacher_trajectories(&self) -> f64 {
         let grids = self.mixer.grids();
         let last = grids.student.as_slice().iter().min().copied().unwrap_or(-1);
@@ -222,11 +222,11 @@ impl Arm {
         self.meters.of(Role::TeacherRollout).passes as f64 / (2 * asked) as f64
     }
 
-    /// One update, whose cost goes to the present round.
+    /// Performs one update and adds its cost to the current round.
     ///
     /// # Errors
     ///
-    /// What networks, method or optimizer say; a loss that is not finite.
+    /// Errors of networks, method or optimizer; a loss that is NaN or infinite.
     pub fn update(&mut self, step: u64) -> Result<Update> {
         let [data, real] = [Stream::Data, Stream::Condition].map(|stream| self.data(step, stream));
         let (data, real) = (data?, real?);
@@ -326,7 +326,7 @@ impl Arm {
         }
     }
 
-    /// What the method says of the states.
+    /// The method's loss on the states.
     fn terms(
         &self,
         (step, phase): (u64, Phase),
@@ -360,7 +360,7 @@ impl Arm {
     }
 }
 
-/// A teacher as it is asked everywhere.
+/// The teacher as used in all places.
 fn guided<'a>(
     teacher: Metered<'a, &'a NetworkDenoiser>,
 ) -> Result<Thresholded<Guided<Metered<'a, &'a NetworkDenoiser>>>> {
@@ -368,7 +368,7 @@ fn guided<'a>(
     held(Guided::new(teacher, GUIDANCE_SCALE, null)?)
 }
 
-/// Inside the data's range.
+/// Clips to the data's range.
 fn held<D: Denoiser>(network: D) -> Result<Thresholded<D>> {
     Ok(Thresholded::new(network, Thresholding::clamp_pixels())?)
 }
@@ -384,7 +384,7 @@ impl Target {
     }
 }
 
-impl Judges {
+impl CriticNetworks {
     fn new(teacher: &NetworkDenoiser) -> Result<Self> {
         let fake_score = teacher.duplicate(true)?;
         let head = DiscriminatorHeadConfig::for_model(&teacher.config())?;

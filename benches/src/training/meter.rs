@@ -1,4 +1,4 @@
-//! How often networks are asked, and how long they take.
+//! Counts the passes of networks and the time they take.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use ddil_core::{Conditioning, Denoiser, Discriminator, Result};
 use ddil_schedulers::{NoiseSchedule, Prediction};
 use tch::Tensor;
 
-/// Who is asked, and for whom.
+/// The network that is evaluated, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// In the loss.
     Student,
     /// In the loss.
     Teacher,
-    /// The moving average of the student that makes labels.
+    /// The moving average of the student that computes targets.
     Target,
     /// The fake score of DMD2.
     Critic,
@@ -26,34 +26,34 @@ pub enum Role {
     TeacherRollout,
 }
 
-/// What one role was asked.
+/// The passes of one role.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
-    /// Samples that went through the network: two for a guided one.
+    /// Samples that passed through the network: two for a guided one.
     pub passes: u64,
-    /// Those of them that a gradient comes back through.
+    /// Number of those through which a gradient flows back.
     pub backward: u64,
-    /// In passes; that of gradients is not known apart.
+    /// Time of forward passes; that of backward passes is not known separately.
     pub time: Duration,
 }
 
-/// One tally a role.
+/// The tallies of all roles.
 #[derive(Debug, Default)]
 pub struct Meters([Cell<Tally>; 7]);
 
 impl Meters {
-    /// What a role was asked so far.
+    /// The tally of a role so far.
     pub fn of(&self, role: Role) -> Tally {
         self.0[role as usize].get()
     }
 
-    /// A network that counts for a role.
+    /// A network whose passes count for a role.
     pub fn put_on<N>(&self, role: Role, network: N) -> Metered<'_, N> {
         Metered { network, tally: &self.0[role as usize] }
     }
 }
 
-/// A network that keeps a tally. Goes inside of guidance, whose two passes are two.
+/// A network with a tally. It must be inside of guidance, whose two passes count as two.
 pub struct Metered<'a, N> {
     network: N,
     tally: &'a Cell<Tally>,

@@ -1,4 +1,4 @@
-//! What follows the gradients of an update, and nothing else.
+//! The work of an update after the backward pass, and nothing else.
 
 use std::hint::black_box;
 
@@ -16,16 +16,16 @@ pub struct Optimization {
     optimizer: AdamW,
     ema: Ema,
     params: Vec<Tensor>,
-    /// Gradients above the limit of clipping, where they are to be.
+    /// Gradients above the limit of clipping, if clipping is measured.
     above: Option<Vec<Tensor>>,
 }
 
 impl Optimization {
-    /// Random ones; `clipped` if the norm of the gradients is to be above the limit.
+    /// Creates random parameters; `clipped` if the norm of the gradients should be above the limit.
     ///
     /// # Errors
     ///
-    /// What the optimizer says of the parameters.
+    /// Errors of the optimizer about the parameters.
     pub fn new(clipped: bool, device: Device) -> Result<Self> {
         let random = |_| Tensor::randn(SHAPE, (Kind::Float, device));
         let params: Vec<Tensor> =
@@ -45,18 +45,18 @@ impl Optimization {
         Ok(Self { optimizer, ema, params, above: clipped.then_some(grads) })
     }
 
-    /// Puts gradients back above the limit, where they are to be.
+    /// Restores gradients above the limit, if clipping is measured.
     pub fn refill(&self) {
         for (param, grad) in self.params.iter().zip(self.above.iter().flatten()) {
             param.grad().copy_(grad);
         }
     }
 
-    /// Clips, steps, averages.
+    /// Clips the gradients, steps the optimizer, updates the average.
     ///
     /// # Errors
     ///
-    /// What the optimizer says.
+    /// Errors of the optimizer.
     pub fn update(&mut self) -> Result<()> {
         black_box(self.optimizer.clip()?.double_value(&[]));
         self.optimizer.step(1e-4)?;

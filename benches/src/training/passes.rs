@@ -1,4 +1,4 @@
-//! A network that is asked, and nothing else.
+//! Forward passes of a network, and nothing else.
 
 use ddil_core::Conditioning;
 use ddil_models::NetworkDenoiser;
@@ -31,12 +31,12 @@ impl Passes {
         })
     }
 
-    /// What is asked.
+    /// The network.
     pub fn network(&self) -> &NetworkDenoiser {
         &self.network
     }
 
-    /// What it is told of the samples.
+    /// The conditioning.
     pub fn told(&self) -> &Conditioning {
         &self.told
     }
@@ -45,7 +45,7 @@ impl Passes {
     ///
     /// # Errors
     ///
-    /// What the network says.
+    /// Errors of the network.
     pub fn pass(&self) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         Ok(self.network.output(&self.x_t, &self.timesteps, &self.told)?)

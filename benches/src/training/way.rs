@@ -1,4 +1,4 @@
-//! The ways of training that are compared.
+//! The training variants that are compared.
 
 use ddil_core::{
     BufferConfig, MixerConfig, PriorSchedule, Priors, StudentConfig, StudentPolicy, TeacherConfig,
@@ -20,7 +20,7 @@ impl Method {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Pd, Self::Lcm, Self::Dmd2];
 
-    /// As tables have it.
+    /// Name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pd => "PD",
@@ -38,7 +38,7 @@ impl Method {
         }
     }
 
-    /// The method's own mixture, as it is once the warm-up is over.
+    /// The method's own mixture, as it is after the warm-up.
     fn mixture(self) -> Priors {
         let schedule = match self {
             Self::Pd => PriorSchedule::default_for_pd(),
@@ -48,8 +48,8 @@ impl Method {
         schedule.at(1.0)
     }
 
-    /// Those that its grids allow. Chains, and rollouts whose states are all used, need a student that is trained
-    /// where it is sampled.
+    /// The student policies that its timesteps allow. Chains, and rollouts of which all states are used, need a student
+    /// that is trained at the timesteps where it is sampled.
     fn policies(self) -> Vec<StudentPolicy> {
         let buffer = StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() };
         match self {
@@ -61,14 +61,14 @@ impl Method {
         }
     }
 
-    /// The one that the presets have.
+    /// The policy of the presets.
     fn preferred(self) -> StudentPolicy {
         let policies = self.policies();
         policies[policies.len() - if self == Self::Lcm { 1 } else { 2 }].clone()
     }
 }
 
-/// Where states come from.
+/// The origin of states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sources {
     /// Noised data alone.
@@ -77,22 +77,22 @@ pub enum Sources {
     Student,
     /// The method's mixture.
     Mixture,
-    /// The same while the teacher's pool is not full yet.
+    /// The same, while the teacher's pool is still being filled.
     Filling,
 }
 
-/// A method with the states that it is trained on.
+/// A method with the origin of its training states.
 #[derive(Clone, Debug)]
 pub struct Way {
     /// The method.
     pub method: Method,
-    /// Where its states come from.
+    /// The origin of its states.
     pub sources: Sources,
     policy: StudentPolicy,
 }
 
 impl Way {
-    /// All of a method; first the one that the others are compared with.
+    /// All variants of a method, beginning with the baseline.
     pub fn all(method: Method) -> Vec<Self> {
         let way = |sources, policy| Self { method, sources, policy };
         let forward = Self::forward(method);
@@ -113,7 +113,7 @@ impl Way {
         Self { method, sources: Sources::Forward, policy: StudentPolicy::Fresh }
     }
 
-    /// Settings of the mixer, with so many trajectories in the teacher's pool.
+    /// Settings of the mixer, with the given number of trajectories in the teacher's pool.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl Way {
         })
     }
 
-    /// Where states come from, as tables have it.
+    /// The origin of states, for tables.
     pub fn states(&self) -> &'static str {
         match self.sources {
             Sources::Forward => "forward only",
@@ -145,7 +145,7 @@ impl Way {
         }
     }
 
-    /// How the student's states are come by, as tables have it; nothing where there are none.
+    /// The student policy, for tables; empty if there are no student states.
     pub fn policy(&self) -> &'static str {
         match self.policy {
             _ if self.sources == Sources::Forward => "",

@@ -1,4 +1,4 @@
-//! What an update is of.
+//! The workload of an update.
 
 use std::path::PathBuf;
 
@@ -11,29 +11,29 @@ use tch::Device;
 
 use super::Result;
 
-/// A network, a batch, and how long it is measured.
+/// A network, a batch, and the number of rounds.
 pub struct Workload {
-    /// Samples of an update.
+    /// Samples per update.
     pub batch: i64,
     /// Height and width of a sample in pixels.
     pub side: i64,
     /// The network of teacher, student and critic.
     pub unet: UNet2DConfig,
-    /// The teacher's weights, a safetensors file; random ones without.
+    /// The teacher's weights, a safetensors file; random weights without it.
     pub weights: Option<PathBuf>,
-    /// Where networks and data are.
+    /// The device of networks and data.
     pub device: Device,
-    /// The kind in which networks are asked.
+    /// The kind in which networks compute.
     pub precision: Precision,
-    /// Of every optimizer.
+    /// The settings of every optimizer.
     pub learning_rate: f64,
-    /// Updates of the mixer alone, before anything is timed; a multiple of 5.
+    /// Updates of the mixer alone, before any timing; a multiple of 5.
     pub filling: u64,
-    /// Trajectories in the teacher's pool, so few that they are all there after the filling.
+    /// Trajectories in the teacher's pool, few enough to be complete after the filling.
     pub pool: usize,
-    /// Rounds that are kept.
+    /// Number of rounds that count.
     pub rounds: u64,
-    /// Updates of a round: a whole turn of DMD2, which trains its student in one of five.
+    /// Updates per round: a whole cycle of DMD2, which trains its student in one of five.
     pub updates: u64,
 }
 
@@ -55,7 +55,7 @@ impl Workload {
         }
     }
 
-    /// One round of a network that takes no time, to see that everything runs.
+    /// One round of a tiny network, as a smoke test.
     pub fn tiny() -> Self {
         let unet = UNet2DConfig {
             sample_size: Some(SampleSize::Square(8)),
@@ -88,7 +88,7 @@ impl Workload {
     ///
     /// # Errors
     ///
-    /// If the settings of the network are none, or the weights are not its own.
+    /// If the settings of the network are invalid, or the weights do not fit it.
     pub fn teacher(&self) -> Result<NetworkDenoiser> {
         let placement =
             Placement { device: self.device, channels_last: true, ..Placement::default() };
@@ -126,7 +126,7 @@ fn fashion_mnist() -> UNet2DConfig {
 ///
 /// # Errors
 ///
-/// Names the two.
+/// Lists the two valid names.
 pub fn precision(name: &str) -> std::result::Result<Precision, String> {
     match name {
         "float32" => Ok(Precision::Float32),

@@ -18,7 +18,7 @@ type Function = dyn Fn(&[Tensor]) -> Answer + Send;
 
 /// The object that C++ owns; a mutex allows one call at a time, so a function that is `Send` may be called from any
 /// thread.
-struct Lent(Mutex<Box<Function>>);
+struct SharedFunction(Mutex<Box<Function>>);
 
 /// The result of `function` on `inputs`, with only the inputs kept for the backward pass, which calls the function
 /// again with gradients.
@@ -60,14 +60,14 @@ pub fn recomputed<T: Borrow<Tensor>>(
     function: impl Fn(&[Tensor]) -> Answer + Send + 'static,
 ) -> Result<Tensor> {
     let inputs = TensorList::new(inputs)?;
-    let lent = Box::new(Lent(Mutex::new(Box::new(function))));
-    let lent = Box::into_raw(lent).cast::<c_void>();
-    // SAFETY: the list lives through the call. C++ owns `lent` from here on, passes it to `call` only before `release`,
+    let shared = Box::new(SharedFunction(Mutex::new(Box::new(function))));
+    let shared = Box::into_raw(shared).cast::<c_void>();
+    // SAFETY: the list lives through the call. C++ owns `shared` from here on, passes it to `call` only before `release`,
     // and to `release` once, also on failure; it may do so from any thread, which a `Mutex` over a `Send` value allows.
-    new_tensor(OP, |out| unsafe { ffi::ddil_recomputed(inputs.as_ptr(), lent, call, release, out) })
+    new_tensor(OP, |out| unsafe { ffi::ddil_recomputed(inputs.as_ptr(), shared, call, release, out) })
 }
 
-impl Lent {
+impl SharedFunction {
     /// Calls the function and appends its result to `outputs`.
     fn run(
         &self,
@@ -98,10 +98,10 @@ fn reason_of(error: &TchError) -> String {
     message.split("\nException raised from").next().unwrap_or(message).to_owned()
 }
 
-extern "C" fn call(lent: *mut c_void, inputs: *const ffi::List, outputs: *mut ffi::List) -> c_int {
-    // SAFETY: `lent` is what `recomputed` passed to C++, which has not released it.
-    let lent = unsafe { &*lent.cast::<Lent>() };
-    let message = match catch_unwind(AssertUnwindSafe(|| lent.run(inputs, outputs))) {
+extern "C" fn call(shared: *mut c_void, inputs: *const ffi::List, outputs: *mut ffi::List) -> c_int {
+    // SAFETY: `shared` is what `recomputed` passed to C++, which has not released it.
+    let shared = unsafe { &*shared.cast::<SharedFunction>() };
+    let message = match catch_unwind(AssertUnwindSafe(|| shared.run(inputs, outputs))) {
         Ok(Ok(())) => return 0,
         Ok(Err(message)) => message,
         Err(panic) => format!("the function panicked: {}", words_of(&*panic)),
@@ -112,9 +112,9 @@ extern "C" fn call(lent: *mut c_void, inputs: *const ffi::List, outputs: *mut ff
     1
 }
 
-extern "C" fn release(lent: *mut c_void) {
-    // SAFETY: `lent` came from `Box::into_raw` in `recomputed` and is returned once.
-    drop(unsafe { Box::from_raw(lent.cast::<Lent>()) });
+extern "C" fn release(shared: *mut c_void) {
+    // SAFETY: `shared` came from `Box::into_raw` in `recomputed` and is returned once.
+    drop(unsafe { Box::from_raw(shared.cast::<SharedFunction>()) });
 }
 
 fn words_of(panic: &(dyn Any + Send)) -> &str {
