@@ -64,7 +64,9 @@ pub fn recomputed<T: Borrow<Tensor>>(
     let shared = Box::into_raw(shared).cast::<c_void>();
     // SAFETY: the list lives through the call. C++ owns `shared` from here on, passes it to `call` only before `release`,
     // and to `release` once, also on failure; it may do so from any thread, which a `Mutex` over a `Send` value allows.
-    new_tensor(OP, |out| unsafe { ffi::ddil_recomputed(inputs.as_ptr(), shared, call, release, out) })
+    new_tensor(OP, |out| unsafe {
+        ffi::ddil_recomputed(inputs.as_ptr(), shared, call, release, out)
+    })
 }
 
 impl SharedFunction {
@@ -98,7 +100,11 @@ fn reason_of(error: &TchError) -> String {
     message.split("\nException raised from").next().unwrap_or(message).to_owned()
 }
 
-extern "C" fn call(shared: *mut c_void, inputs: *const ffi::List, outputs: *mut ffi::List) -> c_int {
+extern "C" fn call(
+    shared: *mut c_void,
+    inputs: *const ffi::List,
+    outputs: *mut ffi::List,
+) -> c_int {
     // SAFETY: `shared` is what `recomputed` passed to C++, which has not released it.
     let shared = unsafe { &*shared.cast::<SharedFunction>() };
     let message = match catch_unwind(AssertUnwindSafe(|| shared.run(inputs, outputs))) {
