@@ -337,7 +337,7 @@ fn grids_show_the_prompts_asked_for() {
 fn text_files_beside_pictures_are_captions_too() -> TestResult {
     let workshop = workshop(Family::StableDiffusion);
     fs::remove_file(workshop.path("captions/metadata.jsonl"))?;
-    let words: &[&str] = &["00.png has no caption", "05.png has neither", "metadata.jsonl"];
+    let words: &[&str] = &["00.png has no caption", "05.png has no caption", "metadata.jsonl"];
     each_is_refused(&workshop, "distill", &[(&[], words)]);
     for number in 0..6 {
         fs::write(workshop.path(&format!("captions/{number:02}.txt")), "a cat\n\n cat \n")?;
