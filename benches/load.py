@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""How a program on libtorch's threads fares beside other work on the same processors.
+"""Measures a program on libtorch's threads while other work runs on the same processors.
 
     make bench-load                                           # builds ddil, then runs this
     python3 benches/load.py                                   # samples 200 images in 8 guided steps with target/release/ddil
     python3 benches/load.py --variant GOMP_SPINCOUNT=1000 --variant OMP_WAIT_POLICY=passive
     python3 benches/load.py --rounds 5 --hogs 4 --threads 2 -- PROGRAM ARGUMENTS   # any other program
 
-Each variant is a set of environment variables; `asis` is the program with none of them, which chooses by itself, and
-`libgomp` (GOMP_SPINCOUNT=300000) what libgomp would do. They are run in turn, first idle, then beside `--hogs` busy
-loops, for `--rounds` rounds; medians of the time that passes are printed.
+Each variant is a set of environment variables; `asis` is the program with none of them, which adapts by itself, and
+`libgomp` (GOMP_SPINCOUNT=300000) is libgomp's default. They alternate, first idle, then with `--hogs` busy loops, for
+`--rounds` rounds; medians of the wall time are printed.
 
-- idle: over the fastest variant's idle time of the same rounds.
-- loaded: over the fair share, which is the fastest idle time times (threads + hogs) / processors.
+- idle: ratio to the fastest variant's idle time of the same rounds.
+- loaded: ratio to the fair share, which is the fastest idle time times (threads + hogs) / processors.
 
-The exit code is 1 if `asis` costs more than --max-idle or --max-loaded. Other work on the machine falsifies the idle
+The exit code is 1 if `asis` costs more than --max-idle or --max-loaded. Other work on the machine distorts the idle
 column: the load average at the start is printed, and it should be far below 1.
 """
 
@@ -48,7 +48,7 @@ def environment(variant: str, threads: int) -> dict[str, str]:
 
 
 class Busy:
-    """Busy loops beside what is measured; on the same processors, if --processors chooses some."""
+    """Busy loops during a measurement; on the same processors, if --processors chooses some."""
 
     def __init__(self, count: int, pinned: list[str]) -> None:
         self.command, self.count = [*pinned, sys.executable, "-c", HOG], count
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, variants: list[str], command: list[str]
     for state, hogs in (("idle", 0), ("loaded", options.hogs)):
         with Busy(hogs, pinned):
             for number in range(options.rounds):
-                # Each round begins with another variant, so that none is always the first.
+                # The first variant rotates, so that none is always the first.
                 order = variants[number % len(variants) :] + variants[: number % len(variants)]
                 for variant in order:
                     times[variant][state].append(seconds([*pinned, *command], environment(variant, options.threads)))

@@ -75,7 +75,7 @@ enum Case {
     },
 }
 
-/// How a network is asked.
+/// The batch and precision of a network.
 #[derive(Debug, Args)]
 struct Asked {
     #[arg(long)]

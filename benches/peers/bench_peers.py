@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Sets this project against PyTorch and diffusers, all in one run, and prints one table.
+"""Compares this project with PyTorch and diffusers in one run, and prints one table.
 
     make bench-peers                           # installs them into the user's cache, builds, runs this
-    python benches/peers/bench_peers.py        # with packages of your own (tools/record/record_unet.py names the versions)
+    python benches/peers/bench_peers.py        # with your own packages (tools/record/record_unet.py names the versions)
 
-Every side is a process of its own, as an allocator's settings belong to a process; they take turns, round by round, and
-another one is first in each. A ratio is the peer's figure over ours, the median over rounds with its quartiles: above 1
+Every side is a separate process, since allocator settings apply to a process; the sides alternate, round by round, and
+the first one rotates. A ratio is the peer's figure over ours, the median over rounds with its quartiles: above 1
 where this project is faster or smaller. The peers are
 
     as shipped   eager, channels first, glibc's defaults
-    tuned        eager, channels last (but for bfloat16 on a CPU, where PyTorch is slower for it), and the allocator's
-                 settings that this project's programs have
-    compiled     the same by torch.compile, with frozen weights where nothing is trained
+    tuned        eager, channels last (except for bfloat16 on a CPU, where it is slower in PyTorch), and the allocator
+                 settings of this project's programs
+    compiled     the same with torch.compile, with frozen weights if nothing is trained
 
 Before anything is timed, updates of each method are made on both sides from the same weights, states and draws: losses,
-weights, averages and the number of passes have to agree, or nothing is compared.
+weights, averages and the number of passes must agree, or nothing is compared.
 """
 
 import argparse
@@ -35,36 +35,36 @@ WEIGHTS = rounds.ROOT / "assets/fashion-mnist-teacher/unet/diffusion_pytorch_mod
 METHODS = ("PD", "LCM", "DMD2")
 KEPT = {"GLIBC_TUNABLES": rounds.TUNABLES}
 SHIPPED = ("as shipped", (), {})
-# Where memory formats do not matter.
+# Cases without memory formats.
 KEEPING = ("tuned", (), KEPT)
-# Of losses relative, of weights as a share of how far they went: what rounding explains.
+# Tolerances for rounding: relative for losses, as a share of the distance moved for weights.
 BOUNDS = {"float32": {"loss": 1e-4, "student": 0.02, "ema": 0.02}, "bfloat16": {"loss": 0.05, "student": 0.4, "ema": 0.4}}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "MiB": 1024.0}
 
 
 @dataclass
 class Row:
-    """What is shown of a comparison: keys of the two sides' answers. Of memory, the most that was held beyond what networks
-    and optimizers hold before the first round."""
+    """A row of a comparison: keys of the two sides' answers. For memory, the peak beyond what networks and optimizers
+    hold before the first round."""
 
     work: str
     ours: str = "seconds"
     peer: str = "seconds"
     unit: str = "ms"
-    # What one of an answer is in seconds.
+    # Seconds per unit of an answer.
     answered_in: float = 1.0
 
 
 @dataclass
 class Comparison:
-    """Programs that are asked in turn."""
+    """Programs that run alternately."""
 
     ours: list
     peer: list
     rows: list
     rounds: int
     peers: tuple = (SHIPPED, KEEPING)
-    # Whether the program says a line when it is ready.
+    # Whether the program prints a line when it is ready.
     greets: bool = True
 
 
@@ -98,7 +98,7 @@ def updates(options):
             asked = ["update", name.lower(), "--batch", batch, "--precision", precision]
             what = f"{name} update, {network_name(precision, batch)}"
             memory = Row(f"{what}: peak memory", "peak_kib", "peak_kib", "MiB")
-            # The allocator asks for 64 MiB at a time: nothing could be told apart with small batches. It is the host's.
+            # The host's allocator requests 64 MiB at a time, which hides the differences between small batches.
             rows = [Row(what)] if options.quick or options.device != "cpu" else [Row(what), memory]
             count = options.rounds or (3 if options.quick else 5 if name == "DMD2" else 9)
             peers = peers_of(precision, options.device, options.compile_updates)
@@ -129,7 +129,7 @@ def sampling(options):
 
 
 def large(options):
-    """Of Stable Diffusion 1.5's network."""
+    """Passes of Stable Diffusion 1.5's network."""
     if not options.large:
         return
     from compare_networks import CASES
@@ -144,14 +144,14 @@ def large(options):
 def comparisons(options):
     made = [c for group in (sampling, forwards, updates, optimizers, large) for c in group(options)]
     for comparison in made:
-        # Where a round is of several things, their shares of its processor time are not known.
+        # If a round times several cases, their shares of its processor time are not known.
         shown = [row for row in comparison.rows if row.answered_in == 1 or not options.processor]
         comparison.rows = [row for row in shown if options.only in row.work]
     return [comparison for comparison in made if comparison.rows]
 
 
 def settings(threads, more):
-    """Of every process. This machine's own libtorch would come before that of Python's torch."""
+    """The environment of every process. This machine's libtorch would take precedence over that of Python's torch."""
     unset = {"LD_LIBRARY_PATH": ""} if more is not None else {}
     return {"OMP_NUM_THREADS": str(threads), **unset, **(more or {})}
 
@@ -175,7 +175,7 @@ def answered(line):
 
 
 def measure(comparison, programs, options, folder):
-    """Answers of every side, by its name, and what each said when it was ready."""
+    """The answers of every side by name, and the line that each printed when it was ready."""
     threads, device = options.threads, options.device
     with contextlib.ExitStack() as stack:
         ours = rounds.Program(*our_command(comparison, programs, threads, device, folder), settings=settings(threads, None))
@@ -184,7 +184,7 @@ def measure(comparison, programs, options, folder):
             command = peer_command(comparison, threads, device, arguments, folder)
             sides[name] = stack.enter_context(rounds.Program(*command, settings=settings(threads, more)))
         greetings = {name: json.loads(side.line()) for name, side in sides.items() if name != "ours" or comparison.greets}
-        # The first rounds warm up, and compile.
+        # The first rounds are for warm-up and compilation.
         for _ in range(2):
             for side in sides.values():
                 side.round()
@@ -206,7 +206,7 @@ def quartiles(values):
 
 
 def figures(row, answers, greetings):
-    """Every side's figure in the row's unit, and of each peer the ratio to ours as its three quartiles."""
+    """Every side's figure in the row's unit, and for each peer the quartiles of its ratio to ours."""
     key = {name: row.ours if name == "ours" else row.peer for name in answers}
     if row.unit == "MiB":
         values = {
@@ -258,7 +258,7 @@ def print_row(found):
 
 
 def check(programs, options):
-    """Makes updates of every method on both sides; says what differs, and ends it if it is more than rounding."""
+    """Runs updates of every method on both sides; prints the differences, and exits if they exceed rounding."""
     with tempfile.TemporaryDirectory() as folder:
         for found in replayed(programs, options, pathlib.Path(folder)):
             bounds = BOUNDS[found["precision"]]

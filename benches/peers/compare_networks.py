@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sets this project's text-to-image U-Net against diffusers', both in one run, round by round in turn.
+"""Compares this project's text-to-image U-Net with diffusers' in one run, in alternating rounds.
 
     python benches/peers/compare_networks.py [--threads N] [--rounds N] [--same-malloc] [--only PART]
 
@@ -39,7 +39,7 @@ def compared(program, name, options, folder):
 
     theirs = case(name, folder)
     with rounds.Program(program, options.threads, name, folder) as ours:
-        # The first round of each warms up.
+        # The first round of each is a warm-up.
         theirs(), ours.round()
         pairs = [(seconds(theirs), float(ours.round())) for _ in range(options.rounds)]
     peer, own = (statistics.median(side) for side in zip(*pairs))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compares samples of four steps with diffusers' loop of the same, both in one run, round by round in turn.
+"""Compares samples of four steps with the same loop of diffusers in one run, in alternating rounds.
 
     python benches/peers/compare_sampling.py [--threads N] [--rounds N] [--best] [--same-malloc] [--before PROGRAM]
 
-The network costs nothing on both sides: what is timed is the sampler. Builds benches/sampling_times.rs with cargo. Needs a
-Python with torch and diffusers (`make bench-peers` makes one). Prints medians in microseconds per sample and, in brackets,
+The network costs nothing on both sides: only the sampler is timed. Builds benches/sampling_times.rs with cargo. Needs a
+Python with torch and diffusers (`make bench-peers` creates one). Prints medians in microseconds per sample and, in brackets,
 how many times faster than diffusers. --best takes each side's fastest round instead, for a machine with other work on it;
 --before adds an earlier build of sampling_times as a third side.
 

@@ -31,7 +31,7 @@ def placed(network, batch, channels_last):
 
 def forward(bfloat16, channels_last):
     kind = torch.bfloat16 if bfloat16 else torch.float32
-    # The settings of Stable Diffusion 1.5 are the defaults but for these.
+    # The settings of Stable Diffusion 1.5 are the defaults except for these.
     network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().to(kind)
     batch = Batch((1, 4, 64, 64), 768, kind)
     network = placed(network, batch, channels_last).requires_grad_(False)
@@ -66,12 +66,12 @@ def training_step(bfloat16, channels_last):
 
 
 def weights_in(folder):
-    """Every tensor, where it lies in the file."""
+    """Every tensor of the file, in place."""
     return load_file(pathlib.Path(folder) / "diffusion_pytorch_model.safetensors")
 
 
 def load(folder):
-    """From files to parameters, the fastest way there: no values are made first, and none is copied twice."""
+    """Loads files into parameters in the fastest way: without initialising values first, and without a second copy."""
     with torch.device("meta"):
         empty = UNet2DConditionModel(**UNet2DConditionModel.load_config(folder))
 

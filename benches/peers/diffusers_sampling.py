@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long diffusers' DDIM and LCM schedulers take for a sample of four steps on the CPU, with a network that costs nothing.
+"""Times diffusers' DDIM and LCM schedulers for a sample of four steps on the CPU, with a network that costs nothing.
 
     python benches/peers/diffusers_sampling.py [THREADS]
 
@@ -20,7 +20,7 @@ STEPS = 4
 
 
 def samplers():
-    """Each case as a function of noise and of the network's output, which is the loop of a pipeline."""
+    """Each case as a function of noise and of the network's output, the loop of a pipeline."""
     ddim = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **BETAS)
     clamped = DDIMScheduler(clip_sample=True, timestep_spacing="trailing", **BETAS)
     lcm = LCMScheduler(**BETAS)
@@ -47,14 +47,14 @@ def wait(device):
 class Rounds:
     def __init__(self, threads):
         torch.set_num_threads(threads)
-        # As a pipeline has them: tables on the host, samples on the device.
+        # As in a pipeline: tables on the host, samples on the device.
         with torch.device("cpu"):
             self.samplers = samplers()
         self.batches = {shape: (torch.randn(shape), torch.randn(shape)) for shape in SHAPES}
 
     @torch.no_grad()
     def run(self):
-        """Times every case once: microseconds a sample, by case and shape."""
+        """Times every case once: microseconds per sample, by case and shape."""
         times = {}
         for shape, (noise, output) in self.batches.items():
             for case, sample in self.samplers.items():

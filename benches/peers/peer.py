@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""PyTorch's and diffusers' side of bench_peers.py: gets ready and answers each line of its input with a measurement.
+"""PyTorch's and diffusers' side of bench_peers.py: initialises and answers each line of its input with a measurement.
 
     python benches/peers/peer.py --threads N forward|update|optimizer|sampling|network ..
     python benches/peers/peer.py --threads N replay FOLDER ..
 
-The protocol is that of benches/update_times.rs; `sampling` answers as benches/sampling_times.rs does. `replay` makes the updates
-that `update_times record` wrote down again, and prints how far apart both are.
+The protocol is that of benches/update_times.rs; `sampling` answers as benches/sampling_times.rs does. `replay` repeats the
+updates that `update_times record` wrote, and prints the differences.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 
 def status(key):
-    """A figure of /proc/self/status in KiB; none where there is no such file."""
+    """A figure of /proc/self/status in KiB; none if the file does not exist."""
     try:
         lines = open("/proc/self/status").read().splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def forget_peak():
 
 
 def wait():
-    """Returns when everything that was asked of the device is done."""
+    """Waits until all work submitted to the device is done."""
     if torch.get_default_device().type == "cuda":
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""What the comparisons share: this project's program and Python take turns, round by round."""
+"""Shared parts of the comparisons: this project's program and Python alternate, round by round."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# What ddil_libtorch::keep_freed_pages sets.
+# The settings of ddil_libtorch::keep_freed_pages.
 TUNABLES = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4611686018427387904:glibc.malloc.top_pad=67108864"
 
 
@@ -17,7 +17,7 @@ def add_options(parser, rounds):
 
 
 def same_malloc():
-    """Starts Python anew with the allocator's settings, if it has others."""
+    """Restarts Python with these allocator settings, if it has others."""
     if "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.argv])

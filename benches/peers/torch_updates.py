@@ -1,7 +1,7 @@
 """Progressive distillation, LCM and DMD2 in PyTorch and diffusers, written from their equations.
 
-An update here is what an update of benches/update_times.rs is: the same network, grid, guidance, losses and optimizer, on
-noised data. `replay` makes recorded updates again and says how far apart the two sides are.
+An update equals one of benches/update_times.rs: the same network, timesteps, guidance, losses and optimizer, on noised
+data. `replay` repeats recorded updates and returns the differences between the two sides.
 """
 
 import json
@@ -68,11 +68,11 @@ class Head(nn.Module):
 
 
 class Denoiser:
-    """A U-Net that predicts v, asked for the clean data behind noised samples."""
+    """A U-Net that predicts v, as an estimator of the clean data."""
 
     def __init__(self, unet, bfloat16):
         self.unet, self.bfloat16 = unet, bfloat16
-        # Samples that went through, and those of them with a gradient.
+        # Samples that passed through, and the number of those with a gradient.
         self.passes = [0, 0]
 
     def autocast(self):
@@ -94,7 +94,7 @@ class Denoiser:
         return per_sample(ALPHA32[timesteps]) * x_t - per_sample(SIGMA32[timesteps]) * v
 
     def guided_x0(self, x_t, timesteps, labels):
-        """Condition and none in one batch; held inside the data's range."""
+        """Conditional and unconditional in one batch; clipped to the data's range."""
         both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
         cond, uncond = self.output(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
         v = uncond.lerp(cond, GUIDANCE)
@@ -102,7 +102,7 @@ class Denoiser:
         return x0.clamp(-1, 1)
 
     def features(self, x_t, timesteps, labels):
-        """What leaves the bottom level: UNet2DModel.forward without the way up."""
+        """The output of the bottom level: UNet2DModel.forward without the up blocks."""
         unet = self.unet
         emb = unet.time_embedding(unet.time_proj(timesteps)) + unet.class_embedding(labels)
         hidden = unet.conv_in(x_t)
@@ -112,14 +112,14 @@ class Denoiser:
 
 
 class Trained:
-    """Parameters with an optimizer of their own."""
+    """Parameters with their own optimizer."""
 
     def __init__(self, parameters, learning_rate):
         self.parameters = list(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
     def settle(self):
-        """Makes the optimizer's state now, as the other side does, by a step without gradients, which changes nothing."""
+        """Creates the optimizer's state now, as the other side does, by a step with zero gradients, which changes nothing."""
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -152,7 +152,7 @@ class Average:
 
 
 class Batch:
-    """States, with real samples beside them, and where later draws come from."""
+    """States, real samples, and the source of later draws."""
 
     def __init__(self, x_t, timesteps, labels, real_x0, real_labels, student_draws=None, critic_draws=None):
         self.x_t, self.timesteps, self.labels = x_t, timesteps, labels
@@ -161,7 +161,7 @@ class Batch:
 
 
 class Data:
-    """Random data that is always the same, noised anew for each update."""
+    """Fixed random data, with new noise for each update."""
 
     def __init__(self, grid, batch):
         self.grid = torch.tensor(grid)
@@ -175,7 +175,7 @@ class Data:
 
 
 class Method:
-    """What the three share: a frozen teacher, a student, its optimizer and its average."""
+    """The common part of the three methods: a frozen teacher, a student, its optimizer and its average."""
 
     EXTRA = ()
 
@@ -196,7 +196,7 @@ class Method:
         self.learning_rate = learning_rate
 
     def fill(self, folder):
-        """Weights from files; without, those of the teacher for all."""
+        """Weights from files; by default the teacher's for all."""
         teacher = self.networks["teacher"].unet.state_dict()
         for name, denoiser in self.networks.items():
             weights = load_file(folder / f"{name}.safetensors") if folder else teacher
@@ -218,7 +218,7 @@ class Method:
 
 
 class Progressive(Method):
-    """[Salimans and Ho 2022], two steps of the teacher for one of the student, weight max(SNR, 1)."""
+    """[Salimans and Ho 2022], two teacher steps per student step, weight max(SNR, 1)."""
 
     GRID = tuple(TIMESTEPS * (STEPS - n) // STEPS - 1 for n in range(STEPS))
 
@@ -233,7 +233,7 @@ class Progressive(Method):
         self.middles = middles
         self.steps = [[part.float() for part in ddim(*pair)] for pair in ((starts, middles), (middles, ends))]
         root_snr = [ALPHA[t] / SIGMA[t] for t in (starts, middles, ends)]
-        # One step makes the way of both with this share of the second prediction; all of it where the end is clean.
+        # One step equals both with this share of the second prediction; only the second if the end is clean data.
         second = (root_snr[2] - root_snr[1]) / (root_snr[2] - root_snr[0])
         self.second = torch.where(ends == -1, 1.0, second).float()
         self.weights = (ALPHA[starts] / SIGMA[starts]).square().clamp(min=1).float()
@@ -374,7 +374,7 @@ METHODS = {"PD": Progressive, "LCM": LatentConsistency, "DMD2": DistributionMatc
 
 
 def recorded(folder, step, said):
-    """A batch as it was on the other side, and its later draws."""
+    """A batch recorded on the other side, and its later draws."""
     tensors = load_file(folder / f"update_{step}.safetensors")
     draws = {
         f"{who}_draws": torch.Generator().manual_seed(said[f"{who}_seed"]) for who in ("student", "critic")
@@ -387,7 +387,7 @@ def relative(found, expected):
 
 
 def weights_apart(method, folder):
-    """How far student and average are from where the other side has them, as a share of how far they went."""
+    """The distance of student and average from the other side's, as a share of the distance moved."""
     apart = {}
     names = [name for name, _ in method.student.unet.named_parameters()]
     start = load_file(folder / "before/student.safetensors")
@@ -400,7 +400,7 @@ def weights_apart(method, folder):
 
 
 def replay(folder):
-    """Makes recorded updates again: losses and weights apart, and passes where they differ."""
+    """Repeats recorded updates: differences of losses and weights, and passes if they differ."""
     folder = pathlib.Path(folder)
     record = json.loads((folder / "record.json").read_text())
     name, bfloat16 = record["method"], record["precision"] == "bfloat16"

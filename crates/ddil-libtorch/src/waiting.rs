@@ -97,7 +97,7 @@ struct Libgomp {
 }
 
 impl Libgomp {
-    /// The library, if it is the one that is loaded: LLVM's has the same symbols, and others of its own.
+    /// The library, if it is the one that is loaded: LLVM's has the same symbols, and additional ones.
     fn find() -> Option<Self> {
         if symbol(c"__kmpc_fork_call").is_some() {
             return None;

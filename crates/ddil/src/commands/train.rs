@@ -262,7 +262,7 @@ fn start_or_resume<V: Verb>(
     }
 }
 
-/// Waits for a process that is about to release the folder: one that was told to stop and is saving.
+/// Waits for a process that is about to release the folder: one that is stopping and saves its run.
 fn patiently(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
     const PATIENCE: Duration = Duration::from_secs(60);
     const INTERVAL: Duration = Duration::from_millis(50);
