@@ -67,7 +67,7 @@ impl Forward {
     }
 }
 
-/// An update of a small network: noise prediction, with fused AdamW.
+/// An update of a small network: noise prediction, with fused `AdamW`.
 struct Training {
     network: UNet2DConditionModel,
     optimizer: AdamW,

@@ -15,7 +15,7 @@
 //! | random streams | [`Generator`], [`normal_is_vectorised`], [`default_generator_state`], [`set_default_generator_state`] |
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more rows than fit in memory | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
-//! | TorchScript programs | [`ensure_script_archive`] |
+//! | `TorchScript` programs | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
 //! | memory format | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
