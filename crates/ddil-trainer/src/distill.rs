@@ -303,9 +303,10 @@ impl DistillTask {
         // One weight per sample if guidance is drawn: a new one for each trajectory that may start here.
         let (guidance, device) = (self.config.teacher.guidance, self.device());
         let mut rng = self.streams.rng(step, Stream::Guidance);
-        let mut told = |said| guidance.condition(said, batch as usize, device, &mut rng);
-        let data = Data { x0: data.x0, conditioning: told(data.conditioning)? };
-        let prompts = told(prompts)?;
+        let mut condition =
+            |conditioning| guidance.condition(conditioning, batch as usize, device, &mut rng);
+        let data = Data { x0: data.x0, conditioning: condition(data.conditioning)? };
+        let prompts = condition(prompts)?;
         let real =
             self.requirements().discriminator.then(|| self.data.real_at(step)).transpose()?;
 

@@ -158,11 +158,11 @@ impl RunEnvironment {
     /// Adds a session; false if it equals the last one.
     fn add(&mut self, step: u64, now: &Map<String, Value>) -> bool {
         let facts = differences(&self.first.facts, now);
-        let is_news = self.later.last().map_or(!facts.is_empty(), |last| last.facts != facts);
-        if is_news {
+        let is_new = self.later.last().map_or(!facts.is_empty(), |last| last.facts != facts);
+        if is_new {
             self.later.push(SessionEnvironment { step, facts });
         }
-        is_news
+        is_new
     }
 }
 
@@ -264,8 +264,8 @@ mod tests {
         let mut run = RunEnvironment { format_version: 1, first, later: Vec::new() };
         let moved = known(&[("threads", 2), ("cpus", 4), ("new", 3)]);
         let sessions = [&begun, &moved, &moved, &begun, &begun, &moved];
-        let news = [1, 2, 3, 4, 5, 6].map(|step| run.add(step, sessions[step as usize - 1]));
-        assert_eq!(news, [false, true, false, true, false, true]);
+        let added = [1, 2, 3, 4, 5, 6].map(|step| run.add(step, sessions[step as usize - 1]));
+        assert_eq!(added, [false, true, false, true, false, true]);
         let steps: Vec<u64> = run.later.iter().map(|session| session.step).collect();
         assert_eq!(steps, [2, 4, 6]);
         let mut differing = known(&[("threads", 2), ("new", 3)]);

@@ -87,8 +87,8 @@ impl Evidence {
     /// [`Error::Torch`] if their timesteps cannot be read.
     pub fn of_states(states: &States) -> Result<Self> {
         let mut evidence = Self::of_timesteps(&states.timesteps)?;
-        let told = states.sources.iter().zip(&states.births);
-        for (row, (source, birth)) in evidence.rows.iter_mut().zip(told) {
+        let origins = states.sources.iter().zip(&states.births);
+        for (row, (source, birth)) in evidence.rows.iter_mut().zip(origins) {
             (row.source, row.birth) = (Some(source.as_str().to_owned()), Some(*birth));
         }
         Ok(evidence)
@@ -111,9 +111,9 @@ impl Evidence {
     /// # Errors
     ///
     /// As [`look_at`](Self::look_at).
-    pub fn look_at_conditioning(&mut self, whose: &str, conditioning: &Conditioning) -> Result<()> {
+    pub fn look_at_conditioning(&mut self, owner: &str, conditioning: &Conditioning) -> Result<()> {
         conditioning.parts().try_for_each(|(part, tensor)| {
-            self.look_at(&format!("{part} of the {whose}"), &format!("{whose}.{part}"), tensor)
+            self.look_at(&format!("{part} of the {owner}"), &format!("{owner}.{part}"), tensor)
         })
     }
 
@@ -122,11 +122,11 @@ impl Evidence {
     /// # Errors
     ///
     /// As [`look_at`](Self::look_at).
-    pub fn look_at_weights(&mut self, whose: &str, weights: &[(String, Tensor)]) -> Result<()> {
+    pub fn look_at_weights(&mut self, owner: &str, weights: &[(String, Tensor)]) -> Result<()> {
         let found = not_finite_among(weights)?;
         if let Some(first) = found.first() {
             let (first, of) = (&weights[*first].0, weights.len());
-            let what = format!("{} of {of} weights of the {whose}, `{first}` first", found.len());
+            let what = format!("{} of {of} weights of the {owner}, `{first}` first", found.len());
             self.findings.push(Finding::of(what));
         }
         Ok(())
@@ -159,7 +159,7 @@ impl Evidence {
         }
         let num_rows = self.rows.len().max(1);
         let timestep = |row: &usize| match timesteps {
-            Some(asked) => asked.get(*row).copied(),
+            Some(timesteps) => timesteps.get(*row).copied(),
             None => self.rows.get(*row).and_then(|row| row.timestep),
         };
         let of_batch: BTreeSet<usize> = rows.iter().map(|row| row % num_rows).collect();
@@ -180,7 +180,7 @@ impl Evidence {
     pub(crate) fn write(&self, run: &Path, step: u64, error: &str) -> Result<PathBuf> {
         let folder = run.join(NOT_FINITE);
         let rows = self.rows_to_keep();
-        let about = About {
+        let report = About {
             error,
             findings: &self.findings,
             num_rows: self.rows.len(),
@@ -188,7 +188,7 @@ impl Evidence {
             rows: &rows,
         };
         let mut writer = CheckpointWriter::new(&folder, step, NOT_FINITE)?;
-        writer.json("batch.json", &about)?;
+        writer.json("batch.json", &report)?;
         writer.tensors("batch.safetensors", &self.kept(&rows)?)?;
         let written = writer.commit()?;
         discard_newer(&folder, step)?;

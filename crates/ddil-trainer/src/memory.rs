@@ -223,13 +223,13 @@ fn count(shapes: &Shapes) -> u64 {
 
 impl Networks {
     fn new(config: &DistillConfig, teacher: &Pipeline) -> Result<Self> {
-        let taught = teacher.network.config();
+        let teacher_model = teacher.network.config();
         let shapes_of = |model: &ModelConfig| -> Result<Shapes> {
             Ok(model.without_values()?.parameters().shapes())
         };
         let (requirements, grid_len) = requirements(config, teacher)?;
         let shape = sample_shape(config, teacher)?;
-        let roster = Roster::first(config, requirements, taught.clone(), shape)?;
+        let roster = Roster::first(config, requirements, teacher_model.clone(), shape)?;
         let (teacher_shapes, student) =
             (shapes_of(&roster.teacher)?, shapes_of(roster.student_model())?);
         let learned = match &roster.student {
@@ -246,7 +246,7 @@ impl Networks {
             head,
             target: roster.target_decay.is_some(),
             grid_len,
-            text: Text::of(teacher, &taught)?,
+            text: Text::of(teacher, &teacher_model)?,
             teacher: teacher_shapes,
         })
     }
@@ -254,16 +254,16 @@ impl Networks {
     fn held(&self) -> Vec<Row> {
         let mut rows = vec![Row::weights("teacher", count(&self.teacher))];
         let learned = self.learned;
-        let who = if self.has_adapter { "student's adapter" } else { "student" };
+        let part = if self.has_adapter { "student's adapter" } else { "student" };
         let mut of_student = vec![
-            (who.to_owned(), learned),
-            (format!("{who}: gradients"), learned),
-            (format!("{who}: optimizer"), 2 * learned),
-            (format!("{who}: moving average"), learned),
-            (format!("{who}: the average as a network"), learned),
+            (part.to_owned(), learned),
+            (format!("{part}: gradients"), learned),
+            (format!("{part}: optimizer"), 2 * learned),
+            (format!("{part}: moving average"), learned),
+            (format!("{part}: the average as a network"), learned),
         ];
         if self.target {
-            of_student.push((format!("{who}: target"), learned));
+            of_student.push((format!("{part}: target"), learned));
         }
         rows.extend(of_student.into_iter().map(|(name, values)| Row::weights(name, values)));
         if let Some(critic) = &self.critic {
@@ -283,9 +283,10 @@ impl Networks {
             Precision::Bfloat16 => count(shapes) * HALF,
         };
         let student = Activations::of(&self.student, pass);
-        let answers = if is_asked_twice(config.teacher.guidance) { 2 } else { 1 };
-        let asked = PassShape { batch: answers * pass.batch, ..pass };
-        let teacher = Activations::of(&self.teacher, asked).inference() + copies(&self.teacher);
+        let passes = if needs_two_passes(config.teacher.guidance) { 2 } else { 1 };
+        let teacher_pass = PassShape { batch: passes * pass.batch, ..pass };
+        let teacher =
+            Activations::of(&self.teacher, teacher_pass).inference() + copies(&self.teacher);
         let mut learning = student.kept_down + student.kept_up + copies(&self.student);
         let mut rows = Vec::new();
         let mut at_work = teacher.max(student.recomputed + student.largest);
@@ -293,11 +294,11 @@ impl Networks {
             let of_critic = Activations::of(critic, pass);
             at_work = at_work.max(of_critic.inference() + copies(critic));
             at_work = at_work.max(of_critic.recomputed + of_critic.largest);
-            let judged = if self.head > 0 { of_critic.kept_down } else { 0 };
+            let adversarial = if self.head > 0 { of_critic.kept_down } else { 0 };
             // The adversarial gradient passes through the critic's down path; in its own phase the critic classifies
             // both kinds.
-            learning += judged;
-            let own = of_critic.training() + copies(critic) + 2 * judged;
+            learning += adversarial;
+            let own = of_critic.training() + copies(critic) + 2 * adversarial;
             rows.push(Row::bytes("while the critic learns", own));
         }
         rows.insert(0, Row::bytes("while the student learns", learning + at_work));
@@ -313,7 +314,7 @@ impl Networks {
 }
 
 /// Whether guidance evaluates the teacher twice per sample.
-fn is_asked_twice(guidance: TeacherGuidance) -> bool {
+fn needs_two_passes(guidance: TeacherGuidance) -> bool {
     match guidance {
         TeacherGuidance::Cfg { scale } => (scale - 1.0).abs() > f64::EPSILON,
         TeacherGuidance::CfgRange { .. } => true,
@@ -416,18 +417,18 @@ impl Stores {
         let prompt = networks.text.prompt_bytes;
         let (mut in_memory, mut on_disk) = (Vec::new(), Vec::new());
         if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {
-            let wanted = (buffer.capacity as u64)
+            let needed = (buffer.capacity as u64)
                 .saturating_mul(values * stored_bytes(buffer.storage) + prompt);
-            let kept = wanted.min(buffer.byte_budget);
+            let kept = needed.min(buffer.byte_budget);
             in_memory.push(Row::bytes("buffer of the student's states", kept));
             if let Some(spill) = &buffer.spill {
-                let spilled = (wanted - kept).min(spill.byte_budget);
+                let spilled = (needed - kept).min(spill.byte_budget);
                 on_disk.push(Row::bytes("on disk: spilled states of the buffer", spilled));
             }
         }
         let teacher = &config.mixing.teacher;
-        let plays = [0.0, 0.5, 1.0].iter().any(|at| config.mixing.priors.at(*at).teacher() > 0.0);
-        if teacher.pool > 0 && plays {
+        let is_used = [0.0, 0.5, 1.0].iter().any(|at| config.mixing.priors.at(*at).teacher() > 0.0);
+        if teacher.pool > 0 && is_used {
             let states = match (teacher.states, teacher.states_per_trajectory) {
                 (TeacherStates::Renoised, _) => 1,
                 (TeacherStates::Visited, Some(kept)) => kept as u64,

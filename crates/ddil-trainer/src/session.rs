@@ -593,13 +593,13 @@ impl<T: Task> Session<T> {
             Err(Error::NonFinite { step: self.step, name, value, detail, saved: None })
         };
         for Trainee { phase, optimizer, .. } in &self.trainees {
-            let whose = match phase {
+            let owner = match phase {
                 Phase::Student => "student",
                 Phase::Critic => "critic",
             };
-            ensure(format!("a parameter of the {whose}"), &self.task.parameters(*phase))?;
+            ensure(format!("a parameter of the {owner}"), &self.task.parameters(*phase))?;
             ensure(
-                format!("in the state of the {whose}'s optimizer"),
+                format!("in the state of the {owner}'s optimizer"),
                 &optimizer.state_tensors()?,
             )?;
         }

@@ -64,12 +64,12 @@ pub(super) struct Sealed {
 
 /// The format fields of a manifest, whatever its other fields.
 #[derive(Deserialize)]
-pub(super) struct Said {
-    pub(super) manifest: SaidVersion,
+pub(super) struct ManifestHeader {
+    pub(super) manifest: FormatVersion,
 }
 
 #[derive(Deserialize)]
-pub(super) struct SaidVersion {
+pub(super) struct FormatVersion {
     pub(super) format_version: u32,
 }
 
@@ -112,7 +112,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 }
 
 /// The reason why a name cannot be a member's, if there is one: a member must be a plain file in the folder.
-pub(super) fn objection(name: &str) -> Option<&'static str> {
+pub(super) fn reason_not_a_member(name: &str) -> Option<&'static str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if name.is_empty() || name.len() > 200 {
         Some("its length is not from 1 to 200")

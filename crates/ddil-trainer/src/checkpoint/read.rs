@@ -15,7 +15,9 @@ use tch::Tensor;
 use super::{
     MANIFEST,
     damage::Damage,
-    manifest::{FORMAT_VERSION, Linked, Manifest, Member, Said, Sealed, hex, objection},
+    manifest::{
+        FORMAT_VERSION, Linked, Manifest, ManifestHeader, Member, Sealed, hex, reason_not_a_member,
+    },
     step_of,
     tensors::read_tensors,
 };
@@ -200,8 +202,8 @@ impl Checkpoint {
 fn check(path: &Path) -> Result<Manifest, Damage> {
     let unreadable = |error: ddil_files::Error| Damage::Manifest { reason: cause_of(&error) };
     // The format version is read first: unknown fields of a newer version would give a misleading error.
-    let said: Said = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
-    let found = said.manifest.format_version;
+    let header: ManifestHeader = read_small_json(&path.join(MANIFEST)).map_err(unreadable)?;
+    let found = header.manifest.format_version;
     if found != FORMAT_VERSION {
         return Err(Damage::Format { found });
     }
@@ -230,7 +232,7 @@ fn saved_file(folder: &Path, name: &str, linked: &Linked) -> SavedFile {
 }
 
 fn ensure_name(name: &str) -> Result<(), Damage> {
-    match objection(name) {
+    match reason_not_a_member(name) {
         Some(reason) => Err(Damage::MemberName { name: name.to_owned(), reason }),
         None => Ok(()),
     }

@@ -18,7 +18,7 @@ use tch::Tensor;
 
 use super::{
     Checkpoint, LATEST, MANIFEST, REPLACED, folder_of,
-    manifest::{Linked, Manifest, Member, hex, objection},
+    manifest::{Linked, Manifest, Member, hex, reason_not_a_member},
     tensors::write_tensors,
 };
 use crate::{Error, Result};
@@ -115,7 +115,7 @@ impl CheckpointWriter {
 
     fn ensure_free(&self, name: &str) -> Result<()> {
         let taken = self.members.contains_key(name) || self.linked.contains_key(name);
-        match objection(name).or(taken.then_some("it is taken")) {
+        match reason_not_a_member(name).or(taken.then_some("it is taken")) {
             Some(reason) => Err(Error::InvalidMember { name: name.to_owned(), reason }),
             None => Ok(()),
         }

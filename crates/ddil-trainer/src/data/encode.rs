@@ -29,7 +29,7 @@ const PROMPTS_AT_ONCE: usize = 32;
 /// Pixels per call of the autoencoder, four images of 512x512; its layers need the most memory.
 const PIXELS_AT_ONCE: i64 = 1 << 20;
 /// Maximum number of images per call, however small.
-const PICTURES_AT_ONCE: i64 = 64;
+const MAX_IMAGES_PER_CALL: i64 = 64;
 
 /// Data to be encoded, unless a cache contains them already.
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl Encoding {
         let (texts, rows) = self.distinct();
         let truncated = encode_prompts(parts, &texts, aside, interrupt)?;
         let time_ids = if let Some(images) = &self.images {
-            self.encode_pictures(parts, images, aside, interrupt)?
+            self.encode_images(parts, images, aside, interrupt)?
         } else {
             let [height, width] = self.size.map(|side| side as f32);
             vec![[height, width, 0.0, 0.0, height, width]; self.samples.len()]
@@ -211,7 +211,7 @@ impl Encoding {
     }
 
     /// Returns the size and crop conditioning of each image.
-    fn encode_pictures(
+    fn encode_images(
         &self,
         parts: &TextToImageComponents,
         images: &Path,
@@ -225,21 +225,21 @@ impl Encoding {
         let names = [("mean", shape.clone()), ("std", shape)];
         let mut file = RowFile::create(&aside.join(LATENTS), &names)?;
         let mut progress = Progress::new("encode pictures", 0, n as u64);
-        let at_once = (PIXELS_AT_ONCE / (height * width)).clamp(1, PICTURES_AT_ONCE) as usize;
+        let at_once = (PIXELS_AT_ONCE / (height * width)).clamp(1, MAX_IMAGES_PER_CALL) as usize;
         let (mut time_ids, mut enlarged) = (Vec::with_capacity(n), 0);
         for chunk in self.samples.chunks(at_once) {
             let first = time_ids.len();
-            ensure_wanted(interrupt, "encoding pictures", first, n)?;
+            ensure_not_interrupted(interrupt, "encoding pictures", first, n)?;
             let read = |sample: &CaptionedImage| {
                 read_cropped(&images.join(&sample.file_name), self.shape.image_channels, self.size)
             };
-            let pictures: Vec<CroppedImage> = chunk.iter().map(read).collect::<Result<_, _>>()?;
-            let pixels: Vec<&Tensor> = pictures.iter().map(|picture| &picture.pixels).collect();
+            let cropped: Vec<CroppedImage> = chunk.iter().map(read).collect::<Result<_, _>>()?;
+            let pixels: Vec<&Tensor> = cropped.iter().map(|image| &image.pixels).collect();
             let pixels = Tensor::f_stack(&pixels, 0).map_err(Error::torch("encode"))?;
             let [mean, std] = parts.latent_distribution(&pixels)?;
             file.write("mean", first as i64, &mean)?;
             file.write("std", first as i64, &std)?;
-            for CroppedImage { original_size, crop_offset, .. } in pictures {
+            for CroppedImage { original_size, crop_offset, .. } in cropped {
                 let is_small = original_size[0] < height || original_size[1] < width;
                 enlarged += usize::from(is_small);
                 let numbers = [original_size, crop_offset, self.size].concat();
@@ -273,13 +273,13 @@ fn encode_prompts(
     let mut file = RowFile::create(&path, &rows)?;
     let mut first = 0;
     let mut truncated = None;
-    let mut write = |told: &Conditioning, first: usize| {
-        told.parts().try_for_each(|(name, part)| file.write(name, first as i64, part))
+    let mut write = |conditioning: &Conditioning, first: usize| {
+        conditioning.parts().try_for_each(|(name, part)| file.write(name, first as i64, part))
     };
     write(&empty, 0)?;
     first += 1;
     for chunk in texts[1..].chunks(PROMPTS_AT_ONCE) {
-        ensure_wanted(interrupt, "encoding prompts", first, n)?;
+        ensure_not_interrupted(interrupt, "encoding prompts", first, n)?;
         let EncodedPrompts { conditioning, truncated: cut } = parts.encode(chunk)?;
         write(&conditioning, first)?;
         note_truncated(&mut truncated, chunk, cut);
@@ -304,7 +304,7 @@ fn note_truncated(
     }
 }
 
-fn ensure_wanted(
+fn ensure_not_interrupted(
     interrupt: &Interrupt,
     action: &'static str,
     done: usize,

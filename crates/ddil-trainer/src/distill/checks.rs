@@ -24,16 +24,16 @@ pub(super) fn ensure_fits(
 ) -> Result<()> {
     let requirements = stage.objective.requirements();
     ensure_kind(config, teacher)?;
-    let (taught, found) = (teacher.card.image_shape, data.image_shape());
-    if taught != found && teacher.parts.class().is_text_to_image() {
+    let (teacher_shape, found) = (teacher.card.image_shape, data.image_shape());
+    if teacher_shape != found && teacher.parts.class().is_text_to_image() {
         tracing::warn!(
-            "latents are {found:?}, but the teacher was made for {taught:?} (channels, height, width)"
+            "latents are {found:?}, but the teacher was made for {teacher_shape:?} (channels, height, width)"
         );
-    } else if taught != found {
+    } else if teacher_shape != found {
         return invalid(
             "data",
             format!("images of channels, height, width {found:?}"),
-            format!("{taught:?}, which the teacher was trained on"),
+            format!("{teacher_shape:?}, which the teacher was trained on"),
         );
     }
     if teacher.network.is_class_conditional() && data.null_class().is_none() {
@@ -51,7 +51,7 @@ pub(super) fn ensure_fits(
     }
     if let Some(model) = &config.student.model {
         match teacher.network.config() {
-            ModelConfig::UNet2D(taught) => ensure_student(model, &taught)?,
+            ModelConfig::UNet2D(network) => ensure_student(model, &network)?,
             other => {
                 let expected = "left out: it is a UNet2DModel, and the teacher is not".to_owned();
                 return invalid(
@@ -72,18 +72,18 @@ pub(super) fn ensure_fits(
 /// The data must provide the network's conditioning, and no other.
 fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
     let (class, model) = (teacher.parts.class(), teacher.network.config());
-    let is_told_text = matches!(model, ModelConfig::UNet2DCondition(_));
-    if is_told_text != class.is_text_to_image() {
+    let takes_text = matches!(model, ModelConfig::UNet2DCondition(_));
+    if takes_text != class.is_text_to_image() {
         let expected =
             "a UNet2DConditionModel in a text-to-image pipeline, or a UNet2DModel in one of pixels";
         let found = format!("a {} in a {}", model.class_name(), class.as_str());
         return invalid("teacher.path", found, expected);
     }
-    if is_told_text && teacher.network.is_class_conditional() {
+    if takes_text && teacher.network.is_class_conditional() {
         let expected = "one without class labels: data of texts have none";
         return invalid("teacher.path", "a text-to-image model with class labels", expected);
     }
-    if !is_told_text && !config.output.prompts.is_empty() {
+    if !takes_text && !config.output.prompts.is_empty() {
         let expected = "left out: the teacher is told no text";
         return invalid("output.prompts", "set", expected);
     }
@@ -118,10 +118,10 @@ fn ensure_no_samples(
         // Between its ends a schedule interpolates between them.
         _ => vec![0.0, 1.0],
     };
-    let is_asked = probed.into_iter().any(|progress| priors.at(progress).forward() > 0.0);
+    let uses_forward = probed.into_iter().any(|progress| priors.at(progress).forward() > 0.0);
     // A one-step student is trained on pure noise only.
     let is_noise = stage.mixer.grids().student.len() == 1 && config.mixing.pure_noise_at_tmax;
-    if is_asked && !is_noise {
+    if uses_forward && !is_noise {
         let expected = format!(
             "without a share for `forward` at any time with data.kind = {kind:?}: prompts alone are no samples that could \
              be noised"
@@ -145,14 +145,14 @@ fn ensure_guidance(
 ) -> Result<()> {
     const FIELD: &str = "teacher.guidance";
     let guidance = config.teacher.guidance;
-    let is_told = teacher.network.config().time_cond_proj_dim().is_some();
+    let has_guidance_input = teacher.network.config().time_cond_proj_dim().is_some();
     let (has_null, is_text) = (teacher.card.null_class.is_some(), config.data.kind.is_text());
     match guidance {
-        TeacherGuidance::Embedded { .. } if !is_told => {
+        TeacherGuidance::Embedded { .. } if !has_guidance_input => {
             let expected = "cfg, cfg_range or baked_in: the teacher takes no guidance weight";
             return invalid(FIELD, "embedded", expected);
         }
-        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if is_told => {
+        TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if has_guidance_input => {
             let expected = "embedded: the teacher is told its guidance and would be guided twice";
             return invalid(FIELD, guidance.as_str(), expected);
         }
@@ -167,7 +167,7 @@ fn ensure_guidance(
                 "baked_in: the teacher was trained without a null class and cannot be guided";
             return invalid(FIELD, guidance.as_str(), expected);
         }
-        TeacherGuidance::BakedIn if is_told => {
+        TeacherGuidance::BakedIn if has_guidance_input => {
             let expected = "embedded: the teacher must be told how strongly to guide itself";
             return invalid(FIELD, "baked_in", expected);
         }
@@ -194,7 +194,7 @@ fn ensure_guidance(
 
 /// A student network of another configuration must have the teacher's inputs and outputs.
 fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> {
-    let told = |config: &UNet2DConfig| {
+    let inputs_and_outputs = |config: &UNet2DConfig| {
         [
             ("in_channels", config.in_channels.to_string()),
             ("out_channels", config.out_channels.to_string()),
@@ -202,7 +202,9 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
             ("class_embed_type", format!("{:?}", config.class_embed_type)),
         ]
     };
-    for ((key, found), (_, expected)) in told(student).into_iter().zip(told(teacher)) {
+    for ((key, found), (_, expected)) in
+        inputs_and_outputs(student).into_iter().zip(inputs_and_outputs(teacher))
+    {
         if found != expected {
             let expected = format!("{expected}, as the teacher has it");
             return invalid(&format!("student.model.{key}"), found, expected);

@@ -30,12 +30,12 @@ impl Prompted {
     /// them, and their memory is enough for a batch (those of Stable Diffusion XL take 3.5 GB).
     pub(super) fn new(
         data: &TrainingData,
-        wanted: &[String],
+        prompts: &[String],
         pipeline_parts: &PipelineParts,
         placement: Placement,
     ) -> Result<Option<Self>> {
         let Some(encoded) = data.encoded() else { return Ok(None) };
-        let shown = shown(data, encoded, wanted, pipeline_parts, placement)?;
+        let shown = shown(data, encoded, prompts, pipeline_parts, placement)?;
         let device = placement.device;
         let empty = encoded.empty_prompt()?.map(|empty| empty.to_device(device)).transpose()?;
         Ok(Some(Self { empty, shown: shown.to_device(device)? }))
@@ -50,7 +50,7 @@ impl Prompted {
 fn shown(
     data: &TrainingData,
     encoded: &EncodedDataset,
-    wanted: &[String],
+    prompts: &[String],
     pipeline_parts: &PipelineParts,
     placement: Placement,
 ) -> Result<Conditioning> {
@@ -64,22 +64,23 @@ fn shown(
         .filter(|(_, row)| is_text(row))
         .collect();
     let known = |text: &String| rows.get(text.as_str()).copied();
-    let told = if wanted.is_empty() {
+    let conditioning = if prompts.is_empty() {
         encoded.prompt_conditioning(&data.first_prompts(SHOWN))?
-    } else if let Some(rows) = wanted.iter().map(known).collect::<Option<Vec<i64>>>() {
+    } else if let Some(rows) = prompts.iter().map(known).collect::<Option<Vec<i64>>>() {
         encoded.prompt_conditioning(&rows)?
     } else {
         let parts = pipeline_parts.text_to_image(placement)?;
-        let texts: Vec<&str> = wanted.iter().map(String::as_str).collect();
+        let texts: Vec<&str> = prompts.iter().map(String::as_str).collect();
         let EncodedPrompts { conditioning, truncated } = parts.encode(&texts)?;
-        for (text, cut) in wanted.iter().zip(truncated) {
+        for (text, cut) in prompts.iter().zip(truncated) {
             let Some(cut) = cut else { continue };
             tracing::warn!("output.prompts: {text:?} is too long; the encoder is not told {cut:?}");
         }
         conditioning.to_device(Device::Cpu)?
     };
-    let is_told_sizes = told.get(Conditioning::TEXT_EMBEDS).is_some();
-    let n = told.get(Conditioning::ENCODER_HIDDEN_STATES).map_or(0, |states| states.size()[0]);
-    let time_ids = is_told_sizes.then(|| sampled_time_ids(encoded.info().image_size, n));
-    Ok(told.with_some(Conditioning::TIME_IDS, time_ids))
+    let takes_sizes = conditioning.get(Conditioning::TEXT_EMBEDS).is_some();
+    let n =
+        conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).map_or(0, |states| states.size()[0]);
+    let time_ids = takes_sizes.then(|| sampled_time_ids(encoded.info().image_size, n));
+    Ok(conditioning.with_some(Conditioning::TIME_IDS, time_ids))
 }

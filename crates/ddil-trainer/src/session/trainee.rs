@@ -75,7 +75,7 @@ impl Trainee {
     pub(super) fn update(
         &mut self,
         per_sample: &Tensor,
-        answers: Option<&Tensor>,
+        outputs_sum: Option<&Tensor>,
         step: u64,
         stage_step: u64,
         per_stage: u64,
@@ -84,15 +84,15 @@ impl Trainee {
         loss.f_backward().map_err(Error::torch("backward"))?;
         let norm = self.optimizer.clip()?;
         // Read after the whole backward pass has been queued: one wait for the device per phase.
-        let [loss, norm, answers] = values([&loss, &norm, answers.unwrap_or(&loss)])?;
-        let (whose, prefix) = match self.phase {
+        let [loss, norm, outputs_sum] = values([&loss, &norm, outputs_sum.unwrap_or(&loss)])?;
+        let (owner, prefix) = match self.phase {
             Phase::Student => ("", ""),
             Phase::Critic => ("critic's ", "critic_"),
         };
-        ensure_finite(step + 1, &format!("{whose}loss"), loss, || None)?;
+        ensure_finite(step + 1, &format!("{owner}loss"), loss, || None)?;
         let detail = || self.optimizer.non_finite_gradient();
-        ensure_finite(step + 1, &format!("{whose}gradient norm"), norm, detail)?;
-        ensure_finite(step + 1, "the sum of the networks' answers", answers, || None)?;
+        ensure_finite(step + 1, &format!("{owner}gradient norm"), norm, detail)?;
+        ensure_finite(step + 1, "the sum of the networks' answers", outputs_sum, || None)?;
         let rate = self.learning_rate.lr_at(stage_step, per_stage);
         self.optimizer.step(rate)?;
         let figures = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];
