@@ -224,7 +224,7 @@ pub struct ThresholdingPlaces {
     pub student_loss: bool,
 }
 
-/// How a critic is trained; defaults are those of the student.
+/// How a critic is trained; a table that is left out is the student's.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CriticSection {

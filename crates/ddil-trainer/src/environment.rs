@@ -93,7 +93,7 @@ impl Environment {
 ///
 /// let folder = tempfile::tempdir()?;
 /// RunEnvironment::note(folder.path(), 0, Device::Cpu)?;
-/// // It goes on where it was begun: there is nothing more to say.
+/// // Resumed in the same environment: nothing is added.
 /// RunEnvironment::note(folder.path(), 100, Device::Cpu)?;
 /// let run = RunEnvironment::read(folder.path())?;
 /// assert_eq!((run.first.step, run.first.facts["device"].as_str()), (0, Some("cpu")));
