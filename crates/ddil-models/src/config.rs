@@ -1,4 +1,4 @@
-//! Reading and writing `config.json` as diffusers lays it out.
+//! Reading and writing `config.json` in diffusers' format.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -11,39 +11,39 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::weights::{write_error, write_whole};
 
-/// Where a folder keeps a network's settings.
+/// The file of a network's settings in its folder.
 pub(crate) const FILE_NAME: &str = "config.json";
 /// The diffusers release whose `config.json` is written.
 const DIFFUSERS_VERSION: &str = "0.42.1";
-/// The largest `config.json` that is read; published ones have less than ten KiB.
+/// Size limit of a `config.json`; published ones have less than ten KiB.
 const MAX_FILE_BYTES: u64 = 16 << 20;
-/// The largest whole number in a network's settings: no published width, vocabulary or count comes near it, and
-/// products of three of them are still numbers that can be counted with.
+/// Upper bound of integers in a network's settings: far above every published width, vocabulary or count, and low
+/// enough that a product of three does not overflow.
 const MAX_NUMBER: u64 = 1 << 20;
 /// The longest list in a network's settings.
 const MAX_LIST: usize = 10_000;
 
-/// What to do with a key that the settings do not have.
+/// How to treat an unknown key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnknownKeys {
-    /// An error that names it: it may well be a setting that changes the numbers.
+    /// An error that names it, because it may be a setting that changes the output.
     #[default]
     Refuse,
-    /// Nothing.
+    /// Ignore it.
     Ignore,
 }
 
-/// Settings of a network that stand in a `config.json`.
+/// Settings of a network in a `config.json`.
 pub(crate) trait Config: Default + Serialize + DeserializeOwned {
-    /// What stands under `_class_name`.
+    /// The value of `_class_name`.
     const CLASS_NAME: &'static str;
-    /// Keys that diffusers' class of that name does not have; a file holds them only where they are set.
+    /// Keys that diffusers' class of that name does not have; written only if they are set.
     const OWN_KEYS: &'static [&'static str] = &[];
 
-    /// Everything wrong with settings that are each of the right type.
+    /// The problems of settings whose types are all correct.
     fn problems(&self) -> Vec<Invalid>;
 
-    /// Numbers and lists that are too large to reckon with; if there is none, everything that is wrong.
+    /// Numbers and lists beyond the limits; if there are none, all other problems.
     fn all_problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         for (key, value) in to_map(self) {
@@ -61,7 +61,7 @@ pub(crate) trait Config: Default + Serialize + DeserializeOwned {
     }
 }
 
-/// Whatever in a setting is larger than any network has it.
+/// The numbers and lists of a setting that exceed the limits.
 fn size_problems(key: &str, value: &Value, problems: &mut Vec<Invalid>) {
     match value {
         Value::Number(number) if number.is_u64() && number.as_u64() > Some(MAX_NUMBER) => {
@@ -93,7 +93,7 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
 }
 
-/// Settings from a JSON object, with all that is wrong in one error.
+/// Reads settings from a JSON object and reports all problems in one error.
 pub(crate) fn from_object<C: Config>(
     what: &str,
     object: &Map<String, Value>,
@@ -107,9 +107,9 @@ pub(crate) fn from_object<C: Config>(
                 problems.push(Invalid::new(key, value, format!("\"{}\"", C::CLASS_NAME)));
             }
         } else if key.starts_with('_') {
-            // `_diffusers_version`, `_name_or_path` and their like say where a file came from.
+            // `_diffusers_version`, `_name_or_path` and similar keys describe the origin of a file.
         } else if known.contains_key(key) {
-            // Alone, so that one wrong value does not hide the next.
+            // Each alone, so that one invalid value does not hide the next.
             if let Err(source) = serde_json::from_value::<C>(json!({ key.as_str(): value })) {
                 problems.push(Invalid::new(key, value, source.to_string()));
             }
@@ -127,7 +127,7 @@ pub(crate) fn from_object<C: Config>(
                 return Ok(config);
             }
         }
-        // Every value has been tried alone already.
+        // Every value has already been parsed alone.
         Err(source) if problems.is_empty() => {
             problems.push(Invalid::new("settings", source, "one value per key"));
         }
@@ -136,13 +136,12 @@ pub(crate) fn from_object<C: Config>(
     Err(Error::InvalidConfig { what: what.to_owned(), problems })
 }
 
-/// Puts a text in the place of a file, whole or not at all.
+/// Replaces a file by a text atomically.
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     write_whole(path, |file| file.write_all(text.as_bytes()).map_err(|e| write_error(path, e)))
 }
 
-/// The settings as diffusers writes them: class name, version, sorted keys; [`Config::OWN_KEYS`] only where they are
-/// set.
+/// The settings in diffusers' format: class name, version, sorted keys; [`Config::OWN_KEYS`] only if they are set.
 pub(crate) fn to_json<C: Config>(config: &C) -> String {
     let mut object = to_map(config);
     object.retain(|key, value| !(value.is_null() && C::OWN_KEYS.contains(&key.as_str())));

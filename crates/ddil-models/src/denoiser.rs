@@ -37,7 +37,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The kind that autocast computes in; none where it is off.
+    /// The kind of autocast; `None` if it is off.
     pub fn autocast(self) -> Option<Kind> {
         match self {
             Self::Float32 => None,
@@ -104,8 +104,8 @@ pub trait OutputObserver: fmt::Debug {
 /// A network with what it was trained to output and the schedule it was trained on.
 ///
 /// Optional parts are a [`Precision`], an adapter ([`with_adapter`](Self::with_adapter)) and an [`OutputObserver`].
-/// Clones share one network; [`duplicate`](Self::duplicate) makes a network with parameters of its own. Several
-/// denoisers may share a network as the base of their adapters.
+/// Clones share one network; [`duplicate`](Self::duplicate) makes a network with separate parameters. Several denoisers
+/// may share a network as the base of their adapters.
 ///
 /// # Time
 ///
@@ -180,7 +180,7 @@ impl NetworkDenoiser {
         Self { precision, ..self }
     }
 
-    /// The same network with `observer` in place of an earlier one.
+    /// The same network with `observer` instead of any earlier one.
     #[must_use]
     pub fn with_observer(self, observer: Rc<impl OutputObserver + 'static>) -> Self {
         Self { observer: Some(observer), ..self }
@@ -214,7 +214,7 @@ impl NetworkDenoiser {
         Self { adapter: Some(adapter), observer: None, ..self.clone() }
     }
 
-    /// A network of the same form and values with parameters of its own; for one with an adapter, another adapter on
+    /// A copy of the network with separate parameters of the same values; for one with an adapter, another adapter on
     /// the same base. It has no observer.
     ///
     /// # Errors
@@ -233,8 +233,8 @@ impl NetworkDenoiser {
         Ok(self.with_model(model))
     }
 
-    /// A network of another form that starts from the weights that match, and which weights these are. It has no
-    /// observer.
+    /// A network of another architecture, initialised with the weights that match, and the list of these weights. It
+    /// has no observer.
     ///
     /// # Errors
     ///
@@ -277,7 +277,7 @@ impl NetworkDenoiser {
         self.adapter().map_or_else(|| self.model.parameters(), Lora::parameters)
     }
 
-    /// Every weight of the network by its name, with the adapter merged: what a file of the whole network contains.
+    /// Every weight of the network by its name, with the adapter merged: the contents of a file of the whole network.
     ///
     /// # Errors
     ///
@@ -361,8 +361,8 @@ impl NetworkDenoiser {
         let adapter = self.adapter.as_ref();
         let _switched =
             adapter.map(|adapter| adapter.lora.switched(adapter.enabled)).transpose()?;
-        // One guard per pass: the cache of cast weights must not outlive it, or a pass with gradients would find what
-        // one without left there.
+        // One guard per pass: the cache of cast weights must not outlive it, or a pass with gradients would reuse
+        // weights cast by one without.
         let autocast = self.precision.autocast();
         let _autocast = autocast.map(|kind| Autocast::new(x_t.device(), kind)).transpose()?;
         compute()
@@ -394,7 +394,7 @@ impl NetworkDenoiser {
     }
 }
 
-/// Checks an `Mlp` with a skip connection, which has a prediction type and a schedule of its own.
+/// Checks an `Mlp` with a skip connection, which has its own prediction type and schedule.
 fn ensure_matches_skip(
     model: &Model,
     prediction_type: PredictionType,

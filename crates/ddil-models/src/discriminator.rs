@@ -1,4 +1,4 @@
-//! Networks that tell what a student made from real data.
+//! Networks that distinguish a student's samples from real data.
 
 mod head;
 
@@ -13,7 +13,7 @@ use tch::Tensor;
 use crate::denoiser::NetworkDenoiser;
 use crate::error::Result;
 
-/// A head on the features of a network, which is usually the fake score of DMD2 and learns beside it.
+/// A head on the features of a network, which is usually the fake score of DMD2, and is trained along with it.
 ///
 /// Section 4.3 of [Yin et al. 2024](https://arxiv.org/abs/2405.14867). It shares the network of a [`NetworkDenoiser`],
 /// with its precision, adapter and observer: the gradient of an adversarial loss reaches the head, the layers of the

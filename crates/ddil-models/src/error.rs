@@ -1,4 +1,4 @@
-//! What can go wrong in this crate, and the checks at its public edge.
+//! Errors of this crate, and the checks of arguments of public functions.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,43 +7,43 @@ use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, TchError, Tensor};
 
-/// What this crate's functions return.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An error of the library that read or wrote a file.
 pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An argument has a shape, kind, layout or value that the function cannot take.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
-    /// Settings that describe no network; every problem is listed.
+    /// Settings are invalid; every problem is listed.
     #[error("{what} is not valid:{}", Lines(problems))]
     InvalidConfig {
         /// The class the settings are for, or the file they came from.
         what: String,
-        /// All that is wrong with them.
+        /// All problems.
         problems: Vec<Invalid>,
     },
-    /// A network beyond the size that this crate reckons with, whatever memory there is.
+    /// A network exceeds this crate's limits of size, independent of the available memory.
     #[error(
         "the settings describe a network of {parameters} parameters or more, with {} values or more up to `{at}`; at \
          most {max_parameters} parameters with {max_values} values are possible",
         values.map_or("2^63".to_owned(), |values| values.to_string())
     )]
     TooLarge {
-        /// The parameter that is one too many.
+        /// The first parameter beyond the limit.
         at: String,
-        /// Parameters up to the first that is one too many.
+        /// Number of parameters, up to the first one beyond the limit.
         parameters: usize,
-        /// Values of these; none if they are beyond what can be counted.
+        /// Number of their values; `None` if it overflows.
         values: Option<i64>,
-        /// The most parameters.
+        /// The limit of parameters.
         max_parameters: usize,
-        /// The most values.
+        /// The limit of values.
         max_values: i64,
     },
     /// A file is not JSON.
@@ -51,7 +51,7 @@ pub enum Error {
     InvalidJson {
         /// The file.
         path: PathBuf,
-        /// Where and why parsing stopped.
+        /// The position and reason of the failure.
         source: BoxedError,
     },
     /// A file or folder could not be read.
@@ -59,18 +59,18 @@ pub enum Error {
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: BoxedError,
     },
-    /// A file could not be written; what stood at its place is unchanged.
+    /// A file could not be written; an existing file is unchanged.
     #[error("could not write {}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: BoxedError,
     },
-    /// A weights file is damaged, or no safetensors file at all.
+    /// A weights file is damaged or not a safetensors file.
     #[error("{} is not a whole safetensors file", path.display())]
     InvalidSafetensors {
         /// The file.
@@ -78,7 +78,7 @@ pub enum Error {
         /// What is wrong with it.
         source: BoxedError,
     },
-    /// A weights file holds other tensors than the network; nothing was loaded.
+    /// The tensors of a weights file differ from those of the network; nothing was loaded.
     #[error("{} does not fit the network:{problems}", path.display())]
     WeightsMismatch {
         /// The file.
@@ -86,7 +86,7 @@ pub enum Error {
         /// All differences.
         problems: Box<WeightProblems>,
     },
-    /// A weights file that would run code when it is read.
+    /// A weights file is a pickle, which can run code when it is read.
     #[error(
         "{} is a pickle, which can run code when it is read; convert it once with Python: \
          `safetensors.torch.save_file(torch.load(path, weights_only=True), \"model.safetensors\")`",
@@ -104,17 +104,17 @@ pub enum Error {
         /// All disagreements.
         problems: Box<IndexProblems>,
     },
-    /// A folder holds no weights where they are looked for.
+    /// A folder contains no weights under the expected names.
     #[error("{} holds none of {}{}", path.display(), expected.join(", "), Others(others))]
     NoWeights {
         /// The folder.
         path: PathBuf,
-        /// The files that were looked for.
+        /// The expected files.
         expected: Vec<String>,
-        /// Weights of another variant that are there, each with its variant.
+        /// Existing weights of other variants, each with its variant.
         others: Vec<(String, Option<String>)>,
     },
-    /// A tensor that a file cannot hold.
+    /// A tensor has a kind that a file cannot store.
     #[error("`{name}` has kind {kind:?}, which a safetensors file cannot hold")]
     UnsupportedKind {
         /// The tensor.
@@ -138,17 +138,17 @@ pub enum Error {
         /// The part.
         part: &'static str,
     },
-    /// A class label that the network does not know.
+    /// A class label is outside of the network's table.
     #[error("{op}: `class_labels` holds {found}; expected 0 to {max}")]
     ClassLabelOutOfRange {
         /// The function that was called.
         op: &'static str,
         /// The label.
         found: i64,
-        /// The largest label there is.
+        /// The largest valid label.
         max: i64,
     },
-    /// A network that gives its output alone was asked for features.
+    /// Features were requested from a network that returns only its output.
     #[error(
         "{network} gives no features for a discriminator; a UNet2DModel, a UNet2DConditionModel and an Mlp do"
     )]
@@ -156,21 +156,21 @@ pub enum Error {
         /// The class of the network.
         network: &'static str,
     },
-    /// A text encoder without projection was asked for what a projection gives.
+    /// Projected embeddings were requested from a text encoder without projection.
     #[error("{op}: the network has no projection; one of class CLIP...WithProjection has")]
     NoProjection {
         /// The function that was called.
         op: &'static str,
     },
-    /// A folder does not hold the files that make up a tokenizer.
+    /// A folder does not contain all files of a tokenizer.
     #[error("{} holds no {}", path.display(), missing.join(", no "))]
     NoTokenizer {
         /// The folder.
         path: PathBuf,
-        /// Every file that is not there.
+        /// Every missing file.
         missing: Vec<&'static str>,
     },
-    /// A file of a tokenizer describes none.
+    /// A tokenizer file is invalid.
     #[error("{} describes no tokenizer", path.display())]
     InvalidTokenizer {
         /// The file.
@@ -178,7 +178,7 @@ pub enum Error {
         /// What is wrong with it.
         source: BoxedError,
     },
-    /// A text could not be cut into tokens.
+    /// A text could not be tokenized.
     #[error("{op}: {text:?} cannot be cut into tokens")]
     Tokenize {
         /// The function that was called.
@@ -188,13 +188,13 @@ pub enum Error {
         /// Why.
         source: BoxedError,
     },
-    /// Two networks between which values were to be copied do not have the same parameters.
+    /// Values were to be copied between two networks whose parameters differ.
     #[error("the networks have different parameters:{problems}")]
     ParametersDiffer {
-        /// All differences; "file" stands for the network copied from.
+        /// All differences; "file" means the source network.
         problems: Box<WeightProblems>,
     },
-    /// A layer that is to have an adapter has one already.
+    /// A layer already has an adapter.
     #[error("{op}: `{layer}` has an adapter already; detach it first")]
     AdapterAttached {
         /// The function that was called.
@@ -202,13 +202,13 @@ pub enum Error {
         /// The first such layer.
         layer: String,
     },
-    /// An adapter that is part of the base weights cannot be switched off, scaled or merged once more.
+    /// An adapter is merged into the base weights, and cannot be switched off, scaled or merged again.
     #[error("{op}: the adapter is merged into the base weights; unmerge it first")]
     AdapterMerged {
         /// The function that was called.
         op: &'static str,
     },
-    /// A file holds no adapter for the network.
+    /// A file contains no adapter for the network.
     #[error(
         "{} holds no adapter for the network, only {} tensors for text encoders",
         path.display(), ignored.len()
@@ -216,7 +216,7 @@ pub enum Error {
     NoAdapter {
         /// The file.
         path: PathBuf,
-        /// What it holds for text encoders.
+        /// Its entries for text encoders.
         ignored: Vec<String>,
     },
     /// The observer of a network returned an error.
@@ -225,16 +225,16 @@ pub enum Error {
         /// The error of the observer.
         source: BoxedError,
     },
-    /// A conditioning that the network does not take.
+    /// The network does not take a part of the conditioning.
     #[error(transparent)]
     Core(#[from] ddil_core::Error),
-    /// A noise schedule refused.
+    /// An error of a noise schedule.
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
-    /// The floor refused: a generator, a mapped file.
+    /// An error of `ddil-libtorch`: a generator, a memory-mapped file.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// libtorch refused an operation: no memory, no such device, or arguments of another kind or device.
+    /// An operation of libtorch failed: no memory, no such device, or arguments of another kind or device.
     #[error("{op}: {message}")]
     Torch {
         /// The function that was called.
@@ -245,7 +245,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong; of several the first.
+    /// The invalid setting, if that is the cause; the first of several.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::InvalidConfig { problems, .. } => problems.first(),
@@ -255,7 +255,7 @@ impl Error {
         }
     }
 
-    /// Wraps a libtorch error; made for `map_err`.
+    /// Wraps a libtorch error, for `map_err`.
     pub(crate) fn torch(op: &'static str) -> impl Fn(TchError) -> Self {
         move |source| {
             let text = source.to_string();
@@ -287,16 +287,17 @@ impl fmt::Display for Others<'_> {
     }
 }
 
-/// How an index of shards differs from what the shards hold.
+/// The differences between an index and its shards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IndexProblems {
-    /// Shards that are no `.safetensors` file in the folder of the index.
+    /// Shards that are not a `.safetensors` file in the folder of the index.
     pub outside: Vec<String>,
     /// Shards that are missing or damaged, each with the reason.
     pub unreadable: Vec<(String, String)>,
-    /// Tensor, and the shard that does not hold it although the index says so.
+    /// Tensors missing from the shard that the index names, with this shard.
     pub absent: Vec<(String, String)>,
-    /// Tensor, shard that holds it although the index does not say so, and where the index says it is, if anywhere.
+    /// Tensors in a shard that the index does not name for them, with this shard and the one named by the index, if
+    /// any.
     pub surplus: Vec<(String, String, Option<String>)>,
 }
 
@@ -321,16 +322,16 @@ impl fmt::Display for IndexProblems {
     }
 }
 
-/// How the tensors in a file differ from the parameters that are to be filled.
+/// The differences between the tensors of a file and the parameters to fill.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WeightProblems {
-    /// Parameters that the file does not hold.
+    /// Parameters missing from the file.
     pub missing: Vec<String>,
     /// Tensors in the file that the network does not have.
     pub unexpected: Vec<String>,
     /// Name, shape in the file, shape in the network.
     pub misshapen: Vec<(String, Vec<i64>, Vec<i64>)>,
-    /// Name, kind in the file and kind in the network where one is floating point and the other is not.
+    /// Name, kind in the file and kind in the network, if only one of them is floating point.
     pub wrong_kind: Vec<(String, String, Kind)>,
 }
 
@@ -358,7 +359,7 @@ impl fmt::Display for WeightProblems {
     }
 }
 
-/// Refuses an argument that is undefined or sparse, which has no shape or cannot be reckoned with.
+/// Checks that an argument is defined and dense.
 pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
     Ok(ddil_libtorch::ensure_dense(op, name, tensor)?)
 }
@@ -383,7 +384,7 @@ pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64)
     Ok(())
 }
 
-/// Checks `class_labels` that index a table: `[batch]`, `Int64`, and in range where that is free to see.
+/// Checks `class_labels` that index a table: `[batch]`, `Int64`, and in range (only on the CPU).
 pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Result<()> {
     let name = "class_labels";
     ensure_dense(op, name, labels)?;
@@ -404,7 +405,7 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
             expected: "Int64",
         }));
     }
-    // On an accelerator this would make the host wait for the device in every call.
+    // On an accelerator this would synchronise with the device in every call.
     if labels.device() == tch::Device::Cpu && batch > 0 {
         let (low, high) = (labels.min().int64_value(&[]), labels.max().int64_value(&[]));
         if low < 0 || high > max {
@@ -415,7 +416,7 @@ pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: 
     Ok(())
 }
 
-/// Checks that a part of the conditioning is present exactly where the network takes it.
+/// Checks that a part of the conditioning is present if and only if the network takes it.
 pub(crate) fn ensure_part(
     op: &'static str,
     part: &'static str,

@@ -1,4 +1,4 @@
-//! The few layers everything else is made of, named and initialised as in `torch.nn`.
+//! Basic layers, named and initialised as in `torch.nn`.
 
 pub(crate) mod addition_embedding;
 pub(crate) mod attention;
@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::parameters::{Form, Slot};
 use crate::parameters::{Init, Scope};
 
-/// What a layer returns: shapes were checked at the network's edge, memory may still run out.
+/// The result of a layer: shapes were checked by the network, but memory may run out.
 pub(crate) type Output = std::result::Result<Tensor, TchError>;
 
 /// The nonlinearity between layers, spelt as in diffusers.
@@ -28,7 +28,7 @@ pub enum Activation {
     Silu,
     /// `x * tanh(ln(1 + exp(x)))`.
     Mish,
-    /// `x` times the normal distribution function of `x`.
+    /// `x` times the cumulative normal distribution function of `x`.
     Gelu,
     /// `max(x, 0)`.
     Relu,
@@ -54,7 +54,7 @@ pub(crate) struct Linear {
 
 impl Linear {
     pub(crate) fn new(mut scope: Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
-        // Kaiming-uniform with a = sqrt(5) comes to this bound for weight and bias alike.
+        // Kaiming-uniform with a = sqrt(5) has this bound for weight and bias.
         let init = Init::Uniform { bound: 1.0 / (inputs as f64).sqrt() };
         let weight = scope.parameter("weight", &[outputs, inputs], init)?;
         let bias = Some(scope.parameter("bias", &[outputs], init)?);
@@ -129,8 +129,7 @@ impl GroupNorm {
         self.run(x, None, false)
     }
 
-    /// With the activation that follows, and a number for each sample and channel that is added before, `[batch,
-    /// channels]`.
+    /// With the activation that follows, and a number per sample and channel that is added before, `[batch, channels]`.
     pub(crate) fn forward_with(
         &self,
         x: &Tensor,
@@ -143,9 +142,8 @@ impl GroupNorm {
         activation.forward(&self.run(x, offset, false)?)
     }
 
-    /// The only place where maps are normalised: one operation for channels last on the CPU, libtorch's in other orders
-    /// and on other devices. The function is the same, what is rounded on the way is not: see
-    /// [`ddil_libtorch::group_norm`].
+    /// All maps are normalised here: with a fused operation for channels last on the CPU, with libtorch's otherwise.
+    /// Both compute the same function with different rounding: see [`ddil_libtorch::group_norm`].
     fn run(&self, x: &Tensor, offset: Option<&Tensor>, silu: bool) -> Output {
         let Self { weight, bias, groups, eps } = self;
         let settings = ddil_libtorch::GroupNorm {

@@ -1,4 +1,4 @@
-//! Adapters of low rank: a network that learns beside frozen weights.
+//! LoRA: low-rank adapters on frozen weights.
 
 mod files;
 
@@ -15,7 +15,7 @@ use crate::parameters::{Adapter, Builder, Init, Layer, Parameters, Placement, Sw
 use files::Found;
 pub use files::LoraFormat;
 
-/// Which layers get an adapter, and how large it is.
+/// The layers that get an adapter, and its size.
 ///
 /// # Example
 ///
@@ -29,9 +29,9 @@ pub use files::LoraFormat;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
-    /// How many numbers lie between A and B, at least 1.
+    /// The rank of the adapter, at least 1.
     pub rank: i64,
-    /// What an adapter adds is multiplied by `alpha / rank`; above 0.
+    /// The output of an adapter is multiplied by `alpha / rank`; above 0.
     pub alpha: f64,
     /// A layer gets an adapter if its name is one of these, or ends with a dot and one of these.
     pub targets: Vec<String>,
@@ -110,12 +110,12 @@ impl LoraConfig {
     }
 }
 
-/// Whether `name` is `target`, or ends with it behind a dot.
+/// Whether `name` is `target`, or ends with a dot and `target`.
 fn matches(name: &str, target: &str) -> bool {
     name.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// What the layers are called, every last part once.
+/// The distinct last parts of the layers' names.
 fn one_of(layers: &[Layer]) -> String {
     let mut endings: Vec<&str> = layers.iter().map(|layer| ending(&layer.name)).collect();
     endings.sort_unstable();
@@ -123,7 +123,7 @@ fn one_of(layers: &[Layer]) -> String {
     format!("whole names or ends of names such as {}", endings.join(", "))
 }
 
-/// The last part of a name, with the one before it where that is a number alone.
+/// The last part of a name, with the preceding one if the last is a number.
 fn ending(name: &str) -> &str {
     let mut dots = name.rmatch_indices('.').map(|(at, _)| at);
     let Some(dot) = dots.next() else { return name };
@@ -133,14 +133,14 @@ fn ending(name: &str) -> &str {
     &name[dot + 1..]
 }
 
-/// What a [`Lora`] has on one layer.
+/// The adapter of a [`Lora`] on one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraLayer {
     /// The layer.
     pub name: String,
-    /// How many numbers lie between A and B.
+    /// The rank of the adapter.
     pub rank: i64,
-    /// What is added is multiplied by `alpha / rank`.
+    /// The output of the adapter is multiplied by `alpha / rank`.
     pub alpha: f64,
 }
 
@@ -150,38 +150,36 @@ struct Adapted {
     layer: Layer,
     rank: i64,
     alpha: f64,
-    /// The weight as it was before the adapter was merged into it.
+    /// The weight before the adapter was merged into it.
     base: Option<Tensor>,
 }
 
-/// Adapters of low rank on layers of a network
-/// ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)).
+/// Low-rank adapters on layers of a network ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)).
 ///
-/// A layer that gave `W x + b` gives `W x + b + scale (alpha / rank) B A x`: A has `rank` outputs and starts as a fresh
-/// layer does, B starts at 0, so that the network at first is what it was. The A of a convolution is one of the same
-/// kernel, stride and padding, B one of 1 by 1.
+/// A layer `W x + b` becomes `W x + b + scale (alpha / rank) B A x`. A has `rank` outputs and is initialised like a new
+/// layer; B is initialised to 0, so that the output of the network does not change at first. For a convolution, A has
+/// the same kernel, stride and padding, and B is 1 by 1.
 ///
-/// The network's own parameters are frozen while adapters are attached, and the same network with its adapters switched
-/// off is its own teacher. A and B are `Float` (`Double` in a network of that kind), also where the network is in half
-/// precision: the input of a layer is cast to the adapter's kind and the sum is rounded to the layer's. Under autocast
-/// both run in the lower kind.
+/// The base parameters are frozen while adapters are attached, so that the network with its adapters switched off can
+/// serve as the teacher. A and B are `Float` (`Double` in a network of that kind), also if the network is in half
+/// precision: the input of a layer is cast to the kind of the adapter, and the sum is rounded to the kind of the layer.
+/// Under autocast both run in the lower kind.
 ///
 /// # One network, several roles
 ///
-/// An adapter is added in the pass: a layer computes from its own weight and from A and B side by side, and looks once
-/// whether it is to. So to switch is to store one number, whatever the size of the network ([`Self::set_enabled`], or
-/// [`Self::switched`] for the length of a scope), and writes to no tensor: what the graph of an earlier pass has saved
-/// is as it was, and passes of teacher and student may alternate freely before one backward pass. [`Self::duplicate`]
-/// puts a second adapter on the same layers, such as a moving average of the first; at most one of them is on at a
-/// time.
+/// Adapters are applied in the forward pass: a layer adds the product of A and B if its adapter is on. Switching
+/// therefore stores one number, independent of the size of the network ([`Self::set_enabled`], or [`Self::switched`]
+/// for the length of a scope), and writes to no tensor: tensors saved by the graph of an earlier pass are unchanged,
+/// and passes of teacher and student may alternate before one backward pass. [`Self::duplicate`] puts a second adapter
+/// on the same layers, such as a moving average of the first; at most one of them is on at a time.
 ///
-/// The switch belongs to the network, not to a thread. A network can be sent to another thread but is not shared
-/// between two, so that nobody switches while a pass is under way.
+/// The switch is part of the network, not of a thread. A network can be sent to another thread but not shared between
+/// threads, so that no switch can happen during a pass.
 ///
-/// [`Self::merge`] is the exception: it writes to the base weights, so graphs from before it can no longer be gone
-/// through (libtorch says so), and no adapter of the network can be switched until [`Self::unmerge`].
+/// [`Self::merge`] is the exception: it writes to the base weights, so the backward pass of an earlier graph fails with
+/// an error of libtorch, and no adapter of the network can be switched until [`Self::unmerge`].
 ///
-/// A `Lora` that is dropped leaves its adapters in the network, as they are; [`Self::detach`] takes them out.
+/// Dropping a `Lora` leaves its adapters in the network; [`Self::detach`] removes them.
 ///
 /// # Example
 ///
@@ -194,7 +192,7 @@ struct Adapted {
 /// let student = Lora::attach(network.parameters(), &config, 0)?;
 /// let average = student.duplicate()?;
 ///
-/// // What an optimizer is given:
+/// // The parameters for an optimizer:
 /// let learned = student.parameters().learned();
 /// assert_eq!(learned[0].0, "layers.0.lora_A.weight");
 /// {
@@ -220,7 +218,7 @@ pub struct Lora {
     ignored: Vec<String>,
 }
 
-/// A network that is asked with one adapter, or with none, for as long as this lives; see [`Lora::switched`].
+/// Keeps one adapter, or none, switched on until it is dropped; see [`Lora::switched`].
 #[derive(Debug)]
 #[must_use = "the switch goes back when this is dropped"]
 pub struct Switched<'a> {
@@ -235,13 +233,13 @@ impl Drop for Switched<'_> {
 }
 
 impl Lora {
-    /// Puts fresh adapters on layers of the network that `network` belongs to, and freezes its parameters.
+    /// Attaches fresh adapters to layers of the network with the parameters `network`, and freezes these.
     ///
-    /// The values of A have a stream of random numbers for each name, as a network's own.
+    /// The values of A are drawn from one random stream per name, like those of a network.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] with all that is wrong with the settings, targets that match no layer among it;
+    /// [`Error::InvalidConfig`] with all problems of the settings, including targets that match no layer;
     /// [`Error::AdapterAttached`]; [`Error::Torch`] if memory runs out.
     pub fn attach(network: &Parameters, config: &LoraConfig, seed: u64) -> Result<Self> {
         let selected = config.select(network.layers())?;
@@ -250,19 +248,19 @@ impl Lora {
         Self::build(network, &plan, Values::Seeded(seed), "Lora::attach")
     }
 
-    /// Puts the adapters of a file on the layers it names, each of the rank it has there.
+    /// Attaches the adapters of a file to the layers it names, each with its rank in the file.
     ///
     /// The file is one of diffusers (`unet.LAYER.lora_A.weight`, or `lora.down.weight` of older ones; with or without
     /// `unet.`) or one with kohya's names (`lora_unet_LAYER.lora_down.weight`, dots of the layer's name written `_`).
-    /// Alpha is that of the file, or the rank where it has none. What belongs to text encoders is left out and listed
-    /// in [`Self::ignored`].
+    /// Alpha is that of the file, or the rank if it has none. Entries for text encoders are skipped and listed in
+    /// [`Self::ignored`].
     ///
     /// # Errors
     ///
-    /// [`Error::WeightsMismatch`] with every name that is no adapter of a layer of this network, every A without B or
-    /// the reverse, and every shape that does not fit; [`Error::NoAdapter`] if nothing in it is for this network;
+    /// [`Error::WeightsMismatch`] with every name that is not an adapter of a layer of this network, every A without B
+    /// or the reverse, and every shape that does not fit; [`Error::NoAdapter`] if it contains nothing for this network;
     /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for an alpha that is not finite, or that the
-    /// metadata give by a regular expression; [`Error::AdapterAttached`]; otherwise as
+    /// metadata specify by a regular expression; [`Error::AdapterAttached`]; otherwise as
     /// [`weights::read_all`](crate::weights::read_all).
     pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
         let found = files::read(network.layers(), path.as_ref())?;
@@ -276,7 +274,7 @@ impl Lora {
         Ok(lora)
     }
 
-    /// Takes over the values of a file, in the order of the layers.
+    /// Copies the values of a file, in the order of the layers.
     fn fill(&self, found: &[Found<'_>]) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         for (adapted, found) in self.adapted.iter().zip(found) {
@@ -309,7 +307,7 @@ impl Lora {
         Ok(lora)
     }
 
-    /// One more adapter behind a switch, not yet on.
+    /// A further adapter of a switch, initially off.
     fn beside(
         base: Placement,
         plan: &[(&Layer, i64, f64)],
@@ -327,7 +325,7 @@ impl Lora {
         Ok(Self { adapted, parameters, trainable, scale: 1.0, number, switch, ignored })
     }
 
-    /// Another adapter on the same layers, with the same values and scale, which is off; its A and B are trainable.
+    /// Another adapter on the same layers, with the same values and scale, initially off; its A and B are trainable.
     ///
     /// # Errors
     ///
@@ -359,13 +357,13 @@ impl Lora {
         self.adapted.iter().map(layer).collect()
     }
 
-    /// What the file it came from held for text encoders.
+    /// The entries of its file for text encoders.
     pub fn ignored(&self) -> &[String] {
         &self.ignored
     }
 }
 
-/// New adapters and the parameters they are made of.
+/// New adapters and their parameters.
 fn adapters(
     base: Placement,
     plan: &[(&Layer, i64, f64)],
@@ -394,10 +392,10 @@ fn adapters(
     Ok((adapters, builder.finish()))
 }
 
-/// What the network makes of its adapters.
+/// How the network applies its adapters.
 impl Lora {
-    /// Switches the adapters on, and any other of the same network off; or all of them off, after which the network is
-    /// what it was.
+    /// Switches the adapters on, and any others of the same network off; or switches all off, which restores the base
+    /// network.
     ///
     /// # Errors
     ///
@@ -408,7 +406,7 @@ impl Lora {
         Ok(())
     }
 
-    /// As [`Self::set_enabled`] until what is returned is dropped; then it is as before.
+    /// As [`Self::set_enabled`], until the returned guard is dropped, which restores the previous state.
     ///
     /// # Errors
     ///
@@ -428,12 +426,12 @@ impl Lora {
         if enabled { self.number } else { 0 }
     }
 
-    /// What multiplies all adapters, beside `alpha / rank`.
+    /// The factor of all adapters, in addition to `alpha / rank`.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// Sets [`Self::scale`], which is 1 at first; files do not know of it.
+    /// Sets [`Self::scale`], which is 1 initially; files do not store it.
     ///
     /// # Errors
     ///
@@ -461,15 +459,15 @@ impl Lora {
         self.adapted.iter().any(|adapted| adapted.base.is_some())
     }
 
-    /// Adds the adapters to the base weights, after which the network is as fast as without.
+    /// Adds the adapters to the base weights, so that the network is as fast as without adapters.
     ///
     /// A copy of each such weight is kept for [`Self::unmerge`] until the `Lora` is dropped. The sum is rounded to the
-    /// kind of the weight: in half precision, outputs are those of adapters apart only up to that rounding. Switched
-    /// off or not, all of it is added.
+    /// kind of the weight: in half precision, outputs equal those of unmerged adapters only up to that rounding. The
+    /// adapters are added whether they are on or off.
     ///
     /// # Errors
     ///
-    /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out, after which nothing is merged.
+    /// [`Error::AdapterMerged`]; [`Error::Torch`] if memory runs out, with nothing merged.
     pub fn merge(&mut self) -> Result<()> {
         self.ensure_apart("Lora::merge")?;
         let number = self.number;
@@ -482,7 +480,7 @@ impl Lora {
         Ok(())
     }
 
-    /// The weights that [`Self::merge`] would make, under the names they have in the network, which stays as it is.
+    /// The weights that [`Self::merge`] would compute, under their names in the network, which is not changed.
     ///
     /// # Errors
     ///
@@ -503,8 +501,8 @@ impl Lora {
     ///
     /// # Errors
     ///
-    /// [`Error::AdapterMerged`]; [`Error::AdapterAttached`] if another adapter stands on the same layers, which would
-    /// then stand on other weights; [`Error::Torch`] if memory runs out, after which part of the weights is changed.
+    /// [`Error::AdapterMerged`]; [`Error::AdapterAttached`] if another adapter is attached to the same layers, whose
+    /// base weights would change; [`Error::Torch`] if memory runs out, with part of the weights changed.
     pub fn fuse(mut self) -> Result<()> {
         let op = "Lora::fuse";
         self.ensure_apart(op)?;
@@ -518,11 +516,11 @@ impl Lora {
         self.detach()
     }
 
-    /// Puts the base weights back, bit for bit; nothing happens if they are there.
+    /// Restores the base weights bit for bit; a no-op if nothing is merged.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if libtorch refuses the copy.
+    /// [`Error::Torch`] if the copy fails.
     pub fn unmerge(&mut self) -> Result<()> {
         if !self.is_merged() {
             return Ok(());
@@ -539,8 +537,8 @@ impl Lora {
         Ok(())
     }
 
-    /// Takes the adapters out of the network. With the last ones its weights are what they were, and those that were
-    /// trainable are again.
+    /// Removes the adapters from the network. With the last ones removed, the weights are the original ones, and frozen
+    /// ones become trainable again.
     ///
     /// # Errors
     ///
@@ -561,7 +559,7 @@ impl Lora {
         Ok(())
     }
 
-    /// Tells the layers what multiplies their adapters now.
+    /// Updates the factor of the adapters in the layers.
     fn rescale(&self) {
         for adapted in &self.adapted {
             let scale = self.scale * adapted.alpha / adapted.rank as f64;
@@ -588,7 +586,7 @@ impl Adapted {
         Ok(())
     }
 
-    /// The weight with the adapter of that number in it.
+    /// The weight with the adapter of this number merged.
     fn merged(&self, number: u32) -> Result<Tensor, tch::TchError> {
         let weight = &self.layer.weight;
         let sum =

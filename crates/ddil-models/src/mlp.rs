@@ -24,7 +24,7 @@ use crate::weights;
 
 const FORWARD: &str = "Mlp::forward";
 
-/// A skip connection around the network that makes its output clean data, and a sane one from the first step.
+/// A skip connection around the network. Its output is clean data, and reasonable before any training.
 ///
 /// `x0 = c_skip x_t + c_out F(c_in x_t)` with `s² = alpha² sigma_data² + sigma²`, `c_skip = alpha sigma_data² / s²`,
 /// `c_out = sigma sigma_data / s`, `c_in = 1 / s`: equation 7 and table 1 of
@@ -35,7 +35,7 @@ const FORWARD: &str = "Mlp::forward";
 pub struct SkipConfig {
     /// Standard deviation of the data. Default 0.5.
     pub sigma_data: f64,
-    /// Where alpha and sigma come from. Default Stable Diffusion's.
+    /// The schedule of alpha and sigma. Default Stable Diffusion's.
     pub schedule: NoiseScheduleConfig,
 }
 
@@ -66,8 +66,8 @@ pub struct MlpConfig {
     pub dim: u32,
     /// Width of each hidden layer. Default three of 64.
     pub hidden_widths: Vec<u32>,
-    /// Sines and cosines of the input at frequencies pi, 2 pi, 4 pi, .. beside the input itself. Without them a small
-    /// network cannot follow narrow modes. Default 2.
+    /// Sines and cosines of the input at frequencies pi, 2 pi, 4 pi, .. in addition to the input. Without them a small
+    /// network cannot represent narrow modes. Default 2.
     pub fourier_octaves: u32,
     /// Sines and cosines of the timestep, and of the guidance weight. Default 32.
     pub time_features: u32,
@@ -75,7 +75,7 @@ pub struct MlpConfig {
     pub num_class_embeds: Option<u32>,
     /// Length of the embedding of a class. Default 16.
     pub class_features: u32,
-    /// Whether the network is told a guidance weight. Default false.
+    /// Whether the network takes a guidance weight. Default false.
     pub embed_guidance: bool,
     /// The nonlinearity. Default silu.
     pub act_fn: Activation,
@@ -100,7 +100,7 @@ impl Default for MlpConfig {
 }
 
 impl MlpConfig {
-    /// Settings from a `config.json`.
+    /// Reads settings from a `config.json`.
     ///
     /// # Errors
     ///
@@ -119,8 +119,8 @@ impl MlpConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] with every impossible value, [`Error::Scheduler`] if the schedule cannot be;
-    /// [`Error::Torch`] if the device is not there.
+    /// [`Error::InvalidConfig`] with every impossible value, [`Error::Scheduler`] if the schedule is invalid;
+    /// [`Error::Torch`] if the device is not available.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Mlp> {
         Mlp::new(self, placement, Values::Seeded(seed))
     }
@@ -139,13 +139,13 @@ impl MlpConfig {
         )
     }
 
-    /// Width of what enters the last layer.
+    /// Input width of the last layer.
     pub(crate) fn num_features(&self) -> u32 {
         let inputs = || self.inputs().iter().sum::<i64>() as u32;
         self.hidden_widths.last().copied().unwrap_or_else(inputs)
     }
 
-    /// How many inputs the first layer has of each kind: sample, timestep, guidance weight, class.
+    /// The number of inputs of the first layer by kind: sample, timestep, guidance weight, class.
     fn inputs(&self) -> Vec<i64> {
         let weight = if self.embed_guidance { self.time_features } else { 0 };
         let class = if self.num_class_embeds.is_some() { self.class_features } else { 0 };
@@ -171,7 +171,7 @@ impl Config for MlpConfig {
         for (i, &width) in self.hidden_widths.iter().enumerate() {
             at_least(&format!("hidden_widths[{i}]"), width, 1);
         }
-        // Beyond, neighbouring floats are further apart than a period.
+        // Beyond this, neighbouring floats are further apart than a period.
         if self.fourier_octaves > 16 {
             problems.push(Invalid::new("fourier_octaves", self.fourier_octaves, "at most 16"));
         }
@@ -184,9 +184,9 @@ impl Config for MlpConfig {
     }
 }
 
-/// A network of linear layers for vectors, told timestep, class and guidance weight beside the sample.
+/// A network of linear layers for vectors, conditioned on timestep, class and guidance weight.
 ///
-/// Parameters are called `layers.0.weight`, `layers.0.bias`, .. and `class_embedding.weight`.
+/// Parameters are named `layers.0.weight`, `layers.0.bias`, .. and `class_embedding.weight`.
 #[derive(Debug)]
 pub struct Mlp {
     config: MlpConfig,
@@ -245,23 +245,22 @@ impl Mlp {
         fields.into_iter().filter_map(|(name, takes)| takes.then_some(name)).collect()
     }
 
-    /// What the network makes of noisy samples: clean data if there is a skip connection, else whatever it is trained
-    /// to say.
+    /// The output for noisy samples: clean data if there is a skip connection, otherwise what the network was trained
+    /// to predict.
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values a sample, kind of the parameters
+    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values per sample, kind of the parameters
     /// - `timesteps`: `[batch]` or `[]`, counted from 0; `[batch]`, `Int64` with a skip connection
-    /// - `class_labels`: `[batch]`, `Int64` (their range is checked on the CPU alone)
-    /// - `guidance_weight`: `[batch]`, floating point, scale less one
+    /// - `class_labels`: `[batch]`, `Int64` (their range is checked only on the CPU)
+    /// - `guidance_weight`: `[batch]`, floating point, scale minus one
     /// - returns: the shape of `x_t`
     ///
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`], [`Error::UnexpectedPart`],
-    /// [`Error::ClassLabelOutOfRange`]; [`Error::Scheduler`] for timesteps the schedule does not have;
-    /// [`Error::Torch`].
+    /// [`Error::ClassLabelOutOfRange`]; [`Error::Scheduler`] for timesteps outside of the schedule; [`Error::Torch`].
     pub fn forward(
         &self,
         x_t: &Tensor,
@@ -272,12 +271,12 @@ impl Mlp {
         Ok(self.forward_with_features(x_t, timesteps, class_labels, guidance_weight)?.sample)
     }
 
-    /// As [`Self::forward`], with what entered the last layer beside it, for a discriminator that looks at features.
+    /// As [`Self::forward`], with the input of the last layer as features for a discriminator.
     ///
     /// # Shapes and units
     ///
     /// - returns: as `sample` the output; as `features` `[batch, width]`, with the last of `hidden_widths`, after the
-    ///   nonlinearity; both of one graph
+    ///   nonlinearity; both from one pass
     ///
     /// # Errors
     ///
@@ -310,7 +309,7 @@ impl Mlp {
         Ok(NetworkOutput { sample, features })
     }
 
-    /// The output of the last layer, and what entered it.
+    /// The output and the input of the last layer.
     fn network(
         &self,
         x: &Tensor,

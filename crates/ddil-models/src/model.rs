@@ -1,4 +1,4 @@
-//! Every network of this crate under one name, and the folder it is kept in.
+//! One type for all networks of this crate, and their folders.
 
 use std::fs;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::unet::pixels::UNet2DModel;
 use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 use crate::weights::{WeightFiles, write_error};
 
-/// The settings of a network; the class stands under `_class_name`, as in diffusers' files.
+/// The settings of a network; the class is the value of `_class_name`, as in diffusers' files.
 ///
 /// # Example
 ///
@@ -40,7 +40,7 @@ pub enum ModelConfig {
     /// A U-Net for pixels.
     #[serde(rename = "UNet2DModel")]
     UNet2D(UNet2DConfig),
-    /// A U-Net that is told a text.
+    /// A U-Net conditioned on text.
     #[serde(rename = "UNet2DConditionModel")]
     UNet2DCondition(UNet2DConditionConfig),
     /// A small network for vectors.
@@ -50,11 +50,11 @@ pub enum ModelConfig {
 }
 
 impl ModelConfig {
-    /// Settings from a `config.json`.
+    /// Reads settings from a `config.json`.
     ///
     /// # Errors
     ///
-    /// As [`UNet2DConfig::from_file`]; [`Error::InvalidConfig`] for a class this crate does not have.
+    /// As [`UNet2DConfig::from_file`]; [`Error::InvalidConfig`] for an unknown class.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         let object = config::read_object(path)?;
@@ -97,7 +97,7 @@ impl ModelConfig {
         }
     }
 
-    /// The class, as it stands under `_class_name`.
+    /// The class, as in `_class_name`.
     pub fn class_name(&self) -> &'static str {
         match self {
             Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
@@ -107,7 +107,7 @@ impl ModelConfig {
         }
     }
 
-    /// Channels of a U-Net's samples, in and out; none for other classes.
+    /// Input and output channels of a U-Net; `None` for other classes.
     pub fn channels(&self) -> Option<[u32; 2]> {
         match self {
             Self::UNet2D(unet) => Some([unet.in_channels, unet.out_channels]),
@@ -116,7 +116,7 @@ impl ModelConfig {
         }
     }
 
-    /// Height and width that a U-Net was made for; none where its settings do not say, and for other classes.
+    /// Height and width of a U-Net's training samples; `None` if not in its settings, and for other classes.
     pub fn sample_size(&self) -> Option<[u32; 2]> {
         let size = match self {
             Self::UNet2D(unet) => unet.sample_size,
@@ -129,7 +129,7 @@ impl ModelConfig {
         })
     }
 
-    /// Entries of the table of classes; none for a network without one.
+    /// Number of classes in the table; `None` for a network without one.
     pub fn num_class_embeds(&self) -> Option<u32> {
         match self {
             Self::UNet2D(unet) => unet.num_class_embeds,
@@ -139,7 +139,8 @@ impl ModelConfig {
         }
     }
 
-    /// Width of a U-Net's embedding of the guidance weight; none for one that is told no weight, and for other classes.
+    /// Width of a U-Net's embedding of the guidance weight; `None` for a U-Net without this input, and for other
+    /// classes.
     pub fn time_cond_proj_dim(&self) -> Option<u32> {
         match self {
             Self::UNet2D(unet) => unet.time_cond_proj_dim,
@@ -148,7 +149,7 @@ impl ModelConfig {
         }
     }
 
-    /// The same U-Net, told a guidance weight through an embedding of that width.
+    /// The same U-Net with a guidance weight as input, through an embedding of this width.
     ///
     /// # Errors
     ///
@@ -174,7 +175,7 @@ impl ModelConfig {
     pub fn with_sample_size(self, sides: [u32; 2]) -> Result<Self> {
         let [height, width] = sides;
         let is_square = height == width;
-        // diffusers' pipeline of Stable Diffusion XL multiplies what stands there, and takes no list.
+        // diffusers' pipeline of Stable Diffusion XL multiplies this value, and does not accept a list.
         let sample_size =
             Some(if is_square { SampleSize::Square(height) } else { SampleSize::Rectangle(sides) });
         match self {
@@ -213,7 +214,7 @@ impl ModelConfig {
         Ok(match self {
             Self::UNet2D(config) => Model::UNet2D(config.without_values()?),
             Self::UNet2DCondition(config) => Model::UNet2DCondition(config.without_values()?),
-            // Small, or with parameters of their own.
+            // Small, or with parameters in a file.
             Self::Mlp(_) | Self::TorchScript(_) => self.build(Placement::default(), 0)?,
         })
     }
@@ -248,7 +249,7 @@ impl ModelConfig {
 pub enum Model {
     /// A U-Net for pixels.
     UNet2D(UNet2DModel),
-    /// A U-Net that is told a text.
+    /// A U-Net conditioned on text.
     UNet2DCondition(UNet2DConditionModel),
     /// A small network for vectors.
     Mlp(Mlp),
@@ -257,8 +258,8 @@ pub enum Model {
 }
 
 impl Model {
-    /// Loads a network from a folder as diffusers writes it: `config.json` and the weights that
-    /// [`WeightFiles::DIFFUSION`] finds, or the `TorchScript` program.
+    /// Loads a network from a diffusers folder: `config.json` and the weights that [`WeightFiles::DIFFUSION`] finds, or
+    /// the `TorchScript` program.
     ///
     /// # Errors
     ///
@@ -275,7 +276,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// As [`Self::from_folder`]; the error says which variants there are if this one is not.
+    /// As [`Self::from_folder`]; the error lists the existing variants if this one is missing.
     pub fn from_folder_variant(
         folder: impl AsRef<Path>,
         variant: Option<&str>,
@@ -301,7 +302,7 @@ impl Model {
         })
     }
 
-    /// Writes the network to a folder as diffusers would, which is made if it is not there.
+    /// Writes the network to a folder in diffusers' layout, creating it if needed.
     ///
     /// # Errors
     ///
@@ -342,12 +343,12 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if a `TorchScript` program refuses.
+    /// [`Error::Torch`] if a `TorchScript` program fails.
     pub fn set_training(&self, training: bool) -> Result<()> {
         match self {
             Self::UNet2D(unet) => unet.set_training(training),
             Self::UNet2DCondition(unet) => unet.set_training(training),
-            // There is nothing in it that training changes.
+            // It has no layers that depend on the mode.
             Self::Mlp(_) => {}
             Self::TorchScript(script) => script.set_training(training)?,
         }
@@ -358,7 +359,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] to switch it on for other classes than U-Nets, which are not made of blocks.
+    /// [`Error::InvalidConfig`] to switch it on for classes other than U-Nets, which have no blocks.
     pub fn set_activation_checkpointing(&self, on: bool) -> Result<()> {
         match self {
             Self::UNet2D(unet) => unet.set_activation_checkpointing(on),
@@ -378,7 +379,7 @@ impl Model {
         }
     }
 
-    /// What the network is called in its `config.json`.
+    /// The class name in `config.json`.
     pub fn class_name(&self) -> &'static str {
         match self {
             Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
@@ -423,7 +424,7 @@ impl Model {
         }
     }
 
-    /// As [`Self::forward`], with the features beside the output, from one pass.
+    /// As [`Self::forward`], with the features from the same pass.
     ///
     /// # Shapes and units
     ///
@@ -431,7 +432,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// As [`Self::forward`]; [`Error::NoFeatures`] for a `TorchScript` program, which returns its output alone.
+    /// As [`Self::forward`]; [`Error::NoFeatures`] for a `TorchScript` program, which returns only its output.
     pub fn forward_with_features(
         &self,
         x_t: &Tensor,
@@ -449,7 +450,7 @@ impl Model {
         }
     }
 
-    /// The features alone, which for a U-Net is half the work.
+    /// The features only, which for a U-Net is half the work.
     ///
     /// # Errors
     ///
@@ -468,7 +469,7 @@ impl Model {
         }
     }
 
-    /// Class labels and guidance weight, where no part is one that the network does not take.
+    /// Class labels and guidance weight; an error for parts that the network does not take.
     fn parts<'a>(
         &self,
         op: &'static str,

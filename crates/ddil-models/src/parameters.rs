@@ -1,4 +1,4 @@
-//! The tensors a network owns: named, ordered, on one device, initialised from a seed.
+//! The tensors of a network: named, ordered, on one device, initialised from a seed.
 
 mod adapter;
 mod matching;
@@ -17,7 +17,7 @@ pub(crate) use adapter::{Adapter, AsAsked, Form, Layer, Slot, Switch, Switches};
 pub use matching::Matched;
 pub(crate) use matching::{Joined, Share};
 
-/// Where a network lives and how its numbers are laid out.
+/// Device, kind and memory format of a network.
 ///
 /// # Example
 ///
@@ -33,7 +33,7 @@ pub struct Placement {
     pub device: Device,
     /// The kind of every parameter, whatever the kind in the file they are loaded from.
     pub kind: Kind,
-    /// Whether convolutions keep channels innermost in memory (NHWC), the faster order for most of them.
+    /// Whether convolutions use the channels-last memory format (NHWC), which is faster for most of them.
     pub channels_last: bool,
 }
 
@@ -55,24 +55,24 @@ impl Default for Placement {
     }
 }
 
-/// The most parameters that a network can have: ten times what the largest published ones have.
+/// The limit of parameters of a network: ten times that of the largest published ones.
 const MAX_PARAMETERS: usize = 20_000;
-/// The most values that a network can have, 256 GiB in single precision: twenty-five times SDXL's.
+/// The limit of values of a network, 256 GiB in single precision: twenty-five times SDXL's.
 const MAX_VALUES: i64 = 1 << 36;
 
-/// Where the values of new parameters come from.
+/// The source of the values of new parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Values {
-    /// The default initialisation of `torch.nn`. Each parameter has its own stream, keyed by its name, so that adding a
-    /// layer leaves the others as they were, and drawn on the CPU, so that the device makes no difference.
+    /// The default initialisation of `torch.nn`. Each parameter has a random stream keyed by its name, so that adding a
+    /// layer does not change the others. Values are drawn on the CPU and do not depend on the device.
     Seeded(u64),
-    /// Nothing yet: a file fills all of them before anyone looks.
+    /// Uninitialised: a file fills all of them before they are read.
     Unset,
-    /// None ever: a network that is built for the names and sizes of its parameters, which take no memory.
+    /// None: the network is built only for the names and sizes of its parameters, which take no memory.
     Sizes,
 }
 
-/// The distribution a parameter is drawn from.
+/// The initial distribution of a parameter.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Init {
     Constant(f64),
@@ -91,13 +91,13 @@ struct Parameter {
     tensor: Tensor,
     /// False for constants that are saved with the network.
     learned: bool,
-    /// Axes along which features of several kinds lie.
+    /// Axes along which features of several kinds are concatenated.
     joined: Vec<Joined>,
 }
 
 /// The parameters of one network, in the order of its layers, under the names they have in its files.
 ///
-/// The tensors are handles: what changes one changes the network.
+/// The tensors are handles: changing one changes the network.
 #[derive(Debug)]
 pub struct Parameters {
     entries: Vec<Parameter>,
@@ -107,14 +107,14 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The parameters of a network that was not built here.
+    /// The parameters of a network that was not built by this crate.
     pub(crate) fn of_foreign(named: Vec<(String, Tensor)>, placement: Placement) -> Self {
         let entry = |(name, tensor)| Parameter { name, tensor, learned: true, joined: Vec::new() };
         let entries = named.into_iter().map(entry).collect();
         Self { entries, layers: Vec::new(), placement }
     }
 
-    /// Where the parameters are, and their kind.
+    /// Device, kind and memory format of the parameters.
     pub fn placement(&self) -> Placement {
         self.placement
     }
@@ -124,7 +124,7 @@ impl Parameters {
         &self.layers
     }
 
-    /// Every parameter with its name, constants among them: what a file holds.
+    /// Every parameter with its name, including constants: the contents of a file.
     pub fn named(&self) -> Vec<(String, Tensor)> {
         self.entries.iter().map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect()
     }
@@ -140,12 +140,12 @@ impl Parameters {
         self.entries.iter().find(|p| p.name == name).map(|p| &p.tensor)
     }
 
-    /// Name and shape of every parameter, constants among them.
+    /// Name and shape of every parameter, including constants.
     pub fn shapes(&self) -> Vec<(String, Vec<i64>)> {
         self.entries.iter().map(|p| (p.name.clone(), p.tensor.size())).collect()
     }
 
-    /// How many numbers there are in all.
+    /// The total number of values.
     pub fn num_values(&self) -> usize {
         self.entries.iter().map(|p| p.tensor.numel()).sum()
     }
@@ -153,16 +153,16 @@ impl Parameters {
     /// Switches gradients on or off for every learned parameter.
     pub fn set_trainable(&self, trainable: bool) {
         for parameter in self.entries.iter().filter(|p| p.learned) {
-            // The flag lives in the tensor behind the handle.
+            // The flag is stored in the tensor behind the handle.
             let _ = parameter.tensor.set_requires_grad(trainable);
         }
     }
 
-    /// Takes over the values of a network with the same parameters, cast to this one's kind and device.
+    /// Copies the values of a network with the same parameters, cast to the kind and device of this one.
     ///
     /// # Errors
     ///
-    /// [`Error::ParametersDiffer`] if a name or shape differs; nothing is copied then.
+    /// [`Error::ParametersDiffer`] if a name or shape differs, with nothing copied.
     pub fn copy_from(&self, other: &Self) -> Result<()> {
         let mut theirs: BTreeMap<&str, &Tensor> =
             other.entries.iter().map(|p| (p.name.as_str(), &p.tensor)).collect();
@@ -193,12 +193,12 @@ impl Parameters {
     ///
     /// # Errors
     ///
-    /// As [`weights::load_into`]: whatever is wrong with the file, no parameter has changed.
+    /// As [`weights::load_into`]: on an error no parameter is changed.
     pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
         weights::load_into(&self.named(), path)
     }
 
-    /// Writes every parameter to a safetensors file, as diffusers would.
+    /// Writes every parameter to a safetensors file, as diffusers.
     ///
     /// # Errors
     ///
@@ -223,7 +223,7 @@ impl Builder {
         Self { entries: Vec::new(), layers: Vec::new(), placement, values, num_values: 0 }
     }
 
-    /// Counts a parameter, unless the network would be too large with it.
+    /// Counts a parameter, or fails if the network becomes too large.
     fn count(&mut self, name: &str, shape: &[i64]) -> Result<()> {
         if !is_float(self.placement.kind) {
             return Err(Error::Argument(ArgumentError::Kind {
@@ -259,7 +259,7 @@ impl Builder {
     }
 }
 
-/// A place in the tree of names, such as `down_blocks.0.resnets.1`.
+/// A node in the tree of names, such as `down_blocks.0.resnets.1`.
 #[derive(Debug)]
 pub(crate) struct Scope<'a> {
     builder: &'a mut Builder,
@@ -267,13 +267,13 @@ pub(crate) struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    /// The place `name` below this one.
+    /// The node `name` below this one.
     pub(crate) fn at(&mut self, name: &str) -> Scope<'_> {
         let prefix = self.name(name);
         Scope { builder: self.builder, prefix }
     }
 
-    /// The same place.
+    /// The same node.
     pub(crate) fn reborrow(&mut self) -> Scope<'_> {
         Scope { builder: self.builder, prefix: self.prefix.clone() }
     }
@@ -288,16 +288,16 @@ impl Scope<'_> {
         self.add(name, shape, init, false)
     }
 
-    /// Says of what kinds the features along an axis of the parameter `name` are, if there is one of that name.
+    /// Sets the kinds of features along an axis of the parameter `name`, if it exists.
     pub(crate) fn mark(&mut self, name: &str, joined: Joined) {
         let name = self.name(name);
-        // The latest ones are marked.
+        // Only the latest parameters are marked.
         if let Some(parameter) = self.builder.entries.iter_mut().rev().find(|p| p.name == name) {
             parameter.joined.push(joined);
         }
     }
 
-    /// Makes the layer at this place known as one that may have an adapter beside `weight`.
+    /// Registers the layer at this node as one that may have an adapter on `weight`.
     pub(crate) fn adaptable(&mut self, weight: &Tensor, form: Form) -> Slot {
         let (name, weight, slot) = (self.prefix.clone(), weight.shallow_clone(), Slot::default());
         self.builder.layers.push(Layer { name, weight, form, slot: slot.clone() });
@@ -327,11 +327,11 @@ impl Scope<'_> {
     }
 }
 
-/// Makes sure that there is room for all values of a network before the first is drawn: a system that lends more memory
-/// than it has ends the process when it is used.
+/// Checks that memory suffices for all values of a network before the first is drawn: a system that overcommits memory
+/// kills the process when it is used.
 ///
-/// `sized` builds the network for its sizes. Values that a file will fill are not asked for here: their memory is not
-/// used before the file was found to hold them.
+/// `sized` builds the network for its sizes. Values from a file are not checked here: their memory is used only after
+/// the file was found to contain them.
 pub(crate) fn ensure_room(
     values: Values,
     placement: Placement,
@@ -347,8 +347,8 @@ pub(crate) fn ensure_room(
 
 /// Builds a network and fills it from a file.
 ///
-/// Where there is no memory for its values, what is wrong with the file is the error, if `ensure_fits` finds something
-/// there: settings that do not belong to the file are the likelier cause.
+/// If memory does not suffice, errors of the file found by `ensure_fits` are reported first: settings that do not match
+/// the file are the likelier cause.
 pub(crate) fn build_filled<N>(
     new: impl Fn(Values) -> Result<N>,
     ensure_fits: impl FnOnce(&N) -> Result<()>,
@@ -362,7 +362,7 @@ pub(crate) fn build_filled<N>(
     Ok(network)
 }
 
-/// One number that says it is as many as `shape` has.
+/// One value expanded to `shape`.
 fn sized(shape: &[i64]) -> Result<Tensor> {
     let number = Tensor::f_zeros([1], (Kind::Float, Device::Cpu));
     number
@@ -385,7 +385,7 @@ fn empty(shape: &[i64], placement: Placement) -> Result<Tensor> {
 fn draw(init: Init, shape: &[i64], seed: u64, name: &str) -> Result<Tensor> {
     let mut generator = Generator::new(Device::Cpu, stream_seed(seed, name))?;
     Ok(match init {
-        // Memory first: where there is none, an operation that is handed a number panics in tch.
+        // Allocate first: without memory, tch panics in an operation with a scalar.
         Init::Constant(value) => Tensor::f_empty(shape, (Kind::Float, Device::Cpu))
             .and_then(|mut empty| empty.f_fill_(value))
             .map_err(Error::torch("initialising parameters"))?,
@@ -394,10 +394,10 @@ fn draw(init: Init, shape: &[i64], seed: u64, name: &str) -> Result<Tensor> {
     })
 }
 
-/// A seed of its own for every name.
+/// A separate seed for every name.
 fn stream_seed(seed: u64, name: &str) -> u64 {
-    // FNV-1a, which unlike the standard library's hash is the same in every release; then the finalizer of
-    // SplitMix64. libtorch's CPU generator looks at the lower half alone, which the last shift fills from the upper.
+    // FNV-1a, which unlike the standard library's hash is the same in every release; then the finalizer of SplitMix64.
+    // libtorch's CPU generator uses only the lower half, which the last shift mixes with the upper.
     let hash = name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));

@@ -1,4 +1,4 @@
-//! Networks that come as a `TorchScript` program.
+//! Networks from a `TorchScript` program.
 
 use std::cell::RefCell;
 use std::path::{Component, Path};
@@ -43,26 +43,26 @@ impl Config for TorchScriptConfig {
 }
 
 /// A network saved by `torch.jit.save`, whose `forward(x_t, timesteps)` or `forward(x_t, timesteps, class_labels)`
-/// gives one tensor.
+/// returns one tensor.
 ///
-/// Gradients flow through it, and its parameters can be trained. It runs the program in the file: load only what you
-/// trust.
+/// Gradients flow through it, and its parameters can be trained. It runs the program in the file: load only trusted
+/// files.
 #[derive(Debug)]
 pub struct TorchScript {
-    // Switching between training and evaluation needs exclusive access, in tch's eyes.
+    // tch requires exclusive access to switch between training and evaluation.
     module: RefCell<CModule>,
     config: TorchScriptConfig,
     parameters: Parameters,
 }
 
 impl TorchScript {
-    /// Loads a program onto a device. Its parameters keep their kind and order in memory and take no gradients until
-    /// [`Parameters::set_trainable`] says so.
+    /// Loads a program onto a device. Its parameters keep their kind and memory format, and require no gradients until
+    /// [`Parameters::set_trainable`] is called.
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] if the file is missing, no `TorchScript` program or refused by
-    /// [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is in it.
+    /// [`Error::Read`] if the file is missing, not a `TorchScript` program or rejected by
+    /// [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one whose headers exceed its contents.
     pub fn load(
         path: impl AsRef<Path>,
         config: &TorchScriptConfig,
@@ -85,12 +85,12 @@ impl TorchScript {
         Ok(Self { module: RefCell::new(module), config: config.clone(), parameters })
     }
 
-    /// The settings the network was loaded with.
+    /// The settings of the network.
     pub fn config(&self) -> &TorchScriptConfig {
         &self.config
     }
 
-    /// The parameters, under the names they have in the program.
+    /// The parameters, under their names in the program.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
@@ -99,7 +99,7 @@ impl TorchScript {
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if the program refuses.
+    /// [`Error::Torch`] if the program fails.
     pub fn set_training(&self, training: bool) -> Result<()> {
         let mut module = self.module.borrow_mut();
         if training { module.f_set_train() } else { module.f_set_eval() }
@@ -111,17 +111,18 @@ impl TorchScript {
         if self.config.class_labels { vec!["class_labels"] } else { Vec::new() }
     }
 
-    /// What the program makes of noisy samples.
+    /// The output of the program for noisy samples.
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`: `[batch, ..]`; `timesteps`: `[batch]`; `class_labels`: `[batch]`; whatever else the program asks
+    /// - `x_t`: `[batch, ..]`; `timesteps`: `[batch]`; `class_labels`: `[batch]`; and further requirements of the
+    ///   program
     ///
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::MissingPart`], [`Error::UnexpectedPart`];
-    /// [`Error::Torch`] for what the program refuses.
+    /// [`Error::Torch`] for errors of the program.
     pub fn forward(
         &self,
         x_t: &Tensor,
@@ -147,7 +148,7 @@ impl TorchScript {
         self.module.borrow().forward_ts(&inputs).map_err(Error::torch(op))
     }
 
-    /// Writes the program with the parameters as they are now.
+    /// Writes the program with the current parameters.
     ///
     /// # Errors
     ///

@@ -12,11 +12,11 @@ use crate::error::{Error, Result, ensure_dense, ensure_labels, is_float};
 
 /// A mixture of isotropic Gaussians whose posterior mean is known in closed form.
 ///
-/// Stands in for a perfectly trained network in tests and examples: it makes no error, so whatever a student lacks is
-/// the student's.
+/// A replacement for a perfectly trained network in tests and examples: it is exact, so every error of a student is the
+/// student's own.
 ///
-/// With components `(w_k, m_k, s_k)` and `x_t = alpha x0 + sigma epsilon`, component k is seen at
-/// `N(alpha m_k, v_k)`, `v_k = alpha² s_k² + sigma²`, and given k
+/// With components `(w_k, m_k, s_k)` and `x_t = alpha x0 + sigma epsilon`, component k becomes `N(alpha m_k, v_k)`,
+/// `v_k = alpha² s_k² + sigma²`, and given k
 ///
 /// - `E[x0 | x_t, k] = m_k + (alpha s_k² / v_k) (x_t - alpha m_k)`
 /// - `E[epsilon | x_t, k] = (sigma / v_k) (x_t - alpha m_k)`
@@ -32,7 +32,7 @@ use crate::error::{Error, Result, ensure_dense, ensure_labels, is_float};
 /// use tch::{Tensor, kind};
 ///
 /// let mixture = GaussianMixture::ring(8)?;
-/// // Pure noise says nothing: what is left is the mean of the mixture.
+/// // Pure noise contains no information: the prediction is the mean of the mixture.
 /// let (alpha, sigma) = (Tensor::zeros([5], kind::FLOAT_CPU), Tensor::ones([5], kind::FLOAT_CPU));
 /// let prediction = mixture.posterior(&Tensor::randn([5, 2], kind::FLOAT_CPU), &alpha, &sigma, None)?;
 /// assert!(prediction.x0.abs().max().double_value(&[]) < 1e-6);
@@ -40,7 +40,7 @@ use crate::error::{Error, Result, ensure_dense, ensure_labels, is_float};
 /// ```
 #[derive(Debug)]
 pub struct GaussianMixture {
-    /// `[components, dim]`, `Double`, as are the others.
+    /// `[components, dim]`, `Double`, like the others.
     means: Tensor,
     /// `[components]`.
     variances: Tensor,
@@ -56,7 +56,7 @@ struct Classes {
     count: i64,
 }
 
-/// The most components of a mixture that is made by counting.
+/// The limit of components of a generated mixture.
 const MAX_COMPONENTS: usize = 1 << 20;
 
 fn ensure_countable(op: &'static str, name: &'static str, components: Option<usize>) -> Result<()> {
@@ -78,7 +78,7 @@ impl GaussianMixture {
     ///
     /// - `means`: `[components, dim]`, data scale
     /// - `stds`: one standard deviation per component, data scale
-    /// - `weights`: one per component, above 0; they need not add up to 1
+    /// - `weights`: one per component, above 0; they need not sum to 1
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl GaussianMixture {
     /// labels are 0, 1, .. without a gap.
     pub fn with_classes(mut self, labels: &[i64]) -> Result<Self> {
         let components = self.num_components();
-        // A label beyond leaves a gap for certain; counting up to it could take for ever.
+        // A larger label certainly leaves a gap; counting up to it could take very long.
         let count = labels.iter().max().map_or(0, |max| max.saturating_add(1));
         let all_there = count <= components && (0..count).all(|class| labels.contains(&class));
         if labels.len() as i64 != self.num_components()
@@ -155,7 +155,7 @@ impl GaussianMixture {
         Ok(self)
     }
 
-    /// `modes` equal Gaussians of standard deviation 0.08 on a circle of radius 0.8, two neighbours to a class.
+    /// `modes` equal Gaussians of standard deviation 0.08 on a circle of radius 0.8, two neighbours per class.
     ///
     /// With one or two modes there is one class.
     ///
@@ -172,7 +172,7 @@ impl GaussianMixture {
         Self::equal(&means, 0.08, &labels)
     }
 
-    /// `side * side` equal Gaussians of standard deviation 0.05, evenly spaced over `[-0.8, 0.8]²`, a row to a class.
+    /// `side * side` equal Gaussians of standard deviation 0.05, evenly spaced over `[-0.8, 0.8]²`, one class per row.
     ///
     /// # Errors
     ///
@@ -194,12 +194,12 @@ impl GaussianMixture {
         Self::new(&means, &vec![std; labels.len()], &ones)?.with_classes(labels)
     }
 
-    /// The same mixture without some of its components, for data that lack what a teacher knows.
+    /// The same mixture without some of its components, for data without some modes of a teacher.
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a component that there is not, or if the
-    /// mixture or one of its classes were left without any.
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a component that does not exist, or if the
+    /// mixture or one of its classes would have none left.
     pub fn without(&self, components: &[i64]) -> Result<Self> {
         let all = 0..self.num_components();
         let kept: Vec<i64> = all.clone().filter(|k| !components.contains(k)).collect();
@@ -237,11 +237,11 @@ impl GaussianMixture {
         })
     }
 
-    /// The same mixture with its numbers on `device`, which saves a transfer in every call there.
+    /// The same mixture with its tensors on `device`, which saves a copy in every call.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if the device is not there.
+    /// [`Error::Torch`] if the device is not available.
     pub fn to_device(&self, device: Device) -> Result<Self> {
         let moved = |values: &Tensor| {
             values.f_to_device(device).map_err(Error::torch("GaussianMixture::to_device"))
@@ -257,7 +257,7 @@ impl GaussianMixture {
         })
     }
 
-    /// Where the Gaussians are centred, `[components, dim]`, `Double`.
+    /// The means of the Gaussians, `[components, dim]`, `Double`.
     pub fn means(&self) -> &Tensor {
         &self.means
     }
@@ -272,16 +272,16 @@ impl GaussianMixture {
         self.means.size()[0]
     }
 
-    /// Number of classes, 0 without; it is also the label of the null class.
+    /// Number of classes, or 0; also the label of the null class.
     pub fn num_classes(&self) -> i64 {
         self.classes.as_ref().map_or(0, |classes| classes.count)
     }
 
-    /// The clean data and the noise to be expected behind noisy samples, exactly.
+    /// The exact posterior means of clean data and noise, given noisy samples.
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values a sample, floating point
+    /// - `x_t`: `[batch, dim]` or `[batch, ..]` with `dim` values per sample, floating point
     /// - `alpha`, `sigma`: `[batch]`, `[batch, 1, ..]` or one value for all; not both 0
     /// - `labels`: `[batch]`, `Int64`, 0 to `num_classes`, the last for all components
     /// - returns: shape and kind of `x_t`
@@ -290,7 +290,7 @@ impl GaussianMixture {
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedPart`],
-    /// [`Error::ClassLabelOutOfRange`] (on the CPU alone).
+    /// [`Error::ClassLabelOutOfRange`] (only on the CPU).
     pub fn posterior(
         &self,
         x_t: &Tensor,
@@ -313,7 +313,7 @@ impl GaussianMixture {
 
     /// The logarithm of the density of noisy samples; its gradient is `-epsilon / sigma` of [`Self::posterior`].
     ///
-    /// At alpha 1 and sigma 0 it is the density of the data.
+    /// With alpha 1 and sigma 0 it is the density of the data.
     ///
     /// # Shapes and units
     ///
@@ -363,10 +363,10 @@ impl GaussianMixture {
             }));
         }
         let device = generator.device();
-        // Memory first: nothing behind it has a way to refuse.
+        // Allocate first: the following operations cannot return an error.
         let uniform = generator.uniform([n, self.num_components()], Kind::Double)?;
         let log_prior = self.log_prior(OP, labels, n, device)?;
-        // The largest of log weight plus Gumbel noise is a draw from the weights.
+        // The largest of log weight plus Gumbel noise is a sample from the weights.
         let gumbel = -(-(uniform + f64::MIN_POSITIVE).log()).log();
         let component = (log_prior + gumbel).argmax(1, false);
         let normal = generator.normal([n, self.dim()], Kind::Double)?;
@@ -465,7 +465,7 @@ impl GaussianMixture {
     }
 }
 
-/// Noisy samples as each component sees them; all `Double`.
+/// Terms of each component for noisy samples; all `Double`.
 struct Seen {
     /// `[batch or 1, 1]`.
     alpha: Tensor,
@@ -477,7 +477,7 @@ struct Seen {
     residuals: Tensor,
     /// `[batch, components]`.
     log_prior: Tensor,
-    /// `[batch, components]`: log of weight times density, without the factor that all have in common.
+    /// `[batch, components]`: log of weight times density, without their common factor.
     log_joint: Tensor,
 }
 
@@ -506,7 +506,7 @@ fn column(
     Ok(values.reshape([-1, 1]).to_device(device).to_kind(Kind::Double))
 }
 
-/// A [`GaussianMixture`] on a noise schedule: a teacher that is never wrong.
+/// A [`GaussianMixture`] on a noise schedule: an exact teacher.
 #[derive(Debug)]
 pub struct MixtureDenoiser {
     mixture: GaussianMixture,
@@ -514,7 +514,7 @@ pub struct MixtureDenoiser {
 }
 
 impl MixtureDenoiser {
-    /// The mixture behind it.
+    /// The mixture.
     pub fn mixture(&self) -> &GaussianMixture {
         &self.mixture
     }

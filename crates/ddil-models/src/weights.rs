@@ -1,6 +1,6 @@
-//! Named tensors to and from safetensors files; every name, shape and kind checked.
+//! Reads and writes named tensors as safetensors files; every name, shape and kind is checked.
 //!
-//! Files that are pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are refused: reading one can run code.
+//! Files that are pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are rejected: reading one can run code.
 
 mod files;
 mod index;
@@ -21,15 +21,15 @@ use crate::error::{BoxedError, Error, Result, WeightProblems, is_float};
 
 pub use files::WeightFiles;
 
-/// Pages of a file are given back once so many bytes were read; fewer would only cost calls.
+/// Number of read bytes after which pages of a file are released; less would only cost calls.
 const RELEASE_BYTES: usize = 1 << 20;
 
 /// Copies the tensors in a file into `targets`, which keep their kind, device and memory layout.
 ///
-/// The file is a `.safetensors`, or a `.safetensors.index.json` that lists the shards beside it. Values are cast where
+/// The file is a `.safetensors`, or a `.safetensors.index.json` that lists shards in its folder. Values are cast if
 /// both kinds are floating point. Everything is checked before the first value is copied. They are copied tensor by
-/// tensor from the mapped file, whose pages are given back on the way: beside the targets no more memory is needed than
-/// the largest tensor has (twice that in a file whose values do not lie where a processor can read them).
+/// tensor from the memory-mapped file, whose pages are released along the way. In addition to the targets, this needs
+/// the memory of the largest tensor (twice that if the values of the file are not aligned).
 ///
 /// # Errors
 ///
@@ -39,11 +39,11 @@ pub fn load_into(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Result
     load_renamed(targets, path, |_| None).map(|_| ())
 }
 
-/// As [`load_into`], for files that use other names: `new_name` says what such a name stands for, and the shape of that
-/// tensor may go on with sides of 1 (the weight of a 1 by 1 convolution for that of a linear layer).
+/// As [`load_into`], for files that use other names: `new_name` maps such a name to the current one, and the shape of
+/// that tensor may have trailing dimensions of 1 (the weight of a 1 by 1 convolution for that of a linear layer).
 ///
-/// Returns the names that were changed, each with what it was changed to. A name is left alone, and thus unexpected,
-/// where the file has the new one as well.
+/// Returns the changed names, each with its new name. A name is not changed, and therefore unexpected, if the file
+/// contains the new one as well.
 pub(crate) fn load_renamed(
     targets: &[(String, Tensor)],
     path: impl AsRef<Path>,
@@ -58,7 +58,8 @@ pub(crate) fn load_renamed(
     Ok(renamed)
 }
 
-/// Checks that a file holds what [`load_into`] would copy into `targets`, of which sizes and kinds alone are looked at.
+/// Checks that a file contains the tensors that [`load_into`] would copy into `targets`; only their sizes and kinds are
+/// used.
 ///
 /// # Errors
 ///
@@ -68,8 +69,8 @@ pub fn ensure_fits(targets: &[(String, Tensor)], path: impl AsRef<Path>) -> Resu
     planned(&open(path)?, targets, path, |_| None).map(|_| ())
 }
 
-/// The tensors of a file under the names of `targets`, of which sizes and kinds alone are looked at: checked as
-/// [`load_renamed`] checks them, in the kinds that they have in the file, and where they lie in it.
+/// The memory-mapped tensors of a file under the names of `targets`, of which only sizes and kinds are used: checked as
+/// in [`load_renamed`], in the kinds of the file.
 pub(crate) fn read_renamed(
     targets: &[(String, Tensor)],
     path: &Path,
@@ -89,10 +90,10 @@ pub(crate) fn read_renamed(
     Ok(read)
 }
 
-/// What is to be copied from each of several files, and the names that were changed.
+/// The tensors to copy from each of several files, and the changed names.
 type Planned<'a> = (Vec<Vec<Copy<'a>>>, Vec<(String, String)>);
 
-/// Refuses tensors that hold nothing or are sparse.
+/// Checks that tensors are defined and dense.
 pub(super) fn ensure_all_dense(op: &'static str, tensors: &[(String, Tensor)]) -> Result<()> {
     let is_dense = |tensor: &Tensor| tensor.defined() && !tensor.is_sparse() && !tensor.is_mkldnn();
     match tensors.iter().find(|(_, tensor)| !is_dense(tensor)) {
@@ -106,7 +107,7 @@ pub(super) fn ensure_all_dense(op: &'static str, tensors: &[(String, Tensor)]) -
     }
 }
 
-/// Compares files with `targets`, down to the last difference.
+/// Compares files with `targets` and collects all differences.
 fn planned<'a>(
     files: &[OpenFile],
     targets: &'a [(String, Tensor)],
@@ -143,19 +144,19 @@ fn planned<'a>(
 /// A tensor in one of several files.
 struct Source<'a> {
     file: usize,
-    /// What the file calls it.
+    /// Its name in the file.
     name: String,
     info: &'a TensorInfo,
 }
 
-/// A tensor of a file that is to be copied.
+/// A tensor of a file to copy.
 struct Copy<'a> {
     name: String,
     info: TensorInfo,
     target: &'a Tensor,
 }
 
-/// Every tensor of the files under the name it is to be read as.
+/// Every tensor of the files under its new name.
 fn sources(
     files: &[OpenFile],
     new_name: impl Fn(&str) -> Option<String>,
@@ -179,16 +180,15 @@ fn sources(
     found
 }
 
-/// Every tensor in a file or in the shards of an index, on the CPU, in the kind it has there.
+/// Every tensor in a file or in the shards of an index, on the CPU, in its kind in the file.
 ///
-/// The tensors lie in the mapped file ([`MappedFile`]): reading takes no time, and what is written to them stays in
-/// memory.
+/// The tensors are memory-mapped ([`MappedFile`]): reading is immediate, and writes to them stay in memory.
 ///
 /// # Errors
 ///
-/// [`Error::Libtorch`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or holds a type that
-/// libtorch has no kind for, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::InvalidIndex`] for an
-/// index.
+/// [`Error::Libtorch`] if a file cannot be read, [`Error::InvalidSafetensors`] if it is damaged or contains a type
+/// without a kind in libtorch, [`Error::Pickle`] for a pickle, [`Error::InvalidJson`] and [`Error::InvalidIndex`] for
+/// an index.
 pub fn read_all(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     let mut all = BTreeMap::new();
     for file in open(path.as_ref())? {
@@ -197,7 +197,7 @@ pub fn read_all(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     Ok(all)
 }
 
-/// The free text a file carries beside its tensors, empty if it has none.
+/// The metadata of a file; empty if it has none.
 ///
 /// # Errors
 ///
@@ -212,14 +212,14 @@ pub fn read_metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, String>>
 
 /// Writes tensors, whatever their device and layout, to a safetensors file that `safetensors.torch` reads.
 ///
-/// Each keeps its kind; the caller who wants half precision casts. `metadata` is written beside `{"format": "pt"}`.
-/// The same tensors and metadata give the same bytes. A reader sees the old file or the whole new one, also after a
+/// Each keeps its kind; cast before for half precision. `metadata` is written in addition to `{"format": "pt"}`. The
+/// same tensors and metadata give the same bytes. A reader sees the old file or the complete new one, even after a
 /// power failure.
 ///
 /// # Errors
 ///
 /// [`Error::Write`] if the file cannot be written, [`Error::UnsupportedKind`] for complex and quantised tensors,
-/// [`Error::Torch`] if a tensor cannot be brought to the CPU.
+/// [`Error::Torch`] if a tensor cannot be copied to the CPU.
 ///
 /// # Example
 ///
@@ -239,8 +239,7 @@ pub fn save(
     save_as(tensors, path, metadata, None)
 }
 
-/// As [`save`], with floating-point values cast to `kind` where one is given; no more than one tensor is cast at a
-/// time.
+/// As [`save`], with floating-point values cast to `kind` if given, one tensor at a time.
 ///
 /// # Errors
 ///
@@ -267,7 +266,7 @@ pub fn save_as(
     })
 }
 
-/// Writes a file aside, waits until it is on disk, then puts it in place.
+/// Writes a temporary file, waits until it is on disk, then renames it.
 pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
@@ -293,13 +292,13 @@ pub(crate) fn put_in_place(aside: &Path, path: &Path) -> Result<()> {
     let place = || {
         File::open(aside)?.sync_all()?;
         fs::rename(aside, path)?;
-        // The new name is only safe once the folder is.
+        // The new name is durable only once the folder is.
         File::open(folder)?.sync_all()
     };
     place().map_err(|e| write_error(path, e))
 }
 
-/// A name beside `path` that no other process uses.
+/// A name in the folder of `path` that no other process uses.
 pub(crate) fn aside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.partial", std::process::id()));
@@ -310,11 +309,11 @@ pub(crate) fn write_error(path: &Path, source: impl Into<BoxedError>) -> Error {
     Error::Write { path: path.into(), source: source.into() }
 }
 
-/// A mapped file and what its header says of it.
+/// A memory-mapped file and its header.
 struct OpenFile {
     file: MappedFile,
     header: Metadata,
-    /// Where the tensors start.
+    /// The offset of the tensors.
     data_start: usize,
 }
 
@@ -331,7 +330,7 @@ impl OpenFile {
         Ok(Self { file, header, data_start })
     }
 
-    /// Fills the targets in the order in which their values lie in the file.
+    /// Fills the targets in the order of their values in the file.
     fn copy(mut self, mut copies: Vec<Copy<'_>>) -> Result<()> {
         copies.sort_by_key(|copy| copy.info.data_offsets.0);
         let _no_grad = tch::no_grad_guard();
@@ -340,7 +339,7 @@ impl OpenFile {
         for Copy { name, info, target } in copies {
             let source = self.tensor(&name, &info, room.as_ref())?;
             let copy = || {
-                // Trailing sides of 1 of a tensor under another name.
+                // Trailing dimensions of 1 of a tensor under another name.
                 let source = source.f_view(&target.size()[..])?;
                 target.shallow_clone().f_copy_(&source)
             };
@@ -355,7 +354,7 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Whether what is to be copied as truth values is any: the one thing that the header does not tell.
+    /// Whether all values to copy as booleans are valid, which the header cannot guarantee.
     fn ensure_bools(&self, copies: &[Copy<'_>]) -> Result<()> {
         let mut bools = copies.iter().filter(|copy| copy.info.dtype == Dtype::BOOL);
         bools.try_for_each(|copy| self.tensor(&copy.name, &copy.info, None).map(|_| ()))
@@ -369,7 +368,7 @@ impl OpenFile {
             .collect()
     }
 
-    /// The tensor where it lies, or copied to `room` (bytes of its own if none) where the processor could not read it.
+    /// The tensor in the mapped file, or copied to `room` (a new buffer if `None`) if it is not aligned.
     fn tensor(&self, name: &str, info: &TensorInfo, room: Option<&Tensor>) -> Result<Tensor> {
         let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
             path: self.file.path().into(),
@@ -381,7 +380,7 @@ impl OpenFile {
         if self.is_aligned(info) {
             return Ok(self.file.tensor(start, size, kind)?);
         }
-        // The format does not promise alignment, the processor wants it.
+        // The format does not guarantee alignment, the processor requires it.
         let num_bytes = to_size(&[end - start]);
         let bytes = self.file.tensor(start, &num_bytes, Kind::Uint8)?;
         let aligned = || {
@@ -395,13 +394,13 @@ impl OpenFile {
         aligned().map_err(Error::torch("weights::read_all"))
     }
 
-    /// Whether the processor can read the tensor where it lies.
+    /// Whether the tensor is aligned in the mapped file.
     fn is_aligned(&self, info: &TensorInfo) -> bool {
         let start = self.data_start + info.data_offsets.0;
         kind_of(info.dtype).is_none_or(|kind| start.is_multiple_of(kind.elt_size_in_bytes()))
     }
 
-    /// Bytes for the largest of these tensors that cannot be used where it lies, if there is one.
+    /// A buffer for the largest of these tensors that is not aligned, if there is one.
     fn room(&self, copies: &[Copy<'_>]) -> Result<Option<Tensor>> {
         let misaligned = copies.iter().filter(|copy| !self.is_aligned(&copy.info));
         let bytes = |copy: &Copy<'_>| copy.info.data_offsets.1 - copy.info.data_offsets.0;
@@ -426,7 +425,7 @@ fn open(path: &Path) -> Result<Vec<OpenFile>> {
     Ok(vec![OpenFile::open(path)?])
 }
 
-/// Whether the name says that reading the file can run code.
+/// Whether the name is that of a pickle, which can run code when it is read.
 fn is_pickle(path: &Path) -> bool {
     has_extension(path, &["bin", "pt", "pth", "ckpt", "pkl"])
 }
@@ -490,7 +489,7 @@ fn dtype_of(kind: Kind) -> Option<Dtype> {
     })
 }
 
-/// A header whose entries keep their order; the `safetensors` crate's own writes metadata in a random one.
+/// A header whose entries keep their order; that of the `safetensors` crate writes metadata in random order.
 struct Header<'a> {
     metadata: BTreeMap<&'a str, &'a str>,
     tensors: Vec<(&'a str, TensorInfo)>,
@@ -507,8 +506,7 @@ impl Serialize for Header<'_> {
     }
 }
 
-/// The header, and the order of the tensors behind it: widest kind first, which keeps all of them aligned, then by
-/// name.
+/// The header, and the order of the tensors after it: widest kind first, which keeps all of them aligned, then by name.
 fn layout<'a>(
     tensors: &'a [(String, Tensor)],
     metadata: &'a BTreeMap<String, String>,
@@ -538,14 +536,14 @@ fn layout<'a>(
     Ok((Header { metadata, tensors: infos }, order))
 }
 
-/// The header as JSON, filled up with spaces so that what follows starts at a multiple of 8.
+/// The header as JSON, padded with spaces to a multiple of 8 bytes.
 fn padded_json(header: &Header<'_>) -> serde_json::Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec(header)?;
     bytes.resize(bytes.len().next_multiple_of(8), b' ');
     Ok(bytes)
 }
 
-/// The kind in which a tensor is written: only floating-point values are cast.
+/// The kind of a written tensor: only floating-point values are cast.
 fn written_kind(tensor: &Tensor, kind: Option<Kind>) -> Kind {
     let own = tensor.kind();
     kind.filter(|_| is_float(own)).unwrap_or(own)

@@ -1,4 +1,4 @@
-//! The layers that make one number of a network's features.
+//! The layers from a network's features to one logit.
 
 use std::path::Path;
 
@@ -19,12 +19,12 @@ use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 use crate::weights;
 
 const CLASS_NAME: &str = "DiscriminatorHead";
-/// Side at which the map is taken in whole.
+/// Side length from which one convolution covers the whole map.
 const LAST_SIDE: u32 = 4;
 const KERNEL: i64 = 4;
 const MAX_GROUPS: u32 = 32;
-/// Least channels of a group. The last norm sees one pixel: a group of one channel would be 0 whatever was said, and
-/// one of two only a sign.
+/// Minimum channels per group. The last norm has one pixel: a group of one channel would always be 0, and a group of
+/// two only a sign.
 const MIN_GROUP: u32 = 8;
 const NORM_EPS: f64 = 1e-5;
 
@@ -48,9 +48,9 @@ pub struct DiscriminatorHeadConfig {
     pub in_channels: u32,
     /// Height and width of the features; 1 for features that are vectors. Default 8.
     pub side: u32,
-    /// Channels inside the head; none, the default, is as many as the features have.
+    /// Channels inside the head; none, the default, is the number of channels of the features.
     pub width: Option<u32>,
-    /// Groups of every norm, a divisor of the width that leaves a group 8 channels or more. None, the default, is the
+    /// Groups of every norm, a divisor of the width with at least 8 channels per group. None, the default, is the
     /// largest such divisor up to 32: 32 for a width of 1280, 12 for 96.
     pub norm_num_groups: Option<u32>,
 }
@@ -62,18 +62,18 @@ impl Default for DiscriminatorHeadConfig {
 }
 
 impl DiscriminatorHeadConfig {
-    /// A head for what leaves the bottom level of a U-Net.
+    /// A head for the output of the bottom level of a U-Net.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the
-    /// number of levels less one; and as [`Self::build`].
+    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the power
+    /// of the number of levels minus one; and as [`Self::build`].
     pub fn for_unet(unet: &UNet2DConfig) -> Result<Self> {
         unet.ensure_valid()?;
         Self::of_bottom(UNet2DConfig::CLASS_NAME, unet.sample_size, &unet.block_out_channels)
     }
 
-    /// The same for a U-Net that is told a text.
+    /// The same for a U-Net conditioned on text.
     ///
     /// # Errors
     ///
@@ -106,7 +106,8 @@ impl DiscriminatorHeadConfig {
         Self::of(channels.last().copied().unwrap_or(0), side / step)
     }
 
-    /// A head for the last hidden layer of an [`Mlp`](crate::Mlp): one hidden layer more, as wide, then one number.
+    /// A head for the last hidden layer of an [`Mlp`](crate::Mlp): one more hidden layer of the same width, then one
+    /// logit.
     ///
     /// # Errors
     ///
@@ -120,7 +121,7 @@ impl DiscriminatorHeadConfig {
     ///
     /// # Errors
     ///
-    /// As those; [`Error::NoFeatures`] for a `TorchScript` program.
+    /// As these; [`Error::NoFeatures`] for a `TorchScript` program.
     pub fn for_model(model: &ModelConfig) -> Result<Self> {
         match model {
             ModelConfig::UNet2D(unet) => Self::for_unet(unet),
@@ -138,7 +139,7 @@ impl DiscriminatorHeadConfig {
         Ok(config)
     }
 
-    /// Settings from a JSON file.
+    /// Reads settings from a JSON file.
     ///
     /// # Errors
     ///
@@ -157,7 +158,7 @@ impl DiscriminatorHeadConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] with every invalid value; [`Error::Torch`] if the device is not there or its memory
+    /// [`Error::InvalidConfig`] with every invalid value; [`Error::Torch`] if the device is not available or its memory
     /// does not suffice.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<DiscriminatorHead> {
         DiscriminatorHead::new(self, placement, Values::Seeded(seed))
@@ -234,15 +235,15 @@ pub(super) fn num_features(model: &ModelConfig) -> Result<u32> {
     }
 }
 
-/// The head that DMD2 puts on the bottleneck of its fake score: features to one logit a sample.
+/// The head of DMD2 on the bottleneck of its fake score: from features to one logit per sample.
 ///
 /// While the map is larger than 4x4, a 4x4 convolution with stride 2 and padding 1 halves it, rounding down; then a
-/// convolution as large as what is left takes in the whole map; each is followed by a group norm and `silu`. A 1x1
-/// convolution makes the logit. That is the head of section 4.3 of
-/// [Yin et al. 2024](https://arxiv.org/abs/2405.14867) for sides of 4, 8, 16, ..: one halving for Stable Diffusion
-/// 1.5 (1280x8x8), three for SDXL (1280x32x32). A side of 1 makes it a network of two linear layers.
+/// convolution of the size of the remaining map reduces it to one pixel; each is followed by a group norm and `silu`. A
+/// 1x1 convolution computes the logit. This is the head of section 4.3 of [Yin et al.
+/// 2024](https://arxiv.org/abs/2405.14867) for sides of 4, 8, 16, ..: one halving for Stable Diffusion 1.5 (1280x8x8),
+/// three for SDXL (1280x32x32). With a side of 1 it is a network of two linear layers.
 ///
-/// Parameters are called `blocks.0.conv.weight`, `blocks.0.norm.weight`, .. and `conv_out.weight`.
+/// Parameters are named `blocks.0.conv.weight`, `blocks.0.norm.weight`, .. and `conv_out.weight`.
 #[derive(Debug)]
 pub struct DiscriminatorHead {
     config: DiscriminatorHeadConfig,
@@ -279,7 +280,7 @@ impl DiscriminatorHead {
         Ok(Self { config: config.clone(), parameters: builder.finish(), blocks, conv_out })
     }
 
-    /// The settings the head was built from.
+    /// The settings from which the head was built.
     pub fn config(&self) -> &DiscriminatorHeadConfig {
         &self.config
     }
@@ -289,11 +290,11 @@ impl DiscriminatorHead {
         &self.parameters
     }
 
-    /// How much more likely each sample is real than made, as a logit.
+    /// The logit of each sample being real rather than fake.
     ///
     /// # Shapes and units
     ///
-    /// - `features`: `[batch, in_channels, side, side]`, or `[batch, in_channels]` where the side is 1; kind of the
+    /// - `features`: `[batch, in_channels, side, side]`, or `[batch, in_channels]` if the side is 1; kind of the
     ///   parameters
     /// - returns: `[batch]`, positive for real
     ///
@@ -309,7 +310,7 @@ impl DiscriminatorHead {
 
     fn run(&self, features: &Tensor) -> Output {
         let (channels, side) = (i64::from(self.config.in_channels), i64::from(self.config.side));
-        // A vector is a map of one pixel.
+        // A vector is a map with one pixel.
         let mut hidden = features.f_reshape([features.size()[0], channels, side, side])?;
         for Block { conv, norm } in &self.blocks {
             hidden = norm.forward_with(&conv.forward(&hidden)?, None, Activation::Silu)?;

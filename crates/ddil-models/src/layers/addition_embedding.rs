@@ -1,4 +1,4 @@
-//! What a U-Net adds to the embedding of the timestep for a text as a whole.
+//! The embedding of a whole text that a U-Net adds to the embedding of the timestep.
 
 use tch::{Kind, Tensor};
 
@@ -14,10 +14,10 @@ const NORM_EPS: f64 = 1e-5;
 /// of [Podell et al. 2023](https://arxiv.org/abs/2307.01952).
 #[derive(Debug)]
 pub(crate) struct TextTimeEmbedding {
-    /// Of one number.
+    /// Width of the features of one number.
     pub(crate) projection: SinusoidalProjection,
     embedding: TimestepEmbedding,
-    /// Of text and features of all numbers together.
+    /// Width of the text and the features of all numbers together.
     pub(crate) inputs: i64,
 }
 

@@ -1,4 +1,4 @@
-//! Attention: of tokens to one another or to a text, and of the pixels of a feature map.
+//! Attention: self-attention and cross-attention of tokens, and self-attention of the pixels of a feature map.
 
 use ddil_libtorch::Autocast;
 use tch::{Device, Kind, TchError, Tensor};
@@ -13,7 +13,7 @@ pub(crate) struct AttentionOptions {
     pub(crate) channels: i64,
     /// Channels of one head; `channels` is a multiple of it.
     pub(crate) head_dim: i64,
-    /// Groups of the normalisation in front; none leaves it out.
+    /// Groups of the input normalisation; `None` omits it.
     pub(crate) norm_groups: Option<i64>,
     pub(crate) eps: f64,
     pub(crate) output_scale: f64,
@@ -22,12 +22,12 @@ pub(crate) struct AttentionOptions {
 /// Sizes of a [`MultiHeadAttention`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MultiHeadOptions {
-    /// Of the tokens that ask, and of the answer; a multiple of `heads`.
+    /// Channels of the queries and of the output; a multiple of `heads`.
     pub(crate) channels: i64,
-    /// Of the tokens that are asked.
+    /// Channels of the context (keys and values).
     pub(crate) context_channels: i64,
     pub(crate) heads: i64,
-    /// Whether queries, keys and values have a bias; the way out always has one.
+    /// Whether queries, keys and values have a bias; the output projection always has one.
     pub(crate) biased: bool,
 }
 
@@ -69,21 +69,21 @@ impl MultiHeadAttention {
     }
 }
 
-/// Up to so many scores of a head `BFloat16` is computed in `Float` on the CPU; beyond, libtorch's gradient in
-/// `BFloat16` is the faster one.
+/// Up to this number of scores per head, `BFloat16` is computed in `Float` on the CPU; beyond, libtorch's gradient in
+/// `BFloat16` is faster.
 const MAX_SCORES_IN_FLOAT: i64 = 1 << 19;
 
 /// Scaled dot-product attention with `heads` heads: `[batch, tokens, channels]` as the queries, from queries, keys and
 /// values of that many channels.
 ///
-/// Numbers of 16 bits are computed in `Float` on the CPU, for which libtorch has the faster kernels there, most of all
-/// for gradients: of `Half` always, of `BFloat16` for maps that are not large.
+/// On the CPU, 16-bit kinds are computed in `Float`, for which libtorch has faster kernels, especially for gradients:
+/// `Half` always, `BFloat16` for small maps.
 pub(crate) fn attend(query_key_value: [&Tensor; 3], heads: i64, bias: Option<&Tensor>) -> Output {
     let [query, key, _] = query_key_value;
     if !is_faster_in_float(query, key) {
         return attend_as_given(query_key_value, heads, bias);
     }
-    // Autocast would take them back to 16 bits.
+    // Autocast would cast them back to 16 bits.
     let _full = Autocast::disabled(query.device()).map_err(|e| TchError::Torch(e.to_string()))?;
     let float = |t: &Tensor| t.f_to_kind(Kind::Float);
     let [q, k, v] = query_key_value.map(float);
@@ -143,7 +143,7 @@ impl AttentionBlock {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
         let size = x.size();
-        // The norm comes first: in channels-last order the tokens are then a view, not a copy.
+        // The norm comes first, so that in channels-last order the tokens are a view and not a copy.
         let normed = match &self.group_norm {
             Some(group_norm) => group_norm.forward(x)?,
             None => x.shallow_clone(),
@@ -154,7 +154,7 @@ impl AttentionBlock {
     }
 }
 
-/// `x / scale`, without a pass over memory where `scale` is 1.
+/// `x / scale`, without a pass over memory if `scale` is 1.
 #[expect(
     clippy::float_cmp,
     reason = "a shortcut for the exact value; any other takes the division"

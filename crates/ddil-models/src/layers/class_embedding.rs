@@ -1,4 +1,4 @@
-//! What a U-Net adds to the embedding of the timestep for a class.
+//! The class embedding that a U-Net adds to the embedding of the timestep.
 
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
@@ -13,13 +13,13 @@ use crate::unet::pixels_config::ClassEmbedType;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ClassOptions {
     pub(crate) embed_type: Option<ClassEmbedType>,
-    /// Size of the table where there is no type.
+    /// Size of the table if there is no type.
     pub(crate) num_classes: Option<u32>,
     /// Width of the labels for the two projections.
     pub(crate) label_width: u32,
-    /// Of the embedding.
+    /// Width of the embedding.
     pub(crate) width: i64,
-    /// Between the layers for labels that are embedded as timesteps are.
+    /// The activation between the layers for labels that are embedded like timesteps.
     pub(crate) activation: Activation,
 }
 
@@ -33,7 +33,7 @@ pub(crate) enum ClassEmbedding {
 }
 
 impl ClassEmbedding {
-    /// None for a network without classes; `features` is what timesteps are made of.
+    /// `None` for a network without classes; `features` computes the features of timesteps.
     pub(crate) fn new(
         scope: Scope<'_>,
         options: ClassOptions,
@@ -63,7 +63,7 @@ impl ClassEmbedding {
         }))
     }
 
-    /// `[batch, width]`; `time` is what timesteps are made of, `kind` that of the parameters.
+    /// `[batch, width]`; `time` computes the features of timesteps, `kind` is that of the parameters.
     pub(crate) fn forward(&self, labels: &Tensor, time: &TimeProjection, kind: Kind) -> Output {
         let class = match self {
             Self::Table { table, .. } => table.forward(labels)?,
@@ -77,7 +77,7 @@ impl ClassEmbedding {
         class.f_to_kind(kind)
     }
 
-    /// Checks that labels are there where they are needed, and of the right shape.
+    /// Checks that labels are present if required, and of the right shape.
     pub(crate) fn ensure(
         op: &'static str,
         embedding: Option<&Self>,

@@ -1,4 +1,4 @@
-//! What a network is told beside the sample: the timestep, the class, the guidance weight.
+//! Embeddings of the timestep, the class and the guidance weight.
 
 use std::f64::consts::PI;
 
@@ -12,9 +12,9 @@ use crate::parameters::{Init, Joined, Scope, Share};
 const FOURIER_SCALE: f64 = 16.0;
 /// Ratio of the longest to the shortest period of [`SinusoidalProjection`], over 2 pi.
 const MAX_PERIOD: f64 = 10_000.0;
-/// What a guidance weight is multiplied by before its sines are taken.
+/// Factor of a guidance weight before its sines and cosines.
 pub(crate) const GUIDANCE_SCALE: f64 = 1000.0;
-/// Below, the frequencies of [`GuidanceProjection`] have no spacing.
+/// The minimum width at which the frequencies of [`GuidanceProjection`] have a spacing.
 pub(crate) const MIN_GUIDANCE_WIDTH: u32 = 4;
 
 /// Sines and cosines of the timestep at fixed frequencies, no parameters.
@@ -29,7 +29,7 @@ pub(crate) struct SinusoidalProjection {
 }
 
 impl SinusoidalProjection {
-    /// `[batch]` to `[batch, width]`, always `Float`: half precision cannot tell neighbouring timesteps apart.
+    /// `[batch]` to `[batch, width]`, always `Float`: half precision cannot distinguish neighbouring timesteps.
     pub(crate) fn forward(&self, timesteps: &Tensor) -> Output {
         let half = self.width / 2;
         let exponent = Tensor::f_arange(half, (Kind::Float, timesteps.device()))?
@@ -76,9 +76,9 @@ impl FourierProjection {
 
 /// Sines and cosines of a guidance weight, no parameters.
 ///
-/// With half = width / 2: `angle_j = 1000 w exp(-ln(10000) j / (half - 1))` for j in 0..half, sines first, as the
-/// networks of [Luo et al. 2023](https://arxiv.org/abs/2310.04378) have it. The factor brings weights, which are of the
-/// order of one, to the size of timesteps, which the frequencies were made for.
+/// With half = width / 2: `angle_j = 1000 w exp(-ln(10000) j / (half - 1))` for j in 0..half, sines first, as in the
+/// networks of [Luo et al. 2023](https://arxiv.org/abs/2310.04378). The factor scales weights of order one to the
+/// magnitude of timesteps, for which the frequencies were designed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GuidanceProjection {
     /// At least [`MIN_GUIDANCE_WIDTH`].
@@ -86,8 +86,9 @@ pub(crate) struct GuidanceProjection {
 }
 
 impl GuidanceProjection {
-    /// `[batch]` to `[batch, width]`, always `Float`, rounded step by step as diffusers rounds: an angle of thousands
-    /// keeps only three digits of its sine, and a student that is trained on those must see the same ones elsewhere.
+    /// `[batch]` to `[batch, width]`, always `Float`, with the same rounding as in diffusers: the sine of an angle in
+    /// the thousands has only three correct digits, and a student trained on these values must receive the same ones in
+    /// other programs.
     pub(crate) fn forward(self, weight: &Tensor) -> Output {
         let half = self.width / 2;
         let step = MAX_PERIOD.ln() as f32 / (half - 1) as f32;
@@ -104,7 +105,7 @@ impl GuidanceProjection {
     }
 }
 
-/// Sines and cosines, and a zero where the width is odd.
+/// Sines and cosines, and a zero if the width is odd.
 fn sinusoids(width: i64, axis: usize) -> Joined {
     Joined { axis, parts: vec![width / 2, width / 2, width % 2], share: Share::Spaced }
 }
@@ -117,7 +118,7 @@ pub(crate) enum TimeProjection {
 }
 
 impl TimeProjection {
-    /// How many features it gives.
+    /// The number of features.
     pub(crate) fn width(&self) -> i64 {
         match self {
             Self::Positional(projection) => projection.width,
@@ -125,11 +126,11 @@ impl TimeProjection {
         }
     }
 
-    /// The kinds of features it gives, along an axis of the parameter that meets them.
+    /// The kinds of features along the axis of the parameter that takes them.
     fn joined(&self, axis: usize) -> Joined {
         match self {
             Self::Positional(projection) => sinusoids(projection.width, axis),
-            // Random frequencies are saved, and the narrower network has the first ones.
+            // Random frequencies are saved, and a narrower network takes the first ones.
             Self::Fourier(_) => {
                 Joined { axis, parts: vec![self.width() / 2; 2], share: Share::First }
             }
@@ -144,7 +145,7 @@ impl TimeProjection {
     }
 }
 
-/// Two linear layers with an activation between them, `silu` unless told otherwise.
+/// Two linear layers with an activation between them, `silu` by default.
 #[derive(Debug)]
 pub(crate) struct TimestepEmbedding {
     linear_1: Linear,
@@ -160,7 +161,7 @@ impl TimestepEmbedding {
         Ok(embedding)
     }
 
-    /// For features that are not those of a timestep.
+    /// For features other than those of a timestep.
     pub(crate) fn of_features(mut scope: Scope<'_>, inputs: i64, width: i64) -> Result<Self> {
         let linear_1 = Linear::new(scope.at("linear_1"), inputs, width)?;
         let linear_2 = Linear::new(scope.at("linear_2"), width, width)?;
@@ -181,7 +182,7 @@ impl TimestepEmbedding {
 
 /// A guidance weight added to the features of the timestep: `features + P embedding(w)`, without a bias.
 ///
-/// Starts at zero, so that a network which learns to be told its guidance begins as the one it was made from.
+/// Initialised to zero, so that a network with a new guidance input starts with the outputs of its original.
 #[derive(Debug)]
 pub(crate) struct GuidanceEmbedding {
     projection: GuidanceProjection,
@@ -197,7 +198,7 @@ impl GuidanceEmbedding {
         Ok(Self { projection: GuidanceProjection { width }, weight })
     }
 
-    /// Features of `[batch, features]` with those of the weights, `[batch]`, added.
+    /// Adds the features of the weights, `[batch]`, to `[batch, features]`.
     pub(crate) fn forward(&self, features: &Tensor, guidance_weight: &Tensor) -> Output {
         let embedding = self.projection.forward(guidance_weight)?.f_to_kind(features.kind())?;
         features.f_add(&embedding.f_linear(&self.weight, None::<&Tensor>)?)

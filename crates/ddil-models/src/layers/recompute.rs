@@ -1,4 +1,4 @@
-//! Parts of a network that are computed once more in the backward pass, in place of keeping what they computed.
+//! Activation checkpointing: parts of a network that the backward pass recomputes instead of storing their activations.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,21 +9,21 @@ use crate::layers::Output;
 use crate::parameters::Parameters;
 use crate::parameters::{AsAsked, Switches};
 
-/// What a pass has to be to be gone through again: the adapters that took part in it.
+/// The state required to recompute a pass: the adapters that took part in it.
 #[derive(Clone, Debug)]
 pub(crate) struct Recompute(Switches);
 
 impl Recompute {
-    /// Of a pass of the network with these parameters that begins now.
+    /// The state of a pass that starts now, of the network with these parameters.
     pub(crate) fn of(parameters: &Parameters) -> Self {
         Self(Switches::of(parameters.layers()))
     }
 }
 
-/// A layer or more that are the unit of recomputation.
+/// One or more layers, the unit of recomputation.
 ///
-/// The graph holds it beside the network. A tensor is not to be used from two threads at once, so a lock stands before
-/// it; the network is asked by one thread, and its graph gone through by another while that one waits.
+/// Both the graph and the network own it. Tensors must not be used from two threads at once, hence the lock; one thread
+/// runs the network, and waits while another one runs the backward pass.
 #[derive(Debug)]
 pub(crate) struct Part<T>(Arc<Mutex<T>>);
 
@@ -32,7 +32,7 @@ impl<T: Send + 'static> Part<T> {
         Self(Arc::new(Mutex::new(layers)))
     }
 
-    /// What `run` makes of the layers and these inputs, among which is all that has a graph behind it.
+    /// The output of `run` for the layers and these inputs, which must include every tensor with a graph.
     pub(crate) fn forward(
         &self,
         inputs: &[&Tensor],
@@ -50,7 +50,7 @@ impl<T: Send + 'static> Part<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, T> {
-        // A pass changes nothing in the layers.
+        // A pass does not change the layers.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,7 +12,7 @@ use crate::unet::pixels_config::TimeScaleShift;
 /// Sizes and settings shared by the residual blocks of a network.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ResnetOptions {
-    /// Width of the time embedding; none in networks without a timestep.
+    /// Width of the time embedding; `None` in networks without a timestep.
     pub(crate) time_width: Option<i64>,
     pub(crate) groups: i64,
     pub(crate) eps: f64,
@@ -22,7 +22,7 @@ pub(crate) struct ResnetOptions {
     pub(crate) output_scale: f64,
 }
 
-/// What levels with cross attention look at.
+/// The context of levels with cross attention.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Text<'a> {
     /// `[batch, tokens, width]`.
@@ -31,17 +31,17 @@ pub(crate) struct Text<'a> {
     pub(crate) bias: Option<&'a Tensor>,
 }
 
-/// What every block of one forward pass is told.
+/// The inputs of every block in one forward pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pass<'a> {
-    /// The embedding of timestep and class after the activation, which all blocks have in common.
-    /// None in networks without a timestep.
+    /// The embedding of timestep and class after the activation, shared by all blocks. `None` in networks without a
+    /// timestep.
     pub(crate) time: Option<&'a Tensor>,
-    /// None in networks without cross attention.
+    /// `None` in networks without cross attention.
     pub(crate) text: Option<Text<'a>>,
-    /// Whether dropout drops.
+    /// Whether dropout is active.
     pub(crate) training: bool,
-    /// There if what blocks compute is not kept for the backward pass.
+    /// Present if blocks are recomputed in the backward pass.
     pub(crate) recompute: Option<&'a Recompute>,
 }
 
@@ -103,7 +103,7 @@ impl ResnetBlock2D {
         rescale(sum, self.options.output_scale)
     }
 
-    /// The second norm and activation. The timestep is added before, or scales and shifts what comes out of the norm.
+    /// The second norm and activation. The timestep is added before, or scales and shifts the output of the norm.
     fn inject_time(&self, hidden: &Tensor, time: Option<&Tensor>) -> Output {
         let activation = self.options.activation;
         let Some(projection) = &self.time_emb_proj else {
@@ -124,7 +124,7 @@ impl ResnetBlock2D {
 }
 
 impl Part<ResnetBlock2D> {
-    /// Through the block, from maps whose channels are to lie behind one another.
+    /// Runs the block on maps concatenated along the channels.
     pub(crate) fn forward_joined(&self, maps: &[&Tensor], pass: Pass<'_>) -> Output {
         let (num_maps, training) = (maps.len(), pass.training);
         let inputs: Vec<&Tensor> = maps.iter().copied().chain(pass.time).collect();
@@ -154,7 +154,7 @@ impl Downsample2D {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Output {
         if self.pads_itself {
-            // One column at the right and one row at the bottom, as the first DDPM networks did.
+            // Pads one column at the right and one row at the bottom, as the first DDPM networks.
             return self.conv.forward(&x.f_constant_pad_nd([0, 1, 0, 1])?);
         }
         self.conv.forward(x)
@@ -177,7 +177,7 @@ impl Upsample2D {
         self.forward_to(x, [2 * size[2], 2 * size[3]])
     }
 
-    /// To that height and width, one less than the double where an odd one was halved.
+    /// To this height and width, which is one less than double if an odd size was halved.
     pub(crate) fn forward_to(&self, x: &Tensor, size: [i64; 2]) -> Output {
         self.conv.forward(&x.f_upsample_nearest2d(size, None, None)?)
     }

@@ -1,4 +1,4 @@
-//! Transformers whose tokens are the pixels of a feature map and which look at a text.
+//! Transformers whose tokens are the pixels of a feature map, with cross attention to a text.
 
 use tch::Tensor;
 
@@ -9,10 +9,10 @@ use crate::layers::resnet::Text;
 use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear, Output};
 use crate::parameters::{Joined, Scope, Share};
 
-/// Of the group norm in front; the network's own setting is for residual blocks alone.
+/// The epsilon of the first group norm; the network's setting applies only to residual blocks.
 const GROUP_NORM_EPS: f64 = 1e-6;
 const LAYER_NORM_EPS: f64 = 1e-5;
-/// Width of the feed-forward layer, in channels.
+/// Width of the feed-forward layer, as a multiple of the channels.
 const WIDENING: i64 = 4;
 
 /// Sizes and settings of a [`TextTransformer`].
@@ -23,9 +23,10 @@ pub(crate) struct TransformerOptions {
     pub(crate) heads: i64,
     pub(crate) text_width: i64,
     pub(crate) norm_groups: i64,
-    /// Whether the way in and out is a linear layer and not a 1x1 convolution; the same up to the weights' shape.
+    /// Whether the input and output projections are linear layers instead of 1x1 convolutions; they differ only in the
+    /// shape of their weights.
     pub(crate) linear_projection: bool,
-    /// Whether the first attention of a block looks at the text as well, and not at the pixels.
+    /// Whether the first attention of a block also attends to the text instead of the pixels.
     pub(crate) only_cross_attention: bool,
 }
 
@@ -67,7 +68,7 @@ impl TextTransformer {
         for block in &self.blocks {
             tokens = block.forward_told(&tokens, text, recompute)?;
         }
-        // `x` comes first: where the two differ in memory format, the sum has that of the map.
+        // `x` comes first: if the memory formats differ, the sum has that of the map.
         x.f_add(&self.proj_out.to_map(&tokens, &x.size())?)
     }
 }
@@ -105,17 +106,17 @@ impl Projection {
 
 /// `[batch, channels, height, width]` to `[batch, height * width, channels]`; a view of a channels-last map.
 fn tokens_of(map: &Tensor) -> Output {
-    // Laid out in order, as layer norms want them and matrix products like them.
+    // Contiguous, as layer norms require and matrix products prefer.
     map.f_flatten(2, -1)?.f_transpose(1, 2)?.f_contiguous()
 }
 
-/// And back, a view in channels-last order.
+/// The inverse, a view in channels-last order.
 fn map_of(tokens: &Tensor, size: &[i64]) -> Output {
     tokens.f_transpose(1, 2)?.f_reshape(size)
 }
 
-/// Attention of the pixels to one another, attention to the text, feed-forward, each behind a norm and added to what
-/// came in.
+/// Self-attention of the pixels, cross attention to the text, feed-forward, each after a norm and with a residual
+/// connection.
 #[derive(Debug)]
 struct TransformerBlock {
     norm1: LayerNorm,
@@ -148,7 +149,7 @@ impl TransformerBlock {
 
     fn forward(&self, tokens: &Tensor, text: Text<'_>) -> Output {
         let normed = self.norm1.forward(tokens)?;
-        // The mask of the text is for the second attention alone, as in diffusers.
+        // The mask of the text applies only to the second attention, as in diffusers.
         let context = if self.only_cross_attention { text.states } else { &normed };
         let tokens = tokens.f_add(&self.attn1.forward(&normed, context, None)?)?;
         let normed = self.norm2.forward(&tokens)?;

@@ -1,4 +1,4 @@
-//! Adapters in files: the names diffusers gives them, and kohya's.
+//! Adapter files with the names of diffusers or of kohya.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,23 +11,23 @@ use super::{Layer, Lora, LoraLayer, matches};
 use crate::error::{Error, Result, WeightProblems, is_float};
 use crate::weights;
 
-/// Where diffusers writes the settings of PEFT's adapters.
+/// The metadata key of PEFT's adapter settings in diffusers' files.
 const METADATA: &str = "lora_adapter_metadata";
-/// What names start with for the network, and for text encoders.
+/// The prefixes of names of the network and of text encoders.
 const UNET: &str = "unet.";
 const KOHYA_UNET: &str = "lora_unet_";
 const TEXT_ENCODERS: [&str; 3] = ["text_encoder.", "text_encoder_2.", "lora_te"];
 
-/// How a file names what an adapter is made of.
+/// The naming scheme of an adapter file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoraFormat {
-    /// `unet.LAYER.lora_A.weight`, ranks and alphas in the file's metadata: what diffusers' `save_lora_weights` writes
-    /// to `pytorch_lora_weights.safetensors`.
+    /// `unet.LAYER.lora_A.weight`, ranks and alphas in the file's metadata: the format that diffusers'
+    /// `save_lora_weights` writes to `pytorch_lora_weights.safetensors`.
     #[default]
     Diffusers,
     /// `lora_unet_LAYER.lora_down.weight` and a tensor `lora_unet_LAYER.alpha`, with `_` for the dots in a layer's
-    /// name: what kohya's programs and many interfaces read. diffusers 0.42 reads it right if all layers have the same
-    /// alpha; of an alpha that attention has by itself it only warns.
+    /// name: the format that kohya's programs and many interfaces read. diffusers 0.42 reads it correctly if all layers
+    /// have the same alpha; it only warns about a separate alpha of attention.
     Kohya,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Contents<'a> {
     pub(super) ignored: Vec<String>,
 }
 
-/// What a tensor is to its adapter.
+/// The role of a tensor in its adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Down,
@@ -54,7 +54,7 @@ enum Part {
     Alpha,
 }
 
-/// What a file has for one layer, each with its name there.
+/// The entries of a file for one layer, each with its name.
 #[derive(Default)]
 struct Parts {
     down: Option<(String, Tensor)>,
@@ -63,7 +63,7 @@ struct Parts {
 }
 
 impl Lora {
-    /// Writes the adapters, on the CPU or not, in their kind; [`Self::scale`] is not part of the file.
+    /// Writes the adapters in their kind, from any device; [`Self::scale`] is not part of the file.
     ///
     /// # Errors
     ///
@@ -83,7 +83,7 @@ impl Lora {
     }
 }
 
-/// PEFT's settings of these adapters, as diffusers writes them for a U-Net.
+/// PEFT's settings of these adapters, in diffusers' format for a U-Net.
 fn settings(layers: &[LoraLayer]) -> Value {
     let (rank, alpha) = layers.first().map_or((1, 1.0), |layer| (layer.rank, layer.alpha));
     let mut ranks = Map::new();
@@ -147,7 +147,7 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
                 Part::Up => &mut parts.up,
                 Part::Alpha => &mut parts.alpha,
             };
-            // A second name for the same thing is one too many.
+            // A second name for the same tensor is an error.
             place.is_none() && place.replace((name.clone(), tensor)).is_none()
         });
         if !taken {
@@ -180,7 +180,7 @@ fn invalid(name: &'static str, found: String, expected: &str) -> Error {
     })
 }
 
-/// The layers by the names they have in files.
+/// The layers by their names in files.
 struct Names<'a> {
     plain: BTreeMap<&'a str, usize>,
     underscored: BTreeMap<String, usize>,
@@ -195,7 +195,7 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// The layer that a tensor is for, and what it is to it.
+    /// The layer of a tensor, and its role.
     fn parse(&self, name: &str) -> Option<(usize, Part)> {
         let ends = [
             (".lora_A.weight", Part::Down),
@@ -217,7 +217,7 @@ impl<'a> Names<'a> {
 }
 
 impl Parts {
-    /// The adapter, unless something is wrong with it.
+    /// The adapter, if it is valid.
     fn check<'a>(
         self,
         layer: &'a Layer,
@@ -244,7 +244,7 @@ impl Parts {
     }
 }
 
-/// Whether a tensor has a floating-point kind and that shape, but for sides of 1 at its end.
+/// Whether a tensor has a floating-point kind and this shape, up to trailing dimensions of 1.
 fn fits((name, tensor): &(String, Tensor), shape: &[i64], problems: &mut WeightProblems) -> bool {
     let right = trimmed(&tensor.size()) == trimmed(shape) && tensor.dim() >= 2;
     if !right {
@@ -265,7 +265,7 @@ fn trimmed(shape: &[i64]) -> Vec<i64> {
     shape
 }
 
-/// The number that a tensor holds.
+/// The value of a tensor with one element.
 fn number((name, tensor): &(String, Tensor), problems: &mut WeightProblems) -> Option<f64> {
     if tensor.numel() != 1 {
         problems.misshapen.push((name.clone(), tensor.size(), Vec::new()));
@@ -274,14 +274,14 @@ fn number((name, tensor): &(String, Tensor), problems: &mut WeightProblems) -> O
     Some(tensor.to_kind(Kind::Double).view([1]).double_value(&[0]))
 }
 
-/// What a file's metadata say of alpha.
+/// The values of alpha in a file's metadata.
 #[derive(Default)]
 struct Alphas {
-    /// The rank where there is none.
+    /// The default; the rank if there is none.
     general: Option<f64>,
-    /// By the end of a layer's name.
+    /// Values by the suffix of a layer's name.
     pattern: Vec<(String, f64)>,
-    /// Whether what is added is divided by the root of the rank in place of the rank.
+    /// Whether the output is divided by the square root of the rank instead of the rank.
     root: bool,
 }
 

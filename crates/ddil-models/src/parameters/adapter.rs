@@ -1,4 +1,4 @@
-//! What a layer holds for an adapter, and what an adapter adds to the layer's output.
+//! The adapters of a layer, and their contribution to the output.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +26,7 @@ impl Form {
         }
     }
 
-    /// The same without a neighbourhood: what takes the `rank` numbers of one place to its outputs.
+    /// The same with kernel 1: maps the `rank` values of one position to the outputs.
     fn pointwise(self) -> Self {
         match self {
             Self::Linear => Self::Linear,
@@ -35,31 +35,31 @@ impl Form {
     }
 }
 
-/// Which of the adapters that stand on the same layers is asked: one word for all layers, read at every pass.
+/// The adapter that is switched on, shared by all layers and read in every pass.
 ///
-/// Nothing else is ordered by it, so the loads and stores need no order either.
+/// No other memory is synchronised by it, so relaxed loads and stores suffice.
 #[derive(Debug, Default)]
 pub(crate) struct Switch {
-    /// Number of the one that is on; 0 is none.
+    /// Number of the active adapter; 0 is none.
     on: AtomicU32,
-    /// How many there have been.
+    /// The number of adapters created so far.
     made: AtomicU32,
-    /// Whether one is part of the base weights, and none may be added.
+    /// Whether an adapter is merged into the base weights, so that none may be applied.
     merged: AtomicBool,
 }
 
 impl Switch {
-    /// The number of a further adapter.
+    /// The number of a new adapter.
     pub(crate) fn next(&self) -> u32 {
         self.made.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Which one is on; 0 is none.
+    /// The active adapter; 0 is none.
     pub(crate) fn on(&self) -> u32 {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Puts one on, or none, and returns which one was.
+    /// Switches one on, or none, and returns the previous one.
     pub(crate) fn put_on(&self, number: u32) -> u32 {
         self.on.swap(number, Ordering::Relaxed)
     }
@@ -73,7 +73,7 @@ impl Switch {
     }
 }
 
-/// The adapters of a network as one pass of it finds them.
+/// The state of a network's adapters in one pass.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Switches(Vec<Asked>);
 
@@ -84,11 +84,11 @@ struct Asked {
     merged: bool,
 }
 
-/// A network that is asked as an earlier pass asked it, for as long as this lives.
+/// Restores the adapter state of an earlier pass until it is dropped.
 pub(crate) struct AsAsked<'a>(Vec<(&'a Switch, u32)>);
 
 impl Switches {
-    /// As they stand now.
+    /// The current state.
     pub(crate) fn of(layers: &[Layer]) -> Self {
         let mut found: Vec<Asked> = Vec::new();
         for layer in layers {
@@ -102,7 +102,7 @@ impl Switches {
         Self(found)
     }
 
-    /// Puts them as they stood.
+    /// Restores the state.
     pub(crate) fn put_on(&self) -> Result<AsAsked<'_>, TchError> {
         if self.0.iter().any(|asked| asked.switch.is_merged() != asked.merged) {
             let reason = "adapters were merged or unmerged between the forward pass and the backward pass, which computes \
@@ -121,15 +121,15 @@ impl Drop for AsAsked<'_> {
     }
 }
 
-/// Two weights of low rank beside the one of a layer.
+/// The two low-rank weights of an adapter.
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) number: u32,
     pub(crate) switch: Arc<Switch>,
     pub(crate) form: Form,
-    /// A: inputs to `rank` numbers.
+    /// A: from inputs to `rank` values.
     pub(crate) down: Tensor,
-    /// B: `rank` numbers to outputs.
+    /// B: from `rank` values to outputs.
     pub(crate) up: Tensor,
     pub(crate) scale: f64,
 }
@@ -144,7 +144,7 @@ impl Adapter {
         let x = x.f_to_kind(self.down.kind())?;
         let inner = self.form.apply(&x, &self.down)?;
         let delta = self.form.pointwise().apply(&inner, &self.up)?;
-        // A pass over the output less, where alpha is the rank.
+        // Saves a pass over the output if alpha equals the rank.
         let delta = if self.scale == 1.0 { delta } else { delta.f_mul_scalar(self.scale)? };
         y.f_add(&delta)?.f_to_kind(y.kind())
     }
@@ -156,12 +156,12 @@ impl Adapter {
     }
 }
 
-/// Where a layer finds its adapters; empty unless one is attached.
+/// The adapters of a layer; empty unless one is attached.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Slot(Arc<Mutex<Vec<Adapter>>>);
 
 impl Slot {
-    /// The output `y` of a layer for `x`, with what the adapter adds that is on.
+    /// The output `y` of a layer for `x`, plus the contribution of the active adapter.
     pub(crate) fn adapt(&self, x: &Tensor, y: Tensor) -> Result<Tensor, TchError> {
         match self.lock().iter().find(|adapter| adapter.is_asked()) {
             Some(adapter) => adapter.add(x, &y),
@@ -169,13 +169,13 @@ impl Slot {
         }
     }
 
-    /// Does something with the adapter of that number; nothing if it is not there.
+    /// Calls a function with the adapter of this number, if it exists.
     pub(crate) fn with<T>(&self, number: u32, act: impl FnOnce(&mut Adapter) -> T) -> Option<T> {
         self.lock().iter_mut().find(|adapter| adapter.number == number).map(act)
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Adapter>> {
-        // An adapter is only ever put in or taken out whole.
+        // An adapter is only inserted or removed as a whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -200,7 +200,7 @@ impl Layer {
         }
     }
 
-    /// Shapes of A and B of an adapter of that rank.
+    /// Shapes of A and B of an adapter of this rank.
     pub(crate) fn shapes(&self, rank: i64) -> [Vec<i64>; 2] {
         let mut down = self.weight.size();
         let mut up = vec![1; down.len()];

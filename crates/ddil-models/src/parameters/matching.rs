@@ -1,4 +1,4 @@
-//! Starting a network from those parameters of another that match its own.
+//! Initialising a network with matching parameters of another one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,15 +8,14 @@ use tch::Tensor;
 use super::{Parameter, Parameters};
 use crate::error::{Error, Result};
 
-/// Names shown of a list, so that a line of a log stays one.
+/// Number of names shown of a list, so that it fits one log line.
 const NAMES_SHOWN: usize = 8;
 
-/// Features of several kinds that lie behind one another along an axis of a parameter: a narrower network takes of
-/// each kind its share.
+/// Features of several kinds, concatenated along an axis of a parameter: a narrower network takes a share of each kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Joined {
     pub(crate) axis: usize,
-    /// How many there are of each kind.
+    /// Number of features of each kind.
     pub(crate) parts: Vec<i64>,
     pub(crate) share: Share,
 }
@@ -33,13 +32,13 @@ pub(crate) enum Share {
 /// What [`Parameters::copy_matching`] did, for the log: names with how many values each has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Matched {
-    /// Parameters of the same shape in both networks, taken over whole.
+    /// Parameters of the same shape in both networks, copied completely.
     pub copied: Vec<(String, usize)>,
-    /// Parameters that are larger in the other network, of which a part was taken.
+    /// Parameters that are larger in the other network, copied in part.
     pub sliced: Vec<(String, usize)>,
-    /// Parameters without a match, which keep the values they had.
+    /// Parameters without a match, which keep their values.
     pub fresh: Vec<(String, usize)>,
-    /// Parameters of the other network that nothing here is called.
+    /// Parameters of the other network whose name does not exist here.
     pub unused: Vec<(String, usize)>,
 }
 
@@ -67,28 +66,28 @@ impl fmt::Display for Matched {
 }
 
 impl Parameters {
-    /// Starts from another network's values where names match, for a student with fewer channels or layers than its
-    /// teacher, or with an input more; says what came of each parameter.
+    /// Copies another network's values where names match, for a student with fewer channels or layers than its teacher,
+    /// or with an additional input. Returns the outcome for each parameter.
     ///
     /// - same name and shape: copied;
-    /// - same name, no side longer than the other's: the leading part along each side. Where features of several kinds
-    ///   lie behind one another, each kind gives its own leading part: the two halves of what enters a level on the
-    ///   way up (from below, and over the skip), scale and shift, and the inputs of the first layer of an
-    ///   [`Mlp`](crate::Mlp). Of the sines and cosines of a timestep evenly spaced ones are taken, which have the
-    ///   frequencies of the narrower network wherever its width divides the wider one's;
-    /// - otherwise, and where kinds differ in number: untouched, which is their fresh initialisation in a network just
-    ///   built, zero for a guidance embedding.
+    /// - same name, no side longer than the other's: the leading part along each side. If features of several kinds are
+    ///   concatenated, the leading part of each kind is taken: the two halves of the input of a level on the up path
+    ///   (from below, and from the skip), scale and shift, and the inputs of the first layer of an [`Mlp`](crate::Mlp).
+    ///   Sines and cosines of a timestep are subsampled evenly, which gives the frequencies of the narrower network if
+    ///   its width divides the wider one's;
+    /// - otherwise, and if the number of kinds differs: unchanged, which in a new network is its fresh initialisation,
+    ///   zero for a guidance embedding.
     ///
-    /// A plain heuristic: a part of a network is not the network, it is a better start than none. Channels are not
-    /// chosen by their weight, what is left is not rescaled, and groups of a norm come to hold other channels.
-    /// Matching is by name alone. With fewer layers per block the first ones are kept. With fewer levels the finest are
-    /// kept on the way down and the coarsest on the way up, since diffusers counts them in that order: there a level
-    /// starts from weights of another resolution. In an [`Mlp`](crate::Mlp) with fewer layers the last one starts
-    /// from a hidden one.
+    /// This is a simple heuristic, and a better start than a random one. Channels are not selected by importance, the
+    /// remaining ones are not rescaled, and the groups of a norm contain other channels than before. Matching is by
+    /// name only. With fewer layers per block the first ones are kept. With fewer levels the finest are kept on the
+    /// down path and the coarsest on the up path, since diffusers counts them in that order: there a level starts from
+    /// weights of another resolution. In an [`Mlp`](crate::Mlp) with fewer layers the last one starts from a hidden
+    /// one.
     ///
     /// # Errors
     ///
-    /// [`Error::Torch`] if libtorch refuses a copy.
+    /// [`Error::Torch`] if a copy fails.
     ///
     /// # Example
     ///
@@ -99,7 +98,7 @@ impl Parameters {
     /// let config = MlpConfig { hidden_widths: vec![32, 32, 32], ..MlpConfig::default() };
     /// let student = config.build(Placement::default(), 1)?;
     /// let matched = student.parameters().copy_matching(teacher.parameters())?;
-    /// // The bias of the last layer; all else is a part.
+    /// // Only the bias of the last layer has the same shape.
     /// assert_eq!(matched.copied, [("layers.3.bias".to_owned(), 2)]);
     /// assert!(matched.fresh.is_empty());
     /// # Ok::<_, ddil_models::Error>(())
@@ -131,7 +130,7 @@ impl Parameters {
 }
 
 impl Parameter {
-    /// What to take of each axis of `source`; none where this one asks for more than there is.
+    /// The part of each axis of `source` to copy; `None` if the source is smaller.
     fn kept_of(&self, source: &Self) -> Option<Vec<Vec<i64>>> {
         let rank = self.tensor.dim();
         if rank != source.tensor.dim() {
@@ -140,7 +139,7 @@ impl Parameter {
         (0..rank).map(|axis| kept(&self.along(axis), &source.along(axis))).collect()
     }
 
-    /// The kinds of features along an axis: one, unless it is known better.
+    /// The kinds of features along an axis; one by default.
     fn along(&self, axis: usize) -> Joined {
         let known = self.joined.iter().find(|joined| joined.axis == axis);
         known.cloned().unwrap_or_else(|| {
@@ -197,7 +196,7 @@ mod tests {
         assert_eq!(of(&[2], &[4], Share::First), Some(vec![0, 1]));
         assert_eq!(of(&[2, 1], &[3, 2], Share::First), Some(vec![0, 1, 3]));
         assert_eq!(of(&[2, 2, 0], &[4, 4, 1], Share::Spaced), Some(vec![0, 2, 4, 6]));
-        // As many in all, but not of each kind.
+        // The same total, but different numbers per kind.
         assert_eq!(of(&[3, 1], &[2, 2], Share::First), None);
         assert_eq!(of(&[2], &[1, 1], Share::First), None);
     }

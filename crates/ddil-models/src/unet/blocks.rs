@@ -11,7 +11,7 @@ use crate::layers::transformer::{TextTransformer, TransformerOptions};
 use crate::parameters::{Joined, Scope, Share};
 use crate::unet::condition_config::TransformerDepth;
 
-/// What follows a residual block.
+/// The layer after a residual block.
 #[derive(Debug)]
 enum Attention {
     None,
@@ -19,7 +19,7 @@ enum Attention {
     Text(TextTransformer),
 }
 
-/// A residual block, and attention after it in levels that have it.
+/// A residual block, followed by attention in levels with attention.
 #[derive(Debug)]
 struct Layer {
     resnet: Part<ResnetBlock2D>,
@@ -49,7 +49,7 @@ impl Layer {
         Ok(Self { resnet, attention })
     }
 
-    /// From maps whose channels are to lie behind one another.
+    /// Takes maps concatenated along the channels.
     fn forward(&self, maps: &[&Tensor], pass: Pass<'_>) -> Output {
         let hidden = self.resnet.forward_joined(maps, pass)?;
         match &self.attention {
@@ -67,20 +67,20 @@ impl Layer {
     }
 }
 
-/// What follows the residual blocks of a level.
+/// The layers after the residual blocks of a level.
 #[derive(Clone, Debug)]
 pub(crate) enum LevelAttention {
     None,
-    /// Attention of the pixels to one another.
+    /// Self-attention of the pixels.
     Pixels(AttentionOptions),
-    /// Transformers that look at the text as well.
+    /// Transformers with cross attention to the text.
     Text {
         options: TransformerOptions,
         depth: TransformerDepth,
     },
 }
 
-/// What the layers of one level have in common.
+/// The common settings of the layers of one level.
 #[derive(Clone, Debug)]
 pub(crate) struct LevelOptions {
     /// Residual blocks.
@@ -89,7 +89,7 @@ pub(crate) struct LevelOptions {
     pub(crate) attention: LevelAttention,
 }
 
-/// A level on the way down.
+/// A level of the down path.
 #[derive(Debug)]
 pub(crate) struct DownBlock {
     layers: Vec<Layer>,
@@ -97,7 +97,7 @@ pub(crate) struct DownBlock {
 }
 
 impl DownBlock {
-    /// `downsample_padding` is none in the last level, which keeps its resolution.
+    /// `downsample_padding` is `None` in the last level, which keeps its resolution.
     fn new(
         mut scope: Scope<'_>,
         [inputs, outputs]: [i64; 2],
@@ -116,7 +116,7 @@ impl DownBlock {
         Ok(Self { layers, downsampler })
     }
 
-    /// Leaves what every layer gave on `skips`, for the level of the same resolution on the way up.
+    /// Pushes the output of every layer to `skips`, for the level of the same resolution on the up path.
     pub(crate) fn forward(&self, x: Tensor, pass: Pass<'_>, skips: &mut Vec<Tensor>) -> Output {
         let mut hidden = x;
         for layer in &self.layers {
@@ -131,7 +131,7 @@ impl DownBlock {
     }
 }
 
-/// The level at the bottom: two residual blocks, attention between them; or one of them alone.
+/// The bottom level: two residual blocks with attention between them, or a single residual block.
 #[derive(Debug)]
 pub(crate) struct MidBlock {
     first: Layer,
@@ -156,18 +156,18 @@ impl MidBlock {
     }
 }
 
-/// Channels that meet in a level on the way up.
+/// Channels of the inputs of a level on the up path.
 #[derive(Clone, Copy, Debug)]
 struct UpChannels {
     /// From the level below.
     below: i64,
-    /// Of the last skip, which comes from the level above on the way down.
+    /// Of the last skip, which comes from the level above on the down path.
     last_skip: i64,
     /// Of this level.
     outputs: i64,
 }
 
-/// Marks what meets a residual block's two inputs, which lie behind one another.
+/// Marks the axes of parameters along a residual block's two concatenated inputs.
 fn mark_inputs(mut resnet: Scope<'_>, parts: [i64; 2]) {
     let places =
         [("norm1.weight", 0), ("norm1.bias", 0), ("conv1.weight", 1), ("conv_shortcut.weight", 1)];
@@ -176,7 +176,7 @@ fn mark_inputs(mut resnet: Scope<'_>, parts: [i64; 2]) {
     }
 }
 
-/// A level on the way up.
+/// A level of the up path.
 #[derive(Debug)]
 pub(crate) struct UpBlock {
     layers: Vec<Layer>,
@@ -215,7 +215,7 @@ impl UpBlock {
             hidden = layer.forward(&[&hidden, &skip], pass)?;
         }
         match (&self.upsampler, skips.last().map(Tensor::size)) {
-            // To the size of the level above, which is odd where its half was rounded up.
+            // To the size of the level above, which is odd if its half was rounded up.
             (Some(upsampler), Some(above)) => upsampler.forward_to(&hidden, [above[2], above[3]]),
             (Some(upsampler), None) => upsampler.forward(&hidden),
             (None, _) => Ok(hidden),
@@ -223,7 +223,7 @@ impl UpBlock {
     }
 }
 
-/// All levels on the way down; `channels` and `levels` the finest first.
+/// All levels of the down path; `channels` and `levels` the finest first.
 pub(crate) fn down_blocks(
     root: &mut Scope<'_>,
     channels: &[i64],
@@ -239,7 +239,7 @@ pub(crate) fn down_blocks(
     levels.iter().enumerate().map(block).collect()
 }
 
-/// All levels on the way up; `channels` the finest first, `levels` the coarsest first.
+/// All levels of the up path; `channels` the finest first, `levels` the coarsest first.
 pub(crate) fn up_blocks(
     root: &mut Scope<'_>,
     channels: &[i64],

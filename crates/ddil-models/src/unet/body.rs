@@ -1,4 +1,4 @@
-//! The layers between embeddings and output that every U-Net has.
+//! The layers between embeddings and output, common to all U-Nets.
 
 use tch::{TchError, Tensor};
 
@@ -8,20 +8,20 @@ use crate::unet::blocks::{DownBlock, MidBlock, UpBlock};
 
 #[derive(Debug)]
 pub(crate) struct Body {
-    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`.
+    /// Whether samples are in `[0, 1]` and have to be mapped to `[-1, 1]`.
     pub(crate) centers_input: bool,
     pub(crate) conv_in: Conv2d,
     pub(crate) down_blocks: Vec<DownBlock>,
     pub(crate) mid_block: Option<MidBlock>,
     pub(crate) up_blocks: Vec<UpBlock>,
     pub(crate) conv_norm_out: GroupNorm,
-    /// Between the last norm and the last convolution.
+    /// The activation between the last norm and the last convolution.
     pub(crate) last_activation: Activation,
     pub(crate) conv_out: Conv2d,
 }
 
 impl Body {
-    /// Down to and through the bottom level, and what the levels on the way up will need.
+    /// The down path and the bottom level; returns the skips for the up path.
     pub(crate) fn down(
         &self,
         sample: &Tensor,

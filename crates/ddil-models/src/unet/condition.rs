@@ -1,4 +1,4 @@
-//! The U-Net that is told a text, with the weight names and numbers of diffusers' `UNet2DConditionModel`.
+//! The U-Net conditioned on text, with the weight names and numbers of diffusers' `UNet2DConditionModel`.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -31,8 +31,8 @@ const FORWARD: &str = "UNet2DConditionModel::forward";
 /// Added to the scores of tokens that are masked out, as in diffusers.
 const MASKED_SCORE: f64 = -10_000.0;
 
-/// What a [`UNet2DConditionModel`] is told beside sample and timesteps. The settings of a network say which parts it
-/// needs; it refuses any other.
+/// The inputs of a [`UNet2DConditionModel`] other than sample and timesteps. The settings of a network determine which
+/// parts it requires; other parts are an error.
 ///
 /// # Example
 ///
@@ -53,18 +53,18 @@ pub struct UNet2DConditionInputs<'a> {
     /// Embeddings of the text's tokens, `[batch, tokens, cross_attention_dim]`, floating point; for a network with
     /// cross attention, or one that pools the text.
     pub encoder_hidden_states: Option<&'a Tensor>,
-    /// Which tokens there are: `[batch, tokens]`, `Bool` or 1 and 0. None is all. Cross attention goes by it, the
-    /// pooling of a text does not.
+    /// Mask of the valid tokens: `[batch, tokens]`, `Bool` or 1 and 0; `None` is all. It applies to cross attention,
+    /// but not to the pooling of a text.
     pub encoder_attention_mask: Option<&'a Tensor>,
-    /// The text as a whole, `[batch, width]`, floating point; SDXL's second encoder gives 1280 numbers.
+    /// The text as a whole, `[batch, width]`, floating point; SDXL's second encoder returns 1280 values.
     pub text_embeds: Option<&'a Tensor>,
     /// Numbers of size and crop, `[batch, numbers]`; SDXL has 6: original height and width, top and left of the crop,
-    /// height and width wanted, in pixels.
+    /// target height and width, in pixels.
     pub time_ids: Option<&'a Tensor>,
-    /// As [`UNet2DModel::forward`](crate::UNet2DModel::forward) has them; `[batch,
-    /// projection_class_embeddings_input_dim]` for labels that are projected.
+    /// As in [`UNet2DModel::forward`](crate::UNet2DModel::forward); `[batch, projection_class_embeddings_input_dim]`
+    /// for labels that are projected.
     pub class_labels: Option<&'a Tensor>,
-    /// `[batch]`, floating point, guidance scale less one; for a network with a `time_cond_proj_dim`.
+    /// `[batch]`, floating point, guidance scale minus one; for a network with a `time_cond_proj_dim`.
     pub guidance_weight: Option<&'a Tensor>,
 }
 
@@ -84,14 +84,14 @@ impl<'a> UNet2DConditionInputs<'a> {
         Ok(())
     }
 
-    /// Embeddings of a text's tokens and nothing else.
+    /// Only the embeddings of a text's tokens.
     pub fn text(encoder_hidden_states: &'a Tensor) -> Self {
         Self { encoder_hidden_states: Some(encoder_hidden_states), ..Self::default() }
     }
 }
 
 impl<'a> From<&'a Conditioning> for UNet2DConditionInputs<'a> {
-    /// Every part that is there, without a mask.
+    /// Every part that is present, without a mask.
     fn from(conditioning: &'a Conditioning) -> Self {
         Self {
             encoder_hidden_states: conditioning.get(Conditioning::ENCODER_HIDDEN_STATES),
@@ -104,7 +104,7 @@ impl<'a> From<&'a Conditioning> for UNet2DConditionInputs<'a> {
     }
 }
 
-/// What the network makes of its inputs before the first convolution.
+/// The embeddings of the inputs, computed before the first convolution.
 struct Told {
     time: Tensor,
     text: Option<Tensor>,
@@ -125,7 +125,8 @@ enum AdditionEmbedding {
 }
 
 /// The U-Net of [Rombach et al. 2022](https://arxiv.org/abs/2112.10752) as diffusers generalised it, for Stable
-/// Diffusion 1 and 2, SDXL, SSD-1B and consistency models made from them; made by [`UNet2DConditionConfig::build`].
+/// Diffusion 1 and 2, SDXL, SSD-1B and consistency models distilled from them; built by
+/// [`UNet2DConditionConfig::build`].
 ///
 /// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
 ///
@@ -326,7 +327,7 @@ impl UNet2DConditionModel {
     ///
     /// - `sample`: `[batch, in_channels, height, width]`, kind of the parameters; any height and width
     /// - `timesteps`: `[batch]` or `[]`, `Int64` or floating point, counted from 0
-    /// - `inputs`: as [`UNet2DConditionInputs`] has them; floating point parts are cast to the kind of the parameters
+    /// - `inputs`: see [`UNet2DConditionInputs`]; floating point parts are cast to the kind of the parameters
     /// - returns: `[batch, out_channels, height, width]`
     ///
     /// # Errors
@@ -349,7 +350,7 @@ impl UNet2DConditionModel {
     /// # Shapes and units
     ///
     /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last
-    ///   of `block_out_channels`, n one less than its length, and halves rounded up; both of one graph
+    ///   of `block_out_channels`, n one less than its length, and halves rounded up; both from one pass
     ///
     /// # Errors
     ///
@@ -439,7 +440,7 @@ impl UNet2DConditionModel {
         self.config.act_fn.forward(&time)
     }
 
-    /// Width of the text, if there is anything in the network that looks at one.
+    /// Width of the text, if the network uses one.
     fn text_width(&self) -> Option<i64> {
         let pooled = match self.add_embedding {
             Some(AdditionEmbedding::Text(_)) => self.config.cross_attention_dim.at(0),
@@ -551,7 +552,7 @@ fn ensure_float(name: &'static str, tensor: &Tensor) -> Result<()> {
     Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected: "floating point" }))
 }
 
-/// `[batch, 1, 1, tokens]` from `[batch, tokens]`: 0 for tokens that are there.
+/// `[batch, 1, 1, tokens]` from `[batch, tokens]`: 0 for valid tokens.
 fn score_bias(mask: &Tensor, kind: Kind) -> Output {
     let absent = mask.f_to_kind(kind)?.f_mul_scalar(-1.0)?.f_add_scalar(1.0)?;
     absent.f_mul_scalar(MASKED_SCORE)?.f_unsqueeze(1)?.f_unsqueeze(1)
@@ -630,7 +631,7 @@ fn mid_block(root: &mut Scope<'_>, config: &UNet2DConditionConfig) -> Result<Opt
     let mut options = level(config, last, num_layers, cross);
     options.resnet.output_scale = config.mid_block_scale_factor;
     if let LevelAttention::Text { options, .. } = &mut options.attention {
-        // diffusers does not hand the setting on to this level.
+        // diffusers does not pass the setting to this level.
         options.only_cross_attention = false;
     }
     let channels = i64::from(config.block_out_channels[last]);

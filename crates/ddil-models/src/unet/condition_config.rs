@@ -1,4 +1,4 @@
-//! The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel), key for key those of diffusers.
+//! The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel), with the keys of diffusers.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,18 +14,18 @@ use crate::unet::pixels_config::{
     level_problems,
 };
 
-/// One value for all levels, or one a level, the finest first.
+/// One value for all levels, or one per level, the finest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "one value for all levels, or a list of one a level")]
 pub enum PerLevel<T> {
-    /// The same everywhere.
+    /// The same for all levels.
     All(T),
-    /// One a level.
+    /// One per level.
     Each(Vec<T>),
 }
 
 impl<T: Copy> PerLevel<T> {
-    /// The value of a level; none where the list is too short.
+    /// The value of a level; `None` if the list is too short.
     pub fn at(&self, level: usize) -> Option<T> {
         match self {
             Self::All(value) => Some(*value),
@@ -52,14 +52,14 @@ fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a number of blocks, or a list of one a transformer")]
 pub enum TransformerDepth {
-    /// As many in each.
+    /// The same number in each.
     All(u32),
-    /// Of one after the other.
+    /// One number per transformer.
     Each(Vec<u32>),
 }
 
 impl TransformerDepth {
-    /// Blocks of one of the transformers; the list was checked to be as long as there are transformers.
+    /// Blocks of one of the transformers; the length of the list was checked.
     pub(crate) fn at(&self, index: usize) -> usize {
         match self {
             Self::All(depth) => *depth as usize,
@@ -67,7 +67,7 @@ impl TransformerDepth {
         }
     }
 
-    /// Whether there is a number above 0 for each of that many transformers, and no more.
+    /// Whether there is exactly one number above 0 per transformer.
     fn fits(&self, num_layers: u32) -> bool {
         match self {
             Self::All(depth) => *depth > 0,
@@ -80,7 +80,7 @@ impl TransformerDepth {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a number of blocks, or a list of one number or list a level")]
 pub enum TransformerLayers {
-    /// As many everywhere.
+    /// The same number everywhere.
     All(u32),
     /// Level by level, the finest first.
     Each(Vec<TransformerDepth>),
@@ -100,36 +100,36 @@ impl TransformerLayers {
     }
 }
 
-/// A level on the way down.
+/// A level of the down path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionDownBlockType {
-    /// Residual blocks, a transformer after each.
+    /// Residual blocks, each followed by a transformer.
     CrossAttnDownBlock2D,
     /// Residual blocks.
     #[serde(alias = "UNetResDownBlock2D")]
     DownBlock2D,
 }
 
-/// A level on the way up.
+/// A level of the up path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionUpBlockType {
-    /// Residual blocks, a transformer after each.
+    /// Residual blocks, each followed by a transformer.
     CrossAttnUpBlock2D,
     /// Residual blocks.
     #[serde(alias = "UNetResUpBlock2D")]
     UpBlock2D,
 }
 
-/// The level at the bottom.
+/// The bottom level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionMidBlockType {
-    /// Two residual blocks, a transformer between them.
+    /// Two residual blocks with a transformer between them.
     UNetMidBlock2DCrossAttn,
     /// One residual block.
     UNetMidBlock2D,
 }
 
-/// What is added to the embedding of the timestep for a text as a whole.
+/// The embedding of a whole text that is added to the embedding of the timestep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdditionEmbedType {
@@ -143,7 +143,7 @@ pub enum AdditionEmbedType {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionType {
-    /// To the pixels, then to the text. The only one there is.
+    /// To the pixels, then to the text. The only supported type.
     #[default]
     Default,
 }
@@ -166,34 +166,34 @@ pub enum AttentionType {
 #[serde(default, deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "they are keys of diffusers' file")]
 pub struct UNet2DConditionConfig {
-    /// Height and width the network was made for; it takes others as well. Default none.
+    /// Height and width of the training samples; others are accepted as well. Default none.
     pub sample_size: Option<SampleSize>,
     /// Channels of a sample. Default 4.
     pub in_channels: u32,
     /// Channels of the output. Default 4.
     pub out_channels: u32,
-    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`. Default false.
+    /// Whether samples are in `[0, 1]` and have to be mapped to `[-1, 1]`. Default false.
     pub center_input_sample: bool,
     /// Whether cosines come before sines. Default true.
     pub flip_sin_to_cos: bool,
-    /// Subtracted from the number of frequencies where they are spaced. Default 0.
+    /// Subtracted from the number of frequencies in their spacing. Default 0.
     pub freq_shift: f64,
-    /// Levels on the way down, the finest first. Default three with cross attention and one without.
+    /// Levels of the down path, the finest first. Default three with cross attention and one without.
     pub down_block_types: Vec<ConditionDownBlockType>,
-    /// The level at the bottom; none leaves it out. Default with cross attention.
+    /// The bottom level; none omits it. Default with cross attention.
     pub mid_block_type: Option<ConditionMidBlockType>,
-    /// Levels on the way up, the coarsest first; as many as on the way down.
+    /// Levels of the up path, the coarsest first; as many as in the down path.
     pub up_block_types: Vec<ConditionUpBlockType>,
-    /// Whether the first attention of every block looks at the text as well; that of the bottom level never does.
+    /// Whether the first attention of every block also attends to the text; that of the bottom level never does.
     /// Default false.
     pub only_cross_attention: PerLevel<bool>,
     /// Channels of each level, the finest first. Default 320, 640, 1280, 1280.
     pub block_out_channels: Vec<u32>,
-    /// Residual blocks of a level on the way down; there is one more on the way up. Default 2.
+    /// Residual blocks per level of the down path; the up path has one more. Default 2.
     pub layers_per_block: PerLevel<u32>,
-    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding at right and bottom alone.
+    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding only at the right and bottom.
     pub downsample_padding: u32,
-    /// What the output of the bottom level's residual blocks is divided by. Default 1.
+    /// Divisor of the output of the bottom level's residual blocks. Default 1.
     pub mid_block_scale_factor: f64,
     /// Probability that a feature of a residual block is dropped in training. Default 0.
     pub dropout: f64,
@@ -207,50 +207,49 @@ pub struct UNet2DConditionConfig {
     pub cross_attention_dim: PerLevel<u32>,
     /// Blocks in a transformer. Default 1.
     pub transformer_layers_per_block: TransformerLayers,
-    /// The same for the way up, the coarsest level first; none, the default, is the mirror image of the way down, which
-    /// must not have lists in its list then.
+    /// The same for the up path, the coarsest level first; none, the default, mirrors the down path, which must not
+    /// contain nested lists in this case.
     pub reverse_transformer_layers_per_block: Option<Vec<TransformerDepth>>,
-    /// Width of a text that is to be projected first. Only none is supported.
+    /// Width of a text that is projected before use. Only none is supported.
     pub encoder_hid_dim: Option<u32>,
-    /// How a text is projected first. Only none is supported.
+    /// How a text is projected before use. Only none is supported.
     pub encoder_hid_dim_type: Option<String>,
-    /// Heads of every attention, **not** their size: the name is a mistake of diffusers that its files have kept. A
-    /// head has channels / `attention_head_dim` channels. Default 8.
+    /// Heads of every attention, **not** their size: the name is a mistake in diffusers' files. A head has channels /
+    /// `attention_head_dim` channels. Default 8.
     pub attention_head_dim: PerLevel<u32>,
-    /// Refused by diffusers as it is here, as long as `attention_head_dim` has that meaning.
+    /// An error, as in diffusers, as long as `attention_head_dim` has that meaning.
     pub num_attention_heads: Option<PerLevel<u32>>,
-    /// Whether there are two transformers side by side. Only false is supported.
+    /// Whether there are two transformers in parallel. Only false is supported.
     pub dual_cross_attention: bool,
-    /// Whether linear layers and not 1x1 convolutions lead into and out of a transformer. Default false.
+    /// Whether the projections of a transformer are linear layers instead of 1x1 convolutions. Default false.
     pub use_linear_projection: bool,
-    /// What class labels are; none is indices if `num_class_embeds` is given, and no classes otherwise.
+    /// The type of class labels; none means indices if `num_class_embeds` is given, and no classes otherwise.
     pub class_embed_type: Option<ClassEmbedType>,
-    /// What is added to the embedding of the timestep for the text as a whole. Default none.
+    /// The embedding of the whole text that is added to the embedding of the timestep. Default none.
     pub addition_embed_type: Option<AdditionEmbedType>,
-    /// Sines and cosines of each number of size and crop, for [`AdditionEmbedType::TextTime`]. SDXL has 256.
+    /// Number of sines and cosines per number of size and crop, for [`AdditionEmbedType::TextTime`]. SDXL has 256.
     pub addition_time_embed_dim: Option<u32>,
     /// Size of the table of learned class embeddings.
     pub num_class_embeds: Option<u32>,
-    /// Whether scores of attention are to be computed in `Float`. It changes nothing, as in diffusers on its default
-    /// path: libtorch's attention sums in `Float` whatever the kind.
+    /// Whether scores of attention are computed in `Float`. It has no effect, as in diffusers by default: libtorch's
+    /// attention accumulates in `Float` for any kind.
     pub upcast_attention: Option<bool>,
-    /// How a residual block takes in the timestep. Default default.
+    /// How a residual block applies the timestep. Default default.
     pub resnet_time_scale_shift: TimeScaleShift,
-    /// A setting of blocks that are not supported; it means nothing to those that are. Default false.
+    /// A setting of unsupported blocks, without effect on the supported ones. Default false.
     pub resnet_skip_time_act: bool,
-    /// A setting of blocks that are not supported; it means nothing to those that are. Default 1.
+    /// A setting of unsupported blocks, without effect on the supported ones. Default 1.
     pub resnet_out_scale_factor: f64,
     /// How the timestep becomes features. Only positional is supported.
     pub time_embedding_type: TimeEmbeddingType,
     /// Width of the time embedding; none is four times the first of `block_out_channels`, the default.
     pub time_embedding_dim: Option<u32>,
-    /// An activation once more on the time embedding before it goes to the blocks. Default none.
+    /// A further activation of the time embedding before the blocks. Default none.
     pub time_embedding_act_fn: Option<Activation>,
     /// An activation after the layers that embed the timestep, before class and text are added. Default none.
     pub timestep_post_act: Option<Activation>,
-    /// Width of the embedding of a guidance weight, which the network is then told beside the timestep; none, the
-    /// default, for a network that is told no weight. 256 in the networks of
-    /// [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
+    /// Width of the embedding of a guidance weight, which is then an input of the network; none, the default, for a
+    /// network without this input. 256 in the networks of [Luo et al. 2023](https://arxiv.org/abs/2310.04378).
     pub time_cond_proj_dim: Option<u32>,
     /// Height and width of the first convolution, odd. Default 3.
     pub conv_in_kernel: u32,
@@ -261,13 +260,13 @@ pub struct UNet2DConditionConfig {
     pub projection_class_embeddings_input_dim: Option<u32>,
     /// How blocks of a transformer attend. Only default is supported.
     pub attention_type: AttentionType,
-    /// Whether the class embedding stands beside that of the timestep. Only false is supported.
+    /// Whether the class embedding is concatenated with that of the timestep. Only false is supported.
     pub class_embeddings_concat: bool,
-    /// A setting of a bottom level that is not supported; it means nothing to those that are. Default none.
+    /// A setting of an unsupported bottom level, without effect on the supported ones. Default none.
     pub mid_block_only_cross_attention: Option<bool>,
-    /// A norm of the text in front of cross attention. Only none is supported.
+    /// A norm of the text before cross attention. Only none is supported.
     pub cross_attention_norm: Option<String>,
-    /// Heads that pool the text for [`AdditionEmbedType::Text`]. Default 64.
+    /// Number of heads that pool the text for [`AdditionEmbedType::Text`]. Default 64.
     pub addition_embed_type_num_heads: u32,
 }
 
@@ -330,7 +329,7 @@ impl Default for UNet2DConditionConfig {
 }
 
 impl UNet2DConditionConfig {
-    /// Stable Diffusion 1.5: 8 heads everywhere, a text of width 768, 859,520,964 parameters.
+    /// Stable Diffusion 1.5: 8 heads everywhere, text width 768, 859,520,964 parameters.
     pub fn sd15() -> Self {
         Self {
             sample_size: Some(SampleSize::Square(64)),
@@ -339,9 +338,8 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// Stable Diffusion 2.1 at 768 pixels, which says v: heads of 64 channels, a text of width 1024, linear
-    /// projections, 865,910,724 parameters. The variant at 512 pixels, which says epsilon, differs in `sample_size`
-    /// (64) alone as far as numbers go.
+    /// Stable Diffusion 2.1 at 768 pixels, which predicts v: heads of 64 channels, text width 1024, linear projections,
+    /// 865,910,724 parameters. The variant at 512 pixels, which predicts epsilon, differs only in `sample_size` (64).
     pub fn sd21() -> Self {
         Self {
             sample_size: Some(SampleSize::Square(96)),
@@ -353,8 +351,8 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// SDXL 1.0, base: three levels, the finest without attention, transformers of 2 and 10 blocks, a text of width
-    /// 2048 and a pooled one beside numbers of size and crop; 2,567,463,684 parameters.
+    /// SDXL 1.0, base: three levels, the finest without attention, transformers of 2 and 10 blocks, text width 2048,
+    /// and a pooled text with numbers of size and crop; 2,567,463,684 parameters.
     pub fn sdxl() -> Self {
         use ConditionDownBlockType::{CrossAttnDownBlock2D, DownBlock2D};
         use ConditionUpBlockType::{CrossAttnUpBlock2D, UpBlock2D};
@@ -378,11 +376,11 @@ impl UNet2DConditionConfig {
     }
 
     /// SSD-1B of [Gupta et al. 2024](https://arxiv.org/abs/2401.02677): SDXL with a bottom level of one residual block
-    /// and with blocks of its transformers left out; 1,331,334,404 parameters.
+    /// and fewer transformer blocks; 1,331,334,404 parameters.
     ///
-    /// Depths and the bottom level are those that public loaders of its single-file checkpoint expect. Its own
-    /// `config.json` was not at hand: what it gives for the transformers of the finest level, which has none, may
-    /// differ, and changes nothing.
+    /// Depths and the bottom level are those expected by public loaders of its single-file checkpoint. Its
+    /// `config.json` was not available: its value for the transformers of the finest level, which has none, may differ
+    /// without effect.
     pub fn ssd_1b() -> Self {
         use TransformerDepth::{All, Each};
         let down = vec![All(1), Each(vec![2, 2]), Each(vec![4, 4])];
@@ -400,14 +398,14 @@ impl UNet2DConditionConfig {
     /// # Errors
     ///
     /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an impossible value
-    /// or one that is not supported.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid or
+    /// unsupported value.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
     }
 
-    /// The settings as a `config.json` that diffusers reads.
+    /// The settings as a `config.json` for diffusers.
     pub fn to_json(&self) -> String {
         config::to_json(self)
     }
@@ -423,13 +421,13 @@ impl UNet2DConditionConfig {
         self.block_out_channels.iter().copied().map(i64::from).collect()
     }
 
-    /// Width of the text that levels with cross attention look at; none where no level does.
+    /// Width of the text for levels with cross attention; `None` if there are none.
     pub(crate) fn text_width(&self) -> Option<u32> {
         let place = self.cross_attention().into_iter().next();
         place.and_then(|place| self.cross_attention_dim.at(place.level))
     }
 
-    /// What the level has on the way down, if it has cross attention.
+    /// The transformers of a level of the down path, if it has cross attention.
     pub(crate) fn cross_down(&self, level: usize) -> Option<CrossAttention> {
         let block_type = self.down_block_types.get(level)?;
         (*block_type == ConditionDownBlockType::CrossAttnDownBlock2D).then(|| CrossAttention {
@@ -440,12 +438,12 @@ impl UNet2DConditionConfig {
         })
     }
 
-    /// What the bottom level has, if it has cross attention.
+    /// The transformers of the bottom level, if it has cross attention.
     pub(crate) fn cross_mid(&self) -> Option<CrossAttention> {
         let crosses = self.mid_block_type == Some(ConditionMidBlockType::UNetMidBlock2DCrossAttn);
         let level = self.block_out_channels.len().checked_sub(1).filter(|_| crosses)?;
         let depth = match self.transformer_layers_per_block.at(level) {
-            // There is one transformer, and diffusers takes the first number of a list.
+            // There is one transformer, and diffusers uses the first number of a list.
             Some(TransformerDepth::Each(depths)) => {
                 Some(TransformerDepth::All(depths.first().copied().unwrap_or(0)))
             }
@@ -455,7 +453,7 @@ impl UNet2DConditionConfig {
         Some(CrossAttention { level, num_layers: 1, key, depth })
     }
 
-    /// What number `i` on the way up has, if it has cross attention.
+    /// The transformers of level `i` of the up path, if it has cross attention.
     pub(crate) fn cross_up(&self, i: usize) -> Option<CrossAttention> {
         let block_type = self.up_block_types.get(i)?;
         let level = self.block_out_channels.len().checked_sub(i + 1)?;
@@ -474,12 +472,12 @@ impl UNet2DConditionConfig {
         })
     }
 
-    /// Residual blocks of a level on the way down.
+    /// Residual blocks of a level of the down path.
     pub(crate) fn num_layers(&self, level: usize) -> u32 {
         self.layers_per_block.at(level).unwrap_or(0)
     }
 
-    /// Every place with cross attention: down, bottom, up.
+    /// All levels with cross attention: down, bottom, up.
     fn cross_attention(&self) -> Vec<CrossAttention> {
         let down = (0..self.down_block_types.len()).filter_map(|level| self.cross_down(level));
         let up = (0..self.up_block_types.len()).filter_map(|i| self.cross_up(i));
@@ -540,7 +538,7 @@ impl UNet2DConditionConfig {
             let expected = "one width above 0, since all levels look at the same text";
             problems.push(Invalid::new("cross_attention_dim", found, expected));
         }
-        // A mirror image is seen twice.
+        // A mirrored list is checked twice.
         let mut seen = BTreeSet::new();
         for CrossAttention { num_layers, key, depth, .. } in places {
             if let Some(depth) = depth.filter(|depth| !depth.fits(num_layers))
@@ -598,7 +596,7 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// Values that diffusers knows and this crate does not.
+    /// Values that diffusers supports and this crate does not.
     fn unsupported(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         let mut refuse = |key: &str, found: Option<String>, expected: &str| {
@@ -653,11 +651,11 @@ impl UNet2DConditionConfig {
 /// The transformers of a level, in one direction.
 #[derive(Clone, Debug)]
 pub(crate) struct CrossAttention {
-    /// Which level, the finest is 0.
+    /// The level; the finest is 0.
     pub(crate) level: usize,
-    /// How many transformers.
+    /// Number of transformers.
     num_layers: u32,
-    /// The setting that says how deep they are.
+    /// The setting of their depth.
     key: String,
     pub(crate) depth: Option<TransformerDepth>,
 }

@@ -30,7 +30,7 @@ use crate::weights;
 
 const FORWARD: &str = "UNet2DModel::forward";
 
-/// What the network is told beside the sample.
+/// The inputs of the network other than the sample.
 #[derive(Clone, Copy, Debug)]
 struct Told<'a> {
     timesteps: &'a Tensor,
@@ -38,7 +38,7 @@ struct Told<'a> {
     guidance_weight: Option<&'a Tensor>,
 }
 
-/// The U-Net of [Ho et al. 2020](https://arxiv.org/abs/2006.11239) as diffusers generalised it; made by
+/// The U-Net of [Ho et al. 2020](https://arxiv.org/abs/2006.11239) as diffusers generalised it; built by
 /// [`UNet2DConfig::build`].
 ///
 /// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
@@ -216,15 +216,15 @@ impl UNet2DModel {
     ///
     /// # Shapes and units
     ///
-    /// - `sample`: `[batch, in_channels, height, width]`, kind of the parameters; height and width multiples of
-    ///   2 to the number of levels less one
+    /// - `sample`: `[batch, in_channels, height, width]`, kind of the parameters; height and width multiples of 2 to
+    ///   the power of the number of levels minus one
     /// - `timesteps`: `[batch]` or `[]`, `Int64` or floating point, counted from 0; for a Fourier time embedding noise
     ///   levels above 0
-    /// - `class_labels`: `[batch]`, `Int64` for a table of classes (their range is checked on the CPU alone); any
+    /// - `class_labels`: `[batch]`, `Int64` for a table of classes (their range is checked only on the CPU); any
     ///   timestep kind for [`ClassEmbedType::Timestep`](crate::ClassEmbedType::Timestep); `[batch, time_embedding_dim]`
     ///   for [`ClassEmbedType::Identity`](crate::ClassEmbedType::Identity)
-    /// - `guidance_weight`: `[batch]`, floating point, guidance scale less one; there for a network with a
-    ///   `time_cond_proj_dim` and for no other
+    /// - `guidance_weight`: `[batch]`, floating point, guidance scale minus one; only for a network with a
+    ///   `time_cond_proj_dim`
     /// - returns: `[batch, out_channels, height, width]`
     ///
     /// # Errors
@@ -249,7 +249,7 @@ impl UNet2DModel {
     /// # Shapes and units
     ///
     /// - returns: as `sample` the output; as `features` `[batch, channels, height / 2^n, width / 2^n]`, with the last
-    ///   of `block_out_channels` and n one less than its length; both of one graph
+    ///   of `block_out_channels` and n one less than its length; both from one pass
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The settings of a [`UNet2DModel`](crate::UNet2DModel), key for key those of diffusers.
+//! The settings of a [`UNet2DModel`](crate::UNet2DModel), with the keys of diffusers.
 
 use std::path::Path;
 
@@ -32,32 +32,32 @@ pub enum TimeEmbeddingType {
     Fourier,
 }
 
-/// A level on the way down.
+/// A level of the down path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DownBlockType {
     /// Residual blocks.
     #[serde(alias = "UNetResDownBlock2D")]
     DownBlock2D,
-    /// Residual blocks, attention after each.
+    /// Residual blocks, each followed by attention.
     #[serde(alias = "UNetResAttnDownBlock2D")]
     AttnDownBlock2D,
 }
 
-/// A level on the way up.
+/// A level of the up path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum UpBlockType {
     /// Residual blocks.
     #[serde(alias = "UNetResUpBlock2D")]
     UpBlock2D,
-    /// Residual blocks, attention after each.
+    /// Residual blocks, each followed by attention.
     #[serde(alias = "UNetResAttnUpBlock2D")]
     AttnUpBlock2D,
 }
 
-/// The level at the bottom.
+/// The bottom level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MidBlockType {
-    /// Two residual blocks, attention between them if `add_attention`.
+    /// Two residual blocks, with attention between them if `add_attention`.
     UNetMidBlock2D,
 }
 
@@ -70,7 +70,7 @@ pub enum ResampleType {
     Conv,
 }
 
-/// How a residual block takes in the timestep.
+/// How a residual block applies the timestep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TimeScaleShift {
@@ -81,17 +81,17 @@ pub enum TimeScaleShift {
     ScaleShift,
 }
 
-/// What class labels are, if not indices into a learned table.
+/// The type of class labels other than indices into a learned table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassEmbedType {
-    /// Numbers, embedded as timesteps are.
+    /// Numbers, embedded like timesteps.
     Timestep,
-    /// Embeddings already, as wide as the time embedding.
+    /// Embeddings of the width of the time embedding.
     Identity,
-    /// Vectors, through two linear layers; for a [`UNet2DConditionModel`](crate::UNet2DConditionModel) alone.
+    /// Vectors, through two linear layers; only for a [`UNet2DConditionModel`](crate::UNet2DConditionModel).
     Projection,
-    /// Vectors, through one linear layer; for a [`UNet2DConditionModel`](crate::UNet2DConditionModel) alone.
+    /// Vectors, through one linear layer; only for a [`UNet2DConditionModel`](crate::UNet2DConditionModel).
     SimpleProjection,
 }
 
@@ -118,68 +118,68 @@ pub enum ClassEmbedType {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct UNet2DConfig {
-    /// Height and width the network was made for; it takes others as well. Default none.
+    /// Height and width of the training samples; others are accepted as well. Default none.
     pub sample_size: Option<SampleSize>,
     /// Channels of a sample. Default 3.
     pub in_channels: u32,
     /// Channels of the output. Default 3.
     pub out_channels: u32,
-    /// Whether samples are in `[0, 1]` and to be moved to `[-1, 1]`. Default false.
+    /// Whether samples are in `[0, 1]` and have to be mapped to `[-1, 1]`. Default false.
     pub center_input_sample: bool,
     /// How the timestep becomes features. Default positional.
     pub time_embedding_type: TimeEmbeddingType,
     /// Width of the time embedding; none is four times the first of `block_out_channels`, the default.
     pub time_embedding_dim: Option<u32>,
-    /// Subtracted from the number of frequencies where they are spaced. Default 0.
+    /// Subtracted from the number of frequencies in their spacing. Default 0.
     pub freq_shift: f64,
     /// Whether cosines come before sines. Default true.
     pub flip_sin_to_cos: bool,
-    /// Levels on the way down, the finest first. Default one without and three with attention.
+    /// Levels of the down path, the finest first. Default one without and three with attention.
     pub down_block_types: Vec<DownBlockType>,
-    /// The level at the bottom; none leaves it out.
+    /// The bottom level; none omits it.
     pub mid_block_type: Option<MidBlockType>,
-    /// Levels on the way up, the coarsest first; as many as on the way down.
+    /// Levels of the up path, the coarsest first; as many as in the down path.
     pub up_block_types: Vec<UpBlockType>,
     /// Channels of each level, the finest first. Default 224, 448, 672, 896.
     pub block_out_channels: Vec<u32>,
-    /// Residual blocks of a level on the way down; there is one more on the way up. Default 2.
+    /// Residual blocks per level of the down path; the up path has one more. Default 2.
     pub layers_per_block: u32,
-    /// What the output of the bottom level's blocks is divided by. Default 1.
+    /// Divisor of the output of the bottom level's blocks. Default 1.
     pub mid_block_scale_factor: f64,
-    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding at right and bottom alone.
+    /// Padding of the convolution that halves a map: 1, the default, or 0 for padding only at the right and bottom.
     pub downsample_padding: u32,
-    /// How maps are halved in levels with attention. Default conv; the only one there is.
+    /// How maps are halved in levels with attention. Default conv; the only supported value.
     pub downsample_type: ResampleType,
-    /// How maps are doubled in levels with attention. Default conv; the only one there is.
+    /// How maps are doubled in levels with attention. Default conv; the only supported value.
     pub upsample_type: ResampleType,
     /// Probability that a feature is dropped in training. Default 0.
     pub dropout: f64,
     /// The nonlinearity. Default silu.
     pub act_fn: Activation,
-    /// Channels of an attention head; none makes one head of all. Default 8.
+    /// Channels of an attention head; none is a single head. Default 8.
     pub attention_head_dim: Option<u32>,
     /// Groups of every group norm. Default 32.
     pub norm_num_groups: u32,
-    /// Groups of the norm in front of the bottom level's attention; none is `norm_num_groups`, or no norm where
+    /// Groups of the norm before the bottom level's attention; none is `norm_num_groups`, or no norm if
     /// `resnet_time_scale_shift` is not default.
     pub attn_norm_num_groups: Option<u32>,
     /// Added to a variance before taking its root. Default 1e-5.
     pub norm_eps: f64,
-    /// How a residual block takes in the timestep. Default default.
+    /// How a residual block applies the timestep. Default default.
     pub resnet_time_scale_shift: TimeScaleShift,
     /// Whether the bottom level has attention. Default true.
     pub add_attention: bool,
-    /// What class labels are; none is indices if `num_class_embeds` is given, and no classes otherwise.
+    /// The type of class labels; none means indices if `num_class_embeds` is given, and no classes otherwise.
     pub class_embed_type: Option<ClassEmbedType>,
     /// Size of the table of learned class embeddings, a null class for guidance included.
     pub num_class_embeds: Option<u32>,
-    /// Number of timesteps the network was trained with; it plays no part in a forward pass.
+    /// Number of timesteps the network was trained with; not used in a forward pass.
     pub num_train_timesteps: Option<u32>,
-    /// Width of the embedding of a guidance weight, which the network is then told beside the timestep; none, the
-    /// default, for a network that is told no weight. 256 is usual.
+    /// Width of the embedding of a guidance weight, which is then an input of the network; none, the default, for a
+    /// network without this input. 256 is usual.
     ///
-    /// The key is that of diffusers' `UNet2DConditionModel`; its `UNet2DModel` has none and would ignore it, so it
-    /// stands in a `config.json` only where it is set, and a network that has it is not for diffusers to load.
+    /// The key is that of diffusers' `UNet2DConditionModel`; its `UNet2DModel` does not have it and would ignore it. It
+    /// is therefore written to a `config.json` only if it is set, and diffusers cannot load a network that has it.
     pub time_cond_proj_dim: Option<u32>,
 }
 
@@ -233,7 +233,7 @@ impl UNet2DConfig {
         config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
     }
 
-    /// The settings as a `config.json` that diffusers reads.
+    /// The settings as a `config.json` for diffusers.
     pub fn to_json(&self) -> String {
         config::to_json(self)
     }
@@ -307,7 +307,7 @@ impl UNet2DConfig {
     }
 }
 
-/// What is wrong with the levels of a U-Net.
+/// The problems of the levels of a U-Net.
 pub(crate) fn level_problems(
     channels: &[u32],
     norm_num_groups: u32,
@@ -343,14 +343,14 @@ pub(crate) fn count_problems(counts: &[(&str, Option<u32>)]) -> Vec<Invalid> {
     zeros.map(|(key, _)| Invalid::new(*key, 0, "at least 1")).collect()
 }
 
-/// Numbers that every U-Net's settings have.
+/// Settings common to all U-Nets.
 pub(crate) struct CommonNumbers {
     pub(crate) downsample_padding: u32,
     pub(crate) dropout: f64,
     pub(crate) mid_block_scale_factor: f64,
     pub(crate) norm_eps: f64,
     pub(crate) freq_shift: f64,
-    /// How many sines and cosines the timestep becomes; none where `freq_shift` does not space them.
+    /// Number of sines and cosines of the timestep; `None` if `freq_shift` leaves no spacing.
     pub(crate) time_features: Option<u32>,
     pub(crate) time_cond_proj_dim: Option<u32>,
 }

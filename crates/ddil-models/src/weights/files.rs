@@ -1,4 +1,4 @@
-//! Which files of a folder hold a network's weights, as diffusers and transformers name them.
+//! The files of a network's weights in a folder, with the names of diffusers and transformers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,11 +12,11 @@ use super::{ensure_all_dense, save_as, write_error, written_kind};
 use crate::config;
 use crate::error::{Error, Result};
 
-/// The names under which a network's weights lie in a folder, one file or shards with an index.
+/// The file names of a network's weights in a folder: one file, or shards with an index.
 ///
-/// With the variant `fp16` the stem `model` stands for `model.fp16.safetensors` and
-/// `model.safetensors.index.fp16.json`; older spellings of the index (`model.fp16.safetensors.index.json`,
-/// `model.safetensors.fp16.index.json`) are read as well.
+/// With the variant `fp16` the stem `model` means `model.fp16.safetensors` and `model.safetensors.index.fp16.json`;
+/// older spellings of the index (`model.fp16.safetensors.index.json`, `model.safetensors.fp16.index.json`) are read as
+/// well.
 ///
 /// # Example
 ///
@@ -34,20 +34,20 @@ use crate::error::{Error, Result};
 /// let index = files.find(&folder)?;
 /// assert!(index.ends_with("diffusion_pytorch_model.safetensors.index.fp16.json"));
 /// assert_eq!(weights::read_all(index)?.len(), 2);
-/// // Who asks for no variant is not given another one.
+/// // Without a variant, no other variant is found.
 /// assert!(WeightFiles::DIFFUSION.find(&folder).is_err());
 /// # std::fs::remove_dir_all(&folder)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WeightFiles<'a> {
-    /// What every name begins with: letters, digits, `_` and `-`.
+    /// The start of every name: letters, digits, `_` and `-`.
     pub stem: &'a str,
     /// The variant, such as `fp16`, spelt likewise; none for the files without one.
     pub variant: Option<&'a str>,
 }
 
-/// What a file is to a network.
+/// The role of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Whole,
@@ -56,22 +56,23 @@ enum Part {
 }
 
 impl WeightFiles<'static> {
-    /// The names diffusers gives.
+    /// The names of diffusers.
     pub const DIFFUSION: Self = Self { stem: "diffusion_pytorch_model", variant: None };
-    /// The names transformers gives, as in the text encoders of a pipeline.
+    /// The names of transformers, as in the text encoders of a pipeline.
     pub const TRANSFORMERS: Self = Self { stem: "model", variant: None };
 }
 
 impl WeightFiles<'_> {
     /// The file or index in `folder`.
     ///
-    /// Where both are there the index counts, and for the stem `model` the file, as in diffusers and transformers.
+    /// If both exist, the index is used, and for the stem `model` the file, as in diffusers and transformers.
     ///
     /// # Errors
     ///
-    /// [`Error::NoWeights`] if there is neither, with the other variants that are there; [`Error::Pickle`] if there is
-    /// nothing but a pickle; [`Error::Read`] if the folder cannot be read;
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a stem or variant that is no part of a name.
+    /// [`Error::NoWeights`] if there is neither, with the existing other variants; [`Error::Pickle`] if there is only a
+    /// pickle; [`Error::Read`] if the folder cannot be read;
+    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for a stem or variant that is not a valid part of
+    /// a name.
     pub fn find(&self, folder: impl AsRef<Path>) -> Result<PathBuf> {
         let folder = folder.as_ref();
         self.ensure_names()?;
@@ -96,10 +97,9 @@ impl WeightFiles<'_> {
         }
     }
 
-    /// Writes tensors to one file in `folder`, which is made if it is not there, and gives its path.
+    /// Writes tensors to one file in `folder`, creating the folder if needed, and returns its path.
     ///
-    /// Index and shards of the same stem and variant are removed once the file is there, so that no reader takes them
-    /// for the weights.
+    /// Index and shards of the same stem and variant are removed once the file is written, so that no reader uses them.
     ///
     /// # Errors
     ///
@@ -124,11 +124,11 @@ impl WeightFiles<'_> {
     }
 
     /// Writes tensors, in the order given, to shards of at most `max_shard_bytes` of values each, with an index, and
-    /// gives its path; a tensor that is larger has a shard to itself. What fits into one shard becomes one file
+    /// returns its path. A larger tensor has a separate shard. Tensors that fit one shard are written to one file
     /// without index, as in diffusers.
     ///
-    /// An older index of the same stem and variant is removed first: a folder in which writing was interrupted is
-    /// refused when it is read, and never a mix of two networks.
+    /// An older index of the same stem and variant is removed first: after an interrupted write, reading the folder is
+    /// an error and never returns a mix of two networks.
     ///
     /// # Errors
     ///
@@ -142,8 +142,7 @@ impl WeightFiles<'_> {
         self.save_sharded_as(tensors, folder, max_shard_bytes, None)
     }
 
-    /// As [`Self::save_sharded`], with floating-point values cast to `kind` where one is given; no more than one tensor
-    /// is cast at a time.
+    /// As [`Self::save_sharded`], with floating-point values cast to `kind` if given, one tensor at a time.
     ///
     /// # Errors
     ///
@@ -192,7 +191,7 @@ impl WeightFiles<'_> {
         format!("{}.safetensors", self.base())
     }
 
-    /// The one that is written first, then the older ones.
+    /// The name that is written first, then the older ones.
     fn index_names(&self) -> Vec<String> {
         let stem = self.stem;
         match self.variant {
@@ -221,7 +220,7 @@ impl WeightFiles<'_> {
         ours && super::is_pickle(Path::new(name))
     }
 
-    /// Removes the files of this stem and variant of which `which` says so.
+    /// Removes the files of this stem and variant that `which` selects.
     fn remove(&self, folder: &Path, which: impl Fn(Part, &str) -> bool) -> Result<()> {
         for name in names_in(folder)? {
             let Some((part, variant)) = classify(self.stem, &name) else { continue };
@@ -263,7 +262,7 @@ fn names_in(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What a file of that name is to the network `stem`, and of which variant.
+/// The role of a file of this name for the network `stem`, and its variant.
 fn classify<'a>(stem: &str, name: &'a str) -> Option<(Part, Option<&'a str>)> {
     let words: Vec<&str> = name.strip_prefix(stem)?.split('.').collect();
     Some(match words[..] {
@@ -284,7 +283,7 @@ fn classify<'a>(stem: &str, name: &'a str) -> Option<(Part, Option<&'a str>)> {
     })
 }
 
-/// What stands before `-00001-of-00002`.
+/// The part before `-00001-of-00002`.
 fn strip_number(word: &str) -> Option<&str> {
     let (rest, total) = word.rsplit_once("-of-")?;
     let (rest, number) = rest.rsplit_once('-')?;
@@ -296,7 +295,7 @@ fn num_bytes(tensor: &Tensor, kind: Option<Kind>) -> u64 {
     (tensor.numel() * written_kind(tensor, kind).elt_size_in_bytes()) as u64
 }
 
-/// In the order given, a new shard where the next tensor would not fit.
+/// In the given order, with a new shard whenever the next tensor does not fit.
 fn split(
     tensors: &[(String, Tensor)],
     max_shard_bytes: u64,

@@ -1,4 +1,4 @@
-//! The index of a network in shards: opened only if shards and index agree.
+//! The index of a sharded network: opened only if shards and index agree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,10 +10,10 @@ use serde_json::{Map, Value};
 use super::OpenFile;
 use crate::error::{Error, IndexProblems, Result};
 
-/// The largest index that is read; one of a thousand tensors has a hundred KiB.
+/// Size limit of an index; one of a thousand tensors has a hundred KiB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// Opens every shard, or says everything in which index and shards disagree.
+/// Opens every shard, or returns all differences between index and shards.
 pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
     let weight_map = read(index)?;
     let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -41,7 +41,7 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
     Err(Error::InvalidIndex { path: index.into(), problems: Box::new(problems) })
 }
 
-/// Which tensor is in which shard.
+/// The shard of each tensor.
 fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
     let text = ddil_files::read_bounded(index, MAX_FILE_BYTES)
@@ -61,7 +61,7 @@ fn read(index: &Path) -> Result<BTreeMap<String, String>> {
         .collect()
 }
 
-/// A plain file name and no pickle: an index from elsewhere must not reach beyond its folder.
+/// A plain file name and not a pickle: an untrusted index must not refer to files outside of its folder.
 fn shard_path(index: &Path, shard: &str) -> Option<PathBuf> {
     let mut components = Path::new(shard).components();
     let plain =
@@ -98,12 +98,12 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// An error where a key stands twice in an object: a parser would take the last one, another reader the first.
+/// An error if an object contains a key twice: some parsers use the last one, others the first.
 pub(super) fn ensure_unique_keys(json: &[u8]) -> serde_json::Result<()> {
     serde_json::from_slice::<UniqueKeys>(json).map(|_| ())
 }
 
-/// Any JSON value in whose objects no key stands twice.
+/// Any JSON value without duplicate keys in its objects.
 struct UniqueKeys;
 
 impl<'de> Deserialize<'de> for UniqueKeys {
