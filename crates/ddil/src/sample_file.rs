@@ -48,7 +48,7 @@ pub fn write(path: &Path, images: &Tensor) -> Result<()> {
 ///
 /// # Errors
 ///
-/// As [`write`].
+/// As [`write()`].
 pub fn write_first(path: &Path, images: &Tensor) -> Result<()> {
     write(path, &images.narrow(0, 0, KEPT.min(images.size()[0])))
 }

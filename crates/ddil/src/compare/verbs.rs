@@ -53,7 +53,7 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the process cannot be started, [`Error::Io`] for the log.
+    /// [`Error::Setup`] if the process cannot be started, [`Error::Files`] for the log.
     pub fn run(
         &self,
         arguments: &[OsString],
