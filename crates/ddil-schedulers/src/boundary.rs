@@ -41,12 +41,12 @@ impl ConsistencyBoundary {
     ///
     /// # Errors
     ///
-    /// [`Error::Argument`](crate::Error::Argument) for other shapes and kinds.
+    /// [`Error::Argument`](crate::Error::Argument) for invalid shapes and kinds.
     pub fn apply(&self, x0: &Tensor, x_t: &Tensor, timesteps: &Tensor) -> Result<Tensor> {
         const OP: &str = "ConsistencyBoundary::apply";
         ensure_same_shape(OP, ("x0", x0), ("x_t", x_t))?;
         ensure_timesteps(OP, "timesteps", timesteps, x0)?;
-        // In Double: the square of the scaled timestep is 1e8, beyond Half and the precision of Float.
+        // In Double: the square of the scaled timestep is 1e8, beyond the range of Half and the precision of Float.
         let scaled = timesteps.to_kind(Kind::Double) * self.timestep_scaling;
         let total = scaled.square() + self.sigma_data.powi(2);
         let mut shape = vec![1; x0.dim()];

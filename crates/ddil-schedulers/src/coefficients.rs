@@ -1,4 +1,4 @@
-//! A step of a sampler as numbers.
+//! The coefficients of a sampler's step.
 
 use crate::noise_schedule::Scale;
 
@@ -11,7 +11,7 @@ pub struct StepCoefficients {
     pub x0: f64,
     /// Weight of the predicted noise.
     pub epsilon: f64,
-    /// Weight of fresh noise; 0 where the step needs none.
+    /// Weight of fresh noise; 0 if the step needs none.
     pub noise: f64,
 }
 
@@ -20,20 +20,19 @@ pub struct StepCoefficients {
 /// Each field is the weight of the tensor of the same name.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StateCoefficients {
-    /// Weight of the state that the step starts from.
+    /// Weight of the state before the step.
     pub x_t: f64,
     /// Weight of the predicted clean data.
     pub x0: f64,
-    /// Weight of fresh noise; 0 where the step needs none.
+    /// Weight of fresh noise; 0 if the step needs none.
     pub noise: f64,
 }
 
 impl StepCoefficients {
-    /// Replaces `epsilon` by `(x_t - alpha x0) / sigma`, with `alpha` and `sigma` of the timestep that the step starts
-    /// from.
+    /// Replaces `epsilon` by `(x_t - alpha x0) / sigma`, with `alpha` and `sigma` of the step's first timestep.
     ///
-    /// This form needs the clean data alone. It is the solver's step in progressive and in consistency distillation,
-    /// and the step from an `x0` that was thresholded.
+    /// This form needs only the clean data. It is the solver's step in progressive and in consistency distillation, and
+    /// the step from an `x0` that was thresholded.
     ///
     /// # Example
     ///
@@ -51,7 +50,7 @@ impl StepCoefficients {
     /// ```
     #[must_use]
     pub fn without_epsilon(self, now: Scale) -> StateCoefficients {
-        // A sampler that renews all noise divides by no sigma, which is 0 for clean data.
+        // A sampler that renews all noise must not divide by sigma, which is 0 for clean data.
         let x_t = if self.epsilon == 0.0 { 0.0 } else { self.epsilon / now.sigma };
         StateCoefficients { x_t, x0: self.x0 - x_t * now.alpha, noise: self.noise }
     }

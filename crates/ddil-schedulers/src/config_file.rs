@@ -16,25 +16,25 @@ use crate::sampler::Sampler;
 use crate::thresholding::{Bound, DataRange, Thresholding};
 use crate::timesteps::{TimestepSpacing, Timesteps};
 
-/// Whether samples are to be drawn as diffusers' `DDIMScheduler` draws them, where that differs.
+/// Whether to reproduce the samples of diffusers' `DDIMScheduler` where they differ.
 ///
-/// For comparison with samples drawn there; the default is [`Off`](Self::Off).
+/// For comparison with samples of diffusers; the default is [`Off`](Self::Off).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compatibility {
     /// A step goes to the next timestep of the grid, and from a thresholded `x0` the noise estimate is recomputed.
     #[default]
     Off,
-    /// A step goes a fixed stride down, which leaves the grid where `n` does not divide `num_train_timesteps` and for
-    /// linspace spacing; the noise estimate stays as it was beside a thresholded `x0`
-    /// (`use_clipped_model_output=False`); trailing grids are rounded as there.
+    /// A step moves down by a fixed stride, which leaves the grid if `n` does not divide `num_train_timesteps` and for
+    /// linspace spacing; the noise estimate is not recomputed for a thresholded `x0`
+    /// (`use_clipped_model_output=False`); trailing grids are rounded as in diffusers.
     Diffusers,
 }
 
-/// A `scheduler_config.json`: everything that diffusers records of a scheduler.
+/// A `scheduler_config.json`: the scheduler settings that diffusers saves.
 ///
-/// Settings that a file leaves out are those of its class in diffusers. A student carries its sampler: beside
-/// diffusers' keys there may be `ddil_timesteps`, the timesteps that it was trained for. diffusers passes over it with
-/// a warning and takes the same list as the `timesteps` of a pipeline call.
+/// Settings missing from a file have the defaults of its class in diffusers. In addition to diffusers' keys a file may
+/// contain `ddil_timesteps`, the timesteps for which a student was trained. diffusers ignores this key with a warning,
+/// and accepts the same list as the `timesteps` of a pipeline call.
 ///
 /// # Example
 ///
@@ -64,7 +64,7 @@ pub enum SchedulerConfig {
     Lcm(LcmConfig),
 }
 
-/// The keys that DDIM and LCM have in common; the defaults are those of `DDIMScheduler`.
+/// The common keys of DDIM and LCM; the defaults are those of `DDIMScheduler`.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "the keys of another project's file")]
 pub struct CommonConfig {
@@ -76,7 +76,7 @@ pub struct CommonConfig {
     pub beta_end: f64,
     /// How the betas grow; default linear, LCM scaled linear.
     pub beta_schedule: BetaSchedule,
-    /// Betas given one by one, in place of the three settings above; default none.
+    /// An explicit list of betas instead of the three settings above; default none.
     pub trained_betas: Option<Vec<f64>>,
     /// Whether predicted clean data are clipped; default true, LCM false.
     pub clip_sample: bool,
@@ -86,19 +86,19 @@ pub struct CommonConfig {
     pub set_alpha_to_one: bool,
     /// Added to the timesteps of leading spacing; default 0.
     pub steps_offset: u32,
-    /// What the network outputs; default epsilon. Not flow, which neither class knows.
+    /// What the network outputs; default epsilon. Not flow, which neither class supports.
     pub prediction_type: PredictionType,
-    /// Whether predicted clean data are thresholded dynamically, which goes before clipping; default false.
+    /// Whether predicted clean data are thresholded dynamically, which takes precedence over clipping; default false.
     pub thresholding: bool,
-    /// Which quantile of the absolute values is the dynamic threshold; default 0.995.
+    /// The quantile of the absolute values for the dynamic threshold; default 0.995.
     pub dynamic_thresholding_ratio: f64,
     /// The largest dynamic threshold; default 1.
     pub sample_max_value: f64,
-    /// How the timesteps of a run are spread; default leading. LCM does not look at it.
+    /// How the timesteps of a run are spread; default leading. LCM ignores it.
     pub timestep_spacing: TimestepSpacing,
-    /// Whether the last timestep is rescaled to hold no signal; default false.
+    /// Whether the last timestep is rescaled to contain no signal; default false.
     pub rescale_betas_zero_snr: bool,
-    /// The timesteps that a few-step student was trained for, noisiest first; default none. Not a key of diffusers.
+    /// The timesteps for which a few-step student was trained, noisiest first; default none. Not a key of diffusers.
     pub ddil_timesteps: Option<Vec<i64>>,
     /// The version of diffusers that wrote the file, if any.
     pub diffusers_version: Option<String>,
@@ -107,9 +107,9 @@ pub struct CommonConfig {
 /// The keys of `LCMScheduler`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LcmConfig {
-    /// The keys in common with DDIM, here with LCM's defaults.
+    /// The keys common with DDIM, with LCM's defaults.
     pub common: CommonConfig,
-    /// Number of timesteps that the student was distilled on; default 50.
+    /// Number of timesteps of the student's distillation; default 50.
     pub original_inference_steps: u32,
     /// Factor of the timestep in the consistency boundary; default 10.
     pub timestep_scaling: f64,
@@ -157,18 +157,18 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read, is not a regular file or has more than 16 MiB; [`Error::File`] with an error
-    /// of [`from_json`](Self::from_json).
+    /// [`Error::Io`] if it cannot be read, is not a regular file or is larger than 16 MiB; [`Error::File`] with an
+    /// error of [`from_json`](Self::from_json).
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         read(path.as_ref(), Self::from_json)
     }
 
     /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does:
-    /// for a solver that this crate does not have, DDIM on the same noise schedule takes its place, and the class of
-    /// the solver is returned.
+    /// a solver that this crate does not have is replaced by DDIM on the same noise schedule, and its class is
+    /// returned.
     ///
-    /// Keys of that class alone are not looked at: they say how it steps. None of these classes clips clean data unless
-    /// the file says so.
+    /// Keys specific to that class are ignored: they only affect its steps. None of these classes clips clean data
+    /// unless the file sets it.
     ///
     /// # Errors
     ///
@@ -181,7 +181,7 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// As [`from_json`](Self::from_json); [`Error::Invalid`] for a class that is none of these.
+    /// As [`from_json`](Self::from_json); [`Error::Invalid`] for an unsupported class.
     pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
         let mut keys: Map<String, Value> =
             serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
@@ -195,11 +195,11 @@ impl SchedulerConfig {
         Ok((config, Some(solver)))
     }
 
-    /// Reads a file and passes over keys that its class does not have; these are returned.
+    /// Reads a file, ignores keys that its class does not have, and returns them.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), save for unknown keys.
+    /// As [`read`](Self::read), except for unknown keys.
     pub fn read_lenient(path: impl AsRef<Path>) -> Result<(Self, Vec<String>)> {
         read(path.as_ref(), Self::from_json_lenient)
     }
@@ -219,8 +219,8 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::Parse`] if it is no JSON object, [`Error::UnknownKeys`] with all keys that its class does not have,
-    /// [`Error::Invalid`] for another class or a value that cannot be.
+    /// [`Error::Parse`] if it is not a JSON object, [`Error::UnknownKeys`] with all keys that its class does not have,
+    /// [`Error::Invalid`] for another class or an invalid value.
     pub fn from_json(text: &str) -> Result<Self> {
         let (config, unknown) = Self::from_json_lenient(text)?;
         if unknown.is_empty() {
@@ -233,11 +233,11 @@ impl SchedulerConfig {
         Err(Error::UnknownKeys { class: config.class(), unknown, known })
     }
 
-    /// Reads the text of a file and passes over keys that its class does not have; these are returned.
+    /// Reads the text of a file, ignores keys that its class does not have, and returns them.
     ///
     /// # Errors
     ///
-    /// As [`from_json`](Self::from_json), save for unknown keys.
+    /// As [`from_json`](Self::from_json), except for unknown keys.
     pub fn from_json_lenient(text: &str) -> Result<(Self, Vec<String>)> {
         let mut keys: Map<String, Value> =
             serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
@@ -270,14 +270,14 @@ impl SchedulerConfig {
         }
     }
 
-    /// The keys that both classes have.
+    /// The common keys of both classes.
     pub fn common(&self) -> &CommonConfig {
         match self {
             Self::Ddim(common) | Self::Lcm(LcmConfig { common, .. }) => common,
         }
     }
 
-    /// What the network outputs.
+    /// The output type of the network.
     pub fn prediction_type(&self) -> PredictionType {
         self.common().prediction_type
     }
@@ -291,7 +291,7 @@ impl SchedulerConfig {
         self.common().schedule_config().build()
     }
 
-    /// What is done with predicted clean data beyond the range.
+    /// The treatment of predicted clean data beyond the range.
     pub fn thresholding(&self) -> Thresholding {
         let common = self.common();
         if common.thresholding {
@@ -317,12 +317,12 @@ impl SchedulerConfig {
         self.sampler_config().build(&self.schedule()?)
     }
 
-    /// The consistency boundary that `LCMScheduler` puts around a network; its `sigma_data` is always 0.5.
+    /// The consistency boundary that `LCMScheduler` applies to a network; its `sigma_data` is always 0.5.
     pub fn boundary(&self) -> Option<ConsistencyBoundary> {
         self.sampler_config().boundary()
     }
 
-    /// The timesteps of a run of `num_inference_steps`; without a number, those that the student was trained for.
+    /// The timesteps of a run of `num_inference_steps`; without a number, the student's training timesteps.
     ///
     /// # Errors
     ///
@@ -345,7 +345,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// The timesteps of a run as diffusers takes them: see [`Compatibility::Diffusers`]. LCM has nothing to reproduce.
+    /// The timesteps of a run as diffusers takes them: see [`Compatibility::Diffusers`]. LCM has no differences.
     ///
     /// # Errors
     ///
@@ -395,7 +395,7 @@ impl SchedulerConfig {
     }
 }
 
-/// Solvers of diffusers for networks that DDIM can sample as well.
+/// Solvers of diffusers for networks that DDIM can also sample.
 const SOLVERS: [&str; 13] = [
     "DDPMScheduler",
     "DEISMultistepScheduler",
@@ -412,16 +412,16 @@ const SOLVERS: [&str; 13] = [
     "UniPCMultistepScheduler",
 ];
 
-/// Keys that are written only where there is something to say.
+/// Keys that are written only if they are set.
 const OPTIONAL_KEYS: [&str; 2] = ["_diffusers_version", "ddil_timesteps"];
 
 impl CommonConfig {
-    /// Our own settings in diffusers' words.
+    /// These settings in diffusers' format.
     ///
     /// # Errors
     ///
-    /// [`Error::NotRepresentable`] for what they do not cover: other families than variance preserving, flow
-    /// prediction, a range that is not symmetric or differs by channel, reflection.
+    /// [`Error::NotRepresentable`] for settings that diffusers does not support: other families than variance
+    /// preserving, flow prediction, a range that is not symmetric or differs by channel, reflection.
     pub fn new(
         schedule: &NoiseScheduleConfig,
         prediction_type: PredictionType,
@@ -472,7 +472,7 @@ impl CommonConfig {
         Ok(config)
     }
 
-    /// The same with the timesteps that a student was trained for.
+    /// The same with the timesteps for which a student was trained.
     #[must_use]
     pub fn with_trained_timesteps(self, timesteps: &Timesteps) -> Self {
         Self { ddil_timesteps: Some(timesteps.as_slice().to_vec()), ..self }
@@ -495,7 +495,7 @@ impl CommonConfig {
         })
     }
 
-    /// Takes the keys in common out of `keys`.
+    /// Removes the common keys from `keys`.
     fn take(keys: &mut Map<String, Value>, defaults: Self) -> Result<Self> {
         const COUNT: &str = "a whole number, not negative";
         const NUMBER: &str = "a number";
@@ -582,7 +582,7 @@ impl LcmConfig {
     }
 }
 
-/// Takes one key out, or its default where it is not there.
+/// Removes one key, or returns its default if it is absent.
 fn take<T: DeserializeOwned>(
     keys: &mut Map<String, Value>,
     field: &'static str,
@@ -591,14 +591,14 @@ fn take<T: DeserializeOwned>(
 ) -> Result<T> {
     let Some(value) = keys.remove(field) else { return Ok(default) };
     let found = value.to_string();
-    // What serde says of the value names Rust's types; `expected` says the same in the file's own words.
+    // serde's message names Rust types; `expected` describes the value in terms of the file.
     serde_json::from_value(value).map_err(|_| Error::Invalid(Invalid::new(field, found, expected)))
 }
 
-/// A published file has less than two KiB; a thousand betas one by one are thirty.
+/// A published file has less than two KiB; an explicit list of a thousand betas needs thirty.
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
-/// Reads a file, whose name is part of every error.
+/// Reads a file, with its name in every error.
 fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { action: "read", path: path.to_owned(), source };
     let text = ddil_files::read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! DDIM, deterministic or with part of the noise renewed.
+//! DDIM, deterministic or with part of the noise replaced.
 
 use ddil_files::Invalid;
 
@@ -20,7 +20,7 @@ impl Ddim {
         Self { schedule, eta: 0.0 }
     }
 
-    /// With a share `eta` of the noise renewed at each step: 0 is deterministic, 1 is DDPM's ancestral sampler.
+    /// With a fraction `eta` of the noise replaced at each step: 0 is deterministic, 1 is DDPM's ancestral sampler.
     ///
     /// # Errors
     ///
@@ -33,7 +33,7 @@ impl Ddim {
         Err(Error::Invalid(Invalid::new("sampler.eta", eta, expected)))
     }
 
-    /// The share of the noise that a step renews.
+    /// The fraction of the noise that a step replaces.
     pub fn eta(&self) -> f64 {
         self.eta
     }
@@ -43,7 +43,7 @@ impl Sampler for Ddim {
     /// `x_prev = alpha_prev x0 + sqrt(sigma_prev² - s²) epsilon + s noise`, equation 12 of the paper, with
     /// `s = eta sigma_prev sqrt(1 - snr / snr_prev)`.
     fn coefficients(&self, now: Scale, prev: Scale) -> StepCoefficients {
-        // The root of the ratio, written without a quotient that is infinite at the clean end.
+        // The square root of the ratio, in a form that stays finite at the clean end.
         let ratio = (now.alpha * prev.sigma) / (now.sigma * prev.alpha);
         let noise = self.eta * prev.sigma * (1.0 - ratio.powi(2)).max(0.0).sqrt();
         let epsilon = (prev.sigma.powi(2) - noise.powi(2)).max(0.0).sqrt();

@@ -1,11 +1,11 @@
-//! What can go wrong when a sample is stepped.
+//! Errors of schedules, timesteps and steps.
 
 use std::path::PathBuf;
 
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -22,9 +22,9 @@ pub enum Error {
         op: &'static str,
         /// What was found.
         timestep: i64,
-        /// The smallest that may stand there.
+        /// The smallest allowed timestep.
         lowest: i64,
-        /// The largest that may stand there.
+        /// The largest allowed timestep.
         highest: i64,
     },
     /// A stochastic sampler was called without noise.
@@ -32,34 +32,34 @@ pub enum Error {
     NoiseMissing {
         /// The function that was called.
         op: &'static str,
-        /// The argument that it comes from: `noise` of a step, `generator` of a rollout.
+        /// The missing argument: `noise` of a step, `generator` of a rollout.
         argument: &'static str,
     },
-    /// A prediction type has no meaning on this schedule.
+    /// A prediction type is not defined on this schedule.
     #[error("`{prediction_type}` is not defined on this schedule: {reason}")]
     PredictionType {
-        /// What was asked for.
+        /// The requested type.
         prediction_type: &'static str,
-        /// Why it cannot be had.
+        /// Why it is not defined.
         reason: String,
     },
     /// A scheduler config has keys that its class does not have.
     #[error("{class} has no key {}; its keys are {}", list(unknown), list(known))]
     UnknownKeys {
-        /// The class that the file names.
+        /// The class in the file.
         class: &'static str,
-        /// All of the keys that it does not have.
+        /// All unknown keys.
         unknown: Vec<String>,
-        /// The keys that it has.
+        /// The known keys.
         known: Vec<String>,
     },
     /// A text is not JSON, or not an object.
     #[error("a scheduler config must be a JSON object")]
     Parse {
-        /// Where and why.
+        /// The position and reason.
         source: serde_json::Error,
     },
-    /// A file holds something else than a scheduler config that can be.
+    /// A file does not contain a valid scheduler config.
     #[error("{} is no scheduler config that can be used", path.display())]
     File {
         /// The file.
@@ -70,32 +70,32 @@ pub enum Error {
     /// A file could not be read or written.
     #[error("could not {action} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The failed operation.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// The error of the file system.
         source: std::io::Error,
     },
-    /// Settings that a scheduler config of diffusers has no words for.
+    /// Settings that a scheduler config of diffusers cannot represent.
     #[error("`{field}` cannot be said in a {class} config: {reason}")]
     NotRepresentable {
-        /// The class to be written.
+        /// The class to write.
         class: &'static str,
         /// The setting.
         field: &'static str,
         /// Why.
         reason: String,
     },
-    /// The arithmetic of a step was refused.
+    /// An error of `ddil-libtorch` in the arithmetic of a step.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
-    /// libtorch refused an operation.
+    /// An operation of libtorch failed.
     #[error("{op}: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// libtorch's own words, without its backtrace.
+        /// The message of libtorch, without its backtrace.
         message: String,
     },
 }
@@ -104,11 +104,11 @@ fn list(names: &[String]) -> String {
     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// This crate's results.
+/// The result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if that is the cause.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -117,7 +117,7 @@ impl Error {
         }
     }
 
-    /// Wraps what libtorch said in the name of the operation, first line only.
+    /// Wraps the first line of libtorch's message with the name of the operation.
     pub(crate) fn torch(op: &'static str) -> impl FnOnce(tch::TchError) -> Self {
         move |source| {
             let message = source.to_string();

@@ -1,4 +1,4 @@
-//! The answer of a network for a batch at one timestep, not yet computed in full.
+//! Lazily computed clean data and noise of a batch at one timestep.
 
 use ddil_libtorch::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
@@ -13,13 +13,13 @@ use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::prediction::{Linear, Prediction, PredictionType, at_least_float};
 use crate::thresholding::{Bound, DataRange, Thresholding};
 
-/// The clean data and the noise of a batch at one timestep, as sums that are not computed yet.
+/// The clean data and the noise of a batch at one timestep, as weighted sums that are not computed yet.
 ///
-/// [`Prediction`] holds two tensors, each of which is written once and read again. A step of a sampler needs neither by
-/// itself: where the whole batch is at one timestep, network output, thresholding, consistency boundary and step are
-/// one formula in `x_t` and the output. An estimate keeps its parts until [`Sampler::step_at`] computes it in one pass.
-/// [`prediction`](Self::prediction) gives the two tensors, equal to [`PredictionType::convert`],
-/// [`Prediction::thresholded`] and [`ConsistencyBoundary::apply`] but for rounding.
+/// [`Prediction`] holds two tensors, each of which is written once and read again. A step of a sampler does not need
+/// them separately: if the whole batch is at one timestep, network output, thresholding, consistency boundary and step
+/// are one formula in `x_t` and the output. An estimate keeps its parts until [`Sampler::step_at`] computes it in one
+/// pass. [`prediction`](Self::prediction) computes the two tensors, equal to [`PredictionType::convert`],
+/// [`Prediction::thresholded`] and [`ConsistencyBoundary::apply`] up to rounding.
 ///
 /// [`Sampler::step_at`]: crate::Sampler::step_at
 ///
@@ -47,7 +47,7 @@ use crate::thresholding::{Bound, DataRange, Thresholding};
 pub struct Estimate {
     timestep: i64,
     scale: Scale,
-    /// The network's output, or its clean data where these are known.
+    /// The network's output, or its clean data if known.
     given: Tensor,
     /// The clean data before thresholding.
     x0: Linear,
@@ -57,12 +57,12 @@ pub struct Estimate {
     boundary: Option<(f64, f64)>,
 }
 
-/// Where the noise of an estimate comes from.
+/// How the noise of an estimate is computed.
 #[derive(Debug)]
 enum Epsilon {
     /// A sum of `x_t` and the given tensor.
     Sum(Linear),
-    /// A tensor of its own.
+    /// A separate tensor.
     Known(Tensor),
     /// `(x_t - alpha x0) / sigma`, from the thresholded `x0` before the boundary.
     FromX0,
@@ -77,11 +77,11 @@ struct Terms<'a> {
 }
 
 impl Estimate {
-    /// The estimate that a network's output stands for.
+    /// The estimate of a network's output.
     ///
     /// # Errors
     ///
-    /// [`Error::PredictionType`] if the output has no meaning at that timestep, [`Error::TimestepOutOfRange`] if it is
+    /// [`Error::PredictionType`] if the output is not defined at that timestep, [`Error::TimestepOutOfRange`] if it is
     /// off the training grid.
     #[expect(clippy::needless_pass_by_value, reason = "the estimate keeps the tensor")]
     pub fn of_output(
@@ -97,12 +97,12 @@ impl Estimate {
         Ok(Self { given, x0, epsilon: Epsilon::Sum(epsilon), ..Self::at(timestep, scale) })
     }
 
-    /// An estimate that is known in full.
+    /// An estimate whose tensors are both known.
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the two tensors differ in shape, [`Error::TimestepOutOfRange`] if the timestep is
-    /// off the training grid.
+    /// [`Error::Argument`] if the two tensors differ in shape, [`Error::TimestepOutOfRange`] if the timestep is off the
+    /// training grid.
     pub fn of_prediction(
         schedule: &NoiseSchedule,
         prediction: Prediction,
@@ -131,11 +131,11 @@ impl Estimate {
         self.timestep
     }
 
-    /// With `x0` held inside the data's range and `epsilon` recomputed from it, as [`Prediction::thresholded`].
+    /// Thresholds `x0` to the data's range and recomputes `epsilon` from it, as [`Prediction::thresholded`].
     ///
     /// # Errors
     ///
-    /// As [`Thresholding::ensure`]; as [`prediction`](Self::prediction) for an estimate that was thresholded before.
+    /// As [`Thresholding::ensure`]; as [`prediction`](Self::prediction) for an estimate that is already thresholded.
     pub fn thresholded(self, thresholding: &Thresholding, x_t: &Tensor) -> Result<Self> {
         if *thresholding == Thresholding::None {
             return Ok(self);
@@ -144,8 +144,7 @@ impl Estimate {
         Ok(Self { epsilon: Epsilon::FromX0, ..held })
     }
 
-    /// With `x0` held inside the data's range and `epsilon` left as it is, as
-    /// [`Prediction::thresholded_keeping_epsilon`].
+    /// Thresholds `x0` to the data's range and keeps `epsilon`, as [`Prediction::thresholded_keeping_epsilon`].
     ///
     /// # Errors
     ///
@@ -164,7 +163,7 @@ impl Estimate {
         Ok(Self { thresholding: thresholding.clone(), ..raw })
     }
 
-    /// With a consistency boundary: `x0` becomes `c_out x0 + c_skip x_t`, and `epsilon` stays.
+    /// Applies a consistency boundary: `x0` becomes `c_out x0 + c_skip x_t`, and `epsilon` is kept.
     ///
     /// # Errors
     ///
@@ -174,11 +173,11 @@ impl Estimate {
         Ok(Self { boundary: Some(boundary.scalings(inner.timestep)), ..inner })
     }
 
-    /// With the same affine combination of rows applied to clean data and noise: guidance.
+    /// Applies the same affine combination of rows to clean data and noise, for guidance.
     ///
-    /// `combine` returns sums of rows of its argument with weights that add up to 1, and only of rows whose `x_t` is
-    /// the same. Both parts are affine in the network's output, so combining the output combines them; an estimate that
-    /// was thresholded is computed first.
+    /// `combine` returns sums of rows of its argument with weights that sum to 1, and only of rows with the same `x_t`.
+    /// Both parts are affine in the network's output, so combining the output combines them; a thresholded estimate is
+    /// computed first.
     ///
     /// # Errors
     ///
@@ -193,7 +192,7 @@ impl Estimate {
         Ok(Self { given: combine(&inner.given), epsilon, ..inner })
     }
 
-    /// The clean data alone, thresholded and with the boundary applied.
+    /// The clean data only, thresholded and with the boundary applied.
     ///
     /// # Errors
     ///
@@ -208,12 +207,12 @@ impl Estimate {
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`: `[batch, ..]`, the state that the estimate was made from
+    /// - `x_t`: `[batch, ..]`, the state of the estimate
     /// - returns: two tensors of that shape, `Float` or `Double`
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if `x_t` and the estimate differ in shape; as [`Thresholding::apply`].
+    /// [`Error::Argument`] if `x_t` and the estimate differ in shape; as [`Thresholding::apply`].
     pub fn prediction(&self, x_t: &Tensor) -> Result<Prediction> {
         self.ensure("Estimate::prediction", x_t)?;
         let x_t = at_least_float(x_t);
@@ -241,7 +240,7 @@ impl Estimate {
         }
     }
 
-    /// The same estimate, known in full.
+    /// The same estimate, with both tensors computed.
     fn computed(self, x_t: &Tensor) -> Result<Self> {
         let Prediction { x0, epsilon } = self.prediction(x_t)?;
         let Self { timestep, scale, .. } = self;
@@ -252,7 +251,7 @@ impl Estimate {
         Ok(ensure_same_shape(op, ("x_t", x_t), ("the estimate", &self.given))?)
     }
 
-    /// The bounds, where one interval goes for every value.
+    /// The bounds, if one interval applies to every value.
     fn clamp(&self) -> Option<(f64, f64)> {
         match self.thresholding {
             Thresholding::Clamp(DataRange {
@@ -286,7 +285,7 @@ impl Estimate {
         terms.rest.extend(noise.as_ref().map(|noise| (step.noise, noise)));
         match self.clamp() {
             _ if self.thresholding == Thresholding::None => {
-                // Nothing comes between output and state.
+                // The step is a direct sum of output and state.
                 let Terms { x_t, x0, given, rest } = terms;
                 let (x_t, given) = (x_t + x0 * self.x0.x_t, given + x0 * self.x0.given);
                 x.sum(x_t, (given, &self.given), &rest)?;
@@ -331,11 +330,11 @@ fn cast(tensor: &Tensor, kind: Kind) -> Tensor {
     if tensor.kind() == kind { tensor.shallow_clone() } else { tensor.to_kind(kind) }
 }
 
-/// The state of a batch on its way through one step, in place where it can be.
+/// The state of a batch during one step, updated in place if possible.
 struct State(Tensor);
 
 impl State {
-    /// In `Float` at least, or in the kind of the output.
+    /// In `Float` or wider, or in the kind of the output.
     fn new(x_t: Tensor, given: &Tensor) -> Self {
         Self(match given.kind() {
             Kind::Double if x_t.kind() != Kind::Double => x_t.to_kind(Kind::Double),
@@ -346,21 +345,21 @@ impl State {
         })
     }
 
-    /// Whether the memory may be written to: nobody else sees it, and no gradient is recorded through it.
+    /// Whether the memory may be overwritten: it is not shared, and no gradient is recorded through it.
     fn is_own(&self, others: &[&Tensor]) -> bool {
         let records = self.0.requires_grad() || others.iter().any(|other| other.requires_grad());
         let holds = others.iter().all(|other| other.kind() == self.0.kind());
         !records && holds && is_sole_owner(&self.0)
     }
 
-    /// Adds up `x_t` times itself and other tensors by their weights.
+    /// Computes the weighted sum of `x_t` and other tensors.
     fn sum(&mut self, x_t: f64, given: (f64, &Tensor), rest: &[(f64, &Tensor)]) -> Result<()> {
         let all = std::iter::once(&given).chain(rest);
         let terms: Vec<(f64, &Tensor)> =
             all.copied().filter(|(weight, _)| *weight != 0.0).collect();
         let mut terms = terms.as_slice();
         if x_t == 0.0 {
-            // Not multiplied by 0, which would keep what is not finite.
+            // Not multiplied by 0, which would keep NaN and infinite values.
             self.0 = match terms {
                 [] => self.0.zeros_like(),
                 [(a, x)] => *x * *a,

@@ -4,10 +4,11 @@ use crate::coefficients::StepCoefficients;
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::sampler::Sampler;
 
-/// Jumps to clean data and adds fresh noise for the next timestep.
+/// Predicts clean data and adds fresh noise for the next timestep.
 ///
-/// The last step, to timestep -1, returns the clean data as they are, whatever the schedule's final `alpha_cumprod`.
-/// Algorithm 3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378); also the stochastic sampler of DMD2.
+/// The last step, to timestep -1, returns the clean data unchanged, independent of the schedule's final
+/// `alpha_cumprod`. Algorithm 3 of [Luo et al. 2023](https://arxiv.org/abs/2310.04378); also the stochastic sampler of
+/// DMD2.
 #[derive(Clone, Debug)]
 pub struct Lcm {
     schedule: NoiseSchedule,
@@ -34,7 +35,7 @@ impl Sampler for Lcm {
         &self.schedule
     }
 
-    /// Clean data, whatever the schedule's final `alpha_cumprod`.
+    /// Clean data, independent of the schedule's final `alpha_cumprod`.
     fn end(&self) -> Scale {
         Scale::CLEAN
     }

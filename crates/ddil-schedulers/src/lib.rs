@@ -1,22 +1,22 @@
 //! Noise schedules, timestep grids and few-step samplers for diffusion models.
 //!
-//! This crate is the *step*: it adds and removes noise and never calls a network. For DDIM in a program of your own,
-//! nothing else of the workspace is needed.
+//! This crate computes *steps*: it adds and removes noise and never calls a network. To use DDIM in your own program,
+//! you need no other crate of the workspace.
 //!
 //! | part | types |
 //! |---|---|
-//! | how much noise each timestep holds | [`NoiseSchedule`], from a [`NoiseScheduleConfig`]: VP, flow matching, EDM |
-//! | which timesteps a run visits | [`Timesteps`] |
-//! | what a network's output means | [`PredictionType`], which turns it into an [`Estimate`] or a [`Prediction`] |
-//! | what is done with clean data beyond their range | [`Thresholding`] |
+//! | noise level of each timestep | [`NoiseSchedule`], from a [`NoiseScheduleConfig`]: VP, flow matching, EDM |
+//! | timesteps of a run | [`Timesteps`] |
+//! | output type of a network | [`PredictionType`], which converts it to an [`Estimate`] or a [`Prediction`] |
+//! | clean data beyond the data's range | [`Thresholding`] |
 //! | a step | [`Sampler`]: [`Ddim`], [`Lcm`], or your own; [`SamplerConfig`] builds one from settings |
 //! | diffusers' `scheduler_config.json` | [`SchedulerConfig`] |
 //!
-//! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so nothing past [`PredictionType`] depends on the family or
-//! on what the network was trained to output. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
+//! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so only [`PredictionType`] depends on the family and on the
+//! output of the network. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
 //!
-//! Names follow diffusers, and numbers are checked against it. Two of its rules are faults that this crate does not
-//! have: a fixed stride that leaves its own grid, and a noise estimate kept beside a clipped `x0`.
+//! Names follow diffusers, and numbers are checked against it. Two rules of diffusers are faults that this crate
+//! avoids: a fixed stride that leaves the grid, and a noise estimate that is not recomputed for a clipped `x0`.
 //! [`Compatibility::Diffusers`] reproduces both.
 //!
 //! # Example
@@ -44,7 +44,7 @@
 //! # }
 //! ```
 //!
-//! A batch whose samples are at different timesteps is stepped by [`Sampler::step`].
+//! For a batch with different timesteps, use [`Sampler::step`].
 
 #![forbid(unsafe_code)]
 
@@ -79,5 +79,5 @@ pub use sampler_config::SamplerConfig;
 pub use thresholding::{Bound, DataRange, Thresholding};
 pub use timesteps::{PreviousTimestep, TimestepSpacing, Timesteps};
 
-/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+/// The version of tch whose tensors are part of this crate's API: an upgrade of tch is a breaking release.
 pub use tch;

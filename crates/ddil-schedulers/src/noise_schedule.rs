@@ -1,4 +1,4 @@
-//! How much signal and how much noise a sample holds at each timestep.
+//! Noise schedules: the amounts of signal and noise at each timestep.
 
 use std::sync::{Arc, Mutex};
 
@@ -23,13 +23,13 @@ pub enum BetaSchedule {
     SquaredcosCapV2,
 }
 
-/// What `alpha_cumprod` is at the clean end, timestep -1.
+/// The value of `alpha_cumprod` at the clean end, timestep -1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinalAlphaCumprod {
     /// 1: the last step ends on clean data (`set_alpha_to_one` in published configs).
     One,
-    /// That of timestep 0, as Stable Diffusion's published config has it.
+    /// That of timestep 0, as in Stable Diffusion's published config.
     First,
 }
 
@@ -45,13 +45,13 @@ pub struct VpConfig {
     pub beta_start: f64,
     /// The last beta; default 0.012.
     pub beta_end: f64,
-    /// Betas given one by one, which then take the place of the three settings above; default none.
+    /// An explicit list of betas instead of the three settings above; default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trained_betas: Option<Vec<f64>>,
-    /// Whether the last timestep is rescaled to hold no signal at all; default false.
-    /// Algorithm 1 of [Lin et al. 2023](https://arxiv.org/abs/2305.08891).
+    /// Whether the last timestep is rescaled to contain no signal; default false. Algorithm 1 of [Lin et al.
+    /// 2023](https://arxiv.org/abs/2305.08891).
     pub rescale_betas_zero_snr: bool,
-    /// What `alpha_cumprod` is at the clean end; default one.
+    /// The value of `alpha_cumprod` at the clean end; default one.
     pub final_alpha_cumprod: FinalAlphaCumprod,
 }
 
@@ -73,7 +73,7 @@ impl Default for VpConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FlowConfig {
-    /// Number of timesteps; timestep `t` stands for `u = (t + 1) / num_train_timesteps`. Default 1000.
+    /// Number of timesteps; timestep `t` is `u = (t + 1) / num_train_timesteps`. Default 1000.
     pub num_train_timesteps: u32,
     /// Resolution shift `s`: `u` becomes `s u / (1 + (s - 1) u)`; 1, the default, is none.
     pub shift: f64,
@@ -97,7 +97,7 @@ pub struct EdmConfig {
     pub sigma_min: f64,
     /// Sigma of the last timestep; default 80.
     pub sigma_max: f64,
-    /// How much denser the grid is at low noise; default 7.
+    /// Exponent of the grid; larger values are denser at low noise. Default 7.
     pub rho: f64,
 }
 
@@ -126,11 +126,11 @@ impl Default for NoiseScheduleConfig {
 }
 
 impl NoiseScheduleConfig {
-    /// Checks the settings and builds the schedule: one that exists is a valid one.
+    /// Checks the settings and builds the schedule.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] that names the first setting that cannot be and what it may be.
+    /// [`Error::Invalid`] with the name of the first invalid setting and its allowed values.
     pub fn build(&self) -> Result<NoiseSchedule> {
         match self {
             Self::Vp(config) => config.build(),
@@ -261,7 +261,7 @@ impl EdmConfig {
     }
 }
 
-/// `alpha` and `sigma` of one timestep, as host numbers.
+/// `alpha` and `sigma` of one timestep, as `f64`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scale {
     /// Factor of the clean data.
@@ -290,7 +290,7 @@ impl Scale {
     }
 }
 
-/// `alpha` and `sigma` of a batch, shaped to be multiplied with it.
+/// `alpha` and `sigma` of a batch, shaped to broadcast against it.
 #[derive(Debug)]
 pub struct Scales {
     /// Factor of the clean data, `[batch, 1, ..]`.
@@ -301,8 +301,8 @@ pub struct Scales {
 
 /// The table of `alpha` and `sigma` over the training timesteps, and of the clean end, timestep -1.
 ///
-/// Computed in `f64` once; a copy is a reference to the same table. Every family (variance preserving, flow
-/// matching, EDM) is the same two columns, so nothing downstream asks which one it is.
+/// Computed once in `f64`; a clone shares the table. All families (variance preserving, flow matching, EDM) have the
+/// same two columns, so downstream code does not depend on the family.
 #[derive(Clone, Debug)]
 pub struct NoiseSchedule {
     inner: Arc<Inner>,
@@ -311,9 +311,9 @@ pub struct NoiseSchedule {
 #[derive(Debug)]
 struct Inner {
     config: NoiseScheduleConfig,
-    /// The clean end, then one entry a timestep: -1 has an entry of its own, and nothing beyond the grid has one.
+    /// The clean end, then one entry per timestep; there are no entries beyond the grid.
     scales: Vec<Scale>,
-    /// `[num_train_timesteps + 1, 2]` in `Double`, one a device that was asked for.
+    /// `[num_train_timesteps + 1, 2]` in `Double`, one per used device.
     tables: Mutex<Vec<(Device, Tensor)>>,
 }
 
@@ -322,7 +322,7 @@ impl NoiseSchedule {
         Self { inner: Arc::new(Inner { config, scales, tables: Mutex::default() }) }
     }
 
-    /// The settings that this schedule was built from.
+    /// The settings of this schedule.
     pub fn config(&self) -> &NoiseScheduleConfig {
         &self.inner.config
     }
@@ -360,7 +360,7 @@ impl NoiseSchedule {
         }
     }
 
-    /// `alpha_cumprod`, the share of signal power left: `alpha²`.
+    /// `alpha_cumprod`, the remaining fraction of signal power: `alpha²`.
     ///
     /// # Errors
     ///
@@ -380,9 +380,8 @@ impl NoiseSchedule {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) or
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `timesteps` is not one `Int64` a sample;
-    /// [`Error::Torch`] if one is off the grid (found by libtorch's own index check; on a GPU at the next
-    /// synchronisation).
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `timesteps` is not one `Int64` per sample;
+    /// [`Error::Torch`] if one is off the grid (found by libtorch's index check; on a GPU at the next synchronisation).
     pub fn scales_at(&self, timesteps: &Tensor, like: &Tensor) -> Result<Scales> {
         const OP: &str = "NoiseSchedule::scales_at";
         ensure_timesteps(OP, "timesteps", timesteps, like)?;
@@ -396,7 +395,7 @@ impl NoiseSchedule {
         Ok(Scales { alpha: column(0), sigma: column(1) })
     }
 
-    /// Noises clean data: `alpha_t x0 + sigma_t noise`.
+    /// Adds noise to clean data: `alpha_t x0 + sigma_t noise`.
     ///
     /// # Shapes and units
     ///
@@ -414,10 +413,10 @@ impl NoiseSchedule {
         Ok(alpha * x0 + sigma * noise)
     }
 
-    /// What a network is told of the time, one `Float` a sample.
+    /// The time input of a network, one `Float` per sample.
     ///
-    /// The timestep itself for VP, `1000 sigma` for flow matching, `ln(sigma) / 4` for EDM: the conventions that
-    /// published networks of each family were trained with.
+    /// The timestep itself for VP, `1000 sigma` for flow matching, `ln(sigma) / 4` for EDM: the conventions of
+    /// published networks of each family.
     ///
     /// # Errors
     ///
@@ -438,7 +437,7 @@ impl NoiseSchedule {
     /// The whole table on `device`: rows are the clean end and the timesteps, columns `alpha` and `sigma`.
     fn table(&self, device: Device) -> Result<Tensor> {
         const OP: &str = "NoiseSchedule::table";
-        // A panic while the lock is held leaves at worst one table less.
+        // After a panic with the lock held, at worst one cached table is missing.
         let mut tables =
             self.inner.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some((_, table)) = tables.iter().find(|(on, _)| *on == device) {
@@ -472,8 +471,8 @@ fn squared_cosine_betas(n: usize) -> Vec<f64> {
 
 /// Shifts and scales the square roots so that the first stays and the last is zero.
 ///
-/// Stays in the domain of roots: going back to betas and multiplying again, as the reference does, divides by
-/// what is about to be zero.
+/// Works on the roots: converting to betas and multiplying again, as the reference does, divides by a number close to
+/// zero.
 fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
     let roots: Vec<f64> = alphas_cumprod.iter().map(|a| a.sqrt()).collect();
     let (first, last) = (roots[0], roots[roots.len() - 1]);
@@ -490,7 +489,7 @@ fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
     Ok(())
 }
 
-/// The most training timesteps that a schedule or a grid can have, a thousand times what published models have.
+/// The limit of training timesteps of a schedule or a grid: a thousand times that of published models.
 pub const MAX_TRAIN_TIMESTEPS: u32 = 1_000_000;
 
 fn ensure_num_train_timesteps(n: u32) -> Result<usize> {

@@ -1,4 +1,4 @@
-//! What a network's output says about the clean data and the noise.
+//! Prediction types: conversion of a network's output to clean data and noise.
 
 use ddil_libtorch::{affine, ensure_same_shape};
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::noise_schedule::{NoiseSchedule, NoiseScheduleConfig, Scale, Scales};
 use crate::thresholding::Thresholding;
 
-/// What a network was trained to output; spelt as in published scheduler configs.
+/// The quantity that a network was trained to predict; spelt as in published scheduler configs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PredictionType {
     /// The noise.
@@ -26,15 +26,15 @@ pub enum PredictionType {
     Flow,
 }
 
-/// The clean data and the noise that make up a noisy sample, `x_t = alpha x0 + sigma epsilon`.
+/// The predicted clean data and noise of a noisy sample, `x_t = alpha x0 + sigma epsilon`.
 ///
-/// The common tongue of samplers, rollouts and losses: nobody past [`PredictionType::convert`] asks what the
-/// network was trained to output.
+/// The common form for samplers, rollouts and losses: after [`PredictionType::convert`], nothing depends on the
+/// network's prediction type.
 #[derive(Debug)]
 pub struct Prediction {
     /// Clean data, data scale, `[batch, ..]`.
     pub x0: Tensor,
-    /// Noise, unit normal in the ideal, `[batch, ..]`.
+    /// Noise, ideally unit normal, `[batch, ..]`.
     pub epsilon: Tensor,
 }
 
@@ -43,7 +43,7 @@ impl Prediction {
     ///
     /// # Shapes and units
     ///
-    /// - `x0`, `x_t`: `[batch, ..]`; `timesteps`: `[batch]`, `Int64`, not -1, where there is no noise to tell
+    /// - `x0`, `x_t`: `[batch, ..]`; `timesteps`: `[batch]`, `Int64`, not -1, where there is no noise
     ///
     /// # Errors
     ///
@@ -61,10 +61,10 @@ impl Prediction {
         Ok(Self { x0, epsilon })
     }
 
-    /// Holds `x0` inside the data's range and recomputes `epsilon` from it.
+    /// Thresholds `x0` to the data's range and recomputes `epsilon` from it.
     ///
-    /// The pair then still makes up `x_t`, so that a step from it stays between the two. Keeping the raw noise
-    /// beside a clipped `x0`, as diffusers does by default, breaks that.
+    /// The pair then still satisfies `x_t = alpha x0 + sigma epsilon`, so that a step interpolates between the two.
+    /// Keeping the raw noise with a clipped `x0`, as diffusers does by default, breaks this.
     ///
     /// # Errors
     ///
@@ -82,9 +82,9 @@ impl Prediction {
         Self::from_x0(schedule, thresholding.apply(&self.x0)?, x_t, timesteps)
     }
 
-    /// Holds `x0` inside the data's range and leaves `epsilon` as it was: the pair no longer makes up `x_t`.
+    /// Thresholds `x0` to the data's range and keeps `epsilon`: the pair is no longer consistent with `x_t`.
     ///
-    /// Only to reproduce samples that diffusers draws with its default `use_clipped_model_output=False`; see
+    /// Only to reproduce samples of diffusers with its default `use_clipped_model_output=False`; see
     /// [`Compatibility::Diffusers`](crate::Compatibility::Diffusers).
     ///
     /// # Errors
@@ -94,7 +94,7 @@ impl Prediction {
         Ok(Self { x0: thresholding.apply(&self.x0)?, ..self })
     }
 
-    /// The same values without a graph behind them.
+    /// The same values, detached from the graph.
     #[must_use]
     pub fn detach(&self) -> Self {
         Self { x0: self.x0.detach(), epsilon: self.epsilon.detach() }
@@ -112,12 +112,12 @@ impl PredictionType {
         }
     }
 
-    /// Checks that this output has a meaning on `schedule`, once, before any step.
+    /// Checks that this output is defined on `schedule`. Call it once, before any step.
     ///
     /// # Errors
     ///
-    /// [`Error::PredictionType`] for `epsilon` where the last timestep holds no signal (`x0` cannot be told from
-    /// the noise there), and for `v_prediction` off a variance-preserving schedule.
+    /// [`Error::PredictionType`] for `epsilon` if the last timestep contains no signal (it does not determine `x0`),
+    /// and for `v_prediction` on a schedule that is not variance preserving.
     pub fn ensure_defined_on(self, schedule: &NoiseSchedule) -> Result<()> {
         self.ensure_defined_at(schedule, schedule.scale_at(schedule.last_timestep())?)
     }
@@ -139,10 +139,10 @@ impl PredictionType {
         }
     }
 
-    /// Reads a network's output at `x_t` as clean data and noise.
+    /// Converts a network's output at `x_t` to clean data and noise.
     ///
-    /// Computed in `Float` at least: at high noise an error in `epsilon` is multiplied by `sigma / alpha`, 14.6 at
-    /// the last timestep of Stable Diffusion's schedule, which half precision cannot carry.
+    /// Computed in `Float` or wider: at high noise an error in `epsilon` is multiplied by `sigma / alpha`, 14.6 at the
+    /// last timestep of Stable Diffusion's schedule, which is too much for half precision.
     ///
     /// # Shapes and units
     ///
@@ -169,7 +169,7 @@ impl PredictionType {
     }
 
     /// `x0` and `epsilon` in terms of `x_t` and the network's output: `x_t = alpha x0 + sigma epsilon`, solved together
-    /// with what the output is.
+    /// with the definition of the output.
     fn quotients(self) -> [Quotient; 2] {
         use Weight::{Alpha, MinusAlpha, MinusSigma, One, Sigma, Total, Zero};
         let quotient = |x_t, output, divisor| Quotient { x_t, output, divisor };
@@ -190,7 +190,7 @@ impl PredictionType {
         }))
     }
 
-    /// What the network should have said for this clean data and noise: the target of its training.
+    /// The training target of the network for this clean data and noise.
     ///
     /// # Shapes and units
     ///
@@ -228,7 +228,7 @@ pub(crate) fn at_least_float(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// A weight in the formulas of prediction types.
+/// A coefficient in the formulas of prediction types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Weight {
     Zero,
@@ -250,7 +250,7 @@ struct Quotient {
 }
 
 impl Weight {
-    /// The weight at one noise level.
+    /// The coefficient at one noise level.
     fn at(self, Scale { alpha, sigma }: Scale) -> f64 {
         match self {
             Self::Zero => 0.0,
@@ -263,7 +263,7 @@ impl Weight {
         }
     }
 
-    /// The weight of each sample; none for 0 and 1, which nothing is multiplied by.
+    /// The coefficient of each sample; `None` for 0 and 1, which need no multiplication.
     fn of_batch(self, Scales { alpha, sigma }: &Scales) -> Option<Tensor> {
         match self {
             Self::Zero | Self::One => None,
@@ -293,7 +293,7 @@ impl Quotient {
     }
 }
 
-/// `x_t · x_t + given · given`, of a state and one other tensor, in numbers.
+/// `x_t · x_t + given · given`, coefficients of a state and one other tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Linear {
     pub(crate) x_t: f64,
@@ -301,7 +301,7 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// The other tensor itself.
+    /// The other tensor.
     pub(crate) const GIVEN: Self = Self { x_t: 0.0, given: 1.0 };
 
     pub(crate) fn of(self, x_t: &Tensor, given: &Tensor) -> Result<Tensor> {

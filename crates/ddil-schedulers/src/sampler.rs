@@ -1,4 +1,4 @@
-//! Steps of a sampler: of a batch with mixed timesteps, and of a batch at one timestep.
+//! Steps of a sampler, for a batch with mixed timesteps and for a batch at one timestep.
 
 use ddil_libtorch::{ArgumentError, ensure_same_shape};
 use tch::Tensor;
@@ -11,15 +11,15 @@ use crate::prediction::Prediction;
 
 /// The arguments of [`Sampler::step`]: a batch whose samples may be at different timesteps.
 ///
-/// Timesteps are numbers of the host, so that a step on a GPU waits for nothing and a timestep off the grid is refused
-/// before anything is computed.
+/// Timesteps are host numbers, so that a step on a GPU does not synchronise and a timestep off the grid is rejected
+/// before any computation.
 #[derive(Clone, Copy, Debug)]
 pub struct SamplerStep<'a> {
     /// The prediction for the batch, `[batch, ..]`.
     pub prediction: &'a Prediction,
     /// The training timestep of each sample.
     pub timesteps: &'a [i64],
-    /// The timestep that each sample moves to; -1 is clean data.
+    /// The timestep to which each sample moves; -1 is clean data.
     pub prev_timesteps: &'a [i64],
     /// Fresh unit noise of the shape of `x0`, for samplers that need it.
     pub noise: Option<&'a Tensor>,
@@ -41,7 +41,7 @@ impl<'a> SamplerStep<'a> {
         Self { noise: Some(noise), ..self }
     }
 
-    /// Checks shapes and numbers of timesteps.
+    /// Checks shapes and the number of timesteps.
     fn ensure(&self, op: &'static str) -> Result<()> {
         let Prediction { x0, epsilon } = self.prediction;
         ensure_same_shape(op, ("x0", x0), ("epsilon", epsilon))?;
@@ -59,15 +59,15 @@ impl<'a> SamplerStep<'a> {
     }
 }
 
-/// Moves a batch to less noisy timesteps. Draws no noise and calls no network.
+/// Moves a batch to less noisy timesteps. It does not draw noise or call a network.
 ///
 /// A sampler is three numbers per step, its [`coefficients`](Self::coefficients); both kinds of step follow from them.
-/// [`step_at`](Self::step_at) is for a batch at one timestep and makes one pass over memory where it can;
+/// [`step_at`](Self::step_at) is for a batch at one timestep and makes one pass over memory if possible;
 /// [`step`](Self::step) is for a batch with mixed timesteps.
 ///
 /// # Example
 ///
-/// A sampler of one's own, which keeps half of the predicted noise and renews the rest:
+/// A custom sampler that keeps half of the predicted noise power and replaces the rest by fresh noise:
 ///
 /// ```
 /// use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Sampler, Scale, StepCoefficients};
@@ -102,10 +102,10 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     /// Whether any step needs fresh noise.
     fn needs_noise(&self) -> bool;
 
-    /// The schedule that the steps follow.
+    /// The schedule of the steps.
     fn schedule(&self) -> &NoiseSchedule;
 
-    /// The noise level that a step to timestep -1 ends at; by default that of the schedule.
+    /// The noise level at the end of a step to timestep -1; by default that of the schedule.
     fn end(&self) -> Scale {
         self.schedule().end()
     }
@@ -129,9 +129,8 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the tensors of the step differ in shape, [`Error::Shape`] unless there is one
-    /// timestep per sample, [`Error::NoiseMissing`] if the step needs noise and has none,
-    /// [`Error::TimestepOutOfRange`].
+    /// [`Error::Argument`] if the tensors of the step differ in shape or there is not one timestep per sample,
+    /// [`Error::NoiseMissing`] if the step needs noise and has none, [`Error::TimestepOutOfRange`].
     fn step(&self, step: &SamplerStep<'_>) -> Result<Tensor> {
         const OP: &str = "Sampler::step";
         step.ensure(OP)?;
@@ -161,20 +160,20 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
 
     /// The state of a batch at one timestep after a step to `prev_timestep`.
     ///
-    /// One pass over memory, with weights that were computed in `f64`, unless the estimate is thresholded by channel,
-    /// by quantile or by reflection: then `x0` is computed apart. The memory of `x_t` is used again where nobody else
-    /// holds it and nothing records gradients; pass `x_t.shallow_clone()` to keep the state.
+    /// One pass over memory, with weights computed in `f64`. If the estimate is thresholded by channel, by quantile or
+    /// by reflection, `x0` is computed separately. The memory of `x_t` is reused if it is not shared and no gradients
+    /// are recorded; pass `x_t.shallow_clone()` to keep the state.
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`: `[batch, ..]`, the state that the estimate was made from
+    /// - `x_t`: `[batch, ..]`, the state of the estimate
     /// - `noise`: the same shape, unit normal; read only if the step's [`coefficients`](Self::coefficients_at) need it
     /// - returns: the same shape, `Float` or `Double`
     ///
     /// # Errors
     ///
-    /// [`Error::ShapeMismatch`] if the tensors differ in shape, [`Error::NoiseMissing`], [`Error::TimestepOutOfRange`];
-    /// as [`Thresholding::apply`](crate::Thresholding::apply).
+    /// [`Error::Argument`] if the tensors differ in shape, [`Error::NoiseMissing`], [`Error::TimestepOutOfRange`]; as
+    /// [`Thresholding::apply`](crate::Thresholding::apply).
     fn step_at(
         &self,
         x_t: Tensor,
@@ -189,11 +188,11 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
 /// Selects one of the coefficients.
 type Weight = fn(&StepCoefficients) -> f64;
 
-/// One number per sample, shaped and cast to be multiplied with `like`.
+/// One number per sample, reshaped and cast to broadcast against `like`.
 fn per_sample(values: &[f64], like: &Tensor) -> Tensor {
     let mut shape = vec![1; like.dim()];
     shape[0] = -1;
-    // Cast on the host; the copy does not wait for what the device was asked before.
+    // Cast on the host; the copy is asynchronous.
     let values = Tensor::from_slice(values).to_kind(like.kind());
     values.to_device_(like.device(), like.kind(), true, false).view(shape.as_slice())
 }

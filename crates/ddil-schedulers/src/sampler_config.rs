@@ -1,4 +1,4 @@
-//! How a model is sampled: sampler, consistency boundary and timesteps.
+//! Sampling settings: sampler, consistency boundary and timesteps.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,10 +11,10 @@ use crate::noise_schedule::NoiseSchedule;
 use crate::sampler::Sampler;
 use crate::timesteps::{TimestepSpacing, Timesteps};
 
-/// How a model is sampled: which sampler steps, which boundary stands around the network, which timesteps are visited.
+/// The sampling settings of a model: its sampler, the consistency boundary of the network, and the timesteps.
 ///
-/// The one place where this is decided. A distillation method returns it for its students; rollouts, samples and the
-/// exported `scheduler_config.json` are made from it.
+/// A distillation method returns it for its students; rollouts, samples and the exported `scheduler_config.json` all
+/// use it.
 ///
 /// # Example
 ///
@@ -33,14 +33,14 @@ use crate::timesteps::{TimestepSpacing, Timesteps};
 pub enum SamplerConfig {
     /// [`Ddim`] on trailing timesteps.
     Ddim {
-        /// Share of the noise that a step renews.
+        /// Fraction of the noise that a step replaces.
         eta: f64,
     },
-    /// [`Lcm`], as latent consistency models and students of DMD2 are sampled.
+    /// [`Lcm`], for latent consistency models and students of DMD2.
     Lcm {
-        /// The number of evenly spaced timesteps that those of a few steps are chosen from.
+        /// The number of evenly spaced timesteps from which those of a run are chosen.
         original_steps: u32,
-        /// The boundary condition around the network.
+        /// The boundary condition of the network.
         boundary: ConsistencyBoundary,
     },
 }
@@ -58,7 +58,7 @@ impl SamplerConfig {
         })
     }
 
-    /// The boundary condition around the network, if the sampler has one.
+    /// The boundary condition of the network, if the sampler has one.
     pub fn boundary(&self) -> Option<ConsistencyBoundary> {
         match self {
             Self::Ddim { .. } => None,
@@ -82,9 +82,9 @@ impl SamplerConfig {
         }
     }
 
-    /// The `scheduler_config.json` of diffusers' class for this sampler, with these keys in common.
+    /// The `scheduler_config.json` of diffusers' class for this sampler, with these common keys.
     ///
-    /// The file does not hold `eta`, which is an argument of diffusers' pipelines, nor `sigma_data`, which is always
+    /// The file does not contain `eta`, which is an argument of diffusers' pipelines, nor `sigma_data`, which is always
     /// 0.5 there.
     pub fn scheduler_config(&self, common: CommonConfig) -> SchedulerConfig {
         match *self {
@@ -99,7 +99,7 @@ impl SamplerConfig {
 }
 
 impl SchedulerConfig {
-    /// How the model of this file is sampled; DDIM is deterministic.
+    /// The sampling settings of this file; DDIM is deterministic.
     pub fn sampler_config(&self) -> SamplerConfig {
         match self {
             Self::Ddim(_) => SamplerConfig::Ddim { eta: 0.0 },

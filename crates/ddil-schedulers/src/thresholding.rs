@@ -7,13 +7,13 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// The box that clean data live in: one interval, or one a channel.
+/// The range of clean data: one interval, or one per channel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataRange {
-    /// The lowest value; one, or one a channel.
+    /// The lowest value; one, or one per channel.
     pub low: Bound,
-    /// The highest value; one, or one a channel.
+    /// The highest value; one, or one per channel.
     pub high: Bound,
 }
 
@@ -23,7 +23,7 @@ pub struct DataRange {
 pub enum Bound {
     /// The same for every value.
     Scalar(f64),
-    /// One a channel, dimension 1 of the data.
+    /// One per channel, dimension 1 of the data.
     PerChannel(Vec<f64>),
 }
 
@@ -34,31 +34,31 @@ impl Default for DataRange {
     }
 }
 
-/// What to do with predicted clean data that lie beyond the data's range.
+/// How to treat predicted clean data beyond the data's range.
 ///
-/// Used the same way everywhere: in samplers, rollouts, teachers and targets. DDIL's "reflected diffusion" is
-/// [`Clamp`](Self::Clamp) on `x0`; [`Reflect`](Self::Reflect) folds instead and is there for comparison.
+/// The same in samplers, rollouts, teachers and targets. DDIL's "reflected diffusion" is [`Clamp`](Self::Clamp) on
+/// `x0`; [`Reflect`](Self::Reflect) folds instead, for comparison.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Thresholding {
-    /// Keep them.
+    /// Keep the values.
     #[default]
     None,
-    /// Project them onto the range.
+    /// Clip the values to the range.
     Clamp(DataRange),
-    /// Clip each sample at a quantile of its own absolute values and divide by it.
+    /// Clip each sample at a quantile of its absolute values and divide by it.
     ///
     /// Section 2.3 of [Saharia et al. 2022](https://arxiv.org/abs/2205.11487). For pixels; a latent would be
     /// rescaled.
     Dynamic {
-        /// Which quantile of `|x0|`, in (0, 1]; published default 0.995.
+        /// The quantile of `|x0|`, in (0, 1]; published default 0.995.
         ratio: f64,
         /// The largest divisor; published default 1, which makes this a plain clip at 1.
         max_value: f64,
     },
-    /// Fold them back at the walls, as often as it takes.
+    /// Reflect the values at the bounds, repeatedly if needed.
     ///
-    /// The operator of [Lou and Ermon 2023](https://arxiv.org/abs/2304.04740), there applied to the state.
+    /// The operator of [Lou and Ermon 2023](https://arxiv.org/abs/2304.04740), which applies it to the state.
     Reflect(DataRange),
 }
 
@@ -68,16 +68,16 @@ impl DataRange {
         Self { low: Bound::Scalar(low), high: Bound::Scalar(high) }
     }
 
-    /// One interval a channel.
+    /// One interval per channel.
     pub fn per_channel(low: Vec<f64>, high: Vec<f64>) -> Self {
         Self { low: Bound::PerChannel(low), high: Bound::PerChannel(high) }
     }
 
-    /// The box that samples fill, channel by channel: from their `quantile` to their `1 - quantile`, widened at both
-    /// ends by `margin` times its width.
+    /// The range of samples per channel: from their `quantile` to their `1 - quantile`, widened at both ends by
+    /// `margin` times its width.
     ///
-    /// For latents, which have no walls of their own. Too tight a box costs contrast; one that contains the data
-    /// changes no prediction that is a mean of data, only what guidance pushes out.
+    /// For latents, which have no natural bounds. Too narrow a range reduces contrast. A range that contains the data
+    /// does not change predictions that are means of data, only values that guidance moves out of the range.
     ///
     /// # Shapes and units
     ///
@@ -86,8 +86,8 @@ impl DataRange {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for fewer than two dimensions or no samples;
-    /// [`Error::Invalid`] unless `quantile` is in [0, 0.5) and `margin` is not negative, and for a channel that has one
-    /// value only or one that is not finite.
+    /// [`Error::Invalid`] unless `quantile` is in [0, 0.5) and `margin` is not negative, and for a channel with a
+    /// single distinct value or a value that is NaN or infinite.
     ///
     /// # Example
     ///
@@ -142,7 +142,7 @@ impl DataRange {
         let n = low.len().max(high.len());
         let ordered = |i: usize| {
             let (low, high) = (low[i.min(low.len() - 1)], high[i.min(high.len() - 1)]);
-            // Also in single precision, in which most data are.
+            // Also in single precision, the kind of most data.
             (low as f32).is_finite() && (high as f32).is_finite() && low < high
         };
         if comparable && !low.is_empty() && !high.is_empty() && (0..n).all(ordered) {
@@ -164,7 +164,7 @@ impl Bound {
         }
     }
 
-    /// `[1, channels, 1, ..]` to be broadcast over `x0`, or a scalar.
+    /// `[1, channels, 1, ..]` to broadcast over `x0`, or a scalar.
     fn tensor(&self, x0: &Tensor) -> Result<Tensor> {
         let values = self.values();
         if values.len() > 1 && x0.size().get(1) != Some(&(values.len() as i64)) {
@@ -179,8 +179,8 @@ impl Bound {
         if values.len() > 1 {
             shape[1] = values.len() as i64;
         }
-        // Filled on the device: a copy from the host would wait for it. In `Double`, as the half kinds cannot hold all
-        // bounds.
+        // Filled on the device: a copy from the host would synchronise. In `Double`, because the half kinds cannot
+        // represent all bounds.
         let bounds: Vec<Tensor> =
             values.iter().map(|v| Tensor::full([1], *v, (Kind::Double, x0.device()))).collect();
         Ok(Tensor::cat(&bounds, 0).to_kind(x0.kind()).view(shape.as_slice()))
@@ -193,12 +193,12 @@ impl Thresholding {
         Self::Clamp(DataRange::default())
     }
 
-    /// Checks the settings, once, before any step.
+    /// Checks the settings. Call it once, before any step.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if bounds are not in order and finite in single precision, `ratio` is not in (0, 1], or
-    /// `max_value` is below 1 or not finite.
+    /// [`Error::Invalid`] unless bounds are in order and finite in single precision, and if `ratio` is not in (0, 1],
+    /// or `max_value` is below 1 or not finite.
     pub fn ensure(&self) -> Result<()> {
         match self {
             Self::None => Ok(()),
@@ -217,7 +217,7 @@ impl Thresholding {
         }
     }
 
-    /// The data with what lies beyond the range treated.
+    /// Applies the thresholding to `x0`.
     ///
     /// # Shapes and units
     ///
@@ -225,10 +225,10 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if a range per channel does not fit the channels
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if a range per channel does not match the channels
     /// of `x0`, [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) or
-    /// [`ArgumentError::NotDense`](ddil_libtorch::ArgumentError::NotDense) if it holds no real numbers; as
-    /// [`ensure`](Self::ensure) for the settings.
+    /// [`ArgumentError::NotDense`](ddil_libtorch::ArgumentError::NotDense) if it is not a dense tensor of real numbers;
+    /// as [`ensure`](Self::ensure) for the settings.
     pub fn apply(&self, x0: &Tensor) -> Result<Tensor> {
         let op = "Thresholding::apply";
         self.ensure()?;
@@ -259,7 +259,7 @@ impl Thresholding {
         }
     }
 
-    /// The share of values that [`apply`](Self::apply) changes, one a sample, `[batch]`, `Float`, on the device.
+    /// The fraction of values that [`apply`](Self::apply) changes, per sample, `[batch]`, `Float`, on the device.
     ///
     /// # Errors
     ///
@@ -270,11 +270,11 @@ impl Thresholding {
     }
 }
 
-/// The largest number of a kind, which libtorch refuses to go beyond.
+/// The largest finite number of a kind; libtorch rejects larger bounds.
 fn largest_of(kind: Kind) -> f64 {
     match kind {
         Kind::Half => 65504.0,
-        // All but the last eight bits of a Float's.
+        // The bits of the largest Float without the last eight.
         Kind::BFloat16 => 3.389_531_389_251_535_5e38,
         Kind::Float => f32::MAX.into(),
         _ => f64::MAX,
@@ -286,7 +286,7 @@ fn dynamic(x0: &Tensor, ratio: f64, max_value: f64) -> Result<Tensor> {
     let kind = x0.kind();
     let batch = x0.size().first().copied().unwrap_or(1);
     let flat = x0.reshape([batch, -1]);
-    // quantile takes no half kinds; it is computed in Float for them.
+    // libtorch's quantile does not support the half kinds; it is computed in Float for them.
     let flat = if kind == Kind::Double { flat } else { flat.to_kind(Kind::Float) };
     let scale = per_sample_quantile(&flat.abs(), ratio)
         .map_err(Error::torch(OP))?
@@ -296,8 +296,7 @@ fn dynamic(x0: &Tensor, ratio: f64, max_value: f64) -> Result<Tensor> {
     Ok(limited.view(x0.size().as_slice()).to_kind(kind))
 }
 
-/// The quantile of each row, linearly interpolated; row by row where libtorch's own limit of 2^24 values would
-/// be passed.
+/// The quantile of each row, linearly interpolated; row by row if libtorch's limit of 2^24 values would be exceeded.
 fn per_sample_quantile(rows: &Tensor, ratio: f64) -> std::result::Result<Tensor, tch::TchError> {
     const LIMIT: usize = 1 << 24;
     if rows.numel() < LIMIT {
@@ -316,15 +315,15 @@ fn per_sample_quantile(rows: &Tensor, ratio: f64) -> std::result::Result<Tensor,
     Tensor::f_stack(&values, 0)
 }
 
-/// Folds at both walls: a triangle wave of period `2 (high - low)` that is the identity inside.
+/// Reflects at both bounds: a triangle wave of period `2 (high - low)` that is the identity inside the range.
 fn reflect(x0: &Tensor, low: &Tensor, high: &Tensor) -> Tensor {
     let width = high - low;
-    // `remainder` is floored, as the fold needs; `fmod` would mirror negative values the wrong way.
+    // `remainder` rounds toward minus infinity, as required here; `fmod` would reflect negative values incorrectly.
     let turns = ((x0 - low) / &width).remainder(2.0);
     let from_far_wall: Tensor = 1.0 - turns;
     let from_low: Tensor = width * (1.0 - from_far_wall.abs());
     let folded = (low + from_low).maximum(low).minimum(high);
-    // The fold's own rounding must not move points that need none, nor any past a wall.
+    // The rounding of the reflection must not change points inside the range, nor move any past a bound.
     let inside = x0.ge_tensor(low).logical_and(&x0.le_tensor(high));
     x0.where_self(&inside, &folded)
 }

@@ -1,4 +1,4 @@
-//! Which timesteps a run of `n` steps visits.
+//! The timesteps of a run of `n` steps.
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
@@ -16,11 +16,11 @@ pub enum TimestepSpacing {
     Leading,
     /// Evenly from the noisiest timestep to 0, both included.
     Linspace,
-    /// From the noisiest timestep down in even steps; the one for few steps.
+    /// From the noisiest timestep down in even steps; recommended for few steps.
     Trailing,
 }
 
-/// Which timestep a step goes to.
+/// The timestep at the end of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PreviousTimestep {
@@ -32,7 +32,7 @@ pub enum PreviousTimestep {
     Stride,
 }
 
-/// The timesteps of a run, noisiest first, strictly falling, and where each step goes.
+/// The timesteps of a run, strictly decreasing from the noisiest, and the end of each step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Timesteps {
     timesteps: Vec<i64>,
@@ -40,7 +40,7 @@ pub struct Timesteps {
 }
 
 impl Timesteps {
-    /// `n` timesteps spread over `num_train_timesteps`; `steps_offset` is for leading spacing only.
+    /// `n` timesteps spread over `num_train_timesteps`; `steps_offset` applies only to leading spacing.
     ///
     /// # Errors
     ///
@@ -66,13 +66,13 @@ impl Timesteps {
         Self::explicit(list, num_train_timesteps)
     }
 
-    /// What diffusers' `DDIMScheduler` visits: its list, and its rule for where each step goes
+    /// The timesteps of diffusers' `DDIMScheduler`: its list, and its rule for the end of each step
     /// ([`PreviousTimestep::Stride`]).
     ///
-    /// The lists differ from [`spaced`](Self::spaced) where diffusers spreads timesteps in floating point: entries that
-    /// should lie half-way are rounded to either side (linspace from `n` = 27, trailing from 48), and for some trailing
-    /// ones (61 is the first) there is one entry more, timestep -1, which is left out here. And a single linspace
-    /// timestep is 0 there, where next to nothing is left to remove.
+    /// The lists differ from [`spaced`](Self::spaced) where diffusers computes timesteps in floating point: entries at
+    /// one half are rounded to either side (linspace from `n` = 27, trailing from 48), and some trailing lists (61 is
+    /// the first) have one more entry, timestep -1, which is omitted here. A single linspace timestep is 0 in
+    /// diffusers, where there is almost no noise to remove.
     ///
     /// # Errors
     ///
@@ -103,7 +103,7 @@ impl Timesteps {
         Ok(grid.with_previous(PreviousTimestep::Stride, num_train_timesteps))
     }
 
-    /// The grid of latent consistency models: every so many of the teacher's `original_steps`.
+    /// The grid of latent consistency models: every n-th of the teacher's `original_steps`.
     ///
     /// # Errors
     ///
@@ -118,11 +118,11 @@ impl Timesteps {
         Self::explicit(list, num_train_timesteps)
     }
 
-    /// A list of one's own, noisiest first.
+    /// An explicit list, noisiest first.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless the list is not empty, strictly falls and stays on the grid.
+    /// [`Error::Invalid`] unless the list is not empty, strictly decreasing and on the grid.
     pub fn explicit(timesteps: Vec<i64>, num_train_timesteps: u32) -> Result<Self> {
         let falls = timesteps.windows(2).all(|pair| pair[0] > pair[1]);
         let num_train_timesteps = num_train_timesteps.min(MAX_TRAIN_TIMESTEPS);
@@ -138,7 +138,7 @@ impl Timesteps {
         Ok(Self { timesteps, prev })
     }
 
-    /// The same timesteps with another rule for where each step goes.
+    /// The same timesteps with another rule for the end of each step.
     #[must_use]
     pub fn with_previous(mut self, rule: PreviousTimestep, num_train_timesteps: u32) -> Self {
         let stride = i64::from(num_train_timesteps) / self.timesteps.len() as i64;
@@ -158,7 +158,7 @@ impl Timesteps {
         &self.timesteps
     }
 
-    /// Number of network calls a sample.
+    /// Number of network calls per sample.
     pub fn len(&self) -> usize {
         self.timesteps.len()
     }
@@ -168,16 +168,16 @@ impl Timesteps {
         self.timesteps.is_empty()
     }
 
-    /// Each timestep with where its step goes; -1 is clean data.
+    /// Each timestep with the timestep at the end of its step; -1 is clean data.
     pub fn pairs(&self) -> impl ExactSizeIterator<Item = (i64, i64)> + '_ {
         self.timesteps.iter().copied().zip(self.prev.iter().copied())
     }
 
-    /// Each interval of the grid cut into `substeps` even parts, for a teacher that takes finer steps; the
-    /// timesteps of this grid are kept.
+    /// Divides each interval of the grid into `substeps` even parts, for a teacher with finer steps; the timesteps of
+    /// this grid are kept.
     ///
-    /// A trailing grid of `n` timesteps becomes the trailing grid of `n substeps`; any other is cut between its
-    /// neighbours, halves rounded to even as there.
+    /// A trailing grid of `n` timesteps becomes the trailing grid of `n substeps`; any other is divided between
+    /// neighbours, with halves rounded to even.
     ///
     /// # Errors
     ///
@@ -194,7 +194,7 @@ impl Timesteps {
             ))
         };
         let trailing = |n| Self::spaced(TimestepSpacing::Trailing, num_train_timesteps, n, 0);
-        // More than there are cannot fall strictly, and would take memory to find out.
+        // More substeps than timesteps cannot be strictly decreasing; checked first to save memory.
         if self.timesteps.len() as u64 * u64::from(substeps) > num_train_timesteps.into() {
             return Err(too_many());
         }
@@ -207,7 +207,7 @@ impl Timesteps {
         }
         let parts = i64::from(substeps);
         let list = self.timesteps.iter().zip(self.timesteps.iter().skip(1).chain([&-1]));
-        // Counted from 1, as trailing grids are rounded.
+        // Counted from 1, as in the rounding of trailing grids.
         let cut = |(from, to): (&i64, &i64)| {
             let (from, to) = (from + 1, to + 1);
             (0..parts).map(move |k| divide_half_even(from * parts - (from - to) * k, parts) - 1)
@@ -216,7 +216,7 @@ impl Timesteps {
     }
 }
 
-/// A list, or the beginning of a long one.
+/// A list, or the start of a long one.
 fn shown(timesteps: &[i64]) -> String {
     const SHOWN: usize = 16;
     match timesteps.split_at_checked(SHOWN) {
@@ -235,13 +235,13 @@ fn ensure_num_inference_steps(n: u32, most: u32) -> Result<()> {
 
 fn linspace(total: i64, n: i64) -> Vec<i64> {
     if n == 1 {
-        // numpy's linspace of one value is its start; the noisiest timestep is the only one that makes sense.
+        // numpy's linspace of one value is its start; only the noisiest timestep is sensible.
         return vec![total - 1];
     }
     (0..n).rev().map(|i| divide_half_even((total - 1) * i, n - 1)).collect()
 }
 
-/// `round(numerator / denominator)` with halves to even, as numpy rounds, in integers: a float grid loses or gains
+/// `round(numerator / denominator)` in integers, with halves to even as in numpy: a floating-point grid loses or gains
 /// an entry for some `n`.
 fn divide_half_even(numerator: i64, denominator: i64) -> i64 {
     let (quotient, rest) = (numerator.div_euclid(denominator), numerator.rem_euclid(denominator));
