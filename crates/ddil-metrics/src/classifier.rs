@@ -1,4 +1,4 @@
-//! A small classifier of Fashion-MNIST whose inner features serve as a feature extractor.
+//! A small classifier of Fashion-MNIST, used as a feature extractor.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,10 +15,10 @@ use crate::{
     features::{in_batches, sha256},
 };
 
-/// Weights that `examples/train_classifier.rs` made.
+/// Weights trained by `examples/train_classifier.rs`.
 static PRETRAINED: &[u8] = include_bytes!("../assets/fashion_classifier.safetensors");
 
-/// Number of inner features.
+/// Number of features before the last layer.
 const DIM: i64 = 64;
 
 /// Height and width of the images: 28 padded to 32.
@@ -40,11 +40,12 @@ pub const FASHION_CLASSES: [&str; 10] = [
 
 /// A convolutional classifier of Fashion-MNIST images, padded to 32x32 and scaled to `[-1, 1]`.
 ///
-/// As a [`FeatureExtractor`] it gives its 64 features before the last layer, which separate the classes and move
-/// little when an image shifts by a pixel: what Inception's features are to photographs.
+/// As a [`FeatureExtractor`] it returns the 64 features before the last layer, which separate the classes and change
+/// little when an image shifts by a pixel, as Inception's features do for photographs.
 ///
-/// The weights that come along reach 91.96 % on the 10 000 test images. `cargo run --release -p ddil-examples --example
-/// train_classifier` made them from the 60 000 training images: ten epochs, five and a half minutes of one core.
+/// The included weights reach an accuracy of 91.96 % on the 10 000 test images.
+/// `cargo run --release -p ddil-examples --example train_classifier` trained them on the 60 000 training images: ten
+/// epochs, five and a half minutes on one core.
 ///
 /// # Example
 ///
@@ -64,7 +65,7 @@ pub struct FashionClassifier {
 }
 
 impl FashionClassifier {
-    /// The classifier with the weights that come with this crate.
+    /// The classifier with the weights included in this crate.
     ///
     /// # Errors
     ///
@@ -79,7 +80,7 @@ impl FashionClassifier {
     ///
     /// [`Error::Torch`] if the device cannot be used.
     pub fn untrained(device: Device) -> Result<Self> {
-        // What fills the variables has no way to refuse.
+        // The initialisation of variables cannot return an error.
         let there = Tensor::f_zeros([1], (Kind::Float, device));
         let _ = there.map_err(torch("FashionClassifier::untrained"))?;
         let variables = nn::VarStore::new(device);
@@ -87,12 +88,12 @@ impl FashionClassifier {
         Ok(Self { variables, layers, id: "fashion-classifier-untrained".to_owned() })
     }
 
-    /// A classifier with weights from the bytes of a safetensors file. Its id has their SHA-256.
+    /// A classifier with weights from the bytes of a safetensors file. Its id contains their SHA-256.
     ///
     /// # Errors
     ///
-    /// [`Error::ReadWeights`] if the bytes are no safetensors file, [`Error::WeightsMismatch`] if names, shapes or
-    /// element types are not this network's, [`Error::Torch`] if the device cannot be used.
+    /// [`Error::ReadWeights`] if the bytes are not a safetensors file, [`Error::WeightsMismatch`] if names, shapes or
+    /// element types differ from this network's, [`Error::Torch`] if the device cannot be used.
     pub fn from_bytes(bytes: &[u8], device: Device) -> Result<Self> {
         let weights =
             SafeTensors::deserialize(bytes).map_err(|source| Error::ReadWeights { source })?;
@@ -107,7 +108,7 @@ impl FashionClassifier {
     ///
     /// # Errors
     ///
-    /// [`Error::ReadWeights`] if they cannot be laid out, [`Error::Torch`] if they cannot be read from the device.
+    /// [`Error::ReadWeights`] if they cannot be serialised, [`Error::Torch`] if they cannot be read from the device.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         const OP: &str = "FashionClassifier::to_bytes";
         let mut named = BTreeMap::new();
@@ -134,12 +135,12 @@ impl FashionClassifier {
         &self.variables
     }
 
-    /// Scores of the ten classes, with gradients where the variables have them.
+    /// Logits of the ten classes, with gradients if the variables require them.
     ///
     /// # Shapes and units
     ///
     /// - `images`: `[n, 1, 32, 32]`, values in `[-1, 1]`
-    /// - returns: `[n, 10]`, logarithms of probabilities up to a constant a row
+    /// - returns: `[n, 10]`, logarithms of probabilities up to a constant per row
     ///
     /// # Errors
     ///
@@ -149,7 +150,7 @@ impl FashionClassifier {
         Ok(self.layers.head.forward(&self.layers.features(&self.adapt(images))))
     }
 
-    /// Share of images whose highest score is that of their label.
+    /// The accuracy: the fraction of images whose highest logit is that of their label.
     ///
     /// # Shapes and units
     ///
@@ -178,7 +179,7 @@ impl FashionClassifier {
         Ok(hits.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]))
     }
 
-    /// Images on the device and in the kind of the weights.
+    /// Moves images to the device and kind of the weights.
     fn adapt(&self, images: &Tensor) -> Tensor {
         images.to_device(self.variables.device()).to_kind(Kind::Float)
     }
@@ -223,7 +224,7 @@ fn ensure_fashion_images(op: &'static str, images: &Tensor) -> Result<()> {
     Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape, expected }))
 }
 
-/// Compares names, shapes and element types, and lists all that differ at once.
+/// Compares names, shapes and element types, and reports all differences at once.
 fn ensure_same_weights(
     variables: &std::collections::HashMap<String, Tensor>,
     weights: &SafeTensors<'_>,
@@ -247,7 +248,7 @@ fn ensure_same_weights(
     Err(Error::WeightsMismatch { missing, unexpected, misshapen })
 }
 
-/// The network: 32x32 to 16, 8 and 4 pixels a side, with a residual block at 8 and one at 4.
+/// The network: 32x32 to 16, 8 and 4 pixels per side, with a residual block at 8 and one at 4.
 #[derive(Debug)]
 struct Layers {
     stem: Block,
@@ -280,12 +281,13 @@ impl Layers {
         let x = self.mid_8.forward(&x) + x;
         let x = self.down_4.forward(&x);
         let x = self.mid_4.forward(&x) + x;
-        // Not pooled over places: where a sleeve or a heel is tells classes apart, and good samples from bad.
+        // Without spatial pooling: the position of a sleeve or a heel distinguishes classes, and good samples from bad
+        // ones.
         self.project.forward(&self.narrow_4.forward(&x).flatten(1, -1)).silu()
     }
 }
 
-/// Convolution, group normalization and `SiLU`: nothing depends on the other images of a batch.
+/// Convolution, group normalization and `SiLU`: the output does not depend on the other images of a batch.
 #[derive(Debug)]
 struct Block {
     conv: nn::Conv2D,

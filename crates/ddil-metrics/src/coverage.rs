@@ -1,4 +1,4 @@
-//! Precision and recall, density and coverage: how two sets of features lie among one another.
+//! Precision, recall, density and coverage of two sets of features.
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result, ensure_pair, torch},
 };
 
-/// How many neighbours set the radius of a sample's ball.
+/// The number of neighbours that define the radius of a sample's ball.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Neighbours {
@@ -28,23 +28,23 @@ impl Default for Neighbours {
 /// Precision and recall of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrecisionRecall {
-    /// Share of samples that lie in the ball of a real one.
+    /// Fraction of generated samples in the ball of a real one.
     pub precision: f64,
-    /// Share of real samples that lie in the ball of a generated one.
+    /// Fraction of real samples in the ball of a generated one.
     pub recall: f64,
 }
 
 /// Density and coverage of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DensityCoverage {
-    /// Mean number of real samples' balls that a sample lies in, over `k`; 1 in expectation for equal laws, and
-    /// above 1 for samples in the thick of the real ones.
+    /// Mean number of real samples' balls that contain a generated sample, divided by `k`; 1 in expectation for equal
+    /// distributions, and above 1 for samples in dense regions of the real ones.
     pub density: f64,
-    /// Share of real samples with a generated one in their ball.
+    /// Fraction of real samples with a generated one in their ball.
     pub coverage: f64,
 }
 
-/// All four.
+/// All four metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prdc {
     /// See [`PrecisionRecall::precision`].
@@ -96,7 +96,7 @@ pub fn precision_recall(real: &Tensor, fake: &Tensor, k: u32) -> Result<Precisio
 /// - `density = 1 / (k m) * sum_{i, j} 1[|real_i - fake_j| < R_k(real_i)]`
 /// - `coverage = mean_i 1[min_j |real_i - fake_j| < R_k(real_i)]`
 ///
-/// [Naeem et al. 2020](https://arxiv.org/abs/2002.09797). Equal laws give a density of 1 in expectation, and a
+/// [Naeem et al. 2020](https://arxiv.org/abs/2002.09797). Equal distributions have a density of 1 in expectation, and a
 /// coverage of `1 - prod_{l=1..k} (n - l) / (n + m - l)`: 0.969 for `k = 5` and `n = m` large.
 ///
 /// # Shapes and units
@@ -114,7 +114,7 @@ pub fn density_coverage(real: &Tensor, fake: &Tensor, k: u32) -> Result<DensityC
 
 /// Precision, recall, density and coverage of `fake` against `real` in one pass over the distances.
 ///
-/// Formulas at [`precision_recall`] and [`density_coverage`]. Time grows with `(n + m)^2 d`; memory does not.
+/// See [`precision_recall`] and [`density_coverage`] for the formulas. Time grows with `(n + m)^2 d`; memory does not.
 ///
 /// # Shapes and units
 ///
@@ -122,8 +122,8 @@ pub fn density_coverage(real: &Tensor, fake: &Tensor, k: u32) -> Result<DensityC
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] if a number of neighbours is 0, [`Error::TooFewSamples`] if a set has no more samples
-/// than neighbours are asked for, [`Error::FeatureMismatch`] if the columns differ, and the errors of bad features:
+/// [`Error::Invalid`] if a number of neighbours is 0, [`Error::TooFewSamples`] if a set does not have more samples than
+/// the number of neighbours, [`Error::FeatureMismatch`] if the columns differ, and the errors of bad features:
 /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
 ///
 /// # Example
@@ -175,7 +175,7 @@ fn radii(op: &'static str, features: &Tensor, ks: [i64; 2]) -> Result<[Tensor; 2
     let mut found = [const { Vec::new() }; 2];
     for block in pairs.blocks() {
         let squares = pairs.squares(block)?;
-        // A row's own column is left out by its index: by value a copy of the row would go with it.
+        // A row's own column is excluded by its index: excluding it by value would also exclude copies of the row.
         let _ = squares.diagonal(block.0, 0, 1).fill_(f64::INFINITY);
         let (_, nearest) = squares.f_topk(most, 1, false, false).map_err(torch(op))?;
         let rows =
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn radii_leave_a_row_out_by_its_index() -> Result<()> {
-        // The first two rows are copies: each has the other at distance 0.
+        // The first two rows are copies: their distance is 0.
         let features = Tensor::from_slice(&[1.0, 1.0, 3.0, 7.0]).view([4, 1]);
         let [first, second] = radii("test", &features, [1, 2])?;
         assert_eq!(Vec::<f64>::try_from(&first).expect("a vector"), [0.0, 0.0, 2.0, 4.0]);

@@ -1,19 +1,20 @@
 //! Distances of every row of one set to every row of another, in blocks of bounded size.
 //!
-//! A matrix product gives squared distances many times faster than differences do, but rounds: a sample gets a small
-//! distance from itself, and samples equally far away come in a random order. So products decide where they are sure,
-//! and differences where rounding could change the answer: where two distances tie, and where samples coincide.
+//! A matrix product computes squared distances many times faster than differences, but with rounding errors: the
+//! distance of a sample to itself is not exactly 0, and equal distances compare in arbitrary order. Products are
+//! therefore used where their error cannot change the result, and differences elsewhere: for ties and for coinciding
+//! samples.
 
 use tch::{Kind, Tensor};
 
 use crate::error::{Result, torch};
 
-/// Most elements of a block: 8 MiB of `f64`, which the allocator hands out again where it would fetch a larger piece
-/// from the system, page by page, every time.
+/// Maximum number of elements of a block: 8 MiB of `f64`. The allocator reuses blocks of this size; larger ones are
+/// requested from the system, page by page, every time.
 const BLOCK_ELEMENTS: i64 = 1 << 20;
 
-/// Squared distances up to this many times the rounding error of a product are taken again by differences when their
-/// values are summed, which leaves the others at least ten correct digits.
+/// For sums, squared distances up to this multiple of a product's rounding error are recomputed from differences; the
+/// others then have at least ten correct digits.
 const SUM_MARGIN: f64 = 1e10;
 
 /// All pairs of a row of `a` and a row of `b`, `f64` matrices with equally many columns.
@@ -33,17 +34,17 @@ pub(crate) type Block = (i64, i64);
 
 impl<'a> Pairs<'a> {
     pub(crate) fn new(op: &'static str, a: &'a Tensor, b: &'a Tensor) -> Self {
-        // The nearer the origin, the less is lost in a product.
+        // Centring: products lose less precision near the origin.
         let centre = a.mean_dim([0_i64].as_slice(), true, Kind::Double);
         let centred = [a - &centre, b - &centre];
         let lengths = centred.each_ref().map(|rows| row_sums(&rows.square()));
         let longest: f64 = lengths.iter().map(|lengths| lengths.max().double_value(&[])).sum();
-        // A sum of d products is off by at most d roundings; the rest is for the centring and the three terms.
+        // The error of a sum of d products is at most d roundings; the rest is for the centring and the three terms.
         let rounding = 2.0 * (a.size()[1] as f64 + 4.0) * f64::EPSILON * longest;
         Self { op, a, b, centred, lengths, rounding }
     }
 
-    /// Blocks of rows of `a`, each of which meets all rows of `b`.
+    /// Blocks of rows of `a`, each compared with all rows of `b`.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
         blocks(self.a.size()[0], self.b.size()[0])
     }
@@ -59,7 +60,7 @@ impl<'a> Pairs<'a> {
         Ok(squares)
     }
 
-    /// Where the distance of a pair is below its radius, `[len, m]`, as differences would decide.
+    /// Whether the distance of each pair is below its radius, `[len, m]`, with the result of differences.
     ///
     /// `radii` is `[m]` or `[len, 1]`.
     pub(crate) fn closer(&self, squares: &Tensor, block: Block, radii: &Tensor) -> Result<Tensor> {
@@ -90,14 +91,14 @@ impl<'a> Pairs<'a> {
         Ok(sum)
     }
 
-    /// Distances of single pairs, from differences; a row is at distance 0 from its copy.
+    /// Distances of single pairs, from differences; the distance of equal rows is exactly 0.
     pub(crate) fn exact(&self, rows: &Tensor, columns: &Tensor) -> Tensor {
         let gaps = self.a.index_select(0, rows) - self.b.index_select(0, columns);
         row_sums(&gaps.square()).sqrt()
     }
 }
 
-/// Rows and columns of the places `[p, 2]`, few enough at a time for their rows to fit a block.
+/// Rows and columns of the positions `[p, 2]`, in chunks whose rows fit a block.
 fn pairs_at(places: &Tensor, dim: i64) -> impl Iterator<Item = (Tensor, Tensor)> {
     blocks(places.size()[0], dim).map(move |(start, len)| {
         let places = places.narrow(0, start, len);
@@ -105,7 +106,7 @@ fn pairs_at(places: &Tensor, dim: i64) -> impl Iterator<Item = (Tensor, Tensor)>
     })
 }
 
-/// First row and number of rows of each block, when every row has `num_columns` elements.
+/// First row and number of rows of each block, for rows of `num_columns` elements.
 pub(crate) fn blocks(num_rows: i64, num_columns: i64) -> impl Iterator<Item = Block> + use<> {
     let rows = (BLOCK_ELEMENTS / num_columns.max(1)).max(1);
     (0..num_rows).step_by(rows as usize).map(move |start| (start, rows.min(num_rows - start)))

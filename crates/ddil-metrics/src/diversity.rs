@@ -1,4 +1,4 @@
-//! How far samples lie apart among themselves.
+//! Diversity: the mean distance between samples.
 
 use tch::Tensor;
 
@@ -9,7 +9,7 @@ use crate::{
 
 /// Mean Euclidean distance over all pairs of different samples.
 ///
-/// `2 / (n (n - 1)) * sum_{i<j} |x_i - x_j|`: falls when samples lose variety, whatever the reference.
+/// `2 / (n (n - 1)) * sum_{i<j} |x_i - x_j|`: decreases when samples lose diversity, independent of any reference.
 ///
 /// # Shapes and units
 ///
@@ -19,7 +19,7 @@ use crate::{
 /// # Errors
 ///
 /// [`Error::TooFewSamples`](crate::Error::TooFewSamples) if `n < 2`, and the errors of bad features:
-/// [`Shape`](crate::Error::Shape), [`NonFinite`](crate::Error::NonFinite).
+/// [`Argument`](crate::Error::Argument), [`NonFinite`](crate::Error::NonFinite).
 ///
 /// # Example
 ///

@@ -7,12 +7,11 @@ use crate::{
     error::{Result, ensure_pair},
 };
 
-/// Energy distance between the laws of `a` and `b`, without bias.
+/// Unbiased estimate of the energy distance between the distributions of `a` and `b`.
 ///
-/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|` of
-/// [Székely and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018), where the last two means leave out a
-/// sample's distance to itself. The true value is 0 only for equal laws; the estimate has mean 0 then, so it can
-/// fall below 0.
+/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|` of [Székely and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018), where
+/// the last two means exclude a sample's distance to itself. The true value is 0 only for equal distributions. The
+/// estimate then has mean 0 and can be negative.
 ///
 /// # Shapes and units
 ///
@@ -23,7 +22,7 @@ use crate::{
 ///
 /// [`Error::TooFewSamples`](crate::Error::TooFewSamples) if `n` or `m` is below 2,
 /// [`FeatureMismatch`](crate::Error::FeatureMismatch) if the columns differ, and the errors of bad features:
-/// [`Shape`](crate::Error::Shape), [`NonFinite`](crate::Error::NonFinite).
+/// [`Argument`](crate::Error::Argument), [`NonFinite`](crate::Error::NonFinite).
 ///
 /// # Example
 ///

@@ -4,7 +4,7 @@ use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
-/// Everything that can go wrong in this crate.
+/// The errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -24,7 +24,7 @@ pub enum Error {
         /// Name and number of columns of the second argument.
         right: (&'static str, i64),
     },
-    /// Two sets that must have the same number of samples do not.
+    /// Two sets that must have the same number of samples differ.
     #[error("{op}: `{}` has {} samples, but `{}` has {}; this metric needs as many of each", left.0, left.1, right.0, right.1)]
     CountMismatch {
         /// The function that was called.
@@ -34,7 +34,7 @@ pub enum Error {
         /// Name and number of rows of the second argument.
         right: (&'static str, i64),
     },
-    /// A set holds too few samples for the metric to be defined.
+    /// A set has too few samples for the metric to be defined.
     #[error("{op}: `{name}` has {found} samples; at least {needed} are needed")]
     TooFewSamples {
         /// The function that was called.
@@ -43,35 +43,35 @@ pub enum Error {
         name: &'static str,
         /// Its number of samples.
         found: i64,
-        /// The least number that would do.
+        /// The minimum number of samples.
         needed: i64,
     },
-    /// A feature is infinite or not a number.
+    /// A feature is NaN or infinite.
     #[error("{op}: `{name}` holds {found} values that are infinite or not a number")]
     NonFinite {
         /// The function that was called.
         op: &'static str,
         /// The argument.
         name: &'static str,
-        /// How many values are not finite.
+        /// Number of values that are NaN or infinite.
         found: i64,
     },
-    /// Weights hold other tensors than the network they are for.
+    /// The tensors of the weights differ from those of the network.
     #[error(
         "the weights do not fit: missing {missing:?}, unexpected {unexpected:?}, misshapen {misshapen:?}"
     )]
     WeightsMismatch {
-        /// Names of the network that the weights lack.
+        /// Names missing from the weights.
         missing: Vec<String>,
-        /// Names in the weights that the network lacks.
+        /// Names in the weights that the network does not have.
         unexpected: Vec<String>,
         /// Names whose shape or element type differs, with both.
         misshapen: Vec<String>,
     },
-    /// Bytes that should be a safetensors file are not.
+    /// Bytes are not a valid safetensors file.
     #[error("could not read weights as safetensors")]
     ReadWeights {
-        /// What the reader found.
+        /// The error of the parser.
         source: safetensors::SafeTensorError,
     },
     /// A file could not be read.
@@ -79,7 +79,7 @@ pub enum Error {
     ReadFile {
         /// The file.
         path: PathBuf,
-        /// What the file system said.
+        /// The error of the file system.
         source: std::io::Error,
     },
     /// libtorch could not load a network from a file.
@@ -87,31 +87,31 @@ pub enum Error {
     LoadNetwork {
         /// The file.
         path: PathBuf,
-        /// What libtorch said, without its backtrace.
+        /// The message of libtorch, without its backtrace.
         message: String,
     },
-    /// A `TorchScript` network answered with something other than one tensor.
+    /// A `TorchScript` network did not return one tensor of features.
     #[error("the TorchScript network {id} answered with {found}; a tensor [n, {dim}] is needed")]
     NotATensor {
         /// The extractor.
         id: String,
-        /// What the network answered with.
+        /// The output of the network.
         found: String,
-        /// Number of features a sample.
+        /// Number of features per sample.
         dim: i64,
     },
-    /// libtorch refused an operation.
+    /// An operation of libtorch failed.
     #[error("{op}: libtorch refused: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,
-        /// What libtorch said, without its backtrace.
+        /// The message of libtorch, without its backtrace.
         message: String,
     },
 }
 
 impl Error {
-    /// The setting that is not allowed, where that is what went wrong.
+    /// The invalid setting, if that is the cause.
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
@@ -120,15 +120,15 @@ impl Error {
     }
 }
 
-/// What the functions of this crate return.
+/// The result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// libtorch appends a backtrace to its messages; the first line has the reason.
+/// The first line of libtorch's message, which has the reason; the rest is a backtrace.
 pub(crate) fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
-/// Says which function libtorch refused, for `map_err`.
+/// Wraps an error of libtorch with the name of the function, for `map_err`.
 pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Error {
     move |source| Error::Torch { op, message: first_line(&source) }
 }
@@ -143,7 +143,7 @@ pub(crate) fn ensure_numbers(op: &'static str, name: &'static str, tensor: &Tens
     Ok(())
 }
 
-/// The features as a contiguous `f64` tensor, once they are known to be finite and `[n >= least, d >= 1]`.
+/// The features as a contiguous `f64` tensor, checked to be finite and `[n >= least, d >= 1]`.
 pub(crate) fn ensure_features(
     op: &'static str,
     name: &'static str,
@@ -180,7 +180,7 @@ pub(crate) fn ensure_features(
     Ok(features)
 }
 
-/// Both sets as [`ensure_features`] gives them, with equally many columns and on one device.
+/// Both sets checked by [`ensure_features`], with the same number of columns and on one device.
 pub(crate) fn ensure_pair(
     op: &'static str,
     (left_name, left): (&'static str, &Tensor),

@@ -1,4 +1,4 @@
-//! From images to features.
+//! Feature extractors of images.
 
 use std::{
     fmt,
@@ -13,12 +13,12 @@ use tch::{CModule, Device, IValue, Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_numbers, first_line, torch};
 
-/// Images that go through a network at a time.
+/// Number of images per forward pass.
 const IMAGES_AT_ONCE: i64 = 256;
 
-/// Turns images into the features that metrics compare.
+/// Computes the features of images that metrics compare.
 pub trait FeatureExtractor {
-    /// Features of images, one row an image, without gradients.
+    /// Features of images, one row per image, without gradients.
     ///
     /// # Shapes and units
     ///
@@ -27,26 +27,26 @@ pub trait FeatureExtractor {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not take images of this
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not accept images of this
     /// shape.
     fn features(&self, images: &Tensor) -> Result<Tensor>;
 
-    /// Name of the extractor and hash of its weights; numbers from different ones do not compare.
+    /// Name of the extractor and hash of its weights; metrics of different extractors are not comparable.
     fn id(&self) -> &str;
 
-    /// Number of features an image.
+    /// Number of features per image.
     fn dim(&self) -> i64;
 
-    /// How images are brought to the network's size, as reports name it; "none" if they are not resized.
+    /// How images are resized for the network, for reports; "none" if they are not.
     fn resize_mode(&self) -> String {
         Resize::None.to_string()
     }
 }
 
-/// Rounds images to the 256 levels of a PNG, so that generated images are measured as they would be stored.
+/// Rounds images to the 256 levels of a PNG, so that generated images are measured as stored.
 ///
-/// Levels are rounded to the nearest, so images that have 256 levels already come back as they were. Values beyond
-/// `[-1, 1]` are clamped.
+/// Values are rounded to the nearest level, so images with 256 levels are unchanged. Values beyond `[-1, 1]` are
+/// clamped.
 ///
 /// # Shapes and units
 ///
@@ -55,7 +55,7 @@ pub trait FeatureExtractor {
 ///
 /// # Errors
 ///
-/// [`Error::Argument`] for a tensor that is not dense or complex.
+/// [`Error::Argument`] for a sparse or complex tensor.
 ///
 /// # Example
 ///
@@ -74,7 +74,7 @@ pub fn quantize(images: &Tensor) -> Result<Tensor> {
 
 /// The pixels themselves, flattened.
 ///
-/// No network and no bias of one; sees small shifts as large changes. Good for vectors and for tiny images.
+/// No network, and thus no bias of one, but small shifts are large changes. Suitable for vectors and tiny images.
 ///
 /// # Example
 ///
@@ -125,10 +125,10 @@ impl FeatureExtractor for RawPixels {
     }
 }
 
-/// The range of pixel values that a network takes.
+/// The range of a network's input pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PixelRange {
-    /// From -1 to 1, as images are everywhere here.
+    /// From -1 to 1, as all images in this crate.
     SignedUnit,
     /// From 0 to 1.
     Unit,
@@ -137,7 +137,7 @@ pub enum PixelRange {
 }
 
 impl PixelRange {
-    /// Images in `[-1, 1]`, brought to this range.
+    /// Maps images in `[-1, 1]` to this range.
     fn scale(self, images: &Tensor) -> Tensor {
         match self {
             Self::SignedUnit => images.shallow_clone(),
@@ -147,12 +147,12 @@ impl PixelRange {
     }
 }
 
-/// How images are brought to a network's size.
+/// How images are resized for a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resize {
-    /// Images have the right size.
+    /// No resizing: images must have the right size.
     None,
-    /// Bicubic with antialiasing to height and width, then clamped to `[-1, 1]`: close to what PIL does.
+    /// Bicubic with antialiasing to height and width, then clamped to `[-1, 1]`: close to PIL.
     Bicubic([i64; 2]),
     /// Bilinear without antialiasing to height and width.
     Bilinear([i64; 2]),
@@ -180,19 +180,19 @@ impl fmt::Display for Resize {
     }
 }
 
-/// What a `TorchScript` network takes and gives.
+/// Input and output of a `TorchScript` network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TorchScriptOptions {
-    /// Number of features that the network gives an image.
+    /// Number of features per image.
     pub dim: i64,
-    /// Range of pixel values that it takes.
+    /// Range of its input pixels.
     pub range: PixelRange,
-    /// How images are brought to its size.
+    /// How images are resized.
     pub resize: Resize,
-    /// Channels that it takes; grey images are repeated to as many.
+    /// Number of input channels; grey images are repeated to this number.
     pub channels: i64,
-    /// Whether `true` is handed over as a second argument, by which the Inception network of 2015, as converted for
-    /// `StyleGAN`, is asked for features instead of class scores.
+    /// Whether `true` is passed as a second argument, with which the Inception network of 2015, as converted for
+    /// `StyleGAN`, returns features instead of class scores.
     pub return_features: bool,
 }
 
@@ -223,9 +223,9 @@ impl TorchScriptExtractor {
     ///
     /// # Errors
     ///
-    /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it holds no `TorchScript` network or
-    /// is refused by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one that claims more than is
-    /// in it; [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
+    /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it is not a `TorchScript` network or
+    /// is rejected by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one whose headers exceed its
+    /// contents; [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
     pub fn open(
         path: impl AsRef<Path>,
         options: TorchScriptOptions,
@@ -316,7 +316,7 @@ fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<
     Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape, expected }))
 }
 
-/// Runs `features` over a few images at a time, without gradients.
+/// Runs `features` in batches, without gradients.
 pub(crate) fn in_batches(
     images: &Tensor,
     features: impl Fn(&Tensor) -> Result<Tensor>,

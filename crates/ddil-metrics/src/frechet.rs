@@ -6,11 +6,11 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_features, torch};
 
-/// Mean and covariance of features, gathered batch by batch.
+/// Mean and covariance of features, accumulated batch by batch.
 ///
 /// Batches are merged as in [Chan et al. 1983](https://doi.org/10.1080/00031305.1983.10483115): deviations are taken
-/// from the mean of the batch, so no digits are lost when the mean is large. Batches of any size give the same
-/// result up to rounding.
+/// from the mean of the batch, so no precision is lost if the mean is large. The result does not depend on the batch
+/// size, up to rounding.
 ///
 /// # Example
 ///
@@ -29,7 +29,7 @@ pub struct Moments {
     seen: Option<Seen>,
 }
 
-/// What [`Moments`] knows once it has seen a batch.
+/// The state of [`Moments`] after the first batch.
 #[derive(Debug)]
 struct Seen {
     count: i64,
@@ -39,22 +39,22 @@ struct Seen {
 }
 
 impl Moments {
-    /// No features yet.
+    /// Moments without features.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes in a batch.
+    /// Adds a batch.
     ///
     /// # Shapes and units
     ///
-    /// - `features`: `[n, d]` with `n >= 1`, any floating kind; `d` as in the batches before
+    /// - `features`: `[n, d]` with `n >= 1`, any floating kind; `d` as in earlier batches
     ///
     /// # Errors
     ///
     /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features:
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::TooFewSamples`] for none at all,
-    /// [`Error::NonFinite`]. Nothing is taken in then.
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::TooFewSamples`] for an empty batch,
+    /// [`Error::NonFinite`]. On an error nothing is added.
     pub fn extend(&mut self, features: &Tensor) -> Result<()> {
         const OP: &str = "Moments::extend";
         let batch = Seen::new(&ensure_features(OP, "features", features, 1)?);
@@ -74,11 +74,11 @@ impl Moments {
         Ok(())
     }
 
-    /// The statistics of all that was taken in.
+    /// The statistics of all batches.
     ///
     /// # Errors
     ///
-    /// [`Error::TooFewSamples`] below two samples: they have no covariance.
+    /// [`Error::TooFewSamples`] below two samples, which have no covariance.
     pub fn build(&self) -> Result<Statistics> {
         let count = self.seen.as_ref().map_or(0, |seen| seen.count);
         match &self.seen {
@@ -116,9 +116,9 @@ impl Seen {
     }
 }
 
-/// Mean and covariance of a set of features: all that the Fréchet distance needs to know of it.
+/// Mean and covariance of a set of features: all that the Fréchet distance requires.
 ///
-/// Stored (serde) it spares the features of a reference set. The covariance divides by `n - 1`.
+/// Serialise it (serde) to reuse a reference set without its features. The covariance divides by `n - 1`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "StoredStatistics")]
 pub struct Statistics {
@@ -128,7 +128,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Statistics of features that are all there.
+    /// Statistics of a complete set of features.
     ///
     /// # Shapes and units
     ///
@@ -144,12 +144,12 @@ impl Statistics {
         moments.build()
     }
 
-    /// How many samples they were taken of.
+    /// The number of samples.
     pub fn num_samples(&self) -> u64 {
         self.num_samples
     }
 
-    /// Number of features a sample.
+    /// Number of features per sample.
     pub fn dim(&self) -> usize {
         self.mean.len()
     }
@@ -170,7 +170,7 @@ impl Statistics {
     }
 }
 
-/// [`Statistics`] as read from a file, not yet checked.
+/// [`Statistics`] as read from a file, before checks.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredStatistics {
@@ -212,10 +212,10 @@ impl TryFrom<StoredStatistics> for Statistics {
 
 /// Fréchet distance between Gaussians with the mean and covariance of `a` and of `b`.
 ///
-/// `|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a^1/2 S_b S_a^1/2)^1/2)`
-/// ([Heusel et al. 2017](https://arxiv.org/abs/1706.08500)), which is FID when the features are Inception's. The last
-/// trace is the sum of the square roots of eigenvalues of a symmetric matrix, so singular covariances need no
-/// correction. The value falls with the number of samples: compare only equal counts.
+/// `|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a^1/2 S_b S_a^1/2)^1/2)` ([Heusel et al.
+/// 2017](https://arxiv.org/abs/1706.08500)), which is FID for Inception's features. The last trace is computed as the
+/// sum of the square roots of eigenvalues of a symmetric matrix, so singular covariances need no correction. The value
+/// decreases with the number of samples: compare only equal counts.
 ///
 /// # Shapes and units
 ///
@@ -251,7 +251,7 @@ pub fn frechet_distance(a: &Statistics, b: &Statistics) -> Result<f64> {
 
     let root_a = square_root(OP, &cov_a)?;
     let product = root_a.matmul(&cov_b).matmul(&root_a);
-    // Rounding leaves the product a little asymmetric.
+    // Rounding makes the product slightly asymmetric.
     let product = (&product + product.tr()) / 2.0;
     let eigenvalues = product.f_linalg_eigvalsh("L").map_err(torch(OP))?;
     let cross = roots(&eigenvalues).sum(Kind::Double).double_value(&[]);
@@ -266,8 +266,8 @@ fn square_root(op: &'static str, matrix: &Tensor) -> Result<Tensor> {
 
 /// Square roots of the eigenvalues of a positive semi-definite matrix.
 ///
-/// Those of a singular matrix come out as rounding errors of either sign, whose roots would be far larger than the
-/// errors themselves and add up: all below the rounding error of the largest count as 0.
+/// Zero eigenvalues of a singular matrix become rounding errors of either sign, whose roots would be far larger than
+/// the errors and would accumulate: all below the rounding error of the largest are set to 0.
 fn roots(eigenvalues: &Tensor) -> Tensor {
     let floor = eigenvalues.abs().max() * (eigenvalues.numel() as f64 * f64::EPSILON);
     eigenvalues.masked_fill(&eigenvalues.le_tensor(&floor), 0.0).sqrt()

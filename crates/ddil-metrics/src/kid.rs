@@ -7,8 +7,8 @@ use crate::{
     error::{Result, ensure_pair, torch},
 };
 
-/// Kernel distance (KID) between the laws of `a` and `b`: the squared maximum mean discrepancy under the kernel
-/// `k(x, y) = (x.y / d + 1)^3`, without bias and over the whole sets.
+/// Kernel distance (KID) between the distributions of `a` and `b`: the unbiased squared maximum mean discrepancy with
+/// the kernel `k(x, y) = (x.y / d + 1)^3` over the complete sets.
 ///
 /// `mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)`, equation 4 of
 /// [Bińkowski et al. 2018](https://arxiv.org/abs/1801.01401). Published numbers are often means over random
@@ -17,13 +17,13 @@ use crate::{
 /// # Shapes and units
 ///
 /// - `a`: `[n, d]`, `b`: `[m, d]`, any floating kind
-/// - returns: no unit; often quoted times 1000; may fall below 0 when the laws are close
+/// - returns: no unit; often quoted times 1000; can be negative for close distributions
 ///
 /// # Errors
 ///
 /// [`Error::TooFewSamples`](crate::Error::TooFewSamples) if `n` or `m` is below 2,
 /// [`FeatureMismatch`](crate::Error::FeatureMismatch) if the columns differ, and the errors of bad features:
-/// [`Shape`](crate::Error::Shape), [`NonFinite`](crate::Error::NonFinite).
+/// [`Argument`](crate::Error::Argument), [`NonFinite`](crate::Error::NonFinite).
 ///
 /// # Example
 ///

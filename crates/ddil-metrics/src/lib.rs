@@ -63,5 +63,5 @@ pub use kid::kid;
 pub use report::{MeasureOptions, Report, Values, measure};
 pub use wasserstein::{sliced_wasserstein, sliced_wasserstein_along};
 
-/// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
+/// The version of tch whose tensors are part of this crate's API: an upgrade of tch is a breaking release.
 pub use tch;

@@ -1,4 +1,4 @@
-//! All metrics at once, with what makes the numbers comparable.
+//! All metrics at once, with the settings that make them comparable.
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -33,9 +33,9 @@ pub struct Values {
     pub mean_pairwise_distance: f64,
 }
 
-/// Metrics, with what they were measured against and how.
+/// Metrics, with their reference and settings.
 ///
-/// Two reports compare when [`is_comparable`](Self::is_comparable) says so.
+/// Two reports can be compared if [`is_comparable`](Self::is_comparable) returns true.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Name of the reference set: data set and split, or a hash.
@@ -46,18 +46,18 @@ pub struct Report {
     pub num_samples: u64,
     /// [`FeatureExtractor::id`](crate::FeatureExtractor::id): name and hash of the weights.
     pub extractor: String,
-    /// How images were brought to the extractor's size; see
+    /// How images were resized for the extractor; see
     /// [`FeatureExtractor::resize_mode`](crate::FeatureExtractor::resize_mode).
     pub resize: String,
     /// Settings of the metrics.
     pub options: MeasureOptions,
-    /// The numbers.
+    /// The metrics.
     #[serde(flatten)]
     pub values: Values,
 }
 
 impl Report {
-    /// Whether the numbers of `self` and `other` may stand side by side: all but the samples was equal.
+    /// Whether the metrics of `self` and `other` are comparable: everything but the samples is equal.
     pub fn is_comparable(&self, other: &Self) -> bool {
         self.reference == other.reference
             && self.num_reference == other.num_reference
@@ -72,11 +72,11 @@ impl Report {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MeasureOptions {
-    /// Neighbours that set the radii of precision, recall, density and coverage.
+    /// Numbers of neighbours for the radii of precision, recall, density and coverage.
     pub neighbours: Neighbours,
-    /// Directions of the sliced Wasserstein distance; 256.
+    /// Number of directions of the sliced Wasserstein distance; default 256.
     pub num_projections: u32,
-    /// Seed of those directions; 0.
+    /// Seed of these directions; default 0.
     pub projection_seed: u64,
 }
 
@@ -94,7 +94,7 @@ impl Default for MeasureOptions {
 ///
 /// # Errors
 ///
-/// Those of the metrics: too few samples, columns that differ, values that are not finite, impossible options.
+/// Those of the metrics: too few samples, columns that differ, values that are NaN or infinite, invalid options.
 ///
 /// # Example
 ///

@@ -7,20 +7,20 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_features, ensure_pair};
 
-/// Directions that are projected on at a time, so that memory does not grow with their number.
+/// Number of directions projected at a time, so that memory does not grow with their number.
 const DIRECTIONS_AT_ONCE: i64 = 32;
-/// The most directions, which are all drawn before the first is used: an error of their mean of 0.4 %.
+/// The limit of directions, which are all drawn before the first is used; the error of their mean is 0.4 %.
 const MAX_PROJECTIONS: u32 = 1 << 16;
 
 /// Squared sliced 2-Wasserstein distance between `a` and `b`, over `num_projections` directions drawn from `seed`.
 ///
-/// Directions are uniform on the sphere and depend on `seed`, `num_projections` and `d` alone, so values with the
-/// same seed compare without the noise of the draw. See [`sliced_wasserstein_along`] for the formula.
+/// Directions are uniform on the sphere and depend only on `seed`, `num_projections` and `d`, so values with the same
+/// seed are comparable without sampling noise of the directions. See [`sliced_wasserstein_along`] for the formula.
 ///
 /// # Shapes and units
 ///
 /// - `a`, `b`: `[n, d]`, any floating kind
-/// - `num_projections`: 256 is a good number
+/// - `num_projections`: 256 is a good choice
 /// - returns: squared units of the features
 ///
 /// # Errors
@@ -50,19 +50,19 @@ pub fn sliced_wasserstein(a: &Tensor, b: &Tensor, num_projections: u32, seed: u6
 /// Squared sliced 2-Wasserstein distance between `a` and `b` along given directions.
 ///
 /// Mean over the directions and samples of `(a_(i) - b_(i))^2`, where `a_(i)` is the i-th smallest projection of a
-/// sample on the direction: in one dimension the best transport pairs sorted values
-/// ([Bonneel et al. 2015](https://doi.org/10.1007/s10851-014-0506-3)).
+/// sample on the direction: in one dimension the optimal transport pairs sorted values ([Bonneel et al.
+/// 2015](https://doi.org/10.1007/s10851-014-0506-3)).
 ///
 /// # Shapes and units
 ///
 /// - `a`, `b`: `[n, d]`, any floating kind
-/// - `directions`: `[projections, d]`, taken as they are, of length 1 for the usual meaning
+/// - `directions`: `[projections, d]`, not normalised; of length 1 for the usual definition
 /// - returns: squared units of the features
 ///
 /// # Errors
 ///
-/// [`Error::CountMismatch`] if `a` and `b` do not have as many rows, [`Error::FeatureMismatch`] if the columns of
-/// `a`, `b` and `directions` differ, and the errors of bad features: [`Error::TooFewSamples`] for none at all,
+/// [`Error::CountMismatch`] if `a` and `b` differ in their number of rows, [`Error::FeatureMismatch`] if the columns of
+/// `a`, `b` and `directions` differ, and the errors of bad features: [`Error::TooFewSamples`] for empty sets,
 /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
 pub fn sliced_wasserstein_along(a: &Tensor, b: &Tensor, directions: &Tensor) -> Result<f64> {
     const OP: &str = "sliced_wasserstein";
@@ -85,7 +85,7 @@ pub fn sliced_wasserstein_along(a: &Tensor, b: &Tensor, directions: &Tensor) -> 
     Ok(sum / (n as f64 * num_directions as f64))
 }
 
-/// Projections on each direction, sorted: one contiguous row a direction, which sorts faster than a column.
+/// Projections on each direction, sorted: one contiguous row per direction, which sorts faster than a column.
 fn sorted_projections(features: &Tensor, towards: &Tensor) -> Tensor {
     features.matmul(towards).tr().contiguous().sort(1, false).0
 }

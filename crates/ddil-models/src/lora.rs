@@ -62,10 +62,9 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The default for a network of any class: rank and alpha 64 on those of the default targets that its layers are
-    /// called.
+    /// The default for a network of any class: rank and alpha 64 on the default targets that match its layers.
     ///
-    /// A [`UNet2DModel`](crate::UNet2DModel), for one, has attention without feed-forward layers around it.
+    /// A [`UNet2DModel`](crate::UNet2DModel), for example, has attention without feed-forward layers.
     ///
     /// # Example
     ///
@@ -495,9 +494,9 @@ impl Lora {
         merged.collect()
     }
 
-    /// Adds the adapters to the base weights for good and takes them out, without a copy of all those weights.
+    /// Adds the adapters to the base weights permanently and removes them, without a copy of these weights.
     ///
-    /// What was trainable is again.
+    /// Frozen parameters become trainable again.
     ///
     /// # Errors
     ///
