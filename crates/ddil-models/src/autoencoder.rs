@@ -258,8 +258,8 @@ impl AutoencoderKL {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) and
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `images` does not fit, [`Error::Torch`] if
-    /// libtorch refuses.
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) if `images` does not match, [`Error::Torch`] for
+    /// errors of libtorch.
     pub fn encode(&self, images: &Tensor) -> Result<DiagonalGaussian> {
         self.ensure_images(images)?;
         let images = self.prepare(images)?;

@@ -291,7 +291,7 @@ impl Scope<'_> {
     /// Sets the kinds of features along an axis of the parameter `name`, if it exists.
     pub(crate) fn mark(&mut self, name: &str, joined: Joined) {
         let name = self.name(name);
-        // Only the latest parameters are marked.
+        // Searched backwards: only recently added parameters are marked.
         if let Some(parameter) = self.builder.entries.iter_mut().rev().find(|p| p.name == name) {
             parameter.joined.push(joined);
         }

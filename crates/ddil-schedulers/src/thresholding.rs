@@ -197,8 +197,8 @@ impl Thresholding {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless bounds are in order and finite in single precision, and if `ratio` is not in (0, 1],
-    /// or `max_value` is below 1 or not finite.
+    /// [`Error::Invalid`] unless bounds are in order and finite in single precision, `ratio` is in (0, 1], and
+    /// `max_value` is finite and at least 1.
     pub fn ensure(&self) -> Result<()> {
         match self {
             Self::None => Ok(()),

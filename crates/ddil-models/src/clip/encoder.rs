@@ -159,7 +159,7 @@ impl FeedForward {
     }
 }
 
-/// Scales the initialisation so that the variance of the sum over all layers is that of one.
+/// The factor of the initialisation that keeps the variance of the sum over all layers at that of one.
 fn depth_scale(options: EncoderOptions) -> f64 {
     1.0 / (2.0 * options.num_layers as f64).sqrt()
 }

@@ -19,7 +19,7 @@ use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 use crate::weights;
 
 const CLASS_NAME: &str = "DiscriminatorHead";
-/// Side length from which one convolution covers the whole map.
+/// Largest side at which one convolution covers the whole map.
 const LAST_SIDE: u32 = 4;
 const KERNEL: i64 = 4;
 const MAX_GROUPS: u32 = 32;

@@ -22,8 +22,8 @@ impl Recompute {
 
 /// One or more layers, the unit of recomputation.
 ///
-/// Both the graph and the network own it. Tensors must not be used from two threads at once, hence the lock; one thread
-/// runs the network, and waits while another one runs the backward pass.
+/// Both the graph and the network own it. Tensors must not be used from two threads at once, hence the lock; the thread
+/// that runs the network waits while another one runs the backward pass.
 #[derive(Debug)]
 pub(crate) struct Part<T>(Arc<Mutex<T>>);
 

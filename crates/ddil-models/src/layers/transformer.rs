@@ -26,7 +26,7 @@ pub(crate) struct TransformerOptions {
     /// Whether the input and output projections are linear layers instead of 1x1 convolutions; they differ only in the
     /// shape of their weights.
     pub(crate) linear_projection: bool,
-    /// Whether the first attention of a block also attends to the text instead of the pixels.
+    /// Whether the first attention of a block attends to the text, like the second, instead of the pixels.
     pub(crate) only_cross_attention: bool,
 }
 
