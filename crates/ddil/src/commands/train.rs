@@ -207,11 +207,13 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
         (None, None) => bail!("expected a config file, or --resume with a run folder"),
     };
     let mut settings = Settings::read(&path)?;
+    // From the file alone: an override with a key of another verb is a wrong override.
+    let verb_of_file = verb_of(&settings);
     // Overrides of the command line come last and win.
     for text in changes.iter().copied().chain(args.overrides.iter().map(String::as_str)) {
         settings.set(text)?;
     }
-    settings.build().map_err(|error| match verb_of(&settings) {
+    settings.build().map_err(|error| match verb_of_file {
         Some((verb, key)) if verb != V::NAME => {
             let path = path.display();
             anyhow!("{path} is a config of `ddil {verb}`: it has `{key}`; run `ddil {verb} {path}`")

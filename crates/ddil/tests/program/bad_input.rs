@@ -101,7 +101,7 @@ fn a_model_that_does_not_fit_the_data() {
         "train",
         &[
             (&["model.in_channels=3"], &["model.in_channels", "3, 1", "the channels of the data"]),
-            (&["model.num_class_embeds=7"], &["model.num_class_embeds", "7", "must be 4"]),
+            (&["model.num_class_embeds=7"], &["model.num_class_embeds", "7", "expected 4"]),
             (&["model.sample_size=32"], &["model.sample_size", "[32, 32]", "[8, 8]"]),
             (&["model.norm_num_groups=5"], &["norm_num_groups"]),
             (&["model.class_embed_type=identity"], &["model.class_embed_type", "left out"]),
@@ -335,7 +335,7 @@ fn config_files_that_are_none() -> TestResult {
     workshop.ddil(&["train", "nowhere.toml"]).refused(&["nowhere.toml", "No such file"]);
     workshop.ddil(&["train", "broken.toml"]).refused(&["broken.toml:2:"]);
     workshop.ddil(&["train"]).refused(&["CONFIG"]);
-    workshop.ddil(&["train", "distill.toml"]).refused(&["distill.toml", "unknown key"]);
+    workshop.ddil(&["train", "distill.toml"]).refused(&["distill.toml", "is a config of `ddil distill`"]);
     Ok(())
 }
 
@@ -350,7 +350,7 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     again.refused(&[&path, "already exists", "resume the run in it"]);
     let other = ["train", "train.toml", "--set", "run.seed=9", "--resume", &path];
     workshop.ddil(&other).refused(&[&path, "other settings", "run.seed: 3 there, 9 here"]);
-    workshop.ddil(&["distill", "--resume", &path]).refused(&["config.toml", "unknown key"]);
+    workshop.ddil(&["distill", "--resume", &path]).refused(&["config.toml", "is a config of `ddil train`"]);
     workshop.ddil(&["train", "--resume", "data"]).refused(&["data", "no run", "config.toml"]);
 
     // Its data have gone: refused, and the run stays as it is.
