@@ -239,6 +239,11 @@ fn spilled_files(cases: &mut Cases) {
     std::fs::write(&path, [1; 64]).expect("there is room");
     let places = [&path, &folder.path().to_owned(), &folder.path().join("none")];
     for place in places.into_iter().chain([&"nul\0byte".into()]) {
+        let what = place.display().to_string();
+        cases.once("SavedState::read", &what, || said(SavedState::read(place)));
+        cases.once("SavedState::write", &what, || {
+            said(new_buffer().save().expect("empty").write(place.join("saved")))
+        });
         for bytes in [0, 64, 65, u64::MAX] {
             let (name, what) = ("segment".to_owned(), format!("{bytes} of {}", place.display()));
             let file = SavedFile { name, path: place.clone(), bytes, crc32: 0 };
@@ -335,6 +340,7 @@ fn denoisers(cases: &mut Cases) {
         });
     }
     cases.tensors("repeated_timestep", &[&points()], |t| said(repeated_timestep(749, &t[0])));
+    cases.cannot_fail(&["SourceRequest::states"]);
     cases.cannot_fail(&["Consistent::new", "Thresholded::metered", "with_boundary"]);
 }
 

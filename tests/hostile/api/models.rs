@@ -226,7 +226,35 @@ fn any_class(cases: &mut Cases) {
         cases.tensors("Model::forward", &[&x, &times(), &labels], |t| {
             said(denoiser.predict(&t[0], &t[1], &of(&t[2])))
         });
+        cases.tensors("NetworkDenoiser::output", &[&x, &times(), &labels], |t| {
+            said(denoiser.output(&t[0], &t[1], &of(&t[2])))
+        });
+        for trainable in [false, true] {
+            cases.once("NetworkDenoiser::duplicate", &trainable.to_string(), || {
+                said(denoiser.duplicate(trainable))
+            });
+        }
+        for (what, config) in odd_unets() {
+            cases.once("NetworkDenoiser::derive", &what, || {
+                said(denoiser.derive(&ModelConfig::UNet2D(config), 0))
+            });
+        }
+        for rank in [0, 1, i64::MAX] {
+            let targets = vec!["default".to_owned()];
+            let lora = LoraConfig { rank, alpha: f64::NAN, targets };
+            cases.once("NetworkDenoiser::with_adapter", &rank.to_string(), || {
+                let model = Rc::new(network("unet_class_labels"));
+                let alone = NetworkDenoiser::new(model, output, schedule()).expect("it fits");
+                said(alone.with_adapter(&lora, 0))
+            });
+        }
     }
+    cases.cannot_fail(&[
+        "NetworkDenoiser::with_precision",
+        "NetworkDenoiser::with_observer",
+        "NetworkDenoiser::ignoring",
+        "OutputObserver::observe",
+    ]);
     for whole in ODD_WHOLES {
         let n = whole as u32;
         let config = || ModelConfig::UNet2D(UNet2DConfig::default());

@@ -335,7 +335,9 @@ fn config_files_that_are_none() -> TestResult {
     workshop.ddil(&["train", "nowhere.toml"]).refused(&["nowhere.toml", "No such file"]);
     workshop.ddil(&["train", "broken.toml"]).refused(&["broken.toml:2:"]);
     workshop.ddil(&["train"]).refused(&["CONFIG"]);
-    workshop.ddil(&["train", "distill.toml"]).refused(&["distill.toml", "is a config of `ddil distill`"]);
+    workshop
+        .ddil(&["train", "distill.toml"])
+        .refused(&["distill.toml", "is a config of `ddil distill`"]);
     Ok(())
 }
 
@@ -350,7 +352,9 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     again.refused(&[&path, "already exists", "resume the run in it"]);
     let other = ["train", "train.toml", "--set", "run.seed=9", "--resume", &path];
     workshop.ddil(&other).refused(&[&path, "other settings", "run.seed: 3 there, 9 here"]);
-    workshop.ddil(&["distill", "--resume", &path]).refused(&["config.toml", "is a config of `ddil train`"]);
+    workshop
+        .ddil(&["distill", "--resume", &path])
+        .refused(&["config.toml", "is a config of `ddil train`"]);
     workshop.ddil(&["train", "--resume", "data"]).refused(&["data", "no run", "config.toml"]);
 
     // Its data have gone: refused, and the run stays as it is.
