@@ -201,7 +201,7 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
     assert!(refusal(&sample, &two, Some(&labels)).contains("`timesteps` has shape [2]"));
     let flags = t.to_kind(Kind::Bool);
     assert!(refusal(&sample, &flags, Some(&labels)).contains("`timesteps` has kind Bool"));
-    assert!(refusal(&sample, &t, None).contains("`class_labels` is None"));
+    assert!(refusal(&sample, &t, None).contains("requires `class_labels`, which is missing"));
     assert!(refusal(&sample, &t, Some(&two)).contains("`class_labels` has shape [2]"));
     let floats = labels.to_kind(Kind::Float);
     assert!(refusal(&sample, &t, Some(&floats)).contains("`class_labels` has kind Float"));

@@ -307,13 +307,13 @@ fn what_is_missing_or_superfluous_is_named() -> TestResult {
     let inputs = UNet2DConditionInputs::text(&text);
     let none = UNet2DConditionInputs::default();
     let message = refusal(&unet, none).to_string();
-    assert!(message.contains("needs `encoder_hidden_states`"), "{message}");
+    assert!(message.contains("requires `encoder_hidden_states`, which is missing"), "{message}");
     for (name, inputs) in [
         ("text_embeds", UNet2DConditionInputs { text_embeds: Some(&vector), ..inputs }),
         ("time_ids", UNet2DConditionInputs { time_ids: Some(&vector), ..inputs }),
     ] {
         let message = refusal(&unet, inputs).to_string();
-        assert!(message.contains(&format!("cannot be told `{name}`")), "{message}");
+        assert!(message.contains(&format!("does not take `{name}`")), "{message}");
     }
     let labelled = UNet2DConditionInputs { class_labels: Some(&vector), ..inputs };
     assert!(matches!(refusal(&unet, labelled), Error::UnexpectedPart { part: "class_labels", .. }));

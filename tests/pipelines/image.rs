@@ -89,7 +89,7 @@ fn invalid_tensors_are_refused() {
         (Tensor::zeros([1, 1, 0, 4], FLOAT_CPU), "shape [1, 1, 0, 4]"),
         (Tensor::zeros([0, 1, 4, 4], FLOAT_CPU), "no images"),
         (Tensor::zeros([1, 1, 4, 4], (Kind::Uint8, tch::Device::Cpu)), "kind Uint8"),
-        (nan, "not numbers"),
+        (nan, "NaN values"),
     ] {
         let error = Image::grid(&images, columns(4)).expect_err(found);
         assert!(matches!(error, Error::Image { .. }));
