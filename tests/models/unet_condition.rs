@@ -332,10 +332,10 @@ fn what_is_missing_or_superfluous_is_named() -> TestResult {
     .build(Placement::default(), 0)?;
     assert!(deaf.conditioning_fields().is_empty());
     let message = refusal(&deaf, inputs).to_string();
-    assert!(message.contains("cannot be told `encoder_hidden_states`"), "{message}");
+    assert!(message.contains("does not take `encoder_hidden_states`"), "{message}");
     let mask = UNet2DConditionInputs { encoder_attention_mask: Some(&vector), ..none };
     let message = refusal(&deaf, mask).to_string();
-    assert!(message.contains("cannot be told `encoder_attention_mask`"), "{message}");
+    assert!(message.contains("does not take `encoder_attention_mask`"), "{message}");
     Ok(())
 }
 
