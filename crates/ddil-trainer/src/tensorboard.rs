@@ -86,7 +86,7 @@ impl EventWriter {
     ///
     /// # Errors
     ///
-    /// [`Error::Image`] if it cannot be encoded as PNG, [`Error::Files`] if the disk is full.
+    /// [`Error::Pipelines`] if it cannot be encoded as PNG, [`Error::Files`] if the disk is full.
     pub fn picture(&mut self, step: u64, tag: &str, picture: &Image) -> Result<()> {
         let png = picture.to_png()?;
         let image = Message::default()

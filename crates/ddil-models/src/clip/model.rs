@@ -30,7 +30,7 @@ impl ClipConfig {
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::build`].
+    /// As [`ClipTextConfig::build`](crate::ClipTextConfig::build).
     pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipModel> {
         ClipModel::new(self, placement, Values::Seeded(seed))
     }
@@ -39,7 +39,7 @@ impl ClipConfig {
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::build_from`].
+    /// As [`ClipTextConfig::build_from`](crate::ClipTextConfig::build_from).
     pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<ClipModel> {
         let path = weights.as_ref();
         build_filled(
