@@ -39,7 +39,7 @@
 //!     [model]
 //!     in_channels = 1
 //!     out_channels = 1
-//!     block_out_channels = [4]
+//!     block_out_channels = [8]
 //!     layers_per_block = 1
 //!     norm_num_groups = 2
 //!     down_block_types = ["DownBlock2D"]
