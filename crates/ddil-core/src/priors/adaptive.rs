@@ -406,7 +406,7 @@ fn ensure_seen(losses: &LossTable, num_indices: usize) -> Result<()> {
     Err(Error::Invalid(Invalid::new(
         "priors.signal",
         "loss_ratio, but the mixer saw no losses",
-        "`shift`, or `Mixer::see_losses` to be called after each loss",
+        "`shift`, or losses passed to `Mixer::feed_back` by `Feedback::with_losses`",
     )))
 }
 
