@@ -111,7 +111,7 @@ DEPENDENTS := --manifest-path tests/dependents/Cargo.toml
 dependents: setup ## build and run the packages outside of the workspace, tests/dependents
 	cp Cargo.lock tests/dependents/Cargo.lock
 	$(CARGO) fmt --check $(DEPENDENTS) --all
-	@set -e; for package in uses-schedulers uses-core-and-losses; do \
+	@set -e; for package in uses-schedulers uses-core-and-losses uses-pipelines; do \
 		CARGO_TARGET_DIR=$(abspath $(or $(CARGO_TARGET_DIR),target)) $(CARGO) run $(DEPENDENTS) -p $$package; done
 
 # What each crate's package contains. VERIFY= also builds each from its package, which takes minutes.

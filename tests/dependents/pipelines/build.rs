@@ -1,0 +1,5 @@
+//! Programs of this package find libtorch.
+
+fn main() {
+    ddil_build::link();
+}
