@@ -84,6 +84,7 @@ fn prepared() -> Criterion {
     let threads = std::env::var("DDIL_BENCH_THREADS").ok().and_then(|n| n.parse().ok());
     tch::set_num_threads(threads.unwrap_or(1));
     ddil_libtorch::keep_freed_pages();
+    ddil_benches::register_fonts();
     Criterion::default()
 }
 

@@ -144,6 +144,7 @@ fn prepared() -> Criterion {
     tch::set_num_threads(threads.unwrap_or(1));
     tch::manual_seed(0);
     ddil_libtorch::keep_freed_pages();
+    ddil_benches::register_fonts();
     Criterion::default()
 }
 

@@ -47,5 +47,10 @@ fn metrics(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, metrics);
+fn prepared() -> Criterion {
+    ddil_benches::register_fonts();
+    Criterion::default()
+}
+
+criterion_group! { name = benches; config = prepared(); targets = metrics }
 criterion_main!(benches);
