@@ -84,7 +84,7 @@ fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
         return invalid("teacher.path", "a text-to-image model with class labels", expected);
     }
     if !takes_text && !config.output.prompts.is_empty() {
-        let expected = "left out: the teacher is told no text";
+        let expected = "left out: the teacher takes no text";
         return invalid("output.prompts", "set", expected);
     }
     Ok(())

@@ -220,7 +220,7 @@ fn ensure_comparable(
     let model = args.subject.display();
     ensure!(
         !pipeline.parts.class().is_text_to_image(),
-        "{model} draws what it is asked for; draw with `ddil sample {model} --prompts-file .. --folder pictures`, then \
+        "{model} requires prompts; sample it with `ddil sample {model} --prompts-file .. --folder pictures`, then \
          evaluate that folder"
     );
     if let Some(samples) = args.also_samples {

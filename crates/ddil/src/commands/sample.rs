@@ -35,13 +35,13 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     // Rejected before any weights are read.
     if class.is_text_to_image() {
         ensure!(args.class.is_none(), "--class: the model draws prompts and knows no classes");
-        ensure!(!prompts.is_empty(), "--prompt is missing: the model draws what it is told");
+        ensure!(!prompts.is_empty(), "--prompt is missing: a text-to-image model requires prompts");
         ensure!(
             args.first == 0 && args.of.is_none(),
             "--first and --of are for models without prompts"
         );
     } else if let Some(flag) = prompt_flag(&args.prompting) {
-        bail!("{flag}: the model is told no text; --class chooses one of its classes");
+        bail!("{flag}: the model takes no text; --class chooses one of its classes");
     }
     let output = output(args)?;
     start(&args.sampling.parent)?;

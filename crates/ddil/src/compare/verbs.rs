@@ -49,7 +49,7 @@ impl Program {
         std::env::current_exe().map(Self).map_err(|error| setup("find the program", &error))
     }
 
-    /// Runs a verb to its end and appends its output to `log`; once `stops` returns true, the verb is asked to stop.
+    /// Runs a verb to its end and appends its output to `log`; once `stops` returns true, the verb receives a stop request.
     ///
     /// # Errors
     ///

@@ -45,7 +45,7 @@ pub struct Worker<'a> {
     pub comparison: &'a Comparison,
     /// The program that contains the verbs.
     pub program: &'a Program,
-    /// Whether to stop; a running verb is asked to save and end.
+    /// Whether to stop; a running verb then saves and ends.
     pub stops: &'a dyn Fn() -> bool,
 }
 
@@ -57,7 +57,7 @@ impl Worker<'_> {
     /// Performs a work item unless it is done. A cell that another process works on is left to it; any other item is
     /// awaited.
     ///
-    /// A cell that diverges is recorded as done. A cell that is asked to stop saves its run and leaves no record.
+    /// A cell that diverges is recorded as done. A cell that receives a stop request saves its run and leaves no record.
     ///
     /// # Errors
     ///
