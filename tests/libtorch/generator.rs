@@ -3,7 +3,7 @@
 use ddil_libtorch::{Error, Generator, default_generator_state, set_default_generator_state};
 use tch::{Device, Kind, Tensor, kind};
 
-use crate::{TestResult, handed_on, max_difference, refusal};
+use crate::{TestResult, in_own_process, max_difference, refusal};
 
 /// `torch.randn(5, generator=g)`, seed 0.
 const NORMAL_5: [f32; 5] = [1.540_996_1, -0.293_428_9, -2.178_789_4, 0.568_431_26, -1.084_522_4];
@@ -148,7 +148,7 @@ fn what_cannot_be_drawn_is_refused() -> TestResult {
 /// In a process of its own: whatever else draws from the default generator would disturb it.
 #[test]
 fn the_default_generator_continues_to_the_bit() -> TestResult {
-    if handed_on("generator::the_default_generator_continues_to_the_bit", &[])? {
+    if in_own_process("generator::the_default_generator_continues_to_the_bit", &[], &[])? {
         return Ok(());
     }
     tch::manual_seed(0);

@@ -17,6 +17,7 @@ mod process;
 mod recompute;
 mod row_file;
 mod script_archive;
+mod waiting;
 
 use tch::{Kind, Tensor};
 
@@ -40,17 +41,20 @@ fn refusal<T>(result: ddil_libtorch::Result<T>) -> String {
     }
 }
 
-/// Whether `test` was handed on to a process of its own, which sees `variables` and runs nothing else; false there.
-fn handed_on(test: &str, variables: &[(&str, &str)]) -> Result<bool, Box<dyn std::error::Error>> {
+/// Runs `test` alone in another process, with `variables` set and `removed` unset. False in that process.
+fn in_own_process(
+    test: &str,
+    variables: &[(&str, &str)],
+    removed: &[&str],
+) -> Result<bool, Box<dyn std::error::Error>> {
     const CHILD: &str = "DDIL_TEST_CHILD";
     if std::env::var_os(CHILD).is_some() {
         return Ok(false);
     }
-    let status = std::process::Command::new(std::env::current_exe()?)
-        .args([test, "--exact"])
-        .env(CHILD, "1")
-        .envs(variables.iter().copied())
-        .status()?;
+    let mut child = std::process::Command::new(std::env::current_exe()?);
+    removed.iter().for_each(|name| _ = child.env_remove(name));
+    let status =
+        child.args([test, "--exact"]).env(CHILD, "1").envs(variables.iter().copied()).status()?;
     assert!(status.success());
     Ok(true)
 }

@@ -6,7 +6,7 @@ use ddil_libtorch::{
 };
 use tch::{Device, Kind, Tensor, kind};
 
-use crate::{TestResult, handed_on, refusal};
+use crate::{TestResult, in_own_process, refusal};
 
 /// Around groups of 16, blocks of 624 words and the chunks of 9984 that threads take.
 const SIZES: [i64; 27] = [
@@ -56,7 +56,7 @@ fn compare(generator: &mut Generator, shape: &[i64], kind: Kind, what: &str) -> 
 
 #[test]
 fn every_size_from_every_place_on_any_number_of_threads() -> TestResult {
-    if handed_on("normal::every_size_from_every_place_on_any_number_of_threads", &[])? {
+    if in_own_process("normal::every_size_from_every_place_on_any_number_of_threads", &[], &[])? {
         return Ok(());
     }
     for threads in [1, 2, 5] {
@@ -75,7 +75,7 @@ fn every_size_from_every_place_on_any_number_of_threads() -> TestResult {
 
 #[test]
 fn a_stream_of_many_kinds_of_draws() -> TestResult {
-    if handed_on("normal::a_stream_of_many_kinds_of_draws", &[])? {
+    if in_own_process("normal::a_stream_of_many_kinds_of_draws", &[], &[])? {
         return Ok(());
     }
     for seed in [0, 1, 42, u64::from(u32::MAX), u64::MAX] {
@@ -97,7 +97,7 @@ fn a_stream_of_many_kinds_of_draws() -> TestResult {
 /// other would be seen.
 #[test]
 fn a_hundred_million_numbers() -> TestResult {
-    if handed_on("normal::a_hundred_million_numbers", &[])? {
+    if in_own_process("normal::a_hundred_million_numbers", &[], &[])? {
         return Ok(());
     }
     set_num_threads(4)?;
@@ -126,7 +126,7 @@ fn they_are_vectorised_where_a_processor_allows_it() -> TestResult {
 #[test]
 fn libtorchs_own_loop_is_kept_where_its_numbers_are_others() -> TestResult {
     let name = "normal::libtorchs_own_loop_is_kept_where_its_numbers_are_others";
-    if handed_on(name, &[("ATEN_CPU_CAPABILITY", "default")])? {
+    if in_own_process(name, &[("ATEN_CPU_CAPABILITY", "default")], &[])? {
         return Ok(());
     }
     assert!(!normal_is_vectorised()?);
@@ -138,7 +138,7 @@ fn libtorchs_own_loop_is_kept_where_its_numbers_are_others() -> TestResult {
 
 #[test]
 fn a_tensor_is_filled_as_libtorch_fills_it() -> TestResult {
-    if handed_on("normal::a_tensor_is_filled_as_libtorch_fills_it", &[])? {
+    if in_own_process("normal::a_tensor_is_filled_as_libtorch_fills_it", &[], &[])? {
         return Ok(());
     }
     let new = || Tensor::zeros([6, 8, 5, 4], kind::FLOAT_CPU);

@@ -4,7 +4,7 @@ use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{Error, NoCuda};
 use tch::{Device, Kind, Tensor, kind};
 
-use crate::{TestResult, handed_on, refusal};
+use crate::{TestResult, in_own_process, refusal};
 
 #[test]
 fn the_version_is_the_one_that_tch_speaks_to() {
@@ -45,9 +45,10 @@ fn page_faults() -> Result<u64, Box<dyn std::error::Error>> {
 #[test]
 fn kept_pages_are_used_again() -> TestResult {
     // One pool of memory for all threads: the test is not on the main one.
-    if handed_on(
+    if in_own_process(
         "process::kept_pages_are_used_again",
         &[("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")],
+        &[],
     )? {
         return Ok(());
     }
@@ -90,7 +91,7 @@ fn the_number_of_threads_is_what_was_set() -> TestResult {
 /// `put_` adds in any order, which libtorch has no deterministic kernel for unless it accumulates.
 #[test]
 fn deterministic_refuses_what_it_cannot_promise() -> TestResult {
-    if handed_on("process::deterministic_refuses_what_it_cannot_promise", &[])? {
+    if in_own_process("process::deterministic_refuses_what_it_cannot_promise", &[], &[])? {
         return Ok(());
     }
     let put = || {
