@@ -1,3 +1,4 @@
 //! Files and settings.
 
+mod json_settings;
 mod settings;

@@ -7,6 +7,7 @@
 //! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
 //! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
 //! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
+//! | read and write settings of diffusers | [`JsonSettings`] |
 //! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
 //! | report errors | [`Error`], [`with_causes`] |
 //!
@@ -43,6 +44,7 @@ mod error;
 pub mod fault;
 mod invalid;
 mod json;
+mod json_settings;
 #[cfg(feature = "settings")]
 pub mod settings;
 
@@ -53,3 +55,4 @@ pub use invalid::Invalid;
 pub use json::{
     ensure_version, first_version, read_json, read_small_json, read_versioned, write_json,
 };
+pub use json_settings::JsonSettings;

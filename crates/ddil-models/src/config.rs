@@ -3,10 +3,10 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, JsonSettings};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::weights::{write_error, write_whole};
@@ -15,8 +15,6 @@ use crate::weights::{write_error, write_whole};
 pub(crate) const FILE_NAME: &str = "config.json";
 /// The diffusers release whose `config.json` is written.
 const DIFFUSERS_VERSION: &str = "0.42.1";
-/// Size limit of a `config.json`; published ones have less than ten KiB.
-const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Upper bound of integers in a network's settings: far above every published width, vocabulary or count, and low
 /// enough that a product of three does not overflow.
 const MAX_NUMBER: u64 = 1 << 20;
@@ -46,8 +44,8 @@ pub(crate) trait Config: Default + Serialize + DeserializeOwned {
     /// Numbers and lists beyond the limits; if there are none, all other problems.
     fn all_problems(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
-        for (key, value) in to_map(self) {
-            size_problems(&key, &value, &mut problems);
+        for (key, value) in JsonSettings::of(self).object() {
+            size_problems(key, value, &mut problems);
         }
         if problems.is_empty() { self.problems() } else { problems }
     }
@@ -85,52 +83,46 @@ fn size_problems(key: &str, value: &Value, problems: &mut Vec<Invalid>) {
     }
 }
 
-/// The JSON object in a file of at most [`MAX_FILE_BYTES`].
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = ddil_files::read_text_bounded(path, MAX_FILE_BYTES)
-        .map_err(|source| Error::Read { path: path.into(), source: source.into() })?;
-    serde_json::from_str(&text)
-        .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
+/// The settings in a file.
+pub(crate) fn read_file(path: &Path) -> Result<JsonSettings> {
+    JsonSettings::read(path).map_err(|error| match error {
+        ddil_files::Error::Json { path, source, .. } => {
+            Error::InvalidJson { path, source: source.into() }
+        }
+        ddil_files::Error::Io { path, source, .. } => Error::Read { path, source: source.into() },
+        other => Error::Read { path: path.into(), source: other.into() },
+    })
 }
 
-/// Reads settings from a JSON object and reports all problems in one error.
-pub(crate) fn from_object<C: Config>(
+/// Reads settings and reports all problems in one error.
+pub(crate) fn from_file<C: Config>(
     what: &str,
-    object: &Map<String, Value>,
+    file: &JsonSettings,
     unknown_keys: UnknownKeys,
 ) -> Result<C> {
-    let known = to_map(&C::default());
-    let mut problems = Vec::new();
-    for (key, value) in object {
-        if key == "_class_name" {
-            if value != C::CLASS_NAME {
-                problems.push(Invalid::new(key, value, format!("\"{}\"", C::CLASS_NAME)));
-            }
-        } else if key.starts_with('_') {
-            // `_diffusers_version`, `_name_or_path` and similar keys describe the origin of a file.
-        } else if known.contains_key(key) {
-            // Each alone, so that one invalid value does not hide the next.
-            if let Err(source) = serde_json::from_value::<C>(json!({ key.as_str(): value })) {
-                problems.push(Invalid::new(key, value, source.to_string()));
-            }
-        } else if unknown_keys == UnknownKeys::Refuse {
-            let keys: Vec<_> = known.keys().map(String::as_str).collect();
-            problems.push(Invalid::new(key, value, format!("one of {}", keys.join(", "))));
-        }
+    let defaults = C::default();
+    let mut keys = file.problems(&defaults);
+    if unknown_keys == UnknownKeys::Refuse {
+        let known = JsonSettings::of(&defaults);
+        let known: Vec<_> = known.object().keys().map(String::as_str).collect();
+        let expected = format!("one of {}", known.join(", "));
+        let unknown = file.unknown(&defaults).into_iter();
+        keys.extend(unknown.map(|key| Invalid::new(key, &file.object()[key], expected.clone())));
     }
-    let mut settings = object.clone();
-    settings.retain(|key, _| known.contains_key(key));
-    match serde_json::from_value::<C>(Value::Object(settings)) {
+    keys.sort_by(|left, right| left.field.cmp(&right.field));
+    let mut problems = Vec::new();
+    if file.object().contains_key(JsonSettings::CLASS) {
+        problems.extend(file.class(&[C::CLASS_NAME]).err());
+    }
+    problems.extend(keys);
+    match file.over(&defaults) {
         Ok(config) => {
             problems.extend(config.all_problems());
             if problems.is_empty() {
                 return Ok(config);
             }
         }
-        // Every value has already been parsed alone.
-        Err(source) if problems.is_empty() => {
-            problems.push(Invalid::new("settings", source, "one value per key"));
-        }
+        Err(problem) if problems.is_empty() => problems.push(problem),
         Err(_) => {}
     }
     Err(Error::InvalidConfig { what: what.to_owned(), problems })
@@ -143,19 +135,7 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
 
 /// The settings in diffusers' format: class name, version, sorted keys; [`Config::OWN_KEYS`] only if they are set.
 pub(crate) fn to_json<C: Config>(config: &C) -> String {
-    let mut object = to_map(config);
-    object.retain(|key, value| !(value.is_null() && C::OWN_KEYS.contains(&key.as_str())));
-    object.insert("_class_name".into(), C::CLASS_NAME.into());
-    object.insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
-    let mut text = format!("{:#}", Value::Object(object));
-    text.push('\n');
-    text
-}
-
-pub(crate) fn to_map<C: Config>(config: &C) -> Map<String, Value> {
-    match serde_json::to_value(config) {
-        Ok(Value::Object(map)) => map,
-        // Plain structs of numbers, names and lists; a test of each config serialises it.
-        other => unreachable!("{} is not a JSON object: {other:?}", C::CLASS_NAME),
-    }
+    let mut file = JsonSettings::of(config).without_unset(C::OWN_KEYS).with_class(C::CLASS_NAME);
+    file.object_mut().insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
+    file.to_string()
 }

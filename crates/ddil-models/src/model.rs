@@ -57,33 +57,27 @@ impl ModelConfig {
     /// As [`UNet2DConfig::from_file`]; [`Error::InvalidConfig`] for an unknown class.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
-        let object = config::read_object(path)?;
+        let file = config::read_file(path)?;
         let what = path.display().to_string();
-        let class = object.get("_class_name").cloned().unwrap_or_default();
-        Ok(match class.as_str() {
-            Some(UNet2DConfig::CLASS_NAME) => {
-                Self::UNet2D(config::from_object(&what, &object, unknown_keys)?)
+        let classes = [
+            UNet2DConfig::CLASS_NAME,
+            UNet2DConditionConfig::CLASS_NAME,
+            MlpConfig::CLASS_NAME,
+            TorchScriptConfig::CLASS_NAME,
+        ];
+        let class = file.class(&classes).map_err(|problem| Error::InvalidConfig {
+            what: what.clone(),
+            problems: vec![problem],
+        })?;
+        Ok(match class {
+            UNet2DConfig::CLASS_NAME => {
+                Self::UNet2D(config::from_file(&what, &file, unknown_keys)?)
             }
-            Some(UNet2DConditionConfig::CLASS_NAME) => {
-                Self::UNet2DCondition(config::from_object(&what, &object, unknown_keys)?)
+            UNet2DConditionConfig::CLASS_NAME => {
+                Self::UNet2DCondition(config::from_file(&what, &file, unknown_keys)?)
             }
-            Some(MlpConfig::CLASS_NAME) => {
-                Self::Mlp(config::from_object(&what, &object, unknown_keys)?)
-            }
-            Some(TorchScriptConfig::CLASS_NAME) => {
-                Self::TorchScript(config::from_object(&what, &object, unknown_keys)?)
-            }
-            _ => {
-                let classes = [
-                    UNet2DConfig::CLASS_NAME,
-                    UNet2DConditionConfig::CLASS_NAME,
-                    MlpConfig::CLASS_NAME,
-                    TorchScriptConfig::CLASS_NAME,
-                ];
-                let expected = format!("one of {}", classes.join(", "));
-                let problems = vec![Invalid::new("_class_name", class, expected)];
-                return Err(Error::InvalidConfig { what, problems });
-            }
+            MlpConfig::CLASS_NAME => Self::Mlp(config::from_file(&what, &file, unknown_keys)?),
+            _ => Self::TorchScript(config::from_file(&what, &file, unknown_keys)?),
         })
     }
 

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use ddil_files::Invalid;
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use ddil_files::{Invalid, JsonSettings, read_text_bounded};
+use serde::de::{Deserializer, Error as _};
+use serde::{Deserialize, Serialize};
 
 use crate::boundary::ConsistencyBoundary;
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub enum SchedulerConfig {
 }
 
 /// The common keys of DDIM and LCM; the defaults are those of `DDIMScheduler`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "the keys of another project's file")]
 pub struct CommonConfig {
     /// Number of timesteps the network was trained with; default 1000.
@@ -77,6 +77,7 @@ pub struct CommonConfig {
     /// How the betas grow; default linear, LCM scaled linear.
     pub beta_schedule: BetaSchedule,
     /// An explicit list of betas instead of the three settings above; default none.
+    #[serde(deserialize_with = "numbers")]
     pub trained_betas: Option<Vec<f64>>,
     /// Whether predicted clean data are clipped; default true, LCM false.
     pub clip_sample: bool,
@@ -87,6 +88,7 @@ pub struct CommonConfig {
     /// Added to the timesteps of leading spacing; default 0.
     pub steps_offset: u32,
     /// What the network outputs; default epsilon. Not flow, which neither class supports.
+    #[serde(deserialize_with = "output_type")]
     pub prediction_type: PredictionType,
     /// Whether predicted clean data are thresholded dynamically, which takes precedence over clipping; default false.
     pub thresholding: bool,
@@ -99,15 +101,18 @@ pub struct CommonConfig {
     /// Whether the last timestep is rescaled to contain no signal; default false.
     pub rescale_betas_zero_snr: bool,
     /// The timesteps for which a few-step student was trained, noisiest first; default none. Not a key of diffusers.
+    #[serde(deserialize_with = "whole_numbers")]
     pub ddil_timesteps: Option<Vec<i64>>,
     /// The version of diffusers that wrote the file, if any.
+    #[serde(rename = "_diffusers_version")]
     pub diffusers_version: Option<String>,
 }
 
 /// The keys of `LCMScheduler`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LcmConfig {
     /// The keys common with DDIM, with LCM's defaults.
+    #[serde(flatten)]
     pub common: CommonConfig,
     /// Number of timesteps of the student's distillation; default 50.
     pub original_inference_steps: u32,
@@ -183,16 +188,12 @@ impl SchedulerConfig {
     ///
     /// As [`from_json`](Self::from_json); [`Error::Invalid`] for an unsupported class.
     pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
-        let mut keys: Map<String, Value> =
-            serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
-        let solver = keys.get("_class_name").and_then(Value::as_str).map(str::to_owned);
-        let Some(solver) = solver.filter(|class| SOLVERS.contains(&class.as_str())) else {
-            return Ok((Self::from_json(text)?, None));
-        };
+        let file = parse(text)?;
+        let Ok(solver) = file.class(&SOLVERS) else { return Ok((Self::from_json(text)?, None)) };
         let defaults = CommonConfig { clip_sample: false, ..CommonConfig::default() };
-        let config = Self::Ddim(CommonConfig::take(&mut keys, defaults)?);
+        let config = Self::Ddim(file.over(&defaults)?);
         config.ensure()?;
-        Ok((config, Some(solver)))
+        Ok((config, Some(solver.to_owned())))
     }
 
     /// Reads a file, ignores keys that its class does not have, and returns them.
@@ -226,10 +227,8 @@ impl SchedulerConfig {
         if unknown.is_empty() {
             return Ok(config);
         }
-        let always = config.to_keys().into_iter().map(|(key, _)| key);
-        let mut known: Vec<String> = always.chain(OPTIONAL_KEYS.map(str::to_owned)).collect();
-        known.sort();
-        known.dedup();
+        let known = config.keys().with_class(config.class());
+        let known = known.object().keys().cloned().collect();
         Err(Error::UnknownKeys { class: config.class(), unknown, known })
     }
 
@@ -239,27 +238,19 @@ impl SchedulerConfig {
     ///
     /// As [`from_json`](Self::from_json), except for unknown keys.
     pub fn from_json_lenient(text: &str) -> Result<(Self, Vec<String>)> {
-        let mut keys: Map<String, Value> =
-            serde_json::from_str(text).map_err(|source| Error::Parse { source })?;
-        let class: String = take(&mut keys, "_class_name", "a string", String::new())?;
-        let config = match class.as_str() {
-            "DDIMScheduler" => Self::Ddim(CommonConfig::take(&mut keys, CommonConfig::default())?),
-            "LCMScheduler" => Self::Lcm(LcmConfig::take(&mut keys)?),
-            other => {
-                return Err(Error::Invalid(Invalid::new(
-                    "_class_name",
-                    format!("`{other}`"),
-                    "DDIMScheduler or LCMScheduler",
-                )));
-            }
+        let file = parse(text)?;
+        let config = match file.class(&["DDIMScheduler", "LCMScheduler"])? {
+            "LCMScheduler" => Self::Lcm(file.over(&LcmConfig::default())?),
+            _ => Self::Ddim(file.over(&CommonConfig::default())?),
         };
         config.ensure()?;
-        Ok((config, keys.into_iter().map(|(key, _)| key).collect()))
+        let unknown = file.unknown(&config.keys()).into_iter().map(str::to_owned).collect();
+        Ok((config, unknown))
     }
 
     /// The text of the file.
     pub fn to_json(&self) -> String {
-        format!("{:#}\n", Value::Object(self.to_keys()))
+        self.keys().with_class(self.class()).without_unset(&OPTIONAL_KEYS).to_string()
     }
 
     /// The name of diffusers' class.
@@ -366,13 +357,6 @@ impl SchedulerConfig {
         let common = self.common();
         self.schedule()?;
         self.thresholding().ensure()?;
-        if common.prediction_type == PredictionType::Flow {
-            return Err(Error::Invalid(Invalid::new(
-                "prediction_type",
-                "flow_prediction",
-                "epsilon, sample or v_prediction",
-            )));
-        }
         if let Some(trained) = &common.ddil_timesteps {
             Timesteps::explicit(trained.clone(), common.num_train_timesteps)?;
         }
@@ -384,14 +368,11 @@ impl SchedulerConfig {
         }
     }
 
-    fn to_keys(&self) -> Map<String, Value> {
-        let mut keys = self.common().to_keys();
-        keys.insert("_class_name".to_owned(), json!(self.class()));
-        if let Self::Lcm(lcm) = self {
-            keys.insert("original_inference_steps".to_owned(), json!(lcm.original_inference_steps));
-            keys.insert("timestep_scaling".to_owned(), json!(lcm.timestep_scaling));
+    fn keys(&self) -> JsonSettings {
+        match self {
+            Self::Ddim(common) => JsonSettings::of(common),
+            Self::Lcm(lcm) => JsonSettings::of(lcm),
         }
-        keys
     }
 }
 
@@ -494,105 +475,30 @@ impl CommonConfig {
             },
         })
     }
+}
 
-    /// Removes the common keys from `keys`.
-    fn take(keys: &mut Map<String, Value>, defaults: Self) -> Result<Self> {
-        const COUNT: &str = "a whole number, not negative";
-        const NUMBER: &str = "a number";
-        const BOOL: &str = "true or false";
-        const BETAS: &str = "linear, scaled_linear or squaredcos_cap_v2";
-        const OUTPUTS: &str = "epsilon, sample or v_prediction";
-        const SPACINGS: &str = "leading, linspace or trailing";
-        const LIST: &str = "a list of numbers, or null";
-        const WHOLE: &str = "a list of whole numbers, or null";
-        let d = defaults;
-        Ok(Self {
-            num_train_timesteps: take(keys, "num_train_timesteps", COUNT, d.num_train_timesteps)?,
-            beta_start: take(keys, "beta_start", NUMBER, d.beta_start)?,
-            beta_end: take(keys, "beta_end", NUMBER, d.beta_end)?,
-            beta_schedule: take(keys, "beta_schedule", BETAS, d.beta_schedule)?,
-            trained_betas: take(keys, "trained_betas", LIST, d.trained_betas)?,
-            clip_sample: take(keys, "clip_sample", BOOL, d.clip_sample)?,
-            clip_sample_range: take(keys, "clip_sample_range", NUMBER, d.clip_sample_range)?,
-            set_alpha_to_one: take(keys, "set_alpha_to_one", BOOL, d.set_alpha_to_one)?,
-            steps_offset: take(keys, "steps_offset", COUNT, d.steps_offset)?,
-            prediction_type: take(keys, "prediction_type", OUTPUTS, d.prediction_type)?,
-            thresholding: take(keys, "thresholding", BOOL, d.thresholding)?,
-            dynamic_thresholding_ratio: take(
-                keys,
-                "dynamic_thresholding_ratio",
-                NUMBER,
-                d.dynamic_thresholding_ratio,
-            )?,
-            sample_max_value: take(keys, "sample_max_value", NUMBER, d.sample_max_value)?,
-            timestep_spacing: take(keys, "timestep_spacing", SPACINGS, d.timestep_spacing)?,
-            rescale_betas_zero_snr: take(
-                keys,
-                "rescale_betas_zero_snr",
-                BOOL,
-                d.rescale_betas_zero_snr,
-            )?,
-            ddil_timesteps: take(keys, "ddil_timesteps", WHOLE, d.ddil_timesteps)?,
-            diffusers_version: take(keys, "_diffusers_version", "a string", d.diffusers_version)?,
-        })
-    }
-
-    fn to_keys(&self) -> Map<String, Value> {
-        let mut keys = Map::new();
-        let mut put = |key: &str, value| keys.insert(key.to_owned(), value);
-        put("num_train_timesteps", json!(self.num_train_timesteps));
-        put("beta_start", json!(self.beta_start));
-        put("beta_end", json!(self.beta_end));
-        put("beta_schedule", json!(self.beta_schedule));
-        put("trained_betas", json!(self.trained_betas));
-        put("clip_sample", json!(self.clip_sample));
-        put("clip_sample_range", json!(self.clip_sample_range));
-        put("set_alpha_to_one", json!(self.set_alpha_to_one));
-        put("steps_offset", json!(self.steps_offset));
-        put("prediction_type", json!(self.prediction_type));
-        put("thresholding", json!(self.thresholding));
-        put("dynamic_thresholding_ratio", json!(self.dynamic_thresholding_ratio));
-        put("sample_max_value", json!(self.sample_max_value));
-        put("timestep_spacing", json!(self.timestep_spacing));
-        put("rescale_betas_zero_snr", json!(self.rescale_betas_zero_snr));
-        if let Some(timesteps) = &self.ddil_timesteps {
-            put("ddil_timesteps", json!(timesteps));
+/// A type that the classes have: not flow.
+fn output_type<'de, D: Deserializer<'de>>(value: D) -> Result<PredictionType, D::Error> {
+    match PredictionType::deserialize(value) {
+        Ok(PredictionType::Flow) | Err(_) => {
+            Err(D::Error::custom("epsilon, sample or v_prediction"))
         }
-        if let Some(version) = &self.diffusers_version {
-            put("_diffusers_version", json!(version));
-        }
-        keys
+        known => known,
     }
 }
 
-impl LcmConfig {
-    fn take(keys: &mut Map<String, Value>) -> Result<Self> {
-        let Self { common, original_inference_steps, timestep_scaling } = Self::default();
-        let count = "a whole number, not negative";
-        Ok(Self {
-            common: CommonConfig::take(keys, common)?,
-            original_inference_steps: take(
-                keys,
-                "original_inference_steps",
-                count,
-                original_inference_steps,
-            )?,
-            timestep_scaling: take(keys, "timestep_scaling", "a number", timestep_scaling)?,
-        })
-    }
+fn numbers<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<f64>>, D::Error> {
+    let refused = |_| D::Error::custom("a list of numbers, or null");
+    Option::deserialize(value).map_err(refused)
 }
 
-/// Removes one key, or returns its default if it is absent.
-fn take<T: DeserializeOwned>(
-    keys: &mut Map<String, Value>,
-    field: &'static str,
-    expected: &str,
-    default: T,
-) -> Result<T> {
-    let Some(value) = keys.remove(field) else { return Ok(default) };
-    let found = value.to_string();
-    // serde's message names Rust types; `expected` describes the value in terms of the file.
-    serde_json::from_value(value).map_err(|_| Error::Invalid(Invalid::new(field, found, expected)))
+fn whole_numbers<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<i64>>, D::Error> {
+    let refused = |_| D::Error::custom("a list of whole numbers, or null");
+    Option::deserialize(value).map_err(refused)
+}
+
+fn parse(text: &str) -> Result<JsonSettings> {
+    JsonSettings::parse(text).map_err(|source| Error::Parse { source })
 }
 
 /// A published file has less than two KiB; an explicit list of a thousand betas needs thirty.
@@ -601,7 +507,7 @@ const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Reads a file, with its name in every error.
 fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { action: "read", path: path.to_owned(), source };
-    let text = ddil_files::read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
+    let text = read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
     let named = |error| Error::File { path: path.to_owned(), source: Box::new(error) };
     parse(&text).map_err(named)
 }

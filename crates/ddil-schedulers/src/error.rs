@@ -105,7 +105,7 @@ fn list(names: &[String]) -> String {
 }
 
 /// The result type of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// The invalid setting, if that is the cause.

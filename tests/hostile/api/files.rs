@@ -1,7 +1,8 @@
 use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
 use ddil_files::{
-    Invalid, ensure_version, open_regular_file, parent, read_bounded, read_json, read_small_json,
-    read_text_bounded, read_versioned, sync_folder, temporary_sibling, write_atomic, write_json,
+    Invalid, JsonSettings, ensure_version, open_regular_file, parent, read_bounded, read_json,
+    read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
+    write_atomic, write_json,
 };
 use serde_json::Value;
 
@@ -14,6 +15,7 @@ fn ddil_files() {
     settings(&mut cases);
     writes(&mut cases);
     toml_settings(&mut cases);
+    json_settings(&mut cases);
     cases.finish("ddil-files");
 }
 
@@ -58,6 +60,7 @@ fn writes(cases: &mut Cases) {
         cases.once("sync_folder", &what, || said(sync_folder(place)));
         cases.once("parent", &what, || said(Ok::<_, Invalid>(parent(place))));
         cases.once("temporary_sibling", &what, || said(Ok::<_, Invalid>(temporary_sibling(place))));
+        cases.once("JsonSettings::read", &what, || said(JsonSettings::read(place)));
         cases.once("Settings::read", &what, || said(Settings::read(place)));
         // The root of the machine is nobody's to write to.
         if place.as_os_str() != "/" && !place.as_os_str().is_empty() {
@@ -93,6 +96,28 @@ fn toml_settings(cases: &mut Cases) {
         cases.once("inline_toml", &what, || said(inline_toml(&value)));
         cases.once("differences", &what, || said(differences(&value, &Value::from(1))));
     }
+}
+
+fn json_settings(cases: &mut Cases) {
+    let defaults = serde_json::json!({"a": 1, "b": [true]});
+    let cut = "[".repeat(100_000);
+    for text in ["", "{}", "[]", "null", r#"{"a": null, "": [], "_class_name": {}}"#, &cut] {
+        let file = || JsonSettings::parse(text).map_err(|error| error.to_string());
+        cases.once("JsonSettings::parse", text, || file().map(drop));
+        cases.once("JsonSettings::class", text, || said(file()?.class(&[])));
+        cases.once("JsonSettings::over", text, || said(file()?.over(&defaults)));
+        cases.once("JsonSettings::problems", text, || {
+            said(Ok::<_, Invalid>(file()?.problems(&defaults)))
+        });
+        cases.once("JsonSettings::unknown", text, || {
+            said(Ok::<_, Invalid>(file()?.unknown(&defaults).len()))
+        });
+        cases.once("JsonSettings::with_class", text, || {
+            said(Ok::<_, Invalid>(file()?.with_class("").without_unset(&["a", ""])))
+        });
+    }
+    // A type that is no JSON object is a fault of the program.
+    cases.cannot_fail(&["JsonSettings::of", "JsonSettings::without_unset"]);
 }
 
 fn said_ok<T>(result: ddil_files::Result<T>) -> T {

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, JsonSettings};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::config::{self, Config, UnknownKeys};
 use crate::error::{Error, Result};
@@ -75,16 +75,12 @@ impl ClipConfig {
     /// As [`ClipTextConfig::from_file`], with the problems of both towers.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
-        let object = config::read_object(path)?;
+        let mut file = config::read_file(path)?;
         let mut problems = Vec::new();
-        let text = nested(&object, "text_config", unknown_keys, &mut problems);
-        let vision = nested(&object, "vision_config", unknown_keys, &mut problems);
-        let mut rest = object;
-        for key in ["text_config", "text_config_dict", "vision_config", "vision_config_dict"] {
-            rest.remove(key);
-        }
+        let text = nested(&mut file, "text_config", unknown_keys, &mut problems);
+        let vision = nested(&mut file, "vision_config", unknown_keys, &mut problems);
         let what = path.display().to_string();
-        let whole: Option<Whole> = keep_problems(read(&what, &rest, unknown_keys), &mut problems)?;
+        let whole: Option<Whole> = keep_problems(read(&what, file, unknown_keys), &mut problems)?;
         match (text, vision, whole) {
             (Some(text), Some(vision), Some(whole)) if problems.is_empty() => Ok(Self {
                 text,
@@ -139,24 +135,26 @@ impl ModelType for Whole {
     const MODEL_TYPE: &'static str = "clip";
 }
 
-/// A tower's settings in the file of both towers.
+/// Removes a tower's settings from the file of both towers and reads them.
 fn nested<C: ModelType>(
-    object: &Map<String, Value>,
+    file: &mut JsonSettings,
     key: &str,
     unknown_keys: UnknownKeys,
     problems: &mut Vec<Invalid>,
 ) -> Option<C> {
-    let older = format!("{key}_dict");
-    let value = object.get(&older).filter(|value| !value.is_null()).or_else(|| object.get(key));
-    let Some(settings) = value.and_then(Value::as_object) else {
-        let found = value.map_or("absent".to_owned(), Value::to_string);
-        problems.push(Invalid::new(key, found, "an object with the tower's settings"));
-        return None;
+    let keys = file.object_mut();
+    let (older, value) = (keys.remove(&format!("{key}_dict")), keys.remove(key));
+    let mut tower = match older.filter(|value| !value.is_null()).or(value) {
+        Some(Value::Object(tower)) => tower,
+        other => {
+            let found = other.map_or("absent".to_owned(), |value| value.to_string());
+            problems.push(Invalid::new(key, found, "an object with the tower's settings"));
+            return None;
+        }
     };
-    let mut settings = settings.clone();
     // A tower of a two-tower file always ends with a projection, whatever its class in the file.
-    settings.remove("architectures");
-    match read(key, &settings, unknown_keys) {
+    tower.remove("architectures");
+    match read(key, tower.into(), unknown_keys) {
         Ok(config) => Some(config),
         Err(Error::InvalidConfig { problems: more, .. }) => {
             let named = more.into_iter().map(|problem| problem.under(key));

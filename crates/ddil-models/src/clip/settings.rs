@@ -1,8 +1,8 @@
 //! The files of transformers' settings, and the settings that both towers share.
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, JsonSettings};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::config::{self, Config, UnknownKeys};
@@ -99,29 +99,30 @@ pub(super) trait ModelType: Config {
 /// Reads settings from a transformers file and reports all problems in one error.
 pub(super) fn read<C: ModelType>(
     what: &str,
-    object: &Map<String, Value>,
+    mut file: JsonSettings,
     unknown_keys: UnknownKeys,
 ) -> Result<C> {
     let mut problems = Vec::new();
-    let mut settings = object.clone();
-    match settings.remove("model_type") {
+    let keys = file.object_mut();
+    match keys.remove("model_type") {
         Some(found) if found != C::MODEL_TYPE => {
             let expected = format!("\"{}\"", C::MODEL_TYPE);
             problems.push(Invalid::new("model_type", found, expected));
         }
         _ => {}
     }
-    match settings.remove("pruned_heads") {
+    match keys.remove("pruned_heads") {
         Some(found) if found != json!({}) && !found.is_null() => {
             problems.push(Invalid::new("pruned_heads", found, "{}: all heads are kept"));
         }
         _ => {}
     }
     // Both mean that the value is not set.
-    settings
-        .retain(|key, value| !(key == "architectures" && (value.is_null() || *value == json!([]))));
-    settings.retain(|key, _| !GENERIC_KEYS.contains(&key.as_str()));
-    let config = keep_problems(config::from_object(what, &settings, unknown_keys), &mut problems)?;
+    let is_unset = |value: &Value| value.is_null() || *value == json!([]);
+    keys.retain(|key, value| {
+        !GENERIC_KEYS.contains(&key.as_str()) && !(key == "architectures" && is_unset(value))
+    });
+    let config = keep_problems(config::from_file(what, &file, unknown_keys), &mut problems)?;
     match config {
         Some(config) if problems.is_empty() => Ok(config),
         _ => Err(Error::InvalidConfig { what: what.to_owned(), problems }),
@@ -145,12 +146,10 @@ pub(super) fn keep_problems<C>(
 
 /// The settings in transformers' format: class, type, version, sorted keys.
 pub(super) fn write<C: ModelType>(config: &C) -> String {
-    let mut object = config::to_map(config);
-    object.insert("model_type".into(), C::MODEL_TYPE.into());
-    object.insert("transformers_version".into(), TRANSFORMERS_VERSION.into());
-    let mut text = format!("{:#}", Value::Object(object));
-    text.push('\n');
-    text
+    let mut file = JsonSettings::of(config);
+    file.object_mut().insert("model_type".into(), C::MODEL_TYPE.into());
+    file.object_mut().insert("transformers_version".into(), TRANSFORMERS_VERSION.into());
+    file.to_string()
 }
 
 pub(super) fn ensure_counts(counts: &[(&str, u32)], problems: &mut Vec<Invalid>) {

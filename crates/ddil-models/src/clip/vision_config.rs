@@ -106,7 +106,7 @@ impl ClipVisionConfig {
     /// As [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
-        read(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+        read(&path.display().to_string(), config::read_file(path)?, unknown_keys)
     }
 
     /// The settings as a `config.json` for transformers.

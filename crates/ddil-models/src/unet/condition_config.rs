@@ -402,7 +402,7 @@ impl UNet2DConditionConfig {
     /// unsupported value.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
-        config::from_object(&path.display().to_string(), &config::read_object(path)?, unknown_keys)
+        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
     }
 
     /// The settings as a `config.json` for diffusers.

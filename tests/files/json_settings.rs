@@ -1,0 +1,123 @@
+//! Settings in JSON files: defaults, unknown keys, and messages in the terms of the file.
+
+use ddil_files::{Error, JsonSettings};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Spacing {
+    Leading,
+    Linspace,
+    Trailing,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Common {
+    beta_start: f64,
+    steps: u32,
+    offset: i64,
+    clip: bool,
+    spacing: Vec<Spacing>,
+    #[serde(rename = "_version")]
+    version: Option<String>,
+}
+
+/// A class with further keys and other defaults of the common ones.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Derived {
+    #[serde(flatten)]
+    common: Common,
+    scaling: f64,
+}
+
+fn derived() -> Derived {
+    let common = Common {
+        beta_start: 0.000_85,
+        steps: 50,
+        offset: 0,
+        clip: false,
+        spacing: vec![Spacing::Leading],
+        version: None,
+    };
+    Derived { common, scaling: 10.0 }
+}
+
+fn parse(value: &serde_json::Value) -> JsonSettings {
+    JsonSettings::parse(&value.to_string()).expect("an object")
+}
+
+#[test]
+fn absent_keys_have_the_given_defaults() {
+    assert_eq!(parse(&json!({})).over(&derived()), Ok(derived()));
+    let file = parse(&json!({"scaling": 5, "spacing": ["trailing"], "_version": "1"}));
+    let read = file.over(&derived()).expect("valid settings");
+    assert_eq!((read.scaling, read.common.spacing), (5.0, vec![Spacing::Trailing]));
+    assert_eq!((read.common.beta_start, read.common.version), (0.000_85, Some("1".to_owned())));
+}
+
+#[test]
+fn settings_are_read_as_they_were_written() {
+    let file = JsonSettings::of(&derived()).without_unset(&["_version"]).with_class("Derived");
+    let text = file.to_string();
+    let first = "{\n  \"_class_name\": \"Derived\",\n  \"beta_start\": 0.00085,\n";
+    assert!(text.starts_with(first) && text.ends_with("\n}\n"), "{text}");
+    assert!(!text.contains("_version"), "{text}");
+    assert_eq!(JsonSettings::parse(&text).expect("as written").over(&derived()), Ok(derived()));
+}
+
+#[test]
+fn keys_of_the_origin_are_never_unknown() {
+    let file = parse(&json!({"_name_or_path": "x", "shift": 3, "steps": 4, "_class_name": "X"}));
+    assert_eq!(file.unknown(&derived()), ["shift"]);
+    assert_eq!(file.over(&derived()).expect("shift is ignored").common.steps, 4);
+}
+
+#[test]
+fn every_problem_is_named_in_the_terms_of_the_file() {
+    let file = parse(&json!({
+        "beta_start": "small", "clip": 1, "offset": 0.5, "scaling": null,
+        "spacing": ["leading", "even"], "steps": -5, "_version": 3,
+    }));
+    let messages: Vec<_> = file.problems(&derived()).iter().map(ToString::to_string).collect();
+    let expected = [
+        r#"`_version` is 3; expected a string"#,
+        r#"`beta_start` is "small"; expected a number"#,
+        r#"`clip` is 1; expected true or false"#,
+        r#"`offset` is 0.5; expected a whole number"#,
+        r#"`scaling` is null; expected a number"#,
+        r#"`spacing` is ["leading","even"]; expected leading, linspace or trailing, not `even`"#,
+        r#"`steps` is -5; expected a whole number from 0 to 4294967295"#,
+    ];
+    assert_eq!(messages, expected);
+    assert_eq!(file.over(&derived()).expect_err("seven").to_string(), expected[0]);
+    let one = parse(&json!({"spacing": "leading"}));
+    let message = one.over(&derived()).expect_err("no list").to_string();
+    assert_eq!(message, r#"`spacing` is "leading"; expected a list"#);
+}
+
+#[test]
+fn a_class_is_one_of_those_known() {
+    let class = |value| parse(&value).class(&["A", "B", "C"]).map_err(|error| error.to_string());
+    assert_eq!(class(json!({"_class_name": "B"})), Ok("B"));
+    let refused = |found: &str| Err(format!("`_class_name` is {found}; expected A, B or C"));
+    assert_eq!(class(json!({"_class_name": "D"})), refused("`D`"));
+    assert_eq!(class(json!({"_class_name": 3})), refused("3"));
+    assert_eq!(class(json!({})), refused("``"));
+}
+
+#[test]
+fn files_that_are_no_object_are_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("config.json");
+    assert!(matches!(JsonSettings::read(&path), Err(Error::Io { .. })));
+    for text in ["", "[]", "null", "{\"a\": ", "{\"a\": 1} x"] {
+        std::fs::write(&path, text).expect("a file");
+        let error = JsonSettings::read(&path).expect_err(text);
+        assert!(matches!(error, Error::Json { .. }), "{text}");
+        assert!(error.to_string().contains("config.json"), "{error}");
+    }
+    let file = std::fs::File::create(&path).expect("a file");
+    file.set_len(1 << 40).expect("a sparse file");
+    assert!(matches!(JsonSettings::read(&path), Err(Error::Io { .. })));
+}
