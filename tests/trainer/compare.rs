@@ -110,7 +110,7 @@ fn slips_are_told_with_their_place() {
     refused(&changed("name = \"all\"", "name = \"../all\""), &["`name` is `../all`"]);
     refused(&changed("{ name = \"4\" }", "{ name = \"2\" }"), &["`steps` has two values `2`"]);
     refused(&changed("{ name = \"4\" }", "{ name = \"a b\" }"), &["`a b` is no name"]);
-    refused(&changed("name = \"steps\"", "name = \"clip\""), &["two axes are called `clip`"]);
+    refused(&changed("name = \"steps\"", "name = \"clip\""), &["two axes are named `clip`"]);
     refused(&changed("clip = \"off\" }]", "clop = \"off\" }]"), &["no axis `clop`"]);
     refused(&changed("clip = \"off\" }]", "clip = \"no\" }]"), &["`clip` has no value `no`"]);
     refused(&changed("[3, 4]", "[3, 3]"), &["`seeds` is [3, 3]"]);
@@ -119,7 +119,7 @@ fn slips_are_told_with_their_place() {
     let all_out = "exclude = [{ clip = \"on\" }, { clip = \"off\" }]";
     refused(
         &changed("exclude = [{ steps = \"2\", clip = \"off\" }]", all_out),
-        &["leaves no cell"],
+        &["excludes every cell"],
     );
 }
 
@@ -137,7 +137,7 @@ fn everything_wrong_is_told_at_once() {
 #[test]
 fn an_arm_is_not_compared_with_itself() {
     let text = MATRIX.replace("\"student.stages\" = [2]", "\"student.stages\" = [4]");
-    refused(&text, &["`on_4` and `on_2` are the same config"]);
+    refused(&text, &["`on_4` and `on_2` have the same config"]);
     let text = MATRIX.replace("\"student.stages\" = [2]", "\"data.path\" = \"elsewhere\"");
     refused(&text, &["other data"]);
 }

@@ -130,11 +130,11 @@ fn libtorch(environment: &Environment) -> Finding {
     let found = loaded.version.as_deref().unwrap_or("of unknown version");
     let number = |version: &str| version.split('+').next().map(str::to_owned);
     if loaded.version.as_deref().is_some_and(|loaded| number(loaded) != number(built)) {
-        let cure = "set LIBTORCH to the version it was built against, or build anew";
+        let cure = "set LIBTORCH to the version it was built with, or rebuild";
         return finding(
             "libtorch",
             Health::Broken,
-            format!("built against {built}, but {found} is loaded from {place}: {cure}"),
+            format!("built with {built}, but {found} is loaded from {place}: {cure}"),
         );
     }
     finding("libtorch", Health::Good, format!("{built} (tch {tch}), loaded {found} from {place}"))
@@ -150,9 +150,15 @@ fn arithmetic() -> Finding {
     };
     match compute() {
         Ok((4.0, 8.0)) => {
-            finding("arithmetic", Health::Good, "a product and its gradient are right")
+            finding("arithmetic", Health::Good, "a matrix product and its gradient are correct")
         }
-        Ok(wrong) => finding("arithmetic", Health::Broken, format!("{wrong:?} for (4, 8)")),
+        Ok(wrong) => finding(
+            "arithmetic",
+            Health::Broken,
+            format!(
+                "a matrix product and its gradient are {wrong:?}, not (4, 8): reinstall libtorch"
+            ),
+        ),
         Err(error) => {
             let error: tch::TchError = error;
             let error = ddil_trainer::Error::Torch { op: "a small product", source: error };
@@ -164,12 +170,12 @@ fn arithmetic() -> Finding {
 fn noise() -> Finding {
     match ddil_libtorch::normal_is_vectorised() {
         Ok(true) => {
-            finding("noise", Health::Good, "drawn on all threads, the numbers of torch.randn")
+            finding("noise", Health::Good, "drawn on all threads, with the values of torch.randn")
         }
         Ok(false) => finding(
             "noise",
             Health::Limited,
-            "drawn by libtorch on one thread: the processor lacks AVX2 or FMA, or ATEN_CPU_CAPABILITY asks for other numbers",
+            "drawn by libtorch on one thread: the processor lacks AVX2 or FMA, or ATEN_CPU_CAPABILITY selects other values",
         ),
         Err(error) => finding("noise", Health::Broken, error.to_string()),
     }
@@ -178,8 +184,8 @@ fn noise() -> Finding {
 fn processors(environment: &Environment) -> Finding {
     let Environment { cpu, num_cpus, num_threads, num_interop_threads, .. } = environment;
     let detail = format!(
-        "{num_cpus} for this process ({cpu}); libtorch uses {num_threads} threads an operation, \
-         {num_interop_threads} operations side by side"
+        "{num_cpus} for this process ({cpu}); libtorch runs {num_threads} threads per operation, \
+         {num_interop_threads} operations at a time"
     );
     let fits = num_threads <= num_cpus || *num_cpus == 0;
     finding("processors", if fits { Health::Good } else { Health::Limited }, detail)
@@ -192,13 +198,14 @@ fn waiting() -> Finding {
             let set = |name| std::env::var(name).map(|value| format!("{name}={value}")).ok();
             let all: Vec<_> =
                 ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].into_iter().filter_map(set).collect();
-            format!("{}, as the environment sets", all.join(" "))
+            format!("{}, set in the environment", all.join(" "))
         }
         ThreadWaiting::Adaptive => {
             "threads spin for milliseconds, and for microseconds while other work competes"
                 .to_owned()
         }
-        _ => "threads spin as the OpenMP library has it, also while other work competes".to_owned(),
+        _ => "threads spin for the OpenMP library's default time, also while other work competes"
+            .to_owned(),
     };
     finding("waiting", Health::Good, detail)
 }
@@ -219,12 +226,12 @@ fn cuda(environment: &Environment) -> Finding {
 
 fn allocator(environment: &Environment) -> Finding {
     if environment.keeps_freed_pages {
-        return finding("allocator", Health::Good, "freed memory is kept and used again");
+        return finding("allocator", Health::Good, "freed memory is kept and reused");
     }
     finding(
         "allocator",
         Health::Limited,
-        "freed memory goes back to the system at once, which makes the CPU slower",
+        "freed memory is returned to the system at once, which is slower on the CPU",
     )
 }
 
@@ -233,7 +240,7 @@ fn fashion_mnist() -> Finding {
     match FashionMnist::load(None) {
         Ok(data) => {
             let count = data.train.len() + data.test.len();
-            finding(subject, Health::Good, format!("{count} images, checksums right"))
+            finding(subject, Health::Good, format!("{count} images, checksums match"))
         }
         Err(error @ ddil_data::Error::Missing { .. }) => {
             finding(subject, Health::Limited, error.to_string())
@@ -247,7 +254,7 @@ fn disk(folder: &Path) -> Finding {
     let Some(existing) = folder.ancestors().find(|folder| {
         folder.is_dir() || (folder.as_os_str().is_empty() && Path::new(".").is_dir())
     }) else {
-        return finding(subject, Health::Broken, "there is no such place");
+        return finding(subject, Health::Broken, "no parent folder exists");
     };
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
     if let Err(error) = tempfile::tempfile_in(existing) {

@@ -25,25 +25,25 @@ pub(crate) const PRESETS: [Preset; 16] = [
     Preset {
         name: "fashion-mnist-pd-ddil",
         verb: "distill",
-        about: "the same teacher to 4 steps, by progressive distillation with DDIL",
+        about: "that teacher to 4 steps, by progressive distillation (PD) with DDIL",
         text: include_str!("../presets/fashion-mnist-pd-ddil.toml"),
     },
     Preset {
         name: "fashion-mnist-lcm-ddil",
         verb: "distill",
-        about: "the same teacher to a latent consistency model with DDIL",
+        about: "that teacher to 4 steps, by consistency distillation (LCM) with DDIL",
         text: include_str!("../presets/fashion-mnist-lcm-ddil.toml"),
     },
     Preset {
         name: "fashion-mnist-dmd2-ddil",
         verb: "distill",
-        about: "the same teacher to 4 steps, by distribution matching (DMD2) with DDIL",
+        about: "that teacher to 4 steps, by distribution matching (DMD2) with DDIL",
         text: include_str!("../presets/fashion-mnist-dmd2-ddil.toml"),
     },
     Preset {
         name: "fashion-mnist-self-ddil",
         verb: "distill",
-        about: "a few-step student that is its own teacher",
+        about: "a few-step student whose own average is the teacher",
         text: include_str!("../presets/fashion-mnist-self-ddil.toml"),
     },
     Preset {
@@ -55,61 +55,61 @@ pub(crate) const PRESETS: [Preset; 16] = [
     Preset {
         name: "compare-fashion-mnist",
         verb: "compare",
-        about: "three methods as published, with DDIL and with thresholds too",
+        about: "PD, LCM and DMD2: as published, with DDIL, and with DDIL and thresholding",
         text: include_str!("../presets/compare-fashion-mnist.toml"),
     },
     Preset {
         name: "compare-stability",
         verb: "compare",
-        about: "how often small batches and high learning rates break a run",
+        about: "how often runs diverge or collapse at small batches and high learning rates",
         text: include_str!("../presets/compare-stability.toml"),
     },
     Preset {
         name: "compare-precision",
         verb: "compare",
-        about: "whether students trained in bfloat16 are as good as those in float32",
+        about: "students trained in bfloat16 against float32",
         text: include_str!("../presets/compare-precision.toml"),
     },
     Preset {
         name: "compare-fashion-mnist-pd",
         verb: "compare",
-        about: "that distillation with and without DDIL and thresholds, three seeds each",
+        about: "PD with and without DDIL and thresholding, three seeds each",
         text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
     },
     Preset {
         name: "fashion-mnist-text-lcm-ddil",
         verb: "distill",
-        about: "a text-to-image model of Fashion-MNIST to 4 steps, as a consistency model with DDIL",
+        about: "a text-to-image model of Fashion-MNIST to 4 steps, by LCM with DDIL",
         text: include_str!("../presets/fashion-mnist-text-lcm-ddil.toml"),
     },
     Preset {
         name: "sd15-pd-ddil",
         verb: "distill",
-        about: "Stable Diffusion 1.5 to 4 steps, by progressive distillation with DDIL",
+        about: "Stable Diffusion 1.5 to 4 steps, by PD with DDIL",
         text: include_str!("../presets/sd15-pd-ddil.toml"),
     },
     Preset {
         name: "sd15-lcm-ddil",
         verb: "distill",
-        about: "the same to a latent consistency model with DDIL",
+        about: "Stable Diffusion 1.5 to 4 steps, by LCM with DDIL",
         text: include_str!("../presets/sd15-lcm-ddil.toml"),
     },
     Preset {
         name: "sd15-lcm-lora-ddil",
         verb: "distill",
-        about: "the same as an adapter, an LCM-LoRA",
+        about: "Stable Diffusion 1.5 to 4 steps, by LCM with DDIL, as an adapter (LCM-LoRA)",
         text: include_str!("../presets/sd15-lcm-lora-ddil.toml"),
     },
     Preset {
         name: "ssd1b-dmd2-ddil",
         verb: "distill",
-        about: "SSD-1B to 4 steps, by distribution matching (DMD2) with DDIL",
+        about: "SSD-1B to 4 steps, by DMD2 with DDIL",
         text: include_str!("../presets/ssd1b-dmd2-ddil.toml"),
     },
     Preset {
         name: "sdxl-lcm-lora-ddil",
         verb: "distill",
-        about: "SDXL to a latent consistency model, as an adapter with DDIL",
+        about: "SDXL to 4 steps, by LCM with DDIL, as an adapter (LCM-LoRA)",
         text: include_str!("../presets/sdxl-lcm-lora-ddil.toml"),
     },
 ];
@@ -155,21 +155,21 @@ priors = { kind = \"constant\", priors = { forward = 1.0 } }
 pub(crate) const TEACHERS: [(&str, &str); 2] = [
     (
         "assets/fashion-mnist-teacher",
-        "it is part of ddil's repository and not of the installed program. Run from a clone of the repository, or train one \
+        "it is in ddil's repository, not in the installed program. Run from a clone of the repository, or train one \
          (hours on a CPU) with `ddil init fashion-mnist-teacher && ddil train fashion-mnist-teacher.toml` and set \
-         teacher.path (of `ddil demo`: --teacher) to its run folder",
+         teacher.path (for `ddil demo`: --teacher) to its run folder",
     ),
     (
         "assets/fashion-mnist-text-to-image",
-        "it is part of ddil's repository and not of the installed program. Run from a clone of the repository, or set \
-         teacher.path to a text-to-image model of your own",
+        "it is in ddil's repository, not in the installed program. Run from a clone of the repository, or set \
+         teacher.path to your own text-to-image model",
     ),
 ];
 
 /// How to get a missing teacher, if it is one of [`TEACHERS`].
 pub(crate) fn missing_teacher(path: &Path) -> Option<String> {
     let known = TEACHERS.iter().find(|(teacher, _)| path == Path::new(teacher) && !path.exists());
-    known.map(|(teacher, how)| format!("there is no {teacher}: {how}"))
+    known.map(|(teacher, how)| format!("{teacher} does not exist: {how}"))
 }
 
 /// The preset with a given name.

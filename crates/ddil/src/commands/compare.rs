@@ -50,13 +50,17 @@ fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
             Ok(Settings::parse(format!("{}.toml", preset.name), preset.text)?)
         }
         Some(preset) => bail!(
-            "{}: `base` is the preset `{}`, which is for `ddil {}`; expected one of `ddil distill`",
+            "{}: `base` is the preset `{}`, which is for `ddil {}`; expected a preset for `ddil distill`",
             path.display(),
             preset.name,
             preset.verb
         ),
         None => Settings::read(Path::new(&matrix.base)).with_context(|| {
-            format!("{}: `base` is `{}`, neither a preset nor a file", path.display(), matrix.base)
+            format!(
+                "{}: `base` is `{}`, which is neither a preset nor a readable file",
+                path.display(),
+                matrix.base
+            )
         }),
     }
 }
@@ -73,7 +77,7 @@ fn listed(comparison: &Comparison) -> anyhow::Result<String> {
     let [draws, rows, cells] = comparison.stages()?.map(|items| items.len());
     writeln!(
         text,
-        "\n{all} cells, {cells} to do; {teachers} rows of teachers, {rows} to do after {draws} jobs; nothing was written"
+        "\n{all} cells, {cells} to do; {teachers} teacher rows, {rows} to do after {draws} jobs; nothing was written"
     )?;
     Ok(text)
 }
@@ -122,32 +126,30 @@ fn one_cell(
     let stops = || interrupt.is_requested();
     let worker = Worker { comparison, program: &Program::current()?, stops: &stops };
     if !draw_together(&worker, planned)? {
-        say(&format!("{name}: stopped before it was begun; the same command begins it\n"))?;
+        say(&format!("{name}: stopped before it started; run the same command to start it\n"))?;
         return Ok(ExitCode::from(TRY_AGAIN));
     }
-    tracing::info!("{name}: begun");
+    tracing::info!("{name}: started");
     match worker.perform(&cell)? {
         End::Done => say(&format!("{name}: {}\n", result(comparison, planned)))?,
         End::Stopped => {
-            say(&format!("{name}: stopped and saved; the same command continues it\n"))?;
+            say(&format!("{name}: stopped and saved; run the same command to continue\n"))?;
             return Ok(ExitCode::from(TRY_AGAIN));
         }
         End::InUse(holder) => {
-            eprintln!(
-                "error: {name}: {holder} is at work on this cell; wait for it, or stop it first"
-            );
+            eprintln!("error: {name}: {holder} is working on this cell; wait for it, or stop it");
             return Ok(ExitCode::from(TRY_AGAIN));
         }
         End::Failed(message) => {
             let log = cell.log(comparison.folder());
-            bail!("{name}: {message}\n  the output of its verbs is in {}", log.display());
+            bail!("{name}: {message}\n  full output: {}", log.display());
         }
     }
     if comparison.is_recorded()? {
         ComparisonReport::gather(comparison)?.write(comparison.folder())?;
         let folder = comparison.folder().path().display();
         say(&format!(
-            "the last cell: the tables are in {folder}; rows of teachers come with `ddil compare`\n"
+            "that was the last cell: the tables are in {folder}; `ddil compare` adds the rows of the teachers\n"
         ))?;
     }
     Ok(ExitCode::SUCCESS)
@@ -197,7 +199,7 @@ impl<'a> Counted<'a> {
 
     fn tell(&self, item: &WorkItem, event: &Event) {
         let Event::Ended(end, seconds) = event else {
-            tracing::info!("{}: begun", item.about());
+            tracing::info!("{}: started", item.about());
             return;
         };
         let ended = 1 + self.ended.fetch_add(1, Ordering::Relaxed);
@@ -214,16 +216,14 @@ impl<'a> Counted<'a> {
                 };
                 tracing::info!("{about}: {result} in {seconds:.0} s ({ended} of {total}{left})");
             }
-            End::Stopped => tracing::info!("{about}: stopped after {seconds:.0} s, saved"),
+            End::Stopped => tracing::info!("{about}: stopped and saved after {seconds:.0} s"),
             End::InUse(holder) => {
-                tracing::info!(
-                    "{about}: left to {holder}, which is at work on it ({ended} of {total})"
-                );
+                tracing::info!("{about}: skipped, {holder} is working on it ({ended} of {total})");
             }
             End::Failed(message) => {
                 let log = item.log(self.comparison.folder());
                 tracing::error!("{about}: failed: {message} ({ended} of {total})");
-                tracing::error!("{about}: the output of its verbs is in {}", log.display());
+                tracing::error!("{about}: full output: {}", log.display());
             }
         }
     }
@@ -233,7 +233,7 @@ impl<'a> Counted<'a> {
 fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
     let record = comparison.record_of(planned).ok().flatten();
     match record.map(|CellRecord { outcome, .. }| outcome) {
-        Some(Outcome::Diverged { message, .. }) => format!("diverged, {message},"),
+        Some(Outcome::Diverged { message, .. }) => format!("diverged ({message})"),
         Some(Outcome::Done { rows }) => {
             let own = rows.iter().find(|row| row.own_steps);
             let scores = own.and_then(|row| row.measurement.as_ref()).map_or(String::new(), |m| {
@@ -259,9 +259,9 @@ fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> 
     say(&report.text())?;
     let left = num_open(comparison)?;
     let note = if interrupt.is_requested() {
-        format!("\nstopped; {left} cells are left, and the same command goes on from here\n")
+        format!("\nstopped with {left} cells left; run the same command to continue\n")
     } else if left > 0 {
-        format!("\n{left} cells have no result yet; the same command goes on from here\n")
+        format!("\n{left} cells have no result yet; run the same command to continue\n")
     } else {
         String::new()
     };

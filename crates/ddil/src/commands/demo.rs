@@ -61,7 +61,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     for arm in &arms {
         say(&format!("\n{}: {}\n", arm.name, arm.about))?;
         if !train(arm, &logging, &interrupt)? {
-            say("stopped; the same command goes on from here\n")?;
+            say("stopped; run the same command to continue\n")?;
             return Ok(ExitCode::SUCCESS);
         }
     }
@@ -89,12 +89,12 @@ fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
     Ok([
         Arm {
             name: "base",
-            about: "progressive distillation on noised dataset samples alone",
+            about: "progressive distillation on noised dataset samples only",
             config: base,
         },
         Arm {
             name: "ddil",
-            about: "the same, on states of dataset, student and teacher mixed",
+            about: "the same, on a mix of dataset, student and teacher states",
             config: ddil,
         },
     ])
@@ -104,8 +104,7 @@ fn arms(args: &DemoArgs) -> anyhow::Result<[Arm; 2]> {
 fn train(arm: &Arm, logging: &Logging, interrupt: &Interrupt) -> anyhow::Result<bool> {
     let (config, path) = (&arm.config, arm.config.run.path());
     if path.join("config.toml").is_file() {
-        RunFolder::ensure_config_at(&path, config)
-            .context("give --fresh to start the demonstration anew")?;
+        RunFolder::ensure_config_at(&path, config).context("use --fresh to start the demo over")?;
     }
     Ok(matches!(distil(config, logging, interrupt)?, Outcome::Completed { .. }))
 }
@@ -161,13 +160,13 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
         images.push(draw(pipeline, plan, n, 0..n)?);
     }
     // The second candidate is what the students were trained to match: the guided teacher at its full number of steps.
-    let taught = Reference::new("teacher", &images[1], &extractor)?;
+    let target = Reference::new("teacher", &images[1], &extractor)?;
     for (candidate, images) in candidates.iter().zip(&images) {
         let Candidate { name, pipeline, plan, is_student } = candidate;
         let scores = reference.score(images, &extractor)?;
         let mut measurement =
             Measurement::of("", &scores, &reference, &extractor).of_model(&pipeline.card, plan);
-        measurement.frechet_to_teacher = Some(taught.score(images, &extractor)?.frechet);
+        measurement.frechet_to_teacher = Some(target.score(images, &extractor)?.frechet);
         if *is_student {
             measurement.shift = shift(pipeline, plan, &data.train, SHIFT_STATES)?;
         }
@@ -182,7 +181,7 @@ fn write_outputs(
     rows: &[(String, Measurement)],
 ) -> anyhow::Result<()> {
     results::write(&folder.join("results.json"), rows)?;
-    side_by_side(candidates)?.save(&picture_path(folder))?;
+    side_by_side(candidates)?.save(&grid_path(folder))?;
     Ok(())
 }
 
@@ -208,31 +207,31 @@ fn side_by_side(candidates: &[Candidate]) -> anyhow::Result<Image> {
     Ok(Image::grid(&Tensor::f_cat(&rows, 0)?, layout(COLUMNS))?)
 }
 
-fn picture_path(folder: &Path) -> PathBuf {
+fn grid_path(folder: &Path) -> PathBuf {
     folder.join("side_by_side.png")
 }
 
 fn report(folder: &Path, rows: &[(String, Measurement)], seconds: f64) -> String {
-    let (table, shift, picture) = (table(rows), shift_table(rows), picture_path(folder));
-    let (picture, results) = (picture.display(), folder.join("results.json"));
+    let (table, shift, grid) = (table(rows), shift_table(rows), grid_path(folder));
+    let (grid, results) = (grid.display(), folder.join("results.json"));
     let (folder, results) = (folder.display(), results.display());
     format!(
         "
 {table}
-frechet is to the test images, `to teacher` to the guided teacher at 50 steps; `data` is what
-as many training images have. Differences below that of `data` say nothing.
+frechet: distance to the test images; `to teacher`: distance to the guided teacher at 50 steps;
+`data`: as many training images. Differences smaller than the value of `data` mean nothing.
 
-Shift: energy distance of the states met at inference to noised data
+Shift: energy distance between the states visited at inference and noised data
 
 {shift}
 in {seconds:.0} s
 
-  {picture}   teacher (3 rows), base, ddil; same noise in each column
+  {grid}   rows: teacher (3), base, ddil; the same noise in each column
   {results}
 
-To go on:
+Next:
   ddil sample {folder}/ddil --num-samples 100
-  ddil init fashion-mnist-pd-ddil    # a config of your own
+  ddil init fashion-mnist-pd-ddil    # writes a config to start from
 "
     )
 }

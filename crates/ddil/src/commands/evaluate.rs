@@ -29,7 +29,7 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     let subject = &args.subject;
     ensure!(
         subject == Path::new("data") || subject.is_dir(),
-        "{} is neither a model folder nor a folder of images, nor `data`",
+        "{} is not a folder; expected a model folder, a run folder, a folder of images, or `data`",
         subject.display()
     );
     start(&args.sampling.parent)?;
@@ -82,8 +82,8 @@ impl RealImages {
                 (read_image_folder(path)?, held_out, name)
             }
             (kind, _) => bail!(
-                "--data {}: the kind of data is {}, which has no images to compare with; expected fashion_mnist or \
-                 image_folder with a path",
+                "--data {}: data.kind = {} has no images to compare with; expected fashion_mnist, or image_folder with \
+                 a path",
                 args.data.display(),
                 kind.as_str()
             ),
@@ -123,7 +123,7 @@ impl RealImages {
         } else {
             ensure!(
                 args.halves,
-                "{} has no held-out images to compare its training images with; give --reference with a folder of them, or \
+                "{} has no held-out images to compare its training images with; add --reference with a folder of them, or \
                  --halves",
                 args.data.display()
             );
@@ -198,7 +198,9 @@ fn model_rows(args: &EvaluateArgs, real: &RealImages) -> anyhow::Result<(Vec<Row
             sample_file::write_first(file, &images)?;
         }
         if !sample_file::is_finite(&images)? {
-            eprintln!("error: samples in {steps} steps are NaN or infinite, and have no row");
+            eprintln!(
+                "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
+            );
             exit_code = ExitCode::from(NOT_FINITE);
             continue;
         }
@@ -220,8 +222,8 @@ fn ensure_comparable(
     let model = args.subject.display();
     ensure!(
         !pipeline.parts.class().is_text_to_image(),
-        "{model} requires prompts; sample it with `ddil sample {model} --prompts-file .. --folder pictures`, then \
-         evaluate that folder"
+        "{model} requires prompts; draw samples with `ddil sample {model} --prompts-file prompts.txt --folder images`, \
+         then evaluate that folder"
     );
     if let Some(samples) = args.also_samples {
         ensure!(
@@ -232,14 +234,14 @@ fn ensure_comparable(
     }
     ensure!(
         args.shift_samples != 1,
-        "--shift-samples is 1; expected at least 2, or 0 to leave the shift out"
+        "--shift-samples is 1; expected at least 2, or 0 to skip the shift"
     );
     let (drawn, data) = (pipeline.card.image_shape, real.train.image_shape());
     let shown = |[channels, height, width]: [i64; 3]| format!("{channels} x {height} x {width}");
     ensure!(
         drawn == data,
-        "{model} draws images of {} (channels, height, width), and those of {} are {}; name the model's own data with \
-         --data, a folder of images or the config of its run",
+        "{model} draws images of {} (channels x height x width), but those of {} are {}; set --data to the model's own \
+         data: a folder of images, or the config of its run",
         shown(drawn),
         args.data.display(),
         shown(data)
@@ -258,7 +260,10 @@ fn folder_row(args: &EvaluateArgs, real: &RealImages) -> anyhow::Result<Row> {
     let folder = &args.subject;
     let images = if sample_file::list(folder).is_empty() {
         let images = read_image_folder(folder).with_context(|| {
-            format!("{} is neither a model folder nor a folder of images", folder.display())
+            format!(
+                "{} is neither a model folder, nor a run folder with a model, nor a folder of images",
+                folder.display()
+            )
         })?;
         all_images(&images)?
     } else {

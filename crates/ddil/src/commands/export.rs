@@ -26,12 +26,12 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     }
     ensure!(
         args.lora.is_none(),
-        "--lora is for a file of adapters, and {} is none",
+        "--lora requires a file of adapters; {} is not one",
         args.source.display()
     );
     ensure!(
         args.base.is_none(),
-        "--base is for a file of adapters, and {} is none",
+        "--base requires a file of adapters; {} is not one",
         args.source.display()
     );
     say_what_is_exported(&args.source)?;
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         "single-file-unet" => {
             ensure!(
                 form.variant.is_none(),
-                "--variant is for a folder; the file's name is yours to choose"
+                "--variant requires --format diffusers; for a single file, choose the name yourself"
             );
             ensure_free(&args.output, args.force)?;
             parts.write_network(&args.output, form.kind)?;
@@ -79,14 +79,14 @@ fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
     }
     let latest = find_latest(&source.join("checkpoints"))?.checkpoint;
     let Some(latest) = latest else {
-        bail!("{} has no checkpoint yet, and thus no model to export", source.display());
+        bail!("{} has no checkpoint yet, so there is no model to export", source.display());
     };
     ensure!(
         Pipeline::is_at(source),
-        "{} has a checkpoint, but its model was not written; `ddil distill --resume` writes it",
+        "{} has a checkpoint, but no exported model; `ddil distill --resume` writes it",
         source.display()
     );
-    eprintln!("the moving average of step {}", latest.step());
+    eprintln!("exporting the moving average at step {}", latest.step());
     Ok(())
 }
 
@@ -98,19 +98,19 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
         Some("kohya") => LoraFormat::Kohya,
         Some(other) => bail!("--lora is `{other}`; expected `diffusers` or `kohya`"),
         None => bail!(
-            "{source} holds adapters; --lora diffusers|kohya writes its adapters under other names"
+            "{source} contains adapters; choose their names with --lora diffusers or --lora kohya"
         ),
     };
     for (flag, given) in [("--dtype", args.dtype.is_some()), ("--variant", args.variant.is_some())]
     {
-        ensure!(!given, "{flag} is for models; adapters are written as they are");
+        ensure!(!given, "{flag} applies to models only; adapters are written unchanged");
     }
     ensure_free(&args.output, args.force)?;
     let lora = read_adapters(file, base)?;
     lora.save(&args.output, format)?;
     if !lora.ignored().is_empty() {
         eprintln!(
-            "warning: {} tensors are for text encoders and were left out",
+            "warning: {} tensors are adapters of text encoders and were not written",
             lora.ignored().len()
         );
     }
@@ -141,14 +141,14 @@ fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<Lora> {
         }
     }
     bail!(
-        "the adapters of {} fit none of Stable Diffusion 1.5, 2.1, XL and SSD-1B; name their model with --base",
+        "the adapters of {} fit none of Stable Diffusion 1.5, 2.1, XL and SSD-1B; set --base to their model",
         path.display()
     )
 }
 
 fn ensure_free(path: &Path, force: bool) -> anyhow::Result<()> {
-    ensure!(force || !path.exists(), "{} exists; --force replaces it", path.display());
-    ensure!(!path.is_dir(), "{} is a folder; expected the name of a file", path.display());
+    ensure!(force || !path.exists(), "{} already exists; --force overwrites it", path.display());
+    ensure!(!path.is_dir(), "{} is a folder; expected a file name", path.display());
     Ok(())
 }
 

@@ -22,8 +22,8 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     let written = or_forced(parts.write(&args.output, &form, args.force))?;
     if parts.has_default_scheduler() {
         eprintln!(
-            "warning: the network came without a scheduler and was given that of Stable Diffusion, which predicts \
-             noise; --scheduler-from names another"
+            "warning: the network has no scheduler; Stable Diffusion's, with noise prediction, was added. Use \
+             --scheduler-from to choose another"
         );
     }
     say(&format!(
@@ -42,9 +42,9 @@ fn open(args: &ImportArgs) -> anyhow::Result<ModelFiles> {
     let extension = source.extension().and_then(|end| end.to_str()).unwrap_or_default();
     if source.is_file() && SINGLE_FILES.contains(&extension) {
         bail!(
-            "{shown} is one file, and its names are not those of diffusers; convert it once with diffusers, \
-             `StableDiffusionPipeline.from_single_file(file).save_pretrained(folder, safe_serialization=True)`, and import \
-             that folder"
+            "{shown} is a single file without diffusers' tensor names; convert it with diffusers, \
+             `StableDiffusionPipeline.from_single_file(file).save_pretrained(folder, safe_serialization=True)`, then \
+             import that folder"
         );
     }
     if Pipeline::is_at(source) {
@@ -52,7 +52,7 @@ fn open(args: &ImportArgs) -> anyhow::Result<ModelFiles> {
             [("--scheduler-from", &args.scheduler_from), ("--parts-from", &args.parts_from)]
         {
             if given.is_some() {
-                bail!("{flag} is for a network alone; {shown} is a whole pipeline");
+                bail!("{flag} requires a network without a pipeline; {shown} is a whole pipeline");
             }
         }
         return Ok(ModelFiles::of_pipeline(source, variant)?);

@@ -16,19 +16,20 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
         let lines = PRESETS.iter().map(|preset| {
             format!("  {:<24} for `ddil {}`: {}\n", preset.name, preset.verb, preset.about)
         });
-        say(&("Presets, each for `ddil init <preset>`:\n".to_owned() + &lines.collect::<String>()))?;
+        say(&("Presets (write one with `ddil init <preset>`):\n".to_owned()
+            + &lines.collect::<String>()))?;
         return Ok(ExitCode::SUCCESS);
     };
     let Some(preset) = find(name) else {
         match nearest(name) {
             Some(nearest) => bail!("there is no preset `{name}`; did you mean `{nearest}`?"),
-            None => bail!("there is no preset `{name}`; `ddil init` lists them"),
+            None => bail!("there is no preset `{name}`; `ddil init` lists all presets"),
         }
     };
     let text = if args.plain {
         preset.plain().with_context(|| {
             format!(
-                "--plain is for presets of `ddil distill`; `{name}` is for `ddil {}`",
+                "--plain applies to presets for `ddil distill`; `{name}` is for `ddil {}`",
                 preset.verb
             )
         })?
@@ -38,16 +39,16 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     let path = args.output.clone().unwrap_or_else(|| format!("{name}.toml").into());
     let mut file =
         OpenOptions::new().write(true).create_new(true).open(&path).with_context(|| {
-            format!("could not write {}; nothing is overwritten", path.display())
+            format!("could not create {}; an existing file is not overwritten", path.display())
         })?;
     file.write_all(text.as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;
     let (path, verb) = (path.display(), preset.verb);
-    say(&format!("wrote {path}; go on with\n  ddil {verb} {path}\n"))?;
+    say(&format!("wrote {path}; next:\n  ddil {verb} {path}\n"))?;
     let missing =
         TEACHERS.iter().find(|(teacher, _)| text.contains(teacher) && !Path::new(teacher).exists());
     if let Some((teacher, how)) = missing {
-        say(&format!("its teacher, {teacher}, is not here: {how}\n"))?;
+        say(&format!("its teacher, {teacher}, does not exist: {how}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -38,13 +38,12 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     }
     if !path.exists() {
         bail!(
-            "there is no {}; expected a run folder, a checkpoint or a model folder",
+            "{} does not exist; expected a run folder, a checkpoint or a model folder",
             path.display()
         );
     }
     bail!(
-        "{} is no run folder (status.json), no checkpoint (manifest.json) and no model \
-         (model_index.json)",
+        "{} is not a run folder (no status.json), a checkpoint (no manifest.json) or a model folder (no model_index.json)",
         path.display()
     )
 }
@@ -122,9 +121,9 @@ fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     let named =
         summaries.into_iter().map(|part| Ok((part.name.clone(), serde_json::to_value(part)?)));
     let guidance = match pipeline.card.guidance_range {
-        Some([min, max]) => format!("told to the network, {min} to {max}"),
+        Some([min, max]) => format!("an input of the network, {min} to {max}"),
         None => {
-            format!("by the sampler, {} unless asked otherwise", pipeline.default_guidance_scale())
+            format!("applied by the sampler, default {}", pipeline.default_guidance_scale())
         }
     };
     Ok(json!({

@@ -65,7 +65,7 @@ fn start(parent: &ParentArgs) -> anyhow::Result<()> {
 fn or_forced<T>(result: ddil_pipelines::Result<T>) -> anyhow::Result<T> {
     match result {
         Err(ddil_pipelines::Error::FolderNotEmpty { path }) => bail!(
-            "{} already exists and is not empty: choose another folder, or replace the model in it with --force",
+            "{} already exists and is not empty; choose another folder, or overwrite the model in it with --force",
             path.display()
         ),
         other => Ok(other?),
@@ -104,7 +104,7 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
     };
     let placement = Placement { device, kind: Kind::Float, channels_last };
     let mut pipeline = Pipeline::read(path, placement, precision)
-        .with_context(|| format!("no model could be read from {}", path.display()))?;
+        .with_context(|| format!("could not read a model from {}", path.display()))?;
     pipeline.sampler = match args.sampler.as_deref() {
         None => pipeline.sampler,
         Some("ddim") => SamplerConfig::Ddim { eta: 0.0 },
@@ -128,7 +128,7 @@ fn sample_plan(
     if let Some(eta) = args.eta {
         ensure!(
             matches!(plan.sampler, SamplerConfig::Ddim { .. }),
-            "--eta is for DDIM; this model is sampled as latent consistency models are"
+            "--eta applies to DDIM only; this model uses the LCM sampler"
         );
         plan.sampler = SamplerConfig::Ddim { eta };
     }

@@ -34,7 +34,7 @@ pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
     let range = DataRange::of_samples(&samples, quantile, margin)?;
     let (n, channels) = (samples.size()[0], samples.size()[1]);
     say(&format!(
-        "# {n} samples of {}, {channels} channels: quantiles {quantile} and {}, widened by {margin} of the width\n{}",
+        "# {n} samples of {}, {channels} channels: quantiles {quantile} and {}, extended by {margin} of the width\n{}",
         args.data.display(),
         1.0 - quantile,
         to_toml(&Tables { thresholding: Thresholding::Clamp(range) })?
@@ -46,7 +46,10 @@ pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
 fn latents(folder: &Path) -> anyhow::Result<Tensor> {
     let data = EncodedDataset::open(folder, None)?;
     let Some(shape) = data.latent_shape() else {
-        bail!("{} has prompts and no latents", folder.display());
+        bail!(
+            "{} contains prompts but no latents, which the range is computed from",
+            folder.display()
+        );
     };
     let first: Vec<i64> = (0..data.len().min(MOST_LATENTS)).collect();
     let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, Device::Cpu)?;
@@ -58,6 +61,9 @@ fn open(data: &Path) -> anyhow::Result<ImageDataset> {
         return Ok(FashionMnist::load(None)?.train);
     }
     let path = data.display();
-    ensure!(data.is_dir(), "{path} is neither a folder of images or latents nor `fashion_mnist`");
-    read_image_folder(data).with_context(|| format!("no images could be read from {path}"))
+    ensure!(
+        data.is_dir(),
+        "{path} is not a folder; expected a folder of images or latents, or `fashion_mnist`"
+    );
+    read_image_folder(data).with_context(|| format!("could not read images from {path}"))
 }

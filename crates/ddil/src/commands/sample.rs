@@ -30,18 +30,21 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples != Some(0), "--num-samples is 0; expected at least 1");
     let path = args.model.display();
     let class = Pipeline::class_at(&args.model)
-        .with_context(|| format!("no model could be read from {path}"))?;
+        .with_context(|| format!("could not read a model from {path}"))?;
     let prompts = prompts(&args.prompting)?;
     // Rejected before any weights are read.
     if class.is_text_to_image() {
-        ensure!(args.class.is_none(), "--class: the model draws prompts and knows no classes");
+        ensure!(
+            args.class.is_none(),
+            "--class: a text-to-image model has no classes; use --prompt instead"
+        );
         ensure!(!prompts.is_empty(), "--prompt is missing: a text-to-image model requires prompts");
         ensure!(
             args.first == 0 && args.of.is_none(),
-            "--first and --of are for models without prompts"
+            "--first and --of apply to models without prompts only"
         );
     } else if let Some(flag) = prompt_flag(&args.prompting) {
-        bail!("{flag}: the model takes no text; --class chooses one of its classes");
+        bail!("{flag}: the model takes no prompts; use --class to choose one of its classes");
     }
     let output = output(args)?;
     start(&args.sampling.parent)?;
@@ -63,10 +66,14 @@ fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
     let Some(path) = &args.output else {
         let numbered = (2..).map(|number| format!("samples-{number}.png").into());
         let mut names = std::iter::once(PathBuf::from("samples.png")).chain(numbered);
-        return names.find(|path| !path.exists()).context("every name of a file is taken");
+        return names.find(|path| !path.exists()).context("no free file name; set --output");
     };
-    ensure!(!path.is_dir(), "--output {} is a folder; expected the name of a file", path.display());
-    ensure!(args.force || !path.exists(), "{} exists; --force replaces it", path.display());
+    ensure!(!path.is_dir(), "--output {} is a folder; expected a file name", path.display());
+    ensure!(
+        args.force || !path.exists(),
+        "{} already exists; --force overwrites it",
+        path.display()
+    );
     Ok(path.clone())
 }
 
@@ -80,7 +87,7 @@ fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
         && args.sampling.guidance_scale.is_some_and(|s| s != 1.0)
     {
         eprintln!(
-            "warning: --guidance-scale guides this student a second time: its teacher's guidance is in its weights"
+            "warning: --guidance-scale guides this student twice: it was trained on a guided teacher"
         );
     }
     let own = pipeline.timesteps.as_ref().map(Vec::len);
@@ -88,7 +95,7 @@ fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
         && own != steps as usize
     {
         eprintln!(
-            "warning: --steps {steps}: the student was trained for {own} steps; samples in other numbers of steps are worse"
+            "warning: --steps {steps}: the student was trained for {own} steps and is worse at other numbers of steps"
         );
     }
 }
@@ -98,9 +105,9 @@ fn prompts(args: &PromptArgs) -> anyhow::Result<Vec<String>> {
     let mut prompts = args.prompts.clone();
     if let Some(path) = &args.prompts_file {
         let text = fs::read_to_string(path)
-            .with_context(|| format!("no prompts could be read from {}", path.display()))?;
+            .with_context(|| format!("could not read prompts from {}", path.display()))?;
         let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        ensure!(!lines.is_empty(), "{} holds no prompts", path.display());
+        ensure!(!lines.is_empty(), "{} contains no prompts", path.display());
         prompts.extend(lines.into_iter().map(str::to_owned));
     }
     Ok(prompts)
@@ -121,10 +128,10 @@ fn prompt_flag(args: &PromptArgs) -> Option<&'static str> {
 /// Merges adapters into the network's weights.
 fn apply_lora(pipeline: &Pipeline, file: &Path, scale: f64) -> anyhow::Result<()> {
     let mut lora = Lora::from_file(pipeline.network.parameters(), file)?;
-    let passed_over = lora.ignored().len();
-    if passed_over > 0 {
+    let num_ignored = lora.ignored().len();
+    if num_ignored > 0 {
         eprintln!(
-            "warning: {passed_over} tensors of {} are for text encoders and were passed over",
+            "warning: {num_ignored} tensors of {} are adapters of text encoders and were ignored",
             file.display()
         );
     }
@@ -151,7 +158,7 @@ fn of_prompts(
     let encoded = request.encode(pipeline, &text, &plan)?;
     for (prompt, cut) in &encoded.truncated {
         eprintln!(
-            "warning: a prompt is longer than the text encoder reads\n  prompt: {prompt}\n  cut off: {cut}"
+            "warning: a prompt is longer than the text encoder's input and was cut\n  prompt: {prompt}\n  cut off: {cut}"
         );
     }
     let calls = Calls::of("sample", &plan, request.prompts.len() as u32 * per_prompt);
@@ -175,7 +182,7 @@ fn of_classes(args: &SampleArgs, pipeline: &Pipeline, plan: &SamplePlan) -> anyh
     let total = args.of.unwrap_or(end);
     ensure!(
         end <= total,
-        "--first {} and --num-samples {n} end at {end}; expected at most --of, which is {total}",
+        "--first {} plus --num-samples {n} is {end}; expected at most --of, which is {total}",
         args.first
     );
     let calls = Calls::of("sample", plan, n);
@@ -209,7 +216,10 @@ fn write(args: &SampleArgs, output: &Path, drawn: &Drawn) -> anyhow::Result<Exit
     let n = drawn.images.size()[0];
     if sample_file::is_named(output) {
         if !sample_file::is_finite(&drawn.images)? {
-            eprintln!("error: samples of {} are NaN or infinite", args.model.display());
+            eprintln!(
+                "error: samples of {} are NaN or infinite; nothing was written",
+                args.model.display()
+            );
             return Ok(ExitCode::from(NOT_FINITE));
         }
         sample_file::write(output, &drawn.images)?;

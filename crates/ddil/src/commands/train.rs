@@ -80,7 +80,7 @@ impl Verb for TrainConfig {
     }
 
     fn checked(&self) -> &'static str {
-        "every setting and the data"
+        "all settings and the data"
     }
 
     fn num_updates(&self) -> u64 {
@@ -120,7 +120,7 @@ impl Verb for DistillConfig {
     }
 
     fn checked(&self) -> &'static str {
-        "every setting, the data, the teacher's settings, names and shapes of its weights; their values were not read"
+        "all settings, the data, the teacher's config, and the names and shapes of its weights (their values were not read)"
     }
 
     fn num_updates(&self) -> u64 {
@@ -165,8 +165,8 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
     tracing::info!("{} in {}", V::NAME, session.folder().path().display());
     let outcome = session.run(&interrupt).with_context(|| {
         format!(
-            "the run stopped at step {}; its checkpoints are as they were, and\n  ddil {} --resume {}\ngoes on from \
-             the last one",
+            "the run stopped at step {}; its checkpoints are intact. To continue from the last one, run\n  ddil {} \
+             --resume {}",
             session.step(),
             V::NAME,
             session.folder().path().display()
@@ -200,7 +200,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
         (Some(path), _) => path.clone(),
         (None, Some(folder)) => {
             if !folder.join("config.toml").is_file() {
-                bail!("{} holds no run: it has no config.toml", folder.display());
+                bail!("{} is not a run folder: it has no config.toml", folder.display());
             }
             folder.join("config.toml")
         }
@@ -216,7 +216,9 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     settings.build().map_err(|error| match verb_of_file {
         Some((verb, key)) if verb != V::NAME => {
             let path = path.display();
-            anyhow!("{path} is a config of `ddil {verb}`: it has `{key}`; run `ddil {verb} {path}`")
+            anyhow!(
+                "{path} is a config for `ddil {verb}`: it has `{key}`; run `ddil {verb} {path}`"
+            )
         }
         _ => error.into(),
     })
@@ -308,7 +310,7 @@ fn report<V: Verb>(outcome: &Outcome, config: &V, folder: &Path) -> String {
         }
         Outcome::Interrupted { step } => {
             let folder = folder.display();
-            format!("saved at step {step}; go on with\n  ddil {} --resume {folder}\n", V::NAME)
+            format!("saved at step {step}; continue with\n  ddil {} --resume {folder}\n", V::NAME)
         }
     }
 }

@@ -65,7 +65,7 @@ impl WorkItem {
             }
             Self::TeacherRow(planned) => {
                 let TeacherSamples { steps, guidance_scale, .. } = planned.samples;
-                format!("teacher, guidance {guidance_scale}, {steps} steps: measured")
+                format!("teacher, guidance {guidance_scale}, {steps} steps: measurement")
             }
             Self::Cell(planned) => planned.cell.name.clone(),
         }

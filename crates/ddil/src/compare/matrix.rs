@@ -185,10 +185,10 @@ const MAX_CELLS: usize = 10_000;
 
 /// The settings that a comparison sets itself.
 const RESERVED: [(&str, &str); 4] = [
-    ("run.name", "is the cell's"),
-    ("run.folder", "follows from `folder` and `name`"),
-    ("run.seed", "follows from `seeds`"),
-    ("run.threads", "is `threads`"),
+    ("run.name", "the name of the cell"),
+    ("run.folder", "`folder` and `name`"),
+    ("run.seed", "`seeds`"),
+    ("run.threads", "`threads`"),
 ];
 
 impl Default for EvaluateConfig {
@@ -391,7 +391,10 @@ impl Matrix {
             problems.push(format!("`name` is `{}`, but must be {PLAIN}", self.name));
         }
         if self.seeds.is_empty() || has_twice(self.seeds.iter()).is_some() {
-            problems.push(format!("`seeds` is {:?}, but must be different numbers", self.seeds));
+            problems.push(format!(
+                "`seeds` is {:?}, but must be a list of distinct numbers",
+                self.seeds
+            ));
         }
         for (key, value) in [("workers", self.workers), ("threads", self.threads)] {
             if value == 0 {
@@ -406,7 +409,7 @@ impl Matrix {
         self.evaluate.problems(problems);
         self.problem_of_size(problems);
         if problems.is_empty() && self.combinations().is_empty() {
-            problems.push("`exclude` leaves no cell".to_owned());
+            problems.push("`exclude` excludes every cell".to_owned());
         }
     }
 
@@ -416,14 +419,14 @@ impl Matrix {
         let cells = values.chain([self.seeds.len()]).fold(1, usize::saturating_mul);
         if cells > MAX_CELLS {
             problems.push(format!(
-                "`axes` and `seeds` make {cells} cells, those of `exclude` among them, but must make at most {MAX_CELLS}"
+                "`axes` and `seeds` make {cells} cells, counting excluded ones, but must make at most {MAX_CELLS}"
             ));
         }
     }
 
     fn problems_of_axes(&self, problems: &mut Vec<String>) {
         if let Some(name) = has_twice(self.axes.iter().map(|axis| &axis.name)) {
-            problems.push(format!("two axes are called `{name}`"));
+            problems.push(format!("two axes are named `{name}`"));
         }
         for Axis { name, baseline, values } in &self.axes {
             let names: Vec<&String> = values.iter().map(|value| &value.name).collect();
@@ -431,11 +434,12 @@ impl Matrix {
                 problems.push(format!("axis `{name}` has no values"));
             }
             if let Some(twice) = has_twice(names.iter()) {
-                problems.push(format!("axis `{name}` has two values `{twice}`"));
+                problems.push(format!("axis `{name}` has two values named `{twice}`"));
             }
             for value in names.iter().filter(|value| !is_plain(value)) {
-                problems
-                    .push(format!("axis `{name}`: `{value}` is no name, which must be {PLAIN}"));
+                problems.push(format!(
+                    "axis `{name}`: `{value}` is not a valid name, which must be {PLAIN}"
+                ));
             }
             if let Some(baseline) = baseline.as_ref().filter(|name| !names.contains(name)) {
                 problems.push(format!(
@@ -451,8 +455,8 @@ impl Matrix {
         let changes = std::iter::once(&self.set).chain(of_axes).chain(of_exceptions);
         for key in changes.flat_map(Changes::keys) {
             let reserved = RESERVED.iter().find(|(name, _)| name == key || key == "run");
-            if let Some((name, why)) = reserved {
-                problems.push(format!("`{name}` cannot be set: it {why}"));
+            if let Some((name, origin)) = reserved {
+                problems.push(format!("`{name}` cannot be set: it is determined by {origin}"));
             }
         }
     }
@@ -465,8 +469,9 @@ impl Matrix {
     ) {
         for combination in combinations {
             if combination.is_empty() {
-                problems
-                    .push(format!("`{key}` has an empty combination, which would be every cell"));
+                problems.push(format!(
+                    "`{key}` has an empty combination, which would match every cell"
+                ));
             }
             for (axis, value) in combination {
                 let Some(found) = self.axes.iter().find(|found| found.name == *axis) else {
@@ -482,20 +487,20 @@ impl Matrix {
 
     fn problems_of_cells(&self, cells: &[Cell], problems: &mut Vec<String>) {
         if let Some(name) = has_twice(cells.iter().map(|cell| &cell.name)) {
-            problems.push(format!("two cells are called `{name}`"));
+            problems.push(format!("two cells are named `{name}`"));
         }
         // A comparison of a cell with itself is a mistake: a change without effect.
         let mut seen: BTreeMap<String, &str> = BTreeMap::new();
         for cell in cells.iter().filter(|cell| Some(&cell.seed) == self.seeds.first()) {
             let Ok(text) = nameless(&cell.config) else { continue };
             if let Some(other) = seen.insert(text, &cell.arm) {
-                problems.push(format!("`{other}` and `{}` are the same config", cell.arm));
+                problems.push(format!("`{other}` and `{}` have the same config", cell.arm));
             }
         }
         let data = |cell: &Cell| (cell.config.data.kind, cell.config.data.path.clone());
         if let Some(other) = cells.iter().find(|cell| data(cell) != data(&cells[0])) {
             problems.push(format!(
-                "`{}` has other data than `{}`, but all are compared with the same",
+                "`{}` has other data than `{}`, but all cells must be compared with the same data",
                 other.arm, cells[0].arm
             ));
         }
@@ -567,7 +572,7 @@ fn cell_name(arm: &str, seed: u64) -> String {
     format!("{arm}_seed{seed}")
 }
 
-const PLAIN: &str = "letters, digits, `-`, `+`, `.` and `_`, not beginning with a `.`";
+const PLAIN: &str = "letters, digits, `-`, `+`, `.` and `_`, not starting with a `.`";
 
 fn is_plain(name: &str) -> bool {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-+._".contains(c);

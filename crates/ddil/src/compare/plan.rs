@@ -54,12 +54,12 @@ impl std::fmt::Display for Standing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::New => write!(f, "new"),
-            Self::Started(step) => write!(f, "begun, {step} updates"),
+            Self::Started(step) => write!(f, "started, {step} updates"),
             Self::Failed(message) => write!(f, "failed: {message}"),
-            Self::Trained => write!(f, "trained, to be measured"),
+            Self::Trained => write!(f, "trained, not measured yet"),
             Self::Done => write!(f, "done"),
             Self::Diverged(step) => write!(f, "diverged at step {step}"),
-            Self::Changed(differences) => write!(f, "of another config: {differences}"),
+            Self::Changed(differences) => write!(f, "made with other settings: {differences}"),
         }
     }
 }
@@ -173,14 +173,13 @@ impl Comparison {
                 let _lock = lock_file(&self.folder().lock_of(name), &self.folder().run_of(name))?;
                 self.folder().remove_cell(name)?;
             } else {
-                problems.push(format!("{name} was begun with other settings: {differences}"));
+                problems.push(format!("{name} was started with other settings: {differences}"));
             }
         }
         if problems.is_empty() {
             return Ok(());
         }
-        problems
-            .push("give --fresh to start these cells anew, or the comparison another name".into());
+        problems.push("use --fresh to start these cells over, or choose another `name`".into());
         Err(Error::Comparison { place: self.folder().path().display().to_string(), problems })
     }
 
@@ -239,7 +238,7 @@ impl Comparison {
             let nearest = self.cells.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
             let nearest = nearest.map_or("", |planned| planned.cell.name.as_str());
             let problem = format!(
-                "there is no cell `{name}`; did you mean `{nearest}`? `--list` prints all {} of them",
+                "there is no cell `{name}`; did you mean `{nearest}`? `--list` prints all {} cells",
                 self.cells.len()
             );
             let place = format!("`{}`", self.matrix.name);
@@ -429,7 +428,7 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
         let entry = entry.map_err(Error::io("list", folder))?;
         let path = entry.path();
-        if entry.file_type().map_err(Error::io("look at", &path))?.is_dir() {
+        if entry.file_type().map_err(Error::io("read the type of", &path))?.is_dir() {
             list(&path, files)?;
         } else {
             files.push(path);
@@ -445,7 +444,7 @@ fn ensure_comparable(config: &DistillConfig) -> Result<()> {
         return Err(Error::Invalid(Invalid::new(
             "data.kind",
             kind.as_str().to_owned(),
-            "fashion_mnist or image_folder: pictures are measured against those of the data",
+            "fashion_mnist or image_folder: generated images are compared with those of the data",
         )));
     }
     DistillTask::new(config).map(drop)

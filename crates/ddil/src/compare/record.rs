@@ -76,7 +76,7 @@ impl Row {
 
     /// The row of samples that are NaN or infinite.
     pub(super) fn not_finite(steps: u32, own_steps: bool) -> Self {
-        let collapsed = Some("samples that are not numbers".to_owned());
+        let collapsed = Some("samples are NaN or infinite".to_owned());
         Self { steps, own_steps, collapsed, measurement: None }
     }
 }

@@ -28,23 +28,23 @@ impl ComparisonReport {
         let mut text = table_of(&self.name, &table::summary(self));
         let _ = writeln!(
             text,
-            "\nMean ± standard error over seeds; `*` marks numbers of steps that the students are not made for. `frechet` is\n\
-             to the data, `to teacher` to the teacher's samples in full. A cell with coverage below {LEAST_COVERAGE} or samples that\n\
-             are no numbers has collapsed; cells that diverged or failed are in no mean."
+            "\nMean ± standard error over seeds. `*`: the students were not trained for this number of steps. `frechet` is the\n\
+             distance to the data, `to teacher` to the teacher's samples at its full number of steps. Cells with coverage below\n\
+             {LEAST_COVERAGE}, or with NaN or infinite samples, have collapsed; cells that diverged or failed are in no mean."
         );
         let differences = table::differences(self);
         if differences.len() > 1 {
             text += &table_of("Paired differences to the baseline", &differences);
             let _ = writeln!(
                 text,
-                "\nValue less baseline, of cells that share seed and all else, ± standard error; in brackets how many standard\n\
-                 errors that is."
+                "\nValue minus baseline, mean over cells with equal seed and equal values elsewhere, ± standard error; in\n\
+                 brackets, the difference in standard errors."
             );
         }
         let shifts = self.shifts();
         if !shifts.is_empty() {
             text += &table_of("Shift", &table::shift(&shifts));
-            text += "\nEnergy distance of the states met at inference to noised data, timestep by timestep; `chance` is \
+            text += "\nEnergy distance between the states visited at inference and noised data, per timestep; `chance`: \
                      between two\nhalves of noised data.\n";
         }
         if !self.pictures.is_empty() {

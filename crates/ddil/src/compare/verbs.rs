@@ -46,7 +46,9 @@ impl Program {
     ///
     /// [`Error::Setup`] if the system does not return its path.
     pub fn current() -> Result<Self> {
-        std::env::current_exe().map(Self).map_err(|error| setup("find the program", &error))
+        std::env::current_exe()
+            .map(Self)
+            .map_err(|error| setup("find the path of this program", &error))
     }
 
     /// Runs a verb to its end and appends its output to `log`; once `stops` returns true, the verb receives a stop request.

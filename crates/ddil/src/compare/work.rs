@@ -72,7 +72,7 @@ impl Worker<'_> {
                     }
                     if !announced {
                         tracing::info!(
-                            "{}: waiting for {holder}, which is at work on it",
+                            "{}: waiting for {holder}, which is working on it",
                             item.about()
                         );
                         announced = true;
@@ -176,7 +176,7 @@ impl Worker<'_> {
             return Ok(end);
         }
         let Some(measured) = results::read(answer.path())?.pop() else {
-            return Ok(End::Failed("it measured nothing".to_owned()));
+            return Ok(End::Failed("`ddil evaluate` wrote no measurement".to_owned()));
         };
         let measurement = Measurement {
             method: "teacher".to_owned(),
@@ -271,7 +271,7 @@ impl Worker<'_> {
                 Some(measurement) => Row::measured(steps, steps == own, measurement.clone()),
                 None if not_finite => Row::not_finite(steps, steps == own),
                 None => {
-                    let message = format!("`ddil evaluate` left out {steps} steps");
+                    let message = format!("`ddil evaluate` wrote no measurement at {steps} steps");
                     return Ok(Trained::Ended(Outcome::Failed { message }));
                 }
             });

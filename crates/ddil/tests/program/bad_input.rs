@@ -337,7 +337,7 @@ fn config_files_that_are_none() -> TestResult {
     workshop.ddil(&["train"]).refused(&["CONFIG"]);
     workshop
         .ddil(&["train", "distill.toml"])
-        .refused(&["distill.toml", "is a config of `ddil distill`"]);
+        .refused(&["distill.toml", "is a config for `ddil distill`"]);
     Ok(())
 }
 
@@ -354,8 +354,8 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     workshop.ddil(&other).refused(&[&path, "other settings", "run.seed: 3 there, 9 here"]);
     workshop
         .ddil(&["distill", "--resume", &path])
-        .refused(&["config.toml", "is a config of `ddil train`"]);
-    workshop.ddil(&["train", "--resume", "data"]).refused(&["data", "no run", "config.toml"]);
+        .refused(&["config.toml", "is a config for `ddil train`"]);
+    workshop.ddil(&["train", "--resume", "data"]).refused(&["data", "is not a run folder", "config.toml"]);
 
     // Its data have gone: refused, and the run stays as it is.
     fs::rename(workshop.path("data"), workshop.path("elsewhere"))?;

@@ -131,7 +131,7 @@ fn a_comparison_is_made_whole_and_then_left_alone() -> TestResult {
     fs::remove_file(folder.join("quality.svg"))?;
     let again = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     assert_eq!(again.stdout, ended.stdout);
-    assert!(!again.stderr.contains("begun"), "{}", again.stderr);
+    assert!(!again.stderr.contains("started"), "{}", again.stderr);
     assert_eq!((times(&cells(&workshop)), entries(&workshop)), (before, results));
     assert!(folder.join("quality.svg").is_file());
     Ok(())
@@ -170,7 +170,7 @@ values = [
 
     // It is a result, and not tried again.
     let again = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
-    assert!(!again.stderr.contains("begun"), "{}", again.stderr);
+    assert!(!again.stderr.contains("started"), "{}", again.stderr);
     Ok(())
 }
 
@@ -193,7 +193,7 @@ fn a_cell_that_fails_is_told_and_tried_again() -> TestResult {
 
     fs::remove_file(run.join("notes.txt"))?;
     let again = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
-    assert_eq!(again.stderr.matches("begun").count(), 1, "{}", again.stderr);
+    assert_eq!(again.stderr.matches(": started").count(), 1, "{}", again.stderr);
     assert_eq!(of_kind(&entries(&workshop), "cell").len(), 4);
     Ok(())
 }
@@ -231,7 +231,7 @@ fn goes_on_after(stop: impl Fn(crate::support::Running)) {
 fn ctrl_c_saves_every_cell() {
     goes_on_after(|running| {
         let ended = running.signal("INT").succeeded();
-        assert!(ended.stdout.contains("the same command goes on"), "{}", ended.stdout);
+        assert!(ended.stdout.contains("run the same command to continue"), "{}", ended.stdout);
     });
 }
 
@@ -252,7 +252,7 @@ fn other_settings_are_refused_until_told() {
     refused.refused(&["mixed_seed0", "mixed_seed1", "ema.decay: 0.9 there, 0.5 here", "--fresh"]);
     let listed = workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).succeeded();
     assert!(
-        listed.stdout.contains("mixed_seed0    of another config: ema.decay"),
+        listed.stdout.contains("mixed_seed0    made with other settings: ema.decay"),
         "{}",
         listed.stdout
     );
@@ -397,7 +397,7 @@ fn a_cell_that_another_process_has_is_refused_by_name() {
     assert!(running.wait_until(|| num_lines(&run) >= 2), "it did not get anywhere");
     let refused = workshop.ddil(&one);
     assert_eq!(refused.code, Some(75), "{}", refused.stderr);
-    let holder = format!("mixed_seed0: process {} is at work", running.id());
+    let holder = format!("mixed_seed0: process {} is working", running.id());
     assert!(refused.stderr.contains(&holder), "{}", refused.stderr);
 
     // Stopped as a queue does it: saved, and told apart from done and from failed.

@@ -95,7 +95,7 @@ fn a_long_prompt_is_cut_and_the_rest_is_shown() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let arguments = ["sample", "teacher", "--steps", "1", "--prompt", "a red cat, 2 dogs"];
     let ended = workshop.ddil(&arguments).succeeded();
-    let words = ["longer than the text encoder reads", "a red cat, 2 dogs", "cut off: gs"];
+    let words = ["longer than the text encoder's input", "a red cat, 2 dogs", "cut off: gs"];
     for words in words {
         assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
     }
@@ -116,7 +116,7 @@ fn what_a_model_cannot_be_asked_is_refused() -> TestResult {
         assert!(!workshop.path("samples.png").exists(), "{more:?}");
     };
     refused(&["classes", "--prompt", "a cat"], &["--prompt", "--class"]);
-    refused(&["classes", "--height", "8"], &["--height", "no text"]);
+    refused(&["classes", "--height", "8"], &["--height", "no prompts"]);
     refused(&["teacher"], &["--prompt is missing"]);
     refused(&["teacher", "--class", "1", "--prompt", "a"], &["--class", "no classes"]);
     refused(&["teacher", "--prompts-file", "empty.txt"], &["empty.txt", "no prompts"]);
@@ -230,7 +230,7 @@ fn adapters_act_by_their_scale_and_change_their_names() -> TestResult {
     }
     weights::save(&with_text, workshop.path("with_text.safetensors"), &BTreeMap::new())?;
     let ended = convert("with_text.safetensors", "x.safetensors", "kohya", &base).succeeded();
-    assert!(ended.stderr.contains("2 tensors are for text encoders"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("2 tensors are adapters of text encoders"), "{}", ended.stderr);
     fs::remove_file(workshop.path("x.safetensors"))?;
 
     convert("lora.safetensors", "back.safetensors", "kohya", &base).refused(&["--force"]);
@@ -402,7 +402,7 @@ fn a_student_of_another_size_says_so_and_is_drawn_at_it() {
 fn an_adapter_leaves_its_run_under_either_names() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     workshop.complete("distill", "thin", &["student.lora={ rank = 2, alpha = 2.0 }"]);
-    workshop.ddil(&["export", "runs/thin", "x.safetensors"]).refused(&["holds adapters", "--lora"]);
+    workshop.ddil(&["export", "runs/thin", "x.safetensors"]).refused(&["contains adapters", "--lora"]);
     let convert = ["export", "runs/thin", "kohya.safetensors", "--lora", "kohya"];
     workshop.ddil(&convert).succeeded();
     let names = weights::read_all(workshop.path("kohya.safetensors")).expect("it was written");

@@ -41,7 +41,7 @@ fn init_writes_presets_that_their_verbs_read() {
         let checked = workshop.ddil(&arguments);
         // Read without an objection; data and teacher need not be here.
         let elsewhere =
-            ["no Fashion-MNIST in", "contains no model", "No such file", "there is no assets/"];
+            ["no Fashion-MNIST in", "contains no model", "No such file", "does not exist: it is in ddil"];
         assert!(
             checked.code == Some(0) || elsewhere.iter().any(|words| checked.stderr.contains(words)),
             "{name}: {}",
@@ -64,7 +64,7 @@ fn init_overwrites_nothing() -> TestResult {
     assert!(workshop.path("other.toml").is_file());
     let almost = &name[..name.len() - 1];
     workshop.ddil(&["init", almost]).refused(&[almost, &format!("did you mean `{name}`?")]);
-    workshop.ddil(&["init", "zzz"]).refused(&["zzz", "lists them"]);
+    workshop.ddil(&["init", "zzz"]).refused(&["zzz", "lists all presets"]);
     Ok(())
 }
 
@@ -254,7 +254,7 @@ fn the_range_of_a_folder_is_a_table_for_a_config() {
         matches!(ends[..], [low, high] if low >= -1.0 && high <= 1.0 && high - low > 1.5),
         "{found}"
     );
-    workshop.ddil(&["range", "nowhere"]).refused(&["nowhere", "neither a folder"]);
+    workshop.ddil(&["range", "nowhere"]).refused(&["nowhere", "is not a folder"]);
     workshop.ddil(&["range", "data", "--quantile", "0.5"]).refused(&["quantile", "below 0.5"]);
 }
 
@@ -333,7 +333,7 @@ fn samples_that_cannot_be() {
     refused(&["teacher", "--thresholding", "clip"], &["--thresholding", "clip", "{ kind = "]);
     refused(
         &["teacher", "--first", "2", "-n", "3", "--of", "4"],
-        &["end at 5", "--of, which is 4"],
+        &["is 5; expected", "--of, which is 4"],
     );
     refused(&["teacher", "--memory-format", "nchw"], &["--memory-format", "channels_last"]);
     refused(&["teacher", "--precision", "half"], &["--precision", "half", "bfloat16"]);
@@ -391,24 +391,24 @@ fn parts_of_a_seeds_samples_are_those_of_the_whole() -> TestResult {
 fn a_config_of_another_verb_is_told_by_its_verb() {
     let workshop = Workshop::with_teacher();
     workshop.ddil(&["train", "distill.toml"]).refused(&[
-        "a config of `ddil distill`",
+        "a config for `ddil distill`",
         "`teacher`",
         "ddil distill distill.toml",
     ]);
     workshop
         .ddil(&["distill", "train.toml"])
-        .refused(&["a config of `ddil train`", "ddil train train.toml"]);
+        .refused(&["a config for `ddil train`", "ddil train train.toml"]);
     let guided = arguments("distill", "guided", &["teacher.guidance=2"]);
     workshop.ddil(&guided).refused(&[
         "teacher.guidance",
         "integer `2`",
         "{ kind = \"cfg\", scale = 2.0 }",
     ]);
-    workshop.ddil(&["inspect", "nowhere"]).refused(&["there is no nowhere", "run folder"]);
+    workshop.ddil(&["inspect", "nowhere"]).refused(&["nowhere does not exist", "run folder"]);
     let missing = arguments("distill", "away", &["teacher.path=assets/fashion-mnist-teacher"]);
     workshop
         .ddil(&missing)
-        .refused(&["there is no assets/fashion-mnist-teacher", "ddil init fashion-mnist-teacher"]);
+        .refused(&["assets/fashion-mnist-teacher does not exist", "ddil init fashion-mnist-teacher"]);
     workshop.ddil(&["demo"]).refused(&["assets/fashion-mnist-teacher", "--teacher"]);
 }
 
@@ -425,7 +425,7 @@ fn the_plain_method_is_an_option() -> TestResult {
     assert_eq!(config["mixing"]["pure_noise_at_tmax"].as_bool(), Some(false));
     // A preset too, with its comments.
     let said = workshop.ddil(&["init", "fashion-mnist-pd-ddil", "--plain"]).succeeded();
-    assert!(said.stdout.contains("is not here"), "{}", said.stdout);
+    assert!(said.stdout.contains("does not exist"), "{}", said.stdout);
     let text = fs::read_to_string(workshop.path("fashion-mnist-pd-ddil.toml"))?;
     assert!(
         text.contains("the plain method")
