@@ -143,7 +143,7 @@ fn damage_is_told_and_the_last_sound_one_found() -> TestResult {
     let damages: [(&str, Harm); 7] = [
         ("manifest.json cannot be read", |path| fs::remove_file(path.join("manifest.json"))),
         ("manifest.json cannot be read", |path| shorten(&path.join("manifest.json"), 5)),
-        ("another checksum than it says", |path| {
+        ("does not match its own checksum", |path| {
             let path = path.join("manifest.json");
             fs::write(&path, fs::read_to_string(&path)?.replace("distill", "distil1"))
         }),
@@ -151,10 +151,10 @@ fn damage_is_told_and_the_last_sound_one_found() -> TestResult {
             fs::remove_file(path.join("student.safetensors"))
         }),
         ("student.safetensors has", |path| shorten(&path.join("student.safetensors"), 1)),
-        ("student.safetensors has another SHA-256", |path| {
+        ("student.safetensors does not match the SHA-256", |path| {
             flip(&path.join("student.safetensors"), 100, 3)
         }),
-        ("manifest.json is that of step 1", |path| {
+        ("manifest.json belongs to step 1", |path| {
             fs::copy(path.with_file_name("step_0000001/manifest.json"), path.join("manifest.json"))
                 .map(drop)
         }),
@@ -286,7 +286,7 @@ fn a_future_format_is_refused() -> TestResult {
     fs::write(&path, reseal(&sealed)?)?;
     assert_eq!(
         latest(folder.path()).1,
-        ["its format version is 2, which this version does not know"]
+        ["its format version is 2, which this version of ddil cannot read"]
     );
     Ok(())
 }
@@ -309,7 +309,7 @@ fn names_and_kinds_that_are_wrong_are_refused() -> TestResult {
     assert!(matches!(writer.json("state.json", &1), Err(Error::InvalidMember { .. })));
     let twice = [tensors(0), tensors(0)].concat_tensors();
     let error = writer.tensors("x.safetensors", &twice).expect_err("a name is there twice");
-    assert!(error.to_string().contains("given twice"), "{error}");
+    assert!(error.to_string().contains("occurs twice"), "{error}");
     Ok(())
 }
 

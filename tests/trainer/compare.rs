@@ -109,7 +109,7 @@ fn slips_are_told_with_their_place() {
     refused(&changed("baseline = \"off\"", "baseline = \"of\""), &["axis `clip`", "`of`"]);
     refused(&changed("name = \"all\"", "name = \"../all\""), &["`name` is `../all`"]);
     refused(&changed("{ name = \"4\" }", "{ name = \"2\" }"), &["`steps` has two values `2`"]);
-    refused(&changed("{ name = \"4\" }", "{ name = \"a b\" }"), &["`a b` is no name"]);
+    refused(&changed("{ name = \"4\" }", "{ name = \"a b\" }"), &["`a b` is not a valid name"]);
     refused(&changed("name = \"steps\"", "name = \"clip\""), &["two axes are named `clip`"]);
     refused(&changed("clip = \"off\" }]", "clop = \"off\" }]"), &["no axis `clop`"]);
     refused(&changed("clip = \"off\" }]", "clip = \"no\" }]"), &["`clip` has no value `no`"]);

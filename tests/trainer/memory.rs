@@ -75,14 +75,14 @@ fn every_weight_is_counted_for_everyone_who_has_it() -> TestResult {
         ("student: gradients", 1),
         ("student: optimizer", 2),
         ("student: moving average", 1),
-        ("student: the average as a network", 1),
+        ("student: network of the moving average", 1),
     ] {
         assert_eq!(values(role), Some(times * n), "{role}");
     }
-    let critic = values("critic with its head").ok_or("it has weights")?;
+    let critic = values("critic with head").ok_or("it has weights")?;
     assert!(critic > n, "the head is more than the network");
-    assert_eq!(values("critic with its head: gradients"), Some(critic));
-    assert_eq!(values("critic with its head: optimizer"), Some(2 * critic));
+    assert_eq!(values("critic with head: gradients"), Some(critic));
+    assert_eq!(values("critic with head: optimizer"), Some(2 * critic));
     assert!(held.iter().all(|row| row.values.is_none_or(|values| row.bytes == 4 * values)));
     Ok(())
 }
@@ -99,7 +99,7 @@ fn an_adapter_is_as_large_as_the_one_that_is_attached() -> TestResult {
     Ok(())
 }
 
-const COLLECTED: &str = "while states are collected";
+const COLLECTED: &str = "in rollouts";
 
 #[test]
 fn a_teacher_that_is_guided_answers_twice() -> TestResult {
@@ -144,7 +144,7 @@ fn encoders_and_stores_are_counted() -> TestResult {
         "vae/diffusion_pytorch_model.safetensors",
     ];
     let values: u64 = parts.map(count).into_iter().sum::<Result<_, _>>()?;
-    let encoded = row(&plan.phases, "while data are encoded, before any update");
+    let encoded = row(&plan.phases, "in encoding the data, before the first update");
     assert_eq!(encoded.bytes, 4 * values);
     // 77 tokens of 16 and 16 numbers, and what becomes of the second encoder's 10 with 36 of sizes.
     let state = 2 * (4 * 8 * 8) + 4 * (77 * 32 + 46);

@@ -156,9 +156,9 @@ fn about(path: &Path) -> Value {
 fn every_number_that_is_none_stops_the_run_before_the_update() -> TestResult {
     let expected = [
         (Place::Data, "step 3: loss is NaN (not finite: data, timestep 10, in 1 of 4 rows); the"),
-        (Place::Loss, "step 3: loss is inf; the batch is in"),
+        (Place::Loss, "step 3: loss is inf; the batch was saved to"),
         (Place::Gradient, "step 3: gradient norm is inf (in the gradients of 1 of 1 parameters"),
-        (Place::Answer, "step 3: the sum of the networks' answers is inf; the batch"),
+        (Place::Answer, "step 3: the sum of the networks' outputs is inf; the batch"),
     ];
     for (place, words) in expected {
         let folder = tempfile::tempdir()?;

@@ -142,7 +142,7 @@ fn a_parameter_without_a_gradient_is_named() -> TestResult {
     optimizer.zero_grad()?;
     used.sum(Kind::Double).backward();
     for error in [optimizer.clip().expect_err("none"), optimizer.step(0.1).expect_err("none")] {
-        assert_eq!(error.to_string(), "1 of 2 parameters have no gradient, `unused` first");
+        assert_eq!(error.to_string(), "1 of 2 parameters have no gradient (the first: `unused`)");
     }
     assert_eq!((values(&used), optimizer.num_steps()), (vec![1.0], 0));
     Ok(())

@@ -36,7 +36,7 @@ fn a_folder_with_anything_in_it_is_left_alone() -> TestResult {
     assert!(matches!(error, Error::FolderNotEmpty { .. }));
     assert_eq!(fs::read_dir(folder.path())?.count(), 1);
     let error = RunFolder::resume(folder.path()).expect_err("it is no run");
-    assert!(error.to_string().ends_with("holds no run: it has no config.toml"), "{error}");
+    assert!(error.to_string().ends_with("is not a run folder: it has no config.toml"), "{error}");
     assert!(RunFolder::resume(&folder.path().join("nowhere")).is_err());
     Ok(())
 }

@@ -382,7 +382,7 @@ impl RunSection {
     fn ensure_deterministic_on(&self, device: Device, workspaces: Option<&str>) -> Result<()> {
         let fixed = matches!(workspaces, Some(":4096:8" | ":16:8"));
         let kept = !self.deterministic || device == Device::Cpu || fixed;
-        let expected = "false, or CUBLAS_WORKSPACE_CONFIG=:4096:8 (or :16:8, which takes less memory) in the environment";
+        let expected = "false, or CUBLAS_WORKSPACE_CONFIG=:4096:8 (or :16:8, which uses less memory) in the environment";
         ensure("run.deterministic", "true", kept, expected)
     }
 
@@ -418,8 +418,8 @@ pub fn parse_device(name: &str) -> Result<Device> {
     let found = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
     if index >= found {
         let expected = match ddil_libtorch::why_no_cuda() {
-            Some(reason) => format!("a device that can be used: {reason}"),
-            None => format!("an index below {found}, the number of GPUs here"),
+            Some(reason) => format!("a usable device: {reason}"),
+            None => format!("an index below {found}, the number of GPUs"),
         };
         ensure("run.device", name, false, &expected)?;
     }
@@ -439,23 +439,23 @@ impl DataSection {
         ensure("data.batch_size", self.batch_size, self.batch_size > 0, "at least 1")?;
         let has_path = self.kind == DataKind::FashionMnist || self.path.is_some();
         let expected = match self.kind {
-            DataKind::Prompts => "the file of the prompts",
-            DataKind::Latents => "the folder of the encoded data",
-            _ => "the folder of the images",
+            DataKind::Prompts => "a file of prompts",
+            DataKind::Latents => "a folder of encoded data",
+            _ => "a folder of images",
         };
         ensure("data.path", "not set", has_path, expected)?;
         let (kind, is_text) = (self.kind.as_str(), self.kind.is_text());
         let is_encoded = matches!(self.kind, DataKind::Captions | DataKind::Prompts);
         let flips = !(self.horizontal_flip && is_text);
-        let expected = format!("false with data.kind = {kind:?}: latents are not mirrored");
+        let expected = format!("false with data.kind = {kind:?}: latents cannot be mirrored");
         ensure("data.horizontal_flip", "true", flips, &expected)?;
-        let expected = format!("left out with data.kind = {kind:?}, where nothing is encoded");
+        let expected = format!("no value with data.kind = {kind:?}, which encodes nothing");
         let sized = self.resolution.is_none() || is_encoded;
         ensure("data.resolution", "set", sized, &expected)?;
         let cached = self.cache.is_none() || is_encoded;
         ensure("data.cache", "set", cached, &expected)?;
         let named = self.cache.as_ref().is_none_or(|path| path.file_name().is_some());
-        ensure("data.cache", "no name of a folder", named, "the path of a folder")
+        ensure("data.cache", "a path without a folder name", named, "the path of a folder")
     }
 }
 
@@ -469,9 +469,9 @@ impl TrainConfig {
         self.run.ensure()?;
         self.data.ensure()?;
         let expected =
-            "fashion_mnist or image_folder: a model that is trained from data knows no text";
+            "fashion_mnist or image_folder: only models without text can be trained from data";
         ensure("data.kind", self.data.kind.as_str(), !self.data.kind.is_text(), expected)?;
-        let expected = "left out: a model that is trained from data knows no text";
+        let expected = "no value: only models without text can be trained from data";
         ensure("output.prompts", "set", self.output.prompts.is_empty(), expected)?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
@@ -486,7 +486,12 @@ impl TrainConfig {
         ensure("train.sample_steps", sample_steps, on_grid, &format!("in 1..={most}"))?;
         let scale = self.train.sample_guidance_scale;
         let possible = scale.is_finite() && scale >= 0.0;
-        ensure("train.sample_guidance_scale", scale, possible, "finite and at least 0; 1 is none")
+        ensure(
+            "train.sample_guidance_scale",
+            scale,
+            possible,
+            "finite and at least 0; 1 is no guidance",
+        )
     }
 }
 
@@ -517,11 +522,10 @@ impl DistillConfig {
             return Ok(());
         };
         lora.ensure()?;
-        let expected =
-            "left out, or student.model is: an adapter stands on the teacher's own network";
-        ensure("student.lora", "set beside student.model", model.is_none(), expected)?;
-        let expected = "one number of steps beside student.lora: the adapter of a later stage would stand on weights \
-                        with the first one's in them, and be of no use on the base";
+        let expected = "only one of them: an adapter is added to the teacher's own network";
+        ensure("student.lora", "set together with student.model", model.is_none(), expected)?;
+        let expected = "one number of steps with student.lora: the adapter of a later stage would only fit the base \
+                        with the first adapter merged";
         ensure("student.stages", format!("{stages:?}"), stages.len() == 1, expected)
     }
 
@@ -538,14 +542,14 @@ impl DistillConfig {
         let counted = !stages.is_empty() && stages.iter().all(|n| *n > 0);
         ensure("student.stages", &shown, counted, "at least one number of steps, each at least 1")?;
         let ObjectiveConfig::Progressive(progressive) = &self.objective else {
-            let expected = "one number of steps: only progressive distillation goes in stages";
+            let expected = "one number of steps: only progressive distillation has stages";
             return ensure("student.stages", &shown, stages.len() == 1, expected);
         };
         let substeps = progressive.substeps;
         let divide = stages.windows(2).all(|pair| pair[1].checked_mul(substeps) == Some(pair[0]));
         let expected = format!(
-            "each the one before divided by objective.substeps = {substeps}: a later stage's teacher knows only the \
-             timesteps that it was trained on"
+            "each to be the previous one divided by objective.substeps = {substeps}: a later stage's teacher is valid \
+             only at the timesteps it was trained on"
         );
         ensure("student.stages", &shown, divide, &expected)
     }

@@ -187,7 +187,7 @@ impl Ema {
 
 /// A network with its averaged weights while this guard lives; see [`Ema::apply`].
 #[derive(Debug)]
-#[must_use = "the averages are taken out again when this is dropped"]
+#[must_use = "the network's own weights are restored when this is dropped"]
 pub struct Applied<'a> {
     ema: &'a Ema,
     values: Vec<Tensor>,

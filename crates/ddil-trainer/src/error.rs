@@ -23,7 +23,7 @@ pub enum Error {
     #[error(transparent)]
     Invalid(#[from] Invalid),
     /// A run is resumed with other settings than it was started with.
-    #[error("{} belongs to a run with other settings:{}", path.display(), listed(differences))]
+    #[error("{} contains a run with other settings:{}", path.display(), listed(differences))]
     OtherConfig {
         /// The run folder.
         path: PathBuf,
@@ -40,7 +40,7 @@ pub enum Error {
     },
     /// A run has checkpoints, all of which are damaged.
     #[error(
-        "none of the {count} checkpoints in {} is sound; move them away to start the run over (the newest: {newest})",
+        "all {count} checkpoints in {} are damaged; move them away to start the run over (the newest: {newest})",
         path.display()
     )]
     NoSoundCheckpoint {
@@ -62,7 +62,7 @@ pub enum Error {
         expected: String,
     },
     /// The checkpoint does not contain the requested file.
-    #[error("the checkpoint {} has no `{name}`, only {}", path.display(), known.join(", "))]
+    #[error("the checkpoint {} does not contain `{name}`, only {}", path.display(), known.join(", "))]
     NoSuchMember {
         /// The checkpoint's folder.
         path: PathBuf,
@@ -72,7 +72,7 @@ pub enum Error {
         known: Vec<String>,
     },
     /// A name is not allowed for a file of a checkpoint.
-    #[error("`{name}` cannot name a file in a checkpoint: {reason}")]
+    #[error("`{name}` is not a valid name for a file of a checkpoint: {reason}")]
     InvalidMember {
         /// The name.
         name: String,
@@ -91,7 +91,7 @@ pub enum Error {
     },
     /// The folder for a new run is not empty.
     #[error(
-        "{} already exists and is not empty: choose another folder, or resume the run in it",
+        "{} already exists and is not empty; choose another folder, or resume the run in it",
         path.display()
     )]
     FolderNotEmpty {
@@ -99,7 +99,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A folder does not contain a run.
-    #[error("{} holds no run: it has no {missing}", path.display())]
+    #[error("{} is not a run folder: it has no {missing}", path.display())]
     NotARun {
         /// The folder.
         path: PathBuf,
@@ -116,7 +116,7 @@ pub enum Error {
     },
     /// A record does not match the position in the checkpoint.
     #[error(
-        "{} does not start with the {expected_bytes} bytes that the checkpoint knows: {reason}",
+        "{} was changed after the checkpoint, which recorded its first {expected_bytes} bytes: {reason}",
         path.display()
     )]
     DamagedRecord {
@@ -136,7 +136,7 @@ pub enum Error {
         problems: Vec<String>,
     },
     /// A parameter to be updated has no gradient.
-    #[error("{} of {total} parameters have no gradient, `{}` first", names.len(), names[0])]
+    #[error("{} of {total} parameters have no gradient (the first: `{}`)", names.len(), names[0])]
     MissingGradient {
         /// Their names; at least one.
         names: Vec<String>,
@@ -193,7 +193,7 @@ pub enum Error {
         source: Box<ddil_data::Error>,
     },
     /// A stop was requested before the first update.
-    #[error("stopped while {action}: {done} of {total} were done, and none of it is kept")]
+    #[error("stopped while {action}: {done} of {total} were done; nothing was kept")]
     Interrupted {
         /// The work in progress.
         action: &'static str,
@@ -280,7 +280,7 @@ fn in_brackets(text: Option<&str>) -> String {
 }
 
 fn saved_in(folder: Option<&Path>) -> String {
-    folder.map_or(String::new(), |folder| format!("; the batch is in {}", folder.display()))
+    folder.map_or(String::new(), |folder| format!("; the batch was saved to {}", folder.display()))
 }
 
 /// libtorch's messages end with a C++ backtrace, which does not help the user.

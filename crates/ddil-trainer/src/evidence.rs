@@ -126,7 +126,8 @@ impl Evidence {
         let found = not_finite_among(weights)?;
         if let Some(first) = found.first() {
             let (first, of) = (&weights[*first].0, weights.len());
-            let what = format!("{} of {of} weights of the {owner}, `{first}` first", found.len());
+            let what =
+                format!("{} of {of} weights of the {owner} (the first: `{first}`)", found.len());
             self.findings.push(Finding::of(what));
         }
         Ok(())
@@ -136,14 +137,13 @@ impl Evidence {
     pub(crate) fn add_outputs(&mut self, outputs: &Outputs) {
         let Outputs { network, sum, faulty } = outputs;
         for output in faulty {
-            self.found(&format!("answer of the {network}"), &output.rows, Some(&output.timesteps));
+            self.found(&format!("output of the {network}"), &output.rows, Some(&output.timesteps));
         }
         let is_finite =
             sum.as_ref().is_none_or(|sum| sum.f_double_value(&[]).is_ok_and(f64::is_finite));
         if faulty.is_empty() && !is_finite {
             self.findings.push(Finding::of(format!(
-                "an answer of the {network} in this update, to another question than the loss's or to one that was not \
-                 finite"
+                "an output of the {network} in this update, outside of the loss or at inputs that were not finite"
             )));
         }
     }

@@ -47,7 +47,7 @@ impl Interrupt {
         thread::spawn(move || {
             if signals.forever().next().is_some() {
                 tracing::info!(
-                    "stopping: the step in progress is finished and saved first; Ctrl-C again ends at once, without saving"
+                    "stopping after the current step is finished and saved; Ctrl-C again exits at once, without saving"
                 );
             }
         });

@@ -147,13 +147,13 @@ impl fmt::Display for MemoryPlan {
             writeln!(f, "  {:<46} {values:>18} {:>12}", row.name, human(row.bytes))
         };
         self.held.iter().try_for_each(|row| line(f, row))?;
-        line(f, &Row::bytes("held throughout", self.at_rest()))?;
+        line(f, &Row::bytes("total held throughout", self.at_rest()))?;
         self.phases.iter().try_for_each(|row| line(f, row))?;
-        line(f, &Row::bytes("at most at once, about", self.peak()))?;
+        line(f, &Row::bytes("peak, about", self.peak()))?;
         self.on_disk.iter().try_for_each(|row| line(f, row))?;
         write!(
             f,
-            "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not counted: leave a fifth free)"
+            "  (activations are estimates; libtorch itself, scratch memory of convolutions and pixel data are not included: leave a fifth free)"
         )
     }
 }
@@ -169,7 +169,7 @@ fn ensure_countable(batch_size: u32, [_, height, width]: [i64; 3]) -> Result<()>
     Err(Error::Invalid(Invalid::new(
         "data.batch_size",
         format!("{batch_size} samples of {height}x{width}"),
-        format!("at most {MAX_PIXELS} pixels or latents in all"),
+        format!("at most {MAX_PIXELS} pixels or latents in total"),
     )))
 }
 
@@ -260,7 +260,7 @@ impl Networks {
             (format!("{part}: gradients"), learned),
             (format!("{part}: optimizer"), 2 * learned),
             (format!("{part}: moving average"), learned),
-            (format!("{part}: the average as a network"), learned),
+            (format!("{part}: network of the moving average"), learned),
         ];
         if self.target {
             of_student.push((format!("{part}: target"), learned));
@@ -268,7 +268,7 @@ impl Networks {
         rows.extend(of_student.into_iter().map(|(name, values)| Row::weights(name, values)));
         if let Some(critic) = &self.critic {
             let values = count(critic) + self.head;
-            let name = if self.head > 0 { "critic with its head" } else { "critic" };
+            let name = if self.head > 0 { "critic with head" } else { "critic" };
             rows.push(Row::weights(name, values));
             rows.push(Row::weights(format!("{name}: gradients"), values));
             rows.push(Row::weights(format!("{name}: optimizer"), 2 * values));
@@ -299,15 +299,15 @@ impl Networks {
             // both kinds.
             learning += adversarial;
             let own = of_critic.training() + copies(critic) + 2 * adversarial;
-            rows.push(Row::bytes("while the critic learns", own));
+            rows.push(Row::bytes("in an update of the critic", own));
         }
-        rows.insert(0, Row::bytes("while the student learns", learning + at_work));
+        rows.insert(0, Row::bytes("in an update of the student", learning + at_work));
         let rollout = Activations::of(&self.student, pass).inference() + copies(&self.student);
-        rows.push(Row::bytes("while states are collected", teacher.max(rollout)));
+        rows.push(Row::bytes("in rollouts", teacher.max(rollout)));
         let Text { encoders, autoencoder, .. } = self.text;
         if encoders + autoencoder > 0 {
             let parts = (encoders + autoencoder) * WEIGHT;
-            rows.push(Row::bytes("while data are encoded, before any update", parts));
+            rows.push(Row::bytes("in encoding the data, before the first update", parts));
         }
         rows
     }

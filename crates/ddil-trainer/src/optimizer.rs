@@ -174,7 +174,7 @@ impl AdamW {
             named.filter(|(_, param)| !is_finite(param)).map(|(name, _)| name).collect();
         let first = found.first()?;
         let (count, total) = (found.len(), self.names.len());
-        Some(format!("in the gradients of {count} of {total} parameters, `{first}` first"))
+        Some(format!("in the gradients of {count} of {total} parameters, the first: `{first}`"))
     }
 
     /// The whole state: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. The tensors are shared, not copied.

@@ -99,10 +99,10 @@ impl Record {
         };
         let found = position_after(path, position.bytes)?;
         if found.bytes < position.bytes {
-            return Err(damaged(format!("it has {}", found.bytes)));
+            return Err(damaged(format!("it now has only {}", found.bytes)));
         }
         if found != position {
-            return Err(damaged("they have another checksum".into()));
+            return Err(damaged("they now have another checksum".into()));
         }
         Self::cut(path, position)
     }
@@ -139,7 +139,7 @@ impl Record {
         fault::reach(Point::RecordCut, path)
             .and_then(|()| file.set_len(position.bytes))
             .map_err(Error::io("cut", path))?;
-        file.sync_all().map_err(Error::io("flush to disk", path))?;
+        file.sync_all().map_err(Error::io("flush", path))?;
         Ok(Self { path: path.to_owned(), file, position })
     }
 
@@ -170,7 +170,7 @@ impl Record {
     pub fn position(&self) -> Result<Position> {
         fault::reach(Point::RecordFlush, &self.path)
             .and_then(|()| self.file.sync_data())
-            .map_err(Error::io("flush to disk", &self.path))?;
+            .map_err(Error::io("flush", &self.path))?;
         Ok(self.position)
     }
 }

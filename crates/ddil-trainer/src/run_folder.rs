@@ -299,7 +299,7 @@ impl Drop for RunFolder {
     /// A run that is dropped while its state is running was ended by an error or a panic.
     fn drop(&mut self) {
         if self.status.state == State::Running {
-            let error = Some("the run ended without saying how".to_owned());
+            let error = Some("the run ended without recording a reason".to_owned());
             // The cause has already been reported.
             let _ =
                 self.write_status(Status { state: State::Failed, error, ..self.status.clone() });

@@ -241,7 +241,7 @@ impl Start {
         if let Some(checkpoint) = &checkpoint {
             checkpoint.ensure_kind(kind)?;
             for obstacle in checkpoint.obstacles_to_exact_resume()? {
-                tracing::warn!("the run will not go on to the same bits: {obstacle}");
+                tracing::warn!("the resumed run will not be bit-identical: {obstacle}");
             }
             LoopState { step, seconds, metrics, .. } = checkpoint.json(STATE)?;
         }
@@ -260,7 +260,7 @@ fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
     let found = find_latest(checkpoints)?;
     for damaged in &found.damaged {
         let (path, reason) = (damaged.path.display(), &damaged.reason);
-        tracing::warn!("{path} is damaged and passed over: {reason}");
+        tracing::warn!("{path} is damaged and was skipped: {reason}");
     }
     let count = found.damaged.len();
     match (found.checkpoint, found.damaged.into_iter().next()) {
@@ -315,7 +315,7 @@ impl<T: Task> Session<T> {
             if let Err(error) = session.restore(&checkpoint) {
                 return Err(failed(&mut session.folder, error));
             }
-            tracing::info!("goes on from {} at step {step}", checkpoint.path().display());
+            tracing::info!("resumed from {} at step {step}", checkpoint.path().display());
         }
         Ok(session)
     }
@@ -475,7 +475,7 @@ impl<T: Task> Session<T> {
             return error;
         };
         let evidence = self.task.inspect(step, phase).unwrap_or_else(|error| {
-            tracing::warn!("the batch could not be looked at: {}", with_causes(&error));
+            tracing::warn!("the batch could not be inspected: {}", with_causes(&error));
             None
         });
         let found = evidence.as_ref().and_then(Evidence::first);
@@ -619,7 +619,7 @@ impl<T: Task> Session<T> {
         remove(&aside)?;
         if !export.exists() && replaced.exists() {
             // A process was killed between the two renames below.
-            fs::rename(&replaced, &export).map_err(Error::io("put back", &export))?;
+            fs::rename(&replaced, &export).map_err(Error::io("restore", &export))?;
         }
         remove(&replaced)?;
         let spent = Spent { updates: self.step, seconds: self.seconds };

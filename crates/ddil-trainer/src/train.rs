@@ -245,7 +245,7 @@ fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
         return invalid(
             "model.sample_size",
             format!("{own:?}"),
-            format!("{:?}, height and width of the data, or left out", [height, width]),
+            format!("{:?}, the height and width of the data, or no value", [height, width]),
         );
     }
     let halvings = model.block_out_channels.len().saturating_sub(1) as u32;
@@ -263,20 +263,19 @@ fn ensure_fits(config: &TrainConfig, data: &TrainingData) -> Result<()> {
         return invalid(
             "model.class_embed_type",
             format!("{kind:?}"),
-            "left out: classes are learned from their indices, see model.num_class_embeds"
-                .to_owned(),
+            "no value: classes are learned by index; set model.num_class_embeds instead".to_owned(),
         );
     }
     match (model.num_class_embeds, data.null_class()) {
         (Some(found), Some(null)) if i64::from(found) != null + 1 => invalid(
             "model.num_class_embeds",
             found.to_string(),
-            format!("{}: the {null} classes of the data and the null class", null + 1),
+            format!("{}: the {null} classes of the data plus the null class", null + 1),
         ),
         (Some(found), None) => invalid(
             "model.num_class_embeds",
             found.to_string(),
-            "left out, as the data have no classes".to_owned(),
+            "no value: the data have no classes".to_owned(),
         ),
         _ => Ok(()),
     }

@@ -13,16 +13,16 @@ pub enum Damage {
         reason: String,
     },
     /// The manifest differs from the one that was written.
-    #[error("its manifest.json has another checksum than it says")]
+    #[error("its manifest.json does not match its own checksum")]
     ManifestChecksum,
     /// This version does not support the layout.
-    #[error("its format version is {found}, which this version does not know")]
+    #[error("its format version is {found}, which this version of ddil cannot read")]
     Format {
         /// The layout version in the manifest.
         found: u32,
     },
     /// The folder's name and the manifest name different steps.
-    #[error("its manifest.json is that of step {found}")]
+    #[error("its manifest.json belongs to step {found}")]
     OtherStep {
         /// The step in the manifest.
         found: u64,
@@ -54,7 +54,7 @@ pub enum Damage {
         expected: u64,
     },
     /// A file shared with the run is truncated or changed.
-    #[error("its file {name} is not what it was: {reason}")]
+    #[error("its file {name} was changed: {reason}")]
     Linked {
         /// The file.
         name: String,
@@ -62,7 +62,7 @@ pub enum Damage {
         reason: String,
     },
     /// A file has the right length and the wrong content.
-    #[error("its file {name} has another SHA-256 than when it was written")]
+    #[error("its file {name} does not match the SHA-256 in manifest.json")]
     Checksum {
         /// The file.
         name: String,

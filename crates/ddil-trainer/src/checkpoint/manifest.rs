@@ -119,9 +119,9 @@ pub(super) fn reason_not_a_member(name: &str) -> Option<&'static str> {
     } else if name.starts_with('.') {
         Some("it starts with a dot")
     } else if !name.chars().all(plain) {
-        Some("only letters, digits, dot, underscore and hyphen may stand in it")
+        Some("only letters, digits, dots, underscores and hyphens are allowed")
     } else if name == MANIFEST {
-        Some("it is that of the manifest")
+        Some("it is the name of the manifest")
     } else {
         None
     }

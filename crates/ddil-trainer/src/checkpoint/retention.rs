@@ -94,7 +94,7 @@ pub fn tidy(checkpoints: &Path) -> Result<()> {
             if place.exists() {
                 remove(&path)?;
             } else {
-                fs::rename(&path, &place).map_err(Error::io("put back", &place))?;
+                fs::rename(&path, &place).map_err(Error::io("restore", &place))?;
             }
         } else if name.starts_with(TEMPORARY) {
             let removed =

@@ -48,7 +48,7 @@ fn header(tensors: &[&(String, Tensor)]) -> Result<Vec<u8>, String> {
     let mut offset = 0;
     for (name, tensor) in tensors {
         let dtype = dtype_of(tensor.kind()).ok_or_else(|| {
-            format!("`{name}` is of kind {:?}, which the format lacks", tensor.kind())
+            format!("`{name}` is of kind {:?}, which safetensors does not support", tensor.kind())
         })?;
         let end = offset + tensor.numel() * tensor.kind().elt_size_in_bytes();
         let shape = tensor.size().iter().map(|&size| size as usize).collect();
@@ -58,7 +58,7 @@ fn header(tensors: &[&(String, Tensor)]) -> Result<Vec<u8>, String> {
     let mut names: Vec<&String> = infos.iter().map(|(name, _)| name).collect();
     names.sort();
     if let Some([name, ..]) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(format!("the name `{name}` is given twice"));
+        return Err(format!("the name `{name}` occurs twice"));
     }
     let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let metadata = Metadata::new(Some(about), infos).map_err(|error| error.to_string())?;
@@ -85,14 +85,16 @@ pub(super) fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
     file.read_exact(&mut length).map_err(io())?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER_BYTES || length > file_bytes {
-        return Err(refused(format!("a header of {length} bytes in a file of {file_bytes}")));
+        return Err(refused(format!(
+            "its header has {length} bytes, but the file only {file_bytes}"
+        )));
     }
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(io())?;
     let metadata: Metadata =
         serde_json::from_slice(&header).map_err(|error| refused(error.to_string()))?;
     if 8 + length + metadata.data_len() as u64 != file_bytes {
-        return Err(refused(format!("the header does not describe {file_bytes} bytes")));
+        return Err(refused(format!("its header does not describe a file of {file_bytes} bytes")));
     }
 
     let mut tensors = Vec::new();
@@ -109,7 +111,8 @@ pub(super) fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
 }
 
 fn tensor_of(bytes: &[u8], info: &TensorInfo) -> Result<Tensor, String> {
-    let kind = kind_of(info.dtype).ok_or_else(|| format!("dtype {:?} is not known", info.dtype))?;
+    let kind =
+        kind_of(info.dtype).ok_or_else(|| format!("dtype {:?} is not supported", info.dtype))?;
     let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
     Tensor::f_from_data_size(bytes, &shape, kind).map_err(|error| error.to_string())
 }

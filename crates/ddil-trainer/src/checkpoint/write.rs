@@ -108,14 +108,16 @@ impl CheckpointWriter {
         let path = self.aside.join(name);
         file.link_to(&path)?;
         let flushed = File::open(&path).and_then(|file| file.sync_all());
-        flushed.map_err(Error::io("flush to disk", &path))?;
+        flushed.map_err(Error::io("flush", &path))?;
         self.linked.insert(name.clone(), Linked { bytes: *bytes, crc32: *crc32 });
         Ok(self)
     }
 
     fn ensure_free(&self, name: &str) -> Result<()> {
         let taken = self.members.contains_key(name) || self.linked.contains_key(name);
-        match reason_not_a_member(name).or(taken.then_some("it is taken")) {
+        match reason_not_a_member(name)
+            .or(taken.then_some("the checkpoint already has a file of that name"))
+        {
             Some(reason) => Err(Error::InvalidMember { name: name.to_owned(), reason }),
             None => Ok(()),
         }
@@ -162,14 +164,14 @@ impl CheckpointWriter {
         let replaces = place.exists();
         if replaces {
             fault::rename(Point::CheckpointMakeRoom, place, &old)
-                .map_err(Error::io("make room for", place))?;
+                .map_err(Error::io("move aside", place))?;
         }
         if let Err(error) = fault::rename(Point::CheckpointRename, &self.aside, place) {
             if replaces {
                 // Put the previous checkpoint back; the first error is the one to report.
                 let _ = fs::rename(&old, place);
             }
-            return Err(Error::io("rename to", place)(error));
+            return Err(Error::io("move the checkpoint to", place)(error));
         }
         sync_folder(&self.checkpoints)?;
         if replaces {

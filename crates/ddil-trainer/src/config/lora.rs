@@ -64,7 +64,7 @@ const MAX_RANK: u32 = 16_384;
 
 impl LoraSection {
     pub(super) fn ensure(&self) -> Result<()> {
-        let expected = format!("in 1..={MAX_RANK}: beyond, it would be no adapter of low rank");
+        let expected = format!("in 1..={MAX_RANK}: no layer is wide enough for a higher rank");
         ensure("student.lora.rank", self.rank, (1..=MAX_RANK).contains(&self.rank), &expected)?;
         let alpha = self.alpha.is_finite() && self.alpha > 0.0;
         ensure("student.lora.alpha", self.alpha, alpha, "a finite number above 0")

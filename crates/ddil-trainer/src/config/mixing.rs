@@ -55,7 +55,7 @@ impl MixingSection {
         let Self { thresholding, threshold_student, threshold_teacher, .. } = self;
         let none = *thresholding == Thresholding::None && *threshold_student && *threshold_teacher;
         let expected =
-            "left out: [thresholding] and [thresholding_places] say it for the whole run";
+            "no value: use [thresholding] and [thresholding_places], which apply to the whole run";
         let fields = "mixing.thresholding, mixing.threshold_student, mixing.threshold_teacher";
         ensure(fields, "set", none, expected)
     }

@@ -64,7 +64,7 @@ impl Encoding {
         interrupt: &Interrupt,
     ) -> Result<EncodedDataset> {
         match self.cache()? {
-            Cache::Fits => tracing::info!("the encoded data are in {}", self.folder.display()),
+            Cache::Fits => tracing::info!("using the encoded data in {}", self.folder.display()),
             Cache::Absent | Cache::Other => self.make(parts, interrupt)?,
         }
         EncodedDataset::open(&self.folder, Some(&self.shape)).map_err(|error| self.damaged(error))
@@ -89,12 +89,12 @@ impl Encoding {
             };
             return match entries.next() {
                 None => Ok(Cache::Absent),
-                Some(_) => Err(self.foreign("other files in it")),
+                Some(_) => Err(self.foreign("other files")),
             };
         }
         match EncodedInfo::read(folder).map_err(|error| self.damaged(error))?.key {
             None => Err(self.foreign(
-                "encoded data that are no cache in it, which are read with data.kind = \"latents\"",
+                "encoded data that are not a cache; to read them, set data.kind = \"latents\"",
             )),
             Some(key) if key == self.key => Ok(Cache::Fits),
             Some(_) => Ok(Cache::Other),
@@ -105,8 +105,8 @@ impl Encoding {
     fn foreign(&self, found: &str) -> Error {
         Error::Invalid(Invalid::new(
             "data.cache",
-            format!("{} with {found}", self.folder.display()),
-            "a folder that is empty, not there, or a cache",
+            format!("{}, a folder that contains {found}", self.folder.display()),
+            "a cache, an empty folder, or a new one",
         ))
     }
 
@@ -127,10 +127,10 @@ impl Encoding {
                 let path = self.folder.display();
                 if matches!(cache, Cache::Other) {
                     tracing::info!(
-                        "the cache in {path} was made from other files or settings: made anew"
+                        "the cache in {path} was made from other files or settings and will be rebuilt"
                     );
                 }
-                tracing::info!("encodes {} samples into {path}", self.samples.len());
+                tracing::info!("encoding {} samples into {path}", self.samples.len());
                 let encoded = self.encode(&parts()?, &aside, interrupt);
                 let placed = encoded.and_then(|()| self.put_in_place(&aside));
                 if placed.is_err() {
@@ -224,12 +224,12 @@ impl Encoding {
         let shape = vec![n as i64, channels, latent_height, latent_width];
         let names = [("mean", shape.clone()), ("std", shape)];
         let mut file = RowFile::create(&aside.join(LATENTS), &names)?;
-        let mut progress = Progress::new("encode pictures", 0, n as u64);
+        let mut progress = Progress::new("encode images", 0, n as u64);
         let at_once = (PIXELS_AT_ONCE / (height * width)).clamp(1, MAX_IMAGES_PER_CALL) as usize;
         let (mut time_ids, mut enlarged) = (Vec::with_capacity(n), 0);
         for chunk in self.samples.chunks(at_once) {
             let first = time_ids.len();
-            ensure_not_interrupted(interrupt, "encoding pictures", first, n)?;
+            ensure_not_interrupted(interrupt, "encoding images", first, n)?;
             let read = |sample: &CaptionedImage| {
                 read_cropped(&images.join(&sample.file_name), self.shape.image_channels, self.size)
             };
@@ -250,7 +250,7 @@ impl Encoding {
         progress.finish();
         if enlarged > 0 {
             tracing::warn!(
-                "{enlarged} of {n} pictures are smaller than {width}x{height}: enlarged"
+                "{enlarged} of {n} images are smaller than {width}x{height} and were enlarged"
             );
         }
         file.finish()?;
@@ -355,8 +355,8 @@ pub(super) fn key(
 /// Name, size and time of a file.
 fn signature(folder: &Path, name: &Path) -> Result<String> {
     let path = folder.join(name);
-    let metadata = fs::metadata(&path).map_err(Error::io("look at", &path))?;
-    let modified = metadata.modified().map_err(Error::io("look at", &path))?;
+    let metadata = fs::metadata(&path).map_err(Error::io("read the metadata of", &path))?;
+    let modified = metadata.modified().map_err(Error::io("read the metadata of", &path))?;
     let age = modified.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
     Ok(format!("{} {} {age}", name.display(), metadata.len()))
 }
@@ -367,7 +367,7 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(&path).map_err(Error::io("list", &path))? {
         let entry = entry.map_err(Error::io("list", &path))?;
         let name = folder.join(entry.file_name());
-        if entry.file_type().map_err(Error::io("look at", &path))?.is_dir() {
+        if entry.file_type().map_err(Error::io("read the type of", &path))?.is_dir() {
             collect(root, &name, files)?;
         } else {
             files.push(name);

@@ -78,7 +78,7 @@ impl RowFile {
 
     /// Flushes the file to disk.
     pub(super) fn finish(self) -> Result<()> {
-        self.file.sync_all().map_err(Error::io("flush to disk", &self.path))
+        self.file.sync_all().map_err(Error::io("flush", &self.path))
     }
 }
 

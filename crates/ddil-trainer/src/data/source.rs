@@ -45,10 +45,10 @@ impl DataSource {
             (DataKind::FashionMnist, path) => FashionMnist::load(path.as_deref())?.train,
             (DataKind::ImageFolder, Some(path)) => read_image_folder(path)?,
             (DataKind::ImageFolder, None) => {
-                return invalid("data.path", "not set", "the folder of the images");
+                return invalid("data.path", "not set", "a folder of images");
             }
             (kind, _) => {
-                let expected = "fashion_mnist or image_folder: the model knows pixels and no text";
+                let expected = "fashion_mnist or image_folder: the model takes no text";
                 return invalid("data.kind", kind.as_str(), expected);
             }
         };
@@ -86,7 +86,7 @@ impl DataSource {
         let data = EncodedDataset::open(path, Some(shape))?;
         let Some(shape) = data.latent_shape() else {
             let expected =
-                "a folder with latents.safetensors: prompts alone are data.kind = \"prompts\"";
+                "a folder with latents.safetensors; for prompts alone, set data.kind = \"prompts\"";
             return invalid("data.path", path.display().to_string(), expected);
         };
         Ok(Self { found: Found::Encoded(data), shape })
@@ -105,7 +105,10 @@ impl DataSource {
         if size.iter().any(|side| *side < 1 || side % factor != 0) {
             let (value, expected) = match section.resolution {
                 Some(side) => (side.to_string(), format!("a multiple of {factor}")),
-                None => ("not set".to_owned(), "set: the teacher's U-Net names no size".to_owned()),
+                None => (
+                    "not set".to_owned(),
+                    "a size: the config of the teacher's U-Net has none".to_owned(),
+                ),
             };
             return invalid("data.resolution", value, expected);
         }
@@ -190,7 +193,10 @@ impl DataSource {
                     Some((pipeline_parts, placement)) => {
                         Ok(pipeline_parts.text_to_image(placement)?)
                     }
-                    None => invalid("data.kind", "to be encoded", "of pixels"),
+                    None => {
+                        let expected = "fashion_mnist or image_folder: the model takes no text";
+                        invalid("data.kind", section.kind.as_str(), expected)
+                    }
                 };
                 Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
             }
@@ -222,8 +228,8 @@ fn warn_of_truncation(data: &EncodedDataset) {
     let Some(TruncatedPrompts { count, prompt, cut_off }) = &info.truncated else { return };
     let total = info.num_prompts - i64::from(info.empty_prompt.is_some());
     tracing::warn!(
-        "{count} of {total} prompts are longer than the text encoder takes and were cut; of {prompt:?} it is not told \
-         {cut_off:?}"
+        "{count} of {total} prompts are longer than the text encoder's input and were cut; of {prompt:?}, {cut_off:?} \
+         was cut off"
     );
 }
 
@@ -232,7 +238,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     let config = match teacher.network.config() {
         ModelConfig::UNet2DCondition(config) => config,
         other => {
-            let expected = "UNet2DConditionModel, as a text-to-image pipeline has it";
+            let expected = "UNet2DConditionModel, which a text-to-image pipeline requires";
             return invalid("teacher's unet", other.class_name(), expected);
         }
     };
@@ -244,7 +250,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     let channels = i64::from(vae.latent_channels);
     if [config.in_channels, config.out_channels].map(i64::from) != [channels; 2] {
         let value = format!("{}, {}", config.in_channels, config.out_channels);
-        let expected = format!("{channels}, the channels of its autoencoder's latents");
+        let expected = format!("{channels}, the number of channels of its autoencoder's latents");
         return invalid("teacher's in_channels, out_channels", value, expected);
     }
     Ok(EncodedShape {

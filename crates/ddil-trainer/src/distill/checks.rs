@@ -27,17 +27,17 @@ pub(super) fn ensure_fits(
     let (teacher_shape, found) = (teacher.card.image_shape, data.image_shape());
     if teacher_shape != found && teacher.parts.class().is_text_to_image() {
         tracing::warn!(
-            "latents are {found:?}, but the teacher was made for {teacher_shape:?} (channels, height, width)"
+            "latents are {found:?}, but the teacher was trained on {teacher_shape:?} (channels, height, width)"
         );
     } else if teacher_shape != found {
         return invalid(
             "data",
-            format!("images of channels, height, width {found:?}"),
+            format!("images of {found:?} (channels, height, width)"),
             format!("{teacher_shape:?}, which the teacher was trained on"),
         );
     }
     if teacher.network.is_class_conditional() && data.null_class().is_none() {
-        return invalid("data", "without labels", "with labels, which the teacher asks for");
+        return invalid("data", "unlabelled", "labelled images, which the teacher requires");
     }
     ensure_thresholding(config, found)?;
     ensure_guidance(config, requirements, teacher, data)?;
@@ -45,25 +45,23 @@ pub(super) fn ensure_fits(
         ensure_no_samples(config, requirements, stage)?;
     }
     if config.student.lora.is_some() && teacher.card.adapter.is_some() {
-        let expected = "left out: the teacher is an adapter itself; one that was exported with \
-                        student.lora.export = \"merged\" can be the base of another";
+        let expected = "no value: the teacher is itself an adapter; export it with student.lora.export = \"merged\" to \
+                        make it the base of another";
         return invalid("student.lora", "set", expected);
     }
     if let Some(model) = &config.student.model {
         match teacher.network.config() {
             ModelConfig::UNet2D(network) => ensure_student(model, &network)?,
             other => {
-                let expected = "left out: it is a UNet2DModel, and the teacher is not".to_owned();
-                return invalid(
-                    "student.model",
-                    format!("set beside a {}", other.class_name()),
-                    expected,
-                );
+                let class = other.class_name();
+                let expected =
+                    format!("no value: it configures a UNet2DModel, but the teacher is a {class}");
+                return invalid("student.model", "set", expected);
             }
         }
     }
     if config.critic != CriticSection::default() && !requirements.critic {
-        let expected = format!("left out: {} trains no critic", config.objective.as_str());
+        let expected = format!("no value: {} trains no critic", config.objective.as_str());
         return invalid("critic", "set", expected);
     }
     ensure_classes(teacher, data)
@@ -80,11 +78,11 @@ fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
         return invalid("teacher.path", found, expected);
     }
     if takes_text && teacher.network.is_class_conditional() {
-        let expected = "one without class labels: data of texts have none";
+        let expected = "a model without class labels: text data have none";
         return invalid("teacher.path", "a text-to-image model with class labels", expected);
     }
     if !takes_text && !config.output.prompts.is_empty() {
-        let expected = "left out: the teacher takes no text";
+        let expected = "no value: the teacher takes no text";
         return invalid("output.prompts", "set", expected);
     }
     Ok(())
@@ -108,7 +106,7 @@ fn ensure_no_samples(
     let kind = DataKind::Prompts.as_str();
     if requirements.discriminator {
         let expected = format!(
-            "false with data.kind = {kind:?}: the discriminator is shown samples of the data, and prompts alone are none"
+            "false with data.kind = {kind:?}: the discriminator requires dataset samples, and there are only prompts"
         );
         return invalid("objective.gan", "true", expected);
     }
@@ -123,10 +121,9 @@ fn ensure_no_samples(
     let is_noise = stage.mixer.grids().student.len() == 1 && config.mixing.pure_noise_at_tmax;
     if uses_forward && !is_noise {
         let expected = format!(
-            "without a share for `forward` at any time with data.kind = {kind:?}: prompts alone are no samples that could \
-             be noised"
+            "0 for `forward` throughout with data.kind = {kind:?}: there are only prompts, and no samples to noise"
         );
-        return invalid("mixing.priors", "with dataset samples", expected);
+        return invalid("mixing.priors", "above 0 for `forward`", expected);
     }
     Ok(())
 }
@@ -153,13 +150,14 @@ fn ensure_guidance(
             return invalid(FIELD, "embedded", expected);
         }
         TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if has_guidance_input => {
-            let expected = "embedded: the teacher is told its guidance and would be guided twice";
+            let expected = "embedded: the teacher takes the guidance weight as input, and would be guided twice";
             return invalid(FIELD, guidance.as_str(), expected);
         }
         TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. }
             if is_text && !data.has_empty_prompt() =>
         {
-            let expected = "baked_in: the encoded data do not say what the empty prompt is";
+            let expected =
+                "baked_in: the encoded data have no empty prompt, which guidance requires";
             return invalid(FIELD, guidance.as_str(), expected);
         }
         TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. } if !is_text && !has_null => {
@@ -168,7 +166,7 @@ fn ensure_guidance(
             return invalid(FIELD, guidance.as_str(), expected);
         }
         TeacherGuidance::BakedIn if has_guidance_input => {
-            let expected = "embedded: the teacher must be told how strongly to guide itself";
+            let expected = "embedded: the teacher takes the guidance weight as input";
             return invalid(FIELD, "baked_in", expected);
         }
         _ => {}
@@ -180,13 +178,11 @@ fn ensure_guidance(
     if is_own_teacher
         && matches!(guidance, TeacherGuidance::Cfg { .. } | TeacherGuidance::CfgRange { .. })
     {
-        let expected =
-            "baked_in: with objective.solver = \"target\" no teacher is asked, so none is guided";
+        let expected = "baked_in: with objective.solver = \"target\" the teacher is not evaluated";
         return invalid(FIELD, guidance.as_str(), expected);
     }
     if guidance.is_told_to_student() && requirements.critic {
-        let expected =
-            "cfg or baked_in: a critic that is told no weight would average over all of them";
+        let expected = "cfg or baked_in: the critic does not take the weight, and would average over all weights";
         return invalid(FIELD, guidance.as_str(), expected);
     }
     Ok(())
@@ -206,7 +202,7 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
         inputs_and_outputs(student).into_iter().zip(inputs_and_outputs(teacher))
     {
         if found != expected {
-            let expected = format!("{expected}, as the teacher has it");
+            let expected = format!("{expected}, as in the teacher");
             return invalid(&format!("student.model.{key}"), found, expected);
         }
     }
@@ -221,8 +217,8 @@ fn ensure_classes(teacher: &Pipeline, data: &DataSource) -> Result<()> {
         return Ok(());
     };
     let (known, expected) = match teacher.card.class_names.len() as i64 {
-        0 => (found <= embeds, format!("at most {embeds}, as the teacher")),
-        own => (found == own, format!("{own}, as the teacher")),
+        0 => (found <= embeds, format!("at most {embeds}, the number of the teacher's classes")),
+        own => (found == own, format!("{own}, the number of the teacher's classes")),
     };
     if known {
         return Ok(());

@@ -74,7 +74,9 @@ fn shown(
         let EncodedPrompts { conditioning, truncated } = parts.encode(&texts)?;
         for (text, cut) in prompts.iter().zip(truncated) {
             let Some(cut) = cut else { continue };
-            tracing::warn!("output.prompts: {text:?} is too long; the encoder is not told {cut:?}");
+            tracing::warn!(
+                "output.prompts: {text:?} is longer than the text encoder's input; {cut:?} was cut off"
+            );
         }
         conditioning.to_device(Device::Cpu)?
     };

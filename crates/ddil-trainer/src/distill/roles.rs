@@ -193,7 +193,7 @@ fn with_adapter(
     let adapter = lora.on(teacher.parameters());
     let (teacher, student) = teacher.with_adapter(&adapter, seed).map_err(in_student_lora)?;
     let (own, all) = (student.parameters().num_values(), teacher.parameters().num_values());
-    tracing::info!("the student is an adapter of {own} numbers on the teacher's {all}");
+    tracing::info!("the student is an adapter with {own} parameters on a teacher with {all}");
     let guidance = Conditioning::GUIDANCE_WEIGHT;
     if student.model().conditioning_fields().contains(&guidance) {
         return Ok((teacher, student));

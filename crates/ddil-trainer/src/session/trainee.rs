@@ -92,7 +92,7 @@ impl Trainee {
         ensure_finite(step + 1, &format!("{owner}loss"), loss, || None)?;
         let detail = || self.optimizer.non_finite_gradient();
         ensure_finite(step + 1, &format!("{owner}gradient norm"), norm, detail)?;
-        ensure_finite(step + 1, "the sum of the networks' answers", outputs_sum, || None)?;
+        ensure_finite(step + 1, "the sum of the networks' outputs", outputs_sum, || None)?;
         let rate = self.learning_rate.lr_at(stage_step, per_stage);
         self.optimizer.step(rate)?;
         let figures = [("loss", loss), ("grad_norm", norm), ("learning_rate", rate)];

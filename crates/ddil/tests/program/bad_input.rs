@@ -104,7 +104,7 @@ fn a_model_that_does_not_fit_the_data() {
             (&["model.num_class_embeds=7"], &["model.num_class_embeds", "7", "expected 4"]),
             (&["model.sample_size=32"], &["model.sample_size", "[32, 32]", "[8, 8]"]),
             (&["model.norm_num_groups=5"], &["norm_num_groups"]),
-            (&["model.class_embed_type=identity"], &["model.class_embed_type", "left out"]),
+            (&["model.class_embed_type=identity"], &["model.class_embed_type", "no value"]),
             (&[levels, down, up], &["model.block_out_channels", "5 levels", "8x8"]),
         ],
     );
@@ -136,7 +136,7 @@ fn adapters_that_cannot_be() {
             (&[lora, model], &["student.lora", "student.model", "the teacher's own network"]),
             (
                 &[progressive, lora, "student.stages=[4, 2]"],
-                &["student.stages", "[4, 2]", "beside student.lora", "base"],
+                &["student.stages", "[4, 2]", "with student.lora", "base"],
             ),
         ],
     );
@@ -279,7 +279,7 @@ fn teachers_that_do_not_fit() {
         &[
             (&["teacher.path=unguided"], &["teacher.guidance", "cfg", "without a null class"]),
             (&["data.path=large"], &["[1, 16, 16]", "[1, 8, 8]", "the teacher was trained on"]),
-            (&["data.path=two"], &["2 classes", "3, as the teacher"]),
+            (&["data.path=two"], &["2 classes", "3, the number of the teacher's classes"]),
         ],
     );
 }
@@ -355,7 +355,11 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     workshop
         .ddil(&["distill", "--resume", &path])
         .refused(&["config.toml", "is a config for `ddil train`"]);
-    workshop.ddil(&["train", "--resume", "data"]).refused(&["data", "is not a run folder", "config.toml"]);
+    workshop.ddil(&["train", "--resume", "data"]).refused(&[
+        "data",
+        "is not a run folder",
+        "config.toml",
+    ]);
 
     // Its data have gone: refused, and the run stays as it is.
     fs::rename(workshop.path("data"), workshop.path("elsewhere"))?;

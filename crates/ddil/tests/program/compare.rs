@@ -403,7 +403,7 @@ fn a_cell_that_another_process_has_is_refused_by_name() {
     // Stopped as a queue does it: saved, and told apart from done and from failed.
     let stopped = running.signal("TERM");
     assert_eq!(stopped.code, Some(75), "{}", stopped.stderr);
-    assert!(stopped.stderr.contains("Ctrl-C again ends at once"), "{}", stopped.stderr);
+    assert!(stopped.stderr.contains("Ctrl-C again exits at once"), "{}", stopped.stderr);
     assert_eq!(status(&run)["state"], "interrupted");
     assert!(!cells(&workshop).join("mixed_seed0.json").exists());
 }
@@ -428,7 +428,7 @@ fn a_cell_whose_training_is_killed_fails_and_then_resumes() -> TestResult {
 
     workshop.ddil(&one).succeeded();
     let log = fs::read_to_string(cells(&workshop).join("mixed_seed0.log"))?;
-    assert!(log.contains("goes on from"), "{log}");
+    assert!(log.contains("resumed from"), "{log}");
     assert_eq!(num_lines(&run), 60);
     Ok(())
 }

@@ -19,7 +19,7 @@ fn a_loss_that_is_not_finite_stops_before_the_weights() -> TestResult {
     let run = workshop.run("wild");
     let step = status(&run)["step"].as_u64().ok_or("a number")?;
     let saved = format!("not_finite/step_{:07}", step + 1);
-    let words = ["NaN", "answer of the network, timestep", "ddil train --resume", &saved];
+    let words = ["NaN", "output of the network, timestep", "ddil train --resume", &saved];
     ended.refused(&words).refused(&[&format!("step {}", step + 1)]);
     assert!(run.join(saved).join("batch.safetensors").is_file());
     assert!((1..UPDATES).contains(&step), "{step}");

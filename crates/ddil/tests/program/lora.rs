@@ -146,7 +146,7 @@ fn an_adapter_without_its_base_is_refused() -> TestResult {
     let baked_in = "teacher.guidance={ kind = \"baked_in\" }";
     let again = ["distill", "distill.toml", "--set", "run.name=again", "--set", &path];
     let again = [&again[..], &["--set", baked_in, "--set", LORA]].concat();
-    workshop.ddil(&again).refused(&["student.lora", "the teacher is an adapter itself", "merged"]);
+    workshop.ddil(&again).refused(&["student.lora", "the teacher is itself an adapter", "merged"]);
     // As a teacher of a whole student it will do.
     workshop.complete("distill", "whole", &[&path, baked_in]);
 

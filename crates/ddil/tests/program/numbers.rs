@@ -106,7 +106,7 @@ fn poison_checkpoint(path: &Path, file: &str, tensor: &str, value: f64) -> TestR
     Ok(())
 }
 
-/// Held inside the range of the data, an infinite answer looks like a good one, and so does the loss.
+/// Clipped to the range of the data, an infinite output looks valid, and so does the loss.
 #[test]
 fn a_teacher_that_overflows_is_found_behind_its_threshold() -> TestResult {
     let method = Method::named("progressive");
@@ -115,18 +115,18 @@ fn a_teacher_that_overflows_is_found_behind_its_threshold() -> TestResult {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     workshop.ddil(&arguments).succeeded();
     let run = workshop.rewound(&workshop.run("whole"), "run", 9);
-    // Of the second stage's teacher the last weight before the answer; its student has another.
+    // The last bias of the second stage's teacher; the student has its own.
     let checkpoint = &checkpoints(&run)[&9];
     poison_checkpoint(checkpoint, "teacher.safetensors", "conv_out.bias", f64::INFINITY)?;
     let ended = workshop.ddil(&["distill", "--resume", &run.display().to_string()]);
-    ended.refused(&["step 10: the sum of the networks' answers is", "weights of the teacher"]);
+    ended.refused(&["step 10: the sum of the networks' outputs is", "weights of the teacher"]);
     assert_eq!((num_lines(&run), status(&run)["step"].as_u64()), (9, Some(9)));
     let about = saved(&workshop, 10);
     let found = about["findings"].as_array().ok_or("a list")?;
-    let answer = found.iter().find(|finding| finding["what"] == "answer of the teacher");
-    let answer = answer.ok_or("the teacher's answer is among them")?;
-    for told in ["rows", "timesteps", "sources"] {
-        assert!(answer[told].as_array().is_some_and(|told| !told.is_empty()), "{about}");
+    let output = found.iter().find(|finding| finding["what"] == "output of the teacher");
+    let output = output.ok_or("the teacher's output is among them")?;
+    for field in ["rows", "timesteps", "sources"] {
+        assert!(output[field].as_array().is_some_and(|values| !values.is_empty()), "{about}");
     }
     Ok(())
 }

@@ -164,7 +164,7 @@ fn damage_to_a_spilled_file_is_noticed() -> TestResult {
     // A copy of the run has links no more: the checkpoint before has files of its own.
     flip_a_byte(&checkpoints(&run)[&9].join(&name))?;
     let resumed = workshop.ddil(&["distill", "--resume", &run.display().to_string()]).succeeded();
-    for words in ["step_0000009 is damaged and passed over", &name, "at step 6"] {
+    for words in ["step_0000009 is damaged and was skipped", &name, "at step 6"] {
         assert!(resumed.stderr.contains(words), "{words}: {}", resumed.stderr);
     }
     assert_same_end(&whole, &run);
@@ -313,7 +313,7 @@ fn a_damaged_checkpoint_is_passed_over_with_a_word() -> TestResult {
     let run = workshop.rewound(&whole, "damaged", 9);
     flip_a_byte(&checkpoints(&run)[&9].join("mixer.safetensors"))?;
     let resumed = workshop.ddil(&["distill", "--resume", &run.display().to_string()]).succeeded();
-    for words in ["step_0000009 is damaged and passed over", "mixer.safetensors", "at step 6"] {
+    for words in ["step_0000009 is damaged and was skipped", "mixer.safetensors", "at step 6"] {
         assert!(resumed.stderr.contains(words), "{words}: {}", resumed.stderr);
     }
     assert_same_end(&whole, &run);

@@ -199,33 +199,34 @@ fn a_cache_is_used_again_and_made_anew_for_other_data() -> TestResult {
     assert!(again.contains("the encoded data are in cache"), "{again}");
     assert!(snapshot(&workshop.path("cache")) == before, "the cache was written to");
 
-    // Another picture, another caption, other encoders: each makes the cache anew.
-    let anew = |name: &str| {
+    // Another image, another caption, other encoders: each causes the cache to be rebuilt.
+    let rebuilt = |name: &str| {
         let said = said(&workshop, name, &[]);
-        assert!(said.contains("made anew"), "{name}: {said}");
+        assert!(said.contains("will be rebuilt"), "{name}: {said}");
         assert!(!workshop.path(".tmp-cache").exists());
     };
     write_colours(&workshop.path("captions/00.png"), SIDE, SIDE + 1, 77);
-    anew("picture");
+    rebuilt("image");
     let lines = fs::read_to_string(workshop.path("captions/metadata.jsonl"))?;
     fs::write(
         workshop.path("captions/metadata.jsonl"),
         lines.replace("2 dogs", "3 dogs, red cat"),
     )?;
-    anew("caption");
+    rebuilt("caption");
     for part in ["text_encoder", "vae"] {
         let config = workshop.path("teacher").join(part).join("config.json");
         fs::write(&config, fs::read(&config)?)?;
-        anew(part);
+        rebuilt(part);
     }
-    // What the index says may decide what "no prompt" is.
+    // The index may define the conditioning of the empty prompt.
     let index = workshop.path("teacher/model_index.json");
     let text = fs::read_to_string(&index)?;
     fs::write(&index, text.replacen('{', "{\"force_zeros_for_empty_prompt\": true,", 1))?;
-    anew("index");
+    rebuilt("index");
     let said = said(&workshop, "resolution", &["data.resolution=20"]);
     // Two are too low, three too narrow, one of them both.
-    for words in ["made anew", "[4, 10, 10]", "[4, 8, 8]", "4 of 6 pictures are smaller than 20x20"]
+    for words in
+        ["will be rebuilt", "[4, 10, 10]", "[4, 8, 8]", "4 of 6 images are smaller than 20x20"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }
@@ -365,12 +366,12 @@ fn settings_that_do_not_go_together() {
         "distill",
         &[
             (&[pixels], &["data.kind", "image_folder", "captions", "StableDiffusionPipeline"]),
-            (&["data.horizontal_flip=true"], &["data.horizontal_flip", "not mirrored"]),
+            (&["data.horizontal_flip=true"], &["data.horizontal_flip", "cannot be mirrored"]),
             (&["data.resolution=17"], &["data.resolution", "17", "a multiple of 2"]),
             (&["data.resolution=0"], &["data.resolution", "0"]),
             (&["data.batch_size=7"], &["data.batch_size", "at most 6"]),
             (&["data.cache=teacher"], &["data.cache", "teacher", "other files"]),
-            (&["data.kind=latents"], &["data.cache", "latents", "nothing is encoded"]),
+            (&["data.kind=latents"], &["data.cache", "latents", "encodes nothing"]),
             (&["data.path=nowhere"], &["nowhere", "No such file"]),
             (&[PROMPTS[0], forward], &["mixing.priors", "forward", "prompts"]),
             (&[PROMPTS[0], later], &["mixing.priors", "forward", "prompts"]),
@@ -381,9 +382,9 @@ fn settings_that_do_not_go_together() {
         ],
     );
     let kind = ["data.kind=captions", "data.horizontal_flip=false"];
-    each_is_refused(&workshop, "train", &[(&kind, &["data.kind", "captions", "no text"])]);
+    each_is_refused(&workshop, "train", &[(&kind, &["data.kind", "captions", "without text"])]);
     let prompts = ["output.prompts=[\"a cat\"]"];
-    each_is_refused(&workshop, "train", &[(&prompts, &["output.prompts", "no text"])]);
+    each_is_refused(&workshop, "train", &[(&prompts, &["output.prompts", "without text"])]);
     assert!(!workshop.path("cache").exists(), "something was encoded");
 }
 

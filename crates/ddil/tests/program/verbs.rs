@@ -40,8 +40,12 @@ fn init_writes_presets_that_their_verbs_read() {
         }
         let checked = workshop.ddil(&arguments);
         // Read without an objection; data and teacher need not be here.
-        let elsewhere =
-            ["no Fashion-MNIST in", "contains no model", "No such file", "does not exist: it is in ddil"];
+        let elsewhere = [
+            "no Fashion-MNIST in",
+            "contains no model",
+            "No such file",
+            "does not exist: it is in ddil",
+        ];
         assert!(
             checked.code == Some(0) || elsewhere.iter().any(|words| checked.stderr.contains(words)),
             "{name}: {}",
@@ -406,9 +410,10 @@ fn a_config_of_another_verb_is_told_by_its_verb() {
     ]);
     workshop.ddil(&["inspect", "nowhere"]).refused(&["nowhere does not exist", "run folder"]);
     let missing = arguments("distill", "away", &["teacher.path=assets/fashion-mnist-teacher"]);
-    workshop
-        .ddil(&missing)
-        .refused(&["assets/fashion-mnist-teacher does not exist", "ddil init fashion-mnist-teacher"]);
+    workshop.ddil(&missing).refused(&[
+        "assets/fashion-mnist-teacher does not exist",
+        "ddil init fashion-mnist-teacher",
+    ]);
     workshop.ddil(&["demo"]).refused(&["assets/fashion-mnist-teacher", "--teacher"]);
 }
 
