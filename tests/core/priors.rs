@@ -78,7 +78,7 @@ fn settings_are_read_strictly() {
     let unknown = message(r#"{"kind": "constant", "priors": {"forwards": 1.0}}"#);
     assert!(unknown.contains("forwards"), "{unknown}");
     let sum = message(r#"{"kind": "constant", "priors": {"forward": 0.7}}"#);
-    assert!(sum.contains("1 together"), "{sum}");
+    assert!(sum.contains("with sum 1"), "{sum}");
 }
 
 fn any_priors() -> impl Strategy<Value = Priors> {

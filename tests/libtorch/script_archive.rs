@@ -163,7 +163,7 @@ fn sizes_beyond_the_file_are_refused() {
             Record { bytes: u64::MAX, unpacked_bytes: u64::MAX, is_large: true, ..honest.clone() },
             &["18446744073709551615"],
         ),
-        (Record { unpacked_bytes: 1 << 31, ..honest.clone() }, &["2147483648", "not packed"]),
+        (Record { unpacked_bytes: 1 << 31, ..honest.clone() }, &["2147483648", "not compressed"]),
         (Record { header: Some(u64::MAX - 10), is_large: true, ..honest.clone() }, &["file ends"]),
         (Record { header: Some(3), ..honest }, &["not at byte 3"]),
     ];
@@ -210,16 +210,16 @@ fn a_list_of_records_lies_within_the_file() {
     };
     assert_refused(&with(end + 12, &[0xff; 4]), &["4294967295"]);
     assert_refused(&with(end + 16, &[0xff; 4]), &["4294967295"]);
-    assert_refused(&with(end + 10, &[0xff; 2]), &["65535 records"]);
-    assert_refused(&with(end + 10, &[0; 2]), &["0 records"]);
-    assert_refused(&with(start, b"XX"), &["record 0"]);
+    assert_refused(&with(end + 10, &[0xff; 2]), &["65535 entries"]);
+    assert_refused(&with(end + 10, &[0; 2]), &["0 entries"]);
+    assert_refused(&with(start, b"XX"), &["entry 0"]);
     // Name, extra field and comment beyond the list.
     for at in [28, 30, 32] {
-        assert_refused(&with(start + at, &[0xff; 2]), &["record 0"]);
+        assert_refused(&with(start + at, &[0xff; 2]), &["entry 0"]);
     }
     // Only an empty file and a short one have no place for an end.
-    assert_refused(&[], &["no zip archive"]);
-    assert_refused(&archive[end + 1..], &["no zip archive"]);
+    assert_refused(&[], &["not a zip archive"]);
+    assert_refused(&archive[end + 1..], &["not a zip archive"]);
 }
 
 /// Of two ends the last one counts, and a large archive has its numbers elsewhere.
@@ -268,12 +268,12 @@ fn pickles_claim_no_more_than_is_in_them() {
             let refused = |pickle, words: &[&str]| {
                 assert_refused(&of(record(name, pickle)), &[&[name], words].concat());
             };
-            refused(long, &["byte 2 ends beyond"]);
+            refused(long, &["byte 2 is truncated"]);
             refused(numbered, &["byte 6", "4294967295", "at most 1"]);
-            refused(gap, &["byte 6", "numbers a value 2"]);
+            refused(gap, &["byte 6", "stores memo entry 2"]);
             refused(unknown, &["byte 2 is 0x8d"]);
-            refused(endless, &["byte 3 ends beyond"]);
-            refused(lines, &["byte 2 ends beyond"]);
+            refused(endless, &["byte 3 is truncated"]);
+            refused(lines, &["byte 2 is truncated"]);
         }
     }
     // Only pickles are looked into.

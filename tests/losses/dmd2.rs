@@ -685,12 +685,12 @@ fn what_is_missing_is_named_before_any_network_is_asked() {
     };
     for phase in [Phase::Student, Phase::Critic] {
         let message = say(&request(phase, &batch, bare));
-        assert!(message.contains("needs a critic"), "{message}");
+        assert!(message.contains("requires a critic"), "{message}");
         let message = say(&request(phase, &batch, unjudged));
-        assert!(message.contains("needs a discriminator"), "{message}");
+        assert!(message.contains("requires a discriminator"), "{message}");
     }
     let message = say(&request(Phase::Critic, &batch, full));
-    assert!(message.contains("needs dataset samples"), "{message}");
+    assert!(message.contains("requires dataset samples"), "{message}");
     let few =
         Data { x0: Tensor::zeros([1, 3], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
     let message = say(&LossRequest { real: Some(&few), ..request(Phase::Critic, &batch, full) });
@@ -728,11 +728,11 @@ fn what_does_not_fit_is_refused_by_name() {
             ("critic", cast(&network, &network, &other)),
         ] {
             let message = say(&request(phase, &good, networks));
-            assert!(message.contains(&format!("{name} follows another")), "{message}");
+            assert!(message.contains(&format!("{name} has another noise schedule")), "{message}");
         }
     }
     let message = say(&request(Phase::Student, &good, cast(&network, &other, &network)));
-    assert!(message.contains("teacher follows another"), "{message}");
+    assert!(message.contains("teacher has another noise schedule"), "{message}");
     let wide = Tensor::zeros([1, 3], kind::DOUBLE_CPU);
     let kept = LossRequest { student_x0: Some(&wide), ..request(Phase::Critic, &good, networks) };
     assert!(say(&kept).contains("student_x0"), "{}", say(&kept));

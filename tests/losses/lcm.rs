@@ -303,7 +303,7 @@ fn what_the_method_cannot_do_is_refused_by_name() {
     };
     assert!(say(Phase::Critic, &batch(999, 0), &networks).contains("Critic"));
     let message = say(Phase::Student, &batch(999, 0), &Networks::new(&network, &network));
-    assert!(message.contains("needs a moving average"), "{message}");
+    assert!(message.contains("requires a moving average"), "{message}");
     for (t, index) in [(998, 0), (0, 0), (-1, 0), (1000, 0), (999, 50)] {
         let message = say(Phase::Student, &batch(t, index), &networks);
         assert!(message.contains("[999, 979, 959"), "{message}");
@@ -314,7 +314,7 @@ fn what_the_method_cannot_do_is_refused_by_name() {
         ("target", cast(&network, &network, &other)),
     ] {
         let message = say(Phase::Student, &batch(999, 0), &networks);
-        assert!(message.contains(&format!("{name} follows another")), "{message}");
+        assert!(message.contains(&format!("{name} has another noise schedule")), "{message}");
     }
 }
 

@@ -186,7 +186,7 @@ impl AggregationBuffer {
             return Err(Error::Invalid(Invalid::new(
                 "buffer.capacity",
                 config.capacity,
-                format!("at least {}, a state a grid index", num_rings.max(1)),
+                format!("at least {}, one state per grid index", num_rings.max(1)),
             )));
         }
         config.spill.as_ref().map_or(Ok(()), SpillConfig::ensure)?;
@@ -223,7 +223,7 @@ impl AggregationBuffer {
                 "{}, which is {per_ring} states at each of {rings} grid indices",
                 self.config.capacity
             ),
-            format!("room for at least {batch} states, a batch"),
+            format!("room for at least {batch} states per grid index, one batch"),
         )))
     }
 
@@ -356,7 +356,9 @@ impl AggregationBuffer {
             let Some(places) = self.places.filter(|_| available > 0) else {
                 return Err(Error::NoState {
                     source_name: WHAT,
-                    reason: format!("none at grid index {grid_index} is young enough"),
+                    reason: format!(
+                        "all states at grid index {grid_index} are older than `max_age`"
+                    ),
                 });
             };
             let ring = &self.rings[grid_index - 1];
@@ -381,7 +383,8 @@ impl AggregationBuffer {
         let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get(ring));
         let enough = ring.filter(|ring| ring.items.len() >= states).zip(self.places);
         let Some((ring, places)) = enough else {
-            let reason = format!("there are fewer than {states} at grid index {grid_index}");
+            let reason =
+                format!("it contains fewer than {states} states at grid index {grid_index}");
             return Err(Error::NoState { source_name: WHAT, reason });
         };
         let newest = ring.items.len() - states..ring.items.len();
@@ -491,7 +494,9 @@ impl AggregationBuffer {
             metadata.rings.iter().map(|ring| Ring::restore(ring, ring_len)).collect();
         let rings = rings.ok_or_else(|| Error::Restore {
             what: WHAT,
-            problem: format!("a ring holds more than {ring_len} states, or more than ever came"),
+            problem: format!(
+                "a ring has more than {ring_len} states, or more than were ever inserted"
+            ),
         })?;
         self.flush();
         let kept = places.map_or(0, |places| places.kept);
@@ -515,7 +520,7 @@ impl AggregationBuffer {
         let refuse = |problem: String| Err(Error::Restore { what: WHAT, problem });
         if metadata.timesteps != self.timesteps {
             let (found, here) = (&metadata.timesteps, &self.timesteps);
-            return refuse(format!("it is of the grid {found:?}, not of {here:?}"));
+            return refuse(format!("its grid is {found:?}, not {here:?}"));
         }
         if metadata.rings.len() != self.rings.len() {
             return refuse(format!("it has {} rings", metadata.rings.len()));
@@ -523,17 +528,21 @@ impl AggregationBuffer {
         let Some(ring_len) = metadata.ring_len else { return Ok(None) };
         if ring_len == 0 || ring_len > self.config.capacity / self.rings.len().max(1) {
             let capacity = self.config.capacity;
-            return refuse(format!("it has rings of {ring_len}, beyond a capacity of {capacity}"));
+            return refuse(format!(
+                "it has rings of {ring_len} states, more than a capacity of {capacity} allows"
+            ));
         }
         let Some(SavedSpill { kept, segment_rows }) = metadata.spill else {
             return Ok(Some(Places::in_memory(ring_len)));
         };
         if self.config.spill.is_none() {
-            return refuse("states of it are on disk, but `buffer.spill` is not set".to_owned());
+            return refuse(
+                "some of its states are on disk, but `buffer.spill` is not set".to_owned(),
+            );
         }
         if kept >= ring_len || !(1..=ring_len).contains(&segment_rows) {
             return refuse(format!(
-                "{kept} of {ring_len} states a ring are in memory and {segment_rows} in a file"
+                "{kept} of {ring_len} states per ring are in memory and {segment_rows} in each file"
             ));
         }
         Ok(Some(Places { ring_len, kept, segment_rows }))
@@ -545,7 +554,8 @@ impl AggregationBuffer {
         let needed = places.bytes_on_disk(spill.row_bytes());
         let needed = needed.and_then(|bytes| bytes.checked_mul(rings.len() as u64));
         if needed.is_none_or(|needed| needed > budget) {
-            let problem = format!("it takes more than a `buffer.spill.byte_budget` of {budget}");
+            let problem =
+                format!("it requires more than `buffer.spill.byte_budget` = {budget} bytes");
             return Err(Error::Restore { what: WHAT, problem });
         }
         for (number, ring) in rings.iter().enumerate() {
@@ -613,6 +623,6 @@ fn too_little(field: &'static str, budget: u64, least: u64, rings: usize, bytes:
     Error::Invalid(Invalid::new(
         field,
         budget,
-        format!("at least {least}: {rings} grid indices, and {bytes} bytes a state"),
+        format!("at least {least}: {rings} grid indices, and {bytes} bytes per state"),
     ))
 }

@@ -25,7 +25,7 @@ pub enum Error {
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
     /// A network failed.
-    #[error("{network} could not answer")]
+    #[error("{network} could not be evaluated")]
     Network {
         /// The network.
         network: String,
@@ -51,7 +51,7 @@ pub enum Error {
         problem: String,
     },
     /// A source has no state to return.
-    #[error("source `{source_name}` has no state to give: {reason}")]
+    #[error("source `{source_name}` has no state: {reason}")]
     NoState {
         /// The source.
         source_name: &'static str,
@@ -60,7 +60,7 @@ pub enum Error {
     },
     /// States were not inserted in the order of the student's updates.
     #[error(
-        "{op}: a state of step {birth} came after one of step {latest}; flush when counting begins anew"
+        "{op}: a state of step {birth} follows one of step {latest}; call `flush` before steps are counted from 0 again"
     )]
     OutOfOrder {
         /// The function that was called.
@@ -81,7 +81,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// States could not be written to disk, because it is full or the folder belongs to another buffer, for example.
-    #[error("could not spill states of the buffer to {}: it needs a folder of its own, with room for `buffer.spill.byte_budget`", folder.display())]
+    #[error("could not spill states of the buffer to {}: it requires an empty folder on a disk with room for `buffer.spill.byte_budget`", folder.display())]
     Spill {
         /// The folder.
         folder: PathBuf,

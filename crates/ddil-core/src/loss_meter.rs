@@ -79,7 +79,7 @@ impl LossMeter {
         let expected = [states.len() as i64];
         if per_sample.size() != expected {
             let (name, shape) = ("per_sample", per_sample.size());
-            let expected = format!("{expected:?}, a loss a state");
+            let expected = format!("{expected:?}, one loss per state");
             return Err(Error::Argument(ArgumentError::Shape { op: OP, name, shape, expected }));
         }
         if let Some(index) = states.grid_indices.iter().find(|index| **index >= self.num_indices) {

@@ -561,7 +561,7 @@ impl Mixer {
         let metadata: Metadata = saved.metadata(WHAT)?;
         if metadata.timesteps != self.grids.student.as_slice() {
             let here = self.grids.student.as_slice();
-            let problem = format!("it is of the grid {:?}, not of {here:?}", metadata.timesteps);
+            let problem = format!("its grid is {:?}, not {here:?}", metadata.timesteps);
             return Err(Error::Restore { what: WHAT, problem });
         }
         if self.adaptation.is_some() != metadata.adaptation.is_some() {

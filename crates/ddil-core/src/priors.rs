@@ -68,7 +68,7 @@ impl Priors {
         Err(Error::Invalid(Invalid::new(
             "priors.forward, priors.student, priors.teacher",
             format!("{forward}, {student}, {teacher}"),
-            "at least 0 each and 1 together",
+            "at least 0 each, with sum 1",
         )))
     }
 

@@ -204,7 +204,7 @@ impl Block {
     ) -> Result<()> {
         let (stored, given) = (self.x_t.size(), x_t.size());
         if stored[1..] != *given.get(1..).unwrap_or_default() {
-            let expected = format!("[batch, ..{:?}], as what is stored", &stored[1..]);
+            let expected = format!("[batch, ..{:?}], as in the stored states", &stored[1..]);
             return Err(Error::Argument(ArgumentError::Shape {
                 op,
                 name: "x_t",

@@ -75,7 +75,7 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
         if saved.tensors.is_empty() {
             return Ok(());
         }
-        let problem = "this source keeps nothing, but something was saved".to_owned();
+        let problem = "this source has no state, but the saved one is not empty".to_owned();
         Err(Error::Restore { what: "source", problem })
     }
 }
@@ -108,7 +108,7 @@ impl Grids {
         {
             if grid.as_slice()[0] != first {
                 let value = grid.as_slice()[0].to_string();
-                let expected = format!("a grid that begins at {first}, as training does");
+                let expected = format!("a grid that starts at {first}, as in training");
                 return Err(Error::Invalid(Invalid::new(field, value, expected)));
             }
         }
@@ -187,7 +187,7 @@ impl<'a> SourceRequest<'a> {
         let (x0, batch) = (&self.data.x0, self.len() as i64);
         ensure_same_shape(OP, ("data.x0", x0), ("noise", self.noise))?;
         if x0.size().first() != Some(&batch) {
-            let expected = format!("{batch} rows, one a grid index");
+            let expected = format!("{batch} rows, one per grid index");
             return Err(Error::Argument(ArgumentError::Shape {
                 op: OP,
                 name: "data.x0",

@@ -133,7 +133,8 @@ impl States {
             [("births", self.births.len()), ("grid_indices", self.grid_indices.len())]
         {
             if len != batch {
-                let (value, expected) = (format!("{len} long"), format!("{batch}, one a source"));
+                let (value, expected) =
+                    (format!("{len} long"), format!("{batch} entries, one per state"));
                 return Err(Error::Invalid(Invalid::new(field, value, expected)));
             }
         }
@@ -143,7 +144,7 @@ impl States {
         let shapes = [("x_t", self.x_t.size()), ("timesteps", self.timesteps.size())];
         for (name, shape) in shapes {
             if shape.first() != Some(&batch) || (name == "timesteps" && shape.len() != 1) {
-                let expected = format!("{batch} rows, one a source");
+                let expected = format!("{batch} rows, one per state");
                 return Err(Error::Argument(ArgumentError::Shape { op, name, shape, expected }));
             }
         }

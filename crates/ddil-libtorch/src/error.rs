@@ -28,7 +28,7 @@ pub enum Error {
         index: usize,
     },
     /// The operation is not available on the device.
-    #[error("{op}: there is no such thing on {device:?}, only on the CPU and on CUDA")]
+    #[error("{op}: {device:?} is not supported; expected the CPU or CUDA")]
     UnsupportedDevice {
         /// The function that was called.
         op: &'static str,
@@ -36,7 +36,7 @@ pub enum Error {
         device: Device,
     },
     /// The operation is not available for the kind.
-    #[error("{op}: the kind {kind:?} is not possible here, only {expected}")]
+    #[error("{op}: kind {kind:?} is not supported; expected {expected}")]
     UnsupportedKind {
         /// The function that was called.
         op: &'static str,
@@ -74,7 +74,7 @@ pub enum Error {
         expected: u64,
     },
     /// An archive is invalid, or declares more data than it contains.
-    #[error("{} is no whole TorchScript archive: {problem}", path.display())]
+    #[error("{} is not a complete TorchScript archive: {problem}", path.display())]
     ScriptArchive {
         /// The file.
         path: PathBuf,

@@ -48,8 +48,10 @@ impl Generator {
         // SAFETY: the output pointer is valid.
         check(OP, unsafe { ffi::ddil_generator_new(index, seed, &raw mut raw) })?;
         // Null only if the shim violates its contract.
-        let raw = NonNull::new(raw)
-            .ok_or_else(|| Error::Torch { op: OP, message: "no generator was made".to_owned() })?;
+        let raw = NonNull::new(raw).ok_or_else(|| Error::Torch {
+            op: OP,
+            message: "libtorch returned no generator".to_owned(),
+        })?;
         Ok(Self { raw, device })
     }
 

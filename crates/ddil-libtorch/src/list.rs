@@ -136,7 +136,7 @@ impl TensorList {
         // Null only if a function of the shim violates its contract.
         NonNull::new(list)
             .map(Self)
-            .ok_or_else(|| Error::Torch { op, message: "no list was made".to_owned() })
+            .ok_or_else(|| Error::Torch { op, message: "libtorch returned no list".to_owned() })
     }
 
     fn empty() -> Result<Self> {

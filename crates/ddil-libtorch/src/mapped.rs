@@ -151,7 +151,7 @@ impl MappedFile {
     /// Number of bytes of such a tensor, after checking that it lies in the file and starts at an aligned address.
     fn ensure_readable(&self, offset: usize, shape: &[i64], kind: Kind) -> Result<usize> {
         if matches!(kind, Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) {
-            let expected = "kinds that are not quantised";
+            let expected = "a kind that is not quantised";
             return Err(Error::UnsupportedKind { op: "MappedFile::tensor", kind, expected });
         }
         let len = self.view.len();

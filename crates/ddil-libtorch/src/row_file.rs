@@ -145,8 +145,8 @@ impl RowFile {
             return Err(Error::value(
                 "RowFile::write",
                 "rows",
-                format!("{} bytes from row {first} on", rows.len()),
-                "whole rows that lie within the file",
+                format!("{} bytes starting at row {first}", rows.len()),
+                "whole rows inside the file",
             ));
         }
         let offset = self.head_bytes + first * self.row_bytes;
@@ -154,7 +154,10 @@ impl RowFile {
             Some(file) => {
                 file.seek(SeekFrom::Start(offset as u64)).and_then(|_| file.write_all(rows))
             }
-            None => Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is sealed")),
+            None => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the file is sealed: no rows can be written any more",
+            )),
         };
         written.map_err(Error::file("write", &self.path))
     }
@@ -204,14 +207,19 @@ pub fn gather_rows<'a>(
 ) -> Result<()> {
     let (num_rows, row_bytes) = ensure_writable(OP, out)?;
     if matches!(out.kind(), Kind::Bool | Kind::QInt8 | Kind::QUInt8 | Kind::QInt32) {
-        let (kind, expected) = (out.kind(), "numbers that are not quantised");
+        let (kind, expected) = (out.kind(), "a kind that is not quantised");
         return Err(Error::UnsupportedKind { op: OP, kind, expected });
     }
     let start = out.data_ptr().cast::<u8>();
     for (file, row, to) in rows {
         let from = file.part(row, offset, row_bytes)?;
         if to >= num_rows {
-            return Err(Error::value(OP, "rows", format!("to row {to}"), "to a row of `out`"));
+            return Err(Error::value(
+                OP,
+                "rows",
+                format!("to row {to}"),
+                "an index of a row of `out`",
+            ));
         }
         // SAFETY: `part` found `row_bytes` bytes at `from` inside the file's mapping, which `file` keeps; `out` is
         // contiguous and has more than `to` rows of `row_bytes` bytes, of which every bit pattern is a value. The two
@@ -255,7 +263,7 @@ pub fn copy_rows_(out: &mut Tensor, rows: &[usize], from: &Tensor) -> Result<()>
             OP,
             "from",
             format!("{:?} of {:?} to rows {rows:?}", from.kind(), from.size()),
-            "as many rows as are named, like those of `out`, to rows that it has",
+            "one row per index, of the kind and shape of the rows of `out`, and indices below their number",
         ));
     }
     let (start, mut given) =
@@ -288,7 +296,7 @@ fn ensure_writable(op: &'static str, tensor: &Tensor) -> Result<(usize, usize)> 
             op,
             "out",
             format!("of shape {shape:?}, contiguous: {contiguous}"),
-            "contiguous and of one dimension at least",
+            "a contiguous tensor with at least one dimension",
         ));
     };
     let values: i64 = shape[1..].iter().product();
@@ -308,8 +316,8 @@ fn file_bytes(
         Error::value(
             op,
             "num_rows",
-            format!("{num_rows} of {row_bytes} bytes behind a head of {head_bytes}"),
-            "rows of at least a byte, fewer bytes than can be counted",
+            format!("{num_rows}, of {row_bytes} bytes each after a header of {head_bytes} bytes"),
+            "at least one byte per row, and a file size that does not overflow",
         )
     })
 }

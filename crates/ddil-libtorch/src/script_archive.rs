@@ -110,7 +110,7 @@ impl Directory {
         let tail_bytes = len.min((END_BYTES + usize::from(u16::MAX)) as u64);
         let tail = read_at(file, len - tail_bytes, tail_bytes as usize)?;
         let Some(at) = tail.windows(END_BYTES).rposition(|end| end.starts_with(END)) else {
-            return refuse("it is no zip archive, or its end is missing");
+            return refuse("it is not a zip archive, or its end is missing");
         };
         let end = &tail[at..];
         let at = len - tail_bytes + at as u64;
@@ -135,7 +135,9 @@ impl Directory {
         let fits = start.checked_add(END64_BYTES as u64).is_some_and(|end| end <= at);
         let record = if fits { read_at(file, start, END64_BYTES)? } else { Vec::new() };
         if !record.starts_with(END64) {
-            return refuse(format!("its zip64 end is not at byte {start}, where it should be"));
+            return refuse(format!(
+                "its zip64 end record is not at byte {start}, where the archive says"
+            ));
         }
         Ok(Some(Self {
             start: u64_at(&record, 48),
@@ -148,17 +150,17 @@ impl Directory {
         let Self { start, bytes, num_records } = *self;
         if start.checked_add(bytes).is_none_or(|end| end > len) {
             return refuse(format!(
-                "its list of records is said to be bytes {start}..{start}+{bytes} of {len}"
+                "its directory is recorded as bytes {start}..{start}+{bytes}, but the file has {len} bytes"
             ));
         }
         if bytes > MAX_DIRECTORY_BYTES {
             return refuse(format!(
-                "its list of records has {bytes} bytes, where at most {MAX_DIRECTORY_BYTES} are read"
+                "its directory has {bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}"
             ));
         }
         if num_records == 0 || num_records > bytes / ENTRY_BYTES as u64 {
             return refuse(format!(
-                "its list of {bytes} bytes is said to name {num_records} records"
+                "its directory of {bytes} bytes is recorded to have {num_records} entries"
             ));
         }
         Ok(())
@@ -170,7 +172,7 @@ impl Directory {
         let mut records = Vec::with_capacity(self.num_records as usize);
         for number in 0..self.num_records {
             let Some((record, behind)) = Record::split(rest)? else {
-                return refuse(format!("record {number} of its list is cut short or is none"));
+                return refuse(format!("entry {number} of its directory is truncated or invalid"));
             };
             records.push(record);
             rest = behind;
@@ -203,7 +205,11 @@ impl Record {
         let is_packed = match u16_at(entry, 10) {
             0 => false,
             8 => true,
-            method => return refuse(format!("record {name_text:?} is packed by method {method}")),
+            method => {
+                return refuse(format!(
+                    "record {name_text:?} has the unknown compression method {method}"
+                ));
+            }
         };
         let [unpacked_bytes, bytes, header] = sizes(entry, &behind[name..name + extra])
             .ok_or_else(|| {
@@ -218,7 +224,7 @@ impl Record {
         let Self { name, bytes, header, .. } = self;
         let beyond = || {
             refuse(format!(
-                "record {name:?} is said to have {bytes} bytes from byte {header} on, but the file ends at {len}"
+                "record {name:?} is listed with {bytes} bytes from byte {header}, but the file ends at {len}"
             ))
         };
         let Some(behind) = header.checked_add(LOCAL_BYTES as u64).filter(|&end| end <= len) else {
@@ -226,7 +232,9 @@ impl Record {
         };
         let local = read_at(file, *header, LOCAL_BYTES)?;
         if !local.starts_with(LOCAL) {
-            return refuse(format!("record {name:?} is not at byte {header}, where it should be"));
+            return refuse(format!(
+                "record {name:?} is not at byte {header}, where its directory entry says"
+            ));
         }
         let data = behind + u64::from(u16_at(&local, 26)) + u64::from(u16_at(&local, 28));
         match data.checked_add(*bytes) {
@@ -280,14 +288,14 @@ fn ensure_room(records: &[Record], len: u64) -> Checked<()> {
     for record in records {
         if !record.is_packed && record.bytes != record.unpacked_bytes {
             return refuse(format!(
-                "record {:?} is said to be {} bytes from {}, although it is not packed",
+                "record {:?} is listed with {} bytes unpacked and {} packed, but it is not compressed",
                 record.name, record.unpacked_bytes, record.bytes
             ));
         }
         bytes = bytes.saturating_add(record.bytes);
         if bytes > len {
             return refuse(format!(
-                "its records up to {:?} are said to have {bytes} bytes, but the file has {len}",
+                "its records up to {:?} are listed with {bytes} bytes, but the file has {len}",
                 record.name
             ));
         }
@@ -296,8 +304,8 @@ fn ensure_room(records: &[Record], len: u64) -> Checked<()> {
         }
         if unpacked_bytes > MAX_UNPACKED_BYTES {
             return refuse(format!(
-                "what is packed up to {:?} is said to unpack to {unpacked_bytes} bytes, where at most \
-                 {MAX_UNPACKED_BYTES} are taken",
+                "its compressed records up to {:?} are listed with {unpacked_bytes} bytes unpacked; the limit is \
+                 {MAX_UNPACKED_BYTES}",
                 record.name
             ));
         }

@@ -64,15 +64,15 @@ impl fmt::Display for NoCuda {
             }
             Self::NotLoaded => {
                 "libtorch_cuda.so is installed, but the linker dropped it from this program; \
-                 link it with --no-as-needed, as the docs of ddil-libtorch say"
+                 link it with --no-as-needed, as described in the docs of ddil-libtorch"
             }
             Self::NoDriver => {
                 "NVIDIA's driver is not installed: libcuda.so.1 cannot be loaded \
                  (in a container: start it with access to the GPU)"
             }
             Self::NoDevice => {
-                "the driver shows no device; look at nvidia-smi and at CUDA_VISIBLE_DEVICES, \
-                 and whether the driver is recent enough for this libtorch"
+                "the driver reports no device; check nvidia-smi, CUDA_VISIBLE_DEVICES, \
+                 and that the driver is recent enough for this libtorch"
             }
         })
     }

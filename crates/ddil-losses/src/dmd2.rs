@@ -336,7 +336,7 @@ impl Dmd2 {
         if logits.size() == timesteps.size() {
             return Ok(logits);
         }
-        let expected = format!("{:?}, one a sample", timesteps.size());
+        let expected = format!("{:?}, one per sample", timesteps.size());
         Err(Error::Argument(ArgumentError::Shape {
             op: OP,
             name: "logits",
@@ -374,9 +374,9 @@ impl Dmd2 {
         if !self.config.gan {
             return Ok(Judges { critic, discriminator: None, real: None });
         }
-        let what = "a discriminator, as `gan` is on";
+        let what = "a discriminator, because `gan` is true";
         let discriminator = Some(critic.discriminator.ok_or_else(|| missing(what))?);
-        let what = "dataset samples to show to its discriminator, as `gan` is on";
+        let what = "dataset samples for its discriminator, because `gan` is true";
         let real = match request.phase {
             Phase::Student => None,
             Phase::Critic => Some(request.real.ok_or_else(|| missing(what))?),

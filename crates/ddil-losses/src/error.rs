@@ -22,7 +22,7 @@ pub enum Error {
     #[error(transparent)]
     Scheduler(#[from] ddil_schedulers::Error),
     /// States are at timesteps for which the student is not trained.
-    #[error("{op}: a state is at a timestep off the student's grid {grid:?} ({message})")]
+    #[error("{op}: the timestep of a state is not on the student's grid {grid:?} ({message})")]
     OffGrid {
         /// The function that was called.
         op: &'static str,
@@ -32,9 +32,7 @@ pub enum Error {
         message: String,
     },
     /// A network follows another noise schedule than the objective.
-    #[error(
-        "the {network} follows another noise schedule than the objective: {found}, not {expected}"
-    )]
+    #[error("the {network} has another noise schedule than the objective: {found}, not {expected}")]
     SchedulesDiffer {
         /// Which network.
         network: &'static str,
@@ -52,7 +50,7 @@ pub enum Error {
         phase: Phase,
     },
     /// A request lacks what the method requires.
-    #[error("{method} needs {what}")]
+    #[error("{method} requires {what}")]
     Missing {
         /// The method.
         method: &'static str,

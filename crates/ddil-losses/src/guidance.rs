@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
     tag = "kind",
     rename_all = "snake_case",
     deny_unknown_fields,
-    expecting = "a table: { kind = \"cfg\", scale = 2.0 } for guidance of scale 2, { kind = \"baked_in\" } for none"
+    expecting = "a table: { kind = \"cfg\", scale = 2.0 } for a guidance scale of 2, { kind = \"baked_in\" } for no guidance"
 )]
 pub enum TeacherGuidance {
     /// Classifier-free guidance at one scale, with two evaluations of the network.
@@ -64,7 +64,7 @@ impl TeacherGuidance {
             Self::Embedded { min, max } | Self::CfgRange { min, max }
                 if !(min.is_finite() && max.is_finite() && min >= -1.0 && min <= max) =>
             {
-                let expected = "finite, in order, and at least -1 (no condition at all)";
+                let expected = "finite, in order, and at least -1 (unconditional)";
                 ("guidance.min, guidance.max", format!("{min}, {max}"), expected)
             }
             _ => return Ok(()),

@@ -217,7 +217,7 @@ impl LatentConsistency {
             return Err(Error::Invalid(Invalid::new(
                 "timesteps",
                 format!("{:?}", grid.as_slice()),
-                "a grid that ends above 0, where the last step of the solver ends",
+                "a grid whose last timestep is above 0, where the solver's last step ends",
             )));
         }
         let ends: Vec<i64> = grid.as_slice().iter().skip(1).copied().chain([0]).collect();

@@ -139,7 +139,7 @@ pub fn halving_stages(start: u32, end: u32) -> Result<Vec<u32>> {
             "start_steps, end_steps",
             format!("{start}, {end}"),
             format!(
-                "a start that is the end times 2, 4, 8, .., so that each stage halves it; {nearest} to {} would do",
+                "start_steps to be end_steps times a power of 2, because each stage halves it, such as {nearest} and {}",
                 end.max(1)
             ),
         )));

@@ -90,7 +90,7 @@ impl TimestepWeights {
             return Err(Error::Invalid(Invalid::new(
                 "weight_cap",
                 cap,
-                "positive and finite; leave it out for no cap",
+                "positive and finite; omit it for no cap",
             )));
         }
         let capped = |timestep| {

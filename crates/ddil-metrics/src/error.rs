@@ -15,7 +15,7 @@ pub enum Error {
     #[error(transparent)]
     Argument(#[from] ArgumentError),
     /// Two sets of features do not have the same number of columns.
-    #[error("{op}: `{}` has {} features a sample, but `{}` has {}", left.0, left.1, right.0, right.1)]
+    #[error("{op}: `{}` has {} features per sample, but `{}` has {}", left.0, left.1, right.0, right.1)]
     FeatureMismatch {
         /// The function that was called.
         op: &'static str,
@@ -25,7 +25,7 @@ pub enum Error {
         right: (&'static str, i64),
     },
     /// Two sets that must have the same number of samples differ.
-    #[error("{op}: `{}` has {} samples, but `{}` has {}; this metric needs as many of each", left.0, left.1, right.0, right.1)]
+    #[error("{op}: `{}` has {} samples, but `{}` has {}; this metric requires equal numbers", left.0, left.1, right.0, right.1)]
     CountMismatch {
         /// The function that was called.
         op: &'static str,
@@ -35,7 +35,7 @@ pub enum Error {
         right: (&'static str, i64),
     },
     /// A set has too few samples for the metric to be defined.
-    #[error("{op}: `{name}` has {found} samples; at least {needed} are needed")]
+    #[error("{op}: `{name}` has {found} samples; expected at least {needed}")]
     TooFewSamples {
         /// The function that was called.
         op: &'static str,
@@ -47,7 +47,7 @@ pub enum Error {
         needed: i64,
     },
     /// A feature is NaN or infinite.
-    #[error("{op}: `{name}` holds {found} values that are infinite or not a number")]
+    #[error("{op}: `{name}` has {found} NaN or infinite values")]
     NonFinite {
         /// The function that was called.
         op: &'static str,
@@ -91,7 +91,7 @@ pub enum Error {
         message: String,
     },
     /// A `TorchScript` network did not return one tensor of features.
-    #[error("the TorchScript network {id} answered with {found}; a tensor [n, {dim}] is needed")]
+    #[error("the TorchScript network {id} returned {found}; expected a tensor [n, {dim}]")]
     NotATensor {
         /// The extractor.
         id: String,
@@ -101,7 +101,7 @@ pub enum Error {
         dim: i64,
     },
     /// An operation of libtorch failed.
-    #[error("{op}: libtorch refused: {message}")]
+    #[error("{op}: libtorch failed: {message}")]
     Torch {
         /// The function that was called.
         op: &'static str,

@@ -63,7 +63,7 @@ impl Moments {
             if before != now {
                 return Err(Error::FeatureMismatch {
                     op: OP,
-                    left: ("batches before", before),
+                    left: ("earlier batches", before),
                     right: ("features", now),
                 });
             }

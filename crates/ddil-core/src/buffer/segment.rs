@@ -100,8 +100,10 @@ impl Layout {
             .map_err(|e| Error::Restore { what: "buffer", problem: e.to_string() })?;
         let mut bytes = [MAGIC.as_bytes(), json.as_bytes(), b"\n"].concat();
         if bytes.len() > HEAD_BYTES {
-            let problem =
-                format!("{} bytes describe them; expected at most {HEAD_BYTES}", bytes.len());
+            let problem = format!(
+                "have a description of {} bytes; expected at most {HEAD_BYTES}",
+                bytes.len()
+            );
             return Err(Error::Conditioning {
                 op: "AggregationBuffer",
                 field: "parts".to_owned(),
@@ -241,7 +243,7 @@ impl SavedFile {
         if crc32 != self.crc32 {
             let expected = self.crc32;
             return refuse(format!(
-                "its CRC-32 is {crc32:08x}, not {expected:08x} as when it was saved"
+                "its CRC-32 is {crc32:08x}, but was {expected:08x} when it was saved"
             ));
         }
         Ok(())
@@ -278,7 +280,7 @@ fn ensure_head(path: &Path, expected: &[u8]) -> Result<()> {
     let file = open_regular_file(path).map_err(Error::io("open", path))?;
     file.take(HEAD_BYTES as u64).read_to_end(&mut found).map_err(Error::io("read", path))?;
     if !found.starts_with(MAGIC.as_bytes()) {
-        return refuse("it is no file of a buffer's states".to_owned());
+        return refuse("it does not contain states of a buffer".to_owned());
     }
     if found != expected {
         let said = |head: &[u8]| -> String {

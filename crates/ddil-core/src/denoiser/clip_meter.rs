@@ -178,7 +178,7 @@ impl ClipMeter {
         ensure_dense(OP, "timesteps", timesteps)?;
         let (shape, batch) = (timesteps.size(), x0.size().first().copied());
         if shape.len() != 1 || shape.first().copied() != batch || timesteps.kind() != Kind::Int64 {
-            let expected = format!("[{}], Int64, one a sample", batch.unwrap_or(0));
+            let expected = format!("[{}], Int64, one per sample", batch.unwrap_or(0));
             return Err(Error::Argument(ArgumentError::Shape {
                 op: OP,
                 name: "timesteps",

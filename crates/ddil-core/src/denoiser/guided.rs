@@ -118,7 +118,7 @@ impl<D: Denoiser> GuidedByWeight<D> {
         const OP: &str = "GuidedByWeight::new";
         null.ensure_batch(OP, 1)?;
         if null.get(Conditioning::GUIDANCE_WEIGHT).is_some() {
-            let problem = "is part of what is said for no condition".to_owned();
+            let problem = "is part of the null conditioning; expected it only in the conditioning of each call".to_owned();
             return Err(Error::Conditioning {
                 op: OP,
                 field: Conditioning::GUIDANCE_WEIGHT.to_owned(),

@@ -64,13 +64,13 @@ impl Mixture {
         let is_taken = taken.into_iter().any(|other| other == name);
         let name = Source::Added(added);
         if is_taken {
-            let expected = "the name of no other source";
+            let expected = "a name that no other source has";
             return Err(Invalid::new("name", name.as_str(), expected).into());
         }
         let left = 1.0 - self.added_share();
         // Written so that NaN is rejected.
         if !(0.0..=left).contains(&share) {
-            let expected = format!("in 0..={left}, what other added sources leave");
+            let expected = format!("in 0..={left}, the share that the other added sources leave");
             return Err(Invalid::new("share", share, expected).into());
         }
         self.entries.push(Entry { name, share, source });

@@ -290,19 +290,19 @@ impl Adaptation {
         let refuse =
             |problem: &str| Err(Error::Restore { what: WHAT, problem: problem.to_owned() });
         if followed.signal.len() != self.followed.signal.len() {
-            return refuse("they are of a grid of another length");
+            return refuse("they belong to a grid of another length");
         }
         match &mut self.memory {
             Memory::Shift(here) => {
                 let [forward, student] = &stores[..] else {
-                    return refuse("they did not follow the shift");
+                    return refuse("their signal is not the shift");
                 };
                 here.forward.restore(&saved.part(STORES[0], forward))?;
                 here.student.restore(&saved.part(STORES[1], student))?;
             }
             Memory::LossRatio { losses, means } => {
                 if saved_means.len() != means.len() {
-                    return refuse("they did not follow the loss ratio");
+                    return refuse("their signal is not the loss ratio");
                 }
                 let sums = saved.tensors.iter().find(|(name, _)| name == LOSSES);
                 losses.restore(WHAT, sums.map(|(_, sums)| sums))?;
@@ -365,7 +365,7 @@ fn keep(
     match store.ring_len().filter(|len| *len < fewest) {
         Some(len) => Err(Error::Invalid(Invalid::new(
             "priors.byte_budget",
-            format!("room for {len} states a grid index"),
+            format!("room for {len} states per grid index"),
             format!("room for at least {fewest}"),
         ))),
         None => Ok(()),
@@ -405,7 +405,7 @@ fn ensure_seen(losses: &LossTable, num_indices: usize) -> Result<()> {
     }
     Err(Error::Invalid(Invalid::new(
         "priors.signal",
-        "loss_ratio, but the mixer saw no losses",
+        "loss_ratio, but the mixer received no losses",
         "`shift`, or losses passed to `Mixer::feed_back` by `Feedback::with_losses`",
     )))
 }

@@ -138,7 +138,7 @@ impl StudentConfig {
             return Err(Error::Invalid(Invalid::new(
                 "mixed.kind",
                 "conditional",
-                "another with chains, which ask no network",
+                "another one with chains, which evaluate no network",
             )));
         }
         Ok(())
@@ -255,7 +255,7 @@ impl TrajectorySource for StudentSource {
             Memory::Fresh | Memory::FreshAll if saved.tensors.is_empty() => Ok(()),
             Memory::Fresh | Memory::FreshAll => Err(Error::Restore {
                 what: "student source",
-                problem: "its policy keeps nothing, but something was saved".to_owned(),
+                problem: "its policy has no state, but the saved one is not empty".to_owned(),
             }),
         }
     }
@@ -392,7 +392,7 @@ fn source(teacher_acted: bool) -> Source {
 fn noise_is_no_state() -> Error {
     Error::NoState {
         source_name: "student",
-        reason: "index 0 is noise and no state of a trajectory".to_owned(),
+        reason: "grid index 0 is pure noise, not a state of a trajectory".to_owned(),
     }
 }
 

@@ -115,7 +115,7 @@ impl TeacherSource {
             return Err(Error::Invalid(Invalid::new(
                 "teacher.pool",
                 config.pool,
-                "as many trajectories as can be counted, state by state",
+                "fewer trajectories: the number of their states overflows",
             )));
         }
         Ok(Self {
@@ -180,7 +180,7 @@ impl TeacherSource {
             .collect();
         let wanted = wanted.ok_or_else(|| Error::NoState {
             source_name: "teacher",
-            reason: "index 0 is noise and no state of a trajectory".to_owned(),
+            reason: "grid index 0 is pure noise, not a state of a trajectory".to_owned(),
         })?;
         let device = visited.x_t.device();
         let x_t = visited.x_t.index_select(0, &index(&wanted, device));

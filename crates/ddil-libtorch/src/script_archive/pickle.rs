@@ -20,19 +20,16 @@ impl Display for Problem {
             Self::Unknown { opcode, at } => {
                 write!(
                     f,
-                    "its byte {at} is 0x{opcode:02x}, no operation of a pickle of TorchScript"
+                    "its byte {at} is 0x{opcode:02x}, which is not an opcode of TorchScript's pickles"
                 )
             }
             Self::Numbering { found, expected, at } => {
-                write!(
-                    f,
-                    "at byte {at} it numbers a value {found}; at most {expected} can be there"
-                )
+                write!(f, "its byte {at} stores memo entry {found}; expected at most {expected}")
             }
             Self::Read { source, at } if source.kind() == ErrorKind::UnexpectedEof => {
-                write!(f, "what begins at byte {at} ends beyond it")
+                write!(f, "the operation at byte {at} is truncated")
             }
-            Self::Read { source, at } => write!(f, "it cannot be read behind byte {at}: {source}"),
+            Self::Read { source, at } => write!(f, "it cannot be read after byte {at}: {source}"),
         }
     }
 }

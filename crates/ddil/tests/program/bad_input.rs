@@ -207,7 +207,7 @@ fn distillations_that_cannot_be() {
             (&["objective.method=progresive"], &["objective", "did you mean `progressive`?"]),
             (&["teacher.guidance.scale=-1.0"], &["guidance.scale", "-1"]),
             (&[embedded], &["teacher.guidance", "embedded", "no guidance weight"]),
-            (&[priors], &["mixing.priors", "1 together"]),
+            (&[priors], &["mixing.priors", "with sum 1"]),
             (&["mixing.student.policy.refresh_fraction=1.5"], &["refresh_fraction", "1.5"]),
             (&["thresholding.low=2.0"], &["low", "2"]),
             (&["teacher.path="], &["teacher.path", "the teacher's folder"]),

@@ -262,14 +262,16 @@ impl Chains {
         let queues: Queues = saved.metadata(WHAT)?;
         if queues.waiting.len() + 1 != self.len {
             return refuse(format!(
-                "they are of a grid of {} timesteps, not of {}",
+                "they belong to a grid of {} timesteps, not {}",
                 queues.waiting.len() + 1,
                 self.len
             ));
         }
         if !queues.is_consistent() {
             let most = queues.most;
-            return refuse(format!("not each row waits or is free, once, of {most} a grid index"));
+            return refuse(format!(
+                "some rows are neither waiting nor free, or both, of {most} per grid index"
+            ));
         }
         let capacity = queues.capacity();
         self.rows.restore(capacity, &saved.tensors)?;
@@ -306,8 +308,8 @@ fn next_states(
     let Some(teacher) = feedback.teacher_next else {
         return Err(Error::Invalid(Invalid::new(
             "mixed",
-            "a teacher that acts",
-            "none with chains, where the loss takes no step of the teacher",
+            "a rollout with teacher steps",
+            "none with chains, if the loss evaluates no teacher step",
         )));
     };
     let teacher = teacher.detach().index_select(0, &order);
