@@ -99,7 +99,7 @@ fn a_damaged_state_is_refused() -> TestResult {
         drop(damaged.get(byte).fill_(value));
     }
     let said = refusal(generator.set_state(&damaged));
-    assert!(said.contains("of 624 words it has 599 left from 513 on"), "{said}");
+    assert!(said.contains("599 words are left from word 513, but there are 624"), "{said}");
     assert!(set_default_generator_state(Device::Cpu, &damaged).is_err());
     assert_eq!(generator.state()?, expected);
     Ok(())

@@ -121,9 +121,9 @@ fn lists_that_do_not_fit_are_refused_and_nothing_changes() -> TestResult {
     let state = State::new(&params)?;
     let first = || Tensor::ones([2], kind::FLOAT_CPU);
     for (second, reason) in [
-        (None, "`grads` has 1 tensors where 2 are needed"),
-        (Some(Tensor::ones([4], kind::FLOAT_CPU)), "`grads` [1] has shape [4] where [3]"),
-        (Some(Tensor::ones([3], kind::DOUBLE_CPU)), "`grads` [1] is Double where Float"),
+        (None, "`grads` has 1 tensors; expected 2"),
+        (Some(Tensor::ones([4], kind::FLOAT_CPU)), "`grads` [1] has shape [4]; expected [3]"),
+        (Some(Tensor::ones([3], kind::DOUBLE_CPU)), "`grads` [1] is Double; expected Float"),
     ] {
         let grads = TensorList::new(std::iter::once(first()).chain(second))?;
         let said = refusal(state.step(&grads, &AdamW::default()));

@@ -11,7 +11,7 @@ at::DeviceType device_type(bool cuda) { return cuda ? at::kCUDA : at::kCPU; }
 DDIL_EXPORT int ddil_autocast_push(bool cuda, bool enable, int kind, bool* was_enabled, int* previous_kind) noexcept {
   return ddil::guarded([&] {
     const auto device = device_type(cuda);
-    TORCH_CHECK(!cuda || at::hasCUDA(), "this libtorch has no CUDA");
+    TORCH_CHECK(!cuda || at::hasCUDA(), "this libtorch was built without CUDA");
     *was_enabled = at::autocast::is_autocast_enabled(device);
     *previous_kind = static_cast<int>(at::autocast::get_autocast_dtype(device));
     if (enable) at::autocast::set_autocast_dtype(device, static_cast<at::ScalarType>(kind));

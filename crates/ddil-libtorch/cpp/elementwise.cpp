@@ -41,7 +41,7 @@ void check_in_place(const std::array<const char*, N>& names, const Inputs<N>& in
   at::assert_no_internal_overlap(x);
   for (size_t i = 1; i < N; ++i) {
     const auto kind = at::result_type(x, *in[i]);
-    TORCH_CHECK(at::canCast(kind, x.scalar_type()), "`", names[0], "` is ", x.scalar_type(), " and cannot hold the ", kind, " that `", names[i], "` turns it into");
+    TORCH_CHECK(at::canCast(kind, x.scalar_type()), "`", names[0], "` is ", x.scalar_type(), ", which cannot store the ", kind, " result of combining it with `", names[i], "`");
     at::assert_no_partial_overlap(x, *in[i]);
   }
 }

@@ -38,7 +38,7 @@ void set_state(Generator& generator, const Tensor& state) {
     Generator copy = generator.clone();
     copy.set_state(state);
     const at::mt19937_data_pod words = at::check_generator<at::CPUGeneratorImpl>(copy)->engine().data();
-    TORCH_CHECK(static_cast<int64_t>(words.next_) + words.left_ - 1 <= at::MERSENNE_STATE_N, "the state is damaged: of ", at::MERSENNE_STATE_N, " words it has ", words.left_ - 1, " left from ", words.next_, " on");
+    TORCH_CHECK(static_cast<int64_t>(words.next_) + words.left_ - 1 <= at::MERSENNE_STATE_N, "the state is damaged: ", words.left_ - 1, " words are left from word ", words.next_, ", but there are ", at::MERSENNE_STATE_N);
   }
   generator.set_state(state);
 }

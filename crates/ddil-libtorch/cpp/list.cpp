@@ -27,7 +27,7 @@ using List = std::vector<Tensor>;
 namespace {
 
 void check_length(const char* name, const List& list, const List& like) {
-  TORCH_CHECK(list.size() == like.size(), "`", name, "` has ", list.size(), " tensors where ", like.size(), " are needed");
+  TORCH_CHECK(list.size() == like.size(), "`", name, "` has ", list.size(), " tensors; expected ", like.size());
 }
 
 // libtorch checks tensor by tensor, after it has changed the earlier ones: all are checked here first.
@@ -35,17 +35,17 @@ void check_like(const char* name, const List& list, const List& like) {
   check_length(name, list, like);
   for (size_t i = 0; i < list.size(); ++i) {
     const Tensor &a = list[i], &b = like[i];
-    TORCH_CHECK(a.sizes() == b.sizes(), "`", name, "` [", i, "] has shape ", a.sizes(), " where ", b.sizes(), " is needed");
-    TORCH_CHECK(a.scalar_type() == b.scalar_type(), "`", name, "` [", i, "] is ", a.scalar_type(), " where ", b.scalar_type(), " is needed");
-    TORCH_CHECK(a.device() == b.device(), "`", name, "` [", i, "] is on ", a.device(), " where ", b.device(), " is needed");
-    TORCH_CHECK(a.layout() == b.layout(), "`", name, "` [", i, "] is ", a.layout(), " where ", b.layout(), " is needed");
+    TORCH_CHECK(a.sizes() == b.sizes(), "`", name, "` [", i, "] has shape ", a.sizes(), "; expected ", b.sizes());
+    TORCH_CHECK(a.scalar_type() == b.scalar_type(), "`", name, "` [", i, "] is ", a.scalar_type(), "; expected ", b.scalar_type());
+    TORCH_CHECK(a.device() == b.device(), "`", name, "` [", i, "] is on ", a.device(), "; expected ", b.device());
+    TORCH_CHECK(a.layout() == b.layout(), "`", name, "` [", i, "] is ", a.layout(), "; expected ", b.layout());
   }
 }
 
 void check_steps(const List& steps, const List& params) {
   check_length("steps", steps, params);
   for (size_t i = 0; i < steps.size(); ++i) {
-    TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == at::kFloat, "`steps` [", i, "] is ", steps[i].scalar_type(), " of shape ", steps[i].sizes(), " where one Float is needed");
+    TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == at::kFloat, "`steps` [", i, "] is ", steps[i].scalar_type(), " of shape ", steps[i].sizes(), "; expected one Float");
     TORCH_CHECK(steps[i].device() == params[i].device(), "`steps` [", i, "] is on ", steps[i].device(), ", its parameter on ", params[i].device());
   }
 }

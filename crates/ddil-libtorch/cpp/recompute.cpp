@@ -229,7 +229,7 @@ struct Recomputed final : Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list all(num_outputs());
     if (!grads[0].defined()) return all;
-    TORCH_CHECK(!at::GradMode::is_enabled(), "a recomputed part has no second derivative");
+    TORCH_CHECK(!at::GradMode::is_enabled(), "recomputed parts do not support second derivatives");
     const auto recipe = held();
     List sources = cut_off(unpacked(recipe->inputs));
     const Tensor output = compute_again(*recipe, sources);
