@@ -31,7 +31,7 @@ fn states(shape: [i64; 3]) -> States {
         grid_indices: grid_indices(),
         conditioning: Conditioning::class_labels(Tensor::zeros([BATCH as i64], kind::INT64_CPU)),
         sources: vec![Source::Student; BATCH],
-        births: vec![0; BATCH],
+        created_at_step: vec![0; BATCH],
     }
 }
 

@@ -117,7 +117,7 @@ fn filled(folder: &Path, gibibytes: f64) -> Result<AggregationBuffer, Failure> {
         grid_indices: grid_indices(),
         conditioning: Conditioning::none(),
         sources: vec![Source::Student; BATCH],
-        births: vec![0; BATCH],
+        created_at_step: vec![0; BATCH],
     };
     let started = Instant::now();
     let mut inserted = 0;

@@ -114,7 +114,7 @@ fn states(batch: usize) -> States {
         grid_indices: vec![2; batch],
         conditioning: Conditioning::class_labels(Tensor::zeros([batch as i64], kind::INT64_CPU)),
         sources: vec![Source::Student; batch],
-        births: vec![0; batch],
+        created_at_step: vec![0; batch],
     }
 }
 

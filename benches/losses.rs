@@ -67,7 +67,7 @@ fn states(grid: &Timesteps) -> States {
         grid_indices,
         conditioning: Conditioning::none(),
         sources: vec![Source::Forward; batch],
-        births: vec![0; batch],
+        created_at_step: vec![0; batch],
     }
 }
 
@@ -89,8 +89,11 @@ fn method(c: &mut Criterion, config: &ObjectiveConfig, phases: &[(&str, Phase)])
         let [teacher, target] = [0.9, 0.6].map(|f| Linear::new(&schedule, f, false));
         let fake_score = Linear::new(&schedule, 0.7, trains(Phase::Critic));
         let judge = Judge(Tensor::from(0.3_f32).set_requires_grad(trains(Phase::Critic)));
-        let critic =
-            Critic { fake_score: &fake_score, asked: &fake_score, discriminator: Some(&judge) };
+        let critic = Critic {
+            fake_score: &fake_score,
+            thresholded: &fake_score,
+            discriminator: Some(&judge),
+        };
         let networks = Networks {
             target: Some(&target),
             critic: Some(critic),

@@ -58,7 +58,7 @@ fn noise() -> States {
         grid_indices: vec![0; BATCH_SIZE as usize],
         conditioning: Conditioning::none(),
         sources: vec![Source::Noise; BATCH_SIZE as usize],
-        births: vec![0; BATCH_SIZE as usize],
+        created_at_step: vec![0; BATCH_SIZE as usize],
     }
 }
 

@@ -78,12 +78,12 @@ impl<'a> Distillation<'a> {
         let averaged = Counting::new(lab.denoiser(&target)?, &counts.student);
         let averaged = Thresholded::new(averaged, self.thresholding.clone())?;
         let fake_score = Counting::new(lab.denoiser(&critic)?, &counts.critic);
-        let asked = Thresholded::new(&fake_score, self.thresholding.clone())?;
+        let thresholded = Thresholded::new(&fake_score, self.thresholding.clone())?;
         let networks = Networks {
             target: needs.target_decay.map(|_| &averaged as &dyn Denoiser),
             critic: needs.critic.then_some(Critic {
                 fake_score: &fake_score,
-                asked: &asked,
+                thresholded: &thresholded,
                 discriminator: None,
             }),
             ..Networks::new(&student, &teacher)

@@ -117,7 +117,7 @@ fn follows_the_shift() -> ddil_core::Result<()> {
         let mean = run.mixer.priors_at(60, 100);
         assert_eq!(mean.student() > 0.55, far);
         // Networks are asked for states alone.
-        assert_eq!(run.student.asked.get(), {
+        assert_eq!(run.student.num_evaluated.get(), {
             let counters = run.mixer.counters();
             counters.student_evaluations + counters.teacher_evaluations
         });

@@ -28,7 +28,7 @@ pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64
         grid_indices: grid_indices.to_vec(),
         conditioning: Conditioning::class_labels(numbers),
         sources: vec![Source::Student; grid_indices.len()],
-        births: vec![step; grid_indices.len()],
+        created_at_step: vec![step; grid_indices.len()],
     }
 }
 
@@ -80,14 +80,14 @@ proptest! {
             prop_assert!(buffer.len() <= capacity);
             for (&index, ring) in &kept {
                 let young: HashMap<i64, u64> =
-                    ring.iter().copied().filter(|(_, birth)| step - birth <= max_age).collect();
+                    ring.iter().copied().filter(|(_, created_at_step)| step - created_at_step <= max_age).collect();
                 prop_assert_eq!(buffer.available(index, step), young.len());
                 if young.is_empty() {
                     continue;
                 }
                 let drawn = buffer.sample(&[index; 8], step, &mut rng).expect("there are some");
-                for (number, birth) in numbers(&drawn).iter().zip(&drawn.births) {
-                    prop_assert_eq!(young.get(number), Some(birth));
+                for (number, created_at_step) in numbers(&drawn).iter().zip(&drawn.created_at_step) {
+                    prop_assert_eq!(young.get(number), Some(created_at_step));
                 }
             }
         }
@@ -136,7 +136,7 @@ fn takes_any_rank_and_gives_provenance() -> ddil_core::Result<()> {
         let drawn = buffer.sample(&[3, 1], 9, &mut StdRng::seed_from_u64(0))?;
         assert_eq!(drawn.x_t.size()[1..], shape[1..]);
         assert_eq!(drawn.sources, [Source::Mixed, Source::Student]);
-        assert_eq!(drawn.births, [7, 7]);
+        assert_eq!(drawn.created_at_step, [7, 7]);
         assert_eq!(drawn.timesteps, Tensor::from_slice(&[249_i64, 749]));
         let statistics = buffer.statistics(9);
         assert_eq!(statistics.per_index, [0, 1, 0, 1]);
@@ -183,7 +183,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
         }
         let [a, b] = [&batches[0], &batches[1]];
         assert_eq!(a.x_t, b.x_t);
-        assert_eq!(a.births, b.births);
+        assert_eq!(a.created_at_step, b.created_at_step);
         let [a_labels, b_labels] = [a, b].map(|s| s.conditioning.get(Conditioning::CLASS_LABELS));
         assert_eq!(a_labels, b_labels);
     }
@@ -210,7 +210,10 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
         assert!(matches!(refused, Err(Error::Invalid(invalid)) if invalid.field == "grid_indices"));
     }
     let late = buffer.insert(&states(0, 4, &[1], &[3]));
-    assert!(matches!(late, Err(Error::OutOfOrder { birth: 4, latest: 5, .. })), "{late:?}");
+    assert!(
+        matches!(late, Err(Error::OutOfOrder { created_at_step: 4, latest: 5, .. })),
+        "{late:?}"
+    );
     let other = buffer.insert(&states(0, 5, &[1], &[4]));
     assert!(matches!(other, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let mut untold = states(0, 5, &[1], &[3]);

@@ -16,12 +16,12 @@ pub(crate) struct Gaussian {
     pub(crate) per_class: f64,
     pub(crate) std: f64,
     /// Samples it was asked about.
-    pub(crate) asked: Cell<u64>,
+    pub(crate) num_evaluated: Cell<u64>,
 }
 
 impl Gaussian {
     pub(crate) fn new(center: f64, per_class: f64, std: f64) -> Self {
-        Self { schedule: schedule(), center, per_class, std, asked: Cell::new(0) }
+        Self { schedule: schedule(), center, per_class, std, num_evaluated: Cell::new(0) }
     }
 
     fn mean(&self, x_t: &Tensor, conditioning: &Conditioning) -> Result<Tensor> {
@@ -43,7 +43,7 @@ impl Denoiser for Gaussian {
         timesteps: &Tensor,
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
-        self.asked.set(self.asked.get() + x_t.size()[0] as u64);
+        self.num_evaluated.set(self.num_evaluated.get() + x_t.size()[0] as u64);
         let mean = self.mean(x_t, conditioning)?;
         let scales = self.schedule.scales_at(timesteps, x_t)?;
         let variance = self.std * self.std;

@@ -82,9 +82,9 @@ fn guidance_of_one_asks_once() -> ddil_core::Result<()> {
     let inner = Gaussian::new(0.0, 0.4, 0.5);
     let (x_t, timesteps) = (normal(0, &[3, 2]), Tensor::from_slice(&[5_i64, 5, 5]));
     let _ = Guided::new(&inner, 1.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
-    assert_eq!(inner.asked.get(), 3);
+    assert_eq!(inner.num_evaluated.get(), 3);
     let _ = Guided::new(&inner, 2.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
-    assert_eq!(inner.asked.get(), 9);
+    assert_eq!(inner.num_evaluated.get(), 9);
     assert!(matches!(Guided::new(&inner, f64::NAN, null()), Err(Error::Invalid(_))));
     assert!(matches!(Guided::new(&inner, 2.0, labels(2)), Err(Error::Conditioning { .. })));
     Ok(())
@@ -215,7 +215,7 @@ fn a_weight_must_be_said_once_a_sample() -> ddil_core::Result<()> {
             matches!(answer, Err(Error::Conditioning { field, .. }) if field == "guidance_weight")
         );
     }
-    assert_eq!(inner.asked.get(), 0);
+    assert_eq!(inner.num_evaluated.get(), 0);
     let weighted = null().with_guidance_weight(Tensor::from_slice(&[0_f32]));
     assert!(matches!(GuidedByWeight::new(&inner, weighted), Err(Error::Conditioning { .. })));
     assert!(matches!(GuidedByWeight::new(&inner, labels(2)), Err(Error::Conditioning { .. })));

@@ -11,7 +11,7 @@ fn states(sources: &[Source], grid_indices: &[usize]) -> States {
         grid_indices: grid_indices.to_vec(),
         conditioning: Conditioning::none(),
         sources: sources.to_vec(),
-        births: vec![0; n],
+        created_at_step: vec![0; n],
     }
 }
 

@@ -116,7 +116,7 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
             assert_eq!(told, expected);
             assert_eq!(states.sources, [Source::Forward; 3]);
         }
-        assert_eq!((run.student.asked.get(), run.teacher.asked.get()), (0, 0));
+        assert_eq!((run.student.num_evaluated.get(), run.teacher.num_evaluated.get()), (0, 0));
     }
     Ok(())
 }
@@ -287,7 +287,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
             let (a, b) = (original.step(step)?, restored.step(step)?);
             assert_eq!(a.x_t, b.x_t, "{policy:?} at {step}");
             assert_eq!(label_list(&a), label_list(&b));
-            assert_eq!((a.sources, a.births), (b.sources, b.births));
+            assert_eq!((a.sources, a.created_at_step), (b.sources, b.created_at_step));
         }
         let (a, b) = (original.mixer.save()?, restored.mixer.save()?);
         assert_eq!(a.metadata, b.metadata);
@@ -380,7 +380,7 @@ fn flush_forgets_states() -> ddil_core::Result<()> {
         // A new stage counts its steps from 0, and its networks may take another shape.
         run.shape = vec![16, 2, 2];
         let states = run.step(0)?;
-        assert!(states.births.iter().all(|birth| *birth == 0));
+        assert!(states.created_at_step.iter().all(|birth| *birth == 0));
     }
     Ok(())
 }
@@ -473,7 +473,8 @@ fn chains_go_on_from_estimates_as_they_come() -> ddil_core::Result<()> {
         }
         let _ = run.step(0)?;
         let states = run.step(1)?;
-        let waited: Vec<i64> = (0..64).filter(|&row| states.births[row as usize] == 0).collect();
+        let waited: Vec<i64> =
+            (0..64).filter(|&row| states.created_at_step[row as usize] == 0).collect();
         assert!(waited.len() > 10);
         let x_t = states.x_t.index_select(0, &Tensor::from_slice(&waited));
         assert_eq!(x_t.min().double_value(&[]) > 3.0, !threshold_student);
@@ -487,15 +488,15 @@ fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
     for step in 0..=5 {
         let _ = run.step(step)?;
     }
-    assert_eq!((run.teacher.asked.get(), run.mixer.counters().teacher_evaluations), (0, 0));
+    assert_eq!((run.teacher.num_evaluated.get(), run.mixer.counters().teacher_evaluations), (0, 0));
     for step in 6..40 {
         let _ = run.step(step)?;
     }
     let counters = run.mixer.counters().clone();
     assert!(counters.fraction(Source::Student) > 0.1 && counters.fraction(Source::Teacher) > 0.1);
-    assert_eq!(run.teacher.asked.get(), counters.teacher_evaluations);
+    assert_eq!(run.teacher.num_evaluated.get(), counters.teacher_evaluations);
     // The rest of the student's calls were the losses'.
-    assert_eq!(run.student.asked.get(), counters.student_evaluations + 40 * 16);
+    assert_eq!(run.student.num_evaluated.get(), counters.student_evaluations + 40 * 16);
     // Chains walk in the loss; what is left is refreshing and chance.
     let wanted = counters.states[1] as f64;
     assert!((counters.student_evaluations as f64) < 0.8 * wanted, "{counters:?}");
@@ -547,7 +548,7 @@ fn a_source_of_ones_own() -> ddil_core::Result<()> {
                 grid_indices: request.grid_indices.to_vec(),
                 conditioning: request.prompts.shallow_clone(),
                 sources: vec![Source::Teacher; request.len()],
-                births: vec![request.step; request.len()],
+                created_at_step: vec![request.step; request.len()],
             })
         }
     }

@@ -114,7 +114,7 @@ fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
     for shape in [&[6, 4][..], &[6, 2, 3, 3]] {
         let noise = normal(3, shape);
         let whole = walked(&student, &trailing(4), noise.copy(), &labels(6))?;
-        student.asked.set(0);
+        student.num_evaluated.set(0);
         let indices = [2_usize, 0, 3, 1, 2, 3];
         let mut targets: Vec<i64> = indices.iter().map(|&i| trailing(4).as_slice()[i]).collect();
         targets[5] = -1;
@@ -125,7 +125,7 @@ fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
             assert!(max_abs_difference(&stopped.get(row), &expected.get(row)) < 1e-5, "{row}");
         }
         // Only those on their way are asked about: one call an interval walked.
-        assert_eq!(student.asked.get(), 2 + 3 + 1 + 2 + 4);
+        assert_eq!(student.num_evaluated.get(), 2 + 3 + 1 + 2 + 4);
     }
     Ok(())
 }

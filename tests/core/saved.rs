@@ -30,7 +30,7 @@ fn filled(folder: &std::path::Path) -> ddil_core::Result<AggregationBuffer> {
             conditioning: Conditioning::none()
                 .with("audio", Tensor::full([3, 2], step as i64, (Kind::Half, tch::Device::Cpu))),
             sources: vec![Source::Student; 3],
-            births: vec![step; 3],
+            created_at_step: vec![step; 3],
         })?;
     }
     Ok(buffer)
@@ -54,7 +54,7 @@ fn a_folder_holds_a_state() -> TestResult {
     assert_eq!(a.x_t, b.x_t);
     assert_eq!(a.conditioning.get("audio"), b.conditioning.get("audio"));
     assert!(a.conditioning.get("audio").is_some());
-    assert_eq!((a.sources, a.births), (b.sources, b.births));
+    assert_eq!((a.sources, a.created_at_step), (b.sources, b.created_at_step));
     Ok(())
 }
 

@@ -150,26 +150,26 @@ fn policies_cost_what_they_say() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let mut fresh = bench.student(StudentPolicy::Fresh);
     let _ = bench.ask(&mut fresh, 0, &indices, &[2], 0)?;
-    assert_eq!(bench.student.asked.take(), indices.iter().sum::<usize>() as u64);
+    assert_eq!(bench.student.num_evaluated.take(), indices.iter().sum::<usize>() as u64);
 
     // Three trajectories serve all eight.
     let mut shared = bench.student(StudentPolicy::FreshAll);
     let states = bench.ask(&mut shared, 0, &indices, &[2], 100)?;
-    assert_eq!(bench.student.asked.take(), 9);
+    assert_eq!(bench.student.num_evaluated.take(), 9);
     assert_eq!(label_list(&states), [100, 100, 100, 103, 103, 103, 106, 106]);
 
     // All is rolled out while there is nothing, and nothing with a fraction of 0 once there is.
     let buffer = BufferConfig::default();
     let mut source = bench.student(StudentPolicy::Buffer { new_fraction: 0.0, buffer });
     let _ = bench.ask(&mut source, 0, &indices, &[2], 0)?;
-    assert_eq!(bench.student.asked.take(), 3 * 8);
+    assert_eq!(bench.student.num_evaluated.take(), 3 * 8);
     assert_eq!(source.buffer().expect("it has one").len(), 3 * 8);
     let states = bench.ask(&mut source, 1, &indices, &[2], 50)?;
-    assert_eq!(bench.student.asked.take(), 0);
-    assert!(states.births.iter().all(|birth| *birth == 0));
+    assert_eq!(bench.student.num_evaluated.take(), 0);
+    assert!(states.created_at_step.iter().all(|birth| *birth == 0));
     // Beyond the age limit all is rolled out again.
     let states = bench.ask(&mut source, 1001, &indices, &[2], 50)?;
-    assert_eq!(bench.student.asked.take(), 3 * 8);
+    assert_eq!(bench.student.num_evaluated.take(), 3 * 8);
     assert_eq!(label_list(&states), [50, 51, 52, 53, 54, 55, 56, 57]);
     Ok(())
 }
@@ -216,9 +216,9 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     }
     // One call for each timestep of the rollout that is noisier: 2.44 a state on average.
     let mut fresh = bench.student(StudentPolicy::Fresh);
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     let _ = bench.ask(&mut fresh, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
-    assert_eq!(bench.student.asked.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
+    assert_eq!(bench.student.num_evaluated.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
 
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
         let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
@@ -261,15 +261,15 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
         rollout_steps: Some(RolloutSteps { min, max }),
         ..StudentConfig::default()
     };
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     let mut source = StudentSource::new(config(2, 8), &bench.grids)?;
     let _ = bench.ask(&mut source, 0, &[49; 700], &[1], 0)?;
-    let mean = bench.student.asked.take() as f64 / 700.0;
+    let mean = bench.student.num_evaluated.take() as f64 / 700.0;
     assert!((mean - 5.0).abs() < 4.0 * 2.0 / 700_f64.sqrt(), "{mean}");
     // Of four steps only, it costs what the four-step grid costs.
     let mut source = StudentSource::new(config(4, 4), &bench.grids)?;
     let _ = bench.ask(&mut source, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
-    assert_eq!(bench.student.asked.take(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
+    assert_eq!(bench.student.num_evaluated.take(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
     Ok(())
 }
 
@@ -322,7 +322,7 @@ fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()>
         let mut source = TeacherSource::new(config, &bench.grids)?;
         let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
         assert!(states.sources.iter().all(|source| *source == Source::Teacher));
-        assert_eq!(bench.student.asked.get(), 0);
+        assert_eq!(bench.student.num_evaluated.get(), 0);
         assert_law(&bench, &bench.teacher, &bench.grids.teacher, &states);
         for shape in SHAPES {
             let mut source = TeacherSource::new(TeacherConfig::default(), &bench.grids)?;
@@ -348,18 +348,18 @@ fn pool_is_filled_once() -> ddil_core::Result<()> {
         }
     }
     // Three trajectories a step, each in 2 substeps for each of 3 intervals; the last step had room for one.
-    assert_eq!((source.pooled(), bench.teacher.asked.take()), (10, 4 * 3 * 6));
+    assert_eq!((source.pooled(), bench.teacher.num_evaluated.take()), (10, 4 * 3 * 6));
     let mut seen = std::collections::HashSet::new();
     for step in 4..40 {
         let states = bench.ask(&mut source, step, &cycle(9), &[2], -1)?;
         for (i, label) in label_list(&states).into_iter().enumerate() {
             let value = states.x_t.double_value(&[i as i64, 0]);
             assert_eq!(made.get(&(label, states.grid_indices[i])), Some(&value));
-            assert_eq!(states.births[i] as i64, label / 100);
+            assert_eq!(states.created_at_step[i] as i64, label / 100);
             seen.insert(label);
         }
     }
-    assert_eq!((seen.len(), bench.teacher.asked.get()), (10, 0));
+    assert_eq!((seen.len(), bench.teacher.num_evaluated.get()), (10, 0));
     source.flush();
     assert_eq!(source.pooled(), 0);
     Ok(())
@@ -415,7 +415,7 @@ fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddi
             assert!(states.sources.iter().all(|source| *source == Source::Teacher));
             ends.push(cleaned(&bench, step, &states)?);
         }
-        assert_eq!((source.pooled(), bench.student.asked.get()), (pool, 0));
+        assert_eq!((source.pooled(), bench.student.num_evaluated.get()), (pool, 0));
         let ends = Tensor::cat(&ends, 0);
         let [at_zero, at_one] = teacher_ends(&bench)?;
         let unit = (&ends - at_zero) / (at_one - at_zero);
@@ -441,7 +441,7 @@ fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
     };
     let mut source = TeacherSource::new(config.clone(), &bench.grids)?;
     bench.ask(&mut source, 0, &[49, 49, 49], &[2], 0)?;
-    assert_eq!((source.pooled(), bench.teacher.asked.take()), (3, 3 * 50));
+    assert_eq!((source.pooled(), bench.teacher.num_evaluated.take()), (3, 3 * 50));
     let mut seen = std::collections::HashMap::new();
     for step in 1..60 {
         let indices = vec![step as usize % 49 + 1; 4];
@@ -452,10 +452,10 @@ fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
             let first = *seen.entry(label).or_insert(end);
             // Taking the noise out at the last timestep divides by an alpha of .068.
             assert!((end - first).abs() < 1e-4, "{label} at {}: {end}, {first}", indices[0]);
-            assert_eq!(states.births[i], 0);
+            assert_eq!(states.created_at_step[i], 0);
         }
     }
-    assert_eq!((seen.len(), bench.teacher.asked.get()), (3, 0));
+    assert_eq!((seen.len(), bench.teacher.num_evaluated.get()), (3, 0));
 
     let mut restored = TeacherSource::new(config, &bench.grids)?;
     restored.restore(&source.save()?)?;
@@ -475,7 +475,7 @@ fn noise(step: u64) -> States {
         grid_indices: vec![0; 4],
         conditioning: Conditioning::class_labels(labels),
         sources: vec![Source::Noise; 4],
-        births: vec![step; 4],
+        created_at_step: vec![step; 4],
     }
 }
 
@@ -550,18 +550,22 @@ fn chains_cost_no_calls() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
     let _ = run_chain(&bench, &mut source, 0..5, |_| None)?;
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     let batches = run_chain(&bench, &mut source, 5..25, |_| None)?;
     // 16 a step by the loss of this test itself.
-    assert_eq!(bench.student.asked.get(), 20 * 16);
+    assert_eq!(bench.student.num_evaluated.get(), 20 * 16);
     for (step, batch) in (5..).zip(&batches) {
-        assert!(batch.births.iter().all(|birth| step - birth <= 1), "{:?}", batch.births);
+        assert!(
+            batch.created_at_step.iter().all(|birth| step - birth <= 1),
+            "{:?}",
+            batch.created_at_step
+        );
     }
 
     let mut refreshed = bench.student(StudentPolicy::Chain { refresh_fraction: 1.0 });
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     let _ = run_chain(&bench, &mut refreshed, 0..5, |_| None)?;
-    assert_eq!(bench.student.asked.get(), 5 * (16 + 4 * (1 + 2 + 3)));
+    assert_eq!(bench.student.num_evaluated.get(), 5 * (16 + 4 * (1 + 2 + 3)));
     Ok(())
 }
 
@@ -573,17 +577,17 @@ fn chains_give_the_newest() -> ddil_core::Result<()> {
     let twice = States::cat(&[noise(0), noise(0)])?;
     show_loss(&bench, &mut source, 0, &twice, None)?;
     show_loss(&bench, &mut source, 1, &noise(1), None)?;
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     // As many wait at an index as there were in the first batch: four of each step.
-    let asked = [[1; 3]; 3].map(|indices| bench.ask(&mut source, 2, &indices, &[3], 0));
-    let births: Vec<u64> = asked
+    let num_evaluated = [[1; 3]; 3].map(|indices| bench.ask(&mut source, 2, &indices, &[3], 0));
+    let created_at_step: Vec<u64> = num_evaluated
         .into_iter()
         .collect::<ddil_core::Result<Vec<_>>>()?
         .into_iter()
-        .flat_map(|states| states.births)
+        .flat_map(|states| states.created_at_step)
         .collect();
-    assert_eq!(births, [1, 1, 1, 1, 0, 0, 0, 0, 2]);
-    assert_eq!(bench.student.asked.get(), 1);
+    assert_eq!(created_at_step, [1, 1, 1, 1, 0, 0, 0, 0, 2]);
+    assert_eq!(bench.student.num_evaluated.get(), 1);
     Ok(())
 }
 
@@ -593,11 +597,11 @@ fn chains_forget_what_waits_too_long() -> ddil_core::Result<()> {
     let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
     let _ = run_chain(&bench, &mut source, 0..5, |_| None)?;
     let late = run_chain(&bench, &mut source, 50..51, |_| None)?;
-    assert!(late[0].births.iter().all(|birth| *birth == 50));
+    assert!(late[0].created_at_step.iter().all(|birth| *birth == 50));
     source.flush();
-    bench.student.asked.set(0);
+    bench.student.num_evaluated.set(0);
     let _ = run_chain(&bench, &mut source, 51..52, |_| None)?;
-    assert_eq!(bench.student.asked.get(), 16 + 4 * (1 + 2 + 3));
+    assert_eq!(bench.student.num_evaluated.get(), 16 + 4 * (1 + 2 + 3));
     Ok(())
 }
 
@@ -635,7 +639,7 @@ fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
     let mut source = StudentSource::new(config, &bench.grids)?;
     let states = bench.ask(&mut source, 0, &cycle(9), &[2], 0)?;
     assert!(states.sources.iter().all(|source| *source == Source::Mixed));
-    assert!(bench.teacher.asked.get() > 0);
+    assert!(bench.teacher.num_evaluated.get() > 0);
     Ok(())
 }
 

@@ -78,7 +78,7 @@ fn assert_same(a: &States, b: &States) {
     assert_eq!(a.timesteps, b.timesteps);
     let [a_labels, b_labels] = [a, b].map(|s| s.conditioning.get(Conditioning::CLASS_LABELS));
     assert_eq!(a_labels, b_labels);
-    assert_eq!((&a.births, &a.sources), (&b.births, &b.sources));
+    assert_eq!((&a.created_at_step, &a.sources), (&b.created_at_step, &b.sources));
 }
 
 /// What is done to two buffers that must not differ.

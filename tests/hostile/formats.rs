@@ -51,7 +51,7 @@ fn a_checkpoint_of_version_1_is_read() {
     assert_eq!(buffer.statistics(2).per_index, [0, 2, 1, 1]);
     let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(0);
     let drawn = buffer.sample(&[3], 2, &mut rng).expect("it is there");
-    assert_eq!((drawn.sources[0], drawn.births[0]), (Source::Student, 1));
+    assert_eq!((drawn.sources[0], drawn.created_at_step[0]), (Source::Student, 1));
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn cast<'a>(
     teacher: &'a dyn Denoiser,
     fake_score: &'a dyn Denoiser,
 ) -> Networks<'a> {
-    let critic = Critic { fake_score, asked: fake_score, discriminator: None };
+    let critic = Critic { fake_score, thresholded: fake_score, discriminator: None };
     Networks { critic: Some(critic), ..Networks::new(student, teacher) }
 }
 
@@ -357,7 +357,7 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
     let real =
         Data { x0: Tensor::randn([3, 4], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
     for phase in [Phase::Student, Phase::Critic] {
-        let [student, teacher, fake_score, asked] =
+        let [student, teacher, fake_score, thresholded] =
             [0.5, 0.9, 0.7, 0.6].map(|factor| Linear::trainable(schedule.clone(), factor));
         let judge = Judge::trainable(0.3);
         let frozen = Judge { factor: Tensor::from(0.3), told: RefCell::default() };
@@ -366,8 +366,11 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
             Phase::Student => &frozen,
             Phase::Critic => &judge,
         };
-        let critic =
-            Critic { fake_score: &fake_score, asked: &asked, discriminator: Some(discriminator) };
+        let critic = Critic {
+            fake_score: &fake_score,
+            thresholded: &thresholded,
+            discriminator: Some(discriminator),
+        };
         let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
         let terms =
             loss(&dmd2, &LossRequest { real: Some(&real), ..request(phase, &batch, networks) });
@@ -375,9 +378,14 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
         assert!(terms.parts.iter().all(|(_, figures)| !figures.requires_grad()));
         assert_eq!(terms.teacher_next.map(|next| next.size()), None);
         terms.per_sample.mean(Kind::Double).backward();
-        let got =
-            [&student.factor, &teacher.factor, &fake_score.factor, &asked.factor, &judge.factor]
-                .map(|factor| factor.grad().defined() && factor.grad().double_value(&[]) != 0.0);
+        let got = [
+            &student.factor,
+            &teacher.factor,
+            &fake_score.factor,
+            &thresholded.factor,
+            &judge.factor,
+        ]
+        .map(|factor| factor.grad().defined() && factor.grad().double_value(&[]) != 0.0);
         let expected = match phase {
             Phase::Student => [true, false, false, false, false],
             Phase::Critic => [false, false, true, false, true],
@@ -417,23 +425,23 @@ fn the_critic_takes_the_samples_that_there_are() {
 fn timesteps_are_drawn_from_the_whole_of_their_range() {
     let [schedule, ..] = schedules();
     let recorder = || Recorder::new(schedule.clone());
-    let (teacher, asked, fake_score) = (recorder(), recorder(), recorder());
+    let (teacher, thresholded, fake_score) = (recorder(), recorder(), recorder());
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(1.0) };
     let dmd2 = method(&schedule, no_gan());
     assert_eq!(dmd2.matching_timesteps(), (20, 980));
     let mut batch =
         states(Tensor::zeros([20_000, 1], kind::FLOAT_CPU), &trailing(4), &vec![2; 20_000]);
     batch.conditioning = Conditioning::class_labels(Tensor::full([20_000], 7, kind::INT64_CPU));
-    let critic = Critic { fake_score: &fake_score, asked: &asked, discriminator: None };
+    let critic = Critic { fake_score: &fake_score, thresholded: &thresholded, discriminator: None };
     let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
     for phase in [Phase::Student, Phase::Critic] {
         loss(&dmd2, &request(phase, &batch, networks));
     }
-    let of = |recorder: &Recorder| recorder.asked.borrow().clone();
-    let (of_teacher, of_asked, of_fake) = (of(&teacher), of(&asked), of(&fake_score));
-    assert_eq!([of_teacher.len(), of_asked.len(), of_fake.len()], [1, 1, 1]);
+    let of = |recorder: &Recorder| recorder.calls.borrow().clone();
+    let (of_teacher, of_thresholded, of_fake) = (of(&teacher), of(&thresholded), of(&fake_score));
+    assert_eq!([of_teacher.len(), of_thresholded.len(), of_fake.len()], [1, 1, 1]);
     // Teacher and critic are compared at the same noised samples.
-    assert_eq!(of_teacher, of_asked);
+    assert_eq!(of_teacher, of_thresholded);
     for ((timesteps, labels), (low, high)) in [(&of_teacher[0], (20, 980)), (&of_fake[0], (0, 999))]
     {
         assert!(labels.iter().all(|label| *label == 7));
@@ -455,8 +463,8 @@ fn draws_differ_by_step_and_phase_and_by_nothing_else() {
         let recorder = Recorder::new(schedule.clone());
         let networks = cast(&student, &recorder, &recorder);
         loss(dmd2, &LossRequest { step, ..request(phase, &batch, networks) });
-        let asked = recorder.asked.borrow();
-        asked[0].0.clone()
+        let calls = recorder.calls.borrow();
+        calls[0].0.clone()
     };
     let first = drawn(7, Phase::Student, &dmd2);
     assert_eq!(first, drawn(7, Phase::Student, &dmd2));
@@ -663,8 +671,8 @@ fn a_critic_that_sees_the_source_has_a_law_for_each() {
             let expected = if critic_sees_source { number / 2.0 } else { 0.0 };
             assert!((gradient.double_value(&[row as i64, 0]) - expected).abs() < 1e-5, "{row}");
         }
-        let asked = request(Phase::Critic, &batch, networks);
-        loss(&dmd2, &LossRequest { real: Some(&real), ..asked });
+        let base = request(Phase::Critic, &batch, networks);
+        loss(&dmd2, &LossRequest { real: Some(&real), ..base });
         // The student's samples in its own phase, then made and real ones in the critic's: all are told the same.
         assert_eq!(ear.0.take(), vec![told; 3]);
     }

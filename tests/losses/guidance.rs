@@ -53,7 +53,7 @@ fn nobody_is_guided_twice() {
         (embedded, "embedded", embedded),
     ] {
         assert_eq!(guidance.of_student(), of_student);
-        assert_eq!(guidance.is_told_to_student(), of_student == embedded);
+        assert_eq!(guidance.is_student_input(), of_student == embedded);
         let written = serde_json::to_value(guidance).expect("settings can be written");
         assert_eq!((guidance.as_str(), &written["kind"]), (name, &name.into()));
         let read: TeacherGuidance = serde_json::from_value(written).expect("as written");

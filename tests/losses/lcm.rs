@@ -236,9 +236,9 @@ fn the_average_is_asked_where_the_solver_arrives_and_the_others_where_the_state_
     loss(&lcm, &batch, &cast(&student, &teacher, &target));
     let labels = vec![7, 8, 9];
     let here = [(vec![999, 399, 19], labels.clone())];
-    assert_eq!(*student.asked.borrow(), here);
-    assert_eq!(*teacher.asked.borrow(), here);
-    assert_eq!(*target.asked.borrow(), [(vec![979, 379, 0], labels)]);
+    assert_eq!(*student.calls.borrow(), here);
+    assert_eq!(*teacher.calls.borrow(), here);
+    assert_eq!(*target.calls.borrow(), [(vec![979, 379, 0], labels)]);
 }
 
 /// A teacher guided by the weight of each sample against a student that is told it.

@@ -37,7 +37,8 @@ fn of_loss(method: &ObjectiveConfig, student: &dyn Denoiser, x_t: &Tensor, t: i6
     let states = states(x_t.shallow_clone(), &grid, &[index; 3]);
     let mut networks = Networks::new(student, student);
     networks.target = Some(student);
-    networks.critic = Some(Critic { fake_score: student, asked: student, discriminator: None });
+    networks.critic =
+        Some(Critic { fake_score: student, thresholded: student, discriminator: None });
     let streams = RandomStreams::new(0, 0);
     let request = LossRequest::new(0, Phase::Student, &states, networks, &streams);
     objective.loss(&request).expect("everything is there").student_x0
@@ -71,17 +72,22 @@ fn the_same_state_has_the_same_x0_in_loss_rollout_samples_and_export() {
             for &t in grid.as_slice() {
                 let what = format!("{} {thresholding:?} at {t}", method.as_str());
                 let loss = of_loss(&method, &student(), &x_t, t);
-                let asked = with_boundary(student(), &sampler);
+                let denoiser = with_boundary(student(), &sampler);
                 let at = Tensor::full([3], t, kind::INT64_CPU);
-                let predicted = asked.predict(&x_t, &at, &Conditioning::none()).expect("it fits");
+                let predicted =
+                    denoiser.predict(&x_t, &at, &Conditioning::none()).expect("it fits");
                 assert_same(&predicted.x0, &loss, &format!("{what}, prediction"));
-                let rollout = of_rollout(sampler, &asked, &x_t, t);
+                let rollout = of_rollout(sampler, &denoiser, &x_t, t);
                 assert_same(&rollout, &loss, &format!("{what}, rollout"));
 
                 let held = Thresholded::new(network(), exported.thresholding()).expect("valid");
                 let read = exported.sampler_config();
-                let asked = with_boundary(held, &read);
-                assert_same(&of_rollout(read, &asked, &x_t, t), &loss, &format!("{what}, export"));
+                let denoiser = with_boundary(held, &read);
+                assert_same(
+                    &of_rollout(read, &denoiser, &x_t, t),
+                    &loss,
+                    &format!("{what}, export"),
+                );
             }
             assert_eq!(exported.timesteps(None).expect("they were written"), grid);
         }
@@ -110,8 +116,8 @@ fn a_boundary_changes_the_x0_of_a_state() {
     let sampler = strong.sampler_config(&schedule());
     let network = || Gaussian { schedule: schedule(), mean: 0.7, std: 0.9 };
     let x_t = Tensor::randn([3, 2, 4], kind::DOUBLE_CPU);
-    let asked = with_boundary(network(), &sampler);
+    let denoiser = with_boundary(network(), &sampler);
     let bare = of_rollout(sampler, &network(), &x_t, 259);
-    let bounded = of_rollout(sampler, &asked, &x_t, 259);
+    let bounded = of_rollout(sampler, &denoiser, &x_t, 259);
     assert!((bare - bounded).abs().max().double_value(&[]) > 1e-2);
 }

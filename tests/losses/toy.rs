@@ -33,7 +33,7 @@ pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> S
         grid_indices: grid_indices.to_vec(),
         conditioning: Conditioning::none(),
         sources: vec![Source::Forward; grid_indices.len()],
-        births: vec![0; grid_indices.len()],
+        created_at_step: vec![0; grid_indices.len()],
     }
 }
 
@@ -203,18 +203,18 @@ impl Denoiser for Silent {
 pub(crate) struct Recorder {
     pub(crate) schedule: NoiseSchedule,
     /// Timesteps and class labels of each call.
-    pub(crate) asked: RefCell<Vec<(Vec<i64>, Vec<i64>)>>,
+    pub(crate) calls: RefCell<Vec<(Vec<i64>, Vec<i64>)>>,
 }
 
 impl Recorder {
     pub(crate) fn new(schedule: NoiseSchedule) -> Self {
-        Self { schedule, asked: RefCell::default() }
+        Self { schedule, calls: RefCell::default() }
     }
 
     pub(crate) fn note(&self, timesteps: &Tensor, told: &Conditioning) {
         let integers = |tensor: &Tensor| Vec::try_from(tensor).expect("a vector of integers");
         let labels = told.get(Conditioning::CLASS_LABELS).map(integers).unwrap_or_default();
-        self.asked.borrow_mut().push((integers(timesteps), labels));
+        self.calls.borrow_mut().push((integers(timesteps), labels));
     }
 }
 

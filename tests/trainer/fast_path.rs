@@ -114,7 +114,7 @@ impl Fast {
             grid_indices: batch.entries.clone(),
             conditioning: Conditioning::class_labels(classes),
             sources: vec![Source::Forward; batch.entries.len()],
-            births: vec![0; batch.entries.len()],
+            created_at_step: vec![0; batch.entries.len()],
         })
     }
 

@@ -218,8 +218,9 @@ impl Arm {
     pub fn teacher_trajectories(&self) -> f64 {
         let grids = self.mixer.grids();
         let last = grids.student.as_slice().iter().min().copied().unwrap_or(-1);
-        let asked = grids.teacher.as_slice().iter().filter(|timestep| **timestep > last).count();
-        self.meters.of(Role::TeacherRollout).passes as f64 / (2 * asked) as f64
+        let evaluated =
+            grids.teacher.as_slice().iter().filter(|timestep| **timestep > last).count();
+        self.meters.of(Role::TeacherRollout).passes as f64 / (2 * evaluated) as f64
     }
 
     /// Performs one update and adds its cost to the current round.
@@ -342,16 +343,17 @@ impl Arm {
             target.map(|target| held(meters.put_on(Role::Target, &target.network))).transpose()?;
         let critic = self.critic.as_ref();
         let fake_score = critic.map(|critic| meters.put_on(Role::Critic, &critic.fake_score));
-        let asked = critic
+        let thresholded = critic
             .map(|critic| held(meters.put_on(Role::Critic, &critic.fake_score)))
             .transpose()?;
         let judge =
             critic.map(|critic| meters.put_on(Role::Discriminator, critic.discriminator.clone()));
-        let critic = fake_score.as_ref().zip(asked.as_ref()).map(|(fake_score, asked)| Critic {
-            fake_score,
-            asked,
-            discriminator: judge.as_ref().map(|judge| judge as _),
-        });
+        let critic =
+            fake_score.as_ref().zip(thresholded.as_ref()).map(|(fake_score, thresholded)| Critic {
+                fake_score,
+                thresholded,
+                discriminator: judge.as_ref().map(|judge| judge as _),
+            });
         let target = target.as_ref().map(|target| target as _);
         let networks = Networks { student: &student, teacher: &teacher, target, critic };
         let real = Some(real);

@@ -108,7 +108,7 @@ impl Default for BufferConfig {
 ///         grid_indices: vec![1, 2, 3],
 ///         conditioning: Conditioning::none(),
 ///         sources: vec![Source::Student; 3],
-///         births: vec![step; 3],
+///         created_at_step: vec![step; 3],
 ///     })?;
 /// }
 /// let statistics = buffer.statistics(80);
@@ -241,7 +241,7 @@ impl AggregationBuffer {
     pub fn available(&mut self, grid_index: usize, step: u64) -> usize {
         let max_age = self.config.max_age;
         let ring = grid_index.checked_sub(1).and_then(|ring| self.rings.get_mut(ring));
-        ring.map_or(0, |ring| ring.forget(step, max_age))
+        ring.map_or(0, |ring| ring.drop_old(step, max_age))
     }
 
     /// Inserts states; full rings overwrite their oldest.
@@ -270,7 +270,10 @@ impl AggregationBuffer {
         for (ring, rows) in of_rings.iter().enumerate() {
             self.append(ring, rows, states, places)?;
             for &row in rows {
-                let item = Item { birth: states.births[row], source: states.sources[row] };
+                let item = Item {
+                    created_at_step: states.created_at_step[row],
+                    source: states.sources[row],
+                };
                 self.rings[ring].push(item, places.ring_len);
             }
         }
@@ -374,7 +377,7 @@ impl AggregationBuffer {
             grid_indices: grid_indices.to_vec(),
             conditioning,
             sources: items.iter().map(|item| item.source).collect(),
-            births: items.iter().map(|item| item.birth).collect(),
+            created_at_step: items.iter().map(|item| item.created_at_step).collect(),
         })
     }
 
@@ -438,7 +441,9 @@ impl AggregationBuffer {
         let ages: Vec<u64> = self
             .rings
             .iter()
-            .flat_map(|ring| ring.items.iter().map(|item| step.saturating_sub(item.birth)))
+            .flat_map(|ring| {
+                ring.items.iter().map(|item| step.saturating_sub(item.created_at_step))
+            })
             .collect();
         let total: u128 = ages.iter().copied().map(u128::from).sum();
         let per_index = self.rings.iter().map(|ring| ring.items.len());
@@ -568,9 +573,14 @@ impl AggregationBuffer {
     /// Checks everything before anything is changed.
     fn ensure_insertable(&self, states: &States) -> Result<()> {
         states.ensure("AggregationBuffer::insert")?;
-        let mut latest: Vec<u64> =
-            self.rings.iter().map(|ring| ring.items.back().map_or(0, |item| item.birth)).collect();
-        for (&grid_index, &birth) in states.grid_indices.iter().zip(&states.births) {
+        let mut latest: Vec<u64> = self
+            .rings
+            .iter()
+            .map(|ring| ring.items.back().map_or(0, |item| item.created_at_step))
+            .collect();
+        for (&grid_index, &created_at_step) in
+            states.grid_indices.iter().zip(&states.created_at_step)
+        {
             let ring = grid_index.checked_sub(1);
             let Some(latest) = ring.and_then(|ring| latest.get_mut(ring)) else {
                 return Err(Error::Invalid(Invalid::new(
@@ -579,11 +589,15 @@ impl AggregationBuffer {
                     format!("in 1..={}; index 0 is noise", self.rings.len()),
                 )));
             };
-            if birth < *latest {
+            if created_at_step < *latest {
                 let latest = *latest;
-                return Err(Error::OutOfOrder { op: "AggregationBuffer::insert", birth, latest });
+                return Err(Error::OutOfOrder {
+                    op: "AggregationBuffer::insert",
+                    created_at_step,
+                    latest,
+                });
             }
-            *latest = birth;
+            *latest = created_at_step;
         }
         self.rows.ensure_like(&states.x_t, &states.conditioning)
     }

@@ -204,11 +204,11 @@ impl Conditioning {
         let Some((name, _)) = self.parts().find(|(name, _)| !known.contains(name)) else {
             return Ok(());
         };
-        let takes = match known {
+        let inputs = match known {
             [] => "none".to_owned(),
             known => format!("`{}`", known.join("`, `")),
         };
-        let problem = format!("is not an input of {network}; its conditioning inputs: {takes}");
+        let problem = format!("is not an input of {network}; its conditioning inputs: {inputs}");
         Err(Error::Conditioning { op, field: name.to_owned(), problem })
     }
 

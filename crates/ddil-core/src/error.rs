@@ -60,13 +60,13 @@ pub enum Error {
     },
     /// States were not inserted in the order of the student's updates.
     #[error(
-        "{op}: a state of step {birth} follows one of step {latest}; call `flush` before steps are counted from 0 again"
+        "{op}: a state of step {created_at_step} follows one of step {latest}; call `flush` before steps are counted from 0 again"
     )]
     OutOfOrder {
         /// The function that was called.
         op: &'static str,
         /// The step of the late state.
-        birth: u64,
+        created_at_step: u64,
         /// The latest step so far.
         latest: u64,
     },

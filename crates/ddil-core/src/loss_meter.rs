@@ -27,7 +27,7 @@ use crate::tally::Tally;
 ///     grid_indices: vec![1, 1, 2],
 ///     conditioning: Conditioning::none(),
 ///     sources: vec![Source::Forward, Source::Student, Source::Student],
-///     births: vec![0; 3],
+///     created_at_step: vec![0; 3],
 /// };
 /// let mut meter = LossMeter::new(4);
 /// meter.add(&Tensor::from_slice(&[0.25_f32, 1.0, 9.0]), &states)?;

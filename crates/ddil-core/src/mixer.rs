@@ -453,7 +453,7 @@ impl Mixer {
         }
         let assigned = self.assign(clock, &grid_indices);
         let (student, teacher) = (Counted::new(networks.student), Counted::new(networks.teacher));
-        let whole = SourceRequest {
+        let full = SourceRequest {
             step,
             grid_indices: &grid_indices,
             data: batch.data,
@@ -466,7 +466,7 @@ impl Mixer {
             teacher: &teacher,
             streams,
         };
-        let states = self.mixture.collect(&whole, &assigned, self.config.pure_noise_at_tmax)?;
+        let states = self.mixture.collect(&full, &assigned, self.config.pure_noise_at_tmax)?;
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
         self.counters.count(&states);
@@ -605,9 +605,9 @@ pub fn draw_grid_indices(batch: usize, num_indices: usize, rng: &mut impl Rng) -
     }
     let mut rest: Vec<usize> = (0..num_indices).collect();
     rest.shuffle(rng);
-    let whole = batch - batch % num_indices;
-    let mut indices: Vec<usize> = (0..whole).map(|i| i % num_indices).collect();
-    indices.extend(rest.into_iter().take(batch - whole));
+    let even = batch - batch % num_indices;
+    let mut indices: Vec<usize> = (0..even).map(|i| i % num_indices).collect();
+    indices.extend(rest.into_iter().take(batch - even));
     indices.shuffle(rng);
     indices
 }

@@ -162,7 +162,7 @@ impl<'a> Rollout<'a> {
         ensure_part_of("timesteps", &kept, self.timesteps)?;
         let conditioning = self.conditioning.map(Conditioning::shallow_clone).unwrap_or_default();
         let mut states = Vec::with_capacity(kept.len());
-        let x0 = self.walk(noise, |timestep, x_t| {
+        let x0 = self.run_steps(noise, |timestep, x_t| {
             if kept.as_slice().contains(&timestep) {
                 states.push(x_t.shallow_clone());
             }
@@ -181,11 +181,11 @@ impl<'a> Rollout<'a> {
     ///
     /// As [`run`](Self::run).
     pub fn sample(self, noise: Tensor) -> Result<Tensor> {
-        self.walk(noise, |_, _| {})
+        self.run_steps(noise, |_, _| {})
     }
 
     /// Runs over the whole grid and passes every state to `visit`.
-    fn walk(mut self, noise: Tensor, mut visit: impl FnMut(i64, &Tensor)) -> Result<Tensor> {
+    fn run_steps(mut self, noise: Tensor, mut visit: impl FnMut(i64, &Tensor)) -> Result<Tensor> {
         const OP: &str = "Rollout";
         let _no_grad = tch::no_grad_guard();
         let none = Conditioning::none();

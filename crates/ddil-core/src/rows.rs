@@ -35,8 +35,9 @@ impl RowStore {
             let values: i64 = tensor.size().iter().skip(1).product();
             values as u64 * kind.elt_size_in_bytes() as u64
         };
-        let said: u64 = conditioning.parts().map(|(_, part)| per_row(part, part.kind())).sum();
-        per_row(x_t, self.kind.unwrap_or(x_t.kind())) + said
+        let conditioning_bytes: u64 =
+            conditioning.parts().map(|(_, part)| per_row(part, part.kind())).sum();
+        per_row(x_t, self.kind.unwrap_or(x_t.kind())) + conditioning_bytes
     }
 
     /// Bytes of the block.
@@ -107,9 +108,9 @@ impl RowStore {
         places: &[usize],
         rows: &[usize],
     ) -> Result<()> {
-        let (kept, said) = self.read(rows)?;
+        let (kept, stored) = self.read(rows)?;
         copy_rows(x_t, places, &kept)?;
-        let mut parts = conditioning.parts().zip(said.parts());
+        let mut parts = conditioning.parts().zip(stored.parts());
         parts.try_for_each(|((_, to), (_, part))| copy_rows(to, places, part))
     }
 
@@ -134,9 +135,9 @@ impl RowStore {
     /// Copies of the whole block, by name; none before the first write.
     pub(crate) fn tensors(&self) -> Vec<(String, Tensor)> {
         let Some(block) = &self.block else { return vec![] };
-        let said = block.conditioning.parts();
-        let said = said.map(|(name, part)| (format!("conditioning.{name}"), part.copy()));
-        std::iter::once(("x_t".to_owned(), block.x_t.copy())).chain(said).collect()
+        let parts = block.conditioning.parts();
+        let parts = parts.map(|(name, part)| (format!("conditioning.{name}"), part.copy()));
+        std::iter::once(("x_t".to_owned(), block.x_t.copy())).chain(parts).collect()
     }
 
     /// Restores a block returned by [`tensors`](Self::tensors).
@@ -161,8 +162,8 @@ impl RowStore {
         if x_t.size().first() != Some(&(capacity as i64)) {
             return refuse(format!("`x_t` is {:?}; expected {capacity} rows", x_t.size()));
         }
-        let said = tensors.iter().filter(|(name, _)| name != "x_t");
-        let conditioning: Conditioning = said
+        let parts = tensors.iter().filter(|(name, _)| name != "x_t");
+        let conditioning: Conditioning = parts
             .map(|(name, part)| {
                 let name = name.strip_prefix("conditioning.").unwrap_or(name);
                 (name.to_owned(), part.copy())

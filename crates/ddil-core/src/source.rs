@@ -254,7 +254,7 @@ impl<'a> SourceRequest<'a> {
             grid_indices: self.grid_indices.to_vec(),
             conditioning,
             sources,
-            births: vec![self.step; self.len()],
+            created_at_step: vec![self.step; self.len()],
         }
     }
 }
@@ -290,13 +290,13 @@ impl Selected {
     }
 
     /// The request for these states; everything else is that of the whole request.
-    pub(crate) fn request<'a>(&'a self, whole: &SourceRequest<'a>) -> SourceRequest<'a> {
+    pub(crate) fn request<'a>(&'a self, full: &SourceRequest<'a>) -> SourceRequest<'a> {
         SourceRequest {
             grid_indices: &self.grid_indices,
             data: &self.data,
             noise: &self.noise,
             prompts: &self.prompts,
-            ..*whole
+            ..*full
         }
     }
 }
@@ -384,11 +384,11 @@ struct Shared {
 
 impl Shared {
     fn new(grid_indices: &[usize], num_indices: usize) -> Self {
-        let mut asked = vec![0; num_indices];
+        let mut num_requests = vec![0; num_indices];
         let mut prompts = Vec::new();
         let trajectories = grid_indices.iter().enumerate().map(|(request, &grid_index)| {
-            let trajectory = asked[grid_index];
-            asked[grid_index] += 1;
+            let trajectory = num_requests[grid_index];
+            num_requests[grid_index] += 1;
             if trajectory == prompts.len() {
                 prompts.push(request);
             }

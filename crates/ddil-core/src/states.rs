@@ -106,7 +106,7 @@ pub struct States {
     /// The source of each sample.
     pub sources: Vec<Source>,
     /// The student's update at which each state was made.
-    pub births: Vec<u64>,
+    pub created_at_step: Vec<u64>,
 }
 
 impl States {
@@ -129,9 +129,10 @@ impl States {
     /// and `timesteps` other than `Int64`.
     pub fn ensure(&self, op: &'static str) -> Result<()> {
         let batch = self.len();
-        for (field, len) in
-            [("births", self.births.len()), ("grid_indices", self.grid_indices.len())]
-        {
+        for (field, len) in [
+            ("created_at_step", self.created_at_step.len()),
+            ("grid_indices", self.grid_indices.len()),
+        ] {
             if len != batch {
                 let (value, expected) =
                     (format!("{len} long"), format!("{batch} entries, one per state"));
@@ -188,7 +189,10 @@ impl States {
             grid_indices: batches.iter().flat_map(|b| b.grid_indices.iter().copied()).collect(),
             conditioning: Conditioning::cat(&conditioning.iter().collect::<Vec<_>>())?,
             sources: batches.iter().flat_map(|b| b.sources.iter().copied()).collect(),
-            births: batches.iter().flat_map(|b| b.births.iter().copied()).collect(),
+            created_at_step: batches
+                .iter()
+                .flat_map(|b| b.created_at_step.iter().copied())
+                .collect(),
         })
     }
 
@@ -213,7 +217,7 @@ impl States {
             grid_indices: rows.iter().map(|&row| self.grid_indices[row]).collect(),
             conditioning: self.conditioning.index_select(&order)?,
             sources: rows.iter().map(|&row| self.sources[row]).collect(),
-            births: rows.iter().map(|&row| self.births[row]).collect(),
+            created_at_step: rows.iter().map(|&row| self.created_at_step[row]).collect(),
         })
     }
 }

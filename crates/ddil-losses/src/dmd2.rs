@@ -233,7 +233,7 @@ impl Dmd2Config {
 ///
 /// # Wrapped and bare critic
 ///
-/// The gradient uses [`Critic::asked`], which is thresholded to the data's range as the teacher is.
+/// The gradient uses [`Critic::thresholded`], which is thresholded to the data's range as the teacher is.
 /// [`Critic::fake_score`] is trained bare, because it has to follow the student's samples even outside of that range.
 /// Only the teacher is guided.
 ///
@@ -324,7 +324,7 @@ impl Dmd2 {
     }
 
     /// The discriminator's logits, `[batch]`, of `x0` noised to random timesteps.
-    fn judged(
+    fn discriminate(
         &self,
         x0: &Tensor,
         conditioning: &Conditioning,
@@ -346,10 +346,10 @@ impl Dmd2 {
     }
 
     /// The critic's conditioning for samples of `states`, or for real samples compared with these.
-    fn told_critic(&self, conditioning: &Conditioning, states: &States) -> Conditioning {
-        let told = conditioning.shallow_clone();
+    fn critic_conditioning(&self, conditioning: &Conditioning, states: &States) -> Conditioning {
+        let conditioning = conditioning.shallow_clone();
         if !self.config.critic_sees_source {
-            return told;
+            return conditioning;
         }
         let number = |source: &Source| match source {
             // The start of a trajectory belongs to the trajectory.
@@ -364,15 +364,15 @@ impl Dmd2 {
         let device = states.x_t.device();
         // Asynchronous: a blocking copy would synchronise with the device.
         let numbers = Tensor::from_slice(&numbers).to_device_(device, Kind::Float, true, false);
-        told.with_guidance_weight(numbers)
+        conditioning.with_guidance_weight(numbers)
     }
 
     /// The networks and data that the phase requires, or an error with what is missing.
-    fn judges<'a>(&self, request: &LossRequest<'a>) -> Result<Judges<'a>> {
+    fn inputs<'a>(&self, request: &LossRequest<'a>) -> Result<CriticInputs<'a>> {
         let missing = |what| Error::Missing { method: METHOD, what };
         let critic = request.networks.critic.ok_or_else(|| missing("a critic"))?;
         if !self.config.gan {
-            return Ok(Judges { critic, discriminator: None, real: None });
+            return Ok(CriticInputs { critic, discriminator: None, real: None });
         }
         let what = "a discriminator, because `gan` is true";
         let discriminator = Some(critic.discriminator.ok_or_else(|| missing(what))?);
@@ -381,29 +381,38 @@ impl Dmd2 {
             Phase::Student => None,
             Phase::Critic => Some(request.real.ok_or_else(|| missing(what))?),
         };
-        Ok(Judges { critic, discriminator, real })
+        Ok(CriticInputs { critic, discriminator, real })
     }
 
-    fn student_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
+    fn student_terms(
+        &self,
+        request: &LossRequest<'_>,
+        inputs: CriticInputs<'_>,
+    ) -> Result<LossTerms> {
         let LossRequest { step, states, networks, streams, .. } = *request;
-        let told = &states.conditioning;
-        let asked = [
+        let conditioning = &states.conditioning;
+        let evaluated = [
             ("student", networks.student),
             ("teacher", networks.teacher),
-            ("critic", judges.critic.asked),
+            ("critic", inputs.critic.thresholded),
         ];
-        ensure_one_schedule(&self.schedule, asked)?;
-        let x0 = networks.student.predict(&states.x_t, &states.timesteps, told)?.x0;
+        ensure_one_schedule(&self.schedule, evaluated)?;
+        let x0 = networks.student.predict(&states.x_t, &states.timesteps, conditioning)?.x0;
         let mut generator = streams.generator(step, Stream::StudentLoss, x0.device())?;
-        let told_critic = &self.told_critic(told, states);
-        let gradient =
-            self.gradient(&x0, request, (judges.critic.asked, told_critic), &mut generator)?;
+        let critic_conditioning = &self.critic_conditioning(conditioning, states);
+        let gradient = self.gradient(
+            &x0,
+            request,
+            (inputs.critic.thresholded, critic_conditioning),
+            &mut generator,
+        )?;
         // The loss is half a squared distance: its gradient is the difference to the target.
         let target = x0.detach() - &gradient;
         let mut per_sample = squared_error(&x0, &target)? * (0.5 * self.config.dm_weight);
         let mut parts = vec![("distribution_matching", mean_over_sample(&gradient.abs()))];
-        if let Some(discriminator) = judges.discriminator {
-            let logits = self.judged(&x0, told_critic, discriminator, &mut generator)?;
+        if let Some(discriminator) = inputs.discriminator {
+            let logits =
+                self.discriminate(&x0, critic_conditioning, discriminator, &mut generator)?;
             let adversarial = generator_loss(&logits)?.to_kind(per_sample.kind());
             parts.push(("gan_student", adversarial.detach()));
             per_sample += adversarial * self.config.gan_weight;
@@ -416,39 +425,44 @@ impl Dmd2 {
         &self,
         x0: &Tensor,
         request: &LossRequest<'_>,
-        (critic, told_critic): (&dyn Denoiser, &Conditioning),
+        (critic, critic_conditioning): (&dyn Denoiser, &Conditioning),
         generator: &mut Generator,
     ) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let (teacher, told) = (request.networks.teacher, &request.states.conditioning);
+        let (teacher, conditioning) = (request.networks.teacher, &request.states.conditioning);
         let Noised { x_t, timesteps } = self.noised(x0, self.matching_timesteps(), generator)?;
-        let fake = critic.predict(&x_t, &timesteps, told_critic)?.x0;
-        let real = teacher.predict(&x_t, &timesteps, told)?.x0;
+        let fake = critic.predict(&x_t, &timesteps, critic_conditioning)?.x0;
+        let real = teacher.predict(&x_t, &timesteps, conditioning)?.x0;
         distribution_matching_gradient(x0, &fake, &real)
     }
 
-    fn critic_terms(&self, request: &LossRequest<'_>, judges: Judges<'_>) -> Result<LossTerms> {
+    fn critic_terms(
+        &self,
+        request: &LossRequest<'_>,
+        inputs: CriticInputs<'_>,
+    ) -> Result<LossTerms> {
         let LossRequest { step, states, streams, .. } = *request;
-        let told = &self.told_critic(&states.conditioning, states);
-        ensure_one_schedule(&self.schedule, [("critic", judges.critic.fake_score)])?;
-        if let Some(Data { x0: real, .. }) = judges.real {
+        let conditioning = &self.critic_conditioning(&states.conditioning, states);
+        ensure_one_schedule(&self.schedule, [("critic", inputs.critic.fake_score)])?;
+        if let Some(Data { x0: real, .. }) = inputs.real {
             ensure_same_shape(OP, ("real", real), ("x_t", &states.x_t))?;
         }
         let x0 = self.student_x0(request)?;
         let mut generator = streams.generator(step, Stream::CriticLoss, x0.device())?;
         let Noised { x_t, timesteps } = self.noised_anywhere(&x0, &mut generator)?;
-        let guess = judges.critic.fake_score.predict(&x_t, &timesteps, told)?.x0;
-        let error = squared_error(&guess, &x0)?;
+        let prediction = inputs.critic.fake_score.predict(&x_t, &timesteps, conditioning)?.x0;
+        let error = squared_error(&prediction, &x0)?;
         let mut per_sample = &error * self.critic_weights.gather(&timesteps, error.kind())?;
         let mut parts = vec![("fake_score", per_sample.detach())];
-        if let (Some(discriminator), Some(real)) = (judges.discriminator, judges.real) {
-            let made = self.judged(&x0, told, discriminator, &mut generator)?;
+        if let (Some(discriminator), Some(real)) = (inputs.discriminator, inputs.real) {
+            let fake = self.discriminate(&x0, conditioning, discriminator, &mut generator)?;
             // Conditioned on the same sources as the fake samples: otherwise the source alone would identify the fakes.
-            let told_of_real = &self.told_critic(&real.conditioning, states);
-            let real = self.judged(&real.x0, told_of_real, discriminator, &mut generator)?;
-            let (of_real, of_made) = discriminator_loss(&real, &made)?;
-            parts.extend([("gan_fake", of_made.detach()), ("gan_real", of_real.detach())]);
-            let both = (of_made + of_real).to_kind(per_sample.kind());
+            let real_conditioning = &self.critic_conditioning(&real.conditioning, states);
+            let real =
+                self.discriminate(&real.x0, real_conditioning, discriminator, &mut generator)?;
+            let (real_loss, fake_loss) = discriminator_loss(&real, &fake)?;
+            parts.extend([("gan_fake", fake_loss.detach()), ("gan_real", real_loss.detach())]);
+            let both = (fake_loss + real_loss).to_kind(per_sample.kind());
             // Not in place: the part recorded above shares this memory.
             per_sample = &per_sample + both * self.config.critic_gan_weight;
         }
@@ -471,7 +485,7 @@ impl Dmd2 {
 
 /// The critic, discriminator and real data of a phase.
 #[derive(Clone, Copy)]
-struct Judges<'a> {
+struct CriticInputs<'a> {
     critic: Critic<'a>,
     discriminator: Option<&'a dyn Discriminator>,
     real: Option<&'a Data>,
@@ -503,11 +517,11 @@ impl Objective for Dmd2 {
 
     fn loss(&self, request: &LossRequest<'_>) -> Result<LossTerms> {
         request.states.ensure(OP)?;
-        let judges = self.judges(request)?;
+        let inputs = self.inputs(request)?;
         self.entries.ensure(OP, request.states)?;
         match request.phase {
-            Phase::Student => self.student_terms(request, judges),
-            Phase::Critic => self.critic_terms(request, judges),
+            Phase::Student => self.student_terms(request, inputs),
+            Phase::Critic => self.critic_terms(request, inputs),
         }
     }
 }

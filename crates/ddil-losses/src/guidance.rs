@@ -83,7 +83,7 @@ impl TeacherGuidance {
     }
 
     /// Whether the student takes a guidance weight: its network then needs an embedding of it.
-    pub fn is_told_to_student(self) -> bool {
+    pub fn is_student_input(self) -> bool {
         matches!(self, Self::CfgRange { .. } | Self::Embedded { .. })
     }
 

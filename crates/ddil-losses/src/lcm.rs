@@ -263,8 +263,8 @@ impl LatentConsistency {
             Solver::Teacher => ("teacher", networks.teacher),
             Solver::Target => ("target", target),
         };
-        let asked = [("student", networks.student), ("target", target), (name, solver)];
-        ensure_one_schedule(&self.schedule, asked)?;
+        let evaluated = [("student", networks.student), ("target", target), (name, solver)];
+        ensure_one_schedule(&self.schedule, evaluated)?;
         Ok((solver, target))
     }
 

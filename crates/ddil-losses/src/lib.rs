@@ -53,7 +53,7 @@
 //!     grid_indices: vec![0, 3],
 //!     conditioning: Conditioning::none(),
 //!     sources: vec![Source::Noise, Source::Forward],
-//!     births: vec![0, 0],
+//!     created_at_step: vec![0, 0],
 //! };
 //! let network = UnitGaussian(schedule);
 //! let (networks, streams) = (Networks::new(&network, &network), RandomStreams::new(0, 0));

@@ -29,7 +29,7 @@ pub struct Critic<'a> {
     /// The denoiser of the student's samples in training: bare.
     pub fake_score: &'a dyn Denoiser,
     /// The same denoiser for the student's gradient: thresholded to the data's range, as the teacher is.
-    pub asked: &'a dyn Denoiser,
+    pub thresholded: &'a dyn Denoiser,
     /// Distinguishes noised samples of the student from noised data; `None` trains without it.
     pub discriminator: Option<&'a dyn Discriminator>,
 }

@@ -217,7 +217,7 @@ impl Progressive {
     }
 
     /// The teacher's steps from `states` to the student's next timestep: its predictions and its final states.
-    fn walk(
+    fn teacher_steps(
         &self,
         states: &States,
         teacher: &dyn Denoiser,
@@ -249,11 +249,11 @@ impl Objective for Progressive {
             return Err(Error::Phase { method: "progressive distillation", phase });
         }
         states.ensure("Progressive::loss")?;
-        let asked = [("student", networks.student), ("teacher", networks.teacher)];
-        ensure_one_schedule(&self.schedule, asked)?;
+        let evaluated = [("student", networks.student), ("teacher", networks.teacher)];
+        ensure_one_schedule(&self.schedule, evaluated)?;
         let rows = self.tables.select(states)?;
         // The teacher first: its memory is released before the student's graph is built.
-        let (teacher_x0, teacher_next) = self.walk(states, networks.teacher, &rows)?;
+        let (teacher_x0, teacher_next) = self.teacher_steps(states, networks.teacher, &rows)?;
         let target = progressive_target(&teacher_x0, &rows.weights)?;
         drop(teacher_x0);
 
@@ -298,11 +298,11 @@ impl Tables {
         let pairs: Vec<(i64, i64)> = fine.pairs().collect();
         let solver = Ddim::new(schedule.clone());
         let (mut weights, mut keep, mut gain) = (Vec::new(), Vec::new(), Vec::new());
-        for walk in pairs.chunks(substeps as usize) {
-            let arrival = walk.last().map(|(_, prev)| *prev);
-            let stops: Vec<i64> = walk.iter().map(|(t, _)| *t).chain(arrival).collect();
+        for teacher_steps in pairs.chunks(substeps as usize) {
+            let arrival = teacher_steps.last().map(|(_, prev)| *prev);
+            let stops: Vec<i64> = teacher_steps.iter().map(|(t, _)| *t).chain(arrival).collect();
             weights.extend(convex_weights(schedule, &stops)?);
-            for &(t, prev) in walk {
+            for &(t, prev) in teacher_steps {
                 let step = solver.coefficients_at(t, prev)?;
                 let step = step.without_epsilon(schedule.scale_at(t)?);
                 keep.push(step.x_t);

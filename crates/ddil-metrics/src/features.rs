@@ -273,9 +273,9 @@ impl TorchScriptExtractor {
         if self.options.return_features {
             arguments.push(IValue::Bool(true));
         }
-        let answer = self.module.forward_is(&arguments).map_err(&op)?;
+        let output = self.module.forward_is(&arguments).map_err(&op)?;
         let wrong = |found| Error::NotATensor { id: self.id.clone(), found, dim: self.options.dim };
-        match answer {
+        match output {
             IValue::Tensor(features) if features.size() == [images.size()[0], self.options.dim] => {
                 Ok(features)
             }

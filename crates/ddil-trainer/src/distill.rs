@@ -349,9 +349,9 @@ impl DistillTask {
         let in_gradient = critic
             .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
             .transpose()?;
-        let critic = critic.zip(in_gradient.as_ref()).map(|(critic, asked)| Critic {
+        let critic = critic.zip(in_gradient.as_ref()).map(|(critic, thresholded)| Critic {
             fake_score: &critic.fake_score,
-            asked,
+            thresholded,
             discriminator: critic.discriminator.as_ref().map(|discriminator| discriminator as _),
         });
         let networks = Networks {

@@ -42,8 +42,8 @@ struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
     /// The student's update at which the state was created.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    birth: Option<u64>,
+    #[serde(rename = "birth", skip_serializing_if = "Option::is_none")]
+    created_at_step: Option<u64>,
 }
 
 /// A tensor with values that are not finite.
@@ -76,7 +76,7 @@ impl Evidence {
     pub fn of_timesteps(timesteps: &Tensor) -> Result<Self> {
         let timesteps: Vec<i64> =
             Vec::try_from(timesteps).map_err(Error::torch("Evidence::of_timesteps"))?;
-        let row = |timestep| Row { timestep: Some(timestep), source: None, birth: None };
+        let row = |timestep| Row { timestep: Some(timestep), source: None, created_at_step: None };
         Ok(Self { rows: timesteps.into_iter().map(row).collect(), ..Self::default() })
     }
 
@@ -87,9 +87,10 @@ impl Evidence {
     /// [`Error::Torch`] if their timesteps cannot be read.
     pub fn of_states(states: &States) -> Result<Self> {
         let mut evidence = Self::of_timesteps(&states.timesteps)?;
-        let origins = states.sources.iter().zip(&states.births);
-        for (row, (source, birth)) in evidence.rows.iter_mut().zip(origins) {
-            (row.source, row.birth) = (Some(source.as_str().to_owned()), Some(*birth));
+        let origins = states.sources.iter().zip(&states.created_at_step);
+        for (row, (source, created_at_step)) in evidence.rows.iter_mut().zip(origins) {
+            (row.source, row.created_at_step) =
+                (Some(source.as_str().to_owned()), Some(*created_at_step));
         }
         Ok(evidence)
     }

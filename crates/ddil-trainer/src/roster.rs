@@ -158,7 +158,7 @@ impl CriticForm {
 fn student_model(config: &DistillConfig, teacher: &ModelConfig) -> Result<ModelConfig> {
     let own = config.student.model.clone().map(ModelConfig::UNet2D);
     let model = own.unwrap_or_else(|| teacher.clone());
-    if config.teacher.guidance.is_told_to_student() {
+    if config.teacher.guidance.is_student_input() {
         return Ok(model.with_time_cond_proj_dim(config.student.time_cond_proj_dim)?);
     }
     Ok(model)

@@ -73,7 +73,7 @@ fn states(x_t: &Tensor, timesteps: &Tensor, labels: &Tensor) -> States {
         grid_indices: vec![1, 2, 3],
         conditioning: Conditioning::class_labels(labels.shallow_clone()),
         sources: vec![Source::Student; 3],
-        births: vec![1; 3],
+        created_at_step: vec![1; 3],
     }
 }
 
@@ -85,13 +85,13 @@ fn times() -> Tensor {
 fn torn_states() -> Vec<States> {
     let whole = || states(&points(), &times(), &labels());
     vec![
-        States { births: vec![], ..whole() },
+        States { created_at_step: vec![], ..whole() },
         States { sources: vec![Source::Noise], ..whole() },
         States { grid_indices: vec![9, usize::MAX, 0], ..whole() },
         States { grid_indices: vec![1], ..whole() },
         States { conditioning: Conditioning::none(), ..whole() },
-        States { sources: vec![], births: vec![], grid_indices: vec![], ..whole() },
-        States { sources: vec![Source::Forward; 5], births: vec![u64::MAX; 5], ..whole() },
+        States { sources: vec![], created_at_step: vec![], grid_indices: vec![], ..whole() },
+        States { sources: vec![Source::Forward; 5], created_at_step: vec![u64::MAX; 5], ..whole() },
     ]
 }
 

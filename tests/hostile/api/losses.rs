@@ -217,7 +217,7 @@ fn states(x_t: &Tensor, timesteps: &Tensor, labels: &Tensor) -> States {
         grid_indices: vec![0, 2],
         conditioning: Conditioning::class_labels(labels.shallow_clone()),
         sources: vec![Source::Noise, Source::Student],
-        births: vec![0, 0],
+        created_at_step: vec![0, 0],
     }
 }
 
@@ -238,7 +238,7 @@ fn objectives(cases: &mut Cases) {
             });
             let whole = || states(&points(), &times, &labels);
             let torn = [
-                States { births: vec![], ..whole() },
+                States { created_at_step: vec![], ..whole() },
                 States { sources: vec![], ..whole() },
                 States { grid_indices: vec![], ..whole() },
                 States { grid_indices: vec![99, usize::MAX], ..whole() },
@@ -273,7 +273,7 @@ fn bare(cases: &mut Cases, objective: &dyn Objective, states: &States) {
 
 fn ask(objective: &dyn Objective, phase: Phase, states: &States) -> Result<(), String> {
     let (student, teacher, other) = (network(), network(), network());
-    let critic = Critic { fake_score: &other, asked: &other, discriminator: None };
+    let critic = Critic { fake_score: &other, thresholded: &other, discriminator: None };
     let networks = Networks {
         target: Some(&other),
         critic: Some(critic),

@@ -84,13 +84,13 @@ fn buffer() -> AggregationBuffer {
     buffer
 }
 
-fn fill(buffer: &mut AggregationBuffer, birth: u64) {
+fn fill(buffer: &mut AggregationBuffer, created_at_step: u64) {
     let grid_indices = vec![1, 2, 3, 1];
     let states = States {
         x_t: Tensor::ones([4, 3], tch::kind::FLOAT_CPU),
         timesteps: Tensor::from_slice(&[749_i64, 499, 249, 749]),
         sources: vec![Source::Student; 4],
-        births: [1, 1, 1, 2].map(|own| birth + own).to_vec(),
+        created_at_step: [1, 1, 1, 2].map(|own| created_at_step + own).to_vec(),
         conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 2, 3])),
         grid_indices,
     };
@@ -235,7 +235,7 @@ fn use_buffer(buffer: &mut AggregationBuffer) -> Said {
         timesteps: Tensor::from_slice(&[749_i64, 249]),
         grid_indices: vec![1, 3],
         sources: vec![Source::Student; 2],
-        births: vec![u64::MAX, u64::MAX],
+        created_at_step: vec![u64::MAX, u64::MAX],
         conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1])),
     };
     // States of another shape may have been restored.

@@ -20,7 +20,8 @@ pub(super) struct Ring {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Item {
-    pub(super) birth: u64,
+    #[serde(rename = "birth")]
+    pub(super) created_at_step: u64,
     pub(super) source: Source,
 }
 
@@ -36,7 +37,8 @@ pub(super) struct SavedRing {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Run {
-    birth: u64,
+    #[serde(rename = "birth")]
+    created_at_step: u64,
     source: Source,
     #[serde(default = "one", skip_serializing_if = "is_one")]
     count: u64,
@@ -53,9 +55,13 @@ fn is_one(count: &u64) -> bool {
 
 impl Ring {
     /// Drops items beyond the age limit; returns how many are left.
-    pub(super) fn forget(&mut self, step: u64, max_age: u64) -> usize {
-        // Births never decrease from front to back, so each item is examined only once.
-        while self.items.front().is_some_and(|item| step.saturating_sub(item.birth) > max_age) {
+    pub(super) fn drop_old(&mut self, step: u64, max_age: u64) -> usize {
+        // Steps never decrease from front to back, so each item is examined only once.
+        while self
+            .items
+            .front()
+            .is_some_and(|item| step.saturating_sub(item.created_at_step) > max_age)
+        {
             self.items.pop_front();
         }
         self.items.len()
@@ -88,10 +94,12 @@ impl Ring {
 
     pub(super) fn save(&self) -> SavedRing {
         let mut runs: Vec<Run> = Vec::new();
-        for &Item { birth, source } in &self.items {
+        for &Item { created_at_step, source } in &self.items {
             match runs.last_mut() {
-                Some(run) if run.birth == birth && run.source == source => run.count += 1,
-                _ => runs.push(Run { birth, source, count: 1 }),
+                Some(run) if run.created_at_step == created_at_step && run.source == source => {
+                    run.count += 1
+                }
+                _ => runs.push(Run { created_at_step, source, count: 1 }),
             }
         }
         SavedRing { next: self.next, items: runs }
@@ -105,8 +113,8 @@ impl Ring {
         if len > ring_len as u64 || len > saved.next || saved.next > MAX_SEQUENCE {
             return None;
         }
-        let items = saved.items.iter().flat_map(|&Run { birth, source, count }| {
-            std::iter::repeat_n(Item { birth, source }, count as usize)
+        let items = saved.items.iter().flat_map(|&Run { created_at_step, source, count }| {
+            std::iter::repeat_n(Item { created_at_step, source }, count as usize)
         });
         Some(Self { next: saved.next, items: items.collect() })
     }

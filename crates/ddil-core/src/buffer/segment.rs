@@ -283,11 +283,11 @@ fn ensure_head(path: &Path, expected: &[u8]) -> Result<()> {
         return refuse("it does not contain states of a buffer".to_owned());
     }
     if found != expected {
-        let said = |head: &[u8]| -> String {
+        let shown = |head: &[u8]| -> String {
             let text = String::from_utf8_lossy(&head[MAGIC.len()..]).into_owned();
             text.trim_end().chars().filter(|c| !c.is_control()).collect()
         };
-        return refuse(format!("it is {}; expected {}", said(&found), said(expected)));
+        return refuse(format!("it is {}; expected {}", shown(&found), shown(expected)));
     }
     Ok(())
 }

@@ -131,7 +131,7 @@ impl<D: Denoiser> GuidedByWeight<D> {
 
 impl<D> GuidedByWeight<D> {
     /// The input of the wrapped network, and the guidance scale of each sample.
-    fn ask(
+    fn inputs(
         &self,
         op: &'static str,
         x_t: &Tensor,
@@ -151,11 +151,11 @@ impl<D> GuidedByWeight<D> {
             let field = Conditioning::GUIDANCE_WEIGHT.to_owned();
             return Err(Error::Conditioning { op, field, problem });
         }
-        let told = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
+        let condition = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
         let mut shape = vec![1; x_t.dim()];
         shape[0] = -1;
         let scale: Tensor = weight.to_device(x_t.device()).to_kind(Kind::Float) + 1.0;
-        Ok((Both::new(op, x_t, &told, &self.null)?, scale.view(shape.as_slice())))
+        Ok((Both::new(op, x_t, &condition, &self.null)?, scale.view(shape.as_slice())))
     }
 }
 
@@ -167,7 +167,7 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
         conditioning: &Conditioning,
     ) -> Result<Prediction> {
         const OP: &str = "GuidedByWeight::predict";
-        let (both, scale) = self.ask(OP, x_t, conditioning)?;
+        let (both, scale) = self.inputs(OP, x_t, conditioning)?;
         both.predict(OP, &self.inner, timesteps, |cond, uncond| {
             uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))
         })
@@ -179,7 +179,7 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
         timestep: i64,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let (both, scale) = self.ask("GuidedByWeight::estimate", x_t, conditioning)?;
+        let (both, scale) = self.inputs("GuidedByWeight::estimate", x_t, conditioning)?;
         both.estimate(&self.inner, timestep, |cond, uncond| {
             uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))
         })
@@ -227,9 +227,9 @@ impl Both {
         combine: impl Fn(&Tensor, &Tensor) -> Tensor,
     ) -> Result<Prediction> {
         ensure_dense(op, "timesteps", timesteps)?;
-        let answer = inner.predict(&self.x_t, &twice(op, timesteps)?, &self.conditioning)?;
+        let output = inner.predict(&self.x_t, &twice(op, timesteps)?, &self.conditioning)?;
         let combine = self.of_halves(combine);
-        Ok(Prediction { x0: combine(&answer.x0), epsilon: combine(&answer.epsilon) })
+        Ok(Prediction { x0: combine(&output.x0), epsilon: combine(&output.epsilon) })
     }
 
     /// The same for a batch at one timestep.
@@ -239,8 +239,8 @@ impl Both {
         timestep: i64,
         combine: impl Fn(&Tensor, &Tensor) -> Tensor,
     ) -> Result<Estimate> {
-        let answer = inner.estimate(&self.x_t, timestep, &self.conditioning)?;
-        Ok(answer.combined(&self.x_t, self.of_halves(combine))?)
+        let output = inner.estimate(&self.x_t, timestep, &self.conditioning)?;
+        Ok(output.combined(&self.x_t, self.of_halves(combine))?)
     }
 
     fn of_halves(

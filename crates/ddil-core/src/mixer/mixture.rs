@@ -121,11 +121,11 @@ impl Mixture {
     /// One state per sample, from its assigned source, in the samples' order.
     pub(super) fn collect(
         &mut self,
-        whole: &SourceRequest<'_>,
+        full: &SourceRequest<'_>,
         assigned: &[Source],
         pure_noise_at_tmax: bool,
     ) -> Result<States> {
-        let source_of = |row: usize| match (whole.grid_indices[row], assigned[row]) {
+        let source_of = |row: usize| match (full.grid_indices[row], assigned[row]) {
             (0, Source::Student | Source::Teacher) => Source::Noise,
             (0, _) if pure_noise_at_tmax => Source::Noise,
             (_, source) => source,
@@ -133,14 +133,14 @@ impl Mixture {
         let added = self.entries[Self::BY_PRIOR.len()..].iter().map(|entry| entry.name);
         let names: Vec<Source> =
             Self::BY_PRIOR.into_iter().chain([Source::Noise]).chain(added).collect();
-        let (mut parts, mut order) = (Vec::new(), Vec::with_capacity(whole.len()));
+        let (mut parts, mut order) = (Vec::new(), Vec::with_capacity(full.len()));
         for name in names {
-            let rows: Vec<usize> = (0..whole.len()).filter(|&row| source_of(row) == name).collect();
+            let rows: Vec<usize> = (0..full.len()).filter(|&row| source_of(row) == name).collect();
             if rows.is_empty() {
                 continue;
             }
-            let part = Selected::of(whole, &rows)?;
-            let request = part.request(whole);
+            let part = Selected::of(full, &rows)?;
+            let request = part.request(full);
             parts.push(match self.get_mut(name) {
                 None => noise(&request, &rows, assigned)?,
                 Some(source) => named(source.states(&request)?, name),
@@ -148,7 +148,7 @@ impl Mixture {
             order.extend(rows);
         }
         let states = States::cat(&parts)?.index_select(&inverse(&order))?;
-        let x0 = &whole.data.x0;
+        let x0 = &full.data.x0;
         Ok(States { x_t: states.x_t.to_device(x0.device()).to_kind(x0.kind()), ..states })
     }
 }
@@ -166,16 +166,16 @@ fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Re
     let timestep = request.grids.student.as_slice()[0];
     let x_t = first_state(request.sampler.schedule(), timestep, request.noise)?;
     let n = rows.len();
-    let told: Vec<usize> =
+    let prompt_rows: Vec<usize> =
         (0..n).map(|i| if assigned[rows[i]] == Source::Forward { i } else { n + i }).collect();
     let conditioning = Conditioning::cat(&[&request.data.conditioning, request.prompts])?
-        .index_select(&index(&told, request.device()))?;
+        .index_select(&index(&prompt_rows, request.device()))?;
     Ok(States {
         timesteps: on_device(&request.timesteps(), x_t.device()),
         x_t,
         grid_indices: request.grid_indices.to_vec(),
         conditioning,
         sources: vec![Source::Noise; n],
-        births: vec![request.step; n],
+        created_at_step: vec![request.step; n],
     })
 }

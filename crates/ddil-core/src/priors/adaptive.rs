@@ -358,7 +358,7 @@ fn keep(
     let kept = states.index_select(&rows)?;
     // The age counts from the step at which the student was trained on them; the conditioning is not used.
     store.insert(&States {
-        births: vec![step; rows.len()],
+        created_at_step: vec![step; rows.len()],
         conditioning: Conditioning::none(),
         ..kept
     })?;

@@ -64,7 +64,7 @@ pub(super) fn for_unfinished(
 }
 
 /// Moves a batch, all at `path[0]`, along `path` until each sample is at its target.
-pub(super) fn walk(
+pub(super) fn run_steps(
     actor: Actor<'_>,
     path: &[i64],
     x_t: &Tensor,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::first_state;
-use super::legs::{Leg, ensure_part_of, ensure_ready, ensure_targets, for_unfinished, walk};
+use super::legs::{Leg, ensure_part_of, ensure_ready, ensure_targets, for_unfinished, run_steps};
 use super::step::step;
 use crate::conditioning::Conditioning;
 use crate::denoiser::{Denoiser, repeated_timestep};
@@ -162,15 +162,15 @@ impl MixedRollout<'_> {
         const OP: &str = "MixedRollout::visit";
         let _no_grad = tch::no_grad_guard();
         let path = self.ensure(OP, start, x_t, conditioning, targets)?;
-        let mut hands = vec![Hand::default(); targets.len()];
-        let mut visited = Visited::nothing();
+        let mut statuses = vec![TrajectoryStatus::default(); targets.len()];
+        let mut visited = Visited::empty();
         let mut states = Vec::new();
         let _ = for_unfinished(path, x_t, conditioning, targets, |leg| {
-            let stepped = self.advance(start, leg, &mut hands, draws)?;
+            let stepped = self.advance(start, leg, &mut statuses, draws)?;
             states.push(stepped.shallow_clone());
             visited.rows.extend(leg.rows);
             visited.timesteps.extend(leg.next);
-            visited.teacher_acted.extend(leg.rows.iter().map(|&row| hands[row].teacher_acted));
+            visited.teacher_acted.extend(leg.rows.iter().map(|&row| statuses[row].teacher_acted));
             Ok(stepped)
         })?;
         if states.is_empty() {
@@ -212,21 +212,21 @@ impl MixedRollout<'_> {
         &self,
         start: usize,
         leg: &Leg<'_>,
-        hands: &mut [Hand],
+        statuses: &mut [TrajectoryStatus],
         draws: &mut Draws,
     ) -> Result<Tensor> {
         let level = start + leg.level;
-        let acts = self.who_acts(level, leg, hands, &mut draws.rng)?;
+        let acts = self.teacher_acts_in(level, leg, statuses, &mut draws.rng)?;
         let split = |teacher: bool| -> Vec<usize> {
             (0..acts.len()).filter(|&i| acts[i] == teacher).collect()
         };
         let (student_rows, teacher_rows) = (split(false), split(true));
         for &i in &teacher_rows {
-            hands[leg.rows[i]].teacher_acted = true;
+            statuses[leg.rows[i]].teacher_acted = true;
         }
         match (student_rows.is_empty(), teacher_rows.is_empty()) {
-            (_, true) => self.student_step(level, &Part::whole(leg), &mut draws.generator),
-            (true, false) => self.teacher_steps(level, &Part::whole(leg), &mut draws.generator),
+            (_, true) => self.student_step(level, &Part::all(leg), &mut draws.generator),
+            (true, false) => self.teacher_steps(level, &Part::all(leg), &mut draws.generator),
             (false, false) => {
                 let student = Part::of(leg, &student_rows)?;
                 let teacher = Part::of(leg, &teacher_rows)?;
@@ -241,22 +241,22 @@ impl MixedRollout<'_> {
     }
 
     /// Whether the teacher acts in this interval, per sample of the leg.
-    fn who_acts(
+    fn teacher_acts_in(
         &self,
         level: usize,
         leg: &Leg<'_>,
-        hands: &mut [Hand],
+        statuses: &mut [TrajectoryStatus],
         rng: &mut StdRng,
     ) -> Result<Vec<bool>> {
         let Some(variant) = self.variant else { return Ok(vec![false; leg.rows.len()]) };
         if let MixedVariant::Conditional { threshold } = variant {
-            let apart = self.disagreement(level, leg)?;
-            for (&row, apart) in leg.rows.iter().zip(apart) {
-                hands[row].handed_over |= apart > threshold;
+            let distances = self.disagreement(level, leg)?;
+            for (&row, distance) in leg.rows.iter().zip(distances) {
+                statuses[row].switched |= distance > threshold;
             }
         }
         let decide = |&row: &usize| {
-            variant.teacher_acts(level, rng).unwrap_or_else(|| hands[row].handed_over)
+            variant.teacher_acts(level, rng).unwrap_or_else(|| statuses[row].switched)
         };
         Ok(leg.rows.iter().map(decide).collect())
     }
@@ -268,9 +268,9 @@ impl MixedRollout<'_> {
         let timesteps = repeated_timestep(timestep, leg.x_t)?;
         let [student, teacher] = [self.student, self.teacher]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
-        let apart =
+        let distances =
             (student?.x0 - teacher?.x0).abs().flatten(1, -1).mean_dim(1, false, Kind::Double);
-        Vec::try_from(&apart).map_err(Error::torch(OP))
+        Vec::try_from(&distances).map_err(Error::torch(OP))
     }
 
     fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
@@ -291,12 +291,12 @@ impl MixedRollout<'_> {
         let fine = self.teacher_timesteps.as_slice().iter().copied();
         let path: Vec<i64> = fine.filter(|t| to < *t && *t <= from).collect();
         let actor = (self.teacher, self.teacher_sampler);
-        walk(actor, &path, &part.x_t, &part.conditioning, &part.next, Some(generator))
+        run_steps(actor, &path, &part.x_t, &part.conditioning, &part.next, Some(generator))
     }
 }
 
 impl Visited {
-    fn nothing() -> Self {
+    fn empty() -> Self {
         let x_t = Tensor::empty([0], tch::kind::FLOAT_CPU);
         Self { x_t, rows: vec![], timesteps: vec![], teacher_acted: vec![] }
     }
@@ -309,7 +309,7 @@ impl Visited {
 
     /// Concatenates visited states.
     pub(crate) fn cat(parts: Vec<Self>) -> Result<Self> {
-        let mut all = Self::nothing();
+        let mut all = Self::empty();
         let mut states = Vec::with_capacity(parts.len());
         for part in parts {
             states.push(part.x_t);
@@ -331,11 +331,11 @@ impl Visited {
 
 /// Status of a trajectory.
 #[derive(Clone, Copy, Default)]
-struct Hand {
+struct TrajectoryStatus {
     /// Whether the teacher acted in any interval.
     teacher_acted: bool,
     /// Whether the teacher acts from here on.
-    handed_over: bool,
+    switched: bool,
 }
 
 /// Some of the samples of a leg.
@@ -346,7 +346,7 @@ struct Part {
 }
 
 impl Part {
-    fn whole(leg: &Leg<'_>) -> Self {
+    fn all(leg: &Leg<'_>) -> Self {
         let conditioning = leg.conditioning.shallow_clone();
         Self { x_t: leg.x_t.shallow_clone(), conditioning, next: leg.next.to_vec() }
     }

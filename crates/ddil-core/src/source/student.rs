@@ -148,13 +148,13 @@ impl StudentConfig {
 /// The student's backward trajectories.
 #[derive(Debug)]
 pub struct StudentSource {
-    ways: Ways,
+    paths: Paths,
     memory: Memory,
 }
 
 /// The possible paths of a trajectory.
 #[derive(Debug)]
-struct Ways {
+struct Paths {
     mixed: Option<MixedVariant>,
     /// Grids of which each trajectory draws one; empty if all use the grid of the run.
     grids: Vec<Timesteps>,
@@ -176,7 +176,7 @@ impl StudentSource {
     pub fn new(config: StudentConfig, grids: &Grids) -> Result<Self> {
         config.ensure(grids)?;
         let drawn = config.rollout_steps.map(|steps| steps.grids(&grids.student)).transpose()?;
-        let ways = Ways { mixed: config.mixed, grids: drawn.unwrap_or_default() };
+        let paths = Paths { mixed: config.mixed, grids: drawn.unwrap_or_default() };
         let memory = match config.policy {
             StudentPolicy::Fresh => Memory::Fresh,
             StudentPolicy::FreshAll => Memory::FreshAll,
@@ -188,7 +188,7 @@ impl StudentSource {
                 Memory::Chain { refresh_fraction, chains: Chains::new(&grids.student) }
             }
         };
-        Ok(Self { ways, memory })
+        Ok(Self { paths, memory })
     }
 
     /// The buffer, if the policy has one.
@@ -204,18 +204,18 @@ impl TrajectorySource for StudentSource {
     fn states(&mut self, request: &SourceRequest<'_>) -> Result<States> {
         request.ensure()?;
         let mut draws = request.streams.draws(request.step, Stream::Student, request.device())?;
-        let ways = &self.ways;
+        let paths = &self.paths;
         match &mut self.memory {
-            Memory::Fresh => fresh(request, ways, &Shared::alone(request.len()), &mut draws),
+            Memory::Fresh => fresh(request, paths, &Shared::alone(request.len()), &mut draws),
             Memory::FreshAll => {
                 let shared = Shared::new(request.grid_indices, request.grids.student.len());
-                fresh(request, ways, &shared, &mut draws)
+                fresh(request, paths, &shared, &mut draws)
             }
             Memory::Buffer { new_fraction, buffer } => {
-                buffered(request, ways, *new_fraction, buffer, &mut draws)
+                buffered(request, paths, *new_fraction, buffer, &mut draws)
             }
             Memory::Chain { refresh_fraction, chains } => {
-                chains.states(request, ways.mixed, *refresh_fraction, &mut draws)
+                chains.states(request, paths.mixed, *refresh_fraction, &mut draws)
             }
         }
     }
@@ -223,7 +223,7 @@ impl TrajectorySource for StudentSource {
     fn after_loss(&mut self, feedback: &LossFeedback<'_>) -> Result<()> {
         feedback.ensure()?;
         match &mut self.memory {
-            Memory::Chain { chains, .. } => chains.advance(feedback, self.ways.mixed),
+            Memory::Chain { chains, .. } => chains.advance(feedback, self.paths.mixed),
             _ => Ok(()),
         }
     }
@@ -264,19 +264,19 @@ impl TrajectorySource for StudentSource {
 /// Rolls out trajectories from noise and selects the requested states.
 fn fresh(
     request: &SourceRequest<'_>,
-    ways: &Ways,
+    paths: &Paths,
     shared: &Shared,
     draws: &mut Draws,
 ) -> Result<States> {
     let targets = shared.targets(&request.timesteps());
-    let (visited, prompts) = roll_out(request, ways, shared, &targets, draws)?;
-    taken(request, shared, &visited, &prompts)
+    let (visited, prompts) = roll_out(request, paths, shared, &targets, draws)?;
+    requested(request, shared, &visited, &prompts)
 }
 
 /// Trajectories from fresh noise to `targets`, and the conditioning of each.
 fn roll_out(
     request: &SourceRequest<'_>,
-    ways: &Ways,
+    paths: &Paths,
     shared: &Shared,
     targets: &[i64],
     draws: &mut Draws,
@@ -284,30 +284,31 @@ fn roll_out(
     let kind = request.data.x0.kind();
     let noise = draws.generator.normal(request.shape(targets.len()), kind)?;
     let prompts = shared.prompts(request.prompts, request.device())?;
-    if ways.grids.is_empty() {
-        let rollout = request.rollout(&request.grids.rollout, ways.mixed);
+    if paths.grids.is_empty() {
+        let rollout = request.rollout(&request.grids.rollout, paths.mixed);
         return Ok((rollout.visit(&noise, &prompts, targets, draws)?, prompts));
     }
     let drawn: Vec<usize> =
-        targets.iter().map(|_| draws.rng.random_range(0..ways.grids.len())).collect();
+        targets.iter().map(|_| draws.rng.random_range(0..paths.grids.len())).collect();
     let mut parts = Vec::new();
-    for (i, grid) in ways.grids.iter().enumerate() {
+    for (i, grid) in paths.grids.iter().enumerate() {
         let rows: Vec<usize> = (0..targets.len()).filter(|&row| drawn[row] == i).collect();
         if rows.is_empty() {
             continue;
         }
         let order = index(&rows, request.device());
-        let (noise, told) = (noise.index_select(0, &order), prompts.index_select(&order)?);
+        let (noise, prompts) = (noise.index_select(0, &order), prompts.index_select(&order)?);
         let targets: Vec<i64> = rows.iter().map(|&row| targets[row]).collect();
         let request = *request;
-        let visited = request.rollout(grid, ways.mixed).visit(&noise, &told, &targets, draws)?;
+        let visited =
+            request.rollout(grid, paths.mixed).visit(&noise, &prompts, &targets, draws)?;
         parts.push(visited.renumbered(&rows));
     }
     Ok((Visited::cat(parts)?, prompts))
 }
 
 /// The requested states among those visited.
-fn taken(
+fn requested(
     request: &SourceRequest<'_>,
     shared: &Shared,
     visited: &Visited,
@@ -330,7 +331,7 @@ fn taken(
 /// States from the buffer, some of them rolled out and inserted first.
 fn buffered(
     request: &SourceRequest<'_>,
-    ways: &Ways,
+    paths: &Paths,
     new_fraction: f64,
     buffer: &mut AggregationBuffer,
     draws: &mut Draws,
@@ -348,7 +349,7 @@ fn buffered(
     }
     if !new.is_empty() {
         let part = Selected::of(request, &new)?;
-        parts.push(rolled_into(&part.request(request), ways, buffer, draws)?);
+        parts.push(rolled_into(&part.request(request), paths, buffer, draws)?);
     }
     let order = inverse(&[old, new].concat());
     States::cat(&parts)?.index_select(&order)
@@ -357,19 +358,19 @@ fn buffered(
 /// Rolls out whole trajectories, inserts all visited states into the buffer and selects the requested ones.
 fn rolled_into(
     request: &SourceRequest<'_>,
-    ways: &Ways,
+    paths: &Paths,
     buffer: &mut AggregationBuffer,
     draws: &mut Draws,
 ) -> Result<States> {
     let shared = Shared::alone(request.len());
     let grids = request.grids;
-    let targets = if grids.rollout == grids.student && ways.grids.is_empty() {
+    let targets = if grids.rollout == grids.student && paths.grids.is_empty() {
         vec![grids.student.as_slice().last().copied().unwrap_or(-1); request.len()]
     } else {
         // Between two timesteps of the rollout there are many to stop at; the requested one is as good as any.
         request.timesteps()
     };
-    let (visited, prompts) = roll_out(request, ways, &shared, &targets, draws)?;
+    let (visited, prompts) = roll_out(request, paths, &shared, &targets, draws)?;
     let grid_indices: Option<Vec<usize>> =
         visited.timesteps.iter().map(|&t| grids.student_index(t)).collect();
     let device = visited.x_t.device();
@@ -379,9 +380,9 @@ fn rolled_into(
         grid_indices: grid_indices.ok_or_else(noise_is_no_state)?,
         conditioning: prompts.index_select(&index(&visited.rows, device))?,
         sources: visited.teacher_acted.iter().map(|&acted| source(acted)).collect(),
-        births: vec![request.step; visited.rows.len()],
+        created_at_step: vec![request.step; visited.rows.len()],
     })?;
-    taken(request, &shared, &visited, &prompts)
+    requested(request, &shared, &visited, &prompts)
 }
 
 /// The source of a trajectory.

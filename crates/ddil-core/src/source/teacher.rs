@@ -81,7 +81,8 @@ pub struct TeacherSource {
 #[serde(deny_unknown_fields)]
 struct Pool {
     /// Step at which each trajectory was made.
-    births: Vec<u64>,
+    #[serde(rename = "births")]
+    created_at_step: Vec<u64>,
     /// Rows of each grid index; end points of trajectories are at 0, where no state is kept.
     at: Vec<Vec<usize>>,
 }
@@ -120,7 +121,7 @@ impl TeacherSource {
         }
         Ok(Self {
             kept,
-            pool: Pool { births: vec![], at: vec![vec![]; grids.student.len()] },
+            pool: Pool { created_at_step: vec![], at: vec![vec![]; grids.student.len()] },
             rows: RowStore::new(WHAT, Some(config.storage.kind())),
             config,
         })
@@ -128,7 +129,7 @@ impl TeacherSource {
 
     /// Number of trajectories in the pool.
     pub fn pooled(&self) -> usize {
-        self.pool.births.len()
+        self.pool.created_at_step.len()
     }
 
     /// Index in [`Pool::at`] of the states for a grid index.
@@ -231,13 +232,14 @@ impl TeacherSource {
                 from.push(position);
                 self.pool.at[grid_index].push(row);
             }
-            self.pool.births.push(request.step);
+            self.pool.created_at_step.push(request.step);
         }
         let device = visited.x_t.device();
         let x_t = visited.x_t.index_select(0, &index(&from, device));
-        let told: Vec<usize> = from.iter().map(|&position| visited.rows[position]).collect();
-        let told = prompts.index_select(&index(&told, device))?;
-        self.rows.write(self.config.pool * self.kept, &rows, &x_t, &told)
+        let kept_prompts: Vec<usize> =
+            from.iter().map(|&position| visited.rows[position]).collect();
+        let kept_prompts = prompts.index_select(&index(&kept_prompts, device))?;
+        self.rows.write(self.config.pool * self.kept, &rows, &x_t, &kept_prompts)
     }
 
     /// Draws from the pool, uniformly with replacement.
@@ -249,7 +251,8 @@ impl TeacherSource {
         let rows: Vec<usize> = request.grid_indices.iter().map(choose).collect();
         let (x_t, conditioning) = self.rows.read(&rows)?;
         let mut states = self.made(request, x_t, conditioning)?;
-        states.births = rows.iter().map(|row| self.pool.births[row / self.kept]).collect();
+        states.created_at_step =
+            rows.iter().map(|row| self.pool.created_at_step[row / self.kept]).collect();
         Ok(states)
     }
 }
@@ -268,7 +271,7 @@ impl TrajectorySource for TeacherSource {
     }
 
     fn flush(&mut self) {
-        self.pool.births.clear();
+        self.pool.created_at_step.clear();
         self.pool.at.iter_mut().for_each(Vec::clear);
         self.rows.clear();
     }
@@ -280,12 +283,15 @@ impl TrajectorySource for TeacherSource {
     fn restore(&mut self, saved: &SavedState) -> Result<()> {
         let pool: Pool = saved.metadata(WHAT)?;
         let capacity = self.config.pool * self.kept;
-        let rows_fit = pool.at.iter().flatten().all(|&row| row < pool.births.len() * self.kept);
-        if pool.at.len() != self.pool.at.len() || pool.births.len() > self.config.pool || !rows_fit
+        let rows_fit =
+            pool.at.iter().flatten().all(|&row| row < pool.created_at_step.len() * self.kept);
+        if pool.at.len() != self.pool.at.len()
+            || pool.created_at_step.len() > self.config.pool
+            || !rows_fit
         {
             let problem = format!(
                 "{} trajectories over {} grid indices; there is room for {} over {}",
-                pool.births.len(),
+                pool.created_at_step.len(),
                 pool.at.len(),
                 self.config.pool,
                 self.pool.at.len()

@@ -181,7 +181,7 @@ fn ensure_guidance(
         let expected = "baked_in: with objective.solver = \"target\" the teacher is not evaluated";
         return invalid(FIELD, guidance.as_str(), expected);
     }
-    if guidance.is_told_to_student() && requirements.critic {
+    if guidance.is_student_input() && requirements.critic {
         let expected = "cfg or baked_in: the critic does not take the weight, and would average over all weights";
         return invalid(FIELD, guidance.as_str(), expected);
     }

@@ -47,7 +47,8 @@ struct Queues {
 #[serde(deny_unknown_fields)]
 struct Waiting {
     row: usize,
-    birth: u64,
+    #[serde(rename = "birth")]
+    created_at_step: u64,
     teacher_acted: bool,
 }
 
@@ -61,9 +62,9 @@ struct Group {
 /// How the requests of a batch are served.
 struct Plan {
     /// Requests whose states are queued at the requested index.
-    there: Group,
+    ready: Group,
     /// Requests whose states have to be advanced, by the grid index at which they start; 0 is noise.
-    walks: Vec<(usize, Group)>,
+    advances: Vec<(usize, Group)>,
 }
 
 const WHAT: &str = "chains";
@@ -86,19 +87,25 @@ impl Chains {
         if request.grid_indices.contains(&0) {
             return Err(noise_is_no_state());
         }
-        let Plan { there, walks } = self.plan(request, refresh_fraction, &mut draws.rng);
+        let Plan { ready, advances } = self.plan(request, refresh_fraction, &mut draws.rng);
         let mut parts = Vec::new();
-        let mut order = there.requests.clone();
-        if !there.requests.is_empty() {
-            let part = Selected::of(request, &there.requests)?;
-            parts.push(self.waiting_states(&part.request(request), &there.from)?);
+        let mut order = ready.requests.clone();
+        if !ready.requests.is_empty() {
+            let part = Selected::of(request, &ready.requests)?;
+            parts.push(self.waiting_states(&part.request(request), &ready.from)?);
         }
-        for (start, group) in &walks {
+        for (start, group) in &advances {
             let part = Selected::of(request, &group.requests)?;
-            parts.push(self.walk_on(&part.request(request), mixed, *start, &group.from, draws)?);
+            parts.push(self.advance_from(
+                &part.request(request),
+                mixed,
+                *start,
+                &group.from,
+                draws,
+            )?);
             order.extend(&group.requests);
         }
-        let groups = walks.iter().map(|(_, group)| group).chain([&there]);
+        let groups = advances.iter().map(|(_, group)| group).chain([&ready]);
         self.queues.free.extend(groups.flat_map(|group| &group.from).map(|waiting| waiting.row));
         States::cat(&parts)?.index_select(&inverse(&order))
     }
@@ -111,16 +118,16 @@ impl Chains {
         rng: &mut impl Rng,
     ) -> Plan {
         // States queued for longer than a trajectory takes are leftovers, made by an unnecessarily old student.
-        self.queues.forget(request.step, self.len as u64);
-        let mut there = Group::default();
-        let mut walks: Vec<(usize, Group)> =
+        self.queues.drop_old(request.step, self.len as u64);
+        let mut ready = Group::default();
+        let mut advances: Vec<(usize, Group)> =
             (0..self.len).map(|start| (start, Group::default())).collect();
         let mut unmet = Vec::new();
         for (i, &grid_index) in request.grid_indices.iter().enumerate() {
             if rng.random::<f64>() < refresh_fraction {
-                walks[0].1.requests.push(i);
+                advances[0].1.requests.push(i);
             } else if let Some(waiting) = self.queues.newest(grid_index) {
-                there.add(i, waiting);
+                ready.add(i, waiting);
             } else {
                 unmet.push(i);
             }
@@ -129,24 +136,24 @@ impl Chains {
             let mut earlier = (1..request.grid_indices[i]).rev();
             let found = earlier.find_map(|at| Some((at, self.queues.newest(at)?)));
             match found {
-                Some((start, waiting)) => walks[start].1.add(i, waiting),
-                None => walks[0].1.requests.push(i),
+                Some((start, waiting)) => advances[start].1.add(i, waiting),
+                None => advances[0].1.requests.push(i),
             }
         }
-        walks.retain(|(_, group)| !group.requests.is_empty());
-        Plan { there, walks }
+        advances.retain(|(_, group)| !group.requests.is_empty());
+        Plan { ready, advances }
     }
 
     /// States that are at the requested index.
     fn waiting_states(&self, request: &SourceRequest<'_>, from: &[Waiting]) -> Result<States> {
         let (x_t, conditioning) = self.read(request, from)?;
         let sources = from.iter().map(|waiting| source(waiting.teacher_acted)).collect();
-        let births = from.iter().map(|waiting| waiting.birth).collect();
-        Ok(States { births, ..request.made(x_t, conditioning, sources) })
+        let created_at_step = from.iter().map(|waiting| waiting.created_at_step).collect();
+        Ok(States { created_at_step, ..request.made(x_t, conditioning, sources) })
     }
 
     /// States that have to be advanced from grid index `start`.
-    fn walk_on(
+    fn advance_from(
         &self,
         request: &SourceRequest<'_>,
         mixed: Option<MixedVariant>,
@@ -162,8 +169,8 @@ impl Chains {
             let visited = rollout.visit(&noise, request.prompts, &targets, draws)?;
             (visited, request.prompts.shallow_clone())
         } else {
-            let (x_t, told) = self.read(request, from)?;
-            (rollout.visit_from(start, &x_t, &told, &targets, draws)?, told)
+            let (x_t, conditioning) = self.read(request, from)?;
+            (rollout.visit_from(start, &x_t, &conditioning, &targets, draws)?, conditioning)
         };
         let positions = (0..request.len())
             .map(|row| visited.position(row, targets[row]))
@@ -223,7 +230,7 @@ impl Chains {
             .zip(&teacher_acts)
             .map(|(&i, &acts)| {
                 let teacher_acted = acts || states.sources[i] == Source::Mixed;
-                let waiting = Waiting { row: 0, birth: feedback.step, teacher_acted };
+                let waiting = Waiting { row: 0, created_at_step: feedback.step, teacher_acted };
                 self.queues.push(states.grid_indices[i] + 1, waiting, most)
             })
             .collect();
@@ -344,9 +351,12 @@ impl Queues {
     }
 
     /// Drops states that have been queued for more than `max_age` updates.
-    fn forget(&mut self, step: u64, max_age: u64) {
+    fn drop_old(&mut self, step: u64, max_age: u64) {
         for queue in &mut self.waiting {
-            while queue.front().is_some_and(|first| step.saturating_sub(first.birth) > max_age) {
+            while queue
+                .front()
+                .is_some_and(|first| step.saturating_sub(first.created_at_step) > max_age)
+            {
                 self.free.extend(queue.pop_front().map(|waiting| waiting.row));
             }
         }
