@@ -2,7 +2,7 @@
 
 use ddil_libtorch::ArgumentError;
 use ddil_metrics::{
-    Error, FeatureExtractor, PixelRange, RawPixels, Resize, TorchScriptExtractor,
+    Error, FeatureExtractor, ImageInput, PixelRange, RawPixels, Resize, TorchScriptExtractor,
     TorchScriptOptions, quantize,
 };
 use proptest::prelude::*;
@@ -24,13 +24,13 @@ fn channel_means(images: &Tensor) -> Tensor {
 }
 
 fn options() -> TorchScriptOptions {
-    TorchScriptOptions {
-        dim: 3,
-        range: PixelRange::SignedUnit,
-        resize: Resize::None,
-        channels: 3,
-        return_features: false,
-    }
+    with(|options| options.dim = Some(3))
+}
+
+fn with(change: impl FnOnce(&mut TorchScriptOptions)) -> TorchScriptOptions {
+    let mut options = TorchScriptOptions::default();
+    change(&mut options);
+    options
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn raw_pixels_are_the_pixels() -> ddil_metrics::Result<()> {
     let images = Tensor::arange(24, kind::FLOAT_CPU).view([2, 3, 2, 2]);
     assert_eq!(pixels.features(&images)?, images.view([2, 12]));
     assert_eq!((pixels.dim(), pixels.id()), (12, "raw-pixels-3x2x2"));
-    assert_eq!(pixels.resize_mode(), "none");
+    assert_eq!(pixels.input(), &ImageInput::unchanged(3));
     for bad in [images.view([3, 2, 2, 2]), images.view([6, 2, 2])] {
         assert!(matches!(pixels.features(&bad), Err(Error::Argument(ArgumentError::Shape { .. }))));
     }
@@ -54,7 +54,9 @@ fn torch_script_network_sees_the_range_it_takes() -> Result<(), Box<dyn std::err
     for (range, expected) in
         [(PixelRange::SignedUnit, 0.5), (PixelRange::Unit, 0.75), (PixelRange::Byte, 191.25)]
     {
-        let options = TorchScriptOptions { range, ..options() };
+        let options = with(|options| {
+            (options.dim, options.input.range) = (Some(3), range);
+        });
         let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
         let features = network.features(&images)?;
         // Grey images were repeated to three channels, and 300 are more than one batch.
@@ -73,12 +75,15 @@ fn resized_images_keep_flat_areas_and_range() -> Result<(), Box<dyn std::error::
     for (resize, mode) in [
         (Resize::Bicubic([6, 5]), "bicubic-antialias-6x5"),
         (Resize::Bilinear([6, 5]), "bilinear-6x5"),
+        (Resize::BilinearTf1([6, 5]), "bilinear-tf1-6x5"),
+        (Resize::BicubicCrop { side: 7, crop: 5 }, "bicubic-antialias-7-crop-5"),
     ] {
-        let options = TorchScriptOptions { resize, ..options() };
+        // Without a number of features: a black image is enough to find it.
+        let options = with(|options| options.input.resize = resize);
         let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
         let features = network.features(&Tensor::full([1, 3, 9, 9], -1.0, kind::FLOAT_CPU))?;
         assert!((features + 1.0).abs().max().double_value(&[]) < 1e-6);
-        assert_eq!(network.resize_mode(), mode);
+        assert_eq!((network.dim(), network.input().resize.to_string().as_str()), (3, mode));
     }
     Ok(())
 }
@@ -103,14 +108,18 @@ fn bad_networks() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(&damaged, claims)?;
     let said = open(&damaged, options()).expect_err("it is not there").to_string();
     assert!(said.contains("damaged.pt") && said.contains("2139062143 bytes"), "{said}");
-    let no_features = TorchScriptOptions { dim: 0, ..options() };
-    assert!(
-        matches!(open(&path, no_features), Err(Error::Invalid(invalid)) if invalid.field == "dim")
-    );
-    let wrong_dim = open(&path, TorchScriptOptions { dim: 4, ..options() })?;
+    for bad_dim in [Some(0), None] {
+        let no_features = with(|options| options.dim = bad_dim);
+        let error = open(&path, no_features).expect_err("there must be a feature");
+        assert!(error.invalid().is_some_and(|invalid| invalid.field == "dim"), "{error}");
+    }
+    let wrong_dim = open(&path, with(|options| options.dim = Some(4)))?;
     let images = Tensor::zeros([2, 3, 4, 4], kind::FLOAT_CPU);
-    assert!(matches!(wrong_dim.features(&images), Err(Error::NotATensor { dim: 4, .. })));
-    let wants_more = open(&path, TorchScriptOptions { return_features: true, ..options() })?;
+    assert!(
+        matches!(wrong_dim.features(&images), Err(Error::NotATensor { dim, .. }) if dim == "4")
+    );
+    let wants_more =
+        open(&path, with(|options| (options.dim, options.return_features) = (Some(3), true)))?;
     let error = wants_more.features(&images).expect_err("the network takes one argument");
     assert!(!error.to_string().contains('\n'), "no backtrace: {error}");
     assert!(matches!(

@@ -6,8 +6,11 @@ mod diversity;
 mod features;
 mod frechet;
 mod golden;
+mod image_input;
 mod kid;
+mod reference;
 mod report;
+mod resampling;
 mod wasserstein;
 
 use ddil_libtorch::ArgumentError;

@@ -13,6 +13,7 @@ use crate::{
     FeatureExtractor,
     error::{Error, Result, ensure_numbers, torch},
     features::{in_batches, sha256},
+    image_input::ImageInput,
 };
 
 /// Weights trained by `examples/train_classifier.rs`.
@@ -61,6 +62,7 @@ pub const FASHION_CLASSES: [&str; 10] = [
 pub struct FashionClassifier {
     variables: nn::VarStore,
     layers: Layers,
+    input: ImageInput,
     id: String,
 }
 
@@ -85,7 +87,12 @@ impl FashionClassifier {
         let _ = there.map_err(torch("FashionClassifier::untrained"))?;
         let variables = nn::VarStore::new(device);
         let layers = Layers::new(&variables.root());
-        Ok(Self { variables, layers, id: "fashion-classifier-untrained".to_owned() })
+        Ok(Self {
+            variables,
+            layers,
+            input: ImageInput::unchanged(1),
+            id: "fashion-classifier-untrained".to_owned(),
+        })
     }
 
     /// A classifier with weights from the bytes of a safetensors file. Its id contains their SHA-256.
@@ -200,9 +207,14 @@ impl FashionClassifier {
 }
 
 impl FeatureExtractor for FashionClassifier {
-    fn features(&self, images: &Tensor) -> Result<Tensor> {
-        ensure_fashion_images("FashionClassifier::features", images)?;
-        in_batches(images, |batch| Ok(self.layers.features(&self.adapt(batch))))
+    fn input(&self) -> &ImageInput {
+        &self.input
+    }
+
+    fn extract(&self, prepared: &Tensor) -> Result<Tensor> {
+        ensure_fashion_images("FashionClassifier::extract", prepared)?;
+        let _no_grad = tch::no_grad_guard();
+        Ok(self.layers.features(&self.adapt(prepared)))
     }
 
     fn id(&self) -> &str {

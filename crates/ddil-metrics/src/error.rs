@@ -82,6 +82,29 @@ pub enum Error {
         /// The error of the file system.
         source: std::io::Error,
     },
+    /// A file of statistics is not as required, or could not be written.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was found, and what is expected.
+        reason: String,
+    },
+    /// A reference was made with another extractor than the features to compare with it.
+    #[error(
+        "the reference `{reference}` was made with another extractor: its {what} is {found}, that of the extractor is \
+         {expected}; make the reference again with this extractor"
+    )]
+    AnotherExtractor {
+        /// The name of the reference.
+        reference: String,
+        /// What differs.
+        what: &'static str,
+        /// The reference's.
+        found: String,
+        /// The extractor's.
+        expected: String,
+    },
     /// libtorch could not load a network from a file.
     #[error("could not load a TorchScript network from {}: {message}", path.display())]
     LoadNetwork {
@@ -98,7 +121,7 @@ pub enum Error {
         /// The output of the network.
         found: String,
         /// Number of features per sample.
-        dim: i64,
+        dim: String,
     },
     /// An operation of libtorch failed.
     #[error("{op}: libtorch failed: {message}")]

@@ -1,35 +1,39 @@
 //! Feature extractors of images.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
-use ddil_libtorch::ensure_script_archive;
+use ddil_libtorch::{ArgumentError, ensure_script_archive};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor};
 
 use crate::error::{Error, Result, ensure_numbers, first_line, torch};
+use crate::image_input::{ImageInput, Resize, ensure_images};
 
 /// Number of images per forward pass.
 const IMAGES_AT_ONCE: i64 = 256;
 
 /// Computes the features of images that metrics compare.
+///
+/// [`input`](Self::input) converts images, one by one if their sizes differ, and [`extract`](Self::extract) computes
+/// features of a batch of converted images.
 pub trait FeatureExtractor {
-    /// Features of images, one row per image, without gradients.
+    /// The conversion of images that [`extract`](Self::extract) requires.
+    fn input(&self) -> &ImageInput;
+
+    /// Features of converted images, one row per image, without gradients.
     ///
     /// # Shapes and units
     ///
-    /// - `images`: `[n, channels, height, width]`, values in `[-1, 1]`
+    /// - `prepared`: `[n, channels, height, width]`, as [`ImageInput::prepare`] returns them
     /// - returns: `[n, dim]`, on the extractor's device
     ///
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if the extractor does not accept images of this
     /// shape.
-    fn features(&self, images: &Tensor) -> Result<Tensor>;
+    fn extract(&self, prepared: &Tensor) -> Result<Tensor>;
 
     /// Name of the extractor and hash of its weights; metrics of different extractors are not comparable.
     fn id(&self) -> &str;
@@ -37,9 +41,19 @@ pub trait FeatureExtractor {
     /// Number of features per image.
     fn dim(&self) -> i64;
 
-    /// How images are resized for the network, for reports; "none" if they are not.
-    fn resize_mode(&self) -> String {
-        Resize::None.to_string()
+    /// Features of images, one row per image, without gradients.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `images`: `[n, channels or 1, height, width]`, `Uint8` from 0 to 255, or floats from -1 to 1
+    /// - returns: `[n, dim]`, on the extractor's device
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageInput::prepare`] and [`extract`](Self::extract).
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        ensure_images("FeatureExtractor::features", images, self.input().channels)?;
+        in_batches(images, |batch| self.extract(&self.input().prepare(batch)?))
     }
 }
 
@@ -89,6 +103,7 @@ pub fn quantize(images: &Tensor) -> Result<Tensor> {
 #[derive(Clone, Debug)]
 pub struct RawPixels {
     shape: [i64; 3],
+    input: ImageInput,
     id: String,
 }
 
@@ -96,24 +111,29 @@ impl RawPixels {
     /// For images of this shape: channels, height, width.
     pub fn new(shape: [i64; 3]) -> Self {
         let [channels, height, width] = shape;
-        Self { shape, id: format!("raw-pixels-{channels}x{height}x{width}") }
+        let id = format!("raw-pixels-{channels}x{height}x{width}");
+        Self { shape, input: ImageInput::unchanged(channels), id }
     }
 }
 
 impl FeatureExtractor for RawPixels {
-    fn features(&self, images: &Tensor) -> Result<Tensor> {
-        ensure_numbers("RawPixels::features", "images", images)?;
-        let shape = images.size();
+    fn input(&self) -> &ImageInput {
+        &self.input
+    }
+
+    fn extract(&self, prepared: &Tensor) -> Result<Tensor> {
+        ensure_numbers("RawPixels::extract", "prepared", prepared)?;
+        let shape = prepared.size();
         if shape.len() != 4 || shape[1..] != self.shape {
             let [channels, height, width] = self.shape;
             return Err(Error::Argument(ArgumentError::Shape {
-                op: "RawPixels::features",
-                name: "images",
+                op: "RawPixels::extract",
+                name: "prepared",
                 shape,
                 expected: format!("[n, {channels}, {height}, {width}]"),
             }));
         }
-        Ok(images.detach().flatten(1, -1))
+        Ok(prepared.detach().flatten(1, -1))
     }
 
     fn id(&self) -> &str {
@@ -125,87 +145,38 @@ impl FeatureExtractor for RawPixels {
     }
 }
 
-/// The range of a network's input pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PixelRange {
-    /// From -1 to 1, as all images in this crate.
-    SignedUnit,
-    /// From 0 to 1.
-    Unit,
-    /// From 0 to 255, as floats.
-    Byte,
-}
-
-impl PixelRange {
-    /// Maps images in `[-1, 1]` to this range.
-    fn scale(self, images: &Tensor) -> Tensor {
-        match self {
-            Self::SignedUnit => images.shallow_clone(),
-            Self::Unit => (images + 1.0) * 0.5,
-            Self::Byte => (images + 1.0) * 127.5,
-        }
-    }
-}
-
-/// How images are resized for a network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resize {
-    /// No resizing: images must have the right size.
-    None,
-    /// Bicubic with antialiasing to height and width, then clamped to `[-1, 1]`: close to PIL.
-    Bicubic([i64; 2]),
-    /// Bilinear without antialiasing to height and width.
-    Bilinear([i64; 2]),
-}
-
-impl Resize {
-    fn apply(self, images: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
-        match self {
-            Self::None => Ok(images.shallow_clone()),
-            Self::Bicubic(size) => {
-                images.f_internal_upsample_bicubic2d_aa(size, false, None, None)?.f_clamp(-1.0, 1.0)
-            }
-            Self::Bilinear(size) => images.f_upsample_bilinear2d(size, false, None, None),
-        }
-    }
-}
-
-impl fmt::Display for Resize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => write!(f, "none"),
-            Self::Bicubic([height, width]) => write!(f, "bicubic-antialias-{height}x{width}"),
-            Self::Bilinear([height, width]) => write!(f, "bilinear-{height}x{width}"),
-        }
-    }
-}
-
 /// Input and output of a `TorchScript` network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// # Example
+///
+/// ```
+/// use ddil_metrics::{ImageInput, TorchScriptOptions};
+///
+/// // Inception as clean-fid uses it, or as torch-fidelity does.
+/// let clean = TorchScriptOptions::inception_2015();
+/// let mut tf1 = TorchScriptOptions::inception_2015();
+/// tf1.input = ImageInput::torch_fidelity();
+/// assert_eq!(clean.input.resize.to_string(), "bicubic-antialias-299x299");
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TorchScriptOptions {
-    /// Number of features per image.
-    pub dim: i64,
-    /// Range of its input pixels.
-    pub range: PixelRange,
-    /// How images are resized.
-    pub resize: Resize,
-    /// Number of input channels; grey images are repeated to this number.
-    pub channels: i64,
+    /// Number of features per image; default: as many as the network returns for an image. Required unless
+    /// `input.resize` determines the size of images.
+    pub dim: Option<i64>,
+    /// The conversion of images.
+    pub input: ImageInput,
     /// Whether `true` is passed as a second argument, with which the Inception network of 2015, as converted for
     /// `StyleGAN`, returns features instead of class scores.
     pub return_features: bool,
 }
 
 impl TorchScriptOptions {
-    /// For the Inception network of 2015 as converted for `StyleGAN` (`inception-2015-12-05.pt`): 2048 features.
+    /// For the Inception network of 2015 as converted for `StyleGAN` (`inception-2015-12-05.pt`): 2048 features of
+    /// images prepared as by [`ImageInput::clean_fid`].
     pub fn inception_2015() -> Self {
-        Self {
-            dim: 2048,
-            range: PixelRange::Byte,
-            resize: Resize::Bicubic([299, 299]),
-            channels: 3,
-            return_features: true,
-        }
+        Self { dim: Some(2048), input: ImageInput::clean_fid(), return_features: true }
     }
 }
 
@@ -214,6 +185,7 @@ impl TorchScriptOptions {
 pub struct TorchScriptExtractor {
     module: CModule,
     options: TorchScriptOptions,
+    dim: i64,
     device: Device,
     id: String,
 }
@@ -225,18 +197,14 @@ impl TorchScriptExtractor {
     ///
     /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it is not a `TorchScript` network or
     /// is rejected by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one whose headers exceed its
-    /// contents; [`Error::Invalid`] unless `dim` and `channels` are 1 or more.
+    /// contents; [`Error::Invalid`] for invalid options; [`Error::NotATensor`] if the network does not return features.
     pub fn open(
         path: impl AsRef<Path>,
         options: TorchScriptOptions,
         device: Device,
     ) -> Result<Self> {
-        for (name, value) in [("dim", options.dim), ("channels", options.channels)] {
-            if value < 1 {
-                let value = value.to_string();
-                return Err(Error::Invalid(Invalid::new(name, value, "1 or more")));
-            }
-        }
+        options.input.ensure_valid()?;
+        ensure_dim(&options)?;
         let path = path.as_ref();
         let refused = |message| Error::LoadNetwork { path: PathBuf::from(path), message };
         ensure_script_archive(path).map_err(|error| match error {
@@ -252,44 +220,77 @@ impl TorchScriptExtractor {
         };
         let module = load().map_err(|source| refused(first_line(&source)))?;
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        Ok(Self { module, options, device, id: format!("{stem}-{}", sha256(&bytes)) })
+        let id = format!("{stem}-{}", sha256(&bytes));
+        let mut extractor = Self { module, dim: options.dim.unwrap_or(0), options, device, id };
+        if extractor.options.dim.is_none() {
+            extractor.dim = extractor.found_dim()?;
+        }
+        Ok(extractor)
     }
 
-    fn prepare(&self, images: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
-        let images = images.f_to_device(self.device)?.f_to_kind(Kind::Float)?;
-        let images = self.options.resize.apply(&images)?;
-        let images = self.options.range.scale(&images);
-        let channels = self.options.channels;
-        if images.size()[1] == channels {
-            Ok(images)
-        } else {
-            images.f_expand([-1, channels, -1, -1], false)
+    /// The number of features of a black image.
+    fn found_dim(&self) -> Result<i64> {
+        const OP: &str = "TorchScriptExtractor::open";
+        let ImageInput { channels, resize, .. } = &self.options.input;
+        let [height, width] = resize.size().unwrap_or([1, 1]);
+        let options = (Kind::Float, self.device);
+        let black = Tensor::f_zeros([1, *channels, height, width], options).map_err(torch(OP))?;
+        let features = self.forward(&black)?;
+        match *features.size() {
+            [1, dim] if dim > 0 => Ok(dim),
+            _ => Err(self.not_features(&format!("a tensor {:?}", features.size()))),
         }
     }
 
-    fn batch_features(&self, images: &Tensor) -> Result<Tensor> {
-        let op = torch("TorchScriptExtractor::features");
-        let mut arguments = vec![IValue::Tensor(self.prepare(images).map_err(&op)?)];
+    fn forward(&self, prepared: &Tensor) -> Result<Tensor> {
+        let op = torch("TorchScriptExtractor::extract");
+        let _no_grad = tch::no_grad_guard();
+        let prepared = prepared
+            .f_to_device(self.device)
+            .and_then(|images| images.f_to_kind(Kind::Float))
+            .map_err(&op)?;
+        let mut arguments = vec![IValue::Tensor(prepared)];
         if self.options.return_features {
             arguments.push(IValue::Bool(true));
         }
-        let output = self.module.forward_is(&arguments).map_err(&op)?;
-        let wrong = |found| Error::NotATensor { id: self.id.clone(), found, dim: self.options.dim };
-        match output {
-            IValue::Tensor(features) if features.size() == [images.size()[0], self.options.dim] => {
-                Ok(features)
-            }
-            IValue::Tensor(features) => Err(wrong(format!("a tensor {:?}", features.size()))),
-            _ => Err(wrong("no tensor".to_owned())),
+        match self.module.forward_is(&arguments).map_err(&op)? {
+            IValue::Tensor(features) => Ok(features),
+            _ => Err(self.not_features("no tensor")),
         }
+    }
+
+    fn not_features(&self, found: &str) -> Error {
+        let dim = if self.dim > 0 { self.dim.to_string() } else { "features".to_owned() };
+        Error::NotATensor { id: self.id.clone(), found: found.to_owned(), dim }
+    }
+}
+
+/// Checks the number of features, which must be given if the size of images is not.
+fn ensure_dim(options: &TorchScriptOptions) -> Result<()> {
+    match options.dim {
+        Some(dim) if dim < 1 => Err(Invalid::new("dim", dim.to_string(), "1 or more").into()),
+        None if options.input.resize == Resize::None => {
+            let expected = "a number of features, since `input.resize` is `none`";
+            Err(Invalid::new("dim", "not set", expected).into())
+        }
+        _ => Ok(()),
     }
 }
 
 impl FeatureExtractor for TorchScriptExtractor {
-    fn features(&self, images: &Tensor) -> Result<Tensor> {
-        let channels = self.options.channels;
-        ensure_images("TorchScriptExtractor::features", images, &[1, channels])?;
-        in_batches(images, |batch| self.batch_features(batch))
+    fn input(&self) -> &ImageInput {
+        &self.options.input
+    }
+
+    fn extract(&self, prepared: &Tensor) -> Result<Tensor> {
+        const OP: &str = "TorchScriptExtractor::extract";
+        ensure_images(OP, prepared, self.options.input.channels)?;
+        let features = self.forward(prepared)?;
+        if features.size() == [prepared.size()[0], self.dim] {
+            Ok(features)
+        } else {
+            Err(self.not_features(&format!("a tensor {:?}", features.size())))
+        }
     }
 
     fn id(&self) -> &str {
@@ -297,23 +298,8 @@ impl FeatureExtractor for TorchScriptExtractor {
     }
 
     fn dim(&self) -> i64 {
-        self.options.dim
+        self.dim
     }
-
-    fn resize_mode(&self) -> String {
-        self.options.resize.to_string()
-    }
-}
-
-/// Checks that `images` is `[n >= 1, one of channels, height, width]`.
-fn ensure_images(op: &'static str, images: &Tensor, channels: &[i64]) -> Result<()> {
-    ensure_numbers(op, "images", images)?;
-    let shape = images.size();
-    if shape.len() == 4 && shape[0] > 0 && channels.contains(&shape[1]) {
-        return Ok(());
-    }
-    let expected = format!("[1 or more, one of {channels:?}, height, width]");
-    Err(Error::Argument(ArgumentError::Shape { op, name: "images", shape, expected }))
 }
 
 /// Runs `features` in batches, without gradients.

@@ -83,7 +83,7 @@ impl Moments {
         let count = self.seen.as_ref().map_or(0, |seen| seen.count);
         match &self.seen {
             Some(seen) if seen.count >= 2 => Ok(Statistics {
-                num_samples: count as u64,
+                num_samples: Some(count as u64),
                 mean: to_vec("Moments::build", &seen.mean)?,
                 covariance: to_vec(
                     "Moments::build",
@@ -122,7 +122,7 @@ impl Seen {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "StoredStatistics")]
 pub struct Statistics {
-    num_samples: u64,
+    num_samples: Option<u64>,
     mean: Vec<f64>,
     covariance: Vec<f64>,
 }
@@ -144,8 +144,26 @@ impl Statistics {
         moments.build()
     }
 
-    /// The number of samples.
-    pub fn num_samples(&self) -> u64 {
+    /// Statistics from their values, as stored by another program.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `mean`: `d` values, `covariance`: `d * d` values row by row, divided by `n - 1`
+    ///
+    /// # Errors
+    ///
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::TooFewSamples`] below two samples,
+    /// [`Error::NonFinite`].
+    pub fn from_parts(
+        num_samples: Option<u64>,
+        mean: Vec<f64>,
+        covariance: Vec<f64>,
+    ) -> Result<Self> {
+        StoredStatistics { num_samples, mean, covariance }.try_into()
+    }
+
+    /// The number of samples; `None` if the file of another program does not contain it.
+    pub fn num_samples(&self) -> Option<u64> {
         self.num_samples
     }
 
@@ -174,7 +192,7 @@ impl Statistics {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredStatistics {
-    num_samples: u64,
+    num_samples: Option<u64>,
     mean: Vec<f64>,
     covariance: Vec<f64>,
 }
@@ -194,20 +212,33 @@ impl TryFrom<StoredStatistics> for Statistics {
                 expected: format!("the square of the mean's {dim} values, 1 or more"),
             }));
         }
-        if num_samples < 2 {
-            return Err(Error::TooFewSamples {
-                op: OP,
-                name: "num_samples",
-                found: num_samples as i64,
-                needed: 2,
-            });
+        if let Some(found) = num_samples.filter(|&found| found < 2) {
+            let (name, found) = ("num_samples", found as i64);
+            return Err(Error::TooFewSamples { op: OP, name, found, needed: 2 });
         }
         let found = mean.iter().chain(&covariance).filter(|value| !value.is_finite()).count();
         if found > 0 {
             return Err(Error::NonFinite { op: OP, name: "mean, covariance", found: found as i64 });
         }
+        if !is_symmetric(&covariance, dim) {
+            return Err(Error::Argument(ArgumentError::Value {
+                op: OP,
+                name: "covariance",
+                value: "not symmetric".to_owned(),
+                expected: "a symmetric matrix".into(),
+            }));
+        }
         Ok(Self { num_samples, mean, covariance })
     }
+}
+
+/// Whether a square matrix is its own transpose, up to the rounding of single precision.
+fn is_symmetric(matrix: &[f64], dim: usize) -> bool {
+    let largest = matrix.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    let differs = |row: usize, column: usize| {
+        (matrix[row * dim + column] - matrix[column * dim + row]).abs() > 1e-5 * largest
+    };
+    (0..dim).all(|row| (0..row).all(|column| !differs(row, column)))
 }
 
 /// Fréchet distance between Gaussians with the mean and covariance of `a` and of `b`.

@@ -9,8 +9,11 @@
 //! | --- | --- |
 //! | how far apart are two distributions? | [`frechet_distance`], [`kid`], [`energy_distance`], [`sliced_wasserstein`] |
 //! | do samples look real, and are all real samples reached? | [`prdc`]: precision, recall, density, coverage |
-//! | how varied are the samples? | [`mean_pairwise_distance`] |
+//! | how varied are the samples? | [`mean_pairwise_distance`], [`diversity_per_group`] |
+//! | how exact is a number? | [`standard_errors`], [`kid_of_subsets`] |
+//! | real images in a file | [`Reference`]: also pytorch-fid's and clean-fid's `.npz` |
 //! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
+//! | the input of a network from images of any size | [`ImageInput`] |
 //!
 //! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of
 //! samples: only numbers with the same three can be compared.
@@ -43,8 +46,11 @@ mod energy;
 mod error;
 mod features;
 mod frechet;
+mod image_input;
 mod kid;
+mod reference;
 mod report;
+mod resampling;
 mod wasserstein;
 
 pub use classifier::{FASHION_CLASSES, FashionClassifier};
@@ -55,12 +61,16 @@ pub use diversity::mean_pairwise_distance;
 pub use energy::energy_distance;
 pub use error::{Error, Result};
 pub use features::{
-    FeatureExtractor, PixelRange, RawPixels, Resize, TorchScriptExtractor, TorchScriptOptions,
-    quantize,
+    FeatureExtractor, RawPixels, TorchScriptExtractor, TorchScriptOptions, quantize,
 };
 pub use frechet::{Moments, Statistics, frechet_distance};
+pub use image_input::{ImageInput, Normalization, PixelRange, Resize};
 pub use kid::kid;
+pub use reference::Reference;
 pub use report::{MeasureOptions, Report, Values, measure};
+pub use resampling::{
+    MeanDeviation, Subsets, diversity_per_group, kid_of_subsets, standard_errors,
+};
 pub use wasserstein::{sliced_wasserstein, sliced_wasserstein_along};
 
 /// The version of tch whose tensors are part of this crate's API: an upgrade of tch is a breaking release.

@@ -78,7 +78,7 @@ impl Reference {
         let statistics = Statistics::from_features(&features)?;
         let real = self.features.narrow(0, 0, self.features.size()[0].min(features.size()[0]));
         Ok(Scores {
-            samples: statistics.num_samples(),
+            samples: statistics.num_samples().unwrap_or(0),
             frechet: frechet_distance(&self.statistics, &statistics)?,
             prdc: prdc(&real, &features, Neighbours::default())?,
         })

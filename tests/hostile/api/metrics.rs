@@ -107,10 +107,10 @@ fn features(cases: &mut Cases) {
     let options = TorchScriptOptions::inception_2015();
     for place in ["none.pt", "/", "/dev/null"] {
         cases.once("TorchScriptExtractor::open", place, || {
-            said(TorchScriptExtractor::open(place, options, Device::Cpu))
+            said(TorchScriptExtractor::open(place, options.clone(), Device::Cpu))
         });
     }
     cases.once("TorchScriptExtractor::open", "another network", || {
-        said(TorchScriptExtractor::open(&path, options, Device::Cpu))
+        said(TorchScriptExtractor::open(&path, options.clone(), Device::Cpu))
     });
 }
