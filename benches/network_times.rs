@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    ConditionDownBlockType as Down, ConditionUpBlockType as Up, Model, PerLevel, Placement,
-    UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConditionModel, UnknownKeys,
+    ConditionDownBlockType as Down, ConditionUpBlockType as Up, Model, NetworkConfig, PerLevel,
+    Placement, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConditionModel, UnknownKeys,
     weights::{self, WeightFiles},
 };
 use ddil_trainer::optimizer::{AdamW, AdamWConfig};

@@ -9,7 +9,7 @@ use ddil_libtorch::Generator;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
     AutoencoderKL, AutoencoderKLConfig, DecoderBlockType, DiagonalGaussian, EncoderBlockType,
-    Error, Placement, UnknownKeys,
+    Error, NetworkConfig, Placement, UnknownKeys,
 };
 use tch::{Device, Kind, Tensor, kind};
 use tempfile::TempDir;

@@ -4,8 +4,8 @@ use std::fs;
 
 use ddil_files::Invalid;
 use ddil_models::{
-    AutoencoderKLConfig, DecoderBlockType, EncoderBlockType, Error, Placement, SampleSize,
-    UnknownKeys,
+    AutoencoderKLConfig, DecoderBlockType, EncoderBlockType, Error, NetworkConfig, Placement,
+    SampleSize, UnknownKeys,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -8,7 +8,7 @@ mod vision;
 
 use std::collections::BTreeMap;
 
-use ddil_models::{ClipTextModel, ClipVisionModel, Placement, UnknownKeys, weights};
+use ddil_models::{ClipTextModel, ClipVisionModel, NetworkConfig, Placement, UnknownKeys, weights};
 use tch::Tensor;
 
 use crate::common::{TestResult, golden};

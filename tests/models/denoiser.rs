@@ -6,8 +6,9 @@ use std::rc::Rc;
 use ddil_core::{Conditioning, Denoiser, Discriminator};
 use ddil_libtorch::ArgumentError;
 use ddil_models::{
-    BoxedError, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig, NetworkDenoiser,
-    NetworkDiscriminator, OutputObserver, Placement, Precision, SkipConfig, UnknownKeys, weights,
+    BoxedError, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig, NetworkConfig,
+    NetworkDenoiser, NetworkDiscriminator, OutputObserver, Placement, Precision, SkipConfig,
+    UnknownKeys, weights,
 };
 use ddil_schedulers::{FlowConfig, NoiseScheduleConfig, PredictionType, VpConfig};
 use tch::{Kind, Tensor, kind};

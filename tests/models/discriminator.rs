@@ -6,7 +6,7 @@ use ddil_core::{Conditioning, Denoiser, Discriminator};
 use ddil_libtorch::ArgumentError;
 use ddil_models::{
     DiscriminatorHead, DiscriminatorHeadConfig, Error, MlpConfig, Model, ModelConfig,
-    NetworkDenoiser, NetworkDiscriminator, Parameters, Placement, SampleSize,
+    NetworkConfig, NetworkDenoiser, NetworkDiscriminator, Parameters, Placement, SampleSize,
     UNet2DConditionConfig, UNet2DConfig, UnknownKeys, weights,
 };
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType};

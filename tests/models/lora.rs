@@ -6,8 +6,8 @@ use std::path::Path;
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    Error, Lora, LoraConfig, LoraFormat, MlpConfig, Placement, UNet2DConditionModel, UNet2DConfig,
-    UnknownKeys, WeightProblems, weights,
+    Error, Lora, LoraConfig, LoraFormat, MlpConfig, NetworkConfig, Placement, UNet2DConditionModel,
+    UNet2DConfig, UnknownKeys, WeightProblems, weights,
 };
 use tch::{Device, Kind, Tensor};
 

@@ -1,8 +1,8 @@
 //! `Parameters::copy_matching`: students that start from a teacher of another form.
 
 use ddil_models::{
-    DownBlockType, Matched, MlpConfig, Placement, TimeScaleShift, UNet2DConfig, UNet2DModel,
-    UpBlockType,
+    DownBlockType, Matched, MlpConfig, NetworkConfig, Placement, TimeScaleShift, UNet2DConfig,
+    UNet2DModel, UpBlockType,
 };
 use tch::{Kind, Tensor, kind};
 

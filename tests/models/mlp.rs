@@ -1,7 +1,7 @@
 //! `Mlp`: its skip connection, its inputs, its names.
 
 use ddil_libtorch::ArgumentError;
-use ddil_models::{Error, GaussianMixture, Mlp, MlpConfig, Placement, SkipConfig};
+use ddil_models::{Error, GaussianMixture, Mlp, MlpConfig, NetworkConfig, Placement, SkipConfig};
 use ddil_schedulers::NoiseScheduleConfig;
 use tch::{Kind, Tensor, kind};
 

@@ -1,6 +1,8 @@
 //! `Parameters`: initialisation and copies.
 
-use ddil_models::{DownBlockType, Error, Placement, UNet2DConfig, UNet2DModel, UpBlockType};
+use ddil_models::{
+    DownBlockType, Error, NetworkConfig, Placement, UNet2DConfig, UNet2DModel, UpBlockType,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::TestResult;

@@ -2,8 +2,8 @@
 
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    DownBlockType, Lora, LoraConfig, MlpConfig, Model, ModelConfig, Placement, UNet2DConfig,
-    UnknownKeys, UpBlockType,
+    DownBlockType, Lora, LoraConfig, MlpConfig, Model, ModelConfig, NetworkConfig, Placement,
+    UNet2DConfig, UnknownKeys, UpBlockType,
 };
 use ddil_trainer::memory::{Activations, PassShape};
 use tch::{Device, Kind, Tensor, kind};

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    DownBlockType, Error, Placement, UNet2DConfig, UNet2DModel, UnknownKeys, UpBlockType, weights,
+    DownBlockType, Error, NetworkConfig, Placement, UNet2DConfig, UNet2DModel, UnknownKeys,
+    UpBlockType, weights,
 };
 use tch::{Device, Kind, Tensor, kind};
 

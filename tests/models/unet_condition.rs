@@ -6,8 +6,8 @@ use ddil_core::Conditioning;
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    ConditionDownBlockType, ConditionMidBlockType, ConditionUpBlockType, Error, PerLevel,
-    Placement, TransformerLayers, UNet2DConditionConfig, UNet2DConditionInputs,
+    ConditionDownBlockType, ConditionMidBlockType, ConditionUpBlockType, Error, NetworkConfig,
+    PerLevel, Placement, TransformerLayers, UNet2DConditionConfig, UNet2DConditionInputs,
     UNet2DConditionModel, UnknownKeys, weights,
 };
 use tch::{Device, Kind, Tensor, kind};

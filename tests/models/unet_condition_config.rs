@@ -5,8 +5,8 @@ use std::fs;
 use ddil_files::Invalid;
 use ddil_models::{
     AdditionEmbedType, ClassEmbedType, ConditionDownBlockType, ConditionMidBlockType,
-    ConditionUpBlockType, Error, PerLevel, Placement, TransformerDepth, TransformerLayers,
-    UNet2DConditionConfig, UnknownKeys,
+    ConditionUpBlockType, Error, NetworkConfig, PerLevel, Placement, TransformerDepth,
+    TransformerLayers, UNet2DConditionConfig, UnknownKeys,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;

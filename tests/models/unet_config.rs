@@ -4,8 +4,8 @@ use std::fs;
 
 use ddil_files::Invalid;
 use ddil_models::{
-    ClassEmbedType, DownBlockType, Error, Placement, SampleSize, UNet2DConfig, UnknownKeys,
-    UpBlockType,
+    ClassEmbedType, DownBlockType, Error, NetworkConfig, Placement, SampleSize, UNet2DConfig,
+    UnknownKeys, UpBlockType,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ddil_models::{ClipTextConfig, Placement, UnknownKeys, weights};
+use ddil_models::{ClipTextConfig, NetworkConfig, Placement, UnknownKeys, weights};
 use ddil_pipelines::{ModelFiles, WeightForm};
 use ddil_tests::{child, copy_folder, folder_of_child};
 use tch::Kind;

@@ -8,7 +8,7 @@ use ddil_losses::{
     LatentConsistencyConfig, LossRequest, Networks, Objective, ObjectiveConfig, Phase,
     ProgressiveConfig,
 };
-use ddil_models::{Model, NetworkDenoiser, Parameters, Placement, UNet2DModel};
+use ddil_models::{Model, NetworkConfig, NetworkDenoiser, Parameters, Placement, UNet2DModel};
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, Timesteps,
 };

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::{LoraConfig, Model, NetworkDenoiser, Placement, UNet2DConfig, weights};
+use ddil_models::{
+    LoraConfig, Model, NetworkConfig, NetworkDenoiser, Placement, UNet2DConfig, weights,
+};
 use ddil_pipelines::{Card, Pipeline, Scheduler};
 use ddil_schedulers::{
     ConsistencyBoundary, NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding,

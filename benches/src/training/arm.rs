@@ -10,7 +10,7 @@ use ddil_core::{
 };
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
-use ddil_models::{DiscriminatorHeadConfig, NetworkDenoiser, NetworkDiscriminator};
+use ddil_models::{DiscriminatorHeadConfig, NetworkConfig, NetworkDenoiser, NetworkDiscriminator};
 use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
 use ddil_trainer::ema::{Ema, EmaConfig};
 use ddil_trainer::optimizer::{AdamW, AdamWConfig, ensure_finite};

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use ddil_models::{
-    DownBlockType, Model, NetworkDenoiser, Placement, SampleSize, UNet2DConfig, UpBlockType,
+    DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize, UNet2DConfig,
+    UpBlockType,
 };
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
 use ddil_trainer::config::Precision;

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 /// An argument that a function cannot take: its shape, kind, layout, device or value.
 ///
 /// The crates of the workspace check tensors in their public functions with [`ensure_real`], [`ensure_dense`],
-/// [`ensure_same_shape`] and [`ensure_timesteps`], and all return this error.
+/// [`ensure_shape`], [`ensure_kind`], [`ensure_same_shape`] and [`ensure_timesteps`], and all return this error.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArgumentError {
@@ -77,6 +77,18 @@ pub enum ArgumentError {
     },
 }
 
+impl ArgumentError {
+    /// The error for the value `value` of the argument `name`; `expected` describes the allowed values.
+    pub fn value(
+        op: &'static str,
+        name: &'static str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Value { op, name, value: value.to_string(), expected: expected.into() }
+    }
+}
+
 /// A result with [`ArgumentError`].
 type Result<T> = std::result::Result<T, ArgumentError>;
 
@@ -108,6 +120,42 @@ pub fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Re
         return Err(ArgumentError::NotDense { op, name, found: "a sparse tensor" });
     }
     Ok(())
+}
+
+/// Checks that `fits`, a comparison of the shape of a named argument, is true.
+///
+/// # Errors
+///
+/// [`ArgumentError::Shape`] otherwise; `expected` describes the allowed shapes.
+pub fn ensure_shape(
+    op: &'static str,
+    name: &'static str,
+    tensor: &Tensor,
+    fits: bool,
+    expected: impl FnOnce() -> String,
+) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(ArgumentError::Shape { op, name, shape: tensor.size(), expected: expected() })
+}
+
+/// Checks that `fits`, a comparison of the kind of a named argument, is true.
+///
+/// # Errors
+///
+/// [`ArgumentError::Kind`] otherwise; `expected` describes the allowed kinds.
+pub fn ensure_kind(
+    op: &'static str,
+    name: &'static str,
+    tensor: &Tensor,
+    fits: bool,
+    expected: &'static str,
+) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(ArgumentError::Kind { op, name, kind: tensor.kind(), expected })
 }
 
 /// Checks that two named arguments can be added: both [`ensure_real`], of the same shape, on the same device.

@@ -19,7 +19,7 @@
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
 //! | memory format | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
-//! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_same_shape`], [`ensure_timesteps`] |
+//! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_shape`], [`ensure_kind`], [`ensure_same_shape`], [`ensure_timesteps`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`adapt_thread_waiting`], [`deterministic`], [`version`], [`why_no_cuda`] |
 //!
 //! A C++ exception never reaches Rust: it becomes an [`Error`] with libtorch's message and without its backtrace.
@@ -68,7 +68,10 @@ mod version;
 mod waiting;
 
 pub use allocator::{keep_freed_pages, keeps_freed_pages};
-pub use argument::{ArgumentError, ensure_dense, ensure_real, ensure_same_shape, ensure_timesteps};
+pub use argument::{
+    ArgumentError, ensure_dense, ensure_kind, ensure_real, ensure_same_shape, ensure_shape,
+    ensure_timesteps,
+};
 pub use autocast::Autocast;
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,

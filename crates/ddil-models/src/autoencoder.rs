@@ -7,15 +7,15 @@ pub use config::{AutoencoderKLConfig, DecoderBlockType, EncoderBlockType};
 
 use std::path::Path;
 
-use ddil_libtorch::ArgumentError;
-use ddil_libtorch::Generator;
+use ddil_files::Invalid;
+use ddil_libtorch::{Generator, ensure_real, ensure_shape};
 use tch::{Kind, Tensor};
 
 use crate::autoencoder::blocks::{Decoder, Encoder};
-use crate::config::{Config, FILE_NAME, UnknownKeys, write};
-use crate::error::{Error, Result, ensure_dense, is_float};
+use crate::config::{FILE_NAME, NetworkConfig, UnknownKeys};
+use crate::error::{Error, Result};
 use crate::layers::{Conv2d, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
+use crate::parameters::{Builder, Parameters, Placement, Values};
 use crate::weights::{self, WeightFiles};
 
 const ENCODE: &str = "AutoencoderKL::encode";
@@ -30,7 +30,7 @@ const OLD_NAMES: [(&str, &str); 4] =
     [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
 /// The variational autoencoder of latent diffusion ([Rombach et al. 2021](https://arxiv.org/abs/2112.10752), section
-/// 3.1); built by [`AutoencoderKLConfig::build`] or [`Self::from_folder`].
+/// 3.1); built from an [`AutoencoderKLConfig`] or by [`Self::from_folder`].
 ///
 /// It takes no timestep and is therefore not a [`Model`](crate::Model). Images are in `[-1, 1]`. A diffusion model
 /// uses latents scaled to about unit variance, `z = (latents - shift_factor) * scaling_factor`, as in
@@ -55,7 +55,7 @@ const OLD_NAMES: [(&str, &str); 4] =
 ///
 /// ```
 /// use ddil_libtorch::Generator;
-/// use ddil_models::{AutoencoderKLConfig, Placement};
+/// use ddil_models::{AutoencoderKLConfig, NetworkConfig, Placement};
 /// use tch::{Device, Tensor, kind};
 ///
 /// let config = AutoencoderKLConfig {
@@ -95,73 +95,39 @@ struct Statistics {
     std: Tensor,
 }
 
-impl AutoencoderKLConfig {
-    /// Name and shape of every parameter of the network, in the order of its layers, without allocating their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        let vae = AutoencoderKL::new(self, Placement::default(), Values::Sizes)?;
-        Ok(vae.parameters().shapes())
+impl NetworkConfig for AutoencoderKLConfig {
+    type Network = AutoencoderKL;
+
+    const CLASS_NAME: &'static str = "AutoencoderKL";
+
+    fn problems(&self) -> Vec<Invalid> {
+        self.check()
     }
 
-    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<AutoencoderKL> {
-        AutoencoderKL::new(self, placement, Values::Seeded(seed))
+    fn assemble(&self, placement: Placement, values: Values) -> Result<AutoencoderKL> {
+        AutoencoderKL::new(self, placement, values)
     }
 
-    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards, also
-    /// under the [old names](AutoencoderKL#old-names) of the attention layers.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<AutoencoderKL> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| AutoencoderKL::new(self, placement, values),
-            |vae| vae.read(path).map(drop),
-            |vae| vae.load(path),
-        )
+    fn parameters_of(network: &AutoencoderKL) -> &Parameters {
+        network.parameters()
     }
 
-    /// The weights of a file or index, checked against the settings: under current names, in the kinds of the file, and
-    /// memory-mapped, so that no memory is needed for their values.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build_from`].
-    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
-        AutoencoderKL::new(self, Placement::default(), Values::Sizes)?.read(weights.as_ref())
+    fn load(network: &mut AutoencoderKL, path: &Path) -> Result<()> {
+        network.renamed = weights::load_renamed(&network.parameters.named(), path, new_name)?;
+        Ok(())
+    }
+
+    fn read(network: &AutoencoderKL, path: &Path) -> Result<Vec<(String, Tensor)>> {
+        weights::read_renamed(&network.parameters.named(), path, new_name)
     }
 }
 
 impl AutoencoderKL {
-    pub(crate) fn new(
-        config: &AutoencoderKLConfig,
-        mut placement: Placement,
-        values: Values,
-    ) -> Result<Self> {
-        config.ensure_valid()?;
+    fn new(config: &AutoencoderKLConfig, mut placement: Placement, values: Values) -> Result<Self> {
         let upcasts = config.force_upcast && placement.kind == Kind::Half;
         if upcasts {
             placement.kind = Kind::Float;
         }
-        ensure_room(values, placement, || {
-            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
-        })?;
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
         let latent_channels = i64::from(config.latent_channels);
@@ -196,8 +162,7 @@ impl AutoencoderKL {
     ///
     /// # Errors
     ///
-    /// As [`AutoencoderKLConfig::from_file`], [`WeightFiles::find`] and
-    /// [`weights::load_into`](crate::weights::load_into).
+    /// As [`NetworkConfig::from_file`], [`WeightFiles::find`] and [`NetworkConfig::build_from`].
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
@@ -220,7 +185,7 @@ impl AutoencoderKL {
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         WeightFiles::DIFFUSION.save(&self.parameters.named(), folder)?;
-        write(&folder.join(FILE_NAME), &self.config.to_json())
+        weights::write_text(&folder.join(FILE_NAME), &self.config.to_json())
     }
 
     /// The settings from which the network was built.
@@ -386,16 +351,6 @@ impl AutoencoderKL {
         run().map_err(Error::torch(SCALE))
     }
 
-    pub(crate) fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        self.renamed = weights::load_renamed(&self.parameters.named(), path, new_name)?;
-        Ok(())
-    }
-
-    /// The memory-mapped tensors of a file that would be loaded.
-    pub(crate) fn read(&self, path: &Path) -> Result<Vec<(String, Tensor)>> {
-        weights::read_renamed(&self.parameters.named(), path, new_name)
-    }
-
     fn decode_prepared(&self, latents: &Tensor, kind: Kind) -> Result<Tensor> {
         let run = || {
             let images = self.by_sample(latents, |latents| match &self.post_quant_conv {
@@ -439,43 +394,23 @@ impl AutoencoderKL {
         let (op, name) = (ENCODE, "images");
         let channels = i64::from(self.config.in_channels);
         let step = self.config.downscaling();
-        ensure_dense(op, name, images)?;
+        ensure_real(op, name, images)?;
         let fits = matches!(images.size()[..], [batch, c, height, width] if batch > 0 && c == channels
             && height > 0 && width > 0 && height % step == 0 && width % step == 0);
-        if !fits {
-            let expected = format!(
-                "[batch, {channels}, height, width] with height and width multiples of {step}"
-            );
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name,
-                shape: images.size(),
-                expected,
-            }));
-        }
-        ensure_float(op, name, images)
+        let expected = || {
+            format!("[batch, {channels}, height, width] with height and width multiples of {step}")
+        };
+        Ok(ensure_shape(op, name, images, fits, expected)?)
     }
 }
 
 fn ensure_latents(op: &'static str, latents: &Tensor, channels: u32) -> Result<()> {
     let name = "latents";
-    ensure_dense(op, "latents", latents)?;
-    let size = latents.size();
-    let fits = matches!(size[..], [batch, c, height, width]
+    ensure_real(op, name, latents)?;
+    let fits = matches!(latents.size()[..], [batch, c, height, width]
         if batch > 0 && c == i64::from(channels) && height > 0 && width > 0);
-    if !fits {
-        let expected = format!("[batch, {channels}, height, width]");
-        return Err(Error::Argument(ArgumentError::Shape { op, name, shape: size, expected }));
-    }
-    ensure_float(op, name, latents)
-}
-
-fn ensure_float(op: &'static str, name: &'static str, x: &Tensor) -> Result<()> {
-    let found = x.kind();
-    if is_float(found) {
-        return Ok(());
-    }
-    Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected: "floating point" }))
+    let expected = || format!("[batch, {channels}, height, width]");
+    Ok(ensure_shape(op, name, latents, fits, expected)?)
 }
 
 fn statistics(config: &AutoencoderKLConfig, placement: Placement) -> Result<Option<Statistics>> {

@@ -25,7 +25,8 @@ use crate::error::Result;
 /// ```
 /// use ddil_core::{Conditioning, Discriminator};
 /// use ddil_models::{
-///     DiscriminatorHeadConfig, MlpConfig, ModelConfig, NetworkDenoiser, NetworkDiscriminator, Placement,
+///     DiscriminatorHeadConfig, MlpConfig, ModelConfig, NetworkConfig, NetworkDenoiser, NetworkDiscriminator,
+///     Placement,
 /// };
 /// use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
 /// use tch::{Tensor, kind};
@@ -58,13 +59,10 @@ impl NetworkDiscriminator {
         let head = head.into();
         let channels = head::num_features(&network.config())?;
         if head.config().in_channels != channels {
-            return Err(ArgumentError::Value {
-                op: "NetworkDiscriminator::new",
-                name: "head",
-                value: format!("made for {} channels", head.config().in_channels),
-                expected: format!("{channels} channels, the features of the network"),
-            }
-            .into());
+            let found = format!("made for {} channels", head.config().in_channels);
+            let expected = format!("{channels} channels, the features of the network");
+            let op = "NetworkDiscriminator::new";
+            return Err(ArgumentError::value(op, "head", found, expected).into());
         }
         Ok(Self { network: network.clone(), head })
     }

@@ -1,11 +1,12 @@
 //! Errors of this crate, and the checks of arguments of public functions.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
-use tch::{Kind, TchError, Tensor};
+use ddil_libtorch::{ArgumentError, ensure_dense, ensure_kind, ensure_real, ensure_shape};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -359,61 +360,49 @@ impl fmt::Display for WeightProblems {
     }
 }
 
-/// Checks that an argument is defined and dense.
-pub(crate) fn ensure_dense(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<()> {
-    Ok(ddil_libtorch::ensure_dense(op, name, tensor)?)
-}
-
 /// Checks `timesteps`: one number or one per sample, integer or floating point.
 pub(crate) fn ensure_timesteps(op: &'static str, timesteps: &Tensor, batch: i64) -> Result<()> {
-    ensure_dense(op, "timesteps", timesteps)?;
+    let name = "timesteps";
+    ensure_dense(op, name, timesteps)?;
     let size = timesteps.size();
-    if !(size.is_empty() || size == [batch] || size == [1]) {
-        return Err(Error::Argument(ArgumentError::Shape {
-            op,
-            name: "timesteps",
-            shape: size,
-            expected: format!("[{batch}], one per sample, or []"),
-        }));
-    }
+    let fits = size.is_empty() || size == [batch] || size == [1];
+    ensure_shape(op, name, timesteps, fits, || format!("[{batch}], one per sample, or []"))?;
     let kind = timesteps.kind();
-    if !(is_float(kind) || matches!(kind, Kind::Int64 | Kind::Int)) {
-        let expected = "Int64, Int or floating point";
-        return Err(Error::Argument(ArgumentError::Kind { op, name: "timesteps", kind, expected }));
-    }
-    Ok(())
+    let fits = is_float(kind) || matches!(kind, Kind::Int64 | Kind::Int);
+    Ok(ensure_kind(op, name, timesteps, fits, "Int64, Int or floating point")?)
 }
 
 /// Checks `class_labels` that index a table: `[batch]`, `Int64`, and in range (only on the CPU).
 pub(crate) fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Result<()> {
     let name = "class_labels";
     ensure_dense(op, name, labels)?;
-    if labels.size() != [batch] {
-        let expected = format!("[{batch}], one per sample");
-        return Err(Error::Argument(ArgumentError::Shape {
-            op,
-            name,
-            shape: labels.size(),
-            expected,
-        }));
+    ensure_one_per_sample(op, name, labels, batch)?;
+    ensure_kind(op, name, labels, labels.kind() == Kind::Int64, "Int64")?;
+    match outside(labels, 0..max + 1) {
+        Some(found) => Err(Error::ClassLabelOutOfRange { op, found, max }),
+        None => Ok(()),
     }
-    if labels.kind() != Kind::Int64 {
-        return Err(Error::Argument(ArgumentError::Kind {
-            op,
-            name,
-            kind: labels.kind(),
-            expected: "Int64",
-        }));
+}
+
+/// The smallest or largest of these integers, if it is outside of `range`.
+///
+/// On an accelerator this would synchronise with the device in every call: there it is not checked.
+pub(crate) fn outside(values: &Tensor, range: Range<i64>) -> Option<i64> {
+    if values.device() != Device::Cpu || values.numel() == 0 {
+        return None;
     }
-    // On an accelerator this would synchronise with the device in every call.
-    if labels.device() == tch::Device::Cpu && batch > 0 {
-        let (low, high) = (labels.min().int64_value(&[]), labels.max().int64_value(&[]));
-        if low < 0 || high > max {
-            let found = if low < 0 { low } else { high };
-            return Err(Error::ClassLabelOutOfRange { op, found, max });
-        }
-    }
-    Ok(())
+    let ends = [values.min().int64_value(&[]), values.max().int64_value(&[])];
+    ends.into_iter().find(|value| !range.contains(value))
+}
+
+fn ensure_one_per_sample(
+    op: &'static str,
+    name: &'static str,
+    values: &Tensor,
+    batch: i64,
+) -> Result<()> {
+    let expected = || format!("[{batch}], one per sample");
+    Ok(ensure_shape(op, name, values, values.size() == [batch], expected)?)
 }
 
 /// Checks that a part of the conditioning is present if and only if the network takes it.
@@ -440,21 +429,8 @@ pub(crate) fn ensure_guidance_weight(
     let name = "guidance_weight";
     ensure_part(op, name, weight, expected)?;
     let Some(weight) = weight else { return Ok(()) };
-    ensure_dense(op, name, weight)?;
-    if weight.size() != [batch] {
-        let expected = format!("[{batch}], one per sample");
-        return Err(Error::Argument(ArgumentError::Shape {
-            op,
-            name,
-            shape: weight.size(),
-            expected,
-        }));
-    }
-    if !is_float(weight.kind()) {
-        let (found, expected) = (weight.kind(), "floating point");
-        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
-    }
-    Ok(())
+    ensure_real(op, name, weight)?;
+    ensure_one_per_sample(op, name, weight, batch)
 }
 
 /// Whether `kind` is a floating-point kind that parameters can have.

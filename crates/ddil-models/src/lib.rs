@@ -7,6 +7,7 @@
 //!
 //! | purpose | types |
 //! | --- | --- |
+//! | settings in files, and networks from them | [`NetworkConfig`], [`UnknownKeys`], [`Placement`] |
 //! | a network of any class, and its folder | [`ModelConfig`], [`Model`] |
 //! | samples of pixels or latents | [`UNet2DConfig`], [`UNet2DModel`] |
 //! | text to image | [`UNet2DConditionConfig`], [`UNet2DConditionModel`] |
@@ -15,13 +16,15 @@
 //! | vectors, closed forms, other networks | [`Mlp`], [`GaussianMixture`], [`TorchScript`] |
 //! | sampling and losses | [`NetworkDenoiser`], with [`Precision`] and [`OutputObserver`]; [`NetworkDiscriminator`] |
 //! | adapters | [`LoraConfig`], [`Lora`] |
-//! | parameters and files | [`Parameters`], [`Placement`], [`weights`] |
+//! | parameters and files | [`Parameters`], [`Matched`], [`weights`] |
 //!
 //! # Example
 //!
 //! ```
 //! use ddil_core::{Conditioning, Denoiser};
-//! use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
+//! use ddil_models::{
+//!     DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType,
+//! };
 //! use ddil_schedulers::{NoiseScheduleConfig, PredictionType};
 //! use tch::{Tensor, kind};
 //!
@@ -61,6 +64,7 @@ mod network_output;
 mod parameters;
 mod torch_script;
 mod toy;
+mod transformers_json;
 mod unet;
 pub mod weights;
 
@@ -74,7 +78,7 @@ pub use clip::{
 };
 #[cfg(feature = "tokenizer")]
 pub use clip::{ClipTokenizer, TokenizedPrompts};
-pub use config::UnknownKeys;
+pub use config::{NetworkConfig, UnknownKeys};
 pub use denoiser::{NetworkDenoiser, OutputObserver, Precision};
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, Error, IndexProblems, Result, WeightProblems};

@@ -440,13 +440,7 @@ impl Lora {
         let op = "Lora::set_scale";
         self.ensure_apart(op)?;
         if !scale.is_finite() {
-            let (found, expected) = (scale.to_string(), "a finite number".into());
-            return Err(Error::Argument(ArgumentError::Value {
-                op,
-                name: "scale",
-                value: found,
-                expected,
-            }));
+            return Err(ArgumentError::value(op, "scale", scale, "a finite number").into());
         }
         self.scale = scale;
         self.rescale();

@@ -1,26 +1,21 @@
 //! A small network for vectors.
 
 use std::f64::consts::PI;
-use std::path::Path;
 
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_real, ensure_shape};
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scales};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor};
 
-use crate::config::{self, Config, UnknownKeys};
+use crate::config::NetworkConfig;
 use crate::error::{
-    Error, Result, ensure_dense, ensure_guidance_weight, ensure_labels, ensure_part,
-    ensure_timesteps, is_float,
+    Error, Result, ensure_guidance_weight, ensure_labels, ensure_part, ensure_timesteps,
 };
 use crate::layers::embeddings::{GUIDANCE_SCALE, SinusoidalProjection, one_per_sample};
 use crate::layers::{Activation, Embedding, Linear};
 use crate::network_output::NetworkOutput;
-use crate::parameters::{
-    Builder, Joined, Parameters, Placement, Share, Values, build_filled, ensure_room,
-};
-use crate::weights;
+use crate::parameters::{Builder, Joined, Parameters, Placement, Share, Values};
 
 const FORWARD: &str = "Mlp::forward";
 
@@ -50,7 +45,7 @@ impl Default for SkipConfig {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{MlpConfig, Placement};
+/// use ddil_models::{MlpConfig, NetworkConfig, Placement};
 /// use tch::{Tensor, kind};
 ///
 /// let mlp = MlpConfig { num_class_embeds: Some(5), ..MlpConfig::default() }.build(Placement::default(), 0)?;
@@ -100,45 +95,6 @@ impl Default for MlpConfig {
 }
 
 impl MlpConfig {
-    /// Reads settings from a `config.json`.
-    ///
-    /// # Errors
-    ///
-    /// As [`UNet2DConfig::from_file`](crate::UNet2DConfig::from_file).
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json`.
-    pub fn to_json(&self) -> String {
-        config::to_json(self)
-    }
-
-    /// Checks the settings and builds a network with fresh parameters.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`] with every impossible value, [`Error::Scheduler`] if the schedule is invalid;
-    /// [`Error::Torch`] if the device is not available.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<Mlp> {
-        Mlp::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a network with the parameters in a safetensors file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<Mlp> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| Mlp::new(self, placement, values),
-            |mlp| weights::ensure_fits(&mlp.parameters().named(), path),
-            |mlp| mlp.parameters().load(path),
-        )
-    }
-
     /// Input width of the last layer.
     pub(crate) fn num_features(&self) -> u32 {
         let inputs = || self.inputs().iter().sum::<i64>() as u32;
@@ -154,7 +110,9 @@ impl MlpConfig {
     }
 }
 
-impl Config for MlpConfig {
+impl NetworkConfig for MlpConfig {
+    type Network = Mlp;
+
     const CLASS_NAME: &'static str = "Mlp";
 
     fn problems(&self) -> Vec<Invalid> {
@@ -182,11 +140,34 @@ impl Config for MlpConfig {
         }
         problems
     }
+
+    fn assemble(&self, placement: Placement, values: Values) -> Result<Mlp> {
+        Mlp::new(self, placement, values)
+    }
+
+    fn parameters_of(network: &Mlp) -> &Parameters {
+        network.parameters()
+    }
 }
 
 /// A network of linear layers for vectors, conditioned on timestep, class and guidance weight.
 ///
 /// Parameters are named `layers.0.weight`, `layers.0.bias`, .. and `class_embedding.weight`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, NetworkConfig, Placement, SkipConfig};
+/// use tch::{Tensor, kind};
+///
+/// // With a skip connection the output is clean data, and already close to it at the last timestep.
+/// let config = MlpConfig { skip: Some(SkipConfig::default()), ..MlpConfig::default() };
+/// let mlp = config.build(Placement::default(), 0)?;
+/// let (x_t, timesteps) = (Tensor::ones([4, 2], kind::FLOAT_CPU), Tensor::zeros([4], kind::INT64_CPU));
+/// let x0 = mlp.forward(&x_t, &timesteps, None, None)?;
+/// assert!((x0 - &x_t).abs().max().double_value(&[]) < 0.1);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Mlp {
     config: MlpConfig,
@@ -199,10 +180,6 @@ pub struct Mlp {
 
 impl Mlp {
     fn new(config: &MlpConfig, placement: Placement, values: Values) -> Result<Self> {
-        config.ensure_valid()?;
-        ensure_room(values, placement, || {
-            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
-        })?;
         let schedule = config.skip.as_ref().map(|skip| skip.schedule.build()).transpose()?;
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -359,26 +336,11 @@ impl Mlp {
         guidance_weight: Option<&Tensor>,
     ) -> Result<()> {
         let op = FORWARD;
-        ensure_dense(op, "x_t", x_t)?;
+        ensure_real(op, "x_t", x_t)?;
         let (size, dim) = (x_t.size(), i64::from(self.config.dim));
-        if size.len() < 2 || size[1..].iter().product::<i64>() != dim {
-            let expected = format!("[batch, {dim}], or as many values a sample");
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name: "x_t",
-                shape: size,
-                expected,
-            }));
-        }
-        if !is_float(x_t.kind()) {
-            let (name, expected) = ("x_t", "floating point");
-            return Err(Error::Argument(ArgumentError::Kind {
-                op,
-                name,
-                kind: x_t.kind(),
-                expected,
-            }));
-        }
+        let fits = size.len() >= 2 && size[1..].iter().product::<i64>() == dim;
+        let expected = || format!("[batch, {dim}], or as many values per sample");
+        ensure_shape(op, "x_t", x_t, fits, expected)?;
         let batch = size[0];
         ensure_timesteps(op, timesteps, batch)?;
         let num_classes = self.config.num_class_embeds;

@@ -8,7 +8,7 @@ use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::config::{self, Config, UnknownKeys};
+use crate::config::{self, NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::network_output::NetworkOutput;
@@ -18,7 +18,19 @@ use crate::unet::condition::UNet2DConditionModel;
 use crate::unet::condition_config::UNet2DConditionConfig;
 use crate::unet::pixels::UNet2DModel;
 use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
-use crate::weights::{WeightFiles, write_error};
+use crate::weights::{self, WeightFiles, write_error};
+
+/// Runs code for the network or settings of any class.
+macro_rules! for_each_class {
+    ($value:expr, $inner:ident => $code:expr) => {
+        match $value {
+            Self::UNet2D($inner) => $code,
+            Self::UNet2DCondition($inner) => $code,
+            Self::Mlp($inner) => $code,
+            Self::TorchScript($inner) => $code,
+        }
+    };
+}
 
 /// The settings of a network; the class is the value of `_class_name`, as in diffusers' files.
 ///
@@ -54,7 +66,7 @@ impl ModelConfig {
     ///
     /// # Errors
     ///
-    /// As [`UNet2DConfig::from_file`]; [`Error::InvalidConfig`] for an unknown class.
+    /// As [`NetworkConfig::from_file`]; [`Error::InvalidConfig`] for an unknown class.
     pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
         let path = path.as_ref();
         let file = config::read_file(path)?;
@@ -69,36 +81,27 @@ impl ModelConfig {
             what: what.clone(),
             problems: vec![problem],
         })?;
+        let (what, keys) = (what.as_str(), unknown_keys);
         Ok(match class {
             UNet2DConfig::CLASS_NAME => {
-                Self::UNet2D(config::from_file(&what, &file, unknown_keys)?)
+                Self::UNet2D(UNet2DConfig::from_settings(what, file, keys)?)
             }
             UNet2DConditionConfig::CLASS_NAME => {
-                Self::UNet2DCondition(config::from_file(&what, &file, unknown_keys)?)
+                Self::UNet2DCondition(UNet2DConditionConfig::from_settings(what, file, keys)?)
             }
-            MlpConfig::CLASS_NAME => Self::Mlp(config::from_file(&what, &file, unknown_keys)?),
-            _ => Self::TorchScript(config::from_file(&what, &file, unknown_keys)?),
+            MlpConfig::CLASS_NAME => Self::Mlp(MlpConfig::from_settings(what, file, keys)?),
+            _ => Self::TorchScript(TorchScriptConfig::from_settings(what, file, keys)?),
         })
     }
 
     /// The settings as a `config.json`.
     pub fn to_json(&self) -> String {
-        match self {
-            Self::UNet2D(config) => config.to_json(),
-            Self::UNet2DCondition(config) => config.to_json(),
-            Self::Mlp(config) => config.to_json(),
-            Self::TorchScript(config) => config::to_json(config),
-        }
+        for_each_class!(self, config => config.to_json())
     }
 
     /// The class, as in `_class_name`.
     pub fn class_name(&self) -> &'static str {
-        match self {
-            Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
-            Self::UNet2DCondition(_) => UNet2DConditionConfig::CLASS_NAME,
-            Self::Mlp(_) => MlpConfig::CLASS_NAME,
-            Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
-        }
+        for_each_class!(self, config => class_name_of(config))
     }
 
     /// Input and output channels of a U-Net; `None` for other classes.
@@ -217,23 +220,19 @@ impl ModelConfig {
     ///
     /// # Errors
     ///
-    /// As [`UNet2DConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
+    /// As [`NetworkConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
         Ok(match self {
             Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
             Self::UNet2DCondition(config) => Model::UNet2DCondition(config.build(placement, seed)?),
             Self::Mlp(config) => Model::Mlp(config.build(placement, seed)?),
-            Self::TorchScript(config) => {
-                let expected =
-                    "a class whose parameters can be initialised; load a program from its folder";
-                let problem = Invalid::new("_class_name", "TorchScript", expected);
-                return Err(Error::InvalidConfig {
-                    what: config.file.clone(),
-                    problems: vec![problem],
-                });
-            }
+            Self::TorchScript(config) => Model::TorchScript(config.build(placement, seed)?),
         })
     }
+}
+
+fn class_name_of<C: NetworkConfig>(_: &C) -> &'static str {
+    C::CLASS_NAME
 }
 
 /// A network of any class.
@@ -290,8 +289,7 @@ impl Model {
                 Self::Mlp(config.build_from(placement, files.find(folder)?)?)
             }
             ModelConfig::TorchScript(config) => {
-                let path = folder.join(&config.file);
-                Self::TorchScript(TorchScript::load(path, &config, placement.device)?)
+                Self::TorchScript(config.build_from(placement, folder.join(&config.file))?)
             }
         })
     }
@@ -310,7 +308,7 @@ impl Model {
             }
             Self::TorchScript(script) => script.save(folder.join(&script.config().file))?,
         }
-        config::write(&folder.join(config::FILE_NAME), &self.config().to_json())
+        weights::write_text(&folder.join(config::FILE_NAME), &self.config().to_json())
     }
 
     /// The settings from which the network was built.
@@ -325,12 +323,7 @@ impl Model {
 
     /// The parameters, under their names in files.
     pub fn parameters(&self) -> &Parameters {
-        match self {
-            Self::UNet2D(unet) => unet.parameters(),
-            Self::UNet2DCondition(unet) => unet.parameters(),
-            Self::Mlp(mlp) => mlp.parameters(),
-            Self::TorchScript(script) => script.parameters(),
-        }
+        for_each_class!(self, network => network.parameters())
     }
 
     /// Switches dropout on or off; it is off in a new network.
@@ -375,22 +368,12 @@ impl Model {
 
     /// The class name in `config.json`.
     pub fn class_name(&self) -> &'static str {
-        match self {
-            Self::UNet2D(_) => UNet2DConfig::CLASS_NAME,
-            Self::UNet2DCondition(_) => UNet2DConditionConfig::CLASS_NAME,
-            Self::Mlp(_) => MlpConfig::CLASS_NAME,
-            Self::TorchScript(_) => TorchScriptConfig::CLASS_NAME,
-        }
+        for_each_class!(self, network => class_name_of(network.config()))
     }
 
     /// Names of the parts of a [`Conditioning`] that the network requires; it takes no others.
     pub fn conditioning_fields(&self) -> Vec<&'static str> {
-        match self {
-            Self::UNet2D(unet) => unet.conditioning_fields(),
-            Self::UNet2DCondition(unet) => unet.conditioning_fields(),
-            Self::Mlp(mlp) => mlp.conditioning_fields(),
-            Self::TorchScript(script) => script.conditioning_fields(),
-        }
+        for_each_class!(self, network => network.conditioning_fields())
     }
 
     /// The output for noisy samples, not yet converted to clean data and noise.

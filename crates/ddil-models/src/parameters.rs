@@ -62,7 +62,7 @@ const MAX_VALUES: i64 = 1 << 36;
 
 /// The source of the values of new parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Values {
+pub enum Values {
     /// The default initialisation of `torch.nn`. Each parameter has a random stream keyed by its name, so that adding a
     /// layer does not change the others. Values are drawn on the CPU and do not depend on the device.
     Seeded(u64),
@@ -325,41 +325,6 @@ impl Scope<'_> {
         self.builder.entries.push(Parameter { name, tensor, learned, joined: Vec::new() });
         Ok(handle)
     }
-}
-
-/// Checks that memory suffices for all values of a network before the first is drawn: a system that overcommits memory
-/// kills the process when it is used.
-///
-/// `sized` builds the network for its sizes. Values from a file are not checked here: their memory is used only after
-/// the file was found to contain them.
-pub(crate) fn ensure_room(
-    values: Values,
-    placement: Placement,
-    sized: impl FnOnce() -> Result<Parameters>,
-) -> Result<()> {
-    if !matches!(values, Values::Seeded(_)) || placement.device != Device::Cpu {
-        return Ok(());
-    }
-    let all = i64::try_from(sized()?.num_values()).unwrap_or(i64::MAX);
-    let room = Tensor::f_empty([all], (placement.kind, placement.device));
-    room.map(drop).map_err(Error::torch("allocating parameters"))
-}
-
-/// Builds a network and fills it from a file.
-///
-/// If memory does not suffice, errors of the file found by `ensure_fits` are reported first: settings that do not match
-/// the file are the likelier cause.
-pub(crate) fn build_filled<N>(
-    new: impl Fn(Values) -> Result<N>,
-    ensure_fits: impl FnOnce(&N) -> Result<()>,
-    fill: impl FnOnce(&mut N) -> Result<()>,
-) -> Result<N> {
-    let mut network = new(Values::Unset).map_err(|error| {
-        let looked_at = new(Values::Sizes).and_then(|sizes| ensure_fits(&sizes));
-        looked_at.err().unwrap_or(error)
-    })?;
-    fill(&mut network)?;
-    Ok(network)
 }
 
 /// One value expanded to `shape`.

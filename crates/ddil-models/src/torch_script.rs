@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::path::{Component, Path};
 
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_dense, ensure_shape};
 use serde::{Deserialize, Serialize};
 use tch::{CModule, Kind, Tensor};
 
-use crate::config::Config;
-use crate::error::{Error, Result, ensure_dense, ensure_part, ensure_timesteps};
-use crate::parameters::{Parameters, Placement};
+use crate::config::NetworkConfig;
+use crate::error::{Error, Result, ensure_part, ensure_timesteps};
+use crate::parameters::{Parameters, Placement, Values};
 
 const FORWARD: &str = "TorchScript::forward";
 
@@ -30,7 +30,9 @@ impl Default for TorchScriptConfig {
     }
 }
 
-impl Config for TorchScriptConfig {
+impl NetworkConfig for TorchScriptConfig {
+    type Network = TorchScript;
+
     const CLASS_NAME: &'static str = "TorchScript";
 
     fn problems(&self) -> Vec<Invalid> {
@@ -39,6 +41,23 @@ impl Config for TorchScriptConfig {
             (Some(Component::Normal(_)), None) => Vec::new(),
             _ => vec![Invalid::new("file", &self.file, "the name of a file in the folder")],
         }
+    }
+
+    /// There are no parameters without the program.
+    fn assemble(&self, _placement: Placement, _values: Values) -> Result<TorchScript> {
+        let expected =
+            "a class whose parameters can be initialised; load a program from its folder";
+        let problems = vec![Invalid::new("_class_name", Self::CLASS_NAME, expected)];
+        Err(Error::InvalidConfig { what: self.file.clone(), problems })
+    }
+
+    fn parameters_of(network: &TorchScript) -> &Parameters {
+        network.parameters()
+    }
+
+    /// Loads the program, as [`TorchScript::load`].
+    fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<TorchScript> {
+        TorchScript::load(weights, self, placement.device)
     }
 }
 
@@ -132,15 +151,8 @@ impl TorchScript {
         let op = FORWARD;
         ensure_dense(op, "x_t", x_t)?;
         let size = x_t.size();
-        let Some(&batch) = size.first() else {
-            let expected = "[batch, ..]".to_owned();
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name: "x_t",
-                shape: size,
-                expected,
-            }));
-        };
+        ensure_shape(op, "x_t", x_t, !size.is_empty(), || "[batch, ..]".to_owned())?;
+        let batch = size.first().copied().unwrap_or(0);
         ensure_timesteps(op, timesteps, batch)?;
         let mut inputs = vec![x_t, timesteps];
         ensure_part(op, "class_labels", class_labels, self.config.class_labels)?;

@@ -3,12 +3,11 @@
 use std::f64::consts::PI;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_libtorch::ArgumentError;
-use ddil_libtorch::Generator;
+use ddil_libtorch::{ArgumentError, Generator, ensure_dense};
 use ddil_schedulers::{NoiseSchedule, Prediction, Scales};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_dense, ensure_labels, is_float};
+use crate::error::{Error, Result, ensure_labels, is_float};
 
 /// A mixture of isotropic Gaussians whose posterior mean is known in closed form.
 ///

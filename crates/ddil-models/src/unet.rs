@@ -4,6 +4,7 @@ pub(crate) mod blocks;
 pub(crate) mod body;
 pub(crate) mod condition;
 pub(crate) mod condition_config;
+pub(crate) mod core;
 pub(crate) mod pixels;
 pub(crate) mod pixels_config;
 

@@ -98,12 +98,10 @@ pub(super) fn ensure_all_dense(op: &'static str, tensors: &[(String, Tensor)]) -
     let is_dense = |tensor: &Tensor| tensor.defined() && !tensor.is_sparse() && !tensor.is_mkldnn();
     match tensors.iter().find(|(_, tensor)| !is_dense(tensor)) {
         None => Ok(()),
-        Some((name, _)) => Err(Error::Argument(ArgumentError::Value {
-            op,
-            name: "tensors",
-            value: format!("undefined or sparse at `{name}`"),
-            expected: "dense tensors".to_owned(),
-        })),
+        Some((name, _)) => {
+            let found = format!("undefined or sparse at `{name}`");
+            Err(ArgumentError::value(op, "tensors", found, "dense tensors").into())
+        }
     }
 }
 
@@ -284,6 +282,11 @@ pub(crate) fn write_whole(
         // The first error is the one to report.
         let _ = fs::remove_file(&aside);
     })
+}
+
+/// Replaces a file by a text.
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
+    write_whole(path, |file| file.write_all(text.as_bytes()).map_err(|e| write_error(path, e)))
 }
 
 /// Renames a file once it is on disk.

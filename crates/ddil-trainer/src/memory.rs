@@ -8,7 +8,7 @@ use std::path::Path;
 use ddil_core::{Denoiser, StorageKind, StudentPolicy, TeacherStates};
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, Requirements, TeacherGuidance};
-use ddil_models::{AutoencoderKLConfig, ClipTextConfig, ModelConfig, UnknownKeys};
+use ddil_models::{AutoencoderKLConfig, ClipTextConfig, ModelConfig, NetworkConfig, UnknownKeys};
 use ddil_pipelines::Pipeline;
 
 pub use self::activations::{Activations, PassShape};

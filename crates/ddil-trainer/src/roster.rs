@@ -5,7 +5,8 @@
 
 use ddil_losses::Requirements;
 use ddil_models::{
-    DiscriminatorHeadConfig, Lora, LoraConfig, ModelConfig, NetworkDenoiser, Placement,
+    DiscriminatorHeadConfig, Lora, LoraConfig, ModelConfig, NetworkConfig, NetworkDenoiser,
+    Placement,
 };
 
 use crate::config::{DistillConfig, LoraSection};

@@ -5,7 +5,7 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
-use ddil_models::{Model, NetworkDenoiser, Placement, SampleSize};
+use ddil_models::{Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize};
 use ddil_pipelines::{Card, Image, Pipeline, SamplePlan, Scheduler, grid_of_classes};
 use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use rand::Rng;

@@ -1,6 +1,6 @@
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{BatchIndices, ImageDataset};
-use ddil_models::{AutoencoderKL, AutoencoderKLConfig, Placement};
+use ddil_models::{AutoencoderKL, AutoencoderKLConfig, NetworkConfig, Placement};
 use tch::{Device, Kind, Tensor};
 
 use super::{Progress, Settings};

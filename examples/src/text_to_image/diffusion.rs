@@ -3,7 +3,7 @@ use std::ops::Range;
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::BatchIndices;
 use ddil_models::{
-    ClipTextModel, ClipTokenizer, HiddenState, Placement, UNet2DConditionInputs,
+    ClipTextModel, ClipTokenizer, HiddenState, NetworkConfig, Placement, UNet2DConditionInputs,
     UNet2DConditionModel,
 };
 use rand::Rng;

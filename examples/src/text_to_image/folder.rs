@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ddil_models::{AutoencoderKL, ClipTokenizer, weights};
+use ddil_models::{AutoencoderKL, ClipTokenizer, NetworkConfig, weights};
 use ddil_pipelines::Card;
 use ddil_schedulers::{CommonConfig, SchedulerConfig, Thresholding};
 use serde_json::json;

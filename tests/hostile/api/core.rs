@@ -10,7 +10,7 @@ use ddil_core::{
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
-    NetworkDenoiser, NetworkDiscriminator, Placement,
+    NetworkConfig, NetworkDenoiser, NetworkDiscriminator, Placement,
 };
 use ddil_schedulers::{
     ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, PredictionType,

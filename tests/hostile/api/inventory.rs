@@ -34,7 +34,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// Every public function, and whether it has arguments. As rustfmt lays them out: items begin at the margin, functions of an
+/// Every public function that is documented, and whether it has arguments. As rustfmt lays them out: items begin at the margin, functions of an
 /// `impl` are set in by four.
 fn functions_in(source: &str) -> Vec<(String, bool)> {
     let own = source.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
@@ -53,7 +53,8 @@ fn functions_in(source: &str) -> Vec<(String, bool)> {
         let name =
             ["pub fn ", "pub const fn "].iter().find_map(|start| declared.strip_prefix(start));
         let name = name.or_else(|| declared.strip_prefix("fn ").filter(|_| is_trait));
-        let Some(name) = name.map(word) else { continue };
+        let is_hidden = i > 0 && lines[i - 1].trim() == "#[doc(hidden)]";
+        let Some(name) = name.filter(|_| !is_hidden).map(word) else { continue };
         let of_type = line.starts_with(' ').then_some(owner.as_ref()).flatten();
         let whole = of_type.map_or(name.clone(), |owner| format!("{owner}::{name}"));
         found.push((whole, takes_arguments(&lines[i..])));

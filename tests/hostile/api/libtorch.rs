@@ -1,11 +1,12 @@
 use ddil_libtorch::{
-    AdamW, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat, RowFile, TensorList,
-    affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_, channels_last,
-    clip_grad_norm_, copy_rows_, default_generator_state, deterministic, drop_grads, ensure_dense,
-    ensure_real, ensure_same_shape, ensure_script_archive, ensure_timesteps, foreach_lerp_,
-    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last,
-    is_sole_owner, recomputed, set_default_generator_state, set_num_interop_threads,
-    set_num_threads, to_memory_format,
+    AdamW, ArgumentError, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat,
+    RowFile, TensorList, affine, affine_, affine_clamped, affine_clamped_, affine_noise,
+    affine_noise_, channels_last, clip_grad_norm_, copy_rows_, default_generator_state,
+    deterministic, drop_grads, ensure_dense, ensure_kind, ensure_real, ensure_same_shape,
+    ensure_script_archive, ensure_shape, ensure_timesteps, foreach_lerp_, foreach_zero_,
+    fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last, is_sole_owner,
+    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
+    to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -213,6 +214,13 @@ fn arguments(cases: &mut Cases) {
     let (x, times) = (images(), Tensor::from_slice(&[1_i64, 2]));
     cases.tensors("ensure_real", &[&x], |t| said(ensure_real("test", "x", &t[0])));
     cases.tensors("ensure_dense", &[&x], |t| said(ensure_dense("test", "x", &t[0])));
+    cases.once("ensure_shape", "false", || {
+        said(ensure_shape("test", "x", &x, false, || "[batch]".to_owned()))
+    });
+    cases.once("ensure_kind", "false", || said(ensure_kind("test", "x", &x, false, "Int64")));
+    cases.once("ArgumentError::value", "", || {
+        said(Err::<(), _>(ArgumentError::value("test", "x", f64::NAN, "")))
+    });
     cases.tensors("ensure_same_shape", &[&x, &x], |t| {
         said(ensure_same_shape("test", ("left", &t[0]), ("right", &t[1])))
     });

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use ddil::compare::Matrix;
 use ddil_files::settings::{Settings, differences, to_toml};
+use ddil_models::NetworkConfig;
 use ddil_schedulers::SchedulerConfig;
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;

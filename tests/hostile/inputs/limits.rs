@@ -9,8 +9,8 @@ use ddil_core::SavedFile;
 use ddil_data::{ImageDataset, read_captions, read_cropped, read_idx_images, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_models::{
-    AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, Placement, UNet2DConfig, UnknownKeys,
-    weights,
+    AutoencoderKLConfig, ClipTextConfig, Error, ModelConfig, NetworkConfig, Placement,
+    UNet2DConfig, UnknownKeys, weights,
 };
 use ddil_pipelines::{ModelFiles, WeightForm};
 use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Timesteps};

@@ -7,8 +7,8 @@ use std::path::Path;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
     AutoencoderKL, AutoencoderKLConfig, ClipConfig, ClipTextConfig, ClipTokenizer,
-    ClipVisionConfig, DiscriminatorHeadConfig, Lora, MlpConfig, Model, ModelConfig, Placement,
-    TorchScript, TorchScriptConfig, UnknownKeys,
+    ClipVisionConfig, DiscriminatorHeadConfig, Lora, MlpConfig, Model, ModelConfig, NetworkConfig,
+    Placement, TorchScript, TorchScriptConfig, UnknownKeys,
 };
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 use ddil_trainer::config::Precision;

@@ -5,7 +5,7 @@ use std::fs;
 use ddil_files::Invalid;
 use ddil_models::{
     ClipActivation, ClipConfig, ClipTextClass, ClipTextConfig, ClipVisionClass, ClipVisionConfig,
-    Error, Placement, UnknownKeys,
+    Error, NetworkConfig, Placement, UnknownKeys,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;

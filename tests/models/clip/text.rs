@@ -6,8 +6,8 @@ use std::path::Path;
 
 use ddil_libtorch::ArgumentError;
 use ddil_models::{
-    ClipTextClass, ClipTextConfig, ClipTextModel, Error, HiddenState, Placement, UnknownKeys,
-    weights,
+    ClipTextClass, ClipTextConfig, ClipTextModel, Error, HiddenState, NetworkConfig, Placement,
+    UnknownKeys, weights,
 };
 use tch::{Kind, Tensor, kind};
 use tempfile::TempDir;

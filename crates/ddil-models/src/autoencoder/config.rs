@@ -1,12 +1,9 @@
 //! The settings of an [`AutoencoderKL`](crate::AutoencoderKL), with the keys of diffusers.
 
-use std::path::Path;
-
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::Result;
+use crate::config::count_problems;
 use crate::layers::Activation;
 use crate::unet::pixels_config::SampleSize;
 
@@ -33,7 +30,7 @@ pub enum DecoderBlockType {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{AutoencoderKLConfig, Placement};
+/// use ddil_models::{AutoencoderKLConfig, NetworkConfig, Placement};
 ///
 /// let published = AutoencoderKLConfig::sd15();
 /// assert_eq!(published.block_out_channels, [128, 256, 512, 512]);
@@ -141,22 +138,6 @@ impl AutoencoderKLConfig {
         }
     }
 
-    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` that diffusers reads.
-    pub fn to_json(&self) -> String {
-        config::to_json(self)
-    }
-
     /// Channels of every level, as tensor sizes.
     pub(crate) fn channels(&self) -> Vec<i64> {
         self.block_out_channels.iter().copied().map(i64::from).collect()
@@ -193,19 +174,15 @@ impl AutoencoderKLConfig {
     }
 
     fn ensure_numbers(&self, problems: &mut Vec<Invalid>) {
-        let counts = [
-            ("in_channels", self.in_channels),
-            ("out_channels", self.out_channels),
-            ("layers_per_block", self.layers_per_block),
-            ("latent_channels", self.latent_channels),
-            ("norm_num_groups", self.norm_num_groups),
-        ];
-        for (key, _) in counts.into_iter().filter(|&(_, count)| count == 0) {
-            problems.push(Invalid::new(key, 0, "at least 1"));
-        }
+        problems.extend(count_problems(&[
+            ("in_channels", Some(self.in_channels)),
+            ("out_channels", Some(self.out_channels)),
+            ("layers_per_block", Some(self.layers_per_block)),
+            ("latent_channels", Some(self.latent_channels)),
+            ("norm_num_groups", Some(self.norm_num_groups)),
+        ]));
         if !(self.scaling_factor.is_normal() && self.scaling_factor > 0.0) {
-            let (key, expected) = ("scaling_factor", "above 0");
-            problems.push(Invalid::new(key, self.scaling_factor, expected));
+            problems.push(Invalid::new("scaling_factor", self.scaling_factor, "above 0"));
         }
         if let Some(shift) = self.shift_factor.filter(|shift| !shift.is_finite()) {
             problems.push(Invalid::new("shift_factor", shift, "finite"));
@@ -239,12 +216,8 @@ impl AutoencoderKLConfig {
             problems.push(Invalid::new(keys, "all given", expected));
         }
     }
-}
 
-impl Config for AutoencoderKLConfig {
-    const CLASS_NAME: &'static str = "AutoencoderKL";
-
-    fn problems(&self) -> Vec<Invalid> {
+    pub(super) fn check(&self) -> Vec<Invalid> {
         let mut problems = Vec::new();
         self.ensure_levels(&mut problems);
         self.ensure_numbers(&mut problems);

@@ -6,21 +6,7 @@ use crate::error::Result;
 use crate::layers::{LayerNorm, Linear, Output};
 use crate::parameters::Scope;
 
-use super::settings::ClipActivation;
-
-/// Sizes of an [`Encoder`], and the scale of its initialisation.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct EncoderOptions {
-    pub(super) width: i64,
-    /// Width between the two linear layers that follow attention.
-    pub(super) inner: i64,
-    pub(super) num_layers: i64,
-    /// A divisor of `width`.
-    pub(super) heads: i64,
-    pub(super) activation: ClipActivation,
-    pub(super) eps: f64,
-    pub(super) initializer_factor: f64,
-}
+use super::settings::{ClipActivation, EncoderSettings};
 
 /// The tokens that a token attends to.
 #[derive(Debug)]
@@ -39,9 +25,9 @@ pub(super) struct Encoder {
 }
 
 impl Encoder {
-    pub(super) fn new(mut scope: Scope<'_>, options: EncoderOptions) -> Result<Self> {
-        let layers = (0..options.num_layers)
-            .map(|i| EncoderLayer::new(scope.at(&format!("layers.{i}")), options))
+    pub(super) fn new(mut scope: Scope<'_>, settings: EncoderSettings) -> Result<Self> {
+        let layers = (0..settings.num_hidden_layers)
+            .map(|i| EncoderLayer::new(scope.at(&format!("layers.{i}")), settings))
             .collect::<Result<_>>()?;
         Ok(Self { layers })
     }
@@ -77,12 +63,12 @@ struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    fn new(mut scope: Scope<'_>, options: EncoderOptions) -> Result<Self> {
-        let EncoderOptions { width, eps, .. } = options;
+    fn new(mut scope: Scope<'_>, settings: EncoderSettings) -> Result<Self> {
+        let (width, eps) = (settings.hidden_size.into(), settings.layer_norm_eps);
         Ok(Self {
-            self_attn: Attention::new(scope.at("self_attn"), options)?,
+            self_attn: Attention::new(scope.at("self_attn"), settings)?,
             layer_norm1: LayerNorm::new(scope.at("layer_norm1"), width, eps)?,
-            mlp: FeedForward::new(scope.at("mlp"), options)?,
+            mlp: FeedForward::new(scope.at("mlp"), settings)?,
             layer_norm2: LayerNorm::new(scope.at("layer_norm2"), width, eps)?,
         })
     }
@@ -104,16 +90,16 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(mut scope: Scope<'_>, options: EncoderOptions) -> Result<Self> {
-        let EncoderOptions { width, heads, .. } = options;
-        let out_std = options.initializer_factor / (width as f64).sqrt();
-        let in_std = out_std * depth_scale(options);
+    fn new(mut scope: Scope<'_>, settings: EncoderSettings) -> Result<Self> {
+        let width = i64::from(settings.hidden_size);
+        let out_std = settings.initializer_factor / (width as f64).sqrt();
+        let in_std = out_std * depth_scale(settings);
         Ok(Self {
             k_proj: Linear::normal(scope.at("k_proj"), width, width, in_std)?,
             v_proj: Linear::normal(scope.at("v_proj"), width, width, in_std)?,
             q_proj: Linear::normal(scope.at("q_proj"), width, width, in_std)?,
             out_proj: Linear::normal(scope.at("out_proj"), width, width, out_std)?,
-            heads,
+            heads: settings.num_attention_heads.into(),
         })
     }
 
@@ -143,10 +129,11 @@ struct FeedForward {
 }
 
 impl FeedForward {
-    fn new(mut scope: Scope<'_>, options: EncoderOptions) -> Result<Self> {
-        let EncoderOptions { width, inner, activation, initializer_factor, .. } = options;
+    fn new(mut scope: Scope<'_>, settings: EncoderSettings) -> Result<Self> {
+        let EncoderSettings { hidden_act: activation, initializer_factor, .. } = settings;
+        let [width, inner] = [settings.hidden_size, settings.intermediate_size].map(i64::from);
         let std = initializer_factor / (2.0 * width as f64).sqrt();
-        let out_std = initializer_factor / (width as f64).sqrt() * depth_scale(options);
+        let out_std = initializer_factor / (width as f64).sqrt() * depth_scale(settings);
         Ok(Self {
             fc1: Linear::normal(scope.at("fc1"), width, inner, std)?,
             fc2: Linear::normal(scope.at("fc2"), inner, width, out_std)?,
@@ -160,6 +147,6 @@ impl FeedForward {
 }
 
 /// The factor of the initialisation that keeps the variance of the sum over all layers at that of one.
-fn depth_scale(options: EncoderOptions) -> f64 {
-    1.0 / (2.0 * options.num_layers as f64).sqrt()
+fn depth_scale(settings: EncoderSettings) -> f64 {
+    1.0 / (2.0 * f64::from(settings.num_hidden_layers)).sqrt()
 }

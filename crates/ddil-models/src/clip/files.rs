@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
-use crate::config;
+use crate::config::{FILE_NAME, NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result};
+use crate::parameters::{Parameters, Placement};
 use crate::weights::{self, WeightFiles};
-
-pub(super) use crate::config::FILE_NAME as CONFIG_FILE;
 
 /// Constants saved by older releases: the numbers 0, 1, 2 and so on.
 const POSITION_IDS: [&str; 3] = [
@@ -17,8 +16,18 @@ const POSITION_IDS: [&str; 3] = [
     "embeddings.position_ids",
 ];
 
+/// Builds the network of a folder.
+pub(super) fn from_folder<C: NetworkConfig>(
+    folder: &Path,
+    placement: Placement,
+    unknown_keys: UnknownKeys,
+) -> Result<C::Network> {
+    let config = C::from_file(folder.join(FILE_NAME), unknown_keys)?;
+    config.build_from(placement, weights_in(folder)?)
+}
+
 /// The weights of a folder; those of the variant `fp16` if there are no others.
-pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
+fn weights_in(folder: &Path) -> Result<PathBuf> {
     let files = WeightFiles::TRANSFORMERS;
     let half = Some("fp16");
     match files.find(folder) {
@@ -35,15 +44,12 @@ pub(super) fn weights_in(folder: &Path) -> Result<PathBuf> {
 ///
 /// transformers 5 writes a tower without a projection under names without a prefix. Otherwise as
 /// [`weights::load_into`].
-pub(super) fn load(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<()> {
+pub(super) fn load(parameters: &Parameters, path: &Path) -> Result<()> {
     weights::load_into(&as_in_file(parameters, path)?.targets, path)
 }
 
 /// The memory-mapped tensors of such a file that would fill `parameters`, under the names of `parameters`.
-pub(super) fn read(
-    parameters: Vec<(String, Tensor)>,
-    path: &Path,
-) -> Result<Vec<(String, Tensor)>> {
+pub(super) fn read(parameters: &Parameters, path: &Path) -> Result<Vec<(String, Tensor)>> {
     let InFile { targets, prefix } = as_in_file(parameters, path)?;
     let read = weights::read_renamed(&targets, path, |_| None)?.into_iter();
     let parameters = read.filter(|(name, _)| !POSITION_IDS.contains(&name.as_str()));
@@ -58,10 +64,10 @@ struct InFile {
     prefix: &'static str,
 }
 
-fn as_in_file(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<InFile> {
+fn as_in_file(parameters: &Parameters, path: &Path) -> Result<InFile> {
     // The tensors are memory-mapped: this reads only the header of the file.
     let held = weights::read_all(path)?;
-    let (mut targets, mut left_away) = (parameters, "");
+    let (mut targets, mut left_away) = (parameters.named(), "");
     for prefix in ["text_model.", "vision_model."] {
         let alone = targets.iter().all(|(name, _)| name.starts_with(prefix));
         if alone && !held.keys().any(|name| name.starts_with(prefix)) {
@@ -81,7 +87,11 @@ fn as_in_file(parameters: Vec<(String, Tensor)>, path: &Path) -> Result<InFile> 
 }
 
 /// Writes weights and settings to a folder, creating it if needed.
-pub(super) fn save(folder: &Path, parameters: &[(String, Tensor)], json: &str) -> Result<()> {
-    WeightFiles::TRANSFORMERS.save(parameters, folder)?;
-    config::write(&folder.join(CONFIG_FILE), json)
+pub(super) fn save(
+    folder: &Path,
+    parameters: &Parameters,
+    config: &impl NetworkConfig,
+) -> Result<()> {
+    WeightFiles::TRANSFORMERS.save(&parameters.named(), folder)?;
+    weights::write_text(&folder.join(FILE_NAME), &config.to_json())
 }

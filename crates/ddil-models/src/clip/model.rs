@@ -2,21 +2,23 @@
 
 use std::path::Path;
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, JsonSettings};
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::config::{Config, UnknownKeys};
+use crate::config::{NetworkConfig, UnknownKeys, read_keys};
 use crate::error::{Error, Result};
-use crate::parameters::{Builder, Init, Parameters, Placement, Values, build_filled};
+use crate::parameters::{Builder, Init, Parameters, Placement, Values};
+use crate::transformers_json;
 
-use super::config::ClipConfig;
+use super::config::{ClipConfig, OtherKeys};
 use super::files;
 use super::text::ClipTextModel;
-use super::text_config::ClipTextClass;
+use super::text_config::{ClipTextClass, ClipTextConfig};
 use super::vision::ClipVisionModel;
-use super::vision_config::ClipVisionClass;
+use super::vision_config::{ClipVisionClass, ClipVisionConfig};
 
-/// Both towers of CLIP: transformers' `CLIPModel`; built by [`ClipConfig::build`] or [`Self::from_folder`].
+/// Both towers of CLIP: transformers' `CLIPModel`; built from a [`ClipConfig`] or by [`Self::from_folder`].
 #[derive(Debug)]
 pub struct ClipModel {
     text: ClipTextModel,
@@ -26,41 +28,112 @@ pub struct ClipModel {
 }
 
 impl ClipConfig {
-    /// Checks the settings and builds both towers with fresh parameters.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build`](crate::ClipTextConfig::build).
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipModel> {
-        ClipModel::new(self, placement, Values::Seeded(seed))
+    /// The settings of both towers, with projections of one width.
+    fn towers(&self) -> (ClipTextConfig, ClipVisionConfig) {
+        let text = ClipTextConfig {
+            architectures: [ClipTextClass::TextModelWithProjection],
+            projection_dim: Some(self.projection_dim),
+            ..self.text.clone()
+        };
+        let vision = ClipVisionConfig {
+            architectures: [ClipVisionClass::VisionModelWithProjection],
+            projection_dim: self.projection_dim,
+            ..self.vision.clone()
+        };
+        (text, vision)
+    }
+}
+
+impl NetworkConfig for ClipConfig {
+    type Network = ClipModel;
+
+    const CLASS_NAME: &'static str = "CLIPModel";
+    const MODEL_TYPE: Option<&'static str> = Some("clip");
+
+    fn problems(&self) -> Vec<Invalid> {
+        let (text, vision) = self.towers();
+        let text = text.problems().into_iter().map(|problem| problem.under("text_config"));
+        let vision = vision.problems().into_iter().map(|problem| problem.under("vision_config"));
+        text.chain(vision).collect()
     }
 
-    /// Checks the settings and builds both towers with the parameters in one safetensors file or index of shards.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build_from`](crate::ClipTextConfig::build_from).
-    pub fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<ClipModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| ClipModel::new(self, placement, values),
-            |clip| files::read(clip.parameters().named(), path).map(drop),
-            |clip| files::load(clip.parameters().named(), path),
-        )
+    fn assemble(&self, placement: Placement, values: Values) -> Result<ClipModel> {
+        ClipModel::new(self, placement, values)
+    }
+
+    fn parameters_of(network: &ClipModel) -> &Parameters {
+        network.parameters()
+    }
+
+    fn load(network: &mut ClipModel, path: &Path) -> Result<()> {
+        files::load(network.parameters(), path)
+    }
+
+    fn read(network: &ClipModel, path: &Path) -> Result<Vec<(String, Tensor)>> {
+        files::read(network.parameters(), path)
+    }
+
+    /// Older files contain a tower's settings twice; as in transformers, `text_config_dict` overrides `text_config`.
+    fn from_settings(
+        what: &str,
+        mut file: JsonSettings,
+        unknown_keys: UnknownKeys,
+    ) -> Result<Self> {
+        let mut problems = Vec::new();
+        let text = tower(&mut file, "text_config", unknown_keys, &mut problems);
+        let vision = tower(&mut file, "vision_config", unknown_keys, &mut problems);
+        problems.extend(transformers_json::prepare(&mut file, "clip"));
+        let rest = read_keys(&file, &OtherKeys::default(), unknown_keys, &mut problems);
+        problems.extend(rest.iter().flat_map(OtherKeys::problems));
+        match (text, vision, rest) {
+            (Some(text), Some(vision), Some(rest)) if problems.is_empty() => Ok(Self {
+                text,
+                vision,
+                projection_dim: rest.projection_dim,
+                logit_scale_init_value: rest.logit_scale_init_value,
+            }),
+            _ => Err(Error::InvalidConfig { what: what.to_owned(), problems }),
+        }
+    }
+}
+
+/// Removes a tower's settings from the file of both towers and reads them.
+fn tower<C: NetworkConfig>(
+    file: &mut JsonSettings,
+    key: &str,
+    unknown_keys: UnknownKeys,
+    problems: &mut Vec<Invalid>,
+) -> Option<C> {
+    let keys = file.object_mut();
+    let (older, value) = (keys.remove(&format!("{key}_dict")), keys.remove(key));
+    let mut tower = match older.filter(|value| !value.is_null()).or(value) {
+        Some(Value::Object(tower)) => tower,
+        other => {
+            let found = other.map_or("absent".to_owned(), |value| value.to_string());
+            problems.push(Invalid::new(key, found, "an object with the tower's settings"));
+            return None;
+        }
+    };
+    // A tower of a two-tower file always ends with a projection, whatever its class in the file.
+    tower.remove("architectures");
+    match C::from_settings(key, tower.into(), unknown_keys) {
+        Ok(config) => Some(config),
+        Err(Error::InvalidConfig { problems: more, .. }) => {
+            problems.extend(more.into_iter().map(|problem| problem.under(key)));
+            None
+        }
+        Err(other) => {
+            problems.push(Invalid::new(key, other, "settings"));
+            None
+        }
     }
 }
 
 impl ClipModel {
-    pub(super) fn new(config: &ClipConfig, place: Placement, values: Values) -> Result<Self> {
-        let mut text = config.text.clone();
-        text.architectures = [ClipTextClass::TextModelWithProjection];
-        text.projection_dim = Some(config.projection_dim);
-        let mut vision = config.vision.clone();
-        vision.architectures = [ClipVisionClass::VisionModelWithProjection];
-        vision.projection_dim = config.projection_dim;
-        ensure_valid(&text, &vision)?;
-        let text = ClipTextModel::new(&text, place, values)?;
-        let vision = ClipVisionModel::new(&vision, place, values)?;
+    fn new(config: &ClipConfig, place: Placement, values: Values) -> Result<Self> {
+        let (text, vision) = config.towers();
+        let text = text.assemble(place, values)?;
+        let vision = vision.assemble(place, values)?;
         let mut builder = Builder::new(place, values);
         let init = Init::Constant(config.logit_scale_init_value);
         let logit_scale = builder.root().parameter("logit_scale", &[], init)?;
@@ -75,15 +148,13 @@ impl ClipModel {
     ///
     /// # Errors
     ///
-    /// As [`ClipConfig::from_file`] and [`ClipTextModel::from_folder`].
+    /// As [`ClipTextModel::from_folder`].
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        let folder = folder.as_ref();
-        ClipConfig::from_file(folder.join(files::CONFIG_FILE), unknown_keys)?
-            .build_from(placement, files::weights_in(folder)?)
+        files::from_folder::<ClipConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// The text encoder, with projection.
@@ -110,18 +181,4 @@ impl ClipModel {
         let value = self.logit_scale.f_to_kind(Kind::Double).and_then(|t| t.f_double_value(&[]));
         Ok(value.map_err(Error::torch("ClipModel::temperature"))?.exp())
     }
-}
-
-/// Collects the problems of both towers in one error.
-fn ensure_valid(text: &impl Config, vision: &impl Config) -> Result<()> {
-    let named = |prefix: &str, problems: Vec<Invalid>| {
-        let name = |p: Invalid| p.under(prefix);
-        problems.into_iter().map(name).collect::<Vec<_>>()
-    };
-    let mut problems = named("text_config", text.problems());
-    problems.extend(named("vision_config", vision.problems()));
-    if problems.is_empty() {
-        return Ok(());
-    }
-    Err(Error::InvalidConfig { what: "CLIPModel".into(), problems })
 }

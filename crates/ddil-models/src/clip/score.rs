@@ -1,9 +1,9 @@
 //! The CLIP score: how well images match their captions.
 
-use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ArgumentError, ensure_dense, ensure_real, ensure_shape};
 use tch::{Kind, TchError, Tensor};
 
-use crate::error::{Error, Result, ensure_dense, is_float};
+use crate::error::{Error, Result};
 use crate::layers::Output;
 
 use super::model::ClipModel;
@@ -21,7 +21,9 @@ const STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 /// # Example
 ///
 /// ```
-/// use ddil_models::{ClipConfig, ClipScore, ClipTextConfig, ClipVisionConfig, Placement};
+/// use ddil_models::{
+///     ClipConfig, ClipScore, ClipTextConfig, ClipVisionConfig, NetworkConfig, Placement,
+/// };
 /// use tch::{Tensor, kind};
 ///
 /// let text = ClipTextConfig {
@@ -65,12 +67,9 @@ impl ClipScore {
     pub fn new(model: ClipModel) -> Result<Self> {
         let channels = model.vision().config().num_channels;
         if channels != 3 {
-            return Err(Error::Argument(ArgumentError::Value {
-                op: "ClipScore::new",
-                name: "num_channels",
-                value: channels.to_string(),
-                expected: "3".into(),
-            }));
+            return Err(
+                ArgumentError::value("ClipScore::new", "num_channels", channels, "3").into()
+            );
         }
         Ok(Self { model })
     }
@@ -96,21 +95,10 @@ impl ClipScore {
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn preprocess(&self, images: &Tensor) -> Result<Tensor> {
-        ensure_dense(PREPROCESS, "images", images)?;
-        let (op, name, found) = (PREPROCESS, "images", images.size());
-        if found.len() != 4 || found[1] != 3 || found[2] < 1 || found[3] < 1 {
-            let expected = "[batch, 3, height, width]".into();
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
-        }
-        let kind = images.kind();
-        if !is_float(kind) {
-            return Err(Error::Argument(ArgumentError::Kind {
-                op,
-                name,
-                kind,
-                expected: "floating point",
-            }));
-        }
+        ensure_real(PREPROCESS, "images", images)?;
+        let fits = matches!(images.size()[..], [_, 3, height, width] if height > 0 && width > 0);
+        let expected = || "[batch, 3, height, width]".to_owned();
+        ensure_shape(PREPROCESS, "images", images, fits, expected)?;
         let size = i64::from(self.model.vision().config().image_size);
         normalise(images, size).map_err(Error::torch(PREPROCESS))
     }
@@ -161,16 +149,9 @@ impl ClipScore {
         const OP: &str = "ClipScore::similarities";
         ensure_dense(OP, "images", images)?;
         ensure_dense(OP, "input_ids", input_ids)?;
-        if let (Some(&pictures), Some(&captions)) =
-            (images.size().first(), input_ids.size().first())
-            && pictures != captions
-        {
-            return Err(Error::Argument(ArgumentError::Shape {
-                op: OP,
-                name: "input_ids",
-                shape: input_ids.size(),
-                expected: format!("[{pictures}, tokens], a caption for each picture"),
-            }));
+        if let (Some(&count), Some(&captions)) = (images.size().first(), input_ids.size().first()) {
+            let expected = || format!("[{count}, tokens], a caption for each image");
+            ensure_shape(OP, "input_ids", input_ids, captions == count, expected)?;
         }
         let text = self.text_embeds(input_ids, attention_mask)?;
         let cosines = || self.image_embeds(images)?.f_mul(&text).map_err(Error::torch(OP));
@@ -192,16 +173,8 @@ impl ClipScore {
     ) -> Result<f64> {
         const OP: &str = "ClipScore::score";
         ensure_dense(OP, "images", images)?;
-        if images.size().first() == Some(&0) {
-            let (name, found, expected) =
-                ("images", images.size(), "at least one picture".to_owned());
-            return Err(Error::Argument(ArgumentError::Shape {
-                op: OP,
-                name,
-                shape: found,
-                expected,
-            }));
-        }
+        let any = images.size().first() != Some(&0);
+        ensure_shape(OP, "images", images, any, || "at least one image".to_owned())?;
         let cosines = self.similarities(images, input_ids, attention_mask)?;
         cosines
             .f_mean(Kind::Double)

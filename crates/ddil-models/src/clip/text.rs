@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
-use ddil_libtorch::ArgumentError;
-use tch::{Device, Kind, TchError, Tensor};
+use ddil_files::Invalid;
+use ddil_libtorch::{ArgumentError, ensure_dense, ensure_kind, ensure_shape};
+use tch::{Kind, TchError, Tensor};
 
-use crate::config::{Config, UnknownKeys};
-use crate::error::{Error, Result, ensure_dense};
+use crate::config::{NetworkConfig, UnknownKeys};
+use crate::error::{Error, Result, outside};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
+use crate::parameters::{Builder, Parameters, Placement, Values};
 
-use super::encoder::{Encoder, EncoderOptions, Mask};
+use super::encoder::{Encoder, Mask};
 use super::files;
 use super::text_config::{ClipTextConfig, LARGEST_TOKEN};
 
@@ -68,8 +69,8 @@ pub struct ClipTextOutput {
     pub text_embeds: Option<Tensor>,
 }
 
-/// The text tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)); built by [`ClipTextConfig::build`]
-/// or [`Self::from_folder`].
+/// The text tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)); built from a [`ClipTextConfig`] or
+/// by [`Self::from_folder`].
 ///
 /// It is transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection`, depending on the settings. Parameters have
 /// the names of published files, and outputs agree with transformers' up to rounding.
@@ -78,10 +79,14 @@ pub struct ClipTextOutput {
 /// largest token: published files contain 2 although that token does not end a prompt. In a prompt without the token it
 /// is the first position.
 ///
+/// The names in a file may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for
+/// a `CLIPTextModel` (`encoder...`). Older files contain `text_model.embeddings.position_ids`, which is not a parameter
+/// and is ignored.
+///
 /// # Example
 ///
 /// ```
-/// use ddil_models::{ClipTextConfig, HiddenState, Placement};
+/// use ddil_models::{ClipTextConfig, HiddenState, NetworkConfig, Placement};
 /// use tch::Tensor;
 ///
 /// let config = ClipTextConfig {
@@ -112,80 +117,35 @@ pub struct ClipTextModel {
     text_projection: Option<Linear>,
 }
 
-impl ClipTextConfig {
-    /// Name and shape of every parameter of the encoder, in the order of its layers, without allocating their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
-        Ok(encoder.parameters().shapes())
+impl NetworkConfig for ClipTextConfig {
+    type Network = ClipTextModel;
+
+    const CLASS_NAME: &'static str = "CLIPTextModel";
+    const MODEL_TYPE: Option<&'static str> = Some("clip_text_model");
+
+    fn problems(&self) -> Vec<Invalid> {
+        self.check()
     }
 
-    /// Checks the settings and builds an encoder with fresh parameters, initialised as in transformers; a
-    /// projection as in `torch.nn`.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipTextModel> {
-        ClipTextModel::new(self, placement, Values::Seeded(seed))
+    fn assemble(&self, placement: Placement, values: Values) -> Result<ClipTextModel> {
+        ClipTextModel::new(self, placement, values)
     }
 
-    /// Checks the settings and builds an encoder with the parameters in a safetensors file or index of shards.
-    ///
-    /// The names may be those of published files (`text_model.encoder...`) or those that transformers 5 writes for a
-    /// `CLIPTextModel` (`encoder...`). Older files contain `text_model.embeddings.position_ids`, which is not a
-    /// parameter and is ignored.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipTextModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| ClipTextModel::new(self, placement, values),
-            |encoder| files::read(encoder.parameters().named(), path).map(drop),
-            |encoder| files::load(encoder.parameters().named(), path),
-        )
+    fn parameters_of(network: &ClipTextModel) -> &Parameters {
+        network.parameters()
     }
 
-    /// The weights of a file or index, checked against the settings: under the names of published files, in the kinds
-    /// of the file, and memory-mapped, so that no memory is needed for their values.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build_from`].
-    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
-        let encoder = ClipTextModel::new(self, Placement::default(), Values::Sizes)?;
-        files::read(encoder.parameters().named(), weights.as_ref())
+    fn load(network: &mut ClipTextModel, path: &Path) -> Result<()> {
+        files::load(network.parameters(), path)
     }
 
-    fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
+    fn read(network: &ClipTextModel, path: &Path) -> Result<Vec<(String, Tensor)>> {
+        files::read(network.parameters(), path)
     }
 }
 
 impl ClipTextModel {
-    pub(super) fn new(config: &ClipTextConfig, place: Placement, values: Values) -> Result<Self> {
-        config.ensure_valid()?;
-        ensure_room(values, place, || Ok(Self::new(config, place, Values::Sizes)?.parameters))?;
+    fn new(config: &ClipTextConfig, place: Placement, values: Values) -> Result<Self> {
         let width = i64::from(config.hidden_size);
         let std = 0.02 * config.initializer_factor;
         let mut builder = Builder::new(place, values);
@@ -196,7 +156,7 @@ impl ClipTextModel {
             Embedding::normal(scope.at("embeddings.token_embedding"), vocab, width, std)?;
         let position_embedding =
             Embedding::normal(scope.at("embeddings.position_embedding"), positions, width, std)?;
-        let encoder = Encoder::new(scope.at("encoder"), config.encoder_options())?;
+        let encoder = Encoder::new(scope.at("encoder"), config.encoder())?;
         let final_layer_norm =
             LayerNorm::new(scope.at("final_layer_norm"), width, config.layer_norm_eps)?;
         let text_projection = config
@@ -223,16 +183,14 @@ impl ClipTextModel {
     ///
     /// # Errors
     ///
-    /// As [`ClipTextConfig::from_file`] and [`ClipTextConfig::build_from`]; [`Error::NoWeights`] if there are no
+    /// As [`NetworkConfig::from_file`] and [`NetworkConfig::build_from`]; [`Error::NoWeights`] if there are no
     /// weights, [`Error::Pickle`] if there are only pickled ones.
     pub fn from_folder(
         folder: impl AsRef<Path>,
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        let folder = folder.as_ref();
-        ClipTextConfig::from_file(folder.join(files::CONFIG_FILE), unknown_keys)?
-            .build_from(placement, files::weights_in(folder)?)
+        files::from_folder::<ClipTextConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// Writes the encoder to a folder that transformers loads, creating it if needed.
@@ -241,7 +199,7 @@ impl ClipTextModel {
     ///
     /// As [`weights::save`](crate::weights::save).
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
-        files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
+        files::save(folder.as_ref(), &self.parameters, &self.config)
     }
 
     /// The settings from which the encoder was built.
@@ -401,12 +359,11 @@ impl ClipTextModel {
 
     fn ensure_layers(&self, op: &'static str, which: HiddenState) -> Result<usize> {
         let (skipped, layers) = (which.skipped_layers, self.config.num_hidden_layers);
-        if skipped > layers {
-            let expected = format!("at most {layers}, the number of layers");
-            let (name, found) = ("skipped_layers", skipped.to_string());
-            return Err(Error::Argument(ArgumentError::Value { op, name, value: found, expected }));
+        if skipped <= layers {
+            return Ok(skipped as usize);
         }
-        Ok(skipped as usize)
+        let expected = format!("at most {layers}, the number of layers");
+        Err(ArgumentError::value(op, "skipped_layers", skipped, expected).into())
     }
 
     fn ensure_tokens(
@@ -415,56 +372,28 @@ impl ClipTextModel {
         input_ids: &Tensor,
         attention_mask: Option<&Tensor>,
     ) -> Result<()> {
-        ensure_dense(op, "input_ids", input_ids)?;
-        let (name, found, max) =
-            ("input_ids", input_ids.size(), self.config.max_position_embeddings);
-        if found.len() != 2 || found[1] < 1 || found[1] > i64::from(max) {
-            let expected = format!("[batch, tokens] with 1 to {max} tokens");
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
-        }
-        if input_ids.kind() != Kind::Int64 {
-            let (found, expected) = (input_ids.kind(), "Int64");
-            return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
-        }
+        let (name, max) = ("input_ids", self.config.max_position_embeddings);
+        ensure_dense(op, name, input_ids)?;
+        let size = input_ids.size();
+        let fits = matches!(size[..], [_, tokens] if (1..=i64::from(max)).contains(&tokens));
+        let expected = || format!("[batch, tokens] with 1 to {max} tokens");
+        ensure_shape(op, name, input_ids, fits, expected)?;
+        ensure_kind(op, name, input_ids, input_ids.kind() == Kind::Int64, "Int64")?;
         if let Some(mask) = attention_mask {
-            ensure_mask(op, mask, &found)?;
+            let (name, kind) = ("attention_mask", mask.kind());
+            ensure_dense(op, name, mask)?;
+            let expected = || format!("{size:?}, as `input_ids`");
+            ensure_shape(op, name, mask, mask.size() == size, expected)?;
+            let fits = matches!(kind, Kind::Int64 | Kind::Int | Kind::Bool);
+            ensure_kind(op, name, mask, fits, "Int64, Int or Bool")?;
         }
-        // On an accelerator this would synchronise with the device.
-        if input_ids.device() == Device::Cpu && input_ids.numel() > 0 {
-            let (low, high) = (input_ids.min().int64_value(&[]), input_ids.max().int64_value(&[]));
-            let vocab = i64::from(self.config.vocab_size);
-            if low < 0 || high >= vocab {
-                let found = if low < 0 { low } else { high }.to_string();
-                let expected = format!("tokens from 0 to {}", vocab - 1);
-                return Err(Error::Argument(ArgumentError::Value {
-                    op,
-                    name,
-                    value: found,
-                    expected,
-                }));
-            }
+        let vocab = i64::from(self.config.vocab_size);
+        if let Some(found) = outside(input_ids, 0..vocab) {
+            let expected = format!("tokens from 0 to {}", vocab - 1);
+            return Err(ArgumentError::value(op, name, found, expected).into());
         }
         Ok(())
     }
-}
-
-fn ensure_mask(op: &'static str, mask: &Tensor, size: &[i64]) -> Result<()> {
-    let name = "attention_mask";
-    ensure_dense(op, name, mask)?;
-    if mask.size() != size {
-        let expected = format!("{size:?}, as `input_ids`");
-        return Err(Error::Argument(ArgumentError::Shape {
-            op,
-            name,
-            shape: mask.size(),
-            expected,
-        }));
-    }
-    if !matches!(mask.kind(), Kind::Int64 | Kind::Int | Kind::Bool) {
-        let (found, expected) = (mask.kind(), "Int64, Int or Bool");
-        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
-    }
-    Ok(())
 }
 
 /// `[batch, tokens]` to a causal mask `[batch, 1, tokens, tokens]`.

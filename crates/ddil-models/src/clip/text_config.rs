@@ -1,16 +1,11 @@
 //! The settings of a [`ClipTextModel`](crate::ClipTextModel), with the keys of transformers.
 
-use std::path::Path;
-
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::Result;
+use crate::config::count_problems;
 
-use super::settings::{
-    ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
-};
+use super::settings::{ClipActivation, EncoderSettings};
 
 /// The `eos_token_id` for which the pooled position is that of the largest token.
 pub(super) const LARGEST_TOKEN: i64 = 2;
@@ -35,7 +30,7 @@ pub enum ClipTextClass {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{ClipTextConfig, Placement};
+/// use ddil_models::{ClipTextConfig, NetworkConfig, Placement};
 ///
 /// let config = ClipTextConfig {
 ///     vocab_size: 100,
@@ -151,70 +146,41 @@ impl ClipTextConfig {
         }
     }
 
-    /// Reads settings from a `config.json` written by transformers or [`Self::to_json`]; absent keys have their
-    /// default.
-    ///
-    /// Keys that transformers writes for every kind of network, such as those of text generation, have no effect here
-    /// and are ignored.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        read(&path.display().to_string(), config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` for transformers.
-    pub fn to_json(&self) -> String {
-        write(self)
-    }
-
     /// Whether there is a projection.
     pub(super) fn projects(&self) -> bool {
         self.architectures == [ClipTextClass::TextModelWithProjection]
     }
-}
 
-impl Config for ClipTextConfig {
-    const CLASS_NAME: &'static str = "CLIPTextModel";
+    /// The settings of the transformer.
+    pub(super) fn encoder(&self) -> EncoderSettings {
+        EncoderSettings {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+            attention_dropout: self.attention_dropout,
+            initializer_range: self.initializer_range,
+            initializer_factor: self.initializer_factor,
+        }
+    }
 
-    fn problems(&self) -> Vec<Invalid> {
-        let mut problems = Vec::new();
-        let counts = [
-            ("vocab_size", self.vocab_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("max_position_embeddings", self.max_position_embeddings),
-        ];
-        ensure_counts(&counts, &mut problems);
-        ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
-        match self.projection_dim {
-            Some(0) => problems.push(Invalid::new("projection_dim", 0, "at least 1")),
-            None if self.projects() => {
-                problems.push(Invalid::new("projection_dim", "null", "a width"));
-            }
-            _ => {}
+    pub(super) fn check(&self) -> Vec<Invalid> {
+        let mut problems = count_problems(&[
+            ("vocab_size", Some(self.vocab_size)),
+            ("max_position_embeddings", Some(self.max_position_embeddings)),
+            ("projection_dim", self.projection_dim),
+        ]);
+        problems.extend(self.encoder().problems());
+        if self.projection_dim.is_none() && self.projects() {
+            problems.push(Invalid::new("projection_dim", "null", "a width"));
         }
         let eos = self.eos_token_id;
         if eos != LARGEST_TOKEN && !(0..self.vocab_size.into()).contains(&eos) {
             let expected = format!("{LARGEST_TOKEN}, or less than vocab_size, {}", self.vocab_size);
             problems.push(Invalid::new("eos_token_id", eos, expected));
         }
-        ensure_numbers(
-            self.layer_norm_eps,
-            self.attention_dropout,
-            [
-                ("initializer_range", self.initializer_range),
-                ("initializer_factor", self.initializer_factor),
-            ],
-            &mut problems,
-        );
         problems
     }
-}
-
-impl ModelType for ClipTextConfig {
-    const MODEL_TYPE: &'static str = "clip_text_model";
 }

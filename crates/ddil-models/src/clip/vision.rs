@@ -2,17 +2,16 @@
 
 use std::path::Path;
 
-use ddil_libtorch::ArgumentError;
+use ddil_files::Invalid;
+use ddil_libtorch::{ensure_real, ensure_shape};
 use tch::{Kind, TchError, Tensor};
 
-use crate::config::{Config, UnknownKeys};
-use crate::error::{Error, Result, ensure_dense, is_float};
+use crate::config::{NetworkConfig, UnknownKeys};
+use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
-use crate::parameters::{
-    Builder, Init, Parameters, Placement, Scope, Values, build_filled, ensure_room,
-};
+use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values};
 
-use super::encoder::{Encoder, EncoderOptions, Mask};
+use super::encoder::{Encoder, Mask};
 use super::files;
 use super::vision_config::ClipVisionConfig;
 
@@ -31,14 +30,14 @@ pub struct ClipVisionOutput {
 }
 
 /// The vision tower of CLIP ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)), a transformer over patches;
-/// built by [`ClipVisionConfig::build`] or [`Self::from_folder`].
+/// built from a [`ClipVisionConfig`] or by [`Self::from_folder`].
 ///
 /// It is transformers' `CLIPVisionModel`, or `CLIPVisionModelWithProjection`, depending on the settings.
 ///
 /// # Example
 ///
 /// ```
-/// use ddil_models::{ClipVisionClass, ClipVisionConfig, Placement};
+/// use ddil_models::{ClipVisionClass, ClipVisionConfig, NetworkConfig, Placement};
 /// use tch::{Tensor, kind};
 ///
 /// let config = ClipVisionConfig {
@@ -70,53 +69,35 @@ pub struct ClipVisionModel {
     visual_projection: Option<Linear>,
 }
 
-impl ClipVisionConfig {
-    /// Checks the settings and builds a tower with fresh parameters, initialised as in transformers; a projection
-    /// as in `torch.nn`.
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build`](super::ClipTextConfig::build).
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<ClipVisionModel> {
-        ClipVisionModel::new(self, placement, Values::Seeded(seed))
+impl NetworkConfig for ClipVisionConfig {
+    type Network = ClipVisionModel;
+
+    const CLASS_NAME: &'static str = "CLIPVisionModel";
+    const MODEL_TYPE: Option<&'static str> = Some("clip_vision_model");
+
+    fn problems(&self) -> Vec<Invalid> {
+        self.check()
     }
 
-    /// Checks the settings and builds a tower with the parameters in a safetensors file or index of shards, under any
-    /// of the names described at [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::build_from`](super::ClipTextConfig::build_from).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<ClipVisionModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| ClipVisionModel::new(self, placement, values),
-            |tower| files::read(tower.parameters().named(), path).map(drop),
-            |tower| files::load(tower.parameters().named(), path),
-        )
+    fn assemble(&self, placement: Placement, values: Values) -> Result<ClipVisionModel> {
+        ClipVisionModel::new(self, placement, values)
     }
 
-    fn encoder_options(&self) -> EncoderOptions {
-        EncoderOptions {
-            width: self.hidden_size.into(),
-            inner: self.intermediate_size.into(),
-            num_layers: self.num_hidden_layers.into(),
-            heads: self.num_attention_heads.into(),
-            activation: self.hidden_act,
-            eps: self.layer_norm_eps,
-            initializer_factor: self.initializer_factor,
-        }
+    fn parameters_of(network: &ClipVisionModel) -> &Parameters {
+        network.parameters()
+    }
+
+    fn load(network: &mut ClipVisionModel, path: &Path) -> Result<()> {
+        files::load(network.parameters(), path)
+    }
+
+    fn read(network: &ClipVisionModel, path: &Path) -> Result<Vec<(String, Tensor)>> {
+        files::read(network.parameters(), path)
     }
 }
 
 impl ClipVisionModel {
-    pub(super) fn new(config: &ClipVisionConfig, place: Placement, values: Values) -> Result<Self> {
-        config.ensure_valid()?;
-        ensure_room(values, place, || Ok(Self::new(config, place, Values::Sizes)?.parameters))?;
+    fn new(config: &ClipVisionConfig, place: Placement, values: Values) -> Result<Self> {
         let (width, eps) = (i64::from(config.hidden_size), config.layer_norm_eps);
         let mut builder = Builder::new(place, values);
         let mut root = builder.root();
@@ -124,7 +105,7 @@ impl ClipVisionModel {
         let embeddings = Embeddings::new(scope.at("embeddings"), config)?;
         // Spelt like this in every published file.
         let pre_layrnorm = LayerNorm::new(scope.at("pre_layrnorm"), width, eps)?;
-        let encoder = Encoder::new(scope.at("encoder"), config.encoder_options())?;
+        let encoder = Encoder::new(scope.at("encoder"), config.encoder())?;
         let post_layernorm = LayerNorm::new(scope.at("post_layernorm"), width, eps)?;
         let outputs = config.projection_dim.into();
         let visual_projection = config
@@ -154,9 +135,7 @@ impl ClipVisionModel {
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        let folder = folder.as_ref();
-        ClipVisionConfig::from_file(folder.join(files::CONFIG_FILE), unknown_keys)?
-            .build_from(placement, files::weights_in(folder)?)
+        files::from_folder::<ClipVisionConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// Writes the tower to a folder that transformers loads, creating it if needed.
@@ -165,7 +144,7 @@ impl ClipVisionModel {
     ///
     /// As [`weights::save`](crate::weights::save).
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
-        files::save(folder.as_ref(), &self.parameters.named(), &self.config.to_json())
+        files::save(folder.as_ref(), &self.parameters, &self.config)
     }
 
     /// The settings from which the tower was built.
@@ -190,7 +169,7 @@ impl ClipVisionModel {
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
     /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
     pub fn forward(&self, pixel_values: &Tensor) -> Result<ClipVisionOutput> {
-        self.ensure_pictures(pixel_values)?;
+        self.ensure_images(pixel_values)?;
         let run = || -> std::result::Result<_, TchError> {
             let tokens = self.embeddings.forward(pixel_values)?;
             let tokens = self.pre_layrnorm.forward(&tokens)?;
@@ -204,25 +183,14 @@ impl ClipVisionModel {
         run().map_err(Error::torch(FORWARD))
     }
 
-    fn ensure_pictures(&self, pixel_values: &Tensor) -> Result<()> {
-        let ClipVisionConfig { num_channels, image_size, .. } = self.config;
-        ensure_dense(FORWARD, "pixel_values", pixel_values)?;
-        let (op, name, found) = (FORWARD, "pixel_values", pixel_values.size());
-        let [channels, size] = [num_channels, image_size].map(i64::from);
-        if found.len() != 4 || found[1..] != [channels, size, size] {
-            let expected = format!("[batch, {channels}, {size}, {size}]");
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
-        }
-        let kind = pixel_values.kind();
-        if !is_float(kind) {
-            return Err(Error::Argument(ArgumentError::Kind {
-                op,
-                name,
-                kind,
-                expected: "floating point",
-            }));
-        }
-        Ok(())
+    fn ensure_images(&self, pixel_values: &Tensor) -> Result<()> {
+        let (op, name) = (FORWARD, "pixel_values");
+        let [channels, side] = [self.config.num_channels, self.config.image_size].map(i64::from);
+        ensure_real(op, name, pixel_values)?;
+        let fits = matches!(pixel_values.size()[..], [_, c, height, width]
+            if (c, height, width) == (channels, side, side));
+        let expected = || format!("[batch, {channels}, {side}, {side}]");
+        Ok(ensure_shape(op, name, pixel_values, fits, expected)?)
     }
 }
 

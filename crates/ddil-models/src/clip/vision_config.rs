@@ -1,16 +1,11 @@
 //! The settings of a [`ClipVisionModel`](crate::ClipVisionModel), with the keys of transformers.
 
-use std::path::Path;
-
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::Result;
+use crate::config::count_problems;
 
-use super::settings::{
-    ClipActivation, ModelType, ensure_counts, ensure_heads, ensure_numbers, read, write,
-};
+use super::settings::{ClipActivation, EncoderSettings};
 
 /// The class of a vision tower: with or without a projection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +25,7 @@ pub enum ClipVisionClass {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{ClipVisionConfig, Placement};
+/// use ddil_models::{ClipVisionConfig, NetworkConfig, Placement};
 ///
 /// let config = ClipVisionConfig {
 ///     hidden_size: 8,
@@ -42,6 +37,7 @@ pub enum ClipVisionClass {
 ///     ..ClipVisionConfig::default()
 /// };
 /// let tower = config.build(Placement::default(), 0)?;
+/// assert_eq!(tower.config().to_json(), config.to_json());
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,58 +95,37 @@ impl Default for ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
-    /// Reads settings from a `config.json`, as [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
-    ///
-    /// # Errors
-    ///
-    /// As [`ClipTextConfig::from_file`](super::ClipTextConfig::from_file).
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        read(&path.display().to_string(), config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` for transformers.
-    pub fn to_json(&self) -> String {
-        write(self)
-    }
-
     /// Whether there is a projection.
     pub(super) fn projects(&self) -> bool {
         self.architectures == [ClipVisionClass::VisionModelWithProjection]
     }
-}
 
-impl Config for ClipVisionConfig {
-    const CLASS_NAME: &'static str = "CLIPVisionModel";
+    /// The settings of the transformer.
+    pub(super) fn encoder(&self) -> EncoderSettings {
+        EncoderSettings {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+            attention_dropout: self.attention_dropout,
+            initializer_range: self.initializer_range,
+            initializer_factor: self.initializer_factor,
+        }
+    }
 
-    fn problems(&self) -> Vec<Invalid> {
-        let mut problems = Vec::new();
-        let counts = [
-            ("intermediate_size", self.intermediate_size),
-            ("projection_dim", self.projection_dim),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_channels", self.num_channels),
-            ("patch_size", self.patch_size),
-        ];
-        ensure_counts(&counts, &mut problems);
-        ensure_heads(self.hidden_size, self.num_attention_heads, &mut problems);
+    pub(super) fn check(&self) -> Vec<Invalid> {
+        let mut problems = count_problems(&[
+            ("projection_dim", Some(self.projection_dim)),
+            ("num_channels", Some(self.num_channels)),
+            ("patch_size", Some(self.patch_size)),
+        ]);
+        problems.extend(self.encoder().problems());
         if self.image_size < self.patch_size.max(1) {
             let expected = format!("at least patch_size, {}", self.patch_size);
             problems.push(Invalid::new("image_size", self.image_size, expected));
         }
-        ensure_numbers(
-            self.layer_norm_eps,
-            self.attention_dropout,
-            [
-                ("initializer_range", self.initializer_range),
-                ("initializer_factor", self.initializer_factor),
-            ],
-            &mut problems,
-        );
         problems
     }
-}
-
-impl ModelType for ClipVisionConfig {
-    const MODEL_TYPE: &'static str = "clip_vision_model";
 }

@@ -1,24 +1,20 @@
 //! The layers from a network's features to one logit.
 
-use std::path::Path;
-
 use ddil_files::Invalid;
-use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_real, ensure_shape};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::{Error, Result, ensure_dense, is_float};
+use crate::config::{NetworkConfig, count_problems};
+use crate::error::{Error, Result};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
 use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
-use crate::parameters::{Builder, Parameters, Placement, Values, build_filled, ensure_room};
+use crate::parameters::{Builder, Parameters, Placement, Values};
 use crate::torch_script::TorchScriptConfig;
 use crate::unet::condition_config::UNet2DConditionConfig;
 use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
-use crate::weights;
 
-const CLASS_NAME: &str = "DiscriminatorHead";
 /// Largest side at which one convolution covers the whole map.
 const LAST_SIDE: u32 = 4;
 const KERNEL: i64 = 4;
@@ -33,7 +29,7 @@ const NORM_EPS: f64 = 1e-5;
 /// # Example
 ///
 /// ```
-/// use ddil_models::{DiscriminatorHeadConfig, Placement};
+/// use ddil_models::{DiscriminatorHeadConfig, NetworkConfig, Placement};
 /// use tch::{Tensor, kind};
 ///
 /// let config = DiscriminatorHeadConfig { in_channels: 16, side: 4, ..Default::default() };
@@ -139,49 +135,6 @@ impl DiscriminatorHeadConfig {
         Ok(config)
     }
 
-    /// Reads settings from a JSON file.
-    ///
-    /// # Errors
-    ///
-    /// As [`UNet2DConfig::from_file`].
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a JSON file.
-    pub fn to_json(&self) -> String {
-        config::to_json(self)
-    }
-
-    /// Checks the settings and builds a head with fresh parameters, initialised as `torch.nn` would.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`] with every invalid value; [`Error::Torch`] if the device is not available or its memory
-    /// does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<DiscriminatorHead> {
-        DiscriminatorHead::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a head with the parameters in a safetensors file.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<DiscriminatorHead> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| DiscriminatorHead::new(self, placement, values),
-            |head| weights::ensure_fits(&head.parameters().named(), path),
-            |head| head.parameters().load(path),
-        )
-    }
-
     fn inner_width(&self) -> u32 {
         self.width.unwrap_or(self.in_channels)
     }
@@ -196,16 +149,14 @@ impl DiscriminatorHeadConfig {
     }
 }
 
-impl Config for DiscriminatorHeadConfig {
-    const CLASS_NAME: &'static str = CLASS_NAME;
+impl NetworkConfig for DiscriminatorHeadConfig {
+    type Network = DiscriminatorHead;
+
+    const CLASS_NAME: &'static str = "DiscriminatorHead";
 
     fn problems(&self) -> Vec<Invalid> {
-        let mut problems = Vec::new();
-        for (key, value) in [("in_channels", self.in_channels), ("side", self.side)] {
-            if value == 0 {
-                problems.push(Invalid::new(key, value, "at least 1"));
-            }
-        }
+        let mut problems =
+            count_problems(&[("in_channels", Some(self.in_channels)), ("side", Some(self.side))]);
         let width = self.inner_width();
         if width < MIN_GROUP {
             let expected = format!("at least {MIN_GROUP}, a group of a norm");
@@ -218,6 +169,14 @@ impl Config for DiscriminatorHeadConfig {
             problems.push(Invalid::new("norm_num_groups", groups, expected));
         }
         problems
+    }
+
+    fn assemble(&self, placement: Placement, values: Values) -> Result<DiscriminatorHead> {
+        DiscriminatorHead::new(self, placement, values)
+    }
+
+    fn parameters_of(network: &DiscriminatorHead) -> &Parameters {
+        network.parameters()
     }
 }
 
@@ -260,10 +219,6 @@ struct Block {
 
 impl DiscriminatorHead {
     fn new(config: &DiscriminatorHeadConfig, placement: Placement, values: Values) -> Result<Self> {
-        config.ensure_valid()?;
-        ensure_room(values, placement, || {
-            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
-        })?;
         let (width, groups) = (i64::from(config.inner_width()), i64::from(config.num_groups()));
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
@@ -322,26 +277,14 @@ impl DiscriminatorHead {
         let (op, name) = ("DiscriminatorHead::forward", "features");
         let DiscriminatorHeadConfig { in_channels, side, .. } = self.config;
         let (channels, side) = (i64::from(in_channels), i64::from(side));
-        ensure_dense(op, name, features)?;
+        ensure_real(op, name, features)?;
         let fits = match features.size()[..] {
             [_, c, height, width] => (c, height, width) == (channels, side, side),
             [_, c] => c == channels && side == 1,
             _ => false,
         };
-        if !fits {
-            let expected = format!("[batch, {channels}, {side}, {side}]");
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name,
-                shape: features.size(),
-                expected,
-            }));
-        }
-        if !is_float(features.kind()) {
-            let (found, expected) = (features.kind(), "floating point");
-            return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
-        }
-        Ok(())
+        let expected = || format!("[batch, {channels}, {side}, {side}]");
+        Ok(ensure_shape(op, name, features, fits, expected)?)
     }
 }
 

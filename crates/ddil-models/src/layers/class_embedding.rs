@@ -1,9 +1,9 @@
 //! The class embedding that a U-Net adds to the embedding of the timestep.
 
-use ddil_libtorch::ArgumentError;
+use ddil_libtorch::{ensure_dense, ensure_shape};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_dense, ensure_labels, ensure_part};
+use crate::error::{Result, ensure_labels, ensure_part};
 use crate::layers::embeddings::{TimeProjection, TimestepEmbedding};
 use crate::layers::{Activation, Embedding, Linear, Output};
 use crate::parameters::Scope;
@@ -86,7 +86,7 @@ impl ClassEmbedding {
     ) -> Result<()> {
         ensure_part(op, "class_labels", labels, embedding.is_some())?;
         let (Some(embedding), Some(labels)) = (embedding, labels) else { return Ok(()) };
-        let (expected, text) = match embedding {
+        let (shape, expected) = match embedding {
             Self::Table { len, .. } => return ensure_labels(op, labels, batch, len - 1),
             Self::Timestep(_) => (vec![batch], format!("[{batch}], one per sample")),
             Self::Identity { width: n }
@@ -95,16 +95,8 @@ impl ClassEmbedding {
                 (vec![batch, *n], format!("[{batch}, {n}]"))
             }
         };
-        ensure_dense(op, "class_labels", labels)?;
-        if labels.size() != expected {
-            let (name, found) = ("class_labels", labels.size());
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name,
-                shape: found,
-                expected: text,
-            }));
-        }
-        Ok(())
+        let name = "class_labels";
+        ensure_dense(op, name, labels)?;
+        Ok(ensure_shape(op, name, labels, labels.size() == shape, || expected)?)
     }
 }

@@ -172,12 +172,7 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
 }
 
 fn invalid(name: &'static str, found: String, expected: &str) -> Error {
-    Error::Argument(ArgumentError::Value {
-        op: "Lora::from_file",
-        name,
-        value: found,
-        expected: expected.into(),
-    })
+    ArgumentError::value("Lora::from_file", name, found, expected).into()
 }
 
 /// The layers by their names in files.

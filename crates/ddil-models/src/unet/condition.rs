@@ -1,31 +1,24 @@
 //! The U-Net conditioned on text, with the weight names and numbers of diffusers' `UNet2DConditionModel`.
 
-use std::cell::Cell;
-use std::path::Path;
-
 use ddil_core::Conditioning;
-use ddil_libtorch::ArgumentError;
+use ddil_files::Invalid;
+use ddil_libtorch::{ensure_dense, ensure_real, ensure_shape};
 use tch::{Kind, TchError, Tensor};
 
-use crate::config::Config;
-use crate::error::{
-    Error, Result, ensure_dense, ensure_guidance_weight, ensure_part, ensure_timesteps, is_float,
-};
+use crate::config::NetworkConfig;
+use crate::error::{Result, ensure_part};
 use crate::layers::addition_embedding::{PooledTextEmbedding, TextTimeEmbedding};
-use crate::layers::class_embedding::{ClassEmbedding, ClassOptions};
-use crate::layers::embeddings::{
-    GuidanceEmbedding, SinusoidalProjection, TimeProjection, TimestepEmbedding, one_per_sample,
-};
-use crate::layers::recompute::Recompute;
-use crate::layers::resnet::{Pass, ResnetOptions, Text};
+use crate::layers::class_embedding::ClassOptions;
+use crate::layers::embeddings::{SinusoidalProjection, TimeProjection};
+use crate::layers::resnet::ResnetOptions;
 use crate::layers::transformer::TransformerOptions;
-use crate::layers::{Conv2d, GroupNorm, Output};
+use crate::layers::{Conv2d, Output};
 use crate::network_output::NetworkOutput;
-use crate::parameters::{Builder, Parameters, Placement, Scope, Values, build_filled, ensure_room};
-use crate::unet::blocks::{LevelAttention, LevelOptions, MidBlock, down_blocks, up_blocks};
-use crate::unet::body::Body;
+use crate::parameters::{Builder, Parameters, Placement, Scope, Values};
+use crate::unet::blocks::LevelAttention;
+use crate::unet::body::{Body, BodyOptions, Level};
 use crate::unet::condition_config::{AdditionEmbedType, CrossAttention, UNet2DConditionConfig};
-use crate::weights;
+use crate::unet::core::{Embedded, Embeddings, Inputs, UNet};
 
 const FORWARD: &str = "UNet2DConditionModel::forward";
 /// Added to the scores of tokens that are masked out, as in diffusers.
@@ -84,6 +77,11 @@ impl<'a> UNet2DConditionInputs<'a> {
         Ok(())
     }
 
+    fn common(self, timesteps: &'a Tensor) -> Inputs<'a> {
+        let Self { class_labels, guidance_weight, .. } = self;
+        Inputs { timesteps, class_labels, guidance_weight }
+    }
+
     /// Only the embeddings of a text's tokens.
     pub fn text(encoder_hidden_states: &'a Tensor) -> Self {
         Self { encoder_hidden_states: Some(encoder_hidden_states), ..Self::default() }
@@ -104,20 +102,6 @@ impl<'a> From<&'a Conditioning> for UNet2DConditionInputs<'a> {
     }
 }
 
-/// The embeddings of the inputs, computed before the first convolution.
-struct Told {
-    time: Tensor,
-    text: Option<Tensor>,
-    bias: Option<Tensor>,
-}
-
-impl Told {
-    fn pass<'a>(&'a self, training: bool, recompute: Option<&'a Recompute>) -> Pass<'a> {
-        let text = self.text.as_ref().map(|states| Text { states, bias: self.bias.as_ref() });
-        Pass { time: Some(&self.time), text, training, recompute }
-    }
-}
-
 #[derive(Debug)]
 enum AdditionEmbedding {
     TextTime(TextTimeEmbedding),
@@ -125,8 +109,8 @@ enum AdditionEmbedding {
 }
 
 /// The U-Net of [Rombach et al. 2022](https://arxiv.org/abs/2112.10752) as diffusers generalised it, for Stable
-/// Diffusion 1 and 2, SDXL, SSD-1B and consistency models distilled from them; built by
-/// [`UNet2DConditionConfig::build`].
+/// Diffusion 1 and 2, SDXL, SSD-1B and consistency models distilled from them; built
+/// from a [`UNet2DConditionConfig`]. The embedding of a guidance weight starts at zero.
 ///
 /// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
 ///
@@ -134,8 +118,8 @@ enum AdditionEmbedding {
 ///
 /// ```
 /// use ddil_models::{
-///     ConditionDownBlockType, ConditionUpBlockType, PerLevel, Placement, UNet2DConditionConfig,
-///     UNet2DConditionInputs,
+///     ConditionDownBlockType, ConditionUpBlockType, NetworkConfig, PerLevel, Placement,
+///     UNet2DConditionConfig, UNet2DConditionInputs,
 /// };
 /// use tch::{Tensor, kind};
 ///
@@ -165,111 +149,47 @@ enum AdditionEmbedding {
 #[derive(Debug)]
 pub struct UNet2DConditionModel {
     config: UNet2DConditionConfig,
-    parameters: Parameters,
-    time_proj: TimeProjection,
-    guidance_embedding: Option<GuidanceEmbedding>,
-    time_embedding: TimestepEmbedding,
-    class_embedding: Option<ClassEmbedding>,
     add_embedding: Option<AdditionEmbedding>,
-    body: Body,
-    training: Cell<bool>,
-    recomputes: Cell<bool>,
+    unet: UNet,
 }
 
-impl UNet2DConditionConfig {
-    /// Name and shape of every parameter of the network, in the order of its layers, without allocating their values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
-    pub fn parameter_shapes(&self) -> Result<Vec<(String, Vec<i64>)>> {
-        Ok(self.without_values()?.parameters().shapes())
+impl NetworkConfig for UNet2DConditionConfig {
+    type Network = UNet2DConditionModel;
+
+    const CLASS_NAME: &'static str = "UNet2DConditionModel";
+
+    fn problems(&self) -> Vec<Invalid> {
+        self.check()
     }
 
-    /// Checks the settings and builds a network whose parameters are zeros that take no memory and cannot be changed:
-    /// to read names and sizes, and to check that adapters fit.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value.
-    pub fn without_values(&self) -> Result<UNet2DConditionModel> {
-        UNet2DConditionModel::new(self, Placement::default(), Values::Sizes)
+    fn assemble(&self, placement: Placement, values: Values) -> Result<UNet2DConditionModel> {
+        UNet2DConditionModel::new(self, placement, values)
     }
 
-    /// Checks the settings and builds a network with fresh parameters, initialised as `torch.nn` would; the embedding
-    /// of a guidance weight starts at zero.
-    ///
-    /// The same seed gives the same parameters on every device.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every invalid value;
-    /// [`Error::Torch`](crate::Error::Torch) if the device is not available or its memory does not suffice.
-    pub fn build(&self, placement: Placement, seed: u64) -> Result<UNet2DConditionModel> {
-        UNet2DConditionModel::new(self, placement, Values::Seeded(seed))
-    }
-
-    /// Checks the settings and builds a network with the parameters in a safetensors file or index of shards.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`], and as [`weights::load_into`](crate::weights::load_into).
-    pub fn build_from(
-        &self,
-        placement: Placement,
-        weights: impl AsRef<Path>,
-    ) -> Result<UNet2DConditionModel> {
-        let path = weights.as_ref();
-        build_filled(
-            |values| UNet2DConditionModel::new(self, placement, values),
-            |unet| weights::ensure_fits(&unet.parameters().named(), path),
-            |unet| unet.parameters().load(path),
-        )
+    fn parameters_of(network: &UNet2DConditionModel) -> &Parameters {
+        network.parameters()
     }
 }
 
 impl UNet2DConditionModel {
-    pub(crate) fn new(
-        config: &UNet2DConditionConfig,
-        placement: Placement,
-        values: Values,
-    ) -> Result<Self> {
-        config.ensure_valid()?;
-        ensure_room(values, placement, || {
-            Ok(Self::new(config, placement, Values::Sizes)?.parameters)
-        })?;
-        let (first, width) = (config.channels()[0], config.time_width());
+    fn new(config: &UNet2DConditionConfig, placement: Placement, values: Values) -> Result<Self> {
+        let first = i64::from(config.block_out_channels[0]);
         let mut builder = Builder::new(placement, values);
         let mut root = builder.root();
-
         let kernel = config.conv_in_kernel.into();
         let conv_in = Conv2d::new(root.at("conv_in"), config.in_channels.into(), first, kernel)?;
         let time_proj = TimeProjection::Positional(sinusoids(config, first));
-        let guidance_embedding = config
-            .time_cond_proj_dim
-            .map(|width| {
-                let scope = root.at("time_embedding.cond_proj");
-                GuidanceEmbedding::new(scope, width.into(), &time_proj)
-            })
-            .transpose()?;
-        let time_embedding = TimestepEmbedding::new(root.at("time_embedding"), &time_proj, width)?
-            .with_activations(config.act_fn, config.timestep_post_act);
-        let class_embedding =
-            ClassEmbedding::new(root.at("class_embedding"), class_options(config), &time_proj)?;
-        let add_embedding = add_embedding(root.at("add_embedding"), config)?;
-        let body = body(&mut root, config, conv_in)?;
-        Ok(Self {
-            config: config.clone(),
-            parameters: builder.finish(),
+        let embeddings = Embeddings::new(
+            &mut root,
             time_proj,
-            guidance_embedding,
-            time_embedding,
-            class_embedding,
-            add_embedding,
-            body,
-            training: Cell::new(false),
-            recomputes: Cell::new(false),
-        })
+            config.time_cond_proj_dim,
+            class_options(config),
+            config.timestep_post_act,
+        )?;
+        let add_embedding = add_embedding(root.at("add_embedding"), config)?;
+        let body = Body::new(&mut root, conv_in, body_options(config))?;
+        let unet = UNet::new(builder.finish(), embeddings, body);
+        Ok(Self { config: config.clone(), add_embedding, unet })
     }
 
     /// The settings from which the network was built.
@@ -279,45 +199,31 @@ impl UNet2DConditionModel {
 
     /// The parameters, under their names in diffusers' files.
     pub fn parameters(&self) -> &Parameters {
-        &self.parameters
+        &self.unet.parameters
     }
 
     /// Switches dropout on or off; it is off in a new network.
     pub fn set_training(&self, training: bool) {
-        self.training.set(training);
+        self.unet.training.set(training);
     }
 
-    /// Switches activation checkpointing on or off; it is off in a new network.
-    ///
-    /// A pass then stores only the inputs of residual blocks, attention and transformer blocks. The backward pass
-    /// recomputes the activations inside them, which saves memory for about one more forward pass
-    /// ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)). Outputs and gradients are the same. Passes without
-    /// gradients are not affected. Weights and adapters must not change between the two passes; switching adapters is
-    /// allowed, see [`Lora`](crate::Lora).
+    /// Switches activation checkpointing on or off; see
+    /// [`UNet2DModel::set_activation_checkpointing`](crate::UNet2DModel::set_activation_checkpointing).
     pub fn set_activation_checkpointing(&self, on: bool) {
-        self.recomputes.set(on);
+        self.unet.recomputes.set(on);
     }
 
     /// Whether the backward pass recomputes activations.
     pub fn activation_checkpointing(&self) -> bool {
-        self.recomputes.get()
-    }
-
-    /// The state to record at the start of a pass that will be recomputed.
-    fn recompute(&self) -> Option<Recompute> {
-        self.recomputes.get().then(|| Recompute::of(&self.parameters))
+        self.unet.recomputes.get()
     }
 
     /// Names of the parts of a [`Conditioning`] that the network requires.
     pub fn conditioning_fields(&self) -> Vec<&'static str> {
         let text_time = matches!(self.add_embedding, Some(AdditionEmbedding::TextTime(_)));
-        let fields = [
-            ("class_labels", self.class_embedding.is_some()),
-            ("encoder_hidden_states", self.text_width().is_some()),
-            ("text_embeds", text_time),
-            ("time_ids", text_time),
-            ("guidance_weight", self.guidance_embedding.is_some()),
-        ];
+        let [class, weight] = self.unet.embeddings.parts();
+        let text = ("encoder_hidden_states", self.text_width().is_some());
+        let fields = [class, text, ("text_embeds", text_time), ("time_ids", text_time), weight];
         fields.into_iter().filter_map(|(name, needed)| needed.then_some(name)).collect()
     }
 
@@ -362,15 +268,8 @@ impl UNet2DConditionModel {
         inputs: UNet2DConditionInputs<'_>,
     ) -> Result<NetworkOutput> {
         self.ensure_inputs(sample, timesteps, inputs)?;
-        let sample = &self.parameters.placement().arrange(sample)?;
-        let run = || {
-            let told = self.told(timesteps, sample.size()[0], inputs)?;
-            let recompute = self.recompute();
-            let pass = told.pass(self.training.get(), recompute.as_ref());
-            let (features, skips) = self.body.down(sample, pass)?;
-            Ok(NetworkOutput { sample: self.body.up(&features, skips, pass)?, features })
-        };
-        run().map_err(Error::torch(FORWARD))
+        let embed = || self.embed(timesteps, sample.size()[0], inputs);
+        self.unet.pass(FORWARD, sample, embed, Body::forward)
     }
 
     /// The output of the bottom level, without the up path: the features of [`Self::forward_with_features`].
@@ -385,47 +284,21 @@ impl UNet2DConditionModel {
         inputs: UNet2DConditionInputs<'_>,
     ) -> Result<Tensor> {
         self.ensure_inputs(sample, timesteps, inputs)?;
-        let sample = &self.parameters.placement().arrange(sample)?;
-        let run = || {
-            let told = self.told(timesteps, sample.size()[0], inputs)?;
-            let recompute = self.recompute();
-            Ok(self.body.down(sample, told.pass(self.training.get(), recompute.as_ref()))?.0)
-        };
-        run().map_err(Error::torch("UNet2DConditionModel::features"))
+        let embed = || self.embed(timesteps, sample.size()[0], inputs);
+        self.unet.pass("UNet2DConditionModel::features", sample, embed, Body::features)
     }
 
-    fn told(
+    fn embed(
         &self,
         timesteps: &Tensor,
         batch: i64,
         inputs: UNet2DConditionInputs<'_>,
-    ) -> std::result::Result<Told, TchError> {
-        let kind = self.parameters.placement().kind;
+    ) -> Result<Embedded, TchError> {
+        let kind = self.unet.parameters.placement().kind;
         let text = inputs.encoder_hidden_states.map(|text| text.f_to_kind(kind)).transpose()?;
         let bias = inputs.encoder_attention_mask.map(|mask| score_bias(mask, kind)).transpose()?;
-        let timesteps = &one_per_sample(timesteps, batch)?;
-        let time = self.embed(timesteps, text.as_ref(), inputs)?;
-        Ok(Told { time, text, bias })
-    }
-
-    /// The embedding of timestep, guidance, class and text, after the activation that every block would apply to it.
-    fn embed(
-        &self,
-        timesteps: &Tensor,
-        text: Option<&Tensor>,
-        inputs: UNet2DConditionInputs<'_>,
-    ) -> Output {
-        let kind = self.parameters.placement().kind;
-        let mut features = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
-        if let (Some(embedding), Some(weight)) = (&self.guidance_embedding, inputs.guidance_weight)
-        {
-            features = embedding.forward(&features, weight)?;
-        }
-        let mut time = self.time_embedding.forward(&features)?;
-        if let (Some(embedding), Some(labels)) = (&self.class_embedding, inputs.class_labels) {
-            time = time.f_add(&embedding.forward(labels, &self.time_proj, kind)?)?;
-        }
-        time = match (&self.add_embedding, text, inputs.text_embeds, inputs.time_ids) {
+        let mut time = self.unet.embeddings.forward(inputs.common(timesteps), batch, kind)?;
+        time = match (&self.add_embedding, &text, inputs.text_embeds, inputs.time_ids) {
             (Some(AdditionEmbedding::Text(embedding)), Some(text), ..) => {
                 time.f_add(&embedding.forward(text)?)?
             }
@@ -437,7 +310,7 @@ impl UNet2DConditionModel {
         if let Some(activation) = self.config.time_embedding_act_fn {
             time = activation.forward(&time)?;
         }
-        self.config.act_fn.forward(&time)
+        Ok(Embedded { time: self.config.act_fn.forward(&time)?, text, bias })
     }
 
     /// Width of the text, if the network uses one.
@@ -455,58 +328,34 @@ impl UNet2DConditionModel {
         timesteps: &Tensor,
         inputs: UNet2DConditionInputs<'_>,
     ) -> Result<()> {
-        let op = FORWARD;
-        ensure_dense(op, "sample", sample)?;
-        inputs.ensure_dense(op)?;
+        ensure_real(FORWARD, "sample", sample)?;
+        inputs.ensure_dense(FORWARD)?;
         let channels = i64::from(self.config.in_channels);
         let fits = matches!(sample.size()[..], [_, c, height, width]
             if c == channels && height > 0 && width > 0);
-        if !fits {
-            let expected = format!("[batch, {channels}, height, width]");
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name: "sample",
-                shape: sample.size(),
-                expected,
-            }));
-        }
-        ensure_float("sample", sample)?;
+        let expected = || format!("[batch, {channels}, height, width]");
+        ensure_shape(FORWARD, "sample", sample, fits, expected)?;
         let batch = sample.size()[0];
-        ensure_timesteps(op, timesteps, batch)?;
         self.ensure_text(inputs, batch)?;
         self.ensure_text_time(inputs, batch)?;
-        ClassEmbedding::ensure(op, self.class_embedding.as_ref(), inputs.class_labels, batch)?;
-        let takes_weight = self.guidance_embedding.is_some();
-        ensure_guidance_weight(op, inputs.guidance_weight, batch, takes_weight)
+        self.unet.embeddings.ensure(FORWARD, inputs.common(timesteps), batch)
     }
 
     fn ensure_text(&self, inputs: UNet2DConditionInputs<'_>, batch: i64) -> Result<()> {
-        let (op, name) = (FORWARD, "encoder_hidden_states");
+        let (op, name, mask_name) = (FORWARD, "encoder_hidden_states", "encoder_attention_mask");
         let width = self.text_width();
         ensure_part(op, name, inputs.encoder_hidden_states, width.is_some())?;
         let (Some(text), Some(width)) = (inputs.encoder_hidden_states, width) else {
-            return ensure_part(op, "encoder_attention_mask", inputs.encoder_attention_mask, false);
+            return ensure_part(op, mask_name, inputs.encoder_attention_mask, false);
         };
-        let found = text.size();
-        let fits = matches!(found[..], [n, tokens, c] if n == batch && tokens > 0 && c == width);
-        if !fits {
-            let expected = format!("[{batch}, tokens, {width}]");
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
-        }
-        ensure_float(name, text)?;
+        ensure_real(op, name, text)?;
+        let size = text.size();
+        let fits = matches!(size[..], [n, tokens, c] if n == batch && tokens > 0 && c == width);
+        ensure_shape(op, name, text, fits, || format!("[{batch}, tokens, {width}]"))?;
         let Some(mask) = inputs.encoder_attention_mask else { return Ok(()) };
-        let name = "encoder_attention_mask";
-        ensure_part(op, name, Some(mask), self.config.text_width().is_some())?;
-        if mask.size() != found[..2] {
-            let expected = format!("{:?}, one per token", &found[..2]);
-            return Err(Error::Argument(ArgumentError::Shape {
-                op,
-                name,
-                shape: mask.size(),
-                expected,
-            }));
-        }
-        Ok(())
+        ensure_part(op, mask_name, Some(mask), self.config.text_width().is_some())?;
+        let expected = || format!("{:?}, one per token", &size[..2]);
+        Ok(ensure_shape(op, mask_name, mask, mask.size() == size[..2], expected)?)
     }
 
     fn ensure_text_time(&self, inputs: UNet2DConditionInputs<'_>, batch: i64) -> Result<()> {
@@ -520,36 +369,19 @@ impl UNet2DConditionModel {
         ensure_part(op, "time_ids", numbers, true)?;
         let (Some(text), Some(numbers)) = (text, numbers) else { return Ok(()) };
         for (name, part) in [("text_embeds", text), ("time_ids", numbers)] {
-            if !matches!(part.size()[..], [n, _] if n == batch) {
-                let expected = format!("[{batch}, width]");
-                return Err(Error::Argument(ArgumentError::Shape {
-                    op,
-                    name,
-                    shape: part.size(),
-                    expected,
-                }));
-            }
+            let fits = matches!(part.size()[..], [n, _] if n == batch);
+            ensure_shape(op, name, part, fits, || format!("[{batch}, width]"))?;
         }
-        ensure_float("text_embeds", text)?;
-        let features = numbers.size()[1] * embedding.projection.width;
-        if text.size()[1] + features != embedding.inputs {
-            let expected = format!(
-                "[{batch}, width] with width and {features} features of `time_ids` together {}",
-                embedding.inputs
-            );
-            let (name, found) = ("text_embeds", text.size());
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: found, expected }));
-        }
-        Ok(())
+        ensure_real(op, "text_embeds", text)?;
+        let (features, inputs) = (numbers.size()[1] * embedding.projection.width, embedding.inputs);
+        let fits = text.size()[1] + features == inputs;
+        let expected = || {
+            format!(
+                "[{batch}, width] with width and {features} features of `time_ids` together {inputs}"
+            )
+        };
+        Ok(ensure_shape(op, "text_embeds", text, fits, expected)?)
     }
-}
-
-fn ensure_float(name: &'static str, tensor: &Tensor) -> Result<()> {
-    if is_float(tensor.kind()) {
-        return Ok(());
-    }
-    let (op, found) = (FORWARD, tensor.kind());
-    Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected: "floating point" }))
 }
 
 /// `[batch, 1, 1, tokens]` from `[batch, tokens]`: 0 for valid tokens.
@@ -596,79 +428,62 @@ fn add_embedding(
     })
 }
 
-fn body(root: &mut Scope<'_>, config: &UNet2DConditionConfig, conv_in: Conv2d) -> Result<Body> {
+fn body_options(config: &UNet2DConditionConfig) -> BodyOptions {
     let channels = config.channels();
     let levels = channels.len();
-    let down_levels: Vec<_> = (0..levels)
-        .map(|i| level(config, i, config.num_layers(i) as usize, config.cross_down(i)))
-        .collect();
-    let up_levels: Vec<_> = (0..levels)
-        .map(|i| {
-            let finest_first = levels - 1 - i;
-            let num_layers = config.num_layers(finest_first) as usize + 1;
-            level(config, finest_first, num_layers, config.cross_up(i))
-        })
-        .collect();
-    let padding = i64::from(config.downsample_padding);
-    let (first, groups) = (channels[0], config.norm_num_groups.into());
-    let kernel = config.conv_out_kernel.into();
-    Ok(Body {
+    let down = (0..levels).map(|level| {
+        (config.num_layers(level) as usize, attention(config, level, config.cross_down(level)))
+    });
+    let up = (0..levels).map(|i| {
+        let level = levels - 1 - i;
+        (config.num_layers(level) as usize + 1, attention(config, level, config.cross_up(i)))
+    });
+    BodyOptions {
+        channels,
+        down: down.collect(),
+        mid: config.mid_block_type.map(|_| mid_level(config)),
+        up: up.collect(),
+        resnet: ResnetOptions {
+            time_width: Some(config.time_width()),
+            groups: config.norm_num_groups.into(),
+            eps: config.norm_eps,
+            activation: config.act_fn,
+            time_scale_shift: config.resnet_time_scale_shift,
+            dropout: config.dropout,
+            output_scale: config.mid_block_scale_factor,
+        },
         centers_input: config.center_input_sample,
-        conv_in,
-        down_blocks: down_blocks(root, &channels, &down_levels, padding)?,
-        mid_block: mid_block(root, config)?,
-        up_blocks: up_blocks(root, &channels, &up_levels)?,
-        conv_norm_out: GroupNorm::new(root.at("conv_norm_out"), groups, first, config.norm_eps)?,
+        downsample_padding: config.downsample_padding.into(),
         last_activation: config.act_fn,
-        conv_out: Conv2d::new(root.at("conv_out"), first, config.out_channels.into(), kernel)?,
-    })
+        out_channels: config.out_channels.into(),
+        out_kernel: config.conv_out_kernel.into(),
+    }
 }
 
-fn mid_block(root: &mut Scope<'_>, config: &UNet2DConditionConfig) -> Result<Option<MidBlock>> {
-    let last = config.block_out_channels.len() - 1;
+fn mid_level(config: &UNet2DConditionConfig) -> Level {
     let cross = config.cross_mid();
     let num_layers = if cross.is_some() { 2 } else { 1 };
-    let mut options = level(config, last, num_layers, cross);
-    options.resnet.output_scale = config.mid_block_scale_factor;
-    if let LevelAttention::Text { options, .. } = &mut options.attention {
+    let mut attention = attention(config, config.block_out_channels.len() - 1, cross);
+    if let LevelAttention::Text { options, .. } = &mut attention {
         // diffusers does not pass the setting to this level.
         options.only_cross_attention = false;
     }
-    let channels = i64::from(config.block_out_channels[last]);
-    let scope = root.at("mid_block");
-    config.mid_block_type.map(|_| MidBlock::new(scope, channels, &options)).transpose()
+    (num_layers, attention)
 }
 
-fn level(
+fn attention(
     config: &UNet2DConditionConfig,
     level: usize,
-    num_layers: usize,
     cross: Option<CrossAttention>,
-) -> LevelOptions {
-    let groups = i64::from(config.norm_num_groups);
-    let channels = i64::from(config.block_out_channels[level]);
-    let resnet = ResnetOptions {
-        time_width: Some(config.time_width()),
-        groups,
-        eps: config.norm_eps,
-        activation: config.act_fn,
-        time_scale_shift: config.resnet_time_scale_shift,
-        dropout: config.dropout,
-        output_scale: 1.0,
+) -> LevelAttention {
+    let Some(depth) = cross.and_then(|cross| cross.depth) else { return LevelAttention::None };
+    let options = TransformerOptions {
+        channels: config.block_out_channels[level].into(),
+        heads: config.attention_head_dim.at(level).map_or(1, i64::from),
+        text_width: config.cross_attention_dim.at(level).map_or(0, i64::from),
+        norm_groups: config.norm_num_groups.into(),
+        linear_projection: config.use_linear_projection,
+        only_cross_attention: config.only_cross_attention.at(level).unwrap_or(false),
     };
-    let attention = match cross.and_then(|cross| cross.depth) {
-        None => LevelAttention::None,
-        Some(depth) => {
-            let options = TransformerOptions {
-                channels,
-                heads: config.attention_head_dim.at(level).map_or(1, i64::from),
-                text_width: config.cross_attention_dim.at(level).map_or(0, i64::from),
-                norm_groups: groups,
-                linear_projection: config.use_linear_projection,
-                only_cross_attention: config.only_cross_attention.at(level).unwrap_or(false),
-            };
-            LevelAttention::Text { options, depth }
-        }
-    };
-    LevelOptions { num_layers, resnet, attention }
+    LevelAttention::Text { options, depth }
 }

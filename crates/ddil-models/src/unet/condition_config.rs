@@ -1,17 +1,14 @@
 //! The settings of a [`UNet2DConditionModel`](crate::UNet2DConditionModel), with the keys of diffusers.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::Result;
+use crate::config::count_problems;
 use crate::layers::Activation;
 use crate::unet::pixels_config::{
-    ClassEmbedType, CommonNumbers, SampleSize, TimeEmbeddingType, TimeScaleShift, count_problems,
-    level_problems,
+    ClassEmbedType, CommonNumbers, SampleSize, TimeEmbeddingType, TimeScaleShift, level_problems,
 };
 
 /// One value for all levels, or one per level, the finest first.
@@ -154,7 +151,7 @@ pub enum AttentionType {
 /// # Example
 ///
 /// ```
-/// use ddil_models::UNet2DConditionConfig;
+/// use ddil_models::{NetworkConfig, UNet2DConditionConfig};
 ///
 /// // Names and shapes without the 3.4 GB of values.
 /// let shapes = UNet2DConditionConfig::sd15().parameter_shapes()?;
@@ -393,23 +390,6 @@ impl UNet2DConditionConfig {
         }
     }
 
-    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid or
-    /// unsupported value.
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` for diffusers.
-    pub fn to_json(&self) -> String {
-        config::to_json(self)
-    }
-
     /// Width of the embedding of timestep, class and text.
     pub(crate) fn time_width(&self) -> i64 {
         let width = self.time_embedding_dim.map(i64::from);
@@ -482,6 +462,21 @@ impl UNet2DConditionConfig {
         let down = (0..self.down_block_types.len()).filter_map(|level| self.cross_down(level));
         let up = (0..self.up_block_types.len()).filter_map(|i| self.cross_up(i));
         down.chain(self.cross_mid()).chain(up).collect()
+    }
+
+    pub(super) fn check(&self) -> Vec<Invalid> {
+        let mut problems = level_problems(
+            &self.block_out_channels,
+            self.norm_num_groups,
+            self.down_block_types.len(),
+            self.up_block_types.len(),
+        );
+        problems.extend(self.length_problems());
+        problems.extend(self.attention_problems());
+        problems.extend(self.embedding_problems());
+        problems.extend(self.number_problems());
+        problems.extend(self.unsupported());
+        problems
     }
 
     fn length_problems(&self) -> Vec<Invalid> {
@@ -658,23 +653,4 @@ pub(crate) struct CrossAttention {
     /// The setting of their depth.
     key: String,
     pub(crate) depth: Option<TransformerDepth>,
-}
-
-impl Config for UNet2DConditionConfig {
-    const CLASS_NAME: &'static str = "UNet2DConditionModel";
-
-    fn problems(&self) -> Vec<Invalid> {
-        let mut problems = level_problems(
-            &self.block_out_channels,
-            self.norm_num_groups,
-            self.down_block_types.len(),
-            self.up_block_types.len(),
-        );
-        problems.extend(self.length_problems());
-        problems.extend(self.attention_problems());
-        problems.extend(self.embedding_problems());
-        problems.extend(self.number_problems());
-        problems.extend(self.unsupported());
-        problems
-    }
 }

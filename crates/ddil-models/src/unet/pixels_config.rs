@@ -1,12 +1,9 @@
 //! The settings of a [`UNet2DModel`](crate::UNet2DModel), with the keys of diffusers.
 
-use std::path::Path;
-
 use ddil_files::Invalid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, UnknownKeys};
-use crate::error::Result;
+use crate::config::count_problems;
 use crate::layers::Activation;
 use crate::layers::embeddings::MIN_GUIDANCE_WIDTH;
 
@@ -101,7 +98,7 @@ pub enum ClassEmbedType {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{DownBlockType, Placement, UNet2DConfig, UpBlockType};
+/// use ddil_models::{DownBlockType, NetworkConfig, Placement, UNet2DConfig, UpBlockType};
 ///
 /// let config = UNet2DConfig {
 ///     in_channels: 1,
@@ -222,22 +219,6 @@ impl Default for UNet2DConfig {
 }
 
 impl UNet2DConfig {
-    /// Reads settings from a `config.json` written by diffusers or [`Self::to_json`]; absent keys have their default.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Read`](crate::Error::Read), [`Error::InvalidJson`](crate::Error::InvalidJson), and
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) with every key that is unknown or has an invalid value.
-    pub fn from_file(path: impl AsRef<Path>, unknown_keys: UnknownKeys) -> Result<Self> {
-        let path = path.as_ref();
-        config::from_file(&path.display().to_string(), &config::read_file(path)?, unknown_keys)
-    }
-
-    /// The settings as a `config.json` for diffusers.
-    pub fn to_json(&self) -> String {
-        config::to_json(self)
-    }
-
     /// Width of the embedding of timestep and class.
     pub(crate) fn time_width(&self) -> i64 {
         let width = self.time_embedding_dim.map(i64::from);
@@ -247,6 +228,18 @@ impl UNet2DConfig {
     /// Channels of every level, as tensor sizes.
     pub(crate) fn channels(&self) -> Vec<i64> {
         self.block_out_channels.iter().copied().map(i64::from).collect()
+    }
+
+    pub(super) fn check(&self) -> Vec<Invalid> {
+        let mut problems = level_problems(
+            &self.block_out_channels,
+            self.norm_num_groups,
+            self.down_block_types.len(),
+            self.up_block_types.len(),
+        );
+        self.ensure_attention(&mut problems);
+        self.ensure_numbers(&mut problems);
+        problems
     }
 
     fn ensure_attention(&self, problems: &mut Vec<Invalid>) {
@@ -337,12 +330,6 @@ pub(crate) fn level_problems(
     problems
 }
 
-/// A problem for each of the counts that is 0.
-pub(crate) fn count_problems(counts: &[(&str, Option<u32>)]) -> Vec<Invalid> {
-    let zeros = counts.iter().filter(|(_, count)| *count == Some(0));
-    zeros.map(|(key, _)| Invalid::new(*key, 0, "at least 1")).collect()
-}
-
 /// Settings common to all U-Nets.
 pub(crate) struct CommonNumbers {
     pub(crate) downsample_padding: u32,
@@ -383,23 +370,6 @@ impl CommonNumbers {
             let expected = format!("less than half of the first of block_out_channels, {half}");
             refuse("freq_shift", &self.freq_shift, expected);
         }
-        problems
-    }
-}
-
-impl Config for UNet2DConfig {
-    const CLASS_NAME: &'static str = "UNet2DModel";
-    const OWN_KEYS: &'static [&'static str] = &["time_cond_proj_dim"];
-
-    fn problems(&self) -> Vec<Invalid> {
-        let mut problems = level_problems(
-            &self.block_out_channels,
-            self.norm_num_groups,
-            self.down_block_types.len(),
-            self.up_block_types.len(),
-        );
-        self.ensure_attention(&mut problems);
-        self.ensure_numbers(&mut problems);
         problems
     }
 }

@@ -8,8 +8,7 @@ use ddil_libtorch::ArgumentError;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::{ensure_all_dense, save_as, write_error, written_kind};
-use crate::config;
+use super::{ensure_all_dense, save_as, write_error, write_text, written_kind};
 use crate::error::{Error, Result};
 
 /// The file names of a network's weights in a folder: one file, or shards with an index.
@@ -174,7 +173,7 @@ impl WeightFiles<'_> {
         let total_size: u64 = tensors.iter().map(|(_, tensor)| num_bytes(tensor, kind)).sum();
         let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
         let name = self.index_names()[0].clone();
-        config::write(&folder.join(&name), &format!("{index:#}\n"))?;
+        write_text(&folder.join(&name), &format!("{index:#}\n"))?;
         written.push(name);
         self.remove(folder, |_, other| !written.iter().any(|name| name == other))?;
         Ok(folder.join(&written[written.len() - 1]))
@@ -237,14 +236,8 @@ impl WeightFiles<'_> {
             let Some(value) = value else { continue };
             let plain = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
             if value.is_empty() || !value.chars().all(plain) {
-                let expected = "letters, digits, `_` and `-`".to_owned();
-                let (op, found) = ("WeightFiles", format!("{value:?}"));
-                return Err(Error::Argument(ArgumentError::Value {
-                    op,
-                    name,
-                    value: found,
-                    expected,
-                }));
+                let (value, expected) = (format!("{value:?}"), "letters, digits, `_` and `-`");
+                return Err(ArgumentError::value("WeightFiles", name, value, expected).into());
             }
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use ddil_files::{Invalid, temporary_sibling, with_causes, write_atomic};
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ClipTextConfig, ClipTokenizer, Error as ModelsError,
-    ModelConfig, UnknownKeys,
+    ModelConfig, NetworkConfig, UnknownKeys,
     weights::{self, WeightFiles},
 };
 use ddil_schedulers::{BetaSchedule, CommonConfig, SchedulerConfig};

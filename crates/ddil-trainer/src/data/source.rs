@@ -8,7 +8,8 @@ use ddil_data::{
 };
 use ddil_files::Invalid;
 use ddil_models::{
-    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, UNet2DConditionConfig, UnknownKeys,
+    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, NetworkConfig, UNet2DConditionConfig,
+    UnknownKeys,
 };
 use ddil_pipelines::{Pipeline, PipelineParts};
 use tch::Device;

@@ -3,7 +3,7 @@
 use ddil_core::Conditioning;
 use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::Phase;
-use ddil_models::{ModelConfig, NetworkDenoiser, NetworkDiscriminator};
+use ddil_models::{ModelConfig, NetworkConfig, NetworkDenoiser, NetworkDiscriminator};
 use tch::Tensor;
 
 use crate::config::LoraSection;

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use ddil_models::{
-    Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, UNet2DConditionConfig, UnknownKeys,
+    Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, NetworkConfig,
+    UNet2DConditionConfig, UnknownKeys,
 };
 use ddil_pipelines::{ModelFiles, PartSummary, Pipeline, WeightForm};
 use ddil_trainer::checkpoint::find_latest;

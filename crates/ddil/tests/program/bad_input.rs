@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use ddil_models::{Model, NetworkConfig, Placement};
+
 use crate::support::{TestResult, Workshop, arguments, snapshot, write_pictures};
 
 /// Each setting is refused with these words, and no run folder is made.
@@ -379,8 +381,8 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
 fn a_u_net_that_is_told_a_text_does_not_belong_in_a_pipeline_of_pixels() {
     let workshop = Workshop::with_teacher();
     let unet = crate::text_teacher::unet(crate::text_teacher::Family::StableDiffusion);
-    let unet = unet.build(ddil_models::Placement::default(), 0).expect("the config is valid");
-    let model = ddil_models::Model::UNet2DCondition(unet);
+    let unet = unet.build(Placement::default(), 0).expect("the config is valid");
+    let model = Model::UNet2DCondition(unet);
     model.save_to_folder(workshop.path("teacher").join("unet")).expect("it is writable");
     let words = ["UNet2DConditionModel in a DDIMPipeline", "text-to-image pipeline"];
     each_is_refused(&workshop, "distill", &[(&[], &words)]);

@@ -8,7 +8,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ddil_models::{DownBlockType, Model, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType};
+use ddil_models::{
+    DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, UNet2DConfig, UpBlockType,
+};
 use ddil_pipelines::{Card, Pipeline, Scheduler};
 use ddil_schedulers::{NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding};
 use serde_json::Value;

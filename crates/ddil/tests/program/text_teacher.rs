@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ClipTextClass, ClipTextConfig, ConditionDownBlockType,
-    ConditionUpBlockType, DecoderBlockType, EncoderBlockType, Model, PerLevel, Placement,
-    SampleSize, UNet2DConditionConfig,
+    ConditionUpBlockType, DecoderBlockType, EncoderBlockType, Model, NetworkConfig, PerLevel,
+    Placement, SampleSize, UNet2DConditionConfig,
 };
 use ddil_schedulers::{
     CommonConfig, NoiseScheduleConfig, PredictionType, SchedulerConfig, Thresholding,

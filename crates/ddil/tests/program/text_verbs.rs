@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
 use ddil_models::weights::{self, WeightFiles};
-use ddil_models::{Lora, LoraConfig, LoraFormat, Placement, UNet2DConditionModel};
+use ddil_models::{Lora, LoraConfig, LoraFormat, NetworkConfig, Placement, UNet2DConditionModel};
 use ddil_pipelines::{
     Pipeline, PromptRequest, SamplePlan, initial_noise, sample_latents, with_published_timesteps,
 };
