@@ -25,14 +25,11 @@ fn grid_indices() -> Vec<usize> {
 
 fn states(shape: [i64; 3]) -> States {
     let whole = [&[BATCH as i64][..], &shape].concat();
-    States {
-        x_t: Tensor::randn(whole, kind::FLOAT_CPU),
-        timesteps: Tensor::full([BATCH as i64], 499, kind::INT64_CPU),
-        grid_indices: grid_indices(),
-        conditioning: Conditioning::class_labels(Tensor::zeros([BATCH as i64], kind::INT64_CPU)),
-        sources: vec![Source::Student; BATCH],
-        created_at_step: vec![0; BATCH],
-    }
+    let x_t = Tensor::randn(whole, kind::FLOAT_CPU);
+    let labels = Conditioning::class_labels(Tensor::zeros([BATCH as i64], kind::INT64_CPU));
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("4 steps fit");
+    let states = States::new(x_t, &grid, grid_indices(), Source::Student).expect("on the grid");
+    states.with_conditioning(labels)
 }
 
 fn filled(shape: [i64; 3], config: BufferConfig) -> (AggregationBuffer, States) {
@@ -53,11 +50,14 @@ fn buffer(c: &mut Criterion) {
         group.throughput(Throughput::Elements(BATCH as u64));
         let folder = std::env::temp_dir().join(format!("ddil-buffer-{}", std::process::id()));
         let kinds = [("f16", StorageKind::F16), ("f32", StorageKind::F32)];
-        let in_memory = kinds
-            .map(|(name, storage)| (name, BufferConfig { storage, ..BufferConfig::default() }));
-        let spill = SpillConfig { folder: folder.clone(), byte_budget: 128 << 20 };
-        let on_disk =
-            BufferConfig { byte_budget: 0, spill: Some(spill), ..BufferConfig::default() };
+        let in_memory = kinds.map(|(name, storage)| {
+            (name, BufferConfig::default().with(|config| config.storage = storage))
+        });
+        let spill = SpillConfig::new(folder.clone(), 128 << 20);
+        let on_disk = BufferConfig::default().with(|config| {
+            config.byte_budget = 0;
+            config.spill = Some(spill);
+        });
         for (name, config) in in_memory.into_iter().chain([("f16 on disk", on_disk)]) {
             let (mut buffer, states) = filled(shape, config);
             group.bench_function(BenchmarkId::new(format!("insert {name}"), &label), |b| {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Parser;
-use ddil_core::{AggregationBuffer, BufferConfig, Conditioning, Source, SpillConfig, States};
+use ddil_core::{AggregationBuffer, BufferConfig, Source, SpillConfig, States};
 use ddil_libtorch::{RowFile, gather_rows};
 use ddil_schedulers::{TimestepSpacing, Timesteps};
 use rand::rngs::StdRng;
@@ -102,23 +102,16 @@ fn grid_indices() -> Vec<usize> {
 
 fn filled(folder: &Path, gibibytes: f64) -> Result<AggregationBuffer, Failure> {
     let byte_budget = (gibibytes * f64::from(1 << 30)) as u64;
-    let spill = SpillConfig { folder: folder.to_owned(), byte_budget };
-    let config = BufferConfig {
-        capacity: usize::MAX,
-        byte_budget: IN_MEMORY,
-        spill: Some(spill),
-        ..BufferConfig::default()
-    };
+    let spill = SpillConfig::new(folder, byte_budget);
+    let config = BufferConfig::default().with(|config| {
+        config.capacity = usize::MAX;
+        config.byte_budget = IN_MEMORY;
+        config.spill = Some(spill);
+    });
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
     let mut buffer = AggregationBuffer::new(config, &grid)?;
-    let states = States {
-        x_t: Tensor::randn(SHAPE, kind::FLOAT_CPU),
-        timesteps: Tensor::full([SHAPE[0]], 499, kind::INT64_CPU),
-        grid_indices: grid_indices(),
-        conditioning: Conditioning::none(),
-        sources: vec![Source::Student; BATCH],
-        created_at_step: vec![0; BATCH],
-    };
+    let x_t = Tensor::randn(SHAPE, kind::FLOAT_CPU);
+    let states = States::new(x_t, &grid, grid_indices(), Source::Student)?;
     let started = Instant::now();
     let mut inserted = 0;
     while inserted == 0 || buffer.len() == inserted {

@@ -108,14 +108,11 @@ fn sampling(steps: &[i64]) -> Result<Curve> {
 
 /// States of a batch, each at an index.
 fn states(batch: usize) -> States {
-    States {
-        x_t: Tensor::randn([batch as i64, 1, 32, 32], kind::FLOAT_CPU),
-        timesteps: Tensor::full([batch as i64], 499, kind::INT64_CPU),
-        grid_indices: vec![2; batch],
-        conditioning: Conditioning::class_labels(Tensor::zeros([batch as i64], kind::INT64_CPU)),
-        sources: vec![Source::Student; batch],
-        created_at_step: vec![0; batch],
-    }
+    let x_t = Tensor::randn([batch as i64, 1, 32, 32], kind::FLOAT_CPU);
+    let labels = Conditioning::class_labels(Tensor::zeros([batch as i64], kind::INT64_CPU));
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("it is valid");
+    let states = States::new(x_t, &grid, vec![2; batch], Source::Student).expect("on the grid");
+    states.with_conditioning(labels)
 }
 
 /// A batch of 64 into or out of a buffer of the given size.
@@ -124,8 +121,10 @@ fn buffer(sizes: &[i64], name: &'static str, inserts: bool) -> Result<Curve> {
     let points = sizes.iter().map(|&size| {
         let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
         let capacity = usize::try_from(size)?;
-        let config =
-            BufferConfig { storage: StorageKind::F16, capacity, ..BufferConfig::default() };
+        let config = BufferConfig::default().with(|config| {
+            config.storage = StorageKind::F16;
+            config.capacity = capacity;
+        });
         let mut buffer = AggregationBuffer::new(config, &grid)?;
         for _ in 0..=capacity / BATCH {
             buffer.insert(&states(BATCH))?;

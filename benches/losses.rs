@@ -60,15 +60,8 @@ impl Discriminator for Judge {
 fn states(grid: &Timesteps) -> States {
     let batch = SHAPE[0] as usize;
     let grid_indices: Vec<usize> = (0..batch).map(|i| i % grid.len()).collect();
-    let timesteps: Vec<i64> = grid_indices.iter().map(|&i| grid.as_slice()[i]).collect();
-    States {
-        x_t: Tensor::randn(SHAPE, kind::FLOAT_CPU),
-        timesteps: Tensor::from_slice(&timesteps),
-        grid_indices,
-        conditioning: Conditioning::none(),
-        sources: vec![Source::Forward; batch],
-        created_at_step: vec![0; batch],
-    }
+    let x_t = Tensor::randn(SHAPE, kind::FLOAT_CPU);
+    States::new(x_t, grid, grid_indices, Source::Forward).expect("on the grid")
 }
 
 /// The phases of one method, each forward and with its gradient.
@@ -77,8 +70,7 @@ fn method(c: &mut Criterion, config: &ObjectiveConfig, phases: &[(&str, Phase)])
     let grid = config.training_grid(&schedule, 4).expect("4 steps fit");
     let objective = config.build(&schedule, &grid).expect("the defaults are valid");
     let states = states(&grid);
-    let real =
-        Data { x0: Tensor::randn(SHAPE, kind::FLOAT_CPU), conditioning: Conditioning::none() };
+    let real = Data::new(Tensor::randn(SHAPE, kind::FLOAT_CPU));
     let streams = RandomStreams::new(0, 0);
     let mut group = c.benchmark_group(config.as_str());
     group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
@@ -89,21 +81,11 @@ fn method(c: &mut Criterion, config: &ObjectiveConfig, phases: &[(&str, Phase)])
         let [teacher, target] = [0.9, 0.6].map(|f| Linear::new(&schedule, f, false));
         let fake_score = Linear::new(&schedule, 0.7, trains(Phase::Critic));
         let judge = Judge(Tensor::from(0.3_f32).set_requires_grad(trains(Phase::Critic)));
-        let critic = Critic {
-            fake_score: &fake_score,
-            thresholded: &fake_score,
-            discriminator: Some(&judge),
-        };
-        let networks = Networks {
-            target: Some(&target),
-            critic: Some(critic),
-            ..Networks::new(&student, &teacher)
-        };
-        let request = LossRequest {
-            student_x0: trains(Phase::Critic).then_some(&real.x0),
-            real: Some(&real),
-            ..LossRequest::new(0, phase, &states, networks, &streams)
-        };
+        let critic = Critic::new(&fake_score).with_discriminator(&judge);
+        let networks = Networks::new(&student, &teacher).with_target(&target).with_critic(critic);
+        let request = LossRequest::new(0, phase, &states, networks, &streams)
+            .with_student_x0(trains(Phase::Critic).then_some(&real.x0))
+            .with_real(&real);
         let loss = || objective.loss(&request).expect("the request is valid").per_sample;
         group.bench_function(name, |b| b.iter(|| black_box(loss())));
         group.bench_function(format!("{name} with gradient"), |b| {

@@ -9,8 +9,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ddil_core::{
     AdaptivePriors, BufferConfig, Clock, Conditioning, Data, Denoiser, Feedback, MixBatch, Mixer,
-    MixerConfig, PriorSchedule, Priors, RandomStreams, Result, RolloutNetworks, StudentConfig,
-    StudentPolicy, TeacherConfig,
+    MixerConfig, PriorSchedule, Priors, RandomStreams, Result, RolloutNetworks, StudentPolicy,
 };
 use ddil_schedulers::{
     Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps,
@@ -52,7 +51,7 @@ impl Run {
         Self {
             mixer: Mixer::new(config, grid, sampler).expect("the settings are valid"),
             network: Echo(schedule),
-            data: Data { x0, conditioning: labels() },
+            data: Data::new(x0).with_conditioning(labels()),
             prompts: labels(),
             streams: RandomStreams::new(0, 0),
             step: 0,
@@ -73,14 +72,15 @@ impl Run {
 
 fn settings() -> Vec<(&'static str, MixerConfig)> {
     let priors = Priors::new(0.5, 0.25, 0.25).expect("they sum to 1");
-    let mixed = |policy: StudentPolicy| MixerConfig {
-        priors: PriorSchedule::constant(priors),
-        student: StudentConfig { policy, ..StudentConfig::default() },
-        // Full during the warm-up, as for most of a run.
-        teacher: TeacherConfig { pool: 64, ..TeacherConfig::default() },
-        ..MixerConfig::default()
+    let mixed = |policy: StudentPolicy| {
+        MixerConfig::default().with(|config| {
+            config.priors = PriorSchedule::constant(priors);
+            config.student.policy = policy;
+            // Full during the warm-up, as for most of a run.
+            config.teacher.pool = 64;
+        })
     };
-    let adaptive = AdaptivePriors { warm_up: 0.0, ..AdaptivePriors::default() };
+    let adaptive = AdaptivePriors::default().with(|config| config.warm_up = 0.0);
     let buffer = BufferConfig::default();
     vec![
         ("forward only", MixerConfig::forward_only()),
@@ -90,10 +90,8 @@ fn settings() -> Vec<(&'static str, MixerConfig)> {
         ("chain", mixed(StudentPolicy::Chain { refresh_fraction: 0.1 })),
         (
             "chain, adaptive by shift",
-            MixerConfig {
-                priors: PriorSchedule::Adaptive(adaptive),
-                ..mixed(StudentPolicy::Chain { refresh_fraction: 0.1 })
-            },
+            mixed(StudentPolicy::Chain { refresh_fraction: 0.1 })
+                .with(|config| config.priors = PriorSchedule::Adaptive(adaptive)),
         ),
     ]
 }

@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     let folder = arguments.next().unwrap_or_else(|| "runs/fashion-mnist-captions".to_owned());
     let (folder, count) = (PathBuf::from(folder), arguments.next());
     let count = count.map_or(Ok(5000), |count| count.parse::<i64>())?;
-    let data = FashionMnist::load(None)?.train;
+    let data = FashionMnist::from_folder(None)?.train;
     if !(1..=data.len()).contains(&count) {
         return Err(format!("{count} pictures were asked for; there are {}", data.len()).into());
     }

@@ -6,14 +6,11 @@
 //!
 //! Run with `cargo run --release --example custom_objective`.
 
-use std::error::Error;
-
-use ddil_core::{Conditioning, RandomStreams, Rollout, Source, States};
+use ddil_core::{RandomStreams, Report, Rollout, Source, States};
 use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase, pseudo_huber};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
-use ddil_trainer::optimizer::AdamWConfig;
-use tch::{Kind, Tensor, kind};
+use tch::{COptimizer, Kind, Tensor, kind};
 
 /// The noisiest timestep, where the student takes its one step.
 const NOISIEST: i64 = 999;
@@ -51,18 +48,13 @@ impl Objective for KnowledgeDistillation {
 }
 
 /// States in which every one-step trajectory begins.
-fn noise() -> States {
-    States {
-        x_t: Tensor::randn([BATCH_SIZE, 2], kind::FLOAT_CPU),
-        timesteps: Tensor::full([BATCH_SIZE], NOISIEST, kind::INT64_CPU),
-        grid_indices: vec![0; BATCH_SIZE as usize],
-        conditioning: Conditioning::none(),
-        sources: vec![Source::Noise; BATCH_SIZE as usize],
-        created_at_step: vec![0; BATCH_SIZE as usize],
-    }
+fn noise() -> Result<States, Report> {
+    let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 1, 0)?;
+    let x_t = Tensor::randn([BATCH_SIZE, 2], kind::FLOAT_CPU);
+    Ok(States::new(x_t, &grid, vec![0; BATCH_SIZE as usize], Source::Noise)?)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Report> {
     tch::set_num_threads(1);
     tch::manual_seed(0);
     let schedule = NoiseScheduleConfig::default().build()?;
@@ -74,25 +66,27 @@ fn main() -> Result<(), Box<dyn Error>> {
         sampler: Ddim::new(schedule.clone()),
         teacher_timesteps: Timesteps::spaced(TimestepSpacing::Trailing, 1000, TEACHER_STEPS, 0)?,
     };
-    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
+    let mut optimizer = COptimizer::adamw(2e-3, 0.9, 0.999, 1e-2, 1e-8, false)?;
+    for (_name, parameter) in student.parameters().learned() {
+        optimizer.add_parameters(&parameter, 0)?;
+    }
 
     let networks = Networks::new(&student, &teacher);
     let streams = RandomStreams::new(0, 0);
     let mut losses = Vec::new();
     for step in 0..UPDATES {
-        let states = noise();
+        let states = noise()?;
         let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
         let terms = objective.loss(&request)?;
         let loss = terms.per_sample.mean(Kind::Float);
         optimizer.zero_grad()?;
         loss.backward();
-        let _norm = optimizer.clip()?;
-        optimizer.step(2e-3)?;
+        optimizer.step()?;
         losses.push(loss.double_value(&[]));
     }
 
     // Gaussian data have trajectories in closed form: x_t shrinks in proportion to its standard deviation.
-    let states = noise();
+    let states = noise()?;
     let request = LossRequest::new(UPDATES, Phase::Student, &states, networks, &streams);
     let terms = objective.loss(&request)?;
     let scale = schedule.scale_at(NOISIEST)?;

@@ -7,19 +7,16 @@
 //!
 //! Run with `cargo run --release --example custom_source`.
 
-use std::error::Error;
-
 use ddil_core::{
-    Clock, Data, MixBatch, Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams,
-    RolloutNetworks, Source, SourceRequest, States, Stream, TrajectorySource,
+    Clock, Data, MixBatch, Mixer, MixerConfig, RandomStreams, Report, RolloutNetworks, Source,
+    SourceRequest, States, Stream, TrajectorySource,
 };
 use ddil_losses::{LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig};
 use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{
     Ddim, NoiseScheduleConfig, PredictionType, Scales, TimestepSpacing, Timesteps,
 };
-use ddil_trainer::optimizer::AdamWConfig;
-use tch::{Device, Kind, Tensor};
+use tch::{COptimizer, Device, Kind, Tensor};
 
 const BATCH_SIZE: i64 = 256;
 const UPDATES: u64 = 50;
@@ -46,7 +43,7 @@ impl TrajectorySource for Perturbed {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Report> {
     tch::set_num_threads(1);
     let schedule = NoiseScheduleConfig::default().build()?;
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
@@ -54,13 +51,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
     let student = NetworkDenoiser::new(model, PredictionType::Sample, schedule.clone())?;
     let objective = Progressive::new(ProgressiveConfig::default(), schedule.clone(), grid.clone())?;
-    let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
+    let mut optimizer = COptimizer::adamw(2e-3, 0.9, 0.999, 1e-2, 1e-8, false)?;
+    for (_name, parameter) in student.parameters().learned() {
+        optimizer.add_parameters(&parameter, 0)?;
+    }
 
-    let config = MixerConfig {
-        priors: PriorSchedule::constant(Priors::new(1.0, 0.0, 0.0)?),
-        pure_noise_at_tmax: false,
-        ..MixerConfig::default()
-    };
+    let config = MixerConfig::forward_only();
     let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?.with_source(
         "perturbed",
         1.0,
@@ -72,7 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for step in 0..UPDATES {
         let mut generator = streams.generator(step, Stream::Data, Device::Cpu)?;
         let x0 = teacher.mixture().sample(BATCH_SIZE, None, &mut generator)?;
-        let data = Data { x0, conditioning: ddil_core::Conditioning::none() };
+        let data = Data::new(x0);
         let clock = Clock::new(step, UPDATES, streams);
         let actors = RolloutNetworks::new(&student, &teacher);
         let states = mixer.next_states(&clock, &MixBatch::new(&data), &actors)?;
@@ -83,8 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let loss = terms.per_sample.mean(Kind::Float);
         optimizer.zero_grad()?;
         loss.backward();
-        let _norm = optimizer.clip()?;
-        optimizer.step(2e-3)?;
+        optimizer.step()?;
         losses.push(loss.double_value(&[]));
 
         // The mixer returns a state for each sample in the order of the data, so the noise can be computed from it.

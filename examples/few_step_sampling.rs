@@ -5,9 +5,7 @@
 //!
 //! Run with `cargo run --release --example few_step_sampling`.
 
-use std::error::Error;
-
-use ddil_core::{RandomStreams, Rollout, Stream};
+use ddil_core::{RandomStreams, Report, Rollout, Stream};
 use ddil_metrics::energy_distance;
 use ddil_models::GaussianMixture;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, TimestepSpacing, Timesteps};
@@ -17,7 +15,7 @@ const NUM_SAMPLES: i64 = 2000;
 /// Rows and columns of a plot.
 const PICTURE: (usize, usize) = (19, 38);
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Report> {
     let schedule = NoiseScheduleConfig::default().build()?;
     let teacher = GaussianMixture::ring(8)?.on(schedule.clone());
     let sampler = Ddim::new(schedule);
@@ -27,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let data = teacher.mixture().sample(NUM_SAMPLES, None, &mut generator)?;
 
     println!("          distance to the nearest mode   energy distance to the data");
-    let report = |name: &str, samples: &Tensor| -> Result<(), Box<dyn Error>> {
+    let report = |name: &str, samples: &Tensor| -> Result<(), Report> {
         let to_mode = teacher.mixture().distance_to_nearest(samples)?.mean(Kind::Double);
         let to_data = energy_distance(samples, &data)?;
         println!("{name:>8}  {:28.3}   {to_data:27.4}", to_mode.double_value(&[]));

@@ -15,7 +15,7 @@ use ddil_trainer::config::Precision;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type Failure = ddil_core::Report;
 type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Deserialize)]
@@ -179,7 +179,7 @@ fn pipeline(
         _ => Precision::Float32,
     };
     let placement = Placement { kind: Kind::Float, ..placement };
-    let pipeline = Pipeline::read(folder, placement, precision)?;
+    let pipeline = Pipeline::open(folder, placement, precision)?;
     let parts = pipeline.parts.text_to_image(placement)?;
     let noise = part(inputs, "noise", Kind::Float)?;
     let side = |dim: usize| (noise.size()[dim] * parts.pixels_per_latent()) as u32;
@@ -198,8 +198,8 @@ fn pipeline(
 }
 
 fn copy(folder: &Path, to: &Path, placement: Placement) -> Result<Tensors, Failure> {
-    let pipeline = Pipeline::read(folder, placement, Precision::Float32)?;
-    let schedule = SchedulerConfig::read(folder.join("scheduler/scheduler_config.json"))?;
+    let pipeline = Pipeline::open(folder, placement, Precision::Float32)?;
+    let schedule = SchedulerConfig::from_file(folder.join("scheduler/scheduler_config.json"))?;
     let timesteps = schedule.timesteps(Some(4))?;
     let scheduler = Scheduler::new(
         &pipeline.network,

@@ -77,7 +77,7 @@ fn main() -> Result<()> {
         // The tensors are so small that threads within an operation would mostly wait for each other.
         tch::set_num_threads(1);
     }
-    let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
+    let pipeline = Pipeline::open(&options.model, Placement::default(), Precision::Float32)?;
     let parts = pipeline.parts.text_to_image(Placement::default())?;
     // A student's folder contains its timesteps, and its guidance is distilled into it.
     let of_teacher = pipeline.timesteps.is_none().then_some(GUIDANCE_SCALE);

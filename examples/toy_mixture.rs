@@ -14,7 +14,7 @@
 //! if it does as well as `student`, the shift of the guided trajectories matters and not the
 //! student's own errors.
 //!
-//! Prints energy distances to samples of the same teacher, with the same guidance, in 64 steps, over seeds;
+//! Takes less than a minute on two cores. Prints the progress of training, then energy distances to samples of the same teacher, with the same guidance, in 64 steps, over seeds;
 //! draws a plot. One thread per seed.
 //!
 //! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
@@ -22,13 +22,15 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Instant;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use ddil_core::{
     Clock, Conditioning, Data, Denoiser, Guided, MixBatch, Mixer, MixerConfig, PriorSchedule,
     Priors, RandomStreams, Rollout, RolloutNetworks, ShiftConfig, ShiftRequest, Stream,
-    StudentConfig, StudentPolicy, TeacherConfig, measure_shift,
+    StudentPolicy, measure_shift,
 };
 use ddil_examples::{Result, Trainer, Training, mean_and_error};
 use ddil_losses::{
@@ -65,6 +67,9 @@ const REFERENCE_STEPS: u32 = 64;
 const BATCH_SIZE: i64 = 256;
 const START_UPDATES: u64 = 500;
 const UPDATES: u64 = 1000;
+/// Updates of all seeds and students.
+const ALL_UPDATES: u64 =
+    SEEDS * (START_UPDATES + (GUIDANCE_SCALES.len() * ARMS.len()) as u64 * UPDATES);
 const PEAK_LEARNING_RATE: f64 = 5e-3;
 const EMA_DECAY: f64 = 0.995;
 
@@ -81,8 +86,10 @@ fn main() -> Result<()> {
     // Tensors are so small that threads within an operation would mostly wait for each other.
     tch::set_num_threads(1);
 
+    let progress = Progress::new();
+    let run = |seed| run_seed(seed, &progress);
     let seeds = thread::scope(|scope| {
-        let threads: Vec<_> = (0..SEEDS).map(|seed| scope.spawn(move || run_seed(seed))).collect();
+        let threads: Vec<_> = (0..SEEDS).map(|seed| scope.spawn(move || run(seed))).collect();
         let results = threads.into_iter().map(|t| t.join().map_err(|_| "a thread panicked")?);
         results.collect::<Result<Vec<[Comparison; 2]>>>()
     })?;
@@ -96,6 +103,38 @@ fn main() -> Result<()> {
     plot::draw(&picture, &seeds)?;
     println!("{}, {:.0} s", picture.display(), start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Prints the progress of all seeds, one line every few seconds.
+struct Progress {
+    started: Instant,
+    done: AtomicU64,
+    printed: Mutex<Instant>,
+}
+
+impl Progress {
+    const INTERVAL: Duration = Duration::from_secs(3);
+
+    fn new() -> Self {
+        let started = Instant::now();
+        Self { started, done: AtomicU64::new(0), printed: Mutex::new(started) }
+    }
+
+    /// Counts an update of `student`, whose samples have these losses.
+    fn count(&self, student: &str, losses: &Tensor) {
+        let done = 1 + self.done.fetch_add(1, Ordering::Relaxed);
+        // Another thread is printing.
+        let Ok(mut printed) = self.printed.try_lock() else { return };
+        if printed.elapsed() >= Self::INTERVAL {
+            *printed = Instant::now();
+            let per_update = self.started.elapsed().as_secs_f64() / done as f64;
+            let left = per_update * (ALL_UPDATES - done) as f64;
+            let loss = losses.mean(Kind::Float).double_value(&[]);
+            eprintln!(
+                "update {done} of {ALL_UPDATES}, {left:.0} s left; loss {loss:.4} ({student})"
+            );
+        }
+    }
 }
 
 /// One seed at one guidance scale.
@@ -120,23 +159,24 @@ struct Outcome {
 /// Samples and their classes.
 type Points = Vec<(f64, f64, usize)>;
 
-fn run_seed(seed: u64) -> Result<[Comparison; 2]> {
-    let lab = Lab::new(seed)?;
+fn run_seed(seed: u64, progress: &Progress) -> Result<[Comparison; 2]> {
+    let lab = Lab::new(seed, progress)?;
     let start = lab.start()?;
     let [guided, control] = GUIDANCE_SCALES.map(|scale| lab.compare(&start, scale));
     Ok([guided?, control?])
 }
 
 /// The parts that all runs of a seed share.
-struct Lab {
+struct Lab<'a> {
     schedule: NoiseSchedule,
     grid: Timesteps,
     exact: MixtureDenoiser,
     streams: RandomStreams,
+    progress: &'a Progress,
 }
 
-impl Lab {
-    fn new(seed: u64) -> Result<Self> {
+impl<'a> Lab<'a> {
+    fn new(seed: u64, progress: &'a Progress) -> Result<Self> {
         let schedule = NoiseScheduleConfig::Vp(VpConfig {
             beta_schedule: BetaSchedule::SquaredcosCapV2,
             ..VpConfig::default()
@@ -144,7 +184,7 @@ impl Lab {
         let schedule = schedule.build()?;
         let exact = GaussianMixture::ring(8)?.on(schedule.clone());
         let streams = RandomStreams::new(seed, 0);
-        Ok(Self { grid: trailing(STUDENT_STEPS)?, schedule, exact, streams })
+        Ok(Self { grid: trailing(STUDENT_STEPS)?, schedule, exact, streams, progress })
     }
 
     /// Random data with random classes.
@@ -153,7 +193,7 @@ impl Lab {
         let mixture = self.exact.mixture();
         let labels = generator.randint(0, mixture.num_classes(), [n])?;
         let x0 = mixture.sample(n, Some(&labels), &mut generator)?;
-        Ok(Data { x0, conditioning: Conditioning::class_labels(labels) })
+        Ok(Data::new(x0).with_conditioning(Conditioning::class_labels(labels)))
     }
 
     /// A network of about 10 000 parameters.
@@ -193,7 +233,9 @@ impl Lab {
             let target = self.exact.predict(&x_t, &t, &data.conditioning)?.x0;
             let x0 = student.predict(&x_t, &t, &data.conditioning)?.x0;
             let errors = ddil_losses::squared_error(&x0, &target)?;
-            ensure_finite(trainer.update(&(errors * weights.gather(&t, Kind::Float)?))?)?;
+            let losses = errors * weights.gather(&t, Kind::Float)?;
+            ensure_finite(trainer.update(&losses)?)?;
+            self.progress.count(&format!("seed {}, start", self.streams.seed), &losses);
         }
         trainer.finish()?;
         Ok(model)
@@ -214,11 +256,9 @@ impl Lab {
         let teachers = [distance_of_teacher(&self.grid)?, distance_of_teacher(&fine)?];
         let arms = ARMS.map(|(name, [forward, student, teacher_share])| {
             let priors = Priors::new(forward, student, teacher_share)?;
-            let model = self.distil(start, &teacher, priors)?;
-            eprintln!(
-                "seed {}, guidance {guidance_scale}: student on {name} states is trained",
-                self.streams.seed
-            );
+            let seed = self.streams.seed;
+            let student = format!("seed {seed}, guidance {guidance_scale}, {name} states");
+            let model = self.distil(start, &teacher, priors, &student)?;
             self.judge(&self.denoiser(&model)?, &reference)
         });
         let [forward, mix, student, teacher] = arms;
@@ -230,12 +270,18 @@ impl Lab {
     }
 
     /// The training loop: mix states, evaluate the objective, update.
-    fn distil(&self, start: &Model, teacher: &dyn Denoiser, priors: Priors) -> Result<Rc<Model>> {
+    fn distil(
+        &self,
+        start: &Model,
+        teacher: &dyn Denoiser,
+        priors: Priors,
+        name: &str,
+    ) -> Result<Rc<Model>> {
         let model = self.network()?;
         model.parameters().copy_from(start.parameters())?;
         let student = self.denoiser(&model)?;
         let networks = Networks::new(&student, teacher);
-        let config = ProgressiveConfig { substeps: SUBSTEPS, ..ProgressiveConfig::default() };
+        let config = ProgressiveConfig::default().with(|config| config.substeps = SUBSTEPS);
         let objective = Progressive::new(config, self.schedule.clone(), self.grid.clone())?;
         let mut mixer = self.mixer(priors)?;
         let mut trainer = Trainer::new(model.parameters().learned(), training(UPDATES))?;
@@ -247,23 +293,19 @@ impl Lab {
             let request = LossRequest::new(step, Phase::Student, &states, networks, &self.streams);
             let terms = objective.loss(&request)?;
             ensure_finite(trainer.update(&terms.per_sample)?)?;
+            self.progress.count(name, &terms.per_sample);
         }
         trainer.finish()?;
         Ok(model)
     }
 
     fn mixer(&self, priors: Priors) -> Result<Mixer> {
-        let config = MixerConfig {
-            priors: PriorSchedule::constant(priors),
+        let config = MixerConfig::default().with(|config| {
+            config.priors = PriorSchedule::constant(priors);
             // Whole trajectories of the current student, of which all states are used.
-            student: StudentConfig {
-                policy: StudentPolicy::FreshAll,
-                mixed: None,
-                ..StudentConfig::default()
-            },
-            teacher: TeacherConfig { substeps: SUBSTEPS, ..TeacherConfig::default() },
-            ..MixerConfig::default()
-        };
+            config.student.policy = StudentPolicy::FreshAll;
+            config.teacher.substeps = SUBSTEPS;
+        });
         let sampler = Box::new(Ddim::new(self.schedule.clone()));
         Ok(Mixer::new(config, self.grid.clone(), sampler)?)
     }
@@ -277,19 +319,14 @@ impl Lab {
             (Ddim::new(self.schedule.clone()), Conditioning::class_labels(labels));
         let rollout = Rollout::new(denoiser, &sampler, timesteps).conditioning(&conditioning);
         let x0 = rollout.sample(noise)?;
-        Ok(Data { x0, conditioning })
+        Ok(Data::new(x0).with_conditioning(conditioning))
     }
 
     fn judge(&self, student: &dyn Denoiser, reference: &Data) -> Result<Outcome> {
         let samples = self.samples(student, &self.grid, 1)?;
-        let request = ShiftRequest {
-            data: &self.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?,
-            student,
-            sampler: &Ddim::new(self.schedule.clone()),
-            timesteps: &self.grid,
-            step: 0,
-            streams: &self.streams,
-        };
+        let data = self.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?;
+        let sampler = Ddim::new(self.schedule.clone());
+        let request = ShiftRequest::new(&data, student, &sampler, &self.grid, self.streams);
         let shift = measure_shift(&request, &ShiftConfig::default())?.timesteps;
         Ok(Outcome {
             distance: energy_distance(&samples.x0, &reference.x0)?,

@@ -3,9 +3,9 @@
 //! Run with `cargo run --release --example train_classifier -- [weights.safetensors]`; without an
 //! argument it overwrites the weights in `ddil-metrics`. Takes minutes on one core.
 
-use std::{env, error::Error, fs, time::Instant};
+use std::{env, fs, time::Instant};
 
-use ddil_data::{BatchIndices, FashionMnist, ImageDataset};
+use ddil_data::{BatchIndices, FashionMnist, ImageDataset, Report};
 use ddil_metrics::FashionClassifier;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{
@@ -26,12 +26,12 @@ const WEIGHT_DECAY: f64 = 2e-2;
 const MAX_SHIFT: i64 = 2;
 const SEED: i64 = 0;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Report> {
     let start = Instant::now();
     tch::set_num_threads(1);
     tch::manual_seed(SEED);
     let path = env::args().nth(1).unwrap_or_else(|| WEIGHTS.to_owned());
-    let data = FashionMnist::load(None)?;
+    let data = FashionMnist::from_folder(None)?;
 
     let classifier = FashionClassifier::untrained(Device::Cpu)?;
     train(&classifier, &data.train)?;
@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn train(classifier: &FashionClassifier, data: &ImageDataset) -> Result<(), Box<dyn Error>> {
+fn train(classifier: &FashionClassifier, data: &ImageDataset) -> Result<(), Report> {
     let mut indices = BatchIndices::new(data.len(), BATCH_SIZE, SEED as u64)?;
     let mut shifts = StdRng::seed_from_u64(SEED as u64);
     let mut optimizer = nn::AdamW { wd: WEIGHT_DECAY, ..Default::default() }
@@ -88,7 +88,7 @@ fn shifted(images: &Tensor, rng: &mut StdRng) -> Tensor {
     images.roll([down, right], [2, 3])
 }
 
-fn accuracy(classifier: &FashionClassifier, data: &ImageDataset) -> Result<f64, Box<dyn Error>> {
+fn accuracy(classifier: &FashionClassifier, data: &ImageDataset) -> Result<f64, Report> {
     let all = data.range(0, data.len())?;
     let labels = all.labels.ok_or("the test set has no labels")?;
     Ok(classifier.accuracy(&all.x0, &labels)?)

@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     tch::set_num_threads(1);
     let options = Options::parse(env::args().skip(1))?;
     fs::create_dir_all(&options.run)?;
-    let data = FashionMnist::load(None)?;
+    let data = FashionMnist::from_folder(None)?;
     let vocabulary = vocabulary()?;
     let settings =
         if options.quick { Settings::quick(&vocabulary) } else { Settings::new(&vocabulary) };
@@ -100,7 +100,7 @@ fn main() -> Result<()> {
 
 /// Draws from the written folder, so that the folder itself is measured.
 fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Result<()> {
-    let pipeline = Pipeline::read(&options.model, Placement::default(), Precision::Float32)?;
+    let pipeline = Pipeline::open(&options.model, Placement::default(), Precision::Float32)?;
     let parts = pipeline.parts.text_to_image(Placement::default())?;
     let sampling = |steps, guidance_scale| Sampling {
         steps: Some(if options.quick { 2 } else { steps }),

@@ -7,12 +7,11 @@ pub mod replay;
 pub mod text_to_image;
 pub mod vocabulary;
 
-use std::error::Error;
-
+pub use ddil_core::Report;
 pub use trainer::{Trainer, Training};
 
-/// The result of an example; it can be sent between threads.
-pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+/// The result of an example, whose error is printed with its causes.
+pub type Result<T> = std::result::Result<T, Report>;
 
 /// Mean and its standard error.
 pub fn mean_and_error(values: &[f64]) -> (f64, f64) {

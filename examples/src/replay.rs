@@ -163,7 +163,7 @@ mod tests {
     fn are_those_of_diffusers(name: &str, class: PipelineClass) -> Result<()> {
         tch::set_num_threads(1);
         let recorded = Recorded::read(name)?;
-        let pipeline = Pipeline::read(&recorded.folder, Placement::default(), Precision::Float32)?;
+        let pipeline = Pipeline::open(&recorded.folder, Placement::default(), Precision::Float32)?;
         assert_eq!(pipeline.parts.class(), class);
         recorded.compare("plain", &recorded.drawn(&pipeline)?);
         let file = recorded.folder.join("lora/pytorch_lora_weights.safetensors");

@@ -48,10 +48,13 @@ impl Trainer {
         let shared = || -> Vec<(String, Tensor)> {
             parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
         };
-        let config = AdamWConfig { beta2: 0.99, ..AdamWConfig::default() };
+        let config = AdamWConfig::default().with(|config| config.beta2 = 0.99);
         let optimizer = config.build(shared())?;
-        let ema = EmaConfig { decay: ema_decay, ..EmaConfig::default() }.build(shared())?;
-        let lr = LrSchedule { peak: learning_rate, decay: Decay::Cosine, ..LrSchedule::default() };
+        let ema = EmaConfig::default().with(|config| config.decay = ema_decay).build(shared())?;
+        let lr = LrSchedule::default().with(|config| {
+            config.peak = learning_rate;
+            config.decay = Decay::Cosine;
+        });
         Ok(Self { parameters, optimizer, ema, lr, updates })
     }
 

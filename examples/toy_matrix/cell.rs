@@ -180,20 +180,17 @@ pub(crate) struct Budget {
 impl Budget {
     pub(crate) fn of(method: Method) -> Self {
         let objective = match method {
-            Method::Progressive => ObjectiveConfig::Progressive(ProgressiveConfig {
-                substeps: 4,
-                ..ProgressiveConfig::default()
-            }),
-            Method::Lcm => ObjectiveConfig::Lcm(LatentConsistencyConfig {
-                num_ddim_timesteps: 32,
-                ..LatentConsistencyConfig::default()
-            }),
+            Method::Progressive => ObjectiveConfig::Progressive(
+                ProgressiveConfig::default().with(|config| config.substeps = 4),
+            ),
+            Method::Lcm => ObjectiveConfig::Lcm(
+                LatentConsistencyConfig::default().with(|config| config.num_ddim_timesteps = 32),
+            ),
             // With the weights of the v-prediction error the critic also learns at high noise, where modes separate.
-            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config {
-                gan: false,
-                critic_weighting: Some(Weighting::SnrPlusOne),
-                ..Dmd2Config::default()
-            }),
+            Method::Dmd2 => ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| {
+                config.gan = false;
+                config.critic_weighting = Some(Weighting::SnrPlusOne);
+            })),
         };
         let policy = match method {
             // Whole trajectories of the current student, of which all states are used.
@@ -203,11 +200,14 @@ impl Budget {
         };
         let teacher = match method {
             Method::Progressive | Method::Dmd2 => {
-                TeacherConfig { substeps: 4, ..TeacherConfig::default() }
+                TeacherConfig::default().with(|config| config.substeps = 4)
             }
             // Each of the 32 timesteps is a step of the teacher. Until the pool is full, a batch consists of 8
             // trajectories with 32 states each, which have little variety; so the pool is small.
-            Method::Lcm => TeacherConfig { substeps: 1, pool: 512, ..TeacherConfig::default() },
+            Method::Lcm => TeacherConfig::default().with(|config| {
+                config.substeps = 1;
+                config.pool = 512;
+            }),
         };
         let (updates, learning_rate) = match method {
             Method::Progressive => (1000, 5e-3),

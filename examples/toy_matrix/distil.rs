@@ -56,12 +56,12 @@ impl<'a> Distillation<'a> {
     ) -> Result<Self> {
         let grid = budget.objective.training_grid(&lab.schedule, STUDENT_STEPS)?;
         let objective = budget.objective.build(&lab.schedule, &grid)?;
-        let config = MixerConfig {
-            priors: PriorSchedule::constant(priors),
-            student: StudentConfig { policy: budget.policy.clone(), ..StudentConfig::default() },
-            teacher: budget.teacher.clone(),
-            ..MixerConfig::default()
-        };
+        let config = MixerConfig::default().with(|config| {
+            config.priors = PriorSchedule::constant(priors);
+            config.student =
+                StudentConfig::default().with(|config| config.policy = budget.policy.clone());
+            config.teacher = budget.teacher.clone();
+        });
         let (rollout, sampler) = sampled_with(lab, budget, STUDENT_STEPS)?;
         let mixer = Mixer::with_rollout(config, grid, rollout, sampler)?;
         Ok(Self { lab, budget, thresholding, objective, mixer })
@@ -79,15 +79,10 @@ impl<'a> Distillation<'a> {
         let averaged = Thresholded::new(averaged, self.thresholding.clone())?;
         let fake_score = Counting::new(lab.denoiser(&critic)?, &counts.critic);
         let thresholded = Thresholded::new(&fake_score, self.thresholding.clone())?;
-        let networks = Networks {
-            target: needs.target_decay.map(|_| &averaged as &dyn Denoiser),
-            critic: needs.critic.then_some(Critic {
-                fake_score: &fake_score,
-                thresholded: &thresholded,
-                discriminator: None,
-            }),
-            ..Networks::new(&student, &teacher)
-        };
+        let mut networks = Networks::new(&student, &teacher);
+        networks.target = needs.target_decay.map(|_| &averaged as &dyn Denoiser);
+        networks.critic =
+            needs.critic.then_some(Critic::new(&fake_score).with_thresholded(&thresholded));
         let mut weights = Weights::new(&model, &target, &critic, budget, &*self.objective)?;
 
         let (begun, mut updates, mut step, mut diverged) = (cpu_seconds(), 0, 0, false);
@@ -96,10 +91,8 @@ impl<'a> Distillation<'a> {
             let mut terms: Option<LossTerms> = None;
             for &phase in self.objective.phases(step) {
                 let student_x0 = terms.as_ref().map(|terms| &terms.student_x0);
-                let request = LossRequest {
-                    student_x0,
-                    ..LossRequest::new(step, phase, &states, networks, &lab.streams)
-                };
+                let request = LossRequest::new(step, phase, &states, networks, &lab.streams)
+                    .with_student_x0(student_x0);
                 weights.train(phase);
                 let of_phase = self.objective.loss(&request)?;
                 diverged |= !weights.update(phase, &of_phase)?;
@@ -174,9 +167,14 @@ impl<'a> Weights<'a> {
             student.parameters().learned(),
             Training { updates, learning_rate, ema_decay },
         )?;
-        let ema = needs
-            .target_decay
-            .map(|decay| EmaConfig { decay, warmup: false }.build(student.parameters().learned()));
+        let ema = needs.target_decay.map(|decay| {
+            EmaConfig::default()
+                .with(|config| {
+                    config.decay = decay;
+                    config.warmup = false;
+                })
+                .build(student.parameters().learned())
+        });
         // A critic is updated more often than the student; its learning rate decays in step with the student's.
         let per_update = |phase| {
             let steps = 0..100;

@@ -63,7 +63,7 @@ impl Lab {
         let mut generator = self.streams.generator(step, stream, Device::Cpu)?;
         let labels = generator.randint(0, mixture.num_classes(), [n])?;
         let x0 = mixture.sample(n, Some(&labels), &mut generator)?;
-        Ok(Data { x0, conditioning: Conditioning::class_labels(labels) })
+        Ok(Data::new(x0).with_conditioning(Conditioning::class_labels(labels)))
     }
 
     /// A network of about 10 000 parameters.
@@ -157,7 +157,7 @@ impl Lab {
         let conditioning = Conditioning::class_labels(labels);
         let rollout = Rollout::new(denoiser, sampler, timesteps).conditioning(&conditioning);
         let x0 = rollout.generator(&mut generator).sample(noise)?;
-        Ok(Data { x0, conditioning })
+        Ok(Data::new(x0).with_conditioning(conditioning))
     }
 }
 

@@ -167,16 +167,10 @@ impl Bench {
 
     fn shift(&self, budget: &Budget, student: &dyn Denoiser) -> Result<Vec<f64>> {
         let (timesteps, sampler) = sampled_with(&self.lab, budget, STUDENT_STEPS)?;
-        let request = ShiftRequest {
-            data: &self.lab.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?,
-            student,
-            sampler: &*sampler,
-            timesteps: &timesteps,
-            step: 0,
-            streams: &self.lab.streams,
-        };
+        let data = self.lab.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?;
+        let request = ShiftRequest::new(&data, student, &*sampler, &timesteps, self.lab.streams);
         // Only the energy distance is reported, which has no directions.
-        let config = ShiftConfig { projections: 1, ..ShiftConfig::default() };
+        let config = ShiftConfig::default().with(|config| config.projections = 1);
         let shift = measure_shift(&request, &config)?.timesteps;
         Ok(shift.iter().map(|at| at.shift.energy - at.null.energy).collect())
     }

@@ -20,15 +20,13 @@ struct Run {
 
 impl Run {
     fn with_sampler(priors: AdaptivePriors, student: f64, sampler: Box<dyn Sampler>) -> Self {
-        let config = MixerConfig {
-            priors: PriorSchedule::Adaptive(priors),
-            student: StudentConfig {
-                policy: StudentPolicy::FreshAll,
-                mixed: None,
-                ..StudentConfig::default()
-            },
-            ..MixerConfig::default()
-        };
+        let config = MixerConfig::default().with(|config| {
+            config.priors = PriorSchedule::Adaptive(priors);
+            config.student = StudentConfig::default().with(|config| {
+                config.policy = StudentPolicy::FreshAll;
+                config.mixed = None;
+            });
+        });
         Self {
             mixer: Mixer::new(config, trailing(4), sampler).expect("it is valid"),
             student: Gaussian::new(student, 0.0, 1e-6),
@@ -41,10 +39,8 @@ impl Run {
     }
 
     fn next(&mut self, step: u64) -> ddil_core::Result<States> {
-        let data = Data {
-            x0: Tensor::full([BATCH as i64, 6], 3.0, tch::kind::FLOAT_CPU),
-            conditioning: labels(BATCH),
-        };
+        let data = Data::new(Tensor::full([BATCH as i64, 6], 3.0, tch::kind::FLOAT_CPU))
+            .with_conditioning(labels(BATCH));
         let networks = RolloutNetworks::new(&self.student, &self.student);
         let clock = Clock::new(step, 100, self.streams);
         self.mixer.next_states(&clock, &MixBatch::new(&data), &networks)
@@ -71,7 +67,12 @@ impl Run {
 }
 
 fn adaptive(signal: AdaptiveSignal) -> AdaptivePriors {
-    AdaptivePriors { signal, min: 0.2, max: 0.7, interval: 5, ..AdaptivePriors::default() }
+    AdaptivePriors::default().with(|config| {
+        config.signal = signal;
+        config.min = 0.2;
+        config.max = 0.7;
+        config.interval = 5;
+    })
 }
 
 fn close(found: f64, expected: f64) {
@@ -151,7 +152,7 @@ fn follows_the_loss_ratio() -> ddil_core::Result<()> {
 
 #[test]
 fn states_come_as_often_as_was_measured() -> ddil_core::Result<()> {
-    let mut run = Run::new(AdaptivePriors { max: 0.6, ..adaptive(AdaptiveSignal::LossRatio) });
+    let mut run = Run::new(adaptive(AdaptiveSignal::LossRatio).with(|config| config.max = 0.6));
     let mut students = 0;
     for step in 0..90 {
         let states = run.step(step, 1.0, 1e6)?;
@@ -169,7 +170,7 @@ fn states_come_as_often_as_was_measured() -> ddil_core::Result<()> {
 #[test]
 fn changes_nothing_but_the_source() -> ddil_core::Result<()> {
     let mut run = Run::new(adaptive(AdaptiveSignal::Shift));
-    let mut plain = Run::new(AdaptivePriors { warm_up: 1.0, ..adaptive(AdaptiveSignal::Shift) });
+    let mut plain = Run::new(adaptive(AdaptiveSignal::Shift).with(|config| config.warm_up = 1.0));
     for step in 0..30 {
         let (mixed, plain) = (run.next(step)?, plain.next(step)?);
         assert_eq!(mixed.grid_indices, plain.grid_indices);
@@ -210,14 +211,12 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
 #[test]
 fn refuses_what_followed_something_else() -> ddil_core::Result<()> {
     let (shift, ratio) = (AdaptiveSignal::Shift, AdaptiveSignal::LossRatio);
-    let settled = MixerConfig {
-        student: StudentConfig {
-            policy: StudentPolicy::FreshAll,
-            mixed: None,
-            ..StudentConfig::default()
-        },
-        ..MixerConfig::default()
-    };
+    let settled = MixerConfig::default().with(|config| {
+        config.student = StudentConfig::default().with(|config| {
+            config.policy = StudentPolicy::FreshAll;
+            config.mixed = None;
+        })
+    });
     let settled = Mixer::new(settled, trailing(4), Box::new(Ddim::new(schedule())))?.save()?;
     let mut run = Run::new(adaptive(shift));
     let refused = run.mixer.restore(&settled);
@@ -268,26 +267,27 @@ fn refuses_what_cannot_be() {
     let ok = AdaptivePriors::default();
     assert!(ok.ensure().is_ok());
     let wrong = [
-        AdaptivePriors { min: 0.0, ..ok.clone() },
-        AdaptivePriors { max: 1.0, ..ok.clone() },
-        AdaptivePriors { min: 0.9, ..ok.clone() },
-        AdaptivePriors { min: f64::NAN, ..ok.clone() },
-        AdaptivePriors { teacher_fraction: 1.0, ..ok.clone() },
-        AdaptivePriors { teacher_fraction: -0.1, ..ok.clone() },
-        AdaptivePriors { interval: 0, ..ok.clone() },
-        AdaptivePriors { warm_up: 1.1, ..ok.clone() },
-        AdaptivePriors { states: 15, ..ok.clone() },
-        AdaptivePriors { decay: 1.0, ..ok.clone() },
+        ok.clone().with(|config| config.min = 0.0),
+        ok.clone().with(|config| config.max = 1.0),
+        ok.clone().with(|config| config.min = 0.9),
+        ok.clone().with(|config| config.min = f64::NAN),
+        ok.clone().with(|config| config.teacher_fraction = 1.0),
+        ok.clone().with(|config| config.teacher_fraction = -0.1),
+        ok.clone().with(|config| config.interval = 0),
+        ok.clone().with(|config| config.warm_up = 1.1),
+        ok.clone().with(|config| config.states = 15),
+        ok.clone().with(|config| config.decay = 1.0),
     ];
     for wrong in wrong {
         let refused = PriorSchedule::Adaptive(wrong.clone()).ensure();
         assert!(matches!(refused, Err(Error::Invalid(_))), "{wrong:?}");
         let config =
-            MixerConfig { priors: PriorSchedule::Adaptive(wrong), ..MixerConfig::default() };
+            MixerConfig::default().with(|config| config.priors = PriorSchedule::Adaptive(wrong));
         assert!(Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule()))).is_err());
     }
     // Room for states is known once a state is.
-    let mut run = Run::new(AdaptivePriors { byte_budget: 1500, ..adaptive(AdaptiveSignal::Shift) });
+    let mut run =
+        Run::new(adaptive(AdaptiveSignal::Shift).with(|config| config.byte_budget = 1500));
     let refused = run.next(0);
     assert!(
         matches!(&refused, Err(Error::Invalid(invalid)) if invalid.field == "priors.byte_budget"),
@@ -301,11 +301,10 @@ fn settings_are_read_strictly() {
     let default = PriorSchedule::Adaptive(AdaptivePriors::default());
     assert_eq!(read(r#"{"kind": "adaptive"}"#).expect("it is valid"), default);
     let ratio = read(r#"{"kind": "adaptive", "signal": "loss_ratio", "interval": 50}"#);
-    let expected = AdaptivePriors {
-        signal: AdaptiveSignal::LossRatio,
-        interval: 50,
-        ..AdaptivePriors::default()
-    };
+    let expected = AdaptivePriors::default().with(|config| {
+        config.signal = AdaptiveSignal::LossRatio;
+        config.interval = 50;
+    });
     let ratio = ratio.expect("it is valid");
     assert_eq!(ratio, PriorSchedule::Adaptive(expected));
     let written = serde_json::to_string(&ratio).expect("it can be written");
@@ -319,7 +318,7 @@ fn settings_are_read_strictly() {
 fn noisiest_states_are_not_compared() -> ddil_core::Result<()> {
     for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {
         let mut run = Run::new(adaptive(signal));
-        let config = MixerConfig { pure_noise_at_tmax: false, ..run.mixer.config().clone() };
+        let config = run.mixer.config().clone().with(|mixer| mixer.pure_noise_at_tmax = false);
         run.mixer = Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule())))?;
         for step in 0..30 {
             let _ = run.step(step, 1.0, 1.0)?;

@@ -20,16 +20,14 @@ pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64
     let mut column = vec![1; whole.len()];
     column[0] = n;
     let x_t = numbers.to_kind(Kind::Float).view(column.as_slice()).expand(&whole, false);
-    let grid = trailing(4);
-    let timesteps: Vec<i64> = grid_indices.iter().map(|&i| grid.as_slice()[i % 4]).collect();
-    States {
-        x_t: x_t.contiguous(),
-        timesteps: Tensor::from_slice(&timesteps),
-        grid_indices: grid_indices.to_vec(),
-        conditioning: Conditioning::class_labels(numbers),
-        sources: vec![Source::Student; grid_indices.len()],
-        created_at_step: vec![step; grid_indices.len()],
-    }
+    let on_grid = grid_indices.iter().map(|&i| i % 4).collect();
+    let mut states = States::new(x_t.contiguous(), &trailing(4), on_grid, Source::Student)
+        .expect("on the grid")
+        .with_conditioning(Conditioning::class_labels(numbers))
+        .made_at(step);
+    // Tests of bad input pass an index beyond the grid.
+    states.grid_indices = grid_indices.to_vec();
+    states
 }
 
 /// The numbers of states, once value and label are known to be of one.
@@ -62,7 +60,7 @@ proptest! {
         seed: u64,
     ) {
         let config =
-            BufferConfig { capacity, max_age, storage: StorageKind::F32, ..BufferConfig::default() };
+            BufferConfig::default().with(|config| { config.capacity = capacity; config.max_age = max_age; config.storage = StorageKind::F32; });
         let mut buffer = buffer(config);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut kept: HashMap<usize, Vec<(i64, u64)>> = HashMap::new();
@@ -99,7 +97,7 @@ proptest! {
 
     #[test]
     fn stays_within_its_bytes(byte_budget in 100_u64..4000, capacity in 3_usize..60) {
-        let mut buffer = buffer(BufferConfig { capacity, byte_budget, ..BufferConfig::default() });
+        let mut buffer = buffer(BufferConfig::default().with(|config| { config.capacity = capacity; config.byte_budget = byte_budget; }));
         // 5 values in half precision and a label.
         let per_state = 5 * 2 + 8;
         let expected = (byte_budget / per_state).min(capacity as u64) / 3 * 3;
@@ -148,7 +146,7 @@ fn takes_any_rank_and_gives_provenance() -> ddil_core::Result<()> {
 #[test]
 fn halves_are_stored_as_asked() -> ddil_core::Result<()> {
     for (storage, kind) in [(StorageKind::F16, Kind::Half), (StorageKind::F32, Kind::Float)] {
-        let mut buffer = buffer(BufferConfig { storage, ..BufferConfig::default() });
+        let mut buffer = buffer(BufferConfig::default().with(|config| config.storage = storage));
         buffer.insert(&states(0, 0, &[1], &[3]))?;
         assert_eq!(buffer.sample(&[1], 0, &mut StdRng::seed_from_u64(0))?.x_t.kind(), kind);
     }
@@ -158,18 +156,21 @@ fn halves_are_stored_as_asked() -> ddil_core::Result<()> {
 /// The restored buffer and the one that went on give the same batches, bit for bit.
 #[test]
 fn restored_goes_on_the_same() -> ddil_core::Result<()> {
-    let config = BufferConfig { capacity: 12, max_age: 3, ..BufferConfig::default() };
+    let config = BufferConfig::default().with(|config| {
+        config.capacity = 12;
+        config.max_age = 3;
+    });
     let mut original = buffer(config.clone());
     for step in 0..5 {
         original.insert(&states(10 * step, step as u64, &[1, 2, 3, 1, 3], &[2, 2]))?;
     }
     let saved = original.save()?;
     let text = serde_json::to_string(&saved.metadata).expect("it can be written");
-    let saved = ddil_core::SavedState {
-        tensors: saved.tensors,
-        metadata: serde_json::from_str(&text).expect("it can be read"),
-        files: saved.files,
-    };
+    let saved = ddil_core::SavedState::new(
+        saved.tensors,
+        serde_json::from_str(&text).expect("it can be read"),
+    )
+    .with_files(saved.files);
     let kept: Vec<Tensor> = saved.tensors.iter().map(|(_, tensor)| tensor.copy()).collect();
     let mut restored = buffer(config.clone());
     restored.restore(&saved)?;
@@ -198,12 +199,12 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
 
 #[test]
 fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
-    let small = BufferConfig { capacity: 2, ..BufferConfig::default() };
+    let small = BufferConfig::default().with(|config| config.capacity = 2);
     assert!(matches!(
         AggregationBuffer::new(small, &trailing(4)),
         Err(Error::Invalid(invalid)) if invalid.field == "buffer.capacity"
     ));
-    let mut buffer = buffer(BufferConfig { capacity: 6, ..BufferConfig::default() });
+    let mut buffer = buffer(BufferConfig::default().with(|config| config.capacity = 6));
     buffer.insert(&states(0, 5, &[1, 2], &[3]))?;
     for index in [0, 4] {
         let refused = buffer.insert(&states(0, 5, &[index], &[3]));
@@ -226,11 +227,11 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
     let other_grid = AggregationBuffer::new(BufferConfig::default(), &trailing(8))?.restore(&saved);
     assert!(matches!(other_grid, Err(Error::Restore { .. })));
     let mut smaller = AggregationBuffer::new(
-        BufferConfig { capacity: 3, ..BufferConfig::default() },
+        BufferConfig::default().with(|config| config.capacity = 3),
         &trailing(4),
     )?;
     assert!(matches!(smaller.restore(&saved), Err(Error::Restore { .. })));
-    let other_kind = BufferConfig { storage: StorageKind::F32, ..BufferConfig::default() };
+    let other_kind = BufferConfig::default().with(|config| config.storage = StorageKind::F32);
     let other_kind = AggregationBuffer::new(other_kind, &trailing(4))?.restore(&saved);
     assert!(matches!(other_kind, Err(Error::Restore { .. })));
     Ok(())

@@ -1,18 +1,17 @@
-use ddil_core::{Conditioning, Error, LossMeter, Source, States};
+use ddil_core::{Error, LossMeter, Source, States};
 use ddil_libtorch::ArgumentError;
 use proptest::prelude::*;
 use tch::{Tensor, kind};
 
+use crate::common::trailing;
+
 fn states(sources: &[Source], grid_indices: &[usize]) -> States {
-    let n = sources.len();
-    States {
-        x_t: Tensor::zeros([n as i64, 1], kind::FLOAT_CPU),
-        timesteps: Tensor::zeros([n as i64], kind::INT64_CPU),
-        grid_indices: grid_indices.to_vec(),
-        conditioning: Conditioning::none(),
-        sources: sources.to_vec(),
-        created_at_step: vec![0; n],
-    }
+    let x_t = Tensor::zeros([sources.len() as i64, 1], kind::FLOAT_CPU);
+    let grid = trailing(20);
+    let mut states =
+        States::new(x_t, &grid, grid_indices.to_vec(), Source::Forward).expect("on the grid");
+    states.sources = sources.to_vec();
+    states
 }
 
 proptest! {

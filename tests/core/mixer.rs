@@ -44,7 +44,7 @@ impl Run {
         let n = self.shape[0] as usize;
         let labels = labels(n).get(Conditioning::CLASS_LABELS).expect("there are labels") * 2;
         let x0 = normal(500 + step, &self.shape) * 0.5 + 3.0;
-        Data { x0, conditioning: Conditioning::class_labels(labels) }
+        Data::new(x0).with_conditioning(Conditioning::class_labels(labels))
     }
 
     fn next(&mut self, step: u64) -> ddil_core::Result<States> {
@@ -78,7 +78,7 @@ impl Run {
 
 fn mix(forward: f64, student: f64, teacher: f64) -> MixerConfig {
     let priors = Priors::new(forward, student, teacher).expect("they sum to 1");
-    MixerConfig { priors: PriorSchedule::constant(priors), ..MixerConfig::default() }
+    MixerConfig::default().with(|config| config.priors = PriorSchedule::constant(priors))
 }
 
 fn policies() -> Vec<StudentPolicy> {
@@ -102,7 +102,7 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
         let mut run = Run::new(MixerConfig::forward_only(), shape);
         for step in 0..5 {
             let states = run.next(step)?;
-            let Data { x0, conditioning } = run.data(step);
+            let Data { x0, conditioning, .. } = run.data(step);
             let indices = draw_grid_indices(3, 4, &mut run.streams.rng(step, Stream::Timesteps));
             let grid = trailing(4);
             let timesteps: Vec<i64> = indices.iter().map(|&i| grid.as_slice()[i]).collect();
@@ -125,10 +125,14 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
 #[test]
 fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
+        let student = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = None;
+        });
         let mut plain =
-            Run::new(MixerConfig { student: student.clone(), ..mix(1.0, 0.0, 0.0) }, &[16, 2]);
-        let mut mixed = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &[16, 2]);
+            Run::new(mix(1.0, 0.0, 0.0).with(|config| config.student = student.clone()), &[16, 2]);
+        let mut mixed =
+            Run::new(mix(0.4, 0.3, 0.3).with(|config| config.student = student), &[16, 2]);
         for step in 0..8 {
             let (plain, mixed) = (plain.step(step)?, mixed.step(step)?);
             assert_eq!(plain.grid_indices, mixed.grid_indices);
@@ -148,10 +152,9 @@ fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
 fn sources_come_as_often_as_their_priors() -> ddil_core::Result<()> {
     let (f, s, t) = (0.5, 0.3, 0.2);
     let mut run = Run::new(
-        MixerConfig {
-            teacher: TeacherConfig { pool: 50, ..TeacherConfig::default() },
-            ..mix(f, s, t)
-        },
+        mix(f, s, t).with(|config| {
+            config.teacher = TeacherConfig::default().with(|config| config.pool = 50)
+        }),
         &[10, 1],
     );
     let steps = 1200;
@@ -183,7 +186,7 @@ fn sources_come_as_often_as_their_priors() -> ddil_core::Result<()> {
 #[test]
 fn noisiest_states_are_noise() -> ddil_core::Result<()> {
     for (pure, expected) in [(true, Source::Noise), (false, Source::Forward)] {
-        let config = MixerConfig { pure_noise_at_tmax: pure, ..mix(1.0, 0.0, 0.0) };
+        let config = mix(1.0, 0.0, 0.0).with(|config| config.pure_noise_at_tmax = pure);
         let mut run = Run::new(config, &[400, 8]);
         let states = run.next(0)?;
         let rows: Vec<i64> = (0..400).filter(|i| states.grid_indices[*i as usize] == 0).collect();
@@ -211,12 +214,12 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
     for shape in SHAPES {
         let shape: Vec<i64> = [&[12], &shape[1..]].concat();
         for policy in policies() {
-            let student = StudentConfig {
-                policy,
-                mixed: Some(MixedVariant::StudentThenTeacher { switch: 9 }),
-                ..StudentConfig::default()
-            };
-            let mut run = Run::new(MixerConfig { student, ..mix(0.4, 0.3, 0.3) }, &shape);
+            let student = StudentConfig::default().with(|config| {
+                config.policy = policy;
+                config.mixed = Some(MixedVariant::StudentThenTeacher { switch: 9 });
+            });
+            let mut run =
+                Run::new(mix(0.4, 0.3, 0.3).with(|config| config.student = student), &shape);
             for step in 0..6 {
                 let states = run.step(step)?;
                 assert_eq!(states.x_t.size(), shape);
@@ -239,9 +242,15 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
 fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
     let gpu = Device::Cuda(0);
     for policy in policies() {
-        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
-        let teacher = TeacherConfig { pool: 9, ..TeacherConfig::default() };
-        let config = MixerConfig { student, teacher, ..mix(0.3, 0.4, 0.3) };
+        let student = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = None;
+        });
+        let teacher = TeacherConfig::default().with(|config| config.pool = 9);
+        let config = mix(0.3, 0.4, 0.3).with(|config| {
+            config.student = student;
+            config.teacher = teacher;
+        });
         let run = || Run { device: gpu, ..Run::new(config.clone(), &[16, 3]) };
         let mut original = run();
         for step in 0..6 {
@@ -265,15 +274,13 @@ fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
 #[test]
 fn restored_goes_on_the_same() -> ddil_core::Result<()> {
     for policy in policies() {
-        let config = MixerConfig {
-            student: StudentConfig {
-                policy: policy.clone(),
-                mixed: None,
-                ..StudentConfig::default()
-            },
-            teacher: TeacherConfig { pool: 9, ..TeacherConfig::default() },
-            ..mix(0.3, 0.4, 0.3)
-        };
+        let config = mix(0.3, 0.4, 0.3).with(|config| {
+            config.student = StudentConfig::default().with(|config| {
+                config.policy = policy.clone();
+                config.mixed = None;
+            });
+            config.teacher = TeacherConfig::default().with(|config| config.pool = 9);
+        });
         let mut original = Run::new(config.clone(), &[16, 3]);
         for step in 0..5 {
             let _ = original.step(step)?;
@@ -310,9 +317,11 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
     let other_grid = mixer(mix(0.4, 0.3, 0.3), trailing(8)).restore(&saved);
     assert!(matches!(other_grid, Err(Error::Restore { what: "mixer", .. })), "{other_grid:?}");
     for policy in policies().into_iter().take(3) {
-        let student =
-            StudentConfig { policy: policy.clone(), mixed: None, ..StudentConfig::default() };
-        let other = MixerConfig { student, ..mix(0.4, 0.3, 0.3) };
+        let student = StudentConfig::default().with(|config| {
+            config.policy = policy.clone();
+            config.mixed = None;
+        });
+        let other = mix(0.4, 0.3, 0.3).with(|config| config.student = student);
         let restored = mixer(other, trailing(4)).restore(&saved);
         assert!(matches!(restored, Err(Error::Restore { .. })), "{policy:?}: {restored:?}");
     }
@@ -324,8 +333,8 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
 fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
     use serde_json::{Value, json};
     type Change<'a> = &'a dyn Fn(&mut Value);
-    let chains = || StudentConfig { mixed: None, ..StudentConfig::default() };
-    let config = || MixerConfig { student: chains(), ..mix(0.2, 0.8, 0.0) };
+    let chains = || StudentConfig::default().with(|config| config.mixed = None);
+    let config = || mix(0.2, 0.8, 0.0).with(|config| config.student = chains());
     let mut run = Run::new(config(), &[16, 3]);
     for step in 0..3 {
         let _ = run.step(step)?;
@@ -370,8 +379,12 @@ fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
 #[test]
 fn flush_forgets_states() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
-        let mut run = Run::new(MixerConfig { student, ..mix(0.2, 0.4, 0.4) }, &[16, 3]);
+        let student = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = None;
+        });
+        let mut run =
+            Run::new(mix(0.2, 0.4, 0.4).with(|config| config.student = student), &[16, 3]);
         for step in 0..4 {
             let _ = run.step(step)?;
         }
@@ -394,10 +407,12 @@ fn tight() -> Thresholding {
 #[test]
 fn rollouts_are_thresholded() -> ddil_core::Result<()> {
     for policy in policies() {
-        let config = MixerConfig {
-            student: StudentConfig { policy, mixed: None, ..StudentConfig::default() },
-            ..mix(0.0, 0.5, 0.5)
-        };
+        let config = mix(0.0, 0.5, 0.5).with(|config| {
+            config.student = StudentConfig::default().with(|config| {
+                config.policy = policy;
+                config.mixed = None;
+            })
+        });
         let mut run = Run::new(config, &[64, 4]);
         run.thresholding = [tight(), tight()];
         // Both believe in data far outside of the range.
@@ -437,14 +452,12 @@ fn largest(run: &mut Run, steps: u64) -> ddil_core::Result<[f64; 2]> {
 fn student_and_teacher_are_thresholded_each_as_they_come() -> ddil_core::Result<()> {
     for policy in policies() {
         for (threshold_student, threshold_teacher) in [(true, false), (false, true)] {
-            let config = MixerConfig {
-                student: StudentConfig {
-                    policy: policy.clone(),
-                    mixed: None,
-                    ..StudentConfig::default()
-                },
-                ..mix(0.0, 0.5, 0.5)
-            };
+            let config = mix(0.0, 0.5, 0.5).with(|config| {
+                config.student = StudentConfig::default().with(|config| {
+                    config.policy = policy.clone();
+                    config.mixed = None;
+                })
+            });
             let mut run = Run::new(config, &[64, 4]);
             (run.student.center, run.teacher.center) = (9.0, -9.0);
             let held = |on: bool| if on { tight() } else { Thresholding::None };
@@ -462,10 +475,9 @@ fn student_and_teacher_are_thresholded_each_as_they_come() -> ddil_core::Result<
 fn chains_go_on_from_estimates_as_they_come() -> ddil_core::Result<()> {
     for threshold_student in [true, false] {
         let policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
-        let config = MixerConfig {
-            student: StudentConfig { policy, ..StudentConfig::default() },
-            ..mix(0.0, 1.0, 0.0)
-        };
+        let config = mix(0.0, 1.0, 0.0).with(|config| {
+            config.student = StudentConfig::default().with(|config| config.policy = policy)
+        });
         let mut run = Run::new(config, &[64, 4]);
         run.student.center = 100.0;
         if threshold_student {
@@ -505,20 +517,18 @@ fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
 
 #[test]
 fn latent_consistency_grids_mix() -> ddil_core::Result<()> {
-    let config = MixerConfig {
-        student: StudentConfig {
-            policy: StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
-            mixed: Some(MixedVariant::Bernoulli { kappa: 0.5 }),
-            ..StudentConfig::default()
-        },
-        teacher: TeacherConfig {
-            pool: 20,
-            states_per_trajectory: Some(2),
-            substeps: 1,
-            ..TeacherConfig::default()
-        },
-        ..mix(0.4, 0.3, 0.3)
-    };
+    let config = mix(0.4, 0.3, 0.3).with(|mixer| {
+        mixer.student = StudentConfig::default().with(|config| {
+            config.policy =
+                StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() };
+            config.mixed = Some(MixedVariant::Bernoulli { kappa: 0.5 });
+        });
+        mixer.teacher = TeacherConfig::default().with(|config| {
+            config.pool = 20;
+            config.states_per_trajectory = Some(2);
+            config.substeps = 1;
+        });
+    });
     let mut run = Run::new(MixerConfig::default(), &[20, 2]);
     run.mixer = Mixer::with_rollout(
         config,
@@ -542,14 +552,8 @@ fn a_source_of_ones_own() -> ddil_core::Result<()> {
     struct Sevens;
     impl TrajectorySource for Sevens {
         fn states(&mut self, request: &SourceRequest<'_>) -> ddil_core::Result<States> {
-            Ok(States {
-                x_t: request.data.x0.full_like(7.0),
-                timesteps: Tensor::from_slice(&request.timesteps()),
-                grid_indices: request.grid_indices.to_vec(),
-                conditioning: request.prompts.shallow_clone(),
-                sources: vec![Source::Teacher; request.len()],
-                created_at_step: vec![request.step; request.len()],
-            })
+            let x_t = request.data.x0.full_like(7.0);
+            Ok(request.states(x_t, request.prompts.shallow_clone(), Source::Teacher))
         }
     }
     let mut run = Run::new(mix(0.5, 0.0, 0.5), &[16, 2]);
@@ -632,7 +636,7 @@ fn a_source_is_added_by_name() -> ddil_core::Result<()> {
 fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
     let mut run = Run::new(mix(0.5, 0.5, 0.0), &[16, 2]);
     let mut ask = |x0: Tensor, told: usize, prompts: Conditioning| {
-        let data = Data { x0, conditioning: labels(told) };
+        let data = Data::new(x0).with_conditioning(labels(told));
         let batch = MixBatch::new(&data).with_prompts(&prompts);
         let networks = RolloutNetworks::new(&run.student, &run.teacher);
         run.mixer.next_states(&Clock::new(0, 1, run.streams), &batch, &networks)
@@ -672,10 +676,9 @@ fn settings_are_read_strictly() {
     }
     let written = serde_json::to_string(&mix(0.5, 0.25, 0.25)).expect("it can be written");
     assert_eq!(read(&written).ok(), Some(mix(0.5, 0.25, 0.25)));
-    let config = MixerConfig {
-        teacher: TeacherConfig { substeps: 0, ..TeacherConfig::default() },
-        ..MixerConfig::default()
-    };
+    let config = MixerConfig::default().with(|config| {
+        config.teacher = TeacherConfig::default().with(|config| config.substeps = 0)
+    });
     assert!(Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule()))).is_err());
 }
 
@@ -719,10 +722,11 @@ fn one_step_is_all_noise() -> ddil_core::Result<()> {
 #[test]
 fn refuses_a_buffer_smaller_than_a_batch() {
     // Three rings past noise, of 5 each.
-    let buffer = BufferConfig { capacity: 17, ..BufferConfig::default() };
+    let buffer = BufferConfig::default().with(|config| config.capacity = 17);
     let policy = StudentPolicy::Buffer { new_fraction: 0.25, buffer };
-    let student = StudentConfig { policy, ..StudentConfig::default() };
-    let mixer = Run::new(MixerConfig { student, ..mix(0.5, 0.5, 0.0) }, &[16, 2]).mixer;
+    let student = StudentConfig::default().with(|config| config.policy = policy);
+    let mixer =
+        Run::new(mix(0.5, 0.5, 0.0).with(|config| config.student = student), &[16, 2]).mixer;
     assert!(mixer.ensure_batch_size(15).is_ok());
     let refused = mixer.ensure_batch_size(16).expect_err("there is room for 15");
     let message = refused.to_string();
@@ -730,8 +734,9 @@ fn refuses_a_buffer_smaller_than_a_batch() {
     assert!(matches!(refused, Error::Invalid(invalid) if invalid.field == "buffer.capacity"));
     assert!(mixer.ensure_batch_size(0).is_err());
     for policy in policies() {
-        let student = StudentConfig { policy, ..StudentConfig::default() };
-        let mixer = Run::new(MixerConfig { student, ..mix(0.5, 0.5, 0.0) }, &[16, 2]).mixer;
+        let student = StudentConfig::default().with(|config| config.policy = policy);
+        let mixer =
+            Run::new(mix(0.5, 0.5, 0.0).with(|config| config.student = student), &[16, 2]).mixer;
         assert!(mixer.ensure_batch_size(2046).is_ok());
     }
 }

@@ -35,15 +35,7 @@ fn stopped(
     targets: &[i64],
 ) -> ddil_core::Result<Tensor> {
     let (ddim, grid) = (Ddim::new(schedule()), trailing(4));
-    let rollout = MixedRollout {
-        student,
-        student_sampler: &ddim,
-        timesteps: &grid,
-        teacher: student,
-        teacher_sampler: &ddim,
-        teacher_timesteps: &grid,
-        variant: None,
-    };
+    let rollout = MixedRollout::new((student, &ddim, &grid), (student, &ddim, &grid), None);
     let visited = rollout.visit(noise, conditioning, targets, &mut draws())?;
     let state = |(row, &target)| match visited.position(row, target) {
         Some(position) => visited.x_t.get(position as i64),
@@ -220,15 +212,11 @@ impl Pair {
     }
 
     fn rollout(&self, variant: Option<MixedVariant>) -> MixedRollout<'_> {
-        MixedRollout {
-            student: &self.student,
-            student_sampler: &self.ddim,
-            timesteps: &self.grid,
-            teacher: &self.teacher,
-            teacher_sampler: &self.ddim,
-            teacher_timesteps: &self.fine,
+        MixedRollout::new(
+            (&self.student, &self.ddim, &self.grid),
+            (&self.teacher, &self.ddim, &self.fine),
             variant,
-        }
+        )
     }
 
     /// States at the grid's indices 1, 2 and 3, as `variant` walks there.
@@ -267,7 +255,9 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
         }
     }
     // And the teacher lent as student, in steps of the teacher's grid.
-    let lent = MixedRollout { student: &pair.teacher, timesteps: &pair.fine, ..pair.rollout(None) };
+    let lent =
+        (&pair.teacher as &dyn Denoiser, &pair.ddim as &dyn ddil_schedulers::Sampler, &pair.fine);
+    let lent = MixedRollout::new(lent, lent, None);
     let visited = lent.visit(&noise, &labels, &[249; 5], &mut draws())?;
     let place = visited.position(3, 249).expect("it was passed") as i64;
     assert!(max_abs_difference(&visited.x_t.get(place), &own.states[3].get(3)) < 1e-5);

@@ -13,25 +13,25 @@ type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 /// 60 states a ring, most of them on disk.
 fn buffer(folder: &std::path::Path) -> ddil_core::Result<AggregationBuffer> {
-    let spill = SpillConfig { folder: folder.to_owned(), byte_budget: 1 << 20 };
+    let spill = SpillConfig::new(folder, 1 << 20);
     let (capacity, byte_budget) = (180, 600);
-    let config =
-        BufferConfig { capacity, byte_budget, spill: Some(spill), ..BufferConfig::default() };
+    let config = BufferConfig::default().with(|config| {
+        config.capacity = capacity;
+        config.byte_budget = byte_budget;
+        config.spill = Some(spill);
+    });
     AggregationBuffer::new(config, &trailing(4))
 }
 
 fn filled(folder: &std::path::Path) -> ddil_core::Result<AggregationBuffer> {
-    let mut buffer = buffer(folder)?;
+    let (mut buffer, grid) = (buffer(folder)?, trailing(4));
     for step in 0..50 {
-        buffer.insert(&States {
-            x_t: Tensor::arange(15, kind::FLOAT_CPU).view([3, 5]) + step as i64,
-            timesteps: Tensor::from_slice(&[749_i64, 499, 249]),
-            grid_indices: vec![1, 2, 3],
-            conditioning: Conditioning::none()
-                .with("audio", Tensor::full([3, 2], step as i64, (Kind::Half, tch::Device::Cpu))),
-            sources: vec![Source::Student; 3],
-            created_at_step: vec![step; 3],
-        })?;
+        let x_t = Tensor::arange(15, kind::FLOAT_CPU).view([3, 5]) + step as i64;
+        let audio = Tensor::full([3, 2], step as i64, (Kind::Half, tch::Device::Cpu));
+        let states = States::new(x_t, &grid, vec![1, 2, 3], Source::Student)?
+            .with_conditioning(Conditioning::none().with("audio", audio))
+            .made_at(step);
+        buffer.insert(&states)?;
     }
     Ok(buffer)
 }
@@ -46,7 +46,7 @@ fn a_folder_holds_a_state() -> TestResult {
     original.save()?.write(&folder)?;
 
     let mut restored = buffer(&place.path().join("other"))?;
-    restored.restore(&SavedState::read(&folder)?)?;
+    restored.restore(&SavedState::from_folder(&folder)?)?;
     let draw = |buffer: &mut AggregationBuffer| {
         buffer.sample(&[1, 2, 3, 3, 2, 1], 50, &mut StdRng::seed_from_u64(3))
     };
@@ -79,14 +79,14 @@ fn what_is_not_whole_is_refused() -> TestResult {
     for damaged in damages {
         assert_ne!(damaged, sound);
         fs::write(&state, &damaged)?;
-        assert!(SavedState::read(&folder).is_err(), "{damaged}");
+        assert!(SavedState::from_folder(&folder).is_err(), "{damaged}");
     }
     fs::write(&state, &sound)?;
-    assert!(SavedState::read(&folder).is_ok());
+    assert!(SavedState::from_folder(&folder).is_ok());
     let whole = fs::read(&tensors)?;
     fs::write(&tensors, &whole[..whole.len() - 1])?;
-    assert!(matches!(SavedState::read(&folder), Err(Error::Torch { .. })));
+    assert!(matches!(SavedState::from_folder(&folder), Err(Error::Torch { .. })));
     fs::remove_file(&state)?;
-    assert!(matches!(SavedState::read(&folder), Err(Error::Files(_))));
+    assert!(matches!(SavedState::from_folder(&folder), Err(Error::Files(_))));
     Ok(())
 }

@@ -16,13 +16,13 @@ fn compare(train: &Tensor, inference: &Tensor, config: &ShiftConfig) -> ddil_cor
 
 /// Eight comparisons of `inference` with unit noise, beside as many of unit noise with itself.
 fn report(shape: &[i64], inference: impl Fn(Tensor) -> Tensor) -> ddil_core::Result<ShiftReport> {
-    let config = ShiftConfig { projections: 64, ..ShiftConfig::default() };
+    let config = ShiftConfig::default().with(|config| config.projections = 64);
     let mut generator = Generator::new(Device::Cpu, 0)?;
     let timesteps = (0..8).map(|round| {
         let [a, b, c, d] = [0, 1, 2, 3].map(|i| normal(4 * round + i, shape));
         shift_at(499, &a, &inference(b), (&c, &d), &config, &mut generator)
     });
-    Ok(ShiftReport { timesteps: timesteps.collect::<ddil_core::Result<_>>()? })
+    timesteps.collect()
 }
 
 /// Forward against forward is the null; what is moved is far beyond it.
@@ -55,7 +55,7 @@ fn energy_distance_is_its_formula() -> ddil_core::Result<()> {
     };
     let expected = 2.0 * mean(&x, &y, false) - mean(&x, &x, true) - mean(&y, &y, true);
     for batch_size in [1, 3, 100] {
-        let config = ShiftConfig { batch_size, ..ShiftConfig::default() };
+        let config = ShiftConfig::default().with(|config| config.batch_size = batch_size);
         let found = compare(&x, &y, &config)?.shift.energy;
         assert!((found - expected).abs() < 1e-5, "{found} for {expected}");
     }
@@ -72,7 +72,7 @@ fn sliced_distance_is_its_formula() -> ddil_core::Result<()> {
 
     // Moved by `d`, each direction `u` sees `(d·u)²`, on average `|d|² / dimension`.
     let x = normal(1, &[50, 8]);
-    let config = ShiftConfig { projections: 20_000, ..ShiftConfig::default() };
+    let config = ShiftConfig::default().with(|config| config.projections = 20_000);
     let at = compare(&x, &(&x + 0.5), &config)?;
     assert!((at.shift.sliced_w2 - 0.25).abs() < 0.01, "{}", at.shift.sliced_w2);
     assert!((at.shift.mean_gap - 0.5).abs() < 1e-5);
@@ -87,7 +87,7 @@ fn pooling_averages_places() -> ddil_core::Result<()> {
     // A chequerboard of +1 and -1 is nothing once averaged.
     let board = Tensor::from_slice(&[1_f32, -1.0, -1.0, 1.0]).view([1, 1, 2, 2]);
     let x = normal(1, &[20, 1, 2, 2]);
-    let pooled = ShiftConfig { pool: Some(1), ..ShiftConfig::default() };
+    let pooled = ShiftConfig::default().with(|config| config.pool = Some(1));
     let at = compare(&x, &(&x + &board), &pooled)?;
     assert!(at.shift.sliced_w2 < 1e-9);
     let at = compare(&x, &(&x + &board), &ShiftConfig::default())?;
@@ -108,21 +108,20 @@ fn refuses_what_cannot_be_compared() {
         compare(&one, &one, &config),
         Err(Error::Argument(ArgumentError::Shape { .. }))
     ));
-    let none = ShiftConfig { projections: 0, ..config };
+    let none = config.with(|shift| shift.projections = 0);
     assert!(matches!(compare(&x, &x, &none), Err(Error::Invalid(_))));
 }
 
 fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Result<ShiftReport> {
-    let data = Data { x0: normal(5, &[n, 6]) * 0.5, conditioning: labels(n as usize) };
+    let data = Data::new(normal(5, &[n, 6]) * 0.5).with_conditioning(labels(n as usize));
     measure_shift(
-        &ShiftRequest {
-            data: &data,
+        &ShiftRequest::new(
+            &data,
             student,
-            sampler: &Ddim::new(schedule()),
-            timesteps: &trailing(20),
-            step: 0,
-            streams: &RandomStreams::new(0, 0),
-        },
+            &Ddim::new(schedule()),
+            &trailing(20),
+            RandomStreams::new(0, 0),
+        ),
         config,
     )
 }
@@ -131,7 +130,7 @@ fn measure(student: &Gaussian, n: i64, config: &ShiftConfig) -> ddil_core::Resul
 /// them, ever more as noise falls.
 #[test]
 fn a_wrong_student_shifts() -> ddil_core::Result<()> {
-    let config = ShiftConfig { batch_size: 300, ..ShiftConfig::default() };
+    let config = ShiftConfig::default().with(|config| config.batch_size = 300);
     let exact = measure(&Gaussian::new(0.0, 0.0, 0.5), 800, &config)?;
     let wrong = measure(&Gaussian::new(0.4, 0.0, 0.5), 800, &config)?;
     assert_eq!(exact.timesteps.len(), 20);
@@ -161,20 +160,18 @@ fn measure_renoised(
     streams: &RandomStreams,
 ) -> ddil_core::Result<ShiftReport> {
     let n = 800;
-    let data = Data {
-        x0: Tensor::full([n, 6], 0.5, tch::kind::FLOAT_CPU),
-        conditioning: labels(n as usize),
-    };
-    let config = ShiftConfig { batch_size: 300, ..ShiftConfig::default() };
+    let data = Data::new(Tensor::full([n, 6], 0.5, tch::kind::FLOAT_CPU))
+        .with_conditioning(labels(n as usize));
+    let config = ShiftConfig::default().with(|config| config.batch_size = 300);
     measure_shift(
-        &ShiftRequest {
-            data: &data,
-            student: &Gaussian::new(believed, 0.0, 1e-6),
-            sampler: &Lcm::new(schedule()),
-            timesteps: &Timesteps::lcm(1000, 50, 4)?,
-            step,
-            streams,
-        },
+        &ShiftRequest::new(
+            &data,
+            &Gaussian::new(believed, 0.0, 1e-6),
+            &Lcm::new(schedule()),
+            &Timesteps::lcm(1000, 50, 4)?,
+            *streams,
+        )
+        .at_step(step),
         &config,
     )
 }

@@ -1,8 +1,8 @@
 use ddil_core::{
-    BufferConfig, Conditioning, Data, Denoiser, Error, Grids, LossFeedback, MixedVariant,
-    RandomStreams, Rollout, RolloutSteps, Source, SourceConfig, SourceRequest, States, StorageKind,
-    StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, TeacherStates,
-    TrajectorySource,
+    BufferConfig, Clock, Conditioning, Data, Denoiser, Error, Feedback, Grids, LossFeedback,
+    MixedVariant, RandomStreams, Rollout, RolloutNetworks, RolloutSteps, Source, SourceConfig,
+    SourceRequest, States, StorageKind, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
+    TeacherSource, TeacherStates, TrajectorySource,
 };
 use ddil_schedulers::{Ddim, Lcm, Sampler, Timesteps};
 use tch::{Kind, Tensor};
@@ -27,11 +27,8 @@ impl Bench {
             teacher: Gaussian::new(0.5, 0.0, 0.4),
             sampler: Box::new(Ddim::new(schedule())),
             ddim: Ddim::new(schedule()),
-            grids: Grids {
-                rollout: grid.clone(),
-                teacher: grid.refined(2, 1000).expect("there is room"),
-                student: grid,
-            },
+            grids: Grids::new(grid.clone())
+                .with_teacher(grid.refined(2, 1000).expect("there is room")),
             streams: RandomStreams::new(3, 0),
         }
     }
@@ -39,11 +36,8 @@ impl Bench {
     /// A latent consistency model's grids: trained at 50 timesteps, sampled at 4.
     fn lcm() -> Self {
         let grid = Timesteps::lcm(1000, 50, 50).expect("it is valid");
-        let grids = Grids {
-            rollout: Timesteps::lcm(1000, 50, 4).expect("it is valid"),
-            teacher: grid.clone(),
-            student: grid,
-        };
+        let grids =
+            Grids::new(grid).with_rollout(Timesteps::lcm(1000, 50, 4).expect("it is valid"));
         Self { grids, sampler: Box::new(Lcm::new(schedule())), ..Self::new() }
     }
 
@@ -63,24 +57,26 @@ impl Bench {
             let labels = Tensor::arange_start(first, first + n, (Kind::Int64, tch::Device::Cpu));
             Conditioning::class_labels(labels)
         };
-        let data = Data { x0: Tensor::zeros(&whole, tch::kind::FLOAT_CPU), conditioning: told(0) };
-        source.states(&SourceRequest {
-            step,
+        let data =
+            Data::new(Tensor::zeros(&whole, tch::kind::FLOAT_CPU)).with_conditioning(told(0));
+        let noise = normal(step, &whole);
+        let request = SourceRequest::new(
+            &Clock::new(step, 100, self.streams),
             grid_indices,
-            data: &data,
-            noise: &normal(step, &whole),
-            prompts: &told(first_label),
-            grids: &self.grids,
-            sampler: &*self.sampler,
-            teacher_sampler: &self.ddim,
-            student: &self.student,
-            teacher: &self.teacher,
-            streams: &self.streams,
-        })
+            (&data, &noise),
+            &self.grids,
+            &*self.sampler,
+            RolloutNetworks::new(&self.student, &self.teacher),
+        );
+        let prompts = told(first_label);
+        source.states(&request.with_prompts(&prompts).with_teacher_sampler(&self.ddim))
     }
 
     fn student(&self, policy: StudentPolicy) -> StudentSource {
-        let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
+        let config = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = None;
+        });
         StudentSource::new(config, &self.grids).expect("it is valid")
     }
 }
@@ -126,7 +122,7 @@ fn every_policy_gives_the_students_law() -> ddil_core::Result<()> {
         StudentPolicy::FreshAll,
         StudentPolicy::Buffer {
             new_fraction: 0.5,
-            buffer: BufferConfig { storage: StorageKind::F32, ..BufferConfig::default() },
+            buffer: BufferConfig::default().with(|config| config.storage = StorageKind::F32),
         },
         StudentPolicy::Chain { refresh_fraction: 0.0 },
     ] {
@@ -221,7 +217,10 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     assert_eq!(bench.student.num_evaluated.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
 
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
-        let config = StudentConfig { policy, mixed: None, ..StudentConfig::default() };
+        let config = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = None;
+        });
         assert!(matches!(
             StudentSource::new(config, &bench.grids),
             Err(Error::Invalid(invalid)) if invalid.field == "policy.kind"
@@ -241,7 +240,10 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
         StudentPolicy::Fresh,
         StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
     ] {
-        let config = StudentConfig { policy, rollout_steps: steps, ..StudentConfig::default() };
+        let config = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.rollout_steps = steps;
+        });
         let mut source = StudentSource::new(config.clone(), &bench.grids)?;
         let states = bench.ask(&mut source, 0, &indices, &[8], 3)?;
         assert_eq!(label_list(&states), (3..3 + 49 * 20).collect::<Vec<i64>>());
@@ -256,10 +258,11 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
         assert_eq!(states.x_t, bench.ask(&mut again, 0, &indices, &[8], 3)?.x_t);
     }
     // At the last index a trajectory of n steps was asked n times: 5 on average, each of 2 to 8 as often.
-    let config = |min, max| StudentConfig {
-        policy: StudentPolicy::Fresh,
-        rollout_steps: Some(RolloutSteps { min, max }),
-        ..StudentConfig::default()
+    let config = |min, max| {
+        StudentConfig::default().with(|config| {
+            config.policy = StudentPolicy::Fresh;
+            config.rollout_steps = Some(RolloutSteps { min, max });
+        })
     };
     bench.student.num_evaluated.set(0);
     let mut source = StudentSource::new(config(2, 8), &bench.grids)?;
@@ -277,11 +280,11 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
 #[test]
 fn drawn_steps_stop_where_a_state_is_wanted() -> ddil_core::Result<()> {
     let bench = Bench { sampler: Box::new(Lcm::new(schedule())), ..Bench::new() };
-    let config = StudentConfig {
-        policy: StudentPolicy::Buffer { new_fraction: 1.0, buffer: BufferConfig::default() },
-        rollout_steps: Some(RolloutSteps { min: 1, max: 3 }),
-        ..StudentConfig::default()
-    };
+    let config = StudentConfig::default().with(|config| {
+        config.policy =
+            StudentPolicy::Buffer { new_fraction: 1.0, buffer: BufferConfig::default() };
+        config.rollout_steps = Some(RolloutSteps { min: 1, max: 3 });
+    });
     let mut source = StudentSource::new(config, &bench.grids)?;
     let states = bench.ask(&mut source, 0, &cycle(60), &[2], 0)?;
     assert_eq!(states.grid_indices, cycle(60));
@@ -294,7 +297,10 @@ fn rollout_steps_are_checked() {
     let grids = Bench::lcm().grids;
     let build = |policy: StudentPolicy, min, max| {
         let rollout_steps = Some(RolloutSteps { min, max });
-        let config = StudentConfig { policy, rollout_steps, ..StudentConfig::default() };
+        let config = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.rollout_steps = rollout_steps;
+        });
         StudentSource::new(config, &grids)
     };
     assert!(build(StudentPolicy::Fresh, 1, 50).is_ok());
@@ -308,7 +314,10 @@ fn rollout_steps_are_checked() {
     let grid = Bench::new().grids;
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
         let rollout_steps = Some(RolloutSteps { min: 2, max: 4 });
-        let config = StudentConfig { policy, rollout_steps, ..StudentConfig::default() };
+        let config = StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.rollout_steps = rollout_steps;
+        });
         let refused = StudentSource::new(config, &grid);
         assert!(matches!(refused, Err(Error::Invalid(invalid)) if invalid.field == "policy.kind"));
     }
@@ -318,7 +327,10 @@ fn rollout_steps_are_checked() {
 fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()> {
     for pool in [0, 5000] {
         let bench = Bench::new();
-        let config = TeacherConfig { pool, storage: StorageKind::F32, ..TeacherConfig::default() };
+        let config = TeacherConfig::default().with(|config| {
+            config.pool = pool;
+            config.storage = StorageKind::F32;
+        });
         let mut source = TeacherSource::new(config, &bench.grids)?;
         let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
         assert!(states.sources.iter().all(|source| *source == Source::Teacher));
@@ -337,7 +349,10 @@ fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()>
 #[test]
 fn pool_is_filled_once() -> ddil_core::Result<()> {
     let bench = Bench::new();
-    let config = TeacherConfig { pool: 10, storage: StorageKind::F32, ..TeacherConfig::default() };
+    let config = TeacherConfig::default().with(|config| {
+        config.pool = 10;
+        config.storage = StorageKind::F32;
+    });
     let mut source = TeacherSource::new(config, &bench.grids)?;
     let mut made = std::collections::HashMap::new();
     for step in 0..4 {
@@ -368,8 +383,10 @@ fn pool_is_filled_once() -> ddil_core::Result<()> {
 #[test]
 fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
     let bench = Bench::lcm();
-    let config =
-        TeacherConfig { pool: 60, states_per_trajectory: Some(2), ..TeacherConfig::default() };
+    let config = TeacherConfig::default().with(|config| {
+        config.pool = 60;
+        config.states_per_trajectory = Some(2);
+    });
     let mut source = TeacherSource::new(config, &bench.grids)?;
     for step in 0..10 {
         let indices: Vec<usize> = (0..12).map(|_| 1 + (step as usize * 5) % 49).collect();
@@ -401,12 +418,11 @@ fn teacher_ends(bench: &Bench) -> ddil_core::Result<[f64; 2]> {
 fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddil_core::Result<()> {
     for (pool, steps) in [(0, 1), (40, 1), (40, 30)] {
         let bench = Bench::new();
-        let config = TeacherConfig {
-            pool,
-            states: TeacherStates::Renoised,
-            storage: StorageKind::F32,
-            ..TeacherConfig::default()
-        };
+        let config = TeacherConfig::default().with(|config| {
+            config.pool = pool;
+            config.states = TeacherStates::Renoised;
+            config.storage = StorageKind::F32;
+        });
         let mut source = TeacherSource::new(config, &bench.grids)?;
         let mut ends = Vec::new();
         for step in 0..steps {
@@ -433,12 +449,11 @@ fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddi
 #[test]
 fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
     let bench = Bench { teacher: Gaussian::new(0.5, 1.0, 0.4), ..Bench::lcm() };
-    let config = TeacherConfig {
-        pool: 3,
-        states: TeacherStates::Renoised,
-        storage: StorageKind::F32,
-        ..TeacherConfig::default()
-    };
+    let config = TeacherConfig::default().with(|config| {
+        config.pool = 3;
+        config.states = TeacherStates::Renoised;
+        config.storage = StorageKind::F32;
+    });
     let mut source = TeacherSource::new(config.clone(), &bench.grids)?;
     bench.ask(&mut source, 0, &[49, 49, 49], &[2], 0)?;
     assert_eq!((source.pooled(), bench.teacher.num_evaluated.take()), (3, 3 * 50));
@@ -469,14 +484,10 @@ fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
 fn noise(step: u64) -> States {
     let first = step as i64 * 1000 + 500;
     let labels = Tensor::arange_start(first, first + 4, tch::kind::INT64_CPU);
-    States {
-        x_t: normal(1000 + step, &[4, 3]),
-        timesteps: Tensor::full([4], 999, tch::kind::INT64_CPU),
-        grid_indices: vec![0; 4],
-        conditioning: Conditioning::class_labels(labels),
-        sources: vec![Source::Noise; 4],
-        created_at_step: vec![step; 4],
-    }
+    States::new(normal(1000 + step, &[4, 3]), &trailing(4), vec![0; 4], Source::Noise)
+        .expect("on the grid")
+        .with_conditioning(Conditioning::class_labels(labels))
+        .made_at(step)
 }
 
 /// What a loss would have computed of a batch.
@@ -488,15 +499,10 @@ fn show_loss(
     teacher_next: Option<&Tensor>,
 ) -> ddil_core::Result<()> {
     let x0 = bench.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0;
-    source.after_loss(&LossFeedback {
-        step,
-        states,
-        student_x0: &x0,
-        teacher_next,
-        grids: &bench.grids,
-        sampler: &*bench.sampler,
-        streams: &bench.streams,
-    })
+    let feedback = Feedback::new(&x0).with_teacher_next(teacher_next);
+    let clock = Clock::new(step, 100, bench.streams);
+    let (grids, sampler) = (&bench.grids, &*bench.sampler);
+    source.after_loss(&LossFeedback::new(&clock, states, &feedback, grids, sampler))
 }
 
 /// Chains, run as a trainer would: batches with even grid indices, then the student's estimates of them.
@@ -609,11 +615,10 @@ fn chains_forget_what_waits_too_long() -> ddil_core::Result<()> {
 #[test]
 fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
     let bench = Bench::new();
-    let config = StudentConfig {
-        policy: StudentPolicy::Chain { refresh_fraction: 0.0 },
-        mixed: Some(MixedVariant::Bernoulli { kappa: 1.0 }),
-        ..StudentConfig::default()
-    };
+    let config = StudentConfig::default().with(|config| {
+        config.policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
+        config.mixed = Some(MixedVariant::Bernoulli { kappa: 1.0 });
+    });
     let mut source = StudentSource::new(config.clone(), &bench.grids)?;
     let marked = |batch: &States| Some(batch.x_t.full_like(42.0));
     let batches = run_chain(&bench, &mut source, 0..6, marked)?;
@@ -631,11 +636,10 @@ fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
 #[test]
 fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
     let bench = Bench::new();
-    let config = StudentConfig {
-        policy: StudentPolicy::Fresh,
-        mixed: Some(MixedVariant::TeacherThenStudent { switch: 1 }),
-        ..StudentConfig::default()
-    };
+    let config = StudentConfig::default().with(|config| {
+        config.policy = StudentPolicy::Fresh;
+        config.mixed = Some(MixedVariant::TeacherThenStudent { switch: 1 });
+    });
     let mut source = StudentSource::new(config, &bench.grids)?;
     let states = bench.ask(&mut source, 0, &cycle(9), &[2], 0)?;
     assert!(states.sources.iter().all(|source| *source == Source::Mixed));
@@ -647,9 +651,12 @@ fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
 fn settings_are_checked() {
     let grids = Bench::new().grids;
     let student = |policy, mixed| {
-        SourceConfig::Student(StudentConfig { policy, mixed, ..StudentConfig::default() })
-            .build(&grids)
-            .map(|_| ())
+        SourceConfig::Student(StudentConfig::default().with(|config| {
+            config.policy = policy;
+            config.mixed = mixed;
+        }))
+        .build(&grids)
+        .map(|_| ())
     };
     let chain = |refresh_fraction| StudentPolicy::Chain { refresh_fraction };
     for refused in [
@@ -661,10 +668,9 @@ fn settings_are_checked() {
             StudentPolicy::Buffer { new_fraction: -0.1, buffer: BufferConfig::default() },
             None,
         ),
-        SourceConfig::Teacher(TeacherConfig {
-            states_per_trajectory: Some(0),
-            ..TeacherConfig::default()
-        })
+        SourceConfig::Teacher(
+            TeacherConfig::default().with(|config| config.states_per_trajectory = Some(0)),
+        )
         .build(&grids)
         .map(|_| ()),
     ] {
@@ -684,9 +690,9 @@ fn grids_are_checked() -> ddil_core::Result<()> {
     let other = Timesteps::explicit(vec![999, 500], 1000)?;
     let late = Timesteps::explicit(vec![979, 499], 1000)?;
     for refused in [
-        Grids { rollout: other.clone(), ..good.clone() },
-        Grids { rollout: late, ..good.clone() },
-        Grids { teacher: other, ..good },
+        good.clone().with_rollout(other.clone()),
+        good.clone().with_rollout(late),
+        good.with_teacher(other),
     ] {
         assert!(matches!(refused.ensure(), Err(Error::Invalid(_))), "{refused:?}");
     }

@@ -28,13 +28,12 @@ fn folder() -> TempDir {
 
 /// `kept` states a ring in memory, `wanted` in all.
 fn config(folder: &Path, kept: u64, wanted: usize) -> BufferConfig {
-    let spill = SpillConfig { folder: folder.join("spill"), byte_budget: 1 << 20 };
-    BufferConfig {
-        capacity: 3 * wanted,
-        byte_budget: 3 * kept * ROW_BYTES,
-        spill: Some(spill),
-        ..BufferConfig::default()
-    }
+    let spill = SpillConfig::new(folder.join("spill"), 1 << 20);
+    BufferConfig::default().with(|config| {
+        config.capacity = 3 * wanted;
+        config.byte_budget = 3 * kept * ROW_BYTES;
+        config.spill = Some(spill);
+    })
 }
 
 fn buffer(config: &BufferConfig) -> AggregationBuffer {
@@ -70,7 +69,8 @@ fn kept_aside(saved: SavedState, folder: &Path) -> SavedState {
         file.link_to(&path).expect("it can be linked");
         SavedFile { path, ..file }
     };
-    SavedState { files: saved.files.into_iter().map(link).collect(), ..saved }
+    let files = saved.files.iter().cloned().map(link).collect();
+    saved.with_files(files)
 }
 
 fn assert_same(a: &States, b: &States) {
@@ -121,8 +121,11 @@ struct Pair {
 impl Pair {
     fn new(kept: u64, wanted: usize, max_age: u64) -> Self {
         let folder = folder();
-        let on_disk = BufferConfig { max_age, ..config(folder.path(), kept, wanted) };
-        let in_memory = BufferConfig { spill: None, byte_budget: 1 << 20, ..on_disk.clone() };
+        let on_disk = config(folder.path(), kept, wanted).with(|buffer| buffer.max_age = max_age);
+        let in_memory = on_disk.clone().with(|config| {
+            config.spill = None;
+            config.byte_budget = 1 << 20;
+        });
         let configs = [on_disk, in_memory];
         let [on_disk, in_memory] = [0, 1].map(|i| buffer(&configs[i]));
         Self { folder, on_disk, in_memory, configs, saved: None, step: 0, next: 0, saves: 0 }
@@ -221,13 +224,8 @@ proptest! {
     #[test]
     fn stays_within_both_budgets(byte_budget in 0_u64..400, on_disk in 24_700_u64..200_000) {
         let folder = folder();
-        let spill = SpillConfig { folder: folder.path().join("spill"), byte_budget: on_disk };
-        let config = BufferConfig {
-            capacity: 100_000,
-            byte_budget,
-            spill: Some(spill),
-            ..BufferConfig::default()
-        };
+        let spill = SpillConfig::new(folder.path().join("spill"), on_disk);
+        let config = BufferConfig::default().with(|config| { config.capacity = 100_000; config.byte_budget = byte_budget; config.spill = Some(spill); });
         let mut buffer = buffer(&config);
         let mut most = 0;
         for step in 0..60 {
@@ -269,7 +267,8 @@ proptest! {
         let same = before == json!(number);
         let other = self::folder();
         let mut restored = buffer(&config(other.path(), 4, 10));
-        let found = restored.restore(&SavedState { metadata, ..saved });
+        let saved = SavedState::new(saved.tensors, metadata).with_files(saved.files);
+        let found = restored.restore(&saved);
         // A birth is any number, and fewer states than there were are a buffer, too.
         let sound = same || at == 5 || (at == 4 && number < 5);
         prop_assert!(found.is_err() || sound, "{number} for {before}");
@@ -377,7 +376,7 @@ fn refusal(file: usize, damage: impl FnOnce(&Path)) -> Error {
         SavedFile { path, ..file.clone() }
     };
     let files = saved.files.iter().map(copy).collect();
-    let saved = SavedState { files, ..saved };
+    let saved = saved.with_files(files);
     let other = self::folder();
     let mut restored = buffer(&config(other.path(), 4, 10));
     restored.restore(&saved).expect("it is sound");
@@ -432,18 +431,19 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         buffer(&config).restore(saved).expect_err("it does not fit").to_string()
     };
     let own = config(other.path(), 4, 10);
-    let in_memory = BufferConfig { spill: None, ..own.clone() };
+    let in_memory = own.clone().with(|config| config.spill = None);
     assert!(problem(in_memory, &saved).contains("`buffer.spill` is not set"));
-    let small = SpillConfig { byte_budget: 10_000, folder: other.path().into() };
-    let small = BufferConfig { spill: Some(small), ..own.clone() };
+    let small = SpillConfig::new(other.path(), 10_000);
+    let small = own.clone().with(|config| config.spill = Some(small));
     assert!(problem(small, &saved).contains("more than `buffer.spill.byte_budget` = 10000"));
     let files = saved.files[1..].to_vec();
-    let missing = SavedState { tensors: vec![], metadata: saved.metadata.clone(), files };
+    let missing = SavedState::new(vec![], saved.metadata.clone()).with_files(files);
     assert!(problem(own.clone(), &missing).contains("tensors are missing"));
-    let single = BufferConfig { storage: StorageKind::F32, ..own };
+    let single = own.with(|config| config.storage = StorageKind::F32);
     assert!(problem(single, &saved).contains("`x_t` is Half"));
 
-    let nowhere = BufferConfig { spill: Some(SpillConfig::default()), ..BufferConfig::default() };
+    let nowhere =
+        BufferConfig::default().with(|config| config.spill = Some(SpillConfig::default()));
     let nowhere = AggregationBuffer::new(nowhere, &trailing(4));
     assert!(
         matches!(nowhere, Err(Error::Invalid(invalid)) if invalid.field == "buffer.spill.folder")
@@ -495,7 +495,7 @@ fn a_refusing_disk_is_told_and_survived() -> Result<()> {
     drawn.dedup();
     assert_eq!(drawn, [37, 38, 39]);
 
-    let spill = SpillConfig { folder: folder.path().join("spill"), byte_budget: 1 << 20 };
+    let spill = SpillConfig::new(folder.path().join("spill"), 1 << 20);
     spill.clear()?;
     assert_eq!(files_in(&spill.folder), []);
     fs::write(spill.folder.join("ring_of.rows"), "no name of ours").expect("it can be written");
@@ -509,7 +509,10 @@ fn any_rank_and_kind_can_be_spilled() -> Result<()> {
     for shape in crate::common::SHAPES {
         for storage in [StorageKind::F16, StorageKind::F32] {
             let folder = folder();
-            let config = BufferConfig { storage, byte_budget: 0, ..config(folder.path(), 0, 8) };
+            let config = config(folder.path(), 0, 8).with(|buffer| {
+                buffer.storage = storage;
+                buffer.byte_budget = 0;
+            });
             let mut buffer = buffer(&config);
             let given = states(3, 0, &[1, 3], &shape[1..]);
             buffer.insert(&given)?;

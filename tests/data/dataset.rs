@@ -93,7 +93,7 @@ fn damaged_idx_files() -> TestResult {
 #[test]
 fn missing_fashion_mnist_names_folder_and_cure() -> TestResult {
     let folder = tempfile::tempdir()?;
-    let error = FashionMnist::load(Some(folder.path())).expect_err("the folder is empty");
+    let error = FashionMnist::from_folder(Some(folder.path())).expect_err("the folder is empty");
     let message = error.to_string();
     assert!(message.contains(&folder.path().display().to_string()), "{message}");
     assert!(message.contains("make setup") && message.contains("DDIL_DATA"), "{message}");
@@ -106,7 +106,7 @@ fn other_files_under_the_names_of_fashion_mnist() -> TestResult {
     let folder = tempfile::tempdir()?;
     let bytes = idx(IMAGES_MAGIC, &[1, 28, 28], &[0; 784]);
     let path = written(&folder, "train-images-idx3-ubyte", &bytes);
-    let error = FashionMnist::load(Some(folder.path())).expect_err("not the published file");
+    let error = FashionMnist::from_folder(Some(folder.path())).expect_err("not the published file");
     assert!(matches!(error, Error::Checksum { path: named, .. } if named == path));
     Ok(())
 }
@@ -114,7 +114,7 @@ fn other_files_under_the_names_of_fashion_mnist() -> TestResult {
 #[test]
 #[ignore = "needs Fashion-MNIST: `make setup`"]
 fn fashion_mnist() -> TestResult {
-    let FashionMnist { train, test } = FashionMnist::load(None)?;
+    let FashionMnist { train, test } = FashionMnist::from_folder(None)?;
     assert_eq!((train.len(), test.len()), (60_000, 10_000));
     for (dataset, of_each) in [(&train, 6000), (&test, 1000)] {
         assert_eq!(dataset.image_shape(), [1, 32, 32]);

@@ -110,14 +110,14 @@ fn a_class_is_one_of_those_known() {
 fn files_that_are_no_object_are_refused_by_name() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("config.json");
-    assert!(matches!(JsonSettings::read(&path), Err(Error::Io { .. })));
+    assert!(matches!(JsonSettings::from_file(&path), Err(Error::Io { .. })));
     for text in ["", "[]", "null", "{\"a\": ", "{\"a\": 1} x"] {
         std::fs::write(&path, text).expect("a file");
-        let error = JsonSettings::read(&path).expect_err(text);
+        let error = JsonSettings::from_file(&path).expect_err(text);
         assert!(matches!(error, Error::Json { .. }), "{text}");
         assert!(error.to_string().contains("config.json"), "{error}");
     }
     let file = std::fs::File::create(&path).expect("a file");
     file.set_len(1 << 40).expect("a sparse file");
-    assert!(matches!(JsonSettings::read(&path), Err(Error::Io { .. })));
+    assert!(matches!(JsonSettings::from_file(&path), Err(Error::Io { .. })));
 }

@@ -206,7 +206,7 @@ fn an_override_that_leads_nowhere_is_refused_and_changes_nothing() -> Result<(),
 
 #[test]
 fn a_file_that_is_not_there_is_named() {
-    let error = Settings::read(Path::new("no/such/run.toml")).expect_err("no such file");
+    let error = Settings::from_file(Path::new("no/such/run.toml")).expect_err("no such file");
     assert_eq!(error.to_string(), "could not read no/such/run.toml");
 }
 

@@ -39,13 +39,12 @@ fn a_checkpoint_of_version_1_is_read() {
     let found = find_latest(&golden().join("checkpoints")).expect("a folder");
     let checkpoint = found.checkpoint.expect("it is sound");
     assert_eq!((checkpoint.step(), checkpoint.manifest().kind.as_str()), (7, "distill"));
-    let saved = SavedState {
-        files: Vec::new(),
-        tensors: checkpoint.tensors("buffer.safetensors").expect("tensors"),
-        metadata: checkpoint.json("buffer.json").expect("JSON"),
-    };
+    let saved = SavedState::new(
+        checkpoint.tensors("buffer.safetensors").expect("tensors"),
+        checkpoint.json("buffer.json").expect("JSON"),
+    );
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0).expect("on the grid");
-    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+    let config = BufferConfig::default().with(|config| config.capacity = 12);
     let mut buffer = AggregationBuffer::new(config, &grid).expect("it is valid");
     buffer.restore(&saved).expect("a buffer");
     assert_eq!(buffer.statistics(2).per_index, [0, 2, 1, 1]);
@@ -58,14 +57,14 @@ fn a_checkpoint_of_version_1_is_read() {
 fn a_run_of_version_1_goes_on() {
     let folder = copied();
     let path = folder.path().join("run");
-    let status = Status::read(&path).expect("a status");
+    let status = Status::from_folder(&path).expect("a status");
     assert_eq!((status.state, status.step), (State::Completed, 3));
     let lines: Vec<Value> = read_lines(&path.join("metrics.jsonl")).expect("lines");
     assert_eq!(lines[2], json!({ "step": 3, "loss": 0.5 }));
     let text = std::fs::read(path.join("position.json")).expect("a position");
     let position: Position = serde_json::from_slice(&text).expect("a position");
     Record::resume(&path.join("metrics.jsonl"), position).expect("it is as it was");
-    let environment = RunEnvironment::read(&path).expect("an environment");
+    let environment = RunEnvironment::from_folder(&path).expect("an environment");
     assert_eq!((environment.first.step, environment.later[0].step), (0, 2));
     assert_eq!(environment.later[0].facts["num_threads"], 2);
     let run = RunFolder::resume(&path).expect("a run");
@@ -80,14 +79,14 @@ fn a_status_without_a_version_is_of_the_first() {
     change(&path, |object| {
         drop(object.as_object_mut().expect("an object").remove("format_version"));
     });
-    assert_eq!(Status::read(&folder.path().join("run")).expect("a status").step, 3);
+    assert_eq!(Status::from_folder(&folder.path().join("run")).expect("a status").step, 3);
 }
 
 #[test]
 fn measurements_of_version_1_are_read() {
     let rows = results::read(&golden().join("results.json")).expect("rows");
     assert_eq!((rows[0].method.as_str(), rows[0].frechet), ("progressive", 2.5));
-    let record = CellRecord::read(&golden().join("cell.json")).expect("a record");
+    let record = CellRecord::from_file(&golden().join("cell.json")).expect("a record");
     let outcome = record.expect("it is there").outcome;
     assert!(matches!(outcome, Outcome::Diverged { step: 5, .. }), "{outcome:?}");
 }
@@ -96,7 +95,7 @@ fn measurements_of_version_1_are_read() {
 fn encoded_data_and_a_card_of_version_1_are_read() {
     let data = EncodedDataset::open(&golden().join("encoded"), None).expect("encoded data");
     assert_eq!((data.len(), data.texts()[2].as_str()), (2, "a dog"));
-    let card = Card::read(&golden().join("ddil.json")).expect("a card");
+    let card = Card::from_file(&golden().join("ddil.json")).expect("a card");
     assert_eq!((card.method.as_str(), card.updates), ("lcm", 300));
 }
 
@@ -135,18 +134,20 @@ fn other_versions_are_refused_in_words() {
             assert!(matches!(damage, Damage::Format { .. }), "{damage}");
             Some(format!("manifest.json: {damage}"))
         }),
-        ("run/status.json", "", |folder| Status::read(&folder.join("run")).err().map(told)),
+        ("run/status.json", "", |folder| Status::from_folder(&folder.join("run")).err().map(told)),
         ("run/environment.json", "", |folder| {
-            RunEnvironment::read(&folder.join("run")).err().map(told)
+            RunEnvironment::from_folder(&folder.join("run")).err().map(told)
         }),
         ("results.json", "/0", |folder| {
             results::read(&folder.join("results.json")).err().map(told)
         }),
-        ("cell.json", "", |folder| CellRecord::read(&folder.join("cell.json")).err().map(told)),
-        ("encoded/dataset.json", "", |folder| {
-            EncodedInfo::read(&folder.join("encoded")).err().map(told)
+        ("cell.json", "", |folder| {
+            CellRecord::from_file(&folder.join("cell.json")).err().map(told)
         }),
-        ("ddil.json", "", |folder| Card::read(&folder.join("ddil.json")).err().map(told)),
+        ("encoded/dataset.json", "", |folder| {
+            EncodedInfo::from_folder(&folder.join("encoded")).err().map(told)
+        }),
+        ("ddil.json", "", |folder| Card::from_file(&folder.join("ddil.json")).err().map(told)),
     ];
     for (file, pointer, read) in readers {
         for version in [0, 2, 4_000_000_000] {

@@ -160,7 +160,7 @@ fn states_and_losses_are_made_in_threads() {
                 .generator(step, ddil_core::Stream::Data, Device::Cpu)
                 .and_then(|mut generator| Ok(generator.normal([8, 2], Kind::Float)?))
                 .expect("memory");
-            let data = Data { x0, conditioning: Conditioning::none() };
+            let data = Data::new(x0);
             let clock = Clock::new(step, 3, streams);
             let networks = RolloutNetworks::new(&student, &teacher);
             let states =

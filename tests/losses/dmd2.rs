@@ -23,7 +23,7 @@ fn method(schedule: &NoiseSchedule, config: Dmd2Config) -> Dmd2 {
 }
 
 fn no_gan() -> Dmd2Config {
-    Dmd2Config { gan: false, ..Dmd2Config::default() }
+    Dmd2Config::default().with(|config| config.gan = false)
 }
 
 /// Networks whose critic is the same in the gradient and in its own loss.
@@ -32,14 +32,12 @@ fn cast<'a>(
     teacher: &'a dyn Denoiser,
     fake_score: &'a dyn Denoiser,
 ) -> Networks<'a> {
-    let critic = Critic { fake_score, thresholded: fake_score, discriminator: None };
-    Networks { critic: Some(critic), ..Networks::new(student, teacher) }
+    let critic = Critic::new(fake_score);
+    Networks::new(student, teacher).with_critic(critic)
 }
 
 fn judged<'a>(networks: Networks<'a>, discriminator: &'a dyn Discriminator) -> Networks<'a> {
-    let critic =
-        networks.critic.map(|critic| Critic { discriminator: Some(discriminator), ..critic });
-    Networks { critic, ..networks }
+    networks.with_critic(networks.critic.expect("there is one").with_discriminator(discriminator))
 }
 
 fn request<'a>(phase: Phase, states: &'a States, networks: Networks<'a>) -> LossRequest<'a> {
@@ -164,7 +162,7 @@ fn is_closed_form(
     teacher_x0: impl Fn(i64, f64) -> f64,
 ) {
     const FACTOR: f64 = 0.8;
-    let dmd2 = method(schedule, Dmd2Config { dm_weight: 3.0, ..no_gan() });
+    let dmd2 = method(schedule, no_gan().with(|config| config.dm_weight = 3.0));
     let student = Linear::trainable(schedule.clone(), FACTOR);
     let fake = Gaussian { schedule: schedule.clone(), mean: -0.4, std: 0.3 };
     let x = [0.4, -1.3, 0.9, 2.0, -0.2, 0.1, 1.1, -0.6];
@@ -235,7 +233,7 @@ fn the_critics_loss_is_the_error_that_its_weighting_names() {
         let expected = expected.expect("they fit");
         let dmd2 = method(
             &schedule,
-            Dmd2Config { critic_weighting: Some(Weighting::of(output)), ..no_gan() },
+            no_gan().with(|config| config.critic_weighting = Some(Weighting::of(output))),
         );
         let silent = Silent(schedule.clone());
         let terms = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
@@ -269,7 +267,10 @@ fn the_default_cap_leaves_usual_schedules_alone() {
 #[test]
 fn a_discriminator_adds_its_terms_with_their_factors() {
     let [schedule, ..] = schedules();
-    let config = Dmd2Config { gan_weight: 0.25, critic_gan_weight: 0.125, ..Dmd2Config::default() };
+    let config = Dmd2Config::default().with(|config| {
+        config.gan_weight = 0.25;
+        config.critic_gan_weight = 0.125;
+    });
     let (with, without) = (method(&schedule, config), method(&schedule, no_gan()));
     let judge = Judge::trainable(0.7);
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.8) };
@@ -278,13 +279,11 @@ fn a_discriminator_adds_its_terms_with_their_factors() {
     let networks = judged(cast(&student, &teacher, &fake), &judge);
     let mut batch = states(Tensor::randn([3, 5], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
     batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[1_i64, 2, 3]));
-    let real = Data {
-        x0: Tensor::randn([3, 5], kind::DOUBLE_CPU),
-        conditioning: Conditioning::class_labels(Tensor::from_slice(&[4_i64, 5, 6])),
-    };
+    let real = Data::new(Tensor::randn([3, 5], kind::DOUBLE_CPU))
+        .with_conditioning(Conditioning::class_labels(Tensor::from_slice(&[4_i64, 5, 6])));
 
     for phase in [Phase::Student, Phase::Critic] {
-        let request = LossRequest { real: Some(&real), ..request(phase, &batch, networks) };
+        let request = request(phase, &batch, networks).with_real(&real);
         let (terms, plain) = (loss(&with, &request), loss(&without, &request));
         let added = values(&(&terms.per_sample - &plain.per_sample));
         let expected: Vec<f64> = match phase {
@@ -312,7 +311,10 @@ fn a_discriminator_adds_its_terms_with_their_factors() {
 #[test]
 fn adversarial_terms_are_closed_forms() {
     let [schedule, ..] = schedules();
-    let config = Dmd2Config { dm_weight: 0.0, gan_weight: 1.0, ..Dmd2Config::default() };
+    let config = Dmd2Config::default().with(|config| {
+        config.dm_weight = 0.0;
+        config.gan_weight = 1.0;
+    });
     let dmd2 = method(&schedule, config);
     let judge = Judge::trainable(0.7);
     let student = Linear::trainable(schedule.clone(), 0.8);
@@ -354,8 +356,7 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
     let [schedule, ..] = schedules();
     let dmd2 = method(&schedule, Dmd2Config::default());
     let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
-    let real =
-        Data { x0: Tensor::randn([3, 4], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
+    let real = Data::new(Tensor::randn([3, 4], kind::DOUBLE_CPU));
     for phase in [Phase::Student, Phase::Critic] {
         let [student, teacher, fake_score, thresholded] =
             [0.5, 0.9, 0.7, 0.6].map(|factor| Linear::trainable(schedule.clone(), factor));
@@ -366,14 +367,11 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
             Phase::Student => &frozen,
             Phase::Critic => &judge,
         };
-        let critic = Critic {
-            fake_score: &fake_score,
-            thresholded: &thresholded,
-            discriminator: Some(discriminator),
-        };
-        let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
-        let terms =
-            loss(&dmd2, &LossRequest { real: Some(&real), ..request(phase, &batch, networks) });
+        let critic = Critic::new(&fake_score)
+            .with_thresholded(&thresholded)
+            .with_discriminator(discriminator);
+        let networks = Networks::new(&student, &teacher).with_critic(critic);
+        let terms = loss(&dmd2, &request(phase, &batch, networks).with_real(&real));
         assert!(!terms.target.requires_grad() && !terms.student_x0.requires_grad());
         assert!(terms.parts.iter().all(|(_, figures)| !figures.requires_grad()));
         assert_eq!(terms.teacher_next.map(|next| next.size()), None);
@@ -407,16 +405,14 @@ fn the_critic_takes_the_samples_that_there_are() {
     assert!(!alone.student_x0.requires_grad());
 
     let earlier = loss(&dmd2, &request(Phase::Student, &batch, cast(&student, &fake, &fake)));
-    let kept = LossRequest {
-        student_x0: Some(&earlier.student_x0),
-        ..request(Phase::Critic, &batch, cast(&silent, &silent, &fake))
-    };
+    let kept = request(Phase::Critic, &batch, cast(&silent, &silent, &fake))
+        .with_student_x0(&earlier.student_x0);
     let after = loss(&dmd2, &kept);
     assert_eq!(gap(&after.per_sample, &alone.per_sample), 0.0);
     assert_eq!(gap(&after.student_x0, &earlier.student_x0), 0.0);
     // Even if a graph came with them.
     let with_graph = earlier.student_x0.copy().set_requires_grad(true);
-    let terms = loss(&dmd2, &LossRequest { student_x0: Some(&with_graph), ..kept });
+    let terms = loss(&dmd2, &kept.with_student_x0(&with_graph));
     terms.per_sample.mean(Kind::Double).backward();
     assert!(!with_graph.grad().defined() && fake.factor.grad().defined());
 }
@@ -432,8 +428,8 @@ fn timesteps_are_drawn_from_the_whole_of_their_range() {
     let mut batch =
         states(Tensor::zeros([20_000, 1], kind::FLOAT_CPU), &trailing(4), &vec![2; 20_000]);
     batch.conditioning = Conditioning::class_labels(Tensor::full([20_000], 7, kind::INT64_CPU));
-    let critic = Critic { fake_score: &fake_score, thresholded: &thresholded, discriminator: None };
-    let networks = Networks { critic: Some(critic), ..Networks::new(&student, &teacher) };
+    let critic = Critic::new(&fake_score).with_thresholded(&thresholded);
+    let networks = Networks::new(&student, &teacher).with_critic(critic);
     for phase in [Phase::Student, Phase::Critic] {
         loss(&dmd2, &request(phase, &batch, networks));
     }
@@ -462,14 +458,17 @@ fn draws_differ_by_step_and_phase_and_by_nothing_else() {
     let drawn = |step, phase, dmd2: &Dmd2| {
         let recorder = Recorder::new(schedule.clone());
         let networks = cast(&student, &recorder, &recorder);
-        loss(dmd2, &LossRequest { step, ..request(phase, &batch, networks) });
+        loss(dmd2, &LossRequest::new(step, phase, &batch, networks, &STREAMS));
         let calls = recorder.calls.borrow();
         calls[0].0.clone()
     };
     let first = drawn(7, Phase::Student, &dmd2);
     assert_eq!(first, drawn(7, Phase::Student, &dmd2));
     assert_ne!(first, drawn(8, Phase::Student, &dmd2));
-    let whole = Dmd2Config { dm_min_timestep: 0.0, dm_max_timestep: 1.0, ..no_gan() };
+    let whole = no_gan().with(|config| {
+        config.dm_min_timestep = 0.0;
+        config.dm_max_timestep = 1.0;
+    });
     let whole = method(&schedule, whole);
     assert_eq!(whole.matching_timesteps(), (0, 999));
     assert_ne!(drawn(7, Phase::Student, &whole), drawn(7, Phase::Critic, &whole));
@@ -491,8 +490,8 @@ fn the_loss_of_a_sample_depends_on_no_other() {
     for phase in [Phase::Student, Phase::Critic] {
         let of_first = neighbours.each_mut().map(|other| {
             let batch = states(Tensor::cat(&[&same, &*other], 0), &trailing(4), &[2, 1]);
-            let real = Data { x0: batch.x_t.copy(), conditioning: Conditioning::none() };
-            let request = LossRequest { real: Some(&real), ..request(phase, &batch, networks) };
+            let real = Data::new(batch.x_t.copy());
+            let request = request(phase, &batch, networks).with_real(&real);
             values(&loss(&dmd2, &request).per_sample)
         });
         assert_eq!(of_first[0][0], of_first[1][0]);
@@ -531,7 +530,7 @@ fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
             let fake = Gaussian { schedule: schedule.clone(), mean, std: 1.0 };
             let batch = states(Tensor::randn([64, 2], kind::DOUBLE_CPU), &trailing(1), &[0; 64]);
             let networks = cast(&student, &teacher, &fake);
-            let request = LossRequest { step, ..request(Phase::Student, &batch, networks) };
+            let request = LossRequest::new(step, Phase::Student, &batch, networks, &STREAMS);
             let terms = loss(&dmd2, &request);
             terms.per_sample.mean(Kind::Double).backward();
             let gradient = student.by.grad().double_value(&[]);
@@ -547,15 +546,14 @@ fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
 #[test]
 fn states_of_every_source_are_trained_on() {
     let [schedule, ..] = schedules();
-    let config = ObjectiveConfig::Dmd2(Dmd2Config { gan: true, ..Dmd2Config::default() });
+    let config = ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| config.gan = true));
     let grid = config.training_grid(&schedule, 4).expect("4 divides 1000");
     let objective = config.build(&schedule, &grid).expect("valid settings");
     let teacher = TwoPoints { schedule: schedule.clone(), at: 0.8 };
     let student = Gaussian { schedule: schedule.clone(), mean: 0.1, std: 0.5 };
     let judge = Judge::trainable(0.4);
     let networks = judged(cast(&student, &teacher, &student), &judge);
-    let data =
-        Data { x0: Tensor::ones([32, 3], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+    let data = Data::new(Tensor::ones([32, 3], kind::FLOAT_CPU));
     for (priors, expected) in [
         ((0.0, 1.0, 0.0), vec![Source::Student, Source::Noise]),
         ((1.0, 0.0, 0.0), vec![Source::Forward, Source::Noise]),
@@ -563,7 +561,7 @@ fn states_of_every_source_are_trained_on() {
     ] {
         let priors = Priors::new(priors.0, priors.1, priors.2).expect("they sum to 1");
         let mixing =
-            MixerConfig { priors: PriorSchedule::constant(priors), ..MixerConfig::default() };
+            MixerConfig::default().with(|config| config.priors = PriorSchedule::constant(priors));
         let sampler = config.sampler_config(&schedule).build(&schedule).expect("valid settings");
         let mut mixer = Mixer::new(mixing, grid.clone(), sampler).expect("valid settings");
         let mut seen = Vec::new();
@@ -575,11 +573,11 @@ fn states_of_every_source_are_trained_on() {
             seen.extend(states.sources.iter().copied());
             let mut student_x0 = None;
             for phase in objective.phases(step) {
-                let terms = objective.loss(&LossRequest {
-                    student_x0: student_x0.as_ref(),
-                    real: Some(&data),
-                    ..LossRequest::new(step, *phase, &states, networks, &STREAMS)
-                });
+                let terms = objective.loss(
+                    &LossRequest::new(step, *phase, &states, networks, &STREAMS)
+                        .with_student_x0(student_x0.as_ref())
+                        .with_real(&data),
+                );
                 let terms = terms.expect("valid states");
                 assert_eq!(terms.per_sample.size(), [32]);
                 assert!(terms.per_sample.isfinite().all().int64_value(&[]) == 1);
@@ -617,7 +615,10 @@ fn what_is_not_finite_is_not_hidden() {
 fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all() {
     let [schedule, ..] = schedules();
     for (critic_ratio, student_steps) in [(5, vec![0, 5, 10]), (1, (0..12).collect())] {
-        let dmd2 = method(&schedule, Dmd2Config { critic_ratio, ..Dmd2Config::default() });
+        let dmd2 = method(
+            &schedule,
+            Dmd2Config::default().with(|config| config.critic_ratio = critic_ratio),
+        );
         for step in 0..12 {
             let expected: &[Phase] = if student_steps.contains(&step) {
                 &[Phase::Student, Phase::Critic]
@@ -627,7 +628,9 @@ fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all(
             assert_eq!(dmd2.phases(step), expected, "{step}");
         }
     }
-    let needs = |gan| method(&schedule, Dmd2Config { gan, ..Dmd2Config::default() }).requirements();
+    let needs = |gan| {
+        method(&schedule, Dmd2Config::default().with(|config| config.gan = gan)).requirements()
+    };
     let mut expected = Requirements::default();
     expected.critic = true;
     assert_eq!(needs(false), expected);
@@ -658,10 +661,11 @@ fn a_critic_that_sees_the_source_has_a_law_for_each() {
     batch.sources =
         vec![Source::Forward, Source::Student, Source::Teacher, Source::Noise, Source::Mixed];
     let numbers = vec![1.0, 0.0, 2.0, 0.0, 3.0];
-    let real = Data { x0: batch.x_t.zeros_like(), conditioning: Conditioning::none() };
+    let real = Data::new(batch.x_t.zeros_like());
 
     for (critic_sees_source, told) in [(true, Some(numbers.clone())), (false, None)] {
-        let config = Dmd2Config { critic_sees_source, ..Dmd2Config::default() };
+        let config =
+            Dmd2Config::default().with(|config| config.critic_sees_source = critic_sees_source);
         let dmd2 = method(&schedule, config);
         assert_eq!(dmd2.requirements().critic_sees_source, critic_sees_source);
         let networks = judged(cast(&student, &teacher, &critic), &ear);
@@ -672,7 +676,7 @@ fn a_critic_that_sees_the_source_has_a_law_for_each() {
             assert!((gradient.double_value(&[row as i64, 0]) - expected).abs() < 1e-5, "{row}");
         }
         let base = request(Phase::Critic, &batch, networks);
-        loss(&dmd2, &LossRequest { real: Some(&real), ..base });
+        loss(&dmd2, &base.with_real(&real));
         // The student's samples in its own phase, then made and real ones in the critic's: all are told the same.
         assert_eq!(ear.0.take(), vec![told; 3]);
     }
@@ -699,9 +703,8 @@ fn what_is_missing_is_named_before_any_network_is_asked() {
     }
     let message = say(&request(Phase::Critic, &batch, full));
     assert!(message.contains("requires dataset samples"), "{message}");
-    let few =
-        Data { x0: Tensor::zeros([1, 3], kind::DOUBLE_CPU), conditioning: Conditioning::none() };
-    let message = say(&LossRequest { real: Some(&few), ..request(Phase::Critic, &batch, full) });
+    let few = Data::new(Tensor::zeros([1, 3], kind::DOUBLE_CPU));
+    let message = say(&request(Phase::Critic, &batch, full).with_real(&few));
     assert!(message.contains("`real` has shape [1, 3]"), "{message}");
 }
 
@@ -742,7 +745,7 @@ fn what_does_not_fit_is_refused_by_name() {
     let message = say(&request(Phase::Student, &good, cast(&network, &other, &network)));
     assert!(message.contains("teacher has another noise schedule"), "{message}");
     let wide = Tensor::zeros([1, 3], kind::DOUBLE_CPU);
-    let kept = LossRequest { student_x0: Some(&wide), ..request(Phase::Critic, &good, networks) };
+    let kept = request(Phase::Critic, &good, networks).with_student_x0(&wide);
     assert!(say(&kept).contains("student_x0"), "{}", say(&kept));
 
     let dmd2 = method(&schedule, Dmd2Config::default());
@@ -756,14 +759,17 @@ fn settings_that_cannot_be_are_refused_by_name() {
     let [schedule, ..] = schedules();
     let good = Dmd2Config::default;
     for (named, config) in [
-        ("critic_ratio", Dmd2Config { critic_ratio: 0, ..good() }),
-        ("dm_weight", Dmd2Config { dm_weight: -1.0, ..good() }),
-        ("gan_weight", Dmd2Config { gan_weight: f64::NAN, ..good() }),
-        ("critic_gan_weight", Dmd2Config { critic_gan_weight: f64::INFINITY, ..good() }),
-        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_min_timestep: 0.99, ..good() }),
-        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_max_timestep: 1.01, ..good() }),
-        ("dm_min_timestep, dm_max_timestep", Dmd2Config { dm_min_timestep: f64::NAN, ..good() }),
-        ("critic_weight_cap", Dmd2Config { critic_weight_cap: 0.0, ..good() }),
+        ("critic_ratio", good().with(|config| config.critic_ratio = 0)),
+        ("dm_weight", good().with(|config| config.dm_weight = -1.0)),
+        ("gan_weight", good().with(|config| config.gan_weight = f64::NAN)),
+        ("critic_gan_weight", good().with(|config| config.critic_gan_weight = f64::INFINITY)),
+        ("dm_min_timestep, dm_max_timestep", good().with(|config| config.dm_min_timestep = 0.99)),
+        ("dm_min_timestep, dm_max_timestep", good().with(|config| config.dm_max_timestep = 1.01)),
+        (
+            "dm_min_timestep, dm_max_timestep",
+            good().with(|config| config.dm_min_timestep = f64::NAN),
+        ),
+        ("critic_weight_cap", good().with(|config| config.critic_weight_cap = 0.0)),
     ] {
         let refused = Dmd2::new(config, schedule.clone(), trailing(4));
         let message = refused.expect_err("it cannot be").to_string();

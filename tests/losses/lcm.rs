@@ -22,7 +22,7 @@ fn method(schedule: &NoiseSchedule, config: LatentConsistencyConfig) -> LatentCo
 }
 
 fn l2() -> LatentConsistencyConfig {
-    LatentConsistencyConfig { loss: ConsistencyDistance::L2 {}, ..Default::default() }
+    LatentConsistencyConfig::default().with(|config| config.loss = ConsistencyDistance::L2 {})
 }
 
 fn cast<'a>(
@@ -30,7 +30,7 @@ fn cast<'a>(
     teacher: &'a dyn Denoiser,
     target: &'a dyn Denoiser,
 ) -> Networks<'a> {
-    Networks { target: Some(target), ..Networks::new(student, teacher) }
+    Networks::new(student, teacher).with_target(target)
 }
 
 fn loss(
@@ -80,8 +80,10 @@ fn is_closed_form(
     teacher_x0: impl Fn(i64, f64) -> f64,
 ) {
     for distance in [ConsistencyDistance::L2 {}, ConsistencyDistance::Huber { c: 0.05 }] {
-        let lcm =
-            method(schedule, LatentConsistencyConfig { loss: distance, ..Default::default() });
+        let lcm = method(
+            schedule,
+            LatentConsistencyConfig::default().with(|config| config.loss = distance),
+        );
         for entry in ENTRIES {
             let student = Linear::trainable(schedule.clone(), 0.8);
             let target = Linear { schedule: schedule.clone(), factor: Tensor::from(0.7) };
@@ -182,7 +184,7 @@ fn without_a_teacher_the_average_takes_its_place() {
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.4) };
     let silent = Silent(schedule.clone());
     let batch = states(Tensor::randn([6, 3], kind::DOUBLE_CPU), &solver_grid(), &ENTRIES);
-    let own = method(&schedule, LatentConsistencyConfig { solver: Solver::Target, ..l2() });
+    let own = method(&schedule, l2().with(|config| config.solver = Solver::Target));
     let taught = method(&schedule, l2());
 
     let alone = loss(&own, &batch, &cast(&student, &silent, &average));
@@ -324,19 +326,19 @@ fn settings_that_cannot_be_are_refused_by_name() {
     let good = LatentConsistencyConfig::default;
     let huber = |c| ConsistencyDistance::Huber { c };
     for (named, config) in [
-        ("loss.c", LatentConsistencyConfig { loss: huber(0.0), ..good() }),
-        ("loss.c", LatentConsistencyConfig { loss: huber(f64::NAN), ..good() }),
-        ("ema_decay", LatentConsistencyConfig { ema_decay: 1.0, ..good() }),
-        ("ema_decay", LatentConsistencyConfig { ema_decay: -0.1, ..good() }),
-        ("timestep_scaling", LatentConsistencyConfig { timestep_scaling: 0.0, ..good() }),
-        ("sigma_data", LatentConsistencyConfig { sigma_data: f64::INFINITY, ..good() }),
+        ("loss.c", good().with(|config| config.loss = huber(0.0))),
+        ("loss.c", good().with(|config| config.loss = huber(f64::NAN))),
+        ("ema_decay", good().with(|config| config.ema_decay = 1.0)),
+        ("ema_decay", good().with(|config| config.ema_decay = -0.1)),
+        ("timestep_scaling", good().with(|config| config.timestep_scaling = 0.0)),
+        ("sigma_data", good().with(|config| config.sigma_data = f64::INFINITY)),
     ] {
         let refused = LatentConsistency::new(config, schedule.clone(), solver_grid());
         let message = refused.expect_err("it cannot be").to_string();
         assert!(message.starts_with(&format!("`{named}`")), "{message}");
     }
     for num_ddim_timesteps in [0, 1001] {
-        let config = LatentConsistencyConfig { num_ddim_timesteps, ..good() };
+        let config = good().with(|config| config.num_ddim_timesteps = num_ddim_timesteps);
         let refused = ObjectiveConfig::Lcm(config).training_grid(&schedule, 4);
         let message = refused.expect_err("there is no such grid").to_string();
         assert!(message.contains("`num_ddim_timesteps`"), "{message}");
@@ -351,7 +353,7 @@ fn settings_that_cannot_be_are_refused_by_name() {
 #[test]
 fn its_student_samples_at_some_of_the_timesteps_it_is_trained_at() {
     let [schedule, ..] = schedules();
-    let config = LatentConsistencyConfig { sigma_data: 0.7, ..Default::default() };
+    let config = LatentConsistencyConfig::default().with(|config| config.sigma_data = 0.7);
     let boundary = config.boundary();
     let method = ObjectiveConfig::Lcm(config);
     let training = method.training_grid(&schedule, 4).expect("it exists");

@@ -11,11 +11,10 @@ use crate::toy::{Gaussian, ask, schedules, states, trailing};
 fn a_method_is_named_in_its_settings() {
     let settings = r#"{"method": "progressive", "substeps": 4, "weighting": "snr_plus_one"}"#;
     let config: ObjectiveConfig = serde_json::from_str(settings).expect("valid settings");
-    let expected = ProgressiveConfig {
-        substeps: 4,
-        weighting: Weighting::SnrPlusOne,
-        ..ProgressiveConfig::default()
-    };
+    let expected = ProgressiveConfig::default().with(|config| {
+        config.substeps = 4;
+        config.weighting = Weighting::SnrPlusOne;
+    });
     assert_eq!(config, ObjectiveConfig::Progressive(expected));
     let written = serde_json::to_string(&config).expect("settings can be written");
     assert_eq!(serde_json::from_str::<ObjectiveConfig>(&written).expect("as written"), config);
@@ -73,7 +72,9 @@ critic_gan_weight = 0.01
 #[test]
 fn the_critic_is_weighed_as_its_network_was_trained_unless_told_otherwise() {
     let dmd2 = |critic_weighting| {
-        ObjectiveConfig::Dmd2(Dmd2Config { critic_weighting, ..Dmd2Config::default() })
+        ObjectiveConfig::Dmd2(
+            Dmd2Config::default().with(|config| config.critic_weighting = critic_weighting),
+        )
     };
     for (output, weighting) in [
         (PredictionType::Epsilon, Weighting::Snr),
@@ -91,30 +92,28 @@ fn the_critic_is_weighed_as_its_network_was_trained_unless_told_otherwise() {
 
 #[test]
 fn settings_are_read_as_they_were_written() {
-    let lcm = LatentConsistencyConfig {
-        num_ddim_timesteps: 25,
-        solver: Solver::Target,
-        loss: ConsistencyDistance::L2 {},
-        ema_decay: 0.9,
-        timestep_scaling: 5.0,
-        sigma_data: 1.0,
-    };
-    let dmd2 = Dmd2Config {
-        critic_ratio: 10,
-        dm_weight: 0.5,
-        dm_min_timestep: 0.0,
-        dm_max_timestep: 1.0,
-        critic_weighting: Some(Weighting::SnrPlusOne),
-        critic_weight_cap: 100.0,
-        critic_sees_source: true,
-        gan: false,
-        gan_weight: 1e-3,
-        critic_gan_weight: 1.0,
-    };
-    let huber = LatentConsistencyConfig {
-        loss: ConsistencyDistance::Huber { c: 0.5 },
-        ..LatentConsistencyConfig::default()
-    };
+    let lcm = LatentConsistencyConfig::default().with(|config| {
+        config.num_ddim_timesteps = 25;
+        config.solver = Solver::Target;
+        config.loss = ConsistencyDistance::L2 {};
+        config.ema_decay = 0.9;
+        config.timestep_scaling = 5.0;
+        config.sigma_data = 1.0;
+    });
+    let dmd2 = Dmd2Config::default().with(|config| {
+        config.critic_ratio = 10;
+        config.dm_weight = 0.5;
+        config.dm_min_timestep = 0.0;
+        config.dm_max_timestep = 1.0;
+        config.critic_weighting = Some(Weighting::SnrPlusOne);
+        config.critic_weight_cap = 100.0;
+        config.critic_sees_source = true;
+        config.gan = false;
+        config.gan_weight = 1e-3;
+        config.critic_gan_weight = 1.0;
+    });
+    let huber = LatentConsistencyConfig::default()
+        .with(|config| config.loss = ConsistencyDistance::Huber { c: 0.5 });
     for config in
         [ObjectiveConfig::Lcm(lcm), ObjectiveConfig::Lcm(huber), ObjectiveConfig::Dmd2(dmd2)]
     {

@@ -16,12 +16,12 @@ use crate::toy::{Gaussian, states};
 
 /// The boundary of the default settings is the identity at most timesteps; this one is not.
 fn methods() -> [ObjectiveConfig; 4] {
-    let strong = LatentConsistencyConfig { timestep_scaling: 2e-3, ..Default::default() };
+    let strong = LatentConsistencyConfig::default().with(|config| config.timestep_scaling = 2e-3);
     [
         ObjectiveConfig::Progressive(ProgressiveConfig::default()),
         ObjectiveConfig::Lcm(LatentConsistencyConfig::default()),
         ObjectiveConfig::Lcm(strong),
-        ObjectiveConfig::Dmd2(Dmd2Config { gan: false, ..Default::default() }),
+        ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| config.gan = false)),
     ]
 }
 
@@ -37,8 +37,7 @@ fn of_loss(method: &ObjectiveConfig, student: &dyn Denoiser, x_t: &Tensor, t: i6
     let states = states(x_t.shallow_clone(), &grid, &[index; 3]);
     let mut networks = Networks::new(student, student);
     networks.target = Some(student);
-    networks.critic =
-        Some(Critic { fake_score: student, thresholded: student, discriminator: None });
+    networks.critic = Some(Critic::new(student));
     let streams = RandomStreams::new(0, 0);
     let request = LossRequest::new(0, Phase::Student, &states, networks, &streams);
     objective.loss(&request).expect("everything is there").student_x0
@@ -106,7 +105,7 @@ fn exported(
     let folder = tempfile::tempdir().expect("there is a folder for temporary files");
     let path = folder.path().join("scheduler_config.json");
     sampler.scheduler_config(common).write(&path).expect("the folder is there");
-    SchedulerConfig::read(&path).expect("it was written a moment ago")
+    SchedulerConfig::from_file(&path).expect("it was written a moment ago")
 }
 
 /// A student of a method with a strong boundary differs from its bare network, so the test above can fail.

@@ -127,7 +127,7 @@ fn a_student_step_with_the_target_lands_where_the_teacher_does() {
     let indices = [3, 0, 2, 1, 0];
     for schedule in schedules() {
         for substeps in [1, 2, 3, 8] {
-            let config = ProgressiveConfig { substeps, ..ProgressiveConfig::default() };
+            let config = ProgressiveConfig::default().with(|config| config.substeps = substeps);
             let progressive = objective(&schedule, &grid, config);
             let network = Gaussian { schedule: schedule.clone(), mean: 0.3, std: 0.6 };
             let batch = states(Tensor::randn([5, 2, 3], kind::DOUBLE_CPU), &grid, &indices);
@@ -151,7 +151,7 @@ fn a_student_step_with_the_target_lands_where_the_teacher_does() {
 fn a_teacher_in_the_box_keeps_the_target_in_the_box() {
     let [schedule, ..] = schedules();
     let grid = trailing(4);
-    let config = ProgressiveConfig { substeps: 4, ..ProgressiveConfig::default() };
+    let config = ProgressiveConfig::default().with(|config| config.substeps = 4);
     let progressive = objective(&schedule, &grid, config);
     let wild = Linear { schedule: schedule.clone(), factor: Tensor::from(5.0) };
     let teacher = Thresholded::new(&wild, Thresholding::clamp_pixels()).expect("valid bounds");
@@ -189,11 +189,10 @@ fn the_loss_of_a_gaussian_teacher_is_its_closed_form() {
     for schedule in schedules() {
         let teacher = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
         let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.8) };
-        let config = ProgressiveConfig {
-            weighting: Weighting::SnrPlusOne,
-            weight_cap: Some(1e3),
-            ..ProgressiveConfig::default()
-        };
+        let config = ProgressiveConfig::default().with(|config| {
+            config.weighting = Weighting::SnrPlusOne;
+            config.weight_cap = Some(1e3);
+        });
         let progressive = objective(&schedule, &grid, config);
         let rows = [0.4, -1.3].repeat(4);
         let x_t = Tensor::from_slice(&rows).view([4, 2]);
@@ -254,11 +253,10 @@ fn each_sample_of_a_mixed_batch_is_treated_as_it_would_be_alone() {
 fn weights_set_in_at_their_step() {
     let [schedule, ..] = schedules();
     let grid = trailing(4);
-    let config = ProgressiveConfig {
-        weighting: Weighting::Snr,
-        snr_loss_start_step: 10,
-        ..ProgressiveConfig::default()
-    };
+    let config = ProgressiveConfig::default().with(|config| {
+        config.weighting = Weighting::Snr;
+        config.snr_loss_start_step = 10;
+    });
     let progressive = objective(&schedule, &grid, config);
     let teacher = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 0.5 };
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.3) };
@@ -335,13 +333,14 @@ fn settings_that_cannot_be_are_refused_by_name() {
         let refused = Progressive::new(config, schedule.clone(), grid.clone());
         refused.expect_err("it cannot be").to_string()
     };
-    let substeps = |substeps| ProgressiveConfig { substeps, ..ProgressiveConfig::default() };
+    let substeps =
+        |substeps| ProgressiveConfig::default().with(|config| config.substeps = substeps);
     assert!(build(substeps(0), &trailing(4)).contains("`substeps` is 0"));
     assert!(build(substeps(251), &trailing(4)).contains("`substeps` is 251"));
     // Timestep 0 is one step from clean data: there is nothing between.
     let leading = Timesteps::spaced(TimestepSpacing::Leading, 1000, 4, 0).expect("a valid grid");
     assert!(build(substeps(2), &leading).contains("[750, 500, 250, 0]"));
-    let cap = ProgressiveConfig { weight_cap: Some(-1.0), ..ProgressiveConfig::default() };
+    let cap = ProgressiveConfig::default().with(|config| config.weight_cap = Some(-1.0));
     assert!(build(cap, &trailing(4)).contains("weight_cap"));
 
     let vp = VpConfig { final_alpha_cumprod: FinalAlphaCumprod::First, ..VpConfig::default() };

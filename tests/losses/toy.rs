@@ -26,15 +26,7 @@ pub(crate) fn trailing(n: u32) -> Timesteps {
 
 /// States at the given entries of `grid`, in `Double`.
 pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> States {
-    let timesteps: Vec<i64> = grid_indices.iter().map(|i| grid.as_slice()[*i]).collect();
-    States {
-        x_t,
-        timesteps: Tensor::from_slice(&timesteps),
-        grid_indices: grid_indices.to_vec(),
-        conditioning: Conditioning::none(),
-        sources: vec![Source::Forward; grid_indices.len()],
-        created_at_step: vec![0; grid_indices.len()],
-    }
+    States::new(x_t, grid, grid_indices.to_vec(), Source::Forward).expect("on the grid")
 }
 
 /// What a method that draws nothing says of a batch.

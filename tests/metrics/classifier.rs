@@ -127,7 +127,7 @@ fn bad_weights() -> Result<(), Box<dyn std::error::Error>> {
 #[test]
 #[ignore = "needs Fashion-MNIST: `make setup`"]
 fn the_stated_accuracy() -> Result<(), Box<dyn std::error::Error>> {
-    let test = ddil_data::FashionMnist::load(None)?.test;
+    let test = ddil_data::FashionMnist::from_folder(None)?.test;
     let all = test.range(0, test.len())?;
     let labels = all.labels.ok_or("no labels")?;
     let accuracy = FashionClassifier::pretrained(Device::Cpu)?.accuracy(&all.x0, &labels)?;

@@ -57,7 +57,7 @@ fn torch_script_network_sees_the_range_it_takes() -> Result<(), Box<dyn std::err
         let options = with(|options| {
             (options.dim, options.input.range) = (Some(3), range);
         });
-        let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
+        let network = TorchScriptExtractor::from_file(&path, options, Device::Cpu)?;
         let features = network.features(&images)?;
         // Grey images were repeated to three channels, and 300 are more than one batch.
         assert_eq!(features.size(), [300, 3]);
@@ -80,7 +80,7 @@ fn resized_images_keep_flat_areas_and_range() -> Result<(), Box<dyn std::error::
     ] {
         // Without a number of features: a black image is enough to find it.
         let options = with(|options| options.input.resize = resize);
-        let network = TorchScriptExtractor::open(&path, options, Device::Cpu)?;
+        let network = TorchScriptExtractor::from_file(&path, options, Device::Cpu)?;
         let features = network.features(&Tensor::full([1, 3, 9, 9], -1.0, kind::FLOAT_CPU))?;
         assert!((features + 1.0).abs().max().double_value(&[]) < 1e-6);
         assert_eq!((network.dim(), network.input().resize.to_string().as_str()), (3, mode));
@@ -91,8 +91,9 @@ fn resized_images_keep_flat_areas_and_range() -> Result<(), Box<dyn std::error::
 #[test]
 fn bad_networks() -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
-    let open =
-        |path: &std::path::Path, options| TorchScriptExtractor::open(path, options, Device::Cpu);
+    let open = |path: &std::path::Path, options| {
+        TorchScriptExtractor::from_file(path, options, Device::Cpu)
+    };
     let absent = folder.path().join("absent.pt");
     assert!(
         matches!(open(&absent, options()), Err(Error::ReadFile { path, .. }) if path == absent)

@@ -8,7 +8,7 @@ use crate::common::{TestResult, golden, relative_error};
 
 fn load() -> ddil_models::Result<TorchScript> {
     let config = TorchScriptConfig { class_labels: true, ..TorchScriptConfig::default() };
-    TorchScript::load(golden("torch_script").join("model.pt"), &config, Device::Cpu)
+    TorchScript::from_file(golden("torch_script").join("model.pt"), &config, Device::Cpu)
 }
 
 fn run(script: &TorchScript) -> ddil_models::Result<Tensor> {
@@ -53,7 +53,7 @@ fn what_was_learned_is_saved() -> TestResult {
     let folder = TempDir::new()?;
     let path = folder.path().join("model.pt");
     script.save(&path)?;
-    let again = TorchScript::load(&path, script.config(), Device::Cpu)?;
+    let again = TorchScript::from_file(&path, script.config(), Device::Cpu)?;
     assert_eq!(run(&again)?, run(&script)?);
     assert_eq!(std::fs::read_dir(folder.path())?.count(), 1);
     assert!(matches!(script.save(folder.path().join("no/model.pt")), Err(Error::Write { .. })));
@@ -65,15 +65,15 @@ fn no_program_and_wrong_inputs_are_refused() -> TestResult {
     let folder = TempDir::new()?;
     let path = folder.path().join("model.pt");
     let config = TorchScriptConfig::default();
-    assert!(matches!(TorchScript::load(&path, &config, Device::Cpu), Err(Error::Read { .. })));
+    assert!(matches!(TorchScript::from_file(&path, &config, Device::Cpu), Err(Error::Read { .. })));
     std::fs::write(&path, "no program")?;
-    assert!(matches!(TorchScript::load(&path, &config, Device::Cpu), Err(Error::Read { .. })));
+    assert!(matches!(TorchScript::from_file(&path, &config, Device::Cpu), Err(Error::Read { .. })));
     // A text of 4 GiB in a few kilobytes, for which libtorch would take the memory.
     let mut claims = std::fs::read(golden("torch_script").join("model.pt"))?;
     let text = claims.windows(4).position(|bytes| bytes == b"X\x08\0\0").expect("one of eight");
     claims[text + 1..text + 5].fill(0xff);
     std::fs::write(&path, &claims)?;
-    let error = TorchScript::load(&path, &config, Device::Cpu).expect_err("it is not there");
+    let error = TorchScript::from_file(&path, &config, Device::Cpu).expect_err("it is not there");
     let cause = std::error::Error::source(&error).expect("it has one").to_string();
     assert!(cause.contains("data.pkl") && cause.contains("is truncated"), "{cause}");
 
@@ -87,7 +87,8 @@ fn no_program_and_wrong_inputs_are_refused() -> TestResult {
     let wide = Tensor::zeros([2, 5], tch::kind::FLOAT_CPU);
     let error = script.forward(&wide, &t, Some(&t)).expect_err("five values a sample");
     assert!(matches!(error, Error::Torch { .. }), "{error:?}");
-    let plain = TorchScript::load(golden("torch_script").join("model.pt"), &config, Device::Cpu)?;
+    let plain =
+        TorchScript::from_file(golden("torch_script").join("model.pt"), &config, Device::Cpu)?;
     assert!(matches!(
         plain.forward(&x, &t, Some(&t)),
         Err(Error::UnexpectedPart { part: "class_labels", .. })

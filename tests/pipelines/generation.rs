@@ -37,7 +37,7 @@ fn images_of_prompts_are_those_of_the_single_steps() -> TestResult {
 
     let placement = Placement::default();
     let path = asset("fashion-mnist-text-to-image");
-    let pipeline = Pipeline::read(&path, placement, Precision::Float32)?;
+    let pipeline = Pipeline::open(&path, placement, Precision::Float32)?;
     let text = pipeline.parts.text_to_image(placement)?;
     let plan = SamplePlan { seed: 5, guidance_scale: 2.0, ..SamplePlan::of(&pipeline, Some(2)) };
     let plan = with_published_timesteps(&pipeline, plan)?;

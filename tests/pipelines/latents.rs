@@ -20,7 +20,7 @@ fn mean_and_spread_are_those_of_the_latents_that_are_drawn() -> TestResult {
         let vae = golden.join("models").join(name);
         copy_folder(&vae, &folder.path().join("vae"))?;
         let images = &weights::read_all(vae.join("expected.safetensors"))?["images"];
-        let pipeline = Pipeline::read(folder.path(), Placement::default(), Precision::Float32)?;
+        let pipeline = Pipeline::open(folder.path(), Placement::default(), Precision::Float32)?;
         let parts = pipeline.parts.text_to_image(Placement::default())?;
         let [mean, std] = parts.latent_distribution(images)?;
         let noise = Generator::new(Device::Cpu, 7)?.normal(mean.size(), Kind::Float)?;

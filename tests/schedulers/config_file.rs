@@ -10,7 +10,7 @@ use crate::support::{assert_close, recorded};
 fn files_of_diffusers_are_read_and_written_back_to_the_byte() {
     for (file, class) in [("ddim", "DDIMScheduler"), ("lcm", "LCMScheduler")] {
         let path = recorded(&format!("{file}_scheduler_config.json"));
-        let config = SchedulerConfig::read(&path).expect("a file of diffusers");
+        let config = SchedulerConfig::from_file(&path).expect("a file of diffusers");
         assert_eq!(config.class(), class);
         let text = std::fs::read_to_string(&path).expect("the file is checked in");
         assert_eq!(config.to_json().trim_end(), text.trim_end());
@@ -68,7 +68,7 @@ fn a_student_carries_its_timesteps() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("scheduler_config.json");
         config.write(&path).expect("it can be written");
-        let read = SchedulerConfig::read(&path).expect("as written");
+        let read = SchedulerConfig::from_file(&path).expect("as written");
         assert_eq!(read, config);
         assert_eq!(read.timesteps(None).expect("trained timesteps"), grid);
         assert_eq!(read.thresholding(), clamp);
@@ -136,7 +136,7 @@ fn texts_and_files_that_cannot_be_read_are_refused() {
         let message = SchedulerConfig::from_json(text).expect_err("no such class").to_string();
         assert!(message.contains(named), "{message}");
     }
-    let missing = SchedulerConfig::read("no/such/file.json").expect_err("no such file");
+    let missing = SchedulerConfig::from_file("no/such/file.json").expect_err("no such file");
     assert_eq!(missing.to_string(), "could not read no/such/file.json");
     assert!(std::error::Error::source(&missing).is_some());
     let config = SchedulerConfig::Ddim(CommonConfig::default());

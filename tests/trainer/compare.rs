@@ -32,11 +32,11 @@ name = "steps"
 values = [{ name = "4" }, { name = "2", set = { "student.stages" = [2] } }]
 "#;
 
-fn matrix(text: &str) -> ddil_trainer::Result<Matrix> {
+fn matrix(text: &str) -> ddil::Result<Matrix> {
     Matrix::from_settings(&Settings::parse("matrix.toml", text)?)
 }
 
-fn cells(text: &str) -> ddil_trainer::Result<Vec<ddil::compare::Cell>> {
+fn cells(text: &str) -> ddil::Result<Vec<ddil::compare::Cell>> {
     matrix(text)?.cells(&Settings::parse("student.toml", BASE)?)
 }
 

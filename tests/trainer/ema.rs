@@ -16,7 +16,12 @@ fn set(tensor: &Tensor, value: f64) {
 fn moves_as_the_formula_says_with_and_without_warmup() -> TestResult {
     for warmup in [false, true] {
         let weight = Tensor::zeros([2], (Kind::Double, tch::Device::Cpu)).set_requires_grad(true);
-        let mut ema = EmaConfig { decay: 0.9, warmup }.build(named(&weight))?;
+        let mut ema = EmaConfig::default()
+            .with(|config| {
+                config.decay = 0.9;
+                config.warmup = warmup;
+            })
+            .build(named(&weight))?;
         let mut expected = 0.0;
         for n in 0..200 {
             set(&weight, f64::from(n));
@@ -40,7 +45,12 @@ fn whole_numbers_are_copied_and_half_precision_is_averaged_in_float() -> TestRes
         ("half".to_owned(), half.shallow_clone()),
         ("count".to_owned(), count.shallow_clone()),
     ];
-    let mut ema = EmaConfig { decay: 0.999, warmup: false }.build(tensors)?;
+    let mut ema = EmaConfig::default()
+        .with(|config| {
+            config.decay = 0.999;
+            config.warmup = false;
+        })
+        .build(tensors)?;
     set(&count, 7.0);
     set(&half, 2.0);
     ema.update()?;
@@ -55,7 +65,12 @@ fn whole_numbers_are_copied_and_half_precision_is_averaged_in_float() -> TestRes
 #[test]
 fn applied_it_is_taken_out_again_to_the_bit() -> TestResult {
     let weight = (Tensor::rand([64], FLOAT_CPU) * 3.0).set_requires_grad(true);
-    let mut ema = EmaConfig { decay: 0.7, warmup: false }.build(named(&weight))?;
+    let mut ema = EmaConfig::default()
+        .with(|config| {
+            config.decay = 0.7;
+            config.warmup = false;
+        })
+        .build(named(&weight))?;
     let trained = weight.detach().copy() * 1.7;
     {
         let _guard = tch::no_grad_guard();
@@ -73,7 +88,10 @@ fn applied_it_is_taken_out_again_to_the_bit() -> TestResult {
 #[test]
 fn loaded_it_goes_on_where_it_was() -> TestResult {
     let weight = Tensor::zeros([3], FLOAT_CPU);
-    let config = EmaConfig { decay: 0.99, warmup: true };
+    let config = EmaConfig::default().with(|config| {
+        config.decay = 0.99;
+        config.warmup = true;
+    });
     let mut ema = config.build(named(&weight))?;
     set(&weight, 1.0);
     ema.update()?;
@@ -96,6 +114,14 @@ fn loaded_it_goes_on_where_it_was() -> TestResult {
 #[test]
 fn an_impossible_decay_is_refused() {
     for decay in [-0.1, 1.1, f64::NAN] {
-        assert!(EmaConfig { decay, warmup: false }.build(vec![]).is_err());
+        assert!(
+            EmaConfig::default()
+                .with(|config| {
+                    config.decay = decay;
+                    config.warmup = false;
+                })
+                .build(vec![])
+                .is_err()
+        );
     }
 }

@@ -25,15 +25,16 @@ const STEPS: u32 = 4;
 const SCALE: f64 = 3.0;
 const NULL_CLASS: i64 = 3;
 const LEARNING_RATE: f64 = 3e-4;
-const OPTIMIZER: AdamWConfig = AdamWConfig {
-    beta1: 0.9,
-    beta2: 0.999,
-    weight_decay: 0.01,
-    // Above the rounding of gradients: some are nothing else, as that of a key's bias, and would walk at random.
-    eps: 1e-5,
-    // So low that every update is clipped.
-    max_grad_norm: 0.1,
-};
+
+fn adamw() -> AdamWConfig {
+    AdamWConfig::default().with(|config| {
+        config.weight_decay = 0.01;
+        // Above the rounding of gradients: some are nothing else, as that of a key's bias, and would walk at random.
+        config.eps = 1e-5;
+        // So low that every update is clipped.
+        config.max_grad_norm = 0.1;
+    })
+}
 
 fn unet(device: Device, channels_last: bool, trainable: bool) -> ddil_models::Result<UNet2DModel> {
     let placement = Placement { device, channels_last, ..Placement::default() };
@@ -93,10 +94,15 @@ impl Fast {
         teacher.model().set_activation_checkpointing(checkpointing)?;
         let student = teacher.duplicate(true)?;
         let target = objective.requirements().target_decay.map(|decay| {
-            let ema = EmaConfig { decay, warmup: false }.build(student.parameters().learned())?;
+            let ema = EmaConfig::default()
+                .with(|config| {
+                    config.decay = decay;
+                    config.warmup = false;
+                })
+                .build(student.parameters().learned())?;
             Ok::<_, ddil_trainer::Error>((student.duplicate(false)?, ema))
         });
-        let optimizer = OPTIMIZER.build(student.parameters().learned())?;
+        let optimizer = adamw().build(student.parameters().learned())?;
         let ema = EmaConfig::default().build(student.parameters().learned())?;
         let target = target.transpose()?;
         Ok(Self { schedule, grid, objective, teacher, student, target, optimizer, ema })
@@ -108,14 +114,9 @@ impl Fast {
         let timesteps = Tensor::from_slice(&timesteps).to_device(device);
         let [x0, noise] = [&batch.x0, &batch.noise].map(|tensor| tensor.to_device(device));
         let classes = Tensor::from_slice(&batch.classes).to_device(device);
-        Ok(States {
-            x_t: self.schedule.add_noise(&x0, &noise, &timesteps)?,
-            timesteps,
-            grid_indices: batch.entries.clone(),
-            conditioning: Conditioning::class_labels(classes),
-            sources: vec![Source::Forward; batch.entries.len()],
-            created_at_step: vec![0; batch.entries.len()],
-        })
+        let x_t = self.schedule.add_noise(&x0, &noise, &timesteps)?;
+        let states = States::new(x_t, &self.grid, batch.entries.clone(), Source::Forward)?;
+        Ok(states.with_conditioning(Conditioning::class_labels(classes)))
     }
 
     fn update(&mut self, step: u64, batch: &Batch) -> Result<f64, Box<dyn std::error::Error>> {
@@ -125,7 +126,8 @@ impl Fast {
         let teacher = Thresholded::new(teacher, Thresholding::clamp_pixels())?;
         let states = self.states(batch)?;
         let target = self.target.as_ref().map(|(network, _)| network as _);
-        let networks = Networks { target, ..Networks::new(&self.student, &teacher) };
+        let mut networks = Networks::new(&self.student, &teacher);
+        networks.target = target;
         let streams = RandomStreams::new(0, 0);
         let request = LossRequest::new(step, Phase::Student, &states, networks, &streams);
         let loss = self.objective.loss(&request)?.per_sample.mean(Kind::Float);
@@ -280,11 +282,11 @@ impl Plain {
         let _no_grad = tch::no_grad_guard();
         let squares = grads.iter().map(|grad| grad.square().sum(Kind::Double).double_value(&[]));
         let norm = squares.sum::<f64>().sqrt();
-        let clip = (OPTIMIZER.max_grad_norm / (norm + 1e-6)).min(1.0);
+        let clip = (adamw().max_grad_norm / (norm + 1e-6)).min(1.0);
         assert!(clip < 1.0, "step {step} is not clipped");
         let (n, k) = (step as f64, i32::try_from(step)? + 1);
         let decay = f64::min(0.999, (1.0 + n) / (10.0 + n));
-        let AdamWConfig { beta1, beta2, weight_decay, eps, .. } = OPTIMIZER;
+        let AdamWConfig { beta1, beta2, weight_decay, eps, .. } = adamw();
         for (i, (mut param, grad)) in params.into_iter().zip(grads).enumerate() {
             let grad = grad * clip;
             self.first_moments[i] = &self.first_moments[i] * beta1 + &grad * (1.0 - beta1);

@@ -9,7 +9,14 @@ fn near(left: f64, right: f64) -> bool {
 
 #[test]
 fn takes_the_values_of_the_formula() {
-    let schedule = |decay| LrSchedule { peak: 2.0, warmup_steps: 4, decay, end: 1.0 };
+    let schedule = |decay| {
+        LrSchedule::default().with(|config| {
+            config.peak = 2.0;
+            config.warmup_steps = 4;
+            config.decay = decay;
+            config.end = 1.0;
+        })
+    };
     for decay in [Decay::Constant, Decay::Linear, Decay::Cosine] {
         let warmup: Vec<f64> = (0..5).map(|step| schedule(decay).lr_at(step, 12)).collect();
         assert_eq!(warmup, [0.5, 1.0, 1.5, 2.0, 2.0]);
@@ -23,10 +30,10 @@ fn takes_the_values_of_the_formula() {
 
 #[test]
 fn past_the_end_it_stays() {
-    let schedule = LrSchedule { decay: Decay::Linear, ..LrSchedule::default() };
+    let schedule = LrSchedule::default().with(|config| config.decay = Decay::Linear);
     assert_eq!(schedule.lr_at(10, 10), 0.0);
     assert_eq!(schedule.lr_at(u64::MAX, 10), 0.0);
-    assert_eq!(LrSchedule { warmup_steps: 20, ..schedule }.lr_at(19, 10), schedule.peak);
+    assert_eq!(schedule.with(|config| config.warmup_steps = 20).lr_at(19, 10), schedule.peak);
 }
 
 #[test]
@@ -34,11 +41,11 @@ fn impossible_settings_are_refused() {
     let default = LrSchedule::default();
     default.ensure_valid().expect("the default is valid");
     for wrong in [
-        LrSchedule { peak: -1.0, ..default },
-        LrSchedule { end: 1.0, ..default },
-        LrSchedule { peak: f64::NAN, ..default },
-        LrSchedule { peak: f64::INFINITY, ..default },
-        LrSchedule { end: -1e-9, ..default },
+        default.with(|config| config.peak = -1.0),
+        default.with(|config| config.end = 1.0),
+        default.with(|config| config.peak = f64::NAN),
+        default.with(|config| config.peak = f64::INFINITY),
+        default.with(|config| config.end = -1e-9),
     ] {
         assert!(wrong.ensure_valid().is_err(), "{wrong:?}");
     }
@@ -53,7 +60,7 @@ proptest! {
         end in 0.0_f64..1.0,
         decay in prop::sample::select(vec![Decay::Constant, Decay::Linear, Decay::Cosine]),
     ) {
-        let schedule = LrSchedule { peak: 1.0, warmup_steps, decay, end };
+        let schedule = LrSchedule::default().with(|config| { config.peak = 1.0; config.warmup_steps = warmup_steps; config.decay = decay; config.end = end; });
         let num_steps = warmup_steps + rest;
         let rates: Vec<f64> = (0..num_steps).map(|step| schedule.lr_at(step, num_steps)).collect();
         let (rising, falling) = rates.split_at(warmup_steps as usize);

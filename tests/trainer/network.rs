@@ -121,7 +121,12 @@ fn updates_change_the_adapter_and_nothing_else() -> TestResult {
 fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     let average = student.duplicate(false)?;
-    let mut ema = EmaConfig { decay: 0.5, warmup: false }.build(student.parameters().learned())?;
+    let mut ema = EmaConfig::default()
+        .with(|config| {
+            config.decay = 0.5;
+            config.warmup = false;
+        })
+        .build(student.parameters().learned())?;
     train(&student, 2)?;
     let at_first = ask(&average)?;
     assert_eq!(at_first, ask(&teacher)?);
@@ -258,7 +263,7 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     let [base, folder] = ["base", "adapter"].map(|name| root.join(name));
     write_text_to_image(&base)?;
     let Pipeline { network, parts, .. } =
-        Pipeline::read(&base, Placement::default(), Precision::Float32)?;
+        Pipeline::open(&base, Placement::default(), Precision::Float32)?;
     let config = LoraConfig { rank: 2, alpha: 3.0, ..LoraConfig::default() };
     let (teacher, student) = network.with_adapter(&config, 0)?;
     let student = student.ignoring("guidance_weight");
@@ -293,7 +298,7 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     for words in ["load_lora_weights", "LCMScheduler", "scale 6", "num_inference_steps=4"] {
         assert!(text.contains(words), "{words}: {text}");
     }
-    let read = Pipeline::read(&folder, Placement::default(), Precision::Float32)?;
+    let read = Pipeline::open(&folder, Placement::default(), Precision::Float32)?;
     assert_eq!((read.sampler, read.parts.path()), (sampler, &*fs::canonicalize(&base)?));
     let again = read.network.output(&x_t, &timesteps, &deaf)?;
     assert!(error(&again, &output) <= 1e-5, "{}", error(&again, &output));

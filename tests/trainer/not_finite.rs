@@ -170,7 +170,7 @@ fn every_number_that_is_none_stops_the_run_before_the_update() -> TestResult {
         assert_eq!(newest.step(), BAD_STEP);
         let saved = &newest.tensors("parameters.safetensors")?[0].1;
         assert_eq!(saved.double_value(&[0]), weight, "{place:?}");
-        let status = Status::read(&path)?;
+        let status = Status::from_folder(&path)?;
         assert_eq!((status.state, status.step), (State::Failed, BAD_STEP));
         assert_eq!(about(&path)["num_rows"], 4);
     }

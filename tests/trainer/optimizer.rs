@@ -26,7 +26,10 @@ fn train(optimizer: &mut AdamW, params: &[Tensor]) -> TestResult {
 
 #[test]
 fn ten_steps_are_those_of_the_formula() -> TestResult {
-    let config = AdamWConfig { weight_decay: 0.1, max_grad_norm: 2.0, ..AdamWConfig::default() };
+    let config = AdamWConfig::default().with(|config| {
+        config.weight_decay = 0.1;
+        config.max_grad_norm = 2.0;
+    });
     let start = [1.0, -2.0, 0.5];
     let weight = param(&start);
     let mut optimizer = config.build(vec![("weight".into(), weight.shallow_clone())])?;
@@ -57,7 +60,7 @@ fn ten_steps_are_those_of_the_formula() -> TestResult {
 fn clipping_returns_the_norm_from_before_and_leaves_short_gradients_alone() -> TestResult {
     for (max_grad_norm, scale) in [(1.0, 0.2), (5.1, 1.0), (f64::INFINITY, 1.0)] {
         let weight = param(&[3.0, 4.0]);
-        let config = AdamWConfig { max_grad_norm, ..AdamWConfig::default() };
+        let config = AdamWConfig::default().with(|config| config.max_grad_norm = max_grad_norm);
         let optimizer = config.build(vec![("weight".into(), weight.shallow_clone())])?;
         (weight.square().sum(Kind::Double) / 2.0).backward();
         assert!((optimizer.clip()?.double_value(&[]) - 5.0).abs() < 1e-12);
@@ -72,7 +75,7 @@ fn saved_and_loaded_it_goes_on_to_the_bit() -> TestResult {
     let build = |values: [&Tensor; 2]| {
         let named =
             vec![("b".into(), values[1].shallow_clone()), ("a".into(), values[0].shallow_clone())];
-        AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() }.build(named)
+        AdamWConfig::default().with(|config| config.weight_decay = 0.01).build(named)
     };
     let params = [param(&[1.0, 2.0]), param(&[-0.3])];
     let mut optimizer = build([&params[0], &params[1]])?;
@@ -172,11 +175,11 @@ fn what_is_not_finite_stops_and_says_what_was_seen() -> TestResult {
 fn impossible_settings_are_refused() {
     let default = AdamWConfig::default();
     for (config, field) in [
-        (AdamWConfig { beta1: 1.0, ..default }, "beta1"),
-        (AdamWConfig { beta2: -0.1, ..default }, "beta2"),
-        (AdamWConfig { weight_decay: f64::INFINITY, ..default }, "weight_decay"),
-        (AdamWConfig { eps: 0.0, ..default }, "eps"),
-        (AdamWConfig { max_grad_norm: f64::NAN, ..default }, "max_grad_norm"),
+        (default.with(|config| config.beta1 = 1.0), "beta1"),
+        (default.with(|config| config.beta2 = -0.1), "beta2"),
+        (default.with(|config| config.weight_decay = f64::INFINITY), "weight_decay"),
+        (default.with(|config| config.eps = 0.0), "eps"),
+        (default.with(|config| config.max_grad_norm = f64::NAN), "max_grad_norm"),
     ] {
         let error = config.build(vec![]).expect_err(field);
         assert!(matches!(&error, Error::Invalid(invalid) if invalid.field == *field));

@@ -13,7 +13,7 @@ fn config(steps: u32) -> serde_json::Value {
 }
 
 fn state(path: &Path) -> State {
-    Status::read(path).expect("there is a status").state
+    Status::from_folder(path).expect("there is a status").state
 }
 
 #[test]
@@ -24,7 +24,7 @@ fn a_new_run_has_its_folders_and_settings() -> TestResult {
     assert_eq!(fs::read_to_string(path.join("config.toml"))?, "[train]\nnum_steps = 10\n");
     assert!(run.checkpoints().is_dir());
     assert_eq!(run.samples_of(1000), path.join("samples/step_0001000.png"));
-    assert_eq!(Status::read(&path)?, Status { state: State::Running, step: 0, error: None });
+    assert_eq!(Status::from_folder(&path)?, Status { state: State::Running, step: 0, error: None });
     Ok(())
 }
 
@@ -60,7 +60,7 @@ fn an_error_is_never_covered_by_success() -> TestResult {
     let path = folder.path().join("run");
     let mut run = RunFolder::create(&path, &config(10))?;
     run.progress(3)?;
-    assert_eq!(Status::read(&path)?, Status { state: State::Running, step: 3, error: None });
+    assert_eq!(Status::from_folder(&path)?, Status { state: State::Running, step: 3, error: None });
     let source = ddil_files::Error::Io {
         action: "write",
         path: "student.safetensors".into(),
@@ -70,7 +70,7 @@ fn an_error_is_never_covered_by_success() -> TestResult {
     run.complete(10)?;
     run.interrupt(10)?;
     drop(run);
-    let status = Status::read(&path)?;
+    let status = Status::from_folder(&path)?;
     assert_eq!((status.state, status.step), (State::Failed, 4));
     let error = status.error.ok_or("what went wrong")?;
     assert_eq!(error, "could not write student.safetensors: no space left");
@@ -80,7 +80,10 @@ fn an_error_is_never_covered_by_success() -> TestResult {
     assert_eq!((state(&path), run.status().step), (State::Running, 4));
     run.complete(10)?;
     drop(run);
-    assert_eq!(Status::read(&path)?, Status { state: State::Completed, step: 10, error: None });
+    assert_eq!(
+        Status::from_folder(&path)?,
+        Status { state: State::Completed, step: 10, error: None }
+    );
     Ok(())
 }
 

@@ -179,7 +179,7 @@ impl Arm {
         let labels = generator.randint(0, NULL_CLASS, [self.batch])?;
         let x0 = generator.normal([self.batch, 1, self.side, self.side], Kind::Float)?;
         let conditioning = Conditioning::class_labels(labels);
-        Ok(Data { x0: x0.clamp(-1.0, 1.0), conditioning })
+        Ok(Data::new(x0.clamp(-1.0, 1.0)).with_conditioning(conditioning))
     }
 
     /// Runs a number of updates of the mixer alone, with networks that cost nothing, to fill its buffers.
@@ -349,16 +349,17 @@ impl Arm {
         let judge =
             critic.map(|critic| meters.put_on(Role::Discriminator, critic.discriminator.clone()));
         let critic =
-            fake_score.as_ref().zip(thresholded.as_ref()).map(|(fake_score, thresholded)| Critic {
-                fake_score,
-                thresholded,
-                discriminator: judge.as_ref().map(|judge| judge as _),
+            fake_score.as_ref().zip(thresholded.as_ref()).map(|(fake_score, thresholded)| {
+                let mut critic = Critic::new(fake_score).with_thresholded(thresholded);
+                critic.discriminator = judge.as_ref().map(|judge| judge as _);
+                critic
             });
-        let target = target.as_ref().map(|target| target as _);
-        let networks = Networks { student: &student, teacher: &teacher, target, critic };
+        let mut networks = Networks::new(&student, &teacher);
+        networks.target = target.as_ref().map(|target| target as _);
+        networks.critic = critic;
         let real = Some(real);
         let request = LossRequest::new(step, phase, states, networks, &self.streams);
-        Ok(self.objective.loss(&LossRequest { student_x0, real, ..request })?)
+        Ok(self.objective.loss(&request.with_student_x0(student_x0).with_real(real))?)
     }
 }
 

@@ -127,12 +127,16 @@ impl Way {
         let pool = if self.sources == Sources::Filling { 2048 } else { pool };
         // As in the presets: steps between 2 of 50 timesteps are short enough.
         let substeps = if self.method == Method::Lcm { 1 } else { 2 };
-        Ok(MixerConfig {
-            priors: PriorSchedule::constant(priors),
-            student: StudentConfig { policy: self.policy.clone(), ..StudentConfig::default() },
-            teacher: TeacherConfig { pool, substeps, ..TeacherConfig::default() },
-            pure_noise_at_tmax: self.sources != Sources::Forward,
-        })
+        Ok(MixerConfig::default().with(|mixer| {
+            mixer.priors = PriorSchedule::constant(priors);
+            mixer.student =
+                StudentConfig::default().with(|config| config.policy = self.policy.clone());
+            mixer.teacher = TeacherConfig::default().with(|config| {
+                config.pool = pool;
+                config.substeps = substeps;
+            });
+            mixer.pure_noise_at_tmax = self.sources != Sources::Forward;
+        }))
     }
 
     /// The origin of states, for tables.

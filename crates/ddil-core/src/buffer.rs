@@ -47,6 +47,7 @@ impl StorageKind {
 /// Settings of an [`AggregationBuffer`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct BufferConfig {
     /// Maximum number of states, over all grid indices; default 2048.
     pub capacity: usize,
@@ -75,6 +76,15 @@ impl Default for BufferConfig {
     }
 }
 
+impl BufferConfig {
+    /// The same settings with a change: `BufferConfig::default().with(|config| config.capacity = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+}
+
 /// A bounded store of visited states: DAgger's aggregate, except that old states are dropped.
 ///
 /// There is one ring per grid index, all of the same capacity. A full ring overwrites its oldest state, and states
@@ -90,26 +100,22 @@ impl Default for BufferConfig {
 /// # Example
 ///
 /// ```
-/// use ddil_core::{AggregationBuffer, BufferConfig, Conditioning, Source, SpillConfig, States};
+/// use ddil_core::{AggregationBuffer, BufferConfig, Source, SpillConfig, States};
 /// use ddil_schedulers::{TimestepSpacing, Timesteps};
 /// use rand::{SeedableRng, rngs::StdRng};
 /// use tch::{Tensor, kind};
 ///
 /// # let folder = std::env::temp_dir().join(format!("ddil-spill-{}", std::process::id()));
-/// let spill = SpillConfig { folder, byte_budget: 1 << 20 };
-/// let config =
-///     BufferConfig { capacity: 300, byte_budget: 1200, spill: Some(spill), ..BufferConfig::default() };
+/// let config = BufferConfig::default().with(|config| {
+///     config.capacity = 300;
+///     config.byte_budget = 1200;
+///     config.spill = Some(SpillConfig::new(folder, 1 << 20));
+/// });
 /// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
 /// let mut buffer = AggregationBuffer::new(config, &grid)?;
 /// for step in 0..80 {
-///     buffer.insert(&States {
-///         x_t: Tensor::full([3, 5], step as i64, kind::FLOAT_CPU),
-///         timesteps: Tensor::from_slice(&[749_i64, 499, 249]),
-///         grid_indices: vec![1, 2, 3],
-///         conditioning: Conditioning::none(),
-///         sources: vec![Source::Student; 3],
-///         created_at_step: vec![step; 3],
-///     })?;
+///     let x_t = Tensor::full([3, 5], step as i64, kind::FLOAT_CPU);
+///     buffer.insert(&States::new(x_t, &grid, vec![1, 2, 3], Source::Student)?.made_at(step))?;
 /// }
 /// let statistics = buffer.statistics(80);
 /// assert_eq!((statistics.len, statistics.bytes), (240, 1200));
@@ -154,6 +160,7 @@ struct SavedSpill {
 
 /// Size, contents and ages of an [`AggregationBuffer`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct BufferStatistics {
     /// Number of states kept.
     pub len: usize,
@@ -473,7 +480,7 @@ impl AggregationBuffer {
             spill: spilled
                 .map(|Places { kept, segment_rows, .. }| SavedSpill { kept, segment_rows }),
         };
-        let saved = SavedState::new(WHAT, self.rows.tensors(), &metadata)?;
+        let saved = SavedState::serialized(WHAT, self.rows.tensors(), &metadata)?;
         let Some((places, spill)) = spilled.zip(self.spill.as_ref()) else { return Ok(saved) };
         let files =
             self.rings.iter().enumerate().flat_map(|(number, ring)| {

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 
-/// Errors of this crate.
+/// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -115,7 +117,7 @@ pub enum Error {
 }
 
 /// Result type of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// The setting that is not allowed, if that is the error.

@@ -10,8 +10,7 @@
 //!
 //! ```
 //! use ddil_core::{
-//!     Clock, Conditioning, Data, Feedback, FnDenoiser, MixBatch, Mixer, MixerConfig, RandomStreams, Rollout,
-//!     RolloutNetworks,
+//!     Clock, Data, Feedback, FnDenoiser, MixBatch, Mixer, MixerConfig, RandomStreams, Rollout, RolloutNetworks,
 //! };
 //! use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
 //! use tch::{Tensor, kind};
@@ -30,7 +29,7 @@
 //! let mut mixer = Mixer::new(MixerConfig::default(), grid, Box::new(sampler))?;
 //! for step in 0..3 {
 //!     let clock = Clock::new(step, 3, RandomStreams::new(0, 0));
-//!     let data = Data { x0: Tensor::randn([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+//!     let data = Data::new(Tensor::randn([8, 2], kind::FLOAT_CPU));
 //!     let networks = RolloutNetworks::new(&network, &network);
 //!     let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
 //!     let student_x0 = states.x_t.zeros_like(); // the student's estimates, from the loss
@@ -59,6 +58,7 @@ mod buffer;
 mod conditioning;
 mod denoiser;
 mod error;
+mod inputs;
 mod loss_meter;
 mod mixer;
 mod priors;
@@ -74,17 +74,16 @@ mod tally;
 
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, SpillConfig, StorageKind};
 pub use conditioning::Conditioning;
+pub use ddil_files::Report;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
     ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, Guided,
     GuidedByWeight, Thresholded, repeated_timestep, with_boundary,
 };
 pub use error::{Error, Result};
+pub use inputs::{Clock, Feedback, RolloutNetworks};
 pub use loss_meter::{LossMeter, LossTable};
-pub use mixer::{
-    Clock, Feedback, MixBatch, Mixer, MixerConfig, MixerCounters, RolloutNetworks,
-    draw_grid_indices,
-};
+pub use mixer::{MixBatch, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Priors};
 pub use random::{Draws, RandomStreams, Stream};
 pub use rollout::{MixedRollout, MixedVariant, Rollout, Trajectory, Visited, first_state};

@@ -21,14 +21,10 @@ use crate::tally::Tally;
 /// use ddil_core::{Conditioning, LossMeter, Source, States};
 /// use tch::{Tensor, kind};
 ///
-/// let states = States {
-///     x_t: Tensor::zeros([3, 2], kind::FLOAT_CPU),
-///     timesteps: Tensor::from_slice(&[749_i64, 749, 499]),
-///     grid_indices: vec![1, 1, 2],
-///     conditioning: Conditioning::none(),
-///     sources: vec![Source::Forward, Source::Student, Source::Student],
-///     created_at_step: vec![0; 3],
-/// };
+/// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
+/// let x_t = Tensor::zeros([3, 2], kind::FLOAT_CPU);
+/// let mut states = States::new(x_t, &grid, vec![1, 1, 2], Source::Student)?;
+/// states.sources[0] = Source::Forward;
 /// let mut meter = LossMeter::new(4);
 /// meter.add(&Tensor::from_slice(&[0.25_f32, 1.0, 9.0]), &states)?;
 /// let losses = meter.take()?;

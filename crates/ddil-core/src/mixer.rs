@@ -8,14 +8,14 @@ use ddil_schedulers::{Ddim, MAX_TRAIN_TIMESTEPS, Sampler, Timesteps};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
 use self::mixture::Mixture;
 use crate::conditioning::Conditioning;
-use crate::denoiser::{Counted, Denoiser};
+use crate::denoiser::Counted;
 use crate::error::{Error, Result};
+use crate::inputs::{Clock, Feedback, RolloutNetworks};
 use crate::priors::{Adaptation, PriorSchedule, Priors};
-use crate::random::{RandomStreams, Stream};
+use crate::random::Stream;
 use crate::saved::SavedState;
 use crate::source::{
     ForwardSource, Grids, LossFeedback, SourceRequest, StudentConfig, StudentSource, TeacherConfig,
@@ -27,6 +27,7 @@ use crate::states::{Data, Source, States};
 /// The `mixer` section of a config file: which states a student is trained on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MixerConfig {
     /// Share of each source over the run; default [`PriorSchedule::default_for_pd`].
     pub priors: PriorSchedule,
@@ -51,6 +52,13 @@ impl Default for MixerConfig {
 }
 
 impl MixerConfig {
+    /// The same settings with a change: `MixerConfig::default().with(|config| config.pure_noise_at_tmax = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// Plain distillation, without imitation learning: only noised dataset samples, bit for bit.
     pub fn forward_only() -> Self {
         Self {
@@ -58,25 +66,6 @@ impl MixerConfig {
             pure_noise_at_tmax: false,
             ..Self::default()
         }
-    }
-}
-
-/// The step of the run at which a batch is made, and its random numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Clock {
-    /// Number of student updates so far.
-    pub step: u64,
-    /// Number of student updates in the whole run or stage; priors follow `step / total_steps`.
-    pub total_steps: u64,
-    /// Random numbers, which depend only on the step.
-    pub streams: RandomStreams,
-}
-
-impl Clock {
-    /// The step `step` of a run or stage of `total_steps`.
-    pub fn new(step: u64, total_steps: u64, streams: RandomStreams) -> Self {
-        Self { step, total_steps, streams }
     }
 }
 
@@ -100,61 +89,6 @@ impl<'a> MixBatch<'a> {
     #[must_use]
     pub fn with_prompts(self, prompts: &'a Conditioning) -> Self {
         Self { prompts, ..self }
-    }
-}
-
-/// The networks for rollouts, as used for sampling: guided, [`Thresholded`](crate::Thresholded) and with their
-/// boundary.
-#[derive(Clone, Copy)]
-#[non_exhaustive]
-pub struct RolloutNetworks<'a> {
-    /// The student, with the weights used for sampling.
-    pub student: &'a dyn Denoiser,
-    /// The teacher, with the guidance used for its labels.
-    pub teacher: &'a dyn Denoiser,
-}
-
-impl<'a> RolloutNetworks<'a> {
-    /// A student and its teacher.
-    pub fn new(student: &'a dyn Denoiser, teacher: &'a dyn Denoiser) -> Self {
-        Self { student, teacher }
-    }
-}
-
-impl std::fmt::Debug for RolloutNetworks<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RolloutNetworks").finish_non_exhaustive()
-    }
-}
-
-/// Results of the loss for a batch: chains continue from its estimates, adaptive priors read its losses.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct Feedback<'a> {
-    /// The student's clean estimates, shaped like `states.x_t`, thresholded as in rollouts.
-    pub student_x0: &'a Tensor,
-    /// The teacher's states at the next grid index, shaped like `states.x_t`, if the loss computes them.
-    pub teacher_next: Option<&'a Tensor>,
-    /// Loss per state, `[batch]`; read by adaptive priors that follow the loss ratio.
-    pub losses: Option<&'a Tensor>,
-}
-
-impl<'a> Feedback<'a> {
-    /// Only the student's clean estimates.
-    pub fn new(student_x0: &'a Tensor) -> Self {
-        Self { student_x0, teacher_next: None, losses: None }
-    }
-
-    /// The same with the teacher's next states, if there are any.
-    #[must_use]
-    pub fn with_teacher_next(self, teacher_next: Option<&'a Tensor>) -> Self {
-        Self { teacher_next, ..self }
-    }
-
-    /// The same with the losses, if there are any.
-    #[must_use]
-    pub fn with_losses(self, losses: Option<&'a Tensor>) -> Self {
-        Self { losses, ..self }
     }
 }
 
@@ -232,7 +166,7 @@ impl MixerCounters {
 /// let schedule = NoiseScheduleConfig::default().build()?;
 /// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
 /// let priors = PriorSchedule::constant(Priors::new(0.5, 0.25, 0.25)?);
-/// let config = MixerConfig { priors, ..MixerConfig::default() };
+/// let config = MixerConfig::default().with(|config| config.priors = priors);
 /// let mut mixer = Mixer::new(config, grid, Box::new(Ddim::new(schedule.clone())))?;
 ///
 /// // Networks that estimate all data as 0.
@@ -245,7 +179,7 @@ impl MixerCounters {
 /// let networks = RolloutNetworks::new(&student, &teacher);
 /// for step in 0..3 {
 ///     let clock = Clock::new(step, 3, RandomStreams::new(0, 0));
-///     let data = Data { x0: Tensor::ones([8, 2], kind::FLOAT_CPU), conditioning: Conditioning::none() };
+///     let data = Data::new(Tensor::ones([8, 2], kind::FLOAT_CPU));
 ///     let states = mixer.next_states(&clock, &MixBatch::new(&data), &networks)?;
 ///     assert_eq!(states.len(), 8);
 ///     // The loss goes here; its clean estimates advance the student's chains.
@@ -442,30 +376,27 @@ impl Mixer {
         const OP: &str = "Mixer::next_states";
         let _no_grad = tch::no_grad_guard();
         let rows = ensure_batch(OP, batch)?;
-        let Clock { step, ref streams, .. } = *clock;
+        let Clock { step, streams, .. } = *clock;
         let mut rng = streams.rng(step, Stream::Timesteps);
         let grid_indices = draw_grid_indices(rows, self.grids.student.len(), &mut rng);
         let x0 = &batch.data.x0;
         let noise =
             streams.generator(step, Stream::Noise, x0.device())?.normal(x0.size(), x0.kind())?;
         if let Some(adaptation) = &mut self.adaptation {
-            adaptation.refresh(step, streams)?;
+            adaptation.refresh(step, &streams)?;
         }
         let assigned = self.assign(clock, &grid_indices);
         let (student, teacher) = (Counted::new(networks.student), Counted::new(networks.teacher));
-        let full = SourceRequest {
-            step,
-            grid_indices: &grid_indices,
-            data: batch.data,
-            noise: &noise,
-            prompts: batch.prompts,
-            grids: &self.grids,
-            sampler: &*self.sampler,
-            teacher_sampler: &self.teacher_sampler,
-            student: &student,
-            teacher: &teacher,
-            streams,
-        };
+        let full = SourceRequest::new(
+            clock,
+            &grid_indices,
+            (batch.data, &noise),
+            &self.grids,
+            &*self.sampler,
+            RolloutNetworks::new(&student, &teacher),
+        )
+        .with_prompts(batch.prompts)
+        .with_teacher_sampler(&self.teacher_sampler);
         let states = self.mixture.collect(&full, &assigned, self.config.pure_noise_at_tmax)?;
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
@@ -501,15 +432,8 @@ impl Mixer {
             adaptation.see_losses(losses, states)?;
         }
         let student_x0 = &student_x0.detach();
-        let feedback = LossFeedback {
-            step: clock.step,
-            states,
-            student_x0,
-            teacher_next,
-            grids: &self.grids,
-            sampler: &*self.sampler,
-            streams: &clock.streams,
-        };
+        let feedback = Feedback { student_x0, ..*feedback };
+        let feedback = LossFeedback::new(clock, states, &feedback, &self.grids, &*self.sampler);
         self.mixture.sources_mut().try_for_each(|source| source.after_loss(&feedback))
     }
 
@@ -549,7 +473,8 @@ impl Mixer {
         let files = files.collect();
         let tensors = sources.into_iter().flat_map(|(name, saved)| saved.prefixed(name.as_str()));
         let adaptation = adaptation.into_iter().flat_map(|saved| saved.prefixed(ADAPTATION));
-        Ok(SavedState::new(WHAT, tensors.chain(adaptation).collect(), &metadata)?.with_files(files))
+        Ok(SavedState::serialized(WHAT, tensors.chain(adaptation).collect(), &metadata)?
+            .with_files(files))
     }
 
     /// Restores a saved mixer: the next batches are the same, bit for bit.

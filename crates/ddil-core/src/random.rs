@@ -13,6 +13,7 @@ use crate::error::Result;
 /// The discriminants are part of a run's identity: a new stream takes the next free one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
+#[non_exhaustive]
 pub enum Stream {
     /// Order and augmentation of the data.
     Data = 0,
@@ -122,6 +123,7 @@ impl RandomStreams {
 
 /// The random generators of a rollout.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Draws {
     /// For choices on the host.
     pub rng: StdRng,

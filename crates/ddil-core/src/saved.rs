@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// Named tensors and JSON: the state of a mixer, a source or a buffer.
 ///
-/// Restoring leaves tensors on their device. [`write`](Self::write) and [`read`](Self::read) keep a state in a separate
+/// Restoring leaves tensors on their device. [`write`](Self::write) and [`from_folder`](Self::from_folder) keep a state in a separate
 /// folder; a training loop with its own checkpoints may store the parts in those.
 ///
 /// # Example
@@ -26,11 +26,12 @@ use crate::error::{Error, Result};
 /// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
 /// let mut mixer = Mixer::new(MixerConfig::default(), grid, Box::new(Ddim::new(schedule)))?;
 /// mixer.save()?.write(&folder)?;
-/// mixer.restore(&SavedState::read(&folder)?)?;
+/// mixer.restore(&SavedState::from_folder(&folder)?)?;
 /// # std::fs::remove_dir_all(&folder).ok();
 /// # Ok::<(), ddil_core::Error>(())
 /// ```
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct SavedState {
     /// Tensors with unique names, copied when the state was saved.
     pub tensors: Vec<(String, Tensor)>,
@@ -83,6 +84,11 @@ struct WrittenFile {
 }
 
 impl SavedState {
+    /// The parts of a state that was saved elsewhere, without files.
+    pub fn new(tensors: Vec<(String, Tensor)>, metadata: serde_json::Value) -> Self {
+        Self { tensors, metadata, files: Vec::new() }
+    }
+
     /// Writes everything to a new folder: `state.safetensors`, `state.json` and, for a buffer that has spilled, links
     /// to its files, or copies on another file system.
     ///
@@ -116,13 +122,13 @@ impl SavedState {
     ///
     /// [`Error::Files`] for JSON that is missing, damaged or of a later version; [`Error::Torch`] for damaged tensors;
     /// [`Error::Restore`] for a file outside of the folder. Spilled files are checked when a buffer is restored.
-    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join(STATE);
         let Written { format_version, metadata, files } = read_json(&path)?;
         ensure_version(&path, format_version, FORMAT_VERSION)?;
         let tensors = Tensor::read_safetensors(folder.join(TENSORS))
-            .map_err(Error::torch("SavedState::read"))?;
+            .map_err(Error::torch("SavedState::from_folder"))?;
         let file = |WrittenFile { name, bytes, crc32 }: WrittenFile| {
             let mut parts = Path::new(&name).components();
             if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
@@ -135,7 +141,7 @@ impl SavedState {
         Ok(Self { tensors, metadata, files: files.into_iter().map(file).collect::<Result<_>>()? })
     }
 
-    pub(crate) fn new(
+    pub(crate) fn serialized(
         what: &'static str,
         tensors: Vec<(String, Tensor)>,
         metadata: &impl Serialize,
@@ -145,8 +151,9 @@ impl SavedState {
         Ok(Self { tensors, metadata, files: vec![] })
     }
 
-    /// The same with files.
-    pub(crate) fn with_files(self, files: Vec<SavedFile>) -> Self {
+    /// The same with files, for a buffer that has spilled.
+    #[must_use]
+    pub fn with_files(self, files: Vec<SavedFile>) -> Self {
         Self { files, ..self }
     }
 

@@ -17,6 +17,7 @@ use crate::states::Data;
 /// Settings of [`measure_shift`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct ShiftConfig {
     /// Number of directions of the sliced distance; default 256.
     pub projections: i64,
@@ -34,6 +35,13 @@ impl Default for ShiftConfig {
 }
 
 impl ShiftConfig {
+    /// The same settings with a change: `ShiftConfig::default().with(|config| config.pool = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     fn ensure(&self) -> Result<()> {
         let Self { projections, pool, batch_size } = *self;
         if projections > 0 && batch_size > 0 && pool.is_none_or(|size| size > 0) {
@@ -49,6 +57,7 @@ impl ShiftConfig {
 
 /// Distances between two sets of states.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Distances {
     /// Mean over random directions of the squared 2-Wasserstein distance along each ([Bonneel et al.
     /// 2015](https://doi.org/10.1007/s10851-014-0506-3)); at least 0, and above it by chance alone.
@@ -65,6 +74,7 @@ pub struct Distances {
 
 /// The shift at one timestep.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ShiftAt {
     /// The timestep.
     pub timestep: i64,
@@ -76,6 +86,7 @@ pub struct ShiftAt {
 
 /// The shift over a grid, one number per distance.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ShiftSummary {
     /// `sum (D - D_null) / sum D_null` of the sliced distance: 0 means no shift, 1 a shift as large as the effect of
     /// chance.
@@ -86,9 +97,17 @@ pub struct ShiftSummary {
 
 /// The shift at each timestep of a grid.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ShiftReport {
     /// Noisiest first.
     pub timesteps: Vec<ShiftAt>,
+}
+
+impl FromIterator<ShiftAt> for ShiftReport {
+    /// From the shift at each timestep, noisiest first.
+    fn from_iter<I: IntoIterator<Item = ShiftAt>>(timesteps: I) -> Self {
+        Self { timesteps: timesteps.into_iter().collect() }
+    }
 }
 
 impl ShiftReport {
@@ -150,6 +169,7 @@ pub fn shift_at(
 
 /// Inputs of [`measure_shift`].
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct ShiftRequest<'a> {
     /// Dataset samples. One half represents training and provides the conditioning of the rollouts, so that both sides
     /// have the same; the other half is the null. If their number is odd, the last is not used.
@@ -163,7 +183,26 @@ pub struct ShiftRequest<'a> {
     /// The student's update at the measurement.
     pub step: u64,
     /// Random numbers.
-    pub streams: &'a RandomStreams,
+    pub streams: RandomStreams,
+}
+
+impl<'a> ShiftRequest<'a> {
+    /// A measurement before the first update; [`at_step`](Self::at_step) is one at a later one.
+    pub fn new(
+        data: &'a Data,
+        student: &'a dyn Denoiser,
+        sampler: &'a dyn Sampler,
+        timesteps: &'a Timesteps,
+        streams: RandomStreams,
+    ) -> Self {
+        Self { data, student, sampler, timesteps, step: 0, streams }
+    }
+
+    /// The same at the student's update `step`, with its random numbers.
+    #[must_use]
+    pub fn at_step(self, step: u64) -> Self {
+        Self { step, ..self }
+    }
 }
 
 /// Measures the shift from the forward marginals, which plain distillation trains on, to the states that a student
@@ -196,7 +235,7 @@ pub fn measure_shift(request: &ShiftRequest<'_>, config: &ShiftConfig) -> Result
         let other = noised(half, t, &mut generator)?;
         shift_at(t, &train, inference, (&train, &other), config, &mut generator)
     });
-    Ok(ShiftReport { timesteps: timesteps.collect::<Result<_>>()? })
+    timesteps.collect()
 }
 
 impl std::fmt::Debug for ShiftRequest<'_> {

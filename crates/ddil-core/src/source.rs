@@ -18,6 +18,7 @@ use tch::{Device, Tensor};
 use crate::conditioning::Conditioning;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
+use crate::inputs::{Clock, Feedback, RolloutNetworks};
 use crate::random::RandomStreams;
 use crate::rollout::{MixedRollout, MixedVariant, ensure_part_of};
 use crate::rows::{index, on_device};
@@ -82,6 +83,7 @@ pub trait TrajectorySource: std::fmt::Debug + Send {
 
 /// The grids of a run, noisiest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Grids {
     /// The timesteps at which the student is trained.
     pub student: Timesteps,
@@ -93,6 +95,23 @@ pub struct Grids {
 }
 
 impl Grids {
+    /// One grid for all three.
+    pub fn new(student: Timesteps) -> Self {
+        Self { rollout: student.clone(), teacher: student.clone(), student }
+    }
+
+    /// The same with other timesteps for the student's sampling.
+    #[must_use]
+    pub fn with_rollout(self, rollout: Timesteps) -> Self {
+        Self { rollout, ..self }
+    }
+
+    /// The same with other timesteps for the teacher's rollouts.
+    #[must_use]
+    pub fn with_teacher(self, teacher: Timesteps) -> Self {
+        Self { teacher, ..self }
+    }
+
     /// Checks that the grids fit each other.
     ///
     /// # Errors
@@ -131,6 +150,7 @@ impl Grids {
 
 /// A request for states, and the inputs a source may use.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct SourceRequest<'a> {
     /// Number of student updates so far.
     pub step: u64,
@@ -153,10 +173,51 @@ pub struct SourceRequest<'a> {
     /// The teacher.
     pub teacher: &'a dyn Denoiser,
     /// Random numbers.
-    pub streams: &'a RandomStreams,
+    pub streams: RandomStreams,
 }
 
 impl<'a> SourceRequest<'a> {
+    /// A request for one state per sample of `data`, at `grid_indices`.
+    ///
+    /// Trajectories have the conditioning of the data, and the teacher has the student's sampler.
+    pub fn new(
+        clock: &Clock,
+        grid_indices: &'a [usize],
+        (data, noise): (&'a Data, &'a Tensor),
+        grids: &'a Grids,
+        sampler: &'a dyn Sampler,
+        networks: RolloutNetworks<'a>,
+    ) -> Self {
+        let RolloutNetworks { student, teacher } = networks;
+        let Clock { step, streams, .. } = *clock;
+        let (prompts, teacher_sampler) = (&data.conditioning, sampler);
+        Self {
+            step,
+            grid_indices,
+            data,
+            noise,
+            prompts,
+            grids,
+            sampler,
+            teacher_sampler,
+            student,
+            teacher,
+            streams,
+        }
+    }
+
+    /// The same with another conditioning for trajectories, a row per requested state.
+    #[must_use]
+    pub fn with_prompts(self, prompts: &'a Conditioning) -> Self {
+        Self { prompts, ..self }
+    }
+
+    /// The same with another sampler for the teacher.
+    #[must_use]
+    pub fn with_teacher_sampler(self, teacher_sampler: &'a dyn Sampler) -> Self {
+        Self { teacher_sampler, ..self }
+    }
+
     /// Number of requested states.
     pub fn len(&self) -> usize {
         self.grid_indices.len()
@@ -218,15 +279,9 @@ impl<'a> SourceRequest<'a> {
 
     /// Trajectories on `timesteps` in which the teacher acts according to `variant`.
     fn rollout(&self, timesteps: &'a Timesteps, variant: Option<MixedVariant>) -> MixedRollout<'a> {
-        MixedRollout {
-            student: self.student,
-            student_sampler: self.sampler,
-            timesteps,
-            teacher: self.teacher,
-            teacher_sampler: self.teacher_sampler,
-            teacher_timesteps: &self.grids.teacher,
-            variant,
-        }
+        let student = (self.student, self.sampler, timesteps);
+        let teacher = (self.teacher, self.teacher_sampler, &self.grids.teacher);
+        MixedRollout::new(student, teacher, variant)
     }
 
     /// States of your own source, in the order of the request: `x_t` has a row per grid index, made at this step.
@@ -303,6 +358,7 @@ impl Selected {
 
 /// Results of the loss for a batch, for sources that continue from them.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct LossFeedback<'a> {
     /// Number of student updates when the batch was made.
     pub step: u64,
@@ -317,10 +373,23 @@ pub struct LossFeedback<'a> {
     /// The student's sampler.
     pub sampler: &'a dyn Sampler,
     /// Random numbers.
-    pub streams: &'a RandomStreams,
+    pub streams: RandomStreams,
 }
 
-impl LossFeedback<'_> {
+impl<'a> LossFeedback<'a> {
+    /// The feedback of a batch that was made at `clock`.
+    pub fn new(
+        clock: &Clock,
+        states: &'a States,
+        feedback: &Feedback<'a>,
+        grids: &'a Grids,
+        sampler: &'a dyn Sampler,
+    ) -> Self {
+        let Feedback { student_x0, teacher_next, .. } = *feedback;
+        let Clock { step, streams, .. } = *clock;
+        Self { step, states, student_x0, teacher_next, grids, sampler, streams }
+    }
+
     /// Checks that the parts fit each other; for implementations of a source.
     ///
     /// # Errors

@@ -3,16 +3,19 @@
 use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{ensure_dense, ensure_real};
+use ddil_schedulers::Timesteps;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::conditioning::Conditioning;
 use crate::error::{Error, Result};
+use crate::rows::on_device;
 use crate::source_name::SourceName;
 
 /// Clean samples of a dataset, `[batch, ..]`, with their conditioning.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Data {
     /// Clean samples, data scale.
     pub x0: Tensor,
@@ -21,6 +24,17 @@ pub struct Data {
 }
 
 impl Data {
+    /// Samples without conditioning.
+    pub fn new(x0: Tensor) -> Self {
+        Self { x0, conditioning: Conditioning::none() }
+    }
+
+    /// The same samples with this conditioning.
+    #[must_use]
+    pub fn with_conditioning(self, conditioning: Conditioning) -> Self {
+        Self { conditioning, ..self }
+    }
+
     /// Everything on `device`.
     ///
     /// # Errors
@@ -94,6 +108,7 @@ impl TryFrom<String> for Source {
 /// Contains no labels: the teacher is evaluated in the loss, so that states stay valid if loss, guidance or teacher
 /// change (the student acts, the teacher labels; [Ross et al. 2011](https://arxiv.org/abs/1011.0686)).
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct States {
     /// Noisy samples, `[batch, ..]`, always without a graph.
     pub x_t: Tensor,
@@ -110,6 +125,51 @@ pub struct States {
 }
 
 impl States {
+    /// States `x_t` at the entries `grid_indices` of a grid, all from one source, without conditioning, made at the
+    /// student's update 0.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for an index beyond the grid; as [`ensure`](Self::ensure).
+    pub fn new(
+        x_t: Tensor,
+        grid: &Timesteps,
+        grid_indices: Vec<usize>,
+        source: Source,
+    ) -> Result<Self> {
+        ensure_real("States::new", "x_t", &x_t)?;
+        let timestep = |&index: &usize| {
+            grid.as_slice().get(index).copied().ok_or_else(|| {
+                let expected = format!("below {}, the length of the grid", grid.len());
+                Invalid::new("grid_indices", index, expected)
+            })
+        };
+        let timesteps = grid_indices.iter().map(timestep).collect::<Result<Vec<i64>, Invalid>>()?;
+        let n = grid_indices.len();
+        let states = Self {
+            timesteps: on_device(&timesteps, x_t.device()),
+            x_t,
+            grid_indices,
+            conditioning: Conditioning::none(),
+            sources: vec![source; n],
+            created_at_step: vec![0; n],
+        };
+        states.ensure("States::new")?;
+        Ok(states)
+    }
+
+    /// The same states with this conditioning, a row per state.
+    #[must_use]
+    pub fn with_conditioning(self, conditioning: Conditioning) -> Self {
+        Self { conditioning, ..self }
+    }
+
+    /// The same states, made at the student's update `step`.
+    #[must_use]
+    pub fn made_at(self, step: u64) -> Self {
+        Self { created_at_step: vec![step; self.created_at_step.len()], ..self }
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         self.sources.len()

@@ -186,7 +186,7 @@ impl EncodedInfo {
     /// # Errors
     ///
     /// [`Error::Read`]; [`Error::Encoded`] for invalid content or another version.
-    pub fn read(folder: &Path) -> Result<Self> {
+    pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join(INFO);
         let text = ddil_files::read_bounded(&path, MAX_INFO_BYTES);
         let text = text.map_err(|source| Error::Read { path, source })?;
@@ -215,7 +215,7 @@ impl EncodedDataset {
     /// [`Error::Read`] if `dataset.json` is missing; [`Error::Encoded`] with everything that is missing, damaged,
     /// inconsistent or does not match the teacher.
     pub fn open(folder: &Path, teacher: Option<&EncodedShape>) -> Result<Self> {
-        let info = EncodedInfo::read(folder)?;
+        let info = EncodedInfo::from_folder(folder)?;
         let mut problems = Vec::new();
         let mut read = |name: &str, is_required: bool| {
             let path = folder.join(name);

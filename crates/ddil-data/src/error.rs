@@ -6,6 +6,8 @@ use ddil_libtorch::ArgumentError;
 use crate::layout::EXTENSIONS;
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

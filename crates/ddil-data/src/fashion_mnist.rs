@@ -30,7 +30,7 @@ const TEST_LABELS: (&str, &str) =
 /// ```no_run
 /// use ddil_data::FashionMnist;
 ///
-/// let data = FashionMnist::load(None)?;
+/// let data = FashionMnist::from_folder(None)?;
 /// assert_eq!((data.train.len(), data.test.len()), (60_000, 10_000));
 /// assert_eq!(data.train.image_shape(), [1, 32, 32]);
 /// # Ok::<(), ddil_data::Error>(())
@@ -52,7 +52,7 @@ impl FashionMnist {
     ///
     /// [`Error::Missing`] if no folder contains the files, [`Error::Read`] if a file cannot be read,
     /// [`Error::Checksum`] if it is not the published file.
-    pub fn load(folder: Option<&Path>) -> Result<Self> {
+    pub fn from_folder(folder: Option<&Path>) -> Result<Self> {
         let folders = folder.map_or_else(fashion_mnist_folders, |path| vec![path.to_owned()]);
         let Some(folder) = folders.iter().find(|path| find(path, TRAIN_IMAGES.0).is_some()) else {
             return Err(Error::Missing { dataset: "Fashion-MNIST", looked_in: folders });
@@ -64,7 +64,7 @@ impl FashionMnist {
     }
 }
 
-/// The folders that [`FashionMnist::load`] searches by default, in order.
+/// The folders that [`FashionMnist::from_folder`] searches by default, in order.
 ///
 /// `$DDIL_DATA/fashion-mnist` and `$DDIL_DATA` if the variable is set; otherwise `datasets/fashion-mnist` in
 /// `$DDIL_CACHE`, or in `$XDG_CACHE_HOME/ddil`, or in `~/.cache/ddil`.

@@ -56,6 +56,7 @@ mod layout;
 
 pub use captions::{CaptionedImage, read_captions, read_prompts};
 pub use cropped::{CroppedImage, read_cropped};
+pub use ddil_files::Report;
 pub use encoded::{
     EncodedBatch, EncodedDataset, EncodedInfo, EncodedShape, LatentScaling, TruncatedPrompts,
 };

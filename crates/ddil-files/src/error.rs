@@ -6,6 +6,8 @@ use std::{io, path::Path, path::PathBuf};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -109,12 +111,6 @@ impl Error {
     ) -> impl FnOnce(serde_json::Error) -> Self + use<'a> {
         move |source| Self::Json { action, path: path.to_owned(), source }
     }
-}
-
-/// An error and its causes, in one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(feature = "settings")]

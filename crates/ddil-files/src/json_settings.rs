@@ -54,7 +54,7 @@ impl JsonSettings {
     /// # Errors
     ///
     /// [`Error::Io`] if it cannot be read, [`Error::Json`] if it is not a JSON object.
-    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text_bounded(path, MAX_FILE_BYTES).map_err(Error::io("read", path))?;
         Self::parse(&text).map_err(Error::json("read", path))

@@ -9,7 +9,7 @@
 //! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
 //! | read and write settings of diffusers | [`JsonSettings`] |
 //! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
-//! | report errors | [`Error`], [`with_causes`] |
+//! | errors with their causes | [`Error`], [`Report`], [`with_causes`] |
 //!
 //! # Example
 //!
@@ -45,14 +45,16 @@ pub mod fault;
 mod invalid;
 mod json;
 mod json_settings;
+mod report;
 #[cfg(feature = "settings")]
 pub mod settings;
 
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
-pub use error::{Error, Result, with_causes};
+pub use error::{Error, Result};
 pub use invalid::Invalid;
 pub use json::{
     ensure_version, first_version, read_json, read_small_json, read_versioned, write_json,
 };
 pub use json_settings::JsonSettings;
+pub use report::{Report, with_causes};

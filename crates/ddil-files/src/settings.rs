@@ -69,7 +69,7 @@ impl Settings {
     /// # Errors
     ///
     /// [`Error::Io`] if the file cannot be read, [`Error::ConfigSyntax`] if it is not valid TOML.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn from_file(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
         Self::parse(path, text)
     }

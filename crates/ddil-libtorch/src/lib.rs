@@ -73,6 +73,7 @@ pub use argument::{
     ensure_timesteps,
 };
 pub use autocast::Autocast;
+pub use ddil_files::Report;
 pub use elementwise::{
     Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
     is_sole_owner,

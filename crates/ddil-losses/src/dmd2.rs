@@ -108,6 +108,7 @@ pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> Result<
 /// The settings of [`Dmd2`]; the defaults are those published for SDXL in four steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Dmd2Config {
     /// The student is trained in every `critic_ratio`-th step, the critic in each; default 5. The two time scales let
     /// the critic follow the student.
@@ -160,6 +161,13 @@ impl Default for Dmd2Config {
 }
 
 impl Dmd2Config {
+    /// The same settings with a change: `Dmd2Config::default().with(|config| config.gan = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// The timesteps of a student of `steps` steps.
     pub(crate) fn grid(schedule: &NoiseSchedule, steps: u32) -> Result<Timesteps> {
         let total = schedule.num_train_timesteps() as u32;
@@ -250,7 +258,8 @@ impl Dmd2Config {
 ///
 /// # fn main() -> ddil_losses::Result<()> {
 /// let schedule = NoiseScheduleConfig::default().build()?;
-/// let method = ObjectiveConfig::Dmd2(Dmd2Config { critic_ratio: 2, ..Dmd2Config::default() });
+/// let config = Dmd2Config::default().with(|config| config.critic_ratio = 2);
+/// let method = ObjectiveConfig::Dmd2(config);
 /// let grid = method.training_grid(&schedule, 4)?;
 /// assert_eq!(grid.as_slice(), [999, 749, 499, 249]);
 /// let objective = method.build(&schedule, &grid)?;

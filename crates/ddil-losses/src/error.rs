@@ -6,6 +6,8 @@ use ddil_libtorch::ArgumentError;
 use crate::phase::Phase;
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -68,7 +70,7 @@ pub enum Error {
 }
 
 /// The result type of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The first line of libtorch's message; the rest is a backtrace.
 pub(crate) fn first_line(error: &tch::TchError) -> String {

@@ -65,6 +65,7 @@ impl ConsistencyDistance {
 /// The settings of [`LatentConsistency`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct LatentConsistencyConfig {
     /// Number of timesteps of the solver, at which the student is trained; default 50.
     pub num_ddim_timesteps: u32,
@@ -95,6 +96,13 @@ impl Default for LatentConsistencyConfig {
 }
 
 impl LatentConsistencyConfig {
+    /// The same settings with a change: `LatentConsistencyConfig::default().with(|config| config.ema_decay = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// The boundary condition around the student.
     pub fn boundary(&self) -> ConsistencyBoundary {
         ConsistencyBoundary { sigma_data: self.sigma_data, timestep_scaling: self.timestep_scaling }

@@ -47,14 +47,9 @@
 //! let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
 //! let objective = ObjectiveConfig::default().build(&schedule, &grid)?;
 //!
-//! let states = States {
-//!     x_t: Tensor::randn([2, 3], kind::FLOAT_CPU),
-//!     timesteps: Tensor::from_slice(&[999_i64, 249]),
-//!     grid_indices: vec![0, 3],
-//!     conditioning: Conditioning::none(),
-//!     sources: vec![Source::Noise, Source::Forward],
-//!     created_at_step: vec![0, 0],
-//! };
+//! // Two states, at the first and the last timestep of the grid.
+//! let x_t = Tensor::randn([2, 3], kind::FLOAT_CPU);
+//! let states = States::new(x_t, &grid, vec![0, 3], Source::Forward)?;
 //! let network = UnitGaussian(schedule);
 //! let (networks, streams) = (Networks::new(&network, &network), RandomStreams::new(0, 0));
 //! let terms = objective.loss(&LossRequest::new(0, Phase::Student, &states, networks, &streams))?;
@@ -80,6 +75,7 @@ mod progressive;
 mod weighting;
 
 pub use config::ObjectiveConfig;
+pub use ddil_files::Report;
 pub use distance::{pseudo_huber, squared_error};
 pub use dmd2::{
     Dmd2, Dmd2Config, discriminator_loss, distribution_matching_gradient, generator_loss,

@@ -12,6 +12,7 @@ use crate::phase::Phase;
 /// A thresholded student receives no gradient outside of the data's range, where it needs correction most. Do not
 /// wrap it here.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct Networks<'a> {
     /// The network in training; evaluated with gradients.
     pub student: &'a dyn Denoiser,
@@ -25,6 +26,7 @@ pub struct Networks<'a> {
 
 /// A network that models the distribution of the student's samples, and a discriminator of fake and real samples.
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct Critic<'a> {
     /// The denoiser of the student's samples in training: bare.
     pub fake_score: &'a dyn Denoiser,
@@ -38,6 +40,37 @@ impl<'a> Networks<'a> {
     /// Student and teacher, which is all that most methods need.
     pub fn new(student: &'a dyn Denoiser, teacher: &'a dyn Denoiser) -> Self {
         Self { student, teacher, target: None, critic: None }
+    }
+
+    /// The same with a moving average of the student.
+    #[must_use]
+    pub fn with_target(self, target: &'a dyn Denoiser) -> Self {
+        Self { target: Some(target), ..self }
+    }
+
+    /// The same with a critic.
+    #[must_use]
+    pub fn with_critic(self, critic: Critic<'a>) -> Self {
+        Self { critic: Some(critic), ..self }
+    }
+}
+
+impl<'a> Critic<'a> {
+    /// A critic without thresholds and without a discriminator.
+    pub fn new(fake_score: &'a dyn Denoiser) -> Self {
+        Self { fake_score, thresholded: fake_score, discriminator: None }
+    }
+
+    /// The same with the thresholded denoiser for the student's gradient.
+    #[must_use]
+    pub fn with_thresholded(self, thresholded: &'a dyn Denoiser) -> Self {
+        Self { thresholded, ..self }
+    }
+
+    /// The same with a discriminator.
+    #[must_use]
+    pub fn with_discriminator(self, discriminator: &'a dyn Discriminator) -> Self {
+        Self { discriminator: Some(discriminator), ..self }
     }
 }
 
@@ -75,6 +108,7 @@ impl Default for Requirements {
 
 /// The arguments of [`Objective::loss`].
 #[derive(Clone, Copy)]
+#[non_exhaustive]
 pub struct LossRequest<'a> {
     /// The number of updates so far.
     pub step: u64,
@@ -102,6 +136,18 @@ impl<'a> LossRequest<'a> {
         streams: &'a RandomStreams,
     ) -> Self {
         Self { step, phase, states, networks, streams, student_x0: None, real: None }
+    }
+
+    /// The same with the student's prediction of an earlier phase of the step, if there was one.
+    #[must_use]
+    pub fn with_student_x0(self, student_x0: impl Into<Option<&'a Tensor>>) -> Self {
+        Self { student_x0: student_x0.into(), ..self }
+    }
+
+    /// The same with dataset samples, if the method requires them.
+    #[must_use]
+    pub fn with_real(self, real: impl Into<Option<&'a Data>>) -> Self {
+        Self { real: real.into(), ..self }
     }
 }
 

@@ -151,6 +151,7 @@ pub fn halving_stages(start: u32, end: u32) -> Result<Vec<u32>> {
 /// The settings of [`Progressive`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct ProgressiveConfig {
     /// Number of teacher steps per student step; default 2.
     pub substeps: u32,
@@ -171,6 +172,15 @@ impl Default for ProgressiveConfig {
             weight_cap: None,
             snr_loss_start_step: 0,
         }
+    }
+}
+
+impl ProgressiveConfig {
+    /// The same settings with a change: `ProgressiveConfig::default().with(|config| config.weight_cap = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
     }
 }
 

@@ -5,6 +5,8 @@ use ddil_libtorch::ArgumentError;
 use tch::{Kind, Tensor};
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](ddil_files::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -144,7 +146,7 @@ impl Error {
 }
 
 /// The result type of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The first line of libtorch's message, which has the reason; the rest is a backtrace.
 pub(crate) fn first_line(error: &tch::TchError) -> String {

@@ -198,7 +198,7 @@ impl TorchScriptExtractor {
     /// [`Error::ReadFile`] if the file cannot be read; [`Error::LoadNetwork`] if it is not a `TorchScript` network or
     /// is rejected by [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one whose headers exceed its
     /// contents; [`Error::Invalid`] for invalid options; [`Error::NotATensor`] if the network does not return features.
-    pub fn open(
+    pub fn from_file(
         path: impl AsRef<Path>,
         options: TorchScriptOptions,
         device: Device,
@@ -230,7 +230,7 @@ impl TorchScriptExtractor {
 
     /// The number of features of a black image.
     fn found_dim(&self) -> Result<i64> {
-        const OP: &str = "TorchScriptExtractor::open";
+        const OP: &str = "TorchScriptExtractor::from_file";
         let ImageInput { channels, resize, .. } = &self.options.input;
         let [height, width] = resize.size().unwrap_or([1, 1]);
         let options = (Kind::Float, self.device);

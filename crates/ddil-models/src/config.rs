@@ -284,7 +284,7 @@ fn size_problems(key: &str, value: &Value, problems: &mut Vec<Invalid>) {
 
 /// The settings in a file.
 pub(crate) fn read_file(path: &Path) -> Result<JsonSettings> {
-    JsonSettings::read(path).map_err(|error| match error {
+    JsonSettings::from_file(path).map_err(|error| match error {
         ddil_files::Error::Json { path, source, .. } => {
             Error::InvalidJson { path, source: source.into() }
         }

@@ -15,6 +15,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

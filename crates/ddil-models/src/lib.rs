@@ -79,6 +79,7 @@ pub use clip::{
 #[cfg(feature = "tokenizer")]
 pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::{NetworkConfig, UnknownKeys};
+pub use ddil_files::Report;
 pub use denoiser::{NetworkDenoiser, OutputObserver, Precision};
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, Error, IndexProblems, Result, WeightProblems};

@@ -55,9 +55,9 @@ impl NetworkConfig for TorchScriptConfig {
         network.parameters()
     }
 
-    /// Loads the program, as [`TorchScript::load`].
+    /// Loads the program, as [`TorchScript::from_file`].
     fn build_from(&self, placement: Placement, weights: impl AsRef<Path>) -> Result<TorchScript> {
-        TorchScript::load(weights, self, placement.device)
+        TorchScript::from_file(weights, self, placement.device)
     }
 }
 
@@ -82,7 +82,7 @@ impl TorchScript {
     ///
     /// [`Error::Read`] if the file is missing, not a `TorchScript` program or rejected by
     /// [`ensure_script_archive`](ddil_libtorch::ensure_script_archive), as one whose headers exceed its contents.
-    pub fn load(
+    pub fn from_file(
         path: impl AsRef<Path>,
         config: &TorchScriptConfig,
         device: tch::Device,

@@ -10,6 +10,8 @@ use ddil_libtorch::ArgumentError;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

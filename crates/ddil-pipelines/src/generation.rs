@@ -61,7 +61,7 @@ impl TextToImage {
             let expected = "a text-to-image pipeline; `ClassToImage` opens pixel-space models";
             return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
         }
-        Pipeline::read(path, placement, precision)?.try_into()
+        Pipeline::open(path, placement, precision)?.try_into()
     }
 
     /// The pipeline: network, scheduler and card.
@@ -255,7 +255,7 @@ impl ClassToImage {
             let expected = "a pixel-space pipeline; `TextToImage` opens text-to-image models";
             return Err(Invalid::new(path.display().to_string(), class.as_str(), expected).into());
         }
-        Ok(Self { pipeline: Pipeline::read(path, placement, precision)? })
+        Ok(Self { pipeline: Pipeline::open(path, placement, precision)? })
     }
 
     /// The pipeline: network, scheduler and card.

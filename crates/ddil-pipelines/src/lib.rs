@@ -43,6 +43,7 @@ mod pipeline;
 mod prompting;
 mod sampling;
 
+pub use ddil_files::Report;
 pub use ddil_models::Precision;
 pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};

@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
 /// assert_eq!(Pipeline::class_at(path)?, PipelineClass::Ddim);
-/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let model = Pipeline::open(path, Placement::default(), Precision::Float32)?;
 /// assert_eq!(model.card.image_shape, [1, 32, 32]);
 /// # Ok::<(), ddil_pipelines::Error>(())
 /// ```
@@ -71,19 +71,19 @@ impl Pipeline {
     ///
     /// [`Error::NotAModel`] if the folder contains no model; otherwise the error of its files: unknown keys,
     /// unsupported blocks, missing or unexpected weights, weights of the wrong shape.
-    pub fn read(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
+    pub fn open(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         Self::read_with(path, precision, |folder, _| {
             Ok(Model::from_folder(folder, placement, UnknownKeys::Refuse)?)
         })
     }
 
-    /// As [`read`](Self::read), but without reading weights: the weights of the network are zeros that take no memory,
+    /// As [`open`](Self::open), but without reading weights: the weights of the network are zeros that take no memory,
     /// and their files may be missing.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), except for weights.
-    pub fn read_without_values(path: &Path) -> Result<Self> {
+    /// As [`open`](Self::open), except for weights.
+    pub fn open_without_weights(path: &Path) -> Result<Self> {
         let folder = Self::find(path)?;
         let base = Self::base_of(&folder)?;
         let scheduler = Self::read_scheduler(&folder)?;
@@ -96,7 +96,7 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read).
+    /// As [`open`](Self::open).
     pub fn ensure_weights(path: &Path) -> Result<()> {
         let folder = Self::base_of(&Self::find(path)?)?.join(UNET);
         let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
@@ -120,7 +120,7 @@ impl Pipeline {
     }
 
     fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
-        let (scheduler, solver) = SchedulerConfig::read_any(path.join(SCHEDULER))?;
+        let (scheduler, solver) = SchedulerConfig::from_file_any(path.join(SCHEDULER))?;
         if let Some(solver) = solver {
             tracing::info!("{}: DDIM is used instead of {solver}", path.display());
         }
@@ -159,7 +159,7 @@ impl Pipeline {
         let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule)?
             .with_precision(precision);
         let card: Card = match path.join(card::FILE_NAME) {
-            card if card.is_file() => Card::read(&card)?,
+            card if card.is_file() => Card::from_file(&card)?,
             _ => card_without_file(&network.config()),
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
@@ -185,7 +185,7 @@ impl Pipeline {
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read) for the index.
+    /// As [`open`](Self::open) for the index.
     pub fn class_at(path: &Path) -> Result<PipelineClass> {
         Ok(PipelineParts::read(&Self::base_of(&Self::find(path)?)?)?.class())
     }
@@ -201,7 +201,7 @@ impl Pipeline {
         }
     }
 
-    /// Writes a model folder that diffusers' pipelines and [`read`](Self::read) can read.
+    /// Writes a model folder that diffusers' pipelines and [`open`](Self::open) can read.
     ///
     /// Without `parts`, the folder contains a U-Net and a scheduler: a `DDIMPipeline` for DDIM, a `DDPMPipeline`, which
     /// supports any scheduler, for LCM. With the `parts` of a text-to-image model, these are copied.

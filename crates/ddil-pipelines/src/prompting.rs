@@ -19,7 +19,7 @@ use crate::sampling::{SamplePlan, WithCallback, generate, initial_noise};
 /// use ddil_pipelines::{Pipeline, Precision, PromptRequest, SamplePlan, decode, sample_latents};
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image"));
-/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let model = Pipeline::open(path, Placement::default(), Precision::Float32)?;
 /// let components = model.parts.text_to_image(Placement::default())?;
 /// let plan = SamplePlan::of(&model, Some(1));
 ///

@@ -28,7 +28,7 @@ use crate::pipeline::{Card, Pipeline};
 /// use tch::Device;
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
-/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let model = Pipeline::open(path, Placement::default(), Precision::Float32)?;
 /// let plan = SamplePlan { seed: 3, ..SamplePlan::of(&model, Some(2)) };
 ///
 /// let noise = initial_noise(plan.seed, 4, model.card.image_shape, Device::Cpu)?;
@@ -208,7 +208,7 @@ pub fn sampling_denoiser<'a>(
 /// use tch::Device;
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
-/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let model = Pipeline::open(path, Placement::default(), Precision::Float32)?;
 /// let calls = Cell::new(0);
 /// let count = || calls.set(calls.get() + 1);
 /// let network = WithCallback::new(&model.network, &count);

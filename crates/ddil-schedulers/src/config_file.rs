@@ -164,7 +164,7 @@ impl SchedulerConfig {
     ///
     /// [`Error::Io`] if it cannot be read, is not a regular file or is larger than 16 MiB; [`Error::File`] with an
     /// error of [`from_json`](Self::from_json).
-    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         read(path.as_ref(), Self::from_json)
     }
 
@@ -177,8 +177,8 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), with an error of [`from_json_any`](Self::from_json_any).
-    pub fn read_any(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
+    /// As [`from_file`](Self::from_file), with an error of [`from_json_any`](Self::from_json_any).
+    pub fn from_file_any(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
         read(path.as_ref(), Self::from_json_any)
     }
 
@@ -200,8 +200,8 @@ impl SchedulerConfig {
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read), except for unknown keys.
-    pub fn read_lenient(path: impl AsRef<Path>) -> Result<(Self, Vec<String>)> {
+    /// As [`from_file`](Self::from_file), except for unknown keys.
+    pub fn from_file_lenient(path: impl AsRef<Path>) -> Result<(Self, Vec<String>)> {
         read(path.as_ref(), Self::from_json_lenient)
     }
 

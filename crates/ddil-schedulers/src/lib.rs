@@ -65,6 +65,7 @@ mod timesteps;
 pub use boundary::ConsistencyBoundary;
 pub use coefficients::{StateCoefficients, StepCoefficients};
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
+pub use ddil_files::Report;
 pub use ddim::Ddim;
 pub use error::{Error, Result};
 pub use estimate::Estimate;

@@ -106,7 +106,7 @@ impl TrainingData {
                 let labels = batch.labels.filter(|_| self.labelled);
                 let conditioning =
                     labels.map_or_else(Conditioning::none, Conditioning::class_labels);
-                Data { x0: batch.x0, conditioning }
+                Data::new(batch.x0).with_conditioning(conditioning)
             }
             Samples::Encoded(data) => {
                 // The choice of caption, and the sample from the autoencoder's posterior.
@@ -114,7 +114,7 @@ impl TrainingData {
                 let mut draws = streams.draws(step, Stream::Data, self.device)?;
                 let EncodedBatch { x0, conditioning } =
                     data.batch(indices, self.shape, &mut draws, self.device)?;
-                Data { x0, conditioning }
+                Data::new(x0).with_conditioning(conditioning)
             }
         };
         Ok(data.to_device(self.device)?)

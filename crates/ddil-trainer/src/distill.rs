@@ -123,7 +123,7 @@ impl Prepared {
         let device = config.run.device()?;
         let placement =
             Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
-        let teacher = Pipeline::read(&config.teacher.path, placement, config.run.precision)?;
+        let teacher = Pipeline::open(&config.teacher.path, placement, config.run.precision)?;
         // No effect on the teacher, which has no backward pass, but student and critic are built from its
         // configuration.
         teacher
@@ -252,7 +252,7 @@ impl DistillTask {
     pub fn check(config: &DistillConfig) -> Result<()> {
         config.ensure()?;
         config.run.device()?;
-        let teacher = Pipeline::read_without_values(&config.teacher.path)?;
+        let teacher = Pipeline::open_without_weights(&config.teacher.path)?;
         let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
         Roster::first(&config, requirements, network.config(), data.image_shape())?
@@ -305,7 +305,7 @@ impl DistillTask {
         let mut rng = self.streams.rng(step, Stream::Guidance);
         let mut condition =
             |conditioning| guidance.condition(conditioning, batch as usize, device, &mut rng);
-        let data = Data { x0: data.x0, conditioning: condition(data.conditioning)? };
+        let data = Data::new(data.x0).with_conditioning(condition(data.conditioning)?);
         let prompts = condition(prompts)?;
         let real =
             self.requirements().discriminator.then(|| self.data.real_at(step)).transpose()?;
@@ -349,23 +349,22 @@ impl DistillTask {
         let in_gradient = critic
             .map(|critic| held(&critic.fake_score, places.critic, Place::Critic))
             .transpose()?;
-        let critic = critic.zip(in_gradient.as_ref()).map(|(critic, thresholded)| Critic {
-            fake_score: &critic.fake_score,
-            thresholded,
-            discriminator: critic.discriminator.as_ref().map(|discriminator| discriminator as _),
+        let mut networks =
+            Networks::new(if places.student_loss { &student } else { &roles.student }, &teacher);
+        networks.target = target.as_ref().map(|target| target as _);
+        networks.critic = critic.zip(in_gradient.as_ref()).map(|(critic, thresholded)| {
+            let networks = Critic::new(&critic.fake_score).with_thresholded(thresholded);
+            match &critic.discriminator {
+                Some(discriminator) => networks.with_discriminator(discriminator),
+                None => networks,
+            }
         });
-        let networks = Networks {
-            student: if places.student_loss { &student } else { &roles.student },
-            teacher: &teacher,
-            target: target.as_ref().map(|target| target as _),
-            critic,
-        };
         let stage_step = step % self.config.student.updates_per_stage;
-        Ok(self.stage.objective.loss(&LossRequest {
-            student_x0: pending.student_x0.as_ref(),
-            real: pending.real.as_ref(),
-            ..LossRequest::new(stage_step, phase, &pending.states, networks, &self.stage.streams)
-        })?)
+        let streams = &self.stage.streams;
+        let request = LossRequest::new(stage_step, phase, &pending.states, networks, streams)
+            .with_student_x0(pending.student_x0.as_ref())
+            .with_real(pending.real.as_ref());
+        Ok(self.stage.objective.loss(&request)?)
     }
 
     /// Whether a line of the record may include this update: one is written now or before the student's next update.
@@ -595,7 +594,7 @@ impl Task for DistillTask {
         if let Some(target) = &self.roles.target {
             writer.tensors(TARGET, &target.network.parameters().learned())?;
         }
-        let SavedState { tensors, metadata, files } = self.stage.mixer.save()?;
+        let SavedState { tensors, metadata, files, .. } = self.stage.mixer.save()?;
         writer.tensors(MIXER, &tensors)?;
         writer.json(MIXER_STATE, &metadata)?;
         for file in &files {
@@ -627,7 +626,7 @@ impl Task for DistillTask {
         let tensors = tensors.map_err(Error::torch("restore"))?;
         let metadata = checkpoint.json(MIXER_STATE)?;
         let files = checkpoint.linked();
-        Ok(self.stage.mixer.restore(&SavedState { tensors, metadata, files })?)
+        Ok(self.stage.mixer.restore(&SavedState::new(tensors, metadata).with_files(files))?)
     }
 
     fn export(&self, folder: &Path, average: &[(String, Tensor)], spent: Spent) -> Result<()> {

@@ -10,6 +10,7 @@ use crate::{Error, Result, state};
 /// The settings of [`Ema`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct EmaConfig {
     /// Fraction of the average that an update keeps; 0.999 by default.
     pub decay: f64,
@@ -24,6 +25,13 @@ impl Default for EmaConfig {
 }
 
 impl EmaConfig {
+    /// The same settings with a change: `EmaConfig::default().with(|config| config.decay = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// Checks the settings and starts an average at the present values of these tensors.
     ///
     /// The tensors are shared, not copied: parameters, and buffers if there are any. An average has the kind of its

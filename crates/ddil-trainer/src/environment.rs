@@ -95,7 +95,7 @@ impl Environment {
 /// RunEnvironment::note(folder.path(), 0, Device::Cpu)?;
 /// // Resumed in the same environment: nothing is added.
 /// RunEnvironment::note(folder.path(), 100, Device::Cpu)?;
-/// let run = RunEnvironment::read(folder.path())?;
+/// let run = RunEnvironment::from_folder(folder.path())?;
 /// assert_eq!((run.first.step, run.first.facts["device"].as_str()), (0, Some("cpu")));
 /// assert_eq!(run.first.facts["libtorch"], ddil_libtorch::version());
 /// assert!(run.later.is_empty());
@@ -129,7 +129,7 @@ impl RunEnvironment {
     /// # Errors
     ///
     /// [`Error::Files`] if the file is missing or unreadable, and if another version of the program wrote it.
-    pub fn read(folder: &Path) -> Result<Self> {
+    pub fn from_folder(folder: &Path) -> Result<Self> {
         Ok(read_versioned(&folder.join(FILE), FORMAT_VERSION)?)
     }
 
@@ -138,12 +138,12 @@ impl RunEnvironment {
     /// # Errors
     ///
     /// [`Error::Libtorch`] if libtorch fails, [`Error::Files`] if the file cannot be written; those of
-    /// [`read`](Self::read) for an existing file that is not valid, which is left unchanged.
+    /// [`from_folder`](Self::from_folder) for an existing file that is not valid, which is left unchanged.
     pub fn note(folder: &Path, step: u64, device: Device) -> Result<()> {
         let path = folder.join(FILE);
         let now = facts(&path, device)?;
         let run = if path.exists() {
-            let mut run = Self::read(folder)?;
+            let mut run = Self::from_folder(folder)?;
             if !run.add(step, &now) {
                 return Ok(());
             }

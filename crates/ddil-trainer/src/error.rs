@@ -12,7 +12,9 @@ use crate::{checkpoint::Damage, holder::Holder};
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Every error of this crate.
+/// The errors of this crate.
+///
+/// `Display` prints an error without its causes; a [`Report`](crate::Report) prints both.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -156,22 +158,6 @@ pub enum Error {
         detail: Option<String>,
         /// Where the batch was saved for inspection; see [`evidence`](crate::evidence).
         saved: Option<PathBuf>,
-    },
-    /// A comparison cannot start as configured.
-    #[error("{place} cannot be compared:{}", listed(problems))]
-    Comparison {
-        /// The file, or the comparison's folder.
-        place: String,
-        /// Everything that is wrong with it.
-        problems: Vec<String>,
-    },
-    /// A plot could not be drawn.
-    #[error("could not draw {}: {reason}", path.display())]
-    Plot {
-        /// The file.
-        path: PathBuf,
-        /// What failed.
-        reason: String,
     },
     /// The terminal, the logger or signal handling failed.
     #[error("could not {action}: {reason}")]

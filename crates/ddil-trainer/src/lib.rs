@@ -88,6 +88,7 @@ mod watch;
 
 pub use checkpoint::Checkpoint;
 pub use config::{DistillConfig, TrainConfig};
+pub use ddil_files::Report;
 pub use distill::DistillTask;
 pub use ema::Ema;
 pub use error::{Error, Result};

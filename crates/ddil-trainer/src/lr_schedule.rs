@@ -21,6 +21,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct LrSchedule {
     /// The highest learning rate; 1e-4 by default.
     pub peak: f64,
@@ -52,6 +53,13 @@ impl Default for LrSchedule {
 }
 
 impl LrSchedule {
+    /// The same settings with a change: `LrSchedule::default().with(|config| config.peak = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// Checks the settings.
     ///
     /// # Errors

@@ -78,7 +78,7 @@ impl MemoryPlan {
     /// # Ok::<_, ddil_trainer::Error>(())
     /// ```
     pub fn of(config: &DistillConfig) -> Result<Self> {
-        let teacher = Pipeline::read_without_values(&config.teacher.path)?;
+        let teacher = Pipeline::open_without_weights(&config.teacher.path)?;
         let networks = Networks::new(config, &teacher)?;
         let sample_shape = sample_shape(config, &teacher)?;
         ensure_countable(config.data.batch_size, sample_shape)?;

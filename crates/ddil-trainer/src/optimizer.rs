@@ -10,6 +10,7 @@ use crate::{Error, Result, state};
 /// The settings of [`AdamW`] except for the learning rate, which is an argument of each step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct AdamWConfig {
     /// Decay of the running mean of gradients; 0.9 by default.
     pub beta1: f64,
@@ -30,6 +31,13 @@ impl Default for AdamWConfig {
 }
 
 impl AdamWConfig {
+    /// The same settings with a change: `AdamWConfig::default().with(|config| config.weight_decay = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// Checks the settings and creates an optimizer of these parameters, with a state of zeros.
     ///
     /// The parameters are shared, not copied. Their names are the keys of the saved state; the order does not matter.

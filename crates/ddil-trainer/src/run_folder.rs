@@ -59,7 +59,7 @@ const FORMAT_VERSION: u32 = 1;
 /// run.complete(10)?;
 /// drop(run);
 ///
-/// assert_eq!(Status::read(&path)?.state, State::Completed);
+/// assert_eq!(Status::from_folder(&path)?.state, State::Completed);
 /// let run = RunFolder::resume(&path)?;
 /// run.ensure_config(&toml::toml! { steps = 10 })?;
 /// assert!(run.ensure_config(&toml::toml! { steps = 20 }).is_err());
@@ -116,7 +116,7 @@ impl Status {
     /// # Errors
     ///
     /// [`Error::Files`] if there is no readable status, and if another version of the program wrote the folder.
-    pub fn read(folder: &Path) -> Result<Self> {
+    pub fn from_folder(folder: &Path) -> Result<Self> {
         let file: StatusFile = read_versioned(&folder.join(STATUS), FORMAT_VERSION)?;
         let StatusFile { state, step, error, .. } = file;
         Ok(Self { state, step, error })
@@ -159,7 +159,7 @@ impl RunFolder {
         }
         // The first session may have been killed before it created them.
         make_folders(path)?;
-        let step = Status::read(path).map_or(0, |status| status.step);
+        let step = Status::from_folder(path).map_or(0, |status| status.step);
         Self::running(path, lock, step)
     }
 
@@ -194,9 +194,9 @@ impl RunFolder {
     ///
     /// # Errors
     ///
-    /// Those of [`Settings::read`].
+    /// Those of [`Settings::from_file`].
     pub fn settings(&self) -> Result<Settings> {
-        Ok(Settings::read(&self.path.join(CONFIG))?)
+        Ok(Settings::from_file(&self.path.join(CONFIG))?)
     }
 
     /// Checks that the run was started with these settings.
@@ -221,7 +221,7 @@ impl RunFolder {
         if !file.is_file() {
             return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
         }
-        let own: T = Settings::read(&file)?.build()?;
+        let own: T = Settings::from_file(&file)?.build()?;
         let differences = differences(&own, config)?;
         if differences.is_empty() {
             return Ok(());

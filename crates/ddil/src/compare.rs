@@ -13,33 +13,32 @@
 //!   results.json  table.md  quality.svg  shift.svg  side_by_side.png
 //! ```
 //!
-//! A [`Matrix`] is read from a file and expands to [`Cell`]s; a [`Comparison`] lists the open work as [`WorkItem`]s; a
-//! [`Worker`] performs one of them by running verbs of the program, and [`workers::run`] performs many; a
-//! [`ComparisonReport`] is built from the files that they write. Every file is complete or absent, so an interrupted
+//! A [`Matrix`] is read from a file and expands to [`Cell`]s. `ddil compare` performs the open work by running verbs of
+//! the program, and builds a [`ComparisonReport`] from the files that they write. Every file is complete or absent, so an interrupted
 //! comparison continues where it stopped, and several processes can work on one.
 
 pub mod matrix;
 pub mod metric;
-pub mod plan;
 pub mod plot;
-pub mod report;
-pub mod setting;
 pub mod statistics;
 pub mod table;
-pub mod verbs;
-pub mod work;
-pub mod workers;
 
 mod folder;
 mod item;
+mod plan;
 mod record;
 mod render;
+mod report;
+pub(crate) mod setting;
+mod verbs;
+mod work;
+pub(crate) mod workers;
 
-pub use folder::ComparisonFolder;
-pub use item::{PlannedCell, PlannedTeacher, WorkItem};
-pub use matrix::{Cell, EvaluateConfig, Exception, Extractor, Matrix};
-pub use plan::{Comparison, Standing};
-pub use record::{CellRecord, Outcome, Row};
-pub use report::{ComparisonReport, Entry, EntryKind, EntryState};
-pub use verbs::Program;
-pub use work::{End, Worker};
+pub(crate) use item::{PlannedCell, WorkItem};
+pub(crate) use matrix::Extractor;
+pub use matrix::{Cell, Matrix};
+pub(crate) use plan::{Comparison, Standing};
+pub use record::{CellRecord, Outcome};
+pub use report::{ArmAt, ComparisonReport, Entry, EntryKind, EntryState};
+pub(crate) use verbs::Program;
+pub(crate) use work::{End, Worker};

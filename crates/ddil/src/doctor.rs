@@ -7,9 +7,11 @@ use std::{
 
 use ddil_data::FashionMnist;
 use ddil_libtorch::ThreadWaiting;
-use ddil_trainer::{Result, environment::Environment};
+use ddil_trainer::environment::Environment;
 use serde::Serialize;
 use tch::Tensor;
+
+use crate::error::{Error, Result};
 
 /// With less free space than this a run may fill the disk.
 const LOW_DISK_BYTES: u64 = 2 << 30;
@@ -25,12 +27,12 @@ const LOW_DISK_BYTES: u64 = 2 << 30;
 /// let report = doctor.examine()?;
 /// assert!(!report.is_broken(), "{report}");
 /// println!("{report}");
-/// # Ok::<(), ddil_trainer::Error>(())
+/// # Ok::<(), ddil::Error>(())
 /// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Machine and versions.
-    pub environment: Environment,
+    pub(crate) environment: Environment,
     /// One entry per question.
     pub findings: Vec<Finding>,
 }
@@ -52,7 +54,7 @@ pub struct Finding {
     /// The result.
     pub health: Health,
     /// The finding, and a remedy if something is wrong.
-    pub detail: String,
+    pub(crate) detail: String,
 }
 
 /// The result of a check.
@@ -94,7 +96,7 @@ impl Doctor {
     ///
     /// # Errors
     ///
-    /// [`Error::Libtorch`](ddil_trainer::Error::Libtorch) if libtorch does not answer at all.
+    /// [`Error::Libtorch`] if libtorch does not answer at all.
     pub fn examine(&self) -> Result<Report> {
         let environment = Environment::here()?;
         let mut findings = vec![
@@ -160,8 +162,7 @@ fn arithmetic() -> Finding {
             ),
         ),
         Err(error) => {
-            let error: tch::TchError = error;
-            let error = ddil_trainer::Error::Torch { op: "a small product", source: error };
+            let error = Error::torch("a small product")(error);
             finding("arithmetic", Health::Broken, error.to_string())
         }
     }
@@ -237,7 +238,7 @@ fn allocator(environment: &Environment) -> Finding {
 
 fn fashion_mnist() -> Finding {
     let subject = "Fashion-MNIST";
-    match FashionMnist::load(None) {
+    match FashionMnist::from_folder(None) {
         Ok(data) => {
             let count = data.train.len() + data.test.len();
             finding(subject, Health::Good, format!("{count} images, checksums match"))

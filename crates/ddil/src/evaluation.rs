@@ -13,9 +13,10 @@ use ddil_pipelines::{
     Guidance, Pipeline, SamplePlan, WithCallback, class_conditioning, generate, initial_noise,
     sampling_denoiser,
 };
-use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
 
 /// Features of real images, with which generated ones are compared.
 #[derive(Debug)]
@@ -28,13 +29,13 @@ pub struct Reference {
 
 /// The comparison of a set of images with a [`Reference`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scores {
+pub(crate) struct Scores {
     /// The number of images compared.
     pub samples: u64,
     /// Fréchet distance.
-    pub frechet: f64,
+    pub(crate) frechet: f64,
     /// Precision, recall, density and coverage.
-    pub prdc: Prdc,
+    pub(crate) prdc: Prdc,
 }
 
 /// The covariate shift at one timestep.
@@ -73,7 +74,11 @@ impl Reference {
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn score(&self, images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Scores> {
+    pub(crate) fn score(
+        &self,
+        images: &Tensor,
+        extractor: &dyn FeatureExtractor,
+    ) -> Result<Scores> {
         let features = features(&quantize(images)?, extractor)?;
         let statistics = Statistics::from_features(&features)?;
         let real = self.features.narrow(0, 0, self.features.size()[0].min(features.size()[0]));
@@ -92,7 +97,7 @@ impl Reference {
 /// # Errors
 ///
 /// Errors of the network.
-pub fn draw(
+pub(crate) fn draw(
     pipeline: &Pipeline,
     plan: &SamplePlan,
     total: u32,
@@ -106,7 +111,7 @@ pub fn draw(
 /// # Errors
 ///
 /// As [`draw`].
-pub fn draw_observed(
+pub(crate) fn draw_observed(
     pipeline: &Pipeline,
     plan: &SamplePlan,
     total: u32,
@@ -150,19 +155,14 @@ pub fn shift(
     let batch = images.range(0, 2 * i64::from(states))?;
     let labels = batch.labels.filter(|_| pipeline.network.is_class_conditional());
     let conditioning = labels.map_or_else(Conditioning::none, Conditioning::class_labels);
-    let data = Data { x0: batch.x0, conditioning }.to_device(device)?;
+    let data = Data::new(batch.x0).with_conditioning(conditioning).to_device(device)?;
     let guidance = Guidance::of_classes(&pipeline.card);
     let student = sampling_denoiser(&pipeline.network, plan, &guidance)?;
     let schedule = pipeline.network.schedule().clone();
     let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
-    let request = ShiftRequest {
-        data: &data,
-        student: &*student,
-        sampler: &*plan.sampler.build(&schedule)?,
-        timesteps: &timesteps,
-        step: 0,
-        streams: &RandomStreams::new(plan.seed, 0),
-    };
+    let sampler = plan.sampler.build(&schedule)?;
+    let streams = RandomStreams::new(plan.seed, 0);
+    let request = ShiftRequest::new(&data, &*student, &*sampler, &timesteps, streams);
     let report = measure_shift(&request, &ShiftConfig::default())?;
     let rows = report.timesteps.iter().map(|at| ShiftRow {
         timestep: at.timestep,

@@ -1,7 +1,7 @@
 //! Exit codes of the program `ddil` that other programs act on; 0 is success, 1 any other failure, 2 a wrong command line.
 
 /// A loss, a gradient or samples are NaN or infinite: the training has diverged.
-pub const NOT_FINITE: u8 = 3;
+pub(crate) const NOT_FINITE: u8 = 3;
 
 /// Not finished, but not failed: stopped and saved, or in use by another process. Run it again.
-pub const TRY_AGAIN: u8 = 75;
+pub(crate) const TRY_AGAIN: u8 = 75;

@@ -21,16 +21,22 @@
 //! let report = doctor.examine()?;
 //! println!("{report}");
 //! assert!(!report.is_broken());
-//! # Ok::<(), ddil_trainer::Error>(())
+//! # Ok::<(), ddil::Error>(())
 //! ```
 
 #![forbid(unsafe_code)]
 
+mod cli;
+mod commands;
 pub mod compare;
 pub mod doctor;
+mod error;
 pub mod evaluation;
-pub mod exit_code;
+mod exit_code;
+mod presets;
+mod program;
 pub mod results;
 pub mod sample_file;
 
-pub use tch;
+pub use error::{Error, Result};
+pub use program::main;

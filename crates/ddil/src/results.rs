@@ -8,9 +8,9 @@ use ddil_files::{ensure_version, first_version, read_json, write_json};
 use ddil_metrics::FeatureExtractor;
 use ddil_pipelines::{Card, SamplePlan};
 use ddil_schedulers::Thresholding;
-use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::error::Result;
 use crate::evaluation::{Reference, Scores, ShiftRow};
 
 /// The only version of the row format so far.
@@ -65,7 +65,7 @@ pub struct Measurement {
 
 impl Measurement {
     /// The scores of images that no model generated; `method` names them.
-    pub fn of(
+    pub(crate) fn of(
         method: &str,
         scores: &Scores,
         reference: &Reference,
@@ -96,7 +96,7 @@ impl Measurement {
 
     /// Adds the known properties of the model and of its sampling.
     #[must_use]
-    pub fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
+    pub(crate) fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
         Self {
             method: card.method.clone(),
             priors: card.priors,
@@ -115,7 +115,7 @@ impl Measurement {
 ///
 /// # Errors
 ///
-/// Errors of the file system; [`Error::Files`](ddil_trainer::Error::Files) if the file contains something else, or
+/// Errors of the file system; [`Error::Files`](crate::Error::Files) if the file contains something else, or
 /// if another version wrote a row.
 pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     /// The version of a row, whatever else it contains.
@@ -145,7 +145,7 @@ pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
 /// # Errors
 ///
 /// Errors of the file system.
-pub fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
+pub(crate) fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
     let measurements: Vec<&Measurement> = rows.iter().map(|(_, m)| m).collect();
     Ok(write_json(path, &measurements)?)
 }

@@ -5,22 +5,23 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_models::weights;
-use ddil_trainer::{Error, Result};
 use tch::{Kind, Tensor};
 
+use crate::error::{Error, Result};
+
 /// The maximum number of samples that [`write_first`] keeps.
-pub const KEPT: i64 = 20;
+pub(crate) const KEPT: i64 = 20;
 
 const IMAGES: &str = "images";
 const EXTENSION: &str = "safetensors";
 
 /// Whether a path has the file name extension of a sample file.
-pub fn is_named(path: &Path) -> bool {
+pub(crate) fn is_named(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == EXTENSION)
 }
 
 /// The sample files of a folder, ordered by name; none if the folder does not exist.
-pub fn list(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn list(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> =
         entries.map(|entry| entry.path()).filter(|path| is_named(path) && path.is_file()).collect();
@@ -35,7 +36,7 @@ pub fn list(folder: &Path) -> Vec<PathBuf> {
 /// # Errors
 ///
 /// Errors of the file system.
-pub fn write(path: &Path, images: &Tensor) -> Result<()> {
+pub(crate) fn write(path: &Path, images: &Tensor) -> Result<()> {
     let bytes = || {
         let levels = images.f_add_scalar(1)?.f_mul_scalar(127.5)?.f_nan_to_num(0.0, 255.0, 0.0)?;
         levels.f_clamp(0, 255)?.f_round()?.f_to_kind(Kind::Uint8)
@@ -49,7 +50,7 @@ pub fn write(path: &Path, images: &Tensor) -> Result<()> {
 /// # Errors
 ///
 /// As [`write()`].
-pub fn write_first(path: &Path, images: &Tensor) -> Result<()> {
+pub(crate) fn write_first(path: &Path, images: &Tensor) -> Result<()> {
     write(path, &images.narrow(0, 0, KEPT.min(images.size()[0])))
 }
 
@@ -57,12 +58,12 @@ pub fn write_first(path: &Path, images: &Tensor) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::Tensors`] if the file has other contents.
+/// [`Error::Samples`] if the file has other contents.
 pub fn read(path: &Path) -> Result<Tensor> {
     let mut tensors = weights::read_all(path)?;
     let Some(bytes) = tensors.remove(IMAGES) else {
         let (path, reason) = (path.to_owned(), format!("it has no `{IMAGES}`"));
-        return Err(Error::Tensors { action: "read", path, reason });
+        return Err(Error::Samples { path, reason });
     };
     let images = || bytes.f_to_kind(Kind::Float)?.f_div_scalar(127.5)?.f_sub_scalar(1);
     images().map_err(Error::torch("sample_file::read"))
@@ -72,12 +73,12 @@ pub fn read(path: &Path) -> Result<Tensor> {
 ///
 /// # Errors
 ///
-/// As [`read`]; [`Error::Tensors`] for a folder without sample files.
-pub fn read_folder(folder: &Path) -> Result<Tensor> {
+/// As [`read`]; [`Error::Samples`] for a folder without sample files.
+pub(crate) fn read_folder(folder: &Path) -> Result<Tensor> {
     let files = list(folder);
     if files.is_empty() {
         let (path, reason) = (folder.to_owned(), "it has no .safetensors file".to_owned());
-        return Err(Error::Tensors { action: "read", path, reason });
+        return Err(Error::Samples { path, reason });
     }
     let parts: Result<Vec<Tensor>> = files.iter().map(|file| read(file)).collect();
     Tensor::f_cat(&parts?, 0).map_err(Error::torch("sample_file::read_folder"))
@@ -88,7 +89,7 @@ pub fn read_folder(folder: &Path) -> Result<Tensor> {
 /// # Errors
 ///
 /// Errors of libtorch.
-pub fn is_finite(images: &Tensor) -> Result<bool> {
+pub(crate) fn is_finite(images: &Tensor) -> Result<bool> {
     let finite = || images.f_isfinite()?.f_all()?.f_int64_value(&[]);
     Ok(finite().map_err(Error::torch("sample_file::is_finite"))? != 0)
 }

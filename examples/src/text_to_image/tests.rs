@@ -59,7 +59,7 @@ fn training_lowers_the_losses_and_its_folder_is_read_back() -> Result<()> {
     assert!(mean(&losses[20..]) < mean(&losses[..10]), "{losses:?}");
 
     write_folder(folder, &settings, &Parts { vae: &vae, networks: &networks, seconds: 1.0 })?;
-    let pipeline = Pipeline::read(folder, Placement::default(), Precision::Float32)?;
+    let pipeline = Pipeline::open(folder, Placement::default(), Precision::Float32)?;
     let parts = pipeline.parts.text_to_image(Placement::default())?;
     let sampling = Sampling { steps: Some(2), guidance_scale: Some(2.0), seed: 1 };
     let images = draw(&pipeline, &parts, &["a coat", "a bag"], sampling)?.images;
@@ -136,7 +136,7 @@ fn pictures_are_those_of_diffusers() -> Result<()> {
     tch::set_num_threads(1);
     let (path, pipeline) = (
         golden("drawn.safetensors"),
-        Pipeline::read(&model(), Placement::default(), Precision::Float32)?,
+        Pipeline::open(&model(), Placement::default(), Precision::Float32)?,
     );
     let (expected, how) = (weights::read_all(&path)?, weights::read_metadata(&path)?);
     let parts = pipeline.parts.text_to_image(Placement::default())?;

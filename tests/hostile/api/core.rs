@@ -4,9 +4,9 @@ use ddil_core::{
     Grids, Guided, GuidedByWeight, LossFeedback, LossMeter, MixBatch, MixedRollout, MixedVariant,
     Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Rollout, RolloutNetworks,
     RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source, SourceConfig,
-    SourceRequest, States, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
-    TeacherSource, Thresholded, TrajectorySource, Visited, draw_grid_indices, first_state,
-    measure_shift, repeated_timestep, shift_at,
+    SourceRequest, States, Stream, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
+    TeacherSource, Thresholded, TrajectorySource, draw_grid_indices, first_state, measure_shift,
+    repeated_timestep, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
@@ -35,7 +35,7 @@ fn fine() -> Timesteps {
 }
 
 fn grids() -> Grids {
-    Grids { student: grid(), rollout: grid(), teacher: fine() }
+    Grids::new(grid()).with_teacher(fine())
 }
 
 fn teacher() -> MixtureDenoiser {
@@ -63,18 +63,17 @@ fn generator() -> Generator {
 }
 
 fn draws() -> Draws {
-    Draws { rng: StdRng::seed_from_u64(0), generator: generator() }
+    RandomStreams::new(0, 0).draws(0, Stream::Sample, Device::Cpu).expect("there is a CPU")
 }
 
 fn states(x_t: &Tensor, timesteps: &Tensor, labels: &Tensor) -> States {
-    States {
-        x_t: x_t.shallow_clone(),
-        timesteps: timesteps.shallow_clone(),
-        grid_indices: vec![1, 2, 3],
-        conditioning: Conditioning::class_labels(labels.shallow_clone()),
-        sources: vec![Source::Student; 3],
-        created_at_step: vec![1; 3],
-    }
+    let mut states = States::new(points(), &grid(), vec![1, 2, 3], Source::Student)
+        .expect("on the grid")
+        .with_conditioning(Conditioning::class_labels(labels.shallow_clone()))
+        .made_at(1);
+    // Tensors of any kind and shape, without a check.
+    (states.x_t, states.timesteps) = (x_t.shallow_clone(), timesteps.shallow_clone());
+    states
 }
 
 fn times() -> Tensor {
@@ -83,16 +82,27 @@ fn times() -> Tensor {
 
 /// States whose lists are not of one length.
 fn torn_states() -> Vec<States> {
-    let whole = || states(&points(), &times(), &labels());
-    vec![
-        States { created_at_step: vec![], ..whole() },
-        States { sources: vec![Source::Noise], ..whole() },
-        States { grid_indices: vec![9, usize::MAX, 0], ..whole() },
-        States { grid_indices: vec![1], ..whole() },
-        States { conditioning: Conditioning::none(), ..whole() },
-        States { sources: vec![], created_at_step: vec![], grid_indices: vec![], ..whole() },
-        States { sources: vec![Source::Forward; 5], created_at_step: vec![u64::MAX; 5], ..whole() },
-    ]
+    let changes: [fn(&mut States); 7] = [
+        |states| states.created_at_step = vec![],
+        |states| states.sources = vec![Source::Noise],
+        |states| states.grid_indices = vec![9, usize::MAX, 0],
+        |states| states.grid_indices = vec![1],
+        |states| states.conditioning = Conditioning::none(),
+        |states| {
+            (states.sources, states.created_at_step, states.grid_indices) =
+                (vec![], vec![], vec![]);
+        },
+        |states| {
+            (states.sources, states.created_at_step) =
+                (vec![Source::Forward; 5], vec![u64::MAX; 5]);
+        },
+    ];
+    let torn = |change: fn(&mut States)| {
+        let mut states = states(&points(), &times(), &labels());
+        change(&mut states);
+        states
+    };
+    changes.map(torn).into()
 }
 
 #[test]
@@ -137,11 +147,11 @@ fn conditioning(cases: &mut Cases) {
             if device == Device::Cpu { said(moved) } else { said(moved).or(Ok(())) }
         });
         cases.once("Data::to_device", &what, || {
-            said(Data { x0: points(), conditioning: told() }.to_device(device))
+            said(Data::new(points()).with_conditioning(told()).to_device(device))
         });
     }
     cases.tensors("Data::to_device", &[&points()], |t| {
-        said(Data { x0: t[0].shallow_clone(), conditioning: told() }.to_device(Device::Cpu))
+        said(Data::new(t[0].shallow_clone()).with_conditioning(told()).to_device(Device::Cpu))
     });
     cases.once("Conditioning::ensure_known", "a part of another name", || {
         let conditioning = told().with("other", points());
@@ -159,6 +169,21 @@ fn conditioning(cases: &mut Cases) {
 }
 
 fn batches(cases: &mut Cases) {
+    let made = |x_t: &Tensor, index: usize| {
+        States::new(x_t.shallow_clone(), &grid(), vec![index; 3], Source::Forward)
+    };
+    cases.tensors("States::new", &[&points()], |t| said(made(&t[0], 1)));
+    cases.wholes("States::new", |index| said(made(&points(), index as usize)));
+    cases.cannot_fail(&[
+        "Data::new",
+        "Data::with_conditioning",
+        "States::made_at",
+        "States::with_conditioning",
+        "SavedState::new",
+        "SavedState::with_files",
+        "SpillConfig::new",
+        "BufferConfig::with",
+    ]);
     cases.tensors("States::cat", &[&points(), &times(), &labels()], |t| {
         said(States::cat(&[states(&t[0], &t[1], &t[2]), states(&points(), &times(), &labels())]))
     });
@@ -191,7 +216,7 @@ fn judges(cases: &mut Cases) {
 }
 
 fn new_buffer() -> AggregationBuffer {
-    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+    let config = BufferConfig::default().with(|config| config.capacity = 12);
     AggregationBuffer::new(config, &grid()).expect("it is valid")
 }
 
@@ -199,7 +224,10 @@ fn buffer(cases: &mut Cases) {
     for capacity in [0, 1, 2, 3, usize::MAX] {
         for byte_budget in [0, 1, u64::MAX] {
             let what = format!("{capacity} states, {byte_budget} bytes");
-            let config = BufferConfig { capacity, byte_budget, ..BufferConfig::default() };
+            let config = BufferConfig::default().with(|config| {
+                config.capacity = capacity;
+                config.byte_budget = byte_budget;
+            });
             cases.once("AggregationBuffer::new", &what, || {
                 let mut buffer =
                     AggregationBuffer::new(config, &grid()).map_err(|e| e.to_string())?;
@@ -210,7 +238,7 @@ fn buffer(cases: &mut Cases) {
     }
     let one = Timesteps::explicit(vec![999], 1000).expect("it falls");
     cases.once("AggregationBuffer::new", "a grid of one", || {
-        let config = BufferConfig { capacity: 4, ..BufferConfig::default() };
+        let config = BufferConfig::default().with(|config| config.capacity = 4);
         let mut buffer = AggregationBuffer::new(config, &one).map_err(|e| e.to_string())?;
         said(buffer.insert(&states(&points(), &times(), &labels())))
     });
@@ -240,7 +268,7 @@ fn spilled_files(cases: &mut Cases) {
     let places = [&path, &folder.path().to_owned(), &folder.path().join("none")];
     for place in places.into_iter().chain([&"nul\0byte".into()]) {
         let what = place.display().to_string();
-        cases.once("SavedState::read", &what, || said(SavedState::read(place)));
+        cases.once("SavedState::from_folder", &what, || said(SavedState::from_folder(place)));
         cases.once("SavedState::write", &what, || {
             said(new_buffer().save().expect("empty").write(place.join("saved")))
         });
@@ -253,7 +281,7 @@ fn spilled_files(cases: &mut Cases) {
                 said(file.link_to(&folder.path().join("none/other")))
             });
             let mut buffer = new_buffer();
-            let saved = SavedState { files: vec![file], ..new_buffer().save().expect("empty") };
+            let saved = new_buffer().save().expect("empty").with_files(vec![file]);
             cases.once("AggregationBuffer::restore", &what, || said(buffer.restore(&saved)));
         }
     }
@@ -287,11 +315,7 @@ fn full_buffer(cases: &mut Cases) {
     cases.tensors("AggregationBuffer::restore", &[named(0), named(1)], |t| {
         let tensors =
             saved.tensors.iter().zip(t).map(|((name, _), t)| (name.clone(), t.shallow_clone()));
-        let saved = SavedState {
-            tensors: tensors.collect(),
-            metadata: saved.metadata.clone(),
-            files: Vec::new(),
-        };
+        let saved = SavedState::new(tensors.collect(), saved.metadata.clone());
         said(new_buffer().restore(&saved))
     });
 }
@@ -418,15 +442,8 @@ fn mixed(cases: &mut Cases) {
         }
     }
     for variant in [None].into_iter().chain(variants(0.5).map(Some)) {
-        let rollout = MixedRollout {
-            student: &student,
-            student_sampler: &ddim,
-            timesteps: &grid,
-            teacher: &teacher,
-            teacher_sampler: &ddim,
-            teacher_timesteps: &fine,
-            variant,
-        };
+        let rollout =
+            MixedRollout::new((&student, &ddim, &grid), (&teacher, &ddim, &fine), variant);
         let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
         cases.tensors("MixedRollout::visit", &[&points(), &labels()], |t| {
             said(rollout.visit(&t[0], &of(&t[1]), &[749, 249, 499], &mut draws()))
@@ -444,8 +461,10 @@ fn mixed(cases: &mut Cases) {
             said(rollout.visit(&points(), &told(), &[249], &mut draws()))
         });
     }
-    let visited =
-        Visited { x_t: points(), rows: vec![0], timesteps: vec![3, 4], teacher_acted: vec![] };
+    let rollout = MixedRollout::new((&student, &ddim, &grid), (&teacher, &ddim, &fine), None);
+    let mut visited =
+        rollout.visit(&points(), &told(), &[749, 249, 499], &mut draws()).expect("on the grid");
+    (visited.rows, visited.timesteps) = (vec![0], vec![3, 4]);
     cases.wholes("Visited::position", |row| {
         let _ = visited.position(row as usize, 3);
         Ok(())
@@ -463,8 +482,7 @@ fn sources(cases: &mut Cases) {
     cases.once("TeacherSource::new", "defaults", || {
         said(TeacherSource::new(TeacherConfig::default(), &grids))
     });
-    let other =
-        Grids { teacher: Timesteps::explicit(vec![7], 1000).expect("it falls"), ..grids.clone() };
+    let other = grids.clone().with_teacher(Timesteps::explicit(vec![7], 1000).expect("it falls"));
     cases.once("StudentSource::new", "other grids", || {
         said(StudentSource::new(StudentConfig::default(), &other))
     });
@@ -479,33 +497,32 @@ fn source_configs() -> Vec<SourceConfig> {
     let mut configs = vec![SourceConfig::Forward];
     for n in numbers {
         let steps = Some(RolloutSteps { min: n, max: n });
-        let buffer = BufferConfig { capacity: n, ..BufferConfig::default() };
+        let buffer = BufferConfig::default().with(|config| config.capacity = n);
         let policy = StudentPolicy::Buffer { buffer, new_fraction: n as f64 };
-        configs.push(SourceConfig::Student(StudentConfig {
-            rollout_steps: steps,
-            ..Default::default()
-        }));
-        configs.push(SourceConfig::Student(StudentConfig {
-            rollout_steps: steps,
-            policy: StudentPolicy::Fresh,
-            ..Default::default()
-        }));
-        configs.push(SourceConfig::Student(StudentConfig {
-            policy: StudentPolicy::FreshAll,
-            ..Default::default()
-        }));
-        configs.push(SourceConfig::Student(StudentConfig {
-            policy: StudentPolicy::Chain { refresh_fraction: n as f64 },
-            ..Default::default()
-        }));
-        configs.push(SourceConfig::Student(StudentConfig { policy, ..Default::default() }));
-        configs.push(SourceConfig::Teacher(TeacherConfig {
-            pool: n,
-            substeps: n as u32,
-            states_per_trajectory: Some(n),
-            ..Default::default()
-        }));
-        configs.push(SourceConfig::Teacher(TeacherConfig { pool: n, ..Default::default() }));
+        configs.push(SourceConfig::Student(
+            StudentConfig::default().with(|config| config.rollout_steps = steps),
+        ));
+        configs.push(SourceConfig::Student(StudentConfig::default().with(|config| {
+            config.rollout_steps = steps;
+            config.policy = StudentPolicy::Fresh;
+        })));
+        configs.push(SourceConfig::Student(
+            StudentConfig::default().with(|config| config.policy = StudentPolicy::FreshAll),
+        ));
+        configs
+            .push(SourceConfig::Student(StudentConfig::default().with(|config| {
+                config.policy = StudentPolicy::Chain { refresh_fraction: n as f64 }
+            })));
+        configs.push(SourceConfig::Student(
+            StudentConfig::default().with(|config| config.policy = policy),
+        ));
+        configs.push(SourceConfig::Teacher(TeacherConfig::default().with(|config| {
+            config.pool = n;
+            config.substeps = n as u32;
+            config.states_per_trajectory = Some(n);
+        })));
+        configs
+            .push(SourceConfig::Teacher(TeacherConfig::default().with(|config| config.pool = n)));
     }
     configs
 }
@@ -544,8 +561,7 @@ fn source(cases: &mut Cases, config: &SourceConfig, grids: &Grids) {
     });
     cases.once("TrajectorySource::restore", &what, || {
         let metadata = serde_json::json!([1, {"a": null}]);
-        let saved =
-            SavedState { tensors: vec![("x_t".to_owned(), points())], metadata, files: Vec::new() };
+        let saved = SavedState::new(vec![("x_t".to_owned(), points())], metadata);
         let mut source = config.build(grids).map_err(|error| error.to_string())?;
         said(source.restore(&saved))
     });
@@ -558,20 +574,10 @@ fn use_source(
 ) -> Result<(), String> {
     let (student, teacher, ddim, grids) = (teacher(), teacher(), Ddim::new(schedule()), grids());
     let (streams, data) =
-        (RandomStreams::new(0, 0), Data { x0: x0.shallow_clone(), conditioning: told() });
-    let request = SourceRequest {
-        step: 1,
-        grid_indices: indices,
-        data: &data,
-        noise: x0,
-        prompts: &told(),
-        grids: &grids,
-        sampler: &ddim,
-        teacher_sampler: &ddim,
-        student: &student,
-        teacher: &teacher,
-        streams: &streams,
-    };
+        (RandomStreams::new(0, 0), Data::new(x0.shallow_clone()).with_conditioning(told()));
+    let clock = Clock::new(1, 10, streams);
+    let networks = RolloutNetworks::new(&student, &teacher);
+    let request = SourceRequest::new(&clock, indices, (&data, x0), &grids, &ddim, networks);
     said(source.states(&request))
 }
 
@@ -582,16 +588,9 @@ fn feed(
     teacher_next: Option<&Tensor>,
 ) -> Result<(), String> {
     let (ddim, grids, streams) = (Ddim::new(schedule()), grids(), RandomStreams::new(0, 0));
-    let feedback = LossFeedback {
-        step: 1,
-        states,
-        student_x0,
-        teacher_next,
-        grids: &grids,
-        sampler: &ddim,
-        streams: &streams,
-    };
-    said(source.after_loss(&feedback))
+    let feedback = Feedback::new(student_x0).with_teacher_next(teacher_next);
+    let clock = Clock::new(1, 10, streams);
+    said(source.after_loss(&LossFeedback::new(&clock, states, &feedback, &grids, &ddim)))
 }
 
 fn new_mixer(config: MixerConfig) -> Result<Mixer, Error> {
@@ -645,8 +644,9 @@ fn fed_mixer(cases: &mut Cases) {
         let feedback = Feedback::new(&t[0]).with_teacher_next(Some(&t[1]));
         said(mixer.feed_back(&clock, &states, &feedback))
     });
-    let priors = AdaptivePriors { signal: AdaptiveSignal::LossRatio, ..AdaptivePriors::default() };
-    let config = MixerConfig { priors: PriorSchedule::Adaptive(priors), ..MixerConfig::default() };
+    let priors = AdaptivePriors::default().with(|config| config.signal = AdaptiveSignal::LossRatio);
+    let config =
+        MixerConfig::default().with(|config| config.priors = PriorSchedule::Adaptive(priors));
     cases.tensors("Mixer::feed_back", &[&Tensor::ones([3], kind::FLOAT_CPU)], |t| {
         let states = states(&points(), &times(), &labels());
         let mut mixer = new_mixer(config.clone()).map_err(|error| error.to_string())?;
@@ -679,7 +679,22 @@ fn fed_mixer(cases: &mut Cases) {
         });
     }
     cases.cannot_fail(&[
+        "AdaptivePriors::with",
         "Clock::new",
+        "Grids::new",
+        "Grids::with_rollout",
+        "Grids::with_teacher",
+        "LossFeedback::new",
+        "MixedRollout::new",
+        "MixerConfig::with",
+        "ShiftConfig::with",
+        "ShiftRequest::at_step",
+        "ShiftRequest::new",
+        "SourceRequest::new",
+        "SourceRequest::with_prompts",
+        "SourceRequest::with_teacher_sampler",
+        "StudentConfig::with",
+        "TeacherConfig::with",
         "Feedback::new",
         "Feedback::with_losses",
         "Feedback::with_teacher_next",
@@ -693,7 +708,7 @@ fn fed_mixer(cases: &mut Cases) {
 
 fn mix(x0: &Tensor, conditioning: Conditioning, prompts: &Conditioning) -> Result<(), String> {
     let (student, teacher) = (teacher(), teacher());
-    let data = Data { x0: x0.shallow_clone(), conditioning };
+    let data = Data::new(x0.shallow_clone()).with_conditioning(conditioning);
     let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
     let streams = RandomStreams::new(0, 0);
     for total_steps in [10, 0] {
@@ -749,28 +764,25 @@ fn meters(cases: &mut Cases) {
 
 fn shift(cases: &mut Cases) {
     let x = Tensor::randn([6, 2], kind::FLOAT_CPU);
-    let config = ShiftConfig { projections: 4, ..ShiftConfig::default() };
+    let config = ShiftConfig::default().with(|config| config.projections = 4);
     cases.tensors("shift_at", &[&x, &x, &x, &x], |t| {
         said(shift_at(3, &t[0], &t[1], (&t[2], &t[3]), &config, &mut generator()))
     });
     cases.wholes("shift_at", |n| {
-        let config = ShiftConfig { projections: n.min(1000), batch_size: n, pool: Some(n) };
+        let config = ShiftConfig::default().with(|config| {
+            config.projections = n.min(1000);
+            config.batch_size = n;
+            config.pool = Some(n);
+        });
         said(shift_at(3, &x, &x, (&x, &x), &config, &mut generator()))
     });
     let (student, ddim, streams) = (teacher(), Ddim::new(schedule()), RandomStreams::new(0, 0));
     let labels = Tensor::from_slice(&[0_i64, 1, 0, 1, 0, 1]);
     cases.tensors("measure_shift", &[&x, &labels], |t| {
         let conditioning = Conditioning::class_labels(t[1].shallow_clone());
-        let data = Data { x0: t[0].shallow_clone(), conditioning };
+        let data = Data::new(t[0].shallow_clone()).with_conditioning(conditioning);
         let grid = grid();
-        let request = ShiftRequest {
-            data: &data,
-            student: &student,
-            sampler: &ddim,
-            timesteps: &grid,
-            step: 0,
-            streams: &streams,
-        };
+        let request = ShiftRequest::new(&data, &student, &ddim, &grid, streams);
         said(measure_shift(&request, &config))
     });
 }

@@ -21,7 +21,7 @@ fn ddil_data() {
         "read_image_folder",
         "read_idx_images",
         "read_idx_labels",
-        "EncodedInfo::read",
+        "EncodedInfo::from_folder",
         "EncodedDataset::open",
     ]);
     cases.finish("ddil-data");
@@ -95,7 +95,9 @@ fn folders(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     for place in [folder.path(), "nul\0byte".as_ref(), "/dev/null".as_ref()] {
         let what = place.display().to_string();
-        cases.once("FashionMnist::load", &what, || said(FashionMnist::load(Some(place))));
+        cases.once("FashionMnist::from_folder", &what, || {
+            said(FashionMnist::from_folder(Some(place)))
+        });
         cases.once("read_cropped", &what, || said(read_cropped(place, 3, [4, 4])));
     }
     let path = folder.path().join("a.png");

@@ -60,8 +60,8 @@ fn writes(cases: &mut Cases) {
         cases.once("sync_folder", &what, || said(sync_folder(place)));
         cases.once("parent", &what, || said(Ok::<_, Invalid>(parent(place))));
         cases.once("temporary_sibling", &what, || said(Ok::<_, Invalid>(temporary_sibling(place))));
-        cases.once("JsonSettings::read", &what, || said(JsonSettings::read(place)));
-        cases.once("Settings::read", &what, || said(Settings::read(place)));
+        cases.once("JsonSettings::from_file", &what, || said(JsonSettings::from_file(place)));
+        cases.once("Settings::from_file", &what, || said(Settings::from_file(place)));
         // The root of the machine is nobody's to write to.
         if place.as_os_str() != "/" && !place.as_os_str().is_empty() {
             cases.once("write_json", &what, || said(write_json(place, &f64::NAN)));

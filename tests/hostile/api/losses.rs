@@ -129,45 +129,37 @@ fn guidance(cases: &mut Cases) {
 fn all_configs() -> Vec<ObjectiveConfig> {
     let mut all = Vec::new();
     for number in ODD_NUMBERS {
-        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
-            ema_decay: number,
-            sigma_data: number,
-            timestep_scaling: number,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
-            sigma_data: number,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
-            dm_min_timestep: number,
-            dm_max_timestep: number,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
-            critic_weight_cap: number,
-            gan_weight: number,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Progressive(ProgressiveConfig {
-            weight_cap: Some(number),
-            ..Default::default()
-        }));
+        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig::default().with(|config| {
+            config.ema_decay = number;
+            config.sigma_data = number;
+            config.timestep_scaling = number;
+        })));
+        all.push(ObjectiveConfig::Lcm(
+            LatentConsistencyConfig::default().with(|config| config.sigma_data = number),
+        ));
+        all.push(ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| {
+            config.dm_min_timestep = number;
+            config.dm_max_timestep = number;
+        })));
+        all.push(ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| {
+            config.critic_weight_cap = number;
+            config.gan_weight = number;
+        })));
+        all.push(ObjectiveConfig::Progressive(
+            ProgressiveConfig::default().with(|config| config.weight_cap = Some(number)),
+        ));
     }
     for whole in ODD_WHOLES {
         let n = whole as u32;
-        all.push(ObjectiveConfig::Progressive(ProgressiveConfig {
-            substeps: n,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Lcm(LatentConsistencyConfig {
-            num_ddim_timesteps: n,
-            ..Default::default()
-        }));
-        all.push(ObjectiveConfig::Dmd2(Dmd2Config {
-            critic_ratio: whole as u64,
-            ..Default::default()
-        }));
+        all.push(ObjectiveConfig::Progressive(
+            ProgressiveConfig::default().with(|config| config.substeps = n),
+        ));
+        all.push(ObjectiveConfig::Lcm(
+            LatentConsistencyConfig::default().with(|config| config.num_ddim_timesteps = n),
+        ));
+        all.push(ObjectiveConfig::Dmd2(
+            Dmd2Config::default().with(|config| config.critic_ratio = whole as u64),
+        ));
     }
     all
 }
@@ -211,19 +203,18 @@ fn configs(cases: &mut Cases) {
 }
 
 fn states(x_t: &Tensor, timesteps: &Tensor, labels: &Tensor) -> States {
-    States {
-        x_t: x_t.shallow_clone(),
-        timesteps: timesteps.shallow_clone(),
-        grid_indices: vec![0, 2],
-        conditioning: Conditioning::class_labels(labels.shallow_clone()),
-        sources: vec![Source::Noise, Source::Student],
-        created_at_step: vec![0, 0],
-    }
+    let mut states = States::new(points(), &grid(4), vec![0, 2], Source::Student)
+        .expect("on the grid")
+        .with_conditioning(Conditioning::class_labels(labels.shallow_clone()));
+    states.sources[0] = Source::Noise;
+    // Tensors of any kind and shape, without a check.
+    (states.x_t, states.timesteps) = (x_t.shallow_clone(), timesteps.shallow_clone());
+    states
 }
 
 fn objectives(cases: &mut Cases) {
     let lcm = ObjectiveConfig::Lcm(LatentConsistencyConfig::default());
-    let dmd2 = ObjectiveConfig::Dmd2(Dmd2Config { gan: false, ..Default::default() });
+    let dmd2 = ObjectiveConfig::Dmd2(Dmd2Config::default().with(|config| config.gan = false));
     for config in [ObjectiveConfig::default(), lcm, dmd2] {
         let grid = config.training_grid(&schedule(), 4).expect("it is on the grid");
         let objective = config.build(&schedule(), &grid).expect("the default is valid");
@@ -236,17 +227,18 @@ fn objectives(cases: &mut Cases) {
             cases.tensors("Objective::loss", &[&points(), &times, &labels], |t| {
                 ask(objective.as_ref(), phase, &states(&t[0], &t[1], &t[2]))
             });
-            let whole = || states(&points(), &times, &labels);
-            let torn = [
-                States { created_at_step: vec![], ..whole() },
-                States { sources: vec![], ..whole() },
-                States { grid_indices: vec![], ..whole() },
-                States { grid_indices: vec![99, usize::MAX], ..whole() },
-                States { conditioning: Conditioning::none(), ..whole() },
+            let changes: [fn(&mut States); 5] = [
+                |states| states.created_at_step = vec![],
+                |states| states.sources = vec![],
+                |states| states.grid_indices = vec![],
+                |states| states.grid_indices = vec![99, usize::MAX],
+                |states| states.conditioning = Conditioning::none(),
             ];
-            for (i, torn) in torn.iter().enumerate() {
+            for (i, change) in changes.iter().enumerate() {
+                let mut torn = states(&points(), &times, &labels);
+                change(&mut torn);
                 cases.once("Objective::loss", &format!("torn {i}"), || {
-                    ask(objective.as_ref(), phase, torn)
+                    ask(objective.as_ref(), phase, &torn)
                 });
             }
         }
@@ -257,6 +249,14 @@ fn objectives(cases: &mut Cases) {
         bare(cases, objective.as_ref(), &states(&points(), &times, &labels));
     }
     cases.cannot_fail(&["Networks::new", "LossRequest::new", "LossTerms::new"]);
+    cases.cannot_fail(&["Networks::with_critic", "Networks::with_target"]);
+    cases.cannot_fail(&["Critic::new", "Critic::with_discriminator", "Critic::with_thresholded"]);
+    cases.cannot_fail(&["LossRequest::with_real", "LossRequest::with_student_x0"]);
+    cases.cannot_fail(&[
+        "Dmd2Config::with",
+        "LatentConsistencyConfig::with",
+        "ProgressiveConfig::with",
+    ]);
 }
 
 /// Without the networks that a method needs.
@@ -273,15 +273,9 @@ fn bare(cases: &mut Cases, objective: &dyn Objective, states: &States) {
 
 fn ask(objective: &dyn Objective, phase: Phase, states: &States) -> Result<(), String> {
     let (student, teacher, other) = (network(), network(), network());
-    let critic = Critic { fake_score: &other, thresholded: &other, discriminator: None };
-    let networks = Networks {
-        target: Some(&other),
-        critic: Some(critic),
-        ..Networks::new(&student, &teacher)
-    };
-    let (streams, data) =
-        (RandomStreams::new(0, 0), Data { x0: points(), conditioning: Conditioning::none() });
-    let request =
-        LossRequest { real: Some(&data), ..LossRequest::new(0, phase, states, networks, &streams) };
+    let critic = Critic::new(&other);
+    let networks = Networks::new(&student, &teacher).with_target(&other).with_critic(critic);
+    let (streams, data) = (RandomStreams::new(0, 0), Data::new(points()));
+    let request = LossRequest::new(0, phase, states, networks, &streams).with_real(&data);
     said(objective.loss(&request))
 }

@@ -106,11 +106,11 @@ fn features(cases: &mut Cases) {
     let path = repository().join("tests/golden/models/torch_script/model.pt");
     let options = TorchScriptOptions::inception_2015();
     for place in ["none.pt", "/", "/dev/null"] {
-        cases.once("TorchScriptExtractor::open", place, || {
-            said(TorchScriptExtractor::open(place, options.clone(), Device::Cpu))
+        cases.once("TorchScriptExtractor::from_file", place, || {
+            said(TorchScriptExtractor::from_file(place, options.clone(), Device::Cpu))
         });
     }
-    cases.once("TorchScriptExtractor::open", "another network", || {
-        said(TorchScriptExtractor::open(&path, options.clone(), Device::Cpu))
+    cases.once("TorchScriptExtractor::from_file", "another network", || {
+        said(TorchScriptExtractor::from_file(&path, options.clone(), Device::Cpu))
     });
 }

@@ -709,13 +709,13 @@ fn programs(cases: &mut Cases) {
         for place in [path.as_path(), Path::new("none"), Path::new("/")] {
             for device in [Device::Cpu, Device::Cuda(0)] {
                 cases.once(
-                    "TorchScript::load",
+                    "TorchScript::from_file",
                     &format!("{} on {device:?}", place.display()),
-                    || said(TorchScript::load(place, &config, device)),
+                    || said(TorchScript::from_file(place, &config, device)),
                 );
             }
         }
-        let script = TorchScript::load(&path, &config, Device::Cpu).expect("a golden");
+        let script = TorchScript::from_file(&path, &config, Device::Cpu).expect("a golden");
         let expected = weights::read_all(golden("torch_script").join("expected.safetensors"))
             .expect("a golden");
         let x = expected.get("x_t").map_or_else(|| images(1), Tensor::copy);

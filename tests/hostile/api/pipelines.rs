@@ -31,7 +31,7 @@ fn ddil_pipelines() {
     components(&mut cases, &text);
     // Files of a model are spoilt in `inputs`; these write or take over what was read.
     cases.spoilt_in_inputs(&[
-        "Card::read",
+        "Card::from_file",
         "Pipeline::write",
         "Pipeline::write_adapter",
         "PipelineParts::text_to_image",
@@ -103,9 +103,9 @@ fn folders(cases: &mut Cases) {
         cases.once("ClassToImage::open_in", &what, || {
             said(ClassToImage::open_in(place, placement, precision))
         });
-        cases.once("Pipeline::read", &what, || said(Pipeline::read(place, placement, precision)));
-        cases.once("Pipeline::read_without_values", &what, || {
-            said(Pipeline::read_without_values(place))
+        cases.once("Pipeline::open", &what, || said(Pipeline::open(place, placement, precision)));
+        cases.once("Pipeline::open_without_weights", &what, || {
+            said(Pipeline::open_without_weights(place))
         });
         cases.once("Pipeline::ensure_weights", &what, || said(Pipeline::ensure_weights(place)));
         cases.once("Pipeline::class_at", &what, || said(Pipeline::class_at(place)));

@@ -340,8 +340,8 @@ fn configs(cases: &mut Cases) {
     cases.wholes("SamplerConfig::timesteps", |n| said(ddim.timesteps(n as u32, 4)));
     cases.cannot_fail(&["CommonConfig::with_trained_timesteps", "SamplerConfig::scheduler_config"]);
     cases.spoilt_in_inputs(&[
-        "SchedulerConfig::read",
-        "SchedulerConfig::read_any",
-        "SchedulerConfig::read_lenient",
+        "SchedulerConfig::from_file",
+        "SchedulerConfig::from_file_any",
+        "SchedulerConfig::from_file_lenient",
     ]);
 }

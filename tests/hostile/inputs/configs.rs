@@ -37,7 +37,7 @@ fn distill_config() {
 }
 
 fn read_distill(folder: &Path) -> Said {
-    let settings = Settings::read(&folder.join(CONFIG)).map_err(told)?;
+    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(told)?;
     let mut config: DistillConfig = settings.build().map_err(told)?;
     config.ensure().map_err(told)?;
     let text = to_toml(&config).map_err(told)?;
@@ -59,7 +59,7 @@ fn train_config() {
 }
 
 fn read_train(folder: &Path) -> Said {
-    let settings = Settings::read(&folder.join(CONFIG)).map_err(told)?;
+    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(told)?;
     let config: TrainConfig = settings.build().map_err(told)?;
     config.ensure().map_err(told)?;
     let text = to_toml(&config).map_err(told)?;
@@ -74,9 +74,9 @@ fn compare_config() {
 }
 
 fn read_compare(folder: &Path) -> Said {
-    let matrix = Matrix::read(&folder.join(CONFIG)).map_err(told)?;
+    let matrix = Matrix::from_file(&folder.join(CONFIG)).map_err(told)?;
     let base = repository().join("crates/ddil/presets/fashion-mnist-pd-ddil.toml");
-    let base = Settings::read(&base).map_err(told)?;
+    let base = Settings::from_file(&base).map_err(told)?;
     matrix.cells(&base).map(drop).map_err(told)
 }
 
@@ -99,8 +99,8 @@ fn scheduler_config() {
 
 fn read_scheduler(folder: &Path) -> Said {
     let path = folder.join(SCHEDULER);
-    let _ = SchedulerConfig::read_lenient(&path);
-    let (config, _) = SchedulerConfig::read_any(&path).map_err(told)?;
+    let _ = SchedulerConfig::from_file_lenient(&path);
+    let (config, _) = SchedulerConfig::from_file_any(&path).map_err(told)?;
     let again = SchedulerConfig::from_json(&config.to_json()).map_err(told)?;
     assert_eq!(again, config);
     let schedule = config.schedule().map_err(told)?;

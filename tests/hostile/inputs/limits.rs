@@ -81,7 +81,7 @@ fn a_schedule_has_no_billions_of_timesteps() {
     let text = r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 4294967295}"#;
     let folder = written("scheduler_config.json", text);
     let path = folder.path().join("scheduler_config.json");
-    let error = SchedulerConfig::read(&path).expect_err("too many");
+    let error = SchedulerConfig::from_file(&path).expect_err("too many");
     let cause = std::error::Error::source(&error).expect("a cause").to_string();
     assert_says(&error.to_string(), &["scheduler_config.json"]);
     assert_says(&cause, &["num_train_timesteps", "4294967295", &MAX_TRAIN_TIMESTEPS.to_string()]);

@@ -182,11 +182,11 @@ fn model_folder() {
 }
 
 fn read_folder(folder: &Path) -> Said {
-    Pipeline::read_without_values(folder).map_err(told)?;
+    Pipeline::open_without_weights(folder).map_err(told)?;
     let parts = ModelFiles::of_pipeline(folder, None).map_err(told)?;
     parts.check().map_err(told)?;
     Pipeline::ensure_weights(folder).map_err(told)?;
-    Pipeline::read(folder, Placement::default(), Precision::Float32).map_err(told)?;
+    Pipeline::open(folder, Placement::default(), Precision::Float32).map_err(told)?;
     let written = folder.join("written");
     parts.write(&written, &WeightForm::default(), false).map_err(told)?;
     ensure_within(folder);
@@ -270,7 +270,7 @@ fn torch_script_file() {
     );
     let read = |folder: &Path| {
         let config = TorchScriptConfig::default();
-        TorchScript::load(folder.join("model.pt"), &config, tch::Device::Cpu)
+        TorchScript::from_file(folder.join("model.pt"), &config, tch::Device::Cpu)
             .map(drop)
             .map_err(told)
     };

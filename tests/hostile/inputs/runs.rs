@@ -68,17 +68,16 @@ fn spilling(folder: &Path, segment_rows: usize) -> BufferConfig {
     // Three rings; a state is three halves and a label.
     let row_bytes = 3 * 2 + 8;
     let file_bytes = (4096 + segment_rows * row_bytes) as u64;
-    let spill = SpillConfig { folder: folder.to_owned(), byte_budget: 3 * 2 * file_bytes };
-    BufferConfig {
-        capacity: 12,
-        byte_budget: 3 * row_bytes as u64,
-        spill: Some(spill),
-        ..BufferConfig::default()
-    }
+    let spill = SpillConfig::new(folder.to_owned(), 3 * 2 * file_bytes);
+    BufferConfig::default().with(|config| {
+        config.capacity = 12;
+        config.byte_budget = 3 * row_bytes as u64;
+        config.spill = Some(spill);
+    })
 }
 
 fn buffer() -> AggregationBuffer {
-    let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+    let config = BufferConfig::default().with(|config| config.capacity = 12);
     let mut buffer = AggregationBuffer::new(config, &grid()).expect("it is valid");
     fill(&mut buffer, 0);
     buffer
@@ -86,14 +85,12 @@ fn buffer() -> AggregationBuffer {
 
 fn fill(buffer: &mut AggregationBuffer, created_at_step: u64) {
     let grid_indices = vec![1, 2, 3, 1];
-    let states = States {
-        x_t: Tensor::ones([4, 3], tch::kind::FLOAT_CPU),
-        timesteps: Tensor::from_slice(&[749_i64, 499, 249, 749]),
-        sources: vec![Source::Student; 4],
-        created_at_step: [1, 1, 1, 2].map(|own| created_at_step + own).to_vec(),
-        conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 2, 3])),
-        grid_indices,
-    };
+    let x_t = Tensor::ones([4, 3], tch::kind::FLOAT_CPU);
+    let labels = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 2, 3]));
+    let mut states = States::new(x_t, &grid(), grid_indices, Source::Student)
+        .expect("on the grid")
+        .with_conditioning(labels);
+    states.created_at_step = [1, 1, 1, 2].map(|own| created_at_step + own).to_vec();
     buffer.insert(&states).expect("it fits");
 }
 
@@ -205,15 +202,15 @@ fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
 }
 
 fn restore(checkpoint: &Checkpoint) -> Said {
-    restore_into(BufferConfig { capacity: 12, ..BufferConfig::default() }, checkpoint)
+    restore_into(BufferConfig::default().with(|config| config.capacity = 12), checkpoint)
 }
 
 fn restore_into(config: BufferConfig, checkpoint: &Checkpoint) -> Said {
-    let saved = SavedState {
-        files: checkpoint.linked(),
-        tensors: checkpoint.tensors("buffer.safetensors").map_err(told)?,
-        metadata: checkpoint.json("buffer.json").map_err(told)?,
-    };
+    let saved = SavedState::new(
+        checkpoint.tensors("buffer.safetensors").map_err(told)?,
+        checkpoint.json("buffer.json").map_err(told)?,
+    )
+    .with_files(checkpoint.linked());
     let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
     buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
     use_buffer(&mut buffer)
@@ -230,14 +227,12 @@ fn use_buffer(buffer: &mut AggregationBuffer) -> Said {
             buffer.sample(&[grid_index; 3], 3, &mut rng).map_err(place)?;
         }
     }
-    let states = States {
-        x_t: Tensor::ones([2, 3], tch::kind::FLOAT_CPU),
-        timesteps: Tensor::from_slice(&[749_i64, 249]),
-        grid_indices: vec![1, 3],
-        sources: vec![Source::Student; 2],
-        created_at_step: vec![u64::MAX, u64::MAX],
-        conditioning: Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1])),
-    };
+    let x_t = Tensor::ones([2, 3], tch::kind::FLOAT_CPU);
+    let labels = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1]));
+    let states = States::new(x_t, &grid(), vec![1, 3], Source::Student)
+        .expect("on the grid")
+        .with_conditioning(labels)
+        .made_at(u64::MAX);
     // States of another shape may have been restored.
     let _ = buffer.insert(&states);
     buffer.save().map(drop).map_err(place)
@@ -250,7 +245,7 @@ fn saved_buffer() {
     let seed = saved_tree(&saved);
     Target::new("saved_buffer", vec![seed], |folder| {
         let saved = read_saved(folder)?;
-        let config = BufferConfig { capacity: 12, ..BufferConfig::default() };
+        let config = BufferConfig::default().with(|config| config.capacity = 12);
         let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
         buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
         use_buffer(&mut buffer)
@@ -261,10 +256,9 @@ fn saved_buffer() {
 fn mixer() -> Mixer {
     let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
     let policy = StudentPolicy::default();
-    let config = MixerConfig {
-        student: StudentConfig { policy, ..Default::default() },
-        ..Default::default()
-    };
+    let config = MixerConfig::default().with(|config| {
+        config.student = StudentConfig::default().with(|config| config.policy = policy)
+    });
     Mixer::new(config, grid(), Box::new(Ddim::new(schedule))).expect("it is valid")
 }
 
@@ -291,7 +285,7 @@ fn read_saved(folder: &Path) -> Result<SavedState, String> {
     let tensors = ddil_models::weights::read_all(folder.join("state.safetensors")).map_err(told)?;
     let text = std::fs::read(folder.join("state.json")).map_err(|e| format!("state.json: {e}"))?;
     let metadata = serde_json::from_slice(&text).map_err(|e| format!("state.json: {e}"))?;
-    Ok(SavedState { tensors: tensors.into_iter().collect(), metadata, files: Vec::new() })
+    Ok(SavedState::new(tensors.into_iter().collect(), metadata))
 }
 
 /// Of a run that was begun on one thread and went on with two.
@@ -329,9 +323,9 @@ fn run_folder() {
 
 fn read_run(folder: &Path) -> Said {
     let _ = is_in_use(folder).map_err(told)?;
-    let _ = Status::read(folder).map_err(told)?;
+    let _ = Status::from_folder(folder).map_err(told)?;
     let lines: Vec<Value> = record::read_lines(&folder.join("metrics.jsonl")).map_err(told)?;
-    let _ = RunEnvironment::read(folder).map_err(told)?;
+    let _ = RunEnvironment::from_folder(folder).map_err(told)?;
     RunEnvironment::note(folder, 3, tch::Device::Cpu).map_err(told)?;
     let run = RunFolder::resume(folder).map_err(told)?;
     run.settings().map_err(told)?;
@@ -399,7 +393,7 @@ fn results_and_cells() {
         .with("cell.json", json_of(&cell()));
     Target::new("results_and_cells", vec![seed], |folder| {
         let cell = folder.join("cell.json");
-        let record = CellRecord::read(&cell).map_err(told)?;
+        let record = CellRecord::from_file(&cell).map_err(told)?;
         if let Some(record) = record {
             record.write(&cell).map_err(told)?;
         }

@@ -20,6 +20,7 @@ use crate::saved::SavedFile;
 /// Where states beyond the memory of an [`AggregationBuffer`](super::AggregationBuffer) are stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct SpillConfig {
     /// The folder, used by one buffer at a time and created on first use. Files are removed when the buffer is dropped;
     /// those left by a killed process have to be [cleared](Self::clear) first. In a run's config it may be omitted: the
@@ -43,6 +44,11 @@ impl Default for SpillConfig {
 }
 
 impl SpillConfig {
+    /// A folder and the maximum of bytes in it.
+    pub fn new(folder: impl Into<PathBuf>, byte_budget: u64) -> Self {
+        Self { folder: folder.into(), byte_budget }
+    }
+
     /// Removes the files that a killed process left in the folder. Call it only if no buffer is using them.
     ///
     /// # Errors

@@ -37,6 +37,7 @@ pub enum AdaptiveSignal {
 /// `min + (max - min) signal`, and the rest is divided between dataset samples and teacher.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct AdaptivePriors {
     /// The signal; default the shift.
     pub signal: AdaptiveSignal,
@@ -85,6 +86,13 @@ const FEWEST_STATES: usize = 16;
 const PROJECTIONS: i64 = 64;
 
 impl AdaptivePriors {
+    /// The same settings with a change: `AdaptivePriors::default().with(|config| config.interval = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// Checks the settings; call it once, before training.
     ///
     /// # Errors
@@ -275,12 +283,12 @@ impl Adaptation {
                 let stores = vec![forward.metadata.clone(), student.metadata.clone()];
                 let tensors = forward.prefixed(STORES[0]).chain(student.prefixed(STORES[1]));
                 let metadata = Metadata { followed, stores, means: vec![] };
-                SavedState::new(WHAT, tensors.collect(), &metadata)
+                SavedState::serialized(WHAT, tensors.collect(), &metadata)
             }
             Memory::LossRatio { losses, means } => {
                 let tensors = losses.tensor().map(|sums| (LOSSES.to_owned(), sums));
                 let metadata = Metadata { followed, stores: vec![], means: means.clone() };
-                SavedState::new(WHAT, tensors.into_iter().collect(), &metadata)
+                SavedState::serialized(WHAT, tensors.into_iter().collect(), &metadata)
             }
         }
     }

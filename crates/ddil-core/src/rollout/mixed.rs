@@ -82,24 +82,17 @@ impl MixedVariant {
 /// The teacher may take finer steps than the student, several per interval of the student's grid.
 #[derive(Clone, Copy)]
 pub struct MixedRollout<'a> {
-    /// The student.
-    pub student: &'a dyn Denoiser,
-    /// The student's sampler.
-    pub student_sampler: &'a dyn Sampler,
-    /// The student's grid.
-    pub timesteps: &'a Timesteps,
-    /// The teacher.
-    pub teacher: &'a dyn Denoiser,
-    /// The teacher's sampler.
-    pub teacher_sampler: &'a dyn Sampler,
-    /// The teacher's grid; contains every timestep of the student's.
-    pub teacher_timesteps: &'a Timesteps,
-    /// When the teacher acts; never if none.
-    pub variant: Option<MixedVariant>,
+    student: Actor<'a>,
+    teacher: Actor<'a>,
+    variant: Option<MixedVariant>,
 }
+
+/// A network, its sampler and its grid.
+type Actor<'a> = (&'a dyn Denoiser, &'a dyn Sampler, &'a Timesteps);
 
 /// States visited by a batch of trajectories, one per row.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Visited {
     /// The states, `[visited, ..]`.
     pub x_t: Tensor,
@@ -114,14 +107,25 @@ pub struct Visited {
 impl std::fmt::Debug for MixedRollout<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MixedRollout")
-            .field("timesteps", self.timesteps)
-            .field("teacher_timesteps", self.teacher_timesteps)
+            .field("timesteps", self.student.2)
+            .field("teacher_timesteps", self.teacher.2)
             .field("variant", &self.variant)
             .finish_non_exhaustive()
     }
 }
 
-impl MixedRollout<'_> {
+impl<'a> MixedRollout<'a> {
+    /// The student acts where `variant` does not hand over to the teacher; `None` is the student alone.
+    ///
+    /// Each is a network with its sampler and grid. The teacher's grid contains every timestep of the student's.
+    pub fn new(
+        student: (&'a dyn Denoiser, &'a dyn Sampler, &'a Timesteps),
+        teacher: (&'a dyn Denoiser, &'a dyn Sampler, &'a Timesteps),
+        variant: impl Into<Option<MixedVariant>>,
+    ) -> Self {
+        Self { student, teacher, variant: variant.into() }
+    }
+
     /// Runs each sample of a batch from noise to its target and keeps the states on the way: all except the first, the
     /// target last.
     ///
@@ -141,8 +145,8 @@ impl MixedRollout<'_> {
         targets: &[i64],
         draws: &mut Draws,
     ) -> Result<Visited> {
-        let first = self.timesteps.as_slice()[0];
-        let x_t = first_state(self.student.schedule(), first, noise)?;
+        let (student, _, timesteps) = self.student;
+        let x_t = first_state(student.schedule(), timesteps.as_slice()[0], noise)?;
         self.visit_from(0, &x_t, conditioning, targets, draws)
     }
 
@@ -190,12 +194,13 @@ impl MixedRollout<'_> {
         targets: &[i64],
     ) -> Result<&[i64]> {
         ddil_libtorch::ensure_real(op, "x_t", x_t)?;
-        ensure_ready(op, self.student_sampler, x_t, conditioning, true)?;
+        let (_, sampler, timesteps) = self.student;
+        ensure_ready(op, sampler, x_t, conditioning, true)?;
         if let Some(variant) = self.variant {
             variant.ensure()?;
-            ensure_part_of("timesteps", self.timesteps, self.teacher_timesteps)?;
+            ensure_part_of("timesteps", timesteps, self.teacher.2)?;
         }
-        let path = self.timesteps.as_slice();
+        let path = timesteps.as_slice();
         let Some(path) = path.get(start..).filter(|path| !path.is_empty()) else {
             return Err(Error::Invalid(Invalid::new(
                 "start",
@@ -264,9 +269,9 @@ impl MixedRollout<'_> {
     /// Mean of `|x0_student - x0_teacher|` per sample.
     fn disagreement(&self, level: usize, leg: &Leg<'_>) -> Result<Vec<f64>> {
         const OP: &str = "MixedRollout::visit";
-        let timestep = self.timesteps.as_slice()[level];
+        let timestep = self.student.2.as_slice()[level];
         let timesteps = repeated_timestep(timestep, leg.x_t)?;
-        let [student, teacher] = [self.student, self.teacher]
+        let [student, teacher] = [self.student.0, self.teacher.0]
             .map(|denoiser| denoiser.predict(leg.x_t, &timesteps, leg.conditioning));
         let distances =
             (student?.x0 - teacher?.x0).abs().flatten(1, -1).mean_dim(1, false, Kind::Double);
@@ -274,9 +279,16 @@ impl MixedRollout<'_> {
     }
 
     fn student_step(&self, level: usize, part: &Part, generator: &mut Generator) -> Result<Tensor> {
-        let timestep = self.timesteps.as_slice()[level];
-        let actor = (self.student, self.student_sampler);
-        step(actor, &part.x_t, timestep, &part.next, &part.conditioning, Some(generator))
+        let (student, sampler, timesteps) = self.student;
+        let timestep = timesteps.as_slice()[level];
+        step(
+            (student, sampler),
+            &part.x_t,
+            timestep,
+            &part.next,
+            &part.conditioning,
+            Some(generator),
+        )
     }
 
     /// One interval in the finer steps of the teacher.
@@ -286,11 +298,12 @@ impl MixedRollout<'_> {
         part: &Part,
         generator: &mut Generator,
     ) -> Result<Tensor> {
-        let grid = self.timesteps.as_slice();
+        let grid = self.student.2.as_slice();
         let (from, to) = (grid[level], grid.get(level + 1).copied().unwrap_or(-1));
-        let fine = self.teacher_timesteps.as_slice().iter().copied();
+        let (teacher, sampler, timesteps) = self.teacher;
+        let fine = timesteps.as_slice().iter().copied();
         let path: Vec<i64> = fine.filter(|t| to < *t && *t <= from).collect();
-        let actor = (self.teacher, self.teacher_sampler);
+        let actor = (teacher, sampler);
         run_steps(actor, &path, &part.x_t, &part.conditioning, &part.next, Some(generator))
     }
 }

@@ -67,6 +67,7 @@ impl Default for StudentPolicy {
 /// Settings of the student's source.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct StudentConfig {
     /// How states are made; default chains.
     pub policy: StudentPolicy,
@@ -109,6 +110,13 @@ impl RolloutSteps {
 }
 
 impl StudentConfig {
+    /// The same settings with a change: `StudentConfig::default().with(|config| config.policy = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     fn ensure(&self, grids: &Grids) -> Result<()> {
         if let Some(mixed) = self.mixed {
             mixed.ensure()?;

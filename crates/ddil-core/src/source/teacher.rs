@@ -38,6 +38,7 @@ impl TeacherStates {
 /// Settings of the teacher's source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct TeacherConfig {
     /// Number of trajectories kept for reuse; default 1024, 0 makes new rollouts each time. The teacher does not
     /// change, so its states never expire. The pool is filled on demand; until it is full, it saves nothing.
@@ -63,6 +64,15 @@ impl Default for TeacherConfig {
             substeps: 2,
             storage: StorageKind::default(),
         }
+    }
+}
+
+impl TeacherConfig {
+    /// The same settings with a change: `TeacherConfig::default().with(|config| config.substeps = ..)`.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
     }
 }
 
@@ -277,7 +287,7 @@ impl TrajectorySource for TeacherSource {
     }
 
     fn save(&self) -> Result<SavedState> {
-        SavedState::new(WHAT, self.rows.tensors(), &self.pool)
+        SavedState::serialized(WHAT, self.rows.tensors(), &self.pool)
     }
 
     fn restore(&mut self, saved: &SavedState) -> Result<()> {

@@ -22,7 +22,7 @@ pub(super) fn is_in(folder: &Path) -> bool {
 impl Pipeline {
     /// Writes a folder with an adapter: `pytorch_lora_weights.safetensors` with diffusers' tensor names and with ranks
     /// and alphas in its metadata; `scheduler/`; `README.md` with instructions; and the card, which names the base for
-    /// [`read`](Self::read).
+    /// [`open`](Self::open).
     ///
     /// # Errors
     ///
@@ -92,7 +92,7 @@ impl Pipeline {
             return Ok(folder.to_owned());
         }
         let path = folder.join(card::FILE_NAME);
-        let card = Card::read(&path)?;
+        let card = Card::from_file(&path)?;
         let Some(AdapterCard { base, .. }) = card.adapter else {
             return Err(Error::Invalid(Invalid::new(
                 format!("adapter in {}", path.display()),

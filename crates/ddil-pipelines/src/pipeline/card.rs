@@ -98,7 +98,7 @@ impl Card {
     /// # Errors
     ///
     /// [`Error::Files`](crate::Error::Files), also for another format version.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn from_file(path: &Path) -> Result<Self> {
         Ok(read_versioned(path, FORMAT_VERSION)?)
     }
 

@@ -237,7 +237,7 @@ impl ModelFiles {
     /// [`Error::Scheduler`] for an invalid config.
     pub fn scheduler(&self) -> Result<(SchedulerConfig, Option<String>)> {
         match &self.scheduler {
-            SchedulerSource::File(path) => Ok(SchedulerConfig::read_any(path)?),
+            SchedulerSource::File(path) => Ok(SchedulerConfig::from_file_any(path)?),
             SchedulerSource::StableDiffusion => Ok((stable_diffusion_scheduler(), None)),
         }
     }

@@ -16,7 +16,7 @@ use crate::error::Result;
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher"));
 /// # let folder = tempfile::tempdir()?;
-/// let model = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+/// let model = Pipeline::open(path, Placement::default(), Precision::Float32)?;
 /// let scheduler = Scheduler::new(&model.network, model.sampler, &model.thresholding, None)?;
 ///
 /// let copy = folder.path().join("copy");

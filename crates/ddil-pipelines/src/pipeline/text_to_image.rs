@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 /// use ddil_pipelines::Pipeline;
 ///
 /// # let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-text-to-image"));
-/// let model = Pipeline::read_without_values(path)?;
+/// let model = Pipeline::open_without_weights(path)?;
 /// let components = model.parts.text_to_image(Placement::default())?;
 /// let encoded = components.encode(&["a sneaker", "a dress"])?;
 /// let states = encoded.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES);

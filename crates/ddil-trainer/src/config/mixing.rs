@@ -47,7 +47,12 @@ impl MixingSection {
     /// The settings of the mixer.
     pub fn mixer(&self) -> MixerConfig {
         let Self { priors, student, teacher, pure_noise_at_tmax, .. } = self.clone();
-        MixerConfig { priors, student, teacher, pure_noise_at_tmax }
+        MixerConfig::default().with(|config| {
+            config.priors = priors;
+            config.student = student;
+            config.teacher = teacher;
+            config.pure_noise_at_tmax = pure_noise_at_tmax;
+        })
     }
 
     /// Checks that thresholding is set for the whole run only.

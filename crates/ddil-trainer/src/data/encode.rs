@@ -92,7 +92,7 @@ impl Encoding {
                 Some(_) => Err(self.foreign("other files")),
             };
         }
-        match EncodedInfo::read(folder).map_err(|error| self.damaged(error))?.key {
+        match EncodedInfo::from_folder(folder).map_err(|error| self.damaged(error))?.key {
             None => Err(self.foreign(
                 "encoded data that are not a cache; to read them, set data.kind = \"latents\"",
             )),

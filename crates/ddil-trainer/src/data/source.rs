@@ -43,7 +43,7 @@ impl DataSource {
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub fn of_pixels(section: &DataSection) -> Result<Self> {
         let images = match (section.kind, &section.path) {
-            (DataKind::FashionMnist, path) => FashionMnist::load(path.as_deref())?.train,
+            (DataKind::FashionMnist, path) => FashionMnist::from_folder(path.as_deref())?.train,
             (DataKind::ImageFolder, Some(path)) => read_image_folder(path)?,
             (DataKind::ImageFolder, None) => {
                 return invalid("data.path", "not set", "a folder of images");

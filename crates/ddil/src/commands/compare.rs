@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use ddil::compare::workers::{self, Event};
-use ddil::compare::{
+use crate::compare::workers::{self, Event};
+use crate::compare::{
     CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell, Program, Standing,
     WorkItem, Worker,
 };
-use ddil::exit_code::TRY_AGAIN;
+use crate::exit_code::TRY_AGAIN;
+use anyhow::{Context, bail};
 use ddil_files::settings::Settings;
 use ddil_trainer::interrupt::Interrupt;
 use ddil_trainer::logging::Logging;
@@ -23,7 +23,7 @@ use crate::cli::CompareArgs;
 use crate::presets;
 
 pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
-    let matrix = Matrix::read(&args.matrix)?;
+    let matrix = Matrix::from_file(&args.matrix)?;
     let base = read_base(&matrix, &args.matrix)?;
     if args.list {
         let cells = matrix.cells(&base)?;
@@ -55,7 +55,7 @@ fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
             preset.name,
             preset.verb
         ),
-        None => Settings::read(Path::new(&matrix.base)).with_context(|| {
+        None => Settings::from_file(Path::new(&matrix.base)).with_context(|| {
             format!(
                 "{}: `base` is `{}`, which is neither a preset nor a readable file",
                 path.display(),

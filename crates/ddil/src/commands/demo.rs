@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::compare::setting::TeacherSamples;
+use crate::evaluation::{Reference, draw, shift};
+use crate::results::{self, Measurement, shift_table, table};
 use anyhow::{Context, bail, ensure};
-use ddil::compare::setting::TeacherSamples;
-use ddil::evaluation::{Reference, draw, shift};
-use ddil::results::{self, Measurement, shift_table, table};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
 use ddil_data::FashionMnist;
 use ddil_files::settings::Settings;
@@ -125,7 +125,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
         batch_size: 100,
         seed: config.run.seed,
     };
-    let read = |path: &Path| Pipeline::read(path, placement, config.run.precision);
+    let read = |path: &Path| Pipeline::open(path, placement, config.run.precision);
     let teacher = || read(&config.teacher.path);
     let few = config.student.stages.last().copied().unwrap_or(1);
     let mut candidates = Vec::new();
@@ -151,7 +151,7 @@ const SHIFT_STATES: u32 = 1000;
 
 fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
-    let data = FashionMnist::load(None)?;
+    let data = FashionMnist::from_folder(None)?;
     let reference = Reference::new("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
     let mut rows = vec![data_row(&data.train, n, &reference, &extractor)?];
     let mut images = Vec::new();

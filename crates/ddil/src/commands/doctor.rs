@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use ddil::doctor::Doctor;
+use crate::doctor::Doctor;
 
 use super::say;
 use crate::cli::DoctorArgs;

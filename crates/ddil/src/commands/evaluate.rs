@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
+use crate::compare::Extractor;
+use crate::evaluation::{Reference, draw_observed, shift};
+use crate::exit_code::NOT_FINITE;
+use crate::results::{Measurement, append, shift_table, table};
+use crate::sample_file;
 use anyhow::{Context, bail, ensure};
-use ddil::compare::Extractor;
-use ddil::evaluation::{Reference, draw_observed, shift};
-use ddil::exit_code::NOT_FINITE;
-use ddil::results::{Measurement, append, shift_table, table};
-use ddil::sample_file;
 use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_metrics::{FashionClassifier, FeatureExtractor, RawPixels};
@@ -73,7 +73,7 @@ impl RealImages {
                     held_out.is_none(),
                     "--reference is for a folder of images; fashion_mnist has its own test images"
                 );
-                let FashionMnist { train, test } = FashionMnist::load(path)?;
+                let FashionMnist { train, test } = FashionMnist::from_folder(path)?;
                 (train, Some(test), "fashion_mnist/test")
             }
             (DataKind::ImageFolder, Some(path)) => {
@@ -159,7 +159,7 @@ fn data_section(data: &Path) -> anyhow::Result<DataSection> {
         return Ok(DataSection::default());
     }
     if data.extension().is_some_and(|extension| extension == "toml") {
-        return Ok(Settings::read(data)?.build::<Config>()?.data);
+        return Ok(Settings::from_file(data)?.build::<Config>()?.data);
     }
     ensure!(
         data.is_dir(),

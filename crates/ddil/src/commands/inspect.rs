@@ -70,7 +70,7 @@ fn run_folder(path: &Path) -> anyhow::Result<Value> {
     let model = Pipeline::is_at(path).then(|| model(path)).transpose()?;
     Ok(json!({
         "kind": "run",
-        "status": Status::read(path)?,
+        "status": Status::from_folder(path)?,
         "in_use": is_in_use(path)?,
         "checkpoints": list(&checkpoints)?.len(),
         "newest_sound_checkpoint": newest,
@@ -92,7 +92,7 @@ fn model(path: &Path) -> anyhow::Result<Value> {
     if Pipeline::class_at(path)?.is_text_to_image() {
         return text_to_image(path);
     }
-    let pipeline = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+    let pipeline = Pipeline::open(path, Placement::default(), Precision::Float32)?;
     let parameters = pipeline.network.parameters();
     Ok(json!({
         "kind": "model",
@@ -113,7 +113,7 @@ fn text_to_image(path: &Path) -> anyhow::Result<Value> {
     let parts = ModelFiles::of_pipeline(whole, None)?;
     let (scheduler, solver) = parts.scheduler()?;
     let network = parts.network()?;
-    let pipeline = Pipeline::read_without_values(path)?;
+    let pipeline = Pipeline::open_without_weights(path)?;
     let summaries = parts.summaries()?;
     let parameters: u64 = summaries.iter().filter_map(|part| part.parameters).sum();
     let [channels, _] = network.channels().unwrap_or_default();

@@ -17,8 +17,8 @@ use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::Path;
 
+use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail, ensure};
-use ddil::exit_code::TRY_AGAIN;
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
 use ddil_pipelines::{Pipeline, SamplePlan};
@@ -103,7 +103,7 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         other => bail!("--memory-format is `{other}`; expected `channels_last` or `contiguous`"),
     };
     let placement = Placement { device, kind: Kind::Float, channels_last };
-    let mut pipeline = Pipeline::read(path, placement, precision)
+    let mut pipeline = Pipeline::open(path, placement, precision)
         .with_context(|| format!("could not read a model from {}", path.display()))?;
     pipeline.sampler = match args.sampler.as_deref() {
         None => pipeline.sampler,

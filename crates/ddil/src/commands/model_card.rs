@@ -8,7 +8,7 @@ use ddil_schedulers::SchedulerConfig;
 
 /// `README.md` of a folder; none for a teacher without classes, which diffusers' pipelines sample by themselves.
 pub(super) fn model_card(folder: &Path) -> anyhow::Result<Option<String>> {
-    let pipeline = Pipeline::read_without_values(folder)?;
+    let pipeline = Pipeline::open_without_weights(folder)?;
     let plan = SamplePlan::of(&pipeline, None);
     let is_text = pipeline.parts.class().is_text_to_image();
     if plan.timesteps.is_none() && (is_text || pipeline.card.class_names.is_empty()) {

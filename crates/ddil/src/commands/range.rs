@@ -58,7 +58,7 @@ fn latents(folder: &Path) -> anyhow::Result<Tensor> {
 
 fn open(data: &Path) -> anyhow::Result<ImageDataset> {
     if data == Path::new("fashion_mnist") {
-        return Ok(FashionMnist::load(None)?.train);
+        return Ok(FashionMnist::from_folder(None)?.train);
     }
     let path = data.display();
     ensure!(

@@ -206,7 +206,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
         }
         (None, None) => bail!("expected a config file, or --resume with a run folder"),
     };
-    let mut settings = Settings::read(&path)?;
+    let mut settings = Settings::from_file(&path)?;
     // From the file alone: an override with a key of another verb is a wrong override.
     let verb_of_file = verb_of(&settings);
     // Overrides of the command line come last and win.

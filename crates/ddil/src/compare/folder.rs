@@ -1,22 +1,23 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_trainer::{Error, Result};
 use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
 
 /// The folder layout of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct ComparisonFolder(PathBuf);
+pub(crate) struct ComparisonFolder(PathBuf);
 
 impl ComparisonFolder {
     /// The folder at a path; the file system is not accessed.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
+    pub(crate) fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
 
     /// The folder itself.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
@@ -25,7 +26,7 @@ impl ComparisonFolder {
     /// # Errors
     ///
     /// [`Error::Files`] if a folder cannot be created.
-    pub fn create(&self) -> Result<()> {
+    pub(crate) fn create(&self) -> Result<()> {
         for folder in [self.cells(), self.0.join("teachers")] {
             fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         }
@@ -33,57 +34,57 @@ impl ComparisonFolder {
     }
 
     /// A file such as `results.json`.
-    pub fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
     /// Output of verbs whose work belongs to no cell.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.file("work.log")
     }
 
     /// The rows of real images.
-    pub fn real(&self) -> PathBuf {
+    pub(crate) fn real(&self) -> PathBuf {
         self.file("real.json")
     }
 
     /// The folder of the cells' run folders.
-    pub fn cells(&self) -> PathBuf {
+    pub(crate) fn cells(&self) -> PathBuf {
         self.0.join("cells")
     }
 
     /// A cell's run folder.
-    pub fn run_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn run_of(&self, cell: &str) -> PathBuf {
         self.cells().join(cell)
     }
 
     /// A cell's config.
-    pub fn config_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn config_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.toml"))
     }
 
     /// Output of a cell's verbs.
-    pub fn log_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn log_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.log"))
     }
 
     /// The lock of the process that works on a cell.
-    pub fn lock_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn lock_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.lock"))
     }
 
     /// The record of how a cell ended.
-    pub fn record_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn record_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.json"))
     }
 
     /// A cell's first samples at its own number of steps.
-    pub fn samples_of(&self, cell: &str) -> PathBuf {
+    pub(crate) fn samples_of(&self, cell: &str) -> PathBuf {
         self.cells().join(format!("{cell}.safetensors"))
     }
 
     /// Samples of a teacher.
-    pub fn teacher(&self, key: &str) -> PathBuf {
+    pub(crate) fn teacher(&self, key: &str) -> PathBuf {
         self.0.join("teachers").join(key)
     }
 
@@ -92,7 +93,7 @@ impl ComparisonFolder {
     /// # Errors
     ///
     /// [`Error::Files`] if something cannot be removed.
-    pub fn remove_cell(&self, cell: &str) -> Result<()> {
+    pub(crate) fn remove_cell(&self, cell: &str) -> Result<()> {
         // The record first: without it no part of the cell counts as done.
         let files =
             [self.record_of(cell), self.samples_of(cell), self.config_of(cell), self.log_of(cell)];

@@ -8,29 +8,29 @@ use super::setting::TeacherSamples;
 
 /// A cell and the teacher samples that it is trained to match.
 #[derive(Clone, Debug, PartialEq)]
-pub struct PlannedCell {
+pub(crate) struct PlannedCell {
     /// The cell.
-    pub cell: Cell,
+    pub(crate) cell: Cell,
     /// Checksum of its config.
-    pub config_sha256: String,
+    pub(crate) config_sha256: String,
     /// The samples of its teacher.
-    pub taught: TeacherSamples,
+    pub(crate) taught: TeacherSamples,
 }
 
 /// A row of a teacher.
 #[derive(Clone, Debug, PartialEq)]
-pub struct PlannedTeacher {
+pub(crate) struct PlannedTeacher {
     /// Its samples.
-    pub samples: TeacherSamples,
+    pub(crate) samples: TeacherSamples,
     /// The samples that students are trained to match, with which it is compared.
-    pub taught: TeacherSamples,
+    pub(crate) taught: TeacherSamples,
     /// Whether a student is made for this number of steps.
-    pub own_steps: bool,
+    pub(crate) own_steps: bool,
 }
 
 /// One unit of work.
 #[derive(Clone, Debug, PartialEq)]
-pub enum WorkItem {
+pub(crate) enum WorkItem {
     /// Compare real images with real images.
     RealImages,
     /// Draw a part of a teacher's samples.
@@ -48,12 +48,12 @@ pub enum WorkItem {
 
 impl WorkItem {
     /// Whether it is a cell; a cell's failure does not affect the others.
-    pub fn is_cell(&self) -> bool {
+    pub(crate) fn is_cell(&self) -> bool {
         matches!(self, Self::Cell(_))
     }
 
     /// A description for messages.
-    pub fn about(&self) -> String {
+    pub(crate) fn about(&self) -> String {
         match self {
             Self::RealImages => "real images".to_owned(),
             Self::TeacherSamples { teacher, start } => {
@@ -72,7 +72,7 @@ impl WorkItem {
     }
 
     /// The file that receives the output of its verbs.
-    pub fn log(&self, folder: &ComparisonFolder) -> PathBuf {
+    pub(crate) fn log(&self, folder: &ComparisonFolder) -> PathBuf {
         match self {
             Self::Cell(planned) => folder.log_of(&planned.cell.name),
             _ => folder.log(),

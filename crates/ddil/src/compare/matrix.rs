@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::with_causes;
 use ddil_trainer::config::DistillConfig;
-use ddil_trainer::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::Value;
+
+use crate::error::{Error, Result};
 
 /// The settings of `ddil compare`.
 ///
@@ -39,7 +40,7 @@ use toml::Value;
 /// let base = Settings::parse("student.toml", "teacher = { path = \"teacher\" }")?;
 /// let names: Vec<String> = matrix.cells(&base)?.into_iter().map(|cell| cell.name).collect();
 /// assert_eq!(names, ["forward_seed0", "forward_seed1", "mixed_seed0", "mixed_seed1"]);
-/// # Ok::<(), ddil_trainer::Error>(())
+/// # Ok::<(), ddil::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,11 +69,11 @@ pub struct Matrix {
     pub axes: Vec<Axis>,
     /// Combinations to leave out: those with all of these values, as `{ axis = "value", .. }`.
     #[serde(default)]
-    pub exclude: Vec<BTreeMap<String, String>>,
+    pub(crate) exclude: Vec<BTreeMap<String, String>>,
     /// Changes for some combinations only, applied after everything else: for values whose meaning depends on another
     /// axis. Default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub exceptions: Vec<Exception>,
+    pub(crate) exceptions: Vec<Exception>,
     /// How each cell is measured.
     #[serde(default)]
     pub evaluate: EvaluateConfig,
@@ -110,7 +111,7 @@ pub struct AxisValue {
 #[serde(deny_unknown_fields)]
 pub struct Exception {
     /// The combinations: those with all of these values, as `{ axis = "value", .. }`.
-    pub at: BTreeMap<String, String>,
+    pub(crate) at: BTreeMap<String, String>,
     /// Changes to the config, as `"key.of.the.config" = value`.
     pub set: Changes,
 }
@@ -125,20 +126,20 @@ pub struct EvaluateConfig {
     pub steps: Vec<u32>,
     /// Samples at numbers of steps other than the student's own; default the same number.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub samples_off_steps: Option<u32>,
+    pub(crate) samples_off_steps: Option<u32>,
     /// States on each side of the shift at each timestep; 0 turns the measurement off. Default 1000.
-    pub shift_samples: u32,
+    pub(crate) shift_samples: u32,
     /// Steps for the teacher's own samples; default 50.
     pub teacher_steps: u32,
     /// Samples per network call; default 100.
-    pub batch_size: u32,
+    pub(crate) batch_size: u32,
     /// Seed of the noise; default 0.
     pub seed: u64,
     /// The features to compare; default `fashion_classifier`.
-    pub extractor: Extractor,
+    pub(crate) extractor: Extractor,
     /// A folder of held-out images, where the data is a folder of images; the default compares with the training images.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reference: Option<PathBuf>,
+    pub(crate) reference: Option<PathBuf>,
 }
 
 /// The features to compare.
@@ -154,10 +155,10 @@ pub enum Extractor {
 
 impl Extractor {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::FashionClassifier, Self::RawPixels];
+    pub(crate) const ALL: [Self; 2] = [Self::FashionClassifier, Self::RawPixels];
 
     /// Its name in a matrix and on the command line.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::FashionClassifier => "fashion_classifier",
             Self::RawPixels => "raw_pixels",
@@ -277,17 +278,17 @@ impl Matrix {
     ///
     /// # Errors
     ///
-    /// Those of [`Settings::read`] and [`Settings::build`], with the place; [`Error::Comparison`] with all other
+    /// Those of [`Settings::from_file`] and [`Settings::build`], with the place; [`Error::Comparison`] with all other
     /// problems.
-    pub fn read(path: &Path) -> Result<Self> {
-        Self::from_settings(&Settings::read(path)?)
+    pub fn from_file(path: &Path) -> Result<Self> {
+        Self::from_settings(&Settings::from_file(path)?)
     }
 
-    /// As [`read`](Self::read), from settings that are already in memory.
+    /// As [`from_file`](Self::from_file), from settings that are already in memory.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read).
+    /// As [`from_file`](Self::from_file).
     pub fn from_settings(settings: &Settings) -> Result<Self> {
         let matrix: Self = settings.build()?;
         let mut problems = Vec::new();
@@ -329,7 +330,7 @@ impl Matrix {
     /// # Errors
     ///
     /// Those of [`Settings::set`].
-    pub fn with_changes(&self, base: &Settings) -> Result<Settings> {
+    pub(crate) fn with_changes(&self, base: &Settings) -> Result<Settings> {
         let mut settings = base.clone();
         for (key, value) in &self.set {
             settings.set(&format!("{key}={value}"))?;
@@ -513,7 +514,7 @@ impl Cell {
     /// # Errors
     ///
     /// [`Error::Files`] for values that TOML cannot represent.
-    pub fn config_sha256(&self) -> Result<String> {
+    pub(crate) fn config_sha256(&self) -> Result<String> {
         Ok(sha256(to_toml(&self.config)?.as_bytes()))
     }
 

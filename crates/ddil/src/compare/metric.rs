@@ -24,7 +24,7 @@ pub enum Metric {
 
 impl Metric {
     /// All of them, in the order of the tables.
-    pub const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Frechet,
         Self::ToTeacher,
         Self::Precision,
@@ -35,7 +35,7 @@ impl Metric {
     ];
 
     /// Its name.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Frechet => "frechet",
             Self::ToTeacher => "to teacher",

@@ -9,7 +9,6 @@ use ddil_files::{Invalid, write_atomic};
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::distill::DistillTask;
 use ddil_trainer::run_folder::{RunFolder, State, Status, lock_file};
-use ddil_trainer::{Error, Result};
 use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
@@ -17,23 +16,24 @@ use super::item::{PlannedCell, PlannedTeacher, WorkItem};
 use super::matrix::{Matrix, Problems, hex};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
+use crate::error::{Error, Result};
 
 /// A comparison: its cells, and the teacher samples that they are compared with.
 #[derive(Clone, Debug)]
-pub struct Comparison {
+pub(crate) struct Comparison {
     /// The parsed file.
-    pub matrix: Matrix,
+    pub(crate) matrix: Matrix,
     /// The settings common to all its work.
-    pub setting: Setting,
+    pub(crate) setting: Setting,
     /// The cells.
-    pub cells: Vec<PlannedCell>,
+    pub(crate) cells: Vec<PlannedCell>,
     /// Rows of teachers.
-    pub teachers: Vec<PlannedTeacher>,
+    pub(crate) teachers: Vec<PlannedTeacher>,
 }
 
 /// The progress of a cell.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Standing {
+pub(crate) enum Standing {
     /// Not started.
     New,
     /// Partly trained: the number of updates saved.
@@ -70,7 +70,7 @@ impl Comparison {
     /// # Errors
     ///
     /// Those of [`Matrix::cells`]; an unreadable teacher folder.
-    pub fn new(matrix: Matrix, base: &Settings) -> Result<Self> {
+    pub(crate) fn new(matrix: Matrix, base: &Settings) -> Result<Self> {
         let cells = matrix.cells(base)?;
         // One thresholding for every teacher, or arms would be compared with different ones.
         let thresholding = matrix.with_changes(base)?.build::<DistillConfig>()?.thresholding;
@@ -107,7 +107,7 @@ impl Comparison {
     }
 
     /// The comparison's folder.
-    pub fn folder(&self) -> &ComparisonFolder {
+    pub(crate) fn folder(&self) -> &ComparisonFolder {
         &self.setting.folder
     }
 
@@ -116,13 +116,13 @@ impl Comparison {
     /// # Errors
     ///
     /// Invalid files.
-    pub fn standing(&self, planned: &PlannedCell) -> Result<Standing> {
+    pub(crate) fn standing(&self, planned: &PlannedCell) -> Result<Standing> {
         let PlannedCell { cell, taught, .. } = planned;
         let run = self.folder().run_of(&cell.name);
         let has_run = run.join("config.toml").is_file();
         if has_run {
             match RunFolder::ensure_config_at(&run, &cell.config) {
-                Err(Error::OtherConfig { differences, .. }) => {
+                Err(ddil_trainer::Error::OtherConfig { differences, .. }) => {
                     let shown: Vec<String> = differences.iter().map(ToString::to_string).collect();
                     return Ok(Standing::Changed(shown.join("; ")));
                 }
@@ -142,7 +142,7 @@ impl Comparison {
         if !has_run {
             return Ok(Standing::New);
         }
-        Ok(match Status::read(&run) {
+        Ok(match Status::from_folder(&run) {
             Ok(Status { state: State::Completed, .. }) => Standing::Trained,
             Ok(Status { step, .. }) => Standing::Started(step),
             Err(_) => Standing::Started(0),
@@ -154,7 +154,7 @@ impl Comparison {
     /// # Errors
     ///
     /// As [`standing`](Self::standing).
-    pub fn standings(&self) -> Result<Vec<(&PlannedCell, Standing)>> {
+    pub(crate) fn standings(&self) -> Result<Vec<(&PlannedCell, Standing)>> {
         self.cells.iter().map(|planned| Ok((planned, self.standing(planned)?))).collect()
     }
 
@@ -162,9 +162,9 @@ impl Comparison {
     ///
     /// # Errors
     ///
-    /// [`Error::Comparison`] with each cell and the differences; [`Error::FolderInUse`] for a folder to remove
+    /// [`Error::Comparison`] with each cell and the differences; [`Error::Trainer`] for a folder to remove
     /// while another process works on it.
-    pub fn settle_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
+    pub(crate) fn settle_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
         let mut problems = Vec::new();
         for planned in cells {
             let Standing::Changed(differences) = self.standing(planned)? else { continue };
@@ -188,7 +188,7 @@ impl Comparison {
     /// # Errors
     ///
     /// [`Error::Comparison`] with all cells that cannot start.
-    pub fn ensure_possible(&self) -> Result<()> {
+    pub(crate) fn ensure_possible(&self) -> Result<()> {
         let mut problems = Problems::default();
         let mut checked: Vec<&str> = Vec::new();
         for (planned, standing) in self.standings()? {
@@ -215,7 +215,7 @@ impl Comparison {
     /// # Errors
     ///
     /// Errors of the file system.
-    pub fn write_configs(&self, cells: &[PlannedCell]) -> Result<()> {
+    pub(crate) fn write_configs(&self, cells: &[PlannedCell]) -> Result<()> {
         self.folder().create()?;
         for PlannedCell { cell, .. } in self.cells.iter().take(1).chain(cells) {
             let (path, text) = (self.folder().config_of(&cell.name), to_toml(&cell.config)?);
@@ -231,7 +231,7 @@ impl Comparison {
     /// # Errors
     ///
     /// [`Error::Comparison`] with the most similar name.
-    pub fn cell(&self, name: &str) -> Result<&PlannedCell> {
+    pub(crate) fn cell(&self, name: &str) -> Result<&PlannedCell> {
         let named = |planned: &&PlannedCell| planned.cell.name == name;
         self.cells.iter().find(named).ok_or_else(|| {
             let likeness = |planned: &&PlannedCell| strsim::jaro_winkler(name, &planned.cell.name);
@@ -253,7 +253,7 @@ impl Comparison {
     /// # Errors
     ///
     /// Invalid files.
-    pub fn stages(&self) -> Result<[Vec<WorkItem>; 3]> {
+    pub(crate) fn stages(&self) -> Result<[Vec<WorkItem>; 3]> {
         let draws = self.teachers.iter().flat_map(|planned| parts(&planned.samples));
         let rows = self.teachers.iter().cloned().map(WorkItem::TeacherRow);
         let cells = self.cells.iter().cloned().map(|planned| WorkItem::Cell(Box::new(planned)));
@@ -269,7 +269,7 @@ impl Comparison {
     /// # Errors
     ///
     /// As [`stages`](Self::stages).
-    pub fn needed_by(&self, planned: &PlannedCell) -> Result<Vec<WorkItem>> {
+    pub(crate) fn needed_by(&self, planned: &PlannedCell) -> Result<Vec<WorkItem>> {
         self.left(parts(&planned.taught))
     }
 
@@ -278,7 +278,7 @@ impl Comparison {
     /// # Errors
     ///
     /// An invalid file in its place.
-    pub fn is_done(&self, item: &WorkItem) -> Result<bool> {
+    pub(crate) fn is_done(&self, item: &WorkItem) -> Result<bool> {
         let (folder, setting) = (self.folder(), &self.setting);
         Ok(match item {
             WorkItem::RealImages => {
@@ -304,8 +304,8 @@ impl Comparison {
     /// # Errors
     ///
     /// An invalid file in its place.
-    pub fn record_of(&self, planned: &PlannedCell) -> Result<Option<CellRecord>> {
-        let record = CellRecord::read(&self.folder().record_of(&planned.cell.name))?;
+    pub(crate) fn record_of(&self, planned: &PlannedCell) -> Result<Option<CellRecord>> {
+        let record = CellRecord::from_file(&self.folder().record_of(&planned.cell.name))?;
         Ok(record.filter(|record| record.config_sha256 == planned.config_sha256))
     }
 
@@ -314,7 +314,7 @@ impl Comparison {
     /// # Errors
     ///
     /// As [`record_of`](Self::record_of).
-    pub fn is_recorded(&self) -> Result<bool> {
+    pub(crate) fn is_recorded(&self) -> Result<bool> {
         for planned in &self.cells {
             if self.record_of(planned)?.is_none() {
                 return Ok(false);
@@ -342,7 +342,7 @@ impl Comparison {
     /// Errors of the file system.
     pub(super) fn forget_failure(&self, planned: &PlannedCell) -> Result<()> {
         let path = self.folder().record_of(&planned.cell.name);
-        match CellRecord::read(&path)? {
+        match CellRecord::from_file(&path)? {
             Some(CellRecord { outcome: Outcome::Failed { .. }, .. }) => {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))
             }
@@ -447,5 +447,5 @@ fn ensure_comparable(config: &DistillConfig) -> Result<()> {
             "fashion_mnist or image_folder: generated images are compared with those of the data",
         )));
     }
-    DistillTask::new(config).map(drop)
+    Ok(DistillTask::new(config).map(drop)?)
 }

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use ddil_files::write_atomic;
-use ddil_trainer::{Error, Result};
 use plotters::coord::Shift as Shifted;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::prelude::*;
@@ -13,6 +12,7 @@ use plotters::style::register_font;
 use super::metric::Metric;
 use super::report::{ComparisonReport, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
+use crate::error::{Error, Result};
 
 /// A line with its label in the legend.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ pub struct Level {
     /// Label in the legend.
     pub name: String,
     /// The level, in the units of the lines.
-    pub y: f64,
+    pub(crate) y: f64,
 }
 
 /// One of several panels.

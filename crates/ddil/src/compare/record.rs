@@ -2,9 +2,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::Result;
 use crate::results::Measurement;
 use ddil_files::{first_version, read_versioned, write_json};
-use ddil_trainer::Result;
 
 /// The only version of the files of a comparison so far.
 const FORMAT_VERSION: u32 = 1;
@@ -14,13 +14,13 @@ const FORMAT_VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub struct CellRecord {
     /// Version of this file.
-    pub format_version: u32,
+    pub(crate) format_version: u32,
     /// The cell.
     pub cell: String,
     /// Checksum of its config.
-    pub config_sha256: String,
+    pub(crate) config_sha256: String,
     /// Checksum of everything else that its measurement depends on.
-    pub measured_as: String,
+    pub(crate) measured_as: String,
     /// How it ended.
     pub outcome: Outcome,
 }
@@ -55,11 +55,11 @@ pub struct Row {
     /// Number of sampling steps.
     pub steps: u32,
     /// Whether the model is made for this number of steps.
-    pub own_steps: bool,
+    pub(crate) own_steps: bool,
     /// Why it counts as collapsed, if it does.
-    pub collapsed: Option<String>,
+    pub(crate) collapsed: Option<String>,
     /// The measurement; none if the samples are NaN or infinite.
-    pub measurement: Option<Measurement>,
+    pub(crate) measurement: Option<Measurement>,
 }
 
 /// Coverage below this is a collapse: nine in ten real images have no sample near them.
@@ -107,9 +107,9 @@ impl CellRecord {
     ///
     /// # Errors
     ///
-    /// [`Error::Files`](ddil_trainer::Error::Files) if the file is not a record, or
+    /// [`Error::Files`](crate::Error::Files) if the file is not a record, or
     /// if another version wrote it.
-    pub fn read(path: &Path) -> Result<Option<Self>> {
+    pub fn from_file(path: &Path) -> Result<Option<Self>> {
         Ok(path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()?)
     }
 

@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 
 use ddil_files::{write_atomic, write_json};
 use ddil_pipelines::{Image, layout};
-use ddil_trainer::{Error, Result};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
 use super::record::LEAST_COVERAGE;
 use super::report::ComparisonReport;
 use super::{plot, table};
+use crate::error::{Error, Result};
 use crate::sample_file::KEPT;
 
 impl ComparisonReport {
@@ -55,7 +55,7 @@ impl ComparisonReport {
     }
 
     /// The files that [`write`](Self::write) writes.
-    pub fn files(&self) -> Vec<&'static str> {
+    pub(crate) fn files(&self) -> Vec<&'static str> {
         let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
         if !self.pictures.is_empty() {
             files.push("side_by_side.png");
@@ -68,7 +68,7 @@ impl ComparisonReport {
     /// # Errors
     ///
     /// Errors of the file system.
-    pub fn write(&self, folder: &ComparisonFolder) -> Result<()> {
+    pub(crate) fn write(&self, folder: &ComparisonFolder) -> Result<()> {
         write_json(&folder.file("results.json"), &self.entries)?;
         write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
         plot::write(&folder.file("quality.svg"), plot::quality(self))?;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use ddil_trainer::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -14,6 +13,7 @@ use super::plan::Comparison;
 use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::setting::TeacherSamples;
 use super::statistics::Estimate;
+use crate::error::Result;
 use crate::results::Measurement;
 use crate::sample_file;
 
@@ -88,15 +88,15 @@ pub struct ArmAt<'a> {
     /// Number of sampling steps.
     pub steps: u32,
     /// Whether the students are made for this number of steps.
-    pub own_steps: bool,
+    pub(crate) own_steps: bool,
     /// The measurements, by seed.
     pub measured: BTreeMap<u64, &'a Measurement>,
     /// Number of cells that collapsed at this number of steps.
-    pub num_collapsed: usize,
+    pub(crate) num_collapsed: usize,
     /// Number of cells that diverged.
     pub num_diverged: usize,
     /// Number of cells that failed.
-    pub num_failed: usize,
+    pub(crate) num_failed: usize,
 }
 
 /// The difference between an arm and the arm with the baseline of one axis and the same values elsewhere.
@@ -122,7 +122,7 @@ pub struct Shift {
     /// The arm.
     pub name: String,
     /// Timestep, energy distance over seeds, and energy distance of chance.
-    pub points: Vec<(i64, Estimate, Estimate)>,
+    pub(crate) points: Vec<(i64, Estimate, Estimate)>,
 }
 
 impl ComparisonReport {
@@ -131,7 +131,7 @@ impl ComparisonReport {
     /// # Errors
     ///
     /// Invalid files.
-    pub fn gather(plan: &Comparison) -> Result<Self> {
+    pub(crate) fn gather(plan: &Comparison) -> Result<Self> {
         let (folder, matrix) = (plan.folder(), &plan.matrix);
         let (mut entries, mut pictures) = (Vec::new(), Vec::new());
         if let Some(found) = NamedRows::read(&folder.real(), &plan.setting.measured_as(None))? {
@@ -169,12 +169,12 @@ impl ComparisonReport {
     }
 
     /// Entries of one kind.
-    pub fn of_kind(&self, kind: EntryKind) -> impl Iterator<Item = &Entry> {
+    pub(crate) fn of_kind(&self, kind: EntryKind) -> impl Iterator<Item = &Entry> {
         self.entries.iter().filter(move |entry| entry.kind == kind)
     }
 
     /// Whether all measured cells have the same number of samples at all numbers of steps.
-    pub fn has_one_number_of_samples(&self) -> bool {
+    pub(crate) fn has_one_number_of_samples(&self) -> bool {
         let measured = self.of_kind(EntryKind::Cell).filter_map(|entry| entry.measurement.as_ref());
         let mut counts = measured.map(|measurement| measurement.samples);
         let first = counts.next();

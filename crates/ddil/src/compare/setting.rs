@@ -7,57 +7,57 @@ use std::path::PathBuf;
 use ddil_files::settings::inline_toml;
 use ddil_losses::TeacherGuidance;
 use ddil_schedulers::Thresholding;
-use ddil_trainer::Result;
 use ddil_trainer::config::{DataSection, Precision};
 use serde::{Deserialize, Serialize};
 
 use super::folder::ComparisonFolder;
 use super::matrix::{EvaluateConfig, sha256};
+use crate::error::Result;
 
 /// The number of teacher samples drawn in one part.
 pub(super) const PART: u32 = 500;
 
 /// The settings shared by all work of a comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Setting {
+pub(crate) struct Setting {
     /// The folder of the results.
-    pub folder: ComparisonFolder,
+    pub(crate) folder: ComparisonFolder,
     /// The measurement settings.
-    pub evaluate: EvaluateConfig,
+    pub(crate) evaluate: EvaluateConfig,
     /// The data.
-    pub data: DataSection,
+    pub(crate) data: DataSection,
     /// Threads per process.
-    pub threads: u32,
+    pub(crate) threads: u32,
 }
 
 /// Teacher samples, identified by everything that determines them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TeacherSamples {
+pub(crate) struct TeacherSamples {
     /// The model folder.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Checksum of the folder's contents.
-    pub sha256: String,
+    pub(crate) sha256: String,
     /// Guidance scale; 1 is none.
-    pub guidance_scale: f64,
+    pub(crate) guidance_scale: f64,
     /// Number of DDIM steps, evenly spaced.
-    pub steps: u32,
+    pub(crate) steps: u32,
     /// Treatment of clean data beyond the data's range.
-    pub thresholding: Thresholding,
+    pub(crate) thresholding: Thresholding,
     /// The number of samples.
-    pub samples: u32,
+    pub(crate) samples: u32,
     /// The number of samples that start from the seed's noise in all; these are the first of them.
-    pub total: u32,
+    pub(crate) total: u32,
     /// Seed of the noise.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// The device on which the network runs.
-    pub device: String,
+    pub(crate) device: String,
     /// The precision in which it computes.
-    pub precision: Precision,
+    pub(crate) precision: Precision,
 }
 
 impl TeacherSamples {
     /// The guidance scale at which a config's students are trained; for a range, its middle, where they are sampled.
-    pub fn taught_scale(guidance: TeacherGuidance) -> f64 {
+    pub(crate) fn taught_scale(guidance: TeacherGuidance) -> f64 {
         match guidance {
             TeacherGuidance::Cfg { scale } => scale,
             TeacherGuidance::CfgRange { min, max } | TeacherGuidance::Embedded { min, max } => {
@@ -68,14 +68,14 @@ impl TeacherSamples {
     }
 
     /// A short checksum, equal for equal samples.
-    pub fn key(&self) -> String {
+    pub(crate) fn key(&self) -> String {
         // Only maps with keys that are not strings fail to serialise, and there are none.
         let json = serde_json::to_vec(self).unwrap_or_default();
         sha256(&json)[..16].to_owned()
     }
 
     /// Index of the first sample of each part.
-    pub fn parts(&self) -> impl Iterator<Item = u32> + use<> {
+    pub(crate) fn parts(&self) -> impl Iterator<Item = u32> + use<> {
         (0..self.samples).step_by(PART as usize)
     }
 
@@ -129,7 +129,7 @@ pub(super) fn precision(precision: Precision) -> &'static str {
 
 impl Setting {
     /// Checksum of everything except the model that a measurement depends on.
-    pub fn measured_as(&self, taught: Option<&TeacherSamples>) -> String {
+    pub(crate) fn measured_as(&self, taught: Option<&TeacherSamples>) -> String {
         let taught = taught.map(TeacherSamples::key);
         let parts = (&self.evaluate, self.data.kind, &self.data.path, taught);
         sha256(&serde_json::to_vec(&parts).unwrap_or_default())

@@ -17,7 +17,7 @@ pub fn summary(report: &ComparisonReport) -> Vec<Vec<String>> {
 }
 
 /// Arms against baselines; only the headings if there is nothing to compare.
-pub fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
+pub(crate) fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
     heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];

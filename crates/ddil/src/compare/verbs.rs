@@ -14,38 +14,33 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use ddil_trainer::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How often a child is checked for its end.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The executable that contains the verbs.
 #[derive(Clone, Debug)]
-pub struct Program(PathBuf);
+pub(crate) struct Program(PathBuf);
 
 /// How a verb ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// Its exit code; none if it was ended by a signal.
-    pub code: Option<i32>,
+    pub(crate) code: Option<i32>,
     /// Whether it was asked to stop.
-    pub was_stopped: bool,
+    pub(crate) was_stopped: bool,
     /// Its error message in one line; without one, how it ended and the last line of its output.
-    pub message: String,
+    pub(crate) message: String,
 }
 
 impl Program {
-    /// The program at a path.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
-    }
-
     /// The running executable.
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the system does not return its path.
-    pub fn current() -> Result<Self> {
+    /// [`Error::Process`] if the system does not return its path.
+    pub(crate) fn current() -> Result<Self> {
         std::env::current_exe()
             .map(Self)
             .map_err(|error| setup("find the path of this program", &error))
@@ -55,8 +50,8 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// [`Error::Setup`] if the process cannot be started, [`Error::Files`] for the log.
-    pub fn run(
+    /// [`Error::Process`] if the process cannot be started, [`Error::Files`] for the log.
+    pub(crate) fn run(
         &self,
         arguments: &[OsString],
         log: &Path,
@@ -136,7 +131,7 @@ impl Drop for Answer {
 }
 
 fn setup(action: &'static str, error: &std::io::Error) -> Error {
-    Error::Setup { action, reason: error.to_string() }
+    Error::Process { action, reason: error.to_string() }
 }
 
 #[cfg(test)]
@@ -164,7 +159,7 @@ mod tests {
     fn a_child_gets_its_arguments_and_ends_when_its_input_closes() -> Result<()> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = folder.path().join("log");
-        let shell = Program::new("sh");
+        let shell = Program("sh".into());
         let script = |text: &str| ["-c".into(), text.into(), "sh".into()];
         let ended =
             shell.run(&script("echo \"$1\"; echo error: no >&2; exit 3"), &log, &|| false)?;

@@ -12,7 +12,6 @@ use std::time::Duration;
 use ddil_files::write_json;
 use ddil_pipelines::{Pipeline, SamplePlan};
 use ddil_trainer::run_folder::{Holder, State, Status, lock_file};
-use ddil_trainer::{Error, Result};
 
 use super::folder::ComparisonFolder;
 use super::item::{PlannedCell, PlannedTeacher, WorkItem};
@@ -20,6 +19,7 @@ use super::plan::Comparison;
 use super::record::{NamedRows, Outcome, Row};
 use super::setting::{TeacherSamples, precision};
 use super::verbs::{Answer, Ended, Program};
+use crate::error::{Error, Result};
 use crate::exit_code::NOT_FINITE;
 use crate::results::{self, Measurement};
 
@@ -28,7 +28,7 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How a work item ended.
 #[derive(Clone, Debug, PartialEq)]
-pub enum End {
+pub(crate) enum End {
     /// Its result exists.
     Done,
     /// It was asked to stop and can be continued.
@@ -40,13 +40,13 @@ pub enum End {
 }
 
 /// Performs work items: the comparison, the program, and the stop condition.
-pub struct Worker<'a> {
+pub(crate) struct Worker<'a> {
     /// The comparison.
-    pub comparison: &'a Comparison,
+    pub(crate) comparison: &'a Comparison,
     /// The program that contains the verbs.
-    pub program: &'a Program,
+    pub(crate) program: &'a Program,
     /// Whether to stop; a running verb then saves and ends.
-    pub stops: &'a dyn Fn() -> bool,
+    pub(crate) stops: &'a dyn Fn() -> bool,
 }
 
 impl Worker<'_> {
@@ -62,7 +62,7 @@ impl Worker<'_> {
     /// # Errors
     ///
     /// Errors of the file system; a failed verb is [`End::Failed`], with a record if the item is a cell.
-    pub fn perform(&self, item: &WorkItem) -> Result<End> {
+    pub(crate) fn perform(&self, item: &WorkItem) -> Result<End> {
         let mut announced = false;
         loop {
             match self.attempt(item)? {
@@ -89,7 +89,7 @@ impl Worker<'_> {
     /// # Errors
     ///
     /// As [`perform`](Self::perform).
-    pub fn attempt(&self, item: &WorkItem) -> Result<End> {
+    pub(crate) fn attempt(&self, item: &WorkItem) -> Result<End> {
         let folder = self.folder();
         let path = item.lock(folder);
         if let Some(parent) = path.parent() {
@@ -97,12 +97,12 @@ impl Worker<'_> {
         }
         let _lock = match lock_file(&path, &path) {
             Ok(lock) => lock,
-            Err(Error::FolderInUse { holder, .. }) => {
+            Err(ddil_trainer::Error::FolderInUse { holder, .. }) => {
                 let unknown = || "another process".to_owned();
                 let named = |holder: Holder| format!("process {holder}");
                 return Ok(End::InUse(holder.map_or_else(unknown, named)));
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         };
         // Another process may have finished it meanwhile.
         if self.comparison.is_done(item)? {
@@ -216,13 +216,13 @@ impl Worker<'_> {
         let (folder, name) = (self.folder(), &planned.cell.name);
         let run = folder.run_of(name);
         let is_complete = |status: &Status| status.state == State::Completed;
-        if Pipeline::is_at(&run) && Status::read(&run).as_ref().is_ok_and(is_complete) {
+        if Pipeline::is_at(&run) && Status::from_folder(&run).as_ref().is_ok_and(is_complete) {
             return Ok(Trained::Completed);
         }
         let arguments =
             ["distill".into(), folder.config_of(name).into(), OsString::from("--continue")];
         let ended = self.run(item, &arguments)?;
-        let status = Status::read(&run).ok();
+        let status = Status::from_folder(&run).ok();
         if ended.code == Some(0) {
             let complete = status.as_ref().is_some_and(is_complete);
             return Ok(if complete { Trained::Completed } else { Trained::Stopped });
@@ -248,7 +248,7 @@ impl Worker<'_> {
         let (folder, name) = (self.folder(), &planned.cell.name);
         let run = folder.run_of(name);
         let answer = Answer::at(folder.record_of(name).with_extension("rows.json"));
-        let own = SamplePlan::of(&Pipeline::read_without_values(&run)?, None).steps;
+        let own = SamplePlan::of(&Pipeline::open_without_weights(&run)?, None).steps;
         let mut arguments = self.evaluate(run.into(), planned, &answer);
         arguments.extend(self.comparison.setting.evaluate.of_model());
         arguments

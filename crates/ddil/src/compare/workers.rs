@@ -6,17 +6,17 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use ddil_trainer::Result;
 use ddil_trainer::interrupt::Interrupt;
 
 use super::item::WorkItem;
 use super::plan::Comparison;
 use super::verbs::Program;
 use super::work::{End, Worker};
+use crate::error::Result;
 
 /// An event of a work item.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub(crate) enum Event {
     /// It started.
     Started,
     /// It ended, after this many seconds.
@@ -31,7 +31,7 @@ pub enum Event {
 /// # Errors
 ///
 /// Errors of the file system, or of starting a process.
-pub fn run(
+pub(crate) fn run(
     items: Vec<WorkItem>,
     comparison: &Comparison,
     program: &Program,

@@ -71,7 +71,7 @@ fn a_run_keeps_and_gives_away_the_adapter_alone() -> TestResult {
 
 /// A network's weights as they are read from an export.
 fn read(path: &Path) -> Result<Vec<(String, Tensor)>, ddil_trainer::Error> {
-    let pipeline = Pipeline::read(path, Placement::default(), Precision::Float32)?;
+    let pipeline = Pipeline::open(path, Placement::default(), Precision::Float32)?;
     Ok(pipeline.network.parameters().named())
 }
 
@@ -90,7 +90,7 @@ fn an_adapter_on_its_base_is_the_merged_pipeline() -> TestResult {
         changed += usize::from(one != base[&name]);
     }
     let pipeline =
-        Pipeline::read(&workshop.path("teacher"), Placement::default(), Precision::Float32)?;
+        Pipeline::open(&workshop.path("teacher"), Placement::default(), Precision::Float32)?;
     let lora = Lora::from_file(pipeline.network.parameters(), apart.join("export").join(WEIGHTS))?;
     assert_eq!(changed, lora.layers().len());
 

@@ -44,7 +44,7 @@ fn workshop(family: Family) -> Workshop {
 }
 
 fn read(folder: &Path) -> Result<Pipeline, ddil_pipelines::Error> {
-    Pipeline::read(folder, Placement::default(), Precision::Float32)
+    Pipeline::open(folder, Placement::default(), Precision::Float32)
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn latents_are_those_of_a_loop_written_by_hand() -> TestResult {
     assert!(text.contains("\"trailing\""), "{text}");
     fs::write(&file, text.replace("\"trailing\"", "\"leading\""))?;
     let pipeline =
-        Pipeline::read(&workshop.path("teacher"), Placement::default(), Precision::Float32)?;
+        Pipeline::open(&workshop.path("teacher"), Placement::default(), Precision::Float32)?;
     let plan = SamplePlan { seed: 7, guidance_scale: 4.0, ..SamplePlan::of(&pipeline, Some(4)) };
     let plan = with_published_timesteps(&pipeline, plan)?;
     // Leading, as the file has it: multiples of 250.
@@ -558,8 +558,8 @@ fn stable_diffusion_is_planned_from_its_settings() -> TestResult {
     assert_eq!(planned.on_disk, []);
 
     // Beyond its memory a buffer is on disk: latents in half precision, and a prompt in single.
-    let mut buffer = ddil_core::BufferConfig { capacity: 10_000, ..Default::default() };
-    let spill = ddil_core::SpillConfig { byte_budget: 1 << 40, ..Default::default() };
+    let mut buffer = ddil_core::BufferConfig::default().with(|config| config.capacity = 10_000);
+    let spill = ddil_core::SpillConfig::new("", 1 << 40);
     buffer.spill = Some(spill);
     plan.mixing.student.policy = ddil_core::StudentPolicy::Buffer { new_fraction: 0.25, buffer };
     let planned = MemoryPlan::of(&plan)?;

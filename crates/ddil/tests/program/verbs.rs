@@ -369,7 +369,7 @@ fn a_file_is_replaced_only_where_that_is_asked_for() -> TestResult {
 #[test]
 fn parts_of_a_seeds_samples_are_those_of_the_whole() -> TestResult {
     let workshop = Workshop::with_teacher();
-    let drawn = |name: &str, more: &[&str]| -> Result<Tensor, ddil_trainer::Error> {
+    let drawn = |name: &str, more: &[&str]| -> Result<Tensor, ddil::Error> {
         let name = format!("{name}.safetensors");
         let mut arguments =
             vec!["sample", "teacher", "--steps", "2", "--batch-size", "1", "--output", &name];
@@ -513,7 +513,7 @@ fn evaluate_refuses_before_it_measures() {
     let workshop = Workshop::with_teacher();
     workshop.ddil(&["evaluate", "nowhere"]).refused(&["nowhere", "neither a model folder"]);
     workshop.ddil(&["evaluate", "teacher", "-n", "1"]).refused(&["--num-samples", "at least 2"]);
-    if FashionMnist::load(None).is_err() {
+    if FashionMnist::from_folder(None).is_err() {
         workshop.ddil(&["evaluate", "teacher"]).refused(&["no Fashion-MNIST in", "make setup"]);
     }
 }

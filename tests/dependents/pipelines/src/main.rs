@@ -1,10 +1,10 @@
 //! Images of a class from a model folder, with `ddil-pipelines` and no trainer.
 
 use ddil_models::Placement;
-use ddil_pipelines::ClassToImage;
+use ddil_pipelines::{ClassToImage, Report};
 use ddil_pipelines::tch::Kind;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Report> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../assets/fashion-mnist-teacher");
     let model = ClassToImage::open(folder, Placement::default())?;
 

@@ -2,13 +2,14 @@
 
 use ddil_schedulers::tch::{Kind, Tensor, kind, manual_seed, no_grad_guard};
 use ddil_schedulers::{
-    Ddim, Estimate, NoiseScheduleConfig, PredictionType, Sampler, TimestepSpacing, Timesteps,
+    Ddim, Estimate, NoiseScheduleConfig, PredictionType, Report, Sampler, TimestepSpacing,
+    Timesteps,
 };
 
 /// Standard deviation of the data, which have mean 0.
 const STD: f64 = 0.5;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Report> {
     manual_seed(0);
     let _guard = no_grad_guard();
     let schedule = NoiseScheduleConfig::default().build()?;

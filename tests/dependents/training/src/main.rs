@@ -5,7 +5,7 @@ use ddil_core::tch::nn::{self, Module, OptimizerConfig};
 use ddil_core::tch::{Device, Kind, Tensor, kind, manual_seed};
 use ddil_core::{
     Clock, Conditioning, Data, Feedback, FnDenoiser, MixBatch, Mixer, MixerConfig, PriorSchedule,
-    Priors, RandomStreams, RolloutNetworks,
+    Priors, RandomStreams, Report, RolloutNetworks,
 };
 use ddil_losses::{LossRequest, Networks, ObjectiveConfig, Phase};
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
@@ -15,7 +15,7 @@ const STD: f64 = 0.5;
 const BATCH: i64 = 64;
 const UPDATES: u64 = 60;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Report> {
     manual_seed(0);
     let schedule = NoiseScheduleConfig::default().build()?;
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut optimizer = nn::AdamW::default().build(&variables, 1e-2)?;
 
     let priors = PriorSchedule::constant(Priors::new(0.5, 0.25, 0.25)?);
-    let config = MixerConfig { priors, ..MixerConfig::default() };
+    let config = MixerConfig::default().with(|config| config.priors = priors);
     let mut mixer = Mixer::new(config, grid.clone(), Box::new(Ddim::new(schedule.clone())))?;
     let objective = ObjectiveConfig::default().build(&schedule, &grid)?;
 
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let streams = RandomStreams::new(0, step);
         let clock = Clock::new(step, UPDATES, RandomStreams::new(0, step));
         let x0 = STD * Tensor::randn([BATCH, 2], kind::FLOAT_CPU);
-        let data = Data { x0, conditioning: Conditioning::none() };
+        let data = Data::new(x0);
         let rollouts = RolloutNetworks::new(&student, &teacher);
         let states = mixer.next_states(&clock, &MixBatch::new(&data), &rollouts)?;
 

@@ -261,7 +261,7 @@ impl Chains {
     }
 
     pub(super) fn save(&self) -> Result<SavedState> {
-        SavedState::new(WHAT, self.rows.tensors(), &self.queues)
+        SavedState::serialized(WHAT, self.rows.tensors(), &self.queues)
     }
 
     pub(super) fn restore(&mut self, saved: &SavedState) -> Result<()> {

@@ -1,0 +1,56 @@
+use std::error::Error;
+use std::fmt;
+
+/// Any error, displayed with its causes: the error type of a `main` function.
+///
+/// The errors of this workspace follow Rust's convention: `Display` prints the error alone, [`Error::source`] returns its
+/// cause. A message such as `could not read model/config.json` therefore lacks the reason. A `Report` prints both, and
+/// so does a `main` that returns one. Every crate re-exports it. [`with_causes`] does the same for a reference.
+///
+/// # Example
+///
+/// ```
+/// use ddil_files::{Error, Report, read_json};
+///
+/// fn run() -> Result<(), Report> {
+///     let _config: Vec<f64> = read_json("model/config.json".as_ref())?;
+///     Ok(())
+/// }
+///
+/// let report = run().unwrap_err();
+/// assert_eq!(report.to_string(), "could not read model/config.json: No such file or directory (os error 2)");
+/// assert!(matches!(report.downcast_ref(), Some(Error::Io { .. })));
+/// ```
+pub struct Report(Box<dyn Error + Send + Sync>);
+
+impl Report {
+    /// The error, if it has the type `E`.
+    pub fn downcast_ref<E: Error + 'static>(&self) -> Option<&E> {
+        self.0.downcast_ref()
+    }
+}
+
+impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for Report {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&with_causes(&*self.0))
+    }
+}
+
+/// The same as `Display`: Rust prints the error of a `main` function in this form.
+impl fmt::Debug for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// An error and its causes, in one line.
+pub fn with_causes(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
