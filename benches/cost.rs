@@ -16,8 +16,8 @@ use ddil_benches::training::{Passes, Result, Workload};
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Rollout, Source, States, StorageKind,
 };
+use ddil_models::Precision;
 use ddil_schedulers::{Ddim, TimestepSpacing, Timesteps};
-use ddil_trainer::config::Precision;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tch::{Tensor, kind};

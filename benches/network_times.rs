@@ -15,7 +15,7 @@ use ddil_models::{
     Placement, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConditionModel, UnknownKeys,
     weights::{self, WeightFiles},
 };
-use ddil_trainer::optimizer::{AdamW, AdamWConfig};
+use ddil_trainer::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor, kind};
 
 type Failure = Box<dyn Error>;

@@ -13,7 +13,7 @@ use criterion::{
 };
 use ddil_benches::training::{Arm, Method, Optimization, Passes, Way, Workload};
 use ddil_libtorch::{GroupNorm, TensorList, channels_last, foreach_lerp_, group_norm};
-use ddil_trainer::config::Precision;
+use ddil_models::Precision;
 use tch::{Device, Kind, Tensor, kind};
 
 const PRECISIONS: [(&str, Precision); 2] =

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use ddil_core::Conditioning;
 use ddil_examples::replay::replay;
+use ddil_models::Precision;
 use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
 use ddil_pipelines::{Pipeline, PromptRequest, SamplePlan, Scheduler};
 use ddil_schedulers::SchedulerConfig;
-use ddil_trainer::config::Precision;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 

@@ -16,9 +16,9 @@ use std::{env, fs};
 
 use ddil_examples::Result;
 use ddil_examples::text_to_image::{Drawn, Sampling, draw};
+use ddil_models::Precision;
 use ddil_models::{Placement, weights};
 use ddil_pipelines::{Image, Layout, Pipeline};
-use ddil_trainer::config::Precision;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");
 const PROMPTS: [&str; 4] =

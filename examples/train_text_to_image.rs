@@ -23,9 +23,9 @@ use ddil_examples::text_to_image::{
     train_networks, vocabulary, write_folder, write_tokenizer,
 };
 use ddil_metrics::{FASHION_CLASSES, FashionClassifier};
+use ddil_models::Precision;
 use ddil_models::{AutoencoderKL, Placement};
 use ddil_pipelines::{Image, Layout, Pipeline};
-use ddil_trainer::config::Precision;
 use tch::{Device, Tensor};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");

@@ -13,7 +13,7 @@ mod table;
 
 use clap::Parser;
 use ddil_benches::training::{Arm, Method, Result, Way, Workload, precision};
-use ddil_trainer::config::Precision;
+use ddil_models::Precision;
 
 /// Times updates of the three methods.
 #[derive(Debug, Parser)]

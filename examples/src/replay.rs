@@ -91,10 +91,10 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::PathBuf;
 
+    use ddil_models::Precision;
     use ddil_models::{Lora, Placement, weights};
     use ddil_pipelines::PipelineClass;
     use ddil_pipelines::{PromptRequest, with_published_timesteps};
-    use ddil_trainer::config::Precision;
     use serde::Deserialize;
 
     use super::*;

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ddil_models::weights;
-use ddil_trainer::ema::{Ema, EmaConfig};
-use ddil_trainer::lr_schedule::{Decay, LrSchedule};
-use ddil_trainer::optimizer::{AdamW, AdamWConfig};
+use ddil_trainer::{AdamW, AdamWConfig};
+use ddil_trainer::{Decay, LrSchedule};
+use ddil_trainer::{Ema, EmaConfig};
 use tch::{Kind, Tensor};
 
 use crate::Result;

@@ -13,7 +13,7 @@ use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, Phase};
 use ddil_models::Model;
 use ddil_schedulers::{Sampler, Thresholding, Timesteps};
-use ddil_trainer::ema::{Ema, EmaConfig};
+use ddil_trainer::{Ema, EmaConfig};
 
 use crate::cell::Budget;
 use crate::lab::{Counting, Lab};

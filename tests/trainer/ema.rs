@@ -1,4 +1,4 @@
-use ddil_trainer::{Error, ema::EmaConfig};
+use ddil_trainer::{EmaConfig, Error};
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
 use crate::TestResult;

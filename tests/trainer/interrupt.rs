@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ddil_trainer::interrupt::Interrupt;
+use ddil_trainer::Interrupt;
 
 use crate::{TestResult, child, folder_of_child};
 

@@ -1,6 +1,6 @@
 use std::fs;
 
-use ddil_trainer::{logging::Logging, progress::Progress};
+use ddil_trainer::{Logging, Progress};
 
 use crate::{TestResult, child, folder_of_child};
 

@@ -1,6 +1,6 @@
 #![expect(clippy::float_cmp, reason = "these numbers are exact in binary")]
 
-use ddil_trainer::lr_schedule::{Decay, LrSchedule};
+use ddil_trainer::{Decay, LrSchedule};
 use proptest::prelude::*;
 
 fn near(left: f64, right: f64) -> bool {

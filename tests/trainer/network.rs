@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
+use ddil_models::Precision;
 use ddil_models::{
     LoraConfig, Model, NetworkConfig, NetworkDenoiser, Placement, UNet2DConfig, weights,
 };
@@ -12,9 +13,8 @@ use ddil_pipelines::{Card, Pipeline, Scheduler};
 use ddil_schedulers::{
     ConsistencyBoundary, NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding,
 };
-use ddil_trainer::config::Precision;
-use ddil_trainer::ema::EmaConfig;
-use ddil_trainer::optimizer::AdamWConfig;
+use ddil_trainer::AdamWConfig;
+use ddil_trainer::EmaConfig;
 use tch::{Kind, Tensor, kind};
 
 use crate::{TestResult, small_unet};

@@ -1,8 +1,4 @@
-use ddil_trainer::{
-    Error,
-    checkpoint::CheckpointWriter,
-    optimizer::{AdamW, AdamWConfig, ensure_finite},
-};
+use ddil_trainer::{AdamW, AdamWConfig, Error, checkpoint::CheckpointWriter, ensure_finite};
 use tch::{Kind, Tensor};
 
 use crate::TestResult;

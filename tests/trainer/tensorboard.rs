@@ -1,7 +1,7 @@
 use std::{collections::BTreeMap, fs};
 
 use ddil_pipelines::Image;
-use ddil_trainer::tensorboard::EventWriter;
+use ddil_trainer::EventWriter;
 use tch::Tensor;
 
 use crate::TestResult;

@@ -2,8 +2,8 @@
 
 use std::hint::black_box;
 
-use ddil_trainer::ema::{Ema, EmaConfig};
-use ddil_trainer::optimizer::{AdamW, AdamWConfig};
+use ddil_trainer::{AdamW, AdamWConfig};
+use ddil_trainer::{Ema, EmaConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::Result;

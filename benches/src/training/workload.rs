@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
+use ddil_models::Precision;
 use ddil_models::{
     DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize, UNet2DConfig,
     UpBlockType,
 };
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
-use ddil_trainer::config::Precision;
 use tch::Device;
 
 use super::Result;

@@ -10,7 +10,7 @@ use ddil_core::{Conditioning, Data, RandomStreams, Stream};
 use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Tensor};
 
-pub use self::source::DataSource;
+pub(crate) use self::source::DataSource;
 use crate::config::DataSection;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -20,7 +20,7 @@ const REAL: u64 = 0x7265_616c;
 
 /// A dataset and the order of its samples.
 #[derive(Debug)]
-pub struct TrainingData {
+pub(crate) struct TrainingData {
     samples: Samples,
     /// Channels, height and width of a sample.
     shape: [i64; 3],
@@ -47,7 +47,7 @@ impl TrainingData {
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`](crate::Error::Invalid) if a batch is
     /// larger than the dataset, and for text data.
-    pub fn open(section: &DataSection, seed: u64, device: Device) -> Result<Self> {
+    pub(crate) fn open(section: &DataSection, seed: u64, device: Device) -> Result<Self> {
         let source = DataSource::of_pixels(section)?;
         source.open(section, seed, device, None, &Interrupt::default())
     }
@@ -72,7 +72,7 @@ impl TrainingData {
 
     /// The same without labels, for a network that takes none.
     #[must_use]
-    pub fn ignore_labels(self) -> Self {
+    pub(crate) fn ignore_labels(self) -> Self {
         Self { labelled: false, ..self }
     }
 
@@ -81,7 +81,7 @@ impl TrainingData {
     /// # Errors
     ///
     /// Errors of libtorch, such as out of memory.
-    pub fn batch_at(&mut self, step: u64) -> Result<Data> {
+    pub(crate) fn batch_at(&mut self, step: u64) -> Result<Data> {
         let (indices, flips) = (self.indices.at(step), self.indices.flips_at(step));
         self.batch(step, &indices, &flips, self.seed)
     }
@@ -91,7 +91,7 @@ impl TrainingData {
     /// # Errors
     ///
     /// Errors of libtorch, such as out of memory.
-    pub fn real_at(&mut self, step: u64) -> Result<Data> {
+    pub(crate) fn real_at(&mut self, step: u64) -> Result<Data> {
         let (indices, flips) = (self.real.at(step), self.real.flips_at(step));
         self.batch(step, &indices, &flips, self.seed ^ REAL)
     }
@@ -121,12 +121,12 @@ impl TrainingData {
     }
 
     /// Channels, height, width.
-    pub fn image_shape(&self) -> [i64; 3] {
+    pub(crate) fn image_shape(&self) -> [i64; 3] {
         self.shape
     }
 
     /// Latents and prompts, for data of that kind.
-    pub fn encoded(&self) -> Option<&EncodedDataset> {
+    pub(crate) fn encoded(&self) -> Option<&EncodedDataset> {
         match &self.samples {
             Samples::Images(_) => None,
             Samples::Encoded(data) => Some(data),
@@ -134,7 +134,7 @@ impl TrainingData {
     }
 
     /// Rows of the first distinct prompts, at most that many; none without prompts.
-    pub fn first_prompts(&self, most: usize) -> Vec<i64> {
+    pub(crate) fn first_prompts(&self, most: usize) -> Vec<i64> {
         let Some(data) = self.encoded() else { return Vec::new() };
         let (mut seen, mut rows) = (BTreeSet::new(), Vec::new());
         let samples = (0..data.len()).filter_map(|sample| data.prompts_of(sample).ok());
@@ -150,7 +150,7 @@ impl TrainingData {
     }
 
     /// Names of the classes; none without labels.
-    pub fn class_names(&self) -> &[String] {
+    pub(crate) fn class_names(&self) -> &[String] {
         match &self.samples {
             Samples::Images(images) if self.labelled => images.class_names(),
             _ => &[],
@@ -158,7 +158,7 @@ impl TrainingData {
     }
 
     /// The null class: the one after the last; none without labels.
-    pub fn null_class(&self) -> Option<i64> {
+    pub(crate) fn null_class(&self) -> Option<i64> {
         self.labelled.then(|| self.class_names().len() as i64)
     }
 }

@@ -70,7 +70,7 @@ impl EmaConfig {
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::ema::EmaConfig;
+/// use ddil_trainer::EmaConfig;
 /// use tch::{Tensor, kind::FLOAT_CPU};
 ///
 /// let weight = Tensor::zeros([1], FLOAT_CPU);

@@ -88,7 +88,7 @@ impl Environment {
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::environment::RunEnvironment;
+/// use ddil_trainer::RunEnvironment;
 /// use tch::Device;
 ///
 /// let folder = tempfile::tempdir()?;

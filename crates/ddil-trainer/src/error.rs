@@ -156,7 +156,7 @@ pub enum Error {
         value: f64,
         /// Further findings, such as the network whose output it was, or the first parameter with such a gradient.
         detail: Option<String>,
-        /// Where the batch was saved for inspection; see [`evidence`](crate::evidence).
+        /// Where the batch was saved for inspection; see [`Evidence`](crate::Evidence).
         saved: Option<PathBuf>,
     },
     /// The terminal, the logger or signal handling failed.

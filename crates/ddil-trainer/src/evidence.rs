@@ -85,7 +85,7 @@ impl Evidence {
     /// # Errors
     ///
     /// [`Error::Torch`] if their timesteps cannot be read.
-    pub fn of_states(states: &States) -> Result<Self> {
+    pub(crate) fn of_states(states: &States) -> Result<Self> {
         let mut evidence = Self::of_timesteps(&states.timesteps)?;
         let origins = states.sources.iter().zip(&states.created_at_step);
         for (row, (source, created_at_step)) in evidence.rows.iter_mut().zip(origins) {

@@ -1,19 +1,18 @@
 //! Training runs for diffusion models: a teacher from data, few-step students from a teacher, one loop for both.
 //!
 //! A [`Task`] returns losses; a [`Session`] updates the parameters, records, saves checkpoints and exports the model. A run
-//! that was interrupted or killed is resumed on the same bits. A [`RunFolder`] contains everything of a run: its settings,
+//! that was interrupted or killed is resumed on the same bits. A [`RunFolder`](run_folder::RunFolder) contains everything of a run: its settings,
 //! records, checkpoints, sample grids and the exported model.
 //!
 //! | for | there is |
 //! | --- | --- |
-//! | a run | [`Session`], [`SessionConfig`], [`Task`], [`Outcome`], [`Interrupt`] |
+//! | a run | [`Session`], [`SessionConfig`], [`Task`], [`UpdateLoss`], [`Outcome`], [`Interrupt`] |
 //! | training a teacher, distilling a student | [`TrainTask`], [`DistillTask`] |
-//! | their settings, as TOML | [`TrainConfig`], [`DistillConfig`] |
-//! | the folder of a run | [`RunFolder`], [`Checkpoint`], [`record`], [`tensorboard`], [`environment`], [`evidence`] |
-//! | updates by hand | [`AdamW`], [`Ema`], [`lr_schedule`] |
-//! | memory before a run | [`MemoryPlan`] |
-//! | data of a config | [`data`] |
-//! | screen and log | [`progress`], [`logging`] |
+//! | their settings, as TOML | [`config`] |
+//! | the folder of a run | [`run_folder`], [`checkpoint`], [`record`], [`EventWriter`], [`RunEnvironment`], [`Evidence`] |
+//! | updates by hand | [`AdamW`], [`Ema`], [`LrSchedule`] |
+//! | memory before a run | [`memory`] |
+//! | screen and log | [`Progress`], [`Logging`] |
 //!
 //! # Example
 //!
@@ -21,9 +20,9 @@
 //!
 //! ```
 //! use ddil_files::settings::Settings;
-//! use ddil_trainer::{
-//!     Interrupt, Outcome, RunFolder, Session, SessionConfig, TrainConfig, TrainTask,
-//! };
+//! use ddil_trainer::config::TrainConfig;
+//! use ddil_trainer::run_folder::RunFolder;
+//! use ddil_trainer::{Interrupt, Outcome, Session, SessionConfig, TrainTask};
 //!
 //! let folder = tempfile::tempdir()?;
 //! # for (name, value) in [("a.png", 0_u8), ("b.png", 255)] {
@@ -60,43 +59,44 @@
 
 #![forbid(unsafe_code)]
 
-mod crc32c;
-mod error;
-
 pub mod checkpoint;
 pub mod config;
-pub mod data;
-pub mod distill;
-pub mod ema;
-pub mod environment;
-pub mod evidence;
+mod crc32c;
+mod data;
+mod distill;
+mod ema;
+mod environment;
+mod error;
+mod evidence;
 mod holder;
-pub mod interrupt;
-pub mod logging;
-pub mod lr_schedule;
+mod interrupt;
+mod logging;
+mod lr_schedule;
 pub mod memory;
-pub mod optimizer;
-pub mod progress;
+mod optimizer;
+mod progress;
 pub mod record;
 mod roster;
 pub mod run_folder;
-pub mod session;
-pub mod state;
-pub mod tensorboard;
-pub mod train;
+mod session;
+mod state;
+mod tensorboard;
+mod train;
 mod watch;
 
-pub use checkpoint::Checkpoint;
-pub use config::{DistillConfig, TrainConfig};
 pub use ddil_files::Report;
 pub use distill::DistillTask;
-pub use ema::Ema;
+pub use ema::{Ema, EmaConfig};
+pub use environment::{Environment, LoadedLibtorch, RunEnvironment, SessionEnvironment};
 pub use error::{Error, Result};
-pub use interrupt::Interrupt;
-pub use memory::MemoryPlan;
-pub use optimizer::AdamW;
-pub use run_folder::RunFolder;
-pub use session::{Outcome, Session, SessionConfig, Task};
+pub use evidence::Evidence;
+pub use interrupt::{Interrupt, when_stdin_closes};
+pub use logging::Logging;
+pub use lr_schedule::{Decay, LrSchedule};
+pub use optimizer::{AdamW, AdamWConfig, ensure_finite};
+pub use progress::Progress;
+pub use session::{Outcome, Session, SessionConfig, Spent, Task, UpdateConfig, UpdateLoss};
+pub use tensorboard::EventWriter;
 pub use train::TrainTask;
 
 /// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.

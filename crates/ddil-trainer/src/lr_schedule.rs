@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::lr_schedule::{Decay, LrSchedule};
+/// use ddil_trainer::{Decay, LrSchedule};
 ///
 /// let schedule = LrSchedule { peak: 1e-4, warmup_steps: 100, decay: Decay::Linear, end: 0.0 };
 /// assert_eq!(schedule.lr_at(49, 1100), 0.5e-4);

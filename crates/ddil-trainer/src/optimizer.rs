@@ -83,7 +83,7 @@ impl AdamWConfig {
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::optimizer::{AdamWConfig, ensure_finite};
+/// use ddil_trainer::{AdamWConfig, ensure_finite};
 /// use tch::{Kind, Tensor, kind::FLOAT_CPU};
 ///
 /// let weight = Tensor::ones([4], FLOAT_CPU).set_requires_grad(true);

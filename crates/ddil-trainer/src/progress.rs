@@ -54,7 +54,7 @@ impl Screen {
 /// # Example
 ///
 /// ```
-/// use ddil_trainer::progress::Progress;
+/// use ddil_trainer::Progress;
 ///
 /// let mut progress = Progress::new("train", 0, 100);
 /// for step in 1..=100 {
@@ -114,7 +114,7 @@ impl Progress {
 
     /// Shows an activity between two steps on the bar, such as writing a checkpoint; the next [`update`](Self::update)
     /// replaces it.
-    pub fn doing(&mut self, what: &'static str) {
+    pub(crate) fn doing(&mut self, what: &'static str) {
         if let Some(bar) = &self.bar {
             // Drawn at once: the work that follows may take minutes, and the next step has to be drawn too.
             bar.set_message(what);

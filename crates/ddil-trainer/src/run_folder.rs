@@ -229,15 +229,6 @@ impl RunFolder {
         Err(Error::OtherConfig { path: path.to_owned(), differences })
     }
 
-    /// Writes a JSON file such as `environment.json` or `results.json` atomically.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Files`].
-    pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
-        Ok(write_json(&self.path.join(name), value)?)
-    }
-
     /// The status.
     pub fn status(&self) -> &Status {
         &self.status

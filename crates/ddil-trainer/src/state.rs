@@ -14,27 +14,7 @@ use crate::{Error, Result};
 ///
 /// [`Error::StateMismatch`] with every name that is missing or unexpected and every tensor of another shape or
 /// kind.
-///
-/// # Example
-///
-/// ```
-/// use ddil_trainer::state;
-/// use tch::{Tensor, kind::FLOAT_CPU};
-///
-/// let weights = [("weight".to_owned(), Tensor::zeros([2], FLOAT_CPU))];
-/// let saved = [("weight".to_owned(), Tensor::ones([2], FLOAT_CPU))];
-/// state::restore("student", &weights, &saved)?;
-/// assert_eq!(weights[0].1, saved[0].1);
-///
-/// let saved = [("wait".to_owned(), Tensor::ones([2], FLOAT_CPU))];
-/// let error = state::restore("student", &weights, &saved).err().ok_or("they do not fit")?;
-/// assert_eq!(
-///     error.to_string(),
-///     "student: the saved state does not fit:\n  wait: not expected\n  weight: missing"
-/// );
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-pub fn restore(
+pub(crate) fn restore(
     what: &'static str,
     targets: &[(String, Tensor)],
     saved: &[(String, Tensor)],
@@ -70,4 +50,27 @@ fn difference(target: &Tensor, saved: &Tensor) -> Option<String> {
     let describe = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
     let (expected, found) = (describe(target), describe(saved));
     (expected != found).then(|| format!("is {found}, not {expected}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::kind::FLOAT_CPU;
+
+    use super::*;
+
+    #[test]
+    fn all_tensors_are_restored_or_none() -> Result<()> {
+        let named = |name: &str, value: f64| (name.to_owned(), Tensor::full([2], value, FLOAT_CPU));
+        let weights = [named("weight", 0.0)];
+        restore("student", &weights, &[named("weight", 1.0)])?;
+        assert_eq!(weights[0].1, Tensor::ones([2], FLOAT_CPU));
+
+        let error = restore("student", &weights, &[named("wait", 2.0)]).expect_err("another name");
+        assert_eq!(
+            error.to_string(),
+            "student: the saved state does not fit:\n  wait: not expected\n  weight: missing"
+        );
+        assert_eq!(weights[0].1, Tensor::ones([2], FLOAT_CPU));
+        Ok(())
+    }
 }

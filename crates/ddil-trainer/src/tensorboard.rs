@@ -17,17 +17,7 @@ use crate::{Error, Result, crc32c};
 
 /// The tag of a recorded figure. TensorBoard groups tags by the part before the first slash: `loss_forward` becomes
 /// `loss/forward`, and `clipped_teacher_forward_749` becomes `clipped/teacher/forward_749`.
-///
-/// # Example
-///
-/// ```
-/// use ddil_trainer::tensorboard::tag;
-///
-/// assert_eq!(tag("loss"), "loss/total");
-/// assert_eq!(tag("critic_grad_norm"), "critic/grad_norm");
-/// assert_eq!(tag("learning_rate"), "optimizer/learning_rate");
-/// ```
-pub fn tag(figure: &str) -> String {
+pub(crate) fn tag(figure: &str) -> String {
     match figure.split_once('_') {
         _ if ["grad_norm", "learning_rate"].contains(&figure) => format!("optimizer/{figure}"),
         Some(("clipped", rest)) => format!("clipped/{}", rest.replacen('_', "/", 1)),

@@ -7,7 +7,7 @@ use std::{
 
 use ddil_data::FashionMnist;
 use ddil_libtorch::ThreadWaiting;
-use ddil_trainer::environment::Environment;
+use ddil_trainer::Environment;
 use serde::Serialize;
 use tch::Tensor;
 

@@ -1,9 +1,9 @@
 use std::path::{Path, PathBuf};
 
 use ddil_data::ImageDataset;
+use ddil_models::Precision;
 use ddil_models::{Placement, weights};
 use ddil_pipelines::Pipeline;
-use ddil_trainer::config::Precision;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use ddil_models::Precision;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
     AutoencoderKL, AutoencoderKLConfig, ClipConfig, ClipTextConfig, ClipTokenizer,
@@ -11,7 +12,6 @@ use ddil_models::{
     Placement, TorchScript, TorchScriptConfig, UnknownKeys,
 };
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
-use ddil_trainer::config::Precision;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::harness::{Said, Target, told};

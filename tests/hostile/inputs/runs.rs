@@ -11,8 +11,8 @@ use ddil_core::{
 };
 use ddil_pipelines::Card;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
+use ddil_trainer::RunEnvironment;
 use ddil_trainer::checkpoint::{self, Checkpoint, CheckpointWriter, Manifest};
-use ddil_trainer::environment::RunEnvironment;
 use ddil_trainer::record::{self, Position, Record};
 use ddil_trainer::run_folder::{RunFolder, Status, is_in_use};
 use rand::SeedableRng;

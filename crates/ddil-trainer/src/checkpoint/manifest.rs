@@ -16,13 +16,13 @@ pub(super) const FORMAT_VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of the folder's layout.
-    pub format_version: u32,
+    pub(crate) format_version: u32,
     /// The kind of run that wrote it, such as `distill`.
     pub kind: String,
     /// The number of optimizer updates done.
     pub step: u64,
     /// Number of libtorch's threads; another number gives other bits after a resume.
-    pub num_threads: usize,
+    pub(crate) num_threads: usize,
     /// The version of the program that wrote it.
     pub ddil: String,
     /// The version of libtorch that computed it.
@@ -41,7 +41,7 @@ pub struct Linked {
     /// The length of that part in bytes, from the start.
     pub bytes: u64,
     /// Its CRC-32: a buffer is too large for a slower checksum.
-    pub crc32: u32,
+    pub(crate) crc32: u32,
 }
 
 /// Size and checksum of a file in a checkpoint.
@@ -51,7 +51,7 @@ pub struct Member {
     /// Length in bytes.
     pub bytes: u64,
     /// SHA-256 in lower-case hexadecimal.
-    pub sha256: String,
+    pub(crate) sha256: String,
 }
 
 /// The content of the manifest file: the manifest and its own checksum.

@@ -22,7 +22,7 @@ use crate::interrupt::Interrupt;
 
 /// Data that have been checked against a teacher but not yet encoded.
 #[derive(Debug)]
-pub struct DataSource {
+pub(crate) struct DataSource {
     found: Found,
     /// Channels, height and width of the network's samples.
     shape: [i64; 3],
@@ -41,7 +41,7 @@ impl DataSource {
     /// # Errors
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
-    pub fn of_pixels(section: &DataSection) -> Result<Self> {
+    pub(crate) fn of_pixels(section: &DataSection) -> Result<Self> {
         let images = match (section.kind, &section.path) {
             (DataKind::FashionMnist, path) => FashionMnist::from_folder(path.as_deref())?.train,
             (DataKind::ImageFolder, Some(path)) => read_image_folder(path)?,
@@ -63,7 +63,7 @@ impl DataSource {
     ///
     /// An error for data that are missing, damaged or do not fit the teacher, with the place; [`Error::Invalid`] for
     /// pixels if the teacher works on latents, and vice versa.
-    pub fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
+    pub(crate) fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
             return Self::of_pixels(section);
@@ -132,7 +132,7 @@ impl DataSource {
 
     /// Number of samples.
     #[expect(clippy::len_without_is_empty, reason = "data that exist have samples")]
-    pub fn len(&self) -> i64 {
+    pub(crate) fn len(&self) -> i64 {
         match &self.found {
             Found::Images(images) => images.len(),
             Found::Encoded(data) => data.len(),
@@ -141,12 +141,12 @@ impl DataSource {
     }
 
     /// Channels, height and width of the network's samples.
-    pub fn image_shape(&self) -> [i64; 3] {
+    pub(crate) fn image_shape(&self) -> [i64; 3] {
         self.shape
     }
 
     /// The null class: the one after the last; none without labels.
-    pub fn null_class(&self) -> Option<i64> {
+    pub(crate) fn null_class(&self) -> Option<i64> {
         match &self.found {
             Found::Images(images) => images.labels().map(|_| images.class_names().len() as i64),
             Found::Encoded(_) | Found::Raw(_) => None,
@@ -154,7 +154,7 @@ impl DataSource {
     }
 
     /// Whether the data define the conditioning of the empty prompt.
-    pub fn has_empty_prompt(&self) -> bool {
+    pub(crate) fn has_empty_prompt(&self) -> bool {
         match &self.found {
             Found::Images(_) => false,
             Found::Encoded(data) => data.info().empty_prompt.is_some(),
@@ -163,7 +163,7 @@ impl DataSource {
     }
 
     /// Whether there are samples, and not only prompts.
-    pub fn has_samples(&self) -> bool {
+    pub(crate) fn has_samples(&self) -> bool {
         !matches!(&self.found, Found::Raw(Encoding { images: None, .. }))
     }
 
@@ -176,7 +176,7 @@ impl DataSource {
     ///
     /// Errors for damaged data and of the encoders; [`Error::Interrupted`]; [`Error::Invalid`] if a batch is larger
     /// than the dataset.
-    pub fn open(
+    pub(crate) fn open(
         self,
         section: &DataSection,
         seed: u64,
@@ -213,7 +213,7 @@ impl DataSource {
     /// # Errors
     ///
     /// [`Error::Invalid`] if a batch is larger than the dataset.
-    pub fn ensure_batch_size(&self, batch: u32) -> Result<()> {
+    pub(crate) fn ensure_batch_size(&self, batch: u32) -> Result<()> {
         let len = self.len();
         if i64::from(batch) <= len {
             return Ok(());

@@ -27,15 +27,15 @@ pub struct PassShape {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activations {
     /// Stored for the backward pass: the down path and the middle block, whose output is the discriminator's input.
-    pub kept_down: u64,
+    pub(crate) kept_down: u64,
     /// Stored for the backward pass: the up path.
-    pub kept_up: u64,
+    pub(crate) kept_up: u64,
     /// Skip connections, also stored without gradients.
-    pub skips: u64,
+    pub(crate) skips: u64,
     /// Inputs, outputs and intermediates of the largest layer.
-    pub largest: u64,
+    pub(crate) largest: u64,
     /// Stored for the backward pass of the largest single block, if blocks are recomputed.
-    pub recomputed: u64,
+    pub(crate) recomputed: u64,
 }
 
 impl Activations {
@@ -93,7 +93,7 @@ impl Activations {
     }
 
     /// Peak bytes of a pass without gradients.
-    pub fn inference(&self) -> u64 {
+    pub(crate) fn inference(&self) -> u64 {
         self.skips + self.largest
     }
 

@@ -15,8 +15,8 @@ use crate::compare::{
 use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail};
 use ddil_files::settings::Settings;
-use ddil_trainer::interrupt::Interrupt;
-use ddil_trainer::logging::Logging;
+use ddil_trainer::Interrupt;
+use ddil_trainer::Logging;
 
 use super::say;
 use crate::cli::CompareArgs;

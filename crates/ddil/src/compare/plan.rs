@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::{Invalid, write_atomic};
+use ddil_trainer::DistillTask;
 use ddil_trainer::config::DistillConfig;
-use ddil_trainer::distill::DistillTask;
 use ddil_trainer::run_folder::{RunFolder, State, Status, lock_file};
 use sha2::{Digest, Sha256};
 

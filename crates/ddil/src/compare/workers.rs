@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use ddil_trainer::interrupt::Interrupt;
+use ddil_trainer::Interrupt;
 
 use super::item::WorkItem;
 use super::plan::Comparison;

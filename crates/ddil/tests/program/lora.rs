@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use ddil_models::Precision;
 use ddil_models::{Lora, Placement, weights};
 use ddil_pipelines::Pipeline;
-use ddil_trainer::config::Precision;
 use tch::Tensor;
 
 use crate::support::{TestResult, Workshop, checkpoints, copy_folder, json, snapshot};

@@ -7,9 +7,9 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser};
 use ddil_data::{CaptionedImage, read_captions, read_cropped};
 use ddil_losses::TeacherGuidance;
+use ddil_models::Precision;
 use ddil_models::{Placement, weights};
 use ddil_pipelines::{Guidance, Pipeline, PipelineClass};
-use ddil_trainer::config::Precision;
 use tch::{Kind, Tensor, kind};
 
 use crate::bad_input::each_is_refused;
@@ -548,9 +548,9 @@ fn a_stop_while_data_are_encoded_leaves_nothing() {
         settings.set(&format!("{key}={}", at(name))).expect("there is such a key");
     }
     let config = settings.build().expect("the settings are valid");
-    let interrupt = ddil_trainer::interrupt::Interrupt::default();
+    let interrupt = ddil_trainer::Interrupt::default();
     interrupt.request();
-    let task = ddil_trainer::distill::DistillTask::interruptible(&config, &interrupt);
+    let task = ddil_trainer::DistillTask::interruptible(&config, &interrupt);
     let refused = task.map(drop).expect_err("somebody asked").to_string();
     assert!(refused.contains("stopped while encoding"), "{refused}");
     assert!(!workshop.path("cache").exists() && !workshop.path(".tmp-cache").exists());
