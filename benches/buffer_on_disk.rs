@@ -39,7 +39,7 @@ struct Args {
     /// Size of all of them.
     #[arg(long, default_value_t = 4.0)]
     gibibytes: f64,
-    /// Rounds that are timed, each of as many states as there are, but at most 64,000.
+    /// Timed rounds; each covers all states, but at most 64,000.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Threads of libtorch.

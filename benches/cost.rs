@@ -31,10 +31,10 @@ struct Options {
     /// Rounds of all sizes.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
-    /// The picture.
+    /// The output plot.
     #[arg(long, default_value = "cost.svg")]
     out: PathBuf,
-    /// Only sees that everything runs: small sizes, two rounds.
+    /// Only checks that everything runs: small sizes, two rounds.
     #[arg(long)]
     test: bool,
 }

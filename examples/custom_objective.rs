@@ -47,7 +47,7 @@ impl Objective for KnowledgeDistillation {
     }
 }
 
-/// States in which every one-step trajectory begins.
+/// States at which every one-step trajectory starts.
 fn noise() -> Result<States, Report> {
     let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 1, 0)?;
     let x_t = Tensor::randn([BATCH_SIZE, 2], kind::FLOAT_CPU);

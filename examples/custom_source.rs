@@ -1,9 +1,9 @@
 //! Training states from a custom source: forward states with too much noise.
 //!
-//! A student that samples never meets exactly the states it was trained on. Input perturbation
-//! ([Ning et al. 2023](https://arxiv.org/abs/2301.11706)) prepares it for that without any rollout: each training
-//! state has slightly more noise than its timestep. Here that is a [`TrajectorySource`] of ten lines, which is added to
-//! a [`Mixer`] under a name and with its own share.
+//! A student is never sampled at exactly the states it was trained on. Input perturbation ([Ning et al.
+//! 2023](https://arxiv.org/abs/2301.11706)) prepares it for that without any rollout: each training state has slightly
+//! more noise than its timestep. Here that is a [`TrajectorySource`] of ten lines, which is added to a [`Mixer`] under
+//! a name and with a share.
 //!
 //! Run with `cargo run --release --example custom_source`.
 

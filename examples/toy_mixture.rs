@@ -8,11 +8,11 @@
 //! - `mix`: half of the states from the student's own trajectories, which is DDIL;
 //! - `student`, `teacher`: all states from the student's or the teacher's trajectories.
 //!
-//! Everything is run twice. With guidance the states that sampling visits are far from noised data, and a student
-//! trained on noised data alone is sampled at states that it has never seen. Without guidance an exact teacher visits
-//! only noised data, so there is nothing to correct: that is the control. The `teacher` arm separates two explanations:
-//! if it does as well as `student`, the shift of the guided trajectories matters and not the
-//! student's own errors.
+//! Everything is run twice. With guidance the states visited in sampling are far from noised data, and a student
+//! trained on noised data alone is sampled at states that it was never trained on. Without guidance an exact teacher
+//! visits only noised data, so there is nothing to correct: that is the control. The `teacher` arm separates two
+//! explanations: if it does as well as `student`, the shift of the guided trajectories matters and not the student's
+//! own errors.
 //!
 //! Takes less than a minute on two cores. Prints the progress of training, then energy distances to samples of the same teacher, with the same guidance, in 64 steps, over seeds;
 //! draws a plot. One thread per seed.

@@ -6,7 +6,7 @@ pub mod training;
 
 /// Registers a font for criterion's plots.
 ///
-/// Another package of the workspace selects the font reader of plotters that knows no fonts of the system; without a
+/// Another package of the workspace selects the font reader of plotters that does not use system fonts; without a
 /// registered one, criterion panics after its first measurement.
 ///
 /// # Panics

@@ -30,10 +30,10 @@ struct Options {
     /// Threads of libtorch; 0 is one a core.
     #[arg(long, default_value_t = 0)]
     threads: i32,
-    /// Only sees that everything runs: one round of a tiny network.
+    /// Only checks that everything runs: one round of a tiny network.
     #[arg(long)]
     test: bool,
-    /// What `cargo bench` says; without it this is a test, as criterion has it.
+    /// Set by `cargo bench`; without it this is a test, as with criterion.
     #[arg(long, hide = true)]
     bench: bool,
 }

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn captions_of_a_picture_follow_from_its_number() {
+    fn captions_of_an_image_depend_only_on_its_number() {
         let mut met = BTreeMap::new();
         for index in 0..1200 {
             let four = of_picture(5, index, 4);

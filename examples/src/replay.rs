@@ -179,13 +179,13 @@ mod tests {
 
     /// Two text encoders with a pooled output, sizes and crops, zeros without a prompt, DDIM, guidance.
     #[test]
-    fn pictures_of_stable_diffusion_xl_are_those_of_diffusers() -> Result<()> {
+    fn images_of_stable_diffusion_xl_match_diffusers() -> Result<()> {
         are_those_of_diffusers("sdxl", PipelineClass::StableDiffusionXl)
     }
 
     /// A network conditioned on the guidance scale, and fresh noise at each step.
     #[test]
-    fn pictures_of_a_latent_consistency_model_are_those_of_diffusers() -> Result<()> {
+    fn images_of_a_latent_consistency_model_match_diffusers() -> Result<()> {
         are_those_of_diffusers("lcm", PipelineClass::LatentConsistency)
     }
 }

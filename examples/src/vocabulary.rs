@@ -201,7 +201,7 @@ mod tests {
         let vocabulary = Vocabulary::learn(["ab ab ab", "cb cb", "aaaa"]).expect("ASCII");
         let pairs: Vec<String> =
             vocabulary.merges.iter().map(|(left, right)| format!("{left}+{right}")).collect();
-        // a + b</w> three times; a + a and c + b</w> twice; then the rest of aaaa.
+        // a + b</w> three times; a + a and c + b</w> twice; then the remainder of aaaa.
         assert_eq!(pairs, ["a+b</w>", "a+a", "c+b</w>", "a+a</w>", "aa+aa</w>"]);
     }
 

@@ -125,9 +125,9 @@ pub(crate) enum Arm {
     Forward,
     /// Half noised data, half the student's own states: DDIL.
     Mix,
-    /// The student's own states alone.
+    /// Only the student's own states.
     Student,
-    /// The teacher's states alone.
+    /// Only the teacher's states.
     Teacher,
 }
 

@@ -7,9 +7,9 @@
 //! - `mix`: half of them, half states of the student's own trajectories, which is DDIL;
 //! - `student`, `teacher`: states of the student's or the teacher's trajectories alone;
 //!
-//! each without and with thresholding, where teacher, rollouts, target and critic, and sampling are all clipped to
-//! a box just around the data. A cell is one such run. Finished cells are lines of `<out>/cells.jsonl`; a stopped run
-//! continues where it was, and cells with budgets other than the current ones are run again. At the end,
+//! each without and with thresholding, where teacher, rollouts, target and critic, and sampling are all clipped to a
+//! box just around the data. A cell is one such run. Finished cells are lines of `<out>/cells.jsonl`; a stopped run
+//! continues where it stopped, and cells with other budgets than the current ones are run again. At the end,
 //! `<out>/table.md` and images are written.
 //!
 //! Run with `cargo run --release --example toy_matrix -- [options]`:

@@ -80,7 +80,7 @@ fn close(found: f64, expected: f64) {
 }
 
 #[test]
-fn begins_with_data_then_the_smallest_share() -> ddil_core::Result<()> {
+fn starts_with_data_then_the_smallest_share() -> ddil_core::Result<()> {
     for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {
         let mut run = Run::new(adaptive(signal));
         for step in 0..5 {
@@ -103,7 +103,7 @@ fn begins_with_data_then_the_smallest_share() -> ddil_core::Result<()> {
 #[test]
 fn follows_the_shift() -> ddil_core::Result<()> {
     let config = adaptive(AdaptiveSignal::Shift);
-    // Estimates noised afresh: alpha times what the student believes, plus noise, as data are.
+    // Estimates with fresh noise: alpha times the student's x0, plus noise, as data are noised.
     for (believed, far) in [(3.0, false), (-3.0, true)] {
         let mut run = Run::with_sampler(config.clone(), believed, Box::new(Lcm::new(schedule())));
         for step in 0..60 {
@@ -117,7 +117,7 @@ fn follows_the_shift() -> ddil_core::Result<()> {
         }
         let mean = run.mixer.priors_at(60, 100);
         assert_eq!(mean.student() > 0.55, far);
-        // Networks are asked for states alone.
+        // Networks are evaluated at states only.
         assert_eq!(run.student.num_evaluated.get(), {
             let counters = run.mixer.counters();
             counters.student_evaluations + counters.teacher_evaluations
@@ -145,7 +145,7 @@ fn follows_the_loss_ratio() -> ddil_core::Result<()> {
     for share in run.student_shares(16).into_iter().skip(1) {
         close(share, 0.2 + 0.5 * (2.0 / 3.0));
     }
-    // Noise is no one's, whatever its loss.
+    // Noise belongs to no source, whatever its loss.
     close(run.student_shares(16)[0], 0.2);
     Ok(())
 }
@@ -166,7 +166,7 @@ fn states_come_as_often_as_was_measured() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Runs that differ in their priors alone see the same data at the same timesteps with the same noise.
+/// Runs that differ only in their priors use the same data at the same timesteps with the same noise.
 #[test]
 fn changes_nothing_but_the_source() -> ddil_core::Result<()> {
     let mut run = Run::new(adaptive(AdaptiveSignal::Shift));
@@ -184,7 +184,7 @@ fn changes_nothing_but_the_source() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn restored_goes_on_the_same() -> ddil_core::Result<()> {
+fn a_restored_one_continues_exactly() -> ddil_core::Result<()> {
     for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {
         let mut original = Run::new(adaptive(signal));
         for step in 0..23 {
@@ -209,7 +209,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_followed_something_else() -> ddil_core::Result<()> {
+fn refuses_saved_state_of_another_signal() -> ddil_core::Result<()> {
     let (shift, ratio) = (AdaptiveSignal::Shift, AdaptiveSignal::LossRatio);
     let settled = MixerConfig::default().with(|config| {
         config.student = StudentConfig::default().with(|config| {
@@ -230,7 +230,7 @@ fn refuses_what_followed_something_else() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn flush_forgets_what_was_measured() -> ddil_core::Result<()> {
+fn flush_drops_measurements() -> ddil_core::Result<()> {
     for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {
         let mut run = Run::new(adaptive(signal));
         for step in 0..40 {
@@ -245,9 +245,9 @@ fn flush_forgets_what_was_measured() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// A ratio of losses that nobody shows would stay what it was for ever.
+/// Without losses, their ratio would never change.
 #[test]
-fn losses_must_be_shown() -> ddil_core::Result<()> {
+fn losses_are_required() -> ddil_core::Result<()> {
     let mut run = Run::new(adaptive(AdaptiveSignal::LossRatio));
     for step in 0..5 {
         let _ = run.next(step)?;
@@ -263,7 +263,7 @@ fn losses_must_be_shown() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_cannot_be() {
+fn refuses_invalid_settings() {
     let ok = AdaptivePriors::default();
     assert!(ok.ensure().is_ok());
     let wrong = [
@@ -313,7 +313,7 @@ fn settings_are_read_strictly() {
     assert!(unknown.to_string().contains("every"), "{unknown}");
 }
 
-/// Where dataset samples stay at the noisiest timestep, they are not taken for what is measured.
+/// Dataset samples at the noisiest timestep are not counted as measured states.
 #[test]
 fn noisiest_states_are_not_compared() -> ddil_core::Result<()> {
     for signal in [AdaptiveSignal::Shift, AdaptiveSignal::LossRatio] {

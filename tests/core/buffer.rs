@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::common::{SHAPES, trailing};
 
-/// States that each hold their own number, in value and in label.
+/// States that contain their own number, as value and as label.
 pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64]) -> States {
     let n = grid_indices.len() as i64;
     let numbers = Tensor::arange_start(first, first + n, (Kind::Int64, tch::Device::Cpu));
@@ -30,7 +30,7 @@ pub(crate) fn states(first: i64, step: u64, grid_indices: &[usize], shape: &[i64
     states
 }
 
-/// The numbers of states, once value and label are known to be of one.
+/// The numbers of states, after a check that value and label agree.
 pub(crate) fn numbers(states: &States) -> Vec<i64> {
     let labels = states.conditioning.get(Conditioning::CLASS_LABELS).expect("labels were stored");
     let numbers: Vec<i64> = Vec::try_from(labels).expect("they are Int64");
@@ -51,9 +51,9 @@ fn buffer(config: BufferConfig) -> AggregationBuffer {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Against a plain list: only what was inserted, young enough and among the newest of its ring comes back.
+    /// Against a plain list: only inserted states come back, young enough and among the newest of their ring.
     #[test]
-    fn gives_what_was_put_in(
+    fn returns_the_inserted_states(
         capacity in 3_usize..40,
         max_age in 0_u64..6,
         batches in prop::collection::vec(prop::collection::vec(1_usize..4, 1..12), 1..12),
@@ -144,7 +144,7 @@ fn takes_any_rank_and_gives_provenance() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn halves_are_stored_as_asked() -> ddil_core::Result<()> {
+fn the_storage_kind_is_respected() -> ddil_core::Result<()> {
     for (storage, kind) in [(StorageKind::F16, Kind::Half), (StorageKind::F32, Kind::Float)] {
         let mut buffer = buffer(BufferConfig::default().with(|config| config.storage = storage));
         buffer.insert(&states(0, 0, &[1], &[3]))?;
@@ -153,9 +153,9 @@ fn halves_are_stored_as_asked() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// The restored buffer and the one that went on give the same batches, bit for bit.
+/// The restored buffer and the original give the same batches, bit for bit.
 #[test]
-fn restored_goes_on_the_same() -> ddil_core::Result<()> {
+fn a_restored_one_continues_exactly() -> ddil_core::Result<()> {
     let config = BufferConfig::default().with(|config| {
         config.capacity = 12;
         config.max_age = 3;
@@ -189,7 +189,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
         assert_eq!(a_labels, b_labels);
     }
     assert_eq!(original.statistics(9), restored.statistics(9));
-    // What was saved did not change with either of the two.
+    // The saved state did not change with either of the two.
     assert!(saved.tensors.iter().zip(&kept).all(|((_, tensor), kept)| tensor == kept));
     let mut again = buffer(config);
     again.restore(&saved)?;
@@ -198,7 +198,7 @@ fn restored_goes_on_the_same() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
+fn refuses_mismatches() -> ddil_core::Result<()> {
     let small = BufferConfig::default().with(|config| config.capacity = 2);
     assert!(matches!(
         AggregationBuffer::new(small, &trailing(4)),
@@ -220,7 +220,7 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
     let mut untold = states(0, 5, &[1], &[3]);
     untold.conditioning = Conditioning::none();
     assert!(matches!(buffer.insert(&untold), Err(Error::Conditioning { .. })));
-    // Nothing of what was refused went in.
+    // No refused state was inserted.
     assert_eq!(buffer.statistics(5).per_index, [0, 1, 1, 0]);
 
     let saved = buffer.save()?;
@@ -238,12 +238,12 @@ fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn flush_begins_anew() -> ddil_core::Result<()> {
+fn flush_starts_over() -> ddil_core::Result<()> {
     let mut buffer = buffer(BufferConfig::default());
     buffer.insert(&states(0, 5, &[1, 2], &[3]))?;
     buffer.flush();
     assert!(buffer.is_empty());
     assert_eq!(buffer.statistics(5).bytes, 0);
-    // Steps and shapes may begin anew, too.
+    // Steps and shapes can start over, too.
     buffer.insert(&states(0, 0, &[1, 2], &[4]))
 }

@@ -1,4 +1,4 @@
-//! A network whose every answer is known in closed form.
+//! A network whose output is known in closed form.
 
 use std::cell::Cell;
 
@@ -6,7 +6,7 @@ use ddil_core::{Conditioning, Denoiser, Error, Result};
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Prediction, TimestepSpacing, Timesteps};
 use tch::{Kind, Tensor, kind};
 
-/// The exact denoiser of data `N(mean, std²)`, with a mean of its own for each class label.
+/// The exact denoiser of data `N(mean, std²)`, with a separate mean for each class label.
 ///
 /// `E[x0 | x_t] = mean + alpha std² / (alpha² std² + sigma²) (x_t - alpha mean)`.
 pub(crate) struct Gaussian {
@@ -15,7 +15,7 @@ pub(crate) struct Gaussian {
     pub(crate) center: f64,
     pub(crate) per_class: f64,
     pub(crate) std: f64,
-    /// Samples it was asked about.
+    /// Number of samples evaluated.
     pub(crate) num_evaluated: Cell<u64>,
 }
 

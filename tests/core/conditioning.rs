@@ -9,7 +9,7 @@ fn names(conditioning: &Conditioning) -> Vec<&str> {
     conditioning.parts().map(|(name, _)| name).collect()
 }
 
-/// Saved buffers hold parts in this order.
+/// The order of parts in saved buffers.
 #[test]
 fn parts_have_one_order() {
     let forwards = Conditioning::STANDARD.into_iter().chain(["audio", "video"]);

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor, kind};
 
 use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal};
 
-/// Class 0 stands for "no condition".
+/// Class 0 means "no condition".
 fn null() -> Conditioning {
     Conditioning::class_labels(Tensor::from_slice(&[0_i64]))
 }
@@ -71,14 +71,14 @@ fn guidance_is_not_away_from_the_size() -> ddil_core::Result<()> {
     };
     let own = sizes.narrow(1, 0, 1).expand([2, 3], false);
     assert!(max_abs_difference(&x0(told(None, 1))?, &own) < 1e-3);
-    // Sizes of its own count as any other condition.
+    // Explicit sizes are used like any other condition.
     let other = told(Some(Tensor::zeros([1, 2], kind::FLOAT_CPU)), 1);
     assert!(max_abs_difference(&x0(other)?, &(own * 3.0)) < 1e-3);
     Ok(())
 }
 
 #[test]
-fn guidance_of_one_asks_once() -> ddil_core::Result<()> {
+fn guidance_of_one_evaluates_once() -> ddil_core::Result<()> {
     let inner = Gaussian::new(0.0, 0.4, 0.5);
     let (x_t, timesteps) = (normal(0, &[3, 2]), Tensor::from_slice(&[5_i64, 5, 5]));
     let _ = Guided::new(&inner, 1.0, null())?.predict(&x_t, &timesteps, &labels(3))?;
@@ -124,7 +124,7 @@ fn conditioning_of_other_kinds_cannot_be_joined() {
     assert!(matches!(joined, Err(Error::Conditioning { .. })));
 }
 
-/// What a network was told, by an inner network that keeps it.
+/// The conditioning that an inner network received.
 #[derive(Default)]
 struct Told(std::cell::RefCell<Vec<Conditioning>>);
 
@@ -176,7 +176,7 @@ fn guidance_by_weight_is_its_formula() -> ddil_core::Result<()> {
             assert!(max_abs_difference(&guided.x0.get(row), &x0) < 1e-5, "{shape:?} {w}");
             assert!(max_abs_difference(&guided.epsilon.get(row), &epsilon) < 1e-4, "{shape:?} {w}");
         }
-        // One call of twice the size, which hears nothing of weights.
+        // One call of twice the size, which does not receive the weight.
         let heard = heard.0.take();
         assert_eq!(heard.len(), 1);
         assert!(heard[0].get(Conditioning::GUIDANCE_WEIGHT).is_none());
@@ -202,7 +202,7 @@ fn equal_weights_are_a_guidance_scale() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn a_weight_must_be_said_once_a_sample() -> ddil_core::Result<()> {
+fn a_guidance_weight_is_required_once_per_sample() -> ddil_core::Result<()> {
     let inner = Gaussian::new(0.0, 0.4, 0.5);
     let network = GuidedByWeight::new(&inner, null())?;
     let (x_t, timesteps) = (normal(0, &[3, 2]), Tensor::from_slice(&[5_i64, 5, 5]));
@@ -222,7 +222,7 @@ fn a_weight_must_be_said_once_a_sample() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Says the same whatever it is asked.
+/// Returns the same for any input.
 struct Says(Gaussian, Tensor);
 
 impl Denoiser for Says {
@@ -260,13 +260,13 @@ fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> 
     let (x_t, timesteps) = (normal(0, &[4, 1, 2]), Tensor::from_slice(&[999_i64, 999, 499, 0]));
     let ask = |network: &dyn Denoiser| network.predict(&x_t, &timesteps, &Conditioning::none());
 
-    // Nobody said where rows come from.
+    // The origin of the rows was not set.
     assert_eq!(ask(&metered)?.x0, ask(&plain)?.x0);
     let expected = [(999, None, 0.5, 2), (499, None, 0.5, 1), (0, None, 1.0, 1)];
     assert_eq!(read(&meter)?, expected);
     assert!(read(&meter)?.is_empty());
 
-    // Said once, it holds for every call on as many rows; calls add up.
+    // Set once, it applies to every call with as many rows; calls add up.
     meter.rows_are(&[Source::Student, Source::Student, Source::Forward, Source::Noise]);
     let _ = (ask(&metered)?, ask(&metered)?);
     let narrow = |t: &Tensor| t.narrow(0, 0, 2);
@@ -290,7 +290,7 @@ fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> 
 }
 
 #[test]
-fn a_meter_leaves_gradients_alone() -> ddil_core::Result<()> {
+fn a_meter_does_not_change_gradients() -> ddil_core::Result<()> {
     let x0 = Tensor::from_slice(&[2_f32, 0.5]).view([2, 1]).set_requires_grad(true);
     let network = Says(Gaussian::new(0.0, 0.0, 1.0), x0.shallow_clone());
     let meter = ClipMeter::new(network.schedule());

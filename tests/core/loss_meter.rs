@@ -51,7 +51,7 @@ proptest! {
             prop_assert_eq!(table.samples(&Source::ALL, index), all);
         }
         prop_assert_eq!(table.mean(&Source::ALL, 4), None);
-        // Begun anew.
+        // Started over.
         prop_assert_eq!(meter.take()?.samples(&Source::ALL, rows[0].1), 0);
     }
 }
@@ -72,7 +72,7 @@ fn refuses_losses_that_do_not_fit() {
     assert!(matches!(added, Err(Error::Invalid(invalid)) if invalid.field == "grid_indices"));
 }
 
-/// Losses have a graph behind them; what is kept has none.
+/// Losses have a graph; the stored values have none.
 #[test]
 fn keeps_no_graph() -> ddil_core::Result<()> {
     let weight = Tensor::ones([2], kind::FLOAT_CPU).set_requires_grad(true);

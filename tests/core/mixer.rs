@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{Gaussian, SHAPES, labels, max_abs_difference, normal, schedule, trailing};
 
-/// A mixer with its networks, asked as a trainer asks it.
+/// A mixer with its networks, called as the trainer calls it.
 struct Run {
     device: Device,
     mixer: Mixer,
@@ -121,7 +121,7 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Runs that differ in their priors alone see the same data at the same timesteps with the same noise.
+/// Runs that differ only in their priors use the same data at the same timesteps with the same noise.
 #[test]
 fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
     for policy in policies() {
@@ -174,7 +174,7 @@ fn sources_come_as_often_as_their_priors() -> ddil_core::Result<()> {
             assert!(gap.abs() < 3.0 * deviation, "source {place} at {index}: {found}");
         }
     }
-    // The noisiest index is noise, whatever was drawn: a quarter of all states.
+    // The noisiest index is always noise: a quarter of all states.
     assert!((f64::from(counts[4][0]) - n).abs() < 3.0 * (0.25 * n).sqrt());
     assert_eq!(counts.iter().take(4).map(|at| at[0]).sum::<u32>(), 0);
     let counters = run.mixer.counters();
@@ -196,7 +196,7 @@ fn noisiest_states_are_noise() -> ddil_core::Result<()> {
         let mean = states.x_t.index_select(0, &Tensor::from_slice(&rows)).mean(Kind::Double);
         let leak = if pure { 0.0 } else { 3.0 * 0.068_264_9 };
         assert!((mean.double_value(&[]) - leak).abs() < 4.0 / 800_f64.sqrt());
-        // Told what the data are told.
+        // With the conditioning of the data.
         assert!(label_list(&states).iter().all(|label| label % 2 == 0));
     }
     let mut run = Run::new(mix(0.0, 0.5, 0.5), &[16, 8]);
@@ -204,7 +204,7 @@ fn noisiest_states_are_noise() -> ddil_core::Result<()> {
     for row in 0..16 {
         assert_eq!(states.sources[row] == Source::Noise, states.grid_indices[row] == 0);
     }
-    // Stands for backward sources and is told what they are told.
+    // In place of a backward source, with the conditioning that such a source receives.
     assert!(label_list(&states).iter().all(|label| label % 2 == 1));
     Ok(())
 }
@@ -236,10 +236,10 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Every source and policy, and what is kept between updates, on a device; saved, restored and gone on with.
+/// Every source and policy, and their state between updates, on a device; saved, restored and continued.
 #[test]
 #[ignore = "needs a GPU"]
-fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
+fn a_gpu_creates_its_states_on_the_device() -> ddil_core::Result<()> {
     let gpu = Device::Cuda(0);
     for policy in policies() {
         let student = StudentConfig::default().with(|config| {
@@ -270,9 +270,9 @@ fn a_gpu_has_its_states_made_there() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// A mixer that was saved and one that went on give the same batches and the same saved state, bit for bit.
+/// A saved mixer and the original give the same batches and the same saved state, bit for bit.
 #[test]
-fn restored_goes_on_the_same() -> ddil_core::Result<()> {
+fn a_restored_one_continues_exactly() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = mix(0.3, 0.4, 0.3).with(|config| {
             config.student = StudentConfig::default().with(|config| {
@@ -330,7 +330,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
 
 /// A number beyond all counting, a row that is named twice or not at all, more states at an index than may wait.
 #[test]
-fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
+fn refuses_invalid_chains() -> ddil_core::Result<()> {
     use serde_json::{Value, json};
     type Change<'a> = &'a dyn Fn(&mut Value);
     let chains = || StudentConfig::default().with(|config| config.mixed = None);
@@ -377,7 +377,7 @@ fn refuses_chains_that_cannot_be() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn flush_forgets_states() -> ddil_core::Result<()> {
+fn flush_drops_states() -> ddil_core::Result<()> {
     for policy in policies() {
         let student = StudentConfig::default().with(|config| {
             config.policy = policy;
@@ -398,8 +398,8 @@ fn flush_forgets_states() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Rollouts hold estimates inside the range; the states that follow stay within what range and noise allow.
-/// A range that the data of no test stay in.
+/// Rollouts clip estimates to the range; the states that follow stay within what range and noise allow. No test data
+/// stay within this range.
 fn tight() -> Thresholding {
     Thresholding::Clamp(DataRange::scalar(-0.1, 0.1))
 }
@@ -470,9 +470,9 @@ fn student_and_teacher_are_thresholded_each_as_they_come() -> ddil_core::Result<
     Ok(())
 }
 
-/// What a loss said moves chains on as it is, or held, as rollouts would.
+/// The x0 of the loss advances chains, either unchanged or clipped as in rollouts.
 #[test]
-fn chains_go_on_from_estimates_as_they_come() -> ddil_core::Result<()> {
+fn chains_continue_from_raw_estimates() -> ddil_core::Result<()> {
     for threshold_student in [true, false] {
         let policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
         let config = mix(0.0, 1.0, 0.0).with(|config| {
@@ -507,9 +507,9 @@ fn warm_up_gives_forward_states_only() -> ddil_core::Result<()> {
     let counters = run.mixer.counters().clone();
     assert!(counters.fraction(Source::Student) > 0.1 && counters.fraction(Source::Teacher) > 0.1);
     assert_eq!(run.teacher.num_evaluated.get(), counters.teacher_evaluations);
-    // The rest of the student's calls were the losses'.
+    // The rest of the student's calls were those of the loss.
     assert_eq!(run.student.num_evaluated.get(), counters.student_evaluations + 40 * 16);
-    // Chains walk in the loss; what is left is refreshing and chance.
+    // Chains advance in the loss; the remaining calls are refreshes and chance.
     let wanted = counters.states[1] as f64;
     assert!((counters.student_evaluations as f64) < 0.8 * wanted, "{counters:?}");
     Ok(())
@@ -545,9 +545,9 @@ fn latent_consistency_grids_mix() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Someone else's source takes the place of one of the three.
+/// A custom source replaces one of the three.
 #[test]
-fn a_source_of_ones_own() -> ddil_core::Result<()> {
+fn a_custom_source() -> ddil_core::Result<()> {
     #[derive(Debug)]
     struct Sevens;
     impl TrajectorySource for Sevens {
@@ -567,7 +567,7 @@ fn a_source_of_ones_own() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// An added source has its own name and share; the priors divide what is left, and what was saved names it.
+/// An added source has its own name and share; the priors divide the remainder, and the saved state contains the name.
 #[test]
 fn a_source_is_added_by_name() -> ddil_core::Result<()> {
     #[derive(Debug)]
@@ -705,7 +705,7 @@ fn a_batch_of_one_visits_every_index() {
     assert!(counts.iter().all(|count| (count - 1000).abs() < 3 * 28), "{counts:?}");
 }
 
-/// A student of one step is trained on noise alone: there is nothing else to see.
+/// A one-step student is trained on noise only: there are no other states.
 #[test]
 fn one_step_is_all_noise() -> ddil_core::Result<()> {
     let mut run = Run::new(MixerConfig::default(), &[6, 2]);

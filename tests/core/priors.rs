@@ -47,7 +47,7 @@ fn schedules_in_closed_form() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_cannot_be() -> ddil_core::Result<()> {
+fn refuses_invalid_settings() -> ddil_core::Result<()> {
     for (f, s, t) in [(0.5, 0.5, 0.5), (1.5, -0.5, 0.0), (f64::NAN, 0.5, 0.5), (0.0, 0.0, 0.0)] {
         assert!(matches!(Priors::new(f, s, t), Err(Error::Invalid(_))), "{f} {s} {t}");
     }

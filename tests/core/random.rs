@@ -23,7 +23,7 @@ const STREAMS: [Stream; 15] = [
 
 /// Seeds are part of a run's identity: a run that is resumed by a later version must find its own.
 #[test]
-fn seeds_stay_what_they_are() {
+fn seeds_are_stable() {
     let streams = RandomStreams::new(0, 0);
     assert_eq!(streams.seed_of(0, Stream::Data), GOLDEN[0]);
     assert_eq!(streams.seed_of(1, Stream::Noise), GOLDEN[1]);
@@ -46,7 +46,7 @@ fn no_two_streams_share_a_seed() {
     }
 }
 
-/// libtorch's CPU generator reads the low half of a seed alone.
+/// libtorch's CPU generator reads only the low half of a seed.
 #[test]
 fn low_halves_differ_within_a_run() {
     let streams = RandomStreams::new(5, 0);

@@ -27,7 +27,7 @@ fn walked(
     Rollout::new(denoiser, &ddim, timesteps).conditioning(conditioning).run(noise)
 }
 
-/// Where each sample is that stops at a timestep of its own.
+/// The position of each sample, which stops at its own timestep.
 fn stopped(
     student: &Gaussian,
     noise: &Tensor,
@@ -44,7 +44,7 @@ fn stopped(
     Ok(Tensor::stack(&targets.iter().enumerate().map(state).collect::<Vec<_>>(), 0))
 }
 
-/// Answers with a tensor that wants a gradient.
+/// Returns a tensor that requires a gradient.
 struct Trainable(NoiseSchedule, Tensor);
 impl Denoiser for Trainable {
     fn predict(
@@ -116,7 +116,7 @@ fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
             let row = row as i64;
             assert!(max_abs_difference(&stopped.get(row), &expected.get(row)) < 1e-5, "{row}");
         }
-        // Only those on their way are asked about: one call an interval walked.
+        // Only unfinished samples are evaluated: one call per interval.
         assert_eq!(student.num_evaluated.get(), 2 + 3 + 1 + 2 + 4);
     }
     Ok(())
@@ -138,7 +138,7 @@ fn stops_between_its_timesteps() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_does_not_fit() -> ddil_core::Result<()> {
+fn refuses_mismatches() -> ddil_core::Result<()> {
     let student = Gaussian::new(0.3, 0.0, 0.5);
     let (ddim, lcm, grid) = (Ddim::new(schedule()), Lcm::new(schedule()), trailing(4));
     let noise = || normal(3, &[2, 4]);
@@ -189,7 +189,7 @@ fn first_state_follows_the_family() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Student and teacher with different means, so that a state tells who walked.
+/// Student and teacher have different means, so that a state shows which of them made it.
 struct Pair {
     student: Gaussian,
     teacher: Gaussian,
@@ -219,7 +219,7 @@ impl Pair {
         )
     }
 
-    /// States at the grid's indices 1, 2 and 3, as `variant` walks there.
+    /// States at the grid's indices 1, 2 and 3 under `variant`.
     fn states(&self, noise: &Tensor, variant: Option<MixedVariant>) -> Vec<Tensor> {
         let n = noise.size()[0] as usize;
         let visited = self
@@ -254,7 +254,7 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
             assert!(max_abs_difference(walked, own) < 1e-5, "{variant:?}");
         }
     }
-    // And the teacher lent as student, in steps of the teacher's grid.
+    // And with the teacher as student, in steps of the teacher's grid.
     let lent =
         (&pair.teacher as &dyn Denoiser, &pair.ddim as &dyn ddil_schedulers::Sampler, &pair.fine);
     let lent = MixedRollout::new(lent, lent, None);
@@ -284,7 +284,7 @@ fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn actors_switch_where_they_should() -> ddil_core::Result<()> {
+fn student_and_teacher_switch_where_they_should() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[2, 3]);
     let student = walked(&pair.student, &pair.grid, noise.copy(), &labels(2))?;
@@ -298,7 +298,7 @@ fn actors_switch_where_they_should() -> ddil_core::Result<()> {
 
 /// In each interval each sample has its own coin, and a state is the teacher's by half in half of the cases.
 #[test]
-fn coins_are_tossed_for_each_sample() -> ddil_core::Result<()> {
+fn bernoulli_choices_are_drawn_per_sample() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let n = 2000;
     let rollout = pair.rollout(Some(MixedVariant::Bernoulli { kappa: 0.25 }));
@@ -335,7 +335,7 @@ fn teacher_takes_over_where_it_disagrees() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn goes_on_from_states_already_on_the_way() -> ddil_core::Result<()> {
+fn continues_from_states_along_a_trajectory() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[3, 2]);
     let whole = pair.states(&noise, None);
@@ -364,7 +364,7 @@ fn variants_are_checked() {
 
 /// A network that fails leaves nothing behind: gradients are on again.
 #[test]
-fn an_error_on_the_way_is_handed_on() {
+fn an_error_during_a_rollout_is_returned() {
     struct Broken(NoiseSchedule, RefCell<u32>);
     impl Denoiser for Broken {
         fn predict(

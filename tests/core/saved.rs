@@ -36,7 +36,7 @@ fn filled(folder: &std::path::Path) -> ddil_core::Result<AggregationBuffer> {
     Ok(buffer)
 }
 
-/// Tensors, metadata and spilled files come back, with a part of conditioning that has a name of its own.
+/// Tensors, metadata and spilled files come back, including a custom part of the conditioning.
 #[test]
 fn a_folder_holds_a_state() -> TestResult {
     let place = tempfile::tempdir()?;
@@ -59,7 +59,7 @@ fn a_folder_holds_a_state() -> TestResult {
 }
 
 #[test]
-fn what_is_not_whole_is_refused() -> TestResult {
+fn incomplete_files_are_refused() -> TestResult {
     let place = tempfile::tempdir()?;
     let folder = place.path().join("saved");
     let buffer = filled(&place.path().join("spill"))?;

@@ -14,7 +14,7 @@ fn compare(train: &Tensor, inference: &Tensor, config: &ShiftConfig) -> ddil_cor
     shift_at(499, train, inference, (&null.0, &null.1), config, &mut generator)
 }
 
-/// Eight comparisons of `inference` with unit noise, beside as many of unit noise with itself.
+/// Eight comparisons of `inference` with unit noise, and as many of unit noise with itself.
 fn report(shape: &[i64], inference: impl Fn(Tensor) -> Tensor) -> ddil_core::Result<ShiftReport> {
     let config = ShiftConfig::default().with(|config| config.projections = 64);
     let mut generator = Generator::new(Device::Cpu, 0)?;
@@ -25,7 +25,7 @@ fn report(shape: &[i64], inference: impl Fn(Tensor) -> Tensor) -> ddil_core::Res
     timesteps.collect()
 }
 
-/// Forward against forward is the null; what is moved is far beyond it.
+/// Forward against forward is the null; a shifted set is far beyond it.
 #[test]
 fn null_is_its_own_measure() -> ddil_core::Result<()> {
     for shape in [&[300, 6][..], &[300, 2, 4], &[300, 2, 2, 2], &[300, 1, 2, 2, 2]] {
@@ -70,7 +70,7 @@ fn sliced_distance_is_its_formula() -> ddil_core::Result<()> {
     let at = compare(&x, &y, &ShiftConfig::default())?;
     assert!((at.shift.sliced_w2 - 4.0 / 3.0).abs() < 1e-5, "{}", at.shift.sliced_w2);
 
-    // Moved by `d`, each direction `u` sees `(d·u)²`, on average `|d|² / dimension`.
+    // Shifted by `d`, each direction `u` measures `(d·u)²`, on average `|d|² / dimension`.
     let x = normal(1, &[50, 8]);
     let config = ShiftConfig::default().with(|config| config.projections = 20_000);
     let at = compare(&x, &(&x + 0.5), &config)?;
@@ -96,7 +96,7 @@ fn pooling_averages_places() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn refuses_what_cannot_be_compared() {
+fn refuses_incomparable_sets() {
     let x = normal(1, &[4, 3]);
     let config = ShiftConfig::default();
     assert!(matches!(
@@ -140,7 +140,7 @@ fn a_wrong_student_shifts() -> ddil_core::Result<()> {
     let energy = |at: usize| wrong.timesteps[at].shift.energy;
     assert!(energy(0) < energy(10) && energy(10) < energy(19));
     assert!((wrong.timesteps[19].shift.mean_gap - 0.4).abs() < 0.08);
-    // Exactly the same when asked again; a report can be kept.
+    // Repeated, it gives exactly the same; a report can be stored.
     let again = measure(&Gaussian::new(0.4, 0.0, 0.5), 800, &config)?;
     let text = serde_json::to_string(&again).expect("it can be written");
     assert_eq!(serde_json::from_str::<ShiftReport>(&text).expect("it can be read"), wrong);
@@ -179,7 +179,7 @@ fn measure_renoised(
 /// A sampler that noises its estimates afresh enters each timestep in `alpha x0 + sigma noise`: the forward marginal
 /// if the estimate is right, and moved by `alpha` times its error if not.
 #[test]
-fn stochastic_samplers_are_measured_where_they_are_asked() -> ddil_core::Result<()> {
+fn stochastic_samplers_are_measured_where_they_are_evaluated() -> ddil_core::Result<()> {
     let streams = RandomStreams::new(0, 0);
     let right = measure_renoised(0.5, 0, &streams)?;
     let found: Vec<i64> = right.timesteps.iter().map(|at| at.timestep).collect();
@@ -191,15 +191,15 @@ fn stochastic_samplers_are_measured_where_they_are_asked() -> ddil_core::Result<
         let alpha = schedule().scale_at(at.timestep)?.alpha;
         assert!((at.shift.mean_gap - alpha).abs() < 0.12, "{at:?} for {alpha}");
         assert!(at.shift.std_gap.abs() < 0.1, "{at:?}");
-        // Each direction sees its part of the way, on average a sixth of `6 alpha²`.
+        // Each direction measures its part of the shift, on average a sixth of `6 alpha²`.
         assert!((at.shift.sliced_w2 - alpha * alpha).abs() < 0.15, "{at:?} for {alpha}");
     }
-    // All start in noise, whatever they believe.
+    // All start in noise, whatever they predict.
     assert!(wrong.timesteps[0].shift.mean_gap < 0.15);
     Ok(())
 }
 
-/// What is drawn depends on seed and step alone.
+/// Draws depend only on seed and step.
 #[test]
 fn measuring_has_draws_of_its_own() -> ddil_core::Result<()> {
     let streams = RandomStreams::new(0, 0);

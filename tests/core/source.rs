@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 
 use crate::common::{Gaussian, SHAPES, max_abs_difference, normal, schedule, trailing};
 
-/// Everything that a source is asked with.
+/// Everything that a request to a source needs.
 struct Bench {
     student: Gaussian,
     teacher: Gaussian,
@@ -41,7 +41,7 @@ impl Bench {
         Self { grids, sampler: Box::new(Lcm::new(schedule())), ..Self::new() }
     }
 
-    /// Asks with labels `first_label, first_label + 1, ..` as prompts.
+    /// Requests states with labels `first_label, first_label + 1, ..` as prompts.
     fn ask(
         &self,
         source: &mut dyn TrajectorySource,
@@ -116,7 +116,7 @@ fn cycle(n: usize) -> Vec<usize> {
 }
 
 #[test]
-fn every_policy_gives_the_students_law() -> ddil_core::Result<()> {
+fn every_policy_yields_the_students_distribution() -> ddil_core::Result<()> {
     for policy in [
         StudentPolicy::Fresh,
         StudentPolicy::FreshAll,
@@ -170,7 +170,7 @@ fn policies_cost_what_they_say() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// States of one trajectory lie on one trajectory, and carry the prompt that it was told.
+/// States of one trajectory are consistent with each other and have its prompt.
 #[test]
 fn shared_trajectories_are_trajectories() -> ddil_core::Result<()> {
     let mut bench = Bench::new();
@@ -190,8 +190,8 @@ fn shared_trajectories_are_trajectories() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// The student is sampled at 4 timesteps and trained at 50: a state is the last estimate, noised to where it is
-/// wanted.
+/// The student is sampled at 4 timesteps and trained at 50: a state is the last estimate, noised to the requested
+/// timestep.
 #[test]
 fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     let bench = Bench::lcm();
@@ -229,8 +229,8 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Each trajectory on a grid of its own number of steps; whatever that is, a state is an estimate of its own prompt's
-/// data, noised to where it is wanted.
+/// Each trajectory is on a grid with its own number of steps; for any number, a state is an estimate of its prompt's
+/// data, noised to the requested timestep.
 #[test]
 fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
     let bench = Bench { student: Gaussian::new(0.0, 0.5, 1e-6), ..Bench::lcm() };
@@ -257,7 +257,7 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
         let mut again = StudentSource::new(config, &bench.grids)?;
         assert_eq!(states.x_t, bench.ask(&mut again, 0, &indices, &[8], 3)?.x_t);
     }
-    // At the last index a trajectory of n steps was asked n times: 5 on average, each of 2 to 8 as often.
+    // At the last index a trajectory of n steps has n evaluations: 5 on average, each of 2 to 8 equally often.
     let config = |min, max| {
         StudentConfig::default().with(|config| {
             config.policy = StudentPolicy::Fresh;
@@ -269,7 +269,7 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
     let _ = bench.ask(&mut source, 0, &[49; 700], &[1], 0)?;
     let mean = bench.student.num_evaluated.take() as f64 / 700.0;
     assert!((mean - 5.0).abs() < 4.0 * 2.0 / 700_f64.sqrt(), "{mean}");
-    // Of four steps only, it costs what the four-step grid costs.
+    // With four steps only, it costs as much as the four-step grid.
     let mut source = StudentSource::new(config(4, 4), &bench.grids)?;
     let _ = bench.ask(&mut source, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
     assert_eq!(bench.student.num_evaluated.take(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
@@ -278,7 +278,7 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
 
 /// Also where the run's own rollouts are on the whole grid, which drawn ones are not.
 #[test]
-fn drawn_steps_stop_where_a_state_is_wanted() -> ddil_core::Result<()> {
+fn rollouts_with_drawn_steps_stop_at_the_requested_state() -> ddil_core::Result<()> {
     let bench = Bench { sampler: Box::new(Lcm::new(schedule())), ..Bench::new() };
     let config = StudentConfig::default().with(|config| {
         config.policy =
@@ -345,7 +345,7 @@ fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()>
     Ok(())
 }
 
-/// Once the pool is full the teacher is never asked again, and what comes is what was rolled out.
+/// Once the pool is full the teacher is never evaluated again, and the states are those of its rollouts.
 #[test]
 fn pool_is_filled_once() -> ddil_core::Result<()> {
     let bench = Bench::new();
@@ -399,13 +399,13 @@ fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// What is left of the states when the noise of the request is taken out of them.
+/// The states minus the noise of the request.
 fn cleaned(bench: &Bench, step: u64, states: &States) -> ddil_core::Result<Tensor> {
     let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
     Ok((&states.x_t - scales.sigma * normal(step, &states.x_t.size())) / scales.alpha)
 }
 
-/// Where the teacher arrives, told a label, is an affine map of its first noise; here for noise 0 and 1.
+/// The end point of the teacher, for a label, is an affine map of its initial noise; here for noise 0 and 1.
 fn teacher_ends(bench: &Bench) -> ddil_core::Result<[f64; 2]> {
     let noise = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
     let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
@@ -445,7 +445,8 @@ fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddi
     Ok(())
 }
 
-/// A full pool serves each timestep from each of its trajectories, with noise of the request's own, and asks nobody.
+/// A full pool serves each timestep from each of its trajectories, with the request's own noise, without any
+/// evaluation.
 #[test]
 fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
     let bench = Bench { teacher: Gaussian::new(0.5, 1.0, 0.4), ..Bench::lcm() };
@@ -490,7 +491,7 @@ fn noise(step: u64) -> States {
         .made_at(step)
 }
 
-/// What a loss would have computed of a batch.
+/// What a loss would have computed from a batch.
 fn show_loss(
     bench: &Bench,
     source: &mut dyn TrajectorySource,
@@ -550,7 +551,7 @@ fn chains_are_rollouts() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// In the long run the loss does all of the walking: as many states arrive at an index as are asked for.
+/// In the long run the loss makes all advances: as many states arrive at an index as are requested.
 #[test]
 fn chains_cost_no_calls() -> ddil_core::Result<()> {
     let bench = Bench::new();
@@ -575,16 +576,16 @@ fn chains_cost_no_calls() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// Where more states wait than are asked for, those of the newest student are given.
+/// If more states wait than are requested, those of the newest student are returned.
 #[test]
-fn chains_give_the_newest() -> ddil_core::Result<()> {
+fn chains_return_the_newest_state() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
     let twice = States::cat(&[noise(0), noise(0)])?;
     show_loss(&bench, &mut source, 0, &twice, None)?;
     show_loss(&bench, &mut source, 1, &noise(1), None)?;
     bench.student.num_evaluated.set(0);
-    // As many wait at an index as there were in the first batch: four of each step.
+    // As many wait at an index as the first batch had: four of each step.
     let num_evaluated = [[1; 3]; 3].map(|indices| bench.ask(&mut source, 2, &indices, &[3], 0));
     let created_at_step: Vec<u64> = num_evaluated
         .into_iter()
@@ -598,7 +599,7 @@ fn chains_give_the_newest() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn chains_forget_what_waits_too_long() -> ddil_core::Result<()> {
+fn chains_drop_states_that_wait_too_long() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let mut source = bench.student(StudentPolicy::Chain { refresh_fraction: 0.0 });
     let _ = run_chain(&bench, &mut source, 0..5, |_| None)?;
@@ -611,9 +612,9 @@ fn chains_forget_what_waits_too_long() -> ddil_core::Result<()> {
     Ok(())
 }
 
-/// With the teacher in every interval, what waits is what the loss said of the teacher.
+/// With the teacher in every interval, the waiting states are the teacher's steps in the loss.
 #[test]
-fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
+fn chains_are_mixed_with_the_teacher_steps_of_the_loss() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let config = StudentConfig::default().with(|config| {
         config.policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
@@ -634,7 +635,7 @@ fn chains_are_mixed_with_what_the_loss_knows() -> ddil_core::Result<()> {
 }
 
 #[test]
-fn mixed_policy_is_told_apart() -> ddil_core::Result<()> {
+fn mixed_states_have_their_own_source() -> ddil_core::Result<()> {
     let bench = Bench::new();
     let config = StudentConfig::default().with(|config| {
         config.policy = StudentPolicy::Fresh;

@@ -1,4 +1,4 @@
-//! The part of a buffer that lies on disk.
+//! The part of a buffer that is on disk.
 
 use std::fs;
 use std::path::Path;
@@ -26,7 +26,7 @@ fn folder() -> TempDir {
     tempfile::tempdir().expect("there is room for a temporary folder")
 }
 
-/// `kept` states a ring in memory, `wanted` in all.
+/// `kept` states per ring in memory, `wanted` in total.
 fn config(folder: &Path, kept: u64, wanted: usize) -> BufferConfig {
     let spill = SpillConfig::new(folder.join("spill"), 1 << 20);
     BufferConfig::default().with(|config| {
@@ -61,7 +61,7 @@ fn files_in(folder: &Path) -> Vec<(String, u64)> {
     files
 }
 
-/// As a checkpoint does it: what is in files gets names of its own.
+/// As in a checkpoint: the files get separate names.
 fn kept_aside(saved: SavedState, folder: &Path) -> SavedState {
     fs::create_dir_all(folder).expect("it can be made");
     let link = |file: SavedFile| {
@@ -81,7 +81,7 @@ fn assert_same(a: &States, b: &States) {
     assert_eq!((&a.created_at_step, &a.sources), (&b.created_at_step, &b.sources));
 }
 
-/// What is done to two buffers that must not differ.
+/// The same operations on two buffers, which must not differ.
 #[derive(Clone, Debug)]
 enum Act {
     Insert(Vec<usize>),
@@ -89,7 +89,7 @@ enum Act {
     /// Updates go by.
     Age(u64),
     Save,
-    /// The process is killed, and the next one goes on from what was saved last.
+    /// The process is killed, and the next one resumes from the last saved state.
     Resume,
     Flush,
 }
@@ -106,7 +106,7 @@ fn any_act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// A buffer that spills beside one that need not.
+/// A buffer that spills, and one that does not have to.
 struct Pair {
     folder: TempDir,
     on_disk: AggregationBuffer,
@@ -179,7 +179,7 @@ impl Pair {
 
     fn resume(&mut self) -> Result<()> {
         for (i, here) in [&mut self.on_disk, &mut self.in_memory].into_iter().enumerate() {
-            // What it had on disk goes with it.
+            // Its files are removed with it.
             here.flush();
             *here = buffer(&self.configs[i]);
             if let Some(saved) = &self.saved {
@@ -205,7 +205,7 @@ impl Pair {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Same draws, same rows, whatever is done in whatever order, also after resuming.
+    /// Same draws, same rows, for any operations in any order, also after resuming.
     #[test]
     fn is_what_a_buffer_in_memory_is(
         kept in 0_u64..6,
@@ -220,7 +220,7 @@ proptest! {
         }
     }
 
-    /// As many states as both budgets hold, and not a byte more.
+    /// As many states as both budgets allow, and not a byte more.
     #[test]
     fn stays_within_both_budgets(byte_budget in 0_u64..400, on_disk in 24_700_u64..200_000) {
         let folder = folder();
@@ -243,7 +243,7 @@ proptest! {
         prop_assert_eq!(buffer.len(), buffer.statistics(0).capacity);
     }
 
-    /// Whatever numbers are read, they are refused in words, and no memory is taken for them.
+    /// Any numbers are refused with a message, and no memory is allocated for them.
     #[test]
     fn damaged_metadata_are_refused(
         at in 0_usize..8,
@@ -279,14 +279,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn any_changed_bit_is_noticed(file in 0_usize..18, at in 0_usize..4114, bit in 0_u8..8) {
+    fn any_changed_bit_is_detected(file in 0_usize..18, at in 0_usize..4114, bit in 0_u8..8) {
         let error = refusal(file, |path| change(path, |bytes| bytes[at] ^= 1 << bit));
         prop_assert!(matches!(error, Error::SavedFile { .. }), "{error}");
     }
 }
 
 #[test]
-fn a_saved_buffer_outlives_what_comes_later() -> Result<()> {
+fn a_saved_buffer_is_not_changed_by_later_states() -> Result<()> {
     let folder = folder();
     let mut original = spilled(folder.path())?;
     let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
@@ -305,7 +305,7 @@ fn a_saved_buffer_outlives_what_comes_later() -> Result<()> {
     }
     let mut rng = StdRng::seed_from_u64(1);
     for (saved, expected) in [early, late].iter().zip(&expected) {
-        // Twice, and the first goes on: neither is in the way of the other.
+        // Saved twice, and the first continues: neither disturbs the other.
         for _ in 0..2 {
             let other = self::folder();
             let mut restored = buffer(&config(other.path(), 4, 10));
@@ -344,7 +344,7 @@ fn files_come_with_the_first_spilled_state_and_go_with_the_buffer() -> Result<()
 
 /// The format of version 1, which files of that version have for good.
 #[test]
-fn a_file_says_what_is_in_it() -> Result<()> {
+fn a_file_describes_its_contents() -> Result<()> {
     let folder = folder();
     let mut buffer = buffer(&config(folder.path(), 0, 14));
     buffer.insert(&states(7, 0, &[2, 2, 2], &SHAPE))?;
@@ -362,7 +362,7 @@ fn a_file_says_what_is_in_it() -> Result<()> {
     Ok(())
 }
 
-/// A saved buffer whose files are aside, and what restoring says once `damage` was done to one of the 18.
+/// A saved buffer whose files are in another folder, and the error of restoring it after `damage` to one of the 18.
 fn refusal(file: usize, damage: impl FnOnce(&Path)) -> Error {
     let folder = folder();
     let original = spilled(folder.path()).expect("it is valid");
@@ -396,7 +396,7 @@ fn change(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
 }
 
 #[test]
-fn files_that_are_not_those_that_were_saved_are_refused_by_name() {
+fn files_that_differ_from_the_saved_ones_are_refused_by_name() {
     type Damage = fn(&Path);
     let damages: [(&str, Damage); 6] = [
         ("CRC-32", |path| change(path, |bytes| bytes[5000 - 896] ^= 1)),
@@ -422,7 +422,7 @@ fn files_that_are_not_those_that_were_saved_are_refused_by_name() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() -> Result<()> {
+fn mismatches_are_refused() -> Result<()> {
     let folder = folder();
     let original = spilled(folder.path())?;
     let saved = original.save()?;
@@ -461,9 +461,9 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// A disk that refuses is an error that names the folder, and the buffer goes on once it does not.
+/// A failing disk is an error that names the folder, and the buffer continues once the disk works.
 #[test]
-fn a_refusing_disk_is_told_and_survived() -> Result<()> {
+fn a_disk_error_is_reported_and_survived() -> Result<()> {
     let folder = folder();
     let mut buffer = buffer(&config(folder.path(), 4, 10));
     buffer.insert(&states(0, 0, &[1; 5], &SHAPE))?;
@@ -485,7 +485,7 @@ fn a_refusing_disk_is_told_and_survived() -> Result<()> {
     drawn.dedup();
     assert_eq!(drawn, [0, 1, 2, 3, 4, 20, 21, 22, 23]);
 
-    // Of a full ring, what was to make room is gone, and the rest is there.
+    // In a full ring, the states that were evicted are gone, and the rest remain.
     buffer.insert(&states(30, 0, &[2; 10], &SHAPE))?;
     let path = folder.path().join("spill/ring_02_000007.rows");
     fs::write(&path, "another's").expect("it can be written");

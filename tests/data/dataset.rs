@@ -1,4 +1,4 @@
-//! Images from disk and the order in which they are seen.
+//! Images from disk, and their order in training.
 
 use std::{
     collections::HashSet,
@@ -91,7 +91,7 @@ fn damaged_idx_files() -> TestResult {
 }
 
 #[test]
-fn missing_fashion_mnist_names_folder_and_cure() -> TestResult {
+fn missing_fashion_mnist_names_folder_and_remedy() -> TestResult {
     let folder = tempfile::tempdir()?;
     let error = FashionMnist::from_folder(Some(folder.path())).expect_err("the folder is empty");
     let message = error.to_string();
@@ -214,7 +214,7 @@ proptest! {
         }
     }
 
-    /// A batch depends on seed and step, not on what was asked before.
+    /// A batch depends on seed and step, not on earlier requests.
     #[test]
     fn a_function_of_the_step(steps in prop::collection::vec(0_u64..1000, 1..8), seed: u64) {
         let mut wandering = BatchIndices::new(13, 5, seed).expect("good sizes");
@@ -283,7 +283,7 @@ fn write_png(path: &Path, (width, height): (u32, u32), colour: png::ColorType, p
 }
 
 #[test]
-fn pictures_without_labels_come_by_name() -> TestResult {
+fn unlabelled_images_are_ordered_by_name() -> TestResult {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
     write_png(&at("b.PNG"), (2, 3), png::ColorType::Rgb, &[10; 18]);
@@ -303,7 +303,7 @@ fn pictures_without_labels_come_by_name() -> TestResult {
 }
 
 #[test]
-fn folders_of_pictures_are_classes() -> TestResult {
+fn subfolders_of_images_are_classes() -> TestResult {
     let folder = tempfile::tempdir()?;
     for (class, count) in [("shoe", 2), ("bag", 1)] {
         fs::create_dir(folder.path().join(class))?;

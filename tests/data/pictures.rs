@@ -10,7 +10,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pictures").join(name)
 }
 
-/// The steps of 255 by which two pictures of one size differ.
+/// The difference of two images of one size, in steps of 1/255.
 fn differ(left: &Path, right: &Path, channels: i64) -> Result<f64, Error> {
     let size = read_cropped(right, channels, [1, 1])?.original_size;
     let [left, right] = [left, right].map(|path| read_cropped(path, channels, size));
@@ -36,7 +36,7 @@ fn jpegs_are_read_as_pillow_reads_them() -> TestResult {
 }
 
 #[test]
-fn what_is_no_whole_jpeg_is_refused() -> TestResult {
+fn incomplete_jpegs_are_refused() -> TestResult {
     let folder = tempfile::tempdir()?;
     let refused = |name: &str, bytes: &[u8]| {
         let path = folder.path().join(name);
@@ -60,7 +60,7 @@ fn what_is_no_whole_jpeg_is_refused() -> TestResult {
 }
 
 #[test]
-fn a_folder_of_pictures_may_have_both_formats() -> TestResult {
+fn a_folder_of_images_can_have_both_formats() -> TestResult {
     let folder = tempfile::tempdir()?;
     for (from, to) in [("turned_6.jpg", "a.jpg"), ("turned_1.png", "b.png")] {
         fs::copy(golden(from), folder.path().join(to))?;
@@ -70,7 +70,7 @@ fn a_folder_of_pictures_may_have_both_formats() -> TestResult {
     Ok(())
 }
 
-/// A folder with two pictures and files of these texts.
+/// A folder with two images and text files of this content.
 fn captioned(files: &[(&str, &str)]) -> std::io::Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     fs::copy(golden("grey.png"), folder.path().join("a.png"))?;

@@ -48,7 +48,7 @@ fn parse(value: &serde_json::Value) -> JsonSettings {
 }
 
 #[test]
-fn absent_keys_have_the_given_defaults() {
+fn missing_keys_have_the_given_defaults() {
     assert_eq!(parse(&json!({})).over(&derived()), Ok(derived()));
     let file = parse(&json!({"scaling": 5, "spacing": ["trailing"], "_version": "1"}));
     let read = file.over(&derived()).expect("valid settings");
@@ -107,7 +107,7 @@ fn a_class_is_one_of_those_known() {
 }
 
 #[test]
-fn files_that_are_no_object_are_refused_by_name() {
+fn files_without_a_json_object_are_refused_by_name() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("config.json");
     assert!(matches!(JsonSettings::from_file(&path), Err(Error::Io { .. })));

@@ -66,7 +66,7 @@ fn message(text: &str, overrides: &[&str]) -> String {
 }
 
 #[test]
-fn reads_a_sound_file() -> Result<(), Error> {
+fn reads_a_valid_file() -> Result<(), Error> {
     let config = build(TEXT, &[])?;
     assert_eq!(config.seed, 1);
     assert_eq!(config.stages, [Stage { num_steps: 8 }]);
@@ -74,7 +74,7 @@ fn reads_a_sound_file() -> Result<(), Error> {
 }
 
 #[test]
-fn what_is_written_back_is_read_as_the_same() -> Result<(), Error> {
+fn written_configs_read_back_equal() -> Result<(), Error> {
     let config =
         build(TEXT, &["train.learning_rate=0.1", "train.schedule.end=0.30000000000000004"])?;
     assert_eq!(build(&to_toml(&config)?, &[])?, config);
@@ -98,7 +98,7 @@ fn an_unknown_key_names_place_and_nearest() {
 }
 
 #[test]
-fn a_key_like_no_other_lists_them_all() {
+fn a_key_without_a_similar_one_lists_all_keys() {
     assert_eq!(
         message(&format!("xyzzy = 3\n{TEXT}"), &[]),
         "run.toml:1:1: unknown key `xyzzy`; known keys: name, seed, train, stages"
@@ -147,7 +147,7 @@ fn a_missing_key_is_named() {
 }
 
 #[test]
-fn what_is_not_toml_names_line_and_column() {
+fn invalid_toml_names_line_and_column() {
     let text = message("name = \"demo\"\nseed = = 1\n", &[]);
     assert!(text.starts_with("run.toml:2:8: "), "{text}");
 }
@@ -171,7 +171,7 @@ fn overrides_are_toml_or_else_strings() -> Result<(), Error> {
 }
 
 #[test]
-fn a_wrong_override_is_blamed_itself() {
+fn an_invalid_override_is_named() {
     assert_eq!(
         message(TEXT, &["train.batch_size=-1"]),
         "--set train.batch_size=-1: `train.batch_size`: invalid value: integer `-1`, expected u32"
@@ -188,7 +188,7 @@ fn a_wrong_override_is_blamed_itself() {
 }
 
 #[test]
-fn an_override_that_leads_nowhere_is_refused_and_changes_nothing() -> Result<(), Error> {
+fn an_override_of_an_unknown_key_is_refused_and_changes_nothing() -> Result<(), Error> {
     let mut settings = Settings::parse("run.toml", TEXT)?;
     for (assignment, reason) in [
         ("seed", "expected key=value"),
@@ -205,7 +205,7 @@ fn an_override_that_leads_nowhere_is_refused_and_changes_nothing() -> Result<(),
 }
 
 #[test]
-fn a_file_that_is_not_there_is_named() {
+fn a_missing_file_is_named() {
     let error = Settings::from_file(Path::new("no/such/run.toml")).expect_err("no such file");
     assert_eq!(error.to_string(), "could not read no/such/run.toml");
 }

@@ -1,6 +1,7 @@
-//! Every public function with arguments against arguments that it cannot take: an error or an answer, and never a panic.
+//! Every public function with arguments, called with arguments that it cannot accept: it must return an error or a
+//! value, and never panic.
 //!
-//! What is covered is compared with the sources, so that a new public function without a case fails here.
+//! The covered functions are compared with the sources, so that a new public function without a case fails here.
 
 mod cases;
 mod core;

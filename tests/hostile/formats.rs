@@ -1,4 +1,5 @@
-//! Every format of the project's own: files of version 1 are read for good, and those of other versions refused in words.
+//! Every file format of the project: files of version 1 stay readable, and those of other versions are refused with a
+//! message.
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ fn copied() -> tempfile::TempDir {
     folder
 }
 
-/// Writes the golden files anew: only for a new version, beside those of the old one.
+/// Rewrites the golden files: only for a new version, next to those of the old one.
 #[test]
 #[ignore = "writes tests/golden/formats/v1"]
 fn record_version_1() {
@@ -54,7 +55,7 @@ fn a_checkpoint_of_version_1_is_read() {
 }
 
 #[test]
-fn a_run_of_version_1_goes_on() {
+fn a_run_of_version_1_resumes() {
     let folder = copied();
     let path = folder.path().join("run");
     let status = Status::from_folder(&path).expect("a status");
@@ -71,7 +72,7 @@ fn a_run_of_version_1_goes_on() {
     run.ensure_config(&toml::toml! { steps = 10 }).expect("the same settings");
 }
 
-/// Before there was a version in it, a status was what it is now.
+/// Before it contained a version, a status had the present form.
 #[test]
 fn a_status_without_a_version_is_of_the_first() {
     let folder = copied();
@@ -107,7 +108,7 @@ fn change(path: &Path, how: impl FnOnce(&mut Value)) {
     std::fs::write(path, value.to_string()).expect("there is room");
 }
 
-/// Gives a file another version, with a key that only that version has, and says what its reader says.
+/// Gives a file another version, with a key that only that version has, and returns its reader's error.
 fn of_version(
     version: u64,
     file: &str,
@@ -125,7 +126,7 @@ fn of_version(
 }
 
 #[test]
-fn other_versions_are_refused_in_words() {
+fn other_versions_are_refused_with_a_message() {
     type Reader = fn(&Path) -> Option<String>;
     let readers: [(&str, &str, Reader); 7] = [
         ("checkpoints/step_0000007/manifest.json", "/manifest", |folder| {

@@ -1,7 +1,8 @@
-//! Every reader of the project against files that somebody spoilt.
+//! Every reader of the project against corrupted files.
 //!
-//! `DDIL_FUZZ_SECONDS` is how long each target goes on at least (0 by default: 60 inputs), `DDIL_FUZZ_SEED` what its inputs follow from (0 by
-//! default), `DDIL_FUZZ_FROM` the first input, to see one again. Inputs that once did harm are kept in `corpus/`.
+//! `DDIL_FUZZ_SECONDS` is the minimum time per target (0 by default: 60 inputs), `DDIL_FUZZ_SEED` the seed of the
+//! inputs (0 by default), `DDIL_FUZZ_FROM` the first input, to repeat one. Inputs that once failed are kept in
+//! `corpus/`.
 
 mod configs;
 mod data;

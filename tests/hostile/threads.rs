@@ -23,7 +23,7 @@ use tch::{Device, Kind, Tensor, kind};
 
 use crate::inputs::repository;
 
-/// What one thread may hand to another. A tensor is a handle with an atomic count, and tch says that it may be sent.
+/// Types that can be sent to another thread. A tensor is a handle with an atomic count, and tch declares it `Send`.
 #[test]
 fn everything_may_be_sent() {
     fn is_send<T: Send>() {}
@@ -59,9 +59,9 @@ fn everything_may_be_sent() {
     is_send::<FashionClassifier>();
 }
 
-/// What several threads may use at once: all that holds no tensor of its own, or keeps it behind a lock.
+/// Types that several threads can use at once: those without tensors, or with tensors behind a lock.
 #[test]
-fn what_holds_no_tensor_may_be_shared() {
+fn types_without_tensors_are_sync() {
     fn is_shared<T: Send + Sync>() {}
     is_shared::<NoiseSchedule>();
     is_shared::<NoiseScheduleConfig>();
@@ -89,7 +89,7 @@ fn what_holds_no_tensor_may_be_shared() {
 
 const THREADS: u64 = 6;
 
-/// What a thread works out from its own seed, as numbers that can be compared bit for bit.
+/// The results of a thread from its own seed, as numbers that can be compared bit for bit.
 fn in_parallel(work: impl Fn(u64) -> Vec<f64> + Sync) {
     let alone: Vec<Vec<f64>> = (0..THREADS).map(&work).collect();
     assert!(alone.windows(2).all(|pair| pair[0] != pair[1]), "the seeds make no difference");
@@ -200,7 +200,7 @@ fn networks_learn_in_threads() {
     });
 }
 
-/// A network that was built in one thread answers in another, and its weights lie in a file that both see.
+/// A network that was built in one thread is evaluated in another, and both map its weights file.
 #[test]
 fn a_network_moves_to_another_thread() {
     let folder = repository().join("tests/golden/models/unet_unconditional");
@@ -236,7 +236,7 @@ fn metrics_are_measured_in_threads() {
     });
 }
 
-/// A meter that all threads add to holds what all of them added.
+/// A meter that all threads add to contains what all of them added.
 #[test]
 fn a_meter_is_shared() {
     let meter = ClipMeter::new(&schedule());
@@ -256,9 +256,9 @@ fn a_meter_is_shared() {
     assert!(clipped.iter().all(|at| at.fraction == 1.0));
 }
 
-/// A denoiser behind a reference that is lent to a thread for its life.
+/// A denoiser behind a reference that is borrowed by a thread.
 #[test]
-fn a_denoiser_is_lent_to_one_thread_at_a_time() {
+fn a_denoiser_in_a_mutex_is_used_by_one_thread_at_a_time() {
     let teacher = GaussianMixture::ring(4).expect("four modes").on(schedule());
     let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
     let times = Tensor::from_slice(&[999_i64, 249]);

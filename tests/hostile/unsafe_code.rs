@@ -35,9 +35,9 @@ fn every_other_crate_forbids_it() {
     }
 }
 
-/// Tests, examples and benches have no need of it either; the workspace denies it, and nobody allows it again.
+/// Tests, examples and benches do not need it either; the workspace denies it, and no package allows it again.
 #[test]
-fn nobody_allows_it_again() {
+fn no_module_allows_unsafe_code_again() {
     let mut files = Vec::new();
     for folder in ["crates", "examples", "benches", "tests"] {
         sources(&repository().join(folder), &mut files);

@@ -9,7 +9,7 @@ fn kind_of_product() -> Kind {
 }
 
 #[test]
-fn guards_nest_and_put_back_what_they_found() -> TestResult {
+fn guards_nest_and_restore_the_previous_setting() -> TestResult {
     assert_eq!(kind_of_product(), Kind::Float);
     {
         let _outer = Autocast::new(Device::Cpu, Kind::BFloat16)?;
@@ -27,7 +27,7 @@ fn guards_nest_and_put_back_what_they_found() -> TestResult {
 }
 
 #[test]
-fn a_panic_puts_it_back_too() {
+fn a_panic_restores_it_too() {
     let caught = std::panic::catch_unwind(|| {
         let _autocast = Autocast::new(Device::Cpu, Kind::BFloat16).expect("the CPU has it");
         panic!("on purpose");
@@ -75,7 +75,7 @@ fn gradients_come_back_in_full_precision() -> TestResult {
 }
 
 #[test]
-fn what_autocast_cannot_do_is_refused() {
+fn unsupported_autocast_is_refused() {
     let float = Autocast::new(Device::Cpu, Kind::Float);
     assert!(matches!(float, Err(Error::UnsupportedKind { kind: Kind::Float, .. })));
     let vulkan = Autocast::new(Device::Vulkan, Kind::Half);

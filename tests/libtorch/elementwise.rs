@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor, kind};
 
 use crate::{TestResult, max_difference, refusal};
 
-/// How a tensor lies in memory.
+/// The memory layout of a tensor.
 #[derive(Clone, Copy, Debug)]
 enum Layout {
     Contiguous,
@@ -69,7 +69,7 @@ fn plainly(x: &Tensor, y: &Tensor, noise: &Tensor) -> [Tensor; 3] {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Whatever the shapes, strides and kinds, in place or not: the same as plain operations.
+    /// For any shapes, strides and kinds, in place or not: the same as plain operations.
     #[test]
     fn sums_are_those_of_plain_operations(
         shape in [1_i64..4, 1_i64..5, 0_i64..6, 1_i64..9],
@@ -97,7 +97,7 @@ proptest! {
         if matches!(layouts[0], Layout::Expanded) {
             return Ok(());
         }
-        // A copy that lies in memory as `x` does.
+        // A copy with the memory layout of `x`.
         let mut changed = [(); 3].map(|()| x.empty_like());
         for changed in &mut changed {
             changed.copy_(&x);
@@ -183,7 +183,7 @@ fn a_tensor_can_be_added_to_itself() -> TestResult {
 
 #[test]
 fn nan_stays_nan() -> TestResult {
-    // Only the clamped sum sees `y`.
+    // Only the clamped sum depends on `y`.
     let y = Tensor::from_slice(&[f32::NAN, 0.5, f32::INFINITY, f32::NEG_INFINITY]);
     let numbers = Clamped { a: 0.0, b: 1.0, lo: -1.0, hi: 2.0, c: 0.0, d: 1.0 };
     let result = Vec::<f32>::try_from(affine_clamped(&y.zeros_like(), &y, &numbers)?)?;
@@ -232,9 +232,9 @@ fn in_place_gradients_reach_the_other_tensor() -> TestResult {
     Ok(())
 }
 
-/// Autograd notices that a tensor it will need has been changed, as after libtorch's own operations.
+/// Autograd detects that a tensor it needs has been changed, as after libtorch's own operations.
 #[test]
-fn a_saved_tensor_is_known_to_have_changed() -> TestResult {
+fn a_changed_saved_tensor_is_detected() -> TestResult {
     let weight = Tensor::ones([3], kind::FLOAT_CPU).set_requires_grad(true);
     let mut x = Tensor::ones([3], kind::FLOAT_CPU);
     let loss = (&weight * &x).sum(Kind::Float);
@@ -245,7 +245,7 @@ fn a_saved_tensor_is_known_to_have_changed() -> TestResult {
 }
 
 #[test]
-fn what_cannot_be_changed_in_place_is_refused_and_unchanged() -> TestResult {
+fn tensors_that_cannot_be_changed_in_place_are_refused_and_unchanged() -> TestResult {
     let y = Tensor::ones([2], kind::FLOAT_CPU);
     let mut leaf = Tensor::ones([2], kind::FLOAT_CPU).set_requires_grad(true);
     assert!(refusal(affine_(&mut leaf, &y, 2.0, 1.0)).contains("requires a gradient"));

@@ -78,7 +78,7 @@ fn grads_come_in_order_and_the_missing_one_is_named() -> TestResult {
 }
 
 #[test]
-fn dropped_gradients_are_gone_and_come_anew() -> TestResult {
+fn dropped_gradients_are_undefined_until_the_next_backward_pass() -> TestResult {
     let leaf = Tensor::ones([3], kind::FLOAT_CPU).set_requires_grad(true);
     let list = TensorList::new([&leaf])?;
     drop_grads(&list)?;
@@ -98,7 +98,7 @@ fn norm_by_hand(tensors: &[Tensor]) -> f64 {
 }
 
 #[test]
-fn clip_scales_to_the_norm_asked_for() -> TestResult {
+fn clipping_scales_to_the_requested_norm() -> TestResult {
     for max_norm in [0.0, 0.5, 3.0, 1e3] {
         let (before, after) = {
             let tensors = random(&SHAPES);
@@ -118,7 +118,7 @@ fn clip_scales_to_the_norm_asked_for() -> TestResult {
 }
 
 #[test]
-fn clip_leaves_small_gradients_as_they_are_to_the_bit() -> TestResult {
+fn clipping_leaves_small_gradients_unchanged_to_the_bit() -> TestResult {
     let tensors = random(&SHAPES);
     let before = copies(&tensors);
     drop(clip_grad_norm_(&TensorList::new(&tensors)?, 1e9)?);
@@ -127,7 +127,7 @@ fn clip_leaves_small_gradients_as_they_are_to_the_bit() -> TestResult {
 }
 
 #[test]
-fn a_gradient_that_is_not_a_number_is_not_hidden() -> TestResult {
+fn a_nan_gradient_is_not_hidden() -> TestResult {
     let tensors = [Tensor::from_slice(&[1.0_f32, f32::NAN]), Tensor::from_slice(&[1.0_f32])];
     let norm = clip_grad_norm_(&TensorList::new(&tensors)?, 1.0)?;
     assert!(norm.double_value(&[]).is_nan());
@@ -136,7 +136,7 @@ fn a_gradient_that_is_not_a_number_is_not_hidden() -> TestResult {
 }
 
 #[test]
-fn norms_that_have_no_meaning_are_refused() -> TestResult {
+fn invalid_norms_are_refused() -> TestResult {
     let list = TensorList::new::<Tensor>([])?;
     assert_eq!(grad_norm(&list)?.double_value(&[]), 0.0);
     assert_eq!(clip_grad_norm_(&list, 1.0)?.double_value(&[]), 0.0);
@@ -151,7 +151,7 @@ fn norms_that_have_no_meaning_are_refused() -> TestResult {
 /// Lists on a device: moved, clipped and zeroed as those on the CPU.
 #[test]
 #[ignore = "needs a GPU"]
-fn a_gpu_does_to_lists_what_the_cpu_does() -> TestResult {
+fn a_gpu_matches_the_cpu_on_lists() -> TestResult {
     let on = |tensors: &[Tensor], device| -> Vec<Tensor> {
         tensors.iter().map(|tensor| tensor.copy().to_device(device)).collect()
     };

@@ -53,7 +53,7 @@ fn normal_numbers_are_pytorchs() -> TestResult {
 
 /// One stream, four kinds of draws in turn, seed 7.
 #[test]
-fn a_stream_goes_on_as_pytorchs_does() -> TestResult {
+fn a_stream_continues_as_pytorchs_does() -> TestResult {
     let mut generator = cpu(7)?;
     let uniform = generator.uniform([4], Kind::Float)?;
     let expected = [0.534_922_54_f32, 0.198_803_19, 0.659_211_7, 0.656_890_3];
@@ -89,12 +89,12 @@ fn a_saved_state_continues_to_the_bit() -> TestResult {
     Ok(())
 }
 
-/// A state says how many of its words are left; libtorch would read past their end if it were believed.
+/// A state contains the number of its words that are left; libtorch would read past their end if it trusted it.
 #[test]
 fn a_damaged_state_is_refused() -> TestResult {
     let mut generator = cpu(1)?;
     let (expected, damaged) = (generator.state()?, generator.state()?);
-    // Bytes 8 to 12 are the number of words left and one, 16 to 24 the place of the next.
+    // Bytes 8 to 12 are the number of words left plus one, 16 to 24 the position of the next.
     for (byte, value) in [(8, 88), (9, 2), (16, 1), (17, 2)] {
         drop(damaged.get(byte).fill_(value));
     }
@@ -106,7 +106,7 @@ fn a_damaged_state_is_refused() -> TestResult {
 }
 
 #[test]
-fn streams_do_not_touch_each_other() -> TestResult {
+fn streams_are_independent() -> TestResult {
     let (mut one, mut other) = (cpu(5)?, cpu(5)?);
     drop(other.normal([2], Kind::Float)?);
     assert_eq!(one.normal([4], Kind::Float)?, cpu(5)?.normal([4], Kind::Float)?);
@@ -127,7 +127,7 @@ fn shapes_and_ranges() -> TestResult {
 }
 
 #[test]
-fn what_cannot_be_drawn_is_refused() -> TestResult {
+fn invalid_draws_are_refused() -> TestResult {
     let mut generator = cpu(1)?;
     let said = refusal(generator.normal([2], Kind::Int64));
     assert!(said.starts_with("Generator::normal: ") && !said.contains("frame #"), "{said}");
@@ -145,7 +145,7 @@ fn what_cannot_be_drawn_is_refused() -> TestResult {
     Ok(())
 }
 
-/// In a process of its own: whatever else draws from the default generator would disturb it.
+/// In a separate process: other draws from the default generator would disturb it.
 #[test]
 fn the_default_generator_continues_to_the_bit() -> TestResult {
     if in_own_process("generator::the_default_generator_continues_to_the_bit", &[], &[])? {
@@ -159,7 +159,7 @@ fn the_default_generator_continues_to_the_bit() -> TestResult {
     assert_ne!(default_generator_state(Device::Cpu)?, state);
     set_default_generator_state(Device::Cpu, &state)?;
     assert_eq!(Tensor::randn([33], kind::FLOAT_CPU), expected);
-    // A stream of its own leaves it alone.
+    // A separate stream does not affect it.
     let before = default_generator_state(Device::Cpu)?;
     drop(cpu(1)?.normal([8], Kind::Float)?);
     assert_eq!(default_generator_state(Device::Cpu)?, before);

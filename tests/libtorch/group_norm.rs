@@ -13,7 +13,7 @@ use crate::{TestResult, refusal};
 pub(crate) const PLAIN: GroupNorm<'_> =
     GroupNorm { num_groups: 1, eps: 1e-5, weight: None, bias: None, offset: None, silu: false };
 
-/// How maps of which the channels of a pixel lie side by side lie in memory.
+/// Memory layouts of maps in which the channels of a pixel are adjacent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Layout {
     ChannelsLast,
@@ -35,13 +35,13 @@ pub(crate) fn laid_out(x: &Tensor, layout: Layout) -> Tensor {
     }
 }
 
-/// Whether the operation is for this tensor: not for others, nor where it cannot be told for want of channels.
+/// Whether the operation applies to this tensor: not to others, nor if the layout is ambiguous for lack of channels.
 pub(crate) fn is_ours(x: &Tensor) -> bool {
     let size = x.size();
     size[2..].iter().product::<i64>() == 1 || (size.len() > 3 && size[1] > 1 && x.stride()[1] == 1)
 }
 
-/// What a norm of `channels` channels needs beside `x`.
+/// The inputs of a norm of `channels` channels in addition to `x`.
 #[derive(Debug)]
 pub(crate) struct Learned {
     pub(crate) weight: Tensor,
@@ -110,7 +110,7 @@ fn assert_near(found: &Tensor, expected: &Tensor, share: f64, what: &str) {
     assert!(excess <= 0.0, "{what}: {excess:e} more than allowed");
 }
 
-/// Maps and what a norm needs beside them.
+/// Maps and the other inputs of a norm.
 #[derive(Debug)]
 pub(crate) struct Case {
     pub(crate) x: Tensor,
@@ -134,7 +134,7 @@ impl Case {
     }
 }
 
-/// Of any kind, order in memory and parts, with so many sides beside batch and channels.
+/// Any kind, memory layout and parts, with this many dimensions in addition to batch and channels.
 pub(crate) fn any_case(sides: Range<usize>, lengths: Range<i64>) -> impl Strategy<Value = Case> {
     let sizes = ([1_i64..4, 1_i64..5, 1_i64..5], prop::collection::vec(lengths, sides));
     let kinds = (prop::sample::select(KINDS.to_vec()), any::<bool>());
@@ -152,7 +152,7 @@ pub(crate) fn any_case(sides: Range<usize>, lengths: Range<i64>) -> impl Strateg
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Whatever the rank, order in memory, kinds and parts that there are: what doubles say, rounded once.
+    /// For any rank, memory layout, kinds and present parts: the values in double precision, rounded once.
     #[test]
     fn it_is_the_formula(case in any_case(0..4, 1..10)) {
         let (x, settings) = (&case.x, case.settings());
@@ -218,7 +218,7 @@ fn the_number_of_threads_changes_no_bit() -> TestResult {
     Ok(())
 }
 
-/// 1000 +- 0.01: what is left of a float there has two or three digits, and they count.
+/// 1000 +- 0.01: in float the difference from the mean has two or three digits, and they must be kept.
 #[test]
 fn a_small_variance_around_a_large_mean_is_found() -> TestResult {
     for layout in LAYOUTS {
@@ -273,7 +273,7 @@ fn a_constant_group_becomes_the_bias() -> TestResult {
 }
 
 #[test]
-fn what_is_not_finite_stays_in_its_group() -> TestResult {
+fn non_finite_values_stay_in_their_group() -> TestResult {
     for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         for kind in KINDS {
             for layout in LAYOUTS {
@@ -294,7 +294,7 @@ fn what_is_not_finite_stays_in_its_group() -> TestResult {
     Ok(())
 }
 
-/// Each number its own group, so that the bias alone is what comes out of the norm.
+/// Each value is its own group, so the output of the norm is the bias.
 fn silu_of(values: &[f32]) -> ddil_libtorch::Result<Vec<f32>> {
     let channels = values.len() as i64;
     let bias = Tensor::from_slice(values);
@@ -395,7 +395,7 @@ fn channels_one_after_the_other_are_libtorchs_to_the_bit() -> TestResult {
     Ok(())
 }
 
-/// What the operation is not for, libtorch's do.
+/// libtorch's operations compute the cases that the operation does not cover.
 #[test]
 fn other_kinds_and_empty_batches_are_libtorchs() -> TestResult {
     let x = Tensor::randn([2, 4, 3, 3], kind::DOUBLE_CPU);
@@ -414,7 +414,7 @@ fn other_kinds_and_empty_batches_are_libtorchs() -> TestResult {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn mismatches_are_refused() {
     let x = Tensor::ones([2, 4, 3, 3], kind::FLOAT_CPU);
     let [four, three] = [4, 3].map(|n| Tensor::ones([n], kind::FLOAT_CPU));
     let said = |x: &Tensor, settings: GroupNorm<'_>| refusal(group_norm(x, &settings));

@@ -14,7 +14,7 @@ type Leaves = [Tensor; 4];
 
 fn leaves(x: &Tensor, learned: &Learned, ask: [bool; 4]) -> Leaves {
     let given = [x, &learned.weight, &learned.bias, &learned.offset];
-    // A view has the order in memory of what it shows, which a copy may not.
+    // A view has the memory layout of its base, which a copy may lack.
     std::array::from_fn(|i| given[i].detach().set_requires_grad(ask[i]))
 }
 
@@ -24,7 +24,7 @@ fn with_leaves(of: &Leaves, settings: GroupNorm<'_>) -> ddil_libtorch::Result<Te
     group_norm(&of[0], &GroupNorm { weight, bias, offset: part(3, settings.offset), ..settings })
 }
 
-/// Of those that ask for one.
+/// Of those that require a gradient.
 fn gradients_of(y: &Tensor, leaves: &Leaves, upstream: &Tensor) -> Vec<Tensor> {
     let asking: Vec<&Tensor> = leaves.iter().filter(|t| t.requires_grad()).collect();
     let product = y.to_kind(Kind::Double) * upstream;
@@ -43,7 +43,7 @@ fn expected_gradients(of: &Leaves, settings: &GroupNorm<'_>, upstream: &Tensor) 
     gradients_of(&y, &doubles, upstream)
 }
 
-/// Numbers that every kind holds.
+/// Values that every kind can represent.
 fn upstream_of(x: &Tensor) -> Tensor {
     Tensor::randn(x.size(), kind::FLOAT_CPU)
         .to_kind(Kind::BFloat16)
@@ -51,8 +51,8 @@ fn upstream_of(x: &Tensor) -> Tensor {
         .to_kind(Kind::Double)
 }
 
-/// Everywhere within one rounding, but for `share` of the largest, or of `least`: a group is as it was after the same is added
-/// to all of it, so that gradients of offsets may be nothing but what is rounded.
+/// Everywhere within one rounding, except for `share` of the largest, or of `least`: adding a constant to a whole group
+/// does not change its output, so gradients of offsets may consist of rounding errors.
 fn assert_gradients_near([found, expected]: [&[Tensor]; 2], share: f64, least: f64, what: &str) {
     assert_eq!(found.len(), expected.len());
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
@@ -66,7 +66,7 @@ fn assert_gradients_near([found, expected]: [&[Tensor]; 2], share: f64, least: f
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Whatever the rank, order in memory, kinds, parts that there are and parts that ask.
+    /// For any rank, memory layout, kinds, present parts and parts that require a gradient.
     #[test]
     fn gradients_are_the_formulas(case in any_case(2..4, 2..10), ask in any::<[bool; 4]>()) {
         let (x, settings, parts) = (&case.x, case.settings(), case.parts);
@@ -90,7 +90,7 @@ proptest! {
 #[test]
 fn gradients_are_the_formulas_at_many_sizes() -> TestResult {
     for (shape, groups) in SHAPES {
-        // Each group is but one number, which has no gradient but what is rounded.
+        // Each group is a single value, whose gradient is only rounding error.
         if shape == [3, 6, 1, 1] {
             continue;
         }
@@ -182,7 +182,7 @@ fn the_slope_of_silu_is_right_to_a_few_bits_everywhere() -> TestResult {
         let sigmoid = 1.0 / (1.0 + (-f64::from(y)).exp());
         let expected = sigmoid * (1.0 + f64::from(y) * (1.0 - sigmoid));
         let apart = (f64::from(found) - expected).abs();
-        // Where it crosses 0, near -1.28, digits cancel.
+        // Where the slope crosses 0, near -1.28, digits cancel.
         assert!(
             apart <= 4e-7 * expected.abs() + 2e-7 * sigmoid + 6e-37,
             "{y}: {found:e}, not {expected:e}"
@@ -191,7 +191,7 @@ fn the_slope_of_silu_is_right_to_a_few_bits_everywhere() -> TestResult {
     Ok(())
 }
 
-/// `x` may itself have come from what the norm takes beside it.
+/// `x` may itself be computed from the norm's other inputs.
 #[test]
 fn gradients_have_gradients() {
     let x = Tensor::randn([2, 4, 3, 3], kind::FLOAT_CPU);
@@ -224,7 +224,7 @@ fn gradients_have_gradients() {
 }
 
 #[test]
-fn gradients_are_taken_once_and_of_what_was_not_changed() -> TestResult {
+fn gradients_are_computed_once_and_only_of_unchanged_tensors() -> TestResult {
     let x = channels_last(&Tensor::randn([2, 4, 3, 3], kind::FLOAT_CPU))?;
     let learned = Learned::new(2, 4, [Kind::Float; 2]);
     let of = leaves(&x, &learned, [true; 4]);

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor, kind};
 use crate::{TestResult, refusal};
 
 #[test]
-fn a_list_holds_the_tensors_themselves() -> TestResult {
+fn a_list_shares_its_tensors() -> TestResult {
     let mut weight = Tensor::zeros([2, 2], kind::FLOAT_CPU);
     let list = TensorList::new([&weight])?;
     let _ = weight.fill_(3.0);
@@ -45,7 +45,7 @@ fn zeros_and_steps_follow_the_tensors() -> TestResult {
 }
 
 #[test]
-fn what_a_list_cannot_hold_or_give_is_refused() -> TestResult {
+fn invalid_list_operations_are_refused() -> TestResult {
     assert!(refusal(TensorList::new([Tensor::new()])).contains("index 0 is undefined"));
 
     let empty = TensorList::new::<Tensor>([])?;

@@ -33,7 +33,7 @@ fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
     (left - right).abs().max().double_value(&[])
 }
 
-/// What an error says, or a failure of the test if there is none.
+/// The message of an error; the test fails if there is none.
 fn refusal<T>(result: ddil_libtorch::Result<T>) -> String {
     match result {
         Ok(_) => panic!("this should have been refused"),

@@ -24,7 +24,7 @@ fn tensors_are_where_the_bytes_are() -> TestResult {
     assert_eq!(tensor, Tensor::arange_start(2, 8, (Kind::Double, tch::Device::Cpu)).view([2, 3]));
     assert_eq!(file.tensor(64, [0], Kind::Double)?.numel(), 0);
     assert_eq!(file.tensor(8, [0_i64; 0], Kind::Double)?.double_value(&[]), 1.0);
-    // No copy: a second tensor over the same bytes sees what is written to the first.
+    // No copy: a second tensor over the same bytes contains what is written to the first.
     let _ = tensor.shallow_clone().fill_(-1.0);
     assert_eq!(file.tensor(40, [1], Kind::Double)?.double_value(&[0]), -1.0);
     Ok(())
@@ -44,7 +44,7 @@ fn writing_to_a_tensor_leaves_the_file_alone() -> TestResult {
 }
 
 #[test]
-fn a_tensor_keeps_its_mapping() -> TestResult {
+fn a_tensor_keeps_its_file_mapped() -> TestResult {
     let (folder, path) = counting(200)?;
     let tensor = MappedFile::open(&path)?.tensor(0, [200], Kind::Double)?;
     drop(folder);
@@ -56,7 +56,7 @@ fn a_tensor_keeps_its_mapping() -> TestResult {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() -> TestResult {
+fn mismatches_are_refused() -> TestResult {
     let (_folder, path) = counting(4)?;
     let file = MappedFile::open(&path)?;
     for (offset, shape) in [
@@ -79,7 +79,7 @@ fn what_does_not_fit_is_refused() -> TestResult {
 }
 
 #[test]
-fn what_is_not_aligned_is_refused() -> TestResult {
+fn misaligned_tensors_are_refused() -> TestResult {
     let (_folder, path) = counting(4)?;
     let file = MappedFile::open(&path)?;
     for (offset, kind) in
@@ -93,7 +93,7 @@ fn what_is_not_aligned_is_refused() -> TestResult {
 }
 
 #[test]
-fn bytes_that_are_no_truth_values_are_refused() -> TestResult {
+fn bytes_that_are_not_bools_are_refused() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("truth");
     std::fs::write(&path, [0, 1, 1, 2])?;

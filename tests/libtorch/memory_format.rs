@@ -34,7 +34,7 @@ fn gradients_flow_through() -> TestResult {
 }
 
 #[test]
-fn what_has_no_channels_is_refused() {
+fn tensors_without_channels_are_refused() {
     let vectors = Tensor::zeros([2, 3], kind::FLOAT_CPU);
     assert!(!is_channels_last(&vectors));
     assert!(refusal(channels_last(&vectors)).contains("channels_last"));

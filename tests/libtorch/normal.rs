@@ -8,13 +8,13 @@ use tch::{Device, Kind, Tensor, kind};
 
 use crate::{TestResult, in_own_process, refusal};
 
-/// Around groups of 16, blocks of 624 words and the chunks of 9984 that threads take.
+/// Sizes around groups of 16, blocks of 624 words and the chunks of 9984 per thread.
 const SIZES: [i64; 27] = [
     0, 1, 15, 16, 17, 31, 32, 33, 511, 512, 513, 623, 624, 625, 1247, 1248, 1249, 9967, 9983, 9984,
     9985, 10_000, 19_967, 19_968, 19_985, 29_952, 100_003,
 ];
 
-/// Words that are drawn before; the twister makes 624 at a time.
+/// Words drawn before; the twister generates 624 at a time.
 const EARLIER: [i64; 8] = [0, 1, 7, 16, 622, 623, 624, 625];
 
 /// A part of a tensor, or the same in another order.
@@ -93,8 +93,7 @@ fn a_stream_of_many_kinds_of_draws() -> TestResult {
     Ok(())
 }
 
-/// Angles and logarithms are of 2^24 values each, of which 19 in 20 are met here; and threads that did not wait for each
-/// other would be seen.
+/// Angles and logarithms have 2^24 values each, of which 19 in 20 occur here; and a race between threads would show.
 #[test]
 fn a_hundred_million_numbers() -> TestResult {
     if in_own_process("normal::a_hundred_million_numbers", &[], &[])? {
@@ -108,7 +107,7 @@ fn a_hundred_million_numbers() -> TestResult {
     Ok(())
 }
 
-/// Whether the loops of the shim are used cannot be told from the numbers, which are the same.
+/// The numbers cannot show whether the shim's loops are used, because they are the same.
 #[test]
 fn they_are_vectorised_where_a_processor_allows_it() -> TestResult {
     if std::env::var_os("ATEN_CPU_CAPABILITY").is_some() {
@@ -158,7 +157,7 @@ fn a_tensor_is_filled_as_libtorch_fills_it() -> TestResult {
         generator.fill_normal(&mut target)?;
         assert_eq!(bits(&target), expected, "{name}");
         assert_eq!(generator.state()?, state, "{name}");
-        // Nothing beside it has changed.
+        // Nothing around it has changed.
         assert_eq!(ours, theirs, "{name}");
     }
     Ok(())
@@ -173,7 +172,7 @@ fn a_generator_fills_what_it_draws() -> TestResult {
 }
 
 #[test]
-fn what_cannot_be_filled_is_refused_and_stays() -> TestResult {
+fn tensors_that_cannot_be_filled_are_refused_and_unchanged() -> TestResult {
     let mut generator = cpu(1)?;
     let state = generator.state()?;
     let mut leaf = Tensor::zeros([32], kind::FLOAT_CPU).set_requires_grad(true);
@@ -192,19 +191,19 @@ fn what_cannot_be_filled_is_refused_and_stays() -> TestResult {
 }
 
 #[test]
-fn a_backward_pass_notices_that_a_tensor_was_filled() -> TestResult {
+fn a_backward_pass_detects_that_a_tensor_was_filled() -> TestResult {
     let weight = Tensor::ones([32], kind::FLOAT_CPU).set_requires_grad(true);
     let mut noise = Tensor::ones([32], kind::FLOAT_CPU);
     let loss = (&weight * &noise).sum(Kind::Float);
     cpu(1)?.fill_normal(&mut noise)?;
     let error = loss.f_backward().expect_err("`noise` is needed as it was");
     assert!(error.to_string().contains("modified by an inplace operation"), "{error}");
-    // What is drawn is a constant.
+    // The drawn numbers are constants for autograd.
     assert!(!cpu(1)?.normal([32], Kind::Float)?.requires_grad());
     Ok(())
 }
 
-/// A million numbers, so a mean is within .001 of its own and a share within .0005, each one standard error.
+/// A million numbers: the mean is accurate to .001 and a share to .0005, each one standard error.
 #[test]
 fn numbers_are_normal() -> TestResult {
     let x = cpu(17)?.normal([1_000_000], Kind::Float)?.to_kind(Kind::Double);

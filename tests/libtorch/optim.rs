@@ -36,7 +36,7 @@ impl SlowAdamW {
 
 const SHAPES: [&[i64]; 5] = [&[], &[7], &[3, 5], &[4, 3, 3, 3], &[2, 33, 17]];
 
-/// Parameters and their state, as `fused_adamw_` wants them.
+/// Parameters and their state, as `fused_adamw_` takes them.
 struct State {
     params: TensorList,
     exp_avgs: TensorList,

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor, kind};
 use crate::{TestResult, in_own_process, refusal};
 
 #[test]
-fn the_version_is_the_one_that_tch_speaks_to() {
+fn the_version_is_the_one_that_tch_requires() {
     assert!(ddil_libtorch::version().starts_with("2.13."));
 }
 
@@ -35,12 +35,12 @@ fn freed_pages_can_be_kept_with_glibc() {
 #[cfg(target_os = "linux")]
 fn page_faults() -> Result<u64, Box<dyn std::error::Error>> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // The name of the program may hold spaces, and ends with a bracket; `minflt` is the eighth behind it.
+    // The program's name may contain spaces, and ends with a parenthesis; `minflt` is the eighth field after it.
     let rest = stat.rsplit(')').next().unwrap_or_default();
     Ok(rest.split_whitespace().nth(7).ok_or("no count of faults")?.parse()?)
 }
 
-/// Beyond the 32 MiB up to which glibc may learn by itself to keep what is freed.
+/// Beyond the 32 MiB up to which glibc may decide by itself to keep freed memory.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn kept_pages_are_used_again() -> TestResult {
@@ -61,8 +61,8 @@ fn kept_pages_are_used_again() -> TestResult {
     };
     let given_back = faults()?;
     ddil_libtorch::keep_freed_pages();
-    // An aligned block needs a hole a little larger than itself, which comes of several that were freed: of how many
-    // depends on what else is in the heap.
+    // An aligned block needs a gap slightly larger than itself, which several freed blocks form; how many depends on
+    // the rest of the heap.
     for _ in 0..4 {
         faults()?;
     }
@@ -73,7 +73,7 @@ fn kept_pages_are_used_again() -> TestResult {
 
 #[test]
 fn the_number_of_threads_is_what_was_set() -> TestResult {
-    // On a thread of its own, whose setting no other test sees.
+    // On a separate thread, whose setting does not affect other tests.
     let seen = std::thread::spawn(|| {
         ddil_libtorch::set_num_threads(1)?;
         ddil_libtorch::num_threads()
@@ -90,8 +90,8 @@ fn the_number_of_threads_is_what_was_set() -> TestResult {
 
 /// `put_` adds in any order, which libtorch has no deterministic kernel for unless it accumulates.
 #[test]
-fn deterministic_refuses_what_it_cannot_promise() -> TestResult {
-    if in_own_process("process::deterministic_refuses_what_it_cannot_promise", &[], &[])? {
+fn deterministic_refuses_unsupported_devices() -> TestResult {
+    if in_own_process("process::deterministic_refuses_unsupported_devices", &[], &[])? {
         return Ok(());
     }
     let put = || {
@@ -111,7 +111,7 @@ fn deterministic_refuses_what_it_cannot_promise() -> TestResult {
 }
 
 #[test]
-fn a_reason_comes_without_its_backtrace() {
+fn a_message_has_no_backtrace() {
     let (two, three) = (Tensor::zeros([2], kind::FLOAT_CPU), Tensor::zeros([3], kind::FLOAT_CPU));
     let said = refusal(ddil_libtorch::affine(&two, &three, 1.0, 1.0));
     assert_eq!(said, "affine: `x` has shape [2], but `y` has shape [3]");

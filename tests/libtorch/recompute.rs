@@ -9,7 +9,7 @@ use crate::{TestResult, refusal};
 
 type Output = Result<Tensor, TchError>;
 
-/// Two layers with a nonlinearity and, if asked, dropout between them.
+/// Two layers with a nonlinearity and, optionally, dropout between them.
 struct Layers {
     first: Tensor,
     second: Tensor,
@@ -99,7 +99,7 @@ fn gradients_are_those_of_the_plain_pass_to_the_bit() -> TestResult {
 }
 
 #[test]
-fn random_numbers_go_on_as_if_they_had_been_drawn_once() -> TestResult {
+fn random_numbers_continue_as_if_drawn_at_once() -> TestResult {
     let _alone = GENERATOR.lock();
     let layers = Layers::new(true);
     let state_after = |ask: fn(&Layers, &[Tensor]) -> ddil_libtorch::Result<Tensor>| {
@@ -110,7 +110,7 @@ fn random_numbers_go_on_as_if_they_had_been_drawn_once() -> TestResult {
     Ok(())
 }
 
-/// How often a function is called tells what is kept.
+/// The number of calls of a function shows what is kept.
 fn counted(calls: &Arc<AtomicUsize>) -> impl Fn(&[Tensor]) -> Output + Send + 'static {
     let calls = Arc::clone(calls);
     move |inputs| {
@@ -139,7 +139,7 @@ fn it_is_called_again_in_the_backward_pass_and_only_there() -> TestResult {
 }
 
 #[test]
-fn a_parameter_gets_its_gradient_though_no_input_has_one() -> TestResult {
+fn a_parameter_receives_its_gradient_without_an_input_that_has_one() -> TestResult {
     let layers = Layers::new(false);
     let [x, factor] = inputs();
     let y = layers.recomputed(&[x.detach(), factor])?;
@@ -150,7 +150,7 @@ fn a_parameter_gets_its_gradient_though_no_input_has_one() -> TestResult {
 
 /// `run_backward` gives gradients back and adds to none, also inside parts of parts.
 #[test]
-fn gradients_can_be_asked_for_one_by_one_and_parts_nest() -> TestResult {
+fn gradients_can_be_requested_one_by_one_and_parts_nest() -> TestResult {
     let layers = Layers::new(false);
     let inputs = inputs();
     let expected = layers.forward(&inputs)?.f_sum(Kind::Float)?;
@@ -172,7 +172,7 @@ fn gradients_can_be_asked_for_one_by_one_and_parts_nest() -> TestResult {
 }
 
 #[test]
-fn a_kept_graph_can_be_gone_through_twice() -> TestResult {
+fn a_retained_graph_can_be_used_twice() -> TestResult {
     let layers = Layers::new(false);
     let inputs = inputs();
     let y = layers.recomputed(&inputs)?.sum(Kind::Float);
@@ -185,7 +185,7 @@ fn a_kept_graph_can_be_gone_through_twice() -> TestResult {
 }
 
 #[test]
-fn what_changed_in_between_is_noticed() -> TestResult {
+fn changes_between_the_passes_are_detected() -> TestResult {
     for changed in 0..2 {
         let layers = Layers::new(false);
         let inputs = inputs();
@@ -276,7 +276,7 @@ fn a_graph_may_be_sent_to_another_thread() -> TestResult {
 /// one.
 #[test]
 #[ignore = "needs a GPU"]
-fn a_gpu_computes_again_as_it_computed_first() -> TestResult {
+fn a_gpu_recomputes_the_same_values() -> TestResult {
     let _alone = GENERATOR.lock();
     for dropout in [false, true] {
         for autocast in [None, Some(Kind::BFloat16), Some(Kind::Half)] {

@@ -18,7 +18,7 @@ fn row(n: i32) -> Vec<u8> {
 }
 
 #[test]
-fn rows_come_back_where_they_are_wanted() -> Result<()> {
+fn rows_are_gathered_into_the_requested_places() -> Result<()> {
     let (_folder, path) = place();
     let mut file = RowFile::create(&path, b"what it is", 12, 5)?;
     assert_eq!(file.len(), 10 + 5 * 12);
@@ -28,7 +28,7 @@ fn rows_come_back_where_they_are_wanted() -> Result<()> {
     gather_rows(&mut floats, 4, [(&file, 3, 2), (&file, 0, 0), (&file, 4, 3)])?;
     let expected = [7.25_f32, 7.5, -1.0, -1.0, 3.25, 3.5, 4.25, 4.5];
     assert_eq!(Vec::<f32>::try_from(floats.view([8])).expect("floats"), expected);
-    // What is written later is seen, and what was never written is zero.
+    // Rows written later are visible, and rows never written are zero.
     file.write(1, &row(1))?;
     let mut integers = Tensor::zeros([2], (Kind::Int, Device::Cpu));
     gather_rows(&mut integers, 0, [(&file, 1, 0), (&file, 2, 1)])?;
@@ -43,9 +43,9 @@ fn rows_come_back_where_they_are_wanted() -> Result<()> {
     Ok(())
 }
 
-/// Its name may go, as a buffer's does whose states are not wanted any more.
+/// Its name may be removed, as that of a buffer's file whose states were evicted.
 #[test]
-fn rows_stay_while_somebody_reads_them() -> Result<()> {
+fn rows_stay_while_they_are_mapped() -> Result<()> {
     let (_folder, path) = place();
     let mut file = RowFile::create(&path, &[], 12, 1)?;
     file.write(0, &row(5))?;
@@ -70,7 +70,7 @@ fn room_is_set_aside_at_once() -> Result<()> {
 }
 
 #[test]
-fn files_that_cannot_be_are_refused() -> Result<()> {
+fn invalid_files_are_refused() -> Result<()> {
     let (folder, path) = place();
     for (row_bytes, num_rows) in [(0, 3), (usize::MAX, 2), (1 << 40, 1 << 30)] {
         let refused = RowFile::create(&path, b"head", row_bytes, num_rows);

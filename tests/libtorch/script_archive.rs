@@ -10,7 +10,7 @@ fn saved() -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("a golden")
 }
 
-/// What is said of an archive; none if it is taken.
+/// The error for an archive; none if it is accepted.
 fn said(archive: &[u8]) -> Option<String> {
     let file = tempfile::NamedTempFile::new().expect("there is room");
     std::fs::write(file.path(), archive).expect("there is room");
@@ -29,7 +29,7 @@ fn assert_refused(archive: &[u8], words: &[&str]) {
     }
 }
 
-/// A record of an archive that is put together by hand, which says of itself what it likes.
+/// A hand-made record of an archive, whose header can contain anything.
 #[derive(Clone)]
 struct Record {
     name: &'static str,
@@ -37,7 +37,7 @@ struct Record {
     data: Vec<u8>,
     bytes: u64,
     unpacked_bytes: u64,
-    /// Where it says that it is; none for the truth.
+    /// The position in its header; none for the correct one.
     header: Option<u64>,
     /// Sizes and place are in the extra field, where 64 bits are.
     is_large: bool,
@@ -82,7 +82,7 @@ impl Record {
         let [unpacked, bytes, header] =
             numbers.map(|n| if self.is_large { u32::MAX } else { n as u32 }.to_le_bytes());
         let field: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
-        // A field of padding stands before the one that counts.
+        // A padding field precedes the field that matters.
         let extra = [&b"FB\x01\x00Z\x01\x00\x18\x00"[..], &field].concat();
         let extra = if self.is_large { &extra[..] } else { &[] };
         let lengths = [self.name.len(), extra.len(), 0].map(|n| (n as u16).to_le_bytes()).concat();
@@ -94,7 +94,7 @@ impl Record {
     }
 }
 
-/// An archive of records, and where its list begins.
+/// An archive of records, and where its directory starts.
 fn archive(records: &[Record]) -> (Vec<u8>, usize) {
     let (mut all, mut list) = (Vec::new(), Vec::new());
     for record in records {
@@ -115,14 +115,14 @@ fn of(record: Record) -> Vec<u8> {
 }
 
 #[test]
-fn what_was_saved_is_taken() {
+fn the_saved_export_is_used() {
     assert_eq!(said(&saved()), None);
     let text = vec![b'x'; 100_000];
     for record in [plain("a/data/0", &text), packed("a/code/b.py", &text)] {
         assert_eq!(said(&of(record.clone())), None);
         assert_eq!(said(&of(large(record))), None);
     }
-    // A comment of the greatest length stands behind the end.
+    // A comment of maximum length follows the end record.
     let mut commented = of(plain("a/data/0", &text));
     let len = commented.len();
     commented[len - 2..].copy_from_slice(&[0xff; 2]);
@@ -171,7 +171,7 @@ fn sizes_beyond_the_file_are_refused() {
         let words = [&["\"a/data/0\""], words].concat();
         assert_refused(&of(record), &words);
     }
-    // It begins within the file and ends beyond it, though not by its size alone.
+    // It starts inside the file and ends beyond it, though not because of its size alone.
     let mut last = plain("a/data/1", &[7; 10]);
     (last.bytes, last.unpacked_bytes) = (150, 150);
     assert_refused(&archive(&[plain("a/data/0", &[7; 10]), last]).0, &["150 bytes", "file ends"]);
@@ -188,11 +188,11 @@ fn records_do_not_share_their_bytes() {
 }
 
 #[test]
-fn what_is_packed_has_a_limit() {
+fn compressed_data_have_a_limit() {
     let honest = packed("a/code/b.py", &vec![b' '; 100_000]);
     let bomb = Record { unpacked_bytes: (128 << 20) + 1, ..honest.clone() };
     assert_refused(&of(bomb), &["\"a/code/b.py\"", "134217728", "134217729"]);
-    // Not by one record alone.
+    // Not because of a single record.
     let half = Record { unpacked_bytes: 64 << 20, ..honest.clone() };
     assert_eq!(said(&of(half.clone())), None);
     assert_refused(&archive(&[half.clone(), half, honest.clone()]).0, &["134317728"]);

@@ -15,7 +15,7 @@ fn squared_error_is_the_mean_over_each_sample_at_any_rank() {
 
 #[test]
 fn pseudo_huber_keeps_small_differences_in_float() {
-    // The form with a subtraction gives 0 here: 1e-14 is lost beside 1e-6 in Float.
+    // The form with a subtraction gives 0 here: 1e-14 is lost next to 1e-6 in Float.
     let small = Tensor::full([1, 1], 1e-7, kind::FLOAT_CPU);
     let distance = pseudo_huber(&small, &small.zeros_like(), 1e-3).expect("the shapes agree");
     let exact = 1e-14 / 2e-3;
@@ -49,7 +49,7 @@ fn a_gradient_flows_to_the_prediction() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     let (x, y) = (Tensor::zeros([2, 3], kind::FLOAT_CPU), Tensor::zeros([3, 2], kind::FLOAT_CPU));
     let message = squared_error(&x, &y).expect_err("the shapes differ").to_string();
     assert!(message.contains("[2, 3]") && message.contains("[3, 2]"), "{message}");

@@ -53,7 +53,7 @@ fn part(terms: &LossTerms, name: &str) -> Vec<f64> {
     values(&found.unwrap_or_else(|| panic!("no {name} in {:?}", terms.parts)).1)
 }
 
-/// What a phase draws first: timesteps from `low..=high` and noise.
+/// The first draws of a phase: timesteps from `low..=high` and noise.
 fn first_draws(stream: Stream, low: i64, high: i64, shape: &[i64]) -> (Vec<i64>, Vec<f64>) {
     let mut generator = STREAMS.generator(7, stream, Device::Cpu).expect("there is a CPU");
     let timesteps = generator.randint(low, high + 1, &shape[..1]).expect("low is below high");
@@ -115,12 +115,12 @@ fn each_sample_has_its_own_normaliser() {
 }
 
 #[test]
-fn nothing_pulls_where_the_scores_agree() {
+fn the_gradient_is_zero_where_the_scores_agree() {
     let x = Tensor::randn([3, 4], kind::FLOAT_CPU);
     let other = Tensor::randn([3, 4], kind::FLOAT_CPU);
     let gradient = distribution_matching_gradient(&x, &other, &other).expect("they fit");
     assert_eq!(gap(&gradient, &x.zeros_like()), 0.0);
-    // Nor where the student says what both say, which is 0 / 0 without the 1e-6.
+    // Nor where the student returns the same as both, which is 0 / 0 without the 1e-6.
     let gradient = distribution_matching_gradient(&x, &x, &x).expect("they fit");
     assert_eq!(gap(&gradient, &x.zeros_like()), 0.0);
 }
@@ -244,7 +244,7 @@ fn the_critics_loss_is_the_error_that_its_weighting_names() {
 }
 
 #[test]
-fn the_default_cap_leaves_usual_schedules_alone() {
+fn the_default_cap_does_not_affect_usual_schedules() {
     let [schedule, flow, edm] = schedules();
     let config = Dmd2Config::default();
     let capped = |schedule: &NoiseSchedule| {
@@ -297,12 +297,12 @@ fn a_discriminator_adds_its_terms_with_their_factors() {
         for (added, expected) in added.into_iter().zip(expected) {
             assert!((added - expected).abs() < 1e-12, "{added} {expected}");
         }
-        // The figures are the parts without factors, whatever is added to the loss later.
+        // The figures are the parts without factors, whatever other terms the loss has.
         for (name, values) in &plain.parts {
             assert_eq!(part(&terms, name), self::values(values));
         }
     }
-    // What the student made is judged with the states' labels, dataset samples with their own.
+    // The student's samples are classified with the states' labels, dataset samples with their own.
     let made = vec![1.0, 2.0, 3.0];
     assert_eq!(*judge.told.borrow(), [made.clone(), made, vec![4.0, 5.0, 6.0]]);
 }
@@ -352,7 +352,7 @@ fn adversarial_terms_are_closed_forms() {
 }
 
 #[test]
-fn each_phase_gives_gradients_to_whom_it_trains() {
+fn each_phase_gives_gradients_to_the_networks_it_trains() {
     let [schedule, ..] = schedules();
     let dmd2 = method(&schedule, Dmd2Config::default());
     let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
@@ -363,7 +363,7 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
         let judge = Judge::trainable(0.3);
         let frozen = Judge { factor: Tensor::from(0.3), told: RefCell::default() };
         let discriminator: &dyn Discriminator = match phase {
-            // As the caller is asked to do.
+            // As the documentation requires of the caller.
             Phase::Student => &frozen,
             Phase::Critic => &judge,
         };
@@ -392,7 +392,7 @@ fn each_phase_gives_gradients_to_whom_it_trains() {
     }
 }
 
-/// The student of a step is asked once, and in a step of the critic alone without gradients.
+/// The student of a step is evaluated once, and in a critic-only step without gradients.
 #[test]
 fn the_critic_takes_the_samples_that_there_are() {
     let [schedule, ..] = schedules();
@@ -443,7 +443,7 @@ fn timesteps_are_drawn_from_the_whole_of_their_range() {
         assert!(labels.iter().all(|label| *label == 7));
         assert_eq!((timesteps.iter().min(), timesteps.iter().max()), (Some(&low), Some(&high)));
         let mean = timesteps.iter().sum::<i64>() as f64 / 20_000.0;
-        // Three standard errors of the mean of a uniform law.
+        // Three standard errors of the mean of a uniform distribution.
         let error = (high - low) as f64 / 12_f64.sqrt() / 20_000_f64.sqrt();
         assert!((mean - f64::midpoint(low as f64, high as f64)).abs() < 3.0 * error, "{mean}");
     }
@@ -499,7 +499,8 @@ fn the_loss_of_a_sample_depends_on_no_other() {
     }
 }
 
-/// A student that shifts unit noise, and the exact score of what it makes: descent takes its mean to the teacher's.
+/// A student that shifts unit noise, and the exact score of its samples: gradient descent moves its mean to the
+/// teacher's.
 #[test]
 fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
     struct Shift {
@@ -542,7 +543,7 @@ fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
     }
 }
 
-/// Published recipes train on the student's states alone or on noised data alone: priors and nothing else.
+/// Published recipes train on the student's states alone or on noised data alone: a matter of the priors only.
 #[test]
 fn states_of_every_source_are_trained_on() {
     let [schedule, ..] = schedules();
@@ -593,7 +594,7 @@ fn states_of_every_source_are_trained_on() {
 }
 
 #[test]
-fn what_is_not_finite_is_not_hidden() {
+fn non_finite_values_are_not_hidden() {
     let [schedule, ..] = schedules();
     let dmd2 = method(&schedule, no_gan());
     let lost = Linear { schedule: schedule.clone(), factor: Tensor::from(f64::NAN) };
@@ -612,7 +613,7 @@ fn what_is_not_finite_is_not_hidden() {
 }
 
 #[test]
-fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all() {
+fn the_student_is_trained_every_nth_step_and_the_critic_in_every_step() {
     let [schedule, ..] = schedules();
     for (critic_ratio, student_steps) in [(5, vec![0, 5, 10]), (1, (0..12).collect())] {
         let dmd2 = method(
@@ -638,7 +639,7 @@ fn the_student_is_trained_in_every_so_many_steps_and_the_critic_after_it_in_all(
     assert_eq!(needs(true), expected);
 }
 
-/// Says what guidance weight the rows of each call come with.
+/// Records the guidance weights of each call's rows.
 #[derive(Debug, Default)]
 struct Ear(RefCell<Vec<Option<Vec<f64>>>>);
 
@@ -650,11 +651,11 @@ impl Discriminator for Ear {
 }
 
 #[test]
-fn a_critic_that_sees_the_source_has_a_law_for_each() {
+fn a_critic_that_sees_the_source_models_one_distribution_per_source() {
     let [schedule, ..] = schedules();
     let constant =
         |factor: f64| Linear { schedule: schedule.clone(), factor: Tensor::from(factor) };
-    // The student says 2, the teacher 0, and the critic the number that it is told.
+    // The student returns 2, the teacher 0, and the critic its guidance weight.
     let (student, teacher, critic) = (constant(2.0), constant(0.0), Echo(schedule.clone()));
     let ear = Ear::default();
     let mut batch = states(Tensor::ones([5, 3], kind::DOUBLE_CPU), &trailing(4), &[1; 5]);
@@ -677,13 +678,13 @@ fn a_critic_that_sees_the_source_has_a_law_for_each() {
         }
         let base = request(Phase::Critic, &batch, networks);
         loss(&dmd2, &base.with_real(&real));
-        // The student's samples in its own phase, then made and real ones in the critic's: all are told the same.
+        // The student's samples in its own phase, then fake and real ones in the critic's: all have the same conditioning.
         assert_eq!(ear.0.take(), vec![told; 3]);
     }
 }
 
 #[test]
-fn what_is_missing_is_named_before_any_network_is_asked() {
+fn missing_networks_are_named_before_any_evaluation() {
     let [schedule, ..] = schedules();
     let dmd2 = method(&schedule, Dmd2Config::default());
     let silent = Silent(schedule);
@@ -709,7 +710,7 @@ fn what_is_missing_is_named_before_any_network_is_asked() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     struct TwoLogits;
     impl Discriminator for TwoLogits {
         fn logits(&self, x_t: &Tensor, _: &Tensor, _: &Conditioning) -> ddil_core::Result<Tensor> {
@@ -755,7 +756,7 @@ fn what_does_not_fit_is_refused_by_name() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_by_name() {
+fn invalid_settings_are_refused_by_name() {
     let [schedule, ..] = schedules();
     let good = Dmd2Config::default;
     for (named, config) in [

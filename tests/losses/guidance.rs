@@ -5,7 +5,7 @@ use tch::{Device, Tensor, kind};
 
 use crate::toy::{Echo, schedules, values};
 
-/// What a guided echo says: its condition is 3, no condition is 1.
+/// The output of a guided echo: its condition is 3, no condition is 1.
 fn answer(guidance: TeacherGuidance, conditioning: &Conditioning) -> ddil_core::Result<f64> {
     let [schedule, ..] = schedules();
     let null = Conditioning::class_labels(Tensor::from_slice(&[1_i64]));
@@ -19,21 +19,21 @@ fn three() -> Conditioning {
 }
 
 #[test]
-fn each_kind_asks_its_teacher_its_own_way() {
+fn each_kind_of_guidance_wraps_the_teacher_differently() {
     let guided = answer(TeacherGuidance::Cfg { scale: 2.5 }, &three()).expect("it can answer");
     assert!((guided - 6.0).abs() < 1e-12, "1 + 2.5 (3 - 1), not {guided}");
     let plain = answer(TeacherGuidance::BakedIn, &three()).expect("it can answer");
     assert_eq!(plain, 3.0);
     let told = three().with_guidance_weight(Tensor::from_slice(&[0.5_f32]));
     let by_weight = answer(TeacherGuidance::CfgRange { min: 0.0, max: 1.0 }, &told);
-    // 3 + 0.5 (3 - 1): the network itself is not told the weight.
+    // 3 + 0.5 (3 - 1): the network itself does not receive the weight.
     assert_eq!(by_weight.expect("it can answer"), 4.0);
     let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
     assert_eq!(answer(embedded, &told).expect("it can answer"), 3.5);
 }
 
 #[test]
-fn a_teacher_that_goes_by_a_weight_is_never_asked_without() {
+fn a_teacher_with_a_guidance_input_is_never_evaluated_without_a_weight() {
     let [min, max] = [0.0, 1.0];
     for guidance in [TeacherGuidance::Embedded { min, max }, TeacherGuidance::CfgRange { min, max }]
     {
@@ -43,7 +43,7 @@ fn a_teacher_that_goes_by_a_weight_is_never_asked_without() {
 }
 
 #[test]
-fn nobody_is_guided_twice() {
+fn no_network_is_guided_twice() {
     let [min, max] = [2.0, 14.0];
     let embedded = TeacherGuidance::Embedded { min, max };
     for (guidance, name, of_student) in [
@@ -78,7 +78,7 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     let weights = draw(7);
     assert!(weights.iter().all(|w| (2.0..=14.0).contains(w)));
     let mean = weights.iter().sum::<f64>() / 4000.0;
-    // Three standard errors of the mean of a uniform law of width 12.
+    // Three standard errors of the mean of a uniform distribution of width 12.
     assert!((mean - 8.0).abs() < 3.0 * 12.0 / 12_f64.sqrt() / 4000_f64.sqrt(), "{mean}");
     assert_eq!(weights, draw(7));
     assert_ne!(weights, draw(8));

@@ -49,8 +49,8 @@ fn end_of(entry: usize) -> i64 {
     solver_grid().as_slice().get(entry + 1).copied().unwrap_or(0)
 }
 
-/// What the student should say of `x`, where the clean data that the solver sees are `x0` and the average is `factor`
-/// times what it is asked about; with the solver's state.
+/// The target of the student at `x`, where the solver's clean data are `x0` and the average returns `factor` times its
+/// input; with the solver's state.
 fn expected(schedule: &NoiseSchedule, entry: usize, x: f64, x0: f64, factor: f64) -> (f64, f64) {
     let (t, s) = (solver_grid().as_slice()[entry], end_of(entry));
     let [now, next] = [t, s].map(|t| schedule.scale_at(t).expect("on the grid"));
@@ -73,7 +73,7 @@ fn by_hand(distance: ConsistencyDistance, t: i64, x: f64, factor: f64, target: f
     }
 }
 
-/// One state at each entry, alone, so that each has a derivative of its own.
+/// One state per entry, in separate batches, so that each has its own derivative.
 fn is_closed_form(
     schedule: &NoiseSchedule,
     teacher: &dyn Denoiser,
@@ -118,7 +118,7 @@ fn the_loss_of_a_gaussian_teacher_and_its_derivative_are_closed_forms() {
 }
 
 #[test]
-fn so_are_those_of_a_teacher_of_two_modes() {
+fn so_are_those_of_a_two_mode_teacher() {
     let [schedule, flow, _] = schedules();
     for schedule in [schedule, flow] {
         let teacher = TwoPoints { schedule: schedule.clone(), at: 0.9 };
@@ -127,7 +127,7 @@ fn so_are_those_of_a_teacher_of_two_modes() {
 }
 
 #[test]
-fn the_last_target_is_the_state_of_the_solver_whatever_the_average_says() {
+fn the_last_target_is_the_state_of_the_solver_whatever_the_average_returns() {
     for schedule in schedules() {
         let teacher = Gaussian { schedule: schedule.clone(), mean: 0.1, std: 0.5 };
         let [student, wild] =
@@ -139,7 +139,7 @@ fn the_last_target_is_the_state_of_the_solver_whatever_the_average_says() {
         let next = terms.teacher_next.expect("the teacher took the step");
         let row = |tensor: &Tensor, i| tensor.narrow(0, i, 1);
         assert_eq!(gap(&row(&terms.target, 0), &row(&next, 0)), 0.0);
-        // One entry earlier the average has all the say.
+        // One entry earlier the target is the average's output alone.
         assert!(gap(&row(&terms.target, 1), &row(&next, 1)) > 1e3);
     }
 }
@@ -229,7 +229,7 @@ fn each_sample_of_a_mixed_batch_is_treated_as_it_would_be_alone() {
 }
 
 #[test]
-fn the_average_is_asked_where_the_solver_arrives_and_the_others_where_the_state_is() {
+fn the_average_is_evaluated_where_the_solver_ends_and_the_others_at_the_state() {
     let [schedule, ..] = schedules();
     let lcm = method(&schedule, LatentConsistencyConfig::default());
     let [student, teacher, target] = [(); 3].map(|()| Recorder::new(schedule.clone()));
@@ -243,9 +243,9 @@ fn the_average_is_asked_where_the_solver_arrives_and_the_others_where_the_state_
     assert_eq!(*target.calls.borrow(), [(vec![979, 379, 0], labels)]);
 }
 
-/// A teacher guided by the weight of each sample against a student that is told it.
+/// A teacher guided by a weight per sample, and a student that takes the weight as input.
 #[test]
-fn teacher_student_and_average_hear_the_same() {
+fn teacher_student_and_average_receive_the_same_conditioning() {
     let [schedule, ..] = schedules();
     let lcm = method(&schedule, l2());
     let echo = Echo(schedule.clone());
@@ -262,7 +262,7 @@ fn teacher_student_and_average_hear_the_same() {
     let gain = next.alpha - next.sigma / now.sigma * now.alpha;
     let x_s = values(&terms.teacher_next.expect("the teacher took the step"));
     let (c_skip, c_out) = ConsistencyBoundary::default().scalings(s);
-    // The label and what the weight adds: 3 + 0.5 (3 - 1) and 4 + 2 (4 - 1); the others are told 3.5 and 6.
+    // The label plus the effect of the weight: 3 + 0.5 (3 - 1) and 4 + 2 (4 - 1); the others receive 3.5 and 6.
     for (i, (guided, told)) in [(4.0, 3.5), (10.0, 6.0)].into_iter().enumerate() {
         assert!((x_s[i] / (gain * guided) - 1.0).abs() < 1e-6, "{x_s:?}");
         let target = values(&terms.target)[i];
@@ -273,7 +273,7 @@ fn teacher_student_and_average_hear_the_same() {
 }
 
 #[test]
-fn teacher_and_average_are_held_in_the_box_and_the_student_is_not() {
+fn teacher_and_average_are_thresholded_and_the_student_is_not() {
     let [schedule, ..] = schedules();
     let lcm = method(&schedule, LatentConsistencyConfig::default());
     let wild = Linear { schedule, factor: Tensor::from(5.0) };
@@ -289,7 +289,7 @@ fn teacher_and_average_are_held_in_the_box_and_the_student_is_not() {
 }
 
 #[test]
-fn what_the_method_cannot_do_is_refused_by_name() {
+fn unsupported_requests_are_refused_by_name() {
     let [schedule, flow, _] = schedules();
     let lcm = method(&schedule, LatentConsistencyConfig::default());
     let network = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 1.0 };
@@ -321,7 +321,7 @@ fn what_the_method_cannot_do_is_refused_by_name() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_by_name() {
+fn invalid_settings_are_refused_by_name() {
     let [schedule, ..] = schedules();
     let good = LatentConsistencyConfig::default;
     let huber = |c| ConsistencyDistance::Huber { c };
@@ -396,6 +396,6 @@ fn a_student_that_is_consistent_has_next_to_no_loss() {
     let x_t = Tensor::randn([49, 3], kind::DOUBLE_CPU);
     let batch = states(x_t, &solver_grid(), &(0..49).collect::<Vec<_>>());
     let terms = loss(&lcm, &batch, &cast(&network, &network, &network));
-    // What is left is the share of the noise that the boundary lets through.
+    // The remainder is the share of the noise that the boundary lets through.
     assert!(terms.per_sample.max().double_value(&[]) < 1e-8);
 }

@@ -30,7 +30,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!((config.weight_cap, config.snr_loss_start_step), (None, 0));
 }
 
-/// What a user who leaves everything out gets, so that no default changes unnoticed.
+/// The settings that a user gets by default, so that no default changes unnoticed.
 #[test]
 fn written_settings_are_the_documented_ones() {
     for (config, expected) in [
@@ -70,7 +70,7 @@ critic_gan_weight = 0.01
 }
 
 #[test]
-fn the_critic_is_weighed_as_its_network_was_trained_unless_told_otherwise() {
+fn the_critics_weighting_follows_its_prediction_type_by_default() {
     let dmd2 = |critic_weighting| {
         ObjectiveConfig::Dmd2(
             Dmd2Config::default().with(|config| config.critic_weighting = critic_weighting),

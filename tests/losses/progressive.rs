@@ -12,8 +12,8 @@ use tch::{Kind, Tensor, kind};
 
 use crate::toy::{Gaussian, Linear, ask, gap, schedules, states, trailing, values};
 
-/// A teacher's walk over `stops` and the target as the reference code computes it: where the walk ends, solved for
-/// the clean data of a single step.
+/// A teacher's steps over `stops` and the target as the reference code computes it: the end point, solved for the clean
+/// data of a single step.
 fn naive_target(schedule: &NoiseSchedule, stops: &[i64], x_t: f64, teacher_x0: &[f64]) -> f64 {
     let scale = |t| schedule.scale_at(t).expect("tests stay on the grid");
     let mut x = x_t;
@@ -104,7 +104,7 @@ fn weights_of_the_second_teacher_step_are_the_golden_ones() {
 }
 
 #[test]
-fn a_finite_clean_end_leaves_the_first_step_a_say() {
+fn a_finite_log_snr_at_the_clean_end_keeps_the_first_weight_positive() {
     let vp = VpConfig { final_alpha_cumprod: FinalAlphaCumprod::First, ..VpConfig::default() };
     let schedule = NoiseScheduleConfig::Vp(vp).build().expect("a valid schedule");
     let weights = convex_weights(&schedule, &[249, 124, -1]).expect("the walk falls");
@@ -148,7 +148,7 @@ fn a_student_step_with_the_target_lands_where_the_teacher_does() {
 }
 
 #[test]
-fn a_teacher_in_the_box_keeps_the_target_in_the_box() {
+fn a_thresholded_teacher_keeps_the_target_in_range() {
     let [schedule, ..] = schedules();
     let grid = trailing(4);
     let config = ProgressiveConfig::default().with(|config| config.substeps = 4);
@@ -161,7 +161,7 @@ fn a_teacher_in_the_box_keeps_the_target_in_the_box() {
     let terms = loss(&progressive, &batch, &networks);
     let beyond = terms.target.abs().max().double_value(&[]);
     assert!(beyond <= 1.0 + 1e-6, "{beyond}");
-    // The student's own prediction is left alone.
+    // The student's own prediction is unchanged.
     assert!(terms.student_x0.abs().max().double_value(&[]) > 1.0);
 }
 
@@ -271,8 +271,8 @@ fn weights_set_in_at_their_step() {
 }
 
 #[test]
-fn a_network_is_told_the_same_at_every_teacher_step() {
-    /// Counts on being told the label 7.
+fn a_network_receives_the_same_conditioning_at_every_teacher_step() {
+    /// Expects the label 7.
     struct WantsSeven(NoiseSchedule);
     impl Denoiser for WantsSeven {
         fn predict(
@@ -299,7 +299,7 @@ fn a_network_is_told_the_same_at_every_teacher_step() {
 }
 
 #[test]
-fn what_the_method_cannot_do_is_refused_by_name() {
+fn unsupported_requests_are_refused_by_name() {
     let [schedule, flow, _] = schedules();
     let grid = trailing(4);
     let progressive = objective(&schedule, &grid, ProgressiveConfig::default());
@@ -327,7 +327,7 @@ fn what_the_method_cannot_do_is_refused_by_name() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_by_name() {
+fn invalid_settings_are_refused_by_name() {
     let [schedule, ..] = schedules();
     let build = |config, grid: &Timesteps| {
         let refused = Progressive::new(config, schedule.clone(), grid.clone());
@@ -356,7 +356,7 @@ fn settings_that_cannot_be_are_refused_by_name() {
 }
 
 #[test]
-fn a_target_of_misfits_is_refused() {
+fn a_target_with_other_rows_is_refused() {
     let x0 = [0; 2].map(|_| Tensor::zeros([3, 2], kind::DOUBLE_CPU));
     let weights = |shape: [i64; 2]| Tensor::ones(shape, kind::DOUBLE_CPU);
     assert!(progressive_target(&x0, &weights([3, 2])).is_ok());

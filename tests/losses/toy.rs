@@ -1,4 +1,4 @@
-//! Denoisers whose answers are known.
+//! Denoisers with known outputs.
 
 use std::cell::RefCell;
 
@@ -29,7 +29,7 @@ pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> S
     States::new(x_t, grid, grid_indices.to_vec(), Source::Forward).expect("on the grid")
 }
 
-/// What a method that draws nothing says of a batch.
+/// The loss of a batch for a method that draws nothing.
 pub(crate) fn ask(
     objective: &dyn Objective,
     step: u64,
@@ -41,7 +41,7 @@ pub(crate) fn ask(
     objective.loss(&LossRequest::new(step, phase, states, *networks, &streams))
 }
 
-/// The best guess for data of one mean and standard deviation: linear in `x_t`.
+/// The best prediction for data with one mean and standard deviation: linear in `x_t`.
 #[derive(Debug)]
 pub(crate) struct Gaussian {
     pub(crate) schedule: NoiseSchedule,
@@ -108,7 +108,7 @@ impl Denoiser for Linear {
     }
 }
 
-/// Answers the sum of its class label and guidance weight, whatever the sample.
+/// Returns the sum of class label and guidance weight, whatever the sample.
 #[derive(Debug)]
 pub(crate) struct Echo(pub NoiseSchedule);
 
@@ -143,7 +143,7 @@ pub(crate) fn gap(left: &Tensor, right: &Tensor) -> f64 {
     (left - right).abs().max().double_value(&[])
 }
 
-/// The best guess for data that are `at` or `-at`, each as often: a mixture of two points.
+/// The best prediction for data that are `at` or `-at` with equal probability: a mixture of two points.
 #[derive(Debug)]
 pub(crate) struct TwoPoints {
     pub(crate) schedule: NoiseSchedule,
@@ -151,7 +151,7 @@ pub(crate) struct TwoPoints {
 }
 
 impl TwoPoints {
-    /// What it says of one value at timestep `t`.
+    /// Its output for one value at timestep `t`.
     pub(crate) fn x0(&self, t: i64, x: f64) -> f64 {
         let scale = self.schedule.scale_at(t).expect("tests stay on the grid");
         self.at * (scale.alpha * self.at * x / scale.sigma.powi(2)).tanh()
@@ -175,7 +175,7 @@ impl Denoiser for TwoPoints {
     }
 }
 
-/// Must not be asked.
+/// Must not be evaluated.
 #[derive(Debug)]
 pub(crate) struct Silent(pub NoiseSchedule);
 
@@ -190,7 +190,7 @@ impl Denoiser for Silent {
     }
 }
 
-/// Keeps what it was asked about and told; answers with zeros.
+/// Records its inputs and returns zeros.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     pub(crate) schedule: NoiseSchedule,

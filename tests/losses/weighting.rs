@@ -70,7 +70,7 @@ fn no_signal_is_no_snr_weight() {
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn invalid_values_are_refused() {
     let [schedule, ..] = schedules();
     for cap in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let refused = TimestepWeights::new(Weighting::Snr, Some(cap), &schedule);

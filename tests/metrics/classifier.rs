@@ -10,7 +10,7 @@ fn images(seed: i64, n: i64) -> Tensor {
 }
 
 #[test]
-fn the_weights_that_come_along_fit() -> ddil_metrics::Result<()> {
+fn the_bundled_weights_fit() -> ddil_metrics::Result<()> {
     let classifier = FashionClassifier::pretrained(Device::Cpu)?;
     let images = images(0, 3);
     let features = classifier.features(&images)?;
@@ -23,7 +23,7 @@ fn the_weights_that_come_along_fit() -> ddil_metrics::Result<()> {
     Ok(())
 }
 
-/// A picture's features do not depend on its batch: neither on its company nor on where batches are cut.
+/// The features of an image do not depend on its batch: neither on the other images nor on where batches are cut.
 #[test]
 fn each_image_for_itself() -> ddil_metrics::Result<()> {
     let classifier = FashionClassifier::pretrained(Device::Cpu)?;
@@ -123,7 +123,7 @@ fn bad_weights() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The accuracy that the documentation states, up to a few images that another processor may see differently.
+/// The documented accuracy, up to a few images that may be classified differently on another processor.
 #[test]
 #[ignore = "needs Fashion-MNIST: `make setup`"]
 fn the_stated_accuracy() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,4 +1,4 @@
-//! Precision, recall, density, coverage: what is known of them in expectation, and on sets that fit on a ruler.
+//! Precision, recall, density, coverage: known expectations, and sets of points on a line.
 
 use ddil_metrics::{Error, Neighbours, density_coverage, prdc, precision_recall};
 use proptest::prelude::*;
@@ -6,9 +6,10 @@ use tch::Tensor;
 
 use crate::{assert_refuses_bad_pairs, ladder, normal};
 
-/// For equal laws density is 1 on average and coverage `1 - prod_{l=1..k} (n - l) / (n + m - l)`, at any dimension.
+/// For equal distributions density is 1 on average and coverage `1 - prod_{l=1..k} (n - l) / (n + m - l)`, in any
+/// dimension.
 #[test]
-fn equal_laws() -> ddil_metrics::Result<()> {
+fn equal_distributions() -> ddil_metrics::Result<()> {
     let (n, m, k) = (300, 200, 5);
     let repeats = 30;
     let (mut density, mut coverage) = (0.0, 0.0);
@@ -25,14 +26,14 @@ fn equal_laws() -> ddil_metrics::Result<()> {
     Ok(())
 }
 
-/// Ten thousand of each are too slow to try; the formula says what they would give.
+/// Ten thousand of each would take too long; the formula gives the values.
 #[test]
 fn expected_coverage_of_large_sets() {
     let missed: f64 = (1..=5).map(|l| f64::from(10_000 - l) / f64::from(20_000 - l)).product();
     assert!((1.0 - missed - 0.969).abs() < 1e-3);
 }
 
-/// On 0, 1, ..., 9 every radius is 1 (2 at the ends for k = 2), and a sample at 4.25 lies in the balls of 4 and 5.
+/// On 0, 1, ..., 9 every radius is 1 (2 at the ends for k = 2), and a sample at 4.25 is in the balls of 4 and 5.
 #[test]
 fn counted_by_hand() -> ddil_metrics::Result<()> {
     let real = ladder(0, 10);
@@ -42,7 +43,7 @@ fn counted_by_hand() -> ddil_metrics::Result<()> {
     // With k = 2 radii are 1 inside: 4.25 and 4.5 are within 1 of 4 and of 5 only.
     assert_eq!(found.density, 4.0 / (2.0 * 4.0));
     assert_eq!(found.coverage, 0.2);
-    // Radii of the samples are 0.25, 0.25, 1, 1: no real sample lies in the first two balls' inside.
+    // Radii of the samples are 0.25, 0.25, 1, 1: no real sample is inside the first two balls.
     assert_eq!(found.recall, 0.0);
     Ok(())
 }
@@ -83,7 +84,7 @@ fn half_of_the_modes() -> ddil_metrics::Result<()> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
-    /// Recall is precision with the sets exchanged, and neither knows of scale or origin.
+    /// Recall is precision with the sets exchanged, and neither depends on scale or origin.
     #[test]
     fn symmetries(seed in 0_i64..1000, k in 1_u32..5, doublings in -3_i32..4) {
         let (real, fake) = (normal(seed, 30, 3), normal(seed + 1, 40, 3) * 0.8);

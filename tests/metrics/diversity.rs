@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::{assert_close, assert_refuses_bad_pairs, ladder, normal, with_a_nan};
 
-/// The mean gap of two different numbers out of 0..n is `(n + 1) / 3`.
+/// The mean gap of two different numbers from 0..n is `(n + 1) / 3`.
 #[test]
 fn pairs_on_a_ladder() -> ddil_metrics::Result<()> {
     for n in [2, 3, 10, 37] {
@@ -30,9 +30,9 @@ fn energy_of_far_ladders() -> ddil_metrics::Result<()> {
     Ok(())
 }
 
-/// No bias: over many draws of two sets from one law the mean is 0, and values of both signs come up.
+/// No bias: over many draws of two sets from one distribution the mean is 0, and both signs occur.
 #[test]
-fn energy_of_equal_laws() -> ddil_metrics::Result<()> {
+fn energy_of_equal_distributions() -> ddil_metrics::Result<()> {
     let found: Vec<f64> = (0..100)
         .map(|seed| {
             let both = normal(seed, 60, 3);

@@ -47,7 +47,7 @@ fn raw_pixels_are_the_pixels() -> ddil_metrics::Result<()> {
 }
 
 #[test]
-fn torch_script_network_sees_the_range_it_takes() -> Result<(), Box<dyn std::error::Error>> {
+fn a_torch_script_network_receives_its_pixel_range() -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     let path = traced(&folder, channel_means);
     let images = Tensor::full([300, 1, 4, 4], 0.5, kind::FLOAT_CPU);

@@ -55,7 +55,7 @@ fn fewer_samples_than_features_make_no_trouble() -> ddil_metrics::Result<()> {
 }
 
 #[test]
-fn a_large_mean_costs_no_digits() -> ddil_metrics::Result<()> {
+fn a_large_mean_loses_no_precision() -> ddil_metrics::Result<()> {
     let a = normal(2, 200, 3);
     let mut moments = Moments::new();
     for batch in (&a + 1e6).split(7, 0) {

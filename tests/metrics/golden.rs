@@ -57,7 +57,7 @@ fn precision_recall_density_coverage() {
 }
 
 #[test]
-fn distances_between_laws() {
+fn distances_between_distributions() {
     for_each_case(|case, real, fake, values| {
         let found = kid(real, fake).expect("good features");
         assert_close(found, number(values, "kid"), 1e-11);

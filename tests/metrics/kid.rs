@@ -4,9 +4,9 @@ use ddil_metrics::{Error, kid};
 
 use crate::{assert_refuses_bad_pairs, ladder, normal};
 
-/// No bias: over many draws of two sets from one law the mean is 0.
+/// No bias: over many draws of two sets from one distribution the mean is 0.
 #[test]
-fn equal_laws() -> ddil_metrics::Result<()> {
+fn equal_distributions() -> ddil_metrics::Result<()> {
     let found: Vec<f64> = (0..100)
         .map(|seed| {
             let both = normal(seed, 60, 4);
@@ -21,7 +21,7 @@ fn equal_laws() -> ddil_metrics::Result<()> {
     Ok(())
 }
 
-/// The kernel of degree three sees third moments: equal means and variances do not hide a skewed law.
+/// The kernel of degree three depends on third moments: equal means and variances do not hide a skewed distribution.
 #[test]
 fn sees_skewness() -> ddil_metrics::Result<()> {
     let plain = normal(1, 2000, 1);

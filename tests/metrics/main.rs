@@ -57,6 +57,6 @@ fn assert_refuses_bad_pairs(metric: impl Fn(&Tensor, &Tensor) -> ddil_metrics::R
         assert!(matches!(refused(&bad, &good), Error::Argument(ArgumentError::Shape { .. })));
     }
     assert!(matches!(refused(&good.narrow(0, 0, 0), &good), Error::TooFewSamples { .. }));
-    // Whole numbers are no reason to refuse.
+    // Whole numbers are valid values.
     assert!(metric(&good.to_kind(Kind::Int64), &good).is_ok());
 }

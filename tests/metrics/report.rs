@@ -28,7 +28,7 @@ fn stored_and_read_back() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 #[test]
-fn compares_with_its_like_only() -> ddil_metrics::Result<()> {
+fn compares_only_states_of_the_same_timestep() -> ddil_metrics::Result<()> {
     let (one, mut other) = (report()?, report()?);
     other.values.frechet += 1.0;
     assert!(one.is_comparable(&other));

@@ -8,7 +8,7 @@ use crate::{assert_close, assert_refuses_bad_pairs, normal};
 
 /// A set moved by `g`: on direction `u` each sorted pair is `g.u` apart, so the squares average to `|g|^2 / d`.
 #[test]
-fn a_moved_set() -> ddil_metrics::Result<()> {
+fn a_shifted_set() -> ddil_metrics::Result<()> {
     let a = normal(0, 40, 3);
     let gap = Tensor::from_slice(&[1.0, -2.0, 2.0]);
     let axes = Tensor::eye(3, tch::kind::DOUBLE_CPU);

@@ -1,4 +1,4 @@
-//! `AutoencoderKL` against what diffusers answered, its old weight names, and its refusals.
+//! `AutoencoderKL` against recorded outputs of diffusers, its old weight names, and its errors.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -94,7 +94,7 @@ fn gradients_are_those_of_diffusers() -> TestResult {
             let gradient = tensor.grad().to_kind(Kind::Double).flatten(0, -1);
             let vector = Tensor::arange(gradient.size()[0], kind::DOUBLE_CPU).cos();
             let found = [gradient.norm(), gradient.dot(&vector)].map(|x| x.double_value(&[]));
-            // A bias of keys has none, as a softmax knows differences alone.
+            // A bias of keys has no gradient, because softmax depends only on differences.
             let scale = norm.max(1e-4 * steepest);
             let error = (found[0] - norm).abs().max((found[1] - product).abs()) / scale;
             assert!(error <= 1e-3, "{name} {parameter}: {error}");
@@ -124,7 +124,7 @@ fn double_and_bfloat16_follow_the_placement() -> TestResult {
                 let error = relative_error(&found, &same_kind);
                 let rounding = relative_error(&found, &recorded[*part]);
                 println!("{name} {part} {kind:?}: {error:.1e}, to Float {rounding:.1e}");
-                // diffusers itself is 2.05e-2 from its answer in Float.
+                // diffusers itself in bfloat16 is 2.05e-2 from its output in Float.
                 assert!(rounding <= 1.25 * tolerance, "{name} {part} {kind:?}: {rounding}");
                 assert!(error <= tolerance, "{name} {part} {kind:?}: {error}");
             }
@@ -133,9 +133,9 @@ fn double_and_bfloat16_follow_the_placement() -> TestResult {
     Ok(())
 }
 
-/// Activations of 1e6 and more, which only `Float` holds.
+/// Activations of 1e6 and more, which only `Float` can represent.
 #[test]
-fn half_is_computed_in_float_where_the_settings_say_so() -> TestResult {
+fn half_is_computed_in_float_if_the_settings_request_it() -> TestResult {
     let half = Placement { kind: Kind::Half, ..Placement::default() };
     for (force_upcast, kind) in [(true, Kind::Float), (false, Kind::Half)] {
         let vae = AutoencoderKLConfig { force_upcast, ..tiny() }.build(half, 0)?;
@@ -287,7 +287,7 @@ fn old_names_of_the_attention_are_read() -> TestResult {
         assert_eq!(vae.encode(&recorded["images"])?.mean.size(), recorded["mean"].size());
         let error = relative_error(&vae.decode(&recorded["mean"])?, &recorded["decoded"]);
         assert!(error <= TOLERANCE, "{error}");
-        // Where they lie in the file they have the names and shapes of today too.
+        // Wherever they are in the file, they also have the present names and shapes.
         let file = folder.path().join("diffusion_pytorch_model.safetensors");
         let read: BTreeMap<_, _> = vae.config().read_weights(file)?.into_iter().collect();
         assert_eq!(read, vae.parameters().named().into_iter().collect());
@@ -339,7 +339,7 @@ fn other_names_and_shapes_are_not_guessed_at() {
 }
 
 #[test]
-fn folders_go_round_whole_in_shards_and_in_half() -> TestResult {
+fn folders_are_written_back_whole_in_shards_and_in_half() -> TestResult {
     let folder = TempDir::new()?;
     for name in GOLDEN {
         let vae = load(golden(name), Placement::default())?;
@@ -372,7 +372,7 @@ fn folders_go_round_whole_in_shards_and_in_half() -> TestResult {
     Ok(())
 }
 
-/// An empty file is said to miss every parameter there is.
+/// For an empty file every parameter is reported as missing.
 #[test]
 fn the_published_networks_have_their_parameters() -> TestResult {
     let folder = TempDir::new()?;

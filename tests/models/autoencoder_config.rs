@@ -1,4 +1,4 @@
-//! `AutoencoderKLConfig`: diffusers' files in and out, and everything that is no autoencoder.
+//! `AutoencoderKLConfig`: diffusers' files in and out, and files that are not autoencoders.
 
 use std::fs;
 
@@ -31,7 +31,7 @@ fn keys(problems: &[Invalid]) -> Vec<&str> {
 }
 
 #[test]
-fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
+fn files_of_diffusers_are_written_back_unchanged() -> TestResult {
     for name in ["autoencoder_sd", "autoencoder_shift", "autoencoder_statistics"] {
         let path = golden(name).join("config.json");
         let config = AutoencoderKLConfig::from_file(&path, UnknownKeys::Refuse)?;
@@ -73,7 +73,7 @@ fn published_files_are_the_presets() -> TestResult {
 }
 
 #[test]
-fn absent_keys_have_the_defaults_of_diffusers() -> TestResult {
+fn missing_keys_have_the_defaults_of_diffusers() -> TestResult {
     let config = read(&json!({}), UnknownKeys::Refuse)?;
     assert_eq!(config, AutoencoderKLConfig::default());
     assert_eq!(config.block_out_channels, [64]);

@@ -1,4 +1,4 @@
-//! CLIP against what transformers answered, and its refusals.
+//! CLIP against recorded outputs of transformers, and its errors.
 
 mod config;
 mod score;

@@ -18,7 +18,7 @@ pub(crate) const GOLDEN: [&str; 6] = [
     "unet_guidance",
 ];
 
-/// Every recorded network that is told a text.
+/// Every recorded text-conditioned network.
 pub(crate) const CONDITION_GOLDEN: [&str; 7] = [
     "unet_condition_sd15",
     "unet_condition_sd21",
@@ -34,7 +34,7 @@ pub(crate) fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/models").join(name)
 }
 
-/// What a network was told when its answer was recorded.
+/// The conditioning of a network in its recorded output.
 pub(crate) fn conditioning(recorded: &BTreeMap<String, Tensor>) -> Conditioning {
     let part = |name: &'static str| Some((name, recorded.get(name)?.shallow_clone()));
     Conditioning::STANDARD.into_iter().filter_map(part).collect()
@@ -47,7 +47,7 @@ pub(crate) fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
     difference / expected.abs().max().double_value(&[])
 }
 
-/// Runs `measure` in a process of its own, where no other test takes memory; `name` is that of the calling test.
+/// Runs `measure` in a separate process, in which no other test takes memory; `name` is that of the calling test.
 #[cfg(target_os = "linux")]
 pub(crate) fn alone(name: &str, measure: impl FnOnce() -> TestResult) -> TestResult {
     const ALONE: &str = "DDIL_TEST_ALONE";
@@ -55,7 +55,7 @@ pub(crate) fn alone(name: &str, measure: impl FnOnce() -> TestResult) -> TestRes
         return measure();
     }
     let mut command = std::process::Command::new(std::env::current_exe()?);
-    // Threads that wait for a busy core would make this slow, and have memory of their own.
+    // Threads that wait for a busy core would make this slow, and allocate memory.
     command.args([name, "--exact", "--nocapture"]).env(ALONE, "1").env("OMP_NUM_THREADS", "1");
     let output = command.output()?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -1,4 +1,4 @@
-//! `NetworkDenoiser`: what a network says, read as clean data and noise.
+//! `NetworkDenoiser`: the output of a network as clean data and noise.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -23,7 +23,7 @@ fn unet() -> ddil_models::Result<Model> {
 }
 
 #[test]
-fn the_raw_output_is_read_as_the_type_says() -> TestResult {
+fn the_raw_output_is_read_by_prediction_type() -> TestResult {
     let recorded = weights::read_all(golden("unet_class_labels").join("expected.safetensors"))?;
     let (x_t, timesteps) = (&recorded["sample"], &recorded["timesteps"]);
     let conditioning = Conditioning::class_labels(recorded["class_labels"].shallow_clone());
@@ -58,7 +58,7 @@ fn a_half_precision_network_takes_full_precision_samples() -> TestResult {
 }
 
 #[test]
-fn flow_networks_are_told_a_thousand_sigma() -> TestResult {
+fn flow_networks_receive_a_thousand_sigma() -> TestResult {
     let model = Model::from_folder(
         golden("unet_unconditional"),
         Placement::default(),
@@ -77,7 +77,7 @@ fn flow_networks_are_told_a_thousand_sigma() -> TestResult {
 }
 
 #[test]
-fn what_a_network_cannot_be_told_is_refused() -> TestResult {
+fn conditioning_that_a_network_lacks_is_refused() -> TestResult {
     let schedule = NoiseScheduleConfig::default().build()?;
     let denoiser = NetworkDenoiser::new(unet()?, PredictionType::Epsilon, schedule)?;
     let (x_t, t) =
@@ -100,7 +100,7 @@ fn what_a_network_cannot_be_told_is_refused() -> TestResult {
 }
 
 #[test]
-fn a_skip_connection_decides_type_and_schedule() -> TestResult {
+fn a_skip_connection_determines_type_and_schedule() -> TestResult {
     let config = MlpConfig { skip: Some(SkipConfig::default()), ..MlpConfig::default() };
     let model = Rc::new(ModelConfig::Mlp(config).build(Placement::default(), 0)?);
     let new = |output, schedule| NetworkDenoiser::new(Rc::clone(&model), output, schedule);
@@ -122,7 +122,7 @@ fn a_skip_connection_decides_type_and_schedule() -> TestResult {
 }
 
 #[test]
-fn noise_cannot_be_asked_for_where_there_is_no_signal() -> TestResult {
+fn noise_prediction_is_refused_without_signal() -> TestResult {
     let config = VpConfig { rescale_betas_zero_snr: true, ..VpConfig::default() };
     let schedule = NoiseScheduleConfig::Vp(config).build()?;
     let refused = NetworkDenoiser::new(unet()?, PredictionType::Epsilon, schedule);
@@ -131,7 +131,7 @@ fn noise_cannot_be_asked_for_where_there_is_no_signal() -> TestResult {
 }
 
 #[test]
-fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
+fn a_unet_with_embedded_guidance_depends_on_the_weight() -> TestResult {
     let folder = golden("unet_guidance");
     let recorded = weights::read_all(folder.join("expected.safetensors"))?;
     let network = Rc::new(Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?);
@@ -151,7 +151,7 @@ fn a_unet_with_guidance_embedded_hears_the_weight() -> TestResult {
 }
 
 #[test]
-fn a_unet_that_is_told_a_text_hears_every_part() -> TestResult {
+fn a_text_conditioned_unet_depends_on_every_part() -> TestResult {
     let folder = golden("unet_condition_sdxl");
     let recorded = weights::read_all(folder.join("expected.safetensors"))?;
     let network = Rc::new(Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)?);
@@ -198,8 +198,8 @@ fn a_half_precision_unet_takes_full_precision_text() -> TestResult {
     Ok(())
 }
 
-/// Networks of every class refuse a part that they do not take, also one that no network of this crate takes, by one
-/// error that names the part, the network and what it takes.
+/// Networks of every class refuse a part that they do not take, also one that no network of this crate takes, with one
+/// error that names the part, the network and its inputs.
 #[test]
 fn a_part_of_another_class_of_network_is_refused() -> TestResult {
     let mlp = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
@@ -230,7 +230,7 @@ fn a_part_of_another_class_of_network_is_refused() -> TestResult {
     Ok(())
 }
 
-/// Sums what it observes, or fails.
+/// Sums its observations, or fails.
 #[derive(Debug, Default)]
 struct Sums {
     outputs: RefCell<Vec<f64>>,

@@ -63,7 +63,7 @@ fn a_head_is_its_formula() -> TestResult {
     let found = head.forward(&features)?;
     assert_eq!(found.size(), [3]);
     assert!(relative_error(&found, &expected.view([3])) < 1e-9);
-    // Samples do not see each other.
+    // Samples do not affect each other.
     assert!(
         relative_error(&head.forward(&features.narrow(0, 1, 1))?, &found.narrow(0, 1, 1)) < 1e-9
     );
@@ -71,7 +71,7 @@ fn a_head_is_its_formula() -> TestResult {
 }
 
 #[test]
-fn names_and_sizes_are_what_files_hold() -> TestResult {
+fn names_and_sizes_match_the_files() -> TestResult {
     let kernels = |side| -> ddil_models::Result<Vec<Vec<i64>>> {
         let named = names(build(&config(8, side))?.parameters());
         Ok(named.into_iter().filter(|(n, _)| n.ends_with("conv.weight")).map(|(_, s)| s).collect())
@@ -148,7 +148,7 @@ fn a_head_is_saved_and_read() -> TestResult {
 }
 
 #[test]
-fn heads_and_features_that_cannot_be_are_refused() -> TestResult {
+fn invalid_heads_and_features_are_refused() -> TestResult {
     let keys = |config: &DiscriminatorHeadConfig| match build(config) {
         Err(Error::InvalidConfig { problems, .. }) => {
             problems.into_iter().map(|p| p.field).collect::<Vec<_>>()
@@ -178,9 +178,9 @@ fn heads_and_features_that_cannot_be_are_refused() -> TestResult {
     Ok(())
 }
 
-/// One pixel is all the last norm sees; what it lets through must still depend on the features.
+/// The last norm has a single pixel; its output must still depend on the features.
 #[test]
-fn a_norm_of_one_pixel_is_not_blind() -> TestResult {
+fn a_norm_of_one_pixel_depends_on_its_input() -> TestResult {
     for channels in [8, 96] {
         let head = build(&config(channels, 1))?;
         let features = Tensor::randn([64, i64::from(channels)], kind::FLOAT_CPU);
@@ -263,7 +263,7 @@ fn a_fake_score_and_its_discriminator_are_one_network() -> TestResult {
 }
 
 #[test]
-fn what_does_not_fit_a_discriminator_is_refused() -> TestResult {
+fn mismatched_discriminators_are_refused() -> TestResult {
     let schedule = NoiseScheduleConfig::default().build()?;
     let denoiser = |name| -> Result<NetworkDenoiser, Error> {
         NetworkDenoiser::new(load(name)?, PredictionType::Sample, schedule.clone())
@@ -293,7 +293,7 @@ fn what_does_not_fit_a_discriminator_is_refused() -> TestResult {
 }
 
 #[test]
-fn a_unet_that_is_told_a_text_has_features_for_a_head() -> TestResult {
+fn a_text_conditioned_unet_has_features_for_a_head() -> TestResult {
     for (unet, channels, side) in [
         (UNet2DConditionConfig::sd15(), 1280, 8),
         (UNet2DConditionConfig::sdxl(), 1280, 32),

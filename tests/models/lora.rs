@@ -160,7 +160,7 @@ fn values_follow_seed_and_name() -> TestResult {
         let range = if is_down { bound / 2.0..=bound } else { 0.0..=0.0 };
         assert!(range.contains(&largest), "{name}: {largest} of {bound}");
     }
-    // The same layer draws the same, whatever else has an adapter.
+    // The same layer draws the same values, whichever other layers have an adapter.
     let (unet, _) = network("sd15", Placement::default())?;
     let config = LoraConfig { targets: vec!["conv2".into()], ..small() };
     let few = Lora::attach(unet.parameters(), &config, 1)?;
@@ -351,7 +351,7 @@ fn a_file_may_cover_fewer_layers_and_have_older_names() -> TestResult {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() -> TestResult {
+fn mismatches_are_refused_by_name() -> TestResult {
     let folder = tempfile::tempdir()?;
     let layer = "mid_block.resnets.0.conv1";
     let (down, up) = (format!("unet.{layer}.lora_A.weight"), format!("unet.{layer}.lora_B.weight"));
@@ -444,7 +444,7 @@ fn metadata_say_what_alpha_is() -> TestResult {
 }
 
 #[test]
-fn networks_for_pixels_have_adapters_too() -> TestResult {
+fn pixel_networks_have_adapters_too() -> TestResult {
     let folder = golden("unet_class_labels");
     let recorded = expected("unet_class_labels")?;
     let unet = UNet2DConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?
@@ -469,7 +469,7 @@ fn networks_for_pixels_have_adapters_too() -> TestResult {
 #[ignore = "needs DDIL_WRITE_MODELS, a folder to write adapters to"]
 fn write_folders_for_diffusers() -> TestResult {
     let root = std::path::PathBuf::from(std::env::var("DDIL_WRITE_MODELS")?);
-    // Alike on all layers, then of several ranks and alphas.
+    // Equal on all layers, then with several ranks and alphas.
     for (name, file) in [("sd15", None), ("sdxl", None), ("sd15", Some("mixed"))] {
         let (unet, inputs) = network(name, Placement::default())?;
         let lora = match file {
@@ -502,7 +502,7 @@ fn gradients(lora: &Lora) -> Vec<Tensor> {
 }
 
 #[test]
-fn teacher_and_averages_are_asked_in_the_midst_of_a_students_graph() -> TestResult {
+fn teacher_and_averages_are_evaluated_while_the_student_has_a_graph() -> TestResult {
     let (unet, inputs) = network("sd15", Placement::default())?;
     let plain = forward(&unet, &inputs)?;
     let student = Lora::attach(unet.parameters(), &small(), 0)?;
@@ -532,7 +532,7 @@ fn teacher_and_averages_are_asked_in_the_midst_of_a_students_graph() -> TestResu
     assert_eq!((&of_teacher, &first), (&plain, &alone));
     assert!(relative_error(&of_average, &plain) > 0.01);
     assert!(relative_error(&of_average, &first) > 0.01);
-    // Whoever is on meanwhile: the graph goes through what was asked.
+    // Whichever adapter is active meanwhile: the graph is that of the evaluated one.
     student.set_enabled(false)?;
     first.square().sum(Kind::Float).backward();
     assert_eq!(gradients(&student), expected);
@@ -582,7 +582,7 @@ fn a_duplicate_has_the_values_and_scale_and_goes_its_own_way() -> TestResult {
 }
 
 #[test]
-fn the_last_to_leave_thaws_the_base() -> TestResult {
+fn dropping_the_last_adapter_unfreezes_the_base() -> TestResult {
     let (unet, _) = network("sd15", Placement::default())?;
     let one = Lora::attach(unet.parameters(), &small(), 0)?;
     let two = one.duplicate()?;
@@ -621,7 +621,7 @@ fn fused_weights_are_the_merged_ones() -> TestResult {
             assert_eq!(current(name)?, weight, "{name}");
         }
         assert!(relative_error(&forward(&unet, &inputs)?, &apart) <= TOLERANCE);
-        // Nothing is left that a further adapter could meet.
+        // Nothing is left that a further adapter could conflict with.
         Lora::attach(unet.parameters(), &small(), 0)?;
     }
     Ok(())

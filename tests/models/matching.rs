@@ -65,7 +65,7 @@ fn the_same_form_is_copied_whole() -> TestResult {
 }
 
 #[test]
-fn a_student_that_is_told_its_guidance_starts_as_its_teacher() -> TestResult {
+fn a_student_with_a_guidance_embedding_starts_as_its_teacher() -> TestResult {
     let teacher = build(&config(&[8, 16], 1), 0)?;
     let told = UNet2DConfig { time_cond_proj_dim: Some(256), ..config(&[8, 16], 1) };
     let student = build(&told, 1)?;
@@ -74,14 +74,14 @@ fn a_student_that_is_told_its_guidance_starts_as_its_teacher() -> TestResult {
     let weight = Tensor::from_slice(&[7.5_f32, 0.5]);
     assert_eq!(answer(&student, Some(&weight))?, answer(&teacher, None)?);
     assert_eq!(get(&student, "time_embedding.cond_proj.weight").abs().max().double_value(&[]), 0.0);
-    // The way back is to forget it.
+    // The error names how to undo it.
     let back = teacher.parameters().copy_matching(student.parameters())?;
     assert_eq!(names(&back.unused), ["time_embedding.cond_proj.weight"]);
     Ok(())
 }
 
 #[test]
-fn a_narrower_student_takes_of_everything_its_share() -> TestResult {
+fn a_narrower_student_copies_part_of_every_tensor() -> TestResult {
     let (teacher, student) = (build(&config(&[16, 32], 1), 0)?, build(&config(&[8, 12], 1), 1)?);
     let matched = student.parameters().copy_matching(teacher.parameters())?;
     assert_eq!(num_values(&matched), student.parameters().num_values());
@@ -148,7 +148,7 @@ fn of_a_deeper_teacher_the_first_layers_are_kept() -> TestResult {
 }
 
 #[test]
-fn what_a_teacher_has_too_little_of_stays_fresh() -> TestResult {
+fn parameters_beyond_the_teachers_keep_their_initial_values() -> TestResult {
     let (teacher, student) = (build(&config(&[8, 8], 1), 0)?, build(&config(&[8, 16], 1), 1)?);
     let untouched = build(&config(&[8, 16], 1), 1)?;
     let matched = student.parameters().copy_matching(teacher.parameters())?;
@@ -201,9 +201,9 @@ fn a_cut_at_silent_units_changes_nothing() -> TestResult {
     Ok(())
 }
 
-/// As many inputs in all, but of other kinds.
+/// As many inputs in total, but of other kinds.
 #[test]
-fn inputs_of_another_kind_are_not_taken_for_ones_own() -> TestResult {
+fn inputs_of_another_type_are_not_confused() -> TestResult {
     let plain = MlpConfig { class_features: 32, ..MlpConfig::default() };
     let told = MlpConfig { embed_guidance: true, ..plain.clone() };
     let classes = MlpConfig { num_class_embeds: Some(4), ..plain };

@@ -16,7 +16,7 @@ fn with_skip(sigma_data: f64) -> MlpConfig {
     MlpConfig { skip: Some(skip), ..MlpConfig::default() }
 }
 
-/// With a silent network the skip connection alone is the exact denoiser of one centred Gaussian.
+/// With a network that returns zero, the skip connection alone is the exact denoiser of one centred Gaussian.
 #[test]
 fn the_skip_connection_is_the_denoiser_of_a_gaussian() -> TestResult {
     let mlp = build(&with_skip(0.7))?;
@@ -48,7 +48,7 @@ fn the_networks_share_grows_with_the_noise() -> TestResult {
 }
 
 #[test]
-fn every_input_is_heard() -> TestResult {
+fn the_output_depends_on_every_input() -> TestResult {
     let config =
         MlpConfig { num_class_embeds: Some(3), embed_guidance: true, ..MlpConfig::default() };
     let mlp = build(&config)?;
@@ -74,7 +74,7 @@ fn every_input_is_heard() -> TestResult {
 }
 
 #[test]
-fn names_and_sizes_are_what_files_hold() -> TestResult {
+fn names_and_sizes_match_the_files() -> TestResult {
     let config =
         MlpConfig { hidden_widths: vec![8, 6], num_class_embeds: Some(3), ..MlpConfig::default() };
     let named = build(&config)?.parameters().named();
@@ -108,9 +108,9 @@ fn gradients_reach_every_parameter() -> TestResult {
     Ok(())
 }
 
-/// 160 GB of one layer: whether the system lends them or not, the file's sizes are what is wrong.
+/// 160 GB for one layer: whether the system provides them or not, the error is about the file's sizes.
 #[test]
-fn settings_beyond_memory_are_held_against_the_file() -> TestResult {
+fn settings_beyond_memory_are_compared_with_the_file() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("weights.safetensors");
     let small = MlpConfig { hidden_widths: vec![8, 6], ..MlpConfig::default() };
@@ -123,7 +123,7 @@ fn settings_beyond_memory_are_held_against_the_file() -> TestResult {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() -> TestResult {
+fn mismatches_are_refused() -> TestResult {
     let config =
         MlpConfig { num_class_embeds: Some(3), embed_guidance: true, ..MlpConfig::default() };
     let mlp = build(&config)?;
@@ -171,7 +171,7 @@ fn what_does_not_fit_is_refused() -> TestResult {
     Ok(())
 }
 
-/// Features are what the last layer makes its output of, in the graph of both.
+/// Features are the input of the last layer, in the same graph.
 #[test]
 fn features_are_what_enters_the_last_layer() -> TestResult {
     let mlp = build(&MlpConfig { hidden_widths: vec![8, 6], ..MlpConfig::default() })?;

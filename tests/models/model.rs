@@ -26,7 +26,7 @@ fn load(folder: impl AsRef<std::path::Path>) -> ddil_models::Result<Model> {
 }
 
 #[test]
-fn folders_go_round() -> TestResult {
+fn folders_are_written_back_unchanged() -> TestResult {
     // A conditioning has no mask.
     let unmasked = CONDITION_GOLDEN.into_iter().filter(|name| *name != "unet_condition_lcm");
     for name in GOLDEN.into_iter().chain(unmasked).chain(["torch_script"]) {
@@ -72,7 +72,7 @@ fn settings_are_tagged_with_their_class() -> TestResult {
 }
 
 #[test]
-fn folders_that_hold_no_network_are_refused() -> TestResult {
+fn folders_without_a_network_are_refused() -> TestResult {
     let folder = TempDir::new()?;
     assert!(matches!(load(folder.path()), Err(Error::Read { .. })));
     let config = folder.path().join("config.json");
@@ -126,7 +126,7 @@ fn write_folders_for_diffusers() -> TestResult {
 }
 
 #[test]
-fn u_nets_have_in_common_what_settings_say_of_them() {
+fn u_nets_share_the_settings_they_report() {
     let pixels = UNet2DConfig {
         in_channels: 3,
         out_channels: 6,

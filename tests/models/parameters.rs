@@ -57,7 +57,7 @@ fn fresh_values_are_distributed_as_pytorch_would() -> TestResult {
 }
 
 #[test]
-fn a_seed_decides_everything() -> TestResult {
+fn a_seed_determines_everything() -> TestResult {
     let (first, again, other) = (
         build(Placement::default(), 3)?,
         build(Placement::default(), 3)?,
@@ -104,7 +104,7 @@ fn building_leaves_the_global_stream_alone() -> TestResult {
 }
 
 #[test]
-fn weights_lie_as_the_placement_says() -> TestResult {
+fn weights_have_the_requested_memory_layout() -> TestResult {
     let unet = build(Placement { channels_last: true, ..Placement::default() }, 0)?;
     assert!(ddil_libtorch::is_channels_last(get(&unet, "conv_in.weight")));
     assert!(get(&unet, "conv_in.weight").is_leaf());

@@ -48,11 +48,11 @@ fn one_pass(
 }
 
 /// The same output to the bit, and gradients up to the order of sums: where a map has three readers or more, libtorch
-/// adds up what comes from inside a block before the rest.
+/// adds contributions from inside a block first.
 ///
-/// In `Float` each gradient is the same to a hundred-thousandth, and to a millionth of the largest: some are nothing but
-/// rounding, as that of a key's bias, which softmax takes no notice of. bfloat16 rounds those sums to 8 bits, so there
-/// all gradients are taken together.
+/// In `Float` each gradient agrees to 1e-5, and to 1e-6 of the largest: some are only rounding error, such as that of a
+/// key's bias, which does not affect softmax. bfloat16 rounds those sums to 8 bits, so there all gradients are compared
+/// together.
 fn ensure_same(found: &Gradients, expected: &Gradients, autocast: Option<Kind>, what: &str) {
     assert_eq!(found.len(), expected.len());
     assert!(found[0].1.equal(&expected[0].1), "{what}: another output");
@@ -129,7 +129,7 @@ fn dropout_drops_the_same_values_again() -> TestResult {
     Ok(())
 }
 
-/// The backward pass asks the student though the teacher was asked last.
+/// The backward pass evaluates the student although the teacher was evaluated last.
 #[test]
 fn an_adapter_gets_the_gradients_of_the_pass_it_took_part_in() -> TestResult {
     for autocast in [None, Some(Kind::BFloat16)] {
@@ -167,7 +167,7 @@ fn an_adapter_gets_the_gradients_of_the_pass_it_took_part_in() -> TestResult {
 fn adapters_merged_between_the_passes_are_refused() -> TestResult {
     let model = load("unet_condition_sd15", false)?;
     let recorded = expected("unet_condition_sd15")?;
-    // On layers of blocks alone: of others the graph has the weight itself, and libtorch says so.
+    // Only on layers inside blocks: for others the graph contains the weight itself, and libtorch reports it.
     let config = LoraConfig { rank: 2, targets: vec!["to_q".into()], ..LoraConfig::default() };
     let mut lora = Lora::attach(model.parameters(), &config, 0)?;
     model.set_activation_checkpointing(true)?;
@@ -180,7 +180,7 @@ fn adapters_merged_between_the_passes_are_refused() -> TestResult {
 }
 
 #[test]
-fn passes_without_gradients_and_frozen_networks_take_no_notice() -> TestResult {
+fn passes_without_gradients_and_frozen_networks_are_unaffected() -> TestResult {
     let model = load("unet_class_labels", false)?;
     let recorded = expected("unet_class_labels")?;
     let ask =
@@ -199,7 +199,7 @@ fn passes_without_gradients_and_frozen_networks_take_no_notice() -> TestResult {
 }
 
 #[test]
-fn what_is_not_made_of_blocks_refuses() -> TestResult {
+fn networks_without_blocks_refuse() -> TestResult {
     let model = ModelConfig::Mlp(MlpConfig::default()).build(Placement::default(), 0)?;
     model.set_activation_checkpointing(false)?;
     let error = model.set_activation_checkpointing(true).expect_err("no blocks").to_string();

@@ -17,7 +17,7 @@ fn run(script: &TorchScript) -> ddil_models::Result<Tensor> {
 }
 
 #[test]
-fn a_program_answers_and_learns() -> TestResult {
+fn a_torch_script_program_returns_outputs_and_gradients() -> TestResult {
     let script = load()?;
     let recorded = weights::read_all(golden("torch_script").join("expected.safetensors"))?;
     let output = run(&script)?;
@@ -43,7 +43,7 @@ fn training_mode_drops() -> TestResult {
 }
 
 #[test]
-fn what_was_learned_is_saved() -> TestResult {
+fn learned_values_are_saved() -> TestResult {
     let script = load()?;
     {
         let _no_grad = tch::no_grad_guard();

@@ -91,7 +91,7 @@ fn noise_is_the_slope_of_the_density() -> TestResult {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Clean data and noise add up to what was seen, wherever it was seen.
+    /// Clean data and noise reproduce the input, at any input.
     #[test]
     fn parts_make_up_the_whole(
         angle in 0.0_f64..1.57, x in -50.0_f64..50.0, y in -50.0_f64..50.0, label in 0_i64..=4,
@@ -161,7 +161,7 @@ fn shapes_kinds_and_scales_follow_the_input() -> TestResult {
     assert_eq!(images.x0.size(), [2, 2, 1, 1]);
     assert_eq!(images.x0.kind(), Kind::Float);
     assert_eq!(images.x0.view([2, 2]), vectors.x0);
-    // Each sample by itself has the same answer.
+    // Each sample alone has the same output.
     let second = mixture.posterior(&flat.narrow(0, 1, 1), &alpha.get(1), &sigma.get(1), None)?;
     assert!(max_difference(&second.x0, &vectors.x0.narrow(0, 1, 1)) < 1e-7);
     Ok(())
@@ -198,7 +198,7 @@ fn samples_have_the_moments_of_their_class() -> TestResult {
 }
 
 #[test]
-fn rings_and_grids_lie_where_they_should() -> TestResult {
+fn rings_and_grids_have_their_modes_in_place() -> TestResult {
     let ring = GaussianMixture::ring(8)?;
     assert_eq!((ring.num_components(), ring.num_classes()), (8, 4));
     let half = 0.8 / 2.0_f64.sqrt();
@@ -251,7 +251,7 @@ fn impossible_mixtures_and_inputs_are_refused() -> TestResult {
 }
 
 #[test]
-fn the_denoiser_asks_at_the_scales_of_its_schedule() -> TestResult {
+fn the_denoiser_uses_the_scales_of_its_schedule() -> TestResult {
     let schedule = NoiseScheduleConfig::default().build()?;
     let denoiser = GaussianMixture::ring(8)?.on(schedule.clone());
     let x_t = Tensor::randn([3, 2, 1, 1], kind::FLOAT_CPU);
@@ -303,7 +303,7 @@ fn a_mixture_can_lack_components() -> TestResult {
     let ratio = (without? - with?).exp().double_value(&[0]);
     assert!((ratio - 8.0 / 6.0).abs() < 1e-6);
 
-    // Neither a class nor the whole may go, and what is not there cannot.
+    // Neither a class nor the whole mixture can be removed, nor a component that does not exist.
     for components in [vec![0, 1], (0..8).collect(), vec![8], vec![-1]] {
         assert!(matches!(
             ring.without(&components),

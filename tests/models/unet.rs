@@ -1,4 +1,4 @@
-//! `UNet2DModel` against what diffusers answered, and its refusals.
+//! `UNet2DModel` against recorded outputs of diffusers, and its errors.
 
 use std::collections::BTreeMap;
 
@@ -151,7 +151,7 @@ fn no_gradient_reaches_a_frozen_network_and_one_reaches_its_input() -> TestResul
     Ok(())
 }
 
-/// What is sampled is what was trained, in either order in memory and precision.
+/// Sampling and training give the same output, in either memory layout and precision.
 #[test]
 fn recording_gradients_changes_no_bit() -> TestResult {
     for name in ["unet_class_labels", "unet_fourier_scale_shift"] {
@@ -252,9 +252,9 @@ fn untold() -> UNet2DConfig {
     }
 }
 
-/// At first whatever the weight is makes no difference, but the gradient says how it should.
+/// At first the weight has no effect, but its gradient is not zero.
 #[test]
-fn a_fresh_network_that_is_told_its_guidance_is_the_one_that_is_not() -> TestResult {
+fn a_fresh_guidance_embedding_changes_nothing() -> TestResult {
     let placement = Placement { kind: Kind::Double, ..Placement::default() };
     let (student, teacher) = (told_guidance().build(placement, 3)?, untold().build(placement, 3)?);
     let (x_t, t) =
@@ -278,7 +278,7 @@ fn a_fresh_network_that_is_told_its_guidance_is_the_one_that_is_not() -> TestRes
 }
 
 #[test]
-fn a_guidance_weight_is_neither_missed_nor_passed_over() -> TestResult {
+fn a_guidance_weight_is_neither_missing_nor_ignored() -> TestResult {
     let (told, untold) =
         (told_guidance().build(Placement::default(), 0)?, untold().build(Placement::default(), 0)?);
     let (x_t, t) = (Tensor::zeros([2, 1, 4, 4], kind::FLOAT_CPU), Tensor::from(5_i64));
@@ -300,7 +300,7 @@ fn a_guidance_weight_is_neither_missed_nor_passed_over() -> TestResult {
     Ok(())
 }
 
-/// What a critic and its discriminator share: one pass, gradients from both ends.
+/// The features that a critic and its discriminator share: one pass, gradients from both ends.
 #[test]
 fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
     let unet = untold().build(Placement::default(), 0)?;
@@ -321,7 +321,7 @@ fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
 /// In `Double`, so that no product is rounded to fewer bits on the way; timesteps are embedded in `Float` on both.
 #[test]
 #[ignore = "needs a GPU"]
-fn a_gpu_answers_and_differentiates_as_the_cpu_does() -> TestResult {
+fn a_gpu_matches_the_cpu_in_values_and_gradients() -> TestResult {
     for name in GOLDEN {
         for channels_last in [false, true] {
             let outcome = |device| -> Result<Vec<Tensor>, Box<dyn std::error::Error>> {

@@ -1,4 +1,4 @@
-//! `UNet2DConditionModel` against what diffusers answered, and its refusals.
+//! `UNet2DConditionModel` against recorded outputs of diffusers, and its errors.
 
 use std::collections::BTreeMap;
 
@@ -108,7 +108,7 @@ fn worst_gradient(name: &str, placement: Placement) -> Result<f64, Box<dyn std::
 #[test]
 fn gradients_of_every_parameter_are_those_of_diffusers() -> TestResult {
     for name in CONDITION_GOLDEN {
-        // diffusers pools a text with a softmax in `Float`, whatever the kind.
+        // diffusers pools a text with a softmax in `Float` for any kind.
         let double = if name == "unet_condition_text" { 1e-6 } else { 1e-10 };
         for (kind, channels_last, tolerance) in
             [(Kind::Float, false, 1e-4), (Kind::Float, true, 1e-4), (Kind::Double, false, double)]
@@ -125,7 +125,7 @@ fn gradients_of_every_parameter_are_those_of_diffusers() -> TestResult {
 #[test]
 fn half_precision_and_autocast_stay_close() -> TestResult {
     for name in CONDITION_GOLDEN {
-        // That one's embeddings alone are six layers deep.
+        // The embeddings of that network alone are six layers deep.
         let tolerance = if name == "unet_condition_text" { 3e-2 } else { 2.5e-2 };
         let recorded = expected(name)?;
         for channels_last in [false, true] {
@@ -199,7 +199,7 @@ fn a_mask_hides_tokens() -> TestResult {
 }
 
 #[test]
-fn samples_of_a_batch_do_not_see_each_other() -> TestResult {
+fn samples_of_a_batch_are_independent() -> TestResult {
     let unet = small().build(Placement::default(), 0)?;
     let (x_t, t) = (Tensor::randn([3, 1, 7, 5], kind::FLOAT_CPU), Tensor::from(500_i64));
     let text = text(3);
@@ -226,7 +226,7 @@ fn gradients_reach_sample_and_text_and_no_frozen_parameter() -> TestResult {
     Ok(())
 }
 
-/// What a critic and its discriminator share: one pass, gradients from both ends.
+/// The features that a critic and its discriminator share: one pass, gradients from both ends.
 #[test]
 fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
     let unet = small().build(Placement::default(), 0)?;
@@ -245,9 +245,9 @@ fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
     Ok(())
 }
 
-/// At first whatever the weight is makes no difference, but the gradient says how it should.
+/// At first the weight has no effect, but its gradient is not zero.
 #[test]
-fn a_fresh_network_that_is_told_its_guidance_is_the_one_that_is_not() -> TestResult {
+fn a_fresh_guidance_embedding_changes_nothing() -> TestResult {
     let told = UNet2DConditionConfig { time_cond_proj_dim: Some(16), ..small() };
     let student = told.build(Placement::default(), 3)?;
     let teacher = small().build(Placement::default(), 3)?;
@@ -279,7 +279,7 @@ fn dropout_drops_in_training_alone() -> TestResult {
 
 /// A student with fewer channels starts from the teacher's: of the feed-forward layer each half gives its part.
 #[test]
-fn a_narrower_student_takes_its_share_of_both_halves() -> TestResult {
+fn a_narrower_student_copies_part_of_both_halves() -> TestResult {
     let teacher = small().build(Placement::default(), 0)?;
     let config =
         UNet2DConditionConfig { block_out_channels: vec![4, 4], norm_num_groups: 2, ..small() };
@@ -301,7 +301,7 @@ fn refusal(unet: &UNet2DConditionModel, inputs: UNet2DConditionInputs<'_>) -> Er
 }
 
 #[test]
-fn what_is_missing_or_superfluous_is_named() -> TestResult {
+fn missing_and_unexpected_parts_are_named() -> TestResult {
     let unet = small().build(Placement::default(), 0)?;
     let (text, vector) = (text(3), Tensor::zeros([3, 10], kind::FLOAT_CPU));
     let inputs = UNet2DConditionInputs::text(&text);

@@ -1,4 +1,4 @@
-//! `UNet2DConditionConfig`: diffusers' files in and out, what is not supported, and everything that is no network.
+//! `UNet2DConditionConfig`: diffusers' files in and out, unsupported settings, and files that are not networks.
 
 use std::fs;
 
@@ -35,7 +35,7 @@ fn same(left: &Value, right: &Value) -> bool {
 }
 
 #[test]
-fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
+fn files_of_diffusers_are_written_back_unchanged() -> TestResult {
     for name in CONDITION_GOLDEN {
         let path = golden(name).join("config.json");
         let config = UNet2DConditionConfig::from_file(&path, UnknownKeys::Refuse)?;
@@ -50,7 +50,7 @@ fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
 }
 
 #[test]
-fn absent_keys_have_the_defaults_of_diffusers() -> TestResult {
+fn missing_keys_have_the_defaults_of_diffusers() -> TestResult {
     assert_eq!(read(&json!({}))?, UNet2DConditionConfig::default());
     // As SDXL's file has them.
     let config = read(&json!({
@@ -143,7 +143,7 @@ fn all_problems_are_listed_at_once() {
 }
 
 #[test]
-fn what_is_not_supported_is_named() {
+fn unsupported_settings_are_named() {
     let found = problems(read(&json!({
         "dual_cross_attention": true,
         "class_embeddings_concat": true,

@@ -1,4 +1,4 @@
-//! `UNet2DConfig`: diffusers' files in and out, and everything that is no network.
+//! `UNet2DConfig`: diffusers' files in and out, and files that are not networks.
 
 use std::fs;
 
@@ -27,7 +27,7 @@ fn problems<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<Invalid> 
 }
 
 #[test]
-fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
+fn files_of_diffusers_are_written_back_unchanged() -> TestResult {
     for name in GOLDEN {
         let path = golden(name).join("config.json");
         let config = UNet2DConfig::from_file(&path, UnknownKeys::Refuse)?;
@@ -46,7 +46,7 @@ fn files_of_diffusers_come_out_as_they_went_in() -> TestResult {
 }
 
 #[test]
-fn absent_keys_have_the_defaults_of_diffusers() -> TestResult {
+fn missing_keys_have_the_defaults_of_diffusers() -> TestResult {
     assert_eq!(read(&json!({}), UnknownKeys::Refuse)?, UNet2DConfig::default());
     let config = read(&json!({"sample_size": [4, 8], "act_fn": "swish"}), UnknownKeys::Refuse)?;
     assert_eq!(config.sample_size, Some(SampleSize::Rectangle([4, 8])));
@@ -82,7 +82,7 @@ fn all_problems_are_listed_at_once() {
 }
 
 #[test]
-fn unknown_keys_are_ignored_on_demand_alone() -> TestResult {
+fn unknown_keys_are_ignored_only_on_request() -> TestResult {
     let config = json!({"in_channels": 1, "in_chanels": 3});
     assert_eq!(problems(read(&config, UnknownKeys::Refuse))[0].field, "in_chanels");
     assert_eq!(read(&config, UnknownKeys::Ignore)?.in_channels, 1);

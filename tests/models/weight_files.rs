@@ -1,4 +1,4 @@
-//! `WeightFiles`: which files of a folder count, and what is written.
+//! `WeightFiles`: the files of a folder that count, and the files that are written.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -75,7 +75,7 @@ fn variants_are_found_under_all_their_names() -> TestResult {
 }
 
 #[test]
-fn what_is_not_there_is_told_with_what_is() {
+fn missing_entries_are_reported_with_the_existing_ones() {
     let Err(Error::NoWeights { expected, others, .. }) = found(DIFFUSION, &["config.json"]) else {
         panic!("nothing to find")
     };
@@ -135,7 +135,7 @@ fn pickles_are_refused_where_there_is_nothing_else() {
 }
 
 #[test]
-fn names_that_reach_elsewhere_are_refused() {
+fn names_with_a_path_are_refused() {
     for bad in ["", "../x", "a/b", "a.b", "fp 16", "é"] {
         let variant = WeightFiles { variant: Some(bad), ..DIFFUSION };
         let stem = WeightFiles { stem: bad, variant: None };
@@ -181,7 +181,7 @@ fn shards_are_those_of_diffusers() -> TestResult {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Whatever the sizes and the limit: all comes back, and no shard is larger than it must be.
+    /// For any sizes and limit: everything is read back, and no shard is larger than necessary.
     #[test]
     fn shards_come_back(
         sizes in proptest::collection::vec(0_i64..40, 1..12),
@@ -212,7 +212,7 @@ proptest! {
 }
 
 #[test]
-fn what_fits_in_one_shard_is_one_file() -> TestResult {
+fn a_small_model_is_one_file() -> TestResult {
     let folder = TempDir::new()?;
     let path = FP16.save_sharded(&tensors(5), folder.path(), 200)?;
     assert_eq!(files_in(folder.path()), ["diffusion_pytorch_model.fp16.safetensors"]);
@@ -253,9 +253,9 @@ fn saving_again_replaces_what_was_there() -> TestResult {
     Ok(())
 }
 
-/// A tensor that no file can hold comes second: the index of the older save is gone by then.
+/// A tensor that a file cannot store comes second: by then the index of the older save is gone.
 #[test]
-fn an_interrupted_save_is_no_mix() -> TestResult {
+fn an_interrupted_save_mixes_no_files() -> TestResult {
     let folder = TempDir::new()?;
     DIFFUSION.save_sharded(&tensors(2), folder.path(), 40)?;
     let mut values = tensors(2);

@@ -59,9 +59,9 @@ fn any_kind() -> impl Strategy<Value = Kind> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Whatever is written is read back: kinds, shapes (scalars and empty tensors among them), metadata.
+    /// Everything written is read back: kinds, shapes (including scalars and empty tensors), metadata.
     #[test]
-    fn what_is_written_is_read(
+    fn written_files_read_back(
         entries in proptest::collection::btree_map("[a-z.0-9]{1,8}", (any_kind(), proptest::collection::vec(0_i64..4, 0..4)), 0..6),
         metadata in proptest::collection::btree_map("[a-z]{1,5}", "\\PC{0,9}", 0..4),
         transposed in any::<bool>(),
@@ -229,7 +229,7 @@ fn pickles_are_refused_with_a_way_out() {
     }
 }
 
-/// Two shards and an index that says `weight_map` of them.
+/// Two shards and an index with this `weight_map`.
 fn sharded(folder: &Path, weight_map: &str) -> std::path::PathBuf {
     let save = |file: &str, tensors: Vec<(String, Tensor)>| {
         weights::save(&tensors, folder.join(file), &no_metadata()).expect("a shard");
@@ -293,7 +293,7 @@ fn an_index_that_is_wrong_is_refused() -> TestResult {
 }
 
 #[test]
-fn all_that_is_wrong_with_shards_is_listed_and_nothing_is_loaded() -> TestResult {
+fn all_problems_of_shards_are_listed_and_nothing_is_loaded() -> TestResult {
     let folder = TempDir::new()?;
     let map = r#"{
         "x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors", "u": "gone.safetensors",
@@ -334,7 +334,7 @@ fn all_that_is_wrong_with_shards_is_listed_and_nothing_is_loaded() -> TestResult
     Ok(())
 }
 
-/// A file with this header and so many bytes behind it.
+/// A file with this header, followed by this many bytes.
 fn with_header(path: &Path, header: &str, num_bytes: usize) {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.bytes());
@@ -398,9 +398,9 @@ fn tensors_in_any_order_are_read() -> TestResult {
     Ok(())
 }
 
-/// Only the values tell, and by then another tensor could have been copied.
+/// Only the values are invalid, and by then another tensor could have been copied.
 #[test]
-fn a_truth_value_that_is_none_is_refused_before_anything_is_loaded() -> TestResult {
+fn an_invalid_bool_is_refused_before_anything_is_loaded() -> TestResult {
     let folder = TempDir::new()?;
     let path = folder.path().join("weights.safetensors");
     let header = r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},
@@ -419,9 +419,9 @@ fn a_truth_value_that_is_none_is_refused_before_anything_is_loaded() -> TestResu
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whichever byte is changed and wherever the file is cut: an answer or an error, no panic.
+    /// Whichever byte is changed and wherever the file is cut: a value or an error, no panic.
     #[test]
-    fn changed_bytes_do_no_harm(at in 0_usize..400, to in any::<u8>(), len in 0_usize..400) {
+    fn changed_bytes_are_refused_safely(at in 0_usize..400, to in any::<u8>(), len in 0_usize..400) {
         let folder = TempDir::new().expect("a temporary folder");
         let path = folder.path().join("weights.safetensors");
         let tensors = named([
@@ -432,7 +432,7 @@ proptest! {
         let mut bytes = fs::read(&path).expect("it was written");
         let place = at % bytes.len();
         bytes[place] = to;
-        // Half of the cases leave the length alone.
+        // Half of the cases keep the length.
         if len % 2 == 0 {
             bytes.truncate(len);
         }
@@ -500,7 +500,7 @@ fn a_failed_save_leaves_what_was_there() -> TestResult {
     let tensors = named([("w", Tensor::ones([2], FLOAT))]);
     let nowhere = folder.path().join("no/folder.safetensors");
     assert!(matches!(weights::save(&tensors, nowhere, &no_metadata()), Err(Error::Write { .. })));
-    // A folder stands where the file should go: the rename fails, and what was written aside goes away.
+    // There is a folder in place of the file: the rename fails, and the temporary file is removed.
     let taken = folder.path().join("taken");
     fs::create_dir(&taken)?;
     assert!(matches!(weights::save(&tensors, &taken, &no_metadata()), Err(Error::Write { .. })));

@@ -71,7 +71,7 @@ fn images_of_classes_are_those_of_the_single_steps() -> TestResult {
 }
 
 #[test]
-fn a_batch_is_a_matter_of_memory_alone() -> TestResult {
+fn the_batch_size_does_not_change_results() -> TestResult {
     let model = class_to_image()?;
     let draw = |batch| model.samples(5).steps(2).batch_size(batch).images();
     let difference: Tensor = (draw(5)? - draw(2)?).abs().max();
@@ -80,7 +80,7 @@ fn a_batch_is_a_matter_of_memory_alone() -> TestResult {
 }
 
 #[test]
-fn what_the_model_cannot_have_is_named() -> TestResult {
+fn unsupported_model_settings_are_named() -> TestResult {
     let model = class_to_image()?;
     let field = |result: ddil_pipelines::Result<Tensor>| {
         let error = result.expect_err("it cannot be");

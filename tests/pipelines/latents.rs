@@ -1,4 +1,4 @@
-//! What a text-to-image model's autoencoder says of pictures.
+//! The encoding of images by a text-to-image model's autoencoder.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use crate::TestResult;
 
-/// With a factor alone, with a shift, and with mean and spread of each channel.
+/// With a factor alone, with a shift, and with a mean and spread per channel.
 #[test]
 fn mean_and_spread_are_those_of_the_latents_that_are_drawn() -> TestResult {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");

@@ -37,7 +37,7 @@ fn write_large(folder: &Path) -> TestResult {
     Ok(config.build(Placement::default(), 0)?.save_to_folder(&encoder)?)
 }
 
-/// The text encoder of Stable Diffusion XL takes gigabytes, and is cast from where it lies.
+/// The text encoder of Stable Diffusion XL takes gigabytes, and is cast directly from the mapped file.
 #[test]
 fn writing_needs_no_memory_for_more_than_the_largest_tensor() -> TestResult {
     const NAME: &str = "parts::writing_needs_no_memory_for_more_than_the_largest_tensor";
@@ -60,7 +60,7 @@ fn write_and_measure(folder: &Path) -> TestResult {
         let form = WeightForm { kind: Some(Kind::Half), ..WeightForm::default() };
         ModelFiles::of_pipeline(from, None)?.write(&folder.join(to), &form, false)
     };
-    // What the first use of libtorch's kernels takes.
+    // The memory of the first use of libtorch's kernels.
     write(&golden(), "small")?;
     let before = own_memory()?;
     let is_written = AtomicBool::new(false);
@@ -85,7 +85,8 @@ fn write_and_measure(folder: &Path) -> TestResult {
     Ok(())
 }
 
-/// Memory of this process that is no file's, in bytes: pages of a mapped file are the system's, to take back at any time.
+/// Memory of this process that does not belong to a file, in bytes: the system can reclaim pages of a mapped file at
+/// any time.
 fn own_memory() -> Result<usize, Box<dyn std::error::Error>> {
     let status = fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).ok_or("no RssAnon")?;

@@ -18,7 +18,7 @@ fn files_of_diffusers_are_read_and_written_back_to_the_byte() {
 }
 
 #[test]
-fn what_a_file_says_is_what_is_built() {
+fn networks_are_built_as_their_files_describe() {
     let text = r#"{
         "_class_name": "LCMScheduler", "beta_schedule": "squaredcos_cap_v2", "thresholding": true,
         "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.5, "set_alpha_to_one": false,
@@ -40,7 +40,7 @@ fn what_a_file_says_is_what_is_built() {
 }
 
 #[test]
-fn what_is_left_out_is_the_default_of_its_class() {
+fn missing_keys_have_the_default_of_their_class() {
     let ddim = SchedulerConfig::from_json(r#"{"_class_name": "DDIMScheduler"}"#).expect("valid");
     assert_eq!(ddim, SchedulerConfig::Ddim(CommonConfig::default()));
     assert_eq!(ddim.thresholding(), Thresholding::clamp_pixels());
@@ -73,7 +73,7 @@ fn a_student_carries_its_timesteps() {
         assert_eq!(read.timesteps(None).expect("trained timesteps"), grid);
         assert_eq!(read.thresholding(), clamp);
         assert_eq!(*read.schedule().expect("valid").config(), schedule);
-        // Without them it is told how many steps to take.
+        // Without them it needs the number of steps.
         assert_eq!(read.timesteps(Some(2)).expect("it fits").len(), 2);
     }
     let untrained = SchedulerConfig::Ddim(CommonConfig::default());
@@ -83,7 +83,7 @@ fn a_student_carries_its_timesteps() {
 }
 
 #[test]
-fn all_unknown_keys_are_named_unless_they_are_to_be_passed_over() {
+fn all_unknown_keys_are_named_unless_they_are_ignored() {
     let text = r#"{"_class_name": "DDIMScheduler", "skip_prk_steps": true, "shift": 3.0, "beta_start": 0.001}"#;
     let message = SchedulerConfig::from_json(text).expect_err("unknown keys").to_string();
     let named = "DDIMScheduler has no key `shift`, `skip_prk_steps`; its keys are `_class_name`";
@@ -97,7 +97,7 @@ fn all_unknown_keys_are_named_unless_they_are_to_be_passed_over() {
 }
 
 #[test]
-fn values_that_cannot_be_are_refused_by_name() {
+fn invalid_values_are_refused_by_name() {
     let refused = [
         (r#""beta_start": "small""#, r#"`beta_start` is "small"; expected a number"#),
         (r#""num_train_timesteps": -5"#, "`num_train_timesteps` is -5"),
@@ -145,7 +145,7 @@ fn texts_and_files_that_cannot_be_read_are_refused() {
 }
 
 #[test]
-fn settings_that_diffusers_has_no_words_for_are_refused() {
+fn settings_that_diffusers_lacks_are_refused() {
     let (vp, none) = (NoiseScheduleConfig::default(), Thresholding::None);
     let say = |schedule: &NoiseScheduleConfig, output, thresholding: &Thresholding| {
         CommonConfig::new(schedule, output, thresholding).expect_err("no words").to_string()

@@ -68,7 +68,7 @@ fn steps_are_the_golden_ones() {
     }
 }
 
-/// A step of the batch, all of it from `t` to `prev`, told the truth.
+/// A step of the batch, all of it from `t` to `prev`, with the true prediction.
 fn told_the_truth(sampler: &Ddim, x0: &Tensor, noise: &Tensor, t: i64, prev: i64) -> Tensor {
     let [t, prev] = [t, prev].map(|at| vec![at; x0.size()[0] as usize]);
     let truth = Prediction { x0: x0.shallow_clone(), epsilon: noise.shallow_clone() };
@@ -98,9 +98,9 @@ fn the_renewed_noise_has_the_golden_variance() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Told the true noise, DDIM lands where `add_noise` would have put the sample, whatever the steps.
+    /// With the true noise, DDIM arrives where `add_noise` would have put the sample, for any steps.
     #[test]
-    fn the_truth_leads_to_where_noise_would_have(n in 1_u32..=1000, entry in 0_usize..1000) {
+    fn the_true_prediction_reaches_the_noised_state(n in 1_u32..=1000, entry in 0_usize..1000) {
         for schedule in families() {
             let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("n is in 1..=1000");
             let (t, prev) = grid.pairs().nth(entry % n as usize).expect("on the grid");
@@ -111,14 +111,14 @@ proptest! {
         }
     }
 
-    /// What is kept of the old noise and what is renewed add up to the new timestep's variance.
+    /// The variances of the kept and the fresh noise add up to the new timestep's variance.
     #[test]
     fn old_and_fresh_noise_share_the_variance(eta in 0.0..=1.0, t in 1_i64..1000, back in 1_i64..1000) {
         let prev = (t - back).max(-1);
         for schedule in families() {
             let sampler = Ddim::with_eta(schedule.clone(), eta).expect("in 0..=1");
             let (t, prev_t) = ([t, t], [prev, prev]);
-            // One sample of old noise alone, one of fresh noise alone.
+            // One sample with old noise alone, one with fresh noise alone.
             let old = Tensor::from_slice(&[1.0, 0.0]).view([2, 1]);
             let fresh: Tensor = 1.0 - &old;
             let said = Prediction { x0: old.zeros_like(), epsilon: old };
@@ -183,7 +183,7 @@ fn each_sample_of_a_batch_steps_on_its_own() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     let schedule = stable_diffusion();
     for eta in [-0.1, 1.1, f64::NAN] {
         let message = Ddim::with_eta(schedule.clone(), eta).expect_err("out of range").to_string();

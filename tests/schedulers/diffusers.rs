@@ -1,16 +1,16 @@
 //! Against numbers recorded from diffusers by `tools/record/record_schedulers.py`, over its whole matrix of settings.
 //!
-//! Three of its rules are ours too only in compatibility mode ([`Compatibility::Diffusers`]): the stride to the
-//! previous timestep, the raw noise estimate beside a clipped `x0`, the rounding of its lists. So `kept` is compared
-//! with compatibility on, everywhere; `recomputed` (`use_clipped_model_output=True`) with our own rules, everywhere
-//! that the stride ends on the grid's next entry, and with its stride elsewhere.
+//! Three of its rules apply only in compatibility mode ([`Compatibility::Diffusers`]): the stride to the previous
+//! timestep, the raw noise estimate with a clipped `x0`, the rounding of its lists. So `kept` is compared with
+//! compatibility on, everywhere; `recomputed` (`use_clipped_model_output=True`) with the default rules, wherever the
+//! stride ends on the grid's next entry, and with its stride elsewhere.
 //!
-//! Errors are at most 1e-5 in `Float`, in units of the terms that make up a value where these are larger than 1: the
-//! noise estimate is divided by `alpha`, 4.9e-5 at the end of the cosine schedule. diffusers builds its table of
+//! Errors are at most 1e-5 in `Float`, in units of the terms of a value where these are larger than 1: the noise
+//! estimate is divided by `alpha`, 4.9e-5 at the end of the cosine schedule. diffusers builds its table of
 //! `alpha_cumprod` in `Float`, up to 4e-5 off at that end (`noise_schedule.rs` compares the tables); a step is compared
-//! on the table that it was recorded with, so that this does not hide an error of the step. And what is left of the old
-//! noise at `eta` above 0 is a difference of nearly equal numbers where little signal is left to lose; diffusers takes
-//! it in `Float`, so its root is up to 3.5e-4 off, or no number.
+//! on the table that it was recorded with, so that this does not hide an error of the step. The remaining share of the
+//! old noise at `eta` above 0 is a difference of nearly equal numbers where there is little signal left to lose;
+//! diffusers computes it in `Float`, so its root is up to 3.5e-4 off, or NaN.
 
 use ddil_schedulers::{
     BetaSchedule, ConsistencyBoundary, Ddim, Estimate, FinalAlphaCumprod, Lcm, NoiseSchedule,
@@ -63,10 +63,10 @@ fn schedules() -> Vec<NoiseSchedule> {
     tables.chunks(1000).flat_map(|table| FINAL.map(|last| on_table(table, last))).collect()
 }
 
-/// `Float` keeps one part in so many.
+/// The precision of `Float`: one part in this number.
 const ROUNDING: f64 = 1.2e-7;
 
-/// What is left of the old noise in a step.
+/// The share of the old noise that remains after a step.
 fn kept_noise(schedule: &NoiseSchedule, eta: f64, (t, prev): (i64, i64)) -> f64 {
     let [now, prev] = [t, prev].map(|t| schedule.scale_at(t).expect("on the grid"));
     prev.sigma * (1.0 - eta.powi(2) * (1.0 - now.snr() / prev.snr())).sqrt()
@@ -164,7 +164,7 @@ impl Settings<'_> {
         values(&self.sampler().step(&step).expect("they fit"))
     }
 
-    /// What the output stands for at one timestep, thresholded.
+    /// The prediction that the output means at one timestep, thresholded.
     fn estimate(
         &self,
         x_t: &Tensor,
@@ -181,7 +181,7 @@ impl Settings<'_> {
         }
     }
 
-    /// Fails unless a step from `pair.0` to `pair.1` is the recorded one, or there can be no number to compare.
+    /// Fails unless a step from `pair.0` to `pair.1` is the recorded one, or there is no number to compare.
     #[track_caller]
     fn assert_recorded(&self, found: &[f64], recorded: &[f64], pair: (i64, i64)) {
         let kept = kept_noise(self.schedule, self.eta, pair);
@@ -275,7 +275,7 @@ fn ddim_steps_of_our_own_rules_are_the_recorded_ones_where_diffusers_is_right() 
     assert!(compared.get() > 10_000, "{compared:?}");
 }
 
-/// Whole runs on our own tables, with a stand-in for a network.
+/// Whole runs on this project's tables, with a stand-in for a network.
 #[test]
 fn ddim_runs_end_where_the_recorded_ones_do() {
     let recorded = recorded_values("ddim.safetensors", "loops");

@@ -146,7 +146,7 @@ fn a_step_of_lcm_is_the_general_one() {
 /// A boundary within a boundary, a threshold after a boundary, a threshold within a threshold: each as the general path
 /// would, one after the other.
 #[test]
-fn what_cannot_be_one_formula_is_computed_in_turn() {
+fn estimates_that_are_not_one_formula_are_computed_in_order() {
     let schedule = stable_diffusion();
     let [x_t, output] = [0; 2].map(|_| Tensor::randn([2, 2, 3], kind::DOUBLE_CPU));
     let (t, v) = (timesteps(&[499, 499]), PredictionType::VPrediction);
@@ -199,7 +199,7 @@ fn combining_rows_is_combining_both_parts() {
 
 /// v-prediction, clip to 1, leading offset 1, final alpha that of timestep 0, four steps, at timestep 1; in 40 digits.
 #[test]
-fn both_rules_for_clipped_steps_are_the_golden_ones() {
+fn both_rules_for_clipped_steps_match_the_recorded_ones() {
     let sampler = Ddim::new(vp(BetaSchedule::ScaledLinear, false, FinalAlphaCumprod::First));
     let grid = Timesteps::diffusers(TimestepSpacing::Leading, 1000, 4, 1).expect("it fits");
     let clip = Thresholding::clamp_pixels();
@@ -270,9 +270,9 @@ fn gradients_flow_through_every_kind_of_step() {
     }
 }
 
-/// The memory of the state is used again where it is nobody else's: not the output's, not a view's, not a handle's.
+/// The state's memory is reused if nothing else refers to it: not the output, a view or a handle.
 #[test]
-fn memory_is_used_again_where_it_is_the_states_own() {
+fn memory_is_reused_if_only_the_state_refers_to_it() {
     let sampler = Ddim::new(stable_diffusion());
     let last = |x: Tensor| x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
     let [x, output] = [0; 2].map(|_| last(Tensor::randn([2, 3, 4, 4], kind::FLOAT_CPU)));
@@ -290,7 +290,7 @@ fn memory_is_used_again_where_it_is_the_states_own() {
     let same = step(x.shallow_clone(), &x);
     assert_eq!(gap(&x, &before), 0.0);
     drop(same);
-    // A view keeps its base, whose memory it is as well; a copy is alone.
+    // A view shares its base's memory; a copy does not.
     let alone = x.copy();
     let address = alone.data_ptr();
     let own = step(alone, &output);
@@ -298,7 +298,7 @@ fn memory_is_used_again_where_it_is_the_states_own() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     let (x, other) = (rows(1, &[0.0]), rows(1, &[0.0, 0.0]));
     let say = |estimate: &Estimate, prev, noise| {
         let step = half_renewed().step_at(x.copy(), estimate, prev, noise);
@@ -358,8 +358,8 @@ fn a_gpu_steps_as_the_cpu_does() {
     }
 }
 
-/// While the device multiplies matrices for a while, steps are asked for and not waited for: of a whole batch, and of one
-/// with mixed timesteps.
+/// While the device multiplies matrices, steps are queued without waiting: of a whole batch, and of one with mixed
+/// timesteps.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_is_not_waited_for() {

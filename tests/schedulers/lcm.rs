@@ -19,7 +19,7 @@ fn a_step_noises_the_clean_data_for_the_next_timestep() {
     assert_eq!(gap(&found.get(1), &said.x0.get(1)), 0.0, "the last step adds nothing");
 }
 
-/// Also where the schedule's clean end holds the noise of timestep 0.
+/// Also if the schedule's clean end has the noise of timestep 0.
 #[test]
 fn the_last_step_returns_clean_data_whatever_the_final_alpha() {
     let sampler = Lcm::new(vp(BetaSchedule::ScaledLinear, false, FinalAlphaCumprod::First));
@@ -53,14 +53,14 @@ fn the_boundary_returns_its_input_at_timestep_zero() {
         let (skip, out) = boundary.scalings(t);
         assert!(gap(&found.get(i), &(out * x0.get(i) + skip * x_t.get(i))) < 1e-15);
     }
-    // The square of the scaled timestep is 1e8, which Half could not hold.
+    // The square of the scaled timestep is 1e8, which Half cannot represent.
     let half = Tensor::ones([1, 2], (Kind::Half, Device::Cpu));
     let found = boundary.apply(&half, &half, &timesteps(&[999])).expect("they fit");
     assert_eq!((found.kind(), values(&found)), (Kind::Half, vec![1.0, 1.0]));
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     let sampler = Lcm::new(stable_diffusion());
     let said = Prediction { x0: rows(1, &[0.0]), epsilon: rows(1, &[0.0]) };
     let message =

@@ -1,4 +1,4 @@
-//! What `ddil-schedulers` promises, file by file; `diffusers.rs` holds it against recorded numbers.
+//! The tests of `ddil-schedulers`, file by file; `diffusers.rs` compares with recorded numbers.
 
 mod config_file;
 mod ddim;

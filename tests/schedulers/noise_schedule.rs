@@ -79,7 +79,7 @@ fn flow_and_edm_are_their_definitions() {
 }
 
 #[test]
-fn a_network_is_told_the_time_of_its_family() {
+fn a_network_receives_the_time_of_its_family() {
     let [vp, _, flow, edm] = families();
     let t = timesteps(&[0, 499, 999]);
     let told = |schedule: &ddil_schedulers::NoiseSchedule| {
@@ -112,7 +112,7 @@ fn any_family() -> impl Strategy<Value = NoiseScheduleConfig> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Every timestep is noisier than the one before, and a batch is told the same as the host.
+    /// Every timestep is noisier than the one before, and values on a batch equal those on the host.
     #[test]
     fn signal_strictly_falls(config in any_family()) {
         let schedule = config.build().expect("valid settings");
@@ -148,7 +148,7 @@ fn noise_is_added_to_any_rank_in_its_kind() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_by_name() {
+fn mismatches_are_refused_by_name() {
     let schedule = stable_diffusion();
     let x = Tensor::zeros([2, 3], kind::FLOAT_CPU);
     let say = |t: &Tensor| schedule.scales_at(t, &x).expect_err("it does not fit").to_string();
@@ -166,7 +166,7 @@ fn what_does_not_fit_is_refused_by_name() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_by_name() {
+fn invalid_settings_are_refused_by_name() {
     let vp = VpConfig::default;
     let refused = [
         (VpConfig { num_train_timesteps: 0, ..vp() }, "num_train_timesteps"),

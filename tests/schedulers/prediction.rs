@@ -13,7 +13,7 @@ const ALL: [PredictionType; 4] = [
     PredictionType::Flow,
 ];
 
-/// Told what it should say, a network says the clean data and the noise, whatever it was trained to output.
+/// With the correct output, a network's prediction is the clean data and the noise, for every prediction type.
 fn round_trip(schedule: &NoiseSchedule, prediction_type: PredictionType, t: i64) -> f64 {
     let [x0, noise] = [0; 2].map(|_| Tensor::randn([1, 8], kind::DOUBLE_CPU));
     let t = timesteps(&[t]);
@@ -80,7 +80,7 @@ fn half_kinds_are_read_in_float() {
 }
 
 #[test]
-fn a_thresholded_prediction_still_makes_up_its_sample() {
+fn a_thresholded_prediction_still_reproduces_its_sample() {
     let schedule = stable_diffusion();
     let t = timesteps(&[749, 249]);
     let x_t = Tensor::randn([2, 16], kind::DOUBLE_CPU) * 2.0;

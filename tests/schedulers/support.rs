@@ -37,7 +37,7 @@ pub(crate) fn stable_diffusion() -> NoiseSchedule {
     NoiseScheduleConfig::default().build().expect("the defaults are valid")
 }
 
-/// One schedule of each family, and one whose last timestep holds no signal.
+/// One schedule of each family, and one whose last timestep has no signal.
 pub(crate) fn families() -> [NoiseSchedule; 4] {
     let build = |config: NoiseScheduleConfig| config.build().expect("the defaults are valid");
     [

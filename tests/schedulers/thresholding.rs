@@ -63,9 +63,9 @@ fn any_thresholding() -> impl Strategy<Value = Thresholding> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// Idempotent, in range, and nothing is done to what lies inside.
+    /// Idempotent, in range, and values inside are unchanged.
     #[test]
-    fn what_is_in_range_is_left_alone(
+    fn values_in_range_are_unchanged(
         thresholding in any_thresholding(),
         x0 in prop::collection::vec(-20.0..20.0, 1..12),
     ) {
@@ -137,7 +137,7 @@ fn large_samples_have_the_same_dynamic_threshold() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_by_name() {
+fn invalid_settings_are_refused_by_name() {
     let x0 = rows(1, &[0.0]);
     let empty = DataRange::per_channel(vec![], vec![]);
     let uneven = DataRange::per_channel(vec![0.0, 0.0], vec![1.0, 1.0, 1.0]);

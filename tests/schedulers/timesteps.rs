@@ -49,7 +49,7 @@ fn sums(list: &[i64]) -> [f64; 3] {
     [list.len() as f64, list.iter().sum::<i64>() as f64, weighted as f64]
 }
 
-/// Every list that diffusers makes, for every number of steps; ours where it has no rounding of its own.
+/// Every list of diffusers, for every number of steps; this project's own where diffusers rounds differently.
 #[test]
 fn lists_of_diffusers_are_reproduced_for_every_n() {
     let recorded = recorded_values("tables.safetensors", "ddim_grids");
@@ -150,7 +150,7 @@ fn the_stride_rule_leaves_the_grid_where_it_is_known_to() {
 }
 
 #[test]
-fn lists_that_cannot_be_are_refused_by_name() {
+fn invalid_lists_are_refused_by_name() {
     for n in [0, 1001] {
         for spacing in SPACINGS {
             let message =

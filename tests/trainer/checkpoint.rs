@@ -43,7 +43,7 @@ fn steps(checkpoints: &Path) -> Vec<PathBuf> {
     list(checkpoints).expect("the folder can be listed")
 }
 
-/// What [`find_latest`] answers: the step, and what is wrong with newer ones.
+/// The result of [`find_latest`]: the step, and the defects of newer ones.
 fn latest(checkpoints: &Path) -> (Option<u64>, Vec<String>) {
     let found = find_latest(checkpoints).expect("the folder can be listed");
     let damaged = found.damaged.iter().map(|damaged| damaged.reason.to_string()).collect();
@@ -138,7 +138,7 @@ fn no_checkpoint_is_no_error() -> TestResult {
 }
 
 #[test]
-fn damage_is_told_and_the_last_sound_one_found() -> TestResult {
+fn damage_is_reported_and_the_last_intact_checkpoint_is_found() -> TestResult {
     type Harm = fn(&Path) -> std::io::Result<()>;
     let damages: [(&str, Harm); 7] = [
         ("manifest.json cannot be read", |path| fs::remove_file(path.join("manifest.json"))),
@@ -187,9 +187,9 @@ fn flip(path: &Path, byte: usize, bit: u32) -> std::io::Result<()> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
-    /// No flipped bit of any file goes unseen; white space in the manifest alone means nothing.
+    /// Any flipped bit of any file is detected, except for white space in the manifest.
     #[test]
-    fn any_flipped_bit_is_seen(member in 0_usize..3, byte in 0_usize..4096, bit in 0_u32..8) {
+    fn any_flipped_bit_is_detected(member in 0_usize..3, byte in 0_usize..4096, bit in 0_u32..8) {
         let folder = tempfile::tempdir()?;
         let checkpoint = save(folder.path(), 1)?;
         let name = ["manifest.json", "student.safetensors", "state.json"][member];
@@ -203,7 +203,7 @@ proptest! {
 }
 
 #[test]
-fn a_manifest_leads_to_no_file_outside_the_folder() -> TestResult {
+fn a_manifest_cannot_name_a_file_outside_the_folder() -> TestResult {
     for name in ["../secret.json", "/etc/hostname", ".hidden", "a/b", "a\\b", "", "manifest.json"] {
         let folder = tempfile::tempdir()?;
         let mut writer = CheckpointWriter::new(folder.path(), 1, "test")?;
@@ -233,7 +233,7 @@ fn reseal(sealed: &Value) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     Ok(serde_json::to_vec(&json!({ "manifest": manifest, "sha256": sha256 }))?)
 }
 
-/// A file that a run goes on to write: the checkpoint has its first bytes, whatever comes behind them.
+/// A file that a run continues to write: the checkpoint has its first bytes, whatever follows them.
 #[test]
 fn a_linked_file_is_the_part_that_was_saved() -> TestResult {
     let folder = tempfile::tempdir()?;
@@ -324,7 +324,7 @@ impl<const N: usize> ConcatTensors for [Vec<(String, Tensor)>; N] {
 }
 
 #[test]
-fn a_writer_that_is_dropped_leaves_nothing() -> TestResult {
+fn a_dropped_writer_leaves_no_files() -> TestResult {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 1)?;
     let mut writer = CheckpointWriter::new(folder.path(), 2, "test")?;
@@ -336,7 +336,7 @@ fn a_writer_that_is_dropped_leaves_nothing() -> TestResult {
 }
 
 #[test]
-fn what_a_killed_process_left_is_no_checkpoint_and_cleared_away() -> TestResult {
+fn leftovers_of_a_killed_process_are_not_checkpoints_and_are_removed() -> TestResult {
     let folder = tempfile::tempdir()?;
     save(folder.path(), 1)?;
     let half = folder.path().join(".tmp-step_0000002-4711");
@@ -393,7 +393,7 @@ fn the_last_few_and_every_fifteenth_are_kept() -> TestResult {
 
 #[cfg(unix)]
 #[test]
-fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
+fn a_full_disk_leaves_the_last_checkpoint_and_no_partial_files() -> TestResult {
     let large = vec![("weight".to_owned(), Tensor::ones([100_000], tch::kind::FLOAT_CPU))];
     if let Some(folder) = folder_of_child() {
         let mut writer = CheckpointWriter::new(&folder, 2, "test")?;
@@ -406,7 +406,7 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     }
     let folder = tempfile::tempdir()?;
     save(folder.path(), 1)?;
-    let this_test = "checkpoint::a_full_disk_leaves_the_last_checkpoint_and_no_rubbish";
+    let this_test = "checkpoint::a_full_disk_leaves_the_last_checkpoint_and_no_partial_files";
     let status = child_on_full_disk(this_test, folder.path())?.status()?;
     assert!(status.success());
     assert_eq!(names(folder.path()), ["latest", "step_0000001"]);
@@ -414,10 +414,10 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_rubbish() -> TestResult {
     Ok(())
 }
 
-/// Killed at whatever moment, a run finds its last checkpoint, or one that was just becoming so.
+/// Killed at any moment, a run has its last checkpoint, or the one that was being written.
 #[cfg(unix)]
 #[test]
-fn kill_9_at_any_moment_costs_no_checkpoint() -> TestResult {
+fn kill_9_at_any_moment_loses_no_checkpoint() -> TestResult {
     if let Some(folder) = folder_of_child() {
         let first = find_latest(&folder)?.checkpoint.map_or(0, |checkpoint| checkpoint.step());
         tidy(&folder)?;
@@ -434,7 +434,7 @@ fn kill_9_at_any_moment_costs_no_checkpoint() -> TestResult {
     for round in 0..6 {
         let before = committed();
         let mut process =
-            child("checkpoint::kill_9_at_any_moment_costs_no_checkpoint", folder.path())?
+            child("checkpoint::kill_9_at_any_moment_loses_no_checkpoint", folder.path())?
                 .spawn()?;
         while committed() <= before {
             std::thread::sleep(std::time::Duration::from_millis(1));

@@ -49,7 +49,7 @@ fn refused(text: &str, words: &[&str]) {
 }
 
 #[test]
-fn cells_are_all_combinations_but_those_left_out() -> TestResult {
+fn cells_are_all_combinations_except_the_excluded_ones() -> TestResult {
     let cells = cells(MATRIX)?;
     let names: Vec<&str> = cells.iter().map(|cell| cell.name.as_str()).collect();
     let expected =
@@ -69,7 +69,7 @@ fn cells_are_all_combinations_but_those_left_out() -> TestResult {
 }
 
 #[test]
-fn an_exception_holds_where_its_values_meet_and_comes_last() -> TestResult {
+fn an_exception_applies_to_its_combination_and_comes_last() -> TestResult {
     let exceptions = "exceptions = [{ at = { clip = \"on\", steps = \"2\" }, set = { \"student.stages\" = [1] } }]\n\n[set]";
     let text = MATRIX.replace("[set]", exceptions);
     let found = cells(&text)?;
@@ -98,7 +98,7 @@ fn defaults_are_those_that_are_documented() -> TestResult {
 }
 
 #[test]
-fn slips_are_told_with_their_place() {
+fn mistakes_are_reported_with_their_place() {
     let changed = |from: &str, to: &str| MATRIX.replace(from, to);
     refused(&changed("seeds", "sedes"), &["matrix.toml:3:1", "`sedes`", "did you mean `seeds`?"]);
     refused(&changed("[3, 4]", "[3, -4]"), &["matrix.toml:3:13", "seeds.1", "-4"]);
@@ -124,7 +124,7 @@ fn slips_are_told_with_their_place() {
 }
 
 #[test]
-fn everything_wrong_is_told_at_once() {
+fn all_problems_are_reported_at_once() {
     let text = MATRIX
         .replace("[3, 4]", "[]")
         .replace("baseline = \"off\"", "baseline = \"of\"")
@@ -143,7 +143,7 @@ fn an_arm_is_not_compared_with_itself() {
 }
 
 #[test]
-fn a_paired_difference_forgets_what_the_pair_shares() -> TestResult {
+fn a_paired_difference_cancels_the_common_part() -> TestResult {
     // Seeds differ by far more than the arms do.
     let pairs = [(11.0, 10.0), (103.0, 100.0), (1002.0, 1000.0)];
     let difference = Estimate::of_differences(&pairs).ok_or("there are pairs")?;
@@ -295,7 +295,7 @@ fn report() -> ComparisonReport {
 }
 
 #[test]
-fn arms_are_put_together_over_seeds() -> TestResult {
+fn arms_are_grouped_over_seeds() -> TestResult {
     let report = report();
     let arms = report.arms();
     let told: Vec<_> = arms
@@ -334,7 +334,7 @@ fn differences_are_between_cells_that_share_all_else() {
 }
 
 #[test]
-fn tables_tell_all_of_it() {
+fn tables_contain_everything() {
     let report = report();
     let text = report.text();
     for words in [

@@ -3,7 +3,7 @@ use ddil::doctor::{Doctor, Health};
 use crate::TestResult;
 
 #[test]
-fn a_sound_machine_is_not_broken_and_both_forms_say_the_same() -> TestResult {
+fn a_working_machine_is_not_broken_and_both_formats_agree() -> TestResult {
     let folder = tempfile::tempdir()?;
     let doctor = Doctor { folders: vec![folder.path().join("runs")], ..Doctor::default() };
     let report = doctor.examine()?;
@@ -21,7 +21,7 @@ fn a_sound_machine_is_not_broken_and_both_forms_say_the_same() -> TestResult {
 }
 
 #[test]
-fn a_folder_that_cannot_be_is_broken() -> TestResult {
+fn an_impossible_folder_is_broken() -> TestResult {
     let folder = tempfile::tempdir()?;
     let report = Doctor::default().examine()?;
     assert!(report.findings.iter().all(|finding| !finding.subject.starts_with("disk")));

@@ -63,7 +63,7 @@ fn whole_numbers_are_copied_and_half_precision_is_averaged_in_float() -> TestRes
 }
 
 #[test]
-fn applied_it_is_taken_out_again_to_the_bit() -> TestResult {
+fn applied_averages_are_undone_to_the_bit() -> TestResult {
     let weight = (Tensor::rand([64], FLOAT_CPU) * 3.0).set_requires_grad(true);
     let mut ema = EmaConfig::default()
         .with(|config| {
@@ -86,7 +86,7 @@ fn applied_it_is_taken_out_again_to_the_bit() -> TestResult {
 }
 
 #[test]
-fn loaded_it_goes_on_where_it_was() -> TestResult {
+fn a_loaded_optimizer_continues_exactly() -> TestResult {
     let weight = Tensor::zeros([3], FLOAT_CPU);
     let config = EmaConfig::default().with(|config| {
         config.decay = 0.99;

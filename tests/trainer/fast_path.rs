@@ -1,6 +1,6 @@
-//! Fifty updates as the program makes them (channels innermost, both answers of a guided teacher from one call, tables of
-//! coefficients, a fused optimizer and averages over lists) beside fifty that are written down here as the papers have
-//! them: one sample at a time, one parameter at a time.
+//! Fifty updates of the optimized loop (channels innermost, both outputs of a guided teacher from one call, tables of
+//! coefficients, a fused optimizer and averages over lists) against fifty written here as in the papers: one sample at
+//! a time, one parameter at a time.
 
 use ddil_core::{Conditioning, Guided, RandomStreams, Source, States, Thresholded};
 use ddil_libtorch::Generator;
@@ -29,7 +29,7 @@ const LEARNING_RATE: f64 = 3e-4;
 fn adamw() -> AdamWConfig {
     AdamWConfig::default().with(|config| {
         config.weight_decay = 0.01;
-        // Above the rounding of gradients: some are nothing else, as that of a key's bias, and would walk at random.
+        // Above the rounding errors of gradients: some are nothing else, such as that of a key's bias.
         config.eps = 1e-5;
         // So low that every update is clipped.
         config.max_grad_norm = 0.1;
@@ -43,7 +43,7 @@ fn unet(device: Device, channels_last: bool, trainable: bool) -> ddil_models::Re
     Ok(unet)
 }
 
-/// What both see in an update: clean data, noise, entries of the grid, classes.
+/// The inputs of both in an update: clean data, noise, grid indices, classes.
 struct Batch {
     x0: Tensor,
     noise: Tensor,
@@ -182,7 +182,7 @@ impl Plain {
         (kept.sqrt(), (1.0 - kept).sqrt())
     }
 
-    /// What a network that gives `v` sees in one sample.
+    /// The inputs of a network with v-prediction for one sample.
     fn x0(
         &self,
         unet: &UNet2DModel,

@@ -17,9 +17,9 @@ fn send(signal: &str) -> std::io::Result<()> {
     Command::new("kill").args([signal, &process]).status().map(drop)
 }
 
-/// In a process of its own: the second signal ends it.
+/// In a separate process: the second signal ends it.
 #[test]
-fn the_first_signal_asks_and_the_second_ends() -> TestResult {
+fn the_first_signal_requests_a_stop_and_the_second_ends() -> TestResult {
     if let Some(folder) = folder_of_child() {
         let interrupt = Interrupt::listen()?;
         assert!(!interrupt.is_requested());
@@ -35,7 +35,7 @@ fn the_first_signal_asks_and_the_second_ends() -> TestResult {
         return Ok(());
     }
     let folder = tempfile::tempdir()?;
-    let test = "interrupt::the_first_signal_asks_and_the_second_ends";
+    let test = "interrupt::the_first_signal_requests_a_stop_and_the_second_ends";
     let status = child(test, folder.path())?.status()?;
     assert_eq!(status.signal(), Some(2), "{status}");
     assert_eq!(fs::read_to_string(folder.path().join("saved"))?, "true");
@@ -44,7 +44,7 @@ fn the_first_signal_asks_and_the_second_ends() -> TestResult {
 }
 
 #[test]
-fn a_program_can_ask_too() {
+fn a_program_can_request_a_stop() {
     let interrupt = Interrupt::default();
     let other = interrupt.clone();
     other.request();

@@ -4,7 +4,7 @@ use ddil_trainer::{Logging, Progress};
 
 use crate::{TestResult, child, folder_of_child};
 
-/// In a process of its own, as there is one log in a program; its standard error stream is no terminal.
+/// In a separate process, because a program has one log; its standard error stream is not a terminal.
 #[test]
 fn messages_and_progress_go_to_screen_and_file() -> TestResult {
     const TEST: &str = "logging::messages_and_progress_go_to_screen_and_file";

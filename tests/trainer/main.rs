@@ -1,4 +1,4 @@
-//! What a run leaves on disk, and what happens when the disk, the user or a crash gets in its way.
+//! The files of a run, and what happens when the disk, the user or a crash interferes.
 
 mod checkpoint;
 mod compare;
@@ -37,8 +37,8 @@ fn small_unet() -> UNet2DConfig {
     }
 }
 
-/// As [`child`], in a process whose files cannot grow beyond 32 or 64 KiB, which stands in for a full disk: writes
-/// fail half-way.
+/// As [`child`], in a process whose files cannot grow beyond 32 or 64 KiB, which simulates a full disk: writes fail
+/// half-way.
 #[cfg(unix)]
 fn child_on_full_disk(
     test: &str,

@@ -1,4 +1,4 @@
-//! What a distillation will need, against counts of what the files of its teacher hold.
+//! The planned memory of a distillation, against the counts in the files of its teacher.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use ddil_trainer::memory::{MemoryPlan, Row};
 
 use crate::TestResult;
 
-/// Of latents of 8 by 8, of pictures of 16 by 16.
+/// Latents of 8 by 8 from images of 16 by 16.
 const CONFIG: &str = r#"
 [run]
 device = "cpu"
@@ -50,7 +50,7 @@ fn plan(settings: &[&str]) -> Result<MemoryPlan, Box<dyn std::error::Error>> {
     Ok(MemoryPlan::of(&config)?)
 }
 
-/// How many values a part's file holds.
+/// The number of values in a part's file.
 fn count(part: &str) -> Result<u64, ddil_models::Error> {
     let values = weights::read_all(teacher().join(part))?;
     Ok(values.values().map(|tensor| tensor.numel() as u64).sum())
@@ -102,7 +102,7 @@ fn an_adapter_is_as_large_as_the_one_that_is_attached() -> TestResult {
 const COLLECTED: &str = "in rollouts";
 
 #[test]
-fn a_teacher_that_is_guided_answers_twice() -> TestResult {
+fn a_guided_teacher_is_evaluated_twice() -> TestResult {
     let collected = |guidance: &str| -> Result<u64, Box<dyn std::error::Error>> {
         Ok(row(&plan(&[&format!("teacher.guidance={guidance}")])?.phases, COLLECTED).bytes)
     };
@@ -126,7 +126,7 @@ fn half_precision_halves_activations_and_copies_weights() -> TestResult {
 }
 
 #[test]
-fn pictures_of_another_size_have_other_latents() -> TestResult {
+fn images_of_another_size_have_other_latents() -> TestResult {
     assert_eq!(plan(&[])?.sample_shape, [4, 8, 8]);
     let larger = plan(&["data.resolution=32"])?;
     assert_eq!(larger.sample_shape, [4, 16, 16]);

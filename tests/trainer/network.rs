@@ -57,7 +57,7 @@ fn error(value: &Tensor, expected: &Tensor) -> f64 {
     ((value - expected).abs().max() / expected.abs().max()).double_value(&[])
 }
 
-/// Some updates of the student towards another answer than the teacher's.
+/// Some updates of the student towards another output than the teacher's.
 fn train(student: &NetworkDenoiser, updates: u32) -> TestResult {
     let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
     for _ in 0..updates {
@@ -82,7 +82,7 @@ fn an_adapter_starts_as_its_teacher() -> TestResult {
 }
 
 #[test]
-fn whoever_is_made_of_a_network_is_checkpointed_as_it_is() -> TestResult {
+fn networks_built_from_a_checkpointed_one_are_checkpointed() -> TestResult {
     let whole = network(Precision::Float32)?;
     assert!(!whole.duplicate(true)?.model().activation_checkpointing());
     whole.model().set_activation_checkpointing(true)?;
@@ -135,14 +135,14 @@ fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
     let output = ask(&average)?;
     assert!(error(&output, &at_first) > 1e-4 && error(&output, &ask(&student)?) > 1e-4);
     assert!(!output.requires_grad());
-    // The base is there once: what is written to it is seen by all.
+    // There is one copy of the base: changes are visible to all.
     let before = [ask(&teacher)?, ask(&student)?, output];
     let mut bias = teacher.parameters().get("conv_out.bias").ok_or("absent")?.shallow_clone();
     let _ = bias.g_add_scalar_(1.0);
     for (network, before) in [&teacher, &student, &average].into_iter().zip(before) {
         assert!(error(&(ask(network)? - 1.0), &before) < 1e-5);
     }
-    // A copy of the teacher is one of the base alone, and whole.
+    // A copy of the teacher consists of the base alone.
     let copy = teacher.duplicate(true)?;
     assert_eq!(ask(&copy.duplicate(false)?)?, ask(&teacher)?);
     assert!(copy.adapter().is_none());
@@ -151,7 +151,7 @@ fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
 }
 
 #[test]
-fn a_whole_network_of_its_weights_answers_the_same() -> TestResult {
+fn a_network_rebuilt_from_its_weights_returns_the_same() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     train(&student, 3)?;
     let (expected, of_teacher) = (ask(&student)?, ask(&teacher)?);
@@ -171,7 +171,7 @@ fn a_whole_network_of_its_weights_answers_the_same() -> TestResult {
 
 /// As in an update: teacher and student by turns, then one backward pass.
 #[test]
-fn a_teachers_answer_within_a_loss_leaves_its_gradient_alone() -> TestResult {
+fn a_teacher_evaluation_within_a_loss_does_not_change_its_gradient() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     train(&student, 2)?;
     let gradients = |label: &Tensor| -> Result<Vec<Tensor>, Box<dyn std::error::Error>> {
@@ -226,7 +226,7 @@ fn only_a_part_that_is_named_is_ignored() -> TestResult {
 }
 
 #[test]
-fn targets_that_no_layer_is_called_are_refused() -> TestResult {
+fn targets_without_a_layer_are_refused() -> TestResult {
     let targets = vec!["to_q".to_owned(), "ff.net.2".to_owned()];
     let config = LoraConfig { targets, ..LoraConfig::default() };
     let refused = network(Precision::Float32)?.with_adapter(&config, 0);

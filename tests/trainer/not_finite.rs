@@ -26,7 +26,7 @@ enum Place {
     Loss,
     /// The loss is finite, its gradient is not.
     Gradient,
-    /// Loss and gradient are finite, an answer on the way was not.
+    /// Loss and gradient are finite, but a network output was not.
     Answer,
     /// All of these are finite, and the update makes a weight infinite.
     Weight,
@@ -153,7 +153,7 @@ fn about(path: &Path) -> Value {
 }
 
 #[test]
-fn every_number_that_is_none_stops_the_run_before_the_update() -> TestResult {
+fn every_non_finite_value_stops_the_run_before_the_update() -> TestResult {
     let expected = [
         (Place::Data, "step 3: loss is NaN (not finite: data, timestep 10, in 1 of 4 rows); the"),
         (Place::Loss, "step 3: loss is inf; the batch was saved to"),
@@ -165,7 +165,7 @@ fn every_number_that_is_none_stops_the_run_before_the_update() -> TestResult {
         let path = folder.path().join("run");
         let (error, weight) = run(&path, place, [4, 2]);
         assert!(error.to_string().starts_with(words), "{place:?}: {error}");
-        // The weight is the one that the last good update left, and that is what was saved.
+        // The weight is that of the last good update, and that is what was saved.
         let newest = find_latest(&path.join("checkpoints"))?.checkpoint.ok_or("two were made")?;
         assert_eq!(newest.step(), BAD_STEP);
         let saved = &newest.tensors("parameters.safetensors")?[0].1;
@@ -178,7 +178,7 @@ fn every_number_that_is_none_stops_the_run_before_the_update() -> TestResult {
 }
 
 #[test]
-fn no_checkpoint_is_made_of_weights_that_are_not_finite() -> TestResult {
+fn no_checkpoint_is_written_of_non_finite_weights() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("run");
     let (error, _) = run(&path, Place::Weight, [4, 2]);
@@ -212,7 +212,7 @@ fn the_batch_is_kept_within_its_bound_with_the_bad_rows_first() -> TestResult {
     Ok(())
 }
 
-/// Only the newest is kept, also where a run goes on from before it.
+/// Only the newest is kept, also if a run resumes from before it.
 #[test]
 fn one_batch_is_kept() -> TestResult {
     let folder = tempfile::tempdir()?;

@@ -67,7 +67,7 @@ fn clipping_returns_the_norm_from_before_and_leaves_short_gradients_alone() -> T
 }
 
 #[test]
-fn saved_and_loaded_it_goes_on_to_the_bit() -> TestResult {
+fn a_loaded_average_continues_to_the_bit() -> TestResult {
     let build = |values: [&Tensor; 2]| {
         let named =
             vec![("b".into(), values[1].shallow_clone()), ("a".into(), values[0].shallow_clone())];
@@ -148,7 +148,7 @@ fn a_parameter_without_a_gradient_is_named() -> TestResult {
 }
 
 #[test]
-fn what_is_not_finite_stops_and_says_what_was_seen() -> TestResult {
+fn non_finite_values_stop_the_run_and_are_located() -> TestResult {
     let (fine, wrong) = (param(&[1.0]), param(&[0.0]));
     let named =
         vec![("fine".into(), fine.shallow_clone()), ("wrong".into(), wrong.shallow_clone())];

@@ -38,7 +38,7 @@ fn a_resumed_record_equals_an_uninterrupted_one_to_the_byte() -> TestResult {
 }
 
 #[test]
-fn positions_go_on_over_a_resume() -> TestResult {
+fn positions_continue_after_a_resume() -> TestResult {
     let folder = tempfile::tempdir()?;
     let (whole, resumed) = (folder.path().join("whole"), folder.path().join("resumed"));
     let mut record = Record::create(&whole)?;
@@ -56,7 +56,7 @@ fn positions_go_on_over_a_resume() -> TestResult {
 }
 
 #[test]
-fn a_record_that_is_not_the_checkpoints_is_refused_and_left_alone() -> TestResult {
+fn a_record_that_differs_from_the_checkpoint_is_refused_and_left_unchanged() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("metrics.jsonl");
     let mut record = Record::create(&path)?;
@@ -121,7 +121,7 @@ fn timings_are_cut_by_step() -> TestResult {
 }
 
 #[test]
-fn what_is_no_object_is_refused() -> TestResult {
+fn json_without_an_object_is_refused() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("metrics.jsonl");
     let mut record = Record::create(&path)?;

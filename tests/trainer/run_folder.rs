@@ -29,7 +29,7 @@ fn a_new_run_has_its_folders_and_settings() -> TestResult {
 }
 
 #[test]
-fn a_folder_with_anything_in_it_is_left_alone() -> TestResult {
+fn a_folder_that_is_not_empty_is_left_unchanged() -> TestResult {
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("thesis.tex"), "years of work")?;
     let error = RunFolder::create(folder.path(), &config(10)).expect_err("it is not empty");
@@ -55,7 +55,7 @@ fn settings_of_another_run_are_refused_with_what_differs() -> TestResult {
 }
 
 #[test]
-fn an_error_is_never_covered_by_success() -> TestResult {
+fn an_error_is_never_reported_as_success() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("run");
     let mut run = RunFolder::create(&path, &config(10))?;
@@ -88,7 +88,7 @@ fn an_error_is_never_covered_by_success() -> TestResult {
 }
 
 #[test]
-fn a_run_that_just_ends_has_failed() -> TestResult {
+fn a_run_that_ends_without_a_reason_has_failed() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("run");
     let result = std::panic::catch_unwind(|| {
@@ -102,9 +102,9 @@ fn a_run_that_just_ends_has_failed() -> TestResult {
     Ok(())
 }
 
-/// A lock is held by a process, not by a file: what one that is gone left says nothing.
+/// A lock is held by a process, not by a file: the file of a process that ended has no effect.
 #[test]
-fn a_lock_file_that_was_left_is_no_lock() -> TestResult {
+fn a_leftover_lock_file_is_not_a_lock() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("run");
     RunFolder::create(&path, &config(10))?.complete(0)?;
@@ -120,7 +120,7 @@ fn a_lock_file_that_was_left_is_no_lock() -> TestResult {
 
 /// Killed before there was anything to resume, the same command starts again; killed a little later, the run resumes.
 #[test]
-fn a_run_that_was_killed_while_it_was_made_can_be_made_or_resumed() -> TestResult {
+fn a_run_killed_during_its_creation_can_be_started_or_resumed() -> TestResult {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("run");
     fs::create_dir(&path)?;
@@ -161,7 +161,7 @@ fn two_runs_never_share_a_folder_and_kill_9_frees_it() -> TestResult {
     assert!(matches!(RunFolder::create(&path, &config(10)), Err(Error::FolderNotEmpty { .. })));
     assert!(is_in_use(&path)?);
 
-    // On a disk that machines share, the number alone would lead astray.
+    // On a disk shared between machines, the process number alone would be misleading.
     fs::write(path.join(".lock"), "4711 elsewhere\n")?;
     let error = RunFolder::resume(&path).expect_err("it is in use");
     let Error::FolderInUse { holder: Some(holder), .. } = &error else {

@@ -78,7 +78,7 @@ fn step(event: &Fields) -> u64 {
 }
 
 #[test]
-fn what_is_written_is_read_back() -> TestResult {
+fn written_configs_read_back() -> TestResult {
     let folder = tempfile::tempdir()?;
     let mut writer = EventWriter::create(folder.path(), 41)?;
     writer.scalar(41, "train/loss", 0.25)?;
@@ -93,7 +93,7 @@ fn what_is_written_is_read_back() -> TestResult {
     let events = events(&fs::read(writer.path())?);
     assert_eq!(events.len(), 5);
     assert_eq!(events[0][&3], [b"brain.Event:2"]);
-    // A session starts at step 41: what older files hold from there on is forgotten.
+    // A session starts at step 41: values of older files from there on are discarded.
     assert_eq!((step(&events[1]), &parse(&events[1][&7][0])[&1][0][0]), (41, &1));
 
     let expected = [(41, "train/loss", 0.25_f32), (300, "train/lr", 1e-4)];
@@ -111,7 +111,7 @@ fn what_is_written_is_read_back() -> TestResult {
 }
 
 #[test]
-fn a_resumed_run_writes_a_file_of_its_own_that_sorts_last() -> TestResult {
+fn a_resumed_run_writes_a_new_file_that_sorts_last() -> TestResult {
     let folder = tempfile::tempdir()?;
     let first = EventWriter::create(folder.path(), 0)?.path().to_owned();
     std::thread::sleep(std::time::Duration::from_millis(2));

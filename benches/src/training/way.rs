@@ -48,8 +48,8 @@ impl Method {
         schedule.at(1.0)
     }
 
-    /// The student policies that its timesteps allow. Chains, and rollouts of which all states are used, need a student
-    /// that is trained at the timesteps where it is sampled.
+    /// The student policies that its timesteps allow. Chains, and rollouts of which all states are used, require a
+    /// student that is trained at the timesteps where it is sampled.
     fn policies(self) -> Vec<StudentPolicy> {
         let buffer = StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() };
         match self {
@@ -71,9 +71,9 @@ impl Method {
 /// The origin of states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sources {
-    /// Noised data alone.
+    /// Only noised data.
     Forward,
-    /// The student's trajectories alone: DMD2 as published.
+    /// Only the student's trajectories: DMD2 as published.
     Student,
     /// The method's mixture.
     Mixture,
@@ -108,7 +108,7 @@ impl Way {
         }
     }
 
-    /// Noised data alone: the method without DDIL.
+    /// Only noised data: the method without DDIL.
     pub fn forward(method: Method) -> Self {
         Self { method, sources: Sources::Forward, policy: StudentPolicy::Fresh }
     }

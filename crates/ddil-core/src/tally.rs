@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_taken_is_what_was_added() -> Result<()> {
+    fn taken_sums_are_the_added_ones() -> Result<()> {
         let mut tally = Tally::new(3);
         assert_eq!(tally.take("test")?, [(0.0, 0.0); 3]);
         let places = Tensor::from_slice(&[2_i64, 0, 2]);
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_does_not_fit() -> Result<()> {
+    fn refuses_mismatches() -> Result<()> {
         let mut tally = Tally::new(3);
         let one = Tensor::from_slice(&[1_f32]);
         let beyond = tally.add("test", &Tensor::from_slice(&[3_i64]), &one);

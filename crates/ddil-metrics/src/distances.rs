@@ -156,7 +156,7 @@ mod tests {
 
     /// Every pair ties here: each has its own distance for a radius, and is not closer than that.
     #[test]
-    fn a_distance_is_not_below_itself() -> Result<()> {
+    fn radii_are_exclusive() -> Result<()> {
         tch::manual_seed(1);
         let a = Tensor::randn([1, 30], tch::kind::DOUBLE_CPU);
         let b = Tensor::randn([500, 30], tch::kind::DOUBLE_CPU);

@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn goes_on_where_it_stopped() {
+    fn continues_where_it_stopped() {
         assert_eq!(extend(extend(0, b"12345"), b"6789"), extend(0, b"123456789"));
     }
 }

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_version_stands_in_either_of_two_files() -> std::io::Result<()> {
+    fn the_version_is_in_either_of_two_files() -> std::io::Result<()> {
         let folder = tempfile::tempdir()?;
         assert_eq!(version_in(folder.path()), None);
         let python = "from typing import Optional\n__version__ = '2.13.0+cpu'\ndebug = False\n";
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_processor_says_its_name() {
+    fn the_processor_has_a_name() {
         assert_eq!(cpu("processor\t: 0\nmodel name\t: A Fast One\n"), "A Fast One");
         assert_eq!(cpu("processor\t: 0\n"), "");
     }
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_environment_is_left_as_it_is() -> std::io::Result<()> {
+    fn a_damaged_environment_file_is_left_unchanged() -> std::io::Result<()> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join(FILE);
         for (text, word) in [("{", "environment.json"), (r#"{"format_version": 2}"#, "version 2")] {

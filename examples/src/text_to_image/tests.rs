@@ -72,7 +72,7 @@ fn training_lowers_the_losses_and_its_folder_is_read_back() -> Result<()> {
 }
 
 #[test]
-fn a_run_goes_on_from_its_checkpoint() -> Result<()> {
+fn a_run_resumes_from_its_checkpoint() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("checkpoint.safetensors");
     let weight = || Tensor::from_slice(&[1.0_f32, -2.0]).set_requires_grad(true);
@@ -132,7 +132,7 @@ fn prompts_become_the_tokens_that_transformers_makes_of_them() -> Result<()> {
 }
 
 #[test]
-fn pictures_are_those_of_diffusers() -> Result<()> {
+fn images_match_diffusers() -> Result<()> {
     tch::set_num_threads(1);
     let (path, pipeline) = (
         golden("drawn.safetensors"),

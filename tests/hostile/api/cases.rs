@@ -8,10 +8,10 @@ use tch::{Kind, Tensor};
 
 use super::inventory::{all_functions_of, functions_of};
 
-/// What a function said: nothing, or an error with its causes.
+/// The outcome of a function: nothing, or an error message with its causes.
 pub(crate) type Said = Result<(), String>;
 
-/// Forgets the answer and puts an error into words.
+/// Drops the value and turns an error into its message.
 pub(crate) fn said<T, E: Error>(result: Result<T, E>) -> Said {
     result.map(drop).map_err(|error| {
         let mut text = error.to_string();
@@ -61,7 +61,7 @@ impl Cases {
 
     /// Calls a function with tensors that it takes, then with each of them replaced by each odd one.
     ///
-    /// The tensors are copies of their own for each call, so that a function may change them.
+    /// Each call gets new copies of the tensors, so a function may change them.
     pub(crate) fn tensors(
         &mut self,
         name: &str,
@@ -69,7 +69,7 @@ impl Cases {
         call: impl Fn(&mut [Tensor]) -> Said,
     ) {
         let copies = || -> Vec<Tensor> { valid.iter().map(|tensor| tensor.copy()).collect() };
-        // What the rest is compared with must be taken.
+        // The unchanged arguments must be accepted.
         let taken = call(&mut copies());
         if let Err(message) = taken {
             self.problems.push(format!("{name} refuses what it should take: {message}"));
@@ -97,12 +97,12 @@ impl Cases {
         }
     }
 
-    /// Functions that take what they are given as it is, where nothing can be wrong with it.
+    /// Functions that accept any argument and cannot fail.
     pub(crate) fn cannot_fail(&mut self, names: &[&str]) {
         self.covered.extend(names.iter().map(|name| (*name).to_owned()));
     }
 
-    /// Functions whose files the targets of `inputs` spoil.
+    /// Functions whose files are corrupted by the targets of `inputs`.
     pub(crate) fn spoilt_in_inputs(&mut self, names: &[&str]) {
         self.cannot_fail(names);
     }

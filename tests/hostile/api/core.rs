@@ -231,7 +231,7 @@ fn buffer(cases: &mut Cases) {
             cases.once("AggregationBuffer::new", &what, || {
                 let mut buffer =
                     AggregationBuffer::new(config, &grid()).map_err(|e| e.to_string())?;
-                // As many states as can be counted are more than there is memory for.
+                // A count of states that fits an integer, but no memory.
                 said(buffer.insert(&states(&points(), &times(), &labels())))
             });
         }
@@ -320,7 +320,7 @@ fn full_buffer(cases: &mut Cases) {
     });
 }
 
-/// What every denoiser has to hold out.
+/// Checks of every denoiser.
 fn ask(cases: &mut Cases, denoiser: &dyn Denoiser, conditioning: fn(&Tensor) -> Conditioning) {
     cases.tensors("Denoiser::predict", &[&points(), &times(), &labels()], |t| {
         said(denoiser.predict(&t[0], &t[1], &conditioning(&t[2])))

@@ -44,7 +44,7 @@ fn settings(cases: &mut Cases) {
     }
 }
 
-/// What is written, in folders that are there or not, with names that are none.
+/// Written files, in folders that exist or not, with valid and invalid names.
 fn writes(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     let there = folder.path().join("there.json");
@@ -62,7 +62,7 @@ fn writes(cases: &mut Cases) {
         cases.once("temporary_sibling", &what, || said(Ok::<_, Invalid>(temporary_sibling(place))));
         cases.once("JsonSettings::from_file", &what, || said(JsonSettings::from_file(place)));
         cases.once("Settings::from_file", &what, || said(Settings::from_file(place)));
-        // The root of the machine is nobody's to write to.
+        // The root folder is not writable.
         if place.as_os_str() != "/" && !place.as_os_str().is_empty() {
             cases.once("write_json", &what, || said(write_json(place, &f64::NAN)));
             cases.once("write_atomic", &what, || said(write_atomic(place, b"content")));
@@ -116,7 +116,7 @@ fn json_settings(cases: &mut Cases) {
             said(Ok::<_, Invalid>(file()?.with_class("").without_unset(&["a", ""])))
         });
     }
-    // A type that is no JSON object is a fault of the program.
+    // A type that is not a JSON object is a fault of the program.
     cases.cannot_fail(&["JsonSettings::of", "JsonSettings::without_unset"]);
 }
 

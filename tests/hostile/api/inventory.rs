@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::inputs::repository;
 
-/// `Type::function`, or `function` where it is free, of every public function that has arguments.
+/// `Type::function`, or `function` if it is free, of every public function that has arguments.
 pub(crate) fn functions_of(krate: &str) -> BTreeSet<String> {
     let with_arguments = |(name, takes): (String, bool)| takes.then_some(name);
     all_of(krate).into_iter().filter_map(with_arguments).collect()
@@ -98,7 +98,7 @@ fn word(text: &str) -> String {
 
 /// Whether there is more between the brackets than `self`.
 fn takes_arguments(lines: &[&str]) -> bool {
-    // The arrow of a bound such as `Fn(u8) -> u8` is no bracket.
+    // The arrow of a bound such as `Fn(u8) -> u8` is not a bracket.
     let text = lines.iter().take(20).copied().collect::<String>().replace("->", "  ");
     let text = text.trim_start().trim_start_matches("pub ").trim_start_matches("const ");
     let Some(open) = opening_bracket(text) else { return false };

@@ -262,7 +262,7 @@ fn row_files(cases: &mut Cases) {
         cases.once("RowFile::create", &what, || said(RowFile::create(place, b"head", 96, 3)));
         cases.once("RowFile::open", &what, || said(RowFile::open(place, 4, 96, 3)));
     }
-    // Sizes that no disk has, or that are none: what a disk might have is not asked for.
+    // Sizes that no disk has, and invalid ones; sizes that a disk could have are not requested.
     for (row_bytes, num_rows) in [(0, 0), (0, 3), (1, usize::MAX), (usize::MAX, 1), (96, 1 << 60)] {
         let what = format!("{num_rows} rows of {row_bytes}");
         let other = folder.path().join("other");

@@ -35,7 +35,7 @@ fn distances(cases: &mut Cases) {
         let options = MeasureOptions { neighbours, num_projections: 3, ..Default::default() };
         cases.once("measure", &what, || said(measure(&x, &x, options)));
     }
-    // Directions are drawn all at once: four billion of them are too many, and are refused in words.
+    // Directions are drawn all at once: four billion of them are too many, and are refused with a message.
     cases.once("sliced_wasserstein", "most directions", || {
         said(sliced_wasserstein(&x, &x, u32::MAX, 0))
     });

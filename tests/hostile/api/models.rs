@@ -723,7 +723,7 @@ fn programs(cases: &mut Cases) {
         let times = Tensor::ones([batch], kind::INT64_CPU);
         let labels = Tensor::zeros([batch], kind::INT64_CPU);
         let told = config.class_labels.then_some(&labels);
-        // What the program makes of odd tensors is its own affair; that it refuses is not a panic.
+        // The program may do anything with odd tensors; its refusal is not a panic.
         for (what, odd) in super::cases::odd_tensors(&x) {
             cases.once("TorchScript::forward", &what, || said(script.forward(&odd, &times, told)));
         }

@@ -29,7 +29,7 @@ fn ddil_pipelines() {
     let text = text.expect("a text-to-image model");
     of_prompts(&mut cases, &text);
     components(&mut cases, &text);
-    // Files of a model are spoilt in `inputs`; these write or take over what was read.
+    // Files of a model are corrupted in `inputs`; these functions write or copy what was read.
     cases.spoilt_in_inputs(&[
         "Card::from_file",
         "Pipeline::write",
@@ -87,7 +87,7 @@ fn pictures(cases: &mut Cases) {
     });
 }
 
-/// Folders that are none, or are of another kind.
+/// Folders that do not exist, or are of another kind.
 fn folders(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     let assets = repository().join("assets");

@@ -245,7 +245,7 @@ fn estimates(cases: &mut Cases) {
             });
         }
     }
-    // Asked with every step above.
+    // Called with every step above.
     cases.cannot_fail(&["StepCoefficients::without_epsilon", "Sampler::coefficients"]);
 }
 

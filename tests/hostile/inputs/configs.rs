@@ -14,7 +14,7 @@ use super::tree::{Tree, repository};
 
 const CONFIG: &str = "config.toml";
 
-/// Presets whose names say so, under one name.
+/// Presets with the given verb, all under one file name.
 fn presets(is_one: fn(&str) -> bool) -> Vec<Tree> {
     let all = Tree::read(&repository().join("crates/ddil/presets"));
     let chosen = all.files.into_iter().filter(|(name, _)| is_one(name));
@@ -44,7 +44,7 @@ fn read_distill(folder: &Path) -> Said {
     let again: DistillConfig =
         Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(told)?;
     assert_eq!(differences(&config, &again).map_err(told)?, []);
-    // What a run does next; the teacher that the file names is not there.
+    // The next steps of a run; the teacher that the file names does not exist.
     let of_text = config.data.kind.is_text();
     let teacher = if of_text { "fashion-mnist-text-to-image" } else { "fashion-mnist-teacher" };
     config.teacher.path = repository().join("assets").join(teacher);

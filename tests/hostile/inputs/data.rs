@@ -13,7 +13,7 @@ use tch::Tensor;
 use super::harness::{Said, Target, told};
 use super::tree::{Tree, repository};
 
-/// Four pictures of three rows and two columns.
+/// Four images of three rows and two columns.
 pub(super) fn idx_images() -> Vec<u8> {
     let header = [0x803_u32, 4, 3, 2].map(u32::to_be_bytes).concat();
     [header, (0..24).collect()].concat()
@@ -45,7 +45,7 @@ fn idx_file() {
     .run();
 }
 
-/// A picture of 4 by 4 pixels.
+/// An image of 4 by 4 pixels.
 pub(crate) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut encoder = png::Encoder::new(&mut bytes, 4, 4);
@@ -185,7 +185,7 @@ fn classifier_file() {
     Target::new("classifier_file", vec![seed], |folder| {
         let bytes = std::fs::read(folder.join("classifier.safetensors")).map_err(|_| "`file`")?;
         let read = FashionClassifier::from_bytes(&bytes, tch::Device::Cpu);
-        // It is given bytes and cannot know the file.
+        // It receives bytes and cannot name the file.
         read.map(drop).map_err(|error| format!("`bytes`: {}", told(error)))
     })
     .run();

@@ -1,4 +1,4 @@
-//! Runs a target in a process of its own, with a limit on its memory, and judges what each input does.
+//! Runs a target in a separate process, with a limit on its memory, and checks the effect of each input.
 
 use std::error::Error;
 use std::fs;
@@ -15,31 +15,31 @@ use rand::{Rng, SeedableRng};
 use super::mutate::spoil;
 use super::tree::Tree;
 
-/// Says to a process that it is the one to run the inputs.
+/// Marks the process that runs the inputs.
 const CHILD: &str = "DDIL_FUZZ_CHILD";
-/// Addresses a process may have, in KiB: an input that asks for terabytes must hear so in words.
+/// Address space of the process, in KiB: an input that requests terabytes must produce an error message.
 const ADDRESS_SPACE_KIB: u64 = 6 << 20;
 /// Memory that one input may take, in KiB. Inputs have a few hundred KiB at most.
 const MEMORY_KIB: u64 = 256 << 10;
 /// Time on a processor that one input may take: some build a small network, in a debug build.
 const CPU_TIME: Duration = Duration::from_secs(5);
-/// After so long an input is taken to run for ever.
+/// After this time an input counts as one that never ends.
 const HANGS: Duration = Duration::from_secs(120);
-/// So many inputs where no time is set: the same ones on every machine, fast or slow.
+/// Number of inputs if no time is set: the same ones on every machine.
 const INPUTS: u64 = 60;
 
-/// What a reader says of a folder: nothing, or an error with its causes.
+/// The outcome of reading a folder: nothing, or an error message with its causes.
 pub(crate) type Said = Result<(), String>;
 
 /// A reader and the folders it is tried on.
 pub(crate) struct Target {
     /// The name, as a test is called.
     pub(crate) name: &'static str,
-    /// Folders that it reads without an error; they are spoilt.
+    /// Folders that it reads without an error; they are corrupted.
     pub(crate) seeds: Vec<Tree>,
     /// Reads a folder.
     pub(crate) read: fn(&Path) -> Said,
-    /// Makes a spoilt folder pass a check that stands before everything else, such as a checksum.
+    /// Makes a corrupted folder pass a check that comes before everything else, such as a checksum.
     pub(crate) mend: fn(&mut Tree),
     /// Memory that one input may take, in KiB.
     pub(crate) memory_kib: u64,
@@ -61,7 +61,7 @@ impl Target {
         Self { name, seeds, read, mend: |_| {}, memory_kib: MEMORY_KIB }
     }
 
-    /// Runs the target; the test fails with the first input that does harm.
+    /// Runs the target; the test fails with the first harmful input.
     pub(crate) fn run(&self) {
         if std::env::var_os(CHILD).is_some() {
             return self.run_here();
@@ -75,7 +75,7 @@ impl Target {
             .arg(program)
             .args(["--exact", &test, "--nocapture", "--test-threads=1"])
             .env(CHILD, "1")
-            // The report of a panic is what is wanted, not libtorch's whole stack.
+            // The message of a panic is needed, not libtorch's whole stack.
             .env("RUST_BACKTRACE", "0")
             .output()
             .expect("a shell");
@@ -100,7 +100,7 @@ impl Target {
             assert_eq!(said, Ok(()), "a seed is refused; it lies in {}", folder.display());
         }
         for tree in Tree::corpus(self.name) {
-            // An error or not: without harm.
+            // An error or not, but harmless.
             let _ = self.judged(&tree, &folder);
         }
         let (begun, mut index, mut refused) = (Instant::now(), from, 0);
@@ -115,7 +115,7 @@ impl Target {
         fs::remove_dir_all(&folder).expect("it was made");
     }
 
-    /// Input number `index`: a seed, one in eight times with another's files among its own, spoilt in a few places.
+    /// Input number `index`: a seed, in one of eight cases mixed with files of another, corrupted in a few places.
     fn spoilt(&self, seed: u64, index: u64) -> Tree {
         let mut rng = StdRng::seed_from_u64(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut tree = self.seeds[rng.random_range(0..self.seeds.len())].clone();
@@ -143,7 +143,7 @@ impl Target {
         assert!(taken < CPU_TIME, "{taken:?} of time: {place}");
         assert!(grown < self.memory_kib, "{grown} KiB of memory: {place}");
         if let Err(message) = &said {
-            // A file that was taken away is still what the error has to name.
+            // The error may name a file that was removed.
             let named = |tree: &Tree| tree.names_place_in(message);
             let says_where = message.contains(&folder.display().to_string())
                 || named(tree)
@@ -163,7 +163,7 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 static AT_WORK: AtomicU64 = AtomicU64::new(0);
-/// Seconds since the process began at which the input at work was begun.
+/// Seconds after the start of the process at which the current input started.
 static BEGUN: AtomicU64 = AtomicU64::new(0);
 
 fn set_at_work(index: u64) {
@@ -212,7 +212,7 @@ fn peak_kib() -> u64 {
     status("VmHWM:")
 }
 
-/// Begins to measure the peak anew and says where it stands.
+/// Resets the peak and returns the present value.
 fn fresh_peak_kib() -> u64 {
     // Where the system has no such file the peak of earlier inputs counts as well, which only hides.
     let _ = fs::write("/proc/self/clear_refs", "5");

@@ -1,4 +1,5 @@
-//! Small files that ask for much, and names that lead elsewhere: each found once, each refused in words.
+//! Small files that request large resources, and names that leave the folder: each was found once, each is refused with
+//! a message.
 
 use std::fs;
 use std::path::Path;
@@ -36,7 +37,7 @@ fn written(name: &str, content: impl Into<Vec<u8>>) -> tempfile::TempDir {
 
 /// Ninety bytes that would be terabytes of weights, or layers without end.
 #[test]
-fn a_small_config_does_not_get_terabytes() {
+fn a_small_config_cannot_request_terabytes() {
     let networks = [
         (r#""block_out_channels": [1048576, 1048576, 1048576, 1048576]"#, "up to `"),
         (r#""block_out_channels": [4294967295, 4294967295, 4294967295, 4294967295]"#, "1048576"),
@@ -58,7 +59,7 @@ fn a_small_config_does_not_get_terabytes() {
     let text =
         ClipTextConfig { vocab_size: 1 << 20, hidden_size: 1 << 20, ..ClipTextConfig::default() };
     assert!(matches!(text.parameter_shapes(), Err(Error::TooLarge { .. })));
-    // Below the limits, and above any machine of today: libtorch says so before a value is drawn.
+    // Below the limits, and above the memory of any present machine: libtorch reports it before a value is drawn.
     let large = UNet2DConfig {
         block_out_channels: vec![18_432],
         down_block_types: vec![ddil_models::DownBlockType::DownBlock2D],
@@ -77,7 +78,7 @@ fn a_small_config_does_not_get_terabytes() {
 }
 
 #[test]
-fn a_schedule_has_no_billions_of_timesteps() {
+fn a_schedule_has_a_limited_number_of_timesteps() {
     let text = r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 4294967295}"#;
     let folder = written("scheduler_config.json", text);
     let path = folder.path().join("scheduler_config.json");
@@ -92,7 +93,7 @@ fn a_schedule_has_no_billions_of_timesteps() {
 
 /// A header of a hundred bytes, and one that would be longer than the file.
 #[test]
-fn a_weights_file_promises_no_more_than_it_has() {
+fn a_weights_file_cannot_claim_more_than_its_length() {
     let headers = [
         r#"{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}"#,
         r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#,
@@ -116,8 +117,8 @@ fn a_weights_file_promises_no_more_than_it_has() {
 }
 
 #[test]
-fn a_packed_file_unpacks_to_what_its_header_promises() {
-    // Sixteen bytes that promise 2^31 pictures, and 64 MiB behind a header that promises two pixels.
+fn a_compressed_file_unpacks_to_the_size_in_its_header() {
+    // Sixteen bytes that promise 2^31 images, and 64 MiB after a header that promises two pixels.
     let promise = [0x803_u32, 1 << 31, 28, 28].map(u32::to_be_bytes).concat();
     let mut bomb = [0x803_u32, 1, 1, 2].map(u32::to_be_bytes).concat();
     bomb.resize(64 << 20, 0);
@@ -133,7 +134,7 @@ fn a_packed_file_unpacks_to_what_its_header_promises() {
 
 /// A PNG whose header claims 4 GB of pixels, with data for sixteen.
 #[test]
-fn a_picture_has_the_pixels_it_claims() {
+fn an_image_has_the_pixels_it_claims() {
     let mut content = picture(png::ColorType::Grayscale, png::BitDepth::Eight, 7);
     content[16..24].copy_from_slice(&[65_536_u32, 65_536].map(u32::to_be_bytes).concat());
     let mut crc = flate2::Crc::new();
@@ -162,9 +163,9 @@ fn a_jpeg_has_the_pixels_it_claims() {
     }
 }
 
-/// All the names of a table with three thousand columns are no message.
+/// A message must not list all the names of a table with three thousand columns.
 #[test]
-fn many_columns_are_told_in_few_words() {
+fn many_columns_are_summarised() {
     let folder = written("metadata.csv", format!("{}\n", vec!["column"; 3000].join(",")));
     let said = read_captions(folder.path()).expect_err("no captions").to_string();
     assert_says(&said, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
@@ -208,7 +209,7 @@ fn a_comparison_has_a_countable_number_of_cells() {
     assert_says(&said, &["axes", "10000"]);
 }
 
-/// What is copied on export must not come from, or go, elsewhere.
+/// Exports must not copy from, or write to, places outside the folder.
 #[test]
 fn parts_of_a_model_stay_in_its_folder() {
     let outer = tempfile::tempdir().expect("a folder");
@@ -243,7 +244,7 @@ fn shards_and_captions_stay_in_their_folder() {
     }
 }
 
-/// A pipe that nobody writes to would be waited for, an endless device read for ever.
+/// A pipe without a writer would block, and an endless device would never end.
 #[cfg(unix)]
 #[test]
 fn only_regular_files_are_read() {
@@ -267,7 +268,7 @@ fn only_regular_files_are_read() {
     assert_says(&crate::inputs::told(error), &["large.json", "16777216"]);
 }
 
-/// Of an empty member the size is that of a device, whose checksum would be taken for ever.
+/// An empty member could be replaced by a device of size 0, whose checksum would never end.
 #[cfg(unix)]
 fn not_as_members_of_a_checkpoint() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -302,7 +303,7 @@ fn not_as_members_of_a_checkpoint() {
 /// Each folder behind a link leads back, twice: all ways through them are more than can be gone.
 #[cfg(unix)]
 #[test]
-fn links_that_lead_back_are_not_followed() {
+fn cyclic_links_are_not_followed() {
     let outer = tempfile::tempdir().expect("a folder");
     let model = outer.path().join("model");
     tiny_pipeline().write(&model);

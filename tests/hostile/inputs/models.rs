@@ -25,7 +25,7 @@ fn golden(name: &str) -> std::path::PathBuf {
     repository().join("tests/golden/models").join(name)
 }
 
-/// `config.json` of the golden networks whose name begins so.
+/// `config.json` of the golden networks whose name starts with `prefix`.
 fn configs(prefix: &str) -> Vec<Tree> {
     let mut names: Vec<_> = fs::read_dir(golden("")).expect("goldens").flatten().collect();
     names.sort_by_key(fs::DirEntry::file_name);
@@ -193,7 +193,7 @@ fn read_folder(folder: &Path) -> Said {
     Ok(())
 }
 
-/// Nothing was written beside the folder.
+/// Nothing was written next to the folder.
 fn ensure_within(folder: &Path) {
     for name in ["outside", "outside.json", "unet", "scheduler"] {
         let beside = folder.parent().expect("it lies in one").join(name);
@@ -261,7 +261,7 @@ fn tokenizer_folder() {
     .run();
 }
 
-/// Reading a program runs it, so only trusted ones are to be read; a file that is none is refused all the same.
+/// Reading a program runs it, so only trusted ones may be read; an invalid file is refused all the same.
 #[test]
 fn torch_script_file() {
     let seed = Tree::file(

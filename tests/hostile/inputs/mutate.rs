@@ -1,4 +1,4 @@
-//! Spoils files as somebody would who knows their format.
+//! Corrupts files with knowledge of their format.
 
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value, json};
 
 use super::tree::Tree;
 
-/// Spoils one thing in a folder: mostly inside a file, sometimes the files themselves.
+/// Corrupts one thing in a folder: mostly inside a file, sometimes the files themselves.
 pub(crate) fn spoil(tree: &mut Tree, rng: &mut StdRng) {
     let names: Vec<String> = tree.files.keys().cloned().collect();
     let Some(name) = names.choose(rng) else { return };
@@ -27,7 +27,8 @@ pub(crate) fn spoil(tree: &mut Tree, rng: &mut StdRng) {
     }
 }
 
-/// A file spoilt by its format; none if it is of none, or every so often, to be spoilt byte by byte.
+/// A file corrupted within its format; none if it has no known format, or in some cases, in which it is corrupted byte
+/// by byte.
 fn spoilt(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     if rng.random_range(0..5) == 0 {
         return None;
@@ -223,7 +224,7 @@ fn json_text(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let mut parsed: Value = serde_json::from_slice(content).ok()?;
     value(&mut parsed, rng);
     let text = parsed.to_string();
-    // A key that stands twice is no part of any value.
+    // A duplicate key is not part of a value.
     if rng.random_range(0..12) == 0 {
         let mut keys = text.match_indices(':').map(|(at, _)| at);
         if let Some(at) = keys.next()
@@ -240,7 +241,7 @@ fn toml_text(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let table: toml::Table = text.parse().ok()?;
     let mut parsed = serde_json::to_value(table).ok()?;
     value(&mut parsed, rng);
-    // What TOML cannot say, such as null, is left to another input.
+    // Values that TOML cannot represent, such as null, are left to other inputs.
     Some(toml::to_string(&parsed).ok()?.into_bytes())
 }
 
@@ -357,7 +358,7 @@ fn png(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     Some(spoilt)
 }
 
-/// Unpacked, spoilt, packed again; or a bomb: sixteen MiB of zeros in sixteen KiB.
+/// Unpacked, corrupted, packed again; or a bomb: sixteen MiB of zeros in sixteen KiB.
 fn gzip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     use std::io::{Read, Write};
     let mut unpacked = Vec::new();
@@ -436,7 +437,7 @@ fn table(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     Some((rows.join("\n") + "\n").into_bytes())
 }
 
-/// What a file of spilled states says of itself, in the room that there is for it, or the length of the file.
+/// The header of a file of spilled states, in its fixed size, or the length of the file.
 fn rows(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let mut spoilt = content.to_vec();
     let start = content.iter().position(|&byte| byte == b'\n')? + 1;

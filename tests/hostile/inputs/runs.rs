@@ -94,14 +94,14 @@ fn fill(buffer: &mut AggregationBuffer, created_at_step: u64) {
     buffer.insert(&states).expect("it fits");
 }
 
-/// Puts the checksums right, so that what lies behind them is looked at.
+/// Corrects the checksums, so that the checks behind them are reached.
 fn seal(tree: &mut Tree) {
     let files = tree.files.clone();
     let Some(content) = tree.files.get_mut("step_0000007/manifest.json") else { return };
     let Ok(mut sealed) = serde_json::from_slice::<Value>(content) else { return };
     for (name, content) in &files {
         let name = name.rsplit('/').next().unwrap_or_default();
-        // Those that are still called by their names; others stay as they were spoilt.
+        // Only files that still have their names; others stay corrupted.
         if let Some(member) = sealed.pointer_mut(&format!("/manifest/members/{name}"))
             && member.get("sha256").is_some_and(Value::is_string)
         {
@@ -143,7 +143,7 @@ fn checkpoint_as_it_is() {
     Target::new("checkpoint_as_it_is", vec![checkpoint_folder()], read_checkpoint).run();
 }
 
-/// The same with checksums that are right: files that somebody made.
+/// The same with correct checksums: files made by hand.
 #[test]
 fn checkpoint_made_by_hand() {
     let seeds = vec![checkpoint_folder()];
@@ -216,7 +216,7 @@ fn restore_into(config: BufferConfig, checkpoint: &Checkpoint) -> Said {
     use_buffer(&mut buffer)
 }
 
-/// What a run does with a buffer: says how full it is, draws, inserts, saves.
+/// The operations of a run on a buffer: its length, draws, inserts, saves.
 fn use_buffer(buffer: &mut AggregationBuffer) -> Said {
     let place = |error| format!("`buffer`: {}", told(error));
     let _ = buffer.statistics(3);
@@ -288,7 +288,7 @@ fn read_saved(folder: &Path) -> Result<SavedState, String> {
     Ok(SavedState::new(tensors.into_iter().collect(), metadata))
 }
 
-/// Of a run that was begun on one thread and went on with two.
+/// A run that started on one thread and continued with two.
 const ENVIRONMENT: &str = r#"{
   "format_version": 1,
   "first": { "step": 0, "ddil": "0.1.0", "device": "cpu", "libtorch": "2.13.0", "num_threads": 1 },
@@ -296,7 +296,7 @@ const ENVIRONMENT: &str = r#"{
 }
 "#;
 
-/// A run that is done, with the position of its record beside it.
+/// A complete run, with the position of its record in a separate file.
 fn finished_run() -> Tree {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("run");

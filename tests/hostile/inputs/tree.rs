@@ -44,7 +44,7 @@ impl Tree {
         }
     }
 
-    /// Folders that once did harm to a target.
+    /// Folders that once failed a target.
     pub(crate) fn corpus(target: &str) -> Vec<Self> {
         let folder = repository().join("tests/hostile/corpus").join(target);
         let Ok(entries) = fs::read_dir(&folder) else { return Vec::new() };
@@ -54,7 +54,7 @@ impl Tree {
         cases.iter().map(|case| Self::read(case)).collect()
     }
 
-    /// Writes the folder in place of what was there.
+    /// Writes the folder and replaces an existing one.
     pub(crate) fn write(&self, folder: &Path) {
         let _ = fs::remove_dir_all(folder);
         fs::create_dir_all(folder).expect("a folder");
@@ -74,7 +74,7 @@ impl Tree {
         }
     }
 
-    /// Whether an error says where: a file of the folder, or a key between backticks.
+    /// Whether an error names a place: a file of the folder, or a key in backticks.
     pub(crate) fn names_place_in(&self, message: &str) -> bool {
         let file_name = |path: &String| path.rsplit('/').next().unwrap_or_default().to_owned();
         self.files.keys().map(file_name).any(|name| message.contains(&name))

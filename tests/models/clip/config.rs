@@ -1,4 +1,4 @@
-//! CLIP's settings: transformers' files in and out, and everything that is no tower.
+//! CLIP's settings: transformers' files in and out, and files that are not a tower.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::common::{TestResult, golden};
 
-/// Reads settings that stand in a file.
+/// Reads settings from a file.
 fn read<C>(
     value: &Value,
     from_file: impl Fn(std::path::PathBuf, UnknownKeys) -> ddil_models::Result<C>,
@@ -38,7 +38,7 @@ fn keys<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<String> {
 }
 
 #[test]
-fn files_of_transformers_come_out_as_they_went_in() -> TestResult {
+fn files_of_transformers_are_written_back_unchanged() -> TestResult {
     for name in ["clip_text", "clip_text_with_projection", "clip_vision"] {
         let path = golden(name).join("config.json");
         let read: Value = serde_json::from_str(&fs::read_to_string(&path)?)?;

@@ -1,4 +1,4 @@
-//! `ClipScore` against what transformers answered, and its refusals.
+//! `ClipScore` against recorded outputs of transformers, and its errors.
 
 use ddil_libtorch::ArgumentError;
 use ddil_models::{ClipModel, ClipScore, Error, Placement, UnknownKeys};
@@ -7,7 +7,7 @@ use tch::{Kind, Tensor, kind};
 use super::{TOLERANCE, expected};
 use crate::common::{TestResult, golden, relative_error};
 
-/// Shapes of recorded pictures.
+/// Shapes of recorded images.
 const NUM_SHAPES: usize = 3;
 
 fn score(placement: Placement) -> Result<ClipScore, Box<dyn std::error::Error>> {
@@ -20,7 +20,7 @@ fn signed(images: &Tensor) -> Tensor {
 }
 
 #[test]
-fn pictures_are_prepared_as_by_the_reference() -> TestResult {
+fn images_are_preprocessed_as_in_the_reference() -> TestResult {
     let (score, recorded) = (score(Placement::default())?, expected("clip")?);
     for i in 0..NUM_SHAPES {
         let found = score.preprocess(&signed(&recorded[&format!("{i}.images")]))?;
@@ -89,7 +89,7 @@ fn black_and_white_survive_resizing() -> TestResult {
 }
 
 #[test]
-fn no_pairs_and_what_is_no_picture_are_refused() -> TestResult {
+fn empty_batches_and_invalid_images_are_refused() -> TestResult {
     let score = score(Placement::default())?;
     let images = |size: &[i64]| Tensor::zeros(size, kind::FLOAT_CPU);
     let ids = Tensor::zeros([2, 5], kind::INT64_CPU);

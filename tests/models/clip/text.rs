@@ -1,4 +1,4 @@
-//! `ClipTextModel` against what transformers answered, and its refusals.
+//! `ClipTextModel` against recorded outputs of transformers, and its errors.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,7 +53,7 @@ fn outputs_are_those_of_transformers() -> TestResult {
 }
 
 #[test]
-fn a_mask_of_ones_is_none_and_its_kind_makes_no_difference() -> TestResult {
+fn a_mask_of_ones_has_no_effect_in_any_kind() -> TestResult {
     let (encoder, recorded) = (load(ENCODERS[0], Placement::default())?, expected(ENCODERS[0])?);
     let (ids, mask) = (&recorded["input_ids"], &recorded["attention_mask"]);
     let none = encoder.forward(ids, None)?.last_hidden_state;
@@ -177,7 +177,7 @@ fn write(tensors: BTreeMap<String, Tensor>, path: &Path) -> ddil_models::Result<
     weights::save(&tensors.into_iter().collect::<Vec<_>>(), path, &BTreeMap::new())
 }
 
-/// Published files say `text_model.`, transformers 5 does not, and older files hold position ids.
+/// Published files have the prefix `text_model.`, transformers 5 omits it, and older files contain position ids.
 #[test]
 fn every_form_of_the_names_loads() -> TestResult {
     let recorded = expected(ENCODERS[0])?;
@@ -248,7 +248,7 @@ fn half_precision_files_are_found_and_pickles_refused() -> TestResult {
 }
 
 #[test]
-fn what_is_saved_loads_again_under_published_names() -> TestResult {
+fn saved_weights_load_again_under_published_names() -> TestResult {
     for name in ENCODERS {
         let (encoder, folder) = (load(name, Placement::default())?, TempDir::new()?);
         encoder.save_to_folder(folder.path())?;
@@ -324,7 +324,7 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
 }
 
 #[test]
-fn states_and_projections_that_are_not_there_are_refused() -> TestResult {
+fn missing_states_and_projections_are_refused() -> TestResult {
     let encoder = load(ENCODERS[0], Placement::default())?;
     let ids = Tensor::zeros([1, 3], kind::INT64_CPU);
     assert!(encoder.hidden_state(&ids, None, HiddenState::stable_diffusion(3)).is_ok());

@@ -62,7 +62,7 @@ fn special_tokens_are_those_of_the_folder() -> TestResult {
 }
 
 #[test]
-fn what_is_cut_off_is_the_end_of_the_prompt_as_it_was_typed() -> TestResult {
+fn the_reported_cut_is_the_end_of_the_prompt_as_typed() -> TestResult {
     let tokenizer = ClipTokenizer::from_folder(golden(TOKENIZERS[0]))?;
     let room = "Cat ".repeat(75);
     let long = format!("{room} A red Caf\u{e9}");
@@ -81,7 +81,7 @@ fn no_prompts_are_no_rows() -> TestResult {
     Ok(())
 }
 
-/// The first recorded tokenizer, to be spoilt.
+/// The first recorded tokenizer, to be corrupted.
 fn copy() -> Result<TempDir, Box<dyn std::error::Error>> {
     let folder = TempDir::new()?;
     for file in ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"] {
@@ -239,7 +239,7 @@ fn damaged_files_are_named() -> TestResult {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever is typed has a start, an end, and tokens of the vocabulary; what is cut off is its end.
+    /// Any text has a start, an end, and tokens of the vocabulary; the part that is cut off is its end.
     #[test]
     fn any_text_is_a_row(prompt in "\\PC{0,120}|.{0,40}|[a-z!' ]{60,200}") {
         let tokenizer = ClipTokenizer::from_folder(golden(TOKENIZERS[0])).expect("it is recorded");

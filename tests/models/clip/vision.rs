@@ -1,4 +1,4 @@
-//! `ClipVisionModel` against what transformers answered, and its refusals.
+//! `ClipVisionModel` against recorded outputs of transformers, and its errors.
 
 use ddil_libtorch::ArgumentError;
 use ddil_models::{ClipVisionModel, Error, Placement, UnknownKeys, weights};
@@ -39,7 +39,7 @@ fn outputs_are_those_of_transformers() -> TestResult {
 }
 
 #[test]
-fn what_is_saved_loads_again() -> TestResult {
+fn saved_weights_load_again() -> TestResult {
     let (tower, folder) = (load(Placement::default())?, TempDir::new()?);
     tower.save_to_folder(folder.path())?;
     let held = weights::read_all(folder.path().join("model.safetensors"))?;
@@ -53,7 +53,7 @@ fn what_is_saved_loads_again() -> TestResult {
 }
 
 #[test]
-fn pictures_that_do_not_fit_are_refused_by_name() -> TestResult {
+fn images_that_do_not_fit_are_refused_by_name() -> TestResult {
     let tower = load(Placement::default())?;
     for size in [vec![3, 28, 28], vec![1, 1, 28, 28], vec![1, 3, 28, 27], vec![1, 3, 29, 28]] {
         let error = tower.forward(&Tensor::zeros(&size, kind::FLOAT_CPU));

@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_have_the_kind_of_what_they_are_of() -> TestResult {
+    fn gradients_have_the_kind_of_their_tensors() -> TestResult {
         for kind in SIXTEEN_BITS {
             let leaves = query_key_value(9, kind).map(|t| t.set_requires_grad(true));
             let sum = attend(leaves.each_ref(), 2, None)?.square().sum(Kind::Float);

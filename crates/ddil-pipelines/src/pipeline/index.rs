@@ -188,7 +188,7 @@ mod tests {
     }"#;
 
     #[test]
-    fn what_is_read_is_written_again() {
+    fn files_are_written_back_as_read() {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join(FILE_NAME), STABLE_DIFFUSION).expect("written");
         let index = Index::read(folder.path()).expect("a pipeline");

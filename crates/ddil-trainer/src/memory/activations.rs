@@ -288,7 +288,7 @@ mod tests {
 
     /// Blocks store their outputs; the largest, here the transformer's, is recomputed.
     #[test]
-    fn with_checkpointing_blocks_keep_what_they_give() {
+    fn with_checkpointing_blocks_keep_only_their_outputs() {
         let block = "down_blocks.1.attentions.0.transformer_blocks.0";
         let names = ["attn1.to_q", "attn2.to_q", "ff.net.0.proj"];
         let named = names.map(|name| format!("{block}.{name}.weight"));

@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_logarithm_has_no_place() {
+    fn values_without_a_logarithm_are_not_plotted() {
         assert_eq!(Scale::Log.of(100.0), Some(2.0));
         assert_eq!([0.0, -1.0, f64::NAN].map(|value| Scale::Log.of(value)), [None; 3]);
         assert_eq!(Scale::Linear.of(f64::INFINITY), None);

@@ -1,4 +1,4 @@
-//! What cannot be is refused in words: what was found, where, and what may stand there. Nothing is written then.
+//! Invalid input is refused with a message: what was found, where, and what is allowed. Nothing is written.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use ddil_models::{Model, NetworkConfig, Placement};
 
 use crate::support::{TestResult, Workshop, arguments, snapshot, write_pictures};
 
-/// Each setting is refused with these words, and no run folder is made.
+/// Each setting is refused with these words, and no run folder is created.
 #[track_caller]
 pub(crate) fn each_is_refused(workshop: &Workshop, verb: &str, cases: &[(&[&str], &[&str])]) {
     for (settings, words) in cases {
@@ -19,7 +19,7 @@ pub(crate) fn each_is_refused(workshop: &Workshop, verb: &str, cases: &[(&[&str]
 }
 
 #[test]
-fn keys_that_are_not_there() -> TestResult {
+fn unknown_keys() -> TestResult {
     let workshop = Workshop::new();
     each_is_refused(
         &workshop,
@@ -54,7 +54,7 @@ fn overrides_that_cannot_be_read() {
 }
 
 #[test]
-fn values_that_cannot_be() {
+fn invalid_values() {
     each_is_refused(
         &Workshop::new(),
         "train",
@@ -82,7 +82,7 @@ fn values_that_cannot_be() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there() {
+fn a_missing_gpu() {
     if tch::Cuda::device_count() > 0 {
         eprintln!("skipped: there is a GPU here");
         return;
@@ -113,7 +113,7 @@ fn a_model_that_does_not_fit_the_data() {
 }
 
 #[test]
-fn adapters_that_cannot_be() {
+fn invalid_adapters() {
     let progressive = "objective={ method = \"progressive\", substeps = 2 }";
     let lora = "student.lora={ rank = 2 }";
     let model = "student.model={ in_channels = 1, out_channels = 1 }";
@@ -145,7 +145,7 @@ fn adapters_that_cannot_be() {
 }
 
 #[test]
-fn data_that_are_not_there() -> TestResult {
+fn missing_data() -> TestResult {
     let workshop = Workshop::new();
     fs::create_dir(workshop.path("empty"))?;
     fs::create_dir(workshop.path("mixed"))?;
@@ -193,7 +193,7 @@ fn fashion_mnist_that_is_missing_or_changed() -> TestResult {
 }
 
 #[test]
-fn distillations_that_cannot_be() {
+fn invalid_distillations() {
     let priors = "mixing.priors={ kind = \"constant\", priors = { forward = 0.5, student = 0.4 } }";
     let embedded = "teacher.guidance={ kind = \"embedded\", min = 0.0, max = 3.0 }";
     each_is_refused(
@@ -219,7 +219,7 @@ fn distillations_that_cannot_be() {
 }
 
 #[test]
-fn methods_that_do_not_fit_their_settings() {
+fn methods_with_unsuitable_settings() {
     let lcm = "objective={ method = \"lcm\", num_ddim_timesteps = 10 }";
     let itself = "objective={ method = \"lcm\", num_ddim_timesteps = 10, solver = \"target\" }";
     let dmd2 = "objective={ method = \"dmd2\" }";
@@ -331,7 +331,7 @@ fn teachers_that_are_missing_or_damaged() -> TestResult {
 }
 
 #[test]
-fn config_files_that_are_none() -> TestResult {
+fn invalid_config_files() -> TestResult {
     let workshop = Workshop::new();
     fs::write(workshop.path("broken.toml"), "[run]\nseed = = 3\n")?;
     workshop.ddil(&["train", "nowhere.toml"]).refused(&["nowhere.toml", "No such file"]);
@@ -344,7 +344,7 @@ fn config_files_that_are_none() -> TestResult {
 }
 
 #[test]
-fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
+fn a_folder_with_a_run_is_left_unchanged() -> TestResult {
     let workshop = Workshop::with_teacher();
     let run = workshop.complete("train", "taken", &[]);
     let before = snapshot(&run);
@@ -368,7 +368,7 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
     workshop.ddil(&["train", "--resume", &path]).refused(&["data", "No such file"]);
     assert!(snapshot(&run) == before, "something in the run folder has changed");
 
-    // A folder with anything else in it is nobody's to write in.
+    // A folder with other contents is never written to.
     fs::rename(workshop.path("elsewhere"), workshop.path("data"))?;
     fs::create_dir_all(workshop.run("thesis"))?;
     fs::write(workshop.run("thesis").join("thesis.tex"), "years of work")?;
@@ -378,7 +378,7 @@ fn a_folder_that_has_a_run_is_left_alone() -> TestResult {
 }
 
 #[test]
-fn a_u_net_that_is_told_a_text_does_not_belong_in_a_pipeline_of_pixels() {
+fn a_text_conditioned_u_net_does_not_fit_a_pixel_pipeline() {
     let workshop = Workshop::with_teacher();
     let unet = crate::text_teacher::unet(crate::text_teacher::Family::StableDiffusion);
     let unet = unet.build(Placement::default(), 0).expect("the config is valid");

@@ -1,4 +1,4 @@
-//! `ddil compare`: what is done, what is left alone, and what comes of it.
+//! `ddil compare`: its work, the work that it skips, and its results.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ teacher_steps = 6
 extractor = "raw_pixels"
 "#;
 
-/// The same with a teacher that is measured in one way only, where that is not what is tested.
+/// The same with a teacher that is measured in one way only, for tests of other things.
 fn quick() -> String {
     HEAD.replace("[set]", "[set]\n\"teacher.guidance\" = { kind = \"baked_in\" }")
         .replace("teacher_steps = 6", "teacher_steps = 4")
@@ -76,7 +76,7 @@ fn times(folder: &Path) -> Vec<(PathBuf, std::time::SystemTime)> {
 }
 
 #[test]
-fn a_comparison_is_made_whole_and_then_left_alone() -> TestResult {
+fn a_complete_comparison_is_not_repeated() -> TestResult {
     let workshop = prepared(HEAD);
     let listed = workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).succeeded();
     for words in ["forward_seed0  new", "mixed_seed1    new", "4 cells, 4 to do"] {
@@ -114,7 +114,7 @@ fn a_comparison_is_made_whole_and_then_left_alone() -> TestResult {
         // Each bar has its mean in its middle.
         assert_eq!(svg.matches("<circle").count(), bars, "{name}");
     }
-    // Four rows of teachers in as many steps as students are made for, and in full, then an arm each.
+    // Four rows of teachers, at the students' numbers of steps and in full, then one per arm.
     let picture = fs::read(folder.join("side_by_side.png"))?;
     assert!(picture.starts_with(b"\x89PNG"));
     assert!(fs::read_to_string(folder.join("table.md"))?.contains("| priors | steps |"));
@@ -150,7 +150,7 @@ values = [
     let workshop = Workshop::with_teacher();
     write_matrix(&workshop, &format!("{}\n{wild}", quick().replace("[0, 1]", "[5]")));
     let ended = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
-    assert!(ended.stderr.contains("wild_seed5: diverged, step 2: loss is NaN"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("wild_seed5: diverged (step 2: loss is NaN"), "{}", ended.stderr);
     assert!(ended.stdout.contains("0, 1 diverged"), "{}", ended.stdout);
     let found = entries(&workshop);
     let states: Vec<(&Value, &Value)> = of_kind(&found, "cell")
@@ -175,9 +175,9 @@ values = [
 }
 
 #[test]
-fn a_cell_that_fails_is_told_and_tried_again() -> TestResult {
+fn a_failed_cell_is_reported_and_retried() -> TestResult {
     let workshop = prepared(&quick());
-    // Something of someone else's stands where the run is to be.
+    // Other files are in the place of the run.
     let run = cells(&workshop).join("mixed_seed0");
     fs::create_dir_all(&run)?;
     fs::write(run.join("notes.txt"), "mine")?;
@@ -241,7 +241,7 @@ fn kill_9_of_the_comparison_loses_no_cell() {
 }
 
 #[test]
-fn other_settings_are_refused_until_told() {
+fn other_settings_are_refused_without_fresh() {
     let workshop = prepared(&quick());
     workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     let before = times(&cells(&workshop));
@@ -259,7 +259,7 @@ fn other_settings_are_refused_until_told() {
     assert_eq!(times(&cells(&workshop)), before);
 
     let fresh = workshop.ddil(&["compare", "matrix.toml", "--fresh"]).succeeded();
-    assert_eq!(fresh.stderr.matches("_seed0: begun").count(), 1, "{}", fresh.stderr);
+    assert_eq!(fresh.stderr.matches("_seed0: started").count(), 1, "{}", fresh.stderr);
     assert!(!fresh.stderr.contains("forward_seed"), "{}", fresh.stderr);
 
     // Measured on more samples, nothing is trained again.
@@ -286,13 +286,13 @@ fn without_measurements_nothing_is_trained() {
         &workshop,
         &format!("{}\n{PRIORS}", quick().replace("raw_pixels", "fashion_classifier")),
     );
-    // The classifier knows pictures of another size.
+    // The classifier requires images of another size.
     workshop.ddil(&["compare", "matrix.toml"]).refused(&["real images", "[24, 1, 8, 8]", "32"]);
     assert!(!cells(&workshop).join("mixed_seed0").exists());
 }
 
 #[test]
-fn what_cannot_be_compared_is_refused_before_any_work() {
+fn invalid_comparisons_are_refused_before_any_work() {
     let workshop = Workshop::with_teacher();
     let refused = |text: &str, words: &[&str]| {
         write_matrix(&workshop, text);
@@ -331,7 +331,7 @@ fn the_list_has_one_cell_per_line_and_needs_no_teacher() {
     assert!(!workshop.run("tiny").exists());
 }
 
-/// Cell by cell, as a queue would run them, in an order of its own.
+/// Cell by cell, as a queue would run them, in another order.
 #[test]
 fn cells_one_by_one_come_to_the_same_as_all_at_once() {
     let workshop = prepared(&quick().replace("\"tiny\"", "\"whole\""));
@@ -352,7 +352,7 @@ fn cells_one_by_one_come_to_the_same_as_all_at_once() {
     let last = one("forward_seed1").succeeded();
     assert!(last.stdout.contains("the tables are in"), "{}", last.stdout);
     assert_eq!(of_kind(&entries(&workshop), "cell").len(), 4);
-    // What is missing are the rows of real images and of teachers.
+    // Only the rows of real images and of teachers are missing.
     let ended = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     assert!(!ended.stderr.contains("seed"), "{}", ended.stderr);
     let scores = |name: &str| {
@@ -388,7 +388,7 @@ fn two_comparisons_at_once_share_the_cells() -> TestResult {
 }
 
 #[test]
-fn a_cell_that_another_process_has_is_refused_by_name() {
+fn a_cell_in_use_by_another_process_is_refused_by_name() {
     let long = quick().replace("updates_per_stage\" = 3", "updates_per_stage\" = 2000");
     let workshop = prepared(&long);
     let run = cells(&workshop).join("mixed_seed0");
@@ -400,7 +400,7 @@ fn a_cell_that_another_process_has_is_refused_by_name() {
     let holder = format!("mixed_seed0: process {} is working", running.id());
     assert!(refused.stderr.contains(&holder), "{}", refused.stderr);
 
-    // Stopped as a queue does it: saved, and told apart from done and from failed.
+    // Stopped as a queue does it: saved, with an exit code that differs from those of success and failure.
     let stopped = running.signal("TERM");
     assert_eq!(stopped.code, Some(75), "{}", stopped.stderr);
     assert!(stopped.stderr.contains("Ctrl-C again exits at once"), "{}", stopped.stderr);
@@ -408,7 +408,7 @@ fn a_cell_that_another_process_has_is_refused_by_name() {
     assert!(!cells(&workshop).join("mixed_seed0.json").exists());
 }
 
-/// The process of the cell and not only that of the comparison: out of memory, say.
+/// The process of the cell and not only that of the comparison, as when memory runs out.
 #[test]
 fn a_cell_whose_training_is_killed_fails_and_then_resumes() -> TestResult {
     let long = quick().replace("updates_per_stage\" = 3", "updates_per_stage\" = 60");
@@ -450,8 +450,8 @@ fn a_cell_that_fails_has_an_exit_code_and_one_that_diverges_none() -> TestResult
     );
     let diverged =
         workshop.ddil(&["compare", "matrix.toml", "--cell", "forward_seed0"]).succeeded();
-    assert!(diverged.stdout.contains("forward_seed0: diverged, step 2"), "{}", diverged.stdout);
-    // Of the verb itself it has a code of its own.
+    assert!(diverged.stdout.contains("forward_seed0: diverged (step 2"), "{}", diverged.stdout);
+    // The verb itself has a separate exit code.
     let config = cells(&workshop).join("forward_seed0.toml").display().to_string();
     assert_eq!(workshop.ddil(&["distill", &config, "--set", "run.name=alone"]).code, Some(3));
     Ok(())

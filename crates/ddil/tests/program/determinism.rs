@@ -34,7 +34,7 @@ fn the_same_seed_twice_is_the_same_to_the_bit_and_another_is_not() {
 
 /// Nothing that any method does on the CPU is refused by it, and it changes no bit.
 #[test]
-fn asking_for_it_changes_nothing_on_the_cpu() {
+fn determinism_changes_nothing_on_the_cpu() {
     for method in &METHODS {
         let workshop = method.workshop();
         let run = |name: &str, more: &[&str]| {
@@ -71,8 +71,8 @@ fn two_threads_are_the_same_each_time_and_close_to_one() {
     }
 }
 
-/// What another number of threads may change in a few updates; thirty times what was measured in a dozen. An optimizer
-/// that divides a gradient by its own size makes much of one that is little more than rounding.
+/// The differences that another number of threads may cause in a few updates; thirty times those measured in a dozen.
+/// An optimizer that divides a gradient by its own magnitude amplifies rounding errors.
 const LOSSES: f64 = 1e-4;
 const WEIGHTS: f64 = 1e-2;
 

@@ -1,4 +1,4 @@
-//! What goes wrong on the way: the run stops, says why, and can go on.
+//! Failures during a run: it stops, reports the reason, and can be resumed.
 
 use std::fs;
 use std::io::Write;
@@ -64,7 +64,7 @@ fn a_full_disk_loses_nothing_that_was_saved() -> TestResult {
     Ok(())
 }
 
-/// A small disk of its own under a folder, for who may mount one.
+/// A small mounted disk under a folder, if the user may mount one.
 struct SmallDisk<'a>(&'a Path);
 
 impl<'a> SmallDisk<'a> {
@@ -101,7 +101,7 @@ fn a_disk_that_is_really_full_or_cannot_be_written_loses_nothing() -> TestResult
     let run = workshop.rewound(&whole, "full", 3);
     let resume = ["train", "--resume", &run.display().to_string()];
     let saved = snapshot(&checkpoints(&run)[&3]);
-    // What is left is less than a checkpoint.
+    // Less than a checkpoint is left.
     let rest = runs.join("filler");
     let size = saved.values().map(Vec::len).sum::<usize>() / 2;
     fill(&rest, size)?;
@@ -120,7 +120,7 @@ fn a_disk_that_is_really_full_or_cannot_be_written_loses_nothing() -> TestResult
     Ok(())
 }
 
-/// Writes to a disk until so many bytes are left.
+/// Fills a disk until this many bytes are left.
 fn fill(path: &Path, left: usize) -> TestResult {
     let mut file = fs::File::create(path)?;
     while file.write_all(&[0; 1 << 12]).is_ok() {}
@@ -130,7 +130,7 @@ fn fill(path: &Path, left: usize) -> TestResult {
 
 /// As root nothing is forbidden, so it is another user who tries, where there is one to become.
 #[test]
-fn a_folder_that_may_not_be_written_is_told_and_left() -> TestResult {
+fn a_read_only_folder_is_reported_and_left_unchanged() -> TestResult {
     let workshop = Workshop::new();
     let run = workshop.complete("train", "run", &[]);
     let before = snapshot(&run);
@@ -159,9 +159,9 @@ fn a_folder_that_may_not_be_written_is_told_and_left() -> TestResult {
     Ok(())
 }
 
-/// Nobody listens any more, or what listens is full: a run is not lost for that, and nothing panics.
+/// The output stream is closed or full: the run is not lost, and nothing panics.
 #[test]
-fn a_stream_that_is_full_is_no_panic() -> TestResult {
+fn a_full_output_stream_is_not_a_panic() -> TestResult {
     let workshop = Workshop::new();
     let full = || fs::File::options().write(true).open("/dev/full");
     let mut command = workshop.command(&arguments("train", "deaf", &[]));
@@ -176,7 +176,7 @@ fn a_stream_that_is_full_is_no_panic() -> TestResult {
     let ended = Ended::of(command.stdout(full()?).output()?);
     ended.refused(&["No space left on device"]);
     assert_eq!(status(&workshop.run("mute"))["state"], "completed");
-    // Nobody reads any more: nothing is wrong with that.
+    // The reader has closed the pipe, which is not an error.
     let arguments = arguments("train", "unheard", &[]);
     let mut command = workshop.command(&arguments);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
@@ -202,7 +202,7 @@ fn two_runs_never_share_a_folder() -> TestResult {
     workshop.ddil(&arguments("train", "busy", &[])).refused(&[&path, "already exists"]);
     assert_eq!(status(&run)["state"], "running");
     running.kill();
-    // What the killed process left in the lock says nothing to the next.
+    // The lock file of a killed process does not affect the next one.
     assert!(fs::read_to_string(run.join(".lock"))?.starts_with(&id));
     let inspected = workshop.ddil(&["inspect", &path, "--json"]).succeeded();
     let found: serde_json::Value = serde_json::from_str(&inspected.stdout)?;
@@ -210,7 +210,7 @@ fn two_runs_never_share_a_folder() -> TestResult {
     Ok(())
 }
 
-/// A full disk is met when room for states is set aside, and the error says where: no write ends the process.
+/// A full disk is detected when space for states is reserved, and the error names the place: no write ends the process.
 #[test]
 fn a_buffer_without_room_on_disk_says_where() -> TestResult {
     let workshop = Workshop::with_teacher();
@@ -230,7 +230,7 @@ fn a_buffer_without_room_on_disk_says_where() -> TestResult {
     Ok(())
 }
 
-/// A folder that two runs would spill to is one run's alone.
+/// A spill folder can be used by one run only.
 #[test]
 fn a_folder_is_spilled_to_by_one_run() -> TestResult {
     let workshop = Workshop::with_teacher();

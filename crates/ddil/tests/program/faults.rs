@@ -1,7 +1,7 @@
 //! The process dies, or the disk fails, wherever a run writes; resumed, the run ends on the bits of one that was spared.
 //!
-//! The points are `ddil_files::fault`'s, of debug builds alone. Which of them a run passes, and for which files, is
-//! traced, so that a file that is new is covered without being listed.
+//! The points are those of `ddil_files::fault`, in debug builds only. A trace of a run shows the points and files that
+//! it passes, so that a new file is covered without being listed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use crate::methods::{Method, soaked};
 use crate::support::{Ended, Workshop, assert_same_end, seed, snapshot, status};
 
-/// Updates of a run: more than all the faults of one walk can hold up.
+/// Updates of a run: more than the faults of one pass can interrupt.
 const UPDATES: u64 = 60;
 const SETTINGS: [&str; 2] = ["output.checkpoints={ keep_last = 2 }", "output.sample_interval=6"];
 
@@ -35,7 +35,7 @@ impl Place {
     }
 }
 
-/// A fault, as the program is told it.
+/// A fault, as given to the program.
 #[derive(Clone, Debug)]
 struct Fault {
     point: String,
@@ -43,7 +43,7 @@ struct Fault {
     effect: &'static str,
     /// At which time; a run writes its status when it starts and again when it saves.
     nth: u32,
-    /// Whether the run is asked to stop at its first checkpoint, so that it makes the same one again.
+    /// Whether the run is stopped at its first checkpoint, so that it writes the same one again.
     stops: bool,
 }
 
@@ -100,7 +100,7 @@ impl<'a> Walk<'a> {
         self.workshop.run(&format!("hurt_{}", self.runs))
     }
 
-    /// The run from its beginning, or from where it was left.
+    /// The run from its start, or from where it stopped.
     fn go(&mut self, environment: &[(&str, &str)]) -> Ended {
         let run = self.run();
         let arguments = if run.join("config.toml").exists() {
@@ -115,7 +115,7 @@ impl<'a> Walk<'a> {
     fn trace(&mut self) -> Vec<Place> {
         let path = self.workshop.path("trace");
         let name = path.display().to_string();
-        // Asked to stop while it saves, so that the checkpoint of that step is replaced.
+        // Stopped while it saves, so that the checkpoint of that step is replaced.
         let stop =
             [("DDIL_FAULT_TRACE", name.as_str()), ("DDIL_FAULT", "file.rename@latest:term:2")];
         self.go(&stop).succeeded();
@@ -144,10 +144,10 @@ impl<'a> Walk<'a> {
         self.runs += 1;
     }
 
-    /// Brings a fault about, and checks what it left.
+    /// Causes a fault, and checks the files that it leaves.
     fn strike(&mut self, fault: &Fault) {
-        // On the run as it is; on one that begins, as some places are passed at the beginning alone; on one that was
-        // stopped, as some are passed by a resume alone.
+        // On the run as it is; on a new one, because some places are passed only at the start; on a stopped one,
+        // because some are passed only on resuming.
         for attempt in 0..3 {
             let run = self.run();
             if attempt == 2 {
@@ -180,7 +180,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// It said what could not be done, and nowhere that all went well.
+/// It reported the failed operation, and never success.
 fn assert_refused(fault: &Fault, ended: &Ended, run: &Path) {
     assert_eq!(ended.code, Some(1), "{fault:?}: {ended:?}");
     ended.clone().refused(&["could not"]);
@@ -210,7 +210,8 @@ impl Saved {
         Self { newest, files }
     }
 
-    /// The newest of before, or a newer one, is there and sound, and nothing that looks like one is not.
+    /// The newest checkpoint of before, or a newer one, exists and is intact, and no folder looks like a checkpoint
+    /// without being one.
     fn assert_kept(&self, run: &Path, fault: &Fault) {
         let checkpoints = run.join("checkpoints");
         let found = find_latest(&checkpoints).expect("the folder can be listed");
@@ -244,7 +245,7 @@ fn takes_bytes(point: &str) -> bool {
     ["lock.write", "file.write", "member.write", "record.write", "events.write"].contains(&point)
 }
 
-/// What a disk can do at a point.
+/// The effects that a disk can have at a point.
 fn sicknesses(point: &str) -> Vec<&'static str> {
     let mut effects = vec!["io", "read_only"];
     if [".create", ".write", ".flush"].iter().any(|end| point.ends_with(end)) {
@@ -257,7 +258,7 @@ fn sicknesses(point: &str) -> Vec<&'static str> {
 }
 
 #[test]
-fn a_kill_at_any_point_changes_nothing() {
+fn a_kill_at_any_point_changes_no_result() {
     let (mut rng, method) = (StdRng::seed_from_u64(seed(1)), Method::named("progressive"));
     let workshop = method.workshop();
     let mut walk = Walk::new(&workshop, method);
@@ -271,7 +272,7 @@ fn a_kill_at_any_point_changes_nothing() {
 }
 
 #[test]
-fn a_disk_that_fails_at_any_point_costs_nothing_that_was_saved() {
+fn a_disk_that_fails_at_any_point_loses_nothing_that_was_saved() {
     let (mut rng, method) = (StdRng::seed_from_u64(seed(2)), Method::named("dmd2"));
     let workshop = method.workshop();
     let mut walk = Walk::new(&workshop, method);

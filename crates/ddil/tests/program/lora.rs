@@ -1,4 +1,4 @@
-//! Students that are adapters: what a run keeps, what it comes to, and who reads that.
+//! Students that are adapters: the files of a run, its export, and its readers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ fn folder(run: &Path) -> String {
 }
 
 #[test]
-fn a_run_keeps_and_gives_away_the_adapter_alone() -> TestResult {
+fn a_run_saves_and_exports_only_the_adapter() -> TestResult {
     let workshop = Workshop::with_teacher();
     let teacher = snapshot(&workshop.path("teacher"));
     let run = workshop.complete("distill", "run", &[LCM[0], LCM[1], LORA]);
@@ -94,7 +94,7 @@ fn an_adapter_on_its_base_is_the_merged_pipeline() -> TestResult {
     let lora = Lora::from_file(pipeline.network.parameters(), apart.join("export").join(WEIGHTS))?;
     assert_eq!(changed, lora.layers().len());
 
-    // Both are sampled, alike and unlike the teacher; and both are shown.
+    // Both can be sampled; they agree with each other and differ from the teacher; and `inspect` shows both.
     for (name, path) in [("apart", folder(&apart)), ("merged", folder(&merged))] {
         let output = format!("{name}.png");
         workshop.ddil(&["sample", &path, "--output", &output, "--seed", "1"]).succeeded();
@@ -116,7 +116,7 @@ fn every_method_has_adapters_and_drawn_guidance_is_averaged() -> TestResult {
     workshop.ddil(&["sample", &folder(&run), "--output", "drawn.png"]).succeeded();
 
     let named = "student.lora={ rank = 1, targets = [\"to_q\", \"to_v\"] }";
-    // A range that diffusers' scheduler has no words for.
+    // A range that diffusers' scheduler cannot represent.
     let lopsided = "thresholding={ kind = \"clamp\", low = -2.0, high = 1.0 }";
     let run = workshop.complete("distill", "progressive", &[named, lopsided]);
     assert_eq!(json(&run.join("export/ddil.json"))["thresholding"]["low"], -2.0);

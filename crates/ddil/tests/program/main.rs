@@ -1,7 +1,8 @@
-//! The program `ddil` from outside: what it refuses, and that a run which is killed and resumed ends on the same bits.
+//! The program `ddil` from outside: the input that it refuses, and that a killed and resumed run ends with the same
+//! bits.
 //!
-//! Everything a test needs it makes itself, in a folder of its own: a few tiny pictures, a network of a few thousand
-//! weights, runs of a dozen updates.
+//! Tests create everything they need in a separate folder: a few tiny images, a network of a few thousand weights, runs
+//! of a dozen updates.
 
 mod activation_checkpointing;
 mod bad_input;

@@ -7,7 +7,7 @@ pub(crate) struct Method {
     pub(crate) name: &'static str,
     pub(crate) verb: &'static str,
     settings: &'static [&'static str],
-    /// Stages, each of so many of the run's updates.
+    /// Stages, each with this many of the run's updates.
     stages: u64,
 }
 
@@ -63,7 +63,7 @@ impl Method {
         if self.verb == "train" { Workshop::new() } else { Workshop::with_teacher() }
     }
 
-    /// The command line of a run of so many updates, with more settings.
+    /// The command line of a run of this many updates, with more settings.
     pub(crate) fn arguments(&self, run: &str, updates: u64, more: &[&str]) -> Vec<String> {
         let updates = match self.verb {
             "train" => format!("train.updates={updates}"),

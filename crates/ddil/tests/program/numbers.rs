@@ -1,4 +1,4 @@
-//! Numbers that are not finite: the run stops before they reach the weights, says whose they are, and keeps the batch.
+//! Non-finite numbers: the run stops before they reach the weights, names their origin, and saves the batch.
 
 use std::fs;
 use std::path::Path;
@@ -38,7 +38,7 @@ fn with_teacher_of(weight: &str, value: f32, method: &str, more: &[&str]) -> (Wo
     (workshop, ended)
 }
 
-/// What was saved of the batch.
+/// The saved batch.
 fn saved(workshop: &Workshop, step: u64) -> Value {
     let folder = workshop.run("run").join(format!("not_finite/step_{step:07}"));
     let tensors = fs::read(folder.join("batch.safetensors")).expect("it was saved");
@@ -50,12 +50,12 @@ fn saved(workshop: &Workshop, step: u64) -> Value {
 }
 
 #[test]
-fn a_teacher_that_is_not_a_number_is_named_before_it_teaches() {
+fn a_teacher_with_nan_weights_is_named_before_the_first_update() {
     let (workshop, ended) = with_teacher_of("conv_in.bias", f32::NAN, "lcm", &[]);
     ended.refused(&[
         "step 1: loss is NaN",
         "weights of the teacher",
-        "`conv_in.bias` first",
+        "the first: `conv_in.bias`",
         "not_finite",
     ]);
     assert_eq!(status(&workshop.run("run"))["state"], "failed");
@@ -66,9 +66,9 @@ fn a_teacher_that_is_not_a_number_is_named_before_it_teaches() {
     assert!(about["of_rows"][0]["timestep"].is_number(), "{about}");
 }
 
-/// Pictures are numbers; encoded data are what somebody wrote.
+/// Image files always contain numbers; encoded data may contain anything.
 #[test]
-fn data_that_are_not_numbers_are_named() -> TestResult {
+fn nan_data_are_named() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     workshop.complete("distill", "whole", &[]);
     let bad = [
@@ -87,7 +87,7 @@ fn data_that_are_not_numbers_are_named() -> TestResult {
     Ok(())
 }
 
-/// Makes a checkpoint anew with a value in one of its tensors.
+/// Rewrites a checkpoint with a value in one of its tensors.
 fn poison_checkpoint(path: &Path, file: &str, tensor: &str, value: f64) -> TestResult {
     let old = Checkpoint::open(path)?;
     let folder = path.parent().ok_or("it has one")?;
@@ -108,7 +108,7 @@ fn poison_checkpoint(path: &Path, file: &str, tensor: &str, value: f64) -> TestR
 
 /// Clipped to the range of the data, an infinite output looks valid, and so does the loss.
 #[test]
-fn a_teacher_that_overflows_is_found_behind_its_threshold() -> TestResult {
+fn an_overflowing_teacher_is_detected_despite_its_threshold() -> TestResult {
     let method = Method::named("progressive");
     let workshop = method.workshop();
     let arguments = method.arguments("whole", 12, &["output.log_interval=1"]);

@@ -16,7 +16,7 @@ use crate::support::{
 
 const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = \
                       { capacity = 16, max_age = 4 } }";
-/// As many states as with `BUFFER`, of which one a grid index is in memory: each has 8x8 halves and a label.
+/// As many states as with `BUFFER`, of which one per grid index is in memory: each has 8x8 halves and a label.
 const SPILLED: &str = "mixing.student.policy={ kind = \"buffer\", new_fraction = 0.25, buffer = { \
                        capacity = 16, max_age = 4, byte_budget = 500, spill = { byte_budget = 200_000 } } }";
 const TWO_STAGES: [&str; 2] = ["student.stages=[4, 2]", "student.updates_per_stage=6"];
@@ -27,7 +27,7 @@ const LCM: [&str; 3] = [
 ];
 /// The student is updated every third time only, so that checkpoints fall between its updates.
 const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true }";
-/// An adapter in place of a whole student.
+/// An adapter instead of a whole student.
 const LORA: &str = "student.lora={ rank = 2, alpha = 4.0 }";
 /// Long enough for several kills.
 const LONG: u64 = 40;
@@ -48,34 +48,34 @@ fn every_checkpoint_leads_to_the_same_end(workshop: &Workshop, verb: &str, setti
 }
 
 #[test]
-fn train_goes_on_from_every_checkpoint() {
+fn train_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::new(), "train", &[]);
 }
 
 #[test]
-fn chains_go_on_from_every_checkpoint() {
+fn chains_resume_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[]);
 }
 
 #[test]
-fn a_buffer_goes_on_from_every_checkpoint() {
+fn a_buffer_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[BUFFER]);
 }
 
 #[test]
-fn a_spilled_buffer_goes_on_from_every_checkpoint() {
+fn a_spilled_buffer_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[SPILLED]);
 }
 
 #[test]
-fn two_stages_with_a_spilled_buffer_go_on_from_every_checkpoint() {
+fn two_stages_with_a_spilled_buffer_resume_from_every_checkpoint() {
     let settings = [TWO_STAGES[0], TWO_STAGES[1], SPILLED];
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
 }
 
-/// With what a run was begun is what `ddil doctor` says, and what another session has otherwise stands behind it.
+/// The recorded environment of a run equals `ddil doctor`'s, and the differences of later sessions are appended.
 #[test]
-fn a_run_knows_where_it_was_computed() -> TestResult {
+fn a_run_records_its_environment() -> TestResult {
     let workshop = Workshop::new();
     let with_threads = |threads: &str, arguments: &[&str]| {
         let mut command = workshop.command(arguments);
@@ -137,7 +137,7 @@ fn spilled(folder: &Path) -> Vec<(String, u64)> {
     found
 }
 
-/// Where states lie changes nothing, and what is on disk is in the checkpoints alone once a run has ended.
+/// The place of states changes no result, and after a run the spilled states are only in its checkpoints.
 #[test]
 fn a_spilled_buffer_trains_as_one_in_memory() -> TestResult {
     let workshop = Workshop::with_teacher();
@@ -150,18 +150,18 @@ fn a_spilled_buffer_trains_as_one_in_memory() -> TestResult {
     let last = checkpoints(&run).into_values().next_back().ok_or("it was saved")?;
     let found = spilled(&last);
     assert!(found.iter().any(|(name, _)| name == "student.ring_01_000000.rows"), "{found:?}");
-    // Two checkpoints that follow each other share what is in both.
+    // Two consecutive checkpoints share their common files.
     assert!(found.iter().any(|(_, links)| *links > 1), "{found:?}");
     Ok(())
 }
 
 #[test]
-fn damage_to_a_spilled_file_is_noticed() -> TestResult {
+fn damage_to_a_spilled_file_is_detected() -> TestResult {
     let workshop = Workshop::with_teacher();
     let whole = workshop.complete("distill", "whole", &[SPILLED]);
     let run = workshop.rewound(&whole, "damaged", 9);
     let (name, _) = spilled(&checkpoints(&run)[&9]).remove(0);
-    // A copy of the run has links no more: the checkpoint before has files of its own.
+    // A copy of the run has no links: the earlier checkpoint has separate files.
     flip_a_byte(&checkpoints(&run)[&9].join(&name))?;
     let resumed = workshop.ddil(&["distill", "--resume", &run.display().to_string()]).succeeded();
     for words in ["step_0000009 is damaged and was skipped", &name, "at step 6"] {
@@ -172,34 +172,34 @@ fn damage_to_a_spilled_file_is_noticed() -> TestResult {
 }
 
 #[test]
-fn two_stages_go_on_from_every_checkpoint() {
+fn two_stages_resume_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &TWO_STAGES);
 }
 
 #[test]
-fn two_stages_with_a_buffer_go_on_from_every_checkpoint() {
+fn two_stages_with_a_buffer_resume_from_every_checkpoint() {
     let settings = [TWO_STAGES[0], TWO_STAGES[1], BUFFER];
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
 }
 
 #[test]
-fn a_latent_consistency_model_goes_on_from_every_checkpoint() {
+fn a_latent_consistency_model_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &LCM);
 }
 
 #[test]
-fn a_student_with_a_critic_goes_on_from_every_checkpoint() {
+fn a_student_with_a_critic_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[DMD2]);
 }
 
 #[test]
-fn an_adapter_goes_on_from_every_checkpoint() {
+fn an_adapter_resumes_from_every_checkpoint() {
     let settings = [LCM[0], LCM[1], LCM[2], LORA];
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &settings);
 }
 
 #[test]
-fn an_adapter_with_a_critic_goes_on_from_every_checkpoint() {
+fn an_adapter_with_a_critic_resumes_from_every_checkpoint() {
     every_checkpoint_leads_to_the_same_end(&Workshop::with_teacher(), "distill", &[DMD2, LORA]);
 }
 
@@ -257,7 +257,7 @@ fn a_critic_survives_kill_9() {
     kills_change_nothing(&Workshop::with_teacher(), "distill", &[&updates, DMD2], 4);
 }
 
-/// A signal saves and ends well; what is printed goes on with the run.
+/// A signal saves and ends with success; the printed command resumes the run.
 fn a_signal_saves(workshop: &Workshop, verb: &str, settings: &[&str], signal: &str) {
     let whole = workshop.complete(verb, "whole", settings);
     let run = workshop.run("stopped");
@@ -307,7 +307,7 @@ fn flip_a_byte(path: &Path) -> TestResult {
 }
 
 #[test]
-fn a_damaged_checkpoint_is_passed_over_with_a_word() -> TestResult {
+fn a_damaged_checkpoint_is_skipped_with_a_warning() -> TestResult {
     let workshop = Workshop::with_teacher();
     let whole = workshop.complete("distill", "whole", &[]);
     let run = workshop.rewound(&whole, "damaged", 9);
@@ -321,7 +321,7 @@ fn a_damaged_checkpoint_is_passed_over_with_a_word() -> TestResult {
 }
 
 #[test]
-fn without_a_sound_checkpoint_nothing_is_given_up() -> TestResult {
+fn without_an_intact_checkpoint_nothing_is_deleted() -> TestResult {
     let workshop = Workshop::new();
     let run = workshop.complete("train", "run", &[]);
     for checkpoint in checkpoints(&run).into_values() {
@@ -329,7 +329,7 @@ fn without_a_sound_checkpoint_nothing_is_given_up() -> TestResult {
     }
     let metrics = fs::read(run.join("metrics.jsonl"))?;
     let refused = workshop.ddil(&["train", "--resume", &run.display().to_string()]);
-    refused.refused(&["none of the 4 checkpoints", "optimizer.safetensors", "start the run over"]);
+    refused.refused(&["all 4 checkpoints", "optimizer.safetensors", "start the run over"]);
     assert_eq!(fs::read(run.join("metrics.jsonl"))?, metrics);
     assert_eq!(checkpoints(&run).len(), 4);
     assert_eq!(status(&run)["state"], "failed");
@@ -337,7 +337,7 @@ fn without_a_sound_checkpoint_nothing_is_given_up() -> TestResult {
 }
 
 #[test]
-fn metrics_that_were_cut_are_told_and_not_continued() -> TestResult {
+fn truncated_metrics_are_reported_and_not_continued() -> TestResult {
     let workshop = Workshop::new();
     let whole = workshop.complete("train", "whole", &[]);
     let run = workshop.rewound(&whole, "cut", 9);

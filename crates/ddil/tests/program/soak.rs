@@ -1,6 +1,6 @@
 //! Long runs: `make soak`.
 //!
-//! `DDIL_SOAK_KILLS` and `DDIL_SOAK_UPDATES` say how long, `DDIL_SOAK_METHODS` of what, `DDIL_SEED` what is drawn.
+//! `DDIL_SOAK_KILLS` and `DDIL_SOAK_UPDATES` set the duration, `DDIL_SOAK_METHODS` the methods, `DDIL_SEED` the seed.
 
 use std::fs;
 use std::path::Path;
@@ -44,7 +44,7 @@ fn soak_kills_at_random_instants() {
     }
 }
 
-/// Kills runs of a method until so many kills came in time; says how many did, and how many runs ended.
+/// Kills runs of a method until this many kills came in time; returns how many did, and how many runs ended.
 fn kills_of(workshop: &Workshop, method: &Method, kills: u64, rng: &mut StdRng) -> (u64, u64) {
     const UPDATES: u64 = 120;
     let settings = ["output.checkpoints={ keep_last = 2 }", "output.sample_interval=10"];
@@ -89,7 +89,7 @@ fn complete(workshop: &Workshop, arguments: &[String]) {
     workshop.ddil(&arguments).succeeded();
 }
 
-/// What was seen of a process at one moment.
+/// A measurement of a process at one moment.
 struct Look {
     resident_kib: f64,
     files: usize,
@@ -115,7 +115,7 @@ impl Look {
 /// User's and system's time, fields 14 and 15 of a process's `stat`, in hundredths of a second.
 fn processor_seconds(process: u32) -> Option<f64> {
     let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The second field is a name in brackets, with whatever in it.
+    // The second field is a name in parentheses, with arbitrary characters.
     let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
     let hundredths = |field: usize| fields.get(field - 3)?.parse::<f64>().ok();
     Some((hundredths(14)? + hundredths(15)?) / 100.0)
@@ -135,7 +135,7 @@ fn soak_long_runs() {
     assert!(problems.is_empty(), "{problems:#?}");
 }
 
-/// One long run; says what was beyond its limit.
+/// One long run; returns the limits that it exceeded.
 fn soak(method: &Method, updates: u64) -> Vec<String> {
     let workshop = method.workshop();
     let interval = (updates / 20).max(1);

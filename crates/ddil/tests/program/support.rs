@@ -31,7 +31,7 @@ pub(crate) struct Workshop {
 }
 
 impl Workshop {
-    /// Three classes of eight pictures, 8x8 and grey, and configs for both verbs.
+    /// Three classes of eight grey 8x8 images, and configs for both verbs.
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("there is room for a temporary folder");
         let workshop = Self { folder };
@@ -41,7 +41,7 @@ impl Workshop {
         workshop
     }
 
-    /// The same with a teacher that knows the data's classes and a null class.
+    /// The same with a teacher that has the data's classes and a null class.
     pub(crate) fn with_teacher() -> Self {
         let workshop = Self::new();
         workshop.write_teacher("teacher", Some(3));
@@ -69,7 +69,7 @@ impl Workshop {
         command.env_remove("DDIL_DATA").env_remove("DDIL_CACHE").env_remove("RUST_LOG");
     }
 
-    /// The same, where no file may grow beyond so many blocks of 512 bytes (or twice that, as the shell has it).
+    /// The same, where no file can grow beyond this many blocks of 512 bytes (or twice that, depending on the shell).
     pub(crate) fn command_with_file_limit(&self, blocks: u32, arguments: &[&str]) -> Command {
         let script = format!("trap '' XFSZ; ulimit -f {blocks} && exec \"$0\" \"$@\"");
         let mut command = Command::new("sh");
@@ -96,7 +96,7 @@ impl Workshop {
         self.run(name)
     }
 
-    /// A copy of a run as it was right after one of its checkpoints, as far as a resume can tell.
+    /// A copy of a run in its state right after one of its checkpoints, as far as a resume depends on it.
     pub(crate) fn rewound(&self, run: &Path, name: &str, step: u64) -> PathBuf {
         let copy = self.run(name);
         copy_folder(run, &copy);
@@ -227,7 +227,7 @@ checkpoints = { keep_last = 100 }
 /// `<verb> <verb>.toml --set run.name=<name> --set ..`.
 pub(crate) fn arguments<'a>(verb: &'a str, name: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
     let config = if verb == "train" { "train.toml" } else { "distill.toml" };
-    // Names of tests' runs are few, and the command line wants them as one word.
+    // The names of tests' runs are few, and the command line needs each as one word.
     let name: &'static str = format!("run.name={name}").leak();
     let mut arguments = vec![verb, config, "--set", name];
     for setting in settings {
@@ -236,7 +236,7 @@ pub(crate) fn arguments<'a>(verb: &'a str, name: &'a str, settings: &[&'a str]) 
     arguments
 }
 
-/// What a test draws from: `DDIL_SEED`, or its own number; printed, as a test that fails shows what it printed.
+/// The seed of a test: `DDIL_SEED`, or a fixed number; printed, because a failing test shows its output.
 pub(crate) fn seed(own: u64) -> u64 {
     let given = std::env::var("DDIL_SEED").ok();
     let seed = given.map_or(own, |seed| seed.parse().expect("DDIL_SEED is a number"));
@@ -244,7 +244,7 @@ pub(crate) fn seed(own: u64) -> u64 {
     seed
 }
 
-/// How the program ended and what it said.
+/// The program's exit code and output.
 #[derive(Clone, Debug)]
 pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
@@ -268,7 +268,7 @@ impl Ended {
         self
     }
 
-    /// It refused in words, without a panic or a C++ backtrace, and these words are among them.
+    /// It was refused with a message, without a panic or a C++ backtrace, and the message contains these words.
     #[track_caller]
     pub(crate) fn refused(self, words: &[&str]) -> Self {
         assert!(self.code.is_some_and(|code| code != 0), "it did not refuse: {self:?}");
@@ -293,7 +293,7 @@ impl Running {
         self.child.as_ref().map_or(0, Child::id)
     }
 
-    /// Waits until something holds; false if the program ended before.
+    /// Waits until a condition holds; false if the program ended before.
     pub(crate) fn wait_until(&mut self, holds: impl Fn() -> bool) -> bool {
         let started = Instant::now();
         while !holds() {
@@ -345,7 +345,7 @@ impl Drop for Running {
     }
 }
 
-/// Pictures of stripes that differ from class to class, `<folder>/class0/00.png` and on.
+/// Images of stripes that differ from class to class, `<folder>/class0/00.png` and so on.
 pub(crate) fn write_pictures(folder: &Path, classes: u32, side: u32) {
     for class in 0..classes {
         let class_folder = folder.join(format!("class{class}"));
@@ -431,7 +431,7 @@ pub(crate) fn assert_same_end(left: &Path, right: &Path) {
     }
 }
 
-/// What a run comes to: the export, the last checkpoint, metrics and the last grid, without times of day.
+/// The result of a run: the export, the last checkpoint, metrics and the last grid, without times.
 fn end_of(run: &Path) -> BTreeMap<String, Vec<u8>> {
     assert_eq!(status(run)["state"], "completed", "{}", run.display());
     let last = checkpoints(run).into_values().next_back().expect("it was saved");
@@ -460,7 +460,7 @@ fn without_times(name: &str, bytes: Vec<u8>) -> Vec<u8> {
     let mut value: Value = serde_json::from_slice(&bytes).expect("the program wrote it");
     let fields = value.as_object_mut().expect("it is an object");
     fields.remove("seconds");
-    // Of the manifest, what is told of the files that have no times in them.
+    // From the manifest, the entries of the files that contain no times.
     fields.retain(|key, _| name != "manifest.json" || ["step", "kind"].contains(&key.as_str()));
     value.to_string().into_bytes()
 }

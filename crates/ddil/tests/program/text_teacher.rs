@@ -1,4 +1,4 @@
-//! A text-to-image model of a few thousand weights, pictures with captions, and a config to distil with.
+//! A text-to-image model of a few thousand weights, images with captions, and a config for its distillation.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,14 +16,14 @@ use serde_json::json;
 
 use crate::support::Workshop;
 
-/// Height and width of the teacher's pictures; two pixels a latent.
+/// Height and width of the teacher's images; two pixels per latent.
 pub(crate) const SIDE: u32 = 16;
 /// Tokens of a prompt, of which two are marks.
 pub(crate) const TOKENS: u32 = 8;
 /// Width of the hidden states of each text encoder.
 pub(crate) const WIDTHS: [u32; 2] = [8, 12];
 
-/// What the teacher is like.
+/// The properties of the teacher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     /// One text encoder.
@@ -182,7 +182,7 @@ fn write_text_encoder(folder: &Path, number: &str, class: ClipTextClass, width: 
         num_hidden_layers: 2,
         num_attention_heads: 2,
         max_position_embeddings: TOKENS,
-        // Large enough that prompts differ in what the U-Net is told.
+        // Large enough that prompts change the U-Net's output.
         initializer_range: 0.5,
         initializer_factor: 5.0,
         pad_token_id: None,
@@ -195,7 +195,7 @@ fn write_text_encoder(folder: &Path, number: &str, class: ClipTextClass, width: 
     encoder.save_to_folder(folder).expect("it is writable");
 }
 
-/// Letters, digits and a few words as CLIP's byte-pair encoding has them; returns the number of tokens.
+/// Letters, digits and a few words in CLIP's byte-pair encoding; returns the number of tokens.
 fn write_tokenizer(folder: &Path, padded_with_exclamation: bool) -> u32 {
     let merges = ["c a", "ca t</w>", "d o", "do g</w>", "r e", "re d</w>"];
     let singles = ('!'..='~').filter(|c| !c.is_ascii_uppercase()).map(String::from);
@@ -224,7 +224,7 @@ fn write_tokenizer(folder: &Path, padded_with_exclamation: bool) -> u32 {
     vocabulary.len() as u32
 }
 
-/// Six pictures of several sizes with one or two phrasings each, as `metadata.jsonl` has them.
+/// Six images of several sizes with one or two phrasings each, in the form of `metadata.jsonl`.
 pub(crate) fn write_captions(folder: &Path) {
     fs::create_dir_all(folder).expect("it is writable");
     let texts = [
@@ -246,7 +246,7 @@ pub(crate) fn write_captions(folder: &Path) {
     fs::write(folder.join("metadata.jsonl"), lines).expect("it is writable");
 }
 
-/// A picture in colours that differ from number to number.
+/// An image in colours that differ from number to number.
 pub(crate) fn write_colours(path: &Path, width: u32, height: u32, number: u32) {
     let value =
         |at: u32| (at % 3 * 70 + at / 3 % width * 9 + at / 3 / width * 5 + number * 31) as u8;

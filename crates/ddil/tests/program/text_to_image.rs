@@ -32,7 +32,7 @@ const RANGE: &str = "teacher.guidance={ kind = \"cfg_range\", min = 1.0, max = 4
 const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 2 }";
 const DMD2_ALONE: &str = "objective={ method = \"dmd2\", critic_ratio = 2, gan = false }";
 
-/// What is left of settings once empty ones are.
+/// The settings without the empty ones.
 fn set<'a>(settings: &[&'a str]) -> Vec<&'a str> {
     settings.iter().copied().filter(|setting| !setting.is_empty()).collect()
 }
@@ -152,7 +152,7 @@ fn every_checkpoint_leads_to_the_same_end() {
 }
 
 #[test]
-fn the_guided_label_is_that_of_two_answers() -> TestResult {
+fn the_guided_label_combines_two_outputs() -> TestResult {
     for family in FAMILIES {
         let workshop = workshop(family);
         let teacher = read(&workshop.path("teacher"))?;
@@ -183,20 +183,20 @@ fn the_guided_label_is_that_of_two_answers() -> TestResult {
     Ok(())
 }
 
-/// What a run says of its cache.
+/// The messages of a run about its cache.
 fn said(workshop: &Workshop, name: &str, settings: &[&str]) -> String {
     workshop.ddil(&arguments("distill", name, settings)).succeeded().stderr
 }
 
 #[test]
-fn a_cache_is_used_again_and_made_anew_for_other_data() -> TestResult {
+fn a_cache_is_reused_and_rebuilt_for_other_data() -> TestResult {
     let workshop = workshop(Family::StableDiffusion);
     let first = said(&workshop, "first", &[]);
-    assert!(first.contains("encodes 6 samples into cache"), "{first}");
+    assert!(first.contains("encoding 6 samples into cache"), "{first}");
     assert!(!first.contains("are smaller than"), "{first}");
     let before = snapshot(&workshop.path("cache"));
     let again = said(&workshop, "again", &[]);
-    assert!(again.contains("the encoded data are in cache"), "{again}");
+    assert!(again.contains("using the encoded data in cache"), "{again}");
     assert!(snapshot(&workshop.path("cache")) == before, "the cache was written to");
 
     // Another image, another caption, other encoders: each causes the cache to be rebuilt.
@@ -242,7 +242,7 @@ fn numbers(row: &Tensor) -> Result<Vec<i64>, tch::TchError> {
 }
 
 #[test]
-fn a_cache_holds_what_the_teachers_own_parts_say() -> TestResult {
+fn a_cache_contains_the_output_of_the_teachers_encoders() -> TestResult {
     let workshop = workshop(Family::StableDiffusionXl);
     workshop.complete("distill", "captions", &[]);
     let file = |name: &str| weights::read_all(workshop.path("cache").join(name));
@@ -266,7 +266,7 @@ fn a_cache_holds_what_the_teachers_own_parts_say() -> TestResult {
         assert!(told.eq(&own), "{rows:?} for {own:?}");
     }
 
-    // Every text once, behind what stands for no prompt.
+    // Every text once, after the empty prompt.
     let said: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
     let said = parts.encode(&said)?.conditioning;
     let n = texts.len() as i64 - 1;
@@ -298,7 +298,7 @@ fn without_a_setting_the_cache_is_the_users() -> TestResult {
 }
 
 #[test]
-fn long_prompts_are_cut_with_a_word_and_dry_runs_encode_nothing() -> TestResult {
+fn long_prompts_are_cut_with_a_warning_and_dry_runs_encode_nothing() -> TestResult {
     let workshop = workshop(Family::StableDiffusionXl);
     fs::write(workshop.path("prompts.txt"), "a cat\na red cat, 2 dogs\n")?;
     let mut dry = arguments("distill", "dry", &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
@@ -306,8 +306,9 @@ fn long_prompts_are_cut_with_a_word_and_dry_runs_encode_nothing() -> TestResult 
     let dry = workshop.ddil(&dry).succeeded();
     assert!(dry.stdout.contains("4 updates; nothing was written"), "{}", dry.stdout);
     assert!(!workshop.path("said").exists() && !workshop.path("runs").exists());
-    // Said again where the cache is used again.
-    for (name, words) in [("long", "encodes 2 samples"), ("again", "the encoded data are in said")]
+    // Reported again when the cache is reused.
+    for (name, words) in
+        [("long", "encoding 2 samples"), ("again", "using the encoded data in said")]
     {
         let ended = said(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
         for words in [words, "1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {
@@ -318,7 +319,7 @@ fn long_prompts_are_cut_with_a_word_and_dry_runs_encode_nothing() -> TestResult 
 }
 
 #[test]
-fn grids_show_the_prompts_asked_for() {
+fn grids_show_the_requested_prompts() {
     let workshop = workshop(Family::StableDiffusionXl);
     let of_data = workshop.complete("distill", "of_data", &[]);
     let same = ["output.prompts=[\"a cat\", \"a red cat\", \"a dog\", \"a red dog\"]"];
@@ -328,14 +329,14 @@ fn grids_show_the_prompts_asked_for() {
     let grid = |run: &Path| snapshot(&run.join("samples"));
     assert!(grid(&of_data) == grid(&named), "the data's first prompts are these");
     assert!(grid(&of_data) != grid(&other));
-    // An empty text is something to be told; what stands for no prompt here, zeros, is not it.
+    // An empty text is a prompt like any other; the empty prompt is zeros here, which is not the same.
     let empty = workshop.complete("distill", "empty", &["output.prompts=[\"\"]"]);
     let blank = workshop.complete("distill", "blank", &["output.prompts=[\" \"]"]);
     assert!(grid(&empty) == grid(&blank));
 }
 
 #[test]
-fn text_files_beside_pictures_are_captions_too() -> TestResult {
+fn text_files_next_to_images_are_captions_too() -> TestResult {
     let workshop = workshop(Family::StableDiffusion);
     fs::remove_file(workshop.path("captions/metadata.jsonl"))?;
     let words: &[&str] = &["00.png has no caption", "05.png has no caption", "metadata.jsonl"];
@@ -351,7 +352,7 @@ fn text_files_beside_pictures_are_captions_too() -> TestResult {
 }
 
 #[test]
-fn settings_that_do_not_go_together() {
+fn incompatible_settings() {
     let workshop = workshop(Family::StableDiffusion);
     let forward =
         "mixing.priors={ kind = \"constant\", priors = { forward = 0.5, student = 0.5 } }";
@@ -439,12 +440,12 @@ fn edit(file: &Path, name: &str, change: impl FnOnce(&Tensor) -> Option<Tensor>)
     if let Some(new) = change(&old) {
         tensors.insert(name.to_owned(), new);
     }
-    // What is written over lies in the mapped file.
+    // The overwritten bytes are in the mapped file.
     let copies: Vec<_> = tensors.into_iter().map(|(name, t)| (name, t.copy())).collect();
     Ok(weights::save(&copies, file, &BTreeMap::new())?)
 }
 
-/// Writes another text in place of one in `dataset.json`.
+/// Replaces a text in `dataset.json`.
 fn reword(folder: &Path, from: &str, to: &str) -> TestResult {
     let text = fs::read_to_string(folder.join("dataset.json"))?;
     assert!(text.contains(from), "{text}");
@@ -465,7 +466,7 @@ fn spoil(folder: &Path) -> TestResult {
     Ok(())
 }
 
-/// What is to be said of it.
+/// The expected message.
 const SPOILT: &[&str] = &[
     "0.13025",
     "teacher's is factor 0.18215",
@@ -537,7 +538,7 @@ fn encoded_data_may_be_of_half_precision_and_without_a_spread() -> TestResult {
 }
 
 #[test]
-fn a_stop_while_data_are_encoded_leaves_nothing() {
+fn a_stop_while_encoding_leaves_no_files() {
     let workshop = workshop(Family::StableDiffusion);
     let config = fs::read_to_string(workshop.path("distill.toml")).expect("it was written");
     let mut settings = ddil_files::settings::Settings::parse("distill.toml", config).expect("TOML");

@@ -20,7 +20,7 @@ use crate::text_teacher::{Family, unet, write_text_teacher};
 
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
-/// Samples into a folder of its own and gives the pixels of every picture.
+/// Samples into a separate folder and returns the pixels of every image.
 #[track_caller]
 fn sample(workshop: &Workshop, model: &str, folder: &str, more: &[&str]) -> Vec<Vec<u8>> {
     let mut arguments = vec!["sample", model, "--steps", "3", "--threads", "1"];
@@ -54,7 +54,7 @@ fn assert_alike(left: &[Vec<u8>], right: &[Vec<u8>]) {
 const PROMPTS: [&str; 4] = ["--prompt", "a cat", "--prompt", "a red dog"];
 
 #[test]
-fn pictures_follow_from_seed_prompt_and_number_alone() {
+fn images_depend_only_on_seed_prompt_and_number() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let with = |folder: &str, more: &[&str]| {
         let more: Vec<&str> = PROMPTS.iter().chain(more).copied().collect();
@@ -84,7 +84,7 @@ fn prompts_may_come_from_a_file_and_sides_from_the_command_line() -> TestResult 
     assert_eq!(from_file, sample(&workshop, "teacher", "b", &given));
     let wide = ["--height", "12", "--width", "20", "--prompt", "a cat"];
     assert_eq!(sample(&workshop, "teacher", "c", &wide)[0].len(), 3 * 12 * 20);
-    // Zeros stand for no prompt; an empty one is another thing to be told.
+    // The empty prompt is zeros; an empty text gives another conditioning.
     let negative = [&given[..], &["--negative-prompt", ""]].concat();
     assert_ne!(sample(&workshop, "teacher", "d", &negative), from_file);
     Ok(())
@@ -107,7 +107,7 @@ fn a_long_prompt_is_cut_and_the_rest_is_shown() {
 }
 
 #[test]
-fn what_a_model_cannot_be_asked_is_refused() -> TestResult {
+fn options_that_a_model_lacks_are_refused() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     workshop.write_teacher("classes", Some(3));
     fs::write(workshop.path("empty.txt"), "\n \n")?;
@@ -197,7 +197,7 @@ fn write_adapters(path: &Path, format: LoraFormat) -> UNet2DConditionModel {
 }
 
 #[test]
-fn adapters_act_by_their_scale_and_change_their_names() -> TestResult {
+fn adapters_are_scaled_and_renamed() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     write_adapters(&workshop.path("lora.safetensors"), LoraFormat::Diffusers);
     let plain = sample(&workshop, "teacher", "a", &["--prompt", "a cat"]);
@@ -263,7 +263,7 @@ fn export(workshop: &Workshop, out: &str, more: &[&str]) -> Ended {
 }
 
 #[test]
-fn a_model_goes_out_as_it_is() {
+fn a_model_is_exported_unchanged() {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
     let out = export(&workshop, "same", &[]).succeeded();
     assert!(out.stdout.contains("UNet2DConditionModel"), "{}", out.stdout);
@@ -282,7 +282,7 @@ fn a_model_goes_out_as_it_is() {
 }
 
 #[test]
-fn a_model_goes_out_in_half_precision_and_comes_back() -> TestResult {
+fn a_model_is_exported_in_half_precision_and_imported_again() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
     let half = ["--dtype", "float16", "--variant", "fp16", "--max-shard-size", "20KB"];
     export(&workshop, "half", &half).succeeded();
@@ -304,7 +304,7 @@ fn a_model_goes_out_in_half_precision_and_comes_back() -> TestResult {
     assert_eq!(exact, rounded(values(&workshop.path("teacher").join(UNET))));
     assert_eq!(sample(&workshop, "back", "a", &PROMPT).len(), 1);
 
-    // Not asked for another kind, it keeps its own.
+    // Without a requested kind, it keeps its own.
     workshop.ddil(&["export", "half", "kept"]).succeeded();
     for file in [UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
     {
@@ -315,7 +315,7 @@ fn a_model_goes_out_in_half_precision_and_comes_back() -> TestResult {
 }
 
 #[test]
-fn a_network_goes_out_in_one_file() -> TestResult {
+fn a_network_is_exported_as_one_file() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
     let one = ["--format", "single-file-unet", "--dtype", "bfloat16"];
     export(&workshop, "unet.safetensors", &one).succeeded();
@@ -325,7 +325,7 @@ fn a_network_goes_out_in_one_file() -> TestResult {
 }
 
 #[test]
-fn exports_that_cannot_be_are_refused() {
+fn invalid_exports_are_refused() {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
     let export = |out: &str, more: &[&str]| export(&workshop, out, more);
     export("same", &[]).succeeded();
@@ -349,7 +349,7 @@ fn half_of(value: f64) -> f32 {
 }
 
 #[test]
-fn a_run_gives_its_averaged_student() {
+fn a_run_exports_its_averaged_student() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let run = workshop.complete("distill", "run", &[]);
     workshop.ddil(&["export", "runs/run", "student"]).succeeded();
@@ -368,7 +368,7 @@ fn a_run_gives_its_averaged_student() {
     workshop.ddil(&["export", "young", "x"]).refused(&["young", "no checkpoint yet"]);
 }
 
-/// From the same noise, told the same, sizes included.
+/// From the same noise, with the same conditioning, including sizes.
 #[test]
 fn a_grid_shows_what_the_exported_student_draws() {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
@@ -382,7 +382,7 @@ fn a_grid_shows_what_the_exported_student_draws() {
 }
 
 #[test]
-fn a_student_of_another_size_says_so_and_is_drawn_at_it() {
+fn a_student_of_another_size_records_it_and_is_sampled_at_it() {
     let workshop = Workshop::of_text(Family::StableDiffusionXl);
     let smaller = "data.resolution=12";
     let run = workshop.complete("distill", "whole", &[smaller]);
@@ -399,7 +399,7 @@ fn a_student_of_another_size_says_so_and_is_drawn_at_it() {
 }
 
 #[test]
-fn an_adapter_leaves_its_run_under_either_names() {
+fn an_adapter_is_exported_under_either_naming() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     workshop.complete("distill", "thin", &["student.lora={ rank = 2, alpha = 2.0 }"]);
     workshop
@@ -414,7 +414,7 @@ fn an_adapter_leaves_its_run_under_either_names() {
 }
 
 #[test]
-fn an_import_lists_all_that_is_wrong_and_writes_nothing() -> TestResult {
+fn an_import_lists_all_problems_and_writes_nothing() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let teacher = workshop.path("teacher");
     let file = teacher.join(UNET);
@@ -470,7 +470,7 @@ fn a_network_alone_is_given_a_scheduler_or_other_parts() -> TestResult {
     assert_eq!(scheduler["beta_schedule"], "scaled_linear");
     workshop.ddil(&["sample", "usual", "--prompt", "a"]).refused(&["text_encoder", "vae"]);
 
-    // What is known of the teacher's own network does not hold for this one.
+    // The properties of the teacher's network do not apply to this one.
     fs::write(workshop.path("teacher/ddil.json"), "{}")?;
     workshop.ddil(&["import", "alone", "whole", "--parts-from", "teacher"]).succeeded();
     assert!(!workshop.path("whole/ddil.json").exists());
@@ -529,7 +529,7 @@ fn a_dry_run_plans_memory_before_it_looks_at_weights() -> TestResult {
     Ok(())
 }
 
-/// Stable Diffusion 1.5 from its settings: every weight counted, and no time to speak of.
+/// Stable Diffusion 1.5 from its settings: every weight is counted, in negligible time.
 #[test]
 fn stable_diffusion_is_planned_from_its_settings() -> TestResult {
     let workshop = Workshop::new();

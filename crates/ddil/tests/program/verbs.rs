@@ -121,7 +121,7 @@ fn from_data_to_a_student() -> TestResult {
 
 const BUFFER: &str = "mixing.student.policy={ kind = \"buffer\" }";
 
-/// What the lines of a run's metrics say under a name, where they say anything.
+/// The values of a name in the lines of a run's metrics.
 fn figures(run: &Path, name: &str) -> Result<Vec<f64>, Box<dyn std::error::Error>> {
     let mut found = Vec::new();
     for line in fs::read_to_string(run.join("metrics.jsonl"))?.lines() {
@@ -148,7 +148,7 @@ fn a_latent_consistency_model_carries_its_sampler() {
 }
 
 #[test]
-fn a_student_may_be_told_its_guidance() -> TestResult {
+fn a_student_can_take_the_guidance_weight() -> TestResult {
     let workshop = Workshop::with_teacher();
     let settings = [
         "objective={ method = \"lcm\", num_ddim_timesteps = 10 }",
@@ -169,7 +169,7 @@ fn a_student_may_be_told_its_guidance() -> TestResult {
         workshop.ddil(&arguments).succeeded();
         fs::read(workshop.path(name))
     };
-    // The middle of the range is what it is asked with unless somebody says otherwise.
+    // The default guidance is the middle of the range.
     let unsaid = sampled("unsaid.png", &[])?;
     assert!(unsaid == sampled("three.png", &["--guidance-scale", "3"])?);
     assert!(unsaid != sampled("four.png", &["--guidance-scale", "4"])?);
@@ -226,7 +226,7 @@ fn a_student_may_be_its_own_teacher_and_smaller_than_its_teacher() {
 }
 
 #[test]
-fn a_box_that_diffusers_does_not_know_stays_with_the_model() -> TestResult {
+fn thresholds_that_diffusers_lacks_stay_in_the_model_folder() -> TestResult {
     let workshop = Workshop::with_teacher();
     let settings = ["thresholding={ kind = \"clamp\", low = [-0.5], high = 0.25 }"];
     let student = workshop.complete("distill", "student", &settings);
@@ -280,7 +280,7 @@ fn a_model_without_classes_is_trained_and_distilled() -> TestResult {
 }
 
 #[test]
-fn a_teacher_whose_labels_were_never_dropped_cannot_be_guided() {
+fn a_teacher_without_a_null_class_cannot_be_guided() {
     let workshop = Workshop::new();
     let teacher = workshop.complete("train", "teacher", &["train.label_dropout=0.0"]);
     let path = format!("teacher.path={}", teacher.display());
@@ -316,7 +316,7 @@ fn samples_follow_from_the_seed() -> TestResult {
 }
 
 #[test]
-fn samples_that_cannot_be() {
+fn invalid_samples() {
     let workshop = Workshop::with_teacher();
     let refused = |more: &[&str], words: &[&str]| {
         let mut arguments = vec!["sample"];
@@ -354,11 +354,11 @@ fn a_file_is_replaced_only_where_that_is_asked_for() -> TestResult {
     let first = sample(&workshop, "a.png", &[]);
     let again =
         ["sample", "teacher", "-n", "6", "--steps", "3", "--seed", "1", "--output", "a.png"];
-    workshop.ddil(&again).refused(&["a.png exists", "--force"]);
+    workshop.ddil(&again).refused(&["a.png already exists", "--force"]);
     assert_eq!(fs::read(workshop.path("a.png"))?, first);
     workshop.ddil(&[&again[..], &["--force"]].concat()).succeeded();
     assert_ne!(fs::read(workshop.path("a.png"))?, first);
-    // Without a name every grid has a file of its own.
+    // Without a name every grid gets a new file.
     for name in ["samples.png", "samples-2.png", "samples-3.png"] {
         let said = workshop.ddil(&["sample", "teacher", "-n", "3", "--steps", "2"]).succeeded();
         assert!(said.stdout.contains(&format!(": {name}\n")), "{}", said.stdout);
@@ -392,7 +392,7 @@ fn parts_of_a_seeds_samples_are_those_of_the_whole() -> TestResult {
 }
 
 #[test]
-fn a_config_of_another_verb_is_told_by_its_verb() {
+fn a_config_for_another_verb_names_that_verb() {
     let workshop = Workshop::with_teacher();
     workshop.ddil(&["train", "distill.toml"]).refused(&[
         "a config for `ddil distill`",
@@ -478,7 +478,7 @@ fn inspected(workshop: &Workshop, path: &Path) -> Value {
 }
 
 #[test]
-fn inspect_tells_what_a_folder_is() -> TestResult {
+fn inspect_describes_a_folder() -> TestResult {
     let workshop = Workshop::with_teacher();
     let run = workshop.complete("distill", "run", &[]);
     let teacher = inspected(&workshop, &workshop.path("teacher"));
@@ -507,11 +507,11 @@ fn inspect_tells_what_a_folder_is() -> TestResult {
     Ok(())
 }
 
-/// What it measures is tested on the library: reading the whole of Fashion-MNIST takes its time.
+/// Its measurements are tested in the library, because reading all of Fashion-MNIST takes long.
 #[test]
 fn evaluate_refuses_before_it_measures() {
     let workshop = Workshop::with_teacher();
-    workshop.ddil(&["evaluate", "nowhere"]).refused(&["nowhere", "neither a model folder"]);
+    workshop.ddil(&["evaluate", "nowhere"]).refused(&["nowhere", "expected a model folder"]);
     workshop.ddil(&["evaluate", "teacher", "-n", "1"]).refused(&["--num-samples", "at least 2"]);
     if FashionMnist::from_folder(None).is_err() {
         workshop.ddil(&["evaluate", "teacher"]).refused(&["no Fashion-MNIST in", "make setup"]);

@@ -1,4 +1,4 @@
-//! Samples a Gaussian in four DDIM steps with `ddil-schedulers` alone.
+//! Samples a Gaussian in four DDIM steps, using only `ddil-schedulers`.
 
 use ddil_schedulers::tch::{Kind, Tensor, kind, manual_seed, no_grad_guard};
 use ddil_schedulers::{

@@ -1,4 +1,4 @@
-//! A training loop of one's own: a network and an optimizer of tch, states from `ddil-core`, the loss of progressive
+//! A custom training loop: a network and an optimizer of tch, states from `ddil-core`, the loss of progressive
 //! distillation from `ddil-losses`. No trainer.
 
 use ddil_core::tch::nn::{self, Module, OptimizerConfig};
