@@ -96,9 +96,9 @@ fn sampling(steps: &[i64]) -> Result<Curve> {
             (Ddim::new(Workload::schedule()?), Tensor::randn([4, 1, 32, 32], kind::FLOAT_CPU));
         Ok(point(n as f64, n.to_string(), move || {
             let _no_grad = tch::no_grad_guard();
-            let (network, told) = (passes.network(), passes.told());
+            let (network, conditioning) = (passes.network(), passes.conditioning());
             let noise = noise.shallow_clone();
-            let rollout = Rollout::new(network, &sampler, &timesteps).conditioning(told);
+            let rollout = Rollout::new(network, &sampler, &timesteps).conditioning(conditioning);
             drop(black_box(rollout.sample(noise)?));
             Ok(())
         }))

@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hogs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--processors", help="run everything on these alone, as taskset names them: 0,1 (default: all)")
+    parser.add_argument("--processors", help="run everything on these processors only, in taskset's notation: 0,1 (default: all)")
     parser.add_argument("--max-idle", type=float, default=1.02)
     parser.add_argument("--max-loaded", type=float, default=1.3)
     parser.add_argument("program", nargs="*", help="after --: another program")

@@ -48,9 +48,9 @@ impl Denoiser for Linear {
 }
 
 /// The logit is a multiple of the sample's mean.
-struct Judge(Tensor);
+struct MeanDiscriminator(Tensor);
 
-impl Discriminator for Judge {
+impl Discriminator for MeanDiscriminator {
     fn logits(&self, x_t: &Tensor, _: &Tensor, _: &Conditioning) -> ddil_core::Result<Tensor> {
         Ok(&self.0 * x_t.flatten(1, -1).mean_dim(1, false, Kind::Float))
     }
@@ -80,8 +80,9 @@ fn method(c: &mut Criterion, config: &ObjectiveConfig, phases: &[(&str, Phase)])
         let student = Linear::new(&schedule, 0.5, trains(Phase::Student));
         let [teacher, target] = [0.9, 0.6].map(|f| Linear::new(&schedule, f, false));
         let fake_score = Linear::new(&schedule, 0.7, trains(Phase::Critic));
-        let judge = Judge(Tensor::from(0.3_f32).set_requires_grad(trains(Phase::Critic)));
-        let critic = Critic::new(&fake_score).with_discriminator(&judge);
+        let discriminator =
+            MeanDiscriminator(Tensor::from(0.3_f32).set_requires_grad(trains(Phase::Critic)));
+        let critic = Critic::new(&fake_score).with_discriminator(&discriminator);
         let networks = Networks::new(&student, &teacher).with_target(&target).with_critic(critic);
         let request = LossRequest::new(0, phase, &states, networks, &streams)
             .with_student_x0(trains(Phase::Critic).then_some(&real.x0))

@@ -38,8 +38,8 @@ impl Batch {
     }
 
     fn pass(&self, network: &UNet2DConditionModel) -> ddil_models::Result<Tensor> {
-        let told = UNet2DConditionInputs::text(&self.states);
-        network.forward(&self.sample, &self.timesteps, told)
+        let inputs = UNet2DConditionInputs::text(&self.states);
+        network.forward(&self.sample, &self.timesteps, inputs)
     }
 }
 

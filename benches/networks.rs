@@ -11,7 +11,7 @@ use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
-use ddil_benches::training::{Arm, Method, Optimization, Passes, Way, Workload};
+use ddil_benches::training::{Method, Optimization, Passes, TrainingLoop, Variant, Workload};
 use ddil_libtorch::{GroupNorm, TensorList, channels_last, foreach_lerp_, group_norm};
 use ddil_models::Precision;
 use tch::{Device, Kind, Tensor, kind};
@@ -142,13 +142,13 @@ fn update(c: &mut Criterion) {
     let mut group = group(c, "update");
     for (precision_name, precision) in PRECISIONS {
         for method in Method::ALL {
-            let arm = Arm::new(Way::forward(method), &workload(8, precision));
-            let (mut arm, mut step) = (arm.expect("valid settings"), 0);
+            let training = TrainingLoop::new(Variant::forward(method), &workload(8, precision));
+            let (mut training, mut step) = (training.expect("valid settings"), 0);
             let turn = if method == Method::Dmd2 { 5 } else { 1 };
             group.bench_function(BenchmarkId::new(method.name(), precision_name), |b| {
                 b.iter(|| {
                     for _ in 0..turn {
-                        black_box(arm.update(step).expect("the batch fits"));
+                        black_box(training.update(step).expect("the batch fits"));
                         step += 1;
                     }
                 });

@@ -102,9 +102,9 @@ fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut asked = std::env::args().skip(1);
-    let threads = asked.next().ok_or("sampling_times THREADS [DEVICE]")?.parse()?;
-    let device = parse_device(asked.next().as_deref().unwrap_or("cpu"))?;
+    let mut arguments = std::env::args().skip(1);
+    let threads = arguments.next().ok_or("sampling_times THREADS [DEVICE]")?.parse()?;
+    let device = parse_device(arguments.next().as_deref().unwrap_or("cpu"))?;
     tch::set_num_threads(threads);
     ddil_libtorch::keep_freed_pages();
     let mut generator = Generator::new(device, 0)?;

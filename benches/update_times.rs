@@ -15,7 +15,7 @@ use std::time::Instant;
 use clap::{Args, Parser, Subcommand};
 use ddil_benches::process::{forget_peak, peak_kib, resident_kib, wait_for};
 use ddil_benches::training::{
-    Arm, Method, Optimization, Passes, Result, Role, Update, Way, Workload, precision,
+    Method, Optimization, Passes, Result, Role, TrainingLoop, Update, Variant, Workload, precision,
 };
 use ddil_core::{Conditioning, Data, States, Stream};
 use ddil_models::weights;
@@ -41,7 +41,7 @@ enum Case {
     /// Passes without gradients.
     Forward {
         #[command(flatten)]
-        asked: Asked,
+        options: NetworkOptions,
         /// Passes of a round.
         #[arg(long, default_value_t = 1)]
         repeats: u32,
@@ -50,7 +50,7 @@ enum Case {
     Update {
         method: Method,
         #[command(flatten)]
-        asked: Asked,
+        options: NetworkOptions,
     },
     /// Clipping, `AdamW` and moving average of 10 million parameters in 200 tensors.
     Optimizer {
@@ -62,7 +62,7 @@ enum Case {
     Record {
         method: Method,
         #[command(flatten)]
-        asked: Asked,
+        options: NetworkOptions,
         /// Where to.
         #[arg(long)]
         folder: PathBuf,
@@ -77,7 +77,7 @@ enum Case {
 
 /// The batch and precision of a network.
 #[derive(Debug, Args)]
-struct Asked {
+struct NetworkOptions {
     #[arg(long)]
     batch: i64,
     /// `float32`, or `bfloat16` by autocast.
@@ -85,7 +85,7 @@ struct Asked {
     precision: Precision,
 }
 
-impl Asked {
+impl NetworkOptions {
     fn workload(&self, device: Device) -> Workload {
         Workload { batch: self.batch, device, ..Workload::fashion_mnist(self.precision, 0) }
     }
@@ -93,25 +93,25 @@ impl Asked {
 
 /// Updates of a method: a whole cycle of DMD2, a single one of the others.
 struct Updates {
-    arm: Arm,
+    training: TrainingLoop,
     step: u64,
     turn: u64,
 }
 
 impl Updates {
     fn new(method: Method, workload: &Workload) -> Result<Self> {
-        let arm = Arm::new(Way::forward(method), workload)?;
+        let training = TrainingLoop::new(Variant::forward(method), workload)?;
         let turn = if method == Method::Dmd2 { 5 } else { 1 };
-        Ok(Self { arm, step: 0, turn })
+        Ok(Self { training, step: 0, turn })
     }
 
     fn round(&mut self) -> Result<f64> {
-        self.arm.begin_round();
+        self.training.begin_round();
         for _ in 0..self.turn {
-            self.arm.update(self.step)?;
+            self.training.update(self.step)?;
             self.step += 1;
         }
-        let wall = self.arm.rounds.last().map(|round| round.wall).unwrap_or_default();
+        let wall = self.training.rounds.last().map(|round| round.wall).unwrap_or_default();
         Ok(wall.as_secs_f64() / self.turn as f64)
     }
 }
@@ -134,18 +134,18 @@ fn mean_seconds(optimization: &mut Optimization, device: Device) -> Result<f64> 
 /// Initialised when this returns; each call is a round.
 fn prepared(case: Case, device: Device) -> Result<Box<dyn FnMut() -> Result<f64>>> {
     Ok(match case {
-        Case::Forward { asked, repeats } => {
-            let passes = Passes::new(&asked.workload(device))?;
+        Case::Forward { options, repeats } => {
+            let passes = Passes::new(&options.workload(device))?;
             Box::new(move || {
                 let started = Instant::now();
                 (0..repeats)
-                    .try_for_each(|_| passes.pass().map(|answer| drop(black_box(answer))))?;
+                    .try_for_each(|_| passes.pass().map(|respond| drop(black_box(respond))))?;
                 wait_for(device);
                 Ok(started.elapsed().as_secs_f64() / f64::from(repeats))
             })
         }
-        Case::Update { method, asked } => {
-            let mut updates = Updates::new(method, &asked.workload(device))?;
+        Case::Update { method, options } => {
+            let mut updates = Updates::new(method, &options.workload(device))?;
             Box::new(move || updates.round())
         }
         Case::Optimizer { clipped } => {
@@ -156,7 +156,7 @@ fn prepared(case: Case, device: Device) -> Result<Box<dyn FnMut() -> Result<f64>
     })
 }
 
-fn answer(line: &Value) -> Result<()> {
+fn respond(line: &Value) -> Result<()> {
     println!("{line}");
     Ok(std::io::stdout().flush()?)
 }
@@ -165,19 +165,19 @@ fn serve(case: Case, device: Device) -> Result<()> {
     let mut round = prepared(case, device)?;
     // Otherwise the peak would be that of loading.
     let forgotten = forget_peak();
-    answer(&json!({ "resident_kib": resident_kib() }))?;
+    respond(&json!({ "resident_kib": resident_kib() }))?;
     for line in std::io::stdin().lines() {
         line?;
         let seconds = round()?;
         let peak = forgotten.then(peak_kib).flatten();
-        answer(&json!({ "seconds": seconds, "peak_kib": peak }))?;
+        respond(&json!({ "seconds": seconds, "peak_kib": peak }))?;
     }
     Ok(())
 }
 
 /// A method that starts from a teacher's weights, and the record of its updates.
 struct Record<'a> {
-    arm: Arm,
+    training: TrainingLoop,
     folder: &'a Path,
     updates: Vec<Value>,
 }
@@ -186,14 +186,14 @@ impl Record<'_> {
     fn save(&self, moment: &str) -> Result<()> {
         let folder = self.folder.join(moment);
         std::fs::create_dir_all(&folder)?;
-        self.arm.save(&folder)
+        self.training.save(&folder)
     }
 
     fn update(&mut self, step: u64) -> Result<()> {
-        let Update { states, real, losses } = self.arm.update(step)?;
+        let Update { states, real, losses } = self.training.update(step)?;
         let path = self.folder.join(format!("update_{step}.safetensors"));
         weights::save(&tensors(&states, &real)?, path, &BTreeMap::new())?;
-        let seed = |stream| self.arm.streams().seed_of(step, stream);
+        let seed = |stream| self.training.streams().seed_of(step, stream);
         self.updates.push(json!({
             "losses": losses,
             "student_seed": seed(Stream::StudentLoss),
@@ -211,7 +211,7 @@ impl Record<'_> {
             ("critic", Role::Critic),
             ("discriminator", Role::Discriminator),
         ];
-        let tally = |role| self.arm.meters.of(role);
+        let tally = |role| self.training.meters.of(role);
         let count = |(name, role)| (name, json!([tally(role).passes, tally(role).backward]));
         roles.into_iter().map(count).map(|(name, count)| (name.to_owned(), count)).collect()
     }
@@ -219,8 +219,8 @@ impl Record<'_> {
 
 /// The inputs of an update.
 fn tensors(states: &States, real: &Data) -> Result<Vec<(String, Tensor)>> {
-    let labels = |told: &Conditioning| {
-        let labels = told.get(Conditioning::CLASS_LABELS).map(Tensor::shallow_clone);
+    let labels = |conditioning: &Conditioning| {
+        let labels = conditioning.get(Conditioning::CLASS_LABELS).map(Tensor::shallow_clone);
         labels.ok_or("samples have classes")
     };
     let named = [
@@ -234,8 +234,8 @@ fn tensors(states: &States, real: &Data) -> Result<Vec<(String, Tensor)>> {
 }
 
 fn record(method: Method, workload: &Workload, folder: &Path, updates: u64) -> Result<()> {
-    let arm = Arm::new(Way::forward(method), workload)?;
-    let mut record = Record { arm, folder, updates: Vec::new() };
+    let training = TrainingLoop::new(Variant::forward(method), workload)?;
+    let mut record = Record { training, folder, updates: Vec::new() };
     record.save("before")?;
     for step in 0..updates {
         record.update(step)?;
@@ -258,8 +258,8 @@ fn main() -> Result<()> {
     tch::manual_seed(0);
     ddil_libtorch::keep_freed_pages();
     match case {
-        Case::Record { method, asked, folder, weights, updates } => {
-            let workload = Workload { weights: Some(weights), ..asked.workload(device) };
+        Case::Record { method, options, folder, weights, updates } => {
+            let workload = Workload { weights: Some(weights), ..options.workload(device) };
             record(method, &workload, &folder, updates)
         }
         case => serve(case, device),

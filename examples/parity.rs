@@ -54,9 +54,9 @@ fn main() -> Result<(), Failure> {
     let jobs: Vec<Job> = serde_json::from_str(&std::fs::read_to_string(path)?)?;
     for job in &jobs {
         let inputs = weights::read_all(&job.inputs)?;
-        let answers =
-            answer(job, &inputs).map_err(|error| format!("{}: {error}", job.outputs.display()))?;
-        let named: Vec<(String, Tensor)> = answers
+        let outputs = outputs_of(job, &inputs)
+            .map_err(|error| format!("{}: {error}", job.outputs.display()))?;
+        let named: Vec<(String, Tensor)> = outputs
             .into_iter()
             .map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Float).contiguous()))
             .collect();
@@ -65,7 +65,7 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn answer(job: &Job, inputs: &Tensors) -> Result<Tensors, Failure> {
+fn outputs_of(job: &Job, inputs: &Tensors) -> Result<Tensors, Failure> {
     let kind = if job.bfloat16 { Kind::BFloat16 } else { Kind::Float };
     let placement = Placement { device: Device::Cpu, kind, channels_last: false };
     match &job.what {
@@ -91,7 +91,7 @@ fn named<const N: usize>(tensors: [(&str, Tensor); N]) -> Tensors {
 }
 
 /// The network's conditioning, from the inputs that are present.
-fn told(inputs: &Tensors, kind: Kind) -> Conditioning {
+fn conditioning(inputs: &Tensors, kind: Kind) -> Conditioning {
     let part = |name: &str| inputs.get(name).map(Tensor::shallow_clone);
     let embeds = |name: &str| part(name).map(|tensor| tensor.to_kind(kind));
     [Conditioning::ENCODER_HIDDEN_STATES, Conditioning::TEXT_EMBEDS]
@@ -107,7 +107,7 @@ fn told(inputs: &Tensors, kind: Kind) -> Conditioning {
 fn pass(model: &Model, inputs: &Tensors, kind: Kind) -> Result<Tensor, Failure> {
     let sample = part(inputs, "sample", kind)?;
     let timesteps = part(inputs, "timesteps", Kind::Int64)?;
-    Ok(model.forward(&sample, &timesteps, &told(inputs, kind))?)
+    Ok(model.forward(&sample, &timesteps, &conditioning(inputs, kind))?)
 }
 
 fn unet(
@@ -119,13 +119,13 @@ fn unet(
     let model = Model::from_folder(folder, placement, UnknownKeys::Refuse)?;
     model.parameters().set_trainable(gradients);
     let output = pass(&model, inputs, placement.kind)?;
-    let mut answers = named([("output", output.shallow_clone())]);
+    let mut outputs = named([("output", output.shallow_clone())]);
     if gradients {
         output.square().sum(Kind::Float).backward();
         let learned = model.parameters().learned().into_iter();
-        answers.extend(learned.map(|(name, tensor)| (format!("grad.{name}"), tensor.grad())));
+        outputs.extend(learned.map(|(name, tensor)| (format!("grad.{name}"), tensor.grad())));
     }
-    Ok(answers)
+    Ok(outputs)
 }
 
 fn autoencoder(folder: &Path, placement: Placement, inputs: &Tensors) -> Result<Tensors, Failure> {
@@ -141,13 +141,13 @@ fn text(folder: &Path, placement: Placement, inputs: &Tensors) -> Result<Tensors
     let _no_grad = tch::no_grad_guard();
     let output = model.forward(&part(inputs, "input_ids", Kind::Int64)?, None)?;
     let last_but_one = output.hidden_states.len().checked_sub(2).ok_or("a single layer")?;
-    let mut answers = named([
+    let mut outputs = named([
         ("last_hidden_state", output.last_hidden_state),
         ("last_but_one", output.hidden_states[last_but_one].shallow_clone()),
         ("pooled", output.pooled),
     ]);
-    answers.extend(output.text_embeds.map(|embeds| ("text_embeds".to_owned(), embeds)));
-    Ok(answers)
+    outputs.extend(output.text_embeds.map(|embeds| ("text_embeds".to_owned(), embeds)));
+    Ok(outputs)
 }
 
 fn lora(

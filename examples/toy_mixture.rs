@@ -259,7 +259,7 @@ impl<'a> Lab<'a> {
             let seed = self.streams.seed;
             let student = format!("seed {seed}, guidance {guidance_scale}, {name} states");
             let model = self.distil(start, &teacher, priors, &student)?;
-            self.judge(&self.denoiser(&model)?, &reference)
+            self.evaluate(&self.denoiser(&model)?, &reference)
         });
         let [forward, mix, student, teacher] = arms;
         Ok(Comparison {
@@ -322,7 +322,7 @@ impl<'a> Lab<'a> {
         Ok(Data::new(x0).with_conditioning(conditioning))
     }
 
-    fn judge(&self, student: &dyn Denoiser, reference: &Data) -> Result<Outcome> {
+    fn evaluate(&self, student: &dyn Denoiser, reference: &Data) -> Result<Outcome> {
         let samples = self.samples(student, &self.grid, 1)?;
         let data = self.data(0, Stream::Sample, NUM_SHIFT_SAMPLES)?;
         let sampler = Ddim::new(self.schedule.clone());

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of the tools: what they refuse, and that refusing leaves everything as it was. No network is used, nothing is timed."""
+"""Tests of the tools: their errors, and that an error leaves everything unchanged. No network is used, nothing is timed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class GetLibtorch(ToolTest):
 
     def test_refuses_a_folder_without_the_library(self) -> None:
         own = self.make_libtorch("2.13.0+cpu")
-        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own), "no libtorch_cpu.so")
+        self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=own), "has no libtorch_cpu.so")
 
     def test_refuses_what_is_no_libtorch(self) -> None:
         self.assert_refused(self.run_tool("setup/get_libtorch.py", LIBTORCH=str(self.folder)), "does not look like a libtorch")
@@ -136,7 +136,7 @@ class CheckLicences(ToolTest):
 
     def test_refuses_what_is_not(self) -> None:
         self.assert_refused(self.check(license="GPL-3.0-only"), "a 1.0.0: GPL-3.0-only", "deny.toml")
-        self.assert_refused(self.check(license=None), "a 1.0.0: says no licence")
+        self.assert_refused(self.check(license=None), "a 1.0.0: declares no licence")
         self.assert_refused(self.check(source="git+https://example.org/a"), "comes from git+https://example.org/a")
 
 
@@ -242,7 +242,7 @@ class BenchRegression(ToolTest):
             self.write_baseline(pairs)
             self.assert_refused(self.judge(), str(self.baseline))
         self.baseline.unlink()
-        self.assert_refused(self.judge(), "is no baseline")
+        self.assert_refused(self.judge(), "is not a valid baseline")
 
     def test_a_ratio_that_was_never_measured_is_no_pass(self) -> None:
         pair = {"id": "group/own", "over": "group/yardstick"}
@@ -341,7 +341,7 @@ class BenchPeers(unittest.TestCase):
 
     def test_a_program_that_ends_is_named(self) -> None:
         with rounds.Program(sys.executable, "-c", "raise SystemExit(3)") as program:
-            with self.assertRaisesRegex(SystemExit, "it ended with 3 before it answered: .* raise SystemExit"):
+            with self.assertRaisesRegex(SystemExit, "exit code 3 before a response: .* raise SystemExit"):
                 program.line()
 
     def test_programs_take_turns(self) -> None:

@@ -44,14 +44,14 @@ UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "MiB": 1024.0}
 
 @dataclass
 class Row:
-    """A row of a comparison: keys of the two sides' answers. For memory, the peak beyond what networks and optimizers
+    """A row of a comparison: keys of the two sides' results. For memory, the peak beyond what networks and optimizers
     hold before the first round."""
 
     work: str
     ours: str = "seconds"
     peer: str = "seconds"
     unit: str = "ms"
-    # Seconds per unit of an answer.
+    # Seconds per unit of a result.
     answered_in: float = 1.0
 
 
@@ -175,7 +175,7 @@ def answered(line):
 
 
 def measure(comparison, programs, options, folder):
-    """The answers of every side by name, and the line that each printed when it was ready."""
+    """The results of every side by name, and the line that each printed when it was ready."""
     threads, device = options.threads, options.device
     with contextlib.ExitStack() as stack:
         ours = rounds.Program(*our_command(comparison, programs, threads, device, folder), settings=settings(threads, None))
@@ -309,16 +309,16 @@ def machine(options):
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process; default one a core")
-    parser.add_argument("--device", default="cpu", help="`cpu`, `cuda` or `cuda:<index>`; memory is measured on the CPU alone")
+    parser.add_argument("--device", default="cpu", help="`cpu`, `cuda` or `cuda:<index>`; memory is measured on the CPU only")
     parser.add_argument("--rounds", type=int, help="of every comparison; the default is its own")
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds, nothing compiled: two minutes")
     parser.add_argument("--large", action="store_true", help="Stable Diffusion 1.5's network and loading it too: 12 GB, 4 GB of disk")
     parser.add_argument("--compile-updates", action="store_true", help="updates by torch.compile too: minutes more")
-    parser.add_argument("--processor", action="store_true", help="processor time of a round in place of the clock: for a machine with other work")
+    parser.add_argument("--processor", action="store_true", help="measure processor time instead of wall-clock time: for a machine with other work")
     parser.add_argument("--only", default="", help="rows with this in their names")
-    parser.add_argument("--no-check", action="store_true", help="do not see first that both sides do the same")
+    parser.add_argument("--no-check", action="store_true", help="skip the check that both sides do the same work")
     parser.add_argument("--json", type=pathlib.Path, help="writes all of it to this file")
-    parser.add_argument("--programs", type=pathlib.Path, help="folder of this project's programs, where there is no cargo")
+    parser.add_argument("--programs", type=pathlib.Path, help="folder of this project's programs, for machines without cargo")
     parser.add_argument("--profile", default="release", help="cargo's, of this project's programs")
     return parser.parse_args()
 
@@ -336,7 +336,7 @@ def save_large_network(folder):
 def main():
     options = parsed()
     if options.large and options.device != "cpu":
-        raise SystemExit("error: --large is for the CPU alone: network_times has no other device")
+        raise SystemExit("error: --large runs on the CPU only: network_times supports no other device")
     wanted = comparisons(options)
     if not wanted:
         raise SystemExit(f"error: no row has `{options.only}` in its name")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's and diffusers' side of bench_peers.py: initialises and answers each line of its input with a measurement.
+"""PyTorch's and diffusers' side of bench_peers.py: initialises and responds to each line of its input with a measurement.
 
     python benches/peers/peer.py --threads N forward|update|optimizer|sampling|network ..
     python benches/peers/peer.py --threads N replay FOLDER ..

@@ -32,7 +32,7 @@ def built(example, profile="release"):
 
 
 class Program:
-    """A program that answers each line of its input with a line."""
+    """A program that responds to each line of its input with a line."""
 
     def __init__(self, *command, settings=None):
         self.command = [str(part) for part in command]
@@ -45,7 +45,7 @@ class Program:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            raise SystemExit(f"error: it ended with {code} before it answered: {' '.join(self.command)}")
+            raise SystemExit(f"error: exit code {code} before a response: {' '.join(self.command)}")
         return line
 
     def round(self):

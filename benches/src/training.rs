@@ -1,17 +1,17 @@
 //! The loop of `ddil distill` between two lines of its log, on a small network of pixels and random data.
 
-mod arm;
 mod meter;
 mod optimization;
 mod passes;
-mod way;
+mod training_loop;
+mod variant;
 mod workload;
 
-pub use arm::{Arm, Round, Update};
 pub use meter::{Metered, Meters, Role, Tally};
 pub use optimization::Optimization;
 pub use passes::Passes;
-pub use way::{Method, Sources, Way};
+pub use training_loop::{Round, TrainingLoop, Update};
+pub use variant::{Method, Sources, Variant};
 pub use workload::{Workload, precision};
 
 /// Benchmarks only pass errors on.

@@ -12,7 +12,7 @@
 mod table;
 
 use clap::Parser;
-use ddil_benches::training::{Arm, Method, Result, Way, Workload, precision};
+use ddil_benches::training::{Method, Result, TrainingLoop, Variant, Workload, precision};
 use ddil_models::Precision;
 
 /// Times updates of the three methods.
@@ -24,7 +24,7 @@ struct Options {
     /// `float32` or `bfloat16`.
     #[arg(long, default_value = "float32", value_parser = precision)]
     precision: Precision,
-    /// Rounds of five updates of each way.
+    /// Rounds of five updates of each variant.
     #[arg(long, default_value_t = 6)]
     rounds: u64,
     /// Threads of libtorch; 0 is one a core.
@@ -54,36 +54,38 @@ fn main() -> Result<()> {
     };
     table::print_setting(&workload);
     let methods = if options.method.is_empty() { Method::ALL.to_vec() } else { options.method };
-    let measured: Result<Vec<Vec<Arm>>> =
+    let measured: Result<Vec<Vec<TrainingLoop>>> =
         methods.into_iter().map(|method| measure(method, &workload)).collect();
     table::print(&measured?, &workload);
     Ok(())
 }
 
 /// All variants of a method, alternating.
-fn measure(method: Method, workload: &Workload) -> Result<Vec<Arm>> {
-    let arms: Result<Vec<Arm>> =
-        Way::all(method).into_iter().map(|way| Arm::new(way, workload)).collect();
-    let mut arms = arms?;
-    for arm in &mut arms {
-        arm.fill(workload.filling)?;
+fn measure(method: Method, workload: &Workload) -> Result<Vec<TrainingLoop>> {
+    let loops: Result<Vec<TrainingLoop>> = Variant::all(method)
+        .into_iter()
+        .map(|variant| TrainingLoop::new(variant, workload))
+        .collect();
+    let mut loops = loops?;
+    for training in &mut loops {
+        training.fill(workload.filling)?;
     }
     // The first round is a warm-up and is dropped.
     for round in 0..=workload.rounds {
-        arms.iter_mut().for_each(Arm::begin_round);
+        loops.iter_mut().for_each(TrainingLoop::begin_round);
         let first = workload.filling + round * workload.updates;
         for step in first..first + workload.updates {
             // The first one rotates, so that none always follows the same.
-            let turn = step as usize % arms.len();
-            arms.rotate_left(turn);
-            for arm in &mut arms {
-                arm.update(step)?;
+            let turn = step as usize % loops.len();
+            loops.rotate_left(turn);
+            for training in &mut loops {
+                training.update(step)?;
             }
-            arms.rotate_right(turn);
+            loops.rotate_right(turn);
         }
         if round == 0 {
-            arms.iter_mut().for_each(Arm::forget_rounds);
+            loops.iter_mut().for_each(TrainingLoop::clear_rounds);
         }
     }
-    Ok(arms)
+    Ok(loops)
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ddil_benches::process::peak_kib;
-use ddil_benches::training::{Arm, Role, Round, Sources, Workload};
+use ddil_benches::training::{Role, Round, Sources, TrainingLoop, Workload};
 
 /// The conditions of the measurement, printed before it.
 pub(crate) fn print_setting(workload: &Workload) {
@@ -17,27 +17,27 @@ pub(crate) fn print_setting(workload: &Workload) {
 }
 
 /// Both tables, and the peak memory of the process.
-pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
+pub(crate) fn print(measured: &[Vec<TrainingLoop>], workload: &Workload) {
     println!(
         "| method | states | policy | ms | of base | of base, processor | student | teacher | target or critic \
          | discriminator | backward | student, rollouts | teacher, rollouts |"
     );
     println!("{}", "| --- ".repeat(13) + "|");
-    for arms in measured {
-        for arm in arms {
-            println!("{}", cost(arm, &arms[0], workload));
+    for loops in measured {
+        for training in loops {
+            println!("{}", cost(training, &loops[0], workload));
         }
     }
-    for arms in measured {
-        print_pool(arms, workload);
+    for loops in measured {
+        print_pool(loops, workload);
     }
     println!("\nMilliseconds of an update by part:\n");
     println!(
         "| method | states | policy | states | teacher | student | target or critic | backward | optimizer | rest |"
     );
     println!("{}", "| --- ".repeat(10) + "|");
-    for arm in measured.iter().flatten() {
-        println!("{}", parts(arm, workload));
+    for training in measured.iter().flatten() {
+        println!("{}", parts(training, workload));
     }
     if let Some(peak) = peak_kib() {
         println!("\npeak memory of the process, all ways in it: {peak} KiB");
@@ -46,21 +46,23 @@ pub(crate) fn print(measured: &[Vec<Arm>], workload: &Workload) {
 }
 
 /// The cost of filling a teacher's pool: the last variant compared with the same one with a full pool.
-fn print_pool(arms: &[Arm], workload: &Workload) {
-    let [base, .., filling] = arms else { return };
-    let alike = |arm: &&Arm| {
-        arm.way.sources == Sources::Mixture && arm.way.policy() == filling.way.policy()
+fn print_pool(loops: &[TrainingLoop], workload: &Workload) {
+    let [base, .., filling] = loops else { return };
+    let alike = |training: &&TrainingLoop| {
+        training.variant.sources == Sources::Mixture
+            && training.variant.policy() == filling.variant.policy()
     };
-    let Some(full) = arms.iter().find(alike).filter(|_| filling.way.sources == Sources::Filling)
+    let Some(full) =
+        loops.iter().find(alike).filter(|_| filling.variant.sources == Sources::Filling)
     else {
         return;
     };
-    let wall = |arm: &Arm| each(arm, |round| round.wall.as_secs_f64());
+    let wall = |training: &TrainingLoop| each(training, |round| round.wall.as_secs_f64());
     let extra: Vec<f64> = wall(filling).iter().zip(wall(full)).map(|(a, b)| a - b).collect();
     let share: Vec<f64> = extra.iter().zip(wall(base)).map(|(extra, base)| extra / base).collect();
     let updates = (filling.rounds.len() as u64 * workload.updates) as f64;
     let trajectories = filling.teacher_trajectories() / updates;
-    let (method, cost) = (base.way.method.name(), median(&share) / trajectories);
+    let (method, cost) = (base.variant.method.name(), median(&share) / trajectories);
     println!(
         "\n{method}: while the teacher's pool fills, {trajectories:.2} trajectories an update, which cost {cost:.3} \
          updates of the base each"
@@ -68,28 +70,29 @@ fn print_pool(arms: &[Arm], workload: &Workload) {
 }
 
 /// The first columns of a row: method, states, policy.
-fn name(arm: &Arm) -> String {
-    let way = &arm.way;
-    format!("| {} | {} | {} ", way.method.name(), way.states(), way.policy())
+fn name(training: &TrainingLoop) -> String {
+    let variant = &training.variant;
+    format!("| {} | {} | {} ", variant.method.name(), variant.states(), variant.policy())
 }
 
 /// The cost of an update: time, ratios, and passes per sample.
-fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
+fn cost(training: &TrainingLoop, base: &TrainingLoop, workload: &Workload) -> String {
     let milliseconds =
-        median(&each(arm, |round| milliseconds(round.wall))) / workload.updates as f64;
-    let wall = each(arm, |round| round.wall.as_secs_f64());
+        median(&each(training, |round| milliseconds(round.wall))) / workload.updates as f64;
+    let wall = each(training, |round| round.wall.as_secs_f64());
     let base_wall = each(base, |round| round.wall.as_secs_f64());
     let processor = |round: &Round| round.processor.map_or(f64::NAN, |time| time.as_secs_f64());
-    let processor = ratio(&each(arm, processor), &each(base, processor));
-    let samples = (arm.rounds.len() as u64 * workload.updates) as f64 * workload.batch as f64;
-    let all = |roles: &[Role]| roles.iter().map(|role| arm.meters.of(*role)).collect::<Vec<_>>();
+    let processor = ratio(&each(training, processor), &each(base, processor));
+    let samples = (training.rounds.len() as u64 * workload.updates) as f64 * workload.batch as f64;
+    let all =
+        |roles: &[Role]| roles.iter().map(|role| training.meters.of(*role)).collect::<Vec<_>>();
     let passes = |roles: &[Role]| {
         decimal(all(roles).iter().map(|tally| tally.passes).sum::<u64>() as f64 / samples)
     };
     let in_loss = [Role::Student, Role::Teacher, Role::Target, Role::Critic, Role::Discriminator];
     let backward = all(&in_loss).iter().map(|tally| tally.backward).sum::<u64>() as f64 / samples;
     [
-        name(arm),
+        name(training),
         format!("{milliseconds:.0} "),
         format!("{} ", ratio(&wall, &base_wall)),
         format!("{processor} "),
@@ -106,13 +109,13 @@ fn cost(arm: &Arm, base: &Arm, workload: &Workload) -> String {
 }
 
 /// The parts of an update's time, as means over all rounds.
-fn parts(arm: &Arm, workload: &Workload) -> String {
-    let updates = (arm.rounds.len() as u64 * workload.updates) as f64;
+fn parts(training: &TrainingLoop, workload: &Workload) -> String {
+    let updates = (training.rounds.len() as u64 * workload.updates) as f64;
     let mean = |part: fn(&Round) -> Duration| {
-        milliseconds(arm.rounds.iter().map(part).sum::<Duration>()) / updates
+        milliseconds(training.rounds.iter().map(part).sum::<Duration>()) / updates
     };
-    let asked = |roles: &[Role]| {
-        milliseconds(roles.iter().map(|role| arm.meters.of(*role).time).sum()) / updates
+    let evaluations = |roles: &[Role]| {
+        milliseconds(roles.iter().map(|role| training.meters.of(*role).time).sum()) / updates
     };
     let [wall, states, backward, optimizer] = [
         mean(|round| round.wall),
@@ -121,14 +124,14 @@ fn parts(arm: &Arm, workload: &Workload) -> String {
         mean(|round| round.optimizer),
     ];
     let [teacher, student, critic] = [
-        asked(&[Role::Teacher]),
-        asked(&[Role::Student]),
-        asked(&[Role::Target, Role::Critic, Role::Discriminator]),
+        evaluations(&[Role::Teacher]),
+        evaluations(&[Role::Student]),
+        evaluations(&[Role::Target, Role::Critic, Role::Discriminator]),
     ];
     let shown = [states, teacher, student, critic, backward, optimizer];
     let rest = wall - shown.iter().sum::<f64>();
     let cells = shown.iter().chain([&rest]).map(|part| format!("| {part:.1} "));
-    name(arm) + &cells.collect::<String>() + "|"
+    name(training) + &cells.collect::<String>() + "|"
 }
 
 /// Median and quartiles of the ratios per round.
@@ -141,8 +144,8 @@ fn ratio(these: &[f64], base: &[f64]) -> String {
     format!("{:.3} ({low:.3}-{high:.3})", median(&ratios))
 }
 
-fn each(arm: &Arm, figure: impl Fn(&Round) -> f64) -> Vec<f64> {
-    arm.rounds.iter().map(figure).collect()
+fn each(training: &TrainingLoop, figure: impl Fn(&Round) -> f64) -> Vec<f64> {
+    training.rounds.iter().map(figure).collect()
 }
 
 fn milliseconds(time: Duration) -> f64 {

@@ -130,10 +130,10 @@ impl Bench {
         let priors = cell.arm.priors()?;
         let distillation = Distillation::new(&self.lab, budget, self.thresholding.clone(), priors)?;
         let student = distillation.run(start)?;
-        self.judge(cell, budget, &student)
+        self.evaluate(cell, budget, &student)
     }
 
-    fn judge(&self, cell: Cell, budget: &Budget, student: &Student) -> Result<(Record, Points)> {
+    fn evaluate(&self, cell: Cell, budget: &Budget, student: &Student) -> Result<(Record, Points)> {
         let lab = &self.lab;
         let denoiser = deployed(budget, lab.denoiser(&student.model)?);
         let denoiser = Thresholded::new(denoiser, self.thresholding.clone())?;

@@ -21,12 +21,13 @@ fn guidance_is_its_formula() -> ddil_core::Result<()> {
         let inner = Gaussian::new(-0.3, 0.4, 0.5);
         let x_t = normal(0, shape);
         let timesteps = Tensor::from_slice(&[999_i64, 499, 20]);
-        let told = labels(3);
+        let conditioning = labels(3);
         let unsaid = Conditioning::class_labels(Tensor::zeros([3], (Kind::Int64, x_t.device())));
-        let cond = inner.predict(&x_t, &timesteps, &told)?;
+        let cond = inner.predict(&x_t, &timesteps, &conditioning)?;
         let uncond = inner.predict(&x_t, &timesteps, &unsaid)?;
         for scale in [0.0, 1.0, 3.0] {
-            let guided = Guided::new(&inner, scale, null())?.predict(&x_t, &timesteps, &told)?;
+            let guided =
+                Guided::new(&inner, scale, null())?.predict(&x_t, &timesteps, &conditioning)?;
             let x0 = &uncond.x0 + scale * (&cond.x0 - &uncond.x0);
             let epsilon = &uncond.epsilon + scale * (&cond.epsilon - &uncond.epsilon);
             assert!(max_abs_difference(&guided.x0, &x0) < 1e-5, "{shape:?} {scale}");
@@ -44,9 +45,10 @@ impl Denoiser for BySize {
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
-        told: &Conditioning,
+        conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        let sizes = told.get(Conditioning::TIME_IDS).expect("sizes are told").narrow(1, 0, 1);
+        let sizes =
+            conditioning.get(Conditioning::TIME_IDS).expect("sizes are told").narrow(1, 0, 1);
         Ok(Prediction::from_x0(&self.0, sizes.expand_as(x_t), x_t, timesteps)?)
     }
 
@@ -59,20 +61,20 @@ impl Denoiser for BySize {
 fn guidance_is_not_away_from_the_size() -> ddil_core::Result<()> {
     let inner = BySize(NoiseScheduleConfig::default().build()?);
     let sizes = Tensor::from_slice2(&[[512.0_f32, 0.0], [64.0, 0.0]]);
-    let told = |sizes: Option<Tensor>, n: i64| {
+    let conditioning = |sizes: Option<Tensor>, n: i64| {
         Conditioning::none()
             .with(Conditioning::TEXT_EMBEDS, Tensor::zeros([n, 1], kind::FLOAT_CPU))
             .with_some(Conditioning::TIME_IDS, sizes)
     };
     let (x_t, timesteps) = (normal(0, &[2, 3]), Tensor::from_slice(&[999_i64, 499]));
     let x0 = |null: Conditioning| -> ddil_core::Result<Tensor> {
-        let said = told(Some(sizes.shallow_clone()), 2);
+        let said = conditioning(Some(sizes.shallow_clone()), 2);
         Ok(Guided::new(&inner, 3.0, null)?.predict(&x_t, &timesteps, &said)?.x0)
     };
     let own = sizes.narrow(1, 0, 1).expand([2, 3], false);
-    assert!(max_abs_difference(&x0(told(None, 1))?, &own) < 1e-3);
+    assert!(max_abs_difference(&x0(conditioning(None, 1))?, &own) < 1e-3);
     // Explicit sizes are used like any other condition.
-    let other = told(Some(Tensor::zeros([1, 2], kind::FLOAT_CPU)), 1);
+    let other = conditioning(Some(Tensor::zeros([1, 2], kind::FLOAT_CPU)), 1);
     assert!(max_abs_difference(&x0(other)?, &(own * 3.0)) < 1e-3);
     Ok(())
 }
@@ -126,11 +128,11 @@ fn conditioning_of_other_kinds_cannot_be_joined() {
 
 /// The conditioning that an inner network received.
 #[derive(Default)]
-struct Told(std::cell::RefCell<Vec<Conditioning>>);
+struct Recorder(std::cell::RefCell<Vec<Conditioning>>);
 
-impl Told {
+impl Recorder {
     fn network<'a>(&'a self, inner: &'a Gaussian) -> impl Denoiser + 'a {
-        struct Listening<'a>(&'a Told, &'a Gaussian);
+        struct Listening<'a>(&'a Recorder, &'a Gaussian);
         impl Denoiser for Listening<'_> {
             fn predict(
                 &self,
@@ -157,10 +159,10 @@ fn guidance_by_weight_is_its_formula() -> ddil_core::Result<()> {
         let x_t = normal(0, shape);
         let timesteps = Tensor::from_slice(&[999_i64, 499, 20]);
         let weights = [-1.0, 0.0, 6.5];
-        let told = labels(3).with_guidance_weight(Tensor::from_slice(&weights));
-        let heard = Told::default();
+        let conditioning = labels(3).with_guidance_weight(Tensor::from_slice(&weights));
+        let heard = Recorder::default();
         let network = GuidedByWeight::new(heard.network(&inner), null())?;
-        let guided = network.predict(&x_t, &timesteps, &told)?;
+        let guided = network.predict(&x_t, &timesteps, &conditioning)?;
 
         let cond = inner.predict(&x_t, &timesteps, &labels(3))?;
         let zeros = Tensor::zeros([3], (Kind::Int64, x_t.device()));
@@ -180,8 +182,8 @@ fn guidance_by_weight_is_its_formula() -> ddil_core::Result<()> {
         let heard = heard.0.take();
         assert_eq!(heard.len(), 1);
         assert!(heard[0].get(Conditioning::GUIDANCE_WEIGHT).is_none());
-        let told = Tensor::from_slice(&[0_i64, 1, 2, 0, 0, 0]);
-        assert_eq!(heard[0].get(Conditioning::CLASS_LABELS), Some(&told));
+        let conditioning = Tensor::from_slice(&[0_i64, 1, 2, 0, 0, 0]);
+        assert_eq!(heard[0].get(Conditioning::CLASS_LABELS), Some(&conditioning));
     }
     Ok(())
 }
@@ -192,8 +194,9 @@ fn equal_weights_are_a_guidance_scale() -> ddil_core::Result<()> {
     let (x_t, timesteps) = (normal(0, &[3, 2, 4, 4]), Tensor::from_slice(&[999_i64, 499, 20]));
     for scale in [0.0, 2.0, 7.5] {
         let weight = Tensor::full([3], scale - 1.0, tch::kind::DOUBLE_CPU);
-        let told = labels(3).with_guidance_weight(weight);
-        let by_weight = GuidedByWeight::new(&inner, null())?.predict(&x_t, &timesteps, &told)?;
+        let conditioning = labels(3).with_guidance_weight(weight);
+        let by_weight =
+            GuidedByWeight::new(&inner, null())?.predict(&x_t, &timesteps, &conditioning)?;
         let guided = Guided::new(&inner, scale, null())?.predict(&x_t, &timesteps, &labels(3))?;
         assert_eq!(by_weight.x0, guided.x0);
         assert_eq!(by_weight.epsilon, guided.epsilon);
@@ -209,10 +212,11 @@ fn a_guidance_weight_is_required_once_per_sample() -> ddil_core::Result<()> {
     let unsaid = network.predict(&x_t, &timesteps, &labels(3));
     assert!(matches!(unsaid, Err(Error::ConditioningMissing { field: "guidance_weight", .. })));
     for shape in [&[2_i64][..], &[3, 1], &[]] {
-        let told = labels(3).with_guidance_weight(Tensor::ones(shape, tch::kind::FLOAT_CPU));
-        let answer = network.predict(&x_t, &timesteps, &told);
+        let conditioning =
+            labels(3).with_guidance_weight(Tensor::ones(shape, tch::kind::FLOAT_CPU));
+        let output = network.predict(&x_t, &timesteps, &conditioning);
         assert!(
-            matches!(answer, Err(Error::Conditioning { field, .. }) if field == "guidance_weight")
+            matches!(output, Err(Error::Conditioning { field, .. }) if field == "guidance_weight")
         );
     }
     assert_eq!(inner.num_evaluated.get(), 0);
@@ -258,17 +262,18 @@ fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> 
     let plain = Thresholded::new(&network, clamp.clone())?;
     let metered = Thresholded::new(&network, clamp)?.metered(meter.clone());
     let (x_t, timesteps) = (normal(0, &[4, 1, 2]), Tensor::from_slice(&[999_i64, 999, 499, 0]));
-    let ask = |network: &dyn Denoiser| network.predict(&x_t, &timesteps, &Conditioning::none());
+    let predict_with =
+        |network: &dyn Denoiser| network.predict(&x_t, &timesteps, &Conditioning::none());
 
     // The origin of the rows was not set.
-    assert_eq!(ask(&metered)?.x0, ask(&plain)?.x0);
+    assert_eq!(predict_with(&metered)?.x0, predict_with(&plain)?.x0);
     let expected = [(999, None, 0.5, 2), (499, None, 0.5, 1), (0, None, 1.0, 1)];
     assert_eq!(read(&meter)?, expected);
     assert!(read(&meter)?.is_empty());
 
     // Set once, it applies to every call with as many rows; calls add up.
     meter.rows_are(&[Source::Student, Source::Student, Source::Forward, Source::Noise]);
-    let _ = (ask(&metered)?, ask(&metered)?);
+    let _ = (predict_with(&metered)?, predict_with(&metered)?);
     let narrow = |t: &Tensor| t.narrow(0, 0, 2);
     meter.measure(&Thresholding::clamp_pixels(), &narrow(&x0), &narrow(&timesteps))?;
     let expected = [
@@ -281,7 +286,7 @@ fn clipped_values_are_counted_by_timestep_and_source() -> ddil_core::Result<()> 
 
     // Nothing is thresholded, so nothing is measured.
     let off = Thresholded::new(&network, Thresholding::None)?.metered(meter.clone());
-    assert_eq!(ask(&off)?.x0, x0);
+    assert_eq!(predict_with(&off)?.x0, x0);
     assert!(read(&meter)?.is_empty());
     let beyond =
         meter.measure(&Thresholding::clamp_pixels(), &x0, &Tensor::from_slice(&[9_i64; 3]));

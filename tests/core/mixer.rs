@@ -68,8 +68,8 @@ impl Run {
     /// A step with its loss: batch, then the student's estimates of it.
     fn step(&mut self, step: u64) -> ddil_core::Result<States> {
         let states = self.next(step)?;
-        let told = &states.conditioning;
-        let x0 = self.student.predict(&states.x_t, &states.timesteps, told)?.x0;
+        let label = &states.conditioning;
+        let x0 = self.student.predict(&states.x_t, &states.timesteps, label)?.x0;
         let x0 = self.thresholding[0].apply(&x0)?;
         self.mixer.feed_back(&self.clock(step), &states, &Feedback::new(&x0))?;
         Ok(states)
@@ -111,9 +111,9 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
             let noise = generator.normal(shape, Kind::Float)?;
             assert_eq!(states.x_t, schedule().add_noise(&x0, &noise, &timesteps)?);
             assert_eq!(states.timesteps, timesteps);
-            let [told, expected] =
+            let [label, expected] =
                 [&states.conditioning, &conditioning].map(|c| c.get(Conditioning::CLASS_LABELS));
-            assert_eq!(told, expected);
+            assert_eq!(label, expected);
             assert_eq!(states.sources, [Source::Forward; 3]);
         }
         assert_eq!((run.student.num_evaluated.get(), run.teacher.num_evaluated.get()), (0, 0));
@@ -635,8 +635,8 @@ fn a_source_is_added_by_name() -> ddil_core::Result<()> {
 #[test]
 fn refuses_batches_that_do_not_fit() -> ddil_core::Result<()> {
     let mut run = Run::new(mix(0.5, 0.5, 0.0), &[16, 2]);
-    let mut ask = |x0: Tensor, told: usize, prompts: Conditioning| {
-        let data = Data::new(x0).with_conditioning(labels(told));
+    let mut ask = |x0: Tensor, label: usize, prompts: Conditioning| {
+        let data = Data::new(x0).with_conditioning(labels(label));
         let batch = MixBatch::new(&data).with_prompts(&prompts);
         let networks = RolloutNetworks::new(&run.student, &run.teacher);
         run.mixer.next_states(&Clock::new(0, 1, run.streams), &batch, &networks)

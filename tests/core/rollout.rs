@@ -17,7 +17,7 @@ fn draws() -> Draws {
 }
 
 /// The whole trajectory of a denoiser by DDIM.
-fn walked(
+fn states_of(
     denoiser: &dyn Denoiser,
     timesteps: &Timesteps,
     noise: Tensor,
@@ -88,7 +88,7 @@ fn ddim_rollout_is_the_formula() -> ddil_core::Result<()> {
     let teacher = Gaussian::new(0.3, 0.1, 0.5);
     let noise = normal(2, &[3, 4]);
     let mut x_t = noise.copy();
-    let trajectory = walked(&teacher, &trailing(4), noise, &labels(3))?;
+    let trajectory = states_of(&teacher, &trailing(4), noise, &labels(3))?;
     for (i, (timestep, prev)) in trailing(4).pairs().enumerate() {
         assert!(max_abs_difference(&trajectory.states[i], &x_t) < 1e-5);
         let timesteps = Tensor::full([3], timestep, (Kind::Int64, Device::Cpu));
@@ -105,7 +105,7 @@ fn each_sample_stops_at_its_own_timestep() -> ddil_core::Result<()> {
     let student = Gaussian::new(0.3, 0.1, 0.5);
     for shape in [&[6, 4][..], &[6, 2, 3, 3]] {
         let noise = normal(3, shape);
-        let whole = walked(&student, &trailing(4), noise.copy(), &labels(6))?;
+        let whole = states_of(&student, &trailing(4), noise.copy(), &labels(6))?;
         student.num_evaluated.set(0);
         let indices = [2_usize, 0, 3, 1, 2, 3];
         let mut targets: Vec<i64> = indices.iter().map(|&i| trailing(4).as_slice()[i]).collect();
@@ -130,7 +130,7 @@ fn stops_between_its_timesteps() -> ddil_core::Result<()> {
     let stopped = stopped(&student, &noise, &labels(2), &[600, 100])?;
     for (row, list) in [(0, vec![999, 749, 600]), (1, vec![999, 749, 499, 249, 100])] {
         let grid = Timesteps::explicit(list, 1000)?;
-        let alone = walked(&student, &grid, noise.copy(), &labels(2))?;
+        let alone = states_of(&student, &grid, noise.copy(), &labels(2))?;
         let last = alone.states.last().expect("there are states").get(row);
         assert!(max_abs_difference(&stopped.get(row), &last) < 1e-5);
     }
@@ -148,11 +148,13 @@ fn refuses_mismatches() -> ddil_core::Result<()> {
     let mut one = [ddil_core::Generator::new(Device::Cpu, 0)?];
     let rollout = Rollout::new(&student, &lcm, &grid).conditioning(&two).generators(&mut one);
     assert!(matches!(rollout.sample(noise()), Err(Error::Argument(_))));
-    let told = walked(&student, &grid, noise(), &labels(3));
-    assert!(matches!(told, Err(Error::Conditioning { field, .. }) if field == "class_labels"));
-    let untold = walked(&student, &grid, noise(), &Conditioning::none());
+    let conditioning = states_of(&student, &grid, noise(), &labels(3));
+    assert!(
+        matches!(conditioning, Err(Error::Conditioning { field, .. }) if field == "class_labels")
+    );
+    let untold = states_of(&student, &grid, noise(), &Conditioning::none());
     assert!(matches!(untold, Err(Error::ConditioningMissing { .. })));
-    let scalar = walked(&student, &grid, Tensor::from(1.0), &labels(1));
+    let scalar = states_of(&student, &grid, Tensor::from(1.0), &labels(1));
     assert!(matches!(scalar, Err(Error::Argument(ArgumentError::Shape { .. }))));
     let beyond = stopped(&student, &noise(), &labels(2), &[1000, 3]);
     assert!(matches!(beyond, Err(Error::Invalid(_))));
@@ -250,8 +252,8 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
         MixedVariant::Conditional { threshold: 0.0 },
     ] {
         let states = pair.states(&noise, Some(variant));
-        for (walked, own) in states.iter().zip(&own.states[1..]) {
-            assert!(max_abs_difference(walked, own) < 1e-5, "{variant:?}");
+        for (states_of, own) in states.iter().zip(&own.states[1..]) {
+            assert!(max_abs_difference(states_of, own) < 1e-5, "{variant:?}");
         }
     }
     // And with the teacher as student, in steps of the teacher's grid.
@@ -268,7 +270,7 @@ fn teacher_as_student_is_the_teachers_trajectory() -> ddil_core::Result<()> {
 fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[5, 3]);
-    let own = walked(&pair.student, &pair.grid, noise.copy(), &labels(5))?;
+    let own = states_of(&pair.student, &pair.grid, noise.copy(), &labels(5))?;
     for variant in [
         None,
         Some(MixedVariant::Bernoulli { kappa: 0.0 }),
@@ -276,8 +278,8 @@ fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
         Some(MixedVariant::StudentThenTeacher { switch: 4 }),
         Some(MixedVariant::Conditional { threshold: 1e9 }),
     ] {
-        for (walked, own) in pair.states(&noise, variant).iter().zip(&own.states[1..]) {
-            assert!(max_abs_difference(walked, own) < 1e-5, "{variant:?}");
+        for (states_of, own) in pair.states(&noise, variant).iter().zip(&own.states[1..]) {
+            assert!(max_abs_difference(states_of, own) < 1e-5, "{variant:?}");
         }
     }
     Ok(())
@@ -287,11 +289,11 @@ fn student_alone_is_the_students_trajectory() -> ddil_core::Result<()> {
 fn student_and_teacher_switch_where_they_should() -> ddil_core::Result<()> {
     let pair = Pair::new();
     let noise = normal(4, &[2, 3]);
-    let student = walked(&pair.student, &pair.grid, noise.copy(), &labels(2))?;
+    let student = states_of(&pair.student, &pair.grid, noise.copy(), &labels(2))?;
     let switched = pair.states(&noise, Some(MixedVariant::StudentThenTeacher { switch: 1 }));
     assert!(max_abs_difference(&switched[0], &student.states[1]) < 1e-5);
     let rest = Timesteps::explicit(vec![749, 624, 499], 1000)?;
-    let on = walked(&pair.teacher, &rest, student.states[1].copy(), &labels(2))?;
+    let on = states_of(&pair.teacher, &rest, student.states[1].copy(), &labels(2))?;
     assert!(max_abs_difference(&switched[1], &on.states[2]) < 1e-5);
     Ok(())
 }
@@ -326,8 +328,8 @@ fn teacher_takes_over_where_it_disagrees() -> ddil_core::Result<()> {
     let mut pair = Pair::new();
     (pair.student, pair.teacher) = (Gaussian::new(0.0, 0.0, 0.5), Gaussian::new(0.0, 2.0, 0.5));
     let rollout = pair.rollout(Some(MixedVariant::Conditional { threshold: 0.5 }));
-    let told = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 0, 1]));
-    let visited = rollout.visit(&normal(5, &[4, 6]), &told, &[249; 4], &mut draws())?;
+    let conditioning = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1, 0, 1]));
+    let visited = rollout.visit(&normal(5, &[4, 6]), &conditioning, &[249; 4], &mut draws())?;
     for i in 0..visited.rows.len() {
         assert_eq!(visited.teacher_acted[i], visited.rows[i] % 2 == 1);
     }
@@ -381,7 +383,7 @@ fn an_error_during_a_rollout_is_returned() {
         }
     }
     let broken = Broken(schedule(), RefCell::default());
-    let failed = walked(&broken, &trailing(4), normal(0, &[1, 1]), &Conditioning::none());
+    let failed = states_of(&broken, &trailing(4), normal(0, &[1, 1]), &Conditioning::none());
     assert!(matches!(failed, Err(Error::Network { .. })));
     assert_eq!(*broken.1.borrow(), 1);
     let leaf = Tensor::from(1_f32).set_requires_grad(true);

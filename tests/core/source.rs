@@ -42,7 +42,7 @@ impl Bench {
     }
 
     /// Requests states with labels `first_label, first_label + 1, ..` as prompts.
-    fn ask(
+    fn states(
         &self,
         source: &mut dyn TrajectorySource,
         step: u64,
@@ -53,12 +53,12 @@ impl Bench {
         let n = grid_indices.len() as i64;
         let mut whole = vec![n];
         whole.extend(shape);
-        let told = |first: i64| {
+        let prompts = |first: i64| {
             let labels = Tensor::arange_start(first, first + n, (Kind::Int64, tch::Device::Cpu));
             Conditioning::class_labels(labels)
         };
         let data =
-            Data::new(Tensor::zeros(&whole, tch::kind::FLOAT_CPU)).with_conditioning(told(0));
+            Data::new(Tensor::zeros(&whole, tch::kind::FLOAT_CPU)).with_conditioning(prompts(0));
         let noise = normal(step, &whole);
         let request = SourceRequest::new(
             &Clock::new(step, 100, self.streams),
@@ -68,7 +68,7 @@ impl Bench {
             &*self.sampler,
             RolloutNetworks::new(&self.student, &self.teacher),
         );
-        let prompts = told(first_label);
+        let prompts = prompts(first_label);
         source.states(&request.with_prompts(&prompts).with_teacher_sampler(&self.ddim))
     }
 
@@ -128,13 +128,13 @@ fn every_policy_yields_the_students_distribution() -> ddil_core::Result<()> {
     ] {
         let bench = Bench::new();
         let mut source = bench.student(policy.clone());
-        let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
+        let states = bench.states(&mut source, 0, &cycle(900), &[4], 0)?;
         assert_eq!(states.grid_indices, cycle(900));
         assert!(states.sources.iter().all(|source| *source == Source::Student));
         if !matches!(policy, StudentPolicy::Buffer { .. }) {
             assert_law(&bench, &bench.student, &bench.grids.student, &states);
         }
-        let again = bench.ask(&mut source, 1, &cycle(900), &[4], 0)?;
+        let again = bench.states(&mut source, 1, &cycle(900), &[4], 0)?;
         assert_ne!(states.x_t, again.x_t);
     }
     Ok(())
@@ -145,26 +145,26 @@ fn policies_cost_what_they_say() -> ddil_core::Result<()> {
     let indices = [1, 2, 3, 3, 2, 1, 1, 3];
     let bench = Bench::new();
     let mut fresh = bench.student(StudentPolicy::Fresh);
-    let _ = bench.ask(&mut fresh, 0, &indices, &[2], 0)?;
+    let _ = bench.states(&mut fresh, 0, &indices, &[2], 0)?;
     assert_eq!(bench.student.num_evaluated.take(), indices.iter().sum::<usize>() as u64);
 
     // Three trajectories serve all eight.
     let mut shared = bench.student(StudentPolicy::FreshAll);
-    let states = bench.ask(&mut shared, 0, &indices, &[2], 100)?;
+    let states = bench.states(&mut shared, 0, &indices, &[2], 100)?;
     assert_eq!(bench.student.num_evaluated.take(), 9);
     assert_eq!(label_list(&states), [100, 100, 100, 103, 103, 103, 106, 106]);
 
     // All is rolled out while there is nothing, and nothing with a fraction of 0 once there is.
     let buffer = BufferConfig::default();
     let mut source = bench.student(StudentPolicy::Buffer { new_fraction: 0.0, buffer });
-    let _ = bench.ask(&mut source, 0, &indices, &[2], 0)?;
+    let _ = bench.states(&mut source, 0, &indices, &[2], 0)?;
     assert_eq!(bench.student.num_evaluated.take(), 3 * 8);
     assert_eq!(source.buffer().expect("it has one").len(), 3 * 8);
-    let states = bench.ask(&mut source, 1, &indices, &[2], 50)?;
+    let states = bench.states(&mut source, 1, &indices, &[2], 50)?;
     assert_eq!(bench.student.num_evaluated.take(), 0);
     assert!(states.created_at_step.iter().all(|birth| *birth == 0));
     // Beyond the age limit all is rolled out again.
-    let states = bench.ask(&mut source, 1001, &indices, &[2], 50)?;
+    let states = bench.states(&mut source, 1001, &indices, &[2], 50)?;
     assert_eq!(bench.student.num_evaluated.take(), 3 * 8);
     assert_eq!(label_list(&states), [50, 51, 52, 53, 54, 55, 56, 57]);
     Ok(())
@@ -176,13 +176,13 @@ fn shared_trajectories_are_trajectories() -> ddil_core::Result<()> {
     let mut bench = Bench::new();
     bench.student = Gaussian::new(0.0, 0.5, 0.4);
     let mut source = bench.student(StudentPolicy::FreshAll);
-    let states = bench.ask(&mut source, 0, &[1, 2, 3], &[5], 2)?;
+    let states = bench.states(&mut source, 0, &[1, 2, 3], &[5], 2)?;
     assert_eq!(label_list(&states), [2, 2, 2]);
-    let told = states.conditioning.index_select(&Tensor::from_slice(&[0_i64]))?;
+    let prompts = states.conditioning.index_select(&Tensor::from_slice(&[0_i64]))?;
     for index in 1..3_usize {
         let grid = Timesteps::explicit(bench.grids.student.as_slice()[index..].to_vec(), 1000)?;
         let now = states.x_t.narrow(0, index as i64 - 1, 1);
-        let rollout = Rollout::new(&bench.student, &bench.ddim, &grid).conditioning(&told);
+        let rollout = Rollout::new(&bench.student, &bench.ddim, &grid).conditioning(&prompts);
         let on = rollout.run(now)?;
         let next = states.x_t.narrow(0, index as i64, 1);
         assert!(max_abs_difference(&on.states[1], &next) < 1e-5);
@@ -203,7 +203,7 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
         StudentPolicy::Buffer { new_fraction: 0.25, buffer: BufferConfig::default() },
     ] {
         let mut source = bench.student(policy);
-        let states = bench.ask(&mut source, 0, &indices, &[8], 0)?;
+        let states = bench.states(&mut source, 0, &indices, &[8], 0)?;
         let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
         let noise = (&states.x_t - scales.alpha * 0.7) / scales.sigma;
         let n = noise.numel() as f64;
@@ -213,7 +213,7 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     // One call for each timestep of the rollout that is noisier: 2.44 a state on average.
     let mut fresh = bench.student(StudentPolicy::Fresh);
     bench.student.num_evaluated.set(0);
-    let _ = bench.ask(&mut fresh, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
+    let _ = bench.states(&mut fresh, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
     assert_eq!(bench.student.num_evaluated.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
 
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
@@ -245,7 +245,7 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
             config.rollout_steps = steps;
         });
         let mut source = StudentSource::new(config.clone(), &bench.grids)?;
-        let states = bench.ask(&mut source, 0, &indices, &[8], 3)?;
+        let states = bench.states(&mut source, 0, &indices, &[8], 3)?;
         assert_eq!(label_list(&states), (3..3 + 49 * 20).collect::<Vec<i64>>());
         let scales = bench.student.schedule.scales_at(&states.timesteps, &states.x_t)?;
         let means =
@@ -255,7 +255,7 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
         assert!(noise.mean(Kind::Double).double_value(&[]).abs() < 5e-3 + 4.0 / n.sqrt());
         assert!((noise.std(true).double_value(&[]) - 1.0).abs() < 5e-3 + 4.0 / (2.0 * n).sqrt());
         let mut again = StudentSource::new(config, &bench.grids)?;
-        assert_eq!(states.x_t, bench.ask(&mut again, 0, &indices, &[8], 3)?.x_t);
+        assert_eq!(states.x_t, bench.states(&mut again, 0, &indices, &[8], 3)?.x_t);
     }
     // At the last index a trajectory of n steps has n evaluations: 5 on average, each of 2 to 8 equally often.
     let config = |min, max| {
@@ -266,12 +266,12 @@ fn rollouts_may_differ_in_their_steps() -> ddil_core::Result<()> {
     };
     bench.student.num_evaluated.set(0);
     let mut source = StudentSource::new(config(2, 8), &bench.grids)?;
-    let _ = bench.ask(&mut source, 0, &[49; 700], &[1], 0)?;
+    let _ = bench.states(&mut source, 0, &[49; 700], &[1], 0)?;
     let mean = bench.student.num_evaluated.take() as f64 / 700.0;
     assert!((mean - 5.0).abs() < 4.0 * 2.0 / 700_f64.sqrt(), "{mean}");
     // With four steps only, it costs as much as the four-step grid.
     let mut source = StudentSource::new(config(4, 4), &bench.grids)?;
-    let _ = bench.ask(&mut source, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
+    let _ = bench.states(&mut source, 0, &(1..50).collect::<Vec<_>>(), &[8], 0)?;
     assert_eq!(bench.student.num_evaluated.take(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
     Ok(())
 }
@@ -286,7 +286,7 @@ fn rollouts_with_drawn_steps_stop_at_the_requested_state() -> ddil_core::Result<
         config.rollout_steps = Some(RolloutSteps { min: 1, max: 3 });
     });
     let mut source = StudentSource::new(config, &bench.grids)?;
-    let states = bench.ask(&mut source, 0, &cycle(60), &[2], 0)?;
+    let states = bench.states(&mut source, 0, &cycle(60), &[2], 0)?;
     assert_eq!(states.grid_indices, cycle(60));
     assert_eq!(label_list(&states), (0..60).collect::<Vec<i64>>());
     Ok(())
@@ -332,13 +332,13 @@ fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()>
             config.storage = StorageKind::F32;
         });
         let mut source = TeacherSource::new(config, &bench.grids)?;
-        let states = bench.ask(&mut source, 0, &cycle(900), &[4], 0)?;
+        let states = bench.states(&mut source, 0, &cycle(900), &[4], 0)?;
         assert!(states.sources.iter().all(|source| *source == Source::Teacher));
         assert_eq!(bench.student.num_evaluated.get(), 0);
         assert_law(&bench, &bench.teacher, &bench.grids.teacher, &states);
         for shape in SHAPES {
             let mut source = TeacherSource::new(TeacherConfig::default(), &bench.grids)?;
-            let states = bench.ask(&mut source, 0, &cycle(5), &shape[1..], 0)?;
+            let states = bench.states(&mut source, 0, &cycle(5), &shape[1..], 0)?;
             assert_eq!(states.x_t.size()[1..], shape[1..]);
         }
     }
@@ -356,7 +356,7 @@ fn pool_is_filled_once() -> ddil_core::Result<()> {
     let mut source = TeacherSource::new(config, &bench.grids)?;
     let mut made = std::collections::HashMap::new();
     for step in 0..4 {
-        let states = bench.ask(&mut source, step, &cycle(9), &[2], 100 * step as i64)?;
+        let states = bench.states(&mut source, step, &cycle(9), &[2], 100 * step as i64)?;
         for (i, label) in label_list(&states).into_iter().enumerate() {
             let value = states.x_t.double_value(&[i as i64, 0]);
             made.insert((label, states.grid_indices[i]), value);
@@ -366,7 +366,7 @@ fn pool_is_filled_once() -> ddil_core::Result<()> {
     assert_eq!((source.pooled(), bench.teacher.num_evaluated.take()), (10, 4 * 3 * 6));
     let mut seen = std::collections::HashSet::new();
     for step in 4..40 {
-        let states = bench.ask(&mut source, step, &cycle(9), &[2], -1)?;
+        let states = bench.states(&mut source, step, &cycle(9), &[2], -1)?;
         for (i, label) in label_list(&states).into_iter().enumerate() {
             let value = states.x_t.double_value(&[i as i64, 0]);
             assert_eq!(made.get(&(label, states.grid_indices[i])), Some(&value));
@@ -390,7 +390,7 @@ fn pool_may_keep_few_states_a_trajectory() -> ddil_core::Result<()> {
     let mut source = TeacherSource::new(config, &bench.grids)?;
     for step in 0..10 {
         let indices: Vec<usize> = (0..12).map(|_| 1 + (step as usize * 5) % 49).collect();
-        let states = bench.ask(&mut source, step, &indices, &[2], 0)?;
+        let states = bench.states(&mut source, step, &indices, &[2], 0)?;
         assert_eq!(states.grid_indices, indices);
     }
     assert_eq!(source.pooled(), 60);
@@ -426,7 +426,7 @@ fn renoised_states_are_the_teachers_ends_under_the_noise_of_the_request() -> ddi
         let mut source = TeacherSource::new(config, &bench.grids)?;
         let mut ends = Vec::new();
         for step in 0..steps {
-            let states = bench.ask(&mut source, step, &cycle(900), &[4], 0)?;
+            let states = bench.states(&mut source, step, &cycle(900), &[4], 0)?;
             assert_eq!(states.grid_indices, cycle(900));
             assert!(states.sources.iter().all(|source| *source == Source::Teacher));
             ends.push(cleaned(&bench, step, &states)?);
@@ -456,12 +456,12 @@ fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
         config.storage = StorageKind::F32;
     });
     let mut source = TeacherSource::new(config.clone(), &bench.grids)?;
-    bench.ask(&mut source, 0, &[49, 49, 49], &[2], 0)?;
+    bench.states(&mut source, 0, &[49, 49, 49], &[2], 0)?;
     assert_eq!((source.pooled(), bench.teacher.num_evaluated.take()), (3, 3 * 50));
     let mut seen = std::collections::HashMap::new();
     for step in 1..60 {
         let indices = vec![step as usize % 49 + 1; 4];
-        let states = bench.ask(&mut source, step, &indices, &[2], -1)?;
+        let states = bench.states(&mut source, step, &indices, &[2], -1)?;
         let ends = cleaned(&bench, step, &states)?;
         for (i, label) in label_list(&states).into_iter().enumerate() {
             let end = ends.double_value(&[i as i64, 0]);
@@ -476,7 +476,7 @@ fn a_renoised_trajectory_serves_every_timestep() -> ddil_core::Result<()> {
     let mut restored = TeacherSource::new(config, &bench.grids)?;
     restored.restore(&source.save()?)?;
     let [one, other] = [&mut source, &mut restored]
-        .map(|source| bench.ask(source, 60, &[1, 20, 49], &[2], 0).map(|states| states.x_t));
+        .map(|source| bench.states(source, 60, &[1, 20, 49], &[2], 0).map(|states| states.x_t));
     assert_eq!(one?, other?);
     Ok(())
 }
@@ -516,7 +516,7 @@ fn run_chain(
     steps
         .map(|step| {
             let first = step as i64 * 1000;
-            let states = bench.ask(source, step, &cycle(12), &[3], first)?;
+            let states = bench.states(source, step, &cycle(12), &[3], first)?;
             let batch = States::cat(&[states, noise(step)])?;
             show_loss(bench, source, step, &batch, teacher_next(&batch).as_ref())?;
             Ok(batch)
@@ -539,9 +539,9 @@ fn chains_are_rollouts() -> ddil_core::Result<()> {
                 continue;
             }
             let noise = normal(1000 + step as u64, &[4, 3]).narrow(0, place, 1);
-            let told = Conditioning::class_labels(Tensor::from_slice(&[label]));
+            let prompts = Conditioning::class_labels(Tensor::from_slice(&[label]));
             let own = Rollout::new(&bench.student, &bench.ddim, &bench.grids.student);
-            let own = own.conditioning(&told).run(noise)?;
+            let own = own.conditioning(&prompts).run(noise)?;
             let expected = own.states[batch.grid_indices[row]].get(0);
             assert!(max_abs_difference(&batch.x_t.get(row as i64), &expected) < 1e-4);
             compared += 1;
@@ -586,7 +586,7 @@ fn chains_return_the_newest_state() -> ddil_core::Result<()> {
     show_loss(&bench, &mut source, 1, &noise(1), None)?;
     bench.student.num_evaluated.set(0);
     // As many wait at an index as the first batch had: four of each step.
-    let num_evaluated = [[1; 3]; 3].map(|indices| bench.ask(&mut source, 2, &indices, &[3], 0));
+    let num_evaluated = [[1; 3]; 3].map(|indices| bench.states(&mut source, 2, &indices, &[3], 0));
     let created_at_step: Vec<u64> = num_evaluated
         .into_iter()
         .collect::<ddil_core::Result<Vec<_>>>()?
@@ -642,7 +642,7 @@ fn mixed_states_have_their_own_source() -> ddil_core::Result<()> {
         config.mixed = Some(MixedVariant::TeacherThenStudent { switch: 1 });
     });
     let mut source = StudentSource::new(config, &bench.grids)?;
-    let states = bench.ask(&mut source, 0, &cycle(9), &[2], 0)?;
+    let states = bench.states(&mut source, 0, &cycle(9), &[2], 0)?;
     assert!(states.sources.iter().all(|source| *source == Source::Mixed));
     assert!(bench.teacher.num_evaluated.get() > 0);
     Ok(())

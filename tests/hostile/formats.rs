@@ -15,7 +15,7 @@ use ddil_trainer::record::{Position, Record, read_lines};
 use ddil_trainer::run_folder::{RunFolder, State, Status};
 use serde_json::{Value, json};
 
-use crate::inputs::{Tree, golden_formats, repository, told};
+use crate::inputs::{Tree, golden_formats, message_of, repository};
 
 fn golden() -> PathBuf {
     repository().join("tests/golden/formats/v1")
@@ -135,29 +135,36 @@ fn other_versions_are_refused_with_a_message() {
             assert!(matches!(damage, Damage::Format { .. }), "{damage}");
             Some(format!("manifest.json: {damage}"))
         }),
-        ("run/status.json", "", |folder| Status::from_folder(&folder.join("run")).err().map(told)),
+        ("run/status.json", "", |folder| {
+            Status::from_folder(&folder.join("run")).err().map(message_of)
+        }),
         ("run/environment.json", "", |folder| {
-            RunEnvironment::from_folder(&folder.join("run")).err().map(told)
+            RunEnvironment::from_folder(&folder.join("run")).err().map(message_of)
         }),
         ("results.json", "/0", |folder| {
-            results::read(&folder.join("results.json")).err().map(told)
+            results::read(&folder.join("results.json")).err().map(message_of)
         }),
         ("cell.json", "", |folder| {
-            CellRecord::from_file(&folder.join("cell.json")).err().map(told)
+            CellRecord::read(&folder.join("cell.json")).err().map(message_of)
+        }),
+        ("cell.json", "", |folder| {
+            CellRecord::from_file(&folder.join("cell.json")).err().map(message_of)
         }),
         ("encoded/dataset.json", "", |folder| {
-            EncodedInfo::from_folder(&folder.join("encoded")).err().map(told)
+            EncodedInfo::from_folder(&folder.join("encoded")).err().map(message_of)
         }),
-        ("ddil.json", "", |folder| Card::from_file(&folder.join("ddil.json")).err().map(told)),
+        ("ddil.json", "", |folder| {
+            Card::from_file(&folder.join("ddil.json")).err().map(message_of)
+        }),
     ];
     for (file, pointer, read) in readers {
         for version in [0, 2, 4_000_000_000] {
-            let said = of_version(version, file, pointer, read);
+            let outcome = of_version(version, file, pointer, read);
             let name = file.rsplit('/').next().expect("a name");
             for word in [name, "version", &version.to_string()] {
-                assert!(said.contains(word), "`{word}` is not said of {file}: {said}");
+                assert!(outcome.contains(word), "`{word}` is not said of {file}: {outcome}");
             }
-            assert!(!said.contains("of_another_version"), "{said}");
+            assert!(!outcome.contains("of_another_version"), "{outcome}");
         }
     }
 }

@@ -14,6 +14,6 @@ mod runs;
 mod tree;
 
 pub(crate) use data::picture;
-pub(crate) use harness::told;
+pub(crate) use harness::message_of;
 pub(crate) use runs::golden_formats;
 pub(crate) use tree::{Tree, repository};

@@ -190,8 +190,10 @@ fn networks_learn_in_threads() {
         unet.parameters().set_trainable(true);
         let mut generator = Generator::new(Device::Cpu, seed).expect("there is a CPU");
         let x = generator.normal([2, channels, 8, 8], Kind::Float).expect("memory");
-        let told = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1]));
-        let output = unet.forward(&x, &Tensor::from_slice(&[7_i64, 900]), &told).expect("it fits");
+        let expected_prediction = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1]));
+        let output = unet
+            .forward(&x, &Tensor::from_slice(&[7_i64, 900]), &expected_prediction)
+            .expect("it fits");
         output.square().mean(Kind::Float).backward();
         let gradients = unet.parameters().learned().into_iter().map(|(_, tensor)| tensor.grad());
         let mut all = values(&output);
@@ -209,12 +211,12 @@ fn a_network_moves_to_another_thread() {
     };
     let channels = load().config().channels().map_or(1, |[inputs, _]| inputs.into());
     let x = || Tensor::ones([1, channels, 8, 8], kind::FLOAT_CPU);
-    let ask = |network: &Model| {
+    let evaluate = |network: &Model| {
         let answer = network.forward(&x(), &Tensor::from_slice(&[3_i64]), &Conditioning::none());
         values(&answer.expect("it fits"))
     };
     let network = load();
-    let here = ask(&network);
+    let here = evaluate(&network);
     let there = thread::spawn(move || {
         let folder = repository().join("tests/golden/models/unet_unconditional");
         let file =
@@ -222,7 +224,7 @@ fn a_network_moves_to_another_thread() {
         (network, file.expect("a golden"))
     });
     let (network, weights) = there.join().expect("no panic");
-    assert_eq!(ask(&network), here);
+    assert_eq!(evaluate(&network), here);
     assert!(weights.values().all(|tensor| tensor.numel() > 0));
 }
 
@@ -267,8 +269,9 @@ fn a_denoiser_in_a_mutex_is_used_by_one_thread_at_a_time() {
     for _ in 0..3 {
         let (teacher, x, times) = held.take().expect("it came back");
         let back = thread::spawn(move || {
-            let told = teacher.predict(&x, &times, &Conditioning::none()).expect("it fits");
-            (values(&told.x0), (teacher, x, times))
+            let expected_prediction =
+                teacher.predict(&x, &times, &Conditioning::none()).expect("it fits");
+            (values(&expected_prediction.x0), (teacher, x, times))
         });
         let (there, lent) = back.join().expect("no panic");
         assert_eq!(there, here);

@@ -26,9 +26,9 @@ fn with_leaves(of: &Leaves, settings: GroupNorm<'_>) -> ddil_libtorch::Result<Te
 
 /// Of those that require a gradient.
 fn gradients_of(y: &Tensor, leaves: &Leaves, upstream: &Tensor) -> Vec<Tensor> {
-    let asking: Vec<&Tensor> = leaves.iter().filter(|t| t.requires_grad()).collect();
+    let with_gradient: Vec<&Tensor> = leaves.iter().filter(|t| t.requires_grad()).collect();
     let product = y.to_kind(Kind::Double) * upstream;
-    Tensor::run_backward(&[product.sum(Kind::Double)], &asking, false, false)
+    Tensor::run_backward(&[product.sum(Kind::Double)], &with_gradient, false, false)
 }
 
 /// The formula's own, in doubles, by libtorch.

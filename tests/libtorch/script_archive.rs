@@ -11,7 +11,7 @@ fn saved() -> Vec<u8> {
 }
 
 /// The error for an archive; none if it is accepted.
-fn said(archive: &[u8]) -> Option<String> {
+fn refusal_of(archive: &[u8]) -> Option<String> {
     let file = tempfile::NamedTempFile::new().expect("there is room");
     std::fs::write(file.path(), archive).expect("there is room");
     match ensure_script_archive(file.path()) {
@@ -23,9 +23,9 @@ fn said(archive: &[u8]) -> Option<String> {
 
 #[track_caller]
 fn assert_refused(archive: &[u8], words: &[&str]) {
-    let said = said(archive).expect("it should be refused");
+    let refusal_of = refusal_of(archive).expect("it should be refused");
     for word in words {
-        assert!(said.contains(word), "`{word}` is not said in: {said}");
+        assert!(refusal_of.contains(word), "`{word}` is not said in: {refusal_of}");
     }
 }
 
@@ -116,18 +116,18 @@ fn of(record: Record) -> Vec<u8> {
 
 #[test]
 fn the_saved_export_is_used() {
-    assert_eq!(said(&saved()), None);
+    assert_eq!(refusal_of(&saved()), None);
     let text = vec![b'x'; 100_000];
     for record in [plain("a/data/0", &text), packed("a/code/b.py", &text)] {
-        assert_eq!(said(&of(record.clone())), None);
-        assert_eq!(said(&of(large(record))), None);
+        assert_eq!(refusal_of(&of(record.clone())), None);
+        assert_eq!(refusal_of(&of(large(record))), None);
     }
     // A comment of maximum length follows the end record.
     let mut commented = of(plain("a/data/0", &text));
     let len = commented.len();
     commented[len - 2..].copy_from_slice(&[0xff; 2]);
     commented.extend(vec![b'.'; 65535]);
-    assert_eq!(said(&commented), None);
+    assert_eq!(refusal_of(&commented), None);
 }
 
 /// Wherever it is cut, and whichever byte is another: refused or taken, in no time and without a panic.
@@ -135,16 +135,16 @@ fn the_saved_export_is_used() {
 fn every_cut_and_every_byte() {
     let pickle = b"\x80\x02X\x03\0\0\0abcq\0cmodule\nname\nq\x01.".as_slice();
     let whole = of(large(packed("a/data.pkl", pickle)));
-    assert_eq!(said(&whole), None);
+    assert_eq!(refusal_of(&whole), None);
     for len in 0..whole.len() {
-        let said = said(&whole[..len]).expect("the end is missing");
-        assert!(said.contains("its end is missing"), "{said}");
+        let refusal_of = refusal_of(&whole[..len]).expect("the end is missing");
+        assert!(refusal_of.contains("its end is missing"), "{refusal_of}");
     }
     for at in 0..whole.len() {
         for change in [1, 0x80] {
             let mut other = whole.clone();
             other[at] ^= change;
-            let _ = said(&other);
+            let _ = refusal_of(&other);
         }
     }
 }
@@ -152,20 +152,20 @@ fn every_cut_and_every_byte() {
 /// libtorch takes memory for each of these sizes before it looks whether there is so much.
 #[test]
 fn sizes_beyond_the_file_are_refused() {
-    let honest = plain("a/data/0", &[7; 100]);
+    let valid = plain("a/data/0", &[7; 100]);
     let cases: [(Record, &[&str]); 6] = [
-        (Record { bytes: 1 << 31, unpacked_bytes: 1 << 31, ..honest.clone() }, &["2147483648"]),
+        (Record { bytes: 1 << 31, unpacked_bytes: 1 << 31, ..valid.clone() }, &["2147483648"]),
         (
-            Record { bytes: 1 << 40, unpacked_bytes: 1 << 40, is_large: true, ..honest.clone() },
+            Record { bytes: 1 << 40, unpacked_bytes: 1 << 40, is_large: true, ..valid.clone() },
             &["1099511627776"],
         ),
         (
-            Record { bytes: u64::MAX, unpacked_bytes: u64::MAX, is_large: true, ..honest.clone() },
+            Record { bytes: u64::MAX, unpacked_bytes: u64::MAX, is_large: true, ..valid.clone() },
             &["18446744073709551615"],
         ),
-        (Record { unpacked_bytes: 1 << 31, ..honest.clone() }, &["2147483648", "not compressed"]),
-        (Record { header: Some(u64::MAX - 10), is_large: true, ..honest.clone() }, &["file ends"]),
-        (Record { header: Some(3), ..honest }, &["not at byte 3"]),
+        (Record { unpacked_bytes: 1 << 31, ..valid.clone() }, &["2147483648", "not compressed"]),
+        (Record { header: Some(u64::MAX - 10), is_large: true, ..valid.clone() }, &["file ends"]),
+        (Record { header: Some(3), ..valid }, &["not at byte 3"]),
     ];
     for (record, words) in cases {
         let words = [&["\"a/data/0\""], words].concat();
@@ -189,14 +189,14 @@ fn records_do_not_share_their_bytes() {
 
 #[test]
 fn compressed_data_have_a_limit() {
-    let honest = packed("a/code/b.py", &vec![b' '; 100_000]);
-    let bomb = Record { unpacked_bytes: (128 << 20) + 1, ..honest.clone() };
+    let valid = packed("a/code/b.py", &vec![b' '; 100_000]);
+    let bomb = Record { unpacked_bytes: (128 << 20) + 1, ..valid.clone() };
     assert_refused(&of(bomb), &["\"a/code/b.py\"", "134217728", "134217729"]);
     // Not because of a single record.
-    let half = Record { unpacked_bytes: 64 << 20, ..honest.clone() };
-    assert_eq!(said(&of(half.clone())), None);
-    assert_refused(&archive(&[half.clone(), half, honest.clone()]).0, &["134317728"]);
-    assert_refused(&of(Record { method: 12, ..honest }), &["\"a/code/b.py\"", "method 12"]);
+    let half = Record { unpacked_bytes: 64 << 20, ..valid.clone() };
+    assert_eq!(refusal_of(&of(half.clone())), None);
+    assert_refused(&archive(&[half.clone(), half, valid.clone()]).0, &["134317728"]);
+    assert_refused(&of(Record { method: 12, ..valid }), &["\"a/code/b.py\"", "method 12"]);
 }
 
 #[test]
@@ -240,12 +240,12 @@ fn the_end_that_libtorch_reads_is_the_one_that_is_checked() {
         let locator = [b"PK\x06\x07\0\0\0\0".as_slice(), &place, &[1, 0, 0, 0]];
         [&archive[..], &record.concat(), &locator.concat(), &end].concat()
     };
-    let honest = large_end(list_bytes, 1);
-    assert_eq!(said(&honest), None);
+    let valid = large_end(list_bytes, 1);
+    assert_eq!(refusal_of(&valid), None);
     assert_refused(&large_end(1 << 40, 1), &["1099511627776"]);
     assert_refused(&large_end(u64::MAX, 1), &["18446744073709551615"]);
     assert_refused(&large_end(list_bytes, 1 << 40), &["1099511627776 records"]);
-    let mut lost = honest;
+    let mut lost = valid;
     let at = lost.len() - 22 - 20 + 8;
     lost[at..at + 8].fill(0xff);
     assert_refused(&lost, &["zip64"]);
@@ -254,7 +254,7 @@ fn the_end_that_libtorch_reads_is_the_one_that_is_checked() {
 /// A text of 4 GiB in four bytes, and a value with the last of all numbers, for which the others would be made.
 #[test]
 fn pickles_claim_no_more_than_is_in_them() {
-    let honest = b"\x80\x02X\x03\0\0\0abcq\0cmodule\nname\nq\x01K\x07h\0h\x01.".as_slice();
+    let valid = b"\x80\x02X\x03\0\0\0abcq\0cmodule\nname\nq\x01K\x07h\0h\x01.".as_slice();
     let long = b"\x80\x02X\xff\xff\xff\x06abcq\0.".as_slice();
     let numbered = b"\x80\x02Nq\0Nr\xff\xff\xff\xff.".as_slice();
     let gap = b"\x80\x02Nq\0Nq\x02.".as_slice();
@@ -264,7 +264,7 @@ fn pickles_claim_no_more_than_is_in_them() {
     // The case of letters does not matter to libtorch.
     for name in ["a/data.pkl", "a/DATA.PKL", "a/code/b.py.debug_pkl"] {
         for record in [plain, packed] {
-            assert_eq!(said(&of(record(name, honest))), None);
+            assert_eq!(refusal_of(&of(record(name, valid))), None);
             let refused = |pickle, words: &[&str]| {
                 assert_refused(&of(record(name, pickle)), &[&[name], words].concat());
             };
@@ -277,8 +277,8 @@ fn pickles_claim_no_more_than_is_in_them() {
         }
     }
     // Only pickles are looked into.
-    assert_eq!(said(&of(plain("a/data/0", long))), None);
-    let damaged = Record { data: vec![0xff; 20], bytes: 20, ..packed("a/data.pkl", honest) };
+    assert_eq!(refusal_of(&of(plain("a/data/0", long))), None);
+    let damaged = Record { data: vec![0xff; 20], bytes: 20, ..packed("a/data.pkl", valid) };
     assert_refused(&of(damaged), &["a/data.pkl", "cannot be read"]);
 }
 

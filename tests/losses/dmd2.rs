@@ -27,7 +27,7 @@ fn no_gan() -> Dmd2Config {
 }
 
 /// Networks whose critic is the same in the gradient and in its own loss.
-fn cast<'a>(
+fn networks_of<'a>(
     student: &'a dyn Denoiser,
     teacher: &'a dyn Denoiser,
     fake_score: &'a dyn Denoiser,
@@ -36,7 +36,10 @@ fn cast<'a>(
     Networks::new(student, teacher).with_critic(critic)
 }
 
-fn judged<'a>(networks: Networks<'a>, discriminator: &'a dyn Discriminator) -> Networks<'a> {
+fn with_discriminator<'a>(
+    networks: Networks<'a>,
+    discriminator: &'a dyn Discriminator,
+) -> Networks<'a> {
     networks.with_critic(networks.critic.expect("there is one").with_discriminator(discriminator))
 }
 
@@ -63,24 +66,29 @@ fn first_draws(stream: Stream, low: i64, high: i64, shape: &[i64]) -> (Vec<i64>,
 
 /// The logit is `factor` times the sample's mean, plus its class label.
 #[derive(Debug)]
-struct Judge {
+struct FactorDiscriminator {
     factor: Tensor,
     /// Class labels of each call.
-    told: RefCell<Vec<Vec<f64>>>,
+    received: RefCell<Vec<Vec<f64>>>,
 }
 
-impl Judge {
+impl FactorDiscriminator {
     fn trainable(factor: f64) -> Self {
         let factor = Tensor::from(factor).set_requires_grad(true);
-        Self { factor, told: RefCell::default() }
+        Self { factor, received: RefCell::default() }
     }
 }
 
-impl Discriminator for Judge {
-    fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
+impl Discriminator for FactorDiscriminator {
+    fn logits(
+        &self,
+        x_t: &Tensor,
+        _: &Tensor,
+        received: &Conditioning,
+    ) -> ddil_core::Result<Tensor> {
         let mut logits = &self.factor * x_t.flatten(1, -1).mean_dim(1, false, x_t.kind());
-        if let Some(labels) = told.get(Conditioning::CLASS_LABELS) {
-            self.told.borrow_mut().push(values(labels));
+        if let Some(labels) = received.get(Conditioning::CLASS_LABELS) {
+            self.received.borrow_mut().push(values(labels));
             logits += labels;
         }
         Ok(logits)
@@ -167,7 +175,8 @@ fn is_closed_form(
     let fake = Gaussian { schedule: schedule.clone(), mean: -0.4, std: 0.3 };
     let x = [0.4, -1.3, 0.9, 2.0, -0.2, 0.1, 1.1, -0.6];
     let batch = states(Tensor::from_slice(&x).view([4, 2]), &trailing(4), &[0, 1, 2, 3]);
-    let terms = loss(&dmd2, &request(Phase::Student, &batch, cast(&student, teacher, &fake)));
+    let terms =
+        loss(&dmd2, &request(Phase::Student, &batch, networks_of(&student, teacher, &fake)));
     terms.per_sample.sum(Kind::Double).backward();
 
     let (timesteps, noise) = first_draws(Stream::StudentLoss, 20, 980, &[4, 2]);
@@ -236,7 +245,8 @@ fn the_critics_loss_is_the_error_that_its_weighting_names() {
             no_gan().with(|config| config.critic_weighting = Some(Weighting::of(output))),
         );
         let silent = Silent(schedule.clone());
-        let terms = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
+        let terms =
+            loss(&dmd2, &request(Phase::Critic, &batch, networks_of(&student, &silent, &fake)));
         assert!(gap(&(&terms.per_sample / expected), &x0.ones_like().select(1, 0)) < 1e-9);
         assert_eq!(part(&terms, "fake_score"), values(&terms.per_sample));
         assert_eq!(gap(&terms.target, &x0), 0.0);
@@ -272,11 +282,11 @@ fn a_discriminator_adds_its_terms_with_their_factors() {
         config.critic_gan_weight = 0.125;
     });
     let (with, without) = (method(&schedule, config), method(&schedule, no_gan()));
-    let judge = Judge::trainable(0.7);
+    let discriminator = FactorDiscriminator::trainable(0.7);
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.8) };
     let teacher = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
     let fake = Gaussian { schedule, mean: -0.4, std: 0.3 };
-    let networks = judged(cast(&student, &teacher, &fake), &judge);
+    let networks = with_discriminator(networks_of(&student, &teacher, &fake), &discriminator);
     let mut batch = states(Tensor::randn([3, 5], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
     batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[1_i64, 2, 3]));
     let real = Data::new(Tensor::randn([3, 5], kind::DOUBLE_CPU))
@@ -304,7 +314,7 @@ fn a_discriminator_adds_its_terms_with_their_factors() {
     }
     // The student's samples are classified with the states' labels, dataset samples with their own.
     let made = vec![1.0, 2.0, 3.0];
-    assert_eq!(*judge.told.borrow(), [made.clone(), made, vec![4.0, 5.0, 6.0]]);
+    assert_eq!(*discriminator.received.borrow(), [made.clone(), made, vec![4.0, 5.0, 6.0]]);
 }
 
 /// Noise aside, a logit of `k alpha mean(x0)`: values and derivatives by hand.
@@ -316,13 +326,13 @@ fn adversarial_terms_are_closed_forms() {
         config.gan_weight = 1.0;
     });
     let dmd2 = method(&schedule, config);
-    let judge = Judge::trainable(0.7);
+    let discriminator = FactorDiscriminator::trainable(0.7);
     let student = Linear::trainable(schedule.clone(), 0.8);
     let network = Gaussian { schedule: schedule.clone(), mean: 0.2, std: 0.7 };
     let x_t = Tensor::randn([2, 3], kind::DOUBLE_CPU);
     let means = values(&x_t.mean_dim(1, false, Kind::Double));
     let batch = states(x_t, &trailing(4), &[1, 2]);
-    let networks = judged(cast(&student, &network, &network), &judge);
+    let networks = with_discriminator(networks_of(&student, &network, &network), &discriminator);
     let terms = loss(&dmd2, &request(Phase::Student, &batch, networks));
     terms.per_sample.sum(Kind::Double).backward();
 
@@ -335,7 +345,7 @@ fn adversarial_terms_are_closed_forms() {
     let timesteps = generator.randint(0, 1000, [2]).expect("a valid request");
     let noise = generator.normal([2, 3], Kind::Double).expect("a valid request");
     let noise = values(&noise.mean_dim(1, false, Kind::Double));
-    let (mut by_factor, mut by_judge) = (0.0, 0.0);
+    let (mut by_factor, mut by_discriminator) = (0.0, 0.0);
     for i in 0..2 {
         let t = timesteps.int64_value(&[i as i64]);
         let scale = schedule.scale_at(t).expect("on the grid");
@@ -344,11 +354,11 @@ fn adversarial_terms_are_closed_forms() {
         assert!((values(&terms.per_sample)[i] - expected).abs() < 1e-12);
         let by_logit = -1.0 / (1.0 + (0.7 * mean).exp());
         by_factor += by_logit * 0.7 * scale.alpha * means[i];
-        by_judge += by_logit * mean;
+        by_discriminator += by_logit * mean;
     }
     assert!((student.factor.grad().double_value(&[]) - by_factor).abs() < 1e-12);
     // Keeping this one out is for the caller to do.
-    assert!((judge.factor.grad().double_value(&[]) - by_judge).abs() < 1e-12);
+    assert!((discriminator.factor.grad().double_value(&[]) - by_discriminator).abs() < 1e-12);
 }
 
 #[test]
@@ -360,12 +370,13 @@ fn each_phase_gives_gradients_to_the_networks_it_trains() {
     for phase in [Phase::Student, Phase::Critic] {
         let [student, teacher, fake_score, thresholded] =
             [0.5, 0.9, 0.7, 0.6].map(|factor| Linear::trainable(schedule.clone(), factor));
-        let judge = Judge::trainable(0.3);
-        let frozen = Judge { factor: Tensor::from(0.3), told: RefCell::default() };
+        let trained = FactorDiscriminator::trainable(0.3);
+        let frozen =
+            FactorDiscriminator { factor: Tensor::from(0.3), received: RefCell::default() };
         let discriminator: &dyn Discriminator = match phase {
             // As the documentation requires of the caller.
             Phase::Student => &frozen,
-            Phase::Critic => &judge,
+            Phase::Critic => &trained,
         };
         let critic = Critic::new(&fake_score)
             .with_thresholded(&thresholded)
@@ -381,7 +392,7 @@ fn each_phase_gives_gradients_to_the_networks_it_trains() {
             &teacher.factor,
             &fake_score.factor,
             &thresholded.factor,
-            &judge.factor,
+            &discriminator.factor,
         ]
         .map(|factor| factor.grad().defined() && factor.grad().double_value(&[]) != 0.0);
         let expected = match phase {
@@ -401,11 +412,12 @@ fn the_critic_takes_the_samples_that_there_are() {
     let fake = Linear::trainable(schedule.clone(), 0.7);
     let silent = Silent(schedule);
     let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &trailing(4), &[0, 1, 3]);
-    let alone = loss(&dmd2, &request(Phase::Critic, &batch, cast(&student, &silent, &fake)));
+    let alone = loss(&dmd2, &request(Phase::Critic, &batch, networks_of(&student, &silent, &fake)));
     assert!(!alone.student_x0.requires_grad());
 
-    let earlier = loss(&dmd2, &request(Phase::Student, &batch, cast(&student, &fake, &fake)));
-    let kept = request(Phase::Critic, &batch, cast(&silent, &silent, &fake))
+    let earlier =
+        loss(&dmd2, &request(Phase::Student, &batch, networks_of(&student, &fake, &fake)));
+    let kept = request(Phase::Critic, &batch, networks_of(&silent, &silent, &fake))
         .with_student_x0(&earlier.student_x0);
     let after = loss(&dmd2, &kept);
     assert_eq!(gap(&after.per_sample, &alone.per_sample), 0.0);
@@ -457,7 +469,7 @@ fn draws_differ_by_step_and_phase_and_by_nothing_else() {
     let batch = states(Tensor::randn([16, 1], kind::DOUBLE_CPU), &trailing(4), &[1; 16]);
     let drawn = |step, phase, dmd2: &Dmd2| {
         let recorder = Recorder::new(schedule.clone());
-        let networks = cast(&student, &recorder, &recorder);
+        let networks = networks_of(&student, &recorder, &recorder);
         loss(dmd2, &LossRequest::new(step, phase, &batch, networks, &STREAMS));
         let calls = recorder.calls.borrow();
         calls[0].0.clone()
@@ -482,8 +494,8 @@ fn the_loss_of_a_sample_depends_on_no_other() {
     let student = Linear { schedule: schedule.clone(), factor: Tensor::from(0.6) };
     let teacher = TwoPoints { schedule: schedule.clone(), at: 0.8 };
     let fake = Gaussian { schedule, mean: 0.1, std: 0.5 };
-    let judge = Judge::trainable(0.4);
-    let networks = judged(cast(&student, &teacher, &fake), &judge);
+    let discriminator = FactorDiscriminator::trainable(0.4);
+    let networks = with_discriminator(networks_of(&student, &teacher, &fake), &discriminator);
     let mut neighbours =
         [Tensor::zeros([1, 4], kind::DOUBLE_CPU), Tensor::ones([1, 4], kind::DOUBLE_CPU)];
     let same = Tensor::randn([1, 4], kind::DOUBLE_CPU);
@@ -530,7 +542,7 @@ fn the_mean_of_the_student_goes_to_that_of_the_teacher() {
             let student = Shift { schedule: schedule.clone(), by };
             let fake = Gaussian { schedule: schedule.clone(), mean, std: 1.0 };
             let batch = states(Tensor::randn([64, 2], kind::DOUBLE_CPU), &trailing(1), &[0; 64]);
-            let networks = cast(&student, &teacher, &fake);
+            let networks = networks_of(&student, &teacher, &fake);
             let request = LossRequest::new(step, Phase::Student, &batch, networks, &STREAMS);
             let terms = loss(&dmd2, &request);
             terms.per_sample.mean(Kind::Double).backward();
@@ -552,8 +564,8 @@ fn states_of_every_source_are_trained_on() {
     let objective = config.build(&schedule, &grid).expect("valid settings");
     let teacher = TwoPoints { schedule: schedule.clone(), at: 0.8 };
     let student = Gaussian { schedule: schedule.clone(), mean: 0.1, std: 0.5 };
-    let judge = Judge::trainable(0.4);
-    let networks = judged(cast(&student, &teacher, &student), &judge);
+    let discriminator = FactorDiscriminator::trainable(0.4);
+    let networks = with_discriminator(networks_of(&student, &teacher, &student), &discriminator);
     let data = Data::new(Tensor::ones([32, 3], kind::FLOAT_CPU));
     for (priors, expected) in [
         ((0.0, 1.0, 0.0), vec![Source::Student, Source::Noise]),
@@ -601,11 +613,11 @@ fn non_finite_values_are_not_hidden() {
     let student = Linear { schedule, factor: Tensor::from(0.5) };
     let batch = states(Tensor::ones([2, 3], kind::DOUBLE_CPU), &trailing(4), &[0, 1]);
     for (phase, networks) in [
-        (Phase::Student, cast(&student, &lost, &student)),
-        (Phase::Student, cast(&student, &student, &lost)),
-        (Phase::Student, cast(&lost, &student, &student)),
-        (Phase::Critic, cast(&student, &student, &lost)),
-        (Phase::Critic, cast(&lost, &student, &student)),
+        (Phase::Student, networks_of(&student, &lost, &student)),
+        (Phase::Student, networks_of(&student, &student, &lost)),
+        (Phase::Student, networks_of(&lost, &student, &student)),
+        (Phase::Critic, networks_of(&student, &student, &lost)),
+        (Phase::Critic, networks_of(&lost, &student, &student)),
     ] {
         let terms = loss(&dmd2, &request(phase, &batch, networks));
         assert!(values(&terms.per_sample).iter().all(|value| value.is_nan()), "{phase:?}");
@@ -641,11 +653,16 @@ fn the_student_is_trained_every_nth_step_and_the_critic_in_every_step() {
 
 /// Records the guidance weights of each call's rows.
 #[derive(Debug, Default)]
-struct Ear(RefCell<Vec<Option<Vec<f64>>>>);
+struct WeightRecorder(RefCell<Vec<Option<Vec<f64>>>>);
 
-impl Discriminator for Ear {
-    fn logits(&self, x_t: &Tensor, _: &Tensor, told: &Conditioning) -> ddil_core::Result<Tensor> {
-        self.0.borrow_mut().push(told.get(Conditioning::GUIDANCE_WEIGHT).map(values));
+impl Discriminator for WeightRecorder {
+    fn logits(
+        &self,
+        x_t: &Tensor,
+        _: &Tensor,
+        received: &Conditioning,
+    ) -> ddil_core::Result<Tensor> {
+        self.0.borrow_mut().push(received.get(Conditioning::GUIDANCE_WEIGHT).map(values));
         Ok(x_t.flatten(1, -1).mean_dim(1, false, x_t.kind()))
     }
 }
@@ -657,19 +674,19 @@ fn a_critic_that_sees_the_source_models_one_distribution_per_source() {
         |factor: f64| Linear { schedule: schedule.clone(), factor: Tensor::from(factor) };
     // The student returns 2, the teacher 0, and the critic its guidance weight.
     let (student, teacher, critic) = (constant(2.0), constant(0.0), Echo(schedule.clone()));
-    let ear = Ear::default();
+    let recorder = WeightRecorder::default();
     let mut batch = states(Tensor::ones([5, 3], kind::DOUBLE_CPU), &trailing(4), &[1; 5]);
     batch.sources =
         vec![Source::Forward, Source::Student, Source::Teacher, Source::Noise, Source::Mixed];
     let numbers = vec![1.0, 0.0, 2.0, 0.0, 3.0];
     let real = Data::new(batch.x_t.zeros_like());
 
-    for (critic_sees_source, told) in [(true, Some(numbers.clone())), (false, None)] {
+    for (critic_sees_source, received) in [(true, Some(numbers.clone())), (false, None)] {
         let config =
             Dmd2Config::default().with(|config| config.critic_sees_source = critic_sees_source);
         let dmd2 = method(&schedule, config);
         assert_eq!(dmd2.requirements().critic_sees_source, critic_sees_source);
-        let networks = judged(cast(&student, &teacher, &critic), &ear);
+        let networks = with_discriminator(networks_of(&student, &teacher, &critic), &recorder);
         let terms = loss(&dmd2, &request(Phase::Student, &batch, networks));
         let gradient = terms.student_x0 - terms.target;
         for (row, number) in numbers.iter().enumerate() {
@@ -679,7 +696,7 @@ fn a_critic_that_sees_the_source_models_one_distribution_per_source() {
         let base = request(Phase::Critic, &batch, networks);
         loss(&dmd2, &base.with_real(&real));
         // The student's samples in its own phase, then fake and real ones in the critic's: all have the same conditioning.
-        assert_eq!(ear.0.take(), vec![told; 3]);
+        assert_eq!(recorder.0.take(), vec![received; 3]);
     }
 }
 
@@ -688,18 +705,18 @@ fn missing_networks_are_named_before_any_evaluation() {
     let [schedule, ..] = schedules();
     let dmd2 = method(&schedule, Dmd2Config::default());
     let silent = Silent(schedule);
-    let judge = Judge::trainable(0.4);
+    let discriminator = FactorDiscriminator::trainable(0.4);
     let batch = states(Tensor::zeros([2, 3], kind::DOUBLE_CPU), &trailing(4), &[0, 1]);
     let bare = Networks::new(&silent, &silent);
-    let unjudged = cast(&silent, &silent, &silent);
-    let full = judged(unjudged, &judge);
+    let without_discriminator = networks_of(&silent, &silent, &silent);
+    let full = with_discriminator(without_discriminator, &discriminator);
     let say = |request: &LossRequest<'_>| {
         dmd2.loss(request).expect_err("something is missing").to_string()
     };
     for phase in [Phase::Student, Phase::Critic] {
         let message = say(&request(phase, &batch, bare));
         assert!(message.contains("requires a critic"), "{message}");
-        let message = say(&request(phase, &batch, unjudged));
+        let message = say(&request(phase, &batch, without_discriminator));
         assert!(message.contains("requires a discriminator"), "{message}");
     }
     let message = say(&request(Phase::Critic, &batch, full));
@@ -721,7 +738,7 @@ fn mismatches_are_refused_by_name() {
     let dmd2 = method(&schedule, no_gan());
     let network = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 1.0 };
     let other = Gaussian { schedule: flow, mean: 0.0, std: 1.0 };
-    let networks = cast(&network, &network, &network);
+    let networks = networks_of(&network, &network, &network);
     let batch = |t: i64, index| {
         let mut batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &trailing(4), &[0]);
         (batch.timesteps, batch.grid_indices) = (Tensor::from_slice(&[t]), vec![index]);
@@ -736,21 +753,22 @@ fn mismatches_are_refused_by_name() {
             assert!(message.contains("[999, 749, 499, 249]"), "{message}");
         }
         for (name, networks) in [
-            ("student", cast(&other, &network, &network)),
-            ("critic", cast(&network, &network, &other)),
+            ("student", networks_of(&other, &network, &network)),
+            ("critic", networks_of(&network, &network, &other)),
         ] {
             let message = say(&request(phase, &good, networks));
             assert!(message.contains(&format!("{name} has another noise schedule")), "{message}");
         }
     }
-    let message = say(&request(Phase::Student, &good, cast(&network, &other, &network)));
+    let message = say(&request(Phase::Student, &good, networks_of(&network, &other, &network)));
     assert!(message.contains("teacher has another noise schedule"), "{message}");
     let wide = Tensor::zeros([1, 3], kind::DOUBLE_CPU);
     let kept = request(Phase::Critic, &good, networks).with_student_x0(&wide);
     assert!(say(&kept).contains("student_x0"), "{}", say(&kept));
 
     let dmd2 = method(&schedule, Dmd2Config::default());
-    let refused = dmd2.loss(&request(Phase::Student, &good, judged(networks, &TwoLogits)));
+    let refused =
+        dmd2.loss(&request(Phase::Student, &good, with_discriminator(networks, &TwoLogits)));
     let message = refused.expect_err("one logit a sample").to_string();
     assert!(message.contains("`logits` has shape [1, 1]"), "{message}");
 }

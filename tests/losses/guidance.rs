@@ -6,7 +6,7 @@ use tch::{Device, Tensor, kind};
 use crate::toy::{Echo, schedules, values};
 
 /// The output of a guided echo: its condition is 3, no condition is 1.
-fn answer(guidance: TeacherGuidance, conditioning: &Conditioning) -> ddil_core::Result<f64> {
+fn output_of(guidance: TeacherGuidance, conditioning: &Conditioning) -> ddil_core::Result<f64> {
     let [schedule, ..] = schedules();
     let null = Conditioning::class_labels(Tensor::from_slice(&[1_i64]));
     let teacher = guidance.wrap(Echo(schedule), null).expect("the settings are valid");
@@ -20,16 +20,16 @@ fn three() -> Conditioning {
 
 #[test]
 fn each_kind_of_guidance_wraps_the_teacher_differently() {
-    let guided = answer(TeacherGuidance::Cfg { scale: 2.5 }, &three()).expect("it can answer");
+    let guided = output_of(TeacherGuidance::Cfg { scale: 2.5 }, &three()).expect("it can answer");
     assert!((guided - 6.0).abs() < 1e-12, "1 + 2.5 (3 - 1), not {guided}");
-    let plain = answer(TeacherGuidance::BakedIn, &three()).expect("it can answer");
+    let plain = output_of(TeacherGuidance::BakedIn, &three()).expect("it can answer");
     assert_eq!(plain, 3.0);
-    let told = three().with_guidance_weight(Tensor::from_slice(&[0.5_f32]));
-    let by_weight = answer(TeacherGuidance::CfgRange { min: 0.0, max: 1.0 }, &told);
+    let conditioning = three().with_guidance_weight(Tensor::from_slice(&[0.5_f32]));
+    let by_weight = output_of(TeacherGuidance::CfgRange { min: 0.0, max: 1.0 }, &conditioning);
     // 3 + 0.5 (3 - 1): the network itself does not receive the weight.
     assert_eq!(by_weight.expect("it can answer"), 4.0);
     let embedded = TeacherGuidance::Embedded { min: 0.0, max: 1.0 };
-    assert_eq!(answer(embedded, &told).expect("it can answer"), 3.5);
+    assert_eq!(output_of(embedded, &conditioning).expect("it can answer"), 3.5);
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn a_teacher_with_a_guidance_input_is_never_evaluated_without_a_weight() {
     let [min, max] = [0.0, 1.0];
     for guidance in [TeacherGuidance::Embedded { min, max }, TeacherGuidance::CfgRange { min, max }]
     {
-        let message = answer(guidance, &three()).expect_err("no weight was told").to_string();
+        let message = output_of(guidance, &three()).expect_err("no weight was told").to_string();
         assert!(message.contains("guidance_weight"), "{message}");
     }
 }
@@ -66,13 +66,17 @@ fn weights_are_drawn_evenly_from_the_range_and_from_the_seed() {
     let [min, max] = [2.0, 14.0];
     let drawn = |guidance: TeacherGuidance, seed| {
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        let told =
+        let conditioning =
             guidance.condition(three(), 4000, Device::Cpu, &mut rng).expect("there is a CPU");
         assert!(
-            told.get(Conditioning::CLASS_LABELS).is_some(),
+            conditioning.get(Conditioning::CLASS_LABELS).is_some(),
             "what was said before is still said"
         );
-        values(told.get(Conditioning::GUIDANCE_WEIGHT).expect("there is a weight for each sample"))
+        values(
+            conditioning
+                .get(Conditioning::GUIDANCE_WEIGHT)
+                .expect("there is a weight for each sample"),
+        )
     };
     let draw = |seed| drawn(TeacherGuidance::CfgRange { min, max }, seed);
     let weights = draw(7);

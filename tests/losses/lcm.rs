@@ -10,7 +10,7 @@ use ddil_schedulers::{
 use tch::{Kind, Tensor, kind};
 
 use crate::toy::{
-    Echo, Gaussian, Linear, Recorder, Silent, TwoPoints, ask, gap, schedules, states, values,
+    Echo, Gaussian, Linear, Recorder, Silent, TwoPoints, gap, loss_at, schedules, states, values,
 };
 
 fn solver_grid() -> Timesteps {
@@ -25,7 +25,7 @@ fn l2() -> LatentConsistencyConfig {
     LatentConsistencyConfig::default().with(|config| config.loss = ConsistencyDistance::L2 {})
 }
 
-fn cast<'a>(
+fn networks_of<'a>(
     student: &'a dyn Denoiser,
     teacher: &'a dyn Denoiser,
     target: &'a dyn Denoiser,
@@ -38,7 +38,7 @@ fn loss(
     batch: &ddil_core::States,
     networks: &Networks<'_>,
 ) -> LossTerms {
-    ask(method, 0, Phase::Student, batch, networks).expect("valid states")
+    loss_at(method, 0, Phase::Student, batch, networks).expect("valid states")
 }
 
 /// From all along the grid; the last one's step ends at timestep 0.
@@ -89,7 +89,7 @@ fn is_closed_form(
             let target = Linear { schedule: schedule.clone(), factor: Tensor::from(0.7) };
             let x = [0.4, -1.3];
             let batch = states(Tensor::from_slice(&x).view([1, 2]), &solver_grid(), &[entry]);
-            let terms = loss(&lcm, &batch, &cast(&student, teacher, &target));
+            let terms = loss(&lcm, &batch, &networks_of(&student, teacher, &target));
             terms.per_sample.sum(Kind::Double).backward();
 
             let t = solver_grid().as_slice()[entry];
@@ -135,7 +135,7 @@ fn the_last_target_is_the_state_of_the_solver_whatever_the_average_returns() {
         let x_t = Tensor::randn([2, 5], kind::DOUBLE_CPU);
         let batch = states(x_t, &solver_grid(), &[49, 48]);
         let lcm = method(&schedule, LatentConsistencyConfig::default());
-        let terms = loss(&lcm, &batch, &cast(&student, &teacher, &wild));
+        let terms = loss(&lcm, &batch, &networks_of(&student, &teacher, &wild));
         let next = terms.teacher_next.expect("the teacher took the step");
         let row = |tensor: &Tensor, i| tensor.narrow(0, i, 1);
         assert_eq!(gap(&row(&terms.target, 0), &row(&next, 0)), 0.0);
@@ -150,7 +150,7 @@ fn the_solver_takes_a_ddim_step_to_the_next_timestep() {
         let teacher = Gaussian { schedule: schedule.clone(), mean: 0.3, std: 0.6 };
         let batch = states(Tensor::randn([6, 2, 3], kind::DOUBLE_CPU), &solver_grid(), &ENTRIES);
         let lcm = method(&schedule, LatentConsistencyConfig::default());
-        let terms = loss(&lcm, &batch, &cast(&teacher, &teacher, &teacher));
+        let terms = loss(&lcm, &batch, &networks_of(&teacher, &teacher, &teacher));
         let said = teacher
             .predict(&batch.x_t, &batch.timesteps, &batch.conditioning)
             .expect("it can answer");
@@ -169,7 +169,7 @@ fn the_boundary_is_around_the_student() {
     let lcm = method(&schedule, l2());
     let network = Linear { schedule, factor: Tensor::from(0.0) };
     let batch = states(Tensor::ones([2, 1], kind::DOUBLE_CPU), &solver_grid(), &[49, 37]);
-    let found = values(&loss(&lcm, &batch, &cast(&network, &network, &network)).student_x0);
+    let found = values(&loss(&lcm, &batch, &networks_of(&network, &network, &network)).student_x0);
     for (found, c_skip) in
         found.into_iter().zip([6.925_159_797_062_383e-6, 3.726_837_564_778_493e-8])
     {
@@ -187,12 +187,15 @@ fn without_a_teacher_the_average_takes_its_place() {
     let own = method(&schedule, l2().with(|config| config.solver = Solver::Target));
     let taught = method(&schedule, l2());
 
-    let alone = loss(&own, &batch, &cast(&student, &silent, &average));
-    let with = loss(&taught, &batch, &cast(&student, &average, &average));
+    let alone = loss(&own, &batch, &networks_of(&student, &silent, &average));
+    let with = loss(&taught, &batch, &networks_of(&student, &average, &average));
     assert_eq!(gap(&alone.per_sample, &with.per_sample), 0.0);
     assert!(alone.teacher_next.is_none() && with.teacher_next.is_some());
     assert!(!own.requirements().teacher && taught.requirements().teacher);
-    assert!(ask(&taught, 0, Phase::Student, &batch, &cast(&student, &silent, &average)).is_err());
+    assert!(
+        loss_at(&taught, 0, Phase::Student, &batch, &networks_of(&student, &silent, &average))
+            .is_err()
+    );
 }
 
 #[test]
@@ -202,7 +205,7 @@ fn the_student_alone_gets_a_gradient() {
         [0.5, 0.9, 0.7].map(|factor| Linear::trainable(schedule.clone(), factor));
     let lcm = method(&schedule, LatentConsistencyConfig::default());
     let batch = states(Tensor::randn([3, 4], kind::DOUBLE_CPU), &solver_grid(), &[0, 20, 49]);
-    let terms = loss(&lcm, &batch, &cast(&student, &teacher, &target));
+    let terms = loss(&lcm, &batch, &networks_of(&student, &teacher, &target));
     assert!(!terms.target.requires_grad() && !terms.student_x0.requires_grad());
     assert!(terms.teacher_next.is_some_and(|next| !next.requires_grad()));
     terms.per_sample.mean(Kind::Double).backward();
@@ -217,7 +220,7 @@ fn each_sample_of_a_mixed_batch_is_treated_as_it_would_be_alone() {
     let teacher = TwoPoints { schedule: schedule.clone(), at: 0.5 };
     let [student, target] =
         [0.3, 0.4].map(|f| Linear { schedule: schedule.clone(), factor: Tensor::from(f) });
-    let networks = cast(&student, &teacher, &target);
+    let networks = networks_of(&student, &teacher, &target);
     let x_t = Tensor::randn([7, 5], kind::DOUBLE_CPU);
     let indices = [4, 49, 0, 33, 33, 1, 48];
     let together = loss(&lcm, &states(x_t.shallow_clone(), &solver_grid(), &indices), &networks);
@@ -235,7 +238,7 @@ fn the_average_is_evaluated_where_the_solver_ends_and_the_others_at_the_state() 
     let [student, teacher, target] = [(); 3].map(|()| Recorder::new(schedule.clone()));
     let mut batch = states(Tensor::randn([3, 2], kind::DOUBLE_CPU), &solver_grid(), &[0, 30, 49]);
     batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[7_i64, 8, 9]));
-    loss(&lcm, &batch, &cast(&student, &teacher, &target));
+    loss(&lcm, &batch, &networks_of(&student, &teacher, &target));
     let labels = vec![7, 8, 9];
     let here = [(vec![999, 399, 19], labels.clone())];
     assert_eq!(*student.calls.borrow(), here);
@@ -255,7 +258,7 @@ fn teacher_student_and_average_receive_the_same_conditioning() {
     let mut batch = states(Tensor::zeros([2, 1], kind::DOUBLE_CPU), &solver_grid(), &[10, 10]);
     batch.conditioning = Conditioning::class_labels(Tensor::from_slice(&[3_i64, 4]))
         .with_guidance_weight(Tensor::from_slice(&[0.5_f32, 2.0]));
-    let terms = loss(&lcm, &batch, &cast(&echo, &*teacher, &echo));
+    let terms = loss(&lcm, &batch, &networks_of(&echo, &*teacher, &echo));
 
     let (t, s) = (solver_grid().as_slice()[10], end_of(10));
     let [now, next] = [t, s].map(|t| schedule.scale_at(t).expect("on the grid"));
@@ -281,7 +284,7 @@ fn teacher_and_average_are_thresholded_and_the_student_is_not() {
     let (teacher, target) = (held(), held());
     let x_t = Tensor::randn([60, 3], kind::FLOAT_CPU);
     let batch = states(x_t, &solver_grid(), &ENTRIES.repeat(10));
-    let terms = loss(&lcm, &batch, &cast(&wild, &teacher, &target));
+    let terms = loss(&lcm, &batch, &networks_of(&wild, &teacher, &target));
     // All but the states at timestep 0, which are not in the box yet.
     let inner = terms.target.view([10, 6, 3]).narrow(1, 0, 5).abs().max().double_value(&[]);
     assert!(inner <= 1.0 + 1e-4, "{inner}");
@@ -294,14 +297,14 @@ fn unsupported_requests_are_refused_by_name() {
     let lcm = method(&schedule, LatentConsistencyConfig::default());
     let network = Gaussian { schedule: schedule.clone(), mean: 0.0, std: 1.0 };
     let other = Gaussian { schedule: flow, mean: 0.0, std: 1.0 };
-    let networks = cast(&network, &network, &network);
+    let networks = networks_of(&network, &network, &network);
     let batch = |t: i64, index| {
         let mut batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &solver_grid(), &[0]);
         (batch.timesteps, batch.grid_indices) = (Tensor::from_slice(&[t]), vec![index]);
         batch
     };
     let say = |phase, batch: &ddil_core::States, networks: &Networks<'_>| {
-        ask(&lcm, 0, phase, batch, networks).expect_err("it cannot be done").to_string()
+        loss_at(&lcm, 0, phase, batch, networks).expect_err("it cannot be done").to_string()
     };
     assert!(say(Phase::Critic, &batch(999, 0), &networks).contains("Critic"));
     let message = say(Phase::Student, &batch(999, 0), &Networks::new(&network, &network));
@@ -311,9 +314,9 @@ fn unsupported_requests_are_refused_by_name() {
         assert!(message.contains("[999, 979, 959"), "{message}");
     }
     for (name, networks) in [
-        ("student", cast(&other, &network, &network)),
-        ("teacher", cast(&network, &other, &network)),
-        ("target", cast(&network, &network, &other)),
+        ("student", networks_of(&other, &network, &network)),
+        ("teacher", networks_of(&network, &other, &network)),
+        ("target", networks_of(&network, &network, &other)),
     ] {
         let message = say(Phase::Student, &batch(999, 0), &networks);
         assert!(message.contains(&format!("{name} has another noise schedule")), "{message}");
@@ -395,7 +398,7 @@ fn a_student_that_is_consistent_has_next_to_no_loss() {
     let network = Point(schedule);
     let x_t = Tensor::randn([49, 3], kind::DOUBLE_CPU);
     let batch = states(x_t, &solver_grid(), &(0..49).collect::<Vec<_>>());
-    let terms = loss(&lcm, &batch, &cast(&network, &network, &network));
+    let terms = loss(&lcm, &batch, &networks_of(&network, &network, &network));
     // The remainder is the share of the noise that the boundary lets through.
     assert!(terms.per_sample.max().double_value(&[]) < 1e-8);
 }

@@ -5,7 +5,7 @@ use ddil_losses::{
 use ddil_schedulers::PredictionType;
 use tch::{Tensor, kind};
 
-use crate::toy::{Gaussian, ask, schedules, states, trailing};
+use crate::toy::{Gaussian, loss_at, schedules, states, trailing};
 
 #[test]
 fn a_method_is_named_in_its_settings() {
@@ -83,8 +83,8 @@ fn the_critics_weighting_follows_its_prediction_type_by_default() {
         (PredictionType::Flow, Weighting::SnrPlusOne),
     ] {
         assert_eq!(dmd2(None).trained_to_predict(output), dmd2(Some(weighting)));
-        let told = dmd2(Some(Weighting::TruncatedSnr));
-        assert_eq!(told.clone().trained_to_predict(output), told);
+        let explicit = dmd2(Some(Weighting::TruncatedSnr));
+        assert_eq!(explicit.clone().trained_to_predict(output), explicit);
     }
     let lcm = ObjectiveConfig::Lcm(LatentConsistencyConfig::default());
     assert_eq!(lcm.clone().trained_to_predict(PredictionType::VPrediction), lcm);
@@ -156,7 +156,7 @@ fn a_built_method_is_an_object_that_trains_its_student() {
     let network = Gaussian { schedule, mean: 0.0, std: 1.0 };
     let batch = states(Tensor::zeros([1, 2], kind::DOUBLE_CPU), &grid, &[0]);
     let networks = Networks::new(&network, &network);
-    let terms = ask(&*objective, 0, Phase::Student, &batch, &networks).expect("valid states");
+    let terms = loss_at(&*objective, 0, Phase::Student, &batch, &networks).expect("valid states");
     // A mean of 0 and states of 0: everybody predicts 0.
     assert_eq!(f64::try_from(terms.per_sample).expect("one value"), 0.0);
 }

@@ -10,7 +10,7 @@ use ddil_schedulers::{
 use proptest::prelude::*;
 use tch::{Kind, Tensor, kind};
 
-use crate::toy::{Gaussian, Linear, ask, gap, schedules, states, trailing, values};
+use crate::toy::{Gaussian, Linear, gap, loss_at, schedules, states, trailing, values};
 
 /// A teacher's steps over `stops` and the target as the reference code computes it: the end point, solved for the clean
 /// data of a single step.
@@ -38,8 +38,8 @@ proptest! {
         teacher_x0 in prop::collection::vec(-1.0..1.0, 8),
     ) {
         let pairs: Vec<_> = trailing(4).refined(substeps, 1000).expect("8 parts fit").pairs().collect();
-        let walk = &pairs[entry * substeps as usize..][..substeps as usize];
-        let stops: Vec<i64> = walk.iter().map(|pair| pair.0).chain(walk.last().map(|pair| pair.1)).collect();
+        let steps = &pairs[entry * substeps as usize..][..substeps as usize];
+        let stops: Vec<i64> = steps.iter().map(|pair| pair.0).chain(steps.last().map(|pair| pair.1)).collect();
         let teacher_x0 = &teacher_x0[..substeps as usize];
         for schedule in schedules() {
             let weights = convex_weights(&schedule, &stops).expect("the walk falls");
@@ -53,8 +53,8 @@ proptest! {
     fn weights_are_positive_and_sum_to_one(n in 1_u32..=125, substeps in 1_u32..=8) {
         for schedule in schedules() {
             let pairs: Vec<_> = trailing(n).refined(substeps, 1000).expect("1000 fit").pairs().collect();
-            for walk in pairs.chunks(substeps as usize) {
-                let stops: Vec<i64> = walk.iter().map(|pair| pair.0).chain(walk.last().map(|pair| pair.1)).collect();
+            for steps in pairs.chunks(substeps as usize) {
+                let stops: Vec<i64> = steps.iter().map(|pair| pair.0).chain(steps.last().map(|pair| pair.1)).collect();
                 let weights = convex_weights(&schedule, &stops).expect("the walk falls");
                 prop_assert!(weights.iter().all(|w| *w >= 0.0));
                 prop_assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-13);
@@ -95,8 +95,8 @@ fn weights_of_the_second_teacher_step_are_the_golden_ones() {
     ];
     for (n, expected) in golden {
         let pairs: Vec<_> = trailing(n).refined(2, 1000).expect("it fits").pairs().collect();
-        for (walk, expected) in pairs.chunks(2).zip(expected) {
-            let stops = [walk[0].0, walk[1].0, walk[1].1];
+        for (steps, expected) in pairs.chunks(2).zip(expected) {
+            let stops = [steps[0].0, steps[1].0, steps[1].1];
             let weights = convex_weights(&schedule, &stops).expect("the walk falls");
             assert!((weights[1] - expected).abs() < 1e-12, "{stops:?}: {weights:?}");
         }
@@ -118,7 +118,7 @@ fn objective(schedule: &NoiseSchedule, grid: &Timesteps, config: ProgressiveConf
 }
 
 fn loss(objective: &Progressive, batch: &ddil_core::States, networks: &Networks<'_>) -> LossTerms {
-    ask(objective, 0, Phase::Student, batch, networks).expect("valid states")
+    loss_at(objective, 0, Phase::Student, batch, networks).expect("valid states")
 }
 
 #[test]
@@ -201,8 +201,8 @@ fn the_loss_of_a_gaussian_teacher_is_its_closed_form() {
         let per_sample = values(&loss(&progressive, &batch, &networks).per_sample);
 
         let fine: Vec<_> = grid.refined(2, 1000).expect("it fits").pairs().collect();
-        for (walk, found) in fine.chunks(2).zip(per_sample) {
-            let stops = [walk[0].0, walk[1].0, walk[1].1];
+        for (steps, found) in fine.chunks(2).zip(per_sample) {
+            let stops = [steps[0].0, steps[1].0, steps[1].1];
             let expected = expected_loss(&schedule, &teacher, &stops, x);
             assert!((found / expected - 1.0).abs() < 1e-10, "{found} {expected} {stops:?}");
         }
@@ -263,7 +263,7 @@ fn weights_set_in_at_their_step() {
     let networks = Networks::new(&student, &teacher);
     let batch = states(Tensor::randn([1, 5], kind::DOUBLE_CPU), &grid, &[2]);
     let at = |step| {
-        let terms = ask(&progressive, step, Phase::Student, &batch, &networks);
+        let terms = loss_at(&progressive, step, Phase::Student, &batch, &networks);
         values(&terms.expect("valid states").per_sample)[0]
     };
     let snr = schedule.scale_at(499).expect("on the grid").snr();
@@ -279,9 +279,10 @@ fn a_network_receives_the_same_conditioning_at_every_teacher_step() {
             &self,
             x_t: &Tensor,
             t: &Tensor,
-            told: &Conditioning,
+            conditioning: &Conditioning,
         ) -> ddil_core::Result<Prediction> {
-            let label = told.get(Conditioning::CLASS_LABELS).map(|labels| labels.int64_value(&[0]));
+            let label =
+                conditioning.get(Conditioning::CLASS_LABELS).map(|labels| labels.int64_value(&[0]));
             assert_eq!(label, Some(7));
             Ok(Prediction::from_x0(&self.0, x_t.zeros_like(), x_t, t)?)
         }
@@ -312,7 +313,7 @@ fn unsupported_requests_are_refused_by_name() {
         batch
     };
     let say = |phase, batch: &ddil_core::States, networks: &Networks<'_>| {
-        let refused = ask(&progressive, 0, phase, batch, networks);
+        let refused = loss_at(&progressive, 0, phase, batch, networks);
         refused.expect_err("it cannot be done").to_string()
     };
     assert!(say(Phase::Critic, &batch(999, 0), &networks).contains("Critic"));

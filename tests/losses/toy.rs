@@ -30,7 +30,7 @@ pub(crate) fn states(x_t: Tensor, grid: &Timesteps, grid_indices: &[usize]) -> S
 }
 
 /// The loss of a batch for a method that draws nothing.
-pub(crate) fn ask(
+pub(crate) fn loss_at(
     objective: &dyn Objective,
     step: u64,
     phase: Phase,
@@ -120,8 +120,8 @@ impl Denoiser for Echo {
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
         let mut x0 = x_t.zeros_like();
-        let told = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
-        for part in told.into_iter().filter_map(|name| conditioning.get(name)) {
+        let conditioning = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
+        for part in conditioning.into_iter().filter_map(|name| conditioning.get(name)) {
             x0 += part.to_kind(Kind::Double).view([-1, 1]);
         }
         Ok(Prediction::from_x0(&self.0, x0, x_t, timesteps)?)
@@ -203,9 +203,9 @@ impl Recorder {
         Self { schedule, calls: RefCell::default() }
     }
 
-    pub(crate) fn note(&self, timesteps: &Tensor, told: &Conditioning) {
+    pub(crate) fn record(&self, timesteps: &Tensor, conditioning: &Conditioning) {
         let integers = |tensor: &Tensor| Vec::try_from(tensor).expect("a vector of integers");
-        let labels = told.get(Conditioning::CLASS_LABELS).map(integers).unwrap_or_default();
+        let labels = conditioning.get(Conditioning::CLASS_LABELS).map(integers).unwrap_or_default();
         self.calls.borrow_mut().push((integers(timesteps), labels));
     }
 }
@@ -215,9 +215,9 @@ impl Denoiser for Recorder {
         &self,
         x_t: &Tensor,
         timesteps: &Tensor,
-        told: &Conditioning,
+        conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
-        self.note(timesteps, told);
+        self.record(timesteps, conditioning);
         Ok(Prediction::from_x0(&self.schedule, x_t.zeros_like(), x_t, timesteps)?)
     }
 

@@ -53,7 +53,7 @@ fn outputs_are_those_of_diffusers() -> TestResult {
             let latents = vae.encode(&recorded["images"])?;
             let mut generator = Generator::new(Device::Cpu, 7)?;
             let scaled = vae.scale(latents.mode())?;
-            let answers = [
+            let outputs = [
                 ("sample", latents.sample(&mut generator)?),
                 ("kl", latents.kl()?),
                 ("decoded", vae.decode(&recorded["mean"])?),
@@ -63,7 +63,7 @@ fn outputs_are_those_of_diffusers() -> TestResult {
                 ("mean", latents.mean),
                 ("logvar", latents.logvar),
             ];
-            for (part, found) in &answers {
+            for (part, found) in &outputs {
                 let error = relative_error(found, &recorded[*part]);
                 println!("{name} {part}, channels last {channels_last}: {error:.1e}");
                 assert!(error <= TOLERANCE, "{name} {part}: {error}");
@@ -114,9 +114,9 @@ fn double_and_bfloat16_follow_the_placement() -> TestResult {
             assert_eq!(vae.parameters().placement().kind, kind);
             let latents = vae.encode(&recorded["images"].to_kind(kind))?;
             let decoded = vae.decode(&recorded["mean"].to_kind(kind))?;
-            let answers =
+            let outputs =
                 [("mean", latents.mean), ("logvar", latents.logvar), ("decoded", decoded)];
-            for (part, found) in &answers {
+            for (part, found) in &outputs {
                 assert_eq!(found.kind(), kind);
                 let found = found.to_kind(Kind::Float);
                 let prefix = if kind == Kind::BFloat16 { "bfloat16." } else { "" };

@@ -145,8 +145,10 @@ fn a_unet_with_embedded_guidance_depends_on_the_weight() -> TestResult {
         error,
         Err(ddil_core::Error::ConditioningMissing { field: "guidance_weight", .. })
     ));
-    let told = labels.with_guidance_weight(recorded["guidance_weight"].shallow_clone());
-    assert!(relative_error(&denoiser.predict(x_t, t, &told)?.x0, &recorded["output"]) < 1e-5);
+    let conditioning = labels.with_guidance_weight(recorded["guidance_weight"].shallow_clone());
+    assert!(
+        relative_error(&denoiser.predict(x_t, t, &conditioning)?.x0, &recorded["output"]) < 1e-5
+    );
     Ok(())
 }
 
@@ -160,20 +162,21 @@ fn a_text_conditioned_unet_depends_on_every_part() -> TestResult {
     let (x_t, t) = (&recorded["sample"], &recorded["timesteps"]);
     let fields = network.conditioning_fields();
     assert_eq!(fields, ["encoder_hidden_states", "text_embeds", "time_ids"]);
-    let told = |left_out: &str| {
+    let conditioning = |left_out: &str| {
         let parts = fields.iter().filter(|field| **field != left_out);
         let parts = parts.map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
         parts.collect::<Conditioning>()
     };
-    let found = denoiser.predict(x_t, t, &told(""))?;
+    let found = denoiser.predict(x_t, t, &conditioning(""))?;
     assert!(relative_error(&found.x0, &recorded["output"]) < 1e-5);
     for missing in &fields {
-        let error = denoiser.predict(x_t, t, &told(missing)).expect_err("a part is missing");
+        let error =
+            denoiser.predict(x_t, t, &conditioning(missing)).expect_err("a part is missing");
         let named = matches!(error,
             ddil_core::Error::ConditioningMissing { field, .. } if field == *missing);
         assert!(named, "{missing}: {error}");
     }
-    let weighted = told("").with_guidance_weight(Tensor::ones([3], kind::FLOAT_CPU));
+    let weighted = conditioning("").with_guidance_weight(Tensor::ones([3], kind::FLOAT_CPU));
     let error = denoiser.predict(x_t, t, &weighted).expect_err("no guidance weight");
     assert!(
         matches!(error, ddil_core::Error::Conditioning { field, .. } if field == "guidance_weight")
@@ -191,8 +194,8 @@ fn a_half_precision_unet_takes_full_precision_text() -> TestResult {
     let denoiser = NetworkDenoiser::new(Rc::clone(&network), PredictionType::Sample, schedule)?;
     let fields = network.conditioning_fields();
     let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
-    let told: Conditioning = parts.collect();
-    let found = denoiser.predict(&recorded["sample"], &recorded["timesteps"], &told)?;
+    let conditioning: Conditioning = parts.collect();
+    let found = denoiser.predict(&recorded["sample"], &recorded["timesteps"], &conditioning)?;
     assert_eq!(found.x0.kind(), Kind::Float);
     assert!(relative_error(&found.x0, &recorded["output"]) < 2e-2);
     Ok(())

@@ -311,9 +311,9 @@ fn a_text_conditioned_unet_has_features_for_a_head() -> TestResult {
     let network = NetworkDenoiser::new(network, PredictionType::Sample, schedule)?;
     let discriminator = NetworkDiscriminator::new(&network, Rc::clone(&head))?;
     let parts = fields.iter().map(|field| ((*field).to_owned(), recorded[*field].shallow_clone()));
-    let told: Conditioning = parts.collect();
+    let conditioning: Conditioning = parts.collect();
     let x_t = recorded["sample"].copy().set_requires_grad(true);
-    let logits = discriminator.logits(&x_t, &recorded["timesteps"], &told)?;
+    let logits = discriminator.logits(&x_t, &recorded["timesteps"], &conditioning)?;
     assert!(relative_error(&logits, &head.forward(&recorded["features"])?) < 1e-4);
     logits.sum(Kind::Float).backward();
     assert!(has_gradient(&x_t));

@@ -51,7 +51,7 @@ fn fill(lora: &Lora) {
 #[test]
 fn outputs_are_those_of_peft() -> TestResult {
     for name in NAMES {
-        let answers = recorded(name)?;
+        let outputs = recorded(name)?;
         for (channels_last, file) in [(false, FILES[0]), (true, FILES[0]), (false, FILES[1])] {
             let placement = Placement { channels_last, ..Placement::default() };
             let (unet, inputs) = network(name, placement)?;
@@ -65,8 +65,8 @@ fn outputs_are_those_of_peft() -> TestResult {
             lora.merge()?;
             let merged = forward(&unet, &inputs)?;
             for (what, found, expected) in [
-                ("output", &apart, &answers["output"]),
-                ("fused", &merged, &answers["fused"]),
+                ("output", &apart, &outputs["output"]),
+                ("fused", &merged, &outputs["fused"]),
                 ("merged", &merged, &apart),
             ] {
                 let error = relative_error(found, expected);
@@ -240,7 +240,7 @@ fn an_adapter_is_attached_once_and_detached_without_a_trace() -> TestResult {
 fn half_precision_and_autocast_stay_close() -> TestResult {
     for name in NAMES {
         let path = golden(&format!("lora_{name}")).join(DIFFUSERS);
-        let answer = &recorded(name)?["output"];
+        let output = &recorded(name)?["output"];
         for channels_last in [false, true] {
             let kind = Kind::BFloat16;
             let placement = Placement { channels_last, ..Placement::default() };
@@ -264,7 +264,7 @@ fn half_precision_and_autocast_stay_close() -> TestResult {
             cast.to_kind(Kind::Float).square().sum(Kind::Float).backward();
             assert!(lora.parameters().learned().iter().all(|(_, t)| t.grad().defined()));
             for (what, found) in [("bf16", output), ("autocast", cast)] {
-                let error = relative_error(&found.to_kind(Kind::Float), answer);
+                let error = relative_error(&found.to_kind(Kind::Float), output);
                 println!("{name} {what}, channels last {channels_last}: {error:.1e}");
                 assert!(error <= 3e-2, "{name} {what}: {error}");
             }

@@ -39,7 +39,7 @@ fn num_values(matched: &Matched) -> usize {
     lists.into_iter().flatten().map(|(_, values)| values).sum()
 }
 
-fn answer(unet: &UNet2DModel, weight: Option<&Tensor>) -> ddil_models::Result<Tensor> {
+fn output_of(unet: &UNet2DModel, weight: Option<&Tensor>) -> ddil_models::Result<Tensor> {
     let sample = Tensor::arange(64, kind::FLOAT_CPU).view([2, 2, 4, 4]) / 32.0 - 1.0;
     unet.forward(&sample, &Tensor::from_slice(&[3_i64, 900]), None, weight)
 }
@@ -48,9 +48,9 @@ fn answer(unet: &UNet2DModel, weight: Option<&Tensor>) -> ddil_models::Result<Te
 fn the_same_form_is_copied_whole() -> TestResult {
     let config = config(&[8, 16], 1);
     let (teacher, student) = (build(&config, 0)?, build(&config, 1)?);
-    assert_ne!(answer(&student, None)?, answer(&teacher, None)?);
+    assert_ne!(output_of(&student, None)?, output_of(&teacher, None)?);
     let matched = student.parameters().copy_matching(teacher.parameters())?;
-    assert_eq!(answer(&student, None)?, answer(&teacher, None)?);
+    assert_eq!(output_of(&student, None)?, output_of(&teacher, None)?);
     assert_eq!(matched.copied.len(), student.parameters().named().len());
     assert!(matched.sliced.is_empty() && matched.fresh.is_empty() && matched.unused.is_empty());
     // Values, not handles; and still to be learned.
@@ -67,12 +67,12 @@ fn the_same_form_is_copied_whole() -> TestResult {
 #[test]
 fn a_student_with_a_guidance_embedding_starts_as_its_teacher() -> TestResult {
     let teacher = build(&config(&[8, 16], 1), 0)?;
-    let told = UNet2DConfig { time_cond_proj_dim: Some(256), ..config(&[8, 16], 1) };
-    let student = build(&told, 1)?;
+    let guided = UNet2DConfig { time_cond_proj_dim: Some(256), ..config(&[8, 16], 1) };
+    let student = build(&guided, 1)?;
     let matched = student.parameters().copy_matching(teacher.parameters())?;
     assert_eq!(matched.fresh, [("time_embedding.cond_proj.weight".to_owned(), 8 * 256)]);
     let weight = Tensor::from_slice(&[7.5_f32, 0.5]);
-    assert_eq!(answer(&student, Some(&weight))?, answer(&teacher, None)?);
+    assert_eq!(output_of(&student, Some(&weight))?, output_of(&teacher, None)?);
     assert_eq!(get(&student, "time_embedding.cond_proj.weight").abs().max().double_value(&[]), 0.0);
     // The error names how to undo it.
     let back = teacher.parameters().copy_matching(student.parameters())?;
@@ -88,7 +88,7 @@ fn a_narrower_student_copies_part_of_every_tensor() -> TestResult {
     // Nothing is without a match, and only what no channel count enters is of the same shape.
     assert!(matched.fresh.is_empty() && matched.unused.is_empty());
     assert_eq!(names(&matched.copied), ["conv_out.bias"]);
-    assert_eq!(answer(&student, None)?.size(), [2, 2, 4, 4]);
+    assert_eq!(output_of(&student, None)?.size(), [2, 2, 4, 4]);
 
     let conv_in = get(&teacher, "conv_in.weight").narrow(0, 0, 8);
     assert_eq!(*get(&student, "conv_in.weight"), conv_in);
@@ -143,7 +143,7 @@ fn of_a_deeper_teacher_the_first_layers_are_kept() -> TestResult {
     }));
     let values: usize = matched.unused.iter().map(|(_, values)| values).sum();
     assert_eq!(values, teacher.parameters().num_values() - student.parameters().num_values());
-    assert_eq!(answer(&student, None)?.size(), [2, 2, 4, 4]);
+    assert_eq!(output_of(&student, None)?.size(), [2, 2, 4, 4]);
     Ok(())
 }
 
@@ -171,7 +171,7 @@ fn parameters_beyond_the_teachers_keep_their_initial_values() -> TestResult {
 fn fewer_levels_match_by_name() -> TestResult {
     let (teacher, student) = (build(&config(&[8, 8, 8], 1), 0)?, build(&config(&[8, 8], 1), 1)?);
     let matched = student.parameters().copy_matching(teacher.parameters())?;
-    assert_eq!(answer(&student, None)?.size(), [2, 2, 4, 4]);
+    assert_eq!(output_of(&student, None)?.size(), [2, 2, 4, 4]);
     assert!(names(&matched.unused).iter().any(|name| name.starts_with("down_blocks.2.")));
     assert!(names(&matched.unused).iter().any(|name| name.starts_with("up_blocks.2.")));
     Ok(())
@@ -205,11 +205,11 @@ fn a_cut_at_silent_units_changes_nothing() -> TestResult {
 #[test]
 fn inputs_of_another_type_are_not_confused() -> TestResult {
     let plain = MlpConfig { class_features: 32, ..MlpConfig::default() };
-    let told = MlpConfig { embed_guidance: true, ..plain.clone() };
+    let guided = MlpConfig { embed_guidance: true, ..plain.clone() };
     let classes = MlpConfig { num_class_embeds: Some(4), ..plain };
-    let [told, classes] = [told, classes].map(|config| config.build(Placement::default(), 0));
-    let (told, classes) = (told?, classes?);
-    let matched = told.parameters().copy_matching(classes.parameters())?;
+    let [guided, classes] = [guided, classes].map(|config| config.build(Placement::default(), 0));
+    let (guided, classes) = (guided?, classes?);
+    let matched = guided.parameters().copy_matching(classes.parameters())?;
     assert_eq!(names(&matched.fresh), ["layers.0.weight"]);
     assert_eq!(names(&matched.unused), ["class_embedding.weight"]);
     Ok(())

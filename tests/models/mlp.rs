@@ -53,13 +53,13 @@ fn the_output_depends_on_every_input() -> TestResult {
         MlpConfig { num_class_embeds: Some(3), embed_guidance: true, ..MlpConfig::default() };
     let mlp = build(&config)?;
     let x_t = Tensor::randn([1, 2], kind::DOUBLE_CPU);
-    let ask = |t: i64, label: i64, weight: f64| {
+    let evaluate = |t: i64, label: i64, weight: f64| {
         let [t, label] = [t, label].map(|v| Tensor::from_slice(&[v]));
         mlp.forward(&x_t, &t, Some(&label), Some(&Tensor::from_slice(&[weight]))).expect("it fits")
     };
-    let base = ask(500, 1, 2.0);
-    assert_eq!(base, ask(500, 1, 2.0));
-    for other in [ask(501, 1, 2.0), ask(500, 2, 2.0), ask(500, 1, 2.5)] {
+    let base = evaluate(500, 1, 2.0);
+    assert_eq!(base, evaluate(500, 1, 2.0));
+    for other in [evaluate(501, 1, 2.0), evaluate(500, 2, 2.0), evaluate(500, 1, 2.5)] {
         assert_ne!(base, other);
     }
     let image = mlp.forward(
@@ -129,24 +129,24 @@ fn mismatches_are_refused() -> TestResult {
     let mlp = build(&config)?;
     let (x, t) = (Tensor::zeros([2, 2], kind::DOUBLE_CPU), Tensor::full([2], 5, kind::INT64_CPU));
     let (labels, w) = (Tensor::from_slice(&[0_i64, 2]), Tensor::ones([2], kind::DOUBLE_CPU));
-    let ask = |x: &Tensor, t: &Tensor, labels, w| mlp.forward(x, t, labels, w);
-    assert!(ask(&x, &t, Some(&labels), Some(&w)).is_ok());
+    let evaluate = |x: &Tensor, t: &Tensor, labels, w| mlp.forward(x, t, labels, w);
+    assert!(evaluate(&x, &t, Some(&labels), Some(&w)).is_ok());
     let wide = Tensor::zeros([2, 3], kind::DOUBLE_CPU);
     assert!(matches!(
-        ask(&wide, &t, Some(&labels), Some(&w)),
+        evaluate(&wide, &t, Some(&labels), Some(&w)),
         Err(Error::Argument(ArgumentError::Shape { name: "x_t", .. }))
     ));
     assert!(matches!(
-        ask(&x, &w.narrow(0, 0, 1), None, Some(&w)),
+        evaluate(&x, &w.narrow(0, 0, 1), None, Some(&w)),
         Err(Error::MissingPart { part: "class_labels", .. })
     ));
     assert!(matches!(
-        ask(&x, &t, Some(&labels), None),
+        evaluate(&x, &t, Some(&labels), None),
         Err(Error::MissingPart { part: "guidance_weight", .. })
     ));
     let three = Tensor::from_slice(&[0_i64, 3]);
     assert!(matches!(
-        ask(&x, &t, Some(&three), Some(&w)),
+        evaluate(&x, &t, Some(&three), Some(&w)),
         Err(Error::ClassLabelOutOfRange { found: 3, max: 2, .. })
     ));
     let plain = build(&MlpConfig::default())?;

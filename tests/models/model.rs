@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::common::{CONDITION_GOLDEN, GOLDEN, TestResult, conditioning, golden, relative_error};
 
-fn answer(model: &Model, name: &str) -> TestResult {
+fn output_of(model: &Model, name: &str) -> TestResult {
     let recorded = weights::read_all(golden(name).join("expected.safetensors"))?;
     let input = recorded.get("sample").unwrap_or_else(|| &recorded["x_t"]);
     let output = model.forward(input, &recorded["timesteps"], &conditioning(&recorded))?;
@@ -31,12 +31,12 @@ fn folders_are_written_back_unchanged() -> TestResult {
     let unmasked = CONDITION_GOLDEN.into_iter().filter(|name| *name != "unet_condition_lcm");
     for name in GOLDEN.into_iter().chain(unmasked).chain(["torch_script"]) {
         let model = load(golden(name))?;
-        answer(&model, name)?;
+        output_of(&model, name)?;
         let folder = TempDir::new()?;
         model.save_to_folder(folder.path().join("new/folder"))?;
         let again = load(folder.path().join("new/folder"))?;
         assert_eq!(again.config(), model.config());
-        answer(&again, name)?;
+        output_of(&again, name)?;
         assert_eq!(fs::read_dir(folder.path().join("new/folder"))?.count(), 2);
     }
     Ok(())

@@ -142,7 +142,7 @@ fn an_adapter_gets_the_gradients_of_the_pass_it_took_part_in() -> TestResult {
             let _ = tch::no_grad(|| tensor.f_add_scalar_(0.1))?;
         }
         let other = lora.duplicate()?;
-        let ask_teacher = || {
+        let evaluate_teacher = || {
             lora.set_enabled(false)?;
             let _no_grad = tch::no_grad_guard();
             model
@@ -151,7 +151,7 @@ fn an_adapter_gets_the_gradients_of_the_pass_it_took_part_in() -> TestResult {
         };
         let run = || {
             lora.set_enabled(true)?;
-            one_pass(&model, lora.parameters(), &recorded, autocast, ask_teacher)
+            one_pass(&model, lora.parameters(), &recorded, autocast, evaluate_teacher)
         };
         let plain = run()?;
         model.set_activation_checkpointing(true)?;
@@ -183,17 +183,17 @@ fn adapters_merged_between_the_passes_are_refused() -> TestResult {
 fn passes_without_gradients_and_frozen_networks_are_unaffected() -> TestResult {
     let model = load("unet_class_labels", false)?;
     let recorded = expected("unet_class_labels")?;
-    let ask =
+    let evaluate =
         || model.forward(&recorded["sample"], &recorded["timesteps"], &conditioning(&recorded));
-    let plain = ask()?.detach();
+    let plain = evaluate()?.detach();
     model.set_activation_checkpointing(true)?;
     assert!(model.activation_checkpointing());
     {
         let _no_grad = tch::no_grad_guard();
-        assert_eq!(ask()?, plain);
+        assert_eq!(evaluate()?, plain);
     }
     model.parameters().set_trainable(false);
-    let frozen = ask()?;
+    let frozen = evaluate()?;
     assert!(frozen == plain && !frozen.requires_grad());
     Ok(())
 }

@@ -234,14 +234,14 @@ fn impossible_mixtures_and_inputs_are_refused() -> TestResult {
 
     let ring = GaussianMixture::ring(4)?;
     let (x, one) = (Tensor::zeros([3, 2], kind::FLOAT_CPU), scalar(1.0));
-    let ask = |x: &Tensor, alpha: &Tensor, labels: Option<&Tensor>| {
+    let evaluate = |x: &Tensor, alpha: &Tensor, labels: Option<&Tensor>| {
         ring.posterior(x, alpha, &one, labels).expect_err("it does not fit").to_string()
     };
-    assert!(ask(&x.view([2, 3]), &one, None).contains("`x_t` has shape [2, 3]"));
-    assert!(ask(&x.to_kind(Kind::Int64), &one, None).contains("`x_t` has kind"));
-    assert!(ask(&x, &Tensor::ones([2], kind::FLOAT_CPU), None).contains("`alpha`"));
+    assert!(evaluate(&x.view([2, 3]), &one, None).contains("`x_t` has shape [2, 3]"));
+    assert!(evaluate(&x.to_kind(Kind::Int64), &one, None).contains("`x_t` has kind"));
+    assert!(evaluate(&x, &Tensor::ones([2], kind::FLOAT_CPU), None).contains("`alpha`"));
     assert!(
-        ask(&x, &one, Some(&Tensor::from_slice(&[0_i64, 1, 3])))
+        evaluate(&x, &one, Some(&Tensor::from_slice(&[0_i64, 1, 3])))
             .contains("holds 3; expected 0 to 2")
     );
     let plain = GaussianMixture::new(&means, &[1.0; 2], &[1.0; 2])?;

@@ -180,7 +180,7 @@ fn a_mask_hides_tokens() -> TestResult {
     let unet = small().build(Placement::default(), 0)?;
     let (x_t, t) = (Tensor::randn([2, 1, 6, 6], kind::FLOAT_CPU), Tensor::from(500_i64));
     let text = text(2);
-    let ask = |text: &Tensor, mask: Option<&Tensor>| {
+    let evaluate = |text: &Tensor, mask: Option<&Tensor>| {
         let inputs = UNet2DConditionInputs {
             encoder_attention_mask: mask,
             ..UNet2DConditionInputs::text(text)
@@ -188,13 +188,13 @@ fn a_mask_hides_tokens() -> TestResult {
         unet.forward(&x_t, &t, inputs)
     };
     let mask = Tensor::from_slice2(&[[true, true, true, false, false]; 2]);
-    let short = ask(&text.narrow(1, 0, 3).contiguous(), None)?;
-    assert!(relative_error(&ask(&text, Some(&mask))?, &short) < TOLERANCE);
+    let short = evaluate(&text.narrow(1, 0, 3).contiguous(), None)?;
+    assert!(relative_error(&evaluate(&text, Some(&mask))?, &short) < TOLERANCE);
     let numbers = mask.to_kind(Kind::Int64);
-    assert!(relative_error(&ask(&text, Some(&numbers))?, &short) < TOLERANCE);
-    let whole = ask(&text, None)?;
+    assert!(relative_error(&evaluate(&text, Some(&numbers))?, &short) < TOLERANCE);
+    let whole = evaluate(&text, None)?;
     assert!(relative_error(&whole, &short) > 1e-3);
-    assert!(relative_error(&ask(&text.flip([1]), None)?, &whole) < TOLERANCE);
+    assert!(relative_error(&evaluate(&text.flip([1]), None)?, &whole) < TOLERANCE);
     Ok(())
 }
 
@@ -248,8 +248,8 @@ fn gradients_come_back_from_output_and_features_of_one_pass() -> TestResult {
 /// At first the weight has no effect, but its gradient is not zero.
 #[test]
 fn a_fresh_guidance_embedding_changes_nothing() -> TestResult {
-    let told = UNet2DConditionConfig { time_cond_proj_dim: Some(16), ..small() };
-    let student = told.build(Placement::default(), 3)?;
+    let guided = UNet2DConditionConfig { time_cond_proj_dim: Some(16), ..small() };
+    let student = guided.build(Placement::default(), 3)?;
     let teacher = small().build(Placement::default(), 3)?;
     let (x_t, t) = (Tensor::randn([2, 1, 4, 4], kind::FLOAT_CPU), Tensor::from(7_i64));
     let (text, weight) = (text(2), Tensor::from_slice(&[7.5_f32, 0.3]));

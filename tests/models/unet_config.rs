@@ -168,9 +168,9 @@ fn a_head_size_matters_only_where_there_is_attention() {
 fn a_key_that_diffusers_does_not_have_is_written_only_where_it_is_set() -> TestResult {
     let plain = UNet2DConfig::default();
     assert!(!plain.to_json().contains("time_cond_proj_dim"));
-    let told = UNet2DConfig { time_cond_proj_dim: Some(256), ..plain };
-    let object: Map<String, Value> = serde_json::from_str(&told.to_json())?;
-    assert_eq!(read(&Value::Object(object), UnknownKeys::Refuse)?, told);
+    let guided = UNet2DConfig { time_cond_proj_dim: Some(256), ..plain };
+    let object: Map<String, Value> = serde_json::from_str(&guided.to_json())?;
+    assert_eq!(read(&Value::Object(object), UnknownKeys::Refuse)?, guided);
     let narrow = problems(read(&json!({"time_cond_proj_dim": 3}), UnknownKeys::Refuse));
     assert_eq!(narrow[0].field, "time_cond_proj_dim");
     Ok(())

@@ -82,12 +82,12 @@ fn flow_and_edm_are_their_definitions() {
 fn a_network_receives_the_time_of_its_family() {
     let [vp, _, flow, edm] = families();
     let t = timesteps(&[0, 499, 999]);
-    let told = |schedule: &ddil_schedulers::NoiseSchedule| {
+    let on_host = |schedule: &ddil_schedulers::NoiseSchedule| {
         values(&schedule.time_inputs_at(&t).expect("on the grid"))
     };
-    assert_eq!(told(&vp), [0.0, 499.0, 999.0]);
-    assert_close(&told(&flow), &[1.0, 500.0, 1000.0], 1e-4);
-    let ends = told(&edm);
+    assert_eq!(on_host(&vp), [0.0, 499.0, 999.0]);
+    assert_close(&on_host(&flow), &[1.0, 500.0, 1000.0], 1e-4);
+    let ends = on_host(&edm);
     assert_close(&[ends[0], ends[2]], &[0.002_f64.ln() / 4.0, 80_f64.ln() / 4.0], 1e-6);
 }
 

@@ -9,7 +9,7 @@ use ddil_trainer::{
     Error,
     checkpoint::{
         Checkpoint, CheckpointWriter, Damage, Manifest, Retention, discard_newer, find_latest,
-        folder_of, list, tidy,
+        folder_of, list, remove_leftovers,
     },
 };
 use proptest::prelude::*;
@@ -344,7 +344,7 @@ fn leftovers_of_a_killed_process_are_not_checkpoints_and_are_removed() -> TestRe
     fs::write(half.join("student.safetensors"), b"half")?;
     fs::write(folder.path().join(".tmp-latest-4711"), b"step")?;
     assert_eq!(latest(folder.path()), (Some(1), vec![]));
-    tidy(folder.path())?;
+    remove_leftovers(folder.path())?;
     assert_eq!(names(folder.path()), ["latest", "step_0000001"]);
     Ok(())
 }
@@ -362,11 +362,11 @@ fn a_checkpoint_of_the_same_step_is_replaced_and_never_lost() -> TestResult {
     // Killed between the two renames.
     fs::rename(first.path(), folder.path().join(".old-step_0000001"))?;
     fs::create_dir(folder.path().join(".tmp-step_0000001-4711"))?;
-    tidy(folder.path())?;
+    remove_leftovers(folder.path())?;
     assert_eq!(latest(folder.path()), (Some(1), vec![]));
     // Killed after them.
     fs::create_dir(folder.path().join(".old-step_0000001"))?;
-    tidy(folder.path())?;
+    remove_leftovers(folder.path())?;
     assert_eq!(names(folder.path()), ["latest", "step_0000001"]);
     Ok(())
 }
@@ -420,7 +420,7 @@ fn a_full_disk_leaves_the_last_checkpoint_and_no_partial_files() -> TestResult {
 fn kill_9_at_any_moment_loses_no_checkpoint() -> TestResult {
     if let Some(folder) = folder_of_child() {
         let first = find_latest(&folder)?.checkpoint.map_or(0, |checkpoint| checkpoint.step());
-        tidy(&folder)?;
+        remove_leftovers(&folder)?;
         for step in first + 1.. {
             Retention::default().apply(&save(&folder, step)?)?;
             fs::write(folder.join("committed"), step.to_string())?;

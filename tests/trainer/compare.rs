@@ -298,14 +298,14 @@ fn report() -> ComparisonReport {
 fn arms_are_grouped_over_seeds() -> TestResult {
     let report = report();
     let arms = report.arms();
-    let told: Vec<_> = arms
+    let summaries: Vec<_> = arms
         .iter()
         .map(|arm| (arm.name(), arm.steps, arm.measured.len(), arm.num_diverged))
         .collect();
     let expected = [("forward, off", 3, 0), ("mixed, off", 2, 1), ("mixed, on", 1, 0)]
         .into_iter()
         .flat_map(|(name, n, lost)| [1, 4, 8].map(|steps| (name.to_owned(), steps, n, lost)));
-    assert_eq!(told, expected.collect::<Vec<_>>());
+    assert_eq!(summaries, expected.collect::<Vec<_>>());
     let frechet = arms[1].estimate(Metric::Frechet).ok_or("it was measured")?;
     // 10, 13, 16.
     assert_eq!((frechet.mean, frechet.standard_error), (13.0, Some(3.0_f64.sqrt())));
@@ -316,14 +316,14 @@ fn arms_are_grouped_over_seeds() -> TestResult {
 fn differences_are_between_cells_that_share_all_else() {
     let report = report();
     let differences = report.differences();
-    let told: Vec<_> =
+    let summaries: Vec<_> =
         differences.iter().map(|d| (d.axis, d.value, d.others.join(","), d.steps)).collect();
     // Nothing has `forward` with `on`.
     let expected: Vec<_> = [("priors", "mixed", "off"), ("clip", "on", "mixed")]
         .into_iter()
         .flat_map(|(axis, value, other)| [1, 4, 8].map(|n| (axis, value, other.to_owned(), n)))
         .collect();
-    assert_eq!(told, expected);
+    assert_eq!(summaries, expected);
     let at_four = &differences[1];
     let (metric, frechet) = at_four.of[0];
     // Of seeds 0 and 2: 8 - 10 and 16 - 16.

@@ -229,7 +229,7 @@ impl Plain {
     fn consistency(&self, x: &Tensor, t: i64, class: i64) -> ddil_models::Result<Tensor> {
         let LatentConsistencyConfig { sigma_data, timestep_scaling, .. } =
             LatentConsistencyConfig::default();
-        let answer = |unet: &UNet2DModel, x: &Tensor, t: i64| {
+        let output = |unet: &UNet2DModel, x: &Tensor, t: i64| {
             let (scaled, variance) = (t as f64 * timestep_scaling, sigma_data.powi(2));
             let c_skip = variance / (scaled.powi(2) + variance);
             let c_out = scaled / (scaled.powi(2) + variance).sqrt();
@@ -238,10 +238,10 @@ impl Plain {
         let target = {
             let _no_grad = tch::no_grad_guard();
             let end = (t - 20).max(0);
-            answer(&self.target, &self.ddim(x, &self.guided_x0(x, t, class)?, t, end), end)?
+            output(&self.target, &self.ddim(x, &self.guided_x0(x, t, class)?, t, end), end)?
         };
         let c = 1e-3;
-        let difference = answer(&self.student, x, t)? - target;
+        let difference = output(&self.student, x, t)? - target;
         // sqrt(d^2 + c^2) - c without its cancellation.
         let squared = difference.square();
         let root = (&squared + c * c).sqrt();

@@ -43,10 +43,10 @@ fn pair(
     Ok(whole.with_adapter(&config, 1)?)
 }
 
-fn ask(network: &NetworkDenoiser) -> Result<Tensor, ddil_models::Error> {
+fn predict(network: &NetworkDenoiser) -> Result<Tensor, ddil_models::Error> {
     let waves = Tensor::arange(3 * 64, kind::FLOAT_CPU).sin().view([3, 1, 8, 8]);
-    let told = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 2, 3]));
-    network.output(&waves, &Tensor::from_slice(&[10_i64, 500, 999]), &told)
+    let conditioning = Conditioning::class_labels(Tensor::from_slice(&[0_i64, 2, 3]));
+    network.output(&waves, &Tensor::from_slice(&[10_i64, 500, 999]), &conditioning)
 }
 
 fn copies(named: Vec<(String, Tensor)>) -> BTreeMap<String, Tensor> {
@@ -62,7 +62,7 @@ fn train(student: &NetworkDenoiser, updates: u32) -> TestResult {
     let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
     for _ in 0..updates {
         optimizer.zero_grad()?;
-        (ask(student)? - 1.0).square().mean(Kind::Float).backward();
+        (predict(student)? - 1.0).square().mean(Kind::Float).backward();
         let _ = optimizer.clip()?;
         optimizer.step(0.01)?;
     }
@@ -72,10 +72,10 @@ fn train(student: &NetworkDenoiser, updates: u32) -> TestResult {
 #[test]
 fn an_adapter_starts_as_its_teacher() -> TestResult {
     for precision in [Precision::Float32, Precision::Bfloat16] {
-        let expected = ask(&network(precision)?)?;
+        let expected = predict(&network(precision)?)?;
         let (teacher, student) = pair(precision)?;
-        assert_eq!(ask(&teacher)?, expected);
-        assert_eq!(ask(&student)?, expected);
+        assert_eq!(predict(&teacher)?, expected);
+        assert_eq!(predict(&student)?, expected);
         assert!(teacher.adapter().is_none() && student.adapter().is_some());
     }
     Ok(())
@@ -102,7 +102,7 @@ fn updates_change_the_adapter_and_nothing_else() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     let (base, own) = (copies(teacher.parameters().named()), copies(student.parameters().named()));
     assert!(own.keys().all(|name| name.contains(".lora_")));
-    let (of_teacher, at_first) = (ask(&teacher)?, ask(&student)?);
+    let (of_teacher, at_first) = (predict(&teacher)?, predict(&student)?);
     train(&student, 2)?;
     for (name, tensor) in student.parameters().learned() {
         assert!(tensor.grad().abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
@@ -112,8 +112,8 @@ fn updates_change_the_adapter_and_nothing_else() -> TestResult {
         assert!(!tensor.requires_grad() && !tensor.grad().defined(), "{name} has a gradient");
         assert_eq!(tensor, base[&name], "{name} has moved");
     }
-    assert_ne!(ask(&student)?, at_first);
-    assert_eq!(ask(&teacher)?, of_teacher);
+    assert_ne!(predict(&student)?, at_first);
+    assert_eq!(predict(&teacher)?, of_teacher);
     Ok(())
 }
 
@@ -128,23 +128,23 @@ fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
         })
         .build(student.parameters().learned())?;
     train(&student, 2)?;
-    let at_first = ask(&average)?;
-    assert_eq!(at_first, ask(&teacher)?);
+    let at_first = predict(&average)?;
+    assert_eq!(at_first, predict(&teacher)?);
     ema.update()?;
     ema.copy_to(&average.parameters().learned())?;
-    let output = ask(&average)?;
-    assert!(error(&output, &at_first) > 1e-4 && error(&output, &ask(&student)?) > 1e-4);
+    let output = predict(&average)?;
+    assert!(error(&output, &at_first) > 1e-4 && error(&output, &predict(&student)?) > 1e-4);
     assert!(!output.requires_grad());
     // There is one copy of the base: changes are visible to all.
-    let before = [ask(&teacher)?, ask(&student)?, output];
+    let before = [predict(&teacher)?, predict(&student)?, output];
     let mut bias = teacher.parameters().get("conv_out.bias").ok_or("absent")?.shallow_clone();
     let _ = bias.g_add_scalar_(1.0);
     for (network, before) in [&teacher, &student, &average].into_iter().zip(before) {
-        assert!(error(&(ask(network)? - 1.0), &before) < 1e-5);
+        assert!(error(&(predict(network)? - 1.0), &before) < 1e-5);
     }
     // A copy of the teacher consists of the base alone.
     let copy = teacher.duplicate(true)?;
-    assert_eq!(ask(&copy.duplicate(false)?)?, ask(&teacher)?);
+    assert_eq!(predict(&copy.duplicate(false)?)?, predict(&teacher)?);
     assert!(copy.adapter().is_none());
     assert_eq!(copy.parameters().num_values(), teacher.parameters().num_values());
     Ok(())
@@ -154,7 +154,7 @@ fn an_average_is_an_adapter_on_the_same_base() -> TestResult {
 fn a_network_rebuilt_from_its_weights_returns_the_same() -> TestResult {
     let (teacher, student) = pair(Precision::Float32)?;
     train(&student, 3)?;
-    let (expected, of_teacher) = (ask(&student)?, ask(&teacher)?);
+    let (expected, of_teacher) = (predict(&student)?, predict(&teacher)?);
     let weights: BTreeMap<_, _> = student.weights()?.into_iter().collect();
     let whole = network(Precision::Float32)?;
     for (name, mut tensor) in whole.parameters().named() {
@@ -162,10 +162,10 @@ fn a_network_rebuilt_from_its_weights_returns_the_same() -> TestResult {
         tensor.copy_(&weights[&name]);
     }
     assert_eq!(weights.len(), whole.parameters().named().len());
-    let output = ask(&whole)?;
+    let output = predict(&whole)?;
     assert!(error(&output, &expected) <= 1e-5, "{}", error(&output, &expected));
     assert!(error(&output, &of_teacher) > 1e-3);
-    assert_eq!(ask(&teacher)?, of_teacher);
+    assert_eq!(predict(&teacher)?, of_teacher);
     Ok(())
 }
 
@@ -178,24 +178,24 @@ fn a_teacher_evaluation_within_a_loss_does_not_change_its_gradient() -> TestResu
         for (_, mut tensor) in student.parameters().learned() {
             tensor.zero_grad();
         }
-        let output = ask(&student)?;
+        let output = predict(&student)?;
         let again = {
             let _no_grad = tch::no_grad_guard();
-            ask(&teacher)?
+            predict(&teacher)?
         };
         assert_eq!(&again, label);
         (output - again).square().sum(Kind::Float).backward();
         let learned = student.parameters().learned();
         Ok(learned.iter().map(|(_, tensor)| tensor.grad().copy()).collect())
     };
-    let label = ask(&teacher)?;
+    let label = predict(&teacher)?;
     assert!(!label.requires_grad());
     let first = gradients(&label)?;
     // Without the teacher between pass and backward pass.
     for (_, mut tensor) in student.parameters().learned() {
         tensor.zero_grad();
     }
-    (ask(&student)? - &label).square().sum(Kind::Float).backward();
+    (predict(&student)? - &label).square().sum(Kind::Float).backward();
     let learned = student.parameters().learned();
     let second: Vec<Tensor> = learned.iter().map(|(_, tensor)| tensor.grad().copy()).collect();
     assert_eq!(first, second);
@@ -208,9 +208,10 @@ fn only_a_part_that_is_named_is_ignored() -> TestResult {
     let x_t = Tensor::zeros([2, 1, 8, 8], kind::FLOAT_CPU);
     let t = Tensor::from_slice(&[10_i64, 20]);
     let labels = || Conditioning::class_labels(Tensor::from_slice(&[0_i64, 1]));
-    let told = labels().with_guidance_weight(Tensor::from_slice(&[3_f32, 7.0]));
+    let conditioning = labels().with_guidance_weight(Tensor::from_slice(&[3_f32, 7.0]));
     for network in [&teacher, &student] {
-        let refused = network.predict(&x_t, &t, &told).expect_err("the base has no input for it");
+        let refused =
+            network.predict(&x_t, &t, &conditioning).expect_err("the base has no input for it");
         let field = "guidance_weight";
         assert!(
             matches!(&refused, ddil_core::Error::Conditioning { field: f, .. } if f == field),
@@ -219,7 +220,7 @@ fn only_a_part_that_is_named_is_ignored() -> TestResult {
     }
     let expected = student.predict(&x_t, &t, &labels())?.x0;
     let student = student.ignoring("guidance_weight").duplicate(false)?;
-    assert_eq!(student.predict(&x_t, &t, &told)?.x0, expected);
+    assert_eq!(student.predict(&x_t, &t, &conditioning)?.x0, expected);
     let text = labels().with("encoder_hidden_states", Tensor::zeros([2, 3, 4], kind::FLOAT_CPU));
     assert!(student.predict(&x_t, &t, &text).is_err());
     Ok(())
@@ -273,19 +274,22 @@ fn an_adapter_of_a_text_u_net_is_written_and_read() -> TestResult {
     };
     let (x_t, states) = (wave(&[2, 4, 8, 8]), wave(&[2, 5, 12]));
     let timesteps = Tensor::from_slice(&[999_i64, 499]);
-    let told = Conditioning::none()
+    let conditioning = Conditioning::none()
         .with(Conditioning::ENCODER_HIDDEN_STATES, states.shallow_clone())
         .with_guidance_weight(Tensor::from_slice(&[3_f32, 7.0]));
-    let deaf = told.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
+    let deaf = conditioning.shallow_clone().without(Conditioning::GUIDANCE_WEIGHT);
     let of_teacher = teacher.output(&x_t, &timesteps, &deaf)?;
-    assert_eq!(student.output(&x_t, &timesteps, &told)?, of_teacher);
+    assert_eq!(student.output(&x_t, &timesteps, &conditioning)?, of_teacher);
     let mut optimizer = AdamWConfig::default().build(student.parameters().learned())?;
     for _ in 0..2 {
         optimizer.zero_grad()?;
-        (student.output(&x_t, &timesteps, &told)? - 1.0).square().mean(Kind::Float).backward();
+        (student.output(&x_t, &timesteps, &conditioning)? - 1.0)
+            .square()
+            .mean(Kind::Float)
+            .backward();
         optimizer.step(0.02)?;
     }
-    let output = student.output(&x_t, &timesteps, &told)?;
+    let output = student.output(&x_t, &timesteps, &conditioning)?;
     assert!(error(&output, &of_teacher) > 0.01);
     assert_eq!(teacher.output(&x_t, &timesteps, &deaf)?, of_teacher);
 

@@ -79,28 +79,28 @@ impl Task for OneWeight {
     }
 
     fn loss(&mut self, step: u64, _phase: Phase) -> Result<UpdateLoss> {
-        let answer = self.data(step).mean_dim(1, false, Kind::Float) * &self.weight;
-        let mut per_sample = answer.square();
+        let output = self.data(step).mean_dim(1, false, Kind::Float) * &self.weight;
+        let mut per_sample = output.square();
         if self.goes_wrong(step, Place::Loss) {
             per_sample /= 0.0;
         }
         if self.goes_wrong(step, Place::Gradient) {
             // The root's slope at 0 is infinite.
-            per_sample = (answer - self.weight.detach()).sqrt();
+            per_sample = (output - self.weight.detach()).sqrt();
         }
-        let mut answers = Tensor::from(1.0_f32);
+        let mut outputs = Tensor::from(1.0_f32);
         if self.goes_wrong(step, Place::Answer) {
-            answers /= 0.0;
+            outputs /= 0.0;
         }
-        Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: Some(answers) })
+        Ok(UpdateLoss { per_sample, figures: Vec::new(), outputs: Some(outputs) })
     }
 
     fn inspect(&mut self, step: u64, _phase: Phase) -> Result<Option<Evidence>> {
         let timesteps = Tensor::arange(self.size[0], (Kind::Int64, tch::Device::Cpu)) * 10;
         let mut evidence = Evidence::of_timesteps(&timesteps)?;
-        evidence.look_at("data", "data.x0", &self.data(step))?;
-        evidence.look_at_conditioning("data", &Conditioning::class_labels(timesteps))?;
-        evidence.look_at_weights("student", &self.parameters(Phase::Student))?;
+        evidence.check("data", "data.x0", &self.data(step))?;
+        evidence.check_conditioning("data", &Conditioning::class_labels(timesteps))?;
+        evidence.check_weights("student", &self.parameters(Phase::Student))?;
         Ok(Some(evidence))
     }
 

@@ -84,8 +84,8 @@ fn written_configs_read_back() -> TestResult {
     writer.scalar(41, "train/loss", 0.25)?;
     writer.scalar(300, "train/lr", 1e-4)?;
     let images = Tensor::zeros([1, 3, 2, 5], tch::kind::FLOAT_CPU);
-    let picture = &Image::each(&images)?[0];
-    writer.picture(300, "samples", picture)?;
+    let image = &Image::each(&images)?[0];
+    writer.image(300, "samples", image)?;
     writer.flush()?;
 
     let name = writer.path().file_name().ok_or("a name")?.to_string_lossy().into_owned();
@@ -106,7 +106,7 @@ fn written_configs_read_back() -> TestResult {
     let summary = parse(&parse(&events[4][&5][0])[&1][0]);
     let image = parse(&summary[&4][0]);
     assert_eq!([image[&1][0][0], image[&2][0][0], image[&3][0][0]], [2, 5, 3]);
-    assert_eq!(image[&4][0], picture.to_png()?);
+    assert_eq!(image[&4][0], image.to_png()?);
     Ok(())
 }
 

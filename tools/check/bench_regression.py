@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Runs benchmarks and fails if one has become slower against a yardstick that is measured in the same run.
+"""Runs benchmarks and fails if one has become slower relative to a yardstick measured in the same run.
 
     make bench-check                                 # measures, compares with benches/baseline.json
     make bench-check BENCH_CHECK=--save              # measures, writes the ratios into that file
-    make bench-check BENCH_CHECK="--save --missing"  # only those that it does not have
-    python3 tools/check/bench_regression.py --criterion target/criterion    # judges what is there, runs nothing
+    make bench-check BENCH_CHECK="--save --missing"  # only the missing ratios
+    python3 tools/check/bench_regression.py --criterion target/criterion    # checks existing results, runs nothing
 
 Times of two machines, or of one on two days, cannot be compared; ratios of two times from one run can. The file lists, by
-benchmark program, what is measured (`id`), its yardstick (`over`: a copy of as many bytes, libtorch's own operation, a
-pass of the network) and the ratio that was once measured. More than 15 % above that is a regression, unless the 95 %
-intervals of both times leave room for less: then it is said, and nothing fails. What looks slower is measured again, up to
+benchmark program, the benchmark (`id`), its yardstick (`over`: a copy of as many bytes, libtorch's own operation, a
+pass of the network) and the recorded ratio. More than 15 % above that is a regression, unless the 95 % intervals of both
+times allow less: then it is reported as unclear, and nothing fails. A benchmark that looks slower is measured again, up to
 twice, and its lowest ratio counts: load makes times longer, never shorter.
 
-A ratio that is null has not been measured. It would hold nothing back, so there is no verdict before all of them are there.
-Saving writes the file anew after each yardstick, with which what it is a yardstick of is measured: what was measured before
-an interruption stays.
+A ratio that is null has not been measured. It could not detect a regression, so nothing is checked until all are measured.
+Benchmarks are measured together with their yardstick, and --save rewrites the file after each yardstick, so an interruption
+loses nothing that was measured before.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TOLERANCE, TRIES = 1.15, 3
 
 
 class Problem(Exception):
-    """What is wrong, and what to do."""
+    """An error message with its remedy."""
 
 
 @dataclasses.dataclass
 class Ratio:
-    """A ratio of two times, and the ends between which it lies with them inside their intervals."""
+    """A ratio of two times, with the smallest and the largest ratio within their intervals."""
 
     value: float
     low: float
@@ -79,7 +79,7 @@ def read_baseline(path: pathlib.Path) -> dict:
             if not (ratio is None or ratio > 0):
                 raise Problem(f"{path}: the ratio of `{pair['id']}` must be positive or null, found {ratio}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Problem(f"{path} is no baseline: {type(error).__name__}: {error}") from error
+        raise Problem(f"{path} is not a valid baseline: {type(error).__name__}: {error}") from error
     return baseline
 
 
@@ -88,9 +88,9 @@ def ensure_measured(path: pathlib.Path, benches: dict) -> None:
     missing = [pair["id"] for pair in pairs if pair["ratio"] is None]
     if missing:
         raise Problem(
-            f"{path} has no ratio for {len(missing)} of {len(pairs)} benchmarks, the first of them `{missing[0]}`: nothing would"
-            ' hold them back. On a quiet machine, `make bench-check BENCH_CHECK="--save --missing"` measures these,'
-            " and `make bench-check BENCH_CHECK=--save` all."
+            f"{path} has no ratio for {len(missing)} of {len(pairs)} benchmarks (the first: `{missing[0]}`), so their regressions"
+            ' would not be detected. On a quiet machine, measure them with `make bench-check BENCH_CHECK="--save --missing"`,'
+            " or all with `make bench-check BENCH_CHECK=--save`."
         )
 
 
@@ -102,7 +102,7 @@ def by_yardstick(pairs: list[dict]) -> list[list[dict]]:
 
 
 def measured(folder: pathlib.Path, since: float) -> dict[str, dict]:
-    """Criterion's medians and their intervals in nanoseconds, by full name, of what was measured since."""
+    """Criterion's medians and their intervals in nanoseconds, by full name, measured since a time."""
     found = {}
     for path in folder.glob("**/new/benchmark.json"):
         estimates = path.with_name("estimates.json")
@@ -115,7 +115,7 @@ def ratio_of(pair: dict, times: dict[str, dict]) -> Ratio:
     missing = [name for name in (pair["id"], pair["over"]) if name not in times]
     if missing:
         raise Problem(
-            f"not measured: `{'`, `'.join(missing)}`. Was the benchmark renamed? Then rename it in {BASELINE.name} too."
+            f"not measured: `{'`, `'.join(missing)}`. If a benchmark was renamed, rename it in {BASELINE.name} too."
         )
     own, yardstick = times[pair["id"]], times[pair["over"]]
     ends = [time["confidence_interval"] for time in (own, yardstick)]
@@ -132,9 +132,9 @@ def judged(pairs: list[dict], times: dict[str, dict]) -> list[Verdict]:
 
 def run_bench(cargo: str, bench: str, pairs: list[dict]) -> None:
     names = sorted({name for pair in pairs for name in (pair["id"], pair["over"])})
-    # Not re.escape: what it does to a space is Python's own.
+    # Not re.escape, which escapes spaces as well.
     wanted = "^(" + "|".join(re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", name) for name in names) + ")$"
-    # A tenth of criterion's resamples: they take longer than much of what is timed here, and go into intervals alone.
+    # A tenth of criterion's resamples: they take longer than many of the benchmarks, and affect only the intervals.
     command = [*cargo.split(), "bench", "--workspace", "--bench", bench, "--", wanted, "--noplot", "--nresamples", "10000"]
     if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
         raise Problem(f"`{' '.join(command)}` failed")
@@ -186,16 +186,16 @@ def report(verdicts: list[Verdict]) -> int:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--baseline", type=pathlib.Path, default=BASELINE)
-    parser.add_argument("--criterion", type=pathlib.Path, help="judge what criterion has left in this folder; run nothing")
-    parser.add_argument("--save", action="store_true", help="write what is measured into the baseline")
-    parser.add_argument("--missing", action="store_true", help="with --save: only the ratios that the baseline does not have")
-    parser.add_argument("--only", help="this benchmark program alone")
+    parser.add_argument("--criterion", type=pathlib.Path, help="check the results that criterion wrote to this folder; run nothing")
+    parser.add_argument("--save", action="store_true", help="write the measured ratios into the baseline")
+    parser.add_argument("--missing", action="store_true", help="with --save: measure only the ratios that the baseline lacks")
+    parser.add_argument("--only", help="only this benchmark program")
     parser.add_argument("--cargo", default=os.environ.get("CARGO", "cargo"))
     options = parser.parse_args(arguments)
     if options.missing and not options.save:
-        parser.error("--missing goes with --save")
+        parser.error("--missing requires --save")
     if options.save and options.criterion:
-        parser.error("--save measures, --criterion judges what was measured")
+        parser.error("--save and --criterion cannot be combined: one measures, the other reads existing results")
     return options
 
 
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     baseline = read_baseline(options.baseline)
     benches = {name: pairs for name, pairs in baseline["benches"].items() if options.only in (None, name)}
     if not benches:
-        raise Problem(f"no benchmark program `{options.only}`; there are {', '.join(baseline['benches'])}")
+        raise Problem(f"no benchmark program `{options.only}`; the programs are {', '.join(baseline['benches'])}")
     folder = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "criterion"
     if options.save:
         return save_all(options, baseline, benches, folder)
@@ -236,4 +236,4 @@ if __name__ == "__main__":
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; ratios that were said to be written are")
+        sys.exit("interrupted; the ratios reported as written are in the file")

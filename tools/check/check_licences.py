@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Checks what every package that is built brings: a licence that deny.toml allows, and a registry that it knows.
+"""Checks that every package of a build has a licence that deny.toml allows and comes from a registry that it allows.
 
     python3 tools/check/check_licences.py [--metadata FILE]
 
-No network is used: cargo says what is in Cargo.lock. Packages that are there in two versions are listed, which is no error.
-What this cannot know are advisories: `cargo deny check advisories` asks the RustSec database for them.
+No network is used: `cargo metadata` reads Cargo.lock. Packages present in two versions are listed, which is not an error.
+Advisories are not checked; `cargo deny check advisories` does so with the RustSec database.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metadata", type=pathlib.Path, help="what `cargo metadata` said; default: ask it")
+    parser.add_argument("--metadata", type=pathlib.Path, help="the output of `cargo metadata`; default: run it")
     parser.add_argument("--rules", type=pathlib.Path, default=ROOT / "deny.toml", help="default: deny.toml")
     return parser.parse_args()
 
@@ -61,7 +61,7 @@ def read_packages(metadata: pathlib.Path | None) -> list[dict]:
         command = [cargo, "metadata", "--format-version", "1", "--locked", "--filter-platform", PLATFORM]
         outcome = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if outcome.returncode != 0:
-            raise SystemExit("error: `cargo metadata` failed; what it said stands above")
+            raise SystemExit("error: `cargo metadata` failed; its output is above")
         text = outcome.stdout
     return json.loads(text)["packages"]
 
@@ -71,7 +71,7 @@ def problems_of(package: dict, allowed: set[str], registries: set[str]) -> list[
     problems = []
     licence = package.get("license")
     if not licence:
-        problems.append(f"{name}: says no licence")
+        problems.append(f"{name}: declares no licence")
     elif not is_allowed(licence, allowed):
         problems.append(f"{name}: {licence}")
     source = package.get("source")

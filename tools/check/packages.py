@@ -3,7 +3,7 @@
 
     python3 tools/check/packages.py [--folder target/package]
 
-Links have to have become files: a package with a link in it does not build where it is unpacked.
+Links must have become files: a package that contains a link does not build after unpacking.
 """
 
 from __future__ import annotations

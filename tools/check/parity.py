@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Asks diffusers, transformers and PEFT what ddil is asked too, and compares.
+"""Runs the same inputs through diffusers, transformers and PEFT and through ddil, and compares the outputs.
 
     make parity                                      # installs them into the user's cache, builds, runs this
     python tools/check/parity.py --ddil PROGRAM      # with packages of your own; PROGRAM is the built example `parity`
@@ -46,13 +46,13 @@ MODULE, WHOLE, HALF, GRADIENT, PIXEL = 1e-5, 1e-4, 2e-2, 1e-3, 1 / 255
 
 
 class Questions:
-    """What ddil is to be asked, and what the others answered."""
+    """The jobs for ddil, and the outputs of the others."""
 
     def __init__(self, folder):
         self.folder, self.jobs, self.expected = folder, [], []
 
     def ask(self, title, what, inputs, expected, **job):
-        """`expected` maps an answer's name to the tensor, the greatest error, and what diffusers itself is off, if known."""
+        """`expected` maps an output's name to the tensor, the largest allowed error, and diffusers' own error, if known."""
         number = len(self.jobs)
         paths = {kind: str(self.folder / f"{number}.{kind}.safetensors") for kind in ("inputs", "outputs")}
         save_file({name: part.contiguous() for name, part in inputs.items()}, paths["inputs"])
@@ -86,7 +86,7 @@ def random_unet(config):
 @torch.no_grad()
 def ask_unets(questions):
     for name, config in CONDITION_CONFIGS.items():
-        # Masks and classes are no part of the family.
+        # Masks and classes are not part of the family.
         if "masked" in config or "class_embed_type" in config or "addition_embed_type_num_heads" in config:
             continue
         model = random_unet(config)
@@ -157,7 +157,7 @@ def ask_lora(questions):
     inputs = condition_inputs(model.config, config["size"])
     layers = attach(model, r=2, lora_alpha=3)
     StableDiffusionLoraLoaderMixin.save_lora_weights(questions.folder / "lora", unet_lora_layers=layers)
-    # As loaded: the file says nothing of alpha.
+    # As loaded: the file does not contain alpha.
     fresh = random_unet(config)
     state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(questions.folder / "lora")
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=fresh)
@@ -211,7 +211,7 @@ def ask_pipelines(questions, words):
 
 
 def check_exports(questions, program, asked):
-    """Folders that ddil wrote, loaded by diffusers: the same pictures from the same noise."""
+    """Folders that ddil wrote, loaded by diffusers: the same images from the same noise."""
     exports = Questions(questions.folder / "exports")
     exports.folder.mkdir()
     for title, folder, inputs, _ in asked:
@@ -224,7 +224,7 @@ def check_exports(questions, program, asked):
         to = exports.folder / folder.name
         pipeline = DiffusionPipeline.from_pretrained(to, safety_checker=None)
         image = drawn(pipeline, inputs["noise"], 4, scale)["image"]
-        # Pictures are in [-1, 1]: a step of 1/255 is 2/255 there.
+        # Images are in [-1, 1]: a step of 1/255 is 2/255 there.
         bound = 2 * PIXEL / image.abs().max().item()
         job = dict(prompts=PROMPTS, steps=4, guidance_scale=scale)
         again.ask(f"our export in diffusers, {title}", "pipeline", inputs, {"image": (image, bound, None)}, folder=str(to), **job)
@@ -300,13 +300,13 @@ def main():
     parser.add_argument("--sd15", action="store_true", help="also the networks of Stable Diffusion 1.5 at their size")
     parser.add_argument("--model", nargs="*", default=[], type=pathlib.Path, help="text-to-image folders of your own too")
     arguments = parser.parse_args()
-    # Both say at length what is cut off a long prompt, and diffusers which settings it does not know.
+    # Both report the cut-off part of a long prompt at length, and diffusers its unknown settings.
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     failed = 0
-    print("| what | answer | error | at most | diffusers' own |\n| - | - | - | - | - |")
+    print("| network | output | error | bound | diffusers' own error |\n| - | - | - | - | - |")
     with tempfile.TemporaryDirectory() as folder:
         asked = rows(pathlib.Path(folder), arguments.ddil, arguments.sd15, arguments.model)
         for title, name, error, bound, theirs in grouped(asked):
@@ -315,7 +315,7 @@ def main():
             failed += wrong
             print(f"| {title} | `{name}` | {error:.1e}{' **too much**' if wrong else ''} | {bound:.1e} | {own} |", flush=True)
     if failed:
-        sys.exit(f"{failed} answers differ by more than they may")
+        sys.exit(f"error: {failed} outputs differ by more than their bound")
 
 
 if __name__ == "__main__":

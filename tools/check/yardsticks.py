@@ -104,7 +104,7 @@ class Module:
     text: str
     code: str
     children: list[str] = field(default_factory=list)
-    # A name that it brings in, and the path that it stands for; only those that others may see.
+    # An imported name and its path; only those visible to others.
     exports: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -160,7 +160,7 @@ class Crate:
         body = USE.sub("", module.code)
         named = [path.split("::") for path in PATH.findall(body)]
         for public, leaf in uses:
-            # A facade hands on what it does not use itself.
+            # A facade re-exports names that it does not use itself.
             if not public or re.search(rf"\b{re.escape(leaf[-1])}\b", body):
                 named.append(leaf if leaf[-1] != "*" else leaf[:-1])
         for path in named:

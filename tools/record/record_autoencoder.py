@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what diffusers' AutoencoderKL answers, for tests/models/autoencoder.rs to compare with.
+"""Records outputs of diffusers' AutoencoderKL for tests/models/autoencoder.rs.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
@@ -95,7 +95,7 @@ def record(name, config):
 
 
 def check(folder, variant):
-    """Loads a folder that ddil wrote and compares with the answer it wrote beside it."""
+    """Loads a folder that ddil wrote and compares its output with the recorded one."""
     model, loading = AutoencoderKL.from_pretrained(folder, variant=variant, output_loading_info=True)
     assert not any(loading.values()), loading
     recorded = load_file(folder / "expected.safetensors")

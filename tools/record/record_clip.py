@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what transformers' CLIP answers, for tests/models/clip to compare with.
+"""Records outputs of transformers' CLIP for tests/models/clip.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 transformers==5.24.0 safetensors numpy pillow
@@ -74,7 +74,7 @@ PROMPTS = [
 
 
 def words():
-    """The sentences' words as CLIP sees them: symbols of bytes, the last one marked."""
+    """The sentences' words as CLIP splits them: symbols of bytes, the last one marked."""
     symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     counts = collections.Counter(SENTENCES)
     spelt = {}
@@ -107,7 +107,7 @@ def learn_merges():
 
 
 def byte_symbols():
-    """The letters that stand for the bytes, "!" first, in CLIP's order."""
+    """The characters that represent the bytes, "!" first, in CLIP's order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -268,7 +268,7 @@ def preprocess(picture, size):
 
 
 def pictures():
-    """Two pictures of each shape: hard edges and noise."""
+    """Two images of each shape: hard edges and noise."""
     generator = numpy.random.default_rng(0)
     for height, width in [(45, 61), (33, 20), (28, 28)]:
         rows, columns = numpy.mgrid[:height, :width]
@@ -301,7 +301,7 @@ def record_score(tokenizer):
 
 
 def check(folder):
-    """Loads a folder that ddil wrote and compares with the answer it wrote beside it."""
+    """Loads a folder that ddil wrote and compares its output with the recorded one."""
     config = json.loads((folder / "config.json").read_text())
     cls = {c.__name__: c for c in (CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection)}[
         config["architectures"][0]

@@ -33,9 +33,9 @@ TARGETS = [
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]
 LORAS = {
-    # Rank and alpha differ, and not all are alike.
+    # Rank and alpha differ, also between layers.
     "sd15": dict(r=2, lora_alpha=3, rank_pattern={"mid_block.resnets.0.conv1": 5}, alpha_pattern={"attn2.to_v": 7}),
-    # Nothing to say of alpha.
+    # Without alpha.
     "sdxl": dict(r=2, lora_alpha=2),
 }
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -111,7 +111,7 @@ def record(name, config):
 
 
 def check(folder):
-    """Loads every file of adapters in a folder as `load_lora_weights` does, and compares with the answer beside it."""
+    """Loads every file of adapters in a folder as `load_lora_weights` does, and compares with the recorded output."""
     name = folder.name.removeprefix("lora_")
     expected = load_file(folder / "expected.safetensors")["output"]
     for file in filter(lambda file: (folder / file).exists(), [WEIGHTS, "kohya.safetensors"]):

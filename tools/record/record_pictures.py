@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Records how Pillow reads JPEG files, for tests/data/pictures.rs to compare with.
+"""Records Pillow's decoding of JPEG files for tests/data/pictures.rs.
 
     python3 -m venv .venv
     .venv/bin/pip install pillow==13.0.0 numpy
     .venv/bin/python tools/record/record_pictures.py    # writes tests/golden/pictures
 
-Of every JPEG there is what Pillow makes of it, turned as its Exif data say, as a PNG of the same name; of `cmyk.jpg`, which
-is refused, there is none. The same versions write the same bytes.
+Every JPEG has a PNG of the same name with Pillow's decoding, oriented by its Exif data, except `cmyk.jpg`, which is
+refused. The same versions write the same bytes.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ import numpy
 from PIL import ExifTags, Image, ImageOps
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "pictures"
-# How a picture is laid down that is turned back by each orientation.
+# The transformation that each orientation undoes.
 LAID_DOWN = {
     1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
@@ -23,7 +23,7 @@ LAID_DOWN = {
 
 
 def picture():
-    """24 wide and 16 high; no two corners are alike."""
+    """24 wide and 16 high; the four corners differ."""
     rows, columns = numpy.mgrid[0:16, 0:24]
     red, green, blue = 10 * columns, 15 * rows, 5 * columns + 8 * rows
     return Image.fromarray(numpy.stack([red, green, blue], -1).astype(numpy.uint8))

@@ -110,7 +110,7 @@ def latent_consistency(words):
 
 
 def start(pipeline, sides=None):
-    """Noise for two pictures, and how many steps are made from there."""
+    """Noise for two images, and the number of steps."""
     torch.manual_seed(4)
     config = pipeline.unet.config
     shape = (2, config.in_channels, *(sides or [config.sample_size] * 2))

@@ -40,7 +40,7 @@ def read(path):
 
 
 def draw(model, noise, how):
-    """What diffusers draws from that noise, in [-1, 1] as ddil has pictures; not clamped."""
+    """Diffusers' samples from that noise, in [-1, 1] as in ddil; not clamped."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
@@ -52,7 +52,7 @@ def draw(model, noise, how):
 
 
 def compare(found, expected):
-    """The largest difference of two pictures, as they are and in the steps of a PNG file."""
+    """The largest difference of two images, in floating point and in the steps of a PNG file."""
     def pixels(images):
         return ((images + 1) * 127.5).clamp(0, 255).round()
 

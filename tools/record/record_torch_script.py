@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records a small TorchScript network and its answer, for tests/models/torch_script.rs.
+"""Records a small TorchScript network and its output for tests/models/torch_script.rs.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 safetensors numpy

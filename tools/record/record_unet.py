@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what diffusers' U-Nets answer, for tests/models/unet.rs and unet_condition.rs to compare with.
+"""Records outputs of diffusers' U-Nets for tests/models/unet.rs and unet_condition.rs.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers safetensors numpy
@@ -219,7 +219,7 @@ def record(name, config):
 
 
 def condition_inputs(config, size):
-    """What the network is told, by the names of ddil's UNet2DConditionInputs."""
+    """The conditioning, by the names of ddil's UNet2DConditionInputs."""
     batch, channels = 3, config.in_channels
     width = config.cross_attention_dim
     recorded = {
@@ -319,7 +319,7 @@ def check_plain(folder):
 
 
 def check(folder):
-    """Loads a folder that ddil wrote and compares with the answer it wrote beside it."""
+    """Loads a folder that ddil wrote and compares its output with the recorded one."""
     if json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DConditionModel":
         output, expected = check_condition(folder)
     else:

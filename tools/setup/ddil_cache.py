@@ -1,4 +1,4 @@
-"""What the fetching tools share: where the cache is, one writer at a time, and errors that name their cure.
+"""Shared by the set-up tools: the cache folder, its lock, and errors that state the remedy.
 
 Only the standard library of Python 3.8 is used, so that nothing has to be installed first.
 """
@@ -20,7 +20,7 @@ CHUNK = 1 << 22
 
 
 class Problem(Exception):
-    """Something the user has to know: one paragraph, with the cure in it."""
+    """An error for the user: one paragraph that includes the remedy."""
 
 
 def cache_root() -> pathlib.Path:
@@ -28,7 +28,7 @@ def cache_root() -> pathlib.Path:
     own = os.environ.get("DDIL_CACHE")
     if own:
         return pathlib.Path(own).expanduser().absolute()
-    # A relative XDG_CACHE_HOME is to be ignored, says the XDG specification.
+    # The XDG specification requires that a relative XDG_CACHE_HOME is ignored.
     xdg = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or ".")
     return (xdg if xdg.is_absolute() else pathlib.Path.home() / ".cache") / "ddil"
 
@@ -43,28 +43,28 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder and those above it."""
+    """Creates a folder and its parents."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(
-            f"Cannot make the folder {path}: {error.strerror}. Set DDIL_CACHE to a folder you can write to."
+            f"Cannot create the folder {path}: {error.strerror}. Set DDIL_CACHE to a folder you can write to."
         ) from error
 
 
 def ensure_free_space(folder: pathlib.Path, megabytes: int) -> None:
-    """Refuses to begin what would fill the disk."""
+    """Raises an error if the disk is too full."""
     free = shutil.disk_usage(folder).free // 1_000_000
     if free < megabytes:
         raise Problem(
-            f"{folder} has {free} MB free, and {megabytes} MB are needed while unpacking. "
-            "Make room, or set DDIL_CACHE to a folder on a larger disk."
+            f"{folder} has {free} MB of free space, but unpacking needs {megabytes} MB. "
+            "Free some space, or set DDIL_CACHE to a folder on a larger disk."
         )
 
 
 @contextlib.contextmanager
 def only_writer(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder's lock. The kernel drops it when the process ends, however it ends."""
+    """Holds the folder's lock. The kernel releases it when the process ends, however it ends."""
     make_folder(folder)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -79,7 +79,7 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
 def scratch_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder on the same file system, so that what is built there can be renamed into place.
 
-    Call it under `only_writer`: what an earlier, killed run left behind is swept first.
+    Call it under `only_writer`: leftovers of an earlier, killed run are removed first.
     """
     for leftover in folder.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -96,7 +96,7 @@ def say(line: str) -> None:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Runs a tool: exit code 1 and one paragraph on stderr if it meets a `Problem` or the disk says no."""
+    """Runs a tool: exit code 1 and one paragraph on stderr after a `Problem` or a disk error."""
     try:
         main()
     except Problem as problem:
@@ -107,5 +107,5 @@ def run_tool(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-done was kept", file=sys.stderr)
+        print("interrupted; incomplete files were removed", file=sys.stderr)
         sys.exit(130)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Puts Fashion-MNIST's four IDX files, decompressed, into the user's cache.
 
-    python3 tools/setup/get_fashion_mnist.py            # fetch what is missing
-    python3 tools/setup/get_fashion_mnist.py --check    # only say whether it is there and intact
+    python3 tools/setup/get_fashion_mnist.py            # download missing files
+    python3 tools/setup/get_fashion_mnist.py --check    # only report whether they exist and are intact
 
-Looked at in this order: the cache; a folder named by DDIL_DATA (then nothing is ever downloaded); Debian's package
+Sources, in this order: the cache; the folder in DDIL_DATA (then nothing is ever downloaded); Debian's package
 `dataset-fashion-mnist`, installed or unpacked here without root; the data set's own mirrors. Sources may compress
 differently, so the checksums are those of the decompressed bytes.
 
@@ -44,7 +44,7 @@ SHA256 = {
 }
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = "usr/share/datasets/fashion-mnist"
-# Plain http does no harm: the checksums above decide.
+# Plain http is safe: the files are verified by the checksums above.
 MIRRORS = [
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
@@ -53,7 +53,7 @@ NEEDED_MEGABYTES = 200
 
 
 def faults(folder: pathlib.Path) -> list[str]:
-    """What is wrong with the data in a folder, one phrase a file; empty if all four files are right."""
+    """The defects of the data in a folder, one phrase per file; empty if all four files are intact."""
     found = []
     for name, expected in SHA256.items():
         path = folder / name
@@ -65,7 +65,7 @@ def faults(folder: pathlib.Path) -> list[str]:
 
 
 def decompress(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Unpacks one `.gz`, and keeps the result only if its bytes are the known ones."""
+    """Unpacks one `.gz` and verifies the result."""
     digest = hashlib.sha256()
     try:
         with gzip.open(source, "rb") as packed, open(target, "wb") as out:
@@ -79,7 +79,7 @@ def decompress(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def take_from(packed: pathlib.Path, scratch: pathlib.Path, data: pathlib.Path) -> None:
-    """Unpacks all four `.gz` of a folder aside, then moves them into place."""
+    """Unpacks all four `.gz` files of a folder into a scratch folder, then moves them into place."""
     for name in SHA256:
         decompress(packed / f"{name}.gz", scratch / name)
     for name in SHA256:
@@ -102,11 +102,11 @@ def from_disk(scratch: pathlib.Path, data: pathlib.Path) -> str:
 def from_debian(scratch: pathlib.Path, data: pathlib.Path) -> str:
     """Debian's package, downloaded and unpacked without installing it."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise Problem("no apt-get here")
+        raise Problem("this system has no apt-get")
     if not apt_download(scratch):
         if os.geteuid() != 0:
-            raise Problem(f"apt-get found no {DEBIAN_PACKAGE} (its lists may be absent: `sudo apt-get update`)")
-        say("apt's package lists may be absent: apt-get update ...")
+            raise Problem(f"apt-get found no {DEBIAN_PACKAGE} (its lists may be missing: `sudo apt-get update`)")
+        say("apt's package lists may be missing: running apt-get update ...")
         apt(["update"], scratch)
         if not apt_download(scratch):
             raise Problem(f"apt-get found no {DEBIAN_PACKAGE}, not even after `apt-get update`")
@@ -122,7 +122,7 @@ def apt_download(folder: pathlib.Path) -> bool:
 
 def apt(arguments: list[str], folder: pathlib.Path) -> bool:
     """Runs apt-get in a folder; true if it succeeded."""
-    # As root, apt would download as the user `_apt`, who may not write here.
+    # As root, apt would download as the user `_apt`, without permission to write here.
     as_root = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
     command = ["apt-get", "-qq", *as_root, *arguments]
     return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
@@ -158,8 +158,8 @@ def fetch(data: pathlib.Path) -> str:
             except (Problem, subprocess.CalledProcessError) as error:
                 reasons.append(str(error))
     raise Problem(
-        f"Fashion-MNIST could not be fetched. Tried: {'; '.join(reasons)}. Get its four .gz files in any way, put them "
-        f"into {data}, and run this again; or set DDIL_DATA to a folder that holds the four decompressed files."
+        f"Fashion-MNIST could not be downloaded. Tried: {'; '.join(reasons)}. Get its four .gz files in any way, put them "
+        f"into {data}, and run this again; or set DDIL_DATA to a folder with the four decompressed files."
     )
 
 
@@ -172,7 +172,7 @@ def check(folder: pathlib.Path, cure: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="look, and download nothing")
+    parser.add_argument("--check", action="store_true", help="only check; download nothing")
     arguments = parser.parse_args()
 
     own = os.environ.get("DDIL_DATA")
@@ -186,8 +186,8 @@ def main() -> None:
         return
     with only_writer(data):
         if faults(data):
-            say(f"fetching Fashion-MNIST into {data} ...")
-            say(f"taken from {fetch(data)}")
+            say(f"downloading Fashion-MNIST into {data} ...")
+            say(f"source: {fetch(data)}")
         check(data, "Run `make setup` again.")
 
 

@@ -11,7 +11,7 @@ pub struct Passes {
     network: NetworkDenoiser,
     x_t: Tensor,
     timesteps: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
 }
 
 impl Passes {
@@ -27,7 +27,7 @@ impl Passes {
             network: workload.teacher()?,
             x_t: Tensor::randn([workload.batch, 1, workload.side, workload.side], floats),
             timesteps: Tensor::randint(1000, rows, integers),
-            told: Conditioning::class_labels(Tensor::randint(10, rows, integers)),
+            conditioning: Conditioning::class_labels(Tensor::randint(10, rows, integers)),
         })
     }
 
@@ -37,8 +37,8 @@ impl Passes {
     }
 
     /// The conditioning.
-    pub fn told(&self) -> &Conditioning {
-        &self.told
+    pub fn conditioning(&self) -> &Conditioning {
+        &self.conditioning
     }
 
     /// One pass without gradients.
@@ -48,6 +48,6 @@ impl Passes {
     /// Errors of the network.
     pub fn pass(&self) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        Ok(self.network.output(&self.x_t, &self.timesteps, &self.told)?)
+        Ok(self.network.output(&self.x_t, &self.timesteps, &self.conditioning)?)
     }
 }

@@ -29,7 +29,7 @@ mod write;
 pub use damage::Damage;
 pub use manifest::{Linked, Manifest, Member};
 pub use read::{Checkpoint, Damaged, Found, find_latest, list};
-pub use retention::{Retention, discard_newer, tidy};
+pub use retention::{Retention, discard_newer, remove_leftovers};
 pub use write::CheckpointWriter;
 
 use std::path::{Path, PathBuf};

@@ -511,26 +511,26 @@ impl Task for DistillTask {
         pending.student_x0 = Some(student_x0);
         pending.teacher_next = teacher_next;
         self.pending = Some(pending);
-        Ok(UpdateLoss { per_sample, figures, answers: self.roles.watches.sum()? })
+        Ok(UpdateLoss { per_sample, figures, outputs_sum: self.roles.watches.sum()? })
     }
 
     fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
         let Some(pending) = &self.pending else { return Ok(None) };
         let data = self.data.batch_at(step)?;
         let mut evidence = Evidence::of_states(&pending.states)?;
-        evidence.look_at("data", "data.x0", &data.x0)?;
-        evidence.look_at_conditioning("data", &data.conditioning)?;
+        evidence.check("data", "data.x0", &data.x0)?;
+        evidence.check_conditioning("data", &data.conditioning)?;
         if let Some(real) = &pending.real {
-            evidence.look_at("real data", "real.x0", &real.x0)?;
-            evidence.look_at_conditioning("real data", &real.conditioning)?;
+            evidence.check("real data", "real.x0", &real.x0)?;
+            evidence.check_conditioning("real data", &real.conditioning)?;
         }
         for (name, network) in self.roles.named() {
-            evidence.look_at_weights(name, &network.parameters().named())?;
+            evidence.check_weights(name, &network.parameters().named())?;
         }
         self.roles.watches.inspect_values();
-        evidence.look_at("states", "states.x_t", &pending.states.x_t)?;
-        evidence.look_at("timesteps", "states.timesteps", &pending.states.timesteps)?;
-        evidence.look_at_conditioning("states", &pending.states.conditioning)?;
+        evidence.check("states", "states.x_t", &pending.states.x_t)?;
+        evidence.check("timesteps", "states.timesteps", &pending.states.timesteps)?;
+        evidence.check_conditioning("states", &pending.states.conditioning)?;
         tch::manual_seed(self.streams.seed_of(step, Stream::Loss) as i64);
         self.terms(step, phase, pending)?;
         self.roles.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));

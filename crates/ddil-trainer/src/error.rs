@@ -45,7 +45,7 @@ pub enum Error {
         "all {count} checkpoints in {} are damaged; move them away to start the run over (the newest: {newest})",
         path.display()
     )]
-    NoSoundCheckpoint {
+    NoIntactCheckpoint {
         /// The folder of the checkpoints.
         path: PathBuf,
         /// The number of checkpoints.

@@ -100,7 +100,7 @@ impl Evidence {
     /// # Errors
     ///
     /// [`Error::Torch`] if it cannot be checked.
-    pub fn look_at(&mut self, what: &str, name: &str, tensor: &Tensor) -> Result<()> {
+    pub fn check(&mut self, what: &str, name: &str, tensor: &Tensor) -> Result<()> {
         let rows = rows_not_finite(tensor)?;
         self.found(what, &rows, None);
         self.tensors.push((name.to_owned(), tensor.shallow_clone()));
@@ -111,10 +111,10 @@ impl Evidence {
     ///
     /// # Errors
     ///
-    /// As [`look_at`](Self::look_at).
-    pub fn look_at_conditioning(&mut self, owner: &str, conditioning: &Conditioning) -> Result<()> {
+    /// As [`check`](Self::check).
+    pub fn check_conditioning(&mut self, owner: &str, conditioning: &Conditioning) -> Result<()> {
         conditioning.parts().try_for_each(|(part, tensor)| {
-            self.look_at(&format!("{part} of the {owner}"), &format!("{owner}.{part}"), tensor)
+            self.check(&format!("{part} of the {owner}"), &format!("{owner}.{part}"), tensor)
         })
     }
 
@@ -122,8 +122,8 @@ impl Evidence {
     ///
     /// # Errors
     ///
-    /// As [`look_at`](Self::look_at).
-    pub fn look_at_weights(&mut self, owner: &str, weights: &[(String, Tensor)]) -> Result<()> {
+    /// As [`check`](Self::check).
+    pub fn check_weights(&mut self, owner: &str, weights: &[(String, Tensor)]) -> Result<()> {
         let found = not_finite_among(weights)?;
         if let Some(first) = found.first() {
             let (first, of) = (&weights[*first].0, weights.len());

@@ -108,14 +108,14 @@ impl MemoryPlan {
     }
 
     /// The total in use throughout the run.
-    pub fn at_rest(&self) -> u64 {
+    pub fn held_bytes(&self) -> u64 {
         self.held.iter().fold(0, |sum, row| sum.saturating_add(row.bytes))
     }
 
     /// The peak.
     pub fn peak(&self) -> u64 {
         let most = self.phases.iter().map(|row| row.bytes).max().unwrap_or(0);
-        self.at_rest().saturating_add(most)
+        self.held_bytes().saturating_add(most)
     }
 }
 
@@ -147,7 +147,7 @@ impl fmt::Display for MemoryPlan {
             writeln!(f, "  {:<46} {values:>18} {:>12}", row.name, human(row.bytes))
         };
         self.held.iter().try_for_each(|row| line(f, row))?;
-        line(f, &Row::bytes("total held throughout", self.at_rest()))?;
+        line(f, &Row::bytes("total held throughout", self.held_bytes()))?;
         self.phases.iter().try_for_each(|row| line(f, row))?;
         line(f, &Row::bytes("peak, about", self.peak()))?;
         self.on_disk.iter().try_for_each(|row| line(f, row))?;
@@ -197,7 +197,7 @@ struct Networks {
     teacher: Shapes,
     student: Shapes,
     /// Number of trained values: the student's own, or those of an adapter.
-    learned: u64,
+    trained: u64,
     has_adapter: bool,
     critic: Option<Shapes>,
     head: u64,
@@ -232,7 +232,7 @@ impl Networks {
         let roster = Roster::first(config, requirements, teacher_model.clone(), shape)?;
         let (teacher_shapes, student) =
             (shapes_of(&roster.teacher)?, shapes_of(roster.student_model())?);
-        let learned = match &roster.student {
+        let trained = match &roster.student {
             StudentForm::Adapter(lora) => adapter_values(lora, &student),
             StudentForm::Network(_) => count(&student),
         };
@@ -240,7 +240,7 @@ impl Networks {
         let head = roster.critic.as_ref().map_or(Ok(0), CriticForm::head_values)?;
         Ok(Self {
             student,
-            learned,
+            trained,
             has_adapter: matches!(roster.student, StudentForm::Adapter(_)),
             critic: critic.transpose()?,
             head,
@@ -253,17 +253,17 @@ impl Networks {
 
     fn held(&self) -> Vec<Row> {
         let mut rows = vec![Row::weights("teacher", count(&self.teacher))];
-        let learned = self.learned;
+        let trained = self.trained;
         let part = if self.has_adapter { "student's adapter" } else { "student" };
         let mut of_student = vec![
-            (part.to_owned(), learned),
-            (format!("{part}: gradients"), learned),
-            (format!("{part}: optimizer"), 2 * learned),
-            (format!("{part}: moving average"), learned),
-            (format!("{part}: network of the moving average"), learned),
+            (part.to_owned(), trained),
+            (format!("{part}: gradients"), trained),
+            (format!("{part}: optimizer"), 2 * trained),
+            (format!("{part}: moving average"), trained),
+            (format!("{part}: network of the moving average"), trained),
         ];
         if self.target {
-            of_student.push((format!("{part}: target"), learned));
+            of_student.push((format!("{part}: target"), trained));
         }
         rows.extend(of_student.into_iter().map(|(name, values)| Row::weights(name, values)));
         if let Some(critic) = &self.critic {
@@ -287,21 +287,21 @@ impl Networks {
         let teacher_pass = PassShape { batch: passes * pass.batch, ..pass };
         let teacher =
             Activations::of(&self.teacher, teacher_pass).inference() + copies(&self.teacher);
-        let mut learning = student.kept_down + student.kept_up + copies(&self.student);
+        let mut updating = student.kept_down + student.kept_up + copies(&self.student);
         let mut rows = Vec::new();
-        let mut at_work = teacher.max(student.recomputed + student.largest);
+        let mut evaluating = teacher.max(student.recomputed + student.largest);
         if let Some(critic) = &self.critic {
             let of_critic = Activations::of(critic, pass);
-            at_work = at_work.max(of_critic.inference() + copies(critic));
-            at_work = at_work.max(of_critic.recomputed + of_critic.largest);
+            evaluating = evaluating.max(of_critic.inference() + copies(critic));
+            evaluating = evaluating.max(of_critic.recomputed + of_critic.largest);
             let adversarial = if self.head > 0 { of_critic.kept_down } else { 0 };
             // The adversarial gradient passes through the critic's down path; in its own phase the critic classifies
             // both kinds.
-            learning += adversarial;
+            updating += adversarial;
             let own = of_critic.training() + copies(critic) + 2 * adversarial;
             rows.push(Row::bytes("in an update of the critic", own));
         }
-        rows.insert(0, Row::bytes("in an update of the student", learning + at_work));
+        rows.insert(0, Row::bytes("in an update of the student", updating + evaluating));
         let rollout = Activations::of(&self.student, pass).inference() + copies(&self.student);
         rows.push(Row::bytes("in rollouts", teacher.max(rollout)));
         let Text { encoders, autoencoder, .. } = self.text;

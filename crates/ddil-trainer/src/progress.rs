@@ -114,7 +114,7 @@ impl Progress {
 
     /// Shows an activity between two steps on the bar, such as writing a checkpoint; the next [`update`](Self::update)
     /// replaces it.
-    pub(crate) fn doing(&mut self, what: &'static str) {
+    pub(crate) fn set_activity(&mut self, what: &'static str) {
         if let Some(bar) = &self.bar {
             // Drawn at once: the work that follows may take minutes, and the next step has to be drawn too.
             bar.set_message(what);

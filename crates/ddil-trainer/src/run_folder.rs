@@ -138,7 +138,7 @@ impl RunFolder {
         ensure_empty(path)?;
         let lock = lock(path)?;
         ensure_empty(path)?;
-        checkpoint::tidy(path)?;
+        checkpoint::remove_leftovers(path)?;
         write_atomic(&path.join(CONFIG), config.as_bytes())?;
         make_folders(path)?;
         Self::running(path, lock, 0)
@@ -155,7 +155,7 @@ impl RunFolder {
         }
         let lock = lock(path)?;
         for folder in ["", "samples", "checkpoints", NOT_FINITE] {
-            checkpoint::tidy(&path.join(folder))?;
+            checkpoint::remove_leftovers(&path.join(folder))?;
         }
         // The first session may have been killed before it created them.
         make_folders(path)?;

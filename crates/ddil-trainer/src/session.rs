@@ -1,6 +1,6 @@
 //! The training loop for every task: update, record, save, stop, resume.
 
-mod trainee;
+mod phase_optimizer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use self::trainee::Trainee;
-pub use self::trainee::UpdateConfig;
+use self::phase_optimizer::PhaseOptimizer;
+pub use self::phase_optimizer::UpdateConfig;
 use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
 use crate::config::{DistillConfig, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
@@ -144,7 +144,7 @@ pub struct UpdateLoss {
     pub figures: Vec<(String, f64)>,
     /// Sum of all network outputs behind this loss, a scalar on its device: finite if they are. None if outputs are not
     /// watched.
-    pub answers: Option<Tensor>,
+    pub outputs_sum: Option<Tensor>,
 }
 
 /// How a session ended.
@@ -202,7 +202,7 @@ pub struct Session<T> {
     folder: RunFolder,
     step: u64,
     /// One per trained network, in the order of [`Task::trained`].
-    trainees: Vec<Trainee>,
+    optimizers: Vec<PhaseOptimizer>,
     ema: Ema,
     /// The newest figures of each phase: not every update has every phase, and every line of the record contains all
     /// figures.
@@ -236,7 +236,7 @@ struct Start {
 
 impl Start {
     fn find(folder: &RunFolder, kind: &str) -> Result<Self> {
-        let checkpoint = newest_sound(&folder.checkpoints())?;
+        let checkpoint = newest_intact(&folder.checkpoints())?;
         let (mut step, mut seconds, mut metrics) = (0, 0.0, Position::default());
         if let Some(checkpoint) = &checkpoint {
             checkpoint.ensure_kind(kind)?;
@@ -256,7 +256,7 @@ impl Start {
 }
 
 /// The checkpoint to resume from; none if the run was killed before its first.
-fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
+fn newest_intact(checkpoints: &Path) -> Result<Option<Checkpoint>> {
     let found = find_latest(checkpoints)?;
     for damaged in &found.damaged {
         let (path, reason) = (damaged.path.display(), &damaged.reason);
@@ -264,7 +264,7 @@ fn newest_sound(checkpoints: &Path) -> Result<Option<Checkpoint>> {
     }
     let count = found.damaged.len();
     match (found.checkpoint, found.damaged.into_iter().next()) {
-        (None, Some(newest)) => Err(Error::NoSoundCheckpoint {
+        (None, Some(newest)) => Err(Error::NoIntactCheckpoint {
             path: checkpoints.to_owned(),
             count,
             newest: newest.reason,
@@ -303,7 +303,7 @@ impl<T: Task> Session<T> {
     /// # Errors
     ///
     /// Errors of the file system and libtorch; [`Error::OtherCheckpoint`] if the checkpoint is of another task,
-    /// [`Error::NoSoundCheckpoint`] if all are damaged. They are recorded in `status.json`.
+    /// [`Error::NoIntactCheckpoint`] if all are damaged. They are recorded in `status.json`.
     pub fn resume(task: T, config: SessionConfig, mut folder: RunFolder) -> Result<Self> {
         let Start { checkpoint, record, timings, step, seconds } =
             match Start::find(&folder, task.kind()) {
@@ -331,22 +331,22 @@ impl<T: Task> Session<T> {
     ) -> Result<Self> {
         let parts = |task: &mut T| {
             task.enter(folder.path())?;
-            let trainees = Trainee::all(task, &config)?;
+            let optimizers = PhaseOptimizer::all(task, &config)?;
             let parameters = task.parameters(Phase::Student);
             let device = parameters.first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
             RunEnvironment::note(folder.path(), step, device)?;
             let ema = config.ema.build(parameters)?;
-            Ok((trainees, ema, EventWriter::create(folder.path(), step + 1)?))
+            Ok((optimizers, ema, EventWriter::create(folder.path(), step + 1)?))
         };
         let parts = parts(&mut task);
-        let (trainees, ema, events) = parts.map_err(|error| failed(&mut folder, error))?;
+        let (optimizers, ema, events) = parts.map_err(|error| failed(&mut folder, error))?;
         let figures = BTreeMap::new();
         Ok(Self {
             task,
             config,
             folder,
             step,
-            trainees,
+            optimizers,
             ema,
             figures,
             record,
@@ -361,13 +361,14 @@ impl<T: Task> Session<T> {
         // A later stage may have created other networks: list the parameters again.
         for phase in self.task.trained() {
             let parameters = self.task.parameters(*phase);
-            let saved = checkpoint.tensors(trainee::parameters_file(*phase))?;
+            let saved = checkpoint.tensors(phase_optimizer::parameters_file(*phase))?;
             state::restore("parameters", &parameters, &saved)?;
         }
         self.begin_stage()?;
-        for trainee in &mut self.trainees {
-            let saved = checkpoint.tensors(trainee::optimizer_file(trainee.phase))?;
-            trainee.optimizer.load_state(&saved)?;
+        for phase_optimizer in &mut self.optimizers {
+            let saved =
+                checkpoint.tensors(phase_optimizer::optimizer_file(phase_optimizer.phase))?;
+            phase_optimizer.optimizer.load_state(&saved)?;
         }
         let LoopState { averaged_updates, figures, .. } = checkpoint.json(STATE)?;
         self.figures = figures;
@@ -418,7 +419,7 @@ impl<T: Task> Session<T> {
         let mut progress = Progress::new(self.task.kind(), self.step, total);
         while self.step < total {
             if interrupt.is_requested() {
-                progress.doing("saving");
+                progress.set_activity("saving");
                 self.save()?;
                 progress.finish();
                 return Ok(Outcome::Interrupted { step: self.step });
@@ -427,7 +428,7 @@ impl<T: Task> Session<T> {
             progress.update(self.step, &figures);
             self.write_outputs(&figures, total, &mut progress)?;
         }
-        progress.doing("exporting the model");
+        progress.set_activity("exporting the model");
         // Repeated for a run that was resumed after its last update.
         self.export().map(|export| Outcome::Completed { export })
     }
@@ -458,10 +459,11 @@ impl<T: Task> Session<T> {
         stage_step: u64,
         per_stage: u64,
     ) -> Result<Vec<(String, f64)>> {
-        let trainee = trainee::find(&mut self.trainees, phase)?;
-        trainee.optimizer.zero_grad()?;
-        let UpdateLoss { per_sample, figures, answers } = self.task.loss(step, phase)?;
-        let own = trainee.update(&per_sample, answers.as_ref(), step, stage_step, per_stage);
+        let phase_optimizer = phase_optimizer::find(&mut self.optimizers, phase)?;
+        phase_optimizer.optimizer.zero_grad()?;
+        let UpdateLoss { per_sample, figures, outputs_sum } = self.task.loss(step, phase)?;
+        let own =
+            phase_optimizer.update(&per_sample, outputs_sum.as_ref(), step, stage_step, per_stage);
         let own = own.map_err(|error| self.explain(error, step, phase))?;
         if phase == Phase::Student {
             self.ema.update()?;
@@ -504,7 +506,7 @@ impl<T: Task> Session<T> {
 
     /// New optimizers and a new moving average of the task's present parameters.
     fn begin_stage(&mut self) -> Result<()> {
-        self.trainees = Trainee::all(&self.task, &self.config)?;
+        self.optimizers = PhaseOptimizer::all(&self.task, &self.config)?;
         self.ema = self.config.ema.build(self.task.parameters(Phase::Student))?;
         Ok(())
     }
@@ -524,13 +526,13 @@ impl<T: Task> Session<T> {
             self.log(figures)?;
         }
         if due(sample_interval) {
-            progress.doing("drawing samples");
-            let picture = self.task.samples(self.ema.tensors())?;
-            picture.save(&self.folder.samples_of(step))?;
-            self.events.picture(step, "samples", &picture)?;
+            progress.set_activity("drawing samples");
+            let image = self.task.samples(self.ema.tensors())?;
+            image.save(&self.folder.samples_of(step))?;
+            self.events.image(step, "samples", &image)?;
         }
         if due(checkpoint_interval) {
-            progress.doing("writing a checkpoint");
+            progress.set_activity("writing a checkpoint");
             self.save()?;
         }
         Ok(())
@@ -552,13 +554,13 @@ impl<T: Task> Session<T> {
 
     /// Saves everything that the next update depends on, and deletes old checkpoints.
     fn save(&mut self) -> Result<()> {
-        self.ensure_worth_saving()?;
+        self.ensure_finite_state()?;
         let mut writer =
             CheckpointWriter::new(&self.folder.checkpoints(), self.step, self.task.kind())?;
-        for Trainee { phase, optimizer, .. } in &self.trainees {
+        for PhaseOptimizer { phase, optimizer, .. } in &self.optimizers {
             let parameters = self.task.parameters(*phase);
-            writer.tensors(trainee::parameters_file(*phase), &parameters)?;
-            writer.tensors(trainee::optimizer_file(*phase), &optimizer.state_tensors()?)?;
+            writer.tensors(phase_optimizer::parameters_file(*phase), &parameters)?;
+            writer.tensors(phase_optimizer::optimizer_file(*phase), &optimizer.state_tensors()?)?;
         }
         writer.tensors(AVERAGE, self.ema.tensors())?;
         self.task.save(&mut writer)?;
@@ -579,7 +581,7 @@ impl<T: Task> Session<T> {
 
     /// A step can produce weights that are not finite from a finite loss and gradient: they are never saved in a
     /// checkpoint.
-    fn ensure_worth_saving(&self) -> Result<()> {
+    fn ensure_finite_state(&self) -> Result<()> {
         let ensure = |what: String, tensors: &[(String, Tensor)]| {
             let found = not_finite_among(tensors)?;
             let Some((name, tensor)) = found.first().map(|first| &tensors[*first]) else {
@@ -592,7 +594,7 @@ impl<T: Task> Session<T> {
             let detail = Some(format!("{} of {} are not finite", found.len(), tensors.len()));
             Err(Error::NonFinite { step: self.step, name, value, detail, saved: None })
         };
-        for Trainee { phase, optimizer, .. } in &self.trainees {
+        for PhaseOptimizer { phase, optimizer, .. } in &self.optimizers {
             let owner = match phase {
                 Phase::Student => "student",
                 Phase::Critic => "critic",

@@ -77,12 +77,12 @@ impl EventWriter {
     /// # Errors
     ///
     /// [`Error::Pipelines`] if it cannot be encoded as PNG, [`Error::Files`] if the disk is full.
-    pub fn picture(&mut self, step: u64, tag: &str, picture: &Image) -> Result<()> {
-        let png = picture.to_png()?;
+    pub fn image(&mut self, step: u64, tag: &str, image: &Image) -> Result<()> {
+        let png = image.to_png()?;
         let image = Message::default()
-            .varint(image::HEIGHT, picture.height().into())
-            .varint(image::WIDTH, picture.width().into())
-            .varint(image::COLORSPACE, picture.channels() as u64)
+            .varint(image::HEIGHT, image.height().into())
+            .varint(image::WIDTH, image.width().into())
+            .varint(image::COLORSPACE, image.channels() as u64)
             .bytes(image::ENCODED, &png);
         self.summary(step, tag, |message| message.message(summary::IMAGE, &image))
     }

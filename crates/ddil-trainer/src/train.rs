@@ -152,7 +152,7 @@ impl Task for TrainTask {
         let output = self.network.output(&x_t, &timesteps, &conditioning)?;
         let error = (output - target).square();
         let per_sample = error.flatten(1, -1).mean_dim(1, false, Kind::Float);
-        Ok(UpdateLoss { per_sample, figures: Vec::new(), answers: self.watches.sum()? })
+        Ok(UpdateLoss { per_sample, figures: Vec::new(), outputs_sum: self.watches.sum()? })
     }
 
     fn inspect(&mut self, step: u64, phase: Phase) -> Result<Option<Evidence>> {
@@ -160,9 +160,9 @@ impl Task for TrainTask {
         self.loss(step, phase)?;
         let data = self.data.batch_at(step)?;
         let mut evidence = Evidence::of_timesteps(&self.timesteps(step, data.x0.size()[0])?)?;
-        evidence.look_at("data", "data.x0", &data.x0)?;
-        evidence.look_at_conditioning("data", &data.conditioning)?;
-        evidence.look_at_weights("network", &self.parameters(phase))?;
+        evidence.check("data", "data.x0", &data.x0)?;
+        evidence.check_conditioning("data", &data.conditioning)?;
+        evidence.check_weights("network", &self.parameters(phase))?;
         self.watches.take().iter().for_each(|outputs| evidence.add_outputs(outputs));
         Ok(Some(evidence))
     }

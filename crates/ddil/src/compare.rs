@@ -37,7 +37,7 @@ pub(crate) mod workers;
 pub(crate) use item::{PlannedCell, WorkItem};
 pub(crate) use matrix::Extractor;
 pub use matrix::{Cell, Matrix};
-pub(crate) use plan::{Comparison, Standing};
+pub(crate) use plan::{CellProgress, Comparison};
 pub use record::{CellRecord, Outcome};
 pub use report::{ArmAt, ComparisonReport, Entry, EntryKind, EntryState};
 pub(crate) use verbs::Program;

@@ -179,9 +179,9 @@ pub(crate) fn find(name: &str) -> Option<&'static Preset> {
 
 /// The most similar name.
 pub(crate) fn nearest(name: &str) -> Option<&'static str> {
-    let likeness = |preset: &&Preset| strsim::jaro_winkler(name, preset.name);
-    let best = PRESETS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(&best) > 0.7).then_some(best.name)
+    let similarity = |preset: &&Preset| strsim::jaro_winkler(name, preset.name);
+    let best = PRESETS.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
+    (similarity(&best) > 0.7).then_some(best.name)
 }
 
 #[cfg(test)]

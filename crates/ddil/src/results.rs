@@ -120,12 +120,12 @@ impl Measurement {
 pub fn read(path: &Path) -> Result<Vec<Measurement>> {
     /// The version of a row, whatever else it contains.
     #[derive(Deserialize)]
-    struct Said {
+    struct VersionOnly {
         #[serde(default = "first_version")]
         format_version: u32,
     }
-    let said: Vec<Said> = read_json(path)?;
-    said.iter().try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
+    let versions: Vec<VersionOnly> = read_json(path)?;
+    versions.iter().try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
     Ok(read_json(path)?)
 }
 

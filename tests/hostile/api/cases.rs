@@ -9,10 +9,10 @@ use tch::{Kind, Tensor};
 use super::inventory::{all_functions_of, functions_of};
 
 /// The outcome of a function: nothing, or an error message with its causes.
-pub(crate) type Said = Result<(), String>;
+pub(crate) type Response = Result<(), String>;
 
 /// Drops the value and turns an error into its message.
-pub(crate) fn said<T, E: Error>(result: Result<T, E>) -> Said {
+pub(crate) fn outcome<T, E: Error>(result: Result<T, E>) -> Response {
     result.map(drop).map_err(|error| {
         let mut text = error.to_string();
         let mut cause = error.source();
@@ -35,17 +35,18 @@ pub(crate) struct Cases {
 
 impl Cases {
     /// Calls a function once.
-    pub(crate) fn once(&mut self, name: &str, what: &str, call: impl FnOnce() -> Said) {
+    pub(crate) fn once(&mut self, name: &str, what: &str, call: impl FnOnce() -> Response) {
         self.covered.insert(name.to_owned());
         self.calls += 1;
         match catch_unwind(AssertUnwindSafe(call)) {
             Ok(Ok(())) => {}
             Ok(Err(message)) => {
                 self.errors += 1;
+                crate::messages::collect(name, &message);
                 let bad =
                     message.is_empty() || message.contains("frame #") || message.len() > 10_000;
                 if bad {
-                    self.problems.push(format!("{name} with {what} says {message:?}"));
+                    self.problems.push(format!("{name} with {what} returns {message:?}"));
                 }
             }
             Err(panic) => {
@@ -66,7 +67,7 @@ impl Cases {
         &mut self,
         name: &str,
         valid: &[&Tensor],
-        call: impl Fn(&mut [Tensor]) -> Said,
+        call: impl Fn(&mut [Tensor]) -> Response,
     ) {
         let copies = || -> Vec<Tensor> { valid.iter().map(|tensor| tensor.copy()).collect() };
         // The unchanged arguments must be accepted.
@@ -84,14 +85,14 @@ impl Cases {
     }
 
     /// Calls a function with odd numbers.
-    pub(crate) fn numbers(&mut self, name: &str, call: impl Fn(f64) -> Said) {
+    pub(crate) fn numbers(&mut self, name: &str, call: impl Fn(f64) -> Response) {
         for number in ODD_NUMBERS {
             self.once(name, &format!("{number:e}"), || call(number));
         }
     }
 
     /// Calls a function with odd whole numbers.
-    pub(crate) fn wholes(&mut self, name: &str, call: impl Fn(i64) -> Said) {
+    pub(crate) fn integers(&mut self, name: &str, call: impl Fn(i64) -> Response) {
         for whole in ODD_WHOLES {
             self.once(name, &whole.to_string(), || call(whole));
         }
@@ -103,7 +104,7 @@ impl Cases {
     }
 
     /// Functions whose files are corrupted by the targets of `inputs`.
-    pub(crate) fn spoilt_in_inputs(&mut self, names: &[&str]) {
+    pub(crate) fn corrupted_in_inputs(&mut self, names: &[&str]) {
         self.cannot_fail(names);
     }
 

@@ -20,7 +20,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tch::{Device, Tensor, kind};
 
-use super::cases::{Cases, ODD_NUMBERS, said};
+use super::cases::{Cases, ODD_NUMBERS, outcome};
 
 fn schedule() -> NoiseSchedule {
     NoiseScheduleConfig::default().build().expect("the default is valid")
@@ -50,7 +50,7 @@ fn labels() -> Tensor {
     Tensor::from_slice(&[0_i64, 1, 1])
 }
 
-fn told() -> Conditioning {
+fn labels_and_text() -> Conditioning {
     Conditioning::class_labels(labels())
 }
 
@@ -128,34 +128,38 @@ fn conditioning(cases: &mut Cases) {
     let (labels, rows) = (labels(), Tensor::from_slice(&[2_i64, 0]));
     let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
     cases.tensors("Conditioning::index_select", &[&labels, &rows], |t| {
-        said(of(&t[0]).index_select(&t[1]))
+        outcome(of(&t[0]).index_select(&t[1]))
     });
     cases.tensors("Conditioning::cat", &[&labels, &labels], |t| {
-        said(Conditioning::cat(&[&of(&t[0]), &of(&t[1])]))
+        outcome(Conditioning::cat(&[&of(&t[0]), &of(&t[1])]))
     });
-    cases.once("Conditioning::cat", "nothing", || said(Conditioning::cat(&[])));
+    cases.once("Conditioning::cat", "nothing", || outcome(Conditioning::cat(&[])));
     cases.once("Conditioning::cat", "other parts", || {
-        said(Conditioning::cat(&[&told(), &Conditioning::none()]))
+        outcome(Conditioning::cat(&[&labels_and_text(), &Conditioning::none()]))
     });
     cases.tensors("Conditioning::ensure_batch", &[&labels], |t| {
-        said(of(&t[0]).ensure_batch("test", 3))
+        outcome(of(&t[0]).ensure_batch("test", 3))
     });
     for device in [Device::Cpu, Device::Cuda(0), Device::Mps] {
         let what = format!("{device:?}");
         cases.tensors("Conditioning::to_device", &[&labels], |t| {
             let moved = of(&t[0]).to_device(device);
-            if device == Device::Cpu { said(moved) } else { said(moved).or(Ok(())) }
+            if device == Device::Cpu { outcome(moved) } else { outcome(moved).or(Ok(())) }
         });
         cases.once("Data::to_device", &what, || {
-            said(Data::new(points()).with_conditioning(told()).to_device(device))
+            outcome(Data::new(points()).with_conditioning(labels_and_text()).to_device(device))
         });
     }
     cases.tensors("Data::to_device", &[&points()], |t| {
-        said(Data::new(t[0].shallow_clone()).with_conditioning(told()).to_device(Device::Cpu))
+        outcome(
+            Data::new(t[0].shallow_clone())
+                .with_conditioning(labels_and_text())
+                .to_device(Device::Cpu),
+        )
     });
     cases.once("Conditioning::ensure_known", "a part of another name", || {
-        let conditioning = told().with("other", points());
-        said(conditioning.ensure_known("predict", "a network", &[Conditioning::CLASS_LABELS]))
+        let conditioning = labels_and_text().with("other", points());
+        outcome(conditioning.ensure_known("predict", "a network", &[Conditioning::CLASS_LABELS]))
     });
     cases.cannot_fail(&[
         "Conditioning::class_labels",
@@ -172,8 +176,8 @@ fn batches(cases: &mut Cases) {
     let made = |x_t: &Tensor, index: usize| {
         States::new(x_t.shallow_clone(), &grid(), vec![index; 3], Source::Forward)
     };
-    cases.tensors("States::new", &[&points()], |t| said(made(&t[0], 1)));
-    cases.wholes("States::new", |index| said(made(&points(), index as usize)));
+    cases.tensors("States::new", &[&points()], |t| outcome(made(&t[0], 1)));
+    cases.integers("States::new", |index| outcome(made(&points(), index as usize)));
     cases.cannot_fail(&[
         "Data::new",
         "Data::with_conditioning",
@@ -185,19 +189,19 @@ fn batches(cases: &mut Cases) {
         "BufferConfig::with",
     ]);
     cases.tensors("States::cat", &[&points(), &times(), &labels()], |t| {
-        said(States::cat(&[states(&t[0], &t[1], &t[2]), states(&points(), &times(), &labels())]))
+        outcome(States::cat(&[states(&t[0], &t[1], &t[2]), states(&points(), &times(), &labels())]))
     });
-    cases.once("States::cat", "nothing", || said(States::cat(&[])));
+    cases.once("States::cat", "nothing", || outcome(States::cat(&[])));
     cases.tensors("States::index_select", &[&points(), &times(), &labels()], |t| {
-        said(states(&t[0], &t[1], &t[2]).index_select(&[2, 0]))
+        outcome(states(&t[0], &t[1], &t[2]).index_select(&[2, 0]))
     });
     cases.once("States::index_select", "a row beyond", || {
-        said(states(&points(), &times(), &labels()).index_select(&[3]))
+        outcome(states(&points(), &times(), &labels()).index_select(&[3]))
     });
     for (i, torn) in torn_states().into_iter().enumerate() {
-        cases.once("States::ensure", &format!("torn {i}"), || said(torn.ensure("test")));
+        cases.once("States::ensure", &format!("torn {i}"), || outcome(torn.ensure("test")));
         cases.once("States::index_select", &format!("torn {i}"), || {
-            said(torn.index_select(&[0, 2]))
+            outcome(torn.index_select(&[0, 2]))
         });
     }
 }
@@ -211,7 +215,7 @@ fn judges(cases: &mut Cases) {
         NetworkDenoiser::new(network, PredictionType::Epsilon, schedule()).expect("it fits");
     let judge = NetworkDiscriminator::new(&network, head.expect("it fits")).expect("it fits");
     cases.tensors("Discriminator::logits", &[&points(), &times()], |t| {
-        said(judge.logits(&t[0], &t[1], &Conditioning::none()))
+        outcome(judge.logits(&t[0], &t[1], &Conditioning::none()))
     });
 }
 
@@ -232,7 +236,7 @@ fn buffer(cases: &mut Cases) {
                 let mut buffer =
                     AggregationBuffer::new(config, &grid()).map_err(|e| e.to_string())?;
                 // A count of states that fits an integer, but no memory.
-                said(buffer.insert(&states(&points(), &times(), &labels())))
+                outcome(buffer.insert(&states(&points(), &times(), &labels())))
             });
         }
     }
@@ -240,21 +244,21 @@ fn buffer(cases: &mut Cases) {
     cases.once("AggregationBuffer::new", "a grid of one", || {
         let config = BufferConfig::default().with(|config| config.capacity = 4);
         let mut buffer = AggregationBuffer::new(config, &one).map_err(|e| e.to_string())?;
-        said(buffer.insert(&states(&points(), &times(), &labels())))
+        outcome(buffer.insert(&states(&points(), &times(), &labels())))
     });
     cases.tensors("AggregationBuffer::insert", &[&points(), &times(), &labels()], |t| {
         let mut buffer = new_buffer();
-        said(buffer.insert(&states(&t[0], &t[1], &t[2])))?;
-        said(buffer.insert(&states(&points(), &times(), &labels()))).or(Ok(()))
+        outcome(buffer.insert(&states(&t[0], &t[1], &t[2])))?;
+        outcome(buffer.insert(&states(&points(), &times(), &labels()))).or(Ok(()))
     });
     cases.tensors("AggregationBuffer::insert", &[&points(), &labels()], |t| {
         let mut buffer = new_buffer();
-        said(buffer.insert(&states(&points(), &times(), &labels())))?;
-        said(buffer.insert(&states(&t[0], &times(), &t[1])))
+        outcome(buffer.insert(&states(&points(), &times(), &labels())))?;
+        outcome(buffer.insert(&states(&t[0], &times(), &t[1])))
     });
     for (i, torn) in torn_states().iter().enumerate() {
         cases.once("AggregationBuffer::insert", &format!("torn {i}"), || {
-            said(new_buffer().insert(torn))
+            outcome(new_buffer().insert(torn))
         });
     }
     full_buffer(cases);
@@ -268,21 +272,21 @@ fn spilled_files(cases: &mut Cases) {
     let places = [&path, &folder.path().to_owned(), &folder.path().join("none")];
     for place in places.into_iter().chain([&"nul\0byte".into()]) {
         let what = place.display().to_string();
-        cases.once("SavedState::from_folder", &what, || said(SavedState::from_folder(place)));
+        cases.once("SavedState::from_folder", &what, || outcome(SavedState::from_folder(place)));
         cases.once("SavedState::write", &what, || {
-            said(new_buffer().save().expect("empty").write(place.join("saved")))
+            outcome(new_buffer().save().expect("empty").write(place.join("saved")))
         });
         for bytes in [0, 64, 65, u64::MAX] {
             let (name, what) = ("segment".to_owned(), format!("{bytes} of {}", place.display()));
             let file = SavedFile { name, path: place.clone(), bytes, crc32: 0 };
-            cases.once("SavedFile::ensure_intact", &what, || said(file.ensure_intact()));
-            cases.once("SavedFile::link_to", &what, || said(file.link_to(&path)));
+            cases.once("SavedFile::ensure_intact", &what, || outcome(file.ensure_intact()));
+            cases.once("SavedFile::link_to", &what, || outcome(file.link_to(&path)));
             cases.once("SavedFile::link_to", &what, || {
-                said(file.link_to(&folder.path().join("none/other")))
+                outcome(file.link_to(&folder.path().join("none/other")))
             });
             let mut buffer = new_buffer();
             let saved = new_buffer().save().expect("empty").with_files(vec![file]);
-            cases.once("AggregationBuffer::restore", &what, || said(buffer.restore(&saved)));
+            cases.once("AggregationBuffer::restore", &what, || outcome(buffer.restore(&saved)));
         }
     }
 }
@@ -290,25 +294,25 @@ fn spilled_files(cases: &mut Cases) {
 fn full_buffer(cases: &mut Cases) {
     let mut full = new_buffer();
     full.insert(&states(&points(), &times(), &labels())).expect("it fits");
-    cases.wholes("AggregationBuffer::sample", |i| {
+    cases.integers("AggregationBuffer::sample", |i| {
         let mut buffer = new_buffer();
-        said(buffer.restore(&full.save().map_err(|e| e.to_string())?))?;
-        said(buffer.sample(&[i as usize], 2, &mut StdRng::seed_from_u64(0)))
+        outcome(buffer.restore(&full.save().map_err(|e| e.to_string())?))?;
+        outcome(buffer.sample(&[i as usize], 2, &mut StdRng::seed_from_u64(0)))
     });
-    cases.wholes("AggregationBuffer::available", |i| {
+    cases.integers("AggregationBuffer::available", |i| {
         let mut buffer = new_buffer();
         let _ = (buffer.available(i as usize, 0), buffer.available(1, i as u64));
         Ok(())
     });
-    cases.wholes("AggregationBuffer::statistics", |step| {
+    cases.integers("AggregationBuffer::statistics", |step| {
         let _ = full.statistics(step as u64);
         Ok(())
     });
-    cases.wholes("AggregationBuffer::ensure_batch_size", |n| {
-        said(full.ensure_batch_size(n as usize))
+    cases.integers("AggregationBuffer::ensure_batch_size", |n| {
+        outcome(full.ensure_batch_size(n as usize))
     });
     cases.once("AggregationBuffer::restore", "nothing", || {
-        said(new_buffer().restore(&SavedState::default()))
+        outcome(new_buffer().restore(&SavedState::default()))
     });
     let saved = full.save().expect("it can be saved");
     let named = |at: usize| &saved.tensors[at].1;
@@ -316,54 +320,58 @@ fn full_buffer(cases: &mut Cases) {
         let tensors =
             saved.tensors.iter().zip(t).map(|((name, _), t)| (name.clone(), t.shallow_clone()));
         let saved = SavedState::new(tensors.collect(), saved.metadata.clone());
-        said(new_buffer().restore(&saved))
+        outcome(new_buffer().restore(&saved))
     });
 }
 
 /// Checks of every denoiser.
-fn ask(cases: &mut Cases, denoiser: &dyn Denoiser, conditioning: fn(&Tensor) -> Conditioning) {
+fn denoiser_cases(
+    cases: &mut Cases,
+    denoiser: &dyn Denoiser,
+    conditioning: fn(&Tensor) -> Conditioning,
+) {
     cases.tensors("Denoiser::predict", &[&points(), &times(), &labels()], |t| {
-        said(denoiser.predict(&t[0], &t[1], &conditioning(&t[2])))
+        outcome(denoiser.predict(&t[0], &t[1], &conditioning(&t[2])))
     });
     cases.tensors("Denoiser::estimate", &[&points(), &labels()], |t| {
-        said(denoiser.estimate(&t[0], 749, &conditioning(&t[1])))
+        outcome(denoiser.estimate(&t[0], 749, &conditioning(&t[1])))
     });
-    cases.wholes("Denoiser::estimate", |at| {
-        said(denoiser.estimate(&points(), at, &conditioning(&labels())))
+    cases.integers("Denoiser::estimate", |at| {
+        outcome(denoiser.estimate(&points(), at, &conditioning(&labels())))
     });
 }
 
 fn denoisers(cases: &mut Cases) {
     let labelled = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
-    ask(cases, &teacher(), labelled);
-    ask(cases, &Guided::new(teacher(), 3.0, null()).expect("it is valid"), labelled);
-    ask(cases, &Consistent::new(teacher(), ConsistencyBoundary::default()), labelled);
+    denoiser_cases(cases, &teacher(), labelled);
+    denoiser_cases(cases, &Guided::new(teacher(), 3.0, null()).expect("it is valid"), labelled);
+    denoiser_cases(cases, &Consistent::new(teacher(), ConsistencyBoundary::default()), labelled);
     let clamped = Thresholded::new(teacher(), Thresholding::clamp_pixels()).expect("it is valid");
     let meter = ClipMeter::new(&schedule());
-    ask(cases, &clamped.metered(meter), labelled);
+    denoiser_cases(cases, &clamped.metered(meter), labelled);
     let by_weight = GuidedByWeight::new(teacher(), null()).expect("it is valid");
     cases.tensors(
         "Denoiser::predict",
         &[&points(), &times(), &Tensor::ones([3], kind::FLOAT_CPU)],
         |t| {
-            let told = told().with_guidance_weight(t[2].shallow_clone());
-            said(by_weight.predict(&t[0], &t[1], &told))
+            let labels_and_text = labels_and_text().with_guidance_weight(t[2].shallow_clone());
+            outcome(by_weight.predict(&t[0], &t[1], &labels_and_text))
         },
     );
-    cases.numbers("Guided::new", |scale| said(Guided::new(teacher(), scale, null())));
+    cases.numbers("Guided::new", |scale| outcome(Guided::new(teacher(), scale, null())));
     cases.tensors("Guided::new", &[&Tensor::from_slice(&[0_i64])], |t| {
-        said(Guided::new(teacher(), 3.0, Conditioning::class_labels(t[0].shallow_clone())))
+        outcome(Guided::new(teacher(), 3.0, Conditioning::class_labels(t[0].shallow_clone())))
     });
     cases.tensors("GuidedByWeight::new", &[&Tensor::from_slice(&[0_i64])], |t| {
-        said(GuidedByWeight::new(teacher(), Conditioning::class_labels(t[0].shallow_clone())))
+        outcome(GuidedByWeight::new(teacher(), Conditioning::class_labels(t[0].shallow_clone())))
     });
     for number in ODD_NUMBERS {
         let thresholding = Thresholding::Dynamic { ratio: number, max_value: number };
         cases.once("Thresholded::new", &number.to_string(), || {
-            said(Thresholded::new(teacher(), thresholding))
+            outcome(Thresholded::new(teacher(), thresholding))
         });
     }
-    cases.tensors("repeated_timestep", &[&points()], |t| said(repeated_timestep(749, &t[0])));
+    cases.tensors("repeated_timestep", &[&points()], |t| outcome(repeated_timestep(749, &t[0])));
     cases.cannot_fail(&["SourceRequest::states"]);
     cases.cannot_fail(&["Consistent::new", "Thresholded::metered", "with_boundary"]);
 }
@@ -377,9 +385,9 @@ fn rollouts(cases: &mut Cases) {
     }
     let far = Timesteps::explicit(vec![5000, 3], 10_000).expect("it falls");
     cases.once("Rollout::sample", "a grid off the schedule", || {
-        let told = told();
+        let labels_and_text = labels_and_text();
         let rollout = Rollout::new(&teacher, samplers[0].as_ref(), &far);
-        said(rollout.conditioning(&told).sample(points()))
+        outcome(rollout.conditioning(&labels_and_text).sample(points()))
     });
     cases.cannot_fail(&[
         "Rollout::new",
@@ -389,39 +397,42 @@ fn rollouts(cases: &mut Cases) {
         "Rollout::keep",
         "FnDenoiser::new",
     ]);
-    cases.tensors("first_state", &[&points()], |t| said(first_state(&schedule, 999, &t[0])));
+    cases.tensors("first_state", &[&points()], |t| outcome(first_state(&schedule, 999, &t[0])));
     let flow = NoiseScheduleConfig::Flow(ddil_schedulers::FlowConfig::default());
     let flow = flow.build().expect("the default is valid");
-    cases.tensors("first_state", &[&points()], |t| said(first_state(&flow, 999, &t[0])));
-    cases.wholes("first_state", |t| said(first_state(&flow, t, &points())));
+    cases.tensors("first_state", &[&points()], |t| outcome(first_state(&flow, 999, &t[0])));
+    cases.integers("first_state", |t| outcome(first_state(&flow, t, &points())));
 }
 
 fn rollouts_of(cases: &mut Cases, sampler: &dyn ddil_schedulers::Sampler) {
     let (teacher, grid) = (teacher(), grid());
     let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
     cases.tensors("Rollout::run", &[&points(), &labels()], |t| {
-        let (told, mut generator) = (of(&t[1]), generator());
-        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told);
-        said(rollout.generator(&mut generator).run(t[0].shallow_clone()))
+        let (labels_and_text, mut generator) = (of(&t[1]), generator());
+        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&labels_and_text);
+        outcome(rollout.generator(&mut generator).run(t[0].shallow_clone()))
     });
     cases.tensors("Rollout::run", &[&points(), &labels()], |t| {
-        let (told, fine, mut generator) = (of(&t[1]), fine(), generator());
-        let rollout = Rollout::new(&teacher, sampler, &fine).conditioning(&told).keep(&grid);
-        said(rollout.generator(&mut generator).run(t[0].shallow_clone()))
+        let (labels_and_text, fine, mut generator) = (of(&t[1]), fine(), generator());
+        let rollout =
+            Rollout::new(&teacher, sampler, &fine).conditioning(&labels_and_text).keep(&grid);
+        outcome(rollout.generator(&mut generator).run(t[0].shallow_clone()))
     });
     cases.once("Rollout::run", "timesteps that are not visited", || {
-        let (told, fine, mut generator) = (told(), fine(), generator());
-        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told).keep(&fine);
-        said(rollout.generator(&mut generator).run(points()))
+        let (labels_and_text, fine, mut generator) = (labels_and_text(), fine(), generator());
+        let rollout =
+            Rollout::new(&teacher, sampler, &grid).conditioning(&labels_and_text).keep(&fine);
+        outcome(rollout.generator(&mut generator).run(points()))
     });
     cases.tensors("Rollout::sample", &[&points(), &labels()], |t| {
-        let (told, mut generators) = (of(&t[1]), [generator(), generator(), generator()]);
-        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&told);
-        said(rollout.generators(&mut generators).sample(t[0].shallow_clone()))
+        let (labels_and_text, mut generators) =
+            (of(&t[1]), [generator(), generator(), generator()]);
+        let rollout = Rollout::new(&teacher, sampler, &grid).conditioning(&labels_and_text);
+        outcome(rollout.generators(&mut generators).sample(t[0].shallow_clone()))
     });
     cases.once("Rollout::run", "no generator", || {
-        let told = told();
-        said(Rollout::new(&teacher, sampler, &grid).conditioning(&told).run(points()))
+        let labels_and_text = labels_and_text();
+        outcome(Rollout::new(&teacher, sampler, &grid).conditioning(&labels_and_text).run(points()))
     });
 }
 
@@ -438,7 +449,9 @@ fn mixed(cases: &mut Cases) {
     };
     for number in ODD_NUMBERS {
         for variant in variants(number) {
-            cases.once("MixedVariant::ensure", &format!("{variant:?}"), || said(variant.ensure()));
+            cases.once("MixedVariant::ensure", &format!("{variant:?}"), || {
+                outcome(variant.ensure())
+            });
         }
     }
     for variant in [None].into_iter().chain(variants(0.5).map(Some)) {
@@ -446,26 +459,33 @@ fn mixed(cases: &mut Cases) {
             MixedRollout::new((&student, &ddim, &grid), (&teacher, &ddim, &fine), variant);
         let of = |labels: &Tensor| Conditioning::class_labels(labels.shallow_clone());
         cases.tensors("MixedRollout::visit", &[&points(), &labels()], |t| {
-            said(rollout.visit(&t[0], &of(&t[1]), &[749, 249, 499], &mut draws()))
+            outcome(rollout.visit(&t[0], &of(&t[1]), &[749, 249, 499], &mut draws()))
         });
         cases.tensors("MixedRollout::visit_from", &[&points(), &labels()], |t| {
-            said(rollout.visit_from(1, &t[0], &of(&t[1]), &[499, 249, 249], &mut draws()))
+            outcome(rollout.visit_from(1, &t[0], &of(&t[1]), &[499, 249, 249], &mut draws()))
         });
-        cases.wholes("MixedRollout::visit_from", |start| {
-            said(rollout.visit_from(start as usize, &points(), &told(), &[249; 3], &mut draws()))
+        cases.integers("MixedRollout::visit_from", |start| {
+            outcome(rollout.visit_from(
+                start as usize,
+                &points(),
+                &labels_and_text(),
+                &[249; 3],
+                &mut draws(),
+            ))
         });
-        cases.wholes("MixedRollout::visit", |target| {
-            said(rollout.visit(&points(), &told(), &[target, 249, 499], &mut draws()))
+        cases.integers("MixedRollout::visit", |target| {
+            outcome(rollout.visit(&points(), &labels_and_text(), &[target, 249, 499], &mut draws()))
         });
         cases.once("MixedRollout::visit", "too few targets", || {
-            said(rollout.visit(&points(), &told(), &[249], &mut draws()))
+            outcome(rollout.visit(&points(), &labels_and_text(), &[249], &mut draws()))
         });
     }
     let rollout = MixedRollout::new((&student, &ddim, &grid), (&teacher, &ddim, &fine), None);
-    let mut visited =
-        rollout.visit(&points(), &told(), &[749, 249, 499], &mut draws()).expect("on the grid");
+    let mut visited = rollout
+        .visit(&points(), &labels_and_text(), &[749, 249, 499], &mut draws())
+        .expect("on the grid");
     (visited.rows, visited.timesteps) = (vec![0], vec![3, 4]);
-    cases.wholes("Visited::position", |row| {
+    cases.integers("Visited::position", |row| {
         let _ = visited.position(row as usize, 3);
         Ok(())
     });
@@ -477,19 +497,19 @@ fn sources(cases: &mut Cases) {
         source(cases, &config, &grids);
     }
     cases.once("StudentSource::new", "defaults", || {
-        said(StudentSource::new(StudentConfig::default(), &grids))
+        outcome(StudentSource::new(StudentConfig::default(), &grids))
     });
     cases.once("TeacherSource::new", "defaults", || {
-        said(TeacherSource::new(TeacherConfig::default(), &grids))
+        outcome(TeacherSource::new(TeacherConfig::default(), &grids))
     });
     let other = grids.clone().with_teacher(Timesteps::explicit(vec![7], 1000).expect("it falls"));
     cases.once("StudentSource::new", "other grids", || {
-        said(StudentSource::new(StudentConfig::default(), &other))
+        outcome(StudentSource::new(StudentConfig::default(), &other))
     });
     cases.once("TeacherSource::new", "other grids", || {
-        said(TeacherSource::new(TeacherConfig::default(), &other))
+        outcome(TeacherSource::new(TeacherConfig::default(), &other))
     });
-    cases.once("Grids::ensure", "other grids", || said(other.ensure()));
+    cases.once("Grids::ensure", "other grids", || outcome(other.ensure()));
 }
 
 fn source_configs() -> Vec<SourceConfig> {
@@ -531,9 +551,9 @@ fn source(cases: &mut Cases, config: &SourceConfig, grids: &Grids) {
     let what = format!("{config:?}");
     cases.once("SourceConfig::build", &what, || {
         let mut source = config.build(grids).map_err(|error| error.to_string())?;
-        said(source.ensure_batch_size(usize::MAX)).or(Ok::<_, String>(()))?;
+        outcome(source.ensure_batch_size(usize::MAX)).or(Ok::<_, String>(()))?;
         use_source(source.as_mut(), &points(), &[1, 2, 3])?;
-        said(source.restore(&SavedState::default())).or(Ok(()))
+        outcome(source.restore(&SavedState::default())).or(Ok(()))
     });
     let built = std::panic::catch_unwind(|| config.build(grids));
     let Ok(Ok(mut built)) = built else { return };
@@ -556,14 +576,14 @@ fn source(cases: &mut Cases, config: &SourceConfig, grids: &Grids) {
             feed(built.as_mut(), torn, &points(), None)
         });
     }
-    cases.wholes("TrajectorySource::ensure_batch_size", |n| {
-        said(built.ensure_batch_size(n as usize))
+    cases.integers("TrajectorySource::ensure_batch_size", |n| {
+        outcome(built.ensure_batch_size(n as usize))
     });
     cases.once("TrajectorySource::restore", &what, || {
         let metadata = serde_json::json!([1, {"a": null}]);
         let saved = SavedState::new(vec![("x_t".to_owned(), points())], metadata);
         let mut source = config.build(grids).map_err(|error| error.to_string())?;
-        said(source.restore(&saved))
+        outcome(source.restore(&saved))
     });
 }
 
@@ -573,12 +593,14 @@ fn use_source(
     indices: &[usize],
 ) -> Result<(), String> {
     let (student, teacher, ddim, grids) = (teacher(), teacher(), Ddim::new(schedule()), grids());
-    let (streams, data) =
-        (RandomStreams::new(0, 0), Data::new(x0.shallow_clone()).with_conditioning(told()));
+    let (streams, data) = (
+        RandomStreams::new(0, 0),
+        Data::new(x0.shallow_clone()).with_conditioning(labels_and_text()),
+    );
     let clock = Clock::new(1, 10, streams);
     let networks = RolloutNetworks::new(&student, &teacher);
     let request = SourceRequest::new(&clock, indices, (&data, x0), &grids, &ddim, networks);
-    said(source.states(&request))
+    outcome(source.states(&request))
 }
 
 fn feed(
@@ -590,7 +612,7 @@ fn feed(
     let (ddim, grids, streams) = (Ddim::new(schedule()), grids(), RandomStreams::new(0, 0));
     let feedback = Feedback::new(student_x0).with_teacher_next(teacher_next);
     let clock = Clock::new(1, 10, streams);
-    said(source.after_loss(&LossFeedback::new(&clock, states, &feedback, &grids, &ddim)))
+    outcome(source.after_loss(&LossFeedback::new(&clock, states, &feedback, &grids, &ddim)))
 }
 
 fn new_mixer(config: MixerConfig) -> Result<Mixer, Error> {
@@ -598,13 +620,13 @@ fn new_mixer(config: MixerConfig) -> Result<Mixer, Error> {
 }
 
 fn mixer(cases: &mut Cases) {
-    cases.once("Mixer::new", "defaults", || said(new_mixer(MixerConfig::default())));
+    cases.once("Mixer::new", "defaults", || outcome(new_mixer(MixerConfig::default())));
     let far = Timesteps::explicit(vec![5000, 3], 10_000).expect("it falls");
     cases.once("Mixer::new", "a grid off the schedule", || {
-        said(Mixer::new(MixerConfig::default(), far.clone(), Box::new(Ddim::new(schedule()))))
+        outcome(Mixer::new(MixerConfig::default(), far.clone(), Box::new(Ddim::new(schedule()))))
     });
     cases.once("Mixer::with_rollout", "other timesteps", || {
-        said(Mixer::with_rollout(
+        outcome(Mixer::with_rollout(
             MixerConfig::default(),
             grid(),
             far.clone(),
@@ -614,23 +636,23 @@ fn mixer(cases: &mut Cases) {
     for place in Source::ALL {
         cases.once("Mixer::replace_source", place.as_str(), || {
             let mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-            said(mixer.replace_source(place, Box::new(ddil_core::ForwardSource)))
+            outcome(mixer.replace_source(place, Box::new(ddil_core::ForwardSource)))
         });
     }
     for name in ["own", "", "noise", "adaptation", "Own states", "a_name_that_is_much_too_long"] {
-        cases.once("SourceName::new", name, || said(ddil_core::SourceName::new(name)));
+        cases.once("SourceName::new", name, || outcome(ddil_core::SourceName::new(name)));
         for share in ODD_NUMBERS {
             cases.once("Mixer::with_source", &format!("{name}, {share}"), || {
                 let mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-                said(mixer.with_source(name, share, Box::new(ddil_core::ForwardSource)))
+                outcome(mixer.with_source(name, share, Box::new(ddil_core::ForwardSource)))
             });
         }
     }
     cases.tensors("Mixer::next_states", &[&points(), &labels()], |t| {
-        mix(&t[0], Conditioning::class_labels(t[1].shallow_clone()), &told())
+        mix(&t[0], Conditioning::class_labels(t[1].shallow_clone()), &labels_and_text())
     });
     cases.tensors("Mixer::next_states", &[&labels()], |t| {
-        mix(&points(), told(), &Conditioning::class_labels(t[0].shallow_clone()))
+        mix(&points(), labels_and_text(), &Conditioning::class_labels(t[0].shallow_clone()))
     });
     fed_mixer(cases);
 }
@@ -642,7 +664,7 @@ fn fed_mixer(cases: &mut Cases) {
         let states = states(&points(), &times(), &labels());
         let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
         let feedback = Feedback::new(&t[0]).with_teacher_next(Some(&t[1]));
-        said(mixer.feed_back(&clock, &states, &feedback))
+        outcome(mixer.feed_back(&clock, &states, &feedback))
     });
     let priors = AdaptivePriors::default().with(|config| config.signal = AdaptiveSignal::LossRatio);
     let config =
@@ -651,26 +673,26 @@ fn fed_mixer(cases: &mut Cases) {
         let states = states(&points(), &times(), &labels());
         let mut mixer = new_mixer(config.clone()).map_err(|error| error.to_string())?;
         let x0 = points();
-        said(mixer.feed_back(&clock, &states, &Feedback::new(&x0).with_losses(Some(&t[0]))))
+        outcome(mixer.feed_back(&clock, &states, &Feedback::new(&x0).with_losses(Some(&t[0]))))
     });
     for (i, torn) in torn_states().iter().enumerate() {
         let what = format!("torn {i}");
         cases.once("Mixer::feed_back", &what, || {
-            said(mixer.feed_back(&clock, torn, &Feedback::new(&points())))
+            outcome(mixer.feed_back(&clock, torn, &Feedback::new(&points())))
         });
     }
-    cases.wholes("Mixer::ensure_batch_size", |n| said(mixer.ensure_batch_size(n as usize)));
-    cases.wholes("Mixer::priors_at", |step| {
+    cases.integers("Mixer::ensure_batch_size", |n| outcome(mixer.ensure_batch_size(n as usize)));
+    cases.integers("Mixer::priors_at", |step| {
         let _ = (mixer.priors_at(step as u64, 10), mixer.priors_at(3, step as u64));
         Ok(())
     });
-    cases.wholes("Mixer::priors_by_index", |step| {
+    cases.integers("Mixer::priors_by_index", |step| {
         let _ = mixer.priors_by_index(step as u64, step as u64);
         Ok(())
     });
     cases.once("Mixer::restore", "nothing", || {
         let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
-        said(mixer.restore(&SavedState::default()))
+        outcome(mixer.restore(&SavedState::default()))
     });
     for (batch, indices) in [(0, 0), (3, 0), (3, 1), (0, 4), (3, usize::MAX)] {
         cases.once("draw_grid_indices", &format!("{batch} of {indices}"), || {
@@ -715,7 +737,7 @@ fn mix(x0: &Tensor, conditioning: Conditioning, prompts: &Conditioning) -> Resul
         let clock = Clock::new(5, total_steps, streams);
         let batch = MixBatch::new(&data).with_prompts(prompts);
         let networks = RolloutNetworks::new(&student, &teacher);
-        said(mixer.next_states(&clock, &batch, &networks))?;
+        outcome(mixer.next_states(&clock, &batch, &networks))?;
     }
     Ok(())
 }
@@ -724,39 +746,39 @@ fn meters(cases: &mut Cases) {
     let x = points();
     let meter = ClipMeter::new(&schedule());
     cases.tensors("ClipMeter::measure", &[&x, &times()], |t| {
-        said(meter.measure(&Thresholding::clamp_pixels(), &t[0], &t[1]))
+        outcome(meter.measure(&Thresholding::clamp_pixels(), &t[0], &t[1]))
     });
     meter.rows_are(&[Source::Student; 3]);
     cases.tensors("ClipMeter::measure", &[&x, &times()], |t| {
-        said(meter.measure(&Thresholding::clamp_pixels(), &t[0], &t[1]))?;
-        said(meter.take())
+        outcome(meter.measure(&Thresholding::clamp_pixels(), &t[0], &t[1]))?;
+        outcome(meter.take())
     });
     cases.cannot_fail(&["ClipMeter::new", "ClipMeter::rows_are", "ClippedFraction::figure"]);
     for indices in [0, 1, 4, 1000] {
         cases.tensors("LossMeter::add", &[&Tensor::ones([3], kind::FLOAT_CPU)], |t| {
             let mut meter = LossMeter::new(4);
-            said(meter.add(&t[0], &states(&points(), &times(), &labels())))?;
-            said(meter.take())
+            outcome(meter.add(&t[0], &states(&points(), &times(), &labels())))?;
+            outcome(meter.take())
         });
         for (i, torn) in torn_states().iter().enumerate() {
             cases.once("LossMeter::add", &format!("torn {i} of {indices}"), || {
                 let mut meter = LossMeter::new(indices);
-                said(meter.add(&Tensor::ones([3], kind::FLOAT_CPU), torn))?;
-                said(meter.take())
+                outcome(meter.add(&Tensor::ones([3], kind::FLOAT_CPU), torn))?;
+                outcome(meter.take())
             });
         }
     }
     cases.cannot_fail(&["LossMeter::new"]);
     let table = LossMeter::new(4).take().expect("there is nothing");
-    cases.wholes("LossTable::mean", |i| {
+    cases.integers("LossTable::mean", |i| {
         let _ = table.mean(&Source::ALL, i as usize);
         Ok(())
     });
-    cases.wholes("LossTable::samples", |i| {
+    cases.integers("LossTable::samples", |i| {
         let _ = table.samples(&Source::ALL, i as usize);
         Ok(())
     });
-    cases.wholes("LossTable::gap", |i| {
+    cases.integers("LossTable::gap", |i| {
         let _ = table.gap(Source::Noise, i as usize);
         Ok(())
     });
@@ -766,15 +788,15 @@ fn shift(cases: &mut Cases) {
     let x = Tensor::randn([6, 2], kind::FLOAT_CPU);
     let config = ShiftConfig::default().with(|config| config.projections = 4);
     cases.tensors("shift_at", &[&x, &x, &x, &x], |t| {
-        said(shift_at(3, &t[0], &t[1], (&t[2], &t[3]), &config, &mut generator()))
+        outcome(shift_at(3, &t[0], &t[1], (&t[2], &t[3]), &config, &mut generator()))
     });
-    cases.wholes("shift_at", |n| {
+    cases.integers("shift_at", |n| {
         let config = ShiftConfig::default().with(|config| {
             config.projections = n.min(1000);
             config.batch_size = n;
             config.pool = Some(n);
         });
-        said(shift_at(3, &x, &x, (&x, &x), &config, &mut generator()))
+        outcome(shift_at(3, &x, &x, (&x, &x), &config, &mut generator()))
     });
     let (student, ddim, streams) = (teacher(), Ddim::new(schedule()), RandomStreams::new(0, 0));
     let labels = Tensor::from_slice(&[0_i64, 1, 0, 1, 0, 1]);
@@ -783,14 +805,14 @@ fn shift(cases: &mut Cases) {
         let data = Data::new(t[0].shallow_clone()).with_conditioning(conditioning);
         let grid = grid();
         let request = ShiftRequest::new(&data, &student, &ddim, &grid, streams);
-        said(measure_shift(&request, &config))
+        outcome(measure_shift(&request, &config))
     });
 }
 
 fn priors(cases: &mut Cases) {
     for a in ODD_NUMBERS {
         for b in ODD_NUMBERS {
-            cases.numbers("Priors::new", |c| said(Priors::new(a, b, c)));
+            cases.numbers("Priors::new", |c| outcome(Priors::new(a, b, c)));
         }
     }
     let priors =
@@ -807,14 +829,15 @@ fn priors(cases: &mut Cases) {
     ] {
         cases.numbers("PriorSchedule::at", |progress| {
             let _ = schedule.at(progress);
-            said(schedule.ensure())
+            outcome(schedule.ensure())
         });
     }
     cases.once("PriorSchedule::ensure", "no steps", || {
-        said(PriorSchedule::Steps { steps: vec![] }.ensure())
+        outcome(PriorSchedule::Steps { steps: vec![] }.ensure())
     });
     cases.cannot_fail(&["PriorSchedule::constant"]);
-    cases.once("AdaptivePriors::ensure", "defaults", || said(AdaptivePriors::default().ensure()));
+    cases
+        .once("AdaptivePriors::ensure", "defaults", || outcome(AdaptivePriors::default().ensure()));
 }
 
 fn random(cases: &mut Cases) {
@@ -824,9 +847,11 @@ fn random(cases: &mut Cases) {
         let stream = ddil_core::Stream::Data;
         for device in [Device::Cpu, Device::Cuda(3)] {
             cases.once("RandomStreams::generator", &what, || {
-                said(streams.generator(step, stream, device))
+                outcome(streams.generator(step, stream, device))
             });
-            cases.once("RandomStreams::draws", &what, || said(streams.draws(step, stream, device)));
+            cases.once("RandomStreams::draws", &what, || {
+                outcome(streams.draws(step, stream, device))
+            });
         }
         cases.once("RandomStreams::seed_of", &what, || {
             let _ = (streams.seed_of(step, stream), streams.rng(step, stream));

@@ -4,7 +4,7 @@ use ddil_data::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::cases::{Cases, ODD_WHOLES, said};
+use super::cases::{Cases, ODD_WHOLES, outcome};
 use crate::inputs::{picture, repository};
 
 #[test]
@@ -14,7 +14,7 @@ fn ddil_data() {
     order(&mut cases);
     encoded(&mut cases);
     folders(&mut cases);
-    cases.spoilt_in_inputs(&[
+    cases.corrupted_in_inputs(&[
         "read_captions",
         "read_prompts",
         "read_cropped",
@@ -31,43 +31,47 @@ fn images(cases: &mut Cases) {
     let pixels = Tensor::zeros([6, 3, 4, 2], (Kind::Uint8, Device::Cpu));
     let labels = Tensor::from_slice(&[0_i64, 1, 2, 0, 1, 2]);
     cases.tensors("ImageDataset::new", &[&pixels, &labels], |t| {
-        said(ImageDataset::new(&t[0], Some(&t[1])))
+        outcome(ImageDataset::new(&t[0], Some(&t[1])))
     });
     let names = || vec!["a".to_owned(), "b".to_owned(), "c".to_owned()];
     cases.tensors("ImageDataset::with_class_names", &[&pixels, &labels], |t| {
-        said(ImageDataset::with_class_names(&t[0], Some(&t[1]), names()))
+        outcome(ImageDataset::with_class_names(&t[0], Some(&t[1]), names()))
     });
     let dataset = ImageDataset::new(&pixels, Some(&labels)).expect("they fit");
-    cases.wholes("ImageDataset::batch", |index| said(dataset.batch(&[0, index])));
-    cases.once("ImageDataset::batch", "no index", || said(dataset.batch(&[])));
+    cases.integers("ImageDataset::batch", |index| outcome(dataset.batch(&[0, index])));
+    cases.once("ImageDataset::batch", "no index", || outcome(dataset.batch(&[])));
     for first in ODD_WHOLES {
-        cases.wholes("ImageDataset::range", |len| said(dataset.range(first, len.min(1000))));
+        cases.integers("ImageDataset::range", |len| outcome(dataset.range(first, len.min(1000))));
     }
-    cases.tensors("flip_horizontally", &[&pixels], |t| said(flip_horizontally(&t[0], &[true; 6])));
-    cases.once("flip_horizontally", "no mark", || said(flip_horizontally(&pixels, &[])));
+    cases.tensors("flip_horizontally", &[&pixels], |t| {
+        outcome(flip_horizontally(&t[0], &[true; 6]))
+    });
+    cases.once("flip_horizontally", "no mark", || outcome(flip_horizontally(&pixels, &[])));
 }
 
 fn order(cases: &mut Cases) {
     for len in ODD_WHOLES {
-        cases.wholes("BatchIndices::new", |size| said(BatchIndices::new(len, size as usize, 0)));
+        cases.integers("BatchIndices::new", |size| {
+            outcome(BatchIndices::new(len, size as usize, 0))
+        });
     }
     let indices = || BatchIndices::new(5, 3, u64::MAX).expect("good sizes");
     for rank in [0, 1, usize::MAX] {
         for of in [0, 1, 2, usize::MAX] {
             let what = format!("{rank} of {of}");
-            cases.once("BatchIndices::for_rank", &what, || said(indices().for_rank(rank, of)));
+            cases.once("BatchIndices::for_rank", &what, || outcome(indices().for_rank(rank, of)));
         }
     }
-    cases.wholes("BatchIndices::at", |step| {
+    cases.integers("BatchIndices::at", |step| {
         let chosen = indices().at(step as u64);
         assert!(chosen.iter().all(|index| (0..5).contains(index)));
         Ok(())
     });
-    cases.wholes("BatchIndices::flips_at", |step| {
+    cases.integers("BatchIndices::flips_at", |step| {
         assert_eq!(indices().flips_at(step as u64).len(), 3);
         Ok(())
     });
-    cases.wholes("BatchIndices::epoch_of", |step| {
+    cases.integers("BatchIndices::epoch_of", |step| {
         let _ = indices().epoch_of(step as u64);
         Ok(())
     });
@@ -76,14 +80,14 @@ fn order(cases: &mut Cases) {
 fn encoded(cases: &mut Cases) {
     let folder = repository().join("tests/golden/formats/v1/encoded");
     let data = EncodedDataset::open(&folder, None).expect("encoded data");
-    cases.wholes("EncodedDataset::prompts_of", |sample| said(data.prompts_of(sample)));
-    cases.wholes("EncodedDataset::prompt_conditioning", |row| {
-        said(data.prompt_conditioning(&[row]))
+    cases.integers("EncodedDataset::prompts_of", |sample| outcome(data.prompts_of(sample)));
+    cases.integers("EncodedDataset::prompt_conditioning", |row| {
+        outcome(data.prompt_conditioning(&[row]))
     });
-    cases.wholes("EncodedDataset::batch", |index| {
+    cases.integers("EncodedDataset::batch", |index| {
         let streams = RandomStreams::new(0, 0);
         let mut draws = said_draws(&streams);
-        said(data.batch(&[index], [1, 2, 2], &mut draws, Device::Cpu))
+        outcome(data.batch(&[index], [1, 2, 2], &mut draws, Device::Cpu))
     });
 }
 
@@ -96,21 +100,21 @@ fn folders(cases: &mut Cases) {
     for place in [folder.path(), "nul\0byte".as_ref(), "/dev/null".as_ref()] {
         let what = place.display().to_string();
         cases.once("FashionMnist::from_folder", &what, || {
-            said(FashionMnist::from_folder(Some(place)))
+            outcome(FashionMnist::from_folder(Some(place)))
         });
-        cases.once("read_cropped", &what, || said(read_cropped(place, 3, [4, 4])));
+        cases.once("read_cropped", &what, || outcome(read_cropped(place, 3, [4, 4])));
     }
     let path = folder.path().join("a.png");
     std::fs::write(&path, picture(png::ColorType::Grayscale, png::BitDepth::Eight, 9))
         .expect("there is room");
     for side in ODD_WHOLES {
-        cases.wholes("read_cropped", |other| {
+        cases.integers("read_cropped", |other| {
             // Sides of a million pixels are memory, not an error.
             let sides = [side, other].map(|side| side.min(64));
-            said(read_cropped(&path, 1, sides))
+            outcome(read_cropped(&path, 1, sides))
         });
         cases.once("read_cropped", &format!("{side} channels"), || {
-            said(read_cropped(&path, side.min(64), [2, 2]))
+            outcome(read_cropped(&path, side.min(64), [2, 2]))
         });
     }
 }

@@ -6,7 +6,7 @@ use ddil_files::{
 };
 use serde_json::Value;
 
-use super::cases::{Cases, said};
+use super::cases::{Cases, outcome};
 
 #[test]
 fn ddil_files() {
@@ -28,19 +28,19 @@ fn reads(cases: &mut Cases) {
     let places = [&path, &empty, &folder.path().to_owned(), &folder.path().join("none")];
     for place in places.into_iter().chain([&"/dev/zero".into(), &"nul\0byte".into()]) {
         let what = place.display().to_string();
-        cases.once("read_bounded", &what, || said(read_bounded(place, 100)));
-        cases.once("open_regular_file", &what, || said(open_regular_file(place)));
-        cases.once("read_text_bounded", &what, || said(read_text_bounded(place, 100)));
+        cases.once("read_bounded", &what, || outcome(read_bounded(place, 100)));
+        cases.once("open_regular_file", &what, || outcome(open_regular_file(place)));
+        cases.once("read_text_bounded", &what, || outcome(read_text_bounded(place, 100)));
     }
-    cases.once("read_bounded", "a byte too many", || said(read_bounded(&path, 63)));
-    cases.once("read_bounded", "no limit", || said(read_bounded(&path, u64::MAX)));
+    cases.once("read_bounded", "a byte too many", || outcome(read_bounded(&path, 63)));
+    cases.once("read_bounded", "no limit", || outcome(read_bounded(&path, u64::MAX)));
 }
 
 fn settings(cases: &mut Cases) {
     for field in ["", ", ", "a.b", "a, b", "\u{0}"] {
         let invalid = || Invalid::new(field, f64::NAN, "");
-        cases.once("Invalid::new", field, || said(Err::<(), _>(invalid())));
-        cases.once("Invalid::under", field, || said(Err::<(), _>(invalid().under(field))));
+        cases.once("Invalid::new", field, || outcome(Err::<(), _>(invalid())));
+        cases.once("Invalid::under", field, || outcome(Err::<(), _>(invalid().under(field))));
     }
 }
 
@@ -53,19 +53,21 @@ fn writes(cases: &mut Cases) {
         [there, folder.path().to_owned(), folder.path().join("no/folder"), "".into(), "/".into()];
     for place in places.iter().chain([&"nul\0byte".into()]) {
         let what = place.display().to_string();
-        cases.once("read_json", &what, || said(read_json::<Value>(place)));
-        cases.once("read_small_json", &what, || said(read_small_json::<Value>(place)));
-        cases.once("read_versioned", &what, || said(read_versioned::<Value>(place, 1)));
-        cases.once("ensure_version", &what, || said(ensure_version(place, u32::MAX, 0)));
-        cases.once("sync_folder", &what, || said(sync_folder(place)));
-        cases.once("parent", &what, || said(Ok::<_, Invalid>(parent(place))));
-        cases.once("temporary_sibling", &what, || said(Ok::<_, Invalid>(temporary_sibling(place))));
-        cases.once("JsonSettings::from_file", &what, || said(JsonSettings::from_file(place)));
-        cases.once("Settings::from_file", &what, || said(Settings::from_file(place)));
+        cases.once("read_json", &what, || outcome(read_json::<Value>(place)));
+        cases.once("read_small_json", &what, || outcome(read_small_json::<Value>(place)));
+        cases.once("read_versioned", &what, || outcome(read_versioned::<Value>(place, 1)));
+        cases.once("ensure_version", &what, || outcome(ensure_version(place, u32::MAX, 0)));
+        cases.once("sync_folder", &what, || outcome(sync_folder(place)));
+        cases.once("parent", &what, || outcome(Ok::<_, Invalid>(parent(place))));
+        cases.once("temporary_sibling", &what, || {
+            outcome(Ok::<_, Invalid>(temporary_sibling(place)))
+        });
+        cases.once("JsonSettings::from_file", &what, || outcome(JsonSettings::from_file(place)));
+        cases.once("Settings::from_file", &what, || outcome(Settings::from_file(place)));
         // The root folder is not writable.
         if place.as_os_str() != "/" && !place.as_os_str().is_empty() {
-            cases.once("write_json", &what, || said(write_json(place, &f64::NAN)));
-            cases.once("write_atomic", &what, || said(write_atomic(place, b"content")));
+            cases.once("write_json", &what, || outcome(write_json(place, &f64::NAN)));
+            cases.once("write_atomic", &what, || outcome(write_atomic(place, b"content")));
         }
     }
     cases.cannot_fail(&["Error::io", "Error::json", "with_causes"]);
@@ -75,7 +77,7 @@ fn writes(cases: &mut Cases) {
 
 fn toml_settings(cases: &mut Cases) {
     for text in ["", "a = 1", "a = [1, {b = 2}]", "a.b = 1\n[a]", "\u{0}", "a = "] {
-        cases.once("Settings::parse", text, || said(Settings::parse("settings.toml", text)));
+        cases.once("Settings::parse", text, || outcome(Settings::parse("settings.toml", text)));
     }
     for key in ["", "a", "a.b", "\u{0}"] {
         cases.once("Settings::has", key, || {
@@ -86,15 +88,15 @@ fn toml_settings(cases: &mut Cases) {
     for assignment in ["", "=", "a", "a=", "a.=1", ".=1", "a.9.b=1", "a.0.b.c=1", "a=\u{0}"] {
         cases.once("Settings::set", assignment, || {
             let mut settings = said_ok(Settings::parse("settings.toml", "a = [1, {b = 2}]"));
-            said(settings.set(assignment))?;
-            said(settings.build::<Value>())
+            outcome(settings.set(assignment))?;
+            outcome(settings.build::<Value>())
         });
     }
     for value in [Value::Null, Value::from(u64::MAX), Value::from(f64::NAN), Value::from("text")] {
         let what = value.to_string();
-        cases.once("to_toml", &what, || said(to_toml(&value)));
-        cases.once("inline_toml", &what, || said(inline_toml(&value)));
-        cases.once("differences", &what, || said(differences(&value, &Value::from(1))));
+        cases.once("to_toml", &what, || outcome(to_toml(&value)));
+        cases.once("inline_toml", &what, || outcome(inline_toml(&value)));
+        cases.once("differences", &what, || outcome(differences(&value, &Value::from(1))));
     }
 }
 
@@ -104,16 +106,16 @@ fn json_settings(cases: &mut Cases) {
     for text in ["", "{}", "[]", "null", r#"{"a": null, "": [], "_class_name": {}}"#, &cut] {
         let file = || JsonSettings::parse(text).map_err(|error| error.to_string());
         cases.once("JsonSettings::parse", text, || file().map(drop));
-        cases.once("JsonSettings::class", text, || said(file()?.class(&[])));
-        cases.once("JsonSettings::over", text, || said(file()?.over(&defaults)));
+        cases.once("JsonSettings::class", text, || outcome(file()?.class(&[])));
+        cases.once("JsonSettings::over", text, || outcome(file()?.over(&defaults)));
         cases.once("JsonSettings::problems", text, || {
-            said(Ok::<_, Invalid>(file()?.problems(&defaults)))
+            outcome(Ok::<_, Invalid>(file()?.problems(&defaults)))
         });
         cases.once("JsonSettings::unknown", text, || {
-            said(Ok::<_, Invalid>(file()?.unknown(&defaults).len()))
+            outcome(Ok::<_, Invalid>(file()?.unknown(&defaults).len()))
         });
         cases.once("JsonSettings::with_class", text, || {
-            said(Ok::<_, Invalid>(file()?.with_class("").without_unset(&["a", ""])))
+            outcome(Ok::<_, Invalid>(file()?.with_class("").without_unset(&["a", ""])))
         });
     }
     // A type that is not a JSON object is a fault of the program.

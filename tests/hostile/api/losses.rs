@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tch::{Device, Kind, Tensor, kind};
 
-use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, outcome};
 
 fn schedule() -> NoiseSchedule {
     NoiseScheduleConfig::default().build().expect("the default is valid")
@@ -42,32 +42,32 @@ fn ddil_losses() {
 
 fn formulas(cases: &mut Cases) {
     let x = points();
-    cases.tensors("squared_error", &[&x, &x], |t| said(squared_error(&t[0], &t[1])));
-    cases.tensors("pseudo_huber", &[&x, &x], |t| said(pseudo_huber(&t[0], &t[1], 0.1)));
-    cases.numbers("pseudo_huber", |c| said(pseudo_huber(&x, &x, c)));
+    cases.tensors("squared_error", &[&x, &x], |t| outcome(squared_error(&t[0], &t[1])));
+    cases.tensors("pseudo_huber", &[&x, &x], |t| outcome(pseudo_huber(&t[0], &t[1], 0.1)));
+    cases.numbers("pseudo_huber", |c| outcome(pseudo_huber(&x, &x, c)));
     cases.tensors("distribution_matching_gradient", &[&x, &x, &x], |t| {
-        said(distribution_matching_gradient(&t[0], &t[1], &t[2]))
+        outcome(distribution_matching_gradient(&t[0], &t[1], &t[2]))
     });
     let logits = Tensor::ones([3], kind::FLOAT_CPU);
-    cases.tensors("generator_loss", &[&logits], |t| said(generator_loss(&t[0])));
+    cases.tensors("generator_loss", &[&logits], |t| outcome(generator_loss(&t[0])));
     cases.tensors("discriminator_loss", &[&logits, &logits], |t| {
-        said(discriminator_loss(&t[0], &t[1]))
+        outcome(discriminator_loss(&t[0], &t[1]))
     });
     let weights = Tensor::ones([2, 2], kind::FLOAT_CPU);
     cases.tensors("progressive_target", &[&x, &x, &weights], |t| {
-        let answers = [t[0].shallow_clone(), t[1].shallow_clone()];
-        said(progressive_target(&answers, &t[2]))
+        let outputs = [t[0].shallow_clone(), t[1].shallow_clone()];
+        outcome(progressive_target(&outputs, &t[2]))
     });
-    cases.once("progressive_target", "no answers", || said(progressive_target(&[], &weights)));
+    cases.once("progressive_target", "no answers", || outcome(progressive_target(&[], &weights)));
     for timesteps in [&[][..], &[3], &[999, 499], &[499, 999], &[0, -1], &[i64::MAX, 3], &[5, 5]] {
         cases.once("convex_weights", &format!("{timesteps:?}"), || {
-            said(convex_weights(&schedule(), timesteps))
+            outcome(convex_weights(&schedule(), timesteps))
         });
     }
     for start in [0, 1, 3, 1024, u32::MAX] {
         for end in [0, 1, 3, 1024, u32::MAX] {
             cases.once("halving_stages", &format!("{start} to {end}"), || {
-                said(halving_stages(start, end))
+                outcome(halving_stages(start, end))
             });
         }
     }
@@ -78,18 +78,18 @@ fn weights(cases: &mut Cases) {
         [Weighting::Constant, Weighting::Snr, Weighting::TruncatedSnr, Weighting::SnrPlusOne]
     {
         cases.numbers("TimestepWeights::new", |cap| {
-            said(TimestepWeights::new(weighting, Some(cap), &schedule()))
+            outcome(TimestepWeights::new(weighting, Some(cap), &schedule()))
         });
         cases.numbers("Weighting::weight", |number| {
             let _ = weighting.weight(Scale { alpha: number, sigma: number });
             Ok(())
         });
         let weights = TimestepWeights::new(weighting, None, &schedule()).expect("there is no cap");
-        cases.wholes("TimestepWeights::at", |t| said(weights.at(t)));
+        cases.integers("TimestepWeights::at", |t| outcome(weights.at(t)));
         for kind in [Kind::Float, Kind::Int64, Kind::Bool, Kind::ComplexFloat, Kind::QInt8] {
             cases.tensors("TimestepWeights::gather", &[&Tensor::from_slice(&[3_i64, 999])], |t| {
                 let gathered = weights.gather(&t[0], kind);
-                if kind == Kind::QInt8 { said(gathered).or(Ok(())) } else { said(gathered) }
+                if kind == Kind::QInt8 { outcome(gathered).or(Ok(())) } else { outcome(gathered) }
             });
         }
     }
@@ -107,9 +107,9 @@ fn guidance(cases: &mut Cases) {
                 TeacherGuidance::BakedIn,
             ] {
                 let what = format!("{guidance:?}");
-                cases.once("TeacherGuidance::ensure", &what, || said(guidance.ensure()));
+                cases.once("TeacherGuidance::ensure", &what, || outcome(guidance.ensure()));
                 cases.once("TeacherGuidance::wrap", &what, || {
-                    said(guidance.wrap(network(), null()).map(|_| ()))
+                    outcome(guidance.wrap(network(), null()).map(|_| ()))
                 });
                 for device in [Device::Cpu, Device::Cuda(0)] {
                     cases.once(
@@ -117,7 +117,7 @@ fn guidance(cases: &mut Cases) {
                         &format!("{what} on {device:?}"),
                         || {
                             let mut rng = StdRng::seed_from_u64(0);
-                            said(guidance.condition(null(), 3, device, &mut rng))
+                            outcome(guidance.condition(null(), 3, device, &mut rng))
                         },
                     );
                 }
@@ -170,10 +170,10 @@ fn configs(cases: &mut Cases) {
         let what = format!("{config:?}");
         for steps in [0, 1, 4, 1000, u32::MAX] {
             cases.once("ObjectiveConfig::training_grid", &what, || {
-                said(config.training_grid(&schedule(), steps))
+                outcome(config.training_grid(&schedule(), steps))
             });
             cases.once("ObjectiveConfig::sampling_grid", &what, || {
-                said(config.sampling_grid(&schedule(), steps))
+                outcome(config.sampling_grid(&schedule(), steps))
             });
         }
         for grid in [&grid(1), &grid(4), &grid(1000), &far] {
@@ -188,17 +188,17 @@ fn configs(cases: &mut Cases) {
     cases.cannot_fail(&["ObjectiveConfig::trained_to_predict", "ObjectiveConfig::sampler_config"]);
     let schedule = schedule();
     cases.once("Progressive::new", "another grid", || {
-        said(Progressive::new(ProgressiveConfig::default(), schedule.clone(), far.clone()))
+        outcome(Progressive::new(ProgressiveConfig::default(), schedule.clone(), far.clone()))
     });
     cases.once("LatentConsistency::new", "another grid", || {
-        said(LatentConsistency::new(
+        outcome(LatentConsistency::new(
             LatentConsistencyConfig::default(),
             schedule.clone(),
             far.clone(),
         ))
     });
     cases.once("Dmd2::new", "another grid", || {
-        said(Dmd2::new(Dmd2Config::default(), schedule.clone(), far.clone()))
+        outcome(Dmd2::new(Dmd2Config::default(), schedule.clone(), far.clone()))
     });
 }
 
@@ -225,7 +225,7 @@ fn objectives(cases: &mut Cases) {
                 continue;
             }
             cases.tensors("Objective::loss", &[&points(), &times, &labels], |t| {
-                ask(objective.as_ref(), phase, &states(&t[0], &t[1], &t[2]))
+                loss_of(objective.as_ref(), phase, &states(&t[0], &t[1], &t[2]))
             });
             let changes: [fn(&mut States); 5] = [
                 |states| states.created_at_step = vec![],
@@ -238,11 +238,11 @@ fn objectives(cases: &mut Cases) {
                 let mut torn = states(&points(), &times, &labels);
                 change(&mut torn);
                 cases.once("Objective::loss", &format!("torn {i}"), || {
-                    ask(objective.as_ref(), phase, &torn)
+                    loss_of(objective.as_ref(), phase, &torn)
                 });
             }
         }
-        cases.wholes("Objective::phases", |step| {
+        cases.integers("Objective::phases", |step| {
             let _ = objective.phases(step as u64);
             Ok(())
         });
@@ -266,16 +266,16 @@ fn bare(cases: &mut Cases, objective: &dyn Objective, states: &States) {
     for phase in [Phase::Student, Phase::Critic] {
         cases.once("Objective::loss", "learner and expert alone", || {
             let networks = Networks::new(&student, &teacher);
-            said(objective.loss(&LossRequest::new(0, phase, states, networks, &streams)))
+            outcome(objective.loss(&LossRequest::new(0, phase, states, networks, &streams)))
         });
     }
 }
 
-fn ask(objective: &dyn Objective, phase: Phase, states: &States) -> Result<(), String> {
+fn loss_of(objective: &dyn Objective, phase: Phase, states: &States) -> Result<(), String> {
     let (student, teacher, other) = (network(), network(), network());
     let critic = Critic::new(&other);
     let networks = Networks::new(&student, &teacher).with_target(&other).with_critic(critic);
     let (streams, data) = (RandomStreams::new(0, 0), Data::new(points()));
     let request = LossRequest::new(0, phase, states, networks, &streams).with_real(&data);
-    said(objective.loss(&request))
+    outcome(objective.loss(&request))
 }

@@ -6,7 +6,7 @@ use ddil_schedulers::{
 };
 use tch::{Tensor, kind};
 
-use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, said};
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, outcome};
 
 fn images() -> Tensor {
     Tensor::ones([2, 3, 4, 4], kind::FLOAT_CPU) * 0.5
@@ -77,16 +77,17 @@ fn ddil_schedulers() {
 fn schedule(cases: &mut Cases) {
     let (x, times) = (images(), times());
     for schedule in schedules() {
-        cases.wholes("NoiseSchedule::scale_at", |t| said(schedule.scale_at(t)));
-        cases.wholes("NoiseSchedule::alpha_cumprod_at", |t| said(schedule.alpha_cumprod_at(t)));
+        cases.integers("NoiseSchedule::scale_at", |t| outcome(schedule.scale_at(t)));
+        cases
+            .integers("NoiseSchedule::alpha_cumprod_at", |t| outcome(schedule.alpha_cumprod_at(t)));
         cases.tensors("NoiseSchedule::scales_at", &[&times, &x], |t| {
-            said(schedule.scales_at(&t[0], &t[1]))
+            outcome(schedule.scales_at(&t[0], &t[1]))
         });
         cases.tensors("NoiseSchedule::add_noise", &[&x, &x, &times], |t| {
-            said(schedule.add_noise(&t[0], &t[1], &t[2]))
+            outcome(schedule.add_noise(&t[0], &t[1], &t[2]))
         });
         cases.tensors("NoiseSchedule::time_inputs_at", &[&times], |t| {
-            said(schedule.time_inputs_at(&t[0]))
+            outcome(schedule.time_inputs_at(&t[0]))
         });
     }
 }
@@ -96,36 +97,36 @@ fn predictions(cases: &mut Cases) {
     for schedule in schedules() {
         for output in TYPES {
             cases.tensors("PredictionType::convert", &[&x, &x, &times], |t| {
-                said(output.convert(&schedule, &t[0], &t[1], &t[2]))
+                outcome(output.convert(&schedule, &t[0], &t[1], &t[2]))
             });
             cases.tensors("PredictionType::target", &[&x, &x, &times], |t| {
-                said(output.target(&schedule, &t[0], &t[1], &t[2]))
+                outcome(output.target(&schedule, &t[0], &t[1], &t[2]))
             });
             cases.once("PredictionType::ensure_defined_on", output.as_str(), || {
-                said(output.ensure_defined_on(&schedule))
+                outcome(output.ensure_defined_on(&schedule))
             });
         }
         cases.tensors("Prediction::from_x0", &[&x, &x, &times], |t| {
-            said(Prediction::from_x0(&schedule, t[0].shallow_clone(), &t[1], &t[2]))
+            outcome(Prediction::from_x0(&schedule, t[0].shallow_clone(), &t[1], &t[2]))
         });
         cases.tensors("Prediction::thresholded", &[&x, &x, &x, &times], |t| {
             let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
-            said(pair.thresholded(&Thresholding::clamp_pixels(), &schedule, &t[2], &t[3]))
+            outcome(pair.thresholded(&Thresholding::clamp_pixels(), &schedule, &t[2], &t[3]))
         });
     }
     cases.tensors("Prediction::thresholded_keeping_epsilon", &[&x, &x], |t| {
         let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
-        said(pair.thresholded_keeping_epsilon(&Thresholding::clamp_pixels()))
+        outcome(pair.thresholded_keeping_epsilon(&Thresholding::clamp_pixels()))
     });
     let boundary = ConsistencyBoundary::default();
     cases.tensors("ConsistencyBoundary::apply", &[&x, &x, &times], |t| {
-        said(boundary.apply(&t[0], &t[1], &t[2]))
+        outcome(boundary.apply(&t[0], &t[1], &t[2]))
     });
     cases.numbers("ConsistencyBoundary::apply", |number| {
         let boundary = ConsistencyBoundary { sigma_data: number, timestep_scaling: number };
-        said(boundary.apply(&x, &x, &times))
+        outcome(boundary.apply(&x, &x, &times))
     });
-    cases.wholes("ConsistencyBoundary::scalings", |t| {
+    cases.integers("ConsistencyBoundary::scalings", |t| {
         let _ = boundary.scalings(t);
         Ok(())
     });
@@ -135,24 +136,25 @@ fn thresholding(cases: &mut Cases) {
     let x = images();
     for thresholding in thresholdings() {
         let what = format!("{thresholding:?}");
-        cases.once("Thresholding::apply", &what, || said(thresholding.apply(&x)));
+        cases.once("Thresholding::apply", &what, || outcome(thresholding.apply(&x)));
         cases.once("Thresholding::changed_fraction", &what, || {
-            said(thresholding.changed_fraction(&x))
+            outcome(thresholding.changed_fraction(&x))
         });
     }
     for thresholding in &thresholdings()[..9] {
-        cases.tensors("Thresholding::apply", &[&x], |t| said(thresholding.apply(&t[0])));
+        cases.tensors("Thresholding::apply", &[&x], |t| outcome(thresholding.apply(&t[0])));
         cases.tensors("Thresholding::changed_fraction", &[&x], |t| {
-            said(thresholding.changed_fraction(&t[0]))
+            outcome(thresholding.changed_fraction(&t[0]))
         });
     }
     let data = Tensor::randn([5, 3, 2], kind::FLOAT_CPU);
     cases.tensors("DataRange::of_samples", &[&data], |t| {
-        said(DataRange::of_samples(&t[0], 0.1, 0.1))
+        outcome(DataRange::of_samples(&t[0], 0.1, 0.1))
     });
-    cases.numbers("DataRange::of_samples", |q| said(DataRange::of_samples(&data, q, 0.0)));
-    cases
-        .numbers("DataRange::of_samples", |margin| said(DataRange::of_samples(&data, 0.1, margin)));
+    cases.numbers("DataRange::of_samples", |q| outcome(DataRange::of_samples(&data, q, 0.0)));
+    cases.numbers("DataRange::of_samples", |margin| {
+        outcome(DataRange::of_samples(&data, 0.1, margin))
+    });
     // Looked at when they are used, as above.
     cases.cannot_fail(&["DataRange::scalar", "DataRange::per_channel"]);
 }
@@ -170,17 +172,19 @@ fn samplers(cases: &mut Cases) {
             cases.tensors("Sampler::step", &[&x, &x, &x], |t| {
                 let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
                 let step = SamplerStep::new(&pair, &[749, 249], &[499, -1]);
-                said(sampler.step(&step.with_noise(&t[2])))
+                outcome(sampler.step(&step.with_noise(&t[2])))
             });
-            cases.wholes("Sampler::step", |at| {
+            cases.integers("Sampler::step", |at| {
                 let pair = Prediction { x0: x.shallow_clone(), epsilon: x.shallow_clone() };
                 let (now, prev) = ([at, 3], [2, at]);
                 let step = SamplerStep::new(&pair, &now, &prev);
-                said(sampler.step(&step.with_noise(&x)))
+                outcome(sampler.step(&step.with_noise(&x)))
             });
-            cases.wholes("Sampler::coefficients_at", |at| said(sampler.coefficients_at(at, at)));
+            cases.integers("Sampler::coefficients_at", |at| {
+                outcome(sampler.coefficients_at(at, at))
+            });
         }
-        cases.numbers("Ddim::with_eta", |eta| said(Ddim::with_eta(schedule.clone(), eta)));
+        cases.numbers("Ddim::with_eta", |eta| outcome(Ddim::with_eta(schedule.clone(), eta)));
     }
     // Their arguments are looked at in the step.
     cases.cannot_fail(&["Ddim::new", "Lcm::new", "SamplerStep::new", "SamplerStep::with_noise"]);
@@ -190,13 +194,13 @@ fn estimates(cases: &mut Cases) {
     let x = images();
     for schedule in schedules() {
         for output in TYPES {
-            cases.wholes("Estimate::of_output", |at| {
-                said(Estimate::of_output(&schedule, output, x.shallow_clone(), at))
+            cases.integers("Estimate::of_output", |at| {
+                outcome(Estimate::of_output(&schedule, output, x.shallow_clone(), at))
             });
         }
         cases.tensors("Estimate::of_prediction", &[&x, &x], |t| {
             let pair = Prediction { x0: t[0].shallow_clone(), epsilon: t[1].shallow_clone() };
-            said(Estimate::of_prediction(&schedule, pair, 749))
+            outcome(Estimate::of_prediction(&schedule, pair, 749))
         });
     }
     let schedule = schedules()[0].clone();
@@ -207,10 +211,10 @@ fn estimates(cases: &mut Cases) {
             Estimate::of_output(&schedule, PredictionType::Epsilon, output, 749)
         };
         cases.once("Estimate::thresholded", &what, || {
-            said(raw(&x).and_then(|raw| raw.thresholded(&thresholding, &x)))
+            outcome(raw(&x).and_then(|raw| raw.thresholded(&thresholding, &x)))
         });
         cases.once("Estimate::thresholded_keeping_epsilon", &what, || {
-            said(raw(&x).and_then(|raw| raw.thresholded_keeping_epsilon(&thresholding, &x)))
+            outcome(raw(&x).and_then(|raw| raw.thresholded_keeping_epsilon(&thresholding, &x)))
         });
     }
     for thresholding in &thresholdings()[..9] {
@@ -222,26 +226,26 @@ fn estimates(cases: &mut Cases) {
         let boundary = ConsistencyBoundary::default();
         cases.tensors("Estimate::with_boundary", &[&x, &x], |t| {
             let once = held(&t[0]).and_then(|held| held.with_boundary(boundary, &t[1]));
-            said(once.and_then(|once| once.with_boundary(boundary, &t[1])))
+            outcome(once.and_then(|once| once.with_boundary(boundary, &t[1])))
         });
         cases.tensors("Estimate::combined", &[&x, &x], |t| {
-            said(held(&t[0]).and_then(|held| held.combined(&t[1], Tensor::shallow_clone)))
+            outcome(held(&t[0]).and_then(|held| held.combined(&t[1], Tensor::shallow_clone)))
         });
         cases.tensors("Estimate::prediction", &[&x, &x], |t| {
-            said(held(&t[0]).and_then(|held| held.prediction(&t[1])))
+            outcome(held(&t[0]).and_then(|held| held.prediction(&t[1])))
         });
         cases.tensors("Estimate::x0", &[&x, &x], |t| {
-            said(held(&t[0]).and_then(|held| held.x0(&t[1])))
+            outcome(held(&t[0]).and_then(|held| held.x0(&t[1])))
         });
         let samplers: [Box<dyn Sampler>; 2] =
             [Box::new(Ddim::new(schedule.clone())), Box::new(Lcm::new(schedule.clone()))];
         for sampler in samplers {
             cases.tensors("Sampler::step_at", &[&x, &x, &x], |t| {
                 let x_t = t[0].shallow_clone();
-                said(held(&t[1]).and_then(|held| sampler.step_at(x_t, &held, 499, Some(&t[2]))))
+                outcome(held(&t[1]).and_then(|held| sampler.step_at(x_t, &held, 499, Some(&t[2]))))
             });
-            cases.wholes("Sampler::step_at", |at| {
-                said(held(&x).and_then(|held| sampler.step_at(x.copy(), &held, at, Some(&x))))
+            cases.integers("Sampler::step_at", |at| {
+                outcome(held(&x).and_then(|held| sampler.step_at(x.copy(), &held, at, Some(&x))))
             });
         }
     }
@@ -259,17 +263,17 @@ fn grids(cases: &mut Cases) {
             for spacing in [Leading, Linspace, Trailing] {
                 for offset in [0, 1, u32::MAX] {
                     cases.once("Timesteps::spaced", &what, || {
-                        said(Timesteps::spaced(spacing, total, n, offset))
+                        outcome(Timesteps::spaced(spacing, total, n, offset))
                     });
                     cases.once("Timesteps::diffusers", &what, || {
-                        said(Timesteps::diffusers(spacing, total, n, offset))
+                        outcome(Timesteps::diffusers(spacing, total, n, offset))
                     });
                 }
             }
             for steps in [0, 1, 50, u32::MAX] {
-                cases.once("Timesteps::lcm", &what, || said(Timesteps::lcm(total, n, steps)));
+                cases.once("Timesteps::lcm", &what, || outcome(Timesteps::lcm(total, n, steps)));
             }
-            cases.once("Timesteps::refined", &what, || said(grid.refined(n, total)));
+            cases.once("Timesteps::refined", &what, || outcome(grid.refined(n, total)));
         }
         for rule in [PreviousTimestep::NextInGrid, PreviousTimestep::Stride] {
             cases.once("Timesteps::with_previous", &total.to_string(), || {
@@ -277,11 +281,12 @@ fn grids(cases: &mut Cases) {
                 Ok(())
             });
         }
-        cases.wholes("Timesteps::explicit", |t| said(Timesteps::explicit(vec![t], total)));
-        cases.wholes("Timesteps::explicit", |t| {
-            said(Timesteps::explicit(vec![t, t.saturating_sub(1)], total))
+        cases.integers("Timesteps::explicit", |t| outcome(Timesteps::explicit(vec![t], total)));
+        cases.integers("Timesteps::explicit", |t| {
+            outcome(Timesteps::explicit(vec![t, t.saturating_sub(1)], total))
         });
-        cases.once("Timesteps::explicit", "nothing", || said(Timesteps::explicit(vec![], total)));
+        cases
+            .once("Timesteps::explicit", "nothing", || outcome(Timesteps::explicit(vec![], total)));
     }
 }
 
@@ -290,24 +295,25 @@ fn configs(cases: &mut Cases) {
     let config = SchedulerConfig::from_json(text).expect("it is one");
     for n in [0, 1, 4, 1000, u32::MAX] {
         let what = n.to_string();
-        cases.once("SchedulerConfig::timesteps", &what, || said(config.timesteps(Some(n))));
+        cases.once("SchedulerConfig::timesteps", &what, || outcome(config.timesteps(Some(n))));
         cases.once("SchedulerConfig::compatible_timesteps", &what, || {
-            said(config.compatible_timesteps(n))
+            outcome(config.compatible_timesteps(n))
         });
     }
     for text in ["", "{", "[]", "null", "{\"_class_name\": 3}", "\u{feff}{}", &"[".repeat(100_000)]
     {
         let what = &text[..text.len().min(10)];
-        cases.once("SchedulerConfig::from_json", what, || said(SchedulerConfig::from_json(text)));
+        cases
+            .once("SchedulerConfig::from_json", what, || outcome(SchedulerConfig::from_json(text)));
         cases.once("SchedulerConfig::from_json_any", what, || {
-            said(SchedulerConfig::from_json_any(text))
+            outcome(SchedulerConfig::from_json_any(text))
         });
         cases.once("SchedulerConfig::from_json_lenient", what, || {
-            said(SchedulerConfig::from_json_lenient(text))
+            outcome(SchedulerConfig::from_json_lenient(text))
         });
     }
     for path in ["", "/", "/dev/null/none", "nul\0byte"] {
-        cases.once("SchedulerConfig::write", path, || said(config.write(path)));
+        cases.once("SchedulerConfig::write", path, || outcome(config.write(path)));
     }
     for thresholding in thresholdings() {
         for output in TYPES {
@@ -318,7 +324,7 @@ fn configs(cases: &mut Cases) {
                     ..VpConfig::default()
                 });
                 cases.once("CommonConfig::new", &format!("{number}, {thresholding:?}"), || {
-                    said(CommonConfig::new(&schedule, output, &thresholding))
+                    outcome(CommonConfig::new(&schedule, output, &thresholding))
                 });
             }
         }
@@ -334,12 +340,12 @@ fn configs(cases: &mut Cases) {
     for number in ODD_NUMBERS {
         let ddim = SamplerConfig::Ddim { eta: number };
         let schedule = schedules()[0].clone();
-        cases.once("SamplerConfig::build", &number.to_string(), || said(ddim.build(&schedule)));
+        cases.once("SamplerConfig::build", &number.to_string(), || outcome(ddim.build(&schedule)));
     }
     let ddim = SamplerConfig::Ddim { eta: 0.0 };
-    cases.wholes("SamplerConfig::timesteps", |n| said(ddim.timesteps(n as u32, 4)));
+    cases.integers("SamplerConfig::timesteps", |n| outcome(ddim.timesteps(n as u32, 4)));
     cases.cannot_fail(&["CommonConfig::with_trained_timesteps", "SamplerConfig::scheduler_config"]);
-    cases.spoilt_in_inputs(&[
+    cases.corrupted_in_inputs(&[
         "SchedulerConfig::from_file",
         "SchedulerConfig::from_file_any",
         "SchedulerConfig::from_file_lenient",

@@ -9,7 +9,7 @@ use ddil_schedulers::SchedulerConfig;
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 
-use super::harness::{Said, Target, told};
+use super::harness::{Response, Target, message_of};
 use super::tree::{Tree, repository};
 
 const CONFIG: &str = "config.toml";
@@ -36,19 +36,19 @@ fn distill_config() {
     Target::new("distill_config", presets(is_distill), read_distill).run();
 }
 
-fn read_distill(folder: &Path) -> Said {
-    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(told)?;
-    let mut config: DistillConfig = settings.build().map_err(told)?;
-    config.ensure().map_err(told)?;
-    let text = to_toml(&config).map_err(told)?;
+fn read_distill(folder: &Path) -> Response {
+    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(message_of)?;
+    let mut config: DistillConfig = settings.build().map_err(message_of)?;
+    config.ensure().map_err(message_of)?;
+    let text = to_toml(&config).map_err(message_of)?;
     let again: DistillConfig =
-        Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(told)?;
-    assert_eq!(differences(&config, &again).map_err(told)?, []);
+        Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(message_of)?;
+    assert_eq!(differences(&config, &again).map_err(message_of)?, []);
     // The next steps of a run; the teacher that the file names does not exist.
     let of_text = config.data.kind.is_text();
     let teacher = if of_text { "fashion-mnist-text-to-image" } else { "fashion-mnist-teacher" };
     config.teacher.path = repository().join("assets").join(teacher);
-    let plan = MemoryPlan::of(&config).map_err(told)?;
+    let plan = MemoryPlan::of(&config).map_err(message_of)?;
     let _ = (plan.to_string(), plan.peak());
     Ok(())
 }
@@ -58,14 +58,15 @@ fn train_config() {
     Target::new("train_config", presets(|name| name.contains("teacher")), read_train).run();
 }
 
-fn read_train(folder: &Path) -> Said {
-    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(told)?;
-    let config: TrainConfig = settings.build().map_err(told)?;
-    config.ensure().map_err(told)?;
-    let text = to_toml(&config).map_err(told)?;
-    let again: TrainConfig = Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(told)?;
-    assert_eq!(differences(&config, &again).map_err(told)?, []);
-    config.model.parameter_shapes().map(drop).map_err(told)
+fn read_train(folder: &Path) -> Response {
+    let settings = Settings::from_file(&folder.join(CONFIG)).map_err(message_of)?;
+    let config: TrainConfig = settings.build().map_err(message_of)?;
+    config.ensure().map_err(message_of)?;
+    let text = to_toml(&config).map_err(message_of)?;
+    let again: TrainConfig =
+        Settings::parse(CONFIG, text).and_then(|s| s.build()).map_err(message_of)?;
+    assert_eq!(differences(&config, &again).map_err(message_of)?, []);
+    config.model.parameter_shapes().map(drop).map_err(message_of)
 }
 
 #[test]
@@ -73,11 +74,11 @@ fn compare_config() {
     Target::new("compare_config", presets(|name| name.starts_with("compare")), read_compare).run();
 }
 
-fn read_compare(folder: &Path) -> Said {
-    let matrix = Matrix::from_file(&folder.join(CONFIG)).map_err(told)?;
+fn read_compare(folder: &Path) -> Response {
+    let matrix = Matrix::from_file(&folder.join(CONFIG)).map_err(message_of)?;
     let base = repository().join("crates/ddil/presets/fashion-mnist-pd-ddil.toml");
-    let base = Settings::from_file(&base).map_err(told)?;
-    matrix.cells(&base).map(drop).map_err(told)
+    let base = Settings::from_file(&base).map_err(message_of)?;
+    matrix.cells(&base).map(drop).map_err(message_of)
 }
 
 const SCHEDULER: &str = "scheduler_config.json";
@@ -97,19 +98,20 @@ fn scheduler_config() {
     Target::new("scheduler_config", seeds, read_scheduler).run();
 }
 
-fn read_scheduler(folder: &Path) -> Said {
+fn read_scheduler(folder: &Path) -> Response {
     let path = folder.join(SCHEDULER);
     let _ = SchedulerConfig::from_file_lenient(&path);
-    let (config, _) = SchedulerConfig::from_file_any(&path).map_err(told)?;
-    let again = SchedulerConfig::from_json(&config.to_json()).map_err(told)?;
+    let (config, _) = SchedulerConfig::from_file_any(&path).map_err(message_of)?;
+    let again = SchedulerConfig::from_json(&config.to_json()).map_err(message_of)?;
     assert_eq!(again, config);
-    let schedule = config.schedule().map_err(told)?;
-    let _ = (config.sampler().map_err(told)?, config.boundary(), config.thresholding().ensure());
+    let schedule = config.schedule().map_err(message_of)?;
+    let _ =
+        (config.sampler().map_err(message_of)?, config.boundary(), config.thresholding().ensure());
     for steps in [None, Some(0), Some(4), Some(u32::MAX)] {
         let _ = config.timesteps(steps);
         let _ = steps.map(|steps| config.compatible_timesteps(steps));
     }
-    let last = schedule.scale_at(schedule.last_timestep()).map_err(told)?;
+    let last = schedule.scale_at(schedule.last_timestep()).map_err(message_of)?;
     assert!(last.alpha.is_finite() && last.sigma.is_finite(), "{last:?}");
     Ok(())
 }

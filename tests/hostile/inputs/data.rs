@@ -10,7 +10,7 @@ use ddil_data::{
 use ddil_metrics::FashionClassifier;
 use tch::Tensor;
 
-use super::harness::{Said, Target, told};
+use super::harness::{Response, Target, message_of};
 use super::tree::{Tree, repository};
 
 /// Four images of three rows and two columns.
@@ -40,7 +40,7 @@ fn idx_file() {
         let ending = if folder.join("images.gz").exists() { "gz" } else { "idx" };
         let images = read_idx_images(&folder.join("images").with_extension(ending));
         let labels = read_idx_labels(&folder.join("labels").with_extension(ending));
-        images.and(labels).map(drop).map_err(told)
+        images.and(labels).map(drop).map_err(message_of)
     })
     .run();
 }
@@ -66,7 +66,7 @@ fn picture_folder() {
     let classes = Tree::file("cat/a.png", picture(Grayscale, Eight, 3))
         .with("dog/b.png", picture(Grayscale, Sixteen, 9));
     Target::new("picture_folder", vec![flat, classes], |folder| {
-        read_image_folder(folder).map(drop).map_err(told)
+        read_image_folder(folder).map(drop).map_err(message_of)
     })
     .run();
 }
@@ -86,7 +86,7 @@ fn jpeg_folder() {
     );
     Target::new("jpeg_folder", seeds, |folder| {
         let _ = read_cropped(&folder.join("a.jpg"), 3, [8, 8]);
-        read_image_folder(folder).map(drop).map_err(told)
+        read_image_folder(folder).map(drop).map_err(message_of)
     })
     .run();
 }
@@ -114,12 +114,12 @@ fn captions_in_a_table() {
     Target::new("captions_in_a_table", vec![seed], read_captioned).run();
 }
 
-fn read_captioned(folder: &Path) -> Said {
-    for sample in read_captions(folder).map_err(told)? {
+fn read_captioned(folder: &Path) -> Response {
+    for sample in read_captions(folder).map_err(message_of)? {
         let path = folder.join(&sample.file_name);
         let stays = sample.file_name.components().all(|part| part != Component::ParentDir);
         assert!(stays && path.starts_with(folder) && !sample.texts.is_empty());
-        read_cropped(&path, 3, [8, 8]).map_err(told)?;
+        read_cropped(&path, 3, [8, 8]).map_err(message_of)?;
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ fn read_captioned(folder: &Path) -> Said {
 fn prompts_file() {
     let seed = Tree::file("prompts.txt", "a cat\n\na dog\n");
     Target::new("prompts_file", vec![seed], |folder| {
-        read_prompts(&folder.join("prompts.txt")).map(drop).map_err(told)
+        read_prompts(&folder.join("prompts.txt")).map(drop).map_err(message_of)
     })
     .run();
 }
@@ -166,16 +166,16 @@ fn encoded_data() {
     Target::new("encoded_data", vec![encoded()], read_encoded).run();
 }
 
-fn read_encoded(folder: &Path) -> Said {
+fn read_encoded(folder: &Path) -> Response {
     use ddil_core::{RandomStreams, Stream};
-    let data = EncodedDataset::open(folder, None).map_err(told)?;
+    let data = EncodedDataset::open(folder, None).map_err(message_of)?;
     let shape = data.latent_shape().unwrap_or([1, 1, 1]);
     let device = tch::Device::Cpu;
-    let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, device).map_err(told)?;
+    let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, device).map_err(message_of)?;
     for index in [0, data.len() - 1] {
-        data.batch(&[index], shape, &mut draws, device).map_err(told)?;
+        data.batch(&[index], shape, &mut draws, device).map_err(message_of)?;
     }
-    data.empty_prompt().map(drop).map_err(told)
+    data.empty_prompt().map(drop).map_err(message_of)
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn classifier_file() {
         let bytes = std::fs::read(folder.join("classifier.safetensors")).map_err(|_| "`file`")?;
         let read = FashionClassifier::from_bytes(&bytes, tch::Device::Cpu);
         // It receives bytes and cannot name the file.
-        read.map(drop).map_err(|error| format!("`bytes`: {}", told(error)))
+        read.map(drop).map_err(|error| format!("`bytes`: {}", message_of(error)))
     })
     .run();
 }

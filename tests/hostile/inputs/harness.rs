@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::mutate::spoil;
+use super::mutate::corrupt;
 use super::tree::Tree;
 
 /// Marks the process that runs the inputs.
@@ -29,7 +29,7 @@ const HANGS: Duration = Duration::from_secs(120);
 const INPUTS: u64 = 60;
 
 /// The outcome of reading a folder: nothing, or an error message with its causes.
-pub(crate) type Said = Result<(), String>;
+pub(crate) type Response = Result<(), String>;
 
 /// A reader and the folders it is tried on.
 pub(crate) struct Target {
@@ -38,15 +38,15 @@ pub(crate) struct Target {
     /// Folders that it reads without an error; they are corrupted.
     pub(crate) seeds: Vec<Tree>,
     /// Reads a folder.
-    pub(crate) read: fn(&Path) -> Said,
+    pub(crate) read: fn(&Path) -> Response,
     /// Makes a corrupted folder pass a check that comes before everything else, such as a checksum.
-    pub(crate) mend: fn(&mut Tree),
+    pub(crate) repair: fn(&mut Tree),
     /// Memory that one input may take, in KiB.
     pub(crate) memory_kib: u64,
 }
 
 /// An error with its causes, in one line.
-pub(crate) fn told(error: impl Error) -> String {
+pub(crate) fn message_of(error: impl Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -57,8 +57,8 @@ pub(crate) fn told(error: impl Error) -> String {
 }
 
 impl Target {
-    pub(crate) fn new(name: &'static str, seeds: Vec<Tree>, read: fn(&Path) -> Said) -> Self {
-        Self { name, seeds, read, mend: |_| {}, memory_kib: MEMORY_KIB }
+    pub(crate) fn new(name: &'static str, seeds: Vec<Tree>, read: fn(&Path) -> Response) -> Self {
+        Self { name, seeds, read, repair: |_| {}, memory_kib: MEMORY_KIB }
     }
 
     /// Runs the target; the test fails with the first harmful input.
@@ -79,16 +79,18 @@ impl Target {
             .env("RUST_BACKTRACE", "0")
             .output()
             .expect("a shell");
-        let said = format!(
+        let outcome = format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        assert!(output.status.success(), "{}: {}\n{said}", self.name, output.status);
-        let tried =
-            said.lines().find_map(|line| line.split_once("tried ")).map_or("", |(_, tried)| tried);
+        assert!(output.status.success(), "{}: {}\n{outcome}", self.name, output.status);
+        let tried = outcome
+            .lines()
+            .find_map(|line| line.split_once("tried "))
+            .map_or("", |(_, tried)| tried);
         println!("{}: tried {tried}", self.name);
-        assert!(!tried.is_empty(), "{said}");
+        assert!(!tried.is_empty(), "{outcome}");
     }
 
     fn run_here(&self) {
@@ -96,18 +98,18 @@ impl Target {
         let (seed, from) = (number("DDIL_FUZZ_SEED", 0), number("DDIL_FUZZ_FROM", 0));
         let time = Duration::from_secs(number("DDIL_FUZZ_SECONDS", 0));
         for tree in &self.seeds {
-            let said = self.judged(tree, &folder);
-            assert_eq!(said, Ok(()), "a seed is refused; it lies in {}", folder.display());
+            let outcome = self.checked(tree, &folder);
+            assert_eq!(outcome, Ok(()), "a seed is refused; it lies in {}", folder.display());
         }
         for tree in Tree::corpus(self.name) {
             // An error or not, but harmless.
-            let _ = self.judged(&tree, &folder);
+            let _ = self.checked(&tree, &folder);
         }
-        let (begun, mut index, mut refused) = (Instant::now(), from, 0);
-        while index < from + INPUTS || begun.elapsed() < time {
-            let tree = self.spoilt(seed, index);
-            set_at_work(index);
-            refused += u64::from(self.judged(&tree, &folder).is_err());
+        let (started, mut index, mut refused) = (Instant::now(), from, 0);
+        while index < from + INPUTS || started.elapsed() < time {
+            let tree = self.corrupted(seed, index);
+            set_current(index);
+            refused += u64::from(self.checked(&tree, &folder).is_err());
             index += 1;
         }
         let inputs = index - from;
@@ -116,33 +118,34 @@ impl Target {
     }
 
     /// Input number `index`: a seed, in one of eight cases mixed with files of another, corrupted in a few places.
-    fn spoilt(&self, seed: u64, index: u64) -> Tree {
+    fn corrupted(&self, seed: u64, index: u64) -> Tree {
         let mut rng = StdRng::seed_from_u64(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut tree = self.seeds[rng.random_range(0..self.seeds.len())].clone();
         if rng.random_range(0..8) == 0 {
             tree.mix(&self.seeds[rng.random_range(0..self.seeds.len())], &mut rng);
         }
         for _ in 0..rng.random_range(1..4) {
-            spoil(&mut tree, &mut rng);
+            corrupt(&mut tree, &mut rng);
         }
-        (self.mend)(&mut tree);
+        (self.repair)(&mut tree);
         tree
     }
 
     /// Writes a folder, reads it, and fails unless that ended in time, within memory and, in an error, with a place.
-    fn judged(&self, tree: &Tree, folder: &Path) -> Said {
+    fn checked(&self, tree: &Tree, folder: &Path) -> Response {
         tree.write(folder);
         watch(self.name, folder);
         let before = fresh_peak_kib();
-        let begun = cpu_time();
-        let said = catch_unwind(AssertUnwindSafe(|| (self.read)(folder)));
-        let taken = cpu_time().saturating_sub(begun);
+        let started = cpu_time();
+        let outcome = catch_unwind(AssertUnwindSafe(|| (self.read)(folder)));
+        let taken = cpu_time().saturating_sub(started);
         let grown = peak_kib().saturating_sub(before);
-        let place = format!("input {} of {} in {}", at_work(), self.name, folder.display());
-        let Ok(said) = said else { panic!("a panic: {place}") };
+        let place = format!("input {} of {} in {}", current(), self.name, folder.display());
+        let Ok(outcome) = outcome else { panic!("a panic: {place}") };
         assert!(taken < CPU_TIME, "{taken:?} of time: {place}");
         assert!(grown < self.memory_kib, "{grown} KiB of memory: {place}");
-        if let Err(message) = &said {
+        if let Err(message) = &outcome {
+            crate::messages::collect(self.name, message);
             // The error may name a file that was removed.
             let named = |tree: &Tree| tree.names_place_in(message);
             let says_where = message.contains(&folder.display().to_string())
@@ -151,7 +154,7 @@ impl Target {
             assert!(says_where, "no place in {message:?}: {place}");
             assert!(message.len() < 100_000, "{} bytes of error: {place}", message.len());
         }
-        said
+        outcome
     }
 }
 
@@ -162,16 +165,16 @@ fn number(variable: &str, default: u64) -> u64 {
     }
 }
 
-static AT_WORK: AtomicU64 = AtomicU64::new(0);
+static CURRENT: AtomicU64 = AtomicU64::new(0);
 /// Seconds after the start of the process at which the current input started.
-static BEGUN: AtomicU64 = AtomicU64::new(0);
+static STARTED: AtomicU64 = AtomicU64::new(0);
 
-fn set_at_work(index: u64) {
-    AT_WORK.store(index, Ordering::SeqCst);
+fn set_current(index: u64) {
+    CURRENT.store(index, Ordering::SeqCst);
 }
 
-fn at_work() -> u64 {
-    AT_WORK.load(Ordering::SeqCst)
+fn current() -> u64 {
+    CURRENT.load(Ordering::SeqCst)
 }
 
 /// Ends the process if the input now at work does not end by itself.
@@ -182,14 +185,14 @@ fn watch(name: &'static str, folder: &Path) {
         std::thread::spawn(move || {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
-                let begun = Duration::from_secs(BEGUN.load(Ordering::SeqCst));
+                let started = Duration::from_secs(STARTED.load(Ordering::SeqCst));
                 let start = START.get().copied().unwrap_or_else(Instant::now);
-                if start.elapsed() > begun + HANGS {
+                if start.elapsed() > started + HANGS {
                     let place = folder.display();
                     let _ = writeln!(
                         std::io::stderr(),
                         "input {} of {name} in {place} runs for ever",
-                        at_work()
+                        current()
                     );
                     std::process::abort();
                 }
@@ -197,7 +200,7 @@ fn watch(name: &'static str, folder: &Path) {
         });
         Instant::now()
     });
-    BEGUN.store(start.elapsed().as_secs(), Ordering::SeqCst);
+    STARTED.store(start.elapsed().as_secs(), Ordering::SeqCst);
 }
 
 /// Time this thread has had on a processor; a busy machine does not count.

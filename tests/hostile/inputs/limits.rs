@@ -23,9 +23,9 @@ use super::models::tiny_pipeline;
 use super::tree::{Tree, repository};
 
 #[track_caller]
-fn assert_says(said: &str, words: &[&str]) {
+fn assert_says(outcome: &str, words: &[&str]) {
     for word in words {
-        assert!(said.contains(word), "`{word}` is not said in: {said}");
+        assert!(outcome.contains(word), "`{word}` is not said in: {outcome}");
     }
 }
 
@@ -73,8 +73,8 @@ fn a_small_config_cannot_request_terabytes() {
         .map_or(0, |shapes| shapes.iter().map(|(_, shape)| shape.iter().product::<i64>()).sum());
     assert!(values > 1 << 35, "{values}");
     let double = Placement { kind: Kind::Double, ..Placement::default() };
-    let said = large.build(double, 0).expect_err("no such memory").to_string();
-    assert_says(&said, &["memory"]);
+    let outcome = large.build(double, 0).expect_err("no such memory").to_string();
+    assert_says(&outcome, &["memory"]);
 }
 
 #[test]
@@ -105,14 +105,14 @@ fn a_weights_file_cannot_claim_more_than_its_length() {
         let content =
             [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat();
         let folder = written("model.safetensors", content);
-        let said = weights::read_all(folder.path().join("model.safetensors"));
-        assert!(said.is_err(), "{header}");
+        let outcome = weights::read_all(folder.path().join("model.safetensors"));
+        assert!(outcome.is_err(), "{header}");
     }
     for length in [u64::MAX, 1 << 40, 100_000_001, 9] {
         let folder = written("model.safetensors", [&length.to_le_bytes()[..], b"{}"].concat());
-        let said =
+        let outcome =
             weights::read_all(folder.path().join("model.safetensors")).expect_err("too long");
-        assert_says(&said.to_string(), &["model.safetensors", "not a whole safetensors file"]);
+        assert_says(&outcome.to_string(), &["model.safetensors", "not a whole safetensors file"]);
     }
 }
 
@@ -128,7 +128,7 @@ fn a_compressed_file_unpacks_to_the_size_in_its_header() {
         // Only the beginning of the bomb was unpacked.
         let found = if let ddil_data::Error::IdxLength { found, .. } = error { found } else { 0 };
         assert!(found < 10_000, "{found} bytes were unpacked");
-        assert_says(&crate::inputs::told(error), &["images.gz", word]);
+        assert_says(&crate::inputs::message_of(error), &["images.gz", word]);
     }
 }
 
@@ -142,7 +142,7 @@ fn an_image_has_the_pixels_it_claims() {
     content[29..33].copy_from_slice(&crc.sum().to_be_bytes());
     let folder = written("a.png", content);
     let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
-    assert_says(&crate::inputs::told(error), &["a.png"]);
+    assert_says(&crate::inputs::message_of(error), &["a.png"]);
 }
 
 /// 777 bytes that claim 268 million pixels: all of them used to be made up, in 4.8 GB and a minute and a half.
@@ -159,7 +159,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
         let most = format!("at most {} pixels", content.len() * 512);
         let folder = written("a.jpg", content);
         let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
-        assert_says(&crate::inputs::told(error), &["a.jpg", "16384x16384", &most]);
+        assert_says(&crate::inputs::message_of(error), &["a.jpg", "16384x16384", &most]);
     }
 }
 
@@ -167,9 +167,9 @@ fn a_jpeg_has_the_pixels_it_claims() {
 #[test]
 fn many_columns_are_summarised() {
     let folder = written("metadata.csv", format!("{}\n", vec!["column"; 3000].join(",")));
-    let said = read_captions(folder.path()).expect_err("no captions").to_string();
-    assert_says(&said, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
-    assert!(said.len() < 1000, "{} bytes", said.len());
+    let outcome = read_captions(folder.path()).expect_err("no captions").to_string();
+    assert_says(&outcome, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
+    assert!(outcome.len() < 1000, "{} bytes", outcome.len());
 }
 
 /// A strip that would be 4 TB once its height is 1024.
@@ -205,8 +205,8 @@ fn a_comparison_has_a_countable_number_of_cells() {
     let axes: Vec<String> = (0..20).map(axis).collect();
     let text = format!("name = \"x\"\nbase = \"b\"\n{}", axes.concat());
     let settings = Settings::parse("matrix.toml", text).expect("TOML");
-    let said = Matrix::from_settings(&settings).expect_err("too many").to_string();
-    assert_says(&said, &["axes", "10000"]);
+    let outcome = Matrix::from_settings(&settings).expect_err("too many").to_string();
+    assert_says(&outcome, &["axes", "10000"]);
 }
 
 /// Exports must not copy from, or write to, places outside the folder.
@@ -218,12 +218,13 @@ fn parts_of_a_model_stay_in_its_folder() {
     let index = r#"{"_class_name": "DDIMPipeline", "../secret": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}"#;
     tiny_pipeline().with("model_index.json", index).write(&model);
-    let said = ModelFiles::of_pipeline(&model, None).expect_err("it leads elsewhere").to_string();
-    assert_says(&said, &["model_index.json", "../secret"]);
-    let honest = outer.path().join("honest");
-    tiny_pipeline().write(&honest);
+    let outcome =
+        ModelFiles::of_pipeline(&model, None).expect_err("it leads elsewhere").to_string();
+    assert_says(&outcome, &["model_index.json", "../secret"]);
+    let valid = outer.path().join("honest");
+    tiny_pipeline().write(&valid);
     let to = outer.path().join("out/copy");
-    let parts = ModelFiles::of_pipeline(&honest, None).expect("a model");
+    let parts = ModelFiles::of_pipeline(&valid, None).expect("a model");
     parts.write(&to, &WeightForm::default(), false).expect("it is whole");
     assert!(to.join("unet/config.json").is_file());
 }
@@ -233,14 +234,14 @@ fn shards_and_captions_stay_in_their_folder() {
     for outside in ["../other.safetensors", "/etc/other.safetensors", "a/b.safetensors", "..", ""] {
         let index = format!(r#"{{"weight_map": {{"a": "{outside}"}}}}"#);
         let folder = written("model.safetensors.index.json", index);
-        let said = weights::read_all(folder.path().join("model.safetensors.index.json"));
-        assert_says(&said.expect_err("elsewhere").to_string(), &[outside, "same folder"]);
+        let outcome = weights::read_all(folder.path().join("model.safetensors.index.json"));
+        assert_says(&outcome.expect_err("elsewhere").to_string(), &[outside, "same folder"]);
     }
     for outside in ["../a.png", "/etc/a.png", "a/../../a.png"] {
         let line = format!(r#"{{"file_name": "{outside}", "text": "a"}}"#);
         let folder = written("metadata.jsonl", line);
-        let said = read_captions(folder.path()).expect_err("elsewhere").to_string();
-        assert_says(&said, &[outside, "metadata.jsonl:1"]);
+        let outcome = read_captions(folder.path()).expect_err("elsewhere").to_string();
+        assert_says(&outcome, &[outside, "metadata.jsonl:1"]);
     }
 }
 
@@ -253,19 +254,19 @@ fn only_regular_files_are_read() {
     for target in ["/dev/zero", "/dev/null", "/"] {
         std::os::unix::fs::symlink(target, &path).expect("a link");
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err(target);
-        assert_says(&crate::inputs::told(error), &["config.json", "regular file"]);
+        assert_says(&crate::inputs::message_of(error), &["config.json", "regular file"]);
         fs::remove_file(&path).expect("it is ours");
     }
     let made = std::process::Command::new("mkfifo").arg(&path).status();
     if made.is_ok_and(|status| status.success()) {
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err("a pipe");
-        assert_says(&crate::inputs::told(error), &["regular file"]);
+        assert_says(&crate::inputs::message_of(error), &["regular file"]);
     }
     not_as_members_of_a_checkpoint();
     let large = folder.path().join("large.json");
     fs::File::create(&large).and_then(|file| file.set_len(1 << 40)).expect("a sparse file");
     let error = UNet2DConfig::from_file(&large, UnknownKeys::Refuse).expect_err("too large");
-    assert_says(&crate::inputs::told(error), &["large.json", "16777216"]);
+    assert_says(&crate::inputs::message_of(error), &["large.json", "16777216"]);
 }
 
 /// An empty member could be replaced by a device of size 0, whose checksum would never end.
@@ -293,7 +294,7 @@ fn not_as_members_of_a_checkpoint() {
                 continue;
             }
             let error = Checkpoint::open(&path).expect_err("not a regular file");
-            assert_says(&crate::inputs::told(error), &["step_0000001", name, "regular file"]);
+            assert_says(&crate::inputs::message_of(error), &["step_0000001", name, "regular file"]);
         }
         fs::remove_file(&member).and_then(|()| fs::write(&member, whole)).expect("there is room");
         Checkpoint::open(&path).expect("it is as it was");

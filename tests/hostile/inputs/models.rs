@@ -14,7 +14,7 @@ use ddil_models::{
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::harness::{Said, Target, told};
+use super::harness::{Response, Target, message_of};
 use super::tree::{Tree, repository};
 
 const CONFIG: &str = "config.json";
@@ -52,18 +52,18 @@ fn network_config() {
     Target::new("network_config", seeds, read_network).run();
 }
 
-fn read_network(folder: &Path) -> Said {
+fn read_network(folder: &Path) -> Response {
     let path = folder.join(CONFIG);
     let _ = ModelConfig::from_file(&path, UnknownKeys::Ignore);
-    let config = ModelConfig::from_file(&path, UnknownKeys::Refuse).map_err(told)?;
+    let config = ModelConfig::from_file(&path, UnknownKeys::Refuse).map_err(message_of)?;
     assert!(config.to_json().contains(config.class_name()));
     let _ = DiscriminatorHeadConfig::for_model(&config);
     if matches!(config, ModelConfig::TorchScript(_)) {
         return Ok(());
     }
-    let sized = config.without_values().map_err(told)?;
+    let sized = config.without_values().map_err(message_of)?;
     if is_small(&sized.parameters().shapes()) {
-        config.build(Placement::default(), 0).map(drop).map_err(told)?;
+        config.build(Placement::default(), 0).map(drop).map_err(message_of)?;
     }
     Ok(())
 }
@@ -72,9 +72,10 @@ fn read_network(folder: &Path) -> Said {
 fn autoencoder_config() {
     Target::new("autoencoder_config", configs("autoencoder"), |folder| {
         let path = folder.join(CONFIG);
-        let config = AutoencoderKLConfig::from_file(path, UnknownKeys::Refuse).map_err(told)?;
-        if is_small(&config.parameter_shapes().map_err(told)?) {
-            config.build(Placement::default(), 0).map(drop).map_err(told)?;
+        let config =
+            AutoencoderKLConfig::from_file(path, UnknownKeys::Refuse).map_err(message_of)?;
+        if is_small(&config.parameter_shapes().map_err(message_of)?) {
+            config.build(Placement::default(), 0).map(drop).map_err(message_of)?;
         }
         Ok(())
     })
@@ -87,18 +88,18 @@ fn clip_config() {
     Target::new("clip_config", seeds, read_clip).run();
 }
 
-fn read_clip(folder: &Path) -> Said {
+fn read_clip(folder: &Path) -> Response {
     let path = folder.join(CONFIG);
     let text = ClipTextConfig::from_file(&path, UnknownKeys::Refuse);
     if let Ok(config) = &text
-        && is_small(&config.parameter_shapes().map_err(told)?)
+        && is_small(&config.parameter_shapes().map_err(message_of)?)
     {
-        config.build(Placement::default(), 0).map(drop).map_err(told)?;
+        config.build(Placement::default(), 0).map(drop).map_err(message_of)?;
     }
     let vision = ClipVisionConfig::from_file(&path, UnknownKeys::Refuse);
     let whole = ClipConfig::from_file(&path, UnknownKeys::Refuse);
     match (text, vision, whole) {
-        (Err(_), Err(_), Err(error)) => Err(told(error)),
+        (Err(_), Err(_), Err(error)) => Err(message_of(error)),
         _ => Ok(()),
     }
 }
@@ -126,14 +127,14 @@ fn weights_file() {
     Target::new("weights_file", seeds, |folder| {
         let path = folder.join("model.safetensors");
         let _ = weights::read_metadata(&path);
-        let tensors: Vec<_> = weights::read_all(&path).map_err(told)?.into_iter().collect();
+        let tensors: Vec<_> = weights::read_all(&path).map_err(message_of)?.into_iter().collect();
         // Every value is there to be looked at.
         for (_, tensor) in &tensors {
             let _ = tensor.f_contiguous().map(|t| t.numel());
         }
-        weights::load_into(&tensors, &path).map_err(told)?;
+        weights::load_into(&tensors, &path).map_err(message_of)?;
         weights::save(&tensors, folder.join("again.safetensors"), &BTreeMap::default())
-            .map_err(told)
+            .map_err(message_of)
     })
     .run();
 }
@@ -148,8 +149,8 @@ fn shard_index() {
         .with("model-00001-of-00002.safetensors", small_weights(["a", "b", "c"]))
         .with("model-00002-of-00002.safetensors", small_weights(["d", "e", "f"]));
     Target::new("shard_index", vec![seed], |folder| {
-        let index = WeightFiles::TRANSFORMERS.find(folder).map_err(told)?;
-        let found = weights::read_all(&index).map_err(told)?;
+        let index = WeightFiles::TRANSFORMERS.find(folder).map_err(message_of)?;
+        let found = weights::read_all(&index).map_err(message_of)?;
         let _ = found.values().map(tch::Tensor::numel).sum::<usize>();
         Ok(())
     })
@@ -181,14 +182,14 @@ fn model_folder() {
     target.run();
 }
 
-fn read_folder(folder: &Path) -> Said {
-    Pipeline::open_without_weights(folder).map_err(told)?;
-    let parts = ModelFiles::of_pipeline(folder, None).map_err(told)?;
-    parts.check().map_err(told)?;
-    Pipeline::ensure_weights(folder).map_err(told)?;
-    Pipeline::open(folder, Placement::default(), Precision::Float32).map_err(told)?;
+fn read_folder(folder: &Path) -> Response {
+    Pipeline::open_without_weights(folder).map_err(message_of)?;
+    let parts = ModelFiles::of_pipeline(folder, None).map_err(message_of)?;
+    parts.check().map_err(message_of)?;
+    Pipeline::ensure_weights(folder).map_err(message_of)?;
+    Pipeline::open(folder, Placement::default(), Precision::Float32).map_err(message_of)?;
     let written = folder.join("written");
-    parts.write(&written, &WeightForm::default(), false).map_err(told)?;
+    parts.write(&written, &WeightForm::default(), false).map_err(message_of)?;
     ensure_within(folder);
     Ok(())
 }
@@ -209,7 +210,7 @@ fn network_folder() {
     Target::new("network_folder", vec![seed], |folder| {
         Model::from_folder(folder, Placement::default(), UnknownKeys::Refuse)
             .map(drop)
-            .map_err(told)
+            .map_err(message_of)
     })
     .run();
 }
@@ -221,7 +222,7 @@ fn autoencoder_folder() {
     Target::new("autoencoder_folder", vec![seed], |folder| {
         AutoencoderKL::from_folder(folder, Placement::default(), UnknownKeys::Refuse, None)
             .map(drop)
-            .map_err(told)
+            .map_err(message_of)
     })
     .run();
 }
@@ -238,9 +239,10 @@ fn lora_file() {
         let config = golden("unet_condition_sd15").join(CONFIG);
         let network = ModelConfig::from_file(config, UnknownKeys::Refuse)
             .and_then(|config| config.without_values())
-            .map_err(told)?;
-        let lora = Lora::from_file(network.parameters(), folder.join(ADAPTER)).map_err(told)?;
-        lora.detach().map_err(told)
+            .map_err(message_of)?;
+        let lora =
+            Lora::from_file(network.parameters(), folder.join(ADAPTER)).map_err(message_of)?;
+        lora.detach().map_err(message_of)
     })
     .run();
 }
@@ -253,7 +255,7 @@ fn tokenizer_folder() {
         tree
     });
     Target::new("tokenizer_folder", seeds.into(), |folder| {
-        let tokenizer = ClipTokenizer::from_folder(folder).map_err(told)?;
+        let tokenizer = ClipTokenizer::from_folder(folder).map_err(message_of)?;
         let long = "a photo of a cat ".repeat(40);
         let _ = tokenizer.encode(&["", "a photo of a cat, \u{1f600} <|endoftext|>", &long]);
         Ok(())
@@ -272,7 +274,7 @@ fn torch_script_file() {
         let config = TorchScriptConfig::default();
         TorchScript::from_file(folder.join("model.pt"), &config, tch::Device::Cpu)
             .map(drop)
-            .map_err(told)
+            .map_err(message_of)
     };
     Target::new("torch_script_file", vec![seed], read).run();
 }

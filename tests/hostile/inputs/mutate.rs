@@ -8,7 +8,7 @@ use serde_json::{Map, Number, Value, json};
 use super::tree::Tree;
 
 /// Corrupts one thing in a folder: mostly inside a file, sometimes the files themselves.
-pub(crate) fn spoil(tree: &mut Tree, rng: &mut StdRng) {
+pub(crate) fn corrupt(tree: &mut Tree, rng: &mut StdRng) {
     let names: Vec<String> = tree.files.keys().cloned().collect();
     let Some(name) = names.choose(rng) else { return };
     match rng.random_range(0..20) {
@@ -21,15 +21,15 @@ pub(crate) fn spoil(tree: &mut Tree, rng: &mut StdRng) {
         }
         _ => {
             let content = &tree.files[name];
-            let spoilt = spoilt(name, content, rng).unwrap_or_else(|| bytes(content, rng));
-            tree.files.insert(name.clone(), spoilt);
+            let corrupted = corrupted(name, content, rng).unwrap_or_else(|| bytes(content, rng));
+            tree.files.insert(name.clone(), corrupted);
         }
     }
 }
 
 /// A file corrupted within its format; none if it has no known format, or in some cases, in which it is corrupted byte
 /// by byte.
-fn spoilt(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
+fn corrupted(name: &str, content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     if rng.random_range(0..5) == 0 {
         return None;
     }
@@ -319,7 +319,7 @@ fn dtype(header: &mut Value, rng: &mut StdRng) {
 
 /// A chunk changed, with its checksum made right.
 fn png(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
-    let mut spoilt = content.get(..8)?.to_vec();
+    let mut corrupted = content.get(..8)?.to_vec();
     let mut chunks = Vec::new();
     let mut rest = content.get(8..)?;
     while let Some(length) = rest.get(..4) {
@@ -351,11 +351,11 @@ fn png(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     for chunk in chunks {
         let mut crc = flate2::Crc::new();
         crc.update(&chunk);
-        spoilt.extend((chunk.len() as u32 - 4).to_be_bytes());
-        spoilt.extend(&chunk);
-        spoilt.extend(crc.sum().to_be_bytes());
+        corrupted.extend((chunk.len() as u32 - 4).to_be_bytes());
+        corrupted.extend(&chunk);
+        corrupted.extend(crc.sum().to_be_bytes());
     }
-    Some(spoilt)
+    Some(corrupted)
 }
 
 /// Unpacked, corrupted, packed again; or a bomb: sixteen MiB of zeros in sixteen KiB.
@@ -363,18 +363,18 @@ fn gzip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     use std::io::{Read, Write};
     let mut unpacked = Vec::new();
     flate2::read::GzDecoder::new(content).read_to_end(&mut unpacked).ok()?;
-    let mut spoilt = idx(&unpacked, rng).unwrap_or_else(|| bytes(&unpacked, rng));
+    let mut corrupted = idx(&unpacked, rng).unwrap_or_else(|| bytes(&unpacked, rng));
     if rng.random_range(0..6) == 0 {
-        spoilt.resize(1 << 24, 0);
+        corrupted.resize(1 << 24, 0);
     }
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    packed.write_all(&spoilt).ok()?;
+    packed.write_all(&corrupted).ok()?;
     packed.finish().ok()
 }
 
 /// A segment of a JPEG, or the pixels behind the last of them.
 fn jpeg(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
-    let mut spoilt = content.get(..2)?.to_vec();
+    let mut corrupted = content.get(..2)?.to_vec();
     let mut segments = Vec::new();
     let mut rest = content.get(2..)?;
     // Up to the first scan, behind which there are pixels and, of a progressive one, more segments.
@@ -406,10 +406,10 @@ fn jpeg(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     for mut segment in segments {
         let length = (segment.len() - 2) as u16;
         segment[2..4].copy_from_slice(&length.to_be_bytes());
-        spoilt.extend(segment);
+        corrupted.extend(segment);
     }
-    spoilt.extend(rest);
-    Some(spoilt)
+    corrupted.extend(rest);
+    Some(corrupted)
 }
 
 /// A field, a row or a column of a table, mostly with quotes where they belong.
@@ -439,21 +439,21 @@ fn table(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
 
 /// The header of a file of spilled states, in its fixed size, or the length of the file.
 fn rows(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
-    let mut spoilt = content.to_vec();
+    let mut corrupted = content.to_vec();
     let start = content.iter().position(|&byte| byte == b'\n')? + 1;
     let end = start + content.get(start..4096)?.iter().position(|&byte| byte == b'\n')?;
     match rng.random_range(0..4) {
-        0 => spoilt.resize(*[0, 4095, 4096, 4097, content.len() + 1, 1 << 20].choose(rng)?, 0),
-        1 => *spoilt.get_mut(rng.random_range(0..start))? ^= 1,
+        0 => corrupted.resize(*[0, 4095, 4096, 4097, content.len() + 1, 1 << 20].choose(rng)?, 0),
+        1 => *corrupted.get_mut(rng.random_range(0..start))? ^= 1,
         _ => {
             let head = json_text(&content[start..end], rng)?;
-            let room = spoilt.get_mut(start..4096)?;
+            let room = corrupted.get_mut(start..4096)?;
             room.fill(b' ');
             let len = head.len().min(room.len());
             room[..len].copy_from_slice(&head[..len]);
         }
     }
-    Some(spoilt)
+    Some(corrupted)
 }
 
 /// One of the numbers in one of the headers of a zip archive; libtorch does not look at the checksums.
@@ -473,16 +473,16 @@ fn zip(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
     let (offset, len) = *numbers.choose(rng)?;
     let at = places.choose(rng)? + offset;
     let odd: u64 = *[0, 1, 8, 1 << 15, 1 << 31, u32::MAX.into(), 1 << 40, u64::MAX].choose(rng)?;
-    let mut spoilt = content.to_vec();
-    spoilt.get_mut(at..at + len)?.copy_from_slice(&odd.to_le_bytes()[..len]);
-    Some(spoilt)
+    let mut corrupted = content.to_vec();
+    corrupted.get_mut(at..at + len)?.copy_from_slice(&odd.to_le_bytes()[..len]);
+    Some(corrupted)
 }
 
 /// One of the numbers in the header.
 fn idx(content: &[u8], rng: &mut StdRng) -> Option<Vec<u8>> {
-    let mut spoilt = content.to_vec();
+    let mut corrupted = content.to_vec();
     let at = 4 * rng.random_range(0..4);
     let number: u32 = *[0, 1, 0x803, 0x801, 0x80b, 1 << 16, 1 << 31, u32::MAX].choose(rng)?;
-    spoilt.get_mut(at..at + 4)?.copy_from_slice(&number.to_be_bytes());
-    Some(spoilt)
+    corrupted.get_mut(at..at + 4)?.copy_from_slice(&number.to_be_bytes());
+    Some(corrupted)
 }

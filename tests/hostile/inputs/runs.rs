@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
-use super::harness::{Said, Target, told};
+use super::harness::{Response, Target, message_of};
 use super::tree::Tree;
 
 fn grid() -> Timesteps {
@@ -169,20 +169,20 @@ fn spilled_seeds() -> Vec<Tree> {
     [1, 2].map(spilled_checkpoint).into()
 }
 
-fn read_spilled(folder: &Path) -> Said {
+fn read_spilled(folder: &Path) -> Response {
     let checkpoint = sound_checkpoint(folder)?;
     // Of either seed there is room for the larger one.
     restore_into(spilling(&folder.join("spill"), 2), &checkpoint)
 }
 
-fn read_checkpoint(folder: &Path) -> Said {
+fn read_checkpoint(folder: &Path) -> Response {
     let checkpoint = sound_checkpoint(folder)?;
-    let _ = checkpoint.obstacles_to_exact_resume().map_err(told)?;
+    let _ = checkpoint.obstacles_to_exact_resume().map_err(message_of)?;
     restore(&checkpoint)
 }
 
 fn sound_checkpoint(folder: &Path) -> Result<Checkpoint, String> {
-    let found = checkpoint::find_latest(folder).map_err(told)?;
+    let found = checkpoint::find_latest(folder).map_err(message_of)?;
     let names = |damaged: &checkpoint::Damaged| told_of(&damaged.path, &damaged.reason);
     let Some(checkpoint) = found.checkpoint else {
         let first = found.damaged.first().map(names);
@@ -201,24 +201,24 @@ fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
     format!("{}: {}", path.display(), reason)
 }
 
-fn restore(checkpoint: &Checkpoint) -> Said {
+fn restore(checkpoint: &Checkpoint) -> Response {
     restore_into(BufferConfig::default().with(|config| config.capacity = 12), checkpoint)
 }
 
-fn restore_into(config: BufferConfig, checkpoint: &Checkpoint) -> Said {
+fn restore_into(config: BufferConfig, checkpoint: &Checkpoint) -> Response {
     let saved = SavedState::new(
-        checkpoint.tensors("buffer.safetensors").map_err(told)?,
-        checkpoint.json("buffer.json").map_err(told)?,
+        checkpoint.tensors("buffer.safetensors").map_err(message_of)?,
+        checkpoint.json("buffer.json").map_err(message_of)?,
     )
     .with_files(checkpoint.linked());
-    let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
-    buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
+    let mut buffer = AggregationBuffer::new(config, &grid()).map_err(message_of)?;
+    buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", message_of(error)))?;
     use_buffer(&mut buffer)
 }
 
 /// The operations of a run on a buffer: its length, draws, inserts, saves.
-fn use_buffer(buffer: &mut AggregationBuffer) -> Said {
-    let place = |error| format!("`buffer`: {}", told(error));
+fn use_buffer(buffer: &mut AggregationBuffer) -> Response {
+    let place = |error| format!("`buffer`: {}", message_of(error));
     let _ = buffer.statistics(3);
     let mut rng = StdRng::seed_from_u64(0);
     for grid_index in 0..5 {
@@ -246,8 +246,8 @@ fn saved_buffer() {
     Target::new("saved_buffer", vec![seed], |folder| {
         let saved = read_saved(folder)?;
         let config = BufferConfig::default().with(|config| config.capacity = 12);
-        let mut buffer = AggregationBuffer::new(config, &grid()).map_err(told)?;
-        buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", told(error)))?;
+        let mut buffer = AggregationBuffer::new(config, &grid()).map_err(message_of)?;
+        buffer.restore(&saved).map_err(|error| format!("`buffer`: {}", message_of(error)))?;
         use_buffer(&mut buffer)
     })
     .run();
@@ -268,8 +268,8 @@ fn saved_mixer() {
     Target::new("saved_mixer", vec![saved_tree(&saved)], |folder| {
         let saved = read_saved(folder)?;
         let mut mixer = mixer();
-        mixer.restore(&saved).map_err(|error| format!("`mixer`: {}", told(error)))?;
-        mixer.save().map(drop).map_err(|error| format!("`mixer`: {}", told(error)))
+        mixer.restore(&saved).map_err(|error| format!("`mixer`: {}", message_of(error)))?;
+        mixer.save().map(drop).map_err(|error| format!("`mixer`: {}", message_of(error)))
     })
     .run();
 }
@@ -282,7 +282,8 @@ fn saved_tree(saved: &SavedState) -> Tree {
 }
 
 fn read_saved(folder: &Path) -> Result<SavedState, String> {
-    let tensors = ddil_models::weights::read_all(folder.join("state.safetensors")).map_err(told)?;
+    let tensors =
+        ddil_models::weights::read_all(folder.join("state.safetensors")).map_err(message_of)?;
     let text = std::fs::read(folder.join("state.json")).map_err(|e| format!("state.json: {e}"))?;
     let metadata = serde_json::from_slice(&text).map_err(|e| format!("state.json: {e}"))?;
     Ok(SavedState::new(tensors.into_iter().collect(), metadata))
@@ -321,20 +322,21 @@ fn run_folder() {
     Target::new("run_folder", vec![finished_run()], read_run).run();
 }
 
-fn read_run(folder: &Path) -> Said {
-    let _ = is_in_use(folder).map_err(told)?;
-    let _ = Status::from_folder(folder).map_err(told)?;
-    let lines: Vec<Value> = record::read_lines(&folder.join("metrics.jsonl")).map_err(told)?;
-    let _ = RunEnvironment::from_folder(folder).map_err(told)?;
-    RunEnvironment::note(folder, 3, tch::Device::Cpu).map_err(told)?;
-    let run = RunFolder::resume(folder).map_err(told)?;
-    run.settings().map_err(told)?;
+fn read_run(folder: &Path) -> Response {
+    let _ = is_in_use(folder).map_err(message_of)?;
+    let _ = Status::from_folder(folder).map_err(message_of)?;
+    let lines: Vec<Value> =
+        record::read_lines(&folder.join("metrics.jsonl")).map_err(message_of)?;
+    let _ = RunEnvironment::from_folder(folder).map_err(message_of)?;
+    RunEnvironment::note(folder, 3, tch::Device::Cpu).map_err(message_of)?;
+    let run = RunFolder::resume(folder).map_err(message_of)?;
+    run.settings().map_err(message_of)?;
     let text = std::fs::read(folder.join("position.json")).map_err(|_| "position.json")?;
     let position: Position = serde_json::from_slice(&text).map_err(|_| "position.json")?;
     let resumed = Record::resume(&folder.join("metrics.jsonl"), position);
-    let _ = Record::resume_after(&folder.join("timings.jsonl"), 1).map_err(told)?;
+    let _ = Record::resume_after(&folder.join("timings.jsonl"), 1).map_err(message_of)?;
     let _ = lines.len();
-    resumed.map(drop).map_err(told)
+    resumed.map(drop).map_err(message_of)
 }
 
 fn measurement() -> Measurement {
@@ -393,16 +395,16 @@ fn results_and_cells() {
         .with("cell.json", json_of(&cell()));
     Target::new("results_and_cells", vec![seed], |folder| {
         let cell = folder.join("cell.json");
-        let record = CellRecord::from_file(&cell).map_err(told)?;
+        let record = CellRecord::from_file(&cell).map_err(message_of)?;
         if let Some(record) = record {
-            record.write(&cell).map_err(told)?;
+            record.write(&cell).map_err(message_of)?;
         }
         let path = folder.join("results.json");
-        let rows = results::read(&path).map_err(told)?;
+        let rows = results::read(&path).map_err(message_of)?;
         let named: Vec<_> = rows.iter().map(|row| (row.method.clone(), row.clone())).collect();
         let _ = (results::table(&named), results::shift_table(&named));
         match rows.first() {
-            Some(row) => results::append(&path, row).map_err(told),
+            Some(row) => results::append(&path, row).map_err(message_of),
             None => Ok(()),
         }
     })

@@ -83,7 +83,7 @@ pub fn discard_newer(checkpoints: &Path, step: u64) -> Result<Vec<u64>> {
 /// # Errors
 ///
 /// [`Error::Files`] if something cannot be renamed or removed.
-pub fn tidy(checkpoints: &Path) -> Result<()> {
+pub fn remove_leftovers(checkpoints: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(checkpoints) else { return Ok(()) };
     for entry in entries {
         let entry = entry.map_err(Error::io("list", checkpoints))?;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::compare::workers::{self, Event};
 use crate::compare::{
-    CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell, Program, Standing,
-    WorkItem, Worker,
+    CellProgress, CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell,
+    Program, WorkItem, Worker,
 };
 use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail};
@@ -18,7 +18,7 @@ use ddil_files::settings::Settings;
 use ddil_trainer::Interrupt;
 use ddil_trainer::Logging;
 
-use super::say;
+use super::print;
 use crate::cli::CompareArgs;
 use crate::presets;
 
@@ -27,12 +27,12 @@ pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
     let base = read_base(&matrix, &args.matrix)?;
     if args.list {
         let cells = matrix.cells(&base)?;
-        say(&cells.iter().fold(String::new(), |text, cell| text + &cell.name + "\n"))?;
+        print(&cells.iter().fold(String::new(), |text, cell| text + &cell.name + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let comparison = Comparison::new(matrix, &base)?;
     if args.dry_run {
-        say(&listed(&comparison)?)?;
+        print(&plan_text(&comparison)?)?;
         comparison.ensure_possible()?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -66,14 +66,14 @@ fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
 }
 
 /// The output of `--dry-run`.
-fn listed(comparison: &Comparison) -> anyhow::Result<String> {
-    let standings = comparison.standings()?;
-    let width = standings.iter().map(|(planned, _)| planned.cell.name.len()).max().unwrap_or(0);
+fn plan_text(comparison: &Comparison) -> anyhow::Result<String> {
+    let cells = comparison.progress()?;
+    let width = cells.iter().map(|(planned, _)| planned.cell.name.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for (planned, standing) in &standings {
-        writeln!(text, "{:<width$}  {standing}", planned.cell.name)?;
+    for (planned, progress) in &cells {
+        writeln!(text, "{:<width$}  {progress}", planned.cell.name)?;
     }
-    let (all, teachers) = (standings.len(), comparison.teachers.len());
+    let (all, teachers) = (cells.len(), comparison.teachers.len());
     let [draws, rows, cells] = comparison.stages()?.map(|items| items.len());
     writeln!(
         text,
@@ -87,14 +87,14 @@ fn all_cells(
     fresh: bool,
     interrupt: &Interrupt,
 ) -> anyhow::Result<ExitCode> {
-    comparison.settle_changes(&comparison.cells, fresh)?;
+    comparison.resolve_changes(&comparison.cells, fresh)?;
     comparison.ensure_possible()?;
     comparison.write_configs(&comparison.cells)?;
     let program = Program::current()?;
     let mut num_failed = 0;
     for stage in comparison.stages()? {
-        let counted = Counted::new(comparison, stage.len());
-        let on_event = |item: &WorkItem, event: Event| counted.tell(item, &event);
+        let progress_log = StageProgress::new(comparison, stage.len());
+        let on_event = |item: &WorkItem, event: Event| progress_log.log(item, &event);
         let ended = workers::run(stage, comparison, &program, interrupt, &on_event)?;
         let failed = |end: &End| matches!(end, End::Failed(_));
         num_failed += ended.iter().filter(|(_, end)| failed(end)).count();
@@ -117,23 +117,23 @@ fn one_cell(
 ) -> anyhow::Result<ExitCode> {
     let planned = comparison.cell(name)?;
     let cell = WorkItem::Cell(Box::new(planned.clone()));
-    comparison.settle_changes(std::slice::from_ref(planned), fresh)?;
+    comparison.resolve_changes(std::slice::from_ref(planned), fresh)?;
     if comparison.is_done(&cell)? {
-        say(&format!("{name}: {}\n", result(comparison, planned)))?;
+        print(&format!("{name}: {}\n", result(comparison, planned)))?;
         return Ok(ExitCode::SUCCESS);
     }
     comparison.write_configs(std::slice::from_ref(planned))?;
-    let stops = || interrupt.is_requested();
-    let worker = Worker { comparison, program: &Program::current()?, stops: &stops };
-    if !draw_together(&worker, planned)? {
-        say(&format!("{name}: stopped before it started; run the same command to start it\n"))?;
+    let should_stop = || interrupt.is_requested();
+    let worker = Worker { comparison, program: &Program::current()?, should_stop: &should_stop };
+    if !draw_teacher_samples(&worker, planned)? {
+        print(&format!("{name}: stopped before it started; run the same command to start it\n"))?;
         return Ok(ExitCode::from(TRY_AGAIN));
     }
     tracing::info!("{name}: started");
     match worker.perform(&cell)? {
-        End::Done => say(&format!("{name}: {}\n", result(comparison, planned)))?,
+        End::Done => print(&format!("{name}: {}\n", result(comparison, planned)))?,
         End::Stopped => {
-            say(&format!("{name}: stopped and saved; run the same command to continue\n"))?;
+            print(&format!("{name}: stopped and saved; run the same command to continue\n"))?;
             return Ok(ExitCode::from(TRY_AGAIN));
         }
         End::InUse(holder) => {
@@ -148,7 +148,7 @@ fn one_cell(
     if comparison.is_recorded()? {
         ComparisonReport::gather(comparison)?.write(comparison.folder())?;
         let folder = comparison.folder().path().display();
-        say(&format!(
+        print(&format!(
             "that was the last cell: the tables are in {folder}; `ddil compare` adds the rows of the teachers\n"
         ))?;
     }
@@ -156,7 +156,7 @@ fn one_cell(
 }
 
 /// Draws the samples of a cell's teacher, sharing the work with other processes that need them; false if stopped.
-fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<bool> {
+fn draw_teacher_samples(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<bool> {
     const INTERVAL: Duration = Duration::from_millis(200);
     loop {
         let left = worker.comparison.needed_by(planned)?;
@@ -175,7 +175,7 @@ fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<b
                 End::Failed(message) => bail!("{}: {message}", item.about()),
             }
         }
-        if (worker.stops)() {
+        if (worker.should_stop)() {
             return Ok(false);
         }
         if !drawn {
@@ -185,19 +185,19 @@ fn draw_together(worker: &Worker<'_>, planned: &PlannedCell) -> anyhow::Result<b
 }
 
 /// Logs the progress of the items of a stage, one line per event.
-struct Counted<'a> {
+struct StageProgress<'a> {
     comparison: &'a Comparison,
     total: usize,
     ended: AtomicUsize,
     started: Instant,
 }
 
-impl<'a> Counted<'a> {
+impl<'a> StageProgress<'a> {
     fn new(comparison: &'a Comparison, total: usize) -> Self {
         Self { comparison, total, ended: 0.into(), started: Instant::now() }
     }
 
-    fn tell(&self, item: &WorkItem, event: &Event) {
+    fn log(&self, item: &WorkItem, event: &Event) {
         let Event::Ended(end, seconds) = event else {
             tracing::info!("{}: started", item.about());
             return;
@@ -248,15 +248,17 @@ fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
 
 /// The number of cells without a result.
 fn num_open(comparison: &Comparison) -> anyhow::Result<usize> {
-    let open = |standing: &Standing| !matches!(standing, Standing::Done | Standing::Diverged(_));
-    Ok(comparison.standings()?.iter().filter(|(_, standing)| open(standing)).count())
+    let open = |progress: &CellProgress| {
+        !matches!(progress, CellProgress::Done | CellProgress::Diverged(_))
+    };
+    Ok(comparison.progress()?.iter().filter(|(_, progress)| open(progress)).count())
 }
 
 /// Prints the tables on the terminal and writes all results to the folder.
 fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> {
     let report = ComparisonReport::gather(comparison)?;
     report.write(comparison.folder())?;
-    say(&report.text())?;
+    print(&report.text())?;
     let left = num_open(comparison)?;
     let note = if interrupt.is_requested() {
         format!("\nstopped with {left} cells left; run the same command to continue\n")
@@ -266,5 +268,5 @@ fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> 
         String::new()
     };
     let (folder, files) = (comparison.folder().path().display(), report.files().join(", "));
-    say(&format!("{note}\n{folder}\n  {files}\n"))
+    print(&format!("{note}\n{folder}\n  {files}\n"))
 }

@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::evaluate::{all_images, data_row};
 use super::train::distil;
-use super::{say, set_threads};
+use super::{print, set_threads};
 use crate::cli::DemoArgs;
 use crate::presets;
 
@@ -59,16 +59,16 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     set_threads(arms[0].config.run.threads)?;
     let started = Instant::now();
     for arm in &arms {
-        say(&format!("\n{}: {}\n", arm.name, arm.about))?;
+        print(&format!("\n{}: {}\n", arm.name, arm.about))?;
         if !train(arm, &logging, &interrupt)? {
-            say("stopped; run the same command to continue\n")?;
+            print("stopped; run the same command to continue\n")?;
             return Ok(ExitCode::SUCCESS);
         }
     }
     let candidates = candidates(&arms)?;
     let rows = measure(&candidates, args.num_samples)?;
     write_outputs(&args.folder, &candidates, &rows)?;
-    say(&report(&args.folder, &rows, started.elapsed().as_secs_f64()))?;
+    print(&report(&args.folder, &rows, started.elapsed().as_secs_f64()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -115,7 +115,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
     let device = config.run.device()?;
     let placement =
         Placement { device, kind: Kind::Float, channels_last: config.run.channels_last };
-    let scale = TeacherSamples::taught_scale(config.teacher.guidance);
+    let scale = TeacherSamples::target_scale(config.teacher.guidance);
     let plan = |steps: u32, guidance_scale: f64, timesteps: Option<Vec<i64>>| SamplePlan {
         steps,
         guidance_scale,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use crate::doctor::Doctor;
 
-use super::say;
+use super::print;
 use crate::cli::DoctorArgs;
 
 pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
@@ -12,6 +12,6 @@ pub(crate) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let report = Doctor { folders, verify_datasets: true }.examine()?;
     let text =
         if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
-    say(&text)?;
+    print(&text)?;
     Ok(if report.is_broken() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

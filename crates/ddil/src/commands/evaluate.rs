@@ -18,7 +18,7 @@ use ddil_trainer::config::{DataKind, DataSection};
 use serde::Deserialize;
 use tch::{Device, Tensor};
 
-use super::{Calls, open_model, sample_plan, say, set_threads, start};
+use super::{Calls, open_model, print, sample_plan, set_threads, start};
 use crate::cli::EvaluateArgs;
 
 /// A measurement and its name in the table.
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     }
     let shift = shift_table(&rows);
     let shift = if shift.is_empty() { shift } else { format!("\n{shift}") };
-    say(&format!("{}{shift}", table(&rows)))?;
+    print(&format!("{}{shift}", table(&rows)))?;
     Ok(exit_code)
 }
 

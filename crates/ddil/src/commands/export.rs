@@ -14,7 +14,7 @@ use ddil_trainer::checkpoint::find_latest;
 use tch::Kind;
 
 use super::model_card::model_card;
-use super::{or_forced, say};
+use super::{or_forced, print};
 use crate::cli::ExportArgs;
 
 pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         return adapters(args, &args.source, args.base.as_deref());
     }
     if let Some((file, base)) = Pipeline::adapter_at(&args.source)? {
-        say_what_is_exported(&args.source)?;
+        print_exported_step(&args.source)?;
         return adapters(args, &file, Some(args.base.as_ref().unwrap_or(&base)));
     }
     ensure!(
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         "--base requires a file of adapters; {} is not one",
         args.source.display()
     );
-    say_what_is_exported(&args.source)?;
+    print_exported_step(&args.source)?;
     let form = WeightForm {
         kind: args.dtype.as_deref().map(parse_kind).transpose()?,
         variant: args.variant.clone(),
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     match args.format.as_str() {
         "diffusers" => {
             let written = or_forced(parts.write(&args.output, &form, args.force))?;
-            say(&format!("{}{}\n", table(&written), args.output.display()))?;
+            print(&format!("{}{}\n", table(&written), args.output.display()))?;
             write_model_card(&args.output)?;
         }
         "single-file-unet" => {
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
             );
             ensure_free(&args.output, args.force)?;
             parts.write_network(&args.output, form.kind)?;
-            say(&format!("the network in one file: {}\n", args.output.display()))?;
+            print(&format!("the network in one file: {}\n", args.output.display()))?;
         }
         other => bail!("--format is `{other}`; expected `diffusers` or `single-file-unet`"),
     }
@@ -70,11 +70,11 @@ fn write_model_card(folder: &Path) -> anyhow::Result<()> {
     fs::write(&path, &card).with_context(|| format!("could not write {}", path.display()))?;
     let code = card.split("```").nth(1).unwrap_or_default();
     let code = code.trim_start_matches("python\n").replace('\n', "\n  ");
-    say(&format!("\nwith diffusers ({}):\n\n  {}\n", path.display(), code.trim_end()))
+    print(&format!("\nwith diffusers ({}):\n\n  {}\n", path.display(), code.trim_end()))
 }
 
 /// Returns the step of a run's model, or an error if the run has no model yet.
-fn say_what_is_exported(source: &Path) -> anyhow::Result<()> {
+fn print_exported_step(source: &Path) -> anyhow::Result<()> {
     if !source.join("status.json").is_file() {
         return Ok(());
     }
@@ -115,7 +115,7 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
             lora.ignored().len()
         );
     }
-    say(&format!("{} adapters: {}\n", lora.layers().len(), args.output.display()))?;
+    print(&format!("{} adapters: {}\n", lora.layers().len(), args.output.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -6,7 +6,7 @@ use anyhow::bail;
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 
 use super::export::{parse_bytes, parse_kind, table};
-use super::{or_forced, say};
+use super::{or_forced, print};
 use crate::cli::ImportArgs;
 
 /// Single files that contain a whole pipeline, which other programs write.
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
              --scheduler-from to choose another"
         );
     }
-    say(&format!(
+    print(&format!(
         "{}, every tensor checked, written as {}\n{}{}\n",
         parts.class().as_str(),
         args.dtype,

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
-use super::say;
+use super::print;
 use crate::cli::InitArgs;
 use crate::presets::{PRESETS, TEACHERS, find, nearest};
 
@@ -16,8 +16,10 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
         let lines = PRESETS.iter().map(|preset| {
             format!("  {:<24} for `ddil {}`: {}\n", preset.name, preset.verb, preset.about)
         });
-        say(&("Presets (write one with `ddil init <preset>`):\n".to_owned()
-            + &lines.collect::<String>()))?;
+        print(
+            &("Presets (write one with `ddil init <preset>`):\n".to_owned()
+                + &lines.collect::<String>()),
+        )?;
         return Ok(ExitCode::SUCCESS);
     };
     let Some(preset) = find(name) else {
@@ -44,11 +46,11 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     file.write_all(text.as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;
     let (path, verb) = (path.display(), preset.verb);
-    say(&format!("wrote {path}; next:\n  ddil {verb} {path}\n"))?;
+    print(&format!("wrote {path}; next:\n  ddil {verb} {path}\n"))?;
     let missing =
         TEACHERS.iter().find(|(teacher, _)| text.contains(teacher) && !Path::new(teacher).exists());
     if let Some((teacher, how)) = missing {
-        say(&format!("its teacher, {teacher}, does not exist: {how}\n"))?;
+        print(&format!("its teacher, {teacher}, does not exist: {how}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

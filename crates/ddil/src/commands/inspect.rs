@@ -12,14 +12,14 @@ use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
-use super::say;
+use super::print;
 use crate::cli::InspectArgs;
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let found = describe(&args.path)?;
     let text =
         if args.json { serde_json::to_string_pretty(&found)? + "\n" } else { tree(&found, 0) };
-    say(&text)?;
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -36,7 +36,7 @@ use crate::cli::{ParentArgs, SamplingArgs};
 const LCM_ORIGINAL_STEPS: u32 = 50;
 
 /// Prints to the standard output; a closed pipe, as with `head`, is not an error.
-fn say(text: &str) -> anyhow::Result<()> {
+fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => Ok(other?),

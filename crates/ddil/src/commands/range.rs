@@ -11,11 +11,11 @@ use ddil_schedulers::{DataRange, Thresholding};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
-use super::{evaluate::all_images, say};
+use super::{evaluate::all_images, print};
 use crate::cli::RangeArgs;
 
 /// Enough for the quantiles of each channel; a few hundred megabytes.
-const MOST_LATENTS: i64 = 4096;
+const MAX_LATENTS: i64 = 4096;
 
 /// The table as written in a config file.
 #[derive(Serialize)]
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &RangeArgs) -> anyhow::Result<ExitCode> {
     let (quantile, margin) = (args.quantile.unwrap_or(quantile), args.margin.unwrap_or(margin));
     let range = DataRange::of_samples(&samples, quantile, margin)?;
     let (n, channels) = (samples.size()[0], samples.size()[1]);
-    say(&format!(
+    print(&format!(
         "# {n} samples of {}, {channels} channels: quantiles {quantile} and {}, extended by {margin} of the width\n{}",
         args.data.display(),
         1.0 - quantile,
@@ -51,7 +51,7 @@ fn latents(folder: &Path) -> anyhow::Result<Tensor> {
             folder.display()
         );
     };
-    let first: Vec<i64> = (0..data.len().min(MOST_LATENTS)).collect();
+    let first: Vec<i64> = (0..data.len().min(MAX_LATENTS)).collect();
     let mut draws = RandomStreams::new(0, 0).draws(0, Stream::Data, Device::Cpu)?;
     Ok(data.batch(&first, shape, &mut draws, Device::Cpu)?.x0)
 }

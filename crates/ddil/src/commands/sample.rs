@@ -16,7 +16,7 @@ use ddil_pipelines::{
 };
 use tch::Tensor;
 
-use super::{Calls, open_model, say, start};
+use super::{Calls, open_model, print, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
 /// Samples to write, and the grid of them.
@@ -200,7 +200,7 @@ fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
     if let Some(number) = names.iter().position(|name| name == text) {
         return Ok(number as i64);
     }
-    let listed = || {
+    let plan_text = || {
         let shown: Vec<String> =
             names.iter().enumerate().take(20).map(|(i, name)| format!("{i} {name}")).collect();
         shown.join(", ") + if names.len() > 20 { ", .." } else { "" }
@@ -208,7 +208,7 @@ fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
     ensure!(!names.is_empty(), "--class is `{text}`; the model has no classes");
     let number: Option<i64> = text.parse().ok();
     number.filter(|number| (0..names.len() as i64).contains(number)).with_context(|| {
-        format!("--class is `{text}`; the model has {} classes: {}", names.len(), listed())
+        format!("--class is `{text}`; the model has {} classes: {}", names.len(), plan_text())
     })
 }
 
@@ -226,10 +226,10 @@ fn write(args: &SampleArgs, output: &Path, drawn: &Drawn) -> anyhow::Result<Exit
     } else {
         drawn.grid.save(output)?;
     }
-    say(&format!("{n} samples in {} steps: {}\n", drawn.steps, output.display()))?;
+    print(&format!("{n} samples in {} steps: {}\n", drawn.steps, output.display()))?;
     if let Some(folder) = &args.folder {
         let files = save_each(&drawn.images, folder, 0)?;
-        say(&format!("{} files in {}\n", files.len(), folder.display()))?;
+        print(&format!("{} files in {}\n", files.len(), folder.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -19,7 +19,7 @@ use ddil_trainer::{Outcome, Session, SessionConfig, Task};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{say, set_threads};
+use super::{print, set_threads};
 use crate::cli::{DistillArgs, RunArgs};
 use crate::presets;
 
@@ -172,15 +172,15 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
             session.folder().path().display()
         )
     });
-    say(&report(&outcome?, &config, session.folder().path()))?;
+    print(&report(&outcome?, &config, session.folder().path()))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Prints the plan of a run, then checks it: the plan is printed even if something is missing.
 fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
-    say(&to_toml(config)?)?;
+    print(&to_toml(config)?)?;
     match config.plan() {
-        Ok(Some(plan)) => say(&format!("\n# {}\n", plan.to_string().replace('\n', "\n# ")))?,
+        Ok(Some(plan)) => print(&format!("\n# {}\n", plan.to_string().replace('\n', "\n# ")))?,
         Ok(None) => {}
         // If the plan fails, the check has the better error message.
         Err(error) => {
@@ -189,8 +189,8 @@ fn dry_run<V: Verb>(config: &V) -> anyhow::Result<ExitCode> {
         }
     }
     config.check()?;
-    say(&format!("\n# checked: {}\n", config.checked()))?;
-    say(&format!("# {} updates; nothing was written\n", config.num_updates()))?;
+    print(&format!("\n# checked: {}\n", config.checked()))?;
+    print(&format!("# {} updates; nothing was written\n", config.num_updates()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -259,7 +259,7 @@ fn start_or_resume<V: Verb>(
 ) -> anyhow::Result<Session<V::Task>> {
     let path = config.run_section().path();
     if path.join("config.toml").is_file() {
-        patiently(&path, interrupt)?;
+        wait_until_released(&path, interrupt)?;
         resume(config, &path, logging, interrupt)
     } else {
         start(config, logging, interrupt)
@@ -267,11 +267,11 @@ fn start_or_resume<V: Verb>(
 }
 
 /// Waits for a process that is about to release the folder: one that is stopping and saves its run.
-fn patiently(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(60);
+fn wait_until_released(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()> {
+    const MAX_WAIT: Duration = Duration::from_secs(60);
     const INTERVAL: Duration = Duration::from_millis(50);
     let started = Instant::now();
-    while started.elapsed() < PATIENCE && !interrupt.is_requested() && is_in_use(path)? {
+    while started.elapsed() < MAX_WAIT && !interrupt.is_requested() && is_in_use(path)? {
         sleep(INTERVAL);
     }
     Ok(())

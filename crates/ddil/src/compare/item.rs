@@ -14,7 +14,7 @@ pub(crate) struct PlannedCell {
     /// Checksum of its config.
     pub(crate) config_sha256: String,
     /// The samples of its teacher.
-    pub(crate) taught: TeacherSamples,
+    pub(crate) target: TeacherSamples,
 }
 
 /// A row of a teacher.
@@ -23,7 +23,7 @@ pub(crate) struct PlannedTeacher {
     /// Its samples.
     pub(crate) samples: TeacherSamples,
     /// The samples that students are trained to match, with which it is compared.
-    pub(crate) taught: TeacherSamples,
+    pub(crate) target: TeacherSamples,
     /// Whether a student is made for this number of steps.
     pub(crate) own_steps: bool,
 }
@@ -87,7 +87,7 @@ impl WorkItem {
                 teacher.part(folder, *start).with_extension("lock")
             }
             Self::TeacherRow(planned) => {
-                planned.samples.row(folder, &planned.taught).with_extension("lock")
+                planned.samples.row(folder, &planned.target).with_extension("lock")
             }
             Self::Cell(planned) => folder.lock_of(&planned.cell.name),
         }

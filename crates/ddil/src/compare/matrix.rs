@@ -220,7 +220,7 @@ impl EvaluateConfig {
     }
 
     /// Options of `ddil evaluate` for all measurements.
-    pub(super) fn of_any(&self) -> Vec<OsString> {
+    pub(super) fn common_options(&self) -> Vec<OsString> {
         let mut options: Vec<OsString> = vec![
             format!("--num-samples={}", self.samples).into(),
             format!("--batch-size={}", self.batch_size).into(),
@@ -234,7 +234,7 @@ impl EvaluateConfig {
     }
 
     /// Additional options for students.
-    pub(super) fn of_model(&self) -> Vec<OsString> {
+    pub(super) fn student_options(&self) -> Vec<OsString> {
         let mut options = vec![format!("--shift-samples={}", self.shift_samples).into()];
         if !self.steps.is_empty() {
             let steps: Vec<String> = self.steps.iter().map(u32::to_string).collect();
@@ -246,15 +246,15 @@ impl EvaluateConfig {
 
     fn problems(&self, problems: &mut Vec<String>) {
         /// Neighbourhoods of five need more points.
-        const LEAST_SAMPLES: u32 = 10;
+        const MIN_SAMPLES: u32 = 10;
         let mut at_least = |name: &str, value: u32, least: u32| {
             if value < least {
                 problems
                     .push(format!("`evaluate.{name}` is {value}, but must be at least {least}"));
             }
         };
-        at_least("samples", self.samples, LEAST_SAMPLES);
-        at_least("samples_off_steps", self.samples_at(false), LEAST_SAMPLES);
+        at_least("samples", self.samples, MIN_SAMPLES);
+        at_least("samples_off_steps", self.samples_at(false), MIN_SAMPLES);
         at_least("teacher_steps", self.teacher_steps, 1);
         at_least("batch_size", self.batch_size, 1);
         if self.shift_samples > 0 {
@@ -293,7 +293,7 @@ impl Matrix {
         let matrix: Self = settings.build()?;
         let mut problems = Vec::new();
         matrix.problems(&mut problems);
-        matrix.comparable(problems).map(|()| matrix)
+        matrix.ensure_no_problems(problems).map(|()| matrix)
     }
 
     /// The comparison's folder.
@@ -322,7 +322,7 @@ impl Matrix {
         if problems.is_empty() {
             self.problems_of_cells(&cells, &mut problems);
         }
-        self.comparable(problems).map(|()| cells)
+        self.ensure_no_problems(problems).map(|()| cells)
     }
 
     /// The base with the changes common to all cells.
@@ -338,7 +338,7 @@ impl Matrix {
         Ok(settings)
     }
 
-    fn comparable(&self, problems: Vec<String>) -> Result<()> {
+    fn ensure_no_problems(&self, problems: Vec<String>) -> Result<()> {
         if problems.is_empty() {
             return Ok(());
         }
@@ -350,7 +350,7 @@ impl Matrix {
         let name = cell_name(&arm, seed);
         let mut settings = self.with_changes(base)?;
         let exceptions =
-            self.exceptions.iter().filter(|exception| self.are_at(values, &exception.at));
+            self.exceptions.iter().filter(|exception| self.includes(values, &exception.at));
         let changes = values.iter().map(|value| &value.set);
         for (key, value) in changes.chain(exceptions.map(|exception| &exception.set)).flatten() {
             settings.set(&format!("{key}={value}"))?;
@@ -376,11 +376,11 @@ impl Matrix {
     }
 
     fn is_excluded(&self, values: &[&AxisValue]) -> bool {
-        self.exclude.iter().any(|combination| self.are_at(values, combination))
+        self.exclude.iter().any(|combination| self.includes(values, combination))
     }
 
     /// Whether values include all those of a combination.
-    fn are_at(&self, values: &[&AxisValue], combination: &BTreeMap<String, String>) -> bool {
+    fn includes(&self, values: &[&AxisValue], combination: &BTreeMap<String, String>) -> bool {
         let has = |(axis, value): (&String, &String)| {
             self.axes.iter().zip(values).any(|(a, v)| a.name == *axis && v.name == *value)
         };
@@ -391,7 +391,7 @@ impl Matrix {
         if !is_plain(&self.name) {
             problems.push(format!("`name` is `{}`, but must be {PLAIN}", self.name));
         }
-        if self.seeds.is_empty() || has_twice(self.seeds.iter()).is_some() {
+        if self.seeds.is_empty() || first_duplicate(self.seeds.iter()).is_some() {
             problems.push(format!(
                 "`seeds` is {:?}, but must be a list of distinct numbers",
                 self.seeds
@@ -426,7 +426,7 @@ impl Matrix {
     }
 
     fn problems_of_axes(&self, problems: &mut Vec<String>) {
-        if let Some(name) = has_twice(self.axes.iter().map(|axis| &axis.name)) {
+        if let Some(name) = first_duplicate(self.axes.iter().map(|axis| &axis.name)) {
             problems.push(format!("two axes are named `{name}`"));
         }
         for Axis { name, baseline, values } in &self.axes {
@@ -434,7 +434,7 @@ impl Matrix {
             if names.is_empty() {
                 problems.push(format!("axis `{name}` has no values"));
             }
-            if let Some(twice) = has_twice(names.iter()) {
+            if let Some(twice) = first_duplicate(names.iter()) {
                 problems.push(format!("axis `{name}` has two values named `{twice}`"));
             }
             for value in names.iter().filter(|value| !is_plain(value)) {
@@ -487,13 +487,13 @@ impl Matrix {
     }
 
     fn problems_of_cells(&self, cells: &[Cell], problems: &mut Vec<String>) {
-        if let Some(name) = has_twice(cells.iter().map(|cell| &cell.name)) {
+        if let Some(name) = first_duplicate(cells.iter().map(|cell| &cell.name)) {
             problems.push(format!("two cells are named `{name}`"));
         }
         // A comparison of a cell with itself is a mistake: a change without effect.
         let mut seen: BTreeMap<String, &str> = BTreeMap::new();
         for cell in cells.iter().filter(|cell| Some(&cell.seed) == self.seeds.first()) {
-            let Ok(text) = nameless(&cell.config) else { continue };
+            let Ok(text) = without_name(&cell.config) else { continue };
             if let Some(other) = seen.insert(text, &cell.arm) {
                 problems.push(format!("`{other}` and `{}` have the same config", cell.arm));
             }
@@ -556,7 +556,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 }
 
 /// The config without the fields that differ between two cells of the same settings.
-fn nameless(config: &DistillConfig) -> Result<String> {
+fn without_name(config: &DistillConfig) -> Result<String> {
     let mut config = config.clone();
     config.run.name.clear();
     Ok(to_toml(&config)?)
@@ -580,7 +580,7 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.') && name.chars().all(is_plain)
 }
 
-fn has_twice<T: Ord>(items: impl Iterator<Item = T>) -> Option<T> {
+fn first_duplicate<T: Ord>(items: impl Iterator<Item = T>) -> Option<T> {
     let mut seen = BTreeSet::new();
     for item in items {
         if seen.contains(&item) {

@@ -33,7 +33,7 @@ pub(crate) struct Comparison {
 
 /// The progress of a cell.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Standing {
+pub(crate) enum CellProgress {
     /// Not started.
     New,
     /// Partly trained: the number of updates saved.
@@ -50,7 +50,7 @@ pub(crate) enum Standing {
     Changed(String),
 }
 
-impl std::fmt::Display for Standing {
+impl std::fmt::Display for CellProgress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::New => write!(f, "new"),
@@ -82,10 +82,10 @@ impl Comparison {
                 Some(known) => String::clone(known),
                 None => checksums.entry(path.clone()).or_insert(checksum(path)?).clone(),
             };
-            let taught = TeacherSamples {
+            let target = TeacherSamples {
                 path: path.clone(),
                 sha256,
-                guidance_scale: TeacherSamples::taught_scale(cell.config.teacher.guidance),
+                guidance_scale: TeacherSamples::target_scale(cell.config.teacher.guidance),
                 steps: matrix.evaluate.teacher_steps,
                 thresholding: thresholding.clone(),
                 samples: matrix.evaluate.samples,
@@ -94,7 +94,7 @@ impl Comparison {
                 device: cell.config.run.device.clone(),
                 precision: cell.config.run.precision,
             };
-            planned.push(PlannedCell { config_sha256: cell.config_sha256()?, cell, taught });
+            planned.push(PlannedCell { config_sha256: cell.config_sha256()?, cell, target });
         }
         let setting = Setting {
             folder: ComparisonFolder::new(matrix.path()),
@@ -116,36 +116,36 @@ impl Comparison {
     /// # Errors
     ///
     /// Invalid files.
-    pub(crate) fn standing(&self, planned: &PlannedCell) -> Result<Standing> {
-        let PlannedCell { cell, taught, .. } = planned;
+    pub(crate) fn progress_of(&self, planned: &PlannedCell) -> Result<CellProgress> {
+        let PlannedCell { cell, target, .. } = planned;
         let run = self.folder().run_of(&cell.name);
         let has_run = run.join("config.toml").is_file();
         if has_run {
             match RunFolder::ensure_config_at(&run, &cell.config) {
                 Err(ddil_trainer::Error::OtherConfig { differences, .. }) => {
                     let shown: Vec<String> = differences.iter().map(ToString::to_string).collect();
-                    return Ok(Standing::Changed(shown.join("; ")));
+                    return Ok(CellProgress::Changed(shown.join("; ")));
                 }
                 other => other?,
             }
         }
         if let Some(CellRecord { measured_as, outcome, .. }) = self.record_of(planned)? {
             match outcome {
-                Outcome::Diverged { step, .. } => return Ok(Standing::Diverged(step)),
-                Outcome::Failed { message } => return Ok(Standing::Failed(message)),
-                Outcome::Done { .. } if measured_as == self.setting.measured_as(Some(taught)) => {
-                    return Ok(Standing::Done);
+                Outcome::Diverged { step, .. } => return Ok(CellProgress::Diverged(step)),
+                Outcome::Failed { message } => return Ok(CellProgress::Failed(message)),
+                Outcome::Done { .. } if measured_as == self.setting.measured_as(Some(target)) => {
+                    return Ok(CellProgress::Done);
                 }
                 Outcome::Done { .. } => {}
             }
         }
         if !has_run {
-            return Ok(Standing::New);
+            return Ok(CellProgress::New);
         }
         Ok(match Status::from_folder(&run) {
-            Ok(Status { state: State::Completed, .. }) => Standing::Trained,
-            Ok(Status { step, .. }) => Standing::Started(step),
-            Err(_) => Standing::Started(0),
+            Ok(Status { state: State::Completed, .. }) => CellProgress::Trained,
+            Ok(Status { step, .. }) => CellProgress::Started(step),
+            Err(_) => CellProgress::Started(0),
         })
     }
 
@@ -153,9 +153,9 @@ impl Comparison {
     ///
     /// # Errors
     ///
-    /// As [`standing`](Self::standing).
-    pub(crate) fn standings(&self) -> Result<Vec<(&PlannedCell, Standing)>> {
-        self.cells.iter().map(|planned| Ok((planned, self.standing(planned)?))).collect()
+    /// As [`progress_of`](Self::standing).
+    pub(crate) fn progress(&self) -> Result<Vec<(&PlannedCell, CellProgress)>> {
+        self.cells.iter().map(|planned| Ok((planned, self.progress_of(planned)?))).collect()
     }
 
     /// Returns an error for cells whose folder has another config, or removes these folders if `fresh`.
@@ -164,10 +164,10 @@ impl Comparison {
     ///
     /// [`Error::Comparison`] with each cell and the differences; [`Error::Trainer`] for a folder to remove
     /// while another process works on it.
-    pub(crate) fn settle_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
+    pub(crate) fn resolve_changes(&self, cells: &[PlannedCell], fresh: bool) -> Result<()> {
         let mut problems = Vec::new();
         for planned in cells {
-            let Standing::Changed(differences) = self.standing(planned)? else { continue };
+            let CellProgress::Changed(differences) = self.progress_of(planned)? else { continue };
             let name = &planned.cell.name;
             if fresh {
                 let _lock = lock_file(&self.folder().lock_of(name), &self.folder().run_of(name))?;
@@ -191,9 +191,9 @@ impl Comparison {
     pub(crate) fn ensure_possible(&self) -> Result<()> {
         let mut problems = Problems::default();
         let mut checked: Vec<&str> = Vec::new();
-        for (planned, standing) in self.standings()? {
+        for (planned, progress) in self.progress()? {
             let arm = planned.cell.arm.as_str();
-            let is_new = matches!(standing, Standing::New | Standing::Failed(_));
+            let is_new = matches!(progress, CellProgress::New | CellProgress::Failed(_));
             // The seed makes no difference here.
             if !is_new || checked.contains(&arm) {
                 continue;
@@ -234,8 +234,9 @@ impl Comparison {
     pub(crate) fn cell(&self, name: &str) -> Result<&PlannedCell> {
         let named = |planned: &&PlannedCell| planned.cell.name == name;
         self.cells.iter().find(named).ok_or_else(|| {
-            let likeness = |planned: &&PlannedCell| strsim::jaro_winkler(name, &planned.cell.name);
-            let nearest = self.cells.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+            let similarity =
+                |planned: &&PlannedCell| strsim::jaro_winkler(name, &planned.cell.name);
+            let nearest = self.cells.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
             let nearest = nearest.map_or("", |planned| planned.cell.name.as_str());
             let problem = format!(
                 "there is no cell `{name}`; did you mean `{nearest}`? `--list` prints all {} cells",
@@ -270,7 +271,7 @@ impl Comparison {
     ///
     /// As [`stages`](Self::stages).
     pub(crate) fn needed_by(&self, planned: &PlannedCell) -> Result<Vec<WorkItem>> {
-        self.left(parts(&planned.taught))
+        self.left(parts(&planned.target))
     }
 
     /// Whether the result of a work item exists.
@@ -285,13 +286,13 @@ impl Comparison {
                 NamedRows::read(&folder.real(), &setting.measured_as(None))?.is_some()
             }
             WorkItem::TeacherSamples { teacher, start } => teacher.part(folder, *start).is_file(),
-            WorkItem::TeacherRow(PlannedTeacher { samples, taught, .. }) => {
-                let measured_as = setting.measured_as(Some(taught));
-                NamedRows::read(&samples.row(folder, taught), &measured_as)?.is_some()
+            WorkItem::TeacherRow(PlannedTeacher { samples, target, .. }) => {
+                let measured_as = setting.measured_as(Some(target));
+                NamedRows::read(&samples.row(folder, target), &measured_as)?.is_some()
             }
             WorkItem::Cell(planned) => match self.record_of(planned)? {
                 Some(CellRecord { outcome: Outcome::Done { .. }, measured_as, .. }) => {
-                    measured_as == setting.measured_as(Some(&planned.taught))
+                    measured_as == setting.measured_as(Some(&planned.target))
                 }
                 Some(CellRecord { outcome: Outcome::Diverged { .. }, .. }) => true,
                 Some(CellRecord { outcome: Outcome::Failed { .. }, .. }) | None => false,
@@ -329,8 +330,8 @@ impl Comparison {
     ///
     /// Errors of the file system.
     pub(super) fn record(&self, planned: &PlannedCell, outcome: Outcome) -> Result<()> {
-        let PlannedCell { cell, config_sha256, taught } = planned;
-        let measured_as = self.setting.measured_as(Some(taught));
+        let PlannedCell { cell, config_sha256, target } = planned;
+        let measured_as = self.setting.measured_as(Some(target));
         CellRecord::new(&cell.name, config_sha256, &measured_as, outcome)
             .write(&self.folder().record_of(&cell.name))
     }
@@ -340,7 +341,7 @@ impl Comparison {
     /// # Errors
     ///
     /// Errors of the file system.
-    pub(super) fn forget_failure(&self, planned: &PlannedCell) -> Result<()> {
+    pub(super) fn remove_failure(&self, planned: &PlannedCell) -> Result<()> {
         let path = self.folder().record_of(&planned.cell.name);
         match CellRecord::from_file(&path)? {
             Some(CellRecord { outcome: Outcome::Failed { .. }, .. }) => {
@@ -369,32 +370,32 @@ fn parts(samples: &TeacherSamples) -> impl Iterator<Item = WorkItem> {
 fn teachers(matrix: &Matrix, cells: &[PlannedCell]) -> Vec<PlannedTeacher> {
     let evaluate = &matrix.evaluate;
     let mut all: Vec<PlannedTeacher> = Vec::new();
-    let mut add = |samples: TeacherSamples, taught: &TeacherSamples, own_steps: bool| {
-        let planned = PlannedTeacher { samples, taught: taught.clone(), own_steps };
+    let mut add = |samples: TeacherSamples, target: &TeacherSamples, own_steps: bool| {
+        let planned = PlannedTeacher { samples, target: target.clone(), own_steps };
         if !all.contains(&planned) {
             all.push(planned);
         }
     };
     let mut seen: Vec<&TeacherSamples> = Vec::new();
-    for PlannedCell { taught, .. } in cells {
-        if seen.contains(&taught) {
+    for PlannedCell { target, .. } in cells {
+        if seen.contains(&target) {
             continue;
         }
-        seen.push(taught);
-        add(taught.clone(), taught, true);
-        if taught.guidance_scale != 1.0 {
-            add(TeacherSamples { guidance_scale: 1.0, ..taught.clone() }, taught, true);
+        seen.push(target);
+        add(target.clone(), target, true);
+        if target.guidance_scale != 1.0 {
+            add(TeacherSamples { guidance_scale: 1.0, ..target.clone() }, target, true);
         }
         let own: Vec<u32> = cells
             .iter()
-            .filter(|planned| planned.taught == *taught)
+            .filter(|planned| planned.target == *target)
             .map(|planned| planned.cell.own_steps())
             .collect();
         for steps in own.iter().flat_map(|own| evaluate.step_counts(*own)) {
             let own_steps = own.contains(&steps);
             let samples = evaluate.samples_at(own_steps);
-            if steps != taught.steps {
-                add(TeacherSamples { steps, samples, ..taught.clone() }, taught, own_steps);
+            if steps != target.steps {
+                add(TeacherSamples { steps, samples, ..target.clone() }, target, own_steps);
             }
         }
     }

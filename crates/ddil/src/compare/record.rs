@@ -63,14 +63,14 @@ pub struct Row {
 }
 
 /// Coverage below this is a collapse: nine in ten real images have no sample near them.
-pub(super) const LEAST_COVERAGE: f64 = 0.1;
+pub(super) const MIN_COVERAGE: f64 = 0.1;
 
 impl Row {
     /// The row of a measurement, with the reason where it counts as collapsed.
     pub(super) fn measured(steps: u32, own_steps: bool, measurement: Measurement) -> Self {
         let coverage = measurement.coverage;
-        let collapsed = (coverage < LEAST_COVERAGE)
-            .then(|| format!("coverage {coverage:.3} is below {LEAST_COVERAGE}"));
+        let collapsed = (coverage < MIN_COVERAGE)
+            .then(|| format!("coverage {coverage:.3} is below {MIN_COVERAGE}"));
         Self { steps, own_steps, collapsed, measurement: Some(measurement) }
     }
 

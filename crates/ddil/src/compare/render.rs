@@ -7,7 +7,7 @@ use ddil_pipelines::{Image, layout};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
-use super::record::LEAST_COVERAGE;
+use super::record::MIN_COVERAGE;
 use super::report::ComparisonReport;
 use super::{plot, table};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ impl ComparisonReport {
             text,
             "\nMean ± standard error over seeds. `*`: the students were not trained for this number of steps. `frechet` is the\n\
              distance to the data, `to teacher` to the teacher's samples at its full number of steps. Cells with coverage below\n\
-             {LEAST_COVERAGE}, or with NaN or infinite samples, have collapsed; cells that diverged or failed are in no mean."
+             {MIN_COVERAGE}, or with NaN or infinite samples, have collapsed; cells that diverged or failed are in no mean."
         );
         let differences = table::differences(self);
         if differences.len() > 1 {
@@ -47,8 +47,8 @@ impl ComparisonReport {
             text += "\nEnergy distance between the states visited at inference and noised data, per timestep; `chance`: \
                      between two\nhalves of noised data.\n";
         }
-        if !self.pictures.is_empty() {
-            let names: Vec<&str> = self.pictures.iter().map(|(name, _)| name.as_str()).collect();
+        if !self.image_rows.is_empty() {
+            let names: Vec<&str> = self.image_rows.iter().map(|(name, _)| name.as_str()).collect();
             let _ = writeln!(text, "\nRows of side_by_side.png: {}.", names.join("; "));
         }
         text
@@ -57,7 +57,7 @@ impl ComparisonReport {
     /// The files that [`write`](Self::write) writes.
     pub(crate) fn files(&self) -> Vec<&'static str> {
         let mut files = vec!["results.json", "table.md", "quality.svg", "shift.svg"];
-        if !self.pictures.is_empty() {
+        if !self.image_rows.is_empty() {
             files.push("side_by_side.png");
         }
         files
@@ -81,7 +81,7 @@ impl ComparisonReport {
 
     /// One row of samples for each teacher and each arm, from the same noise in each column.
     fn side_by_side(&self) -> Result<Option<Image>> {
-        let rows: Vec<&Tensor> = self.pictures.iter().map(|(_, images)| images).collect();
+        let rows: Vec<&Tensor> = self.image_rows.iter().map(|(_, images)| images).collect();
         let Some(columns) = rows.iter().map(|images| images.size()[0]).min() else {
             return Ok(None);
         };

@@ -77,7 +77,7 @@ pub struct ComparisonReport {
     /// All measurements and failures.
     pub entries: Vec<Entry>,
     /// Rows of images, with their labels.
-    pub(super) pictures: Vec<(String, Tensor)>,
+    pub(super) image_rows: Vec<(String, Tensor)>,
 }
 
 /// The cells of an arm at one number of steps.
@@ -133,13 +133,13 @@ impl ComparisonReport {
     /// Invalid files.
     pub(crate) fn gather(plan: &Comparison) -> Result<Self> {
         let (folder, matrix) = (plan.folder(), &plan.matrix);
-        let (mut entries, mut pictures) = (Vec::new(), Vec::new());
+        let (mut entries, mut image_rows) = (Vec::new(), Vec::new());
         if let Some(found) = NamedRows::read(&folder.real(), &plan.setting.measured_as(None))? {
             entries.extend(found.rows.into_iter().map(|row| of_row(EntryKind::Data, row)));
         }
-        for PlannedTeacher { samples, taught, own_steps } in &plan.teachers {
-            let measured_as = plan.setting.measured_as(Some(taught));
-            if let Some(found) = NamedRows::read(&samples.row(folder, taught), &measured_as)? {
+        for PlannedTeacher { samples, target, own_steps } in &plan.teachers {
+            let measured_as = plan.setting.measured_as(Some(target));
+            if let Some(found) = NamedRows::read(&samples.row(folder, target), &measured_as)? {
                 let name = found.rows.first().map_or(String::new(), |(name, _)| name.clone());
                 // Which numbers of steps are a student's own depends on the matrix, not on the row.
                 let now = |(name, row)| (name, Row { own_steps: *own_steps, ..row });
@@ -147,7 +147,7 @@ impl ComparisonReport {
                 entries.extend(rows.map(|row| of_row(EntryKind::Teacher, row)));
                 if *own_steps {
                     let name = format!("{name}, {} steps", samples.steps);
-                    pictures.push((name, first_drawn(folder, samples)?));
+                    image_rows.push((name, first_drawn(folder, samples)?));
                 }
             }
         }
@@ -156,16 +156,16 @@ impl ComparisonReport {
             let cell = &planned.cell;
             let samples = folder.samples_of(&cell.name);
             if Some(&cell.seed) == matrix.seeds.first() && samples.is_file() {
-                pictures.push((cell.name.clone(), sample_file::read(&samples)?));
+                image_rows.push((cell.name.clone(), sample_file::read(&samples)?));
             }
         }
         let (name, axes) = (matrix.name.clone(), matrix.axes.clone());
-        Ok(Self { name, axes, entries, pictures })
+        Ok(Self { name, axes, entries, image_rows })
     }
 
     /// A report of existing entries, without images.
     pub fn new(name: &str, axes: Vec<Axis>, entries: Vec<Entry>) -> Self {
-        Self { name: name.to_owned(), axes, entries, pictures: Vec::new() }
+        Self { name: name.to_owned(), axes, entries, image_rows: Vec::new() }
     }
 
     /// Entries of one kind.
@@ -325,7 +325,7 @@ fn of_row(kind: EntryKind, (name, row): (String, Row)) -> Entry {
 
 /// One entry for each number of steps; a single entry for a cell that was not measured.
 fn of_cell(plan: &Comparison, planned: &PlannedCell) -> Result<Vec<Entry>> {
-    let PlannedCell { cell, taught, .. } = planned;
+    let PlannedCell { cell, target, .. } = planned;
     let Some(CellRecord { measured_as, outcome, .. }) = plan.record_of(planned)? else {
         return Ok(Vec::new());
     };
@@ -343,7 +343,7 @@ fn of_cell(plan: &Comparison, planned: &PlannedCell) -> Result<Vec<Entry>> {
         Entry { state, ..of_row(EntryKind::Cell, (cell.name.clone(), row)) }
     };
     let entries = match outcome {
-        Outcome::Done { .. } if measured_as != plan.setting.measured_as(Some(taught)) => Vec::new(),
+        Outcome::Done { .. } if measured_as != plan.setting.measured_as(Some(target)) => Vec::new(),
         Outcome::Done { rows } => {
             rows.into_iter().map(|row| of_row(EntryKind::Cell, (cell.name.clone(), row))).collect()
         }

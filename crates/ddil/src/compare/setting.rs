@@ -57,7 +57,7 @@ pub(crate) struct TeacherSamples {
 
 impl TeacherSamples {
     /// The guidance scale at which a config's students are trained; for a range, its middle, where they are sampled.
-    pub(crate) fn taught_scale(guidance: TeacherGuidance) -> f64 {
+    pub(crate) fn target_scale(guidance: TeacherGuidance) -> f64 {
         match guidance {
             TeacherGuidance::Cfg { scale } => scale,
             TeacherGuidance::CfgRange { min, max } | TeacherGuidance::Embedded { min, max } => {
@@ -87,9 +87,9 @@ impl TeacherSamples {
         folder.teacher(&self.key()).join(format!("from_{start:06}.safetensors"))
     }
 
-    /// The file of the row of these samples, compared with those of `taught`.
-    pub(super) fn row(&self, folder: &ComparisonFolder, taught: &Self) -> PathBuf {
-        folder.teacher(&self.key()).join(format!("row_{}.json", taught.key()))
+    /// The file of the row of these samples, compared with those of `target`.
+    pub(super) fn row(&self, folder: &ComparisonFolder, target: &Self) -> PathBuf {
+        folder.teacher(&self.key()).join(format!("row_{}.json", target.key()))
     }
 }
 
@@ -129,9 +129,9 @@ pub(super) fn precision(precision: Precision) -> &'static str {
 
 impl Setting {
     /// Checksum of everything except the model that a measurement depends on.
-    pub(crate) fn measured_as(&self, taught: Option<&TeacherSamples>) -> String {
-        let taught = taught.map(TeacherSamples::key);
-        let parts = (&self.evaluate, self.data.kind, &self.data.path, taught);
+    pub(crate) fn measured_as(&self, target: Option<&TeacherSamples>) -> String {
+        let target = target.map(TeacherSamples::key);
+        let parts = (&self.evaluate, self.data.kind, &self.data.path, target);
         sha256(&serde_json::to_vec(&parts).unwrap_or_default())
     }
 }

@@ -108,8 +108,8 @@ fn seeds(arm: &ArmAt<'_>) -> String {
         (arm.num_diverged, "diverged"),
         (arm.num_failed, "failed"),
     ];
-    let told = counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}"));
-    arm.measured.len().to_string() + &told.collect::<String>()
+    let endings = counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!(", {n} {what}"));
+    arm.measured.len().to_string() + &endings.collect::<String>()
 }
 
 fn of_difference(difference: &Difference<'_>) -> Vec<String> {

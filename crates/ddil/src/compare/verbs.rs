@@ -46,7 +46,7 @@ impl Program {
             .map_err(|error| setup("find the path of this program", &error))
     }
 
-    /// Runs a verb to its end and appends its output to `log`; once `stops` returns true, the verb receives a stop request.
+    /// Runs a verb to its end and appends its output to `log`; once `should_stop` returns true, the verb receives a stop request.
     ///
     /// # Errors
     ///
@@ -55,11 +55,11 @@ impl Program {
         &self,
         arguments: &[OsString],
         log: &Path,
-        stops: &dyn Fn() -> bool,
+        should_stop: &dyn Fn() -> bool,
     ) -> Result<Ended> {
         let output = OpenOptions::new().append(true).create(true).open(log);
         let output = output.map_err(Error::io("open", log))?;
-        let begin = output.metadata().map_err(Error::io("open", log))?.len();
+        let log_start = output.metadata().map_err(Error::io("open", log))?.len();
         let mut child = self.start(arguments, output).map_err(|e| setup("start a process", &e))?;
         let (mut input, mut was_stopped) = (child.stdin.take(), false);
         let status = loop {
@@ -68,17 +68,17 @@ impl Program {
                 Ok(None) => {}
                 Err(error) => return Err(setup("wait for a process", &error)),
             }
-            if stops() {
+            if should_stop() {
                 (input, was_stopped) = (None, true);
             }
             sleep(POLL_INTERVAL);
         };
         drop(input);
-        let message = message(log, begin).unwrap_or_default();
+        let message = message(log, log_start).unwrap_or_default();
         let message = match message.as_str() {
             "" => format!("its process ended with {status}"),
-            said if said.starts_with("error: ") => said["error: ".len()..].to_owned(),
-            said => format!("its process ended with {status}: {said}"),
+            line if line.starts_with("error: ") => line["error: ".len()..].to_owned(),
+            line => format!("its process ended with {status}: {line}"),
         };
         Ok(Ended { code: status.code(), was_stopped, message })
     }
@@ -95,10 +95,10 @@ impl Program {
 }
 
 /// The error that a process printed, with its causes in one line, or else its last line of output.
-fn message(log: &Path, begin: u64) -> Option<String> {
+fn message(log: &Path, log_start: u64) -> Option<String> {
     const CAUSE: &str = "\n  because ";
     let mut file = File::open(log).ok()?;
-    file.seek(SeekFrom::Start(begin)).ok()?;
+    file.seek(SeekFrom::Start(log_start)).ok()?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
@@ -110,9 +110,9 @@ fn message(log: &Path, begin: u64) -> Option<String> {
 }
 
 /// A file for a verb's result, removed when dropped.
-pub(super) struct Answer(PathBuf);
+pub(super) struct ResultFile(PathBuf);
 
-impl Answer {
+impl ResultFile {
     /// Removes a file that an earlier process left at this path.
     pub(super) fn at(path: PathBuf) -> Self {
         let _ = fs::remove_file(&path);
@@ -124,7 +124,7 @@ impl Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for ResultFile {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }

@@ -18,7 +18,7 @@ use super::item::{PlannedCell, PlannedTeacher, WorkItem};
 use super::plan::Comparison;
 use super::record::{NamedRows, Outcome, Row};
 use super::setting::{TeacherSamples, precision};
-use super::verbs::{Answer, Ended, Program};
+use super::verbs::{Ended, Program, ResultFile};
 use crate::error::{Error, Result};
 use crate::exit_code::NOT_FINITE;
 use crate::results::{self, Measurement};
@@ -46,7 +46,7 @@ pub(crate) struct Worker<'a> {
     /// The program that contains the verbs.
     pub(crate) program: &'a Program,
     /// Whether to stop; a running verb then saves and ends.
-    pub(crate) stops: &'a dyn Fn() -> bool,
+    pub(crate) should_stop: &'a dyn Fn() -> bool,
 }
 
 impl Worker<'_> {
@@ -67,7 +67,7 @@ impl Worker<'_> {
         loop {
             match self.attempt(item)? {
                 End::InUse(holder) if !item.is_cell() => {
-                    if (self.stops)() {
+                    if (self.should_stop)() {
                         return Ok(End::Stopped);
                     }
                     if !announced {
@@ -119,20 +119,20 @@ impl Worker<'_> {
     }
 
     fn run(&self, item: &WorkItem, arguments: &[OsString]) -> Result<Ended> {
-        self.program.run(arguments, &item.log(self.folder()), self.stops)
+        self.program.run(arguments, &item.log(self.folder()), self.should_stop)
     }
 
     /// Training images against held-out ones, and one half of the reference against the other.
     fn real_images(&self, item: &WorkItem) -> Result<End> {
         let path = self.folder().real();
-        let answer = Answer::at(path.with_extension("rows.json"));
-        let mut arguments = self.evaluate("data".into(), &self.comparison.cells[0], &answer);
+        let result_file = ResultFile::at(path.with_extension("rows.json"));
+        let mut arguments = self.evaluate("data".into(), &self.comparison.cells[0], &result_file);
         arguments.push("--halves".into());
         let ended = self.run(item, &arguments)?;
         if let Some(end) = unfinished(&ended) {
             return Ok(end);
         }
-        let rows = results::read(answer.path())?;
+        let rows = results::read(result_file.path())?;
         let names = ["training images", "two halves"];
         // Without held-out images only the two halves are compared.
         let names = &names[names.len().saturating_sub(rows.len())..];
@@ -162,20 +162,20 @@ impl Worker<'_> {
     }
 
     fn teacher_row(&self, item: &WorkItem, planned: &PlannedTeacher) -> Result<End> {
-        let PlannedTeacher { samples: teacher, taught, own_steps } = planned;
+        let PlannedTeacher { samples: teacher, target, own_steps } = planned;
         let folder = self.folder();
-        let path = teacher.row(folder, taught);
-        let answer = Answer::at(path.with_extension("rows.json"));
+        let path = teacher.row(folder, target);
+        let result_file = ResultFile::at(path.with_extension("rows.json"));
         let subject = folder.teacher(&teacher.key()).into();
-        let mut arguments = self.evaluate(subject, &self.comparison.cells[0], &answer);
-        if teacher != taught {
-            arguments.extend(["--teacher-samples".into(), folder.teacher(&taught.key()).into()]);
+        let mut arguments = self.evaluate(subject, &self.comparison.cells[0], &result_file);
+        if teacher != target {
+            arguments.extend(["--teacher-samples".into(), folder.teacher(&target.key()).into()]);
         }
         let ended = self.run(item, &arguments)?;
         if let Some(end) = unfinished(&ended) {
             return Ok(end);
         }
-        let Some(measured) = results::read(answer.path())?.pop() else {
+        let Some(measured) = results::read(result_file.path())?.pop() else {
             return Ok(End::Failed("`ddil evaluate` wrote no measurement".to_owned()));
         };
         let measurement = Measurement {
@@ -187,13 +187,13 @@ impl Worker<'_> {
         };
         let name = format!("teacher, guidance {}", teacher.guidance_scale);
         let rows = vec![(name, Row::measured(teacher.steps, *own_steps, measurement))];
-        let measured_as = self.comparison.setting.measured_as(Some(taught));
+        let measured_as = self.comparison.setting.measured_as(Some(target));
         write_json(&path, &NamedRows::new(measured_as, rows))?;
         Ok(End::Done)
     }
 
     fn cell(&self, item: &WorkItem, planned: &PlannedCell) -> Result<End> {
-        self.comparison.forget_failure(planned)?;
+        self.comparison.remove_failure(planned)?;
         let trained = match self.train(item, planned)? {
             Trained::Completed => self.measure(item, planned)?,
             other => other,
@@ -247,12 +247,12 @@ impl Worker<'_> {
     fn measure(&self, item: &WorkItem, planned: &PlannedCell) -> Result<Trained> {
         let (folder, name) = (self.folder(), &planned.cell.name);
         let run = folder.run_of(name);
-        let answer = Answer::at(folder.record_of(name).with_extension("rows.json"));
+        let result_file = ResultFile::at(folder.record_of(name).with_extension("rows.json"));
         let own = SamplePlan::of(&Pipeline::open_without_weights(&run)?, None).steps;
-        let mut arguments = self.evaluate(run.into(), planned, &answer);
-        arguments.extend(self.comparison.setting.evaluate.of_model());
+        let mut arguments = self.evaluate(run.into(), planned, &result_file);
+        arguments.extend(self.comparison.setting.evaluate.student_options());
         arguments
-            .extend(["--teacher-samples".into(), folder.teacher(&planned.taught.key()).into()]);
+            .extend(["--teacher-samples".into(), folder.teacher(&planned.target.key()).into()]);
         arguments.extend(["--keep".into(), folder.samples_of(name).into()]);
         let ended = self.run(item, &arguments)?;
         let not_finite = ended.code == Some(i32::from(NOT_FINITE));
@@ -262,8 +262,11 @@ impl Worker<'_> {
                 _ => Trained::Stopped,
             });
         }
-        let measured =
-            if answer.path().exists() { results::read(answer.path())? } else { Vec::new() };
+        let measured = if result_file.path().exists() {
+            results::read(result_file.path())?
+        } else {
+            Vec::new()
+        };
         let mut rows = Vec::new();
         for steps in self.comparison.setting.evaluate.step_counts(own) {
             let found = measured.iter().find(|measurement| measurement.steps == steps);
@@ -280,13 +283,18 @@ impl Worker<'_> {
     }
 
     /// The arguments common to all measurements of the comparison.
-    fn evaluate(&self, subject: OsString, of: &PlannedCell, answer: &Answer) -> Vec<OsString> {
+    fn evaluate(
+        &self,
+        subject: OsString,
+        of: &PlannedCell,
+        result_file: &ResultFile,
+    ) -> Vec<OsString> {
         let setting = &self.comparison.setting;
         let mut arguments: Vec<OsString> = vec!["evaluate".into(), subject];
         arguments.extend(["--data".into(), self.folder().config_of(&of.cell.name).into()]);
-        arguments.extend(["--json".into(), answer.path().into()]);
+        arguments.extend(["--json".into(), result_file.path().into()]);
         arguments.extend(["--threads".into(), setting.threads.to_string().into()]);
-        arguments.extend(setting.evaluate.of_any());
+        arguments.extend(setting.evaluate.common_options());
         let run = &of.cell.config.run;
         let precision = precision(run.precision);
         let format = if run.channels_last { "channels_last" } else { "contiguous" };

@@ -41,10 +41,10 @@ pub(crate) fn run(
     let queue = Mutex::new(VecDeque::from(items));
     let (ended, given_up) = (Mutex::new(Vec::new()), AtomicBool::new(false));
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    let stops = || interrupt.is_requested() || given_up.load(Ordering::SeqCst);
+    let should_stop = || interrupt.is_requested() || given_up.load(Ordering::SeqCst);
     let work = || -> Result<()> {
-        let worker = Worker { comparison, program, stops: &stops };
-        while !stops() {
+        let worker = Worker { comparison, program, should_stop: &should_stop };
+        while !should_stop() {
             let Some(item) = next() else { break };
             on_event(&item, Event::Started);
             let started = Instant::now();

@@ -221,9 +221,10 @@ fn invalid_distillations() {
 #[test]
 fn methods_with_unsuitable_settings() {
     let lcm = "objective={ method = \"lcm\", num_ddim_timesteps = 10 }";
-    let itself = "objective={ method = \"lcm\", num_ddim_timesteps = 10, solver = \"target\" }";
+    let self_distillation =
+        "objective={ method = \"lcm\", num_ddim_timesteps = 10, solver = \"target\" }";
     let dmd2 = "objective={ method = \"dmd2\" }";
-    let told = "teacher.guidance={ kind = \"cfg_range\", min = 0.0, max = 3.0 }";
+    let range = "teacher.guidance={ kind = \"cfg_range\", min = 0.0, max = 3.0 }";
     let buffer = "mixing.student.policy={ kind = \"buffer\", buffer = { capacity = 40 } }";
     let small = "mixing.student.policy={ kind = \"buffer\", buffer = { capacity = 3 } }";
     let mixing = "mixing.thresholding={ kind = \"clamp\", low = -1.0, high = 1.0 }";
@@ -234,10 +235,10 @@ fn methods_with_unsuitable_settings() {
             (&[lcm], &["policy.kind", "fresh or buffer"]),
             (&[lcm, buffer, "student.stages=[11]"], &["11", "10"]),
             (&[lcm, buffer, "student.stages=[4, 2]"], &["student.stages", "only progressive"]),
-            (&[itself, buffer], &["teacher.guidance", "cfg", "solver"]),
+            (&[self_distillation, buffer], &["teacher.guidance", "cfg", "solver"]),
             (&[dmd2, "student.stages=[3]"], &["3", "1000"]),
             (&[dmd2, "student.stages=[4, 2]"], &["student.stages", "only progressive"]),
-            (&[dmd2, told], &["teacher.guidance", "cfg_range", "critic"]),
+            (&[dmd2, range], &["teacher.guidance", "cfg_range", "critic"]),
             (&[dmd2, "critic.learning_rate.peak=-1.0"], &["critic.learning_rate.peak", "-1"]),
             (&["critic.learning_rate.peak=0.1"], &["critic", "progressive trains no critic"]),
             (&[small], &["capacity", "3", "4"]),

@@ -64,7 +64,7 @@ impl Fault {
         ["kill", "torn"].contains(&self.effect)
     }
 
-    fn told(&self) -> String {
+    fn variable(&self) -> String {
         let Self { point, file, effect, nth, stops } = self;
         let stop = if *stops { "file.rename@latest:term:1," } else { "" };
         format!("{stop}{point}@{file}:{effect}:{nth}")
@@ -83,9 +83,9 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn new(workshop: &'a Workshop, method: &'a Method) -> Self {
-        let mut walk = Self { workshop, method, whole: workshop.run("whole"), runs: 0, resumes: 0 };
-        walk.ddil(&method.arguments("whole", UPDATES, &SETTINGS), &[]).succeeded();
-        walk
+        let mut pass = Self { workshop, method, whole: workshop.run("whole"), runs: 0, resumes: 0 };
+        pass.ddil(&method.arguments("whole", UPDATES, &SETTINGS), &[]).succeeded();
+        pass
     }
 
     fn ddil(&mut self, arguments: &[String], environment: &[(&str, &str)]) -> Ended {
@@ -154,7 +154,7 @@ impl<'a> Walk<'a> {
                 self.go(&[("DDIL_FAULT", "file.rename@latest:term:1")]).succeeded();
             }
             let before = Saved::of(&run);
-            let ended = self.go(&[("DDIL_FAULT", &fault.told())]);
+            let ended = self.go(&[("DDIL_FAULT", &fault.variable())]);
             if ended.code == Some(0) {
                 // The run got through, or was stopped, before it came to that.
                 if status(&run)["state"] == "completed" {
@@ -261,29 +261,29 @@ fn sicknesses(point: &str) -> Vec<&'static str> {
 fn a_kill_at_any_point_changes_no_result() {
     let (mut rng, method) = (StdRng::seed_from_u64(seed(1)), Method::named("progressive"));
     let workshop = method.workshop();
-    let mut walk = Walk::new(&workshop, method);
-    let passed = walk.trace();
+    let mut pass = Walk::new(&workshop, method);
+    let passed = pass.trace();
     for place in one_of_each(&passed, &mut rng) {
         let effect = if takes_bytes(&place.point) && rng.random() { "torn" } else { "kill" };
-        walk.strike(&Fault::new(&place, effect, &mut rng));
+        pass.strike(&Fault::new(&place, effect, &mut rng));
     }
-    walk.strike(&Fault::while_replacing("kill"));
-    walk.finish();
+    pass.strike(&Fault::while_replacing("kill"));
+    pass.finish();
 }
 
 #[test]
 fn a_disk_that_fails_at_any_point_loses_nothing_that_was_saved() {
     let (mut rng, method) = (StdRng::seed_from_u64(seed(2)), Method::named("dmd2"));
     let workshop = method.workshop();
-    let mut walk = Walk::new(&workshop, method);
-    let passed = walk.trace();
+    let mut pass = Walk::new(&workshop, method);
+    let passed = pass.trace();
     for place in one_of_each(&passed, &mut rng) {
         let effects = sicknesses(&place.point);
         let effect = effects[rng.random_range(0..effects.len())];
-        walk.strike(&Fault::new(&place, effect, &mut rng));
+        pass.strike(&Fault::new(&place, effect, &mut rng));
     }
-    walk.strike(&Fault::while_replacing("io"));
-    walk.finish();
+    pass.strike(&Fault::while_replacing("io"));
+    pass.finish();
 }
 
 /// Every method, every file at every point, every way to fail.
@@ -293,8 +293,8 @@ fn soak_every_fault_at_every_point() {
     let mut rng = StdRng::seed_from_u64(seed(3));
     for method in soaked() {
         let workshop = method.workshop();
-        let mut walk = Walk::new(&workshop, method);
-        let passed = walk.trace();
+        let mut pass = Walk::new(&workshop, method);
+        let passed = pass.trace();
         let (mut kills, mut failures) = (0, 0);
         for place in &passed {
             let deaths: &[_] =
@@ -302,19 +302,19 @@ fn soak_every_fault_at_every_point() {
             let sicknesses = sicknesses(&place.point);
             (kills, failures) = (kills + deaths.len(), failures + sicknesses.len());
             for effect in deaths.iter().copied().chain(sicknesses) {
-                walk.strike(&Fault::new(place, effect, &mut rng));
+                pass.strike(&Fault::new(place, effect, &mut rng));
             }
         }
         for effect in ["kill", "io", "read_only"] {
-            walk.strike(&Fault::while_replacing(effect));
+            pass.strike(&Fault::while_replacing(effect));
         }
-        walk.finish();
+        pass.finish();
         println!(
             "{}: {} places, {kills} kills at them, {failures} failures of the disk, {} resumes, {} runs ended on the same bits",
             method.name,
             passed.len(),
-            walk.resumes,
-            walk.runs,
+            pass.resumes,
+            pass.runs,
         );
     }
 }

@@ -161,7 +161,7 @@ fn soak(method: &Method, updates: u64) -> Vec<String> {
     }
     running.ended().succeeded();
     assert_eq!(status(&run)["state"], "completed");
-    Report::new(&run, &looks, updates).judge(method)
+    Report::new(&run, &looks, updates).exceeded_limits(method)
 }
 
 /// Odd, so that a whole number of states does not fill it.
@@ -199,7 +199,7 @@ impl Report {
         }
     }
 
-    fn judge(&self, method: &Method) -> Vec<String> {
+    fn exceeded_limits(&self, method: &Method) -> Vec<String> {
         let Self { updates, resident_kib, growth_kib, milliseconds: [early, late], .. } = *self;
         let buffer =
             self.buffer_bytes.map_or("-".to_owned(), |bytes| format!("{bytes} of {BUDGET}"));

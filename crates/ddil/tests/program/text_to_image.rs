@@ -54,13 +54,14 @@ fn the_teacher_is_a_model_folder_with_its_text_parts() -> TestResult {
         let pipeline = read(&workshop.path("teacher"))?;
         assert_eq!(pipeline.card.image_shape, [4, 8, 8]);
         let parts = pipeline.parts.text_to_image(Placement::default())?;
-        let said = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
-        let states = said.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
+        let messages = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
+        let states =
+            messages.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
         let xl = family == Family::StableDiffusionXl;
         let width = if xl { WIDTHS[0] + WIDTHS[1] } else { WIDTHS[0] };
         assert_eq!(states.size(), [2, i64::from(TOKENS), i64::from(width)]);
-        assert_eq!(said.conditioning.get(Conditioning::TEXT_EMBEDS).is_some(), xl);
-        assert_eq!(said.truncated, [None, Some("gs".to_owned())]);
+        assert_eq!(messages.conditioning.get(Conditioning::TEXT_EMBEDS).is_some(), xl);
+        assert_eq!(messages.truncated, [None, Some("gs".to_owned())]);
         let latents = Tensor::zeros([1, 4, 8, 8], kind::FLOAT_CPU);
         assert_eq!(parts.decode(&latents)?.size(), [1, 3, 16, 16]);
         assert_eq!(parts.pixels_per_latent() * 8, i64::from(SIDE));
@@ -157,8 +158,9 @@ fn the_guided_label_combines_two_outputs() -> TestResult {
         let workshop = workshop(family);
         let teacher = read(&workshop.path("teacher"))?;
         let parts = teacher.parts.text_to_image(Placement::default())?;
-        let told = parts.encode(&["a red cat", "a dog"])?.conditioning;
-        let told = told.with_some(Conditioning::TIME_IDS, parts.time_ids([16, 16], 2));
+        let conditioning = parts.encode(&["a red cat", "a dog"])?.conditioning;
+        let conditioning =
+            conditioning.with_some(Conditioning::TIME_IDS, parts.time_ids([16, 16], 2));
         let mut empty = parts.empty()?;
         let states = empty.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
         let is_zero = states.abs().max().double_value(&[]) == 0.0;
@@ -169,12 +171,13 @@ fn the_guided_label_combines_two_outputs() -> TestResult {
             TeacherGuidance::Cfg { scale: 3.0 }.wrap(&teacher.network, guidance.null()?)?;
         let (x_t, t) =
             (Tensor::randn([2, 4, 8, 8], kind::FLOAT_CPU), Tensor::from_slice(&[999_i64, 500]));
-        let found = guided.predict(&x_t, &t, &told)?.epsilon;
+        let found = guided.predict(&x_t, &t, &conditioning)?.epsilon;
 
         empty = empty.index_select(&Tensor::from_slice(&[0_i64, 0]))?;
-        let sizes = told.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
+        let sizes = conditioning.get(Conditioning::TIME_IDS).map(Tensor::shallow_clone);
         empty = empty.with_some(Conditioning::TIME_IDS, sizes);
-        let [with, without] = [&told, &empty].map(|told| teacher.network.predict(&x_t, &t, told));
+        let [with, without] = [&conditioning, &empty]
+            .map(|conditioning| teacher.network.predict(&x_t, &t, conditioning));
         let (with, without) = (with?.epsilon, without?.epsilon);
         let expected = &without + 3.0 * (&with - &without);
         assert!((&found - &expected).abs().max().double_value(&[]) < 1e-4);
@@ -184,25 +187,25 @@ fn the_guided_label_combines_two_outputs() -> TestResult {
 }
 
 /// The messages of a run about its cache.
-fn said(workshop: &Workshop, name: &str, settings: &[&str]) -> String {
+fn messages(workshop: &Workshop, name: &str, settings: &[&str]) -> String {
     workshop.ddil(&arguments("distill", name, settings)).succeeded().stderr
 }
 
 #[test]
 fn a_cache_is_reused_and_rebuilt_for_other_data() -> TestResult {
     let workshop = workshop(Family::StableDiffusion);
-    let first = said(&workshop, "first", &[]);
+    let first = messages(&workshop, "first", &[]);
     assert!(first.contains("encoding 6 samples into cache"), "{first}");
     assert!(!first.contains("are smaller than"), "{first}");
     let before = snapshot(&workshop.path("cache"));
-    let again = said(&workshop, "again", &[]);
+    let again = messages(&workshop, "again", &[]);
     assert!(again.contains("using the encoded data in cache"), "{again}");
     assert!(snapshot(&workshop.path("cache")) == before, "the cache was written to");
 
     // Another image, another caption, other encoders: each causes the cache to be rebuilt.
     let rebuilt = |name: &str| {
-        let said = said(&workshop, name, &[]);
-        assert!(said.contains("will be rebuilt"), "{name}: {said}");
+        let messages = messages(&workshop, name, &[]);
+        assert!(messages.contains("will be rebuilt"), "{name}: {messages}");
         assert!(!workshop.path(".tmp-cache").exists());
     };
     write_colours(&workshop.path("captions/00.png"), SIDE, SIDE + 1, 77);
@@ -223,12 +226,12 @@ fn a_cache_is_reused_and_rebuilt_for_other_data() -> TestResult {
     let text = fs::read_to_string(&index)?;
     fs::write(&index, text.replacen('{', "{\"force_zeros_for_empty_prompt\": true,", 1))?;
     rebuilt("index");
-    let said = said(&workshop, "resolution", &["data.resolution=20"]);
+    let messages = messages(&workshop, "resolution", &["data.resolution=20"]);
     // Two are too low, three too narrow, one of them both.
     for words in
         ["will be rebuilt", "[4, 10, 10]", "[4, 8, 8]", "4 of 6 images are smaller than 20x20"]
     {
-        assert!(said.contains(words), "{words}: {said}");
+        assert!(messages.contains(words), "{words}: {messages}");
     }
     Ok(())
 }
@@ -262,15 +265,15 @@ fn a_cache_contains_the_output_of_the_teachers_encoders() -> TestResult {
         let sizes = [picture.original_size, picture.crop_offset, size].concat();
         assert_eq!(numbers(&samples["time_ids"].get(i))?, sizes, "{i}");
         let rows = numbers(&samples["prompts"].get(i))?;
-        let told = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
-        assert!(told.eq(&own), "{rows:?} for {own:?}");
+        let conditioning = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
+        assert!(conditioning.eq(&own), "{rows:?} for {own:?}");
     }
 
     // Every text once, after the empty prompt.
-    let said: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
-    let said = parts.encode(&said)?.conditioning;
+    let messages: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
+    let messages = parts.encode(&messages)?.conditioning;
     let n = texts.len() as i64 - 1;
-    for (name, part) in said.parts() {
+    for (name, part) in messages.parts() {
         assert!(near(&prompts[name].narrow(0, 1, n), part), "{name}");
         assert_eq!(prompts[name].get(0).abs().max().double_value(&[]), 0.0, "{name}");
     }
@@ -310,7 +313,7 @@ fn long_prompts_are_cut_with_a_warning_and_dry_runs_encode_nothing() -> TestResu
     for (name, words) in
         [("long", "encoding 2 samples"), ("again", "using the encoded data in said")]
     {
-        let ended = said(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
+        let ended = messages(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
         for words in [words, "1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {
             assert!(ended.contains(words), "{words}: {ended}");
         }

@@ -458,11 +458,11 @@ fn an_import_lists_all_problems_and_writes_nothing() -> TestResult {
 #[test]
 fn a_network_alone_is_given_a_scheduler_or_other_parts() -> TestResult {
     let workshop = Workshop::of_text(Family::StableDiffusion);
-    let told = ddil_models::UNet2DConditionConfig {
+    let guided = ddil_models::UNet2DConditionConfig {
         time_cond_proj_dim: Some(8),
         ..unet(Family::StableDiffusion)
     };
-    let network = ddil_models::Model::UNet2DCondition(told.build(Placement::default(), 1)?);
+    let network = ddil_models::Model::UNet2DCondition(guided.build(Placement::default(), 1)?);
     network.save_to_folder(workshop.path("alone/unet"))?;
     let ended = workshop.ddil(&["import", "alone", "usual"]).succeeded();
     assert!(ended.stderr.contains("--scheduler-from"), "{}", ended.stderr);

@@ -83,7 +83,7 @@ pub enum Sources {
 
 /// A method with the origin of its training states.
 #[derive(Clone, Debug)]
-pub struct Way {
+pub struct Variant {
     /// The method.
     pub method: Method,
     /// The origin of its states.
@@ -91,18 +91,18 @@ pub struct Way {
     policy: StudentPolicy,
 }
 
-impl Way {
+impl Variant {
     /// All variants of a method, beginning with the baseline.
     pub fn all(method: Method) -> Vec<Self> {
-        let way = |sources, policy| Self { method, sources, policy };
+        let variant = |sources, policy| Self { method, sources, policy };
         let forward = Self::forward(method);
-        let mixed = method.policies().into_iter().map(|policy| way(Sources::Mixture, policy));
-        let official = way(Sources::Student, StudentPolicy::Fresh);
+        let mixed = method.policies().into_iter().map(|policy| variant(Sources::Mixture, policy));
+        let official = variant(Sources::Student, StudentPolicy::Fresh);
         match method {
             Method::Dmd2 => [official, forward].into_iter().chain(mixed).collect(),
             Method::Lcm => std::iter::once(forward).chain(mixed).collect(),
             Method::Pd => {
-                let filling = way(Sources::Filling, method.preferred());
+                let filling = variant(Sources::Filling, method.preferred());
                 std::iter::once(forward).chain(mixed).chain([filling]).collect()
             }
         }

@@ -17,7 +17,7 @@ use ddil_trainer::{Ema, EmaConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::meter::{Metered, Meters, Role};
-use super::way::Way;
+use super::variant::Variant;
 use super::{Result, Workload};
 use crate::process::{processor_time, wait_for};
 
@@ -43,9 +43,9 @@ pub struct Round {
 }
 
 /// A training variant and its state.
-pub struct Arm {
+pub struct TrainingLoop {
     /// The variant.
-    pub way: Way,
+    pub variant: Variant,
     /// Passes of its networks.
     pub meters: Meters,
     /// The rounds measured so far.
@@ -102,20 +102,21 @@ impl Denoiser for Free<'_> {
     }
 }
 
-impl Arm {
+impl TrainingLoop {
     /// Creates networks, optimizers and mixer before the first update.
     ///
     /// # Errors
     ///
     /// Errors of the parts about their settings.
-    pub fn new(way: Way, workload: &Workload) -> Result<Self> {
+    pub fn new(variant: Variant, workload: &Workload) -> Result<Self> {
         let schedule = Workload::schedule()?;
-        let method = way.method.objective();
+        let method = variant.method.objective();
         let training = method.training_grid(&schedule, STEPS)?;
         let sampling = method.sampling_grid(&schedule, STEPS)?;
         let objective = method.build(&schedule, &training)?;
         let sampler = method.sampler_config(&schedule).build(&schedule)?;
-        let mixer = Mixer::with_rollout(way.mixer(workload.pool)?, training, sampling, sampler)?;
+        let mixer =
+            Mixer::with_rollout(variant.mixer(workload.pool)?, training, sampling, sampler)?;
         let teacher = workload.teacher()?;
         let student = teacher.duplicate(true)?;
         let learned = || student.parameters().learned();
@@ -130,7 +131,7 @@ impl Arm {
         Ok(Self {
             student_optimizer: AdamWConfig::default().build(learned())?,
             ema: EmaConfig::default().build(learned())?,
-            way,
+            variant,
             meters: Meters::default(),
             rounds: Vec::new(),
             batch: workload.batch,
@@ -208,7 +209,7 @@ impl Arm {
     }
 
     /// Discards the measurements.
-    pub fn forget_rounds(&mut self) {
+    pub fn clear_rounds(&mut self) {
         self.rounds.clear();
         self.meters = Meters::default();
     }

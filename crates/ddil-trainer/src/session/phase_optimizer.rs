@@ -19,7 +19,7 @@ pub struct UpdateConfig {
 
 /// The network trained in a phase, with its optimizer.
 #[derive(Debug)]
-pub(super) struct Trainee {
+pub(super) struct PhaseOptimizer {
     pub(super) phase: Phase,
     pub(super) optimizer: AdamW,
     learning_rate: LrSchedule,
@@ -48,16 +48,16 @@ fn values(scalars: [&Tensor; 3]) -> Result<[f64; 3]> {
     Ok([values[0], values[1], values[2]])
 }
 
-/// The trainee of a phase.
-pub(super) fn find(trainees: &mut [Trainee], phase: Phase) -> Result<&mut Trainee> {
-    let of_phase = trainees.iter_mut().find(|trainee| trainee.phase == phase);
+/// The optimizer of a phase.
+pub(super) fn find(optimizers: &mut [PhaseOptimizer], phase: Phase) -> Result<&mut PhaseOptimizer> {
+    let of_phase = optimizers.iter_mut().find(|optimizer| optimizer.phase == phase);
     of_phase.ok_or(Error::Losses(ddil_losses::Error::Phase { method: "this task", phase }))
 }
 
-impl Trainee {
-    /// All trainees of a task, with new optimizers.
+impl PhaseOptimizer {
+    /// The optimizers of all phases of a task, new.
     pub(super) fn all(task: &impl Task, config: &SessionConfig) -> Result<Vec<Self>> {
-        let trainee = |phase: &Phase| {
+        let phase_optimizer = |phase: &Phase| {
             let UpdateConfig { optimizer, learning_rate } = match phase {
                 Phase::Student => &config.student,
                 Phase::Critic => &config.critic,
@@ -68,7 +68,7 @@ impl Trainee {
                 learning_rate: *learning_rate,
             })
         };
-        task.trained().iter().map(trainee).collect()
+        task.trained().iter().map(phase_optimizer).collect()
     }
 
     /// From the loss to the optimizer's step; `step` counts the run's updates, `stage_step` the stage's.
