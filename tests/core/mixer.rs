@@ -68,8 +68,8 @@ impl Run {
     /// A step with its loss: batch, then the student's estimates of it.
     fn step(&mut self, step: u64) -> ddil_core::Result<States> {
         let states = self.next(step)?;
-        let label = &states.conditioning;
-        let x0 = self.student.predict(&states.x_t, &states.timesteps, label)?.x0;
+        let conditioning = &states.conditioning;
+        let x0 = self.student.predict(&states.x_t, &states.timesteps, conditioning)?.x0;
         let x0 = self.thresholding[0].apply(&x0)?;
         self.mixer.feed_back(&self.clock(step), &states, &Feedback::new(&x0))?;
         Ok(states)

@@ -145,9 +145,6 @@ fn other_versions_are_refused_with_a_message() {
             results::read(&folder.join("results.json")).err().map(message_of)
         }),
         ("cell.json", "", |folder| {
-            CellRecord::read(&folder.join("cell.json")).err().map(message_of)
-        }),
-        ("cell.json", "", |folder| {
             CellRecord::from_file(&folder.join("cell.json")).err().map(message_of)
         }),
         ("encoded/dataset.json", "", |folder| {

@@ -392,7 +392,7 @@ fn each_phase_gives_gradients_to_the_networks_it_trains() {
             &teacher.factor,
             &fake_score.factor,
             &thresholded.factor,
-            &discriminator.factor,
+            &trained.factor,
         ]
         .map(|factor| factor.grad().defined() && factor.grad().double_value(&[]) != 0.0);
         let expected = match phase {

@@ -120,8 +120,8 @@ impl Denoiser for Echo {
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
         let mut x0 = x_t.zeros_like();
-        let conditioning = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
-        for part in conditioning.into_iter().filter_map(|name| conditioning.get(name)) {
+        let names = [Conditioning::CLASS_LABELS, Conditioning::GUIDANCE_WEIGHT];
+        for part in names.into_iter().filter_map(|name| conditioning.get(name)) {
             x0 += part.to_kind(Kind::Double).view([-1, 1]);
         }
         Ok(Prediction::from_x0(&self.0, x0, x_t, timesteps)?)

@@ -240,7 +240,7 @@ fn an_adapter_is_attached_once_and_detached_without_a_trace() -> TestResult {
 fn half_precision_and_autocast_stay_close() -> TestResult {
     for name in NAMES {
         let path = golden(&format!("lora_{name}")).join(DIFFUSERS);
-        let output = &recorded(name)?["output"];
+        let expected = &recorded(name)?["output"];
         for channels_last in [false, true] {
             let kind = Kind::BFloat16;
             let placement = Placement { channels_last, ..Placement::default() };
@@ -264,7 +264,7 @@ fn half_precision_and_autocast_stay_close() -> TestResult {
             cast.to_kind(Kind::Float).square().sum(Kind::Float).backward();
             assert!(lora.parameters().learned().iter().all(|(_, t)| t.grad().defined()));
             for (what, found) in [("bf16", output), ("autocast", cast)] {
-                let error = relative_error(&found.to_kind(Kind::Float), output);
+                let error = relative_error(&found.to_kind(Kind::Float), expected);
                 println!("{name} {what}, channels last {channels_last}: {error:.1e}");
                 assert!(error <= 3e-2, "{name} {what}: {error}");
             }

@@ -199,7 +199,7 @@ fn mismatches_are_refused_by_name() {
     let noisy = Ddim::with_eta(schedule, 1.0).expect("in 0..=1");
     let message =
         noisy.step(&SamplerStep::new(&said, &t, &prev)).expect_err("no noise").to_string();
-    assert!(message.contains("needs `noise`"), "{message}");
+    assert!(message.contains("requires `noise`"), "{message}");
     let refused = |t, prev| {
         sampler.step(&SamplerStep::new(&said, t, prev)).expect_err("a misfit").to_string()
     };

@@ -306,7 +306,7 @@ fn mismatches_are_refused_by_name() {
     };
     let fits = noise_estimate(&x);
     assert!(say(&noise_estimate(&other), 499, Some(&x)).contains("has shape [1, 2]"));
-    assert!(say(&fits, 499, None).contains("needs `noise`"));
+    assert!(say(&fits, 499, None).contains("requires `noise`"));
     assert!(say(&fits, 499, Some(&other)).contains("`noise` has shape [1, 2]"));
     assert!(say(&fits, 1000, Some(&x)).contains("timestep 1000 is not in -1..=999"));
     // A step to clean data renews nothing.

@@ -65,7 +65,7 @@ fn mismatches_are_refused_by_name() {
     let said = Prediction { x0: rows(1, &[0.0]), epsilon: rows(1, &[0.0]) };
     let message =
         sampler.step(&SamplerStep::new(&said, &[9], &[3])).expect_err("no noise").to_string();
-    assert!(message.contains("Sampler::step") && message.contains("needs `noise`"), "{message}");
+    assert!(message.contains("Sampler::step") && message.contains("requires `noise`"), "{message}");
     let noise = rows(1, &[0.0, 0.0]);
     let step = SamplerStep::new(&said, &[9], &[3]).with_noise(&noise);
     assert!(sampler.step(&step).expect_err("a misfit").to_string().contains("[1, 2]"));

@@ -92,7 +92,7 @@ impl Task for OneWeight {
         if self.goes_wrong(step, Place::Answer) {
             outputs /= 0.0;
         }
-        Ok(UpdateLoss { per_sample, figures: Vec::new(), outputs: Some(outputs) })
+        Ok(UpdateLoss { per_sample, figures: Vec::new(), outputs_sum: Some(outputs) })
     }
 
     fn inspect(&mut self, step: u64, _phase: Phase) -> Result<Option<Evidence>> {

@@ -104,9 +104,9 @@ fn written_configs_read_back() -> TestResult {
         assert!(f64::from_le_bytes(event[&1][0].as_slice().try_into()?) > 1.7e9);
     }
     let summary = parse(&parse(&events[4][&5][0])[&1][0]);
-    let image = parse(&summary[&4][0]);
-    assert_eq!([image[&1][0][0], image[&2][0][0], image[&3][0][0]], [2, 5, 3]);
-    assert_eq!(image[&4][0], image.to_png()?);
+    let event = parse(&summary[&4][0]);
+    assert_eq!([event[&1][0][0], event[&2][0][0], event[&3][0][0]], [2, 5, 3]);
+    assert_eq!(event[&4][0], image.to_png()?);
     Ok(())
 }
 

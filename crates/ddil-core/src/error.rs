@@ -35,7 +35,7 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The conditioning lacks a part that a network requires.
-    #[error("{network} needs `{field}` in its conditioning and got none")]
+    #[error("{network} requires `{field}` in its conditioning, which has none")]
     ConditioningMissing {
         /// The network.
         network: String,

@@ -411,7 +411,7 @@ fn ensure_matches_skip(
         return refuse("prediction_type", prediction_type.as_str().to_owned(), expected);
     }
     if skip.schedule != *schedule.config() {
-        let expected = format!("that of the network, {:?}", skip.schedule);
+        let expected = format!("the network's, {:?}", skip.schedule);
         return refuse("schedule", format!("{:?}", schedule.config()), expected);
     }
     Ok(())

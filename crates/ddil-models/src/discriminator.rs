@@ -59,8 +59,9 @@ impl NetworkDiscriminator {
         let head = head.into();
         let channels = head::num_features(&network.config())?;
         if head.config().in_channels != channels {
-            let found = format!("made for {} channels", head.config().in_channels);
-            let expected = format!("{channels} channels, the features of the network");
+            let found = format!("a head for {} channels", head.config().in_channels);
+            let expected =
+                format!("a head for {channels} channels, those of the network's features");
             let op = "NetworkDiscriminator::new";
             return Err(ArgumentError::value(op, "head", found, expected).into());
         }

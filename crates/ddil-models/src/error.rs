@@ -34,7 +34,7 @@ pub enum Error {
     /// A network exceeds this crate's limits of size, independent of the available memory.
     #[error(
         "the settings describe a network of {parameters} parameters or more, with {} values or more up to `{at}`; at \
-         most {max_parameters} parameters with {max_values} values are possible",
+         most {max_parameters} parameters with {max_values} values are supported",
         values.map_or("2^63".to_owned(), |values| values.to_string())
     )]
     TooLarge {
@@ -74,7 +74,7 @@ pub enum Error {
         source: BoxedError,
     },
     /// A weights file is damaged or not a safetensors file.
-    #[error("{} is not a whole safetensors file", path.display())]
+    #[error("{} is not a complete safetensors file", path.display())]
     InvalidSafetensors {
         /// The file.
         path: PathBuf,
@@ -91,7 +91,7 @@ pub enum Error {
     },
     /// A weights file is a pickle, which can run code when it is read.
     #[error(
-        "{} is a pickle, which can run code when it is read; convert it once with Python: \
+        "{} is a pickle, and reading it can run code; convert it once with Python: \
          `safetensors.torch.save_file(torch.load(path, weights_only=True), \"model.safetensors\")`",
         path.display()
     )]
@@ -108,7 +108,7 @@ pub enum Error {
         problems: Box<IndexProblems>,
     },
     /// A folder contains no weights under the expected names.
-    #[error("{} holds none of {}{}", path.display(), expected.join(", "), Others(others))]
+    #[error("{} contains none of {}{}", path.display(), expected.join(", "), Others(others))]
     NoWeights {
         /// The folder.
         path: PathBuf,
@@ -118,7 +118,7 @@ pub enum Error {
         others: Vec<(String, Option<String>)>,
     },
     /// A tensor has a kind that a file cannot store.
-    #[error("`{name}` has kind {kind:?}, which a safetensors file cannot hold")]
+    #[error("`{name}` has kind {kind:?}, which a safetensors file cannot store")]
     UnsupportedKind {
         /// The tensor.
         name: String,
@@ -142,7 +142,7 @@ pub enum Error {
         part: &'static str,
     },
     /// A class label is outside of the network's table.
-    #[error("{op}: `class_labels` holds {found}; expected 0 to {max}")]
+    #[error("{op}: `class_labels` contains {found}; expected 0 to {max}")]
     ClassLabelOutOfRange {
         /// The function that was called.
         op: &'static str,
@@ -153,14 +153,14 @@ pub enum Error {
     },
     /// Features were requested from a network that returns only its output.
     #[error(
-        "{network} gives no features for a discriminator; a UNet2DModel, a UNet2DConditionModel and an Mlp do"
+        "{network} returns no features for a discriminator; a UNet2DModel, a UNet2DConditionModel and an Mlp do"
     )]
     NoFeatures {
         /// The class of the network.
         network: &'static str,
     },
     /// Projected embeddings were requested from a text encoder without projection.
-    #[error("{op}: the network has no projection; one of class CLIP...WithProjection has")]
+    #[error("{op}: the network has no projection; use one of class CLIP...WithProjection")]
     NoProjection {
         /// The function that was called.
         op: &'static str,
@@ -174,7 +174,7 @@ pub enum Error {
         missing: Vec<&'static str>,
     },
     /// A tokenizer file is invalid.
-    #[error("{} describes no tokenizer", path.display())]
+    #[error("{} contains no tokenizer", path.display())]
     InvalidTokenizer {
         /// The file.
         path: PathBuf,
@@ -182,7 +182,7 @@ pub enum Error {
         source: BoxedError,
     },
     /// A text could not be tokenized.
-    #[error("{op}: {text:?} cannot be cut into tokens")]
+    #[error("{op}: {text:?} cannot be split into tokens")]
     Tokenize {
         /// The function that was called.
         op: &'static str,
@@ -198,7 +198,7 @@ pub enum Error {
         problems: Box<WeightProblems>,
     },
     /// A layer already has an adapter.
-    #[error("{op}: `{layer}` has an adapter already; detach it first")]
+    #[error("{op}: `{layer}` already has an adapter; detach it first")]
     AdapterAttached {
         /// The function that was called.
         op: &'static str,
@@ -213,7 +213,7 @@ pub enum Error {
     },
     /// A file contains no adapter for the network.
     #[error(
-        "{} holds no adapter for the network, only {} tensors for text encoders",
+        "{} contains no adapter for the network, only {} tensors for text encoders",
         path.display(), ignored.len()
     )]
     NoAdapter {
@@ -307,7 +307,7 @@ pub struct IndexProblems {
 impl fmt::Display for IndexProblems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for shard in &self.outside {
-            write!(f, "\n  shard {shard:?} is no .safetensors file in the same folder")?;
+            write!(f, "\n  shard {shard:?} is not a .safetensors file in the same folder")?;
         }
         for (shard, reason) in &self.unreadable {
             write!(f, "\n  shard {shard:?}: {reason}")?;

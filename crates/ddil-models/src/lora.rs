@@ -98,7 +98,7 @@ impl LoraConfig {
         let unmatched = |target: &&String| !layers.iter().any(|layer| matches(&layer.name, target));
         let unmatched: Vec<_> = self.targets.iter().filter(unmatched).cloned().collect();
         if !unmatched.is_empty() {
-            let found = format!("{}, which no layer is called", unmatched.join(", "));
+            let found = format!("{}, which matches no layer", unmatched.join(", "));
             problems.push(Invalid::new("targets", found, one_of(layers)));
         }
         if !problems.is_empty() {
@@ -219,7 +219,7 @@ pub struct Lora {
 
 /// Keeps one adapter, or none, switched on until it is dropped; see [`Lora::switched`].
 #[derive(Debug)]
-#[must_use = "the switch goes back when this is dropped"]
+#[must_use = "the previous setting is restored when this is dropped"]
 pub struct Switched<'a> {
     switch: &'a Switch,
     before: u32,

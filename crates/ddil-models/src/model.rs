@@ -47,7 +47,7 @@ macro_rules! for_each_class {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "_class_name")]
 #[non_exhaustive]
-#[expect(clippy::large_enum_variant, reason = "a run has a handful, and copies none in a loop")]
+#[expect(clippy::large_enum_variant, reason = "a run has a few, and copies none in a loop")]
 pub enum ModelConfig {
     /// A U-Net for pixels.
     #[serde(rename = "UNet2DModel")]

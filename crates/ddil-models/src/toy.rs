@@ -64,7 +64,7 @@ fn ensure_countable(op: &'static str, name: &'static str, components: Option<usi
         _ => Err(Error::Argument(ArgumentError::Value {
             op,
             name,
-            value: components.map_or("beyond counting".to_owned(), |count| count.to_string()),
+            value: components.map_or("an overflow".to_owned(), |count| count.to_string()),
             expected: format!("at most {MAX_COMPONENTS}"),
         })),
     }
@@ -146,7 +146,10 @@ impl GaussianMixture {
                 op: "GaussianMixture::with_classes",
                 name: "labels",
                 value: format!("{labels:?}"),
-                expected: format!("{} labels from 0 on without a gap", self.num_components()),
+                expected: format!(
+                    "{} labels, starting at 0 and without gaps",
+                    self.num_components()
+                ),
             }));
         }
         let of_component = Tensor::from_slice(labels).to_device(self.means.device());
@@ -423,7 +426,7 @@ impl GaussianMixture {
         let size = x.size();
         let values = size.iter().skip(1).product::<i64>();
         if size.len() < 2 || values != self.dim() {
-            let expected = format!("[batch, {}], or as many values a sample", self.dim());
+            let expected = format!("[batch, {}], or as many values per sample", self.dim());
             return Err(Error::Argument(ArgumentError::Shape { op, name, shape: size, expected }));
         }
         if !is_float(x.kind()) {

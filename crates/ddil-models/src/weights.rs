@@ -375,7 +375,7 @@ impl OpenFile {
     fn tensor(&self, name: &str, info: &TensorInfo, room: Option<&Tensor>) -> Result<Tensor> {
         let kind = kind_of(info.dtype).ok_or_else(|| Error::InvalidSafetensors {
             path: self.file.path().into(),
-            source: format!("`{name}` is {:?}, which libtorch has no kind for", info.dtype).into(),
+            source: format!("`{name}` is {:?}, which libtorch does not support", info.dtype).into(),
         })?;
         let size = to_size(&info.shape);
         let (start, end) = info.data_offsets;

@@ -331,7 +331,7 @@ impl SchedulerConfig {
             (None, None, _) => Err(Error::Invalid(Invalid::new(
                 "num_inference_steps",
                 "not given",
-                format!("in 1..={total}, as the config has no `ddil_timesteps`"),
+                format!("in 1..={total}, because the config has no `ddil_timesteps`"),
             ))),
         }
     }
@@ -413,10 +413,13 @@ impl CommonConfig {
             Err(Error::NotRepresentable { class: "DDIMScheduler or LCMScheduler", field, reason })
         };
         let NoiseScheduleConfig::Vp(vp) = schedule else {
-            return refuse("schedule.family", "they are variance preserving");
+            return refuse("schedule.family", "diffusers' schedulers are variance preserving");
         };
         if prediction_type == PredictionType::Flow {
-            return refuse("prediction_type", "they know epsilon, sample and v_prediction");
+            return refuse(
+                "prediction_type",
+                "diffusers' schedulers support epsilon, sample and v_prediction",
+            );
         }
         let mut config = Self {
             num_train_timesteps: vp.num_train_timesteps,
@@ -446,9 +449,11 @@ impl CommonConfig {
                 config.clip_sample_range = *high;
             }
             Thresholding::Clamp(_) => {
-                return refuse("thresholding", "they clip to one symmetric range");
+                return refuse("thresholding", "diffusers' schedulers clip to one symmetric range");
             }
-            Thresholding::Reflect(_) => return refuse("thresholding", "they do not reflect"),
+            Thresholding::Reflect(_) => {
+                return refuse("thresholding", "diffusers' schedulers do not reflect");
+            }
         }
         Ok(config)
     }

@@ -30,7 +30,7 @@ pub enum Error {
         highest: i64,
     },
     /// A stochastic sampler was called without noise.
-    #[error("{op}: this sampler renews noise and needs `{argument}`, which is not given")]
+    #[error("{op}: this sampler adds noise and requires `{argument}`, which is missing")]
     NoiseMissing {
         /// The function that was called.
         op: &'static str,
@@ -62,7 +62,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A file does not contain a valid scheduler config.
-    #[error("{} is no scheduler config that can be used", path.display())]
+    #[error("{} is not a valid scheduler config", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -80,7 +80,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// Settings that a scheduler config of diffusers cannot represent.
-    #[error("`{field}` cannot be said in a {class} config: {reason}")]
+    #[error("`{field}` cannot be represented in a {class} config: {reason}")]
     NotRepresentable {
         /// The class to write.
         class: &'static str,

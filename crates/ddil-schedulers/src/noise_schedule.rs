@@ -212,7 +212,7 @@ impl VpConfig {
         if betas.len() != self.num_train_timesteps as usize {
             return Err(invalid(
                 format!("a list of {}", betas.len()),
-                &format!("num_train_timesteps = {} of them", self.num_train_timesteps),
+                &format!("a list of num_train_timesteps = {}", self.num_train_timesteps),
             ));
         }
         let last = betas.len() - 1;
@@ -480,7 +480,7 @@ fn rescale_to_zero_snr(alphas_cumprod: &mut [f64]) -> Result<()> {
         return Err(Error::Invalid(Invalid::new(
             "schedule.rescale_betas_zero_snr",
             "true",
-            "false for a single timestep, which would hold no signal at all",
+            "false for a single timestep, which would have no signal",
         )));
     }
     for (alpha_cumprod, root) in alphas_cumprod.iter_mut().zip(roots) {

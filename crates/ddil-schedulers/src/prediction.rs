@@ -130,10 +130,10 @@ impl PredictionType {
         };
         match self {
             Self::Epsilon if scale.alpha == 0.0 => refuse(
-                "the last timestep holds no signal (alpha is 0); use `v_prediction` or `sample`",
+                "the last timestep has no signal (alpha is 0); use `v_prediction` or `sample`",
             ),
             Self::VPrediction if !matches!(schedule.config(), NoiseScheduleConfig::Vp(_)) => {
-                refuse("it needs alpha² + sigma² = 1; use `flow_prediction` or `sample`")
+                refuse("it requires alpha² + sigma² = 1; use `flow_prediction` or `sample`")
             }
             _ => Ok(()),
         }

@@ -151,7 +151,7 @@ impl DataRange {
         Err(Error::Invalid(Invalid::new(
             "thresholding.low, thresholding.high",
             format!("{low:?}, {high:?}"),
-            "finite and in order, each one value or one a channel",
+            "finite and in order, each one value or one per channel",
         )))
     }
 }
@@ -172,7 +172,7 @@ impl Bound {
                 op: "Thresholding::apply",
                 name: "x0",
                 shape: x0.size(),
-                expected: format!("{} channels in dimension 1, one a bound", values.len()),
+                expected: format!("{} channels in dimension 1, one per bound", values.len()),
             }));
         }
         let mut shape = vec![1; x0.dim()];

@@ -188,7 +188,7 @@ impl Timesteps {
                 "substeps",
                 substeps,
                 format!(
-                    "at least 1 and at most the timesteps between neighbours of the grid {}",
+                    "at least 1 and at most the number of timesteps between neighbours of the grid {}",
                     shown(&self.timesteps)
                 ),
             ))

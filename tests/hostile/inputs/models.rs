@@ -178,7 +178,7 @@ fn model_folder() {
     let with_card = tiny_pipeline().with("ddil.json", card.files["ddil.json"].clone());
     let mut target = Target::new("model_folder", vec![tiny_pipeline(), with_card], read_folder);
     // The large file is another target's; its content here only costs time.
-    target.mend = |_| {};
+    target.repair = |_| {};
     target.run();
 }
 

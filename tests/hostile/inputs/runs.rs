@@ -148,7 +148,7 @@ fn checkpoint_as_it_is() {
 fn checkpoint_made_by_hand() {
     let seeds = vec![checkpoint_folder()];
     let mut target = Target::new("checkpoint_made_by_hand", seeds, read_checkpoint);
-    target.mend = seal;
+    target.repair = seal;
     target.run();
 }
 
@@ -161,7 +161,7 @@ fn spilled_buffer() {
 #[test]
 fn spilled_buffer_made_by_hand() {
     let mut target = Target::new("spilled_buffer_made_by_hand", spilled_seeds(), read_spilled);
-    target.mend = seal;
+    target.repair = seal;
     target.run();
 }
 

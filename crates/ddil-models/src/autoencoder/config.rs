@@ -160,7 +160,7 @@ impl AutoencoderKLConfig {
             ("up_block_types", self.up_block_types.len()),
         ];
         for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
-            let expected = format!("{levels} levels, as many as in `block_out_channels`");
+            let expected = format!("{levels} levels, the length of `block_out_channels`");
             problems.push(Invalid::new(key, format!("{len} levels long"), expected));
         }
         let groups = self.norm_num_groups.max(1);
@@ -211,7 +211,7 @@ impl AutoencoderKLConfig {
             problems.push(Invalid::new(keys, "one without the other", "both or none"));
         }
         if self.latents_mean.is_some() && self.shift_factor.is_some() {
-            let expected = "one way to centre latents; no published network has both";
+            let expected = "only one way to centre latents; no published network has both";
             let keys = format!("shift_factor, {keys}");
             problems.push(Invalid::new(keys, "all given", expected));
         }

@@ -150,7 +150,7 @@ impl ClipScore {
         ensure_dense(OP, "images", images)?;
         ensure_dense(OP, "input_ids", input_ids)?;
         if let (Some(&count), Some(&captions)) = (images.size().first(), input_ids.size().first()) {
-            let expected = || format!("[{count}, tokens], a caption for each image");
+            let expected = || format!("[{count}, tokens], one caption per image");
             ensure_shape(OP, "input_ids", input_ids, captions == count, expected)?;
         }
         let text = self.text_embeds(input_ids, attention_mask)?;

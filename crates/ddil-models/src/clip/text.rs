@@ -382,7 +382,7 @@ impl ClipTextModel {
         if let Some(mask) = attention_mask {
             let (name, kind) = ("attention_mask", mask.kind());
             ensure_dense(op, name, mask)?;
-            let expected = || format!("{size:?}, as `input_ids`");
+            let expected = || format!("{size:?}, the shape of `input_ids`");
             ensure_shape(op, name, mask, mask.size() == size, expected)?;
             let fits = matches!(kind, Kind::Int64 | Kind::Int | Kind::Bool);
             ensure_kind(op, name, mask, fits, "Int64, Int or Bool")?;

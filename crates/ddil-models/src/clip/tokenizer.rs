@@ -286,7 +286,7 @@ impl Settings {
             let special = named.iter().any(|(_, named)| named.content() == mark.content());
             add(&mut tokenizer, &mark, special);
             if tokenizer.token_to_id(mark.content()) != Some(id) {
-                let expected = format!("the number that {:?} has here", mark.content());
+                let expected = format!("the index of {:?}", mark.content());
                 problems.push(Invalid::new("added_tokens_decoder", id, expected));
             }
         }
@@ -334,7 +334,7 @@ fn ensure_short<'a>(
     place: &Path,
 ) -> Result<()> {
     let long = tokens.filter(|(_, content)| content.len() > MAX_TOKEN_BYTES);
-    let expected = format!("at most {MAX_TOKEN_BYTES} bytes a token");
+    let expected = format!("at most {MAX_TOKEN_BYTES} bytes per token");
     let problems: Vec<_> = long
         .map(|(key, content)| {
             let found = format!("a token of {} bytes", content.len());
@@ -377,7 +377,8 @@ fn contained<T>(
     // No state that a panic could leave inconsistent is used afterwards.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason");
+        let text =
+            text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
         Err(format!("the tokenizers library panicked: {text}").into())
     })
 }
@@ -397,7 +398,7 @@ fn read_whole(path: &Path) -> Result<Tokenizer> {
     let is_clip = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe)
         if bpe.end_of_word_suffix.as_deref() == Some(WORD_END));
     if !is_clip {
-        let reason = format!("it is no byte-pair encoding whose words end with {WORD_END}");
+        let reason = format!("it is not a byte-pair encoding whose words end with {WORD_END}");
         return Err(invalid(path, reason));
     }
     tokenizer.with_truncation(None).map_err(|source| invalid(path, source))?;

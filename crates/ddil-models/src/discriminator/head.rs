@@ -93,7 +93,10 @@ impl DiscriminatorHeadConfig {
         };
         let side = sample_side.zip(step).filter(|(side, step)| side % step == 0);
         let Some((side, step)) = side else {
-            let step = step.map_or("2 to the levels less one".to_owned(), |step| step.to_string());
+            let step = step
+                .map_or("2 to the power of the number of levels minus 1".to_owned(), |step| {
+                    step.to_string()
+                });
             let expected = format!("one side, a multiple of {step}, for a discriminator");
             let found = format!("{sample_size:?}");
             let problems = vec![Invalid::new("sample_size", found, expected)];
@@ -159,7 +162,7 @@ impl NetworkConfig for DiscriminatorHeadConfig {
             count_problems(&[("in_channels", Some(self.in_channels)), ("side", Some(self.side))]);
         let width = self.inner_width();
         if width < MIN_GROUP {
-            let expected = format!("at least {MIN_GROUP}, a group of a norm");
+            let expected = format!("at least {MIN_GROUP}, the size of a norm's group");
             let key = if self.width.is_some() { "width" } else { "in_channels" };
             problems.push(Invalid::new(key, width, expected));
         } else if let Some(groups) = self.norm_num_groups

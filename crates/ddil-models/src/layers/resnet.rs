@@ -109,7 +109,7 @@ impl ResnetBlock2D {
         let Some(projection) = &self.time_emb_proj else {
             return self.norm2.forward_with(hidden, None, activation);
         };
-        let time = time.ok_or_else(|| TchError::Shape("the blocks are told no timestep".into()))?;
+        let time = time.ok_or_else(|| TchError::Shape("the blocks take no timestep".into()))?;
         let time = projection.forward(time)?;
         match self.options.time_scale_shift {
             TimeScaleShift::Default => self.norm2.forward_with(hidden, Some(&time), activation),

@@ -60,7 +60,7 @@ impl Layer {
             }
             Attention::Text(transformer) => {
                 let missing =
-                    || TchError::Shape("a level looks at a text, and there is none".into());
+                    || TchError::Shape("a level has cross attention, but there is no text".into());
                 transformer.forward(&hidden, pass.text.ok_or_else(missing)?, pass.recompute)
             }
         }
@@ -210,7 +210,7 @@ impl UpBlock {
         let mut hidden = x;
         for layer in &self.layers {
             let skip = skips.pop().ok_or_else(|| {
-                TchError::Shape("the way up has more layers than the way down".into())
+                TchError::Shape("the up path has more layers than the down path".into())
             })?;
             hidden = layer.forward(&[&hidden, &skip], pass)?;
         }

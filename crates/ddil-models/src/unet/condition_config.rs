@@ -13,7 +13,7 @@ use crate::unet::pixels_config::{
 
 /// One value for all levels, or one per level, the finest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "one value for all levels, or a list of one a level")]
+#[serde(untagged, expecting = "one value for all levels, or a list with one per level")]
 pub enum PerLevel<T> {
     /// The same for all levels.
     All(T),
@@ -41,13 +41,13 @@ impl<T: Copy> PerLevel<T> {
 }
 
 fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
-    let expected = format!("{levels} levels, as many as in `block_out_channels`, or one number");
+    let expected = format!("{levels} levels, the length of `block_out_channels`, or one number");
     Invalid::new(key, format!("{len} levels long"), expected)
 }
 
 /// Blocks in the transformers of one level.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "a number of blocks, or a list of one a transformer")]
+#[serde(untagged, expecting = "a number of blocks, or a list with one per transformer")]
 pub enum TransformerDepth {
     /// The same number in each.
     All(u32),
@@ -75,7 +75,7 @@ impl TransformerDepth {
 
 /// Blocks in the transformers of all levels.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "a number of blocks, or a list of one number or list a level")]
+#[serde(untagged, expecting = "a number of blocks, or a list with one number or list per level")]
 pub enum TransformerLayers {
     /// The same number everywhere.
     All(u32),
@@ -502,7 +502,7 @@ impl UNet2DConditionConfig {
                 problems.push(wrong_length(reverse_key, depths.len(), levels));
             }
             None if self.transformer_layers_per_block.is_nested() => {
-                let expected = format!("a list, since `{key}` has lists in its list");
+                let expected = format!("a list, because `{key}` contains lists");
                 problems.push(Invalid::new(reverse_key, "null", expected));
             }
             _ => {}
@@ -529,8 +529,8 @@ impl UNet2DConditionConfig {
         let widths: BTreeSet<u32> =
             levels.iter().filter_map(|&level| self.cross_attention_dim.at(level)).collect();
         if widths.len() > 1 || widths.contains(&0) {
-            let found = format!("{widths:?} where there is cross attention");
-            let expected = "one width above 0, since all levels look at the same text";
+            let found = format!("{widths:?} at the levels with cross attention");
+            let expected = "one width above 0, because all levels attend to the same text";
             problems.push(Invalid::new("cross_attention_dim", found, expected));
         }
         // A mirrored list is checked twice.
@@ -539,7 +539,7 @@ impl UNet2DConditionConfig {
             if let Some(depth) = depth.filter(|depth| !depth.fits(num_layers))
                 && seen.insert(key.clone())
             {
-                let expected = format!("above 0, and a list {num_layers} long if it is one");
+                let expected = format!("above 0, or a list of length {num_layers}");
                 problems.push(Invalid::new(key, format!("{depth:?}"), expected));
             }
         }
@@ -565,7 +565,7 @@ impl UNet2DConditionConfig {
             if f64::from(features / 2) <= self.freq_shift.max(0.0) {
                 let found = self.addition_time_embed_dim.map_or("null".into(), |n| n.to_string());
                 let expected =
-                    "the sines and cosines of a number, at least 2 and more than twice freq_shift";
+                    "the number of sines and cosines: at least 2 and more than twice freq_shift";
                 problems.push(Invalid::new("addition_time_embed_dim", found, expected));
             }
         }

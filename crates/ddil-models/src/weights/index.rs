@@ -51,12 +51,12 @@ fn read(index: &Path) -> Result<BTreeMap<String, String>> {
         .map_err(|source| Error::InvalidJson { path: index.into(), source: source.into() })
         .and_then(|mut object| match object.remove("weight_map") {
             Some(Value::Object(weight_map)) => Ok(weight_map),
-            _ => Err(invalid("there is no object `weight_map`")),
+            _ => Err(invalid("it has no object `weight_map`")),
         })?
         .into_iter()
         .map(|(name, shard)| match shard {
             Value::String(shard) => Ok((name, shard)),
-            _ => Err(invalid("`weight_map` holds more than file names")),
+            _ => Err(invalid("`weight_map` contains values that are not file names")),
         })
         .collect()
 }
@@ -124,7 +124,7 @@ impl<'de> Visitor<'de> for UniqueKeys {
         while let Some(key) = map.next_key::<String>()? {
             map.next_value::<Self>()?;
             if let Some(key) = keys.replace(key) {
-                return Err(A::Error::custom(format!("`{key}` stands there twice")));
+                return Err(A::Error::custom(format!("`{key}` occurs twice")));
             }
         }
         Ok(self)

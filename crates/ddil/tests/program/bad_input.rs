@@ -132,7 +132,7 @@ fn invalid_adapters() {
             (&["student.lora={ targets = [] }"], &["student.lora", "targets", "empty", "to_q"]),
             (
                 &["student.lora={ targets = [\"to_q\", \"ff.net.2\"] }"],
-                &["student.lora", "ff.net.2, which no layer is called", "conv_shortcut"],
+                &["student.lora", "ff.net.2, which matches no layer", "conv_shortcut"],
             ),
             (&["student.lora={ export = \"both\" }"], &["export", "both", "`adapter`", "`merged`"]),
             (&[lora, model], &["student.lora", "student.model", "the teacher's own network"]),

@@ -54,14 +54,14 @@ fn the_teacher_is_a_model_folder_with_its_text_parts() -> TestResult {
         let pipeline = read(&workshop.path("teacher"))?;
         assert_eq!(pipeline.card.image_shape, [4, 8, 8]);
         let parts = pipeline.parts.text_to_image(Placement::default())?;
-        let messages = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
+        let encoded = parts.encode(&["a red cat", "a red cat, 2 dogs"])?;
         let states =
-            messages.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
+            encoded.conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).ok_or("states")?;
         let xl = family == Family::StableDiffusionXl;
         let width = if xl { WIDTHS[0] + WIDTHS[1] } else { WIDTHS[0] };
         assert_eq!(states.size(), [2, i64::from(TOKENS), i64::from(width)]);
-        assert_eq!(messages.conditioning.get(Conditioning::TEXT_EMBEDS).is_some(), xl);
-        assert_eq!(messages.truncated, [None, Some("gs".to_owned())]);
+        assert_eq!(encoded.conditioning.get(Conditioning::TEXT_EMBEDS).is_some(), xl);
+        assert_eq!(encoded.truncated, [None, Some("gs".to_owned())]);
         let latents = Tensor::zeros([1, 4, 8, 8], kind::FLOAT_CPU);
         assert_eq!(parts.decode(&latents)?.size(), [1, 3, 16, 16]);
         assert_eq!(parts.pixels_per_latent() * 8, i64::from(SIDE));
@@ -265,15 +265,15 @@ fn a_cache_contains_the_output_of_the_teachers_encoders() -> TestResult {
         let sizes = [picture.original_size, picture.crop_offset, size].concat();
         assert_eq!(numbers(&samples["time_ids"].get(i))?, sizes, "{i}");
         let rows = numbers(&samples["prompts"].get(i))?;
-        let conditioning = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
-        assert!(conditioning.eq(&own), "{rows:?} for {own:?}");
+        let found = rows.iter().filter(|row| **row >= 0).map(|row| &texts[*row as usize]);
+        assert!(found.eq(&own), "{rows:?} for {own:?}");
     }
 
     // Every text once, after the empty prompt.
-    let messages: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
-    let messages = parts.encode(&messages)?.conditioning;
+    let captions: Vec<&str> = texts.iter().skip(1).map(String::as_str).collect();
+    let encoded = parts.encode(&captions)?.conditioning;
     let n = texts.len() as i64 - 1;
-    for (name, part) in messages.parts() {
+    for (name, part) in encoded.parts() {
         assert!(near(&prompts[name].narrow(0, 1, n), part), "{name}");
         assert_eq!(prompts[name].get(0).abs().max().double_value(&[]), 0.0, "{name}");
     }

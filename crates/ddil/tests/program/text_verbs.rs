@@ -553,8 +553,8 @@ fn stable_diffusion_is_planned_from_its_settings() -> TestResult {
     plan.run.activation_checkpointing = true;
     let recomputed = MemoryPlan::of(&plan)?;
     assert_eq!(recomputed.held, planned.held);
-    let activations = |plan: &MemoryPlan| plan.peak() - plan.at_rest();
-    assert!(2 * activations(&recomputed) < twice - planned.at_rest());
+    let activations = |plan: &MemoryPlan| plan.peak() - plan.held_bytes();
+    assert!(2 * activations(&recomputed) < twice - planned.held_bytes());
     assert_eq!(planned.on_disk, []);
 
     // Beyond its memory a buffer is on disk: latents in half precision, and a prompt in single.
