@@ -112,7 +112,10 @@ fn a_weights_file_cannot_claim_more_than_its_length() {
         let folder = written("model.safetensors", [&length.to_le_bytes()[..], b"{}"].concat());
         let outcome =
             weights::read_all(folder.path().join("model.safetensors")).expect_err("too long");
-        assert_says(&outcome.to_string(), &["model.safetensors", "not a complete safetensors file"]);
+        assert_says(
+            &outcome.to_string(),
+            &["model.safetensors", "not a complete safetensors file"],
+        );
     }
 }
 
