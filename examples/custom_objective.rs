@@ -6,9 +6,9 @@
 //!
 //! Run with `cargo run --release --example custom_objective`.
 
-use ddil_core::{RandomStreams, Report, Rollout, Source, States};
+use ddil_core::{GaussianMixture, RandomStreams, Report, Rollout, Source, States};
 use ddil_losses::{LossRequest, LossTerms, Networks, Objective, Phase, pseudo_huber};
-use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
+use ddil_models::{MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, PredictionType, TimestepSpacing, Timesteps};
 use tch::{COptimizer, Kind, Tensor, kind};
 

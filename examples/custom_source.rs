@@ -8,11 +8,11 @@
 //! Run with `cargo run --release --example custom_source`.
 
 use ddil_core::{
-    Clock, Data, MixBatch, Mixer, MixerConfig, RandomStreams, Report, RolloutNetworks, Source,
-    SourceRequest, States, Stream, TrajectorySource,
+    Clock, Data, GaussianMixture, MixBatch, Mixer, MixerConfig, RandomStreams, Report,
+    RolloutNetworks, Source, SourceRequest, States, Stream, TrajectorySource,
 };
 use ddil_losses::{LossRequest, Networks, Objective, Phase, Progressive, ProgressiveConfig};
-use ddil_models::{GaussianMixture, MlpConfig, ModelConfig, NetworkDenoiser, Placement};
+use ddil_models::{MlpConfig, ModelConfig, NetworkDenoiser, Placement};
 use ddil_schedulers::{
     Ddim, NoiseScheduleConfig, PredictionType, Scales, TimestepSpacing, Timesteps,
 };

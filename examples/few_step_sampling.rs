@@ -5,9 +5,8 @@
 //!
 //! Run with `cargo run --release --example few_step_sampling`.
 
-use ddil_core::{RandomStreams, Report, Rollout, Stream};
+use ddil_core::{GaussianMixture, RandomStreams, Report, Rollout, Stream};
 use ddil_metrics::energy_distance;
-use ddil_models::GaussianMixture;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, TimestepSpacing, Timesteps};
 use tch::{Device, Kind, Tensor};
 

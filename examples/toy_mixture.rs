@@ -28,9 +28,9 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use ddil_core::{
-    Clock, Conditioning, Data, Denoiser, Guided, MixBatch, Mixer, MixerConfig, PriorSchedule,
-    Priors, RandomStreams, Rollout, RolloutNetworks, ShiftConfig, ShiftRequest, Stream,
-    StudentPolicy, measure_shift,
+    Clock, Conditioning, Data, Denoiser, GaussianMixture, Guided, MixBatch, Mixer, MixerConfig,
+    MixtureDenoiser, PriorSchedule, Priors, RandomStreams, Rollout, RolloutNetworks, ShiftConfig,
+    ShiftRequest, Stream, StudentPolicy, measure_shift,
 };
 use ddil_examples::{Result, Trainer, Training, mean_and_error};
 use ddil_losses::{
@@ -38,10 +38,7 @@ use ddil_losses::{
     Weighting,
 };
 use ddil_metrics::energy_distance;
-use ddil_models::{
-    GaussianMixture, MixtureDenoiser, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement,
-    SkipConfig,
-};
+use ddil_models::{MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement, SkipConfig};
 use ddil_schedulers::{
     BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, PredictionType, TimestepSpacing,
     Timesteps, VpConfig,

@@ -3,12 +3,11 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use ddil_core::{Priors, StudentPolicy, TeacherConfig};
+use ddil_core::{GaussianMixture, Priors, StudentPolicy, TeacherConfig};
 use ddil_examples::Result;
 use ddil_losses::{
     Dmd2Config, LatentConsistencyConfig, ObjectiveConfig, ProgressiveConfig, Weighting,
 };
-use ddil_models::GaussianMixture;
 use ddil_schedulers::{DataRange, Thresholding};
 use serde::{Deserialize, Serialize};
 

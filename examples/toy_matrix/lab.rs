@@ -4,14 +4,12 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, Guided, RandomStreams, Rollout, Stream, Thresholded,
+    Conditioning, Data, Denoiser, GaussianMixture, Guided, MixtureDenoiser, RandomStreams, Rollout,
+    Stream, Thresholded,
 };
 use ddil_examples::{Result, Trainer, Training};
 use ddil_losses::{TimestepWeights, Weighting};
-use ddil_models::{
-    GaussianMixture, MixtureDenoiser, MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement,
-    SkipConfig,
-};
+use ddil_models::{MlpConfig, Model, ModelConfig, NetworkDenoiser, Placement, SkipConfig};
 use ddil_schedulers::{
     BetaSchedule, Ddim, NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, Sampler,
     Thresholding, TimestepSpacing, Timesteps, VpConfig,

@@ -6,10 +6,11 @@ use std::collections::hash_map::Entry;
 use std::rc::Rc;
 
 use ddil_core::{
-    Conditioning, Data, Denoiser, ShiftConfig, ShiftRequest, Stream, Thresholded, measure_shift,
+    Conditioning, Data, Denoiser, GaussianMixture, ShiftConfig, ShiftRequest, Stream, Thresholded,
+    measure_shift,
 };
 use ddil_examples::{Result, Training};
-use ddil_models::{GaussianMixture, Model};
+use ddil_models::Model;
 use ddil_schedulers::{Ddim, Thresholding};
 use tch::{Kind, Tensor};
 

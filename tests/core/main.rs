@@ -8,6 +8,7 @@ mod conditioning;
 mod denoiser;
 mod loss_meter;
 mod mixer;
+mod mixture;
 mod priors;
 mod random;
 mod rollout;

@@ -3,17 +3,17 @@
 use std::thread;
 
 use ddil_core::{
-    AggregationBuffer, ClipMeter, Clock, Conditioning, Data, Denoiser, Feedback, Guided, LossMeter,
-    MixBatch, Mixer, MixerConfig, RandomStreams, Rollout, RolloutNetworks, SavedState, States,
-    StudentSource, TeacherSource, TrajectorySource,
+    AggregationBuffer, ClipMeter, Clock, Conditioning, Data, Denoiser, Feedback, GaussianMixture,
+    Guided, LossMeter, MixBatch, Mixer, MixerConfig, MixtureDenoiser, RandomStreams, Rollout,
+    RolloutNetworks, SavedState, States, StudentSource, TeacherSource, TrajectorySource,
 };
 use ddil_libtorch::{Generator, MappedFile, TensorList};
 use ddil_losses::{LossRequest, Networks, ObjectiveConfig, Phase, Progressive, TimestepWeights};
 use ddil_metrics::{FashionClassifier, Statistics, frechet_distance};
 use ddil_models::{
     AutoencoderKL, ClipScore, ClipTextModel, ClipTokenizer, ClipVisionModel, DiscriminatorHead,
-    GaussianMixture, Lora, MixtureDenoiser, Mlp, Model, ModelConfig, Parameters, Placement,
-    UNet2DConditionModel, UNet2DModel, UnknownKeys,
+    Lora, Mlp, Model, ModelConfig, Parameters, Placement, UNet2DConditionModel, UNet2DModel,
+    UnknownKeys,
 };
 use ddil_schedulers::{
     Ddim, Estimate, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, Sampler,

@@ -13,7 +13,6 @@ mod model;
 mod parameters;
 mod recompute;
 mod torch_script;
-mod toy;
 mod unet;
 mod unet_condition;
 mod unet_condition_config;

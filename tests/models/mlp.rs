@@ -1,7 +1,8 @@
 //! `Mlp`: its skip connection, its inputs, its names.
 
+use ddil_core::GaussianMixture;
 use ddil_libtorch::ArgumentError;
-use ddil_models::{Error, GaussianMixture, Mlp, MlpConfig, NetworkConfig, Placement, SkipConfig};
+use ddil_models::{Error, Mlp, MlpConfig, NetworkConfig, Placement, SkipConfig};
 use ddil_schedulers::NoiseScheduleConfig;
 use tch::{Kind, Tensor, kind};
 

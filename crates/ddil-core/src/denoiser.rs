@@ -5,6 +5,7 @@ mod closure;
 mod consistent;
 mod counted;
 mod guided;
+mod mixture;
 mod thresholded;
 
 pub use clip_meter::{ClipMeter, ClippedFraction};
@@ -12,6 +13,7 @@ pub use closure::FnDenoiser;
 pub use consistent::{Consistent, with_boundary};
 pub(crate) use counted::Counted;
 pub use guided::{Guided, GuidedByWeight};
+pub use mixture::{GaussianMixture, MixtureDenoiser};
 pub use thresholded::Thresholded;
 
 use ddil_libtorch::ensure_real;

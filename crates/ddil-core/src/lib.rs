@@ -43,6 +43,7 @@
 //! | for | there is |
 //! | --- | --- |
 //! | networks and their inputs | [`Denoiser`], [`FnDenoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
+//! | exact teachers in closed form | [`GaussianMixture`], [`MixtureDenoiser`] |
 //! | from noise to samples | [`Rollout`], [`MixedRollout`] |
 //! | a batch from a mixture | [`Mixer`], [`Clock`], [`MixBatch`], [`RolloutNetworks`], [`Feedback`] |
 //! | sources | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`], [`AggregationBuffer`] |
@@ -77,8 +78,8 @@ pub use conditioning::Conditioning;
 pub use ddil_files::Report;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
-    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, Guided,
-    GuidedByWeight, Thresholded, repeated_timestep, with_boundary,
+    ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, GaussianMixture,
+    Guided, GuidedByWeight, MixtureDenoiser, Thresholded, repeated_timestep, with_boundary,
 };
 pub use error::{Error, Result};
 pub use inputs::{Clock, Feedback, RolloutNetworks};

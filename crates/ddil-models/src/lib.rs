@@ -13,7 +13,7 @@
 //! | text to image | [`UNet2DConditionConfig`], [`UNet2DConditionModel`] |
 //! | images to latents and back | [`AutoencoderKLConfig`], [`AutoencoderKL`] |
 //! | text and images in one space | [`ClipTextModel`], [`ClipVisionModel`], [`ClipModel`], [`ClipScore`] |
-//! | vectors, closed forms, other networks | [`Mlp`], [`GaussianMixture`], [`TorchScript`] |
+//! | vectors, other networks | [`Mlp`], [`TorchScript`] |
 //! | sampling and losses | [`NetworkDenoiser`], with [`Precision`] and [`OutputObserver`]; [`NetworkDiscriminator`] |
 //! | adapters | [`LoraConfig`], [`Lora`] |
 //! | parameters and files | [`Parameters`], [`Matched`], [`weights`] |
@@ -63,7 +63,6 @@ mod model;
 mod network_output;
 mod parameters;
 mod torch_script;
-mod toy;
 mod transformers_json;
 mod unet;
 pub mod weights;
@@ -90,7 +89,6 @@ pub use model::{Model, ModelConfig};
 pub use network_output::NetworkOutput;
 pub use parameters::{Matched, Parameters, Placement};
 pub use torch_script::{TorchScript, TorchScriptConfig};
-pub use toy::{GaussianMixture, MixtureDenoiser};
 pub use unet::{
     AdditionEmbedType, AttentionType, ClassEmbedType, ConditionDownBlockType,
     ConditionMidBlockType, ConditionUpBlockType, DownBlockType, MidBlockType, PerLevel,

@@ -1,16 +1,16 @@
 use ddil_core::{
     AdaptivePriors, AdaptiveSignal, AggregationBuffer, BufferConfig, ClipMeter, Clock,
-    Conditioning, Consistent, Data, Denoiser, Discriminator, Draws, Error, Feedback, Generator,
-    Grids, Guided, GuidedByWeight, LossFeedback, LossMeter, MixBatch, MixedRollout, MixedVariant,
-    Mixer, MixerConfig, PriorSchedule, Priors, RandomStreams, Rollout, RolloutNetworks,
-    RolloutSteps, SavedFile, SavedState, ShiftConfig, ShiftRequest, Source, SourceConfig,
-    SourceRequest, States, Stream, StudentConfig, StudentPolicy, StudentSource, TeacherConfig,
-    TeacherSource, Thresholded, TrajectorySource, draw_grid_indices, first_state, measure_shift,
-    repeated_timestep, shift_at,
+    Conditioning, Consistent, Data, Denoiser, Discriminator, Draws, Error, Feedback,
+    GaussianMixture, Generator, Grids, Guided, GuidedByWeight, LossFeedback, LossMeter, MixBatch,
+    MixedRollout, MixedVariant, Mixer, MixerConfig, MixtureDenoiser, PriorSchedule, Priors,
+    RandomStreams, Rollout, RolloutNetworks, RolloutSteps, SavedFile, SavedState, ShiftConfig,
+    ShiftRequest, Source, SourceConfig, SourceRequest, States, Stream, StudentConfig,
+    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, Thresholded, TrajectorySource,
+    draw_grid_indices, first_state, measure_shift, repeated_timestep, shift_at,
 };
 use ddil_models::{
-    DiscriminatorHeadConfig, GaussianMixture, MixtureDenoiser, MlpConfig, ModelConfig,
-    NetworkConfig, NetworkDenoiser, NetworkDiscriminator, Placement,
+    DiscriminatorHeadConfig, MlpConfig, ModelConfig, NetworkConfig, NetworkDenoiser,
+    NetworkDiscriminator, Placement,
 };
 use ddil_schedulers::{
     ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, PredictionType,
@@ -20,7 +20,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tch::{Device, Tensor, kind};
 
-use super::cases::{Cases, ODD_NUMBERS, outcome};
+use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, outcome};
 
 fn schedule() -> NoiseSchedule {
     NoiseScheduleConfig::default().build().expect("the default is valid")
@@ -113,6 +113,7 @@ fn ddil_core() {
     buffer(&mut cases);
     judges(&mut cases);
     denoisers(&mut cases);
+    mixtures(&mut cases);
     rollouts(&mut cases);
     mixed(&mut cases);
     sources(&mut cases);
@@ -374,6 +375,75 @@ fn denoisers(cases: &mut Cases) {
     cases.tensors("repeated_timestep", &[&points()], |t| outcome(repeated_timestep(749, &t[0])));
     cases.cannot_fail(&["SourceRequest::states"]);
     cases.cannot_fail(&["Consistent::new", "Thresholded::metered", "with_boundary"]);
+}
+
+fn mixtures(cases: &mut Cases) {
+    let means = Tensor::ones([3, 2], kind::DOUBLE_CPU);
+    cases.tensors("GaussianMixture::new", &[&means], |t| {
+        outcome(GaussianMixture::new(&t[0], &[1.0; 3], &[1.0; 3]))
+    });
+    for number in ODD_NUMBERS {
+        cases.once("GaussianMixture::new", &number.to_string(), || {
+            outcome(GaussianMixture::new(&means, &[number; 3], &[1.0; 3]))?;
+            outcome(GaussianMixture::new(&means, &[1.0; 3], &[number; 3]))
+        });
+    }
+    cases.once("GaussianMixture::new", "too few", || {
+        outcome(GaussianMixture::new(&means, &[], &[1.0]))
+    });
+    for n in [0, 1, 2, 5] {
+        cases.once("GaussianMixture::ring", &n.to_string(), || outcome(GaussianMixture::ring(n)));
+        cases.once("GaussianMixture::grid", &n.to_string(), || outcome(GaussianMixture::grid(n)));
+    }
+    for n in [1 << 40, usize::MAX] {
+        cases.once("GaussianMixture::ring", &n.to_string(), || outcome(GaussianMixture::ring(n)));
+        cases.once("GaussianMixture::grid", &n.to_string(), || outcome(GaussianMixture::grid(n)));
+    }
+    let ring = || GaussianMixture::ring(4).expect("four modes");
+    for label in ODD_WHOLES {
+        cases.once("GaussianMixture::with_classes", &label.to_string(), || {
+            outcome(ring().with_classes(&[0, 1, label, 0]))
+        });
+        cases.once("GaussianMixture::without", &label.to_string(), || {
+            outcome(ring().without(&[label]))
+        });
+    }
+    cases.once("GaussianMixture::with_classes", "none", || outcome(ring().with_classes(&[])));
+    cases.once("GaussianMixture::without", "any", || outcome(ring().without(&[0, 1, 2, 3])));
+    mixture_densities(cases);
+}
+
+fn mixture_densities(cases: &mut Cases) {
+    let ring = || GaussianMixture::ring(4).expect("four modes");
+    let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
+    let (alpha, sigma) = (Tensor::ones([2], kind::FLOAT_CPU), Tensor::ones([2], kind::FLOAT_CPU));
+    let labels = Tensor::from_slice(&[0_i64, 1]);
+    let (alpha, sigma) = (alpha.view([2, 1]), sigma.view([2, 1]));
+    cases.tensors("GaussianMixture::posterior", &[&x, &alpha, &sigma, &labels], |t| {
+        outcome(ring().posterior(&t[0], &t[1], &t[2], Some(&t[3])))
+    });
+    cases.tensors("GaussianMixture::log_density", &[&x, &alpha, &sigma, &labels], |t| {
+        outcome(ring().log_density(&t[0], &t[1], &t[2], Some(&t[3])))
+    });
+    cases.tensors("GaussianMixture::distance_to_nearest", &[&x], |t| {
+        outcome(ring().distance_to_nearest(&t[0]))
+    });
+    let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
+    for n in [0, 1, -1, i64::MIN, i64::MAX, 1 << 50] {
+        cases.once("GaussianMixture::sample", &n.to_string(), || {
+            outcome(ring().sample(n, None, &mut generator))
+        });
+    }
+    cases.tensors("GaussianMixture::sample", &[&labels], |t| {
+        let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
+        outcome(ring().sample(2, Some(&t[0]), &mut generator))
+    });
+    for device in [Device::Cpu, Device::Cuda(0)] {
+        cases.once("GaussianMixture::to_device", &format!("{device:?}"), || {
+            outcome(ring().to_device(device))
+        });
+    }
+    cases.cannot_fail(&["GaussianMixture::on"]);
 }
 
 fn rollouts(cases: &mut Cases) {

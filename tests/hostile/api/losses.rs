@@ -1,11 +1,12 @@
-use ddil_core::{Conditioning, Data, RandomStreams, Source, States};
+use ddil_core::{
+    Conditioning, Data, GaussianMixture, MixtureDenoiser, RandomStreams, Source, States,
+};
 use ddil_losses::{
     Critic, Dmd2, Dmd2Config, LatentConsistency, LatentConsistencyConfig, LossRequest, Networks,
     Objective, ObjectiveConfig, Phase, Progressive, ProgressiveConfig, TeacherGuidance,
     TimestepWeights, Weighting, convex_weights, discriminator_loss, distribution_matching_gradient,
     generator_loss, halving_stages, progressive_target, pseudo_huber, squared_error,
 };
-use ddil_models::{GaussianMixture, MixtureDenoiser};
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, Scale, TimestepSpacing, Timesteps};
 use rand::SeedableRng;
 use rand::rngs::StdRng;

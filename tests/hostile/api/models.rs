@@ -6,11 +6,10 @@ use ddil_core::{Conditioning, Denoiser, Discriminator, Generator};
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
     AutoencoderKLConfig, ClipConfig, ClipModel, ClipScore, ClipTextConfig, ClipTextModel,
-    ClipTokenizer, ClipVisionConfig, ClipVisionModel, DiscriminatorHeadConfig, GaussianMixture,
-    HiddenState, Lora, LoraConfig, LoraFormat, MlpConfig, Model, ModelConfig, NetworkConfig,
-    NetworkDenoiser, NetworkDiscriminator, PerLevel, Placement, SampleSize, SkipConfig,
-    TorchScript, TorchScriptConfig, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConfig,
-    UnknownKeys,
+    ClipTokenizer, ClipVisionConfig, ClipVisionModel, DiscriminatorHeadConfig, HiddenState, Lora,
+    LoraConfig, LoraFormat, MlpConfig, Model, ModelConfig, NetworkConfig, NetworkDenoiser,
+    NetworkDiscriminator, PerLevel, Placement, SampleSize, SkipConfig, TorchScript,
+    TorchScriptConfig, UNet2DConditionConfig, UNet2DConditionInputs, UNet2DConfig, UnknownKeys,
 };
 use ddil_schedulers::{NoiseSchedule, NoiseScheduleConfig, PredictionType};
 use tch::{Device, Kind, Tensor, kind};
@@ -56,7 +55,6 @@ fn ddil_models() {
     discriminators(&mut cases);
     adapters(&mut cases);
     parameters(&mut cases);
-    mixtures(&mut cases);
     weight_files(&mut cases);
     programs(&mut cases);
     placements(&mut cases);
@@ -587,75 +585,6 @@ fn parameters(cases: &mut Cases) {
         });
     }
     cases.once("Parameters::save", "a folder", || outcome(whole.parameters().save("/")));
-}
-
-fn mixtures(cases: &mut Cases) {
-    let means = Tensor::ones([3, 2], kind::DOUBLE_CPU);
-    cases.tensors("GaussianMixture::new", &[&means], |t| {
-        outcome(GaussianMixture::new(&t[0], &[1.0; 3], &[1.0; 3]))
-    });
-    for number in ODD_NUMBERS {
-        cases.once("GaussianMixture::new", &number.to_string(), || {
-            outcome(GaussianMixture::new(&means, &[number; 3], &[1.0; 3]))?;
-            outcome(GaussianMixture::new(&means, &[1.0; 3], &[number; 3]))
-        });
-    }
-    cases.once("GaussianMixture::new", "too few", || {
-        outcome(GaussianMixture::new(&means, &[], &[1.0]))
-    });
-    for n in [0, 1, 2, 5] {
-        cases.once("GaussianMixture::ring", &n.to_string(), || outcome(GaussianMixture::ring(n)));
-        cases.once("GaussianMixture::grid", &n.to_string(), || outcome(GaussianMixture::grid(n)));
-    }
-    for n in [1 << 40, usize::MAX] {
-        cases.once("GaussianMixture::ring", &n.to_string(), || outcome(GaussianMixture::ring(n)));
-        cases.once("GaussianMixture::grid", &n.to_string(), || outcome(GaussianMixture::grid(n)));
-    }
-    let ring = || GaussianMixture::ring(4).expect("four modes");
-    for label in ODD_WHOLES {
-        cases.once("GaussianMixture::with_classes", &label.to_string(), || {
-            outcome(ring().with_classes(&[0, 1, label, 0]))
-        });
-        cases.once("GaussianMixture::without", &label.to_string(), || {
-            outcome(ring().without(&[label]))
-        });
-    }
-    cases.once("GaussianMixture::with_classes", "none", || outcome(ring().with_classes(&[])));
-    cases.once("GaussianMixture::without", "any", || outcome(ring().without(&[0, 1, 2, 3])));
-    mixture_densities(cases);
-}
-
-fn mixture_densities(cases: &mut Cases) {
-    let ring = || GaussianMixture::ring(4).expect("four modes");
-    let x = Tensor::ones([2, 2], kind::FLOAT_CPU);
-    let (alpha, sigma) = (Tensor::ones([2], kind::FLOAT_CPU), Tensor::ones([2], kind::FLOAT_CPU));
-    let labels = Tensor::from_slice(&[0_i64, 1]);
-    let (alpha, sigma) = (alpha.view([2, 1]), sigma.view([2, 1]));
-    cases.tensors("GaussianMixture::posterior", &[&x, &alpha, &sigma, &labels], |t| {
-        outcome(ring().posterior(&t[0], &t[1], &t[2], Some(&t[3])))
-    });
-    cases.tensors("GaussianMixture::log_density", &[&x, &alpha, &sigma, &labels], |t| {
-        outcome(ring().log_density(&t[0], &t[1], &t[2], Some(&t[3])))
-    });
-    cases.tensors("GaussianMixture::distance_to_nearest", &[&x], |t| {
-        outcome(ring().distance_to_nearest(&t[0]))
-    });
-    let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
-    for n in [0, 1, -1, i64::MIN, i64::MAX, 1 << 50] {
-        cases.once("GaussianMixture::sample", &n.to_string(), || {
-            outcome(ring().sample(n, None, &mut generator))
-        });
-    }
-    cases.tensors("GaussianMixture::sample", &[&labels], |t| {
-        let mut generator = Generator::new(Device::Cpu, 0).expect("there is a CPU");
-        outcome(ring().sample(2, Some(&t[0]), &mut generator))
-    });
-    for device in [Device::Cpu, Device::Cuda(0)] {
-        cases.once("GaussianMixture::to_device", &format!("{device:?}"), || {
-            outcome(ring().to_device(device))
-        });
-    }
-    cases.cannot_fail(&["GaussianMixture::on"]);
 }
 
 fn weight_files(cases: &mut Cases) {

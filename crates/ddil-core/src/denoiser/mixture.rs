@@ -2,12 +2,15 @@
 
 use std::f64::consts::PI;
 
-use ddil_core::{Conditioning, Denoiser};
-use ddil_libtorch::{ArgumentError, Generator, ensure_dense};
+use ddil_libtorch::{
+    ArgumentError, Generator, ensure_dense, ensure_kind, ensure_real, ensure_shape,
+};
 use ddil_schedulers::{NoiseSchedule, Prediction, Scales};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_labels, is_float};
+use crate::conditioning::Conditioning;
+use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
 
 /// A mixture of isotropic Gaussians whose posterior mean is known in closed form.
 ///
@@ -27,7 +30,7 @@ use crate::error::{Error, Result, ensure_labels, is_float};
 /// # Example
 ///
 /// ```
-/// use ddil_models::GaussianMixture;
+/// use ddil_core::GaussianMixture;
 /// use tch::{Tensor, kind};
 ///
 /// let mixture = GaussianMixture::ring(8)?;
@@ -35,7 +38,7 @@ use crate::error::{Error, Result, ensure_labels, is_float};
 /// let (alpha, sigma) = (Tensor::zeros([5], kind::FLOAT_CPU), Tensor::ones([5], kind::FLOAT_CPU));
 /// let prediction = mixture.posterior(&Tensor::randn([5, 2], kind::FLOAT_CPU), &alpha, &sigma, None)?;
 /// assert!(prediction.x0.abs().max().double_value(&[]) < 1e-6);
-/// # Ok::<_, ddil_models::Error>(())
+/// # Ok::<_, ddil_core::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct GaussianMixture {
@@ -61,12 +64,11 @@ const MAX_COMPONENTS: usize = 1 << 20;
 fn ensure_countable(op: &'static str, name: &'static str, components: Option<usize>) -> Result<()> {
     match components {
         Some(count) if count <= MAX_COMPONENTS => Ok(()),
-        _ => Err(Error::Argument(ArgumentError::Value {
-            op,
-            name,
-            value: components.map_or("an overflow".to_owned(), |count| count.to_string()),
-            expected: format!("at most {MAX_COMPONENTS}"),
-        })),
+        _ => {
+            let found = components.map_or("an overflow".to_owned(), |count| count.to_string());
+            let expected = format!("at most {MAX_COMPONENTS}");
+            Err(ArgumentError::value(op, name, found, expected).into())
+        }
     }
 }
 
@@ -87,33 +89,16 @@ impl GaussianMixture {
         const OP: &str = "GaussianMixture::new";
         ensure_dense(OP, "means", means)?;
         let size = means.size();
-        if size.len() != 2 || size.contains(&0) || !is_float(means.kind()) {
-            let expected = "[components, dim], floating point".to_owned();
-            return Err(Error::Argument(ArgumentError::Shape {
-                op: OP,
-                name: "means",
-                shape: size,
-                expected,
-            }));
-        }
+        let fits = size.len() == 2 && !size.contains(&0) && means.is_floating_point();
+        let expected = || "[components, dim], floating point".to_owned();
+        ensure_shape(OP, "means", means, fits, expected)?;
         for (name, values) in [("stds", stds), ("weights", weights)] {
             if values.len() as i64 != size[0] {
-                let (found, expected) = (vec![values.len() as i64], format!("[{}]", size[0]));
-                return Err(Error::Argument(ArgumentError::Shape {
-                    op: OP,
-                    name,
-                    shape: found,
-                    expected,
-                }));
+                let (shape, expected) = (vec![values.len() as i64], format!("[{}]", size[0]));
+                return Err(ArgumentError::Shape { op: OP, name, shape, expected }.into());
             }
             if let Some(value) = values.iter().find(|v| !(**v > 0.0 && v.is_finite())) {
-                let (found, expected) = (value.to_string(), "finite and above 0".to_owned());
-                return Err(Error::Argument(ArgumentError::Value {
-                    op: OP,
-                    name,
-                    value: found,
-                    expected,
-                }));
+                return Err(ArgumentError::value(OP, name, value, "finite and above 0").into());
             }
         }
         let total: f64 = weights.iter().sum();
@@ -138,19 +123,10 @@ impl GaussianMixture {
         // A larger label certainly leaves a gap; counting up to it could take very long.
         let count = labels.iter().max().map_or(0, |max| max.saturating_add(1));
         let all_there = count <= components && (0..count).all(|class| labels.contains(&class));
-        if labels.len() as i64 != self.num_components()
-            || !all_there
-            || labels.iter().any(|&l| l < 0)
-        {
-            return Err(Error::Argument(ArgumentError::Value {
-                op: "GaussianMixture::with_classes",
-                name: "labels",
-                value: format!("{labels:?}"),
-                expected: format!(
-                    "{} labels, starting at 0 and without gaps",
-                    self.num_components()
-                ),
-            }));
+        if labels.len() as i64 != components || !all_there || labels.iter().any(|&l| l < 0) {
+            let (found, op) = (format!("{labels:?}"), "GaussianMixture::with_classes");
+            let expected = format!("{components} labels, starting at 0 and without gaps");
+            return Err(ArgumentError::value(op, "labels", found, expected).into());
         }
         let of_component = Tensor::from_slice(labels).to_device(self.means.device());
         self.classes = Some(Classes { of_component, count });
@@ -220,15 +196,9 @@ impl GaussianMixture {
             || components.iter().any(|k| !all.contains(k))
             || !(0..self.num_classes()).all(has)
         {
-            return Err(Error::Argument(ArgumentError::Value {
-                op: "GaussianMixture::without",
-                name: "components",
-                value: format!("{components:?}"),
-                expected: format!(
-                    "some of {} components, not all of a class",
-                    self.num_components()
-                ),
-            }));
+            let (found, op) = (format!("{components:?}"), "GaussianMixture::without");
+            let expected = format!("some of {} components, not all of a class", all.end);
+            return Err(ArgumentError::value(op, "components", found, expected).into());
         }
         let log_weights = select(&self.log_weights);
         Ok(Self {
@@ -291,8 +261,8 @@ impl GaussianMixture {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::UnexpectedPart`],
-    /// [`Error::ClassLabelOutOfRange`] (only on the CPU).
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::Conditioning`] for labels of a mixture without
+    /// classes, or out of range (only on the CPU).
     pub fn posterior(
         &self,
         x_t: &Tensor,
@@ -356,13 +326,7 @@ impl GaussianMixture {
     ) -> Result<Tensor> {
         const OP: &str = "GaussianMixture::sample";
         if n < 0 {
-            let expected = "at least 0".to_owned();
-            return Err(Error::Argument(ArgumentError::Value {
-                op: OP,
-                name: "n",
-                value: n.to_string(),
-                expected,
-            }));
+            return Err(ArgumentError::value(OP, "n", n, "at least 0").into());
         }
         let device = generator.device();
         // Allocate first: the following operations cannot return an error.
@@ -422,21 +386,11 @@ impl GaussianMixture {
 
     /// `[batch, dim]`, `Double`.
     fn flat(&self, op: &'static str, name: &'static str, x: &Tensor) -> Result<Tensor> {
-        ensure_dense(op, name, x)?;
+        ensure_real(op, name, x)?;
         let size = x.size();
-        let values = size.iter().skip(1).product::<i64>();
-        if size.len() < 2 || values != self.dim() {
-            let expected = format!("[batch, {}], or as many values per sample", self.dim());
-            return Err(Error::Argument(ArgumentError::Shape { op, name, shape: size, expected }));
-        }
-        if !is_float(x.kind()) {
-            return Err(Error::Argument(ArgumentError::Kind {
-                op,
-                name,
-                kind: x.kind(),
-                expected: "floating point",
-            }));
-        }
+        let fits = size.len() >= 2 && size.iter().skip(1).product::<i64>() == self.dim();
+        let expected = || format!("[batch, {}], or as many values per sample", self.dim());
+        ensure_shape(op, name, x, fits, expected)?;
         Ok(x.reshape([size[0], self.dim()]).to_kind(Kind::Double))
     }
 
@@ -456,7 +410,9 @@ impl GaussianMixture {
         let weights = self.log_weights.to_device(device).unsqueeze(0).expand([batch, -1], false);
         let Some(labels) = labels else { return Ok(weights) };
         let Some(classes) = &self.classes else {
-            return Err(Error::UnexpectedPart { op, part: Conditioning::CLASS_LABELS });
+            let given = Conditioning::class_labels(labels.shallow_clone());
+            given.ensure_known(op, "GaussianMixture", self.conditioning_fields())?;
+            return Ok(weights);
         };
         ensure_labels(op, labels, batch, classes.count)?;
         let labels = labels.to_device(device).unsqueeze(1);
@@ -490,25 +446,53 @@ fn column(
     batch: i64,
     device: Device,
 ) -> Result<Tensor> {
-    ensure_dense(op, name, values)?;
-    if !is_float(values.kind()) {
-        let (found, expected) = (values.kind(), "floating point");
-        return Err(Error::Argument(ArgumentError::Kind { op, name, kind: found, expected }));
-    }
-    let count = values.numel() as i64;
-    if count != 1 && count != batch {
-        let expected = format!("[{batch}], one per sample, or one for all");
-        return Err(Error::Argument(ArgumentError::Shape {
-            op,
-            name,
-            shape: values.size(),
-            expected,
-        }));
-    }
+    ensure_real(op, name, values)?;
+    let fits = values.numel() == 1 || values.numel() as i64 == batch;
+    ensure_shape(op, name, values, fits, || format!("[{batch}], one per sample, or one for all"))?;
     Ok(values.reshape([-1, 1]).to_device(device).to_kind(Kind::Double))
 }
 
+/// Checks `labels`: `[batch]`, `Int64`, from 0 to `max`.
+fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Result<()> {
+    let name = Conditioning::CLASS_LABELS;
+    ensure_dense(op, name, labels)?;
+    let expected = || format!("[{batch}], one per sample");
+    ensure_shape(op, name, labels, labels.size() == [batch], expected)?;
+    ensure_kind(op, name, labels, labels.kind() == Kind::Int64, "Int64")?;
+    // On an accelerator this would synchronise with the device in every call.
+    if labels.device() != Device::Cpu || batch == 0 {
+        return Ok(());
+    }
+    let ends = [labels.min().int64_value(&[]), labels.max().int64_value(&[])];
+    match ends.into_iter().find(|label| !(0..=max).contains(label)) {
+        Some(found) => {
+            let problem = format!("holds {found}; expected 0 to {max}");
+            Err(Error::Conditioning { op, field: name.to_owned(), problem })
+        }
+        None => Ok(()),
+    }
+}
+
 /// A [`GaussianMixture`] on a noise schedule: an exact teacher.
+///
+/// # Example
+///
+/// ```
+/// use ddil_core::{GaussianMixture, Rollout};
+/// use ddil_schedulers::{Ddim, NoiseScheduleConfig, TimestepSpacing, Timesteps};
+/// use tch::{Tensor, kind};
+///
+/// let schedule = NoiseScheduleConfig::default().build()?;
+/// let sampler = Ddim::new(schedule.clone());
+/// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 50, 0)?;
+/// let teacher = GaussianMixture::ring(8)?.on(schedule);
+/// let noise = Tensor::randn([16, 2], kind::FLOAT_CPU);
+/// let samples = Rollout::new(&teacher, &sampler, &grid).sample(noise)?;
+/// // Most samples are at one of the eight modes, whose standard deviation is 0.08.
+/// let distances = teacher.mixture().distance_to_nearest(&samples)?;
+/// assert!(distances.mean(tch::Kind::Double).double_value(&[]) < 0.3);
+/// # Ok::<_, ddil_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct MixtureDenoiser {
     mixture: GaussianMixture,
@@ -528,16 +512,14 @@ impl Denoiser for MixtureDenoiser {
         x_t: &Tensor,
         timesteps: &Tensor,
         conditioning: &Conditioning,
-    ) -> ddil_core::Result<Prediction> {
+    ) -> Result<Prediction> {
         let op = "Denoiser::predict";
         conditioning.ensure_known(op, "GaussianMixture", self.mixture.conditioning_fields())?;
         ddil_libtorch::ensure_real(op, "x_t", x_t)?;
         let Scales { alpha, sigma } =
             self.schedule.scales_at(timesteps, &x_t.to_kind(Kind::Double))?;
         let labels = conditioning.get(Conditioning::CLASS_LABELS);
-        self.mixture
-            .posterior(x_t, &alpha, &sigma, labels)
-            .map_err(|source| ddil_core::Error::network("GaussianMixture", source))
+        self.mixture.posterior(x_t, &alpha, &sigma, labels)
     }
 
     fn schedule(&self) -> &NoiseSchedule {
