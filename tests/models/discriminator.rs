@@ -92,14 +92,15 @@ fn names_and_sizes_match_the_files() -> TestResult {
 
 #[test]
 fn a_head_fits_the_unet_it_is_made_for() -> TestResult {
-    let unet = |sample_size| UNet2DConfig {
-        sample_size,
-        block_out_channels: vec![32, 32, 64, 96],
-        ..UNet2DConfig::default()
+    let for_unet = |sample_size| {
+        let channels = vec![32, 32, 64, 96];
+        let unet =
+            UNet2DConfig { sample_size, block_out_channels: channels, ..UNet2DConfig::default() };
+        DiscriminatorHeadConfig::for_model(&ModelConfig::UNet2D(unet))
     };
-    let square = DiscriminatorHeadConfig::for_unet(&unet(Some(SampleSize::Square(32))))?;
+    let square = for_unet(Some(SampleSize::Square(32)))?;
     assert_eq!(square, config(96, 4));
-    let same = DiscriminatorHeadConfig::for_unet(&unet(Some(SampleSize::Rectangle([32, 32]))))?;
+    let same = for_unet(Some(SampleSize::Rectangle([32, 32])))?;
     assert_eq!(same, square);
     for sample_size in [
         None,
@@ -107,7 +108,7 @@ fn a_head_fits_the_unet_it_is_made_for() -> TestResult {
         Some(SampleSize::Rectangle([32, 64])),
         Some(SampleSize::Square(0)),
     ] {
-        let error = DiscriminatorHeadConfig::for_unet(&unet(sample_size));
+        let error = for_unet(sample_size);
         assert!(matches!(error, Err(Error::InvalidConfig { .. })), "{sample_size:?}: {error:?}");
     }
     let mlp = ModelConfig::Mlp(MlpConfig { hidden_widths: vec![24, 40], ..MlpConfig::default() });

@@ -24,6 +24,17 @@ const MAX_NUMBER: u64 = 1 << 20;
 const MAX_LIST: usize = 10_000;
 
 /// How to treat an unknown key.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, NetworkConfig, UnknownKeys};
+///
+/// let text = r#"{"dim": 3, "width": 5}"#;
+/// assert!(MlpConfig::from_json(text, UnknownKeys::Refuse).is_err());
+/// assert_eq!(MlpConfig::from_json(text, UnknownKeys::Ignore)?.dim, 3);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnknownKeys {
     /// An error that names it, because it may be a setting that changes the output.

@@ -19,6 +19,17 @@ use crate::parameters::{Init, Scope};
 pub(crate) type Output = std::result::Result<Tensor, TchError>;
 
 /// The nonlinearity between layers, spelt as in diffusers.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{Activation, NetworkConfig, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"act_fn": "swish"}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.act_fn, Activation::Silu);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activation {

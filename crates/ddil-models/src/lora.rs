@@ -69,7 +69,7 @@ impl LoraConfig {
     /// # Example
     ///
     /// ```
-    /// use ddil_models::{LoraConfig, Placement, UNet2DConfig};
+    /// use ddil_models::{LoraConfig, NetworkConfig, Placement, UNet2DConfig};
     ///
     /// let unet = UNet2DConfig::default().build(Placement::default(), 0)?;
     /// let config = LoraConfig::default_for(unet.parameters());
@@ -183,7 +183,7 @@ struct Adapted {
 /// # Example
 ///
 /// ```
-/// use ddil_models::{Lora, LoraConfig, MlpConfig, Placement};
+/// use ddil_models::{Lora, LoraConfig, MlpConfig, NetworkConfig, Placement};
 /// use tch::{Tensor, kind};
 ///
 /// let network = MlpConfig::default().build(Placement::default(), 0)?;

@@ -25,6 +25,17 @@ const FORWARD: &str = "Mlp::forward";
 /// `c_out = sigma sigma_data / s`, `c_in = 1 / s`: equation 7 and table 1 of
 /// [Karras et al. 2022](https://arxiv.org/abs/2206.00364), written for any alpha. With F = 0 it is the exact denoiser
 /// of Gaussian data.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, NetworkConfig, SkipConfig};
+///
+/// let skip = SkipConfig { sigma_data: 1.0, ..SkipConfig::default() };
+/// let config = MlpConfig { skip: Some(skip), ..MlpConfig::default() };
+/// config.ensure_valid()?;
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SkipConfig {

@@ -32,6 +32,29 @@ macro_rules! for_each_class {
     };
 }
 
+/// The network or settings of the same class.
+macro_rules! same_class {
+    ($value:expr, $inner:ident => $to:ident($code:expr)) => {
+        match $value {
+            Self::UNet2D($inner) => $to::UNet2D($code),
+            Self::UNet2DCondition($inner) => $to::UNet2DCondition($code),
+            Self::Mlp($inner) => $to::Mlp($code),
+            Self::TorchScript($inner) => $to::TorchScript($code),
+        }
+    };
+}
+
+/// Runs code for a U-Net; `None` for other classes.
+macro_rules! for_unet {
+    ($value:expr, $unet:ident => $code:expr) => {
+        match $value {
+            Self::UNet2D($unet) => Some($code),
+            Self::UNet2DCondition($unet) => Some($code),
+            Self::Mlp(_) | Self::TorchScript(_) => None,
+        }
+    };
+}
+
 /// The settings of a network; the class is the value of `_class_name`, as in diffusers' files.
 ///
 /// # Example
@@ -106,24 +129,25 @@ impl ModelConfig {
 
     /// Input and output channels of a U-Net; `None` for other classes.
     pub fn channels(&self) -> Option<[u32; 2]> {
-        match self {
-            Self::UNet2D(unet) => Some([unet.in_channels, unet.out_channels]),
-            Self::UNet2DCondition(unet) => Some([unet.in_channels, unet.out_channels]),
-            Self::Mlp(_) | Self::TorchScript(_) => None,
-        }
+        for_unet!(self, unet => [unet.in_channels, unet.out_channels])
     }
 
     /// Height and width of a U-Net's training samples; `None` if not in its settings, and for other classes.
     pub fn sample_size(&self) -> Option<[u32; 2]> {
-        let size = match self {
-            Self::UNet2D(unet) => unet.sample_size,
-            Self::UNet2DCondition(unet) => unet.sample_size,
-            Self::Mlp(_) | Self::TorchScript(_) => None,
-        };
-        size.map(|size| match size {
+        for_unet!(self, unet => unet.sample_size).flatten().map(|size| match size {
             SampleSize::Square(side) => [side; 2],
             SampleSize::Rectangle(sides) => sides,
         })
+    }
+
+    /// Channels of every level of a U-Net, the finest first; `None` for other classes.
+    pub(crate) fn level_channels(&self) -> Option<&[u32]> {
+        for_unet!(self, unet => unet.block_out_channels.as_slice())
+    }
+
+    /// Checks the settings.
+    pub(crate) fn ensure_valid(&self) -> Result<()> {
+        for_each_class!(self, config => config.ensure_valid())
     }
 
     /// Number of classes in the table; `None` for a network without one.
@@ -139,11 +163,7 @@ impl ModelConfig {
     /// Width of a U-Net's embedding of the guidance weight; `None` for a U-Net without this input, and for other
     /// classes.
     pub fn time_cond_proj_dim(&self) -> Option<u32> {
-        match self {
-            Self::UNet2D(unet) => unet.time_cond_proj_dim,
-            Self::UNet2DCondition(unet) => unet.time_cond_proj_dim,
-            Self::Mlp(_) | Self::TorchScript(_) => None,
-        }
+        for_unet!(self, unet => unet.time_cond_proj_dim).flatten()
     }
 
     /// The same U-Net with a guidance weight as input, through an embedding of this width.
@@ -151,16 +171,10 @@ impl ModelConfig {
     /// # Errors
     ///
     /// [`Error::InvalidConfig`] for other classes.
-    pub fn with_time_cond_proj_dim(self, width: u32) -> Result<Self> {
-        match self {
-            Self::UNet2D(unet) => {
-                Ok(Self::UNet2D(UNet2DConfig { time_cond_proj_dim: Some(width), ..unet }))
-            }
-            Self::UNet2DCondition(unet) => Ok(Self::UNet2DCondition(UNet2DConditionConfig {
-                time_cond_proj_dim: Some(width),
-                ..unet
-            })),
-            Self::Mlp(_) | Self::TorchScript(_) => Err(self.not_a_unet()),
+    pub fn with_time_cond_proj_dim(mut self, width: u32) -> Result<Self> {
+        match for_unet!(&mut self, unet => unet.time_cond_proj_dim = Some(width)) {
+            Some(()) => Ok(self),
+            None => Err(self.not_a_unet()),
         }
     }
 
@@ -169,18 +183,15 @@ impl ModelConfig {
     /// # Errors
     ///
     /// [`Error::InvalidConfig`] for other classes.
-    pub fn with_sample_size(self, sides: [u32; 2]) -> Result<Self> {
+    pub fn with_sample_size(mut self, sides: [u32; 2]) -> Result<Self> {
         let [height, width] = sides;
         let is_square = height == width;
         // diffusers' pipeline of Stable Diffusion XL multiplies this value, and does not accept a list.
         let sample_size =
-            Some(if is_square { SampleSize::Square(height) } else { SampleSize::Rectangle(sides) });
-        match self {
-            Self::UNet2D(unet) => Ok(Self::UNet2D(UNet2DConfig { sample_size, ..unet })),
-            Self::UNet2DCondition(unet) => {
-                Ok(Self::UNet2DCondition(UNet2DConditionConfig { sample_size, ..unet }))
-            }
-            Self::Mlp(_) | Self::TorchScript(_) => Err(self.not_a_unet()),
+            if is_square { SampleSize::Square(height) } else { SampleSize::Rectangle(sides) };
+        match for_unet!(&mut self, unet => unet.sample_size = Some(sample_size)) {
+            Some(()) => Ok(self),
+            None => Err(self.not_a_unet()),
         }
     }
 
@@ -208,12 +219,7 @@ impl ModelConfig {
     /// # Ok::<_, ddil_models::Error>(())
     /// ```
     pub fn without_values(&self) -> Result<Model> {
-        Ok(match self {
-            Self::UNet2D(config) => Model::UNet2D(config.without_values()?),
-            Self::UNet2DCondition(config) => Model::UNet2DCondition(config.without_values()?),
-            // Small, or with parameters in a file.
-            Self::Mlp(_) | Self::TorchScript(_) => self.build(Placement::default(), 0)?,
-        })
+        Ok(same_class!(self, config => Model(config.without_values()?)))
     }
 
     /// Checks the settings and builds a network with fresh parameters.
@@ -222,12 +228,11 @@ impl ModelConfig {
     ///
     /// As [`NetworkConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
-        Ok(match self {
-            Self::UNet2D(config) => Model::UNet2D(config.build(placement, seed)?),
-            Self::UNet2DCondition(config) => Model::UNet2DCondition(config.build(placement, seed)?),
-            Self::Mlp(config) => Model::Mlp(config.build(placement, seed)?),
-            Self::TorchScript(config) => Model::TorchScript(config.build(placement, seed)?),
-        })
+        Ok(same_class!(self, config => Model(config.build(placement, seed)?)))
+    }
+
+    fn build_from(&self, placement: Placement, weights: &Path) -> Result<Model> {
+        Ok(same_class!(self, config => Model(config.build_from(placement, weights)?)))
     }
 }
 
@@ -236,6 +241,21 @@ fn class_name_of<C: NetworkConfig>(_: &C) -> &'static str {
 }
 
 /// A network of any class.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, Model, NetworkConfig, Placement, UnknownKeys};
+///
+/// # let folder = std::env::temp_dir().join(format!("ddil-model-{}", std::process::id()));
+/// let model = Model::Mlp(MlpConfig::default().build(Placement::default(), 0)?);
+/// model.save_to_folder(&folder)?;
+/// let again = Model::from_folder(&folder, Placement::default(), UnknownKeys::Refuse)?;
+/// assert_eq!(again.class_name(), "Mlp");
+/// assert_eq!(again.config(), model.config());
+/// # std::fs::remove_dir_all(&folder)?;
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 #[expect(clippy::large_enum_variant, reason = "one lives for a whole run, and none is moved in it")]
@@ -277,21 +297,12 @@ impl Model {
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
         let folder = folder.as_ref();
-        let files = WeightFiles { variant, ..WeightFiles::DIFFUSION };
-        Ok(match ModelConfig::from_file(folder.join(config::FILE_NAME), unknown_keys)? {
-            ModelConfig::UNet2D(config) => {
-                Self::UNet2D(config.build_from(placement, files.find(folder)?)?)
-            }
-            ModelConfig::UNet2DCondition(config) => {
-                Self::UNet2DCondition(config.build_from(placement, files.find(folder)?)?)
-            }
-            ModelConfig::Mlp(config) => {
-                Self::Mlp(config.build_from(placement, files.find(folder)?)?)
-            }
-            ModelConfig::TorchScript(config) => {
-                Self::TorchScript(config.build_from(placement, folder.join(&config.file))?)
-            }
-        })
+        let config = ModelConfig::from_file(folder.join(config::FILE_NAME), unknown_keys)?;
+        let weights = match &config {
+            ModelConfig::TorchScript(config) => folder.join(&config.file),
+            _ => WeightFiles { variant, ..WeightFiles::DIFFUSION }.find(folder)?,
+        };
+        config.build_from(placement, &weights)
     }
 
     /// Writes the network to a folder in diffusers' layout, creating it if needed.
@@ -313,12 +324,7 @@ impl Model {
 
     /// The settings from which the network was built.
     pub fn config(&self) -> ModelConfig {
-        match self {
-            Self::UNet2D(unet) => ModelConfig::UNet2D(unet.config().clone()),
-            Self::UNet2DCondition(unet) => ModelConfig::UNet2DCondition(unet.config().clone()),
-            Self::Mlp(mlp) => ModelConfig::Mlp(mlp.config().clone()),
-            Self::TorchScript(script) => ModelConfig::TorchScript(script.config().clone()),
-        }
+        same_class!(self, network => ModelConfig(network.config().clone()))
     }
 
     /// The parameters, under their names in files.
@@ -332,14 +338,12 @@ impl Model {
     ///
     /// [`Error::Torch`] if a `TorchScript` program fails.
     pub fn set_training(&self, training: bool) -> Result<()> {
+        // An Mlp has no layers that depend on the mode.
+        for_unet!(self, unet => unet.set_training(training));
         match self {
-            Self::UNet2D(unet) => unet.set_training(training),
-            Self::UNet2DCondition(unet) => unet.set_training(training),
-            // It has no layers that depend on the mode.
-            Self::Mlp(_) => {}
-            Self::TorchScript(script) => script.set_training(training)?,
+            Self::TorchScript(script) => script.set_training(training),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Switches activation checkpointing on or off, see [`UNet2DModel::set_activation_checkpointing`].
@@ -348,22 +352,15 @@ impl Model {
     ///
     /// [`Error::InvalidConfig`] to switch it on for classes other than U-Nets, which have no blocks.
     pub fn set_activation_checkpointing(&self, on: bool) -> Result<()> {
-        match self {
-            Self::UNet2D(unet) => unet.set_activation_checkpointing(on),
-            Self::UNet2DCondition(unet) => unet.set_activation_checkpointing(on),
-            Self::Mlp(_) | Self::TorchScript(_) if on => return Err(self.config().not_a_unet()),
-            Self::Mlp(_) | Self::TorchScript(_) => {}
+        match for_unet!(self, unet => unet.set_activation_checkpointing(on)) {
+            None if on => Err(self.config().not_a_unet()),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Whether the backward pass recomputes activations.
     pub fn activation_checkpointing(&self) -> bool {
-        match self {
-            Self::UNet2D(unet) => unet.activation_checkpointing(),
-            Self::UNet2DCondition(unet) => unet.activation_checkpointing(),
-            Self::Mlp(_) | Self::TorchScript(_) => false,
-        }
+        for_unet!(self, unet => unet.activation_checkpointing()).unwrap_or(false)
     }
 
     /// The class name in `config.json`.

@@ -98,6 +98,20 @@ struct Parameter {
 /// The parameters of one network, in the order of its layers, under the names they have in its files.
 ///
 /// The tensors are handles: changing one changes the network.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MlpConfig, NetworkConfig, Placement};
+///
+/// let mlp = MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() };
+/// let mlp = mlp.build(Placement::default(), 0)?;
+/// let parameters = mlp.parameters();
+/// assert_eq!(parameters.learned().len(), 4, "two weights and two biases");
+/// assert_eq!(parameters.get("layers.1.bias").map(tch::Tensor::size), Some(vec![2]));
+/// assert!(parameters.get("layers.2.bias").is_none());
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Parameters {
     entries: Vec<Parameter>,

@@ -15,6 +15,17 @@ use crate::parameters::{Parameters, Placement, Values};
 const FORWARD: &str = "TorchScript::forward";
 
 /// The settings of a [`TorchScript`] network.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, TorchScriptConfig, UnknownKeys};
+///
+/// let config = TorchScriptConfig { class_labels: true, ..TorchScriptConfig::default() };
+/// assert_eq!(config.file, "model.pt");
+/// assert_eq!(TorchScriptConfig::from_json(&config.to_json(), UnknownKeys::Refuse)?, config);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TorchScriptConfig {
@@ -167,7 +178,7 @@ impl TorchScript {
     /// [`Error::Write`] if the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let aside = crate::weights::aside(path);
+        let aside = ddil_files::temporary_sibling(path);
         let written = self.module.borrow().save(&aside);
         let written = written.map_err(|e| crate::weights::write_error(path, first_line(&e)));
         written.and_then(|()| crate::weights::put_in_place(&aside, path)).inspect_err(|_| {

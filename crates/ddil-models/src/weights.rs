@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::MappedFile;
@@ -269,7 +269,7 @@ pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
 ) -> Result<()> {
-    let aside = aside(path);
+    let aside = ddil_files::temporary_sibling(path);
     let attempt = || {
         let file = File::create(&aside).map_err(|e| write_error(path, e))?;
         let mut buffered = BufWriter::with_capacity(1 << 20, &file);
@@ -291,21 +291,13 @@ pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
 
 /// Renames a file once it is on disk.
 pub(crate) fn put_in_place(aside: &Path, path: &Path) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let place = || {
         File::open(aside)?.sync_all()?;
-        fs::rename(aside, path)?;
-        // The new name is durable only once the folder is.
-        File::open(folder)?.sync_all()
+        fs::rename(aside, path)
     };
-    place().map_err(|e| write_error(path, e))
-}
-
-/// A name in the folder of `path` that no other process uses.
-pub(crate) fn aside(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.partial", std::process::id()));
-    path.with_file_name(name)
+    place().map_err(|e| write_error(path, e))?;
+    // The new name is durable only once the folder is.
+    ddil_files::sync_folder(ddil_files::parent(path)).map_err(|e| write_error(path, e))
 }
 
 pub(crate) fn write_error(path: &Path, source: impl Into<BoxedError>) -> Error {
@@ -460,36 +452,26 @@ fn to_size(shape: &[usize]) -> Vec<i64> {
     shape.iter().map(|&n| n as i64).collect()
 }
 
+/// The types of a file that libtorch has kinds for.
+const KINDS: [(Dtype, Kind); 10] = [
+    (Dtype::F64, Kind::Double),
+    (Dtype::F32, Kind::Float),
+    (Dtype::F16, Kind::Half),
+    (Dtype::BF16, Kind::BFloat16),
+    (Dtype::I64, Kind::Int64),
+    (Dtype::I32, Kind::Int),
+    (Dtype::I16, Kind::Int16),
+    (Dtype::I8, Kind::Int8),
+    (Dtype::U8, Kind::Uint8),
+    (Dtype::BOOL, Kind::Bool),
+];
+
 fn kind_of(dtype: Dtype) -> Option<Kind> {
-    Some(match dtype {
-        Dtype::F64 => Kind::Double,
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        Dtype::I64 => Kind::Int64,
-        Dtype::I32 => Kind::Int,
-        Dtype::I16 => Kind::Int16,
-        Dtype::I8 => Kind::Int8,
-        Dtype::U8 => Kind::Uint8,
-        Dtype::BOOL => Kind::Bool,
-        _ => return None,
-    })
+    KINDS.iter().find(|(other, _)| *other == dtype).map(|(_, kind)| *kind)
 }
 
 fn dtype_of(kind: Kind) -> Option<Dtype> {
-    Some(match kind {
-        Kind::Double => Dtype::F64,
-        Kind::Float => Dtype::F32,
-        Kind::Half => Dtype::F16,
-        Kind::BFloat16 => Dtype::BF16,
-        Kind::Int64 => Dtype::I64,
-        Kind::Int => Dtype::I32,
-        Kind::Int16 => Dtype::I16,
-        Kind::Int8 => Dtype::I8,
-        Kind::Uint8 => Dtype::U8,
-        Kind::Bool => Dtype::BOOL,
-        _ => return None,
-    })
+    KINDS.iter().find(|(_, other)| *other == kind).map(|(dtype, _)| *dtype)
 }
 
 /// A header whose entries keep their order; that of the `safetensors` crate writes metadata in random order.

@@ -208,10 +208,10 @@ fn batches(cases: &mut Cases) {
 }
 
 fn judges(cases: &mut Cases) {
-    let mlp = MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() };
-    let head =
-        DiscriminatorHeadConfig::for_mlp(&mlp).and_then(|head| head.build(Placement::default(), 0));
-    let network = ModelConfig::Mlp(mlp).build(Placement::default(), 0).expect("it is valid");
+    let mlp = ModelConfig::Mlp(MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() });
+    let head = DiscriminatorHeadConfig::for_model(&mlp)
+        .and_then(|head| head.build(Placement::default(), 0));
+    let network = mlp.build(Placement::default(), 0).expect("it is valid");
     let network =
         NetworkDenoiser::new(network, PredictionType::Epsilon, schedule()).expect("it fits");
     let judge = NetworkDiscriminator::new(&network, head.expect("it fits")).expect("it fits");

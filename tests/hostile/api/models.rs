@@ -194,8 +194,8 @@ fn mlps(cases: &mut Cases) {
             cases.once("NetworkConfig::build", &format!("{config:?}"), || {
                 outcome(config.build(placement(), 0))
             });
-            cases.once("DiscriminatorHeadConfig::for_mlp", &format!("{config:?}"), || {
-                outcome(DiscriminatorHeadConfig::for_mlp(&config))
+            cases.once("DiscriminatorHeadConfig::for_model", &format!("{config:?}"), || {
+                outcome(DiscriminatorHeadConfig::for_model(&ModelConfig::Mlp(config)))
             });
         }
     }
@@ -272,17 +272,14 @@ fn any_class(cases: &mut Cases) {
         cases.once("ModelConfig::build", &what, || {
             outcome(ModelConfig::UNet2D(config.clone()).build(placement(), 0))
         });
-        cases.once("DiscriminatorHeadConfig::for_unet", &what, || {
-            outcome(DiscriminatorHeadConfig::for_unet(&config))
-        });
         cases.once("DiscriminatorHeadConfig::for_model", &what, || {
             outcome(DiscriminatorHeadConfig::for_model(&ModelConfig::UNet2D(config.clone())))
         });
     }
     for (what, config) in odd_text_unets() {
         cases.once("NetworkConfig::build", &what, || outcome(config.build(placement(), 0)));
-        cases.once("DiscriminatorHeadConfig::for_unet_condition", &what, || {
-            outcome(DiscriminatorHeadConfig::for_unet_condition(&config))
+        cases.once("DiscriminatorHeadConfig::for_model", &what, || {
+            outcome(DiscriminatorHeadConfig::for_model(&ModelConfig::UNet2DCondition(config)))
         });
     }
 }
@@ -496,11 +493,11 @@ fn discriminators(cases: &mut Cases) {
             });
         }
     }
-    let mlp = MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() };
-    let network = ModelConfig::Mlp(mlp.clone()).build(placement(), 0).expect("it is valid");
+    let mlp = ModelConfig::Mlp(MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() });
+    let network = mlp.build(placement(), 0).expect("it is valid");
     let network =
         NetworkDenoiser::new(network, PredictionType::Epsilon, schedule()).expect("it fits");
-    let own = DiscriminatorHeadConfig::for_mlp(&mlp)
+    let own = DiscriminatorHeadConfig::for_model(&mlp)
         .and_then(|head| head.build(placement(), 0))
         .expect("it fits");
     let judge = NetworkDiscriminator::new(&network, own).expect("it fits");

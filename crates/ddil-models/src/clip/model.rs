@@ -19,6 +19,17 @@ use super::vision::ClipVisionModel;
 use super::vision_config::{ClipVisionClass, ClipVisionConfig};
 
 /// Both towers of CLIP: transformers' `CLIPModel`; built from a [`ClipConfig`] or by [`Self::from_folder`].
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipConfig, NetworkConfig};
+///
+/// let clip = ClipConfig::default().without_values()?;
+/// assert_eq!(clip.text().config().projection_dim, Some(512));
+/// assert_eq!(clip.vision().config().projection_dim, 512);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ClipModel {
     text: ClipTextModel,

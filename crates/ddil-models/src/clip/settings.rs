@@ -7,6 +7,17 @@ use tch::Tensor;
 use crate::config::count_problems;
 
 /// The nonlinearity of a CLIP tower, spelt as in transformers.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipActivation, ClipTextConfig, NetworkConfig, UnknownKeys};
+///
+/// let text = r#"{"hidden_act": "quick_gelu"}"#;
+/// let config = ClipTextConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.hidden_act, ClipActivation::QuickGelu);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClipActivation {

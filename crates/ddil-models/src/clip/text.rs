@@ -380,11 +380,11 @@ impl ClipTextModel {
         ensure_shape(op, name, input_ids, fits, expected)?;
         ensure_kind(op, name, input_ids, input_ids.kind() == Kind::Int64, "Int64")?;
         if let Some(mask) = attention_mask {
-            let (name, kind) = ("attention_mask", mask.kind());
+            let name = "attention_mask";
             ensure_dense(op, name, mask)?;
             let expected = || format!("{size:?}, the shape of `input_ids`");
             ensure_shape(op, name, mask, mask.size() == size, expected)?;
-            let fits = matches!(kind, Kind::Int64 | Kind::Int | Kind::Bool);
+            let fits = matches!(mask.kind(), Kind::Int64 | Kind::Int | Kind::Bool);
             ensure_kind(op, name, mask, fits, "Int64, Int or Bool")?;
         }
         let vocab = i64::from(self.config.vocab_size);

@@ -11,6 +11,17 @@ use super::settings::{ClipActivation, EncoderSettings};
 pub(super) const LARGEST_TOKEN: i64 = 2;
 
 /// The class of a text encoder: with or without a projection.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipTextClass, ClipTextConfig, NetworkConfig, UnknownKeys};
+///
+/// let text = r#"{"architectures": ["CLIPTextModelWithProjection"]}"#;
+/// let config = ClipTextConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.architectures, [ClipTextClass::TextModelWithProjection]);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClipTextClass {
     /// Hidden states only, for Stable Diffusion.

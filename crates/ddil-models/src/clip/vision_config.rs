@@ -8,6 +8,17 @@ use crate::config::count_problems;
 use super::settings::{ClipActivation, EncoderSettings};
 
 /// The class of a vision tower: with or without a projection.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClipVisionClass, ClipVisionConfig, NetworkConfig, UnknownKeys};
+///
+/// let text = r#"{"architectures": ["CLIPVisionModelWithProjection"]}"#;
+/// let config = ClipVisionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.architectures, [ClipVisionClass::VisionModelWithProjection]);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClipVisionClass {
     /// Hidden states only.

@@ -8,12 +8,8 @@ use tch::Tensor;
 use crate::config::{NetworkConfig, count_problems};
 use crate::error::{Error, Result};
 use crate::layers::{Activation, Conv2d, GroupNorm, Output};
-use crate::mlp::MlpConfig;
 use crate::model::ModelConfig;
 use crate::parameters::{Builder, Parameters, Placement, Values};
-use crate::torch_script::TorchScriptConfig;
-use crate::unet::condition_config::UNet2DConditionConfig;
-use crate::unet::pixels_config::{SampleSize, UNet2DConfig};
 
 /// Largest side at which one convolution covers the whole map.
 const LAST_SIDE: u32 = 4;
@@ -58,81 +54,20 @@ impl Default for DiscriminatorHeadConfig {
 }
 
 impl DiscriminatorHeadConfig {
-    /// A head for the output of the bottom level of a U-Net.
+    /// A head for the features of a network: the output of the bottom level of a U-Net; or the last hidden layer of an
+    /// [`Mlp`](crate::Mlp), for which the head is one more hidden layer of the same width, then one logit.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidConfig`] if the U-Net's `sample_size` is absent, not square, or not a multiple of 2 to the power
-    /// of the number of levels minus one; and as [`Self::build`].
-    pub fn for_unet(unet: &UNet2DConfig) -> Result<Self> {
-        unet.ensure_valid()?;
-        Self::of_bottom(UNet2DConfig::CLASS_NAME, unet.sample_size, &unet.block_out_channels)
-    }
-
-    /// The same for a U-Net conditioned on text.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::for_unet`].
-    pub fn for_unet_condition(unet: &UNet2DConditionConfig) -> Result<Self> {
-        unet.ensure_valid()?;
-        let class = UNet2DConditionConfig::CLASS_NAME;
-        Self::of_bottom(class, unet.sample_size, &unet.block_out_channels)
-    }
-
-    fn of_bottom(
-        class: &'static str,
-        sample_size: Option<SampleSize>,
-        channels: &[u32],
-    ) -> Result<Self> {
-        let step = 1_u32.checked_shl(channels.len() as u32 - 1);
-        let sample_side = match sample_size {
-            Some(SampleSize::Square(side)) => Some(side),
-            Some(SampleSize::Rectangle([height, width])) if height == width => Some(height),
-            _ => None,
-        };
-        let side = sample_side.zip(step).filter(|(side, step)| side % step == 0);
-        let Some((side, step)) = side else {
-            let step = step
-                .map_or("2 to the power of the number of levels minus 1".to_owned(), |step| {
-                    step.to_string()
-                });
-            let expected = format!("one side, a multiple of {step}, for a discriminator");
-            let found = format!("{sample_size:?}");
-            let problems = vec![Invalid::new("sample_size", found, expected)];
-            return Err(Error::InvalidConfig { what: class.into(), problems });
-        };
-        Self::of(channels.last().copied().unwrap_or(0), side / step)
-    }
-
-    /// A head for the last hidden layer of an [`Mlp`](crate::Mlp): one more hidden layer of the same width, then one
-    /// logit.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::build`].
-    pub fn for_mlp(mlp: &MlpConfig) -> Result<Self> {
-        mlp.ensure_valid()?;
-        Self::of(mlp.num_features(), 1)
-    }
-
-    /// As [`Self::for_unet`] or [`Self::for_mlp`].
-    ///
-    /// # Errors
-    ///
-    /// As these; [`Error::NoFeatures`] for a `TorchScript` program.
+    /// [`Error::InvalidConfig`] if settings are invalid, or a U-Net's `sample_size` is absent, not square, or not a
+    /// multiple of 2 to the power of the number of levels minus one; [`Error::NoFeatures`] for a `TorchScript` program.
     pub fn for_model(model: &ModelConfig) -> Result<Self> {
-        match model {
-            ModelConfig::UNet2D(unet) => Self::for_unet(unet),
-            ModelConfig::UNet2DCondition(unet) => Self::for_unet_condition(unet),
-            ModelConfig::Mlp(mlp) => Self::for_mlp(mlp),
-            ModelConfig::TorchScript(_) => {
-                Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })
-            }
-        }
-    }
-
-    fn of(in_channels: u32, side: u32) -> Result<Self> {
+        model.ensure_valid()?;
+        let in_channels = num_features(model)?;
+        let side = match model.level_channels() {
+            Some(levels) => bottom_side(model, levels.len() as u32)?,
+            None => 1,
+        };
         let config = Self { in_channels, side, ..Self::default() };
         config.ensure_valid()?;
         Ok(config)
@@ -186,15 +121,28 @@ impl NetworkConfig for DiscriminatorHeadConfig {
 /// Channels of the features of a network.
 pub(super) fn num_features(model: &ModelConfig) -> Result<u32> {
     match model {
-        ModelConfig::UNet2D(unet) => Ok(unet.block_out_channels.last().copied().unwrap_or(0)),
-        ModelConfig::UNet2DCondition(unet) => {
-            Ok(unet.block_out_channels.last().copied().unwrap_or(0))
-        }
         ModelConfig::Mlp(mlp) => Ok(mlp.num_features()),
-        ModelConfig::TorchScript(_) => {
-            Err(Error::NoFeatures { network: TorchScriptConfig::CLASS_NAME })
-        }
+        _ => model
+            .level_channels()
+            .and_then(|levels| levels.last().copied())
+            .ok_or(Error::NoFeatures { network: model.class_name() }),
     }
+}
+
+/// Height and width of the bottom level of a U-Net.
+fn bottom_side(model: &ModelConfig, levels: u32) -> Result<u32> {
+    let step = 1_u32.checked_shl(levels - 1);
+    let size = model.sample_size();
+    let side = size.filter(|[height, width]| height == width).map(|[height, _]| height).zip(step);
+    if let Some((side, step)) = side.filter(|(side, step)| side % step == 0) {
+        return Ok(side / step);
+    }
+    let step = step.map_or("2 to the power of the number of levels minus 1".to_owned(), |step| {
+        step.to_string()
+    });
+    let expected = format!("one side, a multiple of {step}, for a discriminator");
+    let problems = vec![Invalid::new("sample_size", format!("{size:?}"), expected)];
+    Err(Error::InvalidConfig { what: model.class_name().into(), problems })
 }
 
 /// The head of DMD2 on the bottleneck of its fake score: from features to one logit per sample.
@@ -206,6 +154,19 @@ pub(super) fn num_features(model: &ModelConfig) -> Result<u32> {
 /// three for SDXL (1280x32x32). With a side of 1 it is a network of two linear layers.
 ///
 /// Parameters are named `blocks.0.conv.weight`, `blocks.0.norm.weight`, .. and `conv_out.weight`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{DiscriminatorHeadConfig, ModelConfig, NetworkConfig, Placement, UNet2DConditionConfig};
+///
+/// let unet = ModelConfig::UNet2DCondition(UNet2DConditionConfig::sd15());
+/// let config = DiscriminatorHeadConfig::for_model(&unet)?;
+/// assert_eq!((config.in_channels, config.side), (1280, 8));
+/// let head = config.without_values()?;
+/// assert_eq!(head.parameters().get("blocks.0.conv.weight").map(|w| w.size()), Some(vec![1280, 1280, 4, 4]));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct DiscriminatorHead {
     config: DiscriminatorHeadConfig,

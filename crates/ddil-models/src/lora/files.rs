@@ -19,6 +19,22 @@ const KOHYA_UNET: &str = "lora_unet_";
 const TEXT_ENCODERS: [&str; 3] = ["text_encoder.", "text_encoder_2.", "lora_te"];
 
 /// The naming scheme of an adapter file.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{Lora, LoraConfig, LoraFormat, MlpConfig, NetworkConfig, Placement};
+///
+/// # let path = std::env::temp_dir().join(format!("ddil-lora-{}.safetensors", std::process::id()));
+/// let network = MlpConfig::default().build(Placement::default(), 0)?;
+/// let config = LoraConfig { rank: 2, alpha: 4.0, targets: vec!["layers.0".into()] };
+/// let lora = Lora::attach(network.parameters(), &config, 0)?;
+/// lora.save(&path, LoraFormat::Kohya)?;
+/// let names = ddil_models::weights::read_all(&path)?.into_keys().collect::<Vec<_>>();
+/// assert_eq!(names[1], "lora_unet_layers_0.lora_down.weight");
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoraFormat {
     /// `unet.LAYER.lora_A.weight`, ranks and alphas in the file's metadata: the format that diffusers'

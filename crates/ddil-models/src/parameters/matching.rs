@@ -92,7 +92,7 @@ impl Parameters {
     /// # Example
     ///
     /// ```
-    /// use ddil_models::{MlpConfig, Placement};
+    /// use ddil_models::{MlpConfig, NetworkConfig, Placement};
     ///
     /// let teacher = MlpConfig::default().build(Placement::default(), 0)?;
     /// let config = MlpConfig { hidden_widths: vec![32, 32, 32], ..MlpConfig::default() };

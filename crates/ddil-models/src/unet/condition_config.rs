@@ -12,6 +12,17 @@ use crate::unet::pixels_config::{
 };
 
 /// One value for all levels, or one per level, the finest first.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, PerLevel, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"attention_head_dim": [5, 10, 20, 20]}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.attention_head_dim.at(1), Some(10));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "one value for all levels, or a list with one per level")]
 pub enum PerLevel<T> {
@@ -46,6 +57,17 @@ fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
 }
 
 /// Blocks in the transformers of one level.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, TransformerDepth, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"reverse_transformer_layers_per_block": [1, 1, 1, [1, 2, 2]]}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.reverse_transformer_layers_per_block.unwrap()[0], TransformerDepth::All(1));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a number of blocks, or a list with one per transformer")]
 pub enum TransformerDepth {
@@ -74,6 +96,17 @@ impl TransformerDepth {
 }
 
 /// Blocks in the transformers of all levels.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, TransformerLayers, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"transformer_layers_per_block": 2}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.transformer_layers_per_block, TransformerLayers::All(2));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "a number of blocks, or a list with one number or list per level")]
 pub enum TransformerLayers {
@@ -118,6 +151,17 @@ pub enum ConditionUpBlockType {
 }
 
 /// The bottom level.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ConditionMidBlockType, NetworkConfig, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"mid_block_type": "UNetMidBlock2D"}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.mid_block_type, Some(ConditionMidBlockType::UNetMidBlock2D));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionMidBlockType {
     /// Two residual blocks with a transformer between them.
@@ -127,6 +171,17 @@ pub enum ConditionMidBlockType {
 }
 
 /// The embedding of a whole text that is added to the embedding of the timestep.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{AdditionEmbedType, NetworkConfig, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"addition_embed_type": "text"}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.addition_embed_type, Some(AdditionEmbedType::Text));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdditionEmbedType {
@@ -137,6 +192,17 @@ pub enum AdditionEmbedType {
 }
 
 /// How blocks of a transformer attend.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{AttentionType, NetworkConfig, UNet2DConditionConfig, UnknownKeys};
+///
+/// let text = r#"{"attention_type": "default"}"#;
+/// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.attention_type, AttentionType::Default);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionType {

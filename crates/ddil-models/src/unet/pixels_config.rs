@@ -8,6 +8,17 @@ use crate::layers::Activation;
 use crate::layers::embeddings::MIN_GUIDANCE_WIDTH;
 
 /// Height and width of a sample.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, SampleSize, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"sample_size": [64, 96]}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.sample_size, Some(SampleSize::Rectangle([64, 96])));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum SampleSize {
@@ -18,6 +29,17 @@ pub enum SampleSize {
 }
 
 /// How the timestep becomes features.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, TimeEmbeddingType, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"time_embedding_type": "fourier"}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.time_embedding_type, TimeEmbeddingType::Fourier);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TimeEmbeddingType {
@@ -30,6 +52,17 @@ pub enum TimeEmbeddingType {
 }
 
 /// A level of the down path.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{DownBlockType, NetworkConfig, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.down_block_types[3], DownBlockType::AttnDownBlock2D);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DownBlockType {
     /// Residual blocks.
@@ -41,6 +74,17 @@ pub enum DownBlockType {
 }
 
 /// A level of the up path.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, UNet2DConfig, UnknownKeys, UpBlockType};
+///
+/// let text = r#"{"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"]}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.up_block_types[0], UpBlockType::AttnUpBlock2D);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum UpBlockType {
     /// Residual blocks.
@@ -52,6 +96,17 @@ pub enum UpBlockType {
 }
 
 /// The bottom level.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{MidBlockType, NetworkConfig, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"mid_block_type": null}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.mid_block_type, None::<MidBlockType>);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MidBlockType {
     /// Two residual blocks, with attention between them if `add_attention`.
@@ -59,6 +114,17 @@ pub enum MidBlockType {
 }
 
 /// How height and width are halved and doubled.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, ResampleType, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"downsample_type": "conv"}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.downsample_type, ResampleType::Conv);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ResampleType {
@@ -68,6 +134,17 @@ pub enum ResampleType {
 }
 
 /// How a residual block applies the timestep.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{NetworkConfig, TimeScaleShift, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"resnet_time_scale_shift": "scale_shift"}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.resnet_time_scale_shift, TimeScaleShift::ScaleShift);
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TimeScaleShift {
@@ -79,6 +156,17 @@ pub enum TimeScaleShift {
 }
 
 /// The type of class labels other than indices into a learned table.
+///
+/// # Example
+///
+/// ```
+/// use ddil_models::{ClassEmbedType, NetworkConfig, UNet2DConfig, UnknownKeys};
+///
+/// let text = r#"{"class_embed_type": "timestep"}"#;
+/// let config = UNet2DConfig::from_json(text, UnknownKeys::Refuse)?;
+/// assert_eq!(config.class_embed_type, Some(ClassEmbedType::Timestep));
+/// # Ok::<_, ddil_models::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassEmbedType {
