@@ -7,7 +7,6 @@
 //! system's `read`. Rounds alternate; the output contains medians of the ratios per round, with the smallest and the
 //! largest.
 
-use std::error::Error;
 use std::fs::File;
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
@@ -22,7 +21,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tch::{Device, Kind, Tensor, kind};
 
-type Failure = Box<dyn Error>;
+type Failure = ddil_core::Report;
 
 const SHAPE: [i64; 4] = [64, 4, 64, 64];
 const BATCH: usize = SHAPE[0] as usize;

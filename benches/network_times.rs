@@ -3,7 +3,6 @@
 //! `network_times THREADS CASE [FOLDER]` initialises and reads lines from standard input. Each is a round: the case is
 //! timed once, and a line with the seconds is printed. So the caller can alternate rounds with another program's.
 
-use std::error::Error;
 use std::hint::black_box;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,7 +17,7 @@ use ddil_models::{
 use ddil_trainer::{AdamW, AdamWConfig};
 use tch::{Device, Kind, Tensor, kind};
 
-type Failure = Box<dyn Error>;
+type Failure = ddil_core::Report;
 
 /// The inputs of a network.
 struct Batch {

@@ -5,14 +5,13 @@
 //! another program's.
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::hint::black_box;
 use std::io::Write;
 use std::time::Instant;
 
 use ddil_benches::free::Free;
 use ddil_benches::process::wait_for;
-use ddil_core::{Conditioning, Denoiser, Rollout, Thresholded};
+use ddil_core::{Conditioning, Denoiser, Report, Rollout, Thresholded};
 use ddil_libtorch::Generator;
 use ddil_schedulers::{
     Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, Thresholding,
@@ -72,7 +71,7 @@ impl Case {
     }
 }
 
-fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Box<dyn Error>> {
+fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Report> {
     let schedule = NoiseScheduleConfig::default().build()?;
     let trailing = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;
     let free = || Free::new(schedule.clone(), shape, device);
@@ -101,7 +100,7 @@ fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Box<dyn Error>> {
     ])
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Report> {
     let mut arguments = std::env::args().skip(1);
     let threads = arguments.next().ok_or("sampling_times THREADS [DEVICE]")?.parse()?;
     let device = parse_device(arguments.next().as_deref().unwrap_or("cpu"))?;

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use ddil_core::Conditioning;
 use ddil_examples::replay::replay;
-use ddil_models::Precision;
-use ddil_models::{AutoencoderKL, ClipTextModel, Lora, Model, Placement, UnknownKeys, weights};
+use ddil_models::{
+    AutoencoderKL, ClipTextModel, Lora, Model, Placement, Precision, UnknownKeys, weights,
+};
 use ddil_pipelines::{Pipeline, PromptRequest, SamplePlan, Scheduler};
 use ddil_schedulers::SchedulerConfig;
 use serde::Deserialize;

@@ -16,8 +16,7 @@ use std::{env, fs};
 
 use ddil_examples::Result;
 use ddil_examples::text_to_image::{Drawn, Sampling, draw};
-use ddil_models::Precision;
-use ddil_models::{Placement, weights};
+use ddil_models::{Placement, Precision, weights};
 use ddil_pipelines::{Image, Layout, Pipeline};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/fashion-mnist-text-to-image");

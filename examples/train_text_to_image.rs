@@ -23,8 +23,7 @@ use ddil_examples::text_to_image::{
     train_networks, vocabulary, write_folder, write_tokenizer,
 };
 use ddil_metrics::{FASHION_CLASSES, FashionClassifier};
-use ddil_models::Precision;
-use ddil_models::{AutoencoderKL, Placement};
+use ddil_models::{AutoencoderKL, Placement, Precision};
 use ddil_pipelines::{Image, Layout, Pipeline};
 use tch::{Device, Tensor};
 

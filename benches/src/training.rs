@@ -15,4 +15,4 @@ pub use variant::{Method, Sources, Variant};
 pub use workload::{Workload, precision};
 
 /// Benchmarks only pass errors on.
-pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+pub type Result<T> = std::result::Result<T, ddil_core::Report>;

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ddil_models::weights;
-use ddil_trainer::{AdamW, AdamWConfig};
-use ddil_trainer::{Decay, LrSchedule};
-use ddil_trainer::{Ema, EmaConfig};
+use ddil_trainer::{AdamW, AdamWConfig, Decay, Ema, EmaConfig, LrSchedule};
 use tch::{Kind, Tensor};
 
 use crate::Result;

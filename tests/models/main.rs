@@ -1,5 +1,6 @@
 //! Tests of `ddil-models`, a module for each of its files.
 
+mod adapted;
 mod autoencoder;
 mod autoencoder_config;
 mod clip;

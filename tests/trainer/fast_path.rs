@@ -8,13 +8,13 @@ use ddil_losses::{
     LatentConsistencyConfig, LossRequest, Networks, Objective, ObjectiveConfig, Phase,
     ProgressiveConfig,
 };
-use ddil_models::Precision;
-use ddil_models::{Model, NetworkConfig, NetworkDenoiser, Parameters, Placement, UNet2DModel};
+use ddil_models::{
+    Model, NetworkConfig, NetworkDenoiser, Parameters, Placement, Precision, UNet2DModel,
+};
 use ddil_schedulers::{
     NoiseSchedule, NoiseScheduleConfig, PredictionType, Thresholding, Timesteps,
 };
-use ddil_trainer::{AdamW, AdamWConfig};
-use ddil_trainer::{Ema, EmaConfig};
+use ddil_trainer::{AdamW, AdamWConfig, Ema, EmaConfig};
 use tch::{Device, Kind, Tensor};
 
 use crate::{TestResult, small_unet};

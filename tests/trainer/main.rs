@@ -9,33 +9,15 @@ mod interrupt;
 mod logging;
 mod lr_schedule;
 mod memory;
-mod network;
 mod not_finite;
 mod optimizer;
 mod record;
 mod run_folder;
 mod tensorboard;
 
-use ddil_models::{DownBlockType, UNet2DConfig, UpBlockType};
-use ddil_tests::{child, folder_of_child};
+use ddil_tests::{child, folder_of_child, small_unet};
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
-
-/// A network for grey pixels of any size and three classes with a null class, of a few thousand values.
-fn small_unet() -> UNet2DConfig {
-    UNet2DConfig {
-        sample_size: None,
-        in_channels: 1,
-        out_channels: 1,
-        down_block_types: vec![DownBlockType::DownBlock2D, DownBlockType::AttnDownBlock2D],
-        up_block_types: vec![UpBlockType::AttnUpBlock2D, UpBlockType::UpBlock2D],
-        block_out_channels: vec![8, 16],
-        layers_per_block: 1,
-        norm_num_groups: 4,
-        num_class_embeds: Some(4),
-        ..UNet2DConfig::default()
-    }
-}
 
 /// As [`child`], in a process whose files cannot grow beyond 32 or 64 KiB, which simulates a full disk: writes fail
 /// half-way.

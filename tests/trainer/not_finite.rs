@@ -7,13 +7,12 @@ use std::path::Path;
 use ddil_core::Conditioning;
 use ddil_losses::Phase;
 use ddil_pipelines::{Image, Layout};
-use ddil_trainer::Evidence;
-use ddil_trainer::Interrupt;
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter, find_latest};
 use ddil_trainer::config::TrainConfig;
 use ddil_trainer::run_folder::{RunFolder, State, Status};
-use ddil_trainer::{Error, Result};
-use ddil_trainer::{Session, SessionConfig, Spent, Task, UpdateLoss};
+use ddil_trainer::{
+    Error, Evidence, Interrupt, Result, Session, SessionConfig, Spent, Task, UpdateLoss,
+};
 use serde_json::Value;
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 

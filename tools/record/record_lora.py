@@ -128,7 +128,7 @@ def check(folder):
 
 
 def check_pipeline(root):
-    """Loads the adapter of tests/trainer/network.rs with `load_lora_weights`, and compares."""
+    """Loads the adapter of tests/models/adapted.rs with `load_lora_weights`, and compares."""
     expected = load_file(root / "expected.safetensors")
     unet = UNet2DConditionModel.from_pretrained(root / "base", subfolder="unet").eval()
     scheduler = DDIMScheduler.from_pretrained(root / "base", subfolder="scheduler")

@@ -2,8 +2,7 @@
 
 use std::hint::black_box;
 
-use ddil_trainer::{AdamW, AdamWConfig};
-use ddil_trainer::{Ema, EmaConfig};
+use ddil_trainer::{AdamW, AdamWConfig, Ema, EmaConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::Result;

@@ -12,8 +12,7 @@ use ddil_libtorch::{TensorList, foreach_lerp_};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase};
 use ddil_models::{DiscriminatorHeadConfig, NetworkConfig, NetworkDenoiser, NetworkDiscriminator};
 use ddil_schedulers::{NoiseSchedule, Prediction, Thresholding};
-use ddil_trainer::{AdamW, AdamWConfig, ensure_finite};
-use ddil_trainer::{Ema, EmaConfig};
+use ddil_trainer::{AdamW, AdamWConfig, Ema, EmaConfig, ensure_finite};
 use tch::{Device, Kind, Tensor};
 
 use super::meter::{Metered, Meters, Role};

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use ddil_models::Precision;
 use ddil_models::{
-    DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize, UNet2DConfig,
-    UpBlockType,
+    DownBlockType, Model, NetworkConfig, NetworkDenoiser, Placement, Precision, SampleSize,
+    UNet2DConfig, UpBlockType,
 };
 use ddil_schedulers::{BetaSchedule, NoiseSchedule, NoiseScheduleConfig, PredictionType, VpConfig};
 use tch::Device;

@@ -322,12 +322,16 @@ pub(crate) fn directions(
 }
 
 /// Mean over directions of the squared distance between two sets of the same size, in `Float`. Waits for the device.
+///
+/// `ddil_metrics::sliced_wasserstein` is the same measure in `Double` for features; here the states remain in their
+/// kind on their device, and the caller chooses the directions.
 pub(crate) fn sliced_w2(first: &Tensor, second: &Tensor, directions: &Tensor) -> f64 {
     let sorted = |states: &Tensor| states.flatten(1, -1).matmul(directions).sort(0, false).0;
     (sorted(first) - sorted(second)).square().mean(Kind::Double).double_value(&[])
 }
 
-/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, where no state is compared with itself.
+/// `2 E|X - Y| - E|X - X'| - E|Y - Y'|`, where no state is compared with itself, in `Float` with sums in `Double`;
+/// `ddil_metrics::energy_distance` is the same in `Double` throughout.
 fn energy_distance(
     first: &Tensor,
     second: &Tensor,

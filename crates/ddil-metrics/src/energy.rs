@@ -11,7 +11,8 @@ use crate::{
 ///
 /// `2 E|X - Y| - E|X - X'| - E|Y - Y'|` of [Székely and Rizzo 2013](https://doi.org/10.1016/j.jspi.2013.03.018), where
 /// the last two means exclude a sample's distance to itself. The true value is 0 only for equal distributions. The
-/// estimate then has mean 0 and can be negative.
+/// estimate then has mean 0 and can be negative. Computed in `Double`; `ddil_core::measure_shift` has an estimate of its
+/// own in `Float` for states on a device.
 ///
 /// # Shapes and units
 ///

@@ -15,8 +15,7 @@ use ddil_core::{
     SavedState, Source, States, Stream, Thresholded, with_boundary,
 };
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements, TeacherGuidance};
-use ddil_models::NetworkDenoiser;
-use ddil_models::Placement;
+use ddil_models::{NetworkDenoiser, Placement};
 use ddil_pipelines::{
     Card, Guidance, Image, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
     grid_of_prompts,

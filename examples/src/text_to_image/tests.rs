@@ -1,8 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use ddil_data::ImageDataset;
-use ddil_models::Precision;
-use ddil_models::{Placement, weights};
+use ddil_models::{Placement, Precision, weights};
 use ddil_pipelines::Pipeline;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};

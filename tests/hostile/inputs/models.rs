@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ddil_models::Precision;
 use ddil_models::weights::{self, WeightFiles};
 use ddil_models::{
     AutoencoderKL, AutoencoderKLConfig, ClipConfig, ClipTextConfig, ClipTokenizer,
     ClipVisionConfig, DiscriminatorHeadConfig, Lora, MlpConfig, Model, ModelConfig, NetworkConfig,
-    Placement, TorchScript, TorchScriptConfig, UnknownKeys,
+    Placement, Precision, TorchScript, TorchScriptConfig, UnknownKeys,
 };
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 use safetensors::tensor::{Dtype, TensorView};

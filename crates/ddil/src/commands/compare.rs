@@ -15,8 +15,7 @@ use crate::compare::{
 use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail};
 use ddil_files::settings::Settings;
-use ddil_trainer::Interrupt;
-use ddil_trainer::Logging;
+use ddil_trainer::{Interrupt, Logging};
 
 use super::print;
 use crate::cli::CompareArgs;

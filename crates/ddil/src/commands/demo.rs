@@ -16,11 +16,9 @@ use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
 use ddil_pipelines::{Guidance, Image, Pipeline, SamplePlan, generate, initial_noise, layout};
 use ddil_schedulers::SamplerConfig;
-use ddil_trainer::Interrupt;
-use ddil_trainer::Logging;
-use ddil_trainer::Outcome;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::run_folder::RunFolder;
+use ddil_trainer::{Interrupt, Logging, Outcome};
 use tch::{Device, Kind, Tensor};
 
 use super::evaluate::{all_images, data_row};

@@ -5,8 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use ddil_core::Denoiser;
-use ddil_models::Placement;
-use ddil_models::Precision;
+use ddil_models::{Placement, Precision};
 use ddil_pipelines::{ModelFiles, Pipeline};
 use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
 use ddil_trainer::run_folder::{Status, is_in_use};

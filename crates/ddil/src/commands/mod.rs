@@ -23,10 +23,8 @@ use ddil_files::settings::Settings;
 use ddil_models::Placement;
 use ddil_pipelines::{Pipeline, SamplePlan};
 use ddil_schedulers::{ConsistencyBoundary, SamplerConfig, Thresholding};
-use ddil_trainer::Logging;
-use ddil_trainer::Progress;
 use ddil_trainer::config::{Precision, parse_device};
-use ddil_trainer::when_stdin_closes;
+use ddil_trainer::{Logging, Progress, when_stdin_closes};
 use serde::Deserialize;
 use tch::Kind;
 

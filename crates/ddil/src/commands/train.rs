@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use ddil_files::settings::{Settings, to_toml};
-use ddil_trainer::DistillTask;
-use ddil_trainer::Logging;
-use ddil_trainer::Result;
-use ddil_trainer::TrainTask;
 use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 use ddil_trainer::run_folder::{RunFolder, is_in_use};
-use ddil_trainer::{Interrupt, when_stdin_closes};
-use ddil_trainer::{Outcome, Session, SessionConfig, Task};
+use ddil_trainer::{
+    DistillTask, Interrupt, Logging, Outcome, Result, Session, SessionConfig, Task, TrainTask,
+    when_stdin_closes,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ddil_models::Precision;
-use ddil_models::{Lora, Placement, weights};
+use ddil_models::{Lora, Placement, Precision, weights};
 use ddil_pipelines::Pipeline;
 use tch::Tensor;
 

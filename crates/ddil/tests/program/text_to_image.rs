@@ -7,8 +7,7 @@ use std::path::Path;
 use ddil_core::{Conditioning, Denoiser};
 use ddil_data::{CaptionedImage, read_captions, read_cropped};
 use ddil_losses::TeacherGuidance;
-use ddil_models::Precision;
-use ddil_models::{Placement, weights};
+use ddil_models::{Placement, Precision, weights};
 use ddil_pipelines::{Guidance, Pipeline, PipelineClass};
 use tch::{Kind, Tensor, kind};
 

@@ -5,9 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::Precision;
 use ddil_models::weights::{self, WeightFiles};
-use ddil_models::{Lora, LoraConfig, LoraFormat, NetworkConfig, Placement, UNet2DConditionModel};
+use ddil_models::{
+    Lora, LoraConfig, LoraFormat, NetworkConfig, Placement, Precision, UNet2DConditionModel,
+};
 use ddil_pipelines::{
     Pipeline, PromptRequest, SamplePlan, initial_noise, sample_latents, with_published_timesteps,
 };

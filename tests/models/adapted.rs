@@ -5,19 +5,18 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_models::Precision;
 use ddil_models::{
-    LoraConfig, Model, NetworkConfig, NetworkDenoiser, Placement, UNet2DConfig, weights,
+    LoraConfig, Model, NetworkConfig, NetworkDenoiser, Placement, Precision, UNet2DConfig, weights,
 };
 use ddil_pipelines::{Card, Pipeline, Scheduler};
 use ddil_schedulers::{
     ConsistencyBoundary, NoiseScheduleConfig, PredictionType, SamplerConfig, Thresholding,
 };
-use ddil_trainer::AdamWConfig;
-use ddil_trainer::EmaConfig;
+use ddil_tests::small_unet;
+use ddil_trainer::{AdamWConfig, EmaConfig};
 use tch::{Kind, Tensor, kind};
 
-use crate::{TestResult, small_unet};
+use crate::common::TestResult;
 
 fn pixels() -> UNet2DConfig {
     UNet2DConfig {
