@@ -74,8 +74,9 @@ fn steps(c: &mut Criterion) {
             group.throughput(Throughput::Elements(x_t.numel() as u64));
             for (thresholding, settings) in thresholdings() {
                 let denoiser = Thresholded::new(&network, settings).expect("valid settings");
+                let level = network.schedule().level_at(749).expect("on the grid");
                 let step = || {
-                    let estimate = denoiser.estimate(&x_t, 749, &Conditioning::none())?;
+                    let estimate = denoiser.estimate(&x_t, level, &Conditioning::none())?;
                     let x_t = x_t.shallow_clone();
                     Ok::<_, ddil_core::Error>(sampler.step_at(x_t, &estimate, 499, Some(&noise))?)
                 };

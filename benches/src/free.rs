@@ -1,7 +1,7 @@
 //! A network that costs nothing, so that only the sampler is timed.
 
 use ddil_core::{Conditioning, Denoiser};
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction, PredictionType};
 use tch::{Device, Kind, Tensor};
 
 /// A denoiser over a network that returns the same noise, whatever its input.
@@ -33,9 +33,14 @@ impl Denoiser for Free {
         Ok(PredictionType::Epsilon.convert(&self.schedule, &self.output, x_t, timesteps)?)
     }
 
-    fn estimate(&self, _: &Tensor, timestep: i64, _: &Conditioning) -> ddil_core::Result<Estimate> {
+    fn estimate(
+        &self,
+        _: &Tensor,
+        level: NoiseLevel,
+        _: &Conditioning,
+    ) -> ddil_core::Result<Estimate> {
         let output = self.output.shallow_clone();
-        Ok(Estimate::of_output(&self.schedule, PredictionType::Epsilon, output, timestep)?)
+        Ok(Estimate::at_level(&self.schedule, PredictionType::Epsilon, output, level)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -1,7 +1,7 @@
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::{
-    Clamped, Error, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
-    channels_last, is_channels_last,
+    Clamped, Error, affine, affine_, affine_clamped, affine_clamped_, affine_four, affine_four_,
+    affine_noise, affine_noise_, channels_last, is_channels_last,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, kind};
@@ -56,14 +56,15 @@ fn doubles(t: &Tensor) -> Tensor {
 
 const NUMBERS: Clamped = Clamped { a: 1.25, b: -0.75, lo: -0.5, hi: 0.625, c: 0.375, d: -1.5 };
 
-/// The three results in doubles, by plain operations.
-fn plainly(x: &Tensor, y: &Tensor, noise: &Tensor) -> [Tensor; 3] {
+/// The four results in doubles, by plain operations; the fourth tensor of the last is `y`.
+fn plainly(x: &Tensor, y: &Tensor, noise: &Tensor) -> [Tensor; 4] {
     let [x, y, noise] = [x, y, noise].map(doubles);
     let Clamped { a, b, lo, hi, c, d } = NUMBERS;
     let sum = a * &x + b * &y;
     let clamped = c * &x + d * sum.clamp(lo, hi);
     let noised = &sum + c * noise;
-    [sum, clamped, noised]
+    let four = &noised + d * y;
+    [sum, clamped, noised, four]
 }
 
 proptest! {
@@ -78,7 +79,7 @@ proptest! {
     ) {
         let [x, y, noise] = [(0, kinds[0]), (1, kinds[1]), (2, kinds[0])]
             .map(|(i, kind)| tensor(shape, kind, layouts[i]));
-        let Clamped { a, b, c, .. } = NUMBERS;
+        let Clamped { a, b, c, d, .. } = NUMBERS;
         let expected = plainly(&x, &y, &noise);
         let near = kinds.map(tolerance).into_iter().fold(0.0, f64::max);
 
@@ -86,6 +87,7 @@ proptest! {
             affine(&x, &y, a, b)?,
             affine_clamped(&x, &y, &NUMBERS)?,
             affine_noise(&x, &y, &noise, a, b, c)?,
+            affine_four([&x, &y, &noise, &y], [a, b, c, d])?,
         ];
         for (result, expected) in fresh.iter().zip(&expected) {
             prop_assert!(max_difference(result, expected) < near);
@@ -98,14 +100,15 @@ proptest! {
             return Ok(());
         }
         // A copy with the memory layout of `x`.
-        let mut changed = [(); 3].map(|()| x.empty_like());
+        let mut changed = [(); 4].map(|()| x.empty_like());
         for changed in &mut changed {
             changed.copy_(&x);
         }
-        let [sum, clamped, noised] = &mut changed;
+        let [sum, clamped, noised, four] = &mut changed;
         affine_(sum, &y, a, b)?;
         affine_clamped_(clamped, &y, &NUMBERS)?;
         affine_noise_(noised, &y, &noise, a, b, c)?;
+        affine_four_(four, [&y, &noise, &y], [a, b, c, d])?;
         for (result, expected) in changed.iter().zip(&expected) {
             prop_assert!(max_difference(result, expected) < near);
             prop_assert_eq!(result.kind(), kinds[0]);
@@ -117,8 +120,9 @@ proptest! {
 #[test]
 fn many_elements_on_many_threads() -> TestResult {
     let [x, y, noise] = [0; 3].map(|_| Tensor::randn([3, 100_003], kind::FLOAT_CPU));
-    let Clamped { a, b, c, .. } = NUMBERS;
-    let [sum, clamped, noised] = plainly(&x, &y, &noise);
+    let Clamped { a, b, c, d, .. } = NUMBERS;
+    let [sum, clamped, noised, four] = plainly(&x, &y, &noise);
+    assert!(max_difference(&affine_four([&x, &y, &noise, &y], [a, b, c, d])?, &four) < 1e-5);
     assert!(max_difference(&affine(&x, &y, a, b)?, &sum) < 1e-5);
     assert!(max_difference(&affine_clamped(&x, &y, &NUMBERS)?, &clamped) < 1e-5);
     assert!(max_difference(&affine_noise(&x, &y, &noise, a, b, c)?, &noised) < 1e-5);
@@ -129,11 +133,11 @@ fn many_elements_on_many_threads() -> TestResult {
 #[test]
 #[ignore = "needs a GPU"]
 fn a_gpu_adds_as_the_cpu_does() -> TestResult {
-    let Clamped { a, b, c, .. } = NUMBERS;
+    let Clamped { a, b, c, d, .. } = NUMBERS;
     for kind in [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16] {
         for layout in [Layout::Contiguous, Layout::ChannelsLast, Layout::Transposed] {
             let [x, y, noise] = [0; 3].map(|_| tensor([3, 4, 8, 8], kind, layout));
-            let [sum, clamped, noised] = plainly(&x, &y, &noise);
+            let [sum, clamped, noised, four] = plainly(&x, &y, &noise);
             let [x, y, noise] = [x, y, noise].map(|tensor| tensor.to_device(Device::Cuda(0)));
             let near = |found: &Tensor, expected: &Tensor| {
                 assert_eq!((found.device(), found.kind()), (Device::Cuda(0), kind));
@@ -143,6 +147,7 @@ fn a_gpu_adds_as_the_cpu_does() -> TestResult {
             near(&affine(&x, &y, a, b)?, &sum);
             near(&affine_clamped(&x, &y, &NUMBERS)?, &clamped);
             near(&affine_noise(&x, &y, &noise, a, b, c)?, &noised);
+            near(&affine_four([&x, &y, &noise, &y], [a, b, c, d])?, &four);
             let mut changed = x.copy();
             affine_noise_(&mut changed, &y, &noise, a, b, c)?;
             near(&changed, &noised);
@@ -203,6 +208,8 @@ fn fresh_results_can_be_differentiated() -> TestResult {
     let Clamped { a, b, c, d, .. } = NUMBERS;
     assert_eq!(gradients(affine(&x, &y, a, b)?, &[&x, &y]), [a, b]);
     assert_eq!(gradients(affine_noise(&x, &y, &noise, a, b, c)?, &[&x, &y, &noise]), [a, b, c]);
+    let four = affine_four([&x, &y, &noise, &x], [a, b, c, d])?;
+    assert_eq!(gradients(four, &[&x, &y, &noise]), [a + d, b, c]);
     // 1.25 * 0.5 - 0.75 * 0.25 is within the bounds; twice as much is not.
     let inside = gradients(affine_clamped(&x, &y, &NUMBERS)?, &[&x, &y]);
     assert_eq!(inside, [c + d * a, d * b]);
@@ -228,6 +235,9 @@ fn in_place_gradients_reach_the_other_tensor() -> TestResult {
     assert_eq!(gradient(&x), d * b);
     let mut x = start();
     affine_noise_(&mut x, &start(), &y, a, b, c)?;
+    assert_eq!(gradient(&x), c);
+    let mut x = start();
+    affine_four_(&mut x, [&start(), &y, &start()], [a, b, c, d])?;
     assert_eq!(gradient(&x), c);
     Ok(())
 }
@@ -260,6 +270,7 @@ fn tensors_that_cannot_be_changed_in_place_are_refused_and_unchanged() -> TestRe
         affine_(&mut whole, &y, 0.5, 1.0),
         affine_clamped_(&mut whole.shallow_clone(), &y, &NUMBERS),
         affine_noise_(&mut whole.shallow_clone(), &y, &y, 0.5, 1.0, 1.0),
+        affine_four_(&mut whole.shallow_clone(), [&y; 3], [0.5; 4]),
     ] {
         assert!(refusal(result).contains("cannot store"));
     }
@@ -291,6 +302,8 @@ fn shapes_must_agree_and_bounds_be_in_order() {
     assert!(
         refusal(affine_noise(&two, &two, &three, 1.0, 1.0, 1.0)).contains("`noise` has shape [3]")
     );
+    let four = affine_four([&two, &two, &two, &three], [1.0; 4]);
+    assert!(refusal(four).contains("`w` has shape [3]"));
     assert!(refusal(affine_clamped(&two, &three, &NUMBERS)).contains("`y` has shape [3]"));
     assert!(refusal(affine(&two, &Tensor::new(), 1.0, 1.0)).contains("`y` is an undefined tensor"));
     for (lo, hi) in [(1.0, -1.0), (f64::NAN, 1.0)] {

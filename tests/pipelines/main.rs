@@ -4,5 +4,6 @@ mod generation;
 mod image;
 mod latents;
 mod parts;
+mod solver;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;

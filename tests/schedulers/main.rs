@@ -7,6 +7,8 @@ mod estimate;
 mod lcm;
 mod noise_schedule;
 mod prediction;
+mod solver;
+mod solver_golden;
 mod support;
 mod thresholding;
 mod timesteps;

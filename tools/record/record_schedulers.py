@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what diffusers' DDIM and LCM schedulers compute, for tests/schedulers.
+"""Records what diffusers' DDIM, LCM, Euler, DPM-Solver and UniPC schedulers compute, for tests/schedulers.
 
     python3 -m venv .venv
     .venv/bin/pip install torch==2.13.0 diffusers==0.42.1 safetensors numpy mpmath
@@ -11,6 +11,9 @@ ddim.safetensors    one step from a fixed input for every combination of setting
                     timestep of the run; `kept` with the noise estimate left alone beside a clipped x0 (diffusers'
                     default), `recomputed` with use_clipped_model_output=True; `loops`, where whole runs end
 lcm.safetensors     the same for LCM
+solvers.safetensors whole runs of Euler, DPM-Solver++ and UniPC from a fixed state, for the settings of SOLVERS: `name/n`
+                    holds timesteps, sigmas, the first state and the state after every step, as columns;
+                    `settings` in its metadata lists the settings; `grids`: sums for every number of steps
 tables.safetensors  alpha_cumprod: `exact` from 40 decimal digits, `diffusers` as its Float arithmetic gives them;
                     sums that tell one list of timesteps from another, for every number of steps
 
@@ -38,7 +41,13 @@ import pathlib
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers import scheduling_lcm
 from mpmath import cos, mp, mpf, pi, sqrt
 from safetensors.numpy import save_file
@@ -226,20 +235,122 @@ def record_tables():
     )
 
 
+def solver_settings():
+    """Names and settings of the recorded runs: each setting away from the defaults, then some together."""
+    stable_diffusion = {"beta_schedule": "scaled_linear", **BETAS["scaled_linear"]}
+    common = {
+        "default": {},
+        "leading": {"timestep_spacing": "leading", "steps_offset": 1},
+        "trailing": {"timestep_spacing": "trailing"},
+        "karras": {"use_karras_sigmas": True},
+        "karras_leading": {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1},
+        "sigma_min": {"final_sigmas_type": "sigma_min"},
+        "sample": {"prediction_type": "sample"},
+        "v": {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        "zero_snr": {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        "linear": {"beta_schedule": "linear", **BETAS["linear"]},
+        "cosine_v": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        "cosine_v_karras": {
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction",
+            "use_karras_sigmas": True,
+        },
+    }
+    dynamic = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 3.0}
+    dpm = {
+        "heun": {"solver_type": "heun"},
+        "order_1": {"solver_order": 1},
+        "order_3": {"solver_order": 3},
+        "order_3_sigma_min": {"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+        "no_lower_order": {"lower_order_final": False},
+        "euler_at_final": {"euler_at_final": True, "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        "heun_sigma_min": {"solver_type": "heun", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        "dynamic": dynamic,
+        "clipped": {"lambda_min_clipped": -1.5},
+        "clipped_leading": {"lambda_min_clipped": -1.5, "timestep_spacing": "leading"},
+        "clipped_trailing": {"lambda_min_clipped": -1.5, "timestep_spacing": "trailing"},
+    }
+    # Of UniPC with bh1, the last step to clean data is NaN in diffusers.
+    uni = {
+        "bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+        "order_1": {"solver_order": 1},
+        "order_3": {"solver_order": 3},
+        "order_3_bh1": {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+        "order_3_sigma_min": {"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+        "no_corrector": {"disable_corrector": list(range(50))},
+        "late_corrector": {"disable_corrector": [0, 1]},
+        "dynamic": dynamic,
+    }
+    for kind, own in ((EulerDiscreteScheduler, {}), (DPMSolverMultistepScheduler, dpm), (UniPCMultistepScheduler, uni)):
+        for name, settings in (common | own).items():
+            yield f"{kind.__name__}/{name}", kind, stable_diffusion | settings
+
+
+SOLVER_STEPS = (1, 2, 3, 6, 10, 20)
+
+
+def solver_run(scheduler, n):
+    """Timesteps, sigmas, and the states of a run in the scale of a variance-preserving schedule."""
+    scheduler.set_timesteps(n)
+    # Without it, a run whose first two timesteps are equal after rounding starts at the second.
+    scheduler.set_begin_index(0)
+    is_euler = isinstance(scheduler, EulerDiscreteScheduler)
+    x = SAMPLE * scheduler.init_noise_sigma
+    scaled = []
+    for i, sigma in enumerate(scheduler.sigmas):
+        alpha = 1 / (1 + sigma**2) ** 0.5
+        scaled.append((x * alpha if is_euler else x).flatten())
+        if i == len(scheduler.timesteps):
+            break
+        t = scheduler.timesteps[i]
+        x_t = scheduler.scale_model_input(x, t)
+        x = scheduler.step(network(x_t, float(t)), t, x).prev_sample
+    return {
+        "timesteps": scheduler.timesteps.numpy().astype(np.float32),
+        "sigmas": scheduler.sigmas.numpy(),
+        "states": torch.stack(scaled).numpy(),
+    }
+
+
+def record_solvers():
+    tensors, settings = {}, {}
+    for name, kind, arguments in solver_settings():
+        scheduler = kind(**arguments)
+        settings[name] = {"_class_name": kind.__name__} | arguments
+        for n in SOLVER_STEPS:
+            # A step between equal levels divides by zero in diffusers.
+            if kind is UniPCMultistepScheduler and arguments.get("use_karras_sigmas") and n == 1:
+                continue
+            for key, value in solver_run(scheduler, n).items():
+                tensors[f"{name}/{n}/{key}"] = value
+    for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
+        grids = []
+        for spacing in SPACINGS:
+            scheduler = kind(timestep_spacing=spacing)
+            for n in range(1, 501):
+                scheduler.set_timesteps(n)
+                grids.append(grid_sums(scheduler.timesteps))
+        tensors[f"{kind.__name__}/grids"] = np.array(grids, dtype=np.int64).reshape(3, 500, 3)
+    save("solvers", tensors, {"settings": json.dumps(settings)})
+
+
 def record_config_files():
     """Files as diffusers writes them, to be read and written back."""
     DDIMScheduler(beta_schedule="scaled_linear", trained_betas=None, clip_sample=False).save_pretrained(OUT / "ddim")
     LCMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(OUT / "lcm")
-    for name in ("ddim", "lcm"):
+    DPMSolverMultistepScheduler(use_karras_sigmas=True).save_pretrained(OUT / "dpm_solver")
+    UniPCMultistepScheduler(solver_order=3, disable_corrector=[0]).save_pretrained(OUT / "uni_pc")
+    EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1).save_pretrained(OUT / "euler")
+    for name in ("ddim", "lcm", "dpm_solver", "uni_pc", "euler"):
         (OUT / name / "scheduler_config.json").rename(OUT / f"{name}_scheduler_config.json")
         (OUT / name).rmdir()
 
 
-def save(name, tensors):
+def save(name, tensors, further=None):
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     metadata = {"recorded_with": json.dumps({"diffusers": diffusers.__version__, "torch": torch.__version__.split("+")[0]})}
     path = OUT / f"{name}.safetensors"
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=metadata | (further or {}))
     path.chmod(0o644)
 
 
@@ -249,4 +360,5 @@ if __name__ == "__main__":
     record_tables()
     record_ddim()
     record_lcm()
+    record_solvers()
     record_config_files()

@@ -17,7 +17,7 @@ pub use mixture::{GaussianMixture, MixtureDenoiser};
 pub use thresholded::Thresholded;
 
 use ddil_libtorch::ensure_real;
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use crate::conditioning::Conditioning;
@@ -49,25 +49,28 @@ pub trait Denoiser {
         conditioning: &Conditioning,
     ) -> Result<Prediction>;
 
-    /// The same for a batch at one timestep, computed as far as a sampler's step needs it; called by rollouts.
+    /// The same for a batch at one noise level, computed as far as a sampler's step needs it; called by rollouts.
     ///
-    /// By default, [`predict`](Self::predict) with the timestep repeated. A denoiser over a network returns the
-    /// network's raw output instead ([`Estimate::of_output`]), and a wrapper passes it on, so that output, guidance,
-    /// thresholding and step take one pass over memory.
+    /// By default, [`predict`](Self::predict) with the timestep repeated, for levels of the training grid. A denoiser
+    /// over a network returns the network's raw output instead ([`Estimate::at_level`]), at any level, and a wrapper
+    /// passes it on, so that output, guidance, thresholding and step take one pass over memory.
     ///
     /// # Shapes and units
     ///
-    /// - `x_t`, `conditioning`: as for [`predict`](Self::predict); `timestep`: in training timesteps
+    /// - `x_t`, `conditioning`: as for [`predict`](Self::predict)
+    /// - `level`: of the training grid ([`NoiseSchedule::level_at`]), or one that a solver has between two timesteps
     ///
     /// # Errors
     ///
-    /// As [`predict`](Self::predict).
+    /// As [`predict`](Self::predict); [`Error::Scheduler`](crate::Error::Scheduler) for a level that the denoiser is not
+    /// defined at.
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
+        let timestep = self.schedule().timestep_of(level)?;
         let prediction = self.predict(x_t, &repeated_timestep(timestep, x_t)?, conditioning)?;
         Ok(Estimate::of_prediction(self.schedule(), prediction, timestep)?)
     }
@@ -87,6 +90,20 @@ pub fn repeated_timestep(timestep: i64, x_t: &Tensor) -> Result<Tensor> {
     Ok(Tensor::full([batch], timestep, (Kind::Int64, x_t.device())))
 }
 
+/// The timestep of a level repeated for each sample of a batch: as [`repeated_timestep`], or `[batch]`, `Double`, for a
+/// level between two timesteps.
+///
+/// # Errors
+///
+/// As [`repeated_timestep`].
+pub fn repeated_level(level: NoiseLevel, x_t: &Tensor) -> Result<Tensor> {
+    let nearest = repeated_timestep(level.nearest_timestep(), x_t)?;
+    Ok(match level.whole_timestep() {
+        Some(_) => nearest,
+        None => nearest.to_kind(Kind::Double).fill_(level.timestep),
+    })
+}
+
 impl<D: Denoiser + ?Sized> Denoiser for &D {
     fn predict(
         &self,
@@ -100,10 +117,10 @@ impl<D: Denoiser + ?Sized> Denoiser for &D {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        (**self).estimate(x_t, timestep, conditioning)
+        (**self).estimate(x_t, level, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {
@@ -124,10 +141,10 @@ impl<D: Denoiser + ?Sized> Denoiser for Box<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        (**self).estimate(x_t, timestep, conditioning)
+        (**self).estimate(x_t, level, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -44,7 +44,7 @@
 //! | --- | --- |
 //! | networks and their inputs | [`Denoiser`], [`FnDenoiser`], [`Conditioning`], [`Guided`], [`GuidedByWeight`], [`Consistent`], [`Thresholded`] |
 //! | exact teachers in closed form | [`GaussianMixture`], [`MixtureDenoiser`] |
-//! | from noise to samples | [`Rollout`], [`MixedRollout`] |
+//! | from noise to samples | [`Rollout`], [`MixedRollout`]; [`SolverRollout`] with a multistep solver |
 //! | a batch from a mixture | [`Mixer`], [`Clock`], [`MixBatch`], [`RolloutNetworks`], [`Feedback`] |
 //! | sources | [`TrajectorySource`], [`ForwardSource`], [`StudentSource`], [`TeacherSource`], [`AggregationBuffer`] |
 //! | shares of sources | [`Priors`], [`PriorSchedule`], [`AdaptivePriors`], [`Mixer::with_source`] |
@@ -79,7 +79,8 @@ pub use ddil_files::Report;
 pub use ddil_libtorch::Generator;
 pub use denoiser::{
     ClipMeter, ClippedFraction, Consistent, Denoiser, Discriminator, FnDenoiser, GaussianMixture,
-    Guided, GuidedByWeight, MixtureDenoiser, Thresholded, repeated_timestep, with_boundary,
+    Guided, GuidedByWeight, MixtureDenoiser, Thresholded, repeated_level, repeated_timestep,
+    with_boundary,
 };
 pub use error::{Error, Result};
 pub use inputs::{Clock, Feedback, RolloutNetworks};
@@ -87,7 +88,9 @@ pub use loss_meter::{LossMeter, LossTable};
 pub use mixer::{MixBatch, Mixer, MixerConfig, MixerCounters, draw_grid_indices};
 pub use priors::{AdaptivePriors, AdaptiveSignal, PriorSchedule, PriorStep, Priors};
 pub use random::{Draws, RandomStreams, Stream};
-pub use rollout::{MixedRollout, MixedVariant, Rollout, Trajectory, Visited, first_state};
+pub use rollout::{
+    MixedRollout, MixedVariant, Rollout, SolverRollout, Trajectory, Visited, first_state,
+};
 pub use saved::{SavedFile, SavedState};
 pub use shift::{
     Distances, ShiftAt, ShiftConfig, ShiftReport, ShiftRequest, ShiftSummary, measure_shift,

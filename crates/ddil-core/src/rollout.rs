@@ -2,10 +2,12 @@
 
 mod legs;
 mod mixed;
+mod solver;
 mod step;
 
 pub(crate) use legs::ensure_part_of;
 pub use mixed::{MixedRollout, MixedVariant, Visited};
+pub use solver::SolverRollout;
 pub(crate) use step::sampler_step;
 
 use ddil_libtorch::{Generator, ensure_real};
@@ -50,7 +52,8 @@ pub fn first_state(schedule: &NoiseSchedule, timestep: i64, noise: &Tensor) -> R
 
 /// Runs a denoiser and a sampler from noise to a sample, without gradients.
 ///
-/// [`sample`](Self::sample) returns the sample alone, [`run`](Self::run) the states on the way as well.
+/// [`sample`](Self::sample) returns the sample alone, [`run`](Self::run) the states on the way as well. For DPM-Solver++
+/// and UniPC, see [`SolverRollout`].
 ///
 /// # Example
 ///

@@ -163,6 +163,27 @@ DDIL_EXPORT int ddil_affine_noise_in_place(const Tensor* x, const Tensor* y, con
   });
 }
 
+DDIL_EXPORT int ddil_affine_four(const Tensor* x, const Tensor* y, const Tensor* z, const Tensor* w, double a, double b, double c, double d, Tensor** out) noexcept {
+  return ddil::guarded([&] {
+    const Inputs<4> in{x, y, z, w};
+    check_inputs<4>({"x", "y", "z", "w"}, in);
+    *out = new Tensor(suits_one_pass(in) ? one_pass_of_kind<ddil::AffineFour>({}, in, a, b, c, d) : plus(plus(affine(*x, *y, a, b), *z, c), *w, d));
+  });
+}
+
+DDIL_EXPORT int ddil_affine_four_in_place(const Tensor* x, const Tensor* y, const Tensor* z, const Tensor* w, double a, double b, double c, double d) noexcept {
+  return ddil::guarded([&] {
+    const Inputs<4> in{x, y, z, w};
+    check_inputs<4>({"x", "y", "z", "w"}, in);
+    check_in_place<4>({"x", "y", "z", "w"}, in);
+    if (suits_one_pass(in)) {
+      one_pass_of_kind<ddil::AffineFour>(*x, in, a, b, c, d);
+    } else {
+      x->copy_(plus(plus(affine(*x, *y, a, b), *z, c), *w, d));
+    }
+  });
+}
+
 DDIL_EXPORT int ddil_affine_clamped(const Tensor* x, const Tensor* y, double a, double b, double lo, double hi, double c, double d, Tensor** out) noexcept {
   return ddil::guarded([&] {
     const Inputs<2> in{x, y};

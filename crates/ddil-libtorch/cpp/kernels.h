@@ -18,6 +18,12 @@ struct AffineNoise {
 };
 
 template <typename T>
+struct AffineFour {
+  T a, b, c, d;
+  T operator()(T x, T y, T z, T w) const { return a * x + b * y + c * z + d * w; }
+};
+
+template <typename T>
 struct AffineClamped {
   T a, b, lo, hi, c, d;
   T operator()(T x, T y) const {
@@ -35,5 +41,7 @@ void run(const AffineClamped<float>& f, float* out, const float* x, const float*
 void run(const AffineClamped<double>& f, double* out, const double* x, const double* y, int64_t n);
 void run(const AffineNoise<float>& f, float* out, const float* x, const float* y, const float* noise, int64_t n);
 void run(const AffineNoise<double>& f, double* out, const double* x, const double* y, const double* noise, int64_t n);
+void run(const AffineFour<float>& f, float* out, const float* x, const float* y, const float* z, const float* w, int64_t n);
+void run(const AffineFour<double>& f, double* out, const double* x, const double* y, const double* z, const double* w, int64_t n);
 
 }  // namespace ddil

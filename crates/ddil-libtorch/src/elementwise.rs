@@ -107,6 +107,31 @@ pub fn affine_noise_(
     check("affine_noise_", unsafe { ffi::ddil_affine_noise_in_place(x, y, noise, a, b, c) })
 }
 
+/// `weights[0] tensors[0] + .. + weights[3] tensors[3]` as a new tensor; otherwise like [`affine`].
+///
+/// # Errors
+///
+/// As [`affine`]; the tensors are named `x`, `y`, `z` and `w`.
+pub fn affine_four(tensors: [&Tensor; 4], weights: [f64; 4]) -> Result<Tensor> {
+    let [x, y, z, w] = tensors.map(Tensor::as_ptr);
+    let [a, b, c, d] = weights;
+    // SAFETY: the tensors live through the call.
+    new_tensor("affine_four", |out| unsafe { ffi::ddil_affine_four(x, y, z, w, a, b, c, d, out) })
+}
+
+/// `x = weights[0] x + weights[1] rest[0] + ..` in place; otherwise like [`affine_`].
+///
+/// # Errors
+///
+/// As [`affine_`] and [`affine_four`].
+pub fn affine_four_(x: &mut Tensor, rest: [&Tensor; 3], weights: [f64; 4]) -> Result<()> {
+    let (x, [y, z, w]) = (x.as_ptr(), rest.map(Tensor::as_ptr));
+    let [a, b, c, d] = weights;
+    // SAFETY: the tensors live through the call.
+    let code = unsafe { ffi::ddil_affine_four_in_place(x, y, z, w, a, b, c, d) };
+    check("affine_four_", code)
+}
+
 /// The coefficients of [`affine_clamped`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Clamped {

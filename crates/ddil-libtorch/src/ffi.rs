@@ -76,6 +76,8 @@ unsafe extern "C" {
     pub(crate) fn ddil_affine_in_place(x: In, y: In, a: f64, b: f64) -> c_int;
     pub(crate) fn ddil_affine_noise(x: In, y: In, noise: In, a: f64, b: f64, c: f64, out: Out) -> c_int;
     pub(crate) fn ddil_affine_noise_in_place(x: In, y: In, noise: In, a: f64, b: f64, c: f64) -> c_int;
+    pub(crate) fn ddil_affine_four(x: In, y: In, z: In, w: In, a: f64, b: f64, c: f64, d: f64, out: Out) -> c_int;
+    pub(crate) fn ddil_affine_four_in_place(x: In, y: In, z: In, w: In, a: f64, b: f64, c: f64, d: f64) -> c_int;
     pub(crate) fn ddil_affine_clamped(x: In, y: In, a: f64, b: f64, lo: f64, hi: f64, c: f64, d: f64, out: Out) -> c_int;
     pub(crate) fn ddil_affine_clamped_in_place(x: In, y: In, a: f64, b: f64, lo: f64, hi: f64, c: f64, d: f64) -> c_int;
 

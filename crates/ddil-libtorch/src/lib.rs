@@ -16,7 +16,7 @@
 //! | weights in a file | [`MappedFile`] |
 //! | rows on disk, for more rows than fit in memory | [`RowFile`], [`gather_rows`], [`copy_rows_`] |
 //! | `TorchScript` programs | [`ensure_script_archive`] |
-//! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_clamped`], and each in place |
+//! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_four`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
 //! | memory format | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_shape`], [`ensure_kind`], [`ensure_same_shape`], [`ensure_timesteps`] |
@@ -75,8 +75,8 @@ pub use argument::{
 pub use autocast::Autocast;
 pub use ddil_files::Report;
 pub use elementwise::{
-    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
-    is_sole_owner,
+    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_four, affine_four_,
+    affine_noise, affine_noise_, is_sole_owner,
 };
 pub use error::{Error, Result};
 pub use foreach::{clip_grad_norm_, drop_grads, foreach_lerp_, foreach_zero_, grad_norm, grads};

@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser, Guided, GuidedByWeight};
 use ddil_files::Invalid;
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -169,11 +169,11 @@ impl<D: Denoiser> Denoiser for WithGuidanceWeight<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
         ensure_weight(conditioning)?;
-        self.inner.estimate(x_t, timestep, conditioning)
+        self.inner.estimate(x_t, level, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
-use ddil_core::{Conditioning, Denoiser, repeated_timestep};
+use ddil_core::{Conditioning, Denoiser, repeated_level};
 use ddil_libtorch::{ArgumentError, Autocast, ensure_dense, ensure_real};
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction, PredictionType};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -433,14 +433,14 @@ impl Denoiser for NetworkDenoiser {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
-        let timesteps = repeated_timestep(timestep, x_t)?;
+        let timesteps = repeated_level(level, x_t)?;
         let output = self
             .pass("Denoiser::estimate", x_t, &timesteps, conditioning, Model::forward)
             .map_err(|error| self.to_core(error))?;
-        Ok(Estimate::of_output(&self.schedule, self.prediction_type, output, timestep)?)
+        Ok(Estimate::at_level(&self.schedule, self.prediction_type, output, level)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -4,11 +4,14 @@ use std::path::Path;
 
 use ddil_files::Invalid;
 use ddil_models::Placement;
+use ddil_schedulers::SolverConfig;
 use tch::{Device, Tensor};
 
 use crate::guidance::Guidance;
 use crate::pipeline::{Pipeline, TextToImageComponents};
-use crate::prompting::{PromptRequest, decode, sample_latents, with_published_timesteps};
+use crate::prompting::{
+    PromptRequest, decode, sample_latents, with_published_solver, with_published_timesteps,
+};
 use crate::sampling::{SamplePlan, class_conditioning, generate, initial_noise};
 use crate::{Precision, Result};
 
@@ -105,23 +108,26 @@ impl TryFrom<Pipeline> for TextToImage {
 }
 
 /// Sampling settings that override the defaults of the model.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Options {
     steps: Option<u32>,
     guidance_scale: Option<f64>,
     batch_size: Option<u32>,
+    solver: Option<SolverConfig>,
     seed: u64,
 }
 
 impl Options {
-    fn plan(&self, pipeline: &Pipeline) -> SamplePlan {
+    fn plan(&self, pipeline: &Pipeline) -> Result<SamplePlan> {
         let plan = SamplePlan::of(pipeline, self.steps);
-        SamplePlan {
+        let plan = SamplePlan {
             guidance_scale: self.guidance_scale.unwrap_or(plan.guidance_scale),
             batch_size: self.batch_size.unwrap_or(plan.batch_size).max(1),
             seed: self.seed,
+            solver: self.solver.clone(),
             ..plan
-        }
+        };
+        with_published_solver(pipeline, plan)
     }
 }
 
@@ -143,6 +149,12 @@ macro_rules! option_methods {
         /// Seed of the noise; default 0. The same seed gives the same images.
         pub fn seed(mut self, seed: u64) -> Self {
             self.options.seed = seed;
+            self
+        }
+
+        /// A multistep solver, for a teacher. The default is the solver in the model's scheduler file, or else DDIM.
+        pub fn solver(mut self, solver: SolverConfig) -> Self {
+            self.options.solver = Some(solver);
             self
         }
 
@@ -198,7 +210,7 @@ impl PromptImages<'_> {
     /// support.
     pub fn images(self) -> Result<Tensor> {
         let TextToImage { pipeline, components } = self.model;
-        let plan = with_published_timesteps(pipeline, self.options.plan(pipeline))?;
+        let plan = with_published_timesteps(pipeline, self.options.plan(pipeline)?)?;
         let request = self.request.encode(pipeline, components, &plan)?;
         for (prompt, cut_off) in &request.truncated {
             tracing::warn!(
@@ -325,7 +337,7 @@ impl ClassImages<'_> {
             return Err(Invalid::new("samples", 0, "at least 1").into());
         }
         let pipeline = &self.model.pipeline;
-        let plan = self.options.plan(pipeline);
+        let plan = self.options.plan(pipeline)?;
         let device = pipeline.network.placement().device;
         let noise = initial_noise(plan.seed, self.n, pipeline.card.image_shape, device)?;
         let conditioning = class_conditioning(&pipeline.card, self.n, self.label()?, device);

@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, Denoiser, Guided};
 use ddil_files::Invalid;
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -123,10 +123,10 @@ impl Denoiser for WithGuidanceWeight<'_> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
-        self.inner.estimate(x_t, timestep, &self.with_weight(x_t, conditioning))
+        self.inner.estimate(x_t, level, &self.with_weight(x_t, conditioning))
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -17,7 +17,7 @@ use ddil_models::{
     Model, ModelConfig, NetworkDenoiser, Placement, Precision, UnknownKeys,
     weights::{self, WeightFiles},
 };
-use ddil_schedulers::{SamplerConfig, SchedulerConfig, Thresholding};
+use ddil_schedulers::{SamplerConfig, SchedulerConfig, SolverConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
 pub use self::index::PipelineClass;
@@ -57,7 +57,12 @@ pub struct Pipeline {
     pub card: Card,
     /// The folder and its other parts, such as text encoders.
     pub parts: PipelineParts,
+    /// The solver of `scheduler_config.json`, or what prevents its use: distillation does not need it.
+    solver: PublishedSolver,
 }
+
+/// The solver of a scheduler file, if its class is one of [`SolverConfig`]'s, or the setting that is not supported.
+type PublishedSolver = std::result::Result<Option<SolverConfig>, Invalid>;
 
 const UNET: &str = "unet";
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
@@ -119,12 +124,25 @@ impl Pipeline {
         Self::assemble(&folder, scheduler, unet, parts, precision)
     }
 
-    fn read_scheduler(path: &Path) -> Result<SchedulerConfig> {
+    fn read_scheduler(path: &Path) -> Result<(SchedulerConfig, PublishedSolver)> {
         let (scheduler, solver) = SchedulerConfig::from_file_any(path.join(SCHEDULER))?;
-        if let Some(solver) = solver {
+        let own = Self::read_solver(path)?;
+        if let Some(solver) = solver.filter(|_| matches!(own, Ok(None))) {
             tracing::info!("{}: DDIM is used instead of {solver}", path.display());
         }
-        Ok(scheduler)
+        Ok((scheduler, own))
+    }
+
+    /// The solver in the scheduler file, or the setting of it that is not supported.
+    fn read_solver(path: &Path) -> Result<PublishedSolver> {
+        let path = path.join(SCHEDULER);
+        SolverConfig::from_file(&path).map(Ok).or_else(|error| match error.invalid() {
+            Some(invalid) => {
+                let field = format!("{} in {}", invalid.field, path.display());
+                Ok(Err(Invalid::new(field, &invalid.value, &invalid.expected)))
+            }
+            None => Err(error.into()),
+        })
     }
 
     /// The frozen network of a complete model, and its other parts.
@@ -150,7 +168,7 @@ impl Pipeline {
     /// Combines a network with the scheduler and the card of a folder.
     fn assemble(
         path: &Path,
-        scheduler: SchedulerConfig,
+        (scheduler, solver): (SchedulerConfig, PublishedSolver),
         unet: Model,
         parts: PipelineParts,
         precision: Precision,
@@ -165,7 +183,17 @@ impl Pipeline {
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
         let sampler = scheduler.sampler_config();
-        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts })
+        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts, solver })
+    }
+
+    /// The multistep solver in the scheduler file, if its class is one of [`SolverConfig`]'s.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] with the key, its value and what is supported, for a setting that is not. The model can still be
+    /// distilled, and sampled with DDIM.
+    pub fn published_solver(&self) -> Result<Option<SolverConfig>> {
+        Ok(self.solver.clone()?)
     }
 
     /// The model folder at `path`: the folder itself or its `export`.

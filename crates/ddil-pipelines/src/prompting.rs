@@ -161,20 +161,35 @@ fn truncations(prompts: &[&str], encoded: &EncodedPrompts) -> Vec<(String, Strin
     cut.filter_map(|(prompt, cut)| Some(((*prompt).to_owned(), cut.clone()?))).collect()
 }
 
-/// The plan with the timesteps defined by the scheduler file of a text-to-image model, if the plan has no explicit
-/// ones.
+/// The plan with the timesteps defined by the scheduler file of a text-to-image model, if the plan has neither explicit
+/// ones nor a solver, which has its own.
 ///
 /// # Errors
 ///
 /// [`Error::Scheduler`] for an invalid number of steps.
 pub fn with_published_timesteps(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
     match (&pipeline.scheduler, plan.sampler) {
-        (SchedulerConfig::Ddim(_), SamplerConfig::Ddim { .. }) if plan.timesteps.is_none() => {
+        (SchedulerConfig::Ddim(_), SamplerConfig::Ddim { .. })
+            if plan.timesteps.is_none() && plan.solver.is_none() =>
+        {
             let timesteps = pipeline.scheduler.timesteps(Some(plan.steps))?;
             Ok(SamplePlan { timesteps: Some(timesteps.as_slice().to_vec()), ..plan })
         }
         _ => Ok(plan),
     }
+}
+
+/// The plan with the solver of the scheduler file (Euler, DPM-Solver++, UniPC), if the file has one and the plan neither
+/// explicit timesteps nor a solver.
+///
+/// # Errors
+///
+/// As [`Pipeline::published_solver`].
+pub fn with_published_solver(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
+    if plan.timesteps.is_some() || plan.solver.is_some() || plan.sampler.boundary().is_some() {
+        return Ok(plan);
+    }
+    Ok(SamplePlan { solver: pipeline.published_solver()?, ..plan })
 }
 
 /// Generates the latents of a request, `[images, channels, height, width]`; `on_call` runs after each network call.

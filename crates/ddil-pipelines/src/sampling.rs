@@ -1,12 +1,14 @@
 //! Sampling of a pipeline; deterministic for each seed.
 
 use ddil_core::{
-    Conditioning, Denoiser, RandomStreams, Rollout, Stream, Thresholded, with_boundary,
+    Conditioning, Denoiser, RandomStreams, Rollout, SolverRollout, Stream, Thresholded,
+    with_boundary,
 };
 use ddil_files::Invalid;
-use ddil_libtorch::{ensure_dense, ensure_real};
+use ddil_libtorch::{Generator, ensure_dense, ensure_real};
 use ddil_schedulers::{
-    Estimate, NoiseSchedule, Prediction, SamplerConfig, Thresholding, Timesteps,
+    Estimate, NoiseLevel, NoiseLevels, NoiseSchedule, Prediction, Sampler, SamplerConfig, Solver,
+    SolverConfig, Thresholding, Timesteps,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -47,6 +49,9 @@ pub struct SamplePlan {
     pub guidance_scale: f64,
     /// The sampler.
     pub sampler: SamplerConfig,
+    /// A multistep solver instead of the sampler, for a teacher; default none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solver: Option<SolverConfig>,
     /// Thresholding of predicted clean data.
     pub thresholding: Thresholding,
     /// Explicit timesteps, noisiest first, such as those a student was trained at; `None` takes `steps` timesteps of
@@ -85,6 +90,7 @@ impl SamplePlan {
             steps,
             guidance_scale: pipeline.default_guidance_scale(),
             sampler: pipeline.sampler,
+            solver: None,
             thresholding: pipeline.thresholding.clone(),
             timesteps,
             batch_size: if is_latent { LATENT_BATCH_SIZE } else { PIXEL_BATCH_SIZE },
@@ -98,7 +104,7 @@ impl SamplePlan {
         batches * self.timesteps.as_ref().map_or(u64::from(self.steps), |own| own.len() as u64)
     }
 
-    /// The timesteps of the sampler.
+    /// The timesteps of the sampler; a solver has [`levels`](Self::levels).
     ///
     /// # Errors
     ///
@@ -108,6 +114,63 @@ impl SamplePlan {
             Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?),
             None => Ok(self.sampler.timesteps(num_train_timesteps, self.steps)?),
         }
+    }
+
+    /// The noise levels of a solver: those of `timesteps`, if these are set.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Scheduler`] for invalid timesteps or an invalid number of steps.
+    pub fn levels(&self, solver: &SolverConfig, schedule: &NoiseSchedule) -> Result<NoiseLevels> {
+        if self.timesteps.is_none() {
+            return Ok(solver.levels(schedule, self.steps)?);
+        }
+        let timesteps = self.timesteps(schedule.num_train_timesteps() as u32)?;
+        Ok(NoiseLevels::of_timesteps(schedule, &timesteps)?)
+    }
+
+    /// How a batch gets from noise to samples.
+    fn path(&self, schedule: &NoiseSchedule) -> Result<Path> {
+        if let Some(config) = &self.solver {
+            if self.sampler.boundary().is_some() {
+                let expected = "left out: a latent consistency model has its own sampler";
+                return Err(Invalid::new("solver", "set", expected).into());
+            }
+            return Ok(Path::Levels(config.build()?, self.levels(config, schedule)?));
+        }
+        let timesteps = self.timesteps(schedule.num_train_timesteps() as u32)?;
+        Ok(Path::Timesteps(self.sampler.build(schedule)?, timesteps))
+    }
+}
+
+/// A sampler on timesteps, or a solver on noise levels.
+enum Path {
+    Timesteps(Box<dyn Sampler>, Timesteps),
+    Levels(Box<dyn Solver>, NoiseLevels),
+}
+
+impl Path {
+    fn needs_noise(&self) -> bool {
+        matches!(self, Self::Timesteps(sampler, _) if sampler.needs_noise())
+    }
+
+    /// The samples of a batch, with one generator per row if the sampler adds noise.
+    fn sample(
+        &self,
+        network: &dyn Denoiser,
+        conditioning: &Conditioning,
+        generators: &mut [Generator],
+        noise: Tensor,
+    ) -> Result<Tensor> {
+        Ok(match self {
+            Self::Timesteps(sampler, timesteps) => Rollout::new(network, &**sampler, timesteps)
+                .conditioning(conditioning)
+                .generators(generators)
+                .sample(noise),
+            Self::Levels(solver, levels) => SolverRollout::new(network, &**solver, levels)
+                .conditioning(conditioning)
+                .sample(noise),
+        }?)
     }
 }
 
@@ -143,7 +206,7 @@ pub fn class_conditioning(card: &Card, n: u32, only: Option<i64>, device: Device
 ///
 /// # Errors
 ///
-/// As [`sampling_denoiser`]; [`Error::Invalid`] for zero samples, [`Error::Argument`] for noise that is not
+/// As [`sampling_denoiser`]; [`Error::Invalid`] for zero samples and for a solver with a latent consistency model, [`Error::Argument`] for noise that is not
 /// floating-point; otherwise the error of the network.
 pub fn generate(
     denoiser: &dyn Denoiser,
@@ -152,9 +215,7 @@ pub fn generate(
     noise: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<Tensor> {
-    let schedule = denoiser.schedule().clone();
-    let timesteps = plan.timesteps(schedule.num_train_timesteps() as u32)?;
-    let sampler = plan.sampler.build(&schedule)?;
+    let path = plan.path(denoiser.schedule())?;
     let network = sampling_denoiser(denoiser, plan, guidance)?;
     let streams = RandomStreams::new(plan.seed, 0);
     ensure_real("generate", "noise", noise)?;
@@ -168,12 +229,12 @@ pub fn generate(
         let len = i64::from(plan.batch_size.max(1)).min(n - start);
         let rows = Tensor::arange_start(start, start + len, (Kind::Int64, noise.device()));
         // One generator per sample, on the CPU: samples depend neither on the batch size nor on the device.
-        let drawn_rows = if sampler.needs_noise() { start..start + len } else { 0..0 };
+        let drawn_rows = if path.needs_noise() { start..start + len } else { 0..0 };
         let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
         let mut generators = drawn_rows.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
         let conditioning = conditioning.index_select(&rows)?;
-        let rollout = Rollout::new(&*network, &*sampler, &timesteps).conditioning(&conditioning);
-        samples.push(rollout.generators(&mut generators).sample(noise.narrow(0, start, len))?);
+        let noise = noise.narrow(0, start, len);
+        samples.push(path.sample(&*network, &conditioning, &mut generators, noise)?);
     }
     Tensor::f_cat(&samples, 0).map_err(Error::torch("generate"))
 }
@@ -247,10 +308,10 @@ impl Denoiser for WithCallback<'_> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Estimate> {
-        let estimate = self.inner.estimate(x_t, timestep, conditioning);
+        let estimate = self.inner.estimate(x_t, level, conditioning);
         (self.on_call)();
         estimate
     }

@@ -502,7 +502,7 @@ fn whole_numbers<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<i64>>
     Option::deserialize(value).map_err(refused)
 }
 
-fn parse(text: &str) -> Result<JsonSettings> {
+pub(crate) fn parse(text: &str) -> Result<JsonSettings> {
     JsonSettings::parse(text).map_err(|source| Error::Parse { source })
 }
 
@@ -510,7 +510,7 @@ fn parse(text: &str) -> Result<JsonSettings> {
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
 /// Reads a file, with its name in every error.
-fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+pub(crate) fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let failed = |source| Error::Io { action: "read", path: path.to_owned(), source };
     let text = read_text_bounded(path, MAX_FILE_BYTES).map_err(failed)?;
     let named = |error| Error::File { path: path.to_owned(), source: Box::new(error) };

@@ -58,3 +58,8 @@ impl Sampler for Ddim {
         &self.schedule
     }
 }
+
+/// The step with `eta = 0`: both parts of the prediction at the noise level `prev`.
+pub(crate) fn deterministic(prev: Scale) -> StepCoefficients {
+    StepCoefficients { x0: prev.alpha, epsilon: prev.sigma, noise: 0.0 }
+}

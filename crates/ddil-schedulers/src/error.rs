@@ -29,6 +29,14 @@ pub enum Error {
         /// The largest allowed timestep.
         highest: i64,
     },
+    /// A noise level is not one of the training grid, and the denoiser is defined on the grid only.
+    #[error(
+        "the noise level at timestep {timestep} lies between training timesteps, and this denoiser is defined at these alone"
+    )]
+    BetweenTimesteps {
+        /// The timestep of the level.
+        timestep: f64,
+    },
     /// A stochastic sampler was called without noise.
     #[error("{op}: this sampler adds noise and requires `{argument}`, which is missing")]
     NoiseMissing {

@@ -1,14 +1,15 @@
 //! Lazily computed clean data and noise of a batch at one timestep.
 
 use ddil_libtorch::{
-    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_noise, affine_noise_,
-    ensure_real, ensure_same_shape, is_sole_owner,
+    Clamped, affine, affine_, affine_clamped, affine_clamped_, affine_four, affine_four_,
+    affine_noise, affine_noise_, ensure_real, ensure_same_shape, is_sole_owner,
 };
 use tch::{Kind, Tensor};
 
 use crate::boundary::ConsistencyBoundary;
 use crate::coefficients::StepCoefficients;
 use crate::error::{Error, Result};
+use crate::noise_level::NoiseLevel;
 use crate::noise_schedule::{NoiseSchedule, Scale};
 use crate::prediction::{Linear, Prediction, PredictionType, at_least_float};
 use crate::thresholding::{Bound, DataRange, Thresholding};
@@ -45,8 +46,7 @@ use crate::thresholding::{Bound, DataRange, Thresholding};
 /// ```
 #[derive(Debug)]
 pub struct Estimate {
-    timestep: i64,
-    scale: Scale,
+    level: NoiseLevel,
     /// The network's output, or its clean data if known.
     given: Tensor,
     /// The clean data before thresholding.
@@ -83,18 +83,31 @@ impl Estimate {
     ///
     /// [`Error::PredictionType`] if the output is not defined at that timestep, [`Error::TimestepOutOfRange`] if it is
     /// off the training grid.
-    #[expect(clippy::needless_pass_by_value, reason = "the estimate keeps the tensor")]
     pub fn of_output(
         schedule: &NoiseSchedule,
         prediction_type: PredictionType,
         model_output: Tensor,
         timestep: i64,
     ) -> Result<Self> {
-        ensure_real("Estimate::of_output", "model_output", &model_output)?;
-        let scale = schedule.scale_at(timestep)?;
-        let [x0, epsilon] = prediction_type.linear(schedule, scale)?;
+        Self::at_level(schedule, prediction_type, model_output, schedule.level_at(timestep)?)
+    }
+
+    /// The same at any noise level, such as one between two training timesteps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PredictionType`] if the output is not defined at that level.
+    #[expect(clippy::needless_pass_by_value, reason = "the estimate keeps the tensor")]
+    pub fn at_level(
+        schedule: &NoiseSchedule,
+        prediction_type: PredictionType,
+        model_output: Tensor,
+        level: NoiseLevel,
+    ) -> Result<Self> {
+        ensure_real("Estimate::at_level", "model_output", &model_output)?;
+        let [x0, epsilon] = prediction_type.linear(schedule, level.scale)?;
         let given = at_least_float(&model_output);
-        Ok(Self { given, x0, epsilon: Epsilon::Sum(epsilon), ..Self::at(timestep, scale) })
+        Ok(Self { given, x0, epsilon: Epsilon::Sum(epsilon), ..Self::at(level) })
     }
 
     /// An estimate whose tensors are both known.
@@ -110,14 +123,13 @@ impl Estimate {
     ) -> Result<Self> {
         let Prediction { x0, epsilon } = prediction;
         ensure_same_shape("Estimate::of_prediction", ("x0", &x0), ("epsilon", &epsilon))?;
-        let scale = schedule.scale_at(timestep)?;
-        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(timestep, scale) })
+        let level = schedule.level_at(timestep)?;
+        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(level) })
     }
 
-    fn at(timestep: i64, scale: Scale) -> Self {
+    fn at(level: NoiseLevel) -> Self {
         Self {
-            timestep,
-            scale,
+            level,
             given: Tensor::new(),
             x0: Linear::GIVEN,
             epsilon: Epsilon::FromX0,
@@ -126,9 +138,20 @@ impl Estimate {
         }
     }
 
-    /// The timestep of the batch.
+    /// The noise level of the batch.
+    pub fn level(&self) -> NoiseLevel {
+        self.level
+    }
+
+    /// Whether this is an estimate at `level`; of one without signal, a run has an `alpha` just above 0.
+    pub(crate) fn is_at(&self, level: NoiseLevel) -> bool {
+        let NoiseLevel { timestep, scale } = self.level;
+        timestep == level.timestep && (scale == level.scale || scale.alpha == 0.0)
+    }
+
+    /// The timestep of the batch; the nearest one for a level between two timesteps.
     pub fn timestep(&self) -> i64 {
-        self.timestep
+        self.level.nearest_timestep()
     }
 
     /// Thresholds `x0` to the data's range and recomputes `epsilon` from it, as [`Prediction::thresholded`].
@@ -170,7 +193,7 @@ impl Estimate {
     /// As [`prediction`](Self::prediction), for an estimate that has a boundary.
     pub fn with_boundary(self, boundary: ConsistencyBoundary, x_t: &Tensor) -> Result<Self> {
         let inner = if self.boundary.is_none() { self } else { self.computed(x_t)? };
-        Ok(Self { boundary: Some(boundary.scalings(inner.timestep)), ..inner })
+        Ok(Self { boundary: Some(boundary.scalings(inner.timestep())), ..inner })
     }
 
     /// Applies the same affine combination of rows to clean data and noise, for guidance.
@@ -221,7 +244,7 @@ impl Estimate {
             Epsilon::Sum(sum) => sum.of(&x_t, &self.given)?,
             Epsilon::Known(epsilon) => epsilon.shallow_clone(),
             Epsilon::FromX0 => {
-                let Scale { alpha, sigma } = self.scale;
+                let Scale { alpha, sigma } = self.level.scale;
                 affine(&x_t, &held, 1.0 / sigma, -alpha / sigma)?
             }
         };
@@ -243,8 +266,7 @@ impl Estimate {
     /// The same estimate, with both tensors computed.
     fn computed(self, x_t: &Tensor) -> Result<Self> {
         let Prediction { x0, epsilon } = self.prediction(x_t)?;
-        let Self { timestep, scale, .. } = self;
-        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(timestep, scale) })
+        Ok(Self { given: x0, epsilon: Epsilon::Known(epsilon), ..Self::at(self.level) })
     }
 
     fn ensure(&self, op: &'static str, x_t: &Tensor) -> Result<()> {
@@ -279,10 +301,40 @@ impl Estimate {
                 Some(noise)
             }
         };
-        let mut x = State::new(x_t, &self.given);
+        let x = State::new(x_t, &self.given);
         let noise = noise.map(|noise| cast(noise, x.0.kind()));
         let mut terms = self.terms(step);
         terms.rest.extend(noise.as_ref().map(|noise| (step.noise, noise)));
+        self.sum(x, terms)
+    }
+
+    /// The weighted sum of `x_t`, `x0` and `earlier` tensors, and `x0` itself if `keep_x0`.
+    pub(crate) fn solver_step(
+        &self,
+        x_t: Tensor,
+        (x_t_weight, x0_weight): (f64, f64),
+        earlier: &[(f64, &Tensor)],
+        keep_x0: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        self.ensure("SolverRun::step", &x_t)?;
+        if keep_x0 {
+            let x0 = self.x0(&x_t)?;
+            let mut x = State::new(x_t, &self.given);
+            x.sum(x_t_weight, (x0_weight, &x0), earlier)?;
+            return Ok((x.0, Some(x0)));
+        }
+        let (skip, out) = self.boundary.unwrap_or((0.0, 1.0));
+        let terms = Terms {
+            x_t: x_t_weight + x0_weight * skip,
+            x0: x0_weight * out,
+            given: 0.0,
+            rest: earlier.to_vec(),
+        };
+        Ok((self.sum(State::new(x_t, &self.given), terms)?, None))
+    }
+
+    /// The weighted sum, with `x0` computed in the same pass if possible.
+    fn sum(&self, mut x: State, terms: Terms<'_>) -> Result<Tensor> {
         match self.clamp() {
             _ if self.thresholding == Thresholding::None => {
                 // The step is a direct sum of output and state.
@@ -297,8 +349,8 @@ impl Estimate {
             }
             None => {
                 let held = self.held(&x.0)?;
-                terms.rest.insert(0, (terms.x0, &held));
-                x.sum(terms.x_t, (terms.given, &self.given), &terms.rest)?;
+                let rest: Vec<_> = std::iter::once((terms.x0, &held)).chain(terms.rest).collect();
+                x.sum(terms.x_t, (terms.given, &self.given), &rest)?;
             }
         }
         Ok(x.0)
@@ -319,7 +371,7 @@ impl Estimate {
                 Terms { x_t, x0, given: 0.0, rest: vec![(step.epsilon, epsilon)] }
             }
             Epsilon::FromX0 => {
-                let inner = StepCoefficients { x0, ..step }.without_epsilon(self.scale);
+                let inner = StepCoefficients { x0, ..step }.without_epsilon(self.level.scale);
                 Terms { x_t: x_t + inner.x_t, x0: inner.x0, given: 0.0, rest: Vec::new() }
             }
         }
@@ -370,13 +422,21 @@ impl State {
             self.0 = &self.0 * x_t;
         }
         let mut own = if x_t == 0.0 { 1.0 } else { x_t };
-        while let Some((&(a, x), others)) = terms.split_first() {
-            terms = if let Some((&(b, y), others)) = others.split_first() {
-                self.add_two(own, (a, x), (b, y))?;
-                others
-            } else {
-                self.add(own, (a, x))?;
-                others
+        while !terms.is_empty() {
+            terms = match terms {
+                [x, y, z, others @ ..] => {
+                    self.add_three(own, [*x, *y, *z])?;
+                    others
+                }
+                [x, y, others @ ..] => {
+                    self.add_two(own, *x, *y)?;
+                    others
+                }
+                [x, others @ ..] => {
+                    self.add(own, *x)?;
+                    others
+                }
+                [] => terms,
             };
             own = 1.0;
         }
@@ -396,6 +456,16 @@ impl State {
             return Ok(affine_noise_(&mut self.0, x, y, own, a, b)?);
         }
         self.0 = affine_noise(&self.0, x, y, own, a, b)?;
+        Ok(())
+    }
+
+    fn add_three(&mut self, own: f64, terms: [(f64, &Tensor); 3]) -> Result<()> {
+        let [(a, x), (b, y), (c, z)] = terms;
+        let weights = [own, a, b, c];
+        if self.is_own(&[x, y, z]) {
+            return Ok(affine_four_(&mut self.0, [x, y, z], weights)?);
+        }
+        self.0 = affine_four([&self.0, x, y, z], weights)?;
         Ok(())
     }
 

@@ -10,6 +10,7 @@
 //! | output type of a network | [`PredictionType`], which converts it to an [`Estimate`] or a [`Prediction`] |
 //! | clean data beyond the data's range | [`Thresholding`] |
 //! | a step | [`Sampler`]: [`Ddim`], [`Lcm`], or your own; [`SamplerConfig`] builds one from settings |
+//! | a run of a multistep solver, for teachers | [`Solver`]: [`DpmSolver`], [`UniPc`], [`Euler`]; [`SolverConfig`], [`SolverRun`] |
 //! | diffusers' `scheduler_config.json` | [`SchedulerConfig`] |
 //!
 //! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so only [`PredictionType`] depends on the family and on the
@@ -44,7 +45,7 @@
 //! # }
 //! ```
 //!
-//! For a batch with different timesteps, use [`Sampler::step`].
+//! For a batch with different timesteps, use [`Sampler::step`]. For DPM-Solver++ and UniPC, see [`SolverRun`].
 
 #![forbid(unsafe_code)]
 
@@ -52,24 +53,32 @@ mod boundary;
 mod coefficients;
 mod config_file;
 mod ddim;
+mod dpm_solver;
 mod error;
 mod estimate;
 mod lcm;
+mod noise_level;
 mod noise_schedule;
 mod prediction;
 mod sampler;
 mod sampler_config;
+mod solver;
+mod solver_config;
+mod solver_file;
 mod thresholding;
 mod timesteps;
+mod uni_pc;
 
 pub use boundary::ConsistencyBoundary;
 pub use coefficients::{StateCoefficients, StepCoefficients};
 pub use config_file::{CommonConfig, Compatibility, LcmConfig, SchedulerConfig};
 pub use ddil_files::Report;
 pub use ddim::Ddim;
+pub use dpm_solver::{DpmSolver, DpmSolverConfig, DpmSolverType};
 pub use error::{Error, Result};
 pub use estimate::Estimate;
 pub use lcm::Lcm;
+pub use noise_level::{NoiseLevel, NoiseLevels};
 pub use noise_schedule::{
     BetaSchedule, EdmConfig, FinalAlphaCumprod, FlowConfig, MAX_TRAIN_TIMESTEPS, NoiseSchedule,
     NoiseScheduleConfig, Scale, Scales, VpConfig,
@@ -77,8 +86,11 @@ pub use noise_schedule::{
 pub use prediction::{Prediction, PredictionType};
 pub use sampler::{Sampler, SamplerStep};
 pub use sampler_config::SamplerConfig;
+pub use solver::{Euler, Solver, SolverCoefficients, SolverRun};
+pub use solver_config::{FinalSigma, LevelsConfig, SolverConfig, SolverMethod};
 pub use thresholding::{Bound, DataRange, Thresholding};
 pub use timesteps::{PreviousTimestep, TimestepSpacing, Timesteps};
+pub use uni_pc::{UniPc, UniPcConfig, UniPcType};
 
 /// The version of tch whose tensors are part of this crate's API: an upgrade of tch is a breaking release.
 pub use tch;

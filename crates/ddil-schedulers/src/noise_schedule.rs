@@ -360,6 +360,11 @@ impl NoiseSchedule {
         }
     }
 
+    /// `alpha` and `sigma` of every training timestep.
+    pub(crate) fn scales(&self) -> &[Scale] {
+        &self.inner.scales[1..]
+    }
+
     /// `alpha_cumprod`, the remaining fraction of signal power: `alpha²`.
     ///
     /// # Errors

@@ -243,7 +243,7 @@ fn linspace(total: i64, n: i64) -> Vec<i64> {
 
 /// `round(numerator / denominator)` in integers, with halves to even as in numpy: a floating-point grid loses or gains
 /// an entry for some `n`.
-fn divide_half_even(numerator: i64, denominator: i64) -> i64 {
+pub(crate) fn divide_half_even(numerator: i64, denominator: i64) -> i64 {
     let (quotient, rest) = (numerator.div_euclid(denominator), numerator.rem_euclid(denominator));
     match (2 * rest).cmp(&denominator) {
         std::cmp::Ordering::Less => quotient,

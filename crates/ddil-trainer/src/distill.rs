@@ -387,6 +387,7 @@ impl DistillTask {
             steps: self.stage.sampling.len() as u32,
             guidance_scale: card.default_guidance_scale(),
             sampler: self.sampler(),
+            solver: None,
             thresholding: self.thresholding(self.config.thresholding_places.inference),
             timesteps: Some(self.stage.sampling.as_slice().to_vec()),
             batch_size: if self.prompted.is_some() { LATENTS_AT_ONCE } else { 100 },

@@ -109,6 +109,7 @@ impl TrainTask {
                 None => 1.0,
             },
             sampler: SamplerConfig::Ddim { eta: 0.0 },
+            solver: None,
             thresholding: Thresholding::clamp_pixels(),
             timesteps: None,
             batch_size: 100,

@@ -119,9 +119,13 @@ pub(crate) struct SamplingArgs {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// The sampler, `ddim` or `lcm`; the default is the model's own. Use `lcm` for a teacher with an LCM-LoRA.
+    /// The sampler: `ddim`, `lcm`, or for teachers `euler`, `dpm-solver` (DPM-Solver++ 2M) or `uni-pc`; the default is the
+    /// model's own. Use `lcm` for a teacher with an LCM-LoRA.
     #[arg(long)]
     pub(crate) sampler: Option<String>,
+    /// Use Karras' noise levels with `euler`, `dpm-solver` or `uni-pc`.
+    #[arg(long)]
+    pub(crate) karras_sigmas: bool,
     /// Treatment of predictions beyond the data's range, as TOML: `none`, or `{ kind = "clamp", low = -1, high = 1 }`;
     /// the default is the model's own.
     #[arg(long, value_name = "TOML")]

@@ -1,20 +1,21 @@
 use ddil_core::{
     AdaptivePriors, AdaptiveSignal, AggregationBuffer, BufferConfig, ClipMeter, Clock,
-    Conditioning, Consistent, Data, Denoiser, Discriminator, Draws, Error, Feedback,
+    Conditioning, Consistent, Data, Denoiser, Discriminator, Draws, Error, Feedback, FnDenoiser,
     GaussianMixture, Generator, Grids, Guided, GuidedByWeight, LossFeedback, LossMeter, MixBatch,
     MixedRollout, MixedVariant, Mixer, MixerConfig, MixtureDenoiser, PriorSchedule, Priors,
     RandomStreams, Rollout, RolloutNetworks, RolloutSteps, SavedFile, SavedState, ShiftConfig,
-    ShiftRequest, Source, SourceConfig, SourceRequest, States, Stream, StudentConfig,
-    StudentPolicy, StudentSource, TeacherConfig, TeacherSource, Thresholded, TrajectorySource,
-    draw_grid_indices, first_state, measure_shift, repeated_timestep, shift_at,
+    ShiftRequest, SolverRollout, Source, SourceConfig, SourceRequest, States, Stream,
+    StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, Thresholded,
+    TrajectorySource, draw_grid_indices, first_state, measure_shift, repeated_level,
+    repeated_timestep, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, MlpConfig, ModelConfig, NetworkConfig, NetworkDenoiser,
     NetworkDiscriminator, Placement,
 };
 use ddil_schedulers::{
-    ConsistencyBoundary, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, PredictionType,
-    Thresholding, TimestepSpacing, Timesteps,
+    ConsistencyBoundary, Ddim, Lcm, NoiseLevel, NoiseSchedule, NoiseScheduleConfig, PredictionType,
+    Scale, SolverConfig, Thresholding, TimestepSpacing, Timesteps,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -335,10 +336,15 @@ fn denoiser_cases(
         outcome(denoiser.predict(&t[0], &t[1], &conditioning(&t[2])))
     });
     cases.tensors("Denoiser::estimate", &[&points(), &labels()], |t| {
-        outcome(denoiser.estimate(&t[0], 749, &conditioning(&t[1])))
+        let level = denoiser.schedule().level_at(749).expect("on the grid");
+        outcome(denoiser.estimate(&t[0], level, &conditioning(&t[1])))
     });
-    cases.integers("Denoiser::estimate", |at| {
-        outcome(denoiser.estimate(&points(), at, &conditioning(&labels())))
+    let at = |timestep: f64| NoiseLevel { timestep, scale: Scale { alpha: 0.6, sigma: 0.8 } };
+    cases.integers("Denoiser::estimate", |t| {
+        outcome(denoiser.estimate(&points(), at(t as f64), &conditioning(&labels())))
+    });
+    cases.numbers("Denoiser::estimate", |t| {
+        outcome(denoiser.estimate(&points(), at(t), &conditioning(&labels())))
     });
 }
 
@@ -373,6 +379,10 @@ fn denoisers(cases: &mut Cases) {
         });
     }
     cases.tensors("repeated_timestep", &[&points()], |t| outcome(repeated_timestep(749, &t[0])));
+    cases.tensors("repeated_level", &[&points()], |t| {
+        let scale = Scale { alpha: 0.6, sigma: 0.8 };
+        outcome(repeated_level(NoiseLevel { timestep: 499.5, scale }, &t[0]))
+    });
     cases.cannot_fail(&["SourceRequest::states"]);
     cases.cannot_fail(&["Consistent::new", "Thresholded::metered", "with_boundary"]);
 }
@@ -459,7 +469,23 @@ fn rollouts(cases: &mut Cases) {
         let rollout = Rollout::new(&teacher, samplers[0].as_ref(), &far);
         outcome(rollout.conditioning(&labels_and_text).sample(points()))
     });
+    for config in [SolverConfig::euler(), SolverConfig::uni_pc().with_karras_sigmas()] {
+        let solver = config.build().expect("a valid order");
+        let levels = config.levels(&schedule, 3).expect("they fit");
+        let network = FnDenoiser::new(
+            schedule.clone(),
+            PredictionType::Epsilon,
+            |x_t: &Tensor, _: &Tensor, _: &Conditioning| Ok(x_t.shallow_clone()),
+        );
+        cases.tensors("SolverRollout::sample", &[&points(), &labels()], |t| {
+            let told = Conditioning::class_labels(t[1].shallow_clone());
+            let rollout = SolverRollout::new(&network, &*solver, &levels).conditioning(&told);
+            outcome(rollout.sample(t[0].shallow_clone()))
+        });
+    }
     cases.cannot_fail(&[
+        "SolverRollout::new",
+        "SolverRollout::conditioning",
         "Rollout::new",
         "Rollout::conditioning",
         "Rollout::generator",

@@ -1,12 +1,12 @@
 use ddil_libtorch::{
     AdamW, ArgumentError, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat,
-    RowFile, TensorList, affine, affine_, affine_clamped, affine_clamped_, affine_noise,
-    affine_noise_, channels_last, clip_grad_norm_, copy_rows_, default_generator_state,
-    deterministic, drop_grads, ensure_dense, ensure_kind, ensure_real, ensure_same_shape,
-    ensure_script_archive, ensure_shape, ensure_timesteps, foreach_lerp_, foreach_zero_,
-    fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last, is_sole_owner,
-    recomputed, set_default_generator_state, set_num_interop_threads, set_num_threads,
-    to_memory_format,
+    RowFile, TensorList, affine, affine_, affine_clamped, affine_clamped_, affine_four,
+    affine_four_, affine_noise, affine_noise_, channels_last, clip_grad_norm_, copy_rows_,
+    default_generator_state, deterministic, drop_grads, ensure_dense, ensure_kind, ensure_real,
+    ensure_same_shape, ensure_script_archive, ensure_shape, ensure_timesteps, foreach_lerp_,
+    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last,
+    is_sole_owner, recomputed, set_default_generator_state, set_num_interop_threads,
+    set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -39,6 +39,9 @@ fn arithmetic(cases: &mut Cases) {
     cases.tensors("affine_noise", &three, |t| {
         outcome(affine_noise(&t[0], &t[1], &t[2], 0.5, 2.0, 1.0))
     });
+    cases.tensors("affine_four", &[&x; 4], |t| {
+        outcome(affine_four([&t[0], &t[1], &t[2], &t[3]], [0.5, 2.0, 1.0, -1.0]))
+    });
     cases.tensors("affine_clamped", &two, |t| outcome(affine_clamped(&t[0], &t[1], &numbers)));
     cases.tensors("is_sole_owner", &two, |t| {
         let _ = is_sole_owner(&t[0]);
@@ -51,6 +54,10 @@ fn arithmetic(cases: &mut Cases) {
     cases.tensors("affine_noise_", &three, |t| {
         let (x, rest) = t.split_at_mut(1);
         outcome(affine_noise_(&mut x[0], &rest[0], &rest[1], 0.5, 2.0, 1.0))
+    });
+    cases.tensors("affine_four_", &[&x; 4], |t| {
+        let (x, rest) = t.split_at_mut(1);
+        outcome(affine_four_(&mut x[0], [&rest[0], &rest[1], &rest[2]], [0.5, 2.0, 1.0, -1.0]))
     });
     cases.tensors("affine_clamped_", &two, |t| {
         let (x, rest) = t.split_at_mut(1);

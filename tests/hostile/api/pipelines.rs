@@ -1,11 +1,14 @@
 use std::num::NonZeroU32;
 
+use ddil_core::Denoiser;
 use ddil_models::Placement;
 use ddil_pipelines::{
     Card, ClassToImage, Guidance, Image, Layout, ModelFiles, Pipeline, Precision, PromptRequest,
     SampleGrid, SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate,
-    initial_noise, layout, sample_latents, sampling_denoiser, save_each, with_published_timesteps,
+    initial_noise, layout, sample_latents, sampling_denoiser, save_each, with_published_solver,
+    with_published_timesteps,
 };
+use ddil_schedulers::{SolverConfig, TimestepSpacing};
 use tch::{Device, Tensor, kind};
 
 use super::cases::{Cases, ODD_NUMBERS, ODD_WHOLES, outcome};
@@ -151,6 +154,13 @@ fn of_classes(cases: &mut Cases, model: &ClassToImage) {
             outcome(model.samples(1).steps(1).class(class).images())
         });
     }
+    for mut solver in [SolverConfig::dpm_solver(), SolverConfig::euler()] {
+        solver.levels.steps_offset = u32::MAX;
+        solver.levels.timestep_spacing = TimestepSpacing::Leading;
+        cases.once("solver", "an offset beyond the grid", || {
+            outcome(model.samples(1).steps(1).solver(solver).images())
+        });
+    }
     cases
         .once("seed", "the largest", || outcome(model.samples(1).steps(1).seed(u64::MAX).images()));
 }
@@ -176,6 +186,18 @@ fn sampling(cases: &mut Cases, pipeline: &Pipeline) {
     cases.integers("with_published_timesteps", |steps| {
         outcome(with_published_timesteps(pipeline, SamplePlan { steps: steps as u32, ..plan() }))
     });
+    for mut solver in [SolverConfig::euler(), SolverConfig::uni_pc()] {
+        let schedule = pipeline.network.schedule().clone();
+        cases.integers("SamplePlan::levels", |steps| {
+            outcome(SamplePlan { steps: steps as u32, ..plan() }.levels(&solver, &schedule))
+        });
+        solver.levels.steps_offset = u32::MAX;
+        solver.levels.timestep_spacing = TimestepSpacing::Leading;
+        cases.once("with_published_solver", "another solver", || {
+            let plan = SamplePlan { solver: Some(solver.clone()), ..plan() };
+            outcome(with_published_solver(pipeline, plan))
+        });
+    }
     cases.numbers("sampling_denoiser", |guidance_scale| {
         let plan = SamplePlan { guidance_scale, ..plan() };
         outcome(sampling_denoiser(&pipeline.network, &plan, &guidance))

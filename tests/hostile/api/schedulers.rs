@@ -1,8 +1,9 @@
 use ddil_schedulers::{
-    CommonConfig, ConsistencyBoundary, DataRange, Ddim, EdmConfig, Estimate, FlowConfig, Lcm,
-    NoiseSchedule, NoiseScheduleConfig, Prediction, PredictionType, PreviousTimestep, Sampler,
-    SamplerConfig, SamplerStep, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps,
-    VpConfig,
+    CommonConfig, ConsistencyBoundary, DataRange, Ddim, DpmSolver, DpmSolverConfig, EdmConfig,
+    Estimate, FlowConfig, Lcm, NoiseLevel, NoiseLevels, NoiseSchedule, NoiseScheduleConfig,
+    Prediction, PredictionType, PreviousTimestep, Sampler, SamplerConfig, SamplerStep, Scale,
+    SchedulerConfig, SolverConfig, SolverMethod, SolverRun, Thresholding, TimestepSpacing,
+    Timesteps, UniPc, UniPcConfig, VpConfig,
 };
 use tch::{Tensor, kind};
 
@@ -69,6 +70,7 @@ fn ddil_schedulers() {
     thresholding(&mut cases);
     samplers(&mut cases);
     estimates(&mut cases);
+    solvers(&mut cases);
     grids(&mut cases);
     configs(&mut cases);
     cases.finish("ddil-schedulers");
@@ -253,6 +255,99 @@ fn estimates(cases: &mut Cases) {
     cases.cannot_fail(&["StepCoefficients::without_epsilon", "Sampler::coefficients"]);
 }
 
+fn odd_level(number: f64) -> NoiseLevel {
+    NoiseLevel { timestep: number, scale: Scale { alpha: number, sigma: -number } }
+}
+
+fn solver_configs() -> Vec<SolverConfig> {
+    let mut all = vec![SolverConfig::euler(), SolverConfig::dpm_solver(), SolverConfig::uni_pc()];
+    for solver_order in [1, 3] {
+        let dpm = DpmSolverConfig { solver_order, ..DpmSolverConfig::default() };
+        let uni = UniPcConfig { solver_order, ..UniPcConfig::default() };
+        let levels = SolverConfig::euler().levels;
+        for method in [SolverMethod::DpmSolver(dpm), SolverMethod::UniPc(uni)] {
+            all.push(SolverConfig { method, levels: levels.clone() });
+        }
+    }
+    let karras = all.iter().cloned().map(SolverConfig::with_karras_sigmas);
+    karras.collect::<Vec<_>>().into_iter().chain(all).collect()
+}
+
+fn solvers(cases: &mut Cases) {
+    use TimestepSpacing::{Leading, Linspace, Trailing};
+    let x = images();
+    for schedule in schedules() {
+        for mut config in solver_configs() {
+            let what = format!("{config:?}");
+            cases.once("SolverConfig::build", &what, || outcome(config.build()));
+            for (spacing, offset) in [(Leading, u32::MAX), (Linspace, 0), (Trailing, 1)] {
+                config.levels.timestep_spacing = spacing;
+                config.levels.steps_offset = offset;
+                for steps in [0, 1, 2, 999, 1000, 1001, u32::MAX] {
+                    cases.once("SolverConfig::levels", &format!("{what} {steps}"), || {
+                        outcome(config.levels(&schedule, steps))
+                    });
+                }
+                for number in ODD_NUMBERS {
+                    config.levels.lambda_min_clipped = Some(number);
+                    cases.once("SolverConfig::levels", &format!("{what} {number}"), || {
+                        outcome(config.levels(&schedule, 4))
+                    });
+                }
+                config.levels.lambda_min_clipped = None;
+            }
+            let solver = config.build().expect("a valid order");
+            let levels = NoiseLevels::of_timesteps(&schedule, &grid()).expect("on the grid");
+            cases.integers("Solver::coefficients", |step| {
+                let found = solver.coefficients(&levels, step as usize);
+                let _ = found.weight(step as usize);
+                Ok(())
+            });
+            cases
+                .tensors("NoiseLevels::first_state", &[&x], |t| outcome(levels.first_state(&t[0])));
+            cases.tensors("SolverRun::step", &[&x, &x], |t| {
+                let mut run = SolverRun::new(&*solver, &levels);
+                let level = run.level().expect("a first level");
+                let output = t[1].shallow_clone();
+                let estimate = Estimate::at_level(&schedule, PredictionType::Sample, output, level);
+                outcome(estimate.and_then(|estimate| run.step(t[0].shallow_clone(), &estimate)))
+            });
+        }
+        for output in TYPES {
+            cases.numbers("Estimate::at_level", |number| {
+                outcome(Estimate::at_level(&schedule, output, x.shallow_clone(), odd_level(number)))
+            });
+        }
+        cases.numbers("NoiseSchedule::timestep_of", |number| {
+            outcome(schedule.timestep_of(odd_level(number)))
+        });
+        cases.integers("NoiseSchedule::level_at", |t| outcome(schedule.level_at(t)));
+        let far = Timesteps::explicit(vec![5000, 3], 10_000).expect("on a longer grid");
+        cases.once("NoiseLevels::of_timesteps", "a longer grid", || {
+            outcome(NoiseLevels::of_timesteps(&schedule, &far))
+        });
+    }
+    for order in [0, 4, u32::MAX] {
+        let dpm = DpmSolverConfig { solver_order: order, ..DpmSolverConfig::default() };
+        let uni = UniPcConfig { solver_order: order, ..UniPcConfig::default() };
+        cases.once("DpmSolver::new", &order.to_string(), || outcome(DpmSolver::new(dpm)));
+        cases.once("UniPc::new", &order.to_string(), || outcome(UniPc::new(uni)));
+    }
+    // Asked with every run above, or without anything that can be wrong.
+    cases.cannot_fail(&[
+        "Estimate::level",
+        "NoiseLevel::nearest_timestep",
+        "NoiseLevel::whole_timestep",
+        "NoiseLevels::scale",
+        "Solver::history",
+        "SolverConfig::spaced_as",
+        "SolverConfig::with_karras_sigmas",
+        "SolverCoefficients::weight",
+        "SolverRun::level",
+        "SolverRun::new",
+    ]);
+}
+
 fn grids(cases: &mut Cases) {
     use TimestepSpacing::{Leading, Linspace, Trailing};
     let numbers: Vec<u32> = vec![0, 1, 2, 3, 7, 1000, 1 << 20, u32::MAX - 1, u32::MAX];
@@ -308,6 +403,7 @@ fn configs(cases: &mut Cases) {
         cases.once("SchedulerConfig::from_json_any", what, || {
             outcome(SchedulerConfig::from_json_any(text))
         });
+        cases.once("SolverConfig::from_json", what, || outcome(SolverConfig::from_json(text)));
         cases.once("SchedulerConfig::from_json_lenient", what, || {
             outcome(SchedulerConfig::from_json_lenient(text))
         });
@@ -349,5 +445,6 @@ fn configs(cases: &mut Cases) {
         "SchedulerConfig::from_file",
         "SchedulerConfig::from_file_any",
         "SchedulerConfig::from_file_lenient",
+        "SolverConfig::from_file",
     ]);
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use ddil::compare::Matrix;
 use ddil_files::settings::{Settings, differences, to_toml};
 use ddil_models::NetworkConfig;
-use ddil_schedulers::SchedulerConfig;
+use ddil_schedulers::{SchedulerConfig, SolverConfig};
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 
@@ -86,7 +86,8 @@ const SCHEDULER: &str = "scheduler_config.json";
 #[test]
 fn scheduler_config() {
     let golden = repository().join("tests/golden/schedulers");
-    let mut seeds: Vec<Tree> = ["ddim_scheduler_config.json", "lcm_scheduler_config.json"]
+    let names = ["ddim", "lcm", "dpm_solver"].map(|name| format!("{name}_scheduler_config.json"));
+    let mut seeds: Vec<Tree> = names
         .map(|name| Tree::file(SCHEDULER, std::fs::read(golden.join(name)).expect("a golden")))
         .into();
     let written = r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 4,
@@ -94,6 +95,9 @@ fn scheduler_config() {
         "rescale_betas_zero_snr": true, "prediction_type": "v_prediction"}"#;
     seeds.push(Tree::file(SCHEDULER, written));
     let solver = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}"#;
+    seeds.push(Tree::file(SCHEDULER, solver));
+    let solver = r#"{"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "use_karras_sigmas": true,
+        "disable_corrector": [0, 1], "final_sigmas_type": "sigma_min", "steps_offset": 1}"#;
     seeds.push(Tree::file(SCHEDULER, solver));
     Target::new("scheduler_config", seeds, read_scheduler).run();
 }
@@ -105,6 +109,9 @@ fn read_scheduler(folder: &Path) -> Response {
     let again = SchedulerConfig::from_json(&config.to_json()).map_err(message_of)?;
     assert_eq!(again, config);
     let schedule = config.schedule().map_err(message_of)?;
+    if let Some(solver) = SolverConfig::from_file(&path).map_err(message_of)? {
+        let _ = [0, 1, 4, u32::MAX].map(|steps| solver.levels(&schedule, steps));
+    }
     let _ =
         (config.sampler().map_err(message_of)?, config.boundary(), config.thresholding().ensure());
     for steps in [None, Some(0), Some(4), Some(u32::MAX)] {

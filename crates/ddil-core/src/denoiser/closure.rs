@@ -1,9 +1,9 @@
 //! A network given as a function.
 
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, PredictionType};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction, PredictionType};
 use tch::Tensor;
 
-use super::{Denoiser, repeated_timestep};
+use super::{Denoiser, repeated_level};
 use crate::conditioning::Conditioning;
 use crate::error::Result;
 
@@ -45,7 +45,8 @@ where
     F: Fn(&Tensor, &Tensor, &Conditioning) -> Result<Tensor>,
 {
     /// `output` computes the network's output from `x_t`, the timesteps and the conditioning, in the shapes of
-    /// [`Denoiser::predict`]; `prediction_type` is the type of that output.
+    /// [`Denoiser::predict`]; `prediction_type` is the type of that output. A solver may have levels between two training
+    /// timesteps: then the timesteps are `Double`.
     ///
     /// Errors of another type are wrapped by [`Error::network`](crate::Error::network).
     pub fn new(schedule: NoiseSchedule, prediction_type: PredictionType, output: F) -> Self {
@@ -70,11 +71,11 @@ where
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let output = (self.output)(x_t, &repeated_timestep(timestep, x_t)?, conditioning)?;
-        Ok(Estimate::of_output(&self.schedule, self.prediction_type, output, timestep)?)
+        let output = (self.output)(x_t, &repeated_level(level, x_t)?, conditioning)?;
+        Ok(Estimate::at_level(&self.schedule, self.prediction_type, output, level)?)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

@@ -1,6 +1,8 @@
 //! The boundary condition of consistency models.
 
-use ddil_schedulers::{ConsistencyBoundary, Estimate, NoiseSchedule, Prediction, SamplerConfig};
+use ddil_schedulers::{
+    ConsistencyBoundary, Estimate, NoiseLevel, NoiseSchedule, Prediction, SamplerConfig,
+};
 use tch::Tensor;
 
 use super::Denoiser;
@@ -50,10 +52,10 @@ impl<D: Denoiser> Denoiser for Consistent<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let inner = self.inner.estimate(x_t, timestep, conditioning)?;
+        let inner = self.inner.estimate(x_t, level, conditioning)?;
         Ok(inner.with_boundary(self.boundary, x_t)?)
     }
 

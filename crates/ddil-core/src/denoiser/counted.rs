@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction};
 use tch::Tensor;
 
 use super::Denoiser;
@@ -45,11 +45,11 @@ impl<D: Denoiser> Denoiser for Counted<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
         self.count(x_t);
-        self.inner.estimate(x_t, timestep, conditioning)
+        self.inner.estimate(x_t, level, conditioning)
     }
 
     fn schedule(&self) -> &NoiseSchedule {

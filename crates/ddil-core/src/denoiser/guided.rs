@@ -2,7 +2,7 @@
 
 use ddil_files::Invalid;
 use ddil_libtorch::{ensure_dense, ensure_real};
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction};
 use tch::{Kind, Tensor};
 
 use super::Denoiser;
@@ -72,14 +72,14 @@ impl<D: Denoiser> Denoiser for Guided<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
         if self.is_off() {
-            return self.inner.estimate(x_t, timestep, conditioning);
+            return self.inner.estimate(x_t, level, conditioning);
         }
         let both = Both::new("Guided::estimate", x_t, conditioning, &self.null)?;
-        both.estimate(&self.inner, timestep, |cond, uncond| uncond.lerp(cond, self.guidance_scale))
+        both.estimate(&self.inner, level, |cond, uncond| uncond.lerp(cond, self.guidance_scale))
     }
 
     fn schedule(&self) -> &NoiseSchedule {
@@ -176,11 +176,11 @@ impl<D: Denoiser> Denoiser for GuidedByWeight<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
         let (both, scale) = self.inputs("GuidedByWeight::estimate", x_t, conditioning)?;
-        both.estimate(&self.inner, timestep, |cond, uncond| {
+        both.estimate(&self.inner, level, |cond, uncond| {
             uncond.lerp_tensor(cond, &scale.to_kind(cond.kind()))
         })
     }
@@ -232,14 +232,14 @@ impl Both {
         Ok(Prediction { x0: combine(&output.x0), epsilon: combine(&output.epsilon) })
     }
 
-    /// The same for a batch at one timestep.
+    /// The same for a batch at one noise level.
     fn estimate(
         &self,
         inner: &dyn Denoiser,
-        timestep: i64,
+        level: NoiseLevel,
         combine: impl Fn(&Tensor, &Tensor) -> Tensor,
     ) -> Result<Estimate> {
-        let output = inner.estimate(&self.x_t, timestep, &self.conditioning)?;
+        let output = inner.estimate(&self.x_t, level, &self.conditioning)?;
         Ok(output.combined(&self.x_t, self.of_halves(combine))?)
     }
 

@@ -1,6 +1,6 @@
 //! Clips clean data to a range.
 
-use ddil_schedulers::{Estimate, NoiseSchedule, Prediction, Thresholding};
+use ddil_schedulers::{Estimate, NoiseLevel, NoiseSchedule, Prediction, Thresholding};
 use tch::Tensor;
 
 use super::{ClipMeter, Denoiser, repeated_timestep};
@@ -56,15 +56,16 @@ impl<D: Denoiser> Denoiser for Thresholded<D> {
     fn estimate(
         &self,
         x_t: &Tensor,
-        timestep: i64,
+        level: NoiseLevel,
         conditioning: &Conditioning,
     ) -> Result<Estimate> {
-        let raw = self.inner.estimate(x_t, timestep, conditioning)?;
+        let raw = self.inner.estimate(x_t, level, conditioning)?;
         if self.thresholding == Thresholding::None {
             return Ok(raw);
         }
         if let Some(meter) = &self.meter {
-            meter.measure(&self.thresholding, &raw.x0(x_t)?, &repeated_timestep(timestep, x_t)?)?;
+            let timesteps = repeated_timestep(level.nearest_timestep(), x_t)?;
+            meter.measure(&self.thresholding, &raw.x0(x_t)?, &timesteps)?;
         }
         Ok(raw.thresholded(&self.thresholding, x_t)?)
     }

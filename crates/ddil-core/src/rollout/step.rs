@@ -72,7 +72,8 @@ pub(super) fn step_at(
     conditioning: &Conditioning,
     fresh: &mut Fresh<'_>,
 ) -> Result<Tensor> {
-    let estimate = denoiser.estimate(&x_t, timestep, conditioning)?;
+    let level = denoiser.schedule().level_at(timestep)?;
+    let estimate = denoiser.estimate(&x_t, level, conditioning)?;
     let adds_noise = sampler.needs_noise() && sampler.coefficients_at(timestep, prev)?.noise != 0.0;
     let noise = if adds_noise { fresh.like(&x_t)? } else { None };
     Ok(sampler.step_at(x_t, &estimate, prev, noise.as_ref())?)
@@ -94,7 +95,8 @@ pub(super) fn step(
         return step_at(actor, x_t.shallow_clone(), (timestep, prev), conditioning, fresh);
     }
     let (denoiser, sampler) = actor;
-    let prediction = denoiser.estimate(x_t, timestep, conditioning)?.prediction(x_t)?;
+    let level = denoiser.schedule().level_at(timestep)?;
+    let prediction = denoiser.estimate(x_t, level, conditioning)?.prediction(x_t)?;
     let timesteps = vec![timestep; prev_timesteps.len()];
     sampler_step(sampler, &prediction, &timesteps, prev_timesteps, generator)
 }

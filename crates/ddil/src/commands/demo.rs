@@ -118,6 +118,7 @@ fn candidates(arms: &[Arm; 2]) -> anyhow::Result<Vec<Candidate>> {
         steps,
         guidance_scale,
         sampler: SamplerConfig::Ddim { eta: 0.0 },
+        solver: None,
         thresholding: config.thresholding.clone(),
         timesteps,
         batch_size: 100,

@@ -21,8 +21,8 @@ use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail, ensure};
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
-use ddil_pipelines::{Pipeline, SamplePlan};
-use ddil_schedulers::{ConsistencyBoundary, SamplerConfig, Thresholding};
+use ddil_pipelines::{Pipeline, SamplePlan, with_published_solver};
+use ddil_schedulers::{ConsistencyBoundary, SamplerConfig, SolverConfig, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
 use ddil_trainer::{Logging, Progress, when_stdin_closes};
 use serde::Deserialize;
@@ -103,17 +103,69 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
     let placement = Placement { device, kind: Kind::Float, channels_last };
     let mut pipeline = Pipeline::open(path, placement, precision)
         .with_context(|| format!("could not read a model from {}", path.display()))?;
-    pipeline.sampler = match args.sampler.as_deref() {
-        None => pipeline.sampler,
-        Some("ddim") => SamplerConfig::Ddim { eta: 0.0 },
-        Some("lcm") => SamplerConfig::Lcm {
-            original_steps: LCM_ORIGINAL_STEPS,
-            boundary: ConsistencyBoundary::default(),
-        },
-        Some(other) => bail!("--sampler is `{other}`; expected `ddim` or `lcm`"),
-    };
+    match args.sampler.as_deref() {
+        None => {}
+        Some("lcm") => {
+            pipeline.sampler = SamplerConfig::Lcm {
+                original_steps: LCM_ORIGINAL_STEPS,
+                boundary: ConsistencyBoundary::default(),
+            };
+        }
+        Some("ddim") => pipeline.sampler = SamplerConfig::Ddim { eta: 0.0 },
+        Some(other) if solver_named(other).is_some() => ensure_takes_solver(&pipeline, other)?,
+        Some(other) => {
+            bail!(
+                "--sampler is `{other}`; expected `ddim`, `lcm`, `euler`, `dpm-solver` or `uni-pc`"
+            )
+        }
+    }
     let plan = sample_plan(&pipeline, args, args.steps)?;
     Ok((pipeline, plan))
+}
+
+/// The solver of a name on the command line.
+fn solver_named(name: &str) -> Option<SolverConfig> {
+    match name {
+        "euler" => Some(SolverConfig::euler()),
+        "dpm-solver" => Some(SolverConfig::dpm_solver()),
+        "uni-pc" => Some(SolverConfig::uni_pc()),
+        _ => None,
+    }
+}
+
+/// Checks that a model can be sampled with a solver, at any noise level.
+fn ensure_takes_solver(pipeline: &Pipeline, name: &str) -> anyhow::Result<()> {
+    let is_student = pipeline.timesteps.is_some() || pipeline.sampler.boundary().is_some();
+    ensure!(
+        !is_student,
+        "--sampler {name} is for teachers; this student was trained for its own sampler and timesteps"
+    );
+    Ok(())
+}
+
+/// The solver of the command line, with the spacing of the model's scheduler file; without one, that of the file.
+fn with_solver(
+    pipeline: &Pipeline,
+    args: &SamplingArgs,
+    plan: SamplePlan,
+) -> anyhow::Result<SamplePlan> {
+    let named = args.sampler.as_deref().and_then(solver_named);
+    let mut plan = match named {
+        Some(solver) => {
+            let solver = solver.spaced_as(pipeline.scheduler.common());
+            SamplePlan { solver: Some(solver), ..plan }
+        }
+        None if args.sampler.is_some() || args.eta.is_some() => plan,
+        None => with_published_solver(pipeline, plan)
+            .context("--sampler `ddim` samples without the solver of the model's file")?,
+    };
+    if args.karras_sigmas {
+        let Some(solver) = plan.solver.take() else {
+            bail!("--karras-sigmas is for the samplers `euler`, `dpm-solver` and `uni-pc`");
+        };
+        plan.solver = Some(solver.with_karras_sigmas());
+    }
+    Ok(plan)
 }
 
 /// The sampling plan of a model for a number of steps; without one, the model's own number.
@@ -122,8 +174,12 @@ fn sample_plan(
     args: &SamplingArgs,
     steps: Option<u32>,
 ) -> anyhow::Result<SamplePlan> {
-    let mut plan = SamplePlan::of(pipeline, steps);
+    let mut plan = with_solver(pipeline, args, SamplePlan::of(pipeline, steps))?;
     if let Some(eta) = args.eta {
+        ensure!(
+            plan.solver.is_none(),
+            "--eta is for DDIM; --sampler chooses a solver, which adds no noise"
+        );
         ensure!(
             matches!(plan.sampler, SamplerConfig::Ddim { .. }),
             "--eta applies to DDIM only; this model uses the LCM sampler"

@@ -123,7 +123,7 @@ fn options_that_a_model_lacks_are_refused() -> TestResult {
     refused(&["teacher", "--prompts-file", "empty.txt"], &["empty.txt", "no prompts"]);
     refused(&["teacher", "--prompts-file", "none.txt"], &["none.txt"]);
     refused(&["teacher", "--prompt", "a", "--height", "15"], &["15", "multiples of 2"]);
-    refused(&["teacher", "--prompt", "a", "--sampler", "euler"], &["--sampler", "euler", "lcm"]);
+    refused(&["teacher", "--prompt", "a", "--sampler", "heun"], &["--sampler", "heun", "uni-pc"]);
     refused(&["teacher", "--prompt", "a", "--batch-size", "0"], &["--batch-size"]);
     let unguided = ["teacher", "--prompt", "a", "--negative-prompt", "b", "--guidance-scale", "1"];
     refused(&unguided, &["negative_prompt", "without guidance"]);

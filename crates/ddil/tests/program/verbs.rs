@@ -147,6 +147,50 @@ fn a_latent_consistency_model_carries_its_sampler() {
     workshop.ddil(&["sample", &path, "--eta", "0.5"]).refused(&["--eta", "DDIM"]);
 }
 
+/// As diffusers saves DPM-Solver, with a number that is not JSON.
+#[test]
+fn a_teacher_with_a_solver_is_sampled_with_it_and_distilled_without() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let file = workshop.path("teacher/scheduler/scheduler_config.json");
+    let ddim = fs::read_to_string(&file)?;
+    let with = |more: &str| {
+        let text = ddim.replace("DDIMScheduler", "DPMSolverMultistepScheduler");
+        let more = format!("{{\n  \"lambda_min_clipped\": -Infinity,\n  {more},");
+        fs::write(&file, text.replacen('{', &more, 1))
+    };
+    let sampled = |name: &str, more: &[&str]| -> Result<Vec<u8>, std::io::Error> {
+        let mut arguments = vec!["sample", "teacher", "-n", "3", "--steps", "6", "--output", name];
+        arguments.extend(more);
+        workshop.ddil(&arguments).succeeded();
+        fs::read(workshop.path(name))
+    };
+    with("\"use_karras_sigmas\": true")?;
+    let own = sampled("own.png", &[])?;
+    assert!(own == sampled("named.png", &["--sampler", "dpm-solver", "--karras-sigmas"])?);
+    assert!(own != sampled("evenly.png", &["--sampler", "dpm-solver"])?);
+    assert!(own != sampled("uni-pc.png", &["--sampler", "uni-pc", "--karras-sigmas"])?);
+    let by_ddim = sampled("ddim.png", &["--sampler", "ddim"])?;
+    assert!(by_ddim != sampled("euler.png", &["--sampler", "euler"])?);
+
+    with("\"algorithm_type\": \"sde-dpmsolver++\"")?;
+    let refused = workshop.ddil(&["sample", "teacher", "--steps", "6"]);
+    refused.refused(&["algorithm_type", "\"sde-dpmsolver++\"; expected dpmsolver++", "`ddim`"]);
+    assert!(by_ddim == sampled("again.png", &["--sampler", "ddim"])?);
+    let student = workshop.complete("distill", "student", &[]);
+    let exported = json(&student.join("export/scheduler/scheduler_config.json"));
+    assert_eq!(exported["_class_name"], "DDIMScheduler");
+    assert!(exported["lambda_min_clipped"].is_null() && exported["algorithm_type"].is_null());
+
+    let path = student.display().to_string();
+    let refused = workshop.ddil(&["sample", &path, "--sampler", "euler"]);
+    refused.refused(&["--sampler euler is for teachers"]);
+    let refused = workshop.ddil(&["sample", &path, "--karras-sigmas"]);
+    refused.refused(&["--karras-sigmas", "`dpm-solver`"]);
+    let refused = workshop.ddil(&["sample", "teacher", "--sampler", "euler", "--eta", "0.5"]);
+    refused.refused(&["--eta", "DDIM"]);
+    Ok(())
+}
+
 #[test]
 fn a_student_can_take_the_guidance_weight() -> TestResult {
     let workshop = Workshop::with_teacher();
