@@ -1,6 +1,7 @@
 //! Data sets from disk and the order of their samples.
 
 mod dataset;
+mod image_files;
 mod pictures;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;

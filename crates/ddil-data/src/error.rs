@@ -166,6 +166,9 @@ pub enum Error {
         /// All problems found.
         problems: Vec<String>,
     },
+    /// Images do not fit an extractor of features.
+    #[error(transparent)]
+    Metrics(#[from] ddil_metrics::Error),
     /// A random number generator failed.
     #[error(transparent)]
     Libtorch(#[from] ddil_libtorch::Error),
@@ -187,6 +190,7 @@ impl Error {
     pub fn invalid(&self) -> Option<&Invalid> {
         match self {
             Self::Invalid(invalid) => Some(invalid),
+            Self::Metrics(error) => error.invalid(),
             _ => None,
         }
     }

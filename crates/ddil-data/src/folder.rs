@@ -120,10 +120,22 @@ fn read_images(paths: &[PathBuf]) -> Result<Tensor> {
 }
 
 pub(crate) fn read_image(path: &Path) -> Result<(Layout, Vec<u8>)> {
-    if is_jpeg(path) { jpeg::read(path) } else { read_png(path) }
+    if is_jpeg(path) { jpeg::read(path) } else { read_png(path, Transparency::Refused) }
 }
 
-fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
+/// As [`read_image`], without the transparency that a file may have.
+pub(crate) fn read_opaque(path: &Path) -> Result<(Layout, Vec<u8>)> {
+    if is_jpeg(path) { jpeg::read(path) } else { read_png(path, Transparency::Dropped) }
+}
+
+/// What becomes of an alpha channel.
+#[derive(Clone, Copy, PartialEq)]
+enum Transparency {
+    Refused,
+    Dropped,
+}
+
+fn read_png(path: &Path, transparency: Transparency) -> Result<(Layout, Vec<u8>)> {
     let png = |source| Error::Png { path: path.to_owned(), source };
     let file =
         open_regular_file(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
@@ -136,9 +148,12 @@ fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let mut reader = decoder.read_info().map_err(png)?;
 
     let (colour, _) = reader.output_color_type();
-    let channels = match colour {
-        ColorType::Grayscale => 1,
-        ColorType::Rgb => 3,
+    let drops = transparency == Transparency::Dropped;
+    let (stored, channels) = match colour {
+        ColorType::Grayscale => (1, 1),
+        ColorType::Rgb => (3, 3),
+        ColorType::GrayscaleAlpha if drops => (2, 1),
+        ColorType::Rgba if drops => (4, 3),
         ColorType::GrayscaleAlpha | ColorType::Rgba | ColorType::Indexed => {
             let found = format!("{colour:?} after decoding");
             let expected = "grey or RGB, without transparency".to_owned();
@@ -152,5 +167,9 @@ fn read_png(path: &Path) -> Result<(Layout, Vec<u8>)> {
     }
     let mut pixels = vec![0; len];
     let info = reader.next_frame(&mut pixels).map_err(png)?;
+    if stored > channels {
+        pixels =
+            pixels.chunks_exact(stored).flat_map(|pixel| &pixel[..channels]).copied().collect();
+    }
     Ok((Layout { channels, height: info.height, width: info.width }, pixels))
 }

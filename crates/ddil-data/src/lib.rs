@@ -9,6 +9,7 @@
 //! | --- | --- | --- |
 //! | images in memory | [`ImageDataset`], [`Batch`], [`flip_horizontally`] | `x0` `[batch, channels, height, width]`, -1 to 1; `labels` `[batch]` |
 //! | folders of PNG and JPEG files | [`read_image_folder`], [`read_cropped`] | `[n, channels, height, width]` |
+//! | images of any sizes, decoded in threads; features of them | [`ImageFiles`] | `[1, channels, height, width]` |
 //! | captions and prompts | [`read_captions`], [`read_prompts`], [`CaptionedImage`] | |
 //! | IDX files, Fashion-MNIST | [`read_idx_images`], [`read_idx_labels`], [`FashionMnist`] | `[n, rows, columns]`, `[n]` |
 //! | latents and encoded prompts | [`EncodedDataset`], [`EncodedBatch`], [`encoded`] | `x0` `[batch, channels, height, width]`, scaled |
@@ -49,6 +50,7 @@ mod error;
 mod fashion_mnist;
 mod folder;
 mod idx;
+mod image_files;
 mod images;
 mod indices;
 mod jpeg;
@@ -64,6 +66,7 @@ pub use error::{Error, Result};
 pub use fashion_mnist::{FashionMnist, cache_folder, fashion_mnist_folders};
 pub use folder::read_image_folder;
 pub use idx::{read_idx_images, read_idx_labels};
+pub use image_files::ImageFiles;
 pub use images::{Batch, ImageDataset, flip_horizontally};
 pub use indices::BatchIndices;
 
