@@ -108,7 +108,10 @@ fn mistakes_are_reported_with_their_place() {
     );
     refused(&changed("baseline = \"off\"", "baseline = \"of\""), &["axis `clip`", "`of`"]);
     refused(&changed("name = \"all\"", "name = \"../all\""), &["`name` is `../all`"]);
-    refused(&changed("{ name = \"4\" }", "{ name = \"2\" }"), &["`steps` has two values `2`"]);
+    refused(
+        &changed("{ name = \"4\" }", "{ name = \"2\" }"),
+        &["`steps` has two values named `2`"],
+    );
     refused(&changed("{ name = \"4\" }", "{ name = \"a b\" }"), &["`a b` is not a valid name"]);
     refused(&changed("name = \"steps\"", "name = \"clip\""), &["two axes are named `clip`"]);
     refused(&changed("clip = \"off\" }]", "clop = \"off\" }]"), &["no axis `clop`"]);
@@ -217,10 +220,14 @@ fn measurement(frechet: f64) -> Measurement {
         extractor: "none".to_owned(),
         frechet,
         frechet_to_teacher: Some(frechet / 2.0),
-        precision: 0.5,
-        recall: 0.25,
-        density: 0.75,
-        coverage: 0.5,
+        kid: None,
+        reference_samples: None,
+        input: None,
+        standard_errors: None,
+        precision: Some(0.5),
+        recall: Some(0.25),
+        density: Some(0.75),
+        coverage: Some(0.5),
         shift: Vec::new(),
     }
 }

@@ -90,6 +90,17 @@ impl ImageFiles {
         self.paths.len()
     }
 
+    /// The image at an index, `[1, 1 or 3, height, width]`, `Uint8`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for an index outside of `0..len`, and errors of the file.
+    pub fn image(&self, index: usize) -> Result<Tensor> {
+        let len = self.len() as i64;
+        let path = self.paths.get(index).ok_or(Error::Index { index: index as i64, len })?;
+        to_tensor(path, &read_opaque(path)?)
+    }
+
     /// The files after the first `count`, for work that continues; `None` if none are left.
     pub fn skip(&self, count: usize) -> Option<Self> {
         let paths = self.paths.get(count..)?.to_vec();

@@ -120,7 +120,9 @@ fn subset(features: &Tensor, size: usize, random: &mut StdRng) -> Tensor {
 ///
 /// // The standard error of a mean is known: s / sqrt(n), here 1 / 20.
 /// let samples = tch::Tensor::randn([400, 1], tch::kind::DOUBLE_CPU);
-/// let errors = standard_errors(&samples, 200, 0, |half| Ok(vec![half.mean(Kind::Double).double_value(&[])]))?;
+/// let errors = standard_errors(&samples, 200, 0, |half| {
+///     Ok(vec![half.mean(Kind::Double).double_value(&[])])
+/// })?;
 /// assert!((errors[0] * 20.0 - 1.0).abs() < 0.3);
 /// # Ok::<(), ddil_metrics::Error>(())
 /// ```

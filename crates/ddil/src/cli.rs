@@ -220,16 +220,34 @@ pub(crate) struct EvaluateArgs {
     /// Number of samples to draw.
     #[arg(long, short, default_value_t = 5000)]
     pub(crate) num_samples: u32,
-    /// The real images: `fashion_mnist`, a folder of images, or a config file with a `[data]` table.
-    #[arg(long, default_value = "fashion_mnist")]
-    pub(crate) data: PathBuf,
-    /// A folder of held-out images to compare with, if --data is a folder; the default is the training images.
-    #[arg(long, value_name = "FOLDER")]
+    /// The training data: `fashion_mnist`, a folder of images, or a config file with a `[data]` table. The default is the
+    /// data of a run, and Fashion-MNIST for `data` and for models of its classes.
+    #[arg(long)]
+    pub(crate) data: Option<PathBuf>,
+    /// The images to compare with: a folder of images of any sizes, `fashion_mnist`, or a file of statistics
+    /// (.safetensors of --save-statistics, .npz of pytorch-fid or clean-fid). The default is the data's held-out images,
+    /// or its training images if there are none.
+    #[arg(long, value_name = "PATH")]
     pub(crate) reference: Option<PathBuf>,
-    /// The features to compare: `fashion_classifier`, for 32x32 greyscale images of clothing, or `raw_pixels`, for tiny
-    /// images.
-    #[arg(long, default_value = "fashion_classifier")]
-    pub(crate) extractor: String,
+    /// The features to compare: a TorchScript file such as inception-2015-12-05.pt, `raw_pixels` for tiny images, or
+    /// `fashion_classifier` for 32x32 greyscale images of clothing, the default for Fashion-MNIST.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) extractor: Option<String>,
+    /// How images are converted for a TorchScript file: `clean-fid` (the default for inception-2015-12-05.pt),
+    /// `pytorch-fid`, `torch-fidelity`, `imagenet`, or JSON.
+    #[arg(long, value_name = "INPUT", requires = "extractor")]
+    pub(crate) extractor_input: Option<String>,
+    /// Pass `true` to a TorchScript file as a second argument, to get features instead of class scores; implied for
+    /// inception-2015-12-05.pt.
+    #[arg(long, requires = "extractor")]
+    pub(crate) return_features: bool,
+    /// Write the features and statistics of SUBJECT (of the reference, if it is `data`) to this new .safetensors file,
+    /// for --reference. Without anything to compare with, only this is done.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save_statistics: Option<PathBuf>,
+    /// Also estimate the standard error of each metric, from this many random halves of the images; 20 is usual, 0 is off.
+    #[arg(long, value_name = "HALVES", default_value_t = 0)]
+    pub(crate) standard_errors: u32,
     /// Also measure the Fréchet distance to the samples in this folder (`.safetensors` files written by `ddil sample`).
     #[arg(long, value_name = "FOLDER")]
     pub(crate) teacher_samples: Option<PathBuf>,

@@ -35,7 +35,6 @@ mod work;
 pub(crate) mod workers;
 
 pub(crate) use item::{PlannedCell, WorkItem};
-pub(crate) use matrix::Extractor;
 pub use matrix::{Cell, Matrix};
 pub(crate) use plan::{CellProgress, Comparison};
 pub use record::{CellRecord, Outcome};

@@ -7,7 +7,8 @@ use ddil_core::{
 };
 use ddil_data::ImageDataset;
 use ddil_metrics::{
-    FeatureExtractor, Neighbours, Prdc, Statistics, frechet_distance, prdc, quantize,
+    FeatureExtractor, Neighbours, Prdc, Reference, Statistics, frechet_distance, kid, prdc,
+    quantize,
 };
 use ddil_pipelines::{
     Guidance, Pipeline, SamplePlan, WithCallback, class_conditioning, generate, initial_noise,
@@ -18,24 +19,24 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// Features of real images, with which generated ones are compared.
-#[derive(Debug)]
-pub struct Reference {
-    /// The dataset and the part of it.
-    pub name: String,
-    features: Tensor,
-    statistics: Statistics,
-}
-
 /// The comparison of a set of images with a [`Reference`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Scores {
+pub struct Scores {
     /// The number of images compared.
     pub samples: u64,
     /// Fréchet distance.
-    pub(crate) frechet: f64,
+    pub frechet: f64,
+    /// The metrics that require the features of the reference.
+    pub by_features: Option<FeatureScores>,
+}
+
+/// The metrics of a set of images that statistics alone do not determine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FeatureScores {
+    /// Kernel distance.
+    pub kid: f64,
     /// Precision, recall, density and coverage.
-    pub(crate) prdc: Prdc,
+    pub prdc: Prdc,
 }
 
 /// The covariate shift at one timestep.
@@ -49,45 +50,49 @@ pub struct ShiftRow {
     pub null: f64,
 }
 
-impl Reference {
-    /// Extracts the features of real images, `[n, channels, height, width]` in `[-1, 1]`.
-    ///
-    /// # Errors
-    ///
-    /// Errors of the extractor and the metrics: wrong shapes, fewer than two images.
-    pub fn new(
-        name: impl Into<String>,
-        images: &Tensor,
-        extractor: &dyn FeatureExtractor,
-    ) -> Result<Self> {
-        let features = features(images, extractor)?;
-        let statistics = Statistics::from_features(&features)?;
-        Ok(Self { name: name.into(), features, statistics })
-    }
+/// A reference of images, `[n, channels, height, width]` in `[-1, 1]`.
+///
+/// # Errors
+///
+/// Errors of the extractor and the metrics: wrong shapes, fewer than two images.
+pub fn reference(
+    name: impl Into<String>,
+    images: &Tensor,
+    extractor: &dyn FeatureExtractor,
+) -> Result<Reference> {
+    Ok(Reference::new(name, &features(images, extractor)?, extractor)?)
+}
 
-    /// Compares generated or held-out images with the real ones.
-    ///
-    /// They are rounded to 8 bits first, as in a PNG. Precision, recall, density and coverage use as many real images
-    /// as there are images to compare, the first ones, since all four depend on both numbers; the Fréchet distance uses
-    /// all real images.
-    ///
-    /// # Errors
-    ///
-    /// As [`new`](Self::new).
-    pub(crate) fn score(
-        &self,
-        images: &Tensor,
-        extractor: &dyn FeatureExtractor,
-    ) -> Result<Scores> {
-        let features = features(&quantize(images)?, extractor)?;
-        let statistics = Statistics::from_features(&features)?;
-        let real = self.features.narrow(0, 0, self.features.size()[0].min(features.size()[0]));
-        Ok(Scores {
-            samples: statistics.num_samples().unwrap_or(0),
-            frechet: frechet_distance(&self.statistics, &statistics)?,
-            prdc: prdc(&real, &features, Neighbours::default())?,
-        })
-    }
+/// Compares features with those of a reference.
+///
+/// Precision, recall, density and coverage use as many real images as there are images to compare, the first ones, since
+/// all four depend on both numbers; the Fréchet distance and KID use all of them.
+///
+/// # Errors
+///
+/// Errors of the metrics: fewer than two images, too few for the neighbours.
+pub fn score(reference: &Reference, features: &Tensor) -> ddil_metrics::Result<Scores> {
+    let statistics = Statistics::from_features(features)?;
+    let n = features.size()[0];
+    let by_features = reference.features().map(|all| {
+        let real = all.narrow(0, 0, all.size()[0].min(n));
+        let prdc = prdc(&real, features, Neighbours::default())?;
+        Ok::<_, ddil_metrics::Error>(FeatureScores { kid: kid(all, features)?, prdc })
+    });
+    Ok(Scores {
+        samples: n.unsigned_abs(),
+        frechet: frechet_distance(reference.statistics(), &statistics)?,
+        by_features: by_features.transpose()?,
+    })
+}
+
+/// Features of images as stored in a PNG, in batches: `[n, channels, height, width]` in `[-1, 1]`, rounded to 8 bits.
+///
+/// # Errors
+///
+/// Errors of the extractor.
+pub fn features_as_stored(images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Tensor> {
+    features(&quantize(images)?, extractor)
 }
 
 /// The samples `range` of the `total` samples of a plan's seed, on the CPU; classes alternate.
@@ -179,7 +184,7 @@ fn features(images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Tensor>
     let batches: Result<Vec<Tensor>> = images
         .split(BATCH, 0)
         .iter()
-        .map(|batch| Ok(extractor.features(batch)?.to_kind(Kind::Float)))
+        .map(|batch| Ok(extractor.features(batch)?.to_kind(Kind::Float).to_device(Device::Cpu)))
         .collect();
     Ok(Tensor::cat(&batches?, 0))
 }

@@ -33,6 +33,7 @@ pub mod doctor;
 mod error;
 pub mod evaluation;
 mod exit_code;
+mod extractor;
 mod presets;
 mod program;
 pub mod results;

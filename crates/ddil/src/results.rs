@@ -5,13 +5,14 @@ use std::path::Path;
 
 use ddil_core::Priors;
 use ddil_files::{ensure_version, first_version, read_json, write_json};
-use ddil_metrics::FeatureExtractor;
+use ddil_metrics::{FeatureExtractor, ImageInput, Reference, standard_errors};
 use ddil_pipelines::{Card, SamplePlan};
 use ddil_schedulers::Thresholding;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::error::Result;
-use crate::evaluation::{Reference, Scores, ShiftRow};
+use crate::evaluation::{FeatureScores, Scores, ShiftRow, score};
 
 /// The only version of the row format so far.
 const FORMAT_VERSION: u32 = 1;
@@ -24,6 +25,9 @@ pub struct Measurement {
     pub format_version: u32,
     /// The dataset that samples are compared with, and the part of it.
     pub dataset: String,
+    /// The number of images in it; none if its file does not contain the number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference_samples: Option<u64>,
     /// `teacher`, `progressive`, ..; `data` for real samples against real samples.
     pub method: String,
     /// Priors of the sources at the end of training; none for a teacher.
@@ -44,23 +48,61 @@ pub struct Measurement {
     pub samples: u64,
     /// The features on which they were compared.
     pub extractor: String,
+    /// How images were converted for the extractor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<ImageInput>,
+    /// Kernel distance to the dataset (KID), of all samples; none if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kid: Option<f64>,
     /// Fréchet distance to the dataset.
     pub frechet: f64,
     /// Fréchet distance to the teacher's own samples at its full number of steps, if they were drawn: these are what a
     /// student of a guided teacher is trained to match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frechet_to_teacher: Option<f64>,
-    /// Share of samples near real ones.
-    pub precision: f64,
-    /// Share of real samples near generated ones.
-    pub recall: f64,
-    /// Density of real samples around generated ones.
-    pub density: f64,
-    /// Share of real samples with a generated one nearby.
-    pub coverage: f64,
+    /// Share of samples near real ones; none if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<f64>,
+    /// Share of real samples near generated ones; none if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recall: Option<f64>,
+    /// Density of real samples around generated ones; none if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub density: Option<f64>,
+    /// Share of real samples with a generated one nearby; none if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coverage: Option<f64>,
+    /// Standard errors, if they were requested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standard_errors: Option<StandardErrors>,
     /// Distance between the states visited at inference and those of training, by timestep.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shift: Vec<ShiftRow>,
+}
+
+/// Standard errors of the metrics of a [`Measurement`]: how much they would differ for other samples of the same model.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StandardErrors {
+    /// The number of random halves they were estimated from.
+    pub halves: u32,
+    /// Of the Fréchet distance.
+    pub frechet: f64,
+    /// Of the kernel distance; none, like those below, if the reference has statistics alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kid: Option<f64>,
+    /// Of the precision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<f64>,
+    /// Of the recall.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recall: Option<f64>,
+    /// Of the density.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub density: Option<f64>,
+    /// Of the coverage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coverage: Option<f64>,
 }
 
 impl Measurement {
@@ -71,9 +113,11 @@ impl Measurement {
         reference: &Reference,
         extractor: &dyn FeatureExtractor,
     ) -> Self {
+        let prdc = scores.by_features.map(|scores| scores.prdc);
         Self {
             format_version: FORMAT_VERSION,
-            dataset: reference.name.clone(),
+            dataset: reference.name().to_owned(),
+            reference_samples: reference.statistics().num_samples(),
             method: method.to_owned(),
             priors: None,
             thresholding: Thresholding::None,
@@ -84,14 +128,49 @@ impl Measurement {
             seconds: 0.0,
             samples: scores.samples,
             extractor: extractor.id().to_owned(),
+            input: Some(extractor.input().clone()),
+            kid: scores.by_features.map(|scores| scores.kid),
             frechet: scores.frechet,
             frechet_to_teacher: None,
-            precision: scores.prdc.precision,
-            recall: scores.prdc.recall,
-            density: scores.prdc.density,
-            coverage: scores.prdc.coverage,
+            precision: prdc.map(|prdc| prdc.precision),
+            recall: prdc.map(|prdc| prdc.recall),
+            density: prdc.map(|prdc| prdc.density),
+            coverage: prdc.map(|prdc| prdc.coverage),
+            standard_errors: None,
             shift: Vec::new(),
         }
+    }
+
+    /// Adds the standard errors of the metrics, from random halves of the images with these features.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the metrics; too few images for half of them.
+    pub(crate) fn add_standard_errors(
+        &mut self,
+        reference: &Reference,
+        features: &Tensor,
+        halves: u32,
+    ) -> Result<()> {
+        let values = |half: &Tensor| {
+            let scores = score(reference, half)?;
+            let others = scores.by_features.map(|FeatureScores { kid, prdc }| {
+                [kid, prdc.precision, prdc.recall, prdc.density, prdc.coverage]
+            });
+            Ok(std::iter::once(scores.frechet).chain(others.into_iter().flatten()).collect())
+        };
+        let found = standard_errors(features, halves, 0, values)?;
+        let at = |index: usize| found.get(index).copied();
+        self.standard_errors = Some(StandardErrors {
+            halves,
+            frechet: found[0],
+            kid: at(1),
+            precision: at(2),
+            recall: at(3),
+            density: at(4),
+            coverage: at(5),
+        });
+        Ok(())
     }
 
     /// Adds the known properties of the model and of its sampling.
@@ -165,7 +244,8 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
     ];
     let cells: Vec<Vec<String>> = std::iter::once(HEADS.map(str::to_owned).to_vec())
         .chain(rows.iter().map(|(name, m)| {
-            let rates = [m.precision, m.recall, m.density, m.coverage].map(|x| format!("{x:.3}"));
+            let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |x| format!("{x:.3}"));
+            let rates = [m.precision, m.recall, m.density, m.coverage].map(rate);
             let mut row = vec![
                 name.clone(),
                 if m.steps == 0 { "-".to_owned() } else { m.steps.to_string() },

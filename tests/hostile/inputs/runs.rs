@@ -355,10 +355,14 @@ fn measurement() -> Measurement {
         extractor: "raw-pixels".to_owned(),
         frechet: 2.5,
         frechet_to_teacher: Some(1.25),
-        precision: 0.5,
-        recall: 0.25,
-        density: 0.75,
-        coverage: 0.625,
+        kid: None,
+        reference_samples: None,
+        input: None,
+        standard_errors: None,
+        precision: Some(0.5),
+        recall: Some(0.25),
+        density: Some(0.75),
+        coverage: Some(0.625),
         shift: Vec::new(),
     }
 }

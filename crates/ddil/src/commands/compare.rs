@@ -236,7 +236,8 @@ fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
         Some(Outcome::Done { rows }) => {
             let own = rows.iter().find(|row| row.own_steps);
             let scores = own.and_then(|row| row.measurement.as_ref()).map_or(String::new(), |m| {
-                format!(", frechet {:.2}, coverage {:.3}", m.frechet, m.coverage)
+                let coverage = m.coverage.map(|coverage| format!(", coverage {coverage:.3}"));
+                format!(", frechet {:.2}{}", m.frechet, coverage.unwrap_or_default())
             });
             let collapsed = rows.iter().any(|row| row.own_steps && row.collapsed.is_some());
             format!("done{scores}{}", if collapsed { ", collapsed" } else { "" })

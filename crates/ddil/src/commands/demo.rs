@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::compare::setting::TeacherSamples;
-use crate::evaluation::{Reference, draw, shift};
+use crate::evaluation::{draw, features_as_stored, reference, score, shift};
 use crate::results::{self, Measurement, shift_table, table};
 use anyhow::{Context, bail, ensure};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
@@ -151,7 +151,7 @@ const SHIFT_STATES: u32 = 1000;
 fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::from_folder(None)?;
-    let reference = Reference::new("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
+    let reference = reference("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
     let mut rows = vec![data_row(&data.train, n, &reference, &extractor)?];
     let mut images = Vec::new();
     for Candidate { name, pipeline, plan, .. } in candidates {
@@ -159,13 +159,14 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
         images.push(draw(pipeline, plan, n, 0..n)?);
     }
     // The second candidate is what the students were trained to match: the guided teacher at its full number of steps.
-    let target = Reference::new("teacher", &images[1], &extractor)?;
+    let target = crate::evaluation::reference("teacher", &images[1], &extractor)?;
     for (candidate, images) in candidates.iter().zip(&images) {
         let Candidate { name, pipeline, plan, is_student } = candidate;
-        let scores = reference.score(images, &extractor)?;
+        let features = features_as_stored(images, &extractor)?;
+        let scores = score(&reference, &features)?;
         let mut measurement =
             Measurement::of("", &scores, &reference, &extractor).of_model(&pipeline.card, plan);
-        measurement.frechet_to_teacher = Some(target.score(images, &extractor)?.frechet);
+        measurement.frechet_to_teacher = Some(score(&target, &features)?.frechet);
         if *is_student {
             measurement.shift = shift(pipeline, plan, &data.train, SHIFT_STATES)?;
         }

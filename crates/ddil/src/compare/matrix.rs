@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::with_causes;
-use ddil_trainer::config::DistillConfig;
+use ddil_trainer::config::{DataKind, DataSection, DistillConfig};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::Value;
@@ -135,35 +135,18 @@ pub struct EvaluateConfig {
     pub(crate) batch_size: u32,
     /// Seed of the noise; default 0.
     pub seed: u64,
-    /// The features to compare; default `fashion_classifier`.
-    pub(crate) extractor: Extractor,
-    /// A folder of held-out images, where the data is a folder of images; the default compares with the training images.
+    /// The features to compare: `fashion_classifier` (the default), `raw_pixels`, or a TorchScript file.
+    pub(crate) extractor: String,
+    /// How images are converted for a TorchScript file, as for `ddil evaluate --extractor-input`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) extractor_input: Option<String>,
+    /// Whether `true` is passed to a TorchScript file as a second argument.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) return_features: bool,
+    /// The images to compare with, as for `ddil evaluate --reference`: a folder of images, `fashion_mnist`, or a file of
+    /// statistics. The default is the data's held-out images, or its training images if there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reference: Option<PathBuf>,
-}
-
-/// The features to compare.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Extractor {
-    /// Features of a Fashion-MNIST classifier, for grey images of 32x32.
-    #[default]
-    FashionClassifier,
-    /// The pixels themselves, for tiny images.
-    RawPixels,
-}
-
-impl Extractor {
-    /// All of them.
-    pub(crate) const ALL: [Self; 2] = [Self::FashionClassifier, Self::RawPixels];
-
-    /// Its name in a matrix and on the command line.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::FashionClassifier => "fashion_classifier",
-            Self::RawPixels => "raw_pixels",
-        }
-    }
 }
 
 /// One distillation of a comparison.
@@ -202,7 +185,9 @@ impl Default for EvaluateConfig {
             teacher_steps: 50,
             batch_size: 100,
             seed: 0,
-            extractor: Extractor::default(),
+            extractor: "fashion_classifier".to_owned(),
+            extractor_input: None,
+            return_features: false,
             reference: None,
         }
     }
@@ -225,8 +210,14 @@ impl EvaluateConfig {
             format!("--num-samples={}", self.samples).into(),
             format!("--batch-size={}", self.batch_size).into(),
             format!("--seed={}", self.seed).into(),
-            format!("--extractor={}", self.extractor.as_str()).into(),
+            format!("--extractor={}", self.extractor).into(),
         ];
+        if let Some(input) = &self.extractor_input {
+            options.push(format!("--extractor-input={input}").into());
+        }
+        if self.return_features {
+            options.push("--return-features".into());
+        }
         if let Some(reference) = &self.reference {
             options.extend(["--reference".into(), reference.into()]);
         }
@@ -262,6 +253,14 @@ impl EvaluateConfig {
         }
         for steps in &self.steps {
             at_least("steps", *steps, 1);
+        }
+        let names = ["fashion_classifier", "raw_pixels"];
+        let file = Path::new(&self.extractor);
+        if !names.contains(&self.extractor.as_str()) && !file.is_file() {
+            problems.push(format!(
+                "`evaluate.extractor` is `{}`, but must be `fashion_classifier`, `raw_pixels` or a TorchScript file that exists",
+                self.extractor
+            ));
         }
         if self.samples_at(false) > self.samples {
             problems.push(format!(
@@ -497,6 +496,17 @@ impl Matrix {
             if let Some(other) = seen.insert(text, &cell.arm) {
                 problems.push(format!("`{other}` and `{}` have the same config", cell.arm));
             }
+        }
+        let is_fashion = |data: &DataSection| data.kind == DataKind::FashionMnist;
+        if self.evaluate.extractor == "fashion_classifier"
+            && let Some(cell) = cells.iter().find(|cell| !is_fashion(&cell.config.data))
+        {
+            problems.push(format!(
+                "`evaluate.extractor` is `fashion_classifier`, which is for Fashion-MNIST, and the data of `{}` are {}; \
+                 set a TorchScript file, or `raw_pixels` for tiny images",
+                cell.arm,
+                cell.config.data.kind.as_str()
+            ));
         }
         let data = |cell: &Cell| (cell.config.data.kind, cell.config.data.path.clone());
         if let Some(other) = cells.iter().find(|cell| data(cell) != data(&cells[0])) {

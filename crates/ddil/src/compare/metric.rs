@@ -52,10 +52,10 @@ impl Metric {
         match self {
             Self::Frechet => Some(measurement.frechet),
             Self::ToTeacher => measurement.frechet_to_teacher,
-            Self::Precision => Some(measurement.precision),
-            Self::Recall => Some(measurement.recall),
-            Self::Density => Some(measurement.density),
-            Self::Coverage => Some(measurement.coverage),
+            Self::Precision => measurement.precision,
+            Self::Recall => measurement.recall,
+            Self::Density => measurement.density,
+            Self::Coverage => measurement.coverage,
             Self::Shift => {
                 let energies: Vec<f64> = measurement.shift.iter().map(|row| row.energy).collect();
                 Estimate::of(&energies).map(|estimate| estimate.mean)

@@ -68,9 +68,9 @@ pub(super) const MIN_COVERAGE: f64 = 0.1;
 impl Row {
     /// The row of a measurement, with the reason where it counts as collapsed.
     pub(super) fn measured(steps: u32, own_steps: bool, measurement: Measurement) -> Self {
-        let coverage = measurement.coverage;
-        let collapsed = (coverage < MIN_COVERAGE)
-            .then(|| format!("coverage {coverage:.3} is below {MIN_COVERAGE}"));
+        let low = measurement.coverage.filter(|&coverage| coverage < MIN_COVERAGE);
+        let collapsed =
+            low.map(|coverage| format!("coverage {coverage:.3} is below {MIN_COVERAGE}"));
         Self { steps, own_steps, collapsed, measurement: Some(measurement) }
     }
 

@@ -8,6 +8,7 @@ mod activation_checkpointing;
 mod bad_input;
 mod compare;
 mod determinism;
+mod evaluate;
 mod failing;
 #[cfg(debug_assertions)]
 mod faults;

@@ -1,0 +1,293 @@
+//! The images that others are compared with, and the features on which they are compared.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, bail, ensure};
+use ddil_data::{FashionMnist, ImageDataset, ImageFiles, read_image_folder};
+use ddil_files::settings::Settings;
+use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
+use ddil_trainer::Progress;
+use ddil_trainer::config::{DataKind, DataSection};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use super::subject::Subject;
+use crate::cli::EvaluateArgs;
+use crate::evaluation::{reference, score};
+use crate::extractor::ExtractorChoice;
+use crate::results::Measurement;
+use crate::sample_file;
+
+const FASHION_MNIST: &str = "fashion_mnist";
+
+/// The real images, and the features on which other images are compared with them.
+pub(super) struct RealImages {
+    /// Training images, if something requires them.
+    pub(super) train: Option<ImageDataset>,
+    pub(super) extractor: Box<dyn FeatureExtractor>,
+    /// None if features are only to be saved.
+    pub(super) reference: Option<Reference>,
+    /// Whether the reference contains other images than the training data.
+    is_held_out: bool,
+    teacher: Option<Reference>,
+}
+
+/// Images in memory, as the `[data]` table of a config or the command line names them.
+struct Loaded {
+    train: ImageDataset,
+    held_out: Option<ImageDataset>,
+    name: &'static str,
+}
+
+impl RealImages {
+    pub(super) fn open(args: &EvaluateArgs, subject: &Subject) -> anyhow::Result<Self> {
+        let data = data_of(args, subject)?;
+        let saves_only =
+            args.reference.is_none() && args.save_statistics.is_some() && data.is_none();
+        let is_required = args.shift_samples > 0
+            || matches!(subject, Subject::Data)
+            || (args.reference.is_none() && !saves_only);
+        ensure!(
+            data.is_some() || !is_required,
+            "there are no images to compare {} with; name them with --reference (a folder, or a file of statistics) or \
+             --data",
+            args.subject.display()
+        );
+        let choice = choice(args, data.as_ref().map(|(section, _)| section.kind))?;
+        let named = data.as_ref().filter(|_| is_required);
+        let loaded = named.map(|(section, place)| load(section, place)).transpose()?;
+        let shape = match subject {
+            Subject::Data => loaded.as_ref().map(|loaded| loaded.train.image_shape()),
+            other => other.image_shape(choice.name == "raw_pixels")?,
+        };
+        let extractor = choice.open(shape, Device::Cpu)?;
+        let (reference, is_held_out) = match (&args.reference, &loaded) {
+            (Some(path), _) => (Some(reference_at(path, args, &*extractor)?), true),
+            (None, Some(Loaded { train, held_out, name })) => {
+                let compared = held_out.as_ref().unwrap_or(train);
+                let reference = reference(*name, &all_images(compared)?, &*extractor)?;
+                (Some(reference), held_out.is_some())
+            }
+            (None, None) => (None, false),
+        };
+        let teacher = args.teacher_samples.as_deref().map(|folder| {
+            anyhow::Ok(self::reference("teacher", &sample_file::read_folder(folder)?, &*extractor)?)
+        });
+        let train = loaded.map(|loaded| loaded.train);
+        Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
+    }
+
+    /// Compares features with those of the reference, and with the teacher's if there are any.
+    pub(super) fn score(
+        &self,
+        method: &str,
+        features: &Tensor,
+        halves: u32,
+    ) -> anyhow::Result<Option<Measurement>> {
+        let Some(reference) = &self.reference else { return Ok(None) };
+        warn_if_few(method, features.size()[0], self.extractor.dim());
+        let scores = score(reference, features)?;
+        let mut measurement = Measurement::of(method, &scores, reference, &*self.extractor);
+        if let Some(teacher) = &self.teacher {
+            measurement.frechet_to_teacher = Some(score(teacher, features)?.frechet);
+        }
+        if halves > 0 {
+            measurement.add_standard_errors(reference, features, halves)?;
+        }
+        Ok(Some(measurement))
+    }
+
+    /// Compares training images with held-out ones, and one half of the reference with the other.
+    pub(super) fn rows(&self, args: &EvaluateArgs) -> anyhow::Result<Vec<super::Row>> {
+        let (Some(train), Some(reference)) = (&self.train, &self.reference) else {
+            bail!("`data` requires --data");
+        };
+        let mut rows = Vec::new();
+        if self.is_held_out {
+            rows.push(super::data_row(train, args.num_samples, reference, &*self.extractor)?);
+        } else {
+            ensure!(
+                args.halves,
+                "there are no held-out images to compare the training images with; pass --reference with a folder of them, \
+                 or --halves"
+            );
+        }
+        if args.halves {
+            let features = reference
+                .features()
+                .context("--halves requires images, and not statistics alone")?;
+            let half = features.size()[0] / 2;
+            let [first, second] = [0, half].map(|start| features.narrow(0, start, half));
+            let name = format!("{}, first half", reference.name());
+            let first = Reference::new(name, &first, &*self.extractor)?;
+            let scores = score(&first, &second)?;
+            let measurement = Measurement::of("data", &scores, &first, &*self.extractor);
+            rows.push(("two halves".to_owned(), measurement));
+        }
+        Ok(rows)
+    }
+}
+
+/// Too few images leave directions of the covariance empty, which adds to the distance.
+pub(super) fn warn_if_few(what: &str, images: i64, dim: i64) {
+    if images <= dim {
+        tracing::warn!(
+            "{what}: {images} images for {dim} features; the Fréchet distance of fewer than {} is dominated by their number, so \
+             compare KID, or use more images",
+            dim + 1
+        );
+    }
+}
+
+/// The extractor of the command line; the classifier of Fashion-MNIST is the default for its images alone.
+fn choice(args: &EvaluateArgs, data: Option<DataKind>) -> anyhow::Result<ExtractorChoice> {
+    let is_fashion = match &args.reference {
+        Some(reference) => reference == Path::new(FASHION_MNIST),
+        None => data == Some(DataKind::FashionMnist),
+    };
+    let name = match &args.extractor {
+        Some(name) => name.clone(),
+        None if is_fashion => "fashion_classifier".to_owned(),
+        None => bail!(
+            "--extractor is not set; expected a TorchScript file such as inception-2015-12-05.pt, or `raw_pixels` for tiny \
+             images (`fashion_classifier` is the default for Fashion-MNIST alone)"
+        ),
+    };
+    Ok(ExtractorChoice {
+        name,
+        input: args.extractor_input.clone(),
+        return_features: args.return_features,
+    })
+}
+
+/// The data of the command line, of a run, or Fashion-MNIST for a model of its classes; with the place it is named in.
+fn data_of(
+    args: &EvaluateArgs,
+    subject: &Subject,
+) -> anyhow::Result<Option<(DataSection, PathBuf)>> {
+    if let Some(data) = &args.data {
+        return Ok(Some((data_section(data)?, data.clone())));
+    }
+    let fashion_mnist = || Some((DataSection::default(), PathBuf::from(FASHION_MNIST)));
+    Ok(match subject {
+        Subject::Data => fashion_mnist(),
+        Subject::Model(pipeline, _) => {
+            let config = args.subject.join("config.toml");
+            if config.is_file() {
+                Some((data_section(&config)?, config))
+            } else if pipeline.card.class_names == FASHION_CLASSES {
+                fashion_mnist()
+            } else {
+                None
+            }
+        }
+        Subject::Samples(_) | Subject::Files(_) => None,
+    })
+}
+
+/// The data named on the command line, or in a config file.
+fn data_section(data: &Path) -> anyhow::Result<DataSection> {
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(default)]
+        data: DataSection,
+    }
+    if data == Path::new(FASHION_MNIST) {
+        return Ok(DataSection::default());
+    }
+    if data.extension().is_some_and(|extension| extension == "toml") {
+        return Ok(Settings::from_file(data)?.build::<Config>()?.data);
+    }
+    ensure!(
+        data.is_dir(),
+        "--data is {}; expected `fashion_mnist`, a folder of images, or a config file (.toml) with a [data] table",
+        data.display()
+    );
+    let path = Some(data.to_owned());
+    Ok(DataSection { kind: DataKind::ImageFolder, path, ..DataSection::default() })
+}
+
+fn load(section: &DataSection, place: &Path) -> anyhow::Result<Loaded> {
+    Ok(match (section.kind, section.path.as_deref()) {
+        (DataKind::FashionMnist, path) => {
+            let FashionMnist { train, test } = FashionMnist::from_folder(path)?;
+            Loaded { train, held_out: Some(test), name: "fashion_mnist/test" }
+        }
+        (DataKind::ImageFolder, Some(path)) => {
+            Loaded { train: read_image_folder(path)?, held_out: None, name: "images/train" }
+        }
+        (kind, _) => bail!(
+            "--data {}: the kind of data is {}, which has no images to compare with; expected fashion_mnist or \
+             image_folder with a path",
+            place.display(),
+            kind.as_str()
+        ),
+    })
+}
+
+/// The reference of --reference.
+fn reference_at(
+    path: &Path,
+    args: &EvaluateArgs,
+    extractor: &dyn FeatureExtractor,
+) -> anyhow::Result<Reference> {
+    if path == Path::new(FASHION_MNIST) {
+        let test = FashionMnist::from_folder(None)?.test;
+        return Ok(reference("fashion_mnist/test", &all_images(&test)?, extractor)?);
+    }
+    let reference = if path.is_dir() {
+        let files = ImageFiles::in_folder(path).context("--reference")?;
+        let features = file_features(&files, "reference", extractor, args.sampling.threads)?;
+        Reference::new("images/held_out", &features, extractor)?
+    } else {
+        ensure!(
+            path.is_file(),
+            "--reference is {}; expected `fashion_mnist`, a folder of images, or a file of statistics (.safetensors of \
+             --save-statistics, .npz of pytorch-fid or clean-fid)",
+            path.display()
+        );
+        let reference = Reference::from_file(path)?;
+        reference.ensure_extractor(extractor)?;
+        if reference.extractor().is_none() {
+            tracing::warn!(
+                "{} does not name its network and interpolation; the distance is meaningful only if they are those of {}",
+                path.display(),
+                extractor.id()
+            );
+        }
+        reference
+    };
+    if let Some(n) = reference.statistics().num_samples() {
+        warn_if_few("reference", n as i64, extractor.dim());
+    }
+    Ok(reference)
+}
+
+/// Features of image files, with a progress bar.
+pub(super) fn file_features(
+    files: &ImageFiles,
+    label: &str,
+    extractor: &dyn FeatureExtractor,
+    threads: u32,
+) -> anyhow::Result<Tensor> {
+    let threads = match threads {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        threads => threads as usize,
+    };
+    let mut progress = Progress::new(label, 0, files.len() as u64);
+    let (mut batches, mut done) = (Vec::new(), 0);
+    files.features(extractor, threads, |features| {
+        done += features.size()[0].unsigned_abs();
+        batches.push(features.to_device(Device::Cpu).to_kind(Kind::Float));
+        progress.update(done, &[]);
+        anyhow::Ok(())
+    })?;
+    progress.finish();
+    Ok(Tensor::f_cat(&batches, 0)?)
+}
+
+/// Every image of a dataset, `[n, channels, height, width]` in `[-1, 1]`.
+pub(crate) fn all_images(images: &ImageDataset) -> anyhow::Result<Tensor> {
+    Ok(images.range(0, images.len())?.x0)
+}

@@ -1,0 +1,71 @@
+//! What is measured.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use ddil_data::ImageFiles;
+use ddil_pipelines::{Pipeline, SamplePlan};
+use tch::Tensor;
+
+use crate::cli::EvaluateArgs;
+use crate::commands::{open_model, set_threads};
+use crate::sample_file;
+
+/// What is measured.
+pub(super) enum Subject {
+    /// The data itself.
+    Data,
+    /// A model, and how it is sampled.
+    Model(Box<Pipeline>, Box<SamplePlan>),
+    /// Samples in files, `[n, channels, height, width]` in `[-1, 1]`.
+    Samples(Tensor),
+    /// A folder of images.
+    Files(ImageFiles),
+}
+
+impl Subject {
+    pub(super) fn open(args: &EvaluateArgs) -> anyhow::Result<Self> {
+        let path = args.subject.as_path();
+        ensure!(
+            path == Path::new("data") || path.is_dir(),
+            "{} is not a folder; expected a model folder, a run folder, a folder of images, or `data`",
+            path.display()
+        );
+        if path != Path::new("data") && Pipeline::is_at(path) {
+            let (pipeline, plan) = open_model(path, &args.sampling)?;
+            ensure!(
+                !pipeline.parts.class().is_text_to_image(),
+                "{model} requires prompts; sample it with `ddil sample {model} --prompts-file .. --folder pictures`, then \
+                 evaluate that folder",
+                model = path.display()
+            );
+            return Ok(Self::Model(Box::new(pipeline), Box::new(plan)));
+        }
+        set_threads(args.sampling.threads)?;
+        if path == Path::new("data") {
+            Ok(Self::Data)
+        } else if sample_file::list(path).is_empty() {
+            let files = ImageFiles::in_folder(path).with_context(|| {
+                format!("{} is neither a model folder nor a folder of images", path.display())
+            })?;
+            Ok(Self::Files(files))
+        } else {
+            Ok(Self::Samples(sample_file::read_folder(path)?))
+        }
+    }
+
+    /// Channels, height and width of all images; of a folder those of the first image, if `of_first`.
+    pub(super) fn image_shape(&self, of_first: bool) -> anyhow::Result<Option<[i64; 3]>> {
+        let of = |images: &Tensor| {
+            let size = images.size();
+            Some([size[1], size[2], size[3]])
+        };
+        Ok(match self {
+            Self::Data => None,
+            Self::Model(pipeline, _) => Some(pipeline.card.image_shape),
+            Self::Samples(images) => of(images),
+            Self::Files(files) if of_first => of(&files.image(0)?),
+            Self::Files(_) => None,
+        })
+    }
+}

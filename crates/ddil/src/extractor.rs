@@ -1,0 +1,101 @@
+//! The extractors of features that the program offers, by name or file.
+
+use std::path::{Path, PathBuf};
+
+use ddil_files::Invalid;
+use ddil_metrics::{
+    FashionClassifier, FeatureExtractor, ImageInput, RawPixels, TorchScriptExtractor,
+    TorchScriptOptions,
+};
+use tch::{Device, Tensor};
+
+use crate::error::Result;
+
+/// The file name of the Inception network of 2015 as published for `StyleGAN`.
+const INCEPTION: &str = "inception-2015-12-05.pt";
+
+/// The names of [`input_of`].
+const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, or JSON such as \
+                      {\"resize\":\"bilinear-64x64\",\"range\":\"unit\"}";
+
+/// An extractor as chosen on the command line.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ExtractorChoice {
+    /// `fashion_classifier`, `raw_pixels`, or the path of a TorchScript file.
+    pub(crate) name: String,
+    /// How images are converted for a TorchScript file; see [`open`](Self::open).
+    pub(crate) input: Option<String>,
+    /// Whether `true` is passed to a TorchScript file as a second argument.
+    pub(crate) return_features: bool,
+}
+
+impl ExtractorChoice {
+    /// Opens the extractor, for images of `shape`: channels, height, width; none if they differ in size.
+    ///
+    /// The published `inception-2015-12-05.pt` has the input of clean-fid unless another is chosen; other TorchScript files
+    /// require one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for a name that is neither known nor a file, or an input that does not
+    /// fit; errors of the network; an error if the extractor does not accept images of that shape.
+    pub(crate) fn open(
+        &self,
+        shape: Option<[i64; 3]>,
+        device: Device,
+    ) -> Result<Box<dyn FeatureExtractor>> {
+        let extractor: Box<dyn FeatureExtractor> = match (self.name.as_str(), shape) {
+            ("fashion_classifier", _) => Box::new(FashionClassifier::pretrained(device)?),
+            ("raw_pixels", Some(shape)) => Box::new(RawPixels::new(shape)),
+            ("raw_pixels", None) => {
+                let expected = "images of one size; use a TorchScript file, which resizes them";
+                return Err(Invalid::new("--extractor", "raw_pixels", expected).into());
+            }
+            (name, _) if Path::new(name).is_file() => Box::new(self.torch_script(device)?),
+            (name, _) => {
+                let expected = "`fashion_classifier`, `raw_pixels` or a TorchScript file, such as \
+                                inception-2015-12-05.pt";
+                return Err(Invalid::new("--extractor", name, expected).into());
+            }
+        };
+        // Before anything is drawn or read: whether such images are accepted at all.
+        if let Some([channels, height, width]) = shape {
+            let black = (tch::Kind::Float, Device::Cpu);
+            let _ = extractor.features(&Tensor::zeros([1, channels, height, width], black))?;
+        }
+        Ok(extractor)
+    }
+
+    fn torch_script(&self, device: Device) -> Result<TorchScriptExtractor> {
+        let path = PathBuf::from(&self.name);
+        let is_inception = path.file_name().is_some_and(|name| name == INCEPTION);
+        let mut options = if is_inception {
+            TorchScriptOptions::inception_2015()
+        } else {
+            TorchScriptOptions::default()
+        };
+        match &self.input {
+            Some(text) => options.input = input_of(text)?,
+            None if is_inception => {}
+            None => {
+                let expected = format!("how images are converted for {}: {INPUTS}", self.name);
+                return Err(Invalid::new("--extractor-input", "not set", expected).into());
+            }
+        }
+        options.return_features |= self.return_features;
+        Ok(TorchScriptExtractor::from_file(path, options, device)?)
+    }
+}
+
+/// The conversion of images by its name, or as JSON.
+fn input_of(text: &str) -> Result<ImageInput> {
+    Ok(match text {
+        "clean-fid" => ImageInput::clean_fid(),
+        "pytorch-fid" => ImageInput::pytorch_fid(),
+        "torch-fidelity" => ImageInput::torch_fidelity(),
+        "imagenet" => ImageInput::imagenet(),
+        other => serde_json::from_str(other).map_err(|error| {
+            Invalid::new("--extractor-input", other, format!("{INPUTS} ({error})"))
+        })?,
+    })
+}

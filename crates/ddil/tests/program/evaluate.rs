@@ -1,0 +1,257 @@
+//! `evaluate` with references and extractors of the user's own.
+
+use std::fs;
+use std::path::Path;
+
+use ddil_metrics::{Reference, Statistics, frechet_distance};
+use serde_json::Value;
+use tch::{CModule, Kind, Tensor, kind};
+
+use crate::support::{TestResult, Workshop};
+
+/// The input of the network of [`network`].
+const INPUT: &str = r#"{"resize":"bicubic-antialias-8x8","range":"byte"}"#;
+
+/// A TorchScript file that returns twelve features: the means of four quarters of each channel.
+fn network(workshop: &Workshop) -> TestResult {
+    let mut forward =
+        |inputs: &[Tensor]| vec![inputs[0].adaptive_avg_pool2d([2, 2]).flatten(1, -1)];
+    let images = Tensor::ones([2, 3, 8, 8], kind::FLOAT_CPU);
+    let module = CModule::create_by_tracing("network", "forward", &[images], &mut forward)?;
+    Ok(module.save(workshop.path("network.pt"))?)
+}
+
+/// `n` RGB images of different sizes; `offset` brightens them.
+fn images(folder: &Path, n: u8, offset: u8) -> TestResult {
+    fs::create_dir_all(folder.join("more"))?;
+    for index in 0..n {
+        let (width, height) = (5 + u32::from(index % 4), 9 - u32::from(index % 3));
+        let name =
+            if index % 2 == 0 { format!("{index:02}.png") } else { format!("more/{index:02}.png") };
+        let mut png = png::Encoder::new(fs::File::create(folder.join(name))?, width, height);
+        png.set_color(png::ColorType::Rgb);
+        let random = |at: u32| {
+            let hash = (at + 1).wrapping_mul(2_654_435_761).wrapping_add(u32::from(index) * 40_503);
+            offset + ((hash >> 16) % 150) as u8
+        };
+        let pixels: Vec<u8> = (0..3 * width * height).map(random).collect();
+        png.write_header()?.write_image_data(&pixels)?;
+    }
+    Ok(())
+}
+
+/// The rows of the JSON file that a call wrote.
+fn rows(workshop: &Workshop, arguments: &[&str]) -> Result<Vec<Value>, Box<dyn std::error::Error>> {
+    let json = workshop.path("rows.json");
+    let _ = fs::remove_file(&json);
+    workshop.ddil(&[&["evaluate"], arguments, &["--json", "rows.json"]].concat()).succeeded();
+    Ok(serde_json::from_slice(&fs::read(json)?)?)
+}
+
+fn number(row: &Value, name: &str) -> f64 {
+    row[name].as_f64().unwrap_or_else(|| panic!("`{name}` in {row}"))
+}
+
+#[test]
+fn folders_of_any_sizes_are_compared_on_any_network() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
+    images(&workshop.path("real"), 40, 60)?;
+    images(&workshop.path("drawn"), 30, 75)?;
+    let extractor = ["--extractor", "network.pt", "--extractor-input", INPUT];
+    let compared = |reference: &str| {
+        let arguments = [&["drawn", "--reference", reference], &extractor[..]].concat();
+        rows(&workshop, &arguments).map(|rows| rows[0].clone())
+    };
+    let whole = compared("real")?;
+    assert_eq!((&whole["samples"], &whole["reference_samples"]), (&30.into(), &40.into()));
+    assert_eq!(whole["input"]["resize"], "bicubic-antialias-8x8");
+    assert!(whole["extractor"].as_str().is_some_and(|id| id.starts_with("network-")), "{whole}");
+    // Fifteen levels brighter in each of twelve features, and little else.
+    let frechet = number(&whole, "frechet");
+    assert!((0.5..2.0).contains(&(frechet / (12.0 * 15.0 * 15.0))), "{frechet}");
+    for name in ["kid", "precision", "recall", "density", "coverage"] {
+        assert!(number(&whole, name).is_finite());
+    }
+
+    // From a file: to the digit the same; and it can be the subject of another program.
+    let save = [&["real", "--save-statistics", "real.safetensors"], &extractor[..]].concat();
+    workshop.ddil(&[&["evaluate"], &save[..]].concat()).succeeded();
+    assert_eq!(compared("real.safetensors")?["frechet"], whole["frechet"]);
+    assert_eq!(compared("real.safetensors")?["kid"], whole["kid"]);
+    workshop.ddil(&[&["evaluate"], &save[..]].concat()).refused(&["real.safetensors", "exists"]);
+
+    // As pytorch-fid stores statistics: without features, thus only the Fréchet distance.
+    let statistics = Reference::from_file(workshop.path("real.safetensors"))?;
+    let npz = workshop.path("real.npz");
+    let (mean, covariance) = (statistics.statistics().mean(), statistics.statistics().covariance());
+    let sigma = Tensor::from_slice(covariance).view([12, 12]);
+    Tensor::write_npz(&[("mu", Tensor::from_slice(mean)), ("sigma", sigma)], &npz)?;
+    let row = compared("real.npz")?;
+    assert!((number(&row, "frechet") / frechet - 1.0).abs() < 1e-12);
+    assert!(row.get("kid").is_none() && row.get("coverage").is_none(), "{row}");
+    Ok(())
+}
+
+#[test]
+fn standard_errors_are_measured_on_request() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
+    images(&workshop.path("real"), 40, 60)?;
+    images(&workshop.path("drawn"), 40, 70)?;
+    let arguments = [
+        "drawn",
+        "--reference",
+        "real",
+        "--extractor",
+        "network.pt",
+        "--extractor-input",
+        INPUT,
+        "--standard-errors",
+        "20",
+    ];
+    let row = rows(&workshop, &arguments)?.remove(0);
+    let errors = &row["standard_errors"];
+    assert_eq!(errors["halves"], 20);
+    for name in ["precision", "recall", "density", "coverage"] {
+        assert!(number(errors, name) >= 0.0, "{name}: {errors}");
+    }
+    assert!(number(errors, "kid") > 0.0 && number(errors, "frechet") > 0.0, "{errors}");
+    assert!(number(errors, "frechet") < number(&row, "frechet"));
+    Ok(())
+}
+
+#[test]
+fn a_model_is_measured_against_its_own_data() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let arguments =
+        ["teacher", "--data", "data", "--extractor", "raw_pixels", "-n", "12", "--steps", "2"];
+    let row = rows(&workshop, &arguments)?.remove(0);
+    assert_eq!((&row["dataset"], &row["samples"]), (&"images/train".into(), &12.into()));
+    // A run knows its data: nothing but the features has to be named.
+    let run = workshop.complete("train", "own", &[]);
+    let run = run.display().to_string();
+    let row = rows(&workshop, &[&run, "--extractor", "raw_pixels", "-n", "12", "--steps", "2"])?
+        .remove(0);
+    assert_eq!(row["dataset"], "images/train");
+    // Samples of the program as a reference: equal noise, thus equal samples.
+    let drawn = [
+        "evaluate",
+        "teacher",
+        "--save-statistics",
+        "drawn.safetensors",
+        "--extractor",
+        "raw_pixels",
+    ];
+    workshop.ddil(&[&drawn[..], &["-n", "12", "--steps", "2"]].concat()).succeeded();
+    let itself = [
+        "teacher",
+        "--reference",
+        "drawn.safetensors",
+        "--extractor",
+        "raw_pixels",
+        "-n",
+        "12",
+        "--steps",
+        "2",
+    ];
+    let row = rows(&workshop, &itself)?.remove(0);
+    assert!(number(&row, "frechet").abs() < 1e-9 && number(&row, "coverage") == 1.0, "{row}");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_before_it_is_drawn() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    network(&workshop)?;
+    images(&workshop.path("real"), 4, 60)?;
+    images(&workshop.path("one"), 1, 60)?;
+    let refused = |arguments: &[&str], words: &[&str]| {
+        workshop.ddil(&[&["evaluate"], arguments].concat()).refused(words);
+    };
+    let with = |input| ["--extractor", "network.pt", "--extractor-input", input];
+    // Nothing is scored against clothing unless someone says so.
+    refused(&["teacher"], &["--reference", "--data"]);
+    refused(&["real"], &["--reference", "--data"]);
+    refused(
+        &["real", "--reference", "real"],
+        &["--extractor is not set", "inception-2015-12-05.pt"],
+    );
+    refused(&["teacher", "--data", "data"], &["--extractor is not set"]);
+    refused(
+        &["teacher", "--data", "data", "--extractor", "fashion_classifier"],
+        &["[1 or more, 1, 32, 32]"],
+    );
+    refused(
+        &["real", "--reference", "real", "--extractor", "network.pt"],
+        &["--extractor-input", "clean-fid"],
+    );
+    refused(
+        &["real", "--reference", "real", "--extractor", "none.pt"],
+        &["none.pt", "TorchScript"],
+    );
+    refused(
+        &[&["real", "--reference", "real"], &with("lanczos")[..]].concat(),
+        &["lanczos", "clean-fid"],
+    );
+    refused(
+        &[&["real", "--reference", "real"], &with(r#"{"resize":"bilinear-0x3"}"#)[..]].concat(),
+        &["bilinear-0x3"],
+    );
+    refused(&[&["real", "--reference", "gone"], &with(INPUT)[..]].concat(), &["gone", ".npz"]);
+    refused(
+        &["real", "--reference", "real", "--extractor", "raw_pixels"],
+        &["02.png", "does not resize"],
+    );
+    refused(&[&["real", "--reference", "one"], &with(INPUT)[..]].concat(), &["at least 2"]);
+    // Statistics of another network or interpolation.
+    let save =
+        [&["evaluate", "real", "--save-statistics", "real.safetensors"], &with(INPUT)[..]].concat();
+    workshop.ddil(&save).succeeded();
+    let other = INPUT.replace("8x8", "4x4");
+    refused(
+        &[&["real", "--reference", "real.safetensors"], &with(&other)[..]].concat(),
+        &["input", "8x8", "4x4", "make the reference again"],
+    );
+    fs::write(workshop.path("text.npz"), "no archive")?;
+    refused(&[&["real", "--reference", "text.npz"], &with(INPUT)[..]].concat(), &["text.npz"]);
+    Ok(())
+}
+
+#[test]
+fn few_images_are_warned_of() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
+    images(&workshop.path("real"), 12, 60)?;
+    let arguments = [
+        "evaluate",
+        "real",
+        "--reference",
+        "real",
+        "--extractor",
+        "network.pt",
+        "--extractor-input",
+        INPUT,
+    ];
+    let ended = workshop.ddil(&arguments).succeeded();
+    let text = ended.stderr;
+    assert!(text.contains("12 images for 12 features") && text.contains("KID"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn saved_statistics_are_those_of_the_features() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
+    images(&workshop.path("real"), 20, 60)?;
+    let save =
+        ["evaluate", "real", "--save-statistics", "real.safetensors", "--extractor", "network.pt"];
+    workshop.ddil(&[&save[..], &["--extractor-input", INPUT]].concat()).succeeded();
+    let reference = Reference::from_file(workshop.path("real.safetensors"))?;
+    let features = reference.features().ok_or("features are kept")?;
+    assert_eq!((features.size(), features.kind()), (vec![20, 12], Kind::Float));
+    let again = Statistics::from_features(features)?;
+    assert!(frechet_distance(reference.statistics(), &again)?.abs() < 1e-6);
+    assert_eq!(reference.name(), "real");
+    Ok(())
+}
