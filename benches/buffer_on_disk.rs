@@ -61,7 +61,7 @@ impl Pages {
         for entry in std::fs::read_dir(folder)? {
             paths.push(entry?.path());
         }
-        let len = std::fs::metadata(paths.first().ok_or("nothing was spilled")?)?.len() as usize;
+        let len = std::fs::metadata(paths.first().ok_or("no state was spilled")?)?.len() as usize;
         let rows_a_file = (len - HEAD_BYTES) / ROW_BYTES;
         let mapped: Result<Vec<_>, _> = paths
             .iter()
@@ -171,9 +171,9 @@ fn main() -> Result<(), Failure> {
     let ratio = |other: &[f64]| other.iter().zip(&sampled).map(|(o, s)| o / s).collect();
     report("share of the throughput of copying from mapped pages", ratio(&copied));
     report("share of the throughput of the system's read", ratio(&read));
-    report("microseconds a state sampled", sampled);
-    report("microseconds a state copied from mapped pages", copied);
-    report("microseconds a state read", read);
+    report("microseconds per sampled state", sampled);
+    report("microseconds per state copied from mapped pages", copied);
+    report("microseconds per state read", read);
     drop(buffer);
     std::fs::remove_dir(&folder)?;
     Ok(())

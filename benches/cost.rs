@@ -22,7 +22,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tch::{Tensor, kind};
 
-/// Prints what things cost by their size.
+/// Prints the cost of operations by size.
 #[derive(Debug, Parser)]
 struct Options {
     /// Threads of libtorch.

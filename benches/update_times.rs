@@ -152,7 +152,7 @@ fn prepared(case: Case, device: Device) -> Result<Box<dyn FnMut() -> Result<f64>
             let mut optimization = Optimization::new(clipped, device)?;
             Box::new(move || mean_seconds(&mut optimization, device))
         }
-        Case::Record { .. } => return Err("there is nothing to time in a record".into()),
+        Case::Record { .. } => return Err("records are not timed".into()),
     })
 }
 

@@ -25,14 +25,14 @@ fn main() -> Result<()> {
     let count = count.map_or(Ok(5000), |count| count.parse::<i64>())?;
     let data = FashionMnist::from_folder(None)?.train;
     if !(1..=data.len()).contains(&count) {
-        return Err(format!("{count} pictures were asked for; there are {}", data.len()).into());
+        return Err(format!("{count} images were requested, but there are {}", data.len()).into());
     }
 
     let mut metadata = String::new();
     for start in (0..count).step_by(BATCH_SIZE as usize) {
         let batch = data.range(start, BATCH_SIZE.min(count - start))?;
         let paths = save_each(&batch.x0, &folder, start as u64)?;
-        let labels = Vec::<i64>::try_from(batch.labels.ok_or("pictures without labels")?)?;
+        let labels = Vec::<i64>::try_from(batch.labels.ok_or("images without labels")?)?;
         for ((path, label), index) in paths.iter().zip(labels).zip(start as u64..) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let text = captions::of_picture(label as usize, index, NUM_CAPTIONS);
@@ -41,6 +41,6 @@ fn main() -> Result<()> {
     }
     // Written last: a folder that contains it is complete.
     fs::write(folder.join("metadata.jsonl"), metadata)?;
-    println!("{count} pictures with {NUM_CAPTIONS} captions each in {}", folder.display());
+    println!("{count} images with {NUM_CAPTIONS} captions each in {}", folder.display());
     Ok(())
 }

@@ -89,9 +89,9 @@ fn main() -> Result<(), Report> {
     }
 
     println!("variance of the noise: {variance:.3}, where plain forward states have 1");
-    assert!((variance - 1.25).abs() < 0.02, "1 + 0.5² was asked for");
+    assert!((variance - 1.25).abs() < 0.02, "expected 1 + 0.5²");
     let [first, last] = [&losses[..10], &losses[40..]].map(|l| l.iter().sum::<f64>() / 10.0);
     println!("mean loss of the first and the last ten updates: {first:.4}, {last:.4}");
-    assert!(last < 0.5 * first, "the student learns from such states");
+    assert!(last < 0.5 * first, "the student learns from these states");
     Ok(())
 }

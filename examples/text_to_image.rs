@@ -52,7 +52,7 @@ impl Options {
                 options.prompts.push(argument);
                 continue;
             }
-            let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
+            let value = arguments.next().ok_or_else(|| format!("{argument} requires a value"))?;
             match argument.as_str() {
                 "--model" => options.model = value.into(),
                 "--steps" => options.steps = Some(value.parse()?),
@@ -60,7 +60,7 @@ impl Options {
                 "--seed" => options.seed = value.parse()?,
                 "--out" => options.out = value.into(),
                 "--record" => options.record = Some(value.into()),
-                other => return Err(format!("{other} is no option").into()),
+                other => return Err(format!("unknown option {other}").into()),
             }
         }
         if options.prompts.is_empty() {

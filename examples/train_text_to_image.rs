@@ -42,9 +42,12 @@ impl Options {
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--quick" => options.quick = true,
-                "--run" => options.run = arguments.next().ok_or("--run needs a folder")?.into(),
+                "--run" => options.run = arguments.next().ok_or("--run requires a folder")?.into(),
                 other if other.starts_with('-') => {
-                    return Err(format!("{other} is none of --quick, --run").into());
+                    return Err(format!(
+                        "unknown option {other}; the options are --quick and --run"
+                    )
+                    .into());
                 }
                 folder => options.model = folder.into(),
             }
@@ -82,7 +85,7 @@ fn main() -> Result<()> {
     let limit = options.quick.then_some(500);
     let latents = Latents::of(&vae, &data.train, limit)?;
     println!(
-        "latents of {} pictures, {:.0} s",
+        "latents of {} images, {:.0} s",
         latents.num_pictures(),
         start.elapsed().as_secs_f64()
     );
@@ -138,7 +141,7 @@ fn measure(options: &Options, test: &ImageDataset, vae: &AutoencoderKL) -> Resul
     let [columns, scale] = [10, 2].map(|n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN));
     let path = options.run.join("pictures.png");
     Image::grid(&images, Layout { scale, ..Layout::columns(columns) })?.save(&path)?;
-    println!("one row a phrasing that was held out, one column a class: {}", path.display());
+    println!("one row per held-out phrasing, one column per class: {}", path.display());
     Ok(())
 }
 
@@ -166,7 +169,7 @@ fn of_test_images(test: &ImageDataset, vae: Option<&AutoencoderKL>) -> Result<Ve
 }
 
 fn print_table(columns: &[(&str, Vec<f64>)]) {
-    println!("share of pictures that the classifier sees as what was asked for, in %");
+    println!("share of images that the classifier assigns to the requested class, in %");
     let line = |first: &str, cells: Vec<String>| println!("{first:12}{}", cells.concat());
     line("", columns.iter().map(|(head, _)| format!("{head:>13}")).collect());
     let row = |name: &str, value: &dyn Fn(&[f64]) -> f64| {

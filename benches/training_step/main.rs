@@ -18,16 +18,16 @@ use ddil_models::Precision;
 /// Times updates of the three methods.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Which methods; all without.
+    /// The methods; the default is all.
     #[arg(long, value_enum)]
     method: Vec<Method>,
-    /// `float32` or `bfloat16`.
+    /// The precision: `float32` or `bfloat16`.
     #[arg(long, default_value = "float32", value_parser = precision)]
     precision: Precision,
     /// Rounds of five updates of each variant.
     #[arg(long, default_value_t = 6)]
     rounds: u64,
-    /// Threads of libtorch; 0 is one a core.
+    /// Number of libtorch threads; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     threads: i32,
     /// Only checks that everything runs: one round of a tiny network.

@@ -40,7 +40,7 @@ pub(crate) fn print(measured: &[Vec<TrainingLoop>], workload: &Workload) {
         println!("{}", parts(training, workload));
     }
     if let Some(peak) = peak_kib() {
-        println!("\npeak memory of the process, all ways in it: {peak} KiB");
+        println!("\npeak memory of the process, all variants included: {peak} KiB");
     }
     println!("at the end{}", load());
 }

@@ -33,7 +33,7 @@ impl Vocabulary {
         let mut words: BTreeMap<Vec<String>, usize> = BTreeMap::new();
         for text in texts {
             if !text.is_ascii() {
-                return Err(format!("{text:?} has letters beyond ASCII").into());
+                return Err(format!("{text:?} contains characters beyond ASCII").into());
             }
             for word in words_of(&text.to_lowercase()) {
                 *words.entry(spelt(word)).or_default() += 1;

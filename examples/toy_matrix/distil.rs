@@ -209,7 +209,7 @@ impl<'a> Weights<'a> {
     fn update(&mut self, phase: Phase, terms: &LossTerms) -> Result<bool> {
         match (phase, &mut self.critic) {
             (Phase::Critic, Some((critic, _))) => critic.update(&terms.per_sample),
-            (Phase::Critic, None) => Err("a critic is to be trained that is not there".into()),
+            (Phase::Critic, None) => Err("the critic is to be trained, but there is none".into()),
             (Phase::Student, _) => {
                 let finite = self.student.update(&terms.per_sample)?;
                 if let Some((ema, target)) = &mut self.target {

@@ -108,7 +108,7 @@ impl Lab {
             let x0 = student.predict(&x_t, &t, &data.conditioning)?.x0;
             let errors = ddil_losses::squared_error(&x0, &target)?;
             if !trainer.update(&(errors * weights.gather(&t, Kind::Float)?))? {
-                return Err("the network to begin with diverged".into());
+                return Err("the initial network diverged".into());
             }
         }
         trainer.finish()?;

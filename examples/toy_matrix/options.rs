@@ -51,7 +51,8 @@ impl Options {
                 "--report" => options.report = true,
                 "--smoke" => options.smoke = true,
                 name => {
-                    let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
+                    let value =
+                        arguments.next().ok_or_else(|| format!("{name} requires a value"))?;
                     options.set(name, &value)?;
                 }
             }
@@ -85,7 +86,12 @@ impl Options {
             "--start-updates" => self.start_updates = Some(number(name, value)?),
             "--start-lr" => self.start_learning_rate = Some(number(name, value)?),
             "--critic-lr" => self.critic_learning_rate = Some(number(name, value)?),
-            _ => return Err(format!("{name}: the options stand at the head of the example").into()),
+            _ => {
+                return Err(format!(
+                    "unknown option {name}; the options are listed at the top of the example"
+                )
+                .into());
+            }
         }
         Ok(())
     }
@@ -135,7 +141,7 @@ fn some_of<T: Copy>(list: &str, all: &[T], name: impl Fn(T) -> &'static str) -> 
     let find = |wanted: &str| {
         all.iter().copied().find(|t| name(*t) == wanted).ok_or_else(|| {
             let names: Vec<_> = all.iter().copied().map(&name).collect();
-            format!("{wanted} is none of {}", names.join(", ")).into()
+            format!("{wanted} is not one of {}", names.join(", ")).into()
         })
     };
     list.split(',').map(find).collect()

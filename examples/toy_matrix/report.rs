@@ -148,7 +148,7 @@ fn table(
     let missing = |column: &str| if has_missing { column.to_owned() } else { String::new() };
     writeln!(
         text,
-        "| states | n | 1 step | 2 steps | 4 steps | / forward, by seed | less forward | KL | off, % | coverage |{} shift | diverged |",
+        "| states | n | 1 step | 2 steps | 4 steps | / forward, by seed | minus forward | KL | off, % | coverage |{} shift | diverged |",
         missing(" missing |")
     )?;
     writeln!(text, "| - | - | - | - | - | - | - | - | - | - |{} - | - |", missing(" - |"))?;

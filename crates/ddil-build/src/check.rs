@@ -7,7 +7,7 @@ use std::process::Command;
 /// The only libtorch that tch 0.26 can be built against.
 const VERSION: &str = "2.13.0";
 
-const WAYS: &str = "\
+const OPTIONS: &str = "\
 Choose one:
 - LIBTORCH=/absolute/path/to/libtorch, the folder that contains lib/ and include/
 - LIBTORCH_USE_PYTORCH=1, while a Python environment with torch 2.13.0 is active (pip install torch==2.13.0)
@@ -23,7 +23,7 @@ pub(crate) struct Features {
 
 type Variable<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
-/// Looks where torch-sys looks, in its order. The error says what was found and what to do.
+/// Checks the places where torch-sys looks, in its order. The error states what was found and what to do.
 pub(crate) fn libtorch(features: &Features, variable: Variable) -> Result<(), String> {
     if features.doc_only {
         return Ok(());
@@ -37,10 +37,12 @@ pub(crate) fn libtorch(features: &Features, variable: Variable) -> Result<(), St
     if features.download || Path::new("/usr/lib/libtorch.so").exists() {
         return Ok(());
     }
-    Err(format!("no libtorch {VERSION}: neither LIBTORCH nor LIBTORCH_USE_PYTORCH is set. {WAYS}"))
+    Err(format!(
+        "no libtorch {VERSION}: neither LIBTORCH nor LIBTORCH_USE_PYTORCH is set. {OPTIONS}"
+    ))
 }
 
-/// Asks the interpreter that torch-sys will ask. It compares versions itself.
+/// Runs the interpreter that torch-sys will run. torch-sys compares versions itself.
 fn python(variable: Variable) -> Result<(), String> {
     let interpreter = if variable("VIRTUAL_ENV").is_some() { "python" } else { "python3" };
     let program = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)";
@@ -51,7 +53,7 @@ fn python(variable: Variable) -> Result<(), String> {
              run `{interpreter} -m pip install torch=={VERSION}`."
         )),
         Err(error) => Err(format!(
-            "LIBTORCH_USE_PYTORCH is set, but `{interpreter}` could not be run: {error}. {WAYS}"
+            "LIBTORCH_USE_PYTORCH is set, but `{interpreter}` could not be run: {error}. {OPTIONS}"
         )),
     }
 }
@@ -60,19 +62,22 @@ fn folder_of_user(folder: &Path, variable: Variable) -> Result<(), String> {
     let shown = folder.display();
     if folder.is_relative() {
         return Err(format!(
-            "LIBTORCH is `{shown}`, which is relative: every package would look in another place. Set an absolute path."
+            "LIBTORCH is `{shown}`, which is relative: every package would resolve it differently. Set an absolute path."
         ));
     }
     let beside = |name| variable(name).map_or(folder.to_owned(), PathBuf::from);
     let header = beside("LIBTORCH_INCLUDE").join("include/ATen/ATen.h");
     let library = beside("LIBTORCH_LIB").join("lib/libtorch_cpu.so");
     if !header.exists() {
-        return Err(format!("LIBTORCH is `{shown}`, but there is no {}. {WAYS}", header.display()));
+        return Err(format!(
+            "LIBTORCH is `{shown}`, but there is no {}. {OPTIONS}",
+            header.display()
+        ));
     }
     let shared = cfg!(target_os = "linux") && variable("LIBTORCH_STATIC").is_none();
     if shared && !library.exists() {
         return Err(format!(
-            "LIBTORCH is `{shown}`, but there is no {}. {WAYS}",
+            "LIBTORCH is `{shown}`, but there is no {}. {OPTIONS}",
             library.display()
         ));
     }
@@ -87,7 +92,7 @@ fn ensure_version(folder: &Path, variable: Variable) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "LIBTORCH is `{}`, which contains libtorch {version}, but tch 0.26 requires {VERSION}. {WAYS}",
+        "LIBTORCH is `{}`, which contains libtorch {version}, but tch 0.26 requires {VERSION}. {OPTIONS}",
         folder.display()
     ))
 }

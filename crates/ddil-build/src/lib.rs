@@ -66,11 +66,11 @@ pub fn link() {
 
 fn instructions(variables: impl Iterator<Item = (String, String)>, links: bool) -> Vec<String> {
     let folder = variables
-        .filter(|(name, _)| tells_folder(name))
+        .filter(|(name, _)| is_libtorch_folder(name))
         .map(|(_, folder)| folder)
         .next()
         .expect(
-            "no dependency of this package says where libtorch is: `ddil_build::link()` requires that the package \
+            "no dependency of this package provides the folder of libtorch: `ddil_build::link()` requires that the package \
              depends on a crate of ddil (or on torch-sys) itself, under [dependencies]",
         );
     let mut lines = vec![format!("cargo::rustc-link-arg=-Wl,-rpath,{folder}")];
@@ -88,6 +88,6 @@ fn instructions(variables: impl Iterator<Item = (String, String)>, links: bool) 
 }
 
 /// Variables that cargo sets from the metadata of torch-sys, and of crates that call [`link`].
-fn tells_folder(name: &str) -> bool {
+fn is_libtorch_folder(name: &str) -> bool {
     name == "DEP_TCH_LIBTORCH_LIB" || (name.starts_with("DEP_DDIL_") && name.ends_with("_LIB"))
 }

@@ -47,7 +47,7 @@ fn assert_refused(outcome: Result<(), String>, phrases: &[&str]) {
 }
 
 #[test]
-fn nothing_set_lists_the_ways() {
+fn nothing_set_lists_the_options() {
     if std::path::Path::new("/usr/lib/libtorch.so").exists() {
         return;
     }
@@ -98,7 +98,7 @@ fn a_folder_without_the_library_is_refused() {
     assert_eq!(checked(&Features::default(), &set), Ok(()));
 }
 
-fn told(variables: &[(&str, &str)], links: bool) -> Vec<String> {
+fn directives(variables: &[(&str, &str)], links: bool) -> Vec<String> {
     let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
     instructions(variables, links)
 }
@@ -107,9 +107,9 @@ fn told(variables: &[(&str, &str)], links: bool) -> Vec<String> {
 fn the_folder_becomes_a_run_path() {
     let expected = ["cargo::rustc-link-arg=-Wl,-rpath,/x/lib".to_owned()];
     for name in ["DEP_TCH_LIBTORCH_LIB", "DEP_DDIL_LIBTORCH_LIB", "DEP_DDIL_SCHEDULERS_LIB"] {
-        assert_eq!(told(&[("PATH", "/bin"), (name, "/x/lib")], false), expected);
+        assert_eq!(directives(&[("PATH", "/bin"), (name, "/x/lib")], false), expected);
     }
-    let passed_on = told(&[("DEP_TCH_LIBTORCH_LIB", "/x/lib")], true);
+    let passed_on = directives(&[("DEP_TCH_LIBTORCH_LIB", "/x/lib")], true);
     assert_eq!(passed_on[1], "cargo::metadata=lib=/x/lib");
 }
 
@@ -118,12 +118,12 @@ fn cuda_is_kept_where_it_is() {
     let libtorch = Libtorch::new("cuda", "2.13.0+cu130");
     let lib = libtorch.0.join("lib");
     fs::write(lib.join("libtorch_cuda.so"), "").expect("a file");
-    let lines = told(&[("DEP_TCH_LIBTORCH_LIB", lib.to_str().expect("ASCII"))], false);
+    let lines = directives(&[("DEP_TCH_LIBTORCH_LIB", lib.to_str().expect("ASCII"))], false);
     assert!(lines.contains(&"cargo::rustc-link-arg=-ltorch_cuda".to_owned()), "{lines:?}");
 }
 
 #[test]
 #[should_panic(expected = "under [dependencies]")]
-fn a_package_without_a_dependency_on_ddil_is_told_so() {
-    told(&[("PATH", "/bin")], false);
+fn a_package_without_a_dependency_on_ddil_is_refused() {
+    directives(&[("PATH", "/bin")], false);
 }

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result, WeightProblems, is_float};
 use crate::weights;
 
-pub(crate) use adapter::{Adapter, AsAsked, Form, Layer, Slot, Switch, Switches};
+pub(crate) use adapter::{Adapter, Form, Layer, RestoreGuard, Slot, Switch, Switches};
 pub use matching::Matched;
 pub(crate) use matching::{Joined, Share};
 

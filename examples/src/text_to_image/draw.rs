@@ -41,7 +41,7 @@ pub fn draw(
 ) -> Result<Drawn> {
     let encoded = parts.encode(prompts)?;
     if let Some(cut) = encoded.truncated.iter().flatten().next() {
-        return Err(format!("a prompt is too long: the model would not read {cut:?}").into());
+        return Err(format!("a prompt is too long: {cut:?} would be cut off").into());
     }
     let own = SamplePlan::of(pipeline, sampling.steps);
     let guidance_scale = sampling.guidance_scale.unwrap_or(own.guidance_scale);

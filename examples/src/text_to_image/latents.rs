@@ -33,7 +33,7 @@ impl Latents {
             means.push(vae.scale(&posterior.mean)?);
             stds.push((posterior.logvar * 0.5).exp() * vae.config().scaling_factor);
         }
-        let labels = images.labels().ok_or("the pictures have no labels")?.narrow(0, 0, len);
+        let labels = images.labels().ok_or("the images have no labels")?.narrow(0, 0, len);
         let labels = Vec::<i64>::try_from(&labels)?.into_iter().map(|label| label as usize);
         Ok(Self {
             mean: Tensor::cat(&means, 0),

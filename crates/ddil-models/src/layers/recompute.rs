@@ -7,7 +7,7 @@ use tch::{TchError, Tensor};
 
 use crate::layers::Output;
 use crate::parameters::Parameters;
-use crate::parameters::{AsAsked, Switches};
+use crate::parameters::{RestoreGuard, Switches};
 
 /// The state required to recompute a pass: the adapters that took part in it.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ impl<T: Send + 'static> Part<T> {
         let Some(Recompute(switches)) = recompute else { return run(&self.lock(), inputs) };
         let (part, switches) = (Self(Arc::clone(&self.0)), switches.clone());
         let again = move |inputs: &[Tensor]| {
-            let _asked: AsAsked<'_> = switches.put_on()?;
+            let _guard: RestoreGuard<'_> = switches.put_on()?;
             run(&part.lock(), &inputs.iter().collect::<Vec<_>>())
         };
         recomputed(inputs.iter().copied(), again)

@@ -66,7 +66,7 @@ impl TextTransformer {
     ) -> Output {
         let mut tokens = self.proj_in.to_tokens(&self.norm.forward(x)?)?;
         for block in &self.blocks {
-            tokens = block.forward_told(&tokens, text, recompute)?;
+            tokens = block.forward_with_text(&tokens, text, recompute)?;
         }
         // `x` comes first: if the memory formats differ, the sum has that of the map.
         x.f_add(&self.proj_out.to_map(&tokens, &x.size())?)
@@ -159,7 +159,7 @@ impl TransformerBlock {
 }
 
 impl Part<TransformerBlock> {
-    fn forward_told(
+    fn forward_with_text(
         &self,
         tokens: &Tensor,
         text: Text<'_>,

@@ -75,27 +75,27 @@ impl Switch {
 
 /// The state of a network's adapters in one pass.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Switches(Vec<Asked>);
+pub(crate) struct Switches(Vec<SwitchState>);
 
 #[derive(Clone, Debug)]
-struct Asked {
+struct SwitchState {
     switch: Arc<Switch>,
     on: u32,
     merged: bool,
 }
 
 /// Restores the adapter state of an earlier pass until it is dropped.
-pub(crate) struct AsAsked<'a>(Vec<(&'a Switch, u32)>);
+pub(crate) struct RestoreGuard<'a>(Vec<(&'a Switch, u32)>);
 
 impl Switches {
     /// The current state.
     pub(crate) fn of(layers: &[Layer]) -> Self {
-        let mut found: Vec<Asked> = Vec::new();
+        let mut found: Vec<SwitchState> = Vec::new();
         for layer in layers {
             for Adapter { switch, .. } in &*layer.slot.lock() {
-                if !found.iter().any(|asked| Arc::ptr_eq(&asked.switch, switch)) {
+                if !found.iter().any(|state| Arc::ptr_eq(&state.switch, switch)) {
                     let (on, merged) = (switch.on(), switch.is_merged());
-                    found.push(Asked { switch: Arc::clone(switch), on, merged });
+                    found.push(SwitchState { switch: Arc::clone(switch), on, merged });
                 }
             }
         }
@@ -103,17 +103,17 @@ impl Switches {
     }
 
     /// Restores the state.
-    pub(crate) fn put_on(&self) -> Result<AsAsked<'_>, TchError> {
-        if self.0.iter().any(|asked| asked.switch.is_merged() != asked.merged) {
-            let reason = "adapters were merged or unmerged between the forward pass and the backward pass, which computes \
-                          again what was not kept";
+    pub(crate) fn put_on(&self) -> Result<RestoreGuard<'_>, TchError> {
+        if self.0.iter().any(|state| state.switch.is_merged() != state.merged) {
+            let reason = "adapters were merged or unmerged between the forward pass and the backward pass, which recomputes \
+                          values that were not kept";
             return Err(TchError::Torch(reason.to_owned()));
         }
-        Ok(AsAsked(self.0.iter().map(|a| (&*a.switch, a.switch.put_on(a.on))).collect()))
+        Ok(RestoreGuard(self.0.iter().map(|a| (&*a.switch, a.switch.put_on(a.on))).collect()))
     }
 }
 
-impl Drop for AsAsked<'_> {
+impl Drop for RestoreGuard<'_> {
     fn drop(&mut self) {
         for (switch, before) in &self.0 {
             switch.put_on(*before);
@@ -135,7 +135,7 @@ pub(crate) struct Adapter {
 }
 
 impl Adapter {
-    fn is_asked(&self) -> bool {
+    fn is_active(&self) -> bool {
         self.switch.on() == self.number && !self.switch.is_merged()
     }
 
@@ -163,7 +163,7 @@ pub(crate) struct Slot(Arc<Mutex<Vec<Adapter>>>);
 impl Slot {
     /// The output `y` of a layer for `x`, plus the contribution of the active adapter.
     pub(crate) fn adapt(&self, x: &Tensor, y: Tensor) -> Result<Tensor, TchError> {
-        match self.lock().iter().find(|adapter| adapter.is_asked()) {
+        match self.lock().iter().find(|adapter| adapter.is_active()) {
             Some(adapter) => adapter.add(x, &y),
             None => Ok(y),
         }

@@ -73,8 +73,8 @@ impl ComparisonReport {
         write_atomic(&folder.file("table.md"), self.markdown().as_bytes())?;
         plot::write(&folder.file("quality.svg"), plot::quality(self))?;
         plot::write(&folder.file("shift.svg"), plot::shift(&self.shifts()))?;
-        if let Some(picture) = self.side_by_side()? {
-            picture.save(&folder.file("side_by_side.png"))?;
+        if let Some(grid) = self.side_by_side()? {
+            grid.save(&folder.file("side_by_side.png"))?;
         }
         Ok(())
     }

@@ -22,5 +22,5 @@ fn main() -> Result<(), Report> {
     };
     let (sneaker, bag) = (covered(&images), covered(&other));
     println!("bright share of a sneaker {sneaker:.2}, of a bag {bag:.2}");
-    if sneaker < bag { Ok(()) } else { Err("the classes are not told apart".into()) }
+    if sneaker < bag { Ok(()) } else { Err("the two classes do not differ as expected".into()) }
 }
