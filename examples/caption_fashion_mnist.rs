@@ -35,7 +35,7 @@ fn main() -> Result<()> {
         let labels = Vec::<i64>::try_from(batch.labels.ok_or("images without labels")?)?;
         for ((path, label), index) in paths.iter().zip(labels).zip(start as u64..) {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let text = captions::of_picture(label as usize, index, NUM_CAPTIONS);
+            let text = captions::of_image(label as usize, index, NUM_CAPTIONS);
             writeln!(metadata, "{}", json!({ "file_name": name, "text": text }))?;
         }
     }

@@ -84,11 +84,7 @@ fn main() -> Result<()> {
     let (vae, _) = train_autoencoder(&settings, &data.train, &options.progress("autoencoder"))?;
     let limit = options.quick.then_some(500);
     let latents = Latents::of(&vae, &data.train, limit)?;
-    println!(
-        "latents of {} images, {:.0} s",
-        latents.num_pictures(),
-        start.elapsed().as_secs_f64()
-    );
+    println!("latents of {} images, {:.0} s", latents.num_images(), start.elapsed().as_secs_f64());
     let networks = Networks::new(&settings)?;
     let prompts = Prompts::new(&tokenizer)?;
     let progress = options.progress("diffusion");

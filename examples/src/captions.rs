@@ -59,7 +59,7 @@ pub fn captions(phrasings: &[&str], label: usize) -> Vec<String> {
 
 /// Up to `count` captions of the image with this number in the data set, each in a different one of [`PHRASINGS`]:
 /// deterministic, and spread evenly over the images.
-pub fn of_picture(label: usize, index: u64, count: usize) -> Vec<String> {
+pub fn of_image(label: usize, index: u64, count: usize) -> Vec<String> {
     let Some(names) = NAMES.get(label) else { return Vec::new() };
     let start = RandomStreams::new(0, 0).seed_of(index, Stream::Condition) as usize;
     // 5 and 12 are coprime, so twelve steps of 5 visit every phrasing once.
@@ -116,8 +116,8 @@ mod tests {
     fn captions_of_an_image_depend_only_on_its_number() {
         let mut met = BTreeMap::new();
         for index in 0..1200 {
-            let four = of_picture(5, index, 4);
-            assert_eq!(four, of_picture(5, index, 4));
+            let four = of_image(5, index, 4);
+            assert_eq!(four, of_image(5, index, 4));
             assert_eq!(four.iter().collect::<BTreeSet<_>>().len(), 4);
             *met.entry(four[0].clone()).or_insert(0) += 1;
             assert!(four.iter().all(|caption| captions(&PHRASINGS, 5).contains(caption)));
@@ -125,7 +125,7 @@ mod tests {
         // 24 captions, each about 50 times.
         assert_eq!(met.len(), 24);
         assert!(met.values().all(|n| (20..90).contains(n)), "{met:?}");
-        assert_eq!(of_picture(0, 3, 100).len(), PHRASINGS.len());
-        assert!(of_picture(10, 3, 4).is_empty());
+        assert_eq!(of_image(0, 3, 100).len(), PHRASINGS.len());
+        assert!(of_image(10, 3, 4).is_empty());
     }
 }

@@ -88,7 +88,7 @@ fn label_list(states: &States) -> Vec<i64> {
 
 /// With a Gaussian student and DDIM, a state is an affine map of its first noise. At index `i` over many samples it
 /// must have the mean and spread that the map gives to unit noise.
-fn assert_law(bench: &Bench, denoiser: &dyn Denoiser, grid: &Timesteps, states: &States) {
+fn assert_distribution(bench: &Bench, denoiser: &dyn Denoiser, grid: &Timesteps, states: &States) {
     let ends = Tensor::from_slice(&[0_f32, 1.0]).view([2, 1]);
     let none = Conditioning::class_labels(Tensor::zeros([2], tch::kind::INT64_CPU));
     let rollout = Rollout::new(denoiser, &bench.ddim, grid).conditioning(&none);
@@ -132,7 +132,7 @@ fn every_policy_yields_the_students_distribution() -> ddil_core::Result<()> {
         assert_eq!(states.grid_indices, cycle(900));
         assert!(states.sources.iter().all(|source| *source == Source::Student));
         if !matches!(policy, StudentPolicy::Buffer { .. }) {
-            assert_law(&bench, &bench.student, &bench.grids.student, &states);
+            assert_distribution(&bench, &bench.student, &bench.grids.student, &states);
         }
         let again = bench.states(&mut source, 1, &cycle(900), &[4], 0)?;
         assert_ne!(states.x_t, again.x_t);
@@ -335,7 +335,7 @@ fn teacher_gives_its_own_trajectory_on_its_finer_grid() -> ddil_core::Result<()>
         let states = bench.states(&mut source, 0, &cycle(900), &[4], 0)?;
         assert!(states.sources.iter().all(|source| *source == Source::Teacher));
         assert_eq!(bench.student.num_evaluated.get(), 0);
-        assert_law(&bench, &bench.teacher, &bench.grids.teacher, &states);
+        assert_distribution(&bench, &bench.teacher, &bench.grids.teacher, &states);
         for shape in SHAPES {
             let mut source = TeacherSource::new(TeacherConfig::default(), &bench.grids)?;
             let states = bench.states(&mut source, 0, &cycle(5), &shape[1..], 0)?;

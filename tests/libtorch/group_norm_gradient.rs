@@ -12,10 +12,10 @@ use crate::group_norm::{
 /// `x`, weight, bias and offset.
 type Leaves = [Tensor; 4];
 
-fn leaves(x: &Tensor, learned: &Learned, ask: [bool; 4]) -> Leaves {
+fn leaves(x: &Tensor, learned: &Learned, requires: [bool; 4]) -> Leaves {
     let given = [x, &learned.weight, &learned.bias, &learned.offset];
     // A view has the memory layout of its base, which a copy may lack.
-    std::array::from_fn(|i| given[i].detach().set_requires_grad(ask[i]))
+    std::array::from_fn(|i| given[i].detach().set_requires_grad(requires[i]))
 }
 
 fn with_leaves(of: &Leaves, settings: GroupNorm<'_>) -> ddil_libtorch::Result<Tensor> {
@@ -68,10 +68,10 @@ proptest! {
 
     /// For any rank, memory layout, kinds, present parts and parts that require a gradient.
     #[test]
-    fn gradients_are_the_formulas(case in any_case(2..4, 2..10), ask in any::<[bool; 4]>()) {
+    fn gradients_are_the_formulas(case in any_case(2..4, 2..10), requires in any::<[bool; 4]>()) {
         let (x, settings, parts) = (&case.x, case.settings(), case.parts);
         let there = [true, parts[0], parts[1], parts[2]];
-        let leaves = leaves(x, &case.learned, std::array::from_fn(|i| ask[i] && there[i]));
+        let leaves = leaves(x, &case.learned, std::array::from_fn(|i| requires[i] && there[i]));
         let y = with_leaves(&leaves, settings)?;
         let recorded = leaves.iter().any(Tensor::requires_grad);
         prop_assert_eq!(y.requires_grad(), recorded);

@@ -234,7 +234,7 @@ fn labels_for_a_network_without_classes_are_refused() -> TestResult {
     Ok(())
 }
 
-fn told_guidance() -> UNet2DConfig {
+fn with_guidance_embedding() -> UNet2DConfig {
     UNet2DConfig { time_cond_proj_dim: Some(16), ..untold() }
 }
 
@@ -256,7 +256,8 @@ fn untold() -> UNet2DConfig {
 #[test]
 fn a_fresh_guidance_embedding_changes_nothing() -> TestResult {
     let placement = Placement { kind: Kind::Double, ..Placement::default() };
-    let (student, teacher) = (told_guidance().build(placement, 3)?, untold().build(placement, 3)?);
+    let (student, teacher) =
+        (with_guidance_embedding().build(placement, 3)?, untold().build(placement, 3)?);
     let (x_t, t) =
         (Tensor::randn([2, 1, 4, 4], kind::DOUBLE_CPU), Tensor::from_slice(&[999_i64, 3]));
     let weight = Tensor::from_slice(&[7.5, 0.3]);
@@ -279,8 +280,10 @@ fn a_fresh_guidance_embedding_changes_nothing() -> TestResult {
 
 #[test]
 fn a_guidance_weight_is_neither_missing_nor_ignored() -> TestResult {
-    let (told, untold) =
-        (told_guidance().build(Placement::default(), 0)?, untold().build(Placement::default(), 0)?);
+    let (told, untold) = (
+        with_guidance_embedding().build(Placement::default(), 0)?,
+        untold().build(Placement::default(), 0)?,
+    );
     let (x_t, t) = (Tensor::zeros([2, 1, 4, 4], kind::FLOAT_CPU), Tensor::from(5_i64));
     let weight = Tensor::ones([2], kind::FLOAT_CPU);
     let missing = told.forward(&x_t, &t, None, None);

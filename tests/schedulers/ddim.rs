@@ -69,7 +69,7 @@ fn steps_are_the_golden_ones() {
 }
 
 /// A step of the batch, all of it from `t` to `prev`, with the true prediction.
-fn told_the_truth(sampler: &Ddim, x0: &Tensor, noise: &Tensor, t: i64, prev: i64) -> Tensor {
+fn step_with_true_noise(sampler: &Ddim, x0: &Tensor, noise: &Tensor, t: i64, prev: i64) -> Tensor {
     let [t, prev] = [t, prev].map(|at| vec![at; x0.size()[0] as usize]);
     let truth = Prediction { x0: x0.shallow_clone(), epsilon: noise.shallow_clone() };
     sampler.step(&SamplerStep::new(&truth, &t, &prev).with_noise(noise)).expect("they fit")
@@ -105,7 +105,7 @@ proptest! {
             let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, n, 0).expect("n is in 1..=1000");
             let (t, prev) = grid.pairs().nth(entry % n as usize).expect("on the grid");
             let [x0, noise] = [0; 2].map(|_| Tensor::randn([1, 4], kind::DOUBLE_CPU));
-            let landed = told_the_truth(&Ddim::new(schedule.clone()), &x0, &noise, t, prev);
+            let landed = step_with_true_noise(&Ddim::new(schedule.clone()), &x0, &noise, t, prev);
             let expected = schedule.add_noise(&x0, &noise, &timesteps(&[prev])).expect("they fit");
             prop_assert_eq!(gap(&landed, &expected), 0.0);
         }

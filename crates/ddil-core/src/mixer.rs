@@ -341,7 +341,7 @@ impl Mixer {
         let added = self.mixture.added();
         if self.adaptation.is_none() {
             let priors = self.priors_at(*step, *total_steps);
-            return priors.assign_beside(&added, grid_indices.len(), &mut rng);
+            return priors.assign_with_added(&added, grid_indices.len(), &mut rng);
         }
         let by_index = self.priors_by_index(*step, *total_steps);
         let priors: Vec<Priors> = grid_indices.iter().map(|&index| by_index[index]).collect();

@@ -92,17 +92,17 @@ impl Priors {
     /// Stratified: each count is the expected count, rounded down or up at random so that its mean is exact; a source
     /// with a prior of 0 is never drawn.
     pub fn assign(self, batch: usize, rng: &mut impl Rng) -> Vec<Source> {
-        self.assign_beside(&[], batch, rng)
+        self.assign_with_added(&[], batch, rng)
     }
 
     /// As [`assign`](Self::assign), where the sources in `added` have fixed shares and the priors divide the rest.
-    pub(crate) fn assign_beside(
+    pub(crate) fn assign_with_added(
         self,
         added: &[(Source, f64)],
         batch: usize,
         rng: &mut impl Rng,
     ) -> Vec<Source> {
-        let left = left_by(added);
+        let left = remainder(added);
         let by_prior = [
             (Source::Student, left * self.student),
             (Source::Teacher, left * self.teacher),
@@ -335,7 +335,7 @@ fn systematic(
 }
 
 /// The share of all states that sources with fixed shares leave.
-fn left_by(added: &[(Source, f64)]) -> f64 {
+fn remainder(added: &[(Source, f64)]) -> f64 {
     (1.0 - added.iter().map(|(_, share)| share).sum::<f64>()).max(0.0)
 }
 

@@ -110,7 +110,7 @@ extern "C" fn call(
     let message = match catch_unwind(AssertUnwindSafe(|| shared.run(inputs, outputs))) {
         Ok(Ok(())) => return 0,
         Ok(Err(message)) => message,
-        Err(panic) => format!("the function panicked: {}", words_of(&*panic)),
+        Err(panic) => format!("the function panicked: {}", message_of(&*panic)),
     };
     let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
     // SAFETY: a string that ends with a zero, which C++ copies.
@@ -123,7 +123,7 @@ extern "C" fn release(shared: *mut c_void) {
     drop(unsafe { Box::from_raw(shared.cast::<SharedFunction>()) });
 }
 
-fn words_of(panic: &(dyn Any + Send)) -> &str {
+fn message_of(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no reason given")
 }

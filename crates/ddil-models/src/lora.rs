@@ -227,7 +227,7 @@ pub struct Switched<'a> {
 
 impl Drop for Switched<'_> {
     fn drop(&mut self) {
-        self.switch.put_on(self.before);
+        self.switch.activate(self.before);
     }
 }
 
@@ -298,16 +298,16 @@ impl Lora {
             return Err(Error::AdapterAttached { op, layer: layer.name.clone() });
         }
         let switch = Arc::new(Switch::default());
-        let mut lora = Self::beside(network.placement(), plan, values, switch)?;
+        let mut lora = Self::additional(network.placement(), plan, values, switch)?;
         let learned = network.learned().into_iter().map(|(_, tensor)| tensor);
         lora.trainable = learned.filter(Tensor::requires_grad).collect();
         network.set_trainable(false);
-        lora.switch.put_on(lora.number);
+        lora.switch.activate(lora.number);
         Ok(lora)
     }
 
     /// A further adapter of a switch, initially off.
-    fn beside(
+    fn additional(
         base: Placement,
         plan: &[(&Layer, i64, f64)],
         values: Values,
@@ -333,7 +333,8 @@ impl Lora {
         self.ensure_apart("Lora::duplicate")?;
         let plan: Vec<_> = self.adapted.iter().map(|a| (&a.layer, a.rank, a.alpha)).collect();
         let switch = Arc::clone(&self.switch);
-        let mut other = Self::beside(self.parameters.placement(), &plan, Values::Unset, switch)?;
+        let mut other =
+            Self::additional(self.parameters.placement(), &plan, Values::Unset, switch)?;
         other.trainable = self.trainable.iter().map(Tensor::shallow_clone).collect();
         other.scale = self.scale;
         other.rescale();
@@ -401,7 +402,7 @@ impl Lora {
     /// [`Error::AdapterMerged`].
     pub fn set_enabled(&self, enabled: bool) -> Result<()> {
         self.ensure_apart("Lora::set_enabled")?;
-        self.switch.put_on(self.number_if(enabled));
+        self.switch.activate(self.number_if(enabled));
         Ok(())
     }
 
@@ -412,7 +413,7 @@ impl Lora {
     /// [`Error::AdapterMerged`].
     pub fn switched(&self, enabled: bool) -> Result<Switched<'_>> {
         self.ensure_apart("Lora::switched")?;
-        let before = self.switch.put_on(self.number_if(enabled));
+        let before = self.switch.activate(self.number_if(enabled));
         Ok(Switched { switch: &self.switch, before })
     }
 

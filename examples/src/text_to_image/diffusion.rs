@@ -108,7 +108,7 @@ pub fn train_networks(
 ) -> Result<Vec<f64>> {
     let (stage, streams) = (settings.diffusion, RandomStreams::new(settings.seed, 2));
     let (schedule, output) = (settings.schedule.build()?, settings.prediction_type);
-    let mut indices = BatchIndices::new(latents.num_pictures(), stage.batch_size, streams.seed)?;
+    let mut indices = BatchIndices::new(latents.num_images(), stage.batch_size, streams.seed)?;
     let trainer = Trainer::new(networks.learned(), stage.training)?;
     let losses = progress.run("text to image", trainer, stage.training.updates, |step| {
         let generator = |stream| streams.generator(step, stream, Device::Cpu);

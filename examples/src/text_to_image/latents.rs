@@ -43,7 +43,7 @@ impl Latents {
     }
 
     /// Number of images.
-    pub fn num_pictures(&self) -> i64 {
+    pub fn num_images(&self) -> i64 {
         self.mean.size()[0]
     }
 

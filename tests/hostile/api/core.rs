@@ -112,7 +112,7 @@ fn ddil_core() {
     conditioning(&mut cases);
     batches(&mut cases);
     buffer(&mut cases);
-    judges(&mut cases);
+    discriminator_cases(&mut cases);
     denoisers(&mut cases);
     mixtures(&mut cases);
     rollouts(&mut cases);
@@ -208,7 +208,7 @@ fn batches(cases: &mut Cases) {
     }
 }
 
-fn judges(cases: &mut Cases) {
+fn discriminator_cases(cases: &mut Cases) {
     let mlp = ModelConfig::Mlp(MlpConfig { hidden_widths: vec![8], ..MlpConfig::default() });
     let head = DiscriminatorHeadConfig::for_model(&mlp)
         .and_then(|head| head.build(Placement::default(), 0));

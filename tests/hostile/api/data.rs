@@ -86,12 +86,12 @@ fn encoded(cases: &mut Cases) {
     });
     cases.integers("EncodedDataset::batch", |index| {
         let streams = RandomStreams::new(0, 0);
-        let mut draws = said_draws(&streams);
+        let mut draws = valid_draws(&streams);
         outcome(data.batch(&[index], [1, 2, 2], &mut draws, Device::Cpu))
     });
 }
 
-fn said_draws(streams: &RandomStreams) -> ddil_core::Draws {
+fn valid_draws(streams: &RandomStreams) -> ddil_core::Draws {
     streams.draws(0, Stream::Data, Device::Cpu).expect("there is a CPU")
 }
 

@@ -81,13 +81,13 @@ fn toml_settings(cases: &mut Cases) {
     }
     for key in ["", "a", "a.b", "\u{0}"] {
         cases.once("Settings::has", key, || {
-            let _ = said_ok(Settings::parse("settings.toml", "a = 1")).has(key);
+            let _ = valid(Settings::parse("settings.toml", "a = 1")).has(key);
             Ok(())
         });
     }
     for assignment in ["", "=", "a", "a=", "a.=1", ".=1", "a.9.b=1", "a.0.b.c=1", "a=\u{0}"] {
         cases.once("Settings::set", assignment, || {
-            let mut settings = said_ok(Settings::parse("settings.toml", "a = [1, {b = 2}]"));
+            let mut settings = valid(Settings::parse("settings.toml", "a = [1, {b = 2}]"));
             outcome(settings.set(assignment))?;
             outcome(settings.build::<Value>())
         });
@@ -122,6 +122,6 @@ fn json_settings(cases: &mut Cases) {
     cases.cannot_fail(&["JsonSettings::of", "JsonSettings::without_unset"]);
 }
 
-fn said_ok<T>(result: ddil_files::Result<T>) -> T {
+fn valid<T>(result: ddil_files::Result<T>) -> T {
     result.expect("the text is TOML")
 }

@@ -20,7 +20,7 @@ const MANY: i64 = 40;
 #[test]
 fn ddil_pipelines() {
     let mut cases = Cases::default();
-    pictures(&mut cases);
+    image_cases(&mut cases);
     folders(&mut cases);
     let assets = repository().join("assets");
     let placement = Placement::default();
@@ -54,7 +54,7 @@ fn ddil_pipelines() {
     cases.finish("ddil-pipelines");
 }
 
-fn pictures(cases: &mut Cases) {
+fn image_cases(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     let images = Tensor::zeros([3, 3, 4, 2], kind::FLOAT_CPU);
     let two = Layout::columns(NonZeroU32::MIN.saturating_add(1));

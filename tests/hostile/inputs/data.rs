@@ -46,7 +46,7 @@ fn idx_file() {
 }
 
 /// An image of 4 by 4 pixels.
-pub(crate) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
+pub(crate) fn image_bytes(colour: png::ColorType, depth: png::BitDepth, shade: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut encoder = png::Encoder::new(&mut bytes, 4, 4);
     encoder.set_color(colour);
@@ -62,9 +62,10 @@ pub(crate) fn picture(colour: png::ColorType, depth: png::BitDepth, shade: u8) -
 fn picture_folder() {
     use png::BitDepth::{Eight, Sixteen};
     use png::ColorType::{Grayscale, Rgb};
-    let flat = Tree::file("a.png", picture(Rgb, Eight, 3)).with("b.png", picture(Rgb, Eight, 9));
-    let classes = Tree::file("cat/a.png", picture(Grayscale, Eight, 3))
-        .with("dog/b.png", picture(Grayscale, Sixteen, 9));
+    let flat =
+        Tree::file("a.png", image_bytes(Rgb, Eight, 3)).with("b.png", image_bytes(Rgb, Eight, 9));
+    let classes = Tree::file("cat/a.png", image_bytes(Grayscale, Eight, 3))
+        .with("dog/b.png", image_bytes(Grayscale, Sixteen, 9));
     Target::new("picture_folder", vec![flat, classes], |folder| {
         read_image_folder(folder).map(drop).map_err(message_of)
     })
@@ -94,8 +95,10 @@ fn jpeg_folder() {
 #[test]
 fn captions() {
     use png::{BitDepth::Eight, ColorType::Rgb};
-    let pictures =
-        || Tree::file("a.png", picture(Rgb, Eight, 3)).with("sub/b.png", picture(Rgb, Eight, 9));
+    let pictures = || {
+        Tree::file("a.png", image_bytes(Rgb, Eight, 3))
+            .with("sub/b.png", image_bytes(Rgb, Eight, 9))
+    };
     let lines = "{\"file_name\": \"a.png\", \"text\": \"a cat\"}\n\
                  {\"file_name\": \"sub/b.png\", \"text\": [\"a dog\", \"one dog\"]}\n";
     let mut beside = pictures().with("a.txt", "a cat\nthe cat\n");
@@ -109,8 +112,8 @@ fn captions_in_a_table() {
     use png::{BitDepth::Eight, ColorType::Rgb};
     let table = "file_name,text,licence\na.png,a cat,free\nsub/b.png,\"a dog \"\"Rex\"\"\",free\n";
     let seed = Tree::file("metadata.csv", table)
-        .with("a.png", picture(Rgb, Eight, 3))
-        .with("sub/b.png", picture(Rgb, Eight, 9));
+        .with("a.png", image_bytes(Rgb, Eight, 3))
+        .with("sub/b.png", image_bytes(Rgb, Eight, 9));
     Target::new("captions_in_a_table", vec![seed], read_captioned).run();
 }
 

@@ -18,12 +18,12 @@ use ddil_schedulers::{MAX_TRAIN_TIMESTEPS, SchedulerConfig, TimestepSpacing, Tim
 use ddil_trainer::checkpoint::{Checkpoint, CheckpointWriter};
 use tch::{Kind, Tensor};
 
-use super::data::{packed, picture};
+use super::data::{image_bytes, packed};
 use super::models::tiny_pipeline;
 use super::tree::{Tree, repository};
 
 #[track_caller]
-fn assert_says(outcome: &str, words: &[&str]) {
+fn assert_message(outcome: &str, words: &[&str]) {
     for word in words {
         assert!(outcome.contains(word), "`{word}` is not said in: {outcome}");
     }
@@ -51,7 +51,7 @@ fn a_small_config_cannot_request_terabytes() {
         let begun = Instant::now();
         let config = ModelConfig::from_file(folder.path().join("config.json"), UnknownKeys::Refuse);
         let built = config.and_then(|config| config.build(Placement::default(), 0));
-        assert_says(&built.map(drop).expect_err("too large").to_string(), &[word]);
+        assert_message(&built.map(drop).expect_err("too large").to_string(), &[word]);
         assert!(begun.elapsed().as_secs() < 60, "{setting}");
     }
     let vae = AutoencoderKLConfig { layers_per_block: 500_000, ..AutoencoderKLConfig::default() };
@@ -74,7 +74,7 @@ fn a_small_config_cannot_request_terabytes() {
     assert!(values > 1 << 35, "{values}");
     let double = Placement { kind: Kind::Double, ..Placement::default() };
     let outcome = large.build(double, 0).expect_err("no such memory").to_string();
-    assert_says(&outcome, &["memory"]);
+    assert_message(&outcome, &["memory"]);
 }
 
 #[test]
@@ -84,8 +84,11 @@ fn a_schedule_has_a_limited_number_of_timesteps() {
     let path = folder.path().join("scheduler_config.json");
     let error = SchedulerConfig::from_file(&path).expect_err("too many");
     let cause = std::error::Error::source(&error).expect("a cause").to_string();
-    assert_says(&error.to_string(), &["scheduler_config.json"]);
-    assert_says(&cause, &["num_train_timesteps", "4294967295", &MAX_TRAIN_TIMESTEPS.to_string()]);
+    assert_message(&error.to_string(), &["scheduler_config.json"]);
+    assert_message(
+        &cause,
+        &["num_train_timesteps", "4294967295", &MAX_TRAIN_TIMESTEPS.to_string()],
+    );
     let grid =
         Timesteps::spaced(TimestepSpacing::Trailing, MAX_TRAIN_TIMESTEPS, 4, 0).expect("four");
     assert!(grid.refined(u32::MAX, MAX_TRAIN_TIMESTEPS).is_err());
@@ -112,7 +115,7 @@ fn a_weights_file_cannot_claim_more_than_its_length() {
         let folder = written("model.safetensors", [&length.to_le_bytes()[..], b"{}"].concat());
         let outcome =
             weights::read_all(folder.path().join("model.safetensors")).expect_err("too long");
-        assert_says(
+        assert_message(
             &outcome.to_string(),
             &["model.safetensors", "not a complete safetensors file"],
         );
@@ -131,21 +134,21 @@ fn a_compressed_file_unpacks_to_the_size_in_its_header() {
         // Only the beginning of the bomb was unpacked.
         let found = if let ddil_data::Error::IdxLength { found, .. } = error { found } else { 0 };
         assert!(found < 10_000, "{found} bytes were unpacked");
-        assert_says(&crate::inputs::message_of(error), &["images.gz", word]);
+        assert_message(&crate::inputs::message_of(error), &["images.gz", word]);
     }
 }
 
 /// A PNG whose header claims 4 GB of pixels, with data for sixteen.
 #[test]
 fn an_image_has_the_pixels_it_claims() {
-    let mut content = picture(png::ColorType::Grayscale, png::BitDepth::Eight, 7);
+    let mut content = image_bytes(png::ColorType::Grayscale, png::BitDepth::Eight, 7);
     content[16..24].copy_from_slice(&[65_536_u32, 65_536].map(u32::to_be_bytes).concat());
     let mut crc = flate2::Crc::new();
     crc.update(&content[12..29]);
     content[29..33].copy_from_slice(&crc.sum().to_be_bytes());
     let folder = written("a.png", content);
     let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
-    assert_says(&crate::inputs::message_of(error), &["a.png"]);
+    assert_message(&crate::inputs::message_of(error), &["a.png"]);
 }
 
 /// 777 bytes that claim 268 million pixels: all of them used to be made up, in 4.8 GB and a minute and a half.
@@ -162,7 +165,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
         let most = format!("at most {} pixels", content.len() * 512);
         let folder = written("a.jpg", content);
         let error = read_image_folder(folder.path()).map(drop).expect_err("too large");
-        assert_says(&crate::inputs::message_of(error), &["a.jpg", "16384x16384", &most]);
+        assert_message(&crate::inputs::message_of(error), &["a.jpg", "16384x16384", &most]);
     }
 }
 
@@ -171,7 +174,7 @@ fn a_jpeg_has_the_pixels_it_claims() {
 fn many_columns_are_summarised() {
     let folder = written("metadata.csv", format!("{}\n", vec!["column"; 3000].join(",")));
     let outcome = read_captions(folder.path()).expect_err("no captions").to_string();
-    assert_says(&outcome, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
+    assert_message(&outcome, &["metadata.csv:1", "`file_name`", "column, column", "and 2980 more"]);
     assert!(outcome.len() < 1000, "{} bytes", outcome.len());
 }
 
@@ -187,7 +190,7 @@ fn a_strip_is_not_scaled() {
     writer.finish().expect("memory");
     let folder = written("strip.png", content);
     let error = read_cropped(&folder.path().join("strip.png"), 3, [1024, 1024]).map(drop);
-    assert_says(&error.expect_err("too long").to_string(), &["strip.png", "1000000x1"]);
+    assert_message(&error.expect_err("too long").to_string(), &["strip.png", "1000000x1"]);
 }
 
 #[test]
@@ -209,7 +212,7 @@ fn a_comparison_has_a_countable_number_of_cells() {
     let text = format!("name = \"x\"\nbase = \"b\"\n{}", axes.concat());
     let settings = Settings::parse("matrix.toml", text).expect("TOML");
     let outcome = Matrix::from_settings(&settings).expect_err("too many").to_string();
-    assert_says(&outcome, &["axes", "10000"]);
+    assert_message(&outcome, &["axes", "10000"]);
 }
 
 /// Exports must not copy from, or write to, places outside the folder.
@@ -223,7 +226,7 @@ fn parts_of_a_model_stay_in_its_folder() {
     tiny_pipeline().with("model_index.json", index).write(&model);
     let outcome =
         ModelFiles::of_pipeline(&model, None).expect_err("it leads elsewhere").to_string();
-    assert_says(&outcome, &["model_index.json", "../secret"]);
+    assert_message(&outcome, &["model_index.json", "../secret"]);
     let valid = outer.path().join("honest");
     tiny_pipeline().write(&valid);
     let to = outer.path().join("out/copy");
@@ -238,13 +241,13 @@ fn shards_and_captions_stay_in_their_folder() {
         let index = format!(r#"{{"weight_map": {{"a": "{outside}"}}}}"#);
         let folder = written("model.safetensors.index.json", index);
         let outcome = weights::read_all(folder.path().join("model.safetensors.index.json"));
-        assert_says(&outcome.expect_err("elsewhere").to_string(), &[outside, "same folder"]);
+        assert_message(&outcome.expect_err("elsewhere").to_string(), &[outside, "same folder"]);
     }
     for outside in ["../a.png", "/etc/a.png", "a/../../a.png"] {
         let line = format!(r#"{{"file_name": "{outside}", "text": "a"}}"#);
         let folder = written("metadata.jsonl", line);
         let outcome = read_captions(folder.path()).expect_err("elsewhere").to_string();
-        assert_says(&outcome, &[outside, "metadata.jsonl:1"]);
+        assert_message(&outcome, &[outside, "metadata.jsonl:1"]);
     }
 }
 
@@ -257,19 +260,19 @@ fn only_regular_files_are_read() {
     for target in ["/dev/zero", "/dev/null", "/"] {
         std::os::unix::fs::symlink(target, &path).expect("a link");
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err(target);
-        assert_says(&crate::inputs::message_of(error), &["config.json", "regular file"]);
+        assert_message(&crate::inputs::message_of(error), &["config.json", "regular file"]);
         fs::remove_file(&path).expect("it is ours");
     }
     let made = std::process::Command::new("mkfifo").arg(&path).status();
     if made.is_ok_and(|status| status.success()) {
         let error = ModelConfig::from_file(&path, UnknownKeys::Refuse).expect_err("a pipe");
-        assert_says(&crate::inputs::message_of(error), &["regular file"]);
+        assert_message(&crate::inputs::message_of(error), &["regular file"]);
     }
     not_as_members_of_a_checkpoint();
     let large = folder.path().join("large.json");
     fs::File::create(&large).and_then(|file| file.set_len(1 << 40)).expect("a sparse file");
     let error = UNet2DConfig::from_file(&large, UnknownKeys::Refuse).expect_err("too large");
-    assert_says(&crate::inputs::message_of(error), &["large.json", "16777216"]);
+    assert_message(&crate::inputs::message_of(error), &["large.json", "16777216"]);
 }
 
 /// An empty member could be replaced by a device of size 0, whose checksum would never end.
@@ -297,7 +300,10 @@ fn not_as_members_of_a_checkpoint() {
                 continue;
             }
             let error = Checkpoint::open(&path).expect_err("not a regular file");
-            assert_says(&crate::inputs::message_of(error), &["step_0000001", name, "regular file"]);
+            assert_message(
+                &crate::inputs::message_of(error),
+                &["step_0000001", name, "regular file"],
+            );
         }
         fs::remove_file(&member).and_then(|()| fs::write(&member, whole)).expect("there is room");
         Checkpoint::open(&path).expect("it is as it was");

@@ -170,20 +170,20 @@ fn spilled_seeds() -> Vec<Tree> {
 }
 
 fn read_spilled(folder: &Path) -> Response {
-    let checkpoint = sound_checkpoint(folder)?;
+    let checkpoint = intact_checkpoint(folder)?;
     // Of either seed there is room for the larger one.
     restore_into(spilling(&folder.join("spill"), 2), &checkpoint)
 }
 
 fn read_checkpoint(folder: &Path) -> Response {
-    let checkpoint = sound_checkpoint(folder)?;
+    let checkpoint = intact_checkpoint(folder)?;
     let _ = checkpoint.obstacles_to_exact_resume().map_err(message_of)?;
     restore(&checkpoint)
 }
 
-fn sound_checkpoint(folder: &Path) -> Result<Checkpoint, String> {
+fn intact_checkpoint(folder: &Path) -> Result<Checkpoint, String> {
     let found = checkpoint::find_latest(folder).map_err(message_of)?;
-    let names = |damaged: &checkpoint::Damaged| told_of(&damaged.path, &damaged.reason);
+    let names = |damaged: &checkpoint::Damaged| message_about(&damaged.path, &damaged.reason);
     let Some(checkpoint) = found.checkpoint else {
         let first = found.damaged.first().map(names);
         return Err(first.unwrap_or_else(|| format!("nothing in {}", folder.display())));
@@ -197,7 +197,7 @@ fn sound_checkpoint(folder: &Path) -> Result<Checkpoint, String> {
     Ok(checkpoint)
 }
 
-fn told_of(path: &Path, reason: &checkpoint::Damage) -> String {
+fn message_about(path: &Path, reason: &checkpoint::Damage) -> String {
     format!("{}: {}", path.display(), reason)
 }
 

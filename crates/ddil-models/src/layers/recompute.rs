@@ -42,7 +42,7 @@ impl<T: Send + 'static> Part<T> {
         let Some(Recompute(switches)) = recompute else { return run(&self.lock(), inputs) };
         let (part, switches) = (Self(Arc::clone(&self.0)), switches.clone());
         let again = move |inputs: &[Tensor]| {
-            let _guard: RestoreGuard<'_> = switches.put_on()?;
+            let _guard: RestoreGuard<'_> = switches.restore()?;
             run(&part.lock(), &inputs.iter().collect::<Vec<_>>())
         };
         recomputed(inputs.iter().copied(), again)

@@ -60,7 +60,7 @@ impl Switch {
     }
 
     /// Switches one on, or none, and returns the previous one.
-    pub(crate) fn put_on(&self, number: u32) -> u32 {
+    pub(crate) fn activate(&self, number: u32) -> u32 {
         self.on.swap(number, Ordering::Relaxed)
     }
 
@@ -103,20 +103,20 @@ impl Switches {
     }
 
     /// Restores the state.
-    pub(crate) fn put_on(&self) -> Result<RestoreGuard<'_>, TchError> {
+    pub(crate) fn restore(&self) -> Result<RestoreGuard<'_>, TchError> {
         if self.0.iter().any(|state| state.switch.is_merged() != state.merged) {
             let reason = "adapters were merged or unmerged between the forward pass and the backward pass, which recomputes \
                           values that were not kept";
             return Err(TchError::Torch(reason.to_owned()));
         }
-        Ok(RestoreGuard(self.0.iter().map(|a| (&*a.switch, a.switch.put_on(a.on))).collect()))
+        Ok(RestoreGuard(self.0.iter().map(|a| (&*a.switch, a.switch.activate(a.on))).collect()))
     }
 }
 
 impl Drop for RestoreGuard<'_> {
     fn drop(&mut self) {
         for (switch, before) in &self.0 {
-            switch.put_on(*before);
+            switch.activate(*before);
         }
     }
 }

@@ -455,7 +455,7 @@ fn reword(folder: &Path, from: &str, to: &str) -> TestResult {
 }
 
 /// Makes every file of a folder of encoded data wrong at once.
-fn spoil(folder: &Path) -> TestResult {
+fn corrupt(folder: &Path) -> TestResult {
     reword(folder, "0.18215", "0.13025")?;
     edit(&folder.join("latents.safetensors"), "std", |std| Some(std.narrow(1, 0, 3)))?;
     edit(&folder.join("prompts.safetensors"), "text_embeds", |_| None)?;
@@ -492,7 +492,7 @@ fn encoded_data_that_do_not_fit_are_refused_with_all_that_is_wrong() -> TestResu
         workshop.path(name)
     };
     let many = broken("many");
-    spoil(&many)?;
+    corrupt(&many)?;
     reword(&broken("version"), "\"format_version\": 1", "\"format_version\": 2")?;
     reword(&broken("key"), "\"num_prompts\"", "\"num_promts\"")?;
     reword(&broken("guideless"), "\"empty_prompt\": 0", "\"empty_prompt\": null")?;
