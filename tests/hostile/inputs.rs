@@ -13,7 +13,7 @@ mod mutate;
 mod runs;
 mod tree;
 
-pub(crate) use data::picture;
+pub(crate) use data::image_bytes;
 pub(crate) use harness::message_of;
 pub(crate) use runs::golden_formats;
 pub(crate) use tree::{Tree, repository};

@@ -5,7 +5,7 @@ use ddil_data::{
 use tch::{Device, Kind, Tensor};
 
 use super::cases::{Cases, ODD_WHOLES, outcome};
-use crate::inputs::{picture, repository};
+use crate::inputs::{image_bytes, repository};
 
 #[test]
 fn ddil_data() {
@@ -105,7 +105,7 @@ fn folders(cases: &mut Cases) {
         cases.once("read_cropped", &what, || outcome(read_cropped(place, 3, [4, 4])));
     }
     let path = folder.path().join("a.png");
-    std::fs::write(&path, picture(png::ColorType::Grayscale, png::BitDepth::Eight, 9))
+    std::fs::write(&path, image_bytes(png::ColorType::Grayscale, png::BitDepth::Eight, 9))
         .expect("there is room");
     for side in ODD_WHOLES {
         cases.integers("read_cropped", |other| {
