@@ -20,11 +20,11 @@ use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
 use ddil_benches::free::Free;
-use ddil_core::{Conditioning, Denoiser, Rollout, Thresholded};
+use ddil_core::{Conditioning, Denoiser, Rollout, SolverRollout, Thresholded};
 use ddil_libtorch::Generator;
 use ddil_schedulers::{
     DataRange, Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, SamplerStep,
-    Thresholding, TimestepSpacing, Timesteps,
+    SolverConfig, Thresholding, TimestepSpacing, Timesteps,
 };
 use tch::{Device, Kind, Tensor, kind};
 
@@ -133,6 +133,35 @@ fn samples(c: &mut Criterion) {
     }
 }
 
+/// The same for solvers of teachers, which keep earlier predictions.
+fn solver_samples(c: &mut Criterion) {
+    for (name, config) in [
+        ("Euler", SolverConfig::euler()),
+        ("DPM-Solver++ 2M", SolverConfig::dpm_solver()),
+        ("UniPC", SolverConfig::uni_pc()),
+    ] {
+        let solver = config.build().expect("the defaults are valid");
+        let levels = config.levels(&schedule(), 4).expect("4 steps fit");
+        let mut group = group(c, &format!("{name} sample of 4 steps"));
+        for shape in SHAPES {
+            let network = Free::new(schedule(), shape, Device::Cpu);
+            let noise = Tensor::randn(shape, kind::FLOAT_CPU);
+            group.throughput(Throughput::Elements(noise.numel() as u64));
+            for (thresholding, settings) in thresholdings().into_iter().take(2) {
+                let denoiser = Thresholded::new(&network, settings).expect("valid settings");
+                let run = || {
+                    let rollout = SolverRollout::new(&denoiser, &*solver, &levels);
+                    rollout.sample(noise.shallow_clone())
+                };
+                group.bench_function(BenchmarkId::new(thresholding, label(shape)), |b| {
+                    b.iter(|| black_box(run().expect("the tensors fit")));
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
 /// The references for the others.
 fn reference(c: &mut Criterion) {
     let mut group = group(c, "reference");
@@ -169,6 +198,6 @@ fn prepared() -> Criterion {
 criterion_group! {
     name = benches;
     config = prepared();
-    targets = reference, steps, mixed_timesteps, samples
+    targets = reference, steps, mixed_timesteps, samples, solver_samples
 }
 criterion_main!(benches);

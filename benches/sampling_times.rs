@@ -11,11 +11,11 @@ use std::time::Instant;
 
 use ddil_benches::free::Free;
 use ddil_benches::process::wait_for;
-use ddil_core::{Conditioning, Denoiser, Report, Rollout, Thresholded};
+use ddil_core::{Conditioning, Denoiser, Report, Rollout, SolverRollout, Thresholded};
 use ddil_libtorch::Generator;
 use ddil_schedulers::{
-    Ddim, Lcm, NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, Thresholding,
-    TimestepSpacing, Timesteps,
+    Ddim, Lcm, NoiseLevels, NoiseSchedule, NoiseScheduleConfig, Prediction, Sampler, Solver,
+    SolverConfig, Thresholding, TimestepSpacing, Timesteps,
 };
 use ddil_trainer::config::parse_device;
 use tch::{Device, Kind, Tensor};
@@ -39,21 +39,32 @@ impl Denoiser for Stored {
     }
 }
 
+/// A sampler on timesteps, or a solver on noise levels.
+enum Path {
+    Timesteps(Box<dyn Sampler>, Timesteps),
+    Levels(Box<dyn Solver>, NoiseLevels),
+}
+
 /// A denoiser and its sampler.
 struct Case {
     name: &'static str,
-    sampler: Box<dyn Sampler>,
-    timesteps: Timesteps,
+    path: Path,
     denoiser: Box<dyn Denoiser>,
     keeps_states: bool,
 }
 
 impl Case {
     fn run(&self, noise: &Tensor, generator: &mut Generator) -> ddil_core::Result<Tensor> {
-        let generator = self.sampler.needs_noise().then_some(generator);
-        let rollout = Rollout::new(&*self.denoiser, &*self.sampler, &self.timesteps);
-        let rollout = rollout.generator(generator);
         let noise = noise.shallow_clone();
+        let (sampler, timesteps) = match &self.path {
+            Path::Timesteps(sampler, timesteps) => (sampler, timesteps),
+            Path::Levels(solver, levels) => {
+                return SolverRollout::new(&*self.denoiser, &**solver, levels).sample(noise);
+            }
+        };
+        let generator = sampler.needs_noise().then_some(generator);
+        let rollout = Rollout::new(&*self.denoiser, &**sampler, timesteps);
+        let rollout = rollout.generator(generator);
         if self.keeps_states { Ok(rollout.run(noise)?.x0) } else { rollout.sample(noise) }
     }
 
@@ -80,10 +91,13 @@ fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Report> {
     let stored = Stored { schedule: schedule.clone(), prediction: Prediction { x0, epsilon } };
     let ddim = |name, denoiser: Box<dyn Denoiser>, keeps_states| Case {
         name,
-        sampler: Box::new(Ddim::new(schedule.clone())),
-        timesteps: trailing.clone(),
+        path: Path::Timesteps(Box::new(Ddim::new(schedule.clone())), trailing.clone()),
         denoiser,
         keeps_states,
+    };
+    let solver = |name, config: SolverConfig| -> Result<Case, Report> {
+        let path = Path::Levels(config.build()?, config.levels(&schedule, 4)?);
+        Ok(Case { name, path, denoiser: Box::new(free()), keeps_states: false })
     };
     Ok(vec![
         ddim("DDIM", Box::new(free()), false),
@@ -92,11 +106,16 @@ fn cases(shape: [i64; 4], device: Device) -> Result<Vec<Case>, Report> {
         ddim("DDIM, x0 and epsilon given", Box::new(stored), false),
         Case {
             name: "LCM",
-            sampler: Box::new(Lcm::new(schedule.clone())),
-            timesteps: Timesteps::lcm(1000, 50, 4)?,
+            path: Path::Timesteps(
+                Box::new(Lcm::new(schedule.clone())),
+                Timesteps::lcm(1000, 50, 4)?,
+            ),
             denoiser: Box::new(free()),
             keeps_states: false,
         },
+        solver("Euler", SolverConfig::euler())?,
+        solver("DPM-Solver++ 2M", SolverConfig::dpm_solver())?,
+        solver("UniPC", SolverConfig::uni_pc())?,
     ])
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times diffusers' DDIM and LCM schedulers for a sample of four steps on the CPU, with a network that costs nothing.
+"""Times diffusers' schedulers for a sample of four steps on the CPU, with a network that costs nothing.
 
     python benches/peers/diffusers_sampling.py [THREADS]
 
@@ -12,7 +12,13 @@ import sys
 import time
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 
 SHAPES = ((4, 4, 64, 64), (16, 4, 128, 128))
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -24,6 +30,9 @@ def samplers():
     ddim = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **BETAS)
     clamped = DDIMScheduler(clip_sample=True, timestep_spacing="trailing", **BETAS)
     lcm = LCMScheduler(**BETAS)
+    euler = EulerDiscreteScheduler(**BETAS)
+    dpm_solver = DPMSolverMultistepScheduler(**BETAS)
+    uni_pc = UniPCMultistepScheduler(**BETAS)
 
     def loop(scheduler, x, output, **options):
         # Timesteps are set once per sample, as a pipeline does.
@@ -32,10 +41,21 @@ def samplers():
             x = scheduler.step(output, t, x, return_dict=False, **options)[0]
         return x
 
+    def scaled_loop(scheduler, x, output):
+        scheduler.set_timesteps(STEPS)
+        x = x * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
     return {
         "DDIM": lambda x, output: loop(ddim, x, output),
         "DDIM, clamped": lambda x, output: loop(clamped, x, output, use_clipped_model_output=True),
         "LCM": lambda x, output: loop(lcm, x, output),
+        "Euler": lambda x, output: scaled_loop(euler, x, output),
+        "DPM-Solver++ 2M": lambda x, output: loop(dpm_solver, x, output),
+        "UniPC": lambda x, output: loop(uni_pc, x, output),
     }
 
 
