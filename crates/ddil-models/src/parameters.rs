@@ -343,7 +343,7 @@ impl Scope<'_> {
 
 /// One value expanded to `shape`.
 fn sized(shape: &[i64]) -> Result<Tensor> {
-    let number = Tensor::f_zeros([1], (Kind::Float, Device::Cpu));
+    let number = Tensor::f_zeros([0; 0], (Kind::Float, Device::Cpu));
     number
         .and_then(|number| number.f_expand(shape, false))
         .map_err(Error::torch("sizing parameters"))

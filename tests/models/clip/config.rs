@@ -237,3 +237,34 @@ fn both_towers_are_read_from_one_file_with_the_problems_of_both() -> TestResult 
     assert_eq!(found, ["text_config.vocab_size"]);
     Ok(())
 }
+
+#[test]
+fn both_towers_are_built_and_written_to_one_file() -> TestResult {
+    let config = ClipConfig {
+        text: ClipTextConfig {
+            vocab_size: 5,
+            hidden_size: 4,
+            intermediate_size: 4,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            eos_token_id: 4,
+            ..ClipTextConfig::default()
+        },
+        // The class of a tower in such a file is ignored.
+        vision: ClipVisionConfig {
+            architectures: [ClipVisionClass::VisionModel],
+            ..small_vision()
+        },
+        projection_dim: 3,
+        logit_scale_init_value: 1.5,
+    };
+    let clip = config.build(Placement::default(), 0)?;
+    let shapes = config.parameter_shapes()?;
+    assert_eq!(clip.parameters().shapes(), shapes);
+    assert!(shapes.contains(&("logit_scale".to_owned(), vec![])));
+    assert!(shapes.contains(&("text_projection.weight".to_owned(), vec![3, 4])));
+    assert!((clip.temperature()? - 1.5_f64.exp()).abs() < 1e-6);
+    let again = ClipConfig::from_json(&config.to_json(), UnknownKeys::Refuse)?;
+    assert_eq!(again, config);
+    Ok(())
+}

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::count_problems;
 use crate::layers::Activation;
-use crate::unet::pixels_config::SampleSize;
+use crate::unet::pixels_config::{SampleSize, level_problems};
 
 /// Upper bound of the number of halvings; no image has as many.
 const MAX_LEVELS: usize = 16;
@@ -154,23 +154,14 @@ impl AutoencoderKLConfig {
             let found = format!("{levels} levels long");
             let expected = format!("1 to {MAX_LEVELS} levels");
             problems.push(Invalid::new("block_out_channels", found, expected));
+            return;
         }
-        let lists = [
-            ("down_block_types", self.down_block_types.len()),
-            ("up_block_types", self.up_block_types.len()),
-        ];
-        for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
-            let expected = format!("{levels} levels, the length of `block_out_channels`");
-            problems.push(Invalid::new(key, format!("{len} levels long"), expected));
-        }
-        let groups = self.norm_num_groups.max(1);
-        for (i, &channels) in self.block_out_channels.iter().enumerate() {
-            if channels == 0 || channels % groups != 0 {
-                let key = format!("block_out_channels[{i}]");
-                let expected = format!("a multiple of norm_num_groups, {groups}");
-                problems.push(Invalid::new(key, channels, expected));
-            }
-        }
+        problems.extend(level_problems(
+            &self.block_out_channels,
+            self.norm_num_groups,
+            self.down_block_types.len(),
+            self.up_block_types.len(),
+        ));
     }
 
     fn ensure_numbers(&self, problems: &mut Vec<Invalid>) {

@@ -238,9 +238,9 @@ impl UNet2DConditionModel {
     ///
     /// # Errors
     ///
-    /// [`Error::MissingPart`] and [`Error::UnexpectedPart`] for a part that is missing or not taken;
+    /// [`Error::MissingPart`](crate::Error::MissingPart) and [`Error::UnexpectedPart`](crate::Error::UnexpectedPart) for a part that is missing or not taken;
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`]; [`Error::Torch`]
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind), [`Error::ClassLabelOutOfRange`](crate::Error::ClassLabelOutOfRange); [`Error::Torch`](crate::Error::Torch)
     /// if memory runs out or an input is on another device.
     pub fn forward(
         &self,

@@ -151,8 +151,8 @@ impl UNet2DModel {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingPart`], [`Error::UnexpectedPart`],
-    /// [`Error::ClassLabelOutOfRange`]; [`Error::Torch`] if memory runs out or an input is on another device.
+    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind); [`Error::MissingPart`](crate::Error::MissingPart), [`Error::UnexpectedPart`](crate::Error::UnexpectedPart),
+    /// [`Error::ClassLabelOutOfRange`](crate::Error::ClassLabelOutOfRange); [`Error::Torch`](crate::Error::Torch) if memory runs out or an input is on another device.
     pub fn forward(
         &self,
         sample: &Tensor,

@@ -388,7 +388,7 @@ impl UNet2DConfig {
     }
 }
 
-/// The problems of the levels of a U-Net.
+/// The problems of the levels of a network.
 pub(crate) fn level_problems(
     channels: &[u32],
     norm_num_groups: u32,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
+use ddil_files::{read_bounded, with_causes};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -32,7 +33,7 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
                 compare(shard, &names, &file, &weight_map, &mut problems);
                 files.push(file);
             }
-            Err(error) => problems.unreadable.push((shard.to_owned(), chain(&error))),
+            Err(error) => problems.unreadable.push((shard.to_owned(), with_causes(&error))),
         }
     }
     if problems == IndexProblems::default() {
@@ -44,7 +45,7 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
 /// The shard of each tensor.
 fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
-    let text = ddil_files::read_bounded(index, MAX_FILE_BYTES)
+    let text = read_bounded(index, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: index.into(), source: source.into() })?;
     ensure_unique_keys(&text)
         .and_then(|()| serde_json::from_slice::<Map<String, Value>>(&text))
@@ -85,17 +86,6 @@ fn compare(
         let place = weight_map.get(&name).cloned();
         problems.surplus.push((name, shard.to_owned(), place));
     }
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// An error if an object contains a key twice: some parsers use the last one, others the first.
