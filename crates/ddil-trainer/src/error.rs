@@ -236,7 +236,7 @@ impl Error {
     }
 
     /// Adds path and action to a file system error; for `map_err`.
-    pub fn io<'a>(
+    pub(crate) fn io<'a>(
         action: &'static str,
         path: &'a Path,
     ) -> impl FnOnce(io::Error) -> Self + use<'a> {
@@ -244,7 +244,7 @@ impl Error {
     }
 
     /// Adds path and action to an error of a JSON parser or writer; for `map_err`.
-    pub fn json<'a>(
+    pub(crate) fn json<'a>(
         action: &'static str,
         path: &'a Path,
     ) -> impl FnOnce(serde_json::Error) -> Self + use<'a> {
@@ -252,7 +252,7 @@ impl Error {
     }
 
     /// Adds the name of the function in which libtorch failed; for `map_err`.
-    pub fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
+    pub(crate) fn torch(op: &'static str) -> impl Fn(tch::TchError) -> Self {
         move |source| Self::Torch { op, source }
     }
 }
