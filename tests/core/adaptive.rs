@@ -1,7 +1,6 @@
 use ddil_core::{
     AdaptivePriors, AdaptiveSignal, Clock, Data, Error, Feedback, MixBatch, Mixer, MixerConfig,
-    PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, States, StudentConfig,
-    StudentPolicy,
+    PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, States, StudentPolicy,
 };
 use ddil_libtorch::ArgumentError;
 use ddil_schedulers::{Ddim, Lcm, Sampler};
@@ -22,10 +21,7 @@ impl Run {
     fn with_sampler(priors: AdaptivePriors, student: f64, sampler: Box<dyn Sampler>) -> Self {
         let config = MixerConfig::default().with(|config| {
             config.priors = PriorSchedule::Adaptive(priors);
-            config.student = StudentConfig::default().with(|config| {
-                config.policy = StudentPolicy::FreshAll;
-                config.mixed = None;
-            });
+            config.student.policy = StudentPolicy::FreshAll;
         });
         Self {
             mixer: Mixer::new(config, trailing(4), sampler).expect("it is valid"),
@@ -212,10 +208,7 @@ fn a_restored_one_continues_exactly() -> ddil_core::Result<()> {
 fn refuses_saved_state_of_another_signal() -> ddil_core::Result<()> {
     let (shift, ratio) = (AdaptiveSignal::Shift, AdaptiveSignal::LossRatio);
     let settled = MixerConfig::default().with(|config| {
-        config.student = StudentConfig::default().with(|config| {
-            config.policy = StudentPolicy::FreshAll;
-            config.mixed = None;
-        })
+        config.student.policy = StudentPolicy::FreshAll;
     });
     let settled = Mixer::new(settled, trailing(4), Box::new(Ddim::new(schedule())))?.save()?;
     let mut run = Run::new(adaptive(shift));

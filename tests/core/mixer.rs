@@ -125,10 +125,7 @@ fn forward_only_is_plain_noising() -> ddil_core::Result<()> {
 #[test]
 fn priors_change_nothing_but_the_source() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig::default().with(|config| {
-            config.policy = policy;
-            config.mixed = None;
-        });
+        let student = StudentConfig::default().with(|config| config.policy = policy);
         let mut plain =
             Run::new(mix(1.0, 0.0, 0.0).with(|config| config.student = student.clone()), &[16, 2]);
         let mut mixed =
@@ -153,7 +150,7 @@ fn sources_come_as_often_as_their_priors() -> ddil_core::Result<()> {
     let (f, s, t) = (0.5, 0.3, 0.2);
     let mut run = Run::new(
         mix(f, s, t).with(|config| {
-            config.teacher = TeacherConfig::default().with(|config| config.pool = 50)
+            config.teacher.pool = 50;
         }),
         &[10, 1],
     );
@@ -242,10 +239,7 @@ fn works_for_any_rank_policy_and_source() -> ddil_core::Result<()> {
 fn a_gpu_creates_its_states_on_the_device() -> ddil_core::Result<()> {
     let gpu = Device::Cuda(0);
     for policy in policies() {
-        let student = StudentConfig::default().with(|config| {
-            config.policy = policy;
-            config.mixed = None;
-        });
+        let student = StudentConfig::default().with(|config| config.policy = policy);
         let teacher = TeacherConfig::default().with(|config| config.pool = 9);
         let config = mix(0.3, 0.4, 0.3).with(|config| {
             config.student = student;
@@ -275,11 +269,8 @@ fn a_gpu_creates_its_states_on_the_device() -> ddil_core::Result<()> {
 fn a_restored_one_continues_exactly() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = mix(0.3, 0.4, 0.3).with(|config| {
-            config.student = StudentConfig::default().with(|config| {
-                config.policy = policy.clone();
-                config.mixed = None;
-            });
-            config.teacher = TeacherConfig::default().with(|config| config.pool = 9);
+            config.student.policy = policy.clone();
+            config.teacher.pool = 9;
         });
         let mut original = Run::new(config.clone(), &[16, 3]);
         for step in 0..5 {
@@ -317,10 +308,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
     let other_grid = mixer(mix(0.4, 0.3, 0.3), trailing(8)).restore(&saved);
     assert!(matches!(other_grid, Err(Error::Restore { what: "mixer", .. })), "{other_grid:?}");
     for policy in policies().into_iter().take(3) {
-        let student = StudentConfig::default().with(|config| {
-            config.policy = policy.clone();
-            config.mixed = None;
-        });
+        let student = StudentConfig::default().with(|config| config.policy = policy.clone());
         let other = mix(0.4, 0.3, 0.3).with(|config| config.student = student);
         let restored = mixer(other, trailing(4)).restore(&saved);
         assert!(matches!(restored, Err(Error::Restore { .. })), "{policy:?}: {restored:?}");
@@ -333,7 +321,7 @@ fn refuses_anothers_state() -> ddil_core::Result<()> {
 fn refuses_invalid_chains() -> ddil_core::Result<()> {
     use serde_json::{Value, json};
     type Change<'a> = &'a dyn Fn(&mut Value);
-    let chains = || StudentConfig::default().with(|config| config.mixed = None);
+    let chains = || StudentConfig::default();
     let config = || mix(0.2, 0.8, 0.0).with(|config| config.student = chains());
     let mut run = Run::new(config(), &[16, 3]);
     for step in 0..3 {
@@ -379,10 +367,7 @@ fn refuses_invalid_chains() -> ddil_core::Result<()> {
 #[test]
 fn flush_drops_states() -> ddil_core::Result<()> {
     for policy in policies() {
-        let student = StudentConfig::default().with(|config| {
-            config.policy = policy;
-            config.mixed = None;
-        });
+        let student = StudentConfig::default().with(|config| config.policy = policy);
         let mut run =
             Run::new(mix(0.2, 0.4, 0.4).with(|config| config.student = student), &[16, 3]);
         for step in 0..4 {
@@ -408,10 +393,7 @@ fn tight() -> Thresholding {
 fn rollouts_are_thresholded() -> ddil_core::Result<()> {
     for policy in policies() {
         let config = mix(0.0, 0.5, 0.5).with(|config| {
-            config.student = StudentConfig::default().with(|config| {
-                config.policy = policy;
-                config.mixed = None;
-            })
+            config.student.policy = policy;
         });
         let mut run = Run::new(config, &[64, 4]);
         run.thresholding = [tight(), tight()];
@@ -453,10 +435,7 @@ fn student_and_teacher_are_thresholded_each_as_they_come() -> ddil_core::Result<
     for policy in policies() {
         for (threshold_student, threshold_teacher) in [(true, false), (false, true)] {
             let config = mix(0.0, 0.5, 0.5).with(|config| {
-                config.student = StudentConfig::default().with(|config| {
-                    config.policy = policy.clone();
-                    config.mixed = None;
-                })
+                config.student.policy = policy.clone();
             });
             let mut run = Run::new(config, &[64, 4]);
             (run.student.center, run.teacher.center) = (9.0, -9.0);
@@ -476,7 +455,7 @@ fn chains_continue_from_raw_estimates() -> ddil_core::Result<()> {
     for threshold_student in [true, false] {
         let policy = StudentPolicy::Chain { refresh_fraction: 0.0 };
         let config = mix(0.0, 1.0, 0.0).with(|config| {
-            config.student = StudentConfig::default().with(|config| config.policy = policy)
+            config.student.policy = policy;
         });
         let mut run = Run::new(config, &[64, 4]);
         run.student.center = 100.0;
@@ -677,7 +656,7 @@ fn settings_are_read_strictly() {
     let written = serde_json::to_string(&mix(0.5, 0.25, 0.25)).expect("it can be written");
     assert_eq!(read(&written).ok(), Some(mix(0.5, 0.25, 0.25)));
     let config = MixerConfig::default().with(|config| {
-        config.teacher = TeacherConfig::default().with(|config| config.substeps = 0)
+        config.teacher.substeps = 0;
     });
     assert!(Mixer::new(config, trailing(4), Box::new(Ddim::new(schedule()))).is_err());
 }

@@ -73,10 +73,7 @@ impl Bench {
     }
 
     fn student(&self, policy: StudentPolicy) -> StudentSource {
-        let config = StudentConfig::default().with(|config| {
-            config.policy = policy;
-            config.mixed = None;
-        });
+        let config = StudentConfig::default().with(|config| config.policy = policy);
         StudentSource::new(config, &self.grids).expect("it is valid")
     }
 }
@@ -217,10 +214,7 @@ fn rollouts_reach_timesteps_between_their_own() -> ddil_core::Result<()> {
     assert_eq!(bench.student.num_evaluated.get(), 12 + 2 * 13 + 3 * 12 + 4 * 12);
 
     for policy in [StudentPolicy::FreshAll, StudentPolicy::Chain { refresh_fraction: 0.0 }] {
-        let config = StudentConfig::default().with(|config| {
-            config.policy = policy;
-            config.mixed = None;
-        });
+        let config = StudentConfig::default().with(|config| config.policy = policy);
         assert!(matches!(
             StudentSource::new(config, &bench.grids),
             Err(Error::Invalid(invalid)) if invalid.field == "policy.kind"

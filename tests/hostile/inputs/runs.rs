@@ -7,7 +7,7 @@ use ddil::compare::{CellRecord, Outcome};
 use ddil::results::{self, Measurement};
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source,
-    SpillConfig, States, StudentConfig, StudentPolicy,
+    SpillConfig, States, StudentPolicy,
 };
 use ddil_pipelines::Card;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
@@ -257,7 +257,7 @@ fn mixer() -> Mixer {
     let schedule = NoiseScheduleConfig::default().build().expect("the default is valid");
     let policy = StudentPolicy::default();
     let config = MixerConfig::default().with(|config| {
-        config.student = StudentConfig::default().with(|config| config.policy = policy)
+        config.student.policy = policy;
     });
     Mixer::new(config, grid(), Box::new(Ddim::new(schedule))).expect("it is valid")
 }

@@ -131,7 +131,6 @@ impl DataSource {
     }
 
     /// Number of samples.
-    #[expect(clippy::len_without_is_empty, reason = "data that exist have samples")]
     pub(crate) fn len(&self) -> i64 {
         match &self.found {
             Found::Images(images) => images.len(),
@@ -190,14 +189,12 @@ impl DataSource {
             Found::Images(images) => Samples::Images(images),
             Found::Encoded(data) => Samples::Encoded(Box::new(data)),
             Found::Raw(encoding) => {
-                let parts = || match encoders {
-                    Some((pipeline_parts, placement)) => {
-                        Ok(pipeline_parts.text_to_image(placement)?)
-                    }
-                    None => {
+                let parts = || {
+                    let Some((parts, placement)) = encoders else {
                         let expected = "fashion_mnist or image_folder: the model takes no text";
-                        invalid("data.kind", section.kind.as_str(), expected)
-                    }
+                        return invalid("data.kind", section.kind.as_str(), expected);
+                    };
+                    Ok(parts.text_to_image(placement)?)
                 };
                 Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
             }
