@@ -18,7 +18,8 @@ use crate::tally::Tally;
 /// # Example
 ///
 /// ```
-/// use ddil_core::{Conditioning, LossMeter, Source, States};
+/// use ddil_core::{LossMeter, Source, States};
+/// use ddil_schedulers::{TimestepSpacing, Timesteps};
 /// use tch::{Tensor, kind};
 ///
 /// let grid = Timesteps::spaced(TimestepSpacing::Trailing, 1000, 4, 0)?;

@@ -74,7 +74,10 @@ impl EmaConfig {
 /// use tch::{Tensor, kind::FLOAT_CPU};
 ///
 /// let weight = Tensor::zeros([1], FLOAT_CPU);
-/// let config = EmaConfig { decay: 0.5, warmup: false };
+/// let config = EmaConfig::default().with(|config| {
+///     config.decay = 0.5;
+///     config.warmup = false;
+/// });
 /// let mut ema = config.build(vec![("weight".into(), weight.shallow_clone())])?;
 /// let _ = weight.shallow_clone().fill_(1.0);
 /// ema.update()?;

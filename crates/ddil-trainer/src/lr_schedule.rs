@@ -14,7 +14,12 @@ use crate::{Error, Result};
 /// ```
 /// use ddil_trainer::{Decay, LrSchedule};
 ///
-/// let schedule = LrSchedule { peak: 1e-4, warmup_steps: 100, decay: Decay::Linear, end: 0.0 };
+/// let schedule = LrSchedule::default().with(|config| {
+///     config.peak = 1e-4;
+///     config.warmup_steps = 100;
+///     config.decay = Decay::Linear;
+///     config.end = 0.0;
+/// });
 /// assert_eq!(schedule.lr_at(49, 1100), 0.5e-4);
 /// assert_eq!(schedule.lr_at(100, 1100), 1e-4);
 /// assert_eq!(schedule.lr_at(600, 1100), 0.5e-4);
