@@ -52,15 +52,22 @@ bench: setup ## the benchmarks
 # Gigabytes, once: PyTorch's wheel and what it is linked to.
 PEERS := $(or $(DDIL_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddil)/peers
 PEERS_PYTHON ?= $(PEERS)/bin/python
-PEERS_PACKAGES := torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate safetensors numpy pillow
+PEERS_PACKAGES := torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate safetensors numpy pillow \
+	torchvision==0.28.0 pytorch-fid==0.3.0 clean-fid==0.1.35 torch-fidelity==0.4.0 prdc==0.2
 
-$(PEERS)/bin/python:
+# Named after the packages: a change of the list installs them.
+PEERS_STAMP := $(PEERS)/installed-$(firstword $(shell printf '%s' '$(PEERS_PACKAGES)' | cksum))
+
+$(PEERS)/bin/python: $(PEERS_STAMP) ;
+
+$(PEERS_STAMP):
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet $(PEERS_PACKAGES) || { rm -rf $(PEERS); exit 1; }
+	$(PEERS)/bin/pip install --quiet $(PEERS_PACKAGES) && touch $@ || { rm -rf $(PEERS); exit 1; }
 
-parity: setup $(PEERS_PYTHON) ## compare with diffusers; installs it into the cache, or set PEERS_PYTHON
-	$(CARGO) build --release --workspace --example parity
+parity: setup $(PEERS_PYTHON) ## compare with diffusers and pytorch-fid; installs them into the cache, or set PEERS_PYTHON
+	$(CARGO) build --release --workspace --example parity --bin ddil
 	$(PEERS_PYTHON) tools/check/parity.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/examples/parity $(PARITY)
+	$(PEERS_PYTHON) tools/check/parity_metrics.py --ddil $(or $(CARGO_TARGET_DIR),target)/release/ddil $(PARITY_METRICS)
 
 bench-load: setup ## beside other work on the same processors: benches/load.py; LOAD="--rounds 5"
 	$(CARGO) build --release --workspace --bin ddil

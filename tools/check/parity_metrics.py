@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Compares `ddil evaluate` with pytorch-fid, clean-fid, torch-fidelity and prdc on the same image files.
+
+    make parity                                            # installs them into the user's cache, builds, runs this
+    python tools/check/parity_metrics.py --ddil PROGRAM     # with packages of your own; PROGRAM is the built `ddil`
+    python tools/check/parity_metrics.py --ddil PROGRAM --speed 2000    # also the time of features of 2000 JPEG files
+
+The Inception network is pytorch-fid's with random weights, its normalization fitted to random images: parity does not
+depend on the weights. The images are smooth random fields of mixed sizes, as PNG and JPEG files. A JPEG decoder other than
+libjpeg-turbo differs by a few levels of 255, so that JPEG files alone and PNG files alone are compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytorch_fid.fid_score
+import pytorch_fid.inception
+import torch
+import torch_fidelity
+import torchvision
+from cleanfid import fid as clean_fid
+from PIL import Image
+from prdc import compute_prdc
+from safetensors.numpy import load_file
+
+FRECHET, NEIGHBOURS = 1e-3, 1e-6
+SIZES = [(64, 64), (80, 120), (131, 97), (256, 256), (299, 299), (320, 200)]
+
+
+def inception() -> tuple[torch.nn.Module, dict]:
+    """pytorch-fid's network with random weights and fitted normalization, and its weights by their published names."""
+    torch.manual_seed(0)
+    module, own, built = pytorch_fid.inception, torchvision.models.Inception3.load_state_dict, []
+    module.load_state_dict_from_url = lambda *_, **__: None
+    torchvision.models.Inception3.load_state_dict = lambda network, _: built.append(network)
+    try:
+        network = module.InceptionV3([3], resize_input=False, normalize_input=False, requires_grad=False)
+    finally:
+        torchvision.models.Inception3.load_state_dict = own
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.reset_running_stats()
+            part.momentum = None
+    network.train()
+    with torch.no_grad():
+        batch = np.stack([np.asarray(field(np.random.default_rng(seed), (299, 299))) for seed in range(16)])
+        network(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return network.eval(), built[0].eval().state_dict()
+
+
+class Signed(torch.nn.Module):
+    """Features of images from -1 to 1."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images)[0].flatten(1)
+
+
+class Bytes(torch.nn.Module):
+    """Features of images from 0 to 255, with the argument of `inception-2015-12-05.pt`."""
+
+    def __init__(self, features: torch.nn.Module) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        features = self.features((images - 128) / 128)
+        return features if return_features else features[:, :1008]
+
+
+def field(rng: np.random.Generator, size: tuple[int, int], shift: float = 0.0) -> Image.Image:
+    """A smooth random image with edges."""
+    coarse = rng.normal(size=(6, 6, 3))
+    levels = np.stack([np.asarray(Image.fromarray(coarse[..., c].astype(np.float32)).resize(size, Image.BICUBIC)) for c in range(3)], -1)
+    levels = levels + (levels[..., :1] > 0.3) * rng.normal(size=3) + rng.normal(size=levels.shape) * 0.15
+    return Image.fromarray(np.clip(128 + 50 * (levels + shift), 0, 255).astype(np.uint8))
+
+
+def draw(folder: pathlib.Path, count: int, seed: int, kinds: tuple[str, ...], shift: float, sizes=SIZES) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        image = field(rng, sizes[index % len(sizes)], shift)
+        kind = kinds[index // len(sizes) % len(kinds)]
+        image.save(folder / f"{index:04}.{kind}", **({"quality": 90} if kind == "jpg" else {}))
+
+
+class Ddil:
+    def __init__(self, program: str, work: pathlib.Path) -> None:
+        self.program, self.work = program, work
+
+    def evaluate(self, subject: pathlib.Path, reference: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> dict:
+        answer = self.work / "answer.json"
+        answer.unlink(missing_ok=True)
+        command = [self.program, "evaluate", str(subject), "--reference", str(reference), "--extractor", str(network)]
+        subprocess.run([*command, "--extractor-input", given, "--json", str(answer), *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return json.loads(answer.read_text())[0]
+
+    def features(self, subject: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> np.ndarray:
+        saved = self.work / "saved.safetensors"
+        saved.unlink(missing_ok=True)
+        command = [self.program, "evaluate", str(subject), "--save-statistics", str(saved), "--extractor", str(network)]
+        subprocess.run([*command, "--extractor-input", given, *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return load_file(saved)["features"]
+
+
+class Rows:
+    def __init__(self) -> None:
+        self.failed = 0
+        print("| images | tool, resize | metric | theirs | ddil | error | bound |\n| --- | --- | --- | --- | --- | --- | --- |")
+
+    def add(self, images: str, tool: str, metric: str, theirs: float, ours: float, bound: float) -> None:
+        error = abs(ours - theirs) / max(abs(theirs), 1e-12)
+        word = "" if error <= bound else " FAILED"
+        self.failed += error > bound
+        print(f"| {images} | {tool} | {metric} | {theirs:.8g} | {ours:.8g} | {error:.1e}{word} | {bound:.0e} |", flush=True)
+
+
+def fidelity(weights: pathlib.Path, drawn: pathlib.Path, real: pathlib.Path, count: int) -> dict:
+    return torch_fidelity.calculate_metrics(
+        input1=str(drawn), input2=str(real), cuda=False, fid=True, kid=True, batch_size=1, kid_subsets=1, kid_subset_size=count,
+        feature_extractor_weights_path=str(weights), save_cpu_ram=True, verbose=False, cache=False,
+    )  # fmt: skip
+
+
+def compare(rows: Rows, ddil: Ddil, work: pathlib.Path, kinds: tuple[str, ...], count: int, networks: dict) -> None:
+    title = f"{count} {'+'.join(kinds)}"
+    drawn, real = work / f"drawn-{'-'.join(kinds)}", work / f"real-{'-'.join(kinds)}"
+    draw(drawn, count, 1, kinds, 0.2)
+    draw(real, count, 2, kinds, 0.0)
+    signed, scripted, state = networks["signed"], networks["bytes"], networks["state"]
+
+    pytorch = pytorch_fid.fid_score
+    # Its batches need equal sizes; one image has one.
+    statistics = [pytorch.compute_statistics_of_path(str(path), networks["pytorch_fid"], 1, 2048, "cpu", 1) for path in (drawn, real)]
+    theirs = pytorch.calculate_frechet_distance(*statistics[0], *statistics[1])
+    ours = ddil.evaluate(drawn, real, signed, "pytorch-fid")
+    rows.add(title, "pytorch-fid, bilinear", "FID", theirs, ours["frechet"], FRECHET)
+
+    network = networks["network"]
+    clean = lambda batch: Signed(network)((batch - 128) / 128)  # noqa: E731
+    features = [
+        clean_fid.get_folder_features(str(path), model=clean, num_workers=0, batch_size=32, device=torch.device("cpu"), mode="clean", verbose=False)
+        for path in (drawn, real)
+    ]
+    theirs = clean_fid.fid_from_feats(*features)
+    ours = ddil.evaluate(drawn, real, scripted, "clean-fid", "--return-features")
+    rows.add(title, "clean-fid, PIL bicubic", "FID", theirs, ours["frechet"], FRECHET)
+    found = [ddil.features(path, scripted, "clean-fid", "--return-features") for path in (drawn, real)]
+    for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
+        # On our features, so that the metric alone is compared.
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs = compute_prdc(real_features=found[1].astype(np.float64), fake_features=found[0].astype(np.float64), nearest_k=k)[name]
+        rows.add(title, "prdc", name, theirs, ours[name], NEIGHBOURS)
+
+    theirs = fidelity(state, drawn, real, count)
+    ours = ddil.evaluate(drawn, real, scripted, "torch-fidelity", "--return-features")
+    rows.add(title, "torch-fidelity, TensorFlow 1 bilinear", "FID", theirs["frechet_inception_distance"], ours["frechet"], FRECHET)
+    rows.add(title, "torch-fidelity, TensorFlow 1 bilinear", "KID", theirs["kernel_inception_distance_mean"], ours["kid"], 5 * FRECHET)
+
+
+def speed(ddil: Ddil, work: pathlib.Path, count: int, networks: dict, rounds: int) -> None:
+    folder = work / "speed"
+    draw(folder, count, 3, ("jpg",), 0.0, [(256, 256)])
+    threads = torch.get_num_threads()
+    print(f"\nfeatures of {count} JPEG files of 256x256 pixels, {threads} threads, {rounds} rounds")
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        pytorch_fid.fid_score.compute_statistics_of_path(str(folder), networks["pytorch_fid"], 50, 2048, "cpu", threads)
+        theirs = time.perf_counter() - begun
+        begun = time.perf_counter()
+        ddil.features(folder, networks["signed"], "pytorch-fid", "--threads", str(threads))
+        ours = time.perf_counter() - begun
+        print(f"pytorch-fid {theirs:.1f} s, ddil {ours:.1f} s, ratio {ours / theirs:.3f}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ddil", required=True, help="the built program")
+    parser.add_argument("--images", type=int, default=300, help="images on each side (default 300)")
+    parser.add_argument("--speed", type=int, default=0, metavar="COUNT", help="also time features of so many JPEG files")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        network, weights = inception()
+        files = {"signed": work / "signed.pt", "bytes": work / "bytes.pt", "state": work / "state.pth"}
+        with torch.no_grad():
+            signed = torch.jit.trace(Signed(network).eval(), torch.zeros(2, 3, 299, 299), check_trace=False)
+            signed.save(files["signed"])
+            torch.jit.script(Bytes(signed).eval()).save(files["bytes"])
+        torch.save(weights, files["state"])
+        # As pytorch-fid uses it: images from 0 to 1 of any size.
+        resized = copy.deepcopy(network)
+        resized.resize_input = resized.normalize_input = True
+        networks = {**files, "network": network, "pytorch_fid": resized}
+        rows, ddil = Rows(), Ddil(options.ddil, work)
+        compare(rows, ddil, work, ("png", "jpg"), options.images, networks)
+        compare(rows, ddil, work, ("png",), options.images // 3, networks)
+        compare(rows, ddil, work, ("jpg",), options.images // 3, networks)
+        if options.speed:
+            speed(ddil, work, options.speed, networks, options.rounds)
+    if rows.failed:
+        print(f"error: {rows.failed} metrics differ by more than their bound", file=sys.stderr)
+    return int(rows.failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
