@@ -169,11 +169,10 @@ impl SchedulerConfig {
     }
 
     /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does:
-    /// a solver that this crate does not have is replaced by DDIM on the same noise schedule, and its class is
-    /// returned.
+    /// any other solver is replaced by DDIM on the same noise schedule, and its class is returned.
     ///
     /// Keys specific to that class are ignored: they only affect its steps. None of these classes clips clean data
-    /// unless the file sets it.
+    /// unless the file sets it. [`SolverConfig::from_file`](crate::SolverConfig::from_file) reads the solver itself.
     ///
     /// # Errors
     ///

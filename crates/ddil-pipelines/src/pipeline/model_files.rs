@@ -230,7 +230,7 @@ impl ModelFiles {
         Ok(ModelConfig::from_file(file, UnknownKeys::Refuse)?)
     }
 
-    /// The scheduler, and the class of the unsupported solver that it replaces, if any.
+    /// The scheduler, and the class of the solver that it replaces, if any.
     ///
     /// # Errors
     ///

@@ -100,9 +100,15 @@ fn model(path: &Path) -> anyhow::Result<Value> {
         "parameters": parameters.num_values(),
         "prediction_type": pipeline.network.prediction_type(),
         "schedule": pipeline.network.schedule().config(),
+        "solver": solver_in_words(&pipeline),
         "thresholding": pipeline.thresholding,
         "timesteps": pipeline.timesteps,
     }))
+}
+
+/// The solver that samples a teacher, or the setting of it that is not supported.
+fn solver_in_words(pipeline: &Pipeline) -> Value {
+    pipeline.published_solver().map_or_else(|error| json!(error.to_string()), |own| json!(own))
 }
 
 /// Reads settings and headers only: the weights may be larger than the memory.
@@ -136,6 +142,7 @@ fn text_to_image(path: &Path) -> anyhow::Result<Value> {
         "schedule": pipeline.network.schedule().config(),
         "sampler": pipeline.sampler,
         "replaces_scheduler": solver,
+        "solver": solver_in_words(&pipeline),
         "thresholding": pipeline.thresholding,
         "timesteps": pipeline.timesteps,
         "latent_shape": latent_shape,

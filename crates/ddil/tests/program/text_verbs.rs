@@ -501,6 +501,7 @@ fn inspect_reads_headers_and_names_the_solver_that_is_replaced() -> TestResult {
     let found: Value = serde_json::from_str(&text)?;
     assert_eq!(found["class"], "StableDiffusionXLPipeline");
     assert_eq!(found["replaces_scheduler"], "EulerDiscreteScheduler");
+    assert_eq!(found["solver"]["method"]["kind"], "euler");
     assert_eq!(found["latent_shape"], serde_json::json!([4, 8, 8]));
     assert_eq!(found["prediction_type"], "epsilon");
     let parts = found["parts"].as_object().ok_or("parts")?;
