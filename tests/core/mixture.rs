@@ -245,7 +245,7 @@ fn impossible_mixtures_and_inputs_are_refused() -> TestResult {
     assert!(evaluate(&x, &Tensor::ones([2], kind::FLOAT_CPU), None).contains("`alpha`"));
     assert!(
         evaluate(&x, &one, Some(&Tensor::from_slice(&[0_i64, 1, 3])))
-            .contains("holds 3; expected 0 to 2")
+            .contains("contains 3; expected 0 to 2")
     );
     let plain = GaussianMixture::new(&means, &[1.0; 2], &[1.0; 2])?;
     let labelled = plain.posterior(&x, &one, &one, Some(&Tensor::zeros([3], kind::INT64_CPU)));

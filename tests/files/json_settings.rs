@@ -81,13 +81,13 @@ fn every_problem_is_named_in_the_terms_of_the_file() {
     }));
     let messages: Vec<_> = file.problems(&derived()).iter().map(ToString::to_string).collect();
     let expected = [
-        r#"`_version` is 3; expected a string"#,
+        "`_version` is 3; expected a string",
         r#"`beta_start` is "small"; expected a number"#,
-        r#"`clip` is 1; expected true or false"#,
-        r#"`offset` is 0.5; expected a whole number"#,
-        r#"`scaling` is null; expected a number"#,
+        "`clip` is 1; expected true or false",
+        "`offset` is 0.5; expected a whole number",
+        "`scaling` is null; expected a number",
         r#"`spacing` is ["leading","even"]; expected leading, linspace or trailing, not `even`"#,
-        r#"`steps` is -5; expected a whole number from 0 to 4294967295"#,
+        "`steps` is -5; expected a whole number from 0 to 4294967295",
     ];
     assert_eq!(messages, expected);
     assert_eq!(file.over(&derived()).expect_err("seven").to_string(), expected[0]);

@@ -208,7 +208,7 @@ fn inputs_that_do_not_fit_are_refused_by_name() -> TestResult {
     assert!(refusal(&sample, &t, Some(&floats)).contains("`class_labels` has kind Float"));
     for wrong in [-1_i64, 11] {
         let message = refusal(&sample, &t, Some(&Tensor::from_slice(&[0, wrong, 1])));
-        assert!(message.contains(&format!("holds {wrong}; expected 0 to 10")), "{message}");
+        assert!(message.contains(&format!("contains {wrong}; expected 0 to 10")), "{message}");
     }
     // Another kind than the parameters: libtorch's reason, not its stack trace.
     let message = refusal(&sample.to_kind(Kind::Double), &t, Some(&labels));

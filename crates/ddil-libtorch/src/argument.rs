@@ -1,5 +1,7 @@
 //! Arguments that do not fit: the error, and the checks that the crates of the workspace share.
 
+use std::fmt::Display;
+
 use tch::{Device, Kind, Tensor};
 
 /// An argument that a function cannot take: its shape, kind, layout, device or value.
@@ -82,7 +84,7 @@ impl ArgumentError {
     pub fn value(
         op: &'static str,
         name: &'static str,
-        value: impl ToString,
+        value: impl Display,
         expected: impl Into<String>,
     ) -> Self {
         Self::Value { op, name, value: value.to_string(), expected: expected.into() }

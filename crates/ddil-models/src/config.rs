@@ -163,14 +163,12 @@ pub trait NetworkConfig: Clone + Default + Serialize + DeserializeOwned {
     /// The settings as a `config.json` for diffusers or transformers: class, version, sorted keys.
     fn to_json(&self) -> String {
         let file = JsonSettings::of(self).without_unset(Self::OWN_KEYS);
-        match Self::MODEL_TYPE {
-            Some(model_type) => transformers_json::complete(file, model_type).to_string(),
-            None => {
-                let mut file = file.with_class(Self::CLASS_NAME);
-                file.object_mut().insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
-                file.to_string()
-            }
+        if let Some(model_type) = Self::MODEL_TYPE {
+            return transformers_json::complete(file, model_type).to_string();
         }
+        let mut file = file.with_class(Self::CLASS_NAME);
+        file.object_mut().insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
+        file.to_string()
     }
 
     /// Checks the settings.

@@ -85,9 +85,8 @@ pub(crate) fn prepare(file: &mut JsonSettings, model_type: &str) -> Vec<Invalid>
     }
     // Both mean that the value is not set.
     let is_unset = |value: &Value| value.is_null() || *value == json!([]);
-    keys.retain(|key, value| {
-        !GENERIC_KEYS.contains(&key.as_str()) && !(key == "architectures" && is_unset(value))
-    });
+    keys.retain(|key, _| !GENERIC_KEYS.contains(&key.as_str()));
+    keys.retain(|key, value| key != "architectures" || !is_unset(value));
     problems
 }
 

@@ -466,7 +466,7 @@ fn ensure_labels(op: &'static str, labels: &Tensor, batch: i64, max: i64) -> Res
     let ends = [labels.min().int64_value(&[]), labels.max().int64_value(&[])];
     match ends.into_iter().find(|label| !(0..=max).contains(label)) {
         Some(found) => {
-            let problem = format!("holds {found}; expected 0 to {max}");
+            let problem = format!("contains {found}; expected 0 to {max}");
             Err(Error::Conditioning { op, field: name.to_owned(), problem })
         }
         None => Ok(()),
