@@ -310,12 +310,12 @@ fn what_does_not_fit_a_run_is_refused() {
 
 #[test]
 fn numbers_of_steps_and_levels_that_cannot_be_are_refused() {
+    use TimestepSpacing::{Leading, Linspace, Trailing};
     let schedule = stable_diffusion();
     let spaced = |mut config: SolverConfig, spacing, steps| {
         config.levels.timestep_spacing = spacing;
         config.levels(&schedule, steps)
     };
-    use TimestepSpacing::{Leading, Linspace, Trailing};
     for config in [SolverConfig::euler(), SolverConfig::dpm_solver(), SolverConfig::uni_pc()] {
         for spacing in [Leading, Linspace, Trailing] {
             for steps in [0, 1001, u32::MAX] {

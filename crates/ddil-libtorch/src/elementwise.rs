@@ -112,6 +112,7 @@ pub fn affine_noise_(
 /// # Errors
 ///
 /// As [`affine`]; the tensors are named `x`, `y`, `z` and `w`.
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
 pub fn affine_four(tensors: [&Tensor; 4], weights: [f64; 4]) -> Result<Tensor> {
     let [x, y, z, w] = tensors.map(Tensor::as_ptr);
     let [a, b, c, d] = weights;
@@ -124,6 +125,7 @@ pub fn affine_four(tensors: [&Tensor; 4], weights: [f64; 4]) -> Result<Tensor> {
 /// # Errors
 ///
 /// As [`affine_`] and [`affine_four`].
+#[expect(clippy::many_single_char_names, reason = "the letters of the equation")]
 pub fn affine_four_(x: &mut Tensor, rest: [&Tensor; 3], weights: [f64; 4]) -> Result<()> {
     let (x, [y, z, w]) = (x.as_ptr(), rest.map(Tensor::as_ptr));
     let [a, b, c, d] = weights;

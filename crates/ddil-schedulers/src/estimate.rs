@@ -459,6 +459,7 @@ impl State {
         Ok(())
     }
 
+    #[expect(clippy::many_single_char_names, reason = "three terms with their weights")]
     fn add_three(&mut self, own: f64, terms: [(f64, &Tensor); 3]) -> Result<()> {
         let [(a, x), (b, y), (c, z)] = terms;
         let weights = [own, a, b, c];
