@@ -103,18 +103,22 @@ class Ddil:
     def __init__(self, program: str, work: pathlib.Path) -> None:
         self.program, self.work = program, work
 
+    def run(self, subject: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> None:
+        command = [self.program, "evaluate", str(subject), "--extractor", str(network), "--extractor-input", given, *more]
+        outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if outcome.returncode != 0:
+            sys.exit(f"error: {' '.join(command)} ended with {outcome.returncode}:\n{outcome.stdout}")
+
     def evaluate(self, subject: pathlib.Path, reference: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> dict:
         answer = self.work / "answer.json"
         answer.unlink(missing_ok=True)
-        command = [self.program, "evaluate", str(subject), "--reference", str(reference), "--extractor", str(network)]
-        subprocess.run([*command, "--extractor-input", given, "--json", str(answer), *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.run(subject, network, given, "--reference", str(reference), "--json", str(answer), *more)
         return json.loads(answer.read_text())[0]
 
     def features(self, subject: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> np.ndarray:
         saved = self.work / "saved.safetensors"
         saved.unlink(missing_ok=True)
-        command = [self.program, "evaluate", str(subject), "--save-statistics", str(saved), "--extractor", str(network)]
-        subprocess.run([*command, "--extractor-input", given, *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.run(subject, network, given, "--save-statistics", str(saved), *more)
         return load_file(saved)["features"]
 
 
