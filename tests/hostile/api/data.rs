@@ -1,7 +1,9 @@
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{
-    BatchIndices, EncodedDataset, FashionMnist, ImageDataset, flip_horizontally, read_cropped,
+    BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, flip_horizontally,
+    read_cropped,
 };
+use ddil_metrics::RawPixels;
 use tch::{Device, Kind, Tensor};
 
 use super::cases::{Cases, ODD_WHOLES, outcome};
@@ -14,11 +16,14 @@ fn ddil_data() {
     order(&mut cases);
     encoded(&mut cases);
     folders(&mut cases);
+    image_files(&mut cases);
     cases.corrupted_in_inputs(&[
         "read_captions",
         "read_prompts",
         "read_cropped",
         "read_image_folder",
+        "ImageFiles::in_folder",
+        "ImageFiles::for_each",
         "read_idx_images",
         "read_idx_labels",
         "EncodedInfo::from_folder",
@@ -115,6 +120,24 @@ fn folders(cases: &mut Cases) {
         });
         cases.once("read_cropped", &format!("{side} channels"), || {
             outcome(read_cropped(&path, side.min(64), [2, 2]))
+        });
+    }
+}
+
+fn image_files(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let bytes = image_bytes(png::ColorType::Grayscale, png::BitDepth::Eight, 9);
+    std::fs::write(folder.path().join("a.png"), bytes).expect("there is room");
+    let files = ImageFiles::in_folder(folder.path()).expect("an image");
+    cases.integers("ImageFiles::image", |index| outcome(files.image(index as usize)));
+    cases.integers("ImageFiles::skip", |count| {
+        assert!(files.skip(count as usize).is_none_or(|rest| rest.len() == 1));
+        Ok(())
+    });
+    for shape in [[1, 4, 4], [3, 4, 4], [0, 0, 0], [-1, 2, 2]] {
+        let extractor = RawPixels::new(shape);
+        cases.integers("ImageFiles::features", |threads| {
+            outcome(files.features(&extractor, threads as usize, |_| Ok::<_, Error>(())))
         });
     }
 }

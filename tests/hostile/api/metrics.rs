@@ -1,8 +1,9 @@
 use ddil_metrics::{
-    FashionClassifier, FeatureExtractor, MeasureOptions, Moments, Neighbours, RawPixels,
-    Statistics, TorchScriptExtractor, TorchScriptOptions, density_coverage, energy_distance,
-    frechet_distance, kid, mean_pairwise_distance, measure, prdc, precision_recall, quantize,
-    sliced_wasserstein, sliced_wasserstein_along,
+    FashionClassifier, FeatureExtractor, ImageInput, MeasureOptions, Moments, Neighbours,
+    RawPixels, Reference, Statistics, Subsets, TorchScriptExtractor, TorchScriptOptions,
+    density_coverage, diversity_per_group, energy_distance, frechet_distance, kid, kid_of_subsets,
+    mean_pairwise_distance, measure, prdc, precision_recall, quantize, sliced_wasserstein,
+    sliced_wasserstein_along, standard_errors,
 };
 use tch::{Device, Tensor, kind};
 
@@ -14,6 +15,9 @@ fn ddil_metrics() {
     let mut cases = Cases::default();
     distances(&mut cases);
     features(&mut cases);
+    references(&mut cases);
+    subsets(&mut cases);
+    cases.corrupted_in_inputs(&["Reference::from_file"]);
     cases.finish("ddil-metrics");
 }
 
@@ -77,6 +81,20 @@ fn features(cases: &mut Cases) {
     let images = Tensor::zeros([2, 1, 32, 32], kind::FLOAT_CPU);
     cases.tensors("quantize", &[&images], |t| outcome(quantize(&t[0])));
     let raw = RawPixels::new([1, 32, 32]);
+    cases.tensors("FeatureExtractor::extract", &[&images], |t| outcome(raw.extract(&t[0])));
+    cases.integers("ImageInput::unchanged", |channels| {
+        outcome(ImageInput::unchanged(channels).prepare(&images))
+    });
+    let inputs = [ImageInput::unchanged(1), ImageInput::clean_fid(), ImageInput::imagenet()];
+    for input in inputs {
+        cases.tensors("ImageInput::prepare", &[&images], |t| outcome(input.prepare(&t[0])));
+        cases.integers("ImageInput::ensure_valid", |channels| {
+            let mut input = input.clone();
+            input.channels = channels;
+            outcome(input.ensure_valid())?;
+            outcome(input.prepare(&images))
+        });
+    }
     cases.tensors("FeatureExtractor::features", &[&images], |t| outcome(raw.features(&t[0])));
     for shape in [[0, 0, 0], [-1, 4, 4], [i64::MAX; 3]] {
         cases.once("RawPixels::new", &format!("{shape:?}"), || {
@@ -116,4 +134,49 @@ fn features(cases: &mut Cases) {
     cases.once("TorchScriptExtractor::from_file", "another network", || {
         outcome(TorchScriptExtractor::from_file(&path, options.clone(), Device::Cpu))
     });
+}
+
+fn references(cases: &mut Cases) {
+    let extractor = RawPixels::new([1, 1, 3]);
+    let x = Tensor::randn([12, 3], kind::FLOAT_CPU);
+    let folder = tempfile::tempdir().expect("a folder");
+    cases.tensors("Reference::new", &[&x], |t| outcome(Reference::new("x", &t[0], &extractor)));
+    let reference = Reference::new("x", &x, &extractor).expect("good features");
+    let statistics = || reference.statistics().clone();
+    cases.once("Reference::from_statistics", "", || {
+        outcome(Reference::from_statistics("", statistics(), &extractor))
+    });
+    for shape in [[1, 1, 3], [1, 3, 1], [1, 1, 4], [0, 0, 0]] {
+        cases.once("Reference::ensure_extractor", &format!("{shape:?}"), || {
+            outcome(reference.ensure_extractor(&RawPixels::new(shape)))
+        });
+    }
+    for place in [folder.path(), "nul\0byte".as_ref(), "/dev/full".as_ref(), "none/here".as_ref()] {
+        cases.once("Reference::write", &place.display().to_string(), || {
+            outcome(reference.write(place))
+        });
+    }
+    for values in [vec![], vec![f64::NAN; 4], vec![1.0, 2.0, 3.0, 4.0], vec![1.0; 3]] {
+        cases.integers("Statistics::from_parts", |n| {
+            outcome(Statistics::from_parts(Some(n as u64), vec![0.0, 1.0], values.clone()))
+        });
+    }
+}
+
+fn subsets(cases: &mut Cases) {
+    let x = Tensor::randn([12, 3], kind::FLOAT_CPU);
+    let small = Subsets { count: 2, size: 4, seed: 0 };
+    cases.tensors("kid_of_subsets", &[&x, &x], |t| outcome(kid_of_subsets(&t[0], &t[1], small)));
+    let halves = |half: &Tensor| Ok(vec![mean_pairwise_distance(half)?]);
+    cases.tensors("standard_errors", &[&x], |t| outcome(standard_errors(&t[0], 3, 0, halves)));
+    cases.tensors("diversity_per_group", &[&x], |t| outcome(diversity_per_group(&t[0], 3)));
+    for count in [0, 1, 2, 12, 13, u32::MAX] {
+        let what = count.to_string();
+        let sized = Subsets { size: count, ..small };
+        cases.once("kid_of_subsets", &what, || outcome(kid_of_subsets(&x, &x, sized)));
+        cases.once("diversity_per_group", &what, || outcome(diversity_per_group(&x, count)));
+        if count < 100 {
+            cases.once("standard_errors", &what, || outcome(standard_errors(&x, count, 0, halves)));
+        }
+    }
 }

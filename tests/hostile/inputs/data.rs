@@ -4,10 +4,10 @@ use std::io::Write as _;
 use std::path::{Component, Path};
 
 use ddil_data::{
-    EncodedDataset, read_captions, read_cropped, read_idx_images, read_idx_labels,
-    read_image_folder, read_prompts,
+    EncodedDataset, Error, ImageFiles, read_captions, read_cropped, read_idx_images,
+    read_idx_labels, read_image_folder, read_prompts,
 };
-use ddil_metrics::FashionClassifier;
+use ddil_metrics::{FashionClassifier, RawPixels, Reference};
 use tch::Tensor;
 
 use super::harness::{Response, Target, message_of};
@@ -88,6 +88,42 @@ fn jpeg_folder() {
     Target::new("jpeg_folder", seeds, |folder| {
         let _ = read_cropped(&folder.join("a.jpg"), 3, [8, 8]);
         read_image_folder(folder).map(drop).map_err(message_of)
+    })
+    .run();
+}
+
+/// Saved references: ours, and pytorch-fid's.
+#[test]
+fn reference_statistics() {
+    let npz = std::fs::read(repository().join("tests/golden/metrics/pytorch_fid.npz"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let own = folder.path().join("reference.safetensors");
+    let features = Tensor::arange(24, tch::kind::FLOAT_CPU).view([8, 3]);
+    Reference::new("set", &features, &RawPixels::new([1, 1, 3]))
+        .and_then(|reference| reference.write(&own))
+        .expect("a reference");
+    let seeds = vec![
+        Tree::file("reference.npz", npz.expect("a golden")),
+        Tree::file("reference.safetensors", std::fs::read(&own).expect("it was written")),
+    ];
+    Target::new("reference_statistics", seeds, |folder| {
+        let npz = folder.join("reference.npz");
+        let path = if npz.exists() { npz } else { folder.join("reference.safetensors") };
+        Reference::from_file(path).map(drop).map_err(message_of)
+    })
+    .run();
+}
+
+/// Images of a folder, decoded in threads.
+#[test]
+fn image_files() {
+    use png::BitDepth::Eight;
+    use png::ColorType::{Grayscale, Rgba};
+    let tree = Tree::file("a.png", image_bytes(Rgba, Eight, 3))
+        .with("sub/b.png", image_bytes(Grayscale, Eight, 9));
+    Target::new("image_files", vec![tree], |folder| {
+        let pixels = ImageFiles::in_folder(folder).map_err(message_of)?;
+        pixels.for_each(2, Ok::<_, Error>, |_, _| Ok(())).map_err(message_of)
     })
     .run();
 }
