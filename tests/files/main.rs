@@ -1,4 +1,5 @@
 //! Files and settings.
 
 mod json_settings;
+mod report;
 mod settings;
