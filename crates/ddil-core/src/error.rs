@@ -99,7 +99,7 @@ pub enum Error {
         problem: String,
     },
     /// Saved state does not fit what it is restored into.
-    #[error("saved {what} does not fit: {problem}")]
+    #[error("could not restore the {what}: {problem}")]
     Restore {
         /// What was restored.
         what: &'static str,

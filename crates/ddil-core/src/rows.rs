@@ -155,12 +155,11 @@ impl RowStore {
                 refuse("there is no `x_t`".to_owned())
             };
         };
-        if self.kind.is_some_and(|kind| kind != x_t.kind()) {
-            let wanted = self.kind;
-            return refuse(format!("`x_t` is {:?}; expected {wanted:?}", x_t.kind()));
+        if let Some(expected) = self.kind.filter(|&kind| kind != x_t.kind()) {
+            return refuse(format!("`x_t` has kind {:?}; expected {expected:?}", x_t.kind()));
         }
         if x_t.size().first() != Some(&(capacity as i64)) {
-            return refuse(format!("`x_t` is {:?}; expected {capacity} rows", x_t.size()));
+            return refuse(format!("`x_t` has shape {:?}; expected {capacity} rows", x_t.size()));
         }
         let parts = tensors.iter().filter(|(name, _)| name != "x_t");
         let conditioning: Conditioning = parts

@@ -77,7 +77,9 @@ pub enum Error {
         labels: i64,
     },
     /// A label is out of range.
-    #[error("label {found} is out of range: the classes are 0 to {}", num_classes - 1)]
+    #[error(
+        "label {found} is out of range; expected at least 0 and below {num_classes}, the number of classes"
+    )]
     Label {
         /// The label.
         found: i64,

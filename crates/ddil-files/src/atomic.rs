@@ -53,7 +53,7 @@ fn write_synced(temporary: &Path, path: &Path, content: &[u8]) -> Result<()> {
         .map_err(Error::io("write", path))?;
     fault::reach(Point::FileFlush, path)
         .and_then(|()| file.sync_all())
-        .map_err(Error::io("flush to disk", path))
+        .map_err(Error::io("flush", path))
 }
 
 /// Flushes a folder to disk, so that created, renamed and removed entries survive a power failure.
@@ -70,7 +70,7 @@ pub fn sync_folder(path: &Path) -> Result<()> {
     fault::reach(Point::FolderFlush, path)
         .and_then(|()| File::open(path))
         .and_then(|folder| folder.sync_all())
-        .map_err(Error::io("flush to disk", path))
+        .map_err(Error::io("flush", path))
 }
 
 /// A temporary path in the folder of `path`. The name begins with [`TEMPORARY`] and contains the process id.

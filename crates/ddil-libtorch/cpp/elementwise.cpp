@@ -37,7 +37,7 @@ template <size_t N>
 void check_in_place(const std::array<const char*, N>& names, const Inputs<N>& in) {
   const Tensor& x = *in[0];
   TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()), "`", names[0], "` requires a gradient and cannot be changed in place while gradients are recorded");
-  TORCH_CHECK(!at::isIntegralType(x.scalar_type(), /*includeBool=*/true), "`", names[0], "` is ", x.scalar_type(), " and cannot hold fractions");
+  TORCH_CHECK(!at::isIntegralType(x.scalar_type(), /*includeBool=*/true), "`", names[0], "` is ", x.scalar_type(), " and cannot store fractions");
   at::assert_no_internal_overlap(x);
   for (size_t i = 1; i < N; ++i) {
     const auto kind = at::result_type(x, *in[i]);

@@ -48,7 +48,7 @@ impl Autocast {
     /// CUDA, [`Error::Torch`] for CUDA where libtorch has none.
     pub fn new(device: Device, kind: Kind) -> Result<Self> {
         if !matches!(kind, Kind::BFloat16 | Kind::Half) {
-            let expected = "BFloat16 and Half";
+            let expected = "BFloat16 or Half";
             return Err(Error::UnsupportedKind { op: "Autocast::new", kind, expected });
         }
         Self::push("Autocast::new", device, true, kind_number(kind))

@@ -214,12 +214,7 @@ pub fn gather_rows<'a>(
     for (file, row, to) in rows {
         let from = file.part(row, offset, row_bytes)?;
         if to >= num_rows {
-            return Err(Error::value(
-                OP,
-                "rows",
-                format!("to row {to}"),
-                "an index of a row of `out`",
-            ));
+            return Err(Error::value(OP, "rows", to.to_string(), "an index of a row of `out`"));
         }
         // SAFETY: `part` found `row_bytes` bytes at `from` inside the file's mapping, which `file` keeps; `out` is
         // contiguous and has more than `to` rows of `row_bytes` bytes, of which every bit pattern is a value. The two

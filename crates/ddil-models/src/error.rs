@@ -166,7 +166,7 @@ pub enum Error {
         op: &'static str,
     },
     /// A folder does not contain all files of a tokenizer.
-    #[error("{} holds no {}", path.display(), missing.join(", no "))]
+    #[error("{} contains no {}", path.display(), missing.join(", no "))]
     NoTokenizer {
         /// The folder.
         path: PathBuf,

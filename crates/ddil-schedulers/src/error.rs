@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// A noise level is not one of the training grid, and the denoiser is defined on the grid only.
     #[error(
-        "the noise level at timestep {timestep} lies between training timesteps, and this denoiser is defined at these alone"
+        "the noise level at timestep {timestep} lies between training timesteps, where this denoiser is not defined"
     )]
     BetweenTimesteps {
         /// The timestep of the level.

@@ -270,7 +270,7 @@ impl Estimate {
     }
 
     fn ensure(&self, op: &'static str, x_t: &Tensor) -> Result<()> {
-        Ok(ensure_same_shape(op, ("x_t", x_t), ("the estimate", &self.given))?)
+        Ok(ensure_same_shape(op, ("x_t", x_t), ("estimate", &self.given))?)
     }
 
     /// The bounds, if one interval applies to every value.

@@ -137,7 +137,7 @@ impl StudentConfig {
             return Err(Error::Invalid(Invalid::new(
                 "policy.kind",
                 "fresh_all or chain",
-                "fresh or buffer where the student is sampled at other timesteps than it \
+                "fresh or buffer when the student is sampled at timesteps other than those it \
                            is trained at",
             )));
         }

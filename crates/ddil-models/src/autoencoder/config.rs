@@ -151,7 +151,7 @@ impl AutoencoderKLConfig {
     fn ensure_levels(&self, problems: &mut Vec<Invalid>) {
         let levels = self.block_out_channels.len();
         if !(1..=MAX_LEVELS).contains(&levels) {
-            let found = format!("{levels} levels long");
+            let found = format!("{levels} levels");
             let expected = format!("1 to {MAX_LEVELS} levels");
             problems.push(Invalid::new("block_out_channels", found, expected));
             return;

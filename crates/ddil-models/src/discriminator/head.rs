@@ -97,7 +97,7 @@ impl NetworkConfig for DiscriminatorHeadConfig {
             count_problems(&[("in_channels", Some(self.in_channels)), ("side", Some(self.side))]);
         let width = self.inner_width();
         if width < MIN_GROUP {
-            let expected = format!("at least {MIN_GROUP}, the size of a norm's group");
+            let expected = format!("at least {MIN_GROUP}, the group size of its norm layers");
             let key = if self.width.is_some() { "width" } else { "in_channels" };
             problems.push(Invalid::new(key, width, expected));
         } else if let Some(groups) = self.norm_num_groups

@@ -53,7 +53,7 @@ impl<T: Copy> PerLevel<T> {
 
 fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
     let expected = format!("{levels} levels, the length of `block_out_channels`, or one number");
-    Invalid::new(key, format!("{len} levels long"), expected)
+    Invalid::new(key, format!("{len} levels"), expected)
 }
 
 /// Blocks in the transformers of one level.

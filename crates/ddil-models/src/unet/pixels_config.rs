@@ -403,7 +403,7 @@ pub(crate) fn level_problems(
     let lists = [("down_block_types", num_down), ("up_block_types", num_up)];
     for (key, len) in lists.into_iter().filter(|&(_, len)| len != levels) {
         let expected = format!("{levels} levels, the length of `block_out_channels`");
-        problems.push(Invalid::new(key, format!("{len} levels long"), expected));
+        problems.push(Invalid::new(key, format!("{len} levels"), expected));
     }
     let groups = norm_num_groups.max(1);
     for (i, &channels) in channels.iter().enumerate() {
