@@ -42,7 +42,7 @@ fn lerp_refuses_lists_that_do_not_fit_and_changes_nothing() -> TestResult {
     let list = TensorList::new(&tensors)?;
     let one = || Tensor::ones([2], kind::FLOAT_CPU);
     for (second, reason) in [
-        (None, "has 1 tensors where 2"),
+        (None, "has 1 tensors; expected 2"),
         (Some(Tensor::ones([1], kind::FLOAT_CPU)), "`targets` [1] has shape [1]; expected [2]"),
         (Some(Tensor::ones([2], kind::DOUBLE_CPU)), "`targets` [1] is Double; expected Float"),
     ] {

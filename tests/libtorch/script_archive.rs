@@ -244,7 +244,7 @@ fn the_end_that_libtorch_reads_is_the_one_that_is_checked() {
     assert_eq!(refusal_of(&valid), None);
     assert_refused(&large_end(1 << 40, 1), &["1099511627776"]);
     assert_refused(&large_end(u64::MAX, 1), &["18446744073709551615"]);
-    assert_refused(&large_end(list_bytes, 1 << 40), &["1099511627776 records"]);
+    assert_refused(&large_end(list_bytes, 1 << 40), &["1099511627776 entries"]);
     let mut lost = valid;
     let at = lost.len() - 22 - 20 + 8;
     lost[at..at + 8].fill(0xff);

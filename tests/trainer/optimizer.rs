@@ -159,7 +159,7 @@ fn non_finite_values_stop_the_run_and_are_located() -> TestResult {
     let error = error.expect_err("0 times infinity").to_string();
     assert_eq!(
         error,
-        "step 7: grad_norm is NaN (in the gradients of 1 of 2 parameters, `wrong` first)"
+        "step 7: grad_norm is NaN (in the gradients of 1 of 2 parameters, the first: `wrong`)"
     );
     let error = ensure_finite(8, "loss", f64::NEG_INFINITY, || None).expect_err("not finite");
     assert_eq!(error.to_string(), "step 8: loss is -inf");

@@ -66,7 +66,8 @@ fn a_record_that_differs_from_the_checkpoint_is_refused_and_left_unchanged() -> 
 
     let mut flipped = sound.clone();
     flipped[10] ^= 1;
-    for (content, reason) in [(&sound[..sound.len() - 1], "it has"), (&flipped[..], "checksum")] {
+    for (content, reason) in [(&sound[..sound.len() - 1], "it now has"), (&flipped[..], "checksum")]
+    {
         fs::write(&path, content)?;
         let error = Record::resume(&path, position).expect_err("it is damaged");
         assert!(matches!(error, Error::DamagedRecord { .. }));
