@@ -74,7 +74,7 @@ fn features_do_not_depend_on_threads_or_batches() -> TestResult {
             assert!(prepared.size()[0] <= 32);
             Ok(prepared.narrow(2, 0, 1).narrow(3, 0, 1).flatten(1, -1))
         }
-        fn id(&self) -> &str {
+        fn id(&self) -> &'static str {
             "corner"
         }
         fn dim(&self) -> i64 {

@@ -52,7 +52,9 @@ fn in_own_process(
         return Ok(false);
     }
     let mut child = std::process::Command::new(std::env::current_exe()?);
-    removed.iter().for_each(|name| _ = child.env_remove(name));
+    for name in removed {
+        child.env_remove(name);
+    }
     let status =
         child.args([test, "--exact"]).env(CHILD, "1").envs(variables.iter().copied()).status()?;
     assert!(status.success());

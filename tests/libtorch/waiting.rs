@@ -47,7 +47,11 @@ fn while_busy<T>(processors: usize, run: impl FnOnce() -> T) -> T {
     let end = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..3 * processors {
-            scope.spawn(|| while !end.load(Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
         }
         // Also ends the threads if `run` panics: the scope would wait for them.
         let guard = EndOnDrop(&end);

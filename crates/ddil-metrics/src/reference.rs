@@ -237,7 +237,7 @@ impl From<Error> for Problem {
     }
 }
 
-fn reason(text: impl ToString) -> Problem {
+fn reason(text: impl std::fmt::Display) -> Problem {
     Problem::Reason(text.to_string())
 }
 

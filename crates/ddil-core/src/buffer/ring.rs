@@ -97,7 +97,7 @@ impl Ring {
         for &Item { created_at_step, source } in &self.items {
             match runs.last_mut() {
                 Some(run) if run.created_at_step == created_at_step && run.source == source => {
-                    run.count += 1
+                    run.count += 1;
                 }
                 _ => runs.push(Run { created_at_step, source, count: 1 }),
             }

@@ -61,11 +61,10 @@ impl Subject {
             Some([size[1], size[2], size[3]])
         };
         Ok(match self {
-            Self::Data => None,
             Self::Model(pipeline, _) => Some(pipeline.card.image_shape),
             Self::Samples(images) => of(images),
             Self::Files(files) if of_first => of(&files.image(0)?),
-            Self::Files(_) => None,
+            Self::Data | Self::Files(_) => None,
         })
     }
 }
