@@ -440,7 +440,7 @@ fn mismatches_are_refused() -> Result<()> {
     let missing = SavedState::new(vec![], saved.metadata.clone()).with_files(files);
     assert!(problem(own.clone(), &missing).contains("tensors are missing"));
     let single = own.with(|config| config.storage = StorageKind::F32);
-    assert!(problem(single, &saved).contains("`x_t` is Half"));
+    assert!(problem(single, &saved).contains("`x_t` has kind Half"));
 
     let nowhere =
         BufferConfig::default().with(|config| config.spill = Some(SpillConfig::default()));

@@ -1,5 +1,6 @@
 //! Files and settings.
 
+mod atomic;
 mod json_settings;
 mod report;
 mod settings;

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -15,7 +16,8 @@ pub const TEMPORARY: &str = ".tmp-";
 
 /// Replaces a file atomically: readers see the complete old content or the complete new content, even after a crash.
 ///
-/// The content is written to a temporary file in the same folder, flushed to disk and renamed.
+/// The content is written to a temporary file in the same folder, flushed to disk and renamed. A folder, a device, a pipe
+/// or a socket is not replaced: as root, the rename would remove `/dev/null` itself.
 ///
 /// # Errors
 ///
@@ -32,6 +34,7 @@ pub const TEMPORARY: &str = ".tmp-";
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
+    ensure_replaceable(path)?;
     let temporary = temporary_sibling(path);
     // Errors name the target, not the temporary file.
     let written = write_synced(&temporary, path, content)
@@ -44,6 +47,18 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
         let _ = fs::remove_file(&temporary);
     }
     written
+}
+
+/// Whatever exists there must be a regular file, or a link to one.
+fn ensure_replaceable(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            let reason = "it exists and is not a regular file";
+            let error = io::Error::new(io::ErrorKind::InvalidInput, reason);
+            Err(Error::io("replace", path)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn write_synced(temporary: &Path, path: &Path, content: &[u8]) -> Result<()> {
