@@ -40,7 +40,7 @@ const BATCH: usize = 32;
 /// let mut sizes = Vec::new();
 /// files.for_each(
 ///     2,
-///     |image| Ok(input.prepare(&image)?),
+///     |image| Ok::<_, ddil_data::Error>(input.prepare(&image)?),
 ///     |_, image| {
 ///         sizes.push(image.size());
 ///         Ok(())

@@ -51,7 +51,7 @@ const EXTRA64: u16 = 1;
 /// # let path = std::env::temp_dir().join(format!("ddil-archive-{}", std::process::id()));
 /// std::fs::write(&path, "no archive")?;
 /// let error = ensure_script_archive(&path).unwrap_err().to_string();
-/// assert!(error.contains("no zip archive"), "{error}");
+/// assert!(error.contains("not a zip archive"), "{error}");
 /// # std::fs::remove_file(&path)?;
 /// # Ok::<(), std::io::Error>(())
 /// ```
@@ -61,7 +61,7 @@ pub fn ensure_script_archive(path: impl AsRef<Path>) -> Result<()> {
     let len = file.metadata().map_err(Error::file("read", path))?.len();
     ensure(file, len).map_err(|problem| match problem {
         Problem::Read(source) => Error::file("read", path)(source),
-        Problem::Said(problem) => Error::ScriptArchive { path: path.to_owned(), problem },
+        Problem::Text(problem) => Error::ScriptArchive { path: path.to_owned(), problem },
     })
 }
 
@@ -71,7 +71,7 @@ enum Problem {
     /// An error of the system.
     Read(io::Error),
     /// A description of the problem.
-    Said(String),
+    Text(String),
 }
 
 impl From<io::Error> for Problem {
@@ -83,7 +83,7 @@ impl From<io::Error> for Problem {
 type Checked<T> = std::result::Result<T, Problem>;
 
 fn refuse<T>(problem: impl Into<String>) -> Checked<T> {
-    Err(Problem::Said(problem.into()))
+    Err(Problem::Text(problem.into()))
 }
 
 fn ensure(mut file: impl Read + Seek, len: u64) -> Checked<()> {
@@ -213,7 +213,7 @@ impl Record {
         };
         let [unpacked_bytes, bytes, header] = sizes(entry, &behind[name..name + extra])
             .ok_or_else(|| {
-                Problem::Said(format!("record {name_text:?} has a damaged extra field"))
+                Problem::Text(format!("record {name_text:?} has a damaged extra field"))
             })?;
         let record = Self { name: name_text, is_packed, bytes, unpacked_bytes, header };
         Ok(Some((record, &behind[name + extra + comment..])))

@@ -21,7 +21,7 @@ use crate::error::{Error, Result, ensure_features, torch};
 /// for batch in features.split(32, 0) {
 ///     moments.extend(&batch)?;
 /// }
-/// assert_eq!(moments.build()?.num_samples(), 100);
+/// assert_eq!(moments.build()?.num_samples(), Some(100));
 /// # Ok::<(), ddil_metrics::Error>(())
 /// ```
 #[derive(Debug, Default)]

@@ -46,8 +46,7 @@ pub struct Report {
     pub num_samples: u64,
     /// [`FeatureExtractor::id`](crate::FeatureExtractor::id): name and hash of the weights.
     pub extractor: String,
-    /// How images were resized for the extractor; see
-    /// [`FeatureExtractor::resize_mode`](crate::FeatureExtractor::resize_mode).
+    /// How images were resized for the extractor: the text form of [`Resize`](crate::Resize).
     pub resize: String,
     /// Settings of the metrics.
     pub options: MeasureOptions,
