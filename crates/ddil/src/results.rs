@@ -260,6 +260,39 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
     aligned(&cells)
 }
 
+/// A table of kernel distances, and of standard errors if there are any, one line per measurement; empty without either.
+pub(crate) fn details(rows: &[(String, Measurement)]) -> String {
+    let with_errors = rows.iter().any(|(_, m)| m.standard_errors.is_some());
+    let scaled = |value: Option<f64>| value.map_or("-".to_owned(), |x| format!("{:.3}", 1e3 * x));
+    let shown = |value: Option<f64>| value.map_or("-".to_owned(), |x| format!("{x:.3}"));
+    let mut heads = vec!["model", "kid x1000"];
+    if with_errors {
+        heads.extend([
+            "+- frechet",
+            "+- kid",
+            "+- precision",
+            "+- recall",
+            "+- density",
+            "+- coverage",
+        ]);
+    }
+    let mut cells = vec![heads.iter().map(|&head| head.to_owned()).collect::<Vec<_>>()];
+    for (name, m) in rows.iter().filter(|(_, m)| m.kid.is_some() || m.standard_errors.is_some()) {
+        let mut row = vec![name.clone(), scaled(m.kid)];
+        if with_errors {
+            let errors = m.standard_errors.as_ref();
+            let of = |field: fn(&StandardErrors) -> Option<f64>| errors.and_then(field);
+            row.extend([shown(of(|e| Some(e.frechet))), scaled(of(|e| e.kid))]);
+            row.extend(
+                [of(|e| e.precision), of(|e| e.recall), of(|e| e.density), of(|e| e.coverage)]
+                    .map(shown),
+            );
+        }
+        cells.push(row);
+    }
+    if cells.len() == 1 { String::new() } else { aligned(&cells) }
+}
+
 /// A table of the shift, one line per timestep, one column per model.
 pub fn shift_table(rows: &[(String, Measurement)]) -> String {
     let with_shift: Vec<_> = rows.iter().filter(|(_, m)| !m.shift.is_empty()).collect();

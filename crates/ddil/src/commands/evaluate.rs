@@ -18,7 +18,7 @@ use super::{Calls, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
 use crate::evaluation::{draw_observed, features_as_stored, score, shift};
 use crate::exit_code::NOT_FINITE;
-use crate::results::{Measurement, append, shift_table, table};
+use crate::results::{Measurement, append, details, shift_table, table};
 use crate::sample_file;
 
 pub(crate) use self::real_images::all_images;
@@ -59,9 +59,8 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         rows.iter().try_for_each(|(_, measurement)| append(path, measurement))?;
     }
     if !rows.is_empty() {
-        let shift = shift_table(&rows);
-        let shift = if shift.is_empty() { shift } else { format!("\n{shift}") };
-        print(&format!("{}{shift}", table(&rows)))?;
+        let parts = [table(&rows), details(&rows), shift_table(&rows)];
+        print(&parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(exit_code)
 }

@@ -111,6 +111,9 @@ fn standard_errors_are_measured_on_request() -> TestResult {
         "20",
     ];
     let row = rows(&workshop, &arguments)?.remove(0);
+    let printed = workshop.ddil(&[&["evaluate"], &arguments[..]].concat()).succeeded().stdout;
+    let kid = format!("{:.3}", 1e3 * number(&row, "kid"));
+    assert!(printed.contains("+- frechet") && printed.contains(&kid), "{printed}");
     let errors = &row["standard_errors"];
     assert_eq!(errors["halves"], 20);
     for name in ["precision", "recall", "density", "coverage"] {
