@@ -1,8 +1,8 @@
 //! Images of a class from a model folder, with `ddil-pipelines` and no trainer.
 
 use ddil_models::Placement;
-use ddil_pipelines::{ClassToImage, Report};
 use ddil_pipelines::tch::Kind;
+use ddil_pipelines::{ClassToImage, Report};
 
 fn main() -> Result<(), Report> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../assets/fashion-mnist-teacher");
