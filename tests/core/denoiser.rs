@@ -48,7 +48,7 @@ impl Denoiser for BySize {
         conditioning: &Conditioning,
     ) -> ddil_core::Result<Prediction> {
         let sizes =
-            conditioning.get(Conditioning::TIME_IDS).expect("sizes are told").narrow(1, 0, 1);
+            conditioning.get(Conditioning::TIME_IDS).expect("sizes are given").narrow(1, 0, 1);
         Ok(Prediction::from_x0(&self.0, sizes.expand_as(x_t), x_t, timesteps)?)
     }
 

@@ -177,3 +177,29 @@ fn images_that_do_not_fit_the_extractor() -> TestResult {
     assert!(matches!(ImageFiles::in_folder(&empty.path().join("absent")), Err(Error::Read { .. })));
     Ok(())
 }
+
+/// Images are decoded by single threads, and the caller keeps its own number.
+#[test]
+fn the_number_of_threads_is_that_of_before() -> TestResult {
+    let folder = folder();
+    let files = ImageFiles::in_folder(folder.path())?;
+    let counted = std::thread::spawn(move || {
+        ddil_libtorch::set_num_threads(3)?;
+        let mut seen = Vec::new();
+        files.for_each(
+            2,
+            |_| Ok::<_, Error>(ddil_libtorch::num_threads()?),
+            |_, own| {
+                seen.push((own, ddil_libtorch::num_threads()?));
+                Ok(())
+            },
+        )?;
+        // Also for a thread that has not computed yet.
+        let fresh = std::thread::spawn(ddil_libtorch::num_threads).join().expect("it returns")?;
+        Ok::<_, Error>((seen, ddil_libtorch::num_threads()?, fresh))
+    });
+    let (seen, after, fresh) = counted.join().expect("the thread returns")?;
+    assert_eq!(seen, [(1, 3); 13]);
+    assert_eq!((after, fresh), (3, 3));
+    Ok(())
+}

@@ -2,7 +2,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        Barrier,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread,
 };
 
@@ -128,15 +131,20 @@ impl ImageFiles {
         mut consume: impl FnMut(usize, T) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let threads = threads.clamp(1, self.len());
-        let convert = &convert;
+        let before = ddil_libtorch::num_threads().map_err(Error::from)?;
+        let started = Barrier::new(threads + 1);
+        let (convert, started) = (&convert, &started);
         thread::scope(|scope| {
             let receivers: Vec<Receiver<_>> = (0..threads)
                 .map(|first| {
                     let (sender, receiver) = sync_channel(AHEAD);
-                    scope.spawn(move || self.decode(first, threads, convert, &sender));
+                    scope.spawn(move || self.decode(first, threads, started, convert, &sender));
                     receiver
                 })
                 .collect();
+            // Part of the setting belongs to the process: it is restored once every thread has its own.
+            started.wait();
+            ddil_libtorch::set_num_threads(before).map_err(Error::from)?;
             // Returning drops the receivers, which ends the threads.
             (0..self.len()).try_for_each(|index| {
                 // A thread that ended without a result has panicked, and the scope passes that on.
@@ -151,11 +159,15 @@ impl ImageFiles {
         &self,
         first: usize,
         step: usize,
+        started: &Barrier,
         convert: &(impl Fn(Tensor) -> std::result::Result<T, E> + Sync),
         sender: &SyncSender<std::result::Result<T, E>>,
     ) {
         // The images are what runs in parallel here, and not the operations on one of them.
-        if let Err(error) = ddil_libtorch::set_num_threads(1) {
+        // Asking for the number makes libtorch adopt it in this thread, before the process's is restored.
+        let single = ddil_libtorch::set_num_threads(1).and_then(|()| ddil_libtorch::num_threads());
+        started.wait();
+        if let Err(error) = single {
             let _ = sender.send(Err(Error::from(error).into()));
             return;
         }

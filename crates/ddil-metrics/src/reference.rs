@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{BufReader, Read},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use ddil_files::{open_regular_file, write_atomic};
@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use zip::ZipArchive;
 
 use crate::{
-    FeatureExtractor, Statistics,
+    FeatureExtractor, ImageInput, Statistics,
     error::{Error, Result, ensure_features, torch},
 };
 
@@ -54,18 +54,16 @@ pub struct Reference {
     features: Option<Tensor>,
 }
 
-/// The extractor of a reference: its id, and its input as JSON.
+/// The extractor of a reference.
 #[derive(Clone, Debug, PartialEq)]
 struct Extractor {
     id: String,
-    input: String,
+    input: ImageInput,
 }
 
 impl Extractor {
-    fn of(extractor: &dyn FeatureExtractor) -> Result<Self> {
-        let input = serde_json::to_string(extractor.input())
-            .map_err(|error| Error::File { path: PathBuf::new(), reason: error.to_string() })?;
-        Ok(Self { id: extractor.id().to_owned(), input })
+    fn of(extractor: &dyn FeatureExtractor) -> Self {
+        Self { id: extractor.id().to_owned(), input: extractor.input().clone() }
     }
 }
 
@@ -92,22 +90,18 @@ impl Reference {
             .f_to_device(Device::Cpu)
             .and_then(|features| features.f_to_kind(Kind::Float)?.f_contiguous())
             .map_err(torch("Reference::new"))?;
-        let extractor = Some(Extractor::of(extractor)?);
+        let extractor = Some(Extractor::of(extractor));
         Ok(Self { name: name.into(), extractor, statistics, features: Some(kept) })
     }
 
     /// A reference without features, for sets that are too large to keep them.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::File`] if the input of the extractor has no JSON form.
     pub fn from_statistics(
         name: impl Into<String>,
         statistics: Statistics,
         extractor: &dyn FeatureExtractor,
-    ) -> Result<Self> {
-        let extractor = Some(Extractor::of(extractor)?);
-        Ok(Self { name: name.into(), extractor, statistics, features: None })
+    ) -> Self {
+        let extractor = Some(Extractor::of(extractor));
+        Self { name: name.into(), extractor, statistics, features: None }
     }
 
     /// The name of the set: the file's name for an `.npz` file.
@@ -138,7 +132,7 @@ impl Reference {
     ///
     /// [`Error::AnotherExtractor`] if the network, its input, or the number of features differs.
     pub fn ensure_extractor(&self, extractor: &dyn FeatureExtractor) -> Result<()> {
-        let own = Extractor::of(extractor)?;
+        let own = Extractor::of(extractor);
         let differs = |what, reference: String, extractor: String| Error::AnotherExtractor {
             reference: self.name.clone(),
             what,
@@ -150,7 +144,8 @@ impl Reference {
                 return Err(differs("network", known.id.clone(), own.id));
             }
             if known.input != own.input {
-                return Err(differs("input", known.input.clone(), own.input));
+                let [known, own] = [&known.input, &own.input].map(json);
+                return Err(differs("input", known, own));
             }
         }
         if self.statistics.dim() as i64 != extractor.dim() {
@@ -201,7 +196,7 @@ impl Reference {
         }
         if let Some(Extractor { id, input }) = &self.extractor {
             metadata.insert("extractor".to_owned(), id.clone());
-            metadata.insert("input".to_owned(), input.clone());
+            metadata.insert("input".to_owned(), json(input));
         }
         metadata
     }
@@ -266,7 +261,12 @@ fn read_safetensors(path: &Path, mut file: File) -> Outcome<Reference> {
     };
     let statistics = Statistics::from_parts(num_samples, mean, covariance)?;
     let extractor = metadata.get("extractor").zip(metadata.get("input"));
-    let extractor = extractor.map(|(id, input)| Extractor { id: id.clone(), input: input.clone() });
+    let extractor = extractor.map(|(id, input)| {
+        let parsed = serde_json::from_str(input);
+        let input = parsed.map_err(|error| reason(format!("`input` is `{input}`: {error}")))?;
+        Ok::<_, Problem>(Extractor { id: id.clone(), input })
+    });
+    let extractor = extractor.transpose()?;
     let features = match tensors.tensor("features") {
         Ok(view) => Some(read_features(&view, &statistics)?),
         Err(_) => None,
@@ -357,6 +357,12 @@ fn read_array(
 
 /// Above that, an entry of the archive is not read to its end.
 const MAX_ARRAY_BYTES: u64 = MAX_DIM * MAX_DIM * 8 + (1 << 16);
+
+/// The text form of an input, for files and messages.
+fn json(input: &ImageInput) -> String {
+    // Strings, numbers and lists always have a JSON form.
+    serde_json::to_string(input).unwrap_or_default()
+}
 
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()

@@ -2,13 +2,13 @@
 
 use rand::{SeedableRng, rngs::StdRng, seq::index};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use ddil_files::Invalid;
 
 use crate::{
     error::{Error, Result, ensure_features, ensure_pair},
-    kid,
+    kid, mean_pairwise_distance,
 };
 
 /// Random subsets of a set of features.
@@ -192,14 +192,7 @@ pub fn diversity_per_group(features: &Tensor, k: u32) -> Result<MeanDeviation> {
             expected: format!("[groups * {k}, d]"),
         }));
     }
-    let values: Vec<f64> = (0..n / k)
-        .map(|group| {
-            let rows = features.narrow(0, group * k, k);
-            let between = rows.unsqueeze(0) - rows.unsqueeze(1);
-            let distances =
-                between.square().sum_dim_intlist([-1_i64].as_slice(), false, Kind::Double);
-            distances.sqrt().sum(Kind::Double).double_value(&[]) / (k * (k - 1)) as f64
-        })
-        .collect();
-    Ok(MeanDeviation::of(&values))
+    let values: Result<Vec<f64>> =
+        (0..n / k).map(|group| mean_pairwise_distance(&features.narrow(0, group * k, k))).collect();
+    Ok(MeanDeviation::of(&values?))
 }

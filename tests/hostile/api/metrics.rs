@@ -18,6 +18,7 @@ fn ddil_metrics() {
     references(&mut cases);
     subsets(&mut cases);
     cases.corrupted_in_inputs(&["Reference::from_file"]);
+    cases.cannot_fail(&["Reference::from_statistics"]);
     cases.finish("ddil-metrics");
 }
 
@@ -142,10 +143,6 @@ fn references(cases: &mut Cases) {
     let folder = tempfile::tempdir().expect("a folder");
     cases.tensors("Reference::new", &[&x], |t| outcome(Reference::new("x", &t[0], &extractor)));
     let reference = Reference::new("x", &x, &extractor).expect("good features");
-    let statistics = || reference.statistics().clone();
-    cases.once("Reference::from_statistics", "", || {
-        outcome(Reference::from_statistics("", statistics(), &extractor))
-    });
     for shape in [[1, 1, 3], [1, 3, 1], [1, 1, 4], [0, 0, 0]] {
         cases.once("Reference::ensure_extractor", &format!("{shape:?}"), || {
             outcome(reference.ensure_extractor(&RawPixels::new(shape)))

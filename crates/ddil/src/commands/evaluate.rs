@@ -30,7 +30,16 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples > 1, "--num-samples is {}; expected at least 2", args.num_samples);
     if let Some(path) = &args.save_statistics {
         ensure!(!path.exists(), "{} exists already; choose another file", path.display());
+        ensure!(
+            ddil_files::parent(path).is_dir(),
+            "--save-statistics: the folder of {} does not exist; create it first",
+            path.display()
+        );
     }
+    ensure!(
+        args.standard_errors != 1,
+        "--standard-errors is 1; expected at least 2 random halves, or 0 for none"
+    );
     start(&args.sampling.parent)?;
     let subject = Subject::open(args)?;
     if let Subject::Model(..) = subject {

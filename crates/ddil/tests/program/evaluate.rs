@@ -207,6 +207,10 @@ fn what_cannot_be_compared_is_refused_before_it_is_drawn() -> TestResult {
         &["02.png", "does not resize"],
     );
     refused(&[&["real", "--reference", "one"], &with(INPUT)[..]].concat(), &["at least 2"]);
+    let compared = [&["real", "--reference", "real"], &with(INPUT)[..]].concat();
+    refused(&[&compared[..], &["--standard-errors", "1"]].concat(), &["--standard-errors is 1"]);
+    let nowhere = ["--save-statistics", "none/here.safetensors"];
+    refused(&[&compared[..], &nowhere].concat(), &["none/here.safetensors", "does not exist"]);
     // Statistics of another network or interpolation.
     let save =
         [&["evaluate", "real", "--save-statistics", "real.safetensors"], &with(INPUT)[..]].concat();

@@ -8,7 +8,7 @@ use ddil_data::{FashionMnist, ImageDataset, ImageFiles, read_image_folder};
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
 use ddil_trainer::Progress;
-use ddil_trainer::config::{DataKind, DataSection};
+use ddil_trainer::config::{DataKind, DataSection, parse_device};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -61,7 +61,7 @@ impl RealImages {
             Subject::Data => loaded.as_ref().map(|loaded| loaded.train.image_shape()),
             other => other.image_shape(choice.name == "raw_pixels")?,
         };
-        let extractor = choice.open(shape, Device::Cpu)?;
+        let extractor = choice.open(shape, parse_device(&args.sampling.device)?)?;
         let (reference, is_held_out) = match (&args.reference, &loaded) {
             (Some(path), _) => (Some(reference_at(path, args, &*extractor)?), true),
             (None, Some(Loaded { train, held_out, name })) => {
@@ -71,6 +71,10 @@ impl RealImages {
             }
             (None, None) => (None, false),
         };
+        let images = reference.as_ref().and_then(|reference| reference.statistics().num_samples());
+        if let Some(images) = images {
+            warn_if_few("reference", images as i64, extractor.dim());
+        }
         let teacher = args.teacher_samples.as_deref().map(|folder| {
             anyhow::Ok(self::reference("teacher", &sample_file::read_folder(folder)?, &*extractor)?)
         });
@@ -258,9 +262,6 @@ fn reference_at(
         }
         reference
     };
-    if let Some(n) = reference.statistics().num_samples() {
-        warn_if_few("reference", n as i64, extractor.dim());
-    }
     Ok(reference)
 }
 
