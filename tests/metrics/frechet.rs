@@ -153,3 +153,11 @@ fn bad_features() {
     let kept = moments.build().expect("the refused batches left no trace");
     assert_eq!(kept, Statistics::from_features(&ladder(0, 3)).expect("good features"));
 }
+
+#[test]
+fn a_covariance_that_would_exhaust_memory_is_refused() {
+    let most = Statistics::MAX_DIM as i64;
+    let features = Tensor::zeros([2, most + 1], kind::FLOAT_CPU);
+    let error = Moments::new().extend(&features).expect_err("it takes two GiB").to_string();
+    assert!(error.contains("[2, 16385]") && error.contains("2.0 GiB"), "{error}");
+}

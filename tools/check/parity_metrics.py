@@ -104,8 +104,9 @@ class Ddil:
     def __init__(self, program: str, work: pathlib.Path) -> None:
         self.program, self.work = program, work
 
-    def run(self, subject: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> None:
-        command = [self.program, "evaluate", str(subject), "--extractor", str(network), "--extractor-input", given, *more]
+    def run(self, subject: pathlib.Path, network: pathlib.Path | str, given: str | None, *more: str) -> None:
+        command = [self.program, "evaluate", str(subject), "--extractor", str(network), *more]
+        command += ["--extractor-input", given] if given else []
         outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if outcome.returncode != 0:
             sys.exit(f"error: {' '.join(command)} ended with {outcome.returncode}:\n{outcome.stdout}")
@@ -116,7 +117,7 @@ class Ddil:
         self.run(subject, network, given, "--reference", str(reference), "--json", str(answer), *more)
         return json.loads(answer.read_text())[0]
 
-    def features(self, subject: pathlib.Path, network: pathlib.Path, given: str, *more: str) -> np.ndarray:
+    def features(self, subject: pathlib.Path, network: pathlib.Path | str, given: str | None, *more: str) -> np.ndarray:
         saved = self.work / "saved.safetensors"
         saved.unlink(missing_ok=True)
         self.run(subject, network, given, "--save-statistics", str(saved), *more)
@@ -126,13 +127,27 @@ class Ddil:
 class Rows:
     def __init__(self) -> None:
         self.failed = 0
-        print("| images | tool, resize | metric | theirs | ddil | error | bound |\n| --- | --- | --- | --- | --- | --- | --- |")
+        print("\n| images | tool, resize | metric | theirs | ddil | error | bound |\n| --- | --- | --- | --- | --- | --- | --- |")
 
     def add(self, images: str, tool: str, metric: str, theirs: float, ours: float, bound: float) -> None:
         error = abs(ours - theirs) / max(abs(theirs), 1e-12)
         word = "" if error <= bound else " FAILED"
         self.failed += error > bound
         print(f"| {images} | {tool} | {metric} | {theirs:.8g} | {ours:.8g} | {error:.1e}{word} | {bound:.0e} |", flush=True)
+
+
+def decoders(ddil: Ddil, work: pathlib.Path) -> None:
+    """Differences of decoded pixels from libjpeg-turbo's, which PIL uses."""
+    print("\n| JPEG | levels of 255, mean | largest |\n| --- | --- | --- |")
+    for subsampling, name in ((0, "colours at full resolution"), (1, "at half the width"), (2, "at half the width and height")):
+        folder = work / f"decoded-{subsampling}"
+        folder.mkdir()
+        for index in range(16):
+            image = field(np.random.default_rng(index), (48, 48))
+            image.save(folder / f"{index:02}.jpg", quality=90, subsampling=subsampling)
+        theirs = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1).ravel() for path in sorted(folder.iterdir())])
+        gap = np.abs((ddil.features(folder, "raw_pixels", None) + 1) * 127.5 - theirs)
+        print(f"| {name} | {gap.mean():.3f} | {gap.max():.1f} |", flush=True)
 
 
 def fidelity(weights: pathlib.Path, drawn: pathlib.Path, real: pathlib.Path, count: int) -> dict:
@@ -214,7 +229,9 @@ def main() -> int:
         resized = copy.deepcopy(network)
         resized.resize_input = resized.normalize_input = True
         networks = {**files, "network": network, "pytorch_fid": resized}
-        rows, ddil = Rows(), Ddil(options.ddil, work)
+        ddil = Ddil(options.ddil, work)
+        decoders(ddil, work)
+        rows = Rows()
         compare(rows, ddil, work, ("png", "jpg"), options.images, networks)
         compare(rows, ddil, work, ("png",), options.images // 3, networks)
         compare(rows, ddil, work, ("jpg",), options.images // 3, networks)

@@ -52,12 +52,24 @@ impl Moments {
     ///
     /// # Errors
     ///
-    /// [`Error::FeatureMismatch`] if `d` changed, and the errors of bad features:
+    /// [`Error::FeatureMismatch`] if `d` changed; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) above
+    /// [`Statistics::MAX_DIM`] features, and the errors of bad features:
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::TooFewSamples`] for an empty batch,
     /// [`Error::NonFinite`]. On an error nothing is added.
     pub fn extend(&mut self, features: &Tensor) -> Result<()> {
         const OP: &str = "Moments::extend";
-        let batch = Seen::new(&ensure_features(OP, "features", features, 1)?);
+        let features = ensure_features(OP, "features", features, 1)?;
+        let shape = features.size();
+        if shape[1] > Statistics::MAX_DIM as i64 {
+            let gibibytes = (shape[1] as f64).powi(2) * 8.0 / f64::from(1 << 30);
+            let most = Statistics::MAX_DIM;
+            let expected = format!(
+                "at most {most} features: a covariance of {} takes {gibibytes:.1} GiB",
+                shape[1]
+            );
+            return Err(ArgumentError::Shape { op: OP, name: "features", shape, expected }.into());
+        }
+        let batch = Seen::new(&features);
         if let Some(seen) = &mut self.seen {
             let [before, now] = [&seen.mean, &batch.mean].map(|mean| mean.size()[0]);
             if before != now {
@@ -128,6 +140,9 @@ pub struct Statistics {
 }
 
 impl Statistics {
+    /// The largest number of features, whose covariance takes 2 GiB.
+    pub const MAX_DIM: usize = 1 << 14;
+
     /// Statistics of a complete set of features.
     ///
     /// # Shapes and units

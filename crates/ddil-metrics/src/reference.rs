@@ -238,8 +238,8 @@ fn reason(text: impl std::fmt::Display) -> Problem {
 
 type Outcome<T> = std::result::Result<T, Problem>;
 
-/// The maximum number of features: a covariance of this size has 2 GiB.
-const MAX_DIM: u64 = 1 << 14;
+/// The maximum side of an array.
+const MAX_DIM: u64 = Statistics::MAX_DIM as u64;
 
 fn read_safetensors(path: &Path, mut file: File) -> Outcome<Reference> {
     let mut content = Vec::new();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ddil_files::Invalid;
 use ddil_metrics::{
-    FashionClassifier, FeatureExtractor, ImageInput, RawPixels, TorchScriptExtractor,
+    FashionClassifier, FeatureExtractor, ImageInput, RawPixels, Statistics, TorchScriptExtractor,
     TorchScriptOptions,
 };
 use tch::{Device, Tensor};
@@ -46,7 +46,18 @@ impl ExtractorChoice {
     ) -> Result<Box<dyn FeatureExtractor>> {
         let extractor: Box<dyn FeatureExtractor> = match (self.name.as_str(), shape) {
             ("fashion_classifier", _) => Box::new(FashionClassifier::pretrained(device)?),
-            ("raw_pixels", Some(shape)) => Box::new(RawPixels::new(shape)),
+            ("raw_pixels", Some(shape)) => {
+                let pixels = RawPixels::new(shape);
+                let most = Statistics::MAX_DIM;
+                if pixels.dim() > most as i64 {
+                    let value = format!("raw_pixels, {} values per image", pixels.dim());
+                    let expected = format!(
+                        "images of at most {most} values; use a TorchScript file, which resizes them"
+                    );
+                    return Err(Invalid::new("--extractor", value, expected).into());
+                }
+                Box::new(pixels)
+            }
             ("raw_pixels", None) => {
                 let expected = "images of one size; use a TorchScript file, which resizes them";
                 return Err(Invalid::new("--extractor", "raw_pixels", expected).into());

@@ -209,6 +209,22 @@ fn what_cannot_be_compared_is_refused_before_it_is_drawn() -> TestResult {
     refused(&[&["real", "--reference", "one"], &with(INPUT)[..]].concat(), &["at least 2"]);
     let compared = [&["real", "--reference", "real"], &with(INPUT)[..]].concat();
     refused(&[&compared[..], &["--standard-errors", "1"]].concat(), &["--standard-errors is 1"]);
+    // A covariance of all pixels would exhaust memory.
+    let large = workshop.path("large");
+    fs::create_dir(&large)?;
+    let mut png = png::Encoder::new(fs::File::create(large.join("a.png"))?, 80, 80);
+    png.set_color(png::ColorType::Rgb);
+    png.write_header()?.write_image_data(&vec![9; 80 * 80 * 3])?;
+    refused(
+        &["large", "--reference", "large", "--extractor", "raw_pixels"],
+        &["19200 values per image", "at most 16384"],
+    );
+    images(&workshop.path("few"), 8, 60)?;
+    let few = [&["few", "--reference", "few"], &with(INPUT)[..]].concat();
+    refused(
+        &[&few[..], &["--standard-errors", "4"]].concat(),
+        &["--standard-errors", "halves of 8 images"],
+    );
     let nowhere = ["--save-statistics", "none/here.safetensors"];
     refused(&[&compared[..], &nowhere].concat(), &["none/here.safetensors", "does not exist"]);
     // Statistics of another network or interpolation.

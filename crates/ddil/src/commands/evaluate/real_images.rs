@@ -97,7 +97,12 @@ impl RealImages {
             measurement.frechet_to_teacher = Some(score(teacher, features)?.frechet);
         }
         if halves > 0 {
-            measurement.add_standard_errors(reference, features, halves)?;
+            measurement.add_standard_errors(reference, features, halves).with_context(|| {
+                format!(
+                    "--standard-errors cannot be measured on halves of {} images",
+                    features.size()[0]
+                )
+            })?;
         }
         Ok(Some(measurement))
     }
