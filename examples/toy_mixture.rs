@@ -14,8 +14,8 @@
 //! explanations: if it does as well as `student`, the shift of the guided trajectories matters and not the student's
 //! own errors.
 //!
-//! Takes less than a minute on two cores. Prints the progress of training, then energy distances to samples of the same teacher, with the same guidance, in 64 steps, over seeds;
-//! draws a plot. One thread per seed.
+//! Prints the progress of training, then energy distances to samples of the same teacher, with the same guidance, in 64
+//! steps, over seeds; draws a plot. One thread per seed.
 //!
 //! Run with `cargo run --release --example toy_mixture -- [picture.png]`. Without an argument the
 //! plot is `runs/toy_mixture.png`.

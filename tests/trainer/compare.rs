@@ -222,6 +222,7 @@ fn measurement(frechet: f64) -> Measurement {
         frechet_to_teacher: Some(frechet / 2.0),
         kid: None,
         reference_samples: None,
+        solver: None,
         input: None,
         standard_errors: None,
         precision: Some(0.5),

@@ -7,7 +7,7 @@ use ddil_core::Priors;
 use ddil_files::{ensure_version, first_version, read_json, write_json};
 use ddil_metrics::{FeatureExtractor, ImageInput, Reference, standard_errors};
 use ddil_pipelines::{Card, SamplePlan};
-use ddil_schedulers::Thresholding;
+use ddil_schedulers::{SolverConfig, Thresholding};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -38,6 +38,9 @@ pub struct Measurement {
     pub guidance_scale: Option<f64>,
     /// Network steps per sample.
     pub steps: u32,
+    /// The multistep solver; none for DDIM and for latent consistency models.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solver: Option<SolverConfig>,
     /// Seed of the run.
     pub seed: u64,
     /// Number of training updates.
@@ -123,6 +126,7 @@ impl Measurement {
             thresholding: Thresholding::None,
             guidance_scale: None,
             steps: 0,
+            solver: None,
             seed: 0,
             updates: 0,
             seconds: 0.0,
@@ -182,6 +186,7 @@ impl Measurement {
             thresholding: plan.thresholding.clone(),
             guidance_scale: (plan.guidance_scale != 1.0).then_some(plan.guidance_scale),
             steps: plan.steps,
+            solver: plan.solver.clone(),
             seed: card.seed,
             updates: card.updates,
             seconds: card.seconds,

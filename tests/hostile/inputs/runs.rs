@@ -357,6 +357,7 @@ fn measurement() -> Measurement {
         frechet_to_teacher: Some(1.25),
         kid: None,
         reference_samples: None,
+        solver: None,
         input: None,
         standard_errors: None,
         precision: Some(0.5),

@@ -200,7 +200,7 @@ fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
     if let Some(number) = names.iter().position(|name| name == text) {
         return Ok(number as i64);
     }
-    let plan_text = || {
+    let listed = || {
         let shown: Vec<String> =
             names.iter().enumerate().take(20).map(|(i, name)| format!("{i} {name}")).collect();
         shown.join(", ") + if names.len() > 20 { ", .." } else { "" }
@@ -208,7 +208,7 @@ fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
     ensure!(!names.is_empty(), "--class is `{text}`; the model has no classes");
     let number: Option<i64> = text.parse().ok();
     number.filter(|number| (0..names.len() as i64).contains(number)).with_context(|| {
-        format!("--class is `{text}`; the model has {} classes: {}", names.len(), plan_text())
+        format!("--class is `{text}`; the model has {} classes: {}", names.len(), listed())
     })
 }
 

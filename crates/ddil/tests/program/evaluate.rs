@@ -131,6 +131,11 @@ fn a_model_is_measured_against_its_own_data() -> TestResult {
         ["teacher", "--data", "data", "--extractor", "raw_pixels", "-n", "12", "--steps", "2"];
     let row = rows(&workshop, &arguments)?.remove(0);
     assert_eq!((&row["dataset"], &row["samples"]), (&"images/train".into(), &12.into()));
+    assert!(row.get("solver").is_none(), "{row}");
+    let solved = [&arguments[..], &["--sampler", "uni-pc"]].concat();
+    let solved = rows(&workshop, &solved)?.remove(0);
+    assert_eq!(solved["solver"]["method"]["kind"], "uni_pc");
+    assert_ne!(solved["frechet"], row["frechet"]);
     // A run knows its data: nothing but the features has to be named.
     let run = workshop.complete("train", "own", &[]);
     let run = run.display().to_string();
