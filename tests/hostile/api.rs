@@ -6,6 +6,7 @@
 mod cases;
 mod core;
 mod data;
+mod evaluate;
 mod files;
 mod inventory;
 mod libtorch;

@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use ddil::compare::{CellRecord, Outcome};
-use ddil::results;
 use ddil_core::{AggregationBuffer, BufferConfig, SavedState, Source};
 use ddil_data::{EncodedDataset, EncodedInfo};
+use ddil_evaluate::Measurement;
 use ddil_pipelines::Card;
 use ddil_schedulers::{TimestepSpacing, Timesteps};
 use ddil_trainer::RunEnvironment;
@@ -85,7 +85,7 @@ fn a_status_without_a_version_is_of_the_first() {
 
 #[test]
 fn measurements_of_version_1_are_read() {
-    let rows = results::read(&golden().join("results.json")).expect("rows");
+    let rows = Measurement::read_all(&golden().join("results.json")).expect("rows");
     assert_eq!((rows[0].method.as_str(), rows[0].frechet), ("progressive", 2.5));
     let record = CellRecord::from_file(&golden().join("cell.json")).expect("a record");
     let outcome = record.expect("it is there").outcome;
@@ -142,7 +142,7 @@ fn other_versions_are_refused_with_a_message() {
             RunEnvironment::from_folder(&folder.join("run")).err().map(message_of)
         }),
         ("results.json", "/0", |folder| {
-            results::read(&folder.join("results.json")).err().map(message_of)
+            Measurement::read_all(&folder.join("results.json")).err().map(message_of)
         }),
         ("cell.json", "", |folder| {
             CellRecord::from_file(&folder.join("cell.json")).err().map(message_of)

@@ -1,4 +1,4 @@
-//! The extractors of features that the program offers, by name or file.
+//! Extractors of features, by name or file.
 
 use std::path::{Path, PathBuf};
 
@@ -18,18 +18,48 @@ const INCEPTION: &str = "inception-2015-12-05.pt";
 const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, or JSON such as \
                       {\"resize\":\"bilinear-64x64\",\"range\":\"unit\"}";
 
-/// An extractor as chosen on the command line.
+/// An extractor of features by its name or file, as in a config or on a command line.
+///
+/// # Example
+///
+/// ```
+/// use ddil_evaluate::ExtractorChoice;
+/// use tch::Device;
+///
+/// let extractor = ExtractorChoice::new("raw_pixels").open(Some([1, 4, 4]), Device::Cpu)?;
+/// assert_eq!(extractor.dim(), 16);
+/// assert!(ExtractorChoice::new("no such file").open(None, Device::Cpu).is_err());
+/// # Ok::<(), ddil_evaluate::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct ExtractorChoice {
+#[non_exhaustive]
+pub struct ExtractorChoice {
     /// `fashion_classifier`, `raw_pixels`, or the path of a TorchScript file.
-    pub(crate) name: String,
+    pub name: String,
     /// How images are converted for a TorchScript file; see [`open`](Self::open).
-    pub(crate) input: Option<String>,
+    pub input: Option<String>,
     /// Whether `true` is passed to a TorchScript file as a second argument.
-    pub(crate) return_features: bool,
+    pub return_features: bool,
 }
 
 impl ExtractorChoice {
+    /// The extractor of that name or file, with its own input if it has one.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), input: None, return_features: false }
+    }
+
+    /// With another conversion of images, by name or as JSON.
+    #[must_use]
+    pub fn with_input(self, input: Option<String>) -> Self {
+        Self { input, ..self }
+    }
+
+    /// Whether `true` is passed to a TorchScript file as a second argument.
+    #[must_use]
+    pub fn with_return_features(self, return_features: bool) -> Self {
+        Self { return_features, ..self }
+    }
+
     /// Opens the extractor, for images of `shape`: channels, height, width; none if they differ in size.
     ///
     /// The published `inception-2015-12-05.pt` has the input of clean-fid unless another is chosen; other TorchScript files
@@ -37,9 +67,10 @@ impl ExtractorChoice {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for a name that is neither known nor a file, or an input that does not
-    /// fit; errors of the network; an error if the extractor does not accept images of that shape.
-    pub(crate) fn open(
+    /// [`Error::Invalid`](crate::Error::Invalid) with the setting `extractor` or `extractor_input` for a name that is
+    /// neither known nor a file, or an input that does not fit; errors of the network; an error if the extractor does
+    /// not accept images of that shape.
+    pub fn open(
         &self,
         shape: Option<[i64; 3]>,
         device: Device,
@@ -54,19 +85,19 @@ impl ExtractorChoice {
                     let expected = format!(
                         "images of at most {most} values; use a TorchScript file, which resizes them"
                     );
-                    return Err(Invalid::new("--extractor", value, expected).into());
+                    return Err(Invalid::new("extractor", value, expected).into());
                 }
                 Box::new(pixels)
             }
             ("raw_pixels", None) => {
                 let expected = "images of one size; use a TorchScript file, which resizes them";
-                return Err(Invalid::new("--extractor", "raw_pixels", expected).into());
+                return Err(Invalid::new("extractor", "raw_pixels", expected).into());
             }
             (name, _) if Path::new(name).is_file() => Box::new(self.torch_script(device)?),
             (name, _) => {
                 let expected = "`fashion_classifier`, `raw_pixels` or a TorchScript file, such as \
                                 inception-2015-12-05.pt";
-                return Err(Invalid::new("--extractor", name, expected).into());
+                return Err(Invalid::new("extractor", name, expected).into());
             }
         };
         // Before anything is drawn or read: whether such images are accepted at all.
@@ -90,7 +121,7 @@ impl ExtractorChoice {
             None if is_inception => {}
             None => {
                 let expected = format!("how images are converted for {}: {INPUTS}", self.name);
-                return Err(Invalid::new("--extractor-input", "not set", expected).into());
+                return Err(Invalid::new("extractor_input", "not set", expected).into());
             }
         }
         options.return_features |= self.return_features;
@@ -106,7 +137,7 @@ fn input_of(text: &str) -> Result<ImageInput> {
         "torch-fidelity" => ImageInput::torch_fidelity(),
         "imagenet" => ImageInput::imagenet(),
         other => serde_json::from_str(other).map_err(|error| {
-            Invalid::new("--extractor-input", other, format!("{INPUTS} ({error})"))
+            Invalid::new("extractor_input", other, format!("{INPUTS} ({error})"))
         })?,
     })
 }

@@ -1,6 +1,5 @@
-//! Measurements, as `results.json` and as a table.
+//! Measurements, as in `results.json`.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use ddil_core::Priors;
@@ -12,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::evaluation::{FeatureScores, Scores, ShiftRow, score};
+use crate::scores::{FeatureScores, Scores, score};
+use crate::shift::ShiftRow;
 
 /// The only version of the row format so far.
 const FORMAT_VERSION: u32 = 1;
@@ -110,7 +110,7 @@ pub struct StandardErrors {
 
 impl Measurement {
     /// The scores of images that no model generated; `method` names them.
-    pub(crate) fn of(
+    pub fn of(
         method: &str,
         scores: &Scores,
         reference: &Reference,
@@ -150,7 +150,7 @@ impl Measurement {
     /// # Errors
     ///
     /// Errors of the metrics; too few images for half of them.
-    pub(crate) fn add_standard_errors(
+    pub fn add_standard_errors(
         &mut self,
         reference: &Reference,
         features: &Tensor,
@@ -179,7 +179,7 @@ impl Measurement {
 
     /// Adds the known properties of the model and of its sampling.
     #[must_use]
-    pub(crate) fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
+    pub fn of_model(self, card: &Card, plan: &SamplePlan) -> Self {
         Self {
             method: card.method.clone(),
             priors: card.priors,
@@ -195,145 +195,45 @@ impl Measurement {
     }
 }
 
-/// The measurements in a file.
-///
-/// # Errors
-///
-/// Errors of the file system; [`Error::Files`](crate::Error::Files) if the file contains something else, or
-/// if another version wrote a row.
-pub fn read(path: &Path) -> Result<Vec<Measurement>> {
-    /// The version of a row, whatever else it contains.
-    #[derive(Deserialize)]
-    struct VersionOnly {
-        #[serde(default = "first_version")]
-        format_version: u32,
-    }
-    let versions: Vec<VersionOnly> = read_json(path)?;
-    versions.iter().try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
-    Ok(read_json(path)?)
-}
-
-/// Adds a measurement to a file that contains an array of them, or creates the file.
-///
-/// # Errors
-///
-/// As [`read`]; a file with other contents is left unchanged.
-pub fn append(path: &Path, measurement: &Measurement) -> Result<()> {
-    let mut all = if path.exists() { read(path)? } else { Vec::new() };
-    all.push(measurement.clone());
-    Ok(write_json(path, &all)?)
-}
-
-/// Writes measurements as an array and replaces an existing file.
-///
-/// # Errors
-///
-/// Errors of the file system.
-pub(crate) fn write(path: &Path, rows: &[(String, Measurement)]) -> Result<()> {
-    let measurements: Vec<&Measurement> = rows.iter().map(|(_, m)| m).collect();
-    Ok(write_json(path, &measurements)?)
-}
-
-/// A table for a terminal, one line per measurement.
-pub fn table(rows: &[(String, Measurement)]) -> String {
-    const HEADS: [&str; 9] = [
-        "model",
-        "steps",
-        "samples",
-        "frechet",
-        "to teacher",
-        "precision",
-        "recall",
-        "density",
-        "coverage",
-    ];
-    let cells: Vec<Vec<String>> = std::iter::once(HEADS.map(str::to_owned).to_vec())
-        .chain(rows.iter().map(|(name, m)| {
-            let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |x| format!("{x:.3}"));
-            let rates = [m.precision, m.recall, m.density, m.coverage].map(rate);
-            let mut row = vec![
-                name.clone(),
-                if m.steps == 0 { "-".to_owned() } else { m.steps.to_string() },
-                m.samples.to_string(),
-                format!("{:.2}", m.frechet),
-                m.frechet_to_teacher.map_or("-".to_owned(), |x| format!("{x:.2}")),
-            ];
-            row.extend(rates);
-            row
-        }))
-        .collect();
-    aligned(&cells)
-}
-
-/// A table of kernel distances, and of standard errors if there are any, one line per measurement; empty without either.
-pub(crate) fn details(rows: &[(String, Measurement)]) -> String {
-    let with_errors = rows.iter().any(|(_, m)| m.standard_errors.is_some());
-    let scaled = |value: Option<f64>| value.map_or("-".to_owned(), |x| format!("{:.3}", 1e3 * x));
-    let shown = |value: Option<f64>| value.map_or("-".to_owned(), |x| format!("{x:.3}"));
-    let mut heads = vec!["model", "kid x1000"];
-    if with_errors {
-        heads.extend([
-            "+- frechet",
-            "+- kid",
-            "+- precision",
-            "+- recall",
-            "+- density",
-            "+- coverage",
-        ]);
-    }
-    let mut cells = vec![heads.iter().map(|&head| head.to_owned()).collect::<Vec<_>>()];
-    for (name, m) in rows.iter().filter(|(_, m)| m.kid.is_some() || m.standard_errors.is_some()) {
-        let mut row = vec![name.clone(), scaled(m.kid)];
-        if with_errors {
-            let errors = m.standard_errors.as_ref();
-            let of = |field: fn(&StandardErrors) -> Option<f64>| errors.and_then(field);
-            row.extend([shown(of(|e| Some(e.frechet))), scaled(of(|e| e.kid))]);
-            row.extend(
-                [of(|e| e.precision), of(|e| e.recall), of(|e| e.density), of(|e| e.coverage)]
-                    .map(shown),
-            );
+impl Measurement {
+    /// The measurements in a file.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the file system; [`Error::Files`](crate::Error::Files) if the file contains something else, or
+    /// if another version wrote a row.
+    pub fn read_all(path: &Path) -> Result<Vec<Self>> {
+        /// The version of a row, whatever else it contains.
+        #[derive(Deserialize)]
+        struct VersionOnly {
+            #[serde(default = "first_version")]
+            format_version: u32,
         }
-        cells.push(row);
+        let versions: Vec<VersionOnly> = read_json(path)?;
+        versions
+            .iter()
+            .try_for_each(|row| ensure_version(path, row.format_version, FORMAT_VERSION))?;
+        Ok(read_json(path)?)
     }
-    if cells.len() == 1 { String::new() } else { aligned(&cells) }
-}
 
-/// A table of the shift, one line per timestep, one column per model.
-pub fn shift_table(rows: &[(String, Measurement)]) -> String {
-    let with_shift: Vec<_> = rows.iter().filter(|(_, m)| !m.shift.is_empty()).collect();
-    let Some((_, first)) = with_shift.first() else { return String::new() };
-    let mut cells = vec![vec!["timestep".to_owned(), "null".to_owned()]];
-    cells[0].extend(with_shift.iter().map(|(name, _)| name.clone()));
-    for (i, row) in first.shift.iter().enumerate() {
-        let mut line = vec![row.timestep.to_string(), format!("{:.4}", row.null)];
-        line.extend(with_shift.iter().map(|(_, m)| {
-            m.shift.get(i).map_or(String::new(), |shift| format!("{:.4}", shift.energy))
-        }));
-        cells.push(line);
+    /// Adds this measurement to a file that contains an array of them, or creates the file.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_all`](Self::read_all); a file with other contents is left unchanged.
+    pub fn append_to(&self, path: &Path) -> Result<()> {
+        let mut all = if path.exists() { Self::read_all(path)? } else { Vec::new() };
+        all.push(self.clone());
+        Ok(write_json(path, &all)?)
     }
-    aligned(&cells)
-}
 
-/// Columns of equal width: the first left-aligned, numbers right-aligned, a rule below the headings.
-pub(crate) fn aligned(cells: &[Vec<String>]) -> String {
-    let columns = cells.first().map_or(0, Vec::len);
-    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
-    let mut text = String::new();
-    for (i, row) in cells.iter().enumerate() {
-        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            // Writing to a string does not fail.
-            let _ = match column {
-                0 => write!(text, "{cell:<width$}"),
-                _ => write!(text, "  {cell:>width$}"),
-            };
-        }
-        text.push('\n');
-        if i == 0 {
-            let total = widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1);
-            text.push_str(&"-".repeat(total));
-            text.push('\n');
-        }
+    /// Writes measurements as an array and replaces an existing file.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the file system.
+    pub fn write_all<'a>(path: &Path, all: impl IntoIterator<Item = &'a Self>) -> Result<()> {
+        let all: Vec<&Self> = all.into_iter().collect();
+        Ok(write_json(path, &all)?)
     }
-    text
 }

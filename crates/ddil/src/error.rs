@@ -71,6 +71,9 @@ pub enum Error {
     /// An error of a data set.
     #[error(transparent)]
     Data(#[from] ddil_data::Error),
+    /// An error of a measurement.
+    #[error(transparent)]
+    Evaluate(#[from] ddil_evaluate::Error),
     /// An error of a metric.
     #[error(transparent)]
     Metrics(#[from] ddil_metrics::Error),
@@ -94,6 +97,7 @@ impl Error {
             Self::Pipelines(error) => error.invalid(),
             Self::Models(error) => error.invalid(),
             Self::Data(error) => error.invalid(),
+            Self::Evaluate(error) => error.invalid(),
             Self::Metrics(error) => error.invalid(),
             Self::Core(error) => error.invalid(),
             Self::Scheduler(error) => error.invalid(),

@@ -3,13 +3,12 @@
 //!
 //! `cargo install ddil` installs the program. This library contains the parts of its verbs, for tests and for
 //! programs that read its results; training itself is in [`ddil_trainer`], model folders and sampling in
-//! [`ddil_pipelines`].
+//! [`ddil_pipelines`], measuring in [`ddil_evaluate`].
 //!
 //! | for | there is |
 //! | --- | --- |
 //! | ablations: a matrix of settings and seeds | [`compare`] |
-//! | generated images against real ones | [`evaluation`] |
-//! | `results.json` and tables | [`results`] |
+//! | tables of measurements | [`results`] |
 //! | whether a machine is ready | [`doctor`] |
 //!
 //! # Example
@@ -31,9 +30,7 @@ mod commands;
 pub mod compare;
 pub mod doctor;
 mod error;
-pub mod evaluation;
 mod exit_code;
-mod extractor;
 mod presets;
 mod program;
 pub mod results;

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ddil::compare::{CellRecord, Outcome};
-use ddil::results::{self, Measurement};
+use ddil::results;
 use ddil_core::{
     AggregationBuffer, BufferConfig, Conditioning, Mixer, MixerConfig, SavedState, Source,
     SpillConfig, States, StudentPolicy,
 };
+use ddil_evaluate::Measurement;
 use ddil_pipelines::Card;
 use ddil_schedulers::{Ddim, NoiseScheduleConfig, Thresholding, TimestepSpacing, Timesteps};
 use ddil_trainer::RunEnvironment;
@@ -405,11 +406,11 @@ fn results_and_cells() {
             record.write(&cell).map_err(message_of)?;
         }
         let path = folder.join("results.json");
-        let rows = results::read(&path).map_err(message_of)?;
+        let rows = Measurement::read_all(&path).map_err(message_of)?;
         let named: Vec<_> = rows.iter().map(|row| (row.method.clone(), row.clone())).collect();
         let _ = (results::table(&named), results::shift_table(&named));
         match rows.first() {
-            Some(row) => results::append(&path, row).map_err(message_of),
+            Some(row) => row.append_to(&path).map_err(message_of),
             None => Ok(()),
         }
     })

@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::compare::setting::TeacherSamples;
-use crate::evaluation::{draw, features_as_stored, reference, score, shift};
-use crate::results::{self, Measurement, shift_table, table};
+use crate::results::{shift_table, table};
 use anyhow::{Context, bail, ensure};
 use ddil_core::{Conditioning, PriorSchedule, Priors};
 use ddil_data::FashionMnist;
+use ddil_evaluate::{
+    Measurement, all_images, draw, features_as_stored, reference_of_images, score, shift,
+};
 use ddil_files::settings::Settings;
 use ddil_metrics::FashionClassifier;
 use ddil_models::Placement;
@@ -21,7 +23,7 @@ use ddil_trainer::run_folder::RunFolder;
 use ddil_trainer::{Interrupt, Logging, Outcome};
 use tch::{Device, Kind, Tensor};
 
-use super::evaluate::{all_images, data_row};
+use super::evaluate::data_row;
 use super::train::distil;
 use super::{print, set_threads};
 use crate::cli::DemoArgs;
@@ -151,7 +153,8 @@ const SHIFT_STATES: u32 = 1000;
 fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Measurement)>> {
     let extractor = FashionClassifier::pretrained(Device::Cpu)?;
     let data = FashionMnist::from_folder(None)?;
-    let reference = reference("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
+    let reference =
+        reference_of_images("fashion_mnist/test", &all_images(&data.test)?, &extractor)?;
     let mut rows = vec![data_row(&data.train, n, &reference, &extractor)?];
     let mut images = Vec::new();
     for Candidate { name, pipeline, plan, .. } in candidates {
@@ -159,7 +162,7 @@ fn measure(candidates: &[Candidate], n: u32) -> anyhow::Result<Vec<(String, Meas
         images.push(draw(pipeline, plan, n, 0..n)?);
     }
     // The second candidate is what the students were trained to match: the guided teacher at its full number of steps.
-    let target = crate::evaluation::reference("teacher", &images[1], &extractor)?;
+    let target = reference_of_images("teacher", &images[1], &extractor)?;
     for (candidate, images) in candidates.iter().zip(&images) {
         let Candidate { name, pipeline, plan, is_student } = candidate;
         let features = features_as_stored(images, &extractor)?;
@@ -180,7 +183,8 @@ fn write_outputs(
     candidates: &[Candidate],
     rows: &[(String, Measurement)],
 ) -> anyhow::Result<()> {
-    results::write(&folder.join("results.json"), rows)?;
+    let measurements = rows.iter().map(|(_, measurement)| measurement);
+    Measurement::write_all(&folder.join("results.json"), measurements)?;
     side_by_side(candidates)?.save(&grid_path(folder))?;
     Ok(())
 }

@@ -8,20 +8,20 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use ddil_data::ImageDataset;
+use ddil_evaluate::{
+    Measurement, draw_observed, features_as_stored, features_of_files, score, shift,
+};
 use ddil_metrics::{FeatureExtractor, Reference};
 use ddil_pipelines::{Pipeline, SamplePlan};
 use tch::Tensor;
 
-use self::real_images::{RealImages, file_features};
+use self::real_images::RealImages;
 use self::subject::Subject;
-use super::{Calls, print, sample_plan, start};
+use super::{Bar, Calls, num_threads, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
-use crate::evaluation::{draw_observed, features_as_stored, score, shift};
 use crate::exit_code::NOT_FINITE;
-use crate::results::{Measurement, append, details, shift_table, table};
+use crate::results::{details, shift_table, table};
 use crate::sample_file;
-
-pub(crate) use self::real_images::all_images;
 
 /// A measurement and its name in the table.
 type Row = (String, Measurement);
@@ -59,13 +59,14 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
         }
         Subject::Files(files) => {
-            let threads = args.sampling.threads;
-            let features = file_features(files, "images", &*real.extractor, threads)?;
+            let threads = num_threads(args.sampling.threads);
+            let bar = &mut Bar::default();
+            let features = features_of_files(files, "images", &*real.extractor, threads, bar)?;
             (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
         }
     };
     if let Some(path) = &args.json {
-        rows.iter().try_for_each(|(_, measurement)| append(path, measurement))?;
+        rows.iter().try_for_each(|(_, measurement)| measurement.append_to(path))?;
     }
     if !rows.is_empty() {
         let parts = [table(&rows), details(&rows), shift_table(&rows)];

@@ -16,9 +16,11 @@ pub(crate) mod train;
 use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::Path;
+use std::thread;
 
 use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail, ensure};
+use ddil_evaluate::Monitor;
 use ddil_files::settings::Settings;
 use ddil_models::Placement;
 use ddil_pipelines::{Pipeline, SamplePlan, with_published_solver};
@@ -83,6 +85,29 @@ impl Calls {
         let (progress, calls) = &mut *self.0.borrow_mut();
         *calls += 1;
         progress.update(*calls, &[]);
+    }
+}
+
+/// A progress bar that counts images.
+#[derive(Default)]
+struct Bar(Option<Progress>);
+
+impl Monitor for Bar {
+    fn note(&mut self, what: &str, done: u64, total: u64) {
+        let progress = self.0.get_or_insert_with(|| Progress::new(what, 0, total));
+        progress.update(done, &[]);
+        if done >= total {
+            // The next set of images has a bar of its own.
+            self.0 = None;
+        }
+    }
+}
+
+/// The number of threads of an option; 0 is one per core.
+fn num_threads(option: u32) -> usize {
+    match option {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        threads => threads as usize,
     }
 }
 

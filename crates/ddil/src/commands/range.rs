@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use anyhow::{Context, bail, ensure};
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{EncodedDataset, FashionMnist, ImageDataset, read_image_folder};
+use ddil_evaluate::all_images;
 use ddil_files::settings::to_toml;
 use ddil_schedulers::{DataRange, Thresholding};
 use serde::Serialize;
 use tch::{Device, Tensor};
 
-use super::{evaluate::all_images, print};
+use super::print;
 use crate::cli::RangeArgs;
 
 /// Enough for the quantiles of each channel; a few hundred megabytes.

@@ -5,10 +5,10 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use crate::evaluation::draw_observed;
 use crate::exit_code::NOT_FINITE;
 use crate::sample_file;
 use anyhow::{Context, bail, ensure};
+use ddil_evaluate::draw_observed;
 use ddil_models::Lora;
 use ddil_pipelines::{
     Image, Layout, Pipeline, PromptRequest, SampleGrid, SamplePlan, decode, sample_latents,

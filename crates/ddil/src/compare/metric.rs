@@ -1,7 +1,8 @@
 //! The metrics by which arms are compared.
 
+use ddil_evaluate::Measurement;
+
 use super::statistics::Estimate;
-use crate::results::Measurement;
 
 /// A metric by which arms are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,10 @@
 use std::path::Path;
 
+use ddil_evaluate::Measurement;
+use ddil_files::{first_version, read_versioned, write_json};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::results::Measurement;
-use ddil_files::{first_version, read_versioned, write_json};
 
 /// The only version of the files of a comparison so far.
 const FORMAT_VERSION: u32 = 1;

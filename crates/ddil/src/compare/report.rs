@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ddil_evaluate::Measurement;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -14,7 +15,6 @@ use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::setting::TeacherSamples;
 use super::statistics::Estimate;
 use crate::error::Result;
-use crate::results::Measurement;
 use crate::sample_file;
 
 /// One line of `results.json`.

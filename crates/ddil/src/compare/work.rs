@@ -9,6 +9,7 @@ use std::fs;
 use std::thread::sleep;
 use std::time::Duration;
 
+use ddil_evaluate::Measurement;
 use ddil_files::write_json;
 use ddil_pipelines::{Pipeline, SamplePlan};
 use ddil_trainer::run_folder::{Holder, State, Status, lock_file};
@@ -21,7 +22,6 @@ use super::setting::{TeacherSamples, precision};
 use super::verbs::{Ended, Program, ResultFile};
 use crate::error::{Error, Result};
 use crate::exit_code::NOT_FINITE;
-use crate::results::{self, Measurement};
 
 /// The interval at which a lock held by another process is tried again.
 const LOCK_INTERVAL: Duration = Duration::from_millis(200);
@@ -132,7 +132,7 @@ impl Worker<'_> {
         if let Some(end) = unfinished(&ended) {
             return Ok(end);
         }
-        let rows = results::read(result_file.path())?;
+        let rows = Measurement::read_all(result_file.path())?;
         let names = ["training images", "two halves"];
         // Without held-out images only the two halves are compared.
         let names = &names[names.len().saturating_sub(rows.len())..];
@@ -175,7 +175,7 @@ impl Worker<'_> {
         if let Some(end) = unfinished(&ended) {
             return Ok(end);
         }
-        let Some(measured) = results::read(result_file.path())?.pop() else {
+        let Some(measured) = Measurement::read_all(result_file.path())?.pop() else {
             return Ok(End::Failed("`ddil evaluate` wrote no measurement".to_owned()));
         };
         let measurement = Measurement {
@@ -263,7 +263,7 @@ impl Worker<'_> {
             });
         }
         let measured = if result_file.path().exists() {
-            results::read(result_file.path())?
+            Measurement::read_all(result_file.path())?
         } else {
             Vec::new()
         };

@@ -1,22 +1,22 @@
 //! The images that others are compared with, and the features on which they are compared.
 
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use anyhow::{Context, bail, ensure};
-use ddil_data::{FashionMnist, ImageDataset, ImageFiles, read_image_folder};
+use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
+use ddil_evaluate::{
+    ExtractorChoice, Measurement, ReferenceChoice, all_images, few_images, reference_of_images,
+    score, warnings_of,
+};
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
-use ddil_trainer::Progress;
 use ddil_trainer::config::{DataKind, DataSection, parse_device};
 use serde::Deserialize;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::subject::Subject;
 use crate::cli::EvaluateArgs;
-use crate::evaluation::{reference, score};
-use crate::extractor::ExtractorChoice;
-use crate::results::Measurement;
+use crate::commands::{Bar, num_threads};
 use crate::sample_file;
 
 const FASHION_MNIST: &str = "fashion_mnist";
@@ -61,22 +61,28 @@ impl RealImages {
             Subject::Data => loaded.as_ref().map(|loaded| loaded.train.image_shape()),
             other => other.image_shape(choice.name == "raw_pixels")?,
         };
-        let extractor = choice.open(shape, parse_device(&args.sampling.device)?)?;
+        let device = parse_device(&args.sampling.device)?;
+        let extractor = choice.open(shape, device).map_err(as_option)?;
         let (reference, is_held_out) = match (&args.reference, &loaded) {
-            (Some(path), _) => (Some(reference_at(path, args, &*extractor)?), true),
+            (Some(path), _) => {
+                let threads = num_threads(args.sampling.threads);
+                let opened = ReferenceChoice::named(path)
+                    .and_then(|choice| choice.open(&*extractor, threads, &mut Bar::default()));
+                (Some(opened.map_err(as_option)?), true)
+            }
             (None, Some(Loaded { train, held_out, name })) => {
                 let compared = held_out.as_ref().unwrap_or(train);
-                let reference = reference(*name, &all_images(compared)?, &*extractor)?;
+                let reference = reference_of_images(*name, &all_images(compared)?, &*extractor)?;
                 (Some(reference), held_out.is_some())
             }
             (None, None) => (None, false),
         };
-        let images = reference.as_ref().and_then(|reference| reference.statistics().num_samples());
-        if let Some(images) = images {
-            warn_if_few("reference", images as i64, extractor.dim());
+        for warning in reference.iter().flat_map(|own| warnings_of(own, &*extractor)) {
+            tracing::warn!("{warning}");
         }
         let teacher = args.teacher_samples.as_deref().map(|folder| {
-            anyhow::Ok(self::reference("teacher", &sample_file::read_folder(folder)?, &*extractor)?)
+            let images = sample_file::read_folder(folder)?;
+            anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
         let train = loaded.map(|loaded| loaded.train);
         Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
@@ -90,7 +96,9 @@ impl RealImages {
         halves: u32,
     ) -> anyhow::Result<Option<Measurement>> {
         let Some(reference) = &self.reference else { return Ok(None) };
-        warn_if_few(method, features.size()[0], self.extractor.dim());
+        if let Some(warning) = few_images(method, features.size()[0], self.extractor.dim()) {
+            tracing::warn!("{warning}");
+        }
         let scores = score(reference, features)?;
         let mut measurement = Measurement::of(method, &scores, reference, &*self.extractor);
         if let Some(teacher) = &self.teacher {
@@ -138,17 +146,6 @@ impl RealImages {
     }
 }
 
-/// Too few images leave directions of the covariance empty, which adds to the distance.
-pub(super) fn warn_if_few(what: &str, images: i64, dim: i64) {
-    if images <= dim {
-        tracing::warn!(
-            "{what}: {images} images for {dim} features; the Fréchet distance of fewer than {} is dominated by their number, so \
-             compare KID, or use more images",
-            dim + 1
-        );
-    }
-}
-
 /// The extractor of the command line; the classifier of Fashion-MNIST is the default for its images alone.
 fn choice(args: &EvaluateArgs, data: Option<DataKind>) -> anyhow::Result<ExtractorChoice> {
     let is_fashion = match &args.reference {
@@ -163,11 +160,14 @@ fn choice(args: &EvaluateArgs, data: Option<DataKind>) -> anyhow::Result<Extract
              images (`fashion_classifier` is the default for Fashion-MNIST alone)"
         ),
     };
-    Ok(ExtractorChoice {
-        name,
-        input: args.extractor_input.clone(),
-        return_features: args.return_features,
-    })
+    Ok(ExtractorChoice::new(name)
+        .with_input(args.extractor_input.clone())
+        .with_return_features(args.return_features))
+}
+
+/// An error with the settings named as options: `--extractor-input`.
+fn as_option(error: ddil_evaluate::Error) -> ddil_evaluate::Error {
+    error.with_settings_named(|field| format!("--{}", field.replace('_', "-")))
 }
 
 /// The data of the command line, of a run, or Fashion-MNIST for a model of its classes; with the place it is named in.
@@ -233,67 +233,4 @@ fn load(section: &DataSection, place: &Path) -> anyhow::Result<Loaded> {
             kind.as_str()
         ),
     })
-}
-
-/// The reference of --reference.
-fn reference_at(
-    path: &Path,
-    args: &EvaluateArgs,
-    extractor: &dyn FeatureExtractor,
-) -> anyhow::Result<Reference> {
-    if path == Path::new(FASHION_MNIST) {
-        let test = FashionMnist::from_folder(None)?.test;
-        return Ok(reference("fashion_mnist/test", &all_images(&test)?, extractor)?);
-    }
-    let reference = if path.is_dir() {
-        let files = ImageFiles::in_folder(path).context("--reference")?;
-        let features = file_features(&files, "reference", extractor, args.sampling.threads)?;
-        Reference::new("images/held_out", &features, extractor)?
-    } else {
-        ensure!(
-            path.is_file(),
-            "--reference is {}; expected `fashion_mnist`, a folder of images, or a file of statistics (.safetensors of \
-             --save-statistics, .npz of pytorch-fid or clean-fid)",
-            path.display()
-        );
-        let reference = Reference::from_file(path)?;
-        reference.ensure_extractor(extractor)?;
-        if reference.extractor().is_none() {
-            tracing::warn!(
-                "{} does not name its network and interpolation; the distance is meaningful only if they are those of {}",
-                path.display(),
-                extractor.id()
-            );
-        }
-        reference
-    };
-    Ok(reference)
-}
-
-/// Features of image files, with a progress bar.
-pub(super) fn file_features(
-    files: &ImageFiles,
-    label: &str,
-    extractor: &dyn FeatureExtractor,
-    threads: u32,
-) -> anyhow::Result<Tensor> {
-    let threads = match threads {
-        0 => thread::available_parallelism().map_or(1, usize::from),
-        threads => threads as usize,
-    };
-    let mut progress = Progress::new(label, 0, files.len() as u64);
-    let (mut batches, mut done) = (Vec::new(), 0);
-    files.features(extractor, threads, |features| {
-        done += features.size()[0].unsigned_abs();
-        batches.push(features.to_device(Device::Cpu).to_kind(Kind::Float));
-        progress.update(done, &[]);
-        anyhow::Ok(())
-    })?;
-    progress.finish();
-    Ok(Tensor::f_cat(&batches, 0)?)
-}
-
-/// Every image of a dataset, `[n, channels, height, width]` in `[-1, 1]`.
-pub(crate) fn all_images(images: &ImageDataset) -> anyhow::Result<Tensor> {
-    Ok(images.range(0, images.len())?.x0)
 }

@@ -1,0 +1,62 @@
+//! Measures diffusion models: draws samples, computes their features, and compares them with real images.
+//!
+//! The metrics themselves are in [`ddil_metrics`]; this crate applies them to models and to image files. The program
+//! `ddil evaluate` and the evaluation during training are built from it.
+//!
+//! | task | items |
+//! | --- | --- |
+//! | choose a network of features | [`ExtractorChoice`] |
+//! | choose the images to compare with | [`ReferenceChoice`], [`reference_of_images`], [`all_images`], [`warnings_of`], [`few_images`] |
+//! | draw samples | [`draw`], [`draw_observed`] |
+//! | compute features | [`features_as_stored`], [`features_of_files`] |
+//! | compare | [`score`], [`Scores`], [`FeatureScores`] |
+//! | record the result | [`Measurement`], [`StandardErrors`] |
+//! | measure the covariate shift | [`shift`], [`ShiftRow`] |
+//! | show progress, stop | [`Monitor`], [`Unmonitored`] |
+//!
+//! # Example
+//!
+//! Twenty samples of a model against as many others:
+//!
+//! ```
+//! use ddil_evaluate::{ExtractorChoice, draw, features_as_stored, reference_of_images, score};
+//! use ddil_models::Placement;
+//! use ddil_pipelines::{Pipeline, Precision, SamplePlan};
+//! use tch::Device;
+//!
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher");
+//! let model = Pipeline::open(folder.as_ref(), Placement::default(), Precision::Float32)?;
+//! let plan = SamplePlan::of(&model, Some(1));
+//! let extractor = ExtractorChoice::new("fashion_classifier").open(Some([1, 32, 32]), Device::Cpu)?;
+//!
+//! let other = draw(&model, &SamplePlan { seed: 1, ..plan.clone() }, 20, 0..20)?;
+//! let reference = reference_of_images("another seed", &other, &*extractor)?;
+//! let images = draw(&model, &plan, 20, 0..20)?;
+//! let scores = score(&reference, &features_as_stored(&images, &*extractor)?)?;
+//! assert!(scores.samples == 20 && scores.frechet > 0.0);
+//! # Ok::<(), ddil_evaluate::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod drawing;
+mod error;
+mod extractor;
+mod files;
+mod measurement;
+mod monitor;
+mod reference;
+mod scores;
+mod shift;
+
+pub use ddil_files::Report;
+pub use drawing::{draw, draw_observed};
+pub use error::{Error, Result};
+pub use extractor::ExtractorChoice;
+pub use files::features_of_files;
+pub use measurement::{Measurement, StandardErrors};
+pub use monitor::{Monitor, Unmonitored};
+pub use reference::{ReferenceChoice, all_images, few_images, warnings_of};
+pub use scores::{FeatureScores, Scores, features_as_stored, reference_of_images, score};
+pub use shift::{ShiftRow, shift};
+pub use tch;

@@ -1,0 +1,127 @@
+//! The images that others are compared with.
+
+use std::path::{Path, PathBuf};
+
+use ddil_data::{FashionMnist, ImageDataset, ImageFiles};
+use ddil_files::Invalid;
+use ddil_metrics::{FeatureExtractor, Reference};
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::files::features_of_files;
+use crate::monitor::Monitor;
+use crate::scores::reference_of_images;
+
+/// The name of Fashion-MNIST's test images as a reference.
+const FASHION_MNIST: &str = "fashion_mnist";
+
+/// The images to compare with, as in a config or on a command line.
+///
+/// # Example
+///
+/// ```
+/// use ddil_evaluate::ReferenceChoice;
+///
+/// let images = ReferenceChoice::named("fashion_mnist")?;
+/// assert_eq!(images, ReferenceChoice::FashionMnist);
+/// let error = ReferenceChoice::named("no/such/folder").expect_err("there is none");
+/// assert!(error.to_string().contains("`reference` is no/such/folder"));
+/// # Ok::<(), ddil_evaluate::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReferenceChoice {
+    /// The test images of Fashion-MNIST.
+    FashionMnist,
+    /// A folder of images of any sizes, with its subfolders.
+    Folder(PathBuf),
+    /// A file of statistics, as [`Reference::from_file`] reads it.
+    File(PathBuf),
+}
+
+impl ReferenceChoice {
+    /// `fashion_mnist`, or the path of a folder or a file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) with the setting `reference` if there is neither.
+    pub fn named(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path == Path::new(FASHION_MNIST) {
+            return Ok(Self::FashionMnist);
+        }
+        if path.is_dir() {
+            return Ok(Self::Folder(path.to_owned()));
+        }
+        if path.is_file() {
+            return Ok(Self::File(path.to_owned()));
+        }
+        let expected = "`fashion_mnist`, a folder of images, or a file of statistics (.safetensors of \
+                        --save-statistics, .npz of pytorch-fid or clean-fid)";
+        Err(Invalid::new("reference", path.display(), expected).into())
+    }
+
+    /// The reference. Features of a folder are computed, in `threads` threads that decode.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the images or the file, and of the extractor; statistics of another extractor; fewer than two images;
+    /// [`Error::Stopped`](crate::Error::Stopped).
+    pub fn open(
+        &self,
+        extractor: &dyn FeatureExtractor,
+        threads: usize,
+        monitor: &mut dyn Monitor,
+    ) -> Result<Reference> {
+        match self {
+            Self::FashionMnist => {
+                let test = FashionMnist::from_folder(None)?.test;
+                reference_of_images("fashion_mnist/test", &all_images(&test)?, extractor)
+            }
+            Self::Folder(path) => {
+                let files = ImageFiles::in_folder(path)?;
+                let features = features_of_files(&files, "reference", extractor, threads, monitor)?;
+                Ok(Reference::new("images/held_out", &features, extractor)?)
+            }
+            Self::File(path) => {
+                let reference = Reference::from_file(path)?;
+                reference.ensure_extractor(extractor)?;
+                Ok(reference)
+            }
+        }
+    }
+}
+
+/// What limits a comparison with a reference; empty if nothing does.
+pub fn warnings_of(reference: &Reference, extractor: &dyn FeatureExtractor) -> Vec<String> {
+    let unnamed = reference.extractor().is_none().then(|| {
+        format!(
+            "{} does not name its network and interpolation; the distance is meaningful only if they are those of {}",
+            reference.name(),
+            extractor.id()
+        )
+    });
+    let images = reference.statistics().num_samples();
+    let few = images.and_then(|images| few_images("reference", images as i64, extractor.dim()));
+    unnamed.into_iter().chain(few).collect()
+}
+
+/// A warning if there are too few images for their features: they leave directions of the covariance empty, which adds
+/// to the Fréchet distance.
+pub fn few_images(what: &str, images: i64, dim: i64) -> Option<String> {
+    (images <= dim).then(|| {
+        format!(
+            "{what}: {images} images for {dim} features; the Fréchet distance of fewer than {} is dominated by their \
+             number, so compare KID, or use more images",
+            dim.saturating_add(1)
+        )
+    })
+}
+
+/// Every image of a data set, `[n, channels, height, width]` in `[-1, 1]`.
+///
+/// # Errors
+///
+/// Errors of libtorch, such as out of memory.
+pub fn all_images(images: &ImageDataset) -> Result<Tensor> {
+    Ok(images.range(0, images.len())?.x0)
+}
