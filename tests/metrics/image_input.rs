@@ -65,9 +65,36 @@ fn images_are_cropped_as_clip_does() {
         let number = |key: &str| case[key].as_i64().expect("a number");
         let crop = Resize::BicubicCrop { side: number("side"), crop: number("crop") };
         // PIL rounds to a level after each of the two directions.
-        let found = gap(&case, "clip", &input(crop, PixelRange::Byte));
+        let mut input = input(crop, PixelRange::Byte);
+        let found = gap(&case, "clip", &input);
         assert!(found < 1.6, "{found}");
+        input.rounded = true;
+        let found = gap(&case, "clip", &input);
+        println!("rounded: {found}");
+        assert!(found < 1e-3, "{found}");
     }
+}
+
+#[test]
+fn rounded_images_have_whole_levels() -> TestResult {
+    let images = Tensor::rand([1, 3, 9, 20], kind::FLOAT_CPU) * 2.0 - 1.0;
+    for resize in [
+        Resize::None,
+        Resize::Bicubic([5, 7]),
+        Resize::Bilinear([5, 7]),
+        Resize::BilinearTf1([5, 7]),
+        Resize::BicubicCrop { side: 6, crop: 5 },
+    ] {
+        let mut input = input(resize, PixelRange::Byte);
+        input.rounded = true;
+        let found = input.prepare(&images)?;
+        assert_eq!(found, found.round(), "{resize}");
+        input.rounded = false;
+        let exact = input.prepare(&images)?;
+        let gap = (&found - &exact).abs().max().double_value(&[]);
+        assert!((0.1..1.6).contains(&gap), "{resize}: {gap}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -97,6 +124,7 @@ fn text_forms_come_back() -> TestResult {
         ImageInput::pytorch_fid(),
         ImageInput::torch_fidelity(),
         ImageInput::imagenet(),
+        ImageInput::clip(224),
     ];
     for input in all {
         input.ensure_valid()?;

@@ -6,6 +6,7 @@ mod autoencoder_config;
 mod clip;
 mod common;
 mod denoiser;
+mod dinov2;
 mod discriminator;
 mod lora;
 mod matching;

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use ddil_models::Placement;
 use ddil_pipelines::{
     ClassToImage, Error, Guidance, Pipeline, Precision, PromptRequest, SamplePlan, TextToImage,
-    class_conditioning, decode, generate, initial_noise, sample_latents, with_published_timesteps,
+    class_conditioning, decode, generate, initial_noise, sample_latents, sample_latents_seeded,
+    with_published_timesteps,
 };
+use ddil_schedulers::SamplerConfig;
 use tch::{Device, Kind, Tensor};
 
 use crate::TestResult;
@@ -51,6 +53,44 @@ fn images_of_prompts_are_those_of_the_single_steps() -> TestResult {
     let latents = sample_latents(&pipeline, &plan, &encoded, &|| ())?;
     assert_eq!(images, decode(&text, &latents, plan.batch_size)?);
     assert_eq!((images.size()[0], images.kind()), (4, Kind::Float));
+    Ok(())
+}
+
+/// With one seed per image, an image is the one that its seed gives alone; also with a sampler that adds noise.
+#[test]
+fn seeded_images_do_not_depend_on_the_others() -> TestResult {
+    let model = text_to_image()?;
+    let pipeline = model.pipeline();
+    let plan = SamplePlan { seed: 1, batch_size: 3, ..SamplePlan::of(pipeline, Some(2)) };
+    let samplers = [SamplerConfig::Ddim { eta: 0.0 }, SamplerConfig::Ddim { eta: 1.0 }];
+    for sampler in samplers {
+        let plan = SamplePlan { sampler, ..plan.clone() };
+        let draw = |prompts: &[&str], seeds: Option<&[u64]>, plan: &SamplePlan| {
+            let request = PromptRequest {
+                prompts: prompts.iter().map(|&prompt| prompt.to_owned()).collect(),
+                negative_prompt: None,
+                size: [None; 2],
+                per_prompt: 1,
+            };
+            let encoded = request.encode(pipeline, model.components(), plan)?;
+            match seeds {
+                Some(seeds) => sample_latents_seeded(pipeline, plan, &encoded, seeds, &|| ()),
+                None => sample_latents(pipeline, plan, &encoded, &|| ()),
+            }
+        };
+        let all = draw(&["a coat", "a sneaker", "a bag"], Some(&[7, 8, 7]), &plan)?;
+        for (i, (prompt, seed)) in
+            [("a coat", 7), ("a sneaker", 8), ("a bag", 7)].into_iter().enumerate()
+        {
+            let alone = draw(&[prompt], None, &SamplePlan { seed, ..plan.clone() })?;
+            let gap = (all.get(i as i64) - alone.get(0)).abs().max().double_value(&[]);
+            assert!(gap < 1e-4, "{prompt} {sampler:?}: {gap}");
+        }
+        let same: Tensor = (all.get(0) - all.get(2)).abs().max();
+        assert!(same.double_value(&[]) > 0.01, "two prompts from the same noise differ");
+        let error = draw(&["a coat"], Some(&[1, 2]), &plan).expect_err("two seeds for one image");
+        assert!(error.invalid().is_some_and(|invalid| invalid.field == "seeds"), "{error}");
+    }
     Ok(())
 }
 

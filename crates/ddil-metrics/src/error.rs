@@ -125,6 +125,19 @@ pub enum Error {
         /// Number of features per sample.
         dim: String,
     },
+    /// A `TorchScript` network that compares images did not return one distance per pair.
+    #[error(
+        "the TorchScript network {id} returned a tensor {found:?} for {n} pairs of images; expected one distance per pair: \
+         [{n}], [{n}, 1] or [{n}, 1, 1, 1]"
+    )]
+    NotADistance {
+        /// The network.
+        id: String,
+        /// The shape of its output.
+        found: Vec<i64>,
+        /// Number of pairs.
+        n: i64,
+    },
     /// An operation of libtorch failed.
     #[error("{op}: libtorch failed: {message}")]
     Torch {

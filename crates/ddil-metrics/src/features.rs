@@ -205,22 +205,7 @@ impl TorchScriptExtractor {
     ) -> Result<Self> {
         options.input.ensure_valid()?;
         ensure_dim(&options)?;
-        let path = path.as_ref();
-        let refused = |message| Error::LoadNetwork { path: PathBuf::from(path), message };
-        ensure_script_archive(path).map_err(|error| match error {
-            ddil_libtorch::Error::File { path, source, .. } => Error::ReadFile { path, source },
-            error => refused(error.to_string()),
-        })?;
-        let bytes = std::fs::read(path)
-            .map_err(|source| Error::ReadFile { path: PathBuf::from(path), source })?;
-        let load = || {
-            let mut module = CModule::load_data_on_device(&mut bytes.as_slice(), device)?;
-            module.f_set_eval()?;
-            Ok(module)
-        };
-        let module = load().map_err(|source| refused(first_line(&source)))?;
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let id = format!("{stem}-{}", sha256(&bytes));
+        let (module, id) = load_script(path.as_ref(), device)?;
         let mut extractor = Self { module, dim: options.dim.unwrap_or(0), options, device, id };
         if extractor.options.dim.is_none() {
             extractor.dim = extractor.found_dim()?;
@@ -263,6 +248,25 @@ impl TorchScriptExtractor {
         let dim = if self.dim > 0 { self.dim.to_string() } else { "features".to_owned() };
         Error::NotATensor { id: self.id.clone(), found: found.to_owned(), dim }
     }
+}
+
+/// Loads a `TorchScript` network in evaluation mode, and its id: the file's name and SHA-256.
+pub(crate) fn load_script(path: &Path, device: Device) -> Result<(CModule, String)> {
+    let refused = |message| Error::LoadNetwork { path: PathBuf::from(path), message };
+    ensure_script_archive(path).map_err(|error| match error {
+        ddil_libtorch::Error::File { path, source, .. } => Error::ReadFile { path, source },
+        error => refused(error.to_string()),
+    })?;
+    let bytes = std::fs::read(path)
+        .map_err(|source| Error::ReadFile { path: PathBuf::from(path), source })?;
+    let load = || {
+        let mut module = CModule::load_data_on_device(&mut bytes.as_slice(), device)?;
+        module.f_set_eval()?;
+        Ok(module)
+    };
+    let module = load().map_err(|source| refused(first_line(&source)))?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    Ok((module, format!("{stem}-{}", sha256(&bytes))))
 }
 
 /// Checks the number of features, which must be given if the size of images is not.

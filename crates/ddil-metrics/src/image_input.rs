@@ -77,15 +77,17 @@ impl Resize {
         Err(Invalid::new("resize", self.to_string(), expected).into())
     }
 
-    /// Resizes float images whose values are from `low` to `high`.
-    fn apply(self, images: &Tensor, [low, high]: [f64; 2]) -> Output {
+    /// Resizes float images whose values are from `low` to `high`; the result is rounded to whole numbers if `rounded`.
+    fn apply(self, images: &Tensor, range: [f64; 2], rounded: bool) -> Output {
+        let round = |images: Tensor| if rounded { nearest(&images) } else { Ok(images) };
         match self {
-            Self::None => Ok(images.shallow_clone()),
-            Self::Bicubic(size) => bicubic(images, size)?.f_clamp(low, high),
-            Self::Bilinear(size) => images.f_upsample_bilinear2d(size, false, None, None),
+            Self::None => round(images.shallow_clone()),
+            Self::Bicubic(size) if rounded => bicubic_in_turn(images, size, range, true),
+            Self::Bicubic(size) => bicubic(images, size)?.f_clamp(range[0], range[1]),
+            Self::Bilinear(size) => round(images.f_upsample_bilinear2d(size, false, None, None)?),
             Self::BilinearTf1([height, width]) => {
                 let rows = bilinear_tf1(images, 2, height)?;
-                bilinear_tf1(&rows, 3, width)
+                round(bilinear_tf1(&rows, 3, width)?)
             }
             Self::BicubicCrop { side, crop } => {
                 let [height, width] = [images.size()[2], images.size()[3]];
@@ -94,10 +96,7 @@ impl Resize {
                 } else {
                     [(side * height / width).max(side), side]
                 };
-                // Along the width first, clipped after each direction, as PIL does.
-                bicubic(images, [height, size[1]])
-                    .and_then(|wide| bicubic(&wide.f_clamp(low, high)?, size))?
-                    .f_clamp(low, high)?
+                bicubic_in_turn(images, size, range, rounded)?
                     .f_narrow(2, (size[0] - crop) / 2, crop)?
                     .f_narrow(3, (size[1] - crop) / 2, crop)
             }
@@ -110,6 +109,26 @@ const MAX_SIDE: i64 = 1 << 14;
 
 fn bicubic(images: &Tensor, size: [i64; 2]) -> Output {
     images.f_internal_upsample_bicubic2d_aa(size, false, None, None)
+}
+
+/// As PIL: along the width first, clipped and optionally rounded after each direction.
+fn bicubic_in_turn(
+    images: &Tensor,
+    [height, width]: [i64; 2],
+    [low, high]: [f64; 2],
+    rounded: bool,
+) -> Output {
+    let in_range = |images: Tensor| {
+        let images = images.f_clamp(low, high)?;
+        if rounded { nearest(&images) } else { Ok(images) }
+    };
+    let wide = in_range(bicubic(images, [images.size()[2], width])?)?;
+    in_range(bicubic(&wide, [height, width])?)
+}
+
+/// Rounds to whole numbers, halves upwards as PIL does.
+fn nearest(images: &Tensor) -> Output {
+    images.f_add_scalar(0.5)?.f_floor()
 }
 
 /// Linear interpolation along a dimension, with output pixel `i` at input position `i * input / output`.
@@ -226,6 +245,10 @@ pub struct ImageInput {
     pub channels: i64,
     /// How images are resized; default [`Resize::None`].
     pub resize: Resize,
+    /// Whether resized images are rounded to 8 bits, bicubic ones after each direction: as PIL and torchvision resize
+    /// 8-bit images, and thus in published numbers of CLIP and `DINOv2`. Default false.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rounded: bool,
     /// The range of pixels; default [`PixelRange::SignedUnit`].
     pub range: PixelRange,
     /// Normalization of the channels after that; default none.
@@ -238,6 +261,7 @@ impl Default for ImageInput {
         Self {
             channels: 3,
             resize: Resize::default(),
+            rounded: false,
             range: PixelRange::default(),
             normalization: None,
         }
@@ -282,6 +306,21 @@ impl ImageInput {
         }
     }
 
+    /// As CLIP expects images: the shorter side and then the centre to `side` pixels, rounded to 8 bits, with the mean and
+    /// standard deviation of its training images.
+    pub fn clip(side: i64) -> Self {
+        Self {
+            resize: Resize::BicubicCrop { side, crop: side },
+            rounded: true,
+            range: PixelRange::Unit,
+            normalization: Some(Normalization {
+                mean: vec![0.481_454_66, 0.457_827_5, 0.408_210_73],
+                std: vec![0.268_629_54, 0.261_302_58, 0.275_777_11],
+            }),
+            ..Self::default()
+        }
+    }
+
     /// Checks the settings.
     ///
     /// # Errors
@@ -316,9 +355,10 @@ impl ImageInput {
     /// # Errors
     ///
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for another number of channels or an empty image;
-    /// [`Error::Torch`].
+    /// those of [`ensure_valid`](Self::ensure_valid); [`Error::Torch`].
     pub fn prepare(&self, images: &Tensor) -> Result<Tensor> {
         const OP: &str = "ImageInput::prepare";
+        self.ensure_valid()?;
         ensure_images(OP, images, self.channels)?;
         let _no_grad = tch::no_grad_guard();
         self.convert(images).map_err(torch(OP))
@@ -326,10 +366,14 @@ impl ImageInput {
 
     fn convert(&self, images: &Tensor) -> Output {
         let is_bytes = images.kind() == Kind::Uint8;
-        let is_unchanged = self.resize == Resize::None && !is_bytes;
+        let is_unchanged = self.resize == Resize::None && !is_bytes && !self.rounded;
         let images = if is_unchanged { images.detach() } else { images.f_to_kind(Kind::Float)? };
-        let from = if is_bytes { [0.0, 255.0] } else { [-1.0, 1.0] };
-        let images = scaled(&self.resize.apply(&images, from)?, from, self.range)?;
+        let (mut images, mut from) = (images, if is_bytes { BYTES } else { [-1.0, 1.0] });
+        if self.rounded && !is_bytes {
+            (images, from) = (nearest(&scaled(&images, from, PixelRange::Byte)?)?, BYTES);
+        }
+        let resized = self.resize.apply(&images, from, self.rounded)?;
+        let images = scaled(&resized, from, self.range)?;
         let images = if images.size()[1] == self.channels {
             images
         } else {
@@ -344,12 +388,15 @@ impl ImageInput {
     }
 }
 
+/// The range of 8-bit pixels.
+const BYTES: [f64; 2] = [0.0, 255.0];
+
 /// Maps values from the range `[low, high]` to another.
 fn scaled(images: &Tensor, [low, high]: [f64; 2], range: PixelRange) -> Output {
     let [to_low, to_high] = match range {
         PixelRange::SignedUnit => [-1.0, 1.0],
         PixelRange::Unit => [0.0, 1.0],
-        PixelRange::Byte => [0.0, 255.0],
+        PixelRange::Byte => BYTES,
     };
     if [low, high] == [to_low, to_high] {
         return Ok(images.shallow_clone());

@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | how far apart are two distributions? | [`frechet_distance`], [`kid`], [`energy_distance`], [`sliced_wasserstein`] |
 //! | do samples look real, and are all real samples reached? | [`prdc`]: precision, recall, density, coverage |
-//! | how varied are the samples? | [`mean_pairwise_distance`], [`diversity_per_group`] |
+//! | how varied are the samples? | [`mean_pairwise_distance`], [`mean_cosine_distance`], [`diversity_per_group`], [`TorchScriptDistance`] |
 //! | how exact is a number? | [`standard_errors`], [`kid_of_subsets`] |
 //! | real images in a file | [`Reference`]: also pytorch-fid's and clean-fid's `.npz` |
 //! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
@@ -48,6 +48,7 @@ mod features;
 mod frechet;
 mod image_input;
 mod kid;
+mod perceptual;
 mod reference;
 mod report;
 mod resampling;
@@ -57,7 +58,7 @@ pub use classifier::{FASHION_CLASSES, FashionClassifier};
 pub use coverage::{
     DensityCoverage, Neighbours, Prdc, PrecisionRecall, density_coverage, prdc, precision_recall,
 };
-pub use diversity::mean_pairwise_distance;
+pub use diversity::{mean_cosine_distance, mean_pairwise_distance};
 pub use energy::energy_distance;
 pub use error::{Error, Result};
 pub use features::{
@@ -66,6 +67,7 @@ pub use features::{
 pub use frechet::{Moments, Statistics, frechet_distance};
 pub use image_input::{ImageInput, Normalization, PixelRange, Resize};
 pub use kid::kid;
+pub use perceptual::TorchScriptDistance;
 pub use reference::Reference;
 pub use report::{MeasureOptions, Report, Values, measure};
 pub use resampling::{

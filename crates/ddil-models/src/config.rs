@@ -259,7 +259,7 @@ fn ensure_room<C: NetworkConfig>(config: &C, placement: Placement) -> Result<()>
 }
 
 /// Numbers and lists beyond the limits; if there are none, all other problems.
-fn all_problems(config: &impl NetworkConfig) -> Vec<Invalid> {
+pub(crate) fn all_problems(config: &impl NetworkConfig) -> Vec<Invalid> {
     let mut problems = Vec::new();
     for (key, value) in JsonSettings::of(config).object() {
         size_problems(key, value, &mut problems);

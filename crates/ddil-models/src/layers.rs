@@ -213,10 +213,20 @@ impl Linear {
         outputs: i64,
         std: f64,
     ) -> Result<Self> {
+        let mut linear = Self::normal_without_bias(scope.reborrow(), inputs, outputs, std)?;
+        linear.bias = Some(scope.parameter("bias", &[outputs], Init::Constant(0.0))?);
+        Ok(linear)
+    }
+
+    pub(crate) fn normal_without_bias(
+        mut scope: Scope<'_>,
+        inputs: i64,
+        outputs: i64,
+        std: f64,
+    ) -> Result<Self> {
         let weight = scope.parameter("weight", &[outputs, inputs], Init::Normal { std })?;
-        let bias = Some(scope.parameter("bias", &[outputs], Init::Constant(0.0))?);
         let adapter = scope.adaptable(&weight, Form::Linear);
-        Ok(Self { weight, bias, adapter })
+        Ok(Self { weight, bias: None, adapter })
     }
 }
 

@@ -1,5 +1,5 @@
 //! Networks on libtorch that load and save diffusers' and transformers' files: U-Nets for pixels and for text to image,
-//! the latent autoencoder, CLIP, LoRA adapters, and small networks for experiments.
+//! the latent autoencoder, CLIP, `DINOv2`, LoRA adapters, and small networks for experiments.
 //!
 //! A teacher trained in diffusers loads here without renaming, and a student trained here loads in diffusers. Outputs
 //! agree with diffusers' up to rounding. A [`NetworkDenoiser`] wraps a network as teacher, student or critic for
@@ -13,6 +13,7 @@
 //! | text to image | [`UNet2DConditionConfig`], [`UNet2DConditionModel`] |
 //! | images to latents and back | [`AutoencoderKLConfig`], [`AutoencoderKL`] |
 //! | text and images in one space | [`ClipTextModel`], [`ClipVisionModel`], [`ClipModel`], [`ClipScore`] |
+//! | features of images | [`Dinov2Model`] |
 //! | vectors, other networks | [`Mlp`], [`TorchScript`] |
 //! | sampling and losses | [`NetworkDenoiser`], with [`Precision`] and [`OutputObserver`]; [`NetworkDiscriminator`] |
 //! | adapters | [`LoraConfig`], [`Lora`] |
@@ -54,6 +55,7 @@ mod autoencoder;
 mod clip;
 mod config;
 mod denoiser;
+mod dinov2;
 mod discriminator;
 mod error;
 mod layers;
@@ -63,6 +65,7 @@ mod model;
 mod network_output;
 mod parameters;
 mod torch_script;
+mod transformers_folder;
 mod transformers_json;
 mod unet;
 pub mod weights;
@@ -80,6 +83,7 @@ pub use clip::{ClipTokenizer, TokenizedPrompts};
 pub use config::{NetworkConfig, UnknownKeys};
 pub use ddil_files::Report;
 pub use denoiser::{NetworkDenoiser, OutputObserver, Precision};
+pub use dinov2::{Dinov2Config, Dinov2Model, Dinov2Output};
 pub use discriminator::{DiscriminatorHead, DiscriminatorHeadConfig, NetworkDiscriminator};
 pub use error::{BoxedError, Error, IndexProblems, Result, WeightProblems};
 pub use layers::Activation;

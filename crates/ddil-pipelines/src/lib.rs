@@ -13,7 +13,7 @@
 //! | text encoders and autoencoder | [`TextToImageComponents`], [`EncodedPrompts`] | `[prompts, tokens, width]`, latents `[n, channels, height / 8, width / 8]` |
 //! | guidance | [`Guidance`] | |
 //! | sampling | [`SamplePlan`], [`with_published_solver`], [`generate`], [`initial_noise`], [`class_conditioning`] | `[n, channels, height, width]` |
-//! | prompts, step by step | [`PromptRequest`], [`EncodedRequest`], [`sample_latents`], [`decode`] | |
+//! | prompts, step by step | [`PromptRequest`], [`EncodedRequest`], [`sample_latents`], [`sample_latents_seeded`], [`decode`] | |
 //! | PNG files and grids | [`Image`], [`Layout`], [`SampleGrid`], [`save_each`] | |
 //!
 //! # Example
@@ -54,8 +54,8 @@ pub use pipeline::{
     PipelineParts, Scheduler, TextToImageComponents, WeightForm,
 };
 pub use prompting::{
-    EncodedRequest, PromptRequest, decode, sample_latents, with_published_solver,
-    with_published_timesteps,
+    EncodedRequest, PromptRequest, decode, sample_latents, sample_latents_seeded,
+    with_published_solver, with_published_timesteps,
 };
 pub use sampling::{
     SampleGrid, SamplePlan, WithCallback, class_conditioning, generate, grid_of_classes,

@@ -1,6 +1,6 @@
 //! Images from prompts.
 
-use ddil_core::Conditioning;
+use ddil_core::{Conditioning, RandomStreams, Stream};
 use ddil_files::Invalid;
 use ddil_schedulers::{SamplerConfig, SchedulerConfig};
 use tch::{Device, Tensor};
@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::guidance::Guidance;
 use crate::pipeline::{EncodedPrompts, Pipeline, TextToImageComponents};
-use crate::sampling::{SamplePlan, WithCallback, generate, initial_noise};
+use crate::sampling::{SamplePlan, WithCallback, generate, generate_with, initial_noise};
 
 /// A request for images from prompts, for step-by-step sampling; [`TextToImage`](crate::TextToImage) is simpler.
 ///
@@ -210,6 +210,36 @@ pub fn sample_latents(
     let noise = initial_noise(plan.seed, rows as u32, request.latent_shape, device)?;
     let network = WithCallback::new(&pipeline.network, on_call);
     generate(&network, plan, &request.guidance, &noise, &request.conditioning)
+}
+
+/// As [`sample_latents`], with one seed per image: image `i` is the first one of a plan with the seed `seeds[i]`, up to
+/// rounding, whatever the other images are. So a large set can be drawn in parts.
+///
+/// # Errors
+///
+/// As [`generate`]; [`Error::Invalid`] unless there are as many seeds as images.
+pub fn sample_latents_seeded(
+    pipeline: &Pipeline,
+    plan: &SamplePlan,
+    request: &EncodedRequest,
+    seeds: &[u64],
+    on_call: &dyn Fn(),
+) -> Result<Tensor> {
+    let device = pipeline.network.placement().device;
+    let rows = request.conditioning.parts().next().map_or(0, |(_, part)| part.size()[0]);
+    if rows != seeds.len() as i64 || seeds.is_empty() {
+        let expected = format!("{rows}, one for each image, and at least one");
+        return Err(Invalid::new("seeds", format!("{} numbers", seeds.len()), expected).into());
+    }
+    let noise: Result<Vec<Tensor>> =
+        seeds.iter().map(|&seed| initial_noise(seed, 1, request.latent_shape, device)).collect();
+    let noise = Tensor::f_cat(&noise?, 0).map_err(Error::torch("sample_latents_seeded"))?;
+    let network = WithCallback::new(&pipeline.network, on_call);
+    let generator = |row: i64| {
+        // As of the first sample of that seed.
+        RandomStreams::new(seeds[row as usize], 0).generator(1, Stream::Sample, Device::Cpu)
+    };
+    generate_with(&network, plan, &request.guidance, &noise, &request.conditioning, &generator)
 }
 
 /// Decodes latents to images on the CPU, `batch_size` at a time.

@@ -215,9 +215,22 @@ pub fn generate(
     noise: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<Tensor> {
+    let streams = RandomStreams::new(plan.seed, 0);
+    let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
+    generate_with(denoiser, plan, guidance, noise, conditioning, &generator)
+}
+
+/// As [`generate`], with the source of the noise that a sampler adds to each row.
+pub(crate) fn generate_with(
+    denoiser: &dyn Denoiser,
+    plan: &SamplePlan,
+    guidance: &Guidance,
+    noise: &Tensor,
+    conditioning: &Conditioning,
+    generator: &dyn Fn(i64) -> ddil_core::Result<Generator>,
+) -> Result<Tensor> {
     let path = plan.path(denoiser.schedule())?;
     let network = sampling_denoiser(denoiser, plan, guidance)?;
-    let streams = RandomStreams::new(plan.seed, 0);
     ensure_real("generate", "noise", noise)?;
     let n = noise.size().first().copied().unwrap_or(0);
     if n == 0 {
@@ -230,7 +243,6 @@ pub fn generate(
         let rows = Tensor::arange_start(start, start + len, (Kind::Int64, noise.device()));
         // One generator per sample, on the CPU: samples depend neither on the batch size nor on the device.
         let drawn_rows = if path.needs_noise() { start..start + len } else { 0..0 };
-        let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
         let mut generators = drawn_rows.map(generator).collect::<ddil_core::Result<Vec<_>>>()?;
         let conditioning = conditioning.index_select(&rows)?;
         let noise = noise.narrow(0, start, len);

@@ -1,9 +1,9 @@
 use ddil_metrics::{
     FashionClassifier, FeatureExtractor, ImageInput, MeasureOptions, Moments, Neighbours,
-    RawPixels, Reference, Statistics, Subsets, TorchScriptExtractor, TorchScriptOptions,
-    density_coverage, diversity_per_group, energy_distance, frechet_distance, kid, kid_of_subsets,
-    mean_pairwise_distance, measure, prdc, precision_recall, quantize, sliced_wasserstein,
-    sliced_wasserstein_along, standard_errors,
+    RawPixels, Reference, Statistics, Subsets, TorchScriptDistance, TorchScriptExtractor,
+    TorchScriptOptions, density_coverage, diversity_per_group, energy_distance, frechet_distance,
+    kid, kid_of_subsets, mean_cosine_distance, mean_pairwise_distance, measure, prdc,
+    precision_recall, quantize, sliced_wasserstein, sliced_wasserstein_along, standard_errors,
 };
 use tch::{Device, Tensor, kind};
 
@@ -44,6 +44,7 @@ fn distances(cases: &mut Cases) {
     cases.once("sliced_wasserstein", "most directions", || {
         outcome(sliced_wasserstein(&x, &x, u32::MAX, 0))
     });
+    cases.tensors("mean_cosine_distance", &[&x], |t| outcome(mean_cosine_distance(&t[0])));
     cases.tensors("mean_pairwise_distance", &[&x], |t| outcome(mean_pairwise_distance(&t[0])));
     cases.tensors("energy_distance", &two, |t| outcome(energy_distance(&t[0], &t[1])));
     cases.tensors("kid", &two, |t| outcome(kid(&t[0], &t[1])));
@@ -86,6 +87,7 @@ fn features(cases: &mut Cases) {
     cases.integers("ImageInput::unchanged", |channels| {
         outcome(ImageInput::unchanged(channels).prepare(&images))
     });
+    cases.integers("ImageInput::clip", |side| outcome(ImageInput::clip(side).prepare(&images)));
     let inputs = [ImageInput::unchanged(1), ImageInput::clean_fid(), ImageInput::imagenet()];
     for input in inputs {
         cases.tensors("ImageInput::prepare", &[&images], |t| outcome(input.prepare(&t[0])));
@@ -132,6 +134,19 @@ fn features(cases: &mut Cases) {
             outcome(TorchScriptExtractor::from_file(place, options.clone(), Device::Cpu))
         });
     }
+    for place in ["none.pt", "/", "/dev/null"] {
+        cases.once("TorchScriptDistance::from_file", place, || {
+            outcome(TorchScriptDistance::from_file(place, Device::Cpu))
+        });
+    }
+    let other = TorchScriptDistance::from_file(&path, Device::Cpu).expect("a golden");
+    let pair = Tensor::zeros([2, 3, 4, 4], kind::FLOAT_CPU);
+    cases.tensors("TorchScriptDistance::between", &[&pair, &pair], |t| {
+        outcome(other.between(&t[0], &t[1]))
+    });
+    cases.tensors("TorchScriptDistance::mean_pairwise", &[&pair], |t| {
+        outcome(other.mean_pairwise(&t[0]))
+    });
     cases.once("TorchScriptExtractor::from_file", "another network", || {
         outcome(TorchScriptExtractor::from_file(&path, options.clone(), Device::Cpu))
     });

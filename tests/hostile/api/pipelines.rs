@@ -5,8 +5,8 @@ use ddil_models::Placement;
 use ddil_pipelines::{
     Card, ClassToImage, Guidance, Image, Layout, ModelFiles, Pipeline, Precision, PromptRequest,
     SampleGrid, SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate,
-    initial_noise, layout, sample_latents, sampling_denoiser, save_each, with_published_solver,
-    with_published_timesteps,
+    initial_noise, layout, sample_latents, sample_latents_seeded, sampling_denoiser, save_each,
+    with_published_solver, with_published_timesteps,
 };
 use ddil_schedulers::{SolverConfig, TimestepSpacing};
 use tch::{Device, Tensor, kind};
@@ -293,5 +293,10 @@ fn components(cases: &mut Cases, model: &TextToImage) {
         cases.once("sample_latents", &side.to_string(), || {
             outcome(sample_latents(pipeline, &plan, &encoded, &|| ()))
         });
+        for seeds in [&[][..], &[u64::MAX], &[1, 2]] {
+            cases.once("sample_latents_seeded", &format!("{side}, {seeds:?}"), || {
+                outcome(sample_latents_seeded(pipeline, &plan, &encoded, seeds, &|| ()))
+            });
+        }
     }
 }

@@ -1,13 +1,12 @@
-//! Folders of transformers networks: the file of the weights, and the names in it.
+//! The names in the files of CLIP's weights.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tch::Tensor;
 
-use crate::config::{FILE_NAME, NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result};
-use crate::parameters::{Parameters, Placement};
-use crate::weights::{self, WeightFiles};
+use crate::parameters::Parameters;
+use crate::weights;
 
 /// Constants saved by older releases: the numbers 0, 1, 2 and so on.
 const POSITION_IDS: [&str; 3] = [
@@ -15,30 +14,6 @@ const POSITION_IDS: [&str; 3] = [
     "vision_model.embeddings.position_ids",
     "embeddings.position_ids",
 ];
-
-/// Builds the network of a folder.
-pub(super) fn from_folder<C: NetworkConfig>(
-    folder: &Path,
-    placement: Placement,
-    unknown_keys: UnknownKeys,
-) -> Result<C::Network> {
-    let config = C::from_file(folder.join(FILE_NAME), unknown_keys)?;
-    config.build_from(placement, weights_in(folder)?)
-}
-
-/// The weights of a folder; those of the variant `fp16` if there are no others.
-fn weights_in(folder: &Path) -> Result<PathBuf> {
-    let files = WeightFiles::TRANSFORMERS;
-    let half = Some("fp16");
-    match files.find(folder) {
-        Err(Error::NoWeights { others, .. })
-            if others.iter().any(|(_, variant)| variant.as_deref() == half) =>
-        {
-            WeightFiles { variant: half, ..files }.find(folder)
-        }
-        found => found,
-    }
-}
 
 /// Fills `parameters`, which have the names of published files, from a file with these names or shorter ones.
 ///
@@ -84,14 +59,4 @@ fn as_in_file(parameters: &Parameters, path: &Path) -> Result<InFile> {
         }
     }
     Ok(InFile { targets, prefix: left_away })
-}
-
-/// Writes weights and settings to a folder, creating it if needed.
-pub(super) fn save(
-    folder: &Path,
-    parameters: &Parameters,
-    config: &impl NetworkConfig,
-) -> Result<()> {
-    WeightFiles::TRANSFORMERS.save(&parameters.named(), folder)?;
-    weights::write_text(&folder.join(FILE_NAME), &config.to_json())
 }

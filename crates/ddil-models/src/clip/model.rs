@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use crate::config::{NetworkConfig, UnknownKeys, read_keys};
 use crate::error::{Error, Result};
 use crate::parameters::{Builder, Init, Parameters, Placement, Values};
-use crate::transformers_json;
+use crate::{transformers_folder, transformers_json};
 
 use super::config::{ClipConfig, OtherKeys};
 use super::files;
@@ -165,7 +165,7 @@ impl ClipModel {
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        files::from_folder::<ClipConfig>(folder.as_ref(), placement, unknown_keys)
+        transformers_folder::open::<ClipConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// The text encoder, with projection.

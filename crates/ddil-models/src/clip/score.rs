@@ -1,22 +1,17 @@
 //! The CLIP score: how well images match their captions.
 
-use ddil_libtorch::{ArgumentError, ensure_dense, ensure_real, ensure_shape};
+use ddil_libtorch::{ensure_dense, ensure_shape};
 use tch::{Kind, TchError, Tensor};
 
 use crate::error::{Error, Result};
-use crate::layers::Output;
 
 use super::model::ClipModel;
-
-const PREPROCESS: &str = "ClipScore::preprocess";
-/// Mean and standard deviation of the channels of CLIP's training images, which are in `[0, 1]`.
-const MEAN: [f64; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-const STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 
 /// The cosine between the embeddings of an image and of its caption
 /// ([Hessel et al. 2021](https://arxiv.org/abs/2104.08718)), neither scaled nor clipped at 0.
 ///
-/// Published scores are often 100 times, or 2.5 times, the positive part of it.
+/// Published scores are often 100 times, or 2.5 times, the positive part of it. `ddil_metrics::ImageInput::clip` converts
+/// images to the input of the vision tower.
 ///
 /// # Example
 ///
@@ -45,11 +40,11 @@ const STD: [f64; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
 ///     ..ClipVisionConfig::default()
 /// };
 /// let config = ClipConfig { text, vision, projection_dim: 4, ..ClipConfig::default() };
-/// let score = ClipScore::new(config.build(Placement::default(), 0)?)?;
+/// let score = ClipScore::new(config.build(Placement::default(), 0)?);
 ///
-/// let images = Tensor::rand([2, 3, 20, 30], kind::FLOAT_CPU) * 2.0 - 1.0;
+/// let pixel_values = Tensor::randn([2, 3, 16, 16], kind::FLOAT_CPU);
 /// let input_ids = Tensor::from_slice(&[98_i64, 5, 99, 98, 7, 99]).view([2, 3]);
-/// let mean = score.score(&images, &input_ids, None)?;
+/// let mean = score.score(&pixel_values, &input_ids, None)?;
 /// assert!((-1.0..=1.0).contains(&mean));
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
@@ -60,18 +55,8 @@ pub struct ClipScore {
 
 impl ClipScore {
     /// A score that uses that network.
-    ///
-    /// # Errors
-    ///
-    /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) unless the network takes images of 3 channels.
-    pub fn new(model: ClipModel) -> Result<Self> {
-        let channels = model.vision().config().num_channels;
-        if channels != 3 {
-            return Err(
-                ArgumentError::value("ClipScore::new", "num_channels", channels, "3").into()
-            );
-        }
-        Ok(Self { model })
+    pub fn new(model: ClipModel) -> Self {
+        Self { model }
     }
 
     /// The network of the score.
@@ -79,37 +64,13 @@ impl ClipScore {
         &self.model
     }
 
-    /// Preprocesses images for the vision tower: resizes the shorter side to `image_size` by antialiased bicubic
-    /// interpolation, crops the centre, normalises the channels.
-    ///
-    /// The result is that of CLIP's preprocessing except for its rounding to 8 bits: width first, then height, each
-    /// followed by clipping to the range of pixels, which the interpolation can exceed.
-    ///
-    /// # Shapes and units
-    ///
-    /// - `images`: `[batch, 3, height, width]`, floating point, in `[-1, 1]`
-    /// - returns: `[batch, 3, image_size, image_size]`, `Float`
-    ///
-    /// # Errors
-    ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape),
-    /// [`ArgumentError::Kind`](ddil_libtorch::ArgumentError::Kind) and [`Error::Torch`].
-    pub fn preprocess(&self, images: &Tensor) -> Result<Tensor> {
-        ensure_real(PREPROCESS, "images", images)?;
-        let fits = matches!(images.size()[..], [_, 3, height, width] if height > 0 && width > 0);
-        let expected = || "[batch, 3, height, width]".to_owned();
-        ensure_shape(PREPROCESS, "images", images, fits, expected)?;
-        let size = i64::from(self.model.vision().config().image_size);
-        normalise(images, size).map_err(Error::torch(PREPROCESS))
-    }
-
     /// Embeddings of images, each of length 1; `[batch, projection_dim]`, `Float`.
     ///
     /// # Errors
     ///
-    /// As [`Self::preprocess`].
-    pub fn image_embeds(&self, images: &Tensor) -> Result<Tensor> {
-        let output = self.model.vision().forward(&self.preprocess(images)?)?;
+    /// As [`ClipVisionModel::forward`](super::ClipVisionModel::forward).
+    pub fn image_embeds(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        let output = self.model.vision().forward(pixel_values)?;
         let op = "ClipScore::image_embeds";
         let embeds = output.image_embeds.ok_or(Error::NoProjection { op })?;
         unit(&embeds).map_err(Error::torch(op))
@@ -133,7 +94,8 @@ impl ClipScore {
     ///
     /// # Shapes and units
     ///
-    /// - `images`: `[batch, 3, height, width]`, floating point, in `[-1, 1]`
+    /// - `pixel_values`: `[batch, num_channels, image_size, image_size]`, as
+    ///   [`ClipVisionModel::forward`](super::ClipVisionModel::forward)
     /// - `input_ids`, `attention_mask`: `[batch, tokens]`, as [`ClipTextModel::forward`](super::ClipTextModel::forward)
     ///
     /// # Errors
@@ -142,19 +104,21 @@ impl ClipScore {
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) unless there are as many images as captions.
     pub fn similarities(
         &self,
-        images: &Tensor,
+        pixel_values: &Tensor,
         input_ids: &Tensor,
         attention_mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         const OP: &str = "ClipScore::similarities";
-        ensure_dense(OP, "images", images)?;
+        ensure_dense(OP, "pixel_values", pixel_values)?;
         ensure_dense(OP, "input_ids", input_ids)?;
-        if let (Some(&count), Some(&captions)) = (images.size().first(), input_ids.size().first()) {
+        if let (Some(&count), Some(&captions)) =
+            (pixel_values.size().first(), input_ids.size().first())
+        {
             let expected = || format!("[{count}, tokens], one caption per image");
             ensure_shape(OP, "input_ids", input_ids, captions == count, expected)?;
         }
         let text = self.text_embeds(input_ids, attention_mask)?;
-        let cosines = || self.image_embeds(images)?.f_mul(&text).map_err(Error::torch(OP));
+        let cosines = || self.image_embeds(pixel_values)?.f_mul(&text).map_err(Error::torch(OP));
         cosines()?
             .f_sum_dim_intlist([-1_i64].as_slice(), false, Kind::Float)
             .map_err(Error::torch(OP))
@@ -167,39 +131,20 @@ impl ClipScore {
     /// As [`Self::similarities`]; [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) if there are no images.
     pub fn score(
         &self,
-        images: &Tensor,
+        pixel_values: &Tensor,
         input_ids: &Tensor,
         attention_mask: Option<&Tensor>,
     ) -> Result<f64> {
         const OP: &str = "ClipScore::score";
-        ensure_dense(OP, "images", images)?;
-        let any = images.size().first() != Some(&0);
-        ensure_shape(OP, "images", images, any, || "at least one image".to_owned())?;
-        let cosines = self.similarities(images, input_ids, attention_mask)?;
+        ensure_dense(OP, "pixel_values", pixel_values)?;
+        let any = pixel_values.size().first() != Some(&0);
+        ensure_shape(OP, "pixel_values", pixel_values, any, || "at least one image".to_owned())?;
+        let cosines = self.similarities(pixel_values, input_ids, attention_mask)?;
         cosines
             .f_mean(Kind::Double)
             .and_then(|mean| mean.f_double_value(&[]))
             .map_err(Error::torch(OP))
     }
-}
-
-fn normalise(images: &Tensor, size: i64) -> Output {
-    let [height, width] = [images.size()[2], images.size()[3]];
-    let (resized_height, resized_width) =
-        if height <= width { (size, size * width / height) } else { (size * height / width, size) };
-    let images = images.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?.f_div_scalar(2.0)?;
-    let resized = images
-        .f_internal_upsample_bicubic2d_aa([height, resized_width], false, None, None)?
-        .f_clamp(0.0, 1.0)?
-        .f_internal_upsample_bicubic2d_aa([resized_height, resized_width], false, None, None)?
-        .f_clamp(0.0, 1.0)?
-        .f_narrow(2, (resized_height - size) / 2, size)?
-        .f_narrow(3, (resized_width - size) / 2, size)?;
-    let per_channel = |values: &[f64; 3]| -> Output {
-        let values = Tensor::f_from_slice(values)?.f_to_kind(Kind::Float)?;
-        values.f_to_device(resized.device())?.f_view([1, 3, 1, 1])
-    };
-    resized.f_sub(&per_channel(&MEAN)?)?.f_div(&per_channel(&STD)?)
 }
 
 /// Normalises rows to length 1.

@@ -10,6 +10,7 @@ use crate::config::{NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result, outside};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
 use crate::parameters::{Builder, Parameters, Placement, Values};
+use crate::transformers_folder;
 
 use super::encoder::{Encoder, Mask};
 use super::files;
@@ -190,7 +191,7 @@ impl ClipTextModel {
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        files::from_folder::<ClipTextConfig>(folder.as_ref(), placement, unknown_keys)
+        transformers_folder::open::<ClipTextConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// Writes the encoder to a folder that transformers loads, creating it if needed.
@@ -199,7 +200,7 @@ impl ClipTextModel {
     ///
     /// As [`weights::save`](crate::weights::save).
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
-        files::save(folder.as_ref(), &self.parameters, &self.config)
+        transformers_folder::save(folder.as_ref(), &self.parameters, &self.config)
     }
 
     /// The settings from which the encoder was built.

@@ -10,6 +10,7 @@ use crate::config::{NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear, Output};
 use crate::parameters::{Builder, Init, Parameters, Placement, Scope, Values};
+use crate::transformers_folder;
 
 use super::encoder::{Encoder, Mask};
 use super::files;
@@ -135,7 +136,7 @@ impl ClipVisionModel {
         placement: Placement,
         unknown_keys: UnknownKeys,
     ) -> Result<Self> {
-        files::from_folder::<ClipVisionConfig>(folder.as_ref(), placement, unknown_keys)
+        transformers_folder::open::<ClipVisionConfig>(folder.as_ref(), placement, unknown_keys)
     }
 
     /// Writes the tower to a folder that transformers loads, creating it if needed.
@@ -144,7 +145,7 @@ impl ClipVisionModel {
     ///
     /// As [`weights::save`](crate::weights::save).
     pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
-        files::save(folder.as_ref(), &self.parameters, &self.config)
+        transformers_folder::save(folder.as_ref(), &self.parameters, &self.config)
     }
 
     /// The settings from which the tower was built.
@@ -161,8 +162,8 @@ impl ClipVisionModel {
     ///
     /// # Shapes and units
     ///
-    /// - `pixel_values`: `[batch, num_channels, image_size, image_size]`, floating point, normalised as
-    ///   [`ClipScore::preprocess`](super::ClipScore::preprocess) does; cast to the kind of the parameters
+    /// - `pixel_values`: `[batch, num_channels, image_size, image_size]`, floating point, with CLIP's mean and
+    ///   standard deviation subtracted and divided by (`ddil_metrics::ImageInput::clip`); cast to the kind of the parameters
     ///
     /// # Errors
     ///

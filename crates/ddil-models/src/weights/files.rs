@@ -59,6 +59,23 @@ impl WeightFiles<'static> {
     pub const DIFFUSION: Self = Self { stem: "diffusion_pytorch_model", variant: None };
     /// The names of transformers, as in the text encoders of a pipeline.
     pub const TRANSFORMERS: Self = Self { stem: "model", variant: None };
+
+    /// The file or index of a transformers network in `folder`; that of the variant `fp16` if there is no other.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn of_transformers(folder: impl AsRef<Path>) -> Result<PathBuf> {
+        let (files, half) = (Self::TRANSFORMERS, Some("fp16"));
+        match files.find(&folder) {
+            Err(Error::NoWeights { others, .. })
+                if others.iter().any(|(_, variant)| variant.as_deref() == half) =>
+            {
+                WeightFiles { variant: half, ..files }.find(&folder)
+            }
+            found => found,
+        }
+    }
 }
 
 impl WeightFiles<'_> {
