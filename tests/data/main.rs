@@ -3,5 +3,6 @@
 mod dataset;
 mod image_files;
 mod pictures;
+mod prompts;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;

@@ -71,6 +71,7 @@ mod shift;
 mod source;
 mod source_name;
 mod states;
+mod stratified;
 mod tally;
 
 pub use buffer::{AggregationBuffer, BufferConfig, BufferStatistics, SpillConfig, StorageKind};
@@ -102,6 +103,7 @@ pub use source::{
 };
 pub use source_name::SourceName;
 pub use states::{Data, Source, States};
+pub use stratified::draw_stratified;
 
 /// The tch whose tensors this crate takes and returns. It is part of the API: a new tch is a breaking release.
 pub use tch;

@@ -106,6 +106,10 @@ pub struct MixerCounters {
     /// Number of states of each added source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub added: Vec<(SourceName, u64)>,
+    /// Number of states assigned to other sources than the dataset, pure noise included: their conditioning is
+    /// [`MixBatch::prompts`], that of the others belongs to the data.
+    #[serde(default)]
+    pub prompted: u64,
 }
 
 impl MixerCounters {
@@ -118,10 +122,12 @@ impl MixerCounters {
         if total == 0 { 0.0 } else { of_source as f64 / total as f64 }
     }
 
-    fn count(&mut self, states: &States) {
+    fn count(&mut self, states: &States, assigned: &[Source]) {
         for &source in &states.sources {
             *self.place(source) += 1;
         }
+        let prompted = assigned.iter().filter(|source| **source != Source::Forward);
+        self.prompted += prompted.count() as u64;
     }
 
     fn place(&mut self, source: Source) -> &mut u64 {
@@ -400,7 +406,7 @@ impl Mixer {
         let states = self.mixture.collect(&full, &assigned, self.config.pure_noise_at_tmax)?;
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
-        self.counters.count(&states);
+        self.counters.count(&states, &assigned);
         if let Some(adaptation) = &mut self.adaptation {
             adaptation.see_states(step, &states)?;
         }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::states::Source;
+use crate::stratified::draw_stratified;
 
 /// Maximum distance of a sum from 1 that counts as rounding error.
 const SUM_TOLERANCE: f64 = 1e-6;
@@ -108,24 +109,9 @@ impl Priors {
             (Source::Teacher, left * self.teacher),
             (Source::Forward, left * self.forward),
         ];
-        let shares = added.iter().copied().chain(by_prior);
-        let drawn: Vec<_> = shares.filter(|(_, share)| *share > 0.0).collect();
-        // Systematic sampling: evenly spaced points on a line that is divided among the sources by their priors. One
-        // draw shifts all points, so that counts cannot exceed the batch, as they could if each were rounded
-        // separately.
-        let offset: f64 = rng.random();
-        let (mut end, mut at) = (0.0, 0);
-        let mut sources = Vec::with_capacity(batch);
-        for (i, (source, share)) in drawn.iter().enumerate() {
-            end += share * batch as f64;
-            let last = i + 1 == drawn.len();
-            while at < batch && (last || at as f64 + offset < end) {
-                sources.push(*source);
-                at += 1;
-            }
-        }
-        sources.shuffle(rng);
-        sources
+        let all: Vec<(Source, f64)> = added.iter().copied().chain(by_prior).collect();
+        let shares: Vec<f64> = all.iter().map(|(_, share)| *share).collect();
+        draw_stratified(&shares, batch, rng).into_iter().map(|index| all[index].0).collect()
     }
 
     /// A source for each sample by its own priors: the `i`-th by `priors[i]`, at grid index `grid_indices[i]`.

@@ -1,13 +1,14 @@
 use std::{
     collections::BTreeSet,
-    fs,
     path::{Component, Path, PathBuf},
 };
 
+use ddil_files::listed;
 use serde::Deserialize;
 
 use crate::folder::{is_image, list};
 use crate::layout::EXTENSIONS;
+use crate::texts::{Numbered, Table, Texts, lines, parse_lines, read_text};
 use crate::{Error, Result};
 
 /// Files that assign captions to images.
@@ -28,13 +29,6 @@ pub struct CaptionedImage {
 struct Line {
     file_name: PathBuf,
     text: Texts,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a text or a list of texts")]
-enum Texts {
-    One(String),
-    Several(Vec<String>),
 }
 
 /// The captions of the PNG and JPEG files in a folder.
@@ -84,69 +78,34 @@ pub fn read_captions(folder: &Path) -> Result<Vec<CaptionedImage>> {
     Ok(samples)
 }
 
-/// The prompts in a text file, one per line; blank lines are ignored.
-///
-/// # Errors
-///
-/// [`Error::Read`]; [`Error::Captions`] if the file contains no prompt.
-pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let prompts = lines(&read_text(path)?);
-    if prompts.is_empty() {
-        let problems = vec!["it contains no prompt".to_owned()];
-        return Err(Error::Captions { path: path.to_owned(), problems });
-    }
-    Ok(prompts)
-}
-
-/// Line numbers with the line or its problem.
-type Numbered = Vec<(u64, std::result::Result<Line, String>)>;
-
-/// Parses one JSON object per line; blank lines are ignored.
-fn parse_lines(text: &str) -> Numbered {
-    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-    let read =
-        |line| serde_json::from_str(line).map_err(|error: serde_json::Error| error.to_string());
-    lines.map(|(number, line)| (number, read(line))).collect()
-}
-
-/// Parses a table with a header row. A row with line breaks in quotes is numbered by its first line.
-fn parse_table(text: &str) -> Numbered {
-    let mut table = csv::Reader::from_reader(text.as_bytes());
-    let names = match table.headers() {
-        Ok(names) => names.clone(),
-        Err(error) => return vec![(1, Err(error.to_string()))],
+/// Parses a table with a header row.
+fn parse_table(text: &str) -> Numbered<Line> {
+    let table = match Table::parse(text, b',') {
+        Ok(table) => table,
+        Err(problem) => return vec![(1, Err(problem))],
     };
-    if let Some(missing) =
-        ["file_name", "text"].iter().find(|name| !names.iter().any(|n| n == **name))
-    {
-        let found = joined(&names);
-        return vec![(1, Err(format!("there is no column `{missing}`; the columns are {found}")))];
-    }
-    let mut rows = Vec::new();
-    let mut row = csv::StringRecord::new();
-    loop {
-        let number = table.position().line();
-        let read = match table.read_record(&mut row) {
-            Ok(false) => return rows,
-            Ok(true) => row.deserialize(Some(&names)),
-            Err(error) => Err(error),
-        };
-        rows.push((number, read.map_err(|error| error.to_string())));
-    }
-}
-
-/// The first 20 names.
-fn joined(names: &csv::StringRecord) -> String {
-    const SHOWN: usize = 20;
-    let shown = names.iter().take(SHOWN).collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
+    let column = |name| table.names.iter().position(|n| n == name).ok_or(name);
+    let (file_name, text) = match (column("file_name"), column("text")) {
+        (Ok(file_name), Ok(text)) => (file_name, text),
+        (Err(missing), _) | (_, Err(missing)) => {
+            let found = listed(&table.names);
+            let problem = format!("there is no column `{missing}`; the columns are {found}");
+            return vec![(1, Err(problem))];
+        }
+    };
+    let line = |row: csv::StringRecord| Line {
+        file_name: PathBuf::from(&row[file_name]),
+        text: Texts::One(row[text].to_owned()),
+    };
+    table.rows.into_iter().map(|(number, row)| (number, row.map(line))).collect()
 }
 
 /// The samples of a file and all its problems.
-fn captioned(folder: &Path, file: &str, lines: Numbered) -> (Vec<CaptionedImage>, Vec<String>) {
+fn captioned(
+    folder: &Path,
+    file: &str,
+    lines: Numbered<Line>,
+) -> (Vec<CaptionedImage>, Vec<String>) {
     let (mut samples, mut problems) = (Vec::new(), Vec::new());
     let mut seen = BTreeSet::new();
     for (number, line) in lines {
@@ -174,10 +133,7 @@ fn sample(
     if !is_image(&folder.join(&file_name)) {
         return Err(format!("{name} does not exist or does not end in {EXTENSIONS}"));
     }
-    let texts = match text {
-        Texts::One(text) => vec![text],
-        Texts::Several(texts) => texts,
-    };
+    let texts = Vec::from(text);
     if texts.is_empty() {
         return Err(format!("{name} has an empty list of captions"));
     }
@@ -203,13 +159,4 @@ fn from_text_files(folder: &Path) -> Result<(Vec<CaptionedImage>, Vec<String>)> 
         samples.push(CaptionedImage { file_name, texts });
     }
     Ok((samples, problems))
-}
-
-fn lines(text: &str) -> Vec<String> {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    lines.map(str::to_owned).collect()
-}
-
-fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })
 }

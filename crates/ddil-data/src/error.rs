@@ -160,6 +160,14 @@ pub enum Error {
         /// All problems found.
         problems: Vec<String>,
     },
+    /// A file cannot be read as prompts.
+    #[error("{} cannot be read as prompts:{}", path.display(), lines(problems))]
+    Prompts {
+        /// The file.
+        path: PathBuf,
+        /// All problems found.
+        problems: Vec<String>,
+    },
     /// A folder of encoded data is damaged, inconsistent, or does not match the teacher.
     #[error("{} cannot be used as encoded data:{}", path.display(), lines(problems))]
     Encoded {

@@ -1,3 +1,4 @@
+use ddil_files::{Invalid, listed};
 use ddil_libtorch::ensure_dense;
 use tch::{Kind, Tensor};
 
@@ -129,16 +130,121 @@ impl ImageDataset {
         self.labels.as_ref().map_or(&[], |labels| &labels.class_names)
     }
 
+    /// A data set of the samples at the given indices, in that order, with the same classes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for an index outside of `0..len`, [`Error::Invalid`] for no indices, [`Error::Torch`] if memory
+    /// runs out.
+    pub fn select(&self, indices: &[i64]) -> Result<Self> {
+        self.ensure_indices(indices)?;
+        if indices.is_empty() {
+            return Err(Invalid::new("indices", "empty", "at least one").into());
+        }
+        let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
+        let select =
+            |from: &Tensor| from.f_index_select(0, &chosen).map_err(Error::torch("select"));
+        let labels = self.labels.as_ref().map(|Labels { values, class_names }| {
+            Ok::<_, Error>(Labels { values: select(values)?, class_names: class_names.clone() })
+        });
+        Ok(Self { pixels: select(&self.pixels)?, labels: labels.transpose()? })
+    }
+
+    /// A data set of the samples of all classes except those with the given names. The other classes keep their order
+    /// and are numbered anew, from 0.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a name that no class has, for a data set without labels, and if nothing is left;
+    /// [`Error::Torch`] if memory runs out.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_data::ImageDataset;
+    /// use tch::{Kind, Tensor};
+    ///
+    /// let pixels = Tensor::zeros([4, 1, 2, 2], (Kind::Uint8, tch::Device::Cpu));
+    /// let names = ["bag", "coat", "shoe"].map(str::to_owned).to_vec();
+    /// let labels = Tensor::from_slice(&[2_i64, 0, 1, 2]);
+    /// let dataset = ImageDataset::with_class_names(&pixels, Some(&labels), names)?;
+    ///
+    /// let without = dataset.without_classes(&["bag".to_owned()])?;
+    /// assert_eq!(without.class_names(), ["coat", "shoe"]);
+    /// assert_eq!(without.labels(), Some(&Tensor::from_slice(&[1_i64, 0, 1])));
+    /// # Ok::<(), ddil_data::Error>(())
+    /// ```
+    pub fn without_classes(&self, names: &[String]) -> Result<Self> {
+        let refuse = |value: String, expected: String| {
+            Err(Error::Invalid(Invalid::new("exclude_classes", value, expected)))
+        };
+        let Some(Labels { values, class_names }) = &self.labels else {
+            return refuse("set".to_owned(), "no value: the data have no classes".to_owned());
+        };
+        if let Some(unknown) = names.iter().find(|name| !class_names.contains(name)) {
+            let expected = format!("names of the data's classes: {}", listed(class_names));
+            return refuse(format!("{unknown:?}"), expected);
+        }
+        let labels: Vec<i64> = Vec::try_from(values).map_err(Error::torch("without_classes"))?;
+        let is_left = |label: i64| !names.contains(&class_names[label as usize]);
+        let kept: Vec<i64> =
+            (0..).zip(&labels).filter(|(_, l)| is_left(**l)).map(|(i, _)| i).collect();
+        if kept.is_empty() {
+            return refuse(
+                listed(names),
+                format!("to leave samples: the data have the classes {}", listed(class_names)),
+            );
+        }
+        let left: Vec<i64> =
+            (0..class_names.len() as i64).filter(|label| is_left(*label)).collect();
+        let new_names = left.iter().map(|label| class_names[*label as usize].clone()).collect();
+        let mut new_labels = vec![0; class_names.len()];
+        for (new, old) in (0..).zip(left) {
+            new_labels[old as usize] = new;
+        }
+        self.select(&kept)?.relabelled(&new_labels, new_names)
+    }
+
+    /// The same images with other classes: label `i` becomes `labels[i]`, whose name is `class_names[labels[i]]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless there is one new label per class, [`Error::Label`] for a new label without a name.
+    pub fn relabelled(self, labels: &[i64], class_names: Vec<String>) -> Result<Self> {
+        let Self { pixels, labels: own } = self;
+        let found = own.as_ref().map_or(0, |own| own.class_names.len());
+        if labels.len() != found {
+            let expected = format!("{found}, the number of classes");
+            return Err(Invalid::new("labels", format!("{} labels", labels.len()), expected).into());
+        }
+        let num_classes = class_names.len() as i64;
+        if let Some(&found) = labels.iter().find(|label| !(0..num_classes).contains(*label)) {
+            return Err(Error::Label { found, num_classes });
+        }
+        let labels = own.map(|own| {
+            let table = Tensor::from_slice(labels).to_device(own.values.device());
+            let values =
+                table.f_index_select(0, &own.values).map_err(Error::torch("relabelled"))?;
+            Ok::<_, Error>(Labels { values, class_names })
+        });
+        Ok(Self { pixels, labels: labels.transpose()? })
+    }
+
+    fn ensure_indices(&self, indices: &[i64]) -> Result<()> {
+        let len = self.len();
+        match indices.iter().find(|index| !(0..len).contains(*index)) {
+            Some(&index) => Err(Error::Index { index, len }),
+            None => Ok(()),
+        }
+    }
+
     /// The samples at the given indices, in that order; indices may repeat.
     ///
     /// # Errors
     ///
     /// [`Error::Index`] for an index outside of `0..len`, [`Error::Torch`] if memory runs out.
     pub fn batch(&self, indices: &[i64]) -> Result<Batch> {
-        let len = self.len();
-        if let Some(&index) = indices.iter().find(|&&index| !(0..len).contains(&index)) {
-            return Err(Error::Index { index, len });
-        }
+        self.ensure_indices(indices)?;
         let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
         let select = |from: &Tensor| from.f_index_select(0, &chosen).map_err(Error::torch("batch"));
         let x0 = to_signed_unit(&select(&self.pixels)?);

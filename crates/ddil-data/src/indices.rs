@@ -1,5 +1,6 @@
 use ddil_files::Invalid;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 
@@ -7,6 +8,55 @@ use crate::Result;
 const SHUFFLE: &[u8; 16] = b"dataset shuffle\0";
 /// Purpose of the random stream of flips.
 const FLIP: &[u8; 16] = b"dataset flip\0\0\0\0";
+
+/// Purpose of the random stream of a choice of samples.
+const CHOICE: &[u8; 16] = b"dataset choice\0\0";
+
+/// Which samples of a data set are used, if not all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SampleChoice {
+    /// The first; those of a folder of classes are sorted by class.
+    First,
+    /// At random, each with the same probability.
+    #[default]
+    Random,
+}
+
+/// Indices of `count` of `len` samples, in increasing order.
+///
+/// The random choice depends on `seed` alone, and a smaller count chooses some of the samples of a larger one.
+///
+/// # Errors
+///
+/// [`Error::Invalid`](crate::Error::Invalid) unless `count` is in `1..=len`.
+///
+/// # Example
+///
+/// ```
+/// use ddil_data::{SampleChoice, choose_samples};
+///
+/// assert_eq!(choose_samples(10, 3, SampleChoice::First, 0)?, [0, 1, 2]);
+/// let few = choose_samples(10, 3, SampleChoice::Random, 0)?;
+/// let more = choose_samples(10, 5, SampleChoice::Random, 0)?;
+/// assert!(few.iter().all(|index| more.contains(index)));
+/// # Ok::<(), ddil_data::Error>(())
+/// ```
+pub fn choose_samples(len: i64, count: i64, choice: SampleChoice, seed: u64) -> Result<Vec<i64>> {
+    if !(1..=len).contains(&count) {
+        let expected = format!("in 1..={len}, the number of samples");
+        return Err(Invalid::new("max_samples", count, expected).into());
+    }
+    Ok(match choice {
+        SampleChoice::First => (0..count).collect(),
+        SampleChoice::Random => {
+            let mut chosen = shuffled(len, &mut stream(seed, 0, CHOICE));
+            chosen.truncate(count as usize);
+            chosen.sort_unstable();
+            chosen
+        }
+    })
+}
 
 /// The sample indices of each training step: the data set in a new random order every epoch.
 ///
@@ -116,12 +166,18 @@ impl BatchIndices {
     fn order(&mut self, number: u64) -> &[i64] {
         let cached = self.epoch.take().filter(|epoch| epoch.number == number);
         let epoch = cached.unwrap_or_else(|| {
-            let mut order: Vec<i64> = (0..self.len as i64).collect();
-            order.shuffle(&mut stream(self.seed, number, SHUFFLE));
+            let order = shuffled(self.len as i64, &mut stream(self.seed, number, SHUFFLE));
             Epoch { number, order }
         });
         &self.epoch.insert(epoch).order
     }
+}
+
+/// All indices below `len` in random order.
+fn shuffled(len: i64, rng: &mut StdRng) -> Vec<i64> {
+    let mut order: Vec<i64> = (0..len).collect();
+    order.shuffle(rng);
+    order
 }
 
 /// A separate generator for each seed, number and purpose.

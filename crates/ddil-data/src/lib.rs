@@ -10,10 +10,11 @@
 //! | images in memory | [`ImageDataset`], [`Batch`], [`flip_horizontally`] | `x0` `[batch, channels, height, width]`, -1 to 1; `labels` `[batch]` |
 //! | folders of PNG and JPEG files | [`read_image_folder`], [`read_cropped`] | `[n, channels, height, width]` |
 //! | images of any sizes, decoded in threads; features of them | [`ImageFiles`] | `[1, channels, height, width]` |
-//! | captions and prompts | [`read_captions`], [`read_prompts`], [`CaptionedImage`] | |
+//! | captions of images | [`read_captions`], [`CaptionedImage`] | |
+//! | prompts: text, JSON lines, tables, captions of COCO | [`read_prompts`], [`Prompt`], [`Captions`] | |
 //! | IDX files, Fashion-MNIST | [`read_idx_images`], [`read_idx_labels`], [`FashionMnist`] | `[n, rows, columns]`, `[n]` |
 //! | latents and encoded prompts | [`EncodedDataset`], [`EncodedBatch`], [`encoded`] | `x0` `[batch, channels, height, width]`, scaled |
-//! | sample order | [`BatchIndices`] | |
+//! | sample order; a part of the samples | [`BatchIndices`]; [`choose_samples`], [`SampleChoice`] | |
 //!
 //! # Example
 //!
@@ -55,8 +56,10 @@ mod images;
 mod indices;
 mod jpeg;
 mod layout;
+mod prompts;
+mod texts;
 
-pub use captions::{CaptionedImage, read_captions, read_prompts};
+pub use captions::{CaptionedImage, read_captions};
 pub use cropped::{CroppedImage, read_cropped};
 pub use ddil_files::Report;
 pub use encoded::{
@@ -68,6 +71,7 @@ pub use folder::read_image_folder;
 pub use idx::{read_idx_images, read_idx_labels};
 pub use image_files::ImageFiles;
 pub use images::{Batch, ImageDataset, flip_horizontally};
-pub use indices::BatchIndices;
+pub use indices::{BatchIndices, SampleChoice, choose_samples};
+pub use prompts::{Captions, Prompt, read_prompts};
 
 pub use tch;

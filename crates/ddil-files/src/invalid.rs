@@ -41,6 +41,23 @@ impl Invalid {
     }
 }
 
+/// Names between commas, for a message: the first 20 and the number of the others.
+///
+/// # Example
+///
+/// ```
+/// assert_eq!(ddil_files::listed(["bag", "coat"]), "bag, coat");
+/// ```
+pub fn listed<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
+    const SHOWN: usize = 20;
+    let names: Vec<S> = names.into_iter().collect();
+    let shown = names.iter().take(SHOWN).map(AsRef::as_ref).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@
 //! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
 //! | read and write settings of diffusers | [`JsonSettings`] |
 //! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
-//! | errors with their causes | [`Error`], [`Report`], [`with_causes`] |
+//! | errors with their causes; names in a message | [`Error`], [`Report`], [`with_causes`]; [`listed`] |
 //!
 //! # Example
 //!
@@ -52,7 +52,7 @@ pub mod settings;
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
 pub use error::{Error, Result};
-pub use invalid::Invalid;
+pub use invalid::{Invalid, listed};
 pub use json::{
     ensure_version, first_version, read_json, read_small_json, read_versioned, write_json,
 };

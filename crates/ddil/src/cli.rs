@@ -197,7 +197,8 @@ pub(crate) struct PromptArgs {
     /// A prompt: what the image should show; can be repeated.
     #[arg(long = "prompt", value_name = "PROMPT")]
     pub(crate) prompts: Vec<String>,
-    /// A file of more prompts, one per line; empty lines are ignored.
+    /// A file of more prompts: one per line, or `.jsonl`, `.csv`, or COCO's `captions_*.json`, of which the first
+    /// caption of each image is used.
     #[arg(long, value_name = "FILE")]
     pub(crate) prompts_file: Option<PathBuf>,
     /// The prompt to guide away from; the default is the model's encoding of an empty prompt.

@@ -6,8 +6,8 @@ use ddil_core::{
     RandomStreams, Rollout, RolloutNetworks, RolloutSteps, SavedFile, SavedState, ShiftConfig,
     ShiftRequest, SolverRollout, Source, SourceConfig, SourceRequest, States, Stream,
     StudentConfig, StudentPolicy, StudentSource, TeacherConfig, TeacherSource, Thresholded,
-    TrajectorySource, draw_grid_indices, first_state, measure_shift, repeated_level,
-    repeated_timestep, shift_at,
+    TrajectorySource, draw_grid_indices, draw_stratified, first_state, measure_shift,
+    repeated_level, repeated_timestep, shift_at,
 };
 use ddil_models::{
     DiscriminatorHeadConfig, MlpConfig, ModelConfig, NetworkConfig, NetworkDenoiser,
@@ -790,6 +790,15 @@ fn fed_mixer(cases: &mut Cases) {
         let mut mixer = new_mixer(MixerConfig::default()).map_err(|error| error.to_string())?;
         outcome(mixer.restore(&SavedState::default()))
     });
+    for share in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300] {
+        cases.once("draw_stratified", &share.to_string(), || {
+            let drawn = draw_stratified(&[share, 0.5], 3, &mut StdRng::seed_from_u64(0));
+            assert_eq!(drawn.len(), 3);
+            let drawn = draw_stratified(&[share; 2], 0, &mut StdRng::seed_from_u64(0));
+            assert!(drawn.is_empty());
+            Ok(())
+        });
+    }
     for (batch, indices) in [(0, 0), (3, 0), (3, 1), (0, 4), (3, usize::MAX)] {
         cases.once("draw_grid_indices", &format!("{batch} of {indices}"), || {
             let _ = draw_grid_indices(batch, indices, &mut StdRng::seed_from_u64(0));

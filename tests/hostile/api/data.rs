@@ -1,7 +1,7 @@
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{
-    BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, flip_horizontally,
-    read_cropped,
+    BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, SampleChoice,
+    choose_samples, flip_horizontally, read_cropped,
 };
 use ddil_metrics::RawPixels;
 use tch::{Device, Kind, Tensor};
@@ -48,6 +48,23 @@ fn images(cases: &mut Cases) {
     for first in ODD_WHOLES {
         cases.integers("ImageDataset::range", |len| outcome(dataset.range(first, len.min(1000))));
     }
+    cases.integers("ImageDataset::select", |index| outcome(dataset.select(&[0, index])));
+    cases.once("ImageDataset::select", "no index", || outcome(dataset.select(&[])));
+    let unlabelled = ImageDataset::new(&pixels, None).expect("it fits");
+    for excluded in [&[][..], &["0"], &["0", "1", "2"], &["3"], &["", "\u{0}"]] {
+        let names: Vec<String> = excluded.iter().map(|name| (*name).to_owned()).collect();
+        for dataset in [&dataset, &unlabelled] {
+            cases.once("ImageDataset::without_classes", &format!("{names:?}"), || {
+                outcome(dataset.without_classes(&names))
+            });
+        }
+    }
+    cases.integers("ImageDataset::relabelled", |label| {
+        outcome(dataset.select(&[0]).and_then(|one| one.relabelled(&[0, 1, label], names())))
+    });
+    cases.once("ImageDataset::relabelled", "too few labels", || {
+        outcome(dataset.select(&[0]).and_then(|one| one.relabelled(&[0], names())))
+    });
     cases.tensors("flip_horizontally", &[&pixels], |t| {
         outcome(flip_horizontally(&t[0], &[true; 6]))
     });
@@ -55,6 +72,12 @@ fn images(cases: &mut Cases) {
 }
 
 fn order(cases: &mut Cases) {
+    for len in [0, 1, 5, -1, i64::MIN] {
+        for choice in [SampleChoice::First, SampleChoice::Random] {
+            cases
+                .integers("choose_samples", |count| outcome(choose_samples(len, count, choice, 3)));
+        }
+    }
     for len in ODD_WHOLES {
         cases.integers("BatchIndices::new", |size| {
             outcome(BatchIndices::new(len, size as usize, 0))

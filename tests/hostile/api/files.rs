@@ -1,7 +1,7 @@
 use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
 use ddil_files::{
-    Invalid, JsonSettings, ensure_version, open_regular_file, parent, read_bounded, read_json,
-    read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
+    Invalid, JsonSettings, ensure_version, listed, open_regular_file, parent, read_bounded,
+    read_json, read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
     write_atomic, write_json,
 };
 use serde_json::Value;
@@ -37,6 +37,13 @@ fn reads(cases: &mut Cases) {
 }
 
 fn settings(cases: &mut Cases) {
+    for count in [0, 1, 20, 21] {
+        cases.once("listed", &format!("{count} names"), || {
+            let text = listed(vec!["a\n\u{0}"; count]);
+            assert_eq!(text.ends_with("more"), count > 20);
+            Ok(())
+        });
+    }
     for field in ["", ", ", "a.b", "a, b", "\u{0}"] {
         let invalid = || Invalid::new(field, f64::NAN, "");
         cases.once("Invalid::new", field, || outcome(Err::<(), _>(invalid())));

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::{Component, Path};
 
 use ddil_data::{
-    EncodedDataset, Error, ImageFiles, read_captions, read_cropped, read_idx_images,
+    Captions, EncodedDataset, Error, ImageFiles, read_captions, read_cropped, read_idx_images,
     read_idx_labels, read_image_folder, read_prompts,
 };
 use ddil_metrics::{FashionClassifier, RawPixels, Reference};
@@ -165,11 +165,42 @@ fn read_captioned(folder: &Path) -> Response {
 
 #[test]
 fn prompts_file() {
-    let seed = Tree::file("prompts.txt", "a cat\n\na dog\n");
-    Target::new("prompts_file", vec![seed], |folder| {
-        read_prompts(&folder.join("prompts.txt")).map(drop).map_err(message_of)
-    })
-    .run();
+    prompts("prompts_file", PROMPTS[0], "a cat\n\na dog\n");
+}
+
+#[test]
+fn prompts_in_lines_of_json() {
+    let lines = "{\"text\": \"a cat\", \"image_id\": 3}\n{\"caption\": [\"a dog\", \"one dog\"]}\n";
+    prompts("prompts_in_lines_of_json", PROMPTS[1], lines);
+}
+
+#[test]
+fn prompts_in_a_table() {
+    let table = "file_name,prompt\na.png,a cat\nb.png,\"a dog \"\"Rex\"\"\"\n";
+    prompts("prompts_in_a_table", PROMPTS[2], table);
+}
+
+#[test]
+fn captions_of_coco() {
+    let coco = r#"{"images": [{"id": 7, "file_name": "7.jpg"}, {"id": 3, "file_name": "3.jpg"}],
+        "annotations": [{"id": 1, "image_id": 3, "caption": "A cat."},
+                        {"id": 2, "image_id": 7, "caption": "A dog."}]}"#;
+    prompts("captions_of_coco", PROMPTS[3], coco);
+}
+
+/// A file of each form.
+const PROMPTS: [&str; 4] = ["prompts.txt", "prompts.jsonl", "prompts.csv", "captions.json"];
+
+fn prompts(target: &'static str, name: &str, text: &str) {
+    let read = |folder: &Path| {
+        let file = PROMPTS.iter().map(|name| folder.join(name)).find(|file| file.exists());
+        let file = file.unwrap_or_else(|| folder.join(PROMPTS[0]));
+        let prompts = read_prompts(&file, Captions::All).map_err(message_of)?;
+        assert!(!prompts.is_empty());
+        assert!(prompts.iter().all(|p| !p.text.is_empty() && p.text.trim() == p.text));
+        read_prompts(&file, Captions::First).map(drop).map_err(message_of)
+    };
+    Target::new(target, vec![Tree::file(name, text)], read).run();
 }
 
 fn tensors(named: &[(&str, Tensor)]) -> Vec<u8> {

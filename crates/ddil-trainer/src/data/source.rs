@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use ddil_data::{
-    CaptionedImage, EncodedDataset, EncodedShape, FashionMnist, ImageDataset, LatentScaling,
-    TruncatedPrompts, cache_folder, read_captions, read_image_folder, read_prompts,
+    CaptionedImage, Captions, EncodedDataset, EncodedShape, FashionMnist, ImageDataset,
+    LatentScaling, Prompt, TruncatedPrompts, cache_folder, read_captions, read_image_folder,
+    read_prompts,
 };
 use ddil_files::Invalid;
 use ddil_models::{
@@ -116,8 +117,7 @@ impl DataSource {
         let (samples, images) = if section.kind == DataKind::Captions {
             (read_captions(path)?, Some(path.to_owned()))
         } else {
-            let prompt = |text| CaptionedImage { file_name: PathBuf::new(), texts: vec![text] };
-            (read_prompts(path)?.into_iter().map(prompt).collect(), None)
+            (prompts_of(path, Captions::All)?, None)
         };
         let key = key(&samples, images.as_deref(), size, &teacher.parts)?;
         let folder = section.cache.clone();
@@ -218,6 +218,15 @@ impl DataSource {
         let expected = format!("at most {len}, the number of samples");
         invalid("data.batch_size", batch.to_string(), expected)
     }
+}
+
+/// The prompts of a file as samples without images.
+fn prompts_of(path: &Path, captions: Captions) -> Result<Vec<CaptionedImage>> {
+    let sample = |prompt: Prompt| {
+        // No image is read; the texts alone identify the encoded prompts.
+        CaptionedImage { file_name: PathBuf::new(), texts: vec![prompt.text] }
+    };
+    Ok(read_prompts(path, captions)?.into_iter().map(sample).collect())
 }
 
 /// Logs a warning if prompts are longer than the encoders' context.

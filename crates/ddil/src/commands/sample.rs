@@ -1,6 +1,5 @@
 //! `ddil sample`.
 
-use std::fs;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,6 +7,7 @@ use std::process::ExitCode;
 use crate::exit_code::NOT_FINITE;
 use crate::sample_file;
 use anyhow::{Context, bail, ensure};
+use ddil_data::{Captions, read_prompts};
 use ddil_evaluate::draw_observed;
 use ddil_models::Lora;
 use ddil_pipelines::{
@@ -104,11 +104,8 @@ fn warn_of_misuse(args: &SampleArgs, pipeline: &Pipeline) {
 fn prompts(args: &PromptArgs) -> anyhow::Result<Vec<String>> {
     let mut prompts = args.prompts.clone();
     if let Some(path) = &args.prompts_file {
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("could not read prompts from {}", path.display()))?;
-        let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        ensure!(!lines.is_empty(), "{} contains no prompts", path.display());
-        prompts.extend(lines.into_iter().map(str::to_owned));
+        let read = read_prompts(path, Captions::First)?;
+        prompts.extend(read.into_iter().map(|prompt| prompt.text));
     }
     Ok(prompts)
 }
