@@ -45,6 +45,10 @@ def main():
         record(f"turned_{orientation}", shown if way is None else shown.transpose(way), exif=exif, subsampling=0)
     record("grey", shown.convert("L"))
     record("progressive", shown, progressive=True, subsampling=2)
+    # Odd sizes: the last column and row of the colours cover one pixel.
+    odd = shown.crop((0, 0, 21, 13))
+    record("half_width", odd, subsampling=1)
+    record("half_size", odd, subsampling=2)
     record("cmyk", shown.convert("CMYK"))
     sizes = [Image.open(path).size for path in sorted(GOLDEN.glob("turned_*.png"))]
     assert set(sizes) == {shown.size}, sizes

@@ -1,13 +1,13 @@
 //! JPEG files.
 
+mod decoder;
+
 use std::path::Path;
 
 use ddil_files::read_bounded;
 use exif::{In, Reader, Tag};
-use zune_jpeg::{
-    JpegDecoder,
-    zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions},
-};
+use mozjpeg::decompress::DecompressStarted;
+use mozjpeg::{ColorSpace, Marker};
 
 use crate::layout::Layout;
 use crate::{Error, Result};
@@ -17,35 +17,61 @@ use crate::{Error, Result};
 const MAX_PIXELS_PER_BYTE: usize = 8 * 8 * 8;
 
 /// The pixels of a grey or colour JPEG, oriented by its Exif data.
+///
+/// The decoder is libjpeg-turbo's, with the settings of Pillow: the same pixels, bit by bit.
 pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let bytes = read_bounded(path, u64::MAX)
         .map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    let jpeg = |error| Error::Jpeg { path: path.to_owned(), source: Box::new(error) };
-    // Strict: otherwise a truncated file would be filled with grey.
-    let options = DecoderOptions::default().set_strict_mode(true);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
-    decoder.decode_headers().map_err(jpeg)?;
-    let (width, height) = decoder.info().map_or((0, 0), |info| (info.width, info.height));
-    ensure_possible(path, [width, height], bytes.len())?;
-    let (channels, colour) = match decoder.input_colorspace() {
-        Some(ColorSpace::Luma) => (1, ColorSpace::Luma),
-        Some(ColorSpace::YCbCr | ColorSpace::RGB) => (3, ColorSpace::RGB),
+    decoder::caught(|| decode(path, &bytes)).unwrap_or_else(|message| Err(jpeg(path, message)))
+}
+
+/// The error of a file that the decoder refuses.
+fn jpeg(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::Jpeg { path: path.to_owned(), source: error.into() }
+}
+
+/// As [`read`]; errors within the decoder unwind.
+fn decode(path: &Path, bytes: &[u8]) -> Result<(Layout, Vec<u8>)> {
+    let failed = |error: std::io::Error| jpeg(path, error);
+    let decoder =
+        decoder::strict().with_markers(&[Marker::APP(1)]).from_mem(bytes).map_err(failed)?;
+    ensure_possible(path, decoder.size(), bytes.len())?;
+    let exif = decoder.markers().find_map(|marker| marker.data.strip_prefix(b"Exif\0\0"));
+    let orientation = exif.map_or(UPRIGHT, orientation);
+    let (channels, pixels, [height, width]) = match decoder.color_space() {
+        ColorSpace::JCS_GRAYSCALE => {
+            let mut rows = decoder.grayscale().map_err(failed)?;
+            let pixels = rows.read_scanlines::<u8>().map_err(failed)?;
+            (1, pixels, finished(rows).map_err(failed)?)
+        }
+        ColorSpace::JCS_YCbCr | ColorSpace::JCS_RGB => {
+            let mut rows = decoder.rgb().map_err(failed)?;
+            let pixels = rows.read_scanlines::<[u8; 3]>().map_err(failed)?.into_flattened();
+            (3, pixels, finished(rows).map_err(failed)?)
+        }
         other => {
-            let found =
-                other.map_or("of an unknown colour space".to_owned(), |own| format!("{own:?}"));
+            let found = match other {
+                ColorSpace::JCS_CMYK => "CMYK".to_owned(),
+                ColorSpace::JCS_YCCK => "YCCK".to_owned(),
+                _ => "of an unknown colour space".to_owned(),
+            };
             let expected = "grey or RGB".to_owned();
             return Err(Error::Image { path: path.to_owned(), found, expected });
         }
     };
-    decoder.set_options(options.jpeg_set_out_colorspace(colour));
-    let pixels = decoder.decode().map_err(jpeg)?;
-    let layout = Layout { channels, height: height.into(), width: width.into() };
-    Ok(oriented(layout, pixels, decoder.exif().map_or(UPRIGHT, |exif| orientation(exif))))
+    Ok(oriented(Layout { channels, height, width }, pixels, orientation))
 }
 
-fn ensure_possible(path: &Path, [width, height]: [u16; 2], num_bytes: usize) -> Result<()> {
+/// Ends the decoding, which reads up to the end of the file; height and width.
+fn finished(rows: DecompressStarted<&[u8]>) -> std::io::Result<[u32; 2]> {
+    let size = [rows.height() as u32, rows.width() as u32];
+    rows.finish()?;
+    Ok(size)
+}
+
+fn ensure_possible(path: &Path, (width, height): (usize, usize), num_bytes: usize) -> Result<()> {
     let max_pixels = num_bytes.saturating_mul(MAX_PIXELS_PER_BYTE);
-    if usize::from(width) * usize::from(height) <= max_pixels {
+    if width.saturating_mul(height) <= max_pixels {
         return Ok(());
     }
     let found = format!("{width}x{height} pixels");

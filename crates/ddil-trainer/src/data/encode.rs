@@ -333,6 +333,11 @@ pub(super) fn key(
     for sample in samples {
         if let Some(images) = images {
             note(signature(images, &sample.file_name)?);
+            let extension = sample.file_name.extension();
+            if !extension.is_some_and(|end| end.eq_ignore_ascii_case("png")) {
+                // The pixels of a JPEG depend on the decoder; caches of an earlier one are not used.
+                note("libjpeg-turbo".to_owned());
+            }
         }
         note(format!("{:?}", sample.texts));
     }
