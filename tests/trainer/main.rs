@@ -4,6 +4,7 @@ mod checkpoint;
 mod compare;
 mod doctor;
 mod ema;
+mod evaluation;
 mod fast_path;
 mod interrupt;
 mod logging;

@@ -1,6 +1,9 @@
 //! Errors of measuring.
 
+use std::path::PathBuf;
+
 use ddil_files::Invalid;
+use ddil_libtorch::ArgumentError;
 
 /// [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,7 +18,7 @@ pub enum Error {
     #[error(transparent)]
     Invalid(#[from] Invalid),
     /// A [`Monitor`](crate::Monitor) stopped the work.
-    #[error("stopped after {done} of {total} images of {what}")]
+    #[error("{what}: stopped after {done} of {total} images{}", if *is_kept { "; the same command continues" } else { "" })]
     Stopped {
         /// The set of images.
         what: String,
@@ -23,7 +26,24 @@ pub enum Error {
         done: u64,
         /// The number of images in all.
         total: u64,
+        /// Whether the features are kept, so that another process can continue.
+        is_kept: bool,
     },
+    /// Samples of a model are NaN or infinite.
+    #[error("{what}: samples are NaN or infinite")]
+    NotFinite {
+        /// The samples.
+        what: String,
+    },
+    /// Another process computes the same features.
+    #[error("{} is in use by another process", path.display())]
+    InUse {
+        /// The folder of the features.
+        path: PathBuf,
+    },
+    /// An argument has an unsupported shape, kind, layout or value.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// An operation of libtorch failed.
     #[error("{op}: libtorch failed: {message}")]
     Torch {

@@ -9,7 +9,7 @@ use ddil_metrics::{
 };
 use tch::{Device, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The file name of the Inception network of 2015 as published for `StyleGAN`.
 const INCEPTION: &str = "inception-2015-12-05.pt";
@@ -103,7 +103,8 @@ impl ExtractorChoice {
         // Before anything is drawn or read: whether such images are accepted at all.
         if let Some([channels, height, width]) = shape {
             let black = (tch::Kind::Float, Device::Cpu);
-            let _ = extractor.features(&Tensor::zeros([1, channels, height, width], black))?;
+            let black = Tensor::f_zeros([1, channels, height, width], black);
+            let _ = extractor.features(&black.map_err(Error::torch("ExtractorChoice::open"))?)?;
         }
         Ok(extractor)
     }

@@ -7,9 +7,10 @@
 //! | --- | --- |
 //! | choose a network of features | [`ExtractorChoice`] |
 //! | choose the images to compare with | [`ReferenceChoice`], [`reference_of_images`], [`all_images`], [`warnings_of`], [`few_images`] |
-//! | draw samples | [`draw`], [`draw_observed`] |
-//! | compute features | [`features_as_stored`], [`features_of_files`] |
-//! | compare | [`score`], [`Scores`], [`FeatureScores`] |
+//! | draw samples | [`Drawing`], [`draw`], [`draw_observed`] |
+//! | compute features | [`features_of_files`], [`features_of_drawing`], [`features_as_stored`] |
+//! | keep features, and continue after a stop | [`FeatureRows`], [`FeatureStore`], [`FeatureKey`] |
+//! | compare | [`score`], [`Scores`], [`FeatureScores`], [`Metric`] |
 //! | record the result | [`Measurement`], [`StandardErrors`] |
 //! | measure the covariate shift | [`shift`], [`ShiftRow`] |
 //! | show progress, stop | [`Monitor`], [`Unmonitored`] |
@@ -42,7 +43,9 @@
 mod drawing;
 mod error;
 mod extractor;
-mod files;
+mod feature_rows;
+mod feature_store;
+mod features;
 mod measurement;
 mod monitor;
 mod reference;
@@ -50,13 +53,15 @@ mod scores;
 mod shift;
 
 pub use ddil_files::Report;
-pub use drawing::{draw, draw_observed};
+pub use drawing::{Drawing, draw, draw_observed};
 pub use error::{Error, Result};
 pub use extractor::ExtractorChoice;
-pub use files::features_of_files;
+pub use feature_rows::FeatureRows;
+pub use feature_store::{FeatureKey, FeatureStore};
+pub use features::{features_as_stored, features_of_drawing, features_of_files};
 pub use measurement::{Measurement, StandardErrors};
 pub use monitor::{Monitor, Unmonitored};
 pub use reference::{ReferenceChoice, all_images, few_images, warnings_of};
-pub use scores::{FeatureScores, Scores, features_as_stored, reference_of_images, score};
+pub use scores::{FeatureScores, MIN_SAMPLES, Metric, Scores, reference_of_images, score};
 pub use shift::{ShiftRow, shift};
 pub use tch;

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use ddil_data::{FashionMnist, ImageDataset, ImageFiles};
 use ddil_files::Invalid;
-use ddil_metrics::{FeatureExtractor, Reference};
+use ddil_metrics::{FeatureExtractor, Neighbours, Reference};
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::files::features_of_files;
+use crate::feature_rows::FeatureRows;
+use crate::feature_store::{FeatureKey, FeatureStore};
+use crate::features::features_of_files;
 use crate::monitor::Monitor;
 use crate::scores::reference_of_images;
 
@@ -23,15 +25,15 @@ const FASHION_MNIST: &str = "fashion_mnist";
 /// use ddil_evaluate::ReferenceChoice;
 ///
 /// let images = ReferenceChoice::named("fashion_mnist")?;
-/// assert_eq!(images, ReferenceChoice::FashionMnist);
+/// assert_eq!(images, ReferenceChoice::FashionMnist(None));
 /// let error = ReferenceChoice::named("no/such/folder").expect_err("there is none");
 /// assert!(error.to_string().contains("`reference` is no/such/folder"));
 /// # Ok::<(), ddil_evaluate::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReferenceChoice {
-    /// The test images of Fashion-MNIST.
-    FashionMnist,
+    /// The test images of Fashion-MNIST, in this folder or the default one.
+    FashionMnist(Option<PathBuf>),
     /// A folder of images of any sizes, with its subfolders.
     Folder(PathBuf),
     /// A file of statistics, as [`Reference::from_file`] reads it.
@@ -47,7 +49,7 @@ impl ReferenceChoice {
     pub fn named(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if path == Path::new(FASHION_MNIST) {
-            return Ok(Self::FashionMnist);
+            return Ok(Self::FashionMnist(None));
         }
         if path.is_dir() {
             return Ok(Self::Folder(path.to_owned()));
@@ -60,35 +62,90 @@ impl ReferenceChoice {
         Err(Invalid::new("reference", path.display(), expected).into())
     }
 
-    /// The reference. Features of a folder are computed, in `threads` threads that decode.
+    /// The reference. Features of a folder are computed, in `threads` threads that decode; those of
+    /// [`FeatureStore::MIN_IMAGES`] images or more are kept in `store`, if there is one, and read from there the next
+    /// time.
     ///
     /// # Errors
     ///
-    /// Errors of the images or the file, and of the extractor; statistics of another extractor; fewer than two images;
+    /// Errors of the images or the file, and of the extractor; statistics of another extractor; too few images;
     /// [`Error::Stopped`](crate::Error::Stopped).
     pub fn open(
         &self,
         extractor: &dyn FeatureExtractor,
         threads: usize,
+        store: Option<&mut FeatureStore>,
         monitor: &mut dyn Monitor,
     ) -> Result<Reference> {
-        match self {
-            Self::FashionMnist => {
-                let test = FashionMnist::from_folder(None)?.test;
-                reference_of_images("fashion_mnist/test", &all_images(&test)?, extractor)
+        let reference = match self {
+            Self::FashionMnist(folder) => {
+                let test = FashionMnist::from_folder(folder.as_deref())?.test;
+                reference_of_images("fashion_mnist/test", &all_images(&test)?, extractor)?
             }
             Self::Folder(path) => {
                 let files = ImageFiles::in_folder(path)?;
-                let features = features_of_files(&files, "reference", extractor, threads, monitor)?;
-                Ok(Reference::new("images/held_out", &features, extractor)?)
+                let rows = match store.filter(|store| store.keeps(files.len() as u64)) {
+                    Some(store) => store.open(&FeatureKey::of_files(&files, extractor)?, true)?,
+                    None => FeatureRows::in_memory(),
+                };
+                let features =
+                    features_of_files(&files, "reference", extractor, threads, rows, monitor)?;
+                Reference::new("images/held_out", &features, extractor)?
             }
             Self::File(path) => {
                 let reference = Reference::from_file(path)?;
                 reference.ensure_extractor(extractor)?;
-                Ok(reference)
+                reference
             }
+        };
+        if let Some(features) = reference.features() {
+            ensure_enough(self, features.size()[0])?;
+        }
+        Ok(reference)
+    }
+
+    /// Checks the reference without computing features of a folder; returns whether it has features, and not statistics
+    /// alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open), except for errors in the images of a folder.
+    pub fn check(&self, extractor: &dyn FeatureExtractor) -> Result<bool> {
+        let images = match self {
+            Self::FashionMnist(folder) => {
+                Some(FashionMnist::from_folder(folder.as_deref())?.test.len())
+            }
+            Self::Folder(path) => Some(ImageFiles::in_folder(path)?.len() as i64),
+            Self::File(path) => {
+                let reference = Reference::from_file(path)?;
+                reference.ensure_extractor(extractor)?;
+                reference.features().map(|features| features.size()[0])
+            }
+        };
+        if let Some(images) = images {
+            ensure_enough(self, images)?;
+        }
+        Ok(images.is_some())
+    }
+
+    fn shown(&self) -> String {
+        match self {
+            Self::FashionMnist(_) => FASHION_MNIST.to_owned(),
+            Self::Folder(path) | Self::File(path) => path.display().to_string(),
         }
     }
+}
+
+/// The metrics of neighbours have no value for fewer images than neighbours.
+fn ensure_enough(choice: &ReferenceChoice, images: i64) -> Result<()> {
+    let Neighbours { precision_recall, density_coverage } = Neighbours::default();
+    let least = i64::from(precision_recall.max(density_coverage)) + 1;
+    if images >= least {
+        return Ok(());
+    }
+    let (value, expected) =
+        (choice.shown(), format!("at least {least} images, but found {images}"));
+    Err(Invalid::new("reference", value, expected).into())
 }
 
 /// What limits a comparison with a reference; empty if nothing does.

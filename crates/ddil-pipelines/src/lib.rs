@@ -12,7 +12,7 @@
 //! | conversion of model files | [`ModelFiles`], [`PartSummary`], [`WeightForm`] | |
 //! | text encoders and autoencoder | [`TextToImageComponents`], [`EncodedPrompts`] | `[prompts, tokens, width]`, latents `[n, channels, height / 8, width / 8]` |
 //! | guidance | [`Guidance`] | |
-//! | sampling | [`SamplePlan`], [`with_published_solver`], [`generate`], [`initial_noise`], [`class_conditioning`] | `[n, channels, height, width]` |
+//! | sampling | [`SamplePlan`], [`with_published_solver`], [`generate`], [`generate_from`], [`initial_noise`], [`class_conditioning`] | `[n, channels, height, width]` |
 //! | prompts, step by step | [`PromptRequest`], [`EncodedRequest`], [`sample_latents`], [`sample_latents_seeded`], [`decode`] | |
 //! | PNG files and grids | [`Image`], [`Layout`], [`SampleGrid`], [`save_each`] | |
 //!
@@ -58,7 +58,7 @@ pub use prompting::{
     with_published_solver, with_published_timesteps,
 };
 pub use sampling::{
-    SampleGrid, SamplePlan, WithCallback, class_conditioning, generate, grid_of_classes,
-    grid_of_prompts, initial_noise, layout, sampling_denoiser,
+    SampleGrid, SamplePlan, WithCallback, class_conditioning, generate, generate_from,
+    grid_of_classes, grid_of_prompts, initial_noise, layout, sampling_denoiser,
 };
 pub use tch;

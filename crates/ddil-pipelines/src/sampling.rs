@@ -215,8 +215,34 @@ pub fn generate(
     noise: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<Tensor> {
+    generate_from(denoiser, plan, guidance, noise, conditioning, 0)
+}
+
+/// A part of the samples of [`generate`], which begins at sample `first`: the same samples as in the whole.
+///
+/// `noise` and `conditioning` are those of the part alone. Rounding is the same too if `first` is a multiple of the
+/// plan's batch size.
+///
+/// # Shapes and units
+///
+/// As [`generate`].
+///
+/// # Errors
+///
+/// As [`generate`].
+pub fn generate_from(
+    denoiser: &dyn Denoiser,
+    plan: &SamplePlan,
+    guidance: &Guidance,
+    noise: &Tensor,
+    conditioning: &Conditioning,
+    first: u64,
+) -> Result<Tensor> {
     let streams = RandomStreams::new(plan.seed, 0);
-    let generator = |row: i64| streams.generator(1 + row as u64, Stream::Sample, Device::Cpu);
+    let generator = |row: i64| {
+        let sample = first.saturating_add(row as u64);
+        streams.generator(sample.saturating_add(1), Stream::Sample, Device::Cpu)
+    };
     generate_with(denoiser, plan, guidance, noise, conditioning, &generator)
 }
 

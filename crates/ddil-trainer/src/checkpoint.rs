@@ -3,6 +3,7 @@
 //! ```text
 //! checkpoints/
 //!   latest                  the name of the newest checkpoint
+//!   best                    the name of the best, if `output.checkpoints.keep_best` is set
 //!   step_0001000/
 //!     manifest.json         format, step, kind, and the size and SHA-256 of every member
 //!     student.safetensors   members: any safetensors and JSON files
@@ -29,13 +30,16 @@ mod write;
 pub use damage::Damage;
 pub use manifest::{Linked, Manifest, Member};
 pub use read::{Checkpoint, Damaged, Found, find_latest, list};
-pub use retention::{Retention, discard_newer, remove_leftovers};
+pub(crate) use retention::note_best;
+pub use retention::{Retention, best_of, discard_newer, remove_leftovers};
 pub use write::CheckpointWriter;
 
 use std::path::{Path, PathBuf};
 
 /// File with the name of the newest checkpoint, for people and other programs.
 const LATEST: &str = "latest";
+/// File with the name of the best checkpoint, if the config keeps one.
+const BEST: &str = "best";
 const MANIFEST: &str = "manifest.json";
 /// Temporary name of a checkpoint that is being replaced by one of the same step.
 const REPLACED: &str = ".old-";

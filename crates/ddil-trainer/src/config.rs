@@ -2,6 +2,7 @@
 //!
 //! Each field documents its default; `ddil init` writes the same texts as a commented file.
 
+mod evaluate;
 mod lora;
 mod mixing;
 
@@ -15,6 +16,7 @@ use ddil_schedulers::{NoiseScheduleConfig, PredictionType, Thresholding};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+pub use self::evaluate::EvaluateSection;
 pub use self::lora::{LoraExport, LoraSection, LoraTargets};
 pub use self::mixing::MixingSection;
 use crate::checkpoint::Retention;
@@ -150,6 +152,9 @@ pub struct TrainConfig {
     pub learning_rate: LrSchedule,
     /// The moving average, which is exported.
     pub ema: EmaConfig,
+    /// The evaluation of the moving average during the run; default none.
+    #[serde(skip_serializing_if = "EvaluateSection::is_default")]
+    pub evaluate: EvaluateSection,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
@@ -199,6 +204,9 @@ pub struct DistillConfig {
     pub critic: CriticSection,
     /// The moving average, which is exported.
     pub ema: EmaConfig,
+    /// The evaluation of the moving average during the run; default none.
+    #[serde(skip_serializing_if = "EvaluateSection::is_default")]
+    pub evaluate: EvaluateSection,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
@@ -475,6 +483,7 @@ impl TrainConfig {
         ensure("output.prompts", "set", self.output.prompts.is_empty(), expected)?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
+        self.evaluate.ensure(&self.data, &self.output)?;
         let schedule = self.schedule.build()?;
         self.train.prediction_type.ensure_defined_on(&schedule)?;
         let TrainSection { updates, label_dropout, sample_steps, .. } = self.train;
@@ -506,6 +515,7 @@ impl DistillConfig {
         self.data.ensure()?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
+        self.evaluate.ensure(&self.data, &self.output)?;
         self.thresholding.ensure()?;
         self.teacher.guidance.ensure()?;
         let path = &self.teacher.path;

@@ -14,6 +14,7 @@ use ddil_core::{
     Clock, Conditioning, Data, Denoiser, Feedback, MixBatch, RandomStreams, RolloutNetworks,
     SavedState, Source, States, Stream, Thresholded, with_boundary,
 };
+use ddil_evaluate::{Drawing, Scores};
 use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements, TeacherGuidance};
 use ddil_models::{NetworkDenoiser, Placement};
 use ddil_pipelines::{
@@ -32,6 +33,7 @@ use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::{DistillConfig, LoraExport};
 use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
+use crate::evaluation::{EvaluationConfig, Evaluator, not_evaluated};
 use crate::evidence::Evidence;
 use crate::interrupt::Interrupt;
 use crate::roster::Roster;
@@ -54,6 +56,8 @@ pub struct DistillTask {
     roles: Roles,
     stage: Stage,
     meters: Meters,
+    /// None unless the run is evaluated.
+    evaluator: Option<Evaluator>,
     run_folder: PathBuf,
     /// The lock of the buffer's spill folder, held while this is open.
     spill_lock: Option<File>,
@@ -163,6 +167,7 @@ impl Prepared {
         let prompted = Prompted::new(&data, &config.output.prompts, &parts, placement)?;
         let guide = guide(&card, prompted.as_ref());
         let meters = Meters::new(&schedule, &config.objective);
+        let evaluator = evaluation_of(&config).open(pixels_of(&card, &parts), device, interrupt)?;
         let streams = RandomStreams::new(seed, 0);
         Ok(DistillTask {
             run_folder: config.run.path(),
@@ -178,9 +183,20 @@ impl Prepared {
             roles,
             stage,
             meters,
+            evaluator,
             pending: None,
         })
     }
+}
+
+fn evaluation_of(config: &DistillConfig) -> EvaluationConfig<'_> {
+    let DistillConfig { run, data, evaluate, output, .. } = config;
+    EvaluationConfig { run, data, evaluate, output }
+}
+
+/// Channels, height and width of the images of a model of pixels; none for a model of latents.
+fn pixels_of(card: &Card, parts: &PipelineParts) -> Option<[i64; 3]> {
+    (!parts.class().is_text_to_image()).then_some(card.image_shape)
 }
 
 /// How a model with that card is guided.
@@ -257,6 +273,9 @@ impl DistillTask {
         Roster::first(&config, requirements, network.config(), data.image_shape())?
             .ensure(network, config.run.seed)?;
         scheduler(&config, network.schedule(), &stage, network)?;
+        let card = Card { image_shape: data.image_shape(), ..teacher.card.clone() };
+        let device = config.run.device()?;
+        evaluation_of(&config).check(pixels_of(&card, &teacher.parts), device)?;
         Ok(Pipeline::ensure_weights(&config.teacher.path)?)
     }
 
@@ -392,6 +411,17 @@ impl DistillTask {
             timesteps: Some(self.stage.sampling.as_slice().to_vec()),
             batch_size: if self.prompted.is_some() { LATENTS_AT_ONCE } else { 100 },
             seed: self.config.run.seed,
+        }
+    }
+
+    /// The sampling configuration of an evaluation.
+    fn evaluation_plan(&self, card: &Card) -> SamplePlan {
+        let (own, section) = (self.sample_plan(card), &self.config.evaluate);
+        let batch_size = if self.prompted.is_some() { own.batch_size } else { section.batch_size };
+        let plan = SamplePlan { batch_size, seed: section.seed, ..own };
+        match section.steps.filter(|steps| *steps != plan.steps) {
+            Some(steps) => SamplePlan { steps, timesteps: None, ..plan },
+            None => plan,
         }
     }
 
@@ -585,6 +615,40 @@ impl Task for DistillTask {
             Ok(vae.decode_scaled(latents)?)
         };
         Ok(grid_of_prompts(student, &plan, &guide, &prompted.shown, per_class, shape, decode)?)
+    }
+
+    fn evaluate(
+        &mut self,
+        average: &[(String, Tensor)],
+        interrupt: &Interrupt,
+    ) -> Result<Option<Scores>> {
+        let Some(evaluator) = &self.evaluator else { return Err(not_evaluated()) };
+        let (card, device) = (self.student_card(), self.device());
+        let (plan, samples) = (self.evaluation_plan(&card), self.config.evaluate.samples);
+        let student = self.roles.averaged(average)?;
+        let drawing = Drawing::of_network(student, &card, &plan, device, samples);
+        let (Some(prompted), Some(encoded)) = (&self.prompted, self.data.encoded()) else {
+            return evaluator.scores(&drawing, interrupt);
+        };
+        // The data's own prompts in turn.
+        let prompts = self.data.first_prompts(samples as usize);
+        let vae = self.parts.autoencoder(student.placement())?;
+        let drawing = drawing
+            .with_conditioning(guide(&card, Some(prompted)), |rows| {
+                let of_row = |row: i64| prompts.get(row as usize % prompts.len().max(1)).copied();
+                let rows: Vec<i64> = rows.filter_map(of_row).collect();
+                Ok(prompted::of_rows(encoded, &rows)?.to_device(device)?)
+            })
+            .with_decoder(|latents| {
+                let one = |latent: &Tensor| {
+                    let image = vae.decode_scaled(latent).map_err(ddil_pipelines::Error::from)?;
+                    Ok(image.to_device(Device::Cpu))
+                };
+                let images: ddil_evaluate::Result<Vec<Tensor>> =
+                    latents.split(1, 0).iter().map(one).collect();
+                Ok(Tensor::cat(&images?, 0))
+            });
+        evaluator.scores(&drawing, interrupt)
     }
 
     fn save(&self, writer: &mut CheckpointWriter) -> Result<()> {

@@ -214,6 +214,9 @@ pub enum Error {
     /// An error of a network or its files.
     #[error(transparent)]
     Models(#[from] ddil_models::Error),
+    /// An error of the evaluation.
+    #[error(transparent)]
+    Evaluate(#[from] ddil_evaluate::Error),
     /// An error of a metric.
     #[error(transparent)]
     Metrics(#[from] ddil_metrics::Error),
@@ -228,6 +231,7 @@ impl Error {
             Self::Core(error) => error.invalid(),
             Self::Losses(error) => error.invalid(),
             Self::Models(error) => error.invalid(),
+            Self::Evaluate(error) => error.invalid(),
             Self::Metrics(error) => error.invalid(),
             Self::Dataset(error) => error.invalid(),
             Self::Pipelines(error) => error.invalid(),

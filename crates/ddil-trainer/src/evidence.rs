@@ -193,7 +193,7 @@ impl Evidence {
         writer.tensors("batch.safetensors", &self.kept(&rows)?)?;
         let written = writer.commit()?;
         discard_newer(&folder, step)?;
-        Retention { keep_last: NonZeroU32::MIN, keep_interval: None }.apply(&written)?;
+        Retention { keep_last: NonZeroU32::MIN, ..Retention::default() }.apply(&written)?;
         Ok(written.path().to_owned())
     }
 

@@ -67,6 +67,7 @@ mod distill;
 mod ema;
 mod environment;
 mod error;
+mod evaluation;
 mod evidence;
 mod holder;
 mod interrupt;

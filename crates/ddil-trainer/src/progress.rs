@@ -123,6 +123,13 @@ impl Progress {
         }
     }
 
+    /// Removes the bar from the screen.
+    pub(crate) fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
     /// Leaves the bar on the screen in its last state; so does dropping.
     pub fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {

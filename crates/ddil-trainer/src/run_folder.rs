@@ -5,7 +5,8 @@
 //!   config.toml        all settings, as the run uses them
 //!   environment.json   versions and machine
 //!   status.json        running, interrupted, completed or failed
-//!   metrics.jsonl      one line per step, the same bytes whenever the run is repeated
+//!   metrics.jsonl      one line per step, the same bytes whenever the run is repeated; an evaluated step has the keys
+//!                      `eval_frechet`, `eval_kid`, `eval_precision`, `eval_recall`, `eval_density`, `eval_coverage`
 //!   timings.jsonl      durations
 //!   events.out.*       the same for TensorBoard
 //!   run.log
@@ -13,6 +14,8 @@
 //!   checkpoints/       see `checkpoint`
 //!   not_finite/        see `evidence`; only after NaN or infinite values
 //!   buffer/            states that a buffer has spilled, while the run is in progress
+//!   export/            the averaged model of the last checkpoint
+//!   best/              that of the best evaluation, if `output.checkpoints.keep_best` is set
 //!   results.json       measurements
 //! ```
 

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use std::{fs, io};
 
+use ddil_evaluate::{Metric, Scores};
 use ddil_files::fault::{self, Point};
-use ddil_files::{parent, sync_folder};
+use ddil_files::{Invalid, parent, sync_folder};
 use ddil_losses::Phase;
 use ddil_pipelines::Image;
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,10 @@ use tch::{Device, Kind, Tensor};
 
 use self::phase_optimizer::PhaseOptimizer;
 pub use self::phase_optimizer::UpdateConfig;
-use crate::checkpoint::{Checkpoint, CheckpointWriter, discard_newer, find_latest};
-use crate::config::{DistillConfig, OutputSection, TrainConfig};
+use crate::checkpoint::{
+    Checkpoint, CheckpointWriter, best_of, discard_newer, find_latest, note_best,
+};
+use crate::config::{DistillConfig, EvaluateSection, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
 use crate::environment::RunEnvironment;
 use crate::error::{Error, Result, with_causes};
@@ -104,6 +107,21 @@ pub trait Task {
     /// Errors of the network.
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image>;
 
+    /// Evaluates the averaged network; `None` if `interrupt` requested a stop. Must not change anything that the next
+    /// update depends on.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the network and of the metrics; [`Error::Invalid`] for a task that is never evaluated, the default.
+    fn evaluate(
+        &mut self,
+        _average: &[(String, Tensor)],
+        _interrupt: &Interrupt,
+    ) -> Result<Option<Scores>> {
+        let expected = format!("0: a task `{}` is not evaluated", self.kind());
+        Err(Invalid::new("evaluate.interval", "set", expected).into())
+    }
+
     /// Adds the task's state besides its parameters to a checkpoint.
     ///
     /// # Errors
@@ -171,26 +189,29 @@ pub struct SessionConfig {
     pub critic: UpdateConfig,
     /// The moving average of the student.
     pub ema: EmaConfig,
+    /// When the moving average is evaluated.
+    pub evaluate: EvaluateSection,
     /// Logs, grids, checkpoints.
     pub output: OutputSection,
 }
 
 impl From<&TrainConfig> for SessionConfig {
     fn from(config: &TrainConfig) -> Self {
-        let TrainConfig { optimizer, learning_rate, ema, output, .. } = config.clone();
+        let TrainConfig { optimizer, learning_rate, ema, evaluate, output, .. } = config.clone();
         let student = UpdateConfig { optimizer, learning_rate };
-        Self { critic: student.clone(), student, ema, output }
+        Self { critic: student.clone(), student, ema, evaluate, output }
     }
 }
 
 impl From<&DistillConfig> for SessionConfig {
     fn from(config: &DistillConfig) -> Self {
-        let DistillConfig { optimizer, learning_rate, critic, ema, output, .. } = config.clone();
+        let DistillConfig { optimizer, learning_rate, critic, ema, evaluate, output, .. } =
+            config.clone();
         let critic = UpdateConfig {
             optimizer: critic.optimizer.unwrap_or(optimizer),
             learning_rate: critic.learning_rate.unwrap_or(learning_rate),
         };
-        Self { student: UpdateConfig { optimizer, learning_rate }, critic, ema, output }
+        Self { student: UpdateConfig { optimizer, learning_rate }, critic, ema, evaluate, output }
     }
 }
 
@@ -207,10 +228,23 @@ pub struct Session<T> {
     /// The newest figures of each phase: not every update has every phase, and every line of the record contains all
     /// figures.
     figures: BTreeMap<Phase, Vec<(String, f64)>>,
+    /// The best evaluation of this stage, if checkpoints are kept by it.
+    best: Option<Best>,
+    /// Whether the evaluation and other outputs of the last update are still to be written: a stop was requested
+    /// during the evaluation.
+    are_outputs_due: bool,
     record: Record,
     timings: Record,
     events: EventWriter,
     seconds: f64,
+}
+
+/// An evaluation that was better than all before it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Best {
+    step: u64,
+    value: f64,
 }
 
 /// The loop's own state in a checkpoint.
@@ -223,6 +257,10 @@ struct LoopState {
     metrics: Position,
     #[serde(default)]
     figures: BTreeMap<Phase, Vec<(String, f64)>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    best: Option<Best>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    are_outputs_due: bool,
 }
 
 /// The starting point of a resumed run.
@@ -281,6 +319,9 @@ fn failed(folder: &mut RunFolder, error: Error) -> Error {
 
 const STATE: &str = "session.json";
 const AVERAGE: &str = "ema.safetensors";
+/// Folders of the averaged model: of the last checkpoint, and of the best evaluation.
+const EXPORT: &str = "export";
+const BEST: &str = "best";
 
 impl<T: Task> Session<T> {
     /// Starts a task in a new run folder.
@@ -349,6 +390,8 @@ impl<T: Task> Session<T> {
             optimizers,
             ema,
             figures,
+            best: None,
+            are_outputs_due: false,
             record,
             timings,
             events,
@@ -370,9 +413,21 @@ impl<T: Task> Session<T> {
                 checkpoint.tensors(phase_optimizer::optimizer_file(phase_optimizer.phase))?;
             phase_optimizer.optimizer.load_state(&saved)?;
         }
-        let LoopState { averaged_updates, figures, .. } = checkpoint.json(STATE)?;
-        self.figures = figures;
-        self.ema.load(&checkpoint.tensors(AVERAGE)?, averaged_updates)
+        let LoopState { averaged_updates, figures, best, are_outputs_due, .. } =
+            checkpoint.json(STATE)?;
+        (self.figures, self.best, self.are_outputs_due) = (figures, best, are_outputs_due);
+        self.ema.load(&checkpoint.tensors(AVERAGE)?, averaged_updates)?;
+        self.restore_best()
+    }
+
+    /// Completes what a process that was killed left of its best model.
+    fn restore_best(&self) -> Result<()> {
+        self.finish_replacing(BEST)?;
+        let Some(best) = self.best.filter(|best| best.step == self.step) else { return Ok(()) };
+        if best_of(&self.folder.checkpoints()) == Some(best.step) {
+            return Ok(());
+        }
+        self.place_best(best)
     }
 
     /// The task.
@@ -417,24 +472,32 @@ impl<T: Task> Session<T> {
     fn run_to_end(&mut self, interrupt: &Interrupt) -> Result<Outcome> {
         let total = self.task.total_updates();
         let mut progress = Progress::new(self.task.kind(), self.step, total);
-        while self.step < total {
+        if std::mem::take(&mut self.are_outputs_due) {
+            self.write_outputs(total, interrupt, &mut progress)?;
+        }
+        while self.step < total || self.are_outputs_due {
             if interrupt.is_requested() {
                 progress.set_activity("saving");
                 self.save()?;
                 progress.finish();
                 return Ok(Outcome::Interrupted { step: self.step });
             }
-            let figures = self.update()?;
-            progress.update(self.step, &figures);
-            self.write_outputs(&figures, total, &mut progress)?;
+            self.update()?;
+            progress.update(self.step, &self.figures());
+            self.write_outputs(total, interrupt, &mut progress)?;
         }
         progress.set_activity("exporting the model");
         // Repeated for a run that was resumed after its last update.
         self.export().map(|export| Outcome::Completed { export })
     }
 
+    /// The newest figures of all phases.
+    fn figures(&self) -> Vec<(String, f64)> {
+        self.figures.values().flatten().cloned().collect()
+    }
+
     /// One update; afterwards `self.step` includes it.
-    fn update(&mut self) -> Result<Vec<(String, f64)>> {
+    fn update(&mut self) -> Result<()> {
         let started = Instant::now();
         let step = self.step;
         let per_stage = self.task.updates_per_stage();
@@ -448,7 +511,7 @@ impl<T: Task> Session<T> {
         self.task.after_update(step)?;
         self.step += 1;
         self.seconds += started.elapsed().as_secs_f64();
-        Ok(self.figures.values().flatten().cloned().collect())
+        Ok(())
     }
 
     /// One phase of an update.
@@ -501,6 +564,8 @@ impl<T: Task> Session<T> {
 
     fn start_stage(&mut self, step: u64) -> Result<()> {
         self.task.start_stage(step, self.ema.tensors())?;
+        // Students of different numbers of steps are different models.
+        self.best = None;
         self.begin_stage()
     }
 
@@ -511,10 +576,11 @@ impl<T: Task> Session<T> {
         Ok(())
     }
 
+    /// Evaluates, logs, draws and saves whatever is due after the last update.
     fn write_outputs(
         &mut self,
-        figures: &[(String, f64)],
         total: u64,
+        interrupt: &Interrupt,
         progress: &mut Progress,
     ) -> Result<()> {
         let OutputSection { log_interval, sample_interval, checkpoint_interval, .. } =
@@ -522,8 +588,21 @@ impl<T: Task> Session<T> {
         let step = self.step;
         let last = step == total;
         let due = |interval: u64| last || (interval > 0 && step.is_multiple_of(interval));
+        let mut evaluated = None;
+        if self.config.evaluate.is_due(step, total) {
+            progress.set_activity("evaluating");
+            evaluated = self.task.evaluate(self.ema.tensors(), interrupt)?;
+            // Stopped: a session that resumes begins with it.
+            self.are_outputs_due = evaluated.is_none();
+            if self.are_outputs_due {
+                return Ok(());
+            }
+        }
+        let scores = evaluated.as_ref().map(figures_of).unwrap_or_default();
         if due(log_interval) {
-            self.log(figures)?;
+            self.log(&[self.figures(), scores].concat(), true)?;
+        } else if !scores.is_empty() {
+            self.log(&scores, false)?;
         }
         if due(sample_interval) {
             progress.set_activity("drawing samples");
@@ -531,24 +610,52 @@ impl<T: Task> Session<T> {
             image.save(&self.folder.samples_of(step))?;
             self.events.image(step, "samples", &image)?;
         }
-        if due(checkpoint_interval) {
+        let best = evaluated.and_then(|scores| self.improvement(&scores));
+        self.best = best.or(self.best);
+        if due(checkpoint_interval) || best.is_some() {
             progress.set_activity("writing a checkpoint");
             self.save()?;
         }
+        best.map_or(Ok(()), |best| self.place_best(best))
+    }
+
+    /// The evaluation of the last update, if checkpoints are kept by it and it is better than all before it.
+    fn improvement(&self, scores: &Scores) -> Option<Best> {
+        let metric = self.config.output.checkpoints.keep_best?;
+        let value = metric.of(scores)?;
+        let is_better = self.best.is_none_or(|best| metric.is_better(value, best.value));
+        is_better.then_some(Best { step: self.step, value })
+    }
+
+    /// Writes the model of the best evaluation, and the name of its checkpoint.
+    fn place_best(&self, best: Best) -> Result<()> {
+        let path = self.export_to(BEST)?;
+        note_best(&self.folder.checkpoints(), best.step)?;
+        let metric = self.config.output.checkpoints.keep_best.map_or("", Metric::as_str);
+        tracing::info!(
+            "step {}: the best {metric} so far; the model is in {}",
+            best.step,
+            path.display()
+        );
         Ok(())
     }
 
-    fn log(&mut self, figures: &[(String, f64)]) -> Result<()> {
+    /// Writes a line of the record and its points; `with_time` also the time spent.
+    fn log(&mut self, figures: &[(String, f64)], with_time: bool) -> Result<()> {
         let values: Map<String, Value> =
             figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
         self.record.write(self.step, &values)?;
-        // Wall-clock times differ between runs, so they are separate from the records that must not differ.
-        self.timings
-            .write(self.step, &Map::from_iter([("seconds".to_owned(), self.seconds.into())]))?;
+        if with_time {
+            // Wall-clock times differ between runs, so they are separate from the records that must not differ.
+            let seconds = Map::from_iter([("seconds".to_owned(), self.seconds.into())]);
+            self.timings.write(self.step, &seconds)?;
+        }
         for (name, value) in figures {
             self.events.scalar(self.step, &tag(name), *value as f32)?;
         }
-        self.events.scalar(self.step, "time/seconds", self.seconds as f32)?;
+        if with_time {
+            self.events.scalar(self.step, "time/seconds", self.seconds as f32)?;
+        }
         self.events.flush()
     }
 
@@ -571,10 +678,13 @@ impl<T: Task> Session<T> {
             averaged_updates: self.ema.num_updates(),
             metrics,
             figures: self.figures.clone(),
+            best: self.best,
+            are_outputs_due: self.are_outputs_due,
         };
         writer.json(STATE, &state)?;
         let newest = writer.commit()?;
-        self.config.output.checkpoints.apply(&newest)?;
+        let best = self.best.map(|best| best.step);
+        self.config.output.checkpoints.apply_except(&newest, best)?;
         self.export()?;
         self.folder.progress(self.step)
     }
@@ -610,20 +720,29 @@ impl<T: Task> Session<T> {
 
     /// Replaces the previous averaged model with that of this step, atomically.
     fn export(&self) -> Result<PathBuf> {
-        let [export, aside, replaced] =
-            ["export", ".export-new", ".export-old"].map(|name| self.folder.file(name));
-        let remove = |folder: &Path| match fs::remove_dir_all(folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io("remove", folder)(error))
-            }
-            _ => Ok(()),
-        };
+        self.export_to(EXPORT)
+    }
+
+    /// Removes what a process that was killed left of replacing a model, or completes it.
+    fn finish_replacing(&self, name: &str) -> Result<()> {
+        let [export, aside, replaced] = self.places_of(name);
         remove(&aside)?;
         if !export.exists() && replaced.exists() {
-            // A process was killed between the two renames below.
+            // A process was killed between the two renames of `export_to`.
             fs::rename(&replaced, &export).map_err(Error::io("restore", &export))?;
         }
-        remove(&replaced)?;
+        remove(&replaced)
+    }
+
+    /// A model's folder, where a new one is written, and where the old one is moved.
+    fn places_of(&self, name: &str) -> [PathBuf; 3] {
+        [name.to_owned(), format!(".{name}-new"), format!(".{name}-old")]
+            .map(|name| self.folder.file(&name))
+    }
+
+    fn export_to(&self, name: &str) -> Result<PathBuf> {
+        self.finish_replacing(name)?;
+        let [export, aside, replaced] = self.places_of(name);
         let spent = Spent { updates: self.step, seconds: self.seconds };
         let written = fault::reach(Point::ExportWrite, &export)
             .map_err(Error::io("write", &export))
@@ -643,4 +762,19 @@ impl<T: Task> Session<T> {
         remove(&replaced)?;
         Ok(export)
     }
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("remove", folder)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The scores for the record: `eval_frechet` and so on.
+fn figures_of(scores: &Scores) -> Vec<(String, f64)> {
+    let figure = |(metric, value): (Metric, f64)| (format!("eval_{}", metric.as_str()), value);
+    scores.values().map(figure).collect()
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ddil_core::{Conditioning, Denoiser, RandomStreams, Stream};
+use ddil_evaluate::{Drawing, Scores};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize};
@@ -15,7 +16,9 @@ use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::TrainConfig;
 use crate::data::TrainingData;
 use crate::error::{Error, Result};
+use crate::evaluation::{EvaluationConfig, Evaluator, not_evaluated};
 use crate::evidence::Evidence;
+use crate::interrupt::Interrupt;
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
 use crate::watch::Watches;
@@ -34,6 +37,8 @@ pub struct TrainTask {
     watches: Watches,
     data: TrainingData,
     streams: RandomStreams,
+    /// None unless the run is evaluated.
+    evaluator: Option<Evaluator>,
 }
 
 impl TrainTask {
@@ -43,6 +48,32 @@ impl TrainTask {
     ///
     /// Errors of the config, the data and the network; [`Error::Invalid`] if the network does not fit the data.
     pub fn new(config: &TrainConfig) -> Result<Self> {
+        Self::interruptible(config, &Interrupt::default())
+    }
+
+    /// The same, with a stop request that is checked while features of a reference are computed.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and [`Error::Evaluate`] for the stop.
+    pub fn interruptible(config: &TrainConfig, interrupt: &Interrupt) -> Result<Self> {
+        let task = Self::without_reference(config)?;
+        let shape = Some(task.data.image_shape());
+        let evaluator = evaluation_of(config).open(shape, task.device(), interrupt)?;
+        Ok(Self { evaluator, ..task })
+    }
+
+    /// Checks that such a task can be built, without writing anything or computing features of a reference.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn check(config: &TrainConfig) -> Result<()> {
+        let task = Self::without_reference(config)?;
+        evaluation_of(config).check(Some(task.data.image_shape()), task.device())
+    }
+
+    fn without_reference(config: &TrainConfig) -> Result<Self> {
         config.ensure()?;
         let device = config.run.device()?;
         let data = TrainingData::open(&config.data, config.run.seed, device)?;
@@ -68,7 +99,7 @@ impl TrainTask {
         scheduler(&network)?;
         let streams = RandomStreams::new(config.run.seed, 0);
         let config = config.clone();
-        Ok(Self { config, schedule, network, averaged, watches, data, streams })
+        Ok(Self { config, schedule, network, averaged, watches, data, streams, evaluator: None })
     }
 
     fn device(&self) -> Device {
@@ -186,6 +217,25 @@ impl Task for TrainTask {
         Ok(grid_of_classes(denoiser, &self.sample_plan(), &card, shape, per_class, device)?)
     }
 
+    fn evaluate(
+        &mut self,
+        average: &[(String, Tensor)],
+        interrupt: &Interrupt,
+    ) -> Result<Option<Scores>> {
+        state::restore("moving average", &self.averaged.parameters().learned(), average)?;
+        let Some(evaluator) = &self.evaluator else { return Err(not_evaluated()) };
+        let (own, section) = (self.sample_plan(), &self.config.evaluate);
+        let plan = SamplePlan {
+            steps: section.steps.unwrap_or(own.steps),
+            batch_size: section.batch_size,
+            seed: section.seed,
+            ..own
+        };
+        let (card, device) = (self.card(), self.device());
+        let drawing = Drawing::of_network(&self.averaged, &card, &plan, device, section.samples);
+        evaluator.scores(&drawing, interrupt)
+    }
+
     fn save(&self, _writer: &mut CheckpointWriter) -> Result<()> {
         // Data, noise and labels of an update are functions of its number.
         Ok(())
@@ -216,6 +266,11 @@ impl TrainTask {
             ..Card::default()
         }
     }
+}
+
+fn evaluation_of(config: &TrainConfig) -> EvaluationConfig<'_> {
+    let TrainConfig { run, data, evaluate, output, .. } = config;
+    EvaluationConfig { run, data, evaluate, output }
 }
 
 /// A teacher is sampled by DDIM, at any number of steps.

@@ -264,6 +264,10 @@ pub(crate) struct EvaluateArgs {
     /// Save the first 20 samples at the model's own number of steps to this `.safetensors` file.
     #[arg(long, value_name = "FILE")]
     pub(crate) keep: Option<PathBuf>,
+    /// Keep features in this folder while they are computed, so that the same command continues after Ctrl-C; those of a
+    /// reference stay there. The default is the user's cache, for 1000 images or more.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) features: Option<PathBuf>,
     /// With `data`: also compare one half of the reference with the other, to show the distance due to chance.
     #[arg(long)]
     pub(crate) halves: bool,

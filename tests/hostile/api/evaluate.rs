@@ -1,7 +1,8 @@
 use ddil_data::{FashionMnist, ImageDataset, ImageFiles};
 use ddil_evaluate::{
-    ExtractorChoice, Measurement, ReferenceChoice, Unmonitored, all_images, draw, draw_observed,
-    features_as_stored, features_of_files, few_images, reference_of_images, score, shift,
+    Drawing, ExtractorChoice, FeatureKey, FeatureRows, FeatureStore, Measurement, Metric,
+    ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
+    features_of_drawing, features_of_files, few_images, reference_of_images, score, shift,
     warnings_of,
 };
 use ddil_metrics::{FeatureExtractor, RawPixels};
@@ -28,6 +29,17 @@ fn ddil_evaluate() {
         "Measurement::of",
         "Measurement::of_model",
         "Measurement::write_all",
+        "Metric::as_str",
+        "Metric::of",
+        "Drawing::of_pipeline",
+        "Drawing::of_network",
+        "Drawing::with_conditioning",
+        "Drawing::with_decoder",
+        "Drawing::with_callback",
+        "Drawing::up_to",
+        "FeatureStore::in_folder",
+        "FeatureStore::in_cache",
+        "FeatureStore::keeps",
     ]);
     cases.corrupted_in_inputs(&["Measurement::read_all", "Measurement::append_to"]);
     cases.finish("ddil-evaluate");
@@ -55,8 +67,9 @@ fn choices(cases: &mut Cases) {
         cases.once("ReferenceChoice::named", name, || outcome(ReferenceChoice::named(name)));
         for choice in [ReferenceChoice::Folder(name.into()), ReferenceChoice::File(name.into())] {
             cases.once("ReferenceChoice::open", name, || {
-                outcome(choice.open(&extractor, 0, &mut Unmonitored))
+                outcome(choice.open(&extractor, 0, None, &mut Unmonitored))
             });
+            cases.once("ReferenceChoice::check", name, || outcome(choice.check(&extractor)));
         }
     }
     for images in ODD_WHOLES {
@@ -95,7 +108,28 @@ fn features(cases: &mut Cases) {
     std::fs::write(folder.path().join("a.png"), "no image").expect("it is writable");
     let files = ImageFiles::in_folder(folder.path()).expect("a file with such a name");
     cases.once("features_of_files", "no image", || {
-        outcome(features_of_files(&files, "images", &extractor, 0, &mut Unmonitored))
+        let rows = FeatureRows::in_memory();
+        outcome(features_of_files(&files, "images", &extractor, 0, rows, &mut Unmonitored))
+    });
+    cases.tensors("FeatureRows::push", &[&rows], |t| {
+        let mut rows = FeatureRows::in_memory();
+        outcome(rows.push(&t[0]).and_then(|()| rows.push(&Tensor::zeros([1, 4], kind::FLOAT_CPU))))
+    });
+    cases.once("FeatureRows::finish", "no rows", || outcome(FeatureRows::in_memory().finish()));
+    let key = FeatureKey::of_files(&files, &extractor).expect("the file exists");
+    for place in [folder.path().join("a.png"), "nul\0byte".into()] {
+        let mut store = FeatureStore::in_folder(&place);
+        let what = place.display().to_string();
+        cases.once("FeatureStore::open", &what, || outcome(store.open(&key, false)));
+        cases.once("FeatureStore::clear", &what, || outcome(store.clear()));
+    }
+    std::fs::remove_file(folder.path().join("a.png")).expect("it was there");
+    cases.once("FeatureKey::of_files", "a file that is gone", || {
+        outcome(FeatureKey::of_files(&files, &extractor))
+    });
+    cases.numbers("Metric::is_better", |value| {
+        let _ = Metric::ALL.map(|metric| metric.is_better(value, 0.0));
+        Ok(())
     });
 }
 
@@ -110,6 +144,21 @@ fn models(cases: &mut Cases) {
             outcome(draw_observed(&model, &plan, 3, start..end, Some(-1), &|| {}))
         });
     }
+    let extractor = RawPixels::new([1, 2, 2]);
+    for (first, total) in [(0, 0), (1, 0), (3, 3), (u32::MAX, 3)] {
+        let what = format!("{first} of {total}");
+        let drawing = Drawing::of_pipeline(&model, &plan, total);
+        cases.once("Drawing::for_each", &what, || outcome(drawing.for_each(first, |_| Ok(()))));
+        cases.once("features_of_drawing", &what, || {
+            let rows = FeatureRows::in_memory();
+            let monitor = &mut Unmonitored;
+            outcome(features_of_drawing(&drawing, "", &extractor, rows, monitor, |_, _| {}))
+        });
+    }
+    cases.once("FeatureKey::of_model", "no such folder", || {
+        let folders = [std::path::Path::new("nul\0byte")];
+        outcome(FeatureKey::of_model(&folders, &plan, [0, 0], "", &extractor))
+    });
     if let Ok(FashionMnist { test, .. }) = FashionMnist::from_folder(None) {
         for states in [0, 1, 2] {
             cases.once("shift", &states.to_string(), || {

@@ -5,8 +5,8 @@ use ddil_models::Placement;
 use ddil_pipelines::{
     Card, ClassToImage, Guidance, Image, Layout, ModelFiles, Pipeline, Precision, PromptRequest,
     SampleGrid, SamplePlan, TextToImage, WeightForm, class_conditioning, decode, generate,
-    initial_noise, layout, sample_latents, sample_latents_seeded, sampling_denoiser, save_each,
-    with_published_solver, with_published_timesteps,
+    generate_from, initial_noise, layout, sample_latents, sample_latents_seeded, sampling_denoiser,
+    save_each, with_published_solver, with_published_timesteps,
 };
 use ddil_schedulers::{SolverConfig, TimestepSpacing};
 use tch::{Device, Tensor, kind};
@@ -172,6 +172,10 @@ fn sampling(cases: &mut Cases, pipeline: &Pipeline) {
     let conditioning = class_conditioning(&pipeline.card, 2, None, Device::Cpu);
     cases.tensors("generate", &[&noise], |t| {
         outcome(generate(&pipeline.network, &plan(), &guidance, &t[0], &conditioning))
+    });
+    cases.integers("generate_from", |first| {
+        let network = &pipeline.network;
+        outcome(generate_from(network, &plan(), &guidance, &noise, &conditioning, first as u64))
     });
     cases.integers("SamplePlan::of", |steps| {
         let plan = SamplePlan::of(pipeline, Some(steps as u32));

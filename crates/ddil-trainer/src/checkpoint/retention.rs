@@ -6,14 +6,15 @@ use std::{
     path::Path,
 };
 
+use ddil_evaluate::Metric;
 use ddil_files::{
     TEMPORARY,
     fault::{self, Point},
-    temporary_sibling,
+    temporary_sibling, write_atomic,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Checkpoint, REPLACED, list, step_of};
+use super::{BEST, Checkpoint, REPLACED, folder_of, list, step_of};
 use crate::{Error, Result};
 
 /// Which checkpoints are kept: the newest few, and permanently those of every n-th step.
@@ -25,11 +26,15 @@ pub struct Retention {
     /// Checkpoints at multiples of this step are kept permanently; none by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_interval: Option<NonZeroU64>,
+    /// The metric of `[evaluate]` by which the best checkpoint is kept, beside the newest: `frechet`, `kid`, `precision`,
+    /// `recall`, `density` or `coverage`; none by default. Its model is in the run's folder `best`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<Metric>,
 }
 
 impl Default for Retention {
     fn default() -> Self {
-        Self { keep_last: NonZeroU32::MIN.saturating_add(1), keep_interval: None }
+        Self { keep_last: NonZeroU32::MIN.saturating_add(1), keep_interval: None, keep_best: None }
     }
 }
 
@@ -43,6 +48,15 @@ impl Retention {
     ///
     /// [`Error::Files`] if a folder cannot be listed or removed.
     pub fn apply(&self, newest: &Checkpoint) -> Result<Vec<u64>> {
+        self.apply_except(newest, None)
+    }
+
+    /// The same, except that the checkpoint of step `best` is kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply).
+    pub fn apply_except(&self, newest: &Checkpoint, best: Option<u64>) -> Result<Vec<u64>> {
         let mut older: Vec<u64> = list(ddil_files::parent(newest.path()))?
             .iter()
             .filter_map(|path| step_of(path))
@@ -50,6 +64,7 @@ impl Retention {
             .collect();
         let keep = self.keep_last.get() as usize - 1;
         older.truncate(older.len().saturating_sub(keep));
+        older.retain(|step| best != Some(*step));
         older.retain(|step| self.keep_interval.is_none_or(|interval| *step % interval != 0));
         for &step in &older {
             remove(&newest.path().with_file_name(format!("step_{step:07}")))?;
@@ -74,6 +89,19 @@ pub fn discard_newer(checkpoints: &Path, step: u64) -> Result<Vec<u64>> {
         }
     }
     Ok(discarded)
+}
+
+/// Writes the name of the best checkpoint to the file `best`, beside `latest`.
+pub(crate) fn note_best(checkpoints: &Path, step: u64) -> Result<()> {
+    let folder = folder_of(checkpoints, step);
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    Ok(write_atomic(&checkpoints.join(BEST), format!("{name}\n").as_bytes())?)
+}
+
+/// The step of the best checkpoint, from that file; none if there is no such file.
+pub fn best_of(checkpoints: &Path) -> Option<u64> {
+    let name = fs::read_to_string(checkpoints.join(BEST)).ok()?;
+    step_of(Path::new(name.trim_end()))
 }
 
 /// Removes what a killed process left: an incomplete checkpoint, or one that was being replaced.

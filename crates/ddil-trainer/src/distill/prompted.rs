@@ -80,9 +80,19 @@ fn shown(
         }
         conditioning.to_device(Device::Cpu)?
     };
+    Ok(with_sizes(conditioning, encoded))
+}
+
+/// The conditioning of rows of the data's prompts, on the CPU.
+pub(super) fn of_rows(encoded: &EncodedDataset, rows: &[i64]) -> ddil_data::Result<Conditioning> {
+    Ok(with_sizes(encoded.prompt_conditioning(rows)?, encoded))
+}
+
+/// With the sizes of the sampled images, for a network that takes them.
+fn with_sizes(conditioning: Conditioning, encoded: &EncodedDataset) -> Conditioning {
     let takes_sizes = conditioning.get(Conditioning::TEXT_EMBEDS).is_some();
     let n =
         conditioning.get(Conditioning::ENCODER_HIDDEN_STATES).map_or(0, |states| states.size()[0]);
     let time_ids = takes_sizes.then(|| sampled_time_ids(encoded.info().image_size, n));
-    Ok(conditioning.with_some(Conditioning::TIME_IDS, time_ids))
+    conditioning.with_some(Conditioning::TIME_IDS, time_ids)
 }

@@ -1,5 +1,6 @@
 //! `ddil evaluate`.
 
+mod features;
 mod real_images;
 mod subject;
 
@@ -8,25 +9,34 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use ddil_data::ImageDataset;
-use ddil_evaluate::{
-    Measurement, draw_observed, features_as_stored, features_of_files, score, shift,
-};
+use ddil_evaluate::{Measurement, features_as_stored, score, shift};
 use ddil_metrics::{FeatureExtractor, Reference};
 use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_trainer::Interrupt;
 use tch::Tensor;
 
+use self::features::Features;
 use self::real_images::RealImages;
 use self::subject::Subject;
-use super::{Bar, Calls, num_threads, print, sample_plan, start};
+use super::{num_threads, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
-use crate::exit_code::NOT_FINITE;
+use crate::exit_code::{NOT_FINITE, TRY_AGAIN};
 use crate::results::{details, shift_table, table};
-use crate::sample_file;
 
 /// A measurement and its name in the table.
 type Row = (String, Measurement);
 
 pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
+    let ended = measure(args);
+    let stopped = ended.as_ref().err().and_then(|error| error.downcast_ref());
+    if let Some(stopped @ ddil_evaluate::Error::Stopped { .. }) = stopped {
+        eprintln!("{stopped}");
+        return Ok(ExitCode::from(TRY_AGAIN));
+    }
+    ended
+}
+
+fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples > 1, "--num-samples is {}; expected at least 2", args.num_samples);
     if let Some(path) = &args.save_statistics {
         ensure!(!path.exists(), "{} exists already; choose another file", path.display());
@@ -41,11 +51,13 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         "--standard-errors is 1; expected at least 2 random halves, or 0 for none"
     );
     start(&args.sampling.parent)?;
+    let interrupt = Interrupt::listen()?;
+    let mut features = Features::new(args.features.as_deref(), &interrupt);
     let subject = Subject::open(args)?;
     if let Subject::Model(..) = subject {
         ensure_possible(args)?;
     }
-    let real = RealImages::open(args, &subject)?;
+    let real = RealImages::open(args, &subject, &mut features)?;
     let (rows, exit_code) = match &subject {
         Subject::Data => {
             if let Some(reference) = &real.reference {
@@ -53,16 +65,15 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             }
             (real.rows(args)?, ExitCode::SUCCESS)
         }
-        Subject::Model(pipeline, plan) => model_rows(args, pipeline, plan, &real)?,
+        Subject::Model(pipeline, plan) => model_rows(args, pipeline, plan, &real, &mut features)?,
         Subject::Samples(images) => {
             let features = features_as_stored(images, &*real.extractor)?;
             (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
         }
         Subject::Files(files) => {
             let threads = num_threads(args.sampling.threads);
-            let bar = &mut Bar::default();
-            let features = features_of_files(files, "images", &*real.extractor, threads, bar)?;
-            (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
+            let found = features.of_files(files, &*real.extractor, threads)?;
+            (images_rows(args, &found, &real)?, ExitCode::SUCCESS)
         }
     };
     if let Some(path) = &args.json {
@@ -72,6 +83,7 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         let parts = [table(&rows), details(&rows), shift_table(&rows)];
         print(&parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n"))?;
     }
+    features.clear()?;
     Ok(exit_code)
 }
 
@@ -101,6 +113,7 @@ fn model_rows(
     pipeline: &Pipeline,
     own: &SamplePlan,
     real: &RealImages,
+    features: &mut Features,
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
     ensure_same_shape(args, pipeline, real)?;
     let (mut rows, mut exit_code) = (Vec::new(), ExitCode::SUCCESS);
@@ -110,18 +123,18 @@ fn model_rows(
         let plan =
             if is_own { own.clone() } else { sample_plan(pipeline, &args.sampling, Some(steps))? };
         let n = if is_own { None } else { args.also_samples }.unwrap_or(args.num_samples);
-        let images = drawn(pipeline, &plan, args.num_samples, n)?;
-        if let Some(file) = args.keep.as_deref().filter(|_| is_own) {
-            sample_file::write_first(file, &images)?;
-        }
-        if !sample_file::is_finite(&images)? {
-            eprintln!(
-                "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
-            );
-            exit_code = ExitCode::from(NOT_FINITE);
-            continue;
-        }
-        let features = features_as_stored(&images, &*real.extractor)?;
+        let keep = args.keep.as_deref().filter(|_| is_own);
+        let found = features.of_model(args, pipeline, &plan, n, &*real.extractor, keep);
+        let features = match found {
+            Err(error) if is_not_finite(&error) => {
+                eprintln!(
+                    "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
+                );
+                exit_code = ExitCode::from(NOT_FINITE);
+                continue;
+            }
+            features => features?,
+        };
         if is_own && args.save_statistics.is_some() {
             let name = format!("{}, {steps} steps", args.subject.display());
             save(args, &Reference::new(name, &features, &*real.extractor)?)?;
@@ -136,6 +149,10 @@ fn model_rows(
         rows.push((measurement.method.clone(), measurement));
     }
     Ok((rows, exit_code))
+}
+
+fn is_not_finite(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ddil_evaluate::Error::NotFinite { .. }))
 }
 
 /// Rejects invalid combinations before anything is read or drawn.
@@ -172,13 +189,6 @@ fn ensure_same_shape(
         shown(data)
     );
     Ok(())
-}
-
-/// The first `n` of `total` samples, with a progress bar.
-fn drawn(pipeline: &Pipeline, plan: &SamplePlan, total: u32, n: u32) -> anyhow::Result<Tensor> {
-    tracing::info!("sampling {n} images in {} steps", plan.steps);
-    let calls = Calls::of("evaluate", plan, n);
-    Ok(draw_observed(pipeline, plan, total, 0..n, None, &|| calls.note())?)
 }
 
 /// The row of a folder of images.

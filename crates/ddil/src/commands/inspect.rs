@@ -7,7 +7,7 @@ use anyhow::bail;
 use ddil_core::Denoiser;
 use ddil_models::{Placement, Precision};
 use ddil_pipelines::{ModelFiles, Pipeline};
-use ddil_trainer::checkpoint::{Checkpoint, find_latest, list};
+use ddil_trainer::checkpoint::{Checkpoint, best_of, find_latest, folder_of, list};
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
@@ -47,8 +47,13 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     )
 }
 
-/// The newest valid checkpoint of `checkpoints`, or of `checkpoints/latest`, a file that contains its name.
+/// The newest valid checkpoint of `checkpoints`, or of `checkpoints/latest`, a file that contains its name; the best one
+/// of `checkpoints/best`.
 fn newest_checkpoint(path: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let is_best = path.file_name().is_some_and(|name| name == "best") && path.is_file();
+    if let Some(folder) = path.parent().filter(|_| is_best) {
+        return Ok(best_of(folder).map(|step| folder_of(folder, step)));
+    }
     let is_latest = path.file_name().is_some_and(|name| name == "latest") && !path.is_dir();
     let folder = if is_latest { path.parent().unwrap_or(path) } else { path };
     if folder.file_name().is_none_or(|name| name != "checkpoints") || !folder.is_dir() {

@@ -26,7 +26,7 @@ use ddil_models::Placement;
 use ddil_pipelines::{Pipeline, SamplePlan, with_published_solver};
 use ddil_schedulers::{ConsistencyBoundary, SamplerConfig, SolverConfig, Thresholding};
 use ddil_trainer::config::{Precision, parse_device};
-use ddil_trainer::{Logging, Progress, when_stdin_closes};
+use ddil_trainer::{Interrupt, Logging, Progress, when_stdin_closes};
 use serde::Deserialize;
 use tch::Kind;
 
@@ -78,7 +78,13 @@ struct Calls(RefCell<(Progress, u64)>);
 impl Calls {
     /// For `n` samples.
     fn of(label: &str, plan: &SamplePlan, n: u32) -> Self {
-        Self(RefCell::new((Progress::new(label, 0, plan.num_calls(n)), 0)))
+        Self::after(label, plan, n, 0)
+    }
+
+    /// For `n` samples, the first `done` of which need not be drawn.
+    fn after(label: &str, plan: &SamplePlan, n: u32, done: u32) -> Self {
+        let done = plan.num_calls(done / plan.batch_size.max(1) * plan.batch_size.max(1));
+        Self(RefCell::new((Progress::new(label, done, plan.num_calls(n)), done)))
     }
 
     fn note(&self) {
@@ -88,18 +94,34 @@ impl Calls {
     }
 }
 
-/// A progress bar that counts images.
-#[derive(Default)]
-struct Bar(Option<Progress>);
+/// Stops a measurement when a stop is requested, and shows a bar that counts images.
+struct Bar<'a> {
+    progress: Option<Progress>,
+    /// Whether another bar counts the calls of a network.
+    is_hidden: bool,
+    interrupt: &'a Interrupt,
+}
 
-impl Monitor for Bar {
+impl<'a> Bar<'a> {
+    fn new(interrupt: &'a Interrupt) -> Self {
+        Self { progress: None, is_hidden: false, interrupt }
+    }
+
+    fn hidden(interrupt: &'a Interrupt) -> Self {
+        Self { is_hidden: true, ..Self::new(interrupt) }
+    }
+}
+
+impl Monitor for Bar<'_> {
     fn note(&mut self, what: &str, done: u64, total: u64) {
-        let progress = self.0.get_or_insert_with(|| Progress::new(what, 0, total));
-        progress.update(done, &[]);
-        if done >= total {
-            // The next set of images has a bar of its own.
-            self.0 = None;
+        if !self.is_hidden {
+            let progress = self.progress.get_or_insert_with(|| Progress::new(what, done, total));
+            progress.update(done, &[]);
         }
+    }
+
+    fn should_stop(&self) -> bool {
+        self.interrupt.is_requested()
     }
 }
 

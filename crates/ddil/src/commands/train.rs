@@ -65,12 +65,12 @@ impl Verb for TrainConfig {
         SessionConfig::from(self)
     }
 
-    fn task(&self, _interrupt: &Interrupt) -> Result<TrainTask> {
-        TrainTask::new(self)
+    fn task(&self, interrupt: &Interrupt) -> Result<TrainTask> {
+        TrainTask::interruptible(self, interrupt)
     }
 
     fn check(&self) -> Result<()> {
-        TrainTask::new(self).map(drop)
+        TrainTask::check(self)
     }
 
     fn plan(&self) -> Result<Option<MemoryPlan>> {

@@ -9,6 +9,7 @@ mod bad_input;
 mod compare;
 mod determinism;
 mod evaluate;
+mod evaluating;
 mod failing;
 #[cfg(debug_assertions)]
 mod faults;

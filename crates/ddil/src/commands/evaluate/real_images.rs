@@ -14,6 +14,7 @@ use ddil_trainer::config::{DataKind, DataSection, parse_device};
 use serde::Deserialize;
 use tch::Tensor;
 
+use super::features::Features;
 use super::subject::Subject;
 use crate::cli::EvaluateArgs;
 use crate::commands::{Bar, num_threads};
@@ -41,7 +42,11 @@ struct Loaded {
 }
 
 impl RealImages {
-    pub(super) fn open(args: &EvaluateArgs, subject: &Subject) -> anyhow::Result<Self> {
+    pub(super) fn open(
+        args: &EvaluateArgs,
+        subject: &Subject,
+        features: &mut Features,
+    ) -> anyhow::Result<Self> {
         let data = data_of(args, subject)?;
         let saves_only =
             args.reference.is_none() && args.save_statistics.is_some() && data.is_none();
@@ -66,8 +71,10 @@ impl RealImages {
         let (reference, is_held_out) = match (&args.reference, &loaded) {
             (Some(path), _) => {
                 let threads = num_threads(args.sampling.threads);
+                let bar = &mut Bar::new(features.interrupt);
+                let store = Some(&mut features.store);
                 let opened = ReferenceChoice::named(path)
-                    .and_then(|choice| choice.open(&*extractor, threads, &mut Bar::default()));
+                    .and_then(|choice| choice.open(&*extractor, threads, store, bar));
                 (Some(opened.map_err(as_option)?), true)
             }
             (None, Some(Loaded { train, held_out, name })) => {

@@ -1,0 +1,129 @@
+//! Features of image files and of samples, batch by batch.
+
+use ddil_data::ImageFiles;
+use ddil_metrics::{FeatureExtractor, quantize};
+use tch::{Device, Kind, Tensor};
+
+use crate::drawing::Drawing;
+use crate::error::{Error, Result};
+use crate::feature_rows::FeatureRows;
+use crate::monitor::Monitor;
+
+/// Images per call of an extractor.
+const BATCH: i64 = 250;
+
+/// Features of image files, `[n, dim]`, `Float`, on the CPU; images are decoded in `threads` threads.
+///
+/// Only the files after those whose features are in `rows` are read. `what` names the images for the monitor.
+///
+/// # Errors
+///
+/// Errors of the files and of the extractor; [`Error::Stopped`].
+pub fn features_of_files(
+    files: &ImageFiles,
+    what: &str,
+    extractor: &dyn FeatureExtractor,
+    threads: usize,
+    mut rows: FeatureRows,
+    monitor: &mut dyn Monitor,
+) -> Result<Tensor> {
+    let total = files.len() as u64;
+    if let Some(files) = files.skip(rows.len() as usize) {
+        files.features(extractor, threads.max(1), |features| {
+            rows.push(features)?;
+            note(what, &mut rows, total, monitor)
+        })?;
+    }
+    rows.finish()
+}
+
+/// Features of a drawing's samples as stored in a PNG, `[n, dim]`, `Float`, on the CPU.
+///
+/// Only the samples after those whose features are in `rows` are drawn. `drawn` is called with the index of the first
+/// sample of each batch and with the batch.
+///
+/// # Errors
+///
+/// [`Error::NotFinite`] for samples with NaN or infinite values; errors of the network and of the extractor;
+/// [`Error::Stopped`].
+pub fn features_of_drawing(
+    drawing: &Drawing<'_>,
+    what: &str,
+    extractor: &dyn FeatureExtractor,
+    mut rows: FeatureRows,
+    monitor: &mut dyn Monitor,
+    mut drawn: impl FnMut(u64, &Tensor),
+) -> Result<Tensor> {
+    let total = u64::from(drawing.end());
+    let (mut waiting, mut next): (Vec<Tensor>, u64) = (Vec::new(), rows.len());
+    drawing.for_each(next as u32, |images| {
+        drawn(next, &images);
+        ensure_finite(what, &images)?;
+        next += images.size()[0].unsigned_abs();
+        waiting.push(images);
+        let count: i64 = waiting.iter().map(|images| images.size()[0]).sum();
+        if count < BATCH && next < total {
+            monitor.note(what, next, total);
+            return ensure_continued(what, &rows, total, monitor);
+        }
+        let images = Tensor::f_cat(&waiting, 0).map_err(Error::torch("features_of_drawing"))?;
+        // Always the same batches, so that rounding does not depend on where a measurement was stopped.
+        let whole = if next < total { count / BATCH * BATCH } else { count };
+        rows.push(&features_as_stored(&images.narrow(0, 0, whole), extractor)?)?;
+        waiting = if whole < count { vec![images.narrow(0, whole, count - whole)] } else { vec![] };
+        note(what, &mut rows, total, monitor)
+    })?;
+    rows.finish()
+}
+
+/// Features of images as stored in a PNG, in batches: `[n, channels, height, width]` in `[-1, 1]`, rounded to 8 bits.
+///
+/// # Errors
+///
+/// Errors of the extractor.
+pub fn features_as_stored(images: &Tensor, extractor: &dyn FeatureExtractor) -> Result<Tensor> {
+    features_of_images(&quantize(images)?, extractor)
+}
+
+/// Features in batches, so that memory does not grow with the number of images.
+pub(crate) fn features_of_images(
+    images: &Tensor,
+    extractor: &dyn FeatureExtractor,
+) -> Result<Tensor> {
+    let _no_grad = tch::no_grad_guard();
+    let batches: Result<Vec<Tensor>> = images
+        .split(BATCH, 0)
+        .iter()
+        .map(|batch| Ok(extractor.features(batch)?.to_kind(Kind::Float).to_device(Device::Cpu)))
+        .collect();
+    Ok(Tensor::cat(&batches?, 0))
+}
+
+fn note(what: &str, rows: &mut FeatureRows, total: u64, monitor: &mut dyn Monitor) -> Result<()> {
+    monitor.note(what, rows.len(), total);
+    if monitor.should_stop() {
+        rows.save()?;
+    }
+    ensure_continued(what, rows, total, monitor)
+}
+
+fn ensure_continued(
+    what: &str,
+    rows: &FeatureRows,
+    total: u64,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    if !monitor.should_stop() || rows.len() >= total {
+        return Ok(());
+    }
+    let (what, done, is_kept) = (what.to_owned(), rows.len(), rows.are_kept());
+    Err(Error::Stopped { what, done, total, is_kept })
+}
+
+fn ensure_finite(what: &str, images: &Tensor) -> Result<()> {
+    let finite = || images.f_isfinite()?.f_all()?.f_int64_value(&[]);
+    if finite().map_err(Error::torch("features_of_drawing"))? == 0 {
+        return Err(Error::NotFinite { what: what.to_owned() });
+    }
+    Ok(())
+}

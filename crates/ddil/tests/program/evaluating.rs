@@ -1,0 +1,188 @@
+//! Evaluation during training, and measurements that are stopped.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::{
+    CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, assert_same_end, checkpoints, json, status,
+};
+
+const EVALUATE: &str = "evaluate={ interval = 4, samples = 20, extractor = \"raw_pixels\" }";
+const BEST: &str = "output.checkpoints.keep_best=\"frechet\"";
+
+/// Lines of `metrics.jsonl`.
+fn lines(run: &Path) -> Result<Vec<Value>, Box<dyn std::error::Error>> {
+    let text = fs::read_to_string(run.join("metrics.jsonl"))?;
+    Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+}
+
+/// The lines with an evaluation, without their other figures.
+fn evaluations(run: &Path) -> Result<Vec<(u64, f64)>, Box<dyn std::error::Error>> {
+    let evaluation =
+        |line: &Value| Some((line["step"].as_u64()?, line.get("eval_frechet")?.as_f64()?));
+    Ok(lines(run)?.iter().filter_map(evaluation).collect())
+}
+
+fn evaluation_changes_nothing(workshop: &Workshop, verb: &str) -> TestResult {
+    let plain = workshop.complete(verb, "plain", &[]);
+    let evaluated = workshop.complete(verb, "evaluated", &[EVALUATE]);
+    let found = evaluations(&evaluated)?;
+    assert_eq!(found.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [4, 8, 12]);
+    assert!(found.iter().all(|(_, frechet)| *frechet > 0.0), "{found:?}");
+    assert_eq!(evaluations(&plain)?, []);
+    // The same weights to the bit, in the checkpoint and in the export, and the same losses.
+    let last = |run: &Path| checkpoints(run).into_values().next_back().ok_or("it was saved");
+    for file in ["parameters.safetensors", "ema.safetensors", "optimizer.safetensors"] {
+        let [left, right] = [&plain, &evaluated].map(|run| last(run).map(|path| path.join(file)));
+        assert!(fs::read(left?)? == fs::read(right?)?, "{file}");
+    }
+    let losses = |run: &Path| -> Result<Vec<Value>, Box<dyn std::error::Error>> {
+        let all = lines(run)?;
+        Ok(all.iter().filter_map(|line| line.get("loss")).cloned().collect())
+    };
+    assert_eq!(losses(&plain)?, losses(&evaluated)?);
+    // The last evaluation is what `ddil evaluate` finds in the exported model.
+    let run = evaluated.display().to_string();
+    let steps = if verb == "train" { ["--steps", "2"] } else { ["--steps", "4"] };
+    let guidance = if verb == "train" { ["--guidance-scale", "2"] } else { ["--seed", "0"] };
+    let arguments = ["evaluate", &run, "--extractor", "raw_pixels", "-n", "20", "--json", "rows"];
+    workshop.ddil(&[&arguments[..], &steps, &guidance, &["--threads", "1"]].concat()).succeeded();
+    let row = &json(&workshop.path("rows"))[0];
+    let measured = row["frechet"].as_f64().ok_or("a number")?;
+    let last = found.last().ok_or("the last update is evaluated")?.1;
+    assert!((measured / last - 1.0).abs() < 1e-5, "{measured}, in the run {last}");
+    Ok(())
+}
+
+#[test]
+fn training_is_evaluated_without_a_change() -> TestResult {
+    evaluation_changes_nothing(&Workshop::new(), "train")
+}
+
+#[test]
+fn distillation_is_evaluated_without_a_change() -> TestResult {
+    evaluation_changes_nothing(&Workshop::with_teacher(), "distill")
+}
+
+#[test]
+fn evaluated_runs_resume_from_every_checkpoint() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    for (verb, name) in [("train", "taught"), ("distill", "distilled")] {
+        let whole = workshop.complete(verb, name, &[EVALUATE, BEST]);
+        for step in (0..=UPDATES / CHECKPOINT_INTERVAL).map(|i| i * CHECKPOINT_INTERVAL) {
+            let run = workshop.rewound(&whole, &format!("{name}_from_{step}"), step);
+            workshop.ddil(&[verb, "--resume", &run.display().to_string()]).succeeded();
+            assert_same_end(&whole, &run);
+            assert_eq!(
+                fs::read(run.join("best/unet/diffusion_pytorch_model.safetensors"))?,
+                fs::read(whole.join("best/unet/diffusion_pytorch_model.safetensors"))?,
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_best_model_is_kept_and_has_a_name() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let settings = [EVALUATE, BEST, "output.checkpoints.keep_last=1", "learning_rate.peak=0.5"];
+    let run = workshop.complete("distill", "run", &settings);
+    let found = evaluations(&run)?;
+    let best = found.iter().copied().fold((0, f64::INFINITY), |a, b| if b.1 < a.1 { b } else { a });
+    let name = fs::read_to_string(run.join("checkpoints/best"))?;
+    assert_eq!(name, format!("step_{:07}\n", best.0));
+    assert!(run.join("checkpoints").join(name.trim()).is_dir());
+    assert!(checkpoints(&run).len() <= 2);
+    let place = run.join("best").display().to_string();
+    assert_eq!(json(&run.join("best/ddil.json"))["updates"], best.0);
+    workshop.ddil(&["sample", &place, "-n", "4", "--output", "a.png"]).succeeded();
+    workshop.ddil(&["export", &place, "exported"]).succeeded();
+    let checkpoint = run.join("checkpoints/best").display().to_string();
+    let shown = workshop.ddil(&["inspect", &checkpoint]).succeeded().stdout;
+    assert!(shown.contains(&format!("step: {}", best.0)), "{shown}");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_refused_before_the_run() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    fs::create_dir(workshop.path("empty"))?;
+    fs::write(workshop.path("no.npz"), "no archive")?;
+    let refused = |table: &str, words: &[&str]| {
+        let table = format!("evaluate={{ interval = 4, {table} }}");
+        for verb in ["train", "distill"] {
+            for more in [&[][..], &["--dry-run"]] {
+                let arguments = crate::support::arguments(verb, "run", &[&table]);
+                let ended = workshop.ddil(&[&arguments[..], more].concat());
+                ended.refused(words);
+                assert!(!workshop.run("run").exists());
+            }
+        }
+    };
+    let pixels = "extractor = \"raw_pixels\"";
+    refused("samples = 20", &["evaluate.extractor", "fashion_classifier"]);
+    refused("extractor = \"gone.pt\"", &["evaluate.extractor", "gone.pt", "TorchScript"]);
+    refused(&format!("{pixels}, samples = 3"), &["evaluate.samples", "at least 10"]);
+    refused(&format!("{pixels}, reference = \"gone\""), &["evaluate.reference", "gone"]);
+    refused(&format!("{pixels}, reference = \"empty\""), &["empty"]);
+    refused(&format!("{pixels}, reference = \"no.npz\""), &["no.npz"]);
+    refused(&format!("{pixels}, sample = 3"), &["sample", "samples"]);
+    let best = crate::support::arguments("train", "run", &[BEST]);
+    workshop.ddil(&best).refused(&["output.checkpoints.keep_best", "evaluate.interval"]);
+    Ok(())
+}
+
+/// Ctrl-C keeps what was computed; the same command goes on and ends with the same numbers.
+#[cfg(unix)]
+#[test]
+fn a_measurement_that_is_stopped_continues() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let common = ["--data", "data", "--extractor", "raw_pixels", "--threads", "1"];
+    let drawn = ["evaluate", "teacher", "-n", "2000", "--steps", "20", "--batch-size", "30"];
+    let with = |more: &[&'static str]| [&drawn[..], &common, more].concat();
+    workshop.ddil(&with(&["--json", "whole.json", "--features", "other"])).succeeded();
+    assert!(fs::read_dir(workshop.path("other"))?.next().is_none(), "nothing is left");
+
+    let stopped = with(&["--json", "parts.json", "--features", "features"]);
+    let state = || {
+        let folders = fs::read_dir(workshop.path("features")).ok()?;
+        let mut states = folders.flatten().map(|entry| entry.path().join("features.f32"));
+        states.find_map(|path| fs::metadata(path).ok().map(|metadata| metadata.len()))
+    };
+    let mut running = workshop.start(&stopped);
+    assert!(running.wait_until(|| state().is_some_and(|bytes| bytes > 0)), "it was too fast");
+    let ended = running.signal("INT");
+    assert_eq!(ended.code, Some(75), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the same command continues"), "{}", ended.stderr);
+    assert!(!workshop.path("parts.json").exists());
+    assert!(state().is_some_and(|bytes| bytes > 0 && bytes < 2000 * 64 * 4));
+
+    // Another plan has other features.
+    let other = [&drawn[..6], &["3", "--features", "features"], &common].concat();
+    workshop.ddil(&other).succeeded();
+    let continued = workshop.ddil(&stopped).succeeded();
+    assert!(continued.stderr.contains("are there already"), "{}", continued.stderr);
+    assert_eq!(json(&workshop.path("parts.json")), json(&workshop.path("whole.json")));
+    assert_eq!(state(), None);
+    Ok(())
+}
+
+/// A model that changed under the same name has other features.
+#[test]
+fn features_of_another_model_are_not_used() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let command = ["evaluate", "teacher", "-n", "300", "--steps", "1", "--data", "data"];
+    let more = ["--extractor", "raw_pixels", "--features", "features", "--json", "rows.json"];
+    let arguments = [&command[..], &more].concat();
+    workshop.ddil(&arguments).succeeded();
+    let run = workshop.complete("train", "run", &[]);
+    fs::remove_dir_all(workshop.path("teacher"))?;
+    fs::rename(run.join("export"), workshop.path("teacher"))?;
+    workshop.ddil(&arguments).succeeded();
+    let rows = json(&workshop.path("rows.json"));
+    assert_ne!(rows[0]["frechet"], rows[1]["frechet"]);
+    assert_eq!(status(&run)["state"], "completed");
+    Ok(())
+}
