@@ -90,6 +90,11 @@ pub(crate) fn features_of_images(
     images: &Tensor,
     extractor: &dyn FeatureExtractor,
 ) -> Result<Tensor> {
+    ddil_libtorch::ensure_dense("features_of_images", "images", images)?;
+    if images.dim() == 0 {
+        // An error with the shape.
+        return Ok(extractor.features(images)?);
+    }
     let _no_grad = tch::no_grad_guard();
     let batches: Result<Vec<Tensor>> = images
         .split(BATCH, 0)

@@ -82,7 +82,7 @@ fn choices(cases: &mut Cases) {
 
 fn features(cases: &mut Cases) {
     let extractor = RawPixels::new([1, 2, 2]);
-    let images = Tensor::rand([8, 1, 2, 2], kind::FLOAT_CPU) * 2.0 - 1.0;
+    let images = Tensor::rand([16, 1, 2, 2], kind::FLOAT_CPU) * 2.0 - 1.0;
     cases.tensors("features_as_stored", &[&images], |t| {
         outcome(features_as_stored(&t[0], &extractor))
     });
@@ -92,7 +92,7 @@ fn features(cases: &mut Cases) {
     let reference = reference_of_images("images", &images, &extractor).expect("it takes them");
     let rows = extractor.features(&images).expect("it takes them");
     cases.tensors("score", &[&rows], |t| outcome(score(&reference, &t[0])));
-    cases.once("warnings_of", "eight images", || {
+    cases.once("warnings_of", "sixteen images", || {
         let _ = warnings_of(&reference, &extractor);
         Ok(())
     });

@@ -140,7 +140,7 @@ fn what_cannot_be_evaluated_is_refused_before_the_run() -> TestResult {
 fn a_measurement_that_is_stopped_continues() -> TestResult {
     let workshop = Workshop::with_teacher();
     let common = ["--data", "data", "--extractor", "raw_pixels", "--threads", "1"];
-    let drawn = ["evaluate", "teacher", "-n", "2000", "--steps", "20", "--batch-size", "30"];
+    let drawn = ["evaluate", "teacher", "-n", "1000", "--steps", "10", "--batch-size", "30"];
     let with = |more: &[&'static str]| [&drawn[..], &common, more].concat();
     workshop.ddil(&with(&["--json", "whole.json", "--features", "other"])).succeeded();
     assert!(fs::read_dir(workshop.path("other"))?.next().is_none(), "nothing is left");
@@ -157,10 +157,10 @@ fn a_measurement_that_is_stopped_continues() -> TestResult {
     assert_eq!(ended.code, Some(75), "{}", ended.stderr);
     assert!(ended.stderr.contains("the same command continues"), "{}", ended.stderr);
     assert!(!workshop.path("parts.json").exists());
-    assert!(state().is_some_and(|bytes| bytes > 0 && bytes < 2000 * 64 * 4));
+    assert!(state().is_some_and(|bytes| bytes > 0 && bytes < 1000 * 64 * 4));
 
     // Another plan has other features.
-    let other = [&drawn[..6], &["3", "--features", "features"], &common].concat();
+    let other = [&drawn[..5], &["2", "--features", "features"], &common].concat();
     workshop.ddil(&other).succeeded();
     let continued = workshop.ddil(&stopped).succeeded();
     assert!(continued.stderr.contains("are there already"), "{}", continued.stderr);
