@@ -86,7 +86,7 @@ fn a_status_without_a_version_is_of_the_first() {
 #[test]
 fn measurements_of_version_1_are_read() {
     let rows = Measurement::read_all(&golden().join("results.json")).expect("rows");
-    assert_eq!((rows[0].method.as_str(), rows[0].frechet), ("progressive", 2.5));
+    assert_eq!((rows[0].method.as_str(), rows[0].frechet), ("progressive", Some(2.5)));
     let record = CellRecord::from_file(&golden().join("cell.json")).expect("a record");
     let outcome = record.expect("it is there").outcome;
     assert!(matches!(outcome, Outcome::Diverged { step: 5, .. }), "{outcome:?}");

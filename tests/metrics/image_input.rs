@@ -97,6 +97,28 @@ fn rounded_images_have_whole_levels() -> TestResult {
     Ok(())
 }
 
+/// Two resizings in sequence are those of two inputs, with whole levels in between.
+#[test]
+fn images_are_brought_to_one_size_first() -> TestResult {
+    let images = Tensor::randint(256, [1, 3, 20, 31], kind::FLOAT_CPU).to_kind(Kind::Uint8);
+    let crop = Resize::BicubicCrop { side: 16, crop: 16 };
+    let mut stored = input(crop, PixelRange::Byte);
+    stored.rounded = true;
+    let mut both = input(Resize::Bicubic([9, 9]), PixelRange::Byte);
+    let expected = both.prepare(&stored.prepare(&images)?.to_kind(Kind::Uint8))?;
+    both.first = crop;
+    assert_eq!(both.prepare(&images)?, expected);
+    let floats = images.to_kind(Kind::Float) / 127.5 - 1.0;
+    assert_eq!(both.prepare(&floats)?, expected);
+    // Images of that size already are unchanged by it.
+    let square = images.narrow(2, 0, 16).narrow(3, 0, 16);
+    let plain = input(Resize::Bicubic([9, 9]), PixelRange::Byte);
+    assert_eq!(both.prepare(&square)?, plain.prepare(&square)?);
+    let json = serde_json::to_string(&both)?;
+    assert_eq!(serde_json::from_str::<ImageInput>(&json)?, both, "{json}");
+    Ok(())
+}
+
 #[test]
 fn channels_are_repeated_and_normalized() -> TestResult {
     let mut input = ImageInput::unchanged(3);

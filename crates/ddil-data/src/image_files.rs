@@ -104,6 +104,24 @@ impl ImageFiles {
         to_tensor(path, &read_opaque(path)?)
     }
 
+    /// The files at these indices, in this order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Index`] for an index outside of `0..len`, and if there are none.
+    pub fn select(&self, indices: &[usize]) -> Result<Self> {
+        let len = self.len() as i64;
+        let at = |&index: &usize| {
+            let path = self.paths.get(index).cloned();
+            path.ok_or(Error::Index { index: index as i64, len })
+        };
+        let paths: Vec<PathBuf> = indices.iter().map(at).collect::<Result<_>>()?;
+        if paths.is_empty() {
+            return Err(Error::Index { index: 0, len: 0 });
+        }
+        Ok(Self { paths })
+    }
+
     /// The files after the first `count`, for work that continues; `None` if none are left.
     pub fn skip(&self, count: usize) -> Option<Self> {
         let paths = self.paths.get(count..)?.to_vec();

@@ -58,6 +58,9 @@ pub enum Error {
     /// An error of a model folder, guidance or sampling.
     #[error(transparent)]
     Pipelines(#[from] ddil_pipelines::Error),
+    /// An error of a network or its files.
+    #[error(transparent)]
+    Models(#[from] ddil_models::Error),
     /// An error of a data set.
     #[error(transparent)]
     Data(#[from] ddil_data::Error),
@@ -81,6 +84,7 @@ impl Error {
         match self {
             Self::Invalid(invalid) => Some(invalid),
             Self::Pipelines(error) => error.invalid(),
+            Self::Models(error) => error.invalid(),
             Self::Data(error) => error.invalid(),
             Self::Metrics(error) => error.invalid(),
             Self::Core(error) => error.invalid(),

@@ -10,12 +10,13 @@ use ddil_metrics::{
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::network_folder::FolderExtractor;
 
 /// The file name of the Inception network of 2015 as published for `StyleGAN`.
 const INCEPTION: &str = "inception-2015-12-05.pt";
 
 /// The names of [`input_of`].
-const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, or JSON such as \
+const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, `clip`, or JSON such as \
                       {\"resize\":\"bilinear-64x64\",\"range\":\"unit\"}";
 
 /// An extractor of features by its name or file, as in a config or on a command line.
@@ -34,9 +35,10 @@ const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, 
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ExtractorChoice {
-    /// `fashion_classifier`, `raw_pixels`, or the path of a TorchScript file.
+    /// `fashion_classifier`, `raw_pixels`, or the path of a TorchScript file or of a transformers folder
+    /// ([`FolderExtractor`]).
     pub name: String,
-    /// How images are converted for a TorchScript file; see [`open`](Self::open).
+    /// How images are converted for a TorchScript file or a folder; see [`open`](Self::open).
     pub input: Option<String>,
     /// Whether `true` is passed to a TorchScript file as a second argument.
     pub return_features: bool,
@@ -63,7 +65,7 @@ impl ExtractorChoice {
     /// Opens the extractor, for images of `shape`: channels, height, width; none if they differ in size.
     ///
     /// The published `inception-2015-12-05.pt` has the input of clean-fid unless another is chosen; other TorchScript files
-    /// require one.
+    /// require one. A folder has its own.
     ///
     /// # Errors
     ///
@@ -94,9 +96,13 @@ impl ExtractorChoice {
                 return Err(Invalid::new("extractor", "raw_pixels", expected).into());
             }
             (name, _) if Path::new(name).is_file() => Box::new(self.torch_script(device)?),
+            (name, _) if Path::new(name).is_dir() => {
+                let input = self.input.as_deref().map(input_of).transpose()?;
+                Box::new(FolderExtractor::from_folder(name, input, device)?)
+            }
             (name, _) => {
-                let expected = "`fashion_classifier`, `raw_pixels` or a TorchScript file, such as \
-                                inception-2015-12-05.pt";
+                let expected = "`fashion_classifier`, `raw_pixels`, a TorchScript file such as \
+                                inception-2015-12-05.pt, or a transformers folder of CLIP or DINOv2";
                 return Err(Invalid::new("extractor", name, expected).into());
             }
         };
@@ -137,6 +143,7 @@ fn input_of(text: &str) -> Result<ImageInput> {
         "pytorch-fid" => ImageInput::pytorch_fid(),
         "torch-fidelity" => ImageInput::torch_fidelity(),
         "imagenet" => ImageInput::imagenet(),
+        "clip" => ImageInput::clip(224),
         other => serde_json::from_str(other).map_err(|error| {
             Invalid::new("extractor_input", other, format!("{INPUTS} ({error})"))
         })?,

@@ -5,12 +5,13 @@
 //!
 //! | task | items |
 //! | --- | --- |
-//! | choose a network of features | [`ExtractorChoice`] |
+//! | choose a network of features | [`ExtractorChoice`], [`FolderExtractor`] |
 //! | choose the images to compare with | [`ReferenceChoice`], [`reference_of_images`], [`all_images`], [`warnings_of`], [`few_images`] |
 //! | draw samples | [`Drawing`], [`draw`], [`draw_observed`] |
 //! | compute features | [`features_of_files`], [`features_of_drawing`], [`features_as_stored`] |
 //! | keep features, and continue after a stop | [`FeatureRows`], [`FeatureStore`], [`FeatureKey`] |
 //! | compare | [`score`], [`Scores`], [`FeatureScores`], [`Metric`] |
+//! | measure images of prompts: CLIP score, diversity | [`EvaluationPrompts`], [`PromptSet`], [`PromptDrawing`], [`PromptMeter`], [`CaptionScorer`] |
 //! | record the result | [`Measurement`], [`StandardErrors`] |
 //! | measure the covariate shift | [`shift`], [`ShiftRow`] |
 //! | show progress, stop | [`Monitor`], [`Unmonitored`] |
@@ -40,6 +41,7 @@
 
 #![forbid(unsafe_code)]
 
+mod caption_score;
 mod drawing;
 mod error;
 mod extractor;
@@ -48,10 +50,16 @@ mod feature_store;
 mod features;
 mod measurement;
 mod monitor;
+mod network_folder;
+mod preprocessor;
+mod prompt_drawing;
+mod prompt_scores;
+mod prompts;
 mod reference;
 mod scores;
 mod shift;
 
+pub use caption_score::{CaptionEmbeds, CaptionScorer};
 pub use ddil_files::Report;
 pub use drawing::{Drawing, draw, draw_observed};
 pub use error::{Error, Result};
@@ -61,6 +69,10 @@ pub use feature_store::{FeatureKey, FeatureStore};
 pub use features::{features_as_stored, features_of_drawing, features_of_files};
 pub use measurement::{Measurement, StandardErrors};
 pub use monitor::{Monitor, Unmonitored};
+pub use network_folder::FolderExtractor;
+pub use prompt_drawing::PromptDrawing;
+pub use prompt_scores::{ClipScores, MeanOverPrompts, PromptDiversity, PromptMeter, PromptScores};
+pub use prompts::{EvaluationPrompts, PromptSet};
 pub use reference::{ReferenceChoice, all_images, few_images, warnings_of};
 pub use scores::{FeatureScores, MIN_SAMPLES, Metric, Scores, reference_of_images, score};
 pub use shift::{ShiftRow, shift};

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::Result;
+use crate::prompt_scores::{ClipScores, PromptDiversity};
+use crate::prompts::PromptSet;
 use crate::scores::{FeatureScores, Scores, score};
 use crate::shift::ShiftRow;
 
@@ -23,7 +25,8 @@ pub struct Measurement {
     /// Version of the row: 1, which rows without this field also have.
     #[serde(default = "first_version")]
     pub format_version: u32,
-    /// The dataset that samples are compared with, and the part of it.
+    /// The dataset that samples are compared with, and the part of it; empty if they are compared with none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub dataset: String,
     /// The number of images in it; none if its file does not contain the number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,7 +52,8 @@ pub struct Measurement {
     pub seconds: f64,
     /// Number of samples compared.
     pub samples: u64,
-    /// The features on which they were compared.
+    /// The features on which they were compared; empty if there were none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub extractor: String,
     /// How images were converted for the extractor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -57,8 +61,9 @@ pub struct Measurement {
     /// Kernel distance to the dataset (KID), of all samples; none if the reference has statistics alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kid: Option<f64>,
-    /// Fréchet distance to the dataset.
-    pub frechet: f64,
+    /// Fréchet distance to the dataset; none if the samples are compared with none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frechet: Option<f64>,
     /// Fréchet distance to the teacher's own samples at its full number of steps, if they were drawn: these are what a
     /// student of a guided teacher is trained to match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -81,6 +86,24 @@ pub struct Measurement {
     /// Distance between the states visited at inference and those of training, by timestep.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shift: Vec<ShiftRow>,
+    /// The documented protocol that was followed, such as `coco2017-5k`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
+    /// The prompts of the samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<PromptSet>,
+    /// Height and width of the samples drawn from prompts, in pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<[i64; 2]>,
+    /// Seed of the sampling of prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_seed: Option<u64>,
+    /// The CLIP score of the samples and their prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_score: Option<ClipScores>,
+    /// How much the samples of one prompt differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diversity: Option<PromptDiversity>,
 }
 
 /// Standard errors of the metrics of a [`Measurement`]: how much they would differ for other samples of the same model.
@@ -118,9 +141,24 @@ impl Measurement {
     ) -> Self {
         let prdc = scores.by_features.map(|scores| scores.prdc);
         Self {
-            format_version: FORMAT_VERSION,
             dataset: reference.name().to_owned(),
             reference_samples: reference.statistics().num_samples(),
+            kid: scores.by_features.map(|scores| scores.kid),
+            frechet: Some(scores.frechet),
+            precision: prdc.map(|prdc| prdc.precision),
+            recall: prdc.map(|prdc| prdc.recall),
+            density: prdc.map(|prdc| prdc.density),
+            coverage: prdc.map(|prdc| prdc.coverage),
+            ..Self::unscored(method, scores.samples, Some(extractor))
+        }
+    }
+
+    /// Images that are compared with no others; `method` names them.
+    pub fn unscored(method: &str, samples: u64, extractor: Option<&dyn FeatureExtractor>) -> Self {
+        Self {
+            format_version: FORMAT_VERSION,
+            dataset: String::new(),
+            reference_samples: None,
             method: method.to_owned(),
             priors: None,
             thresholding: Thresholding::None,
@@ -130,18 +168,24 @@ impl Measurement {
             seed: 0,
             updates: 0,
             seconds: 0.0,
-            samples: scores.samples,
-            extractor: extractor.id().to_owned(),
-            input: Some(extractor.input().clone()),
-            kid: scores.by_features.map(|scores| scores.kid),
-            frechet: scores.frechet,
+            samples,
+            extractor: extractor.map(|own| own.id().to_owned()).unwrap_or_default(),
+            input: extractor.map(|own| own.input().clone()),
+            kid: None,
+            frechet: None,
             frechet_to_teacher: None,
-            precision: prdc.map(|prdc| prdc.precision),
-            recall: prdc.map(|prdc| prdc.recall),
-            density: prdc.map(|prdc| prdc.density),
-            coverage: prdc.map(|prdc| prdc.coverage),
+            precision: None,
+            recall: None,
+            density: None,
+            coverage: None,
             standard_errors: None,
             shift: Vec::new(),
+            protocol: None,
+            prompts: None,
+            image_size: None,
+            sampling_seed: None,
+            clip_score: None,
+            diversity: None,
         }
     }
 

@@ -125,6 +125,14 @@ pub enum Error {
         /// Number of features per sample.
         dim: String,
     },
+    /// An extractor's network failed.
+    #[error("the network {id} of features failed")]
+    Network {
+        /// The extractor.
+        id: String,
+        /// Its error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A `TorchScript` network that compares images did not return one distance per pair.
     #[error(
         "the TorchScript network {id} returned a tensor {found:?} for {n} pairs of images; expected one distance per pair: \

@@ -243,6 +243,10 @@ pub struct Normalization {
 pub struct ImageInput {
     /// Number of channels; default 3. Grey images are repeated to this number.
     pub channels: i64,
+    /// How images are resized before that, with rounding to 8 bits: to the size at which the images of a comparison are
+    /// stored, if they come in others. Default [`Resize::None`].
+    #[serde(skip_serializing_if = "is_none")]
+    pub first: Resize,
     /// How images are resized; default [`Resize::None`].
     pub resize: Resize,
     /// Whether resized images are rounded to 8 bits, bicubic ones after each direction: as PIL and torchvision resize
@@ -260,6 +264,7 @@ impl Default for ImageInput {
     fn default() -> Self {
         Self {
             channels: 3,
+            first: Resize::default(),
             resize: Resize::default(),
             rounded: false,
             range: PixelRange::default(),
@@ -328,6 +333,7 @@ impl ImageInput {
     /// [`Error::Invalid`] unless `channels` is 1 or more, sides are 1 or more and `normalization` has a finite mean and a
     /// positive deviation for each channel.
     pub fn ensure_valid(&self) -> Result<()> {
+        self.first.ensure_valid()?;
         self.resize.ensure_valid()?;
         if self.channels < 1 {
             return Err(Invalid::new("channels", self.channels.to_string(), "1 or more").into());
@@ -366,11 +372,15 @@ impl ImageInput {
 
     fn convert(&self, images: &Tensor) -> Output {
         let is_bytes = images.kind() == Kind::Uint8;
-        let is_unchanged = self.resize == Resize::None && !is_bytes && !self.rounded;
+        let is_rounded = self.rounded || self.first != Resize::None;
+        let is_unchanged = self.resize == Resize::None && !is_bytes && !is_rounded;
         let images = if is_unchanged { images.detach() } else { images.f_to_kind(Kind::Float)? };
         let (mut images, mut from) = (images, if is_bytes { BYTES } else { [-1.0, 1.0] });
-        if self.rounded && !is_bytes {
+        if is_rounded && !is_bytes {
             (images, from) = (nearest(&scaled(&images, from, PixelRange::Byte)?)?, BYTES);
+        }
+        if self.first != Resize::None {
+            images = self.first.apply(&images, BYTES, true)?;
         }
         let resized = self.resize.apply(&images, from, self.rounded)?;
         let images = scaled(&resized, from, self.range)?;
@@ -386,6 +396,11 @@ impl ImageInput {
         };
         images.f_sub(&per_channel(mean)?)?.f_div(&per_channel(std)?)
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_none(resize: &Resize) -> bool {
+    *resize == Resize::None
 }
 
 /// The range of 8-bit pixels.

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ddil_data::Captions;
 
 /// Turns slow diffusion models into few-step students.
 #[derive(Debug, Parser)]
@@ -212,6 +213,80 @@ pub(crate) struct PromptArgs {
     pub(crate) width: Option<u32>,
 }
 
+/// Options of `ddil evaluate` for images of prompts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Text to image")]
+pub(crate) struct EvaluatePromptArgs {
+    /// The prompts that a text-to-image model draws, or of the images in a folder: a text file with one prompt per line,
+    /// .jsonl, .csv, or COCO's captions_*.json. Images in a folder are matched by their names.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["num_samples", "also_samples", "shift_samples", "teacher_samples", "halves", "data"]
+    )]
+    pub(crate) prompts: Option<PathBuf>,
+    /// Which captions of an image are prompts.
+    #[arg(long, requires = "prompts", value_enum, default_value_t = CaptionChoice::First)]
+    pub(crate) captions: CaptionChoice,
+    /// Use only this many prompts, the first ones.
+    #[arg(long, value_name = "N", requires = "prompts")]
+    pub(crate) max_prompts: Option<u32>,
+    /// Images to draw for each prompt; from 2 on, their diversity is measured. For images in files the number is found.
+    #[arg(long, value_name = "N", requires = "prompts", default_value_t = 1)]
+    pub(crate) images_per_prompt: u32,
+    /// CLIP, for the CLIP score: a transformers folder with config.json, model.safetensors and the tokenizer.
+    #[arg(long, value_name = "FOLDER", requires = "prompts")]
+    pub(crate) clip: Option<PathBuf>,
+    /// LPIPS, for the diversity of the images of a prompt: a TorchScript file that compares two batches of images in
+    /// [-1, 1].
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    pub(crate) lpips: Option<PathBuf>,
+    /// Height of the images in pixels; the default is the size that the model was trained on.
+    #[arg(long, requires = "prompts")]
+    pub(crate) height: Option<u32>,
+    /// Width of the images in pixels; the default is the size that the model was trained on.
+    #[arg(long, requires = "prompts")]
+    pub(crate) width: Option<u32>,
+    /// A documented setting of prompts, reference and sizes, checked and named in the results: docs/EVALUATE.md.
+    #[arg(long, requires = "prompts", value_enum)]
+    pub(crate) protocol: Option<Protocol>,
+}
+
+/// Which captions of an image are prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CaptionChoice {
+    /// The first one.
+    First,
+    /// Each of them.
+    All,
+}
+
+impl From<CaptionChoice> for Captions {
+    fn from(choice: CaptionChoice) -> Self {
+        match choice {
+            CaptionChoice::First => Self::First,
+            CaptionChoice::All => Self::All,
+        }
+    }
+}
+
+/// A documented protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// The 5000 validation images of COCO 2017, the first caption of each, one image per caption, 512x512 pixels.
+    #[value(name = "coco2017-5k")]
+    Coco2017,
+}
+
+impl Protocol {
+    /// Its name.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Coco2017 => "coco2017-5k",
+        }
+    }
+}
+
 /// Arguments of `ddil evaluate`.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArgs {
@@ -230,12 +305,12 @@ pub(crate) struct EvaluateArgs {
     /// or its training images if there are none.
     #[arg(long, value_name = "PATH")]
     pub(crate) reference: Option<PathBuf>,
-    /// The features to compare: a TorchScript file such as inception-2015-12-05.pt, `raw_pixels` for tiny images, or
-    /// `fashion_classifier` for 32x32 greyscale images of clothing, the default for Fashion-MNIST.
-    #[arg(long, value_name = "NAME|FILE")]
+    /// The features to compare: a TorchScript file such as inception-2015-12-05.pt, a transformers folder of CLIP or
+    /// DINOv2, `raw_pixels` for tiny images, or `fashion_classifier` for 32x32 greyscale images of clothing, the default for Fashion-MNIST.
+    #[arg(long, value_name = "NAME|FILE|FOLDER")]
     pub(crate) extractor: Option<String>,
-    /// How images are converted for a TorchScript file: `clean-fid` (the default for inception-2015-12-05.pt),
-    /// `pytorch-fid`, `torch-fidelity`, `imagenet`, or JSON.
+    /// How images are converted for a TorchScript file or a folder, which has its own: `clean-fid` (the default for inception-2015-12-05.pt),
+    /// `pytorch-fid`, `torch-fidelity`, `imagenet`, `clip`, or JSON.
     #[arg(long, value_name = "INPUT", requires = "extractor")]
     pub(crate) extractor_input: Option<String>,
     /// Pass `true` to a TorchScript file as a second argument, to get features instead of class scores; implied for
@@ -274,6 +349,9 @@ pub(crate) struct EvaluateArgs {
     /// Append the measurements to the array in this JSON file.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
+    /// Options for images of prompts.
+    #[command(flatten)]
+    pub(crate) prompting: EvaluatePromptArgs,
     /// How to sample.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ddil_evaluate::{Measurement, StandardErrors};
+use ddil_evaluate::{MeanOverPrompts, Measurement, StandardErrors};
 
 /// A table for a terminal, one line per measurement.
 pub fn table(rows: &[(String, Measurement)]) -> String {
@@ -25,7 +25,7 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
                 name.clone(),
                 if m.steps == 0 { "-".to_owned() } else { m.steps.to_string() },
                 m.samples.to_string(),
-                format!("{:.2}", m.frechet),
+                m.frechet.map_or("-".to_owned(), |x| format!("{x:.2}")),
                 m.frechet_to_teacher.map_or("-".to_owned(), |x| format!("{x:.2}")),
             ];
             row.extend(rates);
@@ -66,6 +66,50 @@ pub(crate) fn details(rows: &[(String, Measurement)]) -> String {
         cells.push(row);
     }
     if cells.len() == 1 { String::new() } else { aligned(&cells) }
+}
+
+/// A table of the metrics of images of prompts, one line per measurement; empty without any.
+///
+/// A `+-` beside a number is its standard error over prompts.
+pub fn prompt_table(rows: &[(String, Measurement)]) -> String {
+    let with_prompts: Vec<_> = rows.iter().filter(|(_, m)| m.prompts.is_some()).collect();
+    let columns: [(&str, fn(&Measurement) -> Option<String>); 7] = [
+        ("clip cosine", |m| m.clip_score.as_ref().map(|score| with_error(score.cosine, 4))),
+        ("100 max(cos, 0)", |m| {
+            m.clip_score.as_ref().map(|score| format!("{:.2}", score.torchmetrics))
+        }),
+        ("diversity", |m| Some(with_error(m.diversity.as_ref()?.euclidean?, 3))),
+        ("clip distance", |m| Some(with_error(m.diversity.as_ref()?.clip_cosine_distance?, 4))),
+        ("lpips", |m| Some(with_error(m.diversity.as_ref()?.lpips?, 4))),
+        ("height", |m| m.image_size.map(|[height, _]| height.to_string())),
+        ("width", |m| m.image_size.map(|[_, width]| width.to_string())),
+    ];
+    let shown: Vec<_> = columns
+        .iter()
+        .filter(|(_, value)| with_prompts.iter().any(|(_, m)| value(m).is_some()))
+        .collect();
+    if shown.is_empty() {
+        return String::new();
+    }
+    let mut heads: Vec<String> =
+        ["model", "steps", "prompts", "images of each"].map(str::to_owned).to_vec();
+    heads.extend(shown.iter().map(|(head, _)| (*head).to_owned()));
+    let mut cells = vec![heads];
+    for (name, m) in with_prompts {
+        let steps = if m.steps == 0 { "-".to_owned() } else { m.steps.to_string() };
+        let (count, each) =
+            m.prompts.as_ref().map_or((0, 0), |set| (set.count, set.images_per_prompt));
+        let mut row = vec![name.clone(), steps, count.to_string(), each.to_string()];
+        row.extend(shown.iter().map(|(_, value)| value(m).unwrap_or("-".to_owned())));
+        cells.push(row);
+    }
+    aligned(&cells)
+}
+
+/// A mean with its standard error.
+fn with_error(value: MeanOverPrompts, decimals: usize) -> String {
+    let mean = format!("{:.decimals$}", value.mean);
+    value.standard_error.map_or(mean.clone(), |error| format!("{mean} +- {error:.decimals$}"))
 }
 
 /// A table of the shift, one line per timestep, one column per model.

@@ -153,6 +153,8 @@ fn image_files(cases: &mut Cases) {
     std::fs::write(folder.path().join("a.png"), bytes).expect("there is room");
     let files = ImageFiles::in_folder(folder.path()).expect("an image");
     cases.integers("ImageFiles::image", |index| outcome(files.image(index as usize)));
+    cases.integers("ImageFiles::select", |index| outcome(files.select(&[0, index as usize])));
+    cases.once("ImageFiles::select", "nothing", || outcome(files.select(&[])));
     cases.integers("ImageFiles::skip", |count| {
         assert!(files.skip(count as usize).is_none_or(|rest| rest.len() == 1));
         Ok(())

@@ -1,6 +1,9 @@
-use ddil_data::{FashionMnist, ImageDataset, ImageFiles};
+use std::path::Path;
+
+use ddil_data::{Captions, FashionMnist, ImageDataset, ImageFiles};
 use ddil_evaluate::{
-    Drawing, ExtractorChoice, FeatureKey, FeatureRows, FeatureStore, Measurement, Metric,
+    CaptionScorer, Drawing, EvaluationPrompts, ExtractorChoice, FeatureKey, FeatureRows,
+    FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter,
     ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
     features_of_drawing, features_of_files, few_images, reference_of_images, score, shift,
     warnings_of,
@@ -19,6 +22,8 @@ fn ddil_evaluate() {
     choices(&mut cases);
     features(&mut cases);
     models(&mut cases);
+    prompts(&mut cases);
+    networks(&mut cases);
     // They take any value; the formats of measurements are in `formats` and `inputs`.
     cases.cannot_fail(&[
         "ExtractorChoice::new",
@@ -28,6 +33,8 @@ fn ddil_evaluate() {
         "Monitor::note",
         "Measurement::of",
         "Measurement::of_model",
+        "Measurement::unscored",
+        "PromptMeter::new",
         "Measurement::write_all",
         "Metric::as_str",
         "Metric::of",
@@ -167,4 +174,91 @@ fn models(cases: &mut Cases) {
         }
     }
     cases.cannot_fail(&["shift"]);
+}
+
+fn prompts(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("prompts.txt");
+    std::fs::write(&path, "a cat\na dog\n").expect("it is writable");
+    for max in [None, Some(0), Some(u32::MAX)] {
+        for place in [path.as_path(), folder.path(), Path::new("nul\0byte"), Path::new("")] {
+            cases.once("EvaluationPrompts::from_file", &format!("{place:?}, {max:?}"), || {
+                outcome(EvaluationPrompts::from_file(place, Captions::All, max))
+            });
+        }
+    }
+    let prompts = EvaluationPrompts::from_file(&path, Captions::All, None).expect("two prompts");
+    for images in [0, 1, 101, u32::MAX] {
+        cases.once("EvaluationPrompts::with_images_per_prompt", &images.to_string(), || {
+            outcome(prompts.clone().with_images_per_prompt(images))
+        });
+    }
+    let picture = repository().join("tests/golden/pictures");
+    let files = ImageFiles::in_folder(&picture).expect("pictures");
+    cases.once("EvaluationPrompts::matched", "other names", || {
+        outcome(prompts.clone().matched(&files))
+    });
+    let asset = repository().join("assets/fashion-mnist-text-to-image");
+    let model = Pipeline::open(&asset, Placement::default(), Precision::Float32).expect("an asset");
+    let text = model.parts.text_to_image(Placement::default()).expect("an asset");
+    let plan = SamplePlan::of(&model, Some(1));
+    for side in [0, 1, 3, u32::MAX] {
+        cases.once("PromptDrawing::new", &side.to_string(), || {
+            outcome(
+                PromptDrawing::new(&model, &text, &plan, [Some(side), None], &prompts).map(drop),
+            )
+        });
+    }
+    let few = prompts.clone();
+    let drawing = PromptDrawing::new(&model, &text, &plan, [None; 2], &few).expect("it fits");
+    cases.once("PromptDrawing::for_each", "an error", || {
+        let refuse = || ddil_files::Invalid::new("nothing", 0, "more").into();
+        outcome(drawing.for_each(&|| (), |_, _| Err::<(), ddil_evaluate::Error>(refuse())))
+    });
+}
+
+fn networks(cases: &mut Cases) {
+    let golden = |name: &str| repository().join("tests/golden/models").join(name);
+    for place in ["", "no/such/folder", "nul\0byte", "/dev/null", "/"] {
+        cases.once("FolderExtractor::from_folder", place, || {
+            outcome(FolderExtractor::from_folder(place, None, Device::Cpu).map(drop))
+        });
+        cases.once("CaptionScorer::from_folder", place, || {
+            outcome(CaptionScorer::from_folder(place, Device::Cpu).map(drop))
+        });
+    }
+    let network =
+        FolderExtractor::from_folder(golden("dinov2"), None, Device::Cpu).expect("a golden");
+    let pixels = Tensor::zeros([2, 3, 28, 28], kind::FLOAT_CPU);
+    let folder = tempfile::tempdir().expect("a folder");
+    for (from, names) in [
+        ("clip", &["config.json", "model.safetensors"][..]),
+        ("clip_tokenizer", &["vocab.json", "merges.txt", "tokenizer_config.json"][..]),
+    ] {
+        for name in names {
+            std::fs::copy(golden(from).join(name), folder.path().join(name)).expect("a golden");
+        }
+    }
+    let clip = CaptionScorer::from_folder(folder.path(), Device::Cpu).expect("a golden");
+    cases.tensors("CaptionScorer::image_embeds", &[&pixels], |t| outcome(clip.image_embeds(&t[0])));
+    for texts in [&[][..], &[""], &["a", "\0"]] {
+        cases.once("CaptionScorer::text_embeds", &format!("{texts:?}"), || {
+            outcome(clip.text_embeds(texts))
+        });
+    }
+    let path = folder.path().join("prompts.txt");
+    std::fs::write(&path, "a cat\na dog\n").expect("it is writable");
+    let prompts = EvaluationPrompts::from_file(&path, Captions::All, None).expect("two").prompts;
+    let image = Tensor::zeros([1, 3, 9, 9], kind::FLOAT_CPU);
+    cases.tensors("PromptMeter::add", &[&image, &image], |t| {
+        let mut meter = PromptMeter::new(Some(&network), Some(&clip), None);
+        outcome(meter.add(&prompts, t))?;
+        outcome(meter.finish())
+    });
+    cases.once("PromptMeter::add", "no images", || {
+        outcome(PromptMeter::new(Some(&network), Some(&clip), None).add(&prompts, &[]))
+    });
+    cases.once("PromptMeter::finish", "nothing", || {
+        outcome(PromptMeter::new(Some(&network), Some(&clip), None).finish())
+    });
 }

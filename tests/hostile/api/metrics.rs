@@ -139,8 +139,16 @@ fn features(cases: &mut Cases) {
             outcome(TorchScriptDistance::from_file(place, Device::Cpu))
         });
     }
-    let other = TorchScriptDistance::from_file(&path, Device::Cpu).expect("a golden");
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("distance.pt");
     let pair = Tensor::zeros([2, 3, 4, 4], kind::FLOAT_CPU);
+    let mut gaps = |x: &[Tensor]| {
+        vec![(&x[0] - &x[1]).abs().mean_dim([1_i64, 2, 3].as_slice(), true, tch::Kind::Float)]
+    };
+    tch::CModule::create_by_tracing("distance", "forward", &[pair.copy(), pair.copy()], &mut gaps)
+        .and_then(|module| module.save(&place))
+        .expect("it is writable");
+    let other = TorchScriptDistance::from_file(&place, Device::Cpu).expect("a network");
     cases.tensors("TorchScriptDistance::between", &[&pair, &pair], |t| {
         outcome(other.between(&t[0], &t[1]))
     });

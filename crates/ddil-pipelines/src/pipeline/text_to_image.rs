@@ -187,6 +187,11 @@ impl TextToImageComponents {
         1 << (self.vae.config().block_out_channels.len() - 1)
     }
 
+    /// Channels of an image.
+    pub fn image_channels(&self) -> i64 {
+        self.vae.config().out_channels.into()
+    }
+
     /// Channels, height and width of the latents of images of the given height and width.
     ///
     /// # Errors

@@ -237,7 +237,10 @@ fn result(comparison: &Comparison, planned: &PlannedCell) -> String {
             let own = rows.iter().find(|row| row.own_steps);
             let scores = own.and_then(|row| row.measurement.as_ref()).map_or(String::new(), |m| {
                 let coverage = m.coverage.map(|coverage| format!(", coverage {coverage:.3}"));
-                format!(", frechet {:.2}{}", m.frechet, coverage.unwrap_or_default())
+                let frechet = m.frechet.map(|frechet| format!(", frechet {frechet:.2}"));
+                let cosine = m.clip_score.as_ref();
+                let cosine = cosine.map(|score| format!(", clip cosine {:.4}", score.cosine.mean));
+                [frechet, coverage, cosine].into_iter().flatten().collect()
             });
             let collapsed = rows.iter().any(|row| row.own_steps && row.collapsed.is_some());
             format!("done{scores}{}", if collapsed { ", collapsed" } else { "" })

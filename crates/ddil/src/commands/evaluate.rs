@@ -1,6 +1,8 @@
 //! `ddil evaluate`.
 
 mod features;
+mod prompted;
+mod protocol;
 mod real_images;
 mod subject;
 
@@ -21,7 +23,7 @@ use self::subject::Subject;
 use super::{num_threads, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
 use crate::exit_code::{NOT_FINITE, TRY_AGAIN};
-use crate::results::{details, shift_table, table};
+use crate::results::{details, prompt_table, shift_table, table};
 
 /// A measurement and its name in the table.
 type Row = (String, Measurement);
@@ -51,13 +53,20 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         "--standard-errors is 1; expected at least 2 random halves, or 0 for none"
     );
     start(&args.sampling.parent)?;
+    let prompts = prompted::prompts(args)?;
     let interrupt = Interrupt::listen()?;
     let mut features = Features::new(args.features.as_deref(), &interrupt);
     let subject = Subject::open(args)?;
+    if let Some(prompts) = prompts {
+        let (rows, exit_code) = prompted::rows(args, &subject, prompts, &mut features)?;
+        report(args, &rows)?;
+        features.clear()?;
+        return Ok(exit_code);
+    }
     if let Subject::Model(..) = subject {
         ensure_possible(args)?;
     }
-    let real = RealImages::open(args, &subject, &mut features)?;
+    let real = RealImages::open(args, &subject, None, &mut features)?;
     let (rows, exit_code) = match &subject {
         Subject::Data => {
             if let Some(reference) = &real.reference {
@@ -76,15 +85,21 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             (images_rows(args, &found, &real)?, ExitCode::SUCCESS)
         }
     };
+    report(args, &rows)?;
+    features.clear()?;
+    Ok(exit_code)
+}
+
+/// Writes the rows to the file of --json, and prints them.
+fn report(args: &EvaluateArgs, rows: &[Row]) -> anyhow::Result<()> {
     if let Some(path) = &args.json {
         rows.iter().try_for_each(|(_, measurement)| measurement.append_to(path))?;
     }
     if !rows.is_empty() {
-        let parts = [table(&rows), details(&rows), shift_table(&rows)];
+        let parts = [table(rows), details(rows), prompt_table(rows), shift_table(rows)];
         print(&parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n"))?;
     }
-    features.clear()?;
-    Ok(exit_code)
+    Ok(())
 }
 
 /// Writes a reference to the file of --save-statistics, if there is one.
@@ -117,8 +132,7 @@ fn model_rows(
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
     ensure_same_shape(args, pipeline, real)?;
     let (mut rows, mut exit_code) = (Vec::new(), ExitCode::SUCCESS);
-    let counts: BTreeSet<u32> = args.also_steps.iter().copied().chain([own.steps]).collect();
-    for steps in counts {
+    for steps in step_counts(args, own) {
         let is_own = steps == own.steps;
         let plan =
             if is_own { own.clone() } else { sample_plan(pipeline, &args.sampling, Some(steps))? };
@@ -153,6 +167,11 @@ fn model_rows(
 
 fn is_not_finite(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(ddil_evaluate::Error::NotFinite { .. }))
+}
+
+/// The numbers of steps to measure at, each once, in order.
+fn step_counts(args: &EvaluateArgs, own: &SamplePlan) -> BTreeSet<u32> {
+    args.also_steps.iter().copied().chain([own.steps]).collect()
 }
 
 /// Rejects invalid combinations before anything is read or drawn.

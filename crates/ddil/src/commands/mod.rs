@@ -87,6 +87,11 @@ impl Calls {
         Self(RefCell::new((Progress::new(label, done, plan.num_calls(n)), done)))
     }
 
+    /// For this number of calls.
+    fn of_number(label: &str, calls: u64) -> Self {
+        Self(RefCell::new((Progress::new(label, 0, calls), 0)))
+    }
+
     fn note(&self) {
         let (progress, calls) = &mut *self.0.borrow_mut();
         *calls += 1;

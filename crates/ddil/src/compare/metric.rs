@@ -51,7 +51,7 @@ impl Metric {
     /// Its value in a measurement, if present.
     pub fn of(self, measurement: &Measurement) -> Option<f64> {
         match self {
-            Self::Frechet => Some(measurement.frechet),
+            Self::Frechet => measurement.frechet,
             Self::ToTeacher => measurement.frechet_to_teacher,
             Self::Precision => measurement.precision,
             Self::Recall => measurement.recall,

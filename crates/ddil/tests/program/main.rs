@@ -9,6 +9,7 @@ mod bad_input;
 mod compare;
 mod determinism;
 mod evaluate;
+mod evaluate_prompts;
 mod evaluating;
 mod failing;
 #[cfg(debug_assertions)]

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use tch::Tensor;
 
 use super::features::Features;
+use super::protocol;
 use super::subject::Subject;
 use crate::cli::EvaluateArgs;
 use crate::commands::{Bar, num_threads};
@@ -42,14 +43,19 @@ struct Loaded {
 }
 
 impl RealImages {
+    /// `drawn` is the shape of the images of a text-to-image model: channels, height, width.
     pub(super) fn open(
         args: &EvaluateArgs,
         subject: &Subject,
+        drawn: Option<[i64; 3]>,
         features: &mut Features,
     ) -> anyhow::Result<Self> {
         let data = data_of(args, subject)?;
-        let saves_only =
-            args.reference.is_none() && args.save_statistics.is_some() && data.is_none();
+        let has_prompts = args.prompting.prompts.is_some();
+        // Images of prompts may be measured without others.
+        let saves_only = args.reference.is_none()
+            && (args.save_statistics.is_some() || has_prompts)
+            && data.is_none();
         let is_required = args.shift_samples > 0
             || matches!(subject, Subject::Data)
             || (args.reference.is_none() && !saves_only);
@@ -64,7 +70,10 @@ impl RealImages {
         let loaded = named.map(|(section, place)| load(section, place)).transpose()?;
         let shape = match subject {
             Subject::Data => loaded.as_ref().map(|loaded| loaded.train.image_shape()),
-            other => other.image_shape(choice.name == "raw_pixels")?,
+            other => drawn.map_or_else(
+                || other.image_shape(choice.name == "raw_pixels"),
+                |shape| Ok(Some(shape)),
+            )?,
         };
         let device = parse_device(&args.sampling.device)?;
         let extractor = choice.open(shape, device).map_err(as_option)?;
@@ -163,17 +172,17 @@ fn choice(args: &EvaluateArgs, data: Option<DataKind>) -> anyhow::Result<Extract
         Some(name) => name.clone(),
         None if is_fashion => "fashion_classifier".to_owned(),
         None => bail!(
-            "--extractor is not set; expected a TorchScript file such as inception-2015-12-05.pt, or `raw_pixels` for tiny \
-             images (`fashion_classifier` is the default for Fashion-MNIST alone)"
+            "--extractor is not set; expected a TorchScript file such as inception-2015-12-05.pt, a transformers folder of \
+             CLIP or DINOv2, or `raw_pixels` for tiny images (`fashion_classifier` is the default for Fashion-MNIST alone)"
         ),
     };
     Ok(ExtractorChoice::new(name)
-        .with_input(args.extractor_input.clone())
+        .with_input(protocol::extractor_input(args))
         .with_return_features(args.return_features))
 }
 
 /// An error with the settings named as options: `--extractor-input`.
-fn as_option(error: ddil_evaluate::Error) -> ddil_evaluate::Error {
+pub(super) fn as_option(error: ddil_evaluate::Error) -> ddil_evaluate::Error {
     error.with_settings_named(|field| format!("--{}", field.replace('_', "-")))
 }
 
@@ -182,6 +191,9 @@ fn data_of(
     args: &EvaluateArgs,
     subject: &Subject,
 ) -> anyhow::Result<Option<(DataSection, PathBuf)>> {
+    if args.prompting.prompts.is_some() {
+        return Ok(None);
+    }
     if let Some(data) = &args.data {
         return Ok(Some((data_section(data)?, data.clone())));
     }

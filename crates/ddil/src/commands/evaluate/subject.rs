@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use ddil_data::ImageFiles;
 use ddil_pipelines::{Pipeline, SamplePlan};
 use tch::Tensor;
@@ -33,16 +33,23 @@ impl Subject {
         );
         if path != Path::new("data") && Pipeline::is_at(path) {
             let (pipeline, plan) = open_model(path, &args.sampling)?;
-            ensure!(
-                !pipeline.parts.class().is_text_to_image(),
-                "{model} requires prompts; sample it with `ddil sample {model} --prompts-file .. --folder pictures`, then \
-                 evaluate that folder",
-                model = path.display()
-            );
+            let has_prompts = args.prompting.prompts.is_some();
+            match (pipeline.parts.class().is_text_to_image(), has_prompts) {
+                (true, false) => bail!(
+                    "{} is a text-to-image model; give it prompts with --prompts FILE",
+                    path.display()
+                ),
+                (false, true) => bail!("--prompts: {} takes no prompts", path.display()),
+                _ => {}
+            }
             return Ok(Self::Model(Box::new(pipeline), Box::new(plan)));
         }
         set_threads(args.sampling.threads)?;
         if path == Path::new("data") {
+            ensure!(
+                args.prompting.prompts.is_none(),
+                "--prompts is for a text-to-image model or a folder of images, and not for `data`"
+            );
             Ok(Self::Data)
         } else if sample_file::list(path).is_empty() {
             let files = ImageFiles::in_folder(path).with_context(|| {
@@ -61,6 +68,8 @@ impl Subject {
             Some([size[1], size[2], size[3]])
         };
         Ok(match self {
+            // Their shape is that of a latent.
+            Self::Model(pipeline, _) if pipeline.parts.class().is_text_to_image() => None,
             Self::Model(pipeline, _) => Some(pipeline.card.image_shape),
             Self::Samples(images) => of(images),
             Self::Files(files) if of_first => of(&files.image(0)?),

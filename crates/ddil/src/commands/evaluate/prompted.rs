@@ -1,0 +1,310 @@
+//! `ddil evaluate --prompts`: images of prompts, drawn or from files.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail, ensure};
+use ddil_data::ImageFiles;
+use ddil_evaluate::{
+    CaptionScorer, EvaluationPrompts, Measurement, PromptDrawing, PromptMeter, PromptScores,
+};
+use ddil_metrics::{FeatureExtractor, Reference, TorchScriptDistance, quantize};
+use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_trainer::config::parse_device;
+use ddil_trainer::{Interrupt, Progress};
+use tch::Tensor;
+
+use super::features::Features;
+use super::real_images::{RealImages, as_option};
+use super::subject::Subject;
+use super::{Row, protocol, save, step_counts};
+use crate::cli::EvaluateArgs;
+use crate::commands::{Calls, num_threads, sample_plan};
+use crate::exit_code::NOT_FINITE;
+use crate::sample_file;
+
+/// Prompts per pass of the networks, for images in files.
+const PROMPTS_AT_ONCE: usize = 16;
+
+/// The prompts of the command line, if there are any; checked before anything is loaded.
+pub(super) fn prompts(args: &EvaluateArgs) -> anyhow::Result<Option<EvaluationPrompts>> {
+    let options = &args.prompting;
+    let Some(path) = &options.prompts else { return Ok(None) };
+    let captions = options.captions.into();
+    let prompts = EvaluationPrompts::from_file(path, captions, options.max_prompts)
+        .and_then(|prompts| prompts.with_images_per_prompt(options.images_per_prompt))
+        .map_err(as_option)?;
+    protocol::ensure(args, &prompts)?;
+    let measures = [&options.clip, &options.lpips].iter().any(|path| path.is_some());
+    ensure!(
+        measures || args.extractor.is_some() || args.reference.is_some(),
+        "there is nothing to measure: expected --clip FOLDER for the CLIP score, --reference with --extractor for FID and \
+         others, or --lpips FILE"
+    );
+    Ok(Some(prompts))
+}
+
+/// The networks that measure.
+struct Networks {
+    /// What images are compared with, if there is an extractor.
+    real: Option<RealImages>,
+    clip: Option<CaptionScorer>,
+    lpips: Option<TorchScriptDistance>,
+}
+
+impl Networks {
+    /// `shape` is that of the images: channels, height, width; none if they differ or are not known.
+    fn open(
+        args: &EvaluateArgs,
+        subject: &Subject,
+        shape: Option<[i64; 3]>,
+        features: &mut Features,
+    ) -> anyhow::Result<Self> {
+        let options = &args.prompting;
+        let device = parse_device(&args.sampling.device)?;
+        // In the order of their size: what cannot be opened fails early.
+        let lpips = options
+            .lpips
+            .as_ref()
+            .map(|path| TorchScriptDistance::from_file(path, device).context("--lpips"));
+        let clip = options.clip.as_ref();
+        let clip = clip.map(|folder| CaptionScorer::from_folder(folder, device).map_err(as_option));
+        let (lpips, clip) = (lpips.transpose()?, clip.transpose()?);
+        if let Some(lpips) = &lpips {
+            // A network of another kind fails here, and not after sampling.
+            let images = Tensor::zeros([2, 3, 64, 64], (tch::Kind::Float, device));
+            let _ = lpips.mean_pairwise(&images).context("--lpips")?;
+        }
+        let is_compared = args.extractor.is_some() || args.reference.is_some();
+        let real =
+            is_compared.then(|| RealImages::open(args, subject, shape, features)).transpose()?;
+        Ok(Self { real, clip, lpips })
+    }
+
+    fn extractor(&self) -> Option<&dyn FeatureExtractor> {
+        self.real.as_ref().map(|real| &*real.extractor)
+    }
+
+    fn meter(&self) -> PromptMeter<'_> {
+        PromptMeter::new(self.extractor(), self.clip.as_ref(), self.lpips.as_ref())
+    }
+
+    /// The row of what a meter measured; `name` is that of the images.
+    fn row(
+        &self,
+        args: &EvaluateArgs,
+        prompts: &EvaluationPrompts,
+        name: &str,
+        meter: PromptMeter<'_>,
+    ) -> anyhow::Result<Measurement> {
+        let (features, scores) = meter.finish()?;
+        let PromptScores { clip_score, diversity } = scores;
+        if let Some(cut) =
+            clip_score.as_ref().map(|score| score.truncated_prompts).filter(|&n| n > 0)
+        {
+            tracing::warn!(
+                "{cut} prompts are longer than the input of CLIP's text encoder and were truncated"
+            );
+        }
+        let mut measurement = None;
+        if let (Some(real), Some(features)) = (&self.real, &features) {
+            if args.save_statistics.is_some() {
+                save(args, &Reference::new(name, features, &*real.extractor)?)?;
+            }
+            measurement = real.score(name, features, args.standard_errors)?;
+        }
+        let unscored = || Measurement::unscored(name, prompts.num_images(), self.extractor());
+        let measurement = measurement.unwrap_or_else(unscored);
+        let protocol = args.prompting.protocol.map(|own| own.as_str().to_owned());
+        let prompts = Some(prompts.set.clone());
+        Ok(Measurement { prompts, clip_score, diversity, protocol, ..measurement })
+    }
+}
+
+/// The rows of a subject: of a model one for each number of steps.
+pub(super) fn rows(
+    args: &EvaluateArgs,
+    subject: &Subject,
+    prompts: EvaluationPrompts,
+    features: &mut Features,
+) -> anyhow::Result<(Vec<Row>, ExitCode)> {
+    let row = match subject {
+        Subject::Model(pipeline, plan) => {
+            return model_rows(args, subject, (pipeline, plan), &prompts, features);
+        }
+        Subject::Files(files) => files_row(args, subject, files, prompts, features)?,
+        Subject::Samples(images) => samples_row(args, subject, images, prompts, features)?,
+        Subject::Data => bail!("--prompts is not for `data`"),
+    };
+    Ok((vec![row], ExitCode::SUCCESS))
+}
+
+/// One row for each number of steps.
+fn model_rows(
+    args: &EvaluateArgs,
+    subject: &Subject,
+    (pipeline, own): (&Pipeline, &SamplePlan),
+    prompts: &EvaluationPrompts,
+    features: &mut Features,
+) -> anyhow::Result<(Vec<Row>, ExitCode)> {
+    let text = pipeline.parts.text_to_image(pipeline.network.placement())?;
+    let size = [args.prompting.height, args.prompting.width];
+    let drawing = |plan: &SamplePlan| {
+        PromptDrawing::new(pipeline, &text, plan, size, prompts).map_err(as_option)
+    };
+    let shape = drawing(own)?.image_shape();
+    let networks = Networks::open(args, subject, Some(shape), features)?;
+    let (mut rows, mut exit_code) = (Vec::new(), ExitCode::SUCCESS);
+    for steps in step_counts(args, own) {
+        let is_own = steps == own.steps;
+        let plan =
+            if is_own { own.clone() } else { sample_plan(pipeline, &args.sampling, Some(steps))? };
+        let drawing = drawing(&plan)?;
+        let [_, height, width] = shape;
+        tracing::info!(
+            "sampling {} images of {height}x{width} pixels of {} prompts in {steps} steps",
+            prompts.num_images(),
+            prompts.set.count
+        );
+        let Some(measurement) =
+            drawn(args, &drawing, prompts, &networks, is_own, features.interrupt)?
+        else {
+            eprintln!(
+                "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
+            );
+            exit_code = ExitCode::from(NOT_FINITE);
+            continue;
+        };
+        let mut measurement = measurement.of_model(&pipeline.card, drawing.plan());
+        measurement.image_size = Some([height, width]);
+        measurement.sampling_seed = Some(plan.seed);
+        rows.push((measurement.method.clone(), measurement));
+    }
+    Ok((rows, exit_code))
+}
+
+/// Draws and measures; none if a sample is not finite.
+fn drawn(
+    args: &EvaluateArgs,
+    drawing: &PromptDrawing<'_>,
+    prompts: &EvaluationPrompts,
+    networks: &Networks,
+    is_own: bool,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Option<Measurement>> {
+    /// What ends the drawing.
+    enum Stop {
+        NotFinite,
+        Error(anyhow::Error),
+    }
+    impl From<ddil_evaluate::Error> for Stop {
+        fn from(error: ddil_evaluate::Error) -> Self {
+            Self::Error(as_option(error).into())
+        }
+    }
+    let calls = Calls::of_number("evaluate", drawing.num_calls());
+    let (mut meter, mut kept) = (networks.meter(), Vec::new());
+    let (mut done, total) = (0, prompts.num_images());
+    let drawn = drawing.for_each(&|| calls.note(), |prompts, images| {
+        let is_finite =
+            sample_file::is_finite(images).map_err(|error| Stop::Error(error.into()))?;
+        if !is_finite {
+            return Err(Stop::NotFinite);
+        }
+        if args.keep.is_some() && is_own && kept.len() < sample_file::KEPT as usize {
+            kept.extend(images.split(1, 0));
+        }
+        let stored = quantize(images).map_err(ddil_evaluate::Error::from)?;
+        meter.add(prompts, &stored.split(1, 0))?;
+        done += images.size()[0] as u64;
+        Ok(ensure_not_stopped(interrupt, done, total)?)
+    });
+    drop(calls);
+    let truncated = match drawn {
+        Ok(truncated) => truncated,
+        Err(Stop::NotFinite) => return Ok(None),
+        Err(Stop::Error(error)) => return Err(error),
+    };
+    if truncated > 0 {
+        tracing::warn!(
+            "{truncated} prompts are longer than the text encoder's input and were truncated"
+        );
+    }
+    if let (Some(file), false) = (&args.keep, kept.is_empty()) {
+        sample_file::write_first(file, &Tensor::f_cat(&kept, 0)?)?;
+    }
+    networks.row(args, prompts, "samples", meter).map(Some)
+}
+
+/// Ends a measurement between two batches if a stop is requested.
+fn ensure_not_stopped(interrupt: &Interrupt, done: u64, total: u64) -> ddil_evaluate::Result<()> {
+    if done < total && interrupt.is_requested() {
+        let what = "images".to_owned();
+        return Err(ddil_evaluate::Error::Stopped { what, done, total, is_kept: false });
+    }
+    Ok(())
+}
+
+/// The row of images in files, matched with their prompts.
+fn files_row(
+    args: &EvaluateArgs,
+    subject: &Subject,
+    files: &ImageFiles,
+    prompts: EvaluationPrompts,
+    features: &mut Features,
+) -> anyhow::Result<Row> {
+    let all = prompts.set.count;
+    let (prompts, files) = prompts.matched(files).map_err(as_option)?;
+    let k = prompts.set.images_per_prompt;
+    if prompts.set.count < all {
+        tracing::warn!("only {} of {all} prompts have images", prompts.set.count);
+    }
+    let networks = Networks::open(args, subject, None, features)?;
+    let (mut meter, mut waiting, mut done) = (networks.meter(), Vec::new(), 0);
+    let mut progress = Progress::new("images", 0, files.len() as u64);
+    let at_once = PROMPTS_AT_ONCE * k as usize;
+    let threads = num_threads(args.sampling.threads);
+    files.for_each(threads, Ok::<_, ddil_evaluate::Error>, |index, image| {
+        waiting.push(image);
+        if waiting.len() == at_once || index + 1 == files.len() {
+            let some = &prompts.prompts[done..done + waiting.len() / k as usize];
+            meter.add(some, &waiting)?;
+            done += some.len();
+            waiting.clear();
+            progress.update(index as u64 + 1, &[]);
+            ensure_not_stopped(features.interrupt, index as u64 + 1, files.len() as u64)?;
+        }
+        Ok(())
+    })?;
+    progress.finish();
+    let name = args.subject.display().to_string();
+    let measurement = networks.row(args, &prompts, &name, meter)?;
+    Ok((name, measurement))
+}
+
+/// The row of samples in files of tensors, in the order of the prompts.
+fn samples_row(
+    args: &EvaluateArgs,
+    subject: &Subject,
+    images: &Tensor,
+    prompts: EvaluationPrompts,
+    features: &mut Features,
+) -> anyhow::Result<Row> {
+    let (found, count) = (images.size()[0] as u64, prompts.set.count);
+    if !found.is_multiple_of(count) {
+        bail!(
+            "{} has {found} samples for {count} prompts; expected as many for each prompt, in sequence",
+            args.subject.display()
+        );
+    }
+    let k = (found / count) as u32;
+    let prompts = prompts.with_images_per_prompt(k).map_err(as_option)?;
+    let networks = Networks::open(args, subject, None, features)?;
+    let (stored, mut meter) = (quantize(images)?, networks.meter());
+    let parts = stored.split(PROMPTS_AT_ONCE as i64 * i64::from(k), 0);
+    for (images, prompts) in parts.iter().zip(prompts.prompts.chunks(PROMPTS_AT_ONCE)) {
+        meter.add(prompts, &images.split(1, 0)).map_err(as_option)?;
+    }
+    let name = args.subject.display().to_string();
+    let measurement = networks.row(args, &prompts, &name, meter)?;
+    Ok((name, measurement))
+}

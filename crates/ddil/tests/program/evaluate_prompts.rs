@@ -1,0 +1,258 @@
+//! `evaluate` of images of prompts: drawn by a model, or in files.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tch::{CModule, Kind, Tensor, kind};
+
+use crate::support::{TestResult, Workshop, copy_folder};
+use crate::text_teacher::Family;
+
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name)
+}
+
+/// A folder `clip` as published: both towers, settings of the images, and the tokenizer.
+fn clip(workshop: &Workshop) -> TestResult {
+    copy_folder(&golden("clip"), &workshop.path("clip"));
+    for name in ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"] {
+        fs::copy(golden("clip_tokenizer").join(name), workshop.path("clip").join(name))?;
+    }
+    Ok(())
+}
+
+/// A TorchScript file of a function of two batches of images.
+fn distance(workshop: &Workshop, name: &str, one_each: bool) -> TestResult {
+    let mut forward = |x: &[Tensor]| {
+        let gaps = (&x[0] - &x[1]).abs();
+        vec![if one_each {
+            gaps.mean_dim([1_i64, 2, 3].as_slice(), true, Kind::Float)
+        } else {
+            gaps
+        }]
+    };
+    let images = [(); 2].map(|()| Tensor::ones([2, 3, 8, 8], kind::FLOAT_CPU));
+    let module = CModule::create_by_tracing("distance", "forward", &images, &mut forward)?;
+    Ok(module.save(workshop.path(name))?)
+}
+
+/// A teacher of 16x16 pixels, CLIP, and three prompts.
+fn workshop() -> Result<Workshop, Box<dyn std::error::Error>> {
+    let workshop = Workshop::of_text(Family::StableDiffusion);
+    clip(&workshop)?;
+    fs::write(workshop.path("prompts.txt"), "a cat\na red dog\n\na red cat\n")?;
+    Ok(workshop)
+}
+
+fn rows(workshop: &Workshop, arguments: &[&str]) -> Result<Vec<Value>, Box<dyn std::error::Error>> {
+    let json = workshop.path("rows.json");
+    let _ = fs::remove_file(&json);
+    let fixed = ["--json", "rows.json", "--threads", "1"];
+    workshop.ddil(&[&["evaluate"], arguments, &fixed].concat()).succeeded();
+    Ok(serde_json::from_slice(&fs::read(json)?)?)
+}
+
+fn number(row: &Value, path: &str) -> f64 {
+    let found = path.split('/').fold(row, |value, key| &value[key]);
+    found.as_f64().unwrap_or_else(|| panic!("`{path}` in {row}"))
+}
+
+const DRAWN: [&str; 5] = ["teacher", "--prompts", "prompts.txt", "--steps", "2"];
+
+#[test]
+fn a_model_is_measured_with_prompts() -> TestResult {
+    let workshop = workshop()?;
+    distance(&workshop, "lpips.pt", true)?;
+    let measures = ["--clip", "clip", "--lpips", "lpips.pt", "--extractor", "raw_pixels"];
+    let with = |more: &[&str]| rows(&workshop, &[&DRAWN[..], &measures, more].concat());
+    let row = with(&["--images-per-prompt", "3", "--batch-size", "4"])?.remove(0);
+
+    let set = &row["prompts"];
+    assert_eq!((&set["count"], &set["images_per_prompt"]), (&3.into(), &3.into()));
+    assert_eq!((&set["file"], &set["captions"]), (&"prompts.txt".into(), &"first".into()));
+    assert_eq!(set["sha256"].as_str().map(str::len), Some(64));
+    assert_eq!((&row["samples"], &row["steps"]), (&9.into(), &2.into()));
+    assert_eq!((&row["image_size"], &row["sampling_seed"]), (&json!([16, 16]), &0.into()));
+    // Nothing was given to compare with.
+    assert!(row.get("frechet").is_none() && row.get("dataset").is_none(), "{row}");
+
+    let cosine = number(&row, "clip_score/cosine/mean");
+    assert!(cosine.abs() <= 1.0 && number(&row, "clip_score/cosine/standard_error") > 0.0);
+    assert!((number(&row, "clip_score/torchmetrics") - (100.0 * cosine).max(0.0)).abs() < 1e-9);
+    assert_eq!(row["clip_score"]["input"]["resize"], "bicubic-antialias-28-crop-28");
+    assert_eq!(row["clip_score"]["input"]["rounded"], true);
+    let network = row["clip_score"]["network"].as_str().expect("a name");
+    assert!(network.starts_with("clip-") && network.len() == 5 + 64, "{network}");
+    for name in ["euclidean", "clip_cosine_distance", "lpips"] {
+        assert!(number(&row, &format!("diversity/{name}/mean")) > 0.0, "{name}: {row}");
+    }
+    assert!(row["diversity"]["lpips_network"].as_str().is_some_and(|id| id.starts_with("lpips-")));
+
+    // Images do not depend on the batch, on their number, or on the other prompts.
+    let again = with(&["--images-per-prompt", "3"])?.remove(0);
+    for path in ["clip_score/cosine/mean", "diversity/euclidean/mean", "diversity/lpips/mean"] {
+        let (left, right) = (number(&row, path), number(&again, path));
+        assert!((left - right).abs() < 2e-3 * left.abs(), "{path}: {left} and {right}");
+    }
+    let other = with(&["--images-per-prompt", "3", "--seed", "1"])?.remove(0);
+    assert_ne!(other["diversity"]["euclidean"], again["diversity"]["euclidean"]);
+
+    // With one image each there is no diversity; more steps have a row each.
+    let more = with(&["--also-steps", "1,3", "--max-prompts", "2"])?;
+    let steps: Vec<&Value> = more.iter().map(|row| &row["steps"]).collect();
+    assert_eq!(steps, [1, 2, 3]);
+    assert!(more.iter().all(|row| row.get("diversity").is_none()));
+    assert!(more.iter().all(|row| row["prompts"]["count"] == 2 && row["samples"] == 2));
+    Ok(())
+}
+
+/// The images that `ddil sample` wrote, matched by number and by name, have the score of the same samples.
+#[test]
+fn images_in_files_are_matched_with_their_prompts() -> TestResult {
+    let workshop = workshop()?;
+    let sample = ["sample", "teacher", "--steps", "2", "--prompts-file", "prompts.txt", "-n", "2"];
+    let outputs = ["--folder", "drawn", "--output", "samples.safetensors", "--threads", "1"];
+    workshop.ddil(&[&sample[..], &outputs].concat()).succeeded();
+    let measure = |subject: &str, prompts: &str| {
+        let row = rows(&workshop, &[subject, "--prompts", prompts, "--clip", "clip"])?.remove(0);
+        assert_eq!((&row["samples"], &row["prompts"]["images_per_prompt"]), (&6.into(), &2.into()));
+        Ok::<_, Box<dyn std::error::Error>>(row)
+    };
+    let numbered = measure("drawn", "prompts.txt")?;
+    let cosine = number(&numbered, "clip_score/cosine/mean");
+
+    // The tensors that were written beside the files.
+    fs::create_dir(workshop.path("tensors"))?;
+    fs::rename(workshop.path("samples.safetensors"), workshop.path("tensors/a.safetensors"))?;
+    let tensors = measure("tensors", "prompts.txt")?;
+    assert_eq!(tensors["clip_score"], numbered["clip_score"]);
+
+    // COCO, in another order than the files.
+    let names = ["zebra", "000000000139", "b"];
+    fs::create_dir(workshop.path("named"))?;
+    for (i, name) in names.iter().enumerate() {
+        for k in 0..2 {
+            let from = format!("drawn/{:06}.png", 2 * i + k);
+            let to =
+                if k == 0 { format!("named/{name}.png") } else { format!("named/{name}_1.png") };
+            fs::copy(workshop.path(&from), workshop.path(&to))?;
+        }
+    }
+    let coco = json!({
+        "images": [{"id": 1, "file_name": "zebra.jpg"}, {"id": 139, "file_name": "000000000139.jpg"},
+            {"id": 3, "file_name": "b.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 139, "caption": "a red dog"},
+            {"id": 2, "image_id": 3, "caption": "a red cat"},
+            {"id": 3, "image_id": 1, "caption": "a cat"},
+            {"id": 4, "image_id": 1, "caption": "not the first"},
+        ],
+    });
+    fs::write(workshop.path("captions.json"), coco.to_string())?;
+    let named = measure("named", "captions.json")?;
+    assert!((number(&named, "clip_score/cosine/mean") - cosine).abs() < 1e-6, "{named}");
+    // In another order the captions are others.
+    fs::write(workshop.path("turned.txt"), "a red dog\na cat\na red cat\n")?;
+    let turned = measure("drawn", "turned.txt")?;
+    assert!((number(&turned, "clip_score/cosine/mean") - cosine).abs() > 1e-5);
+
+    let evaluate = |more: &[&str]| {
+        workshop.ddil(&[&["evaluate"], more, &["--clip", "clip", "--threads", "1"]].concat())
+    };
+    fs::write(workshop.path("four.txt"), "a\na\na\na\n")?;
+    evaluate(&["drawn", "--prompts", "four.txt"]).refused(&["4 prompts", "6 images", "--prompts"]);
+    evaluate(&["named", "--prompts", "prompts.txt"]).refused(&["without names", "6 images"]);
+    evaluate(&["drawn", "--prompts", "captions.json"]).refused(&["6 of 6 images", "--prompts"]);
+    let all = ["named", "--prompts", "captions.json", "--captions", "all"];
+    evaluate(&all).refused(&["zebra.jpg", "--captions first"]);
+    fs::remove_file(workshop.path("named/b_1.png"))?;
+    evaluate(&["named", "--prompts", "captions.json"]).refused(&["a red cat", "as many images"]);
+    Ok(())
+}
+
+#[test]
+fn images_of_prompts_are_compared_with_a_reference() -> TestResult {
+    let workshop = workshop()?;
+    let sample = ["sample", "teacher", "--steps", "1", "--prompt", "a cat", "-n", "12"];
+    workshop.ddil(&[&sample[..], &["--folder", "real", "--threads", "1"]].concat()).succeeded();
+    copy_folder(&golden("dinov2"), &workshop.path("dinov2"));
+    let compared = |extractor: &str| {
+        let arguments =
+            ["--images-per-prompt", "4", "--reference", "real", "--extractor", extractor];
+        Ok::<_, Box<dyn std::error::Error>>(
+            rows(&workshop, &[&DRAWN[..], &arguments].concat())?.remove(0),
+        )
+    };
+    let row = compared("dinov2")?;
+    assert_eq!((&row["reference_samples"], &row["samples"]), (&12.into(), &12.into()));
+    let id = row["extractor"].as_str().expect("a name");
+    assert!(id.starts_with("dinov2-class-token-"), "{id}");
+    // As `preprocessor_config.json` of the folder describes.
+    assert_eq!(row["input"]["resize"], "bicubic-antialias-32-crop-28");
+    assert_eq!(row["input"]["normalization"]["mean"][0], 0.485);
+    assert!(number(&row, "frechet") > 0.0 && number(&row, "diversity/euclidean/mean") > 0.0);
+    let row = compared("clip")?;
+    assert!(row["extractor"].as_str().is_some_and(|id| id.starts_with("clip-embeddings-")));
+    assert_eq!(row["input"]["resize"], "bicubic-antialias-28-crop-28");
+
+    // A folder without prompts, on the same network, and its statistics.
+    let save = ["real", "--extractor", "dinov2", "--save-statistics", "real.safetensors"];
+    workshop.ddil(&[&["evaluate"], &save[..], &["--threads", "1"]].concat()).succeeded();
+    let from_file = ["--reference", "real.safetensors", "--extractor", "dinov2"];
+    let row = rows(&workshop, &[&DRAWN[..], &["--images-per-prompt", "4"], &from_file].concat())?;
+    assert!((number(&row[0], "frechet") - number(&compared("dinov2")?, "frechet")).abs() < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_in_words() -> TestResult {
+    let workshop = workshop()?;
+    let refused = |more: &[&str], words: &[&str]| {
+        workshop.ddil(&[&["evaluate"], more].concat()).refused(words);
+    };
+    let drawn = |more: &[&'static str], words: &[&str]| {
+        refused(&[&DRAWN[..], more].concat(), words);
+    };
+    refused(&["teacher", "--clip", "clip"], &["--prompts"]);
+    refused(&["teacher"], &["text-to-image", "--prompts FILE"]);
+    refused(&["data", "--prompts", "prompts.txt", "--clip", "clip"], &["`data`", "--prompts"]);
+    drawn(&[], &["nothing to measure", "--clip"]);
+    drawn(&["--clip", "clip", "-n", "9"], &["--num-samples", "--prompts"]);
+    drawn(&["--clip", "clip", "--images-per-prompt", "0"], &["--images-per-prompt", "1 to 100"]);
+    drawn(&["--clip", "clip", "--max-prompts", "0"], &["--prompts", "0 prompts"]);
+    drawn(&["--clip", "clip", "--height", "15"], &["15", "multiples of 2"]);
+    drawn(&["--clip", "none"], &["--clip", "config.json"]);
+    drawn(&["--clip", "teacher/unet"], &["--clip", "model_type", "dinov2"]);
+    drawn(&["--reference", "clip", "--clip", "clip"], &["--extractor is not set"]);
+
+    // Other networks than those that are required.
+    copy_folder(&golden("clip_vision"), &workshop.path("vision"));
+    copy_folder(&golden("dinov2"), &workshop.path("dinov2"));
+    drawn(&["--clip", "vision"], &["vision tower alone", "both towers"]);
+    drawn(&["--clip", "dinov2"], &["DINOv2", "both towers"]);
+    fs::remove_file(workshop.path("clip/merges.txt"))?;
+    drawn(&["--clip", "clip"], &["merges.txt"]);
+    let input = r#"{"resize":"bilinear-9x9","range":"unit"}"#;
+    let other_size = ["--extractor", "vision", "--extractor-input", input];
+    drawn(&other_size, &["--extractor-input", "28x28"]);
+    distance(&workshop, "maps.pt", false)?;
+    drawn(&["--lpips", "maps.pt", "--images-per-prompt", "2"], &["maps", "one distance per pair"]);
+
+    // Files without prompts, and of another kind.
+    let no_text = |name: &str, content: &str, words: &[&str]| -> TestResult {
+        fs::write(workshop.path(name), content)?;
+        refused(&["teacher", "--prompts", name, "--extractor", "raw_pixels"], words);
+        Ok(())
+    };
+    no_text("empty.txt", "\n  \n", &["empty.txt", "no prompts"])?;
+    no_text("blank.jsonl", "{\"text\": \" \"}\n", &["line 1", "empty"])?;
+    let boxes =
+        r#"{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}"#;
+    no_text("instances.json", boxes, &["instances.json", "object instances", "captions_*.json"])?;
+
+    let protocol = ["--protocol", "coco2017-5k", "--clip", "clip"];
+    drawn(&protocol, &["coco2017-5k", "3 prompts", "captions_val2017.json", "5000"]);
+    assert!(!workshop.path("rows.json").exists());
+    Ok(())
+}
