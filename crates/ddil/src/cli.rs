@@ -33,6 +33,10 @@ pub(crate) enum Command {
     Import(ImportArgs),
     /// Show information about a model folder, a checkpoint or a run.
     Inspect(InspectArgs),
+    /// Write a page to look at: a run or a comparison, with curves, samples, tables and settings.
+    Report(ReportArgs),
+    /// List the runs of a folder: state, updates, last figures, age, size.
+    Runs(RunsArgs),
     /// Print each channel's value range in a dataset as a `[thresholding]` table.
     Range(RangeArgs),
     /// Distil the Fashion-MNIST teacher with and without DDIL and compare the students.
@@ -420,6 +424,39 @@ pub(crate) struct ImportArgs {
 pub(crate) struct InspectArgs {
     /// A model folder, a run folder or a checkpoint (its folder, or `checkpoints/latest` of a run).
     pub(crate) path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Arguments of `ddil report`.
+#[derive(Debug, Args)]
+#[command(after_long_help = REPORT_HELP)]
+pub(crate) struct ReportArgs {
+    /// A run folder or the folder of a comparison.
+    pub(crate) folder: PathBuf,
+    /// The file to write; the default is `report.html` in the folder. A file that is not a report is not replaced.
+    #[arg(long, short)]
+    pub(crate) output: Option<PathBuf>,
+    /// Renew the report whenever files of the folder change, until the run has ended or Ctrl-C.
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+const REPORT_HELP: &str = "\
+The report is one HTML file that needs no network and no server: open it in a browser. `ddil train`, `ddil distill` and \
+`ddil compare` write it at their end. While a run is in progress, the page reloads itself every 10 seconds, and --watch \
+renews it. A grid of the teacher's samples is shown beside the student's if it is in the run folder as \
+samples/teacher.png:
+
+  ddil sample TEACHER --output RUN/samples/teacher.png";
+
+/// Arguments of `ddil runs`.
+#[derive(Debug, Args)]
+pub(crate) struct RunsArgs {
+    /// The folder that contains run folders, directly or below; `ddil compare` puts its runs into `cells/`.
+    #[arg(default_value = "runs")]
+    pub(crate) folder: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

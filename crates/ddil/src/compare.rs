@@ -10,7 +10,8 @@
 //!   cells/<cell>.lock         the process that works on it
 //!   teachers/<key>/           samples of the teacher, drawn once, in parts, and its row
 //!   real.json                 rows of real images against real images
-//!   results.json  table.md  quality.svg  shift.svg  side_by_side.png
+//!   plan.json                 the names of axes and cells
+//!   results.json  table.md  report.html  quality.svg  shift.svg  side_by_side.png
 //! ```
 //!
 //! A [`Matrix`] is read from a file and expands to [`Cell`]s. `ddil compare` performs the open work by running verbs of
@@ -23,9 +24,10 @@ pub mod plot;
 pub mod statistics;
 pub mod table;
 
-mod folder;
+pub(crate) mod folder;
 mod item;
 mod plan;
+mod plan_file;
 mod record;
 mod render;
 mod report;
@@ -37,7 +39,9 @@ pub(crate) mod workers;
 pub(crate) use item::{PlannedCell, WorkItem};
 pub use matrix::{Cell, Matrix};
 pub(crate) use plan::{CellProgress, Comparison};
+pub(crate) use plan_file::PlanFile;
 pub use record::{CellRecord, Outcome};
 pub use report::{ArmAt, ComparisonReport, Entry, EntryKind, EntryState};
+pub(crate) use report::{Difference, Shift, timesteps};
 pub(crate) use verbs::Program;
 pub(crate) use work::{End, Worker};

@@ -32,6 +32,22 @@ pub enum Error {
         /// What failed.
         reason: String,
     },
+    /// A report could not be written.
+    #[error("could not write the report {}: {reason}", path.display())]
+    Report {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        reason: String,
+    },
+    /// A folder is neither a run nor a comparison.
+    #[error("{} is neither a run (no {}) nor a comparison (no cells/)", path.display(), missing)]
+    NothingToReport {
+        /// The folder.
+        path: PathBuf,
+        /// The file that a run has.
+        missing: &'static str,
+    },
     /// A file of samples does not contain samples.
     #[error("could not read the tensors of {}: {reason}", path.display())]
     Samples {

@@ -33,6 +33,7 @@ mod error;
 mod exit_code;
 mod presets;
 mod program;
+mod report;
 pub mod results;
 pub mod sample_file;
 

@@ -54,6 +54,8 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Export(args) => commands::export::run(args),
         Command::Import(args) => commands::import::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Report(args) => commands::report::run(args),
+        Command::Runs(args) => commands::runs::run(args),
         Command::Range(args) => commands::range::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Compare(args) => commands::compare::run(args),

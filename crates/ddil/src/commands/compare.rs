@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::compare::workers::{self, Event};
 use crate::compare::{
-    CellProgress, CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlannedCell,
-    Program, WorkItem, Worker,
+    CellProgress, CellRecord, Comparison, ComparisonReport, End, Matrix, Outcome, PlanFile,
+    PlannedCell, Program, WorkItem, Worker,
 };
 use crate::exit_code::TRY_AGAIN;
 use anyhow::{Context, bail};
@@ -89,6 +89,7 @@ fn all_cells(
     comparison.resolve_changes(&comparison.cells, fresh)?;
     comparison.ensure_possible()?;
     comparison.write_configs(&comparison.cells)?;
+    PlanFile::write(comparison)?;
     let program = Program::current()?;
     let mut num_failed = 0;
     for stage in comparison.stages()? {
@@ -122,6 +123,7 @@ fn one_cell(
         return Ok(ExitCode::SUCCESS);
     }
     comparison.write_configs(std::slice::from_ref(planned))?;
+    PlanFile::write(comparison)?;
     let should_stop = || interrupt.is_requested();
     let worker = Worker { comparison, program: &Program::current()?, should_stop: &should_stop };
     if !draw_teacher_samples(&worker, planned)? {
@@ -146,6 +148,7 @@ fn one_cell(
     }
     if comparison.is_recorded()? {
         ComparisonReport::gather(comparison)?.write(comparison.folder())?;
+        crate::report::write_or_warn(comparison.folder().path());
         let folder = comparison.folder().path().display();
         print(&format!(
             "that was the last cell: the tables are in {folder}; `ddil compare` adds the rows of the teachers\n"
@@ -270,6 +273,8 @@ fn report(comparison: &Comparison, interrupt: &Interrupt) -> anyhow::Result<()> 
     } else {
         String::new()
     };
+    let page = crate::report::write_or_warn(comparison.folder().path());
+    let page = page.map_or(String::new(), |page| format!("  open {}\n", page.display()));
     let (folder, files) = (comparison.folder().path().display(), report.files().join(", "));
-    print(&format!("{note}\n{folder}\n  {files}\n"))
+    print(&format!("{note}\n{folder}\n  {files}\n{page}"))
 }

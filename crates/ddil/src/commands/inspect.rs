@@ -12,18 +12,55 @@ use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
 use super::print;
+use super::terminal::Levels;
 use crate::cli::InspectArgs;
+use crate::report::metrics::{Metrics, shown};
+use crate::report::summary::{METRICS, is_run};
+use crate::results::aligned;
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
     let found = describe(&args.path)?;
-    let text =
-        if args.json { serde_json::to_string_pretty(&found)? + "\n" } else { tree(&found, 0) };
+    let text = if args.json {
+        serde_json::to_string_pretty(&found)? + "\n"
+    } else {
+        tree(&found, 0) + &figures(&args.path)?
+    };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
+/// The last figures of a run as a table, with their course; empty for anything else.
+fn figures(path: &Path) -> anyhow::Result<String> {
+    const WIDTH: usize = 24;
+    if !is_run(path) {
+        return Ok(String::new());
+    }
+    let metrics = Metrics::read(&path.join(METRICS))?;
+    let levels = Levels::of_locale();
+    let mut rows =
+        vec![["figure", "last", "smallest", "largest", "course"].map(str::to_owned).to_vec()];
+    for figure in metrics.figures() {
+        let Some((_, last)) = figure.last() else { continue };
+        let [least, most] = figure
+            .extremes()
+            .map_or(["-".to_owned(), "-".to_owned()], |found| found.map(|(_, value)| shown(value)));
+        rows.push(vec![
+            figure.name.to_owned(),
+            shown(last),
+            least,
+            most,
+            // The last column: aligned to the left, so that courses begin below each other.
+            format!("{:<WIDTH$}", levels.sparkline(&figure, WIDTH)),
+        ]);
+    }
+    let Some(step) = metrics.steps.last() else { return Ok(String::new()) };
+    let table =
+        aligned(&rows).lines().map(|line| line.trim_end().to_owned() + "\n").collect::<String>();
+    Ok(format!("\nfigures at update {step}\n\n{table}"))
+}
+
 fn describe(path: &Path) -> anyhow::Result<Value> {
-    if path.join("status.json").is_file() {
+    if is_run(path) {
         return run_folder(path);
     }
     if path.join("manifest.json").is_file() {

@@ -10,7 +10,10 @@ pub(crate) mod init;
 pub(crate) mod inspect;
 mod model_card;
 pub(crate) mod range;
+pub(crate) mod report;
+pub(crate) mod runs;
 pub(crate) mod sample;
+mod terminal;
 pub(crate) mod train;
 
 use std::cell::RefCell;

@@ -170,7 +170,12 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
             session.folder().path().display()
         )
     });
+    // Also of a run that failed: its curves may show why.
+    let page = crate::report::write_or_warn(session.folder().path());
     print(&report(&outcome?, &config, session.folder().path()))?;
+    if let Some(page) = page {
+        print(&format!("  open {}\n", page.display()))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -282,7 +287,10 @@ pub(super) fn distil(
     interrupt: &Interrupt,
 ) -> anyhow::Result<Outcome> {
     config.run.apply_determinism()?;
-    Ok(start_or_resume(config, logging, interrupt)?.run(interrupt)?)
+    let mut session = start_or_resume(config, logging, interrupt)?;
+    let outcome = session.run(interrupt);
+    crate::report::write_or_warn(session.folder().path());
+    Ok(outcome?)
 }
 
 fn resume<V: Verb>(

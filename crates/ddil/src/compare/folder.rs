@@ -88,6 +88,29 @@ impl ComparisonFolder {
         self.0.join("teachers").join(key)
     }
 
+    /// The folders of all teachers' samples, ordered by name; there may be none yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Files`] if the folder cannot be listed.
+    pub(crate) fn teachers(&self) -> Result<Vec<PathBuf>> {
+        let found = entries(&self.0.join("teachers"))?;
+        Ok(found.into_iter().filter(|path| path.join("samples.json").is_file()).collect())
+    }
+
+    /// The files of rows in the folder of a teacher's samples, ordered by name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Files`] if the folder cannot be listed.
+    pub(crate) fn rows_of(&self, teacher: &Path) -> Result<Vec<PathBuf>> {
+        let is_row = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("row_") && name.ends_with(".json") && !name.ends_with(".rows.json")
+        };
+        Ok(entries(teacher)?.into_iter().filter(is_row).collect())
+    }
+
     /// Removes everything of a cell except its lock.
     ///
     /// # Errors
@@ -106,4 +129,16 @@ impl ComparisonFolder {
         }
         Ok(())
     }
+}
+
+/// What is in a folder, ordered by name; nothing in one that does not exist.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let listed = fs::read_dir(folder).map_err(Error::io("list", folder))?;
+    let paths = listed.map(|entry| Ok(entry.map_err(Error::io("list", folder))?.path()));
+    let mut paths = paths.collect::<Result<Vec<PathBuf>>>()?;
+    paths.sort();
+    Ok(paths)
 }

@@ -96,7 +96,7 @@ pub struct Axis {
 }
 
 /// One value of an axis.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AxisValue {
     /// Its name, which becomes part of the names of its cells.

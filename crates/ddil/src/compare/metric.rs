@@ -65,7 +65,7 @@ impl Metric {
     }
 
     /// The number of significant decimals to show.
-    pub(super) fn decimals(self) -> usize {
+    pub(crate) fn decimals(self) -> usize {
         match self {
             Self::Frechet | Self::ToTeacher => 2,
             Self::Shift => 4,

@@ -178,7 +178,8 @@ pub(super) fn write(path: &Path, plot: std::result::Result<String, String>) -> R
     Ok(write_atomic(path, svg.as_bytes())?)
 }
 
-fn lines_of(report: &ComparisonReport, metric: Metric) -> Vec<Line> {
+/// The arms' lines by number of steps.
+pub(crate) fn lines_of(report: &ComparisonReport, metric: Metric) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for arm in report.arms() {
         let Some(estimate) = arm.estimate(metric) else { continue };
@@ -191,7 +192,8 @@ fn lines_of(report: &ComparisonReport, metric: Metric) -> Vec<Line> {
     lines
 }
 
-fn levels_of(report: &ComparisonReport, metric: Metric) -> Vec<Level> {
+/// Reference levels: real images, and teachers at full steps.
+pub(crate) fn levels_of(report: &ComparisonReport, metric: Metric) -> Vec<Level> {
     let most = report.of_kind(EntryKind::Teacher).map(|entry| entry.steps).max();
     let teachers = report.of_kind(EntryKind::Teacher).filter(|entry| Some(entry.steps) == most);
     let shown = report.of_kind(EntryKind::Data).chain(teachers);
@@ -399,7 +401,7 @@ impl Scale {
 }
 
 /// The smallest 1, 2 or 5 times a power of ten that is not below a value.
-fn round_step(least: f64) -> f64 {
+pub(crate) fn round_step(least: f64) -> f64 {
     let power = 10.0_f64.powf(least.log10().floor());
     let digit = [1.0, 2.0, 5.0].into_iter().find(|digit| digit * power >= least * (1.0 - 1e-9));
     digit.unwrap_or(10.0) * power

@@ -130,10 +130,11 @@ impl NamedRows {
 
     /// The rows of a file, if they were measured with the given settings.
     pub(super) fn read(path: &Path, measured_as: &str) -> Result<Option<Self>> {
-        if !path.exists() {
-            return Ok(None);
-        }
-        let rows: Self = read_versioned(path, FORMAT_VERSION)?;
-        Ok((rows.measured_as == measured_as).then_some(rows))
+        Ok(Self::read_any(path)?.filter(|rows| rows.measured_as == measured_as))
+    }
+
+    /// The rows of a file, however they were measured; none if there is no file.
+    pub(super) fn read_any(path: &Path) -> Result<Option<Self>> {
+        Ok(path.exists().then(|| read_versioned(path, FORMAT_VERSION)).transpose()?)
     }
 }

@@ -11,6 +11,7 @@ use super::item::{PlannedCell, PlannedTeacher};
 use super::matrix::Axis;
 use super::metric::Metric;
 use super::plan::Comparison;
+use super::plan_file::{CellName, PlanFile};
 use super::record::{CellRecord, NamedRows, Outcome, Row};
 use super::setting::TeacherSamples;
 use super::statistics::Estimate;
@@ -77,7 +78,7 @@ pub struct ComparisonReport {
     /// All measurements and failures.
     pub entries: Vec<Entry>,
     /// Rows of images, with their labels.
-    pub(super) image_rows: Vec<(String, Tensor)>,
+    pub(crate) image_rows: Vec<(String, Tensor)>,
 }
 
 /// The cells of an arm at one number of steps.
@@ -161,6 +162,73 @@ impl ComparisonReport {
         }
         let (name, axes) = (matrix.name.clone(), matrix.axes.clone());
         Ok(Self { name, axes, entries, image_rows })
+    }
+
+    /// Reads the results of the comparison in a folder, without its matrix: also while it runs, and on another machine.
+    ///
+    /// `results.json` is written at the end; the records of cells that are newer replace their entries. Without a plan
+    /// in the folder, axes are in the order of their names and have no baselines; `name` is then the name.
+    ///
+    /// # Errors
+    ///
+    /// Invalid files.
+    pub(crate) fn from_folder(
+        folder: &ComparisonFolder,
+        name: &str,
+        plan: Option<&PlanFile>,
+    ) -> Result<Self> {
+        let results = folder.file("results.json");
+        let mut entries: Vec<Entry> =
+            if results.is_file() { ddil_files::read_json(&results)? } else { unfiltered(folder)? };
+        let Some(plan) = plan else {
+            let named = entries.iter().flat_map(|entry| entry.axes.keys());
+            let names: std::collections::BTreeSet<String> = named.cloned().collect();
+            let axis = |name| Axis { name, baseline: None, values: Vec::new() };
+            let axes = names.into_iter().map(axis).collect();
+            return Ok(Self { name: name.to_owned(), axes, entries, image_rows: Vec::new() });
+        };
+        let axes = plan.axes();
+        entries.retain(|entry| entry.kind != EntryKind::Cell);
+        let mut image_rows = Self::teacher_images(folder, plan)?;
+        for cell in &plan.cells {
+            let record = CellRecord::from_file(&folder.record_of(&cell.name))?;
+            let record = record.filter(|record| record.config_sha256 == cell.config_sha256);
+            entries.extend(
+                record.into_iter().flat_map(|found| of_outcome(&axes, cell, found.outcome)),
+            );
+            let samples = folder.samples_of(&cell.name);
+            if plan.cells.first().is_some_and(|first| first.seed == cell.seed) && samples.is_file()
+            {
+                image_rows.push((cell.name.clone(), sample_file::read(&samples)?));
+            }
+        }
+        Ok(Self { name: plan.name.clone(), axes, entries, image_rows })
+    }
+
+    /// The first samples of each teacher at full steps and at those of students, in that order.
+    fn teacher_images(folder: &ComparisonFolder, plan: &PlanFile) -> Result<Vec<(String, Tensor)>> {
+        let mut teachers = Vec::new();
+        for path in folder.teachers()? {
+            let samples: TeacherSamples = ddil_files::read_json(&path.join("samples.json"))?;
+            if samples.part(folder, 0).is_file() {
+                teachers.push(samples);
+            }
+        }
+        let most = teachers.iter().map(|samples| samples.steps).max();
+        let is_shown = |samples: &TeacherSamples| {
+            Some(samples.steps) == most
+                || plan.cells.iter().any(|cell| cell.own_steps == samples.steps)
+        };
+        teachers.retain(is_shown);
+        teachers.sort_by(|a, b| {
+            b.steps.cmp(&a.steps).then(b.guidance_scale.total_cmp(&a.guidance_scale))
+        });
+        let labelled = |samples: &TeacherSamples| {
+            let TeacherSamples { steps, guidance_scale, .. } = samples;
+            let name = format!("teacher, guidance {guidance_scale}, {steps} steps");
+            Ok((name, first_drawn(folder, samples)?))
+        };
+        teachers.iter().map(labelled).collect()
     }
 
     /// A report of existing entries, without images.
@@ -323,34 +391,57 @@ fn of_row(kind: EntryKind, (name, row): (String, Row)) -> Entry {
     }
 }
 
-/// One entry for each number of steps; a single entry for a cell that was not measured.
+/// The entries of a cell, unless it was measured in another way.
 fn of_cell(plan: &Comparison, planned: &PlannedCell) -> Result<Vec<Entry>> {
-    let PlannedCell { cell, target, .. } = planned;
     let Some(CellRecord { measured_as, outcome, .. }) = plan.record_of(planned)? else {
         return Ok(Vec::new());
     };
-    let axes: BTreeMap<String, String> = plan
-        .matrix
-        .axes
+    if matches!(outcome, Outcome::Done { .. })
+        && measured_as != plan.setting.measured_as(Some(&planned.target))
+    {
+        return Ok(Vec::new());
+    }
+    Ok(of_outcome(&plan.matrix.axes, &CellName::of(planned), outcome))
+}
+
+/// One entry for each number of steps; a single entry for a cell that was not measured.
+fn of_outcome(axes: &[Axis], cell: &CellName, outcome: Outcome) -> Vec<Entry> {
+    let axes: BTreeMap<String, String> = axes
         .iter()
         .zip(&cell.values)
         .map(|(axis, value)| (axis.name.clone(), value.clone()))
         .collect();
     let of_cell = |entry: Entry| Entry { axes: axes.clone(), seed: Some(cell.seed), ..entry };
     let unmeasured = |state: EntryState, message: String| {
-        let steps = cell.own_steps();
+        let steps = cell.own_steps;
         let row = Row { steps, own_steps: true, collapsed: Some(message), measurement: None };
         Entry { state, ..of_row(EntryKind::Cell, (cell.name.clone(), row)) }
     };
-    let entries = match outcome {
-        Outcome::Done { .. } if measured_as != plan.setting.measured_as(Some(target)) => Vec::new(),
+    let entries: Vec<Entry> = match outcome {
         Outcome::Done { rows } => {
             rows.into_iter().map(|row| of_row(EntryKind::Cell, (cell.name.clone(), row))).collect()
         }
         Outcome::Diverged { message, .. } => vec![unmeasured(EntryState::Diverged, message)],
         Outcome::Failed { message } => vec![unmeasured(EntryState::Failed, message)],
     };
-    Ok(entries.into_iter().map(of_cell).collect())
+    entries.into_iter().map(of_cell).collect()
+}
+
+/// The rows of real images and of teachers that are there, however they were measured.
+fn unfiltered(folder: &ComparisonFolder) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    let mut add = |kind: EntryKind, path: &std::path::Path| -> Result<()> {
+        let found = NamedRows::read_any(path)?;
+        entries.extend(found.into_iter().flat_map(|f| f.rows).map(|row| of_row(kind, row)));
+        Ok(())
+    };
+    add(EntryKind::Data, &folder.real())?;
+    for teacher in folder.teachers()? {
+        for row in folder.rows_of(&teacher)? {
+            add(EntryKind::Teacher, &row)?;
+        }
+    }
+    Ok(entries)
 }
 
 /// The first samples of a teacher.
@@ -360,7 +451,7 @@ fn first_drawn(folder: &ComparisonFolder, teacher: &TeacherSamples) -> Result<Te
 }
 
 /// Every timestep that occurs in some shifts, noisiest first.
-pub(super) fn timesteps(shifts: &[Shift]) -> Vec<i64> {
+pub(crate) fn timesteps(shifts: &[Shift]) -> Vec<i64> {
     let of = |shift: &Shift| shift.points.iter().map(|point| point.0).collect::<Vec<_>>();
     let mut timesteps: Vec<i64> = shifts.iter().flat_map(of).collect();
     timesteps.sort_unstable_by(|a, b| b.cmp(a));

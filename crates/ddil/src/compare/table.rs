@@ -102,7 +102,7 @@ fn of_arm(arm: &ArmAt<'_>) -> Vec<String> {
 }
 
 /// The number of measured cells, and how the others ended.
-fn seeds(arm: &ArmAt<'_>) -> String {
+pub(crate) fn seeds(arm: &ArmAt<'_>) -> String {
     let counts = [
         (arm.num_collapsed, "collapsed"),
         (arm.num_diverged, "diverged"),
