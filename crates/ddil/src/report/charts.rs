@@ -277,9 +277,33 @@ impl<'a> Clipped<'a> {
     }
 }
 
-fn places_of(clipped: &[Clipped<'_>]) -> BTreeSet<String> {
-    clipped.iter().map(|figure| figure.place.clone()).collect()
+/// The places with the colour of each: that of the source, in another line style for each network.
+fn places_of(clipped: &[Clipped<'_>]) -> Vec<(usize, String)> {
+    let places: BTreeSet<&str> = clipped.iter().map(|figure| figure.place.as_str()).collect();
+    let parts = |place: &str| -> (String, Option<usize>) {
+        let source = place.rsplit_once(' ').and_then(|(network, source)| {
+            Some((network.to_owned(), color_of(source).filter(|color| *color < NUM_SOURCES)?))
+        });
+        source.map_or((String::new(), None), |(network, color)| (network, Some(color)))
+    };
+    let networks: BTreeSet<String> = places.iter().map(|place| parts(place).0).collect();
+    let mut num_others = 0;
+    let colored = |place: &str| {
+        let (network, color) = parts(place);
+        let style = networks.iter().filter(|n| !n.is_empty()).position(|n| *n == network);
+        let color = color.unwrap_or_else(|| {
+            num_others += 1;
+            NUM_SOURCES + (num_others - 1) % (NUM_COLORS - NUM_SOURCES)
+        });
+        (color + NUM_COLORS * style.unwrap_or(0), place.to_owned())
+    };
+    places.into_iter().map(colored).collect()
 }
+
+/// The colours of the page; from there on, lines are dashed.
+const NUM_COLORS: usize = 7;
+/// The first of them are for the sources.
+const NUM_SOURCES: usize = 4;
 
 /// The mean of the values that are present; none without any.
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -293,7 +317,7 @@ fn clipped_over_steps(steps: &[u64], clipped: &[Clipped<'_>]) -> Option<Chart> {
         let at = |index: usize| mean(of_place.iter().filter_map(|figure| figure.values[index]));
         Line::new(place, (0..steps.len()).map(at).collect()).colored(color)
     };
-    let lines: Vec<Line> = places_of(clipped).into_iter().enumerate().map(line).collect();
+    let lines: Vec<Line> = places_of(clipped).into_iter().map(line).collect();
     let chart = Chart::over_steps("clipped", "Share of clipped values", steps, lines);
     let note = "Network and source of the state; mean over timesteps.".to_owned();
     (!chart.lines.is_empty()).then_some(Chart { note: Some(note), ..chart })
@@ -316,7 +340,7 @@ fn clipped_over_timesteps(clipped: &[Clipped<'_>]) -> Option<Chart> {
     let places = timesteps.iter().rev().map(ToString::to_string).collect();
     let title = "Share of clipped values by timestep";
     let chart = Chart::over_places("clipped_timesteps", title, "timestep", places);
-    let lines: Vec<Line> = places_of(clipped).into_iter().enumerate().map(line).collect();
+    let lines: Vec<Line> = places_of(clipped).into_iter().map(line).collect();
     let note = Some(format!("From noise to data; mean of the last {NEWEST} records."));
     (!lines.is_empty()).then(|| Chart { lines, note, ..chart }.finished())
 }

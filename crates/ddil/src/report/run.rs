@@ -40,6 +40,8 @@ pub(crate) struct RunPage {
     is_reduced: bool,
     num_records: usize,
     latest: Vec<Latest>,
+    /// The same of shares of clipped values, which are many.
+    clipped: Vec<Latest>,
     samples: Samples,
     measurements: Vec<Measured>,
     beside: Option<BesidePreset>,
@@ -123,6 +125,12 @@ impl RunPage {
         let log = or_note(Log::read(&folder.join("run.log")), &mut notes);
         let mut charts = charts::of_run(&summary.metrics, &summary.timings);
         charts.extend(measurements.iter().rev().find_map(shift_chart));
+        let figures = summary.metrics.figures();
+        let of_latest = |is_clipped: bool| {
+            let figures = figures.iter().filter(|f| f.name.starts_with("clipped_") == is_clipped);
+            figures.filter_map(Latest::of).collect::<Vec<_>>()
+        };
+        let (latest, clipped) = (of_latest(false), of_latest(true));
         let (facts, config) = (facts(&summary, folder), summary.config.as_ref().ok());
         let in_comparison = folder.parent().is_some_and(|parent| {
             parent.file_name().is_some_and(|name| name == "cells")
@@ -142,7 +150,8 @@ impl RunPage {
                 chart.group == "updates" && chart.is_reduced(summary.metrics.steps.len())
             }),
             num_records: summary.metrics.steps.len(),
-            latest: summary.metrics.figures().iter().filter_map(Latest::of).collect(),
+            latest,
+            clipped,
             measurements: measurements.iter().map(Measured::of).collect(),
             beside: config.map(RunConfig::beside_preset),
             resume: config

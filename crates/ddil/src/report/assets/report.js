@@ -28,7 +28,7 @@
   const short = (value) => {
     if (value == null) return "–";
     const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+    if (size !== 0 && (size < 1e-3 || size >= 1e6)) return (+value.toPrecision(3)).toExponential();
     return String(+value.toPrecision(4));
   };
 
@@ -92,7 +92,8 @@
         { ...axis, size: 30, grid: { show: false }, ...(isPlaces ? placesAxis(chart) : {}) },
         { ...axis, size: 58, values: (plot, splits) => splits.map((value) => value == null ? "" : short(value)) },
       ],
-      hooks: { draw: [errorBars(chart)] },
+      // Without a cursor the legend shows the last values.
+      hooks: { draw: [errorBars(chart)], setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: chart.xs.length - 1 }); }] },
     };
   };
 
@@ -104,6 +105,7 @@
     // A logarithm of zero does not exist: such values are gaps.
     const values = chart.lines.map((line) => isLog ? line.values.map((value) => value > 0 ? value : null) : line.values);
     const plot = new uPlot(options(chart, box.clientWidth, isLog, shown), [chart.xs, ...values], box);
+    plot.setLegend({ idx: chart.xs.length - 1 });
     drawn.set(figure, plot);
     // The legend toggles by click; here also by key.
     plot.root.querySelectorAll(".u-legend .u-series:not(:first-child) th").forEach((name) => {
