@@ -79,14 +79,10 @@ fn row(path: &Path, below: &Path) -> Vec<String> {
                 bytes,
             ]
         }
-        Err(error) => vec![
-            name,
-            format!("unreadable: {error}"),
-            String::new(),
-            String::new(),
-            String::new(),
-            bytes,
-        ],
+        Err(error) => {
+            let rest = [String::new(), error.to_string(), String::new(), bytes];
+            [name, "unreadable".to_owned()].into_iter().chain(rest).collect()
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::compare::{
     ArmAt, ComparisonReport, Entry, EntryKind, EntryState, PlanFile, Shift, plot, table, timesteps,
 };
 use crate::error::Result;
-use crate::results::{Measurement, StandardErrors};
+use ddil_evaluate::{Measurement, StandardErrors};
 
 /// The data of a comparison's page.
 #[derive(Debug, Serialize)]

@@ -15,7 +15,7 @@ use super::samples::Samples;
 use super::settings::{BesidePreset, RunConfig};
 use super::summary::{METRICS, RunState, Summary, TIMINGS, in_full, size_on_disk};
 use crate::error::{Error, Result};
-use crate::results::{self, Measurement};
+use ddil_evaluate::Measurement;
 
 /// The data of a run's page.
 #[derive(Debug, Serialize)]
@@ -264,7 +264,7 @@ impl Measured {
 
 fn measurements(folder: &Path) -> Result<Vec<Measurement>> {
     let path = folder.join("results.json");
-    if path.is_file() { results::read(&path) } else { Ok(Vec::new()) }
+    if path.is_file() { Ok(Measurement::read_all(&path)?) } else { Ok(Vec::new()) }
 }
 
 fn shift_chart(measurement: &Measurement) -> Option<Chart> {
