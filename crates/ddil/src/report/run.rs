@@ -243,7 +243,7 @@ impl Measured {
     fn of(measurement: &Measurement) -> Self {
         let Measurement { kid, precision, recall, density, coverage, .. } = *measurement;
         let values = [
-            Some(measurement.frechet),
+            measurement.frechet,
             measurement.frechet_to_teacher,
             kid,
             precision,
