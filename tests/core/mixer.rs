@@ -23,6 +23,7 @@ struct Run {
     thresholding: [Thresholding; 2],
     streams: RandomStreams,
     shape: Vec<i64>,
+    prompted_noise: bool,
 }
 
 impl Run {
@@ -36,6 +37,7 @@ impl Run {
             thresholding: [Thresholding::None, Thresholding::None],
             streams: RandomStreams::new(11, 0),
             shape: shape.to_vec(),
+            prompted_noise: false,
         }
     }
 
@@ -57,6 +59,7 @@ impl Run {
         let student = Thresholded::new(&self.student, of_student)?;
         let teacher = Thresholded::new(&self.teacher, of_teacher)?;
         let batch = MixBatch::new(&data).with_prompts(&prompts);
+        let batch = batch.with_prompted_noise(self.prompted_noise);
         let networks = RolloutNetworks::new(&student, &teacher);
         self.mixer.next_states(&self.clock(step), &batch, &networks)
     }
@@ -203,6 +206,40 @@ fn noisiest_states_are_noise() -> ddil_core::Result<()> {
     }
     // In place of a backward source, with the conditioning that such a source receives.
     assert!(label_list(&states).iter().all(|label| label % 2 == 1));
+    Ok(())
+}
+
+/// With prompts that the data do not have, only noised samples have the conditioning of the data, whatever a source
+/// remembers.
+#[test]
+fn trajectories_have_the_prompts_alone() -> ddil_core::Result<()> {
+    for policy in policies() {
+        for pool in [0, 16] {
+            let config = mix(0.5, 0.25, 0.25).with(|config| {
+                config.student.policy = policy.clone();
+                config.teacher.pool = pool;
+            });
+            let mut run = Run { prompted_noise: true, ..Run::new(config.clone(), &[16, 8]) };
+            let mut prompted = 0;
+            for step in 0..12 {
+                let states = run.step(step)?;
+                for (label, source) in label_list(&states).into_iter().zip(&states.sources) {
+                    assert_eq!(label % 2 == 0, *source == Source::Forward, "{policy:?}");
+                    prompted += u64::from(label % 2 == 1);
+                }
+            }
+            assert_eq!(run.mixer.counters().prompted, prompted);
+            assert!((1..12 * 16).contains(&prompted));
+            // The default: noise in the place of a sample has its conditioning.
+            let mut run = Run::new(config, &[16, 8]);
+            let states = run.next(0)?;
+            let odd = label_list(&states).iter().filter(|label| *label % 2 == 1).count() as u64;
+            assert_eq!(run.mixer.counters().prompted, odd);
+            let is_even_noise =
+                |(label, source): (&i64, &Source)| label % 2 == 0 && *source == Source::Noise;
+            assert!(label_list(&states).iter().zip(&states.sources).any(is_even_noise));
+        }
+    }
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use std::{
 };
 
 use ddil_data::{
-    BatchIndices, Error, FashionMnist, ImageDataset, fashion_mnist_folders, flip_horizontally,
-    read_idx_images, read_idx_labels, read_image_folder,
+    BatchIndices, Error, FashionMnist, ImageDataset, SampleChoice, choose_samples,
+    fashion_mnist_folders, flip_horizontally, read_idx_images, read_idx_labels, read_image_folder,
 };
 use proptest::prelude::*;
 use tch::{Kind, Tensor, kind};
@@ -155,6 +155,90 @@ fn batches_are_scaled_and_in_order() -> TestResult {
     let ends = ImageDataset::new(&all, None)?.range(0, 9)?;
     assert_eq!(ends.x0.view(-1), Tensor::from_slice(&[-1.0_f32, 1.0]));
     assert!(ends.labels.is_none());
+    Ok(())
+}
+
+fn named(labels: &[i64], names: &[&str]) -> ImageDataset {
+    let names = names.iter().map(|name| (*name).to_owned()).collect();
+    let labels = Tensor::from_slice(labels);
+    ImageDataset::with_class_names(&pixels(labels.numel() as i64), Some(&labels), names)
+        .expect("each label has a name")
+}
+
+fn label_list(dataset: &ImageDataset) -> Vec<i64> {
+    Vec::try_from(dataset.labels().expect("there are labels")).expect("they are Int64")
+}
+
+#[test]
+fn a_part_of_a_data_set_is_one() -> TestResult {
+    let dataset = named(&[2, 0, 1, 2], &["bag", "coat", "shoe"]);
+    let part = dataset.select(&[3, 3, 1])?;
+    assert_eq!((part.len(), label_list(&part)), (3, vec![2, 2, 0]));
+    assert_eq!(part.pixels().get(0), dataset.pixels().get(3));
+    assert_eq!(part.class_names(), dataset.class_names());
+
+    let without = dataset.without_classes(&["coat".to_owned(), "bag".to_owned()])?;
+    assert_eq!(
+        (label_list(&without), without.class_names()),
+        (vec![0, 0], &["shoe".to_owned()][..])
+    );
+    assert_eq!(without.pixels().get(1), dataset.pixels().get(3));
+    let same = dataset.without_classes(&[])?;
+    assert_eq!(
+        (label_list(&same), same.class_names()),
+        (label_list(&dataset), dataset.class_names())
+    );
+
+    let names = ["x", "y", "z", "w"].map(str::to_owned).to_vec();
+    let other = dataset.relabelled(&[3, 1, 1], names)?;
+    assert_eq!((label_list(&other), other.class_names().len()), (vec![1, 3, 1, 1], 4));
+    Ok(())
+}
+
+#[test]
+fn a_part_that_does_not_exist() -> TestResult {
+    let dataset = named(&[2, 0, 1, 2], &["bag", "coat", "shoe"]);
+    let refused = |names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        dataset.without_classes(&names).expect_err("it cannot be left out").to_string()
+    };
+    assert_eq!(
+        refused(&["bag", "hat"]),
+        "`exclude_classes` is \"hat\"; expected names of the data's classes: bag, coat, shoe"
+    );
+    assert!(refused(&["bag", "coat", "shoe"]).contains("to leave samples"));
+    let unlabelled = ImageDataset::new(&pixels(2), None)?;
+    assert!(unlabelled.without_classes(&["bag".to_owned()]).is_err());
+    assert!(matches!(dataset.select(&[0, 4]), Err(Error::Index { index: 4, len: 4 })));
+    assert!(dataset.select(&[]).is_err());
+    let names = || ["a", "b"].map(str::to_owned).to_vec();
+    let few = dataset.select(&[0])?.relabelled(&[0, 1], names());
+    assert!(matches!(few, Err(Error::Invalid(_))));
+    let beyond = dataset.select(&[0])?.relabelled(&[0, 1, 2], names());
+    assert!(matches!(beyond, Err(Error::Label { found: 2, num_classes: 2 })));
+    Ok(())
+}
+
+#[test]
+fn samples_are_chosen_evenly() -> TestResult {
+    assert_eq!(choose_samples(5, 5, SampleChoice::Random, 9)?, [0, 1, 2, 3, 4]);
+    assert_eq!(choose_samples(5, 2, SampleChoice::First, 9)?, [0, 1]);
+    let mut counts = [0_u32; 5];
+    let seeds = 2000;
+    for seed in 0..seeds {
+        let (few, more) = (
+            choose_samples(5, 2, SampleChoice::Random, seed)?,
+            choose_samples(5, 4, SampleChoice::Random, seed)?,
+        );
+        assert!(few[0] < few[1] && few.iter().all(|index| more.contains(index)));
+        few.iter().for_each(|index| counts[*index as usize] += 1);
+    }
+    // Each in two of five choices.
+    let deviation = (seeds as f64 * 0.4 * 0.6).sqrt();
+    assert!(counts.iter().all(|n| (f64::from(*n) - 800.0).abs() < 4.0 * deviation), "{counts:?}");
+    for count in [-1, 0, 6] {
+        assert!(choose_samples(5, count, SampleChoice::Random, 0).is_err());
+    }
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use self::mixture::Mixture;
+use self::mixture::{Mixture, PureNoise};
 use crate::conditioning::Conditioning;
 use crate::denoiser::Counted;
 use crate::error::{Error, Result};
@@ -77,18 +77,27 @@ pub struct MixBatch<'a> {
     pub data: &'a Data,
     /// The conditioning of backward trajectories: one row per sample, with the same parts as that of the data.
     pub prompts: &'a Conditioning,
+    /// Whether pure noise in the place of a dataset sample has the conditioning of trajectories instead of the sample's:
+    /// it is their first state, from which chains continue.
+    pub prompted_noise: bool,
 }
 
 impl<'a> MixBatch<'a> {
     /// Dataset samples, whose conditioning is also used for backward trajectories.
     pub fn new(data: &'a Data) -> Self {
-        Self { data, prompts: &data.conditioning }
+        Self { data, prompts: &data.conditioning, prompted_noise: false }
     }
 
     /// The same with another conditioning for backward trajectories.
     #[must_use]
     pub fn with_prompts(self, prompts: &'a Conditioning) -> Self {
         Self { prompts, ..self }
+    }
+
+    /// The same with [`prompted_noise`](Self::prompted_noise), for prompts that the data do not have.
+    #[must_use]
+    pub fn with_prompted_noise(self, prompted_noise: bool) -> Self {
+        Self { prompted_noise, ..self }
     }
 }
 
@@ -106,8 +115,7 @@ pub struct MixerCounters {
     /// Number of states of each added source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub added: Vec<(SourceName, u64)>,
-    /// Number of states assigned to other sources than the dataset, pure noise included: their conditioning is
-    /// [`MixBatch::prompts`], that of the others belongs to the data.
+    /// Number of states with the conditioning of trajectories, [`MixBatch::prompts`]; that of the others is the data's.
     #[serde(default)]
     pub prompted: u64,
 }
@@ -122,12 +130,13 @@ impl MixerCounters {
         if total == 0 { 0.0 } else { of_source as f64 / total as f64 }
     }
 
-    fn count(&mut self, states: &States, assigned: &[Source]) {
-        for &source in &states.sources {
+    fn count(&mut self, states: &States, assigned: &[Source], prompted_noise: bool) {
+        for (&source, &assigned) in states.sources.iter().zip(assigned) {
             *self.place(source) += 1;
+            let is_prompted =
+                assigned != Source::Forward || (prompted_noise && source == Source::Noise);
+            self.prompted += u64::from(is_prompted);
         }
-        let prompted = assigned.iter().filter(|source| **source != Source::Forward);
-        self.prompted += prompted.count() as u64;
     }
 
     fn place(&mut self, source: Source) -> &mut u64 {
@@ -403,10 +412,14 @@ impl Mixer {
         )
         .with_prompts(batch.prompts)
         .with_teacher_sampler(&self.teacher_sampler);
-        let states = self.mixture.collect(&full, &assigned, self.config.pure_noise_at_tmax)?;
+        let noise = PureNoise {
+            at_tmax: self.config.pure_noise_at_tmax,
+            is_prompted: batch.prompted_noise,
+        };
+        let states = self.mixture.collect(&full, &assigned, noise)?;
         self.counters.student_evaluations += student.evaluations();
         self.counters.teacher_evaluations += teacher.evaluations();
-        self.counters.count(&states, &assigned);
+        self.counters.count(&states, &assigned, batch.prompted_noise);
         if let Some(adaptation) = &mut self.adaptation {
             adaptation.see_states(step, &states)?;
         }

@@ -5,9 +5,11 @@
 mod evaluate;
 mod lora;
 mod mixing;
+mod prompts;
 
 use std::path::PathBuf;
 
+use ddil_data::SampleChoice;
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, TeacherGuidance};
 pub use ddil_models::Precision;
@@ -19,6 +21,7 @@ use tch::Device;
 pub use self::evaluate::EvaluateSection;
 pub use self::lora::{LoraExport, LoraSection, LoraTargets};
 pub use self::mixing::MixingSection;
+pub use self::prompts::{PromptSource, PromptsSection};
 use crate::checkpoint::Retention;
 use crate::ema::EmaConfig;
 use crate::error::{Error, Result};
@@ -71,6 +74,22 @@ pub struct DataSection {
     /// replaced. Other kinds ignore it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+    /// What the data's classes are for the teacher: the names of its classes, in the order of the data's; numbers if it
+    /// has no names. Default: a class of the data is the teacher's class of the same name. For `ddil distill` only.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
+    /// Names of classes of the data whose samples are left out; default none. For images with classes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exclude_classes: Vec<String>,
+    /// Number of samples that are used, of those that `exclude_classes` leaves; default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_samples: Option<u32>,
+    /// Which samples `max_samples` uses: `first` or `random`; default `random`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_samples_choice: Option<SampleChoice>,
+    /// Seed of that random choice, which does not depend on `run.seed`; default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_samples_seed: Option<u64>,
     /// Samples per update; default 64.
     pub batch_size: u32,
     /// Whether samples are mirrored at random; default false. Must be false for text-to-image data, whose mirrored
@@ -184,6 +203,8 @@ pub struct DistillConfig {
     pub run: RunSection,
     /// Data.
     pub data: DataSection,
+    /// What backward trajectories are conditioned on.
+    pub prompts: PromptsSection,
     /// The teacher.
     pub teacher: TeacherSection,
     /// The student.
@@ -297,6 +318,11 @@ impl Default for DataSection {
             path: None,
             resolution: None,
             cache: None,
+            classes: Vec::new(),
+            exclude_classes: Vec::new(),
+            max_samples: None,
+            max_samples_choice: None,
+            max_samples_seed: None,
             batch_size: 64,
             horizontal_flip: false,
         }
@@ -463,7 +489,28 @@ impl DataSection {
         let cached = self.cache.is_none() || is_encoded;
         ensure("data.cache", "set", cached, &expected)?;
         let named = self.cache.as_ref().is_none_or(|path| path.file_name().is_some());
-        ensure("data.cache", "a path without a folder name", named, "the path of a folder")
+        ensure("data.cache", "a path without a folder name", named, "the path of a folder")?;
+        self.ensure_part()
+    }
+
+    /// Checks the settings of a part of the samples.
+    fn ensure_part(&self) -> Result<()> {
+        let (kind, is_text) = (self.kind.as_str(), self.kind.is_text());
+        let expected = format!("no value with data.kind = {kind:?}, which has no classes");
+        for (key, names) in
+            [("data.classes", &self.classes), ("data.exclude_classes", &self.exclude_classes)]
+        {
+            ensure(key, "set", names.is_empty() || !is_text, &expected)?;
+        }
+        ensure("data.max_samples", 0, self.max_samples != Some(0), "at least 1")?;
+        let random = self.max_samples_choice != Some(SampleChoice::First);
+        let limited = self.max_samples.is_some();
+        let expected = "no value without data.max_samples, which it belongs to";
+        let choice = limited || self.max_samples_choice.is_none();
+        ensure("data.max_samples_choice", "set", choice, expected)?;
+        let seed = self.max_samples_seed.is_none() || (limited && random);
+        let expected = "no value without a random choice of data.max_samples";
+        ensure("data.max_samples_seed", "set", seed, expected)
     }
 }
 
@@ -479,6 +526,9 @@ impl TrainConfig {
         let expected =
             "fashion_mnist or image_folder: only models without text can be trained from data";
         ensure("data.kind", self.data.kind.as_str(), !self.data.kind.is_text(), expected)?;
+        let expected =
+            "no value: only a teacher gives classes names; those of `ddil train` are the data's";
+        ensure("data.classes", "set", self.data.classes.is_empty(), expected)?;
         let expected = "no value: only models without text can be trained from data";
         ensure("output.prompts", "set", self.output.prompts.is_empty(), expected)?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
@@ -513,6 +563,7 @@ impl DistillConfig {
     pub fn ensure(&self) -> Result<()> {
         self.run.ensure()?;
         self.data.ensure()?;
+        self.prompts.ensure(&self.data)?;
         ensure_updates(&self.optimizer, &self.learning_rate, &self.ema)?;
         self.output.ensure()?;
         self.evaluate.ensure(&self.data, &self.output)?;

@@ -1,6 +1,7 @@
 //! Batches for training, each a function of its update number.
 
 mod encode;
+mod part;
 mod row_file;
 mod source;
 
@@ -10,7 +11,7 @@ use ddil_core::{Conditioning, Data, RandomStreams, Stream};
 use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Tensor};
 
-pub(crate) use self::source::DataSource;
+pub(crate) use self::source::{DataSource, PromptFile};
 use crate::config::DataSection;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -37,7 +38,8 @@ pub(crate) struct TrainingData {
 #[derive(Debug)]
 enum Samples {
     Images(ImageDataset),
-    Encoded(Box<EncodedDataset>),
+    /// With the indices of the samples that are used, if not all.
+    Encoded(Box<EncodedDataset>, Option<Vec<i64>>),
 }
 
 impl TrainingData {
@@ -61,7 +63,8 @@ impl TrainingData {
     ) -> Result<Self> {
         let (len, labelled) = match &samples {
             Samples::Images(images) => (images.len(), images.labels().is_some()),
-            Samples::Encoded(data) => (data.len(), false),
+            Samples::Encoded(_, Some(chosen)) => (chosen.len() as i64, false),
+            Samples::Encoded(data, None) => (data.len(), false),
         };
         let batch = section.batch_size as usize;
         let indices = BatchIndices::new(len, batch, seed)?;
@@ -108,7 +111,11 @@ impl TrainingData {
                     labels.map_or_else(Conditioning::none, Conditioning::class_labels);
                 Data::new(batch.x0).with_conditioning(conditioning)
             }
-            Samples::Encoded(data) => {
+            Samples::Encoded(data, chosen) => {
+                let chosen = chosen.as_ref().map(|chosen| {
+                    indices.iter().map(|index| chosen[*index as usize]).collect::<Vec<i64>>()
+                });
+                let indices = chosen.as_deref().unwrap_or(indices);
                 // The choice of caption, and the sample from the autoencoder's posterior.
                 let streams = RandomStreams::new(seed, 0);
                 let mut draws = streams.draws(step, Stream::Data, self.device)?;
@@ -129,15 +136,17 @@ impl TrainingData {
     pub(crate) fn encoded(&self) -> Option<&EncodedDataset> {
         match &self.samples {
             Samples::Images(_) => None,
-            Samples::Encoded(data) => Some(data),
+            Samples::Encoded(data, _) => Some(data),
         }
     }
 
     /// Rows of the first distinct prompts, at most that many; none without prompts.
     pub(crate) fn first_prompts(&self, most: usize) -> Vec<i64> {
-        let Some(data) = self.encoded() else { return Vec::new() };
+        let Samples::Encoded(data, chosen) = &self.samples else { return Vec::new() };
         let (mut seen, mut rows) = (BTreeSet::new(), Vec::new());
-        let samples = (0..data.len()).filter_map(|sample| data.prompts_of(sample).ok());
+        let all: Vec<i64> = (0..data.len()).collect();
+        let samples = chosen.as_ref().unwrap_or(&all).iter();
+        let samples = samples.filter_map(|sample| data.prompts_of(*sample).ok());
         for row in samples.filter_map(|rows| rows.first()) {
             if rows.len() == most {
                 break;

@@ -1,8 +1,10 @@
 //! The task of `ddil distill`: a few-step student from a teacher.
 
 mod checks;
+mod conditioned;
 mod meters;
 mod prompted;
+mod prompts;
 mod roles;
 mod spilling;
 mod stage;
@@ -25,12 +27,14 @@ use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
 use tch::{Device, Kind, Tensor};
 
 use self::checks::ensure_fits;
+use self::conditioned::Conditioned;
 use self::meters::{Meters, Place};
 use self::prompted::Prompted;
+use self::prompts::{PromptPlan, TrajectoryPrompts};
 use self::roles::Roles;
 use self::stage::Stage;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
-use crate::config::{DistillConfig, LoraExport};
+use crate::config::{DistillConfig, LoraExport, PromptSource};
 use crate::data::{DataSource, TrainingData};
 use crate::error::{Error, Result};
 use crate::evaluation::{EvaluationConfig, Evaluator, not_evaluated};
@@ -39,6 +43,7 @@ use crate::interrupt::Interrupt;
 use crate::roster::Roster;
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
+use crate::teacher_classes::TeacherClasses;
 
 /// A distillation in progress: the mixer collects states, the teacher labels them, the objective computes the loss.
 #[derive(Debug)]
@@ -46,6 +51,10 @@ pub struct DistillTask {
     config: DistillConfig,
     schedule: NoiseSchedule,
     data: TrainingData,
+    /// The conditioning of backward trajectories.
+    prompts: TrajectoryPrompts,
+    /// What states were conditioned on so far, if that is recorded.
+    conditioned: Option<Conditioned>,
     streams: RandomStreams,
     card: Card,
     /// The other parts of the teacher's pipeline, which the exported student shares.
@@ -83,11 +92,13 @@ const TEACHER: &str = "teacher.safetensors";
 const TARGET: &str = "target.safetensors";
 const MIXER: &str = "mixer.safetensors";
 const MIXER_STATE: &str = "mixer.json";
+const CONDITIONED: &str = "conditioned.json";
 
 /// The task that a config describes with its teacher and its data.
 struct Fitted {
     config: DistillConfig,
     data: DataSource,
+    prompts: PromptPlan,
     stage: Stage,
 }
 
@@ -102,7 +113,8 @@ impl Fitted {
         let stage = Stage::new(&config, teacher.network.schedule(), 0, &config.run.path())?;
         ensure_fits(&config, &stage, teacher, &data)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
-        Ok(Self { config, data, stage })
+        let prompts = PromptPlan::new(&config, teacher, &data, stage.objective.requirements())?;
+        Ok(Self { config, data, prompts, stage })
     }
 }
 
@@ -112,7 +124,9 @@ struct Prepared {
     placement: Placement,
     schedule: NoiseSchedule,
     data: DataSource,
-    is_class_conditional: bool,
+    prompts: PromptPlan,
+    /// Number of the teacher's labels; none without classes.
+    num_labels: Option<u32>,
     card: Card,
     parts: PipelineParts,
     roles: Roles,
@@ -133,12 +147,15 @@ impl Prepared {
             .network
             .model()
             .set_activation_checkpointing(config.run.activation_checkpointing)?;
-        let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
+        let Fitted { config, data, prompts, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
-        let is_class_conditional = teacher.network.is_class_conditional();
+        let num_labels = teacher.network.config().num_class_embeds();
+        // Grids, and whoever samples the student, need a name for each class.
+        let class_names =
+            TeacherClasses::of(&teacher).map_or_else(Vec::new, |own| own.card_names());
         let Pipeline { network: teacher, card, parts, .. } = teacher;
         // A latent U-Net accepts other sizes than its training size.
-        let card = Card { image_shape: data.image_shape(), ..card };
+        let card = Card { image_shape: data.image_shape(), class_names, ..card };
         let requirements = stage.objective.requirements();
         let roster = Roster::first(&config, requirements, teacher.config(), card.image_shape)?;
         let roles = Roles::new(&roster, teacher, config.run.seed)?;
@@ -147,7 +164,8 @@ impl Prepared {
             placement,
             schedule,
             data,
-            is_class_conditional,
+            prompts,
+            num_labels,
             card,
             parts,
             roles,
@@ -161,9 +179,12 @@ impl Prepared {
     fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
         let Self { config, placement, schedule, data, card, parts, roles, stage, .. } = self;
         let (seed, device) = (config.run.seed, placement.device);
-        let encoders = Some((&parts, placement));
-        let data = data.open(&config.data, seed, device, encoders, interrupt)?;
-        let data = if self.is_class_conditional { data } else { data.ignore_labels() };
+        let encoders = (&parts, placement);
+        let data = data.open(&config.data, seed, device, Some(encoders), interrupt)?;
+        let data = if self.num_labels.is_some() { data } else { data.ignore_labels() };
+        let prompts = self.prompts.open(&config, &data, encoders, interrupt)?;
+        let num_labels = self.num_labels.unwrap_or(0) as usize;
+        let conditioned = Conditioned::new(config.prompts.source, num_labels, device);
         let prompted = Prompted::new(&data, &config.output.prompts, &parts, placement)?;
         let guide = guide(&card, prompted.as_ref());
         let meters = Meters::new(&schedule, &config.objective);
@@ -175,6 +196,8 @@ impl Prepared {
             config,
             schedule,
             data,
+            prompts,
+            conditioned,
             streams,
             card,
             parts,
@@ -268,7 +291,7 @@ impl DistillTask {
         config.ensure()?;
         config.run.device()?;
         let teacher = Pipeline::open_without_weights(&config.teacher.path)?;
-        let Fitted { config, data, stage } = Fitted::new(config, &teacher)?;
+        let Fitted { config, data, stage, .. } = Fitted::new(config, &teacher)?;
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
         Roster::first(&config, requirements, network.config(), data.image_shape())?
             .ensure(network, config.run.seed)?;
@@ -306,18 +329,12 @@ impl DistillTask {
         if on { self.config.thresholding.clone() } else { Thresholding::None }
     }
 
-    /// Conditioning of backward trajectories: the batch's own labels or prompts in another order, so that each is as
-    /// frequent as in the data and no trajectory is tied to a sample.
-    fn prompts(&self, step: u64, conditioning: &Conditioning, batch: i64) -> Result<Conditioning> {
-        let mut generator = self.streams.generator(step, Stream::Condition, Device::Cpu)?;
-        Ok(conditioning.index_select(&generator.randperm(batch)?)?)
-    }
-
     /// The states of an update.
     fn collect(&mut self, step: u64) -> Result<Pending> {
         let data = self.data.batch_at(step)?;
         let batch = data.x0.size()[0];
-        let prompts = self.prompts(step, &data.conditioning, batch)?;
+        let of_data = (&data.conditioning, batch);
+        let prompts = self.prompts.at(step, &self.streams, of_data, self.device())?;
         // One weight per sample if guidance is drawn: a new one for each trajectory that may start here.
         let (guidance, device) = (self.config.teacher.guidance, self.device());
         let mut rng = self.streams.rng(step, Stream::Guidance);
@@ -341,9 +358,15 @@ impl DistillTask {
         let student = with_boundary(student, &self.sampler());
         let total_steps = self.config.student.updates_per_stage;
         let clock = Clock::new(step % total_steps, total_steps, self.stage.streams);
-        let batch = MixBatch::new(&data).with_prompts(&prompts);
+        let apart = self.config.prompts.source != PromptSource::Data;
+        let batch = MixBatch::new(&data).with_prompts(&prompts).with_prompted_noise(apart);
         let networks = RolloutNetworks::new(&*student, &teacher);
-        let states = self.stage.mixer.next_states(&clock, &batch, &networks)?;
+        let mixer = &mut self.stage.mixer;
+        let before = mixer.counters().prompted;
+        let states = mixer.next_states(&clock, &batch, &networks)?;
+        if let Some(conditioned) = &mut self.conditioned {
+            conditioned.count(&states, mixer.counters().prompted - before)?;
+        }
         Ok(Pending { states, real, student_x0: None, teacher_next: None, losses: None })
     }
 
@@ -534,7 +557,14 @@ impl Task for DistillTask {
         }
         let figures = if self.is_logged(step) {
             let of_student = (phase == Phase::Student).then_some(&pending.states);
-            [figures(of_student, &per_sample, &parts)?, self.meters.figures()?].concat()
+            let conditioned = self.conditioned.as_ref().filter(|_| phase == Phase::Student);
+            let conditioned = conditioned.map(Conditioned::figures).transpose()?;
+            [
+                figures(of_student, &per_sample, &parts)?,
+                self.meters.figures()?,
+                conditioned.unwrap_or_default(),
+            ]
+            .concat()
         } else {
             Vec::new()
         };
@@ -664,6 +694,9 @@ impl Task for DistillTask {
         for file in &files {
             writer.link(file)?;
         }
+        if let Some(conditioned) = &self.conditioned {
+            writer.json(CONDITIONED, &conditioned.saved()?)?;
+        }
         Ok(())
     }
 
@@ -681,6 +714,9 @@ impl Task for DistillTask {
         if let Some(target) = &self.roles.target {
             let saved = checkpoint.tensors(TARGET)?;
             state::restore("target", &target.network.parameters().learned(), &saved)?;
+        }
+        if let Some(conditioned) = &mut self.conditioned {
+            conditioned.restore(&checkpoint.json(CONDITIONED)?)?;
         }
         let device = self.device();
         let tensors = checkpoint.tensors(MIXER)?;

@@ -81,6 +81,7 @@ mod roster;
 pub mod run_folder;
 mod session;
 mod state;
+mod teacher_classes;
 mod tensorboard;
 mod train;
 mod watch;

@@ -21,7 +21,9 @@ pub(crate) fn tag(figure: &str) -> String {
     match figure.split_once('_') {
         _ if ["grad_norm", "learning_rate"].contains(&figure) => format!("optimizer/{figure}"),
         Some(("clipped", rest)) => format!("clipped/{}", rest.replacen('_', "/", 1)),
-        Some((group @ ("loss" | "share" | "critic" | "eval"), rest)) => format!("{group}/{rest}"),
+        Some((group @ ("loss" | "share" | "critic" | "eval" | "conditioned"), rest)) => {
+            format!("{group}/{rest}")
+        }
         _ if figure == "loss" => "loss/total".to_owned(),
         _ => format!("figures/{figure}"),
     }

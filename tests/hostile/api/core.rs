@@ -827,6 +827,7 @@ fn fed_mixer(cases: &mut Cases) {
         "Feedback::with_teacher_next",
         "MixBatch::new",
         "MixBatch::with_prompts",
+        "MixBatch::with_prompted_noise",
         "MixerCounters::fraction",
         "RolloutNetworks::new",
         "SourceName::as_str",

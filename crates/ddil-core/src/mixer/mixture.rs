@@ -27,6 +27,15 @@ struct Entry {
     source: Box<dyn TrajectorySource>,
 }
 
+/// How pure noise takes the place of dataset samples.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PureNoise {
+    /// Whether it does, at the noisiest timestep.
+    pub(super) at_tmax: bool,
+    /// Whether it has the conditioning of trajectories instead of the sample's.
+    pub(super) is_prompted: bool,
+}
+
 impl Mixture {
     /// The sources whose shares are the priors, in the order in which they are saved.
     pub(super) const BY_PRIOR: [Source; 3] = [Source::Forward, Source::Student, Source::Teacher];
@@ -123,11 +132,11 @@ impl Mixture {
         &mut self,
         full: &SourceRequest<'_>,
         assigned: &[Source],
-        pure_noise_at_tmax: bool,
+        pure: PureNoise,
     ) -> Result<States> {
         let source_of = |row: usize| match (full.grid_indices[row], assigned[row]) {
             (0, Source::Student | Source::Teacher) => Source::Noise,
-            (0, _) if pure_noise_at_tmax => Source::Noise,
+            (0, _) if pure.at_tmax => Source::Noise,
             (_, source) => source,
         };
         let added = self.entries[Self::BY_PRIOR.len()..].iter().map(|entry| entry.name);
@@ -142,7 +151,7 @@ impl Mixture {
             let part = Selected::of(full, &rows)?;
             let request = part.request(full);
             parts.push(match self.get_mut(name) {
-                None => noise(&request, &rows, assigned)?,
+                None => noise(&request, &rows, assigned, pure.is_prompted)?,
                 Some(source) => named(source.states(&request)?, name),
             });
             order.extend(rows);
@@ -161,13 +170,18 @@ fn named(states: States, name: Source) -> States {
     }
 }
 
-/// Pure noise, with the conditioning of the source that it replaces.
-fn noise(request: &SourceRequest<'_>, rows: &[usize], assigned: &[Source]) -> Result<States> {
+/// Pure noise, with the conditioning of the source that it replaces, or with that of trajectories throughout.
+fn noise(
+    request: &SourceRequest<'_>,
+    rows: &[usize],
+    assigned: &[Source],
+    is_prompted: bool,
+) -> Result<States> {
     let timestep = request.grids.student.as_slice()[0];
     let x_t = first_state(request.sampler.schedule(), timestep, request.noise)?;
     let n = rows.len();
-    let prompt_rows: Vec<usize> =
-        (0..n).map(|i| if assigned[rows[i]] == Source::Forward { i } else { n + i }).collect();
+    let of_data = |i: usize| assigned[rows[i]] == Source::Forward && !is_prompted;
+    let prompt_rows: Vec<usize> = (0..n).map(|i| if of_data(i) { i } else { n + i }).collect();
     let conditioning = Conditioning::cat(&[&request.data.conditioning, request.prompts])?
         .index_select(&index(&prompt_rows, request.device()))?;
     Ok(States {

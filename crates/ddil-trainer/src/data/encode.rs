@@ -44,6 +44,8 @@ pub(super) struct Encoding {
     pub(super) shape: EncodedShape,
     /// The cache folder, which may exist already.
     pub(super) folder: PathBuf,
+    /// The setting that names that folder.
+    pub(super) setting: &'static str,
     /// The key of the cache: what the encoded data depend on.
     pub(super) key: String,
 }
@@ -104,7 +106,7 @@ impl Encoding {
     /// A folder that is not a cache is never overwritten.
     fn foreign(&self, found: &str) -> Error {
         Error::Invalid(Invalid::new(
-            "data.cache",
+            self.setting,
             format!("{}, a folder that contains {found}", self.folder.display()),
             "a cache, an empty folder, or a new one",
         ))

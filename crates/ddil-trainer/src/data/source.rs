@@ -1,5 +1,6 @@
 //! The data of a config before they are encoded.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ddil_data::{
@@ -7,19 +8,21 @@ use ddil_data::{
     LatentScaling, Prompt, TruncatedPrompts, cache_folder, read_captions, read_image_folder,
     read_prompts,
 };
-use ddil_files::Invalid;
+use ddil_files::{Invalid, listed};
 use ddil_models::{
-    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, NetworkConfig, UNet2DConditionConfig,
-    UnknownKeys,
+    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, NetworkConfig, Placement,
+    UNet2DConditionConfig, UnknownKeys,
 };
 use ddil_pipelines::{Pipeline, PipelineParts};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::encode::{Encoding, key};
+use super::part::{chosen, part_of};
 use super::{Samples, TrainingData};
-use crate::config::{DataKind, DataSection};
+use crate::config::{DataKind, DataSection, PromptsSection};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
+use crate::teacher_classes::TeacherClasses;
 
 /// Data that have been checked against a teacher but not yet encoded.
 #[derive(Debug)]
@@ -32,7 +35,8 @@ pub(crate) struct DataSource {
 #[derive(Debug)]
 enum Found {
     Images(ImageDataset),
-    Encoded(EncodedDataset),
+    /// With the indices of the samples that are used, if not all.
+    Encoded(EncodedDataset, Option<Vec<i64>>),
     Raw(Encoding),
 }
 
@@ -43,19 +47,31 @@ impl DataSource {
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub(crate) fn of_pixels(section: &DataSection) -> Result<Self> {
-        let images = match (section.kind, &section.path) {
-            (DataKind::FashionMnist, path) => FashionMnist::from_folder(path.as_deref())?.train,
-            (DataKind::ImageFolder, Some(path)) => read_image_folder(path)?,
-            (DataKind::ImageFolder, None) => {
-                return invalid("data.path", "not set", "a folder of images");
-            }
-            (kind, _) => {
-                let expected = "fashion_mnist or image_folder: the model takes no text";
-                return invalid("data.kind", kind.as_str(), expected);
-            }
+        Ok(Self::of_images(part_of(read_pixels(section)?, section)?))
+    }
+
+    /// Pixels with the labels of a teacher.
+    fn of_teacher(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
+        let images = read_pixels(section)?;
+        let given = given_classes(section, images.class_names())?;
+        let images = part_of(images, section)?;
+        let Some(classes) = TeacherClasses::of(teacher) else {
+            let expected = "no value: the teacher has no classes";
+            return match given {
+                Some(_) => invalid("data.classes", "set", expected),
+                None => Ok(Self::of_images(images)),
+            };
         };
+        if images.labels().is_none() {
+            return Ok(Self::of_images(images));
+        }
+        let labels = classes.map(images.class_names(), given.as_ref())?;
+        Ok(Self::of_images(images.relabelled(&labels, classes.all_names())?))
+    }
+
+    fn of_images(images: ImageDataset) -> Self {
         let shape = images.image_shape();
-        Ok(Self { found: Found::Images(images), shape })
+        Self { found: Found::Images(images), shape }
     }
 
     /// The data of a config, for a teacher. Images and texts are checked; [`open`](Self::open) encodes them.
@@ -67,7 +83,7 @@ impl DataSource {
     pub(crate) fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
-            return Self::of_pixels(section);
+            return Self::of_teacher(section, teacher);
         }
         if !section.kind.is_text() {
             let expected =
@@ -79,19 +95,20 @@ impl DataSource {
             return invalid("data.path", "not set", "a folder, or a file of prompts");
         };
         if section.kind == DataKind::Latents {
-            return Self::of_latents(path, &shape);
+            return Self::of_latents(section, path, &shape);
         }
         Self::raw(section, path, shape, teacher)
     }
 
-    fn of_latents(path: &Path, shape: &EncodedShape) -> Result<Self> {
+    fn of_latents(section: &DataSection, path: &Path, shape: &EncodedShape) -> Result<Self> {
         let data = EncodedDataset::open(path, Some(shape))?;
         let Some(shape) = data.latent_shape() else {
             let expected =
                 "a folder with latents.safetensors; for prompts alone, set data.kind = \"prompts\"";
             return invalid("data.path", path.display().to_string(), expected);
         };
-        Ok(Self { found: Found::Encoded(data), shape })
+        let chosen = chosen(data.len(), section)?;
+        Ok(Self { found: Found::Encoded(data, chosen), shape })
     }
 
     fn raw(
@@ -114,27 +131,62 @@ impl DataSource {
             };
             return invalid("data.resolution", value, expected);
         }
-        let (samples, images) = if section.kind == DataKind::Captions {
+        let (mut samples, images) = if section.kind == DataKind::Captions {
             (read_captions(path)?, Some(path.to_owned()))
         } else {
             (prompts_of(path, Captions::All)?, None)
         };
-        let key = key(&samples, images.as_deref(), size, &teacher.parts)?;
-        let folder = section.cache.clone();
-        // Long enough to avoid collisions.
-        let folder = folder.unwrap_or_else(|| cache_folder().join("encoded").join(&key[..32]));
+        if let Some(chosen) = chosen(samples.len() as i64, section)? {
+            let all = samples;
+            samples = chosen.iter().map(|index| all[*index as usize].clone()).collect();
+        }
         let [height, width] = size.map(|side| side / factor);
         let of_latents = [shape.channels, height, width];
-        let encoding = Encoding { samples, images, size, shape, folder, key };
-        encoding.ensure_cache()?;
+        let place = (section.cache.as_deref(), "data.cache");
+        let encoding = encoding(samples, images, size, shape, place, teacher)?;
         Ok(Self { found: Found::Raw(encoding), shape: of_latents })
+    }
+
+    /// The prompts of a file, for a text-to-image teacher and images of the size of the data. They are checked here, and
+    /// encoded when they are opened.
+    ///
+    /// # Errors
+    ///
+    /// An error for a file that is missing or damaged, with the place; [`Error::Invalid`] for data without text.
+    pub(crate) fn prompt_file(
+        &self,
+        section: &PromptsSection,
+        data: &DataSection,
+        teacher: &Pipeline,
+    ) -> Result<PromptFile> {
+        let Some(path) = &section.path else {
+            return invalid("prompts.path", "not set", "a file of prompts");
+        };
+        let size = match &self.found {
+            Found::Images(_) => {
+                let expected = "data or classes: the teacher takes no text";
+                return invalid("prompts.source", section.source.as_str(), expected);
+            }
+            Found::Encoded(data, _) => data.info().image_size,
+            Found::Raw(encoding) => encoding.size,
+        };
+        let samples = prompts_of(path, section.captions.unwrap_or_default())?;
+        let beside = data.cache.as_deref().map(|cache| {
+            let name = cache.file_name().unwrap_or_default().to_string_lossy();
+            cache.with_file_name(format!("{name}-prompts"))
+        });
+        let cache = section.cache.as_deref().or(beside.as_deref());
+        let place = (cache, "prompts.cache");
+        encoding(samples, None, size, encoded_shape(teacher)?, place, teacher).map(PromptFile)
     }
 
     /// Number of samples.
     pub(crate) fn len(&self) -> i64 {
         match &self.found {
             Found::Images(images) => images.len(),
-            Found::Encoded(data) => data.len(),
+            Found::Encoded(data, chosen) => {
+                chosen.as_ref().map_or(data.len(), |chosen| chosen.len() as i64)
+            }
             Found::Raw(encoding) => encoding.samples.len() as i64,
         }
     }
@@ -144,11 +196,11 @@ impl DataSource {
         self.shape
     }
 
-    /// The null class: the one after the last; none without labels.
-    pub(crate) fn null_class(&self) -> Option<i64> {
+    /// Labels of the samples; none without labels.
+    pub(crate) fn labels(&self) -> Option<&Tensor> {
         match &self.found {
-            Found::Images(images) => images.labels().map(|_| images.class_names().len() as i64),
-            Found::Encoded(_) | Found::Raw(_) => None,
+            Found::Images(images) => images.labels(),
+            Found::Encoded(..) | Found::Raw(_) => None,
         }
     }
 
@@ -156,7 +208,7 @@ impl DataSource {
     pub(crate) fn has_empty_prompt(&self) -> bool {
         match &self.found {
             Found::Images(_) => false,
-            Found::Encoded(data) => data.info().empty_prompt.is_some(),
+            Found::Encoded(data, _) => data.info().empty_prompt.is_some(),
             Found::Raw(_) => true,
         }
     }
@@ -180,26 +232,24 @@ impl DataSource {
         section: &DataSection,
         seed: u64,
         device: Device,
-        encoders: Option<(&PipelineParts, ddil_models::Placement)>,
+        encoders: Option<(&PipelineParts, Placement)>,
         interrupt: &Interrupt,
     ) -> Result<TrainingData> {
         self.ensure_batch_size(section.batch_size)?;
         let shape = self.shape;
         let samples = match self.found {
             Found::Images(images) => Samples::Images(images),
-            Found::Encoded(data) => Samples::Encoded(Box::new(data)),
+            Found::Encoded(data, chosen) => Samples::Encoded(Box::new(data), chosen),
             Found::Raw(encoding) => {
-                let parts = || {
-                    let Some((parts, placement)) = encoders else {
-                        let expected = "fashion_mnist or image_folder: the model takes no text";
-                        return invalid("data.kind", section.kind.as_str(), expected);
-                    };
-                    Ok(parts.text_to_image(placement)?)
+                let Some((parts, placement)) = encoders else {
+                    let expected = "fashion_mnist or image_folder: the model takes no text";
+                    return invalid("data.kind", section.kind.as_str(), expected);
                 };
-                Samples::Encoded(Box::new(encoding.open(parts, interrupt)?))
+                let data = encoding.open(|| Ok(parts.text_to_image(placement)?), interrupt)?;
+                Samples::Encoded(Box::new(data), None)
             }
         };
-        if let Samples::Encoded(data) = &samples {
+        if let Samples::Encoded(data, _) = &samples {
             warn_of_truncation(data);
         }
         TrainingData::new(samples, shape, section, seed, device)
@@ -218,6 +268,77 @@ impl DataSource {
         let expected = format!("at most {len}, the number of samples");
         invalid("data.batch_size", batch.to_string(), expected)
     }
+}
+
+/// A file of prompts that has been checked but not yet encoded.
+#[derive(Debug)]
+pub(crate) struct PromptFile(Encoding);
+
+impl PromptFile {
+    /// The encoded prompts, from a cache if there is one.
+    ///
+    /// # Errors
+    ///
+    /// As [`DataSource::open`].
+    pub(crate) fn open(
+        &self,
+        (parts, placement): (&PipelineParts, Placement),
+        interrupt: &Interrupt,
+    ) -> Result<EncodedDataset> {
+        let data = self.0.open(|| Ok(parts.text_to_image(placement)?), interrupt)?;
+        warn_of_truncation(&data);
+        Ok(data)
+    }
+}
+
+/// What is to be encoded, and its cache: a folder that a setting names, or one of the user's.
+fn encoding(
+    samples: Vec<CaptionedImage>,
+    images: Option<PathBuf>,
+    size: [i64; 2],
+    shape: EncodedShape,
+    (cache, setting): (Option<&Path>, &'static str),
+    teacher: &Pipeline,
+) -> Result<Encoding> {
+    let key = key(&samples, images.as_deref(), size, &teacher.parts)?;
+    // Long enough to avoid collisions.
+    let in_cache = || cache_folder().join("encoded").join(&key[..32]);
+    let folder = cache.map_or_else(in_cache, Path::to_owned);
+    let encoding = Encoding { samples, images, size, shape, folder, setting, key };
+    encoding.ensure_cache()?;
+    Ok(encoding)
+}
+
+/// All images of a config, with the labels of their own classes.
+fn read_pixels(section: &DataSection) -> Result<ImageDataset> {
+    match (section.kind, &section.path) {
+        (DataKind::FashionMnist, path) => Ok(FashionMnist::from_folder(path.as_deref())?.train),
+        (DataKind::ImageFolder, Some(path)) => Ok(read_image_folder(path)?),
+        (DataKind::ImageFolder, None) => invalid("data.path", "not set", "a folder of images"),
+        (kind, _) => {
+            let expected = "fashion_mnist or image_folder: the model takes no text";
+            invalid("data.kind", kind.as_str(), expected)
+        }
+    }
+}
+
+/// The teacher's class of each class of the data, by name, if the config gives them.
+fn given_classes(
+    section: &DataSection,
+    own: &[String],
+) -> Result<Option<BTreeMap<String, String>>> {
+    let given = &section.classes;
+    if given.is_empty() {
+        return Ok(None);
+    }
+    if given.len() != own.len() {
+        let expected = match own {
+            [] => "no value: the data have no classes".to_owned(),
+            own => format!("{} names, one for each class of the data: {}", own.len(), listed(own)),
+        };
+        return invalid("data.classes", format!("{} names", given.len()), expected);
+    }
+    Ok(Some(own.iter().cloned().zip(given.iter().cloned()).collect()))
 }
 
 /// The prompts of a file as samples without images.

@@ -36,7 +36,7 @@ pub(super) fn ensure_fits(
             format!("{teacher_shape:?}, which the teacher was trained on"),
         );
     }
-    if teacher.network.is_class_conditional() && data.null_class().is_none() {
+    if teacher.network.is_class_conditional() && data.labels().is_none() {
         return invalid("data", "unlabelled", "labelled images, which the teacher requires");
     }
     ensure_thresholding(config, found)?;
@@ -64,7 +64,7 @@ pub(super) fn ensure_fits(
         let expected = format!("no value: {} trains no critic", config.objective.as_str());
         return invalid("critic", "set", expected);
     }
-    ensure_classes(teacher, data)
+    Ok(())
 }
 
 /// The data must provide the network's conditioning, and no other.
@@ -207,21 +207,4 @@ fn ensure_student(student: &UNet2DConfig, teacher: &UNet2DConfig) -> Result<()> 
         }
     }
     Ok(())
-}
-
-/// The data's labels must be classes of the teacher.
-fn ensure_classes(teacher: &Pipeline, data: &DataSource) -> Result<()> {
-    let (Some(embeds), Some(found)) =
-        (teacher.network.config().num_class_embeds().map(i64::from), data.null_class())
-    else {
-        return Ok(());
-    };
-    let (known, expected) = match teacher.card.class_names.len() as i64 {
-        0 => (found <= embeds, format!("at most {embeds}, the number of the teacher's classes")),
-        own => (found == own, format!("{own}, the number of the teacher's classes")),
-    };
-    if known {
-        return Ok(());
-    }
-    invalid("data", format!("of {found} classes"), expected)
 }

@@ -275,14 +275,14 @@ fn teachers_that_do_not_fit() {
     let workshop = Workshop::with_teacher();
     workshop.write_teacher("unguided", None);
     write_pictures(&workshop.path("large"), 3, 16);
-    write_pictures(&workshop.path("two"), 2, 8);
+    write_pictures(&workshop.path("four"), 4, 8);
     each_is_refused(
         &workshop,
         "distill",
         &[
             (&["teacher.path=unguided"], &["teacher.guidance", "cfg", "without a null class"]),
             (&["data.path=large"], &["[1, 16, 16]", "[1, 8, 8]", "the teacher was trained on"]),
-            (&["data.path=two"], &["2 classes", "3, the number of the teacher's classes"]),
+            (&["data.path=four"], &["class3", "classes of the teacher: class0, class1, class2"]),
         ],
     );
 }

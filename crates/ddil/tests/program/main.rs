@@ -17,6 +17,7 @@ mod faults;
 mod lora;
 mod methods;
 mod numbers;
+mod prompts;
 mod report;
 mod resume;
 mod soak;
