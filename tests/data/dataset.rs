@@ -9,7 +9,8 @@ use std::{
 
 use ddil_data::{
     BatchIndices, Error, FashionMnist, ImageDataset, SampleChoice, choose_samples,
-    fashion_mnist_folders, flip_horizontally, read_idx_images, read_idx_labels, read_image_folder,
+    fashion_mnist_folders, flip_horizontally, read_cropped, read_idx_images, read_idx_labels,
+    read_image_folder, read_image_folder_scaled,
 };
 use proptest::prelude::*;
 use tch::{Kind, Tensor, kind};
@@ -405,6 +406,49 @@ fn subfolders_of_images_are_classes() -> TestResult {
 
     write_png(&folder.path().join("loose.png"), (2, 2), png::ColorType::Grayscale, &[0; 4]);
     assert!(matches!(read_image_folder(folder.path()), Err(Error::MixedFolder { .. })));
+    Ok(())
+}
+
+#[test]
+fn images_of_any_sizes_are_scaled_and_cropped_as_one_by_one() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for (class, name, (width, height), colour) in [
+        ("bag", "wide.png", (9, 4), png::ColorType::Rgb),
+        ("bag", "same.png", (3, 3), png::ColorType::Rgb),
+        ("shoe", "tall.png", (5, 12), png::ColorType::Grayscale),
+    ] {
+        fs::create_dir_all(folder.path().join(class))?;
+        let channels = if colour == png::ColorType::Rgb { 3 } else { 1 };
+        let levels: Vec<u8> =
+            (0..width * height * channels).map(|i| (i * 37 % 251) as u8).collect();
+        write_png(&folder.path().join(class).join(name), (width, height), colour, &levels);
+    }
+    let dataset = read_image_folder_scaled(folder.path(), [3, 3], 2)?;
+    assert_eq!((dataset.len(), dataset.image_shape()), (3, [3, 3, 3]));
+    assert_eq!(dataset.class_names(), ["bag", "shoe"]);
+    assert_eq!(dataset.labels(), Some(&Tensor::from_slice(&[0_i64, 0, 1])));
+    for (index, name) in (0..).zip(["bag/same.png", "bag/wide.png", "shoe/tall.png"]) {
+        let single = read_cropped(&folder.path().join(name), 3, [3, 3])?.pixels;
+        let difference = (dataset.range(index, 1)?.x0.squeeze_dim(0) - single).abs().max();
+        // Rounded to a level; 127.5 levels are 1.
+        assert!(difference.double_value(&[]) <= 0.5 / 127.5 + 1e-6, "{name}: {difference:?}");
+    }
+    // A size that the images have changes nothing.
+    let [one, many] =
+        [1, 7].map(|threads| read_image_folder_scaled(&folder.path().join("bag"), [3, 3], threads));
+    assert_eq!(one?.pixels(), many?.pixels());
+    let unscaled = read_cropped(&folder.path().join("bag/same.png"), 3, [3, 3])?.pixels;
+    assert_eq!(dataset.range(0, 1)?.x0.squeeze_dim(0), unscaled);
+
+    let invalid = read_image_folder_scaled(folder.path(), [0, 3], 1);
+    assert!(matches!(invalid, Err(Error::Invalid(_))), "{invalid:?}");
+    // Errors are those of the first file in order, whatever thread reads it.
+    written(&folder, "bag/a.png", b"not a picture");
+    written(&folder, "shoe/b.png", b"not a picture");
+    let Err(Error::Png { path, .. }) = read_image_folder_scaled(folder.path(), [3, 3], 2) else {
+        panic!("a damaged file was read");
+    };
+    assert_eq!(path, folder.path().join("bag/a.png"));
     Ok(())
 }
 

@@ -54,21 +54,58 @@ const MAX_SCALED_RATIO: i64 = 64;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Result<CroppedImage> {
-    if [height, width].iter().any(|side| !(1..=MAX_SIDE).contains(side)) {
-        let expected = format!("in 1..={MAX_SIDE}");
-        return Err(Invalid::new("height, width", format!("{height}, {width}"), expected).into());
-    }
+    ensure_size([height, width])?;
     if !matches!(channels, 1 | 3) {
         return Err(Invalid::new("channels", channels, "1 or 3").into());
     }
     let (layout, bytes) = read_image(path)?;
-    let Layout { channels: own_channels, height: own_height, width: own_width } = layout;
-    let own_channels = own_channels as i64;
+    let own_channels = layout.channels as i64;
     if own_channels != 1 && own_channels != channels {
         let (found, expected) = (layout.to_string(), format!("grey: {channels} channels"));
         return Err(Error::Image { path: path.to_owned(), found, expected });
     }
-    let original_size = [i64::from(own_height), i64::from(own_width)];
+    let Levels { levels, crop_offset } = scale(path, layout, &bytes, [height, width])?;
+    let signed_unit = || {
+        levels
+            .f_div_scalar(127.5)?
+            .f_sub_scalar(1.0)?
+            .f_expand([channels, height, width], false)?
+            .f_contiguous()
+    };
+    Ok(CroppedImage {
+        pixels: signed_unit().map_err(Error::torch("read_cropped"))?,
+        original_size: [layout.height.into(), layout.width.into()],
+        crop_offset,
+    })
+}
+
+/// As [`read_cropped`], in levels: `[1 or 3, height, width]`, `Uint8`.
+pub(crate) fn read_cropped_levels(path: &Path, size: [i64; 2]) -> Result<Tensor> {
+    let (layout, bytes) = read_image(path)?;
+    let Levels { levels, .. } = scale(path, layout, &bytes, size)?;
+    // A mean of levels, never outside of them.
+    let rounded = levels.f_round().and_then(|levels| levels.f_to_kind(Kind::Uint8));
+    rounded.and_then(|levels| levels.f_contiguous()).map_err(Error::torch("read_cropped"))
+}
+
+pub(crate) fn ensure_size([height, width]: [i64; 2]) -> Result<()> {
+    if [height, width].iter().any(|side| !(1..=MAX_SIDE).contains(side)) {
+        let expected = format!("in 1..={MAX_SIDE}");
+        return Err(Invalid::new("height, width", format!("{height}, {width}"), expected).into());
+    }
+    Ok(())
+}
+
+/// The centre of a scaled image.
+struct Levels {
+    /// `[channels, height, width]`, `Float`, 0 to 255.
+    levels: Tensor,
+    /// See [`CroppedImage::crop_offset`].
+    crop_offset: [i64; 2],
+}
+
+fn scale(path: &Path, layout: Layout, bytes: &[u8], [height, width]: [i64; 2]) -> Result<Levels> {
+    let original_size = [i64::from(layout.height), i64::from(layout.width)];
     let scaled = covering_size(original_size, [height, width]);
     if scaled[0] > MAX_SCALED_RATIO * height || scaled[1] > MAX_SCALED_RATIO * width {
         let found = layout.to_string();
@@ -79,8 +116,8 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
     }
     let crop_offset = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
     let run = || -> std::result::Result<Tensor, tch::TchError> {
-        let size = [original_size[0], original_size[1], own_channels];
-        let pixels = Tensor::f_from_data_size(&bytes, &size, Kind::Uint8)?
+        let size = [original_size[0], original_size[1], layout.channels as i64];
+        let pixels = Tensor::f_from_data_size(bytes, &size, Kind::Uint8)?
             .f_permute([2, 0, 1])?
             .f_to_kind(Kind::Float)?
             .f_unsqueeze(0)?;
@@ -92,14 +129,9 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
         scaled
             .f_narrow(2, crop_offset[0], height)?
             .f_narrow(3, crop_offset[1], width)?
-            .f_div_scalar(127.5)?
-            .f_sub_scalar(1.0)?
-            .f_expand([1, channels, height, width], false)?
-            .f_squeeze_dim(0)?
-            .f_contiguous()
+            .f_squeeze_dim(0)
     };
-    let pixels = run().map_err(Error::torch("read_cropped"))?;
-    Ok(CroppedImage { pixels, original_size, crop_offset })
+    Ok(Levels { levels: run().map_err(Error::torch("read_cropped"))?, crop_offset })
 }
 
 /// The size of an image scaled to cover `[height, width]` with one side exact.

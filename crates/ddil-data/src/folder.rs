@@ -8,6 +8,8 @@ use ddil_files::open_regular_file;
 use png::{ColorType, Decoder, Transformations};
 use tch::{Kind, Tensor};
 
+use crate::cropped::{ensure_size, read_cropped_levels};
+use crate::image_files::in_order;
 use crate::layout::Layout;
 use crate::{Error, ImageDataset, Result, jpeg};
 
@@ -27,6 +29,47 @@ const MAX_DEFLATE_RATIO: u64 = 1032;
 /// from the first or has transparency; [`Error::MixedFolder`] if the folder contains images as well as subfolders of
 /// images.
 pub fn read_image_folder(folder: &Path) -> Result<ImageDataset> {
+    read_folder(folder, &read_images)
+}
+
+/// As [`read_image_folder`], for images of any sizes: each is scaled to cover `[height, width]` and its centre is cropped, as
+/// by [`read_cropped`](crate::read_cropped), in `threads` threads.
+///
+/// If there are grey images as well as RGB, the grey ones are repeated in three channels.
+///
+/// # Errors
+///
+/// As [`read_image_folder`], except that sizes and colours may differ; [`Error::Invalid`] for an invalid size;
+/// [`Error::Image`] for an image of which less than a 64th would remain.
+///
+/// # Example
+///
+/// ```
+/// use ddil_data::read_image_folder_scaled;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # for (name, side) in [("a.png", 4_u32), ("b.png", 6)] {
+/// #     let mut png = png::Encoder::new(std::fs::File::create(folder.path().join(name))?, side, 2);
+/// #     png.set_color(png::ColorType::Grayscale);
+/// #     png.write_header()?.write_image_data(&vec![255; 2 * side as usize])?;
+/// # }
+/// let images = read_image_folder_scaled(folder.path(), [2, 2], 1)?;
+/// assert_eq!((images.len(), images.image_shape()), (2, [1, 2, 2]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn read_image_folder_scaled(
+    folder: &Path,
+    size: [i64; 2],
+    threads: usize,
+) -> Result<ImageDataset> {
+    ensure_size(size)?;
+    read_folder(folder, &|paths| read_scaled(paths, size, threads))
+}
+
+/// The pixels of files, `[n, channels, height, width]`, `Uint8`.
+type ReadImages<'a> = &'a dyn Fn(&[PathBuf]) -> Result<Tensor>;
+
+fn read_folder(folder: &Path, read: ReadImages<'_>) -> Result<ImageDataset> {
     let entries = list(folder)?;
     let images: Vec<PathBuf> = entries.iter().filter(|path| is_image(path)).cloned().collect();
     let classes = read_classes(&entries)?;
@@ -37,8 +80,8 @@ pub fn read_image_folder(folder: &Path) -> Result<ImageDataset> {
             image: image.clone(),
             folder: class.clone(),
         }),
-        (Some(_), None) => ImageDataset::new(&read_images(&images)?, None),
-        (None, Some(_)) => labelled(&classes),
+        (Some(_), None) => ImageDataset::new(&read(&images)?, None),
+        (None, Some(_)) => labelled(&classes, read),
     }
 }
 
@@ -56,7 +99,7 @@ fn read_classes(entries: &[PathBuf]) -> Result<Vec<(PathBuf, Vec<PathBuf>)>> {
 }
 
 /// A data set with a class per folder.
-fn labelled(classes: &[(PathBuf, Vec<PathBuf>)]) -> Result<ImageDataset> {
+fn labelled(classes: &[(PathBuf, Vec<PathBuf>)], read: ReadImages<'_>) -> Result<ImageDataset> {
     let name = |(folder, _): &(PathBuf, Vec<PathBuf>)| {
         folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
     };
@@ -66,7 +109,7 @@ fn labelled(classes: &[(PathBuf, Vec<PathBuf>)]) -> Result<ImageDataset> {
         .flat_map(|(label, (_, images))| std::iter::repeat_n(label, images.len()))
         .collect();
     ImageDataset::with_class_names(
-        &read_images(&images)?,
+        &read(&images)?,
         Some(&Tensor::from_slice(&labels)),
         classes.iter().map(name).collect(),
     )
@@ -98,7 +141,26 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// The pixels of all images, `[n, channels, height, width]`, `Uint8`.
+/// The pixels of all images, scaled and cropped; grey ones in three channels if any is RGB.
+fn read_scaled(paths: &[PathBuf], size: [i64; 2], threads: usize) -> Result<Tensor> {
+    let mut images = Vec::with_capacity(paths.len());
+    let read = |path: &Path| read_cropped_levels(path, size);
+    in_order(paths, threads, read, |_, image| {
+        images.push(image);
+        Ok::<(), Error>(())
+    })?;
+    let channels = images.iter().map(|image| image.size()[0]).max().unwrap_or(1);
+    let mut stack = || {
+        let [height, width] = size;
+        for image in &mut images {
+            *image = image.f_expand([channels, height, width], false)?;
+        }
+        Tensor::f_stack(&images, 0)
+    };
+    stack().map_err(Error::torch("read_image_folder_scaled"))
+}
+
+/// The pixels of all images of one size, `[n, channels, height, width]`, `Uint8`.
 fn read_images(paths: &[PathBuf]) -> Result<Tensor> {
     let mut first = None;
     let mut bytes = Vec::new();

@@ -148,55 +148,11 @@ impl ImageFiles {
         convert: impl Fn(Tensor) -> std::result::Result<T, E> + Sync,
         mut consume: impl FnMut(usize, T) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let threads = threads.clamp(1, self.len());
-        let before = ddil_libtorch::num_threads().map_err(Error::from)?;
-        let started = Barrier::new(threads + 1);
-        let (convert, started) = (&convert, &started);
-        thread::scope(|scope| {
-            let receivers: Vec<Receiver<_>> = (0..threads)
-                .map(|first| {
-                    let (sender, receiver) = sync_channel(AHEAD);
-                    scope.spawn(move || self.decode(first, threads, started, convert, &sender));
-                    receiver
-                })
-                .collect();
-            // Part of the setting belongs to the process: it is restored once every thread has its own.
-            started.wait();
-            ddil_libtorch::set_num_threads(before).map_err(Error::from)?;
-            // Returning drops the receivers, which ends the threads.
-            (0..self.len()).try_for_each(|index| {
-                // A thread that ended without a result has panicked, and the scope passes that on.
-                let Ok(item) = receivers[index % threads].recv() else { return Ok(()) };
-                consume(index, item?)
-            })
-        })
-    }
-
-    /// Decodes every `step`-th image from `first` on.
-    fn decode<T: Send, E: From<Error> + Send>(
-        &self,
-        first: usize,
-        step: usize,
-        started: &Barrier,
-        convert: &(impl Fn(Tensor) -> std::result::Result<T, E> + Sync),
-        sender: &SyncSender<std::result::Result<T, E>>,
-    ) {
-        // The images are what runs in parallel here, and not the operations on one of them.
-        // Asking for the number makes libtorch adopt it in this thread, before the process's is restored.
-        let single = ddil_libtorch::set_num_threads(1).and_then(|()| ddil_libtorch::num_threads());
-        started.wait();
-        if let Err(error) = single {
-            let _ = sender.send(Err(Error::from(error).into()));
-            return;
-        }
-        for path in self.paths.iter().skip(first).step_by(step) {
-            let item = read_opaque(path).and_then(|image| to_tensor(path, &image)).map_err(E::from);
-            let item = item.and_then(convert);
-            let failed = item.is_err();
-            if sender.send(item).is_err() || failed {
-                return;
-            }
-        }
+        let read = |path: &Path| {
+            let image = read_opaque(path).and_then(|image| to_tensor(path, &image));
+            image.map_err(E::from).and_then(&convert)
+        };
+        in_order(&self.paths, threads, read, &mut consume)
     }
 
     /// Features of all images, in the order of the files.
@@ -244,6 +200,66 @@ impl ImageFiles {
                 done(&features)
             },
         )
+    }
+}
+
+/// Calls `read` with every path in `threads` threads, and `consume` with the index and the result, in order.
+///
+/// # Errors
+///
+/// The first error in the order of the paths; nothing is consumed after it.
+pub(crate) fn in_order<T: Send, E: From<Error> + Send>(
+    paths: &[PathBuf],
+    threads: usize,
+    read: impl Fn(&Path) -> std::result::Result<T, E> + Sync,
+    mut consume: impl FnMut(usize, T) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let threads = threads.clamp(1, paths.len().max(1));
+    let before = ddil_libtorch::num_threads().map_err(Error::from)?;
+    let started = Barrier::new(threads + 1);
+    let (read, started) = (&read, &started);
+    thread::scope(|scope| {
+        let receivers: Vec<Receiver<_>> = (0..threads)
+            .map(|first| {
+                let (sender, receiver) = sync_channel(AHEAD);
+                let own = paths.iter().skip(first).step_by(threads);
+                scope.spawn(move || read_all(own, started, read, &sender));
+                receiver
+            })
+            .collect();
+        // Part of the setting belongs to the process: it is restored once every thread has its own.
+        started.wait();
+        ddil_libtorch::set_num_threads(before).map_err(Error::from)?;
+        // Returning drops the receivers, which ends the threads.
+        (0..paths.len()).try_for_each(|index| {
+            // A thread that ended without a result has panicked, and the scope passes that on.
+            let Ok(item) = receivers[index % threads].recv() else { return Ok(()) };
+            consume(index, item?)
+        })
+    })
+}
+
+/// Sends the results of one thread's paths, up to the first error.
+fn read_all<'a, T, E: From<Error>>(
+    paths: impl Iterator<Item = &'a PathBuf>,
+    started: &Barrier,
+    read: &impl Fn(&Path) -> std::result::Result<T, E>,
+    sender: &SyncSender<std::result::Result<T, E>>,
+) {
+    // The images are what runs in parallel here, and not the operations on one of them.
+    // Asking for the number makes libtorch adopt it in this thread, before the process's is restored.
+    let single = ddil_libtorch::set_num_threads(1).and_then(|()| ddil_libtorch::num_threads());
+    started.wait();
+    if let Err(error) = single {
+        let _ = sender.send(Err(Error::from(error).into()));
+        return;
+    }
+    for path in paths {
+        let item = read(path);
+        let failed = item.is_err();
+        if sender.send(item).is_err() || failed {
+            return;
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{
     BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, SampleChoice,
-    choose_samples, flip_horizontally, read_cropped,
+    choose_samples, flip_horizontally, read_cropped, read_image_folder_scaled,
 };
 use ddil_metrics::RawPixels;
 use tch::{Device, Kind, Tensor};
@@ -136,6 +136,10 @@ fn folders(cases: &mut Cases) {
     std::fs::write(&path, image_bytes(png::ColorType::Grayscale, png::BitDepth::Eight, 9))
         .expect("there is room");
     for side in ODD_WHOLES {
+        cases.integers("read_image_folder_scaled", |other| {
+            let sides = [side, other].map(|side| side.min(64));
+            outcome(read_image_folder_scaled(folder.path(), sides, 2))
+        });
         cases.integers("read_cropped", |other| {
             // Sides of a million pixels are memory, not an error.
             let sides = [side, other].map(|side| side.min(64));
