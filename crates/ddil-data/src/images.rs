@@ -205,14 +205,14 @@ impl ImageDataset {
         self.select(&kept)?.relabelled(&new_labels, new_names)
     }
 
-    /// The same images with other classes: label `i` becomes `labels[i]`, whose name is `class_names[labels[i]]`.
+    /// The same images, shared, with other classes: label `i` becomes `labels[i]`, whose name is
+    /// `class_names[labels[i]]`.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] unless there is one new label per class, [`Error::Label`] for a new label without a name.
-    pub fn relabelled(self, labels: &[i64], class_names: Vec<String>) -> Result<Self> {
-        let Self { pixels, labels: own } = self;
-        let found = own.as_ref().map_or(0, |own| own.class_names.len());
+    pub fn relabelled(&self, labels: &[i64], class_names: Vec<String>) -> Result<Self> {
+        let found = self.class_names().len();
         if labels.len() != found {
             let expected = format!("{found}, the number of classes");
             return Err(Invalid::new("labels", format!("{} labels", labels.len()), expected).into());
@@ -221,13 +221,22 @@ impl ImageDataset {
         if let Some(&found) = labels.iter().find(|label| !(0..num_classes).contains(*label)) {
             return Err(Error::Label { found, num_classes });
         }
-        let labels = own.map(|own| {
-            let table = Tensor::from_slice(labels).to_device(own.values.device());
-            let values =
-                table.f_index_select(0, &own.values).map_err(Error::torch("relabelled"))?;
+        let labels = self.labels().map(|own| {
+            let table = Tensor::from_slice(labels).to_device(own.device());
+            let values = table.f_index_select(0, own).map_err(Error::torch("relabelled"))?;
             Ok::<_, Error>(Labels { values, class_names })
         });
-        Ok(Self { pixels, labels: labels.transpose()? })
+        Ok(Self { pixels: self.pixels.shallow_clone(), labels: labels.transpose()? })
+    }
+
+    /// The same images and labels, shared.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let labels = self.labels.as_ref().map(|Labels { values, class_names }| Labels {
+            values: values.shallow_clone(),
+            class_names: class_names.clone(),
+        });
+        Self { pixels: self.pixels.shallow_clone(), labels }
     }
 
     fn ensure_indices(&self, indices: &[i64]) -> Result<()> {

@@ -11,6 +11,7 @@ use ddil_core::{Conditioning, Data, RandomStreams, Stream};
 use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Tensor};
 
+pub use self::source::images_for;
 pub(crate) use self::source::{DataSource, PromptFile};
 use crate::config::DataSection;
 use crate::error::Result;

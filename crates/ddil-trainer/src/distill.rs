@@ -183,8 +183,8 @@ impl Prepared {
         let data = data.open(&config.data, seed, device, Some(encoders), interrupt)?;
         let data = if self.num_labels.is_some() { data } else { data.ignore_labels() };
         let prompts = self.prompts.open(&config, &data, encoders, interrupt)?;
-        let num_labels = self.num_labels.unwrap_or(0) as usize;
-        let conditioned = Conditioned::new(config.prompts.source, num_labels, device);
+        let labels = (self.num_labels.unwrap_or(0) as usize, card.null_class);
+        let conditioned = Conditioned::new(config.prompts.source, labels, device);
         let prompted = Prompted::new(&data, &config.output.prompts, &parts, placement)?;
         let guide = guide(&card, prompted.as_ref());
         let meters = Meters::new(&schedule, &config.objective);

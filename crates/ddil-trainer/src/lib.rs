@@ -11,7 +11,7 @@
 //! | their settings, as TOML | [`config`] |
 //! | the folder of a run | [`run_folder`], [`checkpoint`], [`record`], [`EventWriter`], [`RunEnvironment`], [`Evidence`] |
 //! | updates by hand | [`AdamW`], [`Ema`], [`LrSchedule`] |
-//! | memory before a run | [`memory`] |
+//! | memory before a run; the images of a run | [`memory`]; [`images_for`] |
 //! | screen and log | [`Progress`], [`Logging`] |
 //!
 //! # Example
@@ -86,6 +86,7 @@ mod tensorboard;
 mod train;
 mod watch;
 
+pub use data::images_for;
 pub use ddil_files::Report;
 pub use distill::DistillTask;
 pub use ema::{Ema, EmaConfig};

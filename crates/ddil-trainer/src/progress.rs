@@ -189,7 +189,9 @@ fn describe(rate: Option<f64>, steps_left: u64, figures: &[(String, f64)]) -> St
         };
     }
     // Too many to read in passing; the record contains them.
-    let shown = figures.iter().filter(|(name, _)| !name.starts_with("clipped_"));
+    let of_many = ["clipped_", "conditioned_class_"];
+    let is_shown = |name: &str| !of_many.iter().any(|prefix| name.starts_with(prefix));
+    let shown = figures.iter().filter(|(name, _)| is_shown(name));
     for (name, value) in shown {
         let separator = if text.is_empty() { "" } else { "  " };
         let _ = write!(text, "{separator}{name} {}", number(*value));

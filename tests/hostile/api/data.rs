@@ -65,6 +65,9 @@ fn images(cases: &mut Cases) {
     cases.once("ImageDataset::relabelled", "too few labels", || {
         outcome(dataset.select(&[0]).and_then(|one| one.relabelled(&[0], names())))
     });
+    cases.once("ImageDataset::shallow_clone", "all", || {
+        outcome(dataset.shallow_clone().batch(&[0, 5]))
+    });
     cases.tensors("flip_horizontally", &[&pixels], |t| {
         outcome(flip_horizontally(&t[0], &[true; 6]))
     });

@@ -6,9 +6,9 @@ use crate::config::DataSection;
 use crate::error::{Error, Result};
 
 /// The images that a config leaves: without its excluded classes, and no more than its number of samples.
-pub(super) fn part_of(images: ImageDataset, section: &DataSection) -> Result<ImageDataset> {
+pub(super) fn part_of(images: &ImageDataset, section: &DataSection) -> Result<ImageDataset> {
     let images = match &section.exclude_classes[..] {
-        [] => images,
+        [] => images.shallow_clone(),
         excluded => images.without_classes(excluded).map_err(under_data)?,
     };
     match chosen(images.len(), section)? {

@@ -47,26 +47,7 @@ impl DataSource {
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub(crate) fn of_pixels(section: &DataSection) -> Result<Self> {
-        Ok(Self::of_images(part_of(read_pixels(section)?, section)?))
-    }
-
-    /// Pixels with the labels of a teacher.
-    fn of_teacher(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
-        let images = read_pixels(section)?;
-        let given = given_classes(section, images.class_names())?;
-        let images = part_of(images, section)?;
-        let Some(classes) = TeacherClasses::of(teacher) else {
-            let expected = "no value: the teacher has no classes";
-            return match given {
-                Some(_) => invalid("data.classes", "set", expected),
-                None => Ok(Self::of_images(images)),
-            };
-        };
-        if images.labels().is_none() {
-            return Ok(Self::of_images(images));
-        }
-        let labels = classes.map(images.class_names(), given.as_ref())?;
-        Ok(Self::of_images(images.relabelled(&labels, classes.all_names())?))
+        Ok(Self::of_images(part_of(&read_pixels(section)?, section)?))
     }
 
     fn of_images(images: ImageDataset) -> Self {
@@ -83,7 +64,8 @@ impl DataSource {
     pub(crate) fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
-            return Self::of_teacher(section, teacher);
+            let images = images_for(&read_pixels(section)?, section, teacher)?;
+            return Ok(Self::of_images(images));
         }
         if !section.kind.is_text() {
             let expected =
@@ -320,6 +302,29 @@ fn read_pixels(section: &DataSection) -> Result<ImageDataset> {
             invalid("data.kind", kind.as_str(), expected)
         }
     }
+}
+
+/// The images that a config uses of a data set, with the labels of a model, as a distillation of it has them.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] with the setting, and for a class that the model does not know.
+pub fn images_for(
+    images: &ImageDataset,
+    section: &DataSection,
+    model: &Pipeline,
+) -> Result<ImageDataset> {
+    let given = given_classes(section, images.class_names())?;
+    let images = part_of(images, section)?;
+    let Some(classes) = TeacherClasses::of(model) else {
+        let expected = "no value: the teacher has no classes";
+        return if given.is_some() { invalid("data.classes", "set", expected) } else { Ok(images) };
+    };
+    if images.labels().is_none() {
+        return Ok(images);
+    }
+    let labels = classes.map(images.class_names(), given.as_ref())?;
+    Ok(images.relabelled(&labels, classes.all_names())?)
 }
 
 /// The teacher's class of each class of the data, by name, if the config gives them.

@@ -19,6 +19,8 @@ pub(super) struct Conditioned {
     prompts: u64,
     /// One count per label, on the device: reading labels in an update would wait for it.
     classes: Option<Tensor>,
+    /// The label that is no class and needs no count.
+    null_class: Option<i64>,
 }
 
 /// The counts in a checkpoint.
@@ -33,10 +35,15 @@ pub(super) struct SavedCounts {
 
 impl Conditioned {
     /// None yet, for a teacher with that many labels. Without prompts apart from the data there is nothing to tell.
-    pub(super) fn new(source: PromptSource, num_labels: usize, device: Device) -> Option<Self> {
+    pub(super) fn new(
+        source: PromptSource,
+        (num_labels, null_class): (usize, Option<i64>),
+        device: Device,
+    ) -> Option<Self> {
         let has_counts = source == PromptSource::Classes && num_labels <= MAX_CLASSES;
         let classes = has_counts.then(|| Tensor::zeros([num_labels as i64], (Kind::Int64, device)));
-        (source != PromptSource::Data).then_some(Self { source, data: 0, prompts: 0, classes })
+        let is_apart = source != PromptSource::Data;
+        is_apart.then_some(Self { source, data: 0, prompts: 0, classes, null_class })
     }
 
     /// Counts the states of an update, of which `prompted` have the conditioning of `[prompts]`.
@@ -56,9 +63,10 @@ impl Conditioned {
         let SavedCounts { data, prompts, classes } = self.saved()?;
         let of_prompts = format!("conditioned_{}", self.source.as_str());
         let totals = [("conditioned_data".to_owned(), data as f64), (of_prompts, prompts as f64)];
+        let classes = (0_i64..).zip(&classes).filter(|(label, _)| Some(*label) != self.null_class);
         let of_class =
-            |(label, count): (usize, &i64)| (format!("conditioned_class_{label}"), *count as f64);
-        Ok(totals.into_iter().chain(classes.iter().enumerate().map(of_class)).collect())
+            |(label, count): (i64, &i64)| (format!("conditioned_class_{label}"), *count as f64);
+        Ok(totals.into_iter().chain(classes.map(of_class)).collect())
     }
 
     /// The counts, for a checkpoint.

@@ -11,6 +11,7 @@ use ddil_evaluate::{
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
 use ddil_trainer::config::{DataKind, DataSection, parse_device};
+use ddil_trainer::images_for;
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -25,7 +26,7 @@ const FASHION_MNIST: &str = "fashion_mnist";
 
 /// The real images, and the features on which other images are compared with them.
 pub(super) struct RealImages {
-    /// Training images, if something requires them.
+    /// Training images, if something requires them; for the covariate shift, those that the run used, with its labels.
     pub(super) train: Option<ImageDataset>,
     pub(super) extractor: Box<dyn FeatureExtractor>,
     /// None if features are only to be saved.
@@ -100,7 +101,15 @@ impl RealImages {
             let images = sample_file::read_folder(folder)?;
             anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
-        let train = loaded.map(|loaded| loaded.train);
+        let train = match (loaded, &data, subject) {
+            // A label means what it meant in the run.
+            (Some(loaded), Some((section, _)), Subject::Model(pipeline, _))
+                if args.shift_samples > 0 =>
+            {
+                Some(images_for(&loaded.train, section, pipeline)?)
+            }
+            (loaded, ..) => loaded.map(|loaded| loaded.train),
+        };
         Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
     }
 
