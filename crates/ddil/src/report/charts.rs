@@ -44,6 +44,9 @@ pub(crate) struct Line {
     /// Whether it is a level to compare with, and not a measurement at each position.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) is_level: bool,
+    /// Whether it is shown only after a click in the legend.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_hidden: bool,
     /// A value for each position; none leaves a gap.
     #[serde(serialize_with = "rounded")]
     pub(crate) values: Vec<Option<f64>>,
@@ -67,7 +70,14 @@ fn rounded<S: Serializer>(values: &[Option<f64>], serializer: S) -> Result<S::Ok
 impl Line {
     /// A line without errors.
     pub(crate) fn new(name: impl Into<String>, values: Vec<Option<f64>>) -> Self {
-        Self { name: name.into(), color: None, is_level: false, values, errors: Vec::new() }
+        Self {
+            name: name.into(),
+            color: None,
+            is_level: false,
+            is_hidden: false,
+            values,
+            errors: Vec::new(),
+        }
     }
 
     /// The same line in a colour.

@@ -275,8 +275,12 @@ fn quality(report: &ComparisonReport, metric: Metric) -> Option<Chart> {
         Line { errors, ..Line::new(line.name.clone(), values).colored(color) }
     };
     let mut all: Vec<Line> = lines.iter().enumerate().map(line).collect();
+    let of_data: Vec<&str> =
+        report.of_kind(EntryKind::Data).map(|entry| entry.name.as_str()).collect();
     let level = |level: plot::Level| Line {
         is_level: true,
+        // Real images are far from all models, which would then be close to each other.
+        is_hidden: of_data.contains(&level.name.as_str()),
         ..Line::new(level.name, vec![Some(level.y); counts.len()])
     };
     all.extend(plot::levels_of(report, metric).into_iter().map(level));

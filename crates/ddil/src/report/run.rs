@@ -43,7 +43,7 @@ pub(crate) struct RunPage {
     /// The same of shares of clipped values, which are many.
     clipped: Vec<Latest>,
     samples: Samples,
-    measurements: Vec<Measured>,
+    measurements: Option<Measured>,
     beside: Option<BesidePreset>,
     /// The command that resumes the run, if it can be resumed.
     resume: Option<String>,
@@ -77,13 +77,19 @@ struct Extreme {
     step: u64,
 }
 
-/// A measurement of `ddil evaluate --json`.
+/// Measurements of `ddil evaluate --json`.
 #[derive(Debug, Serialize)]
 struct Measured {
+    names: Vec<&'static str>,
+    rows: Vec<MeasuredRow>,
+}
+
+#[derive(Debug, Serialize)]
+struct MeasuredRow {
     dataset: String,
     steps: u32,
     samples: u64,
-    /// The exact value and the shown one of Fréchet distance, that to the teacher, KID, precision, recall, density, coverage.
+    /// The exact value and the shown one, for each name.
     values: Vec<Option<[String; 2]>>,
 }
 
@@ -152,7 +158,7 @@ impl RunPage {
             num_records: summary.metrics.steps.len(),
             latest,
             clipped,
-            measurements: measurements.iter().map(Measured::of).collect(),
+            measurements: Measured::of(&measurements),
             beside: config.map(RunConfig::beside_preset),
             resume: config
                 .filter(|_| {
@@ -239,27 +245,47 @@ impl Latest {
     }
 }
 
+/// A table of the measurements, with the metrics that at least one of them has.
 impl Measured {
-    fn of(measurement: &Measurement) -> Self {
-        let Measurement { kid, precision, recall, density, coverage, .. } = *measurement;
-        let values = [
-            measurement.frechet,
-            measurement.frechet_to_teacher,
-            kid,
-            precision,
-            recall,
-            density,
-            coverage,
-        ];
-        Self {
-            dataset: measurement.dataset.clone(),
-            steps: measurement.steps,
-            samples: measurement.samples,
-            values: values
-                .map(|value| value.map(|value| [value.to_string(), shown(value)]))
-                .to_vec(),
-        }
+    fn of(measurements: &[Measurement]) -> Option<Self> {
+        let all: Vec<[Option<f64>; NAMES.len()]> = measurements.iter().map(values_of).collect();
+        let is_present = |column: &usize| all.iter().any(|values| values[*column].is_some());
+        let columns: Vec<usize> = (0..NAMES.len()).filter(is_present).collect();
+        let exact = |value: f64| [value.to_string(), shown(value)];
+        let row =
+            |(measurement, values): (&Measurement, &[Option<f64>; NAMES.len()])| MeasuredRow {
+                dataset: measurement.dataset.clone(),
+                steps: measurement.steps,
+                samples: measurement.samples,
+                values: columns.iter().map(|column| values[*column].map(exact)).collect(),
+            };
+        (!measurements.is_empty()).then(|| Self {
+            names: columns.iter().map(|column| NAMES[*column]).collect(),
+            rows: measurements.iter().zip(&all).map(row).collect(),
+        })
     }
+}
+
+const NAMES: [&str; 9] = [
+    "Fréchet",
+    "to teacher",
+    "KID",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "CLIP score",
+    "diversity",
+];
+
+fn values_of(measurement: &Measurement) -> [Option<f64>; NAMES.len()] {
+    let clip = measurement.clip_score.as_ref().map(|score| score.torchmetrics);
+    let diversity = measurement.diversity.as_ref();
+    let diversity = diversity.and_then(|found| found.euclidean.as_ref()).map(|found| found.mean);
+    let Measurement {
+        frechet, frechet_to_teacher, kid, precision, recall, density, coverage, ..
+    } = *measurement;
+    [frechet, frechet_to_teacher, kid, precision, recall, density, coverage, clip, diversity]
 }
 
 fn measurements(folder: &Path) -> Result<Vec<Measurement>> {

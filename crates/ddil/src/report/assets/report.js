@@ -40,6 +40,7 @@
     ctx.rect(plot.bbox.left, plot.bbox.top, plot.bbox.width, plot.bbox.height);
     ctx.clip();
     ctx.lineWidth = 1.5 * devicePixelRatio;
+    ctx.setLineDash([]);
     chart.lines.forEach((line, index) => {
       if (!line.errors || !plot.series[index + 1].show) return;
       ctx.strokeStyle = plot.series[index + 1].stroke();
@@ -58,6 +59,19 @@
     ctx.restore();
   };
 
+  // The range of the values that are shown, with their error bars; on a logarithmic scale it ends at round numbers.
+  const round = (value, to) => { const power = 10 ** Math.floor(Math.log10(value)); return to(value / power) * power; };
+  const range = (chart, isLog) => (plot, low, high) => {
+    if (low == null) return isLog ? [0.1, 1] : [0, 1];
+    chart.lines.forEach((line, index) => line.errors?.forEach((error, place) => {
+      const mean = plot.data[index + 1][place];
+      if (error == null || mean == null || !plot.series[index + 1].show) return;
+      if (!isLog || mean - error > 0) low = Math.min(low, mean - error);
+      high = Math.max(high, mean + error);
+    }));
+    return isLog ? [round(low / 1.02, Math.floor), round(high * 1.02, Math.ceil)] : uPlot.rangeNum(low, high, 0.1, true);
+  };
+
   const placesAxis = (chart) => ({
     splits: () => chart.xs.filter((_, place) => place % Math.ceil(chart.xs.length / 9) === 0),
     values: (plot, splits) => splits.map((place) => chart.places[place]),
@@ -66,16 +80,16 @@
   const options = (chart, width, isLog, shown) => {
     const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const isPlaces = Boolean(chart.places);
-    const hasPoints = isPlaces || chart.xs.length < 3;
+    const hasPoints = (line) => isPlaces || line.values.filter((value) => value != null).length < 30;
     const series = chart.lines.map((line, index) => {
       const stroke = line.is_level ? color("--quiet") : color(line.color == null ? "--neutral" : "--c" + line.color % 7);
       return {
-        label: line.name, stroke, width: line.is_level ? 1 : 1.6, show: shown?.[index] ?? true, spanGaps: true,
+        label: line.name, stroke, width: line.is_level ? 1 : 1.6, show: shown?.[index] ?? !line.is_hidden, spanGaps: true,
         dash: line.is_level ? [[6, 4], [2, 3], [10, 3, 2, 3]][index % 3] : line.color >= 7 ? [5, 3] : undefined,
-        points: { show: hasPoints && !line.is_level, size: 6, fill: stroke },
+        points: { show: hasPoints(line) && !line.is_level, size: 6, fill: stroke },
         value: (plot, value, s, at) => {
           const error = at == null ? null : line.errors?.[at];
-          return short(value) + (error == null ? "" : " ± " + short(error));
+          return short(value) + (error == null ? "" : " ± " + String(+error.toPrecision(2)));
         },
       };
     });
@@ -83,10 +97,10 @@
       width, height: 230, series: [{ label: chart.x_title, value: (plot, x) => x == null ? "–" : isPlaces ? chart.places[x] : String(x) }, ...series],
       cursor: { points: { size: 6 }, drag: { x: !isPlaces, y: false }, focus: { prox: 16 }, ...(chart.group ? { sync: { key: chart.group, setSeries: false } } : {}) },
       focus: { alpha: 0.35 },
-      legend: { markers: { width: 2 } },
+      legend: { markers: { width: 2, dash: (plot, index) => plot.series[index].dash ? "dashed" : "solid" } },
       scales: {
         x: { time: false, range: isPlaces ? [-0.4, chart.xs.length - 0.6] : chart.xs.length > 1 ? undefined : [chart.xs[0] - 1, chart.xs[0] + 1] },
-        y: isLog ? { distr: 3 } : {},
+        y: { distr: isLog ? 3 : 1, range: range(chart, isLog) },
       },
       axes: [
         { ...axis, size: 30, grid: { show: false }, ...(isPlaces ? placesAxis(chart) : {}) },
@@ -127,7 +141,7 @@
     event.preventDefault();
     const last = plot.data[0].length - 1, at = plot.cursor.idx ?? (side > 0 ? -1 : last + 1);
     const x = plot.data[0][Math.min(last, Math.max(0, at + side))];
-    plot.setCursor({ left: plot.valToPos(x, "x"), top: plot.over.clientHeight / 2 });
+    plot.setCursor({ left: plot.valToPos(x, "x"), top: plot.over.clientHeight / 2 }, true, true);
   };
 
   const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => {
