@@ -7,7 +7,7 @@ PYTHON ?= python3
 DEMO ?= run --release --bin ddil -- demo
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo test gpu-tests soak fuzz sanitize bench bench-load bench-peers bench-check parity lint doc doc-only dependents package clean
+.PHONY: help tools setup demo test report-test gpu-tests soak fuzz sanitize bench bench-load bench-peers bench-check parity lint doc doc-only dependents package clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ $(PEERS)/bin/python: $(PEERS_STAMP) ;
 $(PEERS_STAMP):
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet $(PEERS_PACKAGES) && touch $@ || { rm -rf $(PEERS); exit 1; }
+
+report-test: setup ## open reports in Chromium (in PATH, or CHROMIUM); without one, says so and passes
+	$(CARGO) test --workspace --test program pages_work_in_a_browser -- --show-output
 
 parity: setup $(PEERS_PYTHON) ## compare with diffusers and pytorch-fid; installs them into the cache, or set PEERS_PYTHON
 	$(CARGO) build --release --workspace --example parity --bin ddil

@@ -139,6 +139,16 @@ class CheckLicences(ToolTest):
         self.assert_refused(self.check(license=None), "a 1.0.0: declares no licence")
         self.assert_refused(self.check(source="git+https://example.org/a"), "comes from git+https://example.org/a")
 
+    def test_embedded_libraries_have_a_licence(self) -> None:
+        library = self.folder / "plot.min.js"
+        self.assertIn("no plot.LICENSE beside it", check_licences.problems_of_embedded(library, {"MIT"})[0])
+        licence = self.folder / "plot.LICENSE"
+        licence.write_text("All rights reserved.")
+        self.assertIn("not recognised", check_licences.problems_of_embedded(library, {"MIT"})[0])
+        licence.write_text(check_licences.TEXTS["MIT"].replace(" any ", "\nany "))
+        self.assertEqual(check_licences.problems_of_embedded(library, {"MIT"}), [])
+        self.assertEqual(check_licences.problems_of_embedded(library, {"Zlib"}), [f"{licence}: MIT"])
+
 
 class Decompress(ToolTest):
     """Files from any source go through this one gate."""

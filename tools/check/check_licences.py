@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks that every package of a build has a licence that deny.toml allows and comes from a registry that it allows.
+"""Checks that every package of a build has a licence that deny.toml allows and comes from a registry that it allows, and
+that every minified library in the sources has one that it allows, in a file beside it.
 
     python3 tools/check/check_licences.py [--metadata FILE]
 
@@ -28,13 +29,17 @@ def main() -> int:
     allowed, registries = list_in(rules, "allow"), list_in(rules, "allow-registry")
     packages = read_packages(arguments.metadata)
     problems = [problem for package in packages for problem in problems_of(package, allowed, registries)]
+    embedded = sorted(arguments.sources.glob("*/src/**/*.min.js"))
+    problems += [problem for library in embedded for problem in problems_of_embedded(library, allowed)]
     for line in duplicates(packages):
         print(f"note: {line}")
     if problems:
-        print(f"error: {len(problems)} of {len(packages)} packages are not as {arguments.rules.name} allows:", file=sys.stderr)
+        count = len(packages) + len(embedded)
+        print(f"error: {len(problems)} of {count} packages are not as {arguments.rules.name} allows:", file=sys.stderr)
         print("\n".join(f"  {problem}" for problem in problems), file=sys.stderr)
         return 1
     print(f"{len(packages)} packages have licences that {arguments.rules.name} allows and come from its registries")
+    print(f"{len(embedded)} files of embedded libraries have such licences beside them")
     return 0
 
 
@@ -42,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metadata", type=pathlib.Path, help="the output of `cargo metadata`; default: run it")
     parser.add_argument("--rules", type=pathlib.Path, default=ROOT / "deny.toml", help="default: deny.toml")
+    parser.add_argument("--sources", type=pathlib.Path, default=ROOT / "crates", help="with embedded libraries; default: crates")
     return parser.parse_args()
 
 
@@ -79,6 +85,25 @@ def problems_of(package: dict, allowed: set[str], registries: set[str]) -> list[
     if source and source not in {f"registry+{registry}" for registry in registries}:
         problems.append(f"{name}: comes from {source}")
     return problems
+
+
+# A sentence that identifies each licence.
+TEXTS = {
+    "MIT": "Permission is hereby granted, free of charge, to any person obtaining a copy",
+    "Unlicense": "This is free and unencumbered software released into the public domain.",
+}
+
+
+def problems_of_embedded(library: pathlib.Path, allowed: set[str]) -> list[str]:
+    """`sortable.a11y.min.js` belongs to the library `sortable`, whose licence is in `sortable.LICENSE`."""
+    licence = library.with_name(library.name.split(".")[0] + ".LICENSE")
+    if not licence.is_file():
+        return [f"{library}: there is no {licence.name} beside it"]
+    text = " ".join(licence.read_text(encoding="utf-8").split())
+    found = [name for name, sentence in TEXTS.items() if sentence in text]
+    if not found:
+        return [f"{licence}: the licence was not recognised"]
+    return [f"{licence}: {name}" for name in found if name not in allowed]
 
 
 def is_allowed(licence: str, allowed: set[str]) -> bool:
