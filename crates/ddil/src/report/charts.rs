@@ -53,9 +53,16 @@ pub(crate) struct Line {
     /// Standard errors, if there are any.
     #[serde(serialize_with = "rounded", skip_serializing_if = "Vec::is_empty")]
     pub(crate) errors: Vec<Option<f64>>,
+    /// The smallest value at each position, if a position is a part of several.
+    #[serde(serialize_with = "rounded", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) lows: Vec<Option<f64>>,
+    /// The largest one.
+    #[serde(serialize_with = "rounded", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) highs: Vec<Option<f64>>,
 }
 
-/// More points than a chart has pixels are reduced to this many parts, with the smallest and the largest value of each.
+/// More points than a chart has pixels are reduced to this many parts: the mean of each, and its smallest and its largest
+/// value.
 const PARTS: usize = 600;
 
 /// Six significant digits: more than a chart shows. NaN and infinity become gaps.
@@ -77,6 +84,8 @@ impl Line {
             is_hidden: false,
             values,
             errors: Vec::new(),
+            lows: Vec::new(),
+            highs: Vec::new(),
         }
     }
 
@@ -110,7 +119,8 @@ impl Chart {
 
     /// Notes whether a logarithmic scale is possible.
     pub(crate) fn finished(mut self) -> Self {
-        let values = || self.lines.iter().flat_map(|line| &line.values).flatten();
+        let values =
+            || self.lines.iter().flat_map(|line| line.values.iter().chain(&line.lows)).flatten();
         self.may_be_log = values().any(|value| *value > 0.0 && value.is_finite())
             && !values().any(|value| *value < 0.0);
         self.is_log &= self.may_be_log;
@@ -122,40 +132,29 @@ impl Chart {
         self.xs.len() < num_points
     }
 
-    /// At most two positions for each of [`PARTS`] parts. The smallest and the largest value of every line within a part
-    /// stay, in their order; so does the first and the last position of the part.
+    /// One position for each of [`PARTS`] parts, if there are more than twice as many.
     fn reduced(mut self) -> Self {
         if self.xs.len() <= 2 * PARTS {
             return self;
         }
         let size = self.xs.len().div_ceil(PARTS);
         for line in &mut self.lines {
-            line.values = line.values.chunks(size).flat_map(extremes).collect();
+            let of_parts = |reduce: fn(&mut dyn Iterator<Item = f64>) -> Option<f64>| {
+                let parts = line.values.chunks(size);
+                parts.map(|part| reduce(&mut finite(part))).collect::<Vec<_>>()
+            };
+            let lows = of_parts(|values| values.reduce(f64::min));
+            let highs = of_parts(|values| values.reduce(f64::max));
+            (line.values, line.lows, line.highs) = (of_parts(|values| mean(values)), lows, highs);
         }
-        let ends = |part: &[f64]| {
-            let (first, last) = (part.first().copied(), part.last().copied());
-            // A part of one position remains one.
-            first.into_iter().chain(last.filter(|_| part.len() > 1)).collect::<Vec<_>>()
-        };
-        self.xs = self.xs.chunks(size).flat_map(ends).collect();
+        let middle = |part: &[f64]| (part[0] + part[part.len() - 1]) / 2.0;
+        self.xs = self.xs.chunks(size).map(|part| middle(part).floor()).collect();
         self
     }
 }
 
-/// The smallest and the largest value of a part, in the order of their positions.
-fn extremes(part: &[Option<f64>]) -> Vec<Option<f64>> {
-    if part.len() == 1 {
-        return part.to_vec();
-    }
-    let present = || part.iter().enumerate().filter_map(|(i, value)| Some((i, (*value)?)));
-    let finite = || present().filter(|(_, value)| value.is_finite());
-    let low = finite().min_by(|a, b| a.1.total_cmp(&b.1));
-    let high = finite().max_by(|a, b| a.1.total_cmp(&b.1));
-    match (low, high) {
-        (Some(low), Some(high)) if low.0 <= high.0 => vec![Some(low.1), Some(high.1)],
-        (Some(low), Some(high)) => vec![Some(high.1), Some(low.1)],
-        _ => vec![None, None],
-    }
+fn finite(values: &[Option<f64>]) -> impl Iterator<Item = f64> {
+    values.iter().flatten().copied().filter(|value| value.is_finite())
 }
 
 /// Charts of all figures of a run: known ones together, each of the others by itself.
@@ -429,23 +428,25 @@ mod tests {
         values[54_400] = Some(-1e3);
         values[70_000] = Some(f64::NAN);
         let charts = of_run(&metrics(&[("loss", values)]), &Metrics::default());
-        let chart = &charts[0];
-        assert!(chart.is_reduced(100_000) && chart.xs.len() <= 2 * PARTS + 2, "{}", chart.xs.len());
-        assert_eq!(chart.xs.len(), chart.lines[0].values.len());
-        assert!(chart.xs.is_sorted() && chart.xs[0] == 1.0 && chart.xs.last() == Some(&1e5));
-        for extreme in [1e3, -1e3] {
-            assert!(chart.lines[0].values.contains(&Some(extreme)), "{extreme}");
-        }
+        let (chart, line) = (&charts[0], &charts[0].lines[0]);
+        assert!(chart.is_reduced(100_000) && chart.xs.len() <= PARTS, "{}", chart.xs.len());
+        let lengths = [&line.values, &line.lows, &line.highs].map(Vec::len);
+        assert_eq!(lengths, [chart.xs.len(); 3]);
+        assert!(chart.xs.is_sorted());
+        assert!(line.highs.contains(&Some(1e3)) && line.lows.contains(&Some(-1e3)));
+        // The first part has 167 values of 0 to 6.
+        assert_eq!((line.lows[0], line.highs[0]), (Some(0.0), Some(6.0)));
+        assert!(line.values[0].is_some_and(|mean| (mean - 3.0).abs() < 0.05));
         assert!(!chart.may_be_log, "a value is negative");
     }
 
     #[test]
-    fn parts_of_one_position_stay_one() {
-        // 1201 positions: parts of three, and one of one.
-        let values = (0..1201).map(|i| Some(f64::from(i))).collect();
-        let charts = of_run(&metrics(&[("loss", values)]), &Metrics::default());
-        assert_eq!(charts[0].xs.len(), charts[0].lines[0].values.len());
-        assert_eq!(charts[0].xs.last(), Some(&1201.0));
+    fn as_many_points_as_pixels_stay() {
+        for (count, expected) in [(1200, 1200), (1201, 401)] {
+            let values = (0..count).map(|i| Some(f64::from(i))).collect();
+            let charts = of_run(&metrics(&[("loss", values)]), &Metrics::default());
+            assert_eq!((charts[0].xs.len(), charts[0].lines[0].values.len()), (expected, expected));
+        }
     }
 
     #[test]

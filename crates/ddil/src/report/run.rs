@@ -140,7 +140,7 @@ impl RunPage {
         let (facts, config) = (facts(&summary, folder), summary.config.as_ref().ok());
         let in_comparison = folder.parent().is_some_and(|parent| {
             parent.file_name().is_some_and(|name| name == "cells")
-                && parent.with_file_name("results.json").is_file()
+                && ["plan.json", "results.json"].iter().any(|f| parent.with_file_name(f).is_file())
         });
         Ok(Self {
             name: summary.name(),

@@ -32,8 +32,8 @@
     return String(+value.toPrecision(4));
   };
 
-  // Vertical bars of one standard error on each side.
-  const errorBars = (chart) => (plot) => {
+  // Bands from the smallest to the largest value of a part, and vertical bars of one standard error on each side.
+  const spread = (chart) => (plot) => {
     const { ctx } = plot;
     ctx.save();
     ctx.beginPath();
@@ -41,6 +41,19 @@
     ctx.clip();
     ctx.lineWidth = 1.5 * devicePixelRatio;
     ctx.setLineDash([]);
+    const bottom = plot.bbox.top + plot.bbox.height;
+    const end = (value) => plot.scales.y.distr === 3 && value <= 0 ? bottom : plot.valToPos(value, "y", true);
+    chart.lines.forEach((line, index) => {
+      if (!line.lows || !plot.series[index + 1].show) return;
+      const places = chart.xs.map((x, place) => place).filter((place) => line.lows[place] != null);
+      ctx.fillStyle = plot.series[index + 1].stroke();
+      ctx.globalAlpha = 0.16;
+      ctx.beginPath();
+      places.forEach((place) => ctx.lineTo(plot.valToPos(chart.xs[place], "x", true), end(line.lows[place])));
+      places.reverse().forEach((place) => ctx.lineTo(plot.valToPos(chart.xs[place], "x", true), end(line.highs[place])));
+      ctx.fill();
+      ctx.globalAlpha = 1;
+    });
     chart.lines.forEach((line, index) => {
       if (!line.errors || !plot.series[index + 1].show) return;
       ctx.strokeStyle = plot.series[index + 1].stroke();
@@ -48,7 +61,6 @@
         const mean = plot.data[index + 1][place];
         if (error == null || mean == null) return;
         const x = plot.valToPos(chart.xs[place], "x", true), cap = 3 * devicePixelRatio;
-        const end = (value) => plot.scales.y.distr === 3 && value <= 0 ? plot.bbox.top + plot.bbox.height : plot.valToPos(value, "y", true);
         const [low, high] = [end(mean - error), end(mean + error)];
         ctx.beginPath();
         ctx.moveTo(x, low); ctx.lineTo(x, high);
@@ -63,12 +75,18 @@
   const round = (value, to) => { const power = 10 ** Math.floor(Math.log10(value)); return to(value / power) * power; };
   const range = (chart, isLog) => (plot, low, high) => {
     if (low == null) return isLog ? [0.1, 1] : [0, 1];
-    chart.lines.forEach((line, index) => line.errors?.forEach((error, place) => {
-      const mean = plot.data[index + 1][place];
-      if (error == null || mean == null || !plot.series[index + 1].show) return;
-      if (!isLog || mean - error > 0) low = Math.min(low, mean - error);
-      high = Math.max(high, mean + error);
-    }));
+    const reach = (from, to) => {
+      if (!isLog || from > 0) low = Math.min(low, from);
+      high = Math.max(high, to);
+    };
+    chart.lines.forEach((line, index) => {
+      if (!plot.series[index + 1].show) return;
+      line.lows?.forEach((from, place) => { if (from != null) reach(from, line.highs[place]); });
+      line.errors?.forEach((error, place) => {
+        const mean = plot.data[index + 1][place];
+        if (error != null && mean != null) reach(mean - error, mean + error);
+      });
+    });
     return isLog ? [round(low / 1.02, Math.floor), round(high * 1.02, Math.ceil)] : uPlot.rangeNum(low, high, 0.1, true);
   };
 
@@ -96,7 +114,7 @@
     return {
       width, height: 230, series: [{ label: chart.x_title, value: (plot, x) => x == null ? "–" : isPlaces ? chart.places[x] : String(x) }, ...series],
       cursor: { points: { size: 6 }, drag: { x: !isPlaces, y: false }, focus: { prox: 16 }, ...(chart.group ? { sync: { key: chart.group, setSeries: false } } : {}) },
-      focus: { alpha: 0.35 },
+      focus: { alpha: 0.35 }, padding: [8, 26, 0, 0],
       legend: { markers: { width: 2, dash: (plot, index) => plot.series[index].dash ? "dashed" : "solid" } },
       scales: {
         x: { time: false, range: isPlaces ? [-0.4, chart.xs.length - 0.6] : chart.xs.length > 1 ? undefined : [chart.xs[0] - 1, chart.xs[0] + 1] },
@@ -107,7 +125,7 @@
         { ...axis, size: 58, values: (plot, splits) => splits.map((value) => value == null ? "" : short(value)) },
       ],
       // Without a cursor the legend shows the last values.
-      hooks: { draw: [errorBars(chart)], setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: chart.xs.length - 1 }); }] },
+      hooks: { draw: [spread(chart)], setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: chart.xs.length - 1 }); }] },
     };
   };
 
