@@ -32,44 +32,47 @@
     return String(+value.toPrecision(4));
   };
 
-  // Bands from the smallest to the largest value of a part, and vertical bars of one standard error on each side.
-  const spread = (chart) => (plot) => {
-    const { ctx } = plot;
+  // Below the lines: bands from the smallest to the largest value of a part. Above them: bars of one standard error.
+  const clipped = (plot, paint) => {
+    const { ctx, bbox } = plot;
+    const x = (value) => plot.valToPos(value, "x", true);
+    const y = (value) => plot.scales.y.distr === 3 && value <= 0 ? bbox.top + bbox.height : plot.valToPos(value, "y", true);
     ctx.save();
     ctx.beginPath();
-    ctx.rect(plot.bbox.left, plot.bbox.top, plot.bbox.width, plot.bbox.height);
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
-    ctx.lineWidth = 1.5 * devicePixelRatio;
-    ctx.setLineDash([]);
-    const bottom = plot.bbox.top + plot.bbox.height;
-    const end = (value) => plot.scales.y.distr === 3 && value <= 0 ? bottom : plot.valToPos(value, "y", true);
+    paint(ctx, x, y);
+    ctx.restore();
+  };
+  const bands = (chart) => (plot) => clipped(plot, (ctx, x, y) => {
+    ctx.globalAlpha = chart.lines.length > 2 ? 0.09 : 0.18;
     chart.lines.forEach((line, index) => {
       if (!line.lows || !plot.series[index + 1].show) return;
-      const places = chart.xs.map((x, place) => place).filter((place) => line.lows[place] != null);
+      const places = [...chart.xs.keys()].filter((place) => line.lows[place] != null);
       ctx.fillStyle = plot.series[index + 1].stroke();
-      ctx.globalAlpha = 0.16;
       ctx.beginPath();
-      places.forEach((place) => ctx.lineTo(plot.valToPos(chart.xs[place], "x", true), end(line.lows[place])));
-      places.reverse().forEach((place) => ctx.lineTo(plot.valToPos(chart.xs[place], "x", true), end(line.highs[place])));
+      places.forEach((place) => ctx.lineTo(x(chart.xs[place]), y(line.lows[place])));
+      places.reverse().forEach((place) => ctx.lineTo(x(chart.xs[place]), y(line.highs[place])));
       ctx.fill();
-      ctx.globalAlpha = 1;
     });
+  });
+  const errorBars = (chart) => (plot) => clipped(plot, (ctx, x, y) => {
+    ctx.lineWidth = 1.5 * devicePixelRatio;
+    ctx.setLineDash([]);
     chart.lines.forEach((line, index) => {
       if (!line.errors || !plot.series[index + 1].show) return;
       ctx.strokeStyle = plot.series[index + 1].stroke();
       line.errors.forEach((error, place) => {
         const mean = plot.data[index + 1][place];
         if (error == null || mean == null) return;
-        const x = plot.valToPos(chart.xs[place], "x", true), cap = 3 * devicePixelRatio;
-        const [low, high] = [end(mean - error), end(mean + error)];
+        const middle = x(chart.xs[place]), cap = 3 * devicePixelRatio, ends = [y(mean - error), y(mean + error)];
         ctx.beginPath();
-        ctx.moveTo(x, low); ctx.lineTo(x, high);
-        for (const y of [low, high]) { ctx.moveTo(x - cap, y); ctx.lineTo(x + cap, y); }
+        ctx.moveTo(middle, ends[0]); ctx.lineTo(middle, ends[1]);
+        for (const end of ends) { ctx.moveTo(middle - cap, end); ctx.lineTo(middle + cap, end); }
         ctx.stroke();
       });
     });
-    ctx.restore();
-  };
+  });
 
   // The range of the values that are shown, with their error bars; on a logarithmic scale it ends at round numbers.
   const round = (value, to) => { const power = 10 ** Math.floor(Math.log10(value)); return to(value / power) * power; };
@@ -125,7 +128,7 @@
         { ...axis, size: 58, values: (plot, splits) => splits.map((value) => value == null ? "" : short(value)) },
       ],
       // Without a cursor the legend shows the last values.
-      hooks: { draw: [spread(chart)], setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: chart.xs.length - 1 }); }] },
+      hooks: { drawAxes: [bands(chart)], draw: [errorBars(chart)], setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: chart.xs.length - 1 }); }] },
     };
   };
 
