@@ -53,7 +53,7 @@ bench: setup ## the benchmarks
 PEERS := $(or $(DDIL_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddil)/peers
 PEERS_PYTHON ?= $(PEERS)/bin/python
 PEERS_PACKAGES := torch==2.13.0 diffusers==0.42.1 transformers==5.24.0 peft==0.21.2 accelerate safetensors numpy pillow \
-	torchvision==0.28.0 pytorch-fid==0.3.0 clean-fid==0.1.35 torch-fidelity==0.4.0 prdc==0.2
+	torchvision==0.28.0 pytorch-fid==0.3.0 clean-fid==0.1.35 torch-fidelity==0.4.0 prdc==0.2 torchmetrics==1.9.0
 
 # Named after the packages: a change of the list installs them.
 PEERS_STAMP := $(PEERS)/installed-$(firstword $(shell printf '%s' '$(PEERS_PACKAGES)' | cksum))

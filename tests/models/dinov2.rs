@@ -173,6 +173,9 @@ fn keys<T: std::fmt::Debug>(result: ddil_models::Result<T>) -> Vec<String> {
     }
 }
 
+/// Makes one setting impossible.
+type Spoil = fn(&mut Dinov2Config);
+
 #[test]
 fn impossible_settings_are_refused_by_key() {
     let small = Dinov2Config {
@@ -184,7 +187,7 @@ fn impossible_settings_are_refused_by_key() {
         ..Dinov2Config::default()
     };
     assert!(small.build(Placement::default(), 0).is_ok());
-    let cases: [(&str, fn(&mut Dinov2Config)); 9] = [
+    let cases: [(&str, Spoil); 9] = [
         ("hidden_size", |c| c.hidden_size = 0),
         ("num_hidden_layers", |c| c.num_hidden_layers = 0),
         ("num_attention_heads", |c| c.num_attention_heads = 3),

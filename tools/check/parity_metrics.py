@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares `ddil evaluate` with pytorch-fid, clean-fid, torch-fidelity and prdc on the same image files.
+"""Compares `ddil evaluate` with pytorch-fid, clean-fid, torch-fidelity, prdc, torchmetrics and transformers on the same files.
 
     make parity                                            # installs them into the user's cache, builds, runs this
     python tools/check/parity_metrics.py --ddil PROGRAM     # with packages of your own; PROGRAM is the built `ddil`
@@ -33,8 +33,25 @@ from cleanfid import fid as clean_fid
 from PIL import Image
 from prdc import compute_prdc
 from safetensors.numpy import load_file
+from torchmetrics.functional.multimodal import clip_score
+from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
-FRECHET, NEIGHBOURS = 1e-3, 1e-6
+FRECHET, NEIGHBOURS, CLIP = 1e-3, 1e-6, 1e-4
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
+# As the published networks describe their images.
+DINOV2_IMAGES = BitImageProcessorPil(
+    size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+)
 SIZES = [(64, 64), (80, 120), (131, 97), (256, 256), (299, 299), (320, 200)]
 
 
@@ -191,6 +208,77 @@ def compare(rows: Rows, ddil: Ddil, work: pathlib.Path, kinds: tuple[str, ...], 
     rows.add(title, "torch-fidelity, TensorFlow 1 bilinear", "KID", theirs["kernel_inception_distance_mean"], ours["kid"], 5 * FRECHET)
 
 
+class Tensors(torch.nn.Module):
+    """CLIP as torchmetrics calls it: transformers 5 returns an object where it expects a tensor."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(*inputs).pooler_output
+
+    def get_text_features(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.get_text_features(*inputs).pooler_output
+
+
+def networks_of_transformers(work: pathlib.Path) -> tuple[pathlib.Path, Tensors, CLIPProcessor, pathlib.Path, Dinov2Model]:
+    """Random networks with the published sizes of images and patches, in folders as published."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(GOLDEN / "clip_tokenizer")
+    narrow = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {**narrow, "vocab_size": len(tokenizer), "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config={**narrow, "image_size": 224, "patch_size": 32}, projection_dim=64)
+    clip = CLIPModel(config).eval()
+    processor = CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
+    folders = work / "clip", work / "dinov2"
+    dinov2 = Dinov2Model(Dinov2Config(**{k: v for k, v in narrow.items() if k != "intermediate_size"}, image_size=518)).eval()
+    for model, saved, folder in ((clip, processor, folders[0]), (dinov2, DINOV2_IMAGES, folders[1])):
+        model.save_pretrained(folder)
+        saved.save_pretrained(folder)
+    tokenizer.save_pretrained(folders[0])
+    return folders[0], Tensors(clip), processor, folders[1], dinov2
+
+
+def prompted(rows: Rows, ddil: Ddil, work: pathlib.Path, count: int) -> None:
+    """CLIP score, and features of CLIP and DINOv2 of PNG and JPEG files of mixed sizes, two images per prompt."""
+    clip, model, processor, dinov2_folder, dinov2 = networks_of_transformers(work)
+    images = work / "prompted"
+    draw(images, count, 4, ("png", "jpg"), 0.0)
+    files = sorted(images.iterdir())
+    words = "a photo of a cat and a dog sitting on the red chair painting sea at night".split()
+    rng = np.random.default_rng(5)
+    captions = [" ".join(rng.choice(words, 6)) for _ in range(count // 2)]
+    prompts = work / "prompts.txt"
+    prompts.write_text("\n".join(captions) + "\n")
+    loaded = [torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1) for path in files]
+    title = f"{count} png+jpg"
+
+    answer = work / "answer.json"
+    answer.unlink(missing_ok=True)
+    ddil.run(images, clip, None, "--prompts", str(prompts), "--clip", str(clip), "--json", str(answer))
+    ours = json.loads(answer.read_text())[0]
+    with torch.no_grad():
+        each = [caption for caption in captions for _ in range(2)]
+        cosines = _clip_score_update(loaded, each, model, processor)[0] / 100
+        theirs = clip_score(loaded, each, lambda: (model, processor)).item()
+    rows.add(title, "torchmetrics, transformers", "CLIP score", theirs, ours["clip_score"]["torchmetrics"], CLIP)
+    rows.add(title, "torchmetrics, transformers", "mean cosine", cosines.mean().item(), ours["clip_score"]["cosine"]["mean"], CLIP)
+    with torch.no_grad():
+        pixels = torch.cat([processor.image_processor(image, return_tensors="pt").pixel_values for image in loaded])
+        embeds = model.get_image_features(pixels).double()
+        pairs = embeds.view(-1, 2, embeds.shape[1])
+        theirs = (pairs[:, 0] - pairs[:, 1]).norm(dim=1).mean().item()
+        rows.add(title, "transformers", "distance of CLIP embeddings per prompt", theirs, ours["diversity"]["euclidean"]["mean"], CLIP)
+        theirs = 1 - torch.nn.functional.cosine_similarity(pairs[:, 0], pairs[:, 1]).mean().item()
+        rows.add(title, "transformers", "cosine distance per prompt", theirs, ours["diversity"]["clip_cosine_distance"]["mean"], CLIP)
+        pixels = torch.cat([DINOV2_IMAGES(image, return_tensors="pt").pixel_values for image in loaded])
+        features = dinov2(pixels).pooler_output.numpy()
+    found = ddil.features(images, dinov2_folder, None)
+    theirs, error = np.abs(features).max(), np.abs(found - features).max()
+    rows.add(title, "transformers", "DINOv2 features, largest difference", theirs, theirs + error, CLIP)
+
+
 def speed(ddil: Ddil, work: pathlib.Path, count: int, networks: dict, rounds: int) -> None:
     folder = work / "speed"
     draw(folder, count, 3, ("jpg",), 0.0, [(256, 256)])
@@ -232,6 +320,7 @@ def main() -> int:
         compare(rows, ddil, work, ("png", "jpg"), options.images, networks)
         compare(rows, ddil, work, ("png",), options.images // 3, networks)
         compare(rows, ddil, work, ("jpg",), options.images // 3, networks)
+        prompted(rows, ddil, work, options.images // 3 // 2 * 2)
         if options.speed:
             speed(ddil, work, options.speed, networks, options.rounds)
     if rows.failed:

@@ -398,7 +398,6 @@ impl ImageInput {
     }
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
 fn is_none(resize: &Resize) -> bool {
     *resize == Resize::None
 }

@@ -309,8 +309,9 @@ pub(crate) struct EvaluateArgs {
     /// or its training images if there are none.
     #[arg(long, value_name = "PATH")]
     pub(crate) reference: Option<PathBuf>,
-    /// The features to compare: a TorchScript file such as inception-2015-12-05.pt, a transformers folder of CLIP or
-    /// DINOv2, `raw_pixels` for tiny images, or `fashion_classifier` for 32x32 greyscale images of clothing, the default for Fashion-MNIST.
+    /// The features to compare: a TorchScript file such as inception-2015-12-05.pt, a transformers folder (`clip`,
+    /// `clip_vision_model`, `dinov2`), `raw_pixels` for tiny images, or `fashion_classifier` for 32x32 greyscale images of
+    /// clothing, the default for Fashion-MNIST.
     #[arg(long, value_name = "NAME|FILE|FOLDER")]
     pub(crate) extractor: Option<String>,
     /// How images are converted for a TorchScript file or a folder, which has its own: `clean-fid` (the default for inception-2015-12-05.pt),

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use ddil_evaluate::{MeanOverPrompts, Measurement, StandardErrors};
 
-/// A table for a terminal, one line per measurement.
+/// A table for a terminal, one line per measurement; empty if none is compared with a reference.
 pub fn table(rows: &[(String, Measurement)]) -> String {
     const HEADS: [&str; 9] = [
         "model",
@@ -17,6 +17,9 @@ pub fn table(rows: &[(String, Measurement)]) -> String {
         "density",
         "coverage",
     ];
+    if rows.iter().all(|(_, m)| m.frechet.is_none()) {
+        return String::new();
+    }
     let cells: Vec<Vec<String>> = std::iter::once(HEADS.map(str::to_owned).to_vec())
         .chain(rows.iter().map(|(name, m)| {
             let rate = |rate: Option<f64>| rate.map_or("-".to_owned(), |x| format!("{x:.3}"));
@@ -68,12 +71,15 @@ pub(crate) fn details(rows: &[(String, Measurement)]) -> String {
     if cells.len() == 1 { String::new() } else { aligned(&cells) }
 }
 
+/// The text of a number of a measurement, if it has it.
+type Shown = fn(&Measurement) -> Option<String>;
+
 /// A table of the metrics of images of prompts, one line per measurement; empty without any.
 ///
 /// A `+-` beside a number is its standard error over prompts.
 pub fn prompt_table(rows: &[(String, Measurement)]) -> String {
     let with_prompts: Vec<_> = rows.iter().filter(|(_, m)| m.prompts.is_some()).collect();
-    let columns: [(&str, fn(&Measurement) -> Option<String>); 7] = [
+    let columns: [(&str, Shown); 6] = [
         ("clip cosine", |m| m.clip_score.as_ref().map(|score| with_error(score.cosine, 4))),
         ("100 max(cos, 0)", |m| {
             m.clip_score.as_ref().map(|score| format!("{:.2}", score.torchmetrics))
@@ -81,8 +87,7 @@ pub fn prompt_table(rows: &[(String, Measurement)]) -> String {
         ("diversity", |m| Some(with_error(m.diversity.as_ref()?.euclidean?, 3))),
         ("clip distance", |m| Some(with_error(m.diversity.as_ref()?.clip_cosine_distance?, 4))),
         ("lpips", |m| Some(with_error(m.diversity.as_ref()?.lpips?, 4))),
-        ("height", |m| m.image_size.map(|[height, _]| height.to_string())),
-        ("width", |m| m.image_size.map(|[_, width]| width.to_string())),
+        ("height x width", |m| m.image_size.map(|[height, width]| format!("{height}x{width}"))),
     ];
     let shown: Vec<_> = columns
         .iter()

@@ -182,9 +182,11 @@ fn prompts(cases: &mut Cases) {
     std::fs::write(&path, "a cat\na dog\n").expect("it is writable");
     for max in [None, Some(0), Some(u32::MAX)] {
         for place in [path.as_path(), folder.path(), Path::new("nul\0byte"), Path::new("")] {
-            cases.once("EvaluationPrompts::from_file", &format!("{place:?}, {max:?}"), || {
-                outcome(EvaluationPrompts::from_file(place, Captions::All, max))
-            });
+            cases.once(
+                "EvaluationPrompts::from_file",
+                &format!("{}, {max:?}", place.display()),
+                || outcome(EvaluationPrompts::from_file(place, Captions::All, max)),
+            );
         }
     }
     let prompts = EvaluationPrompts::from_file(&path, Captions::All, None).expect("two prompts");

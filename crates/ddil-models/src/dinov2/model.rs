@@ -199,7 +199,7 @@ impl Dinov2Model {
 #[derive(Debug)]
 struct Embeddings {
     cls_token: Tensor,
-    position_embeddings: Tensor,
+    positions: Tensor,
     weight: Tensor,
     bias: Tensor,
     patch_size: i64,
@@ -219,13 +219,13 @@ impl Embeddings {
         if config.use_mask_token {
             let _ = scope.parameter("mask_token", &[1, width], Init::Constant(0.0))?;
         }
-        let position_embeddings =
+        let positions =
             scope.parameter("position_embeddings", &[1, 1 + side * side, width], init)?;
         let mut projection = scope.at("patch_embeddings.projection");
         let shape = [width, channels, patch_size, patch_size];
         let weight = projection.parameter("weight", &shape, init)?;
         let bias = projection.parameter("bias", &[width], Init::Constant(0.0))?;
-        Ok(Self { cls_token, position_embeddings, weight, bias, patch_size, side })
+        Ok(Self { cls_token, positions, weight, bias, patch_size, side })
     }
 
     fn forward(&self, pixel_values: &Tensor) -> Output {
@@ -241,17 +241,17 @@ impl Embeddings {
         let size = patches.size();
         let class = self.cls_token.f_expand([size[0], 1, size[1]], false)?;
         let tokens = Tensor::f_cat(&[class, patches.f_flatten(2, -1)?.f_transpose(1, 2)?], 1)?;
-        tokens.f_add(&self.positions([size[2], size[3]])?)
+        tokens.f_add(&self.positions_of([size[2], size[3]])?)
     }
 
     /// The position embeddings of an image of `patches` patches, rows and columns.
-    fn positions(&self, patches: [i64; 2]) -> Output {
+    fn positions_of(&self, patches: [i64; 2]) -> Output {
         if patches == [self.side; 2] {
-            return Ok(self.position_embeddings.shallow_clone());
+            return Ok(self.positions.shallow_clone());
         }
-        let (kind, width) = (self.position_embeddings.kind(), self.cls_token.size()[2]);
-        let class = self.position_embeddings.f_narrow(1, 0, 1)?;
-        let stored = self.position_embeddings.f_narrow(1, 1, self.side * self.side)?;
+        let (kind, width) = (self.positions.kind(), self.cls_token.size()[2]);
+        let class = self.positions.f_narrow(1, 0, 1)?;
+        let stored = self.positions.f_narrow(1, 1, self.side * self.side)?;
         let interpolated = stored
             .f_reshape([1, self.side, self.side, width])?
             .f_permute([0, 3, 1, 2])?
@@ -269,10 +269,10 @@ impl Embeddings {
 struct Layer {
     norm1: LayerNorm,
     attention: Attention,
-    layer_scale1: Tensor,
+    scale1: Tensor,
     norm2: LayerNorm,
     mlp: FeedForward,
-    layer_scale2: Tensor,
+    scale2: Tensor,
 }
 
 impl Layer {
@@ -282,18 +282,18 @@ impl Layer {
         Ok(Self {
             norm1: LayerNorm::new(scope.at("norm1"), width, eps)?,
             attention: Attention::new(scope.at("attention"), config)?,
-            layer_scale1: scope.at("layer_scale1").parameter("lambda1", &[width], scale)?,
+            scale1: scope.at("layer_scale1").parameter("lambda1", &[width], scale)?,
             norm2: LayerNorm::new(scope.at("norm2"), width, eps)?,
             mlp: FeedForward::new(scope.at("mlp"), config)?,
-            layer_scale2: scope.at("layer_scale2").parameter("lambda1", &[width], scale)?,
+            scale2: scope.at("layer_scale2").parameter("lambda1", &[width], scale)?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Output {
         let attended = self.attention.forward(&self.norm1.forward(x)?)?;
-        let x = x.f_add(&attended.f_mul(&self.layer_scale1)?)?;
+        let x = x.f_add(&attended.f_mul(&self.scale1)?)?;
         let changed = self.mlp.forward(&self.norm2.forward(&x)?)?;
-        x.f_add(&changed.f_mul(&self.layer_scale2)?)
+        x.f_add(&changed.f_mul(&self.scale2)?)
     }
 }
 

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use ddil_data::Captions;
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::with_causes;
 use ddil_trainer::config::{DataKind, DataSection, DistillConfig};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 use toml::Value;
 
@@ -131,8 +132,9 @@ pub struct EvaluateConfig {
     pub(crate) shift_samples: u32,
     /// Steps for the teacher's own samples; default 50.
     pub teacher_steps: u32,
-    /// Samples per network call; default 100.
-    pub(crate) batch_size: u32,
+    /// Samples per network call; default 100, and 1 with `prompts`.
+    #[serde(serialize_with = "or_default")]
+    pub(crate) batch_size: Option<u32>,
     /// Seed of the noise; default 0.
     pub seed: u64,
     /// The features to compare: `fashion_classifier` (the default), `raw_pixels`, or a TorchScript file.
@@ -147,6 +149,39 @@ pub struct EvaluateConfig {
     /// statistics. The default is the data's held-out images, or its training images if there are none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reference: Option<PathBuf>,
+    /// For text-to-image models: a file of prompts, as for `ddil evaluate --prompts`, in place of `samples`. Each student
+    /// and the teacher draw `images_per_prompt` images of each; the shift and the distance to the teacher are not
+    /// measured, and features only with `reference` or another extractor than the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompts: Option<PathBuf>,
+    /// Which captions of an image are prompts: `first` (the default) or `all`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) captions: Option<Captions>,
+    /// Use only this many prompts, the first ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_prompts: Option<u32>,
+    /// Images of each prompt; default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) images_per_prompt: Option<u32>,
+    /// CLIP, as for `ddil evaluate --clip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) clip: Option<PathBuf>,
+    /// LPIPS, as for `ddil evaluate --lpips`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lpips: Option<PathBuf>,
+}
+
+/// The default of `batch_size`.
+const BATCH_SIZE: u32 = 100;
+/// The default of `extractor`.
+const EXTRACTOR: &str = "fashion_classifier";
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn or_default<S: Serializer>(
+    batch_size: &Option<u32>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_u32(batch_size.unwrap_or(BATCH_SIZE))
 }
 
 /// One distillation of a comparison.
@@ -183,12 +218,18 @@ impl Default for EvaluateConfig {
             samples_off_steps: None,
             shift_samples: 1000,
             teacher_steps: 50,
-            batch_size: 100,
+            batch_size: None,
             seed: 0,
-            extractor: "fashion_classifier".to_owned(),
+            extractor: EXTRACTOR.to_owned(),
             extractor_input: None,
             return_features: false,
             reference: None,
+            prompts: None,
+            captions: None,
+            max_prompts: None,
+            images_per_prompt: None,
+            clip: None,
+            lpips: None,
         }
     }
 }
@@ -206,12 +247,17 @@ impl EvaluateConfig {
 
     /// Options of `ddil evaluate` for all measurements.
     pub(super) fn common_options(&self) -> Vec<OsString> {
-        let mut options: Vec<OsString> = vec![
-            format!("--num-samples={}", self.samples).into(),
-            format!("--batch-size={}", self.batch_size).into(),
-            format!("--seed={}", self.seed).into(),
-            format!("--extractor={}", self.extractor).into(),
-        ];
+        let mut options: Vec<OsString> = vec![format!("--seed={}", self.seed).into()];
+        match &self.prompts {
+            Some(prompts) => options.extend(self.prompt_options(prompts)),
+            None => options.push(format!("--num-samples={}", self.samples).into()),
+        }
+        if let Some(size) = self.batch_size() {
+            options.push(format!("--batch-size={size}").into());
+        }
+        if self.compares_features() {
+            options.push(format!("--extractor={}", self.extractor).into());
+        }
         if let Some(input) = &self.extractor_input {
             options.push(format!("--extractor-input={input}").into());
         }
@@ -224,13 +270,46 @@ impl EvaluateConfig {
         options
     }
 
+    /// Samples per network call; none for the model's own number.
+    pub(super) fn batch_size(&self) -> Option<u32> {
+        self.batch_size.or(self.prompts.is_none().then_some(BATCH_SIZE))
+    }
+
+    /// Whether features are compared: always, unless images of prompts are measured with CLIP or LPIPS alone.
+    fn compares_features(&self) -> bool {
+        self.prompts.is_none() || self.reference.is_some() || self.extractor != EXTRACTOR
+    }
+
+    /// Options for images of prompts.
+    fn prompt_options(&self, prompts: &Path) -> Vec<OsString> {
+        let mut options: Vec<OsString> = vec!["--prompts".into(), prompts.into()];
+        match self.captions {
+            Some(Captions::All) => options.push("--captions=all".into()),
+            Some(Captions::First) | None => options.push("--captions=first".into()),
+        }
+        let numbers =
+            [("max-prompts", self.max_prompts), ("images-per-prompt", self.images_per_prompt)];
+        options.extend(numbers.iter().filter_map(|(name, number)| {
+            number.map(|number| OsString::from(format!("--{name}={number}")))
+        }));
+        for (name, path) in [("--clip", &self.clip), ("--lpips", &self.lpips)] {
+            options.extend(path.iter().flat_map(|path| [name.into(), path.into()]));
+        }
+        options
+    }
+
     /// Additional options for students.
     pub(super) fn student_options(&self) -> Vec<OsString> {
-        let mut options = vec![format!("--shift-samples={}", self.shift_samples).into()];
+        let mut options = Vec::new();
+        if self.prompts.is_none() {
+            options.push(format!("--shift-samples={}", self.shift_samples).into());
+        }
         if !self.steps.is_empty() {
             let steps: Vec<String> = self.steps.iter().map(u32::to_string).collect();
             options.push(format!("--also-steps={}", steps.join(",")).into());
-            options.push(format!("--also-samples={}", self.samples_at(false)).into());
+            if self.prompts.is_none() {
+                options.push(format!("--also-samples={}", self.samples_at(false)).into());
+            }
         }
         options
     }
@@ -247,7 +326,9 @@ impl EvaluateConfig {
         at_least("samples", self.samples, MIN_SAMPLES);
         at_least("samples_off_steps", self.samples_at(false), MIN_SAMPLES);
         at_least("teacher_steps", self.teacher_steps, 1);
-        at_least("batch_size", self.batch_size, 1);
+        at_least("batch_size", self.batch_size.unwrap_or(BATCH_SIZE), 1);
+        at_least("images_per_prompt", self.images_per_prompt.unwrap_or(1), 1);
+        at_least("max_prompts", self.max_prompts.unwrap_or(1), 1);
         if self.shift_samples > 0 {
             at_least("shift_samples", self.shift_samples, 2);
         }
@@ -256,18 +337,51 @@ impl EvaluateConfig {
         }
         let names = ["fashion_classifier", "raw_pixels"];
         let file = Path::new(&self.extractor);
-        if !names.contains(&self.extractor.as_str()) && !file.is_file() {
+        if !names.contains(&self.extractor.as_str()) && !file.exists() {
             problems.push(format!(
-                "`evaluate.extractor` is `{}`, but must be `fashion_classifier`, `raw_pixels` or a TorchScript file that exists",
+                "`evaluate.extractor` is `{}`, but must be `fashion_classifier`, `raw_pixels`, or a TorchScript file or a \
+                 folder of CLIP or DINOv2 that exists",
                 self.extractor
             ));
         }
+        self.problems_of_prompts(problems);
         if self.samples_at(false) > self.samples {
             problems.push(format!(
                 "`evaluate.samples_off_steps` is {}, but must be at most `evaluate.samples`, which is {}",
                 self.samples_at(false),
                 self.samples
             ));
+        }
+    }
+}
+
+impl EvaluateConfig {
+    fn problems_of_prompts(&self, problems: &mut Vec<String>) {
+        let paths = [("prompts", &self.prompts), ("clip", &self.clip), ("lpips", &self.lpips)];
+        for (name, path) in paths {
+            if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
+                problems
+                    .push(format!("`evaluate.{name}` is {}, which does not exist", path.display()));
+            }
+        }
+        if self.prompts.is_some() {
+            if self.clip.is_none() && self.lpips.is_none() && !self.compares_features() {
+                problems.push(
+                    "`evaluate.prompts` is set and nothing to measure: set `clip`, `lpips`, or `reference` with an `extractor`"
+                        .to_owned(),
+                );
+            }
+            return;
+        }
+        let others = [
+            ("captions", self.captions.is_some()),
+            ("max_prompts", self.max_prompts.is_some()),
+            ("images_per_prompt", self.images_per_prompt.is_some()),
+            ("clip", self.clip.is_some()),
+            ("lpips", self.lpips.is_some()),
+        ];
+        for (name, _) in others.iter().filter(|(_, is_set)| *is_set) {
+            problems.push(format!("`evaluate.{name}` is set, but requires `evaluate.prompts`"));
         }
     }
 }
@@ -498,7 +612,8 @@ impl Matrix {
             }
         }
         let is_fashion = |data: &DataSection| data.kind == DataKind::FashionMnist;
-        if self.evaluate.extractor == "fashion_classifier"
+        if self.evaluate.extractor == EXTRACTOR
+            && self.evaluate.compares_features()
             && let Some(cell) = cells.iter().find(|cell| !is_fashion(&cell.config.data))
         {
             problems.push(format!(

@@ -21,10 +21,22 @@ pub enum Metric {
     Coverage,
     /// Mean of the shift's energy distance over timesteps.
     Shift,
+    /// Mean cosine of the CLIP score.
+    ClipCosine,
+    /// Mean distance between the images of a prompt, on features.
+    Diversity,
+    /// The same, on CLIP's embeddings: 1 - cosine.
+    ClipDistance,
+    /// The same by LPIPS.
+    Lpips,
 }
 
 impl Metric {
-    /// All of them, in the order of the tables.
+    /// Those of images of prompts.
+    pub(crate) const OF_PROMPTS: [Self; 4] =
+        [Self::ClipCosine, Self::Diversity, Self::ClipDistance, Self::Lpips];
+
+    /// All others, in the order of the tables.
     pub(crate) const ALL: [Self; 7] = [
         Self::Frechet,
         Self::ToTeacher,
@@ -45,6 +57,10 @@ impl Metric {
             Self::Density => "density",
             Self::Coverage => "coverage",
             Self::Shift => "shift",
+            Self::ClipCosine => "clip cosine",
+            Self::Diversity => "diversity",
+            Self::ClipDistance => "clip distance",
+            Self::Lpips => "lpips",
         }
     }
 
@@ -57,6 +73,10 @@ impl Metric {
             Self::Recall => measurement.recall,
             Self::Density => measurement.density,
             Self::Coverage => measurement.coverage,
+            Self::ClipCosine => Some(measurement.clip_score.as_ref()?.cosine.mean),
+            Self::Diversity => Some(measurement.diversity.as_ref()?.euclidean?.mean),
+            Self::ClipDistance => Some(measurement.diversity.as_ref()?.clip_cosine_distance?.mean),
+            Self::Lpips => Some(measurement.diversity.as_ref()?.lpips?.mean),
             Self::Shift => {
                 let energies: Vec<f64> = measurement.shift.iter().map(|row| row.energy).collect();
                 Estimate::of(&energies).map(|estimate| estimate.mean)
@@ -64,11 +84,24 @@ impl Metric {
         }
     }
 
+    /// The standard error over prompts of its value in a measurement, if it is a mean over prompts.
+    pub(crate) fn error_over_prompts(self, measurement: &Measurement) -> Option<f64> {
+        let diversity = measurement.diversity.as_ref();
+        let mean = match self {
+            Self::ClipCosine => measurement.clip_score.as_ref().map(|score| score.cosine),
+            Self::Diversity => diversity?.euclidean,
+            Self::ClipDistance => diversity?.clip_cosine_distance,
+            Self::Lpips => diversity?.lpips,
+            _ => None,
+        };
+        mean?.standard_error
+    }
+
     /// The number of significant decimals to show.
     pub(crate) fn decimals(self) -> usize {
         match self {
             Self::Frechet | Self::ToTeacher => 2,
-            Self::Shift => 4,
+            Self::Shift | Self::ClipCosine | Self::ClipDistance | Self::Lpips => 4,
             _ => 3,
         }
     }

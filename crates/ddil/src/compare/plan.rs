@@ -199,7 +199,8 @@ impl Comparison {
                 continue;
             }
             checked.push(arm);
-            if let Err(error) = ensure_comparable(&planned.cell.config) {
+            let has_prompts = self.setting.evaluate.prompts.is_some();
+            if let Err(error) = ensure_comparable(&planned.cell.config, has_prompts) {
                 problems.add(arm.to_owned(), &error);
             }
         }
@@ -255,6 +256,12 @@ impl Comparison {
     ///
     /// Invalid files.
     pub(crate) fn stages(&self) -> Result<[Vec<WorkItem>; 3]> {
+        if self.setting.evaluate.prompts.is_some() {
+            // Images of prompts are drawn where they are measured, and their data are not images alone.
+            let rows = self.teachers.iter().cloned().map(WorkItem::TeacherRow);
+            let cells = self.cells.iter().cloned().map(|planned| WorkItem::Cell(Box::new(planned)));
+            return Ok([Vec::new(), self.left(rows)?, self.left(cells)?]);
+        }
         let draws = self.teachers.iter().flat_map(|planned| parts(&planned.samples));
         let rows = self.teachers.iter().cloned().map(WorkItem::TeacherRow);
         let cells = self.cells.iter().cloned().map(|planned| WorkItem::Cell(Box::new(planned)));
@@ -271,6 +278,9 @@ impl Comparison {
     ///
     /// As [`stages`](Self::stages).
     pub(crate) fn needed_by(&self, planned: &PlannedCell) -> Result<Vec<WorkItem>> {
+        if self.setting.evaluate.prompts.is_some() {
+            return Ok(Vec::new());
+        }
         self.left(parts(&planned.target))
     }
 
@@ -439,14 +449,21 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 /// Checks that a student can be trained and that there are real images to measure it against.
-fn ensure_comparable(config: &DistillConfig) -> Result<()> {
+fn ensure_comparable(config: &DistillConfig, has_prompts: bool) -> Result<()> {
     let kind = config.data.kind;
-    if kind.is_text() {
-        return Err(Error::Invalid(Invalid::new(
-            "data.kind",
-            kind.as_str().to_owned(),
-            "fashion_mnist or image_folder: generated images are compared with those of the data",
-        )));
+    let invalid = |expected: &str| {
+        Err(Error::Invalid(Invalid::new("data.kind", kind.as_str().to_owned(), expected)))
+    };
+    if kind.is_text() && !has_prompts {
+        return invalid(
+            "fashion_mnist or image_folder: generated images are compared with those of the data; for a text-to-image \
+             student set `evaluate.prompts`",
+        );
+    }
+    if has_prompts && !kind.is_text() {
+        return invalid(
+            "captions, prompts or latents: `evaluate.prompts` is for text-to-image students",
+        );
     }
     Ok(DistillTask::new(config).map(drop)?)
 }

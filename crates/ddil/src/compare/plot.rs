@@ -119,20 +119,29 @@ const COLORS: [RGBColor; 7] = [
 ///
 /// Errors of the plotting library.
 pub fn quality(report: &ComparisonReport) -> std::result::Result<String, String> {
-    let mut shown = vec![Metric::Frechet, Metric::ToTeacher];
+    let measured = report.metrics();
+    let mut shown: Vec<Metric> = vec![Metric::Frechet, Metric::ToTeacher];
     if report.has_one_number_of_samples() {
         shown.push(Metric::Coverage);
     }
+    shown.extend(Metric::OF_PROMPTS);
+    shown.retain(|metric| measured.contains(metric));
     let panels = shown.into_iter().map(|metric| {
         let lines = lines_of(report, metric);
         let mut steps: Vec<u32> = report.arms().iter().map(|arm| arm.steps).collect();
         steps.sort_unstable();
         steps.dedup();
-        let y_scale = if metric == Metric::Coverage { Scale::Linear } else { Scale::Log };
+        // A distance to images has a scale; a share or a cosine, which may be negative, has none.
+        let is_distance = matches!(metric, Metric::Frechet | Metric::ToTeacher);
+        let y_scale = if is_distance { Scale::Log } else { Scale::Linear };
         Panel {
             title: match metric {
                 Metric::Frechet => "Fréchet distance to the data".to_owned(),
                 Metric::ToTeacher => "Fréchet distance to the teacher".to_owned(),
+                Metric::ClipCosine => "CLIP score, mean cosine".to_owned(),
+                Metric::Diversity => "Distance between images of a prompt".to_owned(),
+                Metric::ClipDistance => "1 - cosine between images of a prompt".to_owned(),
+                Metric::Lpips => "LPIPS between images of a prompt".to_owned(),
                 other => other.as_str().to_owned(),
             },
             x_title: "steps",

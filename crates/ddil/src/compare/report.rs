@@ -236,6 +236,18 @@ impl ComparisonReport {
         Self { name: name.to_owned(), axes, entries, image_rows: Vec::new() }
     }
 
+    /// The metrics of the tables: those that a measurement has if images of prompts were measured, otherwise those of
+    /// [`Metric::ALL`].
+    pub(crate) fn metrics(&self) -> Vec<Metric> {
+        let measured: Vec<&Measurement> =
+            self.entries.iter().filter_map(|entry| entry.measurement.as_ref()).collect();
+        if measured.iter().all(|measurement| measurement.prompts.is_none()) {
+            return Metric::ALL.to_vec();
+        }
+        let is_measured = |metric: &Metric| measured.iter().any(|m| metric.of(m).is_some());
+        Metric::ALL.into_iter().chain(Metric::OF_PROMPTS).filter(is_measured).collect()
+    }
+
     /// Entries of one kind.
     pub(crate) fn of_kind(&self, kind: EntryKind) -> impl Iterator<Item = &Entry> {
         self.entries.iter().filter(move |entry| entry.kind == kind)
@@ -281,7 +293,7 @@ impl ComparisonReport {
 
     /// Every arm compared with the arm that has the baseline of an axis and the same values elsewhere, seed by seed.
     pub fn differences(&self) -> Vec<Difference<'_>> {
-        let arms = self.arms();
+        let (arms, metrics) = (self.arms(), self.metrics());
         let mut all = Vec::new();
         for (i, axis) in self.axes.iter().enumerate() {
             let Some(baseline) = axis.baseline.as_deref() else { continue };
@@ -294,7 +306,7 @@ impl ComparisonReport {
                 });
                 let Some(base) = base else { continue };
                 let difference = |metric: Metric| Some((metric, arm.difference(base, metric)?));
-                let of: Vec<_> = Metric::ALL.into_iter().filter_map(difference).collect();
+                let of: Vec<_> = metrics.iter().copied().filter_map(difference).collect();
                 if of.is_empty() {
                     continue;
                 }

@@ -106,7 +106,6 @@ impl TeacherSamples {
             format!("--steps={steps}"),
             format!("--guidance-scale={guidance_scale}"),
             format!("--thresholding={thresholding}"),
-            format!("--batch-size={}", setting.evaluate.batch_size),
             format!("--seed={seed}"),
             format!("--device={device}"),
             format!("--precision={}", precision(self.precision)),
@@ -114,8 +113,24 @@ impl TeacherSamples {
         ];
         let mut arguments: Vec<OsString> = vec!["sample".into(), self.path.clone().into()];
         arguments.extend(options.map(OsString::from));
+        let batch_size = setting.evaluate.batch_size();
+        arguments.extend(batch_size.map(|size| OsString::from(format!("--batch-size={size}"))));
         arguments.extend(["--output".into(), self.part(&setting.folder, start).into()]);
         Ok(arguments)
+    }
+}
+
+impl TeacherSamples {
+    /// Options of `ddil evaluate` that draw as these samples are drawn.
+    pub(super) fn sampling_options(&self) -> Result<[OsString; 3]> {
+        let Self { guidance_scale, steps, .. } = self;
+        let thresholding = inline_toml(&self.thresholding)?;
+        Ok([
+            format!("--steps={steps}"),
+            format!("--guidance-scale={guidance_scale}"),
+            format!("--thresholding={thresholding}"),
+        ]
+        .map(OsString::from))
     }
 }
 

@@ -8,20 +8,24 @@ use super::statistics::Estimate;
 pub fn summary(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = axes(report);
     heads.extend(["steps", "samples", "seeds"].map(str::to_owned));
-    heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
+    let metrics = report.metrics();
+    heads.extend(metrics.iter().map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];
     let others = [EntryKind::Data, EntryKind::Teacher];
-    rows.extend(others.iter().flat_map(|kind| report.of_kind(*kind)).map(|e| of_entry(report, e)));
-    rows.extend(report.arms().iter().map(of_arm));
+    rows.extend(
+        others.iter().flat_map(|kind| report.of_kind(*kind)).map(|e| of_entry(report, e, &metrics)),
+    );
+    rows.extend(report.arms().iter().map(|arm| of_arm(arm, &metrics)));
     rows
 }
 
 /// Arms against baselines; only the headings if there is nothing to compare.
 pub(crate) fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
     let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
-    heads.extend(Metric::ALL.map(|metric| metric.as_str().to_owned()));
+    let metrics = report.metrics();
+    heads.extend(metrics.iter().map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];
-    rows.extend(report.differences().iter().map(of_difference));
+    rows.extend(report.differences().iter().map(|row| of_difference(row, &metrics)));
     rows
 }
 
@@ -72,21 +76,21 @@ fn axes(report: &ComparisonReport) -> Vec<String> {
     }
 }
 
-fn of_entry(report: &ComparisonReport, entry: &Entry) -> Vec<String> {
+fn of_entry(report: &ComparisonReport, entry: &Entry, metrics: &[Metric]) -> Vec<String> {
     let mut row = vec![String::new(); axes(report).len()];
     row[0].clone_from(&entry.name);
     row.push(if entry.steps == 0 { "-".to_owned() } else { entry.steps.to_string() });
     let measurement = entry.measurement.as_ref();
     row.push(measurement.map_or("-".to_owned(), |m| m.samples.to_string()));
     row.push("-".to_owned());
-    row.extend(Metric::ALL.map(|metric| {
+    row.extend(metrics.iter().map(|&metric| {
         let value = measurement.and_then(|m| metric.of(m));
         value.map_or("-".to_owned(), |value| format!("{value:.*}", metric.decimals()))
     }));
     row
 }
 
-fn of_arm(arm: &ArmAt<'_>) -> Vec<String> {
+fn of_arm(arm: &ArmAt<'_>, metrics: &[Metric]) -> Vec<String> {
     let mut row: Vec<String> = match arm.values.as_slice() {
         [] => vec![arm.name()],
         values => values.iter().map(|value| (*value).to_owned()).collect(),
@@ -95,7 +99,7 @@ fn of_arm(arm: &ArmAt<'_>) -> Vec<String> {
     row.push(format!("{}{}", arm.steps, if arm.own_steps { "" } else { "*" }));
     row.push(samples.map_or("-".to_owned(), |n| n.to_string()));
     row.push(seeds(arm));
-    row.extend(Metric::ALL.map(|metric| {
+    row.extend(metrics.iter().map(|&metric| {
         arm.estimate(metric).map_or("-".to_owned(), |estimate| estimate.shown(metric.decimals()))
     }));
     row
@@ -112,7 +116,7 @@ pub(crate) fn seeds(arm: &ArmAt<'_>) -> String {
     arm.measured.len().to_string() + &endings.collect::<String>()
 }
 
-fn of_difference(difference: &Difference<'_>) -> Vec<String> {
+fn of_difference(difference: &Difference<'_>, metrics: &[Metric]) -> Vec<String> {
     let Difference { axis, value, baseline, others, steps, of } = difference;
     let elsewhere = if others.is_empty() { "-".to_owned() } else { others.join(", ") };
     let seeds = of.iter().map(|(_, estimate)| estimate.n).max().unwrap_or(0);
@@ -122,7 +126,7 @@ fn of_difference(difference: &Difference<'_>) -> Vec<String> {
         steps.to_string(),
         seeds.to_string(),
     ];
-    row.extend(Metric::ALL.map(|metric| {
+    row.extend(metrics.iter().map(|&metric| {
         let found = of.iter().find(|(of, _)| *of == metric);
         found.map_or("-".to_owned(), |(_, estimate)| {
             let errors =

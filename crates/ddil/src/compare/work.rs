@@ -166,11 +166,7 @@ impl Worker<'_> {
         let folder = self.folder();
         let path = teacher.row(folder, target);
         let result_file = ResultFile::at(path.with_extension("rows.json"));
-        let subject = folder.teacher(&teacher.key()).into();
-        let mut arguments = self.evaluate(subject, &self.comparison.cells[0], &result_file);
-        if teacher != target {
-            arguments.extend(["--teacher-samples".into(), folder.teacher(&target.key()).into()]);
-        }
+        let arguments = self.measure_teacher(planned, &result_file)?;
         let ended = self.run(item, &arguments)?;
         if let Some(end) = unfinished(&ended) {
             return Ok(end);
@@ -190,6 +186,29 @@ impl Worker<'_> {
         let measured_as = self.comparison.setting.measured_as(Some(target));
         write_json(&path, &NamedRows::new(measured_as, rows))?;
         Ok(End::Done)
+    }
+
+    /// The arguments that measure a teacher: its samples, or images of prompts, of which the first are kept.
+    fn measure_teacher(
+        &self,
+        planned: &PlannedTeacher,
+        result_file: &ResultFile,
+    ) -> Result<Vec<OsString>> {
+        let PlannedTeacher { samples: teacher, target, .. } = planned;
+        let (folder, first) = (self.folder(), &self.comparison.cells[0]);
+        if self.comparison.setting.evaluate.prompts.is_some() {
+            write_json(&folder.teacher(&teacher.key()).join("samples.json"), teacher)?;
+            let mut arguments = self.evaluate(teacher.path.clone().into(), first, result_file);
+            arguments.extend(teacher.sampling_options()?);
+            arguments.extend(["--keep".into(), teacher.part(folder, 0).into()]);
+            return Ok(arguments);
+        }
+        let subject = folder.teacher(&teacher.key()).into();
+        let mut arguments = self.evaluate(subject, first, result_file);
+        if teacher != target {
+            arguments.extend(["--teacher-samples".into(), folder.teacher(&target.key()).into()]);
+        }
+        Ok(arguments)
     }
 
     fn cell(&self, item: &WorkItem, planned: &PlannedCell) -> Result<End> {
@@ -251,8 +270,10 @@ impl Worker<'_> {
         let own = SamplePlan::of(&Pipeline::open_without_weights(&run)?, None).steps;
         let mut arguments = self.evaluate(run.into(), planned, &result_file);
         arguments.extend(self.comparison.setting.evaluate.student_options());
-        arguments
-            .extend(["--teacher-samples".into(), folder.teacher(&planned.target.key()).into()]);
+        if self.comparison.setting.evaluate.prompts.is_none() {
+            let samples = folder.teacher(&planned.target.key());
+            arguments.extend(["--teacher-samples".into(), samples.into()]);
+        }
         arguments.extend(["--keep".into(), folder.samples_of(name).into()]);
         let ended = self.run(item, &arguments)?;
         let not_finite = ended.code == Some(i32::from(NOT_FINITE));
@@ -291,7 +312,9 @@ impl Worker<'_> {
     ) -> Vec<OsString> {
         let setting = &self.comparison.setting;
         let mut arguments: Vec<OsString> = vec!["evaluate".into(), subject];
-        arguments.extend(["--data".into(), self.folder().config_of(&of.cell.name).into()]);
+        if setting.evaluate.prompts.is_none() {
+            arguments.extend(["--data".into(), self.folder().config_of(&of.cell.name).into()]);
+        }
         arguments.extend(["--json".into(), result_file.path().into()]);
         arguments.extend(["--threads".into(), setting.threads.to_string().into()]);
         arguments.extend(setting.evaluate.common_options());

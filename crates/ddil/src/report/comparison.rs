@@ -155,8 +155,9 @@ impl Shown {
 
     /// The value of one measurement, with its own standard error if it was estimated.
     fn of_measurement(metric: Metric, measurement: &Measurement) -> Option<Self> {
-        let error =
+        let of_samples =
             measurement.standard_errors.as_ref().and_then(|errors| error_of(metric, errors));
+        let error = of_samples.or_else(|| metric.error_over_prompts(measurement));
         Some(Self::of(metric, metric.of(measurement)?, error))
     }
 }
@@ -168,7 +169,7 @@ fn error_of(metric: Metric, errors: &StandardErrors) -> Option<f64> {
         Metric::Recall => errors.recall,
         Metric::Density => errors.density,
         Metric::Coverage => errors.coverage,
-        Metric::ToTeacher | Metric::Shift => None,
+        _ => None,
     }
 }
 
@@ -178,7 +179,7 @@ fn shown_metrics(report: &ComparisonReport) -> Vec<Metric> {
         let measured = report.entries.iter().filter_map(|entry| entry.measurement.as_ref());
         measured.map(|measurement| metric.of(measurement)).any(|value| value.is_some())
     };
-    Metric::ALL.into_iter().filter(has).collect()
+    report.metrics().into_iter().filter(has).collect()
 }
 
 fn about(report: &ComparisonReport, plan: Option<&PlanFile>) -> String {

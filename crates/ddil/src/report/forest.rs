@@ -63,6 +63,10 @@ pub(super) fn title(metric: Metric) -> &'static str {
         Metric::Density => "Density",
         Metric::Coverage => "Coverage",
         Metric::Shift => "Shift",
+        Metric::ClipCosine => "CLIP score, mean cosine",
+        Metric::Diversity => "Distance between images of a prompt",
+        Metric::ClipDistance => "1 - cosine between images of a prompt",
+        Metric::Lpips => "LPIPS between images of a prompt",
     }
 }
 
@@ -74,7 +78,7 @@ pub(super) fn lower_is_better(metric: Metric) -> bool {
 /// A plot for each metric in which there are differences.
 pub(super) fn of(report: &ComparisonReport) -> Vec<Forest> {
     let differences = report.differences();
-    Metric::ALL.into_iter().filter_map(|metric| Forest::of(metric, &differences)).collect()
+    report.metrics().into_iter().filter_map(|metric| Forest::of(metric, &differences)).collect()
 }
 
 impl Forest {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use ddil_models::weights;
 use serde_json::{Value, json};
 use tch::{CModule, Kind, Tensor, kind};
 
@@ -171,6 +172,43 @@ fn images_in_files_are_matched_with_their_prompts() -> TestResult {
     Ok(())
 }
 
+/// From PNG files and captions to the score; `tools/record/record_clip_score.py`.
+#[test]
+fn the_clip_score_is_that_of_torchmetrics() -> TestResult {
+    let workshop = Workshop::new();
+    clip(&workshop)?;
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/metrics/clip_score.json");
+    let recorded: Value = serde_json::from_slice(&fs::read(path)?)?;
+    let images = weights::read_all(golden("clip").join("expected.safetensors"))?;
+    for (i, scores) in recorded["scores"].as_array().expect("three").iter().enumerate() {
+        let folder = workshop.path(&format!("pair-{i}"));
+        fs::create_dir(&folder)?;
+        let mut lines = String::new();
+        for (k, prompt) in recorded["prompts"].as_array().expect("two").iter().enumerate() {
+            let image = images[&format!("{i}.images")].get(k as i64).permute([1, 2, 0]);
+            let [height, width] = [0, 1].map(|side| image.size()[side] as u32);
+            let file = fs::File::create(folder.join(format!("{k}.png")))?;
+            let mut png = png::Encoder::new(file, width, height);
+            png.set_color(png::ColorType::Rgb);
+            let pixels = Vec::<u8>::try_from(image.contiguous().view(-1))?;
+            png.write_header()?.write_image_data(&pixels)?;
+            let line = json!({"file_name": format!("{k}.png"), "text": prompt});
+            lines = lines + &line.to_string() + "\n";
+        }
+        let metadata = format!("pair-{i}/metadata.jsonl");
+        fs::write(workshop.path(&metadata), lines)?;
+        let pair = format!("pair-{i}");
+        let row = rows(&workshop, &[&pair, "--prompts", &metadata, "--clip", "clip"])?.remove(0);
+        let score = 100.0 * number(&row, "clip_score/cosine/mean");
+        let gap = (score - number(scores, "before the maximum")).abs();
+        assert!(gap < 1e-4, "{score}, {gap}");
+        let gap = number(&row, "clip_score/torchmetrics") - number(scores, "clip_score");
+        assert!(gap.abs() < 1e-4, "{gap}");
+    }
+    Ok(())
+}
+
 #[test]
 fn images_of_prompts_are_compared_with_a_reference() -> TestResult {
     let workshop = workshop()?;
@@ -254,5 +292,70 @@ fn what_cannot_be_measured_is_refused_in_words() -> TestResult {
     let protocol = ["--protocol", "coco2017-5k", "--clip", "clip"];
     drawn(&protocol, &["coco2017-5k", "3 prompts", "captions_val2017.json", "5000"]);
     assert!(!workshop.path("rows.json").exists());
+    Ok(())
+}
+
+/// Prompts in the place of classes: students and their teacher draw the same prompts from the same noise.
+#[test]
+fn students_are_compared_with_prompts() -> TestResult {
+    let workshop = workshop()?;
+    let matrix = |evaluate: &str| {
+        format!(
+            r#"name = "tiny"
+base = "distill.toml"
+
+[set]
+"student.updates_per_stage" = 2
+
+[evaluate]
+{evaluate}
+teacher_steps = 3
+steps = [1]
+
+[[axes]]
+name = "priors"
+baseline = "forward"
+values = [
+    {{ name = "forward", set = {{ "mixing.priors" = {{ kind = "constant", priors = {{ forward = 1.0 }} }} }} }},
+    {{ name = "mixed" }},
+]
+"#
+        )
+    };
+    let write = |evaluate: &str| fs::write(workshop.path("matrix.toml"), matrix(evaluate));
+    for (evaluate, words) in [
+        ("clip = \"clip\"", &["evaluate.clip", "requires `evaluate.prompts`"][..]),
+        ("prompts = \"none.txt\"\nclip = \"clip\"", &["evaluate.prompts", "none.txt"]),
+        ("prompts = \"prompts.txt\"", &["nothing to measure", "clip"]),
+        ("extractor = \"raw_pixels\"", &["data.kind", "evaluate.prompts"]),
+    ] {
+        write(evaluate)?;
+        workshop.ddil(&["compare", "matrix.toml"]).refused(words);
+    }
+
+    write("prompts = \"prompts.txt\"\nclip = \"clip\"\nimages_per_prompt = 2\nmax_prompts = 2")?;
+    let ended = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
+    for words in ["clip cosine", "clip distance", "priors: mixed - forward"] {
+        assert!(ended.stdout.contains(words), "{words}: {}", ended.stdout);
+    }
+    assert!(!ended.stdout.contains("frechet |"), "{}", ended.stdout);
+    let entries: Value =
+        serde_json::from_slice(&fs::read(workshop.run("tiny").join("results.json"))?)?;
+    let entries = entries.as_array().expect("an array");
+    let of_kind = |kind: &str| entries.iter().filter(|entry| entry["kind"] == kind).count();
+    assert_eq!((of_kind("data"), of_kind("cell")), (0, 4));
+    assert!(of_kind("teacher") >= 2);
+    for entry in entries {
+        let row = &entry["measurement"];
+        assert_eq!((&row["samples"], &row["prompts"]["count"]), (&4.into(), &2.into()));
+        assert!(number(row, "clip_score/cosine/mean").abs() <= 1.0);
+        assert!(number(row, "diversity/clip_cosine_distance/mean") >= 0.0);
+        assert!(row.get("frechet").is_none() && row.get("extractor").is_none(), "{row}");
+    }
+    for name in ["quality.svg", "side_by_side.png", "table.md"] {
+        assert!(workshop.run("tiny").join(name).is_file(), "{name}");
+    }
+    let again = workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).succeeded();
+    assert!(again.stdout.contains("2 cells, 0 to do"), "{}", again.stdout);
     Ok(())
 }
