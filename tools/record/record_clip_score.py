@@ -5,7 +5,7 @@
     .venv/bin/pip install torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 torchmetrics==1.9.0 safetensors pillow
     .venv/bin/python tools/record/record_clip_score.py    # writes tests/golden/metrics/clip_score.json
 
-The network, the images and the captions are those of tests/golden/models/clip; record_clip.py makes them.
+Images are resized by PIL. The network, the images and the captions are those of tests/golden/models/clip; record_clip.py makes them.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.functional.multimodal.clip_score import _clip_score_update
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden"
 PROMPTS = ["a photo of a dog", "a red chair at night, 2024"]
@@ -38,7 +38,7 @@ class Tensors(torch.nn.Module):
 def main():
     torch.set_num_threads(1)
     model = Tensors(CLIPModel.from_pretrained(GOLDEN / "models" / "clip").eval())
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = CLIPProcessor(image_processor, CLIPTokenizer.from_pretrained(GOLDEN / "models" / "clip_tokenizer"))
     recorded = load_file(GOLDEN / "models" / "clip" / "expected.safetensors")
     scores = []
