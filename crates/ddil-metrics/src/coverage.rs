@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
-    distances::Pairs,
-    error::{Error, Result, ensure_pair, torch},
+    distances::{Block, Pairs, Tile},
+    error::{Error, Result, ensure_pair_of_rows, torch},
 };
 
 /// The number of neighbours that define the radius of a sample's ball.
@@ -142,29 +142,35 @@ pub fn prdc(real: &Tensor, fake: &Tensor, neighbours: Neighbours) -> Result<Prdc
     if ks.contains(&0) {
         return Err(Error::Invalid(Invalid::new("neighbours", "0", "1 or more")));
     }
-    let (real, fake) = ensure_pair(OP, ("real", real), ("fake", fake), ks[0].max(ks[1]) + 1)?;
+    let (real, fake) =
+        ensure_pair_of_rows(OP, ("real", real), ("fake", fake), ks[0].max(ks[1]) + 1)?;
     let [real_pr, real_dc] = radii(OP, &real, ks)?;
     let [fake_pr, _] = radii(OP, &fake, ks)?;
 
     let (n, m) = (real.size()[0], fake.size()[0]);
     let pairs = Pairs::new(OP, &real, &fake);
-    let mut precise = Tensor::zeros([m], (Kind::Bool, fake.device()));
-    let (mut recalled, mut covered, mut inside) = (0, 0, 0);
-    for block in pairs.blocks() {
-        let squares = pairs.squares(block)?;
-        let rows = |radii: &Tensor| radii.narrow(0, block.0, block.1).unsqueeze(1);
-        let in_real = pairs.closer(&squares, block, &rows(&real_pr))?;
-        precise = precise.logical_or(&in_real.any_dim(0, false));
-        recalled += count(&pairs.closer(&squares, block, &fake_pr)?.any_dim(1, false));
-        let in_real = pairs.closer(&squares, block, &rows(&real_dc))?;
-        inside += count(&in_real);
-        covered += count(&in_real.any_dim(1, false));
+    let none = |len| Tensor::zeros([len], (Kind::Bool, fake.device()));
+    let (precise, recalled, covered, mut inside) = (none(m), none(n), none(n), 0);
+    for tile in pairs.tiles() {
+        let (first, width) = tile.columns();
+        let mut precise = precise.narrow(0, first, width);
+        for block in tile.blocks() {
+            let squares = tile.squares(block)?;
+            let rows = |of: &Tensor| of.narrow(0, block.0, block.1);
+            let in_real = tile.closer(&squares, block, &rows(&real_pr).unsqueeze(1))?;
+            let _ = precise.logical_or_(&in_real.any_dim(0, false));
+            let in_fake = tile.closer(&squares, block, &fake_pr.narrow(0, first, width))?;
+            let _ = rows(&recalled).logical_or_(&in_fake.any_dim(1, false));
+            let in_real = tile.closer(&squares, block, &rows(&real_dc).unsqueeze(1))?;
+            inside += count(&in_real);
+            let _ = rows(&covered).logical_or_(&in_real.any_dim(1, false));
+        }
     }
     Ok(Prdc {
         precision: count(&precise) as f64 / m as f64,
-        recall: recalled as f64 / n as f64,
+        recall: count(&recalled) as f64 / n as f64,
         density: inside as f64 / (ks[1] as f64 * m as f64),
-        coverage: covered as f64 / n as f64,
+        coverage: count(&covered) as f64 / n as f64,
     })
 }
 
@@ -172,22 +178,39 @@ pub fn prdc(real: &Tensor, fake: &Tensor, neighbours: Neighbours) -> Result<Prdc
 fn radii(op: &'static str, features: &Tensor, ks: [i64; 2]) -> Result<[Tensor; 2]> {
     let most = ks[0].max(ks[1]);
     let pairs = Pairs::new(op, features, features);
-    let mut found = [const { Vec::new() }; 2];
-    for block in pairs.blocks() {
-        let squares = pairs.squares(block)?;
-        // A row's own column is excluded by its index: excluding it by value would also exclude copies of the row.
-        let _ = squares.diagonal(block.0, 0, 1).fill_(f64::INFINITY);
-        let (_, nearest) = squares.f_topk(most, 1, false, false).map_err(torch(op))?;
-        let rows =
-            Tensor::arange_start(block.0, block.0 + block.1, (Kind::Int64, nearest.device()))
-                .repeat_interleave_self_int(most, 0, None);
-        let distances =
-            pairs.exact(&rows, &nearest.flatten(0, 1)).view([-1, most]).sort(1, false).0;
-        for (of_k, k) in found.iter_mut().zip(ks) {
-            of_k.push(distances.select(1, k - 1));
+    // The nearest rows of each tile, whose distances are those of differences; the nearest of all are among them.
+    let mut nearest = Vec::new();
+    for tile in pairs.tiles() {
+        let mut of_tile = Vec::new();
+        for block in tile.blocks() {
+            let squares = tile.squares(block)?;
+            // A row's own column is excluded by its index: excluding it by value would also exclude copies of the row.
+            let _ = squares.diagonal(block.0 - tile.columns().0, 0, 1).fill_(f64::INFINITY);
+            of_tile.push(nearest_of(op, &pairs, &tile, block, &squares, most)?);
         }
+        nearest.push(Tensor::cat(&of_tile, 0));
     }
-    Ok(found.map(|parts| Tensor::cat(&parts, 0)))
+    let (distances, _) = Tensor::cat(&nearest, 1).sort(1, false);
+    Ok(ks.map(|k| distances.select(1, k - 1)))
+}
+
+/// The distances of a block's rows to their nearest rows in a tile, at most `most` each, in any order.
+fn nearest_of(
+    op: &'static str,
+    pairs: &Pairs<'_>,
+    tile: &Tile<'_, '_>,
+    block: Block,
+    squares: &Tensor,
+    most: i64,
+) -> Result<Tensor> {
+    let (first, width) = tile.columns();
+    let found = most.min(width);
+    let (values, columns) = squares.f_topk(found, 1, false, false).map_err(torch(op))?;
+    let rows = Tensor::arange_start(block.0, block.0 + block.1, (Kind::Int64, squares.device()))
+        .repeat_interleave_self_int(found, 0, None);
+    let exact = pairs.exact(&rows, &(columns.flatten(0, 1) + first)).view([-1, found]);
+    // A tile of few rows has too few without a row's own.
+    Ok(exact.masked_fill(&values.isinf(), f64::INFINITY))
 }
 
 fn count(mask: &Tensor) -> i64 {
@@ -205,6 +228,40 @@ mod tests {
         let [first, second] = radii("test", &features, [1, 2])?;
         assert_eq!(Vec::<f64>::try_from(&first).expect("a vector"), [0.0, 0.0, 2.0, 4.0]);
         assert_eq!(Vec::<f64>::try_from(&second).expect("a vector"), [2.0, 2.0, 2.0, 6.0]);
+        Ok(())
+    }
+
+    /// Distances of all rows of `a` to all rows of `b`, from differences.
+    fn distances(a: &Tensor, b: &Tensor) -> Tensor {
+        let gaps = a.to_kind(Kind::Double).unsqueeze(1) - b.to_kind(Kind::Double).unsqueeze(0);
+        gaps.square().sum_dim_intlist([2_i64].as_slice(), false, Kind::Double).sqrt()
+    }
+
+    /// The definitions, on sets of several parts, with samples that are in both sets and twice in one.
+    #[test]
+    fn parts_change_nothing() -> Result<()> {
+        tch::manual_seed(4);
+        let real = Tensor::randn([41, 2], tch::kind::FLOAT_CPU);
+        let fake = Tensor::randn([30, 2], tch::kind::FLOAT_CPU) * 0.8;
+        let fake = Tensor::cat(&[&fake, &real.narrow(0, 5, 6), &fake.narrow(0, 0, 2)], 0);
+        let radius = |set: &Tensor, k: i64| {
+            let own = distances(set, set);
+            let _ = own.diagonal(0, 0, 1).fill_(f64::INFINITY);
+            own.sort(1, false).0.select(1, k - 1)
+        };
+        let between = distances(&real, &fake);
+        let share = |mask: &Tensor| count(mask) as f64 / mask.size()[0] as f64;
+        let in_real = |k| between.lt_tensor(&radius(&real, k).unsqueeze(1));
+        let in_fake = between.lt_tensor(&radius(&fake, 3));
+        let found = prdc(&real, &fake, Neighbours::default())?;
+        assert_eq!(found.precision, share(&in_real(3).any_dim(0, false)));
+        assert_eq!(found.recall, share(&in_fake.any_dim(1, false)));
+        assert_eq!(found.coverage, share(&in_real(5).any_dim(1, false)));
+        let inside = count(&in_real(5)) as f64 / (5.0 * fake.size()[0] as f64);
+        assert_eq!(found.density, inside);
+        // A last part that is smaller than the number of neighbours.
+        let found = prdc(&real.narrow(0, 0, 15), &fake.narrow(0, 0, 8), Neighbours::default())?;
+        assert!(found.coverage > 0.0 && found.coverage <= 1.0, "{found:?}");
         Ok(())
     }
 }

@@ -7,26 +7,39 @@
 
 use tch::{Kind, Tensor};
 
-use crate::error::{Result, torch};
+use crate::error::{Result, rows_of, torch};
 
 /// Maximum number of elements of a block: 8 MiB of `f64`. The allocator reuses blocks of this size; larger ones are
 /// requested from the system, page by page, every time.
 const BLOCK_ELEMENTS: i64 = 1 << 20;
 
+/// Maximum number of rows of the second set that are in memory as `f64`: 268 MB with 2048 columns. In the tests of this
+/// crate, few enough for several parts.
+const COLUMNS: i64 = if cfg!(test) { 7 } else { 1 << 14 };
+
 /// For sums, squared distances up to this multiple of a product's rounding error are recomputed from differences; the
 /// others then have at least ten correct digits.
 const SUM_MARGIN: f64 = 1e10;
 
-/// All pairs of a row of `a` and a row of `b`, `f64` matrices with equally many columns.
+/// All pairs of a row of `a` and a row of `b`, matrices with equally many columns. They are converted to `f64` in parts,
+/// so that they may be larger than the memory.
 pub(crate) struct Pairs<'a> {
     op: &'static str,
     a: &'a Tensor,
     b: &'a Tensor,
-    centred: [Tensor; 2],
+    centre: Tensor,
     /// Squared lengths of the centred rows.
     lengths: [Tensor; 2],
     /// Bound of the rounding error of a squared distance.
     rounding: f64,
+}
+
+/// The pairs of all rows of `a` with some rows of `b`, which are in memory.
+pub(crate) struct Tile<'a, 'p> {
+    pairs: &'p Pairs<'a>,
+    columns: Block,
+    /// The centred rows of `b`.
+    centred: Tensor,
 }
 
 /// First row and number of rows of a block.
@@ -36,65 +49,87 @@ impl<'a> Pairs<'a> {
     pub(crate) fn new(op: &'static str, a: &'a Tensor, b: &'a Tensor) -> Self {
         // Centring: products lose less precision near the origin.
         let centre = a.mean_dim([0_i64].as_slice(), true, Kind::Double);
-        let centred = [a - &centre, b - &centre];
-        let lengths = centred.each_ref().map(|rows| row_sums(&rows.square()));
+        let lengths = [a, b].map(|rows| {
+            let of_part = |(start, len)| row_sums(&(rows_of(rows, start, len) - &centre).square());
+            Tensor::cat(&columns(rows.size()[0]).map(of_part).collect::<Vec<_>>(), 0)
+        });
         let longest: f64 = lengths.iter().map(|lengths| lengths.max().double_value(&[])).sum();
         // The error of a sum of d products is at most d roundings; the rest is for the centring and the three terms.
         let rounding = 2.0 * (a.size()[1] as f64 + 4.0) * f64::EPSILON * longest;
-        Self { op, a, b, centred, lengths, rounding }
+        Self { op, a, b, centre, lengths, rounding }
     }
 
-    /// Blocks of rows of `a`, each compared with all rows of `b`.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
-        blocks(self.a.size()[0], self.b.size()[0])
+    /// The pairs in parts, each with some rows of `b`.
+    pub(crate) fn tiles(&self) -> impl Iterator<Item = Tile<'a, '_>> {
+        columns(self.b.size()[0]).map(|(start, len)| Tile {
+            pairs: self,
+            columns: (start, len),
+            centred: rows_of(self.b, start, len) - &self.centre,
+        })
     }
 
-    /// Squared distances `[len, m]` of a block, up to `rounding`.
-    pub(crate) fn squares(&self, (start, len): Block) -> Result<Tensor> {
-        let [a, b] = &self.centred;
-        let [of_a, of_b] = &self.lengths;
-        let mut squares =
-            a.narrow(0, start, len).f_matmul(&(b * -2.0).tr()).map_err(torch(self.op))?;
-        squares += of_a.narrow(0, start, len).unsqueeze(1);
-        squares += of_b;
-        Ok(squares)
-    }
-
-    /// Whether the distance of each pair is below its radius, `[len, m]`, with the result of differences.
-    ///
-    /// `radii` is `[m]` or `[len, 1]`.
-    pub(crate) fn closer(&self, squares: &Tensor, block: Block, radii: &Tensor) -> Result<Tensor> {
-        let mut gaps = squares - radii.square();
-        let mut closer = gaps.lt(0.0);
-        let ties = gaps.abs_().le(self.rounding).nonzero();
-        let radii = radii.expand_as(squares);
-        for (rows, columns) in pairs_at(&ties, self.a.size()[1]) {
-            let place = [Some(&rows), Some(&columns)];
-            let decided = self.exact(&(&rows + block.0), &columns).lt_tensor(&radii.index(&place));
-            let _ = closer.f_index_put_(&place, &decided, false).map_err(torch(self.op))?;
-        }
-        Ok(closer)
+    /// Distances of single pairs, from differences; the distance of equal rows is exactly 0.
+    pub(crate) fn exact(&self, rows: &Tensor, columns: &Tensor) -> Tensor {
+        let of = |all: &Tensor, index: &Tensor| all.index_select(0, index).to_kind(Kind::Double);
+        let gaps = of(self.a, rows) - of(self.b, columns);
+        row_sums(&gaps.square()).sqrt()
     }
 
     /// Sum of all distances.
     pub(crate) fn sum_of_distances(&self) -> Result<f64> {
         let mut sum = 0.0;
-        for block in self.blocks() {
-            let squares = self.squares(block)?;
-            let near = squares.le(self.rounding * SUM_MARGIN);
-            sum += squares.masked_fill(&near, 0.0).sqrt().sum(Kind::Double).double_value(&[]);
-            for (rows, columns) in pairs_at(&near.nonzero(), self.a.size()[1]) {
-                let exact = self.exact(&(rows + block.0), &columns);
-                sum += exact.sum(Kind::Double).double_value(&[]);
+        for tile in self.tiles() {
+            for block in tile.blocks() {
+                let squares = tile.squares(block)?;
+                let near = squares.le(self.rounding * SUM_MARGIN);
+                sum += squares.masked_fill(&near, 0.0).sqrt().sum(Kind::Double).double_value(&[]);
+                for (rows, columns) in pairs_at(&near.nonzero(), self.a.size()[1]) {
+                    let exact = self.exact(&(rows + block.0), &(columns + tile.columns.0));
+                    sum += exact.sum(Kind::Double).double_value(&[]);
+                }
             }
         }
         Ok(sum)
     }
+}
 
-    /// Distances of single pairs, from differences; the distance of equal rows is exactly 0.
-    pub(crate) fn exact(&self, rows: &Tensor, columns: &Tensor) -> Tensor {
-        let gaps = self.a.index_select(0, rows) - self.b.index_select(0, columns);
-        row_sums(&gaps.square()).sqrt()
+impl Tile<'_, '_> {
+    /// First row of `b` and number of rows.
+    pub(crate) fn columns(&self) -> Block {
+        self.columns
+    }
+
+    /// Blocks of rows of `a`, each compared with all rows of the tile.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
+        blocks(self.pairs.a.size()[0], self.columns.1)
+    }
+
+    /// Squared distances `[len, columns]` of a block, up to `rounding`.
+    pub(crate) fn squares(&self, (start, len): Block) -> Result<Tensor> {
+        let Pairs { op, a, centre, lengths: [of_a, of_b], .. } = self.pairs;
+        let a = rows_of(a, start, len) - centre;
+        let mut squares = a.f_matmul(&(&self.centred * -2.0).tr()).map_err(torch(op))?;
+        squares += of_a.narrow(0, start, len).unsqueeze(1);
+        squares += of_b.narrow(0, self.columns.0, self.columns.1);
+        Ok(squares)
+    }
+
+    /// Whether the distance of each pair is below its radius, `[len, columns]`, with the result of differences.
+    ///
+    /// `radii` is `[columns]` or `[len, 1]`.
+    pub(crate) fn closer(&self, squares: &Tensor, block: Block, radii: &Tensor) -> Result<Tensor> {
+        let Pairs { op, a, rounding, .. } = self.pairs;
+        let mut gaps = squares - radii.square();
+        let mut closer = gaps.lt(0.0);
+        let ties = gaps.abs_().le(*rounding).nonzero();
+        let radii = radii.expand_as(squares);
+        for (rows, columns) in pairs_at(&ties, a.size()[1]) {
+            let place = [Some(&rows), Some(&columns)];
+            let exact = self.pairs.exact(&(&rows + block.0), &(&columns + self.columns.0));
+            let decided = exact.lt_tensor(&radii.index(&place));
+            let _ = closer.f_index_put_(&place, &decided, false).map_err(torch(op))?;
+        }
+        Ok(closer)
     }
 }
 
@@ -104,6 +139,11 @@ fn pairs_at(places: &Tensor, dim: i64) -> impl Iterator<Item = (Tensor, Tensor)>
         let places = places.narrow(0, start, len);
         (places.select(1, 0), places.select(1, 1))
     })
+}
+
+/// First row and number of rows of each part of a set that is in memory as `f64`.
+pub(crate) fn columns(num_rows: i64) -> impl Iterator<Item = Block> + use<> {
+    (0..num_rows).step_by(COLUMNS as usize).map(move |start| (start, COLUMNS.min(num_rows - start)))
 }
 
 /// First row and number of rows of each block, for rows of `num_columns` elements.
@@ -134,6 +174,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn sums_in_parts_are_those_of_differences() -> Result<()> {
+        tch::manual_seed(3);
+        let [a, b] = [40, 23].map(|n| Tensor::randn([n, 5], tch::kind::FLOAT_CPU));
+        let b = Tensor::cat(&[&b, &a.narrow(0, 3, 2)], 0);
+        let gaps = a.to_kind(Kind::Double).unsqueeze(1) - b.to_kind(Kind::Double).unsqueeze(0);
+        let distances = gaps.square().sum_dim_intlist([2_i64].as_slice(), false, Kind::Double);
+        let expected = distances.sqrt().sum(Kind::Double).double_value(&[]);
+        let found = Pairs::new("test", &a, &b).sum_of_distances()?;
+        assert!((found / expected - 1.0).abs() < 1e-12, "{found}, {expected}");
+        Ok(())
+    }
+
     /// Rounding stays under its bound, even far from the origin.
     #[test]
     fn products_are_as_good_as_promised() -> Result<()> {
@@ -147,9 +200,14 @@ mod tests {
                 false,
                 Kind::Double,
             );
-            let error = (pairs.squares((0, 40))? - exact).abs().max().double_value(&[]);
-            assert!(error <= pairs.rounding, "{error}, bound {}", pairs.rounding);
-            assert!(error > 0.0, "nothing was tested");
+            let mut largest: f64 = 0.0;
+            for tile in pairs.tiles() {
+                let (first, width) = tile.columns();
+                let error = tile.squares((0, 40))? - exact.narrow(1, first, width);
+                largest = largest.max(error.abs().max().double_value(&[]));
+            }
+            assert!(largest <= pairs.rounding, "{largest}, bound {}", pairs.rounding);
+            assert!(largest > 0.0, "nothing was tested");
         }
         Ok(())
     }
@@ -164,8 +222,14 @@ mod tests {
         let columns = Tensor::arange(500, tch::kind::INT64_CPU);
         let radii = pairs.exact(&columns.zeros_like(), &columns);
         let count = |radii: &Tensor| -> Result<i64> {
-            let closer = pairs.closer(&pairs.squares((0, 1))?, (0, 1), radii)?;
-            Ok(closer.sum(Kind::Int64).int64_value(&[]))
+            let mut sum = 0;
+            for tile in pairs.tiles() {
+                let (first, width) = tile.columns();
+                let radii = radii.narrow(0, first, width);
+                let closer = tile.closer(&tile.squares((0, 1))?, (0, 1), &radii)?;
+                sum += closer.sum(Kind::Int64).int64_value(&[]);
+            }
+            Ok(sum)
         };
         assert_eq!(count(&radii)?, 0);
         assert_eq!(count(&(radii * (1.0 + 2.0 * f64::EPSILON)))?, 500);

@@ -196,6 +196,20 @@ pub(crate) fn ensure_features(
     features: &Tensor,
     least: i64,
 ) -> Result<Tensor> {
+    Ok(ensure_rows(op, name, features, least)?.to_kind(Kind::Double).contiguous())
+}
+
+/// Rows whose finiteness is checked at once.
+const CHECKED_ROWS: i64 = 4096;
+
+/// The features as they are, checked to be finite and `[n >= least, d >= 1]`; only a part of them is copied at a time, so
+/// that rows in a mapped file need no memory.
+pub(crate) fn ensure_rows(
+    op: &'static str,
+    name: &'static str,
+    features: &Tensor,
+    least: i64,
+) -> Result<Tensor> {
     ensure_numbers(op, name, features)?;
     let shape = features.size();
     let &[n, dim] = shape.as_slice() else {
@@ -217,13 +231,21 @@ pub(crate) fn ensure_features(
     if n < least {
         return Err(Error::TooFewSamples { op, name, found: n, needed: least });
     }
-    let features = features.detach().to_kind(Kind::Double).contiguous();
-    let found =
-        features.isfinite().logical_not().sum(Kind::Int64).f_int64_value(&[]).map_err(torch(op))?;
+    let features = features.detach();
+    let mut found = 0;
+    for rows in features.split(CHECKED_ROWS, 0) {
+        let bad = rows.isfinite().logical_not().sum(Kind::Int64);
+        found += bad.f_int64_value(&[]).map_err(torch(op))?;
+    }
     if found > 0 {
         return Err(Error::NonFinite { op, name, found });
     }
     Ok(features)
+}
+
+/// Some rows of features as a contiguous `f64` tensor.
+pub(crate) fn rows_of(features: &Tensor, start: i64, len: i64) -> Tensor {
+    features.narrow(0, start, len).to_kind(Kind::Double).contiguous()
 }
 
 /// Both sets checked by [`ensure_features`], with the same number of columns and on one device.
@@ -233,8 +255,20 @@ pub(crate) fn ensure_pair(
     (right_name, right): (&'static str, &Tensor),
     least: i64,
 ) -> Result<(Tensor, Tensor)> {
-    let left = ensure_features(op, left_name, left, least)?;
-    let right = ensure_features(op, right_name, right, least)?.to_device(left.device());
+    let (left, right) = ensure_pair_of_rows(op, (left_name, left), (right_name, right), least)?;
+    let [left, right] = [left, right].map(|features| features.to_kind(Kind::Double).contiguous());
+    Ok((left, right))
+}
+
+/// The same by [`ensure_rows`], without a copy of sets on the CPU.
+pub(crate) fn ensure_pair_of_rows(
+    op: &'static str,
+    (left_name, left): (&'static str, &Tensor),
+    (right_name, right): (&'static str, &Tensor),
+    least: i64,
+) -> Result<(Tensor, Tensor)> {
+    let left = ensure_rows(op, left_name, left, least)?;
+    let right = ensure_rows(op, right_name, right, least)?.to_device(left.device());
     let dims = [&left, &right].map(|features| features.size()[1]);
     if dims[0] != dims[1] {
         return Err(Error::FeatureMismatch {

@@ -4,7 +4,7 @@ use ddil_libtorch::ArgumentError;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_features, torch};
+use crate::error::{Error, Result, ensure_features, ensure_numbers, torch};
 
 /// Mean and covariance of features, accumulated batch by batch.
 ///
@@ -139,6 +139,9 @@ pub struct Statistics {
     covariance: Vec<f64>,
 }
 
+/// Rows of a complete set that are converted to `f64` at once.
+const ROWS_AT_ONCE: i64 = 1 << 14;
+
 impl Statistics {
     /// The largest number of features, whose covariance takes 2 GiB.
     pub const MAX_DIM: usize = 1 << 14;
@@ -155,7 +158,14 @@ impl Statistics {
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
     pub fn from_features(features: &Tensor) -> Result<Self> {
         let mut moments = Moments::new();
-        moments.extend(features)?;
+        ensure_numbers("Statistics::from_features", "features", features)?;
+        if features.dim() != 2 {
+            // An error with the shape.
+            moments.extend(features)?;
+        }
+        for rows in features.split(ROWS_AT_ONCE, 0) {
+            moments.extend(&rows)?;
+        }
         moments.build()
     }
 

@@ -3,8 +3,8 @@
 use tch::{Kind, Tensor};
 
 use crate::{
-    distances::blocks,
-    error::{Result, ensure_pair, torch},
+    distances::{blocks, columns},
+    error::{Result, ensure_pair_of_rows, rows_of, torch},
 };
 
 /// Kernel distance (KID) between the distributions of `a` and `b`: the unbiased squared maximum mean discrepancy with
@@ -18,6 +18,8 @@ use crate::{
 ///
 /// - `a`: `[n, d]`, `b`: `[m, d]`, any floating kind
 /// - returns: no unit; often quoted times 1000; can be negative for close distributions
+///
+/// Memory does not grow with the number of samples: they are converted to `f64` in parts, and may be in a mapped file.
 ///
 /// # Errors
 ///
@@ -36,7 +38,7 @@ use crate::{
 /// ```
 pub fn kid(a: &Tensor, b: &Tensor) -> Result<f64> {
     const OP: &str = "kid";
-    let (a, b) = ensure_pair(OP, ("a", a), ("b", b), 2)?;
+    let (a, b) = ensure_pair_of_rows(OP, ("a", a), ("b", b), 2)?;
     let (n, m) = (a.size()[0] as f64, b.size()[0] as f64);
 
     let within_a = (sum_of_kernel(OP, &a, &a)? - sum_of_own_kernel(&a)) / (n * (n - 1.0));
@@ -49,17 +51,25 @@ pub fn kid(a: &Tensor, b: &Tensor) -> Result<f64> {
 fn sum_of_kernel(op: &'static str, a: &Tensor, b: &Tensor) -> Result<f64> {
     let dim = a.size()[1] as f64;
     let mut sum = 0.0;
-    for (start, len) in blocks(a.size()[0], b.size()[0]) {
-        let products = a.narrow(0, start, len).f_matmul(&b.tr()).map_err(torch(op))?;
-        sum += cubic(products, dim).sum(None).double_value(&[]);
+    for (first, width) in columns(b.size()[0]) {
+        let b = rows_of(b, first, width);
+        for (start, len) in blocks(a.size()[0], width) {
+            let products = rows_of(a, start, len).f_matmul(&b.tr()).map_err(torch(op))?;
+            sum += cubic(products, dim).sum(None).double_value(&[]);
+        }
     }
     Ok(sum)
 }
 
 /// Sum of the kernel of every row with itself.
 fn sum_of_own_kernel(a: &Tensor) -> f64 {
-    let products = a.square().sum_dim_intlist([1_i64].as_slice(), false, Kind::Double);
-    cubic(products, a.size()[1] as f64).sum(None).double_value(&[])
+    let (n, dim) = (a.size()[0], a.size()[1]);
+    let of_rows = |(start, len)| {
+        let squares = rows_of(a, start, len).square();
+        squares.sum_dim_intlist([1_i64].as_slice(), false, Kind::Double)
+    };
+    let products: Vec<Tensor> = columns(n).map(of_rows).collect();
+    cubic(Tensor::cat(&products, 0), dim as f64).sum(None).double_value(&[])
 }
 
 /// `(products / dim + 1)^3`, reusing the memory of `products`.
@@ -67,4 +77,29 @@ fn cubic(mut products: Tensor, dim: f64) -> Tensor {
     products /= dim;
     products += 1.0;
     products.pow_(3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_change_nothing() -> Result<()> {
+        tch::manual_seed(5);
+        let [a, b] = [23, 31].map(|n| Tensor::randn([n, 4], tch::kind::FLOAT_CPU));
+        let kernels = |a: &Tensor, b: &Tensor| {
+            let [a, b] = [a, b].map(|rows| rows.to_kind(Kind::Double));
+            (a.matmul(&b.tr()) / 4.0 + 1.0).pow_tensor_scalar(3)
+        };
+        let within = |a: &Tensor| {
+            let (own, n) = (kernels(a, a), a.size()[0] as f64);
+            let others = own.sum(Kind::Double) - own.diagonal(0, 0, 1).sum(Kind::Double);
+            others.double_value(&[]) / (n * (n - 1.0))
+        };
+        let between = kernels(&a, &b).mean(Kind::Double).double_value(&[]);
+        let expected = within(&a) + within(&b) - 2.0 * between;
+        let found = kid(&a, &b)?;
+        assert!((found - expected).abs() < 1e-12, "{found}, {expected}");
+        Ok(())
+    }
 }

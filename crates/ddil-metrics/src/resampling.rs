@@ -7,7 +7,7 @@ use tch::Tensor;
 use ddil_files::Invalid;
 
 use crate::{
-    error::{Error, Result, ensure_features, ensure_pair},
+    error::{Error, Result, ensure_features, ensure_pair_of_rows, ensure_rows},
     kid, mean_pairwise_distance,
 };
 
@@ -78,7 +78,7 @@ pub fn kid_of_subsets(a: &Tensor, b: &Tensor, subsets: Subsets) -> Result<MeanDe
     if size < 2 {
         return Err(Invalid::new("size", size.to_string(), "2 or more").into());
     }
-    let (a, b) = ensure_pair(OP, ("a", a), ("b", b), i64::from(size))?;
+    let (a, b) = ensure_pair_of_rows(OP, ("a", a), ("b", b), i64::from(size))?;
     let mut random = StdRng::seed_from_u64(seed);
     let values: Result<Vec<f64>> = (0..count)
         .map(|_| {
@@ -132,7 +132,7 @@ pub fn standard_errors(
     seed: u64,
     mut metrics: impl FnMut(&Tensor) -> Result<Vec<f64>>,
 ) -> Result<Vec<f64>> {
-    let samples = ensure_features("standard_errors", "samples", samples, 4)?;
+    let samples = ensure_rows("standard_errors", "samples", samples, 4)?;
     if halves < 2 {
         return Err(Invalid::new("halves", halves.to_string(), "2 or more").into());
     }
