@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use ddil_data::Captions;
+use ddil_evaluate::MIN_SAMPLES;
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::with_causes;
 use ddil_trainer::config::{DataKind, DataSection, DistillConfig};
@@ -315,8 +316,6 @@ impl EvaluateConfig {
     }
 
     fn problems(&self, problems: &mut Vec<String>) {
-        /// Neighbourhoods of five need more points.
-        const MIN_SAMPLES: u32 = 10;
         let mut at_least = |name: &str, value: u32, least: u32| {
             if value < least {
                 problems

@@ -99,6 +99,11 @@ fn the_best_model_is_kept_and_has_a_name() -> TestResult {
     assert_eq!(json(&run.join("best/ddil.json"))["updates"], best.0);
     workshop.ddil(&["sample", &place, "-n", "4", "--output", "a.png"]).succeeded();
     workshop.ddil(&["export", &place, "exported"]).succeeded();
+    // The data of its run, and the distance that the run recorded.
+    let evaluate = ["evaluate", &place, "--extractor", "raw_pixels", "-n", "20", "--json", "rows"];
+    workshop.ddil(&[&evaluate[..], &["--threads", "1"]].concat()).succeeded();
+    let measured = json(&workshop.path("rows"))[0]["frechet"].as_f64().ok_or("a number")?;
+    assert!((measured / best.1 - 1.0).abs() < 1e-5, "{measured}, in the run {}", best.1);
     let checkpoint = run.join("checkpoints/best").display().to_string();
     let shown = workshop.ddil(&["inspect", &checkpoint]).succeeded().stdout;
     assert!(shown.contains(&format!("step: {}", best.0)), "{shown}");

@@ -210,8 +210,7 @@ fn data_of(
     Ok(match subject {
         Subject::Data => fashion_mnist(),
         Subject::Model(pipeline, _) => {
-            let config = args.subject.join("config.toml");
-            if config.is_file() {
+            if let Some(config) = config_of(&args.subject) {
                 Some((data_section(&config)?, config))
             } else if pipeline.card.class_names == FASHION_CLASSES {
                 fashion_mnist()
@@ -221,6 +220,14 @@ fn data_of(
         }
         Subject::Samples(_) | Subject::Files(_) => None,
     })
+}
+
+/// The config of a run, or of the run that a model in its folder (`export` or `best`) belongs to.
+fn config_of(subject: &Path) -> Option<PathBuf> {
+    let is_run = |folder: &&Path| folder.join("status.json").is_file();
+    let run = subject.parent().filter(is_run);
+    let mut places = std::iter::once(subject).chain(run).map(|folder| folder.join("config.toml"));
+    places.find(|config| config.is_file())
 }
 
 /// The data named on the command line, or in a config file.
