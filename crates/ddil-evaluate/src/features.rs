@@ -31,7 +31,8 @@ pub fn features_of_files(
     if let Some(files) = files.skip(rows.len() as usize) {
         files.features(extractor, threads.max(1), |features| {
             rows.push(features)?;
-            note(what, &mut rows, total, monitor)
+            let done = rows.len();
+            note(what, done, &mut rows, total, monitor)
         })?;
     }
     rows.finish()
@@ -63,15 +64,14 @@ pub fn features_of_drawing(
         waiting.push(images);
         let count: i64 = waiting.iter().map(|images| images.size()[0]).sum();
         if count < BATCH && next < total {
-            monitor.note(what, next, total);
-            return ensure_continued(what, &rows, total, monitor);
+            return note(what, next, &mut rows, total, monitor);
         }
         let images = Tensor::f_cat(&waiting, 0).map_err(Error::torch("features_of_drawing"))?;
         // Always the same batches, so that rounding does not depend on where a measurement was stopped.
         let whole = if next < total { count / BATCH * BATCH } else { count };
         rows.push(&features_as_stored(&images.narrow(0, 0, whole), extractor)?)?;
         waiting = if whole < count { vec![images.narrow(0, whole, count - whole)] } else { vec![] };
-        note(what, &mut rows, total, monitor)
+        note(what, next, &mut rows, total, monitor)
     })?;
     rows.finish()
 }
@@ -104,25 +104,21 @@ pub(crate) fn features_of_images(
     Ok(Tensor::cat(&batches?, 0))
 }
 
-fn note(what: &str, rows: &mut FeatureRows, total: u64, monitor: &mut dyn Monitor) -> Result<()> {
-    monitor.note(what, rows.len(), total);
-    if monitor.should_stop() {
-        rows.save()?;
-    }
-    ensure_continued(what, rows, total, monitor)
-}
-
-fn ensure_continued(
+/// Shows the progress; saves the rows and ends with an error if a stop was requested.
+fn note(
     what: &str,
-    rows: &FeatureRows,
+    shown: u64,
+    rows: &mut FeatureRows,
     total: u64,
-    monitor: &dyn Monitor,
+    monitor: &mut dyn Monitor,
 ) -> Result<()> {
-    if !monitor.should_stop() || rows.len() >= total {
+    monitor.note(what, shown, total);
+    let done = rows.len();
+    if done >= total || !monitor.should_stop() {
         return Ok(());
     }
-    let (what, done, is_kept) = (what.to_owned(), rows.len(), rows.are_kept());
-    Err(Error::Stopped { what, done, total, is_kept })
+    rows.save()?;
+    Err(Error::Stopped { what: what.to_owned(), done, total, is_kept: rows.are_kept() })
 }
 
 fn ensure_finite(what: &str, images: &Tensor) -> Result<()> {
