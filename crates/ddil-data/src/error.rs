@@ -120,7 +120,17 @@ pub enum Error {
         /// The error of the decoder.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// An image has an unsupported colour type, or its size or colour type differs from the first image.
+    /// The size or the colours of an image differ from those of the first image of a folder.
+    #[error("{} is {found}; expected {expected} like the first", path.display())]
+    Differs {
+        /// The file.
+        path: PathBuf,
+        /// Its size and colour type.
+        found: String,
+        /// Those of the first image.
+        expected: String,
+    },
+    /// An image has an unsupported colour type, or is too narrow or large.
     #[error("{} is {found}; expected {expected}", path.display())]
     Image {
         /// The file.

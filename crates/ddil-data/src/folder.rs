@@ -25,8 +25,8 @@ const MAX_DEFLATE_RATIO: u64 = 1032;
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Png`], [`Error::Jpeg`] and [`Error::NoImages`]; [`Error::Image`] for an image that differs
-/// from the first or has transparency; [`Error::MixedFolder`] if the folder contains images as well as subfolders of
+/// [`Error::Read`], [`Error::Png`], [`Error::Jpeg`] and [`Error::NoImages`]; [`Error::Differs`] for an image that differs
+/// from the first, [`Error::Image`] for one with transparency; [`Error::MixedFolder`] if the folder contains images as well as subfolders of
 /// images.
 pub fn read_image_folder(folder: &Path) -> Result<ImageDataset> {
     read_folder(folder, &read_images)
@@ -168,8 +168,8 @@ fn read_images(paths: &[PathBuf]) -> Result<Tensor> {
         let (layout, pixels) = read_image(path)?;
         let expected = *first.get_or_insert(layout);
         if layout != expected {
-            let (found, expected) = (layout.to_string(), format!("{expected} like the first"));
-            return Err(Error::Image { path: path.clone(), found, expected });
+            let (found, expected) = (layout.to_string(), expected.to_string());
+            return Err(Error::Differs { path: path.clone(), found, expected });
         }
         bytes.extend(pixels);
     }

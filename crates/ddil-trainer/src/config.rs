@@ -66,8 +66,9 @@ pub struct DataSection {
     /// default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Height and width in pixels to which captioned images are resized, or, for prompts alone, of the sampled images;
-    /// default the teacher's size. Other kinds ignore it.
+    /// Height and width in pixels to which captioned images and folders of images are scaled: each covers the square, and
+    /// its centre is cropped. For prompts alone, the size of the sampled images. Default: the teacher's size; images of a
+    /// folder without captions are not scaled and must have one size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<u32>,
     /// Folder for encoded captions or prompts; default a folder in the user's cache. A cache of other data in it is
@@ -483,9 +484,11 @@ impl DataSection {
         let flips = !(self.horizontal_flip && is_text);
         let expected = format!("false with data.kind = {kind:?}: latents cannot be mirrored");
         ensure("data.horizontal_flip", "true", flips, &expected)?;
-        let expected = format!("no value with data.kind = {kind:?}, which encodes nothing");
-        let sized = self.resolution.is_none() || is_encoded;
+        let expected = format!("no value with data.kind = {kind:?}, whose samples are not scaled");
+        let is_scaled = is_encoded || self.kind == DataKind::ImageFolder;
+        let sized = self.resolution.is_none() || is_scaled;
         ensure("data.resolution", "set", sized, &expected)?;
+        let expected = format!("no value with data.kind = {kind:?}, which encodes nothing");
         let cached = self.cache.is_none() || is_encoded;
         ensure("data.cache", "set", cached, &expected)?;
         let named = self.cache.as_ref().is_none_or(|path| path.file_name().is_some());

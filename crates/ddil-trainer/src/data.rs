@@ -11,8 +11,8 @@ use ddil_core::{Conditioning, Data, RandomStreams, Stream};
 use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_horizontally};
 use tch::{Device, Tensor};
 
-pub use self::source::images_for;
 pub(crate) use self::source::{DataSource, PromptFile};
+pub use self::source::{images_for, read_images};
 use crate::config::DataSection;
 use crate::error::Result;
 use crate::interrupt::Interrupt;

@@ -86,7 +86,7 @@ mod tensorboard;
 mod train;
 mod watch;
 
-pub use data::images_for;
+pub use data::{images_for, read_images};
 pub use ddil_files::Report;
 pub use distill::DistillTask;
 pub use ema::{Ema, EmaConfig};

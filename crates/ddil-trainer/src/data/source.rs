@@ -1,12 +1,13 @@
 //! The data of a config before they are encoded.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use ddil_data::{
     CaptionedImage, Captions, EncodedDataset, EncodedShape, FashionMnist, ImageDataset,
     LatentScaling, Prompt, TruncatedPrompts, cache_folder, read_captions, read_image_folder,
-    read_prompts,
+    read_image_folder_scaled, read_prompts,
 };
 use ddil_files::{Invalid, listed};
 use ddil_models::{
@@ -47,7 +48,7 @@ impl DataSource {
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub(crate) fn of_pixels(section: &DataSection) -> Result<Self> {
-        Ok(Self::of_images(part_of(&read_pixels(section)?, section)?))
+        Ok(Self::of_images(part_of(&read_images(section)?, section)?))
     }
 
     fn of_images(images: ImageDataset) -> Self {
@@ -64,7 +65,7 @@ impl DataSource {
     pub(crate) fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
-            let images = images_for(&read_pixels(section)?, section, teacher)?;
+            let images = images_for(&read_images(section)?, section, teacher)?;
             return Ok(Self::of_images(images));
         }
         if !section.kind.is_text() {
@@ -292,10 +293,15 @@ fn encoding(
 }
 
 /// All images of a config, with the labels of their own classes.
-fn read_pixels(section: &DataSection) -> Result<ImageDataset> {
+/// All images of pixel data, with the labels of their own classes; scaled if the config has a resolution.
+///
+/// # Errors
+///
+/// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
+pub fn read_images(section: &DataSection) -> Result<ImageDataset> {
     match (section.kind, &section.path) {
         (DataKind::FashionMnist, path) => Ok(FashionMnist::from_folder(path.as_deref())?.train),
-        (DataKind::ImageFolder, Some(path)) => Ok(read_image_folder(path)?),
+        (DataKind::ImageFolder, Some(path)) => read_folder(path, section.resolution),
         (DataKind::ImageFolder, None) => invalid("data.path", "not set", "a folder of images"),
         (kind, _) => {
             let expected = "fashion_mnist or image_folder: the model takes no text";
@@ -325,6 +331,30 @@ pub fn images_for(
     }
     let labels = classes.map(images.class_names(), given.as_ref())?;
     Ok(images.relabelled(&labels, classes.all_names())?)
+}
+
+fn read_folder(path: &Path, resolution: Option<u32>) -> Result<ImageDataset> {
+    let Some(side) = resolution else {
+        return read_image_folder(path).map_err(|error| match error {
+            ddil_data::Error::Differs { path, found, expected } => {
+                let value = format!("not set, and {} is {found}", path.display());
+                let expected = format!(
+                    "images that are all {expected}, or a height and width to scale them to"
+                );
+                Error::Invalid(Invalid::new("data.resolution", value, expected))
+            }
+            error => error.into(),
+        });
+    };
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    read_image_folder_scaled(path, [side.into(); 2], threads).map_err(|error| match error {
+        ddil_data::Error::Invalid(_) => Error::Invalid(Invalid::new(
+            "data.resolution",
+            side,
+            "a height and width from 1 to 65536",
+        )),
+        error => error.into(),
+    })
 }
 
 /// The teacher's class of each class of the data, by name, if the config gives them.

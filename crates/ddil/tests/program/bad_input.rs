@@ -160,7 +160,10 @@ fn missing_data() -> TestResult {
             (&["data.path=nowhere"], &["nowhere", "No such file"]),
             (&["data.path=empty"], &["empty", "no file ending in .png"]),
             (&["data.path=mixed"], &["one.png", "PNG"]),
-            (&["data.path=sizes"], &["03.png", "16x16", "8x8 pixels like the first"]),
+            (
+                &["data.path=sizes"],
+                &["03.png", "16x16", "all RGB, 8x8 pixels, or a height and width to scale them to"],
+            ),
         ],
     );
     Ok(())

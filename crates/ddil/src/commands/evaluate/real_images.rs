@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use ddil_data::{FashionMnist, ImageDataset, read_image_folder};
+use ddil_data::{FashionMnist, ImageDataset};
 use ddil_evaluate::{
     ExtractorChoice, Measurement, ReferenceChoice, all_images, few_images, reference_of_images,
     score, warnings_of,
@@ -11,7 +11,7 @@ use ddil_evaluate::{
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
 use ddil_trainer::config::{DataKind, DataSection, parse_device};
-use ddil_trainer::images_for;
+use ddil_trainer::{images_for, read_images};
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -258,8 +258,8 @@ fn load(section: &DataSection, place: &Path) -> anyhow::Result<Loaded> {
             let FashionMnist { train, test } = FashionMnist::from_folder(path)?;
             Loaded { train, held_out: Some(test), name: "fashion_mnist/test" }
         }
-        (DataKind::ImageFolder, Some(path)) => {
-            Loaded { train: read_image_folder(path)?, held_out: None, name: "images/train" }
+        (DataKind::ImageFolder, Some(_)) => {
+            Loaded { train: read_images(section)?, held_out: None, name: "images/train" }
         }
         (kind, _) => bail!(
             "--data {}: the kind of data is {}, which has no images to compare with; expected fashion_mnist or \
