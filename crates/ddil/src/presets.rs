@@ -15,7 +15,49 @@ pub(crate) struct Preset {
 }
 
 /// All presets.
-pub(crate) const PRESETS: [Preset; 16] = [
+pub(crate) const PRESETS: [Preset; 23] = [
+    Preset {
+        name: "own-images-teacher",
+        verb: "train",
+        about: "a class-conditional pixel teacher on a folder of your own images",
+        text: include_str!("../presets/own-images-teacher.toml"),
+    },
+    Preset {
+        name: "own-images-pd-ddil",
+        verb: "distill",
+        about: "your own pixel teacher to 4 steps, by PD with DDIL",
+        text: include_str!("../presets/own-images-pd-ddil.toml"),
+    },
+    Preset {
+        name: "own-images-lcm-ddil",
+        verb: "distill",
+        about: "your own pixel teacher to 4 steps, by LCM with DDIL",
+        text: include_str!("../presets/own-images-lcm-ddil.toml"),
+    },
+    Preset {
+        name: "own-images-dmd2-ddil",
+        verb: "distill",
+        about: "your own pixel teacher to 4 steps, by DMD2 with DDIL",
+        text: include_str!("../presets/own-images-dmd2-ddil.toml"),
+    },
+    Preset {
+        name: "own-text-to-image-pd-ddil",
+        verb: "distill",
+        about: "your own text-to-image model to 4 steps, by PD with DDIL, as an adapter",
+        text: include_str!("../presets/own-text-to-image-pd-ddil.toml"),
+    },
+    Preset {
+        name: "own-text-to-image-lcm-ddil",
+        verb: "distill",
+        about: "your own text-to-image model to 4 steps, by LCM with DDIL, as an adapter",
+        text: include_str!("../presets/own-text-to-image-lcm-ddil.toml"),
+    },
+    Preset {
+        name: "own-text-to-image-dmd2-ddil",
+        verb: "distill",
+        about: "your own text-to-image model to 4 steps, by DMD2 with DDIL, as an adapter",
+        text: include_str!("../presets/own-text-to-image-dmd2-ddil.toml"),
+    },
     Preset {
         name: "fashion-mnist-teacher",
         verb: "train",
