@@ -17,6 +17,7 @@
 //!   export/            the averaged model of the last checkpoint
 //!   best/              that of the best evaluation, if `output.checkpoints.keep_best` is set
 //!   results.json       measurements
+//!   report.html        a page to look at, written by the program
 //! ```
 
 use std::{

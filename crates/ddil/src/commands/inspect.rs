@@ -37,8 +37,9 @@ fn figures(path: &Path) -> anyhow::Result<String> {
     }
     let metrics = Metrics::read(&path.join(METRICS))?;
     let levels = Levels::of_locale();
+    let course = format!("{:<WIDTH$}", "course");
     let mut rows =
-        vec![["figure", "last", "smallest", "largest", "course"].map(str::to_owned).to_vec()];
+        vec![["figure", "last", "smallest", "largest", &course].map(str::to_owned).to_vec()];
     for figure in metrics.figures() {
         let Some((_, last)) = figure.last() else { continue };
         let [least, most] = figure

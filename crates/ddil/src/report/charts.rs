@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Serialize, Serializer};
 
-use super::metrics::Metrics;
+use super::metrics::{Metrics, evaluation_rank};
 
 /// A chart with lines over a common axis.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -187,8 +187,9 @@ pub(crate) fn of_run(metrics: &Metrics, seconds: &Metrics) -> Vec<Chart> {
         Chart::over_steps(name, &title_of(name), &metrics.steps, vec![line])
     });
     // Evaluations first: they are what a run is for.
-    let (evaluations, others): (Vec<_>, Vec<_>) =
+    let (mut evaluations, others): (Vec<_>, Vec<_>) =
         others.partition(|chart| chart.id.starts_with(EVALUATION));
+    evaluations.sort_by_key(|chart| evaluation_rank(&chart.id));
     charts.splice(charts.len().min(1)..charts.len().min(1), evaluations);
     charts.extend(others);
     charts.extend(throughput(seconds));

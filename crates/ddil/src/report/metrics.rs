@@ -91,7 +91,7 @@ impl Metrics {
                 all.push(Figure { name, values });
             }
         }
-        all.sort_by_key(|figure| rank(figure.name));
+        all.sort_by_key(|figure| (rank(figure.name), evaluation_rank(figure.name)));
         all
     }
 }
@@ -103,6 +103,12 @@ fn rank(name: &str) -> usize {
         return ORDER.len() + 1;
     }
     ORDER.iter().position(|start| name.starts_with(start)).unwrap_or(ORDER.len())
+}
+
+/// The order of evaluations: distances, which decide, before the others.
+pub(super) fn evaluation_rank(name: &str) -> usize {
+    const FIRST: [&str; 2] = ["eval_frechet", "eval_kid"];
+    FIRST.iter().position(|first| *first == name).unwrap_or(FIRST.len())
 }
 
 impl Figure<'_> {

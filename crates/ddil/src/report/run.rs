@@ -24,6 +24,8 @@ pub(crate) struct RunPage {
     path: String,
     /// What the run is, in a sentence.
     about: String,
+    /// The verb that runs it; empty if the config cannot be read.
+    verb: &'static str,
     state: &'static str,
     is_live: bool,
     step: u64,
@@ -95,10 +97,10 @@ struct MeasuredRow {
 
 #[derive(Debug, Serialize)]
 struct CheckpointRow {
-    name: String,
+    folder: String,
     size: String,
     written: Option<Moment>,
-    is_newest: bool,
+    note: &'static str,
 }
 
 /// Warnings and errors of `run.log`.
@@ -146,6 +148,7 @@ impl RunPage {
             name: summary.name(),
             path: folder.display().to_string(),
             about: config.map_or_else(|| "A run.".to_owned(), RunConfig::in_words),
+            verb: config.map_or("", RunConfig::verb),
             state: summary.state.as_str(),
             is_live: summary.state == RunState::Running,
             step: summary.step,
@@ -305,15 +308,23 @@ fn shift_chart(measurement: &Measurement) -> Option<Chart> {
     (!rows.is_empty()).then(|| Chart { lines, ..chart }.finished())
 }
 
+/// The checkpoints, newest first, and the model of the best evaluation.
 fn checkpoints(folder: &Path) -> Result<Vec<CheckpointRow>> {
-    let paths = checkpoint::list(&folder.join("checkpoints"))?;
-    let row = |(index, path): (usize, &std::path::PathBuf)| CheckpointRow {
-        name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    let row = |path: &Path, note: &'static str| CheckpointRow {
+        folder: path.strip_prefix(folder).unwrap_or(path).display().to_string(),
         size: size(size_on_disk(path)),
         written: Moment::of_file(path),
-        is_newest: index + 1 == paths.len(),
+        note,
     };
-    Ok(paths.iter().enumerate().rev().map(row).collect())
+    let paths = checkpoint::list(&folder.join("checkpoints"))?;
+    let mut rows: Vec<CheckpointRow> = paths.iter().map(|path| row(path, "")).collect();
+    if let Some(newest) = rows.last_mut() {
+        newest.note = "newest";
+    }
+    rows.reverse();
+    let best = folder.join("best");
+    rows.extend(best.is_dir().then(|| row(&best, "model of the best evaluation")));
+    Ok(rows)
 }
 
 fn environment(folder: &Path) -> Result<Option<RunEnvironment>> {

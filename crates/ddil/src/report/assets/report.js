@@ -101,7 +101,8 @@
   const options = (chart, width, isLog, shown) => {
     const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const isPlaces = Boolean(chart.places);
-    const hasPoints = (line) => isPlaces || line.values.filter((value) => value != null).length < 30;
+    // Points where most positions have none, as of evaluations.
+    const hasPoints = (line) => isPlaces || chart.xs.length < 4 || line.values.filter((value) => value != null).length * 3 < chart.xs.length;
     const series = chart.lines.map((line, index) => {
       const stroke = line.is_level ? color("--quiet") : color(line.color == null ? "--neutral" : "--c" + line.color % 7);
       return {
