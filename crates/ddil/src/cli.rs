@@ -354,12 +354,12 @@ pub(crate) struct EvaluateArgs {
     /// Append the measurements to the array in this JSON file.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
-    /// Options for images of prompts.
-    #[command(flatten)]
-    pub(crate) prompting: EvaluatePromptArgs,
     /// How to sample.
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    /// Options for images of prompts.
+    #[command(flatten)]
+    pub(crate) prompting: EvaluatePromptArgs,
 }
 
 /// Arguments of `ddil export`.
