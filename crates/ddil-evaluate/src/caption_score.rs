@@ -40,8 +40,8 @@ pub struct CaptionScorer {
 pub struct CaptionEmbeds {
     /// `[captions, projection_dim]`, each of length 1, `Float`.
     pub embeds: Tensor,
-    /// The number of captions that were longer than the text encoder's input and truncated.
-    pub truncated: u32,
+    /// For each caption, whether it was longer than the text encoder's input and truncated.
+    pub truncated: Vec<bool>,
 }
 
 impl CaptionScorer {
@@ -88,6 +88,11 @@ impl CaptionScorer {
         &self.input
     }
 
+    /// Width of an embedding.
+    pub fn dim(&self) -> i64 {
+        self.score.model().vision().config().projection_dim.into()
+    }
+
     /// `clip-` and the SHA-256 of the weights.
     pub fn id(&self) -> &str {
         &self.id
@@ -119,6 +124,9 @@ impl CaptionScorer {
         };
         let (ids, mask) = (on_device(&tokens.input_ids)?, on_device(&tokens.attention_mask)?);
         let embeds = self.score.text_embeds(&ids, Some(&mask))?.to_kind(Kind::Float);
-        Ok(CaptionEmbeds { embeds, truncated: tokens.truncated.iter().flatten().count() as u32 })
+        Ok(CaptionEmbeds {
+            embeds,
+            truncated: tokens.truncated.iter().map(Option::is_some).collect(),
+        })
     }
 }

@@ -14,6 +14,8 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Result;
 use crate::feature_rows::{FeatureRows, is_complete};
+use crate::prompt_drawing::PromptDrawing;
+use crate::prompt_scores::PromptNetworks;
 
 const KEY: &str = "key.json";
 /// Incomplete features of that age are removed.
@@ -59,6 +61,37 @@ impl FeatureKey {
         let model = signature(&files)?;
         let subject = json!({ "model": model, "plan": plan, "of": total, "network": network });
         Ok(Self::new(&subject, u64::from(count), extractor))
+    }
+
+    /// The key of a [`PromptMeter`](crate::PromptMeter)'s rows, for images that the model in these folders draws;
+    /// `network` as for [`of_model`](Self::of_model).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Files`](crate::Error::Files) if a folder cannot be read.
+    pub fn of_prompts(
+        folders: &[&Path],
+        drawing: &PromptDrawing<'_>,
+        network: &str,
+        networks: PromptNetworks<'_>,
+    ) -> Result<Self> {
+        let mut files = Vec::new();
+        for folder in folders {
+            collect(folder, &mut files)?;
+        }
+        files.sort();
+        let (total, dim) = (drawing.num_images(), networks.dim());
+        let parts = json!({
+            "model": signature(&files)?,
+            "plan": drawing.plan(),
+            "network": network,
+            "prompts": drawing.prompts(),
+            "image_shape": drawing.image_shape(),
+            "total": total,
+            "measured by": networks.identity(),
+            "dim": dim,
+        });
+        Ok(Self { parts, total, dim })
     }
 
     fn new(subject: &Value, total: u64, extractor: &dyn FeatureExtractor) -> Self {

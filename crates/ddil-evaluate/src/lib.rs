@@ -11,7 +11,7 @@
 //! | compute features | [`features_of_files`], [`features_of_drawing`], [`features_as_stored`] |
 //! | keep features, and continue after a stop | [`FeatureRows`], [`FeatureStore`], [`FeatureKey`] |
 //! | compare | [`score`], [`Scores`], [`FeatureScores`], [`Metric`] |
-//! | measure images of prompts: CLIP score, diversity | [`EvaluationPrompts`], [`PromptSet`], [`PromptDrawing`], [`PromptMeter`], [`CaptionScorer`] |
+//! | measure images of prompts: CLIP score, diversity | [`EvaluationPrompts`], [`PromptSet`], [`PromptDrawing`], [`PromptMeter`], [`PromptNetworks`], [`CaptionScorer`] |
 //! | record the result | [`Measurement`], [`StandardErrors`] |
 //! | measure the covariate shift | [`shift`], [`ShiftRow`] |
 //! | show progress, stop | [`Monitor`], [`Unmonitored`] |
@@ -71,7 +71,9 @@ pub use measurement::{Measurement, StandardErrors};
 pub use monitor::{Monitor, Unmonitored};
 pub use network_folder::FolderExtractor;
 pub use prompt_drawing::PromptDrawing;
-pub use prompt_scores::{ClipScores, MeanOverPrompts, PromptDiversity, PromptMeter, PromptScores};
+pub use prompt_scores::{
+    ClipScores, MeanOverPrompts, PromptDiversity, PromptMeter, PromptNetworks, PromptScores,
+};
 pub use prompts::{EvaluationPrompts, PromptSet};
 pub use reference::{ReferenceChoice, all_images, few_images, warnings_of};
 pub use scores::{FeatureScores, MIN_SAMPLES, Metric, Scores, reference_of_images, score};

@@ -11,7 +11,7 @@ use tch::Tensor;
 use ddil_data::Prompt;
 
 use crate::error::Result;
-use crate::prompts::EvaluationPrompts;
+use crate::prompts::{EvaluationPrompts, PromptSet};
 
 /// Bits of a stream's step that are the number of a prompt; the others are the number of its image.
 const PROMPT_BITS: u32 = 20;
@@ -64,14 +64,28 @@ impl<'a> PromptDrawing<'a> {
         self.image_shape
     }
 
-    /// The number of calls of the network for all images.
-    pub fn num_calls(&self) -> u64 {
+    /// The number of images.
+    pub fn num_images(&self) -> u64 {
+        self.prompts.num_images()
+    }
+
+    /// What identifies the prompts.
+    pub fn prompts(&self) -> &PromptSet {
+        &self.prompts.set
+    }
+
+    /// The number of calls of the network for the images of all prompts after the first `done`.
+    pub fn num_calls(&self, done: u64) -> u64 {
         let k = self.prompts.set.images_per_prompt;
-        let parts = self.prompts.prompts.chunks(self.prompts_at_once());
+        let parts = self.after(done).chunks(self.prompts_at_once());
         parts.map(|part| self.plan.num_calls(part.len() as u32 * k)).sum()
     }
 
-    /// Draws all images and calls `consume` with some prompts and their images, `[prompts * images_per_prompt, channels,
+    fn after(&self, done: u64) -> &[Prompt] {
+        self.prompts.prompts.get(done as usize..).unwrap_or_default()
+    }
+
+    /// Draws the images of all prompts after the first `done`, and calls `consume` with some prompts and their images, `[prompts * images_per_prompt, channels,
     /// height, width]` on the CPU, about `[-1, 1]`, those of a prompt one after the other; `on_call` is called after each
     /// call of the network. Returns the number of prompts that were truncated.
     ///
@@ -80,11 +94,12 @@ impl<'a> PromptDrawing<'a> {
     /// Errors of the networks, and of `consume`.
     pub fn for_each<E: From<crate::Error>>(
         &self,
+        done: u64,
         on_call: &dyn Fn(),
         mut consume: impl FnMut(&[Prompt], &Tensor) -> std::result::Result<(), E>,
     ) -> std::result::Result<u32, E> {
-        let (mut truncated, mut first) = (0, 0);
-        for part in self.prompts.prompts.chunks(self.prompts_at_once()) {
+        let (mut truncated, mut first) = (0, done);
+        for part in self.after(done).chunks(self.prompts_at_once()) {
             let images = self.draw(part, first, on_call, &mut truncated)?;
             consume(part, &images)?;
             first += part.len() as u64;

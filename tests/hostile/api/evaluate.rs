@@ -3,7 +3,7 @@ use std::path::Path;
 use ddil_data::{Captions, FashionMnist, ImageDataset, ImageFiles};
 use ddil_evaluate::{
     CaptionScorer, Drawing, EvaluationPrompts, ExtractorChoice, FeatureKey, FeatureRows,
-    FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter,
+    FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter, PromptNetworks,
     ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
     features_of_drawing, features_of_files, few_images, reference_of_images, score, shift,
     warnings_of,
@@ -35,6 +35,8 @@ fn ddil_evaluate() {
         "Measurement::of_model",
         "Measurement::unscored",
         "PromptMeter::new",
+        "PromptNetworks::new",
+        "PromptDrawing::num_calls",
         "Measurement::write_all",
         "Metric::as_str",
         "Metric::of",
@@ -213,9 +215,17 @@ fn prompts(cases: &mut Cases) {
     }
     let few = prompts.clone();
     let drawing = PromptDrawing::new(&model, &text, &plan, [None; 2], &few).expect("it fits");
+    let folders = [repository().join("no/such/folder"), asset.clone()];
+    for folder in &folders {
+        cases.once("FeatureKey::of_prompts", "a folder", || {
+            let networks = PromptNetworks::new(None, None, None);
+            outcome(FeatureKey::of_prompts(&[folder], &drawing, "", networks))
+        });
+    }
     cases.once("PromptDrawing::for_each", "an error", || {
         let refuse = || ddil_files::Invalid::new("nothing", 0, "more").into();
-        outcome(drawing.for_each(&|| (), |_, _| Err::<(), ddil_evaluate::Error>(refuse())))
+        outcome(drawing.for_each(u64::MAX - 1, &|| (), |_, _| Ok::<(), ddil_evaluate::Error>(())))?;
+        outcome(drawing.for_each(0, &|| (), |_, _| Err::<(), ddil_evaluate::Error>(refuse())))
     });
 }
 
@@ -252,15 +262,14 @@ fn networks(cases: &mut Cases) {
     std::fs::write(&path, "a cat\na dog\n").expect("it is writable");
     let prompts = EvaluationPrompts::from_file(&path, Captions::All, None).expect("two").prompts;
     let image = Tensor::zeros([1, 3, 9, 9], kind::FLOAT_CPU);
+    let networks = PromptNetworks::new(Some(&network), Some(&clip), None);
+    let meter = || PromptMeter::new(networks, 1, FeatureRows::in_memory());
+    cases.once("PromptMeter::save", "nothing", || outcome(meter().save()));
     cases.tensors("PromptMeter::add", &[&image, &image], |t| {
-        let mut meter = PromptMeter::new(Some(&network), Some(&clip), None);
+        let mut meter = meter();
         outcome(meter.add(&prompts, t))?;
         outcome(meter.finish())
     });
-    cases.once("PromptMeter::add", "no images", || {
-        outcome(PromptMeter::new(Some(&network), Some(&clip), None).add(&prompts, &[]))
-    });
-    cases.once("PromptMeter::finish", "nothing", || {
-        outcome(PromptMeter::new(Some(&network), Some(&clip), None).finish())
-    });
+    cases.once("PromptMeter::add", "no images", || outcome(meter().add(&prompts, &[])));
+    cases.once("PromptMeter::finish", "nothing", || outcome(meter().finish()));
 }

@@ -90,9 +90,9 @@ impl Calls {
         Self(RefCell::new((Progress::new(label, done, plan.num_calls(n)), done)))
     }
 
-    /// For this number of calls.
-    fn of_number(label: &str, calls: u64) -> Self {
-        Self(RefCell::new((Progress::new(label, 0, calls), 0)))
+    /// For this number of calls, the first `done` of which need not be made.
+    fn of_number(label: &str, done: u64, calls: u64) -> Self {
+        Self(RefCell::new((Progress::new(label, done, calls), done)))
     }
 
     fn note(&self) {

@@ -1,6 +1,6 @@
 //! The features of what is measured, which a measurement that was stopped finds again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ddil_data::ImageFiles;
 use ddil_evaluate::{
@@ -51,16 +51,10 @@ impl<'a> Features<'a> {
         extractor: &dyn FeatureExtractor,
         keep: Option<&Path>,
     ) -> anyhow::Result<Tensor> {
-        let (total, sampling) = (args.num_samples, &args.sampling);
-        let network = format!(
-            "{}, {}, {}, {} threads",
-            sampling.device, sampling.precision, sampling.memory_format, sampling.threads
-        );
-        let export = args.subject.join("export");
-        let own = if export.is_dir() { &export } else { &args.subject };
-        // An adapter is in another folder than its base.
-        let folders = [own.as_path(), pipeline.parts.path()];
+        let total = args.num_samples;
         let rows = self.rows(u64::from(n), || {
+            let (folders, network) = of_model(args, pipeline);
+            let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
             FeatureKey::of_model(&folders, plan, [n, total], &network, extractor)
         })?;
         let done = rows.len() as u32;
@@ -88,7 +82,7 @@ impl<'a> Features<'a> {
     }
 
     /// The rows on disk; in memory if there are few images or the disk cannot be used.
-    fn rows(
+    pub(super) fn rows(
         &mut self,
         images: u64,
         key: impl FnOnce() -> Result<FeatureKey>,
@@ -112,6 +106,19 @@ impl<'a> Features<'a> {
     pub(super) fn clear(&mut self) -> Result<()> {
         self.store.clear()
     }
+}
+
+/// The folders of a model's files, and how it is evaluated: what its samples depend on beside a plan.
+pub(super) fn of_model(args: &EvaluateArgs, pipeline: &Pipeline) -> ([PathBuf; 2], String) {
+    let sampling = &args.sampling;
+    let network = format!(
+        "{}, {}, {}, {} threads",
+        sampling.device, sampling.precision, sampling.memory_format, sampling.threads
+    );
+    let export = args.subject.join("export");
+    let own = if export.is_dir() { export } else { args.subject.clone() };
+    // An adapter is in another folder than its base.
+    ([own, pipeline.parts.path().to_owned()], network)
 }
 
 /// The first few samples of a model.

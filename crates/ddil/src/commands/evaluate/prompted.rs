@@ -1,11 +1,13 @@
 //! `ddil evaluate --prompts`: images of prompts, drawn or from files.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use ddil_data::ImageFiles;
 use ddil_evaluate::{
-    CaptionScorer, EvaluationPrompts, Measurement, PromptDrawing, PromptMeter, PromptScores,
+    CaptionScorer, EvaluationPrompts, FeatureKey, FeatureRows, Measurement, PromptDrawing,
+    PromptMeter, PromptNetworks, PromptScores,
 };
 use ddil_metrics::{FeatureExtractor, Reference, TorchScriptDistance, quantize};
 use ddil_pipelines::{Pipeline, SamplePlan};
@@ -13,7 +15,7 @@ use ddil_trainer::config::parse_device;
 use ddil_trainer::{Interrupt, Progress};
 use tch::Tensor;
 
-use super::features::Features;
+use super::features::{Features, of_model};
 use super::real_images::{RealImages, as_option};
 use super::subject::Subject;
 use super::{Row, protocol, save, step_counts};
@@ -84,8 +86,8 @@ impl Networks {
         self.real.as_ref().map(|real| &*real.extractor)
     }
 
-    fn meter(&self) -> PromptMeter<'_> {
-        PromptMeter::new(self.extractor(), self.clip.as_ref(), self.lpips.as_ref())
+    fn all(&self) -> PromptNetworks<'_> {
+        PromptNetworks::new(self.extractor(), self.clip.as_ref(), self.lpips.as_ref())
     }
 
     /// The row of what a meter measured; `name` is that of the images.
@@ -165,8 +167,7 @@ fn model_rows(
             prompts.num_images(),
             prompts.set.count
         );
-        let Some(measurement) =
-            drawn(args, &drawing, prompts, &networks, is_own, features.interrupt)?
+        let Some(measurement) = drawn(args, pipeline, &drawing, prompts, &networks, features)?
         else {
             eprintln!(
                 "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
@@ -174,6 +175,9 @@ fn model_rows(
             exit_code = ExitCode::from(NOT_FINITE);
             continue;
         };
+        if let Some(file) = args.keep.as_deref().filter(|_| is_own) {
+            keep(&drawing, file)?;
+        }
         let mut measurement = measurement.of_model(&pipeline.card, drawing.plan());
         measurement.image_size = Some([height, width]);
         measurement.sampling_seed = Some(plan.seed);
@@ -182,64 +186,96 @@ fn model_rows(
     Ok((rows, exit_code))
 }
 
-/// Draws and measures; none if a sample is not finite.
+/// What ends the drawing.
+enum Stop {
+    /// A sample is not finite.
+    NotFinite,
+    /// There are enough samples.
+    Enough,
+    Error(anyhow::Error),
+}
+
+impl From<ddil_evaluate::Error> for Stop {
+    fn from(error: ddil_evaluate::Error) -> Self {
+        Self::Error(as_option(error).into())
+    }
+}
+
+/// Draws and measures, after what an earlier process measured; none if a sample is not finite.
 fn drawn(
     args: &EvaluateArgs,
+    pipeline: &Pipeline,
     drawing: &PromptDrawing<'_>,
     prompts: &EvaluationPrompts,
     networks: &Networks,
-    is_own: bool,
-    interrupt: &Interrupt,
+    features: &mut Features,
 ) -> anyhow::Result<Option<Measurement>> {
-    /// What ends the drawing.
-    enum Stop {
-        NotFinite,
-        Error(anyhow::Error),
+    let total = prompts.num_images();
+    let rows = features.rows(total, || {
+        let (folders, network) = of_model(args, pipeline);
+        let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+        FeatureKey::of_prompts(&folders, drawing, &network, networks.all())
+    })?;
+    let mut meter = PromptMeter::new(networks.all(), prompts.set.images_per_prompt, rows);
+    let before = meter.num_prompts();
+    if before > 0 {
+        tracing::info!("{before} of {} prompts are measured already", prompts.set.count);
     }
-    impl From<ddil_evaluate::Error> for Stop {
-        fn from(error: ddil_evaluate::Error) -> Self {
-            Self::Error(as_option(error).into())
-        }
-    }
-    let calls = Calls::of_number("evaluate", drawing.num_calls());
-    let (mut meter, mut kept) = (networks.meter(), Vec::new());
-    let (mut done, total) = (0, prompts.num_images());
-    let drawn = drawing.for_each(&|| calls.note(), |prompts, images| {
+    let (all, left) = (drawing.num_calls(0), drawing.num_calls(before));
+    let calls = Calls::of_number("evaluate", all.saturating_sub(left), all);
+    let interrupt = features.interrupt;
+    let drawn = drawing.for_each(before, &|| calls.note(), |prompts, images| {
         let is_finite =
             sample_file::is_finite(images).map_err(|error| Stop::Error(error.into()))?;
         if !is_finite {
             return Err(Stop::NotFinite);
         }
-        if args.keep.is_some() && is_own && kept.len() < sample_file::KEPT as usize {
-            kept.extend(images.split(1, 0));
-        }
         let stored = quantize(images).map_err(ddil_evaluate::Error::from)?;
         meter.add(prompts, &stored.split(1, 0))?;
-        done += images.size()[0] as u64;
-        Ok(ensure_not_stopped(interrupt, done, total)?)
+        let done = meter.num_prompts() * total / drawing.prompts().count;
+        let stopped = ensure_not_stopped(interrupt, done, total, meter.is_kept());
+        if stopped.is_err() {
+            meter.save()?;
+        }
+        Ok(stopped?)
     });
     drop(calls);
     let truncated = match drawn {
         Ok(truncated) => truncated,
-        Err(Stop::NotFinite) => return Ok(None),
         Err(Stop::Error(error)) => return Err(error),
+        Err(_) => return Ok(None),
     };
     if truncated > 0 {
         tracing::warn!(
             "{truncated} prompts are longer than the text encoder's input and were truncated"
         );
     }
-    if let (Some(file), false) = (&args.keep, kept.is_empty()) {
-        sample_file::write_first(file, &Tensor::f_cat(&kept, 0)?)?;
-    }
     networks.row(args, prompts, "samples", meter).map(Some)
 }
 
+/// Writes the first few samples, which are drawn again.
+fn keep(drawing: &PromptDrawing<'_>, file: &Path) -> anyhow::Result<()> {
+    let mut kept = Vec::new();
+    let drawn = drawing.for_each(0, &|| (), |_, images| {
+        kept.extend(images.split(1, 0));
+        if kept.len() < sample_file::KEPT as usize { Ok(()) } else { Err(Stop::Enough) }
+    });
+    match drawn {
+        Err(Stop::Error(error)) => Err(error),
+        _ => Ok(sample_file::write_first(file, &Tensor::f_cat(&kept, 0)?)?),
+    }
+}
+
 /// Ends a measurement between two batches if a stop is requested.
-fn ensure_not_stopped(interrupt: &Interrupt, done: u64, total: u64) -> ddil_evaluate::Result<()> {
+fn ensure_not_stopped(
+    interrupt: &Interrupt,
+    done: u64,
+    total: u64,
+    is_kept: bool,
+) -> ddil_evaluate::Result<()> {
     if done < total && interrupt.is_requested() {
         let what = "images".to_owned();
-        return Err(ddil_evaluate::Error::Stopped { what, done, total, is_kept: false });
+        return Err(ddil_evaluate::Error::Stopped { what, done, total, is_kept });
     }
     Ok(())
 }
@@ -259,7 +295,8 @@ fn files_row(
         tracing::warn!("only {} of {all} prompts have images", prompts.set.count);
     }
     let networks = Networks::open(args, subject, None, features)?;
-    let (mut meter, mut waiting, mut done) = (networks.meter(), Vec::new(), 0);
+    let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
+    let (mut waiting, mut done) = (Vec::new(), 0);
     let mut progress = Progress::new("images", 0, files.len() as u64);
     let at_once = PROMPTS_AT_ONCE * k as usize;
     let threads = num_threads(args.sampling.threads);
@@ -271,7 +308,7 @@ fn files_row(
             done += some.len();
             waiting.clear();
             progress.update(index as u64 + 1, &[]);
-            ensure_not_stopped(features.interrupt, index as u64 + 1, files.len() as u64)?;
+            ensure_not_stopped(features.interrupt, index as u64 + 1, files.len() as u64, false)?;
         }
         Ok(())
     })?;
@@ -299,7 +336,8 @@ fn samples_row(
     let k = (found / count) as u32;
     let prompts = prompts.with_images_per_prompt(k).map_err(as_option)?;
     let networks = Networks::open(args, subject, None, features)?;
-    let (stored, mut meter) = (quantize(images)?, networks.meter());
+    let stored = quantize(images)?;
+    let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
     let parts = stored.split(PROMPTS_AT_ONCE as i64 * i64::from(k), 0);
     for (images, prompts) in parts.iter().zip(prompts.prompts.chunks(PROMPTS_AT_ONCE)) {
         meter.add(prompts, &images.split(1, 0)).map_err(as_option)?;
