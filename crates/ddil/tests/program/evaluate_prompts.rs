@@ -359,3 +359,38 @@ values = [
     assert!(again.stdout.contains("2 cells, 0 to do"), "{}", again.stdout);
     Ok(())
 }
+
+/// Ctrl-C keeps what was measured; the same command goes on and ends with the same numbers.
+#[cfg(unix)]
+#[test]
+fn a_measurement_with_prompts_that_is_stopped_continues() -> TestResult {
+    let workshop = workshop()?;
+    let lines: Vec<String> = (0..400).map(|i| format!("a cat {i}")).collect();
+    fs::write(workshop.path("many.txt"), lines.join("\n"))?;
+    let drawn = ["evaluate", "teacher", "--prompts", "many.txt", "--steps", "2", "--clip", "clip"];
+    let with = |more: &[&'static str]| [&drawn[..], &["--threads", "1"], more].concat();
+    let features = workshop.path("features");
+    let num_bytes = || {
+        let folders = fs::read_dir(&features).ok()?;
+        let mut files = folders.flatten().map(|entry| entry.path().join("features.f32"));
+        files.find_map(|path| fs::metadata(path).ok().map(|metadata| metadata.len()))
+    };
+    let parts =
+        with(&["--json", "parts.json", "--features", "features", "--keep", "a.safetensors"]);
+    let mut running = workshop.start(&parts);
+    assert!(running.wait_until(|| num_bytes().is_some_and(|bytes| bytes > 0)), "it was too fast");
+    let ended = running.signal("INT");
+    assert_eq!(ended.code, Some(75), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the same command continues"), "{}", ended.stderr);
+    assert!(!workshop.path("parts.json").exists());
+
+    let continued = workshop.ddil(&parts).succeeded();
+    assert!(continued.stderr.contains("prompts are measured already"), "{}", continued.stderr);
+    assert_eq!(num_bytes(), None, "nothing is left");
+    let whole = with(&["--json", "whole.json", "--keep", "b.safetensors"]);
+    workshop.ddil(&whole).succeeded();
+    let read = |name: &str| fs::read(workshop.path(name));
+    assert_eq!(read("parts.json")?, read("whole.json")?);
+    assert_eq!(read("a.safetensors")?, read("b.safetensors")?);
+    Ok(())
+}
