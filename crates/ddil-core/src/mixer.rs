@@ -77,8 +77,8 @@ pub struct MixBatch<'a> {
     pub data: &'a Data,
     /// The conditioning of backward trajectories: one row per sample, with the same parts as that of the data.
     pub prompts: &'a Conditioning,
-    /// Whether pure noise in the place of a dataset sample has the conditioning of trajectories instead of the sample's:
-    /// it is their first state, from which chains continue.
+    /// Whether pure noise in the place of a dataset sample has the conditioning of trajectories instead of the
+    /// sample's: it is their first state, from which chains continue.
     pub prompted_noise: bool,
 }
 

@@ -6,11 +6,11 @@ use rand::seq::SliceRandom;
 /// `n` indices of `shares`, each drawn in proportion to its share, in random order.
 ///
 /// Systematic sampling: evenly spaced points on a line that is divided by the shares. Each count is the expected count
-/// `n * share`, rounded down or up at random so that its mean is exact. One draw shifts all points, so that counts cannot
-/// exceed `n`, as they could if each were rounded separately. An index with a share of 0 is never drawn.
+/// `n * share`, rounded down or up at random so that its mean is exact. One draw shifts all points, so that counts
+/// cannot exceed `n`, as they could if each were rounded separately. An index with a share of 0 is never drawn.
 ///
-/// Shares are at least 0 with sum 1; the last positive one has what rounding leaves. Without a positive share nothing is
-/// drawn.
+/// Shares are at least 0 with sum 1; the last positive one has what rounding leaves. Without a positive share nothing
+/// is drawn.
 ///
 /// # Example
 ///

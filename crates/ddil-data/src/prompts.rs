@@ -116,7 +116,7 @@ impl Found {
     }
 
     /// Adds what is at a place, if each of its texts contains something.
-    fn add(&mut self, place: &str, image: Option<String>, texts: Vec<String>) {
+    fn add(&mut self, place: &str, image: Option<String>, texts: &[String]) {
         let texts: Vec<String> = texts.iter().map(|text| text.trim().to_owned()).collect();
         if texts.is_empty() || texts.iter().any(String::is_empty) {
             self.problems.push(format!("{place}: the prompt is empty"));
@@ -189,7 +189,7 @@ fn from_objects(text: &str) -> Found {
         };
         let image = file_name.or_else(|| image_id.map(|id| id.to_string()));
         match text.or(prompt).or(caption) {
-            Some(texts) => found.add(&place, image, texts.into()),
+            Some(texts) => found.add(&place, image, &Vec::from(texts)),
             None => found.problems.push(format!("{place}: no key `{}`", TEXT.join("`, `"))),
         }
     }
@@ -213,7 +213,7 @@ fn from_table(text: &str, delimiter: u8) -> Found {
             Ok(row) => {
                 let image = image.map(|column| row[column].to_owned());
                 let image = image.filter(|image| !image.is_empty());
-                found.add(&place, image, vec![row[column].to_owned()]);
+                found.add(&place, image, &[row[column].to_owned()]);
             }
             Err(problem) => found.problems.push(format!("{place}: {problem}")),
         }
@@ -278,11 +278,11 @@ fn from_coco(text: &str) -> Found {
     if let Some(kind) = annotations.first().and_then(Annotation::other_kind) {
         return Found::problem(format!("its annotations are {kind}: {EXPECTED}"));
     }
-    by_image(images, annotations)
+    by_image(&images, annotations)
 }
 
 /// The captions of each image, in the order of the images.
-fn by_image(images: Vec<CocoImage>, annotations: Vec<Annotation>) -> Found {
+fn by_image(images: &[CocoImage], annotations: Vec<Annotation>) -> Found {
     let mut found = Found::default();
     let mut texts: BTreeMap<&Id, Vec<String>> =
         images.iter().map(|image| (&image.id, Vec::new())).collect();
@@ -299,13 +299,13 @@ fn by_image(images: Vec<CocoImage>, annotations: Vec<Annotation>) -> Found {
                 .push(format!("annotations[{index}]: no caption of the image {image_id}")),
         }
     }
-    for CocoImage { id, file_name } in &images {
+    for CocoImage { id, file_name } in images {
         let name = file_name.clone().unwrap_or_else(|| id.to_string());
         match texts.remove(id) {
             Some(texts) if texts.is_empty() => {
                 found.problems.push(format!("the image {name} has no caption"));
             }
-            Some(texts) => found.add(&name, Some(name.clone()), texts),
+            Some(texts) => found.add(&name, Some(name.clone()), &texts),
             None => found.problems.push(format!("the image {id} is listed twice")),
         }
     }

@@ -119,15 +119,16 @@ impl TeacherClasses {
             .iter()
             .zip(&labels)
             .find(|(class, label)| class.parse().is_ok_and(|number: i64| number != **label));
-        match moved {
-            Some((class, label)) => tracing::warn!(
-                "the teacher's classes have no names and the data's are taken in alphabetical order: {class:?} is label \
-                 {label}; data.classes sets other labels"
-            ),
-            None => tracing::info!(
+        if let Some((class, label)) = moved {
+            tracing::warn!(
+                "the teacher's classes have no names and the data's are taken in alphabetical order: {class:?} is \
+                 label {label}; data.classes sets other labels"
+            );
+        } else {
+            tracing::info!(
                 "the teacher's classes have no names; those of the data are its labels in alphabetical order: {}",
                 listed(classes)
-            ),
+            );
         }
         Ok(labels)
     }

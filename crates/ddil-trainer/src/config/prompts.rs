@@ -21,8 +21,8 @@ pub struct PromptsSection {
     /// With `classes`: names of the teacher's classes, or their numbers if it has no names; default all classes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
-    /// With `classes`: how often each class is drawn relative to the others, in the order of `classes` or, without it, of
-    /// the teacher's; default equally often.
+    /// With `classes`: how often each class is drawn relative to the others, in the order of `classes` or, without it,
+    /// of the teacher's; default equally often.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub weights: Vec<f64>,
     /// With `file`: the file, see [`read_prompts`](ddil_data::read_prompts).

@@ -130,8 +130,8 @@ impl DataSource {
         Ok(Self { found: Found::Raw(encoding), shape: of_latents })
     }
 
-    /// The prompts of a file, for a text-to-image teacher and images of the size of the data. They are checked here, and
-    /// encoded when they are opened.
+    /// The prompts of a file, for a text-to-image teacher and images of the size of the data. They are checked here,
+    /// and encoded when they are opened.
     ///
     /// # Errors
     ///

@@ -288,7 +288,6 @@ fn a_part_of_the_samples() {
 #[test]
 fn settings_that_do_not_fit() {
     let workshop = Workshop::with_teacher();
-    write_pictures(&workshop.path("four"), 4, 8);
     fs::write(workshop.path("prompts.txt"), "a cat\n").expect("it is writable");
     let with = |more: &str| -> &'static str {
         format!("prompts={{ source = \"classes\", {more} }}").leak()
@@ -332,6 +331,22 @@ fn settings_that_do_not_fit() {
             (&[with("weights = [1.0, -1.0, 1.0]")], &["prompts.weights", "at least 0"]),
             (&[with("weights = [1.0, nan, 1.0]")], &["prompts.weights", "at least 0"]),
             (&[with("weights = [1.0, inf, 1.0]")], &["prompts.weights", "finite"]),
+        ],
+    );
+    // Known before the run: a dry run tells too.
+    let dry =
+        [arguments("distill", "dry", &[with("classes = [\"hat\"]")]), vec!["--dry-run"]].concat();
+    workshop.ddil(&dry).refused(&["prompts.classes", "hat"]);
+}
+
+#[test]
+fn parts_of_the_data_that_do_not_exist() {
+    let workshop = Workshop::with_teacher();
+    write_pictures(&workshop.path("four"), 4, 8);
+    each_is_refused(
+        &workshop,
+        "distill",
+        &[
             (&["data.path=four"], &["class3", "class0, class1, class2", "data.exclude_classes"]),
             (
                 &["data.exclude_classes=[\"hat\"]"],
@@ -357,10 +372,6 @@ fn settings_that_do_not_fit() {
             (&["data.max_samples_choice=last"], &["last", "first", "random"]),
         ],
     );
-    // Known before the run: a dry run tells too.
-    let dry =
-        [arguments("distill", "dry", &[with("classes = [\"hat\"]")]), vec!["--dry-run"]].concat();
-    workshop.ddil(&dry).refused(&["prompts.classes", "hat"]);
     // The excluded class that the teacher does not know is no obstacle.
     workshop.complete("distill", "four", &["data.path=four", "data.exclude_classes=[\"class3\"]"]);
 
@@ -384,7 +395,8 @@ fn settings_that_do_not_fit() {
 }
 
 const PROMPTS: &str = "prompts={ source = \"file\", path = \"prompts.jsonl\" }";
-const COCO: &str = "prompts={ source = \"file\", path = \"captions_val.json\", captions = \"first\", cache = \"said\" }";
+const COCO: &str = "prompts={ source = \"file\", path = \"captions_val.json\", captions = \"first\", \
+                    cache = \"said\" }";
 const NO_FORWARD: &str =
     "mixing.priors={ kind = \"constant\", priors = { student = 0.5, teacher = 0.5 } }";
 const LATENTS: &str = "data={ kind = \"latents\", path = \"cache\", batch_size = 4 }";

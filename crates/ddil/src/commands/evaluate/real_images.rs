@@ -101,15 +101,8 @@ impl RealImages {
             let images = sample_file::read_folder(folder)?;
             anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
-        let train = match (loaded, &data, subject) {
-            // A label means what it meant in the run.
-            (Some(loaded), Some((section, _)), Subject::Model(pipeline, _))
-                if args.shift_samples > 0 =>
-            {
-                Some(images_for(&loaded.train, section, pipeline)?)
-            }
-            (loaded, ..) => loaded.map(|loaded| loaded.train),
-        };
+        let train = loaded.map(|loaded| loaded.train);
+        let train = if args.shift_samples > 0 { of_run(train, data, subject)? } else { train };
         Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
     }
 
@@ -228,6 +221,20 @@ fn config_of(subject: &Path) -> Option<PathBuf> {
     let run = subject.parent().filter(is_run);
     let mut places = std::iter::once(subject).chain(run).map(|folder| folder.join("config.toml"));
     places.find(|config| config.is_file())
+}
+
+/// The training images that a model's run used, with the labels of the model: a label means what it meant in the run.
+fn of_run(
+    train: Option<ImageDataset>,
+    data: Option<(DataSection, PathBuf)>,
+    subject: &Subject,
+) -> anyhow::Result<Option<ImageDataset>> {
+    Ok(match (train, data, subject) {
+        (Some(train), Some((section, _)), Subject::Model(pipeline, _)) => {
+            Some(images_for(&train, &section, pipeline)?)
+        }
+        (train, ..) => train,
+    })
 }
 
 /// The data named on the command line, or in a config file.
