@@ -52,20 +52,7 @@ impl RealImages {
         features: &mut Features,
     ) -> anyhow::Result<Self> {
         let data = data_of(args, subject)?;
-        let has_prompts = args.prompting.prompts.is_some();
-        // Images of prompts may be measured without others.
-        let saves_only = args.reference.is_none()
-            && (args.save_statistics.is_some() || has_prompts)
-            && data.is_none();
-        let is_required = args.shift_samples > 0
-            || matches!(subject, Subject::Data)
-            || (args.reference.is_none() && !saves_only);
-        ensure!(
-            data.is_some() || !is_required,
-            "there are no images to compare {} with; name them with --reference (a folder, or a file of statistics) or \
-             --data",
-            args.subject.display()
-        );
+        let is_required = requires_data(args, subject, data.is_some())?;
         let choice = choice(args, data.as_ref().map(|(section, _)| section.kind))?;
         let named = data.as_ref().filter(|_| is_required);
         let loaded = named.map(|(section, place)| load(section, place)).transpose()?;
@@ -78,22 +65,8 @@ impl RealImages {
         };
         let device = parse_device(&args.sampling.device)?;
         let extractor = choice.open(shape, device).map_err(as_option)?;
-        let (reference, is_held_out) = match (&args.reference, &loaded) {
-            (Some(path), _) => {
-                let threads = num_threads(args.sampling.threads);
-                let bar = &mut Bar::new(features.interrupt);
-                let store = Some(&mut features.store);
-                let opened = ReferenceChoice::named(path)
-                    .and_then(|choice| choice.open(&*extractor, threads, store, bar));
-                (Some(opened.map_err(as_option)?), true)
-            }
-            (None, Some(Loaded { train, held_out, name })) => {
-                let compared = held_out.as_ref().unwrap_or(train);
-                let reference = reference_of_images(*name, &all_images(compared)?, &*extractor)?;
-                (Some(reference), held_out.is_some())
-            }
-            (None, None) => (None, false),
-        };
+        let (reference, is_held_out) =
+            open_reference(args, loaded.as_ref(), &*extractor, features)?;
         for warning in reference.iter().flat_map(|own| warnings_of(own, &*extractor)) {
             tracing::warn!("{warning}");
         }
@@ -162,6 +135,49 @@ impl RealImages {
         }
         Ok(rows)
     }
+}
+
+/// Whether images of the data are required; an error if they are and there are none.
+fn requires_data(args: &EvaluateArgs, subject: &Subject, has_data: bool) -> anyhow::Result<bool> {
+    let has_prompts = args.prompting.prompts.is_some();
+    // Images of prompts may be measured without others.
+    let saves_only =
+        args.reference.is_none() && (args.save_statistics.is_some() || has_prompts) && !has_data;
+    let is_required = args.shift_samples > 0
+        || matches!(subject, Subject::Data)
+        || (args.reference.is_none() && !saves_only);
+    ensure!(
+        has_data || !is_required,
+        "there are no images to compare {} with; name them with --reference (a folder, or a file of statistics) or \
+         --data",
+        args.subject.display()
+    );
+    Ok(is_required)
+}
+
+/// The reference of the command line, or else of the data; and whether it contains other images than the training data.
+fn open_reference(
+    args: &EvaluateArgs,
+    loaded: Option<&Loaded>,
+    extractor: &dyn FeatureExtractor,
+    features: &mut Features,
+) -> anyhow::Result<(Option<Reference>, bool)> {
+    Ok(match (&args.reference, loaded) {
+        (Some(path), _) => {
+            let threads = num_threads(args.sampling.threads);
+            let bar = &mut Bar::new(features.interrupt);
+            let store = Some(&mut features.store);
+            let opened = ReferenceChoice::named(path)
+                .and_then(|choice| choice.open(extractor, threads, store, bar));
+            (Some(opened.map_err(as_option)?), true)
+        }
+        (None, Some(Loaded { train, held_out, name })) => {
+            let compared = held_out.as_ref().unwrap_or(train);
+            let reference = reference_of_images(*name, &all_images(compared)?, extractor)?;
+            (Some(reference), held_out.is_some())
+        }
+        (None, None) => (None, false),
+    })
 }
 
 /// The extractor of the command line; the classifier of Fashion-MNIST is the default for its images alone.
