@@ -29,6 +29,11 @@ struct Place {
 }
 
 impl Place {
+    /// Whether a run fails if the disk fails there. It does not depend on its report, which has a test of its own.
+    fn is_needed(&self) -> bool {
+        self.file != "report.html"
+    }
+
     /// A place that is passed often is passed twice in every session.
     fn nth(&self, rng: &mut StdRng) -> u32 {
         if self.times >= 8 { rng.random_range(1..=2) } else { 1 }
@@ -276,7 +281,8 @@ fn a_disk_that_fails_at_any_point_loses_nothing_that_was_saved() {
     let (mut rng, method) = (StdRng::seed_from_u64(seed(2)), Method::named("dmd2"));
     let workshop = method.workshop();
     let mut pass = Walk::new(&workshop, method);
-    let passed = pass.trace();
+    let mut passed = pass.trace();
+    passed.retain(Place::is_needed);
     for place in one_of_each(&passed, &mut rng) {
         let effects = sicknesses(&place.point);
         let effect = effects[rng.random_range(0..effects.len())];
@@ -284,6 +290,26 @@ fn a_disk_that_fails_at_any_point_loses_nothing_that_was_saved() {
     }
     pass.strike(&Fault::while_replacing("io"));
     pass.finish();
+}
+
+#[test]
+fn a_disk_that_fails_for_the_report_fails_no_run() {
+    let method = Method::named("progressive");
+    let workshop = method.workshop();
+    let mut pass = Walk::new(&workshop, method);
+    let passed = pass.trace();
+    let of_report: Vec<&Place> = passed.iter().filter(|place| !place.is_needed()).collect();
+    assert!(of_report.len() >= 3, "{of_report:?}");
+    for place in of_report {
+        let fault = format!("{}@{}:full:1", place.point, place.file);
+        let ended = pass.go(&[("DDIL_FAULT", &fault)]).succeeded();
+        assert!(ended.stderr.contains("no report of"), "{fault}: {}", ended.stderr);
+        assert!(ended.stdout.contains("done: the model is in"), "{fault}: {}", ended.stdout);
+        let run = pass.run();
+        assert_eq!(status(&run)["state"], "completed");
+        assert!(!run.join("report.html").exists(), "{fault}");
+        pass.compare();
+    }
 }
 
 /// Every method, every file at every point, every way to fail.
@@ -299,7 +325,7 @@ fn soak_every_fault_at_every_point() {
         for place in &passed {
             let deaths: &[_] =
                 if takes_bytes(&place.point) { &["kill", "torn"] } else { &["kill"] };
-            let sicknesses = sicknesses(&place.point);
+            let sicknesses = if place.is_needed() { sicknesses(&place.point) } else { Vec::new() };
             (kills, failures) = (kills + deaths.len(), failures + sicknesses.len());
             for effect in deaths.iter().copied().chain(sicknesses) {
                 pass.strike(&Fault::new(place, effect, &mut rng));
