@@ -301,7 +301,7 @@ fn a_disk_that_fails_for_the_report_fails_no_run() {
     let of_report: Vec<&Place> = passed.iter().filter(|place| !place.is_needed()).collect();
     assert!(of_report.len() >= 3, "{of_report:?}");
     for place in of_report {
-        let fault = format!("{}@{}:full:1", place.point, place.file);
+        let fault = format!("{}@{}:io:1", place.point, place.file);
         let ended = pass.go(&[("DDIL_FAULT", &fault)]).succeeded();
         assert!(ended.stderr.contains("no report of"), "{fault}: {}", ended.stderr);
         assert!(ended.stdout.contains("done: the model is in"), "{fault}: {}", ended.stdout);
