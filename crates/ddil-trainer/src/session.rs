@@ -599,6 +599,11 @@ impl<T: Task> Session<T> {
             }
         }
         let scores = evaluated.as_ref().map(figures_of).unwrap_or_default();
+        if !scores.is_empty() {
+            let shown = |(name, value): &(String, f64)| format!("{name} {value:.4}");
+            let shown: Vec<String> = scores.iter().map(shown).collect();
+            tracing::info!("step {step}: {}", shown.join("  "));
+        }
         if due(log_interval) {
             self.log(&[self.figures(), scores].concat(), true)?;
         } else if !scores.is_empty() {

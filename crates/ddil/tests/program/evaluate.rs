@@ -10,10 +10,10 @@ use tch::{CModule, Kind, Tensor, kind};
 use crate::support::{TestResult, Workshop};
 
 /// The input of the network of [`network`].
-const INPUT: &str = r#"{"resize":"bicubic-antialias-8x8","range":"byte"}"#;
+pub(crate) const INPUT: &str = r#"{"resize":"bicubic-antialias-8x8","range":"byte"}"#;
 
 /// A TorchScript file that returns twelve features: the means of four quarters of each channel.
-fn network(workshop: &Workshop) -> TestResult {
+pub(crate) fn network(workshop: &Workshop) -> TestResult {
     let mut forward =
         |inputs: &[Tensor]| vec![inputs[0].adaptive_avg_pool2d([2, 2]).flatten(1, -1)];
     let images = Tensor::ones([2, 3, 8, 8], kind::FLOAT_CPU);

@@ -5,9 +5,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::evaluate::{INPUT, network};
 use crate::support::{
     CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, assert_same_end, checkpoints, json, status,
 };
+use crate::text_teacher::Family;
 
 const EVALUATE: &str = "evaluate={ interval = 4, samples = 20, extractor = \"raw_pixels\" }";
 const BEST: &str = "output.checkpoints.keep_best=\"frechet\"";
@@ -64,6 +66,31 @@ fn training_is_evaluated_without_a_change() -> TestResult {
 #[test]
 fn distillation_is_evaluated_without_a_change() -> TestResult {
     evaluation_changes_nothing(&Workshop::with_teacher(), "distill")
+}
+
+#[test]
+fn text_to_image_students_are_evaluated_without_a_change() -> TestResult {
+    for family in [Family::StableDiffusion, Family::StableDiffusionXl] {
+        let workshop = Workshop::of_text(family);
+        network(&workshop)?;
+        let table = format!(
+            "evaluate={{ interval = 4, samples = 10, extractor = \"network.pt\", extractor_input = '{INPUT}' }}"
+        );
+        let plain = workshop.complete("distill", "plain", &[]);
+        let run = workshop.complete("distill", "evaluated", &[&table]);
+        let steps: Vec<u64> = evaluations(&run)?.iter().map(|(step, _)| *step).collect();
+        assert!(steps.starts_with(&[4]) && steps.last() == status(&run)["step"].as_u64().as_ref());
+        let weights = "export/unet/diffusion_pytorch_model.safetensors";
+        assert!(fs::read(plain.join(weights))? == fs::read(run.join(weights))?);
+        // Without images there is nothing to compare with.
+        fs::write(workshop.path("prompts.txt"), "a cat\na dog\na cat\na fish\n")?;
+        let prompts = "data={ kind = \"prompts\", path = \"prompts.txt\", batch_size = 2 }";
+        let priors = "mixing.priors={ kind = \"constant\", priors = { teacher = 1.0 } }";
+        let settings = [&*table, prompts, priors];
+        let refused = workshop.ddil(&crate::support::arguments("distill", "none", &settings));
+        refused.refused(&["evaluate.reference", "not set", "prompts"]);
+    }
+    Ok(())
 }
 
 #[test]
