@@ -177,7 +177,11 @@ const BATCH_SIZE: u32 = 100;
 /// The default of `extractor`.
 const EXTRACTOR: &str = "fashion_classifier";
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+#[expect(
+    clippy::ref_option,
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the form that serde calls"
+)]
 fn or_default<S: Serializer>(
     batch_size: &Option<u32>,
     serializer: S,
