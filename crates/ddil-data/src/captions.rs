@@ -6,7 +6,7 @@ use std::{
 use ddil_files::listed;
 use serde::Deserialize;
 
-use crate::folder::{is_image, list};
+use crate::files::{is_image, list};
 use crate::layout::EXTENSIONS;
 use crate::texts::{Numbered, Table, Texts, lines, parse_lines, read_text};
 use crate::{Error, Result};

@@ -3,7 +3,7 @@ use std::path::Path;
 use ddil_files::Invalid;
 use tch::{Kind, Tensor};
 
-use crate::folder::read_image;
+use crate::files::read_image;
 use crate::layout::Layout;
 use crate::{Error, Result};
 

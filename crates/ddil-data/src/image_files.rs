@@ -12,7 +12,7 @@ use std::{
 use ddil_metrics::FeatureExtractor;
 use tch::{Kind, Tensor};
 
-use crate::folder::{is_image, list, read_opaque};
+use crate::files::{is_image, list, read_opaque};
 use crate::layout::Layout;
 use crate::{Error, Result};
 

@@ -49,6 +49,7 @@ mod cropped;
 pub mod encoded;
 mod error;
 mod fashion_mnist;
+mod files;
 mod folder;
 mod idx;
 mod image_files;
