@@ -1,5 +1,5 @@
 //! Draws 300 PNG files of three classes, of sizes from 40x40 to 88x88: discs, rings and squares of random colours on dark
-//! backgrounds. They take the place of images of your own in docs/YOUR_OWN_MODEL.md.
+//! backgrounds. They take the place of images of your own in `docs/YOUR_OWN_MODEL.md`.
 //!
 //! Run with `cargo run --release --example draw_images -- [folder] [images]`; the folder is `my-images` by default. Takes
 //! a second.

@@ -232,7 +232,9 @@ fn samples_are_chosen_evenly() -> TestResult {
             choose_samples(5, 4, SampleChoice::Random, seed)?,
         );
         assert!(few[0] < few[1] && few.iter().all(|index| more.contains(index)));
-        few.iter().for_each(|index| counts[*index as usize] += 1);
+        for index in &few {
+            counts[*index as usize] += 1;
+        }
     }
     // Each in two of five choices.
     let deviation = (seeds as f64 * 0.4 * 0.6).sqrt();

@@ -48,8 +48,11 @@ pub struct Drawing<'a> {
     end: u32,
     on_call: &'a dyn Fn(),
     conditioning: Box<dyn Fn(Range<i64>) -> Result<Conditioning> + 'a>,
-    decode: Option<Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>>,
+    decode: Option<Decode<'a>>,
 }
+
+/// Images of latents.
+type Decode<'a> = Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>;
 
 impl fmt::Debug for Drawing<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -103,7 +103,7 @@ impl ComparisonFolder {
     /// # Errors
     ///
     /// [`Error::Files`] if the folder cannot be listed.
-    pub(crate) fn rows_of(&self, teacher: &Path) -> Result<Vec<PathBuf>> {
+    pub(crate) fn rows_of(teacher: &Path) -> Result<Vec<PathBuf>> {
         let is_row = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             name.starts_with("row_") && name.ends_with(".json") && !name.ends_with(".rows.json")

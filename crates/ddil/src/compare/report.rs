@@ -449,7 +449,7 @@ fn unfiltered(folder: &ComparisonFolder) -> Result<Vec<Entry>> {
     };
     add(EntryKind::Data, &folder.real())?;
     for teacher in folder.teachers()? {
-        for row in folder.rows_of(&teacher)? {
+        for row in ComparisonFolder::rows_of(&teacher)? {
             add(EntryKind::Teacher, &row)?;
         }
     }

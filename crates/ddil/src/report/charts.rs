@@ -147,7 +147,7 @@ impl Chart {
             let highs = of_parts(|values| values.reduce(f64::max));
             (line.values, line.lows, line.highs) = (of_parts(|values| mean(values)), lows, highs);
         }
-        let middle = |part: &[f64]| (part[0] + part[part.len() - 1]) / 2.0;
+        let middle = |part: &[f64]| f64::midpoint(part[0], part[part.len() - 1]);
         self.xs = self.xs.chunks(size).map(|part| middle(part).floor()).collect();
         self
     }
@@ -352,7 +352,7 @@ fn clipped_over_timesteps(clipped: &[Clipped<'_>]) -> Option<Chart> {
     let chart = Chart::over_places("clipped_timesteps", title, "timestep", places);
     let lines: Vec<Line> = places_of(clipped).into_iter().map(line).collect();
     let note = Some(format!("From noise to data; mean of the last {NEWEST} records."));
-    (!lines.is_empty()).then(|| Chart { lines, note, ..chart }.finished())
+    (!lines.is_empty()).then(|| Chart { note, lines, ..chart }.finished())
 }
 
 /// Updates per second between two lines of `timings.jsonl`, which contains the seconds spent so far.
@@ -465,6 +465,6 @@ mod tests {
     fn numbers_that_are_not_finite_are_gaps() {
         let line = Line::new("loss", vec![Some(f64::NAN), Some(0.123_456_789), None]);
         let json = serde_json::to_value(&line).expect("it is serialisable");
-        assert_eq!(json["values"], serde_json::json!([null, 0.123457, null]));
+        assert_eq!(json["values"], serde_json::json!([null, 0.123_457, null]));
     }
 }

@@ -199,7 +199,7 @@ fn about(report: &ComparisonReport, plan: Option<&PlanFile>) -> String {
     };
     let seeds =
         if seeds.len() == 1 { "1 seed".to_owned() } else { format!("{} seeds", seeds.len()) };
-    let data = report.entries.iter().filter_map(|entry| entry.measurement.as_ref()).next();
+    let data = report.entries.iter().find_map(|entry| entry.measurement.as_ref());
     let data = data.map_or(String::new(), |m| format!(", measured against {}", m.dataset));
     format!("Compares {varied}, {seeds}{data}.")
 }

@@ -221,10 +221,9 @@ fn names_and_messages_are_text_and_never_markup() -> TestResult {
     let (workshop, first) = with_run();
     let run = workshop.run("<img src=x onerror=alert(1)> & \"quotes\"");
     copy_folder(&first, &run);
-    let mut lines = fs::read_to_string(run.join("metrics.jsonl"))?;
+    let lines = fs::read_to_string(run.join("metrics.jsonl"))?;
     let evil = json!({ "step": 99, "loss": 1.5, EVIL: 2.5, format!("eval_{EVIL}"): 3.5 });
-    lines += &format!("{evil}\n");
-    fs::write(run.join("metrics.jsonl"), lines)?;
+    fs::write(run.join("metrics.jsonl"), format!("{lines}{evil}\n"))?;
     fs::write(run.join("run.log"), format!("2026-11-30T17:25:49Z  WARN ddil::x: {EVIL}\n"))?;
     let status = json!({ "state": "failed", "step": 99, "error": EVIL });
     fs::write(run.join("status.json"), status.to_string())?;
@@ -294,7 +293,7 @@ fn other_folders_are_refused() {
 }
 
 #[test]
-fn a_watched_report_follows_its_run_to_the_end() -> TestResult {
+fn a_watched_report_follows_its_run_to_the_end() {
     let workshop = Workshop::with_teacher();
     let settings = ["student.updates_per_stage=100000", "output.log_interval=1"];
     let run = workshop.run("long");
@@ -316,7 +315,6 @@ fn a_watched_report_follows_its_run_to_the_end() -> TestResult {
     assert_eq!(status(&run)["state"], "interrupted");
     assert!(last.contains("id=\"state\">interrupted") && !last.contains("id=\"reload\""));
     assert!(last.contains("ddil distill --resume runs/long"));
-    Ok(())
 }
 
 #[test]
