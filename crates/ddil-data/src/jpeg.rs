@@ -1,13 +1,10 @@
 //! JPEG files.
 
-mod decoder;
-
 use std::path::Path;
 
 use ddil_files::read_bounded;
+use ddil_libtorch::{Jpeg, JpegError, decode_jpeg};
 use exif::{In, Reader, Tag};
-use mozjpeg::decompress::DecompressStarted;
-use mozjpeg::{ColorSpace, Marker};
 
 use crate::layout::Layout;
 use crate::{Error, Result};
@@ -16,67 +13,31 @@ use crate::{Error, Result};
 /// more, the decoder would invent the missing pixels.
 const MAX_PIXELS_PER_BYTE: usize = 8 * 8 * 8;
 
-/// The pixels of a grey or colour JPEG, oriented by its Exif data.
-///
-/// The decoder is libjpeg-turbo's, with the settings of Pillow: the same pixels, bit by bit.
+/// The pixels of a grey or colour JPEG, oriented by its Exif data; the same as Pillow's, bit by bit.
 pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     let bytes = read_bounded(path, u64::MAX)
         .map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    decoder::caught(|| decode(path, &bytes)).unwrap_or_else(|message| Err(jpeg(path, message)))
+    let max_pixels = bytes.len().saturating_mul(MAX_PIXELS_PER_BYTE);
+    let Jpeg { pixels, channels, height, width, exif, .. } =
+        decode_jpeg(&bytes, max_pixels).map_err(|error| refused(path, error, bytes.len()))?;
+    let layout = Layout { channels, height, width };
+    Ok(oriented(layout, pixels, exif.as_deref().map_or(UPRIGHT, orientation)))
 }
 
-/// The error of a file that the decoder refuses.
-fn jpeg(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::Jpeg { path: path.to_owned(), source: error.into() }
-}
-
-/// As [`read`]; errors within the decoder unwind.
-fn decode(path: &Path, bytes: &[u8]) -> Result<(Layout, Vec<u8>)> {
-    let failed = |error: std::io::Error| jpeg(path, error);
-    let decoder =
-        decoder::strict().with_markers(&[Marker::APP(1)]).from_mem(bytes).map_err(failed)?;
-    ensure_possible(path, decoder.size(), bytes.len())?;
-    let exif = decoder.markers().find_map(|marker| marker.data.strip_prefix(b"Exif\0\0"));
-    let orientation = exif.map_or(UPRIGHT, orientation);
-    let (channels, pixels, [height, width]) = match decoder.color_space() {
-        ColorSpace::JCS_GRAYSCALE => {
-            let mut rows = decoder.grayscale().map_err(failed)?;
-            let pixels = rows.read_scanlines::<u8>().map_err(failed)?;
-            (1, pixels, finished(rows).map_err(failed)?)
+fn refused(path: &Path, error: JpegError, num_bytes: usize) -> Error {
+    let path = path.to_owned();
+    match error {
+        JpegError::TooManyPixels { width, height, max_pixels } => {
+            let found = format!("{width}x{height} pixels");
+            let expected =
+                format!("at most {max_pixels} pixels, the maximum for {num_bytes} bytes");
+            Error::Image { path, found, expected }
         }
-        ColorSpace::JCS_YCbCr | ColorSpace::JCS_RGB => {
-            let mut rows = decoder.rgb().map_err(failed)?;
-            let pixels = rows.read_scanlines::<[u8; 3]>().map_err(failed)?.into_flattened();
-            (3, pixels, finished(rows).map_err(failed)?)
+        JpegError::Colours { found } => {
+            Error::Image { path, found: found.to_owned(), expected: "grey or RGB".to_owned() }
         }
-        other => {
-            let found = match other {
-                ColorSpace::JCS_CMYK => "CMYK".to_owned(),
-                ColorSpace::JCS_YCCK => "YCCK".to_owned(),
-                _ => "of an unknown colour space".to_owned(),
-            };
-            let expected = "grey or RGB".to_owned();
-            return Err(Error::Image { path: path.to_owned(), found, expected });
-        }
-    };
-    Ok(oriented(Layout { channels, height, width }, pixels, orientation))
-}
-
-/// Ends the decoding, which reads up to the end of the file; height and width.
-fn finished(rows: DecompressStarted<&[u8]>) -> std::io::Result<[u32; 2]> {
-    let size = [rows.height() as u32, rows.width() as u32];
-    rows.finish()?;
-    Ok(size)
-}
-
-fn ensure_possible(path: &Path, (width, height): (usize, usize), num_bytes: usize) -> Result<()> {
-    let max_pixels = num_bytes.saturating_mul(MAX_PIXELS_PER_BYTE);
-    if width.saturating_mul(height) <= max_pixels {
-        return Ok(());
+        error => Error::Jpeg { path, source: error.into() },
     }
-    let found = format!("{width}x{height} pixels");
-    let expected = format!("at most {max_pixels} pixels, the maximum for {num_bytes} bytes");
-    Err(Error::Image { path: path.to_owned(), found, expected })
 }
 
 /// The orientation of an image that needs no rotation.

@@ -18,6 +18,7 @@
 //! | `TorchScript` programs | [`ensure_script_archive`] |
 //! | arithmetic in one pass | [`affine`], [`affine_noise`], [`affine_four`], [`affine_clamped`], and each in place |
 //! | normalisation in one operation | [`group_norm`] |
+//! | JPEG files, with the feature `jpeg` | `decode_jpeg`, which has unsafe code as the rest of this crate |
 //! | memory format | [`channels_last`], [`to_memory_format`], [`is_channels_last`] |
 //! | arguments that do not fit | [`ArgumentError`], [`ensure_real`], [`ensure_dense`], [`ensure_shape`], [`ensure_kind`], [`ensure_same_shape`], [`ensure_timesteps`] |
 //! | the process | [`keep_freed_pages`], [`set_num_threads`], [`adapt_thread_waiting`], [`deterministic`], [`version`], [`why_no_cuda`] |
@@ -56,6 +57,8 @@ mod ffi;
 mod foreach;
 mod generator;
 mod group_norm;
+#[cfg(feature = "jpeg")]
+mod jpeg;
 mod list;
 mod mapped;
 mod memory_format;
@@ -84,6 +87,8 @@ pub use generator::{
     Generator, default_generator_state, normal_is_vectorised, set_default_generator_state,
 };
 pub use group_norm::{GroupNorm, group_norm};
+#[cfg(feature = "jpeg")]
+pub use jpeg::{Jpeg, JpegError, decode_jpeg};
 pub use list::TensorList;
 pub use mapped::MappedFile;
 pub use memory_format::{MemoryFormat, channels_last, is_channels_last, to_memory_format};

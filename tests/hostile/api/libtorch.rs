@@ -2,13 +2,15 @@ use ddil_libtorch::{
     AdamW, ArgumentError, Autocast, Clamped, Generator, GroupNorm, MappedFile, MemoryFormat,
     RowFile, TensorList, affine, affine_, affine_clamped, affine_clamped_, affine_four,
     affine_four_, affine_noise, affine_noise_, channels_last, clip_grad_norm_, copy_rows_,
-    default_generator_state, deterministic, drop_grads, ensure_dense, ensure_kind, ensure_real,
-    ensure_same_shape, ensure_script_archive, ensure_shape, ensure_timesteps, foreach_lerp_,
-    foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm, is_channels_last,
-    is_sole_owner, recomputed, set_default_generator_state, set_num_interop_threads,
-    set_num_threads, to_memory_format,
+    decode_jpeg, default_generator_state, deterministic, drop_grads, ensure_dense, ensure_kind,
+    ensure_real, ensure_same_shape, ensure_script_archive, ensure_shape, ensure_timesteps,
+    foreach_lerp_, foreach_zero_, fused_adamw_, gather_rows, grad_norm, grads, group_norm,
+    is_channels_last, is_sole_owner, recomputed, set_default_generator_state,
+    set_num_interop_threads, set_num_threads, to_memory_format,
 };
 use tch::{Device, Kind, Tensor, kind};
+
+use crate::inputs::repository;
 
 use super::cases::{Cases, ODD_WHOLES, outcome};
 
@@ -258,6 +260,16 @@ fn files(cases: &mut Cases) {
         let what = place.display().to_string();
         cases.once("MappedFile::open", &what, || outcome(MappedFile::open(place)));
         cases.once("ensure_script_archive", &what, || outcome(ensure_script_archive(place)));
+    }
+    let jpeg = std::fs::read(repository().join("tests/golden/pictures/grey.jpg")).expect("a file");
+    for cut in 0..jpeg.len() {
+        cases.once("decode_jpeg", &format!("{cut} bytes"), || {
+            outcome(decode_jpeg(&jpeg[..cut], 999))
+        });
+    }
+    for most in [0, 1, 383, 384, usize::MAX] {
+        let fits = decode_jpeg(&jpeg, most).is_ok();
+        assert_eq!(fits, most >= 384, "{most}");
     }
     let file = MappedFile::open(&path).expect("it is there");
     for shape in SHAPES {

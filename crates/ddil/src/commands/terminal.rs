@@ -66,7 +66,7 @@ mod tests {
     fn a_sparkline_goes_from_low_to_high() {
         let rising: Vec<f64> = (0..8).map(f64::from).collect();
         assert_eq!(BLOCKS.sparkline(&figure(&rising), 8), "▁▂▃▄▅▆▇█");
-        assert_eq!(ASCII.sparkline(&figure(&rising), 4), "_-+#");
+        assert_eq!(ASCII.sparkline(&figure(&rising), 4), "_-*@");
         assert_eq!(ASCII.sparkline(&figure(&[2.0; 3]), 8), "___");
         assert_eq!(ASCII.sparkline(&figure(&[1.0, f64::NAN, 2.0]), 8), "_!@");
         assert_eq!(ASCII.sparkline(&figure(&[f64::INFINITY]), 8), "!");

@@ -172,10 +172,11 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
     });
     // Also of a run that failed: its curves may show why.
     let page = crate::report::write_or_warn(session.folder().path());
-    print(&report(&outcome?, &config, session.folder().path()))?;
+    let text = report(&outcome?, &config, session.folder().path());
     if let Some(page) = page {
-        print(&format!("  open {}\n", page.display()))?;
+        print(&format!("curves and samples: {}\n", page.display()))?;
     }
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 

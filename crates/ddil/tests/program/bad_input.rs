@@ -162,7 +162,11 @@ fn missing_data() -> TestResult {
             (&["data.path=mixed"], &["one.png", "PNG"]),
             (
                 &["data.path=sizes"],
-                &["03.png", "16x16", "all RGB, 8x8 pixels, or a height and width to scale them to"],
+                &[
+                    "03.png",
+                    "16x16",
+                    "all grey, 8x8 pixels, or a height and width to scale them to",
+                ],
             ),
         ],
     );
