@@ -455,6 +455,24 @@ fn images_of_any_sizes_are_scaled_and_cropped_as_one_by_one() -> TestResult {
 }
 
 #[test]
+fn a_random_order_keeps_samples_and_labels_together() -> TestResult {
+    let pixels = Tensor::arange(64, (Kind::Uint8, tch::Device::Cpu)).view([64, 1, 1, 1]);
+    let labels =
+        Tensor::arange(64, (Kind::Int64, tch::Device::Cpu)).divide_scalar_mode(16, "floor");
+    let sorted = ImageDataset::new(&pixels, Some(&labels.to_kind(Kind::Int64)))?;
+    let shuffled = sorted.shuffled(3)?;
+    assert_eq!(shuffled.pixels(), sorted.shuffled(3)?.pixels());
+    assert_ne!(shuffled.pixels(), sorted.shuffled(4)?.pixels());
+    let values = Vec::<i64>::try_from(shuffled.pixels().flatten(0, -1).to_kind(Kind::Int64))?;
+    let own = Vec::<i64>::try_from(shuffled.labels().expect("they were given"))?;
+    assert!(values.iter().zip(&own).all(|(value, label)| value / 16 == *label));
+    assert_eq!(values.iter().collect::<HashSet<_>>().len(), 64);
+    // The first quarter has every class, and not one alone.
+    assert_eq!(own[..16].iter().collect::<HashSet<_>>().len(), 4, "{own:?}");
+    Ok(())
+}
+
+#[test]
 fn bad_pictures() -> TestResult {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);

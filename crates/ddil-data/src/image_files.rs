@@ -13,6 +13,7 @@ use ddil_metrics::FeatureExtractor;
 use tch::{Kind, Tensor};
 
 use crate::files::{is_image, list, read_opaque};
+use crate::indices::random_order;
 use crate::layout::Layout;
 use crate::{Error, Result};
 
@@ -82,7 +83,15 @@ impl ImageFiles {
         Ok(Self { paths })
     }
 
-    /// The files, sorted by path.
+    /// The same files in an order that depends on their number and `seed` alone, so that the first few are a random part.
+    /// Those of a folder of classes are sorted by class.
+    #[must_use]
+    pub fn shuffled(&self, seed: u64) -> Self {
+        let order = random_order(self.len() as i64, seed);
+        Self { paths: order.into_iter().map(|index| self.paths[index as usize].clone()).collect() }
+    }
+
+    /// The files, sorted by path unless they were [`shuffled`](Self::shuffled).
     pub fn paths(&self) -> &[PathBuf] {
         &self.paths
     }

@@ -2,6 +2,7 @@ use ddil_files::{Invalid, listed};
 use ddil_libtorch::ensure_dense;
 use tch::{Kind, Tensor};
 
+use crate::indices::random_order;
 use crate::{Error, Result};
 
 /// Limit of numbered class names, so that one invalid label does not create a billion names.
@@ -148,6 +149,16 @@ impl ImageDataset {
             Ok::<_, Error>(Labels { values: select(values)?, class_names: class_names.clone() })
         });
         Ok(Self { pixels: select(&self.pixels)?, labels: labels.transpose()? })
+    }
+
+    /// The same samples in an order that depends on `seed` alone, so that the first few are a random part. Those of a folder
+    /// of classes are sorted by class.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torch`] if memory runs out.
+    pub fn shuffled(&self, seed: u64) -> Result<Self> {
+        self.select(&random_order(self.len(), seed))
     }
 
     /// A data set of the samples of all classes except those with the given names. The other classes keep their order

@@ -9,6 +9,14 @@ const SHUFFLE: &[u8; 16] = b"dataset shuffle\0";
 /// Purpose of the random stream of flips.
 const FLIP: &[u8; 16] = b"dataset flip\0\0\0\0";
 
+/// Purpose of the random stream of an order.
+const ORDER: &[u8; 16] = b"dataset order\0\0\0";
+
+/// The indices of `len` samples in random order.
+pub(crate) fn random_order(len: i64, seed: u64) -> Vec<i64> {
+    shuffled(len, &mut stream(seed, 0, ORDER))
+}
+
 /// Purpose of the random stream of a choice of samples.
 const CHOICE: &[u8; 16] = b"dataset choice\0\0";
 

@@ -83,7 +83,8 @@ impl ReferenceChoice {
                 reference_of_images("fashion_mnist/test", &all_images(&test)?, extractor)?
             }
             Self::Folder(path) => {
-                let files = ImageFiles::in_folder(path)?;
+                // Metrics of neighbours use the first images, which in a folder of classes are those of one class.
+                let files = ImageFiles::in_folder(path)?.shuffled(0);
                 let rows = match store.filter(|store| store.keeps(files.len() as u64)) {
                     Some(store) => store.open(&FeatureKey::of_files(&files, extractor)?, true)?,
                     None => FeatureRows::in_memory(),

@@ -4,14 +4,15 @@ use std::fmt;
 use std::thread;
 
 use ddil_evaluate::{
-    Drawing, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores,
-    features_of_drawing, score, warnings_of,
+    Drawing, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores, all_images,
+    features_of_drawing, reference_of_images, score, warnings_of,
 };
 use ddil_files::Invalid;
 use ddil_metrics::{FeatureExtractor, Reference};
 use tch::Device;
 
 use crate::config::{DataKind, DataSection, EvaluateSection, OutputSection, RunSection};
+use crate::data::read_images;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
@@ -52,9 +53,14 @@ impl EvaluationConfig<'_> {
         let monitor = &mut Watched::new(interrupt);
         // References of a few thousand images and more are computed once for all runs.
         let mut store = FeatureStore::in_cache();
-        let reference = self.reference()?;
-        let opened = reference.open(&*extractor, self.num_threads(), Some(&mut store), monitor);
-        let reference = opened.map_err(in_table)?;
+        let reference = if self.compares_scaled_images() {
+            let images = read_images(self.data)?.shuffled(0)?;
+            let all = all_images(&images).map_err(in_table)?;
+            reference_of_images("images/train", &all, &*extractor).map_err(in_table)?
+        } else {
+            let (choice, threads) = (self.reference()?, self.num_threads());
+            choice.open(&*extractor, threads, Some(&mut store), monitor).map_err(in_table)?
+        };
         for warning in warnings_of(&reference, &*extractor) {
             tracing::warn!("evaluate: {warning}");
         }
@@ -81,6 +87,12 @@ impl EvaluationConfig<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether the reference is the training images as the run scales them: files of another size would have other detail.
+    fn compares_scaled_images(&self) -> bool {
+        let is_folder = self.data.kind == DataKind::ImageFolder;
+        self.evaluate.reference.is_none() && is_folder && self.data.resolution.is_some()
     }
 
     /// The images to compare with: by default the held-out images of the data, or the training images.

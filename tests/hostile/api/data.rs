@@ -45,6 +45,7 @@ fn images(cases: &mut Cases) {
     let dataset = ImageDataset::new(&pixels, Some(&labels)).expect("they fit");
     cases.integers("ImageDataset::batch", |index| outcome(dataset.batch(&[0, index])));
     cases.once("ImageDataset::batch", "no index", || outcome(dataset.batch(&[])));
+    cases.integers("ImageDataset::shuffled", |seed| outcome(dataset.shuffled(seed as u64)));
     for first in ODD_WHOLES {
         cases.integers("ImageDataset::range", |len| outcome(dataset.range(first, len.min(1000))));
     }
@@ -162,6 +163,10 @@ fn image_files(cases: &mut Cases) {
     cases.integers("ImageFiles::image", |index| outcome(files.image(index as usize)));
     cases.integers("ImageFiles::select", |index| outcome(files.select(&[0, index as usize])));
     cases.once("ImageFiles::select", "nothing", || outcome(files.select(&[])));
+    cases.integers("ImageFiles::shuffled", |seed| {
+        assert_eq!(files.shuffled(seed as u64).paths(), files.paths());
+        Ok(())
+    });
     cases.integers("ImageFiles::skip", |count| {
         assert!(files.skip(count as usize).is_none_or(|rest| rest.len() == 1));
         Ok(())

@@ -80,6 +80,8 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
         }
         Subject::Files(files) => {
+            // As a reference: statistics that are saved can be one.
+            let files = &files.shuffled(0);
             let threads = num_threads(args.sampling.threads);
             let found = features.of_files(files, &*real.extractor, threads)?;
             (images_rows(args, &found, &real)?, ExitCode::SUCCESS)

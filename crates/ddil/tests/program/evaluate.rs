@@ -94,6 +94,24 @@ fn folders_of_any_sizes_are_compared_on_any_network() -> TestResult {
 }
 
 #[test]
+fn a_folder_sorted_by_class_is_compared_as_a_whole() -> TestResult {
+    let workshop = Workshop::new();
+    // Dark images first, then bright ones; and both in the images to compare, a fourth as many.
+    for (folder, count) in [("real", 32), ("drawn", 8)] {
+        for (class, offset) in [("a_dark", 0), ("b_bright", 100)] {
+            images(&workshop.path(folder).join(class), count, offset)?;
+        }
+    }
+    network(&workshop)?;
+    let arguments =
+        ["drawn", "--reference", "real", "--extractor", "network.pt", "--extractor-input", INPUT];
+    let row = &rows(&workshop, &arguments)?[0];
+    // Of dark images alone, the first of the folder, bright ones are no neighbours: precision would be at most 0.5.
+    assert!(number(row, "precision") > 0.5, "{row}");
+    Ok(())
+}
+
+#[test]
 fn standard_errors_are_measured_on_request() -> TestResult {
     let workshop = Workshop::new();
     network(&workshop)?;

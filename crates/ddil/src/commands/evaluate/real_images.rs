@@ -75,7 +75,13 @@ impl RealImages {
             anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
         let train = loaded.map(|loaded| loaded.train);
+        let is_folder = data.as_ref().is_some_and(|(of, _)| of.kind == DataKind::ImageFolder);
         let train = if args.shift_samples > 0 { of_run(train, data, subject)? } else { train };
+        // The first images of a folder of classes are those of one class; Fashion-MNIST's are in random order.
+        let train = match train {
+            Some(images) if is_folder => Some(images.shuffled(0)?),
+            train => train,
+        };
         Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
     }
 
@@ -173,6 +179,8 @@ fn open_reference(
         }
         (None, Some(Loaded { train, held_out, name })) => {
             let compared = held_out.as_ref().unwrap_or(train);
+            // As the training images, of which metrics take the first.
+            let compared = if held_out.is_some() { compared } else { &compared.shuffled(0)? };
             let reference = reference_of_images(*name, &all_images(compared)?, extractor)?;
             (Some(reference), held_out.is_some())
         }
