@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use ddil_files::settings::{Settings, to_toml};
-use ddil_trainer::config::{DistillConfig, RunSection, TrainConfig};
+use ddil_trainer::config::{DataKind, DistillConfig, RunSection, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 use ddil_trainer::run_folder::{RunFolder, is_in_use};
 use ddil_trainer::{
@@ -45,8 +45,12 @@ trait Verb: Serialize + DeserializeOwned {
 }
 
 /// The verbs to run next with a model of pixels.
-fn sample_and_evaluate(folder: &Path) -> Vec<String> {
-    ["sample", "evaluate"].map(|verb| format!("ddil {verb} {}", folder.display())).to_vec()
+fn sample_and_evaluate(folder: &Path, data: DataKind) -> Vec<String> {
+    let folder = folder.display();
+    // Only Fashion-MNIST has a network of features of its own.
+    let extractor =
+        if data == DataKind::FashionMnist { "" } else { " --extractor inception-2015-12-05.pt" };
+    vec![format!("ddil sample {folder}"), format!("ddil evaluate {folder}{extractor}")]
 }
 
 impl Verb for TrainConfig {
@@ -58,7 +62,7 @@ impl Verb for TrainConfig {
     }
 
     fn next(&self, folder: &Path) -> Vec<String> {
-        sample_and_evaluate(folder)
+        sample_and_evaluate(folder, self.data.kind)
     }
 
     fn session(&self) -> SessionConfig {
@@ -98,7 +102,7 @@ impl Verb for DistillConfig {
         if self.data.kind.is_text() {
             return vec![format!("ddil sample {} --prompt \"..\"", folder.display())];
         }
-        sample_and_evaluate(folder)
+        sample_and_evaluate(folder, self.data.kind)
     }
 
     fn session(&self) -> SessionConfig {
